@@ -1,0 +1,206 @@
+"""The errors that cross a process boundary, each with one gRPC status, one HTTP status and one error_type.
+
+    LoraplexError
+    ├── InvalidRequestError            a field of the request is wrong; nothing was started
+    ├── RequestNotFoundError           no such request is running
+    ├── AdapterError
+    │   ├── AdapterNotFoundError       no source has it
+    │   ├── AdapterForbiddenError      the source refuses this token
+    │   ├── AdapterInvalidError        its files cannot be served: says which, and why
+    │   ├── AdapterInUseError          sequences still need it
+    │   └── AdapterSourceError         its source does not answer
+    ├── OverloadedError                the queue is full: try again later
+    ├── UnavailableError               starting, draining, or a shard is lost
+    ├── DeadlineError                  the caller's deadline passed
+    ├── CancelledError                 the request was cancelled
+    └── GenerationError                the model failed on this sequence
+
+On the wire an error is a google.rpc.Status: its message, an ErrorInfo whose reason is the error_type, and for
+InvalidRequestError a BadRequest with the fields.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import grpc
+from google.protobuf.any_pb2 import Any
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo
+from google.rpc.status_pb2 import Status
+from grpc_status import rpc_status
+
+DOMAIN = "loraplex"
+
+
+@dataclass(frozen=True, slots=True)
+class FieldViolation:
+    field: str
+    description: str
+
+
+class LoraplexError(Exception):
+    """Base of all errors that callers see. An unforeseen failure is raised as this class itself."""
+
+    error_type: ClassVar[str] = "internal"
+    grpc_status: ClassVar[grpc.StatusCode] = grpc.StatusCode.INTERNAL
+    http_status: ClassVar[int] = 500
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+class InvalidRequestError(LoraplexError):
+    """A field of the request is wrong. `violations` names each field and the fix."""
+
+    error_type = "validation"
+    grpc_status = grpc.StatusCode.INVALID_ARGUMENT
+    http_status = 422
+
+    def __init__(self, *violations: FieldViolation) -> None:
+        super().__init__("; ".join(f"{violation.field}: {violation.description}" for violation in violations))
+        self.violations = violations
+
+
+class RequestNotFoundError(LoraplexError):
+    error_type = "request_not_found"
+    grpc_status = grpc.StatusCode.NOT_FOUND
+    http_status = 404
+
+
+class AdapterError(LoraplexError):
+    """Base of what can be wrong with an adapter."""
+
+
+class AdapterNotFoundError(AdapterError):
+    error_type = "adapter_not_found"
+    grpc_status = grpc.StatusCode.NOT_FOUND
+    http_status = 404
+
+
+class AdapterForbiddenError(AdapterError):
+    error_type = "adapter_forbidden"
+    grpc_status = grpc.StatusCode.PERMISSION_DENIED
+    http_status = 403
+
+
+class AdapterInvalidError(AdapterError):
+    error_type = "adapter_invalid"
+    grpc_status = grpc.StatusCode.FAILED_PRECONDITION
+    http_status = 424
+
+
+class AdapterInUseError(AdapterError):
+    error_type = "adapter_in_use"
+    grpc_status = grpc.StatusCode.ABORTED
+    http_status = 409
+
+
+class AdapterSourceError(AdapterError):
+    error_type = "adapter_source"
+    grpc_status = grpc.StatusCode.UNAVAILABLE
+    http_status = 502
+
+
+class OverloadedError(LoraplexError):
+    error_type = "overloaded"
+    grpc_status = grpc.StatusCode.RESOURCE_EXHAUSTED
+    http_status = 429
+
+
+class UnavailableError(LoraplexError):
+    error_type = "unavailable"
+    grpc_status = grpc.StatusCode.UNAVAILABLE
+    http_status = 503
+
+
+class DeadlineError(LoraplexError):
+    error_type = "deadline"
+    grpc_status = grpc.StatusCode.DEADLINE_EXCEEDED
+    http_status = 504
+
+
+class CancelledError(LoraplexError):
+    error_type = "cancelled"
+    grpc_status = grpc.StatusCode.CANCELLED
+    http_status = 499
+
+
+class GenerationError(LoraplexError):
+    error_type = "generation"
+    grpc_status = grpc.StatusCode.INTERNAL
+    http_status = 500
+
+
+ERROR_TYPES: dict[str, type[LoraplexError]] = {
+    error.error_type: error
+    for error in (
+        LoraplexError,
+        InvalidRequestError,
+        RequestNotFoundError,
+        AdapterNotFoundError,
+        AdapterForbiddenError,
+        AdapterInvalidError,
+        AdapterInUseError,
+        AdapterSourceError,
+        OverloadedError,
+        UnavailableError,
+        DeadlineError,
+        CancelledError,
+        GenerationError,
+    )
+}
+
+# What a status means that gRPC itself or a proxy produced, without our details.
+_BY_STATUS: dict[grpc.StatusCode, type[LoraplexError]] = {
+    grpc.StatusCode.UNAVAILABLE: UnavailableError,
+    grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineError,
+    grpc.StatusCode.CANCELLED: CancelledError,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: OverloadedError,
+}
+
+
+def to_status(error: LoraplexError) -> grpc.Status:
+    """The error as a gRPC status with its details, for `context.abort_with_status`."""
+    details = [_pack(ErrorInfo(reason=error.error_type, domain=DOMAIN))]
+    if isinstance(error, InvalidRequestError):
+        details.append(_pack(BadRequest(field_violations=[_to_proto(v) for v in error.violations])))
+    code: int = error.grpc_status.value[0]
+    status: grpc.Status = rpc_status.to_status(Status(code=code, message=error.message, details=details))
+    return status
+
+
+def from_rpc_error(rpc_error: grpc.RpcError) -> LoraplexError:
+    """The error that the other side raised, from what the gRPC call raised here.
+
+    `rpc_error` is also a grpc.Call (sync) or a grpc.aio.AioRpcError.
+    """
+    code: grpc.StatusCode = rpc_error.code()
+    message = rpc_error.details() or code.name
+    trailers: Sequence[tuple[str, str | bytes]] = rpc_error.trailing_metadata() or ()
+    for key, value in trailers:
+        if key == "grpc-status-details-bin" and isinstance(value, bytes):
+            return _from_details(Status.FromString(value), message, code)
+    return _BY_STATUS.get(code, LoraplexError)(message)
+
+
+def _from_details(status: Status, message: str, code: grpc.StatusCode) -> LoraplexError:
+    info, bad_request = ErrorInfo(), BadRequest()
+    for detail in status.details:
+        detail.Unpack(info)
+        detail.Unpack(bad_request)
+    error = ERROR_TYPES.get(info.reason) or _BY_STATUS.get(code, LoraplexError)
+    if error is InvalidRequestError:
+        violations = bad_request.field_violations
+        return InvalidRequestError(*(FieldViolation(v.field, v.description) for v in violations))
+    return error(message)
+
+
+def _pack(message: ErrorInfo | BadRequest) -> Any:
+    packed = Any()
+    packed.Pack(message)
+    return packed
+
+
+def _to_proto(violation: FieldViolation) -> BadRequest.FieldViolation:
+    return BadRequest.FieldViolation(field=violation.field, description=violation.description)
