@@ -19,9 +19,9 @@ On the wire an error is a google.rpc.Status: its message, an ErrorInfo whose rea
 InvalidRequestError a BadRequest with the fields.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import grpc
 from google.protobuf.any_pb2 import Any
@@ -177,7 +177,7 @@ def from_rpc_error(rpc_error: grpc.RpcError) -> LoraplexError:
     """
     code: grpc.StatusCode = rpc_error.code()
     message = rpc_error.details() or code.name
-    trailers: Sequence[tuple[str, str | bytes]] = rpc_error.trailing_metadata() or ()
+    trailers = cast(Iterable[tuple[str, str | bytes]], rpc_error.trailing_metadata() or ())
     for key, value in trailers:
         if key == "grpc-status-details-bin" and isinstance(value, bytes):
             return _from_details(Status.FromString(value), message, code)
