@@ -1,0 +1,1 @@
+"""Adapters: which there are (registry), and which are on the device (pool)."""

@@ -1,0 +1,260 @@
+"""What runs in the next step. Pure policy: no clock, no text, no transport, no tensors.
+
+Each step mixes decodes and prefill chunks of any adapters under one token budget: first the decodes, then the running
+prefills by age, then new sequences. Blocks are allocated as sequences grow; when they run out, the youngest running
+sequence gives up its own and is computed again later.
+
+New sequences: of the adapters that may start one, the adapter with the fewest running sequences goes first, and among
+equals the one whose head has waited longest. An adapter may start sequences when it is on the device and entitled.
+
+Slots: entitled are the adapters with the longest waiting heads, as many as there are slots, except that an adapter on
+the device keeps its place for a bounded turn of further sequences while others wait for a slot. An adapter that is not
+entitled starts nothing, so it becomes idle and can be evicted: nobody starves, and no two adapters swap places for
+every single sequence.
+"""
+
+from bisect import insort
+from collections import deque
+from dataclasses import dataclass
+from math import inf
+
+from loraplex_router.adapters.pool import Adapter, AdapterPool, SlotClaim
+from loraplex_router.blocks import BlockAllocator, next_key, root_key
+from loraplex_router.sequence import Chunk, Plan, Sequence
+
+TURN = 16  # sequences that an adapter may start on its slot while older ones wait for a slot
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    max_batch_tokens: int  # per step; at least max_sequences, so that every decode fits
+    max_sequences: int
+    block_size: int
+
+
+class Scheduler:
+    """Owns the queues, the running sequences and their blocks. Called by the engine task alone."""
+
+    def __init__(self, limits: Limits, blocks: BlockAllocator, adapters: AdapterPool) -> None:
+        assert limits.max_batch_tokens >= limits.max_sequences
+        self._limits = limits
+        self._blocks = blocks
+        self._adapters = adapters
+        self._waiting: dict[Adapter, deque[Sequence]] = {}
+        self._running: list[Sequence] = []  # oldest first
+        self._free_rows = list(range(limits.max_sequences - 1, -1, -1))
+        self._contended = False  # somebody waits for a slot
+        self.num_waiting = 0
+        self.num_preemptions = 0
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    # ---- sequences come and go -------------------------------------------------------------------------------
+
+    def add(self, sequence: Sequence) -> None:
+        """Puts a sequence into its adapter's queue."""
+        self._enqueue(sequence)
+        self._adapters.touch(sequence.adapter)
+
+    def record(self, sequence: Sequence, token: int) -> None:
+        """A sample that was in flight has arrived."""
+        sequence.tokens.append(token)
+        sequence.in_flight -= 1
+        self._cache_full_blocks(sequence)
+
+    def finish(self, sequence: Sequence) -> None:
+        """Ends a sequence, running or waiting. Its blocks are free for plans made from now on: every rank executes
+        plans in order, so a chunk of it that is still in flight cannot touch their next holder's content."""
+        if sequence.finished:
+            return
+        sequence.finished = True
+        if sequence.row is None:
+            self._dequeue(sequence)
+        else:
+            self._stop_running(sequence)
+
+    def fail(self, sequence: Sequence) -> None:
+        """Ends a sequence whose computed content cannot be trusted."""
+        self._blocks.forget(sequence.blocks)
+        self.finish(sequence)
+
+    def complete(self, plan: Plan) -> None:
+        """The plan's result has arrived: its adapters' slots are no longer needed for it."""
+        for adapter in plan.adapters:
+            adapter.plans -= 1
+
+    # ---- slots -----------------------------------------------------------------------------------------------
+
+    def claim_slots(self) -> list[SlotClaim]:
+        """The slots that change hands now. The caller loads them and then sets `ready`, or releases the slot."""
+        entitled = self._entitled()
+        claims = []
+        for adapter in entitled:
+            if adapter.slot is None and (claim := self._adapters.claim_slot(adapter, keep=entitled)):
+                adapter.turn = TURN
+                claims.append(claim)
+        return claims
+
+    def _entitled(self) -> list[Adapter]:
+        """The adapters that may start sequences, in the order of their claim to a slot. The base needs none."""
+        waiting = [adapter for adapter in self._waiting if adapter is not self._adapters.base]
+        on_device = self._adapters.on_device()
+        self._watch_contention(any(adapter.slot is None for adapter in waiting), on_device)
+        holders = [adapter for adapter in on_device if adapter.in_use and not adapter.waiting]
+        return sorted(waiting + holders, key=self._claim_order)[: self._adapters.slots]
+
+    def _claim_order(self, adapter: Adapter) -> tuple[bool, float]:
+        keeps_its_turn = adapter.slot is not None and adapter.turn > 0
+        return not keeps_its_turn, self._waiting[adapter][0].number if adapter.waiting else inf
+
+    def _watch_contention(self, contended: bool, on_device: list[Adapter]) -> None:
+        if contended and not self._contended:
+            for adapter in on_device:
+                adapter.turn = TURN
+        self._contended = contended
+
+    # ---- the next step ---------------------------------------------------------------------------------------
+
+    def schedule(self) -> Plan | None:
+        """The next plan, or None if there is nothing to compute. It counts as executed from here on: the plans that
+        later calls make follow it on every rank."""
+        chunks: dict[Sequence, Chunk] = {}
+        starts: list[Sequence] = []
+        budget = self._limits.max_batch_tokens
+        for prefill in (False, True):
+            for sequence in list(self._running):
+                if budget and sequence.remaining and (sequence.remaining > 1) == prefill:
+                    budget -= self._extend(sequence, budget, chunks)
+        for sequence in chunks:
+            self._cache_full_blocks(sequence)
+        while budget and self._free_rows and (started := self._next_to_start()):
+            self._start(started)
+            starts.append(started)
+            budget -= self._extend(started, budget, chunks)
+            self._cache_full_blocks(started)  # for others with the same prompt, in this very step
+        if not chunks:
+            return None
+        plan = Plan(tuple(starts), tuple(sorted(chunks.values(), key=lambda chunk: chunk.sequence.adapter.slot or 0)))
+        for adapter in plan.adapters:
+            adapter.plans += 1
+            self._adapters.touch(adapter)
+        return plan
+
+    def _extend(self, sequence: Sequence, budget: int, chunks: dict[Sequence, Chunk]) -> int:
+        """Adds the sequence's next chunk, at most `budget` tokens long, and returns its length: 0 if the sequence
+        had to give up its own blocks."""
+        length = min(sequence.remaining, budget)
+        stop = sequence.computed + length
+        while (new_blocks := self._blocks.allocate(self._count_blocks(stop) - len(sequence.blocks))) is None:
+            youngest = self._running[-1]
+            self._preempt(youngest, chunks)
+            if youngest is sequence:
+                return 0
+        sequence.blocks += new_blocks
+        unsent = tuple(sequence.blocks[sequence.sent_blocks :])
+        samples = length == sequence.remaining
+        chunks[sequence] = Chunk(sequence, sequence.computed, length, samples, unsent)
+        sequence.sent_blocks = len(sequence.blocks)
+        sequence.computed = stop
+        sequence.in_flight += samples
+        return length
+
+    def _preempt(self, sequence: Sequence, chunks: dict[Sequence, Chunk]) -> None:
+        """Takes a running sequence's blocks; it will be computed again from its tokens."""
+        chunk = chunks.pop(sequence, None)
+        if chunk is not None:
+            sequence.in_flight -= chunk.samples
+        self._stop_running(sequence)
+        sequence.computed = 0
+        self._enqueue(sequence, first=True)
+        self.num_preemptions += 1
+
+    # ---- starting --------------------------------------------------------------------------------------------
+
+    def _next_to_start(self) -> Sequence | None:
+        if not self.num_waiting:
+            return None
+        allowed = [self._adapters.base, *self._entitled()]
+        heads = [self._waiting[adapter][0] for adapter in allowed if adapter.ready and adapter.waiting]
+        heads = [head for head in heads if not head.in_flight]  # preempted, its last sample not known yet
+        head = min(heads, key=lambda head: (head.adapter.running, head.number), default=None)
+        # A head that does not fit is waited for; others do not slip past it, or it might wait forever.
+        return head if head is not None and self._fits(head) else None
+
+    def _fits(self, sequence: Sequence) -> bool:
+        hit = self._find_prefix(sequence)
+        needed = self._count_blocks(len(sequence.tokens)) - len(hit) + self._blocks.count_idle(hit)
+        return needed <= self._blocks.available
+
+    def _start(self, sequence: Sequence) -> None:
+        self._dequeue(sequence)
+        sequence.row = self._free_rows.pop()
+        sequence.blocks = self._find_prefix(sequence)
+        self._blocks.hold(sequence.blocks)
+        sequence.cached_blocks = len(sequence.blocks)
+        sequence.computed = len(sequence.blocks) * self._limits.block_size
+        if not sequence.output_length:
+            sequence.prefix_hit = sequence.computed
+        insort(self._running, sequence, key=lambda running: running.number)
+        adapter = sequence.adapter
+        adapter.running += 1
+        if self._contended and adapter.turn:
+            adapter.turn -= 1
+
+    def _stop_running(self, sequence: Sequence) -> None:
+        assert sequence.row is not None
+        self._running.remove(sequence)
+        self._free_rows.append(sequence.row)
+        self._blocks.release(sequence.blocks)
+        sequence.row, sequence.blocks = None, []
+        sequence.cached_blocks = sequence.sent_blocks = 0
+        sequence.adapter.running -= 1
+
+    def _enqueue(self, sequence: Sequence, first: bool = False) -> None:
+        queue = self._waiting.setdefault(sequence.adapter, deque())
+        if first:
+            queue.appendleft(sequence)
+        else:
+            queue.append(sequence)
+        sequence.adapter.waiting += 1
+        self.num_waiting += 1
+
+    def _dequeue(self, sequence: Sequence) -> None:
+        queue = self._waiting[sequence.adapter]
+        queue.remove(sequence)
+        if not queue:
+            del self._waiting[sequence.adapter]
+        sequence.adapter.waiting -= 1
+        self.num_waiting -= 1
+
+    # ---- prefix cache ----------------------------------------------------------------------------------------
+
+    def _count_blocks(self, positions: int) -> int:
+        return -(-positions // self._limits.block_size)
+
+    def _find_prefix(self, sequence: Sequence) -> list[int]:
+        """The cached blocks that the sequence can begin with. At least one position is left to sample from, and all
+        of them where the prompt's logprobs are asked for."""
+        if sequence.detail.prompt_logprobs:
+            return []
+        full = (len(sequence.tokens) - 1) // self._limits.block_size
+        return self._blocks.find(self._keys(sequence, full))
+
+    def _cache_full_blocks(self, sequence: Sequence) -> None:
+        full = min(sequence.computed, len(sequence.tokens)) // self._limits.block_size
+        if full > sequence.cached_blocks:
+            keys = self._keys(sequence, full)
+            for index in range(sequence.cached_blocks, full):
+                self._blocks.cache(sequence.blocks[index], keys[index])
+            sequence.cached_blocks = full
+
+    def _keys(self, sequence: Sequence, count: int) -> list[bytes]:
+        """The keys of the sequence's first `count` blocks, computed once each."""
+        keys, size = sequence.block_keys, self._limits.block_size
+        while len(keys) < count:
+            start = len(keys) * size
+            parent = keys[-1] if keys else root_key(sequence.adapter.digest)
+            keys.append(next_key(parent, sequence.tokens[start : start + size]))
+        return keys[:count]

@@ -1,0 +1,98 @@
+"""The engine's vocabulary: sequence, chunk and plan. Knows nothing of text, time or transport."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from loraplex_router.adapters.pool import Adapter
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are chosen, all defaults applied. The neutral values leave a step out."""
+
+    temperature: float = 0.0  # 0 is greedy
+    top_k: int = 0
+    top_p: float = 1.0
+    typical_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Detail:
+    """What is reported beside the tokens."""
+
+    logprobs: bool = False
+    top_logprobs: int = 0
+    prompt_logprobs: bool = False
+
+
+class FinishReason(Enum):
+    LENGTH = 1
+    END_TOKEN = 2
+    STOP_TEXT = 3
+    CANCELLED = 4
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One generation. Its progress is three lengths:
+
+    computed <= len(tokens) + in_flight: the positions that plans sent so far put into the KV cache, the tokens known
+    here, and the samples that those plans will bring. A sequence has a row and blocks exactly while it is running.
+    """
+
+    number: int  # the order of arrival: a lower number is older
+    prompt_length: int
+    tokens: list[int]  # the prompt, then the output so far
+    adapter: Adapter
+    max_new_tokens: int
+    sampling: Sampling = Sampling()
+    detail: Detail = Detail()
+
+    computed: int = 0
+    in_flight: int = 0
+    row: int | None = None
+    blocks: list[int] = field(default_factory=list)
+    sent_blocks: int = 0  # how many of them its row's block table has
+    block_keys: list[bytes] = field(default_factory=list)  # of the full blocks of `tokens`
+    cached_blocks: int = 0  # how many of its blocks the prefix cache knows
+    prefix_hit: int = 0  # prompt tokens that the prefix cache spared at its first start
+    finished: bool = False
+
+    @property
+    def output_length(self) -> int:
+        return len(self.tokens) - self.prompt_length
+
+    @property
+    def remaining(self) -> int:
+        """Positions to compute before the next sample; 0 if the last sample is on its way."""
+        if self.output_length + self.in_flight >= self.max_new_tokens:
+            return 0
+        return len(self.tokens) + self.in_flight - self.computed
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Chunk:
+    """What one step computes of a sequence: positions [start, start + length)."""
+
+    sequence: Sequence
+    start: int
+    length: int
+    samples: bool  # whether a token is sampled from its last position
+    new_blocks: tuple[int, ...]  # appended to the row's block table
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Plan:
+    """One step: its chunks with those of one adapter adjacent, and the sequences that start with it."""
+
+    starts: tuple[Sequence, ...]
+    chunks: tuple[Chunk, ...]
+
+    @property
+    def adapters(self) -> set[Adapter]:
+        return {chunk.sequence.adapter for chunk in self.chunks}

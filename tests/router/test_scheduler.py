@@ -1,0 +1,273 @@
+"""The scheduler's promises, checked step by step against a stand-in that executes plans like the shards do."""
+
+from collections import deque
+from itertools import pairwise
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loraplex_router.adapters.pool import Adapter, AdapterPool
+from loraplex_router.blocks import BlockAllocator
+from loraplex_router.scheduler import Limits, Scheduler
+from loraplex_router.sequence import Detail, Plan, Sequence
+
+BLOCK = 4
+
+
+class World:
+    """A scheduler with its blocks and adapters, and an executor that checks every plan as a shard would.
+
+    The next token of a sequence is a function of its adapter and all tokens before it, so that a wrong prefix hit, a
+    lost token or a mixed-up block shows in the output.
+    """
+
+    def __init__(self, blocks: int = 64, slots: int = 2, budget: int = 16, rows: int = 8, depth: int = 2) -> None:
+        self.blocks = BlockAllocator(blocks)
+        self.pool = AdapterPool(slots, host_bytes=1 << 40)
+        self.scheduler = Scheduler(Limits(budget, rows, BLOCK), self.blocks, self.pool)
+        self.budget, self.depth = budget, depth
+        self.cache: dict[int, list[tuple[str, int] | None]] = {b: [None] * BLOCK for b in range(blocks)}
+        self.tables: dict[int, list[int]] = {}
+        self.known: dict[int, list[int]] = {}
+        self.slots: dict[int, str] = {0: ""}
+        self.in_flight: deque[tuple[Plan, list[int | None]]] = deque()
+        self.sequences: list[Sequence] = []
+        self.steps = 0
+
+    def adapter(self, name: str) -> Adapter:
+        return self.pool.add(name, lora_rank=8, size_bytes=1) if name else self.pool.base
+
+    def submit(self, adapter: str, prompt: list[int], max_new_tokens: int, detail: Detail | None = None) -> Sequence:
+        sequence = Sequence(
+            number=len(self.sequences),
+            prompt_length=len(prompt),
+            tokens=list(prompt),
+            adapter=self.adapter(adapter),
+            max_new_tokens=max_new_tokens,
+            detail=detail or Detail(),
+        )
+        self.sequences.append(sequence)
+        self.scheduler.add(sequence)
+        return sequence
+
+    def step(self) -> bool:
+        """One turn of the engine's loop; False when there was nothing to do."""
+        for claim in self.scheduler.claim_slots():
+            used = {chunk.sequence.adapter.slot for plan, _ in self.in_flight for chunk in plan.chunks}
+            assert claim.slot not in used
+            self.slots[claim.slot] = claim.adapter.digest
+            claim.adapter.ready = True
+        plan = self.scheduler.schedule() if len(self.in_flight) < self.depth else None
+        if plan is not None:
+            self.in_flight.append((plan, self.execute(plan)))
+        if self.in_flight and (plan is None or len(self.in_flight) == self.depth):
+            self.apply(*self.in_flight.popleft())
+            return True
+        return plan is not None
+
+    def execute(self, plan: Plan) -> list[int | None]:
+        self.steps += 1
+        assert sum(chunk.length for chunk in plan.chunks) <= self.budget
+        slots = [chunk.sequence.adapter.slot or 0 for chunk in plan.chunks]
+        assert slots == sorted(slots)
+        for sequence in plan.starts:
+            assert sequence.row is not None
+            self.tables[sequence.row], self.known[sequence.row] = [], list(sequence.tokens)
+        tokens = []
+        for chunk in plan.chunks:  # keys and values of all chunks are written before any is read
+            self.write(chunk.sequence.row, chunk.start, chunk.length, chunk.new_blocks, chunk.sequence.adapter)
+        for chunk in plan.chunks:
+            tokens.append(self.read(chunk.sequence.row, chunk.start + chunk.length, chunk.sequence.adapter))
+            if chunk.samples:
+                self.known[chunk.sequence.row].append(tokens[-1])
+        return [token if chunk.samples else None for chunk, token in zip(plan.chunks, tokens, strict=True)]
+
+    def write(self, row: int, start: int, length: int, new_blocks: tuple[int, ...], adapter: Adapter) -> None:
+        assert self.slots[adapter.slot or 0] == adapter.digest
+        self.tables[row] += new_blocks
+        for position in range(start, start + length):
+            block = self.tables[row][position // BLOCK]
+            self.cache[block][position % BLOCK] = (adapter.digest, self.known[row][position])
+
+    def read(self, row: int, context: int, adapter: Adapter) -> int:
+        content = [self.cache[self.tables[row][p // BLOCK]][p % BLOCK] for p in range(context)]
+        assert content == [(adapter.digest, token) for token in self.known[row][:context]]
+        return next_token(adapter.digest, self.known[row][:context])
+
+    def apply(self, plan: Plan, tokens: list[int | None]) -> None:
+        self.scheduler.complete(plan)
+        for chunk, token in zip(plan.chunks, tokens, strict=True):
+            sequence = chunk.sequence
+            if token is None or sequence.finished:
+                continue
+            self.scheduler.record(sequence, token)
+            if sequence.output_length == sequence.max_new_tokens:
+                self.scheduler.finish(sequence)
+
+    def run(self, limit: int = 2000) -> None:
+        for _ in range(limit):
+            if not self.step():
+                return
+        raise AssertionError("the scheduler does not come to an end")
+
+
+def next_token(adapter: str, tokens: list[int]) -> int:
+    return hash((adapter, tuple(tokens))) % 50
+
+
+def expected(sequence: Sequence) -> list[int]:
+    tokens = sequence.tokens[: sequence.prompt_length]
+    for _ in range(sequence.max_new_tokens):
+        tokens = [*tokens, next_token(sequence.adapter.digest, tokens)]
+    return tokens
+
+
+requests = st.lists(
+    st.tuples(
+        st.sampled_from(["", "a", "b", "c", "d"]),
+        st.lists(st.integers(0, 2), min_size=1, max_size=30),  # few tokens, so that prefixes repeat
+        st.integers(1, 12),
+        st.integers(0, 6),  # arrives this many turns after the last
+        st.one_of(st.none(), st.integers(0, 30)),  # is cancelled after so many turns
+    ),
+    max_size=20,
+)
+
+
+@settings(deadline=None, max_examples=150)
+@given(requests=requests, blocks=st.integers(11, 40), slots=st.integers(1, 3), depth=st.integers(1, 2))
+def test_every_sequence_ends_with_its_own_tokens_and_no_block_row_or_slot_is_lost(requests, blocks, slots, depth):
+    world = World(blocks=blocks, slots=slots, depth=depth)
+    cancellations = []
+    for adapter, prompt, max_new_tokens, delay, cancel_after in requests:
+        for _ in range(delay):
+            world.step()
+            for turn, sequence in cancellations:
+                if world.steps >= turn:
+                    world.scheduler.finish(sequence)
+        sequence = world.submit(adapter, prompt, max_new_tokens)
+        if cancel_after is not None:
+            cancellations.append((world.steps + cancel_after, sequence))
+    world.run()
+    cancelled = {sequence.number for _, sequence in cancellations}
+    for sequence in world.sequences:
+        assert sequence.finished
+        if sequence.number not in cancelled:
+            assert sequence.tokens == expected(sequence)
+    assert world.blocks.used == 0
+    assert world.scheduler.num_running == world.scheduler.num_waiting == 0
+    held = [adapter.slot for adapter in world.pool.on_device()]
+    assert len(set(held)) == len(held) <= slots
+    assert not any(adapter.in_use or adapter.waiting for adapter in world.pool)
+
+
+def test_decodes_go_on_while_a_long_prompt_is_computed_in_chunks():
+    world = World(blocks=200, budget=16)
+    short = world.submit("", [1], 50)
+    world.step()
+    world.submit("", [2] * 300, 1)
+    lengths = [short.output_length + short.in_flight]
+    for _ in range(10):
+        world.step()
+        lengths.append(short.output_length + short.in_flight)
+    assert all(later > earlier for earlier, later in pairwise(lengths))
+
+
+def test_an_adapter_that_is_not_loaded_yet_does_not_block_those_behind_it():
+    world = World(slots=2)
+    cold = world.submit("cold", [1, 2, 3], 4)
+    warm = world.submit("warm", [1, 2, 3], 4)
+    base = world.submit("", [1, 2, 3], 4)
+    for claim in world.scheduler.claim_slots():
+        claim.adapter.ready = claim.adapter.digest == "warm"  # the other one's load takes forever
+        world.slots[claim.slot] = claim.adapter.digest
+    world.run()
+    assert warm.finished and base.finished and not cold.finished
+
+
+def test_an_adapter_in_constant_use_gives_up_its_slot_to_one_that_waits():
+    world = World(slots=1, rows=4, budget=16)
+    newest = world.submit("popular", [1, 2], 6)
+    world.step()
+    lonely = world.submit("lonely", [3, 4], 2)
+    for _ in range(200):
+        world.step()
+        if lonely.finished:
+            break
+        if newest.computed:  # there is always one popular sequence running and one waiting
+            newest = world.submit("popular", [1, 2, len(world.sequences)], 6)
+    assert lonely.finished
+
+
+def test_adapters_that_compete_for_a_slot_take_bounded_turns_instead_of_swapping_for_every_sequence():
+    world = World(slots=1, rows=4, blocks=200)
+    for index in range(64):
+        world.submit("ab"[index % 2], [index], 2)
+    loads = []
+    claim_slots = world.scheduler.claim_slots
+
+    def count_claims():
+        claims = claim_slots()
+        loads.extend(claim.adapter.digest for claim in claims)
+        return claims
+
+    world.scheduler.claim_slots = count_claims
+    world.run()
+    assert 2 <= len(loads) <= 8
+    assert all(sequence.finished for sequence in world.sequences)
+
+
+def test_an_adapter_with_many_requests_does_not_take_all_rows_from_one_with_few():
+    world = World(slots=2, rows=4, blocks=200)
+    many = [world.submit("many", [index], 8) for index in range(40)]
+    few = world.submit("few", [1], 8)
+    while not few.finished:
+        assert world.step()
+    assert sum(sequence.finished for sequence in many) <= 8
+
+
+def test_when_blocks_run_out_the_youngest_is_preempted_and_loses_no_token():
+    world = World(blocks=10, rows=4)
+    old = world.submit("", [1] * 8, 20)
+    young = world.submit("", [2] * 8, 20)
+    world.run()
+    assert world.scheduler.num_preemptions > 0
+    assert old.tokens == expected(old) and young.tokens == expected(young)
+
+
+def test_a_known_prefix_is_not_computed_again():
+    world = World()
+    prompt = list(range(17))
+    world.submit("a", prompt, 1)
+    world.run()
+    again, other = world.submit("a", prompt, 1), world.submit("b", prompt, 1)
+    world.run()
+    assert again.prefix_hit == 16
+    assert other.prefix_hit == 0
+
+
+def test_sequences_of_one_prompt_share_its_blocks_within_a_single_step():
+    world = World(budget=64)
+    first, second = world.submit("", list(range(17)), 1), world.submit("", list(range(17)), 1)
+    world.step()
+    assert second.blocks[:4] == first.blocks[:4] and second.blocks[4:] != first.blocks[4:]
+
+
+def test_asking_for_prompt_logprobs_computes_the_whole_prompt():
+    world = World()
+    world.submit("", list(range(17)), 1)
+    world.run()
+    sequence = world.submit("", list(range(17)), 1, Detail(prompt_logprobs=True))
+    world.run()
+    assert sequence.prefix_hit == 0
+
+
+def test_a_failed_sequence_leaves_nothing_in_the_prefix_cache():
+    world = World()
+    sequence = world.submit("", list(range(17)), 5)
+    world.step()
+    world.scheduler.fail(sequence)
+    world.run()
+    retry = world.submit("", list(range(17)), 1)
+    world.run()
+    assert retry.prefix_hit == 0 and world.blocks.used == 0
