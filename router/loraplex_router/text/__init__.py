@@ -1,0 +1,1 @@
+"""Everything about text: tokenizing, chat templates, detokenizing as tokens arrive, stop strings."""

@@ -1,0 +1,63 @@
+"""Chat templates: the Jinja2 programs that models bring along to turn messages into a prompt."""
+
+import json
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from loraplex_protos.errors import FieldViolation, InvalidRequestError
+
+FIELD = "chat.messages"
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    role: str
+    content: str
+
+
+class ChatTemplate:
+    """A compiled template, run in a sandbox with what `transformers` offers its templates.
+
+    Raises jinja2.TemplateSyntaxError if `source` is not a template.
+    """
+
+    def __init__(self, source: str, bos_token: str, eos_token: str) -> None:
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals["raise_exception"] = _raise
+        self._template = environment.from_string(source)
+        self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
+
+    @staticmethod
+    def require(template: "ChatTemplate | None") -> "ChatTemplate":
+        if template is None:
+            raise _invalid("the model has no chat template: send a text prompt")
+        return template
+
+    def render(self, messages: list[Message]) -> str:
+        """The prompt, up to where the assistant's answer begins.
+
+        Raises InvalidRequestError if the template refuses the messages, for example for the order of their roles.
+        """
+        rows = [{"role": message.role, "content": message.content} for message in messages]
+        try:
+            return self._template.render(messages=rows, add_generation_prompt=True, **self._tokens)
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            raise _invalid(f"the model's chat template refuses them: {error}") from error
+
+
+def _invalid(description: str) -> InvalidRequestError:
+    return InvalidRequestError(FieldViolation(FIELD, description))
+
+
+def _to_json(value: Any, indent: int | None = None) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=indent)  # Jinja's own filter escapes for HTML
+
+
+def _raise(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)

@@ -1,0 +1,52 @@
+"""Token ids to text, one token at a time, whole characters only."""
+
+from typing import Protocol
+
+CONTEXT = 6  # prompt tokens before the first output: some tokenizers drop a leading space without them
+CHARACTER_TOKENS = 4  # the most tokens that one UTF-8 character can be spread over: one per byte
+INCOMPLETE = "\ufffd"  # what the decoder shows for bytes that are no character (yet)
+
+
+class Decoder(Protocol):
+    def decode(self, ids: list[int]) -> str: ...
+
+
+class Detokenizer:
+    """The text of a growing sequence of tokens.
+
+    A token's text can depend on the tokens before it, so a window is decoded with and without the new tokens, and the
+    difference is the new text. The window begins where the last but one piece of text ended.
+    """
+
+    def __init__(self, decoder: Decoder, prompt: list[int]) -> None:
+        self._decoder = decoder
+        self._window = prompt[-CONTEXT:]
+        self._settle()
+        if self._text.endswith(INCOMPLETE):
+            self._window = []
+            self._settle()
+
+    def push(self, token: int) -> str:
+        """The text that this token completes; empty while a character is incomplete."""
+        self._window.append(token)
+        text = self._decoder.decode(self._window)
+        pending = len(self._window) - self._settled
+        if text.endswith(INCOMPLETE) and pending < CHARACTER_TOKENS:
+            return ""
+        return self._advance(text)
+
+    def flush(self) -> str:
+        """What is left at the end: an incomplete character, shown as U+FFFD."""
+        if len(self._window) == self._settled:
+            return ""
+        return self._advance(self._decoder.decode(self._window))
+
+    def _advance(self, text: str) -> str:
+        new = text[len(self._text) :]
+        del self._window[: self._settled]
+        self._settle()
+        return new
+
+    def _settle(self) -> None:
+        self._settled = len(self._window)  # tokens of the window whose text is out
+        self._text = self._decoder.decode(self._window)
