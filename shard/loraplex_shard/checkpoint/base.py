@@ -1,0 +1,53 @@
+"""What a checkpoint offers, whatever its format."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from transformers import PreTrainedConfig
+
+from loraplex_protos.errors import LoraplexError
+
+
+class CheckpointError(LoraplexError):
+    """The checkpoint cannot be served: the message names the file, tensor or field, and the fix where there is one."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerFiles:
+    """What the router needs to turn text into token ids and back."""
+
+    tokenizer_json: bytes  # as the `tokenizers` library reads it
+    chat_template: str  # Jinja2; empty if the model has none
+    bos_token: str  # empty if the model has none
+    eos_token: str
+
+
+class Checkpoint(Protocol):
+    """A model's files, open for reading. Tensors carry the names that transformers gives them."""
+
+    @property
+    def model_id(self) -> str:
+        """How the model is called in messages and answers."""
+
+    @property
+    def config(self) -> PreTrainedConfig: ...
+
+    @property
+    def architecture(self) -> str:
+        """The transformers class, for example "LlamaForCausalLM"."""
+
+    @property
+    def names(self) -> frozenset[str]:
+        """All tensors."""
+
+    @property
+    def end_token_ids(self) -> tuple[int, ...]:
+        """The tokens that end a sequence, in ascending order."""
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def read(self, name: str, rows: slice = slice(None), columns: slice = slice(None)) -> torch.Tensor:
+        """That part of a tensor, and no more, is read from the file; `columns` is for matrices only."""
+
+    def tokenizer(self) -> TokenizerFiles: ...

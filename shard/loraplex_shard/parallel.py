@@ -1,0 +1,107 @@
+"""Tensor parallelism: the ranks that hold one copy of a model together, and the rules by which it is cut.
+
+Knows nothing of layers: a layer asks for its slice and for its one collective.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from loraplex_protos.errors import LoraplexError
+
+
+class GroupSizeError(LoraplexError):
+    """The model cannot be cut into so many ranks."""
+
+
+class Group:
+    """This process's place among the ranks. A group of size 1 needs no process group and does nothing.
+
+    The collectives must be called by all ranks in the same order, from one thread.
+    """
+
+    def __init__(self, rank: int, size: int) -> None:
+        assert 0 <= rank < size
+        self.rank = rank
+        self.size = size
+
+    @classmethod
+    def connect(cls, rank: int, size: int, rendezvous_url: str, device: torch.device) -> Self:
+        """Joins the group; returns when all ranks have. `rendezvous_url` is one that torch.distributed knows."""
+        if size > 1:
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, init_method=rendezvous_url, rank=rank, world_size=size)
+        return cls(rank, size)
+
+    def all_reduce_(self, tensor: torch.Tensor) -> None:
+        """Replaces `tensor` by its sum over all ranks."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+
+    def gather(self, tensor: torch.Tensor, widths: Sequence[int]) -> torch.Tensor | None:
+        """The ranks' tensors [n, widths[rank]] side by side on rank 0, None on the others."""
+        assert tensor.shape[1] == widths[self.rank]
+        if self.size == 1:
+            return tensor
+        padded = F.pad(tensor, (0, max(widths) - tensor.shape[1])).contiguous()
+        if self.rank != 0:
+            dist.gather(padded, dst=0)
+            return None
+        gathered = [torch.empty_like(padded) for _ in widths]
+        dist.gather(padded, gathered, dst=0)
+        return torch.cat([part[:, :width] for part, width in zip(gathered, widths, strict=True)], dim=1)
+
+    def broadcast_(self, tensor: torch.Tensor) -> None:
+        """Replaces `tensor` by rank 0's."""
+        if self.size > 1:
+            dist.broadcast(tensor, src=0)
+
+    def close(self) -> None:
+        """Leaves the group."""
+        if self.size > 1:
+            dist.destroy_process_group()
+
+
+@dataclass(frozen=True, slots=True)
+class HeadCut:
+    """The attention heads of one rank. Each of its query heads reads one of its KV heads."""
+
+    query: slice
+    kv: slice
+
+
+def cut_evenly(total: int, rank: int, size: int) -> slice:
+    """Part `rank` of range(total) cut into `size` runs of near-equal length, the longer ones first."""
+    if size > total:
+        raise GroupSizeError(f"cannot cut {total} into {size} parts: use at most {total} tensor-parallel ranks")
+    length, longer = divmod(total, size)
+    start = rank * length + min(rank, longer)
+    return slice(start, start + length + (rank < longer))
+
+
+def cut_heads(heads: int, kv_heads: int, rank: int, size: int) -> HeadCut:
+    """The heads of `rank`: whole KV groups (a KV head and the query heads that read it) where there are enough.
+
+    With more ranks than KV heads each rank has one KV head, and ranks that share one share its query heads.
+    Raises GroupSizeError if a rank would be left without a query head.
+    """
+    assert heads % kv_heads == 0
+    group = heads // kv_heads
+    if size <= kv_heads:
+        kv = cut_evenly(kv_heads, rank, size)
+        return HeadCut(slice(kv.start * group, kv.stop * group), kv)
+    sharers = [cut_evenly(size, kv_head, kv_heads) for kv_head in range(kv_heads)]
+    if sharers[0].stop > group:
+        raise GroupSizeError(
+            f"{heads} attention heads in {kv_heads} groups cannot be cut over {size} tensor-parallel ranks: "
+            f"use at most {kv_heads * group}"
+        )
+    kv_head = next(head for head, ranks in enumerate(sharers) if rank < ranks.stop)
+    ranks = sharers[kv_head]
+    query = cut_evenly(group, rank - ranks.start, ranks.stop - ranks.start)
+    first = kv_head * group
+    return HeadCut(slice(first + query.start, first + query.stop), slice(kv_head, kv_head + 1))
