@@ -1,0 +1,100 @@
+"""What the machine that a rank runs on offers, and what the settings make of it."""
+
+from pathlib import Path
+
+import psutil
+import torch
+from transformers import PreTrainedConfig
+
+from loraplex_shard.parallel import Group
+from loraplex_shard.settings import Dtype, ModelSettings, SettingsError
+
+BLOCK_SIZE = 16  # token positions per block of KV cache
+
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def pick_device(rank: int) -> torch.device:
+    """The rank's own GPU if there are GPUs, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", rank % torch.cuda.device_count())
+    return torch.device("cpu")
+
+
+def pick_dtype(dtype: Dtype, config: PreTrainedConfig, device: torch.device) -> torch.dtype:
+    """The dtype to compute in; auto is resolved as the setting's description says."""
+    if dtype != "auto":
+        return _dtype(dtype)
+    if device.type == "cuda":
+        return _dtype(getattr(config, "dtype", None) or "bfloat16")
+    capabilities = torch.cpu.get_capabilities()
+    native = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+    return torch.bfloat16 if native else torch.float32
+
+
+def longest_context(settings: ModelSettings, config: PreTrainedConfig) -> int:
+    """The setting max_model_len, or the most that the model was made for; never more than that."""
+    made_for = int(config.max_position_embeddings)
+    rope = config.rope_parameters or {}
+    scaled = rope.get("factor", 1) * rope.get("original_max_position_embeddings", made_for)
+    limit = max(made_for, int(scaled))
+    if settings.max_model_len > limit:
+        raise SettingsError(f"max_model_len: {settings.max_model_len} is more than the {limit} the model was made for")
+    return settings.max_model_len or limit
+
+
+def count_blocks(settings: ModelSettings, max_model_len: int, block_bytes: int, device: torch.device) -> int:
+    """The setting kv_blocks, or how many blocks of this rank fit into free memory; never more than can be used.
+
+    On a CPU a quarter of what is available, divided by the ranks, since each of them counts it; on a GPU 0.9 of what
+    the weights left.
+    """
+    usable = settings.max_sequences * -(-max_model_len // BLOCK_SIZE)
+    if settings.kv_blocks:
+        return min(settings.kv_blocks, usable)
+    if device.type == "cuda":
+        budget = torch.cuda.mem_get_info(device)[0] * 9 // 10
+    else:
+        budget = available_memory(CGROUP) // 4 // settings.tp
+    blocks = min(budget // block_bytes, usable)
+    if blocks == 0:
+        raise SettingsError(
+            f"kv_blocks: not one block of {block_bytes:,} bytes fits into the {budget:,} bytes that the KV cache may "
+            "have of the free memory; free some, or set kv_blocks"
+        )
+    return int(blocks)
+
+
+def available_memory(cgroup: Path) -> int:
+    """Bytes of host memory that this process may still use, the container's limit considered."""
+    available = int(psutil.virtual_memory().available)
+    try:
+        limit, current = (cgroup / "memory.max").read_text().strip(), (cgroup / "memory.current").read_text()
+    except OSError:
+        return available  # not in a container of its own
+    return available if limit == "max" else min(available, max(0, int(limit) - int(current)))
+
+
+def fewest(group: Group, blocks: int, device: torch.device) -> int:
+    """The smallest of the ranks' numbers of blocks: all ranks must hold the same."""
+    counts = group.gather(torch.tensor([[blocks]], device=device), widths=[1] * group.size)
+    agreed = torch.zeros(1, dtype=torch.int64, device=device) if counts is None else counts.amin().reshape(1)
+    group.broadcast_(agreed)
+    return int(agreed)
+
+
+def fit_context(settings: ModelSettings, max_model_len: int, num_blocks: int) -> int:
+    """As much of the context as the cache can hold. Raises SettingsError if more was asked for by number."""
+    capacity = num_blocks * BLOCK_SIZE
+    if settings.max_model_len > capacity:
+        raise SettingsError(
+            f"max_model_len: the KV cache has {num_blocks} blocks of {BLOCK_SIZE} positions, too few for one sequence "
+            f"of {settings.max_model_len}; raise kv_blocks, or set max_model_len to at most {capacity}"
+        )
+    return min(max_model_len, capacity)
+
+
+def _dtype(name: str | torch.dtype) -> torch.dtype:
+    dtype = getattr(torch, name) if isinstance(name, str) else name
+    assert isinstance(dtype, torch.dtype)
+    return dtype

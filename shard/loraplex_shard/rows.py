@@ -1,0 +1,152 @@
+"""The rows: what a shard remembers of each live sequence, and how plans change it.
+
+A row is re-creatable from one plan, and only plans change it. Counts and block tables are kept on the host, since
+they follow from the plans alone; token ids are kept on the device, where sampling writes them. Knows nothing of the
+model, of adapters or of what sampling parameters mean.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from loraplex_protos.shard_pb2 import SequenceStart, StepRequest
+from loraplex_shard.batch import Batch, Segment
+from loraplex_shard.sampler import PARAMETERS, History
+
+Ints = NDArray[np.int64]
+
+# What a sequence wants reported beside its tokens.
+DETAIL = np.dtype([("logprobs", np.bool_), ("top_logprobs", np.int64), ("prompt_logprobs", np.bool_)])
+
+
+@dataclass(frozen=True, slots=True)
+class Chunks:
+    """A plan's columns. Chunk i computes the positions [begins[i], ends[i]) of the sequence in row rows[i], which are
+    the tokens [starts[i], starts[i + 1]) of the batch."""
+
+    rows: Ints
+    slots: Ints
+    samples: NDArray[np.bool_]
+    begins: Ints
+    ends: Ints
+    starts: Ints  # chunks + 1
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+class Rows:
+    """The rows of one rank. An AssertionError means that the router sent a plan that does not fit them."""
+
+    def __init__(
+        self, max_sequences: int, max_model_len: int, block_size: int, num_blocks: int, device: torch.device
+    ) -> None:
+        self._block_size = block_size
+        self._num_blocks = num_blocks
+        self._max_model_len = max_model_len
+        self._device = device
+        # Only [row, :known[row]] is ever used, so it starts uninitialised. A token sampled after the model's last
+        # position needs a place too.
+        self._tokens = torch.empty((max_sequences, max_model_len + 1), dtype=torch.int32, device=device)
+        self._known: Ints = np.zeros(max_sequences, np.int64)  # tokens, sampled ones included; 0: the row is free
+        self.prompt_lengths: Ints = np.zeros(max_sequences, np.int64)
+        self.sampling = np.zeros(max_sequences, PARAMETERS)
+        self.detail = np.zeros(max_sequences, DETAIL)
+        self._computed: Ints = np.zeros(max_sequences, np.int64)  # positions whose keys and values are in the cache
+        self._block_tables: Ints = np.zeros((max_sequences, -(-max_model_len // block_size)), np.int64)
+        self._block_counts: Ints = np.zeros(max_sequences, np.int64)
+
+    def clear(self) -> None:
+        """Forgets all sequences."""
+        self._known[:] = 0
+
+    def start(self, start: SequenceStart) -> None:
+        """Lets a sequence take over its row."""
+        row, known = start.row, len(start.tokens)
+        assert row < len(self._known), f"row {row} of {len(self._known)}"
+        assert 0 < start.prompt_length <= known <= self._max_model_len, f"row {row}: {known} tokens"
+        assert start.computed < known, f"row {row}: nothing left to compute"
+        self._tokens[row, :known] = torch.from_numpy(np.fromiter(start.tokens, np.int32, known))
+        self._known[row] = known
+        self.prompt_lengths[row] = start.prompt_length
+        self.sampling[row] = tuple(getattr(start.sampling, name) for name in PARAMETERS.names or ())
+        self.detail[row] = (start.logprobs, start.top_logprobs, start.prompt_logprobs)
+        self._computed[row] = start.computed
+        self._block_counts[row] = 0
+
+    def advance(self, plan: StepRequest) -> Chunks:
+        """Takes a plan's chunks as computed and what they sample as known; the values follow with the step."""
+        rows, lengths = _column(plan.rows), _column(plan.lengths)
+        slots, samples, block_counts = _column(plan.slots), _column(plan.samples) != 0, _column(plan.block_counts)
+        count = len(rows)
+        assert all(len(column) == count for column in (lengths, slots, samples, block_counts)), "columns differ"
+        assert (rows < len(self._known)).all() and len(np.unique(rows)) == count, "rows unknown or twice"
+        begins = self._computed[rows]
+        ends = begins + lengths
+        assert (lengths > 0).all() and (ends <= self._known[rows]).all(), "chunk past the known tokens"
+        assert (ends <= self._max_model_len).all(), "chunk past the model's context"
+        assert (ends[samples] == self._known[rows[samples]]).all(), "sample before the last known token"
+        self._append_blocks(rows, block_counts, _column(plan.blocks))
+        assert (self._block_counts[rows] * self._block_size >= ends).all(), "chunk past its blocks"
+        self._computed[rows] = ends
+        self._known[rows] += samples
+        return Chunks(rows, slots, samples, begins, ends, starts=np.concatenate(([0], np.cumsum(lengths))))
+
+    def batch(self, chunks: Chunks, segments: tuple[Segment, ...]) -> Batch:
+        """The tensors of a step, of which advance() made the chunks."""
+        lengths = chunks.ends - chunks.begins
+        positions = spans(chunks.begins, lengths)
+        token_rows = np.repeat(chunks.rows, lengths)
+        blocks = self._block_tables[token_rows, positions // self._block_size]
+        return Batch(
+            token_ids=self.tokens_at(token_rows, positions),
+            positions=self.on_device(positions),
+            cache_indices=self.on_device(blocks * self._block_size + positions % self._block_size),
+            starts=tuple(chunks.starts.tolist()),
+            context_lengths=tuple(chunks.ends.tolist()),
+            block_tables=self.on_device(self._tables(chunks)),
+            segments=segments,
+        )
+
+    def tokens_at(self, rows: Ints, positions: Ints) -> torch.Tensor:
+        """One token per (row, position): [n] int64 on the device."""
+        return self._tokens[self.on_device(rows), self.on_device(positions)].long()
+
+    def history(self, rows: Ints, lengths: Ints) -> History:
+        """What the sampler may ask of the tokens of these rows, as far as the lengths say."""
+        return History(self._tokens, rows, self.prompt_lengths[rows], lengths)
+
+    def record(self, rows: Ints, positions: Ints, tokens: torch.Tensor) -> None:
+        """Writes what was sampled, one token [n] int64 per row, behind the tokens that the rows had."""
+        self._tokens[self.on_device(rows), self.on_device(positions)] = tokens.int()
+
+    def on_device(self, values: Ints) -> torch.Tensor:
+        """A column as a tensor where the model is."""
+        return torch.from_numpy(values).to(self._device)
+
+    def _append_blocks(self, rows: Ints, counts: Ints, blocks: Ints) -> None:
+        assert counts.sum() == len(blocks) and (blocks < self._num_blocks).all(), "blocks out of range"
+        begins = self._block_counts[rows]
+        assert (begins + counts <= self._block_tables.shape[1]).all(), "more blocks than the model's context has"
+        self._block_tables[np.repeat(rows, counts), spans(begins, counts)] = blocks
+        self._block_counts[rows] += counts
+
+    def _tables(self, chunks: Chunks) -> Ints:
+        """The chunks' block tables, padded with 0: what lies behind a row's count is a former sequence's."""
+        needed = -(-chunks.ends // self._block_size)
+        tables = self._block_tables[chunks.rows, : needed.max()]
+        tables[np.arange(tables.shape[1]) >= needed[:, None]] = 0
+        return tables
+
+
+def spans(firsts: Ints, counts: Ints) -> Ints:
+    """counts[i] numbers from firsts[i] on, for one i after the other."""
+    numbers: Ints = np.arange(counts.sum()) + np.repeat(firsts - (np.cumsum(counts) - counts), counts)
+    return numbers
+
+
+def _column(values: Sequence[int] | Sequence[bool]) -> Ints:
+    return np.fromiter(values, np.int64, len(values))

@@ -1,0 +1,176 @@
+"""Runs plans: rows, batch, decoder, sampler, result. One step at a time, on whichever thread calls.
+
+Every rank of a group runs the same plans; rank 0 alone sees logits, samples and answers with tokens, and the others
+learn from it what was sampled. Knows nothing of gRPC streams, of threads or of where weights came from.
+"""
+
+from itertools import pairwise
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from loraplex_protos.shard_pb2 import FAILURE_REASON_NOT_FINITE, Sampling, SequenceStart, StepRequest, StepResponse
+from loraplex_shard import sampler
+from loraplex_shard.batch import Segment
+from loraplex_shard.cache import KVCache
+from loraplex_shard.lora.store import AdapterStore
+from loraplex_shard.models import Decoder
+from loraplex_shard.parallel import Group
+from loraplex_shard.rows import Chunks, Ints, Rows, spans
+
+# Positions whose prompt logprobs are computed at once: bounds the memory for logits.
+PROMPT_SLICE = 256
+
+GREEDY = Sampling(top_p=1, typical_p=1, repetition_penalty=1)
+
+
+class Runner:
+    """Holds the rows of one rank. Not thread-safe: one caller at a time."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        cache: KVCache,
+        adapters: AdapterStore,
+        group: Group,
+        max_sequences: int,
+        max_model_len: int,
+        device: torch.device,
+    ) -> None:
+        self._decoder = decoder
+        self._cache = cache
+        self._adapters = adapters
+        self._group = group
+        self._max_sequences = max_sequences
+        self._max_model_len = max_model_len
+        self._rows = Rows(max_sequences, max_model_len, cache.block_size, cache.num_blocks, device)
+
+    def clear(self) -> None:
+        """Forgets all sequences."""
+        self._rows.clear()
+
+    @torch.inference_mode()
+    def step(self, plan: StepRequest) -> StepResponse:
+        """Runs one plan. On ranks other than 0 the result holds no more than the step's number.
+
+        A sequence whose logits are not finite fails alone. A plan that does not fit the rows is an AssertionError:
+        the router's mistake, after which the rows are not to be trusted.
+        """
+        for start in plan.starts:
+            self._rows.start(start)
+        chunks = self._rows.advance(plan)
+        response = StepResponse(step=plan.step)
+        if len(chunks):
+            segments = self._segments(chunks)
+            hidden = self._decoder(self._rows.batch(chunks, segments), self._cache)
+            self._report_prompt(chunks, hidden, segments, response)
+            self._report_tokens(chunks, hidden, segments, response)
+        return response
+
+    def warmup(self, max_batch_tokens: int) -> None:
+        """Runs a prefill of max_batch_tokens and a decode of as many sequences as one step can hold, then clears."""
+        whole, rest = divmod(max_batch_tokens, self._max_model_len)
+        prefill = [self._max_model_len] * whole + [rest] * (rest > 0)
+        self.step(self._warmup_plan(prefill[: self._max_sequences]))
+        self.step(self._warmup_plan([1] * min(max_batch_tokens, self._max_sequences)))
+        self.clear()
+
+    def _warmup_plan(self, lengths: list[int]) -> StepRequest:
+        """Sequences of these lengths. They may share blocks, since nobody reads what they compute."""
+        counts = [-(-length // self._cache.block_size) for length in lengths]
+        return StepRequest(
+            starts=[
+                SequenceStart(row=row, tokens=[0] * length, prompt_length=length, sampling=GREEDY)
+                for row, length in enumerate(lengths)
+            ],
+            rows=range(len(lengths)),
+            lengths=lengths,
+            slots=[0] * len(lengths),
+            samples=[True] * len(lengths),
+            block_counts=counts,
+            blocks=[block % self._cache.num_blocks for block in range(sum(counts))],
+        )
+
+    def _segments(self, chunks: Chunks) -> tuple[Segment, ...]:
+        """The runs of chunks that use one adapter, as runs of tokens."""
+        changes = np.flatnonzero(np.diff(chunks.slots)) + 1
+        runs = [0, *changes.tolist(), len(chunks)]
+        return tuple(
+            Segment(int(chunks.starts[first]), int(chunks.starts[last]), self._adapters.adapter_in(slot))
+            for first, last in pairwise(runs)
+            if (slot := int(chunks.slots[first]))
+        )
+
+    def _logits(self, hidden: Tensor, segments: tuple[Segment, ...], tokens: Ints) -> Tensor | None:
+        """The logits [n, vocab] after these tokens of the batch, which are in ascending order. Rank 0 only."""
+        bounds = np.searchsorted(tokens, [(segment.start, segment.stop) for segment in segments]).reshape(-1, 2)
+        chosen = tuple(
+            Segment(int(start), int(stop), segment.adapter)
+            for (start, stop), segment in zip(bounds, segments, strict=True)
+            if start < stop
+        )
+        return self._decoder.logits(hidden[self._rows.on_device(tokens)], chosen)
+
+    def _report_prompt(
+        self, chunks: Chunks, hidden: Tensor, segments: tuple[Segment, ...], response: StepResponse
+    ) -> None:
+        """Adds the log probabilities of the prompt tokens that follow the chunks' positions, where asked for."""
+        asked = self._rows.detail["prompt_logprobs"][chunks.rows]
+        if not asked.any():
+            return
+        ends = np.minimum(chunks.ends, self._rows.prompt_lengths[chunks.rows] - 1)
+        counts = np.where(asked, np.maximum(ends - chunks.begins, 0), 0)
+        tokens = spans(chunks.starts[:-1], counts)
+        rows, following = np.repeat(chunks.rows, counts), spans(chunks.begins + 1, counts)
+        for first in range(0, len(tokens), PROMPT_SLICE):
+            part = slice(first, first + PROMPT_SLICE)
+            logits = self._logits(hidden, segments, tokens[part])
+            if logits is not None:
+                values = sampler.logprobs(logits, self._rows.tokens_at(rows[part], following[part]))
+                response.prompt_logprobs.extend(values.tolist())
+        if self._group.rank == 0:
+            response.prompt_logprob_counts.extend(counts.tolist())
+
+    def _report_tokens(
+        self, chunks: Chunks, hidden: Tensor, segments: tuple[Segment, ...], response: StepResponse
+    ) -> None:
+        """Samples after the chunks that ask for it, tells all ranks' rows, and adds the tokens to the response."""
+        places = np.flatnonzero(chunks.samples)
+        if not len(places):
+            response.token_counts.extend([0] * len(chunks) if self._group.rank == 0 else [])
+            return
+        rows, lengths = chunks.rows[places], chunks.ends[places]
+        logits = self._logits(hidden, segments, chunks.starts[1:][places] - 1)
+        tokens = torch.zeros(len(places), dtype=torch.int64, device=hidden.device)
+        if logits is not None:
+            tokens = sampler.sample(logits, self._rows.sampling[rows], self._rows.history(rows, lengths))
+        self._group.broadcast_(tokens)
+        self._rows.record(rows, lengths, tokens)
+        if logits is not None:
+            _add_tokens(response, places, tokens, logits, self._rows.detail[chunks.rows])
+
+
+def _add_tokens(response: StepResponse, places: Ints, tokens: Tensor, logits: Tensor, detail: NDArray[np.void]) -> None:
+    """Adds the tokens [n] that were sampled from logits [n, vocab] after the chunks at `places` of the plan.
+
+    detail: what the sequences of all chunks of the plan asked for.
+    """
+    finite = logits.sum(-1).isfinite().cpu()
+    counts = np.zeros(len(detail), np.int64)
+    counts[places] = finite.numpy()
+    response.token_counts.extend(counts.tolist())
+    response.tokens.extend(tokens.cpu()[finite].tolist())
+    failed = places[~finite.numpy()].tolist()
+    response.failed_chunks.extend(failed)
+    response.failure_reasons.extend([FAILURE_REASON_NOT_FINITE] * len(failed))
+    if detail["logprobs"].any():
+        response.logprobs.extend(sampler.logprobs(logits, tokens).cpu()[finite].tolist())
+    if detail["top_logprobs"].any():
+        wanted = np.minimum(detail["top_logprobs"][places], logits.shape[-1]) * finite.numpy()
+        ids, values = sampler.likeliest(logits, int(wanted.max()))
+        listed = torch.from_numpy(np.arange(ids.shape[1]) < wanted[:, None])
+        response.alternative_counts.extend(wanted[finite.numpy()].tolist())
+        response.alternative_tokens.extend(ids.cpu()[listed].tolist())
+        response.alternative_logprobs.extend(values.cpu()[listed].tolist())

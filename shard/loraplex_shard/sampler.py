@@ -1,0 +1,206 @@
+"""Chooses the next token of many sequences at once. A sequence's choice does not depend on its neighbours.
+
+Parameters are columns on the host: they decide which stages run, and on which rows, without asking the device.
+Penalties need no state of their own; they are counted from the tokens. Knows nothing of chunks, plans or ranks.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+# One field per sampling parameter, named as in the plan.
+PARAMETERS = np.dtype(
+    [
+        ("temperature", np.float32),
+        ("top_k", np.int64),
+        ("top_p", np.float32),
+        ("typical_p", np.float32),
+        ("min_p", np.float32),
+        ("repetition_penalty", np.float32),
+        ("frequency_penalty", np.float32),
+        ("presence_penalty", np.float32),
+        ("seed", np.uint64),
+    ]
+)
+
+# How many tokens top_p and typical_p sort before they resort to sorting the whole vocabulary.
+HEAD = 512
+
+_GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
+
+
+# Takes the logits of some rows and columns [rows, 1] of their parameters; returns the changed logits.
+Stage = Callable[..., Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """The sequences' tokens so far. Sequence i's are tokens[rows[i], :lengths[i]], its prompt's come first."""
+
+    tokens: Tensor  # [rows, positions] int32
+    rows: NDArray[np.int64]
+    prompt_lengths: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+
+    def select(self, chosen: NDArray[np.bool_]) -> "History":
+        return History(self.tokens, self.rows[chosen], self.prompt_lengths[chosen], self.lengths[chosen])
+
+
+def sample(logits: Tensor, parameters: NDArray[np.void], history: History) -> Tensor:
+    """The next token of each sequence: [n] int64. Where temperature is 0 the likeliest, the first among equals.
+
+    logits: [n, vocab] float32, left as they are. parameters: [n] records of PARAMETERS. Penalties, temperature,
+    top_k, top_p, min_p and typical_p apply in this order. A row that holds NaN yields some valid token.
+    """
+    logits = _penalized(logits, parameters, history)
+    tokens = logits.argmax(-1)
+    drawn = parameters["temperature"] > 0
+    if drawn.any():
+        index = torch.from_numpy(np.flatnonzero(drawn)).to(logits.device)
+        outputs = history.lengths[drawn] - history.prompt_lengths[drawn]
+        tokens[index] = _draw(warped(logits[index], parameters[drawn]), uniforms(parameters["seed"][drawn], outputs))
+    return tokens
+
+
+def logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
+    """The log probability [n] of each row's token [n]."""
+    return logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
+
+
+def likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` likeliest tokens of each row, best first, and their log probabilities: [n, count] each."""
+    best = logits.topk(count)
+    return best.indices, best.values - logits.logsumexp(-1, keepdim=True)
+
+
+def warped(logits: Tensor, parameters: NDArray[np.void]) -> Tensor:
+    """Logits with temperature applied and -inf for the tokens that are out. All temperatures are above 0."""
+    logits = _by_temperature(logits, _on_device(parameters["temperature"], logits))
+    for stage, name, neutral in (
+        (_keep_top_k, "top_k", 0),
+        (_keep_top_p, "top_p", 1),
+        (_keep_min_p, "min_p", 0),
+        (_keep_typical, "typical_p", 1),
+    ):
+        logits = _apply(stage, logits, parameters[name] != neutral, parameters[name])
+    return logits
+
+
+def uniforms(seeds: NDArray[np.uint64], counters: NDArray[np.int64]) -> NDArray[np.float64]:
+    """A number in [0, 1) for each (seed, counter): output `counter` of the splitmix64 generator (Steele, Lea and
+    Flood, "Fast splittable pseudorandom number generators", 2014) whose state is the mixed seed."""
+    states = _mix(seeds) + (counters.astype(np.uint64) + np.uint64(1)) * _GOLDEN_GAMMA
+    # 52 bits, so that the product with a sum near 1 still rounds to less than the sum.
+    return (_mix(states) >> np.uint64(12)).astype(np.float64) * 2.0**-52
+
+
+def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def _draw(logits: Tensor, uniform: NDArray[np.float64]) -> Tensor:
+    """Inverts each row's cumulative distribution at its number: [n] int64, never a token whose logit is -inf."""
+    cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
+    targets = torch.from_numpy(uniform).to(logits.device)[:, None] * cumulative[:, -1:]
+    # Beyond the end only if the row held NaN.
+    return torch.searchsorted(cumulative, targets, right=True)[:, 0].clamp_(max=logits.shape[-1] - 1)
+
+
+def _apply(stage: Stage, logits: Tensor, needed: NDArray[np.bool_], *columns: NDArray[np.generic]) -> Tensor:
+    """The logits with a stage applied to the rows that need it; the others keep their bits."""
+    if not needed.any():
+        return logits
+    if needed.all():
+        return stage(logits, *(_on_device(column, logits) for column in columns))
+    index = torch.from_numpy(np.flatnonzero(needed)).to(logits.device)
+    changed = stage(logits[index], *(_on_device(column[needed], logits) for column in columns))
+    return logits.index_copy(0, index, changed)
+
+
+def _on_device(column: NDArray[np.generic], logits: Tensor) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(column)).to(logits.device)[:, None]
+
+
+def _penalized(logits: Tensor, parameters: NDArray[np.void], history: History) -> Tensor:
+    repeated = parameters["repetition_penalty"] != 1
+    if repeated.any():
+        counts = _counts(history.select(repeated), logits, of_prompt=True)
+        logits = _apply(
+            lambda some, penalty: torch.where(counts > 0, torch.where(some > 0, some / penalty, some * penalty), some),
+            logits,
+            repeated,
+            parameters["repetition_penalty"],
+        )
+    counted = (parameters["frequency_penalty"] != 0) | (parameters["presence_penalty"] != 0)
+    if counted.any():
+        output_counts = _counts(history.select(counted), logits, of_prompt=False)
+        logits = _apply(
+            lambda some, frequency, presence: some - frequency * output_counts - presence * (output_counts > 0),
+            logits,
+            counted,
+            parameters["frequency_penalty"],
+            parameters["presence_penalty"],
+        )
+    return logits
+
+
+def _counts(history: History, logits: Tensor, of_prompt: bool) -> Tensor:
+    """How often each token occurs in each sequence's output, or in prompt and output: [n, vocab] float32."""
+    longest = int(history.lengths.max())
+    tokens = history.tokens[torch.from_numpy(history.rows).to(logits.device), :longest]
+    positions = torch.arange(longest, device=logits.device)
+    inside = positions < _on_device(history.lengths, logits)
+    if not of_prompt:
+        inside &= positions >= _on_device(history.prompt_lengths, logits)
+    # What lies outside may be uninitialised: it counts 0 times as token 0.
+    tokens = torch.where(inside, tokens, 0).long()
+    counts = logits.new_zeros((len(history.rows), logits.shape[-1]))
+    return counts.scatter_add_(1, tokens, inside.to(counts.dtype))
+
+
+def _by_temperature(logits: Tensor, temperature: Tensor) -> Tensor:
+    # Relative to the largest, so that a tiny temperature overflows to -inf only.
+    return (logits - logits.amax(-1, keepdim=True)) / temperature
+
+
+def _keep_top_k(logits: Tensor, k: Tensor) -> Tensor:
+    """Keeps the k likeliest tokens, and what equals the last of them."""
+    k = k.clamp(max=logits.shape[-1])
+    best = logits.topk(int(k.max())).values
+    return logits.masked_fill(logits < best.gather(-1, k - 1), -torch.inf)
+
+
+def _keep_top_p(logits: Tensor, p: Tensor) -> Tensor:
+    """Keeps the likeliest tokens that add up to p (nucleus sampling, arXiv 1904.09751)."""
+    return _keep_mass(logits, logits.softmax(-1), -logits, p)
+
+
+def _keep_min_p(logits: Tensor, p: Tensor) -> Tensor:
+    """Keeps what has at least p times the probability of the likeliest (arXiv 2407.01082)."""
+    return logits.masked_fill(logits < logits.amax(-1, keepdim=True) + p.log(), -torch.inf)
+
+
+def _keep_typical(logits: Tensor, p: Tensor) -> Tensor:
+    """Keeps the tokens whose surprise is nearest to the expected one and that add up to p (arXiv 2202.00666)."""
+    surprise = -logits.log_softmax(-1)
+    probabilities = (-surprise).exp()
+    expected = torch.special.entr(probabilities).sum(-1, keepdim=True)
+    return _keep_mass(logits, probabilities, (surprise - expected).abs(), p)
+
+
+def _keep_mass(logits: Tensor, probabilities: Tensor, order: Tensor, mass: Tensor) -> Tensor:
+    """Keeps the tokens of the least `order` whose probabilities add up to mass, and what equals the last of them."""
+    vocab = logits.shape[-1]
+    for size in (min(HEAD, vocab), vocab):
+        first = order.topk(size, largest=False)
+        cumulative = probabilities.gather(-1, first.indices).cumsum(-1, dtype=torch.float64)
+        if bool((cumulative[:, -1:] >= mass).all()):
+            break
+    last = (cumulative < mass).sum(-1, keepdim=True).clamp_(max=size - 1)
+    return logits.masked_fill(order > first.values.gather(-1, last), -torch.inf)

