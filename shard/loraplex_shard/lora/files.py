@@ -1,0 +1,74 @@
+"""The two files of an adapter, read whole into memory. Knows neither what is in them nor where they come from."""
+
+import hashlib
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+from loraplex_protos.errors import AdapterInvalidError
+
+CONFIG = "adapter_config.json"
+TENSORS = "adapter_model.safetensors"
+PICKLE = "adapter_model.bin"
+
+# The largest of each that is read or fetched, in bytes.
+SIZE_LIMITS = {CONFIG: 2**20, TENSORS: 4 * 2**30}
+
+_CHUNK = 2**24
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFiles:
+    """What an adapter is: its digest is its identity."""
+
+    config: bytes
+    tensors: bytearray  # views of it become the adapter's tensors without a copy, which takes a mutable buffer
+
+    def digest(self) -> str:
+        """sha256 over both files, each after its length (8 bytes, little endian), in hex."""
+        digest = hashlib.sha256()
+        for data in (self.config, self.tensors):
+            digest.update(len(data).to_bytes(8, "little"))
+            digest.update(data)
+        return digest.hexdigest()
+
+
+def read_files(config: Path, tensors: Path) -> AdapterFiles:
+    """Reads both files. Raises AdapterInvalidError for one that is too large or not a regular file, else OSError."""
+    return AdapterFiles(config=bytes(_read(config, CONFIG)), tensors=_read(tensors, TENSORS))
+
+
+def check_size(name: str, size: int) -> None:
+    """Raises AdapterInvalidError if an adapter's file of this name may not have this many bytes."""
+    if size > SIZE_LIMITS[name]:
+        raise AdapterInvalidError(f"{name} has {size} bytes; the limit is {SIZE_LIMITS[name]}")
+
+
+def check_names(names: frozenset[str]) -> None:
+    """Raises AdapterInvalidError if these names of files do not make an adapter."""
+    if CONFIG not in names:
+        raise AdapterInvalidError(f"{CONFIG} is missing: this is no PEFT adapter")
+    if TENSORS not in names and PICKLE in names:
+        raise AdapterInvalidError(
+            f"{PICKLE} is a pickle file, which could run any code: save the adapter with safetensors instead"
+            " (PEFT: save_pretrained(..., safe_serialization=True))"
+        )
+    if TENSORS not in names:
+        raise AdapterInvalidError(f"{TENSORS} is missing")
+
+
+def _read(path: Path, name: str) -> bytearray:
+    # Without O_NONBLOCK, opening a pipe would wait for its writer.
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb", buffering=0) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise AdapterInvalidError(f"{name} is not a regular file")
+        check_size(name, status.st_size)
+        data = bytearray(status.st_size)
+        view, filled = memoryview(data), 0
+        while filled < len(data) and (count := file.readinto(view[filled : filled + _CHUNK])):
+            filled += count
+        view.release()
+        del data[filled:]  # a file that shrank meanwhile
+        return data

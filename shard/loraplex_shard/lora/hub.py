@@ -1,0 +1,137 @@
+"""Adapters on the Hugging Face hub, or on a server that speaks like it.
+
+A request's token decides what the hub shows us on each call, also where the files are on our disk already. The token
+appears in no message; without one, the server's own login is used, if it has any (HF_TOKEN).
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from huggingface_hub import HfApi, constants, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RevisionNotFoundError
+from huggingface_hub.utils.tqdm import tqdm
+
+from loraplex_protos.errors import (
+    AdapterError,
+    AdapterForbiddenError,
+    AdapterNotFoundError,
+    AdapterSourceError,
+)
+from loraplex_shard.lora.files import CONFIG, SIZE_LIMITS, TENSORS, AdapterFiles, check_names, check_size, read_files
+
+_REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._/-]{0,199}")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_TOKEN = re.compile(r"[\x21-\x7e]{0,1000}")
+
+
+class _NoProgress(tqdm):
+    """A server has no terminal to draw on."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, **{**kwargs, "disable": True})  # type: ignore[no-untyped-call]
+
+
+@dataclass(frozen=True, slots=True)
+class HubOrigin:
+    """An adapter at a commit of its repository. Equal origins have equal contents."""
+
+    id: str
+    revision: str  # the commit
+    endpoint: str
+    cache: Path | None
+    timeout_s: float
+    token: str = field(repr=False, compare=False)
+
+    @property
+    def source(self) -> str:
+        return "hub"
+
+    def read(self) -> AdapterFiles:
+        with _typed_errors(self.id, self.revision):
+            return read_files(self._fetch(CONFIG), self._fetch(TENSORS))
+
+    def _fetch(self, name: str) -> Path:
+        """The file on our disk, fetched if it is not there yet."""
+        path = hf_hub_download(
+            self.id,
+            name,
+            revision=self.revision,
+            token=self.token or None,
+            endpoint=self.endpoint,
+            cache_dir=self.cache,
+            etag_timeout=self.timeout_s,
+            tqdm_class=_NoProgress,
+        )
+        return Path(path)
+
+
+class HubSource:
+    """The adapters on one hub.
+
+    `endpoint` defaults to HF_ENDPOINT, then to the public hub; `cache` (where files are kept) to the hub library's.
+    """
+
+    def __init__(self, endpoint: str | None = None, cache: Path | None = None, timeout_s: float = 10.0) -> None:
+        self._endpoint = (endpoint or os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
+        self._cache = cache
+        self._timeout_s = timeout_s
+
+    def locate(self, id: str, revision: str, token: str) -> HubOrigin:
+        """Asks the hub which commit a revision is ("": the default branch) and which files it has.
+
+        Raises AdapterNotFoundError, AdapterForbiddenError, AdapterSourceError, and AdapterInvalidError for a
+        repository that holds no adapter or too large a one.
+        """
+        _check_arguments(revision, token)
+        with _typed_errors(id, revision):
+            api = HfApi(endpoint=self._endpoint, token=token or None)
+            info = api.model_info(id, revision=revision or None, files_metadata=True, timeout=self._timeout_s)
+            sizes = {file.rfilename: file.size for file in info.siblings or ()}
+            commit = info.sha or ""
+        check_names(frozenset(sizes))
+        for name in SIZE_LIMITS:
+            check_size(name, sizes[name] or 0)
+        if not _COMMIT.fullmatch(commit):
+            raise AdapterSourceError(f"the hub does not say which commit {id!r} is at")
+        return HubOrigin(id, commit, self._endpoint, self._cache, self._timeout_s, token)
+
+
+def _check_arguments(revision: str, token: str) -> None:
+    """What comes from a client becomes part of a URL, a path or a header. (The library checks the id.)"""
+    if revision and (not _REVISION.fullmatch(revision) or ".." in revision):
+        raise AdapterNotFoundError(f"{revision[:200]!r} is no name that a revision can have")
+    if not _TOKEN.fullmatch(token):
+        raise AdapterForbiddenError("the token has characters that no hub token has")
+
+
+@contextmanager
+def _typed_errors(id: str, revision: str) -> Iterator[None]:
+    try:
+        yield
+    except AdapterError:
+        raise
+    except HFValidationError:
+        raise AdapterNotFoundError(f"{id[:200]!r} is no name that an adapter on the hub can have") from None
+    except RevisionNotFoundError as error:
+        raise AdapterNotFoundError(f"the hub has {id!r}, but no revision {revision!r} of it") from error
+    except HfHubHTTPError as error:
+        raise _from_status(id, error.response.status_code) from error
+    except Exception as error:
+        # No connection, a timeout, an answer that is not the hub's: the library has no common class for these.
+        raise AdapterSourceError(f"the hub did not hand over {id!r}: {type(error).__name__}") from error
+
+
+def _from_status(id: str, status: int) -> AdapterError:
+    match status:
+        case 401 | 403:
+            return AdapterForbiddenError(
+                f"the hub shows {id!r} to nobody without a valid token for it: it is private or gated, or misspelt"
+            )
+        case 404:
+            return AdapterNotFoundError(f"the hub has no {id!r}, or hides it from this token")
+        case _:
+            return AdapterSourceError(f"the hub answered {status} for {id!r}")

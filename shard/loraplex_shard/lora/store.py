@@ -1,0 +1,149 @@
+"""This rank's adapters: staged in host memory, by digest, and loaded into slots on the device.
+
+The router decides what is staged and loaded. All methods may be called from any thread; none of them waits for a step,
+and a step never waits for them.
+"""
+
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from pathlib import Path
+from threading import Lock
+
+import torch
+
+from loraplex_protos.errors import AdapterInUseError, AdapterNotFoundError
+from loraplex_shard.layers.layout import LinearLayout
+from loraplex_shard.lora.files import AdapterFiles
+from loraplex_shard.lora.hub import HubSource
+from loraplex_shard.lora.peft import Adapter, read_adapter
+from loraplex_shard.lora.sources import Origin, Sources
+from loraplex_shard.lora.transfer import Transfer
+from loraplex_shard.lora.weights import AdapterWeights
+
+
+@dataclass(frozen=True, slots=True)
+class StagedAdapter:
+    digest: str  # sha256 over the adapter's files, in hex
+    source: str  # "local" or "hub"
+    revision: str  # the hub's commit; empty for a local adapter
+    lora_rank: int  # the largest of its modules
+    size_bytes: int  # of this rank's part
+
+
+class AdapterStore:
+    """Adapters for the linear layers of `layouts`, in `dtype`, in slots on `device`.
+
+    `directory` is the adapter directory, if there is one; `architecture` the base model's class. The hub is HF_ENDPOINT
+    (or the public one) unless given.
+    """
+
+    def __init__(
+        self,
+        layouts: Sequence[LinearLayout],
+        dtype: torch.dtype,
+        device: torch.device,
+        directory: Path | None,
+        architecture: str,
+        hub: HubSource | None = None,
+    ) -> None:
+        self._layouts = tuple(layouts)
+        self._dtype = dtype
+        self._transfer = Transfer(device)
+        self._architecture = architecture
+        self._sources = Sources(directory, hub or HubSource())
+        self._lock = Lock()  # guards the four below; held for no longer than a look-up
+        self._digests: dict[Origin, str] = {}  # what has been read
+        self._host: dict[str, Adapter] = {}  # by digest
+        self._slots: dict[int, tuple[str, AdapterWeights]] = {}
+        self._running: dict[Hashable, Future[None]] = {}
+
+    def stage(self, id: str, source: str, revision: str, token: str) -> StagedAdapter:
+        """Fetches an adapter, checks it, and holds this rank's part in host memory.
+
+        Files that are held already, and have not changed, are not read again; calls for the same files at the same
+        time do the work once. A changed adapter gets a new digest and leaves the old one staged. Raises
+        AdapterNotFoundError, AdapterForbiddenError, AdapterSourceError or AdapterInvalidError.
+        """
+        origin = self._sources.locate(id, source, revision, token)
+        while (staged := self._staged(origin)) is None:
+            self._once(origin, lambda: self._read(origin))
+        return staged
+
+    def load(self, digest: str, slot: int) -> None:
+        """Makes a staged adapter available in a slot (from 1). On the CPU, host memory and slot are the same memory.
+
+        Raises AdapterNotFoundError if it is not staged, AdapterInUseError if the slot holds another adapter.
+        """
+        assert slot >= 1
+        with self._lock:
+            adapter = self._host.get(digest)
+        if adapter is None:
+            raise AdapterNotFoundError(f"no adapter with digest {digest[:64]!r} is staged")
+        weights = self._transfer.to_device(adapter.weights)
+        with self._lock:
+            occupant, _ = self._slots.setdefault(slot, (digest, weights))
+        if occupant != digest:
+            raise AdapterInUseError(f"slot {slot} holds another adapter: unload it first")
+
+    def unload(self, slot: int) -> None:
+        """Frees a slot, which no plan in flight may use. Does nothing to an empty one."""
+        with self._lock:
+            self._slots.pop(slot, None)
+
+    def unstage(self, digest: str) -> None:
+        """Forgets a staged adapter. Does nothing if it is not staged; raises AdapterInUseError if it is in a slot."""
+        with self._lock:
+            if any(occupant == digest for occupant, _ in self._slots.values()):
+                raise AdapterInUseError(f"the adapter with digest {digest[:64]!r} is in a slot: unload it first")
+            self._host.pop(digest, None)
+            self._digests = {origin: known for origin, known in self._digests.items() if known != digest}
+
+    def local_ids(self) -> list[str]:
+        """The ids in the adapter directory, sorted."""
+        return self._sources.local_ids()
+
+    def adapter_in(self, slot: int) -> AdapterWeights:
+        """The adapter in a slot; KeyError if it is empty."""
+        return self._slots[slot][1]
+
+    def _staged(self, origin: Origin) -> StagedAdapter | None:
+        with self._lock:
+            digest = self._digests.get(origin)
+            adapter = self._host.get(digest) if digest is not None else None
+        if digest is None or adapter is None:
+            return None
+        return StagedAdapter(digest, origin.source, origin.revision, adapter.lora_rank, adapter.weights.size_bytes)
+
+    def _read(self, origin: Origin) -> None:
+        files = origin.read()
+        digest = files.digest()
+        self._once(digest, lambda: self._hold(digest, files))
+        with self._lock:
+            self._digests[origin] = digest
+
+    def _hold(self, digest: str, files: AdapterFiles) -> None:
+        with self._lock:
+            if digest in self._host:
+                return
+        adapter = read_adapter(files, self._layouts, self._architecture, self._dtype)
+        weights = self._transfer.to_host(adapter.weights)
+        with self._lock:
+            self._host[digest] = replace(adapter, weights=weights)
+
+    def _once(self, key: Hashable, work: Callable[[], None]) -> None:
+        """Does the work, or waits for the call that is doing it and shares its outcome."""
+        future = Future[None]()
+        with self._lock:
+            running = self._running.setdefault(key, future)
+        if running is not future:
+            return running.result()
+        try:
+            work()
+            future.set_result(None)
+        except BaseException as error:
+            future.set_exception(error)
+            raise
+        finally:
+            with self._lock:
+                del self._running[key]

@@ -1,0 +1,117 @@
+"""Which modules an adapter's config means, and with what lora_rank and scale, by PEFT's rules. Knows no tensors."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from loraplex_protos.errors import AdapterInvalidError
+from loraplex_shard.lora.config import AdapterConfig
+from loraplex_shard.lora.patterns import matching_names
+
+_EMBEDDING = "model.embed_tokens"
+LM_HEAD = "lm_head"
+_PLAIN_NAME = re.compile(r"[\w.]+", re.ASCII)
+
+Value = TypeVar("Value", int, float)
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What an adapter does to one module: delta = scale * B(A x), where A is [lora_rank, in_features]."""
+
+    lora_rank: int
+    scale: float
+
+
+def find_targets(config: AdapterConfig, modules: Sequence[str]) -> dict[str, Target]:
+    """The targets among the model's linear modules, by name.
+
+    Raises AdapterInvalidError if there are none, or if the embedding is one.
+    """
+    names = (*modules, _EMBEDDING)
+    targeted = _targeted(config, names) - _excluded(config, names)
+    if _EMBEDDING in targeted:
+        raise AdapterInvalidError(
+            f"adapter_config.json: target_modules: not supported: an adapted embedding ({_EMBEDDING})"
+        )
+    if not targeted:
+        raise AdapterInvalidError(
+            "adapter_config.json: target_modules matches no linear layer of this model: the adapter was made for"
+            f" another base (this one has {', '.join(sorted({name.rpartition('.')[2] for name in modules}))})"
+        )
+    found = [module for module in modules if module in targeted]
+    lora_ranks = _by_pattern("rank_pattern", config.rank_pattern or {}, config.r, found)
+    alphas = _by_pattern("alpha_pattern", config.alpha_pattern or {}, config.lora_alpha, found)
+    return {module: _target(config, lora_ranks[module], alphas[module]) for module in found}
+
+
+def _target(config: AdapterConfig, lora_rank: int, alpha: float) -> Target:
+    # Rank-stabilized LoRA: arXiv 2312.03732.
+    return Target(lora_rank, alpha / (math.sqrt(lora_rank) if config.use_rslora else lora_rank))
+
+
+def _targeted(config: AdapterConfig, names: Sequence[str]) -> frozenset[str]:
+    modules = config.target_modules
+    if isinstance(modules, list):
+        listed = frozenset(modules)
+        return frozenset(name for name in names if _is_listed(name, listed) and _is_transformed(config, name))
+    if modules.lower() == "all-linear":
+        return frozenset(names) - {_EMBEDDING, LM_HEAD}
+    return matching_names("target_modules", [modules], names)[0]
+
+
+def _excluded(config: AdapterConfig, names: Sequence[str]) -> frozenset[str]:
+    modules = config.exclude_modules
+    if not modules:
+        return frozenset()
+    if isinstance(modules, list):
+        listed = frozenset(modules)
+        return frozenset(name for name in names if _is_listed(name, listed))
+    return matching_names("exclude_modules", [modules], names)[0]
+
+
+def _is_listed(name: str, modules: frozenset[str]) -> bool:
+    """Whether the list has the name, or what it ends with after a dot."""
+    parts = name.split(".")
+    return not modules.isdisjoint(".".join(parts[start:]) for start in range(len(parts)))
+
+
+def _is_transformed(config: AdapterConfig, name: str) -> bool:
+    """Whether layers_to_transform, if it is given, has the name's layer index."""
+    layers = config.layers_to_transform
+    if layers is None or layers == []:
+        return True
+    indices = [layers] if isinstance(layers, int) else layers
+    index = _layer_index(name, _layer_patterns(config))
+    return index is not None and index in indices
+
+
+def _layer_patterns(config: AdapterConfig) -> list[str]:
+    patterns = config.layers_pattern or []
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    for pattern in patterns:
+        if not _PLAIN_NAME.fullmatch(pattern):
+            raise AdapterInvalidError(
+                f"adapter_config.json: layers_pattern: {pattern[:100]!r} is not the name of a list of layers"
+            )
+    return patterns
+
+
+def _layer_index(name: str, patterns: list[str]) -> int | None:
+    """The number behind the first of the patterns that the name has; with no patterns, behind the first dotted name."""
+    expressions = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in patterns] or [r".*?\.[^.]*\.(\d+)\."]
+    for expression in expressions:
+        if match := re.match(expression, name):
+            return int(match[1])
+    return None
+
+
+def _by_pattern(field: str, patterns: Mapping[str, Value], default: Value, names: Sequence[str]) -> dict[str, Value]:
+    """Each name's value: of the first pattern that matches the name or what it ends with after a dot."""
+    matched = matching_names(field, [rf"(.*\.)?({pattern})" for pattern in patterns], names)
+    values = dict.fromkeys(names, default)
+    for value, matching in reversed(list(zip(patterns.values(), matched, strict=True))):
+        values.update(dict.fromkeys(matching, value))
+    return values

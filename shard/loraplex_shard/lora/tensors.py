@@ -1,0 +1,94 @@
+"""Reads the tensors of a safetensors file that is in memory already, without copying them.
+
+The library's own readers either map the file, and a file that shrinks under a map kills the process, or copy it while
+they hold the interpreter's lock, which delays the steps of running sequences.
+"""
+
+import json
+from typing import Annotated
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from loraplex_protos.errors import AdapterInvalidError
+
+_MAX_HEADER_BYTES = 4 * 2**20
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+
+_Count = Annotated[int, Field(ge=0, le=2**40)]
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    dtype: str
+    shape: list[_Count]
+    data_offsets: Annotated[list[_Count], Field(min_length=2, max_length=2)]
+
+
+_HEADER = TypeAdapter(dict[str, _Entry])
+
+
+def read_tensors(data: bytearray) -> dict[str, torch.Tensor]:
+    """The tensors by name; they are views of `data`.
+
+    Raises AdapterInvalidError if the file is cut short or malformed, or has a tensor that is not of a float dtype.
+    """
+    if len(data) < 8:
+        raise AdapterInvalidError(f"adapter_model.safetensors is cut short: it has {len(data)} bytes")
+    header_size = int.from_bytes(data[:8], "little")
+    if header_size > _MAX_HEADER_BYTES:
+        raise AdapterInvalidError("adapter_model.safetensors is no safetensors file: its header cannot be that large")
+    start = 8 + header_size
+    if start > len(data):
+        raise AdapterInvalidError("adapter_model.safetensors is cut short: its header is incomplete")
+    entries = _parse_header(bytes(data[8:start]))
+    _check_extents(entries, len(data) - start)
+    return {name: _view(data, start, entry) for name, entry in entries.items()}
+
+
+def _parse_header(header: bytes) -> dict[str, _Entry]:
+    try:
+        fields = json.loads(header)
+        if isinstance(fields, dict):
+            fields.pop("__metadata__", None)
+        return _HEADER.validate_python(fields)
+    except (ValueError, RecursionError, ValidationError):
+        raise AdapterInvalidError("adapter_model.safetensors is no safetensors file: its header is malformed") from None
+
+
+def _check_extents(entries: dict[str, _Entry], size: int) -> None:
+    """The tensors must lie one after the other, without gaps, up to the end of the file."""
+    end = 0
+    for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
+        if entry.dtype not in _DTYPES:
+            raise AdapterInvalidError(f"adapter_model.safetensors: {name} is of dtype {entry.dtype[:20]}, not a float")
+        expected = _numel(entry) * _DTYPES[entry.dtype].itemsize
+        if entry.data_offsets != [end, end + expected]:
+            raise AdapterInvalidError(f"adapter_model.safetensors is malformed: {name} is not where its shape puts it")
+        end += expected
+    if end > size:
+        raise AdapterInvalidError(f"adapter_model.safetensors is cut short: {end - size} bytes are missing at its end")
+    if end < size:
+        raise AdapterInvalidError(f"adapter_model.safetensors is malformed: {size - end} bytes belong to no tensor")
+
+
+def _view(data: bytearray, start: int, entry: _Entry) -> torch.Tensor:
+    dtype, count = _DTYPES[entry.dtype], _numel(entry)
+    if count == 0:  # torch.frombuffer takes no empty range
+        return torch.empty(entry.shape, dtype=dtype)
+    return torch.frombuffer(data, dtype=dtype, count=count, offset=start + entry.data_offsets[0]).view(entry.shape)
+
+
+def _numel(entry: _Entry) -> int:
+    count = 1
+    for dimension in entry.shape:
+        count *= dimension
+    return count
