@@ -50,8 +50,8 @@ class Sequence:
     tokens: list[int]  # the prompt, then the output so far
     adapter: Adapter
     max_new_tokens: int
-    sampling: Sampling = Sampling()
-    detail: Detail = Detail()
+    sampling: Sampling = field(default_factory=Sampling)
+    detail: Detail = field(default_factory=Detail)
 
     computed: int = 0
     in_flight: int = 0

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loraplex_protos.errors import InvalidRequestError
-from loraplex_router.text.chat import ChatTemplate, Message
+from loraplex_router.text.chat import Chat, ChatTemplate, Message
 from loraplex_router.text.detokenizer import Detokenizer
 from loraplex_router.text.stops import StopMatcher
 from loraplex_router.text.tokenizer import LONG_TEXT, Tokenizer
@@ -34,7 +34,7 @@ TOKENIZER = byte_tokenizer()
 
 
 async def ids(text: str) -> list[int]:
-    return [token.id for token in await TOKENIZER.encode(text)]
+    return await TOKENIZER.encode(text)
 
 
 @given(prompt=st.text(max_size=10), text=st.text(max_size=30))
@@ -96,30 +96,35 @@ def test_text_is_held_back_only_while_it_can_become_a_stop_string():
 
 
 def test_a_chat_template_renders_up_to_where_the_answer_begins():
-    messages = [Message("user", 'Hi "there" <b>'), Message("assistant", "Hello"), Message("user", "Bye")]
-    prompt = TOKENIZER.render_chat(messages)
+    messages = Message("user", 'Hi "there" <b>'), Message("assistant", "Hello"), Message("user", "Bye")
+    prompt = ChatTemplate(TEMPLATE, "", "</s>").render(Chat(messages))
     assert prompt == '<user>Hi "there" <b></s><assistant>Hello</s><user>Bye</s><assistant>'
 
 
 async def test_special_tokens_of_a_rendered_chat_become_single_tokens():
-    spans = await TOKENIZER.encode_chat([Message("user", "x")])
-    assert [TOKENIZER.token_text(span.id) for span in spans].count("</s>") == 1
+    tokens = await TOKENIZER.encode(Chat((Message("user", "x"),)))
+    assert [TOKENIZER.token_text(token) for token in tokens].count("</s>") == 1
 
 
-def test_messages_that_the_template_refuses_are_an_error_that_says_why():
+async def test_every_token_knows_its_place_in_the_text():
+    spans = await TOKENIZER.spans("aé")
+    assert [(span.text, span.start, span.stop) for span in spans] == [("a", 0, 1), ("é", 1, 2), ("é", 1, 2)]
+
+
+async def test_messages_that_the_template_refuses_are_an_error_that_says_why():
     with pytest.raises(InvalidRequestError, match=r"chat\.messages.*unknown role"):
-        TOKENIZER.render_chat([Message("tool", "x")])
+        await TOKENIZER.encode(Chat((Message("tool", "x"),)))
 
 
 def test_a_template_cannot_reach_outside_its_sandbox():
     template = ChatTemplate("{{ messages.__class__.__mro__[1].__subclasses__() }}", "", "")
     with pytest.raises(InvalidRequestError):
-        template.render([Message("user", "x")])
+        template.render(Chat((Message("user", "x"),)))
 
 
 def test_tojson_leaves_text_as_it_is():
     template = ChatTemplate("{{ messages[0].content | tojson }}", "", "")
-    assert json.loads(template.render([Message("user", "<é>")])) == "<é>"
+    assert json.loads(template.render(Chat((Message("user", "<é>"),)))) == "<é>"
 
 
 async def test_long_texts_give_the_same_tokens_as_short_ones():

@@ -90,19 +90,21 @@ class AdapterPool:
         self._free_slots.append(adapter.slot)
         adapter.slot, adapter.ready = None, False
 
-    def pop_over_budget(self) -> list[Adapter]:
-        """Drops the least recently used adapters that nobody needs until the others fit into host memory."""
+    def pop_over_budget(self, keep: Adapter) -> list[Adapter]:
+        """Drops the least recently used adapters that nobody needs, `keep` excepted, until the rest fit into host
+        memory."""
         excess = sum(adapter.size_bytes for adapter in self._staged.values()) - self._host_bytes
         dropped = []
         for adapter in list(self._staged.values()):
             if excess <= 0:
                 break
-            if adapter.slot is None and not adapter.waiting:
+            if adapter.slot is None and not adapter.waiting and adapter is not keep:
                 excess -= adapter.size_bytes
                 dropped.append(adapter)
                 self.remove(adapter)
         return dropped
 
     def remove(self, adapter: Adapter) -> None:
-        assert adapter.slot is None and not adapter.waiting and not adapter.in_use
+        """Forgets an idle adapter. If it holds a slot, the slot stays taken until `release_slot`."""
+        assert not adapter.waiting and not adapter.in_use
         del self._staged[adapter.digest]

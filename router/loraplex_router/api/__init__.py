@@ -1,0 +1,1 @@
+"""The faces: thin translations between a wire format and the service."""

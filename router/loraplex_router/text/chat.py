@@ -18,6 +18,13 @@ class Message:
     content: str
 
 
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """A conversation to be continued."""
+
+    messages: tuple[Message, ...]
+
+
 class ChatTemplate:
     """A compiled template, run in a sandbox with what `transformers` offers its templates.
 
@@ -39,12 +46,12 @@ class ChatTemplate:
             raise _invalid("the model has no chat template: send a text prompt")
         return template
 
-    def render(self, messages: list[Message]) -> str:
+    def render(self, chat: Chat) -> str:
         """The prompt, up to where the assistant's answer begins.
 
         Raises InvalidRequestError if the template refuses the messages, for example for the order of their roles.
         """
-        rows = [{"role": message.role, "content": message.content} for message in messages]
+        rows = [{"role": message.role, "content": message.content} for message in chat.messages]
         try:
             return self._template.render(messages=rows, add_generation_prompt=True, **self._tokens)
         except (jinja2.TemplateError, TypeError, ValueError) as error:

@@ -2,19 +2,21 @@
 
 import asyncio
 from dataclasses import dataclass
+from functools import partial
 
 import tokenizers
 
-from loraplex_router.text.chat import ChatTemplate, Message
+from loraplex_router.text.chat import Chat, ChatTemplate
 
 LONG_TEXT = 2000  # characters; tokenizing more than this would hold up other streams
 
 
 @dataclass(frozen=True, slots=True)
 class TokenSpan:
-    """One token of an input text: characters [start, stop)."""
+    """One token of an input text, and the part of the text that became it: characters [start, stop)."""
 
     id: int
+    text: str
     start: int
     stop: int
 
@@ -32,24 +34,31 @@ class Tokenizer:
         self._token_texts: dict[int, str] = {}
         self.chat_template = chat_template
 
-    async def encode(self, text: str, add_special_tokens: bool = True) -> list[TokenSpan]:
-        """The tokens of a text. Long texts are tokenized on a thread, without the interpreter's lock."""
-        if len(text) < LONG_TEXT:
-            encoding = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
-        else:
-            batch = await asyncio.to_thread(self._tokenizer.encode_batch, [text], add_special_tokens=add_special_tokens)
-            encoding = batch[0]
-        return [TokenSpan(i, start, stop) for i, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True)]
+    async def encode(self, prompt: str | Chat) -> list[int]:
+        """The tokens of a text, or of a conversation rendered up to where the answer begins. A text gets the special
+        tokens that the tokenizer adds (a BOS for example); a chat template writes its own.
 
-    async def encode_chat(self, messages: list[Message]) -> list[TokenSpan]:
-        """The tokens of a conversation rendered with the model's chat template, up to where the answer begins.
-
-        Raises InvalidRequestError if the template refuses the messages, or there is none.
+        Raises InvalidRequestError if the chat template refuses the messages, or the model has none.
         """
-        return await self.encode(self.render_chat(messages), add_special_tokens=False)
+        ids: list[int] = (await self._encode(self._render(prompt), isinstance(prompt, str))).ids
+        return ids
 
-    def render_chat(self, messages: list[Message]) -> str:
-        return ChatTemplate.require(self.chat_template).render(messages)
+    async def spans(self, prompt: str | Chat, add_special_tokens: bool = True) -> list[TokenSpan]:
+        """Like `encode`, with the place of each token in the text or the rendered conversation."""
+        text = self._render(prompt)
+        encoding = await self._encode(text, add_special_tokens and isinstance(prompt, str))
+        places = zip(encoding.ids, encoding.offsets, strict=True)
+        return [TokenSpan(token, text[start:stop], start, stop) for token, (start, stop) in places]
+
+    def _render(self, prompt: str | Chat) -> str:
+        return prompt if isinstance(prompt, str) else ChatTemplate.require(self.chat_template).render(prompt)
+
+    async def _encode(self, text: str, add_special_tokens: bool) -> tokenizers.Encoding:
+        """Long texts are tokenized on a thread, without the interpreter's lock."""
+        if len(text) < LONG_TEXT:
+            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        encode = partial(self._tokenizer.encode_batch, add_special_tokens=add_special_tokens)
+        return (await asyncio.to_thread(encode, [text]))[0]
 
     def decode(self, ids: list[int]) -> str:
         """The text of token ids, special tokens left out."""

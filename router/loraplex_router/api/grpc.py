@@ -1,0 +1,158 @@
+"""The gRPC face: generation.proto over the service."""
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from loraplex_protos import generation_pb2 as pb
+from loraplex_protos.errors import FieldViolation, InvalidRequestError, LoraplexError, to_status
+from loraplex_protos.generation_pb2_grpc import (
+    GenerationServiceServicer,
+    add_GenerationServiceServicer_to_server,
+)
+from loraplex_router.api.translation import (
+    Writer,
+    read_chat,
+    read_reference,
+    read_request,
+    write_status,
+)
+from loraplex_router.output import Delta
+from loraplex_router.request import AdapterReference, Violations, check_reference
+from loraplex_router.service import Service
+
+logger = logging.getLogger(__name__)
+
+SERVICE = pb.DESCRIPTOR.services_by_name["GenerationService"].full_name
+
+SERVER_OPTIONS = (
+    ("grpc.max_receive_message_length", 16 << 20),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.so_reuseport", 0),  # a second server on the same port is an error, not a lottery
+)
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class GenerationApi(GenerationServiceServicer):
+    """Deadlines and clients that leave are handled by gRPC, which cancels the handler."""
+
+    def __init__(self, service: Service, info: pb.GetModelInfoResponse) -> None:
+        self._service = service
+        self._info = info
+
+    async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
+        async with _answering(context):
+            generation = await self._service.generate(read_request(request))
+            try:
+                whole = [Delta() for _ in generation.outputs]
+                async for index, delta in generation.deltas():
+                    whole[index].text += delta.text
+                    whole[index].samples += delta.samples
+                    whole[index].finish_reason = delta.finish_reason
+                return Writer(generation, self._service.tokenizer).response(whole)
+            finally:
+                self._service.leave(generation)
+
+    async def GenerateStream(
+        self, request: pb.GenerateRequest, context: Context
+    ) -> AsyncIterator[pb.GenerateStreamResponse]:
+        async with _answering(context):
+            generation = await self._service.generate(read_request(request))
+            try:
+                writer = Writer(generation, self._service.tokenizer)
+                async for index, delta in generation.deltas():
+                    yield writer.event(index, delta)
+            finally:
+                self._service.leave(generation)
+
+    async def CancelGeneration(
+        self, request: pb.CancelGenerationRequest, context: Context
+    ) -> pb.CancelGenerationResponse:
+        async with _answering(context):
+            self._service.cancel(request.request_id)
+            return pb.CancelGenerationResponse()
+
+    async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
+        async with _answering(context):
+            tokenizer = self._service.tokenizer
+            if request.WhichOneof("input") is None:
+                raise InvalidRequestError(FieldViolation("input", "set text or chat"))
+            prompt = read_chat(request.chat) if request.HasField("chat") else request.text
+            spans = await tokenizer.spans(prompt, add_special_tokens=not request.skip_special_tokens)
+            return pb.TokenizeResponse(
+                tokens=[pb.TokenSpan(id=s.id, text=s.text, start=s.start, stop=s.stop) for s in spans]
+            )
+
+    async def ListAdapters(self, request: pb.ListAdaptersRequest, context: Context) -> pb.ListAdaptersResponse:
+        async with _answering(context):
+            statuses = await self._service.adapters.list()
+            return pb.ListAdaptersResponse(adapters=[write_status(status) for status in statuses])
+
+    async def LoadAdapter(self, request: pb.LoadAdapterRequest, context: Context) -> pb.LoadAdapterResponse:
+        async with _answering(context):
+            status = await self._service.adapters.load(_named_adapter(request.adapter))
+            return pb.LoadAdapterResponse(adapter=write_status(status))
+
+    async def UnloadAdapter(self, request: pb.UnloadAdapterRequest, context: Context) -> pb.UnloadAdapterResponse:
+        async with _answering(context):
+            await self._service.adapters.unload(_named_adapter(request.adapter))
+            return pb.UnloadAdapterResponse()
+
+    async def GetModelInfo(self, request: pb.GetModelInfoRequest, context: Context) -> pb.GetModelInfoResponse:
+        return self._info
+
+
+class GrpcServer:
+    """The gRPC port: the API, health and reflection. Healthy from `start` until `drain`."""
+
+    def __init__(self, api: GenerationApi) -> None:
+        self._server = grpc.aio.server(options=SERVER_OPTIONS)
+        self._health = health.aio.HealthServicer()
+        add_GenerationServiceServicer_to_server(api, self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self._server)
+
+    async def start(self, host: str, port: int) -> int:
+        """Listens; returns the port. Raises OSError if it is taken."""
+        try:
+            bound = self._server.add_insecure_port(f"{host}:{port}")
+        except RuntimeError as error:
+            raise OSError(f"cannot listen on {host}:{port}: {error}") from error
+        await self._server.start()
+        for name in ("", SERVICE):
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        return bound
+
+    async def drain(self) -> None:
+        """Tells health checks that no more requests are wanted."""
+        await self._health.enter_graceful_shutdown()
+
+    async def stop(self, grace: float) -> None:
+        await self._server.stop(grace)
+
+
+@asynccontextmanager
+async def _answering(context: Context) -> AsyncIterator[None]:
+    """Turns what is raised inside into the call's status."""
+    try:
+        yield
+    except LoraplexError as error:
+        await context.abort_with_status(to_status(error))
+    except Exception:
+        logger.exception("a call failed")
+        await context.abort_with_status(to_status(LoraplexError("internal error; the server's log has the details")))
+
+
+def _named_adapter(message: pb.AdapterReference) -> AdapterReference:
+    reference, found = read_reference(message), Violations()
+    check_reference(reference, found)
+    found.raise_any()
+    return reference

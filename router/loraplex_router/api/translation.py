@@ -1,0 +1,162 @@
+"""Between generation.proto and the router's own types."""
+
+from collections.abc import Iterable
+
+from loraplex_protos import generation_pb2 as pb
+from loraplex_protos.errors import FieldViolation, InvalidRequestError
+from loraplex_router.adapters.registry import AdapterStatus, Tier
+from loraplex_router.output import Delta, Generation, Sample, SequenceOutput
+from loraplex_router.request import AdapterReference, Request, SamplingOptions
+from loraplex_router.sequence import Detail, FinishReason
+from loraplex_router.text.chat import Chat, Message
+from loraplex_router.text.tokenizer import Tokenizer
+
+FINISH_REASONS = {
+    FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
+    FinishReason.END_TOKEN: pb.FINISH_REASON_END_TOKEN,
+    FinishReason.STOP_TEXT: pb.FINISH_REASON_STOP_TEXT,
+    FinishReason.CANCELLED: pb.FINISH_REASON_CANCELLED,
+}
+TIERS = {
+    Tier.DISK: pb.ADAPTER_TIER_DISK,
+    Tier.HOST: pb.ADAPTER_TIER_HOST,
+    Tier.DEVICE: pb.ADAPTER_TIER_DEVICE,
+}
+
+
+def read_request(message: pb.GenerateRequest) -> Request:
+    """Raises InvalidRequestError if there is no prompt; everything else is checked by the service."""
+    options = {field.name: value for field, value in message.sampling.ListFields()}
+    stopping = message.stopping
+    return Request(
+        prompt=_read_prompt(message),
+        request_id=message.request_id,
+        adapter=read_reference(message.adapter) if message.HasField("adapter") else None,
+        sampling=SamplingOptions(**options),
+        max_new_tokens=stopping.max_new_tokens if stopping.HasField("max_new_tokens") else None,
+        stop=tuple(stopping.stop),
+        stop_token_ids=tuple(stopping.stop_token_ids),
+        ignore_eos=stopping.ignore_eos,
+        n=message.n or 1,
+        detail=Detail(
+            logprobs=message.detail.logprobs or message.detail.top_logprobs > 0,
+            top_logprobs=message.detail.top_logprobs,
+            prompt_logprobs=message.detail.prompt_logprobs,
+        ),
+    )
+
+
+def _read_prompt(message: pb.GenerateRequest) -> str | Chat | tuple[int, ...]:
+    match message.WhichOneof("prompt"):
+        case "text":
+            return message.text
+        case "token_ids":
+            return tuple(message.token_ids.ids)
+        case "chat":
+            return read_chat(message.chat)
+        case _:
+            raise InvalidRequestError(FieldViolation("prompt", "set text, token_ids or chat"))
+
+
+def read_chat(chat: pb.Chat) -> Chat:
+    return Chat(tuple(Message(message.role, message.content) for message in chat.messages))
+
+
+def read_reference(reference: pb.AdapterReference) -> AdapterReference:
+    return AdapterReference(reference.id, reference.source, reference.revision, reference.token)
+
+
+class Writer:
+    """Writes one generation's answers."""
+
+    def __init__(self, generation: Generation, tokenizer: Tokenizer) -> None:
+        self._generation = generation
+        self._tokenizer = tokenizer
+        self._begun: set[int] = set()  # indexes of sequences that something was written of
+
+    def event(self, index: int, delta: Delta) -> pb.GenerateStreamResponse:
+        output = self._generation.outputs[index]
+        event = pb.GenerateStreamResponse(
+            request_id=self._generation.request_id, index=index, text=delta.text, tokens=self._tokens(delta.samples)
+        )
+        if index not in self._begun:
+            self._begun.add(index)
+            event.adapter_digest = self._generation.adapter_digest
+            if index == 0:
+                event.prompt.extend(self._prompt())
+        if delta.finish_reason:
+            event.finish_reason = _finish_reason(delta)
+            event.usage.CopyFrom(_usage(output))
+            if (seed := _seed(output)) is not None:
+                event.seed = seed
+        return event
+
+    def response(self, deltas: Iterable[Delta]) -> pb.GenerateResponse:
+        """The whole answer, from one delta per sequence."""
+        return pb.GenerateResponse(
+            request_id=self._generation.request_id,
+            sequences=[
+                pb.GeneratedSequence(
+                    text=delta.text,
+                    tokens=self._tokens(delta.samples),
+                    finish_reason=_finish_reason(delta),
+                    usage=_usage(output),
+                    seed=_seed(output),
+                )
+                for output, delta in zip(self._generation.outputs, deltas, strict=True)
+            ],
+            prompt=self._prompt(),
+            adapter_digest=self._generation.adapter_digest,
+        )
+
+    def _tokens(self, samples: Iterable[Sample]) -> list[pb.Token]:
+        text = self._tokenizer.token_text
+        return [
+            pb.Token(
+                id=sample.token,
+                text=text(sample.token),
+                logprob=sample.logprob,
+                alternatives=[pb.TokenLogprob(id=i, text=text(i), logprob=p) for i, p in sample.alternatives],
+            )
+            for sample in samples
+        ]
+
+    def _prompt(self) -> list[pb.PromptToken]:
+        """The prompt's tokens with their logprobs; none if not asked for, or cancelled before they were known."""
+        output = self._generation.outputs[0]
+        sequence = output.sequence
+        if not sequence.detail.prompt_logprobs or len(output.prompt_logprobs) < sequence.prompt_length - 1:
+            return []
+        tokens = sequence.tokens[: sequence.prompt_length]
+        logprobs = [None, *output.prompt_logprobs]
+        text = self._tokenizer.token_text
+        return [pb.PromptToken(id=i, text=text(i), logprob=p) for i, p in zip(tokens, logprobs, strict=True)]
+
+
+def _finish_reason(delta: Delta) -> pb.FinishReason.ValueType:
+    assert delta.finish_reason is not None
+    return FINISH_REASONS[delta.finish_reason]
+
+
+def _usage(output: SequenceOutput) -> pb.Usage:
+    return pb.Usage(
+        prompt_tokens=output.sequence.prompt_length,
+        cached_tokens=output.sequence.prefix_hit,
+        generated_tokens=output.generated,
+    )
+
+
+def _seed(output: SequenceOutput) -> int | None:
+    sampling = output.sequence.sampling
+    return sampling.seed if sampling.temperature > 0 else None
+
+
+def write_status(status: AdapterStatus) -> pb.AdapterStatus:
+    message = pb.AdapterStatus(id=status.id, source=status.source, revision=status.revision, tier=TIERS[status.tier])
+    if adapter := status.adapter:
+        message.digest = adapter.digest
+        message.lora_rank = adapter.lora_rank
+        message.size_bytes = adapter.size_bytes
+        message.running_sequences = adapter.running
+        message.waiting_sequences = adapter.waiting
+    return message

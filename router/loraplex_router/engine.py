@@ -1,0 +1,182 @@
+"""The engine: one task that schedules, sends plans, reads results and hands tokens out. The only writer of the
+scheduler's state.
+
+Plan n + 1 is sent before the result of plan n is read, so that the shards never wait for the router. A token that
+comes for a sequence which had already ended is dropped.
+"""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Iterator, Sequence
+
+from loraplex_protos import shard_pb2 as pb
+from loraplex_protos.errors import GenerationError, LoraplexError, UnavailableError
+from loraplex_router.adapters.pool import Adapter, AdapterPool, SlotClaim
+from loraplex_router.metrics import Metrics
+from loraplex_router.output import Generation, Sample, SequenceOutput
+from loraplex_router.scheduler import Scheduler
+from loraplex_router.sequence import Chunk, FinishReason, Plan
+from loraplex_router.shards import Shards, encode
+
+logger = logging.getLogger(__name__)
+
+DEPTH = 2  # plans in flight
+
+FAILURES = {pb.FAILURE_REASON_NOT_FINITE: "the model's output for this sequence held NaN or Inf"}
+
+
+class Engine:
+    """Runs generations to their end. `run` is its task; the other methods are called from the same event loop."""
+
+    def __init__(self, scheduler: Scheduler, pool: AdapterPool, shards: Shards, metrics: Metrics) -> None:
+        self._scheduler = scheduler
+        self._pool = pool
+        self._shards = shards
+        self._metrics = metrics
+        self._generations: dict[Generation, None] = {}
+        self._owners: dict[object, tuple[Generation, SequenceOutput]] = {}  # by Sequence
+        self._wakeup = asyncio.Event()
+        self._loads: set[asyncio.Task[None]] = set()
+        self._steps = 0
+        self._failure: UnavailableError | None = None
+
+    @property
+    def idle(self) -> bool:
+        return not self._generations
+
+    def submit(self, generation: Generation) -> None:
+        """Queues a generation's sequences. Raises UnavailableError if a shard was lost."""
+        if self._failure is not None:
+            raise self._failure
+        self._generations[generation] = None
+        for output in generation.outputs:
+            self._owners[output.sequence] = generation, output
+            self._scheduler.add(output.sequence)
+        self._wakeup.set()
+
+    def cancel(self, generation: Generation) -> None:
+        """Ends what still runs of it; its blocks are free by the next step. Does nothing if it has ended."""
+        for output in generation.outputs:
+            if output.finish_reason is None:
+                output.finish(FinishReason.CANCELLED)
+                self._scheduler.finish(output.sequence)
+        self._retire(generation)
+
+    async def run(self) -> None:
+        """Until cancelled. If a shard fails, every generation ends with UnavailableError, which is raised."""
+        try:
+            await self._loop()
+        except LoraplexError as error:
+            self._failure = UnavailableError(f"a shard failed: {error.message}")
+            for generation in list(self._generations):
+                self._end(generation, self._failure)
+            raise self._failure from error
+        finally:
+            for task in self._loads:
+                task.cancel()
+
+    async def _loop(self) -> None:
+        in_flight: deque[Plan] = deque()
+        while True:
+            for claim in self._scheduler.claim_slots():
+                self._start_load(claim)
+            plan = self._scheduler.schedule()
+            if plan is not None:
+                request = encode(plan, self._steps)
+                self._steps += 1
+                await self._shards.send(request)
+                in_flight.append(plan)
+            if len(in_flight) == DEPTH or (in_flight and plan is None):
+                self._apply(in_flight.popleft(), await self._shards.receive())
+            elif plan is None:
+                await self._wakeup.wait()
+            self._wakeup.clear()
+
+    # ---- results ---------------------------------------------------------------------------------------------
+
+    def _apply(self, plan: Plan, response: pb.StepResponse) -> None:
+        self._scheduler.complete(plan)
+        self._metrics.step(plan, response)
+        failures = dict(zip(response.failed_chunks, response.failure_reasons, strict=True))
+        prompt_logprobs = _read_prompt_logprobs(response, len(plan.chunks))
+        for place, (chunk, samples) in enumerate(zip(plan.chunks, _read_samples(response), strict=True)):
+            owner = self._owners.get(chunk.sequence)
+            if owner is None or chunk.sequence.finished:
+                continue
+            generation, output = owner
+            if place in failures:
+                self._fail(generation, chunk, FAILURES.get(failures[place], "unknown reason"))
+                continue
+            if prompt_logprobs[place]:
+                output.prompt_logprobs[chunk.start :] = prompt_logprobs[place]
+            for sample in samples:
+                self._scheduler.record(chunk.sequence, sample.token)
+                if output.push(sample):
+                    self._scheduler.finish(chunk.sequence)
+                    break
+            if generation.finished:
+                self._retire(generation)
+
+    def _fail(self, generation: Generation, chunk: Chunk, reason: str) -> None:
+        self._scheduler.fail(chunk.sequence)
+        self._end(generation, GenerationError(reason))
+
+    def _end(self, generation: Generation, error: LoraplexError) -> None:
+        generation.fail(error)
+        for output in generation.outputs:
+            self._scheduler.finish(output.sequence)
+        self._retire(generation)
+
+    def _retire(self, generation: Generation) -> None:
+        if generation in self._generations:
+            del self._generations[generation]
+            self._metrics.ended(generation)
+            for output in generation.outputs:
+                del self._owners[output.sequence]
+
+    # ---- adapters --------------------------------------------------------------------------------------------
+
+    def _start_load(self, claim: SlotClaim) -> None:
+        task = asyncio.create_task(self._load(claim))
+        self._loads.add(task)
+        task.add_done_callback(self._loads.discard)
+
+    async def _load(self, claim: SlotClaim) -> None:
+        try:
+            if claim.evicted:
+                await self._shards.unload(claim.slot)
+            await self._shards.load(claim.adapter.digest, claim.slot)
+        except LoraplexError as error:
+            logger.error("adapter %s cannot be loaded into slot %d: %s", claim.adapter.digest, claim.slot, error)
+            self._fail_waiting(claim.adapter, error)
+            self._pool.release_slot(claim.adapter)
+        else:
+            claim.adapter.ready = True
+        self._wakeup.set()
+
+    def _fail_waiting(self, adapter: Adapter, error: LoraplexError) -> None:
+        for generation in [g for g in self._generations if g.adapter_digest == adapter.digest]:
+            self._end(generation, error)
+
+
+def _read_samples(response: pb.StepResponse) -> Iterator[Sequence[Sample]]:
+    """The tokens of each chunk."""
+    alternatives = _read_alternatives(response)
+    logprobs = iter(response.logprobs)
+    tokens = iter(response.tokens)
+    for count in response.token_counts:
+        yield [Sample(next(tokens), next(logprobs, None), next(alternatives, ())) for _ in range(count)]
+
+
+def _read_alternatives(response: pb.StepResponse) -> Iterator[tuple[tuple[int, float], ...]]:
+    pairs = zip(response.alternative_tokens, response.alternative_logprobs, strict=True)
+    for count in response.alternative_counts:
+        yield tuple(next(pairs) for _ in range(count))
+
+
+def _read_prompt_logprobs(response: pb.StepResponse, chunks: int) -> list[list[float]]:
+    """Those of each chunk: of the tokens after its positions."""
+    values = iter(response.prompt_logprobs)
+    counts = response.prompt_logprob_counts or [0] * chunks
+    return [[next(values) for _ in range(count)] for count in counts]

@@ -1,0 +1,129 @@
+"""What a client gets to see of a generation: text and tokens as they become certain, merged while nobody reads."""
+
+import asyncio
+from collections.abc import AsyncIterator, Collection, Iterable
+from dataclasses import dataclass, field
+
+from loraplex_protos.errors import LoraplexError
+from loraplex_router.sequence import FinishReason, Sequence
+from loraplex_router.text.detokenizer import Detokenizer
+from loraplex_router.text.stops import StopMatcher
+from loraplex_router.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A token as the shard answered it."""
+
+    token: int
+    logprob: float | None = None
+    alternatives: tuple[tuple[int, float], ...] = ()  # (token, logprob), best first
+
+
+@dataclass(slots=True)
+class Delta:
+    """What is new since the reader last looked."""
+
+    text: str = ""
+    samples: list[Sample] = field(default_factory=list)
+    finish_reason: FinishReason | None = None  # set on the last one
+
+
+class SequenceOutput:
+    """Turns one sequence's tokens into deltas. A token is shown once all of its text is."""
+
+    def __init__(
+        self,
+        sequence: Sequence,
+        tokenizer: Tokenizer,
+        stops: Iterable[str],
+        end_token_ids: Collection[int],
+        wakeup: asyncio.Event,
+    ) -> None:
+        self.sequence = sequence
+        self.finish_reason: FinishReason | None = None
+        self.generated = 0  # tokens, those of a stop string included
+        self.prompt_logprobs: list[float] = []  # of the prompt's tokens but the first
+        self._detokenizer = Detokenizer(tokenizer, sequence.tokens[: sequence.prompt_length])
+        self._stops = StopMatcher(tuple(stops))
+        self._end_token_ids = end_token_ids
+        self._wakeup = wakeup
+        self._pending = Delta()
+        self._held: list[tuple[Sample, int]] = []  # with the length of the text up to each one's end
+        self._decoded = self._shown = 0  # characters
+
+    def push(self, sample: Sample) -> FinishReason | None:
+        """Takes the sequence's next token; answers why the sequence ends with it, if it does."""
+        self.generated += 1
+        ended = sample.token in self._end_token_ids
+        last = ended or self.sequence.output_length >= self.sequence.max_new_tokens
+        text = "" if ended else self._detokenizer.push(sample.token)
+        if last:
+            text += self._detokenizer.flush()
+        self._decoded += len(text)
+        self._held.append((sample, self._decoded))
+        shown, stopped = self._stops.feed(text)
+        if last and not stopped:
+            shown += self._stops.flush()
+        self._show(shown)
+        if stopped:
+            self.finish(FinishReason.STOP_TEXT)
+        elif last:
+            self.finish(FinishReason.END_TOKEN if ended else FinishReason.LENGTH)
+        return self.finish_reason
+
+    def finish(self, reason: FinishReason) -> None:
+        """Ends the output; what was held back is not shown."""
+        self.finish_reason = self._pending.finish_reason = reason
+        self._wakeup.set()
+
+    def take(self) -> Delta | None:
+        """What came since the last call, as one; None if that is nothing."""
+        delta = self._pending
+        if not (delta.text or delta.samples or delta.finish_reason):
+            return None
+        self._pending = Delta()
+        return delta
+
+    def _show(self, text: str) -> None:
+        self._shown += len(text)
+        self._pending.text += text
+        while self._held and self._held[0][1] <= self._shown:
+            self._pending.samples.append(self._held.pop(0)[0])
+        self._wakeup.set()
+
+
+class Generation:
+    """A request that runs: its sequences' outputs, read by one reader."""
+
+    def __init__(self, request_id: str, adapter_digest: str) -> None:
+        self.request_id = request_id
+        self.adapter_digest = adapter_digest
+        self.outputs: list[SequenceOutput] = []
+        self.error: LoraplexError | None = None
+        self._wakeup = asyncio.Event()
+
+    def add(self, sequence: Sequence, tokenizer: Tokenizer, stops: Iterable[str], end_ids: Collection[int]) -> None:
+        self.outputs.append(SequenceOutput(sequence, tokenizer, stops, end_ids, self._wakeup))
+
+    @property
+    def finished(self) -> bool:
+        return self.error is not None or all(output.finish_reason for output in self.outputs)
+
+    def fail(self, error: LoraplexError) -> None:
+        self.error = error
+        self._wakeup.set()
+
+    async def deltas(self) -> AsyncIterator[tuple[int, Delta]]:
+        """(index of the sequence, what is new of it), until all are finished. Raises the error that ended it."""
+        open_outputs = dict(enumerate(self.outputs))
+        while open_outputs:
+            await self._wakeup.wait()
+            self._wakeup.clear()
+            if self.error is not None:
+                raise self.error
+            for index, output in list(open_outputs.items()):
+                if delta := output.take():
+                    if delta.finish_reason:
+                        del open_outputs[index]
+                    yield index, delta

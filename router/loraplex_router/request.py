@@ -1,0 +1,159 @@
+"""The one internal request, whichever face it came through, and what can be wrong with it."""
+
+import re
+import secrets
+from dataclasses import dataclass, field
+
+from loraplex_protos.errors import FieldViolation, InvalidRequestError
+from loraplex_router.sequence import Detail, Sampling
+from loraplex_router.text.chat import Chat
+
+REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+MAX_N = 64
+MAX_STOPS = 16
+MAX_STOP_LENGTH = 256
+MAX_STOP_TOKENS = 64
+MAX_TOP_LOGPROBS = 32
+MAX_REFERENCE_LENGTH = 512
+SOURCES = ("", "local", "hub")
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterReference:
+    """How a request names an adapter. The registry turns it into content."""
+
+    id: str
+    source: str = ""
+    revision: str = ""
+    token: str = field(default="", repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingOptions:
+    """What the caller set; None where it left the choice to the server."""
+
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    typical_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    seed: int | None = None
+
+    def resolve(self, index: int = 0) -> Sampling:
+        """With the defaults applied, for sequence `index` of the request: see Sampling in generation.proto."""
+        narrowed = any(value is not None for value in (self.top_k, self.top_p, self.typical_p, self.min_p))
+        temperature = self.temperature if self.temperature is not None else float(narrowed)
+        seed = self.seed if self.seed is not None else secrets.randbits(64)
+        given = {name: getattr(self, name) for name in self.__slots__ if getattr(self, name) is not None}
+        return Sampling(**{**given, "temperature": temperature, "seed": (seed + index) % 2**64})
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A generation as a client asked for it."""
+
+    prompt: str | Chat | tuple[int, ...]  # text, a conversation, or token ids
+    request_id: str = ""
+    adapter: AdapterReference | None = None
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    max_new_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    n: int = 1
+    detail: Detail = field(default_factory=Detail)
+
+
+class Violations:
+    """Collects what is wrong, so that a caller sees all of it at once."""
+
+    def __init__(self) -> None:
+        self._found: list[FieldViolation] = []
+
+    def check(self, right: bool, name: str, description: str) -> None:
+        if not right:
+            self._found.append(FieldViolation(name, description))
+
+    def raise_any(self) -> None:
+        """Raises InvalidRequestError if anything was wrong."""
+        if self._found:
+            raise InvalidRequestError(*self._found)
+
+
+def check_request(request: Request, vocab_size: int) -> None:
+    """Raises InvalidRequestError naming every wrong field. The prompt's length is not known yet: see `room_for`."""
+    found = Violations()
+    found.check(
+        not request.request_id or REQUEST_ID.fullmatch(request.request_id) is not None,
+        "request_id",
+        "use at most 128 characters of A-Z a-z 0-9 . _ : -",
+    )
+    found.check(1 <= request.n <= MAX_N, "n", f"must be from 1 to {MAX_N}")
+    if isinstance(request.prompt, tuple):
+        known = all(token < vocab_size for token in request.prompt)
+        found.check(known, "token_ids", f"every id must be below {vocab_size}")
+    _check_sampling(request.sampling, found)
+    _check_stopping(request, vocab_size, found)
+    top = request.detail.top_logprobs
+    found.check(top <= MAX_TOP_LOGPROBS, "detail.top_logprobs", f"must be at most {MAX_TOP_LOGPROBS}")
+    if request.adapter is not None:
+        check_reference(request.adapter, found)
+    found.raise_any()
+
+
+def check_reference(reference: AdapterReference, found: Violations) -> None:
+    found.check(bool(reference.id), "adapter.id", "name an adapter, or leave `adapter` out for the base model")
+    for name in ("id", "revision", "token"):
+        value = getattr(reference, name)
+        found.check(len(value) <= MAX_REFERENCE_LENGTH, f"adapter.{name}", f"at most {MAX_REFERENCE_LENGTH} characters")
+    found.check(reference.source in SOURCES, "adapter.source", 'must be "local", "hub" or empty')
+
+
+def room_for(request: Request, prompt_length: int, max_model_len: int) -> int:
+    """How many tokens each sequence may generate.
+
+    Raises InvalidRequestError if the prompt is empty or the two do not fit into the context.
+    """
+    found = Violations()
+    found.check(prompt_length > 0, "prompt", "is empty: send text, chat messages or token ids")
+    room = max_model_len - prompt_length
+    found.check(
+        room >= 1, "prompt", f"has {prompt_length} tokens; at most {max_model_len - 1} leave room for an answer"
+    )
+    wanted = request.max_new_tokens
+    if wanted is not None and room >= 1:
+        limit = f"{prompt_length} prompt tokens leave room for {room} in a context of {max_model_len}"
+        found.check(wanted <= room, "stopping.max_new_tokens", f"{wanted} is too many: {limit}")
+    found.raise_any()
+    return wanted if wanted is not None else room
+
+
+def _check_sampling(options: SamplingOptions, found: Violations) -> None:
+    def within(name: str, low: float, high: float, low_allowed: bool, text: str) -> None:
+        value = getattr(options, name)
+        right = value is None or (low <= value <= high and (low_allowed or value > low))  # NaN is not
+        found.check(right, f"sampling.{name}", f"must be {text}")
+
+    largest = 3.4e38  # a finite float
+    within("temperature", 0, largest, True, "at least 0")
+    within("top_k", 1, largest, True, "at least 1, or absent to keep all tokens")
+    within("top_p", 0, 1, False, "above 0 and at most 1")
+    within("typical_p", 0, 1, False, "above 0 and at most 1")
+    within("min_p", 0, 1, True, "from 0 to 1")
+    within("repetition_penalty", 0, largest, False, "above 0")
+    within("frequency_penalty", -2, 2, True, "from -2 to 2")
+    within("presence_penalty", -2, 2, True, "from -2 to 2")
+
+
+def _check_stopping(request: Request, vocab_size: int, found: Violations) -> None:
+    wanted = request.max_new_tokens
+    found.check(wanted is None or wanted >= 1, "stopping.max_new_tokens", "must be at least 1, or absent")
+    found.check(len(request.stop) <= MAX_STOPS, "stopping.stop", f"at most {MAX_STOPS} texts")
+    lengths = all(1 <= len(stop) <= MAX_STOP_LENGTH for stop in request.stop)
+    found.check(lengths, "stopping.stop", f"each text must have 1 to {MAX_STOP_LENGTH} characters")
+    tokens = request.stop_token_ids
+    found.check(len(tokens) <= MAX_STOP_TOKENS, "stopping.stop_token_ids", f"at most {MAX_STOP_TOKENS} ids")
+    found.check(all(t < vocab_size for t in tokens), "stopping.stop_token_ids", f"every id must be below {vocab_size}")

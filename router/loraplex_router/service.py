@@ -1,0 +1,131 @@
+"""What the faces call: checks a request whole, tokenizes it, resolves its adapter and hands it to the engine."""
+
+import secrets
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from loraplex_protos.errors import (
+    FieldViolation,
+    InvalidRequestError,
+    OverloadedError,
+    RequestNotFoundError,
+    UnavailableError,
+)
+from loraplex_router.adapters.registry import AdapterRegistry
+from loraplex_router.engine import Engine
+from loraplex_router.output import Generation
+from loraplex_router.request import Request, check_request, room_for
+from loraplex_router.scheduler import Scheduler
+from loraplex_router.sequence import Sequence
+from loraplex_router.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceLimits:
+    max_model_len: int  # prompt and output together
+    vocab_size: int
+    max_queue: int  # sequences that wait
+    end_token_ids: tuple[int, ...]
+
+
+class Service:
+    """The router's operations, for every face alike. All raise LoraplexError."""
+
+    def __init__(
+        self,
+        limits: ServiceLimits,
+        tokenizer: Tokenizer,
+        adapters: AdapterRegistry,
+        scheduler: Scheduler,
+        engine: Engine,
+    ) -> None:
+        self.limits = limits
+        self.tokenizer = tokenizer
+        self.adapters = adapters
+        self.draining = False
+        self._scheduler = scheduler
+        self._engine = engine
+        self._generations: dict[str, Generation | None] = {}  # None: not queued yet
+        self._preparing = 0  # sequences of requests that are not queued yet
+        self._arrivals = 0
+
+    @property
+    def idle(self) -> bool:
+        return not self._preparing and self._engine.idle
+
+    async def generate(self, request: Request) -> Generation:
+        """Admits a request and queues its sequences. The caller reads the generation and then must `leave` it.
+
+        Everything that can be wrong with the request is raised from here, before anything is generated.
+        """
+        check_request(request, self.limits.vocab_size)
+        self._admit(request)
+        request_id = self._name(request)
+        self._generations[request_id] = None
+        self._preparing += request.n
+        try:
+            prompt = await self._encode(request)
+            room = room_for(request, len(prompt), self.limits.max_model_len)
+            adapter = await self.adapters.resolve(request.adapter)
+            generation = Generation(request_id, adapter.digest)
+            for index in range(request.n):
+                sequence = Sequence(
+                    number=self._next_number(),
+                    prompt_length=len(prompt),
+                    tokens=list(prompt),
+                    adapter=adapter,
+                    max_new_tokens=room,
+                    sampling=request.sampling.resolve(index),
+                    detail=request.detail,
+                )
+                generation.add(sequence, self.tokenizer, request.stop, self._end_token_ids(request))
+            self._engine.submit(generation)
+        except BaseException:
+            del self._generations[request_id]
+            raise
+        finally:
+            self._preparing -= request.n
+        self._generations[request_id] = generation
+        return generation
+
+    def leave(self, generation: Generation) -> None:
+        """The reader is done with it, or gone: ends what still runs."""
+        self._engine.cancel(generation)
+        del self._generations[generation.request_id]
+
+    def cancel(self, request_id: str) -> None:
+        """Ends a request; its reader sees it finish as cancelled. Raises RequestNotFoundError."""
+        generation = self._generations.get(request_id)
+        if generation is None:
+            raise RequestNotFoundError(f"no request {request_id!r} is running")
+        self._engine.cancel(generation)
+
+    def cancel_all(self) -> None:
+        for generation in list(self._generations.values()):
+            if generation is not None:
+                self._engine.cancel(generation)
+
+    async def _encode(self, request: Request) -> list[int]:
+        if isinstance(request.prompt, tuple):
+            return list(request.prompt)
+        return await self.tokenizer.encode(request.prompt)
+
+    def _admit(self, request: Request) -> None:
+        if self.draining:
+            raise UnavailableError("the server is shutting down")
+        if self._scheduler.num_waiting + self._preparing + request.n > self.limits.max_queue:
+            raise OverloadedError(f"{self.limits.max_queue} sequences are waiting already: try again later")
+
+    def _name(self, request: Request) -> str:
+        request_id = request.request_id or secrets.token_hex(8)
+        if request_id in self._generations:
+            raise InvalidRequestError(FieldViolation("request_id", "a request with this id is running"))
+        return request_id
+
+    def _next_number(self) -> int:
+        self._arrivals += 1
+        return self._arrivals
+
+    def _end_token_ids(self, request: Request) -> Collection[int]:
+        own = () if request.ignore_eos else self.limits.end_token_ids
+        return frozenset(own) | frozenset(request.stop_token_ids)

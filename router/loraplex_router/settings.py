@@ -1,0 +1,44 @@
+"""What the router can be told. The command turns each field into a flag and a LORAPLEX_* variable of its name."""
+
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class EdgeSettings(BaseModel):
+    """Where clients reach the router, and how much it takes on."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    host: str = Field("127.0.0.1", description="Address to listen on. 0.0.0.0: every network of this machine.")
+    http_port: int = Field(3000, ge=0, le=65535, description="Port of /health and /metrics. 0: any free one.")
+    grpc_port: int = Field(50051, ge=0, le=65535, description="Port of the gRPC API. 0: any free one.")
+    max_batch_tokens: int = Field(
+        256, ge=1, le=65536, description="Tokens computed per step: more is faster on long prompts, less is smoother."
+    )
+    max_queue: int = Field(
+        1024, ge=1, description="Sequences that may wait; requests beyond are refused with RESOURCE_EXHAUSTED."
+    )
+    max_adapters_on_device: int = Field(
+        64, ge=1, le=65535, description="Adapters that sequences can run with at the same time."
+    )
+    adapter_host_gib: float = Field(
+        4.0, gt=0, description="Host memory for adapters, over all ranks, in GiB; the least recently used leave it."
+    )
+    drain_seconds: float = Field(
+        30.0, ge=0, description="How long running requests may go on after SIGTERM before they are cancelled."
+    )
+
+
+class RouterSettings(EdgeSettings):
+    """One router and the group of shards that it drives."""
+
+    shards: tuple[str, ...] = Field(
+        description="Addresses of the group's ranks, rank 0 first: HOST:PORT or unix:PATH, separated by commas."
+    )
+
+    @model_validator(mode="after")
+    def _has_shards(self) -> Self:
+        if not self.shards:
+            raise ValueError("shards: name the address of at least one rank")
+        return self
