@@ -15,6 +15,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGUF_MAGIC,
 from loraplex_shard.checkpoint.base import CheckpointError
 
 Bytes = np.ndarray[tuple[int], np.dtype[np.uint8]]
+ByteRows = np.ndarray[tuple[int, int], np.dtype[np.uint8]]
 MetadataValue = int | float | bool | str | list["MetadataValue"]
 
 _SCALARS = {
@@ -39,7 +40,7 @@ class GgufTensor:
 
     shape: tuple[int, ...]  # rows first, as in torch
     kind: GGMLQuantizationType
-    data: np.ndarray[tuple[int, int], np.dtype[np.uint8]]
+    data: ByteRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,9 @@ class GgufFile:
 
 def read_gguf(path: Path) -> GgufFile:
     """Raises CheckpointError if the file is not GGUF, or is cut short."""
-    content = np.memmap(path, dtype=np.uint8, mode="r") if path.stat().st_size else np.empty(0, np.uint8)
+    if path.stat().st_size == 0:
+        raise CheckpointError(f"{path.name}: the file is empty")
+    content: Bytes = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))  # still mapped, without memmap's overhead
     try:
         return _read(content)
     except (struct.error, ValueError, LookupError) as error:
