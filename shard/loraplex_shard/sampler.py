@@ -6,6 +6,7 @@ Penalties need no state of their own; they are counted from the tokens. Knows no
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -31,7 +32,6 @@ PARAMETERS = np.dtype(
 HEAD = 512
 
 _GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
-
 
 # Takes the logits of some rows and columns [rows, 1] of their parameters; returns the changed logits.
 Stage = Callable[..., Tensor]
@@ -124,30 +124,30 @@ def _apply(stage: Stage, logits: Tensor, needed: NDArray[np.bool_], *columns: ND
 
 
 def _on_device(column: NDArray[np.generic], logits: Tensor) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(column)).to(logits.device)[:, None]
+    # A copy, since torch does not take the strides of a record's field.
+    return torch.from_numpy(column.copy()).to(logits.device)[:, None]
 
 
 def _penalized(logits: Tensor, parameters: NDArray[np.void], history: History) -> Tensor:
-    repeated = parameters["repetition_penalty"] != 1
-    if repeated.any():
-        counts = _counts(history.select(repeated), logits, of_prompt=True)
-        logits = _apply(
-            lambda some, penalty: torch.where(counts > 0, torch.where(some > 0, some / penalty, some * penalty), some),
-            logits,
-            repeated,
-            parameters["repetition_penalty"],
-        )
-    counted = (parameters["frequency_penalty"] != 0) | (parameters["presence_penalty"] != 0)
-    if counted.any():
-        output_counts = _counts(history.select(counted), logits, of_prompt=False)
-        logits = _apply(
-            lambda some, frequency, presence: some - frequency * output_counts - presence * (output_counts > 0),
-            logits,
-            counted,
-            parameters["frequency_penalty"],
-            parameters["presence_penalty"],
-        )
+    repetition, frequency, presence = (
+        parameters[f"{name}_penalty"] for name in ("repetition", "frequency", "presence")
+    )
+    if (needed := repetition != 1).any():
+        counts = _counts(history.select(needed), logits, of_prompt=True)
+        logits = _apply(partial(_divide_repeated, counts), logits, needed, repetition)
+    if (needed := (frequency != 0) | (presence != 0)).any():
+        counts = _counts(history.select(needed), logits, of_prompt=False)
+        logits = _apply(partial(_subtract_counted, counts), logits, needed, frequency, presence)
     return logits
+
+
+def _divide_repeated(counts: Tensor, logits: Tensor, penalty: Tensor) -> Tensor:
+    """Makes what occurred less likely (CTRL, arXiv 1909.05858)."""
+    return torch.where(counts > 0, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def _subtract_counted(counts: Tensor, logits: Tensor, frequency: Tensor, presence: Tensor) -> Tensor:
+    return logits - frequency * counts - presence * (counts > 0)
 
 
 def _counts(history: History, logits: Tensor, of_prompt: bool) -> Tensor:

@@ -48,22 +48,24 @@ class StepStreamBrokenError(LoraplexError):
 
 
 def run(settings: ShardSettings, progress: Progress | None = None) -> None:
-    """Loads and serves one rank until SIGTERM or SIGINT, which raise SystemExit(0).
+    """Loads and serves one rank until SIGTERM or SIGINT, which raise SystemExit(0). Call it from the main thread.
 
     `progress` is called while loading, as load_decoder says. Raises SettingsError, CheckpointError or GroupSizeError
     before the port opens. With tensor parallelism it raises StepStreamBrokenError once a step failed or the router
     was lost in the middle of a stream: the ranks may be out of step then, and all of them end likewise and are
     started again by whoever supervises them.
     """
-    for number in signal.SIGTERM, signal.SIGINT:
-        signal.signal(number, _exit)
     torch.set_num_threads(settings.threads or max(1, torch.get_num_threads() // settings.tp))
     checkpoint = open_checkpoint(settings.model, settings.revision, None)
     device = machine.pick_device(settings.rank)
     group = Group.connect(settings.rank, settings.tp, settings.rendezvous, device)
+    # Only now, since the wait for the other ranks would not be interrupted by a handler.
+    for number in signal.SIGTERM, signal.SIGINT:
+        signal.signal(number, _exit)
     broken = threading.Event()
     try:
-        server = _start(settings, _load(settings, checkpoint, group, device, progress, broken))
+        server = start(_load(settings, checkpoint, group, device, progress, broken), settings.listen)
+        logger.info("rank %d of %d serves at %s", settings.rank, settings.tp, settings.listen)
         try:
             broken.wait()
         finally:
@@ -71,6 +73,22 @@ def run(settings: ShardSettings, progress: Progress | None = None) -> None:
     finally:
         group.close()
     raise StepStreamBrokenError(f"rank {settings.rank}: a step failed or its stream broke; start the group again")
+
+
+def start(service: ShardService, listen: str) -> grpc.Server:
+    """Opens the port and answers there, also for health checks. SettingsError if the port cannot be opened."""
+    server = grpc.server(ThreadPoolExecutor(WORKERS, thread_name_prefix="shard"), options=OPTIONS)
+    add_ShardServiceServicer_to_server(service, server)
+    states = health.HealthServicer()
+    for name in "", DESCRIPTOR.services_by_name["ShardService"].full_name:
+        states.set(name, HealthCheckResponse.SERVING)
+    health_pb2_grpc.add_HealthServicer_to_server(states, server)
+    try:
+        server.add_insecure_port(listen)
+    except RuntimeError as error:
+        raise SettingsError(f"listen: cannot open {listen}; is another process there?") from error
+    server.start()
+    return server
 
 
 def _load(
@@ -115,22 +133,6 @@ def _load(
         # A single rank has nobody to be out of step with: the next stream starts from nothing.
         on_broken_stream=broken.set if group.size > 1 else lambda: None,
     )
-
-
-def _start(settings: ShardSettings, service: ShardService) -> grpc.Server:
-    server = grpc.server(ThreadPoolExecutor(WORKERS, thread_name_prefix="shard"), options=OPTIONS)
-    add_ShardServiceServicer_to_server(service, server)
-    states = health.HealthServicer()
-    for name in "", DESCRIPTOR.services_by_name["ShardService"].full_name:
-        states.set(name, HealthCheckResponse.SERVING)
-    health_pb2_grpc.add_HealthServicer_to_server(states, server)
-    try:
-        server.add_insecure_port(settings.listen)
-    except RuntimeError as error:
-        raise SettingsError(f"listen: cannot listen at {settings.listen}") from error
-    server.start()
-    logger.info("rank %d of %d serves at %s", settings.rank, settings.tp, settings.listen)
-    return server
 
 
 def _exit(signal_number: int, frame: FrameType | None) -> None:

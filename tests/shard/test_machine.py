@@ -1,0 +1,89 @@
+"""What the settings come to on this machine: dtype, context and size of the cache."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from loraplex_shard import machine
+from loraplex_shard.parallel import Group
+from loraplex_shard.settings import ModelSettings, SettingsError
+
+CPU = torch.device("cpu")
+CUDA = torch.device("cuda")
+BLOCK_BYTES = 1 << 16
+
+
+def test_a_dtype_that_was_asked_for_is_used() -> None:
+    assert machine.pick_dtype("float16", LlamaConfig(dtype="float32"), CPU) == torch.float16
+
+
+def test_auto_is_the_dtype_of_the_checkpoint_on_a_gpu() -> None:
+    assert machine.pick_dtype("auto", LlamaConfig(dtype="float16"), CUDA) == torch.float16
+    assert machine.pick_dtype("auto", LlamaConfig(), CUDA) == torch.bfloat16
+
+
+def test_auto_on_a_cpu_is_one_that_it_computes_natively() -> None:
+    native = any(torch.cpu.get_capabilities()[name] for name in ("avx512_bf16", "amx_bf16"))
+    expected = torch.bfloat16 if native else torch.float32
+    assert machine.pick_dtype("auto", LlamaConfig(dtype="float16"), CPU) == expected
+
+
+@pytest.mark.parametrize(
+    ("rope", "longest"),
+    [
+        ({"rope_type": "default", "rope_theta": 1e4}, 1024),
+        ({"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}, 2048),
+        ({"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 512}, 2048),
+    ],
+)
+def test_the_context_is_what_the_model_was_made_for(rope: dict[str, object], longest: int) -> None:
+    config = LlamaConfig(max_position_embeddings=1024, rope_parameters=rope)
+    assert machine.longest_context(ModelSettings(), config) == longest
+    assert machine.longest_context(ModelSettings(max_model_len=longest), config) == longest
+    with pytest.raises(SettingsError, match=f"max_model_len: {longest + 1} is more than the {longest}"):
+        machine.longest_context(ModelSettings(max_model_len=longest + 1), config)
+
+
+def test_the_number_of_blocks_can_be_set() -> None:
+    assert machine.count_blocks(ModelSettings(kv_blocks=7), 1024, BLOCK_BYTES, CPU) == 7
+
+
+def test_no_more_blocks_than_the_sequences_can_fill() -> None:
+    settings = ModelSettings(max_sequences=2)
+    assert machine.count_blocks(settings, 33, 1, CPU) == 2 * 3
+    assert machine.count_blocks(settings.model_copy(update={"kv_blocks": 100}), 33, 1, CPU) == 2 * 3
+
+
+def test_ranks_share_the_memory() -> None:
+    alone = machine.count_blocks(ModelSettings(max_sequences=4096), 1 << 30, BLOCK_BYTES, CPU)
+    shared = machine.count_blocks(ModelSettings(max_sequences=4096, tp=4), 1 << 30, BLOCK_BYTES, CPU)
+    assert 0 < shared < alone / 2
+
+
+def test_too_little_memory_for_one_block_is_an_error() -> None:
+    with pytest.raises(SettingsError, match="kv_blocks: not one block"):
+        machine.count_blocks(ModelSettings(), 1024, 1 << 60, CPU)
+
+
+def test_the_container_limits_the_memory(tmp_path: Path) -> None:
+    whole = machine.available_memory(tmp_path)
+    (tmp_path / "memory.current").write_text("4096\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert machine.available_memory(tmp_path) > whole / 2
+    (tmp_path / "memory.max").write_text("12288\n")
+    assert machine.available_memory(tmp_path) == 8192
+    (tmp_path / "memory.max").write_text("1024\n")
+    assert machine.available_memory(tmp_path) == 0
+
+
+def test_a_group_of_one_agrees_with_itself() -> None:
+    assert machine.fewest(Group(0, 1), 42, CPU) == 42
+
+
+def test_the_context_shrinks_to_the_cache_unless_it_was_asked_for() -> None:
+    assert machine.fit_context(ModelSettings(), 1024, 4) == 4 * machine.BLOCK_SIZE
+    assert machine.fit_context(ModelSettings(), 1024, 1024) == 1024
+    with pytest.raises(SettingsError, match="max_model_len: the KV cache has 4 blocks"):
+        machine.fit_context(ModelSettings(max_model_len=100), 100, 4)

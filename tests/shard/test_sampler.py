@@ -1,0 +1,248 @@
+"""The sampler against transformers' processors, against exact probabilities, and against itself in other batches."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
+
+from loraplex_shard.sampler import HEAD, PARAMETERS, History, likeliest, logprobs, sample, uniforms, warped
+
+VOCAB = 3 * HEAD
+GREEDY = {"temperature": 0, "top_p": 1, "typical_p": 1, "repetition_penalty": 1}
+RANDOM = {**GREEDY, "temperature": 1}
+
+
+def parameters(*sequences: dict[str, float]) -> NDArray[np.void]:
+    rows = np.zeros(len(sequences), PARAMETERS)
+    for row, values in zip(rows, sequences, strict=True):
+        for name, value in values.items():
+            row[name] = value
+    return rows
+
+
+def random_logits(count: int, vocab: int = VOCAB, scale: float = 3, seed: int = 0) -> torch.Tensor:
+    return torch.randn(count, vocab, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def history(*sequences: tuple[list[int], int]) -> History:
+    """Of (tokens, prompt length) each; what lies behind the tokens must not matter."""
+    tokens = torch.full((len(sequences), max(len(ids) for ids, _ in sequences) + 3), -7, dtype=torch.int32)
+    for row, (ids, _) in enumerate(sequences):
+        tokens[row, : len(ids)] = torch.tensor(ids)
+    lengths = np.array([len(ids) for ids, _ in sequences])
+    return History(tokens, np.arange(len(sequences)), np.array([prompt for _, prompt in sequences]), lengths)
+
+
+@pytest.mark.parametrize(
+    ("values", "warper"),
+    [
+        ({"temperature": 0.7}, TemperatureLogitsWarper(0.7)),
+        ({"top_k": 1}, TopKLogitsWarper(1)),
+        ({"top_k": 50}, TopKLogitsWarper(50)),
+        ({"top_k": VOCAB + 1}, TopKLogitsWarper(VOCAB)),
+        ({"top_p": 0.01}, TopPLogitsWarper(0.01)),
+        ({"top_p": 0.8}, TopPLogitsWarper(0.8)),
+        ({"top_p": 0.999}, TopPLogitsWarper(0.999)),
+        ({"min_p": 0.05}, MinPLogitsWarper(0.05)),
+        ({"min_p": 1}, MinPLogitsWarper(1.0)),
+        ({"typical_p": 0.2}, TypicalLogitsWarper(0.2)),
+        ({"typical_p": 0.95}, TypicalLogitsWarper(0.95)),
+        (
+            {"temperature": 1.5, "top_k": 700, "top_p": 0.9, "min_p": 0.001, "typical_p": 0.8},
+            LogitsProcessorList(
+                [
+                    TemperatureLogitsWarper(1.5),
+                    TopKLogitsWarper(700),
+                    TopPLogitsWarper(0.9),
+                    MinPLogitsWarper(0.001),
+                    TypicalLogitsWarper(0.8),
+                ]
+            ),
+        ),
+    ],
+)
+@pytest.mark.parametrize("scale", [0.1, 3, 20])
+def test_warping_equals_transformers(
+    values: dict[str, float], warper: Callable[[None, torch.Tensor], torch.Tensor], scale: float
+) -> None:
+    logits = random_logits(4, scale=scale)
+    warped_logits = warped(logits, parameters(*[{**RANDOM, **values}] * 4))
+    expected = warper(None, logits)
+    torch.testing.assert_close(warped_logits.softmax(-1), expected.softmax(-1))
+    assert torch.equal(warped_logits.isneginf(), expected.isneginf())
+
+
+def test_each_row_is_warped_by_its_own_parameters() -> None:
+    logits = random_logits(5)
+    each = [RANDOM, {**RANDOM, "top_k": 3}, {**RANDOM, "top_p": 0.5}, {**RANDOM, "min_p": 0.3}, {**RANDOM, "top_k": 9}]
+    kept = (~warped(logits, parameters(*each)).isneginf()).sum(-1).tolist()
+    assert kept[0] == VOCAB
+    assert (kept[1], kept[4]) == (3, 9)
+    for row in range(5):
+        alone = warped(logits[row : row + 1], parameters(each[row]))
+        assert torch.equal(warped(logits, parameters(*each))[row], alone[0])
+
+
+def test_repetition_penalty_equals_transformers() -> None:
+    logits = random_logits(2)
+    sequences = ([5, 9, 9, 2], 2), ([VOCAB - 1, 0], 1)
+    tokens = sample(logits, parameters(*[{**GREEDY, "repetition_penalty": 40.0}] * 2), history(*sequences))
+    for row, (ids, _) in enumerate(sequences):
+        processor = RepetitionPenaltyLogitsProcessor(40.0)
+        assert tokens[row] == processor(torch.tensor([ids]), logits[row : row + 1]).argmax()
+
+
+def test_repetition_penalty_counts_prompt_and_output() -> None:
+    logits = torch.tensor([[3.0, 2.9, 2.8, -1.0]])
+    with_penalty = parameters({**GREEDY, "repetition_penalty": 2})
+    assert sample(logits, with_penalty, history(([0], 1))).item() == 1
+    assert sample(logits, with_penalty, history(([0, 1], 1))).item() == 2
+    negative = torch.tensor([[-1.0, -1.5, -3.0]])
+    assert sample(negative, with_penalty, history(([0], 1))).item() == 1
+
+
+def test_frequency_and_presence_penalties_count_the_output_only() -> None:
+    logits = torch.tensor([[3.0, 2.0, 0.0]])
+    frequency, presence = {**GREEDY, "frequency_penalty": 0.4}, {**GREEDY, "presence_penalty": 0.4}
+    thrice, prompt = history(([2, 0, 0, 0], 1)), history(([0, 0, 0, 2], 3))
+    assert sample(logits, parameters(frequency), thrice).item() == 1
+    assert sample(logits, parameters(frequency), prompt).item() == 0
+    assert sample(logits, parameters(presence), thrice).item() == 0
+    assert sample(logits, parameters({**presence, "presence_penalty": 1.1}), thrice).item() == 1
+    assert sample(logits, parameters({**presence, "presence_penalty": -2.1}), history(([0, 2], 1))).item() == 0
+    assert sample(logits, parameters({**GREEDY, "presence_penalty": -1.1}), history(([0, 1], 1))).item() == 1
+
+
+def test_penalties_of_some_do_not_touch_the_others() -> None:
+    logits = torch.tensor([[3.0, 2.0]]).repeat(3, 1)
+    each = parameters(GREEDY, {**GREEDY, "repetition_penalty": 5}, GREEDY)
+    assert sample(logits, each, history(([0], 1), ([0], 1), ([0], 1))).tolist() == [0, 1, 0]
+
+
+def test_logits_stay_as_they_are() -> None:
+    logits = random_logits(2)
+    before = logits.clone()
+    everything = {"temperature": 0.5, "top_k": 4, "top_p": 0.5, "typical_p": 0.5, "min_p": 0.1, "seed": 3}
+    penalties = {"repetition_penalty": 2, "frequency_penalty": 1, "presence_penalty": 1}
+    sample(logits, parameters({**everything, **penalties}, GREEDY), history(([1, 2], 1), ([3], 1)))
+    assert torch.equal(logits, before)
+
+
+def test_greedy_takes_the_first_of_equals() -> None:
+    logits = torch.zeros(1, VOCAB)
+    logits[0, [700, 40, 1000]] = 1
+    assert sample(logits, parameters(GREEDY), history(([0], 1))).item() == 40
+
+
+def test_a_tiny_temperature_takes_the_likeliest() -> None:
+    logits = random_logits(3, scale=50)
+    tokens = sample(logits, parameters(*[{**RANDOM, "temperature": 1e-38}] * 3), history(*[([0], 1)] * 3))
+    assert torch.equal(tokens, logits.argmax(-1))
+
+
+def test_a_row_with_nan_yields_a_valid_token_and_spares_the_others() -> None:
+    logits = random_logits(3, vocab=20)
+    each = parameters(
+        {**RANDOM, "seed": 1}, {**RANDOM, "top_p": 0.5, "typical_p": 0.5, "top_k": 3, "min_p": 0.1}, RANDOM
+    )
+    expected = sample(logits, each, history(*[([0], 1)] * 3))
+    logits[1] = torch.nan
+    tokens = sample(logits, each, history(*[([0], 1)] * 3))
+    assert 0 <= tokens[1] < 20
+    assert torch.equal(tokens[[0, 2]], expected[[0, 2]])
+
+
+@pytest.mark.parametrize("values", [{}, {"temperature": 0.5}, {"top_k": 4}, {"top_p": 0.7}, {"typical_p": 0.5}])
+def test_tokens_come_as_often_as_their_probability_says(values: dict[str, float]) -> None:
+    draws, vocab = 20_000, 8
+    logits = random_logits(1, vocab=vocab, scale=1.5, seed=2)
+    each = np.repeat(parameters({**RANDOM, **values}), draws)
+    each["seed"] = np.arange(draws)
+    one = history(([0], 1))
+    many = History(one.tokens, np.zeros(draws, np.int64), one.prompt_lengths.repeat(draws), one.lengths.repeat(draws))
+    counts = sample(logits.repeat(draws, 1), each, many).bincount(minlength=vocab).double()
+    expected = warped(logits, each[:1])[0].double().softmax(-1) * draws
+    possible = expected > 0
+    assert counts[~possible].sum() == 0
+    chi_square = ((counts - expected)[possible] ** 2 / expected[possible]).sum()
+    assert chi_square < 30  # 7 degrees of freedom: one seed in 10,000 would exceed it
+
+
+def test_a_sequence_draws_a_new_number_for_every_token() -> None:
+    counters = np.arange(10_000)
+    drawn = uniforms(np.full(10_000, 7, np.uint64), counters)
+    assert len(np.unique(drawn)) == 10_000
+    assert drawn.min() >= 0 and drawn.max() < 1
+    histogram = np.histogram(drawn, 10, (0, 1))[0]
+    assert ((histogram - 1000) ** 2 / 1000).sum() < 33
+    assert abs(np.corrcoef(drawn[:-1], drawn[1:])[0, 1]) < 0.05
+
+
+def test_neighbouring_seeds_draw_unrelated_numbers() -> None:
+    first = uniforms(np.arange(10_000, dtype=np.uint64), np.zeros(10_000, np.int64))
+    second = uniforms(np.arange(1, 10_001, dtype=np.uint64), np.zeros(10_000, np.int64))
+    assert abs(np.corrcoef(first, second)[0, 1]) < 0.05
+    assert abs(first.mean() - 0.5) < 0.02
+
+
+def test_the_largest_seed_is_taken() -> None:
+    assert 0 <= uniforms(np.array([2**64 - 1], np.uint64), np.array([2**31]))[0] < 1
+
+
+sequences = st.fixed_dictionaries(
+    {
+        "temperature": st.sampled_from([0, 0.3, 1, 2]),
+        "top_k": st.sampled_from([0, 1, 5, 600]),
+        "top_p": st.sampled_from([1, 0.1, 0.9, 0.999]),
+        "typical_p": st.sampled_from([1, 0.2, 0.95]),
+        "min_p": st.sampled_from([0, 0.01, 0.5]),
+        "repetition_penalty": st.sampled_from([1, 1.3]),
+        "frequency_penalty": st.sampled_from([0, 0.5, -0.5]),
+        "presence_penalty": st.sampled_from([0, 1.0]),
+        "seed": st.integers(0, 2**64 - 1),
+    }
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    chosen=st.lists(st.tuples(sequences, st.lists(st.integers(0, 50), min_size=1, max_size=9)), min_size=2, max_size=6),
+    scale=st.sampled_from([0.5, 3]),
+    data=st.data(),
+)
+def test_what_is_chosen_does_not_depend_on_the_batch(
+    chosen: list[tuple[dict[str, float], list[int]]], scale: float, data: st.DataObject
+) -> None:
+    logits = random_logits(len(chosen), scale=scale)
+    past = history(*[(tokens, data.draw(st.integers(1, len(tokens)))) for _, tokens in chosen])
+    each = parameters(*[values for values, _ in chosen])
+    together = sample(logits, each, past)
+    order = np.array(data.draw(st.permutations(range(len(chosen))))[: data.draw(st.integers(1, len(chosen)))])
+    others = sample(
+        logits[order], each[order], History(past.tokens, order, past.prompt_lengths[order], past.lengths[order])
+    )
+    assert torch.equal(together[order], others)
+
+
+def test_logprobs_are_those_of_the_raw_logits() -> None:
+    logits = random_logits(3)
+    tokens = torch.tensor([4, 0, VOCAB - 1])
+    expected = logits.log_softmax(-1)
+    torch.testing.assert_close(logprobs(logits, tokens), expected[range(3), tokens])
+    ids, values = likeliest(logits, 5)
+    best = expected.sort(descending=True)
+    assert torch.equal(ids, best.indices[:, :5])
+    torch.testing.assert_close(values, best.values[:, :5])
