@@ -1,0 +1,124 @@
+"""The client for asyncio; it differs from `loraplex.client` in nothing but the calls."""
+
+from collections.abc import AsyncGenerator, Sequence
+from types import TracebackType
+from typing import Self, Unpack
+
+import grpc
+import grpc.aio
+
+from loraplex import requests, responses
+from loraplex.connection import CHANNEL_OPTIONS, typed_errors
+from loraplex.types import (
+    Adapter,
+    AdapterReference,
+    GenerateOptions,
+    Generation,
+    Message,
+    ModelInfo,
+    Prompt,
+    StreamPiece,
+    TokenSpan,
+)
+from loraplex_protos import generation_pb2 as pb
+from loraplex_protos.generation_pb2_grpc import GenerationServiceStub
+
+
+class AsyncClient:
+    """`Client` for asyncio: the same methods, to be awaited.
+
+        async with AsyncClient("localhost:50051") as client:
+            print((await client.generate("The capital of France is", max_new_tokens=8)).text)
+            async for piece in client.stream([{"role": "user", "content": "Hi"}], adapter="sql"):
+                print(piece.text, end="")
+
+    Cancelling the task that waits for a call cancels the call on the server.
+    """
+
+    def __init__(self, server: str = "localhost:50051", *, credentials: grpc.ChannelCredentials | None = None) -> None:
+        """`server` is host:port; `credentials` (`grpc.ssl_channel_credentials()`, for example) turn TLS on."""
+        if credentials is None:
+            self._channel = grpc.aio.insecure_channel(server, options=CHANNEL_OPTIONS)
+        else:
+            self._channel = grpc.aio.secure_channel(server, credentials, options=CHANNEL_OPTIONS)
+        self._stub = GenerationServiceStub(self._channel)
+
+    async def close(self) -> None:
+        """Ends the connection, and with it the calls that are under way."""
+        await self._channel.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def generate(
+        self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
+    ) -> Generation:
+        """See `Client.generate`."""
+        request = requests.generate_request(prompt, **options)
+        with typed_errors():
+            return responses.generation(await self._stub.Generate(request, timeout=timeout))
+
+    def stream(
+        self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
+    ) -> AsyncGenerator[StreamPiece, None]:
+        """See `Client.stream`; what is `close()` there is `aclose()` here."""
+        return self._pieces(requests.generate_request(prompt, **options), timeout)
+
+    async def _pieces(self, request: pb.GenerateRequest, timeout: float | None) -> AsyncGenerator[StreamPiece, None]:
+        with typed_errors():
+            call = self._stub.GenerateStream(request, timeout=timeout)
+            try:
+                async for response in call:
+                    yield responses.stream_piece(response)
+            finally:
+                call.cancel()
+
+    async def cancel(self, request_id: str, *, timeout: float | None = None) -> None:
+        """See `Client.cancel`."""
+        with typed_errors():
+            await self._stub.CancelGeneration(requests.cancel_request(request_id), timeout=timeout)
+
+    async def tokenize(
+        self,
+        prompt: str | Sequence[Message],
+        *,
+        skip_special_tokens: bool = False,
+        timeout: float | None = None,
+    ) -> tuple[TokenSpan, ...]:
+        """See `Client.tokenize`."""
+        with typed_errors():
+            request = requests.tokenize_request(prompt, skip_special_tokens)
+            return responses.token_spans(await self._stub.Tokenize(request, timeout=timeout))
+
+    async def adapters(self, *, timeout: float | None = None) -> tuple[Adapter, ...]:
+        """See `Client.adapters`."""
+        with typed_errors():
+            response = await self._stub.ListAdapters(pb.ListAdaptersRequest(), timeout=timeout)
+            return tuple(responses.adapter(status) for status in response.adapters)
+
+    async def load_adapter(
+        self, id: str, *, source: str = "", revision: str = "", token: str = "", timeout: float | None = None
+    ) -> Adapter:
+        """See `Client.load_adapter`."""
+        reference = requests.adapter_reference(AdapterReference(id, source, revision, token))
+        with typed_errors():
+            response = await self._stub.LoadAdapter(pb.LoadAdapterRequest(adapter=reference), timeout=timeout)
+            return responses.adapter(response.adapter)
+
+    async def unload_adapter(
+        self, id: str, *, source: str = "", revision: str = "", timeout: float | None = None
+    ) -> None:
+        """See `Client.unload_adapter`."""
+        reference = requests.adapter_reference(AdapterReference(id, source, revision))
+        with typed_errors():
+            await self._stub.UnloadAdapter(pb.UnloadAdapterRequest(adapter=reference), timeout=timeout)
+
+    async def info(self, *, timeout: float | None = None) -> ModelInfo:
+        """See `Client.info`."""
+        with typed_errors():
+            return responses.model_info(await self._stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=timeout))

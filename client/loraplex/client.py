@@ -1,0 +1,140 @@
+"""The client for ordinary code; `loraplex.aio` has the one for asyncio."""
+
+from collections.abc import Generator, Sequence
+from types import TracebackType
+from typing import Self, Unpack
+
+import grpc
+
+from loraplex import requests, responses
+from loraplex.connection import CHANNEL_OPTIONS, typed_errors
+from loraplex.types import (
+    Adapter,
+    AdapterReference,
+    GenerateOptions,
+    Generation,
+    Message,
+    ModelInfo,
+    Prompt,
+    StreamPiece,
+    TokenSpan,
+)
+from loraplex_protos import generation_pb2 as pb
+from loraplex_protos.generation_pb2_grpc import GenerationServiceStub
+
+
+class Client:
+    """A connection to a loraplex server; safe to share between threads.
+
+        with Client("localhost:50051") as client:
+            print(client.generate("The capital of France is", max_new_tokens=8).text)
+            for piece in client.stream([{"role": "user", "content": "Hi"}], adapter="sql"):
+                print(piece.text, end="")
+
+    All calls take `timeout`, in seconds, and raise `LoraplexError`s: `UnavailableError` if no server answers,
+    `DeadlineError` after the timeout, `InvalidRequestError` for a request that cannot be served. A server that is
+    unavailable is tried a few times, where it has not begun to answer and the call changes nothing.
+    """
+
+    def __init__(self, server: str = "localhost:50051", *, credentials: grpc.ChannelCredentials | None = None) -> None:
+        """`server` is host:port; `credentials` (`grpc.ssl_channel_credentials()`, for example) turn TLS on."""
+        if credentials is None:
+            self._channel = grpc.insecure_channel(server, options=CHANNEL_OPTIONS)
+        else:
+            self._channel = grpc.secure_channel(server, credentials, options=CHANNEL_OPTIONS)
+        self._stub = GenerationServiceStub(self._channel)
+
+    def close(self) -> None:
+        """Ends the connection, and with it the calls that are under way."""
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def generate(
+        self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
+    ) -> Generation:
+        """Answers once all sequences are finished. The options are those of `GenerateOptions`."""
+        request = requests.generate_request(prompt, **options)
+        with typed_errors():
+            return responses.generation(self._stub.Generate(request, timeout=timeout))
+
+    def stream(
+        self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
+    ) -> Generator[StreamPiece, None, None]:
+        """Yields the text as it is generated. The options are those of `GenerateOptions`.
+
+        The request is sent when the first piece is asked for. Leaving the loop, or `close()`, cancels it.
+        """
+        return self._pieces(requests.generate_request(prompt, **options), timeout)
+
+    def _pieces(self, request: pb.GenerateRequest, timeout: float | None) -> Generator[StreamPiece, None, None]:
+        with typed_errors():
+            call = self._stub.GenerateStream(request, timeout=timeout)
+            try:
+                for response in call:
+                    yield responses.stream_piece(response)
+            finally:
+                call.cancel()
+
+    def cancel(self, request_id: str, *, timeout: float | None = None) -> None:
+        """Ends a request that another call started; its sequences finish with `FinishReason.CANCELLED`.
+
+        Raises RequestNotFoundError if no such request is running.
+        """
+        with typed_errors():
+            self._stub.CancelGeneration(requests.cancel_request(request_id), timeout=timeout)
+
+    def tokenize(
+        self,
+        prompt: str | Sequence[Message],
+        *,
+        skip_special_tokens: bool = False,
+        timeout: float | None = None,
+    ) -> tuple[TokenSpan, ...]:
+        """The tokens of a text, or of a conversation as `generate` would render it.
+
+        `skip_special_tokens` leaves out those that the tokenizer adds to a text.
+        """
+        with typed_errors():
+            request = requests.tokenize_request(prompt, skip_special_tokens)
+            return responses.token_spans(self._stub.Tokenize(request, timeout=timeout))
+
+    def adapters(self, *, timeout: float | None = None) -> tuple[Adapter, ...]:
+        """The adapters that are loaded, and those that lie in the server's adapter directory."""
+        with typed_errors():
+            response = self._stub.ListAdapters(pb.ListAdaptersRequest(), timeout=timeout)
+            return tuple(responses.adapter(status) for status in response.adapters)
+
+    def load_adapter(
+        self, id: str, *, source: str = "", revision: str = "", token: str = "", timeout: float | None = None
+    ) -> Adapter:
+        """Fetches and checks an adapter before its first request needs it. For the arguments see `AdapterReference`.
+
+        Naming an adapter that was loaded before reads its source again: if the content changed, requests from then
+        on use the new content. Raises AdapterNotFoundError, AdapterForbiddenError, AdapterInvalidError or
+        AdapterSourceError.
+        """
+        reference = requests.adapter_reference(AdapterReference(id, source, revision, token))
+        with typed_errors():
+            response = self._stub.LoadAdapter(pb.LoadAdapterRequest(adapter=reference), timeout=timeout)
+            return responses.adapter(response.adapter)
+
+    def unload_adapter(self, id: str, *, source: str = "", revision: str = "", timeout: float | None = None) -> None:
+        """Frees what an adapter holds on the device and in host memory.
+
+        Raises AdapterInUseError while sequences wait for it or run with it.
+        """
+        reference = requests.adapter_reference(AdapterReference(id, source, revision))
+        with typed_errors():
+            self._stub.UnloadAdapter(pb.UnloadAdapterRequest(adapter=reference), timeout=timeout)
+
+    def info(self, *, timeout: float | None = None) -> ModelInfo:
+        """The model that the server runs, and how."""
+        with typed_errors():
+            return responses.model_info(self._stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=timeout))

@@ -1,0 +1,27 @@
+import subprocess
+import sys
+from types import ModuleType
+
+import loraplex
+
+
+def test_all_lists_what_is_exported() -> None:
+    exported = [
+        name for name, value in vars(loraplex).items() if not name.startswith("_") and not isinstance(value, ModuleType)
+    ]
+    assert loraplex.__all__ == sorted(exported)
+
+
+def test_every_error_that_the_server_can_raise_is_exported() -> None:
+    from loraplex_protos.errors import ERROR_TYPES
+
+    for error in ERROR_TYPES.values():
+        assert getattr(loraplex, error.__name__) is error
+
+
+def test_importing_the_sdk_brings_in_nothing_of_the_server() -> None:
+    code = "import sys, loraplex; print(*{name.partition('.')[0] for name in sys.modules})"
+    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    heavy = {"torch", "transformers", "numpy", "pydantic", "fastapi", "loraplex_router", "loraplex_shard", "typer"}
+    assert "loraplex" in modules
+    assert not heavy & set(modules)

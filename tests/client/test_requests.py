@@ -1,0 +1,90 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loraplex import AdapterReference, InvalidRequestError
+from loraplex.requests import adapter_reference, generate_request, tokenize_request
+from loraplex_protos import generation_pb2 as pb
+
+
+def test_a_text_becomes_a_text_prompt() -> None:
+    assert generate_request("Hi") == pb.GenerateRequest(
+        text="Hi", n=1, sampling=pb.Sampling(), stopping=pb.Stopping(), detail=pb.Detail()
+    )
+
+
+def test_numbers_become_token_ids_that_are_taken_as_they_are() -> None:
+    assert list(generate_request([1, 2, 3]).token_ids.ids) == [1, 2, 3]
+
+
+def test_no_tokens_at_all_are_an_empty_prompt_for_the_server_to_refuse() -> None:
+    assert generate_request([]).WhichOneof("prompt") == "token_ids"
+
+
+def test_messages_become_a_conversation() -> None:
+    messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
+    expected = pb.Chat(
+        messages=[pb.ChatMessage(role="system", content="Be kind."), pb.ChatMessage(role="user", content="Hi")]
+    )
+    assert generate_request(messages).chat == expected
+    assert tokenize_request(messages, False).chat == expected
+
+
+def test_an_adapter_is_an_id_or_a_reference() -> None:
+    assert generate_request("Hi", adapter="sql").adapter == pb.AdapterReference(id="sql")
+    reference = AdapterReference("org/poet", source="hub", revision="main", token="secret")
+    assert generate_request("Hi", adapter=reference).adapter == pb.AdapterReference(
+        id="org/poet", source="hub", revision="main", token="secret"
+    )
+
+
+def test_an_adapter_s_token_is_not_shown() -> None:
+    assert "secret" not in repr(AdapterReference("org/poet", token="secret"))
+
+
+def test_a_single_stop_text_is_not_taken_apart() -> None:
+    assert list(generate_request("Hi", stop="END").stopping.stop) == ["END"]
+    assert list(generate_request("Hi", stop=["a", "b"]).stopping.stop) == ["a", "b"]
+
+
+@given(
+    temperature=st.none() | st.floats(0, 2, width=32),
+    top_k=st.none() | st.integers(0, 2**32 - 1),
+    seed=st.none() | st.integers(0, 2**64 - 1),
+)
+def test_sampling_fields_are_present_exactly_if_they_are_given(
+    temperature: float | None, top_k: int | None, seed: int | None
+) -> None:
+    sampling = generate_request("Hi", temperature=temperature, top_k=top_k, seed=seed).sampling
+    given_fields = {"temperature": temperature, "top_k": top_k, "seed": seed}
+    assert {field.name: value for field, value in sampling.ListFields()} == {
+        name: value for name, value in given_fields.items() if value is not None
+    }
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("top_k", -1),
+        ("seed", 2**64),
+        ("temperature", "hot"),
+        ("max_new_tokens", 1.5),
+        ("stop_token_ids", [-1]),
+        ("n", -1),
+        ("request_id", 7),
+    ],
+)
+def test_a_value_that_does_not_fit_is_refused_by_its_name(field: str, value: object) -> None:
+    with pytest.raises(InvalidRequestError) as raised:
+        generate_request("Hi", **{field: value})  # type: ignore[arg-type]
+    assert [violation.field for violation in raised.value.violations] == [field]
+
+
+def test_a_misspelt_part_of_a_message_is_refused_by_its_name() -> None:
+    with pytest.raises(InvalidRequestError, match="contents"):
+        generate_request([{"role": "user", "contents": "Hi"}])
+
+
+def test_an_adapter_id_that_is_no_text_is_refused() -> None:
+    with pytest.raises(InvalidRequestError, match="id"):
+        adapter_reference(AdapterReference(7))  # type: ignore[arg-type]
