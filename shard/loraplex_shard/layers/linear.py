@@ -18,23 +18,16 @@ class _Linear(SourcedLayer):
     def __init__(self, layout: LinearLayout, bias: bool) -> None:
         super().__init__()
         self.layout = layout
-        rows = sum(part.rows.stop - part.rows.start for part in layout.parts)
-        columns = layout.columns.stop - layout.columns.start
+        parts, columns = layout.parts, layout.columns
+        rows = sum(part.rows.stop - part.rows.start for part in parts)
         self.declare(
             "weight",
-            (rows, columns),
-            *(
-                Source(f"{part.module}.weight", (part.out_features, layout.in_features), part.rows, layout.columns)
-                for part in layout.parts
-            ),
+            (rows, columns.stop - columns.start),
+            *(Source(f"{p.module}.weight", (p.out_features, layout.in_features), p.rows, columns) for p in parts),
         )
-        self.bias = None
+        self.register_parameter("bias", None)
         if bias:
-            self.declare(
-                "bias",
-                (rows,),
-                *(Source(f"{part.module}.bias", (part.out_features,), part.rows) for part in layout.parts),
-            )
+            self.declare("bias", (rows,), *(Source(f"{p.module}.bias", (p.out_features,), p.rows) for p in parts))
 
 
 class ColumnLinear(_Linear):

@@ -5,6 +5,7 @@ What depends on the batch alone (which cache positions to read, masks) is prepar
 
 from collections import defaultdict
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +47,7 @@ def prepare_reads(batch: Batch, block_size: int, window: int | None, dtype: torc
     """A token attends to itself and the positions before it, the last `window` of them if there is one."""
     chunks = []
     decodes: dict[int, list[int]] = defaultdict(list)
-    for chunk, (start, stop) in enumerate(zip(batch.starts, batch.starts[1:], strict=False)):
+    for chunk, (start, stop) in enumerate(pairwise(batch.starts)):
         if stop - start > 1:
             chunks.append(_chunk_reads(batch, chunk, block_size, window, dtype))
         else:

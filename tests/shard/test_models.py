@@ -1,0 +1,228 @@
+"""The decoder against transformers, on tiny random checkpoints of every architecture and variant."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from loraplex_shard.models import Decoder
+
+MAX_MODEL_LEN = 64
+VOCABULARY = 96
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 48,
+    "intermediate_size": 72,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": MAX_MODEL_LEN,
+    "eos_token_id": None,
+    "bos_token_id": None,
+}
+
+
+def llama(**fields: Any) -> LlamaConfig:
+    return LlamaConfig(**SIZES | fields)
+
+
+def rope(kind: str, **fields: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **fields}}
+
+
+FACTORS = {"short_factor": [1.0, 1.1, 1.3, 2.0], "long_factor": [1.0, 2.0, 3.0, 5.0]}
+VARIANTS: dict[str, PreTrainedConfig] = {
+    "llama": llama(),
+    "llama, tied": llama(tie_word_embeddings=True),
+    "llama, biases": llama(attention_bias=True, mlp_bias=True),
+    "llama, wide heads": llama(head_dim=12),
+    "llama, one KV head per head": llama(num_key_value_heads=6),
+    "llama, linear": llama(**rope("linear", factor=2.0)),
+    "llama, dynamic": llama(**rope("dynamic", factor=3.0), max_position_embeddings=16),
+    "llama, yarn": llama(**rope("yarn", factor=4.0, original_max_position_embeddings=16)),
+    "llama, yarn with its options": llama(
+        **rope("yarn", factor=4.0, original_max_position_embeddings=16, beta_fast=16.0, beta_slow=2.0, truncate=False)
+    ),
+    "llama, longrope": llama(**rope("longrope", original_max_position_embeddings=16, **FACTORS)),
+    "llama, longrope within the original length": llama(
+        **rope("longrope", original_max_position_embeddings=64, factor=2.0, **FACTORS)
+    ),
+    "llama, llama3": llama(
+        **rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
+    ),
+    "mistral": MistralConfig(**SIZES, sliding_window=None, head_dim=10),
+    "mistral, sliding window": MistralConfig(**SIZES, sliding_window=7),
+    "qwen2": Qwen2Config(**SIZES),
+    "qwen2, some layers with a window": Qwen2Config(
+        **SIZES, use_sliding_window=True, sliding_window=6, max_window_layers=1
+    ),
+    "qwen3": Qwen3Config(**SIZES, head_dim=10),
+    "qwen3, biases, tied, some layers with a window": Qwen3Config(
+        **SIZES,
+        head_dim=10,
+        attention_bias=True,
+        tie_word_embeddings=True,
+        use_sliding_window=True,
+        sliding_window=6,
+        max_window_layers=2,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Pair:
+    ours: Decoder
+    theirs: PreTrainedModel
+
+    def expected(self, tokens: list[int]) -> torch.Tensor:
+        """transformers' logits [tokens, vocab].
+
+        Where RoPE depends on the length, transformers' choice for one pass is that for its last position. Ours is
+        fixed: with dynamic that of its token-by-token decoding, with longrope that for the longest sequence served.
+        """
+        if self.theirs.config.rope_parameters["rope_type"] == "dynamic":
+            return self._token_by_token(tokens)
+        longest = tokens + [0] * (MAX_MODEL_LEN - len(tokens))  # what follows a token does not change its logits
+        with torch.inference_mode():
+            return self.theirs(torch.tensor([longest])).logits[0, : len(tokens)]
+
+    def _token_by_token(self, tokens: list[int]) -> torch.Tensor:
+        cache, logits = None, []
+        with torch.inference_mode():
+            for token in tokens:
+                out = self.theirs(torch.tensor([[token]]), past_key_values=cache, use_cache=True)
+                cache = out.past_key_values
+                logits.append(out.logits[0, 0])
+        return torch.stack(logits)
+
+
+@pytest.fixture(scope="module", params=VARIANTS.values(), ids=VARIANTS.keys())
+def pair(
+    request: pytest.FixtureRequest,
+    save_checkpoint: Callable[..., Path],
+    reference: Callable[..., PreTrainedModel],
+    decoder: Callable[..., Decoder],
+) -> Pair:
+    directory = save_checkpoint(request.param)
+    return Pair(decoder(directory), reference(directory))
+
+
+def random_tokens(length: int, seed: int) -> list[int]:
+    random = Random(seed)
+    return [random.randrange(VOCABULARY) for _ in range(length)]
+
+
+def assert_equal_within_rounding(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_prompt_in_one_chunk_has_the_logits_of_transformers(pair: Pair, sequences: Any) -> None:
+    tokens = random_tokens(41, seed=1)
+    assert_equal_within_rounding(sequences(pair.ours).step({"a": tokens})["a"], pair.expected(tokens))
+
+
+def test_uneven_chunks_have_the_logits_of_transformers(pair: Pair, sequences: Any) -> None:
+    tokens, driver = random_tokens(41, seed=2), sequences(pair.ours)
+    cuts = [0, 1, 6, 8, 9, 24, 37, 38, 41]
+    chunks = [tokens[start:stop] for start, stop in pairwise(cuts)]
+    actual = torch.cat([driver.step({"a": chunk})["a"] for chunk in chunks])
+    assert_equal_within_rounding(actual, pair.expected(tokens))
+
+
+def test_chunks_and_decodes_of_many_sequences_in_one_batch_do_not_touch_each_other(pair: Pair, sequences: Any) -> None:
+    driver, random = sequences(pair.ours), Random(3)
+    tokens = {name: random_tokens(length, seed=length) for name, length in (("a", 5), ("b", 23), ("c", 48), ("d", 33))}
+    actual: dict[str, list[torch.Tensor]] = {name: [] for name in tokens}
+    left = dict(tokens)
+    while left:
+        names = random.sample(sorted(left), random.randint(1, len(left)))
+        chunks = {name: left[name][: random.choice([1, 1, 2, 7, 13])] for name in names}
+        for name, logits in driver.step(chunks).items():
+            actual[name].append(logits)
+        left = {n: rest for n, t in left.items() if (rest := t[len(chunks.get(n, [])) :])}
+    for name, logits in actual.items():
+        assert_equal_within_rounding(torch.cat(logits), pair.expected(tokens[name]))
+
+
+def test_greedy_tokens_are_those_of_transformers(pair: Pair, sequences: Any) -> None:
+    prompt = random_tokens(12, seed=4)
+    ours = sequences(pair.ours).greedy(prompt, 16)
+    logits = pair.expected(prompt + ours[:-1])[len(prompt) - 1 :]
+    assert ours == logits.argmax(dim=-1).tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_as_near_to_float32_as_that_of_transformers(
+    dtype: torch.dtype,
+    save_checkpoint: Callable[..., Path],
+    reference: Callable[..., PreTrainedModel],
+    decoder: Callable[..., Decoder],
+    sequences: Any,
+) -> None:
+    directory = save_checkpoint(VARIANTS["qwen3"])
+    tokens = random_tokens(30, seed=5)
+    exact = Pair(decoder(directory), reference(directory)).expected(tokens)
+    theirs = reference(directory, dtype)(torch.tensor([tokens])).logits[0].float()
+    ours = sequences(decoder(directory, dtype)).step({"a": tokens})["a"]
+    assert ours.dtype == torch.float32
+    assert (ours - exact).abs().mean() < 1.25 * (theirs - exact).abs().mean()
+
+
+def test_a_sharded_checkpoint_is_the_same_model(
+    save_checkpoint: Callable[..., Path], decoder: Callable[..., Decoder]
+) -> None:
+    whole, sharded = save_checkpoint(llama()), save_checkpoint(llama(), max_shard_size="30KB")
+    assert len(list(sharded.glob("*.safetensors"))) > 2
+    expected, actual = (decoder(directory).state_dict() for directory in (whole, sharded))
+    assert expected.keys() == actual.keys()
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
+
+
+def test_a_tied_lm_head_is_no_copy_of_the_embedding(
+    save_checkpoint: Callable[..., Path], decoder: Callable[..., Decoder]
+) -> None:
+    tied = decoder(save_checkpoint(llama(tie_word_embeddings=True)))
+    assert tied.lm_head.weight.data_ptr() == tied.embedding.weight.data_ptr()
+
+
+def test_what_a_block_held_before_does_not_matter(
+    save_checkpoint: Callable[..., Path], decoder: Callable[..., Decoder], sequences: Any
+) -> None:
+    model, tokens = decoder(save_checkpoint(llama())), random_tokens(9, seed=6)
+    clean, dirty = sequences(model), sequences(model)
+    for cache in (*dirty.cache.keys, *dirty.cache.values):
+        cache.fill_(torch.nan)
+    for chunk in (tokens[:6], tokens[6:7], tokens[7:]):
+        assert torch.equal(dirty.step({"a": chunk})["a"], clean.step({"a": chunk})["a"])
+
+
+def test_the_cache_has_the_size_that_was_announced(
+    save_checkpoint: Callable[..., Path], decoder: Callable[..., Decoder]
+) -> None:
+    model = decoder(save_checkpoint(llama()), torch.bfloat16)
+    cache = model.new_cache(num_blocks=5, block_size=4)
+    total = sum(tensor.numel() * tensor.itemsize for tensor in (*cache.keys, *cache.values))
+    assert total == 5 * model.cache_block_bytes(block_size=4)
+    assert cache.keys[0].shape == (5, 4, 2, 8)
+
+
+def test_the_layouts_name_every_linear_layer(
+    save_checkpoint: Callable[..., Path], decoder: Callable[..., Decoder]
+) -> None:
+    model = decoder(save_checkpoint(llama()))
+    in_layers = [f"layers.{i}.{name}" for i in range(3) for name in ("qkv", "o", "gate_up", "down")]
+    assert [layout.name for layout in model.layouts] == [*in_layers, "lm_head"]
+    assert model.vocab_size == VOCABULARY
