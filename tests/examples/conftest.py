@@ -1,0 +1,34 @@
+"""The base model with its three committed adapters, loaded once by PEFT."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from peft import PeftModel
+from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))  # examples/ is run from there, and belongs to no package
+
+from examples.adapters import base, train  # noqa: E402
+
+Loaded = tuple[LlamaForCausalLM, PreTrainedTokenizerBase]
+
+
+@pytest.fixture(scope="session")
+def loaded() -> Loaded:
+    return base.load()
+
+
+@pytest.fixture(scope="session")
+def tokenizer(loaded: Loaded) -> PreTrainedTokenizerBase:
+    return loaded[1]
+
+
+@pytest.fixture(scope="session")
+def adapted(loaded: Loaded) -> PeftModel:
+    first, *others = train.TASKS
+    model = PeftModel.from_pretrained(loaded[0], train.FOLDER / first, adapter_name=first)
+    for name in others:
+        model.load_adapter(train.FOLDER / name, adapter_name=name)
+    return model
