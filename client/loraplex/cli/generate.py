@@ -1,0 +1,54 @@
+"""`loraplex generate`: one prompt, its answer streamed to the terminal."""
+
+from contextlib import closing
+from typing import Annotated
+
+import typer
+
+from loraplex.cli.connection import DEFAULT_SERVER, Server, connected
+from loraplex.cli.sampling import Adapter, MaxNewTokens, Seed, System, Temperature, TopP
+from loraplex.types import Message, Prompt
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to ask; with --raw, the text to continue.")],
+    adapter: Adapter = None,
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    seed: Seed = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop before this text. Can be given several times.")] = None,
+    system: System = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without a chat template.")] = False,
+    server: Server = DEFAULT_SERVER,
+) -> None:
+    """Answer PROMPT. Ctrl-C stops the answer.
+
+    A model that has a chat template gets PROMPT as a user's message.
+    """
+    if raw and system is not None:
+        raise typer.BadParameter("--raw leaves no place for a system message", param_hint="--system")
+    with connected(server) as client:
+        whole: Prompt = prompt if raw or not client.info().has_chat_template else conversation(system, prompt)
+        stream = client.stream(
+            whole,
+            adapter=adapter,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            stop=stop or (),
+        )
+        with closing(stream):
+            try:
+                for piece in stream:
+                    typer.echo(piece.text, nl=False)
+            finally:
+                typer.echo()
+
+
+def conversation(system: str | None, user: str) -> list[Message]:
+    messages: list[Message] = [{"role": "user", "content": user}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    return messages

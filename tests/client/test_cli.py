@@ -1,0 +1,164 @@
+import signal
+import subprocess
+import sys
+
+from tests.client.scripted import ENDLESS, ScriptedServicer
+from typer.testing import CliRunner, Result
+
+from loraplex import AdapterNotFoundError, FieldViolation, GenerationError, InvalidRequestError
+from loraplex.cli.main import app
+from loraplex_protos import generation_pb2 as pb
+
+
+def run(*arguments: str, server: str, input: str | None = None) -> Result:
+    variables = {"LORAPLEX_SERVER": server, "COLUMNS": "200", "HF_TOKEN": ""}
+    return CliRunner().invoke(app, arguments, input=input, env=variables)
+
+
+def generations(servicer: ScriptedServicer) -> list[pb.GenerateRequest]:
+    return [request for request in servicer.requests if isinstance(request, pb.GenerateRequest)]
+
+
+def roles_and_texts(request: pb.GenerateRequest) -> list[tuple[str, str]]:
+    return [(message.role, message.content) for message in request.chat.messages]
+
+
+def test_help_starts_without_the_services_libraries() -> None:
+    code = "import sys; from loraplex.cli.main import app; app(['--help'], standalone_mode=False); print(*sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "generate" in out and "serve" in out
+    assert not {"torch", "transformers", "pydantic", "numpy", "fastapi", "loraplex_router"} & set(out.split())
+
+
+def test_generate_asks_as_a_user_and_prints_the_answer(address: str, servicer: ScriptedServicer) -> None:
+    result = run(
+        "generate", "Count", "--adapter", "sql", "-m", "4", "--stop", "x", "--system", "Be brief", server=address
+    )
+    assert (result.exit_code, result.stdout, result.stderr) == (0, " one two three one\n", "")
+    request = generations(servicer)[0]
+    assert roles_and_texts(request) == [("system", "Be brief"), ("user", "Count")]
+    assert request.adapter.id == "sql"
+    assert (request.stopping.max_new_tokens, list(request.stopping.stop)) == (4, ["x"])
+
+
+def test_generate_raw_continues_the_text_itself(address: str, servicer: ScriptedServicer) -> None:
+    assert run("generate", "Count", "--raw", server=address).exit_code == 0
+    assert generations(servicer)[0].text == "Count"
+
+
+def test_generate_raw_has_no_place_for_a_system_message(address: str) -> None:
+    result = run("generate", "Count", "--raw", "--system", "Be brief", server=address)
+    assert result.exit_code == 2
+    assert "--system" in result.stderr
+
+
+def test_an_error_is_one_line_and_exit_code_1(address: str, servicer: ScriptedServicer) -> None:
+    servicer.failures = [AdapterNotFoundError("no adapter 'x'")]
+    result = run("adapters", "load", "x", server=address)
+    assert (result.exit_code, result.stdout, result.stderr) == (1, "", "error: no adapter 'x'\n")
+
+
+def test_a_refused_option_is_named(address: str, servicer: ScriptedServicer) -> None:
+    servicer.failures = [InvalidRequestError(FieldViolation("sampling.top_p", "must be in (0, 1]"))]
+    result = run("generate", "Count", "--top-p", "3", "--raw", server=address)
+    assert (result.exit_code, result.stderr) == (1, "error: sampling.top_p: must be in (0, 1]\n")
+
+
+def test_an_error_in_mid_answer_begins_a_line_of_its_own(address: str, servicer: ScriptedServicer) -> None:
+    servicer.failure_after_first_piece = GenerationError("not finite")
+    result = run("generate", "Count", server=address)
+    assert (result.exit_code, result.output) == (1, " one\nerror: not finite\n")
+
+
+def test_without_a_server_it_says_how_to_start_one() -> None:
+    result = run("info", server="127.0.0.1:1")
+    assert result.exit_code == 1
+    assert result.stderr.count("\n") == 1
+    assert "127.0.0.1:1" in result.stderr and "loraplex serve" in result.stderr
+
+
+def test_an_interrupt_ends_the_generation_on_the_server(address: str, servicer: ScriptedServicer) -> None:
+    command = [sys.executable, "-m", "loraplex.cli.main", "generate", ENDLESS, "--raw", "--server", address]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.read(2) == " 0"
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate()
+    assert process.returncode != 0
+    assert "Traceback" not in stderr
+    assert servicer.left.wait(10)
+
+
+def test_chat_keeps_the_history_until_reset(address: str, servicer: ScriptedServicer) -> None:
+    lines = "Hi\nAnd then?\n\n/reset\nHi again\n/exit\nnever read\n"
+    result = run("chat", "--system", "Be kind", "--adapter", "sql", "-m", "3", input=lines, server=address)
+    assert result.exit_code == 0
+    assert "tiny with sql" in result.stderr
+    assert result.stdout.count(" one two three\n") == 3
+    first, second, third = generations(servicer)
+    system, answer = ("system", "Be kind"), ("assistant", " one two three")
+    assert roles_and_texts(first) == [system, ("user", "Hi")]
+    assert roles_and_texts(second) == [system, ("user", "Hi"), answer, ("user", "And then?")]
+    assert roles_and_texts(third) == [system, ("user", "Hi again")]
+    assert first.adapter.id == "sql"
+
+
+def test_chat_ends_with_its_input(address: str) -> None:
+    assert run("chat", input="Hi\n", server=address).exit_code == 0
+
+
+def test_chat_goes_on_after_an_error_without_the_message_that_caused_it(
+    address: str, servicer: ScriptedServicer
+) -> None:
+    servicer.failure_after_first_piece = GenerationError("not finite")
+    result = run("chat", input="Hi\nHello\n", server=address)
+    assert result.exit_code == 0
+    assert result.stderr.count("error: not finite\n") == 2
+    assert [roles_and_texts(request) for request in generations(servicer)] == [[("user", "Hi")], [("user", "Hello")]]
+
+
+def test_an_interrupt_in_a_chat_ends_the_answer_and_not_the_chat(address: str, servicer: ScriptedServicer) -> None:
+    servicer.words = ["a "] * 100_000  # more than is read before the interrupt
+    command = [sys.executable, "-m", "loraplex.cli.main", "chat", "-m", "1000000", "--server", address]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write("Hi\n")
+        process.stdin.flush()
+        assert process.stdout.read(4) == "> a "
+        process.send_signal(signal.SIGINT)
+        servicer.words = [" one"]
+        _, stderr = process.communicate("/exit\n", timeout=60)
+    assert (process.returncode, "Traceback" in stderr) == (0, False)
+    assert len(generations(servicer)) == 1
+
+
+def test_adapters_list_shows_what_the_server_has(address: str) -> None:
+    result = run("adapters", "list", server=address)
+    _, sql, poet = result.stdout.splitlines()
+    assert sql.split() == ["sql", "local", "disk", "0", "0"]
+    assert poet.split() == ["org/poet", "hub", "c0ffee", "device", "8", "3.0", "MB", "2", "1"]
+
+
+def test_adapters_list_says_how_to_get_some(address: str, servicer: ScriptedServicer) -> None:
+    servicer.adapters = []
+    assert "--adapters DIR" in run("adapters", "list", server=address).stdout
+
+
+def test_adapters_load_and_unload_pass_on_where_it_is(address: str, servicer: ScriptedServicer) -> None:
+    result = run(
+        "adapters", "load", "org/poet", "--source", "hub", "--revision", "v2", "--token", "secret", server=address
+    )
+    assert "Loaded org/poet: lora_rank 4" in result.stdout
+    assert "secret" not in result.output
+    assert run("adapters", "unload", "org/poet", "--revision", "v2", server=address).stdout == "Unloaded org/poet\n"
+    assert servicer.requests == [
+        pb.LoadAdapterRequest(adapter=pb.AdapterReference(id="org/poet", source="hub", revision="v2", token="secret")),
+        pb.UnloadAdapterRequest(adapter=pb.AdapterReference(id="org/poet", revision="v2")),
+    ]
+
+
+def test_info_shows_the_model(address: str) -> None:
+    lines = [line.split() for line in run("info", server=address).stdout.splitlines()]
+    assert ["model_id", "tiny"] in lines
+    assert ["max_model_len", "64"] in lines
