@@ -42,8 +42,15 @@ class Rows:
     """The rows of one rank. An AssertionError means that the router sent a plan that does not fit them."""
 
     def __init__(
-        self, max_sequences: int, max_model_len: int, block_size: int, num_blocks: int, device: torch.device
+        self,
+        max_sequences: int,
+        max_model_len: int,
+        vocab_size: int,
+        block_size: int,
+        num_blocks: int,
+        device: torch.device,
     ) -> None:
+        self._vocab_size = vocab_size
         self._block_size = block_size
         self._num_blocks = num_blocks
         self._max_model_len = max_model_len
@@ -69,7 +76,9 @@ class Rows:
         assert row < len(self._known), f"row {row} of {len(self._known)}"
         assert 0 < start.prompt_length <= known <= self._max_model_len, f"row {row}: {known} tokens"
         assert start.computed < known, f"row {row}: nothing left to compute"
-        self._tokens[row, :known] = torch.from_numpy(np.fromiter(start.tokens, np.int32, known))
+        tokens = np.fromiter(start.tokens, np.int64, known)
+        assert (tokens < self._vocab_size).all(), f"row {row}: a token that is not in the vocabulary"
+        self._tokens[row, :known] = self.on_device(tokens)
         self._known[row] = known
         self.prompt_lengths[row] = start.prompt_length
         self.sampling[row] = tuple(getattr(start.sampling, name) for name in PARAMETERS.names or ())

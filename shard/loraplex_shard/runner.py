@@ -45,7 +45,7 @@ class Runner:
         self._group = group
         self._max_sequences = max_sequences
         self._max_model_len = max_model_len
-        self._rows = Rows(max_sequences, max_model_len, cache.block_size, cache.num_blocks, device)
+        self._rows = Rows(max_sequences, max_model_len, decoder.vocab_size, cache.block_size, cache.num_blocks, device)
 
     def clear(self) -> None:
         """Forgets all sequences."""
