@@ -1,6 +1,5 @@
 """The decoder against transformers, on tiny random checkpoints of every architecture and variant."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.shard.decoders import MAX_MODEL_LEN, Sequences, load, load_reference, save_checkpoint
 from transformers import (
     LlamaConfig,
     MistralConfig,
@@ -20,7 +20,6 @@ from transformers import (
 
 from loraplex_shard.models import Decoder
 
-MAX_MODEL_LEN = 64
 VOCABULARY = 96
 SIZES = {
     "vocab_size": VOCABULARY,
@@ -110,14 +109,9 @@ class Pair:
 
 
 @pytest.fixture(scope="module", params=VARIANTS.values(), ids=VARIANTS.keys())
-def pair(
-    request: pytest.FixtureRequest,
-    save_checkpoint: Callable[..., Path],
-    reference: Callable[..., PreTrainedModel],
-    decoder: Callable[..., Decoder],
-) -> Pair:
-    directory = save_checkpoint(request.param)
-    return Pair(decoder(directory), reference(directory))
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    directory = save_checkpoint(request.param, tmp_path_factory.mktemp("checkpoint"))
+    return Pair(load(directory), load_reference(directory))
 
 
 def random_tokens(length: int, seed: int) -> list[int]:
@@ -129,21 +123,21 @@ def assert_equal_within_rounding(actual: torch.Tensor, expected: torch.Tensor) -
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_prompt_in_one_chunk_has_the_logits_of_transformers(pair: Pair, sequences: Any) -> None:
+def test_a_prompt_in_one_chunk_has_the_logits_of_transformers(pair: Pair) -> None:
     tokens = random_tokens(41, seed=1)
-    assert_equal_within_rounding(sequences(pair.ours).step({"a": tokens})["a"], pair.expected(tokens))
+    assert_equal_within_rounding(Sequences(pair.ours).step({"a": tokens})["a"], pair.expected(tokens))
 
 
-def test_uneven_chunks_have_the_logits_of_transformers(pair: Pair, sequences: Any) -> None:
-    tokens, driver = random_tokens(41, seed=2), sequences(pair.ours)
+def test_uneven_chunks_have_the_logits_of_transformers(pair: Pair) -> None:
+    tokens, driver = random_tokens(41, seed=2), Sequences(pair.ours)
     cuts = [0, 1, 6, 8, 9, 24, 37, 38, 41]
     chunks = [tokens[start:stop] for start, stop in pairwise(cuts)]
     actual = torch.cat([driver.step({"a": chunk})["a"] for chunk in chunks])
     assert_equal_within_rounding(actual, pair.expected(tokens))
 
 
-def test_chunks_and_decodes_of_many_sequences_in_one_batch_do_not_touch_each_other(pair: Pair, sequences: Any) -> None:
-    driver, random = sequences(pair.ours), Random(3)
+def test_chunks_and_decodes_of_many_sequences_in_one_batch_do_not_touch_each_other(pair: Pair) -> None:
+    driver, random = Sequences(pair.ours), Random(3)
     tokens = {name: random_tokens(length, seed=length) for name, length in (("a", 5), ("b", 23), ("c", 48), ("d", 33))}
     actual: dict[str, list[torch.Tensor]] = {name: [] for name in tokens}
     left = dict(tokens)
@@ -157,72 +151,19 @@ def test_chunks_and_decodes_of_many_sequences_in_one_batch_do_not_touch_each_oth
         assert_equal_within_rounding(torch.cat(logits), pair.expected(tokens[name]))
 
 
-def test_greedy_tokens_are_those_of_transformers(pair: Pair, sequences: Any) -> None:
+def test_greedy_tokens_are_those_of_transformers(pair: Pair) -> None:
     prompt = random_tokens(12, seed=4)
-    ours = sequences(pair.ours).greedy(prompt, 16)
+    ours = Sequences(pair.ours).greedy(prompt, 16)
     logits = pair.expected(prompt + ours[:-1])[len(prompt) - 1 :]
     assert ours == logits.argmax(dim=-1).tolist()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_as_near_to_float32_as_that_of_transformers(
-    dtype: torch.dtype,
-    save_checkpoint: Callable[..., Path],
-    reference: Callable[..., PreTrainedModel],
-    decoder: Callable[..., Decoder],
-    sequences: Any,
-) -> None:
-    directory = save_checkpoint(VARIANTS["qwen3"])
+def test_half_precision_is_as_near_to_float32_as_that_of_transformers(dtype: torch.dtype, tmp_path: Path) -> None:
+    directory = save_checkpoint(VARIANTS["qwen3"], tmp_path)
     tokens = random_tokens(30, seed=5)
-    exact = Pair(decoder(directory), reference(directory)).expected(tokens)
-    theirs = reference(directory, dtype)(torch.tensor([tokens])).logits[0].float()
-    ours = sequences(decoder(directory, dtype)).step({"a": tokens})["a"]
+    exact = Pair(load(directory), load_reference(directory)).expected(tokens)
+    theirs = load_reference(directory, dtype)(torch.tensor([tokens])).logits[0].float()
+    ours = Sequences(load(directory, dtype)).step({"a": tokens})["a"]
     assert ours.dtype == torch.float32
     assert (ours - exact).abs().mean() < 1.25 * (theirs - exact).abs().mean()
-
-
-def test_a_sharded_checkpoint_is_the_same_model(
-    save_checkpoint: Callable[..., Path], decoder: Callable[..., Decoder]
-) -> None:
-    whole, sharded = save_checkpoint(llama()), save_checkpoint(llama(), max_shard_size="30KB")
-    assert len(list(sharded.glob("*.safetensors"))) > 2
-    expected, actual = (decoder(directory).state_dict() for directory in (whole, sharded))
-    assert expected.keys() == actual.keys()
-    assert all(torch.equal(expected[name], actual[name]) for name in expected)
-
-
-def test_a_tied_lm_head_is_no_copy_of_the_embedding(
-    save_checkpoint: Callable[..., Path], decoder: Callable[..., Decoder]
-) -> None:
-    tied = decoder(save_checkpoint(llama(tie_word_embeddings=True)))
-    assert tied.lm_head.weight.data_ptr() == tied.embedding.weight.data_ptr()
-
-
-def test_what_a_block_held_before_does_not_matter(
-    save_checkpoint: Callable[..., Path], decoder: Callable[..., Decoder], sequences: Any
-) -> None:
-    model, tokens = decoder(save_checkpoint(llama())), random_tokens(9, seed=6)
-    clean, dirty = sequences(model), sequences(model)
-    for cache in (*dirty.cache.keys, *dirty.cache.values):
-        cache.fill_(torch.nan)
-    for chunk in (tokens[:6], tokens[6:7], tokens[7:]):
-        assert torch.equal(dirty.step({"a": chunk})["a"], clean.step({"a": chunk})["a"])
-
-
-def test_the_cache_has_the_size_that_was_announced(
-    save_checkpoint: Callable[..., Path], decoder: Callable[..., Decoder]
-) -> None:
-    model = decoder(save_checkpoint(llama()), torch.bfloat16)
-    cache = model.new_cache(num_blocks=5, block_size=4)
-    total = sum(tensor.numel() * tensor.itemsize for tensor in (*cache.keys, *cache.values))
-    assert total == 5 * model.cache_block_bytes(block_size=4)
-    assert cache.keys[0].shape == (5, 4, 2, 8)
-
-
-def test_the_layouts_name_every_linear_layer(
-    save_checkpoint: Callable[..., Path], decoder: Callable[..., Decoder]
-) -> None:
-    model = decoder(save_checkpoint(llama()))
-    in_layers = [f"layers.{i}.{name}" for i in range(3) for name in ("qkv", "o", "gate_up", "down")]
-    assert [layout.name for layout in model.layouts] == [*in_layers, "lm_head"]
-    assert model.vocab_size == VOCABULARY

@@ -1,19 +1,21 @@
-"""Tiny random checkpoints, and a driver that feeds a decoder chunks of sequences as the runner does."""
+"""Tiny random checkpoints and adapters, and a driver that feeds a decoder chunks of sequences as the runner does."""
 
-from collections.abc import Callable
 from pathlib import Path
 from random import Random
+from zlib import crc32
 
-import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from loraplex_shard.batch import Batch, Segment
 from loraplex_shard.checkpoint import open_checkpoint
+from loraplex_shard.layers.layout import LinearLayout
+from loraplex_shard.lora.weights import AdapterWeights, Expansion, LayerWeights
 from loraplex_shard.models import Decoder, load_decoder
 from loraplex_shard.parallel import Group
 
-SaveCheckpoint = Callable[..., Path]
+MAX_MODEL_LEN = 64
+WHOLE = Group(0, 1)
 
 
 class Sequences:
@@ -64,44 +66,47 @@ class Sequences:
         return tokens
 
 
-@pytest.fixture
-def sequences() -> type[Sequences]:
-    return Sequences
+def save_checkpoint(config: PreTrainedConfig, directory: Path, **options: object) -> Path:
+    """Saves a random model there; no bias is zero and no norm is one, so that none can be overlooked."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(mean=1.0 if "norm" in name else 0.0, std=0.2)
+    model.save_pretrained(directory, **options)
+    return directory
 
 
-@pytest.fixture(scope="session")
-def save_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> SaveCheckpoint:
-    """Saves a random model of a configuration; no bias is zero and no norm is one, so that none can be overlooked."""
-
-    def save(config: PreTrainedConfig, **options: object) -> Path:
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.normal_(mean=1.0 if "norm" in name else 0.0, std=0.2)
-        directory = tmp_path_factory.mktemp("checkpoint")
-        model.save_pretrained(directory, **options)
-        return directory
-
-    return save
-
-
-@pytest.fixture(scope="session")
-def reference() -> Callable[..., PreTrainedModel]:
+def load_reference(directory: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The transformers model of a directory."""
-
-    def load(directory: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-        return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
-
-    return load
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
 
 
-@pytest.fixture(scope="session")
-def decoder() -> Callable[..., Decoder]:
-    """The whole decoder of a directory."""
+def load(directory: Path, dtype: torch.dtype = torch.float32, group: Group = WHOLE) -> Decoder:
+    """The decoder of a directory, or one rank's part of it."""
+    checkpoint = open_checkpoint(str(directory))
+    return load_decoder(checkpoint, group, dtype, torch.device("cpu"), MAX_MODEL_LEN)
 
-    def load(directory: Path, dtype: torch.dtype = torch.float32, max_model_len: int = 64) -> Decoder:
-        checkpoint = open_checkpoint(str(directory))
-        return load_decoder(checkpoint, Group(0, 1), dtype, torch.device("cpu"), max_model_len)
 
-    return load
+def whole_delta(module: str, out_features: int, in_features: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and B of one module of a random adapter, always the same."""
+    generator = torch.Generator().manual_seed(crc32(module.encode()))
+    lora_rank = 3
+    shrink = torch.randn(lora_rank, in_features, generator=generator) * 0.2
+    return shrink, torch.randn(out_features, lora_rank, generator=generator) * 0.2
+
+
+def adapter_for(layouts: tuple[LinearLayout, ...]) -> AdapterWeights:
+    """That adapter on all linear layers, cut as they are."""
+    layers = {}
+    for layout in layouts:
+        shrinks, expansions, start, rank_start = [], [], 0, 0
+        for part in layout.parts:
+            shrink, expand = whole_delta(part.module, part.out_features, layout.in_features)
+            weight = expand[part.rows]
+            stop, rank_stop = start + len(weight), rank_start + len(shrink)
+            expansions.append(Expansion(rank_start, rank_stop, start, stop, weight))
+            shrinks.append(shrink[:, layout.columns])
+            start, rank_start = stop, rank_stop
+        layers[layout.name] = LayerWeights(torch.cat(shrinks), tuple(expansions))
+    return AdapterWeights(layers, size_bytes=0)

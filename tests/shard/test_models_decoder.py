@@ -1,0 +1,109 @@
+"""What the decoder promises besides its numbers: how it loads, what it shares, what it leaves untouched."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tests.shard.decoders import Sequences, adapter_for, load, load_reference, save_checkpoint, whole_delta
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from loraplex_shard.batch import Segment
+from loraplex_shard.checkpoint import open_checkpoint
+from loraplex_shard.models import load_decoder
+from loraplex_shard.parallel import Group
+
+TOKENS = [5, 80, 3, 3, 41, 7, 66, 0, 95]
+
+
+def config(tied: bool = False) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=96,
+        hidden_size=48,
+        intermediate_size=72,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        tie_word_embeddings=tied,
+    )
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint(config(), tmp_path_factory.mktemp("checkpoint"))
+
+
+def test_a_sharded_checkpoint_is_the_same_model(directory: Path, tmp_path: Path) -> None:
+    sharded = save_checkpoint(config(), tmp_path, max_shard_size="30KB")
+    assert len(list(sharded.glob("*.safetensors"))) > 2
+    expected, actual = load(directory).state_dict(), load(sharded).state_dict()
+    assert expected.keys() == actual.keys()
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
+
+
+def test_a_tied_lm_head_is_no_copy_of_the_embedding(tmp_path: Path) -> None:
+    decoder = load(save_checkpoint(config(tied=True), tmp_path))
+    assert decoder.lm_head.weight.data_ptr() == decoder.embedding.weight.data_ptr()
+
+
+def test_progress_counts_every_tensor(directory: Path) -> None:
+    checkpoint, seen = open_checkpoint(str(directory)), []
+    load_decoder(checkpoint, Group(0, 1), torch.float32, torch.device("cpu"), 16, lambda *counts: seen.append(counts))
+    total = len(checkpoint.names)
+    assert seen == [(done, total) for done in range(1, total + 1)]
+
+
+def test_an_adapter_on_all_layers_is_the_model_with_its_delta_merged(directory: Path, tmp_path: Path) -> None:
+    model = load_reference(directory)
+    modules = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    for name, module in modules.items():
+        shrink, expand = whole_delta(name, module.out_features, module.in_features)
+        module.weight.data += expand @ shrink
+    model.save_pretrained(tmp_path)
+    merged = Sequences(load(tmp_path)).step({"a": TOKENS})["a"]
+    decoder = load(directory)
+    segments = (Segment(2, 2 + len(TOKENS), adapter_for(decoder.layouts)),)
+    mixed = Sequences(decoder).step({"before": [1, 2], "a": TOKENS, "after": [3]}, segments)
+    torch.testing.assert_close(mixed["a"], merged, rtol=1e-4, atol=1e-4)
+    base = Sequences(decoder).step({"before": [1, 2], "after": [3]})
+    torch.testing.assert_close(mixed["before"], base["before"])
+    torch.testing.assert_close(mixed["after"], base["after"])
+
+
+def test_what_a_block_held_before_does_not_matter(directory: Path) -> None:
+    decoder = load(directory)
+    clean, dirty = Sequences(decoder), Sequences(decoder)
+    for cache in (*dirty.cache.keys, *dirty.cache.values):
+        cache.fill_(torch.nan)
+    for chunk in (TOKENS[:6], TOKENS[6:7], TOKENS[7:]):
+        assert torch.equal(dirty.step({"a": chunk})["a"], clean.step({"a": chunk})["a"])
+
+
+def test_a_sequence_that_is_not_finite_leaves_the_others_of_its_batch_alone(directory: Path) -> None:
+    decoder = load(directory)
+    broken = adapter_for(decoder.layouts)
+    for layer in broken.layers.values():
+        layer.shrink.fill_(torch.nan)
+    driver, alone = Sequences(decoder), Sequences(decoder)
+    driver.step({"broken": TOKENS, "a": TOKENS}, (Segment(0, len(TOKENS), broken),))
+    alone.step({"a": TOKENS})
+    together = driver.step({"broken": [1], "a": [2]})
+    assert together["broken"].isnan().all()
+    torch.testing.assert_close(together["a"], alone.step({"a": [2]})["a"])
+
+
+def test_the_cache_has_the_size_that_was_announced(directory: Path) -> None:
+    decoder = load(directory, torch.bfloat16)
+    cache = decoder.new_cache(num_blocks=5, block_size=4)
+    total = sum(tensor.numel() * tensor.itemsize for tensor in (*cache.keys, *cache.values))
+    assert total == 5 * decoder.cache_block_bytes(block_size=4)
+    assert cache.keys[0].shape == (5, 4, 2, 8)
+
+
+def test_the_layouts_name_every_linear_layer(directory: Path) -> None:
+    layouts = {layout.name: layout for layout in load(directory).layouts}
+    in_layers = {f"layers.{i}.{name}" for i in range(2) for name in ("qkv", "o", "gate_up", "down")}
+    assert layouts.keys() == in_layers | {"lm_head"}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config())
+    linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert {part.module for layout in layouts.values() for part in layout.parts} == linear

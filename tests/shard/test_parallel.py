@@ -1,0 +1,108 @@
+"""The rules by which a model is cut, and a model that really runs over several processes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from tests.shard.decoders import load, save_checkpoint
+from tests.shard.rank_process import SIZES, run
+from transformers import LlamaConfig, PreTrainedConfig, Qwen3Config
+
+from loraplex_shard.parallel import GroupSizeError, cut_evenly, cut_heads
+
+# Nothing divides evenly: 9 heads in 3 groups, and odd numbers of MLP units and vocabulary entries.
+SHAPE = {
+    "vocab_size": 97,
+    "hidden_size": 72,
+    "intermediate_size": 71,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+}
+CHECKPOINTS: dict[str, PreTrainedConfig] = {
+    "llama": LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True),
+    "llama-tied": LlamaConfig(**SHAPE, tie_word_embeddings=True),
+    "qwen3": Qwen3Config(**SHAPE, head_dim=6, attention_bias=True),
+}
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_several_ranks_have_the_logits_of_one(
+    name: str, size: int, ranks_logits: dict[str, torch.Tensor], ranks_directory: Path
+) -> None:
+    expected = run(load(ranks_directory / name))
+    assert expected is not None
+    torch.testing.assert_close(ranks_logits[f"{name} over {size}"], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def ranks_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("ranks")
+    for name, config in CHECKPOINTS.items():
+        save_checkpoint(config, directory / name)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def ranks_logits(ranks_directory: Path) -> dict[str, torch.Tensor]:
+    """What rank 0 of each group computed, by checkpoint and size."""
+    command = [sys.executable, "-m", "tests.shard.rank_process"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    root = Path(__file__).parents[2]
+    ranks = [
+        subprocess.Popen([*command, str(rank), str(ranks_directory)], cwd=root, env=environment)
+        for rank in range(max(SIZES))
+    ]
+    try:
+        assert [rank.wait(timeout=200) for rank in ranks] == [0] * len(ranks)
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    return load_file(ranks_directory / "logits.safetensors")
+
+
+def test_nine_heads_in_three_groups_over_two_ranks() -> None:
+    cuts = [cut_heads(9, 3, rank, 2) for rank in range(2)]
+    assert [(cut.query, cut.kv) for cut in cuts] == [(slice(0, 6), slice(0, 2)), (slice(6, 9), slice(2, 3))]
+
+
+def test_nine_heads_in_three_groups_over_four_ranks() -> None:
+    cuts = [cut_heads(9, 3, rank, 4) for rank in range(4)]
+    assert [cut.query for cut in cuts] == [slice(0, 2), slice(2, 3), slice(3, 6), slice(6, 9)]
+    assert [cut.kv for cut in cuts] == [slice(0, 1), slice(0, 1), slice(1, 2), slice(2, 3)]
+
+
+@given(total=st.integers(1, 300), size=st.integers(1, 20))
+def test_even_cuts_are_adjacent_cover_all_and_differ_by_at_most_one(total: int, size: int) -> None:
+    if size > total:
+        with pytest.raises(GroupSizeError, match=f"at most {total}"):
+            cut_evenly(total, 0, size)
+        return
+    cuts = [cut_evenly(total, rank, size) for rank in range(size)]
+    assert [index for cut in cuts for index in range(cut.start, cut.stop)] == list(range(total))
+    lengths = [cut.stop - cut.start for cut in cuts]
+    assert max(lengths) - min(lengths) <= 1
+    assert lengths == sorted(lengths, reverse=True)
+
+
+@given(kv_heads=st.integers(1, 12), group=st.integers(1, 8), size=st.integers(1, 40))
+def test_every_query_head_is_on_one_rank_together_with_its_kv_head(kv_heads: int, group: int, size: int) -> None:
+    heads = kv_heads * group
+    if -(-size // kv_heads) > group and size > kv_heads:
+        with pytest.raises(GroupSizeError, match=f"at most {heads}"):
+            cut_heads(heads, kv_heads, 0, size)
+        return
+    cuts = [cut_heads(heads, kv_heads, rank, size) for rank in range(size)]
+    assert [head for cut in cuts for head in range(cut.query.start, cut.query.stop)] == list(range(heads))
+    for cut in cuts:
+        used = [head // group for head in range(cut.query.start, cut.query.stop)]
+        assert sorted(set(used)) == list(range(cut.kv.start, cut.kv.stop))
+        assert len({used.count(head) for head in used}) == 1, "each KV head of a rank has as many query heads"
