@@ -51,7 +51,7 @@ class HubOrigin:
         return "hub"
 
     def read(self) -> AdapterFiles:
-        with _typed_errors(self.id, self.revision):
+        with _typed_errors(self.id, self.revision, self.token):
             return read_files(self._fetch(CONFIG), self._fetch(TENSORS))
 
     def _fetch(self, name: str) -> Path:
@@ -87,7 +87,7 @@ class HubSource:
         repository that holds no adapter or too large a one.
         """
         _check_arguments(revision, token)
-        with _typed_errors(id, revision):
+        with _typed_errors(id, revision, token):
             api = HfApi(endpoint=self._endpoint, token=token or None)
             info = api.model_info(id, revision=revision or None, files_metadata=True, timeout=self._timeout_s)
             sizes = {file.rfilename: file.size for file in info.siblings or ()}
@@ -109,7 +109,7 @@ def _check_arguments(revision: str, token: str) -> None:
 
 
 @contextmanager
-def _typed_errors(id: str, revision: str) -> Iterator[None]:
+def _typed_errors(id: str, revision: str, token: str) -> Iterator[None]:
     try:
         yield
     except AdapterError:
@@ -119,19 +119,19 @@ def _typed_errors(id: str, revision: str) -> Iterator[None]:
     except RevisionNotFoundError as error:
         raise AdapterNotFoundError(f"the hub has {id!r}, but no revision {revision!r} of it") from error
     except HfHubHTTPError as error:
-        raise _from_status(id, error.response.status_code) from error
+        raise _from_status(id, error.response.status_code, bool(token)) from error
     except Exception as error:
         # No connection, a timeout, an answer that is not the hub's: the library has no common class for these.
         raise AdapterSourceError(f"the hub did not hand over {id!r}: {type(error).__name__}") from error
 
 
-def _from_status(id: str, status: int) -> AdapterError:
+def _from_status(id: str, status: int, has_token: bool) -> AdapterError:
     match status:
-        case 401 | 403:
-            return AdapterForbiddenError(
-                f"the hub shows {id!r} to nobody without a valid token for it: it is private or gated, or misspelt"
-            )
+        case 401 if not has_token:  # the hub's answer to all that it does not show to everyone, existing or not
+            return AdapterNotFoundError(f"the hub has no {id!r}; if it is private, pass a token that may read it")
         case 404:
             return AdapterNotFoundError(f"the hub has no {id!r}, or hides it from this token")
+        case 401 | 403:
+            return AdapterForbiddenError(f"the hub refuses to hand over {id!r} without a token that may read it")
         case _:
             return AdapterSourceError(f"the hub answered {status} for {id!r}")

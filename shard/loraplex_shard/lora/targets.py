@@ -55,8 +55,9 @@ def _target(config: AdapterConfig, lora_rank: int, alpha: float) -> Target:
 def _targeted(config: AdapterConfig, names: Sequence[str]) -> frozenset[str]:
     modules = config.target_modules
     if isinstance(modules, list):
-        listed = frozenset(modules)
-        return frozenset(name for name in names if _is_listed(name, listed) and _is_transformed(config, name))
+        listed = frozenset(modules)  # layers_to_transform has no say in a module that is listed by its full name
+        ending = frozenset(name for name in names if _is_listed(name, listed) and _is_transformed(config, name))
+        return ending | listed.intersection(names)
     if modules.lower() == "all-linear":
         return frozenset(names) - {_EMBEDDING, LM_HEAD}
     return matching_names("target_modules", [modules], names)[0]

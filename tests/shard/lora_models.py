@@ -1,0 +1,129 @@
+"""A tiny Llama, its linear layers cut over ranks, and adapters of it made with PEFT."""
+
+import json
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from loraplex_shard.layers.layout import LinearLayout, LinearPart
+from loraplex_shard.lora.files import CONFIG, TENSORS, AdapterFiles, read_files
+from loraplex_shard.lora.weights import AdapterWeights
+
+HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 24, 40, 3, 6, 3, 4, 50
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+ALL_MODULES = [*ATTENTION, "gate_proj", "up_proj", "down_proj", "lm_head"]
+ARCHITECTURE = "LlamaForCausalLM"
+
+
+def layouts(rank: int = 0, size: int = 1) -> tuple[LinearLayout, ...]:
+    """The layers of one rank. Cut unevenly where the size asks for it: two ranks hold 2 and 1 of the KV heads."""
+    kv = _share(KV_HEADS * HEAD_DIM, HEAD_DIM, rank, size)
+    query = _share(HEADS * HEAD_DIM, HEAD_DIM * HEADS // KV_HEADS, rank, size)
+    units, words = _share(INTERMEDIATE, 1, rank, size), _share(VOCAB, 1, rank, size)
+    inputs, query_features, kv_features = slice(0, HIDDEN), HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
+    cut = []
+    for layer in range(LAYERS):
+        attention, mlp = f"model.layers.{layer}.self_attn", f"model.layers.{layer}.mlp"
+        q = LinearPart(f"{attention}.q_proj", query_features, query)
+        k = LinearPart(f"{attention}.k_proj", kv_features, kv)
+        v = LinearPart(f"{attention}.v_proj", kv_features, kv)
+        o = LinearPart(f"{attention}.o_proj", HIDDEN, inputs)
+        gate = LinearPart(f"{mlp}.gate_proj", INTERMEDIATE, units)
+        up = LinearPart(f"{mlp}.up_proj", INTERMEDIATE, units)
+        down = LinearPart(f"{mlp}.down_proj", HIDDEN, inputs)
+        cut += [
+            LinearLayout(f"layers.{layer}.qkv", (q, k, v), HIDDEN, inputs),
+            LinearLayout(f"layers.{layer}.o", (o,), query_features, query),
+            LinearLayout(f"layers.{layer}.gate_up", (gate, up), HIDDEN, inputs),
+            LinearLayout(f"layers.{layer}.down", (down,), INTERMEDIATE, units),
+        ]
+    return (*cut, LinearLayout("lm_head", (LinearPart("lm_head", VOCAB, words),), HIDDEN, inputs))
+
+
+def save_adapter(directory: Path, seed: int = 0, dtype: torch.dtype = torch.float32, **config: object) -> PeftModel:
+    """An adapter with random A and B, saved by PEFT. Returns the model with the adapter on it."""
+    torch.manual_seed(seed)
+    base = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=HIDDEN,
+            intermediate_size=INTERMEDIATE,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=HEADS,
+            num_key_value_heads=KV_HEADS,
+            head_dim=HEAD_DIM,
+            vocab_size=VOCAB,
+            tie_word_embeddings=False,
+        )
+    )
+    fields = {"r": 4, "target_modules": ATTENTION, "task_type": "CAUSAL_LM", "init_lora_weights": False, **config}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's advice on lm_head, and what transformers deprecates in PEFT
+        model = get_peft_model(base, LoraConfig(**fields))
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data = parameter.data.to(dtype)
+        model.save_pretrained(directory)
+    return model
+
+
+def read(directory: Path) -> AdapterFiles:
+    return read_files(directory / CONFIG, directory / TENSORS)
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """The adapter's files, as a hub would hold them."""
+    return {name: (directory / name).read_bytes() for name in (CONFIG, TENSORS)}
+
+
+def edit_config(directory: Path, **fields: object) -> None:
+    path = directory / CONFIG
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def edit_tensors(directory: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(directory / TENSORS)
+    edit(tensors)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / TENSORS)
+
+
+def peft_deltas(model: PeftModel) -> dict[str, torch.Tensor]:
+    """What PEFT would add to each adapted module's weight."""
+    modules = model.get_base_model().named_modules()
+    return {name: m.get_delta_weight("default").detach() for name, m in modules if hasattr(m, "get_delta_weight")}
+
+
+def whole_deltas(weights: Sequence[AdapterWeights]) -> dict[str, torch.Tensor]:
+    """The same, put together from all ranks' cuts, without looking at their sizes."""
+    deltas: dict[str, torch.Tensor] = {}
+    for rank, adapter in enumerate(weights):
+        for layout in layouts(rank, len(weights)):
+            if layer := adapter.layers.get(layout.name):
+                _place(deltas, layout, layer.shrink, {(e.start, e.stop): e for e in layer.expansions})
+    return deltas
+
+
+def _place(
+    deltas: dict[str, torch.Tensor],
+    layout: LinearLayout,
+    shrink: torch.Tensor,
+    expansions: Mapping[tuple[int, int], object],
+) -> None:
+    start = 0
+    for part in layout.parts:
+        stop = start + part.rows.stop - part.rows.start
+        if e := expansions.get((start, stop)):
+            delta = deltas.setdefault(part.module, torch.zeros(part.out_features, layout.in_features))
+            delta[part.rows, layout.columns] += (e.weight @ shrink[e.rank_start : e.rank_stop]).float()
+        start = stop
+
+
+def _share(features: int, unit: int, rank: int, size: int) -> slice:
+    """One rank's share of so many units of features, the first ranks having one more where it is uneven."""
+    each, more = divmod(features // unit, size)
+    start = rank * each + min(rank, more)
+    return slice(start * unit, (start + each + (rank < more)) * unit)

@@ -1,0 +1,74 @@
+"""The LoRA delta of a mixed batch is the dense formula, row by row."""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loraplex_shard.batch import Segment
+from loraplex_shard.lora.weights import AdapterWeights, Expansion, LayerWeights
+from loraplex_shard.ops.lora import add_lora_delta
+
+IN_FEATURES, PARTS = 7, (5, 3, 4)
+
+LoraRanks = tuple[int | None, ...]  # of each part; None: not adapted
+
+
+def adapter_of(lora_ranks: LoraRanks, generator: torch.Generator) -> AdapterWeights:
+    shrinks, expansions = [torch.empty(0, IN_FEATURES)], []
+    start = rank_start = 0
+    for out_features, lora_rank in zip(PARTS, lora_ranks, strict=True):
+        if lora_rank is not None:
+            shrinks.append(torch.randn(lora_rank, IN_FEATURES, generator=generator))
+            weight = torch.randn(out_features, lora_rank, generator=generator)
+            expansions.append(Expansion(rank_start, rank_start + lora_rank, start, start + out_features, weight))
+            rank_start += lora_rank
+        start += out_features
+    layers = {"fused": LayerWeights(torch.cat(shrinks), tuple(expansions))} if expansions else {}
+    return AdapterWeights(layers, 0)
+
+
+def dense_delta(adapter: AdapterWeights) -> torch.Tensor:
+    delta = torch.zeros(sum(PARTS), IN_FEATURES)
+    if layer := adapter.layers.get("fused"):
+        for e in layer.expansions:
+            delta[e.start : e.stop] = e.weight @ layer.shrink[e.rank_start : e.rank_stop]
+    return delta
+
+
+@settings(deadline=None)
+@given(
+    adapters=st.lists(st.tuples(*[st.none() | st.integers(1, 9)] * len(PARTS)), min_size=1, max_size=4),
+    runs=st.lists(st.tuples(st.integers(1, 6), st.none() | st.integers(0, 3)), min_size=1, max_size=6),
+    seed=st.integers(0, 2**32),
+)
+def test_each_run_of_tokens_gets_its_own_adapters_delta_and_base_rows_none(
+    adapters: list[LoraRanks], runs: list[tuple[int, int | None]], seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weights = [adapter_of(lora_ranks, generator) for lora_ranks in adapters]
+    tokens = sum(length for length, _ in runs)
+    x = torch.randn(tokens, IN_FEATURES, generator=generator)
+    base = torch.randn(tokens, sum(PARTS), generator=generator)
+    expected, segments, start = base.clone(), [], 0
+    for length, choice in runs:
+        if choice is not None:
+            adapter = weights[choice % len(weights)]
+            segments.append(Segment(start, start + length, adapter))
+            expected[start : start + length] += x[start : start + length] @ dense_delta(adapter).T
+        start += length
+
+    out = base.clone()
+    add_lora_delta(out, x, tuple(segments), "fused")
+
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+    untouched = torch.ones(tokens, dtype=torch.bool)
+    for segment in segments:
+        untouched[segment.start : segment.stop] = False
+    assert out[untouched].equal(base[untouched])
+
+
+def test_other_layers_are_left_alone() -> None:
+    adapter = adapter_of((4, None, 4), torch.Generator().manual_seed(0))
+    out = torch.ones(3, sum(PARTS))
+    add_lora_delta(out, torch.ones(3, IN_FEATURES), (Segment(0, 3, adapter),), "another")
+    assert out.equal(torch.ones(3, sum(PARTS)))

@@ -1,0 +1,293 @@
+"""Adapters from a hub: revisions, tokens, what is fetched, and what goes wrong."""
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from tests.shard.lora_models import ARCHITECTURE, contents, layouts, save_adapter
+from tests.stand_in_hub import StandInHub
+
+from loraplex_protos.errors import (
+    AdapterForbiddenError,
+    AdapterInvalidError,
+    AdapterNotFoundError,
+    AdapterSourceError,
+)
+from loraplex_shard.lora.files import CONFIG, PICKLE, TENSORS
+from loraplex_shard.lora.hub import HubSource
+from loraplex_shard.lora.store import AdapterStore, StagedAdapter
+
+TOKEN, OTHER_TOKEN = "hf_ofTheOwner", "hf_ofSomeoneElse"
+
+NewStore = Callable[..., AdapterStore]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    directory = tmp_path_factory.mktemp("adapter")
+    save_adapter(directory)
+    return contents(directory)
+
+
+@pytest.fixture(scope="module")
+def retrained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    directory = tmp_path_factory.mktemp("retrained")
+    save_adapter(directory, seed=1)
+    return contents(directory)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandInHub]:
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    with StandInHub() as hub:
+        yield hub
+
+
+@pytest.fixture
+def new_store(hub: StandInHub, tmp_path: Path) -> NewStore:
+    """Makes a store that keeps nothing in memory of what another one fetched; the files on disk are shared."""
+
+    def make(directory: Path | None = None, timeout_s: float = 10.0) -> AdapterStore:
+        source = HubSource(hub.url, tmp_path / "cache", timeout_s)
+        return AdapterStore(layouts(), torch.float32, torch.device("cpu"), directory, ARCHITECTURE, source)
+
+    return make
+
+
+@pytest.fixture
+def store(new_store: NewStore) -> AdapterStore:
+    return new_store()
+
+
+def stage(store: AdapterStore, id: str = "org/adapter", revision: str = "", token: str = "") -> StagedAdapter:
+    return store.stage(id, "hub", revision, token)
+
+
+def downloads(hub: StandInHub) -> list[str]:
+    return sorted(request.rpartition("/")[2] for request in hub.requests if request.startswith("GET /org"))
+
+
+def test_only_the_two_files_are_fetched_and_the_commit_is_reported(
+    hub: StandInHub, store: AdapterStore, files: dict[str, bytes]
+) -> None:
+    commit = hub.push("org/adapter", {**files, "README.md": b"# hello", PICKLE: b"x", "optimizer.pt": b"x"})
+    staged = stage(store)
+    assert (staged.source, staged.revision, staged.lora_rank) == ("hub", commit, 4)
+    assert downloads(hub) == sorted([CONFIG, TENSORS])
+    store.load(staged.digest, 1)
+
+
+def test_staging_again_asks_for_the_commit_but_fetches_nothing(
+    hub: StandInHub, store: AdapterStore, new_store: NewStore, files: dict[str, bytes]
+) -> None:
+    hub.push("org/adapter", files)
+    staged = stage(store)
+    hub.requests.clear()
+    assert stage(store) == staged
+    assert stage(new_store()) == staged  # from the files on our disk
+    assert hub.requests == ["GET /api/models/org/adapter"] * 2
+
+
+def test_a_branch_that_moved_gives_a_new_digest_and_a_commit_is_pinned(
+    hub: StandInHub, store: AdapterStore, files: dict[str, bytes], retrained: dict[str, bytes]
+) -> None:
+    first_commit = hub.push("org/adapter", files)
+    first = stage(store)
+    second_commit = hub.push("org/adapter", retrained)
+    second = stage(store)
+    assert (first.revision, second.revision) == (first_commit, second_commit)
+    assert first.digest != second.digest
+    assert stage(store, revision=first_commit) == first
+
+
+def test_a_branch_can_be_named(
+    hub: StandInHub, store: AdapterStore, files: dict[str, bytes], retrained: dict[str, bytes]
+) -> None:
+    hub.push("org/adapter", files)
+    commit = hub.push("org/adapter", retrained, branch="feature/v2")
+    assert stage(store, revision="feature/v2").revision == commit
+
+
+def test_the_same_files_have_the_same_digest_from_either_source(
+    hub: StandInHub, new_store: NewStore, files: dict[str, bytes], tmp_path: Path
+) -> None:
+    (tmp_path / "adapters" / "mine").mkdir(parents=True)
+    for name, data in files.items():
+        (tmp_path / "adapters" / "mine" / name).write_bytes(data)
+    hub.push("org/adapter", files)
+    store = new_store(tmp_path / "adapters")
+    assert stage(store).digest == store.stage("mine", "local", "", "").digest
+
+
+def test_an_empty_source_means_local_if_the_directory_has_the_name_else_hub(
+    hub: StandInHub, new_store: NewStore, files: dict[str, bytes], tmp_path: Path
+) -> None:
+    (tmp_path / "adapters" / "org" / "both").mkdir(parents=True)
+    for name, data in files.items():
+        (tmp_path / "adapters" / "org" / "both" / name).write_bytes(data)
+    hub.push("org/both", files)
+    hub.push("org/adapter", files)
+    store = new_store(tmp_path / "adapters")
+    assert store.stage("org/both", "", "", "").source == "local"
+    assert store.stage("org/both", "hub", "", "").source == "hub"
+    assert store.stage("org/adapter", "", "", "").source == "hub"
+
+
+def test_a_private_adapter_needs_its_token_each_time(
+    hub: StandInHub, store: AdapterStore, files: dict[str, bytes]
+) -> None:
+    hub.push("org/adapter", files, tokens=frozenset({TOKEN}))
+    hub.push("org/other", files, tokens=frozenset({OTHER_TOKEN}))
+    with pytest.raises(AdapterNotFoundError, match="token"):
+        stage(store)
+    stage(store, token=TOKEN)
+    with pytest.raises(AdapterNotFoundError, match="token"):
+        stage(store)  # though the files are here
+    with pytest.raises(AdapterNotFoundError):
+        stage(store, token=OTHER_TOKEN)
+    with pytest.raises(AdapterForbiddenError, match="token"):
+        stage(store, token="hf_madeUp")
+
+
+def test_a_gated_adapter_is_forbidden(hub: StandInHub, store: AdapterStore, files: dict[str, bytes]) -> None:
+    hub.push("org/adapter", files, gated=True)
+    with pytest.raises(AdapterForbiddenError):
+        stage(store)
+
+
+def test_no_token_appears_in_an_error_or_a_log(
+    hub: StandInHub, store: AdapterStore, files: dict[str, bytes], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG")
+    hub.push("org/adapter", files, tokens=frozenset({TOKEN}))
+    for token in ("hf_madeUp", "hf_madeUp\n", "hf_madeUp\r\nX: y", "hf_madeUp€"):
+        with pytest.raises(AdapterForbiddenError) as caught:
+            stage(store, token=token)
+        assert "hf_madeUp" not in repr(caught.value)
+    stage(store, token=TOKEN)
+    hub.failure = 500
+    with pytest.raises(AdapterSourceError) as failed:
+        stage(store, token=TOKEN)
+    assert TOKEN not in repr(failed.value)
+    assert not any(token in caplog.text for token in ("hf_madeUp", TOKEN))
+
+
+def test_what_the_hub_does_not_have_is_not_found(hub: StandInHub, store: AdapterStore, files: dict[str, bytes]) -> None:
+    with pytest.raises(AdapterNotFoundError, match="org/adapter"):
+        stage(store)
+    hub.push("org/adapter", files)
+    with pytest.raises(AdapterNotFoundError, match="revision 'v9'"):
+        stage(store, revision="v9")
+
+
+@pytest.mark.parametrize("id", ["", "a/b/c", "../etc/passwd", "org/..", "org/a?x=1", "org/a#b", "org/a b", "x" * 200])
+def test_an_id_that_no_adapter_can_have_is_not_asked_for(hub: StandInHub, store: AdapterStore, id: str) -> None:
+    with pytest.raises(AdapterNotFoundError):
+        stage(store, id=id)
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize("revision", ["../main", "a/../b", "main?x", "a b", "-x", "é", "x" * 300, "a\nb"])
+def test_a_revision_that_nothing_can_have_is_not_asked_for(hub: StandInHub, store: AdapterStore, revision: str) -> None:
+    with pytest.raises(AdapterNotFoundError, match="revision"):
+        stage(store, revision=revision)
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ([TENSORS], f"{CONFIG} is missing"),
+        ([CONFIG], f"{TENSORS} is missing"),
+        ([CONFIG, PICKLE], f"{PICKLE} is a pickle file"),
+    ],
+)
+def test_a_repository_that_is_no_adapter_is_refused_before_any_download(
+    hub: StandInHub, store: AdapterStore, names: list[str], message: str
+) -> None:
+    hub.push("org/adapter", dict.fromkeys(names, b"x"))
+    with pytest.raises(AdapterInvalidError, match=message):
+        stage(store)
+    assert downloads(hub) == []
+
+
+def test_a_file_over_its_limit_is_refused_before_any_download(
+    hub: StandInHub, store: AdapterStore, files: dict[str, bytes]
+) -> None:
+    hub.push("org/adapter", {**files, CONFIG: b" " * (2**20 + 1)})
+    with pytest.raises(AdapterInvalidError, match="the limit is 1048576"):
+        stage(store)
+    assert downloads(hub) == []
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_a_hub_that_fails_is_a_source_error(hub: StandInHub, store: AdapterStore, status: int) -> None:
+    hub.failure = status
+    with pytest.raises(AdapterSourceError, match=str(status)):
+        stage(store)
+
+
+def test_a_hub_that_does_not_answer_in_time_is_a_source_error(
+    hub: StandInHub, new_store: NewStore, files: dict[str, bytes]
+) -> None:
+    hub.push("org/adapter", files)
+    store = new_store(timeout_s=0.05)
+    hub.delay_s = 60.0
+    with pytest.raises(AdapterSourceError, match="Timeout"):
+        stage(store)
+    hub.delay_s = 0.0
+    stage(new_store())
+
+
+def test_a_hub_that_is_not_there_is_a_source_error(tmp_path: Path) -> None:
+    with StandInHub() as hub:
+        source = HubSource(hub.url, tmp_path)
+    store = AdapterStore(layouts(), torch.float32, torch.device("cpu"), None, ARCHITECTURE, source)
+    with pytest.raises(AdapterSourceError):
+        stage(store)
+
+
+def test_the_endpoint_comes_from_the_environment(
+    hub: StandInHub, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", hub.url + "/")
+    commit = hub.push("org/adapter", files)
+    assert HubSource().locate("org/adapter", "", "").revision == commit
+
+
+def test_concurrent_calls_for_one_adapter_fetch_it_once(
+    hub: StandInHub, store: AdapterStore, files: dict[str, bytes]
+) -> None:
+    hub.push("org/adapter", files)
+    hub.delay_s = 0.1
+    with ThreadPoolExecutor(8) as pool:
+        staged = set(pool.map(lambda _: stage(store), range(8)))
+    assert len(staged) == 1
+    assert downloads(hub) == sorted([CONFIG, TENSORS])
+
+
+def test_a_slow_hub_keeps_no_other_call_waiting(
+    hub: StandInHub, new_store: NewStore, files: dict[str, bytes], tmp_path: Path
+) -> None:
+    (tmp_path / "adapters" / "mine").mkdir(parents=True)
+    for name, data in files.items():
+        (tmp_path / "adapters" / "mine" / name).write_bytes(data)
+    hub.push("org/adapter", files)
+    store = new_store(tmp_path / "adapters")
+    local = store.stage("mine", "local", "", "")
+    store.load(local.digest, 1)
+    hub.delay_s = 60.0
+    with ThreadPoolExecutor(1) as pool:
+        slow = pool.submit(stage, store)
+        while not hub.requests:
+            time.sleep(0.001)
+        assert store.stage("mine", "", "", "") == local
+        store.load(local.digest, 2)
+        store.unload(1)
+        assert store.adapter_in(2)
+        assert not slow.done()
+        hub.release()
+        assert slow.result().source == "hub"

@@ -1,0 +1,295 @@
+"""What cannot be served exactly is refused, and the message names it."""
+
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tests.shard.lora_models import ARCHITECTURE, edit_config, edit_tensors, layouts, read, save_adapter
+
+from loraplex_protos.errors import AdapterInvalidError
+from loraplex_shard.lora import patterns
+from loraplex_shard.lora.files import CONFIG, PICKLE, TENSORS
+from loraplex_shard.lora.local import LocalSource
+from loraplex_shard.lora.peft import read_adapter
+
+PREFIX = "base_model.model."
+O_PROJ = "model.layers.1.self_attn.o_proj"
+Tensors = dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("sound")
+    save_adapter(directory)
+    return directory
+
+
+@pytest.fixture
+def directory(sound: Path, tmp_path: Path) -> Path:
+    """An adapter that the test may spoil."""
+    return shutil.copytree(sound, tmp_path / "adapter")
+
+
+def refusal(directory: Path, dtype: torch.dtype = torch.float32) -> str:
+    """The message with which every rank refuses the adapter, whatever part of it that rank would hold."""
+    messages = set()
+    for rank in range(3):
+        with pytest.raises(AdapterInvalidError) as caught:
+            read_adapter(read(directory), layouts(rank, 3), ARCHITECTURE, dtype)
+        messages.add(caught.value.message)
+    [message] = messages
+    return message
+
+
+def test_the_adapter_that_the_refused_ones_are_made_of_is_sound(directory: Path) -> None:
+    read_adapter(read(directory), layouts(), ARCHITECTURE, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("use_dora", True),
+        ("bias", "all"),
+        ("bias", "lora_only"),
+        ("lora_bias", True),
+        ("modules_to_save", ["lm_head"]),
+        ("trainable_token_indices", [1, 2]),
+        ("trainable_token_indices", {"embed_tokens": [3]}),
+        ("layer_replication", [[0, 2], [1, 3]]),
+        ("target_parameters", ["mlp.experts.gate_up_proj"]),
+        ("alora_invocation_tokens", [5, 6]),
+        ("use_qalora", True),
+        ("use_bdlora", {"nblocks": 2}),
+        ("arrow_config", {"top_k": 3}),
+        ("kasa_config", {"beta": 0.1}),
+        ("megatron_config", {"hidden_size": 1}),
+        ("loftq_config", {"loftq_bits": 4}),
+        ("fan_in_fan_out", True),
+        ("ensure_weight_tying", True),
+        ("init_lora_weights", "pissa"),
+        ("init_lora_weights", "pissa_niter_4"),
+        ("init_lora_weights", "olora"),
+        ("init_lora_weights", "corda"),
+        ("init_lora_weights", "loftq"),
+        ("init_lora_weights", "lora_ga"),
+        ("peft_type", "ADALORA"),
+        ("peft_type", None),
+        ("task_type", "SEQ_CLS"),
+        ("invented_by_a_later_peft", 1),
+        ("r", 0),
+        ("r", 513),
+        ("r", "8"),
+        ("r", 4.5),
+        ("r", True),
+        ("lora_alpha", "16"),
+        ("lora_alpha", float("nan")),
+        ("rank_pattern", {"q_proj": 1000}),
+        ("rank_pattern", {"q_proj": 0}),
+        ("rank_pattern", {"q_proj(": 2}),
+        ("rank_pattern", [1]),
+        ("alpha_pattern", {"q_proj": "much"}),
+        ("target_modules", None),
+        ("target_modules", 3),
+        ("target_modules", []),
+        ("target_modules", ["query_key_value"]),
+        ("target_modules", "q_proj"),
+        ("target_modules", r"(.*q_proj"),
+        ("target_modules", ["q_proj", "embed_tokens"]),
+        ("target_modules", r".*(q_proj|embed_tokens)"),
+        ("exclude_modules", r"*"),
+        ("exclude_modules", r".*"),
+        ("layers_to_transform", "1"),
+        ("layers_to_transform", [7]),
+        ("layers_pattern", "layers"),
+    ],
+)
+def test_a_config_field_that_is_wrong_or_not_supported_is_named(directory: Path, field: str, value: object) -> None:
+    edit_config(directory, **{field: value})
+    message = refusal(directory)
+    assert CONFIG in message
+    assert field in message or (field in ("exclude_modules", "layers_to_transform") and "target_modules" in message)
+
+
+def test_fields_that_ask_for_nothing_are_no_reason_to_refuse(directory: Path) -> None:
+    edit_config(
+        directory, invented_by_a_later_peft=None, another={}, use_dora=False, modules_to_save=[], loftq_config={}
+    )
+    read_adapter(read(directory), layouts(), ARCHITECTURE, torch.float32)
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"r": 4' + b"[" * 100_000])
+def test_a_config_that_is_not_a_json_object_is_refused(directory: Path, data: bytes) -> None:
+    (directory / CONFIG).write_bytes(data)
+    assert CONFIG in refusal(directory)
+
+
+def test_a_config_without_a_lora_rank_is_refused(directory: Path) -> None:
+    fields = json.loads((directory / CONFIG).read_text())
+    del fields["r"]
+    (directory / CONFIG).write_text(json.dumps(fields))
+    assert f"{CONFIG}: r: " in refusal(directory)
+
+
+def test_an_adapter_of_another_architecture_is_refused(directory: Path) -> None:
+    edit_config(directory, task_type=None, auto_mapping={"base_model_class": "BertModel", "parent_library": "x"})
+    assert "auto_mapping.base_model_class" in refusal(directory)
+
+
+def test_a_regular_expression_that_would_run_for_years_is_refused(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(patterns, "_TIME_LIMIT_S", 0.5)
+    edit_config(directory, target_modules=r"((([a-z.0-9_]+)+)+)+!")
+    assert "target_modules takes more than" in refusal(directory)
+
+
+def remove(name: str) -> Callable[[Tensors], object]:
+    return lambda tensors: tensors.pop(name)
+
+
+def add(name: str, tensor: torch.Tensor) -> Callable[[Tensors], object]:
+    return lambda tensors: tensors.update({name: tensor})
+
+
+@pytest.mark.parametrize("name", [f"{PREFIX}{O_PROJ}.lora_A.weight", f"{PREFIX}{O_PROJ}.lora_B.weight"])
+def test_a_missing_tensor_is_named(directory: Path, name: str) -> None:
+    edit_tensors(directory, remove(name))
+    message = refusal(directory)
+    assert name in message
+    assert "missing" in message
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        f"{PREFIX}{O_PROJ}.lora_magnitude_vector",
+        f"{PREFIX}{O_PROJ}.lora_B.bias",
+        f"{PREFIX}{O_PROJ}.base_layer.weight",
+        f"{PREFIX}model.layers.1.mlp.up_proj.lora_A.weight",
+        f"{PREFIX}model.layers.3.self_attn.o_proj.lora_A.weight",
+        f"{PREFIX}model.embed_tokens.lora_embedding_A",
+        f"{PREFIX}model.embed_tokens.weight",
+        f"{PREFIX}lm_head.weight",
+        f"{PREFIX}lm_head.base_layer.weight",
+        "base_model.model.transformer.h.0.attn.c_attn.lora_A.weight",
+        "surprise",
+    ],
+)
+def test_an_extra_tensor_is_named(directory: Path, name: str) -> None:
+    edit_tensors(directory, add(name, torch.zeros(4, 24)))
+    assert name in refusal(directory)
+
+
+@pytest.mark.parametrize(
+    ("part", "shape", "reason"),
+    [
+        ("lora_A", (4, 32), "in_features 24: the adapter was made for another base"),
+        ("lora_B", (32, 4), "out_features 24: the adapter was made for another base"),
+        ("lora_A", (8, 24), "lora_rank 4: adapter_config.json says so"),
+        ("lora_B", (24, 8), "lora_rank 4: adapter_config.json says so"),
+        ("lora_A", (96,), "not a matrix"),
+        ("lora_A", (0, 24), "lora_rank 4"),
+        ("lora_B", (24, 4, 1), "not a matrix"),
+    ],
+)
+def test_a_wrong_shape_is_named_with_its_dimension(
+    directory: Path, part: str, shape: tuple[int, ...], reason: str
+) -> None:
+    name = f"{PREFIX}{O_PROJ}.{part}.weight"
+    edit_tensors(directory, add(name, torch.zeros(shape)))
+    message = refusal(directory)
+    assert name in message
+    assert reason in message
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("part", ["lora_A", "lora_B"])
+def test_a_tensor_with_a_value_that_is_not_finite_is_named(directory: Path, part: str, value: float) -> None:
+    name = f"{PREFIX}{O_PROJ}.{part}.weight"
+
+    def poison(tensors: Tensors) -> None:
+        tensors[name][-1, -1] = value
+
+    edit_tensors(directory, poison)
+    assert name in refusal(directory)
+
+
+def test_a_value_that_the_models_dtype_cannot_hold_is_refused(directory: Path) -> None:
+    name = f"{PREFIX}{O_PROJ}.lora_B.weight"
+    edit_tensors(directory, add(name, torch.full((24, 4), 60_000.0)))
+    assert name in refusal(directory, torch.float16)
+
+
+def test_a_tensor_of_integers_is_named(directory: Path) -> None:
+    name = f"{PREFIX}{O_PROJ}.lora_A.weight"
+    edit_tensors(directory, add(name, torch.zeros(4, 24, dtype=torch.int8)))
+    assert f"{name} is of dtype I8" in refusal(directory)
+
+
+@pytest.mark.parametrize("kept", [0, 5, 8, 100, -1, -5000])
+def test_a_file_cut_short_is_refused(directory: Path, kept: int) -> None:
+    data = (directory / TENSORS).read_bytes()
+    (directory / TENSORS).write_bytes(data[:kept])
+    assert f"{TENSORS} is cut short" in refusal(directory)
+
+
+def header(**entries: object) -> bytes:
+    data = json.dumps(entries).encode()
+    return len(data).to_bytes(8, "little") + data
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\xff" * 64,
+        (2**62).to_bytes(8, "little"),
+        (4).to_bytes(8, "little") + b"{{{{",
+        header(a=1) + bytes(8),
+        header(a={"dtype": "F32", "shape": [2], "data_offsets": [0]}) + bytes(8),
+        header(a={"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}) + bytes(12),
+        header(a={"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}) + bytes(8),
+        header(a={"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}) + bytes(8),
+        header(a={"dtype": "F32", "shape": [2**40] * 9, "data_offsets": [0, 8]}) + bytes(8),
+        header(a={"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}) + bytes(9),
+        header(a={"dtype": "F99", "shape": [2], "data_offsets": [0, 8]}) + bytes(8),
+        pickle.dumps({"a": 1}) * 20,
+    ],
+)
+def test_a_file_that_is_not_well_formed_safetensors_is_refused(directory: Path, data: bytes) -> None:
+    (directory / TENSORS).write_bytes(data)
+    assert TENSORS in refusal(directory)
+
+
+def locate(directory: Path) -> None:
+    LocalSource(directory.parent).locate(directory.name).read()
+
+
+def test_a_pickle_file_is_refused(directory: Path) -> None:
+    (directory / TENSORS).rename(directory / PICKLE)
+    with pytest.raises(AdapterInvalidError, match=rf"{PICKLE} is a pickle file.*safetensors"):
+        locate(directory)
+
+
+@pytest.mark.parametrize("name", [CONFIG, TENSORS])
+def test_a_missing_file_is_named(directory: Path, name: str) -> None:
+    (directory / name).unlink()
+    with pytest.raises(AdapterInvalidError, match=f"{name} is missing"):
+        locate(directory)
+
+
+def test_a_file_over_its_size_limit_is_refused_unread(directory: Path) -> None:
+    with (directory / TENSORS).open("r+b") as file:
+        file.truncate(4 * 2**30 + 1)  # sparse
+    with pytest.raises(AdapterInvalidError, match=f"{TENSORS} has 4294967297 bytes; the limit is 4294967296"):
+        locate(directory)
+
+
+def test_a_config_of_more_than_a_mebibyte_is_refused(directory: Path) -> None:
+    with (directory / CONFIG).open("ab") as file:
+        file.write(b" " * 2**20)
+    with pytest.raises(AdapterInvalidError, match=f"{CONFIG} has .* the limit is 1048576"):
+        locate(directory)

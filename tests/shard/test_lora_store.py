@@ -1,0 +1,387 @@
+"""The store: staging by digest, slots, local ids, and all of it from many threads."""
+
+import contextlib
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from tests.shard.lora_models import ARCHITECTURE, edit_config, layouts, peft_deltas, read, save_adapter, whole_deltas
+
+from loraplex_protos.errors import (
+    AdapterError,
+    AdapterInUseError,
+    AdapterInvalidError,
+    AdapterNotFoundError,
+    AdapterSourceError,
+)
+from loraplex_shard.lora.files import CONFIG, TENSORS, AdapterFiles
+from loraplex_shard.lora.hub import HubSource
+from loraplex_shard.lora.local import LocalSource
+from loraplex_shard.lora.sources import Origin
+from loraplex_shard.lora.store import AdapterStore, StagedAdapter
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("saved")
+    for index in range(3):
+        save_adapter(directory / f"adapter-{index}", seed=index, r=index + 1)
+    return directory
+
+
+@pytest.fixture
+def directory(saved: Path, tmp_path: Path) -> Path:
+    """An adapter directory that the test may change."""
+    return shutil.copytree(saved, tmp_path / "adapters")
+
+
+@pytest.fixture
+def store(directory: Path) -> AdapterStore:
+    return store_of(directory)
+
+
+def store_of(directory: Path | None, hub: HubSource | None = None) -> AdapterStore:
+    return AdapterStore(layouts(), torch.float32, torch.device("cpu"), directory, ARCHITECTURE, hub)
+
+
+class CountingHub(HubSource):
+    """Serves the adapters of a directory, and remembers which were read."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__()
+        self.reads: list[str] = []
+        self.before_read: Callable[[], object] = lambda: None
+        self._directory = directory
+        self._calls = 0
+        self._called = threading.Condition()
+
+    def locate(self, id: str, revision: str, token: str) -> Origin:
+        with self._called:
+            self._calls += 1
+            self._called.notify_all()
+        return CountingOrigin(id, self)
+
+    def wait_for_calls(self, count: int) -> None:
+        with self._called:
+            assert self._called.wait_for(lambda: self._calls == count, timeout=60)
+
+    def read(self, id: str) -> AdapterFiles:
+        self.reads.append(id)
+        self.before_read()
+        return read(self._directory / id)
+
+
+@dataclass(frozen=True)
+class CountingOrigin:
+    id: str
+    hub: CountingHub
+    source: str = "hub"
+    revision: str = "commit"
+
+    def read(self) -> AdapterFiles:
+        return self.hub.read(self.id)
+
+
+def stage(store: AdapterStore, id: str) -> StagedAdapter:
+    return store.stage(id, "local", "", "")
+
+
+def at_once(calls: int, call: Callable[[int], object]) -> list[object]:
+    """What the calls return, each made in its own thread, all at the same moment."""
+    barrier = threading.Barrier(calls)
+
+    def run(index: int) -> object:
+        barrier.wait()
+        return call(index)
+
+    with ThreadPoolExecutor(calls) as pool:
+        return list(pool.map(run, range(calls)))
+
+
+def test_a_staged_adapter_is_described(store: AdapterStore) -> None:
+    staged = stage(store, "adapter-2")
+    assert (staged.source, staged.revision, staged.lora_rank) == ("local", "", 3)
+    assert len(staged.digest) == 64
+    store.load(staged.digest, 1)
+    assert staged.size_bytes == store.adapter_in(1).size_bytes
+
+
+def test_a_slot_holds_the_adapter_that_was_loaded_into_it(saved: Path, store: AdapterStore, tmp_path: Path) -> None:
+    digests = [stage(store, f"adapter-{index}").digest for index in range(3)]
+    for slot, digest in enumerate(digests, start=1):
+        store.load(digest, slot)
+    for index in range(3):
+        expected = peft_deltas(save_adapter(tmp_path / "again", seed=index, r=index + 1))
+        actual = whole_deltas([store.adapter_in(index + 1)])
+        assert actual.keys() == expected.keys()
+        for module, delta in expected.items():
+            torch.testing.assert_close(actual[module], delta)
+
+
+def test_on_the_cpu_slots_share_the_staged_tensors(store: AdapterStore) -> None:
+    digest = stage(store, "adapter-0").digest
+    store.load(digest, 1)
+    store.load(digest, 2)
+    assert store.adapter_in(1) is store.adapter_in(2)
+
+
+def test_a_reload_reads_no_file(store: AdapterStore, directory: Path) -> None:
+    digest = stage(store, "adapter-0").digest
+    store.load(digest, 1)
+    before = store.adapter_in(1)
+    store.unload(1)
+    shutil.rmtree(directory)
+    store.load(digest, 1)
+    assert store.adapter_in(1) is before
+
+
+def test_a_local_adapter_is_known_by_the_status_of_its_files(directory: Path) -> None:
+    source = LocalSource(directory)
+    for name in (CONFIG, TENSORS):
+        before = source.locate("adapter-0")
+        assert source.locate("adapter-0") == before
+        (directory / "adapter-0" / name).touch()
+        assert source.locate("adapter-0") != before
+
+
+def test_files_that_change_while_they_are_read_are_not_staged(directory: Path) -> None:
+    origin = LocalSource(directory).locate("adapter-0")
+    (directory / "adapter-0" / TENSORS).touch()
+    with pytest.raises(AdapterSourceError, match="changed while they were read"):
+        origin.read()
+
+
+def test_what_is_staged_is_not_read_again(saved: Path) -> None:
+    hub = CountingHub(saved)
+    store = store_of(None, hub)
+    staged = store.stage("adapter-0", "hub", "", "")
+    assert store.stage("adapter-0", "hub", "", "") == staged
+    assert hub.reads == ["adapter-0"]
+    store.unstage(staged.digest)
+    assert store.stage("adapter-0", "hub", "", "") == staged
+    assert hub.reads == ["adapter-0"] * 2
+
+
+def test_changed_content_gets_a_new_digest_and_the_old_one_stays(store: AdapterStore, directory: Path) -> None:
+    old = stage(store, "adapter-0")
+    edit_config(directory / "adapter-0", lora_alpha=99)
+    new = stage(store, "adapter-0")
+    assert new.digest != old.digest
+    store.load(old.digest, 1)
+    store.load(new.digest, 2)
+    assert not whole_deltas([store.adapter_in(1)]).keys() ^ whole_deltas([store.adapter_in(2)]).keys()
+    old_b = store.adapter_in(1).layers["layers.0.o"].expansions[0].weight
+    new_b = store.adapter_in(2).layers["layers.0.o"].expansions[0].weight
+    torch.testing.assert_close(new_b, old_b * 99 / 8)
+
+
+def test_the_same_content_under_two_names_is_held_once(store: AdapterStore, directory: Path) -> None:
+    shutil.copytree(directory / "adapter-0", directory / "org" / "copy")
+    first, second = stage(store, "adapter-0"), stage(store, "org/copy")
+    assert first.digest == second.digest
+    store.unstage(first.digest)
+    with pytest.raises(AdapterNotFoundError):
+        store.load(second.digest, 1)
+
+
+def test_the_digest_does_not_depend_on_the_rank(store: AdapterStore, directory: Path) -> None:
+    other = AdapterStore(layouts(1, 2), torch.float16, torch.device("cpu"), directory, ARCHITECTURE)
+    mine, theirs = stage(store, "adapter-0"), stage(other, "adapter-0")
+    assert mine.digest == theirs.digest
+    assert theirs.size_bytes < mine.size_bytes / 2
+
+
+def test_an_unstaged_adapter_is_gone_until_it_is_staged_again(store: AdapterStore) -> None:
+    digest = stage(store, "adapter-0").digest
+    store.unstage(digest)
+    store.unstage(digest)
+    with pytest.raises(AdapterNotFoundError, match=digest):
+        store.load(digest, 1)
+    assert stage(store, "adapter-0").digest == digest
+    store.load(digest, 1)
+
+
+def test_an_adapter_in_a_slot_cannot_be_unstaged(store: AdapterStore) -> None:
+    digest = stage(store, "adapter-0").digest
+    store.load(digest, 1)
+    with pytest.raises(AdapterInUseError):
+        store.unstage(digest)
+    store.unload(1)
+    store.unload(1)
+    store.unstage(digest)
+
+
+def test_a_taken_slot_is_not_given_away(store: AdapterStore) -> None:
+    first, second = stage(store, "adapter-0").digest, stage(store, "adapter-1").digest
+    store.load(first, 1)
+    store.load(first, 1)
+    with pytest.raises(AdapterInUseError, match="slot 1"):
+        store.load(second, 1)
+
+
+def test_an_empty_slot_has_no_adapter(store: AdapterStore) -> None:
+    with pytest.raises(KeyError):
+        store.adapter_in(1)
+
+
+def test_a_refused_adapter_can_be_repaired(store: AdapterStore, directory: Path) -> None:
+    edit_config(directory / "adapter-0", use_dora=True)
+    for _ in range(2):
+        with pytest.raises(AdapterInvalidError, match="use_dora"):
+            stage(store, "adapter-0")
+    edit_config(directory / "adapter-0", use_dora=False)
+    stage(store, "adapter-0")
+
+
+def test_concurrent_calls_for_the_same_adapter_do_the_work_once(saved: Path) -> None:
+    hub = CountingHub(saved)
+    store = store_of(None, hub)
+    hub.before_read = lambda: hub.wait_for_calls(16)
+    results = at_once(16, lambda _: store.stage("adapter-0", "hub", "", ""))
+    assert len(set(results)) == 1
+    assert hub.reads == ["adapter-0"]
+
+
+def test_different_adapters_are_staged_at_the_same_time(saved: Path) -> None:
+    hub = CountingHub(saved)
+    store = store_of(None, hub)
+    meeting = threading.Barrier(3)
+    hub.before_read = lambda: meeting.wait(timeout=60)  # passes only if all three are being read
+    results = at_once(3, lambda index: store.stage(f"adapter-{index}", "hub", "", ""))
+    assert len(set(results)) == 3
+
+
+def test_a_failure_reaches_all_concurrent_callers(store: AdapterStore, directory: Path) -> None:
+    (directory / "adapter-0" / TENSORS).write_bytes(b"")
+
+    def attempt(_: int) -> type[AdapterError] | None:
+        try:
+            stage(store, "adapter-0")
+        except AdapterError as error:
+            return type(error)
+        return None
+
+    assert set(at_once(8, attempt)) == {AdapterInvalidError}
+
+
+def test_staging_loading_and_reading_from_many_threads_keeps_each_slot_whole(store: AdapterStore) -> None:
+    expected = {}
+    for index in range(3):
+        digest = stage(store, f"adapter-{index}").digest
+        store.load(digest, 1)
+        expected[digest] = whole_deltas([store.adapter_in(1)])
+        store.unload(1)
+
+    def work(thread: int) -> None:
+        for turn in range(20):
+            digest = stage(store, f"adapter-{(thread + turn) % 3}").digest
+            try:
+                store.load(digest, thread + 1)
+            except AdapterNotFoundError:
+                continue  # another thread unstaged it just now
+            actual = whole_deltas([store.adapter_in(thread + 1)])
+            assert all(actual[module].equal(delta) for module, delta in expected[digest].items())
+            store.unload(thread + 1)
+            with contextlib.suppress(AdapterInUseError):  # it is in another thread's slot
+                store.unstage(digest)
+
+    at_once(6, work)
+
+
+def test_local_ids_are_the_directories_with_a_config(store: AdapterStore, directory: Path) -> None:
+    shutil.copytree(directory / "adapter-0", directory / "org" / "team" / "deep")
+    shutil.copytree(directory / "adapter-0", directory / "adapter-1" / "nested")
+    (directory / ".hidden").symlink_to(directory / "adapter-0")
+    (directory / "circle").symlink_to(directory)
+    (directory / "empty").mkdir()
+    (directory / "file").touch()
+    ids = store.local_ids()
+    assert [id for id in ids if "circle" not in id] == ["adapter-0", "adapter-1", "adapter-2", "org/team/deep"]
+    assert all(stage(store, id) for id in ids)
+
+
+def test_without_a_directory_there_are_no_local_adapters() -> None:
+    store = store_of(None)
+    assert store.local_ids() == []
+    with pytest.raises(AdapterNotFoundError, match="--adapters"):
+        stage(store, "adapter-0")
+
+
+@pytest.mark.parametrize(
+    "id",
+    [
+        "",
+        ".",
+        "..",
+        "/",
+        "../outside",
+        "adapter-0/..",
+        "adapter-0/../../outside",
+        "/etc",
+        "adapter-0/",
+        "//adapter-0",
+        "./adapter-0",
+        ".hidden",
+        "org/.hidden",
+        "adapter-0\0",
+        "adapter-0\n",
+        "adapter 0",
+        "ädapter",
+        "~root",
+        "a/b/c/d/e",
+        "a" * 5000,
+        "link-out",
+        "link-out/deeper",
+        "missing",
+        "loop",
+    ],
+)
+def test_an_id_never_leads_out_of_the_directory(store: AdapterStore, directory: Path, tmp_path: Path, id: str) -> None:
+    shutil.copytree(directory / "adapter-0", tmp_path / "outside" / "deeper")
+    shutil.copytree(directory / "adapter-0", directory / ".hidden")
+    (directory / "org").mkdir()
+    (directory / "org" / ".hidden").symlink_to(directory / "adapter-0")
+    (directory / "link-out").symlink_to(tmp_path / "outside")
+    (directory / "loop").symlink_to(directory / "loop")
+    with pytest.raises(AdapterNotFoundError):
+        stage(store, id)
+
+
+@pytest.mark.parametrize("name", [CONFIG, TENSORS])
+def test_a_file_that_is_a_link_out_of_the_directory_is_not_read(
+    store: AdapterStore, directory: Path, tmp_path: Path, name: str
+) -> None:
+    file = directory / "adapter-0" / name
+    file.rename(tmp_path / name)
+    file.symlink_to(tmp_path / name)
+    with pytest.raises(AdapterInvalidError, match=f"{name} is missing"):
+        stage(store, "adapter-0")
+
+
+def test_links_within_the_directory_are_followed(store: AdapterStore, directory: Path) -> None:
+    (directory / "latest").symlink_to(directory / "adapter-1")
+    assert stage(store, "latest") == stage(store, "adapter-1")
+
+
+def test_a_pipe_in_place_of_a_file_is_refused_at_once(store: AdapterStore, directory: Path) -> None:
+    file = directory / "adapter-0" / TENSORS
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(AdapterInvalidError, match="not a regular file"):
+        stage(store, "adapter-0")
+
+
+def test_a_local_adapter_has_no_revisions(store: AdapterStore) -> None:
+    with pytest.raises(AdapterNotFoundError, match="no revisions"):
+        store.stage("adapter-0", "local", "main", "")
+
+
+def test_an_unknown_source_is_named(store: AdapterStore) -> None:
+    with pytest.raises(AdapterNotFoundError, match="'s3'"):
+        store.stage("adapter-0", "s3", "", "")
