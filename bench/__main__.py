@@ -1,0 +1,86 @@
+"""`python -m bench TARGET [TARGET]`: measures one target, or two in turn."""
+
+import asyncio
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from bench.load import LoadError, Run, Target, Workload, measure
+from bench.report import table, write_json, write_plot
+from bench.targets import open_target
+from loraplex import LoraplexError
+
+
+def bench(
+    targets: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="TARGET...", help="One or two of grpc://HOST:PORT, openai+http://HOST:PORT/v1, peft:DIRECTORY."
+        ),
+    ],
+    concurrency: Annotated[int, typer.Option("--concurrency", "-c", min=1, help="Requests under way at once.")] = 8,
+    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", "-p", min=1, help="Tokens in each prompt.")] = 128,
+    output_tokens: Annotated[int, typer.Option("--output-tokens", "-n", min=2, help="Tokens in each answer.")] = 64,
+    num_adapters: Annotated[
+        int | None, typer.Option("--num-adapters", "-k", min=0, help="So many of the first target's. 0: the base.")
+    ] = None,
+    adapters: Annotated[str, typer.Option(help="Their names instead: a,b,c.")] = "",
+    requests: Annotated[int | None, typer.Option(min=1, help="In each run. Default: 4 for each of -c.")] = None,
+    runs: Annotated[int, typer.Option(min=1, help="Of each target, in turn; the medians count.")] = 3,
+    adapter_dir: Annotated[Path | None, typer.Option(help="Where peft: finds adapters.")] = None,
+    vocab_size: Annotated[int, typer.Option(min=1, help="Prompts are random token ids below this.")] = 10_000,
+    seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
+    json: Annotated[Path, typer.Option(help="Where to write all that was measured.")] = Path("bench.json"),
+    plot: Annotated[Path, typer.Option(help="Where to draw it.")] = Path("bench.png"),
+) -> None:
+    """Measure TARGETs: output tokens per second, time to the first token, time between tokens."""
+    if len(targets) > 2 or len(set(targets)) < len(targets):
+        raise typer.BadParameter("give one target, or two different ones", param_hint="TARGET")
+
+    async def main() -> tuple[Workload, dict[str, list[Run]]]:
+        async with AsyncExitStack() as stack:
+            opened = {name: open_target(name, adapter_dir) for name in targets}
+            for target in opened.values():
+                stack.push_async_callback(target.close)
+            names = await choose_adapters(opened[targets[0]], adapters, num_adapters)
+            workload = Workload(
+                concurrency, requests or 4 * concurrency, prompt_tokens, output_tokens, names, vocab_size, seed
+            )
+            return workload, await compare(opened, workload, runs)
+
+    try:
+        workload, results = asyncio.run(main())
+    except (LoadError, LoraplexError, OSError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
+    Console().print(table(results))
+    write_json(json, workload, results)
+    write_plot(plot, workload, results)
+
+
+async def choose_adapters(target: Target, names: str, count: int | None) -> tuple[str, ...]:
+    """The first `count` of the names, or of the target's own if there are none. No count: all names, or the base."""
+    chosen = tuple(names.split(",")) if names else tuple(await target.adapters()) if count else ()
+    if count is not None and len(chosen) < count:
+        raise LoadError(f"{count} adapters are asked for, there are {len(chosen)}")
+    return chosen[:count]
+
+
+async def compare(targets: dict[str, Target], workload: Workload, runs: int) -> dict[str, list[Run]]:
+    """Runs the targets in turn, so that what else the machine does falls on both."""
+    results: dict[str, list[Run]] = {name: [] for name in targets}
+    for number in range(runs):
+        for name, target in targets.items():
+            results[name].append(await measure(target, workload, number))
+            typer.echo(f"run {number + 1}/{runs} {name}: {results[name][-1].tokens_per_second:.1f} tok/s", err=True)
+    return results
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app.command()(bench)
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,96 @@
+"""What a measurement says: a table, a JSON file and a plot."""
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from bench.load import Run, Workload, percentile
+
+Results = Mapping[str, Sequence[Run]]  # target -> its runs
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """Medians over the runs of a target."""
+
+    output_tokens_per_second: float
+    ttft_p50: float  # seconds, as are the others
+    ttft_p95: float
+    inter_token_p50: float
+    inter_token_p95: float
+
+
+LABELS = {
+    "output_tokens_per_second": "output tok/s",
+    "ttft_p50": "TTFT p50, ms",
+    "ttft_p95": "TTFT p95, ms",
+    "inter_token_p50": "inter-token p50, ms",
+    "inter_token_p95": "inter-token p95, ms",
+}
+
+
+def summarize(runs: Sequence[Run]) -> Summary:
+    return Summary(
+        output_tokens_per_second=statistics.median(run.tokens_per_second for run in runs),
+        ttft_p50=statistics.median(percentile(run.first_tokens, 50) for run in runs),
+        ttft_p95=statistics.median(percentile(run.first_tokens, 95) for run in runs),
+        inter_token_p50=statistics.median(percentile(run.gaps, 50) for run in runs),
+        inter_token_p95=statistics.median(percentile(run.gaps, 95) for run in runs),
+    )
+
+
+def ratios(results: Results) -> dict[str, float]:
+    """Each figure of the second target over the first's; empty if there is one target."""
+    first, *others = (asdict(summarize(runs)) for runs in results.values())
+    return {name: others[0][name] / value for name, value in first.items()} if others else {}
+
+
+def table(results: Results) -> Table:
+    table = Table("", box=None, header_style="bold")
+    for target in [*results, *(["second / first"] if len(results) == 2 else [])]:
+        table.add_column(target, justify="right")
+    summaries = [asdict(summarize(runs)) for runs in results.values()]
+    quotients = ratios(results)
+    for name, label in LABELS.items():
+        scale = 1000 if label.endswith("ms") else 1
+        cells = [f"{summary[name] * scale:.1f}" for summary in summaries]
+        table.add_row(label, *cells, *([f"{quotients[name]:.2f}"] if quotients else []))
+    return table
+
+
+def write_json(path: Path, workload: Workload, results: Results) -> None:
+    content = {
+        "workload": asdict(workload),
+        "targets": [
+            {"target": target, "summary": asdict(summarize(runs)), "runs": [asdict(run) for run in runs]}
+            for target, runs in results.items()
+        ],
+        "ratios": ratios(results),
+    }
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def write_plot(path: Path, workload: Workload, results: Results) -> None:
+    """Throughput as bars with a dot per run; both latencies as the share of tokens that came within a time."""
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    throughput, first_token, gap = figure.subplots(1, 3)
+    for place, (target, runs) in enumerate(results.items()):
+        color = f"C{place}"
+        throughput.bar(place, summarize(runs).output_tokens_per_second, color=color, alpha=0.5, label=target)
+        throughput.scatter([place] * len(runs), [run.tokens_per_second for run in runs], color=color)
+        first_token.ecdf([1000 * value for run in runs for value in run.first_tokens], color=color)
+        gap.ecdf([1000 * value for run in runs for value in run.gaps], color=color)
+    throughput.set(title="output tokens per second", xticks=[])
+    throughput.legend(loc="lower center")
+    first_token.set(title="time to first token", xlabel="ms", ylabel="share of requests", xlim=0)
+    gap.set(title="time between tokens", xlabel="ms", ylabel="share of tokens", xlim=0)
+    figure.suptitle(
+        f"{workload.concurrency} at once, {workload.prompt_tokens} tokens in, {workload.output_tokens} out, "
+        f"{len(workload.adapters)} adapters"
+    )
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,51 @@
+"""The targets, by their names on the command line."""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from bench.load import LoadError, Request, Target
+from bench.openai_target import OpenAiTarget
+from loraplex import AsyncClient
+
+
+def open_target(name: str, adapter_directory: Path | None) -> Target:
+    """`grpc://HOST:PORT`, `openai+http://HOST:PORT/v1`, or `peft:DIRECTORY` (`peft:default`: the embedded model).
+
+    `adapter_directory` is where `peft:` finds adapters. Raises LoadError for any other name.
+    """
+    kind, _, rest = name.partition(":")
+    match kind:
+        case "grpc":
+            return GrpcTarget(rest.removeprefix("//"))
+        case "openai+http":
+            return OpenAiTarget(rest.removeprefix("//"))
+        case "peft":
+            from bench.peft_target import PeftTarget  # imports torch
+
+            return PeftTarget(rest, adapter_directory)
+        case _:
+            raise LoadError(f"{name}: a target is grpc://HOST:PORT, openai+http://HOST:PORT/v1 or peft:DIRECTORY")
+
+
+class GrpcTarget:
+    """A loraplex server."""
+
+    def __init__(self, server: str) -> None:
+        self._client = AsyncClient(server)
+
+    async def adapters(self) -> list[str]:
+        return [adapter.id for adapter in await self._client.adapters()]
+
+    async def generate(self, request: Request) -> AsyncIterator[int]:
+        pieces = self._client.stream(
+            request.prompt,
+            adapter=request.adapter,
+            max_new_tokens=request.output_tokens,
+            ignore_eos=True,
+            temperature=0,
+        )
+        async for piece in pieces:
+            yield len(piece.tokens)
+
+    async def close(self) -> None:
+        await self._client.close()

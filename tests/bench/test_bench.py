@@ -1,0 +1,71 @@
+import json
+import re
+from pathlib import Path
+
+import pytest
+from bench.__main__ import app
+from bench.load import Run
+from bench.report import ratios, summarize
+from tests.client.scripted import ScriptedServicer
+from typer.testing import CliRunner, Result
+
+
+def run(directory: Path, *arguments: str) -> Result:
+    out = ["--json", str(directory / "bench.json"), "--plot", str(directory / "bench.png")]
+    return CliRunner().invoke(app, [*arguments, *out], env={"COLUMNS": "200"})
+
+
+def test_two_targets_run_in_turn_and_are_reported_as_ratios(
+    address: str, servicer: ScriptedServicer, checkpoint: Path, adapter_directory: Path, tmp_path: Path
+) -> None:
+    options = ["-c", "2", "-p", "4", "-n", "3", "--requests", "4", "--runs", "2", "--vocab-size", "50"]
+    options += ["--adapters", "one,two", "--adapter-dir", str(adapter_directory)]
+    targets = [f"grpc://{address}", f"peft:{checkpoint}"]
+    result = run(tmp_path, *targets, *options)
+    assert (result.exit_code, result.exception) == (0, None)
+    assert re.findall(r"run \d/2 (\S+): ", result.stderr) == targets * 2
+    for label in ("output tok/s", "TTFT p50", "TTFT p95", "inter-token p50", "inter-token p95", "second / first"):
+        assert label in result.stdout
+    content = json.loads((tmp_path / "bench.json").read_text())
+    assert [target["target"] for target in content["targets"]] == targets
+    assert [len(target["runs"]) for target in content["targets"]] == [2, 2]
+    assert content["workload"]["adapters"] == ["one", "two"]
+    assert content["ratios"]["output_tokens_per_second"] > 0
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+    assert len(servicer.requests) == 2 * (2 + 4)
+
+
+def test_adapters_come_from_the_server_s_list(address: str, tmp_path: Path) -> None:
+    result = run(tmp_path, f"grpc://{address}", *["-c", "1", "-n", "3", "--requests", "1", "--runs", "1", "-k", "1"])
+    assert (result.exit_code, result.exception) == (0, None)
+    assert "second / first" not in result.stdout
+    assert json.loads((tmp_path / "bench.json").read_text())["workload"]["adapters"] == ["sql"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["-k", "9"], "error: 9 adapters are asked for, there are 2"),
+        (["ftp://x"], "error: ftp://x: a target is"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line(arguments: list[str], error: str, address: str, tmp_path: Path) -> None:
+    result = run(tmp_path, f"grpc://{address}", *arguments)
+    assert result.exit_code == 1
+    assert result.stderr.startswith(error)
+    assert not (tmp_path / "bench.json").exists()
+
+
+def test_a_target_cannot_be_compared_with_itself(tmp_path: Path) -> None:
+    assert run(tmp_path, "grpc://x", "grpc://x").exit_code == 2
+
+
+def test_ratios_are_of_the_medians_over_the_runs() -> None:
+    def runs(*durations: float) -> list[Run]:
+        return [Run(duration, output_tokens=12, first_tokens=[duration], gaps=[duration]) for duration in durations]
+
+    results = {"a": runs(1, 2, 9), "b": runs(4, 3, 5)}
+    assert summarize(results["a"]).output_tokens_per_second == 6
+    assert ratios(results)["output_tokens_per_second"] == 0.5
+    assert ratios(results)["ttft_p95"] == 2
+    assert ratios({"a": results["a"]}) == {}

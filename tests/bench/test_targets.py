@@ -1,0 +1,77 @@
+import asyncio
+from pathlib import Path
+
+import pytest
+from bench.load import LoadError, Request, Target
+from bench.targets import open_target
+from tests.bench.conftest import StandInOpenAi
+from tests.client.scripted import ScriptedServicer
+
+from loraplex_protos import generation_pb2 as pb
+
+
+async def arrivals(target: Target, adapter: str | None = None, tokens: int = 5) -> list[int]:
+    return [count async for count in target.generate(Request([3, 4, 5], tokens, adapter))]
+
+
+async def test_grpc_asks_for_exactly_so_many_tokens(address: str, servicer: ScriptedServicer) -> None:
+    target = open_target(f"grpc://{address}", None)
+    assert sum(await arrivals(target, "sql")) == 5
+    assert servicer.requests == [
+        pb.GenerateRequest(
+            token_ids=pb.TokenIds(ids=[3, 4, 5]),
+            adapter=pb.AdapterReference(id="sql"),
+            sampling=pb.Sampling(temperature=0),
+            stopping=pb.Stopping(max_new_tokens=5, ignore_eos=True),
+            n=1,
+            detail=pb.Detail(),
+        )
+    ]
+    assert await target.adapters() == ["sql", "org/poet"]
+    await target.close()
+
+
+async def test_openai_counts_tokens_without_text_as_well(openai: StandInOpenAi) -> None:
+    target = open_target(f"openai+http://{openai.address}", None)
+    assert await arrivals(target, "sql") == [1, 1, 1, 1, 1]
+    assert sum(await arrivals(target)) == 5
+    assert [body["model"] for body in openai.bodies] == ["sql", "base"]
+    assert openai.bodies[0]["prompt"] == [3, 4, 5]
+    assert openai.bodies[0]["ignore_eos"] is True
+    assert await target.adapters() == ["sql", "poet"]
+
+
+async def test_openai_says_what_went_wrong(openai: StandInOpenAi) -> None:
+    target = open_target(f"openai+http://{openai.address.removesuffix('/v1')}", None)
+    with pytest.raises(LoadError, match="GET /models: 404: no such path"):
+        await target.adapters()
+
+
+async def test_openai_says_that_it_was_left_without_an_answer() -> None:
+    server = await asyncio.start_server(lambda _, writer: writer.close(), "127.0.0.1", 0)
+    host, port = server.sockets[0].getsockname()
+    async with server:
+        with pytest.raises(LoadError, match="without an answer"):
+            await open_target(f"openai+http://{host}:{port}/v1", None).adapters()
+
+
+async def test_peft_runs_requests_of_several_adapters_at_once(checkpoint: Path, adapter_directory: Path) -> None:
+    target = open_target(f"peft:{checkpoint}", adapter_directory)
+    assert await target.adapters() == ["one", "two"]
+    answers = await asyncio.gather(*(arrivals(target, adapter) for adapter in ("one", None, "two", "one")))
+    assert answers == [[1] * 5] * 4
+    await target.close()
+
+
+async def test_peft_without_a_directory_has_no_adapters(checkpoint: Path) -> None:
+    target = open_target(f"peft:{checkpoint}", None)
+    assert await target.adapters() == []
+    assert sum(await arrivals(target)) == 5
+    with pytest.raises(LoadError, match="--adapter-dir"):
+        await arrivals(target, "one")
+    await target.close()
+
+
+def test_another_kind_of_target_is_refused() -> None:
+    with pytest.raises(LoadError, match=r"ftp://x: a target is grpc://"):
+        open_target("ftp://x", None)
