@@ -1,8 +1,6 @@
 """What the router can be told. The command turns each field into a flag and a LORAPLEX_* variable of its name."""
 
-from typing import Self
-
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 
 class EdgeSettings(BaseModel):
@@ -37,8 +35,14 @@ class RouterSettings(EdgeSettings):
         description="Addresses of the group's ranks, rank 0 first: HOST:PORT or unix:PATH, separated by commas."
     )
 
-    @model_validator(mode="after")
-    def _has_shards(self) -> Self:
-        if not self.shards:
-            raise ValueError("shards: name the address of at least one rank")
-        return self
+    @field_validator("shards", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+    @field_validator("shards")
+    @classmethod
+    def _are_addresses(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value or not all(value):
+            raise ValueError("name the address of every rank")
+        return value

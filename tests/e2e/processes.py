@@ -1,0 +1,105 @@
+"""Starts the real thing: `loraplex serve` with its router and shard processes."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Self
+
+START_SECONDS = 120  # a loaded machine is slow
+
+
+class Server:
+    """A running server. Its log is kept and shown if it does not start."""
+
+    def __init__(self, *flags: str, env: dict[str, str] | None = None) -> None:
+        command = [sys.executable, "-m", "loraplex.cli.main", "serve", "--http-port=0", "--grpc-port=0", *flags]
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("LORAPLEX_")}
+        environment = {**clean, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "HF_HUB_OFFLINE": "0", **(env or {})}
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+        self.log = ""
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        try:
+            self.address = self._find(r"gRPC  (\S+)")
+            self.url = self._find(r"HTTP  (\S+)")
+        except BaseException:
+            self.kill()
+            raise
+
+    def health(self) -> int:
+        try:
+            with urllib.request.urlopen(f"{self.url}/health", timeout=10) as response:
+                return response.status
+        except urllib.error.HTTPError as error:
+            return error.code
+
+    def metric(self, name: str) -> float:
+        """The value of one sample, for example `loraplex_kv_blocks{state="used"}`."""
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=10) as response:
+            text = response.read().decode()
+        found = re.search(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)
+        return float(found.group(1)) if found else 0.0
+
+    def wait_until(self, name: str, value: float, seconds: float = 20) -> None:
+        """Waits for a metric to have a value."""
+        deadline = time.monotonic() + seconds
+        while (now := self.metric(name)) != value:
+            assert time.monotonic() < deadline, f"{name} is {now}, not {value}"
+            time.sleep(0.02)
+
+    def assert_nothing_is_held(self) -> None:
+        """No sequence runs or waits, and no block is in use."""
+        for name in ('loraplex_sequences{state="running"}', 'loraplex_sequences{state="waiting"}'):
+            self.wait_until(name, 0)
+        self.wait_until('loraplex_kv_blocks{state="used"}', 0)
+
+    def terminate(self) -> int:
+        """SIGTERM; answers the exit status."""
+        self.process.send_signal(signal.SIGTERM)
+        return self._end()
+
+    def kill(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self._end()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.terminate()
+        self._end()
+
+    def _end(self) -> int:
+        status = self.process.wait(60)
+        self._reader.join(10)
+        if self.process.stderr:
+            self.process.stderr.close()
+        return status
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.log += line
+
+    def _find(self, pattern: str) -> str:
+        deadline = time.monotonic() + START_SECONDS
+        while not (found := re.search(pattern, self.log)):
+            assert self.process.poll() is None and time.monotonic() < deadline, f"no server:\n{self.log}"
+            time.sleep(0.05)
+        return found.group(1)
+
+
+def run(*arguments: str, env: dict[str, str] | None = None, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """A `loraplex` command, to its end."""
+    command = [sys.executable, "-m", "loraplex.cli.main", *arguments]
+    environment = {**os.environ, "COLUMNS": "200", **(env or {})}
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, cwd=cwd, check=False)

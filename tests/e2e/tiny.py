@@ -1,0 +1,119 @@
+"""A tiny random Llama with adapters, and what transformers and PEFT alone make of them: the oracle."""
+
+from pathlib import Path
+
+import tokenizers
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+CHAT_TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def save_model(folder: Path) -> Path:
+    """Nine heads over three KV heads, as SmolLM2 has; one token per byte."""
+    torch.manual_seed(0)
+    tokenizer = byte_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=72,
+        intermediate_size=100,
+        num_hidden_layers=2,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=8192,
+        initializer_range=0.3,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    plain = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    plain.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    plain.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="</s>")
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def save_adapter(model: Path, folder: Path, r: int, seed: int, **options: object) -> Path:
+    """A LoRA adapter with random weights, strong enough to change every answer."""
+    torch.manual_seed(seed)
+    base = AutoModelForCausalLM.from_pretrained(model)
+    options = {"target_modules": ALL_LINEAR, "lora_alpha": 2 * r, **options}
+    adapted = get_peft_model(base, LoraConfig(r=r, task_type="CAUSAL_LM", **options))
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.25 / r**0.5)
+    adapted.save_pretrained(folder)
+    return folder
+
+
+class Oracle:
+    """Greedy generation with transformers, and with PEFT for an adapter, one request at a time."""
+
+    def __init__(self, model: Path, adapters: Path) -> None:
+        self._model, self._adapters = model, adapters
+        self._loaded: dict[str, torch.nn.Module] = {}
+
+    def generate(self, prompt: list[int], adapter: str | None, tokens: int) -> tuple[list[int], list[float]]:
+        """Token ids and their log probabilities; the model's end token ends nothing."""
+        model = self._load(adapter)
+        ids, logprobs = torch.tensor([prompt]), []
+        with torch.inference_mode():
+            for _ in range(tokens):
+                logits = model(input_ids=ids).logits[0, -1].float()
+                token = int(logits.argmax())
+                logprobs.append(float(logits.log_softmax(-1)[token]))
+                ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
+        return ids[0, len(prompt) :].tolist(), logprobs
+
+    def prompt_logprobs(self, prompt: list[int], adapter: str | None) -> list[float]:
+        with torch.inference_mode():
+            logits = self._load(adapter)(input_ids=torch.tensor([prompt])).logits[0].float()
+        return logits.log_softmax(-1)[:-1].gather(1, torch.tensor(prompt[1:])[:, None])[:, 0].tolist()
+
+    def _load(self, adapter: str | None) -> torch.nn.Module:
+        key = adapter or ""
+        if key not in self._loaded:
+            model = AutoModelForCausalLM.from_pretrained(self._model, dtype=torch.float32).eval()
+            self._loaded[key] = PeftModel.from_pretrained(model, self._adapters / adapter) if adapter else model
+        return self._loaded[key]
+
+
+CHANT = "aé€😀z"
+
+
+def save_chanting_model(folder: Path) -> Path:
+    """A model that says CHANT again and again: each byte leads to the next, whatever came before."""
+    tokenizer = byte_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=264,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        max_position_embeddings=2048,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    model = LlamaForCausalLM(config)
+    tokens = tokenizer.encode(CHANT)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.copy_(torch.eye(len(tokenizer), 264))
+        model.model.layers[0].self_attn.o_proj.weight.zero_()
+        model.model.layers[0].mlp.down_proj.weight.zero_()
+        model.lm_head.weight.zero_()
+        for token, following in zip(tokens, tokens[1:] + tokens[:1], strict=True):
+            model.lm_head.weight[following, token] = 1.0
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
