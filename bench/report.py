@@ -86,11 +86,11 @@ def write_plot(path: Path, workload: Workload, results: Results) -> None:
         first_token.ecdf([1000 * value for run in runs for value in run.first_tokens], color=color)
         gap.ecdf([1000 * value for run in runs for value in run.gaps], color=color)
     throughput.set(title="output tokens per second", xticks=[])
-    throughput.legend(loc="lower center")
+    figure.legend(loc="outside lower center", ncols=2)
     first_token.set(title="time to first token", xlabel="ms", ylabel="share of requests", xlim=0)
     gap.set(title="time between tokens", xlabel="ms", ylabel="share of tokens", xlim=0)
     figure.suptitle(
         f"{workload.concurrency} at once, {workload.prompt_tokens} tokens in, {workload.output_tokens} out, "
-        f"{len(workload.adapters)} adapters"
+        f"adapters: {len(workload.adapters)}"
     )
     figure.savefig(path, dpi=120)
