@@ -49,6 +49,7 @@ class SequenceOutput:
         self._end_token_ids = end_token_ids
         self._wakeup = wakeup
         self._pending = Delta()
+        self._undecoded: list[Sample] = []  # parts of a character so far
         self._held: list[tuple[Sample, int]] = []  # with the length of the text up to each one's end
         self._decoded = self._shown = 0  # characters
 
@@ -60,8 +61,11 @@ class SequenceOutput:
         text = "" if ended else self._detokenizer.push(sample.token)
         if last:
             text += self._detokenizer.flush()
-        self._decoded += len(text)
-        self._held.append((sample, self._decoded))
+        self._undecoded.append(sample)
+        if text or last:
+            self._decoded += len(text)
+            self._held += [(undecoded, self._decoded) for undecoded in self._undecoded]
+            self._undecoded.clear()
         shown, stopped = self._stops.feed(text)
         if last and not stopped:
             shown += self._stops.flush()

@@ -87,7 +87,7 @@ def _introduce(settings: ServeSettings, http_port: int, grpc_port: int, console:
         f"  adapters  {', '.join(adapters)}" if adapter else "",
         "",
         "Try it:",
-        f'  loraplex generate --chat "{prompt}"{flag} --server {server}',
+        f'  loraplex generate "{prompt}"{flag} --server {server}',
         f"  loraplex chat{flag} --server {server}",
         f'  python -c \'from loraplex import Client; print(Client("{server}").generate("Hello"{argument}).text)\'',
         f"  buf curl --protocol grpc --http2-prior-knowledge -d '{chat}' http://{server}/{method}",

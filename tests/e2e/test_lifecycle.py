@@ -1,0 +1,190 @@
+"""Requests that end early, queues that are full, blocks that run out, servers that stop: nothing is leaked or lost."""
+
+import asyncio
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+
+from loraplex import (
+    AsyncClient,
+    Client,
+    DeadlineError,
+    FinishReason,
+    InvalidRequestError,
+    OverloadedError,
+    RequestNotFoundError,
+    UnavailableError,
+)
+from tests.e2e.processes import Server, run
+from tests.e2e.tiny import Oracle, byte_tokenizer
+
+FOREVER = {"max_new_tokens": 6000, "ignore_eos": True}
+
+
+async def test_cancelled_disconnected_and_late_requests_leave_no_block_in_use(server: Server):
+    async with AsyncClient(server.address) as client:
+
+        async def leaves_the_loop():
+            async for piece in client.stream("leaves", adapter="r4", **FOREVER):
+                if piece.tokens:
+                    break
+
+        async def is_cancelled_by_name():
+            pieces = [piece async for piece in client.stream("named", request_id="named", **FOREVER)]
+            assert pieces[-1].finish_reason is FinishReason.CANCELLED
+
+        async def cancels():
+            while True:
+                try:
+                    return await client.cancel("named")
+                except RequestNotFoundError:
+                    await asyncio.sleep(0.05)
+
+        async def runs_out_of_time():
+            with pytest.raises(DeadlineError):
+                await client.generate("late", adapter="r8", timeout=1.0, **FOREVER)
+
+        async def whose_task_is_cancelled():
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(1):
+                    await client.generate("cancelled", n=3, temperature=1.0, **FOREVER)
+
+        await asyncio.gather(
+            leaves_the_loop(), is_cancelled_by_name(), cancels(), runs_out_of_time(), whose_task_is_cancelled()
+        )
+    server.assert_nothing_is_held()
+
+
+def test_a_client_whose_process_is_gone_leaves_no_block_in_use(server: Server):
+    with Client(server.address) as client:
+        next(client.stream("gone", **FOREVER))  # the channel closes with the call open
+    server.assert_nothing_is_held()
+
+
+def test_a_request_id_cannot_be_used_twice_at_the_same_time(server: Server):
+    with Client(server.address) as client:
+        stream = client.stream("first", request_id="mine", **FOREVER)
+        next(stream)
+        with pytest.raises(InvalidRequestError, match="request_id"):
+            client.generate("second", request_id="mine", max_new_tokens=1)
+        stream.close()
+
+
+async def test_a_long_prompt_does_not_stop_other_streams(server: Server):
+    async with AsyncClient(server.address) as client:
+        stream = client.stream("short", **FOREVER)
+        await anext(stream)
+        long = asyncio.create_task(client.generate("long " * 1500, max_new_tokens=1, ignore_eos=True))
+        tokens_meanwhile = 0
+        while not long.done():
+            tokens_meanwhile += len((await anext(stream)).tokens)
+        assert long.result().sequences[0].usage.prompt_tokens == 7500
+        assert tokens_meanwhile >= 7500 // 256  # one for each chunk of the prompt, at least
+        await stream.aclose()
+
+
+async def test_sequences_that_outgrow_the_cache_are_preempted_and_lose_no_token(
+    model: Path, adapters: Path, oracle: Oracle
+):
+    prompts = [f"{index} sequences compete for few blocks" for index in range(6)]
+    with Server(str(model), f"--adapters={adapters}", "--kv-blocks=16", "--max-model-len=200", "--threads=1") as server:
+        async with AsyncClient(server.address) as client:
+            names = [None, "r8"] * 3
+            answers = await asyncio.gather(
+                *(
+                    client.generate(prompt, adapter=name, max_new_tokens=60, ignore_eos=True)
+                    for prompt, name in zip(prompts, names, strict=True)
+                )
+            )
+        assert server.metric("loraplex_preemptions") > 0
+        for prompt, name, answer in zip(prompts, names, answers, strict=True):
+            expected, _ = oracle.generate(byte_tokenizer().encode(prompt), name, 60)
+            assert [token.id for token in answer.sequences[0].tokens] == expected
+        server.assert_nothing_is_held()
+
+
+async def test_a_full_queue_is_refused_at_once_and_those_in_it_are_served(model: Path):
+    flags = "--max-queue=4", "--max-sequences=1", "--kv-blocks=64", "--max-model-len=1024", "--threads=1"
+    with Server(str(model), *flags) as server:
+        async with AsyncClient(server.address) as client:
+            running = client.stream("running", max_new_tokens=600, ignore_eos=True)
+            await anext(running)
+            queued = [asyncio.create_task(client.generate(f"{i}", max_new_tokens=2)) for i in range(4)]
+            await asyncio.to_thread(server.wait_until, 'loraplex_sequences{state="waiting"}', 4)
+            with pytest.raises(OverloadedError):
+                await client.generate("one too many", max_new_tokens=2)
+            await running.aclose()
+            assert all([answer.sequences[0].tokens for answer in await asyncio.gather(*queued)])
+        server.assert_nothing_is_held()
+
+
+async def test_sigterm_refuses_new_requests_lets_running_ones_finish_and_exits_with_zero(model: Path):
+    with Server(str(model), "--kv-blocks=256", "--threads=1", "--drain-seconds=60") as server:
+        assert server.health() == 200
+        async with AsyncClient(server.address) as client:
+            streams = [client.stream(f"{i}", max_new_tokens=300, ignore_eos=True) for i in range(4)]
+            pieces = [[await anext(stream)] for stream in streams]
+            server.process.send_signal(signal.SIGTERM)
+            await asyncio.to_thread(wait_for_health, server, 503)
+            with pytest.raises(UnavailableError):
+                await client.generate("too late", max_new_tokens=1, timeout=20)
+            for stream, seen in zip(streams, pieces, strict=True):
+                seen += [piece async for piece in stream]
+                assert seen[-1].finish_reason is FinishReason.LENGTH
+                assert sum(len(piece.tokens) for piece in seen) == 300
+        assert server.process.wait(30) == 0
+
+
+async def test_requests_that_outlast_the_drain_are_cancelled(model: Path):
+    with Server(str(model), "--kv-blocks=512", "--threads=1", "--drain-seconds=0.5") as server:
+        async with AsyncClient(server.address) as client:
+            stream = client.stream("endless", **FOREVER)
+            await anext(stream)
+            server.process.send_signal(signal.SIGTERM)
+            pieces = [piece async for piece in stream]
+            assert pieces[-1].finish_reason is FinishReason.CANCELLED
+        assert server.process.wait(30) == 0
+
+
+def wait_for_health(server: Server, status: int) -> None:
+    for _ in range(500):
+        if server.health() == status:
+            return
+        threading.Event().wait(0.01)
+    raise AssertionError(f"health is {server.health()}")
+
+
+def test_a_lost_shard_ends_requests_with_an_error_and_the_server_with_status_one(model: Path):
+    with Server(str(model), "--kv-blocks=512", "--threads=1", "--tp=2") as server:
+        with Client(server.address) as client:
+            stream = client.stream("interrupted", **FOREVER)
+            next(stream)
+            kill_rank(server, 1)
+            with pytest.raises(UnavailableError):
+                list(stream)
+        assert server.process.wait(30) == 1
+
+
+def kill_rank(server: Server, rank: int) -> None:
+    import psutil
+
+    for child in psutil.Process(server.process.pid).children():
+        if f"--rank={rank}" in child.cmdline():
+            child.kill()
+            return
+    raise AssertionError("no such rank")
+
+
+def test_an_unknown_architecture_is_an_error_before_any_port_opens(tmp_path: Path):
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}')
+    result = run("serve", str(tmp_path), "--http-port=0", "--grpc-port=0")
+    assert result.returncode == 1
+    assert "GPT2LMHeadModel" in result.stderr and "gRPC " not in result.stderr
+
+
+def test_a_taken_port_is_an_error_that_names_it(server: Server, model: Path):
+    port = server.address.rsplit(":", 1)[1]
+    result = run("serve", str(model), "--http-port=0", f"--grpc-port={port}", "--kv-blocks=64")
+    assert result.returncode == 1 and port in result.stderr
