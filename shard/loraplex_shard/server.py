@@ -43,17 +43,16 @@ OPTIONS = (
 Progress = Callable[[int, int], None]
 
 
-class StepStreamBrokenError(LoraplexError):
-    """The ranks of the group may have run different plans, so this one cannot go on."""
+class StepFailedError(LoraplexError):
+    """A step failed on this rank but maybe not on the others, so that the group cannot go on."""
 
 
 def run(settings: ShardSettings, progress: Progress | None = None) -> None:
     """Loads and serves one rank until SIGTERM or SIGINT, which raise SystemExit(0). Call it from the main thread.
 
     `progress` is called while loading, as load_decoder says. Raises SettingsError, CheckpointError or GroupSizeError
-    before the port opens. With tensor parallelism it raises StepStreamBrokenError once a step failed or the router
-    was lost in the middle of a stream: the ranks may be out of step then, and all of them end likewise and are
-    started again by whoever supervises them.
+    before the port opens. With tensor parallelism it raises StepFailedError once a step failed; the other ranks,
+    which wait for this one in the same step, then do likewise, and whoever supervises them starts the group again.
     """
     torch.set_num_threads(settings.threads or max(1, torch.get_num_threads() // settings.tp))
     checkpoint = open_checkpoint(settings.model, settings.revision, None)
@@ -62,17 +61,17 @@ def run(settings: ShardSettings, progress: Progress | None = None) -> None:
     # Only now, since the wait for the other ranks would not be interrupted by a handler.
     for number in signal.SIGTERM, signal.SIGINT:
         signal.signal(number, _exit)
-    broken = threading.Event()
+    step_failed = threading.Event()
     try:
-        server = start(_load(settings, checkpoint, group, device, progress, broken), settings.listen)
+        server = start(_load(settings, checkpoint, group, device, progress, step_failed), settings.listen)
         logger.info("rank %d of %d serves at %s", settings.rank, settings.tp, settings.listen)
         try:
-            broken.wait()
+            step_failed.wait()
         finally:
             server.stop(GRACE).wait()
     finally:
         group.close()
-    raise StepStreamBrokenError(f"rank {settings.rank}: a step failed or its stream broke; start the group again")
+    raise StepFailedError(f"rank {settings.rank}: a step failed; start all ranks of the group again")
 
 
 def start(service: ShardService, listen: str) -> grpc.Server:
@@ -97,7 +96,7 @@ def _load(
     group: Group,
     device: torch.device,
     progress: Progress | None,
-    broken: threading.Event,
+    step_failed: threading.Event,
 ) -> ShardService:
     dtype = machine.pick_dtype(settings.dtype, checkpoint.config, device)
     max_model_len = machine.longest_context(settings, checkpoint.config)
@@ -130,8 +129,8 @@ def _load(
             bos_token=tokenizer.bos_token,
             eos_token=tokenizer.eos_token,
         ),
-        # A single rank has nobody to be out of step with: the next stream starts from nothing.
-        on_broken_stream=broken.set if group.size > 1 else lambda: None,
+        # A single rank has nobody to be out of step with, and the next stream starts from nothing.
+        on_failed_step=step_failed.set if group.size > 1 else lambda: None,
     )
 
 

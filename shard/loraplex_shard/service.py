@@ -24,8 +24,10 @@ logger = logging.getLogger(__name__)
 class ShardService(ShardServiceServicer):
     """Answers for one rank.
 
-    on_broken_stream is called when a Step stream ended in any other way than by its client closing it: from then on
-    nobody knows whether the ranks of a group ran the same plans.
+    on_failed_step is called when a plan could not be run: the other ranks of the group may have run it. A stream that
+    merely ends, in good order or not, leaves nothing behind: a plan that has arrived is run to its end, and since the
+    ranks wait for each other in every plan, those that are idle have run the same ones. A plan that reached only some
+    of them fails there once the group's collectives time out.
     """
 
     def __init__(
@@ -34,13 +36,13 @@ class ShardService(ShardServiceServicer):
         adapters: AdapterStore,
         info: pb.GetInfoResponse,
         tokenizer: pb.GetTokenizerResponse,
-        on_broken_stream: Callable[[], None],
+        on_failed_step: Callable[[], None],
     ) -> None:
         self._runner = runner
         self._adapters = adapters
         self._info = info
         self._tokenizer = tokenizer
-        self._on_broken_stream = on_broken_stream
+        self._on_failed_step = on_failed_step
         self._runner_in_use = threading.Lock()
 
     def GetInfo(self, request: pb.GetInfoRequest, context: grpc.ServicerContext) -> pb.GetInfoResponse:
@@ -94,19 +96,20 @@ class ShardService(ShardServiceServicer):
         self, request_iterator: Iterator[pb.StepRequest], context: grpc.ServicerContext
     ) -> Iterator[pb.StepResponse]:
         with self._only_user_of_runner(context), self._errors_answered(context):
-            whole = False
-            try:
-                self._runner.clear()
-                for number, plan in enumerate(request_iterator):
-                    began = time.monotonic_ns()
-                    assert plan.step == number, f"plan {plan.step} came as plan {number} of its stream"
-                    response = self._runner.step(plan)
-                    response.duration_us = (time.monotonic_ns() - began) // 1000
-                    yield response
-                whole = True
-            finally:
-                if not whole:
-                    self._on_broken_stream()
+            self._runner.clear()
+            for number, plan in enumerate(request_iterator):
+                began = time.monotonic_ns()
+                response = self._run(plan, number)
+                response.duration_us = (time.monotonic_ns() - began) // 1000
+                yield response
+
+    def _run(self, plan: pb.StepRequest, number: int) -> pb.StepResponse:
+        try:
+            assert plan.step == number, f"plan {plan.step} came as plan {number} of its stream"
+            return self._runner.step(plan)
+        except Exception:
+            self._on_failed_step()
+            raise
 
     @contextmanager
     def _only_user_of_runner(self, context: grpc.ServicerContext) -> Iterator[None]:

@@ -4,7 +4,10 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from queue import SimpleQueue
 from random import Random
+from types import TracebackType
+from typing import Self
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -12,6 +15,7 @@ from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from loraplex_protos.shard_pb2 import Sampling, SequenceStart, StepRequest, StepResponse
+from loraplex_protos.shard_pb2_grpc import ShardServiceStub
 
 VOCAB, MAX_MODEL_LEN, BLOCK_SIZE, NUM_BLOCKS = 96, 512, 16, 96
 GREEDY = Sampling(top_p=1, typical_p=1, repetition_penalty=1)
@@ -151,3 +155,34 @@ class Planner:
         """Steps in which each of these rows feeds the token that was sampled last."""
         for _ in range(count):
             self.run(step, dict.fromkeys(rows, 1))
+
+
+class Stream:
+    """A Step stream that is open until the with block ends."""
+
+    def __init__(self, stub: ShardServiceStub) -> None:
+        self._plans: SimpleQueue[StepRequest | None] = SimpleQueue()
+        self.call = stub.Step(iter(self._plans.get, None))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._plans.put(None)
+
+    def send(self, plan: StepRequest) -> None:
+        self._plans.put(plan)
+
+    def receive(self) -> StepResponse:
+        return next(self.call)
+
+    def step(self, plan: StepRequest) -> StepResponse:
+        self.send(plan)
+        return self.receive()
+
+    def close(self) -> None:
+        """Closes it in good order."""
+        self._plans.put(None)
+        assert list(self.call) == []

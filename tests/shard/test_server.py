@@ -1,0 +1,155 @@
+"""Whole shard processes: one that is told to stop, one that cannot load, and a group of two."""
+
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import grpc
+import pytest
+from tests.shard.planner import (
+    BLOCK_SIZE,
+    MAX_MODEL_LEN,
+    VOCAB,
+    Planner,
+    Stream,
+    greedy,
+    random_tokens,
+    save_adapter,
+    save_llama,
+)
+from transformers import PreTrainedModel
+
+from loraplex_protos import shard_pb2 as pb
+from loraplex_protos.shard_pb2_grpc import ShardServiceStub
+from loraplex_shard.checkpoint import CheckpointError
+from loraplex_shard.server import run
+from loraplex_shard.settings import ShardSettings
+
+TIMEOUT = 90
+PROMPT = random_tokens(20, 1)
+PROGRAM = """
+import sys
+from loraplex_shard.server import run
+from loraplex_shard.settings import ShardSettings
+run(ShardSettings.model_validate_json(sys.argv[1]))
+"""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("llama")
+
+
+@pytest.fixture(scope="module")
+def reference(checkpoint: Path) -> PreTrainedModel:
+    return save_llama(checkpoint)
+
+
+@contextmanager
+def shard_process(settings: ShardSettings) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-c", PROGRAM, settings.model_dump_json()]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+@contextmanager
+def connected(settings: ShardSettings) -> Iterator[ShardServiceStub]:
+    """A connection, once the process serves."""
+    with grpc.insecure_channel(settings.listen) as channel:
+        grpc.channel_ready_future(channel).result(TIMEOUT)
+        yield ShardServiceStub(channel)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_shard_stops_cleanly_even_in_the_middle_of_a_stream(
+    checkpoint: Path, reference: PreTrainedModel, tmp_path: Path, number: signal.Signals
+) -> None:
+    settings = ShardSettings(
+        model=str(checkpoint), listen=f"unix:{tmp_path}/rank.sock", dtype="float32", kv_blocks=40, max_sequences=4
+    )
+    with shard_process(settings) as process, connected(settings) as shard:
+        info = shard.GetInfo(pb.GetInfoRequest())
+        assert (info.architecture, info.dtype, info.vocab_size) == ("LlamaForCausalLM", "float32", VOCAB)
+        assert (info.max_model_len, info.block_size, info.num_blocks) == (MAX_MODEL_LEN, BLOCK_SIZE, 40)
+        assert (info.rank, info.tensor_parallel_size, info.max_sequences) == (0, 1, 4)
+        assert list(info.end_token_ids) == [2]
+        tokenizer = shard.GetTokenizer(pb.GetTokenizerRequest())
+        assert (b'"w95"' in tokenizer.tokenizer_json, tokenizer.eos_token) == (True, "w2")
+        shard.Warmup(pb.WarmupRequest(max_batch_tokens=64))
+        planner = Planner()
+        planner.start(0, PROMPT)
+        with Stream(shard) as stream:
+            planner.run(stream.step, {0: len(PROMPT)})
+            planner.decode(stream.step, [0], 3)
+            process.send_signal(number)
+            assert process.wait(TIMEOUT) == 0
+        assert planner.rows[0].outputs == greedy(reference, PROMPT, 4)
+
+
+def test_a_checkpoint_that_cannot_be_served_is_an_error_before_a_port_opens(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        run(ShardSettings(model=str(tmp_path), listen=f"unix:{tmp_path}/rank.sock"))
+    assert not (tmp_path / "rank.sock").exists()
+
+
+def test_two_ranks_answer_as_one_and_end_together(checkpoint: Path, reference: PreTrainedModel, tmp_path: Path) -> None:
+    tuned = save_adapter(checkpoint, tmp_path / "adapters" / "tuned", seed=5, lora_rank=4)
+    ranks = [
+        ShardSettings(
+            model=str(checkpoint),
+            dtype="float32",
+            tp=2,
+            rank=rank,
+            rendezvous=f"file://{tmp_path}/rendezvous",
+            listen=f"unix:{tmp_path}/rank-{rank}.sock",
+            adapters=tmp_path / "adapters",
+            max_sequences=4,
+            threads=1,
+        )
+        for rank in (0, 1)
+    ]
+    with ExitStack() as stack:
+        processes = [stack.enter_context(shard_process(settings)) for settings in ranks]
+        shards = [stack.enter_context(connected(settings)) for settings in ranks]
+        infos = [shard.GetInfo(pb.GetInfoRequest()) for shard in shards]
+        assert infos[0].num_blocks == infos[1].num_blocks
+        for warmup in [shard.Warmup.future(pb.WarmupRequest(max_batch_tokens=32)) for shard in shards]:
+            warmup.result(TIMEOUT)
+        staged = [shard.StageAdapter(pb.StageAdapterRequest(id="tuned")) for shard in shards]
+        assert staged[0].digest == staged[1].digest
+        for shard in shards:
+            shard.LoadAdapter(pb.LoadAdapterRequest(digest=staged[0].digest, slot=1))
+        streams = [stack.enter_context(Stream(shard)) for shard in shards]
+
+        def step(plan: pb.StepRequest) -> pb.StepResponse:
+            for stream in streams:
+                stream.send(plan)
+            response, other = (stream.receive() for stream in streams)
+            assert (other.step, len(other.tokens), len(other.token_counts)) == (plan.step, 0, 0)
+            assert other.duration_us > 0
+            return response
+
+        planner = Planner()
+        planner.start(0, PROMPT, prompt_logprobs=True)
+        planner.start(1, PROMPT, slot=1)
+        planner.start(2, PROMPT, sampling=pb.Sampling(temperature=1, top_p=1, typical_p=1, repetition_penalty=1))
+        response = planner.run(step, dict.fromkeys(range(3), len(PROMPT)))
+        assert len(response.prompt_logprobs) == len(PROMPT) - 1
+        planner.decode(step, range(3), 7)
+        assert planner.rows[0].outputs == greedy(reference, PROMPT, 8)
+        assert planner.rows[1].outputs == greedy(tuned, PROMPT, 8)
+
+        plan = planner.plan({0: 1})
+        streams[0].send(plan)
+        plan.slots[0] = 7  # which holds nothing
+        streams[1].send(plan)
+        for rank, stream in enumerate(streams):
+            with pytest.raises(grpc.RpcError, match=f"rank {rank} failed"):
+                stream.receive()
+            assert processes[rank].wait(TIMEOUT) == 1

@@ -1,0 +1,278 @@
+"""The shard's calls over a real socket: plans in order, one stream, typed errors, and nothing that delays a step."""
+
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import torch
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
+from grpc_health.v1.health_pb2_grpc import HealthStub
+from tests.shard.planner import (
+    BLOCK_SIZE,
+    MAX_MODEL_LEN,
+    NUM_BLOCKS,
+    Planner,
+    Stream,
+    greedy,
+    random_tokens,
+    save_adapter,
+    save_llama,
+)
+from transformers import PreTrainedModel
+
+from loraplex_protos import shard_pb2 as pb
+from loraplex_protos.errors import AdapterInUseError, AdapterNotFoundError, LoraplexError, from_rpc_error
+from loraplex_protos.shard_pb2_grpc import ShardServiceStub
+from loraplex_shard.checkpoint import open_checkpoint
+from loraplex_shard.lora.store import AdapterStore, StagedAdapter
+from loraplex_shard.models import Decoder, load_decoder
+from loraplex_shard.parallel import Group
+from loraplex_shard.runner import Runner
+from loraplex_shard.server import start
+from loraplex_shard.service import ShardService
+from loraplex_shard.settings import SettingsError
+
+CPU = torch.device("cpu")
+PROMPT = random_tokens(20, 1)
+TIMEOUT = 30
+
+
+class SlowAdapters:
+    """An adapter store that stages nothing before it is told to go on."""
+
+    def __init__(self) -> None:
+        self.staging, self.may_go_on = threading.Event(), threading.Event()
+
+    def stage(self, id: str, source: str, revision: str, token: str) -> StagedAdapter:
+        self.staging.set()
+        assert self.may_go_on.wait(TIMEOUT)
+        return StagedAdapter("digest", "hub", "commit", lora_rank=1, size_bytes=1)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("llama")
+
+
+@pytest.fixture(scope="module")
+def reference(checkpoint: Path) -> PreTrainedModel:
+    return save_llama(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def decoder(checkpoint: Path, reference: PreTrainedModel) -> Decoder:
+    return load_decoder(open_checkpoint(str(checkpoint)), Group(0, 1), torch.float32, CPU, MAX_MODEL_LEN)
+
+
+@pytest.fixture
+def failed_step() -> threading.Event:
+    return threading.Event()
+
+
+@pytest.fixture
+def address(tmp_path: Path) -> str:
+    return f"unix:{tmp_path}/rank-0.sock"
+
+
+@pytest.fixture
+def service(decoder: Decoder, failed_step: threading.Event, tmp_path: Path) -> ShardService:
+    adapters = AdapterStore(decoder.layouts, torch.float32, CPU, tmp_path, "LlamaForCausalLM")
+    cache = decoder.new_cache(NUM_BLOCKS, BLOCK_SIZE)
+    runner = Runner(decoder, cache, adapters, Group(0, 1), max_sequences=8, max_model_len=MAX_MODEL_LEN, device=CPU)
+    info = pb.GetInfoResponse(model_id="tiny", rank=0, num_blocks=NUM_BLOCKS)
+    return ShardService(runner, adapters, info, pb.GetTokenizerResponse(tokenizer_json=b"{}"), failed_step.set)
+
+
+@pytest.fixture
+def channel(service: ShardService, address: str) -> Iterator[grpc.Channel]:
+    server = start(service, address)
+    with grpc.insecure_channel(address) as channel:
+        yield channel
+    server.stop(None).wait()
+
+
+@pytest.fixture
+def shard(channel: grpc.Channel) -> ShardServiceStub:
+    return ShardServiceStub(channel)
+
+
+def first_answer(shard: ShardServiceStub, plan: pb.StepRequest) -> pb.StepResponse:
+    """Of a new stream, as soon as the shard has noticed that the last one ended."""
+    for _ in range(TIMEOUT * 100):
+        try:
+            with Stream(shard) as stream:
+                return stream.step(plan)
+        except grpc.RpcError as refused:
+            assert refused.code() == grpc.StatusCode.FAILED_PRECONDITION
+            time.sleep(0.01)
+    raise TimeoutError
+
+
+def first_plan() -> pb.StepRequest:
+    planner = Planner()
+    planner.start(0, PROMPT)
+    return planner.plan({0: len(PROMPT)})
+
+
+def test_a_plan_may_be_sent_before_the_last_result_is_read(
+    shard: ShardServiceStub, failed_step: threading.Event, reference: PreTrainedModel
+) -> None:
+    planner = Planner()
+    planner.start(0, PROMPT)
+    with Stream(shard) as stream:
+        plans = [planner.plan({0: len(PROMPT)})]
+        stream.send(plans[0])
+        for _ in range(9):
+            plans.append(planner.plan({0: 1}))
+            stream.send(plans[-1])
+            response = stream.receive()
+            assert response.duration_us > 0
+            planner.read(plans[-2], response)
+        planner.read(plans[-1], stream.receive())
+        stream.close()
+    assert planner.rows[0].outputs == greedy(reference, PROMPT, 10)
+    assert not failed_step.is_set()
+
+
+def test_a_second_stream_is_refused_while_one_is_open(shard: ShardServiceStub) -> None:
+    with Stream(shard) as stream:
+        stream.step(first_plan())
+        with Stream(shard) as second, pytest.raises(grpc.RpcError) as refused:
+            second.step(first_plan())
+        assert refused.value.code() == grpc.StatusCode.FAILED_PRECONDITION
+        with pytest.raises(grpc.RpcError) as refused:
+            shard.Warmup(pb.WarmupRequest(max_batch_tokens=8))
+        assert refused.value.code() == grpc.StatusCode.FAILED_PRECONDITION
+        stream.close()
+
+
+def test_a_new_stream_starts_without_rows(
+    shard: ShardServiceStub, failed_step: threading.Event, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Stream(shard) as stream:
+        stream.step(first_plan())
+        stream.close()
+    decode = pb.StepRequest(step=0, rows=[0], lengths=[1], slots=[0], samples=[True], block_counts=[0])
+    with caplog.at_level(logging.CRITICAL), Stream(shard) as stream, pytest.raises(grpc.RpcError) as failed:
+        stream.step(decode)
+    assert failed.value.code() == grpc.StatusCode.INTERNAL
+    assert "rank 0 failed: AssertionError" in failed.value.details()
+    assert failed_step.wait(TIMEOUT)
+
+
+def test_an_unforeseen_failure_is_logged_with_its_traceback_and_the_next_stream_works(
+    shard: ShardServiceStub, caplog: pytest.LogCaptureFixture
+) -> None:
+    plan = first_plan()
+    plan.slots[0] = 3
+    with Stream(shard) as stream, pytest.raises(grpc.RpcError) as failed:
+        stream.step(plan)
+    error = from_rpc_error(failed.value)
+    assert type(error) is LoraplexError
+    assert "rank 0 failed: KeyError" in error.message
+    assert any(record.exc_info and "rank 0" in record.getMessage() for record in caplog.records)
+    with Stream(shard) as stream:
+        assert list(stream.step(first_plan()).token_counts) == [1]
+        stream.close()
+
+
+def test_plans_are_numbered_from_zero_on_each_stream(shard: ShardServiceStub) -> None:
+    plan = first_plan()
+    plan.step = 1
+    with Stream(shard) as stream, pytest.raises(grpc.RpcError, match="plan 1 came as plan 0"):
+        stream.step(plan)
+
+
+def test_a_router_that_is_lost_makes_room_for_the_next(shard: ShardServiceStub, failed_step: threading.Event) -> None:
+    with Stream(shard) as stream:
+        stream.step(first_plan())
+        stream.send(pb.StepRequest(step=1, rows=[0], lengths=[1], slots=[0], samples=[True], block_counts=[0]))
+        stream.call.cancel()
+    next_stream = first_answer(shard, first_plan())
+    assert list(next_stream.token_counts) == [1]
+    assert not failed_step.is_set()
+
+
+def test_long_prompts_are_more_than_grpc_takes_by_default(shard: ShardServiceStub) -> None:
+    plan = first_plan()
+    plan.starts[0].tokens.extend([1] * (5 << 20))
+    with Stream(shard) as stream, pytest.raises(grpc.RpcError, match="AssertionError") as failed:
+        stream.step(plan)
+    assert failed.value.code() == grpc.StatusCode.INTERNAL
+
+
+def test_adapters_are_staged_loaded_used_and_forgotten(
+    shard: ShardServiceStub, checkpoint: Path, reference: PreTrainedModel, tmp_path: Path
+) -> None:
+    model = save_adapter(checkpoint, tmp_path / "tuned", seed=5, lora_rank=4)
+    assert list(shard.ListLocalAdapters(pb.ListLocalAdaptersRequest()).ids) == ["tuned"]
+    staged = shard.StageAdapter(pb.StageAdapterRequest(id="tuned"))
+    assert (staged.source, staged.lora_rank, len(staged.digest)) == ("local", 4, 64)
+    assert staged.size_bytes > 0
+    shard.LoadAdapter(pb.LoadAdapterRequest(digest=staged.digest, slot=2))
+    planner = Planner()
+    planner.start(0, PROMPT, slot=2)
+    planner.start(1, PROMPT)
+    with Stream(shard) as stream:
+        planner.run(stream.step, {0: len(PROMPT), 1: len(PROMPT)})
+        planner.decode(stream.step, [0, 1], 5)
+        stream.close()
+    assert planner.rows[0].outputs == greedy(model, PROMPT, 6)
+    assert planner.rows[1].outputs == greedy(reference, PROMPT, 6)
+    with pytest.raises(grpc.RpcError) as refused:
+        shard.UnstageAdapter(pb.UnstageAdapterRequest(digest=staged.digest))
+    assert isinstance(from_rpc_error(refused.value), AdapterInUseError)
+    shard.UnloadAdapter(pb.UnloadAdapterRequest(slot=2))
+    shard.UnstageAdapter(pb.UnstageAdapterRequest(digest=staged.digest))
+    with pytest.raises(grpc.RpcError) as refused:
+        shard.LoadAdapter(pb.LoadAdapterRequest(digest=staged.digest, slot=2))
+    assert isinstance(from_rpc_error(refused.value), AdapterNotFoundError)
+
+
+def test_what_is_wrong_with_an_adapter_crosses_the_wire_as_its_type(shard: ShardServiceStub) -> None:
+    with pytest.raises(grpc.RpcError) as refused:
+        shard.StageAdapter(pb.StageAdapterRequest(id="missing", source="local", token="secret"))
+    error = from_rpc_error(refused.value)
+    assert isinstance(error, AdapterNotFoundError)
+    assert "missing" in error.message and "secret" not in error.message
+
+
+def test_a_slow_adapter_source_delays_no_step(decoder: Decoder, address: str, failed_step: threading.Event) -> None:
+    adapters: Any = SlowAdapters()
+    cache = decoder.new_cache(NUM_BLOCKS, BLOCK_SIZE)
+    runner = Runner(decoder, cache, adapters, Group(0, 1), max_sequences=8, max_model_len=MAX_MODEL_LEN, device=CPU)
+    service = ShardService(runner, adapters, pb.GetInfoResponse(), pb.GetTokenizerResponse(), failed_step.set)
+    server = start(service, address)
+    with grpc.insecure_channel(address) as channel, Stream(ShardServiceStub(channel)) as stream:
+        slow = ShardServiceStub(channel).StageAdapter.future(pb.StageAdapterRequest(id="org/slow"))
+        assert adapters.staging.wait(TIMEOUT)
+        assert list(stream.step(first_plan()).token_counts) == [1]
+        assert not slow.done()
+        adapters.may_go_on.set()
+        assert slow.result(TIMEOUT).digest == "digest"
+        stream.close()
+    server.stop(None).wait()
+
+
+def test_info_and_tokenizer_are_answered_while_a_stream_is_open(shard: ShardServiceStub) -> None:
+    with Stream(shard) as stream:
+        stream.step(first_plan())
+        assert shard.GetInfo(pb.GetInfoRequest()).model_id == "tiny"
+        assert shard.GetTokenizer(pb.GetTokenizerRequest()).tokenizer_json == b"{}"
+        stream.close()
+
+
+@pytest.mark.parametrize("service_name", ["", "loraplex.shard.v1.ShardService"])
+def test_the_standard_health_check_is_answered(channel: grpc.Channel, service_name: str) -> None:
+    answer = HealthStub(channel).Check(HealthCheckRequest(service=service_name))
+    assert answer.status == HealthCheckResponse.SERVING
+
+
+def test_an_address_that_cannot_be_opened_is_named(service: ShardService, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"listen: cannot open unix:.*no/such/folder"):
+        start(service, f"unix:{tmp_path}/no/such/folder/rank.sock")
