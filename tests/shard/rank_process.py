@@ -26,6 +26,16 @@ def run(decoder: Decoder) -> torch.Tensor | None:
     return torch.cat(logits) if logits else None
 
 
+def check_collectives(group: Group) -> None:
+    for dtype in torch.float32, torch.bfloat16, torch.float16:
+        summed = torch.full((3,), group.rank + 1, dtype=dtype)
+        group.all_reduce_(summed)
+        assert summed.tolist() == [sum(range(1, group.size + 1))] * 3
+    chosen = torch.tensor([group.rank, 7])
+    group.broadcast_(chosen)
+    assert chosen.tolist() == [0, 7]
+
+
 def main(rank: int, directory: Path) -> None:
     torch.set_num_threads(1)
     results = {}
@@ -34,9 +44,7 @@ def main(rank: int, directory: Path) -> None:
             rendezvous = f"file://{directory}/{checkpoint.name}-{size}.rendezvous"
             group = Group.connect(rank, size, rendezvous, torch.device("cpu"))
             logits = run(load(checkpoint, group=group))
-            flag = torch.tensor([rank])
-            group.broadcast_(flag)
-            assert flag.item() == 0
+            check_collectives(group)
             group.close()
             if logits is not None:
                 results[f"{checkpoint.name} over {size}"] = logits

@@ -76,5 +76,9 @@ def _download(model: str, revision: str | None, token: str | None) -> Path:
         raise CheckpointError(f"{model}: no such directory, and no such model on the hub for this token") from error
     except RevisionNotFoundError as error:
         raise CheckpointError(f"{model}: the hub has no revision {revision!r} of it") from error
-    except (HfHubHTTPError, OSError) as error:
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        hint = ": check the token" if status in (401, 403) else ""
+        raise CheckpointError(f"{model}: the hub answered {status}{hint}") from error
+    except OSError as error:
         raise CheckpointError(f"{model}: cannot be fetched from the hub: {type(error).__name__}") from error
