@@ -20,6 +20,7 @@ from loraplex_shard import machine
 from loraplex_shard.checkpoint import Checkpoint, open_checkpoint
 from loraplex_shard.lora.store import AdapterStore
 from loraplex_shard.models import load_decoder
+from loraplex_shard.models.architectures import read_spec
 from loraplex_shard.parallel import Group
 from loraplex_shard.runner import Runner
 from loraplex_shard.service import ShardService
@@ -56,6 +57,7 @@ def run(settings: ShardSettings, progress: Progress | None = None) -> None:
     """
     torch.set_num_threads(settings.threads or max(1, torch.get_num_threads() // settings.tp))
     checkpoint = open_checkpoint(settings.model, settings.revision, None)
+    read_spec(checkpoint.architecture, checkpoint.config)  # refuses what is not served before anything is waited for
     device = machine.pick_device(settings.rank)
     group = Group.connect(settings.rank, settings.tp, settings.rendezvous, device)
     # Only now, since the wait for the other ranks would not be interrupted by a handler.

@@ -5,7 +5,9 @@ import signal
 import threading
 from pathlib import Path
 
+import psutil
 import pytest
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from loraplex import (
     AsyncClient,
@@ -168,8 +170,6 @@ def test_a_lost_shard_ends_requests_with_an_error_and_the_server_with_status_one
 
 
 def kill_rank(server: Server, rank: int) -> None:
-    import psutil
-
     for child in psutil.Process(server.process.pid).children():
         if f"--rank={rank}" in child.cmdline():
             child.kill()
@@ -178,7 +178,7 @@ def kill_rank(server: Server, rank: int) -> None:
 
 
 def test_an_unknown_architecture_is_an_error_before_any_port_opens(tmp_path: Path):
-    (tmp_path / "config.json").write_text('{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}')
+    GPT2LMHeadModel(GPT2Config(vocab_size=10, n_embd=8, n_layer=1, n_head=1)).save_pretrained(tmp_path)
     result = run("serve", str(tmp_path), "--http-port=0", "--grpc-port=0")
     assert result.returncode == 1
     assert "GPT2LMHeadModel" in result.stderr and "gRPC " not in result.stderr

@@ -4,7 +4,8 @@ so that the client's commands work, and start fast, without them."""
 import importlib.util
 import logging
 import os
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
 
 import typer
 from rich.console import Console
@@ -91,13 +92,11 @@ def _run_on_uvloop(main: Coroutine[None, None, None]) -> None:
     uvloop.run(main)
 
 
-class _errors_shown:
+@contextmanager
+def _errors_shown() -> Iterator[None]:
     """Shows an error that a user can do something about as one line, and ends the process with status 1."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, LoraplexError | OSError):
-            console.print(f"[red]error:[/] {error}", highlight=False)
-            raise typer.Exit(1) from error
+    try:
+        yield
+    except (LoraplexError, OSError) as error:
+        console.print(f"[red]error:[/] {error}", highlight=False)
+        raise typer.Exit(1) from error

@@ -51,6 +51,7 @@ class GenerationApi(GenerationServiceServicer):
         async with _answering(context):
             generation = await self._service.generate(read_request(request))
             try:
+                await context.send_initial_metadata(())  # from here on clients' gRPC does not try again
                 whole = [Delta() for _ in generation.outputs]
                 async for index, delta in generation.deltas():
                     whole[index].text += delta.text
