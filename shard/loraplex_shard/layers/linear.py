@@ -44,7 +44,6 @@ class ColumnLinear(_Linear):
         """Takes its rows of `weight` [out_features, in_features] as its own: a view, not a copy."""
         (part,) = self.layout.parts
         self.weight = nn.Parameter(weight[part.rows], requires_grad=False)
-        self.sources = {}
 
 
 class RowLinear(_Linear):

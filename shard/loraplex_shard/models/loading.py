@@ -33,9 +33,9 @@ def load_decoder(
     cos, sin = rope_tables(checkpoint.config, spec.head_dim, max_model_len)
     with init_empty_weights(include_buffers=False):
         decoder = Decoder(spec, group, (cos.to(device), sin.to(device)), dtype)
-    if spec.tied:
-        decoder.lm_head.tie(decoder.embedding.weight)
     layers = [module for module in decoder.modules() if isinstance(module, SourcedLayer)]
+    if spec.tied:
+        layers.remove(decoder.lm_head)
     sources = [source for layer in layers for parameter in layer.sources.values() for source in parameter]
     _check(checkpoint, sources, spec.tied)
     loaded = 0
