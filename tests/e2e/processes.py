@@ -98,7 +98,9 @@ class Server:
         return found.group(1)
 
 
-def run(*arguments: str, env: dict[str, str] | None = None, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def run(
+    *arguments: str, env: dict[str, str] | None = None, cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
     """A `loraplex` command, to its end."""
     command = [sys.executable, "-m", "loraplex.cli.main", *arguments]
     environment = {**os.environ, "COLUMNS": "200", **(env or {})}

@@ -1,0 +1,213 @@
+"""Adapters through a running server: sources, refusals, residency, and what a slow or bad one does to others."""
+
+import asyncio
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from loraplex import (
+    AdapterForbiddenError,
+    AdapterInUseError,
+    AdapterInvalidError,
+    AdapterNotFoundError,
+    AdapterReference,
+    AdapterTier,
+    AsyncClient,
+    Client,
+    InvalidRequestError,
+)
+from tests.e2e.processes import Server
+from tests.e2e.tiny import Oracle, byte_tokenizer, save_adapter
+from tests.stand_in_hub import StandInHub
+
+PROMPT = "Which adapter answers?"
+OPTIONS = {"max_new_tokens": 8, "ignore_eos": True}
+SECRET = "hf_a_secret_token"
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[StandInHub]:
+    with StandInHub() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def folder(adapters: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the adapters that tests may change."""
+    return Path(shutil.copytree(adapters, tmp_path_factory.mktemp("served") / "adapters"))
+
+
+@pytest.fixture(scope="module")
+def serving(model: Path, folder: Path, hub: StandInHub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    cache = tmp_path_factory.mktemp("hub-cache")
+    env = {"HF_ENDPOINT": hub.url, "HF_HOME": str(cache), "HF_TOKEN": ""}
+    flags = f"--adapters={folder}", "--kv-blocks=512", "--max-adapters-on-device=2", "--threads=1"
+    with Server(str(model), *flags, env=env) as running:
+        yield running
+        running.assert_nothing_is_held()
+        assert SECRET not in running.log
+
+
+@pytest.fixture
+def client(serving: Server) -> Iterator[Client]:
+    with Client(serving.address) as connected:
+        yield connected
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in ("adapter_config.json", "adapter_model.safetensors")}
+
+
+def expected(oracle: Oracle, adapter: str | None) -> list[int]:
+    return oracle.generate(byte_tokenizer().encode(PROMPT), adapter, 8)[0]
+
+
+def answer(client: Client, adapter: str | AdapterReference | None) -> list[int]:
+    return [token.id for token in client.generate(PROMPT, adapter=adapter, **OPTIONS).sequences[0].tokens]
+
+
+def test_a_hub_adapter_is_loaded_on_first_use(client: Client, hub: StandInHub, adapters: Path, oracle: Oracle):
+    hub.push("org/r8", files_of(adapters / "r8"))
+    assert answer(client, "org/r8") == expected(oracle, "r8")
+
+
+def test_a_revision_is_pinned_and_the_default_branch_followed_when_loaded_again(
+    client: Client, hub: StandInHub, adapters: Path, oracle: Oracle
+):
+    first = hub.push("org/moving", files_of(adapters / "r4"))
+    assert answer(client, "org/moving") == expected(oracle, "r4")
+    hub.push("org/moving", files_of(adapters / "r12"))
+    assert answer(client, "org/moving") == expected(oracle, "r4")  # requests do not ask the hub again
+    assert client.load_adapter("org/moving").revision != first
+    assert answer(client, "org/moving") == expected(oracle, "r12")
+    assert answer(client, AdapterReference("org/moving", revision=first)) == expected(oracle, "r4")
+
+
+def test_a_private_adapter_is_served_to_its_token_alone_and_the_token_is_nowhere_in_the_log(
+    client: Client, hub: StandInHub, adapters: Path, oracle: Oracle
+):
+    hub.push("org/private", files_of(adapters / "r64"), tokens=frozenset({SECRET}))
+    assert answer(client, AdapterReference("org/private", token=SECRET)) == expected(oracle, "r64")
+    with pytest.raises(AdapterNotFoundError):
+        answer(client, "org/private")
+    with pytest.raises((AdapterForbiddenError, AdapterNotFoundError)):
+        answer(client, AdapterReference("org/private", token="hf_wrong"))
+
+
+async def test_a_slow_source_delays_its_own_requests_alone(
+    serving: Server, hub: StandInHub, adapters: Path, oracle: Oracle
+):
+    hub.push("org/slow", files_of(adapters / "r16"))
+    hub.delay_s = 3.0
+    async with AsyncClient(serving.address) as client:
+        slow = asyncio.create_task(client.generate(PROMPT, adapter="org/slow", **OPTIONS))
+        for adapter in (None, "r1", None, "r4"):
+            quick = await client.generate(PROMPT, adapter=adapter, **OPTIONS)
+            assert [token.id for token in quick.sequences[0].tokens] == expected(oracle, adapter)
+            assert not slow.done()
+        hub.delay_s = 0.0
+        hub.release()
+        assert [token.id for token in (await slow).sequences[0].tokens] == expected(oracle, "r16")
+
+
+def test_changed_content_is_served_after_loading_again_and_shares_no_cache_with_the_old(
+    client: Client, folder: Path, model: Path, oracle: Oracle
+):
+    save_adapter(model, folder / "changing", 8, seed=50)
+    prompt = "A prompt long enough to fill some blocks of the prefix cache. " * 2
+    before = client.generate(prompt, adapter="changing", **OPTIONS)
+    save_adapter(model, folder / "changing", 8, seed=51)
+    assert client.load_adapter("changing").digest != before.adapter_digest
+    after = client.generate(prompt, adapter="changing", **OPTIONS)
+    assert after.sequences[0].usage.cached_tokens == 0
+    assert after.text != before.text
+    assert after.adapter_digest != before.adapter_digest
+
+
+def test_the_listing_tells_where_each_adapter_is(client: Client, serving: Server):
+    for name in ("r1", "r4", "r8"):
+        answer(client, name)
+    listed = {adapter.id: adapter for adapter in client.adapters() if adapter.source == "local"}
+    assert listed["r8"].tier is AdapterTier.DEVICE and listed["r8"].lora_rank == 8 and listed["r8"].size_bytes > 0
+    assert listed["r1"].tier is AdapterTier.HOST  # two slots, three adapters
+    assert listed["attention"].tier is AdapterTier.DISK
+    assert serving.metric('loraplex_adapters{tier="device"}') == 2
+
+
+def test_an_adapter_is_unloaded_unless_it_is_in_use_and_comes_back_when_asked_for(client: Client, oracle: Oracle):
+    stream = client.stream(PROMPT, adapter="r12", max_new_tokens=4000, ignore_eos=True)
+    next(stream)
+    with pytest.raises(AdapterInUseError):
+        client.unload_adapter("r12")
+    stream.close()
+    for _ in range(100):
+        try:
+            client.unload_adapter("r12")
+            break
+        except AdapterInUseError:
+            continue
+    assert {adapter.id: adapter.tier for adapter in client.adapters()}["r12"] is AdapterTier.DISK
+    with pytest.raises(AdapterNotFoundError):
+        client.unload_adapter("r12")
+    assert answer(client, "r12") == expected(oracle, "r12")
+
+
+@pytest.mark.parametrize("name", ["absent", "../model", "/etc", "r8/../r4", "a" * 100])
+def test_a_name_that_is_no_adapter_is_not_found_and_never_answered_by_the_base(client: Client, name: str):
+    with pytest.raises((AdapterNotFoundError, AdapterInvalidError, InvalidRequestError)):
+        answer(client, AdapterReference(name, source="local"))
+
+
+def edit_config(**changes: object):
+    def edit(adapter: Path) -> None:
+        path = adapter / "adapter_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return edit
+
+
+def cut_short(adapter: Path) -> None:
+    path = adapter / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def as_pickle(adapter: Path) -> None:
+    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (edit_config(use_dora=True), "use_dora"),
+        (edit_config(bias="all"), "bias"),
+        (edit_config(modules_to_save=["lm_head"]), "modules_to_save"),
+        (edit_config(r=16), "r=16|lora_rank|shape|16"),
+        (edit_config(peft_type="IA3"), "peft_type"),
+        (edit_config(target_modules=["q_proj"]), "does not call for .*down_proj"),
+        (cut_short, "adapter_model.safetensors"),
+        (as_pickle, "safetensors"),
+    ],
+)
+def test_a_malformed_adapter_is_refused_by_name_and_its_neighbours_are_answered(
+    client: Client, folder: Path, adapters: Path, oracle: Oracle, spoil, message: str, request: pytest.FixtureRequest
+):
+    bad = folder / f"bad-{abs(hash(request.node.name))}"
+    shutil.copytree(adapters / "r8", bad)
+    spoil(bad)
+    with pytest.raises(AdapterInvalidError, match=message):
+        answer(client, bad.name)
+    assert answer(client, "r8") == expected(oracle, "r8")
+
+
+def test_an_adapter_of_another_base_is_refused_saying_so(client: Client, folder: Path, tmp_path: Path):
+    other = LlamaConfig(
+        vocab_size=257, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=3
+    )
+    LlamaForCausalLM(other).save_pretrained(tmp_path)
+    save_adapter(tmp_path, folder / "other-base", 8, seed=0)
+    with pytest.raises(AdapterInvalidError, match="another base"):
+        answer(client, "other-base")
