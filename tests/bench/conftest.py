@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tests.client.scripted import ScriptedServicer, serving
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from tests.client.scripted import ScriptedServicer, serving
 
 
 @pytest.fixture

@@ -3,11 +3,12 @@ import re
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner, Result
+
 from bench.__main__ import app
 from bench.load import Run
 from bench.report import ratios, summarize
 from tests.client.scripted import ScriptedServicer
-from typer.testing import CliRunner, Result
 
 
 def run(directory: Path, *arguments: str) -> Result:

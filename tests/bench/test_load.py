@@ -2,9 +2,10 @@ import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
-from bench.load import LoadError, Request, Workload, measure, percentile
 from hypothesis import given
 from hypothesis import strategies as st
+
+from bench.load import LoadError, Request, Workload, measure, percentile
 
 
 class Recorder:

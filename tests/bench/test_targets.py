@@ -2,12 +2,12 @@ import asyncio
 from pathlib import Path
 
 import pytest
+
 from bench.load import LoadError, Request, Target
 from bench.targets import open_target
+from loraplex_protos import generation_pb2 as pb
 from tests.bench.conftest import StandInOpenAi
 from tests.client.scripted import ScriptedServicer
-
-from loraplex_protos import generation_pb2 as pb
 
 
 async def arrivals(target: Target, adapter: str | None = None, tokens: int = 5) -> list[int]:

@@ -1,9 +1,9 @@
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
-from tests.client.scripted import ScriptedServicer, serving
 
 from loraplex import AsyncClient, Client
+from tests.client.scripted import ScriptedServicer, serving
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@ import inspect
 from contextlib import aclosing
 
 import pytest
-from tests.client.scripted import ENDLESS, ScriptedServicer
 
 from loraplex import (
     AdapterTier,
@@ -17,6 +16,7 @@ from loraplex import (
     UnavailableError,
 )
 from loraplex_protos import generation_pb2 as pb
+from tests.client.scripted import ENDLESS, ScriptedServicer
 
 
 def methods(client: type) -> dict[str, list[inspect.Parameter]]:

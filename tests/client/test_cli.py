@@ -2,12 +2,12 @@ import signal
 import subprocess
 import sys
 
-from tests.client.scripted import ENDLESS, ScriptedServicer
 from typer.testing import CliRunner, Result
 
 from loraplex import AdapterNotFoundError, FieldViolation, GenerationError, InvalidRequestError
 from loraplex.cli.main import app
 from loraplex_protos import generation_pb2 as pb
+from tests.client.scripted import ENDLESS, ScriptedServicer
 
 
 def run(*arguments: str, server: str, input: str | None = None) -> Result:

@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import pytest
-from tests.client.scripted import ENDLESS, ScriptedServicer
 
 from loraplex import (
     AdapterInUseError,
@@ -30,6 +29,7 @@ from loraplex import (
 )
 from loraplex_protos import generation_pb2 as pb
 from loraplex_protos.generation_pb2_grpc import add_GenerationServiceServicer_to_server
+from tests.client.scripted import ENDLESS, ScriptedServicer
 
 
 def test_generate_gives_the_answer(client: Client) -> None:

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from examples.adapters import train
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+
+from examples.adapters import train
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from tests.shard.decoders import Sequences, adapter_for, load
 
 from loraplex_shard.batch import Segment
 from loraplex_shard.models import Decoder
 from loraplex_shard.parallel import Group
+from tests.shard.decoders import Sequences, adapter_for, load
 
 SIZES = 2, 3, 4
 

@@ -8,7 +8,6 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from tests.shard.decoders import WHOLE, Sequences
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -16,6 +15,7 @@ from loraplex_shard.checkpoint import Checkpoint, CheckpointError, open_checkpoi
 from loraplex_shard.checkpoint.gguf_tokenizer import read_tokenizer
 from loraplex_shard.checkpoint.opening import DEFAULT_FILE, DEFAULT_PACKAGE
 from loraplex_shard.models import load_decoder
+from tests.shard.decoders import WHOLE, Sequences
 
 TEXTS = [
     "What is the capital of France?",

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.shard.decoders import load, save_checkpoint
-from tests.stand_in_hub import StandInHub
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from loraplex_shard.checkpoint import CheckpointError, open_checkpoint
 from loraplex_shard.parallel import Group, GroupSizeError
+from tests.shard.decoders import load, save_checkpoint
+from tests.stand_in_hub import StandInHub
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.shard.lora_models import ARCHITECTURE, contents, layouts, save_adapter
-from tests.stand_in_hub import StandInHub
 
 from loraplex_protos.errors import (
     AdapterForbiddenError,
@@ -19,6 +17,8 @@ from loraplex_protos.errors import (
 from loraplex_shard.lora.files import CONFIG, PICKLE, TENSORS
 from loraplex_shard.lora.hub import HubSource
 from loraplex_shard.lora.store import AdapterStore, StagedAdapter
+from tests.shard.lora_models import ARCHITECTURE, contents, layouts, save_adapter
+from tests.stand_in_hub import StandInHub
 
 TOKEN, OTHER_TOKEN = "hf_ofTheOwner", "hf_ofSomeoneElse"
 

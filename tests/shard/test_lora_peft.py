@@ -9,6 +9,11 @@ from hypothesis import strategies as st
 from peft import LoraConfig
 from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists
 from peft.utils.other import get_pattern_key
+
+from loraplex_protos.errors import AdapterInvalidError
+from loraplex_shard.lora.config import AdapterConfig
+from loraplex_shard.lora.peft import Adapter, read_adapter
+from loraplex_shard.lora.targets import find_targets
 from tests.shard.lora_models import (
     ALL_MODULES,
     ARCHITECTURE,
@@ -18,11 +23,6 @@ from tests.shard.lora_models import (
     save_adapter,
     whole_deltas,
 )
-
-from loraplex_protos.errors import AdapterInvalidError
-from loraplex_shard.lora.config import AdapterConfig
-from loraplex_shard.lora.peft import Adapter, read_adapter
-from loraplex_shard.lora.targets import find_targets
 
 MODULES = tuple(part.module for layout in layouts() for part in layout.parts)
 

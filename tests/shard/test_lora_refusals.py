@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.shard.lora_models import ARCHITECTURE, edit_config, edit_tensors, layouts, read, save_adapter
 
 from loraplex_protos.errors import AdapterInvalidError
 from loraplex_shard.lora import patterns
 from loraplex_shard.lora.files import CONFIG, PICKLE, TENSORS
 from loraplex_shard.lora.local import LocalSource
 from loraplex_shard.lora.peft import read_adapter
+from tests.shard.lora_models import ARCHITECTURE, edit_config, edit_tensors, layouts, read, save_adapter
 
 PREFIX = "base_model.model."
 O_PROJ = "model.layers.1.self_attn.o_proj"

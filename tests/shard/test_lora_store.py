@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.shard.lora_models import ARCHITECTURE, edit_config, layouts, peft_deltas, read, save_adapter, whole_deltas
 
 from loraplex_protos.errors import (
     AdapterError,
@@ -25,6 +24,7 @@ from loraplex_shard.lora.hub import HubSource
 from loraplex_shard.lora.local import LocalSource
 from loraplex_shard.lora.sources import Origin
 from loraplex_shard.lora.store import AdapterStore, StagedAdapter
+from tests.shard.lora_models import ARCHITECTURE, edit_config, layouts, peft_deltas, read, save_adapter, whole_deltas
 
 
 @pytest.fixture(scope="module")

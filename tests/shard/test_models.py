@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.shard.decoders import MAX_MODEL_LEN, Sequences, load, load_reference, save_checkpoint
 from transformers import (
     LlamaConfig,
     MistralConfig,
@@ -19,6 +18,7 @@ from transformers import (
 )
 
 from loraplex_shard.models import Decoder
+from tests.shard.decoders import MAX_MODEL_LEN, Sequences, load, load_reference, save_checkpoint
 
 VOCABULARY = 96
 SIZES = {

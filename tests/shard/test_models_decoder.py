@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.shard.decoders import Sequences, adapter_for, load, load_reference, save_checkpoint, whole_delta
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from loraplex_shard.batch import Segment
 from loraplex_shard.checkpoint import open_checkpoint
 from loraplex_shard.models import load_decoder
 from loraplex_shard.parallel import Group
+from tests.shard.decoders import Sequences, adapter_for, load, load_reference, save_checkpoint, whole_delta
 
 TOKENS = [5, 80, 3, 3, 41, 7, 66, 0, 95]
 

@@ -10,11 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from tests.shard.decoders import load, save_checkpoint
-from tests.shard.rank_process import SIZES, run
 from transformers import LlamaConfig, PreTrainedConfig, Qwen3Config
 
 from loraplex_shard.parallel import GroupSizeError, cut_evenly, cut_heads
+from tests.shard.decoders import load, save_checkpoint
+from tests.shard.rank_process import SIZES, run
 
 # Nothing divides evenly: 9 heads in 3 groups, and odd numbers of MLP units and vocabulary entries.
 SHAPE = {

@@ -5,6 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM, PreTrainedModel
+
+from loraplex_protos.shard_pb2 import FAILURE_REASON_NOT_FINITE, Sampling, StepRequest
+from loraplex_shard.checkpoint import open_checkpoint
+from loraplex_shard.lora.store import AdapterStore
+from loraplex_shard.lora.weights import AdapterWeights, Expansion, LayerWeights
+from loraplex_shard.models import Decoder, load_decoder
+from loraplex_shard.parallel import Group
+from loraplex_shard.runner import PROMPT_SLICE, Runner
 from tests.shard.planner import (
     BLOCK_SIZE,
     GREEDY,
@@ -17,15 +26,6 @@ from tests.shard.planner import (
     save_adapter,
     save_llama,
 )
-from transformers import LlamaForCausalLM, PreTrainedModel
-
-from loraplex_protos.shard_pb2 import FAILURE_REASON_NOT_FINITE, Sampling, StepRequest
-from loraplex_shard.checkpoint import open_checkpoint
-from loraplex_shard.lora.store import AdapterStore
-from loraplex_shard.lora.weights import AdapterWeights, Expansion, LayerWeights
-from loraplex_shard.models import Decoder, load_decoder
-from loraplex_shard.parallel import Group
-from loraplex_shard.runner import PROMPT_SLICE, Runner
 
 CPU = torch.device("cpu")
 RANDOM = Sampling(temperature=1.5, top_p=0.95, typical_p=1, repetition_penalty=1.2, frequency_penalty=0.1, seed=11)

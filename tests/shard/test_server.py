@@ -9,6 +9,13 @@ from pathlib import Path
 
 import grpc
 import pytest
+from transformers import PreTrainedModel
+
+from loraplex_protos import shard_pb2 as pb
+from loraplex_protos.shard_pb2_grpc import ShardServiceStub
+from loraplex_shard.checkpoint import CheckpointError
+from loraplex_shard.server import run
+from loraplex_shard.settings import ShardSettings
 from tests.shard.planner import (
     BLOCK_SIZE,
     MAX_MODEL_LEN,
@@ -20,13 +27,6 @@ from tests.shard.planner import (
     save_adapter,
     save_llama,
 )
-from transformers import PreTrainedModel
-
-from loraplex_protos import shard_pb2 as pb
-from loraplex_protos.shard_pb2_grpc import ShardServiceStub
-from loraplex_shard.checkpoint import CheckpointError
-from loraplex_shard.server import run
-from loraplex_shard.settings import ShardSettings
 
 TIMEOUT = 90
 PROMPT = random_tokens(20, 1)

@@ -12,17 +12,6 @@ import pytest
 import torch
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import HealthStub
-from tests.shard.planner import (
-    BLOCK_SIZE,
-    MAX_MODEL_LEN,
-    NUM_BLOCKS,
-    Planner,
-    Stream,
-    greedy,
-    random_tokens,
-    save_adapter,
-    save_llama,
-)
 from transformers import PreTrainedModel
 
 from loraplex_protos import shard_pb2 as pb
@@ -36,6 +25,17 @@ from loraplex_shard.runner import Runner
 from loraplex_shard.server import start
 from loraplex_shard.service import ShardService
 from loraplex_shard.settings import SettingsError
+from tests.shard.planner import (
+    BLOCK_SIZE,
+    MAX_MODEL_LEN,
+    NUM_BLOCKS,
+    Planner,
+    Stream,
+    greedy,
+    random_tokens,
+    save_adapter,
+    save_llama,
+)
 
 CPU = torch.device("cpu")
 PROMPT = random_tokens(20, 1)
