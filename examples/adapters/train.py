@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from examples.adapters import base, entities_data, sentiment_data, sql_data
-from examples.adapters.words import Example, Words
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch.nn import functional
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+
+from examples.adapters import base, entities_data, sentiment_data, sql_data
+from examples.adapters.words import Example, Words
 
 FOLDER = Path(__file__).parent
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -45,7 +46,7 @@ TASKS = {
         sql_data.example,
         sql_data.valid,
         LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"]),
-        steps=80,
+        steps=110,
     ),
     "entities": Task(
         entities_data.example,
