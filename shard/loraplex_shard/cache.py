@@ -6,8 +6,8 @@ import torch
 class KVCache:
     """Keys and values of all layers, in blocks of `block_size` token positions.
 
-    It starts as zeros, and a block is cleared before its first position is written, so that what attention reads
-    and masks is finite whatever the block held before.
+    A block is cleared before its first position is written, so that what attention reads and masks is finite whatever
+    the block held before. Memory that no block has touched yet is only reserved.
     """
 
     def __init__(
@@ -21,7 +21,7 @@ class KVCache:
         device: torch.device,
     ) -> None:
         shape = (layers, 2, num_blocks, block_size, kv_heads, head_dim)
-        self._blocks = torch.zeros(shape, dtype=dtype, device=device)
+        self._blocks = torch.empty(shape, dtype=dtype, device=device)
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.keys = tuple(self._blocks[:, 0].unbind())  # each [num_blocks, block_size, kv_heads, head_dim]
