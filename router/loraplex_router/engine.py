@@ -7,6 +7,7 @@ comes for a sequence which had already ended is dropped.
 
 import asyncio
 import logging
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 
@@ -83,6 +84,7 @@ class Engine:
                 self._start_load(claim)
             plan = self._scheduler.schedule()
             if plan is not None:
+                self._mark_started(plan)
                 request = encode(plan, self._steps)
                 self._steps += 1
                 await self._shards.send(request)
@@ -92,6 +94,11 @@ class Engine:
             elif plan is None:
                 await self._wakeup.wait()
             self._wakeup.clear()
+
+    def _mark_started(self, plan: Plan) -> None:
+        for sequence in plan.starts:
+            generation, _ = self._owners[sequence]
+            generation.started = generation.started or time.monotonic()
 
     # ---- results ---------------------------------------------------------------------------------------------
 

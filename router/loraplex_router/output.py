@@ -1,7 +1,8 @@
 """What a client gets to see of a generation: text and tokens as they become certain, merged while nobody reads."""
 
 import asyncio
-from collections.abc import AsyncIterator, Collection, Iterable
+import time
+from collections.abc import AsyncIterator, Collection
 from dataclasses import dataclass, field
 
 from loraplex_protos.errors import LoraplexError
@@ -26,7 +27,15 @@ class Delta:
 
     text: str = ""
     samples: list[Sample] = field(default_factory=list)
+    ends: list[int] = field(default_factory=list)  # for each sample, the length of the whole text up to its end
     finish_reason: FinishReason | None = None  # set on the last one
+
+    def add(self, later: "Delta") -> None:
+        """Makes one of this and what followed it."""
+        self.text += later.text
+        self.samples += later.samples
+        self.ends += later.ends
+        self.finish_reason = later.finish_reason
 
 
 class SequenceOutput:
@@ -36,7 +45,7 @@ class SequenceOutput:
         self,
         sequence: Sequence,
         tokenizer: Tokenizer,
-        stops: Iterable[str],
+        stops: StopMatcher,
         end_token_ids: Collection[int],
         wakeup: asyncio.Event,
     ) -> None:
@@ -45,7 +54,7 @@ class SequenceOutput:
         self.generated = 0  # tokens, those of a stop string included
         self.prompt_logprobs: list[float] = []  # of the prompt's tokens but the first
         self._detokenizer = Detokenizer(tokenizer, sequence.tokens[: sequence.prompt_length])
-        self._stops = StopMatcher(tuple(stops))
+        self._stops = stops
         self._end_token_ids = end_token_ids
         self._wakeup = wakeup
         self._pending = Delta()
@@ -70,6 +79,8 @@ class SequenceOutput:
         if last and not stopped:
             shown += self._stops.flush()
         self._show(shown)
+        if stopped and self._stops.include:
+            self._show_held()
         if stopped:
             self.finish(FinishReason.STOP_TEXT)
         elif last:
@@ -93,21 +104,32 @@ class SequenceOutput:
         self._shown += len(text)
         self._pending.text += text
         while self._held and self._held[0][1] <= self._shown:
-            self._pending.samples.append(self._held.pop(0)[0])
+            sample, end = self._held.pop(0)
+            self._pending.samples.append(sample)
+            self._pending.ends.append(end)
         self._wakeup.set()
+
+    def _show_held(self) -> None:
+        """The tokens of a stop text that is part of the answer; the last of them may reach beyond it."""
+        for sample, end in self._held:
+            self._pending.samples.append(sample)
+            self._pending.ends.append(min(end, self._shown))
 
 
 class Generation:
     """A request that runs: its sequences' outputs, read by one reader."""
 
-    def __init__(self, request_id: str, adapter_digest: str) -> None:
+    def __init__(self, request_id: str, adapter_digest: str, arrived: float) -> None:
         self.request_id = request_id
         self.adapter_digest = adapter_digest
+        self.arrived = arrived  # when the request came in; like the next two on the clock of time.monotonic
+        self.queued = time.monotonic()
+        self.started: float | None = None  # when the first step with one of its sequences was sent
         self.outputs: list[SequenceOutput] = []
         self.error: LoraplexError | None = None
         self._wakeup = asyncio.Event()
 
-    def add(self, sequence: Sequence, tokenizer: Tokenizer, stops: Iterable[str], end_ids: Collection[int]) -> None:
+    def add(self, sequence: Sequence, tokenizer: Tokenizer, stops: StopMatcher, end_ids: Collection[int]) -> None:
         self.outputs.append(SequenceOutput(sequence, tokenizer, stops, end_ids, self._wakeup))
 
     @property
@@ -131,3 +153,10 @@ class Generation:
                     if delta.finish_reason:
                         del open_outputs[index]
                     yield index, delta
+
+    async def collect(self) -> list[Delta]:
+        """The whole answer: one delta per sequence. Raises the error that ended it."""
+        whole = [Delta() for _ in self.outputs]
+        async for index, delta in self.deltas():
+            whole[index].add(delta)
+        return whole

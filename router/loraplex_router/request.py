@@ -62,7 +62,9 @@ class Request:
     max_new_tokens: int | None = None
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
+    include_stop: bool = False  # the answer ends with the stop text, not before it
     ignore_eos: bool = False
+    truncate: int | None = None  # keep the last so many tokens of the prompt
     n: int = 1
     detail: Detail = field(default_factory=Detail)
 
@@ -92,6 +94,7 @@ def check_request(request: Request, vocab_size: int) -> None:
         "use at most 128 characters of A-Z a-z 0-9 . _ : -",
     )
     found.check(1 <= request.n <= MAX_N, "n", f"must be from 1 to {MAX_N}")
+    found.check(request.truncate is None or request.truncate >= 1, "truncate", "must be at least 1, or absent")
     if isinstance(request.prompt, tuple):
         known = all(token < vocab_size for token in request.prompt)
         found.check(known, "token_ids", f"every id must be below {vocab_size}")

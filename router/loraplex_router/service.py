@@ -1,6 +1,7 @@
 """What the faces call: checks a request whole, tokenizes it, resolves its adapter and hands it to the engine."""
 
 import secrets
+import time
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from loraplex_router.output import Generation
 from loraplex_router.request import Request, check_request, room_for
 from loraplex_router.scheduler import Scheduler
 from loraplex_router.sequence import Sequence
+from loraplex_router.text.stops import StopMatcher
 from loraplex_router.text.tokenizer import Tokenizer
 
 
@@ -58,6 +60,7 @@ class Service:
 
         Everything that can be wrong with the request is raised from here, before anything is generated.
         """
+        arrived = time.monotonic()
         check_request(request, self.limits.vocab_size)
         self._admit(request)
         request_id = self._name(request)
@@ -67,7 +70,7 @@ class Service:
             prompt = await self._encode(request)
             room = room_for(request, len(prompt), self.limits.max_model_len)
             adapter = await self.adapters.resolve(request.adapter)
-            generation = Generation(request_id, adapter.digest)
+            generation = Generation(request_id, adapter.digest, arrived)
             for index in range(request.n):
                 sequence = Sequence(
                     number=self._next_number(),
@@ -78,7 +81,8 @@ class Service:
                     sampling=request.sampling.resolve(index),
                     detail=request.detail,
                 )
-                generation.add(sequence, self.tokenizer, request.stop, self._end_token_ids(request))
+                stops = StopMatcher(request.stop, request.include_stop)
+                generation.add(sequence, self.tokenizer, stops, self._end_token_ids(request))
             self._engine.submit(generation)
         except BaseException:
             del self._generations[request_id]
@@ -106,9 +110,9 @@ class Service:
                 self._engine.cancel(generation)
 
     async def _encode(self, request: Request) -> list[int]:
-        if isinstance(request.prompt, tuple):
-            return list(request.prompt)
-        return await self.tokenizer.encode(request.prompt)
+        given = request.prompt
+        ids = list(given) if isinstance(given, tuple) else await self.tokenizer.encode(given)
+        return ids[-request.truncate :] if request.truncate else ids
 
     def _admit(self, request: Request) -> None:
         if self.draining:

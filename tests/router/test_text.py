@@ -130,3 +130,14 @@ def test_tojson_leaves_text_as_it_is():
 async def test_long_texts_give_the_same_tokens_as_short_ones():
     text = "wörd " * LONG_TEXT
     assert await ids(text) == (await ids("wörd ")) * LONG_TEXT
+
+
+@pytest.mark.parametrize("pieces", [["one STOP two"], ["one S", "TO", "P two"], list("one STOP two")])
+def test_a_stop_string_is_the_end_of_the_text_where_it_is_to_be_included(pieces: list[str]):
+    matcher, shown, stopped = StopMatcher(["STOP", "two"], include=True), "", False
+    for piece in pieces:
+        text, stopped = matcher.feed(piece)
+        shown += text
+        if stopped:
+            break
+    assert (shown, stopped) == ("one STOP", True)

@@ -22,7 +22,6 @@ from loraplex_router.api.translation import (
     read_request,
     write_status,
 )
-from loraplex_router.output import Delta
 from loraplex_router.request import AdapterReference, Violations, check_reference
 from loraplex_router.service import Service
 
@@ -52,12 +51,7 @@ class GenerationApi(GenerationServiceServicer):
             generation = await self._service.generate(read_request(request))
             try:
                 await context.send_initial_metadata(())  # from here on clients' gRPC does not try again
-                whole = [Delta() for _ in generation.outputs]
-                async for index, delta in generation.deltas():
-                    whole[index].text += delta.text
-                    whole[index].samples += delta.samples
-                    whole[index].finish_reason = delta.finish_reason
-                return Writer(generation, self._service.tokenizer).response(whole)
+                return Writer(generation, self._service.tokenizer).response(await generation.collect())
             finally:
                 self._service.leave(generation)
 

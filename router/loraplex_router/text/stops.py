@@ -4,23 +4,26 @@ from collections.abc import Sequence
 
 
 class StopMatcher:
-    """Passes text on up to the first stop string. Text that may be the beginning of one is held back."""
+    """Passes text on up to the first stop string, or with `include` to its end. Text that may be the beginning of one
+    is held back."""
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], include: bool = False) -> None:
         assert all(stops)
         self._stops = tuple(stops)
+        self.include = include
         self._longest = max(map(len, stops), default=0)
         self._held = ""
 
     def feed(self, text: str) -> tuple[str, bool]:
-        """The text that can be shown now, and whether a stop string followed it. Nothing is to be fed after that."""
+        """The text that can be shown now, and whether a stop string ends it. Nothing is to be fed after that."""
         if not self._stops:
             return text, False
         text = self._held + text
-        ends = [at for stop in self._stops if (at := text.find(stop)) >= 0]
-        if ends:
+        found = [(at, len(stop)) for stop in self._stops if (at := text.find(stop)) >= 0]
+        if found:
             self._held = ""
-            return text[: min(ends)], True
+            at, length = min(found)
+            return text[: at + length * self.include], True
         shown = len(text) - self._longest_beginning(text)
         self._held = text[shown:]
         return text[:shown], False

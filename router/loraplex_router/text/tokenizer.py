@@ -32,6 +32,8 @@ class Tokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._token_texts: dict[int, str] = {}
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._special_tokens = frozenset(token for token, added_token in added.items() if added_token.special)
         self.chat_template = chat_template
 
     async def encode(self, prompt: str | Chat) -> list[int]:
@@ -63,6 +65,10 @@ class Tokenizer:
     def decode(self, ids: list[int]) -> str:
         """The text of token ids, special tokens left out."""
         return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+    def is_special(self, token: int) -> bool:
+        """Whether the token is left out of the text."""
+        return token in self._special_tokens
 
     def token_text(self, token: int) -> str:
         """One token as it stands in the vocabulary; special tokens are shown."""
