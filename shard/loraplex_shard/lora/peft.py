@@ -4,26 +4,19 @@ Every rank checks the whole adapter and then keeps its cut, so that all ranks ag
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 
 from loraplex_protos.errors import AdapterInvalidError
 from loraplex_shard.layers.layout import LinearLayout, LinearPart
 from loraplex_shard.lora.config import parse_config
+from loraplex_shard.lora.deltas import Adapter, Delta, cut_adapter, name_of_a, name_of_b
 from loraplex_shard.lora.files import TENSORS, AdapterFiles
 from loraplex_shard.lora.targets import LM_HEAD, Target, find_targets
 from loraplex_shard.lora.tensors import read_tensors
-from loraplex_shard.lora.weights import AdapterWeights, Expansion, LayerWeights
 
 _PREFIX = "base_model.model."
 _SHOWN_NAMES = 3
-
-
-@dataclass(frozen=True, slots=True)
-class Adapter:
-    weights: AdapterWeights  # on the CPU
-    lora_rank: int  # the largest of its modules, whether this rank holds a part of them or not
 
 
 def read_adapter(
@@ -33,6 +26,14 @@ def read_adapter(
 
     Raises AdapterInvalidError, naming the field or tensor, for one that cannot be served exactly as PEFT would.
     """
+    return cut_adapter(read_deltas(files, layouts, architecture), layouts, dtype)
+
+
+def read_deltas(files: AdapterFiles, layouts: Sequence[LinearLayout], architecture: str) -> dict[str, Delta]:
+    """The whole adapter, by module: checked, but for whether its values are finite. Its tensors are views of the file.
+
+    Raises AdapterInvalidError as read_adapter does.
+    """
     config = parse_config(files.config, architecture)
     parts = {part.module: (layout, part) for layout in layouts for part in layout.parts}
     targets = find_targets(config, tuple(parts))
@@ -40,25 +41,15 @@ def read_adapter(
     _check_names(tensors.keys(), targets, parts.keys())
     for module, target in targets.items():
         _check_shapes(tensors, module, target, *parts[module])
-    layers = {}
-    for layout in layouts:
-        if layer := _cut(layout, targets, tensors, dtype):
-            layers[layout.name] = layer
-    size_bytes = sum(_size_bytes(layer) for layer in layers.values())
-    return Adapter(AdapterWeights(layers, size_bytes), max(target.lora_rank for target in targets.values()))
-
-
-def _a(module: str) -> str:
-    return f"{_PREFIX}{module}.lora_A.weight"
-
-
-def _b(module: str) -> str:
-    return f"{_PREFIX}{module}.lora_B.weight"
+    return {
+        module: Delta(tensors[name_of_a(module)], tensors[name_of_b(module)], target.scale)
+        for module, target in targets.items()
+    }
 
 
 def _check_names(names: Iterable[str], targets: Mapping[str, Target], modules: Iterable[str]) -> None:
     """There must be an A and a B of each target, and nothing else."""
-    present, expected = set(names), {name for module in targets for name in (_a(module), _b(module))}
+    present, expected = set(names), {name for module in targets for name in (name_of_a(module), name_of_b(module))}
     # PEFT saves the base's lm_head with an adapter of it. Training leaves it as it is.
     present.discard(f"{_PREFIX}{LM_HEAD}.base_layer.weight" if LM_HEAD in targets else "")
     known = tuple(f"{_PREFIX}{module}." for module in modules)
@@ -84,8 +75,8 @@ def _check_shapes(
     tensors: Mapping[str, torch.Tensor], module: str, target: Target, layout: LinearLayout, part: LinearPart
 ) -> None:
     lora_rank, inputs, outputs = target.lora_rank, layout.in_features, part.out_features
-    _check_shape(tensors, _a(module), lora_rank=lora_rank, in_features=inputs)
-    _check_shape(tensors, _b(module), out_features=outputs, lora_rank=lora_rank)
+    _check_shape(tensors, name_of_a(module), lora_rank=lora_rank, in_features=inputs)
+    _check_shape(tensors, name_of_b(module), out_features=outputs, lora_rank=lora_rank)
 
 
 def _check_shape(tensors: Mapping[str, torch.Tensor], name: str, **dimensions: int) -> None:
@@ -98,38 +89,3 @@ def _check_shape(tensors: Mapping[str, torch.Tensor], name: str, **dimensions: i
     reason = "adapter_config.json says so" if "lora_rank" in wrong else "the adapter was made for another base"
     needed = " and ".join(f"{label} {size}" for label, size in wrong.items())
     raise AdapterInvalidError(f"{TENSORS}: {name} is {shape}, not {expected}: it needs {needed}: {reason}")
-
-
-def _cut(
-    layout: LinearLayout, targets: Mapping[str, Target], tensors: Mapping[str, torch.Tensor], dtype: torch.dtype
-) -> LayerWeights | None:
-    """This rank's part of one layer's delta; None if the adapter does not touch the layer."""
-    shrinks: list[torch.Tensor] = []
-    expansions: list[Expansion] = []
-    start = lora_rank = 0
-    for part in layout.parts:
-        stop = start + part.rows.stop - part.rows.start
-        if target := targets.get(part.module):
-            a = _converted(_a(part.module), tensors, 1.0, dtype)
-            b = _converted(_b(part.module), tensors, target.scale, dtype)
-            shrinks.append(a[:, layout.columns])
-            rank_stop = lora_rank + target.lora_rank
-            expansions.append(Expansion(lora_rank, rank_stop, start, stop, b[part.rows].clone()))
-            lora_rank = rank_stop
-        start = stop
-    return LayerWeights(torch.cat(shrinks), tuple(expansions)) if shrinks else None
-
-
-def _converted(name: str, tensors: Mapping[str, torch.Tensor], scale: float, dtype: torch.dtype) -> torch.Tensor:
-    """The tensor times the scale, computed in float32 and rounded once."""
-    tensor = tensors[name].to(torch.float32)
-    if not tensor.isfinite().all():
-        raise AdapterInvalidError(f"{TENSORS}: {name} has values that are NaN or infinite")
-    converted = (tensor * scale).to(dtype)
-    if not converted.isfinite().all():
-        raise AdapterInvalidError(f"{TENSORS}: {name}, times its scale {scale:g}, has values too large for {dtype}")
-    return converted
-
-
-def _size_bytes(layer: LayerWeights) -> int:
-    return layer.shrink.nbytes + sum(expansion.weight.nbytes for expansion in layer.expansions)

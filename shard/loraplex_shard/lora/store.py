@@ -12,11 +12,13 @@ from threading import Lock
 
 import torch
 
-from loraplex_protos.errors import AdapterInUseError, AdapterNotFoundError
+from loraplex_protos.errors import AdapterInUseError, AdapterNotFoundError, AdapterSourceError
 from loraplex_shard.layers.layout import LinearLayout
+from loraplex_shard.lora.deltas import Adapter, Delta, cut_adapter
 from loraplex_shard.lora.files import AdapterFiles
 from loraplex_shard.lora.hub import HubSource
-from loraplex_shard.lora.peft import Adapter, read_adapter
+from loraplex_shard.lora.merge import Recipe, merge
+from loraplex_shard.lora.peft import read_adapter, read_deltas
 from loraplex_shard.lora.sources import Origin, Sources
 from loraplex_shard.lora.transfer import Transfer
 from loraplex_shard.lora.weights import AdapterWeights
@@ -24,9 +26,9 @@ from loraplex_shard.lora.weights import AdapterWeights
 
 @dataclass(frozen=True, slots=True)
 class StagedAdapter:
-    digest: str  # sha256 over the adapter's files, in hex
-    source: str  # "local" or "hub"
-    revision: str  # the hub's commit; empty for a local adapter
+    digest: str  # sha256 over the adapter's files, in hex; of a merged one, what the router named it
+    source: str  # "local", "hub" or "merged"
+    revision: str  # the hub's commit; empty for any other adapter
     lora_rank: int  # the largest of its modules
     size_bytes: int  # of this rank's part
 
@@ -69,6 +71,18 @@ class AdapterStore:
         while (staged := self._staged(origin)) is None:
             self._once(origin, lambda: self._read(origin))
         return staged
+
+    def merge(self, digest: str, parts: Sequence[str], recipe: Recipe) -> StagedAdapter:
+        """Merges staged adapters, named by their digests, into one that is staged under `digest`; once.
+
+        The parts' files are read again: what is staged of them is only this rank's cut, in which the values that
+        pruning keeps of a whole tensor are not to be seen. Raises AdapterNotFoundError for a part that is not staged,
+        AdapterSourceError for one whose files are not what they were, InvalidRequestError for unequal lora_ranks.
+        """
+        self._once(digest, lambda: self._hold(digest, lambda: self._merged(parts, recipe)))
+        with self._lock:
+            adapter = self._host[digest]
+        return StagedAdapter(digest, "merged", "", adapter.lora_rank, adapter.weights.size_bytes)
 
     def load(self, digest: str, slot: int) -> None:
         """Makes a staged adapter available in a slot (from 1). On the CPU, host memory and slot are the same memory.
@@ -118,15 +132,35 @@ class AdapterStore:
     def _read(self, origin: Origin) -> None:
         files = origin.read()
         digest = files.digest()
-        self._once(digest, lambda: self._hold(digest, files))
+        self._once(digest, lambda: self._hold(digest, lambda: self._cut(files)))
         with self._lock:
             self._digests[origin] = digest
 
-    def _hold(self, digest: str, files: AdapterFiles) -> None:
+    def _cut(self, files: AdapterFiles) -> Adapter:
+        return read_adapter(files, self._layouts, self._architecture, self._dtype)
+
+    def _merged(self, parts: Sequence[str], recipe: Recipe) -> Adapter:
+        return cut_adapter(merge([self._whole(part) for part in parts], recipe), self._layouts, self._dtype)
+
+    def _whole(self, digest: str) -> dict[str, Delta]:
+        """A staged adapter, uncut."""
+        with self._lock:
+            origin = next((origin for origin, known in self._digests.items() if known == digest), None)
+        if origin is None:
+            raise AdapterNotFoundError(f"no adapter with digest {digest[:64]!r} is staged")
+        try:
+            files = origin.read()
+        except AdapterSourceError as error:
+            raise AdapterSourceError(f"to merge: {error.message}; load the adapter again") from error
+        if files.digest() != digest:
+            raise AdapterSourceError("to merge: the adapter's files are not what they were: load it again")
+        return read_deltas(files, self._layouts, self._architecture)
+
+    def _hold(self, digest: str, make: Callable[[], Adapter]) -> None:
         with self._lock:
             if digest in self._host:
                 return
-        adapter = read_adapter(files, self._layouts, self._architecture, self._dtype)
+        adapter = make()
         weights = self._transfer.to_host(adapter.weights)
         with self._lock:
             self._host[digest] = replace(adapter, weights=weights)

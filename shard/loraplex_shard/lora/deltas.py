@@ -1,0 +1,87 @@
+"""What an adapter adds to the whole model's linear layers, and the part of it that one rank's layers use.
+
+Knows neither files nor slots.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from loraplex_protos.errors import AdapterInvalidError
+from loraplex_shard.layers.layout import LinearLayout
+from loraplex_shard.lora.weights import AdapterWeights, Expansion, LayerWeights
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What is added to one module's output: scale * b(a x). Of any float dtype."""
+
+    a: torch.Tensor  # [lora_rank, in_features]
+    b: torch.Tensor  # [out_features, lora_rank]
+    scale: float
+
+    @property
+    def lora_rank(self) -> int:
+        return self.a.shape[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    weights: AdapterWeights  # on the CPU
+    lora_rank: int  # the largest of its modules, whether this rank holds a part of them or not
+
+
+def name_of_a(module: str) -> str:
+    """What PEFT calls the tensor in an adapter's file."""
+    return f"base_model.model.{module}.lora_A.weight"
+
+
+def name_of_b(module: str) -> str:
+    return f"base_model.model.{module}.lora_B.weight"
+
+
+def cut_adapter(deltas: Mapping[str, Delta], layouts: Sequence[LinearLayout], dtype: torch.dtype) -> Adapter:
+    """The deltas, by module, cut to the layouts, in this dtype, in memory of its own.
+
+    Raises AdapterInvalidError, naming the tensor, for values that are not finite, or not in this dtype.
+    """
+    layers = {}
+    for layout in layouts:
+        if layer := _cut(layout, deltas, dtype):
+            layers[layout.name] = layer
+    size_bytes = sum(_size_bytes(layer) for layer in layers.values())
+    return Adapter(AdapterWeights(layers, size_bytes), max(delta.lora_rank for delta in deltas.values()))
+
+
+def _cut(layout: LinearLayout, deltas: Mapping[str, Delta], dtype: torch.dtype) -> LayerWeights | None:
+    """This rank's part of one layer's delta; None if the adapter does not touch the layer."""
+    shrinks: list[torch.Tensor] = []
+    expansions: list[Expansion] = []
+    start = lora_rank = 0
+    for part in layout.parts:
+        stop = start + part.rows.stop - part.rows.start
+        if delta := deltas.get(part.module):
+            a = _converted(name_of_a(part.module), delta.a, 1.0, dtype)
+            b = _converted(name_of_b(part.module), delta.b, delta.scale, dtype)
+            shrinks.append(a[:, layout.columns])
+            rank_stop = lora_rank + delta.lora_rank
+            expansions.append(Expansion(lora_rank, rank_stop, start, stop, b[part.rows].clone()))
+            lora_rank = rank_stop
+        start = stop
+    return LayerWeights(torch.cat(shrinks), tuple(expansions)) if shrinks else None
+
+
+def _converted(name: str, tensor: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
+    """The tensor times the scale, computed in float32 and rounded once."""
+    tensor = tensor.to(torch.float32)
+    if not tensor.isfinite().all():
+        raise AdapterInvalidError(f"{name} has values that are NaN or infinite")
+    converted = (tensor * scale).to(dtype)
+    if not converted.isfinite().all():
+        raise AdapterInvalidError(f"{name}, times its scale {scale:g}, has values too large for {dtype}")
+    return converted
+
+
+def _size_bytes(layer: LayerWeights) -> int:
+    return layer.shrink.nbytes + sum(expansion.weight.nbytes for expansion in layer.expansions)
