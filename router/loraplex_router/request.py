@@ -3,6 +3,7 @@
 import re
 import secrets
 from dataclasses import dataclass, field
+from math import isfinite
 
 from loraplex_protos.errors import FieldViolation, InvalidRequestError
 from loraplex_router.sequence import Detail, Sampling
@@ -16,6 +17,9 @@ MAX_STOP_TOKENS = 64
 MAX_TOP_LOGPROBS = 32
 MAX_REFERENCE_LENGTH = 512
 SOURCES = ("", "local", "hub")
+MAX_MERGED = 16
+MERGE_STRATEGIES = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
+MAJORITY_SIGN_METHODS = ("total", "frequency")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +30,17 @@ class AdapterReference:
     source: str = ""
     revision: str = ""
     token: str = field(default="", repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class MergedReference:
+    """Several adapters, to be merged into one: see MergedAdapters in generation.proto."""
+
+    adapters: tuple[AdapterReference, ...]
+    weights: tuple[float, ...] = ()  # one per adapter; empty: 1 each
+    strategy: str = "linear"
+    density: float = 1.0
+    majority_sign_method: str = "total"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +72,7 @@ class Request:
 
     prompt: str | Chat | tuple[int, ...]  # text, a conversation, or token ids
     request_id: str = ""
-    adapter: AdapterReference | None = None
+    adapter: AdapterReference | MergedReference | None = None
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     max_new_tokens: int | None = None
     stop: tuple[str, ...] = ()
@@ -102,17 +117,38 @@ def check_request(request: Request, vocab_size: int) -> None:
     _check_stopping(request, vocab_size, found)
     top = request.detail.top_logprobs
     found.check(top <= MAX_TOP_LOGPROBS, "detail.top_logprobs", f"must be at most {MAX_TOP_LOGPROBS}")
-    if request.adapter is not None:
-        check_reference(request.adapter, found)
+    check_adapter(request.adapter, found)
     found.raise_any()
 
 
-def check_reference(reference: AdapterReference, found: Violations) -> None:
-    found.check(bool(reference.id), "adapter.id", "name an adapter, or leave `adapter` out for the base model")
-    for name in ("id", "revision", "token"):
-        value = getattr(reference, name)
-        found.check(len(value) <= MAX_REFERENCE_LENGTH, f"adapter.{name}", f"at most {MAX_REFERENCE_LENGTH} characters")
-    found.check(reference.source in SOURCES, "adapter.source", 'must be "local", "hub" or empty')
+def check_adapter(adapter: AdapterReference | MergedReference | None, found: Violations) -> None:
+    if isinstance(adapter, MergedReference):
+        _check_merged(adapter, found)
+    elif adapter is not None:
+        check_reference(adapter, found)
+
+
+def check_reference(reference: AdapterReference, found: Violations, name: str = "adapter") -> None:
+    found.check(bool(reference.id), f"{name}.id", "name an adapter, or leave `adapter` out for the base model")
+    for field_name in ("id", "revision", "token"):
+        short = len(getattr(reference, field_name)) <= MAX_REFERENCE_LENGTH
+        found.check(short, f"{name}.{field_name}", f"at most {MAX_REFERENCE_LENGTH} characters")
+    found.check(reference.source in SOURCES, f"{name}.source", 'must be "local", "hub" or empty')
+
+
+def _check_merged(merged: MergedReference, found: Violations) -> None:
+    count, weights = len(merged.adapters), merged.weights
+    found.check(1 <= count <= MAX_MERGED, "merged_adapters.adapters", f"name 1 to {MAX_MERGED} adapters")
+    for place, reference in enumerate(merged.adapters[:MAX_MERGED]):
+        check_reference(reference, found, f"merged_adapters.adapters[{place}]")
+    found.check(len(weights) in (0, count), "merged_adapters.weights", f"{len(weights)} weights for {count} adapters")
+    found.check(all(map(isfinite, weights)), "merged_adapters.weights", "must be finite")
+    known = merged.strategy in MERGE_STRATEGIES
+    found.check(known, "merged_adapters.strategy", f"must be one of {', '.join(MERGE_STRATEGIES)}")
+    pruned = merged.strategy == "linear" or 0 < merged.density <= 1
+    found.check(pruned, "merged_adapters.density", "must be above 0 and at most 1")
+    elected = merged.majority_sign_method in MAJORITY_SIGN_METHODS
+    found.check(elected, "merged_adapters.majority_sign_method", 'must be "total" or "frequency"')
 
 
 def room_for(request: Request, prompt_length: int, max_model_len: int) -> int:

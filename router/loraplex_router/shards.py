@@ -10,7 +10,7 @@ import grpc
 from loraplex_protos import shard_pb2 as pb
 from loraplex_protos.errors import AdapterSourceError, UnavailableError, from_rpc_error
 from loraplex_protos.shard_pb2_grpc import ShardServiceStub
-from loraplex_router.request import AdapterReference
+from loraplex_router.request import AdapterReference, MergedReference
 from loraplex_router.sequence import Chunk, Plan
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ class Shards(Protocol):
     async def send(self, plan: pb.StepRequest) -> None: ...
     async def receive(self) -> pb.StepResponse: ...
     async def stage(self, reference: AdapterReference) -> StagedAdapter: ...
+    async def merge(self, digest: str, digests: Sequence[str], merged: MergedReference) -> StagedAdapter: ...
     async def unstage(self, digest: str) -> None: ...
     async def load(self, digest: str, slot: int) -> None: ...
     async def unload(self, slot: int) -> None: ...
@@ -92,6 +93,20 @@ class ShardGroup:
             raise AdapterSourceError(f"adapter {reference.id!r}: the ranks read different files")
         size = first.size_bytes + sum(other.size_bytes for other in others)
         return StagedAdapter(first.digest, first.source, first.revision, first.lora_rank, size)
+
+    async def merge(self, digest: str, digests: Sequence[str], merged: MergedReference) -> StagedAdapter:
+        """Merges staged adapters into one called `digest`. The reference has been checked and has all weights."""
+        request = pb.MergeAdaptersRequest(
+            digest=digest,
+            digests=digests,
+            weights=merged.weights,
+            strategy=merged.strategy,
+            density=merged.density,
+            majority_sign_method=merged.majority_sign_method,
+        )
+        answers = await self._on_all(lambda rank: rank.MergeAdapters(request))
+        size = sum(answer.size_bytes for answer in answers)
+        return StagedAdapter(digest, "merged", "", answers[0].lora_rank, size)
 
     async def unstage(self, digest: str) -> None:
         await self._on_all(lambda rank: rank.UnstageAdapter(pb.UnstageAdapterRequest(digest=digest)))

@@ -15,6 +15,7 @@ import grpc
 from loraplex_protos import shard_pb2 as pb
 from loraplex_protos.errors import LoraplexError, to_status
 from loraplex_protos.shard_pb2_grpc import ShardServiceServicer
+from loraplex_shard.lora.merge import Recipe
 from loraplex_shard.lora.store import AdapterStore
 from loraplex_shard.runner import Runner
 
@@ -66,6 +67,14 @@ class ShardService(ShardServiceServicer):
                 lora_rank=staged.lora_rank,
                 size_bytes=staged.size_bytes,
             )
+
+    def MergeAdapters(
+        self, request: pb.MergeAdaptersRequest, context: grpc.ServicerContext
+    ) -> pb.MergeAdaptersResponse:
+        with self._errors_answered(context):
+            recipe = Recipe(tuple(request.weights), request.strategy, request.density, request.majority_sign_method)
+            merged = self._adapters.merge(request.digest, request.digests, recipe)
+            return pb.MergeAdaptersResponse(lora_rank=merged.lora_rank, size_bytes=merged.size_bytes)
 
     def LoadAdapter(self, request: pb.LoadAdapterRequest, context: grpc.ServicerContext) -> pb.LoadAdapterResponse:
         with self._errors_answered(context):

@@ -17,6 +17,7 @@ class Adapter:
     waiting: int = 0  # sequences in its queue
     running: int = 0  # sequences that hold a row
     plans: int = 0  # plans in flight that name its slot
+    merges: int = 0  # merges under way that it is a part of; they need it staged
     turn: int = 0  # sequences it may still start before older ones of adapters without a slot; see the scheduler
 
     @property
@@ -37,7 +38,7 @@ class AdapterPool:
     """The staged adapters, least recently used first, and the slots 1 ... slots.
 
     Invariants: a slot belongs to one adapter at most; an adapter in use keeps its slot; only what nobody waits for,
-    runs or holds on the device is dropped from host memory.
+    merges, runs or holds on the device is dropped from host memory.
     """
 
     def __init__(self, slots: int, host_bytes: int) -> None:
@@ -98,7 +99,7 @@ class AdapterPool:
         for adapter in list(self._staged.values()):
             if excess <= 0:
                 break
-            if adapter.slot is None and not adapter.waiting and adapter is not keep:
+            if adapter.slot is None and not adapter.waiting and not adapter.merges and adapter is not keep:
                 excess -= adapter.size_bytes
                 dropped.append(adapter)
                 self.remove(adapter)
@@ -106,5 +107,5 @@ class AdapterPool:
 
     def remove(self, adapter: Adapter) -> None:
         """Forgets an idle adapter. If it holds a slot, the slot stays taken until `release_slot`."""
-        assert not adapter.waiting and not adapter.in_use
+        assert not adapter.waiting and not adapter.merges and not adapter.in_use
         del self._staged[adapter.digest]

@@ -2,14 +2,15 @@
 
 import asyncio
 from collections import OrderedDict
-from dataclasses import dataclass
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, replace
 from enum import Enum
 from hashlib import sha256
 
 from loraplex_protos.errors import AdapterInUseError, AdapterNotFoundError
 from loraplex_router.adapters.pool import Adapter, AdapterPool
-from loraplex_router.request import AdapterReference
-from loraplex_router.shards import Shards
+from loraplex_router.request import AdapterReference, MergedReference
+from loraplex_router.shards import Shards, StagedAdapter
 
 MAX_ENTRIES = 65536  # references remembered; clients choose them
 
@@ -54,13 +55,15 @@ class AdapterRegistry:
         self._staging: dict[bytes, asyncio.Task[Adapter]] = {}
         self._unstaging: dict[str, asyncio.Task[None]] = {}  # by digest
 
-    async def resolve(self, reference: AdapterReference | None) -> Adapter:
+    async def resolve(self, reference: AdapterReference | MergedReference | None) -> Adapter:
         """The adapter, staged; None is the base model. The caller must use it before it awaits anything else.
 
-        Raises AdapterError with the reason if it cannot be served.
+        Raises AdapterError with the reason if it cannot be served, InvalidRequestError if adapters cannot be merged.
         """
         if reference is None:
             return self._pool.base
+        if isinstance(reference, MergedReference):
+            return await self._resolve_merged(reference)
         key = _key(reference)
         while True:
             entry = self._entries.get(key)
@@ -69,6 +72,18 @@ class AdapterRegistry:
                 self._entries.move_to_end(key)
                 return adapter
             await self._stage(key, reference)
+
+    async def _resolve_merged(self, reference: MergedReference) -> Adapter:
+        """What the merged adapter is follows from its parts' content, so it is looked up by that."""
+        merged = replace(reference, weights=reference.weights or (1.0,) * len(reference.adapters))
+        keys = [_key(part) for part in merged.adapters]
+        while True:
+            parts = [entry.digest for key in keys if (entry := self._entries.get(key))]
+            adapter = self._pool.get(_merged_digest(parts, merged)) if len(parts) == len(keys) else None
+            if adapter is not None:
+                return adapter
+            key = sha256(repr((keys, *_settings(merged))).encode()).digest()
+            await self._once(key, lambda: self._merge(merged))
 
     async def load(self, reference: AdapterReference) -> AdapterStatus:
         """Reads the source again, whatever was known, and stages what is there now."""
@@ -86,7 +101,7 @@ class AdapterRegistry:
         adapter = self._pool.get(entry.digest) if entry else None
         if entry is None or adapter is None:
             raise AdapterNotFoundError(f"adapter {reference.id!r} is not loaded")
-        if adapter.in_use or adapter.waiting or (adapter.slot is not None and not adapter.ready):
+        if adapter.in_use or adapter.waiting or adapter.merges or (adapter.slot is not None and not adapter.ready):
             raise AdapterInUseError(f"adapter {reference.id!r} is in use")
         self._pool.remove(adapter)
         await self._unstage(adapter)
@@ -104,9 +119,12 @@ class AdapterRegistry:
         return sorted([*known.values(), *on_disk], key=lambda status: (status.id, status.source, status.revision))
 
     async def _stage(self, key: bytes, reference: AdapterReference) -> Adapter:
-        """One staging at a time for a reference; a caller that leaves does not end it for the others."""
+        return await self._once(key, lambda: self._stage_alone(key, reference))
+
+    async def _once(self, key: bytes, work: Callable[[], Coroutine[None, None, Adapter]]) -> Adapter:
+        """The work for a key is done once at a time; a caller that leaves does not end it for the others."""
         if key not in self._staging:
-            self._staging[key] = asyncio.create_task(self._stage_alone(key, reference))
+            self._staging[key] = asyncio.create_task(work())
             self._staging[key].add_done_callback(lambda _: self._staging.pop(key))
         return await asyncio.shield(self._staging[key])
 
@@ -115,8 +133,30 @@ class AdapterRegistry:
         while unstaging := self._unstaging.get(staged.digest):  # dropped while it was staged again
             await asyncio.wait([unstaging])
             staged = await self._shards.stage(reference)
+        return self._add(key, Entry(reference.id, staged.source, staged.revision, staged.digest), staged)
+
+    async def _merge(self, merged: MergedReference) -> Adapter:
+        parts: list[Adapter] = []
+        try:
+            for reference in merged.adapters:
+                part = await self.resolve(reference)
+                part.merges += 1
+                parts.append(part)
+            digests = [part.digest for part in parts]
+            digest = _merged_digest(digests, merged)
+            while unstaging := self._unstaging.get(digest):
+                await asyncio.wait([unstaging])
+            staged = await self._shards.merge(digest, digests, merged)
+        finally:
+            for part in parts:
+                part.merges -= 1
+        ids = ",".join(reference.id for reference in merged.adapters)
+        return self._add(bytes.fromhex(digest), Entry(ids, "merged", "", digest), staged)
+
+    def _add(self, key: bytes, entry: Entry, staged: StagedAdapter) -> Adapter:
+        """Takes a staged adapter into the books; others may have to leave host memory for it."""
         adapter = self._pool.add(staged.digest, staged.lora_rank, staged.size_bytes)
-        self._entries[key] = Entry(reference.id, staged.source, staged.revision, staged.digest)
+        self._entries[key] = entry
         self._entries.move_to_end(key)
         if len(self._entries) > MAX_ENTRIES:
             self._entries.popitem(last=False)
@@ -141,6 +181,14 @@ def _key(reference: AdapterReference) -> bytes:
     """Stands for the reference; holds no token in the clear."""
     parts = (reference.source, reference.id, reference.revision, reference.token)
     return sha256(repr(parts).encode()).digest()
+
+
+def _merged_digest(parts: list[str], merged: MergedReference) -> str:
+    return sha256(repr((parts, *_settings(merged))).encode()).hexdigest()
+
+
+def _settings(merged: MergedReference) -> tuple[object, ...]:
+    return merged.weights, merged.strategy, merged.density, merged.majority_sign_method
 
 
 def _tier(adapter: Adapter) -> Tier:

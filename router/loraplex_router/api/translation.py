@@ -6,7 +6,7 @@ from loraplex_protos import generation_pb2 as pb
 from loraplex_protos.errors import FieldViolation, InvalidRequestError
 from loraplex_router.adapters.registry import AdapterStatus, Tier
 from loraplex_router.output import Delta, Generation, Sample, SequenceOutput
-from loraplex_router.request import AdapterReference, Request, SamplingOptions
+from loraplex_router.request import AdapterReference, MergedReference, Request, SamplingOptions
 from loraplex_router.sequence import Detail, FinishReason
 from loraplex_router.text.chat import Chat, Message
 from loraplex_router.text.tokenizer import Tokenizer
@@ -31,7 +31,7 @@ def read_request(message: pb.GenerateRequest) -> Request:
     return Request(
         prompt=_read_prompt(message),
         request_id=message.request_id,
-        adapter=read_reference(message.adapter) if message.HasField("adapter") else None,
+        adapter=_read_adapter(message),
         sampling=SamplingOptions(**options),
         max_new_tokens=stopping.max_new_tokens if stopping.HasField("max_new_tokens") else None,
         stop=tuple(stopping.stop),
@@ -64,6 +64,23 @@ def read_chat(chat: pb.Chat) -> Chat:
 
 def read_reference(reference: pb.AdapterReference) -> AdapterReference:
     return AdapterReference(reference.id, reference.source, reference.revision, reference.token)
+
+
+def _read_adapter(message: pb.GenerateRequest) -> AdapterReference | MergedReference | None:
+    match message.WhichOneof("weights"):
+        case "adapter":
+            return read_reference(message.adapter)
+        case "merged_adapters":
+            merged = message.merged_adapters
+            return MergedReference(
+                adapters=tuple(map(read_reference, merged.adapters)),
+                weights=tuple(merged.weights),
+                strategy=merged.strategy or "linear",
+                density=merged.density if merged.HasField("density") else 1.0,
+                majority_sign_method=merged.majority_sign_method or "total",
+            )
+        case _:
+            return None
 
 
 class Writer:

@@ -85,7 +85,7 @@ def keep_random(tensor: Tensor, density: float) -> Tensor:
     """
     if density >= 1:
         return tensor
-    content = hashlib.sha256(tensor.contiguous().numpy()).digest()
+    content = hashlib.sha256(tensor.contiguous().numpy().data).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(content[:8], "little"))
     kept = torch.rand(tensor.shape, generator=generator) < density
     return tensor * kept / density
