@@ -5,7 +5,7 @@ from typing import TypeVar, cast
 
 from google.protobuf.message import Message as Proto
 
-from loraplex.types import AdapterReference, Message, Prompt
+from loraplex.types import AdapterReference, MergedAdapters, Message, Prompt
 from loraplex_protos import generation_pb2 as pb
 from loraplex_protos.errors import FieldViolation, InvalidRequestError
 
@@ -15,7 +15,7 @@ P = TypeVar("P", bound=Proto)
 def generate_request(
     prompt: Prompt,
     *,
-    adapter: str | AdapterReference | None = None,
+    adapter: str | AdapterReference | MergedAdapters | None = None,
     max_new_tokens: int | None = None,
     stop: str | Sequence[str] = (),
     stop_token_ids: Sequence[int] = (),
@@ -57,7 +57,9 @@ def generate_request(
     )
     detail = _fill(pb.Detail(), logprobs=logprobs, top_logprobs=top_logprobs, prompt_logprobs=prompt_logprobs)
     request = _fill(pb.GenerateRequest(sampling=sampling, stopping=stopping, detail=detail), request_id=request_id, n=n)
-    if adapter is not None:
+    if isinstance(adapter, MergedAdapters):
+        request.merged_adapters.CopyFrom(_merged_adapters(adapter))
+    elif adapter is not None:
         request.adapter.CopyFrom(adapter_reference(adapter))
     if isinstance(prompt, str):
         return _fill(request, text=prompt)
@@ -80,6 +82,17 @@ def adapter_reference(adapter: str | AdapterReference) -> pb.AdapterReference:
         source=adapter.source,
         revision=adapter.revision,
         token=adapter.token,
+    )
+
+
+def _merged_adapters(merged: MergedAdapters) -> pb.MergedAdapters:
+    return _fill(
+        pb.MergedAdapters(),
+        adapters=[adapter_reference(adapter) for adapter in merged.adapters],
+        weights=merged.weights,
+        strategy=merged.strategy,
+        density=merged.density,
+        majority_sign_method=merged.majority_sign_method,
     )
 
 

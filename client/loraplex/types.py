@@ -28,11 +28,27 @@ class AdapterReference:
     """Passed to the hub for a private repository."""
 
 
+@dataclass(frozen=True, slots=True)
+class MergedAdapters:
+    """Several adapters of the same lora_rank, merged into one as PEFT's `add_weighted_adapter` does."""
+
+    adapters: Sequence[str | AdapterReference]
+    """At most 16."""
+    weights: Sequence[float] = ()
+    """One per adapter, negative ones subtract. Empty: 1 each."""
+    strategy: str = "linear"
+    """"linear", "ties", "dare_linear", "dare_ties" or "magnitude_prune"."""
+    density: float = 1.0
+    """The fraction of each adapter's values that all strategies but linear keep; above 0 and at most 1."""
+    majority_sign_method: str = "total"
+    """How ties and dare_ties elect a value's sign: "total" (by magnitude) or "frequency"."""
+
+
 class GenerateOptions(TypedDict, total=False):
     """The keyword arguments of `generate` and `stream`. What is left out, or None, is left to the server."""
 
-    adapter: str | AdapterReference | None
-    """Its id, or where it comes from. None: the base model."""
+    adapter: str | AdapterReference | MergedAdapters | None
+    """Its id, or where it comes from, or several to be merged. None: the base model."""
     max_new_tokens: int | None
     """At least 1. None: as many as the model's context has room for."""
     stop: str | Sequence[str]

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loraplex import AdapterReference, InvalidRequestError
+from loraplex import AdapterReference, InvalidRequestError, MergedAdapters
 from loraplex.requests import adapter_reference, generate_request, tokenize_request
 from loraplex_protos import generation_pb2 as pb
 
@@ -88,3 +88,16 @@ def test_a_misspelt_part_of_a_message_is_refused_by_its_name() -> None:
 def test_an_adapter_id_that_is_no_text_is_refused() -> None:
     with pytest.raises(InvalidRequestError, match="id"):
         adapter_reference(AdapterReference(7))  # type: ignore[arg-type]
+
+
+def test_merged_adapters_are_ids_or_references() -> None:
+    merged = MergedAdapters(["sql", AdapterReference("org/poet", token="t")], [1, -0.5], strategy="ties", density=0.5)
+    request = generate_request("Hi", adapter=merged)
+    assert request.WhichOneof("weights") == "merged_adapters"
+    assert request.merged_adapters == pb.MergedAdapters(
+        adapters=[pb.AdapterReference(id="sql"), pb.AdapterReference(id="org/poet", token="t")],
+        weights=[1, -0.5],
+        strategy="ties",
+        density=0.5,
+        majority_sign_method="total",
+    )
