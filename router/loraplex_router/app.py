@@ -17,7 +17,7 @@ from loraplex_protos.errors import UnavailableError
 from loraplex_router.adapters.pool import AdapterPool
 from loraplex_router.adapters.registry import AdapterRegistry
 from loraplex_router.api.grpc import GenerationApi, GrpcServer
-from loraplex_router.api.http import create_app
+from loraplex_router.api.http.app import create_app
 from loraplex_router.blocks import BlockAllocator
 from loraplex_router.engine import Engine
 from loraplex_router.metrics import Metrics
@@ -56,8 +56,9 @@ class Router:
             scheduler,
             self._engine,
         )
-        self._grpc = GrpcServer(GenerationApi(self._service, self._model_info(info, limits)))
-        self._app = create_app(lambda: not self._service.draining, metrics.registry)
+        model_info = self._model_info(info, limits)
+        self._grpc = GrpcServer(GenerationApi(self._service, model_info))
+        self._app = create_app(self._service, model_info, lambda: not self._service.draining, metrics.registry)
         self._stop = asyncio.Event()
 
     def _model_info(self, info: shard_pb2.GetInfoResponse, limits: Limits) -> generation_pb2.GetModelInfoResponse:

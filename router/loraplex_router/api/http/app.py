@@ -1,0 +1,27 @@
+"""The HTTP application: every face's routes, and Prometheus metrics."""
+
+from collections.abc import Callable
+
+from fastapi import FastAPI, Response
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+
+from loraplex_protos import generation_pb2 as pb
+from loraplex_router.api.http.errors import install_handlers
+from loraplex_router.api.http.lorax.routes import create_lorax_routes
+from loraplex_router.service import Service
+
+
+def create_app(
+    service: Service, info: pb.GetModelInfoResponse, healthy: Callable[[], bool], registry: CollectorRegistry
+) -> FastAPI:
+    """`healthy` tells whether a generation would succeed now."""
+    app = FastAPI(title="loraplex", version=info.version, summary="One base model, any number of LoRA adapters.")
+    install_handlers(app)
+    app.include_router(create_lorax_routes(service, info, healthy))
+
+    @app.get("/metrics", response_class=Response, tags=["Operation"])
+    async def metrics() -> Response:
+        """Prometheus metrics."""
+        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+
+    return app

@@ -1,0 +1,55 @@
+"""Generations as long as their HTTP client is there."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+from starlette.types import Receive
+
+from loraplex_protos.errors import CancelledError
+from loraplex_router.output import Delta, Generation
+from loraplex_router.sequence import FinishReason
+from loraplex_router.service import Service
+
+
+@asynccontextmanager
+async def attended(service: Service, generations: Sequence[Generation], receive: Receive) -> AsyncIterator[None]:
+    """Leaves the generations at the end. A client that goes before cancels them, which ends their deltas.
+
+    `receive` is that of a request whose body was read.
+    """
+    watch = asyncio.create_task(_cancel_when_gone(service, generations, receive))
+    try:
+        yield
+    finally:
+        watch.cancel()
+        for generation in generations:
+            service.leave(generation)
+
+
+async def _cancel_when_gone(service: Service, generations: Sequence[Generation], receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    for generation in generations:
+        service.cancel(generation.request_id)
+
+
+async def read(generation: Generation) -> AsyncIterator[tuple[int, Delta]]:
+    """The generation's deltas. Raises CancelledError where it was cancelled: no HTTP client knows that as an end."""
+    async for index, delta in generation.deltas():
+        _refuse_cancelled(delta)
+        yield index, delta
+
+
+async def collect(service: Service, generations: Sequence[Generation], receive: Receive) -> list[list[Delta]]:
+    """The whole answers: one delta per sequence, for each generation. Leaves them. Raises what ended one of them."""
+    async with attended(service, generations, receive):
+        answers = [await generation.collect() for generation in generations]
+    for delta in (delta for answer in answers for delta in answer):
+        _refuse_cancelled(delta)
+    return answers
+
+
+def _refuse_cancelled(delta: Delta) -> None:
+    if delta.finish_reason is FinishReason.CANCELLED:
+        raise CancelledError("the request was cancelled")

@@ -1,0 +1,118 @@
+"""Errors as each face's clients expect them: LoRAX's {"error", "error_type"}; under /v1 OpenAI's {"error": {...}}."""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from loraplex_protos.errors import (
+    AdapterError,
+    AdapterNotFoundError,
+    FieldViolation,
+    InvalidRequestError,
+    LoraplexError,
+    OverloadedError,
+)
+
+logger = logging.getLogger(__name__)
+
+OPENAI_PREFIX = "/v1/"
+RETRY_AFTER = {"Retry-After": "1"}
+
+# What the faces call a field, where that is not the last part of the router's name for it.
+LORAX_NAMES = {
+    "prompt": "inputs",
+    "n": "best_of",
+    "adapter.id": "adapter_id",
+    "adapter.source": "adapter_source",
+    "adapter.token": "api_token",
+    "merged_adapters.adapters": "ids",
+    "merged_adapters.strategy": "merge_strategy",
+    "detail.top_logprobs": "return_k_alternatives",
+}
+OPENAI_NAMES = {"adapter.id": "model", "stopping.max_new_tokens": "max_tokens"}
+
+
+def internal_error() -> LoraplexError:
+    """Stands for an exception that was not foreseen. To be called where that exception is handled."""
+    logger.exception("a call failed")
+    return LoraplexError("internal error; the server's log has the details")
+
+
+def lorax_body(error: LoraplexError) -> dict[str, Any]:
+    """An adapter that cannot be served is a `generation` error to LoRAX's clients; one that is not there is a 404."""
+    refused = isinstance(error, AdapterError) and not isinstance(error, AdapterNotFoundError)
+    message = _renamed(error, LORAX_NAMES)
+    if isinstance(error, InvalidRequestError):
+        message = f"Input validation error: {message}"
+    return {"error": message, "error_type": "generation" if refused else error.error_type}
+
+
+def openai_body(error: LoraplexError) -> dict[str, Any]:
+    param = None
+    if isinstance(error, InvalidRequestError):
+        param = _name(error.violations[0], OPENAI_NAMES)
+    elif isinstance(error, AdapterError):
+        param = "model"
+    code = "model_not_found" if isinstance(error, AdapterNotFoundError) else error.error_type
+    kind = "invalid_request_error" if openai_status(error) < 429 else "server_error"
+    kind = "rate_limit_error" if isinstance(error, OverloadedError) else kind
+    return {"error": {"message": _renamed(error, OPENAI_NAMES), "type": kind, "param": param, "code": code}}
+
+
+def openai_status(error: LoraplexError) -> int:
+    return 400 if isinstance(error, InvalidRequestError) else error.http_status
+
+
+def error_response(path: str, error: LoraplexError) -> Response:
+    """The answer to a request for `path` that failed before anything was sent."""
+    headers = RETRY_AFTER if isinstance(error, OverloadedError) else None
+    if path.startswith(OPENAI_PREFIX):
+        return JSONResponse(openai_body(error), openai_status(error), headers)
+    return JSONResponse(lorax_body(error), error.http_status, headers)
+
+
+def install_handlers(app: FastAPI) -> None:
+    """Every error of every route goes through `error_response`."""
+
+    @app.exception_handler(LoraplexError)
+    async def known(request: Request, error: LoraplexError) -> Response:
+        return error_response(request.url.path, error)
+
+    @app.exception_handler(RequestValidationError)
+    async def malformed(request: Request, error: RequestValidationError) -> Response:
+        return error_response(request.url.path, InvalidRequestError(*map(_violation, error.errors())))
+
+    @app.exception_handler(HTTPException)
+    async def unrouted(request: Request, error: HTTPException) -> Response:
+        answer: dict[str, Any] = {"error": error.detail, "error_type": "http"}
+        if request.url.path.startswith(OPENAI_PREFIX):
+            kind = "invalid_request_error"
+            answer = {"error": {"message": error.detail, "type": kind, "param": None, "code": None}}
+        return JSONResponse(answer, error.status_code, error.headers)
+
+    @app.exception_handler(Exception)
+    async def unforeseen(request: Request, error: Exception) -> Response:
+        return error_response(request.url.path, internal_error())
+
+
+def _renamed(error: LoraplexError, names: Mapping[str, str]) -> str:
+    if not isinstance(error, InvalidRequestError):
+        return error.message
+    return "; ".join(f"`{_name(found, names)}` {found.description}" for found in error.violations)
+
+
+def _name(found: FieldViolation, names: Mapping[str, str]) -> str:
+    return names.get(found.field) or found.field.rpartition(".")[2]
+
+
+def _violation(found: Mapping[str, Any]) -> FieldViolation:
+    """What pydantic found. `body, messages, 0, role` becomes messages[0][role]: dots are the router's own."""
+    if found["type"] == "json_invalid":
+        return FieldViolation("body", f"is not JSON: {found['ctx']['error']}")
+    first, *rest = [part for part in found["loc"] if part != "body"] or ["body"]
+    return FieldViolation(str(first) + "".join(f"[{part}]" for part in rest), str(found["msg"]))

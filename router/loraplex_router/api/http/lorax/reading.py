@@ -1,0 +1,85 @@
+"""From LoRAX's JSON to the router's request."""
+
+from loraplex_router.api.http.lorax.schema import GenerateRequest, Parameters
+from loraplex_router.request import AdapterReference, MergedReference, Request, SamplingOptions, Violations
+from loraplex_router.sequence import Detail
+from loraplex_router.text.chat import Chat, Message
+
+
+def read_request(body: GenerateRequest, bearer: str, stream: bool) -> Request:
+    """`bearer`: the token of the Authorization header, or empty. Raises InvalidRequestError."""
+    given = body.parameters or Parameters()
+    _check(body, given, stream)
+    alternatives = given.return_k_alternatives or given.top_n_tokens or 0
+    return Request(
+        prompt=Chat((Message("user", body.inputs),)) if given.apply_chat_template else body.inputs,
+        adapter=_read_adapter(given, bearer),
+        sampling=_read_sampling(given),
+        max_new_tokens=given.max_new_tokens,
+        stop=tuple(given.stop or ()),
+        include_stop=True,
+        ignore_eos=bool(given.ignore_eos_token),
+        truncate=given.truncate,
+        n=given.best_of or 1,
+        detail=Detail(
+            logprobs=stream or wants_details(given) or (given.best_of or 1) > 1,
+            top_logprobs=alternatives,
+            prompt_logprobs=bool(given.decoder_input_details),
+        ),
+    )
+
+
+def wants_details(given: Parameters) -> bool:
+    return bool(given.details or given.decoder_input_details)
+
+
+def _read_adapter(given: Parameters, bearer: str) -> AdapterReference | MergedReference | None:
+    def named(name: str) -> AdapterReference:
+        return AdapterReference(name, given.adapter_source or "", token=given.api_token or bearer)
+
+    if merged := given.merged_adapters:
+        return MergedReference(
+            tuple(named(name) for name in merged.ids),
+            tuple(merged.weights),
+            merged.merge_strategy or "linear",
+            1.0 if merged.density is None else merged.density,
+            merged.majority_sign_method or "total",
+        )
+    return named(given.adapter_id) if given.adapter_id else None
+
+
+def _read_sampling(given: Parameters) -> SamplingOptions:
+    """As LoRAX: greedy unless do_sample or an option that only means something to sampling is set. A share of 1 keeps
+    all tokens, so it is as good as absent."""
+    temperature = given.temperature
+    if temperature is None and given.do_sample:
+        temperature = 1.0
+    return SamplingOptions(
+        temperature=temperature,
+        top_k=given.top_k,
+        top_p=None if given.top_p == 1 else given.top_p,
+        typical_p=None if given.typical_p == 1 else given.typical_p,
+        repetition_penalty=given.repetition_penalty,
+        frequency_penalty=given.frequency_penalty,
+        presence_penalty=given.presence_penalty,
+        seed=given.seed,
+    )
+
+
+def _check(body: GenerateRequest, given: Parameters, stream: bool) -> None:
+    """What LoRAX alone promises to refuse; the rest is checked for all faces alike."""
+    found = Violations()
+    found.check(bool(body.inputs), "inputs", "cannot be empty")
+    both = given.adapter_id and given.merged_adapters
+    found.check(not both, "adapter_id", "cannot be given together with merged_adapters")
+    found.check(not given.watermark, "watermark", "is not supported: leave it out or set it to false")
+    found.check(given.best_of != 0, "best_of", "must be > 0")
+    found.check(given.return_k_alternatives != 0, "return_k_alternatives", "must be strictly positive")
+    if (given.best_of or 1) > 1:
+        greedy = _read_sampling(given).resolve().temperature == 0
+        found.check(not greedy, "best_of", "needs sampling: set do_sample or temperature")
+        found.check(given.seed is None, "seed", "must not be set when best_of > 1")
+        found.check(not stream, "best_of", "!= 1 is not supported when streaming tokens")
+    streams_details = stream and given.decoder_input_details
+    found.check(not streams_details, "decoder_input_details", "== true is not supported when streaming tokens")
+    found.raise_any()

@@ -1,0 +1,138 @@
+"""LoRAX's routes."""
+
+from collections.abc import Callable
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+
+from loraplex_protos import generation_pb2 as pb
+from loraplex_router.api.http.attendance import collect
+from loraplex_router.api.http.errors import lorax_body
+from loraplex_router.api.http.lorax import schema
+from loraplex_router.api.http.lorax.reading import read_request, wants_details
+from loraplex_router.api.http.lorax.writing import LoraxWriter, static_headers, whole_headers
+from loraplex_router.api.http.sse import EventStream
+from loraplex_router.output import Generation
+from loraplex_router.request import MAX_N, MAX_STOPS
+from loraplex_router.request import Request as InternalRequest
+from loraplex_router.service import Service
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    403: {"model": schema.Error, "description": "The adapter's source refuses the token."},
+    404: {"model": schema.Error, "description": "No such adapter."},
+    422: {"model": schema.Error, "description": "A field is wrong; the message names it."},
+    424: {"model": schema.Error, "description": "The adapter's files cannot be served."},
+    429: {"model": schema.Error, "description": "The queue is full."},
+    499: {"model": schema.Error, "description": "The request was cancelled."},
+    500: {"model": schema.Error, "description": "The generation failed."},
+    502: {"model": schema.Error, "description": "The adapter's source does not answer."},
+    503: {"model": schema.Error, "description": "Starting, shutting down, or a shard is lost."},
+}
+EVENTS = {"text/event-stream": {"schema": {"type": "string", "description": "StreamResponse objects, one an event."}}}
+
+
+def create_lorax_routes(service: Service, info: pb.GetModelInfoResponse, healthy: Callable[[], bool]) -> APIRouter:
+    """`healthy` tells whether a generation would succeed now."""
+    routes = APIRouter(tags=["LoRAX"])
+
+    async def generate_whole(body: schema.GenerateRequest, http: Request) -> tuple[dict[str, Any], dict[str, str]]:
+        """The answer and its headers."""
+        request = read_request(body, bearer_token(http), stream=False)
+        generation = await service.generate(request)
+        deltas = (await collect(service, [generation], http.receive))[0]
+        headers = {**static_headers(info.model_id, request.adapter), **whole_headers(generation)}
+        return _writer(body, generation).whole(deltas), headers
+
+    async def generate_events(body: schema.GenerateRequest, http: Request) -> Response:
+        request = read_request(body, bearer_token(http), stream=True)
+        generation = await service.generate(request)
+        headers = static_headers(info.model_id, request.adapter)
+        events = _writer(body, generation).events()
+        return EventStream(service, [generation], events, lorax_body, headers)
+
+    def _writer(body: schema.GenerateRequest, generation: Generation) -> LoraxWriter:
+        given = body.parameters or schema.Parameters()
+        prefix = body.inputs if given.return_full_text else ""
+        return LoraxWriter(generation, service.tokenizer, wants_details(given), prefix)
+
+    @routes.post("/generate", responses={200: {"model": schema.GenerateResponse}, **ERRORS})
+    async def generate(body: schema.GenerateRequest, http: Request) -> Response:
+        """Answers once everything is generated."""
+        answer, headers = await generate_whole(body, http)
+        return JSONResponse(answer, headers=headers)
+
+    @routes.post("/generate_stream", response_class=Response, responses={200: {"content": EVENTS}, **ERRORS})
+    async def generate_stream(body: schema.GenerateRequest, http: Request) -> Response:
+        """One server-sent event per token."""
+        return await generate_events(body, http)
+
+    @routes.post("/", responses={200: {"model": list[schema.GenerateResponse], "content": EVENTS}, **ERRORS})
+    @routes.post("/invocations", responses={200: {"model": list[schema.GenerateResponse], "content": EVENTS}, **ERRORS})
+    async def compat_generate(body: schema.CompatGenerateRequest, http: Request) -> Response:
+        """A list with one answer, or server-sent events if `stream` is true. What the Python clients call."""
+        if body.stream:
+            return await generate_events(body, http)
+        answer, headers = await generate_whole(body, http)
+        return JSONResponse([answer], headers=headers)
+
+    @routes.post("/tokenize", responses={200: {"model": list[schema.TokenizedToken]}, 422: ERRORS[422]})
+    async def tokenize(body: schema.TokenizeRequest) -> Response:
+        """The tokens of a text, each with its place in it."""
+        spans = await service.tokenizer.spans(body.inputs, add_special_tokens=body.add_special_tokens is not False)
+        return JSONResponse([{"id": s.id, "text": s.text, "start": s.start, "stop": s.stop} for s in spans])
+
+    @routes.get("/info", responses={200: {"model": schema.Info}})
+    async def get_info() -> Response:
+        """The model and the limits of this server. Settings of LoRAX that mean nothing here are 0 or null."""
+        return JSONResponse(_info(service, info))
+
+    error = {"model": schema.Error, "description": "A generation would not succeed now."}
+    unhealthy: dict[int | str, dict[str, Any]] = {503: error}
+
+    @routes.get("/health", response_class=Response, responses=unhealthy)
+    @routes.get("/ping", response_class=Response, responses=unhealthy)
+    @routes.get("/", response_class=Response, responses=unhealthy)
+    async def health() -> Response:
+        """200 if a generation would succeed now."""
+        if healthy():
+            return Response()
+        return JSONResponse({"error": "unhealthy", "error_type": "healthcheck"}, 503)
+
+    @routes.get("/startup", response_class=Response, responses={status: ERRORS[status] for status in (429, 500, 503)})
+    async def startup(http: Request) -> Response:
+        """200 once a token was generated for this call."""
+        generation = await service.generate(InternalRequest(prompt=(0,), max_new_tokens=1))
+        await collect(service, [generation], http.receive)
+        return Response()
+
+    return routes
+
+
+def bearer_token(http: Request) -> str:
+    scheme, _, token = http.headers.get("authorization", "").partition(" ")
+    return token.strip() if scheme.lower() == "bearer" else ""
+
+
+def _info(service: Service, info: pb.GetModelInfoResponse) -> dict[str, Any]:
+    return {
+        "model_id": info.model_id,
+        "model_sha": None,
+        "model_dtype": info.dtype,
+        "model_device_type": None,
+        "model_pipeline_tag": "text-generation",
+        "max_concurrent_requests": service.limits.max_queue,
+        "max_best_of": MAX_N,
+        "max_stop_sequences": MAX_STOPS,
+        "max_input_length": info.max_model_len - 1,
+        "max_total_tokens": info.max_model_len,
+        "waiting_served_ratio": 0.0,
+        "max_batch_total_tokens": info.kv_blocks * info.kv_block_size,
+        "max_waiting_tokens": 0,
+        "validation_workers": 0,
+        "eager_prefill": True,
+        "version": info.version,
+        "sha": None,
+        "docker_label": None,
+        "request_logger_url": None,
+    }

@@ -1,0 +1,157 @@
+"""The JSON of LoRAX's routes. A null stands for an absent field; fields that are not known are ignored."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Uint32 = Annotated[int, Field(ge=0, lt=2**32)]
+Uint64 = Annotated[int, Field(ge=0, lt=2**64)]
+
+
+class MergedAdapters(BaseModel):
+    """Several adapters, merged into one."""
+
+    ids: list[str]
+    weights: list[float] = Field(default=[], description="One per adapter; empty: 1 each.")
+    merge_strategy: str | None = Field(
+        default=None, description="linear (the default), ties, dare_linear, dare_ties or magnitude_prune."
+    )
+    density: float | None = Field(default=None, description="The share of weights that all but linear keep.")
+    majority_sign_method: str | None = Field(default=None, description="total (the default) or frequency.")
+
+
+class Parameters(BaseModel):
+    adapter_id: str | None = Field(default=None, description="An adapter's name; absent: the base model.")
+    adapter_source: str | None = Field(default=None, description="local or hub; absent: whichever has it, local first.")
+    merged_adapters: MergedAdapters | None = None
+    api_token: str | None = Field(default=None, description="For a private adapter's hub. Absent: the bearer token.")
+    best_of: Uint32 | None = Field(default=None, description="Sample so many sequences, answer with the likeliest.")
+    temperature: float | None = Field(default=None, description="0: greedy. Absent: 1 if anything else samples.")
+    repetition_penalty: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    top_k: Uint32 | None = None
+    top_p: float | None = None
+    typical_p: float | None = None
+    do_sample: bool | None = None
+    max_new_tokens: Uint32 | None = Field(default=None, description="Absent: as many as the context has room for.")
+    ignore_eos_token: bool | None = None
+    return_full_text: bool | None = Field(default=None, description="Begin generated_text with the prompt.")
+    stop: list[str] | None = Field(default=None, description="Ends after the first of these, which the text keeps.")
+    truncate: Uint32 | None = Field(default=None, description="Keep the last so many tokens of the prompt.")
+    watermark: bool | None = Field(default=None, description="Not supported: refused if true.")
+    details: bool | None = None
+    decoder_input_details: bool | None = Field(default=None, description="The prompt's tokens with their logprobs.")
+    return_k_alternatives: Uint32 | None = None
+    top_n_tokens: Uint32 | None = Field(default=None, description="text-generation's name of return_k_alternatives.")
+    apply_chat_template: bool | None = Field(default=None, description="Take the prompt as a user's message.")
+    seed: Uint64 | None = None
+
+
+class GenerateRequest(BaseModel):
+    inputs: str
+    parameters: Parameters | None = None
+
+
+class CompatGenerateRequest(GenerateRequest):
+    stream: bool | None = None
+
+
+class TokenizeRequest(BaseModel):
+    inputs: str
+    add_special_tokens: bool | None = None
+
+
+# ---- answers: for the OpenAPI document; they are written as plain dictionaries ---------------------------------
+
+
+class InputToken(BaseModel):
+    id: int
+    text: str
+    logprob: float | None = Field(description="null for the first token, which nothing precedes")
+
+
+class AlternativeToken(BaseModel):
+    id: int
+    text: str
+    logprob: float
+
+
+class Token(AlternativeToken):
+    special: bool
+    skipped: bool
+    alternative_tokens: list[AlternativeToken] | None = None
+
+
+class BestOfSequence(BaseModel):
+    generated_text: str
+    finish_reason: Literal["length", "eos_token", "stop_sequence"]
+    generated_tokens: int
+    seed: int | None
+    prefill: list[InputToken]
+    tokens: list[Token]
+
+
+class Details(BaseModel):
+    finish_reason: Literal["length", "eos_token", "stop_sequence"]
+    prompt_tokens: int
+    generated_tokens: int
+    skipped_tokens: int = Field(description="prompt tokens found in the prefix cache")
+    seed: int | None = Field(description="repeats the answer; null if it was not sampled")
+    prefill: list[InputToken]
+    tokens: list[Token]
+    best_of_sequences: list[BestOfSequence] | None = None
+
+
+class GenerateResponse(BaseModel):
+    generated_text: str
+    details: Details | None = None
+
+
+class StreamDetails(BaseModel):
+    finish_reason: Literal["length", "eos_token", "stop_sequence"]
+    prompt_tokens: int
+    generated_tokens: int
+    seed: int | None
+
+
+class StreamResponse(BaseModel):
+    token: Token
+    generated_text: str | None = Field(description="on the last event")
+    details: StreamDetails | None = Field(description="on the last event, if asked for")
+
+
+class TokenizedToken(BaseModel):
+    id: int
+    text: str
+    start: int
+    stop: int
+
+
+class Info(BaseModel):
+    model_config = ConfigDict(protected_namespaces=())
+
+    model_id: str
+    model_sha: str | None
+    model_dtype: str
+    model_device_type: str | None
+    model_pipeline_tag: str | None
+    max_concurrent_requests: int
+    max_best_of: int
+    max_stop_sequences: int
+    max_input_length: int
+    max_total_tokens: int
+    waiting_served_ratio: float
+    max_batch_total_tokens: int
+    max_waiting_tokens: int
+    validation_workers: int
+    eager_prefill: bool
+    version: str
+    sha: str | None
+    docker_label: str | None
+    request_logger_url: str | None
+
+
+class Error(BaseModel):
+    error: str
+    error_type: str

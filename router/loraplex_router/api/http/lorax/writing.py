@@ -1,0 +1,156 @@
+"""From generations to LoRAX's JSON and headers."""
+
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from typing import Any
+from urllib.parse import quote
+
+from loraplex_router.api.http.attendance import read
+from loraplex_router.api.http.sse import event
+from loraplex_router.output import Delta, Generation, Sample, SequenceOutput
+from loraplex_router.request import AdapterReference, MergedReference
+from loraplex_router.sequence import FinishReason
+from loraplex_router.text.tokenizer import Tokenizer
+
+FINISH_REASONS = {
+    FinishReason.LENGTH: "length",
+    FinishReason.END_TOKEN: "eos_token",
+    FinishReason.STOP_TEXT: "stop_sequence",
+}
+
+
+def static_headers(model_id: str, adapter: AdapterReference | MergedReference | None) -> dict[str, str]:
+    """Those that are known before the answer is. Characters that no header may hold are percent-encoded."""
+    headers = {"x-model-id": quote(model_id, safe="/:@,+ ")}
+    if adapter is not None:
+        parts = adapter.adapters if isinstance(adapter, MergedReference) else (adapter,)
+        headers["x-adapter-id"] = quote(",".join(part.id for part in parts), safe="/:@,+ ")
+        if parts[0].source:
+            headers["x-adapter-source"] = parts[0].source
+    return headers
+
+
+def whole_headers(generation: Generation) -> dict[str, str]:
+    """Times in milliseconds, and token counts, of a finished generation."""
+    now = time.monotonic()
+    started = generation.started or now
+    prompt = generation.outputs[0].sequence.prompt_length
+    generated = sum(output.generated for output in generation.outputs)
+    inference = now - started
+    return {
+        "x-compute-time": _milliseconds(now - generation.arrived),
+        "x-total-time": _milliseconds(now - generation.arrived),
+        "x-validation-time": _milliseconds(generation.queued - generation.arrived),
+        "x-queue-time": _milliseconds(started - generation.queued),
+        "x-inference-time": _milliseconds(inference),
+        "x-time-per-token": _milliseconds(inference / max(1, generated)),
+        "x-prompt-tokens": str(prompt),
+        "x-generated-tokens": str(generated),
+        "x-total-tokens": str(prompt + generated),
+    }
+
+
+def _milliseconds(seconds: float) -> str:
+    return str(round(seconds * 1000))
+
+
+class LoraxWriter:
+    """Writes one generation's answer. `prefix` precedes each generated text."""
+
+    def __init__(self, generation: Generation, tokenizer: Tokenizer, details: bool, prefix: str) -> None:
+        self._generation = generation
+        self._tokenizer = tokenizer
+        self._details = details
+        self._prefix = prefix
+
+    def whole(self, deltas: Sequence[Delta]) -> dict[str, Any]:
+        """The likeliest of the sequences, and the others with it if details were asked for."""
+        order = sorted(range(len(deltas)), key=lambda index: mean_logprob(deltas[index]), reverse=True)
+        sequences = [self._sequence(self._generation.outputs[index], deltas[index]) for index in order]
+        best, *others = sequences
+        answer: dict[str, Any] = {"generated_text": best.pop("generated_text")}
+        if self._details:
+            usage = self._generation.outputs[0].sequence
+            counts = {"prompt_tokens": usage.prompt_length, "skipped_tokens": usage.prefix_hit}
+            answer["details"] = {**best, **counts, **({"best_of_sequences": others} if others else {})}
+        return answer
+
+    async def events(self) -> AsyncIterator[str]:
+        """One event per token, those of one delta together. The texts add up to the whole; of the tokens that
+        make up one character, the first has it."""
+        output, text, at = self._generation.outputs[0], "", 0
+        async for _, delta in read(self._generation):
+            text += delta.text
+            last = len(delta.samples) - 1 if delta.finish_reason else None
+            written = []
+            for place, (sample, end) in enumerate(zip(delta.samples, delta.ends, strict=True)):
+                token = self._token(sample, text[at:end])
+                at = end
+                written.append(event(self._last(output, delta, token, text) if place == last else _stream(token)))
+            yield "".join(written)
+
+    def _last(self, output: SequenceOutput, delta: Delta, token: dict[str, Any], text: str) -> dict[str, Any]:
+        details = {
+            "finish_reason": _finish_reason(delta),
+            "prompt_tokens": output.sequence.prompt_length,
+            "generated_tokens": output.generated,
+            "seed": _seed(output),
+        }
+        return _stream(token, self._prefix + text, details if self._details else None)
+
+    def _sequence(self, output: SequenceOutput, delta: Delta) -> dict[str, Any]:
+        return {
+            "generated_text": self._prefix + delta.text,
+            "finish_reason": _finish_reason(delta),
+            "generated_tokens": output.generated,
+            "seed": _seed(output),
+            "prefill": list(self._prefill(output)),
+            "tokens": list(self._tokens(delta)) if self._details else [],
+        }
+
+    def _tokens(self, delta: Delta) -> Iterator[dict[str, Any]]:
+        at = 0
+        for sample, end in zip(delta.samples, delta.ends, strict=True):
+            yield self._token(sample, delta.text[at:end])
+            at = end
+
+    def _token(self, sample: Sample, text: str) -> dict[str, Any]:
+        special = self._tokenizer.is_special(sample.token)
+        token = {
+            "id": sample.token,
+            "text": text or (self._tokenizer.token_text(sample.token) if special else ""),
+            "logprob": sample.logprob,
+            "special": special,
+            "skipped": False,
+        }
+        if sample.alternatives:
+            name = self._tokenizer.token_text
+            token["alternative_tokens"] = [{"id": i, "text": name(i), "logprob": p} for i, p in sample.alternatives]
+        return token
+
+    def _prefill(self, output: SequenceOutput) -> Iterator[dict[str, Any]]:
+        sequence = output.sequence
+        if not sequence.detail.prompt_logprobs:
+            return
+        tokens = sequence.tokens[: sequence.prompt_length]
+        for token, logprob in zip(tokens, [None, *output.prompt_logprobs], strict=True):
+            yield {"id": token, "text": self._tokenizer.token_text(token), "logprob": logprob}
+
+
+def mean_logprob(delta: Delta) -> float:
+    """Of the sequence's tokens: what makes one answer better than another."""
+    return sum(sample.logprob or 0.0 for sample in delta.samples) / max(1, len(delta.samples))
+
+
+def _stream(token: dict[str, Any], text: str | None = None, details: dict[str, Any] | None = None) -> dict[str, Any]:
+    return {"token": token, "generated_text": text, "details": details}
+
+
+def _finish_reason(delta: Delta) -> str:
+    assert delta.finish_reason is not None
+    return FINISH_REASONS[delta.finish_reason]
+
+
+def _seed(output: SequenceOutput) -> int | None:
+    sampling = output.sequence.sampling
+    return sampling.seed if sampling.temperature > 0 else None

@@ -1,0 +1,64 @@
+"""Server-sent events: one write per event, and errors after the first byte as events."""
+
+import json
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from typing import Any
+
+from fastapi import Response
+from starlette.types import Receive, Scope, Send
+
+from loraplex_protos.errors import LoraplexError
+from loraplex_router.api.http.attendance import attended
+from loraplex_router.api.http.errors import internal_error
+from loraplex_router.output import Generation
+from loraplex_router.service import Service
+
+DONE = "data: [DONE]\n\n"
+
+
+def event(data: Mapping[str, Any]) -> str:
+    return f"data: {to_json(data)}\n\n"
+
+
+def to_json(data: Any) -> str:
+    return json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+class EventStream(Response):
+    """Streams generations that are admitted already, and leaves them. `write_error` makes an error the last event.
+
+    While the client does not read, nothing is taken from the generations, whose deltas merge meanwhile.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self,
+        service: Service,
+        generations: Sequence[Generation],
+        events: AsyncIterator[str],
+        write_error: Callable[[LoraplexError], Mapping[str, Any]],
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **(headers or {})})
+        del self.headers["content-length"]  # not known
+        self._service = service
+        self._generations = generations
+        self._events = events
+        self._write_error = write_error
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with attended(self._service, self._generations, receive):
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            async for text in self._complete():
+                await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
+            await send({"type": "http.response.body", "body": b""})
+
+    async def _complete(self) -> AsyncIterator[str]:
+        try:
+            async for text in self._events:
+                yield text
+        except LoraplexError as error:
+            yield event(self._write_error(error))
+        except Exception:
+            yield event(self._write_error(internal_error()))
