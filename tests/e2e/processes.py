@@ -17,11 +17,11 @@ START_SECONDS = 120  # a loaded machine is slow
 class Server:
     """A running server. Its log is kept and shown if it does not start."""
 
-    def __init__(self, *flags: str, env: dict[str, str] | None = None) -> None:
+    def __init__(self, *flags: str, env: dict[str, str] | None = None, cwd: str | None = None) -> None:
         command = [sys.executable, "-m", "loraplex.cli.main", "serve", "--http-port=0", "--grpc-port=0", *flags]
         clean = {name: value for name, value in os.environ.items() if not name.startswith("LORAPLEX_")}
         environment = {**clean, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "HF_HUB_OFFLINE": "0", **(env or {})}
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, cwd=cwd)
         self.log = ""
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()

@@ -78,7 +78,10 @@ def _introduce(settings: ServeSettings, http_port: int, grpc_port: int, console:
     argument = f', adapter="{adapter}"' if adapter else ""
     field = f', "adapter": {{"id": "{adapter}"}}' if adapter else ""
     prompt = "Anna loves the new office in Berlin."
-    chat = f'{{"chat": {{"messages": [{{"role": "user", "content": "{prompt}"}}]}}{field}}}'
+    messages = f'"messages": [{{"role": "user", "content": "{prompt}"}}]'
+    chat = f'{{"chat": {{{messages}}}{field}, "stopping": {{"max_new_tokens": 64}}}}'
+    call = f'Client("{server}").generate("Hello", max_new_tokens=32{argument})'
+    script = f"from loraplex import Client; print({call}.text)"
     method = "loraplex.v1.GenerationService/GenerateStream"
     lines = (
         f"loraplex serves [bold]{settings.model or 'SmolLM2-135M-Instruct'}[/]",
@@ -89,7 +92,7 @@ def _introduce(settings: ServeSettings, http_port: int, grpc_port: int, console:
         "Try it:",
         f'  loraplex generate "{prompt}"{flag} --server {server}',
         f"  loraplex chat{flag} --server {server}",
-        f'  python -c \'from loraplex import Client; print(Client("{server}").generate("Hello"{argument}).text)\'',
+        f"  python -c '{script}'",
         f"  buf curl --protocol grpc --http2-prior-knowledge -d '{chat}' http://{server}/{method}",
         f"  curl -i {http}/health",
     )

@@ -1,0 +1,56 @@
+"""One message to the base model and to each adapter at the same time, streaming side by side.
+
+    make serve                                                 # in another terminal
+    .venv/bin/python examples/side_by_side.py                  # --svg FILE keeps the last frame as a picture
+"""
+
+import argparse
+import asyncio
+from pathlib import Path
+
+from rich.columns import Columns
+from rich.console import Console
+from rich.live import Live
+from rich.panel import Panel
+
+from loraplex import AsyncClient
+
+MESSAGE = (
+    "Anna Schmidt loved the new Berlin office of Siemens. Which offices in Berlin have a rating above 4? "
+    "Table offices(id, company, city, rating)."
+)
+ADAPTERS = (None, "sql", "entities", "sentiment")
+WIDTH = 116
+
+
+async def main(server: str, message: str, svg: Path | None) -> None:
+    console = Console(record=True, width=WIDTH)
+    answers = dict.fromkeys(ADAPTERS, "")
+
+    async def answer(adapter: str | None) -> None:
+        async for piece in client.stream([{"role": "user", "content": message}], adapter=adapter, max_new_tokens=64):
+            answers[adapter] += piece.text
+            live.update(render(message, answers))
+
+    async with AsyncClient(server) as client:
+        with Live(render(message, answers), console=console, auto_refresh=True) as live:
+            await asyncio.gather(*map(answer, ADAPTERS))
+    if svg is not None:
+        picture = Console(record=True, width=WIDTH, quiet=True)
+        picture.print(render(message, answers))
+        picture.save_svg(str(svg), title="one base model, three adapters, one batch")
+
+
+def render(message: str, answers: dict[str | None, str]) -> Panel:
+    width = (WIDTH - 8) // len(answers)
+    columns = [Panel(text, title=name or "base", width=width, height=16) for name, text in answers.items()]
+    return Panel(Columns(columns, padding=(0, 0)), title=f"[bold]{message}", width=WIDTH)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("message", nargs="?", default=MESSAGE)
+    parser.add_argument("--server", default="localhost:50051")
+    parser.add_argument("--svg", type=Path)
+    arguments = parser.parse_args()
+    asyncio.run(main(arguments.server, arguments.message, arguments.svg))
