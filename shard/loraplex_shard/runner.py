@@ -11,10 +11,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from loraplex_protos.shard_pb2 import FAILURE_REASON_NOT_FINITE, Sampling, SequenceStart, StepRequest, StepResponse
+from loraplex_protos.shard_pb2 import (
+    FAILURE_REASON_GRAMMAR,
+    FAILURE_REASON_NOT_FINITE,
+    Sampling,
+    SequenceStart,
+    StepRequest,
+    StepResponse,
+)
 from loraplex_shard import sampler
 from loraplex_shard.batch import Segment
 from loraplex_shard.cache import KVCache
+from loraplex_shard.constraints import Constraints, Masks
+from loraplex_shard.grammars import GrammarCompiler
 from loraplex_shard.lora.store import AdapterStore
 from loraplex_shard.models import Decoder
 from loraplex_shard.parallel import Group
@@ -38,6 +47,7 @@ class Runner:
         max_sequences: int,
         max_model_len: int,
         device: torch.device,
+        grammars: GrammarCompiler,
     ) -> None:
         self._decoder = decoder
         self._cache = cache
@@ -46,27 +56,32 @@ class Runner:
         self._max_sequences = max_sequences
         self._max_model_len = max_model_len
         self._rows = Rows(max_sequences, max_model_len, decoder.vocab_size, cache.block_size, cache.num_blocks, device)
+        self._constraints = Constraints(grammars, decoder.vocab_size)
 
     def clear(self) -> None:
         """Forgets all sequences."""
         self._rows.clear()
+        self._constraints.clear()
 
     @torch.inference_mode()
     def step(self, plan: StepRequest) -> StepResponse:
         """Runs one plan. On ranks other than 0 the result holds no more than the step's number.
 
-        A sequence whose logits are not finite fails alone. A plan that does not fit the rows is an AssertionError:
-        the router's mistake, after which the rows are not to be trusted.
+        A sequence whose logits are not finite, or whose grammar cannot be followed, fails alone. A plan that does not
+        fit the rows is an AssertionError: the router's mistake, after which the rows are not to be trusted.
         """
         for start in plan.starts:
             self._rows.start(start)
+            if self._group.rank == 0:
+                self._constraints.start(start)
         chunks = self._rows.advance(plan)
         response = StepResponse(step=plan.step)
         if len(chunks):
             segments = self._segments(chunks)
+            masks = self._begin_masks(chunks)
             hidden = self._decoder(self._rows.batch(chunks, segments), self._cache)
             self._report_prompt(chunks, hidden, segments, response)
-            self._report_tokens(chunks, hidden, segments, response)
+            self._report_tokens(chunks, hidden, segments, masks, response)
         return response
 
     def warmup(self, max_batch_tokens: int) -> None:
@@ -92,6 +107,12 @@ class Runner:
             block_counts=counts,
             blocks=[block % self._cache.num_blocks for block in range(sum(counts))],
         )
+
+    def _begin_masks(self, chunks: Chunks) -> Masks | None:
+        if self._group.rank != 0:
+            return None
+        sampled = chunks.samples
+        return self._constraints.begin(chunks.rows[sampled].tolist(), chunks.ends[sampled].tolist())
 
     def _segments(self, chunks: Chunks) -> tuple[Segment, ...]:
         """The runs of chunks that use one adapter, as runs of tokens."""
@@ -134,7 +155,12 @@ class Runner:
             response.prompt_logprob_counts.extend(counts.tolist())
 
     def _report_tokens(
-        self, chunks: Chunks, hidden: Tensor, segments: tuple[Segment, ...], response: StepResponse
+        self,
+        chunks: Chunks,
+        hidden: Tensor,
+        segments: tuple[Segment, ...],
+        masks: Masks | None,
+        response: StepResponse,
     ) -> None:
         """Samples after the chunks that ask for it, tells all ranks' rows, and adds the tokens to the response."""
         places = np.flatnonzero(chunks.samples)
@@ -145,32 +171,38 @@ class Runner:
         logits = self._logits(hidden, segments, chunks.starts[1:][places] - 1)
         tokens = torch.zeros(len(places), dtype=torch.int64, device=hidden.device)
         if logits is not None:
-            tokens = sampler.sample(logits, self._rows.sampling[rows], self._rows.history(rows, lengths))
+            allowed = logits if masks is None else masks.apply(logits)
+            tokens = sampler.sample(allowed, self._rows.sampling[rows], self._rows.history(rows, lengths))
         self._group.broadcast_(tokens)
         self._rows.record(rows, lengths, tokens)
         if logits is not None:
-            _add_tokens(response, places, tokens, logits, self._rows.detail[chunks.rows])
+            failures = np.where(logits.sum(-1).isfinite().cpu().numpy(), 0, FAILURE_REASON_NOT_FINITE)
+            if masks is not None:
+                self._constraints.accept(rows.tolist(), tokens.tolist())
+                failures[self._constraints.failed(rows.tolist())] = FAILURE_REASON_GRAMMAR
+            _add_tokens(response, places, tokens, logits, failures, self._rows.detail[chunks.rows])
 
 
-def _add_tokens(response: StepResponse, places: Ints, tokens: Tensor, logits: Tensor, detail: NDArray[np.void]) -> None:
+def _add_tokens(
+    response: StepResponse, places: Ints, tokens: Tensor, logits: Tensor, failures: Ints, detail: NDArray[np.void]
+) -> None:
     """Adds the tokens [n] that were sampled from logits [n, vocab] after the chunks at `places` of the plan.
 
-    detail: what the sequences of all chunks of the plan asked for.
+    failures: [n] FailureReasons, 0 for none. detail: what the sequences of all chunks of the plan asked for.
     """
-    finite = logits.sum(-1).isfinite().cpu()
+    good = failures == 0
     counts = np.zeros(len(detail), np.int64)
-    counts[places] = finite.numpy()
+    counts[places] = good
     response.token_counts.extend(counts.tolist())
-    response.tokens.extend(tokens.cpu()[finite].tolist())
-    failed = places[~finite.numpy()].tolist()
-    response.failed_chunks.extend(failed)
-    response.failure_reasons.extend([FAILURE_REASON_NOT_FINITE] * len(failed))
+    response.tokens.extend(tokens.cpu()[good].tolist())
+    response.failed_chunks.extend(places[~good].tolist())
+    response.failure_reasons.extend(failures[~good].tolist())
     if detail["logprobs"].any():
-        response.logprobs.extend(sampler.logprobs(logits, tokens).cpu()[finite].tolist())
+        response.logprobs.extend(sampler.logprobs(logits, tokens).cpu()[good].tolist())
     if detail["top_logprobs"].any():
-        wanted = np.minimum(detail["top_logprobs"][places], logits.shape[-1]) * finite.numpy()
+        wanted = np.minimum(detail["top_logprobs"][places], logits.shape[-1]) * good
         ids, values = sampler.likeliest(logits, int(wanted.max()))
         listed = torch.from_numpy(np.arange(ids.shape[1]) < wanted[:, None])
-        response.alternative_counts.extend(wanted[finite.numpy()].tolist())
+        response.alternative_counts.extend(wanted[good].tolist())
         response.alternative_tokens.extend(ids.cpu()[listed].tolist())
         response.alternative_logprobs.extend(values.cpu()[listed].tolist())

@@ -18,6 +18,7 @@ from loraplex_protos.shard_pb2 import DESCRIPTOR, GetInfoResponse, GetTokenizerR
 from loraplex_protos.shard_pb2_grpc import add_ShardServiceServicer_to_server
 from loraplex_shard import machine
 from loraplex_shard.checkpoint import Checkpoint, open_checkpoint
+from loraplex_shard.grammars import GrammarCompiler
 from loraplex_shard.lora.store import AdapterStore
 from loraplex_shard.models import load_decoder
 from loraplex_shard.models.architectures import read_spec
@@ -109,9 +110,11 @@ def _load(
     cache = decoder.new_cache(num_blocks, machine.BLOCK_SIZE)
     adapters = AdapterStore(decoder.layouts, dtype, device, settings.adapters, checkpoint.architecture)
     tokenizer = checkpoint.tokenizer()
+    grammars = GrammarCompiler(tokenizer.tokenizer_json, decoder.vocab_size, checkpoint.end_token_ids)
     return ShardService(
-        runner=Runner(decoder, cache, adapters, group, settings.max_sequences, max_model_len, device),
+        runner=Runner(decoder, cache, adapters, group, settings.max_sequences, max_model_len, device, grammars),
         adapters=adapters,
+        grammars=grammars,
         info=GetInfoResponse(
             model_id=checkpoint.model_id,
             architecture=checkpoint.architecture,

@@ -15,6 +15,7 @@ import grpc
 from loraplex_protos import shard_pb2 as pb
 from loraplex_protos.errors import LoraplexError, to_status
 from loraplex_protos.shard_pb2_grpc import ShardServiceServicer
+from loraplex_shard.grammars import GrammarCompiler
 from loraplex_shard.lora.merge import Recipe
 from loraplex_shard.lora.store import AdapterStore
 from loraplex_shard.runner import Runner
@@ -35,12 +36,14 @@ class ShardService(ShardServiceServicer):
         self,
         runner: Runner,
         adapters: AdapterStore,
+        grammars: GrammarCompiler,
         info: pb.GetInfoResponse,
         tokenizer: pb.GetTokenizerResponse,
         on_failed_step: Callable[[], None],
     ) -> None:
         self._runner = runner
         self._adapters = adapters
+        self._grammars = grammars
         self._info = info
         self._tokenizer = tokenizer
         self._on_failed_step = on_failed_step
@@ -94,6 +97,13 @@ class ShardService(ShardServiceServicer):
         with self._errors_answered(context):
             self._adapters.unstage(request.digest)
             return pb.UnstageAdapterResponse()
+
+    def CompileGrammar(
+        self, request: pb.CompileGrammarRequest, context: grpc.ServicerContext
+    ) -> pb.CompileGrammarResponse:
+        with self._errors_answered(context):
+            self._grammars.matcher(request.grammar)
+            return pb.CompileGrammarResponse()
 
     def ListLocalAdapters(
         self, request: pb.ListLocalAdaptersRequest, context: grpc.ServicerContext

@@ -9,6 +9,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 
 from loraplex_protos.shard_pb2 import FAILURE_REASON_NOT_FINITE, Sampling, StepRequest
 from loraplex_shard.checkpoint import open_checkpoint
+from loraplex_shard.grammars import GrammarCompiler
 from loraplex_shard.lora.store import AdapterStore
 from loraplex_shard.lora.weights import AdapterWeights, Expansion, LayerWeights
 from loraplex_shard.models import Decoder, load_decoder
@@ -60,7 +61,8 @@ def runner(decoder: Decoder, adapters: AdapterStore) -> Runner:
 
 def make_runner(decoder: Decoder, adapters: AdapterStore) -> Runner:
     cache = decoder.new_cache(NUM_BLOCKS, BLOCK_SIZE)
-    return Runner(decoder, cache, adapters, Group(0, 1), max_sequences=8, max_model_len=MAX_MODEL_LEN, device=CPU)
+    grammars = GrammarCompiler(b"{}", decoder.vocab_size, end_token_ids=(2,))
+    return Runner(decoder, cache, adapters, Group(0, 1), 8, MAX_MODEL_LEN, CPU, grammars)
 
 
 def test_prefill_chunks_and_decodes_in_one_batch_give_the_tokens_of_transformers(

@@ -18,6 +18,7 @@ from loraplex_protos import shard_pb2 as pb
 from loraplex_protos.errors import AdapterInUseError, AdapterNotFoundError, LoraplexError, from_rpc_error
 from loraplex_protos.shard_pb2_grpc import ShardServiceStub
 from loraplex_shard.checkpoint import open_checkpoint
+from loraplex_shard.grammars import GrammarCompiler
 from loraplex_shard.lora.store import AdapterStore, StagedAdapter
 from loraplex_shard.models import Decoder, load_decoder
 from loraplex_shard.parallel import Group
@@ -83,9 +84,11 @@ def address(tmp_path: Path) -> str:
 def service(decoder: Decoder, failed_step: threading.Event, tmp_path: Path) -> ShardService:
     adapters = AdapterStore(decoder.layouts, torch.float32, CPU, tmp_path, "LlamaForCausalLM")
     cache = decoder.new_cache(NUM_BLOCKS, BLOCK_SIZE)
-    runner = Runner(decoder, cache, adapters, Group(0, 1), max_sequences=8, max_model_len=MAX_MODEL_LEN, device=CPU)
+    grammars = GrammarCompiler(b"{}", decoder.vocab_size, end_token_ids=(2,))
+    runner = Runner(decoder, cache, adapters, Group(0, 1), 8, MAX_MODEL_LEN, CPU, grammars)
     info = pb.GetInfoResponse(model_id="tiny", rank=0, num_blocks=NUM_BLOCKS)
-    return ShardService(runner, adapters, info, pb.GetTokenizerResponse(tokenizer_json=b"{}"), failed_step.set)
+    tokenizer = pb.GetTokenizerResponse(tokenizer_json=b"{}")
+    return ShardService(runner, adapters, grammars, info, tokenizer, failed_step.set)
 
 
 @pytest.fixture
@@ -245,8 +248,9 @@ def test_what_is_wrong_with_an_adapter_crosses_the_wire_as_its_type(shard: Shard
 def test_a_slow_adapter_source_delays_no_step(decoder: Decoder, address: str, failed_step: threading.Event) -> None:
     adapters: Any = SlowAdapters()
     cache = decoder.new_cache(NUM_BLOCKS, BLOCK_SIZE)
-    runner = Runner(decoder, cache, adapters, Group(0, 1), max_sequences=8, max_model_len=MAX_MODEL_LEN, device=CPU)
-    service = ShardService(runner, adapters, pb.GetInfoResponse(), pb.GetTokenizerResponse(), failed_step.set)
+    grammars = GrammarCompiler(b"{}", decoder.vocab_size, end_token_ids=(2,))
+    runner = Runner(decoder, cache, adapters, Group(0, 1), 8, MAX_MODEL_LEN, CPU, grammars)
+    service = ShardService(runner, adapters, grammars, pb.GetInfoResponse(), pb.GetTokenizerResponse(), failed_step.set)
     server = start(service, address)
     with grpc.insecure_channel(address) as channel, Stream(ShardServiceStub(channel)) as stream:
         slow = ShardServiceStub(channel).StageAdapter.future(pb.StageAdapterRequest(id="org/slow"))

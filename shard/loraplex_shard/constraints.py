@@ -1,0 +1,104 @@
+"""What the sequences in the rows may sample next: their grammars' matchers and least lengths, as masks over tokens.
+
+Masks are computed on a thread of their own, in Rust, while the forward pass runs. A row's state follows from its
+SequenceStart and the tokens sampled since. Lives on rank 0 alone, which samples. Not thread-safe.
+"""
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from llguidance import LLExecutor, LLMatcher
+from llguidance.numpy import fill_next_token_bitmask_par
+from numpy.typing import NDArray
+
+from loraplex_protos.shard_pb2 import SequenceStart
+from loraplex_shard.grammars import GrammarCompiler
+
+WORD = 32  # bits of a mask that lie in one integer
+
+
+@dataclass(frozen=True, slots=True)
+class LeastLength:
+    """No end token before the sequence, its prompt included, has so many tokens."""
+
+    tokens: int
+    end_token_ids: NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Masks:
+    """The masks of one step's constrained rows, maybe still being computed."""
+
+    places: NDArray[np.int64]  # of those rows among the rows that were asked about
+    allowed: Future[NDArray[np.bool_]]  # [places, vocab]
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        """A copy of the logits [n, vocab] with -inf where a token is not allowed; waits for the masks."""
+        index = torch.from_numpy(self.places).to(logits.device)
+        allowed = torch.from_numpy(self.allowed.result()).to(logits.device)
+        return logits.index_copy(0, index, logits[index].masked_fill(~allowed, -torch.inf))
+
+
+class Constraints:
+    def __init__(self, grammars: GrammarCompiler, vocab_size: int) -> None:
+        self._grammars = grammars
+        self._vocab_size = vocab_size
+        self._matchers: dict[int, LLMatcher] = {}  # by row, as are the others
+        self._least_lengths: dict[int, LeastLength] = {}
+        self._executor = LLExecutor()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="masks")
+
+    def clear(self) -> None:
+        """Forgets all sequences."""
+        self._matchers.clear()
+        self._least_lengths.clear()
+
+    def start(self, start: SequenceStart) -> None:
+        """A sequence takes over its row. Its grammar was compiled before, so this takes no time."""
+        self._matchers.pop(start.row, None)
+        self._least_lengths.pop(start.row, None)
+        if start.HasField("grammar"):
+            matcher = self._matchers[start.row] = self._grammars.matcher(start.grammar)
+            matcher.consume_tokens(start.tokens[start.prompt_length :])
+        if start.min_new_tokens:
+            least = start.prompt_length + start.min_new_tokens
+            self._least_lengths[start.row] = LeastLength(least, np.array(start.end_token_ids, np.int64))
+
+    def begin(self, rows: Sequence[int], lengths: Sequence[int]) -> Masks | None:
+        """Starts to compute what may follow in these rows, which have so many tokens. None: anything, in all rows."""
+        matchers = [self._matchers.get(row) for row in rows]
+        banned = [self._banned(row, length) for row, length in zip(rows, lengths, strict=True)]
+        places = [place for place in range(len(rows)) if matchers[place] is not None or len(banned[place])]
+        if not places:
+            return None
+        future = self._thread.submit(
+            self._allowed, [matchers[place] for place in places], [banned[place] for place in places]
+        )
+        return Masks(np.array(places), future)
+
+    def accept(self, rows: Sequence[int], tokens: Sequence[int]) -> None:
+        """Takes what was sampled after `begin`."""
+        for row, token in zip(rows, tokens, strict=True):
+            if row in self._matchers:
+                self._matchers[row].consume_token(token)
+
+    def failed(self, rows: Sequence[int]) -> NDArray[np.bool_]:
+        """Which of these rows' grammars cannot be followed any further: the last masks and tokens are void."""
+        return np.array([row in self._matchers and self._matchers[row].is_error() for row in rows], np.bool_)
+
+    def _banned(self, row: int, length: int) -> NDArray[np.int64]:
+        least = self._least_lengths.get(row)
+        return least.end_token_ids if least is not None and length < least.tokens else np.empty(0, np.int64)
+
+    def _allowed(self, matchers: Sequence[LLMatcher | None], banned: Sequence[NDArray[np.int64]]) -> NDArray[np.bool_]:
+        """[matchers, vocab]"""
+        words = np.full((len(matchers), -(-self._vocab_size // WORD)), -1, np.int32)
+        jobs = [(matcher, place) for place, matcher in enumerate(matchers) if matcher is not None]
+        fill_next_token_bitmask_par(self._executor, jobs, words)
+        bits = np.unpackbits(words.view(np.uint8), axis=1, count=self._vocab_size, bitorder="little")
+        for place, tokens in enumerate(banned):
+            bits[place, tokens] = 0
+        return bits.view(np.bool_)

@@ -1,0 +1,66 @@
+"""Compiles grammars against the model's tokenizer, with llguidance; compiled ones are kept.
+
+Safe to call from any thread. Knows nothing of sequences or steps.
+"""
+
+from functools import cached_property, lru_cache
+
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
+from llguidance.gbnf_to_lark import any_to_lark
+
+from loraplex_protos import shard_pb2 as pb
+from loraplex_protos.errors import FieldViolation, InvalidRequestError
+
+KEPT = 256  # compiled grammars
+
+
+class GrammarCompiler:
+    """For one model. The tokenizer is read when the first grammar comes, for few models are asked for one at once."""
+
+    def __init__(self, tokenizer_json: bytes, vocab_size: int, end_token_ids: tuple[int, ...]) -> None:
+        """tokenizer_json as the `tokenizers` library reads it; end_token_ids end an answer where a match may end."""
+        self._tokenizer_json = tokenizer_json
+        self._vocab_size = vocab_size
+        self._end_token_ids = end_token_ids
+        self._compile = lru_cache(KEPT)(self._compile_anew)
+
+    def matcher(self, grammar: pb.Grammar) -> LLMatcher:
+        """A matcher at the beginning of an answer, the caller's own.
+
+        Raises InvalidRequestError with the reason if the grammar cannot be compiled.
+        """
+        return self._compile(grammar.kind, grammar.text).deep_copy()
+
+    def _compile_anew(self, kind: pb.GrammarKind.ValueType, text: str) -> LLMatcher:
+        try:
+            limits = LLParserLimits(verbose_errors=False)
+            matcher = LLMatcher(self._tokenizer, _to_llguidance(kind, text), log_level=0, limits=limits)
+        except Exception as error:  # llguidance has no exception class of its own
+            raise _refusal(str(error)) from error
+        if matcher.is_error():
+            raise _refusal(matcher.get_error())
+        return matcher
+
+    @cached_property
+    def _tokenizer(self) -> LLTokenizer:
+        if not self._end_token_ids:
+            raise ValueError("this model has no end token, with which an answer could end")
+        return LLTokenizer(self._tokenizer_json.decode(), self._vocab_size, list(self._end_token_ids))
+
+
+def _to_llguidance(kind: pb.GrammarKind.ValueType, text: str) -> str:
+    match kind:
+        case pb.GRAMMAR_KIND_JSON_SCHEMA:
+            # As json.dumps writes: models have seen much of it, and it leaves nothing to choose between values.
+            return LLMatcher.grammar_from_json_schema(
+                text, {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+            )
+        case pb.GRAMMAR_KIND_REGEX:
+            # \d is [0-9]: other scripts' digits match in Rust, but nobody who writes it means them.
+            return LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(text, use_ascii='d')}/")
+        case _:
+            return LLMatcher.grammar_from_lark(any_to_lark(text))
+
+
+def _refusal(reason: str) -> InvalidRequestError:
+    return InvalidRequestError(FieldViolation("grammar", f"cannot be compiled: {reason.strip()}"))

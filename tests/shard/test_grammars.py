@@ -1,0 +1,249 @@
+"""Grammars: what is refused, that whatever is sampled matches, alone, next to others and after a preemption."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+
+import jsonschema
+import numpy as np
+import pytest
+import torch
+
+from loraplex_protos.errors import InvalidRequestError
+from loraplex_protos.shard_pb2 import (
+    FAILURE_REASON_GRAMMAR,
+    GRAMMAR_KIND_JSON_SCHEMA,
+    GRAMMAR_KIND_LARK,
+    GRAMMAR_KIND_REGEX,
+    Grammar,
+    Sampling,
+    SequenceStart,
+)
+from loraplex_shard.checkpoint import open_checkpoint
+from loraplex_shard.constraints import Constraints
+from loraplex_shard.grammars import GrammarCompiler
+from loraplex_shard.lora.store import AdapterStore
+from loraplex_shard.models import Decoder, load_decoder
+from loraplex_shard.parallel import Group
+from loraplex_shard.runner import Runner
+from tests.e2e.tiny import byte_tokenizer, save_model
+from tests.shard.planner import BLOCK_SIZE, NUM_BLOCKS, Planner
+
+CPU = torch.device("cpu")
+TOKENIZER = byte_tokenizer()
+TOKENIZER_JSON = TOKENIZER.backend_tokenizer.to_str().encode()
+END = TOKENIZER.eos_token_id
+VOCAB = len(TOKENIZER)
+RANDOM = Sampling(temperature=1.5, top_p=1, typical_p=1, repetition_penalty=1, seed=3)
+DATE = Grammar(kind=GRAMMAR_KIND_REGEX, text=r"[12]\d{3}-[01]\d")
+
+
+def schema(**content: object) -> Grammar:
+    return Grammar(kind=GRAMMAR_KIND_JSON_SCHEMA, text=json.dumps(content))
+
+
+PERSON = schema(
+    type="object",
+    properties={"name": {"type": "string", "maxLength": 8}, "age": {"type": "integer", "minimum": 0, "maximum": 99}},
+    required=["name", "age"],
+    additionalProperties=False,
+)
+
+
+@pytest.fixture(scope="module")
+def compiler() -> GrammarCompiler:
+    return GrammarCompiler(TOKENIZER_JSON, VOCAB, (END,))
+
+
+REFUSED = {
+    "not JSON": (Grammar(kind=GRAMMAR_KIND_JSON_SCHEMA, text='{"type": "str'), "EOF"),
+    "unknown type": (schema(type="text"), "text"),
+    "unknown keyword": (schema(type="array", contains={"type": "string"}), "contains"),
+    "reference to nowhere": (schema(**{"$ref": "#/$defs/missing"}), "missing"),
+    "reference to a server": (schema(**{"$ref": "http://localhost:1/schema.json"}), "http://localhost:1"),
+    "open group": (Grammar(kind=GRAMMAR_KIND_REGEX, text="(ab"), "unclosed group"),
+    "look-around": (Grammar(kind=GRAMMAR_KIND_REGEX, text="a(?=b)"), "look-around"),
+    "slash and open group": (Grammar(kind=GRAMMAR_KIND_REGEX, text="a/(b"), "unclosed group"),
+    "unknown rule": (Grammar(kind=GRAMMAR_KIND_LARK, text="start: sentence"), "sentence"),
+    "GBNF without root": (Grammar(kind=GRAMMAR_KIND_LARK, text='x ::= "a"'), "root"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_compiled_is_refused_with_the_reason(compiler: GrammarCompiler, case: str) -> None:
+    grammar, reason = REFUSED[case]
+    with pytest.raises(InvalidRequestError, match=re.escape(reason)) as refused:
+        compiler.matcher(grammar)
+    assert refused.value.violations[0].field == "grammar"
+
+
+def test_a_model_without_end_token_or_with_a_tokenizer_of_another_kind_takes_no_grammar() -> None:
+    with pytest.raises(InvalidRequestError, match="end token"):
+        GrammarCompiler(TOKENIZER_JSON, VOCAB, ()).matcher(DATE)
+    with pytest.raises(InvalidRequestError, match="cannot be compiled"):
+        GrammarCompiler(b"{}", VOCAB, (END,)).matcher(DATE)
+
+
+def constrained(compiler: GrammarCompiler, grammar: Grammar, **more: object) -> Constraints:
+    constraints = Constraints(compiler, VOCAB)
+    constraints.start(SequenceStart(row=0, tokens=[0], prompt_length=1, grammar=grammar, **more))
+    return constraints
+
+
+def sample(constraints: Constraints, random: Random, most: int = 2000) -> str | None:
+    """What row 0 says when every allowed token is as likely as any other; None if it does not come to an end."""
+    tokens: list[int] = []
+    while len(tokens) < most:
+        masks = constraints.begin([0], [1 + len(tokens)])
+        assert masks is not None
+        (allowed,) = masks.apply(torch.zeros(1, VOCAB)).isfinite().tolist()
+        token = random.choice([token for token in range(VOCAB) if allowed[token]])
+        constraints.accept([0], [token])
+        assert not constraints.failed([0]).any()
+        if token == END:
+            return bytes(TOKENIZER.decode(tokens), "utf-8").decode()
+        tokens.append(token)
+    return None
+
+
+@pytest.mark.parametrize(
+    ("grammar", "matches"),
+    [
+        (DATE, re.compile(r"[12][0-9]{3}-[01][0-9]").fullmatch),
+        (Grammar(kind=GRAMMAR_KIND_REGEX, text=r'[a-c]\/"/é\n?'), re.compile(r'[a-c]/"/é\n?').fullmatch),
+        (Grammar(kind=GRAMMAR_KIND_LARK, text='start: "yes" | "no" | "jé"'), {"yes", "no", "jé"}.__contains__),
+        (Grammar(kind=GRAMMAR_KIND_LARK, text='start: "(" start ")" | "x"'), re.compile(r"\(*x\)*").fullmatch),
+        (
+            Grammar(kind=GRAMMAR_KIND_LARK, text='root ::= [a-c] "-" tail\ntail ::= "z" | "zz"'),
+            re.compile("[a-c]-zz?").fullmatch,
+        ),
+    ],
+    ids=["regex", "regex with slashes", "choice", "lark", "gbnf"],
+)
+def test_what_is_sampled_matches(compiler: GrammarCompiler, grammar: Grammar, matches: Callable[[str], object]) -> None:
+    answers = {sample(constrained(compiler, grammar), Random(seed)) for seed in range(20)}
+    assert len(answers) > 1
+    assert all(answer is not None and matches(answer) for answer in answers)
+
+
+def random_schema(random: Random, depth: int = 0) -> dict[str, object]:
+    """A schema with finite documents, mostly: nested objects and arrays, enums, patterns, unicode keys, references."""
+    leaves: list[dict[str, object]] = [
+        {"type": "integer", "minimum": -5, "maximum": random.randrange(10, 10**6)},
+        {"type": "boolean"},
+        {"type": "null"},
+        {"type": "string", "maxLength": random.randrange(1, 9)},
+        {"type": "string", "pattern": r"^[A-Z]{2}-\d{1,4}$"},
+        {"enum": ["red", "grün", 7, None, [1, {"a": "b"}]]},
+        {"const": {"κλειδί": [True]}},
+        {"$ref": "#/$defs/tag"},
+    ]
+    if depth == 3 or random.random() < 0.3:
+        return random.choice(leaves)
+    match random.randrange(3):
+        case 0:
+            return {"type": "array", "items": random_schema(random, depth + 1), "maxItems": random.randrange(1, 4)}
+        case 1:
+            return {"anyOf": [random_schema(random, depth + 1), {"type": "string", "maxLength": 3}]}
+        case _:
+            names = random.sample(["id", "größe", "名前", "a b", 'quo"te', "😀"], random.randrange(1, 4))
+            return {
+                "type": "object",
+                "properties": {name: random_schema(random, depth + 1) for name in names},
+                "required": [name for name in names if random.random() < 0.6],
+                "additionalProperties": False,
+            }
+
+
+def test_two_hundred_schemas_each_give_a_valid_document(compiler: GrammarCompiler) -> None:
+    for seed in range(200):
+        random = Random(seed)
+        content = {**random_schema(random), "$defs": {"tag": {"type": "string", "pattern": "^#[a-z]{1,5}$"}}}
+        answer = sample(constrained(compiler, schema(**content)), random)
+        assert answer is not None, content
+        jsonschema.Draft202012Validator(content).validate(json.loads(answer))
+
+
+def test_the_least_length_forbids_the_end_tokens_until_it_is_reached(compiler: GrammarCompiler) -> None:
+    constraints = Constraints(compiler, VOCAB)
+    constraints.start(SequenceStart(row=4, tokens=[1, 2, 3], prompt_length=2, min_new_tokens=3, end_token_ids=[END, 7]))
+    constraints.start(SequenceStart(row=5, tokens=[1, 2], prompt_length=2, grammar=DATE))
+    masks = constraints.begin([4, 1, 5], [4, 4, 2])
+    assert masks is not None
+    allowed = masks.apply(torch.zeros(3, VOCAB)).isfinite().numpy()
+    assert np.flatnonzero(~allowed[0]).tolist() == [7, END]
+    assert allowed[1].all()
+    assert TOKENIZER.decode(np.flatnonzero(allowed[2]).tolist()) == "12"
+    assert constraints.begin([4, 1], [5, 4]) is None
+
+
+def test_a_row_forgets_its_former_sequence_s_constraints(compiler: GrammarCompiler) -> None:
+    constraints = constrained(compiler, DATE, min_new_tokens=9, end_token_ids=[END])
+    constraints.start(SequenceStart(row=0, tokens=[1], prompt_length=1))
+    assert constraints.begin([0], [1]) is None
+    assert not constraints.failed([0]).any()
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory: pytest.TempPathFactory) -> Decoder:
+    directory = save_model(tmp_path_factory.mktemp("bytes"))
+    return load_decoder(open_checkpoint(str(directory)), Group(0, 1), torch.float32, CPU, 512)
+
+
+@pytest.fixture
+def runner(decoder: Decoder, compiler: GrammarCompiler, tmp_path: Path) -> Runner:
+    adapters = AdapterStore(decoder.layouts, torch.float32, CPU, tmp_path, "LlamaForCausalLM")
+    return Runner(decoder, decoder.new_cache(NUM_BLOCKS, BLOCK_SIZE), adapters, Group(0, 1), 8, 512, CPU, compiler)
+
+
+def text_of(planner: Planner, row: int) -> str:
+    """Up to the end token, which must be there."""
+    outputs = planner.rows[row].outputs
+    return TOKENIZER.decode(outputs[: outputs.index(END)])
+
+
+def test_constrained_sequences_match_and_their_neighbours_do_not_change(runner: Runner) -> None:
+    prompt = TOKENIZER.encode("The answer is ")
+    alone, mixed = Planner(), Planner()
+    alone.start(1, prompt, sampling=RANDOM)
+    alone.run(runner.step, {1: len(prompt)})
+    alone.decode(runner.step, [1], 60)
+    runner.clear()
+    mixed.start(0, prompt, sampling=RANDOM, grammar=PERSON)
+    mixed.start(1, prompt, sampling=RANDOM)
+    mixed.start(2, prompt, grammar=DATE)
+    mixed.run(runner.step, {0: 3, 1: len(prompt), 2: len(prompt)})
+    mixed.run(runner.step, {0: len(prompt) - 3, 1: 1, 2: 1})
+    mixed.decode(runner.step, [0, 1, 2], 59)
+    jsonschema.validate(json.loads(text_of(mixed, 0)), json.loads(PERSON.text))
+    assert re.fullmatch(DATE.text, text_of(mixed, 2))
+    assert mixed.rows[1].outputs == alone.rows[1].outputs
+
+
+def test_a_preempted_sequence_goes_on_in_its_grammar(runner: Runner) -> None:
+    prompt = TOKENIZER.encode("Who?")
+    undisturbed, preempted = Planner(), Planner()
+    undisturbed.start(0, prompt, sampling=RANDOM, grammar=PERSON)
+    undisturbed.run(runner.step, {0: 4})
+    undisturbed.decode(runner.step, [0], 50)
+    runner.clear()
+    preempted.start(0, prompt, sampling=RANDOM, grammar=PERSON)
+    preempted.run(runner.step, {0: 4})
+    preempted.decode(runner.step, [0], 11)
+    outputs = preempted.rows[0].outputs
+    preempted.release(0)
+    preempted.start(6, prompt, outputs=outputs, sampling=RANDOM, grammar=PERSON)
+    preempted.run(runner.step, {6: 4 + len(outputs)})
+    preempted.decode(runner.step, [6], 38)
+    assert text_of(preempted, 6) == text_of(undisturbed, 0)
+
+
+def test_a_sequence_whose_output_does_not_fit_its_grammar_fails_alone(runner: Runner) -> None:
+    planner = Planner()
+    planner.start(0, [1, 2], outputs=[3, 4], grammar=DATE)
+    planner.start(1, [1, 2])
+    response = planner.run(runner.step, {0: 4, 1: 2})
+    assert (list(response.token_counts), list(response.failed_chunks)) == ([0, 1], [0])
+    assert list(response.failure_reasons) == [FAILURE_REASON_GRAMMAR]
