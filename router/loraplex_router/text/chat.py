@@ -1,13 +1,16 @@
 """Chat templates: the Jinja2 programs that models bring along to turn messages into a prompt."""
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import jinja2
+from jinja2.meta import find_undeclared_variables
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from loraplex_protos.errors import FieldViolation, InvalidRequestError
+from loraplex_router.text.tool_prompt import describe_tools
 
 FIELD = "chat.messages"
 
@@ -16,6 +19,7 @@ FIELD = "chat.messages"
 class Message:
     role: str
     content: str
+    fields: Mapping[str, Any] = field(default_factory=dict)  # what else it has: tool_calls, tool_call_id, name
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +27,8 @@ class Chat:
     """A conversation to be continued."""
 
     messages: tuple[Message, ...]
+    tools: tuple[Mapping[str, Any], ...] = ()  # what the model may call, as OpenAI's API describes it
+    variables: Mapping[str, Any] = field(default_factory=dict)  # for the template, for example enable_thinking
 
 
 class ChatTemplate:
@@ -38,6 +44,7 @@ class ChatTemplate:
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise
         self._template = environment.from_string(source)
+        self._knows_tools = "tools" in find_undeclared_variables(environment.parse(source))
         self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
 
     @staticmethod
@@ -47,13 +54,17 @@ class ChatTemplate:
         return template
 
     def render(self, chat: Chat) -> str:
-        """The prompt, up to where the assistant's answer begins.
+        """The prompt, up to where the assistant's answer begins. A template that knows nothing of tools gets them
+        described in the system message.
 
         Raises InvalidRequestError if the template refuses the messages, for example for the order of their roles.
         """
-        rows = [{"role": message.role, "content": message.content} for message in chat.messages]
+        rows = [{"role": message.role, "content": message.content, **message.fields} for message in chat.messages]
+        if not self._knows_tools:
+            rows = describe_tools(rows, chat.tools)
+        given = {**chat.variables, "messages": rows, "tools": list(chat.tools) or None, **self._tokens}
         try:
-            return self._template.render(messages=rows, add_generation_prompt=True, **self._tokens)
+            return self._template.render(add_generation_prompt=True, **given)
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise _invalid(f"the model's chat template refuses them: {error}") from error
 

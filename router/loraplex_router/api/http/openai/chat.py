@@ -1,0 +1,155 @@
+"""/v1/chat/completions: an answer to a conversation."""
+
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from loraplex_router.api.http.attendance import read
+from loraplex_router.api.http.openai.logprobs import chat_logprobs, prompt_logprobs
+from loraplex_router.api.http.openai.reading import read_model, read_options
+from loraplex_router.api.http.openai.schema import ChatCompletionRequest, ChatMessage
+from loraplex_router.api.http.openai.tools import check_tools, create_parser, offered_tools, read_arguments, write_call
+from loraplex_router.api.http.openai.writing import finish_reason, head, usage
+from loraplex_router.api.http.sse import DONE, event
+from loraplex_router.output import Delta, Generation
+from loraplex_router.request import Request, Violations
+from loraplex_router.sequence import Detail
+from loraplex_router.text.chat import Chat, Message
+from loraplex_router.text.tokenizer import Tokenizer
+from loraplex_router.text.tool_calls import ToolCall
+
+ROLES = {"developer": "system"}  # OpenAI's new word for it, which no template knows
+
+
+def read_chat(body: ChatCompletionRequest, base: str) -> Request:
+    """Raises InvalidRequestError, and AdapterNotFoundError for an empty adapter name."""
+    found = Violations()
+    found.check(body.logprobs or not body.top_logprobs, "top_logprobs", "needs logprobs to be true")
+    check_tools(body, found)
+    messages = tuple(_read_message(message, place, found) for place, message in enumerate(body.messages))
+    found.raise_any()
+    return Request(
+        prompt=Chat(messages, offered_tools(body), body.chat_template_kwargs or {}),
+        adapter=read_model(body.model, base),
+        max_new_tokens=body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
+        n=body.n or 1,
+        detail=Detail(bool(body.logprobs), body.top_logprobs or 0, body.prompt_logprobs is not None),
+        **read_options(body),
+    )
+
+
+def _read_message(message: ChatMessage, place: int, found: Violations) -> Message:
+    parts = message.content if isinstance(message.content, list) else []
+    for at, part in enumerate(parts):
+        name = f"messages[{place}][content][{at}]"
+        found.check(part.type == "text" and part.text is not None, name, 'must be of type "text": the model reads text')
+    text = message.content if isinstance(message.content, str) else "".join(part.text or "" for part in parts)
+    fields: dict[str, Any] = {}
+    if message.tool_calls:
+        calls = [call.model_dump(exclude_none=True) for call in message.tool_calls]
+        for call in calls:
+            call["function"]["arguments"] = read_arguments(call["function"]["arguments"])
+        fields["tool_calls"] = calls
+    for name in ("name", "tool_call_id"):
+        if value := getattr(message, name):
+            fields[name] = value
+    return Message(ROLES.get(message.role, message.role), text, fields)
+
+
+@dataclass(frozen=True, slots=True)
+class ChatWriter:
+    """Writes the answer of a chat completion's generation."""
+
+    body: ChatCompletionRequest
+    generation: Generation
+    tokenizer: Tokenizer
+    version: str
+
+    def whole(self, deltas: list[Delta]) -> dict[str, Any]:
+        choices = [self._whole_choice(index, delta) for index, delta in enumerate(deltas)]
+        return {**self._head("chat.completion"), "choices": choices, "usage": usage([self.generation])}
+
+    def _whole_choice(self, index: int, delta: Delta) -> dict[str, Any]:
+        writer = _ChoiceWriter(self.body)
+        content, calls = "", []
+        for piece in writer.pieces(delta):
+            if isinstance(piece, str):
+                content += piece
+            else:
+                calls.append(write_call(piece))
+        message: dict[str, Any] = {"role": "assistant", "content": content if content or not calls else None}
+        choice: dict[str, Any] = {
+            "index": index,
+            "message": message,
+            "logprobs": chat_logprobs(delta, self.tokenizer) if self.body.logprobs else None,
+            "finish_reason": writer.finish_reason(delta),
+        }
+        if calls:
+            message["tool_calls"] = calls
+        if self.body.prompt_logprobs is not None:
+            choice["prompt_logprobs"] = prompt_logprobs(self.generation.outputs[index], self.tokenizer)
+        return choice
+
+    async def events(self) -> AsyncIterator[str]:
+        with_usage = bool(self.body.stream_options and self.body.stream_options.include_usage)
+        first, last = self._head("chat.completion.chunk"), {"usage": None} if with_usage else {}
+        writers = [_ChoiceWriter(self.body) for _ in self.generation.outputs]
+        async for index, delta in read(self.generation):
+            choices = list(self._chunks(index, writers[index], delta))
+            yield "".join(event({**first, "choices": [choice], **last}) for choice in choices)
+        if with_usage:
+            yield event({**first, "choices": [], "usage": usage([self.generation])})
+        yield DONE
+
+    def _chunks(self, index: int, writer: "_ChoiceWriter", delta: Delta) -> Iterator[dict[str, Any]]:
+        """The role comes first, and the reason for the end last; a delta's logprobs are in the first of its chunks."""
+        logprobs = chat_logprobs(delta, self.tokenizer) if self.body.logprobs and delta.samples else None
+
+        def chunk(content: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
+            return {"index": index, "delta": content, "logprobs": logprobs, "finish_reason": reason}
+
+        if not writer.begun:
+            writer.begun = True
+            role = chunk({"role": "assistant", "content": ""})
+            yield {**role, "logprobs": None}
+        for piece in writer.pieces(delta):
+            if isinstance(piece, str):
+                yield chunk({"content": piece})
+            else:
+                yield chunk({"tool_calls": [{"index": writer.calls - 1, **write_call(piece)}]})
+            logprobs = None
+        if delta.finish_reason or logprobs:
+            yield chunk({}, writer.finish_reason(delta))
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return head(kind, "chatcmpl", self.generation, self.body.model, self.version)
+
+
+class _ChoiceWriter:
+    """What has been found in one choice's text."""
+
+    def __init__(self, body: ChatCompletionRequest) -> None:
+        self._parser = create_parser(body)
+        self._one_call = body.parallel_tool_calls is False
+        self.calls = 0
+        self.begun = False
+
+    def pieces(self, delta: Delta) -> Iterator[str | ToolCall]:
+        if self._parser is None:
+            yield from [delta.text] if delta.text else []
+            return
+        yield from self._count(self._parser.feed(delta.text))
+        if delta.finish_reason:
+            yield from self._count(self._parser.flush())
+
+    def finish_reason(self, delta: Delta) -> str | None:
+        reason = finish_reason(delta)
+        return "tool_calls" if reason == "stop" and self.calls else reason
+
+    def _count(self, pieces: Iterator[str | ToolCall]) -> Iterator[str | ToolCall]:
+        for piece in pieces:
+            if isinstance(piece, ToolCall):
+                if self._one_call and self.calls:
+                    continue
+                self.calls += 1
+            yield piece

@@ -1,0 +1,138 @@
+"""/v1/completions: text after text."""
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from loraplex_router.api.http.openai.logprobs import CompletionLogprobs, prompt_logprobs
+from loraplex_router.api.http.openai.reading import read_model, read_options
+from loraplex_router.api.http.openai.schema import CompletionRequest
+from loraplex_router.api.http.openai.writing import finish_reason, head, read_all, usage
+from loraplex_router.api.http.sse import DONE, event
+from loraplex_router.output import Delta, Generation, SequenceOutput
+from loraplex_router.request import Request, Violations
+from loraplex_router.sequence import Detail, FinishReason
+from loraplex_router.text.tokenizer import Tokenizer
+
+DEFAULT_MAX_TOKENS = 16  # OpenAI's
+MAX_PROMPTS = 128
+
+Prompt = str | tuple[int, ...]
+
+
+def read_completions(body: CompletionRequest, base: str) -> list[Request]:
+    """One request for each prompt. Raises InvalidRequestError, and AdapterNotFoundError for an empty adapter name."""
+    _check(body)
+    options = read_options(body)
+    adapter = read_model(body.model, base)
+    scored = body.logprobs is not None or _candidates(body) > (body.n or 1)
+    detail = Detail(
+        logprobs=scored,
+        top_logprobs=body.logprobs or 0,
+        prompt_logprobs=body.prompt_logprobs is not None or bool(body.echo and body.logprobs is not None),
+    )
+    max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+    return [
+        Request(
+            prompt=prompt,
+            adapter=adapter,
+            max_new_tokens=max(max_tokens, 1) if _scores_only(body) else max_tokens,
+            n=_candidates(body),
+            detail=detail,
+            **options,
+        )
+        for prompt in _prompts(body)
+    ]
+
+
+def _prompts(body: CompletionRequest) -> list[Prompt]:
+    given = body.prompt
+    if isinstance(given, str):
+        return [given]
+    if given and isinstance(given[0], int):
+        return [tuple(token for token in given if isinstance(token, int))]
+    return [part if isinstance(part, str) else tuple(part) for part in given if not isinstance(part, int)]
+
+
+def _candidates(body: CompletionRequest) -> int:
+    return max(body.best_of or 1, body.n or 1)
+
+
+def _scores_only(body: CompletionRequest) -> bool:
+    """No text is wanted, but the prompt with its logprobs: a token is generated all the same, and not shown."""
+    return bool(body.echo) and body.max_tokens == 0
+
+
+def _check(body: CompletionRequest) -> None:
+    found = Violations()
+    found.check(not body.suffix, "suffix", "is not supported: leave it out")
+    found.check(0 < len(_prompts(body)) <= MAX_PROMPTS, "prompt", f"must be 1 to {MAX_PROMPTS} prompts")
+    best_of = body.best_of
+    found.check(best_of is None or best_of >= (body.n or 1), "best_of", "must be at least n")
+    found.check(not body.stream or best_of in (None, body.n or 1), "best_of", "cannot be used with stream")
+    found.check(not (body.stream and _scores_only(body)), "max_tokens", "of 0 cannot be used with stream")
+    found.raise_any()
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionWriter:
+    """Writes the answers of a completion's generations, one for each prompt."""
+
+    body: CompletionRequest
+    generations: Sequence[Generation]
+    tokenizer: Tokenizer
+    version: str
+
+    def whole(self, answers: Sequence[Sequence[Delta]]) -> dict[str, Any]:
+        choices: list[dict[str, Any]] = []
+        for generation, deltas in zip(self.generations, answers, strict=True):
+            pairs = list(zip(generation.outputs, deltas, strict=True))
+            if len(pairs) > (self.body.n or 1):
+                pairs = sorted(pairs, key=lambda pair: pair[1].mean_logprob, reverse=True)[: self.body.n or 1]
+            choices += (self._whole_choice(len(choices) + at, *pair) for at, pair in enumerate(pairs))
+        return {**self._head(), "choices": choices, "usage": usage(self.generations)}
+
+    def _whole_choice(self, index: int, output: SequenceOutput, delta: Delta) -> dict[str, Any]:
+        if _scores_only(self.body):
+            delta = Delta(finish_reason=FinishReason.LENGTH)
+        choice = _ChoiceWriter(self, index, output).write(delta)
+        if self.body.prompt_logprobs is not None:
+            choice["prompt_logprobs"] = prompt_logprobs(output, self.tokenizer)
+        return choice
+
+    async def events(self) -> AsyncIterator[str]:
+        outputs = [output for generation in self.generations for output in generation.outputs]
+        writers = [_ChoiceWriter(self, index, output) for index, output in enumerate(outputs)]
+        first, with_usage = self._head(), bool(self.body.stream_options and self.body.stream_options.include_usage)
+        extra = {"usage": None} if with_usage else {}
+        async for index, delta in read_all(self.generations):
+            if delta.text or delta.finish_reason or not writers[index].begun:
+                yield event({**first, "choices": [writers[index].write(delta)], **extra})
+        if with_usage:
+            yield event({**first, "choices": [], "usage": usage(self.generations)})
+        yield DONE
+
+    def _head(self) -> dict[str, Any]:
+        return head("text_completion", "cmpl", self.generations[0], self.body.model, self.version)
+
+
+class _ChoiceWriter:
+    """Writes one choice, whole or in pieces. The first piece begins with the prompt if it is to be echoed."""
+
+    def __init__(self, parent: CompletionWriter, index: int, output: SequenceOutput) -> None:
+        self._index, self._output, self._tokenizer = index, output, parent.tokenizer
+        self._echo = bool(parent.body.echo)
+        self._logprobs = CompletionLogprobs(parent.tokenizer) if parent.body.logprobs is not None else None
+        self.begun = False
+
+    def write(self, delta: Delta) -> dict[str, Any]:
+        text, logprobs = delta.text, None
+        if self._echo and not self.begun:
+            sequence = self._output.sequence
+            text = self._tokenizer.decode(sequence.tokens[: sequence.prompt_length]) + text
+            if self._logprobs:
+                self._logprobs.add_prompt(self._output)
+        self.begun = True
+        if self._logprobs:
+            logprobs = self._logprobs.take(delta)
+        return {"index": self._index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason(delta)}

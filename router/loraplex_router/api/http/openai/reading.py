@@ -1,0 +1,48 @@
+"""What completions and chat completions read alike: the model's name, sampling, stopping."""
+
+from typing import Any
+
+from loraplex_protos.errors import AdapterNotFoundError
+from loraplex_router.api.http.openai.schema import GenerationRequest
+from loraplex_router.request import AdapterReference, SamplingOptions, Violations
+
+BASE_NAMES = ("", "tgi")  # beside the model's own name; `text-generation` sends "tgi"
+
+
+def read_model(model: str, base: str) -> AdapterReference | None:
+    """The adapter that `model` names; None is the base. Whether there is such an adapter is not known yet."""
+    if model == base or model in BASE_NAMES:
+        return None
+    name = model.removeprefix(f"{base}:")
+    if not name:
+        raise AdapterNotFoundError(f"the model {model!r} does not exist")
+    return AdapterReference(name)
+
+
+def read_options(body: GenerationRequest) -> dict[str, Any]:
+    """Arguments of the router's Request that are read alike. Raises InvalidRequestError for what is not supported."""
+    found = Violations()
+    found.check(not body.logit_bias, "logit_bias", "is not supported: leave it out")
+    found.check(
+        body.skip_special_tokens is not False, "skip_special_tokens", "must be true: special tokens have no text"
+    )
+    found.check(body.n != 0, "n", "must be at least 1")
+    found.raise_any()
+    return {
+        "sampling": SamplingOptions(
+            temperature=1.0 if body.temperature is None else body.temperature,
+            top_k=body.top_k if body.top_k and body.top_k > 0 else None,
+            top_p=body.top_p,
+            typical_p=body.typical_p,
+            min_p=body.min_p,
+            repetition_penalty=body.repetition_penalty,
+            frequency_penalty=body.frequency_penalty,
+            presence_penalty=body.presence_penalty,
+            seed=None if body.seed is None else body.seed % 2**64,
+        ),
+        "stop": (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ()),
+        "include_stop": bool(body.include_stop_str_in_output),
+        "stop_token_ids": tuple(body.stop_token_ids or ()),
+        "ignore_eos": bool(body.ignore_eos),
+        "truncate": body.truncate_prompt_tokens,
+    }

@@ -1,0 +1,105 @@
+"""The JSON of requests to OpenAI's routes. A null stands for an absent field; unknown fields are ignored."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+TokenId = Annotated[int, Field(ge=0, lt=2**32)]
+Count = Annotated[int, Field(ge=0, lt=2**32)]
+
+
+class StreamOptions(BaseModel):
+    include_usage: bool | None = None
+
+
+class GenerationRequest(BaseModel):
+    """What completions and chat completions have in common."""
+
+    model: str = Field(description="The base model, an adapter, or base:adapter.")
+    temperature: float | None = Field(default=None, description="Absent: 1.")
+    top_p: float | None = None
+    n: Count | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    stop: str | list[str] | None = None
+    max_tokens: Count | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = Field(default=None, description="Not supported: refused unless empty.")
+    seed: int | None = None
+    # vLLM's
+    top_k: Annotated[int, Field(ge=-1, lt=2**32)] | None = Field(default=None, description="0 or -1: off.")
+    min_p: float | None = None
+    typical_p: float | None = None
+    repetition_penalty: float | None = None
+    ignore_eos: bool | None = None
+    stop_token_ids: list[TokenId] | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = Field(default=None, description="Always: false is refused.")
+    truncate_prompt_tokens: Count | None = Field(default=None, description="Keep the prompt's last so many tokens.")
+    prompt_logprobs: Count | None = Field(default=None, description="Report the prompt's tokens with their logprobs.")
+
+
+class CompletionRequest(GenerationRequest):
+    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    suffix: str | None = Field(default=None, description="Not supported: refused unless empty.")
+    echo: bool | None = None
+    logprobs: Count | None = Field(default=None, description="So many alternatives for each token.")
+    best_of: Count | None = None
+
+
+class ContentPart(BaseModel):
+    type: str
+    text: str | None = None
+
+
+class CalledFunction(BaseModel):
+    name: str
+    arguments: str
+
+
+class MessageToolCall(BaseModel):
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class ChatMessage(BaseModel):
+    role: str
+    content: str | list[ContentPart] | None = None
+    name: str | None = None
+    tool_calls: list[MessageToolCall] | None = None
+    tool_call_id: str | None = None
+
+
+class Function(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class Tool(BaseModel):
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(BaseModel):
+    name: str
+
+
+class NamedTool(BaseModel):
+    type: Literal["function"] = "function"
+    function: NamedFunction
+
+
+class ChatCompletionRequest(GenerationRequest):
+    messages: list[ChatMessage] = Field(min_length=1)
+    max_completion_tokens: Count | None = None
+    logprobs: bool | None = None
+    top_logprobs: Count | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None

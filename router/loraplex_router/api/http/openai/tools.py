@@ -1,0 +1,45 @@
+"""Tools of a chat completion: what the prompt says of them, and what the answer may call."""
+
+import json
+import secrets
+from typing import Any
+
+from loraplex_router.api.http.openai.schema import ChatCompletionRequest, NamedTool
+from loraplex_router.request import Violations
+from loraplex_router.text.tool_calls import ToolCall, ToolCallParser
+
+
+def offered_tools(body: ChatCompletionRequest) -> tuple[dict[str, Any], ...]:
+    """The tools that the model is told of: those given, unless none may be called."""
+    if body.tool_choice == "none":
+        return ()
+    return tuple(tool.model_dump(exclude_none=True) for tool in body.tools or ())
+
+
+def check_tools(body: ChatCompletionRequest, found: Violations) -> None:
+    names = [tool.function.name for tool in body.tools or ()]
+    found.check(len(set(names)) == len(names), "tools", "must have different names")
+    choice = body.tool_choice
+    if isinstance(choice, NamedTool):
+        found.check(choice.function.name in names, "tool_choice", f"there is no tool {choice.function.name!r}")
+    elif choice == "required":
+        found.check(bool(names), "tool_choice", "needs tools")
+
+
+def create_parser(body: ChatCompletionRequest) -> ToolCallParser | None:
+    """None if the answer can hold no calls."""
+    tools = offered_tools(body)
+    return ToolCallParser({tool["function"]["name"] for tool in tools}) if tools else None
+
+
+def write_call(call: ToolCall) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
+
+
+def read_arguments(arguments: str) -> Any:
+    """As templates want those of earlier calls: the object itself, where the text is one."""
+    try:
+        return json.loads(arguments)
+    except ValueError:
+        return arguments

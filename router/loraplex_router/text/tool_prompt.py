@@ -1,0 +1,45 @@
+"""Tools for models whose chat template knows nothing of them, in the form that Hermes made common: they are described
+in the system message, calls stand between <tool_call> tags, and results between <tool_response> tags."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+CALL_BEGIN, CALL_END = "<tool_call>", "</tool_call>"
+
+INSTRUCTIONS = """You may call one or more functions to assist with the user query.
+You are provided with function signatures within <tools></tools> XML tags:
+<tools>
+{signatures}
+</tools>
+For each function call, return a JSON object with function name and arguments within <tool_call></tool_call> XML tags:
+<tool_call>
+{{"name": <function-name>, "arguments": <args-json-object>}}
+</tool_call>"""
+
+Row = dict[str, Any]
+
+
+def describe_tools(rows: Sequence[Row], tools: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """Messages as a template reads them, made such that roles and contents say everything about tools."""
+    rows = [_without_tool_fields(row) for row in rows]
+    if not tools:
+        return rows
+    text = INSTRUCTIONS.format(signatures="\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools))
+    if rows and rows[0]["role"] == "system":
+        system, *rows = rows
+        text = f"{system['content']}\n\n{text}"
+    return [{"role": "system", "content": text}, *rows]
+
+
+def _without_tool_fields(row: Row) -> Row:
+    if row["role"] == "tool":
+        return {"role": "user", "content": f"<tool_response>\n{row['content']}\n</tool_response>"}
+    calls = [_write_call(call["function"]) for call in row.get("tool_calls", ())]
+    content = "\n".join(filter(None, (row["content"], *calls)))
+    return {"role": row["role"], "content": content}
+
+
+def _write_call(function: Mapping[str, Any]) -> str:
+    call = {"name": function["name"], "arguments": function["arguments"]}
+    return f"{CALL_BEGIN}\n{json.dumps(call, ensure_ascii=False)}\n{CALL_END}"
