@@ -8,7 +8,7 @@ import grpc
 import grpc.aio
 
 from loraplex import requests, responses
-from loraplex.connection import CHANNEL_OPTIONS, typed_errors
+from loraplex.connection import CHANNEL_OPTIONS, key_metadata, typed_errors
 from loraplex.types import (
     Adapter,
     AdapterReference,
@@ -35,8 +35,16 @@ class AsyncClient:
     Cancelling the task that waits for a call cancels the call on the server.
     """
 
-    def __init__(self, server: str = "localhost:50051", *, credentials: grpc.ChannelCredentials | None = None) -> None:
-        """`server` is host:port; `credentials` (`grpc.ssl_channel_credentials()`, for example) turn TLS on."""
+    def __init__(
+        self,
+        server: str = "localhost:50051",
+        *,
+        api_key: str | None = None,
+        credentials: grpc.ChannelCredentials | None = None,
+    ) -> None:
+        """`server` is host:port; `api_key` is for a server that takes keys; `credentials`
+        (`grpc.ssl_channel_credentials()`, for example) turn TLS on."""
+        self._metadata = key_metadata(api_key)
         if credentials is None:
             self._channel = grpc.aio.insecure_channel(server, options=CHANNEL_OPTIONS)
         else:
@@ -61,7 +69,7 @@ class AsyncClient:
         """See `Client.generate`."""
         request = requests.generate_request(prompt, **options)
         with typed_errors():
-            return responses.generation(await self._stub.Generate(request, timeout=timeout))
+            return responses.generation(await self._stub.Generate(request, timeout=timeout, metadata=self._metadata))
 
     def stream(
         self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
@@ -71,7 +79,7 @@ class AsyncClient:
 
     async def _pieces(self, request: pb.GenerateRequest, timeout: float | None) -> AsyncGenerator[StreamPiece, None]:
         with typed_errors():
-            call = self._stub.GenerateStream(request, timeout=timeout)
+            call = self._stub.GenerateStream(request, timeout=timeout, metadata=self._metadata)
             try:
                 async for response in call:
                     yield responses.stream_piece(response)
@@ -81,7 +89,9 @@ class AsyncClient:
     async def cancel(self, request_id: str, *, timeout: float | None = None) -> None:
         """See `Client.cancel`."""
         with typed_errors():
-            await self._stub.CancelGeneration(requests.cancel_request(request_id), timeout=timeout)
+            await self._stub.CancelGeneration(
+                requests.cancel_request(request_id), timeout=timeout, metadata=self._metadata
+            )
 
     async def tokenize(
         self,
@@ -93,12 +103,12 @@ class AsyncClient:
         """See `Client.tokenize`."""
         with typed_errors():
             request = requests.tokenize_request(prompt, skip_special_tokens)
-            return responses.token_spans(await self._stub.Tokenize(request, timeout=timeout))
+            return responses.token_spans(await self._stub.Tokenize(request, timeout=timeout, metadata=self._metadata))
 
     async def adapters(self, *, timeout: float | None = None) -> tuple[Adapter, ...]:
         """See `Client.adapters`."""
         with typed_errors():
-            response = await self._stub.ListAdapters(pb.ListAdaptersRequest(), timeout=timeout)
+            response = await self._stub.ListAdapters(pb.ListAdaptersRequest(), timeout=timeout, metadata=self._metadata)
             return tuple(responses.adapter(status) for status in response.adapters)
 
     async def load_adapter(
@@ -107,7 +117,9 @@ class AsyncClient:
         """See `Client.load_adapter`."""
         reference = requests.adapter_reference(AdapterReference(id, source, revision, token))
         with typed_errors():
-            response = await self._stub.LoadAdapter(pb.LoadAdapterRequest(adapter=reference), timeout=timeout)
+            response = await self._stub.LoadAdapter(
+                pb.LoadAdapterRequest(adapter=reference), timeout=timeout, metadata=self._metadata
+            )
             return responses.adapter(response.adapter)
 
     async def unload_adapter(
@@ -116,9 +128,13 @@ class AsyncClient:
         """See `Client.unload_adapter`."""
         reference = requests.adapter_reference(AdapterReference(id, source, revision))
         with typed_errors():
-            await self._stub.UnloadAdapter(pb.UnloadAdapterRequest(adapter=reference), timeout=timeout)
+            await self._stub.UnloadAdapter(
+                pb.UnloadAdapterRequest(adapter=reference), timeout=timeout, metadata=self._metadata
+            )
 
     async def info(self, *, timeout: float | None = None) -> ModelInfo:
         """See `Client.info`."""
         with typed_errors():
-            return responses.model_info(await self._stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=timeout))
+            return responses.model_info(
+                await self._stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=timeout, metadata=self._metadata)
+            )

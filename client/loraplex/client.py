@@ -7,7 +7,7 @@ from typing import Self, Unpack
 import grpc
 
 from loraplex import requests, responses
-from loraplex.connection import CHANNEL_OPTIONS, typed_errors
+from loraplex.connection import CHANNEL_OPTIONS, key_metadata, typed_errors
 from loraplex.types import (
     Adapter,
     AdapterReference,
@@ -36,8 +36,16 @@ class Client:
     unavailable is tried a few times, where it has not begun to answer and the call changes nothing.
     """
 
-    def __init__(self, server: str = "localhost:50051", *, credentials: grpc.ChannelCredentials | None = None) -> None:
-        """`server` is host:port; `credentials` (`grpc.ssl_channel_credentials()`, for example) turn TLS on."""
+    def __init__(
+        self,
+        server: str = "localhost:50051",
+        *,
+        api_key: str | None = None,
+        credentials: grpc.ChannelCredentials | None = None,
+    ) -> None:
+        """`server` is host:port; `api_key` is for a server that takes keys; `credentials`
+        (`grpc.ssl_channel_credentials()`, for example) turn TLS on."""
+        self._metadata = key_metadata(api_key)
         if credentials is None:
             self._channel = grpc.insecure_channel(server, options=CHANNEL_OPTIONS)
         else:
@@ -62,7 +70,7 @@ class Client:
         """Answers once all sequences are finished. The options are those of `GenerateOptions`."""
         request = requests.generate_request(prompt, **options)
         with typed_errors():
-            return responses.generation(self._stub.Generate(request, timeout=timeout))
+            return responses.generation(self._stub.Generate(request, timeout=timeout, metadata=self._metadata))
 
     def stream(
         self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
@@ -75,7 +83,7 @@ class Client:
 
     def _pieces(self, request: pb.GenerateRequest, timeout: float | None) -> Generator[StreamPiece, None, None]:
         with typed_errors():
-            call = self._stub.GenerateStream(request, timeout=timeout)
+            call = self._stub.GenerateStream(request, timeout=timeout, metadata=self._metadata)
             try:
                 for response in call:
                     yield responses.stream_piece(response)
@@ -88,7 +96,7 @@ class Client:
         Raises RequestNotFoundError if no such request is running.
         """
         with typed_errors():
-            self._stub.CancelGeneration(requests.cancel_request(request_id), timeout=timeout)
+            self._stub.CancelGeneration(requests.cancel_request(request_id), timeout=timeout, metadata=self._metadata)
 
     def tokenize(
         self,
@@ -103,12 +111,12 @@ class Client:
         """
         with typed_errors():
             request = requests.tokenize_request(prompt, skip_special_tokens)
-            return responses.token_spans(self._stub.Tokenize(request, timeout=timeout))
+            return responses.token_spans(self._stub.Tokenize(request, timeout=timeout, metadata=self._metadata))
 
     def adapters(self, *, timeout: float | None = None) -> tuple[Adapter, ...]:
         """The adapters that are loaded, and those that lie in the server's adapter directory."""
         with typed_errors():
-            response = self._stub.ListAdapters(pb.ListAdaptersRequest(), timeout=timeout)
+            response = self._stub.ListAdapters(pb.ListAdaptersRequest(), timeout=timeout, metadata=self._metadata)
             return tuple(responses.adapter(status) for status in response.adapters)
 
     def load_adapter(
@@ -122,7 +130,9 @@ class Client:
         """
         reference = requests.adapter_reference(AdapterReference(id, source, revision, token))
         with typed_errors():
-            response = self._stub.LoadAdapter(pb.LoadAdapterRequest(adapter=reference), timeout=timeout)
+            response = self._stub.LoadAdapter(
+                pb.LoadAdapterRequest(adapter=reference), timeout=timeout, metadata=self._metadata
+            )
             return responses.adapter(response.adapter)
 
     def unload_adapter(self, id: str, *, source: str = "", revision: str = "", timeout: float | None = None) -> None:
@@ -132,9 +142,13 @@ class Client:
         """
         reference = requests.adapter_reference(AdapterReference(id, source, revision))
         with typed_errors():
-            self._stub.UnloadAdapter(pb.UnloadAdapterRequest(adapter=reference), timeout=timeout)
+            self._stub.UnloadAdapter(
+                pb.UnloadAdapterRequest(adapter=reference), timeout=timeout, metadata=self._metadata
+            )
 
     def info(self, *, timeout: float | None = None) -> ModelInfo:
         """The model that the server runs, and how."""
         with typed_errors():
-            return responses.model_info(self._stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=timeout))
+            return responses.model_info(
+                self._stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=timeout, metadata=self._metadata)
+            )

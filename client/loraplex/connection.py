@@ -36,6 +36,11 @@ CHANNEL_OPTIONS: tuple[tuple[str, str | int], ...] = (
 )
 
 
+def key_metadata(api_key: str | None) -> tuple[tuple[str, str], ...]:
+    """What tells the server the API key."""
+    return (("authorization", f"Bearer {api_key}"),) if api_key else ()
+
+
 @contextmanager
 def typed_errors() -> Iterator[None]:
     """Turns what a gRPC call raises into the LoraplexError that the server, or the connection, meant by it."""

@@ -2,6 +2,8 @@
 
     LoraplexError
     ├── InvalidRequestError            a field of the request is wrong; nothing was started
+    ├── UnauthenticatedError           no API key, or one that this server does not know
+    ├── ForbiddenError                 the API key does not allow this
     ├── RequestNotFoundError           no such request is running
     ├── AdapterError
     │   ├── AdapterNotFoundError       no source has it
@@ -10,13 +12,14 @@
     │   ├── AdapterInUseError          sequences still need it
     │   └── AdapterSourceError         its source does not answer
     ├── OverloadedError                the queue is full: try again later
+    │   └── RateLimitedError           a limit of the API key is reached
     ├── UnavailableError               starting, draining, or a shard is lost
     ├── DeadlineError                  the caller's deadline passed
     ├── CancelledError                 the request was cancelled
     └── GenerationError                the model failed on this sequence
 
-On the wire an error is a google.rpc.Status: its message, an ErrorInfo whose reason is the error_type, and for
-InvalidRequestError a BadRequest with the fields.
+On the wire an error is a google.rpc.Status: its message, an ErrorInfo whose reason is the error_type, for
+InvalidRequestError a BadRequest with the fields, and for OverloadedError a RetryInfo.
 """
 
 from collections.abc import Iterable
@@ -25,7 +28,7 @@ from typing import ClassVar, cast
 
 import grpc
 from google.protobuf.any_pb2 import Any
-from google.rpc.error_details_pb2 import BadRequest, ErrorInfo
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 from grpc_status import rpc_status
 
@@ -60,6 +63,18 @@ class InvalidRequestError(LoraplexError):
     def __init__(self, *violations: FieldViolation) -> None:
         super().__init__("; ".join(f"{violation.field}: {violation.description}" for violation in violations))
         self.violations = violations
+
+
+class UnauthenticatedError(LoraplexError):
+    error_type = "unauthenticated"
+    grpc_status = grpc.StatusCode.UNAUTHENTICATED
+    http_status = 401
+
+
+class ForbiddenError(LoraplexError):
+    error_type = "forbidden"
+    grpc_status = grpc.StatusCode.PERMISSION_DENIED
+    http_status = 403
 
 
 class RequestNotFoundError(LoraplexError):
@@ -103,9 +118,19 @@ class AdapterSourceError(AdapterError):
 
 
 class OverloadedError(LoraplexError):
+    """`retry_after` says in how many seconds it is worth to try again."""
+
     error_type = "overloaded"
     grpc_status = grpc.StatusCode.RESOURCE_EXHAUSTED
     http_status = 429
+
+    def __init__(self, message: str, retry_after: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class RateLimitedError(OverloadedError):
+    error_type = "rate_limited"
 
 
 class UnavailableError(LoraplexError):
@@ -137,6 +162,8 @@ ERROR_TYPES: dict[str, type[LoraplexError]] = {
     for error in (
         LoraplexError,
         InvalidRequestError,
+        UnauthenticatedError,
+        ForbiddenError,
         RequestNotFoundError,
         AdapterNotFoundError,
         AdapterForbiddenError,
@@ -144,6 +171,7 @@ ERROR_TYPES: dict[str, type[LoraplexError]] = {
         AdapterInUseError,
         AdapterSourceError,
         OverloadedError,
+        RateLimitedError,
         UnavailableError,
         DeadlineError,
         CancelledError,
@@ -157,6 +185,8 @@ _BY_STATUS: dict[grpc.StatusCode, type[LoraplexError]] = {
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineError,
     grpc.StatusCode.CANCELLED: CancelledError,
     grpc.StatusCode.RESOURCE_EXHAUSTED: OverloadedError,
+    grpc.StatusCode.UNAUTHENTICATED: UnauthenticatedError,
+    grpc.StatusCode.PERMISSION_DENIED: ForbiddenError,
 }
 
 
@@ -165,6 +195,10 @@ def to_status(error: LoraplexError) -> grpc.Status:
     details = [_pack(ErrorInfo(reason=error.error_type, domain=DOMAIN))]
     if isinstance(error, InvalidRequestError):
         details.append(_pack(BadRequest(field_violations=[_to_proto(v) for v in error.violations])))
+    if isinstance(error, OverloadedError):
+        retry = RetryInfo()
+        retry.retry_delay.FromMilliseconds(round(error.retry_after * 1000))
+        details.append(_pack(retry))
     code: int = error.grpc_status.value[0]
     status: grpc.Status = rpc_status.to_status(Status(code=code, message=error.message, details=details))
     return status
@@ -185,18 +219,21 @@ def from_rpc_error(rpc_error: grpc.RpcError) -> LoraplexError:
 
 
 def _from_details(status: Status, message: str, code: grpc.StatusCode) -> LoraplexError:
-    info, bad_request = ErrorInfo(), BadRequest()
+    info, bad_request, retry = ErrorInfo(), BadRequest(), RetryInfo()
     for detail in status.details:
         detail.Unpack(info)
         detail.Unpack(bad_request)
+        detail.Unpack(retry)
     error = ERROR_TYPES.get(info.reason) or _BY_STATUS.get(code, LoraplexError)
     if error is InvalidRequestError:
         violations = bad_request.field_violations
         return InvalidRequestError(*(FieldViolation(v.field, v.description) for v in violations))
+    if issubclass(error, OverloadedError):
+        return error(message, retry.retry_delay.ToMilliseconds() / 1000)
     return error(message)
 
 
-def _pack(message: ErrorInfo | BadRequest) -> Any:
+def _pack(message: ErrorInfo | BadRequest | RetryInfo) -> Any:
     packed = Any()
     packed.Pack(message)
     return packed

@@ -20,6 +20,8 @@ from loraplex_router.api.grpc import GenerationApi, GrpcServer
 from loraplex_router.api.http.app import create_app
 from loraplex_router.blocks import BlockAllocator
 from loraplex_router.engine import Engine
+from loraplex_router.key_file import read_keys
+from loraplex_router.keys import Keys
 from loraplex_router.metrics import Metrics
 from loraplex_router.scheduler import Limits, Scheduler
 from loraplex_router.service import Service, ServiceLimits
@@ -34,7 +36,7 @@ logger = logging.getLogger(__name__)
 class Router:
     """One router process. `run` returns after a drain; it raises UnavailableError if a shard is lost."""
 
-    def __init__(self, settings: RouterSettings, shards: ShardGroup, tokenizer: Tokenizer) -> None:
+    def __init__(self, settings: RouterSettings, shards: ShardGroup, tokenizer: Tokenizer, keys: Keys) -> None:
         info = shards.info
         self._settings = settings
         pool = AdapterPool(settings.max_adapters_on_device, int(settings.adapter_host_gib * 2**30))
@@ -55,6 +57,7 @@ class Router:
             AdapterRegistry(shards, pool),
             scheduler,
             self._engine,
+            keys,
         )
         model_info = self._model_info(info, limits)
         self._grpc = GrpcServer(GenerationApi(self._service, model_info))
@@ -129,11 +132,15 @@ class HttpServer(uvicorn.Server):
 
 
 async def run(settings: RouterSettings, ready: Callable[[int, int], None]) -> None:
-    """Connects to the shards and serves. Raises UnavailableError if they are lost, or are not one group."""
+    """Connects to the shards and serves.
+
+    Raises KeyFileError for a key file that cannot be used, UnavailableError if the shards are lost or not one group.
+    """
+    keys = read_keys(settings.api_keys) if settings.api_keys else Keys({})
     shards = ShardGroup(settings.shards)
     try:
         await shards.connect(max_batch_tokens=settings.max_batch_tokens)
-        router = Router(settings, shards, _read_tokenizer(await shards.tokenizer()))
+        router = Router(settings, shards, _read_tokenizer(await shards.tokenizer()), keys)
         await router.run(ready)
     finally:
         await shards.close()

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Collection
 from dataclasses import dataclass, field
 
 from loraplex_protos.errors import LoraplexError
+from loraplex_router.keys import Tenant
 from loraplex_router.sequence import FinishReason, Sequence
 from loraplex_router.text.detokenizer import Detokenizer
 from loraplex_router.text.stops import StopMatcher
@@ -119,9 +120,10 @@ class SequenceOutput:
 class Generation:
     """A request that runs: its sequences' outputs, read by one reader."""
 
-    def __init__(self, request_id: str, adapter_digest: str, arrived: float) -> None:
+    def __init__(self, request_id: str, adapter_digest: str, arrived: float, tenant: Tenant) -> None:
         self.request_id = request_id
         self.adapter_digest = adapter_digest
+        self.tenant = tenant  # whose request it is
         self.arrived = arrived  # when the request came in; like the next two on the clock of time.monotonic
         self.queued = time.monotonic()
         self.started: float | None = None  # when the first step with one of its sequences was sent
@@ -135,6 +137,11 @@ class Generation:
     @property
     def finished(self) -> bool:
         return self.error is not None or all(output.finish_reason for output in self.outputs)
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the prompt, and all that was generated from it so far."""
+        return self.outputs[0].sequence.prompt_length + sum(output.generated for output in self.outputs)
 
     def fail(self, error: LoraplexError) -> None:
         self.error = error

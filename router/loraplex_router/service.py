@@ -12,10 +12,11 @@ from loraplex_protos.errors import (
     RequestNotFoundError,
     UnavailableError,
 )
-from loraplex_router.adapters.registry import AdapterRegistry
+from loraplex_router.adapters.registry import AdapterRegistry, AdapterStatus
 from loraplex_router.engine import Engine
+from loraplex_router.keys import Keys
 from loraplex_router.output import Generation
-from loraplex_router.request import Request, check_request, room_for
+from loraplex_router.request import AdapterReference, Request, Violations, check_reference, check_request, room_for
 from loraplex_router.scheduler import Scheduler
 from loraplex_router.sequence import Sequence
 from loraplex_router.text.stops import StopMatcher
@@ -31,7 +32,10 @@ class ServiceLimits:
 
 
 class Service:
-    """The router's operations, for every face alike. All raise LoraplexError."""
+    """The router's operations, for every face alike. All raise LoraplexError.
+
+    `key` is the API key that the caller presented, if any; where the server has keys, it is checked first.
+    """
 
     def __init__(
         self,
@@ -40,11 +44,13 @@ class Service:
         adapters: AdapterRegistry,
         scheduler: Scheduler,
         engine: Engine,
+        keys: Keys,
     ) -> None:
         self.limits = limits
         self.tokenizer = tokenizer
-        self.adapters = adapters
+        self.keys = keys
         self.draining = False
+        self._adapters = adapters
         self._scheduler = scheduler
         self._engine = engine
         self._generations: dict[str, Generation | None] = {}  # None: not queued yet
@@ -55,22 +61,25 @@ class Service:
     def idle(self) -> bool:
         return not self._preparing and self._engine.idle
 
-    async def generate(self, request: Request) -> Generation:
+    async def generate(self, request: Request, key: str | None = None) -> Generation:
         """Admits a request and queues its sequences. The caller reads the generation and then must `leave` it.
 
         Everything that can be wrong with the request is raised from here, before anything is generated.
         """
         arrived = time.monotonic()
+        tenant = self.keys.tenant(key)
         check_request(request, self.limits.vocab_size)
+        tenant.check_adapter(request.adapter)
         self._admit(request)
         request_id = self._name(request)
+        tenant.begin(arrived)
         self._generations[request_id] = None
         self._preparing += request.n
         try:
             prompt = await self._encode(request)
             room = room_for(request, len(prompt), self.limits.max_model_len)
-            adapter = await self.adapters.resolve(request.adapter)
-            generation = Generation(request_id, adapter.digest, arrived)
+            adapter = await self._adapters.resolve(request.adapter)
+            generation = Generation(request_id, adapter.digest, arrived, tenant)
             for index in range(request.n):
                 sequence = Sequence(
                     number=self._next_number(),
@@ -86,6 +95,7 @@ class Service:
             self._engine.submit(generation)
         except BaseException:
             del self._generations[request_id]
+            tenant.end(0, time.monotonic())
             raise
         finally:
             self._preparing -= request.n
@@ -96,11 +106,16 @@ class Service:
         """The reader is done with it, or gone: ends what still runs."""
         self._engine.cancel(generation)
         del self._generations[generation.request_id]
+        generation.tenant.end(generation.num_tokens, time.monotonic())
 
-    def cancel(self, request_id: str) -> None:
-        """Ends a request; its reader sees it finish as cancelled. Raises RequestNotFoundError."""
+    def cancel(self, request_id: str, key: str | None = None) -> None:
+        """Ends a request; its reader sees it finish as cancelled.
+
+        Raises RequestNotFoundError if no such request of the caller's, or of anybody for an administrator, is running.
+        """
+        tenant = self.keys.tenant(key)
         generation = self._generations.get(request_id)
-        if generation is None:
+        if generation is None or not (tenant.admin or generation.tenant is tenant):
             raise RequestNotFoundError(f"no request {request_id!r} is running")
         self._engine.cancel(generation)
 
@@ -108,6 +123,26 @@ class Service:
         for generation in list(self._generations.values()):
             if generation is not None:
                 self._engine.cancel(generation)
+
+    async def list_adapters(self, key: str | None = None) -> list[AdapterStatus]:
+        """What is staged and what lies in the adapter directory, as far as the caller may use it."""
+        tenant = self.keys.tenant(key)
+        return [status for status in await self._adapters.list() if all(map(tenant.may_use, status.id.split(",")))]
+
+    async def load_adapter(self, reference: AdapterReference, key: str | None = None) -> AdapterStatus:
+        """Reads the adapter's source again, whatever was known, and stages what is there now. For administrators."""
+        self.keys.administrator(key)
+        _check_named(reference)
+        return await self._adapters.load(reference)
+
+    async def unload_adapter(self, reference: AdapterReference, key: str | None = None) -> None:
+        """Frees its slot and its host memory. For administrators.
+
+        Raises AdapterNotFoundError if it is not loaded, AdapterInUseError while sequences need it.
+        """
+        self.keys.administrator(key)
+        _check_named(reference)
+        await self._adapters.unload(reference)
 
     async def _encode(self, request: Request) -> list[int]:
         given = request.prompt
@@ -133,3 +168,9 @@ class Service:
     def _end_token_ids(self, request: Request) -> Collection[int]:
         own = () if request.ignore_eos else self.limits.end_token_ids
         return frozenset(own) | frozenset(request.stop_token_ids)
+
+
+def _check_named(reference: AdapterReference) -> None:
+    found = Violations()
+    check_reference(reference, found)
+    found.raise_any()

@@ -1,5 +1,7 @@
 """What the router can be told. The command turns each field into a flag and a LORAPLEX_* variable of its name."""
 
+from pathlib import Path
+
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 
@@ -22,6 +24,10 @@ class EdgeSettings(BaseModel):
     )
     adapter_host_gib: float = Field(
         4.0, gt=0, description="Host memory for adapters, over all ranks, in GiB; the least recently used leave it."
+    )
+    api_keys: Path | None = Field(
+        None,
+        description="A YAML or JSON file of API keys (hashed) and what each may do. Absent: anyone may do anything.",
     )
     drain_seconds: float = Field(
         30.0, ge=0, description="How long running requests may go on after SIGTERM before they are cancelled."

@@ -8,7 +8,7 @@ from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 
-from loraplex.cli.connection import DEFAULT_SERVER, Server, connected
+from loraplex.cli.connection import DEFAULT_SERVER, ApiKey, Server, connected
 
 app = typer.Typer(no_args_is_help=True, help="List, load and unload adapters.")
 
@@ -28,9 +28,9 @@ Token = Annotated[
 
 
 @app.command("list")
-def list_adapters(server: Server = DEFAULT_SERVER) -> None:
+def list_adapters(server: Server = DEFAULT_SERVER, api_key: ApiKey = None) -> None:
     """Show the adapters that are loaded, and those in the server's adapter directory."""
-    with connected(server) as client:
+    with connected(server, api_key) as client:
         adapters = client.adapters()
     if not adapters:
         typer.echo("No adapters. Start the server with --adapters DIR, or load one from the hub.")
@@ -54,17 +54,24 @@ def list_adapters(server: Server = DEFAULT_SERVER) -> None:
 
 @app.command("load")
 def load_adapter(
-    id: Id, source: Source = "", revision: Revision = "", token: Token = "", server: Server = DEFAULT_SERVER
+    id: Id,
+    source: Source = "",
+    revision: Revision = "",
+    token: Token = "",
+    server: Server = DEFAULT_SERVER,
+    api_key: ApiKey = None,
 ) -> None:
     """Fetch and check an adapter before its first request needs it; if it is loaded already, read it again."""
-    with connected(server) as client, Console(stderr=True).status(f"Loading {escape(id)}"):
+    with connected(server, api_key) as client, Console(stderr=True).status(f"Loading {escape(id)}"):
         adapter = client.load_adapter(id, source=source, revision=revision, token=token)
     typer.echo(f"Loaded {adapter.id}: lora_rank {adapter.lora_rank}, {decimal(adapter.size_bytes)}, {adapter.digest}")
 
 
 @app.command("unload")
-def unload_adapter(id: Id, source: Source = "", revision: Revision = "", server: Server = DEFAULT_SERVER) -> None:
+def unload_adapter(
+    id: Id, source: Source = "", revision: Revision = "", server: Server = DEFAULT_SERVER, api_key: ApiKey = None
+) -> None:
     """Free what an adapter holds on the device and in host memory."""
-    with connected(server) as client:
+    with connected(server, api_key) as client:
         client.unload_adapter(id, source=source, revision=revision)
     typer.echo(f"Unloaded {id}")

@@ -5,7 +5,7 @@ from contextlib import closing, suppress
 import typer
 
 from loraplex import Client, GenerateOptions, LoraplexError
-from loraplex.cli.connection import DEFAULT_SERVER, Server, connected, show_error
+from loraplex.cli.connection import DEFAULT_SERVER, ApiKey, Server, connected, show_error
 from loraplex.cli.sampling import Adapter, MaxNewTokens, Seed, System, Temperature, TopP
 from loraplex.types import Message
 
@@ -18,13 +18,14 @@ def chat(
     top_p: TopP = None,
     seed: Seed = None,
     server: Server = DEFAULT_SERVER,
+    api_key: ApiKey = None,
 ) -> None:
     """Talk with the model. Ctrl-C stops an answer; /reset forgets the conversation; /exit or Ctrl-D ends it."""
     opening: list[Message] = [] if system is None else [{"role": "system", "content": system}]
     options = GenerateOptions(
         adapter=adapter, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
     )
-    with connected(server) as client:
+    with connected(server, api_key) as client:
         info = client.info()
         typer.echo(f"{info.model_id}{f' with {adapter}' if adapter else ''} at {server}. /reset, /exit", err=True)
         converse(client, opening, options, server)

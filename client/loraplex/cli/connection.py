@@ -6,20 +6,24 @@ from typing import Annotated
 
 import typer
 
-from loraplex import Client, LoraplexError, UnavailableError
+from loraplex import Client, LoraplexError, UnauthenticatedError, UnavailableError
 
 Server = Annotated[
     str,
     typer.Option("--server", envvar="LORAPLEX_SERVER", metavar="HOST:PORT", help="The gRPC address of the server."),
 ]
+ApiKey = Annotated[
+    str | None,
+    typer.Option("--api-key", envvar="LORAPLEX_API_KEY", help="For a server that takes API keys."),
+]
 DEFAULT_SERVER = "localhost:50051"
 
 
 @contextmanager
-def connected(server: str) -> Iterator[Client]:
+def connected(server: str, api_key: str | None) -> Iterator[Client]:
     """A client of the server; an error that it raises becomes one line on stderr and exit code 1."""
     try:
-        with Client(server) as client:
+        with Client(server, api_key=api_key) as client:
             yield client
     except LoraplexError as error:
         show_error(error, server)
@@ -30,4 +34,6 @@ def show_error(error: LoraplexError, server: str) -> None:
     message = error.message
     if isinstance(error, UnavailableError) and "failed to connect" in message:  # gRPC's words
         message = f"no server answers at {server}. Start one with `loraplex serve`, or name its address with --server."
+    if isinstance(error, UnauthenticatedError):
+        message += ". Give it with --api-key, or as LORAPLEX_API_KEY."
     typer.echo(f"error: {message}", err=True)

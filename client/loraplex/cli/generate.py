@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from loraplex.cli.connection import DEFAULT_SERVER, Server, connected
+from loraplex.cli.connection import DEFAULT_SERVER, ApiKey, Server, connected
 from loraplex.cli.sampling import Adapter, MaxNewTokens, Seed, System, Temperature, TopP
 from loraplex.types import Message, Prompt
 
@@ -21,6 +21,7 @@ def generate(
     system: System = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without a chat template.")] = False,
     server: Server = DEFAULT_SERVER,
+    api_key: ApiKey = None,
 ) -> None:
     """Answer PROMPT. Ctrl-C stops the answer.
 
@@ -28,7 +29,7 @@ def generate(
     """
     if raw and system is not None:
         raise typer.BadParameter("--raw leaves no place for a system message", param_hint="--system")
-    with connected(server) as client:
+    with connected(server, api_key) as client:
         whole: Prompt = prompt if raw or not client.info().has_chat_template else conversation(system, prompt)
         stream = client.stream(
             whole,

@@ -6,12 +6,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from loraplex.cli.connection import DEFAULT_SERVER, Server, connected
+from loraplex.cli.connection import DEFAULT_SERVER, ApiKey, Server, connected
 
 
-def info(server: Server = DEFAULT_SERVER) -> None:
+def info(server: Server = DEFAULT_SERVER, api_key: ApiKey = None) -> None:
     """Show the model that the server runs, and how."""
-    with connected(server) as client:
+    with connected(server, api_key) as client:
         model = client.info()
     table = Table(box=None, show_header=False)
     for name, value in asdict(model).items():

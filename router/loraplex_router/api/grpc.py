@@ -22,7 +22,7 @@ from loraplex_router.api.translation import (
     read_request,
     write_status,
 )
-from loraplex_router.request import AdapterReference, Violations, check_reference
+from loraplex_router.keys import read_bearer
 from loraplex_router.service import Service
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ class GenerationApi(GenerationServiceServicer):
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
         async with _answering(context):
-            generation = await self._service.generate(read_request(request))
+            generation = await self._service.generate(read_request(request), _key(context))
             try:
                 await context.send_initial_metadata(())  # from here on clients' gRPC does not try again
                 return Writer(generation, self._service.tokenizer).response(await generation.collect())
@@ -59,7 +59,7 @@ class GenerationApi(GenerationServiceServicer):
         self, request: pb.GenerateRequest, context: Context
     ) -> AsyncIterator[pb.GenerateStreamResponse]:
         async with _answering(context):
-            generation = await self._service.generate(read_request(request))
+            generation = await self._service.generate(read_request(request), _key(context))
             try:
                 writer = Writer(generation, self._service.tokenizer)
                 async for index, delta in generation.deltas():
@@ -71,11 +71,12 @@ class GenerationApi(GenerationServiceServicer):
         self, request: pb.CancelGenerationRequest, context: Context
     ) -> pb.CancelGenerationResponse:
         async with _answering(context):
-            self._service.cancel(request.request_id)
+            self._service.cancel(request.request_id, _key(context))
             return pb.CancelGenerationResponse()
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
         async with _answering(context):
+            self._service.keys.tenant(_key(context))
             tokenizer = self._service.tokenizer
             if request.WhichOneof("input") is None:
                 raise InvalidRequestError(FieldViolation("input", "set text or chat"))
@@ -87,21 +88,23 @@ class GenerationApi(GenerationServiceServicer):
 
     async def ListAdapters(self, request: pb.ListAdaptersRequest, context: Context) -> pb.ListAdaptersResponse:
         async with _answering(context):
-            statuses = await self._service.adapters.list()
+            statuses = await self._service.list_adapters(_key(context))
             return pb.ListAdaptersResponse(adapters=[write_status(status) for status in statuses])
 
     async def LoadAdapter(self, request: pb.LoadAdapterRequest, context: Context) -> pb.LoadAdapterResponse:
         async with _answering(context):
-            status = await self._service.adapters.load(_named_adapter(request.adapter))
+            status = await self._service.load_adapter(read_reference(request.adapter), _key(context))
             return pb.LoadAdapterResponse(adapter=write_status(status))
 
     async def UnloadAdapter(self, request: pb.UnloadAdapterRequest, context: Context) -> pb.UnloadAdapterResponse:
         async with _answering(context):
-            await self._service.adapters.unload(_named_adapter(request.adapter))
+            await self._service.unload_adapter(read_reference(request.adapter), _key(context))
             return pb.UnloadAdapterResponse()
 
     async def GetModelInfo(self, request: pb.GetModelInfoRequest, context: Context) -> pb.GetModelInfoResponse:
-        return self._info
+        async with _answering(context):
+            self._service.keys.tenant(_key(context))
+            return self._info
 
 
 class GrpcServer:
@@ -146,8 +149,8 @@ async def _answering(context: Context) -> AsyncIterator[None]:
         await context.abort_with_status(to_status(LoraplexError("internal error; the server's log has the details")))
 
 
-def _named_adapter(message: pb.AdapterReference) -> AdapterReference:
-    reference, found = read_reference(message), Violations()
-    check_reference(reference, found)
-    found.raise_any()
-    return reference
+def _key(context: Context) -> str | None:
+    """The API key that the caller sent."""
+    headers = dict(context.invocation_metadata() or ())
+    value = headers.get("authorization")
+    return read_bearer(value) if isinstance(value, str) else None

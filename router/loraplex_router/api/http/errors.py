@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from math import ceil
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -16,12 +17,12 @@ from loraplex_protos.errors import (
     InvalidRequestError,
     LoraplexError,
     OverloadedError,
+    UnauthenticatedError,
 )
 
 logger = logging.getLogger(__name__)
 
 OPENAI_PREFIX = "/v1/"
-RETRY_AFTER = {"Retry-After": "1"}
 
 # What the faces call a field, where that is not the last part of the router's name for it.
 LORAX_NAMES = {
@@ -70,7 +71,7 @@ def openai_status(error: LoraplexError) -> int:
 
 def error_response(path: str, error: LoraplexError) -> Response:
     """The answer to a request for `path` that failed before anything was sent."""
-    headers = RETRY_AFTER if isinstance(error, OverloadedError) else None
+    headers = _headers(error)
     if path.startswith(OPENAI_PREFIX):
         return JSONResponse(openai_body(error), openai_status(error), headers)
     return JSONResponse(lorax_body(error), error.http_status, headers)
@@ -98,6 +99,12 @@ def install_handlers(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def unforeseen(request: Request, error: Exception) -> Response:
         return error_response(request.url.path, internal_error())
+
+
+def _headers(error: LoraplexError) -> dict[str, str]:
+    if isinstance(error, OverloadedError):
+        return {"Retry-After": str(ceil(error.retry_after))}
+    return {"WWW-Authenticate": "Bearer"} if isinstance(error, UnauthenticatedError) else {}
 
 
 def _renamed(error: LoraplexError, names: Mapping[str, str]) -> str:

@@ -13,17 +13,19 @@ from loraplex_router.api.http.lorax import schema
 from loraplex_router.api.http.lorax.reading import read_request, wants_details
 from loraplex_router.api.http.lorax.writing import LoraxWriter, static_headers, whole_headers
 from loraplex_router.api.http.sse import EventStream
+from loraplex_router.keys import read_bearer
 from loraplex_router.output import Generation
 from loraplex_router.request import MAX_N, MAX_STOPS
 from loraplex_router.request import Request as InternalRequest
 from loraplex_router.service import Service
 
 ERRORS: dict[int | str, dict[str, Any]] = {
-    403: {"model": schema.Error, "description": "The adapter's source refuses the token."},
+    401: {"model": schema.Error, "description": "No API key, or an unknown one."},
+    403: {"model": schema.Error, "description": "The API key, or the adapter's source, does not allow the adapter."},
     404: {"model": schema.Error, "description": "No such adapter."},
     422: {"model": schema.Error, "description": "A field is wrong; the message names it."},
     424: {"model": schema.Error, "description": "The adapter's files cannot be served."},
-    429: {"model": schema.Error, "description": "The queue is full."},
+    429: {"model": schema.Error, "description": "The queue is full, or a limit of the API key is reached."},
     499: {"model": schema.Error, "description": "The request was cancelled."},
     500: {"model": schema.Error, "description": "The generation failed."},
     502: {"model": schema.Error, "description": "The adapter's source does not answer."},
@@ -36,17 +38,21 @@ def create_lorax_routes(service: Service, info: pb.GetModelInfoResponse, healthy
     """`healthy` tells whether a generation would succeed now."""
     routes = APIRouter(tags=["LoRAX"])
 
+    def adapter_token(http: Request) -> str:
+        """What LoRAX's clients send as Authorization is the adapter's token, unless this server takes API keys."""
+        return "" if service.keys.required else read_bearer(http.headers.get("authorization")) or ""
+
     async def generate_whole(body: schema.GenerateRequest, http: Request) -> tuple[dict[str, Any], dict[str, str]]:
         """The answer and its headers."""
-        request = read_request(body, bearer_token(http), stream=False)
-        generation = await service.generate(request)
+        request = read_request(body, adapter_token(http), stream=False)
+        generation = await service.generate(request, read_bearer(http.headers.get("authorization")))
         deltas = (await collect(service, [generation], http.receive))[0]
         headers = {**static_headers(info.model_id, request.adapter), **whole_headers(generation)}
         return _writer(body, generation).whole(deltas), headers
 
     async def generate_events(body: schema.GenerateRequest, http: Request) -> Response:
-        request = read_request(body, bearer_token(http), stream=True)
-        generation = await service.generate(request)
+        request = read_request(body, adapter_token(http), stream=True)
+        generation = await service.generate(request, read_bearer(http.headers.get("authorization")))
         headers = static_headers(info.model_id, request.adapter)
         events = _writer(body, generation).events()
         return EventStream(service, [generation], events, lorax_body, headers)
@@ -76,15 +82,19 @@ def create_lorax_routes(service: Service, info: pb.GetModelInfoResponse, healthy
         answer, headers = await generate_whole(body, http)
         return JSONResponse([answer], headers=headers)
 
-    @routes.post("/tokenize", responses={200: {"model": list[schema.TokenizedToken]}, 422: ERRORS[422]})
-    async def tokenize(body: schema.TokenizeRequest) -> Response:
+    @routes.post(
+        "/tokenize", responses={200: {"model": list[schema.TokenizedToken]}, 401: ERRORS[401], 422: ERRORS[422]}
+    )
+    async def tokenize(body: schema.TokenizeRequest, http: Request) -> Response:
         """The tokens of a text, each with its place in it."""
+        service.keys.tenant(read_bearer(http.headers.get("authorization")))
         spans = await service.tokenizer.spans(body.inputs, add_special_tokens=body.add_special_tokens is not False)
         return JSONResponse([{"id": s.id, "text": s.text, "start": s.start, "stop": s.stop} for s in spans])
 
-    @routes.get("/info", responses={200: {"model": schema.Info}})
-    async def get_info() -> Response:
+    @routes.get("/info", responses={200: {"model": schema.Info}, 401: ERRORS[401]})
+    async def get_info(http: Request) -> Response:
         """The model and the limits of this server. Settings of LoRAX that mean nothing here are 0 or null."""
+        service.keys.tenant(read_bearer(http.headers.get("authorization")))
         return JSONResponse(_info(service, info))
 
     error = {"model": schema.Error, "description": "A generation would not succeed now."}
@@ -99,19 +109,17 @@ def create_lorax_routes(service: Service, info: pb.GetModelInfoResponse, healthy
             return Response()
         return JSONResponse({"error": "unhealthy", "error_type": "healthcheck"}, 503)
 
-    @routes.get("/startup", response_class=Response, responses={status: ERRORS[status] for status in (429, 500, 503)})
+    @routes.get(
+        "/startup", response_class=Response, responses={status: ERRORS[status] for status in (401, 429, 500, 503)}
+    )
     async def startup(http: Request) -> Response:
         """200 once a token was generated for this call."""
-        generation = await service.generate(InternalRequest(prompt=(0,), max_new_tokens=1))
+        request = InternalRequest(prompt=(0,), max_new_tokens=1)
+        generation = await service.generate(request, read_bearer(http.headers.get("authorization")))
         await collect(service, [generation], http.receive)
         return Response()
 
     return routes
-
-
-def bearer_token(http: Request) -> str:
-    scheme, _, token = http.headers.get("authorization", "").partition(" ")
-    return token.strip() if scheme.lower() == "bearer" else ""
 
 
 def _info(service: Service, info: pb.GetModelInfoResponse) -> dict[str, Any]:

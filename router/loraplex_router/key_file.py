@@ -1,0 +1,57 @@
+"""Reads the key file, YAML or JSON, that --api-keys names.
+
+tenants:
+  acme:
+    keys: [5e884898da28047151d0e56f8dc6292773603d0d6aabbdd62a11ef721d1542d8]  # printf %s KEY | sha256sum
+    adapters: ["acme/*", sql]
+    max_requests: 8
+    tokens_per_minute: 60000
+  operator:
+    keys: [...]
+    admin: true
+"""
+
+from collections import Counter
+from pathlib import Path
+from typing import Annotated
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from loraplex_protos.errors import LoraplexError
+from loraplex_router.keys import Keys, TenantSettings
+
+
+class KeyFileError(LoraplexError):
+    """The key file cannot be used. The message names the place, and shows nothing that may be a key."""
+
+
+class _KeyFile(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    tenants: Annotated[dict[str, TenantSettings], Field(min_length=1)]
+
+
+def read_keys(path: Path) -> Keys:
+    """Raises KeyFileError."""
+    try:
+        content = yaml.safe_load(path.read_bytes())
+        file = _KeyFile.model_validate(content)
+    except OSError as error:
+        raise KeyFileError(f"--api-keys: {path} cannot be read: {error.strerror}") from error
+    except ValidationError as error:
+        raise KeyFileError(f"--api-keys: {path}: {_describe(error)}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f" in line {mark.line + 1}" if mark else ""
+        raise KeyFileError(f"--api-keys: {path} is neither YAML nor JSON{place}") from None
+    counts = Counter(hashed for tenant in file.tenants.values() for hashed in tenant.keys)
+    if counts.total() != len(counts):
+        raise KeyFileError(f"--api-keys: {path}: a key is listed twice")
+    return Keys(file.tenants)
+
+
+def _describe(error: ValidationError) -> str:
+    """Each fault with its place, without the value."""
+    faults = error.errors(include_url=False, include_context=False, include_input=False)
+    return "; ".join(f"{'.'.join(map(str, fault['loc'])) or 'the file'}: {fault['msg']}" for fault in faults)

@@ -1,0 +1,138 @@
+"""Who may do what, and how much of it. Pure policy: no clock, no files, no transport.
+
+A key identifies a tenant; a tenant may have several, so that one can be replaced while the other is in use. Keys are
+known by their hashes alone. A key says who calls this server; the token of an adapter says who asks its source.
+"""
+
+import hashlib
+import hmac
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from loraplex_protos.errors import ForbiddenError, RateLimitedError, UnauthenticatedError
+from loraplex_router.request import AdapterReference, MergedReference
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+BUSY_SECONDS = 1.0  # when to try again if all of a tenant's requests are running: nobody knows, so soon
+
+
+class Allowance(BaseModel):
+    """What a tenant may do. What is absent is not limited."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+    adapters: list[str] | None = None  # patterns as of a shell, * also matching /; the base model is open to all
+    max_requests: Annotated[int, Field(ge=1)] | None = None  # running or waiting at the same time
+    tokens_per_minute: Annotated[int, Field(ge=1)] | None = None  # of prompts and answers
+    admin: bool = False  # may load and unload adapters, and cancel others' requests
+
+
+class TenantSettings(Allowance):
+    """A tenant as the key file describes it."""
+
+    keys: Annotated[list[Sha256], Field(min_length=1)]  # sha256 of each key, in hex
+
+
+class Tenant:
+    """A tenant and what it has in use.
+
+    Tokens are counted when a request ends, in a bucket that holds a minute's and fills at that rate: requests begin
+    while it holds any, and may leave it in debt, which later ones wait for.
+    """
+
+    def __init__(self, name: str, allowance: Allowance) -> None:
+        self.name = name
+        self.admin = allowance.admin
+        self._allowance = allowance
+        self._requests = 0
+        self._bucket = float(allowance.tokens_per_minute or 0)
+        self._filled_at = 0.0
+
+    def may_use(self, adapter_id: str) -> bool:
+        patterns = self._allowance.adapters
+        return patterns is None or any(fnmatchcase(adapter_id, pattern) for pattern in patterns)
+
+    def check_adapter(self, adapter: AdapterReference | MergedReference | None) -> None:
+        """Raises ForbiddenError if it, or one of those to be merged, is not for this tenant."""
+        for reference in _references(adapter):
+            if not self.may_use(reference.id):
+                raise ForbiddenError(f"this API key does not allow adapter {reference.id[:200]!r}")
+
+    def begin(self, now: float) -> None:
+        """A request begins, at a time in seconds. Raises RateLimitedError if a limit is reached."""
+        limit = self._allowance.max_requests
+        if limit is not None and self._requests >= limit:
+            raise RateLimitedError(f"this API key allows {limit} requests at the same time", BUSY_SECONDS)
+        if rate := self._allowance.tokens_per_minute:
+            self._fill(rate, now)
+            if self._bucket < 1:
+                wait = (1 - self._bucket) * 60 / rate
+                raise RateLimitedError(f"this API key allows {rate} tokens a minute: try again in {wait:.1f} s", wait)
+        self._requests += 1
+
+    def end(self, tokens: int, now: float) -> None:
+        """A request that had begun is over, after so many tokens of prompt and answer."""
+        self._requests -= 1
+        if rate := self._allowance.tokens_per_minute:
+            self._fill(rate, now)
+            self._bucket -= tokens
+
+    def _fill(self, rate: int, now: float) -> None:
+        self._bucket = min(float(rate), self._bucket + (now - self._filled_at) * rate / 60)
+        self._filled_at = now
+
+
+class Keys:
+    """The tenants by their keys. Without any tenants, everyone may do everything."""
+
+    def __init__(self, tenants: Mapping[str, TenantSettings]) -> None:
+        self._by_hash = [
+            (bytes.fromhex(hashed), tenant)
+            for name, settings in tenants.items()
+            for tenant in [Tenant(name, settings)]
+            for hashed in settings.keys
+        ]
+        self._everyone = None if tenants else Tenant("", Allowance(admin=True))
+
+    @property
+    def required(self) -> bool:
+        """Whether callers need a key. If not, an Authorization header is not about one."""
+        return self._everyone is None
+
+    def tenant(self, key: str | None) -> Tenant:
+        """Whose key it is. Raises UnauthenticatedError if it is nobody's.
+
+        Takes the same time for every key.
+        """
+        if self._everyone is not None:
+            return self._everyone
+        if not key:
+            raise UnauthenticatedError("an API key is required: send it as `Authorization: Bearer KEY`")
+        hashed = hashlib.sha256(key.encode()).digest()
+        found = [tenant for known, tenant in self._by_hash if hmac.compare_digest(known, hashed)]
+        if not found:
+            raise UnauthenticatedError("this server does not know the API key")
+        return found[0]
+
+    def administrator(self, key: str | None) -> Tenant:
+        """Raises ForbiddenError if it is the key of a tenant that is no administrator."""
+        tenant = self.tenant(key)
+        if not tenant.admin:
+            raise ForbiddenError("this takes the API key of an administrator")
+        return tenant
+
+
+def read_bearer(authorization: str | None) -> str | None:
+    """The key, or token, in an Authorization header; None if there is none."""
+    scheme, _, value = (authorization or "").partition(" ")
+    return value.strip() or None if scheme.lower() == "bearer" else None
+
+
+def _references(adapter: AdapterReference | MergedReference | None) -> tuple[AdapterReference, ...]:
+    if isinstance(adapter, MergedReference):
+        return adapter.adapters
+    return () if adapter is None else (adapter,)

@@ -1,0 +1,194 @@
+"""API keys: who is who, what they may use, and limits that hold whatever happens."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loraplex_protos.errors import ForbiddenError, RateLimitedError, UnauthenticatedError
+from loraplex_router.key_file import KeyFileError, read_keys
+from loraplex_router.keys import Allowance, Keys, Tenant, TenantSettings, read_bearer
+from loraplex_router.request import AdapterReference, MergedReference
+
+OLD_KEY, NEW_KEY, ADMIN_KEY = "old secret", "new secret", "admin secret"
+
+
+def hashed(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+@pytest.fixture
+def keys() -> Keys:
+    acme = TenantSettings(keys=[hashed(OLD_KEY), hashed(NEW_KEY)], adapters=["acme/*", "sql"])
+    return Keys({"acme": acme, "operator": TenantSettings(keys=[hashed(ADMIN_KEY)], admin=True)})
+
+
+def test_all_keys_of_a_tenant_are_the_same_tenant(keys: Keys) -> None:
+    assert keys.tenant(OLD_KEY) is keys.tenant(NEW_KEY)
+    assert keys.tenant(OLD_KEY).name == "acme"
+    assert keys.tenant(ADMIN_KEY).name == "operator"
+
+
+@pytest.mark.parametrize("key", [None, "", "wrong", hashed(OLD_KEY), "é€"])
+def test_no_other_key_is_anybodys(keys: Keys, key: str | None) -> None:
+    with pytest.raises(UnauthenticatedError):
+        keys.tenant(key)
+
+
+@given(st.text())
+def test_a_refusal_does_not_repeat_the_key(key: str) -> None:
+    keys = Keys({"acme": TenantSettings(keys=[hashed(OLD_KEY)])})
+    with pytest.raises(UnauthenticatedError) as refusal:
+        keys.tenant("prefix " + key)
+    assert "prefix" not in str(refusal.value)
+
+
+def test_only_an_administrator_administers(keys: Keys) -> None:
+    assert keys.administrator(ADMIN_KEY).admin
+    with pytest.raises(ForbiddenError):
+        keys.administrator(OLD_KEY)
+    with pytest.raises(UnauthenticatedError):
+        keys.administrator(None)
+
+
+def test_without_tenants_everyone_may_do_everything() -> None:
+    keys = Keys({})
+    assert not keys.required
+    for key in (None, "any"):
+        tenant = keys.administrator(key)
+        tenant.check_adapter(AdapterReference("org/any"))
+        for _ in range(1000):
+            tenant.begin(0.0)
+
+
+def test_a_tenant_uses_the_base_model_and_the_adapters_of_its_patterns(keys: Keys) -> None:
+    tenant = keys.tenant(OLD_KEY)
+    for adapter in (None, AdapterReference("sql"), AdapterReference("acme/x"), AdapterReference("acme/x/y")):
+        tenant.check_adapter(adapter)
+    for id in ("sql2", "other/x", "ACME/x", "acme"):
+        with pytest.raises(ForbiddenError):
+            tenant.check_adapter(AdapterReference(id))
+
+
+def test_a_merge_needs_every_part_allowed(keys: Keys) -> None:
+    tenant = keys.tenant(OLD_KEY)
+    tenant.check_adapter(MergedReference((AdapterReference("sql"), AdapterReference("acme/x"))))
+    with pytest.raises(ForbiddenError, match="other/x"):
+        tenant.check_adapter(MergedReference((AdapterReference("sql"), AdapterReference("other/x"))))
+
+
+def test_so_many_requests_run_at_the_same_time() -> None:
+    tenant = Tenant("acme", Allowance(max_requests=2))
+    tenant.begin(0.0)
+    tenant.begin(0.0)
+    with pytest.raises(RateLimitedError, match="2 requests"):
+        tenant.begin(0.0)
+    tenant.end(10, 0.0)
+    tenant.begin(0.0)
+
+
+def test_tokens_are_paid_back_at_the_tenants_rate() -> None:
+    tenant = Tenant("acme", Allowance(tokens_per_minute=60))
+    tenant.begin(100.0)
+    tenant.end(69, 100.0)  # nine more than it had
+    with pytest.raises(RateLimitedError) as refusal:
+        tenant.begin(100.0)
+    assert refusal.value.retry_after == pytest.approx(10)
+    with pytest.raises(RateLimitedError):
+        tenant.begin(109.9)
+    tenant.begin(110.1)
+
+
+def test_a_quiet_hour_saves_up_no_more_than_a_minute() -> None:
+    tenant = Tenant("acme", Allowance(tokens_per_minute=60))
+    tenant.begin(3600.0)
+    tenant.end(60, 3600.0)
+    with pytest.raises(RateLimitedError):
+        tenant.begin(3600.5)
+
+
+@given(st.lists(st.tuples(st.floats(0, 5), st.integers(1, 50)), min_size=1, max_size=60))
+def test_no_more_than_the_rate_and_one_request_beyond_it_is_ever_used(steps: list[tuple[float, int]]) -> None:
+    tenant, now, used = Tenant("acme", Allowance(tokens_per_minute=120)), 0.0, 0
+    for pause, tokens in steps:
+        now += pause
+        try:
+            tenant.begin(now)
+        except RateLimitedError as error:
+            assert error.retry_after > 0
+            continue
+        tenant.end(tokens, now)
+        used += tokens
+        assert used <= 120 + now * 2 + 50
+
+
+@pytest.mark.parametrize(
+    ("header", "key"),
+    [
+        ("Bearer abc", "abc"),
+        ("bearer  abc ", "abc"),
+        ("Basic abc", None),
+        ("Bearer ", None),
+        ("abc", None),
+        ("", None),
+        (None, None),
+    ],
+)
+def test_a_key_is_read_from_a_bearer_header(header: str | None, key: str | None) -> None:
+    assert read_bearer(header) == key
+
+
+YAML = f"""
+tenants:
+  acme:
+    keys: [{hashed(OLD_KEY)}]
+    adapters: ["acme/*"]
+    max_requests: 8
+    tokens_per_minute: 60000
+  operator:
+    keys: ["{hashed(ADMIN_KEY)}"]
+    admin: true
+"""
+
+
+def test_a_key_file_is_yaml_or_json(tmp_path: Path) -> None:
+    for name, text in (
+        ("keys.yaml", YAML),
+        ("keys.json", json.dumps({"tenants": {"acme": {"keys": [hashed(OLD_KEY)]}}})),
+    ):
+        (tmp_path / name).write_text(text)
+        assert read_keys(tmp_path / name).tenant(OLD_KEY).name == "acme"
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("", "the file: "),
+        ("{}", "tenants: Field required"),
+        ("tenants: {}", "tenants: "),
+        ("tenants: {acme: {}}", "tenants.acme.keys: Field required"),
+        ("tenants: {acme: {keys: [SECRET]}}", "tenants.acme.keys.0: "),
+        (YAML.replace("max_requests", "max_request"), "tenants.acme.max_request: "),
+        (YAML.replace("60000", "0"), "tenants.acme.tokens_per_minute: "),
+        (YAML.replace(hashed(ADMIN_KEY), hashed(OLD_KEY)), "a key is listed twice"),
+        ("tenants:\n  acme: [SECRET", "neither YAML nor JSON in line 2"),
+        ("\x00SECRET", "neither YAML nor JSON"),
+    ],
+)
+def test_a_wrong_key_file_is_refused_by_place_without_showing_its_content(
+    tmp_path: Path, text: str, fault: str
+) -> None:
+    path = tmp_path / "keys.yaml"
+    path.write_text(text)
+    with pytest.raises(KeyFileError) as refusal:
+        read_keys(path)
+    assert fault in str(refusal.value)
+    assert "SECRET" not in str(refusal.value)
+
+
+def test_a_missing_key_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(KeyFileError, match=r"missing.yaml cannot be read: No such file"):
+        read_keys(tmp_path / "missing.yaml")
