@@ -8,6 +8,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from loraplex_protos import generation_pb2 as pb
 from loraplex_router.api.http.errors import install_handlers
 from loraplex_router.api.http.lorax.routes import create_lorax_routes
+from loraplex_router.api.http.openai.routes import create_openai_routes
 from loraplex_router.service import Service
 
 
@@ -18,6 +19,7 @@ def create_app(
     app = FastAPI(title="loraplex", version=info.version, summary="One base model, any number of LoRA adapters.")
     install_handlers(app)
     app.include_router(create_lorax_routes(service, info, healthy))
+    app.include_router(create_openai_routes(service, info))
 
     @app.get("/metrics", response_class=Response, tags=["Operation"])
     async def metrics() -> Response:

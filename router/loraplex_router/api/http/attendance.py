@@ -31,7 +31,7 @@ async def _cancel_when_gone(service: Service, generations: Sequence[Generation],
     while (await receive())["type"] != "http.disconnect":
         pass
     for generation in generations:
-        service.cancel(generation.request_id)
+        service.abandon(generation)
 
 
 async def read(generation: Generation) -> AsyncIterator[tuple[int, Delta]]:

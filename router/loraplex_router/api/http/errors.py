@@ -29,13 +29,19 @@ LORAX_NAMES = {
     "prompt": "inputs",
     "n": "best_of",
     "adapter.id": "adapter_id",
+    "grammar": "response_format",
     "adapter.source": "adapter_source",
     "adapter.token": "api_token",
     "merged_adapters.adapters": "ids",
     "merged_adapters.strategy": "merge_strategy",
     "detail.top_logprobs": "return_k_alternatives",
 }
-OPENAI_NAMES = {"adapter.id": "model", "stopping.max_new_tokens": "max_tokens"}
+OPENAI_NAMES = {
+    "adapter.id": "model",
+    "stopping.max_new_tokens": "max_tokens",
+    "stopping.min_new_tokens": "min_tokens",
+    "grammar": "response_format",
+}
 
 
 def internal_error() -> LoraplexError:

@@ -15,13 +15,11 @@ from loraplex_router.service import Service
 
 DONE = "data: [DONE]\n\n"
 
+to_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+
 
 def event(data: Mapping[str, Any]) -> str:
     return f"data: {to_json(data)}\n\n"
-
-
-def to_json(data: Any) -> str:
-    return json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 class EventStream(Response):

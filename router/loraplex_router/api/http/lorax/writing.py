@@ -65,7 +65,7 @@ class LoraxWriter:
 
     def whole(self, deltas: Sequence[Delta]) -> dict[str, Any]:
         """The likeliest of the sequences, and the others with it if details were asked for."""
-        order = sorted(range(len(deltas)), key=lambda index: mean_logprob(deltas[index]), reverse=True)
+        order = sorted(range(len(deltas)), key=lambda index: deltas[index].mean_logprob, reverse=True)
         sequences = [self._sequence(self._generation.outputs[index], deltas[index]) for index in order]
         best, *others = sequences
         answer: dict[str, Any] = {"generated_text": best.pop("generated_text")}
@@ -135,11 +135,6 @@ class LoraxWriter:
         tokens = sequence.tokens[: sequence.prompt_length]
         for token, logprob in zip(tokens, [None, *output.prompt_logprobs], strict=True):
             yield {"id": token, "text": self._tokenizer.token_text(token), "logprob": logprob}
-
-
-def mean_logprob(delta: Delta) -> float:
-    """Of the sequence's tokens: what makes one answer better than another."""
-    return sum(sample.logprob or 0.0 for sample in delta.samples) / max(1, len(delta.samples))
 
 
 def _stream(token: dict[str, Any], text: str | None = None, details: dict[str, Any] | None = None) -> dict[str, Any]:
