@@ -2,6 +2,7 @@
 
 from loraplex.aio import AsyncClient
 from loraplex.client import Client
+from loraplex.grammars import Choice, Grammar, JsonObject, JsonSchema, Lark, Regex
 from loraplex.types import (
     Adapter,
     AdapterReference,
@@ -54,6 +55,7 @@ __all__ = [
     "AdapterTier",
     "AsyncClient",
     "CancelledError",
+    "Choice",
     "Client",
     "DeadlineError",
     "FieldViolation",
@@ -63,7 +65,11 @@ __all__ = [
     "GeneratedSequence",
     "Generation",
     "GenerationError",
+    "Grammar",
     "InvalidRequestError",
+    "JsonObject",
+    "JsonSchema",
+    "Lark",
     "LoraplexError",
     "MergedAdapters",
     "Message",
@@ -72,6 +78,7 @@ __all__ = [
     "Prompt",
     "PromptToken",
     "RateLimitedError",
+    "Regex",
     "RequestNotFoundError",
     "StreamPiece",
     "Token",

@@ -5,6 +5,7 @@ from typing import TypeVar, cast
 
 from google.protobuf.message import Message as Proto
 
+from loraplex.grammars import Grammar, to_proto
 from loraplex.types import AdapterReference, MergedAdapters, Message, Prompt
 from loraplex_protos import generation_pb2 as pb
 from loraplex_protos.errors import FieldViolation, InvalidRequestError
@@ -20,6 +21,8 @@ def generate_request(
     stop: str | Sequence[str] = (),
     stop_token_ids: Sequence[int] = (),
     ignore_eos: bool = False,
+    min_new_tokens: int = 0,
+    grammar: Grammar | None = None,
     temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -54,9 +57,12 @@ def generate_request(
         stop=[stop] if isinstance(stop, str) else stop,
         stop_token_ids=stop_token_ids,
         ignore_eos=ignore_eos,
+        min_new_tokens=min_new_tokens,
     )
     detail = _fill(pb.Detail(), logprobs=logprobs, top_logprobs=top_logprobs, prompt_logprobs=prompt_logprobs)
     request = _fill(pb.GenerateRequest(sampling=sampling, stopping=stopping, detail=detail), request_id=request_id, n=n)
+    if grammar is not None:
+        request.grammar.CopyFrom(_grammar(grammar))
     if isinstance(adapter, MergedAdapters):
         request.merged_adapters.CopyFrom(_merged_adapters(adapter))
     elif adapter is not None:
@@ -98,6 +104,13 @@ def _merged_adapters(merged: MergedAdapters) -> pb.MergedAdapters:
 
 def cancel_request(request_id: str) -> pb.CancelGenerationRequest:
     return _fill(pb.CancelGenerationRequest(), request_id=request_id)
+
+
+def _grammar(grammar: Grammar) -> pb.Grammar:
+    try:
+        return to_proto(grammar)
+    except (TypeError, ValueError) as error:
+        raise InvalidRequestError(FieldViolation("grammar", str(error))) from error
 
 
 def _is_chat(prompt: Sequence[int] | Sequence[Message]) -> bool:

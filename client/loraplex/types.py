@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TypeAlias, TypedDict
 
+from loraplex.grammars import Grammar
+
 Message: TypeAlias = Mapping[str, str]
 """One message of a conversation: {"role": "user", "content": "Hi"}. The roles are those that the model's template
 knows, for example "system", "user" and "assistant"."""
@@ -57,6 +59,11 @@ class GenerateOptions(TypedDict, total=False):
     """Ends at any of these tokens, beside the model's own end tokens."""
     ignore_eos: bool
     """Goes on over the model's end tokens."""
+    min_new_tokens: int
+    """No end token and none of stop_token_ids is chosen before so many tokens. Not together with a grammar."""
+    grammar: Grammar | None
+    """What the whole answer must match: `JsonSchema`, `JsonObject`, `Regex`, `Choice` or `Lark`. It ends where the
+    grammar does, with `FinishReason.END_TOKEN`; one that is cut by max_new_tokens is the beginning of a match."""
     temperature: float | None
     """0 is greedy. None: 1 if any of top_k, top_p, typical_p or min_p is given, else 0."""
     top_k: int | None

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from loraplex_protos import shard_pb2 as pb
 from loraplex_protos.errors import GenerationError, LoraplexError, UnavailableError
 from loraplex_router.adapters.pool import Adapter, AdapterPool, SlotClaim
+from loraplex_router.grammar import Grammar
 from loraplex_router.metrics import Metrics
 from loraplex_router.output import Generation, Sample, SequenceOutput
 from loraplex_router.scheduler import Scheduler
@@ -24,7 +25,10 @@ logger = logging.getLogger(__name__)
 
 DEPTH = 2  # plans in flight
 
-FAILURES = {pb.FAILURE_REASON_NOT_FINITE: "the model's output for this sequence held NaN or Inf"}
+FAILURES = {
+    pb.FAILURE_REASON_NOT_FINITE: "the model's output for this sequence held NaN or Inf",
+    pb.FAILURE_REASON_GRAMMAR: "the grammar became too complex to follow: make it simpler or less ambiguous",
+}
 
 
 class Engine:
@@ -45,6 +49,13 @@ class Engine:
     @property
     def idle(self) -> bool:
         return not self._generations
+
+    async def compile_grammar(self, grammar: Grammar) -> None:
+        """To be awaited before a sequence with this grammar is submitted, so that no step waits for it.
+
+        Raises InvalidRequestError with the reason if it cannot be compiled.
+        """
+        await self._shards.compile_grammar(grammar)
 
     def submit(self, generation: Generation) -> None:
         """Queues a generation's sequences. Raises UnavailableError if a shard was lost."""

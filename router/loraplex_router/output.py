@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 from loraplex_protos.errors import LoraplexError
@@ -38,6 +38,11 @@ class Delta:
         self.ends += later.ends
         self.finish_reason = later.finish_reason
 
+    @property
+    def mean_logprob(self) -> float:
+        """Of its tokens, whose logprobs must be known: what makes one answer better than another."""
+        return sum(sample.logprob or 0.0 for sample in self.samples) / max(1, len(self.samples))
+
 
 class SequenceOutput:
     """Turns one sequence's tokens into deltas. A token is shown once all of its text is."""
@@ -47,7 +52,6 @@ class SequenceOutput:
         sequence: Sequence,
         tokenizer: Tokenizer,
         stops: StopMatcher,
-        end_token_ids: Collection[int],
         wakeup: asyncio.Event,
     ) -> None:
         self.sequence = sequence
@@ -56,7 +60,6 @@ class SequenceOutput:
         self.prompt_logprobs: list[float] = []  # of the prompt's tokens but the first
         self._detokenizer = Detokenizer(tokenizer, sequence.tokens[: sequence.prompt_length])
         self._stops = stops
-        self._end_token_ids = end_token_ids
         self._wakeup = wakeup
         self._pending = Delta()
         self._undecoded: list[Sample] = []  # parts of a character so far
@@ -66,7 +69,7 @@ class SequenceOutput:
     def push(self, sample: Sample) -> FinishReason | None:
         """Takes the sequence's next token; answers why the sequence ends with it, if it does."""
         self.generated += 1
-        ended = sample.token in self._end_token_ids
+        ended = sample.token in self.sequence.end_token_ids
         last = ended or self.sequence.output_length >= self.sequence.max_new_tokens
         text = "" if ended else self._detokenizer.push(sample.token)
         if last:
@@ -131,8 +134,8 @@ class Generation:
         self.error: LoraplexError | None = None
         self._wakeup = asyncio.Event()
 
-    def add(self, sequence: Sequence, tokenizer: Tokenizer, stops: StopMatcher, end_ids: Collection[int]) -> None:
-        self.outputs.append(SequenceOutput(sequence, tokenizer, stops, end_ids, self._wakeup))
+    def add(self, sequence: Sequence, tokenizer: Tokenizer, stops: StopMatcher) -> None:
+        self.outputs.append(SequenceOutput(sequence, tokenizer, stops, self._wakeup))
 
     @property
     def finished(self) -> bool:

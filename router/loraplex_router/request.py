@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from math import isfinite
 
 from loraplex_protos.errors import FieldViolation, InvalidRequestError
+from loraplex_router.grammar import MAX_LENGTH, Grammar
 from loraplex_router.sequence import Detail, Sampling
 from loraplex_router.text.chat import Chat
 
@@ -75,6 +76,7 @@ class Request:
     adapter: AdapterReference | MergedReference | None = None
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     max_new_tokens: int | None = None
+    min_new_tokens: int = 0
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     include_stop: bool = False  # the answer ends with the stop text, not before it
@@ -82,6 +84,7 @@ class Request:
     truncate: int | None = None  # keep the last so many tokens of the prompt
     n: int = 1
     detail: Detail = field(default_factory=Detail)
+    grammar: Grammar | None = None
 
 
 class Violations:
@@ -115,6 +118,7 @@ def check_request(request: Request, vocab_size: int) -> None:
         found.check(known, "token_ids", f"every id must be below {vocab_size}")
     _check_sampling(request.sampling, found)
     _check_stopping(request, vocab_size, found)
+    _check_grammar(request, found)
     top = request.detail.top_logprobs
     found.check(top <= MAX_TOP_LOGPROBS, "detail.top_logprobs", f"must be at most {MAX_TOP_LOGPROBS}")
     check_adapter(request.adapter, found)
@@ -166,6 +170,8 @@ def room_for(request: Request, prompt_length: int, max_model_len: int) -> int:
     if wanted is not None and room >= 1:
         limit = f"{prompt_length} prompt tokens leave room for {room} in a context of {max_model_len}"
         found.check(wanted <= room, "stopping.max_new_tokens", f"{wanted} is too many: {limit}")
+    least = request.min_new_tokens
+    found.check(least <= max(room, 1), "stopping.min_new_tokens", f"{least} is too many: there is room for {room}")
     found.raise_any()
     return wanted if wanted is not None else room
 
@@ -190,9 +196,21 @@ def _check_sampling(options: SamplingOptions, found: Violations) -> None:
 def _check_stopping(request: Request, vocab_size: int, found: Violations) -> None:
     wanted = request.max_new_tokens
     found.check(wanted is None or wanted >= 1, "stopping.max_new_tokens", "must be at least 1, or absent")
+    least = request.min_new_tokens
+    found.check(least >= 0, "stopping.min_new_tokens", "must be at least 0")
+    found.check(wanted is None or least <= wanted, "stopping.min_new_tokens", "must not be above max_new_tokens")
     found.check(len(request.stop) <= MAX_STOPS, "stopping.stop", f"at most {MAX_STOPS} texts")
     lengths = all(1 <= len(stop) <= MAX_STOP_LENGTH for stop in request.stop)
     found.check(lengths, "stopping.stop", f"each text must have 1 to {MAX_STOP_LENGTH} characters")
     tokens = request.stop_token_ids
     found.check(len(tokens) <= MAX_STOP_TOKENS, "stopping.stop_token_ids", f"at most {MAX_STOP_TOKENS} ids")
     found.check(all(t < vocab_size for t in tokens), "stopping.stop_token_ids", f"every id must be below {vocab_size}")
+
+
+def _check_grammar(request: Request, found: Violations) -> None:
+    """Whether it can be compiled, the shards say."""
+    if request.grammar is not None:
+        found.check(0 < len(request.grammar.text) <= MAX_LENGTH, "grammar", f"must have 1 to {MAX_LENGTH} characters")
+        found.check(not request.ignore_eos, "stopping.ignore_eos", "an answer to a grammar ends where the grammar does")
+        least = request.min_new_tokens
+        found.check(not least, "stopping.min_new_tokens", "an answer to a grammar ends where the grammar does")

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from loraplex_router.adapters.pool import Adapter
+from loraplex_router.grammar import Grammar
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,9 @@ class Sequence:
     max_new_tokens: int
     sampling: Sampling = field(default_factory=Sampling)
     detail: Detail = field(default_factory=Detail)
+    end_token_ids: frozenset[int] = frozenset()
+    min_new_tokens: int = 0  # no end token is sampled before
+    grammar: Grammar | None = None
 
     computed: int = 0
     in_flight: int = 0

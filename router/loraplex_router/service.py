@@ -2,7 +2,6 @@
 
 import secrets
 import time
-from collections.abc import Collection
 from dataclasses import dataclass
 
 from loraplex_protos.errors import (
@@ -78,6 +77,8 @@ class Service:
         try:
             prompt = await self._encode(request)
             room = room_for(request, len(prompt), self.limits.max_model_len)
+            if request.grammar is not None:
+                await self._engine.compile_grammar(request.grammar)
             adapter = await self._adapters.resolve(request.adapter)
             generation = Generation(request_id, adapter.digest, arrived, tenant)
             for index in range(request.n):
@@ -89,9 +90,12 @@ class Service:
                     max_new_tokens=room,
                     sampling=request.sampling.resolve(index),
                     detail=request.detail,
+                    end_token_ids=self._end_token_ids(request),
+                    min_new_tokens=request.min_new_tokens,
+                    grammar=request.grammar,
                 )
                 stops = StopMatcher(request.stop, request.include_stop)
-                generation.add(sequence, self.tokenizer, stops, self._end_token_ids(request))
+                generation.add(sequence, self.tokenizer, stops)
             self._engine.submit(generation)
         except BaseException:
             del self._generations[request_id]
@@ -117,6 +121,11 @@ class Service:
         generation = self._generations.get(request_id)
         if generation is None or not (tenant.admin or generation.tenant is tenant):
             raise RequestNotFoundError(f"no request {request_id!r} is running")
+        self._engine.cancel(generation)
+
+    def abandon(self, generation: Generation) -> None:
+        """Ends what still runs of a generation whose client is gone; its reader, which sees it finish as cancelled, is
+        still to leave it."""
         self._engine.cancel(generation)
 
     def cancel_all(self) -> None:
@@ -165,7 +174,7 @@ class Service:
         self._arrivals += 1
         return self._arrivals
 
-    def _end_token_ids(self, request: Request) -> Collection[int]:
+    def _end_token_ids(self, request: Request) -> frozenset[int]:
         own = () if request.ignore_eos else self.limits.end_token_ids
         return frozenset(own) | frozenset(request.stop_token_ids)
 

@@ -10,6 +10,7 @@ import grpc
 from loraplex_protos import shard_pb2 as pb
 from loraplex_protos.errors import AdapterSourceError, UnavailableError, from_rpc_error
 from loraplex_protos.shard_pb2_grpc import ShardServiceStub
+from loraplex_router.grammar import Grammar
 from loraplex_router.request import AdapterReference, MergedReference
 from loraplex_router.sequence import Chunk, Plan
 
@@ -49,6 +50,7 @@ class Shards(Protocol):
     async def load(self, digest: str, slot: int) -> None: ...
     async def unload(self, slot: int) -> None: ...
     async def local_adapters(self) -> list[str]: ...
+    async def compile_grammar(self, grammar: Grammar) -> None: ...
 
 
 class ShardGroup:
@@ -121,6 +123,10 @@ class ShardGroup:
         answer = await _typed(self._ranks[0].ListLocalAdapters(pb.ListLocalAdaptersRequest()))
         return list(answer.ids)
 
+    async def compile_grammar(self, grammar: Grammar) -> None:
+        """Only rank 0 samples, so it alone needs grammars. Raises InvalidRequestError with the reason."""
+        await _typed(self._ranks[0].CompileGrammar(pb.CompileGrammarRequest(grammar=_encode_grammar(grammar))))
+
     async def close(self) -> None:
         for stream in self._streams:
             stream.cancel()
@@ -155,7 +161,14 @@ def _encode_start(chunk: Chunk) -> pb.SequenceStart:
         computed=chunk.start,
         sampling=pb.Sampling(**asdict(sequence.sampling)),
         **asdict(sequence.detail),
+        grammar=_encode_grammar(sequence.grammar) if sequence.grammar else None,
+        min_new_tokens=sequence.min_new_tokens,
+        end_token_ids=sequence.end_token_ids if sequence.min_new_tokens else (),
     )
+
+
+def _encode_grammar(grammar: Grammar) -> pb.Grammar:
+    return pb.Grammar(kind=pb.GrammarKind.ValueType(grammar.kind.value), text=grammar.text)
 
 
 def _agree(infos: Sequence[pb.GetInfoResponse]) -> pb.GetInfoResponse:

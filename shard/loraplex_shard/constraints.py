@@ -97,7 +97,8 @@ class Constraints:
         """[matchers, vocab]"""
         words = np.full((len(matchers), -(-self._vocab_size // WORD)), -1, np.int32)
         jobs = [(matcher, place) for place, matcher in enumerate(matchers) if matcher is not None]
-        fill_next_token_bitmask_par(self._executor, jobs, words)
+        if jobs:
+            fill_next_token_bitmask_par(self._executor, jobs, words)
         bits = np.unpackbits(words.view(np.uint8), axis=1, count=self._vocab_size, bitorder="little")
         for place, tokens in enumerate(banned):
             bits[place, tokens] = 0

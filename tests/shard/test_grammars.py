@@ -176,6 +176,9 @@ def test_the_least_length_forbids_the_end_tokens_until_it_is_reached(compiler: G
     assert np.flatnonzero(~allowed[0]).tolist() == [7, END]
     assert allowed[1].all()
     assert TOKENIZER.decode(np.flatnonzero(allowed[2]).tolist()) == "12"
+    alone = constraints.begin([4], [4])
+    assert alone is not None
+    assert np.flatnonzero(~alone.apply(torch.zeros(1, VOCAB)).isfinite().numpy()[0]).tolist() == [7, END]
     assert constraints.begin([4, 1], [5, 4]) is None
 
 

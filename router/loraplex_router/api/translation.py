@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from loraplex_protos import generation_pb2 as pb
 from loraplex_protos.errors import FieldViolation, InvalidRequestError
 from loraplex_router.adapters.registry import AdapterStatus, Tier
+from loraplex_router.grammar import Grammar, GrammarKind
 from loraplex_router.output import Delta, Generation, Sample, SequenceOutput
 from loraplex_router.request import AdapterReference, MergedReference, Request, SamplingOptions
 from loraplex_router.sequence import Detail, FinishReason
@@ -34,6 +35,7 @@ def read_request(message: pb.GenerateRequest) -> Request:
         adapter=_read_adapter(message),
         sampling=SamplingOptions(**options),
         max_new_tokens=stopping.max_new_tokens if stopping.HasField("max_new_tokens") else None,
+        min_new_tokens=stopping.min_new_tokens,
         stop=tuple(stopping.stop),
         stop_token_ids=tuple(stopping.stop_token_ids),
         ignore_eos=stopping.ignore_eos,
@@ -43,6 +45,7 @@ def read_request(message: pb.GenerateRequest) -> Request:
             top_logprobs=message.detail.top_logprobs,
             prompt_logprobs=message.detail.prompt_logprobs,
         ),
+        grammar=_read_grammar(message.grammar) if message.HasField("grammar") else None,
     )
 
 
@@ -56,6 +59,22 @@ def _read_prompt(message: pb.GenerateRequest) -> str | Chat | tuple[int, ...]:
             return read_chat(message.chat)
         case _:
             raise InvalidRequestError(FieldViolation("prompt", "set text, token_ids or chat"))
+
+
+def _read_grammar(message: pb.Grammar) -> Grammar:
+    match message.WhichOneof("kind"):
+        case "json_schema":
+            return Grammar(GrammarKind.JSON_SCHEMA, message.json_schema)
+        case "json_object":
+            return Grammar.json_object()
+        case "regex":
+            return Grammar(GrammarKind.REGEX, message.regex)
+        case "choice":
+            return Grammar.choice(message.choice.texts)
+        case "lark":
+            return Grammar(GrammarKind.LARK, message.lark)
+        case _:
+            raise InvalidRequestError(FieldViolation("grammar", "set json_schema, json_object, regex, choice or lark"))
 
 
 def read_chat(chat: pb.Chat) -> Chat:

@@ -1,0 +1,148 @@
+"""Structured output through a running server: what is answered, what is refused, and who is not disturbed."""
+
+import asyncio
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from loraplex import (
+    AsyncClient,
+    Choice,
+    Client,
+    FinishReason,
+    GeneratedSequence,
+    Grammar,
+    InvalidRequestError,
+    JsonObject,
+    JsonSchema,
+    Lark,
+    Regex,
+)
+from tests.e2e.processes import Server
+from tests.e2e.tiny import byte_tokenizer
+
+END = byte_tokenizer().eos_token_id
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 6},
+        "größe": {"type": "integer", "minimum": 0, "maximum": 300},
+        "tags": {"type": "array", "items": {"enum": ["a", "ß", None]}, "maxItems": 3},
+    },
+    "required": ["name", "größe", "tags"],
+    "additionalProperties": False,
+}
+NESTED = re.compile(r"\(*x\)*")
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[Client]:
+    with Client(server.address) as client:
+        yield client
+
+
+def answer(client: Client, grammar: Grammar, **options: object) -> GeneratedSequence:
+    return client.generate("Say: ", grammar=grammar, temperature=1.0, **options).sequences[0]  # type: ignore[arg-type]
+
+
+def test_json_answers_are_valid_and_end_by_themselves(client: Client) -> None:
+    for seed in range(8):
+        whole = answer(client, JsonSchema(SCHEMA), seed=seed, max_new_tokens=400)
+        assert whole.finish_reason is FinishReason.END_TOKEN
+        jsonschema.validate(json.loads(whole.text), SCHEMA)
+
+
+def test_any_object_can_be_asked_for(client: Client) -> None:
+    cut = answer(client, JsonObject(), seed=1, max_new_tokens=60)
+    assert cut.text.startswith("{")
+    if cut.finish_reason is FinishReason.END_TOKEN:
+        assert isinstance(json.loads(cut.text), dict)
+
+
+def test_regex_choice_and_lark_are_matched(client: Client) -> None:
+    for seed in range(4):
+        assert re.fullmatch(r"\d{2}-[a-f]+!", answer(client, Regex(r"\d{2}-[a-f]{1,9}!"), seed=seed).text)
+        assert answer(client, Choice(["ja", "nein", "weiß nicht"]), seed=seed).text in ("ja", "nein", "weiß nicht")
+        nested = answer(client, Lark('start: "(" start ")" | "x"'), seed=seed, max_new_tokens=300)
+        assert NESTED.fullmatch(nested.text) and nested.text.count("(") == nested.text.count(")")
+
+
+def test_an_answer_that_meets_the_token_limit_says_so(client: Client) -> None:
+    cut = answer(client, JsonSchema(SCHEMA), max_new_tokens=5)
+    assert cut.finish_reason is FinishReason.LENGTH and cut.text == '{"nam'
+
+
+def test_a_grammar_that_cannot_be_compiled_is_refused_before_the_stream_begins(client: Client) -> None:
+    with pytest.raises(InvalidRequestError, match="unclosed group") as refused:
+        answer(client, Regex("(a"))
+    assert refused.value.violations[0].field == "grammar"
+    with pytest.raises(InvalidRequestError, match="Unimplemented"):
+        next(client.stream("Hi", grammar=JsonSchema({"not": {}})))
+
+
+@pytest.mark.parametrize(
+    ("grammar", "options", "field"),
+    [
+        (Regex("a"), {"ignore_eos": True}, "stopping.ignore_eos"),
+        (Regex("a"), {"min_new_tokens": 3}, "stopping.min_new_tokens"),
+        (Regex("a" * 70_000), {}, "grammar"),
+        (Regex(""), {}, "grammar"),
+        (Choice([]), {}, "grammar.choice"),
+        (None, {"min_new_tokens": 5, "max_new_tokens": 4}, "stopping.min_new_tokens"),
+        (None, {"min_new_tokens": 1_000_000}, "stopping.min_new_tokens"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused_by_field(
+    client: Client, grammar: Grammar | None, options: dict[str, object], field: str
+) -> None:
+    with pytest.raises(InvalidRequestError) as refused:
+        client.generate("Hi", grammar=grammar, **options)  # type: ignore[arg-type]
+    assert field in [violation.field for violation in refused.value.violations]
+
+
+async def test_constrained_and_plain_sequences_run_together_and_do_not_change_each_other(server: Server) -> None:
+    async with AsyncClient(server.address) as client:
+        plain = [await client.generate(f"Prompt {i}", temperature=1.0, seed=i, max_new_tokens=40) for i in range(6)]
+
+        async def constrained(seed: int) -> str:
+            adapter = "r8" if seed % 2 else None
+            whole = await client.generate("x", adapter=adapter, grammar=JsonSchema(SCHEMA), top_p=0.9, seed=seed)
+            return whole.text
+
+        async with asyncio.TaskGroup() as group:
+            answers = [group.create_task(constrained(seed)) for seed in range(10)]
+            again = [
+                group.create_task(client.generate(f"Prompt {i}", temperature=1.0, seed=i, max_new_tokens=40))
+                for i in range(6)
+            ]
+    for task in answers:
+        jsonschema.validate(json.loads(task.result()), SCHEMA)
+    assert [task.result().text for task in again] == [generation.text for generation in plain]
+
+
+def test_no_end_token_is_chosen_before_the_least_length(client: Client) -> None:
+    ends = list(range(64))
+    whole = client.generate("Hi", temperature=1.0, seed=1, stop_token_ids=ends, min_new_tokens=30, max_new_tokens=90)
+    tokens = [token.id for token in whole.sequences[0].tokens]
+    assert len(tokens) > 30 and not set(tokens[:30]) & {*ends, END}
+
+
+def test_preempted_sequences_and_two_ranks_answer_the_same(model: Path, adapters: Path, client: Client) -> None:
+    expected = [answer(client, JsonSchema(SCHEMA), seed=seed).text for seed in range(8)]
+
+    async def ask(address: str) -> list[str]:
+        async with AsyncClient(address) as other, asyncio.TaskGroup() as group:
+            tasks = [
+                group.create_task(other.generate("Say: ", grammar=JsonSchema(SCHEMA), temperature=1.0, seed=seed))
+                for seed in range(8)
+            ]
+        return [task.result().text for task in tasks]
+
+    with Server(str(model), "--tp=2", "--kv-blocks=12", "--max-model-len=160", "--threads=1") as small:
+        assert asyncio.run(ask(small.address)) == expected
+        assert small.metric("loraplex_preemptions") > 0
+        small.assert_nothing_is_held()
