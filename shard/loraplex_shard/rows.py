@@ -18,8 +18,10 @@ from loraplex_shard.sampler import PARAMETERS, History
 
 Ints = NDArray[np.int64]
 
-# What a sequence wants reported beside its tokens.
-DETAIL = np.dtype([("logprobs", np.bool_), ("top_logprobs", np.int64), ("prompt_logprobs", np.bool_)])
+# What a sequence wants reported, beside its tokens or (pool) in place of them.
+DETAIL = np.dtype(
+    [("logprobs", np.bool_), ("top_logprobs", np.int64), ("prompt_logprobs", np.bool_), ("pool", np.bool_)]
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +84,7 @@ class Rows:
         self._known[row] = known
         self.prompt_lengths[row] = start.prompt_length
         self.sampling[row] = tuple(getattr(start.sampling, name) for name in PARAMETERS.names or ())
-        self.detail[row] = (start.logprobs, start.top_logprobs, start.prompt_logprobs)
+        self.detail[row] = (start.logprobs, start.top_logprobs, start.prompt_logprobs, start.pool)
         self._computed[row] = start.computed
         self._block_counts[row] = 0
 

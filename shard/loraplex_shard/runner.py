@@ -27,6 +27,7 @@ from loraplex_shard.grammars import GrammarCompiler
 from loraplex_shard.lora.store import AdapterStore
 from loraplex_shard.models import Decoder
 from loraplex_shard.parallel import Group
+from loraplex_shard.pooling import Pooling
 from loraplex_shard.rows import Chunks, Ints, Rows, spans
 
 # Positions whose prompt logprobs are computed at once: bounds the memory for logits.
@@ -57,11 +58,13 @@ class Runner:
         self._max_model_len = max_model_len
         self._rows = Rows(max_sequences, max_model_len, decoder.vocab_size, cache.block_size, cache.num_blocks, device)
         self._constraints = Constraints(grammars, decoder.vocab_size)
+        self._pooling = Pooling()
 
     def clear(self) -> None:
         """Forgets all sequences."""
         self._rows.clear()
         self._constraints.clear()
+        self._pooling.clear()
 
     @torch.inference_mode()
     def step(self, plan: StepRequest) -> StepResponse:
@@ -82,6 +85,8 @@ class Runner:
             hidden = self._decoder(self._rows.batch(chunks, segments), self._cache)
             self._report_prompt(chunks, hidden, segments, response)
             self._report_tokens(chunks, hidden, segments, masks, response)
+            if self._group.rank == 0:
+                self._report_pooled(chunks, hidden, response)
         return response
 
     def warmup(self, max_batch_tokens: int) -> None:
@@ -181,6 +186,20 @@ class Runner:
                 self._constraints.accept(rows.tolist(), tokens.tolist())
                 failures[self._constraints.failed(rows.tolist())] = FAILURE_REASON_GRAMMAR
             _add_tokens(response, places, tokens, logits, failures, self._rows.detail[chunks.rows])
+
+    def _report_pooled(self, chunks: Chunks, hidden: Tensor, response: StepResponse) -> None:
+        """Adds the vectors of the sequences that are pooled and whose last token was computed."""
+        for place in np.flatnonzero(self._rows.detail["pool"][chunks.rows]).tolist():
+            row, begin, end = (int(column[place]) for column in (chunks.rows, chunks.begins, chunks.ends))
+            self._pooling.add(row, begin, hidden[chunks.starts[place] : chunks.starts[place + 1]])
+            if end == self._rows.prompt_lengths[row]:
+                vector = self._pooling.finish(row)
+                if vector.isfinite().all():
+                    response.pooled_chunks.append(place)
+                    response.pooled.extend(vector.tolist())
+                else:
+                    response.failed_chunks.append(place)
+                    response.failure_reasons.append(FAILURE_REASON_NOT_FINITE)
 
 
 def _add_tokens(

@@ -1,0 +1,24 @@
+"""Pools the hidden states of whole sequences, which come in chunks. Knows nothing of plans, ranks or the model."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+
+class Pooling:
+    """The mean over a sequence's positions, as a vector of length 1. Holds a sum for each row that is not done."""
+
+    def __init__(self) -> None:
+        self._sums: dict[int, Tensor] = {}
+
+    def clear(self) -> None:
+        self._sums.clear()
+
+    def add(self, row: int, begin: int, hidden: Tensor) -> None:
+        """Adds the positions from `begin` on, [tokens, hidden]; a sequence that takes over the row begins at 0."""
+        total = hidden.sum(0, dtype=torch.float32)
+        self._sums[row] = total if begin == 0 else self._sums[row] + total
+
+    def finish(self, row: int) -> Tensor:
+        """[hidden] float32. The mean's length does not depend on how many positions were summed up."""
+        return normalize(self._sums.pop(row), dim=0)
