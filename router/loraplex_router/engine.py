@@ -76,11 +76,16 @@ class Engine:
         self._retire(generation)
 
     async def run(self) -> None:
-        """Until cancelled. If a shard fails, every generation ends with UnavailableError, which is raised."""
+        """Until cancelled. If a shard fails, or the loop itself, every generation ends with UnavailableError, which is
+        raised."""
         try:
             await self._loop()
-        except LoraplexError as error:
-            self._failure = UnavailableError(f"a shard failed: {error.message}")
+        except Exception as error:
+            if isinstance(error, LoraplexError):
+                self._failure = UnavailableError(f"a shard failed: {error.message}")
+            else:
+                logger.exception("the engine's loop failed")
+                self._failure = UnavailableError("the router failed; its log has the details")
             for generation in list(self._generations):
                 self._end(generation, self._failure)
             raise self._failure from error

@@ -1,0 +1,71 @@
+"""A group of shards without a model: the next token is the last one plus the adapter slot, plus one."""
+
+import asyncio
+from collections import deque
+
+from loraplex_protos import shard_pb2 as pb
+from loraplex_protos.errors import AdapterNotFoundError, LoraplexError
+from loraplex_router.request import AdapterReference
+from loraplex_router.shards import StagedAdapter
+
+VOCABULARY = 1000
+
+
+class FakeShards:
+    """Keeps rows as the real ones do. `failing_token` fails the sequence that would feed it; `load_error` and
+    `step_error` are raised by the next load and result."""
+
+    def __init__(self) -> None:
+        self.known: dict[int, list[int]] = {}
+        self.results: deque[pb.StepResponse] = deque()
+        self.log: list[str] = []
+        self.failing_token: int | None = None
+        self.load_error: LoraplexError | None = None
+        self.step_error: LoraplexError | None = None
+        self.loads_held = asyncio.Event()
+        self.loads_held.set()
+
+    async def send(self, plan: pb.StepRequest) -> None:
+        self.log.append(f"plan {plan.step}")
+        response = pb.StepResponse(step=plan.step)
+        for start in plan.starts:
+            self.known[start.row] = list(start.tokens)
+        for place, (row, slot, samples) in enumerate(zip(plan.rows, plan.slots, plan.samples, strict=True)):
+            failed = self.known[row][-1] == self.failing_token
+            if failed:
+                response.failed_chunks.append(place)
+                response.failure_reasons.append(pb.FAILURE_REASON_NOT_FINITE)
+            response.token_counts.append(int(samples and not failed))
+            if samples:
+                self.known[row].append((self.known[row][-1] + slot + 1) % VOCABULARY)
+                response.tokens.extend([] if failed else self.known[row][-1:])
+        self.results.append(response)
+
+    async def receive(self) -> pb.StepResponse:
+        await asyncio.sleep(0)
+        if self.step_error is not None:
+            raise self.step_error
+        response = self.results.popleft()
+        self.log.append(f"result {response.step}")
+        return response
+
+    async def stage(self, reference: AdapterReference) -> StagedAdapter:
+        if reference.id == "absent":
+            raise AdapterNotFoundError("absent")
+        self.log.append(f"stage {reference.id}")
+        return StagedAdapter(f"digest of {reference.id}", "local", "", lora_rank=8, size_bytes=10)
+
+    async def load(self, digest: str, slot: int) -> None:
+        await self.loads_held.wait()
+        if self.load_error is not None:
+            raise self.load_error
+        self.log.append(f"load {digest} into {slot}")
+
+    async def unload(self, slot: int) -> None:
+        self.log.append(f"unload {slot}")
+
+    async def unstage(self, digest: str) -> None:
+        self.log.append(f"unstage {digest}")
+
+    async def local_adapters(self) -> list[str]:
+        return ["a", "b"]

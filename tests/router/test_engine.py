@@ -1,0 +1,148 @@
+"""The engine's loop over shards without a model: pipelining, failures, adapters that load meanwhile."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import suppress
+
+import pytest
+
+from loraplex_protos.errors import AdapterInvalidError, GenerationError, UnavailableError
+from loraplex_router.adapters.pool import AdapterPool
+from loraplex_router.adapters.registry import AdapterRegistry
+from loraplex_router.blocks import BlockAllocator
+from loraplex_router.engine import Engine
+from loraplex_router.keys import Keys
+from loraplex_router.metrics import Metrics
+from loraplex_router.output import Delta, Generation
+from loraplex_router.request import AdapterReference, Request
+from loraplex_router.scheduler import Limits, Scheduler
+from loraplex_router.sequence import FinishReason
+from loraplex_router.service import Service, ServiceLimits
+from tests.router.fake_shards import VOCABULARY, FakeShards
+from tests.router.test_text import TOKENIZER
+
+
+class Setup:
+    """A service over fake shards, its engine running."""
+
+    def __init__(self, slots: int = 2, max_queue: int = 100) -> None:
+        self.shards = FakeShards()
+        self.pool = AdapterPool(slots, host_bytes=1 << 30)
+        self.blocks = BlockAllocator(64)
+        scheduler = Scheduler(Limits(max_batch_tokens=32, max_sequences=8, block_size=4), self.blocks, self.pool)
+        self.metrics = Metrics()
+        self.engine = Engine(scheduler, self.pool, self.shards, self.metrics)
+        self.registry = AdapterRegistry(self.shards, self.pool)
+        limits = ServiceLimits(200, VOCABULARY, max_queue, end_token_ids=(999,))
+        self.service = Service(limits, TOKENIZER, self.registry, scheduler, self.engine, Keys({}))
+
+    async def answer(self, first: int, tokens: int = 5, adapter: str | None = None, **options: object) -> list[int]:
+        reference = AdapterReference(adapter) if adapter else None
+        request = Request(prompt=(first,), adapter=reference, max_new_tokens=tokens, **options)
+        generation = await self.service.generate(request)
+        try:
+            return [sample.token async for _, delta in generation.deltas() for sample in delta.samples]
+        finally:
+            self.service.leave(generation)
+
+
+@pytest.fixture
+async def setup() -> AsyncIterator[Setup]:
+    made = Setup()
+    task = asyncio.create_task(made.engine.run())
+    yield made
+    task.cancel()
+    with suppress(asyncio.CancelledError, UnavailableError):
+        await task
+    assert made.blocks.used == 0
+
+
+async def test_plan_n_plus_one_leaves_before_the_result_of_plan_n_is_read(setup: Setup):
+    assert await setup.answer(10, tokens=20) == list(range(11, 31))
+    log = [entry for entry in setup.shards.log if entry.startswith(("plan", "result"))]
+    for step in range(18):
+        assert log.index(f"plan {step + 1}") < log.index(f"result {step}")
+
+
+async def test_requests_of_several_adapters_are_answered_together(setup: Setup):
+    answers = await asyncio.gather(setup.answer(0), setup.answer(0, adapter="a"), setup.answer(0, adapter="b"))
+    assert answers[0] == [1, 2, 3, 4, 5]
+    assert sorted(answer[0] for answer in answers[1:]) == [2, 3]  # slots 1 and 2
+
+
+async def test_an_end_token_ends_a_sequence_and_the_token_computed_beyond_it_is_dropped(setup: Setup):
+    assert await setup.answer(996, tokens=50) == [997, 998, 999]
+
+
+async def test_a_sequence_that_fails_ends_alone(setup: Setup):
+    setup.shards.failing_token = 105
+    good, bad = await asyncio.gather(setup.answer(1, tokens=20), setup.answer(100, tokens=20), return_exceptions=True)
+    assert good == list(range(2, 22))
+    assert isinstance(bad, GenerationError)
+
+
+async def test_an_adapter_that_cannot_be_loaded_fails_its_own_requests_and_gives_its_slot_back(setup: Setup):
+    setup.shards.load_error = AdapterInvalidError("does not fit")
+    base, bad = await asyncio.gather(setup.answer(1), setup.answer(1, adapter="a"), return_exceptions=True)
+    assert base == [2, 3, 4, 5, 6] and isinstance(bad, AdapterInvalidError)
+    setup.shards.load_error = None
+    assert len(await setup.answer(1, adapter="a")) == 5
+
+
+async def test_requests_go_on_while_an_adapter_loads(setup: Setup):
+    setup.shards.loads_held.clear()
+    waiting = asyncio.create_task(setup.answer(1, adapter="a"))
+    for _ in range(3):
+        assert len(await setup.answer(1)) == 5
+    assert not waiting.done()
+    setup.shards.loads_held.set()
+    assert len(await waiting) == 5
+
+
+async def test_an_adapter_is_unloaded_before_its_slot_is_given_to_another():
+    setup = Setup(slots=1)
+    task = asyncio.create_task(setup.engine.run())
+    for name in ("a", "b", "a"):
+        await setup.answer(1, adapter=name)
+    task.cancel()
+    moves = [entry for entry in setup.shards.log if "load" in entry]
+    assert moves == [
+        "load digest of a into 1",
+        "unload 1",
+        "load digest of b into 1",
+        "unload 1",
+        "load digest of a into 1",
+    ]
+
+
+async def test_a_lost_shard_ends_everything_with_an_error_also_what_comes_later():
+    setup = Setup()
+    task = asyncio.create_task(setup.engine.run())
+    setup.shards.step_error = UnavailableError("rank 1 is gone")
+    for _ in range(2):
+        with pytest.raises(UnavailableError, match="rank 1 is gone"):
+            await setup.answer(1)
+    with pytest.raises(UnavailableError):
+        await task
+
+
+async def test_a_request_that_many_wait_for_is_staged_once(setup: Setup):
+    await asyncio.gather(*(setup.answer(1, adapter="a") for _ in range(8)))
+    assert setup.shards.log.count("stage a") == 1
+
+
+async def test_a_slow_reader_finds_what_came_meanwhile_as_one_delta(setup: Setup):
+    generation = await setup.service.generate(Request(prompt=(40,), max_new_tokens=30))
+    while generation.outputs[0].finish_reason is None:
+        await asyncio.sleep(0)
+    deltas: list[Delta] = [delta async for _, delta in generation.deltas()]
+    setup.service.leave(generation)
+    assert len(deltas) == 1 and len(deltas[0].samples) == 30
+    assert deltas[0].finish_reason is FinishReason.LENGTH
+
+
+async def test_a_generation_that_is_left_counts_as_cancelled(setup: Setup):
+    generation: Generation = await setup.service.generate(Request(prompt=(1,), max_new_tokens=150))
+    setup.service.leave(generation)
+    assert setup.metrics.registry.get_sample_value("loraplex_requests_total", {"outcome": "cancelled"}) == 1
+    assert setup.service.idle
