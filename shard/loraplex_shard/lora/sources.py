@@ -29,7 +29,8 @@ class Sources:
         self._hub = hub
 
     def locate(self, id: str, source: str, revision: str, token: str) -> Origin:
-        """source is "local", "hub", or "" for local if the directory has the name, else hub.
+        """source is "local", "hub", or "" for local if the directory has the name, else hub if the
+        id has the form org/name.
 
         Raises the AdapterErrors of its source.
         """
@@ -40,8 +41,10 @@ class Sources:
                 return self._hub.locate(id, revision, token)
             case "" if self._local is not None and self._local.has(id):
                 return self._locate_local(id, revision)
-            case "":
+            case "" if "/" in id:
                 return self._hub.locate(id, revision, token)
+            case "":
+                raise AdapterNotFoundError(f"there is no adapter {id[:200]!r}: names on the hub have the form org/name")
         raise AdapterNotFoundError(f"there is no adapter source {source[:100]!r}: it is local, hub or empty")
 
     def local_ids(self) -> list[str]:

@@ -6,6 +6,8 @@ from fastapi import FastAPI, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
 from loraplex_protos import generation_pb2 as pb
+from loraplex_router.api.http.admin import create_admin_routes
+from loraplex_router.api.http.body_limit import BodyLimit
 from loraplex_router.api.http.errors import install_handlers
 from loraplex_router.api.http.lorax.routes import create_lorax_routes
 from loraplex_router.api.http.openai.routes import create_openai_routes
@@ -18,8 +20,10 @@ def create_app(
     """`healthy` tells whether a generation would succeed now."""
     app = FastAPI(title="loraplex", version=info.version, summary="One base model, any number of LoRA adapters.")
     install_handlers(app)
+    app.add_middleware(BodyLimit)
     app.include_router(create_lorax_routes(service, info, healthy))
     app.include_router(create_openai_routes(service, info))
+    app.include_router(create_admin_routes(service))
 
     @app.get("/metrics", response_class=Response, tags=["Operation"])
     async def metrics() -> Response:

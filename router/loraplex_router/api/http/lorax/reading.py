@@ -1,6 +1,7 @@
 """From LoRAX's JSON to the router's request."""
 
 from loraplex_router.api.http.lorax.schema import GenerateRequest, Parameters
+from loraplex_router.grammar import Grammar, GrammarKind
 from loraplex_router.request import AdapterReference, MergedReference, Request, SamplingOptions, Violations
 from loraplex_router.sequence import Detail
 from loraplex_router.text.chat import Chat, Message
@@ -21,6 +22,7 @@ def read_request(body: GenerateRequest, bearer: str, stream: bool) -> Request:
         ignore_eos=bool(given.ignore_eos_token),
         truncate=given.truncate,
         n=given.best_of or 1,
+        grammar=_read_format(given),
         detail=Detail(
             logprobs=stream or wants_details(given) or (given.best_of or 1) > 1,
             top_logprobs=alternatives,
@@ -46,6 +48,17 @@ def _read_adapter(given: Parameters, bearer: str) -> AdapterReference | MergedRe
             merged.majority_sign_method or "total",
         )
     return named(given.adapter_id) if given.adapter_id else None
+
+
+def _read_format(given: Parameters) -> Grammar | None:
+    if (wanted := given.response_format) and wanted.type != "text":
+        return Grammar.json_object() if wanted.schema_ is None else Grammar.json_schema(wanted.schema_)
+    if not given.grammar:
+        return None
+    value = given.grammar.value
+    if given.grammar.type == "regex" and isinstance(value, str):
+        return Grammar(GrammarKind.REGEX, value)
+    return Grammar.json_schema(value)
 
 
 def _read_sampling(given: Parameters) -> SamplingOptions:

@@ -1,11 +1,23 @@
 """The JSON of LoRAX's routes. A null stands for an absent field; fields that are not known are ignored."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 Uint32 = Annotated[int, Field(ge=0, lt=2**32)]
 Uint64 = Annotated[int, Field(ge=0, lt=2**64)]
+
+
+class ResponseFormat(BaseModel):
+    type: Literal["text", "json_object", "json_schema"]
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema", description="Absent: any object.")
+
+
+class TgiGrammar(BaseModel):
+    """How `text-generation` asks for a format."""
+
+    type: Literal["json", "regex"]
+    value: str | dict[str, Any]
 
 
 class MergedAdapters(BaseModel):
@@ -46,6 +58,8 @@ class Parameters(BaseModel):
     top_n_tokens: Uint32 | None = Field(default=None, description="text-generation's name of return_k_alternatives.")
     apply_chat_template: bool | None = Field(default=None, description="Take the prompt as a user's message.")
     seed: Uint64 | None = None
+    response_format: ResponseFormat | None = None
+    grammar: TgiGrammar | None = Field(default=None, description="text-generation's way to ask for a format.")
 
 
 class GenerateRequest(BaseModel):

@@ -3,6 +3,7 @@
 from typing import Any
 
 from loraplex_protos.errors import AdapterNotFoundError
+from loraplex_router.api.http.openai.formats import read_format
 from loraplex_router.api.http.openai.schema import GenerationRequest
 from loraplex_router.request import AdapterReference, SamplingOptions, Violations
 
@@ -45,4 +46,6 @@ def read_options(body: GenerationRequest) -> dict[str, Any]:
         "stop_token_ids": tuple(body.stop_token_ids or ()),
         "ignore_eos": bool(body.ignore_eos),
         "truncate": body.truncate_prompt_tokens,
+        "min_new_tokens": body.min_tokens or 0,
+        "grammar": read_format(body),
     }

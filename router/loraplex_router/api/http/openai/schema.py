@@ -12,6 +12,27 @@ class StreamOptions(BaseModel):
     include_usage: bool | None = None
 
 
+class NamedSchema(BaseModel):
+    name: str | None = None
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema", description="Absent: any object.")
+    strict: bool | None = Field(default=None, description="Every schema is followed strictly, whatever this says.")
+
+
+class ResponseFormat(BaseModel):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: NamedSchema | None = None
+
+
+class StructuredOutputs(BaseModel):
+    """vLLM's: set one of them."""
+
+    json_: str | dict[str, Any] | None = Field(default=None, alias="json")
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = Field(default=None, description="Lark, or GBNF.")
+
+
 class GenerationRequest(BaseModel):
     """What completions and chat completions have in common."""
 
@@ -27,7 +48,14 @@ class GenerationRequest(BaseModel):
     frequency_penalty: float | None = None
     logit_bias: dict[str, float] | None = Field(default=None, description="Not supported: refused unless empty.")
     seed: int | None = None
+    response_format: ResponseFormat | None = None
     # vLLM's
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: str | dict[str, Any] | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    min_tokens: Count | None = None
     top_k: Annotated[int, Field(ge=-1, lt=2**32)] | None = Field(default=None, description="0 or -1: off.")
     min_p: float | None = None
     typical_p: float | None = None

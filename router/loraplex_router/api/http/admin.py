@@ -1,0 +1,108 @@
+"""Adapter administration: list, load and unload, as over gRPC, and under the names of vLLM's routes."""
+
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse, PlainTextResponse
+from pydantic import BaseModel, Field
+
+from loraplex_protos.errors import FieldViolation, InvalidRequestError
+from loraplex_router.adapters.registry import AdapterStatus
+from loraplex_router.api.http.lorax.routes import ERRORS as LORAX_ERRORS
+from loraplex_router.api.http.openai.routes import ERRORS as OPENAI_ERRORS
+from loraplex_router.keys import read_bearer
+from loraplex_router.request import AdapterReference
+from loraplex_router.service import Service
+
+IN_USE = "Sequences still need the adapter."
+
+
+class Adapter(BaseModel):
+    """Where an adapter comes from, as in generation.proto."""
+
+    id: str
+    source: str = Field(default="", description="local, hub, or empty: whichever has it, local first.")
+    revision: str = Field(default="", description="Branch, tag or commit of a hub repository.")
+    token: str = Field(default="", description="For a private hub repository. Never logged.")
+
+
+class Status(BaseModel):
+    id: str
+    source: str
+    revision: str
+    tier: str = Field(description="disk, host or device: the fastest place that holds it")
+    digest: str | None = Field(description="null while it is only on disk, as are the next two")
+    lora_rank: int | None
+    size_bytes: int | None
+    running_sequences: int
+    waiting_sequences: int
+
+
+class VllmLoad(BaseModel):
+    lora_name: str
+    lora_path: str | None = Field(default=None, description="The same name, or a path that ends in it.")
+
+
+class VllmUnload(BaseModel):
+    lora_name: str
+
+
+def create_admin_routes(service: Service) -> APIRouter:
+    routes = APIRouter(tags=["Adapters"])
+    loading = {status: error for status, error in LORAX_ERRORS.items() if status not in (429, 499)}
+    in_use: dict[int | str, dict[str, Any]] = {409: {**LORAX_ERRORS[404], "description": IN_USE}}
+    v1_in_use: dict[int | str, dict[str, Any]] = {409: {**OPENAI_ERRORS[404], "description": IN_USE}}
+
+    @routes.get("/adapters", responses={200: {"model": list[Status]}, 401: LORAX_ERRORS[401], 503: LORAX_ERRORS[503]})
+    async def list_adapters(http: Request) -> Response:
+        """The adapters that are loaded, and those that lie in the adapter directory."""
+        statuses = await service.list_adapters(read_bearer(http.headers.get("authorization")))
+        return JSONResponse([_write(status) for status in statuses])
+
+    @routes.post("/adapters/load", responses={200: {"model": Status}, **loading})
+    async def load_adapter(body: Adapter, http: Request) -> Response:
+        """Fetches and checks an adapter now; one that was loaded before is read again."""
+        status = await service.load_adapter(_read(body), read_bearer(http.headers.get("authorization")))
+        return JSONResponse(_write(status))
+
+    @routes.post("/adapters/unload", response_class=Response, responses={**loading, **in_use})
+    async def unload_adapter(body: Adapter, http: Request) -> Response:
+        """Frees what an adapter holds on the device and in host memory; refused while sequences need it."""
+        await service.unload_adapter(_read(body), read_bearer(http.headers.get("authorization")))
+        return Response()
+
+    @routes.post("/v1/load_lora_adapter", response_class=PlainTextResponse, responses=OPENAI_ERRORS)
+    async def vllm_load(body: VllmLoad, http: Request) -> Response:
+        """vLLM's name of loading. An adapter is served under its own name, so the two given must agree."""
+        path = body.lora_path or body.lora_name
+        if path != body.lora_name and not path.endswith(f"/{body.lora_name}"):
+            raise InvalidRequestError(FieldViolation("lora_path", f"must be, or end in, {body.lora_name!r}"))
+        await service.load_adapter(AdapterReference(body.lora_name), read_bearer(http.headers.get("authorization")))
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
+
+    @routes.post("/v1/unload_lora_adapter", response_class=PlainTextResponse, responses={**OPENAI_ERRORS, **v1_in_use})
+    async def vllm_unload(body: VllmUnload, http: Request) -> Response:
+        """vLLM's name of unloading."""
+        await service.unload_adapter(AdapterReference(body.lora_name), read_bearer(http.headers.get("authorization")))
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+
+    return routes
+
+
+def _read(body: Adapter) -> AdapterReference:
+    return AdapterReference(body.id, body.source, body.revision, body.token)
+
+
+def _write(status: AdapterStatus) -> dict[str, Any]:
+    adapter = status.adapter
+    return {
+        "id": status.id,
+        "source": status.source,
+        "revision": status.revision,
+        "tier": status.tier.name.lower(),
+        "digest": adapter.digest if adapter else None,
+        "lora_rank": adapter.lora_rank if adapter else None,
+        "size_bytes": adapter.size_bytes if adapter else None,
+        "running_sequences": adapter.running if adapter else 0,
+        "waiting_sequences": adapter.waiting if adapter else 0,
+    }

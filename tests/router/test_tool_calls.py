@@ -1,0 +1,80 @@
+"""Tool calls found in answers, however these arrive in pieces; tools described to templates that know none."""
+
+import itertools
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loraplex_router.text.chat import Chat, ChatTemplate, Message
+from loraplex_router.text.tool_calls import ToolCall, ToolCallParser
+
+CALL = '{"name": "add", "arguments": {"a": 1}}'
+ADD = ToolCall("add", '{"a": 1}')
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+PLAIN = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+
+
+def parse(pieces: list[str]) -> list[str | ToolCall]:
+    """What the parser finds, with adjacent content put together."""
+    parser = ToolCallParser({"add"})
+    found: list[str | ToolCall] = []
+    for piece in [*(part for text in pieces for part in parser.feed(text)), *parser.flush()]:
+        if isinstance(piece, str) and found and isinstance(found[-1], str):
+            found[-1] += piece
+        else:
+            found.append(piece)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("Just text, with a < and a {.", ["Just text, with a < and a {."]),
+        (f"<tool_call>\n{CALL}\n</tool_call>", [ADD]),
+        (f"I add.\n<tool_call>{CALL}</tool_call>\n<tool_call>{CALL}</tool_call>\n", ["I add.\n", ADD, ADD]),
+        (CALL, [ADD]),
+        (f" [{CALL}, {CALL}]", [ADD, ADD]),
+        ('{"name": "add", "parameters": {"a": 1}}', [ADD]),
+        (f"<tool_call>{CALL}", [ADD]),  # cut after the call
+        ('{"answer": 5} is JSON', ['{"answer": 5} is JSON']),
+        ('{"name": "other", "arguments": {}}', ['{"name": "other", "arguments": {}}']),
+        ("<tool_call>no JSON</tool_call> or so", ["<tool_call>no JSON</tool_call> or so"]),
+        ('[{"name": "add", "argu', ['[{"name": "add", "argu']),
+        ("<tool_ca", ["<tool_ca"]),
+        ("", []),
+    ],
+)
+@given(data=st.data())
+def test_calls_are_found_wherever_the_text_is_cut(text: str, found: list[str | ToolCall], data: st.DataObject):
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=5)))
+    places = [0, *cuts, len(text)]
+    assert parse([text[start:stop] for start, stop in itertools.pairwise(places)]) == found
+
+
+def test_content_is_not_held_back_longer_than_it_may_begin_a_call():
+    parser = ToolCallParser({"add"})
+    assert list(parser.feed("Hello")) == ["Hello"]
+    assert list(parser.feed(" <tool")) == [" "]
+    assert list(parser.feed("box>")) == ["<toolbox>"]
+
+
+def test_a_template_that_knows_tools_gets_them_as_they_are():
+    template = ChatTemplate("{{ tools[0].function.name }} {{ messages[0].tool_calls[0].id }}", "", "")
+    message = Message("assistant", "", {"tool_calls": [{"id": "x"}]})
+    assert template.render(Chat((message,), (TOOL,))) == "add x"
+
+
+def test_a_template_that_knows_no_tools_gets_them_in_the_system_message():
+    calls = {"tool_calls": [{"function": {"name": "add", "arguments": {"a": 1}}}]}
+    messages = (Message("system", "Be brief."), Message("assistant", "", calls), Message("tool", "2"))
+    prompt = ChatTemplate(PLAIN, "", "").render(Chat(messages, (TOOL,)))
+    assert prompt.startswith("<system>Be brief.") and json.dumps(TOOL) in prompt
+    assert f"<assistant><tool_call>\n{CALL}\n</tool_call>" in prompt
+    assert prompt.endswith("<user><tool_response>\n2\n</tool_response>")
+    assert prompt.count("<system>") == 1
+
+
+def test_without_tools_a_conversation_is_as_it_was():
+    assert ChatTemplate(PLAIN, "", "").render(Chat((Message("user", "Hi"),))) == "<user>Hi"
