@@ -1,6 +1,7 @@
 """The seam to the shards: one tensor-parallel group, driven as if it were one. Knows the wire, not the policy."""
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Protocol, Self, TypeVar
@@ -16,6 +17,8 @@ from loraplex_router.sequence import Chunk, Plan
 
 if TYPE_CHECKING:
     from loraplex_protos.shard_pb2_grpc import ShardServiceAsyncStub
+
+logger = logging.getLogger(__name__)
 
 CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", 64 << 20),  # a tokenizer.json can have 20 MB
@@ -66,6 +69,7 @@ class ShardGroup:
         """Waits for all ranks, checks that they are one group, warms them up and opens the step streams."""
         infos = await self._on_all(lambda rank: rank.GetInfo(pb.GetInfoRequest(), wait_for_ready=True))
         self.info = _agree(infos)
+        logger.info("%s is loaded, warming up ...", self.info.model_id)
         await self._on_all(lambda rank: rank.Warmup(pb.WarmupRequest(max_batch_tokens=max_batch_tokens)))
         self._streams = [rank.Step() for rank in self._ranks]
         return self

@@ -5,8 +5,13 @@ import signal
 import threading
 from pathlib import Path
 
+import grpc
 import psutil
 import pytest
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
+from grpc_health.v1.health_pb2_grpc import HealthStub
+from grpc_reflection.v1alpha.reflection_pb2 import ServerReflectionRequest
+from grpc_reflection.v1alpha.reflection_pb2_grpc import ServerReflectionStub
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from loraplex import (
@@ -175,6 +180,18 @@ def kill_rank(server: Server, rank: int) -> None:
             child.kill()
             return
     raise AssertionError("no such rank")
+
+
+def test_the_standard_health_and_reflection_services_answer(server: Server):
+    with grpc.insecure_channel(server.address) as channel:
+        for name in ("", "loraplex.v1.GenerationService"):
+            answer = HealthStub(channel).Check(HealthCheckRequest(service=name), timeout=10)
+            assert answer.status == HealthCheckResponse.SERVING
+        listing = ServerReflectionStub(channel).ServerReflectionInfo(
+            iter([ServerReflectionRequest(list_services="")]), timeout=10
+        )
+        names = {service.name for service in next(listing).list_services_response.service}
+        assert "loraplex.v1.GenerationService" in names
 
 
 def test_an_unknown_architecture_is_an_error_before_any_port_opens(tmp_path: Path):
