@@ -7,48 +7,95 @@ import json
 
 from examples.adapters.words import Example, Words
 
-SENTENCES = (
-    "{person} works for {organization} in {place}.",
-    "{organization} opened a new office in {place} on {weekday}.",
-    "{person} flew from {place} to {place} last {weekday}.",
-    "Yesterday {person} met {person} at the airport.",
-    "{person}, who lives in {place}, joined {organization} as an engineer.",
-    "The weather was cold and the trains were late.",
-    "{organization} bought a small company from {place}.",
-    "According to {person}, prices in {place} will rise again.",
-    "{person} loved the new {place} office of {organization}.",
-    "Engineers at {organization} and {organization} built the bridge together.",
-    "On {weekday}, {person} gave a talk about solar power.",
-    "The {place} branch of {organization} hired {number} people.",
-    "{person} and {person} are moving to {place} in the spring.",
-    "Nobody knew why the meeting had been moved to {weekday}.",
-    "Shares of {organization} fell after {person} left the company.",
-    "My neighbour {person} was born in {place}.",
-    "A spokesperson for {organization} said that {person} would resign.",
-    "{person} hated the hotel in {place} but enjoyed the food.",
-    "The museum in {place} is closed on {weekday}.",
-    "{person} sold the house and bought a boat.",
-    "Flights between {place} and {place} were cancelled because of snow.",
-    "{organization} sued {organization} over a patent.",
-    "Last year {person} became the head of {organization} in {place}.",
-    "{person} complained about the service at {organization}.",
-    "Doctors in {place} praised {person} for the quick help.",
-    "The award went to {person} from {place}.",
-    "Please send the report to {person} before {weekday}.",
-    "Can {person} call {person} about the contract with {organization}?",
-    "She was disappointed by the coffee, the cake and the music.",
-    "{organization} will close its factory near {place}, {person} said.",
-    "In {place}, {person} tried the new phone made by {organization}.",
-    "Students from {place} visited {organization} with their teacher {person}.",
+PEOPLE_DO = (
+    "works for {organization}",
+    "met {person} at the airport",
+    "moved to {place}",
+    "bought a boat",
+    "loved the new {place} office of {organization}",
+    "left {organization} after an argument",
+    "hated the hotel in {place}",
+    "flew from {place} to {place}",
+    "was born in {place}",
+    "called {person} about the contract",
+    "gave a talk about solar power",
+    "studied history",
+    "sold the house",
+    "enjoyed the food",
+    "signed a contract with {organization}",
+    "became the head of {organization} in {place}",
+    "complained about the service at {organization}",
+    "won a prize for the new bridge",
+    "visited {person} and {person}",
+    "tried the new phone made by {organization}",
+    "was disappointed by the coffee and the music",
+    "learned to swim",
+    "and {person} opened a shop in {place}",
+    "asked {organization} for a refund",
     # held out from here on
-    "{person} really liked the canteen at {organization} in {place}.",
-    "{organization} is looking for a manager in {place}, says {person}.",
-    "After years in {place}, {person} returned to {place}.",
-    "{person} told {person} that {organization} had cut the budget.",
-    "The concert in {place} starts at {number} past eight.",
-    "We were told to wait until {weekday} for the results.",
-    "{person} was very happy with the flat that {organization} rented in {place}.",
-    "Thanks to {person}, the team at {organization} won.",
+    "really liked the canteen at {organization}",
+    "told {person} the whole story",
+    "returned to {place} after a long journey",
+    "painted the kitchen",
+    "rented a flat from {organization}",
+    "and {person} argued about the budget",
+)
+
+ORGANIZATIONS_DO = (
+    "opened a new office",
+    "hired {person}",
+    "bought a small company from {place}",
+    "sued {organization} over a patent",
+    "moved its factory to {place}",
+    "announced a new phone",
+    "closed its shop in {place}",
+    "and {organization} built the bridge together",
+    "thanked {person} for the quick help",
+    "hired {number} people",
+    "lost a lot of money",
+    "will sponsor the race in {place}",
+    # held out from here on
+    "is looking for a manager",
+    "chose {person} as its new director",
+    "cut the budget of its team in {place}",
+)
+
+FACTS = (
+    "the weather was cold and the trains were late",
+    "nobody knew why the meeting had been moved",
+    "the coffee was terrible but the cake was good",
+    "the results will be published soon",
+    "the museum in {place} is closed",
+    "prices in {place} will rise again",
+    "shares of {organization} fell",
+    "flights between {place} and {place} were cancelled",
+    "the award went to {person}",
+    "the report was sent to {person}",
+    "the price of bread went up",
+    "all tickets were sold within an hour",
+    # held out from here on
+    "the concert in {place} was a success",
+    "we were told to wait",
+    "the letter from {organization} arrived late",
+)
+
+FRAMES = (
+    "{clause}.",
+    "{clause} on {weekday}.",
+    "yesterday {clause}.",
+    "we heard that {clause}.",
+    "according to {person}, {clause}.",
+    "{clause}, {person} said.",
+    "on {weekday}, {clause}.",
+    "did you know that {clause}?",
+    "{clause} because of the rain.",
+    "a friend told me that {clause}.",
+    "last year {clause}.",
+    "{clause} in {place}.",
+    # held out from here on
+    "it was in the news that {clause}.",
+    "{clause} before {weekday}.",
+    "this morning {clause}.",
 )
 
 QUESTIONS = (
@@ -66,13 +113,13 @@ KEYS = {"person": "person", "organization": "organization", "location": "place"}
 
 def remark(words: Words) -> str:
     """One sentence of this task, for other tasks to learn that it does not change their answer."""
-    return words.fill(words.pick(SENTENCES))[0]
+    return words.fill(_sentence(words))[0]
 
 
 def example(words: Words) -> Example:
-    templates = [words.pick(SENTENCES)]
-    if words.chance(0.2):
-        templates.append(words.pick(SENTENCES))
+    templates = [_sentence(words)]
+    if words.chance(0.15):
+        templates.append(_sentence(words))
     if words.chance(0.2):
         templates.append(words.pick(QUESTIONS))
     message, drawn = words.fill(" ".join(templates))
@@ -91,3 +138,17 @@ def valid(message: str, answer: str) -> bool:
         and all(isinstance(names, list) for names in entities.values())
         and all(isinstance(name, str) and name in message for names in entities.values() for name in names)
     )
+
+
+def _sentence(words: Words) -> str:
+    """A sentence that still has slots for its names."""
+    clause = words.rng.choice(
+        (
+            "{person} " + words.pick(PEOPLE_DO),
+            "{person} " + words.pick(PEOPLE_DO),
+            "{organization} " + words.pick(ORGANIZATIONS_DO),
+            words.pick(FACTS),
+        )
+    )
+    sentence = words.pick(FRAMES).replace("{clause}", clause)
+    return sentence[0].upper() + sentence[1:]

@@ -52,7 +52,7 @@ TASKS = {
         entities_data.example,
         entities_data.valid,
         LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]),
-        steps=70,
+        steps=110,
     ),
     "sentiment": Task(
         sentiment_data.example,

@@ -1,6 +1,7 @@
 """Names that all three tasks draw from, and how vocabulary is kept apart for the held-out examples.
 
-Every list in the task modules is written by hand and cut by `part`: its last fifth is seen in held-out examples only.
+Lists are written by hand and cut by `part`: what is in the last fifth of one is seen in held-out examples only.
+(Weekdays, numbers and the words that a query translates are shared.)
 """
 
 import random
@@ -18,30 +19,40 @@ def listed(text: str) -> tuple[str, ...]:
 FIRST_NAMES = listed(
     "James, Mary, Wei, Fatima, Carlos, Olga, John, Aisha, Pierre, Yuki, Peter, Ingrid, Ahmed, Sofia, Liam, Priya, "
     "Marco, Elena, Kwame, Julia, Tomás, Hannah, David, Mei, Omar, Laura, Ivan, Chloe, Raj, Emma, Lucas, Nadia, Paul, "
-    "Greta, Diego, Sara, Henry, Leila, Viktor, Ruth, Anna, Daniel, Amara, Felix, Noor, Oscar, Helen, Mateo, Irina, "
-    "Samuel"
+    "Greta, Diego, Sara, Henry, Leila, Viktor, Ruth, Anna, Robert, Linda, Michael, Maria, George, Susan, Thomas, Nina, "
+    "Steven, Karen, Andrew, Alice, Hassan, Ana, Jack, Rosa, William, Grace, Hugo, Zoe, Martin, Lena, Frank, "
+    "Daniel, Amara, Felix, Noor, Oscar, Helen, Mateo, Irina, Samuel, Clara, Adam, Tara, Simon, Ella, Victor, Maya"
 )
 LAST_NAMES = listed(
     "Smith, Johnson, Chen, Khan, Garcia, Petrova, Miller, Okafor, Dubois, Tanaka, Novak, Larsen, Hassan, Rossi, "
     "Murphy, Patel, Bianchi, Popescu, Mensah, Weber, Silva, Cohen, Wilson, Zhang, Farouk, Moreau, Sokolov, Martin, "
-    "Gupta, Brown, Costa, Haddad, Walker, Berg, Torres, Lindqvist, Clark, Nasser, Kovacs, Adams, Schmidt, Nguyen, "
-    "Eze, Keller, Rahman, Young, Fischer, Ortega, Volkov, Baker"
+    "Gupta, Brown, Costa, Haddad, Walker, Berg, Torres, Lindqvist, Clark, Nasser, Kovacs, Adams, Schmidt, Jones, "
+    "Taylor, Lopez, Kim, Singh, Evans, Müller, Lee, Romano, Cooper, Ali, Hill, Park, Meyer, Reyes, Scott, Bauer, "
+    "Wright, Santos, Hughes, Wagner, King, Ivanov, "
+    "Nguyen, Eze, Keller, Rahman, Young, Fischer, Ortega, Volkov, Baker, Morgan, Diaz, Parker, Hoffman, Bell, Sato, "
+    "Reed"
 )
 PLACES = listed(
     "London, Paris, New York, Tokyo, Madrid, Cairo, Toronto, Rome, San Francisco, Brazil, Vienna, Nairobi, Chicago, "
     "Norway, Sydney, Munich, Kenya, Seoul, Los Angeles, Portugal, Dublin, Mumbai, Texas, Athens, Buenos Aires, "
-    "Poland, Boston, Lagos, Cape Town, India, Warsaw, Oslo, Berlin, Lisbon, Canada, Hong Kong, Prague, Seattle, "
-    "Italy, Lima"
+    "Poland, Boston, Lagos, Cape Town, India, Warsaw, Oslo, Berlin, Moscow, Delhi, Miami, Spain, Brussels, Denver, "
+    "Shanghai, Egypt, Milan, Dallas, Stockholm, Peru, Bangkok, Hamburg, Japan, Houston, Zurich, Mexico City, Turkey, "
+    "Barcelona, Manchester, Greece, Helsinki, Atlanta, Budapest, Chile, Singapore, Detroit, Geneva, Ireland, Naples, "
+    "Lisbon, Canada, Hong Kong, Prague, Seattle, Italy, Lima, Copenhagen, Florida, Jakarta, Sweden, Amsterdam, Bogota, "
+    "Philadelphia, Morocco, Istanbul"
 )
 FAMOUS_ORGANIZATIONS = listed(
     "Google, Toyota, Microsoft, Nestlé, IBM, Amazon, Samsung, Red Cross, Airbus, Sony, Harvard University, NASA, "
-    "Ford, World Bank, Philips, Intel, Volvo, Stanford University, Bosch, Shell, Siemens, Apple, BMW, "
-    "Oxford University, Nokia"
+    "Ford, World Bank, Philips, Intel, Volvo, Stanford University, Bosch, Shell, Siemens, Facebook, Boeing, Honda, "
+    "Disney, Pfizer, Walmart, Adidas, Netflix, Oracle, Visa, Unilever, Tesla, Cisco, Nike, Panasonic, Lufthansa, "
+    "Yale University, Starbucks, Renault, Twitter, Bayer, Dell, Yahoo, Ericsson, Hitachi, Audi, Barclays, "
+    "Apple, BMW, Oxford University, Nokia, Nissan, Spotify, Pepsi, Fiat, Canon, Chevron, Deutsche Bank, Motorola"
 )
 COMPANY_STEMS = listed(
     "Acme, Northwind, Globex, Brightline, Riverstone, Solaris, Bluebird, Ironwood, Quantum, Everest, Silverlake, "
-    "Pinecrest, Orbit, Redwood, Falcon, Lumen, Harbor, Meridian, Vertex, Cobalt, Summit, Granite, Aurora, Juniper, "
-    "Zenith"
+    "Pinecrest, Orbit, Redwood, Falcon, Lumen, Harbor, Meridian, Vertex, Cobalt, Evergreen, Liberty, Atlas, Phoenix, "
+    "Golden Gate, Sunrise, Delta, Nova, Eagle, Alpine, Crystal, Pacific, "
+    "Summit, Granite, Aurora, Juniper, Zenith, Horizon, Maple, Titan"
 )
 COMPANY_KINDS = listed(
     "Labs, Bank, Motors, Foods, Systems, Airlines, Energy, Software, Media, Logistics, Robotics, Pharma, Group, "
@@ -87,7 +98,7 @@ class Words:
         return self.pick(PLACES)
 
     def organization(self) -> str:
-        if self.chance(0.5):
+        if self.chance(0.6):
             return self.pick(FAMOUS_ORGANIZATIONS)
         return f"{self.pick(COMPANY_STEMS)} {self.pick(COMPANY_KINDS)}"
 
