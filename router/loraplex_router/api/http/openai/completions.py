@@ -89,7 +89,7 @@ class CompletionWriter:
             pairs = list(zip(generation.outputs, deltas, strict=True))
             if len(pairs) > (self.body.n or 1):
                 pairs = sorted(pairs, key=lambda pair: pair[1].mean_logprob, reverse=True)[: self.body.n or 1]
-            choices += (self._whole_choice(len(choices) + at, *pair) for at, pair in enumerate(pairs))
+            choices += [self._whole_choice(len(choices) + at, *pair) for at, pair in enumerate(pairs)]
         return {**self._head(), "choices": choices, "usage": usage(self.generations)}
 
     def _whole_choice(self, index: int, output: SequenceOutput, delta: Delta) -> dict[str, Any]:

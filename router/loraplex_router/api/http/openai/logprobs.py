@@ -54,7 +54,8 @@ class CompletionLogprobs:
         for sample, end in _with_text(delta):
             tokens.append(self._tokenizer.token_text(sample.token))
             logprobs.append(_clamp(sample.logprob))
-            top.append({self._tokenizer.token_text(token): _clamp(value) for token, value in sample.alternatives})
+            worst_first = reversed(sample.alternatives)  # of tokens that look alike, the best is reported
+            top.append({self._tokenizer.token_text(token): _clamp(value) for token, value in worst_first})
             offsets.append(self._echoed + self._at)
             self._at = end
         return {"tokens": tokens, "token_logprobs": logprobs, "top_logprobs": top, "text_offset": offsets}

@@ -1,0 +1,102 @@
+"""What no client shows: headers, events on the wire, administration, health, and the OpenAPI document."""
+
+import json
+import urllib.error
+import urllib.request
+from email.message import Message
+from typing import Any
+
+import pytest
+
+from tests.e2e.processes import Server
+
+
+def call(server: Server, path: str, body: object | bytes | None = None) -> tuple[int, Message, str]:
+    """The status, the headers and the text of a POST, or without a body of a GET."""
+    data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+    request = urllib.request.Request(server.url + path, data, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return response.status, response.headers, response.read().decode()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.headers, error.read().decode()
+
+
+def read(server: Server, path: str, body: object | None = None) -> Any:
+    status, _, text = call(server, path, body)
+    assert status == 200, text
+    return json.loads(text)
+
+
+def test_whole_answers_have_lorax_headers(server: Server):
+    parameters = {"max_new_tokens": 3, "adapter_id": "first"}
+    status, headers, text = call(server, "/generate", {"inputs": "Hi", "parameters": parameters})
+    assert status == 200 and set(json.loads(text)) == {"generated_text"}
+    for name in ("compute-time", "queue-time", "inference-time", "time-per-token", "total-time"):
+        assert int(headers[f"x-{name}"]) >= 0
+    assert (headers["x-prompt-tokens"], headers["x-generated-tokens"]) == ("2", "3")
+    assert headers["x-adapter-id"] == "first" and headers["x-model-id"]
+
+
+def test_streams_are_events_without_a_done_on_lorax_routes_and_with_one_on_openais(server: Server):
+    _, headers, text = call(server, "/generate_stream", {"inputs": "Hi", "parameters": {"max_new_tokens": 3}})
+    events = [json.loads(event.removeprefix("data: ")) for event in text.strip().split("\n\n")]
+    assert len(events) == 3 and headers["content-type"].startswith("text/event-stream")
+    assert events[-1]["generated_text"] is not None and events[-1]["details"] is None
+    chat = {"model": "first", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2, "stream": True}
+    assert call(server, "/v1/chat/completions", chat)[2].endswith("data: [DONE]\n\n")
+
+
+@pytest.mark.parametrize("path", ["/", "/generate", "/generate_stream", "/invocations", "/tokenize"])
+@pytest.mark.parametrize("body", [b"{bad", b"[]", b'{"inputs": 5}', b"{}"])
+def test_malformed_bodies_are_validation_errors_in_lorax_shape(server: Server, path: str, body: bytes):
+    status, _, text = call(server, path, body)
+    answer = json.loads(text)
+    assert status == 422 and answer["error_type"] == "validation" and "`" in answer["error"]
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+@pytest.mark.parametrize("body", [b"{bad", b"[]", b'{"model": 5}', b"{}"])
+def test_malformed_bodies_are_bad_requests_in_openais_shape(server: Server, path: str, body: bytes):
+    status, _, text = call(server, path, body)
+    assert status == 400 and set(json.loads(text)["error"]) == {"message", "type", "param", "code"}
+
+
+def test_nulls_and_unknown_fields_are_accepted(server: Server):
+    nulls = dict.fromkeys(("adapter_id", "best_of", "details", "seed", "stop", "temperature", "truncate", "watermark"))
+    body = {"inputs": "Hi", "stream": None, "more": 1, "parameters": {**nulls, "other": 2, "max_new_tokens": 2}}
+    assert len(read(server, "/", body)) == 1
+    assert len(read(server, "/invocations", {"inputs": "Hi", "parameters": {"max_new_tokens": 1}})) == 1
+
+
+def test_a_body_too_large_is_refused(server: Server):
+    assert call(server, "/generate", b" " * (16 << 20) + b"{}")[0] == 413
+
+
+def test_info_tokenize_and_health(server: Server):
+    assert read(server, "/info")["max_total_tokens"] == 4096
+    assert [token["text"] for token in read(server, "/tokenize", {"inputs": "ab"})] == ["a", "b"]
+    assert {call(server, path)[0] for path in ("/", "/health", "/ping", "/startup")} == {200}
+    assert call(server, "/absent")[0] == 404 and call(server, "/generate")[0] == 405
+
+
+def test_adapters_are_loaded_listed_and_unloaded_by_either_name_of_the_routes(server: Server):
+    def tier() -> str:
+        return next(adapter["tier"] for adapter in read(server, "/adapters") if adapter["id"] == "second")
+
+    assert read(server, "/adapters/load", {"id": "second"})["lora_rank"] == 8
+    assert tier() == "host"
+    assert call(server, "/v1/unload_lora_adapter", {"lora_name": "second"})[0] == 200
+    assert tier() == "disk"
+    assert call(server, "/v1/load_lora_adapter", {"lora_name": "second", "lora_path": "/adapters/second"})[0] == 200
+    assert call(server, "/v1/load_lora_adapter", {"lora_name": "second", "lora_path": "/etc"})[0] == 400
+    assert call(server, "/adapters/unload", {"id": "second"})[0] == 200
+    assert call(server, "/adapters/unload", {"id": "second"})[0] == 404
+
+
+def test_the_openapi_document_has_every_route_and_the_statuses_of_its_errors(server: Server):
+    paths = read(server, "/openapi.json")["paths"]
+    assert {"/generate", "/generate_stream", "/v1/completions", "/v1/chat/completions", "/adapters"} < set(paths)
+    assert {"200", "404", "422", "429"} <= set(paths["/generate"]["post"]["responses"])
+    assert "text/html" in call(server, "/docs")[1]["content-type"]

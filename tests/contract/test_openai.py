@@ -1,0 +1,191 @@
+"""The `openai` client, as it comes from PyPI."""
+
+import asyncio
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import pytest
+from openai import AsyncOpenAI, OpenAI
+
+from tests.e2e.processes import Server
+
+HELLO = [{"role": "user", "content": "Hello"}]
+SCHEMA = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"], "additionalProperties": False}
+TOOLS = [
+    {"type": "function", "function": {"name": name, "description": "Reads something.", "parameters": SCHEMA}}
+    for name in ("read_time", "read_weather")
+]
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as connected:
+        yield connected
+
+
+@pytest.fixture
+def base(model: Path) -> str:
+    return str(model)
+
+
+def test_models_are_the_base_and_its_adapters(client: OpenAI, base: str):
+    models = {model.id: model for model in client.models.list()}
+    assert next(iter(models)) == base and {"first", "second"} < set(models)
+    assert models["first"].parent == base and models[base].parent is None
+    assert client.models.retrieve("first").id == "first"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("absent")
+
+
+def test_the_model_names_the_adapter_alone_or_after_the_base(client: OpenAI, base: str):
+    def answer(model: str) -> str:
+        return client.completions.create(model=model, prompt="Hello", max_tokens=6, temperature=0).choices[0].text
+
+    assert answer("first") == answer(f"{base}:first") != answer(base)
+    for unknown in ("absent", f"{base}:absent", f"{base}:"):
+        with pytest.raises(openai.NotFoundError) as caught:
+            answer(unknown)
+        assert caught.value.code == "model_not_found"
+
+
+def test_completions_of_several_prompts_are_numbered_through_streamed_or_not(client: OpenAI, base: str):
+    options = {"model": base, "prompt": ["Hello", "Good day"], "n": 2, "max_tokens": 5, "temperature": 0}
+    whole = client.completions.create(**options)
+    assert [choice.index for choice in whole.choices] == [0, 1, 2, 3]
+    assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (13, 20)
+    texts, reasons = [""] * 4, [""] * 4
+    *chunks, last = client.completions.create(**options, stream=True, stream_options={"include_usage": True})
+    for choice in (choice for chunk in chunks for choice in chunk.choices):
+        texts[choice.index] += choice.text
+        reasons[choice.index] = choice.finish_reason
+    assert texts == [choice.text for choice in whole.choices] and reasons == ["length"] * 4
+    assert last.choices == [] and last.usage.completion_tokens == 20
+
+
+def test_echo_scores_the_prompt_without_an_answer(client: OpenAI, base: str):
+    tokens = list(range(30, 40))
+    scored = client.completions.create(model=base, prompt=tokens, max_tokens=0, echo=True, logprobs=1).choices[0]
+    assert len(scored.text) == len(scored.logprobs.tokens) == 10
+    assert scored.logprobs.token_logprobs[0] is None and all(value < 0 for value in scored.logprobs.token_logprobs[1:])
+    assert scored.logprobs.text_offset == list(range(10))
+
+
+def test_logprobs_are_of_the_text_and_best_of_keeps_the_likeliest(client: OpenAI, base: str):
+    choice = client.completions.create(model=base, prompt="Hello", max_tokens=6, temperature=0, logprobs=3).choices[0]
+    assert len(choice.logprobs.tokens) == 6
+    assert all(
+        max(top.values()) == own and len(top) >= 1
+        for own, top in zip(choice.logprobs.token_logprobs, choice.logprobs.top_logprobs, strict=True)
+    )
+    assert len(client.completions.create(model=base, prompt="Hello", max_tokens=3, n=2, best_of=4).choices) == 2
+
+
+def test_a_chat_streams_what_it_answers_whole(client: OpenAI, base: str):
+    options = {"model": "second", "messages": HELLO, "max_completion_tokens": 8, "seed": 5, "temperature": 0.8}
+    whole = client.chat.completions.create(**options, logprobs=True, top_logprobs=2)
+    message = whole.choices[0]
+    assert message.message.role == "assistant" and message.finish_reason == "length"
+    assert [len(token.top_logprobs) for token in message.logprobs.content] == [2] * 8
+    chunks = list(client.chat.completions.create(**options, stream=True, stream_options={"include_usage": True}))
+    assert chunks[0].choices[0].delta.role == "assistant" and chunks[-1].usage.total_tokens == whole.usage.total_tokens
+    text = "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices)
+    assert text == message.message.content
+    assert [choice.finish_reason for chunk in chunks for choice in chunk.choices][-1] == "length"
+
+
+async def test_many_asynchronous_streams_at_once(server: Server, base: str):
+    async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
+
+        async def read(model: str) -> int:
+            stream = await client.chat.completions.create(model=model, messages=HELLO, max_tokens=16, stream=True)
+            async with stream:
+                count = 0
+                async for _ in stream:
+                    count += 1
+                    if model == "first" and count > 2:
+                        break  # leaves midway
+                return count
+
+        counts = await asyncio.gather(*(read(model) for model in [base, "first", "second"] * 4))
+    assert all(counts)
+    server.assert_nothing_is_held()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("wrong", "param"),
+    [
+        ({"max_tokens": 10**6}, "max_tokens"),
+        ({"temperature": -1}, "temperature"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0][content][0]"),
+        ({"logit_bias": {"5": 1}}, "logit_bias"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "odd"}}}}, "response_format"),
+    ],
+)
+def test_a_wrong_field_is_a_bad_request_that_names_it(
+    client: OpenAI, base: str, wrong: dict[str, object], param: str, stream: bool
+):
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(**{"model": base, "messages": HELLO, "stream": stream, **wrong})
+    assert caught.value.param == param and caught.value.type == "invalid_request_error"
+
+
+def test_formats_of_openai_and_of_vllm(client: OpenAI, base: str):
+    def answer(**options: object) -> str:
+        completion = client.chat.completions.create(model=base, messages=HELLO, max_tokens=200, **options)
+        assert completion.choices[0].finish_reason == "stop"
+        return completion.choices[0].message.content
+
+    schema = {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA, "strict": True}}
+    assert set(json.loads(answer(response_format=schema))) == {"a"}
+    assert answer(extra_body={"structured_outputs": {"choice": ["yes", "no"]}}) in ("yes", "no")
+    assert answer(extra_body={"guided_regex": "[0-9]{4}"}).isdigit()
+    assert set(json.loads(answer(extra_body={"guided_json": SCHEMA}))) == {"a"}
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "read_weather"}}])
+def test_forced_tool_calls_are_calls_streamed_or_not(client: OpenAI, base: str, choice: object):
+    options = {"model": base, "messages": HELLO, "tools": TOOLS, "tool_choice": choice, "parallel_tool_calls": False}
+    whole = client.chat.completions.create(**options, max_tokens=200, seed=3).choices[0]
+    (call,) = whole.message.tool_calls
+    assert whole.finish_reason == "tool_calls" and whole.message.content is None
+    assert call.function.name in ("read_time", "read_weather") and set(json.loads(call.function.arguments)) == {"a"}
+    assert choice == "required" or call.function.name == "read_weather"
+    chunks = list(client.chat.completions.create(**options, max_tokens=200, seed=3, stream=True))
+    (streamed,) = (call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or ())
+    assert (streamed.function.name, streamed.function.arguments) == (call.function.name, call.function.arguments)
+    assert chunks[-1].choices[0].finish_reason == "tool_calls"
+
+
+def test_a_conversation_with_tool_results_is_understood(client: OpenAI, base: str):
+    function = {"name": "read_time", "arguments": '{"a": true}'}
+    messages = [
+        *HELLO,
+        {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "type": "function", "function": function}]},
+        {"role": "tool", "tool_call_id": "1", "content": "noon"},
+    ]
+    plain = client.chat.completions.create(model=base, messages=messages, max_tokens=2).usage.prompt_tokens
+    offered = client.chat.completions.create(model=base, messages=messages, tools=TOOLS, max_tokens=2).usage
+    assert offered.prompt_tokens > plain + 100
+
+
+def test_vllms_extra_fields_are_understood(client: OpenAI, base: str):
+    extra = {
+        "top_k": 5,
+        "min_p": 0.01,
+        "repetition_penalty": 1.1,
+        "ignore_eos": True,
+        "min_tokens": 3,
+        "stop_token_ids": [5],
+        "skip_special_tokens": True,
+        "prompt_logprobs": 0,
+        "truncate_prompt_tokens": 4,
+    }
+    completion = client.completions.create(model=base, prompt="Hello", max_tokens=4, extra_body=extra)
+    assert completion.usage.prompt_tokens == 4 and len(completion.choices[0].prompt_logprobs) == 4
