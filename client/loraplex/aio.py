@@ -12,8 +12,10 @@ from loraplex.connection import CHANNEL_OPTIONS, key_metadata, typed_errors
 from loraplex.types import (
     Adapter,
     AdapterReference,
+    Embedding,
     GenerateOptions,
     Generation,
+    MergedAdapters,
     Message,
     ModelInfo,
     Prompt,
@@ -92,6 +94,18 @@ class AsyncClient:
             await self._stub.CancelGeneration(
                 requests.cancel_request(request_id), timeout=timeout, metadata=self._metadata
             )
+
+    async def embed(
+        self,
+        inputs: str | Sequence[Prompt],
+        *,
+        adapter: str | AdapterReference | MergedAdapters | None = None,
+        timeout: float | None = None,
+    ) -> tuple[Embedding, ...]:
+        """See `Client.embed`."""
+        request = requests.embed_request(inputs, adapter)
+        with typed_errors():
+            return responses.embeddings(await self._stub.Embed(request, timeout=timeout, metadata=self._metadata))
 
     async def tokenize(
         self,

@@ -11,8 +11,10 @@ from loraplex.connection import CHANNEL_OPTIONS, key_metadata, typed_errors
 from loraplex.types import (
     Adapter,
     AdapterReference,
+    Embedding,
     GenerateOptions,
     Generation,
+    MergedAdapters,
     Message,
     ModelInfo,
     Prompt,
@@ -97,6 +99,18 @@ class Client:
         """
         with typed_errors():
             self._stub.CancelGeneration(requests.cancel_request(request_id), timeout=timeout, metadata=self._metadata)
+
+    def embed(
+        self,
+        inputs: str | Sequence[Prompt],
+        *,
+        adapter: str | AdapterReference | MergedAdapters | None = None,
+        timeout: float | None = None,
+    ) -> tuple[Embedding, ...]:
+        """One embedding for each of at most 1024 inputs: texts, token ids or conversations."""
+        request = requests.embed_request(inputs, adapter)
+        with typed_errors():
+            return responses.embeddings(self._stub.Embed(request, timeout=timeout, metadata=self._metadata))
 
     def tokenize(
         self,

@@ -11,7 +11,7 @@ from loraplex_protos.errors import from_rpc_error
 _SERVICE = "loraplex.v1.GenerationService"
 
 # Calls that leave nothing behind on the server.
-_REPEATABLE = ("Generate", "GenerateStream", "Tokenize", "ListAdapters", "GetModelInfo")
+_REPEATABLE = ("Generate", "GenerateStream", "Embed", "Tokenize", "ListAdapters", "GetModelInfo")
 
 # gRPC tries again on its own, within the call's deadline, as long as the server has answered nothing: neither
 # initial metadata nor a message (gRFC A6). The backoff doubles, with a jitter of a fifth.

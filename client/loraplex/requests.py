@@ -11,6 +11,8 @@ from loraplex_protos import generation_pb2 as pb
 from loraplex_protos.errors import FieldViolation, InvalidRequestError
 
 P = TypeVar("P", bound=Proto)
+R = TypeVar("R", pb.GenerateRequest, pb.EmbedInput)
+S = TypeVar("S", pb.GenerateRequest, pb.EmbedRequest)
 
 
 def generate_request(
@@ -63,15 +65,16 @@ def generate_request(
     request = _fill(pb.GenerateRequest(sampling=sampling, stopping=stopping, detail=detail), request_id=request_id, n=n)
     if grammar is not None:
         request.grammar.CopyFrom(_grammar(grammar))
-    if isinstance(adapter, MergedAdapters):
-        request.merged_adapters.CopyFrom(_merged_adapters(adapter))
-    elif adapter is not None:
-        request.adapter.CopyFrom(adapter_reference(adapter))
-    if isinstance(prompt, str):
-        return _fill(request, text=prompt)
-    if _is_chat(prompt):
-        return _fill(request, chat=_chat(cast(Sequence[Message], prompt)))
-    return _fill(request, token_ids=_fill(pb.TokenIds(), ids=prompt))
+    _with_adapter(request, adapter)
+    return _with_prompt(request, prompt)
+
+
+def embed_request(
+    inputs: str | Sequence[Prompt], adapter: str | AdapterReference | MergedAdapters | None
+) -> pb.EmbedRequest:
+    given = [inputs] if isinstance(inputs, str) else inputs
+    request = pb.EmbedRequest(inputs=[_with_prompt(pb.EmbedInput(), prompt) for prompt in given])
+    return _with_adapter(request, adapter)
 
 
 def tokenize_request(prompt: str | Sequence[Message], skip_special_tokens: bool) -> pb.TokenizeRequest:
@@ -89,6 +92,20 @@ def adapter_reference(adapter: str | AdapterReference) -> pb.AdapterReference:
         revision=adapter.revision,
         token=adapter.token,
     )
+
+
+def _with_prompt(request: R, prompt: Prompt) -> R:
+    if isinstance(prompt, str):
+        return _fill(request, text=prompt)
+    if _is_chat(prompt):
+        return _fill(request, chat=_chat(cast(Sequence[Message], prompt)))
+    return _fill(request, token_ids=_fill(pb.TokenIds(), ids=prompt))
+
+
+def _with_adapter(request: S, adapter: str | AdapterReference | MergedAdapters | None) -> S:
+    if isinstance(adapter, MergedAdapters):
+        return _fill(request, merged_adapters=_merged_adapters(adapter))
+    return request if adapter is None else _fill(request, adapter=adapter_reference(adapter))
 
 
 def _merged_adapters(merged: MergedAdapters) -> pb.MergedAdapters:

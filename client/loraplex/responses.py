@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from loraplex.types import (
     Adapter,
     AdapterTier,
+    Embedding,
     FinishReason,
     GeneratedSequence,
     Generation,
@@ -53,6 +54,10 @@ def stream_piece(response: pb.GenerateStreamResponse) -> StreamPiece:
         prompt=_prompt(response.prompt),
         adapter_digest=response.adapter_digest,
     )
+
+
+def embeddings(response: pb.EmbedResponse) -> tuple[Embedding, ...]:
+    return tuple(Embedding(tuple(given.values), given.prompt_tokens) for given in response.embeddings)
 
 
 def token_spans(response: pb.TokenizeResponse) -> tuple[TokenSpan, ...]:

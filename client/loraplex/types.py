@@ -193,6 +193,15 @@ class StreamPiece:
 
 
 @dataclass(frozen=True, slots=True)
+class Embedding:
+    """The mean of the model's last hidden states, after its final norm, over all tokens of an input."""
+
+    values: tuple[float, ...]
+    """As many as the model's hidden size; their squares add up to 1."""
+    prompt_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class TokenSpan:
     """A token of a given text or conversation, and the characters [start, stop) that became it."""
 

@@ -123,6 +123,7 @@ class Engine:
         self._metrics.step(plan, response)
         failures = dict(zip(response.failed_chunks, response.failure_reasons, strict=True))
         prompt_logprobs = _read_prompt_logprobs(response, len(plan.chunks))
+        pooled = _read_pooled(response)
         for place, (chunk, samples) in enumerate(zip(plan.chunks, _read_samples(response), strict=True)):
             owner = self._owners.get(chunk.sequence)
             if owner is None or chunk.sequence.finished:
@@ -133,6 +134,9 @@ class Engine:
                 continue
             if prompt_logprobs[place]:
                 output.prompt_logprobs[chunk.start :] = prompt_logprobs[place]
+            if place in pooled:
+                output.pool(pooled[place])
+                self._scheduler.finish(chunk.sequence)
             for sample in samples:
                 self._scheduler.record(chunk.sequence, sample.token)
                 if output.push(sample):
@@ -203,3 +207,10 @@ def _read_prompt_logprobs(response: pb.StepResponse, chunks: int) -> list[list[f
     values = iter(response.prompt_logprobs)
     counts = response.prompt_logprob_counts or [0] * chunks
     return [[next(values) for _ in range(count)] for count in counts]
+
+
+def _read_pooled(response: pb.StepResponse) -> dict[int, Sequence[float]]:
+    """The vectors, by the place of their chunk."""
+    count = len(response.pooled_chunks)
+    size = len(response.pooled) // count if count else 0
+    return {place: response.pooled[i * size : (i + 1) * size] for i, place in enumerate(response.pooled_chunks)}

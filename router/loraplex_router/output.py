@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field
 
 from loraplex_protos.errors import LoraplexError
@@ -44,6 +44,14 @@ class Delta:
         return sum(sample.logprob or 0.0 for sample in self.samples) / max(1, len(self.samples))
 
 
+@dataclass(frozen=True, slots=True)
+class Embedding:
+    """The mean of the last hidden states over all positions of an input, scaled to length 1."""
+
+    values: tuple[float, ...]
+    prompt_tokens: int
+
+
 class SequenceOutput:
     """Turns one sequence's tokens into deltas. A token is shown once all of its text is."""
 
@@ -58,6 +66,7 @@ class SequenceOutput:
         self.finish_reason: FinishReason | None = None
         self.generated = 0  # tokens, those of a stop string included
         self.prompt_logprobs: list[float] = []  # of the prompt's tokens but the first
+        self.pooled: tuple[float, ...] = ()
         self._detokenizer = Detokenizer(tokenizer, sequence.tokens[: sequence.prompt_length])
         self._stops = stops
         self._wakeup = wakeup
@@ -90,6 +99,11 @@ class SequenceOutput:
         elif last:
             self.finish(FinishReason.END_TOKEN if ended else FinishReason.LENGTH)
         return self.finish_reason
+
+    def pool(self, vector: Iterable[float]) -> None:
+        """Takes what a pooled sequence answers in place of tokens, which ends it."""
+        self.pooled = tuple(vector)
+        self.finish(FinishReason.LENGTH)
 
     def finish(self, reason: FinishReason) -> None:
         """Ends the output; what was held back is not shown."""

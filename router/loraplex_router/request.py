@@ -4,6 +4,7 @@ import re
 import secrets
 from dataclasses import dataclass, field
 from math import isfinite
+from typing import TypeAlias
 
 from loraplex_protos.errors import FieldViolation, InvalidRequestError
 from loraplex_router.grammar import MAX_LENGTH, Grammar
@@ -16,11 +17,15 @@ MAX_STOPS = 16
 MAX_STOP_LENGTH = 256
 MAX_STOP_TOKENS = 64
 MAX_TOP_LOGPROBS = 32
+MAX_INPUTS = 1024
 MAX_REFERENCE_LENGTH = 512
 SOURCES = ("", "local", "hub")
 MAX_MERGED = 16
 MERGE_STRATEGIES = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 MAJORITY_SIGN_METHODS = ("total", "frequency")
+
+
+Prompt: TypeAlias = str | Chat | tuple[int, ...]  # text, a conversation, or token ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +76,7 @@ class SamplingOptions:
 class Request:
     """A generation as a client asked for it."""
 
-    prompt: str | Chat | tuple[int, ...]  # text, a conversation, or token ids
+    prompt: Prompt
     request_id: str = ""
     adapter: AdapterReference | MergedReference | None = None
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
@@ -85,6 +90,18 @@ class Request:
     n: int = 1
     detail: Detail = field(default_factory=Detail)
     grammar: Grammar | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EmbedRequest:
+    """Texts whose embeddings a client asked for."""
+
+    inputs: tuple[Prompt, ...]
+    adapter: AdapterReference | MergedReference | None = None
+
+    def parts(self) -> list[Request]:
+        """One request for each input."""
+        return [Request(prompt, adapter=self.adapter, detail=Detail(pool=True)) for prompt in self.inputs]
 
 
 class Violations:
@@ -125,6 +142,15 @@ def check_request(request: Request, vocab_size: int) -> None:
     found.raise_any()
 
 
+def check_embed_request(request: EmbedRequest, vocab_size: int) -> None:
+    """Raises InvalidRequestError, as check_request does."""
+    found = Violations()
+    found.check(1 <= len(request.inputs) <= MAX_INPUTS, "inputs", f"send 1 to {MAX_INPUTS} inputs")
+    found.raise_any()
+    for part in request.parts():
+        check_request(part, vocab_size)
+
+
 def check_adapter(adapter: AdapterReference | MergedReference | None, found: Violations) -> None:
     if isinstance(adapter, MergedReference):
         _check_merged(adapter, found)
@@ -163,6 +189,10 @@ def room_for(request: Request, prompt_length: int, max_model_len: int) -> int:
     found = Violations()
     found.check(prompt_length > 0, "prompt", "is empty: send text, chat messages or token ids")
     room = max_model_len - prompt_length
+    if request.detail.pool:
+        found.check(room >= 0, "prompt", f"has {prompt_length} tokens; the context has room for {max_model_len}")
+        found.raise_any()
+        return 0
     found.check(
         room >= 1, "prompt", f"has {prompt_length} tokens; at most {max_model_len - 1} leave room for an answer"
     )

@@ -154,7 +154,7 @@ class Scheduler:
                 return 0
         sequence.blocks += new_blocks
         unsent = tuple(sequence.blocks[sequence.sent_blocks :])
-        samples = length == sequence.remaining
+        samples = length == sequence.remaining and not sequence.detail.pool
         chunks[sequence] = Chunk(sequence, sequence.computed, length, samples, unsent)
         sequence.sent_blocks = len(sequence.blocks)
         sequence.computed = stop
@@ -236,8 +236,8 @@ class Scheduler:
 
     def _find_prefix(self, sequence: Sequence) -> list[int]:
         """The cached blocks that the sequence can begin with. At least one position is left to sample from, and all
-        of them where the prompt's logprobs are asked for."""
-        if sequence.detail.prompt_logprobs:
+        of them where each one's result is needed."""
+        if sequence.detail.prompt_logprobs or sequence.detail.pool:
             return []
         full = (len(sequence.tokens) - 1) // self._limits.block_size
         return self._blocks.find(self._keys(sequence, full))

@@ -29,6 +29,7 @@ class Detail:
     logprobs: bool = False
     top_logprobs: int = 0
     prompt_logprobs: bool = False
+    pool: bool = False  # the mean of the last hidden states, in place of tokens
 
 
 class FinishReason(Enum):
@@ -73,7 +74,9 @@ class Sequence:
 
     @property
     def remaining(self) -> int:
-        """Positions to compute before the next sample; 0 if the last sample is on its way."""
+        """Positions to compute before the next sample; 0 if the last sample, or pooled vector, is on its way."""
+        if self.detail.pool:
+            return len(self.tokens) - self.computed
         if self.output_length + self.in_flight >= self.max_new_tokens:
             return 0
         return len(self.tokens) + self.in_flight - self.computed

@@ -5,6 +5,7 @@ import time
 from dataclasses import dataclass
 
 from loraplex_protos.errors import (
+    CancelledError,
     FieldViolation,
     InvalidRequestError,
     OverloadedError,
@@ -13,11 +14,20 @@ from loraplex_protos.errors import (
 )
 from loraplex_router.adapters.registry import AdapterRegistry, AdapterStatus
 from loraplex_router.engine import Engine
-from loraplex_router.keys import Keys
-from loraplex_router.output import Generation
-from loraplex_router.request import AdapterReference, Request, Violations, check_reference, check_request, room_for
+from loraplex_router.keys import Keys, Tenant
+from loraplex_router.output import Embedding, Generation
+from loraplex_router.request import (
+    AdapterReference,
+    EmbedRequest,
+    Request,
+    Violations,
+    check_embed_request,
+    check_reference,
+    check_request,
+    room_for,
+)
 from loraplex_router.scheduler import Scheduler
-from loraplex_router.sequence import Sequence
+from loraplex_router.sequence import FinishReason, Sequence
 from loraplex_router.text.stops import StopMatcher
 from loraplex_router.text.tokenizer import Tokenizer
 
@@ -69,9 +79,33 @@ class Service:
         tenant = self.keys.tenant(key)
         check_request(request, self.limits.vocab_size)
         tenant.check_adapter(request.adapter)
+        tenant.begin(arrived)
+        try:
+            return await self._start(request, tenant, arrived)
+        except BaseException:
+            tenant.end(0, time.monotonic())
+            raise
+
+    async def embed(self, request: EmbedRequest, key: str | None = None) -> list[Embedding]:
+        """One embedding for each input. For a key's limits they are one request."""
+        arrived = time.monotonic()
+        tenant = self.keys.tenant(key)
+        check_embed_request(request, self.limits.vocab_size)
+        tenant.check_adapter(request.adapter)
+        tenant.begin(arrived)
+        started: list[Generation] = []
+        try:
+            for part in request.parts():
+                started.append(await self._start(part, tenant, arrived))
+            return [await _read_embedding(generation) for generation in started]
+        finally:
+            for generation in started:
+                self._end(generation)
+            tenant.end(sum(generation.num_tokens for generation in started), time.monotonic())
+
+    async def _start(self, request: Request, tenant: Tenant, arrived: float) -> Generation:
         self._admit(request)
         request_id = self._name(request)
-        tenant.begin(arrived)
         self._generations[request_id] = None
         self._preparing += request.n
         try:
@@ -99,7 +133,6 @@ class Service:
             self._engine.submit(generation)
         except BaseException:
             del self._generations[request_id]
-            tenant.end(0, time.monotonic())
             raise
         finally:
             self._preparing -= request.n
@@ -108,8 +141,7 @@ class Service:
 
     def leave(self, generation: Generation) -> None:
         """The reader is done with it, or gone: ends what still runs."""
-        self._engine.cancel(generation)
-        del self._generations[generation.request_id]
+        self._end(generation)
         generation.tenant.end(generation.num_tokens, time.monotonic())
 
     def cancel(self, request_id: str, key: str | None = None) -> None:
@@ -158,6 +190,10 @@ class Service:
         ids = list(given) if isinstance(given, tuple) else await self.tokenizer.encode(given)
         return ids[-request.truncate :] if request.truncate else ids
 
+    def _end(self, generation: Generation) -> None:
+        self._engine.cancel(generation)
+        del self._generations[generation.request_id]
+
     def _admit(self, request: Request) -> None:
         if self.draining:
             raise UnavailableError("the server is shutting down")
@@ -177,6 +213,14 @@ class Service:
     def _end_token_ids(self, request: Request) -> frozenset[int]:
         own = () if request.ignore_eos else self.limits.end_token_ids
         return frozenset(own) | frozenset(request.stop_token_ids)
+
+
+async def _read_embedding(generation: Generation) -> Embedding:
+    await generation.collect()
+    (output,) = generation.outputs
+    if output.finish_reason is FinishReason.CANCELLED:
+        raise CancelledError("the request was cancelled")
+    return Embedding(output.pooled, output.sequence.prompt_length)
 
 
 def _check_named(reference: AdapterReference) -> None:

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loraplex import AdapterReference, InvalidRequestError, MergedAdapters
-from loraplex.requests import adapter_reference, generate_request, tokenize_request
+from loraplex.requests import adapter_reference, embed_request, generate_request, tokenize_request
 from loraplex_protos import generation_pb2 as pb
 
 
@@ -100,4 +100,17 @@ def test_merged_adapters_are_ids_or_references() -> None:
         strategy="ties",
         density=0.5,
         majority_sign_method="total",
+    )
+
+
+def test_what_is_embedded_is_one_text_or_many_prompts() -> None:
+    assert embed_request("Hi", None) == pb.EmbedRequest(inputs=[pb.EmbedInput(text="Hi")])
+    many = embed_request(["Hi", [1, 2], [{"role": "user", "content": "Yo"}]], "sql")
+    assert many == pb.EmbedRequest(
+        inputs=[
+            pb.EmbedInput(text="Hi"),
+            pb.EmbedInput(token_ids=pb.TokenIds(ids=[1, 2])),
+            pb.EmbedInput(chat=pb.Chat(messages=[pb.ChatMessage(role="user", content="Yo")])),
+        ],
+        adapter=pb.AdapterReference(id="sql"),
     )

@@ -18,6 +18,7 @@ from loraplex_protos.generation_pb2_grpc import (
 from loraplex_router.api.translation import (
     Writer,
     read_chat,
+    read_embed_request,
     read_reference,
     read_request,
     write_status,
@@ -73,6 +74,13 @@ class GenerationApi(GenerationServiceServicer):
         async with _answering(context):
             self._service.cancel(request.request_id, _key(context))
             return pb.CancelGenerationResponse()
+
+    async def Embed(self, request: pb.EmbedRequest, context: Context) -> pb.EmbedResponse:
+        async with _answering(context):
+            embeddings = await self._service.embed(read_embed_request(request), _key(context))
+            return pb.EmbedResponse(
+                embeddings=[pb.Embedding(values=e.values, prompt_tokens=e.prompt_tokens) for e in embeddings]
+            )
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
         async with _answering(context):

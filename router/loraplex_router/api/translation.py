@@ -7,7 +7,7 @@ from loraplex_protos.errors import FieldViolation, InvalidRequestError
 from loraplex_router.adapters.registry import AdapterStatus, Tier
 from loraplex_router.grammar import Grammar, GrammarKind
 from loraplex_router.output import Delta, Generation, Sample, SequenceOutput
-from loraplex_router.request import AdapterReference, MergedReference, Request, SamplingOptions
+from loraplex_router.request import AdapterReference, EmbedRequest, MergedReference, Request, SamplingOptions
 from loraplex_router.sequence import Detail, FinishReason
 from loraplex_router.text.chat import Chat, Message
 from loraplex_router.text.tokenizer import Tokenizer
@@ -49,7 +49,12 @@ def read_request(message: pb.GenerateRequest) -> Request:
     )
 
 
-def _read_prompt(message: pb.GenerateRequest) -> str | Chat | tuple[int, ...]:
+def read_embed_request(message: pb.EmbedRequest) -> EmbedRequest:
+    """Raises InvalidRequestError if an input has no prompt; everything else is checked by the service."""
+    return EmbedRequest(tuple(map(_read_prompt, message.inputs)), _read_adapter(message))
+
+
+def _read_prompt(message: pb.GenerateRequest | pb.EmbedInput) -> str | Chat | tuple[int, ...]:
     match message.WhichOneof("prompt"):
         case "text":
             return message.text
@@ -85,7 +90,7 @@ def read_reference(reference: pb.AdapterReference) -> AdapterReference:
     return AdapterReference(reference.id, reference.source, reference.revision, reference.token)
 
 
-def _read_adapter(message: pb.GenerateRequest) -> AdapterReference | MergedReference | None:
+def _read_adapter(message: pb.GenerateRequest | pb.EmbedRequest) -> AdapterReference | MergedReference | None:
     match message.WhichOneof("weights"):
         case "adapter":
             return read_reference(message.adapter)
