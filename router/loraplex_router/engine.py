@@ -137,8 +137,9 @@ class Engine:
             if place in pooled:
                 output.pool(pooled[place])
                 self._scheduler.finish(chunk.sequence)
-            for sample in samples:
-                self._scheduler.record(chunk.sequence, sample.token)
+            for number, sample in enumerate(samples):
+                take = self._scheduler.force if number else self._scheduler.record
+                take(chunk.sequence, sample.token)
                 if output.push(sample):
                     self._scheduler.finish(chunk.sequence)
                     break

@@ -64,6 +64,13 @@ class Scheduler:
         sequence.in_flight -= 1
         self._cache_full_blocks(sequence)
 
+    def force(self, sequence: Sequence, token: int) -> None:
+        """A token has arrived that follows a sample without being one. Plans in flight end before it, so that they
+        bring no further sample."""
+        sequence.tokens.append(token)
+        sequence.in_flight = 0
+        self._cache_full_blocks(sequence)
+
     def finish(self, sequence: Sequence) -> None:
         """Ends a sequence, running or waiting. Its blocks are free for plans made from now on: every rank executes
         plans in order, so a chunk of it that is still in flight cannot touch their next holder's content."""
@@ -125,7 +132,8 @@ class Scheduler:
         budget = self._limits.max_batch_tokens
         for prefill in (False, True):
             for sequence in list(self._running):
-                if budget and sequence.remaining and (sequence.remaining > 1) == prefill:
+                running = sequence.row is not None  # still, or an older one took its blocks just now
+                if budget and running and sequence.remaining and (sequence.remaining > 1) == prefill:
                     budget -= self._extend(sequence, budget, chunks)
         for sequence in chunks:
             self._cache_full_blocks(sequence)

@@ -18,6 +18,7 @@ from loraplex_protos.shard_pb2 import SequenceStart
 from loraplex_shard.grammars import GrammarCompiler
 
 WORD = 32  # bits of a mask that lie in one integer
+COMPLETE = "NoExtension"  # llguidance's word for a match that cannot go on and was not ended yet
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +85,17 @@ class Constraints:
         for row, token in zip(rows, tokens, strict=True):
             if row in self._matchers:
                 self._matchers[row].consume_token(token)
+
+    def force(self, row: int, most: int) -> list[int]:
+        """Takes, in place of sampling, what can only follow in this row: at most so many tokens."""
+        matcher = self._matchers.get(row)
+        if matcher is None:
+            return []
+        tokens = matcher.compute_ff_tokens()[:most]
+        matcher.consume_tokens(tokens)
+        if matcher.stop_reason() == COMPLETE and len(tokens) < most:
+            tokens.append(self._grammars.end_token_id)
+        return tokens
 
     def failed(self, rows: Sequence[int]) -> NDArray[np.bool_]:
         """Which of these rows' grammars cannot be followed any further: the last masks and tokens are void."""

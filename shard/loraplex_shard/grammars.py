@@ -24,6 +24,11 @@ class GrammarCompiler:
         self._end_token_ids = end_token_ids
         self._compile = lru_cache(KEPT)(self._compile_anew)
 
+    @property
+    def end_token_id(self) -> int:
+        """What ends an answer that cannot go on."""
+        return self._end_token_ids[0]
+
     def matcher(self, grammar: pb.Grammar) -> LLMatcher:
         """A matcher at the beginning of an answer, the caller's own.
 

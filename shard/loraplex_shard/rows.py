@@ -64,6 +64,7 @@ class Rows:
         self.prompt_lengths: Ints = np.zeros(max_sequences, np.int64)
         self.sampling = np.zeros(max_sequences, PARAMETERS)
         self.detail = np.zeros(max_sequences, DETAIL)
+        self.forceable = np.zeros(max_sequences, np.bool_)  # whose grammars may add tokens that are not sampled
         self._computed: Ints = np.zeros(max_sequences, np.int64)  # positions whose keys and values are in the cache
         self._block_tables: Ints = np.zeros((max_sequences, -(-max_model_len // block_size)), np.int64)
         self._block_counts: Ints = np.zeros(max_sequences, np.int64)
@@ -85,6 +86,7 @@ class Rows:
         self.prompt_lengths[row] = start.prompt_length
         self.sampling[row] = tuple(getattr(start.sampling, name) for name in PARAMETERS.names or ())
         self.detail[row] = (start.logprobs, start.top_logprobs, start.prompt_logprobs, start.pool)
+        self.forceable[row] = start.HasField("grammar") and not (start.logprobs or start.top_logprobs)
         self._computed[row] = start.computed
         self._block_counts[row] = 0
 
@@ -99,7 +101,9 @@ class Rows:
         ends = begins + lengths
         assert (lengths > 0).all() and (ends <= self._known[rows]).all(), "chunk past the known tokens"
         assert (ends <= self._max_model_len).all(), "chunk past the model's context"
-        assert (ends[samples] == self._known[rows[samples]]).all(), "sample before the last known token"
+        at_end = ends == self._known[rows]
+        assert (at_end | self.forceable[rows])[samples].all(), "sample before the last known token"
+        samples &= at_end  # the router did not know yet what was forced
         self._append_blocks(rows, block_counts, _column(plan.blocks))
         assert (self._block_counts[rows] * self._block_size >= ends).all(), "chunk past its blocks"
         self._computed[rows] = ends
@@ -133,6 +137,17 @@ class Rows:
     def record(self, rows: Ints, positions: Ints, tokens: torch.Tensor) -> None:
         """Writes what was sampled, one token [n] int64 per row, behind the tokens that the rows had."""
         self._tokens[self.on_device(rows), self.on_device(positions)] = tokens.int()
+
+    def room(self, rows: Ints) -> Ints:
+        """How many more tokens can be known of these rows."""
+        return self._max_model_len - self._known[rows]
+
+    def force(self, rows: Ints, tokens: torch.Tensor) -> None:
+        """Adds what grammars force behind all that is known of these rows: tokens [n, most] int64, padded with -1."""
+        counts: Ints = (tokens >= 0).sum(1).cpu().numpy()
+        positions = spans(self._known[rows], counts)
+        self._tokens[self.on_device(np.repeat(rows, counts)), self.on_device(positions)] = tokens[tokens >= 0].int()
+        self._known[rows] += counts
 
     def on_device(self, values: Ints) -> torch.Tensor:
         """A column as a tensor where the model is."""

@@ -8,7 +8,6 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from loraplex_protos.shard_pb2 import (
@@ -28,10 +27,13 @@ from loraplex_shard.lora.store import AdapterStore
 from loraplex_shard.models import Decoder
 from loraplex_shard.parallel import Group
 from loraplex_shard.pooling import Pooling
+from loraplex_shard.results import add_forced, add_tokens
 from loraplex_shard.rows import Chunks, Ints, Rows, spans
 
 # Positions whose prompt logprobs are computed at once: bounds the memory for logits.
 PROMPT_SLICE = 256
+# Tokens that a grammar may force on a sequence in one step.
+MAX_FORCED = 32
 
 GREEDY = Sampling(top_p=1, typical_p=1, repetition_penalty=1)
 
@@ -180,12 +182,32 @@ class Runner:
             tokens = sampler.sample(allowed, self._rows.sampling[rows], self._rows.history(rows, lengths))
         self._group.broadcast_(tokens)
         self._rows.record(rows, lengths, tokens)
+        if masks is not None:
+            self._constraints.accept(rows.tolist(), tokens.tolist())
+        forced = self._force(rows)
         if logits is not None:
-            failures = np.where(logits.sum(-1).isfinite().cpu().numpy(), 0, FAILURE_REASON_NOT_FINITE)
-            if masks is not None:
-                self._constraints.accept(rows.tolist(), tokens.tolist())
-                failures[self._constraints.failed(rows.tolist())] = FAILURE_REASON_GRAMMAR
-            _add_tokens(response, places, tokens, logits, failures, self._rows.detail[chunks.rows])
+            failures = np.where(self._constraints.failed(rows.tolist()), FAILURE_REASON_GRAMMAR, 0)
+            failures[~logits.sum(-1).isfinite().cpu().numpy()] = FAILURE_REASON_NOT_FINITE
+            add_tokens(response, places, tokens, logits, failures, self._rows.detail[chunks.rows])
+            add_forced(response, places[failures == 0], forced[failures == 0])
+
+    def _force(self, rows: Ints) -> Ints:
+        """Adds to these rows, on all ranks, what their grammars force after the tokens just sampled.
+
+        Returns it, padded with -1: [n, MAX_FORCED], or [n, 0] if none of the rows has such a grammar.
+        """
+        forceable = self._rows.forceable[rows]
+        forced = np.full((len(rows), MAX_FORCED if forceable.any() else 0), -1, np.int64)
+        if forced.size:
+            if self._group.rank == 0:
+                for place in np.flatnonzero(forceable).tolist():
+                    most = min(MAX_FORCED, int(self._rows.room(rows[place])))
+                    tokens = self._constraints.force(int(rows[place]), most)
+                    forced[place, : len(tokens)] = tokens
+            on_device = self._rows.on_device(forced)
+            self._group.broadcast_(on_device)
+            self._rows.force(rows, on_device)
+        return forced
 
     def _report_pooled(self, chunks: Chunks, hidden: Tensor, response: StepResponse) -> None:
         """Adds the vectors of the sequences that are pooled and whose last token was computed."""
@@ -200,28 +222,3 @@ class Runner:
                 else:
                     response.failed_chunks.append(place)
                     response.failure_reasons.append(FAILURE_REASON_NOT_FINITE)
-
-
-def _add_tokens(
-    response: StepResponse, places: Ints, tokens: Tensor, logits: Tensor, failures: Ints, detail: NDArray[np.void]
-) -> None:
-    """Adds the tokens [n] that were sampled from logits [n, vocab] after the chunks at `places` of the plan.
-
-    failures: [n] FailureReasons, 0 for none. detail: what the sequences of all chunks of the plan asked for.
-    """
-    good = failures == 0
-    counts = np.zeros(len(detail), np.int64)
-    counts[places] = good
-    response.token_counts.extend(counts.tolist())
-    response.tokens.extend(tokens.cpu()[good].tolist())
-    response.failed_chunks.extend(places[~good].tolist())
-    response.failure_reasons.extend(failures[~good].tolist())
-    if detail["logprobs"].any():
-        response.logprobs.extend(sampler.logprobs(logits, tokens).cpu()[good].tolist())
-    if detail["top_logprobs"].any():
-        wanted = np.minimum(detail["top_logprobs"][places], logits.shape[-1]) * good
-        ids, values = sampler.likeliest(logits, int(wanted.max()))
-        listed = torch.from_numpy(np.arange(ids.shape[1]) < wanted[:, None])
-        response.alternative_counts.extend(wanted[good].tolist())
-        response.alternative_tokens.extend(ids.cpu()[listed].tolist())
-        response.alternative_logprobs.extend(values.cpu()[listed].tolist())

@@ -9,13 +9,15 @@ from hypothesis import strategies as st
 from loraplex_router.adapters.pool import Adapter, AdapterPool
 from loraplex_router.blocks import BlockAllocator
 from loraplex_router.scheduler import Limits, Scheduler
-from loraplex_router.sequence import Detail, Plan, Sequence
+from loraplex_router.sequence import Chunk, Detail, Plan, Sequence
 
 BLOCK = 4
+FORCING = ("c", "d")
 
 
 class World:
-    """A scheduler with its blocks and adapters, and an executor that checks every plan as a shard would.
+    """A scheduler with its blocks and adapters, and an executor that checks every plan as a shard would. Sequences of
+    the adapters in FORCING sometimes get several tokens at once.
 
     The next token of a sequence is a function of its adapter and all tokens before it, so that a wrong prefix hit, a
     lost token or a mixed-up block shows in the output.
@@ -30,7 +32,7 @@ class World:
         self.tables: dict[int, list[int]] = {}
         self.known: dict[int, list[int]] = {}
         self.slots: dict[int, str] = {0: ""}
-        self.in_flight: deque[tuple[Plan, list[int | None]]] = deque()
+        self.in_flight: deque[tuple[Plan, list[list[int]]]] = deque()
         self.sequences: list[Sequence] = []
         self.steps = 0
 
@@ -65,7 +67,7 @@ class World:
             return True
         return plan is not None
 
-    def execute(self, plan: Plan) -> list[int | None]:
+    def execute(self, plan: Plan) -> list[list[int]]:
         self.steps += 1
         assert sum(chunk.length for chunk in plan.chunks) <= self.budget
         slots = [chunk.sequence.adapter.slot or 0 for chunk in plan.chunks]
@@ -73,14 +75,22 @@ class World:
         for sequence in plan.starts:
             assert sequence.row is not None
             self.tables[sequence.row], self.known[sequence.row] = [], list(sequence.tokens)
-        tokens = []
         for chunk in plan.chunks:  # keys and values of all chunks are written before any is read
             self.write(chunk.sequence.row, chunk.start, chunk.length, chunk.new_blocks, chunk.sequence.adapter)
-        for chunk in plan.chunks:
-            tokens.append(self.read(chunk.sequence.row, chunk.start + chunk.length, chunk.sequence.adapter))
-            if chunk.samples:
-                self.known[chunk.sequence.row].append(tokens[-1])
-        return [token if chunk.samples else None for chunk, token in zip(plan.chunks, tokens, strict=True)]
+        return [self.sample(chunk) for chunk in plan.chunks]
+
+    def sample(self, chunk: Chunk) -> list[int]:
+        """A token, and those forced after it; none where the chunk ends before what is known."""
+        adapter, end = chunk.sequence.adapter, chunk.start + chunk.length
+        token = self.read(chunk.sequence.row, end, adapter)
+        known = self.known[chunk.sequence.row]
+        if not chunk.samples or end < len(known):
+            return []
+        tokens = [token]
+        while adapter.digest in FORCING and tokens[-1] % 2:
+            tokens.append(next_token(adapter.digest, known + tokens))
+        known += tokens
+        return tokens
 
     def write(self, row: int, start: int, length: int, new_blocks: tuple[int, ...], adapter: Adapter) -> None:
         assert self.slots[adapter.slot or 0] == adapter.digest
@@ -94,15 +104,15 @@ class World:
         assert content == [(adapter.digest, token) for token in self.known[row][:context]]
         return next_token(adapter.digest, self.known[row][:context])
 
-    def apply(self, plan: Plan, tokens: list[int | None]) -> None:
+    def apply(self, plan: Plan, results: list[list[int]]) -> None:
         self.scheduler.complete(plan)
-        for chunk, token in zip(plan.chunks, tokens, strict=True):
+        for chunk, tokens in zip(plan.chunks, results, strict=True):
             sequence = chunk.sequence
-            if token is None or sequence.finished:
-                continue
-            self.scheduler.record(sequence, token)
-            if sequence.output_length == sequence.max_new_tokens:
-                self.scheduler.finish(sequence)
+            for number, token in enumerate(tokens):
+                if not sequence.finished:
+                    (self.scheduler.force if number else self.scheduler.record)(sequence, token)
+                    if sequence.output_length == sequence.max_new_tokens:
+                        self.scheduler.finish(sequence)
 
     def run(self, limit: int = 2000) -> None:
         for _ in range(limit):
@@ -271,3 +281,12 @@ def test_a_failed_sequence_leaves_nothing_in_the_prefix_cache():
     retry = world.submit("", list(range(17)), 1)
     world.run()
     assert retry.prefix_hit == 0 and world.blocks.used == 0
+
+
+def test_sequences_with_forced_tokens_preempt_each_other_and_keep_their_tokens():
+    for first in range(30):
+        world = World(blocks=12, rows=4)
+        sequences = [world.submit("c", [first, number] * 4, 20) for number in range(4)]
+        world.run()
+        assert world.scheduler.num_preemptions > 0 and world.blocks.used == 0
+        assert [sequence.tokens for sequence in sequences] == [expected(sequence) for sequence in sequences]

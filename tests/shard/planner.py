@@ -141,7 +141,9 @@ class Planner:
         assert len(response.token_counts) == len(plan.rows)
         tokens = iter(response.tokens)
         for number, count in zip(plan.rows, response.token_counts, strict=True):
-            self.rows[number].outputs += [next(tokens) for _ in range(count)]
+            row = self.rows[number]
+            row.outputs += [next(tokens) for _ in range(count)]
+            row.known += max(count - 1, 0)
         assert not list(tokens)
 
     def run(self, step: Step, lengths: dict[int, int]) -> StepResponse:
@@ -152,9 +154,9 @@ class Planner:
         return response
 
     def decode(self, step: Step, rows: Sequence[int], count: int) -> None:
-        """Steps in which each of these rows feeds the token that was sampled last."""
+        """Steps in which each of these rows feeds the token that was sampled last, and those forced after it."""
         for _ in range(count):
-            self.run(step, dict.fromkeys(rows, 1))
+            self.run(step, {row: self.rows[row].known - self.rows[row].computed for row in rows})
 
 
 class Stream:

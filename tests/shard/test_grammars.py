@@ -29,6 +29,7 @@ from loraplex_shard.models import Decoder, load_decoder
 from loraplex_shard.parallel import Group
 from loraplex_shard.runner import Runner
 from tests.e2e.tiny import byte_tokenizer, save_model
+from tests.random_schemas import random_document_schema
 from tests.shard.planner import BLOCK_SIZE, NUM_BLOCKS, Planner
 
 CPU = torch.device("cpu")
@@ -128,39 +129,10 @@ def test_what_is_sampled_matches(compiler: GrammarCompiler, grammar: Grammar, ma
     assert all(answer is not None and matches(answer) for answer in answers)
 
 
-def random_schema(random: Random, depth: int = 0) -> dict[str, object]:
-    """A schema with finite documents, mostly: nested objects and arrays, enums, patterns, unicode keys, references."""
-    leaves: list[dict[str, object]] = [
-        {"type": "integer", "minimum": -5, "maximum": random.randrange(10, 10**6)},
-        {"type": "boolean"},
-        {"type": "null"},
-        {"type": "string", "maxLength": random.randrange(1, 9)},
-        {"type": "string", "pattern": r"^[A-Z]{2}-\d{1,4}$"},
-        {"enum": ["red", "grün", 7, None, [1, {"a": "b"}]]},
-        {"const": {"κλειδί": [True]}},
-        {"$ref": "#/$defs/tag"},
-    ]
-    if depth == 3 or random.random() < 0.3:
-        return random.choice(leaves)
-    match random.randrange(3):
-        case 0:
-            return {"type": "array", "items": random_schema(random, depth + 1), "maxItems": random.randrange(1, 4)}
-        case 1:
-            return {"anyOf": [random_schema(random, depth + 1), {"type": "string", "maxLength": 3}]}
-        case _:
-            names = random.sample(["id", "größe", "名前", "a b", 'quo"te', "😀"], random.randrange(1, 4))
-            return {
-                "type": "object",
-                "properties": {name: random_schema(random, depth + 1) for name in names},
-                "required": [name for name in names if random.random() < 0.6],
-                "additionalProperties": False,
-            }
-
-
 def test_two_hundred_schemas_each_give_a_valid_document(compiler: GrammarCompiler) -> None:
     for seed in range(200):
         random = Random(seed)
-        content = {**random_schema(random), "$defs": {"tag": {"type": "string", "pattern": "^#[a-z]{1,5}$"}}}
+        content = random_document_schema(random)
         answer = sample(constrained(compiler, schema(**content)), random)
         assert answer is not None, content
         jsonschema.Draft202012Validator(content).validate(json.loads(answer))
@@ -225,6 +197,51 @@ def test_constrained_sequences_match_and_their_neighbours_do_not_change(runner: 
     assert mixed.rows[1].outputs == alone.rows[1].outputs
 
 
+def test_what_a_grammar_forces_comes_with_the_sampled_token_and_is_computed_as_one_chunk(runner: Runner) -> None:
+    prompt = TOKENIZER.encode("Who?")
+    planner = Planner()
+    planner.start(0, prompt, sampling=RANDOM, grammar=PERSON)
+    planner.start(1, prompt, sampling=RANDOM, logprobs=True, top_logprobs=2)
+    response = planner.run(runner.step, {0: 4, 1: 4})
+    assert TOKENIZER.decode(planner.rows[0].outputs) == '{"name": "'
+    assert list(response.token_counts) == [len('{"name": "'), 1]
+    assert list(response.alternative_counts) == [*[0] * len('{"name": "'), 2]
+    assert [bool(value) for value in response.logprobs] == [True, *[False] * 9, True]
+    planner.decode(runner.step, [0, 1], 1)
+    assert len(planner.rows[0].outputs) == len('{"name": "') + 1
+
+
+def test_forced_tokens_that_the_next_plan_did_not_know_of_change_nothing(runner: Runner) -> None:
+    prompt = TOKENIZER.encode("Who?")
+    told, ahead = Planner(), Planner()
+    told.start(0, prompt, sampling=RANDOM, grammar=PERSON)
+    told.run(runner.step, {0: 4})
+    told.decode(runner.step, [0], 5)
+    runner.clear()
+    ahead.start(0, prompt, sampling=RANDOM, grammar=PERSON)
+    plans = [ahead.plan({0: 4}), ahead.plan({0: 1})]
+    responses = [runner.step(plan) for plan in plans]
+    assert [list(response.token_counts) for response in responses] == [[10], [0]]
+    for plan, response in zip(plans, responses, strict=True):
+        ahead.read(plan, response)
+    ahead.rows[0].known -= 1  # the second plan's sample, which did not come
+    ahead.decode(runner.step, [0], 5)
+    assert ahead.rows[0].outputs == told.rows[0].outputs
+
+
+def test_a_sequence_that_reports_logprobs_has_all_its_tokens_sampled(runner: Runner) -> None:
+    planner = Planner()
+    planner.start(0, [1, 2], grammar=PERSON, logprobs=True)
+    response = planner.run(runner.step, {0: 2})
+    assert list(response.token_counts) == [1] and len(response.logprobs) == 1
+
+
+def test_forced_tokens_stay_within_the_context(runner: Runner) -> None:
+    planner = Planner()
+    planner.start(0, [1] * 508, grammar=PERSON)
+    assert list(planner.run(runner.step, {0: 508}).token_counts) == [4]
+
+
 def test_a_preempted_sequence_goes_on_in_its_grammar(runner: Runner) -> None:
     prompt = TOKENIZER.encode("Who?")
     undisturbed, preempted = Planner(), Planner()
@@ -239,7 +256,7 @@ def test_a_preempted_sequence_goes_on_in_its_grammar(runner: Runner) -> None:
     preempted.release(0)
     preempted.start(6, prompt, outputs=outputs, sampling=RANDOM, grammar=PERSON)
     preempted.run(runner.step, {6: 4 + len(outputs)})
-    preempted.decode(runner.step, [6], 38)
+    preempted.decode(runner.step, [6], 50)
     assert text_of(preempted, 6) == text_of(undisturbed, 0)
 
 
