@@ -1,0 +1,207 @@
+"""The HTTP faces over an engine without a model: clients that leave or lag, and errors before and after the first
+byte."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from typing import Any
+
+import pytest
+
+from loraplex_protos import generation_pb2 as pb
+from loraplex_router.api.http.app import create_app
+from tests.router.test_engine import Setup
+
+STREAMS = {
+    "/generate_stream": {"inputs": "A", "parameters": {"max_new_tokens": 40, "details": True}},
+    "/v1/completions": {"model": "base", "prompt": "A", "max_tokens": 40, "temperature": 0, "stream": True},
+}
+WHOLE = {
+    "/generate": {"inputs": "A", "parameters": {"max_new_tokens": 40}},
+    "/v1/completions": {"model": "base", "prompt": ["A", "B"], "max_tokens": 40, "temperature": 0},
+}
+MANY = 150  # tokens: more than are generated before a client that leaves is noticed
+
+
+class Client:
+    """Makes one request to the application, as uvicorn would."""
+
+    def __init__(self, setup: Setup, path: str, body: object) -> None:
+        info = pb.GetModelInfoResponse(model_id="base", max_model_len=200, version="1")
+        self._app = create_app(setup.service, info, lambda: True, setup.metrics.registry)
+        self._scope = {
+            "type": "http",
+            "method": "POST",
+            "path": path,
+            "raw_path": path.encode(),
+            "query_string": b"",
+            "headers": [(b"content-type", b"application/json")],
+        }
+        self._body = json.dumps(body).encode()
+        self._gone = asyncio.Event()
+        self._read = False
+        self.reads = asyncio.Event()  # cleared: it lags
+        self.reads.set()
+        self.messages: list[dict[str, Any]] = []
+
+    async def run(self) -> None:
+        await self._app(self._scope, self._receive, self._send)
+
+    def leave(self) -> None:
+        self._gone.set()
+
+    @property
+    def status(self) -> int:
+        return int(self.messages[0]["status"])
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {name.decode(): value.decode() for name, value in self.messages[0]["headers"]}
+
+    @property
+    def bodies(self) -> list[str]:
+        return [message["body"].decode() for message in self.messages[1:] if message.get("body")]
+
+    @property
+    def events(self) -> list[Any]:
+        lines = "".join(self.bodies).split("\n\n")
+        return [json.loads(line.removeprefix("data: ")) for line in lines if line and "[DONE]" not in line]
+
+    async def _receive(self) -> dict[str, Any]:
+        if not self._read:
+            self._read = True
+            return {"type": "http.request", "body": self._body, "more_body": False}
+        await self._gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def _send(self, message: dict[str, Any]) -> None:
+        self.messages.append(message)
+        await asyncio.sleep(0)
+        await self.reads.wait()
+
+
+@pytest.fixture
+async def setup() -> AsyncIterator[Setup]:
+    made = Setup(max_queue=4)
+    task = asyncio.create_task(made.engine.run())
+    yield made
+    assert made.service.idle
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
+    assert made.blocks.used == 0
+
+
+async def until(reached: Any) -> None:
+    async with asyncio.timeout(10):
+        while not reached():
+            await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("path", STREAMS)
+async def test_a_client_that_leaves_its_stream_ends_its_sequence(setup: Setup, path: str):
+    body = {**STREAMS[path], "max_tokens": MANY, "parameters": {"max_new_tokens": MANY}}
+    client = Client(setup, path, body)
+    running = asyncio.create_task(client.run())
+    await until(lambda: len(client.messages) > 3)
+    client.leave()
+    await running
+    assert setup.service.idle and "".join(client.bodies).count("data: ") < 40
+
+
+@pytest.mark.parametrize("path", WHOLE)
+async def test_a_client_that_leaves_before_its_whole_answer_ends_its_sequences(setup: Setup, path: str):
+    setup.shards.loads_held.clear()
+    body = {**WHOLE[path], "model": "a"} if path.startswith("/v1") else {**WHOLE[path]}
+    if not path.startswith("/v1"):
+        body["parameters"] = {"adapter_id": "a"}
+    client = Client(setup, path, body)
+    running = asyncio.create_task(client.run())
+    await until(lambda: not setup.engine.idle)
+    client.leave()
+    await running  # though the adapter never comes
+    setup.shards.loads_held.set()
+    assert client.status == 499
+
+
+async def test_a_reader_that_lags_gets_what_it_missed_in_one_event_and_holds_up_nobody(setup: Setup):
+    client = Client(setup, "/v1/completions", STREAMS["/v1/completions"])
+    running = asyncio.create_task(client.run())
+    await until(lambda: len(client.messages) > 2)
+    client.reads.clear()
+    assert await setup.answer(10, tokens=30) == list(range(11, 41))
+    await until(lambda: setup.engine.idle)
+    client.reads.set()
+    await running
+    assert len(client.events) < 20
+    assert client.events[-1]["choices"][0]["finish_reason"] == "length"
+
+
+async def test_a_lorax_stream_that_lags_still_has_one_event_for_each_token(setup: Setup):
+    client = Client(setup, "/generate_stream", STREAMS["/generate_stream"])
+    running = asyncio.create_task(client.run())
+    await until(lambda: client.messages)
+    client.reads.clear()
+    await until(lambda: setup.engine.idle)
+    client.reads.set()
+    await running
+    assert len(client.events) == 40 and len(client.bodies) < 10
+    assert "".join(event["token"]["text"] for event in client.events) == client.events[-1]["generated_text"]
+    assert client.events[-1]["details"]["generated_tokens"] == 40
+
+
+@pytest.mark.parametrize("path", STREAMS)
+async def test_a_full_queue_is_a_429_that_says_when_to_come_again_before_any_stream(setup: Setup, path: str):
+    setup.shards.loads_held.clear()
+    held = [asyncio.create_task(setup.answer(1, adapter="a")) for _ in range(4)]
+    await until(lambda: sum(adapter.waiting for adapter in setup.pool) == 4)
+    client = Client(setup, path, STREAMS[path])
+    await client.run()
+    assert client.status == 429 and int(client.headers["retry-after"]) >= 1
+    setup.shards.loads_held.set()
+    await asyncio.gather(*held)
+
+
+@pytest.mark.parametrize("path", STREAMS)
+async def test_a_failure_after_the_first_token_is_the_last_event(setup: Setup, path: str):
+    setup.shards.failing_token = 45
+    client = Client(setup, path, STREAMS[path])
+    await client.run()
+    assert client.status == 200 and len(client.events) > 3
+    error = client.events[-1]["error"]
+    assert "NaN" in (error if isinstance(error, str) else error["message"])
+
+
+@pytest.mark.parametrize("path", WHOLE)
+async def test_a_failure_of_a_whole_answer_is_a_500(setup: Setup, path: str):
+    setup.shards.failing_token = 45
+    client = Client(setup, path, WHOLE[path])
+    await client.run()
+    assert client.status == 500
+
+
+@pytest.mark.parametrize("path", STREAMS)
+async def test_a_server_that_drains_answers_503(setup: Setup, path: str):
+    setup.service.draining = True
+    client = Client(setup, path, STREAMS[path])
+    await client.run()
+    assert client.status == 503
+
+
+async def test_one_prompt_of_several_that_cannot_be_admitted_ends_the_others(setup: Setup):
+    body = {**WHOLE["/v1/completions"], "prompt": ["A"] * 5}
+    client = Client(setup, "/v1/completions", body)
+    await client.run()
+    assert client.status == 429 and setup.service.idle
+
+
+async def test_a_request_cancelled_by_name_ends_with_an_error(setup: Setup):
+    setup.shards.loads_held.clear()
+    client = Client(setup, "/generate", {"inputs": "A", "parameters": {"adapter_id": "a"}})
+    running = asyncio.create_task(client.run())
+    await until(lambda: not setup.engine.idle)
+    setup.service.cancel_all()
+    await running
+    setup.shards.loads_held.set()
+    assert client.status == 499 and json.loads(client.bodies[0])["error_type"] == "cancelled"
