@@ -8,6 +8,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from loraplex_protos import generation_pb2 as pb
 from loraplex_router.api.http.admin import create_admin_routes
 from loraplex_router.api.http.body_limit import BodyLimit
+from loraplex_router.api.http.embeddings import create_embedding_routes
 from loraplex_router.api.http.errors import install_handlers
 from loraplex_router.api.http.lorax.routes import create_lorax_routes
 from loraplex_router.api.http.openai.routes import create_openai_routes
@@ -23,6 +24,7 @@ def create_app(
     app.add_middleware(BodyLimit)
     app.include_router(create_lorax_routes(service, info, healthy))
     app.include_router(create_openai_routes(service, info))
+    app.include_router(create_embedding_routes(service, info))
     app.include_router(create_admin_routes(service))
 
     @app.get("/metrics", response_class=Response, tags=["Operation"])

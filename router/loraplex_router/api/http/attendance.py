@@ -1,8 +1,9 @@
 """Generations as long as their HTTP client is there."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
+from typing import TypeVar
 
 from starlette.types import Receive
 
@@ -10,6 +11,8 @@ from loraplex_protos.errors import CancelledError
 from loraplex_router.output import Delta, Generation
 from loraplex_router.sequence import FinishReason
 from loraplex_router.service import Service
+
+T = TypeVar("T")
 
 
 @asynccontextmanager
@@ -28,8 +31,7 @@ async def attended(service: Service, generations: Sequence[Generation], receive:
 
 
 async def _cancel_when_gone(service: Service, generations: Sequence[Generation], receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+    await _gone(receive)
     for generation in generations:
         service.abandon(generation)
 
@@ -53,3 +55,21 @@ async def collect(service: Service, generations: Sequence[Generation], receive: 
 def _refuse_cancelled(delta: Delta) -> None:
     if delta.finish_reason is FinishReason.CANCELLED:
         raise CancelledError("the request was cancelled")
+
+
+async def finish_attended(work: Coroutine[None, None, T], receive: Receive) -> T:
+    """What the work returns. A client that goes before cancels it, which is a CancelledError."""
+    working, gone = asyncio.create_task(work), asyncio.create_task(_gone(receive))
+    try:
+        await asyncio.wait((working, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise CancelledError("the client is gone")
+        return working.result()
+    finally:
+        working.cancel()
+        gone.cancel()
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

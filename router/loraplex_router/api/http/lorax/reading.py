@@ -14,7 +14,7 @@ def read_request(body: GenerateRequest, bearer: str, stream: bool) -> Request:
     alternatives = given.return_k_alternatives or given.top_n_tokens or 0
     return Request(
         prompt=Chat((Message("user", body.inputs),)) if given.apply_chat_template else body.inputs,
-        adapter=_read_adapter(given, bearer),
+        adapter=read_adapter(given, bearer),
         sampling=_read_sampling(given),
         max_new_tokens=given.max_new_tokens,
         stop=tuple(given.stop or ()),
@@ -35,7 +35,7 @@ def wants_details(given: Parameters) -> bool:
     return bool(given.details or given.decoder_input_details)
 
 
-def _read_adapter(given: Parameters, bearer: str) -> AdapterReference | MergedReference | None:
+def read_adapter(given: Parameters, bearer: str) -> AdapterReference | MergedReference | None:
     def named(name: str) -> AdapterReference:
         return AdapterReference(name, given.adapter_source or "", token=given.api_token or bearer)
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loraplex_router.api.http.openai.logprobs import CompletionLogprobs, prompt_logprobs
-from loraplex_router.api.http.openai.reading import read_model, read_options
+from loraplex_router.api.http.openai.reading import read_model, read_options, read_prompts
 from loraplex_router.api.http.openai.schema import CompletionRequest
 from loraplex_router.api.http.openai.writing import finish_reason, head, read_all, usage
 from loraplex_router.api.http.sse import DONE, event
@@ -41,17 +41,8 @@ def read_completions(body: CompletionRequest, base: str) -> list[Request]:
             detail=detail,
             **options,
         )
-        for prompt in _prompts(body)
+        for prompt in read_prompts(body.prompt)
     ]
-
-
-def _prompts(body: CompletionRequest) -> list[Prompt]:
-    given = body.prompt
-    if isinstance(given, str):
-        return [given]
-    if given and isinstance(given[0], int):
-        return [tuple(token for token in given if isinstance(token, int))]
-    return [part if isinstance(part, str) else tuple(part) for part in given if not isinstance(part, int)]
 
 
 def _candidates(body: CompletionRequest) -> int:
@@ -66,7 +57,7 @@ def _scores_only(body: CompletionRequest) -> bool:
 def _check(body: CompletionRequest) -> None:
     found = Violations()
     found.check(not body.suffix, "suffix", "is not supported: leave it out")
-    found.check(0 < len(_prompts(body)) <= MAX_PROMPTS, "prompt", f"must be 1 to {MAX_PROMPTS} prompts")
+    found.check(0 < len(read_prompts(body.prompt)) <= MAX_PROMPTS, "prompt", f"must be 1 to {MAX_PROMPTS} prompts")
     best_of = body.best_of
     found.check(best_of is None or best_of >= (body.n or 1), "best_of", "must be at least n")
     found.check(not body.stream or best_of in (None, body.n or 1), "best_of", "cannot be used with stream")

@@ -5,7 +5,7 @@ from typing import Any
 from loraplex_protos.errors import AdapterNotFoundError
 from loraplex_router.api.http.openai.formats import read_format
 from loraplex_router.api.http.openai.schema import GenerationRequest
-from loraplex_router.request import AdapterReference, SamplingOptions, Violations
+from loraplex_router.request import AdapterReference, Prompt, SamplingOptions, Violations
 
 BASE_NAMES = ("", "tgi")  # beside the model's own name; `text-generation` sends "tgi"
 
@@ -18,6 +18,15 @@ def read_model(model: str, base: str) -> AdapterReference | None:
     if not name:
         raise AdapterNotFoundError(f"the model {model!r} does not exist")
     return AdapterReference(name)
+
+
+def read_prompts(given: str | list[str] | list[int] | list[list[int]]) -> list[Prompt]:
+    """One text, several, the token ids of one, or those of several."""
+    if isinstance(given, str):
+        return [given]
+    if given and isinstance(given[0], int):
+        return [tuple(token for token in given if isinstance(token, int))]
+    return [part if isinstance(part, str) else tuple(part) for part in given if not isinstance(part, int)]
 
 
 def read_options(body: GenerationRequest) -> dict[str, Any]:

@@ -1,0 +1,107 @@
+"""Embeddings under the names of OpenAI's route and of LoRAX's."""
+
+import base64
+import struct
+from typing import Any, Literal
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, Field
+
+from loraplex_protos import generation_pb2 as pb
+from loraplex_protos.errors import FieldViolation, InvalidRequestError
+from loraplex_router.api.http.attendance import finish_attended
+from loraplex_router.api.http.lorax.reading import read_adapter
+from loraplex_router.api.http.lorax.routes import ERRORS as LORAX_ERRORS
+from loraplex_router.api.http.lorax.schema import Parameters
+from loraplex_router.api.http.openai.reading import read_model, read_prompts
+from loraplex_router.api.http.openai.routes import ERRORS as OPENAI_ERRORS
+from loraplex_router.api.http.openai.schema import TokenId
+from loraplex_router.keys import read_bearer
+from loraplex_router.output import Embedding
+from loraplex_router.request import EmbedRequest
+from loraplex_router.service import Service
+
+POOLING = "the mean of the last hidden states over all tokens, scaled to length 1"
+
+
+class OpenaiRequest(BaseModel):
+    model: str = Field(description="The base model, an adapter, or base:adapter.")
+    input: str | list[str] | list[TokenId] | list[list[TokenId]]
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: int | None = Field(default=None, description="Not supported: vectors are of the model's hidden size.")
+
+
+class OpenaiEmbedding(BaseModel):
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class OpenaiAnswer(BaseModel):
+    object: Literal["list"]
+    data: list[OpenaiEmbedding]
+    model: str
+    usage: dict[str, int]
+
+
+class LoraxRequest(BaseModel):
+    inputs: str
+    parameters: Parameters | None = Field(default=None, description="Those that name an adapter.")
+
+
+class LoraxAnswer(BaseModel):
+    embeddings: list[float]
+
+
+def create_embedding_routes(service: Service, info: pb.GetModelInfoResponse) -> APIRouter:
+    routes = APIRouter()
+
+    async def embed(request: EmbedRequest, http: Request) -> list[Embedding]:
+        key = read_bearer(http.headers.get("authorization"))
+        return await finish_attended(service.embed(request, key), http.receive)
+
+    @routes.post(
+        "/v1/embeddings",
+        tags=["OpenAI"],
+        responses={200: {"model": OpenaiAnswer}, **OPENAI_ERRORS},
+        description=f"A vector for each input: {POOLING}.",
+    )
+    async def openai_embeddings(body: OpenaiRequest, http: Request) -> Response:
+        if body.dimensions is not None:
+            raise InvalidRequestError(FieldViolation("dimensions", "is not supported: leave it out"))
+        found = await embed(EmbedRequest(tuple(read_prompts(body.input)), read_model(body.model, info.model_id)), http)
+        return JSONResponse(_write(body, found))
+
+    @routes.post(
+        "/embed",
+        tags=["LoRAX"],
+        responses={200: {"model": LoraxAnswer}, **LORAX_ERRORS},
+        description=f"The input's vector: {POOLING}.",
+    )
+    async def lorax_embed(body: LoraxRequest, http: Request) -> Response:
+        token = "" if service.keys.required else read_bearer(http.headers.get("authorization")) or ""
+        adapter = read_adapter(body.parameters or Parameters(), token)
+        (found,) = await embed(EmbedRequest((body.inputs,), adapter), http)
+        return JSONResponse({"embeddings": found.values})
+
+    return routes
+
+
+def _write(body: OpenaiRequest, found: list[Embedding]) -> dict[str, Any]:
+    encode = _encode if body.encoding_format == "base64" else list
+    tokens = sum(embedding.prompt_tokens for embedding in found)
+    return {
+        "object": "list",
+        "data": [
+            {"object": "embedding", "index": index, "embedding": encode(embedding.values)}
+            for index, embedding in enumerate(found)
+        ],
+        "model": body.model,
+        "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+    }
+
+
+def _encode(values: tuple[float, ...]) -> str:
+    """As OpenAI's client reads it: float32, little endian."""
+    return base64.b64encode(struct.pack(f"<{len(values)}f", *values)).decode()
