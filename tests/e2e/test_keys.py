@@ -52,6 +52,7 @@ def test_no_call_is_answered_without_a_key(guarded: Server, key: str | None) -> 
         for call in (
             lambda: client.generate("Hi", **OPTIONS),
             lambda: next(client.stream("Hi", **OPTIONS)),
+            lambda: client.embed("Hi"),
             lambda: client.cancel("any"),
             lambda: client.tokenize("Hi"),
             lambda: client.adapters(),
@@ -71,6 +72,8 @@ def test_a_tenant_uses_its_adapters_and_sees_no_others(guarded: Server) -> None:
             with pytest.raises(ForbiddenError, match="attention") as refusal:
                 client.generate("Hi", adapter=adapter, **OPTIONS)
             assert not isinstance(refusal.value, AdapterForbiddenError)
+            with pytest.raises(ForbiddenError, match="attention"):
+                client.embed("Hi", adapter=adapter)
         assert {adapter.id for adapter in client.adapters()} == {"r1", "r4", "r8", "r12", "r16", "r64"}
 
 
@@ -96,6 +99,7 @@ def test_requests_in_flight_are_limited_and_belong_to_their_tenant(guarded: Serv
         admin.cancel("long")
         assert [piece.finish_reason for piece in stream][-1] == "cancelled"
         assert busy.generate("Hi", **OPTIONS).text
+        assert len(busy.embed(["one request", "however many inputs"])) == 2
 
 
 def test_tokens_are_limited_by_what_was_used(guarded: Server) -> None:
@@ -122,6 +126,22 @@ def test_keys_hold_over_http(guarded: Server) -> None:
     assert (status, body["error_type"], headers["www-authenticate"]) == (401, "unauthenticated", "Bearer")
     assert post(guarded, KEYS["plain"])[0] == 200  # and was not taken for the adapter's token
     assert guarded.health() == 200
+
+
+def get(server: Server, path: str, key: str | None) -> tuple[int, dict[str, object]]:
+    request = urllib.request.Request(server.url + path, headers={"Authorization": f"Bearer {key}"} if key else {})
+    try:
+        with urllib.request.urlopen(request, timeout=30) as response:
+            return response.status, json.load(response)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+def test_openais_routes_list_what_a_key_may_use(guarded: Server, model: Path) -> None:
+    status, body = get(guarded, "/v1/models", "wrong")
+    assert (status, body["error"]["code"]) == (401, "unauthenticated")
+    names = {entry["id"] for entry in get(guarded, "/v1/models", KEYS["plain"])[1]["data"]}
+    assert names == {str(model), "r1", "r4", "r8", "r12", "r16", "r64"}
 
 
 def test_a_limit_over_http_says_when_to_try_again(guarded: Server) -> None:
