@@ -8,8 +8,6 @@ from typing import Any, Self
 
 from loraplex_protos.errors import FieldViolation, InvalidRequestError
 
-MAX_LENGTH = 65_536  # characters
-
 
 class GrammarKind(Enum):
     """The values are those of shard.proto."""
@@ -17,6 +15,11 @@ class GrammarKind(Enum):
     JSON_SCHEMA = 1
     REGEX = 2  # in the syntax of Rust's regex library
     LARK = 3  # as llguidance reads it, or GBNF
+
+
+# Characters. The compiler follows chains of rules recursively, and rules are short in Lark: what is allowed here stays
+# well within its stack.
+MAX_LENGTH = {GrammarKind.JSON_SCHEMA: 32_768, GrammarKind.REGEX: 32_768, GrammarKind.LARK: 8_192}
 
 
 @dataclass(frozen=True, slots=True)

@@ -240,7 +240,8 @@ def _check_stopping(request: Request, vocab_size: int, found: Violations) -> Non
 def _check_grammar(request: Request, found: Violations) -> None:
     """Whether it can be compiled, the shards say."""
     if request.grammar is not None:
-        found.check(0 < len(request.grammar.text) <= MAX_LENGTH, "grammar", f"must have 1 to {MAX_LENGTH} characters")
+        most = MAX_LENGTH[request.grammar.kind]
+        found.check(0 < len(request.grammar.text) <= most, "grammar", f"must have 1 to {most} characters")
         found.check(not request.ignore_eos, "stopping.ignore_eos", "an answer to a grammar ends where the grammar does")
         least = request.min_new_tokens
         found.check(not least, "stopping.min_new_tokens", "an answer to a grammar ends where the grammar does")

@@ -2,7 +2,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loraplex import AdapterReference, InvalidRequestError, MergedAdapters
+from loraplex import (
+    AdapterReference,
+    Choice,
+    Grammar,
+    InvalidRequestError,
+    JsonObject,
+    JsonSchema,
+    Lark,
+    MergedAdapters,
+    Regex,
+)
 from loraplex.requests import adapter_reference, embed_request, generate_request, tokenize_request
 from loraplex_protos import generation_pb2 as pb
 
@@ -40,6 +50,25 @@ def test_an_adapter_is_an_id_or_a_reference() -> None:
 
 def test_an_adapter_s_token_is_not_shown() -> None:
     assert "secret" not in repr(AdapterReference("org/poet", token="secret"))
+
+
+def test_a_grammar_is_sent_as_what_it_is() -> None:
+    def sent(grammar: Grammar) -> pb.Grammar:
+        return generate_request("Hi", grammar=grammar).grammar
+
+    assert sent(JsonSchema({"const": "é"})) == pb.Grammar(json_schema='{"const": "é"}')
+    assert sent(JsonSchema("{}")) == pb.Grammar(json_schema="{}")
+    assert sent(JsonObject()) == pb.Grammar(json_object=pb.JsonObject())
+    assert sent(Regex("a+")) == pb.Grammar(regex="a+")
+    assert sent(Choice(["a", "b"])) == pb.Grammar(choice=pb.Choice(texts=["a", "b"]))
+    assert sent(Lark("start: /a/")) == pb.Grammar(lark="start: /a/")
+    assert not generate_request("Hi").HasField("grammar")
+
+
+def test_a_grammar_that_is_no_text_is_refused_by_name() -> None:
+    with pytest.raises(InvalidRequestError) as refused:
+        generate_request("Hi", grammar=JsonSchema({"const": object()}))
+    assert refused.value.violations[0].field == "grammar"
 
 
 def test_a_single_stop_text_is_not_taken_apart() -> None:

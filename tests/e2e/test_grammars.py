@@ -89,7 +89,8 @@ def test_a_grammar_that_cannot_be_compiled_is_refused_before_the_stream_begins(c
     [
         (Regex("a"), {"ignore_eos": True}, "stopping.ignore_eos"),
         (Regex("a"), {"min_new_tokens": 3}, "stopping.min_new_tokens"),
-        (Regex("a" * 70_000), {}, "grammar"),
+        (Regex("a" * 32_769), {}, "grammar"),
+        (Lark("start: " + " " * 8_192), {}, "grammar"),
         (Regex(""), {}, "grammar"),
         (Choice([]), {}, "grammar.choice"),
         (None, {"min_new_tokens": 5, "max_new_tokens": 4}, "stopping.min_new_tokens"),
