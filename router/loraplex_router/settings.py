@@ -11,7 +11,9 @@ class EdgeSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     host: str = Field("127.0.0.1", description="Address to listen on. 0.0.0.0: every network of this machine.")
-    http_port: int = Field(3000, ge=0, le=65535, description="Port of the HTTP API (OpenAI, LoRAX), /docs, /health, /metrics. 0: any free one.")
+    http_port: int = Field(
+        3000, ge=0, le=65535, description="Port of the HTTP API: OpenAI's and LoRAX's routes, /docs. 0: any free one."
+    )
     grpc_port: int = Field(50051, ge=0, le=65535, description="Port of the gRPC API. 0: any free one.")
     max_batch_tokens: int = Field(
         256, ge=1, le=65536, description="Tokens computed per step: more is faster on long prompts, less is smoother."

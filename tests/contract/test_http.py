@@ -49,7 +49,7 @@ def test_streams_are_events_without_a_done_on_lorax_routes_and_with_one_on_opena
 
 
 @pytest.mark.parametrize("path", ["/", "/generate", "/generate_stream", "/invocations", "/tokenize"])
-@pytest.mark.parametrize("body", [b"{bad", b"[]", b'{"inputs": 5}', b"{}"])
+@pytest.mark.parametrize("body", [b"{bad", b"\xff", b"[]", b'{"inputs": 5}', b"{}"])
 def test_malformed_bodies_are_validation_errors_in_lorax_shape(server: Server, path: str, body: bytes):
     status, _, text = call(server, path, body)
     answer = json.loads(text)
@@ -57,7 +57,7 @@ def test_malformed_bodies_are_validation_errors_in_lorax_shape(server: Server, p
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
-@pytest.mark.parametrize("body", [b"{bad", b"[]", b'{"model": 5}', b"{}"])
+@pytest.mark.parametrize("body", [b"{bad", b"\xff", b"[]", b'{"model": 5}', b"{}"])
 def test_malformed_bodies_are_bad_requests_in_openais_shape(server: Server, path: str, body: bytes):
     status, _, text = call(server, path, body)
     assert status == 400 and set(json.loads(text)["error"]) == {"message", "type", "param", "code"}

@@ -96,6 +96,9 @@ def install_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def unrouted(request: Request, error: HTTPException) -> Response:
+        if error.status_code == 400:  # FastAPI's for a body that is no text at all
+            unreadable = InvalidRequestError(FieldViolation("body", "is not JSON"))
+            return error_response(request.url.path, unreadable)
         answer: dict[str, Any] = {"error": error.detail, "error_type": "http"}
         if request.url.path.startswith(OPENAI_PREFIX):
             kind = "invalid_request_error"

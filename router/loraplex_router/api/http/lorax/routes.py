@@ -23,6 +23,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     401: {"model": schema.Error, "description": "No API key, or an unknown one."},
     403: {"model": schema.Error, "description": "The API key, or the adapter's source, does not allow the adapter."},
     404: {"model": schema.Error, "description": "No such adapter."},
+    413: {"model": schema.Error, "description": "The body is too large."},
     422: {"model": schema.Error, "description": "A field is wrong; the message names it."},
     424: {"model": schema.Error, "description": "The adapter's files cannot be served."},
     429: {"model": schema.Error, "description": "The queue is full, or a limit of the API key is reached."},

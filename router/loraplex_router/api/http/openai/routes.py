@@ -25,6 +25,7 @@ DESCRIPTIONS = {
     401: "No API key, or an unknown one.",
     403: "The API key, or the adapter's source, does not allow the adapter.",
     404: "No such model.",
+    413: "The body is too large.",
     424: "The adapter's files cannot be served.",
     429: "The queue is full, or a limit of the API key is reached.",
     499: "The request was cancelled.",
