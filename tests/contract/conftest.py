@@ -1,8 +1,6 @@
-"""A real server of the tiny model, and the unmodified clients: those with old dependencies in an environment of their
-own."""
+"""A real server of the tiny model, and scripts that call it with unmodified clients."""
 
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,8 +8,6 @@ import pytest
 
 from tests.e2e.processes import Server
 from tests.e2e.tiny import save_adapter, save_model
-
-OLD_CLIENTS = ("lorax-client==0.6.3", "text-generation==0.7.0")
 
 
 @pytest.fixture(scope="session")
@@ -27,21 +23,6 @@ def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
     with Server(str(model), f"--adapters={adapters}", "--kv-blocks=256", "--threads=1") as running:
         yield running
         running.assert_nothing_is_held()
-
-
-@pytest.fixture(scope="session")
-def old_python(pytestconfig: pytest.Config) -> Path:
-    """A Python with the old clients; kept between runs."""
-    folder = pytestconfig.cache.mkdir("old-clients")
-    python = folder / "bin" / "python"
-    if (
-        subprocess.run([python, "-c", "import lorax, text_generation"], check=False).returncode
-        if python.exists()
-        else 1
-    ):
-        subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
-        subprocess.run([python, "-m", "pip", "install", "-q", *OLD_CLIENTS], check=True)
-    return python
 
 
 @pytest.fixture
