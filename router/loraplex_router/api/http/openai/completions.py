@@ -17,8 +17,6 @@ from loraplex_router.text.tokenizer import Tokenizer
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 MAX_PROMPTS = 128
 
-Prompt = str | tuple[int, ...]
-
 
 def read_completions(body: CompletionRequest, base: str) -> list[Request]:
     """One request for each prompt. Raises InvalidRequestError, and AdapterNotFoundError for an empty adapter name."""
