@@ -1,6 +1,6 @@
 """Trains the example adapters on SmolLM2-135M-Instruct and measures them on held-out examples.
 
-    python -m examples.adapters.train                # all three; a quarter of an hour on two CPU cores
+    python -m examples.adapters.train                # all three; half an hour on one CPU core
     python -m examples.adapters.train sql --steps 20
 
 The user's message goes through the model's own chat template and nothing else says what to do: it is the adapter that

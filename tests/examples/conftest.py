@@ -1,16 +1,10 @@
 """The base model with its three committed adapters, loaded once by PEFT."""
 
-import sys
-from pathlib import Path
-
 import pytest
 from peft import PeftModel
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))  # examples/ is run from there, and belongs to no package
-
-from examples.adapters import base, train  # noqa: E402
+from examples.adapters import base, train
 
 Loaded = tuple[LlamaForCausalLM, PreTrainedTokenizerBase]
 
