@@ -64,12 +64,13 @@ def test_every_setting_that_the_readme_names_exists(served: Server):
 
 def test_what_the_server_prints_to_try_works(served: Server):
     tries = served.log.split("Try it:\n")[1].splitlines()
-    commands = [Path(line.split()[0]).name for line in tries[:5]]
-    assert commands == ["loraplex", "loraplex", "python", "buf", "curl"]
+    commands = [Path(line.split()[0]).name for line in tries[:6]]
+    assert commands == ["loraplex", "loraplex", "python", "buf", "curl", "curl"]
     bin_folder = str(Path(sys.executable).parent)
     environment = {**os.environ, "PATH": f"{bin_folder}:{os.environ['PATH']}"}
-    for line in tries[:5]:
+    for line in tries[:6]:
         result = subprocess.run(
             ["bash", "-c", line], stdin=subprocess.DEVNULL, env=environment, capture_output=True, timeout=60
         )
         assert result.returncode == 0, (line, result.stderr.decode())
+        assert b'"error"' not in result.stdout, (line, result.stdout.decode())

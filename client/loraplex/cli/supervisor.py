@@ -2,14 +2,13 @@
 
 import asyncio
 import ctypes
-import shutil
 import signal
 import sys
 import tempfile
-from pathlib import Path
 
 from rich.console import Console
 
+from loraplex.cli.introduction import introduction
 from loraplex_protos.errors import UnavailableError
 from loraplex_router import app
 from loraplex_router.settings import EdgeSettings, RouterSettings
@@ -30,7 +29,9 @@ async def run(settings: ServeSettings, console: Console) -> None:
         edge = settings.model_dump(include=set(EdgeSettings.model_fields))
 
         def ready(http_port: int, grpc_port: int) -> None:
-            _introduce(settings, http_port, grpc_port, console)
+            server, http = f"{settings.host}:{grpc_port}", f"http://{settings.host}:{http_port}"
+            text = introduction(settings.model, server, http, settings.adapters)
+            console.print(text, highlight=False, soft_wrap=True)
 
         router = asyncio.create_task(app.run(RouterSettings(**edge, shards=tuple(addresses)), ready))
         ends = [asyncio.create_task(shard.wait()) for shard in shards]
@@ -67,43 +68,3 @@ async def _stop_shard(shard: asyncio.subprocess.Process) -> None:
             await asyncio.wait_for(shard.wait(), STOP_SECONDS)
         except TimeoutError:
             shard.kill()
-
-
-def _introduce(settings: ServeSettings, http_port: int, grpc_port: int, console: Console) -> None:
-    """Prints the addresses, and a request to try for each way to call the server."""
-    server = f"{settings.host}:{grpc_port}"
-    http = f"http://{settings.host}:{http_port}"
-    adapters = sorted(path.parent.name for path in (settings.adapters or Path()).glob("*/adapter_config.json"))
-    adapter = adapters[0] if settings.adapters and adapters else None
-    flag = f" --adapter {adapter}" if adapter else ""
-    argument = f', adapter="{adapter}"' if adapter else ""
-    field = f', "adapter": {{"id": "{adapter}"}}' if adapter else ""
-    bin = _bin_folder()
-    prompt = "Anna loves the new office in Berlin."
-    messages = f'"messages": [{{"role": "user", "content": "{prompt}"}}]'
-    chat = f'{{"chat": {{{messages}}}{field}, "stopping": {{"max_new_tokens": 64}}}}'
-    call = f'Client("{server}").generate("Hello", max_new_tokens=32{argument})'
-    script = f"from loraplex import Client; print({call}.text)"
-    method = "loraplex.v1.GenerationService/GenerateStream"
-    lines = (
-        f"loraplex serves [bold]{settings.model or 'SmolLM2-135M-Instruct'}[/]",
-        f"  gRPC  {server}",
-        f"  HTTP  {http}  (/health, /metrics)",
-        f"  adapters  {', '.join(adapters)}" if adapter else "",
-        "",
-        "Try it:",
-        f'  {bin}loraplex generate "{prompt}"{flag} --server {server}',
-        f"  {bin}loraplex chat{flag} --server {server}",
-        f"  {bin}python -c '{script}'",
-        f"  {bin}buf curl --protocol grpc --http2-prior-knowledge -d '{chat}' http://{server}/{method}",
-        f"  curl -i {http}/health",
-    )
-    console.print("\n".join(lines), highlight=False, soft_wrap=True)
-
-
-def _bin_folder() -> str:
-    """What goes before a command's name, so that it runs where the user is: nothing if it is on the PATH."""
-    folder = Path(sys.executable).parent
-    if shutil.which("loraplex") == str(folder / "loraplex"):
-        return ""
-    return f"{folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder}/"
