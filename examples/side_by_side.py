@@ -1,22 +1,23 @@
 """One message to the base model and to each adapter at the same time, streaming side by side.
 
-    make serve                                                 # in another terminal
-    .venv/bin/python examples/side_by_side.py                  # --svg FILE keeps the last frame as a picture
+make serve                                                 # in another terminal
+.venv/bin/python examples/side_by_side.py                  # --svg FILE keeps the last frame as a picture
 """
 
 import argparse
 import asyncio
+from io import StringIO
 from pathlib import Path
 
 from rich.columns import Columns
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.panel import Panel
 
 from loraplex import AsyncClient
 
 MESSAGE = (
-    "Anna Schmidt loved the new Berlin office of Siemens. Which offices in Berlin have a rating above 4? "
+    "Anna Schmidt loved the new Berlin office of Google. Show all offices in Berlin with a rating above 4. "
     "Table offices(id, company, city, rating)."
 )
 ADAPTERS = (None, "sql", "entities", "sentiment")
@@ -24,7 +25,7 @@ WIDTH = 116
 
 
 async def main(server: str, message: str, svg: Path | None) -> None:
-    console = Console(record=True, width=WIDTH)
+    console = Console(width=WIDTH)
     answers = dict.fromkeys(ADAPTERS, "")
 
     async def answer(adapter: str | None) -> None:
@@ -36,15 +37,15 @@ async def main(server: str, message: str, svg: Path | None) -> None:
         with Live(render(message, answers), console=console, auto_refresh=True) as live:
             await asyncio.gather(*map(answer, ADAPTERS))
     if svg is not None:
-        picture = Console(record=True, width=WIDTH, quiet=True)
+        picture = Console(record=True, width=WIDTH, file=StringIO())
         picture.print(render(message, answers))
         picture.save_svg(str(svg), title="one base model, three adapters, one batch")
 
 
 def render(message: str, answers: dict[str | None, str]) -> Panel:
     width = (WIDTH - 8) // len(answers)
-    columns = [Panel(text, title=name or "base", width=width, height=16) for name, text in answers.items()]
-    return Panel(Columns(columns, padding=(0, 0)), title=f"[bold]{message}", width=WIDTH)
+    columns = [Panel(text, title=name or "base", width=width, height=12) for name, text in answers.items()]
+    return Panel(Group(message, "", Columns(columns, padding=(0, 0))), title="one message, four answers", width=WIDTH)
 
 
 if __name__ == "__main__":
