@@ -6,6 +6,7 @@ make serve                                                 # in another terminal
 
 import argparse
 import asyncio
+import re
 from io import StringIO
 from pathlib import Path
 
@@ -39,7 +40,8 @@ async def main(server: str, message: str, svg: Path | None) -> None:
     if svg is not None:
         picture = Console(record=True, width=WIDTH, file=StringIO())
         picture.print(render(message, answers))
-        picture.save_svg(str(svg), title="one base model, three adapters, one batch")
+        text = picture.export_svg(title="one base model, three adapters, one batch")
+        svg.write_text(re.sub(r"@font-face {.*?}\s*", "", text, flags=re.DOTALL))  # fonts from elsewhere
 
 
 def render(message: str, answers: dict[str | None, str]) -> Panel:
