@@ -85,6 +85,9 @@ def test_adapters_are_loaded_listed_and_unloaded_by_either_name_of_the_routes(se
     def tier() -> str:
         return next(adapter["tier"] for adapter in read(server, "/adapters") if adapter["id"] == "second")
 
+    server.assert_nothing_is_held()
+    call(server, "/adapters/unload", {"id": "second"})  # where other tests loaded it
+    assert tier() == "disk"
     assert read(server, "/adapters/load", {"id": "second"})["lora_rank"] == 8
     assert tier() == "host"
     assert call(server, "/v1/unload_lora_adapter", {"lora_name": "second"})[0] == 200

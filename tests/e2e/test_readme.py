@@ -25,7 +25,9 @@ def blocks(language: str) -> list[str]:
 @pytest.fixture(scope="module")
 def served() -> Iterator[Server]:
     """What `make serve` runs, on its usual ports, with the adapters that it offers."""
-    recipe = subprocess.run(["make", "--dry-run", "--always-make", "serve"], cwd=ROOT, capture_output=True, text=True)
+    make = ["make", "--dry-run", "--always-make", "--no-print-directory", "serve"]
+    environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL")}
+    recipe = subprocess.run(make, cwd=ROOT, env=environment, capture_output=True, text=True)
     command, *flags = shlex.split(recipe.stdout.strip().splitlines()[-1])
     assert command.endswith("/loraplex") and flags[0] == "serve"
     with Server(*flags[1:], "--http-port=3000", "--grpc-port=50051", "--kv-blocks=512", cwd=str(ROOT)) as running:
