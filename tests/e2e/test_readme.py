@@ -26,7 +26,8 @@ def blocks(language: str) -> list[str]:
 def served() -> Iterator[Server]:
     """What `make serve` runs, on its usual ports, with the adapters that it offers."""
     make = ["make", "--dry-run", "--always-make", "--no-print-directory", "serve"]
-    environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL")}
+    callers = {"ARGS", "MAKEFLAGS", "MAKELEVEL", "MAKEOVERRIDES"}  # of the make that runs the tests
+    environment = {name: value for name, value in os.environ.items() if name not in callers}
     recipe = subprocess.run(make, cwd=ROOT, env=environment, capture_output=True, text=True)
     command, *flags = shlex.split(recipe.stdout.strip().splitlines()[-1])
     assert command.endswith("/loraplex") and flags[0] == "serve"
