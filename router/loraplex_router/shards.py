@@ -24,6 +24,8 @@ CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", 64 << 20),  # a tokenizer.json can have 20 MB
     ("grpc.max_send_message_length", 64 << 20),
     ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.initial_reconnect_backoff_ms", 100),  # a shard that loads its model is to be found soon after
+    ("grpc.max_reconnect_backoff_ms", 500),
     ("grpc.http2.max_pings_without_data", 0),
 )
 

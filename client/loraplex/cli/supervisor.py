@@ -10,7 +10,6 @@ from rich.console import Console
 
 from loraplex.cli.introduction import introduction
 from loraplex_protos.errors import UnavailableError
-from loraplex_router import app
 from loraplex_router.settings import EdgeSettings, RouterSettings
 from loraplex_shard.settings import ModelSettings
 
@@ -26,6 +25,8 @@ async def run(settings: ServeSettings, console: Console) -> None:
     with tempfile.TemporaryDirectory(prefix="loraplex-") as folder:
         addresses = [f"unix:{folder}/rank{rank}.sock" for rank in range(settings.tp)]
         shards = [await _start_shard(settings, rank, address, folder) for rank, address in enumerate(addresses)]
+        from loraplex_router import app  # takes a second, in which the shards have begun to start
+
         edge = settings.model_dump(include=set(EdgeSettings.model_fields))
 
         def ready(http_port: int, grpc_port: int) -> None:
