@@ -70,7 +70,7 @@ class Router:
             architecture=info.architecture,
             dtype=info.dtype,
             vocab_size=info.vocab_size,
-            max_model_len=min(info.max_model_len, info.num_blocks * info.block_size),
+            max_model_len=self._service.limits.max_model_len,
             tensor_parallel_size=info.tensor_parallel_size,
             kv_block_size=info.block_size,
             kv_blocks=info.num_blocks,

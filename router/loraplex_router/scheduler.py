@@ -107,6 +107,9 @@ class Scheduler:
     def _entitled(self) -> list[Adapter]:
         """The adapters that may start sequences, in the order of their claim to a slot. The base needs none."""
         waiting = [adapter for adapter in self._waiting if adapter is not self._adapters.base]
+        if not waiting:  # most steps: the staged adapters, thousands of them, need not be looked through
+            self._contended = False
+            return []
         on_device = self._adapters.on_device()
         self._watch_contention(any(adapter.slot is None for adapter in waiting), on_device)
         holders = [adapter for adapter in on_device if adapter.in_use and not adapter.waiting]
