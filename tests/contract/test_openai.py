@@ -158,8 +158,10 @@ def test_forced_tool_calls_are_calls_streamed_or_not(client: OpenAI, base: str, 
     assert call.function.name in ("read_time", "read_weather") and set(json.loads(call.function.arguments)) == {"a"}
     assert choice == "required" or call.function.name == "read_weather"
     chunks = list(client.chat.completions.create(**options, max_tokens=200, seed=3, stream=True))
-    (streamed,) = (call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or ())
-    assert (streamed.function.name, streamed.function.arguments) == (call.function.name, call.function.arguments)
+    first, *others = (call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or ())
+    assert first.id and (first.function.name, first.function.arguments) == (call.function.name, "")
+    assert len(others) > 1 and all(piece.index == 0 and piece.id is piece.function.name is None for piece in others)
+    assert "".join(piece.function.arguments for piece in others) == call.function.arguments
     assert chunks[-1].choices[0].finish_reason == "tool_calls"
 
 

@@ -8,23 +8,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loraplex_router.text.chat import Chat, ChatTemplate, Message
-from loraplex_router.text.tool_calls import ToolCall, ToolCallParser
+from loraplex_router.text.tool_calls import Arguments, Piece, ToolCall, ToolCallParser
 
 CALL = '{"name": "add", "arguments": {"a": 1}}'
-ADD = ToolCall("add", '{"a": 1}')
+ADD = ToolCall("add"), Arguments('{"a": 1}')
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
 PLAIN = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 
 
-def parse(pieces: list[str]) -> list[str | ToolCall]:
-    """What the parser finds, with adjacent content put together."""
+def parse(pieces: list[str]) -> list[Piece]:
+    """What the parser finds, with adjacent content or arguments put together."""
     parser = ToolCallParser({"add"})
-    found: list[str | ToolCall] = []
+    found: list[Piece] = []
     for piece in [*(part for text in pieces for part in parser.feed(text)), *parser.flush()]:
-        if isinstance(piece, str) and found and isinstance(found[-1], str):
-            found[-1] += piece
-        else:
-            found.append(piece)
+        match found[-1:], piece:
+            case [str(before)], str():
+                found[-1] = before + piece
+            case [Arguments(before)], Arguments(text):
+                found[-1] = Arguments(before + text)
+            case _:
+                found.append(piece)
     return found
 
 
@@ -32,12 +35,19 @@ def parse(pieces: list[str]) -> list[str | ToolCall]:
     ("text", "found"),
     [
         ("Just text, with a < and a {.", ["Just text, with a < and a {."]),
-        (f"<tool_call>\n{CALL}\n</tool_call>", [ADD]),
-        (f"I add.\n<tool_call>{CALL}</tool_call>\n<tool_call>{CALL}</tool_call>\n", ["I add.\n", ADD, ADD]),
-        (CALL, [ADD]),
-        (f" [{CALL}, {CALL}]", [ADD, ADD]),
-        ('{"name": "add", "parameters": {"a": 1}}', [ADD]),
-        (f"<tool_call>{CALL}", [ADD]),  # cut after the call
+        (f"<tool_call>\n{CALL}\n</tool_call>", [*ADD]),
+        (f"I add.\n<tool_call>{CALL}</tool_call>\n<tool_call>{CALL}</tool_call>\n", ["I add.\n", *ADD, *ADD]),
+        (CALL, [*ADD]),
+        (f" [{CALL}, {CALL}]", [*ADD, *ADD]),
+        ('{"name": "add", "parameters": {"a": 1}}', [*ADD]),
+        (f"<tool_call>{CALL}", [*ADD]),  # cut after the call
+        (CALL[:-4], [ToolCall("add"), Arguments('{"a":')]),  # cut in the call
+        (f"<tool_call>{CALL} and no tag", [*ADD, "and no tag"]),
+        ('{"type": "function", "name": "add", "parameters": {"a": 1}}', [*ADD]),
+        ('{"arguments": {"a": "}"}, "name": "add"}', [ToolCall("add"), Arguments('{"a": "}"}')]),
+        ('{"name": "add", "arguments": {"a": "\\"}"}, "id": 1}', [ToolCall("add"), Arguments('{"a": "\\"}"}')]),
+        ('{"name": "add"}', [ToolCall("add"), Arguments("{}")]),
+        ('{"name": ["add"]}', ['{"name": ["add"]}']),
         ('{"answer": 5} is JSON', ['{"answer": 5} is JSON']),
         ('{"name": "other", "arguments": {}}', ['{"name": "other", "arguments": {}}']),
         ("<tool_call>no JSON</tool_call> or so", ["<tool_call>no JSON</tool_call> or so"]),
@@ -47,7 +57,7 @@ def parse(pieces: list[str]) -> list[str | ToolCall]:
     ],
 )
 @given(data=st.data())
-def test_calls_are_found_wherever_the_text_is_cut(text: str, found: list[str | ToolCall], data: st.DataObject):
+def test_calls_are_found_wherever_the_text_is_cut(text: str, found: list[Piece], data: st.DataObject):
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=5)))
     places = [0, *cuts, len(text)]
     assert parse([text[start:stop] for start, stop in itertools.pairwise(places)]) == found
@@ -55,9 +65,23 @@ def test_calls_are_found_wherever_the_text_is_cut(text: str, found: list[str | T
 
 def test_content_is_not_held_back_longer_than_it_may_begin_a_call():
     parser = ToolCallParser({"add"})
-    assert list(parser.feed("Hello")) == ["Hello"]
-    assert list(parser.feed(" <tool")) == [" "]
-    assert list(parser.feed("box>")) == ["<toolbox>"]
+    assert parser.feed("Hello") == ["Hello"]
+    assert parser.feed(" <tool") == [" "]
+    assert parser.feed("box>") == ["<toolbox>"]
+    parser = ToolCallParser({"add"})
+    assert parser.feed('{"answer":') == ['{"answer":']
+
+
+def test_arguments_are_passed_on_as_they_come():
+    parser = ToolCallParser({"add"})
+    assert parser.feed('{"name": "add", "arguments": {"a"') == [ToolCall("add"), Arguments('{"a"')]
+    assert parser.feed(": [1, ") == [Arguments(": [1, ")]
+    assert parser.feed("2]}}") == [Arguments("2]}")]
+    assert parser.flush() == []
+
+
+def test_many_calls_in_one_piece_are_found():
+    assert parse([f"[{', '.join([CALL] * 3000)}]"]) == [*ADD] * 3000
 
 
 def test_a_template_that_knows_tools_gets_them_as_they_are():

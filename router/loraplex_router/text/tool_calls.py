@@ -6,99 +6,164 @@ for "arguments"; a grammar that forces a call makes a model answer like that, to
 """
 
 import json
-from collections.abc import Collection, Iterator
+import re
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeAlias
 
+from loraplex_router.text.json_object import ObjectEnd
 from loraplex_router.text.tool_prompt import CALL_BEGIN, CALL_END
 
 BETWEEN = " \t\r\n,;[]"  # what may stand around and between the objects of an answer that is calls alone
+# The usual order, in which the arguments can be passed on as they come.
+HEAD = re.compile(r'\{\s*"name"\s*:\s*"([^"\\]*)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
+FIRST_KEY = re.compile(r'\{\s*"([^"\\]*)"\s*:')
+KEYS = ("name", "arguments", "parameters", "type", "id")  # that a call may begin with
 
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
+    """A call begins. Its arguments follow."""
+
     name: str
-    arguments: str  # a JSON object
+
+
+@dataclass(frozen=True, slots=True)
+class Arguments:
+    """A piece of the JSON object that is the last call's arguments, as the model wrote it."""
+
+    text: str
+
+
+Piece: TypeAlias = str | ToolCall | Arguments
 
 
 class ToolCallParser:
-    """Text in; content and calls out, in order. What looks like a call but is none, or of no tool in `names`, comes out
-    as content."""
+    """Text in; content, calls and their arguments out, in order. What looks like a call but is none, or of no tool in
+    `names`, comes out as content. A call is one from where its arguments begin: whether they are well-formed, and go on
+    to their end, is up to the model."""
 
     def __init__(self, names: Collection[str]) -> None:
         self._names = names
         self._held = ""  # not decided yet
-        self._advance = self._begin
-        self._called = False
+        self._scanned = 0  # how much of it the object's end was sought in
+        self._end = ObjectEnd()
+        self._tagged = self._called = False
+        self._state = self._begin
 
-    def feed(self, text: str) -> Iterator[str | ToolCall]:
+    def feed(self, text: str) -> list[Piece]:
         self._held += text
-        return self._advance()
+        found, state = list[Piece](), None
+        while state != self._state:
+            state = self._state
+            found += state()
+        return found
 
-    def flush(self) -> Iterator[str | ToolCall]:
+    def flush(self) -> list[Piece]:
         """What is left at the end."""
-        if self._advance == self._read_tagged:
-            yield self._read(self._held) or CALL_BEGIN + self._held
-        elif self._advance == self._read_bare:
-            yield from self._content(self._held if self._held.strip(BETWEEN) else "")
-        else:
-            yield from self._content(self._held)
+        undecided = self._state in (self._begin, self._read_text, self._seek_object, self._read_object)
+        if not undecided or (self._called and not self._held.strip(BETWEEN)):
+            return []
+        return self._content(CALL_BEGIN * self._tagged + self._held)
 
-    # ---- one method for each state ---------------------------------------------------------------------------
+    # ---- one method for each state: takes what it can of the held text, and may set the next ------------------
 
-    def _begin(self) -> Iterator[str | ToolCall]:
+    def _begin(self) -> list[Piece]:
         if start := self._held.lstrip():
-            self._advance = self._read_bare if start[0] in "{[" else self._read_text
-            yield from self._advance()
+            self._state = self._seek_object if start[0] in "{[" else self._read_text
+        return []
 
-    def _read_text(self) -> Iterator[str | ToolCall]:
-        before, tag, after = self._held.partition(CALL_BEGIN)
+    def _read_text(self) -> list[Piece]:
+        before, tag, self._held = self._cut_at_tag()
         if tag:
-            self._held, self._advance = after, self._read_tagged
-        else:
-            undecided = max(n for n in range(len(CALL_BEGIN)) if before.endswith(CALL_BEGIN[:n]))
-            cut = len(before) - undecided
-            before, self._held = before[:cut], before[cut:]
-        yield from self._content(before)
-        if tag:
-            yield from self._read_tagged()
+            self._tagged, self._state = True, self._seek_object
+        return self._content(before)
 
-    def _read_tagged(self) -> Iterator[str | ToolCall]:
-        body, tag, after = self._held.partition(CALL_END)
-        if tag:
-            self._held, self._advance = after, self._read_text
-            yield self._read(body) or CALL_BEGIN + body + CALL_END
-            yield from self._read_text()
+    def _seek_object(self) -> list[Piece]:
+        """A call may begin with the next brace, if nothing but what may stand before it does."""
+        start = self._held.lstrip(None if self._tagged else BETWEEN)
+        if start and start[0] != "{":
+            return self._refuse()
+        if start:
+            self._scanned, self._end = len(self._held) - len(start), ObjectEnd()
+            self._state = self._read_object
+        return []
 
-    def _read_bare(self) -> Iterator[str | ToolCall]:
-        while (start := self._held.find("{")) >= 0 and "}" in self._held:
-            try:
-                found, end = json.JSONDecoder().raw_decode(self._held, start)
-            except ValueError:
-                return  # not whole yet
-            call = self._as_call(found)
-            if call is None:
-                self._advance = self._read_text
-                yield from self._read_text()
-                return
-            self._held = self._held[end:]
-            yield call
+    def _read_object(self) -> list[Piece]:
+        """Until it is known whether this is a call."""
+        start = self._held.index("{")
+        head, first = HEAD.match(self._held, start), FIRST_KEY.match(self._held, start)
+        if head and head[1] in self._names:
+            self._held, self._end = self._held[head.end() :], ObjectEnd()
+            self._called, self._state = True, self._read_arguments
+            return [ToolCall(head[1])]
+        if head or (first and first[1] not in KEYS):
+            return self._refuse()
+        end = self._end.feed(self._held[self._scanned :])
+        if end is None:
+            self._scanned = len(self._held)
+            return []
+        call = self._read_whole(self._held[start : self._scanned + end])
+        if call is None:
+            return self._refuse()
+        self._held = self._held[self._scanned + end :]
+        self._finish_call()
+        return [*call]
+
+    def _read_arguments(self) -> list[Piece]:
+        end = self._end.feed(self._held)
+        text, self._held = self._held[:end], "" if end is None else self._held[end:]
+        if end is not None:
+            self._end, self._state = ObjectEnd(depth=1), self._skip_to_end
+        return [Arguments(text)] if text else []
+
+    def _skip_to_end(self) -> list[Piece]:
+        """Of the call's object, whose arguments are known."""
+        end = self._end.feed(self._held)
+        self._held = "" if end is None else self._held[end:]
+        if end is not None:
+            self._finish_call()
+        return []
+
+    def _seek_end_tag(self) -> list[Piece]:
+        rest = self._held.lstrip()
+        if rest.startswith(CALL_END) or not CALL_END.startswith(rest):
+            self._held = rest.removeprefix(CALL_END)
+            self._tagged, self._state = False, self._read_text
+        return []
 
     # ---- pieces ----------------------------------------------------------------------------------------------
 
-    def _content(self, text: str) -> Iterator[str]:
-        if text and not (self._called and text.isspace()):
-            yield text
-
-    def _read(self, text: str) -> ToolCall | None:
-        try:
-            return self._as_call(json.loads(text))
-        except ValueError:
-            return None
-
-    def _as_call(self, found: Any) -> ToolCall | None:
-        if not isinstance(found, dict) or found.get("name") not in self._names:
-            return None
+    def _finish_call(self) -> None:
         self._called = True
-        arguments = found.get("arguments", found.get("parameters", {}))
-        return ToolCall(found["name"], arguments if isinstance(arguments, str) else json.dumps(arguments))
+        self._state = self._seek_end_tag if self._tagged else self._seek_object
+
+    def _refuse(self) -> list[Piece]:
+        """What is held is no call."""
+        tag = CALL_BEGIN * self._tagged
+        self._tagged, self._state = False, self._read_text
+        return self._content(tag)
+
+    def _cut_at_tag(self) -> tuple[str, bool, str]:
+        """(text before the tag, whether the tag is there, what is behind it or may be the tag's beginning)"""
+        before, tag, after = self._held.partition(CALL_BEGIN)
+        if tag:
+            return before, True, after
+        undecided = max(n for n in range(len(CALL_BEGIN)) if before.endswith(CALL_BEGIN[:n]))
+        cut = len(before) - undecided
+        return before[:cut], False, before[cut:]
+
+    def _content(self, text: str) -> list[Piece]:
+        return [text] if text and not (self._called and text.isspace()) else []
+
+    def _read_whole(self, text: str) -> tuple[ToolCall, Arguments] | None:
+        """A call with its fields in any order; None if it is none."""
+        try:
+            found = json.loads(text)
+        except (ValueError, RecursionError):
+            return None
+        name, arguments = found.get("name"), found.get("arguments", found.get("parameters")) or {}
+        if not isinstance(name, str) or name not in self._names:
+            return None
+        text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+        return ToolCall(name), Arguments(text)

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 from loraplex_router.api.http.attendance import read
@@ -16,7 +17,7 @@ from loraplex_router.request import Request, Violations
 from loraplex_router.sequence import Detail
 from loraplex_router.text.chat import Chat, Message
 from loraplex_router.text.tokenizer import Tokenizer
-from loraplex_router.text.tool_calls import ToolCall
+from loraplex_router.text.tool_calls import Arguments, Piece, ToolCall
 
 ROLES = {"developer": "system"}  # OpenAI's new word for it, which no template knows
 
@@ -71,12 +72,15 @@ class ChatWriter:
 
     def _whole_choice(self, index: int, delta: Delta) -> dict[str, Any]:
         writer = _ChoiceWriter(self.body)
-        content, calls = "", []
+        content, calls = "", list[dict[str, Any]]()
         for piece in writer.pieces(delta):
-            if isinstance(piece, str):
-                content += piece
-            else:
-                calls.append(write_call(piece))
+            match piece:
+                case ToolCall():
+                    calls.append(write_call(piece.name))
+                case Arguments():
+                    calls[-1]["function"]["arguments"] += piece.text
+                case _:
+                    content += piece
         message: dict[str, Any] = {"role": "assistant", "content": content if content or not calls else None}
         choice: dict[str, Any] = {
             "index": index,
@@ -113,10 +117,14 @@ class ChatWriter:
             role = chunk({"role": "assistant", "content": ""})
             yield {**role, "logprobs": None}
         for piece in writer.pieces(delta):
-            if isinstance(piece, str):
-                yield chunk({"content": piece})
-            else:
-                yield chunk({"tool_calls": [{"index": writer.calls - 1, **write_call(piece)}]})
+            match piece:
+                case ToolCall():
+                    yield chunk({"tool_calls": [{"index": writer.calls - 1, **write_call(piece.name)}]})
+                case Arguments():
+                    function = {"arguments": piece.text}
+                    yield chunk({"tool_calls": [{"index": writer.calls - 1, "function": function}]})
+                case _:
+                    yield chunk({"content": piece})
             logprobs = None
         if delta.finish_reason or logprobs:
             yield chunk({}, writer.finish_reason(delta))
@@ -130,11 +138,16 @@ class _ChoiceWriter:
 
     def __init__(self, body: ChatCompletionRequest) -> None:
         self._parser = create_parser(body)
-        self._one_call = body.parallel_tool_calls is False
-        self.calls = 0
+        self._most_calls = 1 if body.parallel_tool_calls is False else inf
+        self._found = 0  # calls, those beyond the most included
         self.begun = False
 
-    def pieces(self, delta: Delta) -> Iterator[str | ToolCall]:
+    @property
+    def calls(self) -> int:
+        """How many were shown."""
+        return int(min(self._found, self._most_calls))
+
+    def pieces(self, delta: Delta) -> Iterator[Piece]:
         if self._parser is None:
             yield from [delta.text] if delta.text else []
             return
@@ -146,10 +159,8 @@ class _ChoiceWriter:
         reason = finish_reason(delta)
         return "tool_calls" if reason == "stop" and self.calls else reason
 
-    def _count(self, pieces: Iterator[str | ToolCall]) -> Iterator[str | ToolCall]:
+    def _count(self, pieces: list[Piece]) -> Iterator[Piece]:
         for piece in pieces:
-            if isinstance(piece, ToolCall):
-                if self._one_call and self.calls:
-                    continue
-                self.calls += 1
-            yield piece
+            self._found += isinstance(piece, ToolCall)
+            if isinstance(piece, str) or self._found <= self._most_calls:
+                yield piece

@@ -6,7 +6,7 @@ from typing import Any
 
 from loraplex_router.api.http.openai.schema import ChatCompletionRequest, NamedTool
 from loraplex_router.request import Violations
-from loraplex_router.text.tool_calls import ToolCall, ToolCallParser
+from loraplex_router.text.tool_calls import ToolCallParser
 
 
 def offered_tools(body: ChatCompletionRequest) -> tuple[dict[str, Any], ...]:
@@ -32,9 +32,9 @@ def create_parser(body: ChatCompletionRequest) -> ToolCallParser | None:
     return ToolCallParser({tool["function"]["name"] for tool in tools}) if tools else None
 
 
-def write_call(call: ToolCall) -> dict[str, Any]:
-    function = {"name": call.name, "arguments": call.arguments}
-    return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
+def write_call(name: str) -> dict[str, Any]:
+    """A call whose arguments are still to come."""
+    return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": {"name": name, "arguments": ""}}
 
 
 def read_arguments(arguments: str) -> Any:
