@@ -22,11 +22,12 @@ from loraplex_router.blocks import BlockAllocator
 from loraplex_router.engine import Engine
 from loraplex_router.key_file import read_keys
 from loraplex_router.keys import Keys
-from loraplex_router.metrics import Metrics
 from loraplex_router.scheduler import Limits, Scheduler
 from loraplex_router.service import Service, ServiceLimits
 from loraplex_router.settings import RouterSettings
 from loraplex_router.shards import ShardGroup
+from loraplex_router.telemetry.request_log import RequestLog
+from loraplex_router.telemetry.telemetry import Telemetry
 from loraplex_router.text.chat import ChatTemplate
 from loraplex_router.text.tokenizer import Tokenizer
 
@@ -43,9 +44,10 @@ class Router:
         blocks = BlockAllocator(info.num_blocks)
         limits = Limits(max(settings.max_batch_tokens, info.max_sequences), info.max_sequences, info.block_size)
         scheduler = Scheduler(limits, blocks, pool)
-        metrics = Metrics()
-        metrics.watch(scheduler, blocks, pool)
-        self._engine = Engine(scheduler, pool, shards, metrics)
+        telemetry = Telemetry(settings.metrics_adapters, RequestLog(settings.log_prompts))
+        telemetry.metrics.describe_build(info.model_id)
+        telemetry.watch("0", scheduler, blocks, pool)
+        self._engine = Engine(scheduler, pool, shards, telemetry.group("0"))
         self._service = Service(
             ServiceLimits(
                 max_model_len=min(info.max_model_len, info.num_blocks * info.block_size),
@@ -58,10 +60,11 @@ class Router:
             scheduler,
             self._engine,
             keys,
+            telemetry,
         )
         model_info = self._model_info(info, limits)
         self._grpc = GrpcServer(GenerationApi(self._service, model_info))
-        self._app = create_app(self._service, model_info, lambda: not self._service.draining, metrics.registry)
+        self._app = create_app(self._service, model_info, lambda: not self._service.draining)
         self._stop = asyncio.Event()
 
     def _model_info(self, info: shard_pb2.GetInfoResponse, limits: Limits) -> generation_pb2.GetModelInfoResponse:
@@ -114,7 +117,7 @@ class Router:
     @contextlib.asynccontextmanager
     async def _http(self) -> AsyncIterator[int]:
         listener = socket.create_server((self._settings.host, self._settings.http_port))
-        server = HttpServer(uvicorn.Config(self._app, log_level="warning", lifespan="off"))
+        server = HttpServer(uvicorn.Config(self._app, log_level="warning", log_config=None, lifespan="off"))
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         try:
             yield listener.getsockname()[1]

@@ -15,11 +15,11 @@ from loraplex_protos import shard_pb2 as pb
 from loraplex_protos.errors import GenerationError, LoraplexError, UnavailableError
 from loraplex_router.adapters.pool import Adapter, AdapterPool, SlotClaim
 from loraplex_router.grammar import Grammar
-from loraplex_router.metrics import Metrics
 from loraplex_router.output import Generation, Sample, SequenceOutput
 from loraplex_router.scheduler import Scheduler
 from loraplex_router.sequence import Chunk, FinishReason, Plan
 from loraplex_router.shards import Shards, encode
+from loraplex_router.telemetry.telemetry import GroupTelemetry
 
 logger = logging.getLogger(__name__)
 
@@ -34,11 +34,11 @@ FAILURES = {
 class Engine:
     """Runs generations to their end. `run` is its task; the other methods are called from the same event loop."""
 
-    def __init__(self, scheduler: Scheduler, pool: AdapterPool, shards: Shards, metrics: Metrics) -> None:
+    def __init__(self, scheduler: Scheduler, pool: AdapterPool, shards: Shards, telemetry: GroupTelemetry) -> None:
         self._scheduler = scheduler
         self._pool = pool
         self._shards = shards
-        self._metrics = metrics
+        self._telemetry = telemetry
         self._generations: dict[Generation, None] = {}
         self._owners: dict[object, tuple[Generation, SequenceOutput]] = {}  # by Sequence
         self._wakeup = asyncio.Event()
@@ -96,6 +96,7 @@ class Engine:
     async def _loop(self) -> None:
         in_flight: deque[Plan] = deque()
         while True:
+            began = time.perf_counter()
             for claim in self._scheduler.claim_slots():
                 self._start_load(claim)
             plan = self._scheduler.schedule()
@@ -103,6 +104,7 @@ class Engine:
                 self._mark_started(plan)
                 request = encode(plan, self._steps)
                 self._steps += 1
+                self._telemetry.planned(time.perf_counter() - began)
                 await self._shards.send(request)
                 in_flight.append(plan)
             if len(in_flight) == DEPTH or (in_flight and plan is None):
@@ -114,13 +116,14 @@ class Engine:
     def _mark_started(self, plan: Plan) -> None:
         for sequence in plan.starts:
             generation, _ = self._owners[sequence]
-            generation.started = generation.started or time.monotonic()
+            self._telemetry.started(generation)
 
     # ---- results ---------------------------------------------------------------------------------------------
 
     def _apply(self, plan: Plan, response: pb.StepResponse) -> None:
+        began = time.perf_counter()
         self._scheduler.complete(plan)
-        self._metrics.step(plan, response)
+        self._telemetry.step(plan, response)
         failures = dict(zip(response.failed_chunks, response.failure_reasons, strict=True))
         prompt_logprobs = _read_prompt_logprobs(response, len(plan.chunks))
         pooled = _read_pooled(response)
@@ -137,6 +140,8 @@ class Engine:
             if place in pooled:
                 output.pool(pooled[place])
                 self._scheduler.finish(chunk.sequence)
+            if samples and generation.first_token is None:
+                self._telemetry.first_token(generation)
             for number, sample in enumerate(samples):
                 take = self._scheduler.force if number else self._scheduler.record
                 take(chunk.sequence, sample.token)
@@ -145,6 +150,7 @@ class Engine:
                     break
             if generation.finished:
                 self._retire(generation)
+        self._telemetry.applied(time.perf_counter() - began)
 
     def _fail(self, generation: Generation, chunk: Chunk, reason: str) -> None:
         self._scheduler.fail(chunk.sequence)
@@ -159,7 +165,7 @@ class Engine:
     def _retire(self, generation: Generation) -> None:
         if generation in self._generations:
             del self._generations[generation]
-            self._metrics.ended(generation)
+            self._telemetry.ended(generation)
             for output in generation.outputs:
                 del self._owners[output.sequence]
 
@@ -174,7 +180,9 @@ class Engine:
         try:
             if claim.evicted:
                 await self._shards.unload(claim.slot)
-            await self._shards.load(claim.adapter.digest, claim.slot)
+                self._telemetry.evicted("device")
+            with self._telemetry.loading("device"):
+                await self._shards.load(claim.adapter.digest, claim.slot)
         except LoraplexError as error:
             logger.error("adapter %s cannot be loaded into slot %d: %s", claim.adapter.digest, claim.slot, error)
             self._fail_waiting(claim.adapter, error)

@@ -67,6 +67,7 @@ class SequenceOutput:
         self.generated = 0  # tokens, those of a stop string included
         self.prompt_logprobs: list[float] = []  # of the prompt's tokens but the first
         self.pooled: tuple[float, ...] = ()
+        self._tokenizer = tokenizer
         self._detokenizer = Detokenizer(tokenizer, sequence.tokens[: sequence.prompt_length])
         self._stops = stops
         self._wakeup = wakeup
@@ -110,6 +111,11 @@ class SequenceOutput:
         self.finish_reason = self._pending.finish_reason = reason
         self._wakeup.set()
 
+    def texts(self) -> tuple[str, str]:
+        """The whole text of the prompt and, as far as it was generated, of the answer, stop texts included."""
+        tokens, length = self.sequence.tokens, self.sequence.prompt_length
+        return self._tokenizer.decode(tokens[:length]), self._tokenizer.decode(tokens[length:])
+
     def take(self) -> Delta | None:
         """What came since the last call, as one; None if that is nothing."""
         delta = self._pending
@@ -137,13 +143,15 @@ class SequenceOutput:
 class Generation:
     """A request that runs: its sequences' outputs, read by one reader."""
 
-    def __init__(self, request_id: str, adapter_digest: str, arrived: float, tenant: Tenant) -> None:
+    def __init__(self, request_id: str, adapter_digest: str, arrived: float, validated: float, tenant: Tenant) -> None:
         self.request_id = request_id
         self.adapter_digest = adapter_digest
         self.tenant = tenant  # whose request it is
-        self.arrived = arrived  # when the request came in; like the next two on the clock of time.monotonic
+        self.arrived = arrived  # when the request came in; like the next four on the clock of time.monotonic
+        self.validated = validated  # when nothing but its adapter was missing
         self.queued = time.monotonic()
         self.started: float | None = None  # when the first step with one of its sequences was sent
+        self.first_token: float | None = None  # when its first token was here
         self.outputs: list[SequenceOutput] = []
         self.error: LoraplexError | None = None
         self._wakeup = asyncio.Event()

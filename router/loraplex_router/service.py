@@ -28,6 +28,7 @@ from loraplex_router.request import (
 )
 from loraplex_router.scheduler import Scheduler
 from loraplex_router.sequence import FinishReason, Sequence
+from loraplex_router.telemetry.telemetry import Telemetry
 from loraplex_router.text.stops import StopMatcher
 from loraplex_router.text.tokenizer import Tokenizer
 
@@ -54,10 +55,12 @@ class Service:
         scheduler: Scheduler,
         engine: Engine,
         keys: Keys,
+        telemetry: Telemetry,
     ) -> None:
         self.limits = limits
         self.tokenizer = tokenizer
         self.keys = keys
+        self.telemetry = telemetry
         self.draining = False
         self._adapters = adapters
         self._scheduler = scheduler
@@ -76,27 +79,30 @@ class Service:
         Everything that can be wrong with the request is raised from here, before anything is generated.
         """
         arrived = time.monotonic()
-        tenant = self.keys.tenant(key)
-        check_request(request, self.limits.vocab_size)
-        tenant.check_adapter(request.adapter)
-        tenant.begin(arrived)
-        try:
-            return await self._start(request, tenant, arrived)
-        except BaseException:
-            tenant.end(0, time.monotonic())
-            raise
+        with self.telemetry.admission(request, arrived):
+            tenant = self.keys.tenant(key)
+            check_request(request, self.limits.vocab_size)
+            tenant.check_adapter(request.adapter)
+            tenant.begin(arrived)
+            try:
+                return await self._start(request, tenant, arrived)
+            except BaseException:
+                tenant.end(0, time.monotonic())
+                raise
 
     async def embed(self, request: EmbedRequest, key: str | None = None) -> list[Embedding]:
         """One embedding for each input. For a key's limits they are one request."""
         arrived = time.monotonic()
-        tenant = self.keys.tenant(key)
-        check_embed_request(request, self.limits.vocab_size)
-        tenant.check_adapter(request.adapter)
-        tenant.begin(arrived)
+        with self.telemetry.admission(request, arrived):
+            tenant = self.keys.tenant(key)
+            check_embed_request(request, self.limits.vocab_size)
+            tenant.check_adapter(request.adapter)
+            tenant.begin(arrived)
         started: list[Generation] = []
         try:
             for part in request.parts():
-                started.append(await self._start(part, tenant, arrived))
+                with self.telemetry.admission(part, arrived):
+                    started.append(await self._start(part, tenant, arrived))
             return [await _read_embedding(generation) for generation in started]
         finally:
             for generation in started:
@@ -113,8 +119,9 @@ class Service:
             room = room_for(request, len(prompt), self.limits.max_model_len)
             if request.grammar is not None:
                 await self._engine.compile_grammar(request.grammar)
+            validated = time.monotonic()
             adapter = await self._adapters.resolve(request.adapter)
-            generation = Generation(request_id, adapter.digest, arrived, tenant)
+            generation = Generation(request_id, adapter.digest, arrived, validated, tenant)
             for index in range(request.n):
                 sequence = Sequence(
                     number=self._next_number(),
@@ -130,6 +137,7 @@ class Service:
                 )
                 stops = StopMatcher(request.stop, request.include_stop)
                 generation.add(sequence, self.tokenizer, stops)
+            self.telemetry.queued(generation)
             self._engine.submit(generation)
         except BaseException:
             del self._generations[request_id]

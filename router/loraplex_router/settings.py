@@ -1,6 +1,7 @@
 """What the router can be told. The command turns each field into a flag and a LORAPLEX_* variable of its name."""
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -31,6 +32,11 @@ class EdgeSettings(BaseModel):
         None,
         description="A YAML or JSON file of API keys (hashed) and what each may do. Absent: anyone may do anything.",
     )
+    metrics_adapters: int = Field(
+        100, ge=0, le=10_000, description="Adapters with time series of their own; the others share the label `other`."
+    )
+    log_format: Literal["text", "json"] = Field("text", description="How log lines are written.")
+    log_prompts: bool = Field(False, description="Log prompts and answers with each request.")
     drain_seconds: float = Field(
         30.0, ge=0, description="How long running requests may go on after SIGTERM before they are cancelled."
     )

@@ -50,6 +50,8 @@ class ModelSettings(BaseModel):
         0, ge=0, le=1024, description="Threads that each rank computes with. 0: the cores divided by tp."
     )
 
+    log_format: Literal["text", "json"] = Field("text", description="How log lines are written.")
+
     @model_validator(mode="after")
     def _adapters_is_a_directory(self) -> Self:
         if self.adapters is not None and not self.adapters.is_dir():

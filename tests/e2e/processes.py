@@ -40,11 +40,13 @@ class Server:
             return error.code
 
     def metric(self, name: str) -> float:
-        """The value of one sample, for example `loraplex_kv_blocks{state="used"}`."""
+        """The sum of the samples that have a label, or all of them: `loraplex_kv_blocks{state="used"}` for example."""
         with urllib.request.urlopen(f"{self.url}/metrics", timeout=10) as response:
             text = response.read().decode()
-        found = re.search(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)
-        return float(found.group(1)) if found else 0.0
+        sample, _, label = name.rstrip("}").partition("{")
+        found = re.findall(rf"^{sample}(?:{{.*}})? (\S+)$", text, re.MULTILINE)
+        labelled = re.findall(rf"^{sample}{{.*\b{re.escape(label)}.*}} (\S+)$", text, re.MULTILINE)
+        return sum(map(float, labelled if label else found))
 
     def wait_until(self, name: str, value: float, seconds: float = 20) -> None:
         """Waits for a metric to have a value."""

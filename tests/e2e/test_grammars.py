@@ -145,5 +145,5 @@ def test_preempted_sequences_and_two_ranks_answer_the_same(model: Path, adapters
 
     with Server(str(model), "--tp=2", "--kv-blocks=12", "--max-model-len=160", "--threads=1") as small:
         assert asyncio.run(ask(small.address)) == expected
-        assert small.metric("loraplex_preemptions") > 0
+        assert small.metric("loraplex_preemptions_total") > 0
         small.assert_nothing_is_held()

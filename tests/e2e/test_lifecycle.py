@@ -105,7 +105,7 @@ async def test_sequences_that_outgrow_the_cache_are_preempted_and_lose_no_token(
                     for prompt, name in zip(prompts, names, strict=True)
                 )
             )
-        assert server.metric("loraplex_preemptions") > 0
+        assert server.metric("loraplex_preemptions_total") > 0
         for prompt, name, answer in zip(prompts, names, answers, strict=True):
             expected, _ = oracle.generate(byte_tokenizer().encode(prompt), name, 60)
             assert [token.id for token in answer.sequences[0].tokens] == expected

@@ -12,12 +12,13 @@ from loraplex_router.adapters.registry import AdapterRegistry
 from loraplex_router.blocks import BlockAllocator
 from loraplex_router.engine import Engine
 from loraplex_router.keys import Keys
-from loraplex_router.metrics import Metrics
 from loraplex_router.output import Delta, Generation
 from loraplex_router.request import AdapterReference, Request
 from loraplex_router.scheduler import Limits, Scheduler
 from loraplex_router.sequence import FinishReason
 from loraplex_router.service import Service, ServiceLimits
+from loraplex_router.telemetry.request_log import RequestLog
+from loraplex_router.telemetry.telemetry import Telemetry
 from tests.router.fake_shards import VOCABULARY, FakeShards
 from tests.router.test_text import TOKENIZER
 
@@ -30,11 +31,12 @@ class Setup:
         self.pool = AdapterPool(slots, host_bytes=1 << 30)
         self.blocks = BlockAllocator(64)
         scheduler = Scheduler(Limits(max_batch_tokens=32, max_sequences=8, block_size=4), self.blocks, self.pool)
-        self.metrics = Metrics()
-        self.engine = Engine(scheduler, self.pool, self.shards, self.metrics)
+        self.telemetry = Telemetry(adapters=10, log=RequestLog(prompts=False))
+        self.telemetry.watch("0", scheduler, self.blocks, self.pool)
+        self.engine = Engine(scheduler, self.pool, self.shards, self.telemetry.group("0"))
         self.registry = AdapterRegistry(self.shards, self.pool)
         limits = ServiceLimits(200, VOCABULARY, max_queue, end_token_ids=(999,))
-        self.service = Service(limits, TOKENIZER, self.registry, scheduler, self.engine, Keys({}))
+        self.service = Service(limits, TOKENIZER, self.registry, scheduler, self.engine, Keys({}), self.telemetry)
 
     async def answer(self, first: int, tokens: int = 5, adapter: str | None = None, **options: object) -> list[int]:
         reference = AdapterReference(adapter) if adapter else None
@@ -144,5 +146,6 @@ async def test_a_slow_reader_finds_what_came_meanwhile_as_one_delta(setup: Setup
 async def test_a_generation_that_is_left_counts_as_cancelled(setup: Setup):
     generation: Generation = await setup.service.generate(Request(prompt=(1,), max_new_tokens=150))
     setup.service.leave(generation)
-    assert setup.metrics.registry.get_sample_value("loraplex_requests_total", {"outcome": "cancelled"}) == 1
+    labels = {"outcome": "cancelled", "adapter": "base"}
+    assert setup.telemetry.registry.get_sample_value("loraplex_requests_total", labels) == 1
     assert setup.service.idle

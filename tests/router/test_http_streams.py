@@ -29,7 +29,7 @@ class Client:
 
     def __init__(self, setup: Setup, path: str, body: object) -> None:
         info = pb.GetModelInfoResponse(model_id="base", max_model_len=200, version="1")
-        self._app = create_app(setup.service, info, lambda: True, setup.metrics.registry)
+        self._app = create_app(setup.service, info, lambda: True)
         self._scope = {
             "type": "http",
             "method": "POST",

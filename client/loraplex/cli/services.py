@@ -2,16 +2,15 @@
 so that the client's commands work, and start fast, without them."""
 
 import importlib.util
-import logging
 import os
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 
 import typer
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.progress import Progress
 
+from loraplex.cli.logs import configure
 from loraplex_protos.errors import LoraplexError
 
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
@@ -37,6 +36,7 @@ def serve(context: typer.Context) -> None:
     from loraplex.cli.supervisor import ServeSettings, run
 
     settings = parse(ServeSettings, context.args, "serve", SERVE_TEXT, positional="model")
+    configure(settings.log_format)
     with _errors_shown():
         _run_on_uvloop(run(settings, console))
 
@@ -48,6 +48,7 @@ def router(context: typer.Context) -> None:
     from loraplex_router.settings import RouterSettings
 
     settings = parse(RouterSettings, context.args, "router", ROUTER_TEXT)
+    configure(settings.log_format)
 
     def ready(http_port: int, grpc_port: int) -> None:
         print(f"gRPC {settings.host}:{grpc_port}  HTTP {settings.host}:{http_port}", flush=True)
@@ -66,6 +67,7 @@ def shard(context: typer.Context) -> None:
     from loraplex_shard.settings import ShardSettings
 
     settings = parse(ShardSettings, context.args, "shard", SHARD_TEXT)
+    configure(settings.log_format)
     from loraplex_shard import server
 
     with _errors_shown(), Progress(console=console, transient=True, disable=settings.rank > 0) as progress:
@@ -84,7 +86,6 @@ def _begin(extra: str, *modules: str) -> None:
     if missing:
         console.print(f"This command needs {', '.join(missing)}: pip install 'loraplex\\[{extra}]'")
         raise typer.Exit(1)
-    logging.basicConfig(level="INFO", format="%(message)s", handlers=[RichHandler(console=console, show_path=False)])
 
 
 def _run_on_uvloop(main: Coroutine[None, None, None]) -> None:

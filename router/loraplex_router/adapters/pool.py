@@ -19,6 +19,7 @@ class Adapter:
     plans: int = 0  # plans in flight that name its slot
     merges: int = 0  # merges under way that it is a part of; they need it staged
     turn: int = 0  # sequences it may still start before older ones of adapters without a slot; see the scheduler
+    name: str = ""  # the id under which it was staged last
 
     @property
     def in_use(self) -> bool:
@@ -43,7 +44,7 @@ class AdapterPool:
 
     def __init__(self, slots: int, host_bytes: int) -> None:
         self.slots = slots
-        self.base = Adapter("", slot=0, ready=True)
+        self.base = Adapter("", slot=0, ready=True, name="base")
         self._host_bytes = host_bytes
         self._staged: OrderedDict[str, Adapter] = OrderedDict()
         self._free_slots = list(range(slots, 0, -1))

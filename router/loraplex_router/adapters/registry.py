@@ -156,6 +156,7 @@ class AdapterRegistry:
     def _add(self, key: bytes, entry: Entry, staged: StagedAdapter) -> Adapter:
         """Takes a staged adapter into the books; others may have to leave host memory for it."""
         adapter = self._pool.add(staged.digest, staged.lora_rank, staged.size_bytes)
+        adapter.name = entry.id
         self._entries[key] = entry
         self._entries.move_to_end(key)
         if len(self._entries) > MAX_ENTRIES:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from fastapi import FastAPI, Response
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST
 
 from loraplex_protos import generation_pb2 as pb
 from loraplex_router.api.http.admin import create_admin_routes
@@ -15,9 +15,7 @@ from loraplex_router.api.http.openai.routes import create_openai_routes
 from loraplex_router.service import Service
 
 
-def create_app(
-    service: Service, info: pb.GetModelInfoResponse, healthy: Callable[[], bool], registry: CollectorRegistry
-) -> FastAPI:
+def create_app(service: Service, info: pb.GetModelInfoResponse, healthy: Callable[[], bool]) -> FastAPI:
     """`healthy` tells whether a generation would succeed now."""
     app = FastAPI(title="loraplex", version=info.version, summary="One base model, any number of LoRA adapters.")
     install_handlers(app)
@@ -30,6 +28,6 @@ def create_app(
     @app.get("/metrics", response_class=Response, tags=["Operation"])
     async def metrics() -> Response:
         """Prometheus metrics."""
-        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+        return Response(await service.telemetry.scrape(), media_type=CONTENT_TYPE_LATEST)
 
     return app

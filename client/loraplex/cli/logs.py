@@ -1,0 +1,56 @@
+"""How the services write their logs: one line per record on stderr, as text or as JSON.
+
+A record may carry values of its own, as `logger.info("text", extra={"fields": {...}})`; what is None is left out.
+"""
+
+import json
+import logging
+from datetime import UTC, datetime
+
+
+def configure(log_format: str) -> None:
+    """`log_format` is text or json. To be called once, when a service starts."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
+    logging.basicConfig(level="INFO", handlers=[handler])
+
+
+class TextFormatter(logging.Formatter):
+    """12:30:05 INFO message name=value name=value"""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        values = (f" {name}={_text(value)}" for name, value in _fields(record).items())
+        return super().formatMessage(record) + "".join(values)
+
+
+class JsonFormatter(logging.Formatter):
+    """An object with time (UTC), level, logger and message, the record's values, and the exception if there is one."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, object] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **_fields(record),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line)
+
+
+def _fields(record: logging.LogRecord) -> dict[str, object]:
+    fields: dict[str, object] = getattr(record, "fields", {})
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _text(value: object) -> str:
+    """On one line, and readable back: a text that is no plain word is quoted."""
+    if isinstance(value, list):
+        return ",".join(map(_text, value))
+    if isinstance(value, str) and not (value.isascii() and value.isprintable() and value and " " not in value):
+        return json.dumps(value)
+    return str(value)

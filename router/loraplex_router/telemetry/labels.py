@@ -1,0 +1,68 @@
+"""Which adapters have time series of their own: as many as there may be, and of all others those asked for most.
+
+Counts requests by name, halves the counts now and then so that the past fades, and lets a name take the place of the
+least used one once it has more than twice its requests. The second bound keeps names near it from swapping for ever.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+
+OTHER = "other"  # the label of all adapters without series of their own
+MAX_LENGTH = 128  # of a label; hub ids have 96 at most
+CANDIDATES = 10  # names counted without series, for each one with them
+HALF_LIFE = 4096  # requests
+
+
+class AdapterLabels:
+    """Label values for adapters; never more than `most` and OTHER. `drop` is called with a label that is given up."""
+
+    def __init__(self, most: int, drop: Callable[[str], None]) -> None:
+        self._most = most
+        self._drop = drop
+        self._shown: dict[str, int] = {}
+        self._candidates: OrderedDict[str, int] = OrderedDict()  # least recently asked for first
+        self._requests = 0
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shown)
+
+    def find(self, name: str) -> str:
+        """The label of an adapter."""
+        label = _printable(name)
+        return label if label in self._shown else OTHER
+
+    def count(self, name: str) -> str:
+        """One more request for an adapter that exists; answers its label."""
+        label = _printable(name)
+        self._fade()
+        if label in self._shown:
+            self._shown[label] += 1
+        elif len(self._shown) < self._most:
+            self._shown[label] = 1
+        else:
+            self._count_candidate(label)
+        return self.find(name)
+
+    def _count_candidate(self, label: str) -> None:
+        count = self._candidates.pop(label, 0) + 1
+        least = min(self._shown, key=self._shown.__getitem__, default=None)
+        if least is None or count <= 2 * self._shown[least]:
+            self._candidates[label] = count
+        else:
+            self._candidates[least] = self._shown.pop(least)
+            self._shown[label] = count
+            self._drop(least)
+        if len(self._candidates) > CANDIDATES * self._most:
+            self._candidates.popitem(last=False)
+
+    def _fade(self) -> None:
+        self._requests += 1
+        if self._requests % HALF_LIFE == 0:
+            for counts in (self._shown, self._candidates):
+                for label in counts:
+                    counts[label] //= 2
+
+
+def _printable(name: str) -> str:
+    """What clients send may hold anything, lone surrogates too, which cannot be written as UTF-8."""
+    return "".join(c if c.isprintable() else "?" for c in name[:MAX_LENGTH])

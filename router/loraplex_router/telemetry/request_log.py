@@ -1,0 +1,66 @@
+"""One log line per request, when it has ended. Says nothing of its text unless told to.
+
+Each record carries its values in `fields`, which the log's format writes as JSON or as text.
+"""
+
+import logging
+
+from loraplex_router.output import Generation
+from loraplex_router.request import EmbedRequest, MergedReference, Request
+
+logger = logging.getLogger(__name__)
+
+
+class RequestLog:
+    """`prompts` says whether prompts and answers are to be logged, too."""
+
+    def __init__(self, prompts: bool) -> None:
+        self._prompts = prompts
+
+    def ended(self, generation: Generation, outcome: str, now: float) -> None:
+        """A request that was queued is over, at a time of time.monotonic."""
+        outputs = generation.outputs
+        sequence = outputs[0].sequence
+        started, first = generation.started, generation.first_token
+        fields: dict[str, object] = {
+            "request_id": generation.request_id,
+            "tenant": generation.tenant.name or None,
+            "adapter": sequence.adapter.name,
+            "digest": generation.adapter_digest[:12] or None,
+            "outcome": outcome,
+            "error": generation.error.message if generation.error is not None else None,
+            "finish": [output.finish_reason.name.lower() for output in outputs if output.finish_reason],
+            "prompt_tokens": sequence.prompt_length,
+            "prefix_hit_tokens": sum(output.sequence.prefix_hit for output in outputs),
+            "generated_tokens": sum(output.generated for output in outputs),
+            "queue_ms": _milliseconds((now if started is None else started) - generation.validated),
+            "first_token_ms": None if first is None else _milliseconds(first - generation.arrived),
+            "duration_ms": _milliseconds(now - generation.arrived),
+        }
+        if self._prompts:
+            texts = [output.texts() for output in outputs]
+            fields["prompt"] = texts[0][0]
+            fields["answers"] = [answer for _, answer in texts]
+        logger.info("request", extra={"fields": fields})
+
+    def refused(self, request: Request | EmbedRequest, outcome: str, seconds: float) -> None:
+        """A request that was not queued."""
+        fields: dict[str, object] = {
+            "request_id": request.request_id[:128] or None if isinstance(request, Request) else None,
+            "adapter": _describe(request)[:512],
+            "outcome": outcome,
+            "duration_ms": _milliseconds(seconds),
+        }
+        logger.info("request", extra={"fields": fields})
+
+
+def _describe(request: Request | EmbedRequest) -> str:
+    adapter = request.adapter
+    if adapter is None:
+        return "base"
+    parts = adapter.adapters if isinstance(adapter, MergedReference) else (adapter,)
+    return ",".join(part.id for part in parts)
+
+
+def _milliseconds(seconds: float) -> float:
+    return round(seconds * 1e3, 1)

@@ -1,0 +1,79 @@
+"""Gauges: what the schedulers, blocks and adapter pools hold now."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from loraplex_router.adapters.pool import AdapterPool
+from loraplex_router.blocks import BlockAllocator
+from loraplex_router.scheduler import Scheduler
+from loraplex_router.telemetry.labels import AdapterLabels
+
+
+@dataclass(frozen=True, slots=True)
+class GroupState:
+    """What is known of one group. Owned by its engine's event loop."""
+
+    scheduler: Scheduler
+    blocks: BlockAllocator
+    pool: AdapterPool
+
+
+class StateCollector(Collector):
+    """Answers what `take` saw last, so that only `take` has to run on the event loop."""
+
+    def __init__(self, groups: dict[str, GroupState], labels: AdapterLabels) -> None:
+        self._groups = groups
+        self._labels = labels
+        self._taken: list[Metric] = []
+
+    def take(self) -> None:
+        self._taken = [*self._group_gauges(), *self._adapter_gauges()]
+
+    def describe(self) -> Iterator[Metric]:
+        yield from ()
+
+    def collect(self) -> Iterator[Metric]:
+        yield from self._taken
+
+    def _group_gauges(self) -> Iterator[Metric]:
+        sequences = _gauge("sequences", "Sequences, by state.", "group", "state")
+        blocks = _gauge("kv_blocks", "Blocks of the KV cache, by state.", "group", "state")
+        adapters = _gauge("adapters", "Staged adapters, by the fastest tier that holds them.", "group", "tier")
+        slots = _gauge("adapter_slots", "Adapters that the device can hold.", "group")
+        preempted = CounterMetricFamily("loraplex_preemptions", "Sequences preempted.", labels=["group"])
+        for name, group in self._groups.items():
+            sequences.add_metric([name, "running"], group.scheduler.num_running)
+            sequences.add_metric([name, "waiting"], group.scheduler.num_waiting)
+            blocks.add_metric([name, "used"], group.blocks.used)
+            blocks.add_metric([name, "cached"], group.blocks.cached)
+            blocks.add_metric([name, "free"], group.blocks.available - group.blocks.cached)
+            staged = list(group.pool)
+            on_device = sum(adapter.ready for adapter in staged)
+            adapters.add_metric([name, "device"], on_device)
+            adapters.add_metric([name, "host"], len(staged) - on_device)
+            slots.add_metric([name], group.pool.slots)
+            preempted.add_metric([name], group.scheduler.num_preemptions)
+        return iter((sequences, blocks, adapters, slots, preempted))
+
+    def _adapter_gauges(self) -> Iterator[Metric]:
+        waiting, running = (Counter(dict.fromkeys(self._labels, 0)) for _ in range(2))
+        for group in self._groups.values():
+            for adapter in (group.pool.base, *group.pool):
+                if adapter.waiting or adapter.running:
+                    label = self._labels.find(adapter.name)
+                    waiting[label] += adapter.waiting
+                    running[label] += adapter.running
+        sequences = _gauge("adapter_sequences", "Sequences, by adapter and state.", "adapter", "state")
+        for state, counts in (("running", running), ("waiting", waiting)):
+            for label, count in counts.items():
+                sequences.add_metric([label, state], count)
+        return iter((sequences,))
+
+
+def _gauge(name: str, text: str, *labels: str) -> GaugeMetricFamily:
+    return GaugeMetricFamily(f"loraplex_{name}", text, labels=labels)

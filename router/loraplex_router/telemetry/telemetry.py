@@ -1,0 +1,178 @@
+"""What the router tells those who watch it: one call per event, none of them per token.
+
+Hands each event to the metrics, the log and, where they are on, the traces. Runs on the engine's event loop.
+"""
+
+import asyncio
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from prometheus_client import CollectorRegistry, generate_latest
+
+from loraplex_protos import shard_pb2 as pb
+from loraplex_protos.errors import LoraplexError
+from loraplex_router.adapters.pool import AdapterPool
+from loraplex_router.blocks import BlockAllocator
+from loraplex_router.output import Generation
+from loraplex_router.request import EmbedRequest, Request
+from loraplex_router.scheduler import Scheduler
+from loraplex_router.sequence import FinishReason, Plan
+from loraplex_router.telemetry.labels import OTHER, AdapterLabels
+from loraplex_router.telemetry.metrics import Metrics
+from loraplex_router.telemetry.request_log import RequestLog
+from loraplex_router.telemetry.state import GroupState, StateCollector
+
+
+class Telemetry:
+    """Watches one router. `adapters` bounds how many adapters have series of their own."""
+
+    def __init__(self, adapters: int, log: RequestLog) -> None:
+        self.metrics = Metrics()
+        self._labels = AdapterLabels(adapters, self.metrics.forget_adapter)
+        self._log = log
+        self._groups: dict[str, GroupState] = {}
+        self._state = StateCollector(self._groups, self._labels)
+        self.registry.register(self._state)
+
+    @property
+    def registry(self) -> CollectorRegistry:
+        return self.metrics.registry
+
+    async def scrape(self) -> bytes:
+        """All metrics as Prometheus reads them. The text is written on a thread: it takes longer than a step may."""
+        self._state.take()
+        return await asyncio.to_thread(generate_latest, self.registry)
+
+    # ---- requests ----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def admission(self, request: Request | EmbedRequest, arrived: float) -> Iterator[None]:
+        """Within it a request is checked and queued, or refused: what is raised is its outcome."""
+        try:
+            yield
+        except LoraplexError as error:
+            self._refused(request, error.error_type, arrived)
+            raise
+        except asyncio.CancelledError:
+            self._refused(request, "cancelled", arrived)
+            raise
+        except Exception:
+            self._refused(request, LoraplexError.error_type, arrived)
+            raise
+
+    def queued(self, generation: Generation) -> None:
+        self._labels.count(_adapter_name(generation))
+
+    def started(self, generation: Generation) -> None:
+        """A step that starts one of its sequences leaves."""
+        if generation.started is not None:
+            return
+        generation.started = time.monotonic()
+        label = self._labels.find(_adapter_name(generation))
+        self.metrics.queue_wait.labels(label).observe(generation.started - generation.validated)
+
+    def first_token(self, generation: Generation) -> None:
+        generation.first_token = time.monotonic()
+        self.metrics.first_token.observe(generation.first_token - generation.arrived)
+
+    def ended(self, generation: Generation) -> None:
+        """It is finished, failed or cancelled."""
+        metrics, now = self.metrics, time.monotonic()
+        label = self._labels.find(_adapter_name(generation))
+        outcome = _outcome(generation)
+        prompt_tokens = generation.outputs[0].sequence.prompt_length
+        generated_tokens = sum(output.generated for output in generation.outputs)
+        metrics.requests.labels(outcome, label).inc()
+        metrics.duration.observe(now - generation.arrived)
+        metrics.prompt_length.observe(prompt_tokens)
+        metrics.output_length.observe(generated_tokens)
+        metrics.prompt.inc(prompt_tokens)
+        metrics.hits.inc(sum(output.sequence.prefix_hit for output in generation.outputs))
+        metrics.adapter_prompt.labels(label).inc(prompt_tokens)
+        metrics.adapter_generated.labels(label).inc(generated_tokens)
+        self._log.ended(generation, outcome, now)
+
+    def _refused(self, request: Request | EmbedRequest, outcome: str, arrived: float) -> None:
+        """Its adapter may be any text, and gets no label."""
+        self.metrics.requests.labels(outcome, OTHER).inc()
+        self._log.refused(request, outcome, time.monotonic() - arrived)
+
+    # ---- groups ------------------------------------------------------------------------------------------------
+
+    def group(self, name: str) -> "GroupTelemetry":
+        """The events of a group of shards; `name` is what its series are labelled with."""
+        return GroupTelemetry(self, name)
+
+    def watch(self, name: str, scheduler: Scheduler, blocks: BlockAllocator, pool: AdapterPool) -> None:
+        """Adds the gauges of a group."""
+        self._groups[name] = GroupState(scheduler, blocks, pool)
+
+    def forget(self, name: str) -> None:
+        """Drops the series of a group that is gone."""
+        self._groups.pop(name, None)
+        self.metrics.forget_group(name)
+
+
+class GroupTelemetry:
+    """The events of one group's engine and shards. Requests may move from one group to another."""
+
+    def __init__(self, router: Telemetry, name: str) -> None:
+        self._router = router
+        self._name = name
+        self.started, self.first_token, self.ended = router.started, router.first_token, router.ended
+        metrics = router.metrics
+        self._step = metrics.step.labels(name)
+        self.planned = metrics.overhead.labels(name, "plan").observe  # what the router spent on it, in seconds
+        self.applied = metrics.overhead.labels(name, "apply").observe
+        self._generated = metrics.generated.labels(name)
+        self._prefill_tokens = metrics.step_tokens.labels(name, "prefill")
+        self._decode_tokens = metrics.step_tokens.labels(name, "decode")
+        self._sequences = metrics.step_sequences.labels(name)
+        self._adapters = metrics.step_adapters.labels(name)
+        self._inter_token = metrics.inter_token
+        self._latencies = metrics.rank_latency
+        self._last_result = 0.0
+
+    def step(self, plan: Plan, response: pb.StepResponse) -> None:
+        """The result of a step is here."""
+        now = time.monotonic()
+        decodes = [chunk.length for chunk in plan.chunks if chunk.start >= chunk.sequence.prompt_length]
+        self._step.observe(response.duration_us / 1e6)
+        self._generated.inc(len(response.tokens))
+        self._decode_tokens.inc(sum(decodes))
+        self._prefill_tokens.inc(sum(chunk.length for chunk in plan.chunks) - sum(decodes))
+        self._sequences.observe(len(plan.chunks))
+        self._adapters.observe(sum(adapter.slot != 0 for adapter in plan.adapters))
+        if decodes:  # their last tokens came with the last result
+            self._inter_token.observe(now - self._last_result, len(decodes))
+        self._last_result = now
+
+    def rank_latency(self, rank: int, seconds: float) -> None:
+        """What a step took beyond the rank's own time."""
+        self._latencies.labels(self._name, str(rank)).observe(seconds)
+
+    @contextmanager
+    def loading(self, tier: str) -> Iterator[None]:
+        """Within it an adapter is brought to a tier: host or device."""
+        began = time.monotonic()
+        try:
+            yield
+        except LoraplexError as error:
+            self._router.metrics.load_failures.labels(tier, error.error_type).inc()
+            raise
+        self._router.metrics.loads.labels(tier).observe(time.monotonic() - began)
+
+    def evicted(self, tier: str) -> None:
+        self._router.metrics.evictions.labels(tier).inc()
+
+
+def _adapter_name(generation: Generation) -> str:
+    return generation.outputs[0].sequence.adapter.name
+
+
+def _outcome(generation: Generation) -> str:
+    if generation.error is not None:
+        return generation.error.error_type
+    reasons = {output.finish_reason for output in generation.outputs}
+    return "cancelled" if FinishReason.CANCELLED in reasons else "finished"

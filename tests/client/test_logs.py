@@ -1,0 +1,41 @@
+"""The services' log lines: text for people, JSON for machines, one line whatever a client sent."""
+
+import json
+import logging
+import sys
+
+from loraplex.cli.logs import JsonFormatter, TextFormatter
+
+
+def record(message: str = "request", **fields: object) -> logging.LogRecord:
+    made = logging.LogRecord("router", logging.INFO, __file__, 1, message, None, None)
+    made.fields = fields
+    return made
+
+
+def test_text_shows_the_message_and_then_the_values():
+    line = TextFormatter().format(record(adapter="sql", tokens=3, finish=["length", "end_token"], error=None))
+    assert line.split(" ", 1)[1] == "INFO request adapter=sql tokens=3 finish=length,end_token"
+
+
+def test_json_has_the_values_beside_the_message():
+    line = json.loads(JsonFormatter().format(record(adapter="sql", tokens=3, error=None)))
+    assert line.pop("time").endswith("+00:00")
+    assert line == {"level": "info", "logger": "router", "message": "request", "adapter": "sql", "tokens": 3}
+
+
+def test_a_value_cannot_forge_a_line_or_another_value():
+    forged = "a\nINFO request outcome=finished \ud800"
+    for formatter in (TextFormatter(), JsonFormatter()):
+        line = formatter.format(record(request_id=forged))
+        line.encode()
+        assert "\n" not in line
+    assert json.loads(JsonFormatter().format(record(request_id=forged)))["request_id"] == forged
+
+
+def test_an_exception_is_part_of_the_json():
+    try:
+        raise ValueError("broken")
+    except ValueError:
+        made = logging.LogRecord("router", logging.ERROR, __file__, 1, "failed", None, sys.exc_info())
+    assert "ValueError: broken" in json.loads(JsonFormatter().format(made))["exception"]
