@@ -20,6 +20,7 @@ from loraplex_shard import machine
 from loraplex_shard.checkpoint import Checkpoint, open_checkpoint
 from loraplex_shard.grammars import GrammarCompiler
 from loraplex_shard.lora.store import AdapterStore
+from loraplex_shard.metrics import ShardMetrics
 from loraplex_shard.models import load_decoder
 from loraplex_shard.models.architectures import read_spec
 from loraplex_shard.parallel import Group
@@ -65,8 +66,12 @@ def run(settings: ShardSettings, progress: Progress | None = None) -> None:
     for number in signal.SIGTERM, signal.SIGINT:
         signal.signal(number, _exit)
     step_failed = threading.Event()
+    metrics = ShardMetrics()
     try:
-        server = start(_load(settings, checkpoint, group, device, progress, step_failed), settings.listen)
+        service = _load(settings, checkpoint, group, device, progress, step_failed, metrics)
+        if settings.metrics_port:
+            metrics.serve(settings.metrics_host, settings.metrics_port)
+        server = start(service, settings.listen)
         logger.info("rank %d of %d serves at %s", settings.rank, settings.tp, settings.listen)
         try:
             step_failed.wait()
@@ -100,6 +105,7 @@ def _load(
     device: torch.device,
     progress: Progress | None,
     step_failed: threading.Event,
+    metrics: ShardMetrics,
 ) -> ShardService:
     dtype = machine.pick_dtype(settings.dtype, checkpoint.config, device)
     max_model_len = machine.longest_context(settings, checkpoint.config)
@@ -108,26 +114,28 @@ def _load(
     num_blocks = machine.fewest(group, machine.count_blocks(settings, max_model_len, block_bytes, device), device)
     max_model_len = machine.fit_context(settings, max_model_len, num_blocks)
     cache = decoder.new_cache(num_blocks, machine.BLOCK_SIZE)
-    adapters = AdapterStore(decoder.layouts, dtype, device, settings.adapters, checkpoint.architecture)
+    adapters = AdapterStore(decoder.layouts, dtype, device, settings.adapters, checkpoint.architecture, metrics=metrics)
     tokenizer = checkpoint.tokenizer()
     grammars = GrammarCompiler(tokenizer.tokenizer_json, decoder.vocab_size, checkpoint.end_token_ids)
+    info = GetInfoResponse(
+        model_id=checkpoint.model_id,
+        architecture=checkpoint.architecture,
+        dtype=str(dtype).removeprefix("torch."),
+        vocab_size=decoder.vocab_size,
+        max_model_len=max_model_len,
+        rank=settings.rank,
+        tensor_parallel_size=settings.tp,
+        block_size=machine.BLOCK_SIZE,
+        num_blocks=num_blocks,
+        max_sequences=settings.max_sequences,
+        end_token_ids=checkpoint.end_token_ids,
+    )
+    metrics.describe(info)
     return ShardService(
         runner=Runner(decoder, cache, adapters, group, settings.max_sequences, max_model_len, device, grammars),
         adapters=adapters,
         grammars=grammars,
-        info=GetInfoResponse(
-            model_id=checkpoint.model_id,
-            architecture=checkpoint.architecture,
-            dtype=str(dtype).removeprefix("torch."),
-            vocab_size=decoder.vocab_size,
-            max_model_len=max_model_len,
-            rank=settings.rank,
-            tensor_parallel_size=settings.tp,
-            block_size=machine.BLOCK_SIZE,
-            num_blocks=num_blocks,
-            max_sequences=settings.max_sequences,
-            end_token_ids=checkpoint.end_token_ids,
-        ),
+        info=info,
         tokenizer=GetTokenizerResponse(
             tokenizer_json=tokenizer.tokenizer_json,
             chat_template=tokenizer.chat_template,
@@ -136,6 +144,7 @@ def _load(
         ),
         # A single rank has nobody to be out of step with, and the next stream starts from nothing.
         on_failed_step=step_failed.set if group.size > 1 else lambda: None,
+        metrics=metrics,
     )
 
 

@@ -18,6 +18,7 @@ from loraplex_protos.shard_pb2_grpc import ShardServiceServicer
 from loraplex_shard.grammars import GrammarCompiler
 from loraplex_shard.lora.merge import Recipe
 from loraplex_shard.lora.store import AdapterStore
+from loraplex_shard.metrics import ShardMetrics
 from loraplex_shard.runner import Runner
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ class ShardService(ShardServiceServicer):
         info: pb.GetInfoResponse,
         tokenizer: pb.GetTokenizerResponse,
         on_failed_step: Callable[[], None],
+        metrics: ShardMetrics,
     ) -> None:
         self._runner = runner
         self._adapters = adapters
@@ -47,6 +49,7 @@ class ShardService(ShardServiceServicer):
         self._info = info
         self._tokenizer = tokenizer
         self._on_failed_step = on_failed_step
+        self._metrics = metrics
         self._runner_in_use = threading.Lock()
 
     def GetInfo(self, request: pb.GetInfoRequest, context: grpc.ServicerContext) -> pb.GetInfoResponse:
@@ -120,6 +123,7 @@ class ShardService(ShardServiceServicer):
                 began = time.monotonic_ns()
                 response = self._run(plan, number)
                 response.duration_us = (time.monotonic_ns() - began) // 1000
+                self._metrics.step(plan, response)
                 yield response
 
     def _run(self, plan: pb.StepRequest, number: int) -> pb.StepResponse:

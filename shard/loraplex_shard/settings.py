@@ -74,6 +74,14 @@ class ShardSettings(ModelSettings):
         "or file:///PATH. Needed if tp is above 1.",
     )
 
+    metrics_port: int = Field(
+        0, ge=0, le=65535, description="Port of GET /metrics, at the host of --listen. 0: no metrics."
+    )
+
+    @property
+    def metrics_host(self) -> str:
+        return "127.0.0.1" if self.listen.startswith("unix:") else self.listen.rpartition(":")[0].strip("[]")
+
     @model_validator(mode="after")
     def _fits_its_group(self) -> Self:
         if self.rank >= self.tp:

@@ -20,6 +20,7 @@ from loraplex_protos.shard_pb2_grpc import ShardServiceStub
 from loraplex_shard.checkpoint import open_checkpoint
 from loraplex_shard.grammars import GrammarCompiler
 from loraplex_shard.lora.store import AdapterStore, StagedAdapter
+from loraplex_shard.metrics import ShardMetrics
 from loraplex_shard.models import Decoder, load_decoder
 from loraplex_shard.parallel import Group
 from loraplex_shard.runner import Runner
@@ -88,7 +89,7 @@ def service(decoder: Decoder, failed_step: threading.Event, tmp_path: Path) -> S
     runner = Runner(decoder, cache, adapters, Group(0, 1), 8, MAX_MODEL_LEN, CPU, grammars)
     info = pb.GetInfoResponse(model_id="tiny", rank=0, num_blocks=NUM_BLOCKS)
     tokenizer = pb.GetTokenizerResponse(tokenizer_json=b"{}")
-    return ShardService(runner, adapters, grammars, info, tokenizer, failed_step.set)
+    return ShardService(runner, adapters, grammars, info, tokenizer, failed_step.set, ShardMetrics())
 
 
 @pytest.fixture
@@ -250,7 +251,8 @@ def test_a_slow_adapter_source_delays_no_step(decoder: Decoder, address: str, fa
     cache = decoder.new_cache(NUM_BLOCKS, BLOCK_SIZE)
     grammars = GrammarCompiler(b"{}", decoder.vocab_size, end_token_ids=(2,))
     runner = Runner(decoder, cache, adapters, Group(0, 1), 8, MAX_MODEL_LEN, CPU, grammars)
-    service = ShardService(runner, adapters, grammars, pb.GetInfoResponse(), pb.GetTokenizerResponse(), failed_step.set)
+    info, tokenizer = pb.GetInfoResponse(), pb.GetTokenizerResponse()
+    service = ShardService(runner, adapters, grammars, info, tokenizer, failed_step.set, ShardMetrics())
     server = start(service, address)
     with grpc.insecure_channel(address) as channel, Stream(ShardServiceStub(channel)) as stream:
         slow = ShardServiceStub(channel).StageAdapter.future(pb.StageAdapterRequest(id="org/slow"))

@@ -19,7 +19,7 @@ def test_every_setting_is_described() -> None:
 
 def test_a_shard_has_all_settings_of_the_model() -> None:
     added = ShardSettings.model_fields.keys() - ModelSettings.model_fields.keys()
-    assert added == {"rank", "listen", "rendezvous"}
+    assert added == {"rank", "listen", "rendezvous", "metrics_port"}
 
 
 @pytest.mark.parametrize(

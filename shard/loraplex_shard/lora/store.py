@@ -4,7 +4,9 @@ The router decides what is staged and loaded. All methods may be called from any
 and a step never waits for them.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+import logging
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +24,9 @@ from loraplex_shard.lora.peft import read_adapter, read_deltas
 from loraplex_shard.lora.sources import Origin, Sources
 from loraplex_shard.lora.transfer import Transfer
 from loraplex_shard.lora.weights import AdapterWeights
+from loraplex_shard.metrics import ShardMetrics
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +42,7 @@ class AdapterStore:
     """Adapters for the linear layers of `layouts`, in `dtype`, in slots on `device`.
 
     `directory` is the adapter directory, if there is one; `architecture` the base model's class. The hub is HF_ENDPOINT
-    (or the public one) unless given.
+    (or the public one) unless given; `metrics` are told of what is loaded and what leaves.
     """
 
     def __init__(
@@ -48,12 +53,15 @@ class AdapterStore:
         directory: Path | None,
         architecture: str,
         hub: HubSource | None = None,
+        metrics: ShardMetrics | None = None,
     ) -> None:
         self._layouts = tuple(layouts)
         self._dtype = dtype
         self._transfer = Transfer(device)
         self._architecture = architecture
         self._sources = Sources(directory, hub or HubSource())
+        self._metrics = metrics or ShardMetrics()
+        self._metrics.watch_adapters(self._count, self._count_host_bytes)
         self._lock = Lock()  # guards the four below; held for no longer than a look-up
         self._digests: dict[Origin, str] = {}  # what has been read
         self._host: dict[str, Adapter] = {}  # by digest
@@ -94,7 +102,8 @@ class AdapterStore:
             adapter = self._host.get(digest)
         if adapter is None:
             raise AdapterNotFoundError(f"no adapter with digest {digest[:64]!r} is staged")
-        weights = self._transfer.to_device(adapter.weights)
+        with self._metrics.loading("device"):
+            weights = self._transfer.to_device(adapter.weights)
         with self._lock:
             occupant, _ = self._slots.setdefault(slot, (digest, weights))
         if occupant != digest:
@@ -103,15 +112,19 @@ class AdapterStore:
     def unload(self, slot: int) -> None:
         """Frees a slot, which no plan in flight may use. Does nothing to an empty one."""
         with self._lock:
-            self._slots.pop(slot, None)
+            found = self._slots.pop(slot, None)
+        if found is not None:
+            self._metrics.evicted("device")
 
     def unstage(self, digest: str) -> None:
         """Forgets a staged adapter. Does nothing if it is not staged; raises AdapterInUseError if it is in a slot."""
         with self._lock:
             if any(occupant == digest for occupant, _ in self._slots.values()):
                 raise AdapterInUseError(f"the adapter with digest {digest[:64]!r} is in a slot: unload it first")
-            self._host.pop(digest, None)
+            found = self._host.pop(digest, None)
             self._digests = {origin: known for origin, known in self._digests.items() if known != digest}
+        if found is not None:
+            self._metrics.evicted("host")
 
     def local_ids(self) -> list[str]:
         """The ids in the adapter directory, sorted."""
@@ -130,7 +143,8 @@ class AdapterStore:
         return StagedAdapter(digest, origin.source, origin.revision, adapter.lora_rank, adapter.weights.size_bytes)
 
     def _read(self, origin: Origin) -> None:
-        files = origin.read()
+        with self._metrics.loading("disk"):
+            files = origin.read()
         digest = files.digest()
         self._once(digest, lambda: self._hold(digest, lambda: self._cut(files)))
         with self._lock:
@@ -160,10 +174,25 @@ class AdapterStore:
         with self._lock:
             if digest in self._host:
                 return
-        adapter = make()
-        weights = self._transfer.to_host(adapter.weights)
+        began = time.monotonic()
+        with self._metrics.loading("host"):
+            adapter = make()
+            weights = self._transfer.to_host(adapter.weights)
         with self._lock:
             self._host[digest] = replace(adapter, weights=weights)
+        took = round((time.monotonic() - began) * 1e3, 1)
+        fields = {"digest": digest, "lora_rank": adapter.lora_rank, "bytes": weights.size_bytes, "duration_ms": took}
+        logger.info("adapter staged", extra={"fields": fields})
+
+    def _count(self) -> Mapping[str, int]:
+        """Adapters by tier."""
+        with self._lock:
+            held = {"host": len(self._host), "device": len(self._slots)}
+        return {"disk": len(self._sources.local_ids()), **held}
+
+    def _count_host_bytes(self) -> int:
+        with self._lock:
+            return sum(adapter.weights.size_bytes for adapter in self._host.values())
 
     def _once(self, key: Hashable, work: Callable[[], None]) -> None:
         """Does the work, or waits for the call that is doing it and shares its outcome."""
