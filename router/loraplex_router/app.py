@@ -46,6 +46,10 @@ class Router:
         scheduler = Scheduler(limits, blocks, pool)
         telemetry = Telemetry(settings.metrics_adapters, RequestLog(settings.log_prompts))
         telemetry.metrics.describe_build(info.model_id)
+        if settings.lorax_metrics:
+            telemetry.add_lorax_names()
+        if settings.gateway_metrics:
+            telemetry.add_gateway_names(info.block_size)
         telemetry.watch("0", scheduler, blocks, pool)
         self._engine = Engine(scheduler, pool, shards, telemetry.group("0"))
         self._service = Service(

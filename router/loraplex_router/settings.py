@@ -35,6 +35,10 @@ class EdgeSettings(BaseModel):
     metrics_adapters: int = Field(
         100, ge=0, le=10_000, description="Adapters with time series of their own; the others share the label `other`."
     )
+    lorax_metrics: bool = Field(False, description="Export LoRAX's metrics under its names, too.")
+    gateway_metrics: bool = Field(
+        False, description="Export what the Gateway API Inference Extension's endpoint picker reads (vllm:...), too."
+    )
     log_format: Literal["text", "json"] = Field("text", description="How log lines are written.")
     log_prompts: bool = Field(False, description="Log prompts and answers with each request.")
     drain_seconds: float = Field(

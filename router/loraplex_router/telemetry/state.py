@@ -1,7 +1,8 @@
 """Gauges: what the schedulers, blocks and adapter pools hold now."""
 
+from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -23,16 +24,19 @@ class GroupState:
     pool: AdapterPool
 
 
-class StateCollector(Collector):
+class Snapshot(Collector, ABC):
     """Answers what `take` saw last, so that only `take` has to run on the event loop."""
 
-    def __init__(self, groups: dict[str, GroupState], labels: AdapterLabels) -> None:
-        self._groups = groups
-        self._labels = labels
+    def __init__(self, groups: Mapping[str, GroupState]) -> None:
+        self.groups = groups
         self._taken: list[Metric] = []
 
+    @abstractmethod
+    def read(self) -> Iterator[Metric]:
+        """What is to be seen now."""
+
     def take(self) -> None:
-        self._taken = [*self._group_gauges(), *self._adapter_gauges()]
+        self._taken = list(self.read())
 
     def describe(self) -> Iterator[Metric]:
         yield from ()
@@ -40,13 +44,25 @@ class StateCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         yield from self._taken
 
+
+class State(Snapshot):
+    """The router's own gauges."""
+
+    def __init__(self, groups: Mapping[str, GroupState], labels: AdapterLabels) -> None:
+        super().__init__(groups)
+        self._labels = labels
+
+    def read(self) -> Iterator[Metric]:
+        yield from self._group_gauges()
+        yield from self._adapter_gauges()
+
     def _group_gauges(self) -> Iterator[Metric]:
         sequences = _gauge("sequences", "Sequences, by state.", "group", "state")
         blocks = _gauge("kv_blocks", "Blocks of the KV cache, by state.", "group", "state")
         adapters = _gauge("adapters", "Staged adapters, by the fastest tier that holds them.", "group", "tier")
         slots = _gauge("adapter_slots", "Adapters that the device can hold.", "group")
         preempted = CounterMetricFamily("loraplex_preemptions", "Sequences preempted.", labels=["group"])
-        for name, group in self._groups.items():
+        for name, group in self.groups.items():
             sequences.add_metric([name, "running"], group.scheduler.num_running)
             sequences.add_metric([name, "waiting"], group.scheduler.num_waiting)
             blocks.add_metric([name, "used"], group.blocks.used)
@@ -58,11 +74,11 @@ class StateCollector(Collector):
             adapters.add_metric([name, "host"], len(staged) - on_device)
             slots.add_metric([name], group.pool.slots)
             preempted.add_metric([name], group.scheduler.num_preemptions)
-        return iter((sequences, blocks, adapters, slots, preempted))
+        yield from (sequences, blocks, adapters, slots, preempted)
 
     def _adapter_gauges(self) -> Iterator[Metric]:
         waiting, running = (Counter(dict.fromkeys(self._labels, 0)) for _ in range(2))
-        for group in self._groups.values():
+        for group in self.groups.values():
             for adapter in (group.pool.base, *group.pool):
                 if adapter.waiting or adapter.running:
                     label = self._labels.find(adapter.name)
@@ -72,7 +88,7 @@ class StateCollector(Collector):
         for state, counts in (("running", running), ("waiting", waiting)):
             for label, count in counts.items():
                 sequences.add_metric([label, state], count)
-        return iter((sequences,))
+        yield sequences
 
 
 def _gauge(name: str, text: str, *labels: str) -> GaugeMetricFamily:

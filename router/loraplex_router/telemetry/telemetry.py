@@ -18,10 +18,12 @@ from loraplex_router.output import Generation
 from loraplex_router.request import EmbedRequest, Request
 from loraplex_router.scheduler import Scheduler
 from loraplex_router.sequence import FinishReason, Plan
+from loraplex_router.telemetry.gateway import GatewayNames
 from loraplex_router.telemetry.labels import OTHER, AdapterLabels
+from loraplex_router.telemetry.lorax_names import LoraxMetrics
 from loraplex_router.telemetry.metrics import Metrics
 from loraplex_router.telemetry.request_log import RequestLog
-from loraplex_router.telemetry.state import GroupState, StateCollector
+from loraplex_router.telemetry.state import GroupState, Snapshot, State
 
 
 class Telemetry:
@@ -32,8 +34,9 @@ class Telemetry:
         self._labels = AdapterLabels(adapters, self.metrics.forget_adapter)
         self._log = log
         self._groups: dict[str, GroupState] = {}
-        self._state = StateCollector(self._groups, self._labels)
-        self.registry.register(self._state)
+        self.lorax: LoraxMetrics | None = None
+        self._snapshots: list[Snapshot] = []
+        self._add(State(self._groups, self._labels))
 
     @property
     def registry(self) -> CollectorRegistry:
@@ -41,8 +44,22 @@ class Telemetry:
 
     async def scrape(self) -> bytes:
         """All metrics as Prometheus reads them. The text is written on a thread: it takes longer than a step may."""
-        self._state.take()
+        for snapshot in self._snapshots:
+            snapshot.take()
         return await asyncio.to_thread(generate_latest, self.registry)
+
+    def add_lorax_names(self) -> None:
+        """From now on LoRAX's metrics are there, too."""
+        self.lorax = LoraxMetrics(self.registry, self._groups)
+        self._snapshots.append(self.lorax.gauges)
+
+    def add_gateway_names(self, block_size: int) -> None:
+        """From now on the metrics for Kubernetes' inference gateways are there, too."""
+        self._add(GatewayNames(self._groups, block_size))
+
+    def _add(self, snapshot: Snapshot) -> None:
+        self._snapshots.append(snapshot)
+        self.registry.register(snapshot)
 
     # ---- requests ----------------------------------------------------------------------------------------------
 
@@ -92,11 +109,15 @@ class Telemetry:
         metrics.adapter_prompt.labels(label).inc(prompt_tokens)
         metrics.adapter_generated.labels(label).inc(generated_tokens)
         self._log.ended(generation, outcome, now)
+        if self.lorax is not None:
+            self.lorax.ended(generation, outcome, now)
 
     def _refused(self, request: Request | EmbedRequest, outcome: str, arrived: float) -> None:
         """Its adapter may be any text, and gets no label."""
         self.metrics.requests.labels(outcome, OTHER).inc()
         self._log.refused(request, outcome, time.monotonic() - arrived)
+        if self.lorax is not None:
+            self.lorax.refused(outcome)
 
     # ---- groups ------------------------------------------------------------------------------------------------
 
@@ -147,6 +168,8 @@ class GroupTelemetry:
         if decodes:  # their last tokens came with the last result
             self._inter_token.observe(now - self._last_result, len(decodes))
         self._last_result = now
+        if self._router.lorax is not None:
+            self._router.lorax.step(len(decodes) < len(plan.chunks), response.duration_us / 1e6, len(plan.chunks))
 
     def rank_latency(self, rank: int, seconds: float) -> None:
         """What a step took beyond the rank's own time."""

@@ -1,0 +1,46 @@
+"""The metrics that an endpoint picker of the Gateway API Inference Extension reads, under the names it looks for.
+
+They are those of its model-server protocol (docs/proposals/003-model-server-protocol in
+https://github.com/kubernetes-sigs/gateway-api-inference-extension), which are vLLM's. All groups count as one.
+"""
+
+import time
+from collections.abc import Iterable, Iterator, Mapping
+
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+
+from loraplex_router.adapters.pool import Adapter
+from loraplex_router.telemetry.state import GroupState, Snapshot
+
+
+class GatewayNames(Snapshot):
+    def __init__(self, groups: Mapping[str, GroupState], block_size: int) -> None:
+        super().__init__(groups)
+        self._block_size = block_size
+
+    def read(self) -> Iterator[Metric]:
+        groups = self.groups.values()
+        blocks = sum(group.blocks.num_blocks for group in groups)
+        used = sum(group.blocks.used for group in groups)
+        waiting = sum(group.scheduler.num_waiting for group in groups)
+        running = sum(group.scheduler.num_running for group in groups)
+        yield GaugeMetricFamily("vllm:num_requests_waiting", "Sequences that wait.", waiting)
+        yield GaugeMetricFamily("vllm:num_requests_running", "Sequences that run.", running)
+        yield GaugeMetricFamily("vllm:kv_cache_usage_perc", "KV cache in use, from 0 to 1.", used / max(1, blocks))
+        config = GaugeMetricFamily("vllm:cache_config_info", "The KV cache.", labels=["block_size", "num_gpu_blocks"])
+        config.add_metric([str(self._block_size), str(blocks)], 1)
+        yield config
+        labels = ["max_lora", "running_lora_adapters", "waiting_lora_adapters"]
+        adapters = GaugeMetricFamily("vllm:lora_requests_info", "Adapters; the value is the time.", labels=labels)
+        staged = [adapter for group in groups for adapter in group.pool]
+        ready = _names(adapter for adapter in staged if adapter.ready)
+        queued = _names(adapter for adapter in staged if adapter.waiting and not adapter.ready)
+        adapters.add_metric([str(sum(group.pool.slots for group in groups)), ready, queued], time.time())
+        yield adapters
+
+
+def _names(adapters: Iterable[Adapter]) -> str:
+    """Separated by commas, which only the names of merged adapters have, and those no router asks for by name."""
+    names = {adapter.name for adapter in adapters}
+    return ",".join(sorted(name for name in names if "," not in name and name.isprintable()))

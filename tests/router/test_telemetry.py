@@ -1,0 +1,174 @@
+"""What the router counts, under which labels, and what it says of prompts."""
+
+import asyncio
+import logging
+import subprocess
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loraplex_protos.errors import AdapterNotFoundError, InvalidRequestError
+from loraplex_router.request import AdapterReference, Request
+from loraplex_router.telemetry.labels import OTHER, AdapterLabels
+from tests.router.test_engine import Setup
+from tests.tools import needs_promtool
+
+
+@pytest.fixture
+async def setup() -> AsyncIterator[Setup]:
+    made = Setup()
+    made.telemetry.add_lorax_names()
+    task = asyncio.create_task(made.engine.run())
+    yield made
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
+
+
+async def reader(setup: Setup) -> Callable[..., float | None]:
+    """Samples by name and labels, as of now."""
+    await setup.telemetry.scrape()
+    return lambda name, **labels: setup.telemetry.registry.get_sample_value(name, labels)
+
+
+async def test_requests_are_counted_by_outcome_and_adapter(setup: Setup):
+    await asyncio.gather(setup.answer(1), setup.answer(1), setup.answer(1, adapter="a"))
+    with pytest.raises(AdapterNotFoundError):
+        await setup.answer(1, adapter="absent")
+    with pytest.raises(InvalidRequestError):
+        await setup.answer(1, tokens=0)
+    value = await reader(setup)
+    assert value("loraplex_requests_total", outcome="finished", adapter="base") == 2
+    assert value("loraplex_requests_total", outcome="finished", adapter="a") == 1
+    assert value("loraplex_requests_total", outcome=AdapterNotFoundError.error_type, adapter=OTHER) == 1
+    assert value("loraplex_requests_total", outcome=InvalidRequestError.error_type, adapter=OTHER) == 1
+    assert value("lorax_request_count") == 5
+    assert value("lorax_request_success") == 3
+    assert value("lorax_request_failure", err="validation") == 1
+
+
+async def test_tokens_times_and_batches_are_measured(setup: Setup):
+    await setup.answer(1, tokens=5, adapter="a")
+    value = await reader(setup)
+    assert value("loraplex_adapter_generated_tokens_total", adapter="a") == 5
+    assert value("loraplex_adapter_prompt_tokens_total", adapter="a") == 1
+    assert value("loraplex_queue_wait_seconds_count", adapter="a") == 1
+    assert value("loraplex_time_to_first_token_seconds_count") == 1
+    assert value("loraplex_inter_token_seconds_count") == 4
+    assert value("loraplex_request_duration_seconds_sum") >= value("loraplex_inter_token_seconds_sum")
+    assert value("loraplex_step_duration_seconds_count", group="0") == 5
+    assert value("loraplex_step_tokens_total", group="0", phase="prefill") == 1
+    assert value("loraplex_step_tokens_total", group="0", phase="decode") == 4
+    assert value("loraplex_step_adapters_sum", group="0") == 5
+    assert value("loraplex_router_step_seconds_count", group="0", phase="plan") == 5
+    assert value("loraplex_adapter_load_seconds_count", tier="device") == 1
+
+
+async def test_gauges_show_what_is_queued_and_held(setup: Setup):
+    setup.shards.loads_held.clear()
+    waiting = asyncio.create_task(setup.answer(1, adapter="a"))
+    while not (adapter := setup.pool.get("digest of a")) or not adapter.waiting:
+        await asyncio.sleep(0)
+    value = await reader(setup)
+    assert value("loraplex_sequences", group="0", state="waiting") == 1
+    assert value("loraplex_adapter_sequences", adapter="a", state="waiting") == 1
+    assert value("loraplex_adapters", group="0", tier="host") == 1
+    setup.shards.loads_held.set()
+    await waiting
+    value = await reader(setup)
+    assert value("loraplex_adapter_sequences", adapter="a", state="waiting") == 0
+    assert value("loraplex_adapters", group="0", tier="device") == 1
+
+
+async def test_a_group_that_is_gone_has_no_series(setup: Setup):
+    await setup.answer(1)
+    setup.telemetry.forget("0")
+    assert b'group="0"' not in await setup.telemetry.scrape()
+
+
+async def test_an_endpoint_picker_finds_its_metrics(setup: Setup):
+    setup.telemetry.add_gateway_names(block_size=4)
+    await setup.answer(1, adapter="b")
+    await setup.answer(1, adapter="a")
+    text = (await setup.telemetry.scrape()).decode()
+    assert "\nvllm:num_requests_waiting 0.0\n" in text
+    assert "\nvllm:num_requests_running 0.0\n" in text
+    assert "\nvllm:kv_cache_usage_perc 0.0\n" in text
+    assert '\nvllm:cache_config_info{block_size="4",num_gpu_blocks="64"} 1.0\n' in text
+    labels = 'max_lora="2",running_lora_adapters="a,b",waiting_lora_adapters=""'
+    assert f"\nvllm:lora_requests_info{{{labels}}} " in text
+
+
+@needs_promtool
+async def test_promtool_finds_nothing_to_complain_about(setup: Setup):
+    await setup.answer(1, adapter="a")
+    setup.telemetry.metrics.describe_build("org/model")
+    setup.telemetry.lorax = None
+    lines = (await setup.telemetry.scrape()).decode().splitlines(keepends=True)
+    own = "".join(line for line in lines if "lorax_" not in line)  # LoRAX's names are as they are
+    done = subprocess.run(["promtool", "check", "metrics"], input=own, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+async def test_a_log_line_says_what_a_request_did_and_not_what_it_said(setup: Setup, caplog: pytest.LogCaptureFixture):
+    caplog.set_level(logging.INFO)
+    await setup.answer(65, tokens=3, adapter="a", request_id="mine")
+    (record,) = [record for record in caplog.records if record.message == "request"]
+    fields = record.__dict__["fields"]
+    assert (fields["request_id"], fields["adapter"], fields["outcome"]) == ("mine", "a", "finished")
+    assert (fields["prompt_tokens"], fields["generated_tokens"], fields["finish"]) == (1, 3, ["length"])
+    assert 0 <= fields["queue_ms"] <= fields["first_token_ms"] <= fields["duration_ms"]
+    assert "prompt" not in fields and "answers" not in fields
+
+
+async def test_a_refused_request_has_a_log_line_too(setup: Setup, caplog: pytest.LogCaptureFixture):
+    caplog.set_level(logging.INFO)
+    with pytest.raises(AdapterNotFoundError):
+        await setup.service.generate(Request(prompt=(1,), adapter=AdapterReference("absent"), max_new_tokens=1))
+    (record,) = [record for record in caplog.records if record.message == "request"]
+    assert record.__dict__["fields"]["outcome"] == AdapterNotFoundError.error_type
+    assert record.__dict__["fields"]["adapter"] == "absent"
+
+
+# ---- labels ----------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(0, 30).map(str)), st.integers(0, 5))
+def test_labels_are_never_more_than_allowed_and_every_one_given_up_is_dropped(names: list[str], most: int):
+    dropped: list[str] = []
+    labels = AdapterLabels(most, dropped.append)
+    shown: set[str] = set()
+    for name in names:
+        label = labels.count(name)
+        assert label in (name, OTHER) and label == labels.find(name)
+        shown.update(labels)
+        assert len(list(labels)) <= most
+        assert set(labels) | set(dropped) == shown
+
+
+def test_an_adapter_that_is_asked_for_often_gets_a_label_late():
+    dropped: list[str] = []
+    labels = AdapterLabels(2, dropped.append)
+    for name in ("a", "a", "b"):
+        labels.count(name)
+    assert [labels.count("hot") for _ in range(3)] == [OTHER, OTHER, "hot"]
+    assert dropped == ["b"] and labels.find("b") == OTHER
+
+
+def test_what_was_asked_for_long_ago_fades():
+    labels = AdapterLabels(1, lambda _: None)
+    for _ in range(1000):
+        labels.count("old")
+    for _ in range(6 * 4096):
+        labels.count("a" if _ % 3 else "b")
+    assert labels.find("old") == OTHER
+
+
+def test_a_label_is_short_and_can_be_written():
+    labels = AdapterLabels(1, lambda _: None)
+    label = labels.count("a\n\ud800" + "x" * 1000)
+    assert label.startswith("a??xx") and len(label) == 128
+    label.encode()
