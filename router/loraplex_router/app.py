@@ -49,7 +49,7 @@ class Router:
         if settings.lorax_metrics:
             telemetry.add_lorax_names()
         if settings.gateway_metrics:
-            telemetry.add_gateway_names(info.block_size)
+            telemetry.add_gateway_names()
         telemetry.watch("0", scheduler, blocks, pool)
         self._engine = Engine(scheduler, pool, shards, telemetry.group("0"))
         self._service = Service(

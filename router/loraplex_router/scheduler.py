@@ -48,6 +48,10 @@ class Scheduler:
         self.num_preemptions = 0
 
     @property
+    def block_size(self) -> int:
+        return self._limits.block_size
+
+    @property
     def num_running(self) -> int:
         return len(self._running)
 

@@ -90,7 +90,7 @@ async def test_a_group_that_is_gone_has_no_series(setup: Setup):
 
 
 async def test_an_endpoint_picker_finds_its_metrics(setup: Setup):
-    setup.telemetry.add_gateway_names(block_size=4)
+    setup.telemetry.add_gateway_names()
     await setup.answer(1, adapter="b")
     await setup.answer(1, adapter="a")
     text = (await setup.telemetry.scrape()).decode()

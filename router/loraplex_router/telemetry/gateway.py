@@ -5,20 +5,16 @@ https://github.com/kubernetes-sigs/gateway-api-inference-extension), which are v
 """
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 
 from loraplex_router.adapters.pool import Adapter
-from loraplex_router.telemetry.state import GroupState, Snapshot
+from loraplex_router.telemetry.state import Snapshot
 
 
 class GatewayNames(Snapshot):
-    def __init__(self, groups: Mapping[str, GroupState], block_size: int) -> None:
-        super().__init__(groups)
-        self._block_size = block_size
-
     def read(self) -> Iterator[Metric]:
         groups = self.groups.values()
         blocks = sum(group.blocks.num_blocks for group in groups)
@@ -29,7 +25,8 @@ class GatewayNames(Snapshot):
         yield GaugeMetricFamily("vllm:num_requests_running", "Sequences that run.", running)
         yield GaugeMetricFamily("vllm:kv_cache_usage_perc", "KV cache in use, from 0 to 1.", used / max(1, blocks))
         config = GaugeMetricFamily("vllm:cache_config_info", "The KV cache.", labels=["block_size", "num_gpu_blocks"])
-        config.add_metric([str(self._block_size), str(blocks)], 1)
+        for size in {group.scheduler.block_size for group in groups}:
+            config.add_metric([str(size), str(blocks)], 1)
         yield config
         labels = ["max_lora", "running_lora_adapters", "waiting_lora_adapters"]
         adapters = GaugeMetricFamily("vllm:lora_requests_info", "Adapters; the value is the time.", labels=labels)

@@ -53,9 +53,9 @@ class Telemetry:
         self.lorax = LoraxMetrics(self.registry, self._groups)
         self._snapshots.append(self.lorax.gauges)
 
-    def add_gateway_names(self, block_size: int) -> None:
+    def add_gateway_names(self) -> None:
         """From now on the metrics for Kubernetes' inference gateways are there, too."""
-        self._add(GatewayNames(self._groups, block_size))
+        self._add(GatewayNames(self._groups))
 
     def _add(self, snapshot: Snapshot) -> None:
         self._snapshots.append(snapshot)
