@@ -6,7 +6,6 @@ from loraplex.cli import adapters, services
 from loraplex.cli.chat import chat
 from loraplex.cli.generate import generate
 from loraplex.cli.info import info
-from loraplex.cli.top import top
 
 app = typer.Typer(
     name="loraplex",
@@ -17,7 +16,6 @@ app = typer.Typer(
 app.command()(generate)
 app.command()(chat)
 app.command()(info)
-app.command()(top)
 app.add_typer(adapters.app, name="adapters")
 services.add_commands(app)
 

@@ -1,0 +1,126 @@
+"""Writes the chart's README.md and values.schema.json from values.yaml and the settings classes.
+
+    python -m charts.generate
+
+`router.settings` and `shard.settings` take the flags of the two commands, apart from those that the chart itself
+passes. Their names, limits and texts come from the settings classes, so a new setting is in the chart once this ran.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel
+
+from charts.values_file import Schema, Value, read_values
+from loraplex_router.settings import RouterSettings
+from loraplex_shard.settings import ShardSettings
+
+CHART = Path(__file__).parent / "loraplex"
+SETTINGS: dict[str, type[BaseModel]] = {"router": RouterSettings, "shard": ShardSettings}
+# What the chart passes itself.
+PASSED = {
+    "router": {"host", "http_port", "grpc_port", "shards", "api_keys"},
+    "shard": {"rank", "listen", "rendezvous", "adapters", "metrics_port"},
+}
+KEPT = {"type", "enum", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "pattern", "anyOf"}
+
+
+def schema(values: list[Value]) -> str:
+    """values.schema.json: unknown keys are refused everywhere, but where Kubernetes' own objects are given."""
+    properties: Schema = {value.name: _resolve(value.schema()) for value in values}
+    properties["global"] = {"type": "object"}  # Helm's own
+    whole = {
+        "$schema": "http://json-schema.org/draft-07/schema#",
+        "type": "object",
+        "additionalProperties": False,
+        "properties": properties,
+    }
+    return json.dumps(whole, indent=1) + "\n"
+
+
+def readme(values: list[Value]) -> str:
+    """README.md: every value with its default and its text."""
+    lines = [
+        "# The loraplex chart",
+        "",
+        "Installs routers and the shards that they drive. [Kubernetes](../../docs/kubernetes.md) shows how to use it.",
+        "This page is made from `values.yaml` and the commands' settings by `python -m charts.generate`.",
+        "",
+        "## Values",
+        "",
+    ]
+    plain = [value for value in values if not value.children]
+    lines += _table(("value", "default", ""), [_row(value, "") for value in plain])
+    for value in values:
+        if value.children:
+            lines += ["", f"### {value.name}", "", value.text, ""]
+            lines += _table(("value", "default", ""), list(_rows(value, "")))
+    for component in SETTINGS:
+        lines += ["", f"### {component}.settings", "", f"Flags of `loraplex {component}`, without their dashes.", ""]
+        lines += _table(("setting", "default", ""), list(_setting_rows(component)))
+    return "\n".join(lines) + "\n"
+
+
+def setting_properties(component: str) -> Iterator[tuple[str, Schema]]:
+    """The flags that `component.settings` takes, without dashes, and their JSON schemas with default and text."""
+    properties = SETTINGS[component].model_json_schema()["properties"]
+    for name, described in properties.items():
+        if name not in PASSED[component]:
+            yield name.replace("_", "-"), described
+
+
+def _resolve(node: Any) -> Any:
+    """Puts the settings' schemas into their places."""
+    if not isinstance(node, dict):
+        return node
+    if component := node.get("settingsOf"):
+        properties = {name: _kept(described) for name, described in setting_properties(component)}
+        return {"type": "object", "additionalProperties": False, "properties": properties}
+    return {key: _resolve(value) for key, value in node.items()}
+
+
+def _kept(described: Schema) -> Schema:
+    return {key: value for key, value in described.items() if key in KEPT}
+
+
+def _rows(section: Value, prefix: str) -> Iterator[tuple[str, str, str]]:
+    for value in section.children:
+        path = f"{prefix}{section.name}."
+        if value.children:
+            yield f"**{path}{value.name}**", "", value.text
+            yield from _rows(value, path)
+        else:
+            yield _row(value, path)
+
+
+def _row(value: Value, prefix: str) -> tuple[str, str, str]:
+    default = (
+        yaml.safe_dump(value.default, default_flow_style=True, sort_keys=False, width=10_000)
+        .removesuffix("...\n")
+        .strip()
+    )
+    return f"`{prefix}{value.name}`", f"`{default}`", value.text
+
+
+def _setting_rows(component: str) -> Iterator[tuple[str, str, str]]:
+    for name, described in setting_properties(component):
+        default = described.get("default")
+        yield f"`{name}`", "" if default is None else f"`{json.dumps(default)}`", described["description"]
+
+
+def _table(headings: tuple[str, str, str], rows: list[tuple[str, str, str]]) -> list[str]:
+    escaped = [tuple(cell.replace("|", "\\|") for cell in row) for row in rows]
+    return [f"| {' | '.join(row)} |" for row in [headings, ("---", "---", "---"), *escaped]]
+
+
+def main() -> None:
+    values = read_values(CHART / "values.yaml")
+    (CHART / "values.schema.json").write_text(schema(values))
+    (CHART / "README.md").write_text(readme(values))
+
+
+if __name__ == "__main__":
+    main()

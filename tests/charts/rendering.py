@@ -1,0 +1,183 @@
+"""The chart as Helm renders it, for values that between them use every template."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import helm_python
+import yaml
+
+CHART = Path(__file__).parents[2] / "charts" / "loraplex"
+RELEASE, NAMESPACE = "demo", "serving"
+
+Object = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Values, what they presume to be in the cluster, and the first Kubernetes version (1.N) that they are for."""
+
+    values: Object
+    external: dict[str, set[str]] = field(default_factory=dict)
+    since: int = 29
+
+
+CASES = {
+    "defaults": Case({}),
+    "three ranks in each of four groups of two routers": Case(
+        {"router": {"replicas": 2}, "shard": {"replicas": 4, "settings": {"tp": 3}, "modelCache": {"persistent": True}}}
+    ),
+    "groups that span nodes": Case(
+        {"router": {"replicas": 2}, "shard": {"workload": "LeaderWorkerSet", "replicas": 2, "settings": {"tp": 2}}}
+    ),
+    "a group that spans no nodes": Case({"shard": {"workload": "LeaderWorkerSet"}}),
+    "secrets and claims of the user's": Case(
+        {
+            "imagePullSecrets": [{"name": "registry"}],
+            "router": {"apiKeys": {"existingSecret": "keys"}},
+            "shard": {
+                "settings": {
+                    "model": "org/name",
+                    "revision": "main",
+                    "max-model-len": 1_000_000,
+                    "kv-blocks": 2_000_000,
+                },
+                "hub": {"endpoint": "https://hub.example", "existingSecret": "hub", "key": "read"},
+                "modelCache": {"existingClaim": "models"},
+                "adapters": {"existingClaim": "adapters", "subPath": "team/a"},
+            },
+            "test": {"adapter": "sql", "existingSecret": "one-key"},
+        },
+        {"Secret": {"registry", "keys", "hub", "one-key"}, "PersistentVolumeClaim": {"models", "adapters"}},
+    ),
+    "adapters in ConfigMaps": Case(
+        {"shard": {"adapters": {"configMaps": [{"id": "sql", "name": "adapter-sql"}, {"id": "x.Y", "name": "y"}]}}},
+        {"ConfigMap": {"adapter-sql", "y"}},
+    ),
+    "a model in an image": Case(
+        {"shard": {"modelImage": {"reference": "registry.example/model:1"}, "settings": {"model": "/model"}}}, since=31
+    ),
+    "an autoscaler": Case({"router": {"replicas": 2}, "autoscaling": {"enabled": True}}),
+    "KEDA": Case({"keda": {"enabled": True, "serverAddress": "http://prometheus:9090", "minReplicas": 0}}),
+    "GPUs": Case(
+        {
+            "shard": {
+                "image": {"repository": "registry.example/shard", "digest": f"sha256:{'0' * 64}"},
+                "settings": {"tp": 2, "dtype": "bfloat16"},
+                "runtimeClassName": "nvidia",
+                "priorityClassName": "serving",
+                "sharedMemory": "2Gi",
+                "resources": {"limits": {"nvidia.com/gpu": 1, "memory": "32Gi", "cpu": 8}},
+                "nodeSelector": {"gpu": "yes"},
+                "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists"}],
+                "affinity": {"nodeAffinity": {}},
+            }
+        }
+    ),
+    "everything around it": Case(
+        {
+            "commonLabels": {"team": "nlp"},
+            "fullnameOverride": "lp",
+            "serviceAccount": {"name": "runner", "annotations": {"role": "a"}},
+            "networkPolicy": {
+                "clients": [{"namespaceSelector": {"matchLabels": {"apps": "yes"}}}],
+                "prometheus": [{"podSelector": {}}],
+            },
+            "metrics": {
+                "serviceMonitor": {"enabled": True, "labels": {"release": "p"}},
+                "podMonitor": {"enabled": True},
+                "dashboards": {"enabled": True, "annotations": {"folder": "LLM"}},
+            },
+            "ingress": {
+                "enabled": True,
+                "className": "nginx",
+                "annotations": {"a": "b"},
+                "hosts": ["llm.example", "other.example"],
+                "tls": [{"hosts": ["llm.example"], "secretName": "cert"}],
+            },
+            "gateway": {
+                "httpRoute": {"enabled": True, "parentRefs": [{"name": "gw"}], "hostnames": ["llm.example"]},
+                "grpcRoute": {"enabled": True, "parentRefs": [{"name": "gw"}], "annotations": {"a": "b"}},
+                "inferencePool": {"enabled": True},
+            },
+            "router": {
+                "service": {"type": "LoadBalancer", "annotations": {"a": "b"}, "httpPort": 80, "grpcPort": 443},
+                "podLabels": {"a": "b"},
+                "podAnnotations": {"c": "d"},
+                "extraEnv": [{"name": "A", "value": "b"}],
+                "extraEnvFrom": [{"secretRef": {"name": "more"}}],
+                "extraVolumes": [{"name": "more", "emptyDir": {}}],
+                "extraVolumeMounts": [{"name": "more", "mountPath": "/more"}],
+            },
+            "shard": {
+                "podAnnotations": {"c": "d"},
+                "extraEnv": [{"name": "A", "value": "b"}],
+                "extraEnvFrom": [{"secretRef": {"name": "more"}}],
+                "extraVolumes": [{"name": "more", "emptyDir": {}}],
+                "extraVolumeMounts": [{"name": "more", "mountPath": "/more"}],
+                "podDisruptionBudget": {"maxUnavailable": "20%"},
+            },
+            "extraObjects": [
+                {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "{{ .Release.Name }}-more"}, "data": {}},
+                "apiVersion: v1\nkind: Secret\nmetadata: {name: '{{ .Release.Name }}-secret'}",
+            ],
+        },
+        {"Secret": {"cert", "more"}},
+    ),
+    "nothing around it": Case(
+        {
+            "serviceAccount": {"create": False},
+            "networkPolicy": {"enabled": False},
+            "router": {"podDisruptionBudget": {"enabled": False}, "topologySpreadConstraints": []},
+            "shard": {"podDisruptionBudget": {"enabled": False}, "topologySpreadConstraints": []},
+        },
+        {"ServiceAccount": {"default"}},
+    ),
+}
+
+
+def render(values: Object) -> list[Object]:
+    """The objects that values make. Raises HelmValuesError for values against the schema, HelmRenderError for those
+    that a template refuses."""
+    with helm_python.Chart.load(str(CHART)) as chart:
+        files = chart.render(values, name=RELEASE, namespace=NAMESPACE)
+    manifests = [text for path, text in files.items() if path.endswith(".yaml")]
+    return [document for text in manifests for document in yaml.load_all(text, Loader=UniqueKeys) if document]
+
+
+def notes(values: Object) -> str:
+    """What `helm install` prints."""
+    with helm_python.Chart.load(str(CHART)) as chart:
+        files = chart.render(values, name=RELEASE, namespace=NAMESPACE)
+    return next(text for path, text in files.items() if path.endswith("NOTES.txt"))
+
+
+@cache
+def rendered(case: str) -> tuple[Object, ...]:
+    """The objects of a case, which nobody changes."""
+    return tuple(render(CASES[case].values))
+
+
+def of_kind(objects: tuple[Object, ...] | list[Object], *kinds: str) -> list[Object]:
+    return [document for document in objects if document["kind"] in kinds]
+
+
+def pods(objects: tuple[Object, ...] | list[Object], component: str = "") -> Iterator[Object]:
+    """The pods as their controllers will make them (metadata and spec); of one component, or of all, the test too."""
+    for document in objects:
+        spec = document.get("spec", {})
+        template = spec.get("template") or spec.get("leaderWorkerTemplate", {}).get("workerTemplate")
+        pod = template or (document if document["kind"] == "Pod" else None)
+        if pod and component in ("", pod["metadata"]["labels"]["app.kubernetes.io/component"]):
+            yield pod
+
+
+class UniqueKeys(yaml.SafeLoader):
+    """As Kubernetes reads YAML: a key that is given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        assert len(keys) == len(set(keys)), f"{node.start_mark}: a key is given twice in {keys}"
+        return super().construct_mapping(node, deep)
