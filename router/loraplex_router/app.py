@@ -29,6 +29,7 @@ from loraplex_router.shards import ShardGroup
 from loraplex_router.telemetry.request_log import RequestLog
 from loraplex_router.telemetry.telemetry import Telemetry
 from loraplex_router.text.chat import ChatTemplate
+from loraplex_router.text.foreign_templates import ForeignTemplates
 from loraplex_router.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,14 @@ logger = logging.getLogger(__name__)
 class Router:
     """One router process. `run` returns after a drain; it raises UnavailableError if a shard is lost."""
 
-    def __init__(self, settings: RouterSettings, shards: ShardGroup, tokenizer: Tokenizer, keys: Keys) -> None:
+    def __init__(
+        self,
+        settings: RouterSettings,
+        shards: ShardGroup,
+        tokenizer: Tokenizer,
+        templates: ForeignTemplates,
+        keys: Keys,
+    ) -> None:
         info = shards.info
         self._settings = settings
         pool = AdapterPool(settings.max_adapters_on_device, int(settings.adapter_host_gib * 2**30))
@@ -60,6 +68,7 @@ class Router:
                 end_token_ids=tuple(info.end_token_ids),
             ),
             tokenizer,
+            templates,
             AdapterRegistry(shards, pool),
             scheduler,
             self._engine,
@@ -147,8 +156,11 @@ async def run(settings: RouterSettings, ready: Callable[[int, int], None]) -> No
     shards = ShardGroup(settings.shards)
     try:
         await shards.connect(max_batch_tokens=settings.max_batch_tokens)
-        router = Router(settings, shards, _read_tokenizer(await shards.tokenizer()), keys)
-        await router.run(ready)
+        files = await shards.tokenizer()
+        templates = ForeignTemplates(files.bos_token, files.eos_token)
+        router = Router(settings, shards, _read_tokenizer(files), templates, keys)
+        async with contextlib.aclosing(templates):
+            await router.run(ready)
     finally:
         await shards.close()
 
@@ -158,6 +170,6 @@ def _read_tokenizer(files: shard_pb2.GetTokenizerResponse) -> Tokenizer:
     if files.chat_template:
         try:
             template = ChatTemplate(files.chat_template, files.bos_token, files.eos_token)
-        except jinja2.TemplateSyntaxError as error:
+        except jinja2.TemplateError as error:
             raise UnavailableError(f"the model's chat template cannot be read: {error}") from error
     return Tokenizer(files.tokenizer_json, template)

@@ -19,6 +19,8 @@ from loraplex_router.output import Embedding, Generation
 from loraplex_router.request import (
     AdapterReference,
     EmbedRequest,
+    MergedReference,
+    Prompt,
     Request,
     Violations,
     check_embed_request,
@@ -29,6 +31,8 @@ from loraplex_router.request import (
 from loraplex_router.scheduler import Scheduler
 from loraplex_router.sequence import FinishReason, Sequence
 from loraplex_router.telemetry.telemetry import Telemetry
+from loraplex_router.text.chat import Chat, RenderedChat
+from loraplex_router.text.foreign_templates import ForeignTemplates
 from loraplex_router.text.stops import StopMatcher
 from loraplex_router.text.tokenizer import Tokenizer
 
@@ -51,6 +55,7 @@ class Service:
         self,
         limits: ServiceLimits,
         tokenizer: Tokenizer,
+        templates: ForeignTemplates,
         adapters: AdapterRegistry,
         scheduler: Scheduler,
         engine: Engine,
@@ -59,6 +64,7 @@ class Service:
     ) -> None:
         self.limits = limits
         self.tokenizer = tokenizer
+        self._templates = templates
         self.keys = keys
         self.telemetry = telemetry
         self.draining = False
@@ -194,9 +200,17 @@ class Service:
         await self._adapters.unload(reference)
 
     async def _encode(self, request: Request) -> list[int]:
-        given = request.prompt
+        given: Prompt | RenderedChat = request.prompt
+        if isinstance(given, Chat):
+            given = await self._render(given, request.adapter)
         ids = list(given) if isinstance(given, tuple) else await self.tokenizer.encode(given)
         return ids[-request.truncate :] if request.truncate else ids
+
+    async def _render(self, chat: Chat, reference: AdapterReference | MergedReference | None) -> Chat | RenderedChat:
+        """With the adapter's own template, if it has one."""
+        own = (await self._adapters.resolve(reference)).chat_template
+        model = self.tokenizer.chat_template
+        return chat if not own or (model and model.source == own) else await self._templates.render(own, chat)
 
     def _end(self, generation: Generation) -> None:
         self._engine.cancel(generation)

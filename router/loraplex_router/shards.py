@@ -42,6 +42,7 @@ class StagedAdapter:
     revision: str
     lora_rank: int
     size_bytes: int  # over all ranks
+    chat_template: str = ""  # its own, if it has one
 
 
 class Shards(Protocol):
@@ -100,7 +101,7 @@ class ShardGroup:
         if any(other.digest != first.digest for other in others):
             raise AdapterSourceError(f"adapter {reference.id!r}: the ranks read different files")
         size = first.size_bytes + sum(other.size_bytes for other in others)
-        return StagedAdapter(first.digest, first.source, first.revision, first.lora_rank, size)
+        return StagedAdapter(first.digest, first.source, first.revision, first.lora_rank, size, first.chat_template)
 
     async def merge(self, digest: str, digests: Sequence[str], merged: MergedReference) -> StagedAdapter:
         """Merges staged adapters into one called `digest`. The reference has been checked and has all weights."""

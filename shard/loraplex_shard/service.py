@@ -72,6 +72,7 @@ class ShardService(ShardServiceServicer):
                 revision=staged.revision,
                 lora_rank=staged.lora_rank,
                 size_bytes=staged.size_bytes,
+                chat_template=staged.chat_template,
             )
 
     def MergeAdapters(

@@ -98,6 +98,20 @@ def test_a_private_adapter_is_served_to_its_token_alone_and_the_token_is_nowhere
         answer(client, AdapterReference("org/private", token="hf_wrong"))
 
 
+def test_an_adapters_own_chat_template_renders_its_conversations(client: Client, hub: StandInHub, adapters: Path):
+    template = b"{% for m in messages %}[{{ m.content }}]{% endfor %}="
+    hub.push("org/templated", {**files_of(adapters / "r8"), "chat_template.jinja": template})
+    hub.push("org/endless", {**files_of(adapters / "r8"), "chat_template.jinja": b"{{ 'x' * 10 ** 10 }}"})
+    messages = [{"role": "user", "content": "Hi"}]
+    own = client.generate(messages, adapter="org/templated", **OPTIONS)
+    assert own.text == client.generate("[Hi]=", adapter="org/templated", **OPTIONS).text
+    assert own.sequences[0].usage.prompt_tokens == 5
+    with pytest.raises(InvalidRequestError, match="chat template"):
+        client.generate(messages, adapter="org/endless", **OPTIONS)
+    models = client.generate(messages, adapter="r8", **OPTIONS)
+    assert models.text == client.generate("<user>Hi<assistant>", adapter="r8", **OPTIONS).text
+
+
 async def test_a_slow_source_delays_its_own_requests_alone(
     serving: Server, hub: StandInHub, adapters: Path, oracle: Oracle
 ):

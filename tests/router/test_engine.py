@@ -19,6 +19,7 @@ from loraplex_router.sequence import FinishReason
 from loraplex_router.service import Service, ServiceLimits
 from loraplex_router.telemetry.request_log import RequestLog
 from loraplex_router.telemetry.telemetry import Telemetry
+from loraplex_router.text.foreign_templates import ForeignTemplates
 from tests.router.fake_shards import VOCABULARY, FakeShards
 from tests.router.test_text import TOKENIZER
 
@@ -36,7 +37,10 @@ class Setup:
         self.engine = Engine(scheduler, self.pool, self.shards, self.telemetry.group("0"))
         self.registry = AdapterRegistry(self.shards, self.pool)
         limits = ServiceLimits(200, VOCABULARY, max_queue, end_token_ids=(999,))
-        self.service = Service(limits, TOKENIZER, self.registry, scheduler, self.engine, Keys({}), self.telemetry)
+        templates = ForeignTemplates("", "")
+        self.service = Service(
+            limits, TOKENIZER, templates, self.registry, scheduler, self.engine, Keys({}), self.telemetry
+        )
 
     async def answer(self, first: int, tokens: int = 5, adapter: str | None = None, **options: object) -> list[int]:
         reference = AdapterReference(adapter) if adapter else None

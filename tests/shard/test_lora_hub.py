@@ -80,6 +80,14 @@ def test_only_the_two_files_are_fetched_and_the_commit_is_reported(
     store.load(staged.digest, 1)
 
 
+def test_a_chat_template_is_fetched_with_its_adapter(
+    hub: StandInHub, store: AdapterStore, files: dict[str, bytes]
+) -> None:
+    hub.push("org/adapter", {**files, "tokenizer_config.json": b'{"chat_template": "mine"}', "tokenizer.json": b"x"})
+    assert stage(store).chat_template == "mine"
+    assert downloads(hub) == sorted([CONFIG, TENSORS, "tokenizer_config.json"])
+
+
 def test_staging_again_asks_for_the_commit_but_fetches_nothing(
     hub: StandInHub, store: AdapterStore, new_store: NewStore, files: dict[str, bytes]
 ) -> None:

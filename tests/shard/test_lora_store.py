@@ -190,6 +190,45 @@ def test_the_same_content_under_two_names_is_held_once(store: AdapterStore, dire
         store.load(second.digest, 1)
 
 
+@pytest.mark.parametrize(
+    ("files", "template"),
+    [
+        ({"tokenizer_config.json": '{"chat_template": "one"}'}, "one"),
+        ({"tokenizer_config.json": '{"chat_template": "one"}', "chat_template.jinja": "two"}, "two"),
+        ({"tokenizer_config.json": '{"chat_template": [{"name": "default", "template": "three"}]}'}, "three"),
+        ({"tokenizer_config.json": '{"chat_template": [{"name": "rag", "template": "four"}]}'}, ""),
+        ({"tokenizer_config.json": "{}"}, ""),
+    ],
+)
+def test_an_adapters_own_chat_template_is_reported_and_part_of_its_content(
+    store: AdapterStore, directory: Path, files: dict[str, str], template: str
+) -> None:
+    plain = stage(store, "adapter-0")
+    for name, text in files.items():
+        (directory / "adapter-0" / name).write_text(text)
+    staged = stage(store, "adapter-0")
+    assert (plain.chat_template, staged.chat_template) == ("", template)
+    assert (staged.digest == plain.digest) == (not template)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer_config.json", b"{"),
+        ("tokenizer_config.json", b'{"chat_template": 5}'),
+        ("tokenizer_config.json", b'{"chat_template": "\\ud800"}'),
+        ("chat_template.jinja", b"\xff"),
+        ("chat_template.jinja", b"x" * (2**18 + 1)),
+    ],
+)
+def test_a_chat_template_that_cannot_be_read_is_refused(
+    store: AdapterStore, directory: Path, name: str, content: bytes
+) -> None:
+    (directory / "adapter-0" / name).write_bytes(content)
+    with pytest.raises(AdapterInvalidError, match=name):
+        stage(store, "adapter-0")
+
+
 def test_the_digest_does_not_depend_on_the_rank(store: AdapterStore, directory: Path) -> None:
     other = AdapterStore(layouts(1, 2), torch.float16, torch.device("cpu"), directory, ARCHITECTURE)
     mine, theirs = stage(store, "adapter-0"), stage(other, "adapter-0")

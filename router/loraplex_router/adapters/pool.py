@@ -12,6 +12,7 @@ class Adapter:
     digest: str
     lora_rank: int = 0
     size_bytes: int = 0
+    chat_template: str = ""  # its own; empty: the model's
     slot: int | None = None  # held from the start of its load to its eviction
     ready: bool = False  # every rank has it in its slot
     waiting: int = 0  # sequences in its queue

@@ -157,6 +157,7 @@ class AdapterRegistry:
         """Takes a staged adapter into the books; others may have to leave host memory for it."""
         adapter = self._pool.add(staged.digest, staged.lora_rank, staged.size_bytes)
         adapter.name = entry.id
+        adapter.chat_template = staged.chat_template
         self._entries[key] = entry
         self._entries.move_to_end(key)
         if len(self._entries) > MAX_ENTRIES:

@@ -31,10 +31,17 @@ class Chat:
     variables: Mapping[str, Any] = field(default_factory=dict)  # for the template, for example enable_thinking
 
 
+@dataclass(frozen=True, slots=True)
+class RenderedChat:
+    """A conversation as text, which has the special tokens that it needs."""
+
+    text: str
+
+
 class ChatTemplate:
     """A compiled template, run in a sandbox with what `transformers` offers its templates.
 
-    Raises jinja2.TemplateSyntaxError if `source` is not a template.
+    Raises jinja2.TemplateError if `source` is not a template.
     """
 
     def __init__(self, source: str, bos_token: str, eos_token: str) -> None:
@@ -45,6 +52,7 @@ class ChatTemplate:
         environment.globals["raise_exception"] = _raise
         self._template = environment.from_string(source)
         self._knows_tools = "tools" in find_undeclared_variables(environment.parse(source))
+        self.source = source
         self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
 
     @staticmethod
@@ -65,8 +73,8 @@ class ChatTemplate:
         given = {**chat.variables, "messages": rows, "tools": list(chat.tools) or None, **self._tokens}
         try:
             return self._template.render(add_generation_prompt=True, **given)
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise _invalid(f"the model's chat template refuses them: {error}") from error
+        except Exception as error:  # it is a program
+            raise _invalid(f"the chat template refuses them: {str(error)[:500]}") from error
 
 
 def _invalid(description: str) -> InvalidRequestError:

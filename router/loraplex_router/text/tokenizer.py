@@ -6,7 +6,7 @@ from functools import partial
 
 import tokenizers
 
-from loraplex_router.text.chat import Chat, ChatTemplate
+from loraplex_router.text.chat import Chat, ChatTemplate, RenderedChat
 
 LONG_TEXT = 2000  # characters; tokenizing more than this would hold up other streams
 
@@ -36,7 +36,7 @@ class Tokenizer:
         self._special_tokens = frozenset(token for token, added_token in added.items() if added_token.special)
         self.chat_template = chat_template
 
-    async def encode(self, prompt: str | Chat) -> list[int]:
+    async def encode(self, prompt: str | Chat | RenderedChat) -> list[int]:
         """The tokens of a text, or of a conversation rendered up to where the answer begins. A text gets the special
         tokens that the tokenizer adds (a BOS for example); a chat template writes its own.
 
@@ -52,8 +52,14 @@ class Tokenizer:
         places = zip(encoding.ids, encoding.offsets, strict=True)
         return [TokenSpan(token, text[start:stop], start, stop) for token, (start, stop) in places]
 
-    def _render(self, prompt: str | Chat) -> str:
-        return prompt if isinstance(prompt, str) else ChatTemplate.require(self.chat_template).render(prompt)
+    def _render(self, prompt: str | Chat | RenderedChat) -> str:
+        match prompt:
+            case Chat():
+                return ChatTemplate.require(self.chat_template).render(prompt)
+            case RenderedChat():
+                return prompt.text
+            case _:
+                return prompt
 
     async def _encode(self, text: str, add_special_tokens: bool) -> tokenizers.Encoding:
         """Long texts are tokenized on a thread, without the interpreter's lock."""

@@ -37,7 +37,8 @@ def _without_tool_fields(row: Row) -> Row:
         return {"role": "user", "content": f"<tool_response>\n{row['content']}\n</tool_response>"}
     calls = [_write_call(call["function"]) for call in row.get("tool_calls", ())]
     content = "\n".join(filter(None, (row["content"], *calls)))
-    return {"role": row["role"], "content": content}
+    others = {name: value for name, value in row.items() if name not in ("tool_calls", "tool_call_id")}
+    return {**others, "content": content}
 
 
 def _write_call(function: Mapping[str, Any]) -> str:

@@ -30,6 +30,7 @@ class Delta:
 class Adapter:
     weights: AdapterWeights  # on the CPU
     lora_rank: int  # the largest of its modules, whether this rank holds a part of them or not
+    chat_template: str = ""  # its own, if it has one
 
 
 def name_of_a(module: str) -> str:

@@ -1,4 +1,4 @@
-"""The two files of an adapter, read whole into memory. Knows neither what is in them nor where they come from."""
+"""The files of an adapter, read whole into memory. Knows neither what is in its tensors nor where they come from."""
 
 import hashlib
 import os
@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loraplex_protos.errors import AdapterInvalidError
+from loraplex_shard.lora.chat_template import MAX_BYTES, TEMPLATE, TOKENIZER_CONFIG, read_chat_template
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 
 # The largest of each that is read or fetched, in bytes.
-SIZE_LIMITS = {CONFIG: 2**20, TENSORS: 4 * 2**30}
+SIZE_LIMITS = {CONFIG: 2**20, TENSORS: 4 * 2**30, TEMPLATE: MAX_BYTES, TOKENIZER_CONFIG: 16 * 2**20}
 
 _CHUNK = 2**24
 
@@ -24,19 +25,30 @@ class AdapterFiles:
 
     config: bytes
     tensors: bytearray  # views of it become the adapter's tensors without a copy, which takes a mutable buffer
+    chat_template: str = ""  # its own, if it has one
 
     def digest(self) -> str:
-        """sha256 over both files, each after its length (8 bytes, little endian), in hex."""
+        """sha256 over the config, the tensors and the chat template if there is one, each after its length (8 bytes,
+        little endian), in hex."""
         digest = hashlib.sha256()
-        for data in (self.config, self.tensors):
+        template = self.chat_template.encode()
+        for data in (self.config, self.tensors, template) if template else (self.config, self.tensors):
             digest.update(len(data).to_bytes(8, "little"))
             digest.update(data)
         return digest.hexdigest()
 
 
-def read_files(config: Path, tensors: Path) -> AdapterFiles:
-    """Reads both files. Raises AdapterInvalidError for one that is too large or not a regular file, else OSError."""
-    return AdapterFiles(config=bytes(_read(config, CONFIG)), tensors=_read(tensors, TENSORS))
+def read_files(config: Path, tensors: Path, template: tuple[str, Path] | None = None) -> AdapterFiles:
+    """Reads the files, of which `template` is one of TEMPLATE_FILES, by name and place, if the adapter has any.
+
+    Raises AdapterInvalidError for one that is too large or not a regular file, or a template that cannot be read, else
+    OSError.
+    """
+    return AdapterFiles(
+        config=bytes(_read(config, CONFIG)),
+        tensors=_read(tensors, TENSORS),
+        chat_template=read_chat_template(template[0], bytes(_read(template[1], template[0]))) if template else "",
+    )
 
 
 def check_size(name: str, size: int) -> None:

@@ -21,6 +21,7 @@ from loraplex_protos.errors import (
     AdapterNotFoundError,
     AdapterSourceError,
 )
+from loraplex_shard.lora.chat_template import TEMPLATE_FILES
 from loraplex_shard.lora.files import CONFIG, SIZE_LIMITS, TENSORS, AdapterFiles, check_names, check_size, read_files
 
 _REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._/-]{0,199}")
@@ -41,6 +42,7 @@ class HubOrigin:
 
     id: str
     revision: str  # the commit
+    template: str | None  # the file that may hold a chat template
     endpoint: str
     cache: Path | None
     timeout_s: float
@@ -52,7 +54,8 @@ class HubOrigin:
 
     def read(self) -> AdapterFiles:
         with _typed_errors(self.id, self.revision, self.token):
-            return read_files(self._fetch(CONFIG), self._fetch(TENSORS))
+            template = (self.template, self._fetch(self.template)) if self.template else None
+            return read_files(self._fetch(CONFIG), self._fetch(TENSORS), template)
 
     def _fetch(self, name: str) -> Path:
         """The file on our disk, fetched if it is not there yet."""
@@ -93,11 +96,12 @@ class HubSource:
             sizes = {file.rfilename: file.size for file in info.siblings or ()}
             commit = info.sha or ""
         check_names(frozenset(sizes))
-        for name in SIZE_LIMITS:
+        for name in SIZE_LIMITS.keys() & sizes.keys():
             check_size(name, sizes[name] or 0)
         if not _COMMIT.fullmatch(commit):
             raise AdapterSourceError(f"the hub does not say which commit {id!r} is at")
-        return HubOrigin(id, commit, self._endpoint, self._cache, self._timeout_s, token)
+        template = next((name for name in TEMPLATE_FILES if name in sizes), None)
+        return HubOrigin(id, commit, template, self._endpoint, self._cache, self._timeout_s, token)
 
 
 def _check_arguments(revision: str, token: str) -> None:

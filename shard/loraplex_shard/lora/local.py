@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loraplex_protos.errors import AdapterNotFoundError, AdapterSourceError
+from loraplex_shard.lora.chat_template import TEMPLATE_FILES
 from loraplex_shard.lora.files import CONFIG, TENSORS, AdapterFiles, check_names, read_files
 
 _COMPONENT = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,95}")
@@ -21,6 +22,7 @@ class LocalOrigin:
 
     config: Path
     tensors: Path
+    template: tuple[str, Path] | None  # the file that may hold a chat template: its name, and where it is
     fingerprint: Fingerprint
 
     @property
@@ -33,8 +35,8 @@ class LocalOrigin:
 
     def read(self) -> AdapterFiles:
         try:
-            files = read_files(self.config, self.tensors)
-            unchanged = _fingerprint(self.config, self.tensors) == self.fingerprint
+            files = read_files(self.config, self.tensors, self.template)
+            unchanged = _fingerprint(self.config, self.tensors, self.template) == self.fingerprint
         except OSError as error:
             raise AdapterSourceError(f"the adapter's files cannot be read: {error.strerror}") from error
         if not unchanged:
@@ -62,7 +64,8 @@ class LocalSource:
             if config is None or tensors is None:
                 check_names(frozenset(name for name in os.listdir(directory) if self._resolve(directory / name)))
                 raise AdapterSourceError(f"the files of {id[:200]!r} are being written: try again")
-            return LocalOrigin(config, tensors, _fingerprint(config, tensors))
+            template = self._find_template(directory)
+            return LocalOrigin(config, tensors, template, _fingerprint(config, tensors, template))
         except OSError as error:
             raise AdapterSourceError(f"the files of {id[:200]!r} cannot be read: {error.strerror}") from error
 
@@ -86,6 +89,10 @@ class LocalSource:
         directory = self._resolve(self._root.joinpath(*names))
         return directory if directory is not None and directory.is_dir() else None
 
+    def _find_template(self, directory: Path) -> tuple[str, Path] | None:
+        found = ((name, self._resolve(directory / name)) for name in TEMPLATE_FILES)
+        return next(((name, path) for name, path in found if path is not None), None)
+
     def _resolve(self, path: Path) -> Path | None:
         """Where the path leads, links followed; None if that does not exist or is outside of the directory."""
         try:
@@ -103,6 +110,6 @@ def _listed(directory: Path) -> list[str]:
         return []
 
 
-def _fingerprint(*paths: Path) -> Fingerprint:
-    statuses = (os.stat(path) for path in paths)
+def _fingerprint(config: Path, tensors: Path, template: tuple[str, Path] | None) -> Fingerprint:
+    statuses = (os.stat(path) for path in (config, tensors, *(template or ())[1:]))
     return tuple((s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in statuses)

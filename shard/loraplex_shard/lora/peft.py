@@ -4,6 +4,7 @@ Every rank checks the whole adapter and then keeps its cut, so that all ranks ag
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -26,7 +27,8 @@ def read_adapter(
 
     Raises AdapterInvalidError, naming the field or tensor, for one that cannot be served exactly as PEFT would.
     """
-    return cut_adapter(read_deltas(files, layouts, architecture), layouts, dtype)
+    adapter = cut_adapter(read_deltas(files, layouts, architecture), layouts, dtype)
+    return replace(adapter, chat_template=files.chat_template)
 
 
 def read_deltas(files: AdapterFiles, layouts: Sequence[LinearLayout], architecture: str) -> dict[str, Delta]:

@@ -36,6 +36,7 @@ class StagedAdapter:
     revision: str  # the hub's commit; empty for any other adapter
     lora_rank: int  # the largest of its modules
     size_bytes: int  # of this rank's part
+    chat_template: str = ""  # its own, if it has one
 
 
 class AdapterStore:
@@ -140,7 +141,9 @@ class AdapterStore:
             adapter = self._host.get(digest) if digest is not None else None
         if digest is None or adapter is None:
             return None
-        return StagedAdapter(digest, origin.source, origin.revision, adapter.lora_rank, adapter.weights.size_bytes)
+        return StagedAdapter(
+            digest, origin.source, origin.revision, adapter.lora_rank, adapter.weights.size_bytes, adapter.chat_template
+        )
 
     def _read(self, origin: Origin) -> None:
         with self._metrics.loading("disk"):
