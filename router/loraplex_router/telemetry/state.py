@@ -57,6 +57,8 @@ class State(Snapshot):
         yield from self._adapter_gauges()
 
     def _group_gauges(self) -> Iterator[Metric]:
+        text = "Groups of shards that take new sequences."
+        yield GaugeMetricFamily("loraplex_groups", text, value=len(self.groups))
         sequences = _gauge("sequences", "Sequences, by state.", "group", "state")
         blocks = _gauge("kv_blocks", "Blocks of the KV cache, by state.", "group", "state")
         adapters = _gauge("adapters", "Staged adapters, by the fastest tier that holds them.", "group", "tier")
