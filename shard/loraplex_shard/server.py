@@ -19,10 +19,12 @@ from loraplex_protos.shard_pb2_grpc import add_ShardServiceServicer_to_server
 from loraplex_shard import machine
 from loraplex_shard.checkpoint import Checkpoint, open_checkpoint
 from loraplex_shard.grammars import GrammarCompiler
+from loraplex_shard.layers.sources import Target
 from loraplex_shard.lora.store import AdapterStore
 from loraplex_shard.metrics import ShardMetrics
 from loraplex_shard.models import load_decoder
 from loraplex_shard.models.architectures import read_spec
+from loraplex_shard.ops.choose import choose_operations
 from loraplex_shard.parallel import Group
 from loraplex_shard.runner import Runner
 from loraplex_shard.service import ShardService
@@ -109,12 +111,17 @@ def _load(
 ) -> ShardService:
     dtype = machine.pick_dtype(settings.dtype, checkpoint.config, device)
     max_model_len = machine.longest_context(settings, checkpoint.config)
-    decoder = load_decoder(checkpoint, group, dtype, device, max_model_len, progress)
-    block_bytes = decoder.cache_block_bytes(machine.BLOCK_SIZE)
+    ops = choose_operations(device, dtype, settings.kernels)
+    decoder = load_decoder(checkpoint, group, ops, Target(dtype, device, settings.quantize), max_model_len, progress)
+    kv_dtype = torch.int8 if settings.kv_dtype == "int8" else dtype
+    block_bytes = decoder.cache_block_bytes(machine.BLOCK_SIZE, kv_dtype)
     num_blocks = machine.fewest(group, machine.count_blocks(settings, max_model_len, block_bytes, device), device)
     max_model_len = machine.fit_context(settings, max_model_len, num_blocks)
-    cache = decoder.new_cache(num_blocks, machine.BLOCK_SIZE)
-    adapters = AdapterStore(decoder.layouts, dtype, device, settings.adapters, checkpoint.architecture, metrics=metrics)
+    cache = decoder.new_cache(num_blocks, machine.BLOCK_SIZE, kv_dtype)
+    adapter_dtype = torch.int8 if settings.adapter_dtype == "int8" else dtype
+    adapters = AdapterStore(
+        decoder.layouts, adapter_dtype, device, settings.adapters, checkpoint.architecture, metrics=metrics
+    )
     tokenizer = checkpoint.tokenizer()
     grammars = GrammarCompiler(tokenizer.tokenizer_json, decoder.vocab_size, checkpoint.end_token_ids)
     info = GetInfoResponse(

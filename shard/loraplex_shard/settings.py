@@ -1,5 +1,6 @@
 """What a shard can be told. Read by the command that turns fields into flags, so nothing here imports torch."""
 
+import os
 from pathlib import Path
 from typing import Literal, Self
 
@@ -8,6 +9,13 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from loraplex_protos.errors import LoraplexError
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Quantize = Literal["none", "int8", "int4"]
+HeldDtype = Literal["auto", "int8"]
+
+
+def default_kernels() -> Path:
+    """In the user's cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loraplex" / "kernels"
 
 
 class SettingsError(LoraplexError):
@@ -29,8 +37,19 @@ class ModelSettings(BaseModel):
     )
     dtype: Dtype = Field(
         "auto",
-        description="What to compute in. auto: what the checkpoint holds; on a CPU bfloat16 if the processor "
-        "multiplies it natively, else float32.",
+        description="What to compute in. auto: what the checkpoint holds; on a CPU bfloat16 in place of float16.",
+    )
+    quantize: Quantize = Field(
+        "none",
+        description="What becomes of the model's matrices. int8, int4: they are rounded as they are loaded, or stay as "
+        "they are where the checkpoint holds them so; embedding and head stay at int8. none: they have the dtype.",
+    )
+    kv_dtype: HeldDtype = Field(
+        "auto", description="What the KV cache holds. auto: the dtype. int8: half of that, with a scale per position."
+    )
+    adapter_dtype: HeldDtype = Field(
+        "auto",
+        description="What adapters are held in. auto: the dtype. int8: half of that; one scale per lora_rank.",
     )
     tp: int = Field(1, ge=1, le=64, description="Tensor parallelism: how many ranks share the model.")
     adapters: Path | None = Field(
@@ -46,6 +65,12 @@ class ModelSettings(BaseModel):
         description="Tokens of prompt and output together. 0: what the model was made for and the cache can hold.",
     )
     max_sequences: int = Field(256, ge=1, le=4096, description="How many sequences can run at once.")
+    kernels: Path = Field(
+        default_factory=lambda: (
+            Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loraplex" / "kernels"
+        ),
+        description="Where the compiled CPU kernels are kept. Absent: loraplex/kernels in the user's cache.",
+    )
     threads: int = Field(
         0, ge=0, le=1024, description="Threads that each rank computes with. 0: the cores divided by tp."
     )

@@ -10,12 +10,16 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from loraplex_shard.batch import Batch, Segment
 from loraplex_shard.checkpoint import open_checkpoint
 from loraplex_shard.layers.layout import LinearLayout
+from loraplex_shard.layers.sources import Target
 from loraplex_shard.lora.weights import AdapterWeights, Expansion, LayerWeights
 from loraplex_shard.models import Decoder, load_decoder
+from loraplex_shard.ops.base import Operations
+from loraplex_shard.ops.reference import ReferenceOperations
 from loraplex_shard.parallel import Group
 
 MAX_MODEL_LEN = 64
 WHOLE = Group(0, 1)
+CPU = torch.device("cpu")
 
 
 class Sequences:
@@ -82,10 +86,16 @@ def load_reference(directory: Path, dtype: torch.dtype = torch.float32) -> PreTr
     return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
 
 
-def load(directory: Path, dtype: torch.dtype = torch.float32, group: Group = WHOLE) -> Decoder:
-    """The decoder of a directory, or one rank's part of it."""
-    checkpoint = open_checkpoint(str(directory))
-    return load_decoder(checkpoint, group, dtype, torch.device("cpu"), MAX_MODEL_LEN)
+def load(
+    directory: Path,
+    dtype: torch.dtype = torch.float32,
+    group: Group = WHOLE,
+    ops: Operations | None = None,
+    max_model_len: int = MAX_MODEL_LEN,
+) -> Decoder:
+    """The decoder of a directory, or one rank's part of it, by the reference operations if there are no others."""
+    checkpoint, target = open_checkpoint(str(directory)), Target(dtype, CPU, "none")
+    return load_decoder(checkpoint, group, ops or ReferenceOperations(), target, max_model_len)
 
 
 def whole_delta(module: str, out_features: int, in_features: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -103,10 +113,10 @@ def adapter_for(layouts: tuple[LinearLayout, ...]) -> AdapterWeights:
         shrinks, expansions, start, rank_start = [], [], 0, 0
         for part in layout.parts:
             shrink, expand = whole_delta(part.module, part.out_features, layout.in_features)
-            weight = expand[part.rows]
-            stop, rank_stop = start + len(weight), rank_start + len(shrink)
+            weight = expand[part.rows].T.contiguous()
+            stop, rank_stop = start + weight.shape[1], rank_start + len(shrink)
             expansions.append(Expansion(rank_start, rank_stop, start, stop, weight))
             shrinks.append(shrink[:, layout.columns])
             start, rank_start = stop, rank_stop
-        layers[layout.name] = LayerWeights(torch.cat(shrinks), tuple(expansions))
-    return AdapterWeights(layers, size_bytes=0)
+        layers[layout.name] = LayerWeights(layout.index, torch.cat(shrinks), tuple(expansions))
+    return AdapterWeights(layers, len(layouts))

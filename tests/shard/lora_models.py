@@ -37,12 +37,12 @@ def layouts(rank: int = 0, size: int = 1) -> tuple[LinearLayout, ...]:
         up = LinearPart(f"{mlp}.up_proj", INTERMEDIATE, units)
         down = LinearPart(f"{mlp}.down_proj", HIDDEN, inputs)
         cut += [
-            LinearLayout(f"layers.{layer}.qkv", (q, k, v), HIDDEN, inputs),
-            LinearLayout(f"layers.{layer}.o", (o,), query_features, query),
-            LinearLayout(f"layers.{layer}.gate_up", (gate, up), HIDDEN, inputs),
-            LinearLayout(f"layers.{layer}.down", (down,), INTERMEDIATE, units),
+            LinearLayout(f"layers.{layer}.qkv", 4 * layer + 0, (q, k, v), HIDDEN, inputs),
+            LinearLayout(f"layers.{layer}.o", 4 * layer + 1, (o,), query_features, query),
+            LinearLayout(f"layers.{layer}.gate_up", 4 * layer + 2, (gate, up), HIDDEN, inputs),
+            LinearLayout(f"layers.{layer}.down", 4 * layer + 3, (down,), INTERMEDIATE, units),
         ]
-    return (*cut, LinearLayout("lm_head", (LinearPart("lm_head", VOCAB, words),), HIDDEN, inputs))
+    return (*cut, LinearLayout("lm_head", 4 * LAYERS, (LinearPart("lm_head", VOCAB, words),), HIDDEN, inputs))
 
 
 def save_adapter(directory: Path, seed: int = 0, dtype: torch.dtype = torch.float32, **config: object) -> PeftModel:
@@ -118,7 +118,7 @@ def _place(
         stop = start + part.rows.stop - part.rows.start
         if e := expansions.get((start, stop)):
             delta = deltas.setdefault(part.module, torch.zeros(part.out_features, layout.in_features))
-            delta[part.rows, layout.columns] += (e.weight @ shrink[e.rank_start : e.rank_stop]).float()
+            delta[part.rows, layout.columns] += (e.weight.T @ shrink[e.rank_start : e.rank_stop]).float()
         start = stop
 
 

@@ -21,15 +21,15 @@ from loraplex_protos.shard_pb2 import (
     Sampling,
     SequenceStart,
 )
-from loraplex_shard.checkpoint import open_checkpoint
 from loraplex_shard.constraints import Constraints
 from loraplex_shard.grammars import GrammarCompiler
 from loraplex_shard.lora.store import AdapterStore
-from loraplex_shard.models import Decoder, load_decoder
+from loraplex_shard.models import Decoder
 from loraplex_shard.parallel import Group
 from loraplex_shard.runner import Runner
 from tests.e2e.tiny import byte_tokenizer, save_model
 from tests.random_schemas import random_document_schema
+from tests.shard.decoders import load
 from tests.shard.planner import BLOCK_SIZE, NUM_BLOCKS, Planner
 
 CPU = torch.device("cpu")
@@ -164,7 +164,7 @@ def test_a_row_forgets_its_former_sequence_s_constraints(compiler: GrammarCompil
 @pytest.fixture(scope="module")
 def decoder(tmp_path_factory: pytest.TempPathFactory) -> Decoder:
     directory = save_model(tmp_path_factory.mktemp("bytes"))
-    return load_decoder(open_checkpoint(str(directory)), Group(0, 1), torch.float32, CPU, 512)
+    return load(directory, max_model_len=512)
 
 
 @pytest.fixture

@@ -5,10 +5,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loraplex_shard.batch import Segment
+from loraplex_shard.layers.layout import LinearLayout
 from loraplex_shard.lora.weights import AdapterWeights, Expansion, LayerWeights
-from loraplex_shard.ops.lora import add_lora_delta
+from loraplex_shard.ops.reference import ReferenceOperations
 
 IN_FEATURES, PARTS = 7, (5, 3, 4)
+
+OPS = ReferenceOperations()
+FUSED = LinearLayout("fused", 0, (), IN_FEATURES, slice(0, IN_FEATURES))
+ANOTHER = LinearLayout("another", 1, (), IN_FEATURES, slice(0, IN_FEATURES))
 
 LoraRanks = tuple[int | None, ...]  # of each part; None: not adapted
 
@@ -19,19 +24,19 @@ def adapter_of(lora_ranks: LoraRanks, generator: torch.Generator) -> AdapterWeig
     for out_features, lora_rank in zip(PARTS, lora_ranks, strict=True):
         if lora_rank is not None:
             shrinks.append(torch.randn(lora_rank, IN_FEATURES, generator=generator))
-            weight = torch.randn(out_features, lora_rank, generator=generator)
+            weight = torch.randn(lora_rank, out_features, generator=generator)
             expansions.append(Expansion(rank_start, rank_start + lora_rank, start, start + out_features, weight))
             rank_start += lora_rank
         start += out_features
-    layers = {"fused": LayerWeights(torch.cat(shrinks), tuple(expansions))} if expansions else {}
-    return AdapterWeights(layers, 0)
+    layers = {"fused": LayerWeights(0, torch.cat(shrinks), tuple(expansions))} if expansions else {}
+    return AdapterWeights(layers, 2)
 
 
 def dense_delta(adapter: AdapterWeights) -> torch.Tensor:
     delta = torch.zeros(sum(PARTS), IN_FEATURES)
     if layer := adapter.layers.get("fused"):
         for e in layer.expansions:
-            delta[e.start : e.stop] = e.weight @ layer.shrink[e.rank_start : e.rank_stop]
+            delta[e.start : e.stop] = e.weight.T @ layer.shrink[e.rank_start : e.rank_stop]
     return delta
 
 
@@ -58,7 +63,7 @@ def test_each_run_of_tokens_gets_its_own_adapters_delta_and_base_rows_none(
         start += length
 
     out = base.clone()
-    add_lora_delta(out, x, tuple(segments), "fused")
+    OPS.add_lora_delta(out, x, tuple(segments), FUSED)
 
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
     untouched = torch.ones(tokens, dtype=torch.bool)
@@ -70,5 +75,5 @@ def test_each_run_of_tokens_gets_its_own_adapters_delta_and_base_rows_none(
 def test_other_layers_are_left_alone() -> None:
     adapter = adapter_of((4, None, 4), torch.Generator().manual_seed(0))
     out = torch.ones(3, sum(PARTS))
-    add_lora_delta(out, torch.ones(3, IN_FEATURES), (Segment(0, 3, adapter),), "another")
+    OPS.add_lora_delta(out, torch.ones(3, IN_FEATURES), (Segment(0, 3, adapter),), ANOTHER)
     assert out.equal(torch.ones(3, sum(PARTS)))

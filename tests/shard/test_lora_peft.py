@@ -92,7 +92,7 @@ def test_any_float_dtype_is_converted_with_the_scale_applied_before_rounding(
     [cut] = read_cuts(tmp_path, 1, torch.bfloat16)
     layer = cut.weights.layers["layers.0.o"]
     assert layer.shrink.equal(a.to(torch.float32).to(torch.bfloat16))
-    assert layer.expansions[0].weight.equal((b.to(torch.float32) * (7 / 3)).to(torch.bfloat16))
+    assert layer.expansions[0].weight.equal((b.to(torch.float32) * (7 / 3)).to(torch.bfloat16).T)
 
 
 def test_weights_own_their_memory_and_report_its_size(tmp_path: Path) -> None:

@@ -24,10 +24,13 @@ def test_auto_is_the_dtype_of_the_checkpoint_on_a_gpu() -> None:
     assert machine.pick_dtype("auto", LlamaConfig(), CUDA) == torch.bfloat16
 
 
-def test_auto_on_a_cpu_is_one_that_it_computes_natively() -> None:
-    native = any(torch.cpu.get_capabilities()[name] for name in ("avx512_bf16", "amx_bf16"))
-    expected = torch.bfloat16 if native else torch.float32
-    assert machine.pick_dtype("auto", LlamaConfig(dtype="float16"), CPU) == expected
+@pytest.mark.parametrize(
+    ("stored", "computed"), [("float32", torch.float32), ("float16", torch.bfloat16), (None, torch.bfloat16)]
+)
+def test_auto_on_a_cpu_is_bfloat16_unless_the_checkpoint_holds_float32(
+    stored: str | None, computed: torch.dtype
+) -> None:
+    assert machine.pick_dtype("auto", LlamaConfig(dtype=stored), CPU) == computed
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from loraplex_shard.batch import Segment
 from loraplex_shard.checkpoint import open_checkpoint
+from loraplex_shard.layers.sources import Target
 from loraplex_shard.models import load_decoder
-from loraplex_shard.parallel import Group
-from tests.shard.decoders import Sequences, adapter_for, load, load_reference, save_checkpoint, whole_delta
+from loraplex_shard.ops.reference import ReferenceOperations
+from tests.shard.decoders import CPU, WHOLE, Sequences, adapter_for, load, load_reference, save_checkpoint, whole_delta
 
 TOKENS = [5, 80, 3, 3, 41, 7, 66, 0, 95]
 
@@ -35,19 +36,19 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_sharded_checkpoint_is_the_same_model(directory: Path, tmp_path: Path) -> None:
     sharded = save_checkpoint(config(), tmp_path, max_shard_size="30KB")
     assert len(list(sharded.glob("*.safetensors"))) > 2
-    expected, actual = load(directory).state_dict(), load(sharded).state_dict()
-    assert expected.keys() == actual.keys()
-    assert all(torch.equal(expected[name], actual[name]) for name in expected)
+    expected, actual = (Sequences(load(d)).step({"a": TOKENS})["a"] for d in (directory, sharded))
+    assert actual.equal(expected)
 
 
 def test_a_tied_lm_head_is_no_copy_of_the_embedding(tmp_path: Path) -> None:
     decoder = load(save_checkpoint(config(tied=True), tmp_path))
-    assert decoder.lm_head.weight.data_ptr() == decoder.embedding.weight.data_ptr()
+    assert decoder.lm_head.weight.matrix.data_ptr() == decoder.embedding.weight.matrix.data_ptr()
 
 
 def test_progress_counts_every_tensor(directory: Path) -> None:
     checkpoint, seen = open_checkpoint(str(directory)), []
-    load_decoder(checkpoint, Group(0, 1), torch.float32, torch.device("cpu"), 16, lambda *counts: seen.append(counts))
+    target = Target(torch.float32, CPU, "none")
+    load_decoder(checkpoint, WHOLE, ReferenceOperations(), target, 16, lambda *counts: seen.append(counts))
     total = len(checkpoint.names)
     assert seen == [(done, total) for done in range(1, total + 1)]
 
@@ -72,8 +73,9 @@ def test_an_adapter_on_all_layers_is_the_model_with_its_delta_merged(directory: 
 def test_what_a_block_held_before_does_not_matter(directory: Path) -> None:
     decoder = load(directory)
     clean, dirty = Sequences(decoder), Sequences(decoder)
-    for cache in (*dirty.cache.keys, *dirty.cache.values):
-        cache.fill_(torch.nan)
+    for layer in dirty.cache.layers:
+        layer.keys.fill_(torch.nan)
+        layer.values.fill_(torch.nan)
     for chunk in (TOKENS[:6], TOKENS[6:7], TOKENS[7:]):
         assert torch.equal(dirty.step({"a": chunk})["a"], clean.step({"a": chunk})["a"])
 
@@ -94,9 +96,9 @@ def test_a_sequence_that_is_not_finite_leaves_the_others_of_its_batch_alone(dire
 def test_the_cache_has_the_size_that_was_announced(directory: Path) -> None:
     decoder = load(directory, torch.bfloat16)
     cache = decoder.new_cache(num_blocks=5, block_size=4)
-    total = sum(tensor.numel() * tensor.itemsize for tensor in (*cache.keys, *cache.values))
+    total = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
     assert total == 5 * decoder.cache_block_bytes(block_size=4)
-    assert cache.keys[0].shape == (5, 4, 2, 8)
+    assert cache.layers[0].keys.shape == (5, 2, 8, 4)
 
 
 def test_the_layouts_name_every_linear_layer(directory: Path) -> None:

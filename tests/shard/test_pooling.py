@@ -8,12 +8,12 @@ from torch.nn.functional import normalize
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from loraplex_protos.shard_pb2 import FAILURE_REASON_NOT_FINITE, StepResponse
-from loraplex_shard.checkpoint import open_checkpoint
 from loraplex_shard.grammars import GrammarCompiler
 from loraplex_shard.lora.store import AdapterStore
-from loraplex_shard.models import Decoder, load_decoder
+from loraplex_shard.models import Decoder
 from loraplex_shard.parallel import Group
 from loraplex_shard.runner import Runner
+from tests.shard.decoders import load
 from tests.shard.planner import (
     BLOCK_SIZE,
     MAX_MODEL_LEN,
@@ -42,7 +42,7 @@ def reference(checkpoint: Path) -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def decoder(checkpoint: Path) -> Decoder:
-    return load_decoder(open_checkpoint(str(checkpoint)), Group(0, 1), torch.float32, CPU, MAX_MODEL_LEN)
+    return load(checkpoint, max_model_len=MAX_MODEL_LEN)
 
 
 @pytest.fixture
@@ -120,8 +120,8 @@ def test_an_adapter_changes_the_vector_as_it_does_in_peft(
 
 
 def test_a_vector_that_is_not_finite_fails_its_sequence_alone(checkpoint: Path, adapters: AdapterStore) -> None:
-    broken = load_decoder(open_checkpoint(str(checkpoint)), Group(0, 1), torch.float32, CPU, MAX_MODEL_LEN)
-    broken.embedding.weight[5] = torch.nan
+    broken = load(checkpoint, max_model_len=MAX_MODEL_LEN)
+    broken.embedding.weight.matrix[5] = torch.nan
     grammars = GrammarCompiler(b"{}", broken.vocab_size, end_token_ids=(2,))
     runner = Runner(
         broken, broken.new_cache(NUM_BLOCKS, BLOCK_SIZE), adapters, Group(0, 1), 8, MAX_MODEL_LEN, CPU, grammars

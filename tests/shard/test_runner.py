@@ -8,13 +8,13 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from loraplex_protos.shard_pb2 import FAILURE_REASON_NOT_FINITE, Sampling, StepRequest
-from loraplex_shard.checkpoint import open_checkpoint
 from loraplex_shard.grammars import GrammarCompiler
 from loraplex_shard.lora.store import AdapterStore
 from loraplex_shard.lora.weights import AdapterWeights, Expansion, LayerWeights
-from loraplex_shard.models import Decoder, load_decoder
+from loraplex_shard.models import Decoder
 from loraplex_shard.parallel import Group
 from loraplex_shard.runner import PROMPT_SLICE, Runner
+from tests.shard.decoders import load
 from tests.shard.planner import (
     BLOCK_SIZE,
     GREEDY,
@@ -46,7 +46,7 @@ def reference(checkpoint: Path) -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def decoder(checkpoint: Path) -> Decoder:
-    return load_decoder(open_checkpoint(str(checkpoint)), Group(0, 1), torch.float32, CPU, MAX_MODEL_LEN)
+    return load(checkpoint, max_model_len=MAX_MODEL_LEN)
 
 
 @pytest.fixture
@@ -220,8 +220,8 @@ class Poison:
     """An adapter store whose every slot holds an adapter that turns values into NaN."""
 
     def adapter_in(self, slot: int) -> AdapterWeights:
-        nan = LayerWeights(torch.full((1, 36), torch.nan), (Expansion(0, 1, 0, 12, torch.ones(12, 1)),))
-        return AdapterWeights({"layers.0.qkv": nan}, size_bytes=0)
+        nan = LayerWeights(0, torch.full((1, 36), torch.nan), (Expansion(0, 1, 0, 12, torch.ones(1, 12)),))
+        return AdapterWeights({"layers.0.qkv": nan}, layer_count=9)
 
 
 def test_a_sequence_that_is_not_finite_fails_alone(decoder: Decoder, reference: PreTrainedModel) -> None:

@@ -17,16 +17,16 @@ from transformers import PreTrainedModel
 from loraplex_protos import shard_pb2 as pb
 from loraplex_protos.errors import AdapterInUseError, AdapterNotFoundError, LoraplexError, from_rpc_error
 from loraplex_protos.shard_pb2_grpc import ShardServiceStub
-from loraplex_shard.checkpoint import open_checkpoint
 from loraplex_shard.grammars import GrammarCompiler
 from loraplex_shard.lora.store import AdapterStore, StagedAdapter
 from loraplex_shard.metrics import ShardMetrics
-from loraplex_shard.models import Decoder, load_decoder
+from loraplex_shard.models import Decoder
 from loraplex_shard.parallel import Group
 from loraplex_shard.runner import Runner
 from loraplex_shard.server import start
 from loraplex_shard.service import ShardService
 from loraplex_shard.settings import SettingsError
+from tests.shard.decoders import load
 from tests.shard.planner import (
     BLOCK_SIZE,
     MAX_MODEL_LEN,
@@ -68,7 +68,7 @@ def reference(checkpoint: Path) -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def decoder(checkpoint: Path, reference: PreTrainedModel) -> Decoder:
-    return load_decoder(open_checkpoint(str(checkpoint)), Group(0, 1), torch.float32, CPU, MAX_MODEL_LEN)
+    return load(checkpoint, max_model_len=MAX_MODEL_LEN)
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import typer
 
-from loraplex.cli import adapters, services
+from loraplex.cli import adapters, kernels, services
 from loraplex.cli.chat import chat
 from loraplex.cli.generate import generate
 from loraplex.cli.info import info
@@ -17,6 +17,7 @@ app.command()(generate)
 app.command()(chat)
 app.command()(info)
 app.add_typer(adapters.app, name="adapters")
+app.add_typer(kernels.app, name="kernels", rich_help_panel="Services")
 services.add_commands(app)
 
 

@@ -7,6 +7,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from loraplex_protos.errors import LoraplexError
+from loraplex_shard.ops.quantized import QuantizedMatrix
 
 
 class CheckpointError(LoraplexError):
@@ -49,5 +50,10 @@ class Checkpoint(Protocol):
 
     def read(self, name: str, rows: slice = slice(None), columns: slice = slice(None)) -> torch.Tensor:
         """That part of a tensor, and no more, is read from the file; `columns` is for matrices only."""
+
+    def read_quantized(
+        self, name: str, rows: slice = slice(None), columns: slice = slice(None)
+    ) -> QuantizedMatrix | None:
+        """That part of a matrix as it is stored, if it is stored in a quantized form that ops/quantized.py knows."""
 
     def tokenizer(self) -> TokenizerFiles: ...

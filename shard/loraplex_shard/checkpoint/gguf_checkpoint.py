@@ -7,13 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from gguf.constants import GGMLQuantizationType
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 from transformers import LlamaConfig, PreTrainedConfig
 
 from loraplex_shard.checkpoint.base import CheckpointError, TokenizerFiles
+from loraplex_shard.checkpoint.gguf_blocks import read_blocks
 from loraplex_shard.checkpoint.gguf_file import ByteRows, read_gguf
 from loraplex_shard.checkpoint.gguf_tokenizer import end_token_id, read_tokenizer
+from loraplex_shard.ops.quantized import QuantizedMatrix
 
 ROWS_AT_A_TIME = 32
 
@@ -62,10 +64,25 @@ class GgufCheckpoint:
         tensor = self._file.tensors[self._gguf_names[name]]
         if len(tensor.shape) == 1:
             return _dequantized(tensor.data, tensor.kind)[0, rows]
-        data = tensor.data[rows]
+        return _dequantized(self._rows(name, rows), tensor.kind)[:, columns]
+
+    def read_quantized(
+        self, name: str, rows: slice = slice(None), columns: slice = slice(None)
+    ) -> QuantizedMatrix | None:
+        tensor = self._file.tensors[self._gguf_names[name]]
+        begin, end, _ = columns.indices(tensor.shape[1])
+        weights, size = GGML_QUANT_SIZES[tensor.kind]
+        if begin % weights or end % weights:
+            return None  # the cut goes through a block
+        data = self._rows(name, rows)[:, begin // weights * size : end // weights * size]
+        return read_blocks(data, tensor.kind)
+
+    def _rows(self, name: str, rows: slice) -> ByteRows:
+        """A matrix's rows as they lie in the file, in transformers' order."""
+        tensor = self._file.tensors[self._gguf_names[name]]
         if _INTERLEAVED.fullmatch(self._gguf_names[name]):
-            data = tensor.data[self._deinterleaved(tensor.shape[0])[rows]]
-        return _dequantized(data, tensor.kind)[:, columns]
+            return tensor.data[self._deinterleaved(tensor.shape[0])[rows]]
+        return tensor.data[rows]
 
     def tokenizer(self) -> TokenizerFiles:
         return read_tokenizer(self._file.metadata)

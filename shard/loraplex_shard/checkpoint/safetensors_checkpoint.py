@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from loraplex_shard.checkpoint.base import CheckpointError, TokenizerFiles
+from loraplex_shard.ops.quantized import QuantizedMatrix
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -47,6 +48,11 @@ class SafetensorsCheckpoint:
         part = self._files[name].get_slice(name)
         tensor: torch.Tensor = part[rows] if len(part.get_shape()) == 1 else part[rows, columns]
         return tensor
+
+    def read_quantized(
+        self, name: str, rows: slice = slice(None), columns: slice = slice(None)
+    ) -> QuantizedMatrix | None:
+        return None
 
     def tokenizer(self) -> TokenizerFiles:
         tokenizer = self._tokenizer

@@ -21,6 +21,7 @@ class LinearLayout:
     """
 
     name: str  # of the fused layer, for example "layers.3.qkv"
+    index: int  # its place among the rank's linear layers
     parts: tuple[LinearPart, ...]
     in_features: int  # of the whole model
     columns: slice  # which of them this rank reads

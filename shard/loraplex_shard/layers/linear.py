@@ -1,29 +1,26 @@
 """Linear layers that know how they were cut over the ranks and that adapters add to them."""
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from loraplex_shard.batch import Segment
 from loraplex_shard.layers.layout import LinearLayout
 from loraplex_shard.layers.sources import Source, SourcedLayer
-from loraplex_shard.ops.lora import add_lora_delta
+from loraplex_shard.ops.base import Operations, Segments, Weight
 from loraplex_shard.parallel import Group
 
 
 class _Linear(SourcedLayer):
-    weight: nn.Parameter  # [rows of all parts, columns]
     bias: nn.Parameter | None
 
-    def __init__(self, layout: LinearLayout, bias: bool) -> None:
-        super().__init__()
+    def __init__(self, layout: LinearLayout, bias: bool, ops: Operations, least_bits: int = 4) -> None:
+        super().__init__(ops)
         self.layout = layout
         parts, columns = layout.parts, layout.columns
         rows = sum(part.rows.stop - part.rows.start for part in parts)
-        self.declare(
-            "weight",
+        self.declare_matrix(
             (rows, columns.stop - columns.start),
             *(Source(f"{p.module}.weight", (p.out_features, layout.in_features), p.rows, columns) for p in parts),
+            least_bits=least_bits,
         )
         self.register_parameter("bias", None)
         if bias:
@@ -33,30 +30,28 @@ class _Linear(SourcedLayer):
 class ColumnLinear(_Linear):
     """Column-parallel: reads the whole input, computes this rank's rows of each part."""
 
-    def forward(self, x: torch.Tensor, segments: tuple[Segment, ...]) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, segments: Segments) -> torch.Tensor:
         """x [tokens, in_features] -> [tokens, this rank's outputs of all parts, side by side]."""
-        out = F.linear(x, self.weight, self.bias)
-        if segments:
-            add_lora_delta(out, x, segments, self.layout.name)
+        out = self.ops.linear(x, self.weight, self.bias)
+        self.ops.add_lora_delta(out, x, segments, self.layout)
         return out
 
-    def tie(self, weight: torch.Tensor) -> None:
-        """Takes its rows of `weight` [out_features, in_features] as its own: a view, not a copy."""
+    def tie(self, weight: Weight) -> None:
+        """Takes its rows of `weight` [out_features, in_features] as its own, without a copy."""
         (part,) = self.layout.parts
-        self.weight = nn.Parameter(weight[part.rows], requires_grad=False)
+        self.weight = weight.part(part.rows)
 
 
 class RowLinear(_Linear):
     """Row-parallel: reads this rank's columns of the input, and sums the ranks' partial outputs."""
 
-    def __init__(self, layout: LinearLayout, bias: bool, group: Group) -> None:
-        super().__init__(layout, bias)
+    def __init__(self, layout: LinearLayout, bias: bool, ops: Operations, group: Group) -> None:
+        super().__init__(layout, bias, ops)
         self.group = group
 
-    def forward(self, x: torch.Tensor, segments: tuple[Segment, ...]) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, segments: Segments) -> torch.Tensor:
         """x [tokens, this rank's inputs] -> [tokens, out_features], the same on all ranks."""
-        out = F.linear(x, self.weight)
-        if segments:
-            add_lora_delta(out, x, segments, self.layout.name)
+        out = self.ops.linear(x, self.weight)
+        self.ops.add_lora_delta(out, x, segments, self.layout)
         self.group.all_reduce_(out)
         return out if self.bias is None else out.add_(self.bias)

@@ -4,39 +4,47 @@ import torch
 from torch import nn
 
 from loraplex_shard.layers.sources import Source, SourcedLayer
-from loraplex_shard.ops.rms_norm import rms_norm
+from loraplex_shard.ops.base import HeadNorms, Operations
 
 
 class RmsNorm(SourcedLayer):
-    weight: nn.Parameter  # [hidden]
+    scale: nn.Parameter  # [hidden]
 
-    def __init__(self, tensor: str, hidden_size: int, eps: float) -> None:
-        super().__init__()
+    def __init__(self, tensor: str, hidden_size: int, eps: float, ops: Operations) -> None:
+        super().__init__(ops)
         self.eps = eps
-        self.declare("weight", (hidden_size,), Source(tensor, (hidden_size,)))
+        self.declare("scale", (hidden_size,), Source(tensor, (hidden_size,)))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [tokens, hidden] -> the same shape."""
-        return rms_norm(x, self.weight, self.eps)
+    def forward(self, hidden: torch.Tensor, delta: torch.Tensor | None) -> torch.Tensor:
+        """Adds delta, if there is one, to hidden [tokens, hidden], in place; returns the norm of that."""
+        if delta is None:
+            return self.ops.rms_norm(hidden, self.scale, self.eps)
+        return self.ops.add_rms_norm(hidden, delta, self.scale, self.eps)
 
 
 class HeadNorm(SourcedLayer):
-    """Normalizes each query and key head by itself, queries and keys with a weight of their own."""
+    """The scales by which query and key heads are normalized, each head by itself."""
 
-    weight: nn.Parameter  # [heads + kv_heads, head_dim]: one row per head, so that one operation does both
+    scale: nn.Parameter  # [heads + kv_heads, head_dim]: one row per head, so that one operation does both
 
     def __init__(
-        self, query_tensor: str, key_tensor: str, heads: int, kv_heads: int, head_dim: int, eps: float
+        self,
+        query_tensor: str,
+        key_tensor: str,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        eps: float,
+        ops: Operations,
     ) -> None:
-        super().__init__()
+        super().__init__(ops)
         self.eps = eps
         self.declare(
-            "weight",
+            "scale",
             (heads + kv_heads, head_dim),
             Source(query_tensor, (head_dim,), repeat=heads),
             Source(key_tensor, (head_dim,), repeat=kv_heads),
         )
 
-    def forward(self, heads: torch.Tensor) -> torch.Tensor:
-        """heads [tokens, heads + kv_heads, head_dim], the query heads first -> the same shape."""
-        return rms_norm(heads, self.weight, self.eps)
+    def forward(self) -> HeadNorms:
+        return HeadNorms(self.scale, self.eps)

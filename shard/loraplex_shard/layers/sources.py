@@ -7,6 +7,12 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from loraplex_shard.ops.base import Operations, Weight
+from loraplex_shard.ops.quantized import QuantizedMatrix, joined, quantize
+from loraplex_shard.settings import Quantize
+
+BITS = {"int8": 8, "int4": 4}
+
 
 @dataclass(frozen=True, slots=True)
 class Source:
@@ -24,30 +30,81 @@ class TensorReader(Protocol):
 
     def read(self, name: str, rows: slice = ..., columns: slice = ...) -> torch.Tensor: ...
 
+    def read_quantized(self, name: str, rows: slice = ..., columns: slice = ...) -> QuantizedMatrix | None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What parameters become when they are loaded."""
+
+    dtype: torch.dtype
+    device: torch.device
+    quantize: Quantize  # what becomes of matrices
+
 
 class SourcedLayer(nn.Module):
-    """A layer that says where its parameters come from. They may be on the meta device until it loads them."""
+    """A layer that says where its parameters come from. They are on the meta device until it loads them."""
 
-    def __init__(self) -> None:
+    weight: Weight  # of those that have a matrix, once it is loaded
+
+    def __init__(self, ops: Operations) -> None:
         super().__init__()
+        self.ops = ops
         self.sources: dict[str, tuple[Source, ...]] = {}
+        self.matrix: tuple[Source, ...] = ()
 
     def declare(self, name: str, shape: tuple[int, ...], *sources: Source) -> None:
         """Registers parameter `name`, to be filled from `sources`."""
         self.register_parameter(name, nn.Parameter(torch.empty(shape), requires_grad=False))
         self.sources[name] = sources
 
-    def load(self, reader: TensorReader, dtype: torch.dtype, device: torch.device) -> Iterator[str]:
-        """Fills the parameters in their final dtype and place, tensor by tensor; yields each tensor's name."""
+    def declare_matrix(self, shape: tuple[int, int], *sources: Source, least_bits: int = 4) -> None:
+        """Has `weight` made from `sources`, its rows, in the form that the layer's operation takes.
+
+        However coarsely the model is quantized, this matrix has `least_bits` or is not quantized.
+        """
+        self.matrix_shape = shape
+        self.matrix = sources
+        self.least_bits = least_bits
+
+    @property
+    def all_sources(self) -> tuple[Source, ...]:
+        return (*self.matrix, *(source for sources in self.sources.values() for source in sources))
+
+    def load(self, reader: TensorReader, target: Target) -> Iterator[str]:
+        """Fills the parameters in their final form and place, tensor by tensor; yields each tensor's name."""
         for name, sources in self.sources.items():
-            data = torch.empty(self.get_parameter(name).shape, dtype=dtype, device=device)
-            row = 0
-            for source in sources:
-                piece = reader.read(source.tensor, source.rows, source.columns)
-                if source.repeat is not None:
-                    piece = piece.expand(source.repeat, -1)
-                data[row : row + piece.shape[0]].copy_(piece)
-                row += piece.shape[0]
-                yield source.tensor
-            assert row == data.shape[0]
+            data = torch.empty(self.get_parameter(name).shape, dtype=target.dtype, device=target.device)
+            yield from _fill(data, reader, sources)
             self.register_parameter(name, nn.Parameter(data, requires_grad=False))
+        if self.matrix:
+            yield from self._load_matrix(reader, target)
+
+    def _load_matrix(self, reader: TensorReader, target: Target) -> Iterator[str]:
+        if target.quantize == "none":
+            data = torch.empty(self.matrix_shape, dtype=target.dtype, device=target.device)
+            yield from _fill(data, reader, self.matrix)
+            self.weight = self.ops.pack(data)
+            return
+        bits = max(BITS[target.quantize], self.least_bits)
+        stored = [reader.read_quantized(s.tensor, s.rows, s.columns) for s in self.matrix]
+        exact = [part for part in stored if part is not None and part.bits == bits]
+        if len(exact) == len(stored) and len({part.group for part in exact}) == 1:
+            self.weight = self.ops.pack(joined(exact))
+            yield from (source.tensor for source in self.matrix)
+        else:
+            data = torch.empty(self.matrix_shape, device=target.device)
+            yield from _fill(data, reader, self.matrix)
+            self.weight = self.ops.pack(quantize(data, bits))
+
+
+def _fill(data: torch.Tensor, reader: TensorReader, sources: tuple[Source, ...]) -> Iterator[str]:
+    row = 0
+    for source in sources:
+        piece = reader.read(source.tensor, source.rows, source.columns)
+        if source.repeat is not None:
+            piece = piece.expand(source.repeat, -1)
+        data[row : row + piece.shape[0]].copy_(piece)
+        row += piece.shape[0]
+        yield source.tensor
+    assert row == data.shape[0]

@@ -45,32 +45,39 @@ def name_of_b(module: str) -> str:
 def cut_adapter(deltas: Mapping[str, Delta], layouts: Sequence[LinearLayout], dtype: torch.dtype) -> Adapter:
     """The deltas, by module, cut to the layouts, in this dtype, in memory of its own.
 
-    Raises AdapterInvalidError, naming the tensor, for values that are not finite, or not in this dtype.
+    torch.int8: A and B are rounded to it, with one scale for each of their lora_ranks. Raises AdapterInvalidError,
+    naming the tensor, for values that are not finite, or not in this dtype.
     """
     layers = {}
     for layout in layouts:
         if layer := _cut(layout, deltas, dtype):
             layers[layout.name] = layer
-    size_bytes = sum(_size_bytes(layer) for layer in layers.values())
-    return Adapter(AdapterWeights(layers, size_bytes), max(delta.lora_rank for delta in deltas.values()))
+    return Adapter(AdapterWeights(layers, len(layouts)), max(delta.lora_rank for delta in deltas.values()))
 
 
 def _cut(layout: LinearLayout, deltas: Mapping[str, Delta], dtype: torch.dtype) -> LayerWeights | None:
     """This rank's part of one layer's delta; None if the adapter does not touch the layer."""
     shrinks: list[torch.Tensor] = []
     expansions: list[Expansion] = []
+    scales: list[torch.Tensor] = []
+    held = torch.float32 if dtype == torch.int8 else dtype
     start = lora_rank = 0
     for part in layout.parts:
         stop = start + part.rows.stop - part.rows.start
         if delta := deltas.get(part.module):
-            a = _converted(name_of_a(part.module), delta.a, 1.0, dtype)
-            b = _converted(name_of_b(part.module), delta.b, delta.scale, dtype)
-            shrinks.append(a[:, layout.columns])
+            a = _converted(name_of_a(part.module), delta.a, 1.0, held)[:, layout.columns]
+            b = _converted(name_of_b(part.module), delta.b, delta.scale, held)[part.rows].T.contiguous()
+            if dtype == torch.int8:
+                (a, a_scales), (b, b_scales) = _rounded(a), _rounded(b)
+                scales.append(a_scales * b_scales)
+            shrinks.append(a)
             rank_stop = lora_rank + delta.lora_rank
-            expansions.append(Expansion(lora_rank, rank_stop, start, stop, b[part.rows].clone()))
+            expansions.append(Expansion(lora_rank, rank_stop, start, stop, b))
             lora_rank = rank_stop
         start = stop
-    return LayerWeights(torch.cat(shrinks), tuple(expansions)) if shrinks else None
+    if not shrinks:
+        return None
+    return LayerWeights(layout.index, torch.cat(shrinks), tuple(expansions), torch.cat(scales) if scales else None)
 
 
 def _converted(name: str, tensor: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
@@ -84,5 +91,7 @@ def _converted(name: str, tensor: torch.Tensor, scale: float, dtype: torch.dtype
     return converted
 
 
-def _size_bytes(layer: LayerWeights) -> int:
-    return layer.shrink.nbytes + sum(expansion.weight.nbytes for expansion in layer.expansions)
+def _rounded(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A matrix as int8, and the scale of each of its rows, float32."""
+    scales = matrix.abs().amax(-1) / 127
+    return (matrix / scales.where(scales > 0, 1)[:, None]).round_().to(torch.int8), scales

@@ -34,5 +34,6 @@ def _mapped(weights: AdapterWeights, function: Callable[[torch.Tensor], torch.Te
     layers = {}
     for name, layer in weights.layers.items():
         expansions = tuple(replace(e, weight=function(e.weight)) for e in layer.expansions)
-        layers[name] = LayerWeights(function(layer.shrink), expansions)
-    return replace(weights, layers=layers)
+        scales = None if layer.scales is None else function(layer.scales)
+        layers[name] = LayerWeights(layer.index, function(layer.shrink), expansions, scales)
+    return AdapterWeights(layers, weights.layer_count)

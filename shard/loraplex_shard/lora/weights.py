@@ -1,9 +1,11 @@
 """An adapter's weights as the layers use them: cut for this rank, stacked by layer, scale folded into B."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+
+MAX_PARTS = 3  # projections that are fused into one layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,20 +16,53 @@ class Expansion:
     rank_stop: int
     start: int  # in the fused layer's output on this rank
     stop: int
-    weight: torch.Tensor  # [stop - start, lora_rank], times the adapter's scale
+    weight: torch.Tensor  # [lora_rank, stop - start], times the adapter's scale
 
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
     """One adapter's delta to one (fused) linear layer: A of the projections stacked, since they share x."""
 
+    index: int  # the layer's LinearLayout.index
     shrink: torch.Tensor  # [sum of the projections' lora_ranks, in_features on this rank]
     expansions: tuple[Expansion, ...]
+    scales: torch.Tensor | None = None  # [sum of the lora_ranks] float32: of A and B together, if they are int8
+
+    @property
+    def nbytes(self) -> int:
+        scales = 0 if self.scales is None else self.scales.nbytes
+        return self.shrink.nbytes + scales + sum(expansion.weight.nbytes for expansion in self.expansions)
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterWeights:
-    """One adapter on one device. Layers that it does not touch are absent."""
+    """One adapter on one device. Layers that it does not touch are absent. Its tensors stay where they are."""
 
     layers: Mapping[str, LayerWeights]  # by LinearLayout.name
-    size_bytes: int
+    layer_count: int  # linear layers of the model on this rank
+    table: torch.Tensor = field(init=False)  # [layer_count, 4 + 5 * MAX_PARTS] int64: what kernels read, see below
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "table", _table(self.layers, self.layer_count))
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(layer.nbytes for layer in self.layers.values())
+
+    @property
+    def int8(self) -> bool:
+        """Whether A and B are int8."""
+        return any(layer.scales is not None for layer in self.layers.values())
+
+
+def _table(layers: Mapping[str, LayerWeights], layer_count: int) -> torch.Tensor:
+    """By layer: lora_rank, parts, addresses of shrink and scales; of each part rank_start, rank_stop, start, stop and
+    the address of its weight. A lora_rank of 0: the adapter does not touch the layer."""
+    table = torch.zeros((layer_count, 4 + 5 * MAX_PARTS), dtype=torch.int64)
+    for layer in layers.values():
+        scales = 0 if layer.scales is None else layer.scales.data_ptr()
+        row = [len(layer.shrink), len(layer.expansions), layer.shrink.data_ptr(), scales]
+        for e in layer.expansions:
+            row += [e.rank_start, e.rank_stop, e.start, e.stop, e.weight.data_ptr()]
+        table[layer.index, : len(row)] = torch.tensor(row)
+    return table

@@ -2,14 +2,14 @@
 
 from collections.abc import Callable, Iterable
 
-import torch
 from accelerate import init_empty_weights
 
 from loraplex_shard.checkpoint.base import Checkpoint, CheckpointError
-from loraplex_shard.layers.sources import Source, SourcedLayer
+from loraplex_shard.layers.sources import Source, SourcedLayer, Target
 from loraplex_shard.models.architectures import read_spec
 from loraplex_shard.models.decoder import Decoder
 from loraplex_shard.models.rope import rope_tables
+from loraplex_shard.ops.base import Operations
 from loraplex_shard.parallel import Group
 
 NAMES_IN_MESSAGE = 10
@@ -18,12 +18,12 @@ NAMES_IN_MESSAGE = 10
 def load_decoder(
     checkpoint: Checkpoint,
     group: Group,
-    dtype: torch.dtype,
-    device: torch.device,
+    ops: Operations,
+    target: Target,
     max_model_len: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> Decoder:
-    """This rank's part of the model, on `device` in `dtype`, for positions below `max_model_len`.
+    """This rank's part of the model, in the target's form and place, for positions below `max_model_len`.
 
     `progress` is told how many tensors are loaded, and of how many. Raises CheckpointError if the checkpoint is not
     that of a served model, naming the tensors that are missing, left over or of an unexpected shape; GroupSizeError
@@ -32,15 +32,15 @@ def load_decoder(
     spec = read_spec(checkpoint.architecture, checkpoint.config)
     cos, sin = rope_tables(checkpoint.config, spec.head_dim, max_model_len)
     with init_empty_weights(include_buffers=False):
-        decoder = Decoder(spec, group, (cos.to(device), sin.to(device)), dtype)
+        decoder = Decoder(spec, group, ops, (cos.to(target.device), sin.to(target.device)), target.dtype)
     layers = [module for module in decoder.modules() if isinstance(module, SourcedLayer)]
     if spec.tied:
         layers.remove(decoder.lm_head)
-    sources = [source for layer in layers for parameter in layer.sources.values() for source in parameter]
+    sources = [source for layer in layers for source in layer.all_sources]
     _check(checkpoint, sources, spec.tied)
     loaded = 0
     for layer in layers:
-        for _ in layer.load(checkpoint, dtype, device):
+        for _ in layer.load(checkpoint, target):
             loaded += 1
             if progress is not None:
                 progress(loaded, len(sources))

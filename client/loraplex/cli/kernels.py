@@ -1,0 +1,40 @@
+"""`loraplex kernels`: the compiled CPU kernels. Needs the shard's packages, not a model."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from loraplex_protos.errors import LoraplexError
+
+app = typer.Typer(help="The compiled CPU kernels.", no_args_is_help=True)
+
+
+@app.callback()
+def kernels() -> None:
+    """Without a callback, typer would take the one command for the group itself."""
+
+
+@app.command()
+def build(
+    directory: Annotated[
+        Path | None, typer.Option(help="Where to; a shard's --kernels. Default: the user's cache.")
+    ] = None,
+    every: Annotated[
+        bool, typer.Option("--all", help="For every kind of processor, as for an image that may run on any.")
+    ] = False,
+) -> None:
+    """Compile them now, unless they are there. A shard that finds none compiles its own when it starts."""
+    try:
+        from loraplex_shard.ops.cpu import library
+        from loraplex_shard.settings import default_kernels
+    except ModuleNotFoundError as error:
+        typer.echo(f"error: no {error.name}: pip install 'loraplex[shard]'", err=True)
+        raise typer.Exit(1) from None
+    for name in library.INSTRUCTION_SETS if every else [library.instruction_set()]:
+        try:
+            path = library.build(directory or default_kernels(), name)
+        except LoraplexError as error:
+            typer.echo(f"error: {error.message}", err=True)
+            raise typer.Exit(1) from None
+        typer.echo(path)

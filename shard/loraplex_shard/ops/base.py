@@ -1,0 +1,104 @@
+"""The operations that the decoder is made of, and what they take. Whoever implements them knows the device; the model
+does not. `reference.py` says in plain torch what each of them computes."""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from loraplex_shard.batch import Batch, Segment
+from loraplex_shard.cache import LayerCache
+from loraplex_shard.layers.layout import LinearLayout
+from loraplex_shard.ops.quantized import QuantizedMatrix
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """The attention heads of one layer on this rank. Adjacent query heads share a KV head."""
+
+    query: int
+    kv: int
+    dim: int
+    window: int | None = None  # how many positions a token sees, itself included; None: all
+    soft_cap: float = 0.0  # scores become soft_cap * tanh(score / soft_cap); 0: they stay as they are
+
+
+@dataclass(frozen=True, slots=True)
+class HeadNorms:
+    """RMS norm of each query and key head before it is rotated."""
+
+    weight: torch.Tensor  # [query + kv heads, dim]
+    eps: float
+
+
+# What operations make for themselves; nobody else looks inside. A weight has `nbytes`, and `part(rows)`: some of its
+# rows, without a copy, of which the first must be a multiple of 16.
+Weight = Any
+# What all layers need of one step's batch, made once.
+Step = Any
+# Runs of rows that use one adapter each.
+Segments = Any
+
+
+class Operations(Protocol):
+    """All tensors are of one float dtype and on one device unless said otherwise; results are new tensors."""
+
+    def pack(self, matrix: torch.Tensor | QuantizedMatrix) -> Weight:
+        """Matrices [out_features, in_features] as `linear` and `embedding` take them."""
+        ...
+
+    def prepare(self, batch: Batch, cos: torch.Tensor, sin: torch.Tensor) -> Step:
+        """cos and sin [positions, head_dim] float32 are those of models/rope.py."""
+        ...
+
+    def segments(self, segments: tuple[Segment, ...]) -> Segments:
+        """Runs of rows with adapters, as `add_lora_delta` takes them."""
+        ...
+
+    def embedding(self, token_ids: torch.Tensor, weight: Weight, dtype: torch.dtype) -> torch.Tensor:
+        """Rows token_ids [tokens] int64 of the weight: [tokens, columns], of the model's dtype."""
+        ...
+
+    def linear(self, x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """x [tokens, in_features] -> [tokens, out_features], sums in float32.
+
+        Where the weight is quantized, x is rounded to 8 bits in groups of the weight's size, each with its own scale.
+        """
+        ...
+
+    def add_lora_delta(self, out: torch.Tensor, x: torch.Tensor, segments: Segments, layout: LinearLayout) -> None:
+        """Adds scale * B(A x) to the layer's output `out` [tokens, out_features], in place.
+
+        x [tokens, in_features] is the layer's input, never quantized. Tokens outside the segments, and layers that an
+        adapter does not touch, stay as they are. Each adapter is computed at its own lora_rank (arXiv 2106.09685).
+        """
+        ...
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """x [tokens, n] over the root of its last dimension's mean square, times weight [n] (arXiv 1910.07467)."""
+        ...
+
+    def add_rms_norm(self, hidden: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """Adds delta to hidden, in place, and returns hidden's rms_norm."""
+        ...
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """silu(gate) * up (arXiv 2002.05202): gate_up [tokens, 2 * n] holds the two side by side -> [tokens, n]."""
+        ...
+
+    def rotate_and_write(
+        self, qkv: torch.Tensor, heads: Heads, norms: HeadNorms | None, step: Step, cache: LayerCache
+    ) -> None:
+        """Normalizes (if there are norms) and rotates queries and keys in place; writes keys and values to the cache.
+
+        qkv [tokens, (query + 2 * kv heads) * dim]: each token's query, key and value heads side by side. The rotary
+        embedding (arXiv 2104.09864) is in the half-split form of Llama's checkpoints.
+        """
+        ...
+
+    def attention(self, qkv: torch.Tensor, heads: Heads, step: Step, cache: LayerCache) -> torch.Tensor:
+        """Softmax attention, scale 1 / sqrt(dim), of qkv's queries over the cache: [tokens, query heads * dim].
+
+        The cache already holds the step's own tokens; a token sees itself and what is before it, within the window.
+        """
+        ...

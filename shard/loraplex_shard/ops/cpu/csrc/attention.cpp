@@ -1,0 +1,390 @@
+// Attention over the paged cache, for prefill chunks and decodes alike, with the softmax computed as the context is
+// read (FlashAttention, arXiv 2205.14135; long contexts in parts that are joined afterwards: Flash-Decoding).
+//
+// A block of the cache holds sixteen positions of one KV head, keys transposed: [head_dim][16], values [16][head_dim].
+// So scores of sixteen positions are lanes, and no sum runs over the lanes. Keys and values of 8 bits have a scale per
+// position and head. What lies behind a sequence's last position is never used, whatever it is.
+
+#include "common.h"
+
+#include <limits>
+#include <omp.h>
+#include <vector>
+
+namespace loraplex {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int ROWS = 12;
+#else
+constexpr int ROWS = 5;
+#endif
+constexpr int TILE = 48;        // query rows (tokens times heads of a group) that read a block together, where possible
+constexpr long PART = 1024;     // positions of a decode's context that one task reads
+constexpr float LOWEST = -std::numeric_limits<float>::infinity();
+
+struct Shape {
+    long heads, kv_heads, head_dim, window;  // window 0: none
+    float scale, soft_cap;                   // soft cap 0: none
+};
+
+template <class C>
+struct Cache {  // of one layer
+    const C* keys;
+    const C* values;
+    const float* key_scales;  // [blocks][kv_heads][16], for 8 bits only
+    const float* value_scales;
+};
+
+struct Task {
+    long chunk, first_token, tokens;  // in the batch
+    long kv_head, first_block, last_block;
+    long part, parts;  // of the context, and how many there are
+    long partial;      // where its result goes if there are several
+};
+
+struct Rows {  // what a task computes, in float32
+    float* query;   // [rows][head_dim], scaled
+    float* out;     // [rows][head_dim], relative to `most`
+    float* most;    // largest score so far
+    float* total;   // sum of exp(score - most)
+    float* weights; // [rows][16]
+};
+
+template <int R, class C>
+inline void scores(const float* query, long head_dim, const C* keys, Floats* sums) {
+    for (int r = 0; r < R; r++) sums[r] = zeros();
+    for (long d = 0; d < head_dim; d++, keys += LANES) {
+        Floats key = load(keys);
+        for (int r = 0; r < R; r++) sums[r] = fma(splat(query[r * head_dim + d]), key, sums[r]);
+    }
+}
+
+template <int R, class C>
+inline void add_values(const float* weights, const C* values, int positions, long head_dim, float* out) {
+    for (long d = 0; d < head_dim; d += LANES) {
+        int n = int(head_dim - d < LANES ? head_dim - d : LANES);
+        Floats sums[R];
+        for (int r = 0; r < R; r++) sums[r] = load_first(out + r * head_dim + d, n);
+        for (int j = 0; j < positions; j++) {
+            Floats value = load_first(values + j * head_dim + d, n);
+            for (int r = 0; r < R; r++) sums[r] = fma(splat(weights[r * LANES + j]), value, sums[r]);
+        }
+        for (int r = 0; r < R; r++) store_first(out + r * head_dim + d, sums[r], n);
+    }
+}
+
+// One block for R rows. Row r belongs to the token at position first_position + r / group.
+template <int R, class C>
+void attend_block(const Shape& shape, Rows rows, long first_row, long first_position, const C* keys, const C* values,
+                  const float* key_scales, const float* value_scales, long block, int positions) {
+    long head_dim = shape.head_dim, group = shape.heads / shape.kv_heads;
+    float* out = rows.out + first_row * head_dim;
+    float* weights = rows.weights + first_row * LANES;
+    Floats sums[R];
+    scores<R>(rows.query + first_row * head_dim, head_dim, keys, sums);
+    for (int r = 0; r < R; r++) {
+        if (key_scales) sums[r] = sums[r] * load(key_scales);
+        if (shape.soft_cap > 0) {  // cap * tanh(score / cap)
+            Floats e = exp(min(sums[r] * splat(2 / shape.soft_cap), splat(80.0f)));
+            sums[r] = splat(shape.soft_cap) * ((e - splat(1.0f)) / (e + splat(1.0f)));
+        }
+        long position = first_position + (first_row + r) / group, begin = block * LANES;
+        long last = position - begin, first = shape.window ? position - shape.window + 1 - begin : 0;
+        if (last < LANES - 1 || first > 0) {
+            float lanes[LANES];
+            store(lanes, sums[r]);
+            for (int j = 0; j < LANES; j++)
+                if (j > last || j < first) lanes[j] = LOWEST;
+            sums[r] = load(lanes);
+        }
+        float* most = rows.most + first_row + r;
+        float peak = largest(sums[r]);
+        if (peak == LOWEST) {  // the row sees nothing of this block
+            store(weights + r * LANES, zeros());
+            continue;
+        }
+        if (peak > *most) {
+            float shrink = *most == LOWEST ? 0 : std::exp(*most - peak);
+            for (long d = 0; d < head_dim; d += LANES) {
+                int n = int(head_dim - d < LANES ? head_dim - d : LANES);
+                store_first(out + r * head_dim + d, load_first(out + r * head_dim + d, n) * splat(shrink), n);
+            }
+            rows.total[first_row + r] *= shrink;
+            *most = peak;
+        }
+        Floats p = exp(sums[r] - splat(*most));
+        if (last < LANES - 1 || first > 0) {
+            float lanes[LANES];
+            store(lanes, p);
+            for (int j = 0; j < LANES; j++)
+                if (j > last || j < first) lanes[j] = 0;
+            p = load(lanes);
+        }
+        rows.total[first_row + r] += sum(p);
+        if (value_scales) {
+            float lanes[LANES] = {};
+            store(lanes, p);
+            for (int j = 0; j < positions; j++) lanes[j] *= value_scales[j];
+            p = load(lanes);
+        }
+        store(weights + r * LANES, p);
+    }
+    add_values<R>(weights, values, positions, head_dim, out);
+}
+
+template <int R, class C, class... A>
+void rows_of_block(int count, const Shape& shape, Rows rows, long first_row, A... rest) {
+    if (count == R)
+        attend_block<R, C>(shape, rows, first_row, rest...);
+    else if constexpr (R > 1)
+        rows_of_block<R - 1, C>(count, shape, rows, first_row, rest...);
+}
+
+template <class C>
+void attend(const Shape& shape, const Task& task, const Cache<C>& cache, const std::int64_t* table, long context,
+            long first_position, Rows rows) {
+    long group = shape.heads / shape.kv_heads, count = task.tokens * group, size = LANES * shape.head_dim;
+    for (long block = task.first_block; block <= task.last_block; block++) {
+        long place = table[block] * shape.kv_heads + task.kv_head;
+        int positions = int(context - block * LANES < LANES ? context - block * LANES : LANES);
+        for (Runs run(0, count, ROWS); run; run.next())
+            rows_of_block<ROWS, C>(run.count(), shape, rows, run.begin, first_position, cache.keys + place * size,
+                                   cache.values + place * size,
+                                   cache.key_scales ? cache.key_scales + place * LANES : nullptr,
+                                   cache.value_scales ? cache.value_scales + place * LANES : nullptr, block, positions);
+    }
+}
+
+// Cuts the batch into tasks. Where the cuts lie depends on a sequence alone, not on its neighbours.
+std::vector<Task> plan(const Shape& shape, long chunks, const std::int64_t* starts, const std::int64_t* contexts,
+                       long& partials) {
+    std::vector<Task> tasks;
+    long group = shape.heads / shape.kv_heads, tile = TILE / group > 1 ? TILE / group : 1;
+    partials = 0;
+    for (long chunk = 0; chunk < chunks; chunk++) {
+        long length = starts[chunk + 1] - starts[chunk], computed = contexts[chunk] - length;
+        for (long begin = 0; begin < length; begin += tile) {
+            long tokens = begin + tile < length ? tile : length - begin;
+            long seen = shape.window ? computed + begin - shape.window + 1 : 0;
+            long first = seen > 0 ? seen / LANES : 0, last = (computed + begin + tokens - 1) / LANES;
+            long parts = length == 1 ? ((last - first + 1) * LANES + PART - 1) / PART : 1;
+            for (long kv_head = 0; kv_head < shape.kv_heads; kv_head++)
+                for (long part = 0; part < parts; part++) {
+                    Range blocks(last - first + 1, parts, part);
+                    tasks.push_back({chunk, starts[chunk] + begin, tokens, kv_head, first + blocks.begin,
+                                     first + blocks.end - 1, part, parts, parts > 1 ? partials++ : 0});
+                }
+        }
+    }
+    return tasks;
+}
+
+template <class T>
+void write(const Shape& shape, const Task& task, const float* out, const float* total, T* to) {
+    long group = shape.heads / shape.kv_heads;
+    for (long row = 0; row < task.tokens * group; row++) {
+        T* head = to + ((task.first_token + row / group) * shape.heads + task.kv_head * group + row % group) * shape.head_dim;
+        Floats inverse = splat(1 / total[row]);
+        for (long d = 0; d < shape.head_dim; d += LANES) {
+            int n = int(shape.head_dim - d < LANES ? shape.head_dim - d : LANES);
+            store_first(head + d, load_first(out + row * shape.head_dim + d, n) * inverse, n);
+        }
+    }
+}
+
+// Joins the parts of one decode's context: each is relative to its own largest score.
+template <class T>
+void join(const Shape& shape, const Task& task, float* partials, long partial_size, T* to) {
+    long group = shape.heads / shape.kv_heads, head_dim = shape.head_dim;
+    for (long row = 0; row < group; row++) {
+        float* first = partials + task.partial * partial_size;
+        float most = LOWEST;
+        for (long part = 0; part < task.parts; part++) {
+            float own = first[part * partial_size + group * head_dim + row];
+            most = own > most ? own : most;
+        }
+        float total = 0;
+        for (long part = 0; part < task.parts; part++) {
+            float* partial = first + part * partial_size;
+            float factor = std::exp(partial[group * head_dim + row] - most);
+            total += factor * partial[group * head_dim + group + row];
+            for (long d = 0; d < head_dim; d++) {
+                float value = factor * partial[row * head_dim + d];
+                first[row * head_dim + d] = part ? first[row * head_dim + d] + value : value;
+            }
+        }
+        first[group * head_dim + group + row] = total;
+    }
+    float* first = partials + task.partial * partial_size;
+    write(shape, task, first, first + group * head_dim + group, to);
+}
+
+template <class T, class C>
+void attention(int threads, const Shape& shape, const T* query, long query_stride, const Cache<C>& cache, long chunks,
+               const std::int64_t* starts, const std::int64_t* contexts, const std::int64_t* tables, long table_width,
+               T* out) {
+    static thread_local Scratch for_rows, for_partials;
+    long group = shape.heads / shape.kv_heads, head_dim = shape.head_dim, partial_count;
+    std::vector<Task> tasks = plan(shape, chunks, starts, contexts, partial_count);
+    long most_rows = (TILE / group > 1 ? TILE / group : 1) * group;
+    long partial_size = group * (head_dim + 2);
+    long row_size = (2 * head_dim + 2 + LANES) * most_rows;
+    float* memory = for_rows.get<float>(row_size * threads);
+    float* partials = for_partials.get<float>(partial_size * partial_count);
+#pragma omp parallel num_threads(threads)
+    {
+        float* mine = memory + omp_get_thread_num() * row_size;
+#pragma omp for schedule(dynamic, 1)
+        for (std::size_t i = 0; i < tasks.size(); i++) {
+            const Task& task = tasks[i];
+            long count = task.tokens * group;
+            float* target = task.parts > 1 ? partials + task.partial * partial_size : mine;
+            Rows rows{mine + (head_dim + 2) * most_rows, target, target + count * head_dim,
+                      target + count * (head_dim + 1), mine + (2 * head_dim + 2) * most_rows};
+            for (long row = 0; row < count; row++) {
+                long head = task.kv_head * group + row % group;
+                const T* q = query + (task.first_token + row / group) * query_stride + head * head_dim;
+                for (long d = 0; d < head_dim; d += LANES) {
+                    int n = int(head_dim - d < LANES ? head_dim - d : LANES);
+                    store_first(rows.query + row * head_dim + d, load_first(q + d, n) * splat(shape.scale), n);
+                    store_first(rows.out + row * head_dim + d, zeros(), n);
+                }
+                rows.most[row] = LOWEST;
+                rows.total[row] = 0;
+            }
+            long context = contexts[task.chunk];
+            long position = context - (starts[task.chunk + 1] - task.first_token);
+            attend(shape, task, cache, tables + task.chunk * table_width, context, position, rows);
+            if (task.parts == 1) write(shape, task, rows.out, rows.total, out);
+        }
+        if (partial_count) {
+#pragma omp for schedule(dynamic, 1)
+            for (std::size_t i = 0; i < tasks.size(); i++)
+                if (tasks[i].parts > 1 && tasks[i].part == 0) join(shape, tasks[i], partials, partial_size, out);
+        }
+    }
+}
+
+// Writes sixteen-position blocks: one token's head, at `offset` of its block.
+template <class T, class C>
+void write_head(const T* key, const T* value, long head_dim, C* keys, C* values, int offset) {
+    for (long d = 0; d < head_dim; d++) keys[d * LANES + offset] = key[d];
+    std::memcpy(values + offset * head_dim, value, head_dim * sizeof(T));
+}
+
+inline void write_head(const float* key, const float* value, long head_dim, std::int8_t* keys, std::int8_t* values,
+                       int offset, float* key_scale, float* value_scale) {
+    float key_peak = 0, value_peak = 0;
+    for (long d = 0; d < head_dim; d++) {
+        key_peak = std::fmax(key_peak, std::fabs(key[d]));
+        value_peak = std::fmax(value_peak, std::fabs(value[d]));
+    }
+    float key_inverse = key_peak > 0 ? 127 / key_peak : 0, value_inverse = value_peak > 0 ? 127 / value_peak : 0;
+    for (long d = 0; d < head_dim; d++) {
+        keys[d * LANES + offset] = std::int8_t(std::nearbyint(key[d] * key_inverse));
+        values[offset * head_dim + d] = std::int8_t(std::nearbyint(value[d] * value_inverse));
+    }
+    *key_scale = key_peak / 127;
+    *value_scale = value_peak / 127;
+}
+
+inline float number(float x) { return x; }
+inline float number(bf16 x) { return from_bf16(x); }
+inline void assign(float& to, float x) { to = x; }
+inline void assign(bf16& to, float x) { to = to_bf16(x); }
+
+// RMS norm (weight may be null) and rotation of one head, in place.
+template <class T, class W>
+void rotate(T* head, long head_dim, const W* norm, float eps, const float* cos, const float* sin) {
+    float floats[1024];
+    float squares = 0;
+    for (long d = 0; d < head_dim; d++) {
+        floats[d] = number(head[d]);
+        squares += floats[d] * floats[d];
+    }
+    if (norm) {
+        float factor = 1 / std::sqrt(squares / head_dim + eps);
+        for (long d = 0; d < head_dim; d++) {
+            T normed;  // rounded as the model's own dtype would
+            assign(normed, floats[d] * factor * number(norm[d]));
+            floats[d] = number(normed);
+        }
+    }
+    long half = head_dim / 2;
+    for (long d = 0; d < half; d++) {
+        assign(head[d], floats[d] * cos[d] + floats[d + half] * sin[d]);
+        assign(head[d + half], floats[d + half] * cos[d + half] + floats[d] * sin[d + half]);
+    }
+}
+
+template <class T>
+void rotate_write(int threads, long tokens, T* qkv, long stride, long heads, long kv_heads, long head_dim, const T* norm,
+                  float eps, const std::int64_t* positions, const float* cos, const float* sin,
+                  const std::int64_t* indices, void* keys, void* values, float* key_scales, float* value_scales) {
+#pragma omp parallel for num_threads(threads) if (tokens > 1)
+    for (long i = 0; i < tokens; i++) {
+        T* token = qkv + i * stride;
+        const float* c = cos + positions[i] * head_dim;
+        const float* s = sin + positions[i] * head_dim;
+        for (long h = 0; h < heads + kv_heads; h++)
+            rotate(token + h * head_dim, head_dim, norm ? norm + h * head_dim : nullptr, eps, c, s);
+        int offset = int(indices[i] % LANES);
+        for (long h = 0; h < kv_heads; h++) {
+            long place = indices[i] / LANES * kv_heads + h, size = LANES * head_dim;
+            const T* key = token + (heads + h) * head_dim;
+            const T* value = token + (heads + kv_heads + h) * head_dim;
+            if (key_scales) {
+                float floats[2048];
+                for (long d = 0; d < head_dim; d++) {
+                    floats[d] = number(key[d]);
+                    floats[1024 + d] = number(value[d]);
+                }
+                write_head(floats, floats + 1024, head_dim, (std::int8_t*)keys + place * size,
+                           (std::int8_t*)values + place * size, offset, key_scales + place * LANES + offset,
+                           value_scales + place * LANES + offset);
+            } else {
+                write_head(key, value, head_dim, (T*)keys + place * size, (T*)values + place * size, offset);
+            }
+        }
+    }
+}
+
+}  // namespace
+}  // namespace loraplex
+
+using namespace loraplex;
+
+// query: heads side by side, `query_stride` numbers from token to token. keys and values of the query's kind, or, if
+// there are scales, int8. starts [chunks + 1], contexts [chunks], tables [chunks, table_width] of block numbers.
+EXPORT void paged_attention(int threads, int kind, const void* query, long query_stride, long heads, long kv_heads,
+                            long head_dim, float scale, float soft_cap, long window, const void* keys,
+                            const void* values, const float* key_scales, const float* value_scales, long chunks,
+                            const std::int64_t* starts, const std::int64_t* contexts, const std::int64_t* tables,
+                            long table_width, void* out) {
+    Shape shape{heads, kv_heads, head_dim, window, scale, soft_cap};
+    with_type(kind, [&](auto* t) {
+        using T = decltype(t);
+        if (key_scales) {
+            Cache<std::int8_t> cache{(const std::int8_t*)keys, (const std::int8_t*)values, key_scales, value_scales};
+            attention(threads, shape, (T)query, query_stride, cache, chunks, starts, contexts, tables, table_width, (T)out);
+        } else {
+            Cache<std::remove_pointer_t<T>> cache{(T)keys, (T)values, nullptr, nullptr};
+            attention(threads, shape, (T)query, query_stride, cache, chunks, starts, contexts, tables, table_width, (T)out);
+        }
+    });
+}
+
+// qkv: each token's query, key and value heads side by side. Normalizes (norm [heads + kv_heads, head_dim] or null) and
+// rotates queries and keys in place, and writes keys and values to cache position indices[token]. cos and sin
+// [positions, head_dim] float32. head_dim is at most 1024.
+EXPORT void rotate_and_write(int threads, int kind, long tokens, void* qkv, long stride, long heads, long kv_heads,
+                             long head_dim, const void* norm, float eps, const std::int64_t* positions,
+                             const float* cos, const float* sin, const std::int64_t* indices, void* keys, void* values,
+                             float* key_scales, float* value_scales) {
+    with_type(kind, [&](auto* t) {
+        using T = decltype(t);
+        rotate_write(threads, tokens, (T)qkv, stride, heads, kv_heads, head_dim, (T)norm, eps, positions, cos, sin,
+                     indices, keys, values, key_scales, value_scales);
+    });
+}

@@ -1,0 +1,69 @@
+// Normalization and activation: little arithmetic, each value read and written once.
+
+#include "common.h"
+
+namespace loraplex {
+namespace {
+
+constexpr long SMALL = 8192;  // numbers below which a second thread costs more than it saves
+
+// hidden += delta (if there is one), out = hidden / root mean square * weight.
+template <class T>
+void rms_norm(int threads, long rows, long n, T* hidden, const T* delta, const T* weight, float eps, T* out) {
+#pragma omp parallel for num_threads(threads) if (rows * n > SMALL)
+    for (long row = 0; row < rows; row++) {
+        T* x = hidden + row * n;
+        Floats squares = zeros();
+        for (long i = 0; i < n; i += LANES) {
+            int count = int(n - i < LANES ? n - i : LANES);
+            Floats v = load_first(x + i, count);
+            if (delta) {
+                store_first(x + i, v + load_first(delta + row * n + i, count), count);
+                v = load_first(x + i, count);  // as rounded
+            }
+            squares = fma(v, v, squares);
+        }
+        Floats factor = splat(1 / std::sqrt(sum(squares) / float(n) + eps));
+        for (long i = 0; i < n; i += LANES) {
+            int count = int(n - i < LANES ? n - i : LANES);
+            Floats normed = load_first(x + i, count) * factor;
+            store_first(out + row * n + i, normed * load_first(weight + i, count), count);
+        }
+    }
+}
+
+template <class T>
+void silu_mul(int threads, long rows, long n, const T* gate_up, T* out) {
+#pragma omp parallel for num_threads(threads) if (rows * n > SMALL)
+    for (long row = 0; row < rows; row++) {
+        const T* gate = gate_up + row * 2 * n;
+        for (long i = 0; i < n; i += LANES) {
+            int count = int(n - i < LANES ? n - i : LANES);
+            Floats g = load_first(gate + i, count);
+            Floats e = exp(min(zeros() - g, splat(80.0f)));
+            store_first(out + row * n + i, g / (splat(1.0f) + e) * load_first(gate + n + i, count), count);
+        }
+    }
+}
+
+}  // namespace
+}  // namespace loraplex
+
+using namespace loraplex;
+
+// hidden, out [rows, n] and weight [n] of one kind; delta like hidden, or null.
+EXPORT void add_rms_norm(int threads, int kind, long rows, long n, void* hidden, const void* delta, const void* weight,
+                         float eps, void* out) {
+    with_type(kind, [&](auto* t) {
+        using T = decltype(t);
+        rms_norm(threads, rows, n, (T)hidden, (T)delta, (T)weight, eps, (T)out);
+    });
+}
+
+// gate_up [rows, 2 n] -> out [rows, n].
+EXPORT void silu_mul(int threads, int kind, long rows, long n, const void* gate_up, void* out) {
+    with_type(kind, [&](auto* t) {
+        using T = decltype(t);
+        loraplex::silu_mul(threads, rows, n, (T)gate_up, (T)out);
+    });
+}

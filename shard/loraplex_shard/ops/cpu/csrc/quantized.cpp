@@ -1,0 +1,193 @@
+// out = x W^T for weights of 8 or 4 bits in groups along k, w = scale * q + offset, and activations that are quantized
+// to 8 bits here, in the same groups: products and sums of a group are exact integers, groups are added in float32.
+//
+// A panel holds sixteen rows of W, group after group: scales [16] and, for 4 bits, offsets [16], in float16; then the
+// integers as dot.h wants them.
+
+#include "common.h"
+#include "dot.h"
+
+#include <omp.h>
+
+namespace loraplex {
+namespace {
+
+constexpr long BLOCK = 128;  // rows of x that stay in the cache while all panels are read
+
+template <int BITS>
+long group_bytes(int group) {
+    return LANES * (BITS == 4 ? 4 + group / 2 : 2 + group);
+}
+
+struct Activations {  // of `groups` groups per row
+    const std::int8_t* values;
+    const float* scales;
+    const float* sums;  // of a group's values, times their scale
+    long groups;
+};
+
+template <class T>
+void quantize_row(const T* x, long k, int group, std::int8_t* values, float* scales, float* sums) {
+    for (long begin = 0; begin < k; begin += group, scales++, sums++) {
+        Floats most = zeros();
+        for (int i = 0; i < group; i += LANES)
+            if (begin + i < k) most = max(most, abs(load_first(x + begin + i, int(k - begin - i))));
+        float peak = largest(most);
+        Floats inverse = splat(peak > 0 ? 127 / peak : 0), total = zeros();
+        for (int i = 0; i < group; i += LANES) {
+            Floats scaled = begin + i < k ? load_first(x + begin + i, int(k - begin - i)) * inverse : zeros();
+            store_int8(values + begin + i, scaled);
+            total = total + load(values + begin + i);
+        }
+        *scales = peak / 127;
+        *sums = sum(total) * *scales;
+    }
+}
+
+template <int BITS, int M, class T>
+void panel_rows(const Activations& x, long row, int group, const std::uint8_t* panel, Floats bias, T* out, long stride,
+                int columns) {
+    Floats totals[M];
+    for (int m = 0; m < M; m++) totals[m] = bias;
+    const std::int8_t* values = x.values + row * x.groups * group;
+    for (long g = 0; g < x.groups; g++, panel += group_bytes<BITS>(group)) {
+        Floats sums[M], scale = load_f16((const f16*)panel);
+        if constexpr (BITS == 4)
+            dot_int4<M>(panel + 4 * LANES, group, values + g * group, x.groups * group, sums);
+        else
+            dot_int8<M>(panel + 2 * LANES, group, values + g * group, x.groups * group, sums);
+        for (int m = 0; m < M; m++)
+            totals[m] = fma(sums[m], scale * splat(x.scales[(row + m) * x.groups + g]), totals[m]);
+        if constexpr (BITS == 4) {
+            Floats offset = load_f16((const f16*)panel + LANES);
+            for (int m = 0; m < M; m++) totals[m] = fma(offset, splat(x.sums[(row + m) * x.groups + g]), totals[m]);
+        }
+    }
+    for (int m = 0; m < M; m++) store_first(out + m * stride, totals[m], columns);
+}
+
+template <int BITS, int M, class T>
+void rows_of_panel(int rows, const Activations& x, long row, int group, const std::uint8_t* panel, Floats bias, T* out,
+                   long stride, int columns) {
+    if (rows == M)
+        panel_rows<BITS, M>(x, row, group, panel, bias, out, stride, columns);
+    else if constexpr (M > 1)
+        rows_of_panel<BITS, M - 1>(rows, x, row, group, panel, bias, out, stride, columns);
+}
+
+template <int BITS, class T>
+void linear(int threads, long m, long n, long k, int group, const T* x, const std::uint8_t* weight, const T* bias,
+            T* out) {
+    static thread_local Scratch for_values, for_scales;
+    long groups = (k + group - 1) / group, panels = (n + LANES - 1) / LANES;
+    std::int8_t* values = for_values.get<std::int8_t>(m * groups * group);
+    float* scales = for_scales.get<float>(2 * m * groups);
+    float* sums = scales + m * groups;
+    Activations activations{values, scales, sums, groups};
+#pragma omp parallel num_threads(threads)
+    {
+        int thread = omp_get_thread_num();
+        Range rows(m, threads, thread), mine(panels, threads, thread);
+        for (long i = rows.begin; i < rows.end; i++)
+            quantize_row(x + i * k, k, group, values + i * groups * group, scales + i * groups, sums + i * groups);
+#pragma omp barrier
+        for (long block = 0; block < m; block += BLOCK) {
+            long end = block + BLOCK < m ? block + BLOCK : m;
+            for (long p = mine.begin; p < mine.end; p++) {
+                int columns = int(n - p * LANES < LANES ? n - p * LANES : LANES);
+                Floats start = bias ? load_first(bias + p * LANES, columns) : zeros();
+                for (Runs run(block, end, DOT_ROWS); run; run.next())
+                    rows_of_panel<BITS, DOT_ROWS>(run.count(), activations, run.begin, group,
+                                                  weight + p * groups * group_bytes<BITS>(group), start,
+                                                  out + run.begin * n + p * LANES, n, columns);
+            }
+        }
+    }
+}
+
+template <int BITS>
+void pack(long n, long k, int group, const std::uint8_t* values, const f16* scales, const f16* offsets,
+          std::uint8_t* packed) {
+    long groups = (k + group - 1) / group, bytes = group_bytes<BITS>(group);
+    std::memset(packed, 0, (n + LANES - 1) / LANES * groups * bytes);
+    for (long row = 0; row < n; row++) {
+        long lane = row % LANES;
+        for (long g = 0; g < groups; g++) {
+            std::uint8_t* block = packed + (row / LANES * groups + g) * bytes;
+            ((f16*)block)[lane] = scales[row * groups + g];
+            if (BITS == 4) ((f16*)block)[LANES + lane] = offsets[row * groups + g];
+            block += LANES * (BITS == 4 ? 4 : 2);
+            for (int i = 0; i < group && g * group + i < k; i++) {
+                std::uint8_t value = values[row * k + g * group + i];
+                int place = BITS == 4 ? i % (group / 2) : i, shift = BITS == 4 && i >= group / 2 ? 4 : 0;
+                block[place / 4 * 4 * LANES + lane * 4 + place % 4] |= std::uint8_t(value << shift);
+            }
+        }
+    }
+}
+
+template <int BITS, class T>
+void unpack_row(long row, long k, int group, const std::uint8_t* packed, T* out) {
+    long groups = (k + group - 1) / group, bytes = group_bytes<BITS>(group), lane = row % LANES;
+    for (long g = 0; g < groups; g++) {
+        const std::uint8_t* block = packed + (row / LANES * groups + g) * bytes;
+        float scale = from_f16(((const f16*)block)[lane]);
+        float offset = BITS == 4 ? from_f16(((const f16*)block)[LANES + lane]) : 0;
+        block += LANES * (BITS == 4 ? 4 : 2);
+        for (int i = 0; i < group && g * group + i < k; i++) {
+            int place = BITS == 4 ? i % (group / 2) : i;
+            std::uint8_t byte = block[place / 4 * 4 * LANES + lane * 4 + place % 4];
+            float q = BITS == 4 ? float(i < group / 2 ? byte & 15 : byte >> 4) : float(std::int8_t(byte));
+            float value = scale * q + offset;
+            if constexpr (sizeof(T) == 2)
+                out[g * group + i] = to_bf16(value);
+            else
+                out[g * group + i] = value;
+        }
+    }
+}
+
+}  // namespace
+}  // namespace loraplex
+
+using namespace loraplex;
+
+// x [m, k], out [m, n] and bias [n] (or null) of one kind; weight of `bits` 8 or 4 as pack_quantized made it, in groups
+// of 32 or 64.
+EXPORT void quantized_linear(int threads, int kind, long m, long n, long k, const void* x, int bits, int group,
+                             const void* weight, const void* bias, void* out) {
+    with_type(kind, [&](auto* t) {
+        using T = decltype(t);
+        auto run = bits == 4 ? loraplex::linear<4, std::remove_pointer_t<T>> : loraplex::linear<8, std::remove_pointer_t<T>>;
+        run(threads, m, n, k, group, (T)x, (const std::uint8_t*)weight, (T)bias, (T)out);
+    });
+}
+
+// Bytes of a packed weight [n, k].
+EXPORT long quantized_bytes(long n, long k, int bits, int group) {
+    long groups = (n + LANES - 1) / LANES * ((k + group - 1) / group);
+    return groups * (bits == 4 ? group_bytes<4>(group) : group_bytes<8>(group));
+}
+
+// values [n, k], one to a byte: int8 in [-127, 127], or 0 to 15; scales and offsets (4 bits only) [n, groups] float16.
+EXPORT void pack_quantized(long n, long k, int bits, int group, const void* values, const void* scales,
+                           const void* offsets, void* packed) {
+    auto run = bits == 4 ? pack<4> : pack<8>;
+    run(n, k, group, (const std::uint8_t*)values, (const f16*)scales, (const f16*)offsets, (std::uint8_t*)packed);
+}
+
+// Row ids[i] of a packed weight of k columns, to row i of out.
+EXPORT void quantized_rows(int threads, int kind, long count, const std::int64_t* ids, long k, int bits, int group,
+                           const void* packed, void* out) {
+    with_type(kind, [&](auto* t) {
+        using T = decltype(t);
+#pragma omp parallel for num_threads(threads) if (count > 1)
+        for (long i = 0; i < count; i++) {
+            T row = (T)out + i * k;
+            if (bits == 4)
+                unpack_row<4>(ids[i], k, group, (const std::uint8_t*)packed, row);
+            else
+                unpack_row<8>(ids[i], k, group, (const std::uint8_t*)packed, row);
+        }
+    });
+}

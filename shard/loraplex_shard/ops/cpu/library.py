@@ -1,0 +1,112 @@
+"""Compiles the kernels in csrc/ for this processor, once, and loads them. Knows the compiler, not what kernels compute.
+
+The library has a plain C interface and links OpenMP only, so that its threads are torch's own pool (the process has
+loaded torch's libgomp) and it is compiled in seconds, without torch's headers.
+"""
+
+import ctypes
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from loraplex_protos.errors import LoraplexError
+
+SOURCES = Path(__file__).parent / "csrc"
+FLAGS = ("-O3", "-std=c++17", "-fopenmp", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=fast")
+
+# By instruction set, best first: what the compiler is told, and the processor's capabilities, as torch names them.
+INSTRUCTION_SETS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "avx512": (
+        ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mfma", "-mf16c"),
+        ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_vnni"),
+    ),
+    "avx2": (("-mavx2", "-mfma", "-mf16c"), ("avx2", "fma3", "f16c")),
+    "portable": ((), ()),
+}
+
+
+class KernelsError(LoraplexError):
+    """The kernels could not be compiled. The message says why."""
+
+
+def instruction_set() -> str:
+    """The best one that this processor has."""
+    has = torch.cpu.get_capabilities()
+    return next(name for name, (_, needed) in INSTRUCTION_SETS.items() if all(has.get(each) for each in needed))
+
+
+def build(directory: Path, name: str, notify: Callable[[], None] | None = None) -> Path:
+    """The library for instruction set `name`, compiled into `directory` unless it is there. Raises KernelsError.
+
+    Its file is named after the sources, the flags and torch's version. Processes that ask at the same time compile it
+    once. `notify` is called before the compiler starts, which takes some ten seconds.
+    """
+    path = directory / f"{name}-{_digest(name)}.so"
+    if path.exists():
+        return path
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with open(directory / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.exists():
+                if notify is not None:
+                    notify()
+                _compile(name, path)
+    except OSError as error:
+        raise KernelsError(f"kernels: cannot write to {directory}: {error.strerror}") from error
+    return path
+
+
+def load(path: Path) -> ctypes.CDLL:
+    """The compiled library, with the types of its functions declared."""
+    library = ctypes.CDLL(str(path))
+    i, n, f, p = ctypes.c_int, ctypes.c_long, ctypes.c_float, ctypes.c_void_p
+    for name, arguments in {
+        "linear": (i, i, n, n, n, p, p, p, p),
+        "pack_weight": (i, n, n, p, p),
+        "weight_rows": (i, i, n, p, n, p, p),
+        "quantized_linear": (i, i, n, n, n, p, i, i, p, p, p),
+        "quantized_bytes": (n, n, i, i),
+        "pack_quantized": (n, n, i, i, p, p, p, p),
+        "quantized_rows": (i, i, n, p, n, i, i, p, p),
+        "add_lora_delta": (i, i, i, n, p, p, p, n, p, n, p, n),
+        "add_rms_norm": (i, i, n, n, p, p, p, f, p),
+        "silu_mul": (i, i, n, n, p, p),
+        "rotate_and_write": (i, i, n, p, n, n, n, n, p, f, p, p, p, p, p, p, p, p),
+        "paged_attention": (i, i, p, n, n, n, n, f, f, n, p, p, p, p, n, p, p, p, n, p),
+    }.items():
+        function = getattr(library, name)
+        function.argtypes = arguments
+        function.restype = n if name == "quantized_bytes" else None
+    return library
+
+
+def _digest(name: str) -> str:
+    digest = hashlib.sha256(repr((FLAGS, INSTRUCTION_SETS[name], torch.__version__)).encode())
+    for source in sorted(SOURCES.iterdir()):
+        digest.update(source.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _compile(name: str, path: Path) -> None:
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        raise KernelsError("no C++ compiler: install g++, or set CXX")
+    sources = sorted(map(str, SOURCES.glob("*.cpp")))
+    with tempfile.TemporaryDirectory(dir=path.parent) as directory:
+        target = Path(directory, path.name)
+        command = [compiler, *FLAGS, *INSTRUCTION_SETS[name][0], *sources, "-o", str(target)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True)
+        except OSError as error:
+            raise KernelsError(f"{compiler}: {error.strerror}") from error
+        if done.returncode:
+            raise KernelsError(f"{' '.join(command)} failed: {done.stderr.strip()[:2000]}")
+        target.rename(path)

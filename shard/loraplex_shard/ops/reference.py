@@ -1,0 +1,149 @@
+"""Each operation in plain torch: what it computes, on any device, as clearly as torch can say it."""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+
+from loraplex_shard.batch import Batch, Segment
+from loraplex_shard.cache import LayerCache
+from loraplex_shard.layers.layout import LinearLayout
+from loraplex_shard.ops.base import HeadNorms, Heads
+from loraplex_shard.ops.quantized import QuantizedMatrix, rounded_to_int8
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceWeight:
+    matrix: torch.Tensor
+    group: int | None  # of what was quantized: its activations are rounded in groups of this size
+
+    @property
+    def nbytes(self) -> int:
+        return self.matrix.nbytes
+
+    def part(self, rows: slice) -> "ReferenceWeight":
+        return ReferenceWeight(self.matrix[rows], self.group)
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceStep:
+    batch: Batch
+    cos: torch.Tensor  # [tokens, 1, head_dim] float32
+    sin: torch.Tensor
+
+
+class ReferenceOperations:
+    """Implements loraplex_shard.ops.base.Operations; the docstrings there hold."""
+
+    def pack(self, matrix: torch.Tensor | QuantizedMatrix) -> ReferenceWeight:
+        if isinstance(matrix, QuantizedMatrix):
+            return ReferenceWeight(matrix.dequantized(), matrix.group)
+        return ReferenceWeight(matrix, None)
+
+    def prepare(self, batch: Batch, cos: torch.Tensor, sin: torch.Tensor) -> ReferenceStep:
+        return ReferenceStep(batch, cos[batch.positions, None], sin[batch.positions, None])
+
+    def segments(self, segments: tuple[Segment, ...]) -> tuple[Segment, ...]:
+        return segments
+
+    def embedding(self, token_ids: torch.Tensor, weight: ReferenceWeight, dtype: torch.dtype) -> torch.Tensor:
+        return F.embedding(token_ids, weight.matrix).to(dtype)
+
+    def linear(self, x: torch.Tensor, weight: ReferenceWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
+        if weight.group is None:
+            return F.linear(x, weight.matrix, bias)
+        out = F.linear(rounded_to_int8(x, weight.group), weight.matrix).to(x.dtype)
+        return out if bias is None else out.add_(bias)
+
+    def add_lora_delta(
+        self, out: torch.Tensor, x: torch.Tensor, segments: tuple[Segment, ...], layout: LinearLayout
+    ) -> None:
+        for segment in segments:
+            layer = segment.adapter.layers.get(layout.name)
+            if layer is None:
+                continue
+            shrink = layer.shrink.to(x.dtype)
+            shrunk = x[segment.start : segment.stop] @ shrink.T  # [tokens of the segment, stacked lora_ranks]
+            if layer.scales is not None:
+                shrunk = shrunk * layer.scales.to(x.dtype)
+            expanded = out[segment.start : segment.stop]
+            for e in layer.expansions:
+                expanded[:, e.start : e.stop].addmm_(shrunk[:, e.rank_start : e.rank_stop], e.weight.to(x.dtype))
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        return F.rms_norm(x, (x.shape[-1],), weight, eps)
+
+    def add_rms_norm(self, hidden: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        return self.rms_norm(hidden.add_(delta), weight, eps)
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    def rotate_and_write(
+        self, qkv: torch.Tensor, heads: Heads, norms: HeadNorms | None, step: ReferenceStep, cache: LayerCache
+    ) -> None:
+        by_head = qkv.view(len(qkv), -1, heads.dim)
+        query_key, value = by_head[:, : -heads.kv], by_head[:, -heads.kv :]
+        if norms is not None:
+            query_key.copy_(F.rms_norm(query_key, (heads.dim,), eps=norms.eps).mul_(norms.weight))
+        first, second = query_key.chunk(2, dim=-1)
+        swapped = torch.cat((second, first), dim=-1)
+        query_key.copy_(query_key * step.cos + swapped * step.sin)  # the first half of sin is negated
+        block_size = cache.keys.shape[-1]
+        blocks = step.batch.cache_indices // block_size
+        offsets = step.batch.cache_indices % block_size
+        keys, key_scales = _as_stored(query_key[:, heads.query :], cache)
+        values, value_scales = _as_stored(value, cache)
+        cache.keys[blocks, :, :, offsets] = keys
+        cache.values[blocks, :, offsets] = values
+        if cache.key_scales is not None and cache.value_scales is not None:
+            cache.key_scales[blocks, :, offsets] = key_scales
+            cache.value_scales[blocks, :, offsets] = value_scales
+
+    def attention(self, qkv: torch.Tensor, heads: Heads, step: ReferenceStep, cache: LayerCache) -> torch.Tensor:
+        by_head = qkv.view(len(qkv), -1, heads.dim)
+        query = by_head[:, : heads.query].reshape(len(qkv), heads.kv, -1, heads.dim)
+        out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        for chunk, (start, stop) in enumerate(pairwise(step.batch.starts)):
+            out[start:stop] = _attend(query[start:stop], heads, step.batch, chunk, cache)
+        return out.view(len(qkv), -1)
+
+
+def _attend(query: torch.Tensor, heads: Heads, batch: Batch, chunk: int, cache: LayerCache) -> torch.Tensor:
+    """One chunk's queries [tokens, kv_heads, group, dim] over its sequence's context; likewise."""
+    context, block_size = batch.context_lengths[chunk], cache.keys.shape[-1]
+    positions = torch.arange(context - len(query), context, device=query.device)[:, None]
+    first = max(0, context - len(query) - heads.window + 1) // block_size if heads.window else 0
+    blocks = batch.block_tables[chunk, first : -(-context // block_size)]
+    seen = torch.arange(first * block_size, context, device=query.device)
+    keys = _as_read(cache.keys.transpose(2, 3), cache.key_scales, blocks, query.dtype)[:, : len(seen)]
+    values = _as_read(cache.values, cache.value_scales, blocks, query.dtype)[:, : len(seen)]
+    scores = torch.einsum("tkgd,kpd->kgtp", query, keys).float() * heads.dim**-0.5
+    if heads.soft_cap:
+        scores = heads.soft_cap * (scores / heads.soft_cap).tanh()
+    hidden = seen > positions
+    if heads.window:
+        hidden |= seen <= positions - heads.window
+    weights = scores.masked_fill_(hidden, -torch.inf).softmax(-1).to(query.dtype)
+    return torch.einsum("kgtp,kpd->tkgd", weights, values)
+
+
+def _as_stored(heads: torch.Tensor, cache: LayerCache) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys or values [tokens, kv_heads, dim] in the cache's dtype, and their scales [tokens, kv_heads]."""
+    if cache.key_scales is None:
+        return heads, heads.new_ones(heads.shape[:2])
+    scales = heads.float().abs().amax(-1) / 127
+    values = heads.float() / scales.where(scales > 0, 1)[:, :, None]
+    return values.round_().to(torch.int8), scales
+
+
+def _as_read(
+    stored: torch.Tensor, scales: torch.Tensor | None, blocks: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """The positions of these blocks one after the other: [kv_heads, positions, dim]."""
+    read = stored[blocks].transpose(0, 1).flatten(1, 2)
+    if scales is None:
+        return read
+    return (read.float() * scales[blocks].transpose(0, 1).flatten(1, 2)[:, :, None]).to(dtype)

@@ -1,0 +1,74 @@
+"""Batches, caches and implementations for the tests of the operations."""
+
+from functools import cache
+from pathlib import Path
+from random import Random
+from tempfile import gettempdir
+
+import torch
+
+from loraplex_shard.batch import Batch
+from loraplex_shard.cache import KVCache
+from loraplex_shard.ops.cpu.library import build, load
+from loraplex_shard.ops.cpu.operations import CpuOperations
+
+BLOCK_SIZE = 16
+INSTRUCTION_SETS = ("portable", "avx2", "avx512")
+
+
+def kernels_directory() -> Path:
+    """One for all tests of a machine: what is compiled there is named after its sources."""
+    return Path(gettempdir(), "loraplex-test-kernels")
+
+
+@cache
+def cpu_operations(name: str) -> CpuOperations:
+    return CpuOperations(load(build(kernels_directory(), name)))
+
+
+def paged_batch(chunks: list[tuple[int, int]], seed: int) -> tuple[Batch, int]:
+    """A batch of chunks, each (positions computed before, tokens), over shuffled blocks, and how many blocks."""
+    needed = [-(-(before + tokens) // BLOCK_SIZE) for before, tokens in chunks]
+    num_blocks = sum(needed) + 2
+    blocks = Random(seed).sample(range(num_blocks), num_blocks)
+    tables = torch.zeros(len(chunks), max(needed), dtype=torch.long)
+    starts, positions, indices = [0], [], []
+    for row, ((before, tokens), count) in enumerate(zip(chunks, needed, strict=True)):
+        own, blocks = blocks[:count], blocks[count:]
+        tables[row, :count] = torch.tensor(own)
+        starts.append(starts[-1] + tokens)
+        positions += range(before, before + tokens)
+        indices += [own[p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE for p in range(before, before + tokens)]
+    batch = Batch(
+        token_ids=torch.zeros(starts[-1], dtype=torch.long),
+        positions=torch.tensor(positions),
+        cache_indices=torch.tensor(indices),
+        starts=tuple(starts),
+        context_lengths=tuple(before + tokens for before, tokens in chunks),
+        block_tables=tables,
+        segments=(),
+    )
+    return batch, num_blocks
+
+
+def filled_cache(num_blocks: int, kv_heads: int, head_dim: int, dtype: torch.dtype, seed: int) -> KVCache:
+    """One layer, full of random keys and values."""
+    generator = torch.Generator().manual_seed(seed)
+    cache = KVCache(1, kv_heads, head_dim, num_blocks, BLOCK_SIZE, dtype, torch.device("cpu"))
+    (layer,) = cache.layers
+    for tensor in (layer.keys, layer.values):
+        if dtype == torch.int8:
+            tensor.random_(-127, 128, generator=generator)
+        else:
+            tensor.normal_(generator=generator)
+    for scales in (layer.key_scales, layer.value_scales):
+        if scales is not None:
+            scales.uniform_(0.001, 0.02, generator=generator)
+    return cache
+
+
+def angles(positions: int, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin as models/rope.py makes them."""
+    frequencies = 1.0 / 10000 ** (torch.arange(0, head_dim, 2) / head_dim)
+    angle = torch.arange(positions)[:, None] * frequencies
+    return torch.cat((angle.cos(), angle.cos()), -1), torch.cat((-angle.sin(), angle.sin()), -1)

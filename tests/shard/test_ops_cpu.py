@@ -1,0 +1,261 @@
+"""The CPU kernels compute what the reference computes, whatever the shapes, dtypes and instruction set."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loraplex_shard.batch import Segment
+from loraplex_shard.layers.layout import LinearLayout, LinearPart
+from loraplex_shard.lora.deltas import Delta, cut_adapter
+from loraplex_shard.ops.base import HeadNorms, Heads
+from loraplex_shard.ops.cpu.library import INSTRUCTION_SETS
+from loraplex_shard.ops.cpu.operations import CpuOperations
+from loraplex_shard.ops.quantized import quantize
+from loraplex_shard.ops.reference import ReferenceOperations
+from tests.shard.operations import angles, cpu_operations, filled_cache, paged_batch
+
+REFERENCE = ReferenceOperations()
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1.6e-2}
+dtypes = st.sampled_from(list(TOLERANCE))
+cache_dtypes = st.sampled_from([*TOLERANCE, torch.int8])
+many = settings(deadline=None, max_examples=40)
+
+
+def runs_here(name: str) -> bool:
+    has = torch.cpu.get_capabilities()
+    return all(has.get(each) for each in INSTRUCTION_SETS[name][1])
+
+
+@pytest.fixture(params=INSTRUCTION_SETS, scope="module")
+def cpu(request: pytest.FixtureRequest) -> CpuOperations:
+    if not runs_here(request.param):
+        pytest.skip(f"this processor has no {request.param}")
+    return cpu_operations(request.param)
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, factor: float = 1.0) -> None:
+    """Within rounding: relative to the size of the values, since sums run in another order."""
+    assert actual.dtype == expected.dtype and actual.shape == expected.shape
+    bound = factor * TOLERANCE[actual.dtype] * max(1.0, float(expected.float().abs().amax()))
+    assert float((actual.float() - expected.float()).abs().amax()) <= bound
+
+
+def random(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@many
+@given(
+    tokens=st.integers(1, 40) | st.just(150),
+    features=st.tuples(st.integers(1, 90), st.integers(1, 90)),
+    dtype=dtypes,
+    bias=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_a_linear_layer_of_any_shape(
+    cpu: CpuOperations, tokens: int, features: tuple[int, int], dtype: torch.dtype, bias: bool, seed: int
+) -> None:
+    x, matrix = random(seed, tokens, features[0], dtype=dtype), random(seed + 1, *features[::-1], dtype=dtype)
+    b = random(seed + 2, features[1], dtype=dtype) if bias else None
+    expected = REFERENCE.linear(x.float(), REFERENCE.pack(matrix.float()), None if b is None else b.float())
+    assert_close(cpu.linear(x, cpu.pack(matrix), b), expected.to(dtype))
+
+
+@many
+@given(
+    tokens=st.integers(1, 20) | st.just(150),
+    features=st.tuples(st.integers(1, 200), st.integers(1, 70)),
+    bits=st.sampled_from([8, 4]),
+    dtype=dtypes,
+    seed=st.integers(0, 99),
+)
+def test_a_quantized_linear_layer_of_any_shape(
+    cpu: CpuOperations, tokens: int, features: tuple[int, int], bits: int, dtype: torch.dtype, seed: int
+) -> None:
+    x = random(seed, tokens, features[0], dtype=dtype)
+    matrix = quantize(random(seed + 1, *features[::-1]), bits)
+    b = random(seed + 2, features[1], dtype=dtype)
+    actual, expected = cpu.linear(x, cpu.pack(matrix), b), REFERENCE.linear(x, REFERENCE.pack(matrix), b)
+    # A value that lies between two integers may be rounded to either.
+    assert_close(actual, expected, factor=50 if dtype == torch.float32 else 1)
+
+
+@many
+@given(rows=st.integers(1, 50), columns=st.integers(1, 70), form=st.sampled_from([8, 4, *TOLERANCE]), dtype=dtypes)
+def test_an_embedding_is_the_rows_of_the_matrix(
+    cpu: CpuOperations, rows: int, columns: int, form: int | torch.dtype, dtype: torch.dtype
+) -> None:
+    matrix = random(0, rows, columns)
+    weight = quantize(matrix, form) if isinstance(form, int) else matrix.to(dtype)
+    ids = torch.arange(rows).flip(0).repeat(2)
+    actual = cpu.embedding(ids, cpu.pack(weight), dtype)
+    assert_close(actual, REFERENCE.embedding(ids, REFERENCE.pack(weight), dtype))
+
+
+def test_a_part_of_a_weight_is_those_rows_of_the_layer(cpu: CpuOperations) -> None:
+    x, matrix = random(0, 3, 40), random(1, 50, 40)
+    for weight in (matrix, quantize(matrix, 8), quantize(matrix, 4)):
+        packed = cpu.pack(weight)
+        whole = cpu.linear(x, packed)
+        for rows in (slice(0, 16), slice(16, 48), slice(32, 50)):
+            assert cpu.linear(x, packed.part(rows)).equal(whole[:, rows])
+
+
+@many
+@given(rows=st.integers(1, 9), n=st.integers(1, 100), dtype=dtypes, seed=st.integers(0, 99))
+def test_norms_and_the_gated_activation(cpu: CpuOperations, rows: int, n: int, dtype: torch.dtype, seed: int) -> None:
+    x, delta, weight = (random(seed + i, rows, n, dtype=dtype) * 3 for i in range(3))
+    assert_close(cpu.rms_norm(x, weight[0], 1e-5), REFERENCE.rms_norm(x, weight[0], 1e-5))
+    hidden, expected = x.clone(), x.clone()
+    assert_close(
+        cpu.add_rms_norm(hidden, delta, weight[0], 1e-5), REFERENCE.add_rms_norm(expected, delta, weight[0], 1e-5)
+    )
+    assert_close(hidden, expected)
+    gate_up = torch.cat((x * 10, delta), dim=1)
+    assert_close(cpu.silu_mul(gate_up), REFERENCE.silu_mul(gate_up))
+
+
+def test_a_large_negative_gate_closes_and_a_large_positive_one_opens(cpu: CpuOperations) -> None:
+    assert cpu.silu_mul(torch.tensor([[-1e4, 1e4, 2.0, 3.0]])).allclose(torch.tensor([[0.0, 3e4]]))
+
+
+chunks = st.lists(st.tuples(st.integers(0, 90), st.just(1) | st.integers(1, 40)), min_size=1, max_size=6)
+heads = st.builds(
+    Heads,
+    query=st.sampled_from([4, 8]),
+    kv=st.sampled_from([1, 2, 4]),
+    dim=st.sampled_from([8, 20, 64]),
+    window=st.none() | st.integers(1, 60),
+    soft_cap=st.sampled_from([0.0, 5.0]),
+)
+
+
+@many
+@given(chunks=chunks, heads=heads, cache_dtype=cache_dtypes, seed=st.integers(0, 99))
+def test_attention_over_any_mix_of_chunks(
+    cpu: CpuOperations, chunks: list[tuple[int, int]], heads: Heads, cache_dtype: torch.dtype, seed: int
+) -> None:
+    dtype = torch.float32 if cache_dtype == torch.int8 else cache_dtype
+    batch, num_blocks = paged_batch(chunks, seed)
+    (layer,) = filled_cache(num_blocks, heads.kv, heads.dim, cache_dtype, seed).layers
+    qkv = random(seed, batch.starts[-1], (heads.query + 2 * heads.kv) * heads.dim, dtype=dtype)
+    tables = angles(150, heads.dim)
+    actual = cpu.attention(qkv, heads, cpu.prepare(batch, *tables), layer)
+    assert_close(actual, REFERENCE.attention(qkv, heads, REFERENCE.prepare(batch, *tables), layer), factor=2)
+
+
+@pytest.mark.parametrize("dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("group", [1, 3, 8])
+def test_attention_of_long_decodes_beside_a_long_chunk(cpu: CpuOperations, dim: int, group: int) -> None:
+    heads = Heads(query=2 * group, kv=2, dim=dim)
+    batch, num_blocks = paged_batch([(2600, 1), (100, 512), (1023, 1), (1024, 1), (0, 1)], seed=0)
+    (layer,) = filled_cache(num_blocks, heads.kv, dim, torch.float32, 0).layers
+    qkv = random(0, batch.starts[-1], (heads.query + 2 * heads.kv) * dim)
+    tables = angles(2601, dim)
+    actual = cpu.attention(qkv, heads, cpu.prepare(batch, *tables), layer)
+    assert_close(actual, REFERENCE.attention(qkv, heads, REFERENCE.prepare(batch, *tables), layer))
+
+
+def test_what_lies_behind_a_sequences_last_position_is_never_used(cpu: CpuOperations) -> None:
+    heads = Heads(query=2, kv=1, dim=16)
+    batch, num_blocks = paged_batch([(5, 1), (16, 3)], seed=0)
+    (layer,) = filled_cache(num_blocks, 1, 16, torch.float32, 0).layers
+    qkv, tables = random(0, 4, 64), angles(20, 16)
+    expected = cpu.attention(qkv, heads, cpu.prepare(batch, *tables), layer)
+    for row, context in enumerate(batch.context_lengths):
+        last = batch.block_tables[row, (context - 1) // 16]
+        layer.keys[last, :, :, (context - 1) % 16 + 1 :] = torch.nan
+        layer.values[last, :, (context - 1) % 16 + 1 :] = torch.nan
+    assert cpu.attention(qkv, heads, cpu.prepare(batch, *tables), layer).equal(expected)
+
+
+def test_a_sequences_attention_does_not_depend_on_its_neighbours(cpu: CpuOperations) -> None:
+    heads = Heads(query=6, kv=2, dim=64)
+    together, num_blocks = paged_batch([(1500, 1), (30, 9), (40, 1)], seed=0)
+    (layer,) = filled_cache(num_blocks, 2, 64, torch.float32, 0).layers
+    qkv, tables = random(0, 11, 640), angles(1501, 64)
+    out = cpu.attention(qkv, heads, cpu.prepare(together, *tables), layer)
+    alone, _ = paged_batch([(1500, 1), (30, 9), (40, 1)][:1], seed=0)
+    alone.block_tables.copy_(together.block_tables[:1])
+    assert cpu.attention(qkv[:1].clone(), heads, cpu.prepare(alone, *tables), layer).equal(out[:1])
+
+
+@many
+@given(
+    chunks=chunks,
+    heads=heads,
+    norm=st.booleans(),
+    form=cache_dtypes,
+    seed=st.integers(0, 99),
+)
+def test_rotation_and_what_it_writes_to_the_cache(
+    cpu: CpuOperations, chunks: list[tuple[int, int]], heads: Heads, norm: bool, form: torch.dtype, seed: int
+) -> None:
+    dtype = torch.float32 if form == torch.int8 else form
+    batch, num_blocks = paged_batch(chunks, seed)
+    qkv = random(seed, batch.starts[-1], (heads.query + 2 * heads.kv) * heads.dim, dtype=dtype)
+    norms = HeadNorms(random(1, heads.query + heads.kv, heads.dim, dtype=dtype), 1e-6) if norm else None
+    tables = angles(150, heads.dim)
+    results = []
+    for ops in (cpu, REFERENCE):
+        mine = qkv.clone()
+        (layer,) = filled_cache(num_blocks, heads.kv, heads.dim, form, seed).layers
+        ops.rotate_and_write(mine, heads, norms, ops.prepare(batch, *tables), layer)
+        if layer.key_scales is not None and layer.value_scales is not None:
+            keys, values = layer.keys * layer.key_scales[:, :, None], layer.values * layer.value_scales[..., None]
+            results.append((mine, keys, values))
+        else:
+            results.append((mine, layer.keys, layer.values))
+    for actual, expected in zip(*results, strict=True):
+        assert_close(actual, expected, factor=2000 if form == torch.int8 else 2)
+
+
+@many
+@given(
+    lora_ranks=st.lists(st.tuples(*[st.none() | st.integers(1, 20)] * 3).filter(any), min_size=1, max_size=4),
+    runs=st.lists(st.tuples(st.integers(1, 7), st.none() | st.integers(0, 3)), min_size=1, max_size=6),
+    dtype=dtypes,
+    int8=st.booleans(),
+    in_features=st.integers(1, 70),
+    seed=st.integers(0, 99),
+)
+def test_lora_deltas_of_mixed_ranks(
+    cpu: CpuOperations,
+    lora_ranks: list[tuple[int | None, ...]],
+    runs: list[tuple[int, int | None]],
+    dtype: torch.dtype,
+    int8: bool,
+    in_features: int,
+    seed: int,
+) -> None:
+    sizes = (200, 30, 17)
+    parts = tuple(LinearPart(f"p{i}", size, slice(0, size)) for i, size in enumerate(sizes))
+    layouts = [
+        LinearLayout("other", 0, parts[:1], in_features, slice(0, in_features)),
+        LinearLayout("fused", 1, parts, in_features, slice(0, in_features)),
+    ]
+    adapters = [
+        cut_adapter(
+            {
+                f"p{i}": Delta(random(seed + i, r, in_features), random(seed + i, sizes[i], r), 0.5)
+                for i, r in enumerate(ranks)
+                if r
+            },
+            layouts,
+            torch.int8 if int8 else dtype,
+        )
+        for ranks in lora_ranks
+    ]
+    for adapter in adapters:
+        assert adapter.weights.layers["fused"].index == 1
+    segments, start = [], 0
+    for length, choice in runs:
+        if choice is not None:
+            segments.append(Segment(start, start + length, adapters[choice % len(adapters)].weights))
+        start += length
+    x, base = random(seed, start, in_features, dtype=dtype), random(seed + 5, start, sum(sizes), dtype=dtype)
+    actual, expected = base.clone(), base.float()
+    cpu.add_lora_delta(actual, x, cpu.segments(tuple(segments)), layouts[1])
+    REFERENCE.add_lora_delta(expected, x.float(), tuple(segments), layouts[1])
+    assert_close(actual, expected.to(dtype), factor=2)
