@@ -1,6 +1,5 @@
 """What a shard can be told. Read by the command that turns fields into flags, so nothing here imports torch."""
 
-import os
 from pathlib import Path
 from typing import Literal, Self
 
@@ -11,11 +10,6 @@ from loraplex_protos.errors import LoraplexError
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quantize = Literal["none", "int8", "int4"]
 HeldDtype = Literal["auto", "int8"]
-
-
-def default_kernels() -> Path:
-    """In the user's cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loraplex" / "kernels"
 
 
 class SettingsError(LoraplexError):
@@ -65,10 +59,8 @@ class ModelSettings(BaseModel):
         description="Tokens of prompt and output together. 0: what the model was made for and the cache can hold.",
     )
     max_sequences: int = Field(256, ge=1, le=4096, description="How many sequences can run at once.")
-    kernels: Path = Field(
-        default_factory=lambda: (
-            Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loraplex" / "kernels"
-        ),
+    kernels: Path | None = Field(
+        None,
         description="Where the compiled CPU kernels are kept. Absent: loraplex/kernels in the user's cache.",
     )
     threads: int = Field(

@@ -27,13 +27,12 @@ def build(
     """Compile them now, unless they are there. A shard that finds none compiles its own when it starts."""
     try:
         from loraplex_shard.ops.cpu import library
-        from loraplex_shard.settings import default_kernels
     except ModuleNotFoundError as error:
         typer.echo(f"error: no {error.name}: pip install 'loraplex[shard]'", err=True)
         raise typer.Exit(1) from None
     for name in library.INSTRUCTION_SETS if every else [library.instruction_set()]:
         try:
-            path = library.build(directory or default_kernels(), name)
+            path = library.build(directory, name)
         except LoraplexError as error:
             typer.echo(f"error: {error.message}", err=True)
             raise typer.Exit(1) from None

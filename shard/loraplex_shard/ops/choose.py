@@ -13,10 +13,11 @@ from loraplex_shard.ops.reference import ReferenceOperations
 logger = logging.getLogger(__name__)
 
 
-def choose_operations(device: torch.device, dtype: torch.dtype, directory: Path) -> Operations:
-    """On a CPU the compiled kernels, built into `directory` if they are not there yet; else plain torch.
+def choose_operations(device: torch.device, dtype: torch.dtype, directory: Path | None) -> Operations:
+    """On a CPU the compiled kernels, else plain torch.
 
-    Kernels run on as many threads as torch has now. There are none for float16 on a CPU.
+    They are built into `directory` (see library.build) if they are not there yet, and run on as many threads as torch
+    has now. There are none for float16 on a CPU.
     """
     if device.type != "cpu" or dtype == torch.float16:
         return ReferenceOperations()

@@ -42,12 +42,15 @@ def instruction_set() -> str:
     return next(name for name, (_, needed) in INSTRUCTION_SETS.items() if all(has.get(each) for each in needed))
 
 
-def build(directory: Path, name: str, notify: Callable[[], None] | None = None) -> Path:
+def build(directory: Path | None, name: str, notify: Callable[[], None] | None = None) -> Path:
     """The library for instruction set `name`, compiled into `directory` unless it is there. Raises KernelsError.
 
+    No directory: loraplex/kernels in the user's cache.
     Its file is named after the sources, the flags and torch's version. Processes that ask at the same time compile it
     once. `notify` is called before the compiler starts, which takes some ten seconds.
     """
+    if directory is None:
+        directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loraplex" / "kernels"
     path = directory / f"{name}-{_digest(name)}.so"
     if path.exists():
         return path
