@@ -127,6 +127,7 @@ class Engine:
         failures = dict(zip(response.failed_chunks, response.failure_reasons, strict=True))
         prompt_logprobs = _read_prompt_logprobs(response, len(plan.chunks))
         pooled = _read_pooled(response)
+        announced = _read_announced(response, len(plan.chunks))
         for place, (chunk, samples) in enumerate(zip(plan.chunks, _read_samples(response), strict=True)):
             owner = self._owners.get(chunk.sequence)
             if owner is None or chunk.sequence.finished:
@@ -142,15 +143,29 @@ class Engine:
                 self._scheduler.finish(chunk.sequence)
             if samples and generation.first_token is None:
                 self._telemetry.first_token(generation)
-            for number, sample in enumerate(samples):
-                take = self._scheduler.force if number else self._scheduler.record
-                take(chunk.sequence, sample.token)
-                if output.push(sample):
-                    self._scheduler.finish(chunk.sequence)
-                    break
+            self._take(chunk, output, samples)
+            if announced[place] and not chunk.sequence.finished:
+                self._scheduler.announce(chunk.sequence, announced[place])
             if generation.finished:
                 self._retire(generation)
         self._telemetry.applied(time.perf_counter() - began)
+
+    def _take(self, chunk: Chunk, output: SequenceOutput, samples: Sequence[Sample]) -> None:
+        """A chunk's tokens: former announced ones, then the sampled one, then those it forces."""
+        sequence = chunk.sequence
+        if chunk.run != sequence.runs:
+            return  # it has started anew meanwhile, and what was announced comes again
+        take = self._scheduler.record
+        for sample in samples:
+            if sequence.unscored:
+                assert sample.token == sequence.tokens[-sequence.unscored]
+                sequence.unscored -= 1
+            else:
+                take(sequence, sample.token)
+                take = self._scheduler.force
+            if output.push(sample):
+                self._scheduler.finish(sequence)
+                break
 
     def _fail(self, generation: Generation, chunk: Chunk, reason: str) -> None:
         self._scheduler.fail(chunk.sequence)
@@ -203,6 +218,13 @@ def _read_samples(response: pb.StepResponse) -> Iterator[Sequence[Sample]]:
     tokens = iter(response.tokens)
     for count in response.token_counts:
         yield [Sample(next(tokens), next(logprobs, None), next(alternatives, ())) for _ in range(count)]
+
+
+def _read_announced(response: pb.StepResponse, chunks: int) -> list[Sequence[int]]:
+    """The tokens of each chunk."""
+    tokens = iter(response.announced_tokens)
+    counts = response.announced_counts or [0] * chunks
+    return [[next(tokens) for _ in range(count)] for count in counts]
 
 
 def _read_alternatives(response: pb.StepResponse) -> Iterator[tuple[tuple[int, float], ...]]:

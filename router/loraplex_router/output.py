@@ -80,7 +80,7 @@ class SequenceOutput:
         """Takes the sequence's next token; answers why the sequence ends with it, if it does."""
         self.generated += 1
         ended = sample.token in self.sequence.end_token_ids
-        last = ended or self.sequence.output_length >= self.sequence.max_new_tokens
+        last = ended or self.generated >= self.sequence.max_new_tokens
         text = "" if ended else self._detokenizer.push(sample.token)
         if last:
             text += self._detokenizer.flush()

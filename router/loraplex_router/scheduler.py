@@ -15,7 +15,9 @@ every single sequence.
 
 from bisect import insort
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 from math import inf
 
 from loraplex_router.adapters.pool import Adapter, AdapterPool, SlotClaim
@@ -74,6 +76,13 @@ class Scheduler:
         sequence.tokens.append(token)
         sequence.in_flight = 0
         self._cache_full_blocks(sequence)
+
+    def announce(self, sequence: Sequence, tokens: Iterable[int]) -> None:
+        """Tokens that were forced are known, but cannot be shown before their logprobs are. What is too many for the
+        sequence is left out."""
+        for token in islice(tokens, sequence.max_new_tokens - sequence.output_length):
+            self.force(sequence, token)
+            sequence.unscored += 1
 
     def finish(self, sequence: Sequence) -> None:
         """Ends a sequence, running or waiting. Its blocks are free for plans made from now on: every rank executes
@@ -169,8 +178,8 @@ class Scheduler:
                 return 0
         sequence.blocks += new_blocks
         unsent = tuple(sequence.blocks[sequence.sent_blocks :])
-        samples = length == sequence.remaining and not sequence.detail.pool
-        chunks[sequence] = Chunk(sequence, sequence.computed, length, samples, unsent)
+        samples = length == sequence.remaining and not sequence.detail.pool and not sequence.full
+        chunks[sequence] = Chunk(sequence, sequence.computed, length, samples, unsent, sequence.runs)
         sequence.sent_blocks = len(sequence.blocks)
         sequence.computed = stop
         sequence.in_flight += samples
@@ -206,6 +215,7 @@ class Scheduler:
     def _start(self, sequence: Sequence) -> None:
         self._dequeue(sequence)
         sequence.row = self._free_rows.pop()
+        sequence.runs += 1
         sequence.blocks = self._find_prefix(sequence)
         self._blocks.hold(sequence.blocks)
         sequence.cached_blocks = len(sequence.blocks)
@@ -254,7 +264,7 @@ class Scheduler:
         of them where each one's result is needed."""
         if sequence.detail.prompt_logprobs or sequence.detail.pool:
             return []
-        full = (len(sequence.tokens) - 1) // self._limits.block_size
+        full = (len(sequence.tokens) - 1 - sequence.unscored) // self._limits.block_size
         return self._blocks.find(self._keys(sequence, full))
 
     def _cache_full_blocks(self, sequence: Sequence) -> None:

@@ -65,6 +65,8 @@ class Sequence:
     sent_blocks: int = 0  # how many of them its row's block table has
     block_keys: list[bytes] = field(default_factory=list)  # of the full blocks of `tokens`
     cached_blocks: int = 0  # how many of its blocks the prefix cache knows
+    unscored: int = 0  # the last of its tokens, which were forced, whose logprobs are still to come
+    runs: int = 0  # how often it took a row
     prefix_hit: int = 0  # prompt tokens that the prefix cache spared at its first start
     finished: bool = False
 
@@ -74,12 +76,18 @@ class Sequence:
 
     @property
     def remaining(self) -> int:
-        """Positions to compute before the next sample; 0 if the last sample, or pooled vector, is on its way."""
+        """Positions to compute before the next sample or, after the last one, before all logprobs are known; 0 if the
+        last sample, logprob or pooled vector is on its way."""
         if self.detail.pool:
             return len(self.tokens) - self.computed
-        if self.output_length + self.in_flight >= self.max_new_tokens:
-            return 0
-        return len(self.tokens) + self.in_flight - self.computed
+        if not self.full:
+            return len(self.tokens) + self.in_flight - self.computed
+        return max(0, len(self.tokens) - 1 - self.computed) if self.unscored else 0
+
+    @property
+    def full(self) -> bool:
+        """Whether all of its samples are known or on their way."""
+        return self.output_length + self.in_flight >= self.max_new_tokens
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -91,6 +99,7 @@ class Chunk:
     length: int
     samples: bool  # whether a token is sampled from its last position
     new_blocks: tuple[int, ...]  # appended to the row's block table
+    run: int  # in which run of the sequence
 
 
 @dataclass(frozen=True, slots=True, eq=False)

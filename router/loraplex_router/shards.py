@@ -169,6 +169,7 @@ def _encode_start(chunk: Chunk) -> pb.SequenceStart:
         sampling=pb.Sampling(**asdict(sequence.sampling)),
         **asdict(sequence.detail),
         grammar=_encode_grammar(sequence.grammar) if sequence.grammar else None,
+        unscored=sequence.unscored,
         min_new_tokens=sequence.min_new_tokens,
         end_token_ids=sequence.end_token_ids if sequence.min_new_tokens else (),
     )

@@ -86,14 +86,15 @@ class Constraints:
             if row in self._matchers:
                 self._matchers[row].consume_token(token)
 
-    def force(self, row: int, most: int) -> list[int]:
-        """Takes, in place of sampling, what can only follow in this row: at most so many tokens."""
+    def force(self, row: int, most: int, end: bool) -> list[int]:
+        """Takes, in place of sampling, what can only follow in this row: at most so many tokens, the token that ends
+        the answer only with `end`."""
         matcher = self._matchers.get(row)
         if matcher is None:
             return []
         tokens = matcher.compute_ff_tokens()[:most]
         matcher.consume_tokens(tokens)
-        if matcher.stop_reason() == COMPLETE and len(tokens) < most:
+        if end and matcher.stop_reason() == COMPLETE and len(tokens) < most:
             tokens.append(self._grammars.end_token_id)
         return tokens
 

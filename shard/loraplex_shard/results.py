@@ -1,4 +1,7 @@
-"""Writes what a step sampled into its StepResponse. Knows the message's columns, not how tokens were chosen."""
+"""Writes the tokens of a step into its StepResponse. Knows the message's columns, not how tokens were chosen."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -7,50 +10,64 @@ from torch import Tensor
 
 from loraplex_protos.shard_pb2 import StepResponse
 from loraplex_shard import sampler
-from loraplex_shard.rows import Ints
+from loraplex_shard.rows import Ints, spans
+
+Floats = NDArray[np.float32]
 
 
-def add_tokens(
-    response: StepResponse, places: Ints, tokens: Tensor, logits: Tensor, failures: Ints, detail: NDArray[np.void]
-) -> None:
-    """Adds the tokens [n] that were sampled from logits [n, vocab] after the chunks at `places` of the plan.
+@dataclass(frozen=True, slots=True)
+class Alternatives:
+    counts: Ints  # of each token
+    ids: Ints  # of all of them, best first
+    logprobs: Floats
 
-    failures: [n] FailureReasons, 0 for none. detail: what the sequences of all chunks of the plan asked for.
-    """
-    good = failures == 0
-    counts = np.zeros(len(detail), np.int64)
-    counts[places] = good
-    response.token_counts.extend(counts.tolist())
-    response.tokens.extend(tokens.cpu()[good].tolist())
-    response.failed_chunks.extend(places[~good].tolist())
-    response.failure_reasons.extend(failures[~good].tolist())
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Tokens to report, and where asked for what was likely in their places."""
+
+    places: Ints  # of each token's chunk in the plan
+    ids: Ints
+    logprobs: Floats | None = None
+    alternatives: Alternatives | None = None
+
+
+def describe(places: Ints, ids: Tensor, logits: Tensor, detail: NDArray[np.void]) -> Tokens:
+    """Tokens [n] that follow positions with the logits [n, vocab]; detail [n] is what their sequences asked for."""
+    logprobs = alternatives = None
     if detail["logprobs"].any():
-        response.logprobs.extend(sampler.logprobs(logits, tokens).cpu()[good].tolist())
+        logprobs = sampler.logprobs(logits, ids).cpu().numpy()
     if detail["top_logprobs"].any():
-        wanted = np.minimum(detail["top_logprobs"][places], logits.shape[-1]) * good
-        ids, values = sampler.likeliest(logits, int(wanted.max()))
-        listed = torch.from_numpy(np.arange(ids.shape[1]) < wanted[:, None])
-        response.alternative_counts.extend(wanted[good].tolist())
-        response.alternative_tokens.extend(ids.cpu()[listed].tolist())
-        response.alternative_logprobs.extend(values.cpu()[listed].tolist())
+        counts = np.minimum(detail["top_logprobs"], logits.shape[-1])
+        likeliest, values = sampler.likeliest(logits, int(counts.max()))
+        listed = torch.from_numpy(np.arange(likeliest.shape[1]) < counts[:, None])
+        alternatives = Alternatives(counts, likeliest.cpu()[listed].numpy(), values.cpu()[listed].numpy())
+    return Tokens(places, ids.cpu().numpy(), logprobs, alternatives)
 
 
-def add_forced(response: StepResponse, places: Ints, forced: Ints) -> None:
-    """Puts what grammars force [n, most], padded with -1, behind the tokens sampled at `places` of the plan."""
-    if not (forced >= 0).any():
+def add_tokens(response: StepResponse, chunks: int, parts: Sequence[Tokens]) -> None:
+    """Adds the tokens of a plan of so many chunks. Of one chunk, the tokens of an earlier part come first."""
+    places = np.concatenate([part.places for part in parts]) if parts else np.zeros(0, np.int64)
+    order = np.argsort(places, kind="stable")
+    response.token_counts.extend(np.bincount(places, minlength=chunks).tolist())
+    if not len(places):
         return
-    counts = np.array(response.token_counts)
-    counts[places] += (forced >= 0).sum(1)
-    sampled = np.array(response.tokens)[:, None]
-    tokens = np.concatenate((sampled, forced), axis=1)
-    kept = tokens >= 0
-    response.token_counts[:] = counts.tolist()
-    response.tokens[:] = tokens[kept].tolist()
-    if response.logprobs:
-        logprobs = np.zeros(tokens.shape)
-        logprobs[:, 0] = response.logprobs
-        response.logprobs[:] = logprobs[kept].tolist()
-    if response.alternative_counts:
-        alternatives = np.zeros(tokens.shape, np.int64)
-        alternatives[:, 0] = response.alternative_counts
-        response.alternative_counts[:] = alternatives[kept].tolist()
+    response.tokens.extend(np.concatenate([part.ids for part in parts])[order].tolist())
+    if any(part.logprobs is not None for part in parts):
+        columns = [np.zeros(len(part.ids)) if part.logprobs is None else part.logprobs for part in parts]
+        response.logprobs.extend(np.concatenate(columns)[order].tolist())
+    if any(part.alternatives is not None for part in parts):
+        _add_alternatives(response, parts, order)
+
+
+def _add_alternatives(response: StepResponse, parts: Sequence[Tokens], order: Ints) -> None:
+    nothing, found = np.zeros(0), [part.alternatives for part in parts]
+    counts = np.concatenate(
+        [np.zeros(len(part.ids), np.int64) if part.alternatives is None else part.alternatives.counts for part in parts]
+    )
+    picked = spans((np.cumsum(counts) - counts)[order], counts[order])
+    ids = np.concatenate([nothing.astype(np.int64) if some is None else some.ids for some in found])
+    values = np.concatenate([nothing if some is None else some.logprobs for some in found])
+    response.alternative_counts.extend(counts[order].tolist())
+    response.alternative_tokens.extend(ids[picked].tolist())
+    response.alternative_logprobs.extend(values[picked].tolist())

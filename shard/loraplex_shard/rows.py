@@ -35,6 +35,8 @@ class Chunks:
     begins: Ints
     ends: Ints
     starts: Ints  # chunks + 1
+    score_begins: Ints  # the tokens [score_begins[i], score_ends[i]) of the sequence were forced, and follow positions
+    score_ends: Ints  # of the chunk: it makes their logprobs known
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -65,6 +67,9 @@ class Rows:
         self.sampling = np.zeros(max_sequences, PARAMETERS)
         self.detail = np.zeros(max_sequences, DETAIL)
         self.forceable = np.zeros(max_sequences, np.bool_)  # whose grammars may add tokens that are not sampled
+        # Tokens whose logprobs need not be reported any more: all but those that were forced on a row which asked for
+        # logprobs and still follow positions that are to be computed.
+        self._scored: Ints = np.zeros(max_sequences, np.int64)
         self._computed: Ints = np.zeros(max_sequences, np.int64)  # positions whose keys and values are in the cache
         self._block_tables: Ints = np.zeros((max_sequences, -(-max_model_len // block_size)), np.int64)
         self._block_counts: Ints = np.zeros(max_sequences, np.int64)
@@ -86,7 +91,9 @@ class Rows:
         self.prompt_lengths[row] = start.prompt_length
         self.sampling[row] = tuple(getattr(start.sampling, name) for name in PARAMETERS.names or ())
         self.detail[row] = (start.logprobs, start.top_logprobs, start.prompt_logprobs, start.pool)
-        self.forceable[row] = start.HasField("grammar") and not (start.logprobs or start.top_logprobs)
+        assert 0 <= start.unscored <= known - start.prompt_length, f"row {row}: unscored prompt tokens"
+        self.forceable[row] = start.HasField("grammar")
+        self._scored[row] = known - start.unscored
         self._computed[row] = start.computed
         self._block_counts[row] = 0
 
@@ -101,14 +108,18 @@ class Rows:
         ends = begins + lengths
         assert (lengths > 0).all() and (ends <= self._known[rows]).all(), "chunk past the known tokens"
         assert (ends <= self._max_model_len).all(), "chunk past the model's context"
-        at_end = ends == self._known[rows]
+        known = self._known[rows]
+        at_end = ends == known
         assert (at_end | self.forceable[rows])[samples].all(), "sample before the last known token"
         samples &= at_end  # the router did not know yet what was forced
         self._append_blocks(rows, block_counts, _column(plan.blocks))
         assert (self._block_counts[rows] * self._block_size >= ends).all(), "chunk past its blocks"
         self._computed[rows] = ends
         self._known[rows] += samples
-        return Chunks(rows, slots, samples, begins, ends, starts=np.concatenate(([0], np.cumsum(lengths))))
+        score_begins, score_ends = np.maximum(begins + 1, self._scored[rows]), np.minimum(ends + 1, known)
+        self._scored[rows] = np.maximum(self._scored[rows], score_ends + samples)
+        starts = np.concatenate(([0], np.cumsum(lengths)))
+        return Chunks(rows, slots, samples, begins, ends, starts, score_begins, np.maximum(score_ends, score_begins))
 
     def batch(self, chunks: Chunks, segments: tuple[Segment, ...]) -> Batch:
         """The tensors of a step, of which advance() made the chunks."""
@@ -142,12 +153,22 @@ class Rows:
         """How many more tokens can be known of these rows."""
         return self._max_model_len - self._known[rows]
 
+    def scores(self, rows: Ints) -> NDArray[np.bool_]:
+        """Which of these rows asked for logprobs."""
+        detail = self.detail[rows]
+        scored: NDArray[np.bool_] = detail["logprobs"] | (detail["top_logprobs"] > 0)
+        return scored
+
     def force(self, rows: Ints, tokens: torch.Tensor) -> None:
-        """Adds what grammars force behind all that is known of these rows: tokens [n, most] int64, padded with -1."""
+        """Adds what grammars force behind all that is known of these rows: tokens [n, most] int64, padded with -1.
+
+        Chunks to come score them where logprobs were asked for.
+        """
         counts: Ints = (tokens >= 0).sum(1).cpu().numpy()
         positions = spans(self._known[rows], counts)
         self._tokens[self.on_device(np.repeat(rows, counts)), self.on_device(positions)] = tokens[tokens >= 0].int()
         self._known[rows] += counts
+        self._scored[rows] += np.where(self.scores(rows), 0, counts)
 
     def on_device(self, values: Ints) -> torch.Tensor:
         """A column as a tensor where the model is."""

@@ -4,6 +4,7 @@ Every rank of a group runs the same plans; rank 0 alone sees logits, samples and
 learn from it what was sampled. Knows nothing of gRPC streams, of threads or of where weights came from.
 """
 
+from collections.abc import Iterator
 from itertools import pairwise
 
 import numpy as np
@@ -27,11 +28,11 @@ from loraplex_shard.lora.store import AdapterStore
 from loraplex_shard.models import Decoder
 from loraplex_shard.parallel import Group
 from loraplex_shard.pooling import Pooling
-from loraplex_shard.results import add_forced, add_tokens
+from loraplex_shard.results import Tokens, add_tokens, describe
 from loraplex_shard.rows import Chunks, Ints, Rows, spans
 
-# Positions whose prompt logprobs are computed at once: bounds the memory for logits.
-PROMPT_SLICE = 256
+# Known tokens whose logprobs are computed at once: bounds the memory for logits.
+LOGITS_SLICE = 256
 # Tokens that a grammar may force on a sequence in one step.
 MAX_FORCED = 32
 
@@ -150,16 +151,23 @@ class Runner:
             return
         ends = np.minimum(chunks.ends, self._rows.prompt_lengths[chunks.rows] - 1)
         counts = np.where(asked, np.maximum(ends - chunks.begins, 0), 0)
-        tokens = spans(chunks.starts[:-1], counts)
-        rows, following = np.repeat(chunks.rows, counts), spans(chunks.begins + 1, counts)
-        for first in range(0, len(tokens), PROMPT_SLICE):
-            part = slice(first, first + PROMPT_SLICE)
-            logits = self._logits(hidden, segments, tokens[part])
-            if logits is not None:
-                values = sampler.logprobs(logits, self._rows.tokens_at(rows[part], following[part]))
-                response.prompt_logprobs.extend(values.tolist())
+        for _, logits, tokens in self._following(chunks, hidden, segments, chunks.begins + 1, counts):
+            response.prompt_logprobs.extend(sampler.logprobs(logits, tokens).tolist())
         if self._group.rank == 0:
             response.prompt_logprob_counts.extend(counts.tolist())
+
+    def _following(
+        self, chunks: Chunks, hidden: Tensor, segments: tuple[Segment, ...], firsts: Ints, counts: Ints
+    ) -> Iterator[tuple[Ints, Tensor, Tensor]]:
+        """For counts[i] known tokens, from position firsts[i] of chunk i's sequence on, slice by slice: the places of
+        their chunks [n], the logits [n, vocab] before them, and the tokens [n]. Nothing on ranks other than 0."""
+        tokens = spans(chunks.starts[:-1] + firsts - 1 - chunks.begins, counts)
+        places, positions = np.repeat(np.arange(len(chunks)), counts), spans(firsts, counts)
+        for first in range(0, len(tokens), LOGITS_SLICE):
+            part = slice(first, first + LOGITS_SLICE)
+            logits = self._logits(hidden, segments, tokens[part])
+            if logits is not None:
+                yield places[part], logits, self._rows.tokens_at(chunks.rows[places[part]], positions[part])
 
     def _report_tokens(
         self,
@@ -169,11 +177,29 @@ class Runner:
         masks: Masks | None,
         response: StepResponse,
     ) -> None:
-        """Samples after the chunks that ask for it, tells all ranks' rows, and adds the tokens to the response."""
+        """Samples after the chunks that ask for it, tells all ranks' rows, and adds to the response the tokens that can
+        be reported: former forced ones that have their logprobs now, those just sampled, and what they force."""
+        parts = [
+            describe(places, tokens, logits, self._rows.detail[chunks.rows[places]])
+            for places, logits, tokens in self._following(
+                chunks, hidden, segments, chunks.score_begins, chunks.score_ends - chunks.score_begins
+            )
+        ]
+        if chunks.samples.any():
+            parts += self._sample(chunks, hidden, segments, masks, response)
+        if self._group.rank == 0:
+            add_tokens(response, len(chunks), parts)
+
+    def _sample(
+        self,
+        chunks: Chunks,
+        hidden: Tensor,
+        segments: tuple[Segment, ...],
+        masks: Masks | None,
+        response: StepResponse,
+    ) -> list[Tokens]:
+        """What was sampled and, where it is reported at once, forced; adds the failures to the response."""
         places = np.flatnonzero(chunks.samples)
-        if not len(places):
-            response.token_counts.extend([0] * len(chunks) if self._group.rank == 0 else [])
-            return
         rows, lengths = chunks.rows[places], chunks.ends[places]
         logits = self._logits(hidden, segments, chunks.starts[1:][places] - 1)
         tokens = torch.zeros(len(places), dtype=torch.int64, device=hidden.device)
@@ -185,29 +211,48 @@ class Runner:
         if masks is not None:
             self._constraints.accept(rows.tolist(), tokens.tolist())
         forced = self._force(rows)
-        if logits is not None:
-            failures = np.where(self._constraints.failed(rows.tolist()), FAILURE_REASON_GRAMMAR, 0)
-            failures[~logits.sum(-1).isfinite().cpu().numpy()] = FAILURE_REASON_NOT_FINITE
-            add_tokens(response, places, tokens, logits, failures, self._rows.detail[chunks.rows])
-            add_forced(response, places[failures == 0], forced[failures == 0])
+        if logits is None:
+            return []
+        failures = np.where(self._constraints.failed(rows.tolist()), FAILURE_REASON_GRAMMAR, 0)
+        failures[~logits.sum(-1).isfinite().cpu().numpy()] = FAILURE_REASON_NOT_FINITE
+        response.failed_chunks.extend(places[failures != 0].tolist())
+        response.failure_reasons.extend(failures[failures != 0].tolist())
+        if failures.any():
+            good = np.flatnonzero(failures == 0)
+            index = self._rows.on_device(good)
+            places, forced, tokens, logits = places[good], forced[good], tokens[index], logits[index]
+        sampled = describe(places, tokens, logits, self._rows.detail[chunks.rows[places]])
+        return [sampled, *self._report_forced(chunks, places, forced, response)]
 
     def _force(self, rows: Ints) -> Ints:
         """Adds to these rows, on all ranks, what their grammars force after the tokens just sampled.
 
-        Returns it, padded with -1: [n, MAX_FORCED], or [n, 0] if none of the rows has such a grammar.
+        Returns it, padded with -1: [n, MAX_FORCED], or [n, 0] if none of the rows has a grammar. A row that wants
+        logprobs samples its last token in any case, for then there is a logprob of it.
         """
-        forceable = self._rows.forceable[rows]
+        forceable, scored = self._rows.forceable[rows], self._rows.scores(rows)
         forced = np.full((len(rows), MAX_FORCED if forceable.any() else 0), -1, np.int64)
         if forced.size:
             if self._group.rank == 0:
                 for place in np.flatnonzero(forceable).tolist():
                     most = min(MAX_FORCED, int(self._rows.room(rows[place])))
-                    tokens = self._constraints.force(int(rows[place]), most)
+                    tokens = self._constraints.force(int(rows[place]), most, end=not scored[place])
                     forced[place, : len(tokens)] = tokens
             on_device = self._rows.on_device(forced)
             self._group.broadcast_(on_device)
             self._rows.force(rows, on_device)
         return forced
+
+    def _report_forced(self, chunks: Chunks, places: Ints, forced: Ints, response: StepResponse) -> list[Tokens]:
+        """Forced tokens [places, most], padded with -1: reported now, or announced where they are to be scored."""
+        if not (forced >= 0).any():
+            return []
+        scored = self._rows.scores(chunks.rows[places])[:, None]
+        now, later = (forced >= 0) & ~scored, (forced >= 0) & scored
+        if later.any():
+            response.announced_counts.extend(np.bincount(places, later.sum(1), len(chunks)).astype(int).tolist())
+            response.announced_tokens.extend(forced[later].tolist())
+        return [Tokens(np.repeat(places, now.sum(1)), forced[now])] if now.any() else []
 
     def _report_pooled(self, chunks: Chunks, hidden: Tensor, response: StepResponse) -> None:
         """Adds the vectors of the sequences that are pooled and whose last token was computed."""

@@ -132,18 +132,37 @@ def test_no_end_token_is_chosen_before_the_least_length(client: Client) -> None:
     assert len(tokens) > 30 and not set(tokens[:30]) & {*ends, END}
 
 
-def test_preempted_sequences_and_two_ranks_answer_the_same(model: Path, adapters: Path, client: Client) -> None:
-    expected = [answer(client, JsonSchema(SCHEMA), seed=seed).text for seed in range(8)]
+def test_preempted_sequences_and_two_ranks_answer_the_same_with_logprobs_or_without(
+    model: Path, adapters: Path, client: Client
+) -> None:
+    expected = [answer(client, JsonSchema(SCHEMA), seed=seed) for seed in range(8)]
+    scored = [answer(client, JsonSchema(SCHEMA), seed=seed, logprobs=True) for seed in range(8)]
+    for plain, whole in zip(expected, scored, strict=True):
+        tokens = [token.id for token in whole.tokens]
+        assert tokens == [token.id for token in plain.tokens]
+        prompt = byte_tokenizer().encode("Say: ")
+        known = client.generate([*prompt, *tokens], max_new_tokens=1, prompt_logprobs=True).prompt[len(prompt) :]
+        assert [token.logprob for token in whole.tokens] == pytest.approx([t.logprob for t in known], abs=1e-3)
 
-    async def ask(address: str) -> list[str]:
+    async def ask(address: str, **options: bool) -> list[GeneratedSequence]:
         async with AsyncClient(address) as other, asyncio.TaskGroup() as group:
-            tasks = [
-                group.create_task(other.generate("Say: ", grammar=JsonSchema(SCHEMA), temperature=1.0, seed=seed))
-                for seed in range(8)
-            ]
-        return [task.result().text for task in tasks]
+            options = {"grammar": JsonSchema(SCHEMA), "temperature": 1.0, **options}  # type: ignore[dict-item]
+            tasks = [group.create_task(other.generate("Say: ", seed=seed, **options)) for seed in range(8)]  # type: ignore[arg-type]
+        return [task.result().sequences[0] for task in tasks]
 
     with Server(str(model), "--tp=2", "--kv-blocks=12", "--max-model-len=160", "--threads=1") as small:
-        assert asyncio.run(ask(small.address)) == expected
+        assert [found.text for found in asyncio.run(ask(small.address))] == [whole.text for whole in expected]
+        for found, whole in zip(asyncio.run(ask(small.address, logprobs=True)), scored, strict=True):
+            assert [token.id for token in found.tokens] == [token.id for token in whole.tokens]
+            logprobs = [token.logprob for token in whole.tokens]
+            assert [token.logprob for token in found.tokens] == pytest.approx(logprobs, abs=1e-3)
         assert small.metric("loraplex_preemptions_total") > 0
         small.assert_nothing_is_held()
+
+
+def test_an_answer_with_logprobs_is_cut_where_it_would_be_without(client: Client) -> None:
+    for limit in range(1, 14):
+        plain = answer(client, JsonSchema(SCHEMA), seed=3, max_new_tokens=limit)
+        scored = answer(client, JsonSchema(SCHEMA), seed=3, max_new_tokens=limit, logprobs=True)
+        assert (scored.text, scored.finish_reason) == (plain.text, plain.finish_reason)
+        assert len(scored.tokens) == limit and all(token.logprob < 0 for token in scored.tokens)

@@ -79,6 +79,7 @@ class Row:
     blocks: list[int]
     unsent: list[int]  # the last of the blocks: no plan has named them yet
     outputs: list[int] = field(default_factory=list)
+    unscored: int = 0  # tokens that were announced and are still to come
 
 
 class Planner:
@@ -139,11 +140,13 @@ class Planner:
         """Adds the step's tokens to their rows' outputs."""
         assert response.step == plan.step
         assert len(response.token_counts) == len(plan.rows)
-        tokens = iter(response.tokens)
-        for number, count in zip(plan.rows, response.token_counts, strict=True):
+        tokens, announced = iter(response.tokens), response.announced_counts or [0] * len(plan.rows)
+        for number, count, coming in zip(plan.rows, response.token_counts, announced, strict=True):
             row = self.rows[number]
             row.outputs += [next(tokens) for _ in range(count)]
-            row.known += max(count - 1, 0)
+            scored = min(count, row.unscored)
+            row.unscored += coming - scored
+            row.known += coming + max(count - scored - 1, 0)
         assert not list(tokens)
 
     def run(self, step: Step, lengths: dict[int, int]) -> StepResponse:

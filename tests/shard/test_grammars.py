@@ -229,11 +229,47 @@ def test_forced_tokens_that_the_next_plan_did_not_know_of_change_nothing(runner:
     assert ahead.rows[0].outputs == told.rows[0].outputs
 
 
-def test_a_sequence_that_reports_logprobs_has_all_its_tokens_sampled(runner: Runner) -> None:
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_forced_tokens_come_with_their_logprobs_where_these_are_asked_for(runner: Runner, ahead: int) -> None:
+    prompt = TOKENIZER.encode("Who?")
+    plain, scored, whole = Planner(), Planner(), Planner()
+    plain.start(0, prompt, sampling=RANDOM, grammar=PERSON)
+    plain.run(runner.step, {0: 4})
+    plain.decode(runner.step, [0], 40)
+    runner.clear()
+    scored.start(0, prompt, sampling=RANDOM, grammar=PERSON, logprobs=True, top_logprobs=1)
+    plans = [scored.plan({0: 4}), *[scored.plan({0: 1}) for _ in range(ahead)]]
+    responses = [runner.step(plan) for plan in plans]
+    for plan, response in zip(plans, responses, strict=True):
+        scored.read(plan, response)
+    scored.rows[0].known -= ahead  # the second plan's sample, which did not come
+    assert [list(response.token_counts) for response in responses] == [[1]] * (1 + ahead)
+    assert list(responses[0].announced_counts) == [len('"name": "')]
+    while END not in scored.rows[0].outputs:
+        responses.append(scored.run(runner.step, {0: scored.rows[0].known - scored.rows[0].computed}))
+    outputs, length = scored.rows[0].outputs, len(scored.rows[0].outputs)
+    assert outputs == plain.rows[0].outputs[:length] and len(responses) < length
+    whole.start(1, [*prompt, *outputs], prompt_logprobs=True)
+    expected = whole.run(runner.step, {1: 4 + length}).prompt_logprobs[3:]
+    logprobs = [value for response in responses for value in response.logprobs]
+    best = [value for response in responses for value in response.alternative_logprobs]
+    assert logprobs == pytest.approx(expected, abs=1e-4)
+    assert len(best) == length and all(top >= own for own, top in zip(logprobs, best, strict=True))
+
+
+def test_a_preempted_sequence_gets_the_logprobs_that_were_announced(runner: Runner) -> None:
+    prompt = TOKENIZER.encode("Who?")
     planner = Planner()
-    planner.start(0, [1, 2], grammar=PERSON, logprobs=True)
-    response = planner.run(runner.step, {0: 2})
-    assert list(response.token_counts) == [1] and len(response.logprobs) == 1
+    planner.start(0, prompt, sampling=RANDOM, grammar=PERSON, logprobs=True)
+    first = planner.run(runner.step, {0: 4})
+    outputs = [*first.tokens, *first.announced_tokens]
+    planner.release(0)
+    options = {"sampling": RANDOM, "grammar": PERSON, "logprobs": True, "unscored": len(first.announced_tokens)}
+    planner.start(6, prompt, outputs=outputs, **options)
+    again = planner.plan({6: 4 + len(outputs)})
+    response = runner.step(again)
+    assert list(response.tokens)[:-1] == list(first.announced_tokens)
+    assert len(response.logprobs) == len(response.tokens) and all(value < 0 for value in response.logprobs)
 
 
 def test_forced_tokens_stay_within_the_context(runner: Runner) -> None:

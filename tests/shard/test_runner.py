@@ -13,7 +13,7 @@ from loraplex_shard.lora.store import AdapterStore
 from loraplex_shard.lora.weights import AdapterWeights, Expansion, LayerWeights
 from loraplex_shard.models import Decoder
 from loraplex_shard.parallel import Group
-from loraplex_shard.runner import PROMPT_SLICE, Runner
+from loraplex_shard.runner import LOGITS_SLICE, Runner
 from tests.shard.decoders import load
 from tests.shard.planner import (
     BLOCK_SIZE,
@@ -166,7 +166,7 @@ def test_what_a_seed_gives_does_not_depend_on_the_neighbours(runner: Runner) -> 
 
 
 def test_prompt_logprobs_are_those_of_transformers(runner: Runner, reference: PreTrainedModel) -> None:
-    prompt = random_tokens(PROMPT_SLICE + 40, 6)
+    prompt = random_tokens(LOGITS_SLICE + 40, 6)
     planner = Planner()
     planner.start(1, prompt, prompt_logprobs=True)
     planner.start(4, random_tokens(20, 7))
