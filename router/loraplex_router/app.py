@@ -26,7 +26,7 @@ from loraplex_router.scheduler import Limits, Scheduler
 from loraplex_router.service import Service, ServiceLimits
 from loraplex_router.settings import RouterSettings
 from loraplex_router.shards import ShardGroup
-from loraplex_router.telemetry.request_log import RequestLog
+from loraplex_router.telemetry.opening import open_telemetry
 from loraplex_router.telemetry.telemetry import Telemetry
 from loraplex_router.text.chat import ChatTemplate
 from loraplex_router.text.foreign_templates import ForeignTemplates
@@ -45,6 +45,7 @@ class Router:
         tokenizer: Tokenizer,
         templates: ForeignTemplates,
         keys: Keys,
+        telemetry: Telemetry,
     ) -> None:
         info = shards.info
         self._settings = settings
@@ -52,12 +53,7 @@ class Router:
         blocks = BlockAllocator(info.num_blocks)
         limits = Limits(max(settings.max_batch_tokens, info.max_sequences), info.max_sequences, info.block_size)
         scheduler = Scheduler(limits, blocks, pool)
-        telemetry = Telemetry(settings.metrics_adapters, RequestLog(settings.log_prompts))
         telemetry.metrics.describe_build(info.model_id)
-        if settings.lorax_metrics:
-            telemetry.add_lorax_names()
-        if settings.gateway_metrics:
-            telemetry.add_gateway_names()
         telemetry.watch("0", scheduler, blocks, pool)
         self._engine = Engine(scheduler, pool, shards, telemetry.group("0"))
         self._service = Service(
@@ -76,7 +72,7 @@ class Router:
             telemetry,
         )
         model_info = self._model_info(info, limits)
-        self._grpc = GrpcServer(GenerationApi(self._service, model_info))
+        self._grpc = GrpcServer(GenerationApi(self._service, model_info), telemetry.interceptors)
         self._app = create_app(self._service, model_info, lambda: not self._service.draining)
         self._stop = asyncio.Event()
 
@@ -158,9 +154,10 @@ async def run(settings: RouterSettings, ready: Callable[[int, int], None]) -> No
         await shards.connect(max_batch_tokens=settings.max_batch_tokens)
         files = await shards.tokenizer()
         templates = ForeignTemplates(files.bos_token, files.eos_token)
-        router = Router(settings, shards, _read_tokenizer(files), templates, keys)
         async with contextlib.aclosing(templates):
-            await router.run(ready)
+            with open_telemetry(settings) as telemetry:
+                router = Router(settings, shards, _read_tokenizer(files), templates, keys, telemetry)
+                await router.run(ready)
     finally:
         await shards.close()
 

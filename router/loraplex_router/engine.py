@@ -203,7 +203,7 @@ class Engine:
             self._fail_waiting(claim.adapter, error)
             self._pool.release_slot(claim.adapter)
         else:
-            claim.adapter.ready = True
+            claim.adapter.ready, claim.adapter.loaded = True, time.monotonic()
         self._wakeup.set()
 
     def _fail_waiting(self, adapter: Adapter, error: LoraplexError) -> None:

@@ -57,6 +57,7 @@ class Sequence:
     end_token_ids: frozenset[int] = frozenset()
     min_new_tokens: int = 0  # no end token is sampled before
     grammar: Grammar | None = None
+    traceparent: str = ""  # the trace context that its spans on the shards belong to, if it is traced
 
     computed: int = 0
     in_flight: int = 0

@@ -39,6 +39,15 @@ class EdgeSettings(BaseModel):
     gateway_metrics: bool = Field(
         False, description="Export what the Gateway API Inference Extension's endpoint picker reads (vllm:...), too."
     )
+    otlp_endpoint: str = Field(
+        "",
+        pattern=r"^(https?://\S+)?$",
+        description="Where traces go: the OTLP/gRPC address of an OpenTelemetry collector, http://HOST:4317. "
+        "Empty: no traces.",
+    )
+    trace_sampling: float = Field(
+        1.0, ge=0, le=1, description="Which part of the requests is traced that come without a trace of their own."
+    )
     log_format: Literal["text", "json"] = Field("text", description="How log lines are written.")
     log_prompts: bool = Field(False, description="Log prompts and answers with each request.")
     drain_seconds: float = Field(

@@ -21,7 +21,6 @@ from loraplex_shard.checkpoint import Checkpoint, open_checkpoint
 from loraplex_shard.grammars import GrammarCompiler
 from loraplex_shard.layers.sources import Target
 from loraplex_shard.lora.store import AdapterStore
-from loraplex_shard.metrics import ShardMetrics
 from loraplex_shard.models import load_decoder
 from loraplex_shard.models.architectures import read_spec
 from loraplex_shard.ops.choose import choose_operations
@@ -29,6 +28,7 @@ from loraplex_shard.parallel import Group
 from loraplex_shard.runner import Runner
 from loraplex_shard.service import ShardService
 from loraplex_shard.settings import SettingsError, ShardSettings
+from loraplex_shard.telemetry import Telemetry, open_telemetry
 
 logger = logging.getLogger(__name__)
 
@@ -68,17 +68,15 @@ def run(settings: ShardSettings, progress: Progress | None = None) -> None:
     for number in signal.SIGTERM, signal.SIGINT:
         signal.signal(number, _exit)
     step_failed = threading.Event()
-    metrics = ShardMetrics()
     try:
-        service = _load(settings, checkpoint, group, device, progress, step_failed, metrics)
-        if settings.metrics_port:
-            metrics.serve(settings.metrics_host, settings.metrics_port)
-        server = start(service, settings.listen)
-        logger.info("rank %d of %d serves at %s", settings.rank, settings.tp, settings.listen)
-        try:
-            step_failed.wait()
-        finally:
-            server.stop(GRACE).wait()
+        with open_telemetry(settings) as telemetry:
+            service = _load(settings, checkpoint, group, device, progress, step_failed, telemetry)
+            server = start(service, settings.listen)
+            logger.info("rank %d of %d serves at %s", settings.rank, settings.tp, settings.listen)
+            try:
+                step_failed.wait()
+            finally:
+                server.stop(GRACE).wait()
     finally:
         group.close()
     raise StepFailedError(f"rank {settings.rank}: a step failed; start all ranks of the group again")
@@ -107,7 +105,7 @@ def _load(
     device: torch.device,
     progress: Progress | None,
     step_failed: threading.Event,
-    metrics: ShardMetrics,
+    telemetry: Telemetry,
 ) -> ShardService:
     dtype = machine.pick_dtype(settings.dtype, checkpoint.config, device)
     max_model_len = machine.longest_context(settings, checkpoint.config)
@@ -120,7 +118,7 @@ def _load(
     cache = decoder.new_cache(num_blocks, machine.BLOCK_SIZE, kv_dtype)
     adapter_dtype = torch.int8 if settings.adapter_dtype == "int8" else dtype
     adapters = AdapterStore(
-        decoder.layouts, adapter_dtype, device, settings.adapters, checkpoint.architecture, metrics=metrics
+        decoder.layouts, adapter_dtype, device, settings.adapters, checkpoint.architecture, metrics=telemetry.metrics
     )
     tokenizer = checkpoint.tokenizer()
     grammars = GrammarCompiler(tokenizer.tokenizer_json, decoder.vocab_size, checkpoint.end_token_ids)
@@ -137,7 +135,7 @@ def _load(
         max_sequences=settings.max_sequences,
         end_token_ids=checkpoint.end_token_ids,
     )
-    metrics.describe(info)
+    telemetry.metrics.describe(info)
     return ShardService(
         runner=Runner(decoder, cache, adapters, group, settings.max_sequences, max_model_len, device, grammars),
         adapters=adapters,
@@ -151,7 +149,7 @@ def _load(
         ),
         # A single rank has nobody to be out of step with, and the next stream starts from nothing.
         on_failed_step=step_failed.set if group.size > 1 else lambda: None,
-        metrics=metrics,
+        telemetry=telemetry,
     )
 
 

@@ -18,8 +18,8 @@ from loraplex_protos.shard_pb2_grpc import ShardServiceServicer
 from loraplex_shard.grammars import GrammarCompiler
 from loraplex_shard.lora.merge import Recipe
 from loraplex_shard.lora.store import AdapterStore
-from loraplex_shard.metrics import ShardMetrics
 from loraplex_shard.runner import Runner
+from loraplex_shard.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class ShardService(ShardServiceServicer):
         info: pb.GetInfoResponse,
         tokenizer: pb.GetTokenizerResponse,
         on_failed_step: Callable[[], None],
-        metrics: ShardMetrics,
+        telemetry: Telemetry,
     ) -> None:
         self._runner = runner
         self._adapters = adapters
@@ -49,7 +49,7 @@ class ShardService(ShardServiceServicer):
         self._info = info
         self._tokenizer = tokenizer
         self._on_failed_step = on_failed_step
-        self._metrics = metrics
+        self._telemetry = telemetry
         self._runner_in_use = threading.Lock()
 
     def GetInfo(self, request: pb.GetInfoRequest, context: grpc.ServicerContext) -> pb.GetInfoResponse:
@@ -121,10 +121,11 @@ class ShardService(ShardServiceServicer):
         with self._only_user_of_runner(context), self._errors_answered(context):
             self._runner.clear()
             for number, plan in enumerate(request_iterator):
-                began = time.monotonic_ns()
+                began = time.monotonic()
                 response = self._run(plan, number)
-                response.duration_us = (time.monotonic_ns() - began) // 1000
-                self._metrics.step(plan, response)
+                ended = time.monotonic()
+                response.duration_us = round((ended - began) * 1e6)
+                self._telemetry.step(plan, response, began, ended)
                 yield response
 
     def _run(self, plan: pb.StepRequest, number: int) -> pb.StepResponse:

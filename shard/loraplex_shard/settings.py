@@ -67,6 +67,9 @@ class ModelSettings(BaseModel):
         0, ge=0, le=1024, description="Threads that each rank computes with. 0: the cores divided by tp."
     )
 
+    otlp_endpoint: str = Field(
+        "", pattern=r"^(https?://\S+)?$", description="Where spans of traced requests go: as the router's."
+    )
     log_format: Literal["text", "json"] = Field("text", description="How log lines are written.")
 
     @model_validator(mode="after")

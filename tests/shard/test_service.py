@@ -26,6 +26,7 @@ from loraplex_shard.runner import Runner
 from loraplex_shard.server import start
 from loraplex_shard.service import ShardService
 from loraplex_shard.settings import SettingsError
+from loraplex_shard.telemetry import Telemetry
 from tests.shard.decoders import load
 from tests.shard.planner import (
     BLOCK_SIZE,
@@ -89,7 +90,7 @@ def service(decoder: Decoder, failed_step: threading.Event, tmp_path: Path) -> S
     runner = Runner(decoder, cache, adapters, Group(0, 1), 8, MAX_MODEL_LEN, CPU, grammars)
     info = pb.GetInfoResponse(model_id="tiny", rank=0, num_blocks=NUM_BLOCKS)
     tokenizer = pb.GetTokenizerResponse(tokenizer_json=b"{}")
-    return ShardService(runner, adapters, grammars, info, tokenizer, failed_step.set, ShardMetrics())
+    return ShardService(runner, adapters, grammars, info, tokenizer, failed_step.set, Telemetry(ShardMetrics()))
 
 
 @pytest.fixture
@@ -252,7 +253,7 @@ def test_a_slow_adapter_source_delays_no_step(decoder: Decoder, address: str, fa
     grammars = GrammarCompiler(b"{}", decoder.vocab_size, end_token_ids=(2,))
     runner = Runner(decoder, cache, adapters, Group(0, 1), 8, MAX_MODEL_LEN, CPU, grammars)
     info, tokenizer = pb.GetInfoResponse(), pb.GetTokenizerResponse()
-    service = ShardService(runner, adapters, grammars, info, tokenizer, failed_step.set, ShardMetrics())
+    service = ShardService(runner, adapters, grammars, info, tokenizer, failed_step.set, Telemetry(ShardMetrics()))
     server = start(service, address)
     with grpc.insecure_channel(address) as channel, Stream(ShardServiceStub(channel)) as stream:
         slow = ShardServiceStub(channel).StageAdapter.future(pb.StageAdapterRequest(id="org/slow"))

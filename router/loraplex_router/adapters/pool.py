@@ -21,6 +21,7 @@ class Adapter:
     merges: int = 0  # merges under way that it is a part of; they need it staged
     turn: int = 0  # sequences it may still start before older ones of adapters without a slot; see the scheduler
     name: str = ""  # the id under which it was staged last
+    loaded: float = 0.0  # when its slot was filled last, on the clock of time.monotonic
 
     @property
     def in_use(self) -> bool:

@@ -1,7 +1,7 @@
 """The gRPC face: generation.proto over the service."""
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -118,8 +118,8 @@ class GenerationApi(GenerationServiceServicer):
 class GrpcServer:
     """The gRPC port: the API, health and reflection. Healthy from `start` until `drain`."""
 
-    def __init__(self, api: GenerationApi) -> None:
-        self._server = grpc.aio.server(options=SERVER_OPTIONS)
+    def __init__(self, api: GenerationApi, interceptors: Sequence[grpc.aio.ServerInterceptor] = ()) -> None:
+        self._server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=tuple(interceptors))
         self._health = health.aio.HealthServicer()
         add_GenerationServiceServicer_to_server(api, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)

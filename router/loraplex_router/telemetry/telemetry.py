@@ -5,10 +5,13 @@ Hands each event to the metrics, the log and, where they are on, the traces. Run
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
+import grpc
 from prometheus_client import CollectorRegistry, generate_latest
+from starlette.types import ASGIApp
 
 from loraplex_protos import shard_pb2 as pb
 from loraplex_protos.errors import LoraplexError
@@ -25,6 +28,11 @@ from loraplex_router.telemetry.metrics import Metrics
 from loraplex_router.telemetry.request_log import RequestLog
 from loraplex_router.telemetry.state import GroupState, Snapshot, State
 
+if TYPE_CHECKING:  # the module needs an extra
+    from loraplex_router.telemetry.traces import Traces
+
+Middleware = Callable[[ASGIApp], ASGIApp]
+
 
 class Telemetry:
     """Watches one router. `adapters` bounds how many adapters have series of their own."""
@@ -35,6 +43,10 @@ class Telemetry:
         self._log = log
         self._groups: dict[str, GroupState] = {}
         self.lorax: LoraxMetrics | None = None
+        # Set once, before the servers are made, if requests are to be traced:
+        self.traces: Traces | None = None
+        self.interceptors: tuple[grpc.aio.ServerInterceptor, ...] = ()
+        self.middleware: tuple[Middleware, ...] = ()
         self._snapshots: list[Snapshot] = []
         self._add(State(self._groups, self._labels))
 
@@ -80,6 +92,8 @@ class Telemetry:
 
     def queued(self, generation: Generation) -> None:
         self._labels.count(_adapter_name(generation))
+        if self.traces is not None:
+            self.traces.queued(generation)
 
     def started(self, generation: Generation) -> None:
         """A step that starts one of its sequences leaves."""
@@ -88,10 +102,14 @@ class Telemetry:
         generation.started = time.monotonic()
         label = self._labels.find(_adapter_name(generation))
         self.metrics.queue_wait.labels(label).observe(generation.started - generation.validated)
+        if self.traces is not None:
+            self.traces.started(generation)
 
     def first_token(self, generation: Generation) -> None:
         generation.first_token = time.monotonic()
         self.metrics.first_token.observe(generation.first_token - generation.arrived)
+        if self.traces is not None:
+            self.traces.first_token(generation)
 
     def ended(self, generation: Generation) -> None:
         """It is finished, failed or cancelled."""
@@ -111,6 +129,8 @@ class Telemetry:
         self._log.ended(generation, outcome, now)
         if self.lorax is not None:
             self.lorax.ended(generation, outcome, now)
+        if self.traces is not None:
+            self.traces.ended(generation, outcome, now)
 
     def _refused(self, request: Request | EmbedRequest, outcome: str, arrived: float) -> None:
         """Its adapter may be any text, and gets no label."""
@@ -118,6 +138,8 @@ class Telemetry:
         self._log.refused(request, outcome, time.monotonic() - arrived)
         if self.lorax is not None:
             self.lorax.refused(outcome)
+        if self.traces is not None:
+            self.traces.refused(request, outcome, arrived)
 
     # ---- groups ------------------------------------------------------------------------------------------------
 
@@ -170,6 +192,9 @@ class GroupTelemetry:
         self._last_result = now
         if self._router.lorax is not None:
             self._router.lorax.step(len(decodes) < len(plan.chunks), response.duration_us / 1e6, len(plan.chunks))
+
+        if self._router.traces is not None:
+            self._router.traces.step(plan)
 
     def rank_latency(self, rank: int, seconds: float) -> None:
         """What a step took beyond the rank's own time."""

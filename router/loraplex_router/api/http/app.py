@@ -20,6 +20,8 @@ def create_app(service: Service, info: pb.GetModelInfoResponse, healthy: Callabl
     app = FastAPI(title="loraplex", version=info.version, summary="One base model, any number of LoRA adapters.")
     install_handlers(app)
     app.add_middleware(BodyLimit)
+    for middleware in service.telemetry.middleware:
+        app.add_middleware(middleware)
     app.include_router(create_lorax_routes(service, info, healthy))
     app.include_router(create_openai_routes(service, info))
     app.include_router(create_embedding_routes(service, info))

@@ -1,0 +1,31 @@
+"""How both services send spans to an OpenTelemetry collector. Imported only where tracing is on: it needs the extra
+`traces`. The SDK's own variables (OTEL_EXPORTER_OTLP_HEADERS, OTEL_RESOURCE_ATTRIBUTES ...) are honoured."""
+
+import time
+
+from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+TIMEOUT = 3.0  # seconds for one batch, so that a collector that is gone does not hold up a shutdown
+W3C = TraceContextTextMapPropagator()
+
+
+def open_provider(service: str, endpoint: str, sampling: float = 1.0) -> TracerProvider:
+    """Tracers whose spans go to `endpoint` over OTLP's gRPC, from a thread. http:// is plain, https:// TLS.
+
+    sampling: which part of the traces that begin here is kept; others follow their caller. To be shut down at the end.
+    """
+    sampler = ParentBased(TraceIdRatioBased(sampling))
+    resource = Resource.create({"service.name": service})
+    provider = TracerProvider(sampler=sampler, resource=resource, shutdown_on_exit=False)
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint, timeout=TIMEOUT)))
+    return provider
+
+
+def nanoseconds(monotonic: float) -> int:
+    """A time of time.monotonic as spans have it: since 1970."""
+    return time.time_ns() - round((time.monotonic() - monotonic) * 1e9)
