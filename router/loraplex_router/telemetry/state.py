@@ -59,6 +59,7 @@ class State(Snapshot):
     def _group_gauges(self) -> Iterator[Metric]:
         text = "Groups of shards that take new sequences."
         yield GaugeMetricFamily("loraplex_groups", text, value=len(self.groups))
+        yield self._queue_length()
         sequences = _gauge("sequences", "Sequences, by state.", "group", "state")
         blocks = _gauge("kv_blocks", "Blocks of the KV cache, by state.", "group", "state")
         adapters = _gauge("adapters", "Staged adapters, by the fastest tier that holds them.", "group", "tier")
@@ -77,6 +78,11 @@ class State(Snapshot):
             slots.add_metric([name], group.pool.slots)
             preempted.add_metric([name], group.scheduler.num_preemptions)
         yield from (sequences, blocks, adapters, slots, preempted)
+
+    def _queue_length(self) -> Metric:
+        """For autoscalers, which want one series."""
+        waiting = sum(group.scheduler.num_waiting for group in self.groups.values())
+        return GaugeMetricFamily("loraplex_queue_length", "Sequences that wait, in all groups.", value=waiting)
 
     def _adapter_gauges(self) -> Iterator[Metric]:
         waiting, running = (Counter(dict.fromkeys(self._labels, 0)) for _ in range(2))
