@@ -6,6 +6,7 @@ from loraplex.cli import adapters, kernels, services
 from loraplex.cli.chat import chat
 from loraplex.cli.generate import generate
 from loraplex.cli.info import info
+from loraplex.cli.top import top
 
 app = typer.Typer(
     name="loraplex",
@@ -16,6 +17,7 @@ app = typer.Typer(
 app.command()(generate)
 app.command()(chat)
 app.command()(info)
+app.command()(top)
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(kernels.app, name="kernels", rich_help_panel="Services")
 services.add_commands(app)

@@ -1,0 +1,88 @@
+"""`loraplex top`: the numbers of a frame follow from two scrapes."""
+
+import pytest
+from rich.console import Console
+
+from loraplex.cli.samples import Change, Samples
+from loraplex.cli.top import frame
+
+BEFORE = """
+# HELP loraplex_sequences Sequences, by state.
+# TYPE loraplex_sequences gauge
+loraplex_sequences{group="0",state="running"} 0.0
+loraplex_generated_tokens_total{group="0"} 100.0
+loraplex_requests_total{adapter="sql",outcome="finished"} 5.0
+"""
+NOW = """
+loraplex_build_info{model="org/model",version="1"} 1.0
+loraplex_sequences{group="0",state="running"} 3.0
+loraplex_sequences{group="0",state="waiting"} 2.0
+loraplex_kv_blocks{group="0",state="used"} 30.0
+loraplex_kv_blocks{group="0",state="cached"} 30.0
+loraplex_kv_blocks{group="0",state="free"} 60.0
+loraplex_adapters{group="0",tier="device"} 4.0
+loraplex_adapters{group="0",tier="host"} 9.0
+loraplex_adapter_slots{group="0"} 64.0
+loraplex_generated_tokens_total{group="0"} 300.0
+loraplex_requests_total{adapter="sql",outcome="finished"} 9.0
+loraplex_requests_total{adapter="sql",outcome="cancelled"} 2.0
+loraplex_time_to_first_token_seconds_sum 0.4
+loraplex_time_to_first_token_seconds_count 2.0
+loraplex_step_duration_seconds_sum{group="0"} 1.0
+loraplex_step_duration_seconds_count{group="0"} 50.0
+loraplex_step_tokens_total{group="0",phase="prefill"} 400.0
+loraplex_step_tokens_total{group="0",phase="decode"} 150.0
+loraplex_adapter_sequences{adapter="sql",state="running"} 3.0
+loraplex_adapter_sequences{adapter="[red]x",state="running"} 0.0
+loraplex_adapter_generated_tokens_total{adapter="sql"} 80.0
+loraplex_queue_wait_seconds_sum{adapter="sql"} 0.1
+loraplex_queue_wait_seconds_count{adapter="sql"} 4.0
+"""
+
+
+def shown(before: str, now: str, seconds: float = 2.0) -> str:
+    console = Console(width=160)
+    with console.capture() as capture:
+        console.print(frame(Change(Samples(0.0, before), Samples(seconds, now))))
+    return capture.get()
+
+
+def test_a_frame_shows_queues_rates_and_means():
+    text = shown(BEFORE, NOW)
+    assert "org/model" in text
+    assert "running 3   waiting 2   requests/s 3.0   not finished/s 1.0" in text
+    assert "tokens/s 100.0   first token 200.0 ms   between tokens -" in text
+    group = next(line.split() for line in text.splitlines() if line.startswith("0 "))
+    assert group[1:3] == ["3", "2"] and "25%" in group
+    assert group[-7:] == ["9", "25.0", "20.0", "ms", "8.0", "3.0", "-"] and "4/64" in group
+    adapter = next(line.split() for line in text.splitlines() if line.startswith("sql"))
+    assert adapter == ["sql", "3", "0", "3.0", "0.0", "40.0", "25.0", "ms"]
+
+
+def test_an_adapters_name_is_shown_as_it_is():
+    assert "[red]x" in shown(BEFORE, NOW)
+
+
+def test_a_server_that_has_done_nothing_yet_has_a_frame():
+    assert "requests/s 0.0" in shown("", "")
+
+
+def test_several_routers_are_summed():
+    both = Samples(0.0, NOW, NOW)
+    assert both.sum("loraplex_sequences", state="running") == 6
+
+
+def test_a_counter_that_was_reset_has_no_negative_rate():
+    change = Change(Samples(0.0, "c_total 10"), Samples(1.0, "c_total 3"))
+    assert change.rate("c_total") == 0
+
+
+def test_labels_are_unescaped():
+    (sample,) = Samples(0.0, r'm{a="x\"y\\z\n,{}",b="2"} 1').find("m")
+    assert sample.labels == {"a": 'x"y\\z\n,{}', "b": "2"}
+
+
+@pytest.mark.parametrize("text", ["<html>", "name{a} x y z"])
+def test_what_is_not_prometheus_is_refused(text: str):
+    with pytest.raises(ValueError, match="text format"):
+        Samples(0.0, text)
