@@ -51,6 +51,7 @@ def create_admin_routes(service: Service) -> APIRouter:
     routes = APIRouter(tags=["Adapters"])
     loading = {status: error for status, error in LORAX_ERRORS.items() if status not in (429, 499)}
     in_use: dict[int | str, dict[str, Any]] = {409: {**LORAX_ERRORS[404], "description": IN_USE}}
+    done: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
     v1_in_use: dict[int | str, dict[str, Any]] = {409: {**OPENAI_ERRORS[404], "description": IN_USE}}
 
     @routes.get("/adapters", responses={200: {"model": list[Status]}, 401: LORAX_ERRORS[401], 503: LORAX_ERRORS[503]})
@@ -71,7 +72,7 @@ def create_admin_routes(service: Service) -> APIRouter:
         await service.unload_adapter(_read(body), read_bearer(http.headers.get("authorization")))
         return Response()
 
-    @routes.post("/v1/load_lora_adapter", response_class=PlainTextResponse, responses=OPENAI_ERRORS)
+    @routes.post("/v1/load_lora_adapter", response_class=Response, responses={**done, **OPENAI_ERRORS})
     async def vllm_load(body: VllmLoad, http: Request) -> Response:
         """vLLM's name of loading. An adapter is served under its own name, so the two given must agree."""
         path = body.lora_path or body.lora_name
@@ -80,7 +81,7 @@ def create_admin_routes(service: Service) -> APIRouter:
         await service.load_adapter(AdapterReference(body.lora_name), read_bearer(http.headers.get("authorization")))
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
-    @routes.post("/v1/unload_lora_adapter", response_class=PlainTextResponse, responses={**OPENAI_ERRORS, **v1_in_use})
+    @routes.post("/v1/unload_lora_adapter", response_class=Response, responses={**done, **OPENAI_ERRORS, **v1_in_use})
     async def vllm_unload(body: VllmUnload, http: Request) -> Response:
         """vLLM's name of unloading."""
         await service.unload_adapter(AdapterReference(body.lora_name), read_bearer(http.headers.get("authorization")))

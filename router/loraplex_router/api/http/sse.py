@@ -18,6 +18,12 @@ DONE = "data: [DONE]\n\n"
 to_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
 
+def describe_events(description: str) -> dict[str, Any]:
+    """A streamed answer in the OpenAPI document, by what the data of its events are."""
+    data = {"type": "string", "description": description}
+    return {"text/event-stream": {"schema": {"type": "object", "properties": {"data": data}}}}
+
+
 def event(data: Mapping[str, Any]) -> str:
     return f"data: {to_json(data)}\n\n"
 

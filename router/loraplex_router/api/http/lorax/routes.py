@@ -12,7 +12,7 @@ from loraplex_router.api.http.errors import lorax_body
 from loraplex_router.api.http.lorax import schema
 from loraplex_router.api.http.lorax.reading import read_request, wants_details
 from loraplex_router.api.http.lorax.writing import LoraxWriter, static_headers, whole_headers
-from loraplex_router.api.http.sse import EventStream
+from loraplex_router.api.http.sse import EventStream, describe_events
 from loraplex_router.keys import read_bearer
 from loraplex_router.output import Generation
 from loraplex_router.request import MAX_N, MAX_STOPS
@@ -32,7 +32,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     502: {"model": schema.Error, "description": "The adapter's source does not answer."},
     503: {"model": schema.Error, "description": "Starting, shutting down, or a shard is lost."},
 }
-EVENTS = {"text/event-stream": {"schema": {"type": "string", "description": "StreamResponse objects, one an event."}}}
+EVENTS = describe_events("A StreamResponse. There may be comments between events.")
 
 
 def create_lorax_routes(service: Service, info: pb.GetModelInfoResponse, healthy: Callable[[], bool]) -> APIRouter:

@@ -15,7 +15,7 @@ from loraplex_router.api.http.openai import answers
 from loraplex_router.api.http.openai.chat import ChatWriter, read_chat
 from loraplex_router.api.http.openai.completions import CompletionWriter, read_completions
 from loraplex_router.api.http.openai.schema import ChatCompletionRequest, CompletionRequest
-from loraplex_router.api.http.sse import EventStream
+from loraplex_router.api.http.sse import EventStream, describe_events
 from loraplex_router.keys import read_bearer
 from loraplex_router.output import Generation
 from loraplex_router.service import Service
@@ -36,7 +36,7 @@ DESCRIPTIONS = {
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": answers.Error, "description": text} for status, text in DESCRIPTIONS.items()
 }
-EVENTS = {"text/event-stream": {"schema": {"type": "string", "description": "Chunks, one an event, then [DONE]."}}}
+EVENTS = describe_events("A chunk; at the end [DONE]. There may be comments between events.")
 
 
 def create_openai_routes(service: Service, info: pb.GetModelInfoResponse) -> APIRouter:
