@@ -10,6 +10,7 @@
     │   ├── AdapterForbiddenError      the source refuses this token
     │   ├── AdapterInvalidError        its files cannot be served: says which, and why
     │   ├── AdapterInUseError          sequences still need it
+    │   ├── AdapterPinsError           as many adapters are pinned as can be
     │   └── AdapterSourceError         its source does not answer
     ├── OverloadedError                the queue is full: try again later
     │   └── RateLimitedError           a limit of the API key is reached
@@ -111,6 +112,12 @@ class AdapterInUseError(AdapterError):
     http_status = 409
 
 
+class AdapterPinsError(AdapterError):
+    error_type = "adapter_pins"
+    grpc_status = grpc.StatusCode.FAILED_PRECONDITION
+    http_status = 409
+
+
 class AdapterSourceError(AdapterError):
     error_type = "adapter_source"
     grpc_status = grpc.StatusCode.UNAVAILABLE
@@ -169,6 +176,7 @@ ERROR_TYPES: dict[str, type[LoraplexError]] = {
         AdapterForbiddenError,
         AdapterInvalidError,
         AdapterInUseError,
+        AdapterPinsError,
         AdapterSourceError,
         OverloadedError,
         RateLimitedError,

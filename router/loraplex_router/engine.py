@@ -1,5 +1,5 @@
-"""The engine: one task that schedules, sends plans, reads results and hands tokens out. The only writer of the
-scheduler's state.
+"""The engine of one group: a task that schedules, sends plans, reads results and hands tokens out. The only writer of
+the scheduler's state.
 
 Plan n + 1 is sent before the result of plan n is read, so that the shards never wait for the router. A token that
 comes for a sequence which had already ended is dropped.
@@ -14,10 +14,9 @@ from collections.abc import Iterator, Sequence
 from loraplex_protos import shard_pb2 as pb
 from loraplex_protos.errors import GenerationError, LoraplexError, UnavailableError
 from loraplex_router.adapters.pool import Adapter, AdapterPool, SlotClaim
-from loraplex_router.grammar import Grammar
 from loraplex_router.output import Generation, Sample, SequenceOutput
 from loraplex_router.scheduler import Scheduler
-from loraplex_router.sequence import Chunk, FinishReason, Plan
+from loraplex_router.sequence import Chunk, Plan
 from loraplex_router.shards import Shards, encode
 from loraplex_router.telemetry.telemetry import GroupTelemetry
 
@@ -44,51 +43,58 @@ class Engine:
         self._wakeup = asyncio.Event()
         self._loads: set[asyncio.Task[None]] = set()
         self._steps = 0
-        self._failure: UnavailableError | None = None
 
     @property
     def idle(self) -> bool:
         return not self._generations
 
-    async def compile_grammar(self, grammar: Grammar) -> None:
-        """To be awaited before a sequence with this grammar is submitted, so that no step waits for it.
-
-        Raises InvalidRequestError with the reason if it cannot be compiled.
-        """
-        await self._shards.compile_grammar(grammar)
+    def runs(self, generation: Generation) -> bool:
+        return generation in self._generations
 
     def submit(self, generation: Generation) -> None:
-        """Queues a generation's sequences. Raises UnavailableError if a shard was lost."""
-        if self._failure is not None:
-            raise self._failure
+        """Queues those of a generation's sequences that have not ended."""
         self._generations[generation] = None
-        for output in generation.outputs:
+        generation.adapter.requests += 1
+        generation.adapter.last_used = time.time()
+        for output in generation.unfinished:
             self._owners[output.sequence] = generation, output
             self._scheduler.add(output.sequence)
         self._wakeup.set()
 
-    def cancel(self, generation: Generation) -> None:
-        """Ends what still runs of it; its blocks are free by the next step. Does nothing if it has ended."""
-        for output in generation.outputs:
-            if output.finish_reason is None:
-                output.finish(FinishReason.CANCELLED)
+    def wake(self) -> None:
+        """Something that the scheduler looks at has changed."""
+        self._wakeup.set()
+
+    def release(self, started: bool) -> list[Generation]:
+        """Gives up its generations without ending them; those of which nothing was computed, unless `started`."""
+        released = [g for g in self._generations if started or not any(o.sequence.computed for o in g.outputs)]
+        for generation in released:
+            for output in generation.unfinished:
                 self._scheduler.finish(output.sequence)
-        self._retire(generation)
+            self._forget(generation)
+        return released
+
+    def cancel(self, generation: Generation) -> None:
+        """Ends what still runs of it; its blocks are free by the next step. Does nothing if it runs elsewhere."""
+        if self.runs(generation):
+            for output in generation.unfinished:
+                self._scheduler.finish(output.sequence)
+            generation.cancel()
+            self._retire(generation)
 
     async def run(self) -> None:
-        """Until cancelled. If a shard fails, or the loop itself, every generation ends with UnavailableError, which is
-        raised."""
+        """Until cancelled. Raises UnavailableError if a shard fails: its generations can then be released to run
+        elsewhere. If the loop itself fails, they end with the error, since they may be its cause."""
         try:
             await self._loop()
+        except LoraplexError as error:
+            raise UnavailableError(f"a shard failed: {error.message}") from error
         except Exception as error:
-            if isinstance(error, LoraplexError):
-                self._failure = UnavailableError(f"a shard failed: {error.message}")
-            else:
-                logger.exception("the engine's loop failed")
-                self._failure = UnavailableError("the router failed; its log has the details")
+            logger.exception("the engine's loop failed")
+            failure = UnavailableError("the router failed; its log has the details")
             for generation in list(self._generations):
-                self._end(generation, self._failure)
-            raise self._failure from error
+                self._end(generation, failure)
+            raise failure from error
         finally:
             for task in self._loads:
                 task.cancel()
@@ -178,11 +184,16 @@ class Engine:
         self._retire(generation)
 
     def _retire(self, generation: Generation) -> None:
-        if generation in self._generations:
-            del self._generations[generation]
+        if self.runs(generation):
+            self._forget(generation)
             self._telemetry.ended(generation)
-            for output in generation.outputs:
-                del self._owners[output.sequence]
+
+    def _forget(self, generation: Generation) -> None:
+        del self._generations[generation]
+        generation.adapter.requests -= 1
+        generation.adapter.last_used = time.time()
+        for output in generation.outputs:
+            self._owners.pop(output.sequence, None)
 
     # ---- adapters --------------------------------------------------------------------------------------------
 

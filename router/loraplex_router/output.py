@@ -6,6 +6,8 @@ from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field
 
 from loraplex_protos.errors import LoraplexError
+from loraplex_router.adapters.pool import Adapter
+from loraplex_router.adapters.references import Reference
 from loraplex_router.keys import Tenant
 from loraplex_router.sequence import FinishReason, Sequence
 from loraplex_router.text.detokenizer import Detokenizer
@@ -143,9 +145,19 @@ class SequenceOutput:
 class Generation:
     """A request that runs: its sequences' outputs, read by one reader."""
 
-    def __init__(self, request_id: str, adapter_digest: str, arrived: float, validated: float, tenant: Tenant) -> None:
+    def __init__(
+        self,
+        request_id: str,
+        reference: Reference | None,
+        adapter: Adapter,
+        arrived: float,
+        validated: float,
+        tenant: Tenant,
+    ) -> None:
         self.request_id = request_id
-        self.adapter_digest = adapter_digest
+        self.reference = reference  # to the adapter, as it was asked for
+        self.adapter = adapter  # as the group has it where the generation is
+        self.moves = 0  # how many groups it lost
         self.tenant = tenant  # whose request it is
         self.arrived = arrived  # when the request came in; like the next four on the clock of time.monotonic
         self.validated = validated  # when nothing but its adapter was missing
@@ -160,6 +172,14 @@ class Generation:
         self.outputs.append(SequenceOutput(sequence, tokenizer, stops, self._wakeup))
 
     @property
+    def adapter_digest(self) -> str:
+        return self.adapter.digest
+
+    @property
+    def unfinished(self) -> list[SequenceOutput]:
+        return [output for output in self.outputs if output.finish_reason is None]
+
+    @property
     def finished(self) -> bool:
         return self.error is not None or all(output.finish_reason for output in self.outputs)
 
@@ -167,6 +187,16 @@ class Generation:
     def num_tokens(self) -> int:
         """Of the prompt, and all that was generated from it so far."""
         return self.outputs[0].sequence.prompt_length + sum(output.generated for output in self.outputs)
+
+    def restart(self, adapter: Adapter) -> None:
+        """Makes its sequences ready to go on from where they are, on another group."""
+        self.adapter = adapter
+        for output in self.unfinished:
+            output.sequence.restart(adapter)
+
+    def cancel(self) -> None:
+        for output in self.unfinished:
+            output.finish(FinishReason.CANCELLED)
 
     def fail(self, error: LoraplexError) -> None:
         self.error = error

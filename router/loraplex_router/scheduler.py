@@ -10,10 +10,10 @@ equals the one whose head has waited longest. An adapter may start sequences whe
 Slots: entitled are the adapters with the longest waiting heads, as many as there are slots, except that an adapter on
 the device keeps its place for a bounded turn of further sequences while others wait for a slot. An adapter that is not
 entitled starts nothing, so it becomes idle and can be evicted: nobody starves, and no two adapters swap places for
-every single sequence.
+every single sequence. Pinned adapters are always entitled, and leave so many slots fewer to the others.
 """
 
-from bisect import insort
+from bisect import bisect, insort
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -60,7 +60,7 @@ class Scheduler:
     # ---- sequences come and go -------------------------------------------------------------------------------
 
     def add(self, sequence: Sequence) -> None:
-        """Puts a sequence into its adapter's queue."""
+        """Puts a sequence into its adapter's queue, by age."""
         self._enqueue(sequence)
         self._adapters.touch(sequence.adapter)
 
@@ -111,7 +111,7 @@ class Scheduler:
         """The slots that change hands now. The caller loads them and then sets `ready`, or releases the slot."""
         entitled = self._entitled()
         claims = []
-        for adapter in entitled:
+        for adapter in [adapter for adapter in self._adapters.pinned if not adapter.waiting] + entitled:
             if adapter.slot is None and (claim := self._adapters.claim_slot(adapter, keep=entitled)):
                 adapter.turn = TURN
                 claims.append(claim)
@@ -126,7 +126,9 @@ class Scheduler:
         on_device = self._adapters.on_device()
         self._watch_contention(any(adapter.slot is None for adapter in waiting), on_device)
         holders = [adapter for adapter in on_device if adapter.in_use and not adapter.waiting]
-        return sorted(waiting + holders, key=self._claim_order)[: self._adapters.slots]
+        others = [adapter for adapter in waiting + holders if not adapter.pinned]
+        room = self._adapters.slots - len(self._adapters.pinned)
+        return [adapter for adapter in waiting if adapter.pinned] + sorted(others, key=self._claim_order)[:room]
 
     def _claim_order(self, adapter: Adapter) -> tuple[bool, float]:
         keeps_its_turn = adapter.slot is not None and adapter.turn > 0
@@ -192,7 +194,7 @@ class Scheduler:
             sequence.in_flight -= chunk.samples
         self._stop_running(sequence)
         sequence.computed = 0
-        self._enqueue(sequence, first=True)
+        self._enqueue(sequence)
         self.num_preemptions += 1
 
     # ---- starting --------------------------------------------------------------------------------------------
@@ -237,10 +239,10 @@ class Scheduler:
         sequence.cached_blocks = sequence.sent_blocks = 0
         sequence.adapter.running -= 1
 
-    def _enqueue(self, sequence: Sequence, first: bool = False) -> None:
+    def _enqueue(self, sequence: Sequence) -> None:
         queue = self._waiting.setdefault(sequence.adapter, deque())
-        if first:
-            queue.appendleft(sequence)
+        if queue and queue[-1].number > sequence.number:  # it was preempted, or comes from another group
+            queue.insert(bisect(queue, sequence.number, key=lambda waiting: waiting.number), sequence)
         else:
             queue.append(sequence)
         sequence.adapter.waiting += 1

@@ -71,6 +71,13 @@ class Sequence:
     prefix_hit: int = 0  # prompt tokens that the prefix cache spared at its first start
     finished: bool = False
 
+    def restart(self, adapter: Adapter) -> None:
+        """Begins again on another group, from the tokens known here, with that group's copy of the adapter."""
+        self.adapter = adapter
+        self.computed = self.in_flight = self.sent_blocks = self.cached_blocks = 0
+        self.row, self.blocks, self.block_keys = None, [], []
+        self.finished = False
+
     @property
     def output_length(self) -> int:
         return len(self.tokens) - self.prompt_length

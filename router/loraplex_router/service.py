@@ -1,9 +1,10 @@
 """What the faces call: checks a request whole, tokenizes it, resolves its adapter and hands it to the engine."""
 
+import re
 import secrets
 import time
-from dataclasses import dataclass
 
+from loraplex_protos import generation_pb2 as pb
 from loraplex_protos.errors import (
     CancelledError,
     FieldViolation,
@@ -12,9 +13,10 @@ from loraplex_protos.errors import (
     RequestNotFoundError,
     UnavailableError,
 )
-from loraplex_router.adapters.registry import AdapterRegistry, AdapterStatus
-from loraplex_router.engine import Engine
+from loraplex_router.adapters.administration import AdapterStatus, Administration
+from loraplex_router.groups import Groups
 from loraplex_router.keys import Keys, Tenant
+from loraplex_router.model import Model
 from loraplex_router.output import Embedding, Generation
 from loraplex_router.request import (
     AdapterReference,
@@ -28,56 +30,69 @@ from loraplex_router.request import (
     check_request,
     room_for,
 )
-from loraplex_router.scheduler import Scheduler
 from loraplex_router.sequence import FinishReason, Sequence
 from loraplex_router.telemetry.telemetry import Telemetry
 from loraplex_router.text.chat import Chat, RenderedChat
-from loraplex_router.text.foreign_templates import ForeignTemplates
 from loraplex_router.text.stops import StopMatcher
 from loraplex_router.text.tokenizer import Tokenizer
 
-
-@dataclass(frozen=True, slots=True)
-class ServiceLimits:
-    max_model_len: int  # prompt and output together
-    vocab_size: int
-    max_queue: int  # sequences that wait
-    end_token_ids: tuple[int, ...]
+DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 class Service:
     """The router's operations, for every face alike. All raise LoraplexError.
 
-    `key` is the API key that the caller presented, if any; where the server has keys, it is checked first.
+    `key` is the API key that the caller presented, if any; where the server has keys, it is checked first. Until the
+    model is known, whatever needs it raises UnavailableError. `max_queue` is how many sequences may wait.
     """
 
     def __init__(
-        self,
-        limits: ServiceLimits,
-        tokenizer: Tokenizer,
-        templates: ForeignTemplates,
-        adapters: AdapterRegistry,
-        scheduler: Scheduler,
-        engine: Engine,
-        keys: Keys,
-        telemetry: Telemetry,
+        self, groups: Groups, administration: Administration, keys: Keys, max_queue: int, telemetry: Telemetry
     ) -> None:
-        self.limits = limits
-        self.tokenizer = tokenizer
-        self._templates = templates
         self.keys = keys
         self.telemetry = telemetry
+        self.max_queue = max_queue
         self.draining = False
-        self._adapters = adapters
-        self._scheduler = scheduler
-        self._engine = engine
+        self._groups = groups
+        self._administration = administration
+        self._model: Model | None = None
         self._generations: dict[str, Generation | None] = {}  # None: not queued yet
         self._preparing = 0  # sequences of requests that are not queued yet
         self._arrivals = 0
 
+    def serve(self, model: Model) -> None:
+        """A group is there that serves this model. Raises UnavailableError if it is not the one that is served."""
+        if self._model is None:
+            self._model = model
+            self.telemetry.metrics.describe_build(model.info.model_id)
+        self._model.check_fits(model)
+
+    async def close(self) -> None:
+        if self._model is not None:
+            await self._model.templates.aclose()
+
+    @property
+    def healthy(self) -> bool:
+        """Whether a generation would succeed now."""
+        return self._groups.ready.is_set() and not self.draining
+
+    @property
+    def info(self) -> pb.GetModelInfoResponse:
+        return self._known_model.info
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self._known_model.tokenizer
+
+    @property
+    def _known_model(self) -> Model:
+        if self._model is None:
+            raise UnavailableError("no group of shards is ready yet: try again later")
+        return self._model
+
     @property
     def idle(self) -> bool:
-        return not self._preparing and self._engine.idle
+        return not self._preparing and self._groups.idle
 
     async def generate(self, request: Request, key: str | None = None) -> Generation:
         """Admits a request and queues its sequences. The caller reads the generation and then must `leave` it.
@@ -87,7 +102,7 @@ class Service:
         arrived = time.monotonic()
         with self.telemetry.admission(request, arrived):
             tenant = self.keys.tenant(key)
-            check_request(request, self.limits.vocab_size)
+            check_request(request, self.info.vocab_size)
             tenant.check_adapter(request.adapter)
             tenant.begin(arrived)
             try:
@@ -101,7 +116,7 @@ class Service:
         arrived = time.monotonic()
         with self.telemetry.admission(request, arrived):
             tenant = self.keys.tenant(key)
-            check_embed_request(request, self.limits.vocab_size)
+            check_embed_request(request, self.info.vocab_size)
             tenant.check_adapter(request.adapter)
             tenant.begin(arrived)
         started: list[Generation] = []
@@ -122,12 +137,10 @@ class Service:
         self._preparing += request.n
         try:
             prompt = await self._encode(request)
-            room = room_for(request, len(prompt), self.limits.max_model_len)
-            if request.grammar is not None:
-                await self._engine.compile_grammar(request.grammar)
+            room = room_for(request, len(prompt), self.info.max_model_len)
             validated = time.monotonic()
-            adapter = await self._adapters.resolve(request.adapter)
-            generation = Generation(request_id, adapter.digest, arrived, validated, tenant)
+            group, adapter = await self._groups.place(request.adapter, request.grammar)
+            generation = Generation(request_id, request.adapter, adapter, arrived, validated, tenant)
             for index in range(request.n):
                 sequence = Sequence(
                     number=self._next_number(),
@@ -144,7 +157,7 @@ class Service:
                 stops = StopMatcher(request.stop, request.include_stop)
                 generation.add(sequence, self.tokenizer, stops)
             self.telemetry.queued(generation)
-            self._engine.submit(generation)
+            group.engine.submit(generation)
         except BaseException:
             del self._generations[request_id]
             raise
@@ -167,37 +180,58 @@ class Service:
         generation = self._generations.get(request_id)
         if generation is None or not (tenant.admin or generation.tenant is tenant):
             raise RequestNotFoundError(f"no request {request_id!r} is running")
-        self._engine.cancel(generation)
+        self._groups.cancel(generation)
 
     def abandon(self, generation: Generation) -> None:
         """Ends what still runs of a generation whose client is gone; its reader, which sees it finish as cancelled, is
         still to leave it."""
-        self._engine.cancel(generation)
+        self._groups.cancel(generation)
 
     def cancel_all(self) -> None:
         for generation in list(self._generations.values()):
             if generation is not None:
-                self._engine.cancel(generation)
+                self._groups.cancel(generation)
 
     async def list_adapters(self, key: str | None = None) -> list[AdapterStatus]:
         """What is staged and what lies in the adapter directory, as far as the caller may use it."""
         tenant = self.keys.tenant(key)
-        return [status for status in await self._adapters.list() if all(map(tenant.may_use, status.id.split(",")))]
+        listed = await self._administration.list()
+        return [status for status in listed if all(map(tenant.may_use, status.id.split(",")))]
 
     async def load_adapter(self, reference: AdapterReference, key: str | None = None) -> AdapterStatus:
         """Reads the adapter's source again, whatever was known, and stages what is there now. For administrators."""
         self.keys.administrator(key)
         _check_named(reference)
-        return await self._adapters.load(reference)
+        return await self._administration.load(reference)
 
-    async def unload_adapter(self, reference: AdapterReference, key: str | None = None) -> None:
-        """Frees its slot and its host memory. For administrators.
+    async def unload_adapter(self, name: AdapterReference | str, wait: bool = False, key: str | None = None) -> None:
+        """Frees what it has on every group. For administrators. `name` is a reference or a digest.
 
-        Raises AdapterNotFoundError if it is not loaded, AdapterInUseError while sequences need it.
+        Raises AdapterNotFoundError if it is not loaded and, unless it is to `wait` for them, AdapterInUseError while
+        sequences need it.
         """
         self.keys.administrator(key)
-        _check_named(reference)
-        await self._adapters.unload(reference)
+        _check_named(name)
+        await self._administration.unload(name, wait)
+
+    async def pin_adapter(self, name: AdapterReference | str, key: str | None = None) -> AdapterStatus:
+        """Loads an adapter onto the device of one group, where it stays until it is unpinned or unloaded. Returns once
+        it is there. For administrators.
+
+        Raises AdapterNotFoundError for a digest that is not loaded, AdapterPinsError if no more can be pinned.
+        """
+        self.keys.administrator(key)
+        _check_named(name)
+        return await self._administration.pin(name)
+
+    async def unpin_adapter(self, name: AdapterReference | str, key: str | None = None) -> AdapterStatus:
+        """Lets it leave the device again when others need its place. For administrators.
+
+        Raises AdapterNotFoundError if it is not loaded.
+        """
+        self.keys.administrator(key)
+        _check_named(name)
+        return self._administration.unpin(name)
 
     async def _encode(self, request: Request) -> list[int]:
         given: Prompt | RenderedChat = request.prompt
@@ -208,19 +242,21 @@ class Service:
 
     async def _render(self, chat: Chat, reference: AdapterReference | MergedReference | None) -> Chat | RenderedChat:
         """With the adapter's own template, if it has one."""
-        own = (await self._adapters.resolve(reference)).chat_template
-        model = self.tokenizer.chat_template
-        return chat if not own or (model and model.source == own) else await self._templates.render(own, chat)
+        _, adapter = await self._groups.place(reference, None)
+        own, model = adapter.chat_template, self.tokenizer.chat_template
+        if not own or (model and model.source == own):
+            return chat
+        return await self._known_model.templates.render(own, chat)
 
     def _end(self, generation: Generation) -> None:
-        self._engine.cancel(generation)
+        self._groups.cancel(generation)
         del self._generations[generation.request_id]
 
     def _admit(self, request: Request) -> None:
         if self.draining:
             raise UnavailableError("the server is shutting down")
-        if self._scheduler.num_waiting + self._preparing + request.n > self.limits.max_queue:
-            raise OverloadedError(f"{self.limits.max_queue} sequences are waiting already: try again later")
+        if self._groups.num_waiting + self._preparing + request.n > self.max_queue:
+            raise OverloadedError(f"{self.max_queue} sequences are waiting already: try again later")
 
     def _name(self, request: Request) -> str:
         request_id = request.request_id or secrets.token_hex(8)
@@ -233,7 +269,7 @@ class Service:
         return self._arrivals
 
     def _end_token_ids(self, request: Request) -> frozenset[int]:
-        own = () if request.ignore_eos else self.limits.end_token_ids
+        own = () if request.ignore_eos else self._known_model.end_token_ids
         return frozenset(own) | frozenset(request.stop_token_ids)
 
 
@@ -245,7 +281,12 @@ async def _read_embedding(generation: Generation) -> Embedding:
     return Embedding(output.pooled, output.sequence.prompt_length)
 
 
-def _check_named(reference: AdapterReference) -> None:
+def _check_named(name: AdapterReference | str) -> None:
     found = Violations()
-    check_reference(reference, found)
+    if isinstance(name, AdapterReference):
+        check_reference(name, found)
+    else:
+        found.check(
+            DIGEST.fullmatch(name) is not None, "digest", "write it as a listing does: 64 characters of 0-9 a-f"
+        )
     found.raise_any()

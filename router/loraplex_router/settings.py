@@ -1,9 +1,13 @@
 """What the router can be told. The command turns each field into a flag and a LORAPLEX_* variable of its name."""
 
+import re
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from loraplex_protos.mtls import MtlsSettings
+from loraplex_router.discovery import DNS
 
 
 class EdgeSettings(BaseModel):
@@ -23,10 +27,12 @@ class EdgeSettings(BaseModel):
         1024, ge=1, description="Sequences that may wait; requests beyond are refused with RESOURCE_EXHAUSTED."
     )
     max_adapters_on_device: int = Field(
-        64, ge=1, le=65535, description="Adapters that sequences can run with at the same time."
+        64, ge=1, le=65535, description="Adapters that a group's sequences can run with at the same time."
     )
     adapter_host_gib: float = Field(
-        4.0, gt=0, description="Host memory for adapters, over all ranks, in GiB; the least recently used leave it."
+        4.0,
+        gt=0,
+        description="Host memory for adapters, over all ranks of a group, in GiB; the least recently used leave.",
     )
     api_keys: Path | None = Field(
         None,
@@ -55,21 +61,30 @@ class EdgeSettings(BaseModel):
     )
 
 
-class RouterSettings(EdgeSettings):
-    """One router and the group of shards that it drives."""
+class RouterSettings(EdgeSettings, MtlsSettings):
+    """One router and the groups of shards that it drives."""
 
     shards: tuple[str, ...] = Field(
-        description="Addresses of the group's ranks, rank 0 first: HOST:PORT or unix:PATH, separated by commas."
+        description="The groups, separated by semicolons. A group is the addresses of its ranks, rank 0 first, "
+        "separated by commas: HOST:PORT or unix:PATH; rank 0's alone, if the others listen on the ports that follow. "
+        "dns:///NAME:PORT names a group at every address that NAME has, now and later."
+    )
+    move_seconds: float = Field(
+        30.0,
+        ge=0,
+        description="How long requests whose group of shards was lost wait for another one to go on in.",
     )
 
     @field_validator("shards", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
-        return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+        return [part.strip() for part in value.split(";")] if isinstance(value, str) else value
 
     @field_validator("shards")
     @classmethod
     def _are_addresses(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if not value or not all(value):
-            raise ValueError("name the address of every rank")
+        ranks = [rank for group in value for rank in group.removeprefix(DNS).split(",")]
+        for rank in ranks:
+            if not (rank.startswith("unix:") or re.fullmatch(r"[^\s:/]+:\d{1,5}|\[[0-9a-fA-F:]+\]:\d{1,5}", rank)):
+                raise ValueError(f"{rank!r} is no address: write HOST:PORT, unix:PATH or dns:///NAME:PORT")
         return value

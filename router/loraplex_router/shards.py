@@ -4,13 +4,16 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
 import grpc
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
+from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from loraplex_protos import shard_pb2 as pb
 from loraplex_protos.errors import AdapterSourceError, UnavailableError, from_rpc_error
 from loraplex_protos.shard_pb2_grpc import ShardServiceStub
+from loraplex_router.discovery import Address
 from loraplex_router.grammar import Grammar
 from loraplex_router.request import AdapterReference, MergedReference
 from loraplex_router.sequence import Chunk, Plan
@@ -20,7 +23,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-CHANNEL_OPTIONS = (
+CHANNEL_OPTIONS: tuple[tuple[str, str | int], ...] = (
     ("grpc.max_receive_message_length", 64 << 20),  # a tokenizer.json can have 20 MB
     ("grpc.max_send_message_length", 64 << 20),
     ("grpc.keepalive_time_ms", 30_000),
@@ -60,22 +63,55 @@ class Shards(Protocol):
 
 
 class ShardGroup:
-    """The ranks of a group over gRPC, rank 0 first. Every rank gets the same plans in the same order."""
+    """The ranks of a group over gRPC, rank 0 first. Every rank gets the same plans in the same order.
 
-    def __init__(self, addresses: Sequence[str]) -> None:
-        self._channels = [grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) for address in addresses]
-        self._ranks = [ShardServiceStub(channel) for channel in self._channels]
+    `credentials` is None for connections that are not encrypted.
+    """
+
+    def __init__(self, address: Address, credentials: grpc.ChannelCredentials | None = None) -> None:
+        self._address = address
+        self._credentials = credentials
+        self._channels: list[grpc.aio.Channel] = []
+        self._ranks: list[ShardServiceAsyncStub] = []
         self._streams: list[Stream] = []
         self.info = pb.GetInfoResponse()
 
     async def connect(self, max_batch_tokens: int) -> Self:
-        """Waits for all ranks, checks that they are one group, warms them up and opens the step streams."""
+        """Waits for all ranks, checks that they are one group, warms them up, which makes them forget all adapters, and
+        opens the step streams. Raises UnavailableError, also while another router drives them."""
+        self._open(self._address.ranks[0])
+        first = await _typed(self._ranks[0].GetInfo(pb.GetInfoRequest(), wait_for_ready=True))
+        for rank in self._address.other_ranks(first.tensor_parallel_size):
+            self._open(rank)
         infos = await self._on_all(lambda rank: rank.GetInfo(pb.GetInfoRequest(), wait_for_ready=True))
+        await asyncio.gather(*map(_check_health, self._channels))
         self.info = _agree(infos)
-        logger.info("%s is loaded, warming up ...", self.info.model_id)
+        logger.info("%s is loaded at %s, warming up ...", self.info.model_id, self._address)
         await self._on_all(lambda rank: rank.Warmup(pb.WarmupRequest(max_batch_tokens=max_batch_tokens)))
         self._streams = [rank.Step() for rank in self._ranks]
         return self
+
+    def _open(self, rank: str) -> None:
+        if self._credentials is None:
+            channel = grpc.aio.insecure_channel(rank, options=CHANNEL_OPTIONS)
+        else:
+            name = self._address.server_name  # what the certificate is for, if the address was looked up
+            override = (("grpc.ssl_target_name_override", name),) if name else ()
+            channel = grpc.aio.secure_channel(rank, self._credentials, options=CHANNEL_OPTIONS + override)
+        self._channels.append(channel)
+        self._ranks.append(ShardServiceStub(channel))
+
+    async def stopping(self) -> None:
+        """Returns when a rank is about to stop, and is to be given nothing new. Raises UnavailableError when one is
+        gone."""
+        watches = [asyncio.create_task(_watch_health(channel)) for channel in self._channels]
+        try:
+            done, _ = await asyncio.wait(watches, return_when=asyncio.FIRST_COMPLETED)
+            for watch in done:
+                await watch
+        finally:
+            for watch in watches:
+                watch.cancel()
 
     async def tokenizer(self) -> pb.GetTokenizerResponse:
         return await _typed(self._ranks[0].GetTokenizer(pb.GetTokenizerRequest()))
@@ -185,7 +221,9 @@ def _agree(infos: Sequence[pb.GetInfoResponse]) -> pb.GetInfoResponse:
     for rank, info in enumerate(infos):
         if (info.rank, info.tensor_parallel_size) != (rank, len(infos)):
             place = f"rank {info.rank} of {info.tensor_parallel_size}"
-            raise UnavailableError(f"address {rank + 1} of {len(infos)} in --shards answers as {place}")
+            raise UnavailableError(f"address {rank + 1} of {len(infos)} of the group answers as {place}")
+        if info.driven:
+            raise UnavailableError("another router drives it")
         if (info.model_id, info.max_model_len) != (infos[0].model_id, infos[0].max_model_len):
             raise UnavailableError(f"rank {rank} serves {info.model_id!r}, rank 0 {infos[0].model_id!r}")
     agreed = pb.GetInfoResponse()
@@ -201,9 +239,36 @@ async def _read(stream: Stream) -> pb.StepResponse:
     return answer
 
 
+async def _check_health(channel: grpc.aio.Channel) -> None:
+    stub: Any = HealthStub(channel)
+    answer = await _typed(stub.Check(HealthCheckRequest()))
+    if answer.status != HealthCheckResponse.SERVING:
+        raise UnavailableError("it is stopping")
+
+
+async def _watch_health(channel: grpc.aio.Channel) -> None:
+    """Returns once the rank does not want to be given anything new."""
+    stub: Any = HealthStub(channel)
+    watch = stub.Watch(HealthCheckRequest())
+    try:
+        while (answer := await watch.read()) is not grpc.aio.EOF:
+            if answer.status != HealthCheckResponse.SERVING:
+                return
+    except grpc.RpcError as error:
+        raise from_rpc_error(error) from None
+    finally:
+        watch.cancel()
+    raise UnavailableError("a rank ended its health stream")
+
+
 async def _typed(call: Awaitable[T]) -> T:
     try:
         return await call
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise UnavailableError("the connection was closed") from None  # under the call, by `close`
     except grpc.RpcError as error:
         raise from_rpc_error(error) from None  # the call's own repr may show its metadata
     except asyncio.InvalidStateError as error:  # a write on a stream that the other side has ended

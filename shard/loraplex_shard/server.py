@@ -14,6 +14,7 @@ from grpc_health.v1 import health, health_pb2_grpc
 from grpc_health.v1.health_pb2 import HealthCheckResponse
 
 from loraplex_protos.errors import LoraplexError
+from loraplex_protos.mtls import server_credentials
 from loraplex_protos.shard_pb2 import DESCRIPTOR, GetInfoResponse, GetTokenizerResponse
 from loraplex_protos.shard_pb2_grpc import add_ShardServiceServicer_to_server
 from loraplex_shard import machine
@@ -34,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 # One thread runs the plans, each slow adapter source and each health watcher keeps one of the others.
 WORKERS = 64
-# Seconds that calls may go on after SIGTERM. The router drains before; what is left here is not worth a wait.
+# Seconds that calls may go on once no Step stream is open: what is left then is not worth a wait.
 GRACE = 1.0
 OPTIONS = (
     ("grpc.max_receive_message_length", 64 << 20),
@@ -53,7 +54,9 @@ class StepFailedError(LoraplexError):
 
 
 def run(settings: ShardSettings, progress: Progress | None = None) -> None:
-    """Loads and serves one rank until SIGTERM or SIGINT, which raise SystemExit(0). Call it from the main thread.
+    """Loads and serves one rank until SIGTERM or SIGINT, which raise SystemExit(0): at once while it loads, else as
+    soon as no router has a Step stream open, for which it waits at most settings.drain_seconds, or for a second signal.
+    Call it from the main thread.
 
     `progress` is called while loading, as load_decoder says. Raises SettingsError, CheckpointError or GroupSizeError
     before the port opens. With tensor parallelism it raises StepFailedError once a step failed; the other ranks,
@@ -71,10 +74,14 @@ def run(settings: ShardSettings, progress: Progress | None = None) -> None:
     try:
         with open_telemetry(settings) as telemetry:
             service = _load(settings, checkpoint, group, device, progress, step_failed, telemetry)
-            server = start(service, settings.listen)
+            server, states = start(service, settings.listen, server_credentials(settings))
             logger.info("rank %d of %d serves at %s", settings.rank, settings.tp, settings.listen)
             try:
                 step_failed.wait()
+            except SystemExit:  # the router is told, finishes what runs here, and leaves
+                states.enter_graceful_shutdown()
+                service.wait_until_left(settings.drain_seconds)
+                raise
             finally:
                 server.stop(GRACE).wait()
     finally:
@@ -82,8 +89,11 @@ def run(settings: ShardSettings, progress: Progress | None = None) -> None:
     raise StepFailedError(f"rank {settings.rank}: a step failed; start all ranks of the group again")
 
 
-def start(service: ShardService, listen: str) -> grpc.Server:
-    """Opens the port and answers there, also for health checks. SettingsError if the port cannot be opened."""
+def start(
+    service: ShardService, listen: str, credentials: grpc.ServerCredentials | None = None
+) -> tuple[grpc.Server, health.HealthServicer]:
+    """Opens the port and answers there, also for health checks; without credentials, unencrypted. SettingsError if the
+    port cannot be opened."""
     server = grpc.server(ThreadPoolExecutor(WORKERS, thread_name_prefix="shard"), options=OPTIONS)
     add_ShardServiceServicer_to_server(service, server)
     states = health.HealthServicer()
@@ -91,11 +101,14 @@ def start(service: ShardService, listen: str) -> grpc.Server:
         states.set(name, HealthCheckResponse.SERVING)
     health_pb2_grpc.add_HealthServicer_to_server(states, server)
     try:
-        server.add_insecure_port(listen)
+        if credentials is None:
+            server.add_insecure_port(listen)
+        else:
+            server.add_secure_port(listen, credentials)
     except RuntimeError as error:
         raise SettingsError(f"listen: cannot open {listen}; is another process there?") from error
     server.start()
-    return server
+    return server, states
 
 
 def _load(

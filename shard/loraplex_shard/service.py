@@ -51,15 +51,21 @@ class ShardService(ShardServiceServicer):
         self._on_failed_step = on_failed_step
         self._telemetry = telemetry
         self._runner_in_use = threading.Lock()
+        self._driven = False  # a Step stream is open
+        self._left = threading.Condition()  # it has ended
 
     def GetInfo(self, request: pb.GetInfoRequest, context: grpc.ServicerContext) -> pb.GetInfoResponse:
-        return self._info
+        info = pb.GetInfoResponse()
+        info.CopyFrom(self._info)
+        info.driven = self._driven
+        return info
 
     def GetTokenizer(self, request: pb.GetTokenizerRequest, context: grpc.ServicerContext) -> pb.GetTokenizerResponse:
         return self._tokenizer
 
     def Warmup(self, request: pb.WarmupRequest, context: grpc.ServicerContext) -> pb.WarmupResponse:
         with self._only_user_of_runner(context), self._errors_answered(context):
+            self._adapters.clear()
             self._runner.warmup(request.max_batch_tokens)
             return pb.WarmupResponse()
 
@@ -118,7 +124,7 @@ class ShardService(ShardServiceServicer):
     def Step(
         self, request_iterator: Iterator[pb.StepRequest], context: grpc.ServicerContext
     ) -> Iterator[pb.StepResponse]:
-        with self._only_user_of_runner(context), self._errors_answered(context):
+        with self._only_user_of_runner(context), self._errors_answered(context), self._being_driven():
             self._runner.clear()
             for number, plan in enumerate(request_iterator):
                 began = time.monotonic()
@@ -127,6 +133,11 @@ class ShardService(ShardServiceServicer):
                 response.duration_us = round((ended - began) * 1e6)
                 self._telemetry.step(plan, response, began, ended)
                 yield response
+
+    def wait_until_left(self, seconds: float) -> bool:
+        """Waits until no Step stream is open, at most so long; answers whether none is."""
+        with self._left:
+            return self._left.wait_for(lambda: not self._driven, seconds)
 
     def _run(self, plan: pb.StepRequest, number: int) -> pb.StepResponse:
         try:
@@ -144,6 +155,17 @@ class ShardService(ShardServiceServicer):
             yield
         finally:
             self._runner_in_use.release()
+
+    @contextmanager
+    def _being_driven(self) -> Iterator[None]:
+        with self._left:
+            self._driven = True
+        try:
+            yield
+        finally:
+            with self._left:
+                self._driven = False
+                self._left.notify_all()
 
     @contextmanager
     def _errors_answered(self, context: grpc.ServicerContext) -> Iterator[None]:

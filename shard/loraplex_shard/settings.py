@@ -6,6 +6,7 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from loraplex_protos.errors import LoraplexError
+from loraplex_protos.mtls import MtlsSettings
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quantize = Literal["none", "int8", "int4"]
@@ -79,7 +80,7 @@ class ModelSettings(BaseModel):
         return self
 
 
-class ShardSettings(ModelSettings):
+class ShardSettings(ModelSettings, MtlsSettings):
     """One rank of the group that holds the model."""
 
     rank: int = Field(0, ge=0, description="This process's place among the tp ranks, from 0.")
@@ -96,6 +97,12 @@ class ShardSettings(ModelSettings):
 
     metrics_port: int = Field(
         0, ge=0, le=65535, description="Port of GET /metrics, at the host of --listen. 0: no metrics."
+    )
+
+    drain_seconds: float = Field(
+        30.0,
+        ge=0,
+        description="How long this rank goes on after SIGTERM, until the router has finished what it runs here.",
     )
 
     @property

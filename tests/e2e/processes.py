@@ -1,4 +1,4 @@
-"""Starts the real thing: `loraplex serve` with its router and shard processes."""
+"""Starts the real thing: `loraplex serve`, or a router and shards apart."""
 
 import os
 import re
@@ -9,57 +9,22 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from typing import Self
+from typing import Any, Self
 
 START_SECONDS = 120  # a loaded machine is slow
 
 
-class Server:
-    """A running server. Its log is kept and shown if it does not start."""
+class Process:
+    """A running `loraplex` command. Its log is kept."""
 
-    def __init__(self, *flags: str, env: dict[str, str] | None = None, cwd: str | None = None) -> None:
-        command = [sys.executable, "-m", "loraplex.cli.main", "serve", "--http-port=0", "--grpc-port=0", *flags]
+    def __init__(self, *arguments: str, env: dict[str, str] | None = None, cwd: str | None = None) -> None:
+        command = [sys.executable, "-m", "loraplex.cli.main", *arguments]
         clean = {name: value for name, value in os.environ.items() if not name.startswith("LORAPLEX_")}
         environment = {**clean, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "HF_HUB_OFFLINE": "0", **(env or {})}
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, cwd=cwd)
         self.log = ""
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        try:
-            self.address = self._find(r"gRPC  (\S+)")
-            self.url = self._find(r"HTTP  (\S+)")
-        except BaseException:
-            self.kill()
-            raise
-
-    def health(self) -> int:
-        try:
-            with urllib.request.urlopen(f"{self.url}/health", timeout=10) as response:
-                return response.status
-        except urllib.error.HTTPError as error:
-            return error.code
-
-    def metric(self, name: str) -> float:
-        """The sum of the samples that have a label, or all of them: `loraplex_kv_blocks{state="used"}` for example."""
-        with urllib.request.urlopen(f"{self.url}/metrics", timeout=10) as response:
-            text = response.read().decode()
-        sample, _, label = name.rstrip("}").partition("{")
-        found = re.findall(rf"^{sample}(?:{{.*}})? (\S+)$", text, re.MULTILINE)
-        labelled = re.findall(rf"^{sample}{{.*\b{re.escape(label)}.*}} (\S+)$", text, re.MULTILINE)
-        return sum(map(float, labelled if label else found))
-
-    def wait_until(self, name: str, value: float, seconds: float = 20) -> None:
-        """Waits for a metric to have a value."""
-        deadline = time.monotonic() + seconds
-        while (now := self.metric(name)) != value:
-            assert time.monotonic() < deadline, f"{name} is {now}, not {value}"
-            time.sleep(0.02)
-
-    def assert_nothing_is_held(self) -> None:
-        """No sequence runs or waits, and no block is in use."""
-        for name in ('loraplex_sequences{state="running"}', 'loraplex_sequences{state="waiting"}'):
-            self.wait_until(name, 0)
-        self.wait_until('loraplex_kv_blocks{state="used"}', 0)
 
     def terminate(self) -> int:
         """SIGTERM; answers the exit status."""
@@ -97,6 +62,70 @@ class Server:
             assert self.process.poll() is None and time.monotonic() < deadline, f"no server:\n{self.log}"
             time.sleep(0.05)
         return found.group(1)
+
+
+class Edge(Process):
+    """One that clients can reach, once it shows where; what it says is found by the two patterns."""
+
+    def __init__(self, *arguments: str, address: str, url: str, **options: Any) -> None:
+        super().__init__(*arguments, "--http-port=0", "--grpc-port=0", **options)
+        try:
+            self.address = self._find(address)
+            self.url = self._find(url)
+        except BaseException:
+            self.kill()
+            raise
+
+    def health(self) -> int:
+        try:
+            with urllib.request.urlopen(f"{self.url}/health", timeout=10) as response:
+                return response.status
+        except urllib.error.HTTPError as error:
+            return error.code
+
+    def metric(self, name: str) -> float:
+        """The sum of the samples that have a label, or all of them: `loraplex_kv_blocks{state="used"}` for example."""
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=10) as response:
+            text = response.read().decode()
+        sample, _, label = name.rstrip("}").partition("{")
+        found = re.findall(rf"^{sample}(?:{{.*}})? (\S+)$", text, re.MULTILINE)
+        labelled = re.findall(rf"^{sample}{{.*\b{re.escape(label)}.*}} (\S+)$", text, re.MULTILINE)
+        return sum(map(float, labelled if label else found))
+
+    def wait_until(self, name: str, value: float, seconds: float = 20) -> None:
+        """Waits for a metric to have a value."""
+        deadline = time.monotonic() + seconds
+        while (now := self.metric(name)) != value:
+            assert time.monotonic() < deadline, f"{name} is {now}, not {value}"
+            time.sleep(0.02)
+
+    def assert_nothing_is_held(self) -> None:
+        """No sequence runs or waits, and no block is in use."""
+        for name in ('loraplex_sequences{state="running"}', 'loraplex_sequences{state="waiting"}'):
+            self.wait_until(name, 0)
+        self.wait_until('loraplex_kv_blocks{state="used"}', 0)
+
+
+class Server(Edge):
+    """`loraplex serve`: router and shards, with the model loaded."""
+
+    def __init__(self, *flags: str, env: dict[str, str] | None = None, cwd: str | None = None) -> None:
+        super().__init__("serve", *flags, address=r"gRPC  (\S+)", url=r"HTTP  (\S+)", env=env, cwd=cwd)
+
+
+class Router(Edge):
+    """`loraplex router`, which listens before any shards are there."""
+
+    def __init__(self, *flags: str) -> None:
+        super().__init__("router", *flags, address=r"port (\d+) \(gRPC\)", url=r"port (\d+) \(HTTP\)")
+        self.address, self.url = f"127.0.0.1:{self.address}", f"http://127.0.0.1:{self.url}"
+
+
+class Shard(Process):
+    """`loraplex shard`, which may still be loading."""
+
+    def __init__(self, *flags: str) -> None:
+        super().__init__("shard", *flags)
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -1,6 +1,7 @@
 """The names of all samples that a router and a rank export."""
 
 from collections.abc import Iterable
+from types import SimpleNamespace
 
 from prometheus_client.metrics_core import Metric
 
@@ -19,7 +20,8 @@ async def router_names() -> set[str]:
     telemetry = Telemetry(adapters=1, log=RequestLog(prompts=False))
     telemetry.metrics.describe_build("org/model")
     pool, blocks = AdapterPool(1, 1), BlockAllocator(1)
-    telemetry.watch("0", Scheduler(Limits(1, 1, 1), blocks, pool), blocks, pool)
+    scheduler = Scheduler(Limits(1, 1, 1), blocks, pool)
+    telemetry.watch(SimpleNamespace(name="0", accepting=True, scheduler=scheduler, blocks=blocks, pool=pool))
     await telemetry.scrape()
     return _names(telemetry.registry.collect())
 

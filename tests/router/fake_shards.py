@@ -21,7 +21,8 @@ class FakeShards:
         self.log: list[str] = []
         self.failing_token: int | None = None
         self.load_error: LoraplexError | None = None
-        self.step_error: LoraplexError | None = None
+        self.step_error: Exception | None = None
+        self.digests: dict[str, str] = {}  # of ids whose content is another one here
         self.loads_held = asyncio.Event()
         self.loads_held.set()
 
@@ -53,7 +54,8 @@ class FakeShards:
         if reference.id == "absent":
             raise AdapterNotFoundError("absent")
         self.log.append(f"stage {reference.id}")
-        return StagedAdapter(f"digest of {reference.id}", "local", "", lora_rank=8, size_bytes=10)
+        digest = self.digests.get(reference.id, f"digest of {reference.id}")
+        return StagedAdapter(digest, "local", "", lora_rank=8, size_bytes=10)
 
     async def load(self, digest: str, slot: int) -> None:
         await self.loads_held.wait()

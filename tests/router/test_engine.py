@@ -6,41 +6,59 @@ from contextlib import suppress
 
 import pytest
 
+from loraplex_protos import generation_pb2 as pb
 from loraplex_protos.errors import AdapterInvalidError, GenerationError, UnavailableError
+from loraplex_router.adapters.administration import Administration
 from loraplex_router.adapters.pool import AdapterPool
 from loraplex_router.adapters.registry import AdapterRegistry
-from loraplex_router.blocks import BlockAllocator
-from loraplex_router.engine import Engine
+from loraplex_router.group import Group
+from loraplex_router.groups import Groups
 from loraplex_router.keys import Keys
+from loraplex_router.model import Model
 from loraplex_router.output import Delta, Generation
 from loraplex_router.request import AdapterReference, Request
-from loraplex_router.scheduler import Limits, Scheduler
+from loraplex_router.scheduler import Limits
 from loraplex_router.sequence import FinishReason
-from loraplex_router.service import Service, ServiceLimits
+from loraplex_router.service import Service
 from loraplex_router.telemetry.request_log import RequestLog
 from loraplex_router.telemetry.telemetry import Telemetry
 from loraplex_router.text.foreign_templates import ForeignTemplates
 from tests.router.fake_shards import VOCABULARY, FakeShards
 from tests.router.test_text import TOKENIZER
 
+MODEL = Model(
+    pb.GetModelInfoResponse(model_id="base", vocab_size=VOCABULARY, max_model_len=200, version="1"),
+    TOKENIZER,
+    tokenizer_digest="",
+    end_token_ids=(999,),
+    templates=ForeignTemplates("", ""),
+)
+
 
 class Setup:
     """A service over fake shards, its engine running."""
 
     def __init__(self, slots: int = 2, max_queue: int = 100) -> None:
-        self.shards = FakeShards()
-        self.pool = AdapterPool(slots, host_bytes=1 << 30)
-        self.blocks = BlockAllocator(64)
-        scheduler = Scheduler(Limits(max_batch_tokens=32, max_sequences=8, block_size=4), self.blocks, self.pool)
         self.telemetry = Telemetry(adapters=10, log=RequestLog(prompts=False))
-        self.telemetry.watch("0", scheduler, self.blocks, self.pool)
-        self.engine = Engine(scheduler, self.pool, self.shards, self.telemetry.group("0"))
-        self.registry = AdapterRegistry(self.shards, self.pool)
-        limits = ServiceLimits(200, VOCABULARY, max_queue, end_token_ids=(999,))
-        templates = ForeignTemplates("", "")
-        self.service = Service(
-            limits, TOKENIZER, templates, self.registry, scheduler, self.engine, Keys({}), self.telemetry
+        self.registry = AdapterRegistry()
+        self.groups = Groups(self.telemetry, move_seconds=0.5)
+        self.administration = Administration(self.registry, self.groups)
+        self.service = Service(self.groups, self.administration, Keys({}), max_queue, self.telemetry)
+        self.service.serve(MODEL)
+        self.group = self.add_group("0", slots)
+        self.shards, self.pool, self.blocks, self.engine = (
+            self.group.shards,
+            self.group.pool,
+            self.group.blocks,
+            self.group.engine,
         )
+
+    def add_group(self, name: str, slots: int = 2) -> Group:
+        limits = Limits(max_batch_tokens=32, max_sequences=8, block_size=4)
+        pool = AdapterPool(slots, host_bytes=1 << 30)
+        group = Group(name, FakeShards(), limits, 64, pool, self.registry, self.telemetry)
+        self.groups.add(group)
+        return group
 
     async def answer(self, first: int, tokens: int = 5, adapter: str | None = None, **options: object) -> list[int]:
         reference = AdapterReference(adapter) if adapter else None
@@ -119,17 +137,6 @@ async def test_an_adapter_is_unloaded_before_its_slot_is_given_to_another():
         "unload 1",
         "load digest of a into 1",
     ]
-
-
-async def test_a_lost_shard_ends_everything_with_an_error_also_what_comes_later():
-    setup = Setup()
-    task = asyncio.create_task(setup.engine.run())
-    setup.shards.step_error = UnavailableError("rank 1 is gone")
-    for _ in range(2):
-        with pytest.raises(UnavailableError, match="rank 1 is gone"):
-            await setup.answer(1)
-    with pytest.raises(UnavailableError):
-        await task
 
 
 async def test_a_request_that_many_wait_for_is_staged_once(setup: Setup):

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from loraplex_protos import generation_pb2 as pb
 from loraplex_router.api.http.app import create_app
 from tests.router.test_engine import Setup
 
@@ -28,8 +27,7 @@ class Client:
     """Makes one request to the application, as uvicorn would."""
 
     def __init__(self, setup: Setup, path: str, body: object) -> None:
-        info = pb.GetModelInfoResponse(model_id="base", max_model_len=200, version="1")
-        self._app = create_app(setup.service, info, lambda: True)
+        self._app = create_app(setup.service)
         self._scope = {
             "type": "http",
             "method": "POST",

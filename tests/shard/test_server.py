@@ -9,6 +9,8 @@ from pathlib import Path
 
 import grpc
 import pytest
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
+from grpc_health.v1.health_pb2_grpc import HealthStub
 from transformers import PreTrainedModel
 
 from loraplex_protos import shard_pb2 as pb
@@ -71,7 +73,12 @@ def test_a_shard_stops_cleanly_even_in_the_middle_of_a_stream(
     checkpoint: Path, reference: PreTrainedModel, tmp_path: Path, number: signal.Signals
 ) -> None:
     settings = ShardSettings(
-        model=str(checkpoint), listen=f"unix:{tmp_path}/rank.sock", dtype="float32", kv_blocks=40, max_sequences=4
+        model=str(checkpoint),
+        listen=f"unix:{tmp_path}/rank.sock",
+        dtype="float32",
+        kv_blocks=40,
+        max_sequences=4,
+        drain_seconds=0,
     )
     with shard_process(settings) as process, connected(settings) as shard:
         info = shard.GetInfo(pb.GetInfoRequest())
@@ -90,6 +97,30 @@ def test_a_shard_stops_cleanly_even_in_the_middle_of_a_stream(
             process.send_signal(number)
             assert process.wait(TIMEOUT) == 0
         assert planner.rows[0].outputs == greedy(reference, PROMPT, 4)
+
+
+def test_a_shard_that_is_told_to_stop_says_so_and_goes_on_until_its_router_leaves(
+    checkpoint: Path, reference: PreTrainedModel, tmp_path: Path
+) -> None:
+    settings = ShardSettings(
+        model=str(checkpoint), listen=f"unix:{tmp_path}/rank.sock", dtype="float32", kv_blocks=40, drain_seconds=TIMEOUT
+    )
+    with shard_process(settings) as process, connected(settings) as shard, grpc.insecure_channel(settings.listen) as c:
+        health = HealthStub(c).Watch(HealthCheckRequest())
+        assert next(health).status == HealthCheckResponse.SERVING
+        planner = Planner()
+        planner.start(0, PROMPT)
+        with Stream(shard) as stream:
+            planner.run(stream.step, {0: len(PROMPT)})
+            assert shard.GetInfo(pb.GetInfoRequest()).driven
+            process.send_signal(signal.SIGTERM)
+            assert next(health).status == HealthCheckResponse.NOT_SERVING
+            planner.decode(stream.step, [0], 10)
+            assert process.poll() is None
+            stream.close()
+        health.cancel()
+        assert process.wait(TIMEOUT) == 0
+        assert planner.rows[0].outputs == greedy(reference, PROMPT, 11)
 
 
 def test_a_checkpoint_that_cannot_be_served_is_an_error_before_a_port_opens(tmp_path: Path) -> None:

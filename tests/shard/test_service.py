@@ -95,7 +95,7 @@ def service(decoder: Decoder, failed_step: threading.Event, tmp_path: Path) -> S
 
 @pytest.fixture
 def channel(service: ShardService, address: str) -> Iterator[grpc.Channel]:
-    server = start(service, address)
+    server, _ = start(service, address)
     with grpc.insecure_channel(address) as channel:
         yield channel
     server.stop(None).wait()
@@ -254,7 +254,7 @@ def test_a_slow_adapter_source_delays_no_step(decoder: Decoder, address: str, fa
     runner = Runner(decoder, cache, adapters, Group(0, 1), 8, MAX_MODEL_LEN, CPU, grammars)
     info, tokenizer = pb.GetInfoResponse(), pb.GetTokenizerResponse()
     service = ShardService(runner, adapters, grammars, info, tokenizer, failed_step.set, Telemetry(ShardMetrics()))
-    server = start(service, address)
+    server, _ = start(service, address)
     with grpc.insecure_channel(address) as channel, Stream(ShardServiceStub(channel)) as stream:
         slow = ShardServiceStub(channel).StageAdapter.future(pb.StageAdapterRequest(id="org/slow"))
         assert adapters.staging.wait(TIMEOUT)

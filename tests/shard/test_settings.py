@@ -19,7 +19,16 @@ def test_every_setting_is_described() -> None:
 
 def test_a_shard_has_all_settings_of_the_model() -> None:
     added = ShardSettings.model_fields.keys() - ModelSettings.model_fields.keys()
-    assert added == {"rank", "listen", "rendezvous", "metrics_port"}
+    assert added == {
+        "rank",
+        "listen",
+        "rendezvous",
+        "metrics_port",
+        "drain_seconds",
+        "mtls_cert",
+        "mtls_key",
+        "mtls_ca",
+    }
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ async def run(settings: ServeSettings, console: Console) -> None:
             text = introduction(settings.model, server, http, settings.adapters)
             console.print(text, highlight=False, soft_wrap=True)
 
-        router = asyncio.create_task(app.run(RouterSettings(**edge, shards=tuple(addresses)), ready))
+        router = asyncio.create_task(app.run(RouterSettings(**edge, shards=(",".join(addresses),)), ready))
         ends = [asyncio.create_task(shard.wait()) for shard in shards]
         try:
             await asyncio.wait([router, *ends], return_when=asyncio.FIRST_COMPLETED)

@@ -12,6 +12,7 @@ class Adapter:
     digest: str
     lora_rank: int = 0
     size_bytes: int = 0
+    name: str = ""  # the id under which it was staged last
     chat_template: str = ""  # its own; empty: the model's
     slot: int | None = None  # held from the start of its load to its eviction
     ready: bool = False  # every rank has it in its slot
@@ -20,12 +21,21 @@ class Adapter:
     plans: int = 0  # plans in flight that name its slot
     merges: int = 0  # merges under way that it is a part of; they need it staged
     turn: int = 0  # sequences it may still start before older ones of adapters without a slot; see the scheduler
-    name: str = ""  # the id under which it was staged last
     loaded: float = 0.0  # when its slot was filled last, on the clock of time.monotonic
+    pinned: bool = False  # it keeps its slot, or is the next to get one
+    leaving: bool = False  # it is to be unloaded: takes no new sequences
+    requests: int = 0  # that wait or run
+    last_used: float = 0.0  # when a request last came or ended, in seconds since 1970; 0: never
 
     @property
     def in_use(self) -> bool:
         return bool(self.running or self.plans)
+
+    @property
+    def needed(self) -> bool:
+        """Whether something would break if it left."""
+        loading = self.slot is not None and not self.ready
+        return bool(self.in_use or self.waiting or self.merges or loading)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +48,11 @@ class SlotClaim:
 
 
 class AdapterPool:
-    """The staged adapters, least recently used first, and the slots 1 ... slots.
+    """The staged adapters and those among them that hold a slot, 1 ... slots; both least recently used first.
 
-    Invariants: a slot belongs to one adapter at most; an adapter in use keeps its slot; only what nobody waits for,
-    merges, runs or holds on the device is dropped from host memory.
+    Invariants: a slot belongs to one adapter at most; an adapter in use, or pinned, keeps its slot; at least one slot
+    is left to adapters that are not pinned; only what nobody waits for, merges, runs, pins or holds on the device is
+    dropped from host memory.
     """
 
     def __init__(self, slots: int, host_bytes: int) -> None:
@@ -49,17 +60,31 @@ class AdapterPool:
         self.base = Adapter("", slot=0, ready=True, name="base")
         self._host_bytes = host_bytes
         self._staged: OrderedDict[str, Adapter] = OrderedDict()
+        self._on_device: OrderedDict[str, Adapter] = OrderedDict()
+        self._pinned: dict[str, Adapter] = {}
         self._free_slots = list(range(slots, 0, -1))
 
     def __iter__(self) -> Iterator[Adapter]:
         return iter(self._staged.values())
+
+    def __len__(self) -> int:
+        return len(self._staged)
 
     def get(self, digest: str) -> Adapter | None:
         return self._staged.get(digest)
 
     def on_device(self) -> list[Adapter]:
         """Those that hold a slot, least recently used first."""
-        return [adapter for adapter in self._staged.values() if adapter.slot is not None]
+        return list(self._on_device.values())
+
+    @property
+    def pinned(self) -> list[Adapter]:
+        return list(self._pinned.values())
+
+    @property
+    def has_spare_slot(self) -> bool:
+        """Whether a slot is free, or held by an adapter that nobody uses, waits for or pinned."""
+        return bool(self._free_slots) or any(not (a.needed or a.pinned) for a in self._on_device.values())
 
     def add(self, digest: str, lora_rank: int, size_bytes: int) -> Adapter:
         """A newly staged adapter, or the one that is here already."""
@@ -72,6 +97,20 @@ class AdapterPool:
         """Marks it as used now."""
         if adapter is not self.base:
             self._staged.move_to_end(adapter.digest)
+        if adapter.digest in self._on_device:
+            self._on_device.move_to_end(adapter.digest)
+
+    def pin(self, adapter: Adapter) -> bool:
+        """Keeps its slot for it, or gives it the next one. False if all slots but one are pinned."""
+        if adapter.digest not in self._pinned and len(self._pinned) >= self.slots - 1:
+            return False
+        self._pinned[adapter.digest] = adapter
+        adapter.pinned = True
+        return True
+
+    def unpin(self, adapter: Adapter) -> None:
+        self._pinned.pop(adapter.digest, None)
+        adapter.pinned = False
 
     def claim_slot(self, adapter: Adapter, keep: Collection[Adapter]) -> SlotClaim | None:
         """Gives it a free slot, or that of the least recently used adapter that is idle and not in `keep`.
@@ -81,17 +120,19 @@ class AdapterPool:
         assert adapter.slot is None
         evicted = None
         if not self._free_slots:
-            idle = (a for a in self.on_device() if a.ready and not a.in_use and a not in keep)
+            idle = (a for a in self.on_device() if a.ready and not a.in_use and not a.pinned and a not in keep)
             evicted = next(idle, None)
             if evicted is None:
                 return None
             self.release_slot(evicted)
         adapter.slot = self._free_slots.pop()
+        self._on_device[adapter.digest] = adapter
         return SlotClaim(adapter.slot, adapter, evicted)
 
     def release_slot(self, adapter: Adapter) -> None:
         assert adapter.slot and not adapter.in_use
         self._free_slots.append(adapter.slot)
+        del self._on_device[adapter.digest]
         adapter.slot, adapter.ready = None, False
 
     def pop_over_budget(self, keep: Adapter) -> list[Adapter]:
@@ -102,7 +143,8 @@ class AdapterPool:
         for adapter in list(self._staged.values()):
             if excess <= 0:
                 break
-            if adapter.slot is None and not adapter.waiting and not adapter.merges and adapter is not keep:
+            kept = adapter.slot is not None or adapter.needed or adapter.pinned or adapter.leaving or adapter is keep
+            if not kept:
                 excess -= adapter.size_bytes
                 dropped.append(adapter)
                 self.remove(adapter)
@@ -110,5 +152,6 @@ class AdapterPool:
 
     def remove(self, adapter: Adapter) -> None:
         """Forgets an idle adapter. If it holds a slot, the slot stays taken until `release_slot`."""
-        assert not adapter.waiting and not adapter.merges and not adapter.in_use
+        assert not adapter.needed
+        self.unpin(adapter)
         del self._staged[adapter.digest]

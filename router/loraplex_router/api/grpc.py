@@ -43,9 +43,8 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class GenerationApi(GenerationServiceServicer):
     """Deadlines and clients that leave are handled by gRPC, which cancels the handler."""
 
-    def __init__(self, service: Service, info: pb.GetModelInfoResponse) -> None:
+    def __init__(self, service: Service) -> None:
         self._service = service
-        self._info = info
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
         async with _answering(context):
@@ -106,17 +105,17 @@ class GenerationApi(GenerationServiceServicer):
 
     async def UnloadAdapter(self, request: pb.UnloadAdapterRequest, context: Context) -> pb.UnloadAdapterResponse:
         async with _answering(context):
-            await self._service.unload_adapter(read_reference(request.adapter), _key(context))
+            await self._service.unload_adapter(read_reference(request.adapter), key=_key(context))
             return pb.UnloadAdapterResponse()
 
     async def GetModelInfo(self, request: pb.GetModelInfoRequest, context: Context) -> pb.GetModelInfoResponse:
         async with _answering(context):
             self._service.keys.tenant(_key(context))
-            return self._info
+            return self._service.info
 
 
 class GrpcServer:
-    """The gRPC port: the API, health and reflection. Healthy from `start` until `drain`."""
+    """The gRPC port: the API, health and reflection. Healthy while `set_healthy` says so, until `drain`."""
 
     def __init__(self, api: GenerationApi, interceptors: Sequence[grpc.aio.ServerInterceptor] = ()) -> None:
         self._server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=tuple(interceptors))
@@ -132,10 +131,15 @@ class GrpcServer:
             bound = self._server.add_insecure_port(f"{host}:{port}")
         except RuntimeError as error:
             raise OSError(f"cannot listen on {host}:{port}: {error}") from error
+        await self.set_healthy(False)
         await self._server.start()
-        for name in ("", SERVICE):
-            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         return bound
+
+    async def set_healthy(self, healthy: bool) -> None:
+        """What health checks are told."""
+        states = health_pb2.HealthCheckResponse
+        for name in ("", SERVICE):
+            await self._health.set(name, states.SERVING if healthy else states.NOT_SERVING)
 
     async def drain(self) -> None:
         """Tells health checks that no more requests are wanted."""

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from loraplex_protos import generation_pb2 as pb
 from loraplex_protos.errors import FieldViolation, InvalidRequestError
-from loraplex_router.adapters.registry import AdapterStatus, Tier
+from loraplex_router.adapters.administration import AdapterStatus, Tier
 from loraplex_router.grammar import Grammar, GrammarKind
 from loraplex_router.output import Delta, Generation, Sample, SequenceOutput
 from loraplex_router.request import AdapterReference, EmbedRequest, MergedReference, Request, SamplingOptions
@@ -193,11 +193,14 @@ def _seed(output: SequenceOutput) -> int | None:
 
 
 def write_status(status: AdapterStatus) -> pb.AdapterStatus:
-    message = pb.AdapterStatus(id=status.id, source=status.source, revision=status.revision, tier=TIERS[status.tier])
-    if adapter := status.adapter:
-        message.digest = adapter.digest
-        message.lora_rank = adapter.lora_rank
-        message.size_bytes = adapter.size_bytes
-        message.running_sequences = adapter.running
-        message.waiting_sequences = adapter.waiting
-    return message
+    return pb.AdapterStatus(
+        id=status.id,
+        source=status.source,
+        revision=status.revision,
+        tier=TIERS[status.tier] if status.tier else pb.ADAPTER_TIER_UNSPECIFIED,
+        digest=status.digest,
+        lora_rank=status.lora_rank,
+        size_bytes=status.size_bytes,
+        running_sequences=status.running,
+        waiting_sequences=status.waiting,
+    )

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from typing import Protocol
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
@@ -15,10 +15,11 @@ from loraplex_router.scheduler import Scheduler
 from loraplex_router.telemetry.labels import AdapterLabels
 
 
-@dataclass(frozen=True, slots=True)
-class GroupState:
-    """What is known of one group. Owned by its engine's event loop."""
+class GroupState(Protocol):
+    """What there is to see of one group. Owned by the event loop."""
 
+    name: str
+    accepting: bool  # whether it takes new sequences
     scheduler: Scheduler
     blocks: BlockAllocator
     pool: AdapterPool
@@ -58,7 +59,7 @@ class State(Snapshot):
 
     def _group_gauges(self) -> Iterator[Metric]:
         text = "Groups of shards that take new sequences."
-        yield GaugeMetricFamily("loraplex_groups", text, value=len(self.groups))
+        yield GaugeMetricFamily("loraplex_groups", text, value=sum(group.accepting for group in self.groups.values()))
         yield self._queue_length()
         sequences = _gauge("sequences", "Sequences, by state.", "group", "state")
         blocks = _gauge("kv_blocks", "Blocks of the KV cache, by state.", "group", "state")

@@ -15,11 +15,8 @@ from starlette.types import ASGIApp
 
 from loraplex_protos import shard_pb2 as pb
 from loraplex_protos.errors import LoraplexError
-from loraplex_router.adapters.pool import AdapterPool
-from loraplex_router.blocks import BlockAllocator
 from loraplex_router.output import Generation
 from loraplex_router.request import EmbedRequest, Request
-from loraplex_router.scheduler import Scheduler
 from loraplex_router.sequence import FinishReason, Plan
 from loraplex_router.telemetry.gateway import GatewayNames
 from loraplex_router.telemetry.labels import OTHER, AdapterLabels
@@ -147,9 +144,9 @@ class Telemetry:
         """The events of a group of shards; `name` is what its series are labelled with."""
         return GroupTelemetry(self, name)
 
-    def watch(self, name: str, scheduler: Scheduler, blocks: BlockAllocator, pool: AdapterPool) -> None:
+    def watch(self, group: GroupState) -> None:
         """Adds the gauges of a group."""
-        self._groups[name] = GroupState(scheduler, blocks, pool)
+        self._groups[group.name] = group
 
     def forget(self, name: str) -> None:
         """Drops the series of a group that is gone."""

@@ -127,6 +127,13 @@ class AdapterStore:
         if found is not None:
             self._metrics.evicted("host")
 
+    def clear(self) -> None:
+        """Forgets all adapters and empties all slots, which no plan in flight may use."""
+        with self._lock:
+            self._slots.clear()
+            self._host.clear()
+            self._digests.clear()
+
     def local_ids(self) -> list[str]:
         """The ids in the adapter directory, sorted."""
         return self._sources.local_ids()

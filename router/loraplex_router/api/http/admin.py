@@ -7,7 +7,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import BaseModel, Field
 
 from loraplex_protos.errors import FieldViolation, InvalidRequestError
-from loraplex_router.adapters.registry import AdapterStatus
+from loraplex_router.adapters.administration import AdapterStatus
 from loraplex_router.api.http.lorax.routes import ERRORS as LORAX_ERRORS
 from loraplex_router.api.http.openai.routes import ERRORS as OPENAI_ERRORS
 from loraplex_router.keys import read_bearer
@@ -69,7 +69,7 @@ def create_admin_routes(service: Service) -> APIRouter:
     @routes.post("/adapters/unload", response_class=Response, responses={**loading, **in_use})
     async def unload_adapter(body: Adapter, http: Request) -> Response:
         """Frees what an adapter holds on the device and in host memory; refused while sequences need it."""
-        await service.unload_adapter(_read(body), read_bearer(http.headers.get("authorization")))
+        await service.unload_adapter(_read(body), key=read_bearer(http.headers.get("authorization")))
         return Response()
 
     @routes.post("/v1/load_lora_adapter", response_class=Response, responses={**done, **OPENAI_ERRORS})
@@ -84,7 +84,9 @@ def create_admin_routes(service: Service) -> APIRouter:
     @routes.post("/v1/unload_lora_adapter", response_class=Response, responses={**done, **OPENAI_ERRORS, **v1_in_use})
     async def vllm_unload(body: VllmUnload, http: Request) -> Response:
         """vLLM's name of unloading."""
-        await service.unload_adapter(AdapterReference(body.lora_name), read_bearer(http.headers.get("authorization")))
+        await service.unload_adapter(
+            AdapterReference(body.lora_name), key=read_bearer(http.headers.get("authorization"))
+        )
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
     return routes
@@ -95,15 +97,14 @@ def _read(body: Adapter) -> AdapterReference:
 
 
 def _write(status: AdapterStatus) -> dict[str, Any]:
-    adapter = status.adapter
     return {
         "id": status.id,
         "source": status.source,
         "revision": status.revision,
-        "tier": status.tier.name.lower(),
-        "digest": adapter.digest if adapter else None,
-        "lora_rank": adapter.lora_rank if adapter else None,
-        "size_bytes": adapter.size_bytes if adapter else None,
-        "running_sequences": adapter.running if adapter else 0,
-        "waiting_sequences": adapter.waiting if adapter else 0,
+        "tier": status.tier.name.lower() if status.tier else None,
+        "digest": status.digest or None,
+        "lora_rank": status.lora_rank or None,
+        "size_bytes": status.size_bytes or None,
+        "running_sequences": status.running,
+        "waiting_sequences": status.waiting,
     }

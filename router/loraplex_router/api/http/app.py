@@ -1,11 +1,10 @@
 """The HTTP application: every face's routes, and Prometheus metrics."""
 
-from collections.abc import Callable
+from importlib.metadata import version
 
 from fastapi import FastAPI, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from loraplex_protos import generation_pb2 as pb
 from loraplex_router.api.http.admin import create_admin_routes
 from loraplex_router.api.http.body_limit import BodyLimit
 from loraplex_router.api.http.embeddings import create_embedding_routes
@@ -15,16 +14,15 @@ from loraplex_router.api.http.openai.routes import create_openai_routes
 from loraplex_router.service import Service
 
 
-def create_app(service: Service, info: pb.GetModelInfoResponse, healthy: Callable[[], bool]) -> FastAPI:
-    """`healthy` tells whether a generation would succeed now."""
-    app = FastAPI(title="loraplex", version=info.version, summary="One base model, any number of LoRA adapters.")
+def create_app(service: Service) -> FastAPI:
+    app = FastAPI(title="loraplex", version=version("loraplex"), summary="One base model, any number of LoRA adapters.")
     install_handlers(app)
     app.add_middleware(BodyLimit)
     for middleware in service.telemetry.middleware:
         app.add_middleware(middleware)
-    app.include_router(create_lorax_routes(service, info, healthy))
-    app.include_router(create_openai_routes(service, info))
-    app.include_router(create_embedding_routes(service, info))
+    app.include_router(create_lorax_routes(service))
+    app.include_router(create_openai_routes(service))
+    app.include_router(create_embedding_routes(service))
     app.include_router(create_admin_routes(service))
 
     @app.get("/metrics", response_class=Response, tags=["Operation"])

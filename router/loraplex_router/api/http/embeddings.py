@@ -8,7 +8,6 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
-from loraplex_protos import generation_pb2 as pb
 from loraplex_protos.errors import FieldViolation, InvalidRequestError
 from loraplex_router.api.http.attendance import finish_attended
 from loraplex_router.api.http.lorax.reading import read_adapter
@@ -54,7 +53,7 @@ class LoraxAnswer(BaseModel):
     embeddings: list[float]
 
 
-def create_embedding_routes(service: Service, info: pb.GetModelInfoResponse) -> APIRouter:
+def create_embedding_routes(service: Service) -> APIRouter:
     routes = APIRouter()
 
     async def embed(request: EmbedRequest, http: Request) -> list[Embedding]:
@@ -70,7 +69,9 @@ def create_embedding_routes(service: Service, info: pb.GetModelInfoResponse) -> 
     async def openai_embeddings(body: OpenaiRequest, http: Request) -> Response:
         if body.dimensions is not None:
             raise InvalidRequestError(FieldViolation("dimensions", "is not supported: leave it out"))
-        found = await embed(EmbedRequest(tuple(read_prompts(body.input)), read_model(body.model, info.model_id)), http)
+        found = await embed(
+            EmbedRequest(tuple(read_prompts(body.input)), read_model(body.model, service.info.model_id)), http
+        )
         return JSONResponse(_write(body, found))
 
     @routes.post(

@@ -1,12 +1,10 @@
 """LoRAX's routes."""
 
-from collections.abc import Callable
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from loraplex_protos import generation_pb2 as pb
 from loraplex_router.api.http.attendance import collect
 from loraplex_router.api.http.errors import lorax_body
 from loraplex_router.api.http.lorax import schema
@@ -35,8 +33,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 EVENTS = describe_events("A StreamResponse. There may be comments between events.")
 
 
-def create_lorax_routes(service: Service, info: pb.GetModelInfoResponse, healthy: Callable[[], bool]) -> APIRouter:
-    """`healthy` tells whether a generation would succeed now."""
+def create_lorax_routes(service: Service) -> APIRouter:
     routes = APIRouter(tags=["LoRAX"])
 
     def adapter_token(http: Request) -> str:
@@ -48,13 +45,13 @@ def create_lorax_routes(service: Service, info: pb.GetModelInfoResponse, healthy
         request = read_request(body, adapter_token(http), stream=False)
         generation = await service.generate(request, read_bearer(http.headers.get("authorization")))
         deltas = (await collect(service, [generation], http.receive))[0]
-        headers = {**static_headers(info.model_id, request.adapter), **whole_headers(generation)}
+        headers = {**static_headers(service.info.model_id, request.adapter), **whole_headers(generation)}
         return _writer(body, generation).whole(deltas), headers
 
     async def generate_events(body: schema.GenerateRequest, http: Request) -> Response:
         request = read_request(body, adapter_token(http), stream=True)
         generation = await service.generate(request, read_bearer(http.headers.get("authorization")))
-        headers = static_headers(info.model_id, request.adapter)
+        headers = static_headers(service.info.model_id, request.adapter)
         events = _writer(body, generation).events()
         return EventStream(service, [generation], events, lorax_body, headers)
 
@@ -96,7 +93,7 @@ def create_lorax_routes(service: Service, info: pb.GetModelInfoResponse, healthy
     async def get_info(http: Request) -> Response:
         """The model and the limits of this server. Settings of LoRAX that mean nothing here are 0 or null."""
         service.keys.tenant(read_bearer(http.headers.get("authorization")))
-        return JSONResponse(_info(service, info))
+        return JSONResponse(_info(service))
 
     error = {"model": schema.Error, "description": "A generation would not succeed now."}
     unhealthy: dict[int | str, dict[str, Any]] = {503: error}
@@ -106,7 +103,7 @@ def create_lorax_routes(service: Service, info: pb.GetModelInfoResponse, healthy
     @routes.get("/", response_class=Response, responses=unhealthy)
     async def health() -> Response:
         """200 if a generation would succeed now."""
-        if healthy():
+        if service.healthy:
             return Response()
         return JSONResponse({"error": "unhealthy", "error_type": "healthcheck"}, 503)
 
@@ -123,14 +120,15 @@ def create_lorax_routes(service: Service, info: pb.GetModelInfoResponse, healthy
     return routes
 
 
-def _info(service: Service, info: pb.GetModelInfoResponse) -> dict[str, Any]:
+def _info(service: Service) -> dict[str, Any]:
+    info = service.info
     return {
         "model_id": info.model_id,
         "model_sha": None,
         "model_dtype": info.dtype,
         "model_device_type": None,
         "model_pipeline_tag": "text-generation",
-        "max_concurrent_requests": service.limits.max_queue,
+        "max_concurrent_requests": service.max_queue,
         "max_best_of": MAX_N,
         "max_stop_sequences": MAX_STOPS,
         "max_input_length": info.max_model_len - 1,

@@ -6,9 +6,8 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from loraplex_protos import generation_pb2 as pb
 from loraplex_protos.errors import AdapterNotFoundError
-from loraplex_router.adapters.registry import AdapterStatus
+from loraplex_router.adapters.administration import AdapterStatus
 from loraplex_router.api.http.attendance import collect
 from loraplex_router.api.http.errors import openai_body
 from loraplex_router.api.http.openai import answers
@@ -39,7 +38,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 EVENTS = describe_events("A chunk; at the end [DONE]. There may be comments between events.")
 
 
-def create_openai_routes(service: Service, info: pb.GetModelInfoResponse) -> APIRouter:
+def create_openai_routes(service: Service) -> APIRouter:
     routes = APIRouter(prefix="/v1", tags=["OpenAI"])
     started = int(time.time())
 
@@ -48,13 +47,13 @@ def create_openai_routes(service: Service, info: pb.GetModelInfoResponse) -> API
         """Continues one prompt or several."""
         generations: list[Generation] = []
         try:
-            for request in read_completions(body, info.model_id):
+            for request in read_completions(body, service.info.model_id):
                 generations.append(await service.generate(request, api_key(http)))
         except BaseException:
             for generation in generations:
                 service.leave(generation)
             raise
-        writer = CompletionWriter(body, generations, service.tokenizer, info.version)
+        writer = CompletionWriter(body, generations, service.tokenizer, service.info.version)
         if body.stream:
             return EventStream(service, generations, writer.events(), openai_body)
         return JSONResponse(writer.whole(await collect(service, generations, http.receive)))
@@ -62,8 +61,8 @@ def create_openai_routes(service: Service, info: pb.GetModelInfoResponse) -> API
     @routes.post("/chat/completions", responses={200: {"model": answers.ChatCompletion, "content": EVENTS}, **ERRORS})
     async def chat_completions(body: ChatCompletionRequest, http: Request) -> Response:
         """Answers a conversation, with the model's own chat template."""
-        generation = await service.generate(read_chat(body, info.model_id), api_key(http))
-        writer = ChatWriter(body, generation, service.tokenizer, info.version)
+        generation = await service.generate(read_chat(body, service.info.model_id), api_key(http))
+        writer = ChatWriter(body, generation, service.tokenizer, service.info.version)
         if body.stream:
             return EventStream(service, [generation], writer.events(), openai_body)
         (deltas,) = await collect(service, [generation], http.receive)
@@ -85,10 +84,10 @@ def create_openai_routes(service: Service, info: pb.GetModelInfoResponse) -> API
         raise AdapterNotFoundError(f"the model {model!r} does not exist")
 
     async def list_models(http: Request) -> list[dict[str, Any]]:
-        found = {info.model_id: describe(info.model_id, None, None)}
+        found = {service.info.model_id: describe(service.info.model_id, None, None)}
         for status in await service.list_adapters(api_key(http)):
             if status.id not in found:
-                found[status.id] = describe(status.id, info.model_id, status)
+                found[status.id] = describe(status.id, service.info.model_id, status)
         return list(found.values())
 
     def api_key(http: Request) -> str | None:
@@ -102,8 +101,8 @@ def create_openai_routes(service: Service, info: pb.GetModelInfoResponse) -> API
             "owned_by": "loraplex",
             "root": name,
             "parent": parent,
-            "max_model_len": info.max_model_len,
-            "tier": status.tier.name.lower() if status else None,
+            "max_model_len": service.info.max_model_len,
+            "tier": status.tier.name.lower() if status and status.tier else None,
         }
 
     return routes

@@ -1,0 +1,231 @@
+"""What operators ask for: which adapters are where, loaded ahead of their use, unloaded, or kept on the device.
+
+A listing speaks of an adapter once, whichever groups have it, and says what it is in each of them.
+"""
+
+import asyncio
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+
+from loraplex_protos.errors import (
+    AdapterInUseError,
+    AdapterNotFoundError,
+    AdapterPinsError,
+    LoraplexError,
+    UnavailableError,
+)
+from loraplex_router.adapters.pool import Adapter
+from loraplex_router.adapters.registry import AdapterRegistry, Entry
+from loraplex_router.group import Group
+from loraplex_router.groups import Groups
+from loraplex_router.request import AdapterReference
+
+POLL_SECONDS = 0.02
+
+logger = logging.getLogger(__name__)
+
+
+class Tier(Enum):
+    """The fastest place that holds an adapter."""
+
+    DISK = 1
+    HOST = 2
+    DEVICE = 3
+
+
+class State(Enum):
+    """What happens to an adapter."""
+
+    AVAILABLE = 1  # in the adapter directory
+    FETCHING = 2  # on its way into host memory
+    LOADED = 3
+    UNLOADING = 4  # as soon as nothing needs it
+
+
+@dataclass(frozen=True, slots=True)
+class Residence:
+    """An adapter in one group."""
+
+    group: str
+    adapter: Adapter
+
+    @property
+    def tier(self) -> Tier:
+        return Tier.DEVICE if self.adapter.ready else Tier.HOST
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterStatus:
+    """One line of a listing. `digest` is empty, and nothing else known, of what is only on disk or being fetched."""
+
+    id: str
+    source: str
+    revision: str
+    digest: str
+    state: State
+    residences: tuple[Residence, ...] = ()
+
+    @property
+    def tier(self) -> Tier | None:
+        """None while it is being fetched."""
+        on_disk = None if self.state is State.FETCHING else Tier.DISK
+        return max((residence.tier for residence in self.residences), key=lambda tier: tier.value, default=on_disk)
+
+    @property
+    def lora_rank(self) -> int:
+        return max((adapter.lora_rank for adapter in self._adapters), default=0)
+
+    @property
+    def size_bytes(self) -> int:
+        """In the host memory of one group, over all ranks."""
+        return max((adapter.size_bytes for adapter in self._adapters), default=0)
+
+    @property
+    def requests(self) -> int:
+        """That wait or run."""
+        return sum(adapter.requests for adapter in self._adapters)
+
+    @property
+    def running(self) -> int:
+        return sum(adapter.running for adapter in self._adapters)
+
+    @property
+    def waiting(self) -> int:
+        return sum(adapter.waiting for adapter in self._adapters)
+
+    @property
+    def last_used(self) -> float:
+        """When a request with it last came or ended, in seconds since 1970; 0 if never."""
+        return max((adapter.last_used for adapter in self._adapters), default=0.0)
+
+    @property
+    def pinned(self) -> bool:
+        return any(adapter.pinned for adapter in self._adapters)
+
+    @property
+    def _adapters(self) -> Iterator[Adapter]:
+        return (residence.adapter for residence in self.residences)
+
+
+class Administration:
+    """Names an adapter by a reference or, as merged ones have none, by its digest."""
+
+    def __init__(self, registry: AdapterRegistry, groups: Groups) -> None:
+        self._registry = registry
+        self._groups = groups
+        self._pins: dict[str, AdapterReference] = {}  # by digest; outlives the group that holds the adapter
+
+    async def list(self) -> list[AdapterStatus]:
+        """The staged adapters under every name they were asked for, what is on its way, and the names in the adapter
+        directory."""
+        entries = {entry: self._residences(entry.digest) for entry in self._registry}
+        loaded = [_status(entry, residences) for entry, residences in entries.items() if residences]
+        fetched = {reference for group in self._groups for reference in group.adapters.fetching()}
+        fetching = {
+            AdapterStatus(reference.id, reference.source, reference.revision, "", State.FETCHING)
+            for reference in fetched
+            if isinstance(reference, AdapterReference) and not self._registry.digest(reference)
+        }
+        known = {status.id for status in (*loaded, *fetching) if status.source in ("", "local")}
+        group = next((group for group in self._groups if group.accepting), None)
+        local = await group.shards.local_adapters() if group else []
+        on_disk = [AdapterStatus(id, "local", "", "", State.AVAILABLE) for id in local if id not in known]
+        listed = [*loaded, *fetching, *on_disk]
+        return sorted(listed, key=lambda status: (status.id, status.source, status.revision))
+
+    async def load(self, reference: AdapterReference) -> AdapterStatus:
+        """Reads the source again, whatever was known, and stages what is there now, on one group."""
+        await self._groups.choose(reference).adapters.read_again(reference)
+        return self._status_of(self._digest(reference))
+
+    async def unload(self, name: AdapterReference | str, wait: bool) -> None:
+        """Frees what it has on every group, and forgets what its references were resolved to.
+
+        With `wait`, what runs or waits with it goes to its end first. Raises AdapterNotFoundError if it is not loaded,
+        AdapterInUseError, without `wait`, if it is needed.
+        """
+        digest = self._digest(name)
+        holders = list(self._holders(digest))
+        if not holders:
+            raise AdapterNotFoundError(f"adapter {_shown(name)} is not loaded")
+        if not wait and any(adapter.needed for _, adapter in holders):
+            raise AdapterInUseError(f"adapter {_shown(name)} is in use")
+        self._pins.pop(digest, None)
+        await asyncio.gather(*(group.adapters.unload(adapter) for group, adapter in holders))
+        if not self._residences(digest):
+            self._registry.forget(digest)
+
+    async def pin(self, name: AdapterReference | str) -> AdapterStatus:
+        """Brings it to the device of one group and keeps it there. Returns once it is there. What was named by its
+        reference is pinned on another group if that one is lost.
+
+        Raises AdapterNotFoundError for a digest that is not loaded, AdapterPinsError if the group has as many pins as
+        it can.
+        """
+        if isinstance(name, AdapterReference):
+            group, adapter = await self._groups.place(name, None)
+        else:
+            holders = [holder for holder in self._holders(name) if not holder[1].leaving]
+            if not holders:
+                raise AdapterNotFoundError(f"adapter {_shown(name)} is not loaded")
+            group, adapter = max(holders, key=lambda holder: (holder[1].pinned, holder[1].ready))
+        if not group.pool.pin(adapter):
+            raise AdapterPinsError(f"{group.pool.slots - 1} adapters are pinned already; unpin one first")
+        if isinstance(name, AdapterReference):
+            self._pins[adapter.digest] = name
+        group.engine.wake()
+        while adapter.pinned and not adapter.ready:
+            if not group.accepting:
+                raise UnavailableError("the group of shards was lost")
+            await asyncio.sleep(POLL_SECONDS)
+        return self._status_of(adapter.digest)
+
+    def unpin(self, name: AdapterReference | str) -> AdapterStatus:
+        """Raises AdapterNotFoundError if it is not loaded."""
+        digest = self._digest(name)
+        self._pins.pop(digest, None)
+        for group, adapter in self._holders(digest):
+            group.pool.unpin(adapter)
+        return self._status_of(digest)
+
+    async def restore_pins(self) -> None:
+        """Pins again what was pinned on a group that is gone."""
+        for digest, reference in list(self._pins.items()):
+            if not any(adapter.pinned for _, adapter in self._holders(digest)):
+                try:
+                    await self.pin(reference)
+                except LoraplexError as error:
+                    logger.warning("the pinned adapter %s cannot be loaded again: %s", digest, error)
+
+    def _digest(self, name: AdapterReference | str) -> str:
+        digest = name if isinstance(name, str) else self._registry.digest(name)
+        if digest is None:
+            raise AdapterNotFoundError(f"adapter {_shown(name)} is not loaded")
+        return digest
+
+    def _holders(self, digest: str) -> Iterator[tuple[Group, Adapter]]:
+        for group in self._groups:
+            if adapter := group.pool.get(digest):
+                yield group, adapter
+
+    def _residences(self, digest: str) -> tuple[Residence, ...]:
+        return tuple(Residence(group.name, adapter) for group, adapter in self._holders(digest))
+
+    def _status_of(self, digest: str) -> AdapterStatus:
+        entry = next((entry for entry in self._registry if entry.digest == digest), None)
+        residences = self._residences(digest)
+        if entry is None or not residences:
+            raise AdapterNotFoundError(f"adapter {digest} is not loaded")
+        return _status(entry, residences)
+
+
+def _status(entry: Entry, residences: tuple[Residence, ...]) -> AdapterStatus:
+    leaving = all(residence.adapter.leaving for residence in residences)
+    state = State.UNLOADING if leaving else State.LOADED
+    return AdapterStatus(entry.id, entry.source, entry.revision, entry.digest, state, residences)
+
+
+def _shown(name: AdapterReference | str) -> str:
+    return repr(name if isinstance(name, str) else name.id)

@@ -1,0 +1,140 @@
+"""One group's adapters on their way into host memory and out of it. The engine moves them on, to the device."""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+
+from loraplex_router.adapters.pool import Adapter, AdapterPool
+from loraplex_router.adapters.references import Reference, key_of, merged_digest, with_weights
+from loraplex_router.adapters.registry import AdapterRegistry, Entry
+from loraplex_router.placement import Residence
+from loraplex_router.request import AdapterReference, MergedReference
+from loraplex_router.shards import Shards, StagedAdapter
+
+POLL_SECONDS = 0.02  # between looks at an adapter that is to be unloaded and still needed
+
+
+class AdapterStaging:
+    """Stages what is asked for, each adapter once, and any number at the same time."""
+
+    def __init__(self, shards: Shards, pool: AdapterPool, registry: AdapterRegistry) -> None:
+        self._shards = shards
+        self._pool = pool
+        self._registry = registry
+        self._staging: dict[str, tuple[Reference, asyncio.Task[Adapter]]] = {}  # by the reference's key
+        self._unstaging: dict[str, asyncio.Task[None]] = {}  # by digest
+        self._closed = False
+
+    def fetching(self) -> list[Reference]:
+        """What is being staged."""
+        return [reference for reference, _ in self._staging.values()]
+
+    def residence(self, reference: Reference) -> Residence:
+        """How near the adapter is to this group's device."""
+        digest = self._registry.digest(reference)
+        adapter = self._staged(digest) if digest else None
+        if adapter is not None:
+            return Residence.HOST if adapter.slot is None else Residence.DEVICE
+        return Residence.FETCHING if key_of(reference) in self._staging else Residence.ABSENT
+
+    async def resolve(self, reference: Reference | None) -> Adapter:
+        """The adapter, staged; None is the base model. The caller must use it before it awaits anything else.
+
+        Raises AdapterError with the reason if it cannot be served, InvalidRequestError if adapters cannot be merged.
+        """
+        if reference is None:
+            return self._pool.base
+        while True:
+            digest = self._registry.digest(reference)
+            adapter = self._staged(digest) if digest else None
+            if adapter is not None:
+                return adapter
+            staged = await self._once(key_of(reference), reference, lambda: self._bring(reference))
+            if self._staged(staged.digest) is staged:
+                return staged
+
+    async def read_again(self, reference: AdapterReference) -> Adapter:
+        """Reads the source, whatever was known, and stages what is there now."""
+        return await self._once(f"{key_of(reference)} again", reference, lambda: self._stage(reference, reference))
+
+    async def unload(self, adapter: Adapter) -> None:
+        """Frees its slot and its host memory once nothing needs it; a request that comes for it meanwhile waits, and
+        has it staged again. A caller that leaves does not change this."""
+        if adapter.digest not in self._unstaging:
+            adapter.leaving = True
+            self._unstage(adapter)
+        await asyncio.shield(self._unstaging[adapter.digest])
+
+    def close(self) -> None:
+        """The group is gone: nothing is waited for any longer. What its shards were asked fails by itself."""
+        self._closed = True
+
+    def _staged(self, digest: str) -> Adapter | None:
+        adapter = self._pool.get(digest)
+        return None if adapter is None or adapter.leaving else adapter
+
+    async def _once(
+        self, key: str, reference: Reference, work: Callable[[], Coroutine[None, None, Adapter]]
+    ) -> Adapter:
+        """The work for a key is done once at a time; a caller that leaves does not end it for the others."""
+        if key not in self._staging:
+            task = asyncio.create_task(work())
+            self._staging[key] = reference, task
+            task.add_done_callback(lambda _: self._staging.pop(key))
+        return await asyncio.shield(self._staging[key][1])
+
+    async def _bring(self, reference: Reference) -> Adapter:
+        if isinstance(reference, MergedReference):
+            return await self._merge(with_weights(reference))
+        return await self._stage(reference, self._registry.pinned(reference))
+
+    async def _stage(self, reference: AdapterReference, source: AdapterReference) -> Adapter:
+        staged = await self._shards.stage(source)
+        while unstaging := self._unstaging.get(staged.digest):  # it leaves, or was dropped while it was staged again
+            await asyncio.wait([unstaging])
+            staged = await self._shards.stage(source)
+        return self._add(reference, Entry(reference.id, staged.source, staged.revision, staged.digest), staged)
+
+    async def _merge(self, merged: MergedReference) -> Adapter:
+        parts: list[Adapter] = []
+        try:
+            for reference in merged.adapters:
+                part = await self.resolve(reference)
+                part.merges += 1
+                parts.append(part)
+            digests = [part.digest for part in parts]
+            digest = merged_digest(digests, merged)
+            while unstaging := self._unstaging.get(digest):
+                await asyncio.wait([unstaging])
+            staged = await self._shards.merge(digest, digests, merged)
+        finally:
+            for part in parts:
+                part.merges -= 1
+        ids = ",".join(reference.id for reference in merged.adapters)
+        return self._add(merged, Entry(ids, "merged", "", digest), staged)
+
+    def _add(self, reference: Reference, entry: Entry, staged: StagedAdapter) -> Adapter:
+        """Takes a staged adapter into the books; others may have to leave host memory for it."""
+        adapter = self._pool.add(staged.digest, staged.lora_rank, staged.size_bytes)
+        adapter.name = entry.id
+        adapter.chat_template = staged.chat_template
+        self._registry.remember(reference, entry)
+        for dropped in self._pool.pop_over_budget(keep=adapter):
+            self._unstage(dropped)
+        return adapter
+
+    def _unstage(self, adapter: Adapter) -> None:
+        digest = adapter.digest
+        task = self._unstaging[digest] = asyncio.create_task(self._unstage_alone(adapter))
+        task.add_done_callback(lambda _: self._unstaging.pop(digest))
+
+    async def _unstage_alone(self, adapter: Adapter) -> None:
+        while adapter.needed:
+            if self._closed:
+                return
+            await asyncio.sleep(POLL_SECONDS)
+        if adapter.leaving:
+            self._pool.remove(adapter)
+        if adapter.slot is not None:
+            await self._shards.unload(adapter.slot)
+            self._pool.release_slot(adapter)
+        await self._shards.unstage(adapter.digest)

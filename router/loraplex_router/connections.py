@@ -1,0 +1,108 @@
+"""Keeps the router connected to the groups: finds them, takes them up, notices when they stop, and tries again."""
+
+import asyncio
+import logging
+
+from loraplex_protos.errors import LoraplexError
+from loraplex_protos.mtls import channel_credentials
+from loraplex_router.adapters.pool import AdapterPool
+from loraplex_router.adapters.registry import AdapterRegistry
+from loraplex_router.discovery import Address, Discovery
+from loraplex_router.group import Group
+from loraplex_router.groups import Groups
+from loraplex_router.model import read_model
+from loraplex_router.scheduler import Limits
+from loraplex_router.service import Service
+from loraplex_router.settings import RouterSettings
+from loraplex_router.shards import ShardGroup
+from loraplex_router.telemetry.telemetry import Telemetry
+
+RETRY_SECONDS = 1.0
+POLL_SECONDS = 0.02
+
+logger = logging.getLogger(__name__)
+
+
+class Connections:
+    """`run` is its task. The first group says which model is served; one that does not fit it is refused."""
+
+    def __init__(
+        self,
+        settings: RouterSettings,
+        groups: Groups,
+        registry: AdapterRegistry,
+        service: Service,
+        telemetry: Telemetry,
+    ) -> None:
+        self._settings = settings
+        self._groups = groups
+        self._registry = registry
+        self._service = service
+        self._telemetry = telemetry
+        self._tasks: dict[Address, asyncio.Task[None]] = {}
+        self._wanted: set[Address] = set()
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                async for addresses in Discovery(self._settings.shards).watch():
+                    self._wanted = addresses
+                    for address in addresses - self._tasks.keys():
+                        self._tasks[address] = tasks.create_task(self._keep(address))
+                    for address in self._tasks.keys() - addresses:
+                        if not any(group.name == str(address) for group in self._groups):
+                            self._tasks.pop(address).cancel()
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+
+    async def _keep(self, address: Address) -> None:
+        """Drives the group at an address again and again, until discovery does not name it any more."""
+        last = ""
+        while address in self._wanted:
+            shards = ShardGroup(address, channel_credentials(self._settings))
+            try:
+                await self._drive(shards, str(address))
+            except LoraplexError as error:
+                if error.message != last:
+                    logger.warning("group %s: %s", address, error)
+                last = error.message
+            else:
+                last = ""
+            finally:
+                await shards.close()
+            await asyncio.sleep(RETRY_SECONDS)
+        self._tasks.pop(address, None)
+
+    async def _drive(self, shards: ShardGroup, name: str) -> None:
+        """From connecting to the group until it has stopped. Raises the LoraplexError that ended it before."""
+        group = await self._take_up(shards, name)
+        engine = asyncio.create_task(group.engine.run())
+        stopping = asyncio.create_task(shards.stopping())
+        self._groups.add(group)
+        logger.info("group %s is ready", name)
+        try:
+            await asyncio.wait([engine, stopping], return_when=asyncio.FIRST_COMPLETED)
+            if stopping.done() and not stopping.exception():
+                logger.info("group %s is stopping", name)
+                self._groups.close(group)
+                while not (engine.done() or group.engine.idle):
+                    await asyncio.sleep(POLL_SECONDS)
+        finally:
+            for task in (engine, stopping):
+                task.cancel()
+            outcomes = await asyncio.gather(engine, stopping, return_exceptions=True)
+            self._groups.remove(group)
+        for outcome in outcomes:
+            if isinstance(outcome, Exception):
+                raise outcome
+
+    async def _take_up(self, shards: ShardGroup, name: str) -> Group:
+        await shards.connect(self._settings.max_batch_tokens)
+        info = shards.info
+        limits = Limits(max(self._settings.max_batch_tokens, info.max_sequences), info.max_sequences, info.block_size)
+        slots = self._settings.max_adapters_on_device
+        model = read_model(info, await shards.tokenizer(), limits.max_batch_tokens, slots)
+        self._service.serve(model)
+        pool = AdapterPool(slots, int(self._settings.adapter_host_gib * 2**30))
+        return Group(name, shards, limits, info.num_blocks, pool, self._registry, self._telemetry)

@@ -1,0 +1,58 @@
+"""One group of shards, as the router drives it: its queue, its blocks, its slots, its adapters and its engine."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from loraplex_router.adapters.pool import AdapterPool
+from loraplex_router.adapters.references import Reference
+from loraplex_router.adapters.registry import AdapterRegistry
+from loraplex_router.adapters.staging import AdapterStaging
+from loraplex_router.blocks import BlockAllocator
+from loraplex_router.engine import Engine
+from loraplex_router.placement import Candidate, Residence
+from loraplex_router.scheduler import Limits, Scheduler
+from loraplex_router.shards import Shards
+from loraplex_router.telemetry.telemetry import Telemetry
+
+
+class Group:
+    """Lives as long as the connection to its shards. `accepting` says whether it takes new sequences."""
+
+    def __init__(
+        self,
+        name: str,
+        shards: Shards,
+        limits: Limits,
+        num_blocks: int,
+        pool: AdapterPool,
+        registry: AdapterRegistry,
+        telemetry: Telemetry,
+    ) -> None:
+        self.name = name
+        self.shards = shards
+        self.accepting = True
+        self.pool = pool
+        self.blocks = BlockAllocator(num_blocks)
+        self.scheduler = Scheduler(limits, self.blocks, pool)
+        self.adapters = AdapterStaging(shards, pool, registry)
+        self.engine = Engine(self.scheduler, pool, shards, telemetry.group(name))
+        self._coming = 0  # requests whose adapter is being staged here
+
+    def candidate(self, reference: Reference | None) -> Candidate:
+        """The group as the placement of a request sees it."""
+        if reference is None:
+            return Candidate(self.name, self._load, has_spare_slot=True, residence=Residence.ABSENT)
+        return Candidate(self.name, self._load, self.pool.has_spare_slot, self.adapters.residence(reference))
+
+    @property
+    def _load(self) -> int:
+        return self.scheduler.num_running + self.scheduler.num_waiting + self._coming
+
+    @contextmanager
+    def expecting(self) -> Iterator[None]:
+        """A request is on its way here: others are to see that."""
+        self._coming += 1
+        try:
+            yield
+        finally:
+            self._coming -= 1

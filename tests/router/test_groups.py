@@ -1,0 +1,199 @@
+"""Several groups behind one router: affinity, groups that stop or are lost, and requests that go on elsewhere."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import suppress
+
+import pytest
+
+from loraplex_protos.errors import UnavailableError
+from loraplex_router.group import Group
+from loraplex_router.request import AdapterReference, Request
+from loraplex_router.sequence import FinishReason
+from tests.router.test_engine import Setup
+
+
+class Cluster(Setup):
+    """A service over groups whose shards can be lost; each has an engine that runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tasks: dict[Group, asyncio.Task[None]] = {}
+        self.start(self.group)
+
+    def start(self, group: Group) -> None:
+        self.tasks[group] = asyncio.create_task(self.drive(group))
+
+    def join(self, name: str) -> Group:
+        group = self.add_group(name)
+        self.start(group)
+        return group
+
+    async def drive(self, group: Group) -> None:
+        """As the connections do."""
+        with suppress(UnavailableError):
+            await group.engine.run()
+        self.groups.remove(group)
+
+    def lose(self, group: Group) -> None:
+        group.shards.step_error = UnavailableError("rank 1 is gone")
+
+    def holders(self, digest: str) -> list[Group]:
+        return [group for group in self.tasks if group.pool.get(digest)]
+
+    async def close(self) -> None:
+        for task in self.tasks.values():
+            task.cancel()
+        await asyncio.gather(*self.tasks.values(), return_exceptions=True)
+
+
+@pytest.fixture
+async def cluster() -> AsyncIterator[Cluster]:
+    made = Cluster()
+    yield made
+    await made.close()
+
+
+def request(first: int, tokens: int, adapter: str | None = None, **options: object) -> Request:
+    reference = AdapterReference(adapter) if adapter else None
+    return Request(prompt=(first,), adapter=reference, max_new_tokens=tokens, **options)
+
+
+async def test_an_adapter_is_staged_on_one_group_and_its_requests_go_there(cluster: Cluster):
+    cluster.join("second")
+    for name in "abcd":
+        for _ in range(3):
+            assert len(await cluster.answer(1, adapter=name)) == 5
+        assert len(cluster.holders(f"digest of {name}")) == 1
+
+
+async def test_requests_that_come_while_an_adapter_is_staged_go_to_the_same_group(cluster: Cluster):
+    cluster.join("second")
+    await asyncio.gather(*(cluster.answer(1, adapter="a") for _ in range(6)))
+    assert len(cluster.holders("digest of a")) == 1
+
+
+async def test_an_adapter_that_overwhelms_its_group_is_served_by_another_as_well(cluster: Cluster):
+    cluster.join("second")
+    await cluster.answer(1, adapter="a")
+    await asyncio.gather(*(cluster.answer(1, tokens=20, adapter="a") for _ in range(30)))
+    assert len(cluster.holders("digest of a")) == 2
+
+
+async def test_the_base_models_requests_go_to_the_less_busy_group(cluster: Cluster):
+    second = cluster.join("second")
+    generations = [await cluster.service.generate(request(1, 150)) for _ in range(10)]
+    running = [g.scheduler.num_running + g.scheduler.num_waiting for g in (cluster.group, second)]
+    assert running == [5, 5]
+    for generation in generations:
+        cluster.service.leave(generation)
+
+
+async def test_what_a_lost_group_ran_goes_on_in_another_and_loses_no_token(cluster: Cluster):
+    generations = [await cluster.service.generate(request(i, 100, "a" if i % 2 else None)) for i in range(6)]
+    while not all(generation.outputs[0].generated > 5 for generation in generations):
+        await asyncio.sleep(0)
+    cluster.join("second")
+    cluster.lose(cluster.group)
+    for i, generation in enumerate(generations):
+        (delta,) = await generation.collect()
+        step = 1 + bool(i % 2)  # both groups load the adapter into slot 1
+        assert [sample.token for sample in delta.samples] == [i + step * k for k in range(1, 101)]
+        cluster.service.leave(generation)
+    assert cluster.service.idle and list(cluster.groups) != [cluster.group]
+
+
+async def test_a_lost_groups_requests_wait_for_one_that_comes_back(cluster: Cluster):
+    generation = await cluster.service.generate(request(0, 50))
+    cluster.lose(cluster.group)
+    await cluster.tasks[cluster.group]
+    assert not cluster.service.healthy
+    with pytest.raises(UnavailableError, match="no group"):
+        await cluster.answer(1)
+    cluster.join("second")
+    (delta,) = await generation.collect()
+    assert [sample.token for sample in delta.samples] == list(range(1, 51))
+    cluster.service.leave(generation)
+
+
+async def test_a_lost_groups_requests_fail_if_no_other_comes_in_time(cluster: Cluster):
+    generation = await cluster.service.generate(request(0, 100))
+    cluster.lose(cluster.group)
+    with pytest.raises(UnavailableError, match="no others came in time"):
+        await generation.collect()
+    cluster.service.leave(generation)
+    assert cluster.service.idle
+    labels = {"outcome": "unavailable", "adapter": "base"}
+    assert cluster.telemetry.registry.get_sample_value("loraplex_requests_total", labels) == 1
+
+
+async def test_a_request_that_costs_one_group_after_the_other_is_given_up(cluster: Cluster):
+    generation = await cluster.service.generate(request(0, 100))
+    for number in range(3):
+        group = next(iter(cluster.groups))
+        cluster.join(f"another {number}")
+        cluster.lose(group)
+        await cluster.tasks[group]
+        while cluster.groups.num_waiting:
+            await asyncio.sleep(0)
+    with pytest.raises(UnavailableError, match="3 groups"):
+        await generation.collect()
+    cluster.service.leave(generation)
+
+
+async def test_a_request_can_be_cancelled_while_it_has_no_group(cluster: Cluster):
+    generation = await cluster.service.generate(request(0, 100, request_id="mine"))
+    cluster.lose(cluster.group)
+    await cluster.tasks[cluster.group]
+    assert not cluster.service.idle
+    cluster.service.cancel("mine")
+    assert cluster.service.idle
+    (delta,) = await generation.collect()
+    assert delta.finish_reason is FinishReason.CANCELLED
+    cluster.service.leave(generation)
+
+
+async def test_a_request_does_not_go_on_with_an_adapter_that_changed(cluster: Cluster):
+    generation = await cluster.service.generate(request(0, 100, "a"))
+    second = cluster.join("second")
+    second.shards.digests["a"] = "another digest"
+    cluster.lose(cluster.group)
+    with pytest.raises(UnavailableError, match="content"):
+        await generation.collect()
+    cluster.service.leave(generation)
+
+
+async def test_a_group_that_stops_finishes_what_it_began_and_gives_away_what_waits(cluster: Cluster):
+    started = [await cluster.service.generate(request(i, 100)) for i in range(8)]  # as many as it has rows
+    while not all(generation.outputs[0].generated for generation in started):
+        await asyncio.sleep(0)
+    waiting = await cluster.service.generate(request(50, 5))
+    second = cluster.join("second")
+    cluster.groups.close(cluster.group)
+    assert len(await waiting.collect()) == 1
+    assert not any(generation.finished for generation in started)
+    assert await cluster.answer(1) == [2, 3, 4, 5, 6]
+    assert [entry for entry in second.shards.log if entry.startswith("plan")]
+    for generation in started:
+        (delta,) = await generation.collect()
+        assert len(delta.samples) == 100
+    assert cluster.group.engine.idle
+    for generation in (*started, waiting):
+        cluster.service.leave(generation)
+
+
+async def test_the_last_group_keeps_what_waits_when_it_stops(cluster: Cluster):
+    generations = [await cluster.service.generate(request(i, 30)) for i in range(12)]
+    cluster.groups.close(cluster.group)
+    for generation in generations:
+        assert len((await generation.collect())[0].samples) == 30
+        cluster.service.leave(generation)
+
+
+async def test_a_failure_of_the_routers_own_loop_is_not_carried_to_other_groups(cluster: Cluster):
+    generation = await cluster.service.generate(request(0, 100))
+    cluster.join("second")
+    cluster.group.shards.step_error = ZeroDivisionError()
+    with pytest.raises(UnavailableError, match="its log has the details"):
+        await generation.collect()
+    cluster.service.leave(generation)

@@ -1,0 +1,158 @@
+"""What is staged: merged adapters once, by content, their parts kept meanwhile; what leaves and comes back."""
+
+import asyncio
+from hashlib import sha256
+
+import pytest
+
+from loraplex_protos.errors import AdapterNotFoundError
+from loraplex_router.adapters.pool import AdapterPool
+from loraplex_router.adapters.registry import AdapterRegistry
+from loraplex_router.adapters.staging import AdapterStaging
+from loraplex_router.request import AdapterReference, MergedReference
+from loraplex_router.shards import StagedAdapter
+
+A, B = AdapterReference("a"), AdapterReference("b")
+
+
+class Shards:
+    """Stages whatever is named, by a digest of its name and version, and remembers what it was asked for."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.revisions: list[str] = []
+        self.revision = "first"
+        self.versions: dict[str, int] = {}
+        self.staged: set[str] = set()
+        self.may_merge = asyncio.Event()
+        self.may_merge.set()
+
+    async def stage(self, reference: AdapterReference) -> StagedAdapter:
+        if reference.id == "missing":
+            raise AdapterNotFoundError("missing")
+        self.calls.append(f"stage {reference.id}")
+        self.revisions.append(reference.revision)
+        await asyncio.sleep(0)
+        digest = sha256(f"{reference.id}{self.versions.get(reference.id)}".encode()).hexdigest()
+        return self._hold(StagedAdapter(digest, "local", reference.revision or self.revision, 8, 10))
+
+    async def merge(self, digest: str, digests: list[str], merged: MergedReference) -> StagedAdapter:
+        await self.may_merge.wait()
+        assert self.staged.issuperset(digests)
+        self.calls.append(f"merge {','.join(reference.id for reference in merged.adapters)} {merged.weights}")
+        return self._hold(StagedAdapter(digest, "merged", "", 8, 10))
+
+    async def unstage(self, digest: str) -> None:
+        self.staged.remove(digest)
+
+    async def local_adapters(self) -> list[str]:
+        return []
+
+    def _hold(self, staged: StagedAdapter) -> StagedAdapter:
+        self.staged.add(staged.digest)
+        return staged
+
+
+@pytest.fixture
+def shards() -> Shards:
+    return Shards()
+
+
+class Staging(AdapterStaging):
+    """With its pool in sight."""
+
+    def __init__(self, shards: Shards, host_bytes: int = 1000, registry: AdapterRegistry | None = None) -> None:
+        self.pool = AdapterPool(4, host_bytes)
+        super().__init__(shards, self.pool, registry or AdapterRegistry())
+
+
+async def test_adapters_are_merged_once_however_many_ask(shards: Shards) -> None:
+    staging = Staging(shards)
+    found = await asyncio.gather(*(staging.resolve(MergedReference((A, B))) for _ in range(5)))
+    found.append(await staging.resolve(MergedReference((A, B), weights=(1.0, 1.0))))
+    assert len(set(map(id, found))) == 1
+    assert sorted(shards.calls) == ["merge a,b (1.0, 1.0)", "stage a", "stage b"]
+
+
+async def test_every_setting_makes_another_adapter(shards: Shards) -> None:
+    staging = Staging(shards)
+    merges = [
+        MergedReference((A, B)),
+        MergedReference((B, A)),
+        MergedReference((A, B), (1.0, 2.0)),
+        MergedReference((A, B), strategy="ties"),
+        MergedReference((A, B), strategy="ties", density=0.5),
+        MergedReference((A, B), strategy="ties", majority_sign_method="frequency"),
+    ]
+    digests = {(await staging.resolve(merged)).digest for merged in merges}
+    assert len(digests) == len(merges)
+
+
+async def test_a_part_that_changed_makes_another_adapter(shards: Shards) -> None:
+    staging = Staging(shards)
+    before = await staging.resolve(MergedReference((A, B)))
+    shards.versions["a"] = 2
+    assert await staging.resolve(MergedReference((A, B))) is before
+    await staging.read_again(A)
+    assert await staging.resolve(MergedReference((A, B))) is not before
+
+
+async def test_a_part_that_is_not_found_leaves_the_others_free(shards: Shards) -> None:
+    staging = Staging(shards)
+    with pytest.raises(AdapterNotFoundError):
+        await staging.resolve(MergedReference((A, AdapterReference("missing"))))
+    assert not (await staging.resolve(A)).needed
+
+
+async def test_parts_stay_staged_while_they_are_merged(shards: Shards) -> None:
+    staging = Staging(shards, host_bytes=15)  # room for one adapter
+    shards.may_merge.clear()
+    merging = asyncio.create_task(staging.resolve(MergedReference((A, B))))
+    while "stage b" not in shards.calls:
+        await asyncio.sleep(0)
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert (await staging.resolve(A)).needed
+    shards.may_merge.set()
+    merged = await merging
+    await asyncio.sleep(0.01)
+    assert shards.staged == {merged.digest}
+    assert [adapter.digest for adapter in staging.pool] == [merged.digest]
+
+
+async def test_an_adapter_that_is_to_leave_waits_for_its_sequences_and_newcomers_wait_for_it(shards: Shards) -> None:
+    staging = Staging(shards)
+    adapter = await staging.resolve(A)
+    adapter.waiting = 1
+    unloading = asyncio.create_task(staging.unload(adapter))
+    await asyncio.sleep(0)
+    asking = asyncio.create_task(staging.resolve(A))
+    await asyncio.sleep(0.05)
+    assert not unloading.done() and not asking.done()
+    adapter.waiting = 0
+    again = await asking
+    await unloading
+    assert again is not adapter and again.digest == adapter.digest
+    assert shards.staged == {again.digest}
+
+
+async def test_an_adapter_of_a_lost_group_is_waited_for_no_longer(shards: Shards) -> None:
+    staging = Staging(shards)
+    adapter = await staging.resolve(A)
+    adapter.running = 1
+    unloading = asyncio.create_task(staging.unload(adapter))
+    await asyncio.sleep(0)
+    staging.close()
+    await unloading
+
+
+async def test_another_group_stages_the_revision_that_was_resolved(shards: Shards) -> None:
+    registry = AdapterRegistry()
+    first, second = Staging(shards, registry=registry), Staging(shards, registry=registry)
+    await first.resolve(A)
+    shards.revision = "later"
+    await second.resolve(A)
+    assert shards.revisions == ["", "first"]
+    await second.read_again(A)
+    assert shards.revisions[-1] == ""
+    await first.resolve(A)
