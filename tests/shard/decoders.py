@@ -16,6 +16,7 @@ from loraplex_shard.models import Decoder, load_decoder
 from loraplex_shard.ops.base import Operations
 from loraplex_shard.ops.reference import ReferenceOperations
 from loraplex_shard.parallel import Group
+from loraplex_shard.settings import Quantize
 
 MAX_MODEL_LEN = 64
 WHOLE = Group(0, 1)
@@ -92,9 +93,10 @@ def load(
     group: Group = WHOLE,
     ops: Operations | None = None,
     max_model_len: int = MAX_MODEL_LEN,
+    quantize: Quantize = "none",
 ) -> Decoder:
-    """The decoder of a directory, or one rank's part of it, by the reference operations if there are no others."""
-    checkpoint, target = open_checkpoint(str(directory)), Target(dtype, CPU, "none")
+    """The decoder of a checkpoint, or one rank's part of it, by the reference operations if there are no others."""
+    checkpoint, target = open_checkpoint(str(directory)), Target(dtype, CPU, quantize)
     return load_decoder(checkpoint, group, ops or ReferenceOperations(), target, max_model_len)
 
 

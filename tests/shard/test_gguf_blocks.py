@@ -1,0 +1,105 @@
+"""GGUF's blocks are matrices of small integers, exactly: whole, in slices, and over ranks."""
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Kind
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loraplex_shard.checkpoint import Checkpoint, open_checkpoint
+from loraplex_shard.checkpoint.gguf_blocks import KINDS, read_blocks
+from loraplex_shard.parallel import Group
+from tests.shard.decoders import load
+from tests.shard.gguf_models import random_tensors, write_gguf
+
+Q = "model.layers.0.self_attn.q_proj.weight"
+DOWN = "model.layers.0.mlp.down_proj.weight"
+
+
+def quantized(shape: tuple[int, ...], kind: Kind, scale: float, seed: int) -> np.ndarray:
+    values = np.random.default_rng(seed).normal(0.0, scale, shape).astype(np.float32)
+    return gguf.quants.quantize(values, kind)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    kind=st.sampled_from(KINDS),
+    rows=st.integers(1, 5),
+    blocks=st.integers(1, 4),
+    scale=st.sampled_from([0.0, 1e-3, 1.0, 300.0]),
+    seed=st.integers(0, 99),
+)
+def test_blocks_are_the_weights_that_gguf_itself_reads(
+    kind: Kind, rows: int, blocks: int, scale: float, seed: int
+) -> None:
+    data = quantized((rows, blocks * 32), kind, scale, seed)
+    matrix = read_blocks(data, kind)
+    assert matrix is not None
+    assert (matrix.bits, matrix.group) == (8 if kind is Kind.Q8_0 else 4, 32)
+    assert torch.equal(matrix.dequantized(), torch.from_numpy(gguf.quants.dequantize(data, kind)))
+
+
+@pytest.mark.parametrize("kind", [Kind.Q5_0, Kind.F16, Kind.F32])
+def test_other_kinds_have_no_such_form(kind: Kind) -> None:
+    assert read_blocks(quantized((2, 64), kind, 1.0, 0).view(np.uint8), kind) is None
+
+
+@pytest.fixture(scope="module", params=KINDS, ids=lambda kind: kind.name)
+def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose matrices are all of one kind, but for an embedding in Q8_0."""
+    tensors = random_tensors()
+    for seed, (name, (data, kind)) in enumerate(tensors.items()):
+        if "norm" not in name:
+            matrix = gguf.quants.dequantize(data, kind)
+            chosen = Kind.Q8_0 if name == "token_embd.weight" else request.param
+            tensors[name] = quantized(matrix.shape, chosen, 0.2, seed), chosen
+    del tensors["output.weight"]
+    return write_gguf(tmp_path_factory.mktemp("gguf") / "model.gguf", tensors)
+
+
+@pytest.fixture
+def checkpoint(path: Path) -> Checkpoint:
+    return open_checkpoint(str(path))
+
+
+@pytest.mark.parametrize("name", [Q, DOWN])
+@pytest.mark.parametrize("rows", [slice(None), slice(16, 48)])
+@pytest.mark.parametrize("columns", [slice(None), slice(32, 64), slice(32, None)])
+def test_a_slice_of_the_blocks_is_that_slice_of_the_matrix(
+    checkpoint: Checkpoint, name: str, rows: slice, columns: slice
+) -> None:
+    matrix = checkpoint.read_quantized(name, rows, columns)
+    assert matrix is not None
+    assert torch.equal(matrix.dequantized(), checkpoint.read(name, rows, columns))
+
+
+@pytest.mark.parametrize("columns", [slice(16, 64), slice(0, 33)])
+def test_a_cut_through_a_block_has_no_such_form(checkpoint: Checkpoint, columns: slice) -> None:
+    assert checkpoint.read_quantized(DOWN, columns=columns) is None
+
+
+def test_a_model_quantized_to_the_bits_of_its_file_has_exactly_the_file_s_weights(path: Path) -> None:
+    bits = open_checkpoint(str(path)).read_quantized(Q).bits
+    exact, kept = load(path, max_model_len=32), load(path, max_model_len=32, quantize=f"int{bits}")
+    for name in ("qkv", "o"):
+        expected, actual = (getattr(decoder.layers[0].attention, name).weight for decoder in (exact, kept))
+        assert actual.group == 32
+        assert torch.equal(actual.matrix, expected.matrix)
+    assert torch.equal(kept.embedding.weight.matrix, exact.embedding.weight.matrix)
+    assert kept.embedding.weight.group == 32
+
+
+def test_over_ranks_it_still_has_the_file_s_weights_unless_a_cut_goes_through_a_block(path: Path) -> None:
+    bits = open_checkpoint(str(path)).read_quantized(Q).bits
+    ranks = [load(path, group=Group(rank, 2), max_model_len=32, quantize=f"int{bits}") for rank in range(2)]
+    exact = load(path, max_model_len=32).layers[0]
+    o = torch.cat([rank.layers[0].attention.o.weight.matrix for rank in ranks], dim=1)
+    assert torch.equal(o, exact.attention.o.weight.matrix)
+    # 96 MLP units are 48 to a rank: one block and a half, rounded once more.
+    down = torch.cat([rank.layers[0].mlp.down.weight.matrix for rank in ranks], dim=1)
+    assert not torch.equal(down, exact.mlp.down.weight.matrix)
+    torch.testing.assert_close(down, exact.mlp.down.weight.matrix, rtol=0, atol=0.06)
