@@ -20,10 +20,11 @@ from loraplex_shard.settings import ShardSettings
 
 CHART = Path(__file__).parent / "loraplex"
 SETTINGS: dict[str, type[BaseModel]] = {"router": RouterSettings, "shard": ShardSettings}
+MTLS = {"mtls_cert", "mtls_key", "mtls_ca"}
 # What the chart passes itself.
 PASSED = {
-    "router": {"host", "http_port", "grpc_port", "shards", "api_keys"},
-    "shard": {"rank", "listen", "rendezvous", "adapters", "metrics_port"},
+    "router": {"host", "http_port", "grpc_port", "shards", "api_keys", *MTLS},
+    "shard": {"rank", "listen", "rendezvous", "adapters", "metrics_port", *MTLS},
 }
 KEPT = {"type", "enum", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "pattern", "anyOf"}
 

@@ -52,6 +52,14 @@ CASES = {
         },
         {"Secret": {"registry", "keys", "hub", "one-key"}, "PersistentVolumeClaim": {"models", "adapters"}},
     ),
+    "mutual TLS": Case(
+        {
+            "mtls": {"routerSecret": "router-cert", "shardSecret": "shard-cert"},
+            "shard": {"settings": {"tp": 2}},
+            "router": {"apiKeys": {"existingSecret": "keys"}},
+        },
+        {"Secret": {"router-cert", "shard-cert", "keys"}},
+    ),
     "adapters in ConfigMaps": Case(
         {"shard": {"adapters": {"configMaps": [{"id": "sql", "name": "adapter-sql"}, {"id": "x.Y", "name": "y"}]}}},
         {"ConfigMap": {"adapter-sql", "y"}},
@@ -88,6 +96,7 @@ CASES = {
             "metrics": {
                 "serviceMonitor": {"enabled": True, "labels": {"release": "p"}},
                 "podMonitor": {"enabled": True},
+                "prometheusRule": {"enabled": True, "labels": {"release": "p"}},
                 "dashboards": {"enabled": True, "annotations": {"folder": "LLM"}},
             },
             "ingress": {

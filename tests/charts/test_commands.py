@@ -15,37 +15,47 @@ from tests.charts.rendering import CASES, NAMESPACE, Object, notes, of_kind, pod
 every_case = pytest.mark.parametrize("case", CASES)
 
 
-def router_settings(pod: Object) -> RouterSettings:
+@pytest.fixture(scope="module")
+def mounts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stands in for the containers' file systems, since settings look whether files are there."""
+    folder = tmp_path_factory.mktemp("mounts")
+    (folder / "adapters").mkdir()
+    (folder / "etc/loraplex/mtls").mkdir(parents=True)
+    for name in ("tls.crt", "tls.key", "ca.crt"):
+        (folder / "etc/loraplex/mtls" / name).touch()
+    return folder
+
+
+def router_settings(pod: Object, mounts: Path) -> RouterSettings:
     (container,) = pod["spec"]["containers"]
-    command, *flags = container["args"]
+    command, *flags = (argument.replace("=/", f"={mounts}/") for argument in container["args"])
     assert command == "router"
     return parse(RouterSettings, flags, command, "")
 
 
-def shard_settings(pod: Object, adapters: Path) -> list[ShardSettings]:
+def shard_settings(pod: Object, mounts: Path) -> list[ShardSettings]:
     """Of all ranks in the pod; for a LeaderWorkerSet, of the leader."""
     found = []
     for container in pod["spec"]["containers"]:
-        command, *flags = container["args"]
+        command, *flags = (argument.replace("=/", f"={mounts}/") for argument in container["args"])
         assert command == "shard"
-        for before, after in (("$(RANK)", "0"), ("$(LWS_LEADER_ADDRESS)", "leader"), ("=/adapters", f"={adapters}")):
-            flags = [flag.replace(before, after) for flag in flags]
-        found.append(parse(ShardSettings, flags, command, ""))
+        leader = [flag.replace("$(RANK)", "0").replace("$(LWS_LEADER_ADDRESS)", "leader") for flag in flags]
+        found.append(parse(ShardSettings, leader, command, ""))
     return found
 
 
 @every_case
-def test_routers_are_given_settings_that_they_take(case: str):
+def test_routers_are_given_settings_that_they_take(case: str, mounts: Path):
     for pod in pods(rendered(case), "router"):
-        settings = router_settings(pod)
+        settings = router_settings(pod, mounts)
         ports = {port["name"]: port["containerPort"] for port in pod["spec"]["containers"][0]["ports"]}
         assert (settings.host, settings.http_port, settings.grpc_port) == ("0.0.0.0", ports["http"], ports["grpc"])
 
 
 @every_case
-def test_ranks_are_given_settings_that_they_take(case: str, tmp_path: Path):
+def test_ranks_are_given_settings_that_they_take(case: str, mounts: Path):
     for pod in pods(rendered(case), "shard"):
-        settings = shard_settings(pod, tmp_path)
+        settings = shard_settings(pod, mounts)
         assert [one.rank for one in settings] == list(range(len(settings)))
         for one, container in zip(settings, pod["spec"]["containers"], strict=True):
             grpc, metrics = (port["containerPort"] for port in container["ports"])
@@ -54,14 +64,15 @@ def test_ranks_are_given_settings_that_they_take(case: str, tmp_path: Path):
             assert len(settings) == settings[0].tp and len({one.rendezvous for one in settings}) == 1
 
 
-def test_values_arrive_as_they_were_given(tmp_path: Path):
+def test_values_arrive_as_they_were_given(mounts: Path):
     case = "secrets and claims of the user's"
-    (settings,) = shard_settings(next(pods(rendered(case), "shard")), tmp_path)
-    assert (settings.model, settings.revision, settings.adapters) == ("org/name", "main", tmp_path)
+    (settings,) = shard_settings(next(pods(rendered(case), "shard")), mounts)
+    assert (settings.model, settings.revision, settings.adapters) == ("org/name", "main", mounts / "adapters")
     assert (settings.max_model_len, settings.kv_blocks) == (1_000_000, 2_000_000)
-    assert router_settings(next(pods(rendered(case), "router"))).api_keys == Path("/etc/loraplex/api-keys/keys.yaml")
+    keys = router_settings(next(pods(rendered(case), "router")), mounts).api_keys
+    assert keys == mounts / "etc/loraplex/api-keys/keys.yaml"
     changed = render({"router": {"settings": {"drain-seconds": 0.5, "max-queue": 12345678, "log-prompts": True}}})
-    router = router_settings(next(pods(changed, "router")))
+    router = router_settings(next(pods(changed, "router")), mounts)
     assert (router.drain_seconds, router.max_queue, router.log_prompts) == (0.5, 12345678, True)
 
 
@@ -100,10 +111,14 @@ def test_ranks_that_can_only_begin_together_are_restarted_together(case: str):
         assert document["spec"]["leaderWorkerTemplate"]["restartPolicy"] == "RecreateGroupOnPodRestart"
     for pod in pods(rendered(case), "shard"):
         containers = pod["spec"]["containers"]
-        own = [container["startupProbe"]["grpc"]["port"] for container in containers]
-        watched = [container["livenessProbe"]["grpc"]["port"] for container in containers]
+        own = [probed_port(container["startupProbe"]) for container in containers]
+        watched = [probed_port(container["livenessProbe"]) for container in containers]
         assert own == [container["ports"][0]["containerPort"] for container in containers]
         assert watched == own[1:] + own[:1]
+
+
+def probed_port(probe: Object) -> int:
+    return (probe.get("grpc") or probe["tcpSocket"])["port"]
 
 
 @every_case
@@ -115,16 +130,39 @@ def test_probes_ask_for_services_that_exist(case: str):
     for component, service in served.items():
         for pod in pods(rendered(case), component):
             for container in pod["spec"]["containers"]:
-                assert container["readinessProbe"]["grpc"]["service"] == service
+                probe = container["readinessProbe"]
+                if component == "shard" and case == "mutual TLS":
+                    assert "tcpSocket" in probe  # the kubelet's gRPC probes know no TLS
+                else:
+                    assert probe["grpc"]["service"] == service
+
+
+def test_with_mutual_tls_both_sides_have_their_own_certificate(mounts: Path):
+    for component, secret in (("router", "router-cert"), ("shard", "shard-cert")):
+        (pod,) = pods(rendered("mutual TLS"), component)
+        (volume,) = (volume for volume in pod["spec"]["volumes"] if volume["name"] == "mtls")
+        assert volume["secret"] == {"secretName": secret, "defaultMode": 0o440}
+        settings = router_settings(pod, mounts) if component == "router" else shard_settings(pod, mounts)[1]
+        assert settings.mtls_ca == mounts / "etc/loraplex/mtls/ca.crt"
+
+
+def test_routers_in_a_pool_export_what_its_picker_reads(mounts: Path):
+    (pooled,) = pods(rendered("everything around it"), "router")
+    (alone,) = pods(rendered("defaults"), "router")
+    assert router_settings(pooled, mounts).gateway_metrics and not router_settings(alone, mounts).gateway_metrics
 
 
 @pytest.mark.parametrize("drain", [0, 0.5, 30, 600])
-def test_pods_are_given_more_time_to_end_than_they_take(drain: float):
-    objects = render({"router": {"settings": {"drain-seconds": drain}, "preStopSeconds": 20}})
+def test_pods_are_given_more_time_to_end_than_they_take(drain: float, mounts: Path):
+    settings = {"drain-seconds": drain}
+    objects = render({"router": {"settings": settings, "preStopSeconds": 20}, "shard": {"settings": settings}})
     (router,) = pods(objects, "router")
-    assert router_settings(router).drain_seconds == drain
+    assert router_settings(router, mounts).drain_seconds == drain
     assert router["spec"]["containers"][0]["lifecycle"]["preStop"]["exec"]["command"] == ["sleep", "20"]
     assert router["spec"]["terminationGracePeriodSeconds"] >= drain + 20 + 5
+    (shard,) = pods(objects, "shard")
+    assert [settings.drain_seconds for settings in shard_settings(shard, mounts)] == [drain]
+    assert shard["spec"]["terminationGracePeriodSeconds"] >= drain + 5
 
 
 def test_loading_may_take_as_long_as_is_said():

@@ -1,12 +1,14 @@
 """What the chart renders is what Kubernetes takes, and is consistent in itself."""
 
 import json
+import re
 
 import helm_python
 import kubernetes_validate
 import pytest
 
 from tests.charts.rendering import CASES, CHART, NAMESPACE, Object, of_kind, pods, render, rendered
+from tests.operate.exported import router_names
 
 CUSTOM = {
     "LeaderWorkerSet",
@@ -31,7 +33,7 @@ def test_manifests_are_valid_to_the_letter(minor: int):
 
 def test_between_them_the_cases_render_every_kind():
     kinds = {document["kind"] for case in CASES for document in rendered(case)}
-    assert kinds >= CUSTOM - {"PrometheusRule"}
+    assert kinds >= CUSTOM
 
 
 def test_helm_finds_nothing_to_complain_about():
@@ -117,7 +119,7 @@ def _check_probes(pod: Object) -> None:
             if "grpc" in probe:
                 assert probe["grpc"]["port"] in numbers
             else:
-                assert (probe.get("httpGet") or probe["tcpSocket"])["port"] in names
+                assert (probe.get("httpGet") or probe["tcpSocket"])["port"] in names | numbers
 
 
 @every_case
@@ -238,3 +240,17 @@ def test_scalers_scale_the_groups_and_nothing_else_sets_their_number():
         scalers = of_kind(rendered(case), "HorizontalPodAutoscaler", "ScaledObject")
         assert {scaler["spec"]["scaleTargetRef"]["name"] for scaler in scalers} == sets.keys()
         assert all("replicas" not in document["spec"] for document in sets.values())
+
+
+async def test_scalers_read_a_metric_that_routers_have_by_labels_that_the_monitor_gives():
+    exported = await router_names()
+    (scaler, _) = of_kind(rendered("an autoscaler"), "HorizontalPodAutoscaler")
+    metric = scaler["spec"]["metrics"][0]["external"]["metric"]
+    assert metric["name"] in exported
+    (keda,) = of_kind(rendered("KEDA"), "ScaledObject")
+    query = keda["spec"]["triggers"][0]["metadata"]["query"]
+    assert query.startswith(f"sum({metric['name']}{{")
+    (monitor,) = of_kind(rendered("everything around it"), "ServiceMonitor")
+    labels = {re.sub(r"[^a-z]", "_", label) for label in monitor["spec"]["podTargetLabels"]}
+    for label in labels | {"state"}:
+        assert label in metric["selector"]["matchLabels"] and f"{label}=" in query

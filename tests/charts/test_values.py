@@ -32,7 +32,7 @@ def leaves(values: Object, path: str = "") -> Iterator[str]:
 
 def test_every_value_and_every_setting_is_documented():
     page = (CHART / "README.md").read_text()
-    free_form = ("resources.", "podSecurityContext.", "securityContext.", ".labels.", ".behavior.")
+    free_form = ("resources.", "podSecurityContext.", "securityContext.", ".labels.", ".metricLabels.", ".behavior.")
     for path in leaves(VALUES):
         assert f"`{path}`" in page or any(part in f"{path}." for part in free_form), path
     for component in SETTINGS:
@@ -105,6 +105,7 @@ def test_unknown_keys_and_bad_values_are_refused(values: Object):
         ({"autoscaling": {"enabled": True}, "shard": {"workload": "LeaderWorkerSet"}}, "StatefulSet"),
         ({"keda": {"enabled": True}}, "keda.serverAddress"),
         ({"gateway": {"httpRoute": {"enabled": True}}}, "which Gateway"),
+        ({"mtls": {"routerSecret": "cert"}}, "or none"),
         (
             {"shard": {"adapters": {"existingClaim": "a", "configMaps": [{"id": "a", "name": "a"}]}}},
             "shard.adapters",

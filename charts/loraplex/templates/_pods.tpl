@@ -66,6 +66,27 @@ topologySpreadConstraints:
 {{- end }}
 {{- end }}
 
+{{/* (list $ "routerSecret" or "shardSecret"): flags, volume and mount of the certificates */}}
+{{- define "loraplex.mtlsFlags" -}}
+{{- if index (index . 0).Values.mtls (index . 1) }}
+- --mtls-cert=/etc/loraplex/mtls/tls.crt
+- --mtls-key=/etc/loraplex/mtls/tls.key
+- --mtls-ca=/etc/loraplex/mtls/ca.crt
+{{- end }}
+{{- end }}
+
+{{- define "loraplex.mtlsVolume" -}}
+{{- with index (index . 0).Values.mtls (index . 1) }}
+- {name: mtls, secret: {secretName: {{ . }}, defaultMode: 0440}}
+{{- end }}
+{{- end }}
+
+{{- define "loraplex.mtlsMount" -}}
+{{- if index (index . 0).Values.mtls (index . 1) }}
+- {name: mtls, mountPath: /etc/loraplex/mtls, readOnly: true}
+{{- end }}
+{{- end }}
+
 {{- define "loraplex.container" -}}
 {{- $root := index . 0 }}
 {{- $component := index $root.Values (index . 1) -}}

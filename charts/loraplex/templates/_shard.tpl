@@ -45,6 +45,7 @@ args:
   {{- if include "loraplex.hasAdapters" $root }}
   - --adapters=/adapters
   {{- end }}
+  {{- include "loraplex.mtlsFlags" (list $root "shardSecret") | trim | nindent 2 }}
   {{- include "loraplex.flags" (list $root "shard") | trim | nindent 2 }}
 env:
   {{- if $alone }}
@@ -57,28 +58,33 @@ ports:
   - {name: metrics{{ if not $alone }}-{{ $rank }}{{ end }}, containerPort: {{ add $root.Values.metrics.shardPort $rank }}}
 # The port opens once the model is loaded.
 startupProbe:
-  grpc: {port: {{ $port }}}
+  {{- include "loraplex.shardProbe" (list $root $port "") | nindent 2 }}
   periodSeconds: 5
   timeoutSeconds: 3
   failureThreshold: {{ div (add $shard.startupSeconds 4) 5 }}
 readinessProbe:
-  grpc: {port: {{ $port }}, service: loraplex.shard.v1.ShardService}
+  {{- include "loraplex.shardProbe" (list $root $port ", service: loraplex.shard.v1.ShardService") | nindent 2 }}
   periodSeconds: 5
   timeoutSeconds: 3
   failureThreshold: 2
-{{- if $alone }}
+# Ranks can only begin together. In one pod each is probed at the next one's port, so that if one ends, all start again.
 livenessProbe:
-  grpc: {port: {{ $port }}}
-{{- else }}
-# Ranks can only begin together. Each is probed at the next one's port, so that if one ends, all start again.
-livenessProbe:
-  grpc: {port: {{ add 50060 (mod (add $rank 1) $tp) }}}
-{{- end }}
+  {{- $next := $alone | ternary $port (add 50060 (mod (add $rank 1) $tp)) }}
+  {{- include "loraplex.shardProbe" (list $root $next "") | nindent 2 }}
   periodSeconds: 10
   timeoutSeconds: 5
   failureThreshold: 6
 volumeMounts:
   {{- include "loraplex.shardVolumeMounts" $root | nindent 2 }}
+{{- end }}
+
+{{/* (list $ port more): the kubelet cannot ask over mutual TLS */}}
+{{- define "loraplex.shardProbe" -}}
+{{- if (index . 0).Values.mtls.shardSecret -}}
+tcpSocket: {port: {{ index . 1 }}}
+{{- else -}}
+grpc: {port: {{ index . 1 }}{{ index . 2 }}}
+{{- end }}
 {{- end }}
 
 {{- define "loraplex.hasAdapters" -}}
@@ -119,6 +125,7 @@ volumeMounts:
 {{- range $index, $adapter := $shard.adapters.configMaps }}
 - {name: adapter-{{ $index }}, mountPath: /adapters/{{ $adapter.id }}, readOnly: true}
 {{- end }}
+{{- include "loraplex.mtlsMount" (list . "shardSecret") }}
 {{- with $shard.extraVolumeMounts }}
 {{ toYaml . }}
 {{- end }}
@@ -142,6 +149,7 @@ volumeMounts:
 {{- range $index, $adapter := $shard.adapters.configMaps }}
 - {name: adapter-{{ $index }}, configMap: {name: {{ $adapter.name }}}}
 {{- end }}
+{{- include "loraplex.mtlsVolume" (list . "shardSecret") }}
 {{- with $shard.extraVolumes }}
 {{ toYaml . }}
 {{- end }}
@@ -152,7 +160,7 @@ volumeMounts:
 {{- with .Values.shard.runtimeClassName }}
 runtimeClassName: {{ . }}
 {{- end }}
-terminationGracePeriodSeconds: 40
+terminationGracePeriodSeconds: {{ add (ceil (index .Values.shard.settings "drain-seconds" | default 30)) 10 }}
 volumes:
   {{- include "loraplex.shardVolumes" . | nindent 2 }}
 {{- end }}
