@@ -128,19 +128,20 @@ async def test_a_full_queue_is_refused_at_once_and_those_in_it_are_served(model:
 
 
 async def test_sigterm_refuses_new_requests_lets_running_ones_finish_and_exits_with_zero(model: Path):
-    with Server(str(model), "--kv-blocks=256", "--threads=1", "--drain-seconds=60") as server:
+    with Server(str(model), "--kv-blocks=2048", "--threads=1", "--drain-seconds=120") as server:
         assert server.health() == 200
         async with AsyncClient(server.address) as client:
-            streams = [client.stream(f"{i}", max_new_tokens=300, ignore_eos=True) for i in range(4)]
-            pieces = [[await anext(stream)] for stream in streams]
+            streams = [client.stream(f"{i}", max_new_tokens=200, ignore_eos=True) for i in range(32)]
+            pieces = [[piece] for piece in await asyncio.gather(*map(anext, streams))]
             server.process.send_signal(signal.SIGTERM)
             await asyncio.to_thread(wait_for_health, server, 503)
+            assert await asyncio.to_thread(check_health, server) == HealthCheckResponse.NOT_SERVING
             with pytest.raises(UnavailableError):
                 await client.generate("too late", max_new_tokens=1, timeout=20)
             for stream, seen in zip(streams, pieces, strict=True):
                 seen += [piece async for piece in stream]
                 assert seen[-1].finish_reason is FinishReason.LENGTH
-                assert sum(len(piece.tokens) for piece in seen) == 300
+                assert sum(len(piece.tokens) for piece in seen) == 200
         assert server.process.wait(30) == 0
 
 
@@ -180,6 +181,11 @@ def kill_rank(server: Server, rank: int) -> None:
             child.kill()
             return
     raise AssertionError("no such rank")
+
+
+def check_health(server: Server) -> int:
+    with grpc.insecure_channel(server.address) as channel:
+        return HealthStub(channel).Check(HealthCheckRequest(), timeout=10).status
 
 
 def test_the_standard_health_and_reflection_services_answer(server: Server):

@@ -1,0 +1,152 @@
+"""Connections to shards that speak the real protocol: mutual TLS, several ranks, what is refused and what is lost."""
+
+import asyncio
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import trustme
+from pydantic import ValidationError
+
+from bench.stand_in_shard import INFO, StandInServer, StandInShard, Timing
+from loraplex_protos import shard_pb2 as pb
+from loraplex_protos.errors import UnavailableError
+from loraplex_protos.mtls import MtlsSettings, channel_credentials, server_credentials
+from loraplex_router.app import Router
+from loraplex_router.discovery import Address
+from loraplex_router.keys import Keys
+from loraplex_router.settings import RouterSettings
+from loraplex_router.shards import ShardGroup
+from loraplex_router.telemetry.opening import open_telemetry
+
+
+@dataclass
+class Files:
+    """Certificates of one authority, as settings name them."""
+
+    folder: Path
+    authority: trustme.CA
+
+    def issue(self, name: str, authority: trustme.CA | None = None) -> MtlsSettings:
+        """A certificate for a host, by this authority or another; this one is trusted."""
+        leaf = (authority or self.authority).issue_cert(name)
+        cert, key, ca = (self.folder / f"{name}-{id(leaf)}.{kind}" for kind in ("crt", "key", "ca"))
+        leaf.cert_chain_pems[0].write_to_path(cert)
+        leaf.private_key_pem.write_to_path(key)
+        self.authority.cert_pem.write_to_path(ca)
+        return MtlsSettings(mtls_cert=cert, mtls_key=key, mtls_ca=ca)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    return Files(tmp_path_factory.mktemp("certificates"), trustme.CA())
+
+
+@pytest.fixture
+async def tls_server(files: Files) -> StandInServer:
+    return StandInServer(StandInShard(Timing()), "localhost:0", server_credentials(files.issue("localhost")))
+
+
+async def connect(address: Address, settings: MtlsSettings) -> ShardGroup:
+    """Within a second, or TimeoutError: a channel that is refused is tried again."""
+    group = ShardGroup(address, channel_credentials(settings))
+    try:
+        async with asyncio.timeout(1):
+            return await group.connect(max_batch_tokens=32)
+    except BaseException:
+        await group.close()
+        raise
+
+
+async def test_router_and_shard_that_trust_each_other_talk(files: Files, tls_server: StandInServer):
+    async with tls_server:
+        group = await connect(Address((f"localhost:{tls_server.port}",)), files.issue("router"))
+        assert group.info.model_id == "stand-in"
+        await group.send(pb.StepRequest(step=0))
+        assert (await group.receive()).step == 0
+        await group.close()
+
+
+async def test_an_address_that_was_looked_up_is_held_against_the_name_it_was_looked_up_by(
+    files: Files, tls_server: StandInServer
+):
+    async with tls_server:
+        looked_up = f"127.0.0.1:{tls_server.port}"
+        with pytest.raises(TimeoutError):
+            await connect(Address((looked_up,)), files.issue("router"))
+        group = await connect(Address((looked_up,), server_name="localhost"), files.issue("router"))
+        await group.close()
+
+
+async def test_a_router_without_a_certificate_of_the_authority_is_refused(files: Files, tls_server: StandInServer):
+    async with tls_server:
+        address = Address((f"localhost:{tls_server.port}",))
+        for settings in (MtlsSettings(), files.issue("router", trustme.CA())):
+            with pytest.raises((TimeoutError, UnavailableError)):
+                await connect(address, settings)
+
+
+async def test_a_shard_of_another_authority_is_not_talked_to(files: Files):
+    credentials = server_credentials(files.issue("localhost", trustme.CA()))
+    async with StandInServer(StandInShard(Timing()), "localhost:0", credentials) as server:
+        with pytest.raises((TimeoutError, UnavailableError)):
+            await connect(Address((f"localhost:{server.port}",)), files.issue("router"))
+
+
+def test_all_three_files_are_given_or_none(files: Files):
+    with pytest.raises(ValidationError, match="mtls_ca: give all of"):
+        MtlsSettings(mtls_cert=files.folder, mtls_key=files.folder)
+    with pytest.raises(ValidationError, match="mtls_key: there is no file"):
+        good = files.issue("some")
+        MtlsSettings(mtls_cert=good.mtls_cert, mtls_key=files.folder / "absent", mtls_ca=good.mtls_ca)
+
+
+def rank(number: int, size: int, **changes: object) -> pb.GetInfoResponse:
+    info = pb.GetInfoResponse(rank=number, tensor_parallel_size=size)
+    merged = pb.GetInfoResponse()
+    merged.CopyFrom(INFO)
+    merged.MergeFrom(info)
+    for name, value in changes.items():
+        setattr(merged, name, value)
+    return merged
+
+
+async def start(stack: AsyncExitStack, folder: Path, infos: list[pb.GetInfoResponse]) -> Address:
+    for number, info in enumerate(infos):
+        await stack.enter_async_context(StandInServer(StandInShard(Timing(), info), f"unix:{folder}/{number}"))
+    return Address(tuple(f"unix:{folder}/{number}" for number in range(len(infos))))
+
+
+async def test_ranks_that_are_no_group_are_refused(tmp_path: Path):
+    cases = {
+        "answers as rank 0 of 2": [rank(0, 2), rank(0, 2)],
+        "serves 'another'": [rank(0, 2), rank(1, 2, model_id="another")],
+        "another router drives it": [rank(0, 1, driven=True)],
+    }
+    for number, (message, infos) in enumerate(cases.items()):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        async with AsyncExitStack() as stack:
+            with pytest.raises(UnavailableError, match=message):
+                await connect(await start(stack, folder, infos), MtlsSettings())
+
+
+async def test_a_group_whose_model_is_not_the_first_ones_is_refused_with_a_log_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    async with AsyncExitStack() as stack:
+        groups = []
+        for number, changes in enumerate(({}, {}, {"model_id": "another"})):
+            folder = tmp_path / str(number)
+            folder.mkdir()
+            groups.append(str(await start(stack, folder, [rank(0, 1, **changes)])))
+        settings = RouterSettings(shards=groups, http_port=0, grpc_port=0)
+        telemetry = stack.enter_context(open_telemetry(settings))
+        router = Router(settings, Keys({}), telemetry)
+        running = asyncio.create_task(router.run(lambda http, grpc: None))
+        while "its model_id is" not in caplog.text and not running.done():
+            await asyncio.sleep(0.01)
+        running.cancel()
+        with suppress(asyncio.CancelledError):
+            await running
