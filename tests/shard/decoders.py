@@ -108,17 +108,17 @@ def whole_delta(module: str, out_features: int, in_features: int) -> tuple[torch
     return shrink, torch.randn(out_features, lora_rank, generator=generator) * 0.2
 
 
-def adapter_for(layouts: tuple[LinearLayout, ...]) -> AdapterWeights:
+def adapter_for(layouts: tuple[LinearLayout, ...], dtype: torch.dtype = torch.float32) -> AdapterWeights:
     """That adapter on all linear layers, cut as they are."""
     layers = {}
     for layout in layouts:
         shrinks, expansions, start, rank_start = [], [], 0, 0
         for part in layout.parts:
             shrink, expand = whole_delta(part.module, part.out_features, layout.in_features)
-            weight = expand[part.rows].T.contiguous()
+            weight = expand[part.rows].T.to(dtype).contiguous()
             stop, rank_stop = start + weight.shape[1], rank_start + len(shrink)
             expansions.append(Expansion(rank_start, rank_stop, start, stop, weight))
             shrinks.append(shrink[:, layout.columns])
             start, rank_start = stop, rank_stop
-        layers[layout.name] = LayerWeights(layout.index, torch.cat(shrinks), tuple(expansions))
+        layers[layout.name] = LayerWeights(layout.index, torch.cat(shrinks).to(dtype), tuple(expansions))
     return AdapterWeights(layers, len(layouts))

@@ -10,8 +10,10 @@ from loraplex_shard.batch import Segment
 from loraplex_shard.checkpoint import open_checkpoint
 from loraplex_shard.layers.sources import Target
 from loraplex_shard.models import load_decoder
+from loraplex_shard.ops.cpu.library import instruction_set
 from loraplex_shard.ops.reference import ReferenceOperations
 from tests.shard.decoders import CPU, WHOLE, Sequences, adapter_for, load, load_reference, save_checkpoint, whole_delta
+from tests.shard.operations import cpu_operations
 
 TOKENS = [5, 80, 3, 3, 41, 7, 66, 0, 95]
 
@@ -109,3 +111,23 @@ def test_the_layouts_name_every_linear_layer(directory: Path) -> None:
         model = AutoModelForCausalLM.from_config(config())
     linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     assert {part.module for layout in layouts.values() for part in layout.parts} == linear
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_recorded_and_run_again_compute_what_the_reference_does(directory: Path, dtype: torch.dtype) -> None:
+    kernels = cpu_operations(instruction_set())
+    ours, reference = load(directory, dtype, ops=kernels), load(directory, dtype)
+    adapter, tolerance = adapter_for(ours.layouts, dtype), 2e-4 if dtype == torch.float32 else 0.25
+    drivers = [Sequences(decoder, block_size=16) for decoder in (ours, reference)]
+    steps = [
+        ({"a": TOKENS, "b": [3, 1]}, (Segment(9, 11, adapter),)),
+        ({"a": [4], "b": [5]}, ()),
+        ({"b": [6], "a": [7]}, (Segment(0, 1, adapter),)),
+        ({"a": [8], "b": [9]}, (Segment(0, 2, adapter),)),
+        ({"c": TOKENS[:2]}, ()),
+        ({"a": [1], "c": [2]}, ()),
+    ]
+    for chunks, segments in steps:
+        actual, expected = (driver.step(chunks, segments) for driver in drivers)
+        for name in chunks:
+            torch.testing.assert_close(actual[name], expected[name], rtol=0, atol=tolerance)

@@ -88,9 +88,10 @@ def test_an_embedding_is_the_rows_of_the_matrix(
 ) -> None:
     matrix = random(0, rows, columns)
     weight = quantize(matrix, form) if isinstance(form, int) else matrix.to(dtype)
-    ids = torch.arange(rows).flip(0).repeat(2)
-    actual = cpu.embedding(ids, cpu.pack(weight), dtype)
-    assert_close(actual, REFERENCE.embedding(ids, REFERENCE.pack(weight), dtype))
+    batch, _ = paged_batch([(0, 2 * rows)], seed=0)
+    batch.token_ids.copy_(torch.arange(rows).flip(0).repeat(2))
+    actual = cpu.embedding(cpu.prepare(batch, *angles(1, 2)), cpu.pack(weight), dtype)
+    assert_close(actual, REFERENCE.embedding(REFERENCE.prepare(batch, *angles(100, 2)), REFERENCE.pack(weight), dtype))
 
 
 def test_a_part_of_a_weight_is_those_rows_of_the_layer(cpu: CpuOperations) -> None:
@@ -256,6 +257,6 @@ def test_lora_deltas_of_mixed_ranks(
         start += length
     x, base = random(seed, start, in_features, dtype=dtype), random(seed + 5, start, sum(sizes), dtype=dtype)
     actual, expected = base.clone(), base.float()
-    cpu.add_lora_delta(actual, x, cpu.segments(tuple(segments)), layouts[1])
+    cpu.add_lora_delta(actual, x, tuple(segments), layouts[1])
     REFERENCE.add_lora_delta(expected, x.float(), tuple(segments), layouts[1])
     assert_close(actual, expected.to(dtype), factor=2)

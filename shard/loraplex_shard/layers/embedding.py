@@ -3,7 +3,7 @@
 import torch
 
 from loraplex_shard.layers.sources import Source, SourcedLayer
-from loraplex_shard.ops.base import Operations
+from loraplex_shard.ops.base import Operations, Step
 
 
 class Embedding(SourcedLayer):
@@ -11,6 +11,6 @@ class Embedding(SourcedLayer):
         super().__init__(ops)
         self.declare_matrix((vocab_size, hidden_size), Source(tensor, (vocab_size, hidden_size)), least_bits=8)
 
-    def forward(self, token_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """token_ids [tokens] int64 -> [tokens, hidden]."""
-        return self.ops.embedding(token_ids, self.weight, dtype)
+    def forward(self, step: Step, dtype: torch.dtype) -> torch.Tensor:
+        """Of the step's tokens: [tokens, hidden]."""
+        return self.ops.embedding(step, self.weight, dtype)

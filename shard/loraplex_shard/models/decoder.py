@@ -17,7 +17,7 @@ from loraplex_shard.layers.linear import ColumnLinear, RowLinear
 from loraplex_shard.layers.norm import HeadNorm, RmsNorm
 from loraplex_shard.models.cut import DecoderCut
 from loraplex_shard.models.spec import DecoderSpec
-from loraplex_shard.ops.base import Heads, Operations, Segments, Step
+from loraplex_shard.ops.base import Heads, Operations, Step
 from loraplex_shard.parallel import Group
 
 
@@ -44,11 +44,11 @@ class Attention(nn.Module):
             names = f"{prefix}.q_norm.weight", f"{prefix}.k_norm.weight"
             self.head_norm = HeadNorm(*names, cut.heads, cut.kv_heads, spec.head_dim, spec.norm_eps, self.ops)
 
-    def forward(self, hidden: torch.Tensor, step: Step, segments: Segments, cache: LayerCache) -> torch.Tensor:
-        qkv = self.qkv(hidden, segments)
+    def forward(self, hidden: torch.Tensor, step: Step, cache: LayerCache) -> torch.Tensor:
+        qkv = self.qkv(hidden, step)
         norms = None if self.head_norm is None else self.head_norm()
         self.ops.rotate_and_write(qkv, self.heads, norms, step, cache)
-        out: torch.Tensor = self.o(self.ops.attention(qkv, self.heads, step, cache), segments)
+        out: torch.Tensor = self.o(self.ops.attention(qkv, self.heads, step, cache), step)
         return out
 
 
@@ -59,8 +59,8 @@ class Mlp(nn.Module):
         self.gate_up = ColumnLinear(build.cut.gate_up(index), build.spec.mlp_bias, self.ops)
         self.down = RowLinear(build.cut.down(index), build.spec.mlp_bias, self.ops, build.group)
 
-    def forward(self, hidden: torch.Tensor, segments: Segments) -> torch.Tensor:
-        out: torch.Tensor = self.down(self.ops.silu_mul(self.gate_up(hidden, segments)), segments)
+    def forward(self, hidden: torch.Tensor, step: Step) -> torch.Tensor:
+        out: torch.Tensor = self.down(self.ops.silu_mul(self.gate_up(hidden, step)), step)
         return out
 
 
@@ -73,12 +73,10 @@ class DecoderLayer(nn.Module):
         self.mlp_norm = RmsNorm(f"{prefix}.post_attention_layernorm.weight", spec.hidden_size, spec.norm_eps, build.ops)
         self.mlp = Mlp(index, build)
 
-    def forward(
-        self, hidden: torch.Tensor, delta: torch.Tensor | None, step: Step, segments: Segments, cache: LayerCache
-    ) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, delta: torch.Tensor | None, step: Step, cache: LayerCache) -> torch.Tensor:
         """Adds delta and its own attention to hidden, in place. Returns what its MLP adds: the next layer's delta."""
-        delta = self.attention(self.attention_norm(hidden, delta), step, segments, cache)
-        out: torch.Tensor = self.mlp(self.mlp_norm(hidden, delta), segments)
+        delta = self.attention(self.attention_norm(hidden, delta), step, cache)
+        out: torch.Tensor = self.mlp(self.mlp_norm(hidden, delta), step)
         return out
 
 
@@ -116,12 +114,9 @@ class Decoder(nn.Module):
     def forward(self, batch: Batch, cache: KVCache) -> torch.Tensor:
         """Computes the batch's tokens and writes their keys and values: [tokens, hidden], after the final norm."""
         step = self.ops.prepare(batch, self.cos, self.sin)
-        segments = self.ops.segments(batch.segments)
-        hidden, delta = self.embedding(batch.token_ids, self.dtype), None
-        for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
-            delta = layer(hidden, delta, step, segments, layer_cache)
-        normed: torch.Tensor = self.norm(hidden, delta)
-        return normed
+        if self.group.size > 1:
+            return self._compute(step, cache)
+        return self.ops.forward(step, cache, lambda: self._compute(step, cache))
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor, segments: tuple[Segment, ...]) -> torch.Tensor | None:
@@ -129,7 +124,7 @@ class Decoder(nn.Module):
 
         `segments` are runs of rows of `hidden`, for adapters that touch the lm head.
         """
-        logits = self.group.gather(self.lm_head(hidden, self.ops.segments(segments)), self.cut.lm_head_widths)
+        logits = self.group.gather(self.lm_head(hidden, segments), self.cut.lm_head_widths)
         return None if logits is None else logits.float()
 
     def new_cache(self, num_blocks: int, block_size: int, dtype: torch.dtype | None = None) -> KVCache:
@@ -142,3 +137,10 @@ class Decoder(nn.Module):
         """Bytes that one block of such a cache takes on this rank."""
         spec, cut = self.spec, self.cut
         return KVCache.block_bytes(spec.layers, cut.kv_heads, spec.head_dim, block_size, dtype or self.dtype)
+
+    def _compute(self, step: Step, cache: KVCache) -> torch.Tensor:
+        hidden, delta = self.embedding(step, self.dtype), None
+        for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
+            delta = layer(hidden, delta, step, layer_cache)
+        normed: torch.Tensor = self.norm(hidden, delta)
+        return normed

@@ -1,13 +1,14 @@
 """The operations that the decoder is made of, and what they take. Whoever implements them knows the device; the model
 does not. `reference.py` says in plain torch what each of them computes."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
 from loraplex_shard.batch import Batch, Segment
-from loraplex_shard.cache import LayerCache
+from loraplex_shard.cache import KVCache, LayerCache
 from loraplex_shard.layers.layout import LinearLayout
 from loraplex_shard.ops.quantized import QuantizedMatrix
 
@@ -36,8 +37,8 @@ class HeadNorms:
 Weight = Any
 # What all layers need of one step's batch, made once.
 Step = Any
-# Runs of rows that use one adapter each.
-Segments = Any
+
+Runs = tuple[Segment, ...]
 
 
 class Operations(Protocol):
@@ -51,12 +52,16 @@ class Operations(Protocol):
         """cos and sin [positions, head_dim] float32 are those of models/rope.py."""
         ...
 
-    def segments(self, segments: tuple[Segment, ...]) -> Segments:
-        """Runs of rows with adapters, as `add_lora_delta` takes them."""
+    def forward(self, step: Step, cache: KVCache, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """What `compute` returns, [tokens, n]; it may be overwritten by the next forward with this cache.
+
+        compute may do nothing but call operations, and must call the same ones for every batch of as many tokens: what
+        it did may be done again without it.
+        """
         ...
 
-    def embedding(self, token_ids: torch.Tensor, weight: Weight, dtype: torch.dtype) -> torch.Tensor:
-        """Rows token_ids [tokens] int64 of the weight: [tokens, columns], of the model's dtype."""
+    def embedding(self, step: Step, weight: Weight, dtype: torch.dtype) -> torch.Tensor:
+        """The weight's rows for the step's tokens: [tokens, columns], of the model's dtype."""
         ...
 
     def linear(self, x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -66,8 +71,9 @@ class Operations(Protocol):
         """
         ...
 
-    def add_lora_delta(self, out: torch.Tensor, x: torch.Tensor, segments: Segments, layout: LinearLayout) -> None:
-        """Adds scale * B(A x) to the layer's output `out` [tokens, out_features], in place.
+    def add_lora_delta(self, out: torch.Tensor, x: torch.Tensor, segments: Step | Runs, layout: LinearLayout) -> None:
+        """Adds scale * B(A x) to the layer's output `out` [tokens, out_features], in place, for a step's own segments
+        or others.
 
         x [tokens, in_features] is the layer's input, never quantized. Tokens outside the segments, and layers that an
         adapter does not touch, stay as they are. Each adapter is computed at its own lora_rank (arXiv 2106.09685).

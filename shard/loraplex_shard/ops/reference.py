@@ -1,15 +1,16 @@
 """Each operation in plain torch: what it computes, on any device, as clearly as torch can say it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 
-from loraplex_shard.batch import Batch, Segment
-from loraplex_shard.cache import LayerCache
+from loraplex_shard.batch import Batch
+from loraplex_shard.cache import KVCache, LayerCache
 from loraplex_shard.layers.layout import LinearLayout
-from loraplex_shard.ops.base import HeadNorms, Heads
+from loraplex_shard.ops.base import HeadNorms, Heads, Runs
 from loraplex_shard.ops.quantized import QuantizedMatrix, rounded_to_int8
 
 
@@ -44,11 +45,11 @@ class ReferenceOperations:
     def prepare(self, batch: Batch, cos: torch.Tensor, sin: torch.Tensor) -> ReferenceStep:
         return ReferenceStep(batch, cos[batch.positions, None], sin[batch.positions, None])
 
-    def segments(self, segments: tuple[Segment, ...]) -> tuple[Segment, ...]:
-        return segments
+    def forward(self, step: ReferenceStep, cache: KVCache, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        return compute()
 
-    def embedding(self, token_ids: torch.Tensor, weight: ReferenceWeight, dtype: torch.dtype) -> torch.Tensor:
-        return F.embedding(token_ids, weight.matrix).to(dtype)
+    def embedding(self, step: ReferenceStep, weight: ReferenceWeight, dtype: torch.dtype) -> torch.Tensor:
+        return F.embedding(step.batch.token_ids, weight.matrix).to(dtype)
 
     def linear(self, x: torch.Tensor, weight: ReferenceWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
         if weight.group is None:
@@ -57,9 +58,9 @@ class ReferenceOperations:
         return out if bias is None else out.add_(bias)
 
     def add_lora_delta(
-        self, out: torch.Tensor, x: torch.Tensor, segments: tuple[Segment, ...], layout: LinearLayout
+        self, out: torch.Tensor, x: torch.Tensor, segments: ReferenceStep | Runs, layout: LinearLayout
     ) -> None:
-        for segment in segments:
+        for segment in segments.batch.segments if isinstance(segments, ReferenceStep) else segments:
             layer = segment.adapter.layers.get(layout.name)
             if layer is None:
                 continue

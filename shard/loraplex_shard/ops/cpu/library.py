@@ -84,6 +84,7 @@ def load(path: Path) -> ctypes.CDLL:
         "silu_mul": (i, i, n, n, p, p),
         "rotate_and_write": (i, i, n, p, n, n, n, n, p, f, p, p, p, p, p, p, p, p),
         "paged_attention": (i, i, p, n, n, n, n, f, f, n, p, p, p, p, n, p, p, p, n, p),
+        "run": (p, n, n),
     }.items():
         function = getattr(library, name)
         function.argtypes = arguments

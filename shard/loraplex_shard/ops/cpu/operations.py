@@ -5,18 +5,22 @@ memory for intermediate values from call to call, so that a step allocates only 
 """
 
 import ctypes
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 
 from loraplex_shard.batch import Batch, Segment
-from loraplex_shard.cache import LayerCache
+from loraplex_shard.cache import KVCache, LayerCache
 from loraplex_shard.layers.layout import LinearLayout
-from loraplex_shard.ops.base import HeadNorms, Heads
+from loraplex_shard.ops.base import HeadNorms, Heads, Runs
+from loraplex_shard.ops.cpu.program import Program, StepNumber
 from loraplex_shard.ops.quantized import QuantizedMatrix
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1}
+LARGEST_PROGRAM = 64  # tokens: in larger batches, calling the kernels takes no time to speak of
 PANEL = 16  # rows of a weight that lie together, and positions of a block of the cache
 
 
@@ -57,29 +61,80 @@ class IntegerWeight:
 CpuWeight = FloatWeight | IntegerWeight
 
 
-@dataclass(frozen=True, slots=True)
-class CpuStep:
-    batch: Batch
-    cos: torch.Tensor
-    sin: torch.Tensor
-    starts: np.ndarray[tuple[int], np.dtype[np.int64]]
-    contexts: np.ndarray[tuple[int], np.dtype[np.int64]]
+Ints = np.ndarray[tuple[int], np.dtype[np.int64]]
+
+RUNS = ("runs", "run_starts", "run_stops", "run_adapters")
+
+# The numbers of a step that recorded calls ask for, and their places among them.
+STEP = (
+    "tokens",
+    "positions",
+    "indices",
+    "chunks",
+    "starts",
+    "contexts",
+    "tables",
+    "table_width",
+    *RUNS,
+)
 
 
 @dataclass(frozen=True, slots=True)
 class CpuSegments:
-    starts: np.ndarray[tuple[int], np.dtype[np.int64]]
-    stops: np.ndarray[tuple[int], np.dtype[np.int64]]
-    tables: np.ndarray[tuple[int], np.dtype[np.int64]]  # addresses of the adapters' tables
+    """Runs of rows that use one adapter each."""
+
+    starts: Ints
+    stops: Ints
+    tables: Ints  # addresses of the adapters' tables
     int8: bool
+
+    @classmethod
+    def of(cls, segments: tuple[Segment, ...]) -> "CpuSegments":
+        return cls(
+            np.array([segment.start for segment in segments], np.int64),
+            np.array([segment.stop for segment in segments], np.int64),
+            np.array([segment.adapter.table.data_ptr() for segment in segments], np.int64),
+            any(segment.adapter.int8 for segment in segments),
+        )
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        return len(self.starts), *(column.ctypes.data for column in (self.starts, self.stops, self.tables))
+
+
+class CpuStep:
+    """A batch as kernels read it. `numbers` has the values of STEP; the arrays that they point to live as long."""
+
+    def __init__(self, batch: Batch, cos: torch.Tensor, sin: torch.Tensor) -> None:
+        self.batch, self.cos, self.sin = batch, cos, sin
+        self.starts = np.array(batch.starts, np.int64)
+        self.contexts = np.array(batch.context_lengths, np.int64)
+        self.segments = CpuSegments.of(batch.segments)
+        self.numbers = (
+            batch.token_ids.data_ptr(),
+            batch.positions.data_ptr(),
+            batch.cache_indices.data_ptr(),
+            len(self.contexts),
+            self.starts.ctypes.data,
+            self.contexts.ctypes.data,
+            batch.block_tables.data_ptr(),
+            batch.block_tables.shape[1],
+            *self.segments.numbers,
+        )
+
+    def __getitem__(self, name: str) -> StepNumber:
+        place = STEP.index(name)
+        return StepNumber(self.numbers[place], place)
 
 
 class CpuOperations:
     """Implements loraplex_shard.ops.base.Operations; the docstrings there hold. Cache blocks have 16 positions."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        self._kernels = library
+        self._library = library
         self._threads = torch.get_num_threads()
+        self._programs: WeakKeyDictionary[KVCache, dict[tuple[int, bool], Program]] = WeakKeyDictionary()
+        self._recording: Program | None = None
 
     def pack(self, matrix: torch.Tensor | QuantizedMatrix) -> CpuWeight:
         if isinstance(matrix, QuantizedMatrix):
@@ -87,60 +142,56 @@ class CpuOperations:
         rows, columns = matrix.shape
         matrix = matrix.contiguous()
         panels = matrix.new_empty((-(-rows // PANEL), PANEL * (columns + columns % 2 * (matrix.itemsize == 2))))
-        self._kernels.pack_weight(KINDS[matrix.dtype], rows, columns, matrix.data_ptr(), panels.data_ptr())
+        self._library.pack_weight(KINDS[matrix.dtype], rows, columns, matrix.data_ptr(), panels.data_ptr())
         return FloatWeight(panels, rows, columns)
 
     def prepare(self, batch: Batch, cos: torch.Tensor, sin: torch.Tensor) -> CpuStep:
-        return CpuStep(batch, cos, sin, np.array(batch.starts, np.int64), np.array(batch.context_lengths, np.int64))
+        return CpuStep(batch, cos, sin)
 
-    def segments(self, segments: tuple[Segment, ...]) -> CpuSegments | None:
-        if not segments:
-            return None
-        return CpuSegments(
-            np.array([segment.start for segment in segments], np.int64),
-            np.array([segment.stop for segment in segments], np.int64),
-            np.array([segment.adapter.table.data_ptr() for segment in segments], np.int64),
-            segments[0].adapter.int8,
-        )
+    def forward(self, step: CpuStep, cache: KVCache, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        tokens = len(step.batch.token_ids)
+        if tokens > LARGEST_PROGRAM:
+            return compute()
+        programs = self._programs.setdefault(cache, {})
+        key = tokens, step.segments.int8
+        if key not in programs:
+            programs[key] = self._record(compute)
+        return programs[key].run(self._library, step.numbers)
 
-    def embedding(self, token_ids: torch.Tensor, weight: CpuWeight, dtype: torch.dtype) -> torch.Tensor:
-        out = torch.empty((len(token_ids), weight.columns), dtype=dtype)
-        where = self._threads, KINDS[dtype], len(token_ids), token_ids.data_ptr(), weight.columns
+    def embedding(self, step: CpuStep, weight: CpuWeight, dtype: torch.dtype) -> torch.Tensor:
+        tokens = len(step.batch.token_ids)
+        out = self._empty((tokens, weight.columns), dtype)
+        where = self._threads, KINDS[dtype], tokens, step["tokens"], weight.columns
         if isinstance(weight, IntegerWeight):
-            self._kernels.quantized_rows(*where, weight.bits, weight.group, weight.panels.data_ptr(), out.data_ptr())
+            self._call("quantized_rows", *where, weight.bits, weight.group, weight.panels.data_ptr(), out.data_ptr())
         else:
-            self._kernels.weight_rows(*where, weight.panels.data_ptr(), out.data_ptr())
+            self._call("weight_rows", *where, weight.panels.data_ptr(), out.data_ptr())
         return out
 
     def linear(self, x: torch.Tensor, weight: CpuWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
-        out = x.new_empty((len(x), weight.rows))
-        where = self._threads, KINDS[x.dtype], len(x), weight.rows, weight.columns, x.data_ptr()
+        rows = x.shape[0]
+        out = self._empty((rows, weight.rows), x.dtype)
+        where = self._threads, KINDS[x.dtype], rows, weight.rows, weight.columns, x.data_ptr()
         to = weight.panels.data_ptr(), _address(bias), out.data_ptr()
         if isinstance(weight, IntegerWeight):
-            self._kernels.quantized_linear(*where, weight.bits, weight.group, *to)
+            self._call("quantized_linear", *where, weight.bits, weight.group, *to)
         else:
-            self._kernels.linear(*where, *to)
+            self._call("linear", *where, *to)
         return out
 
     def add_lora_delta(
-        self, out: torch.Tensor, x: torch.Tensor, segments: CpuSegments | None, layout: LinearLayout
+        self, out: torch.Tensor, x: torch.Tensor, segments: CpuStep | Runs, layout: LinearLayout
     ) -> None:
-        if segments is None:
-            return
-        self._kernels.add_lora_delta(
-            self._threads,
-            KINDS[x.dtype],
-            segments.int8,
-            len(segments.starts),
-            segments.starts.ctypes.data,
-            segments.stops.ctypes.data,
-            segments.tables.ctypes.data,
-            layout.index,
-            x.data_ptr(),
-            x.shape[1],
-            out.data_ptr(),
-            out.shape[1],
-        )
+        if isinstance(segments, CpuStep):
+            numbers: tuple[int, ...] = tuple(segments[name] for name in RUNS)
+            runs = segments.segments
+        else:
+            runs = CpuSegments.of(segments)
+            numbers = runs.numbers
+        if len(runs.starts) or self._recording is not None:
+            where = self._threads, KINDS[x.dtype], runs.int8
+            shape = x.shape[1], out.data_ptr(), out.shape[1]
+            self._call("add_lora_delta", *where, *numbers, layout.index, x.data_ptr(), *shape)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         return self._norm(x, None, weight, eps)
@@ -149,19 +200,19 @@ class CpuOperations:
         return self._norm(hidden, delta, weight, eps)
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        out = gate_up.new_empty((len(gate_up), gate_up.shape[1] // 2))
-        self._kernels.silu_mul(
-            self._threads, KINDS[out.dtype], len(out), out.shape[1], gate_up.data_ptr(), out.data_ptr()
-        )
+        rows, n = gate_up.shape[0], gate_up.shape[1] // 2
+        out = self._empty((rows, n), gate_up.dtype)
+        self._call("silu_mul", self._threads, KINDS[out.dtype], rows, n, gate_up.data_ptr(), out.data_ptr())
         return out
 
     def rotate_and_write(
         self, qkv: torch.Tensor, heads: Heads, norms: HeadNorms | None, step: CpuStep, cache: LayerCache
     ) -> None:
-        self._kernels.rotate_and_write(
+        self._call(
+            "rotate_and_write",
             self._threads,
             KINDS[qkv.dtype],
-            len(qkv),
+            qkv.shape[0],
             qkv.data_ptr(),
             qkv.shape[1],
             heads.query,
@@ -169,16 +220,17 @@ class CpuOperations:
             heads.dim,
             None if norms is None else norms.weight.data_ptr(),
             0.0 if norms is None else norms.eps,
-            step.batch.positions.data_ptr(),
+            step["positions"],
             step.cos.data_ptr(),
             step.sin.data_ptr(),
-            step.batch.cache_indices.data_ptr(),
+            step["indices"],
             *_addresses(cache),
         )
 
     def attention(self, qkv: torch.Tensor, heads: Heads, step: CpuStep, cache: LayerCache) -> torch.Tensor:
-        out = qkv.new_empty((len(qkv), heads.query * heads.dim))
-        self._kernels.paged_attention(
+        out = self._empty((qkv.shape[0], heads.query * heads.dim), qkv.dtype)
+        self._call(
+            "paged_attention",
             self._threads,
             KINDS[qkv.dtype],
             qkv.data_ptr(),
@@ -190,37 +242,47 @@ class CpuOperations:
             heads.soft_cap,
             heads.window or 0,
             *_addresses(cache),
-            len(step.contexts),
-            step.starts.ctypes.data,
-            step.contexts.ctypes.data,
-            step.batch.block_tables.data_ptr(),
-            step.batch.block_tables.shape[1],
+            step["chunks"],
+            step["starts"],
+            step["contexts"],
+            step["tables"],
+            step["table_width"],
             out.data_ptr(),
         )
         return out
 
     def _norm(self, x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        out = torch.empty_like(x)
         n = x.shape[-1]
-        self._kernels.add_rms_norm(
-            self._threads,
-            KINDS[x.dtype],
-            x.numel() // n,
-            n,
-            x.data_ptr(),
-            _address(delta),
-            weight.data_ptr(),
-            eps,
-            out.data_ptr(),
-        )
+        out = self._empty(x.shape, x.dtype)
+        to = _address(delta), weight.data_ptr(), eps, out.data_ptr()
+        self._call("add_rms_norm", self._threads, KINDS[x.dtype], x.numel() // n, n, x.data_ptr(), *to)
         return out
+
+    def _record(self, compute: Callable[[], torch.Tensor]) -> Program:
+        program = self._recording = Program()
+        try:
+            program.finish(compute())
+        finally:
+            self._recording = None
+        return program
+
+    def _call(self, kernel: str, *arguments: int | float | None) -> None:
+        if self._recording is None:
+            getattr(self._library, kernel)(*arguments)
+        else:
+            self._recording.add(kernel, arguments)
+
+    def _empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        if self._recording is None:
+            return torch.empty(shape, dtype=dtype)
+        return self._recording.empty(shape, dtype)
 
     def _pack_integers(self, matrix: QuantizedMatrix) -> IntegerWeight:
         rows, columns = matrix.values.shape
-        size = self._kernels.quantized_bytes(rows, columns, matrix.bits, matrix.group)
+        size = self._library.quantized_bytes(rows, columns, matrix.bits, matrix.group)
         panels = torch.empty((-(-rows // PANEL), size // -(-rows // PANEL)), dtype=torch.uint8)
         parts = [None if part is None else part.contiguous() for part in (matrix.values, matrix.scales, matrix.offsets)]
-        self._kernels.pack_quantized(rows, columns, matrix.bits, matrix.group, *map(_address, parts), panels.data_ptr())
+        self._library.pack_quantized(rows, columns, matrix.bits, matrix.group, *map(_address, parts), panels.data_ptr())
         return IntegerWeight(panels, rows, columns, matrix.bits, matrix.group)
 
 

@@ -21,6 +21,7 @@ constexpr int ROWS = 5;
 #endif
 constexpr int TILE = 48;        // query rows (tokens times heads of a group) that read a block together, where possible
 constexpr long PART = 1024;     // positions of a decode's context that one task reads
+constexpr int SPAN = 4;         // blocks whose scores are turned into weights together
 constexpr float LOWEST = -std::numeric_limits<float>::infinity();
 
 struct Shape {
@@ -48,11 +49,11 @@ struct Rows {  // what a task computes, in float32
     float* out;     // [rows][head_dim], relative to `most`
     float* most;    // largest score so far
     float* total;   // sum of exp(score - most)
-    float* weights; // [rows][16]
+    float* weights; // [rows][SPAN * 16]
 };
 
 template <int R, class C>
-inline void scores(const float* query, long head_dim, const C* keys, Floats* sums) {
+[[gnu::always_inline]] inline void scores(const float* query, long head_dim, const C* keys, Floats* sums) {
     for (int r = 0; r < R; r++) sums[r] = zeros();
     for (long d = 0; d < head_dim; d++, keys += LANES) {
         Floats key = load(keys);
@@ -61,98 +62,122 @@ inline void scores(const float* query, long head_dim, const C* keys, Floats* sum
 }
 
 template <int R, class C>
-inline void add_values(const float* weights, const C* values, int positions, long head_dim, float* out) {
-    for (long d = 0; d < head_dim; d += LANES) {
-        int n = int(head_dim - d < LANES ? head_dim - d : LANES);
-        Floats sums[R];
-        for (int r = 0; r < R; r++) sums[r] = load_first(out + r * head_dim + d, n);
-        for (int j = 0; j < positions; j++) {
-            Floats value = load_first(values + j * head_dim + d, n);
-            for (int r = 0; r < R; r++) sums[r] = fma(splat(weights[r * LANES + j]), value, sums[r]);
-        }
-        for (int r = 0; r < R; r++) store_first(out + r * head_dim + d, sums[r], n);
+[[gnu::always_inline]] inline void add_values(const float* weights, const C* values, int positions, long head_dim, int n, float* out) {
+    Floats sums[R];
+    for (int r = 0; r < R; r++) sums[r] = load_first(out + r * head_dim, n);
+    for (int j = 0; j < positions; j++) {
+        Floats value = load_first(values + j * head_dim, n);
+        for (int r = 0; r < R; r++) sums[r] = fma(splat(weights[r * SPAN * LANES + j]), value, sums[r]);
     }
+    for (int r = 0; r < R; r++) store_first(out + r * head_dim, sums[r], n);
 }
 
-// One block for R rows. Row r belongs to the token at position first_position + r / group.
+template <class C>
+struct Span {  // up to SPAN blocks of one KV head
+    long first;     // its first position in the sequence
+    int blocks;
+    int positions;  // that the sequence has in it
+    const C* keys[SPAN];
+    const C* values[SPAN];
+    const float* key_scales[SPAN];
+    const float* value_scales[SPAN];
+};
+
+// The weights of one row's positions, relative to its largest score so far, to which what it had is brought down.
+template <class C>
+void weigh(const Shape& shape, const Span<C>& span, long position, float* lanes, float* out, float* most, float* total) {
+    int count = span.blocks * LANES;
+    if (shape.soft_cap > 0)  // cap * tanh(score / cap)
+        for (int j = 0; j < count; j += LANES) {
+            Floats e = exp(min(load(lanes + j) * splat(2 / shape.soft_cap), splat(80.0f)));
+            store(lanes + j, splat(shape.soft_cap) * ((e - splat(1.0f)) / (e + splat(1.0f))));
+        }
+    long last = position - span.first, first = shape.window ? last - shape.window + 1 : 0;
+    for (long j = last + 1 > 0 ? last + 1 : 0; j < count; j++) lanes[j] = LOWEST;
+    for (long j = 0; j < first && j < count; j++) lanes[j] = LOWEST;
+    Floats peaks = load(lanes);
+    for (int j = LANES; j < count; j += LANES) peaks = max(peaks, load(lanes + j));
+    float peak = largest(peaks);
+    if (peak == LOWEST) {  // the row sees nothing of the span
+        for (int j = 0; j < count; j++) lanes[j] = 0;
+        return;
+    }
+    if (peak > *most) {
+        Floats shrink = splat(*most == LOWEST ? 0 : std::exp(*most - peak));
+        for (long d = 0; d < shape.head_dim; d += LANES) {
+            int n = int(shape.head_dim - d < LANES ? shape.head_dim - d : LANES);
+            store_first(out + d, load_first(out + d, n) * shrink, n);
+        }
+        *total *= *most == LOWEST ? 0 : std::exp(*most - peak);
+        *most = peak;
+    }
+    Floats sums = zeros();
+    for (int j = 0; j < count; j += LANES) {
+        Floats p = exp(load(lanes + j) - splat(*most));
+        store(lanes + j, p);
+        sums = sums + p;
+    }
+    // exp is never quite 0: what is hidden is taken out exactly.
+    for (long j = last + 1 > 0 ? last + 1 : 0; j < count; j++) lanes[j] = 0;
+    for (long j = 0; j < first && j < count; j++) lanes[j] = 0;
+    *total += sum(sums);
+}
+
+// One span for R rows. Row r belongs to the token at position first_position + r / group.
 template <int R, class C>
-void attend_block(const Shape& shape, Rows rows, long first_row, long first_position, const C* keys, const C* values,
-                  const float* key_scales, const float* value_scales, long block, int positions) {
+void attend_span(const Shape& shape, Rows rows, long first_row, long first_position, const Span<C>& span) {
     long head_dim = shape.head_dim, group = shape.heads / shape.kv_heads;
     float* out = rows.out + first_row * head_dim;
-    float* weights = rows.weights + first_row * LANES;
-    Floats sums[R];
-    scores<R>(rows.query + first_row * head_dim, head_dim, keys, sums);
-    for (int r = 0; r < R; r++) {
-        if (key_scales) sums[r] = sums[r] * load(key_scales);
-        if (shape.soft_cap > 0) {  // cap * tanh(score / cap)
-            Floats e = exp(min(sums[r] * splat(2 / shape.soft_cap), splat(80.0f)));
-            sums[r] = splat(shape.soft_cap) * ((e - splat(1.0f)) / (e + splat(1.0f)));
+    float* weights = rows.weights + first_row * SPAN * LANES;
+    for (int b = 0; b < span.blocks; b++) {
+        Floats sums[R];
+        scores<R>(rows.query + first_row * head_dim, head_dim, span.keys[b], sums);
+        for (int r = 0; r < R; r++) {
+            if (span.key_scales[b]) sums[r] = sums[r] * load(span.key_scales[b]);
+            store(weights + (r * SPAN + b) * LANES, sums[r]);
         }
-        long position = first_position + (first_row + r) / group, begin = block * LANES;
-        long last = position - begin, first = shape.window ? position - shape.window + 1 - begin : 0;
-        if (last < LANES - 1 || first > 0) {
-            float lanes[LANES];
-            store(lanes, sums[r]);
-            for (int j = 0; j < LANES; j++)
-                if (j > last || j < first) lanes[j] = LOWEST;
-            sums[r] = load(lanes);
-        }
-        float* most = rows.most + first_row + r;
-        float peak = largest(sums[r]);
-        if (peak == LOWEST) {  // the row sees nothing of this block
-            store(weights + r * LANES, zeros());
-            continue;
-        }
-        if (peak > *most) {
-            float shrink = *most == LOWEST ? 0 : std::exp(*most - peak);
-            for (long d = 0; d < head_dim; d += LANES) {
-                int n = int(head_dim - d < LANES ? head_dim - d : LANES);
-                store_first(out + r * head_dim + d, load_first(out + r * head_dim + d, n) * splat(shrink), n);
-            }
-            rows.total[first_row + r] *= shrink;
-            *most = peak;
-        }
-        Floats p = exp(sums[r] - splat(*most));
-        if (last < LANES - 1 || first > 0) {
-            float lanes[LANES];
-            store(lanes, p);
-            for (int j = 0; j < LANES; j++)
-                if (j > last || j < first) lanes[j] = 0;
-            p = load(lanes);
-        }
-        rows.total[first_row + r] += sum(p);
-        if (value_scales) {
-            float lanes[LANES] = {};
-            store(lanes, p);
-            for (int j = 0; j < positions; j++) lanes[j] *= value_scales[j];
-            p = load(lanes);
-        }
-        store(weights + r * LANES, p);
     }
-    add_values<R>(weights, values, positions, head_dim, out);
+    for (int r = 0; r < R; r++)
+        weigh(shape, span, first_position + (first_row + r) / group, weights + r * SPAN * LANES, out + r * head_dim,
+              rows.most + first_row + r, rows.total + first_row + r);
+    for (int b = 0; b < span.blocks; b++) {
+        int positions = span.positions - b * LANES < LANES ? span.positions - b * LANES : LANES;
+        if (span.value_scales[b])
+            for (int r = 0; r < R; r++)
+                for (int j = 0; j < positions; j++) weights[(r * SPAN + b) * LANES + j] *= span.value_scales[b][j];
+        for (long d = 0; d + LANES <= head_dim; d += LANES)
+            add_values<R>(weights + b * LANES, span.values[b] + d, positions, head_dim, LANES, out + d);
+        if (long d = head_dim / LANES * LANES; d < head_dim)
+            add_values<R>(weights + b * LANES, span.values[b] + d, positions, head_dim, int(head_dim - d), out + d);
+    }
 }
 
-template <int R, class C, class... A>
-void rows_of_block(int count, const Shape& shape, Rows rows, long first_row, A... rest) {
+template <int R, class C>
+void rows_of_span(int count, const Shape& shape, Rows rows, long first_row, long first_position, const Span<C>& span) {
     if (count == R)
-        attend_block<R, C>(shape, rows, first_row, rest...);
+        attend_span<R>(shape, rows, first_row, first_position, span);
     else if constexpr (R > 1)
-        rows_of_block<R - 1, C>(count, shape, rows, first_row, rest...);
+        rows_of_span<R - 1>(count, shape, rows, first_row, first_position, span);
 }
 
 template <class C>
 void attend(const Shape& shape, const Task& task, const Cache<C>& cache, const std::int64_t* table, long context,
             long first_position, Rows rows) {
     long group = shape.heads / shape.kv_heads, count = task.tokens * group, size = LANES * shape.head_dim;
-    for (long block = task.first_block; block <= task.last_block; block++) {
-        long place = table[block] * shape.kv_heads + task.kv_head;
-        int positions = int(context - block * LANES < LANES ? context - block * LANES : LANES);
+    for (long block = task.first_block; block <= task.last_block; block += SPAN) {
+        Span<C> span;
+        span.first = block * LANES;
+        span.blocks = int(task.last_block - block + 1 < SPAN ? task.last_block - block + 1 : SPAN);
+        span.positions = int(context - span.first < SPAN * LANES ? context - span.first : SPAN * LANES);
+        for (int b = 0; b < span.blocks; b++) {
+            long place = table[block + b] * shape.kv_heads + task.kv_head;
+            span.keys[b] = cache.keys + place * size;
+            span.values[b] = cache.values + place * size;
+            span.key_scales[b] = cache.key_scales ? cache.key_scales + place * LANES : nullptr;
+            span.value_scales[b] = cache.value_scales ? cache.value_scales + place * LANES : nullptr;
+        }
         for (Runs run(0, count, ROWS); run; run.next())
-            rows_of_block<ROWS, C>(run.count(), shape, rows, run.begin, first_position, cache.keys + place * size,
-                                   cache.values + place * size,
-                                   cache.key_scales ? cache.key_scales + place * LANES : nullptr,
-                                   cache.value_scales ? cache.value_scales + place * LANES : nullptr, block, positions);
+            rows_of_span<ROWS>(run.count(), shape, rows, run.begin, first_position, span);
     }
 }
 
@@ -229,7 +254,7 @@ void attention(int threads, const Shape& shape, const T* query, long query_strid
     std::vector<Task> tasks = plan(shape, chunks, starts, contexts, partial_count);
     long most_rows = (TILE / group > 1 ? TILE / group : 1) * group;
     long partial_size = group * (head_dim + 2);
-    long row_size = (2 * head_dim + 2 + LANES) * most_rows;
+    long row_size = (2 * head_dim + 2 + SPAN * LANES) * most_rows;
     float* memory = for_rows.get<float>(row_size * threads);
     float* partials = for_partials.get<float>(partial_size * partial_count);
 #pragma omp parallel num_threads(threads)

@@ -233,7 +233,7 @@ inline void store_int8(std::int8_t* p, Floats a) {
 
 // The first n lanes, the others 0 (load) or untouched (store).
 template <class T>
-inline Floats load_first(const T* p, int n) {
+[[gnu::always_inline]] inline Floats load_first(const T* p, int n) {
     if (n >= LANES) return load(p);
     T padded[LANES] = {};
     std::memcpy(padded, p, n * sizeof(T));
@@ -241,7 +241,7 @@ inline Floats load_first(const T* p, int n) {
 }
 
 template <class T>
-inline void store_first(T* p, Floats a, int n) {
+[[gnu::always_inline]] inline void store_first(T* p, Floats a, int n) {
     if (n >= LANES) return store(p, a);
     T padded[LANES];
     store(padded, a);
