@@ -8,7 +8,7 @@ PROTOS := $(wildcard protos/loraplex_protos/*.proto)
 # constraints.txt pins every version, torch's CPU build among them.
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: serve test lint clean
+.PHONY: serve test lint image clean
 
 # More flags: make serve ARGS="--tp 2"
 serve: $(VENV)/serve
@@ -24,6 +24,11 @@ lint: $(VENV)/lint
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/mypy
 	$(BIN)/buf lint
 	$(BIN)/buf format --diff --exit-code
+	$(BIN)/hadolint Dockerfile
+
+# The images of the Helm chart, built and tried with buildah.
+image:
+	charts/images/build.sh
 
 clean:
 	rm -rf $(VENV)

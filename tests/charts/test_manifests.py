@@ -252,5 +252,5 @@ async def test_scalers_read_a_metric_that_routers_have_by_labels_that_the_monito
     assert query.startswith(f"sum({metric['name']}{{")
     (monitor,) = of_kind(rendered("everything around it"), "ServiceMonitor")
     labels = {re.sub(r"[^a-z]", "_", label) for label in monitor["spec"]["podTargetLabels"]}
-    for label in labels | {"state"}:
+    for label in labels:
         assert label in metric["selector"]["matchLabels"] and f"{label}=" in query
