@@ -30,6 +30,10 @@ lint: $(VENV)/lint
 image:
 	charts/images/build.sh
 
+# What the engine reaches on this machine, beside what is wanted: nothing else should run meanwhile.
+bench: $(VENV)/test
+	THP_MEM_ALLOC_ENABLE=1 GOMP_SPINCOUNT=3000 $(BIN)/python -m bench.engine $(ARGS)
+
 clean:
 	rm -rf $(VENV)
 

@@ -1,0 +1,118 @@
+"""The figures that need servers: real `loraplex serve` processes on this machine, and transformers in this process."""
+
+import asyncio
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+
+from bench.engine.figures import Figure
+from bench.engine.stepping import Stepper, median_seconds
+from bench.load import Target, Workload, measure
+from bench.peft_target import PeftTarget, load_model
+from bench.targets import open_target
+
+PROMPT, OUTPUT = 64, 64
+RUNS = 3
+
+
+@contextmanager
+def serving(*flags: str) -> Iterator[str]:
+    """The gRPC target of a server with these flags."""
+    command = [sys.executable, "-m", "loraplex.cli.main", "serve", "--http-port", "0", "--grpc-port", "0", *flags]
+    with tempfile.TemporaryFile("w+") as log, subprocess.Popen(command, stdout=log, stderr=log, text=True) as process:
+        try:
+            while not (found := re.search(r"gRPC\s+(\S+:\d+)", _content(log))):
+                if process.poll() is not None:
+                    raise RuntimeError(_content(log))
+                asyncio.run(asyncio.sleep(0.2))
+            yield f"grpc://{found[1]}"
+        finally:
+            process.terminate()
+
+
+def _content(log: tempfile._TemporaryFileWrapper[str]) -> str:
+    log.seek(0)
+    return log.read()
+
+
+def tokens_per_second(
+    name: str, concurrency: int, adapters: tuple[str, ...] = (), directory: Path | None = None
+) -> float:
+    """The best of some runs of a closed loop: what else the machine does only ever takes away."""
+
+    async def run() -> float:
+        target: Target = open_target(name, None)
+        try:
+            workload = Workload(concurrency, 2 * concurrency, PROMPT, OUTPUT, adapters, 10_000, 0)
+            return max([(await measure(target, workload, number)).tokens_per_second for number in range(RUNS)])
+        finally:
+            await target.close()
+
+    return asyncio.run(run())
+
+
+def save_adapters(directory: Path, count: int) -> tuple[str, ...]:
+    """Random adapters on all linear layers, with lora_ranks from 8 to 64."""
+    base = load_model("default")
+    names = tuple(f"adapter-{number}" for number in range(count))
+    for number, name in enumerate(names):
+        config = LoraConfig(r=8 << number % 4, target_modules="all-linear", init_lora_weights=False)
+        model = get_peft_model(base, config)
+        for key, parameter in model.named_parameters():
+            if "lora_" in key:
+                parameter.data.normal_(std=0.01)
+        model.save_pretrained(directory / name)
+        base = model.unload()
+    return names
+
+
+def served() -> Iterator[Figure]:
+    """All figures that need a server."""
+    stepper = Stepper("none")
+    stepper.fill(32, PROMPT + OUTPUT // 2)
+    stepped = 32 / stepper.seconds_per_decode()
+    del stepper
+    alone = single_stream()
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        names = save_adapters(directory, 32)
+        with serving("--adapters", name) as target:
+            one, many = tokens_per_second(target, 1), tokens_per_second(target, 32)
+            adapted = tokens_per_second(target, 32, names)
+        yield Figure(
+            "served, 32 streams ÷ the same batch stepped in process", 0.90, many / stepped, f"{many:.0f} tok/s"
+        )
+        yield Figure("served, 1 stream ÷ transformers' single stream, bf16", 2.7, one / alone, f"{one:.0f} tok/s")
+        yield Figure("served, 32 streams ÷ transformers' single stream, bf16", 33, many / alone, f"{many:.0f} tok/s")
+        sequential = peft_sequential(directory, names)
+        detail = f"{adapted:.0f} and {sequential:.1f} tok/s"
+        yield Figure("32 streams over 32 adapters (r 8 to 64) ÷ PEFT one by one", 25, adapted / sequential, detail)
+    with serving("--tp", "1") as single, serving("--tp", "2") as double:
+        ratio = tokens_per_second(double, 8) / tokens_per_second(single, 8)
+    yield Figure("TP=2 (one thread each) ÷ TP=1 (two threads), batch 8", 0.80, ratio)
+
+
+def single_stream() -> float:
+    """Tokens per second of transformers' own generate, in bfloat16."""
+    model = load_model("default").to(torch.bfloat16).eval()
+    prompt = torch.arange(1000, 1000 + PROMPT)[None]
+
+    def generate() -> None:
+        with torch.inference_mode():
+            model.generate(prompt, min_new_tokens=OUTPUT, max_new_tokens=OUTPUT, do_sample=False, pad_token_id=0)
+
+    return OUTPUT / median_seconds(generate, RUNS)
+
+
+def peft_sequential(directory: Path, names: tuple[str, ...]) -> float:
+    """Tokens per second of PEFT answering one request after the other, each with the next adapter."""
+    target = PeftTarget("default", directory)
+    workload = Workload(1, 4, PROMPT, OUTPUT, names[:4], 10_000, 0)
+    return asyncio.run(measure(target, workload, 0)).tokens_per_second
