@@ -60,7 +60,8 @@ class Connections:
         """Drives the group at an address again and again, until discovery does not name it any more."""
         last = ""
         while address in self._wanted:
-            shards = ShardGroup(address, channel_credentials(self._settings))
+            telemetry = self._telemetry.group(str(address))
+            shards = ShardGroup(address, telemetry, channel_credentials(self._settings))
             try:
                 await self._drive(shards, str(address))
             except LoraplexError as error:
@@ -71,6 +72,7 @@ class Connections:
                 last = ""
             finally:
                 await shards.close()
+                self._telemetry.forget(str(address))
             await asyncio.sleep(RETRY_SECONDS)
         self._tasks.pop(address, None)
 

@@ -122,7 +122,7 @@ class Engine:
     def _mark_started(self, plan: Plan) -> None:
         for sequence in plan.starts:
             generation, _ = self._owners[sequence]
-            self._telemetry.started(generation)
+            self._telemetry.started(generation, sequence)
 
     # ---- results ---------------------------------------------------------------------------------------------
 
@@ -206,9 +206,7 @@ class Engine:
         try:
             if claim.evicted:
                 await self._shards.unload(claim.slot)
-                self._telemetry.evicted("device")
-            with self._telemetry.loading("device"):
-                await self._shards.load(claim.adapter.digest, claim.slot)
+            await self._shards.load(claim.adapter.digest, claim.slot)
         except LoraplexError as error:
             logger.error("adapter %s cannot be loaded into slot %d: %s", claim.adapter.digest, claim.slot, error)
             self._fail_waiting(claim.adapter, error)

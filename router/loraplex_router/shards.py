@@ -2,6 +2,8 @@
 
 import asyncio
 import logging
+import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
@@ -17,6 +19,7 @@ from loraplex_router.discovery import Address
 from loraplex_router.grammar import Grammar
 from loraplex_router.request import AdapterReference, MergedReference
 from loraplex_router.sequence import Chunk, Plan
+from loraplex_router.telemetry.telemetry import GroupTelemetry
 
 if TYPE_CHECKING:
     from loraplex_protos.shard_pb2_grpc import ShardServiceAsyncStub
@@ -68,12 +71,17 @@ class ShardGroup:
     `credentials` is None for connections that are not encrypted.
     """
 
-    def __init__(self, address: Address, credentials: grpc.ChannelCredentials | None = None) -> None:
+    def __init__(
+        self, address: Address, telemetry: GroupTelemetry, credentials: grpc.ChannelCredentials | None = None
+    ) -> None:
         self._address = address
+        self._telemetry = telemetry
         self._credentials = credentials
         self._channels: list[grpc.aio.Channel] = []
         self._ranks: list[ShardServiceAsyncStub] = []
         self._streams: list[Stream] = []
+        self._sent: deque[float] = deque()  # when each plan left whose result was not read, by time.monotonic
+        self._answered: list[float] = []  # when each rank answered last
         self.info = pb.GetInfoResponse()
 
     async def connect(self, max_batch_tokens: int) -> Self:
@@ -89,6 +97,7 @@ class ShardGroup:
         logger.info("%s is loaded at %s, warming up ...", self.info.model_id, self._address)
         await self._on_all(lambda rank: rank.Warmup(pb.WarmupRequest(max_batch_tokens=max_batch_tokens)))
         self._streams = [rank.Step() for rank in self._ranks]
+        self._answered = [0.0] * len(self._ranks)
         return self
 
     def _open(self, rank: str) -> None:
@@ -119,23 +128,36 @@ class ShardGroup:
     async def send(self, plan: pb.StepRequest) -> None:
         for stream in self._streams:
             await _typed(stream.write(plan))
+        self._sent.append(time.monotonic())
 
     async def receive(self) -> pb.StepResponse:
         """The next plan's result. Every rank answers, so that no rank's failure goes unnoticed; rank 0's counts."""
-        first, *others = await asyncio.gather(*map(_read, self._streams))
+        sent = self._sent.popleft()
+        first, *others = await asyncio.gather(*(self._read(rank, sent) for rank in range(len(self._streams))))
         assert all(other.step == first.step for other in others)
         return first
+
+    async def _read(self, rank: int, sent: float) -> pb.StepResponse:
+        """A rank's answer to the plan that was sent then, which it could begin once the one before was done."""
+        answer = await _typed(self._streams[rank].read())
+        if not isinstance(answer, pb.StepResponse):
+            raise UnavailableError("a rank ended its step stream")
+        now, began = time.monotonic(), max(sent, self._answered[rank])
+        self._answered[rank] = now
+        self._telemetry.rank_latency(rank, max(0.0, now - began - answer.duration_us / 1e6))
+        return answer
 
     async def stage(self, reference: AdapterReference) -> StagedAdapter:
         """Rank 0 resolves the reference; the others then read exactly what it found."""
         request = pb.StageAdapterRequest(
             id=reference.id, source=reference.source, revision=reference.revision, token=reference.token
         )
-        first = await _typed(self._ranks[0].StageAdapter(request))
-        request.source, request.revision = first.source, first.revision
-        others = await asyncio.gather(*(_typed(rank.StageAdapter(request)) for rank in self._ranks[1:]))
-        if any(other.digest != first.digest for other in others):
-            raise AdapterSourceError(f"adapter {reference.id!r}: the ranks read different files")
+        with self._telemetry.loading("host"):
+            first = await _typed(self._ranks[0].StageAdapter(request))
+            request.source, request.revision = first.source, first.revision
+            others = await asyncio.gather(*(_typed(rank.StageAdapter(request)) for rank in self._ranks[1:]))
+            if any(other.digest != first.digest for other in others):
+                raise AdapterSourceError(f"adapter {reference.id!r}: the ranks read different files")
         size = first.size_bytes + sum(other.size_bytes for other in others)
         return StagedAdapter(first.digest, first.source, first.revision, first.lora_rank, size, first.chat_template)
 
@@ -149,18 +171,22 @@ class ShardGroup:
             density=merged.density,
             majority_sign_method=merged.majority_sign_method,
         )
-        answers = await self._on_all(lambda rank: rank.MergeAdapters(request))
+        with self._telemetry.loading("host"):
+            answers = await self._on_all(lambda rank: rank.MergeAdapters(request))
         size = sum(answer.size_bytes for answer in answers)
         return StagedAdapter(digest, "merged", "", answers[0].lora_rank, size)
 
     async def unstage(self, digest: str) -> None:
         await self._on_all(lambda rank: rank.UnstageAdapter(pb.UnstageAdapterRequest(digest=digest)))
+        self._telemetry.evicted("host")
 
     async def load(self, digest: str, slot: int) -> None:
-        await self._on_all(lambda rank: rank.LoadAdapter(pb.LoadAdapterRequest(digest=digest, slot=slot)))
+        with self._telemetry.loading("device"):
+            await self._on_all(lambda rank: rank.LoadAdapter(pb.LoadAdapterRequest(digest=digest, slot=slot)))
 
     async def unload(self, slot: int) -> None:
         await self._on_all(lambda rank: rank.UnloadAdapter(pb.UnloadAdapterRequest(slot=slot)))
+        self._telemetry.evicted("device")
 
     async def local_adapters(self) -> list[str]:
         answer = await _typed(self._ranks[0].ListLocalAdapters(pb.ListLocalAdaptersRequest()))
@@ -230,13 +256,6 @@ def _agree(infos: Sequence[pb.GetInfoResponse]) -> pb.GetInfoResponse:
     agreed.CopyFrom(infos[0])
     agreed.num_blocks = min(info.num_blocks for info in infos)
     return agreed
-
-
-async def _read(stream: Stream) -> pb.StepResponse:
-    answer = await _typed(stream.read())
-    if not isinstance(answer, pb.StepResponse):
-        raise UnavailableError("a rank ended its step stream")
-    return answer
 
 
 async def _check_health(channel: grpc.aio.Channel) -> None:

@@ -23,7 +23,7 @@ pytestmark = [needs_prometheus, needs_promtool]
 
 REQUESTS, TOKENS = 24, 30
 # In queries for what did not happen.
-EMPTY = "failures", "evictions", "outcome!=", "rank_latency", "absent", " == 0", " > "
+EMPTY = "failures", "evictions", "outcome!=", "absent", " == 0", " > "
 
 
 def free_port() -> int:
@@ -116,6 +116,9 @@ def test_it_has_what_router_and_shard_say_of_the_same_steps(prometheus: Promethe
     assert computed == prometheus.value("loraplex_shard_step_tokens_sum")
     assert prometheus.value('loraplex_shard_adapters{tier="device"}') == 2
     assert prometheus.value('loraplex_adapters{tier="device"}') == 2
+    assert prometheus.value('loraplex_adapter_load_seconds_count{tier="host"}') == 2
+    assert prometheus.value('loraplex_adapter_load_seconds_count{tier="device"}') == 2
+    assert prometheus.value('loraplex_rank_latency_seconds_count{rank="0"}') == steps
 
 
 @pytest.mark.parametrize("query", sorted(set(queries())))

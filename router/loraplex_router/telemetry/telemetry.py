@@ -17,7 +17,7 @@ from loraplex_protos import shard_pb2 as pb
 from loraplex_protos.errors import LoraplexError
 from loraplex_router.output import Generation
 from loraplex_router.request import EmbedRequest, Request
-from loraplex_router.sequence import FinishReason, Plan
+from loraplex_router.sequence import FinishReason, Plan, Sequence
 from loraplex_router.telemetry.gateway import GatewayNames
 from loraplex_router.telemetry.labels import OTHER, AdapterLabels
 from loraplex_router.telemetry.lorax_names import LoraxMetrics
@@ -92,9 +92,11 @@ class Telemetry:
         if self.traces is not None:
             self.traces.queued(generation)
 
-    def started(self, generation: Generation) -> None:
-        """A step that starts one of its sequences leaves."""
+    def started(self, generation: Generation, sequence: Sequence) -> None:
+        """A step that starts one of its sequences leaves, for the first time or again."""
         if generation.started is not None:
+            if self.traces is not None and sequence.runs > 1:
+                self.traces.started_again(generation, sequence)
             return
         generation.started = time.monotonic()
         label = self._labels.find(_adapter_name(generation))
@@ -189,7 +191,6 @@ class GroupTelemetry:
         self._last_result = now
         if self._router.lorax is not None:
             self._router.lorax.step(len(decodes) < len(plan.chunks), response.duration_us / 1e6, len(plan.chunks))
-
         if self._router.traces is not None:
             self._router.traces.step(plan)
 

@@ -54,6 +54,11 @@ class Traces:
                 live.phase.add_event("adapter on the device", timestamp=nanoseconds(adapter.loaded))
             self._next(live, "prefill", generation.started)
 
+    def started_again(self, generation: Generation, sequence: Sequence) -> None:
+        """It had been preempted, or its group was lost."""
+        if live := self._live.get(generation):
+            live.phase.add_event("started again", {"sequence": sequence.number, "tokens": sequence.output_length})
+
     def first_token(self, generation: Generation) -> None:
         if (live := self._live.get(generation)) and generation.first_token is not None:
             self._next(live, "decode", generation.first_token)
