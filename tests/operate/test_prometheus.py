@@ -94,6 +94,7 @@ def prometheus(server: tuple[Server, int], tmp_path_factory: pytest.TempPathFact
             list(pool.map(work, range(REQUESTS)))
         made.wait_until('sum(loraplex_requests_total{outcome="finished"})', REQUESTS)
         made.wait_until("count(rate(loraplex_adapter_generated_tokens_total[5m]))", 3)  # base, other, and one adapter
+        made.wait_until('count(rate(loraplex_shard_adapter_load_seconds_count{tier="device"}[5m]))', 1)
         yield made
     finally:
         made.process.terminate()
