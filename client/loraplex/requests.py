@@ -34,6 +34,7 @@ def generate_request(
     frequency_penalty: float | None = None,
     presence_penalty: float | None = None,
     seed: int | None = None,
+    logit_bias: Mapping[int, float] | None = None,
     n: int = 1,
     logprobs: bool = False,
     top_logprobs: int = 0,
@@ -52,6 +53,7 @@ def generate_request(
         frequency_penalty=frequency_penalty,
         presence_penalty=presence_penalty,
         seed=seed,
+        logit_bias=logit_bias,
     )
     stopping = _fill(
         pb.Stopping(),

@@ -82,6 +82,8 @@ class GenerateOptions(TypedDict, total=False):
     """Subtract this from each token that is in the output; in [-2, 2]."""
     seed: int | None
     """The same seed gives the same tokens. None: random."""
+    logit_bias: Mapping[int, float] | None
+    """What to add to the logits of tokens, by their ids: from -100, which all but bans a token, to 100."""
     n: int
     """How many sequences to generate from the prompt. With a seed, sequence i uses seed + i."""
     logprobs: bool

@@ -10,9 +10,8 @@ from loraplex_router.adapters.pool import Adapter
 from loraplex_router.adapters.references import Reference
 from loraplex_router.keys import Tenant
 from loraplex_router.sequence import FinishReason, Sequence
-from loraplex_router.text.detokenizer import Detokenizer
+from loraplex_router.text.detokenizer import Decoder, Detokenizer
 from loraplex_router.text.stops import StopMatcher
-from loraplex_router.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +59,7 @@ class SequenceOutput:
     def __init__(
         self,
         sequence: Sequence,
-        tokenizer: Tokenizer,
+        decoder: Decoder,
         stops: StopMatcher,
         wakeup: asyncio.Event,
     ) -> None:
@@ -69,8 +68,8 @@ class SequenceOutput:
         self.generated = 0  # tokens, those of a stop string included
         self.prompt_logprobs: list[float] = []  # of the prompt's tokens but the first
         self.pooled: tuple[float, ...] = ()
-        self._tokenizer = tokenizer
-        self._detokenizer = Detokenizer(tokenizer, sequence.tokens[: sequence.prompt_length])
+        self._decoder = decoder
+        self._detokenizer = Detokenizer(decoder, sequence.tokens[: sequence.prompt_length])
         self._stops = stops
         self._wakeup = wakeup
         self._pending = Delta()
@@ -116,7 +115,7 @@ class SequenceOutput:
     def texts(self) -> tuple[str, str]:
         """The whole text of the prompt and, as far as it was generated, of the answer, stop texts included."""
         tokens, length = self.sequence.tokens, self.sequence.prompt_length
-        return self._tokenizer.decode(tokens[:length]), self._tokenizer.decode(tokens[length:])
+        return self._decoder.decode(tokens[:length]), self._decoder.decode(tokens[length:])
 
     def take(self) -> Delta | None:
         """What came since the last call, as one; None if that is nothing."""
@@ -168,8 +167,8 @@ class Generation:
         self.error: LoraplexError | None = None
         self._wakeup = asyncio.Event()
 
-    def add(self, sequence: Sequence, tokenizer: Tokenizer, stops: StopMatcher) -> None:
-        self.outputs.append(SequenceOutput(sequence, tokenizer, stops, self._wakeup))
+    def add(self, sequence: Sequence, decoder: Decoder, stops: StopMatcher) -> None:
+        self.outputs.append(SequenceOutput(sequence, decoder, stops, self._wakeup))
 
     @property
     def adapter_digest(self) -> str:

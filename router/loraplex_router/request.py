@@ -2,6 +2,7 @@
 
 import re
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import TypeAlias
@@ -18,6 +19,7 @@ MAX_STOP_LENGTH = 256
 MAX_STOP_TOKENS = 64
 MAX_TOP_LOGPROBS = 32
 MAX_INPUTS = 1024
+MAX_BIASED = 1024
 MAX_REFERENCE_LENGTH = 512
 SOURCES = ("", "local", "hub")
 MAX_MERGED = 16
@@ -62,6 +64,7 @@ class SamplingOptions:
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
     seed: int | None = None
+    logit_bias: tuple[tuple[int, float], ...] | None = None
 
     def resolve(self, index: int = 0) -> Sampling:
         """With the defaults applied, for sequence `index` of the request: see Sampling in generation.proto."""
@@ -86,6 +89,7 @@ class Request:
     stop_token_ids: tuple[int, ...] = ()
     include_stop: bool = False  # the answer ends with the stop text, not before it
     ignore_eos: bool = False
+    show_special_tokens: bool = False  # in the text
     truncate: int | None = None  # keep the last so many tokens of the prompt
     n: int = 1
     detail: Detail = field(default_factory=Detail)
@@ -104,6 +108,10 @@ class EmbedRequest:
         return [Request(prompt, adapter=self.adapter, detail=Detail(pool=True)) for prompt in self.inputs]
 
 
+class ContextLengthError(InvalidRequestError):
+    """The prompt, or the prompt and the answer, do not fit into the context. Clients see an InvalidRequestError."""
+
+
 class Violations:
     """Collects what is wrong, so that a caller sees all of it at once."""
 
@@ -114,10 +122,10 @@ class Violations:
         if not right:
             self._found.append(FieldViolation(name, description))
 
-    def raise_any(self) -> None:
-        """Raises InvalidRequestError if anything was wrong."""
+    def raise_any(self, kind: type[InvalidRequestError] = InvalidRequestError) -> None:
+        """Raises InvalidRequestError, or this kind of it, if anything was wrong."""
         if self._found:
-            raise InvalidRequestError(*self._found)
+            raise kind(*self._found)
 
 
 def check_request(request: Request, vocab_size: int) -> None:
@@ -134,6 +142,7 @@ def check_request(request: Request, vocab_size: int) -> None:
         known = all(token < vocab_size for token in request.prompt)
         found.check(known, "token_ids", f"every id must be below {vocab_size}")
     _check_sampling(request.sampling, found)
+    _check_bias(request.sampling.logit_bias or (), vocab_size, found)
     _check_stopping(request, vocab_size, found)
     _check_grammar(request, found)
     top = request.detail.top_logprobs
@@ -184,14 +193,15 @@ def _check_merged(merged: MergedReference, found: Violations) -> None:
 def room_for(request: Request, prompt_length: int, max_model_len: int) -> int:
     """How many tokens each sequence may generate.
 
-    Raises InvalidRequestError if the prompt is empty or the two do not fit into the context.
+    Raises InvalidRequestError if the prompt is empty, ContextLengthError if the two do not fit into the context.
     """
     found = Violations()
     found.check(prompt_length > 0, "prompt", "is empty: send text, chat messages or token ids")
+    found.raise_any()
     room = max_model_len - prompt_length
     if request.detail.pool:
         found.check(room >= 0, "prompt", f"has {prompt_length} tokens; the context has room for {max_model_len}")
-        found.raise_any()
+        found.raise_any(ContextLengthError)
         return 0
     found.check(
         room >= 1, "prompt", f"has {prompt_length} tokens; at most {max_model_len - 1} leave room for an answer"
@@ -202,7 +212,7 @@ def room_for(request: Request, prompt_length: int, max_model_len: int) -> int:
         found.check(wanted <= room, "stopping.max_new_tokens", f"{wanted} is too many: {limit}")
     least = request.min_new_tokens
     found.check(least <= max(room, 1), "stopping.min_new_tokens", f"{least} is too many: there is room for {room}")
-    found.raise_any()
+    found.raise_any(ContextLengthError)
     return wanted if wanted is not None else room
 
 
@@ -221,6 +231,13 @@ def _check_sampling(options: SamplingOptions, found: Violations) -> None:
     within("repetition_penalty", 0, largest, False, "above 0")
     within("frequency_penalty", -2, 2, True, "from -2 to 2")
     within("presence_penalty", -2, 2, True, "from -2 to 2")
+
+
+def _check_bias(bias: Sequence[tuple[int, float]], vocab_size: int, found: Violations) -> None:
+    name = "sampling.logit_bias"
+    found.check(len(bias) <= MAX_BIASED, name, f"at most {MAX_BIASED} tokens")
+    found.check(all(0 <= token < vocab_size for token, _ in bias), name, f"every id must be below {vocab_size}")
+    found.check(all(-100 <= value <= 100 for _, value in bias), name, "every value must be from -100 to 100")
 
 
 def _check_stopping(request: Request, vocab_size: int, found: Violations) -> None:

@@ -20,6 +20,7 @@ class Sampling:
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
     seed: int = 0
+    logit_bias: tuple[tuple[int, float], ...] = ()  # what is added to the logits of tokens
 
 
 @dataclass(frozen=True, slots=True)

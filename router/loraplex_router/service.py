@@ -141,6 +141,7 @@ class Service:
             validated = time.monotonic()
             group, adapter = await self._groups.place(request.adapter, request.grammar)
             generation = Generation(request_id, request.adapter, adapter, arrived, validated, tenant)
+            decoder = self.tokenizer.verbatim if request.show_special_tokens else self.tokenizer
             for index in range(request.n):
                 sequence = Sequence(
                     number=self._next_number(),
@@ -155,7 +156,7 @@ class Service:
                     grammar=request.grammar,
                 )
                 stops = StopMatcher(request.stop, request.include_stop)
-                generation.add(sequence, self.tokenizer, stops)
+                generation.add(sequence, decoder, stops)
             self.telemetry.queued(generation)
             group.engine.submit(generation)
         except BaseException:

@@ -18,7 +18,7 @@ from loraplex_protos.shard_pb2_grpc import ShardServiceStub
 from loraplex_router.discovery import Address
 from loraplex_router.grammar import Grammar
 from loraplex_router.request import AdapterReference, MergedReference
-from loraplex_router.sequence import Chunk, Plan
+from loraplex_router.sequence import Chunk, Plan, Sampling
 from loraplex_router.telemetry.telemetry import GroupTelemetry
 
 if TYPE_CHECKING:
@@ -228,7 +228,7 @@ def _encode_start(chunk: Chunk) -> pb.SequenceStart:
         tokens=sequence.tokens,
         prompt_length=sequence.prompt_length,
         computed=chunk.start,
-        sampling=pb.Sampling(**asdict(sequence.sampling)),
+        sampling=_encode_sampling(sequence.sampling),
         **asdict(sequence.detail),
         grammar=_encode_grammar(sequence.grammar) if sequence.grammar else None,
         unscored=sequence.unscored,
@@ -236,6 +236,12 @@ def _encode_start(chunk: Chunk) -> pb.SequenceStart:
         end_token_ids=sequence.end_token_ids if sequence.min_new_tokens else (),
         traceparent=sequence.traceparent,
     )
+
+
+def _encode_sampling(sampling: Sampling) -> pb.Sampling:
+    fields = asdict(sampling)
+    bias = dict(fields.pop("logit_bias"))
+    return pb.Sampling(**fields, biased_tokens=bias.keys(), biases=bias.values())
 
 
 def _encode_grammar(grammar: Grammar) -> pb.Grammar:

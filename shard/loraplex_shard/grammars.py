@@ -10,6 +10,7 @@ from llguidance.gbnf_to_lark import any_to_lark
 
 from loraplex_protos import shard_pb2 as pb
 from loraplex_protos.errors import FieldViolation, InvalidRequestError
+from loraplex_shard.json_schemas import close_objects
 
 KEPT = 256  # compiled grammars
 
@@ -58,7 +59,7 @@ def _to_llguidance(kind: pb.GrammarKind.ValueType, text: str) -> str:
         case pb.GRAMMAR_KIND_JSON_SCHEMA:
             # As json.dumps writes: models have seen much of it, and it leaves nothing to choose between values.
             return LLMatcher.grammar_from_json_schema(
-                text, {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+                close_objects(text), {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
             )
         case pb.GRAMMAR_KIND_REGEX:
             # \d is [0-9]: other scripts' digits match in Rust, but nobody who writes it means them.

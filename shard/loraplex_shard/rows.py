@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from loraplex_protos.shard_pb2 import SequenceStart, StepRequest
 from loraplex_shard.batch import Batch, Segment
-from loraplex_shard.sampler import PARAMETERS, History
+from loraplex_shard.sampler import PARAMETERS, Bias, History
 
 Ints = NDArray[np.int64]
 
@@ -65,6 +65,8 @@ class Rows:
         self._known: Ints = np.zeros(max_sequences, np.int64)  # tokens, sampled ones included; 0: the row is free
         self.prompt_lengths: Ints = np.zeros(max_sequences, np.int64)
         self.sampling = np.zeros(max_sequences, PARAMETERS)
+        self._biased = np.zeros(max_sequences, np.bool_)
+        self._biases: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # of those: token ids and what is added
         self.detail = np.zeros(max_sequences, DETAIL)
         self.forceable = np.zeros(max_sequences, np.bool_)  # whose grammars may add tokens that are not sampled
         # Tokens whose logprobs need not be reported any more: all but those that were forced on a row which asked for
@@ -90,6 +92,9 @@ class Rows:
         self._known[row] = known
         self.prompt_lengths[row] = start.prompt_length
         self.sampling[row] = tuple(getattr(start.sampling, name) for name in PARAMETERS.names or ())
+        self._biased[row] = bool(start.sampling.biases)
+        if self._biased[row]:
+            self._biases[row] = self._read_bias(start)
         self.detail[row] = (start.logprobs, start.top_logprobs, start.prompt_logprobs, start.pool)
         assert 0 <= start.unscored <= known - start.prompt_length, f"row {row}: unscored prompt tokens"
         self.forceable[row] = start.HasField("grammar")
@@ -145,6 +150,15 @@ class Rows:
         """What the sampler may ask of the tokens of these rows, as far as the lengths say."""
         return History(self._tokens, rows, self.prompt_lengths[rows], lengths)
 
+    def bias(self, rows: Ints) -> Bias | None:
+        """What is added to the logits of these rows, if anything is."""
+        places = np.flatnonzero(self._biased[rows]).tolist()
+        if not places:
+            return None
+        ids, values = zip(*(self._biases[rows[place]] for place in places), strict=True)
+        counts = [len(part) for part in ids]
+        return Bias(self.on_device(np.repeat(places, counts)), torch.cat(ids), torch.cat(values))
+
     def record(self, rows: Ints, positions: Ints, tokens: torch.Tensor) -> None:
         """Writes what was sampled, one token [n] int64 per row, behind the tokens that the rows had."""
         self._tokens[self.on_device(rows), self.on_device(positions)] = tokens.int()
@@ -173,6 +187,11 @@ class Rows:
     def on_device(self, values: Ints) -> torch.Tensor:
         """A column as a tensor where the model is."""
         return torch.from_numpy(values).to(self._device)
+
+    def _read_bias(self, start: SequenceStart) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = _column(start.sampling.biased_tokens)
+        assert (tokens < self._vocab_size).all(), f"row {start.row}: a bias of a token that is not in the vocabulary"
+        return self.on_device(tokens), torch.tensor(list(start.sampling.biases), device=self._device)
 
     def _append_blocks(self, rows: Ints, counts: Ints, blocks: Ints) -> None:
         assert counts.sum() == len(blocks) and (blocks < self._num_blocks).all(), "blocks out of range"

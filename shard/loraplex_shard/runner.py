@@ -204,7 +204,9 @@ class Runner:
         logits = self._logits(hidden, segments, chunks.starts[1:][places] - 1)
         tokens = torch.zeros(len(places), dtype=torch.int64, device=hidden.device)
         if logits is not None:
-            allowed = logits if masks is None else masks.apply(logits)
+            bias = self._rows.bias(rows)
+            allowed = logits if bias is None else bias.apply(logits)
+            allowed = allowed if masks is None else masks.apply(allowed)
             tokens = sampler.sample(allowed, self._rows.sampling[rows], self._rows.history(rows, lengths))
         self._group.broadcast_(tokens)
         self._rows.record(rows, lengths, tokens)

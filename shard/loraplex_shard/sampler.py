@@ -50,6 +50,19 @@ class History:
         return History(self.tokens, self.rows[chosen], self.prompt_lengths[chosen], self.lengths[chosen])
 
 
+@dataclass(frozen=True, slots=True)
+class Bias:
+    """values[i] is to be added to the logit of token tokens[i] in row rows[i]."""
+
+    rows: Tensor
+    tokens: Tensor
+    values: Tensor
+
+    def apply(self, logits: Tensor) -> Tensor:
+        """A copy of the logits [n, vocab] with it."""
+        return logits.index_put((self.rows, self.tokens), self.values.to(logits.dtype), accumulate=True)
+
+
 def sample(logits: Tensor, parameters: NDArray[np.void], history: History) -> Tensor:
     """The next token of each sequence: [n] int64. Where temperature is 0 the likeliest, the first among equals.
 

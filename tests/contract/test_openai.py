@@ -10,6 +10,7 @@ import pytest
 from openai import AsyncOpenAI, OpenAI
 
 from tests.e2e.processes import Server
+from tests.e2e.tiny import byte_tokenizer
 
 HELLO = [{"role": "user", "content": "Hello"}]
 SCHEMA = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"], "additionalProperties": False}
@@ -122,7 +123,13 @@ async def test_many_asynchronous_streams_at_once(server: Server, base: str):
         ({"temperature": "hot"}, "temperature"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0][content][0]"),
-        ({"logit_bias": {"5": 1}}, "logit_bias"),
+        ({"logit_bias": {"5": 101}}, "logit_bias"),
+        ({"logit_bias": {"5000": 1}}, "logit_bias"),
+        ({"logit_bias": {"x": 1}}, "logit_bias[x]"),
+        ({"stop": 5}, "stop"),
+        ({"tool_choice": "any"}, "tool_choice"),
+        ({"functions": [{"name": "f"}]}, "functions"),
+        ({"extra_body": {"bad_words": ["x"]}}, "bad_words"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "odd"}}}}, "response_format"),
@@ -134,6 +141,30 @@ def test_a_wrong_field_is_a_bad_request_that_names_it(
     with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(**{"model": base, "messages": HELLO, "stream": stream, **wrong})
     assert caught.value.param == param and caught.value.type == "invalid_request_error"
+
+
+def test_what_does_not_fit_the_context_says_so(client: OpenAI, base: str):
+    for options in ({"messages": [{"role": "user", "content": "x" * 9000}]}, {"max_tokens": 10**6}):
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.chat.completions.create(**{"model": base, "messages": HELLO, **options})
+        assert caught.value.code == "context_length_exceeded"
+
+
+def test_a_bias_chooses_tokens_and_leaves_the_logprobs_as_the_models(client: OpenAI, base: str):
+    q, r = byte_tokenizer().encode("qr")
+    options = {"model": base, "prompt": "Hello", "max_tokens": 4, "temperature": 0, "logprobs": 1}
+    plain = client.completions.create(**options).choices[0]
+    forced = client.completions.create(**options, logit_bias={str(q): 100, str(r): 50}).choices[0]
+    assert forced.text == "qqqq" and forced.logprobs.token_logprobs[0] < plain.logprobs.token_logprobs[0]
+    assert client.completions.create(**options, logit_bias={str(q): -100, str(r): 100}).choices[0].text == "rrrr"
+
+
+def test_special_tokens_are_shown_where_asked_for(client: OpenAI, base: str):
+    end = byte_tokenizer().eos_token_id
+    options = {"model": base, "prompt": "Hello", "max_tokens": 2, "logit_bias": {str(end): 100}}
+    for skip, text in ((None, ""), (False, "</s></s>")):
+        extra = {"ignore_eos": True, "skip_special_tokens": skip}
+        assert client.completions.create(**options, extra_body=extra).choices[0].text == text
 
 
 def test_formats_of_openai_and_of_vllm(client: OpenAI, base: str):

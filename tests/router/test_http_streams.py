@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from loraplex_router.api.http import sse
 from loraplex_router.api.http.app import create_app
 from tests.router.test_engine import Setup
 
@@ -203,3 +204,17 @@ async def test_a_request_cancelled_by_name_ends_with_an_error(setup: Setup):
     await running
     setup.shards.loads_held.set()
     assert client.status == 499 and json.loads(client.bodies[0])["error_type"] == "cancelled"
+
+
+@pytest.mark.parametrize("path", STREAMS)
+async def test_a_stream_with_nothing_to_send_has_comments(setup: Setup, path: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sse, "KEEP_ALIVE_SECONDS", 0.01)
+    setup.shards.loads_held.clear()
+    body = {**STREAMS[path], "model": "a", "parameters": {"adapter_id": "a", "max_new_tokens": 40}}
+    client = Client(setup, path, body)
+    running = asyncio.create_task(client.run())
+    await until(lambda: len(client.bodies) > 2)
+    assert set(client.bodies) == {":\n\n"}
+    setup.shards.loads_held.set()
+    await running
+    assert "".join(client.bodies).count("data: ") > 1

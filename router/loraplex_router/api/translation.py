@@ -28,6 +28,7 @@ TIERS = {
 def read_request(message: pb.GenerateRequest) -> Request:
     """Raises InvalidRequestError if there is no prompt; everything else is checked by the service."""
     options = {field.name: value for field, value in message.sampling.ListFields()}
+    options["logit_bias"] = tuple(message.sampling.logit_bias.items())
     stopping = message.stopping
     return Request(
         prompt=_read_prompt(message),

@@ -7,6 +7,7 @@ from functools import partial
 import tokenizers
 
 from loraplex_router.text.chat import Chat, ChatTemplate, RenderedChat
+from loraplex_router.text.detokenizer import Decoder
 
 LONG_TEXT = 2000  # characters; tokenizing more than this would hold up other streams
 
@@ -19,6 +20,14 @@ class TokenSpan:
     text: str
     start: int
     stop: int
+
+
+class _Verbatim:
+    def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    def decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
 
 
 class Tokenizer:
@@ -71,6 +80,11 @@ class Tokenizer:
     def decode(self, ids: list[int]) -> str:
         """The text of token ids, special tokens left out."""
         return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+    @property
+    def verbatim(self) -> Decoder:
+        """Decodes with the special tokens shown."""
+        return _Verbatim(self._tokenizer)
 
     def is_special(self, token: int) -> bool:
         """Whether the token is left out of the text."""

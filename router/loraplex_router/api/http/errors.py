@@ -1,7 +1,7 @@
 """Errors as each face's clients expect them: LoRAX's {"error", "error_type"}; under /v1 OpenAI's {"error": {...}}."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from math import ceil
 from typing import Any
 
@@ -19,10 +19,12 @@ from loraplex_protos.errors import (
     OverloadedError,
     UnauthenticatedError,
 )
+from loraplex_router.request import ContextLengthError
 
 logger = logging.getLogger(__name__)
 
 OPENAI_PREFIX = "/v1/"
+TYPES = ("str", "int", "float", "bool", "dict")  # as pydantic names them
 
 # What the faces call a field, where that is not the last part of the router's name for it.
 LORAX_NAMES = {
@@ -66,6 +68,7 @@ def openai_body(error: LoraplexError) -> dict[str, Any]:
     elif isinstance(error, AdapterError):
         param = "model"
     code = "model_not_found" if isinstance(error, AdapterNotFoundError) else error.error_type
+    code = "context_length_exceeded" if isinstance(error, ContextLengthError) else code
     kind = "invalid_request_error" if openai_status(error) < 429 else "server_error"
     kind = "rate_limit_error" if isinstance(error, OverloadedError) else kind
     return {"error": {"message": _renamed(error, OPENAI_NAMES), "type": kind, "param": param, "code": code}}
@@ -92,7 +95,7 @@ def install_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def malformed(request: Request, error: RequestValidationError) -> Response:
-        return error_response(request.url.path, InvalidRequestError(*map(_violation, error.errors())))
+        return error_response(request.url.path, InvalidRequestError(*_merged(map(_violation, error.errors()))))
 
     @app.exception_handler(HTTPException)
     async def unrouted(request: Request, error: HTTPException) -> Response:
@@ -130,5 +133,18 @@ def _violation(found: Mapping[str, Any]) -> FieldViolation:
     """What pydantic found. `body, messages, 0, role` becomes messages[0][role]: dots are the router's own."""
     if found["type"] == "json_invalid":
         return FieldViolation("body", f"is not JSON: {found['ctx']['error']}")
-    first, *rest = [part for part in found["loc"] if part != "body"] or ["body"]
+    first, *rest = [part for part in found["loc"] if part != "body" and not _is_type(part)] or ["body"]
     return FieldViolation(str(first) + "".join(f"[{part}]" for part in rest), str(found["msg"]))
+
+
+def _is_type(part: str | int) -> bool:
+    """Whether this part of a place names one of the types that a field may have, and no field."""
+    return isinstance(part, str) and (part in TYPES or not part.isidentifier() or part[0].isupper())
+
+
+def _merged(violations: Iterable[FieldViolation]) -> list[FieldViolation]:
+    """One for each field: one of several types was wanted, and it has none of them."""
+    descriptions = dict[str, list[str]]()
+    for found in violations:
+        descriptions.setdefault(found.field, []).append(found.description)
+    return [FieldViolation(field, ", or: ".join(dict.fromkeys(texts))) for field, texts in descriptions.items()]

@@ -1,5 +1,6 @@
 """Server-sent events: one write per event, and errors after the first byte as events."""
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
@@ -13,6 +14,8 @@ from loraplex_router.api.http.errors import internal_error
 from loraplex_router.output import Generation
 from loraplex_router.service import Service
 
+KEEP_ALIVE_SECONDS = 15.0  # as LoRAX
+COMMENT = ":\n\n"
 DONE = "data: [DONE]\n\n"
 
 to_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
@@ -31,7 +34,8 @@ def event(data: Mapping[str, Any]) -> str:
 class EventStream(Response):
     """Streams generations that are admitted already, and leaves them. `write_error` makes an error the last event.
 
-    While the client does not read, nothing is taken from the generations, whose deltas merge meanwhile.
+    While the client does not read, nothing is taken from the generations, whose deltas merge meanwhile. While there is
+    nothing to send, a comment now and then keeps whoever stands between from taking the stream for dead.
     """
 
     media_type = "text/event-stream"
@@ -50,13 +54,26 @@ class EventStream(Response):
         self._generations = generations
         self._events = events
         self._write_error = write_error
+        self._quiet = True  # nothing was sent since the last look
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with attended(self._service, self._generations, receive):
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            async for text in self._complete():
-                await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
+            keep_alive = asyncio.create_task(self._keep_alive(send))
+            try:
+                async for text in self._complete():
+                    self._quiet = False
+                    await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
+            finally:
+                keep_alive.cancel()
             await send({"type": "http.response.body", "body": b""})
+
+    async def _keep_alive(self, send: Send) -> None:
+        while True:
+            self._quiet = True
+            await asyncio.sleep(KEEP_ALIVE_SECONDS)
+            if self._quiet:
+                await send({"type": "http.response.body", "body": COMMENT.encode(), "more_body": True})
 
     async def _complete(self) -> AsyncIterator[str]:
         try:

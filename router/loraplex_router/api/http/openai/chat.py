@@ -8,7 +8,7 @@ from typing import Any
 from loraplex_router.api.http.attendance import read
 from loraplex_router.api.http.openai.logprobs import chat_logprobs, prompt_logprobs
 from loraplex_router.api.http.openai.reading import read_model, read_options
-from loraplex_router.api.http.openai.schema import ChatCompletionRequest, ChatMessage
+from loraplex_router.api.http.openai.schema import ChatCompletionRequest, ChatMessage, ContentPart
 from loraplex_router.api.http.openai.tools import check_tools, create_parser, offered_tools, read_arguments, write_call
 from loraplex_router.api.http.openai.writing import finish_reason, head, usage
 from loraplex_router.api.http.sse import DONE, event
@@ -27,6 +27,10 @@ def read_chat(body: ChatCompletionRequest, base: str) -> Request:
     found = Violations()
     found.check(body.logprobs or not body.top_logprobs, "top_logprobs", "needs logprobs to be true")
     check_tools(body, found)
+    found.check(not body.functions, "functions", "is not supported: send them as tools")
+    for name in ("chat_template", "continue_final_message"):
+        found.check(not getattr(body, name), name, "is not supported: leave it out")
+    found.check(body.add_generation_prompt is not False, "add_generation_prompt", "must be true")
     messages = tuple(_read_message(message, place, found) for place, message in enumerate(body.messages))
     found.raise_any()
     return Request(
@@ -43,8 +47,8 @@ def _read_message(message: ChatMessage, place: int, found: Violations) -> Messag
     parts = message.content if isinstance(message.content, list) else []
     for at, part in enumerate(parts):
         name = f"messages[{place}][content][{at}]"
-        found.check(part.type == "text" and part.text is not None, name, 'must be of type "text": the model reads text')
-    text = message.content if isinstance(message.content, str) else "".join(part.text or "" for part in parts)
+        found.check(_text_of(part) is not None, name, 'must be of type "text": the model reads text')
+    text = message.content if isinstance(message.content, str) else "".join(_text_of(part) or "" for part in parts)
     fields: dict[str, Any] = {}
     if message.tool_calls:
         calls = [call.model_dump(exclude_none=True) for call in message.tool_calls]
@@ -55,6 +59,10 @@ def _read_message(message: ChatMessage, place: int, found: Violations) -> Messag
         if value := getattr(message, name):
             fields[name] = value
     return Message(ROLES.get(message.role, message.role), text, fields)
+
+
+def _text_of(part: ContentPart) -> str | None:
+    return {"text": part.text, "refusal": part.refusal}.get(part.type)
 
 
 @dataclass(frozen=True, slots=True)

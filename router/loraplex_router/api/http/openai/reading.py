@@ -9,6 +9,8 @@ from loraplex_router.request import AdapterReference, Prompt, SamplingOptions, V
 
 BASE_NAMES = ("", "tgi")  # beside the model's own name; `text-generation` sends "tgi"
 
+LEAST_TOP_P = 1e-6  # what OpenAI's 0 means: the likeliest token alone
+
 
 def read_model(model: str, base: str) -> AdapterReference | None:
     """The adapter that `model` names; None is the base. Whether there is such an adapter is not known yet."""
@@ -32,28 +34,28 @@ def read_prompts(given: str | list[str] | list[int] | list[list[int]]) -> list[P
 def read_options(body: GenerationRequest) -> dict[str, Any]:
     """Arguments of the router's Request that are read alike. Raises InvalidRequestError for what is not supported."""
     found = Violations()
-    found.check(not body.logit_bias, "logit_bias", "is not supported: leave it out")
-    found.check(
-        body.skip_special_tokens is not False, "skip_special_tokens", "must be true: special tokens have no text"
-    )
+    for name in ("allowed_token_ids", "bad_words", "use_beam_search"):
+        found.check(not getattr(body, name), name, "is not supported: leave it out")
     found.check(body.n != 0, "n", "must be at least 1")
     found.raise_any()
     return {
         "sampling": SamplingOptions(
             temperature=1.0 if body.temperature is None else body.temperature,
             top_k=body.top_k if body.top_k and body.top_k > 0 else None,
-            top_p=body.top_p,
+            top_p=LEAST_TOP_P if body.top_p == 0 else body.top_p,
             typical_p=body.typical_p,
             min_p=body.min_p,
             repetition_penalty=body.repetition_penalty,
             frequency_penalty=body.frequency_penalty,
             presence_penalty=body.presence_penalty,
+            logit_bias=tuple((body.logit_bias or {}).items()),
             seed=None if body.seed is None else body.seed % 2**64,
         ),
         "stop": (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ()),
         "include_stop": bool(body.include_stop_str_in_output),
         "stop_token_ids": tuple(body.stop_token_ids or ()),
         "ignore_eos": bool(body.ignore_eos),
+        "show_special_tokens": body.skip_special_tokens is False,
         "truncate": body.truncate_prompt_tokens,
         "min_new_tokens": body.min_tokens or 0,
         "grammar": read_format(body),

@@ -34,7 +34,7 @@ class StructuredOutputs(BaseModel):
 
 
 class GenerationRequest(BaseModel):
-    """What completions and chat completions have in common."""
+    """What completions and chat completions have in common. Fields that are refused are here for that."""
 
     model: str = Field(description="The base model, an adapter, or base:adapter.")
     temperature: float | None = Field(default=None, description="Absent: 1.")
@@ -46,7 +46,7 @@ class GenerationRequest(BaseModel):
     max_tokens: Count | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = Field(default=None, description="Not supported: refused unless empty.")
+    logit_bias: dict[TokenId, float] | None = Field(default=None, description="By token id, from -100 to 100.")
     seed: int | None = None
     response_format: ResponseFormat | None = None
     # vLLM's
@@ -63,8 +63,11 @@ class GenerationRequest(BaseModel):
     ignore_eos: bool | None = None
     stop_token_ids: list[TokenId] | None = None
     include_stop_str_in_output: bool | None = None
-    skip_special_tokens: bool | None = Field(default=None, description="Always: false is refused.")
+    skip_special_tokens: bool | None = Field(default=None, description="false: they are shown in the text.")
     truncate_prompt_tokens: Count | None = Field(default=None, description="Keep the prompt's last so many tokens.")
+    allowed_token_ids: list[TokenId] | None = Field(default=None, description="Not supported: refused unless empty.")
+    bad_words: list[str] | None = Field(default=None, description="Not supported: refused unless empty.")
+    use_beam_search: bool | None = Field(default=None, description="Not supported: refused if true.")
     prompt_logprobs: Count | None = Field(default=None, description="Report the prompt's tokens with their logprobs.")
 
 
@@ -79,6 +82,7 @@ class CompletionRequest(GenerationRequest):
 class ContentPart(BaseModel):
     type: str
     text: str | None = None
+    refusal: str | None = None
 
 
 class CalledFunction(BaseModel):
@@ -131,3 +135,7 @@ class ChatCompletionRequest(GenerationRequest):
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    functions: list[dict[str, Any]] | None = Field(default=None, description="Refused unless empty: send tools.")
+    chat_template: str | None = Field(default=None, description="Not supported: refused unless empty.")
+    continue_final_message: bool | None = Field(default=None, description="Not supported: refused if true.")
+    add_generation_prompt: bool | None = Field(default=None, description="Always: false is refused.")
