@@ -6,8 +6,9 @@ import psutil
 import torch
 from transformers import PreTrainedConfig
 
+from loraplex_shard.checkpoint import Checkpoint
 from loraplex_shard.parallel import Group
-from loraplex_shard.settings import Dtype, ModelSettings, SettingsError
+from loraplex_shard.settings import Dtype, ModelSettings, Quantize, SettingsError
 
 BLOCK_SIZE = 16  # token positions per block of KV cache
 
@@ -28,6 +29,11 @@ def pick_dtype(dtype: Dtype, config: PreTrainedConfig, device: torch.device) -> 
     if device.type == "cuda":
         return _dtype(getattr(config, "dtype", None) or "bfloat16")
     return torch.float32 if _dtype(getattr(config, "dtype", None) or "bfloat16") == torch.float32 else torch.bfloat16
+
+
+def pick_quantize(quantize: Quantize, checkpoint: Checkpoint) -> Quantize:
+    """What becomes of the matrices; auto stays auto where the checkpoint is quantized, and else is none."""
+    return "none" if quantize == "auto" and not checkpoint.prequantized else quantize
 
 
 def longest_context(settings: ModelSettings, config: PreTrainedConfig) -> int:

@@ -123,7 +123,8 @@ def _load(
     dtype = machine.pick_dtype(settings.dtype, checkpoint.config, device)
     max_model_len = machine.longest_context(settings, checkpoint.config)
     ops = choose_operations(device, dtype, settings.kernels)
-    decoder = load_decoder(checkpoint, group, ops, Target(dtype, device, settings.quantize), max_model_len, progress)
+    target = Target(dtype, device, machine.pick_quantize(settings.quantize, checkpoint))
+    decoder = load_decoder(checkpoint, group, ops, target, max_model_len, progress)
     kv_dtype = torch.int8 if settings.kv_dtype == "int8" else dtype
     block_bytes = decoder.cache_block_bytes(machine.BLOCK_SIZE, kv_dtype)
     num_blocks = machine.fewest(group, machine.count_blocks(settings, max_model_len, block_bytes, device), device)

@@ -9,7 +9,7 @@ from loraplex_protos.errors import LoraplexError
 from loraplex_protos.mtls import MtlsSettings
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-Quantize = Literal["none", "int8", "int4"]
+Quantize = Literal["auto", "none", "int8", "int4"]
 HeldDtype = Literal["auto", "int8"]
 
 
@@ -35,8 +35,9 @@ class ModelSettings(BaseModel):
         description="What to compute in. auto: what the checkpoint holds; on a CPU bfloat16 in place of float16.",
     )
     quantize: Quantize = Field(
-        "none",
-        description="What becomes of the model's matrices. int8, int4: they are rounded as they are loaded, or stay as "
+        "auto",
+        description="What becomes of the model's matrices. auto: those of a GPTQ, AWQ or compressed-tensors checkpoint "
+        "stay in their integers, others have the dtype. int8, int4: they are rounded as they are loaded, or stay as "
         "they are where the checkpoint holds them so; embedding and head stay at int8. none: they have the dtype.",
     )
     kv_dtype: HeldDtype = Field(

@@ -46,6 +46,10 @@ class Checkpoint(Protocol):
     def end_token_ids(self) -> tuple[int, ...]:
         """The tokens that end a sequence, in ascending order."""
 
+    @property
+    def prequantized(self) -> bool:
+        """Whether its matrices were made to be used in the integers that they are stored in."""
+
     def shape(self, name: str) -> tuple[int, ...]: ...
 
     def read(self, name: str, rows: slice = slice(None), columns: slice = slice(None)) -> torch.Tensor:

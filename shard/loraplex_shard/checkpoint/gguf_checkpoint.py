@@ -42,6 +42,8 @@ _INTERLEAVED = re.compile(r"blk\.\d+\.attn_[qk]\.weight")
 class GgufCheckpoint:
     """Raises CheckpointError for a file that is not GGUF, is cut short, or holds anything but a plain Llama."""
 
+    prequantized = False  # some are of blocks that the operations do not know, so they are dequantized unless asked
+
     def __init__(self, path: Path, model_id: str) -> None:
         self.model_id = model_id
         self.architecture = "LlamaForCausalLM"

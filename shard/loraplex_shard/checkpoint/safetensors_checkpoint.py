@@ -1,20 +1,18 @@
 """A Hugging Face checkpoint directory. Only safetensors are read: unpickling a file would run what is in it."""
 
-import json
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from loraplex_shard.checkpoint.base import CheckpointError, TokenizerFiles
+from loraplex_shard.checkpoint.layouts import StoredMatrix, find_matrices
+from loraplex_shard.checkpoint.quantization_config import read_layout
+from loraplex_shard.checkpoint.safetensors_files import SafetensorsFiles, read_json
 from loraplex_shard.ops.quantized import QuantizedMatrix
-
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 
 
 class SafetensorsCheckpoint:
@@ -26,33 +24,37 @@ class SafetensorsCheckpoint:
         self.config: PreTrainedConfig = self._read_config()
         architectures = self.config.architectures or ["(none)"]
         self.architecture: str = architectures[0]
-        self._files = {name: file for file in map(self._open, self._weight_files()) for name in file.keys()}  # noqa: SIM118
+        self._files = SafetensorsFiles(directory, model_id)
+        self._matrices = self._find_matrices()
+        stored = frozenset(name for matrix in self._matrices.values() for name in matrix.tensors)
+        self.names = (self._files.names - stored) | self._matrices.keys()
 
     @property
-    def names(self) -> frozenset[str]:
-        return frozenset(self._files)
+    def prequantized(self) -> bool:
+        return bool(self._matrices)
 
     @cached_property
     def end_token_ids(self) -> tuple[int, ...]:
         generation = self._directory / "generation_config.json"
-        named = self._json(generation).get("eos_token_id") if generation.is_file() else None
+        named = read_json(generation, self.model_id).get("eos_token_id") if generation.is_file() else None
         if named is None:
             named = self.config.eos_token_id
         ids = {self._tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])}
         return tuple(sorted(ids - {None}))
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._files[name].get_slice(name).get_shape())
+        matrix = self._matrices.get(name)
+        return self._files.shape(name) if matrix is None else matrix.shape
 
     def read(self, name: str, rows: slice = slice(None), columns: slice = slice(None)) -> torch.Tensor:
-        part = self._files[name].get_slice(name)
-        tensor: torch.Tensor = part[rows] if len(part.get_shape()) == 1 else part[rows, columns]
-        return tensor
+        matrix = self._matrices.get(name)
+        return self._files.read(name, rows, columns) if matrix is None else matrix.read(rows, columns).dequantized()
 
     def read_quantized(
         self, name: str, rows: slice = slice(None), columns: slice = slice(None)
     ) -> QuantizedMatrix | None:
-        return None
+        matrix = self._matrices.get(name)
+        return None if matrix is None else matrix.read(rows, columns).quantized()
 
     def tokenizer(self) -> TokenizerFiles:
         tokenizer = self._tokenizer
@@ -83,32 +85,10 @@ class SafetensorsCheckpoint:
             raise CheckpointError(f"{self.model_id}: config.json: {error}") from error
         return config
 
-    def _weight_files(self) -> list[str]:
-        if (self._directory / INDEX_FILE).is_file():
-            files = self._json(self._directory / INDEX_FILE).get("weight_map", {}).values()
-            return sorted(set(files))
-        if (self._directory / SINGLE_FILE).is_file():
-            return [SINGLE_FILE]
-        raise CheckpointError(
-            f"{self.model_id}: neither {SINGLE_FILE} nor {INDEX_FILE}. Pickled weights (*.bin, *.pt) are not read; "
-            "convert them with transformers: AutoModelForCausalLM.from_pretrained(DIRECTORY).save_pretrained(DIRECTORY)"
-        )
-
-    def _open(self, file: str) -> Any:
-        if Path(file).name != file or not file.endswith(".safetensors"):
-            raise CheckpointError(f"{self.model_id}: {INDEX_FILE} names {file!r}: not a safetensors file beside it")
+    def _find_matrices(self) -> dict[str, StoredMatrix]:
+        """Those that are stored in integers, as config.json says."""
+        quantization = getattr(self.config, "quantization_config", None)
         try:
-            return safe_open(self._directory / file, framework="pt")
-        except FileNotFoundError as error:
-            raise CheckpointError(f"{self.model_id}: {file} is missing") from error
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{self.model_id}: {file} is not a readable safetensors file: {error}") from error
-
-    def _json(self, path: Path) -> dict[str, Any]:
-        try:
-            content = json.loads(path.read_bytes())
-        except ValueError as error:
-            raise CheckpointError(f"{self.model_id}: {path.name} is not JSON: {error}") from error
-        if not isinstance(content, dict):
-            raise CheckpointError(f"{self.model_id}: {path.name} is not a JSON object")
-        return content
+            return {} if quantization is None else find_matrices(self._files, read_layout(quantization))
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.model_id}: {error.message}") from error

@@ -11,7 +11,7 @@ from loraplex_shard.ops.base import Operations, Weight
 from loraplex_shard.ops.quantized import QuantizedMatrix, joined, quantize
 from loraplex_shard.settings import Quantize
 
-BITS = {"int8": 8, "int4": 4}
+BITS: dict[Quantize, int] = {"int8": 8, "int4": 4}
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class Target:
 
     dtype: torch.dtype
     device: torch.device
-    quantize: Quantize  # what becomes of matrices
+    quantize: Quantize  # what becomes of matrices; auto: they stay in integers if they are stored so
 
 
 class SourcedLayer(nn.Module):
@@ -61,7 +61,7 @@ class SourcedLayer(nn.Module):
     def declare_matrix(self, shape: tuple[int, int], *sources: Source, least_bits: int = 4) -> None:
         """Has `weight` made from `sources`, its rows, in the form that the layer's operation takes.
 
-        However coarsely the model is quantized, this matrix has `least_bits` or is not quantized.
+        However coarsely the model is rounded, this matrix is to `least_bits` at least.
         """
         self.matrix_shape = shape
         self.matrix = sources
@@ -81,21 +81,28 @@ class SourcedLayer(nn.Module):
             yield from self._load_matrix(reader, target)
 
     def _load_matrix(self, reader: TensorReader, target: Target) -> Iterator[str]:
-        if target.quantize == "none":
-            data = torch.empty(self.matrix_shape, dtype=target.dtype, device=target.device)
-            yield from _fill(data, reader, self.matrix)
-            self.weight = self.ops.pack(data)
-            return
-        bits = max(BITS[target.quantize], self.least_bits)
-        stored = [reader.read_quantized(s.tensor, s.rows, s.columns) for s in self.matrix]
-        exact = [part for part in stored if part is not None and part.bits == bits]
-        if len(exact) == len(stored) and len({part.group for part in exact}) == 1:
-            self.weight = self.ops.pack(joined(exact))
+        stored = self._stored_integers(reader, target.quantize)
+        if stored is not None:
+            self.weight = self.ops.pack(stored)
             yield from (source.tensor for source in self.matrix)
-        else:
-            data = torch.empty(self.matrix_shape, device=target.device)
-            yield from _fill(data, reader, self.matrix)
-            self.weight = self.ops.pack(quantize(data, bits))
+            return
+        rounded = target.quantize in BITS
+        data = torch.empty(self.matrix_shape, dtype=torch.float32 if rounded else target.dtype, device=target.device)
+        yield from _fill(data, reader, self.matrix)
+        self.weight = self.ops.pack(quantize(data, self._bits(target.quantize)) if rounded else data)
+
+    def _stored_integers(self, reader: TensorReader, wanted: Quantize) -> QuantizedMatrix | None:
+        """The matrix as the checkpoint holds it, if all of its sources are of one form, and that is the one wanted."""
+        if wanted == "none":
+            return None
+        parts = [reader.read_quantized(s.tensor, s.rows, s.columns) for s in self.matrix]
+        stored = [part for part in parts if part is not None]
+        if len(stored) < len(parts) or len({(part.bits, part.group) for part in stored}) > 1:
+            return None
+        return joined(stored) if wanted == "auto" or stored[0].bits == self._bits(wanted) else None
+
+    def _bits(self, wanted: Quantize) -> int:
+        return max(BITS[wanted], self.least_bits)
 
 
 def _fill(data: torch.Tensor, reader: TensorReader, sources: tuple[Source, ...]) -> Iterator[str]:

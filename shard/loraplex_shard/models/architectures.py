@@ -19,8 +19,6 @@ def read_spec(architecture: str, config: PreTrainedConfig) -> DecoderSpec:
         raise CheckpointError(f"architecture {architecture!r} is not served; these are: {served}")
     if config.hidden_act != "silu":
         raise CheckpointError(f"config.json: hidden_act {config.hidden_act!r} is not served, only 'silu'")
-    if getattr(config, "quantization_config", None) is not None:
-        raise CheckpointError("config.json: quantization_config: pre-quantized checkpoints are not served")
     spec = read(config)
     if spec.heads % spec.kv_heads:
         raise CheckpointError(

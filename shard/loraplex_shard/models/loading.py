@@ -54,7 +54,7 @@ def _check(checkpoint: Checkpoint, sources: Iterable[Source], tied: bool) -> Non
     missing = shapes.keys() - checkpoint.names
     if missing:
         raise CheckpointError(f"{checkpoint.model_id}: missing {_listed(missing)}")
-    extra = {name for name in checkpoint.names - shapes.keys() if not _is_redundant(name, tied)}
+    extra = {name for name in checkpoint.names - shapes.keys() if not _is_redundant(checkpoint, name, tied)}
     if extra:
         raise CheckpointError(f"{checkpoint.model_id}: {checkpoint.architecture} has no {_listed(extra)}")
     for name, shape in shapes.items():
@@ -65,8 +65,11 @@ def _check(checkpoint: Checkpoint, sources: Iterable[Source], tied: bool) -> Non
             )
 
 
-def _is_redundant(name: str, tied: bool) -> bool:
-    """Old checkpoints hold RoPE's constants, and some a copy of the embedding as their tied lm head."""
+def _is_redundant(checkpoint: Checkpoint, name: str, tied: bool) -> bool:
+    """Old checkpoints hold RoPE's constants, some a copy of the embedding as their tied lm head; GPTQ's tools give
+    every layer a bias, of zeros if the model has none."""
+    if name.endswith(".bias"):
+        return not checkpoint.read(name).any()
     return name.endswith(".rotary_emb.inv_freq") or (tied and name == "lm_head.weight")
 
 

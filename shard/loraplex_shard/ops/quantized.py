@@ -12,7 +12,7 @@ GROUPS = (32, 64)  # sizes that the operations know
 class QuantizedMatrix:
     """w = scale * value + offset, with a scale (and offset) per row and group of columns.
 
-    8 bits: values int8 in [-127, 127] and no offsets. 4 bits: values uint8 in [0, 15], one to a byte, and offsets.
+    8 bits: values int8 and no offsets. 4 bits: values uint8 in [0, 15], one to a byte, and offsets.
     The last group may be short.
     """
 

@@ -66,7 +66,7 @@ inline void dot_int8(const std::uint8_t* w, int group, const std::int8_t* x, lon
         __m256i pa = _mm256_abs_epi8(wa), pb = _mm256_abs_epi8(wb);
         for (int m = 0; m < M; m++) {
             __m256i v = four(x + m * stride + i);
-            // Two products of at most 127 * 127 fit into 16 bits.
+            // Two products of at most 128 * 127 fit into 16 bits.
             __m256i da = _mm256_maddubs_epi16(pa, _mm256_sign_epi8(v, wa));
             __m256i db = _mm256_maddubs_epi16(pb, _mm256_sign_epi8(v, wb));
             a[m] = _mm256_add_epi32(a[m], _mm256_madd_epi16(da, ones));

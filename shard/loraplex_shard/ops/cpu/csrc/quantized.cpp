@@ -169,7 +169,7 @@ EXPORT long quantized_bytes(long n, long k, int bits, int group) {
     return groups * (bits == 4 ? group_bytes<4>(group) : group_bytes<8>(group));
 }
 
-// values [n, k], one to a byte: int8 in [-127, 127], or 0 to 15; scales and offsets (4 bits only) [n, groups] float16.
+// values [n, k], one to a byte: int8, or 0 to 15; scales and offsets (4 bits only) [n, groups] float16.
 EXPORT void pack_quantized(long n, long k, int bits, int group, const void* values, const void* scales,
                            const void* offsets, void* packed) {
     auto run = bits == 4 ? pack<4> : pack<8>;

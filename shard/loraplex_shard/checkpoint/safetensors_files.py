@@ -1,0 +1,74 @@
+"""The safetensors files of a checkpoint directory, as one set of tensors. Knows nothing of models."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from loraplex_shard.checkpoint.base import CheckpointError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+
+class SafetensorsFiles:
+    """Raises CheckpointError if there are none, or if one is missing or cut short."""
+
+    def __init__(self, directory: Path, model_id: str) -> None:
+        self._directory = directory
+        self._model_id = model_id
+        self._files = {name: file for file in map(self._open, self._file_names()) for name in file.keys()}  # noqa: SIM118
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset(self._files)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._slice(name).get_shape())
+
+    def dtype(self, name: str) -> str:
+        """As safetensors calls it, for example "BF16" or "I32"."""
+        return str(self._slice(name).get_dtype())
+
+    def read(self, name: str, rows: slice = slice(None), columns: slice = slice(None)) -> torch.Tensor:
+        """That part of a vector or matrix; no more than that is read from the file."""
+        part = self._slice(name)
+        tensor: torch.Tensor = part[rows] if len(part.get_shape()) == 1 else part[rows, columns]
+        return tensor
+
+    def _slice(self, name: str) -> Any:
+        return self._files[name].get_slice(name)
+
+    def _file_names(self) -> list[str]:
+        if (self._directory / INDEX_FILE).is_file():
+            files = read_json(self._directory / INDEX_FILE, self._model_id).get("weight_map", {}).values()
+            return sorted(set(files))
+        if (self._directory / SINGLE_FILE).is_file():
+            return [SINGLE_FILE]
+        raise CheckpointError(
+            f"{self._model_id}: neither {SINGLE_FILE} nor {INDEX_FILE}. Pickled weights (*.bin, *.pt) are not read; "
+            "convert them with transformers: AutoModelForCausalLM.from_pretrained(DIRECTORY).save_pretrained(DIRECTORY)"
+        )
+
+    def _open(self, file: str) -> Any:
+        if Path(file).name != file or not file.endswith(".safetensors"):
+            raise CheckpointError(f"{self._model_id}: {INDEX_FILE} names {file!r}: not a safetensors file beside it")
+        try:
+            return safe_open(self._directory / file, framework="pt")
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{self._model_id}: {file} is missing") from error
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{self._model_id}: {file} is not a readable safetensors file: {error}") from error
+
+
+def read_json(path: Path, model_id: str) -> dict[str, Any]:
+    """Raises CheckpointError if the file is not a JSON object."""
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise CheckpointError(f"{model_id}: {path.name} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{model_id}: {path.name} is not a JSON object")
+    return content

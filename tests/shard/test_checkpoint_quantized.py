@@ -1,0 +1,224 @@
+"""Checkpoints that come quantized load as what they are; those that cannot are refused by name."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from loraplex_shard import machine
+from loraplex_shard.checkpoint import CheckpointError, open_checkpoint
+from loraplex_shard.ops.cpu.library import instruction_set
+from loraplex_shard.parallel import Group
+from tests.shard.decoders import Sequences, load, load_reference, save_checkpoint
+from tests.shard.operations import BLOCK_SIZE, cpu_operations
+from tests.shard.quantized_checkpoints import (
+    METHODS,
+    WEIGHTS,
+    Method,
+    compressed_tensors,
+    edit_config,
+    save_dequantized,
+    save_quantized,
+)
+from tests.shard.test_models import llama
+
+TOKENS = [5, 80, 3, 3, 41, 7, 66, 0, 95]
+K = "model.layers.0.self_attn.k_proj.weight"
+DOWN = "model.layers.0.mlp.down_proj.weight"
+NO_SUCH_FORM = "GPTQ, 8 bits, asymmetric"  # the operations' 8 bits are symmetric
+Saved = tuple[Path, dict[str, torch.Tensor]]
+
+
+@pytest.fixture(scope="module", params=METHODS.values(), ids=METHODS.keys())
+def method(request: pytest.FixtureRequest) -> Method:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def saved(method: Method, tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    return save_quantized(method, tmp_path_factory.mktemp("quantized"))
+
+
+def rounding(weights: torch.Tensor, method: Method) -> float:
+    """What offsets in float16 can be off by: half of their last bit."""
+    return 0.0 if method.symmetric else float(weights.abs().amax()) * 2 * 2**-11
+
+
+def test_it_has_the_names_and_shapes_of_the_model_that_was_quantized(saved: Saved) -> None:
+    checkpoint, plain = open_checkpoint(str(saved[0])), llama()
+    assert checkpoint.prequantized
+    assert {name for name in checkpoint.names if not name.endswith("bias")} > saved[1].keys()
+    assert not [name for name in checkpoint.names if not name.endswith((".weight", ".bias"))]
+    for name, weights in saved[1].items():
+        assert checkpoint.shape(name) == tuple(weights.shape)
+    assert checkpoint.shape("model.embed_tokens.weight")[0] == plain.vocab_size
+
+
+@pytest.mark.parametrize("rows", [slice(None), slice(3, 21)])
+@pytest.mark.parametrize("columns", [slice(None), slice(64, 128), slice(32, None), slice(5, 43)])
+def test_every_slice_of_a_matrix_is_dequantized_exactly(saved: Saved, rows: slice, columns: slice) -> None:
+    checkpoint = open_checkpoint(str(saved[0]))
+    for name in (K, DOWN):
+        torch.testing.assert_close(
+            checkpoint.read(name, rows, columns), saved[1][name][rows, columns], rtol=1e-6, atol=0
+        )
+
+
+@pytest.mark.parametrize("columns", [slice(None), slice(64, None), slice(64, 96)])
+def test_its_integers_stay_as_they_are(saved: Saved, method: Method, columns: slice) -> None:
+    checkpoint = open_checkpoint(str(saved[0]))
+    for name, weights in saved[1].items():
+        matrix = checkpoint.read_quantized(name, slice(8, 24), columns)
+        if method is METHODS[NO_SUCH_FORM]:
+            assert matrix is None
+            continue
+        assert matrix is not None
+        assert (matrix.bits, matrix.group) == (method.bits, 32 if method.group == 32 else 64)
+        expected = weights[8:24, columns]
+        difference = (matrix.dequantized() - expected).abs().amax()
+        assert float(difference) <= rounding(expected, method) + 1e-6
+
+
+def test_a_cut_through_a_group_has_the_dtype(saved: Saved, method: Method) -> None:
+    one_group = method.group == -1
+    assert (open_checkpoint(str(saved[0])).read_quantized(DOWN, columns=slice(8, 136)) is not None) == one_group
+
+
+def test_none_computes_what_transformers_does_with_the_same_weights(saved: Saved, tmp_path: Path) -> None:
+    directory, weights = saved
+    plain = save_dequantized(weights, directory, tmp_path / "plain")
+    expected = load_reference(plain)(torch.tensor([TOKENS])).logits[0]
+    actual = Sequences(load(directory, quantize="none")).step({"a": TOKENS})["a"]
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_auto_differs_from_none_by_the_rounding_of_activations_alone(saved: Saved) -> None:
+    expected = Sequences(load(saved[0], quantize="none")).step({"a": TOKENS})["a"]
+    kernels = cpu_operations(instruction_set())
+    decoder = load(saved[0], quantize="auto", ops=kernels)
+    actual = Sequences(decoder, block_size=BLOCK_SIZE, num_blocks=4).step({"a": TOKENS})["a"]
+    assert float((actual - expected).norm() / expected.norm()) < 0.03
+
+
+def test_auto_keeps_the_integers_of_layers_and_the_dtype_of_the_rest(saved: Saved, method: Method) -> None:
+    decoder, exact = load(saved[0], quantize="auto"), load(saved[0], quantize="none")
+    layer, exact_layer = decoder.layers[0], exact.layers[0]
+    kept = method is not METHODS[NO_SUCH_FORM]
+    for name in ("gate_up", "down"):
+        ours, theirs = getattr(layer.mlp, name).weight, getattr(exact_layer.mlp, name).weight
+        assert (ours.group is not None) == kept
+        torch.testing.assert_close(ours.matrix, theirs.matrix, rtol=0, atol=rounding(theirs.matrix, method) + 1e-6)
+    assert decoder.embedding.weight.group is decoder.lm_head.weight.group is None
+
+
+def test_the_ranks_of_a_group_hold_its_parts(saved: Saved, method: Method) -> None:
+    whole = load(saved[0], quantize="auto").layers[0]
+    ranks = [load(saved[0], group=Group(rank, 2), quantize="auto").layers[0] for rank in range(2)]
+    down = torch.cat([rank.mlp.down.weight.matrix for rank in ranks], dim=1)
+    o = torch.cat([rank.attention.o.weight.matrix for rank in ranks], dim=1)
+    torch.testing.assert_close(down, whole.mlp.down.weight.matrix, rtol=0, atol=1e-6)
+    # A group of 128 is cut into halves, each with its scale.
+    torch.testing.assert_close(o, whole.attention.o.weight.matrix, rtol=0, atol=1e-6)
+
+
+def test_auto_leaves_all_other_checkpoints_as_they_are(tmp_path: Path) -> None:
+    quantized, _ = save_quantized(METHODS["AWQ, 64"], tmp_path / "quantized")
+    plain = save_checkpoint(llama(), tmp_path / "plain")
+    settings = {str(quantized): "auto", str(plain): "none", "": "none"}
+    assert {path: machine.pick_quantize("auto", open_checkpoint(path)) for path in settings} == settings
+    assert machine.pick_quantize("int4", open_checkpoint(str(plain))) == "int4"
+
+
+def edit(fields: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    return fields | changes
+
+
+GPTQ, AWQ = METHODS["GPTQ, asymmetric, 32"].config, METHODS["AWQ, 64"].config
+PACKED = {"num_bits": 4, "group_size": 32, "strategy": "group", "symmetric": True}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"quant_method": "bitsandbytes"}, "quant_method 'bitsandbytes' is not served, only 'gptq' or 'awq' or"),
+        ({}, "quant_method None"),
+        (GPTQ | {"desc_act": True}, "desc_act True is not served, only False"),
+        (GPTQ | {"bits": 3}, "bits 3 is not served, only 4 or 8"),
+        (GPTQ | {"bits": "four"}, "bits 'four'"),
+        (GPTQ | {"bits": [4]}, r"bits \[4\]"),
+        (GPTQ | {"group_size": 48}, "group_size 48 is not served, only multiples of 32 and -1"),
+        (GPTQ | {"group_size": None}, "group_size None"),
+        (GPTQ | {"checkpoint_format": "marlin"}, "checkpoint_format 'marlin'"),
+        (GPTQ | {"is_marlin_format": True}, "is_marlin_format True"),
+        (AWQ | {"bits": 8}, "bits 8 is not served, only 4"),
+        (AWQ | {"version": "gemv"}, "version 'gemv'"),
+        (AWQ | {"zero_point": False}, "zero_point False"),
+        (compressed_tensors("float-quantized", num_bits=8, type="float"), "format 'float-quantized'"),
+        (compressed_tensors("pack-quantized", **PACKED, actorder="group"), "actorder 'group'"),
+        (compressed_tensors("pack-quantized", **PACKED | {"strategy": "tensor"}), "strategy 'tensor'"),
+        (compressed_tensors("pack-quantized", **PACKED | {"group_size": 16}), "group_size 16"),
+        (compressed_tensors("pack-quantized", **PACKED | {"num_bits": 2}), "num_bits 2"),
+        (compressed_tensors("int-quantized", **PACKED), "num_bits 4 is not served, only 8"),
+        (compressed_tensors("int-quantized", num_bits=8, strategy="channel", symmetric=False), "symmetric False"),
+        ({"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {}}, "config_groups"),
+        (
+            compressed_tensors("pack-quantized", **PACKED) | {"sparsity_config": {"format": "sparse-24-bitmask"}},
+            "format 'sparse-24-bitmask'",
+        ),
+    ],
+)
+def test_what_is_not_served_is_refused_with_the_name_of_the_field(
+    config: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    directory = save_checkpoint(llama(), tmp_path / "model")
+    edit_config(directory, quantization_config=config)
+    with pytest.raises(CheckpointError, match=rf"model: config\.json: quantization_config: {message}"):
+        open_checkpoint(str(directory))
+
+
+def edit_tensor(directory: Path, name: str, tensor: torch.Tensor | None) -> None:
+    tensors = load_file(directory / WEIGHTS)
+    del tensors[name]
+    if tensor is not None:
+        tensors[name] = tensor
+    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("suffix", "tensor", "message"),
+    [
+        ("qzeros", None, r"missing tensor model\.layers\.0\.mlp\.up_proj\.qzeros"),
+        (
+            "scales",
+            torch.ones(4, 8),
+            r"up_proj\.scales is F32 \[4, 8\], but .* 256 by 128 .* BF16 or F16 or F32 \[4, 256\]",
+        ),
+        ("qzeros", torch.ones(4, 32), r"up_proj\.qzeros is F32 \[4, 32\], but .* it must be I32 \[4, 32\]"),
+        ("qweight", torch.ones(4, dtype=torch.int32), r"up_proj\.qweight has shape \[4\], but it must be a matrix"),
+        (
+            "g_idx",
+            torch.arange(128).flip(0).int() // 32,
+            r"up_proj\.g_idx: groups of columns that are not side by side",
+        ),
+        ("bias", torch.ones(256), r"has no tensor model\.layers\.0\.mlp\.up_proj\.bias"),
+    ],
+)
+def test_a_matrix_that_is_not_whole_is_refused_with_the_name_of_its_tensor(
+    suffix: str, tensor: torch.Tensor | None, message: str, tmp_path: Path
+) -> None:
+    directory, _ = save_quantized(METHODS["GPTQ, asymmetric, 32"], tmp_path)
+    edit_tensor(directory, f"model.layers.0.mlp.up_proj.{suffix}", tensor)
+    with pytest.raises(CheckpointError, match=message):
+        load(directory, quantize="auto")
+
+
+def test_scales_beyond_float16_leave_the_matrix_in_the_dtype(tmp_path: Path) -> None:
+    directory, weights = save_quantized(METHODS["compressed-tensors W8A8"], tmp_path)
+    scales = torch.full((len(weights[K]), 1), 1e-9)
+    edit_tensor(directory, K.replace("weight", "weight_scale"), scales)
+    checkpoint = open_checkpoint(str(directory))
+    assert checkpoint.read_quantized(K) is None
+    assert checkpoint.read_quantized(DOWN) is not None
+    assert float(checkpoint.read(K).abs().amax()) > 1e-8
