@@ -137,14 +137,52 @@ class AsyncClient:
             return responses.adapter(response.adapter)
 
     async def unload_adapter(
-        self, id: str, *, source: str = "", revision: str = "", timeout: float | None = None
+        self,
+        id: str = "",
+        *,
+        source: str = "",
+        revision: str = "",
+        digest: str = "",
+        wait: bool = False,
+        timeout: float | None = None,
     ) -> None:
         """See `Client.unload_adapter`."""
-        reference = requests.adapter_reference(AdapterReference(id, source, revision))
+        request = pb.UnloadAdapterRequest(wait=wait)
+        requests.name_adapter(request, AdapterReference(id, source, revision), digest)
         with typed_errors():
-            await self._stub.UnloadAdapter(
-                pb.UnloadAdapterRequest(adapter=reference), timeout=timeout, metadata=self._metadata
-            )
+            await self._stub.UnloadAdapter(request, timeout=timeout, metadata=self._metadata)
+
+    async def pin_adapter(
+        self,
+        id: str = "",
+        *,
+        source: str = "",
+        revision: str = "",
+        token: str = "",
+        digest: str = "",
+        timeout: float | None = None,
+    ) -> Adapter:
+        """See `Client.pin_adapter`."""
+        reference = AdapterReference(id, source, revision, token)
+        request = requests.name_adapter(pb.PinAdapterRequest(), reference, digest)
+        with typed_errors():
+            response = await self._stub.PinAdapter(request, timeout=timeout, metadata=self._metadata)
+            return responses.adapter(response.adapter)
+
+    async def unpin_adapter(
+        self,
+        id: str = "",
+        *,
+        source: str = "",
+        revision: str = "",
+        digest: str = "",
+        timeout: float | None = None,
+    ) -> Adapter:
+        """See `Client.unpin_adapter`."""
+        request = requests.name_adapter(pb.UnpinAdapterRequest(), AdapterReference(id, source, revision), digest)
+        with typed_errors():
+            response = await self._stub.UnpinAdapter(request, timeout=timeout, metadata=self._metadata)
+            return responses.adapter(response.adapter)
 
     async def info(self, *, timeout: float | None = None) -> ModelInfo:
         """See `Client.info`."""

@@ -149,16 +149,62 @@ class Client:
             )
             return responses.adapter(response.adapter)
 
-    def unload_adapter(self, id: str, *, source: str = "", revision: str = "", timeout: float | None = None) -> None:
-        """Frees what an adapter holds on the device and in host memory.
+    def unload_adapter(
+        self,
+        id: str = "",
+        *,
+        source: str = "",
+        revision: str = "",
+        digest: str = "",
+        wait: bool = False,
+        timeout: float | None = None,
+    ) -> None:
+        """Frees what an adapter holds on the device and in host memory. Give its id, or its digest, which is the only
+        name of merged adapters.
 
-        Raises AdapterInUseError while sequences wait for it or run with it.
+        With `wait`, the sequences that wait for it or run with it end first; otherwise they are a reason to raise
+        AdapterInUseError.
         """
-        reference = requests.adapter_reference(AdapterReference(id, source, revision))
+        request = pb.UnloadAdapterRequest(wait=wait)
+        requests.name_adapter(request, AdapterReference(id, source, revision), digest)
         with typed_errors():
-            self._stub.UnloadAdapter(
-                pb.UnloadAdapterRequest(adapter=reference), timeout=timeout, metadata=self._metadata
-            )
+            self._stub.UnloadAdapter(request, timeout=timeout, metadata=self._metadata)
+
+    def pin_adapter(
+        self,
+        id: str = "",
+        *,
+        source: str = "",
+        revision: str = "",
+        token: str = "",
+        digest: str = "",
+        timeout: float | None = None,
+    ) -> Adapter:
+        """Brings an adapter to the device of one group of shards, where it stays until it is unpinned or unloaded.
+        Returns once it is there. A pin by `digest` takes one that is loaded, and is lost with its group.
+
+        Raises AdapterPinsError if only one slot would be left for other adapters, and what `load_adapter` raises.
+        """
+        reference = AdapterReference(id, source, revision, token)
+        request = requests.name_adapter(pb.PinAdapterRequest(), reference, digest)
+        with typed_errors():
+            response = self._stub.PinAdapter(request, timeout=timeout, metadata=self._metadata)
+            return responses.adapter(response.adapter)
+
+    def unpin_adapter(
+        self,
+        id: str = "",
+        *,
+        source: str = "",
+        revision: str = "",
+        digest: str = "",
+        timeout: float | None = None,
+    ) -> Adapter:
+        """Lets an adapter leave the device again when others need its slot."""
+        request = requests.name_adapter(pb.UnpinAdapterRequest(), AdapterReference(id, source, revision), digest)
+        with typed_errors():
+            response = self._stub.UnpinAdapter(request, timeout=timeout, metadata=self._metadata)
+            return responses.adapter(response.adapter)
 
     def info(self, *, timeout: float | None = None) -> ModelInfo:
         """The model that the server runs, and how."""

@@ -13,6 +13,7 @@ from loraplex_protos.errors import FieldViolation, InvalidRequestError
 P = TypeVar("P", bound=Proto)
 R = TypeVar("R", pb.GenerateRequest, pb.EmbedInput)
 S = TypeVar("S", pb.GenerateRequest, pb.EmbedRequest)
+A = TypeVar("A", pb.UnloadAdapterRequest, pb.PinAdapterRequest, pb.UnpinAdapterRequest)
 
 
 def generate_request(
@@ -102,6 +103,13 @@ def _with_prompt(request: R, prompt: Prompt) -> R:
     if _is_chat(prompt):
         return _fill(request, chat=_chat(cast(Sequence[Message], prompt)))
     return _fill(request, token_ids=_fill(pb.TokenIds(), ids=prompt))
+
+
+def name_adapter(request: A, reference: AdapterReference, digest: str) -> A:
+    """With the reference or, if one is given, the digest. Raises InvalidRequestError for both, or neither."""
+    if bool(reference.id) == bool(digest):
+        raise InvalidRequestError(FieldViolation("digest", "give an id or a digest"))
+    return _fill(request, digest=digest) if digest else _fill(request, adapter=adapter_reference(reference))
 
 
 def _with_adapter(request: S, adapter: str | AdapterReference | MergedAdapters | None) -> S:

@@ -4,6 +4,8 @@ from collections.abc import Iterable
 
 from loraplex.types import (
     Adapter,
+    AdapterResidence,
+    AdapterState,
     AdapterTier,
     Embedding,
     FinishReason,
@@ -30,6 +32,13 @@ _TIERS = {
     pb.ADAPTER_TIER_DISK: AdapterTier.DISK,
     pb.ADAPTER_TIER_HOST: AdapterTier.HOST,
     pb.ADAPTER_TIER_DEVICE: AdapterTier.DEVICE,
+}
+
+_STATES = {
+    pb.ADAPTER_STATE_AVAILABLE: AdapterState.AVAILABLE,
+    pb.ADAPTER_STATE_FETCHING: AdapterState.FETCHING,
+    pb.ADAPTER_STATE_LOADED: AdapterState.LOADED,
+    pb.ADAPTER_STATE_UNLOADING: AdapterState.UNLOADING,
 }
 
 
@@ -75,6 +84,20 @@ def adapter(status: pb.AdapterStatus) -> Adapter:
         size_bytes=status.size_bytes,
         running_sequences=status.running_sequences,
         waiting_sequences=status.waiting_sequences,
+        state=_STATES.get(status.state, AdapterState.LOADED),
+        requests=status.requests,
+        last_used=status.last_used if status.HasField("last_used") else None,
+        pinned=status.pinned,
+        residences=tuple(
+            AdapterResidence(
+                residence.group,
+                _TIERS[residence.tier],
+                residence.running_sequences,
+                residence.waiting_sequences,
+                residence.pinned,
+            )
+            for residence in status.residences
+        ),
     )
 
 

@@ -224,13 +224,37 @@ class AdapterTier(StrEnum):
     """In a slot on the device: the next request starts at once."""
 
 
+class AdapterState(StrEnum):
+    """What happens to an adapter."""
+
+    AVAILABLE = "available"
+    """It lies in the server's adapter directory."""
+    FETCHING = "fetching"
+    """It is on its way into host memory."""
+    LOADED = "loaded"
+    UNLOADING = "unloading"
+    """It is unloaded once the sequences that need it have ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterResidence:
+    """An adapter in one of the server's groups of shards."""
+
+    group: str
+    """The group's address."""
+    tier: AdapterTier
+    running_sequences: int
+    waiting_sequences: int
+    pinned: bool
+
+
 @dataclass(frozen=True, slots=True)
 class Adapter:
     """An adapter that the server has."""
 
     id: str
     source: str
-    """"local" or "hub"."""
+    """"local", "hub" or "merged"."""
     revision: str
     """The commit that a hub adapter was resolved to."""
     digest: str
@@ -243,6 +267,15 @@ class Adapter:
     """In host memory, over all ranks."""
     running_sequences: int
     waiting_sequences: int
+    state: AdapterState
+    requests: int
+    """That wait or run."""
+    last_used: float | None
+    """When a request last came or ended, in seconds since 1970; None if not since it was loaded."""
+    pinned: bool
+    """It stays on the device of one group."""
+    residences: tuple[AdapterResidence, ...]
+    """The groups of shards that have it in memory."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """A generation service that says what a test wrote down for it, over a real gRPC server."""
 
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -32,6 +33,9 @@ class ScriptedServicer(GenerationServiceServicer):
                 size_bytes=3_000_000,
                 running_sequences=2,
                 waiting_sequences=1,
+                requests=3,
+                pinned=True,
+                last_used=time.time() - 7300,
             ),
         ]
         self.requests: list[object] = []
@@ -118,6 +122,21 @@ class ScriptedServicer(GenerationServiceServicer):
     ) -> pb.UnloadAdapterResponse:
         self._begin(request, context)
         return pb.UnloadAdapterResponse()
+
+    def PinAdapter(self, request: pb.PinAdapterRequest, context: grpc.ServicerContext) -> pb.PinAdapterResponse:
+        self._begin(request, context)
+        return pb.PinAdapterResponse(adapter=self._status(request, pinned=True))
+
+    def UnpinAdapter(self, request: pb.UnpinAdapterRequest, context: grpc.ServicerContext) -> pb.UnpinAdapterResponse:
+        self._begin(request, context)
+        return pb.UnpinAdapterResponse(adapter=self._status(request, pinned=False))
+
+    def _status(self, request: pb.PinAdapterRequest | pb.UnpinAdapterRequest, pinned: bool) -> pb.AdapterStatus:
+        tier, id = pb.ADAPTER_TIER_DEVICE, request.adapter.id or "a,b"
+        residence = pb.AdapterResidence(group="10.0.0.1:50060", tier=tier, pinned=pinned)
+        return pb.AdapterStatus(
+            id=id, digest=request.digest, tier=tier, pinned=pinned, residences=[residence], last_used=1.5
+        )
 
     def GetModelInfo(self, request: pb.GetModelInfoRequest, context: grpc.ServicerContext) -> pb.GetModelInfoResponse:
         self._begin(request, context)

@@ -149,8 +149,12 @@ async def test_the_other_calls_answer_as_those_of_the_client_do(
     assert (await async_client.load_adapter("sql", revision="main")).tier is AdapterTier.HOST
     servicer.requests.clear()
     await async_client.unload_adapter("sql", source="local")
+    assert (await async_client.pin_adapter("sql")).pinned
+    assert not (await async_client.unpin_adapter("sql")).pinned
     await async_client.cancel("r-9")
     assert servicer.requests == [
         pb.UnloadAdapterRequest(adapter=pb.AdapterReference(id="sql", source="local")),
+        pb.PinAdapterRequest(adapter=pb.AdapterReference(id="sql")),
+        pb.UnpinAdapterRequest(adapter=pb.AdapterReference(id="sql")),
         pb.CancelGenerationRequest(request_id="r-9"),
     ]

@@ -136,8 +136,10 @@ def test_an_interrupt_in_a_chat_ends_the_answer_and_not_the_chat(address: str, s
 def test_adapters_list_shows_what_the_server_has(address: str) -> None:
     result = run("adapters", "list", server=address)
     _, sql, poet = result.stdout.splitlines()
-    assert sql.split() == ["sql", "local", "disk", "0", "0"]
-    assert poet.split() == ["org/poet", "hub", "c0ffee", "device", "8", "3.0", "MB", "2", "1"]
+    assert sql.split() == ["sql", "local", "disk", "0"]
+    shown = "org/poet hub c0ffee device, pinned 8 3.0 MB 3 2 h ago"
+    assert poet.split() == [*shown.split(), "d1" * 6]
+    assert "d1" * 32 in run("adapters", "list", "--digests", server=address).stdout
 
 
 def test_adapters_list_says_how_to_get_some(address: str, servicer: ScriptedServicer) -> None:
@@ -152,9 +154,15 @@ def test_adapters_load_and_unload_pass_on_where_it_is(address: str, servicer: Sc
     assert "Loaded org/poet: lora_rank 4" in result.stdout
     assert "secret" not in result.output
     assert run("adapters", "unload", "org/poet", "--revision", "v2", server=address).stdout == "Unloaded org/poet\n"
+    assert run("adapters", "pin", "org/poet", server=address).stdout == "Pinned org/poet\n"
+    assert run("adapters", "unpin", "--digest", "d1", server=address).stdout == "Unpinned a,b\n"
+    assert run("adapters", "unload", "--digest", "d1", "--wait", server=address).stdout == "Unloaded d1\n"
     assert servicer.requests == [
         pb.LoadAdapterRequest(adapter=pb.AdapterReference(id="org/poet", source="hub", revision="v2", token="secret")),
         pb.UnloadAdapterRequest(adapter=pb.AdapterReference(id="org/poet", revision="v2")),
+        pb.PinAdapterRequest(adapter=pb.AdapterReference(id="org/poet")),
+        pb.UnpinAdapterRequest(digest="d1"),
+        pb.UnloadAdapterRequest(digest="d1", wait=True),
     ]
 
 

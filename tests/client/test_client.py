@@ -245,6 +245,22 @@ def test_load_and_unload_pass_on_where_the_adapter_is(client: Client, servicer: 
     ]
 
 
+def test_pins_pass_on_a_name_or_a_digest(client: Client, servicer: ScriptedServicer) -> None:
+    pinned = client.pin_adapter("sql", token="secret")
+    assert pinned.pinned and pinned.last_used == 1.5
+    assert [(residence.tier, residence.pinned) for residence in pinned.residences] == [(AdapterTier.DEVICE, True)]
+    assert client.unpin_adapter(digest="d1" * 32).id == "a,b"
+    client.unload_adapter(digest="d1" * 32, wait=True)
+    assert servicer.requests == [
+        pb.PinAdapterRequest(adapter=pb.AdapterReference(id="sql", token="secret")),
+        pb.UnpinAdapterRequest(digest="d1" * 32),
+        pb.UnloadAdapterRequest(digest="d1" * 32, wait=True),
+    ]
+    for both_or_neither in ({}, {"id": "sql", "digest": "d1" * 32}):
+        with pytest.raises(InvalidRequestError, match="id or a digest"):
+            client.unload_adapter(**both_or_neither)
+
+
 def test_unloading_an_adapter_in_use_is_refused(client: Client, servicer: ScriptedServicer) -> None:
     servicer.failures = [AdapterInUseError("2 sequences run with it")]
     with pytest.raises(AdapterInUseError):

@@ -94,8 +94,12 @@ def test_adapters_are_loaded_listed_and_unloaded_by_either_name_of_the_routes(se
     assert tier() == "disk"
     assert call(server, "/v1/load_lora_adapter", {"lora_name": "second", "lora_path": "/adapters/second"})[0] == 200
     assert call(server, "/v1/load_lora_adapter", {"lora_name": "second", "lora_path": "/etc"})[0] == 400
-    assert call(server, "/adapters/unload", {"id": "second"})[0] == 200
-    assert call(server, "/adapters/unload", {"id": "second"})[0] == 404
+    pinned = read(server, "/adapters/pin", {"id": "second"})
+    assert pinned["pinned"] and pinned["tier"] == "device" and pinned["residences"][0]["pinned"]
+    assert not read(server, "/adapters/unpin", {"digest": pinned["digest"]})["pinned"]
+    assert call(server, "/adapters/unload", {"id": "second", "digest": pinned["digest"]})[0] == 422
+    assert call(server, "/adapters/unload", {"id": "second", "wait": True})[0] == 200
+    assert call(server, "/adapters/unload", {"digest": pinned["digest"]})[0] == 404
 
 
 def test_the_openapi_document_has_every_route_and_the_statuses_of_its_errors(server: Server):

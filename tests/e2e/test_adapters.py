@@ -3,7 +3,9 @@
 import asyncio
 import json
 import shutil
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,11 +16,14 @@ from loraplex import (
     AdapterInUseError,
     AdapterInvalidError,
     AdapterNotFoundError,
+    AdapterPinsError,
     AdapterReference,
+    AdapterState,
     AdapterTier,
     AsyncClient,
     Client,
     InvalidRequestError,
+    MergedAdapters,
 )
 from tests.e2e.processes import Server
 from tests.e2e.tiny import Oracle, byte_tokenizer, save_adapter
@@ -168,6 +173,49 @@ def test_an_adapter_is_unloaded_unless_it_is_in_use_and_comes_back_when_asked_fo
     with pytest.raises(AdapterNotFoundError):
         client.unload_adapter("r12")
     assert answer(client, "r12") == expected(oracle, "r12")
+
+
+def test_unloading_waits_for_running_sequences_if_asked_to(client: Client, oracle: Oracle):
+    stream = client.stream(PROMPT, adapter="r16", max_new_tokens=1000, ignore_eos=True)
+    first = next(stream)
+    with pytest.raises(AdapterInUseError):
+        client.unload_adapter("r16")
+    with ThreadPoolExecutor() as threads:
+        unloading = threads.submit(client.unload_adapter, "r16", wait=True)
+        while {adapter.id: adapter.state for adapter in client.adapters()}["r16"] is not AdapterState.UNLOADING:
+            assert not unloading.done()
+        late = threads.submit(answer, client, "r16")
+        assert sum(len(piece.tokens) for piece in (first, *stream)) == 1000
+        unloading.result(60)
+        assert late.result(60) == expected(oracle, "r16")
+
+
+def test_a_pinned_adapter_stays_on_the_device_and_pins_leave_a_slot_free(client: Client, oracle: Oracle):
+    pinned = client.pin_adapter("r4")
+    assert pinned.pinned and pinned.tier is AdapterTier.DEVICE
+    with pytest.raises(AdapterPinsError):
+        client.pin_adapter("r8")  # there are two slots
+    for name in ("r8", "r1", "r12"):
+        assert answer(client, name) == expected(oracle, name)
+    listed = {adapter.id: adapter for adapter in client.adapters() if adapter.source == "local"}
+    assert listed["r4"].tier is AdapterTier.DEVICE and listed["r12"].tier is AdapterTier.DEVICE
+    assert abs((listed["r12"].last_used or 0) - time.time()) < 60
+    assert listed["r12"].requests == 0 and len(listed["r12"].residences) == 1
+    assert not client.unpin_adapter("r4").pinned
+    for name in ("r8", "r1"):
+        answer(client, name)
+    assert {adapter.id: adapter.tier for adapter in client.adapters()}["r4"] is AdapterTier.HOST
+
+
+def test_a_merged_adapter_is_unloaded_by_its_digest(client: Client):
+    merged = client.generate(PROMPT, adapter=MergedAdapters(["r8", "attention"]), max_new_tokens=2)
+    assert merged.adapter_digest in {adapter.digest for adapter in client.adapters()}
+    client.unload_adapter(digest=merged.adapter_digest)
+    assert merged.adapter_digest not in {adapter.digest for adapter in client.adapters()}
+    with pytest.raises(AdapterNotFoundError):
+        client.unload_adapter(digest=merged.adapter_digest)
+    with pytest.raises(InvalidRequestError, match="digest"):
+        client.unload_adapter(digest="../secret")
 
 
 @pytest.mark.parametrize("name", ["absent", "../model", "/etc", "r8/../r4", "a" * 100])

@@ -81,6 +81,9 @@ def test_only_an_administrator_loads_and_unloads(guarded: Server) -> None:
     with client_of(guarded, "plain") as plain, client_of(guarded, "admin") as admin:
         with pytest.raises(ForbiddenError):
             plain.load_adapter("r1")
+        for change in (plain.unload_adapter, plain.pin_adapter, plain.unpin_adapter):
+            with pytest.raises(ForbiddenError):
+                change("r1")
         admin.load_adapter("r1")
         with pytest.raises(ForbiddenError):
             plain.unload_adapter("r1")

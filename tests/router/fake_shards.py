@@ -25,6 +25,8 @@ class FakeShards:
         self.digests: dict[str, str] = {}  # of ids whose content is another one here
         self.loads_held = asyncio.Event()
         self.loads_held.set()
+        self.stages_held = asyncio.Event()
+        self.stages_held.set()
 
     async def send(self, plan: pb.StepRequest) -> None:
         self.log.append(f"plan {plan.step}")
@@ -53,6 +55,7 @@ class FakeShards:
     async def stage(self, reference: AdapterReference) -> StagedAdapter:
         if reference.id == "absent":
             raise AdapterNotFoundError("absent")
+        await self.stages_held.wait()
         self.log.append(f"stage {reference.id}")
         digest = self.digests.get(reference.id, f"digest of {reference.id}")
         return StagedAdapter(digest, "local", "", lora_rank=8, size_bytes=10)

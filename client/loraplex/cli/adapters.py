@@ -1,5 +1,6 @@
-"""`loraplex adapters`: what the server has, loaded ahead of its use, or unloaded."""
+"""`loraplex adapters`: what the server has, loaded ahead of its use, kept on the device, or unloaded."""
 
+import time
 from typing import Annotated
 
 import typer
@@ -8,15 +9,20 @@ from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 
+from loraplex import Adapter, AdapterState
 from loraplex.cli.connection import DEFAULT_SERVER, ApiKey, Server, connected
 
-app = typer.Typer(no_args_is_help=True, help="List, load and unload adapters.")
+app = typer.Typer(no_args_is_help=True, help="List, load, pin and unload adapters.")
 
 Id = Annotated[
     str,
     typer.Argument(
         metavar="ADAPTER", help="A name in the server's adapter directory, or a hub repository such as org/name."
     ),
+]
+Name = Annotated[str, typer.Argument(metavar="ADAPTER", help="As in the listing.", show_default=False)]
+Digest = Annotated[
+    str, typer.Option(help="As `list --digests` shows it, instead of ADAPTER: for merged adapters.", show_default=False)
 ]
 Source = Annotated[
     str, typer.Option(help="local or hub. Default: local if the directory has that name, else hub.", show_default=False)
@@ -28,7 +34,11 @@ Token = Annotated[
 
 
 @app.command("list")
-def list_adapters(server: Server = DEFAULT_SERVER, api_key: ApiKey = None) -> None:
+def list_adapters(
+    digests: Annotated[bool, typer.Option("--digests", help="Show digests whole.")] = False,
+    server: Server = DEFAULT_SERVER,
+    api_key: ApiKey = None,
+) -> None:
     """Show the adapters that are loaded, and those in the server's adapter directory."""
     with connected(server, api_key) as client:
         adapters = client.adapters()
@@ -36,20 +46,44 @@ def list_adapters(server: Server = DEFAULT_SERVER, api_key: ApiKey = None) -> No
         typer.echo("No adapters. Start the server with --adapters DIR, or load one from the hub.")
         return
     table = Table("adapter", "source", "revision", "tier", box=None, header_style="bold")
-    for heading in ("lora_rank", "size", "running", "waiting"):
+    for heading in ("lora_rank", "size", "requests", "used"):
         table.add_column(heading, justify="right")
+    table.add_column("digest")
     for adapter in adapters:
         table.add_row(
             escape(adapter.id),
             adapter.source,
             escape(adapter.revision[:12]),
-            adapter.tier or "fetching",
+            _place(adapter),
             str(adapter.lora_rank or ""),
             decimal(adapter.size_bytes) if adapter.size_bytes else "",
-            str(adapter.running_sequences),
-            str(adapter.waiting_sequences),
+            str(adapter.requests),
+            _ago(adapter.last_used),
+            adapter.digest if digests else adapter.digest[:12],
         )
     Console().print(table)
+
+
+def _place(adapter: Adapter) -> str:
+    """Where it is and what is the matter with it, if anything."""
+    words = [adapter.tier or ""] if adapter.state is not AdapterState.FETCHING else []
+    if adapter.state in (AdapterState.FETCHING, AdapterState.UNLOADING):
+        words.append(adapter.state)
+    if adapter.pinned:
+        words.append("pinned")
+    if len(adapter.residences) > 1:
+        words.append(f"in {len(adapter.residences)} groups")
+    return ", ".join(words)
+
+
+def _ago(last_used: float | None) -> str:
+    if last_used is None:
+        return ""
+    seconds = max(0, int(time.time() - last_used))
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds // length} {unit} ago"
+    return f"{seconds} s ago"
 
 
 @app.command("load")
@@ -69,9 +103,46 @@ def load_adapter(
 
 @app.command("unload")
 def unload_adapter(
-    id: Id, source: Source = "", revision: Revision = "", server: Server = DEFAULT_SERVER, api_key: ApiKey = None
+    id: Name = "",
+    source: Source = "",
+    revision: Revision = "",
+    digest: Digest = "",
+    wait: Annotated[bool, typer.Option("--wait", help="Let the requests that need it end first.")] = False,
+    server: Server = DEFAULT_SERVER,
+    api_key: ApiKey = None,
 ) -> None:
     """Free what an adapter holds on the device and in host memory."""
     with connected(server, api_key) as client:
-        client.unload_adapter(id, source=source, revision=revision)
-    typer.echo(f"Unloaded {id}")
+        client.unload_adapter(id, source=source, revision=revision, digest=digest, wait=wait)
+    typer.echo(f"Unloaded {id or digest}")
+
+
+@app.command("pin")
+def pin_adapter(
+    id: Name = "",
+    source: Source = "",
+    revision: Revision = "",
+    token: Token = "",
+    digest: Digest = "",
+    server: Server = DEFAULT_SERVER,
+    api_key: ApiKey = None,
+) -> None:
+    """Bring an adapter to the device, where it stays until it is unpinned or unloaded."""
+    with connected(server, api_key) as client, Console(stderr=True).status(f"Loading {escape(id or digest)}"):
+        adapter = client.pin_adapter(id, source=source, revision=revision, token=token, digest=digest)
+    typer.echo(f"Pinned {adapter.id}")
+
+
+@app.command("unpin")
+def unpin_adapter(
+    id: Name = "",
+    source: Source = "",
+    revision: Revision = "",
+    digest: Digest = "",
+    server: Server = DEFAULT_SERVER,
+    api_key: ApiKey = None,
+) -> None:
+    """Let an adapter leave the device again when others need its place."""
+    with connected(server, api_key) as client:
+        adapter = client.unpin_adapter(id, source=source, revision=revision, digest=digest)
+    typer.echo(f"Unpinned {adapter.id}")

@@ -17,6 +17,7 @@ from loraplex_protos.generation_pb2_grpc import (
 )
 from loraplex_router.api.translation import (
     Writer,
+    read_adapter_name,
     read_chat,
     read_embed_request,
     read_reference,
@@ -105,8 +106,18 @@ class GenerationApi(GenerationServiceServicer):
 
     async def UnloadAdapter(self, request: pb.UnloadAdapterRequest, context: Context) -> pb.UnloadAdapterResponse:
         async with _answering(context):
-            await self._service.unload_adapter(read_reference(request.adapter), key=_key(context))
+            await self._service.unload_adapter(read_adapter_name(request), request.wait, _key(context))
             return pb.UnloadAdapterResponse()
+
+    async def PinAdapter(self, request: pb.PinAdapterRequest, context: Context) -> pb.PinAdapterResponse:
+        async with _answering(context):
+            status = await self._service.pin_adapter(read_adapter_name(request), _key(context))
+            return pb.PinAdapterResponse(adapter=write_status(status))
+
+    async def UnpinAdapter(self, request: pb.UnpinAdapterRequest, context: Context) -> pb.UnpinAdapterResponse:
+        async with _answering(context):
+            status = await self._service.unpin_adapter(read_adapter_name(request), _key(context))
+            return pb.UnpinAdapterResponse(adapter=write_status(status))
 
     async def GetModelInfo(self, request: pb.GetModelInfoRequest, context: Context) -> pb.GetModelInfoResponse:
         async with _answering(context):

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from loraplex_protos import generation_pb2 as pb
 from loraplex_protos.errors import FieldViolation, InvalidRequestError
-from loraplex_router.adapters.administration import AdapterStatus, Tier
+from loraplex_router.adapters.administration import AdapterStatus, State, Tier
 from loraplex_router.grammar import Grammar, GrammarKind
 from loraplex_router.output import Delta, Generation, Sample, SequenceOutput
 from loraplex_router.request import AdapterReference, EmbedRequest, MergedReference, Request, SamplingOptions
@@ -22,6 +22,12 @@ TIERS = {
     Tier.DISK: pb.ADAPTER_TIER_DISK,
     Tier.HOST: pb.ADAPTER_TIER_HOST,
     Tier.DEVICE: pb.ADAPTER_TIER_DEVICE,
+}
+STATES = {
+    State.AVAILABLE: pb.ADAPTER_STATE_AVAILABLE,
+    State.FETCHING: pb.ADAPTER_STATE_FETCHING,
+    State.LOADED: pb.ADAPTER_STATE_LOADED,
+    State.UNLOADING: pb.ADAPTER_STATE_UNLOADING,
 }
 
 
@@ -193,6 +199,15 @@ def _seed(output: SequenceOutput) -> int | None:
     return sampling.seed if sampling.temperature > 0 else None
 
 
+def read_adapter_name(
+    request: pb.UnloadAdapterRequest | pb.PinAdapterRequest | pb.UnpinAdapterRequest,
+) -> AdapterReference | str:
+    """A reference or a digest. Raises InvalidRequestError if it is both."""
+    if request.digest and request.HasField("adapter"):
+        raise InvalidRequestError(FieldViolation("digest", "give the digest or the adapter, not both"))
+    return request.digest or read_reference(request.adapter)
+
+
 def write_status(status: AdapterStatus) -> pb.AdapterStatus:
     return pb.AdapterStatus(
         id=status.id,
@@ -204,4 +219,18 @@ def write_status(status: AdapterStatus) -> pb.AdapterStatus:
         size_bytes=status.size_bytes,
         running_sequences=status.running,
         waiting_sequences=status.waiting,
+        state=STATES[status.state],
+        requests=status.requests,
+        last_used=status.last_used or None,
+        pinned=status.pinned,
+        residences=[
+            pb.AdapterResidence(
+                group=residence.group,
+                tier=TIERS[residence.tier],
+                running_sequences=residence.adapter.running,
+                waiting_sequences=residence.adapter.waiting,
+                pinned=residence.adapter.pinned,
+            )
+            for residence in status.residences
+        ],
     )

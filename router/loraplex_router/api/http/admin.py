@@ -15,6 +15,7 @@ from loraplex_router.request import AdapterReference
 from loraplex_router.service import Service
 
 IN_USE = "Sequences still need the adapter."
+NO_PINS = "As many adapters are pinned as can be."
 
 
 class Adapter(BaseModel):
@@ -26,16 +27,54 @@ class Adapter(BaseModel):
     token: str = Field(default="", description="For a private hub repository. Never logged.")
 
 
-class Status(BaseModel):
-    id: str
-    source: str
-    revision: str
-    tier: str = Field(description="disk, host or device: the fastest place that holds it")
-    digest: str | None = Field(description="null while it is only on disk, as are the next two")
-    lora_rank: int | None
-    size_bytes: int | None
+class AdapterName(BaseModel):
+    """An adapter by where it comes from, or by its digest, which is the only name of merged ones."""
+
+    id: str = ""
+    source: str = ""
+    revision: str = ""
+    token: str = ""
+    digest: str = Field(default="", description="As in the listing, and then nothing else.")
+
+    def read(self) -> AdapterReference | str:
+        if self.digest and self.id:
+            raise InvalidRequestError(FieldViolation("digest", "give the digest or the id, not both"))
+        return self.digest or AdapterReference(self.id, self.source, self.revision, self.token)
+
+
+class Unload(AdapterName):
+    wait: bool = Field(
+        default=False,
+        description="Let the sequences that need it end first, instead of refusing because of them. Requests that come "
+        "meanwhile wait, and load it again.",
+    )
+
+
+class Residence(BaseModel):
+    """An adapter in one group of shards."""
+
+    group: str
+    tier: str
     running_sequences: int
     waiting_sequences: int
+    pinned: bool
+
+
+class Status(BaseModel):
+    id: str = Field(description="of merged adapters, all of them, separated by commas")
+    source: str
+    revision: str
+    state: str = Field(description="available (in the adapter directory), fetching, loaded or unloading")
+    tier: str | None = Field(description="disk, host or device: the fastest place that holds it; null: being fetched")
+    digest: str | None = Field(description="null while it is only on disk or being fetched, as are the next two")
+    lora_rank: int | None
+    size_bytes: int | None
+    requests: int = Field(description="that wait or run")
+    running_sequences: int
+    waiting_sequences: int
+    last_used: float | None = Field(description="when a request last came or ended, in seconds since 1970")
+    pinned: bool = Field(description="on the device of one group until it is unpinned or unloaded")
+    residences: list[Residence] = Field(description="the groups of shards that have it in memory")
 
 
 class VllmLoad(BaseModel):
@@ -52,25 +91,36 @@ def create_admin_routes(service: Service) -> APIRouter:
     loading = {status: error for status, error in LORAX_ERRORS.items() if status not in (429, 499)}
     in_use: dict[int | str, dict[str, Any]] = {409: {**LORAX_ERRORS[404], "description": IN_USE}}
     done: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
+    no_pins: dict[int | str, dict[str, Any]] = {409: {**LORAX_ERRORS[404], "description": NO_PINS}}
     v1_in_use: dict[int | str, dict[str, Any]] = {409: {**OPENAI_ERRORS[404], "description": IN_USE}}
 
     @routes.get("/adapters", responses={200: {"model": list[Status]}, 401: LORAX_ERRORS[401], 503: LORAX_ERRORS[503]})
     async def list_adapters(http: Request) -> Response:
         """The adapters that are loaded, and those that lie in the adapter directory."""
-        statuses = await service.list_adapters(read_bearer(http.headers.get("authorization")))
+        statuses = await service.list_adapters(_api_key(http))
         return JSONResponse([_write(status) for status in statuses])
 
     @routes.post("/adapters/load", responses={200: {"model": Status}, **loading})
     async def load_adapter(body: Adapter, http: Request) -> Response:
         """Fetches and checks an adapter now; one that was loaded before is read again."""
-        status = await service.load_adapter(_read(body), read_bearer(http.headers.get("authorization")))
+        status = await service.load_adapter(_read(body), _api_key(http))
         return JSONResponse(_write(status))
 
     @routes.post("/adapters/unload", response_class=Response, responses={**loading, **in_use})
-    async def unload_adapter(body: Adapter, http: Request) -> Response:
-        """Frees what an adapter holds on the device and in host memory; refused while sequences need it."""
-        await service.unload_adapter(_read(body), key=read_bearer(http.headers.get("authorization")))
+    async def unload_adapter(body: Unload, http: Request) -> Response:
+        """Frees what an adapter holds on the device and in host memory; refused while sequences need it, or waits."""
+        await service.unload_adapter(body.read(), body.wait, _api_key(http))
         return Response()
+
+    @routes.post("/adapters/pin", responses={200: {"model": Status}, **loading, **no_pins})
+    async def pin_adapter(body: AdapterName, http: Request) -> Response:
+        """Brings an adapter to the device, where it stays. Answers once it is there."""
+        return JSONResponse(_write(await service.pin_adapter(body.read(), _api_key(http))))
+
+    @routes.post("/adapters/unpin", responses={200: {"model": Status}, **loading})
+    async def unpin_adapter(body: AdapterName, http: Request) -> Response:
+        """The adapter may leave the device again when others need its place."""
+        return JSONResponse(_write(await service.unpin_adapter(body.read(), _api_key(http))))
 
     @routes.post("/v1/load_lora_adapter", response_class=Response, responses={**done, **OPENAI_ERRORS})
     async def vllm_load(body: VllmLoad, http: Request) -> Response:
@@ -78,18 +128,20 @@ def create_admin_routes(service: Service) -> APIRouter:
         path = body.lora_path or body.lora_name
         if path != body.lora_name and not path.endswith(f"/{body.lora_name}"):
             raise InvalidRequestError(FieldViolation("lora_path", f"must be, or end in, {body.lora_name!r}"))
-        await service.load_adapter(AdapterReference(body.lora_name), read_bearer(http.headers.get("authorization")))
+        await service.load_adapter(AdapterReference(body.lora_name), _api_key(http))
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
     @routes.post("/v1/unload_lora_adapter", response_class=Response, responses={**done, **OPENAI_ERRORS, **v1_in_use})
     async def vllm_unload(body: VllmUnload, http: Request) -> Response:
         """vLLM's name of unloading."""
-        await service.unload_adapter(
-            AdapterReference(body.lora_name), key=read_bearer(http.headers.get("authorization"))
-        )
+        await service.unload_adapter(AdapterReference(body.lora_name), key=_api_key(http))
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
     return routes
+
+
+def _api_key(http: Request) -> str | None:
+    return read_bearer(http.headers.get("authorization"))
 
 
 def _read(body: Adapter) -> AdapterReference:
@@ -101,10 +153,24 @@ def _write(status: AdapterStatus) -> dict[str, Any]:
         "id": status.id,
         "source": status.source,
         "revision": status.revision,
+        "state": status.state.name.lower(),
         "tier": status.tier.name.lower() if status.tier else None,
         "digest": status.digest or None,
         "lora_rank": status.lora_rank or None,
         "size_bytes": status.size_bytes or None,
+        "requests": status.requests,
         "running_sequences": status.running,
         "waiting_sequences": status.waiting,
+        "last_used": status.last_used or None,
+        "pinned": status.pinned,
+        "residences": [
+            {
+                "group": residence.group,
+                "tier": residence.tier.name.lower(),
+                "running_sequences": residence.adapter.running,
+                "waiting_sequences": residence.adapter.waiting,
+                "pinned": residence.adapter.pinned,
+            }
+            for residence in status.residences
+        ],
     }
