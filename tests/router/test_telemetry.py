@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import subprocess
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 
@@ -13,7 +14,9 @@ from hypothesis import strategies as st
 from loraplex_protos.errors import AdapterNotFoundError, InvalidRequestError
 from loraplex_router.request import AdapterReference, Request
 from loraplex_router.telemetry.labels import OTHER, AdapterLabels
+from loraplex_router.telemetry.request_log import RequestLog
 from tests.router.test_engine import Setup
+from tests.router.test_text import TOKENIZER
 from tests.tools import needs_promtool
 
 
@@ -129,6 +132,17 @@ async def test_a_refused_request_has_a_log_line_too(setup: Setup, caplog: pytest
     (record,) = [record for record in caplog.records if record.message == "request"]
     assert record.__dict__["fields"]["outcome"] == AdapterNotFoundError.error_type
     assert record.__dict__["fields"]["adapter"] == "absent"
+
+
+async def test_prompts_and_answers_are_logged_if_asked_for(setup: Setup, caplog: pytest.LogCaptureFixture):
+    generation = await setup.service.generate(Request(prompt=(40, 50), max_new_tokens=2))
+    await generation.collect()
+    setup.service.leave(generation)
+    caplog.set_level(logging.INFO)
+    RequestLog(prompts=True).ended(generation, "finished", time.monotonic())
+    fields = caplog.records[-1].__dict__["fields"]
+    assert fields["prompt"] == TOKENIZER.decode([40, 50])
+    assert fields["answers"] == [TOKENIZER.decode([51, 52])]
 
 
 # ---- labels ----------------------------------------------------------------------------------------------------
