@@ -8,7 +8,7 @@ PROTOS := $(wildcard protos/loraplex_protos/*.proto)
 # constraints.txt pins every version, torch's CPU build among them.
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: serve test lint image clean
+.PHONY: serve test lint image bench clean
 
 # More flags: make serve ARGS="--tp 2"
 serve: $(VENV)/serve

@@ -32,16 +32,20 @@ void rms_norm(int threads, long rows, long n, T* hidden, const T* delta, const T
     }
 }
 
+inline Floats gated(Floats gate, Floats up) {
+    return gate / (splat(1.0f) + exp(min(zeros() - gate, splat(80.0f)))) * up;
+}
+
 template <class T>
 void silu_mul(int threads, long rows, long n, const T* gate_up, T* out) {
 #pragma omp parallel for num_threads(threads) if (rows * n > SMALL)
     for (long row = 0; row < rows; row++) {
         const T* gate = gate_up + row * 2 * n;
-        for (long i = 0; i < n; i += LANES) {
-            int count = int(n - i < LANES ? n - i : LANES);
-            Floats g = load_first(gate + i, count);
-            Floats e = exp(min(zeros() - g, splat(80.0f)));
-            store_first(out + row * n + i, g / (splat(1.0f) + e) * load_first(gate + n + i, count), count);
+        long whole = n / LANES * LANES;
+        for (long i = 0; i < whole; i += LANES) store(out + row * n + i, gated(load(gate + i), load(gate + n + i)));
+        if (int rest = int(n - whole)) {
+            Floats last = gated(load_first(gate + whole, rest), load_first(gate + n + whole, rest));
+            store_first(out + row * n + whole, last, rest);
         }
     }
 }

@@ -39,15 +39,19 @@ inline void shrink(const T* x, long stride, long k, const W* a, float* out, long
     Floats sums[R][M];
     for (int r = 0; r < R; r++)
         for (int m = 0; m < M; m++) sums[r][m] = zeros();
-    for (long i = 0; i < k; i += LANES) {
-        int n = int(k - i < LANES ? k - i : LANES);
+    long whole = k / LANES * LANES;
+    for (long i = 0; i < whole; i += LANES) {
         Floats row[M];
-        for (int m = 0; m < M; m++) row[m] = load_first(x + m * stride + i, n);
+        for (int m = 0; m < M; m++) row[m] = load(x + m * stride + i);
         for (int r = 0; r < R; r++) {
-            Floats w = load_first(a + r * k + i, n);
+            Floats w = load(a + r * k + i);
             for (int m = 0; m < M; m++) sums[r][m] = fma(w, row[m], sums[r][m]);
         }
     }
+    if (int n = int(k - whole))
+        for (int r = 0; r < R; r++)
+            for (int m = 0; m < M; m++)
+                sums[r][m] = fma(load_first(a + r * k + whole, n), load_first(x + m * stride + whole, n), sums[r][m]);
     for (int r = 0; r < R; r++)
         for (int m = 0; m < M; m++) out[m * ranks + r] = sum(sums[r][m]);
 }
@@ -75,20 +79,24 @@ void shrink_rows(const T* x, long stride, long rows, long k, const W* a, long co
     }
 }
 
-template <int V, int M, class T, class W>
+// V times sixteen outputs; of the last sixteen only n, if FULL is false.
+template <int V, int M, bool FULL, class T, class W>
 inline void expand(const float* shrunk, long ranks, long count, const W* b, long width, T* out, long stride, int n) {
     Floats sums[M][V];
     for (int m = 0; m < M; m++)
         for (int v = 0; v < V; v++) sums[m][v] = zeros();
     for (long r = 0; r < count; r++)
         for (int v = 0; v < V; v++) {
-            Floats w = load_first(b + r * width + v * LANES, n);
+            Floats w = FULL ? load(b + r * width + v * LANES) : load_first(b + r * width + v * LANES, n);
             for (int m = 0; m < M; m++) sums[m][v] = fma(splat(shrunk[m * ranks + r]), w, sums[m][v]);
         }
     for (int m = 0; m < M; m++)
         for (int v = 0; v < V; v++) {
             T* to = out + m * stride + v * LANES;
-            store_first(to, load_first(to, n) + sums[m][v], n);
+            if constexpr (FULL)
+                store(to, load(to) + sums[m][v]);
+            else
+                store_first(to, load_first(to, n) + sums[m][v], n);
         }
 }
 
@@ -97,23 +105,23 @@ template <class T, class W>
 void expand_rows(const float* shrunk, long ranks, long rows, long count, const W* b, long width, long outputs, T* out,
                  long stride) {
     for (long i = 0; i < outputs;) {
-        bool wide = outputs - i >= 4 * LANES;
+        bool wide = outputs - i >= 2 * LANES;
         int n = int(outputs - i < LANES ? outputs - i : LANES);
         for (long m = 0; m < rows;) {
             const float* from = shrunk + m * ranks;
             T* to = out + m * stride + i;
-            if (wide) {
-                expand<4, 1>(from, ranks, count, b + i, width, to, stride, LANES);
+            if (wide && rows - m >= 2) {
+                expand<2, 2, true>(from, ranks, count, b + i, width, to, stride, LANES);
+                m += 2;
+            } else if (wide) {
+                expand<2, 1, true>(from, ranks, count, b + i, width, to, stride, LANES);
                 m += 1;
-            } else if (rows - m >= 4) {
-                expand<1, 4>(from, ranks, count, b + i, width, to, stride, n);
-                m += 4;
             } else {
-                expand<1, 1>(from, ranks, count, b + i, width, to, stride, n);
+                expand<1, 1, false>(from, ranks, count, b + i, width, to, stride, n);
                 m += 1;
             }
         }
-        i += wide ? 4 * LANES : LANES;
+        i += wide ? 2 * LANES : LANES;
     }
 }
 
