@@ -17,7 +17,7 @@ from loraplex_router.api.grpc import GenerationApi, GrpcServer
 from loraplex_router.api.http.app import create_app
 from loraplex_router.connections import Connections
 from loraplex_router.groups import Groups
-from loraplex_router.key_file import read_keys
+from loraplex_router.key_file import KeyFile
 from loraplex_router.keys import Keys
 from loraplex_router.service import Service
 from loraplex_router.settings import RouterSettings
@@ -30,11 +30,13 @@ logger = logging.getLogger(__name__)
 class Router:
     """One router process. It listens from the beginning, and is healthy while a group of shards is ready."""
 
-    def __init__(self, settings: RouterSettings, keys: Keys, telemetry: Telemetry) -> None:
+    def __init__(self, settings: RouterSettings, key_file: KeyFile | None, telemetry: Telemetry) -> None:
         self._settings = settings
         registry = AdapterRegistry()
         self._groups = Groups(telemetry, settings.move_seconds)
         self._administration = Administration(registry, self._groups)
+        self._key_file = key_file
+        keys = key_file.keys if key_file else Keys({})
         self._service = Service(self._groups, self._administration, keys, settings.max_queue, telemetry)
         self._connections = Connections(settings, self._groups, registry, self._service, telemetry)
         self._grpc = GrpcServer(GenerationApi(self._service), telemetry.interceptors)
@@ -67,7 +69,10 @@ class Router:
                 await self._service.close()
 
     async def _work(self, ready: Callable[[], None]) -> None:
-        await asyncio.gather(self._connections.run(), self._tell_health(), self._restore_pins(), self._announce(ready))
+        keys = [self._key_file.follow()] if self._key_file else []
+        await asyncio.gather(
+            self._connections.run(), self._tell_health(), self._restore_pins(), self._announce(ready), *keys
+        )
 
     async def _stopped(self) -> None:
         await self._stop.wait()
@@ -123,6 +128,6 @@ class HttpServer(uvicorn.Server):
 
 async def run(settings: RouterSettings, ready: Callable[[int, int], None]) -> None:
     """Serves what the shards hold. Raises KeyFileError for a key file that cannot be used, OSError for a taken port."""
-    keys = read_keys(settings.api_keys) if settings.api_keys else Keys({})
+    key_file = KeyFile(settings.api_keys) if settings.api_keys else None
     with open_telemetry(settings) as telemetry:
-        await Router(settings, keys, telemetry).run(ready)
+        await Router(settings, key_file, telemetry).run(ready)

@@ -1,4 +1,4 @@
-"""Reads the key file, YAML or JSON, that --api-keys names.
+"""Reads the key file, YAML or JSON, that --api-keys names, and reads it again when it has changed.
 
 tenants:
   acme:
@@ -11,6 +11,9 @@ tenants:
     admin: true
 """
 
+import asyncio
+import logging
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Annotated
@@ -20,6 +23,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from loraplex_protos.errors import LoraplexError
 from loraplex_router.keys import Keys, TenantSettings
+
+logger = logging.getLogger(__name__)
+
+LOOK_SECONDS = 5.0
 
 
 class KeyFileError(LoraplexError):
@@ -32,7 +39,40 @@ class _KeyFile(BaseModel):
     tenants: Annotated[dict[str, TenantSettings], Field(min_length=1)]
 
 
-def read_keys(path: Path) -> Keys:
+class KeyFile:
+    """The keys in a file, as they are now. Raises KeyFileError if the file cannot be used at first."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._state = _state(path)
+        self.keys = Keys(read_tenants(path))
+
+    async def follow(self) -> None:
+        """Looks at the file now and then, until cancelled. Keeps the former keys while it cannot be used."""
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            if (state := _state(self._path)) != self._state:
+                self._state = state
+                self._reload()
+
+    def _reload(self) -> None:
+        try:
+            self.keys.update(read_tenants(self._path))
+        except KeyFileError as error:
+            logger.error("the former API keys stay: %s", error)
+        else:
+            logger.info("the API keys were read again")
+
+
+def _state(path: Path) -> tuple[int, ...] | None:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def read_tenants(path: Path) -> dict[str, TenantSettings]:
     """Raises KeyFileError."""
     try:
         content = yaml.safe_load(path.read_bytes())
@@ -48,7 +88,7 @@ def read_keys(path: Path) -> Keys:
     counts = Counter(hashed for tenant in file.tenants.values() for hashed in tenant.keys)
     if counts.total() != len(counts):
         raise KeyFileError(f"--api-keys: {path}: a key is listed twice")
-    return Keys(file.tenants)
+    return file.tenants
 
 
 def _describe(error: ValidationError) -> str:

@@ -52,6 +52,11 @@ class Tenant:
         self._bucket = float(allowance.tokens_per_minute or 0)
         self._filled_at = 0.0
 
+    def update(self, allowance: Allowance) -> None:
+        """Changes what it may do, from now on. What it has in use stays counted."""
+        self.admin = allowance.admin
+        self._allowance = allowance
+
     def may_use(self, adapter_id: str) -> bool:
         patterns = self._allowance.adapters
         return patterns is None or any(fnmatchcase(adapter_id, pattern) for pattern in patterns)
@@ -90,13 +95,17 @@ class Keys:
     """The tenants by their keys. Without any tenants, everyone may do everything."""
 
     def __init__(self, tenants: Mapping[str, TenantSettings]) -> None:
-        self._by_hash = [
-            (bytes.fromhex(hashed), tenant)
-            for name, settings in tenants.items()
-            for tenant in [Tenant(name, settings)]
-            for hashed in settings.keys
-        ]
+        self._tenants: dict[str, Tenant] = {}
         self._everyone = None if tenants else Tenant("", Allowance(admin=True))
+        self.update(tenants)
+
+    def update(self, tenants: Mapping[str, TenantSettings]) -> None:
+        """Takes other tenants and keys. A tenant that stays keeps count of what it has in use."""
+        former, self._tenants, self._by_hash = self._tenants, {}, list[tuple[bytes, Tenant]]()
+        for name, settings in tenants.items():
+            tenant = self._tenants[name] = former.get(name) or Tenant(name, settings)
+            tenant.update(settings)
+            self._by_hash += [(bytes.fromhex(hashed), tenant) for hashed in settings.keys]
 
     @property
     def required(self) -> bool:

@@ -36,7 +36,8 @@ class EdgeSettings(BaseModel):
     )
     api_keys: Path | None = Field(
         None,
-        description="A YAML or JSON file of API keys (hashed) and what each may do. Absent: anyone may do anything.",
+        description="A YAML or JSON file of API keys (hashed) and what each may do, followed when it changes."
+        " Absent: anyone may do anything.",
     )
     metrics_adapters: int = Field(
         100, ge=0, le=10_000, description="Adapters with time series of their own; the others share the label `other`."

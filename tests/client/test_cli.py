@@ -1,6 +1,7 @@
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 from typer.testing import CliRunner, Result
 
@@ -39,6 +40,22 @@ def test_generate_asks_as_a_user_and_prints_the_answer(address: str, servicer: S
     assert roles_and_texts(request) == [("system", "Be brief"), ("user", "Count")]
     assert request.adapter.id == "sql"
     assert (request.stopping.max_new_tokens, list(request.stopping.stop)) == (4, ["x"])
+
+
+def test_generate_takes_one_grammar(address: str, servicer: ScriptedServicer, tmp_path: Path) -> None:
+    schema, lark = tmp_path / "schema.json", tmp_path / "grammar.lark"
+    schema.write_text('{"type": "object"}')
+    lark.write_text('start: "é"')
+    run("generate", "x", "--json-schema", str(schema), server=address)
+    run("generate", "x", "--json-schema", "-", server=address, input="true")
+    run("generate", "x", "--regex", "[ab]", server=address)
+    run("generate", "x", "--choice", "yes", "--choice", "no", server=address)
+    run("generate", "x", "--lark", str(lark), server=address)
+    first, second, third, fourth, fifth = (request.grammar for request in generations(servicer))
+    assert (first.json_schema, second.json_schema, third.regex) == ('{"type": "object"}', "true", "[ab]")
+    assert (list(fourth.choice.texts), fifth.lark) == (["yes", "no"], 'start: "é"')
+    both = run("generate", "x", "--regex", "a", "--choice", "b", server=address)
+    assert both.exit_code == 2 and "give one of" in both.stderr
 
 
 def test_generate_raw_continues_the_text_itself(address: str, servicer: ScriptedServicer) -> None:

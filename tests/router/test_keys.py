@@ -1,7 +1,12 @@
 """API keys: who is who, what they may use, and limits that hold whatever happens."""
 
+import asyncio
 import hashlib
 import json
+import re
+import subprocess
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -9,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loraplex_protos.errors import ForbiddenError, RateLimitedError, UnauthenticatedError
-from loraplex_router.key_file import KeyFileError, read_keys
+from loraplex_router import key_file
+from loraplex_router.key_file import KeyFile, KeyFileError, read_tenants
 from loraplex_router.keys import Allowance, Keys, Tenant, TenantSettings, read_bearer
 from loraplex_router.request import AdapterReference, MergedReference
 
@@ -160,7 +166,7 @@ def test_a_key_file_is_yaml_or_json(tmp_path: Path) -> None:
         ("keys.json", json.dumps({"tenants": {"acme": {"keys": [hashed(OLD_KEY)]}}})),
     ):
         (tmp_path / name).write_text(text)
-        assert read_keys(tmp_path / name).tenant(OLD_KEY).name == "acme"
+        assert Keys(read_tenants(tmp_path / name)).tenant(OLD_KEY).name == "acme"
 
 
 @pytest.mark.parametrize(
@@ -184,11 +190,62 @@ def test_a_wrong_key_file_is_refused_by_place_without_showing_its_content(
     path = tmp_path / "keys.yaml"
     path.write_text(text)
     with pytest.raises(KeyFileError) as refusal:
-        read_keys(path)
+        read_tenants(path)
     assert fault in str(refusal.value)
     assert "SECRET" not in str(refusal.value)
 
 
 def test_a_missing_key_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(KeyFileError, match=r"missing.yaml cannot be read: No such file"):
-        read_keys(tmp_path / "missing.yaml")
+        read_tenants(tmp_path / "missing.yaml")
+
+
+async def test_a_key_file_is_read_again_when_it_changes_and_kept_while_it_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(key_file, "LOOK_SECONDS", 0.001)
+    path = tmp_path / "keys.json"
+
+    def write(text: str) -> None:
+        (tmp_path / "new").write_text(text)
+        (tmp_path / "new").replace(path)
+
+    def document(key: str, **limits: int) -> str:
+        return json.dumps({"tenants": {"acme": {"keys": [hashed(key)], **limits}}})
+
+    async def until(works: Callable[[], object]) -> None:
+        async with asyncio.timeout(10):
+            while not works():
+                await asyncio.sleep(0.001)
+
+    def known(key: str) -> bool:
+        with suppress(UnauthenticatedError):
+            return bool(file.keys.tenant(key))
+        return False
+
+    write(document("old"))
+    file = KeyFile(path)
+    acme = file.keys.tenant("old")
+    acme.begin(0.0)
+    following = asyncio.create_task(file.follow())
+    write("{")
+    await asyncio.sleep(0.05)
+    assert known("old")
+    write(document("new", max_requests=1))
+    await until(lambda: known("new"))
+    assert not known("old") and file.keys.tenant("new") is acme
+    with pytest.raises(RateLimitedError):
+        acme.begin(0.0)
+    following.cancel()
+
+
+def test_the_page_about_keys_shows_a_file_that_works_and_how_to_hash_a_key(tmp_path: Path):
+    page = Path("docs/api-keys.md").read_text()
+    (example,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    (command,) = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "keys.yaml").write_text(example)
+    shown = Keys(read_tenants(tmp_path / "keys.yaml"))
+    assert shown.tenant("the key of acme").may_use("acme/first")
+    assert shown.administrator("the key of the operator").name == "operator"
+    printed = subprocess.run(command, shell=True, capture_output=True, text=True, check=True).stdout.split()[0]
+    assert printed == hashed("the key of acme") and printed in example

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from loraplex.cli.connection import DEFAULT_SERVER, ApiKey, Server, connected
+from loraplex.cli.grammar import Choices, JsonSchemaFile, LarkFile, RegexPattern, read_grammar
 from loraplex.cli.sampling import Adapter, MaxNewTokens, Seed, System, Temperature, TopP
 from loraplex.types import Message, Prompt
 
@@ -19,6 +20,10 @@ def generate(
     seed: Seed = None,
     stop: Annotated[list[str] | None, typer.Option(help="Stop before this text. Can be given several times.")] = None,
     system: System = None,
+    json_schema: JsonSchemaFile = None,
+    regex: RegexPattern = None,
+    choice: Choices = None,
+    lark: LarkFile = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without a chat template.")] = False,
     server: Server = DEFAULT_SERVER,
     api_key: ApiKey = None,
@@ -29,6 +34,7 @@ def generate(
     """
     if raw and system is not None:
         raise typer.BadParameter("--raw leaves no place for a system message", param_hint="--system")
+    grammar = read_grammar(json_schema, regex, choice, lark)
     with connected(server, api_key) as client:
         whole: Prompt = prompt if raw or not client.info().has_chat_template else conversation(system, prompt)
         stream = client.stream(
@@ -39,6 +45,7 @@ def generate(
             top_p=top_p,
             seed=seed,
             stop=stop or (),
+            grammar=grammar,
         )
         with closing(stream):
             try:
