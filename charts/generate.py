@@ -24,7 +24,7 @@ MTLS = {"mtls_cert", "mtls_key", "mtls_ca"}
 # What the chart passes itself.
 PASSED = {
     "router": {"host", "http_port", "grpc_port", "shards", "api_keys", *MTLS},
-    "shard": {"rank", "listen", "rendezvous", "adapters", "metrics_port", *MTLS},
+    "shard": {"rank", "listen", "rendezvous", "adapters", "adapters_s3", "metrics_port", *MTLS},
 }
 KEPT = {"type", "enum", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "pattern", "anyOf"}
 

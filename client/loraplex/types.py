@@ -23,7 +23,7 @@ class AdapterReference:
     id: str
     """A name in the server's adapter directory (local) or a repository id such as "org/name" (hub)."""
     source: str = ""
-    """"local" or "hub". Empty: local if the server's directory has that name, else hub."""
+    """"local", "s3" or "hub". Empty: the first of them that has that name."""
     revision: str = ""
     """Branch, tag or commit of a hub repository. Empty: the default branch."""
     token: str = field(default="", repr=False)
@@ -254,7 +254,7 @@ class Adapter:
 
     id: str
     source: str
-    """"local", "hub" or "merged"."""
+    """"local", "s3", "hub" or "merged"."""
     revision: str
     """The commit that a hub adapter was resolved to."""
     digest: str

@@ -21,7 +21,7 @@ MAX_TOP_LOGPROBS = 32
 MAX_INPUTS = 1024
 MAX_BIASED = 1024
 MAX_REFERENCE_LENGTH = 512
-SOURCES = ("", "local", "hub")
+SOURCES = ("", "local", "s3", "hub")
 MAX_MERGED = 16
 MERGE_STRATEGIES = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 MAJORITY_SIGN_METHODS = ("total", "frequency")
@@ -172,7 +172,7 @@ def check_reference(reference: AdapterReference, found: Violations, name: str = 
     for field_name in ("id", "revision", "token"):
         short = len(getattr(reference, field_name)) <= MAX_REFERENCE_LENGTH
         found.check(short, f"{name}.{field_name}", f"at most {MAX_REFERENCE_LENGTH} characters")
-    found.check(reference.source in SOURCES, f"{name}.source", 'must be "local", "hub" or empty')
+    found.check(reference.source in SOURCES, f"{name}.source", 'must be "local", "s3", "hub" or empty')
 
 
 def _check_merged(merged: MergedReference, found: Violations) -> None:

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import grpc
 import torch
@@ -30,6 +31,9 @@ from loraplex_shard.runner import Runner
 from loraplex_shard.service import ShardService
 from loraplex_shard.settings import SettingsError, ShardSettings
 from loraplex_shard.telemetry import Telemetry, open_telemetry
+
+if TYPE_CHECKING:
+    from loraplex_shard.lora.s3 import S3Source
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +136,13 @@ def _load(
     cache = decoder.new_cache(num_blocks, machine.BLOCK_SIZE, kv_dtype)
     adapter_dtype = torch.int8 if settings.adapter_dtype == "int8" else dtype
     adapters = AdapterStore(
-        decoder.layouts, adapter_dtype, device, settings.adapters, checkpoint.architecture, metrics=telemetry.metrics
+        decoder.layouts,
+        adapter_dtype,
+        device,
+        settings.adapters,
+        checkpoint.architecture,
+        metrics=telemetry.metrics,
+        s3=_open_s3(settings.adapters_s3),
     )
     tokenizer = checkpoint.tokenizer()
     grammars = GrammarCompiler(tokenizer.tokenizer_json, decoder.vocab_size, checkpoint.end_token_ids)
@@ -165,6 +175,16 @@ def _load(
         on_failed_step=step_failed.set if group.size > 1 else lambda: None,
         telemetry=telemetry,
     )
+
+
+def _open_s3(url: str) -> "S3Source | None":
+    if not url:
+        return None
+    try:
+        from loraplex_shard.lora.s3 import S3Source
+    except ModuleNotFoundError as error:
+        raise SettingsError(f"adapters_s3: no {error.name}: pip install 'loraplex[s3]'") from error
+    return S3Source(url)
 
 
 def _exit(signal_number: int, frame: FrameType | None) -> None:

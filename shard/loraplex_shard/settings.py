@@ -52,6 +52,12 @@ class ModelSettings(BaseModel):
         None,
         description="A directory of adapters, each in a folder of its own. Absent: adapters come from the hub only.",
     )
+    adapters_s3: str = Field(
+        "",
+        pattern=r"^(s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/\S*)?)?$",
+        description="Adapters in S3, s3://BUCKET/PREFIX, each in a folder of its own; credentials, region and endpoint "
+        "come from AWS_* variables or the machine's role. Empty: none.",
+    )
     kv_blocks: int = Field(
         0, ge=0, description="Blocks of 16 positions in the KV cache. 0: as many as fit into free memory."
     )

@@ -60,6 +60,21 @@ CASES = {
         },
         {"Secret": {"router-cert", "shard-cert", "keys"}},
     ),
+    "adapters in S3": Case(
+        {
+            "shard": {
+                "adapters": {
+                    "s3": {
+                        "url": "s3://bucket/adapters",
+                        "endpoint": "https://s3.example",
+                        "region": "eu-central-1",
+                        "existingSecret": "aws",
+                    }
+                }
+            }
+        },
+        {"Secret": {"aws"}},
+    ),
     "adapters in ConfigMaps": Case(
         {"shard": {"adapters": {"configMaps": [{"id": "sql", "name": "adapter-sql"}, {"id": "x.Y", "name": "y"}]}}},
         {"ConfigMap": {"adapter-sql", "y"}},

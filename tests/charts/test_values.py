@@ -86,6 +86,7 @@ def test_no_section_takes_unknown_keys():
         {"shard": {"adapters": {"configMaps": ["sql"]}}},
         {"shard": {"adapters": {"configMaps": [{"id": "../sql", "name": "sql"}]}}},
         {"shard": {"hub": {"token": "hf_x"}}},
+        {"shard": {"adapters": {"s3": {"url": "bucket"}}}},
         {"keda": {"serverAddress": "prometheus"}},
         {"gateway": {"inferencePool": {"failureMode": "Open"}}},
         {"metrics": {"serviceMonitor": {"interval": "soon"}}},

@@ -422,5 +422,5 @@ def test_a_local_adapter_has_no_revisions(store: AdapterStore) -> None:
 
 
 def test_an_unknown_source_is_named(store: AdapterStore) -> None:
-    with pytest.raises(AdapterNotFoundError, match="'s3'"):
-        store.stage("adapter-0", "s3", "", "")
+    with pytest.raises(AdapterNotFoundError, match="'gcs'"):
+        store.stage("adapter-0", "gcs", "", "")

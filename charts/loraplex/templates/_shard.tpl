@@ -45,6 +45,9 @@ args:
   {{- if include "loraplex.hasAdapters" $root }}
   - --adapters=/adapters
   {{- end }}
+  {{- with $shard.adapters.s3.url }}
+  - --adapters-s3={{ . }}
+  {{- end }}
   {{- include "loraplex.mtlsFlags" (list $root "shardSecret") | trim | nindent 2 }}
   {{- include "loraplex.flags" (list $root "shard") | trim | nindent 2 }}
 env:
@@ -100,6 +103,20 @@ grpc: {port: {{ index . 1 }}{{ index . 2 }}}
 {{- with .Values.shard.hub.existingSecret }}
 - name: HF_TOKEN
   valueFrom: {secretKeyRef: {name: {{ . }}, key: {{ $.Values.shard.hub.key }}}}
+{{- end }}
+{{- with .Values.shard.adapters.s3 }}
+{{- with .endpoint }}
+- {name: AWS_ENDPOINT_URL_S3, value: {{ . | quote }}}
+{{- end }}
+{{- with .region }}
+- {name: AWS_REGION, value: {{ . | quote }}}
+{{- end }}
+{{- with .existingSecret }}
+- name: AWS_ACCESS_KEY_ID
+  valueFrom: {secretKeyRef: {name: {{ . }}, key: AWS_ACCESS_KEY_ID}}
+- name: AWS_SECRET_ACCESS_KEY
+  valueFrom: {secretKeyRef: {name: {{ . }}, key: AWS_SECRET_ACCESS_KEY}}
+{{- end }}
 {{- end }}
 {{- if and (dig "limits" "cpu" "" .Values.shard.resources) (not (hasKey .Values.shard.settings "threads")) }}
 # torch would count the node's cores.

@@ -25,7 +25,7 @@ Digest = Annotated[
     str, typer.Option(help="As `list --digests` shows it, instead of ADAPTER: for merged adapters.", show_default=False)
 ]
 Source = Annotated[
-    str, typer.Option(help="local or hub. Default: local if the directory has that name, else hub.", show_default=False)
+    str, typer.Option(help="local, s3 or hub. Default: the first of them that has that name.", show_default=False)
 ]
 Revision = Annotated[str, typer.Option(help="Branch, tag or commit of a hub repository.", show_default=False)]
 Token = Annotated[

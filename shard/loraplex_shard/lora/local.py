@@ -44,6 +44,12 @@ class LocalOrigin:
         return files
 
 
+def is_id(id: str) -> bool:
+    """Whether the id can name a folder: it leads nowhere else."""
+    names = id.split("/")
+    return len(names) <= _MAX_COMPONENTS and all(_COMPONENT.fullmatch(name) for name in names)
+
+
 class LocalSource:
     """The adapters under a directory."""
 
@@ -83,10 +89,9 @@ class LocalSource:
                     yield from self._walk((*names, name))
 
     def _find(self, id: str) -> Path | None:
-        names = id.split("/")
-        if len(names) > _MAX_COMPONENTS or not all(_COMPONENT.fullmatch(name) for name in names):
+        if not is_id(id):
             return None
-        directory = self._resolve(self._root.joinpath(*names))
+        directory = self._resolve(self._root.joinpath(*id.split("/")))
         return directory if directory is not None and directory.is_dir() else None
 
     def _find_template(self, directory: Path) -> tuple[str, Path] | None:

@@ -2,12 +2,15 @@
 
 from collections.abc import Hashable
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from loraplex_protos.errors import AdapterNotFoundError
 from loraplex_shard.lora.files import AdapterFiles
 from loraplex_shard.lora.hub import HubSource
-from loraplex_shard.lora.local import LocalSource
+from loraplex_shard.lora.local import LocalSource, is_id
+
+if TYPE_CHECKING:
+    from loraplex_shard.lora.s3 import S3Source  # imports boto3, which only those need who use it
 
 
 class Origin(Hashable, Protocol):
@@ -22,34 +25,51 @@ class Origin(Hashable, Protocol):
 
 
 class Sources:
-    """The adapter directory, if there is one, and the hub."""
+    """The adapter directory and S3, if there are any, and the hub."""
 
-    def __init__(self, directory: Path | None, hub: HubSource) -> None:
+    def __init__(self, directory: Path | None, hub: HubSource, s3: "S3Source | None" = None) -> None:
         self._local = LocalSource(directory) if directory is not None else None
         self._hub = hub
+        self._s3 = s3
 
     def locate(self, id: str, source: str, revision: str, token: str) -> Origin:
-        """source is "local", "hub", or "" for local if the directory has the name, else hub if the
-        id has the form org/name.
+        """source is "local", "s3", "hub", or "" for the first of them that has the id; the hub has no id that is not
+        like org/name.
 
         Raises the AdapterErrors of its source.
         """
         match source:
             case "local":
                 return self._locate_local(id, revision)
+            case "s3":
+                return self._locate_s3(id, revision)
             case "hub":
                 return self._hub.locate(id, revision, token)
-            case "" if self._local is not None and self._local.has(id):
-                return self._locate_local(id, revision)
-            case "" if "/" in id:
-                return self._hub.locate(id, revision, token)
             case "":
-                raise AdapterNotFoundError(f"there is no adapter {id[:200]!r}: names on the hub have the form org/name")
-        raise AdapterNotFoundError(f"there is no adapter source {source[:100]!r}: it is local, hub or empty")
+                return self._locate_anywhere(id, revision, token)
+        raise AdapterNotFoundError(f"there is no adapter source {source[:100]!r}: it is local, s3, hub or empty")
 
     def local_ids(self) -> list[str]:
         """The ids in the adapter directory, sorted."""
         return self._local.ids() if self._local is not None else []
+
+    def _locate_anywhere(self, id: str, revision: str, token: str) -> Origin:
+        if self._local is not None and self._local.has(id):
+            return self._locate_local(id, revision)
+        if self._s3 is not None and not revision and is_id(id):
+            try:
+                return self._s3.locate(id, revision)
+            except AdapterNotFoundError:
+                if "/" not in id:
+                    raise
+        if "/" in id:
+            return self._hub.locate(id, revision, token)
+        raise AdapterNotFoundError(f"there is no adapter {id[:200]!r}: names on the hub have the form org/name")
+
+    def _locate_s3(self, id: str, revision: str) -> Origin:
+        if self._s3 is None:
+            raise AdapterNotFoundError("this server has no adapters in S3 (--adapters-s3)")
+        return self._s3.locate(id, revision)
 
     def _locate_local(self, id: str, revision: str) -> Origin:
         if self._local is None:

@@ -11,6 +11,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -26,13 +27,16 @@ from loraplex_shard.lora.transfer import Transfer
 from loraplex_shard.lora.weights import AdapterWeights
 from loraplex_shard.metrics import ShardMetrics
 
+if TYPE_CHECKING:
+    from loraplex_shard.lora.s3 import S3Source
+
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class StagedAdapter:
     digest: str  # sha256 over the adapter's files, in hex; of a merged one, what the router named it
-    source: str  # "local", "hub" or "merged"
+    source: str  # "local", "s3", "hub" or "merged"
     revision: str  # the hub's commit; empty for any other adapter
     lora_rank: int  # the largest of its modules
     size_bytes: int  # of this rank's part
@@ -55,12 +59,13 @@ class AdapterStore:
         architecture: str,
         hub: HubSource | None = None,
         metrics: ShardMetrics | None = None,
+        s3: "S3Source | None" = None,
     ) -> None:
         self._layouts = tuple(layouts)
         self._dtype = dtype
         self._transfer = Transfer(device)
         self._architecture = architecture
-        self._sources = Sources(directory, hub or HubSource())
+        self._sources = Sources(directory, hub or HubSource(), s3)
         self._metrics = metrics or ShardMetrics()
         self._metrics.watch_adapters(self._count, self._count_host_bytes)
         self._lock = Lock()  # guards the four below; held for no longer than a look-up

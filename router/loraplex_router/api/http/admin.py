@@ -22,7 +22,7 @@ class Adapter(BaseModel):
     """Where an adapter comes from, as in generation.proto."""
 
     id: str
-    source: str = Field(default="", description="local, hub, or empty: whichever has it, local first.")
+    source: str = Field(default="", description="local, s3, hub, or empty: the first of them that has it.")
     revision: str = Field(default="", description="Branch, tag or commit of a hub repository.")
     token: str = Field(default="", description="For a private hub repository. Never logged.")
 

@@ -34,7 +34,7 @@ class MergedAdapters(BaseModel):
 
 class Parameters(BaseModel):
     adapter_id: str | None = Field(default=None, description="An adapter's name; absent: the base model.")
-    adapter_source: str | None = Field(default=None, description="local or hub; absent: whichever has it, local first.")
+    adapter_source: str | None = Field(default=None, description="local, s3 or hub; absent: the first that has it.")
     merged_adapters: MergedAdapters | None = None
     api_token: str | None = Field(default=None, description="For a private adapter's hub. Absent: the bearer token.")
     best_of: Uint32 | None = Field(default=None, description="Sample so many sequences, answer with the likeliest.")

@@ -1,0 +1,124 @@
+"""Adapters in S3, or in a store that speaks like it: an id is a folder's name under one bucket and prefix.
+
+Credentials, region and endpoint are the server's, found as every AWS program finds them (AWS_* variables, a pod's
+role, ...). They appear in no message.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import boto3
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+
+from loraplex_protos.errors import AdapterError, AdapterForbiddenError, AdapterNotFoundError, AdapterSourceError
+from loraplex_shard.lora.files import CONFIG, PICKLE, SIZE_LIMITS, TENSORS, AdapterFiles, check_names, check_size
+from loraplex_shard.lora.local import is_id
+
+_CHUNK = 2**24
+
+
+@dataclass(frozen=True, slots=True)
+class S3Origin:
+    """One state of one adapter's two objects. Equal origins have equal contents."""
+
+    id: str
+    bucket: str
+    folder: str
+    etags: tuple[str, str]  # of config and tensors
+    client: Any = field(repr=False, compare=False)
+
+    @property
+    def source(self) -> str:
+        return "s3"
+
+    @property
+    def revision(self) -> str:
+        return ""
+
+    def read(self) -> AdapterFiles:
+        config, tensors = (self._get(name, etag) for name, etag in zip((CONFIG, TENSORS), self.etags, strict=True))
+        return AdapterFiles(config=bytes(config), tensors=tensors)
+
+    def _get(self, name: str, etag: str) -> bytearray:
+        with _typed_errors(self.id):
+            answer = self.client.get_object(Bucket=self.bucket, Key=f"{self.folder}/{name}", IfMatch=etag)
+            check_size(name, answer["ContentLength"])
+            data = bytearray()
+            for chunk in answer["Body"].iter_chunks(_CHUNK):
+                data += chunk
+            return data
+
+
+class S3Source:
+    """The adapters under `url`, s3://BUCKET or s3://BUCKET/PREFIX."""
+
+    def __init__(self, url: str, timeout_s: float = 10.0) -> None:
+        self._bucket, _, prefix = url.removeprefix("s3://").partition("/")
+        self._prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
+        config = Config(connect_timeout=timeout_s, read_timeout=timeout_s, retries={"total_max_attempts": 3})
+        self._client = boto3.client("s3", config=config)
+
+    def locate(self, id: str, revision: str) -> S3Origin:
+        """Asks for the state of both objects.
+
+        Raises AdapterNotFoundError, AdapterForbiddenError, AdapterSourceError, and AdapterInvalidError for a folder
+        that holds no adapter or too large a one.
+        """
+        if revision:
+            raise AdapterNotFoundError(f"{id[:200]!r} is looked for in S3, where there are no revisions")
+        if not is_id(id):
+            raise AdapterNotFoundError(f"{id[:200]!r} is no name that an adapter in S3 can have")
+        folder = f"{self._prefix}{id}"
+        with _typed_errors(id):
+            etags = {name: etag for name in (CONFIG, TENSORS) if (etag := self._etag(folder, name))}
+            if not etags:
+                raise AdapterNotFoundError(f"S3 has no adapter {id!r}")
+            pickled = {PICKLE} if TENSORS not in etags and self._etag(folder, PICKLE) else set()
+        check_names(frozenset(etags.keys() | pickled))
+        return S3Origin(id, self._bucket, folder, (etags[CONFIG], etags[TENSORS]), self._client)
+
+    def _etag(self, folder: str, name: str) -> str | None:
+        """The state of an object; None if there is none. Raises AdapterInvalidError if it is too large."""
+        try:
+            answer = self._client.head_object(Bucket=self._bucket, Key=f"{folder}/{name}")
+        except ClientError as error:
+            if _status(error) == 404:
+                return None
+            raise
+        if name in SIZE_LIMITS:
+            check_size(name, answer["ContentLength"])
+        return str(answer["ETag"])
+
+
+@contextmanager
+def _typed_errors(id: str) -> Iterator[None]:
+    try:
+        yield
+    except AdapterError:
+        raise
+    except ClientError as error:
+        raise _from_status(id, _status(error)) from error
+    except (BotoCoreError, OSError) as error:  # no connection, a timeout, no credentials
+        raise AdapterSourceError(f"S3 did not hand over {id!r}: {type(error).__name__}") from error
+
+
+def _status(error: ClientError) -> int:
+    return int(error.response["ResponseMetadata"]["HTTPStatusCode"])
+
+
+def _from_status(id: str, status: int) -> AdapterError:
+    match status:
+        case 403:
+            return AdapterForbiddenError(
+                f"S3 does not let this server read {id!r}; without the right to list the bucket it says so of what is"
+                " not there, too"
+            )
+        case 404:
+            return AdapterNotFoundError(f"S3 has no adapter {id!r}, or no such bucket")
+        case 412:
+            return AdapterSourceError(f"the files of {id!r} changed while they were read: try again")
+        case _:
+            return AdapterSourceError(f"S3 answered {status} for {id!r}")
