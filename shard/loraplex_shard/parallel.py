@@ -3,6 +3,7 @@
 Knows nothing of layers: a layer asks for its slice and for its one collective.
 """
 
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -12,6 +13,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from loraplex_protos.errors import LoraplexError
+from loraplex_shard.ops.cpu.collectives import SharedMemory
+from loraplex_shard.ops.cpu.operations import KINDS
 
 
 class GroupSizeError(LoraplexError):
@@ -21,25 +24,38 @@ class GroupSizeError(LoraplexError):
 class Group:
     """This process's place among the ranks. A group of size 1 needs no process group and does nothing.
 
-    The collectives must be called by all ranks in the same order, from one thread.
+    The collectives must be called by all ranks in the same order, from one thread. They raise once a rank is lost.
     """
 
-    def __init__(self, rank: int, size: int) -> None:
+    def __init__(self, rank: int, size: int, shared: SharedMemory | None = None) -> None:
+        """`shared`: where the ranks are on one host, what serves them better than their process group."""
         assert 0 <= rank < size
         self.rank = rank
         self.size = size
+        self._shared = shared
 
     @classmethod
-    def connect(cls, rank: int, size: int, rendezvous_url: str, device: torch.device) -> Self:
-        """Joins the group; returns when all ranks have. `rendezvous_url` is one that torch.distributed knows."""
-        if size > 1:
-            backend = "nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, init_method=rendezvous_url, rank=rank, world_size=size)
-        return cls(rank, size)
+    def connect(
+        cls, rank: int, size: int, rendezvous_url: str, device: torch.device, kernels: ctypes.CDLL | None
+    ) -> Self:
+        """Joins the group; returns when all ranks have. `rendezvous_url` is one that torch.distributed knows.
+
+        kernels: those of the CPU (ops/cpu/library.py), if there are any.
+        """
+        if size == 1:
+            return cls(rank, size)
+        on_cpu = device.type == "cpu"
+        backend = "gloo" if on_cpu else "nccl"
+        dist.init_process_group(backend, init_method=rendezvous_url, rank=rank, world_size=size)
+        return cls(rank, size, SharedMemory.connect(rank, size, kernels) if on_cpu else None)
 
     def all_reduce_(self, tensor: torch.Tensor) -> None:
-        """Replaces `tensor` by its sum over all ranks."""
-        if self.size > 1:
+        """Replaces `tensor` by its sum over all ranks, which is the same on all of them."""
+        if self.size == 1:
+            return
+        if self._shared and tensor.dtype in KINDS:
+            self._shared.all_reduce_(tensor)
+        else:
             dist.all_reduce(tensor)
 
     def gather(self, tensor: torch.Tensor, widths: Sequence[int]) -> torch.Tensor | None:
@@ -47,6 +63,8 @@ class Group:
         assert tensor.shape[1] == widths[self.rank]
         if self.size == 1:
             return tensor
+        if self._shared:
+            return self._shared.gather(tensor, widths)
         padded = F.pad(tensor, (0, max(widths) - tensor.shape[1])).contiguous()
         if self.rank != 0:
             dist.gather(padded, dst=0)
@@ -57,11 +75,17 @@ class Group:
 
     def broadcast_(self, tensor: torch.Tensor) -> None:
         """Replaces `tensor` by rank 0's."""
-        if self.size > 1:
+        if self.size == 1:
+            return
+        if self._shared:
+            self._shared.broadcast_(tensor)
+        else:
             dist.broadcast(tensor, src=0)
 
     def close(self) -> None:
         """Leaves the group."""
+        if self._shared:
+            self._shared.leave()
         if self.size > 1:
             dist.destroy_process_group()
 

@@ -1,5 +1,6 @@
 """A shard process: loads one rank of the model, then serves it. The port opens once the model is loaded."""
 
+import ctypes
 import logging
 import signal
 import sys
@@ -25,7 +26,7 @@ from loraplex_shard.layers.sources import Target
 from loraplex_shard.lora.store import AdapterStore
 from loraplex_shard.models import load_decoder
 from loraplex_shard.models.architectures import read_spec
-from loraplex_shard.ops.choose import choose_operations
+from loraplex_shard.ops.choose import choose_operations, load_kernels
 from loraplex_shard.parallel import Group
 from loraplex_shard.runner import Runner
 from loraplex_shard.service import ShardService
@@ -70,14 +71,15 @@ def run(settings: ShardSettings, progress: Progress | None = None) -> None:
     checkpoint = open_checkpoint(settings.model, settings.revision, None)
     read_spec(checkpoint.architecture, checkpoint.config)  # refuses what is not served before anything is waited for
     device = machine.pick_device(settings.rank)
-    group = Group.connect(settings.rank, settings.tp, settings.rendezvous, device)
+    kernels = load_kernels(device, settings.kernels)
+    group = Group.connect(settings.rank, settings.tp, settings.rendezvous, device, kernels)
     # Only now, since the wait for the other ranks would not be interrupted by a handler.
     for number in signal.SIGTERM, signal.SIGINT:
         signal.signal(number, _exit)
     step_failed = threading.Event()
     try:
         with open_telemetry(settings) as telemetry:
-            service = _load(settings, checkpoint, group, device, progress, step_failed, telemetry)
+            service = _load(settings, checkpoint, group, device, kernels, progress, step_failed, telemetry)
             server, states = start(service, settings.listen, server_credentials(settings))
             logger.info("rank %d of %d serves at %s", settings.rank, settings.tp, settings.listen)
             try:
@@ -120,13 +122,14 @@ def _load(
     checkpoint: Checkpoint,
     group: Group,
     device: torch.device,
+    kernels: ctypes.CDLL | None,
     progress: Progress | None,
     step_failed: threading.Event,
     telemetry: Telemetry,
 ) -> ShardService:
     dtype = machine.pick_dtype(settings.dtype, checkpoint.config, device)
     max_model_len = machine.longest_context(settings, checkpoint.config)
-    ops = choose_operations(device, dtype, settings.kernels)
+    ops = choose_operations(dtype, kernels)
     target = Target(dtype, device, machine.pick_quantize(settings.quantize, checkpoint))
     decoder = load_decoder(checkpoint, group, ops, target, max_model_len, progress)
     kv_dtype = torch.int8 if settings.kv_dtype == "int8" else dtype

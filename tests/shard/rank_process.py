@@ -1,6 +1,7 @@
 """One rank of the tensor-parallel tests: `python -m tests.shard.rank_process RANK DIRECTORY`.
 
-Takes part in a group of each size from 2 to 4, on each checkpoint in DIRECTORY; rank 0 writes the logits.
+Takes part in a group of each size from 2 to 4, on each checkpoint in DIRECTORY; rank 0 writes the logits. The groups of
+the checkpoint "llama" have nothing but gloo, the others share memory.
 """
 
 import sys
@@ -11,8 +12,10 @@ from safetensors.torch import save_file
 
 from loraplex_shard.batch import Segment
 from loraplex_shard.models import Decoder
+from loraplex_shard.ops.choose import load_kernels
 from loraplex_shard.parallel import Group
-from tests.shard.decoders import Sequences, adapter_for, load
+from tests.shard.decoders import CPU, Sequences, adapter_for, load
+from tests.shard.operations import kernels_directory
 
 SIZES = 2, 3, 4
 
@@ -27,6 +30,7 @@ def run(decoder: Decoder) -> torch.Tensor | None:
 
 
 def check_collectives(group: Group) -> None:
+    """With kernels or without, whatever the sizes are; float16 has no kernels."""
     for dtype in torch.float32, torch.bfloat16, torch.float16:
         summed = torch.full((3,), group.rank + 1, dtype=dtype)
         group.all_reduce_(summed)
@@ -34,6 +38,9 @@ def check_collectives(group: Group) -> None:
     chosen = torch.tensor([group.rank, 7])
     group.broadcast_(chosen)
     assert chosen.tolist() == [0, 7]
+    gathered = group.gather(torch.full((2, group.rank + 1), group.rank), range(1, group.size + 1))
+    expected = [rank for rank in range(group.size) for _ in range(rank + 1)]
+    assert gathered is None if group.rank else gathered.tolist() == [expected] * 2
 
 
 def main(rank: int, directory: Path) -> None:
@@ -42,7 +49,8 @@ def main(rank: int, directory: Path) -> None:
     for size in (size for size in SIZES if rank < size):
         for checkpoint in sorted(path for path in directory.iterdir() if path.is_dir()):
             rendezvous = f"file://{directory}/{checkpoint.name}-{size}.rendezvous"
-            group = Group.connect(rank, size, rendezvous, torch.device("cpu"))
+            kernels = None if checkpoint.name == "llama" else load_kernels(CPU, kernels_directory())
+            group = Group.connect(rank, size, rendezvous, CPU, kernels)
             logits = run(load(checkpoint, group=group))
             check_collectives(group)
             group.close()

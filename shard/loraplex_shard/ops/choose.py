@@ -1,5 +1,6 @@
 """Which implementation of the operations this machine gets."""
 
+import ctypes
 import logging
 from pathlib import Path
 
@@ -13,18 +14,19 @@ from loraplex_shard.ops.reference import ReferenceOperations
 logger = logging.getLogger(__name__)
 
 
-def choose_operations(device: torch.device, dtype: torch.dtype, directory: Path | None) -> Operations:
-    """On a CPU the compiled kernels, else plain torch.
-
-    They are built into `directory` (see library.build) if they are not there yet, and run on as many threads as torch
-    has now. There are none for float16 on a CPU.
-    """
-    if device.type != "cpu" or dtype == torch.float16:
-        return ReferenceOperations()
+def load_kernels(device: torch.device, directory: Path | None) -> ctypes.CDLL | None:
+    """The compiled kernels, on a CPU; built into `directory` (see library.build) if they are not there yet."""
+    if device.type != "cpu":
+        return None
     name = instruction_set()
     try:
         path = build(directory, name, lambda: logger.info("compiling the CPU kernels for %s (once)", name))
     except KernelsError as error:
         logger.warning("%s. Operations run in plain torch, which takes several times as long", error.message)
-        return ReferenceOperations()
-    return CpuOperations(load(path))
+        return None
+    return load(path)
+
+
+def choose_operations(dtype: torch.dtype, kernels: ctypes.CDLL | None) -> Operations:
+    """The kernels, on as many threads as torch has now, else plain torch. There are none for float16."""
+    return ReferenceOperations() if kernels is None or dtype == torch.float16 else CpuOperations(kernels)

@@ -31,6 +31,9 @@ INSTRUCTION_SETS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "portable": ((), ()),
 }
 
+# The functions that return a number; the others return nothing.
+WITH_RESULTS = ("quantized_bytes", "all_reduce", "broadcast", "gather")
+
 
 class KernelsError(LoraplexError):
     """The kernels could not be compiled. The message says why."""
@@ -85,10 +88,14 @@ def load(path: Path) -> ctypes.CDLL:
         "rotate_and_write": (i, i, n, p, n, n, n, n, p, f, p, p, p, p, p, p, p, p),
         "paged_attention": (i, i, p, n, n, n, n, f, f, n, p, p, p, p, n, p, p, p, n, p),
         "run": (p, n, n),
+        "all_reduce": (p, i, n, p),
+        "broadcast": (p, n, p),
+        "gather": (p, n, p, p, p),
+        "leave_group": (p,),
     }.items():
         function = getattr(library, name)
         function.argtypes = arguments
-        function.restype = n if name == "quantized_bytes" else None
+        function.restype = n if name in WITH_RESULTS else None
     return library
 
 

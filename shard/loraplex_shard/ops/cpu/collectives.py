@@ -1,0 +1,162 @@
+"""Collectives of ranks on one host over shared memory, by the kernels in csrc/collectives.cpp.
+
+They take some microseconds where a socket takes hundreds. The ranks find each other over a process group that exists.
+"""
+
+import ctypes
+import fcntl
+import hashlib
+import mmap
+import os
+import secrets
+import socket
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Self
+
+import torch
+import torch.distributed as dist
+
+from loraplex_protos.errors import LoraplexError
+from loraplex_shard.ops.cpu.operations import KINDS
+
+SHARED = Path("/dev/shm")
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+# Of the state of a rank, which csrc/collectives.cpp keeps before all slots.
+STATE_BYTES = 128
+# What a rank hands to the others at once: small enough to stay in a processor's cache.
+SLOT_BYTES = 128 << 10
+# Seconds that a rank may come later to a collective than another. Ranks that are lost are noticed at once; this is for
+# one that waits for something else, and long, since ranks load the model between two collectives.
+PATIENCE = 300.0
+
+
+class LostRankError(LoraplexError):
+    """A rank did not come to a collective. The group cannot go on."""
+
+
+class Place(ctypes.Structure):
+    """A rank's place in the memory. csrc/collectives.cpp has the same fields."""
+
+    _fields_ = (
+        ("memory", ctypes.c_void_p),
+        ("rank", ctypes.c_long),
+        ("size", ctypes.c_long),
+        ("slot_bytes", ctypes.c_long),
+        ("fd", ctypes.c_long),
+        ("patience", ctypes.c_double),
+    )
+
+
+class SharedMemory:
+    """One rank's end of it. Tensors are contiguous and on the CPU.
+
+    All ranks make the same calls in the same order, from one thread. They raise LostRankError once a rank has left,
+    has died, or is `patience` seconds behind this one.
+    """
+
+    def __init__(self, rank: int, size: int, fd: int, kernels: ctypes.CDLL, patience: float) -> None:
+        """`fd`: a file of `memory_bytes(size)` zeros that all ranks have opened, each for itself. It is owned here."""
+        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank)  # held until this process ends: the others see it live
+        self._memory = mmap.mmap(fd, memory_bytes(size))  # not unmapped while a call on another thread may be in it
+        address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
+        self._place = Place(address, rank, size, SLOT_BYTES, fd, patience)
+        self._at = ctypes.byref(self._place)
+        self._kernels = kernels
+
+    @classmethod
+    def connect(cls, rank: int, size: int, kernels: ctypes.CDLL | None, patience: float = PATIENCE) -> Self | None:
+        """To be called on all ranks of the default process group. None on all of them if one has no kernels or is on
+        another host, or if there is no memory to share."""
+        if not _equal_on_all_ranks(_host() if kernels else "", size):
+            return None
+        assert kernels is not None
+        name = torch.frombuffer(bytearray(secrets.token_bytes(16)), dtype=torch.uint8)
+        created = _create(_path(name), memory_bytes(size)) if rank == 0 else None
+        try:
+            dist.broadcast(name, src=0)
+            shared = None
+            with suppress(OSError):
+                fd = os.open(_path(name), os.O_RDWR | os.O_NOFOLLOW)
+                shared = cls(rank, size, fd, kernels, patience)
+            mapped = torch.tensor(shared is not None, dtype=torch.int32)
+            dist.all_reduce(mapped, dist.ReduceOp.MIN)
+        finally:
+            if created:
+                _path(name).unlink()
+        return shared if mapped else None
+
+    def all_reduce_(self, tensor: torch.Tensor) -> None:
+        """Replaces `tensor`, float32 or bfloat16, by its sum over all ranks: the same bits on all of them."""
+        assert tensor.is_contiguous()
+        self._check(self._kernels.all_reduce(self._at, KINDS[tensor.dtype], tensor.numel(), tensor.data_ptr()))
+
+    def broadcast_(self, tensor: torch.Tensor) -> None:
+        """Replaces `tensor` by rank 0's."""
+        assert tensor.is_contiguous()
+        self._check(self._kernels.broadcast(self._at, tensor.nbytes, tensor.data_ptr()))
+
+    def gather(self, tensor: torch.Tensor, widths: Sequence[int]) -> torch.Tensor | None:
+        """The ranks' tensors [n, widths[rank]] side by side on rank 0, None on the others."""
+        assert tensor.is_contiguous()
+        width_bytes = (ctypes.c_long * len(widths))(*(width * tensor.itemsize for width in widths))
+        gathered = tensor.new_empty((len(tensor), sum(widths))) if self._place.rank == 0 else None
+        out = None if gathered is None else gathered.data_ptr()
+        self._check(self._kernels.gather(self._at, len(tensor), width_bytes, tensor.data_ptr(), out))
+        return gathered
+
+    def leave(self) -> None:
+        """Lets a collective that is under way fail, on all ranks. There must be no other one after it."""
+        self._kernels.leave_group(self._at)
+
+    def _check(self, result: int) -> None:
+        if result > 0:
+            raise LostRankError(f"rank {result - 1} has left the tensor-parallel group: start all its ranks again")
+        if result < 0:
+            raise LostRankError(
+                f"rank {-result - 1} is more than {self._place.patience:g} s behind rank {self._place.rank} "
+                "of its tensor-parallel group: start all its ranks again"
+            )
+
+
+def memory_bytes(size: int) -> int:
+    """What a group of so many ranks shares: their states and two slots of each."""
+    return size * (STATE_BYTES + 2 * SLOT_BYTES)
+
+
+def _path(name: torch.Tensor) -> Path:
+    return SHARED / f"loraplex-{bytes(name.tolist()).hex()}"
+
+
+def _create(path: Path, size: int) -> bool:
+    """Makes the file, of zeros, if there is room for it."""
+    try:
+        fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+    except OSError:
+        return False
+    try:
+        os.posix_fallocate(fd, 0, size)  # a file that only claims its size would kill whoever writes to it
+    except OSError:
+        path.unlink()
+        return False
+    finally:
+        os.close(fd)
+    return True
+
+
+def _host() -> str:
+    """Differs between hosts, and between containers of one. Empty where it cannot be known."""
+    try:
+        return f"{socket.gethostname()} {BOOT_ID.read_text()}"
+    except OSError:
+        return ""
+
+
+def _equal_on_all_ranks(text: str, size: int) -> bool:
+    """Whether all ranks have this text, and it is not empty."""
+    digest = hashlib.sha256(text.encode()).digest() if text else bytes(32)
+    own = torch.frombuffer(bytearray(digest), dtype=torch.uint8)
+    digests = [torch.empty_like(own) for _ in range(size)]
+    dist.all_gather(digests, own)
+    return all(bool(other.any()) and torch.equal(other, own) for other in digests)

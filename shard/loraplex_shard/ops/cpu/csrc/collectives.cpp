@@ -1,0 +1,190 @@
+// Collectives of processes on one host, over memory that they share. All ranks make the same calls in the same order.
+//
+// Data goes through in rounds. In a round each rank copies a piece of its data into its slot, says so, and waits until
+// all have; then it reads the others' slots. Slots are double: a rank that fills one for round n + 2 has met the others
+// in round n + 1, so all of them are done reading round n. Hence a round needs no second wait.
+
+#include "common.h"
+
+#include <atomic>
+#include <ctime>
+#include <fcntl.h>
+#include <sched.h>
+#include <unistd.h>
+
+namespace loraplex {
+namespace {
+
+constexpr int SPINS = 500;             // looks at a rank's state before the core is offered to others, some 10 us
+constexpr double YIELDING = 2e-3;      // seconds of offering, before sleeping
+constexpr useconds_t NAP = 50;         // microseconds of a sleep: another rank is busy, or lost
+constexpr long DONE = 0;
+
+struct alignas(128) State {  // of a rank; the memory begins with these, zeroed
+    std::atomic<std::uint64_t> round;
+    std::atomic<bool> left;
+};
+
+struct Place {  // of a rank; collectives.py has the same fields
+    char* memory;
+    long rank, size;
+    long slot_bytes;
+    long fd;  // of the memory's file; each rank holds a lock on the byte of its number for as long as it lives
+    double patience;  // seconds that a rank may be behind this one
+};
+
+double now() {
+    timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return double(time.tv_sec) + 1e-9 * double(time.tv_nsec);
+}
+
+inline void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+}
+
+class Rounds {
+public:
+    explicit Rounds(const Place& place)
+        : place_(place),
+          states_((State*)place.memory),
+          round_(states_[place.rank].round.load(std::memory_order_relaxed) + 1) {}
+
+    // The slot of a rank in this round: one's own may be filled until `meet`, the others' may be read after it.
+    char* slot(long rank) const {
+        long number = long(round_ % 2) * place_.size + rank;
+        return place_.memory + place_.size * long(sizeof(State)) + number * place_.slot_bytes;
+    }
+
+    // Waits for all ranks. DONE, 1 + the rank that is gone, or -1 - the rank that is late.
+    long meet() const {
+        states_[place_.rank].round.store(round_, std::memory_order_release);
+        for (long rank = 0; rank < place_.size; rank++)
+            if (long lost = wait_for(rank)) return lost;
+        return DONE;
+    }
+
+    void next() { round_++; }
+
+private:
+    long wait_for(long rank) const {
+        for (int spin = 0; spin < SPINS; spin++) {
+            if (arrived(rank)) return DONE;
+            pause();
+        }
+        for (double began = now(); !arrived(rank);) {
+            double waited = now() - began;
+            if (waited < YIELDING) {
+                sched_yield();  // the rank may need this very core
+                continue;
+            }
+            if (gone(rank)) return arrived(rank) ? DONE : 1 + rank;  // it may have left after the round
+            if (gone(place_.rank)) return 1 + place_.rank;           // another thread closes the group
+            if (waited > place_.patience) return -1 - rank;
+            usleep(NAP);
+        }
+        return DONE;
+    }
+
+    bool arrived(long rank) const { return states_[rank].round.load(std::memory_order_acquire) >= round_; }
+
+    bool gone(long rank) const {
+        if (states_[rank].left.load(std::memory_order_acquire)) return true;
+        if (rank == place_.rank) return false;  // a process does not see its own locks
+        struct flock lock = {};
+        lock.l_type = F_WRLCK;
+        lock.l_whence = SEEK_SET;
+        lock.l_start = rank;
+        lock.l_len = 1;
+        return fcntl(int(place_.fd), F_GETLK, &lock) != 0 || lock.l_type == F_UNLCK;
+    }
+
+    const Place& place_;
+    State* states_;
+    std::uint64_t round_;
+};
+
+template <class T>
+long all_reduce(const Place& place, long count, T* data) {
+    long most = place.slot_bytes / long(sizeof(T));
+    Rounds rounds(place);
+    for (long begin = 0; begin < count; begin += most, rounds.next()) {
+        long length = count - begin < most ? count - begin : most;
+        T* piece = data + begin;
+        std::memcpy(rounds.slot(place.rank), piece, length * sizeof(T));
+        if (long lost = rounds.meet()) return lost;
+        for (long i = 0; i < length; i += LANES) {
+            int lanes = int(length - i < LANES ? length - i : LANES);
+            Floats sum = load_first((const T*)rounds.slot(0) + i, lanes);
+            for (long rank = 1; rank < place.size; rank++)
+                sum = sum + load_first((const T*)rounds.slot(rank) + i, lanes);
+            store_first(piece + i, sum, lanes);
+        }
+    }
+    return DONE;
+}
+
+// Copies bytes [begin, end) of a matrix with rows of `width` bytes to one whose rows are `stride` bytes apart.
+void copy_to_rows(const char* piece, long begin, long end, long width, char* out, long stride) {
+    while (begin < end) {
+        long column = begin % width;
+        long length = width - column < end - begin ? width - column : end - begin;
+        std::memcpy(out + begin / width * stride + column, piece, length);
+        begin += length;
+        piece += length;
+    }
+}
+
+}  // namespace
+}  // namespace loraplex
+
+using namespace loraplex;
+
+// data [count] becomes its sum over all ranks, added up in float32 in the order of the ranks: the same bits on each.
+EXPORT long all_reduce(const Place* place, int kind, long count, void* data) {
+    long result = DONE;
+    with_type(kind, [&](auto* t) { result = loraplex::all_reduce(*place, count, (decltype(t))data); });
+    return result;
+}
+
+// data becomes rank 0's.
+EXPORT long broadcast(const Place* place, long bytes, char* data) {
+    Rounds rounds(*place);
+    for (long begin = 0; begin < bytes; begin += place->slot_bytes, rounds.next()) {
+        long length = bytes - begin < place->slot_bytes ? bytes - begin : place->slot_bytes;
+        if (place->rank == 0) std::memcpy(rounds.slot(0), data + begin, length);
+        if (long lost = rounds.meet()) return lost;
+        if (place->rank != 0) std::memcpy(data + begin, rounds.slot(0), length);
+    }
+    return DONE;
+}
+
+// The ranks' matrices, of `rows` rows of widths[rank] bytes, side by side in `out`, which only rank 0 has.
+EXPORT long gather(const Place* place, long rows, const long* widths, const char* data, char* out) {
+    long widest = 0, stride = 0;
+    for (long rank = 0; rank < place->size; rank++) {
+        widest = widths[rank] > widest ? widths[rank] : widest;
+        stride += widths[rank];
+    }
+    auto end = [&](long begin, long rank) {
+        long whole = rows * widths[rank], piece = begin + place->slot_bytes;
+        return piece < whole ? piece : whole;
+    };
+    Rounds rounds(*place);
+    for (long begin = 0; begin < rows * widest; begin += place->slot_bytes, rounds.next()) {
+        long length = end(begin, place->rank) - begin;
+        if (length > 0) std::memcpy(rounds.slot(place->rank), data + begin, length);
+        if (long lost = rounds.meet()) return lost;
+        char* column = out;
+        for (long rank = 0; place->rank == 0 && rank < place->size; column += widths[rank++])
+            copy_to_rows(rounds.slot(rank), begin, end(begin, rank), widths[rank], column, stride);
+    }
+    return DONE;
+}
+
+// Says to the others that this rank makes no more calls; those that wait for it then fail, as does one under way here.
+EXPORT void leave_group(const Place* place) {
+    ((State*)place->memory)[place->rank].left.store(true, std::memory_order_release);
+}

@@ -1,0 +1,66 @@
+"""Ranks on one host compute together over shared memory, and notice it when one of them is lost."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.shard.sharing_process import LAST, SIZE
+
+Seen = list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
+    """What each of three ranks saw; the last one kills itself in the end."""
+    directory = tmp_path_factory.mktemp("sharing")
+    command = [sys.executable, "-m", "tests.shard.sharing_process"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    root = Path(__file__).parents[2]
+    ranks = [subprocess.Popen([*command, str(rank), str(directory)], cwd=root, env=environment) for rank in range(SIZE)]
+    try:
+        codes = [rank.wait(timeout=200) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    assert codes == [0] * LAST + [-signal.SIGKILL]
+    return [json.loads((directory / f"{rank}.json").read_text()) for rank in range(SIZE)]
+
+
+def test_all_ranks_have_the_same_bits_of_a_sum_whatever_its_size(seen: Seen) -> None:
+    assert [rank["wrong sums"] for rank in seen] == [[]] * SIZE
+
+
+def test_a_broadcast_brings_what_rank_0_has(seen: Seen) -> None:
+    assert all(rank["broadcast"] for rank in seen)
+
+
+def test_a_gather_puts_columns_side_by_side(seen: Seen) -> None:
+    assert all(rank["gather"] for rank in seen)
+
+
+def test_the_memory_has_no_name_once_all_have_mapped_it(seen: Seen) -> None:
+    names = seen[0]["names"]  # rank 0 removes it
+    assert len(names) == 4 and all(name.endswith(" (deleted)") for name in names)
+
+
+def test_ranks_on_two_hosts_do_not_share(seen: Seen) -> None:
+    assert [rank["two hosts share"] for rank in seen] == [False] * SIZE
+
+
+def test_nobody_shares_if_one_rank_has_no_kernels(seen: Seen) -> None:
+    assert [rank["without kernels on rank 1"] for rank in seen] == [False] * SIZE
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [("late", "rank 2 is more than 2 s behind"), ("left", "rank 2 has left"), ("died", "rank 2 has left")],
+)
+def test_the_others_fail_when_a_rank_does_not_come(how: str, message: str, seen: Seen) -> None:
+    assert all(message in rank[how] for rank in seen[:LAST])
