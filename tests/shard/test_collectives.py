@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from loraplex_shard.ops.cpu.library import build, instruction_set
+from tests.shard.operations import kernels_directory
 from tests.shard.sharing_process import LAST, SIZE
 
 Seen = list[dict[str, Any]]
@@ -19,6 +21,7 @@ Seen = list[dict[str, Any]]
 def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
     """What each of three ranks saw; the last one kills itself in the end."""
     directory = tmp_path_factory.mktemp("sharing")
+    build(kernels_directory(), instruction_set())  # not in the time that the ranks have
     command = [sys.executable, "-m", "tests.shard.sharing_process"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     root = Path(__file__).parents[2]

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import LlamaConfig, PreTrainedConfig, Qwen3Config
 
+from loraplex_shard.ops.cpu.library import build, instruction_set
 from loraplex_shard.parallel import GroupSizeError, cut_evenly, cut_heads
 from tests.shard.decoders import load, save_checkpoint
+from tests.shard.operations import kernels_directory
 from tests.shard.rank_process import SIZES, run
 
 # Nothing divides evenly: 9 heads in 3 groups, and odd numbers of MLP units and vocabulary entries.
@@ -53,6 +55,7 @@ def ranks_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def ranks_logits(ranks_directory: Path) -> dict[str, torch.Tensor]:
     """What rank 0 of each group computed, by checkpoint and size."""
+    build(kernels_directory(), instruction_set())  # not in the time that the ranks have
     command = [sys.executable, "-m", "tests.shard.rank_process"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     root = Path(__file__).parents[2]
