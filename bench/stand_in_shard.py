@@ -99,7 +99,7 @@ class StandInShard(ShardServiceServicer):
         for start in plan.starts:
             self._last[start.row] = start.tokens[-1]
         for row, slot, samples in zip(plan.rows, plan.slots, plan.samples, strict=True):
-            response.token_counts.append(samples)
+            response.token_counts.append(int(samples))
             if samples:
                 self._last[row] = (self._last[row] + slot + 1) % VOCABULARY
                 response.tokens.append(self._last[row])

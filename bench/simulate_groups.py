@@ -1,0 +1,161 @@
+"""`python -m bench.simulate_groups`: what adapter affinity saves, with many groups and adapters on one machine.
+
+The router's own placement, scheduling and adapter handling, over stand-in shards behind real gRPC. Adapters are asked
+for by a Zipf law; requests arrive at random times (Poisson). Round robin is the same router with another choice.
+"""
+
+import asyncio
+import random
+import statistics
+import tempfile
+from collections.abc import Iterable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from itertools import accumulate, count
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from matplotlib.figure import Figure
+
+from bench.stand_in_shard import StandInServer, StandInShard, Timing
+from loraplex_router.adapters.administration import Administration
+from loraplex_router.adapters.references import Reference
+from loraplex_router.adapters.registry import AdapterRegistry
+from loraplex_router.connections import Connections
+from loraplex_router.group import Group
+from loraplex_router.groups import Groups
+from loraplex_router.keys import Keys
+from loraplex_router.request import AdapterReference, Request
+from loraplex_router.service import Service
+from loraplex_router.settings import RouterSettings
+from loraplex_router.telemetry.opening import open_telemetry
+from loraplex_router.telemetry.telemetry import Telemetry
+
+TIMING = Timing(step=0.02, stage=0.05, load=0.05)
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    groups: int = 10
+    adapters: int = 5000
+    slots: int = 32  # on each group's device
+    host_mib: int = 200  # of each group, for adapters of 1 MiB
+    requests_per_second: float = 60
+    warm_up_seconds: float = 15
+    seconds: float = 30
+    tokens: int = 16
+    exponent: float = 1.0  # of the Zipf law
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Of the requests that count. `waits` is from a valid request to its first step, in seconds."""
+
+    staged: float  # adapters that had to be brought to host memory, per request
+    loaded: float  # and from there to a device
+    waits: list[float]
+
+    @property
+    def p99(self) -> float:
+        return statistics.quantiles(self.waits, n=100)[98]
+
+
+class RoundRobin(Groups):
+    """One group after the other, whatever they have."""
+
+    def __init__(self, telemetry: Telemetry, move_seconds: float) -> None:
+        super().__init__(telemetry, move_seconds)
+        self._turns = count()
+
+    def choose(self, reference: Reference | None, without: Iterable[Group] = ()) -> Group:
+        groups = sorted(self, key=lambda group: group.name)
+        return groups[next(self._turns) % len(groups)]
+
+
+async def simulate(kind: type[Groups], load: Load) -> Outcome:
+    """Runs a load's requests on a router of their own."""
+    async with AsyncExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        shards = [StandInShard(TIMING) for _ in range(load.groups)]
+        addresses = tuple(f"unix:{folder}/{number}" for number in range(load.groups))
+        for shard, address in zip(shards, addresses, strict=True):
+            await stack.enter_async_context(StandInServer(shard, address))
+        settings = RouterSettings(
+            shards=addresses, max_adapters_on_device=load.slots, adapter_host_gib=load.host_mib / 1024
+        )
+        telemetry = stack.enter_context(open_telemetry(settings))
+        registry, groups = AdapterRegistry(), kind(telemetry, move_seconds=1)
+        service = Service(groups, Administration(registry, groups), Keys({}), 100_000, telemetry)
+        connections = asyncio.create_task(Connections(settings, groups, registry, service, telemetry).run())
+        while len(list(groups)) < load.groups:
+            await asyncio.sleep(0.01)
+        await _send(service, load, load.warm_up_seconds, seed=0)
+        before = sum(shard.stages for shard in shards), sum(shard.loads for shard in shards)
+        waits = await _send(service, load, load.seconds, seed=1)
+        stages, loads = sum(shard.stages for shard in shards), sum(shard.loads for shard in shards)
+        connections.cancel()
+        await asyncio.gather(connections, return_exceptions=True)
+        return Outcome((stages - before[0]) / len(waits), (loads - before[1]) / len(waits), waits)
+
+
+async def _send(service: Service, load: Load, seconds: float, seed: int) -> list[float]:
+    """Requests for so long; their waits once all are answered."""
+    chance, loop = random.Random(seed), asyncio.get_running_loop()
+    weights = list(accumulate(rank**-load.exponent for rank in range(1, load.adapters + 1)))
+    requests: list[asyncio.Task[float]] = []
+    began, due = loop.time(), 0.0
+    while (due := due + chance.expovariate(load.requests_per_second)) < seconds:
+        await asyncio.sleep(began + due - loop.time())
+        (number,) = chance.choices(range(load.adapters), cum_weights=weights)
+        requests.append(asyncio.create_task(_wait(service, f"adapter-{number}", load.tokens)))
+    return await asyncio.gather(*requests)
+
+
+async def _wait(service: Service, adapter: str, tokens: int) -> float:
+    request = Request(prompt=(1,), adapter=AdapterReference(adapter, "local"), max_new_tokens=tokens)
+    generation = await service.generate(request)
+    try:
+        await generation.collect()
+    finally:
+        service.leave(generation)
+    assert generation.started is not None
+    return generation.started - generation.validated
+
+
+def draw(outcomes: dict[str, Outcome], path: Path) -> None:
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    loads, waits = figure.subplots(1, 2)
+    for place, (name, outcome) in enumerate(outcomes.items()):
+        in_place = [100 * (1 - outcome.loaded), 100 * (1 - outcome.staged)]
+        bars = loads.bar([x + 0.4 * place - 0.2 for x in range(2)], in_place, 0.36, label=name)
+        loads.bar_label(bars, fmt="%.0f %%")
+        milliseconds = [1000 * wait for wait in sorted(outcome.waits)]
+        percents = [100 * (number + 1) / len(milliseconds) for number in range(len(milliseconds))]
+        waits.plot(milliseconds, percents, label=f"{name}: p99 {1000 * outcome.p99:.0f} ms")
+    loads.set(xticks=range(2), xticklabels=["on the device", "in host memory"], ylim=(0, 110))
+    loads.set_title("Requests whose adapter is in place, %", fontsize=10)
+    waits.set(xscale="log", xlabel="ms", ylim=(0, 101))
+    waits.set_title("Requests that wait no longer for their first step, %", fontsize=10)
+    for axes in (loads, waits):
+        axes.legend(fontsize=8, loc="lower right")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, metadata={"Date": None})
+
+
+def main(
+    seconds: Annotated[float, typer.Option(help="How long each of the two is measured.")] = 30,
+    plot: Annotated[Path, typer.Option(help="Where to draw it.")] = Path("docs/affinity.svg"),
+) -> None:
+    """Compare affinity with round robin."""
+    load = Load(seconds=seconds)
+    kinds = {"affinity": Groups, "round robin": RoundRobin}
+    outcomes = {name: asyncio.run(simulate(kind, load)) for name, kind in kinds.items()}
+    for name, outcome in outcomes.items():
+        in_place = f"{1 - outcome.loaded:.1%} on the device, {1 - outcome.staged:.1%} in host memory"
+        typer.echo(f"{name}: {in_place}, p99 wait {1000 * outcome.p99:.0f} ms, {len(outcome.waits)} requests")
+    draw(outcomes, plot)
+
+
+if __name__ == "__main__":
+    typer.run(main)
