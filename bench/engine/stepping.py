@@ -20,7 +20,7 @@ from loraplex_shard.lora.weights import AdapterWeights
 from loraplex_shard.machine import BLOCK_SIZE
 from loraplex_shard.models import Decoder, load_decoder
 from loraplex_shard.ops.base import Heads
-from loraplex_shard.ops.choose import choose_operations
+from loraplex_shard.ops.choose import choose_operations, load_kernels
 from loraplex_shard.parallel import Group
 from loraplex_shard.runner import Runner
 from loraplex_shard.settings import Quantize
@@ -50,7 +50,7 @@ class Stepper:
         self.decoder: Decoder = load_decoder(
             checkpoint,
             Group(0, 1),
-            choose_operations(CPU, dtype, None),
+            choose_operations(dtype, load_kernels(CPU, None)),
             Target(dtype, CPU, quantize),
             MAX_MODEL_LEN,
         )
