@@ -22,7 +22,7 @@ from loraplex_shard.checkpoint import Checkpoint, open_checkpoint
 from loraplex_shard.layers.sources import SourcedLayer, Target
 from loraplex_shard.machine import BLOCK_SIZE
 from loraplex_shard.models import Decoder, load_decoder
-from loraplex_shard.ops.choose import choose_operations
+from loraplex_shard.ops.choose import choose_operations, load_kernels
 from loraplex_shard.parallel import Group
 from loraplex_shard.settings import Quantize
 
@@ -125,7 +125,7 @@ def table(results: dict[str, Quality], tokens: int) -> Table:
 
 
 def _load(checkpoint: Checkpoint, form: Form, length: int) -> Decoder:
-    ops = choose_operations(CPU, form.dtype, None)
+    ops = choose_operations(form.dtype, load_kernels(CPU, None))
     return load_decoder(checkpoint, Group(0, 1), ops, Target(form.dtype, CPU, form.quantize), length)
 
 
