@@ -138,7 +138,7 @@ def draw(outcomes: dict[str, Outcome], path: Path) -> None:
     waits.set(xscale="log", xlabel="ms", ylim=(0, 101))
     waits.set_title("Requests that wait no longer for their first step, %", fontsize=10)
     for axes in (loads, waits):
-        axes.legend(fontsize=8, loc="lower right")
+        axes.legend(fontsize=8, loc="upper left")
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, metadata={"Date": None})
 
