@@ -47,6 +47,7 @@ start() {
 stop() {  # COMMAND: SIGTERM; its exit status
     kill -TERM "$(cat "$state/$1")"
     wait "$2"
+    rm "$state/$1"
 }
 
 generate() {  # CONTAINER: until it succeeds
@@ -66,12 +67,12 @@ wrote_nothing() {
 }
 
 try() {
-    local shard router shard_job router_job megabytes
+    local shard_job router_job megabytes
     state=$(mktemp -d)
     chmod 777 "$state"
     shard=$(buildah from --pull-never "$SHARD")
     router=$(buildah from --pull-never "$ROUTER")
-    trap 'kill -KILL $(cat "$state"/{shard,router} 2> /dev/null) 2> /dev/null || true
+    trap 'kill -TERM $(cat "$state"/{shard,router} 2> /dev/null) 2> /dev/null || true
           buildah rm "$shard" "$router" > /dev/null; rm -r "$state"' EXIT
     megabytes=$(buildah run "$router" -- du --summarize --block-size=MB /opt | cut --fields=1)
     echo "the router's image adds $megabytes to its base"
