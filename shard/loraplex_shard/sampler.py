@@ -10,6 +10,7 @@ from functools import partial
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -28,8 +29,10 @@ PARAMETERS = np.dtype(
     ]
 )
 
-# How many tokens top_p and typical_p sort before they resort to sorting the whole vocabulary.
+# How many of the likeliest tokens are looked at before the whole vocabulary is.
 HEAD = 512
+# Every so many tokens are a strand, whose largest logit or sum stands for it while the strands are searched.
+STRAND = 16
 
 _GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
@@ -70,13 +73,12 @@ def sample(logits: Tensor, parameters: NDArray[np.void], history: History) -> Te
     top_k, top_p, min_p and typical_p apply in this order. A row that holds NaN yields some valid token.
     """
     logits = _penalized(logits, parameters, history)
-    tokens = logits.argmax(-1)
-    drawn = parameters["temperature"] > 0
-    if drawn.any():
-        index = torch.from_numpy(np.flatnonzero(drawn)).to(logits.device)
-        outputs = history.lengths[drawn] - history.prompt_lengths[drawn]
-        tokens[index] = _draw(warped(logits[index], parameters[drawn]), uniforms(parameters["seed"][drawn], outputs))
-    return tokens
+    index = np.flatnonzero(parameters["temperature"] > 0)
+    if not len(index):
+        return _likeliest_one(logits)
+    outputs = history.lengths[index] - history.prompt_lengths[index]
+    drawn = _sample(_rows(logits, index), parameters[index], uniforms(parameters["seed"][index], outputs))
+    return drawn if len(index) == len(logits) else _likeliest_one(logits).index_copy_(0, _on(index, logits), drawn)
 
 
 def logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -86,13 +88,13 @@ def logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
 
 def likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The `count` likeliest tokens of each row, best first, and their log probabilities: [n, count] each."""
-    best = logits.topk(count)
-    return best.indices, best.values - logits.logsumexp(-1, keepdim=True)
+    values, tokens = _largest(logits, count)
+    return tokens, values - logits.logsumexp(-1, keepdim=True)
 
 
 def warped(logits: Tensor, parameters: NDArray[np.void]) -> Tensor:
     """Logits with temperature applied and -inf for the tokens that are out. All temperatures are above 0."""
-    logits = _by_temperature(logits, _on_device(parameters["temperature"], logits))
+    logits = _by_temperature(logits, parameters)
     for stage, name, neutral in (
         (_keep_top_k, "top_k", 0),
         (_keep_top_p, "top_p", 1),
@@ -101,6 +103,26 @@ def warped(logits: Tensor, parameters: NDArray[np.void]) -> Tensor:
     ):
         logits = _apply(stage, logits, parameters[name] != neutral, parameters[name])
     return logits
+
+
+def head(logits: Tensor, parameters: NDArray[np.void]) -> tuple[Tensor, Tensor, Tensor]:
+    """What `warped` leaves of the HEAD likeliest tokens, without a look at the others wherever there is a top_k.
+
+    Returns their logits, but for a constant, and ids, [n, HEAD] each, and whether all other tokens are out [n]. Only
+    then is it the whole of what is left.
+    """
+    top_k, top_p, min_p = (parameters[name] for name in ("top_k", "top_p", "min_p"))
+    values, tokens = _largest(logits, min(HEAD, logits.shape[-1]))
+    values = _apply(_keep_top_k, _by_temperature(values, parameters), top_k != 0, top_k)
+    totals = values.logsumexp(-1, keepdim=True)
+    if (top_k == 0).any():
+        all_totals = _by_temperature(logits, parameters).logsumexp(-1, keepdim=True)
+        totals = torch.where(_on_device(top_k, logits) == 0, all_totals, totals)
+    values = _apply(_keep_top_p_of_logprobs, values - totals, top_p != 1, top_p)
+    values = _apply(_keep_min_p, values, min_p != 0, min_p)
+    # These stages keep what equals the least that they keep. So if the last of the head is out, the rest is.
+    whole = values[:, -1].isneginf() | (values.shape[-1] == logits.shape[-1])
+    return _apply(_keep_typical, values, parameters["typical_p"] != 1, parameters["typical_p"]), tokens, whole
 
 
 def uniforms(seeds: NDArray[np.uint64], counters: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -117,12 +139,76 @@ def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return values ^ (values >> np.uint64(31))
 
 
+def _sample(logits: Tensor, parameters: NDArray[np.void], uniform: NDArray[np.float64]) -> Tensor:
+    """Draws a token from each row: from its head where that is all that is left. It depends on the row alone."""
+    drawn = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+    wide = (parameters["top_k"] == 0) & (parameters["top_p"] == 1) & (parameters["min_p"] == 0)
+    if not wide.all():
+        index = np.flatnonzero(~wide)
+        values, tokens, whole = head(_rows(logits, index), parameters[index])
+        places = _draw(values, uniform[index])
+        drawn[_on(index, logits)] = tokens.gather(-1, places[:, None])[:, 0]
+        wide[index] = ~whole.cpu().numpy()
+    if wide.any():
+        index = np.flatnonzero(wide)
+        drawn[_on(index, logits)] = _draw(warped(_rows(logits, index), parameters[index]), uniform[index])
+    return drawn
+
+
+def _rows(tensor: Tensor, index: NDArray[np.int64]) -> Tensor:
+    """Some of its rows; without a copy if that is all of them."""
+    return tensor if len(index) == len(tensor) else tensor[_on(index, tensor)]
+
+
+def _on(index: NDArray[np.int64], tensor: Tensor) -> Tensor:
+    return torch.from_numpy(index).to(tensor.device)
+
+
+def _likeliest_one(logits: Tensor) -> Tensor:
+    if logits.device.type == "cpu":
+        return torch.from_numpy(logits.numpy().argmax(-1))  # a tenth of the time of torch's
+    return logits.argmax(-1)
+
+
+def _strands(tensor: Tensor, padding: float) -> Tensor:
+    """[n, vocab] -> [n, STRAND, strands], without a copy where that comes out even."""
+    short = -tensor.shape[-1] % STRAND
+    return (F.pad(tensor, (0, short), value=padding) if short else tensor).unflatten(-1, (STRAND, -1))
+
+
+def _of_strands(strands: Tensor, chosen: Tensor) -> Tensor:
+    """All tokens of the chosen ones [n, count]: [n, STRAND, count]."""
+    return strands.gather(2, chosen[:, None].expand(-1, STRAND, -1))
+
+
+def _largest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """topk of each row, sorted, with a search of few tokens: it lies in the `count` strands with the largest ones."""
+    strands = _strands(logits, -torch.inf)
+    if count >= strands.shape[-1]:
+        best = logits.topk(count)
+        return best.values, best.indices
+    chosen = strands.amax(1).topk(count, sorted=False).indices
+    best = _of_strands(strands, chosen).flatten(1).topk(count)
+    return best.values, best.indices // count * strands.shape[-1] + chosen.gather(1, best.indices % count)
+
+
 def _draw(logits: Tensor, uniform: NDArray[np.float64]) -> Tensor:
-    """Inverts each row's cumulative distribution at its number: [n] int64, never a token whose logit is -inf."""
-    cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
+    """Inverts each row's cumulative distribution at its number: [n] int64, never a token whose logit is -inf.
+
+    First that of the strands, then that of the tokens of the one which was found.
+    """
+    weights = _strands(logits.softmax(-1), 0)
+    cumulative = weights.sum(1).cumsum(-1, dtype=torch.float64)
     targets = torch.from_numpy(uniform).to(logits.device)[:, None] * cumulative[:, -1:]
     # Beyond the end only if the row held NaN.
-    return torch.searchsorted(cumulative, targets, right=True)[:, 0].clamp_(max=logits.shape[-1] - 1)
+    strand = torch.searchsorted(cumulative, targets, right=True).clamp_(max=cumulative.shape[-1] - 1)
+    inside = _of_strands(weights, strand)[:, :, 0]
+    sums = inside.cumsum(-1, dtype=torch.float64)
+    before = cumulative.gather(-1, strand) - sums[:, -1:]
+    place = torch.searchsorted(sums, (targets - before).clamp_(min=0), right=True)
+    # Rounding may leave the target at the end of the strand: then it is the last token that can be drawn.
+    last = torch.where(inside > 0, torch.arange(STRAND, device=inside.device), 0).amax(-1, keepdim=True)
+    return (torch.minimum(place, last) * weights.shape[-1] + strand)[:, 0].clamp_(max=logits.shape[-1] - 1)
 
 
 def _apply(stage: Stage, logits: Tensor, needed: NDArray[np.bool_], *columns: NDArray[np.generic]) -> Tensor:
@@ -177,9 +263,9 @@ def _counts(history: History, logits: Tensor, of_prompt: bool) -> Tensor:
     return counts.scatter_add_(1, tokens, inside.to(counts.dtype))
 
 
-def _by_temperature(logits: Tensor, temperature: Tensor) -> Tensor:
+def _by_temperature(logits: Tensor, parameters: NDArray[np.void]) -> Tensor:
     # Relative to the largest, so that a tiny temperature overflows to -inf only.
-    return (logits - logits.amax(-1, keepdim=True)) / temperature
+    return (logits - logits.amax(-1, keepdim=True)).div_(_on_device(parameters["temperature"], logits))
 
 
 def _keep_top_k(logits: Tensor, k: Tensor) -> Tensor:
@@ -192,6 +278,11 @@ def _keep_top_k(logits: Tensor, k: Tensor) -> Tensor:
 def _keep_top_p(logits: Tensor, p: Tensor) -> Tensor:
     """Keeps the likeliest tokens that add up to p (nucleus sampling, arXiv 1904.09751)."""
     return _keep_mass(logits, logits.softmax(-1), -logits, p)
+
+
+def _keep_top_p_of_logprobs(logprobs: Tensor, p: Tensor) -> Tensor:
+    """The same where the rows are some tokens of a distribution, by their log probabilities in it."""
+    return _keep_mass(logprobs, logprobs.exp(), -logprobs, p)
 
 
 def _keep_min_p(logits: Tensor, p: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
-from loraplex_shard.sampler import HEAD, PARAMETERS, History, likeliest, logprobs, sample, uniforms, warped
+from loraplex_shard.sampler import HEAD, PARAMETERS, History, head, likeliest, logprobs, sample, uniforms, warped
 
 VOCAB = 3 * HEAD
 GREEDY = {"temperature": 0, "top_p": 1, "typical_p": 1, "repetition_penalty": 1}
@@ -96,6 +96,36 @@ def test_each_row_is_warped_by_its_own_parameters() -> None:
         assert torch.equal(warped(logits, parameters(*each))[row], alone[0])
 
 
+@pytest.mark.parametrize(
+    "values",
+    [{"top_k": 5}, {"top_k": 600}, {"top_p": 0.6}, {"min_p": 0.1}, {"top_k": 50, "top_p": 0.7, "typical_p": 0.5}],
+)
+@pytest.mark.parametrize("scale", [0.1, 3, 20])
+@pytest.mark.parametrize("vocab", [HEAD - 1, VOCAB + 5, 40 * HEAD])
+def test_the_head_is_what_warping_leaves_or_says_that_it_is_not(
+    values: dict[str, float], scale: float, vocab: int
+) -> None:
+    # Rounded, so that many tokens equal the last one that is in.
+    logits = (random_logits(6, vocab, scale) * 8).round() / 8
+    each = parameters(*[{**RANDOM, **values}] * 6)
+    expected = warped(logits, each).softmax(-1)
+    logprobs_left, tokens, whole = head(logits, each)
+    found = torch.zeros_like(expected).scatter_(1, tokens, logprobs_left.softmax(-1))
+    assert torch.equal(whole, (expected > 0).sum(-1) < min(HEAD, vocab) + (vocab < HEAD))
+    torch.testing.assert_close(found[whole], expected[whole])
+
+
+@given(vocab=st.integers(1, 100), seed=st.integers(0, 99))
+def test_greedy_and_the_likeliest_are_argmax_and_topk_of_a_vocabulary_of_any_size(vocab: int, seed: int) -> None:
+    logits = random_logits(3, vocab, seed=seed).round()  # with ties
+    assert torch.equal(sample(logits, parameters(*[GREEDY] * 3), history(*[([0], 1)] * 3)), logits.argmax(-1))
+    count = 1 + seed % vocab
+    ids, values = likeliest(logits, count)
+    assert all(len(set(row)) == count for row in ids.tolist())
+    torch.testing.assert_close(values, logits.log_softmax(-1).topk(count).values)
+    torch.testing.assert_close(values, logprobs(logits.repeat_interleave(count, 0), ids.flatten()).view(3, count))
+
+
 def test_repetition_penalty_equals_transformers() -> None:
     logits = random_logits(2)
     sequences = ([5, 9, 9, 2], 2), ([VOCAB - 1, 0], 1)
@@ -166,8 +196,9 @@ def test_a_row_with_nan_yields_a_valid_token_and_spares_the_others() -> None:
 
 
 @pytest.mark.parametrize("values", [{}, {"temperature": 0.5}, {"top_k": 4}, {"top_p": 0.7}, {"typical_p": 0.5}])
-def test_tokens_come_as_often_as_their_probability_says(values: dict[str, float]) -> None:
-    draws, vocab = 20_000, 8
+@pytest.mark.parametrize("vocab", [8, 40])
+def test_tokens_come_as_often_as_their_probability_says(values: dict[str, float], vocab: int) -> None:
+    draws = 20_000
     logits = random_logits(1, vocab=vocab, scale=1.5, seed=2)
     each = np.repeat(parameters({**RANDOM, **values}), draws)
     each["seed"] = np.arange(draws)
@@ -178,7 +209,8 @@ def test_tokens_come_as_often_as_their_probability_says(values: dict[str, float]
     possible = expected > 0
     assert counts[~possible].sum() == 0
     chi_square = ((counts - expected)[possible] ** 2 / expected[possible]).sum()
-    assert chi_square < 30  # 7 degrees of freedom: one seed in 10,000 would exceed it
+    freedom = vocab - 1
+    assert chi_square < freedom + 6.2 * (2 * freedom) ** 0.5  # one seed in 10,000 would exceed it
 
 
 def test_a_sequence_draws_a_new_number_for_every_token() -> None:
