@@ -33,6 +33,7 @@ from loraplex_router.telemetry.opening import open_telemetry
 from loraplex_router.telemetry.telemetry import Telemetry
 
 TIMING = Timing(step=0.02, stage=0.05, load=0.05)
+MAX_LATE = 0.2  # seconds; a machine that stalls for longer measures itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,7 @@ class Outcome:
     staged: float  # adapters that had to be brought to host memory, per request
     loaded: float  # and from there to a device
     waits: list[float]
+    late: float  # at most so many seconds after its time was a request sent: what the machine had no time for
 
     @property
     def p99(self) -> float:
@@ -92,24 +94,25 @@ async def simulate(kind: type[Groups], load: Load) -> Outcome:
             await asyncio.sleep(0.01)
         await _send(service, load, load.warm_up_seconds, seed=0)
         before = sum(shard.stages for shard in shards), sum(shard.loads for shard in shards)
-        waits = await _send(service, load, load.seconds, seed=1)
+        waits, late = await _send(service, load, load.seconds, seed=1)
         stages, loads = sum(shard.stages for shard in shards), sum(shard.loads for shard in shards)
         connections.cancel()
         await asyncio.gather(connections, return_exceptions=True)
-        return Outcome((stages - before[0]) / len(waits), (loads - before[1]) / len(waits), waits)
+        return Outcome((stages - before[0]) / len(waits), (loads - before[1]) / len(waits), waits, late)
 
 
-async def _send(service: Service, load: Load, seconds: float, seed: int) -> list[float]:
-    """Requests for so long; their waits once all are answered."""
+async def _send(service: Service, load: Load, seconds: float, seed: int) -> tuple[list[float], float]:
+    """Requests for so long; their waits once all are answered, and how late the latest was sent."""
     chance, loop = random.Random(seed), asyncio.get_running_loop()
     weights = list(accumulate(rank**-load.exponent for rank in range(1, load.adapters + 1)))
     requests: list[asyncio.Task[float]] = []
-    began, due = loop.time(), 0.0
+    began, due, late = loop.time(), 0.0, 0.0
     while (due := due + chance.expovariate(load.requests_per_second)) < seconds:
         await asyncio.sleep(began + due - loop.time())
+        late = max(late, loop.time() - began - due)
         (number,) = chance.choices(range(load.adapters), cum_weights=weights)
         requests.append(asyncio.create_task(_wait(service, f"adapter-{number}", load.tokens)))
-    return await asyncio.gather(*requests)
+    return await asyncio.gather(*requests), late
 
 
 async def _wait(service: Service, adapter: str, tokens: int) -> float:
@@ -154,6 +157,8 @@ def main(
     for name, outcome in outcomes.items():
         in_place = f"{1 - outcome.loaded:.1%} on the device, {1 - outcome.staged:.1%} in host memory"
         typer.echo(f"{name}: {in_place}, p99 wait {1000 * outcome.p99:.0f} ms, {len(outcome.waits)} requests")
+        if outcome.late > MAX_LATE:
+            typer.echo(f"its waits mean nothing: the machine was busy with something else for {outcome.late:.1f} s")
     draw(outcomes, plot)
 
 
