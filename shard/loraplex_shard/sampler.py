@@ -172,8 +172,9 @@ def _likeliest_one(logits: Tensor) -> Tensor:
 
 def _strands(tensor: Tensor, padding: float) -> Tensor:
     """[n, vocab] -> [n, STRAND, strands], without a copy where that comes out even."""
-    short = -tensor.shape[-1] % STRAND
-    return (F.pad(tensor, (0, short), value=padding) if short else tensor).unflatten(-1, (STRAND, -1))
+    count = -(-tensor.shape[-1] // STRAND)
+    short = count * STRAND - tensor.shape[-1]
+    return (F.pad(tensor, (0, short), value=padding) if short else tensor).view(len(tensor), STRAND, count)
 
 
 def _of_strands(strands: Tensor, chosen: Tensor) -> Tensor:
