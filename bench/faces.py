@@ -1,0 +1,124 @@
+"""`python -m bench.faces`: what the router costs per token and per request over each face, and what grammars cost.
+
+The router is a real process with real clients; behind it is a shard without a model. What counts is the processor time
+of the router's process alone. A grammar's cost is measured on a whole server, beside which nothing else should run.
+"""
+
+import asyncio
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import psutil
+from rich.console import Console
+
+from bench.load import Request, Target, Workload, measure
+from bench.stand_in_shard import StandInServer, StandInShard, Timing
+from bench.targets import open_target
+from loraplex import AsyncClient, Regex
+
+STREAMS, RUNS = 32, 5
+STEP_SECONDS = 0.02
+SHORT, LONG = 2, 130  # tokens of an answer: what the second costs more than the first is what its tokens cost
+FACES = {"grpc": ("grpc://{grpc}", 40), "SSE": ("openai+http://{http}/v1", 60)}  # and the microseconds wanted per token
+
+
+class GrammarTarget:
+    """A server over gRPC, every answer of which follows the grammar, if there is one."""
+
+    def __init__(self, address: str, grammar: Regex | None) -> None:
+        self._client = AsyncClient(address)
+        self._grammar = grammar
+
+    async def adapters(self) -> list[str]:
+        return []
+
+    async def generate(self, request: Request) -> AsyncIterator[int]:
+        pieces = self._client.stream(
+            request.prompt, max_new_tokens=request.output_tokens, ignore_eos=True, grammar=self._grammar
+        )
+        async for piece in pieces:
+            yield len(piece.tokens)
+
+    async def close(self) -> None:
+        await self._client.close()
+
+
+@asynccontextmanager
+async def running(command: str, *flags: str) -> AsyncIterator[tuple[psutil.Process, dict[str, str]]]:
+    """`loraplex COMMAND` with these flags: its process and its addresses, "grpc" and "http"."""
+    arguments = [sys.executable, "-m", "loraplex.cli.main", command, "--http-port", "0", "--grpc-port", "0", *flags]
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(arguments, stdout=log, stderr=log)
+        try:
+            while not (found := _addresses(log)):
+                assert process.poll() is None, f"loraplex {command} ended"
+                await asyncio.sleep(0.1)
+            yield psutil.Process(process.pid), found
+        finally:
+            process.terminate()
+            await asyncio.to_thread(process.wait)
+
+
+def _addresses(log: "tempfile._TemporaryFileWrapper[str]") -> dict[str, str]:
+    log.seek(0)
+    text = log.read()
+    names = {"grpc": r"gRPC\s+(\S+:\d+)", "http": r"HTTP\s+(?:http://)?(\S+:\d+)"}
+    found = {kind: re.search(pattern, text) for kind, pattern in names.items()}
+    return {kind: match[1] for kind, match in found.items() if match} if all(found.values()) else {}
+
+
+async def router_seconds(router: psutil.Process, target: Target, output_tokens: int) -> float:
+    """Processor time of the router per request, while 32 streams run: the median of several runs."""
+    workload = Workload(STREAMS, 4 * STREAMS, 16, output_tokens, (), 1000, 0)
+    spent = []
+    for number in range(RUNS):
+        await measure(target, workload, number)
+        before = sum(router.cpu_times()[:2])
+        await measure(target, workload, number)
+        spent.append((sum(router.cpu_times()[:2]) - before) / (workload.requests + STREAMS))
+    return statistics.median(spent)
+
+
+async def router_costs(console: Console) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        listen = f"unix:{directory}/shard"
+        shard = StandInServer(StandInShard(Timing(step=STEP_SECONDS)), listen)
+        async with shard, running("router", "--shards", listen) as (router, addresses):
+            for face, (form, wanted) in FACES.items():
+                target = open_target(form.format(**addresses), None)
+                short, long = [await router_seconds(router, target, tokens) for tokens in (SHORT, LONG)]
+                await target.close()
+                token = (long - short) / (LONG - SHORT)
+                console.print(
+                    f"router, {STREAMS} streams over {face}: {token * 1e6:.0f} us a token (wanted: {wanted}), "
+                    f"{(short - SHORT * token) * 1e3:.2f} ms a request"
+                )
+
+
+async def grammar_cost(console: Console) -> None:
+    async with running("serve") as (_, addresses):
+        workload = Workload(STREAMS, 2 * STREAMS, 32, 48, (), 10_000, 0)
+        targets = [GrammarTarget(addresses["grpc"], grammar) for grammar in (None, Regex("([a-z]{1,9} ){200}"))]
+        speeds: list[list[float]] = [[], []]
+        for number in range(RUNS):
+            for target, mine in zip(targets, speeds, strict=True):
+                mine.append((await measure(target, workload, number)).tokens_per_second)
+        free, bound = map(statistics.median, speeds)
+        for target in targets:
+            await target.close()
+    console.print(f"structured ÷ free output, {STREAMS} streams, tokens/s: {bound / free:.2f} (wanted: 0.90)")
+
+
+async def main() -> None:
+    console = Console(soft_wrap=True)
+    await router_costs(console)
+    await grammar_cost(console)
+
+
+if __name__ == "__main__":
+    asyncio.run(main())
