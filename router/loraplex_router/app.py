@@ -26,6 +26,8 @@ from loraplex_router.telemetry.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
 
+STOP_SECONDS = 5  # for what is left when the drain is over
+
 
 class Router:
     """One router process. It listens from the beginning, and is healthy while a group of shards is ready."""
@@ -64,8 +66,8 @@ class Router:
                 await self._grpc.stop(grace=1.0)
                 work.cancel()
                 stop.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await work
+                # Neither waits for what does not end by itself: after SIGTERM the process must end.
+                await asyncio.wait([work], timeout=STOP_SECONDS)
                 await self._service.close()
 
     async def _work(self, ready: Callable[[], None]) -> None:
@@ -109,7 +111,11 @@ class Router:
     @contextlib.asynccontextmanager
     async def _http(self) -> AsyncIterator[int]:
         listener = socket.create_server((self._settings.host, self._settings.http_port))
-        server = HttpServer(uvicorn.Config(self._app, log_level="warning", log_config=None, lifespan="off"))
+        server = HttpServer(
+            uvicorn.Config(
+                self._app, log_level="warning", log_config=None, lifespan="off", timeout_graceful_shutdown=STOP_SECONDS
+            )
+        )
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         try:
             yield listener.getsockname()[1]
