@@ -15,7 +15,6 @@ from loraplex_protos.errors import UnavailableError
 from loraplex_protos.mtls import MtlsSettings, channel_credentials, server_credentials
 from loraplex_router.app import Router
 from loraplex_router.discovery import Address
-from loraplex_router.keys import Keys
 from loraplex_router.settings import RouterSettings
 from loraplex_router.shards import ShardGroup
 from loraplex_router.telemetry.opening import open_telemetry
@@ -50,7 +49,8 @@ async def tls_server(files: Files) -> StandInServer:
 
 async def connect(address: Address, settings: MtlsSettings) -> ShardGroup:
     """Within a second, or TimeoutError: a channel that is refused is tried again."""
-    group = ShardGroup(address, channel_credentials(settings))
+    with open_telemetry(RouterSettings(shards=("stand-in:1",))) as telemetry:
+        group = ShardGroup(address, telemetry.group(str(address)), channel_credentials(settings))
     try:
         async with asyncio.timeout(1):
             return await group.connect(max_batch_tokens=32)
@@ -143,7 +143,7 @@ async def test_a_group_whose_model_is_not_the_first_ones_is_refused_with_a_log_l
             groups.append(str(await start(stack, folder, [rank(0, 1, **changes)])))
         settings = RouterSettings(shards=groups, http_port=0, grpc_port=0)
         telemetry = stack.enter_context(open_telemetry(settings))
-        router = Router(settings, Keys({}), telemetry)
+        router = Router(settings, None, telemetry)
         running = asyncio.create_task(router.run(lambda http, grpc: None))
         while "its model_id is" not in caplog.text and not running.done():
             await asyncio.sleep(0.01)
