@@ -68,7 +68,8 @@ class Edge(Process):
     """One that clients can reach, once it shows where; what it says is found by the two patterns."""
 
     def __init__(self, *arguments: str, address: str, url: str, **options: Any) -> None:
-        super().__init__(*arguments, "--http-port=0", "--grpc-port=0", **options)
+        command, *flags = arguments
+        super().__init__(command, "--http-port=0", "--grpc-port=0", *flags, **options)  # the last of a flag counts
         try:
             self.address = self._find(address)
             self.url = self._find(url)
