@@ -5,10 +5,7 @@ of the router's process alone. A grammar's cost is measured on a whole server, b
 """
 
 import asyncio
-import re
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -17,6 +14,7 @@ import psutil
 from rich.console import Console
 
 from bench.load import Request, Target, Workload, measure
+from bench.processes import Loraplex
 from bench.stand_in_shard import StandInServer, StandInShard, Timing
 from bench.targets import open_target
 from loraplex import AsyncClient, Regex
@@ -50,26 +48,11 @@ class GrammarTarget:
 
 @asynccontextmanager
 async def running(command: str, *flags: str) -> AsyncIterator[tuple[psutil.Process, dict[str, str]]]:
-    """`loraplex COMMAND` with these flags: its process and its addresses, "grpc" and "http"."""
-    arguments = [sys.executable, "-m", "loraplex.cli.main", command, "--http-port", "0", "--grpc-port", "0", *flags]
-    with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(arguments, stdout=log, stderr=log)
-        try:
-            while not (found := _addresses(log)):
-                assert process.poll() is None, f"loraplex {command} ended"
-                await asyncio.sleep(0.1)
-            yield psutil.Process(process.pid), found
-        finally:
-            process.terminate()
-            await asyncio.to_thread(process.wait)
-
-
-def _addresses(log: "tempfile._TemporaryFileWrapper[str]") -> dict[str, str]:
-    log.seek(0)
-    text = log.read()
-    names = {"grpc": r"gRPC\s+(\S+:\d+)", "http": r"HTTP\s+(?:http://)?(\S+:\d+)"}
-    found = {kind: re.search(pattern, text) for kind, pattern in names.items()}
-    return {kind: match[1] for kind, match in found.items() if match} if all(found.values()) else {}
+    """`loraplex COMMAND` with these flags, ready: its process and its addresses."""
+    with Loraplex(command, *flags) as server:
+        while not (addresses := server.addresses()):
+            await asyncio.sleep(0.1)  # in which the stand-in answers
+        yield psutil.Process(server.process.pid), addresses
 
 
 async def router_seconds(router: psutil.Process, target: Target, output_tokens: int) -> float:

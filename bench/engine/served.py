@@ -1,10 +1,8 @@
 """The figures that need servers: real `loraplex serve` processes on this machine, and transformers in this process."""
 
 import asyncio
-import re
-import subprocess
-import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +14,7 @@ from bench.engine.figures import Figure
 from bench.engine.stepping import Stepper, median_seconds
 from bench.load import Target, Workload, measure
 from bench.peft_target import PeftTarget, load_model
+from bench.processes import Loraplex
 from bench.targets import open_target
 
 PROMPT, OUTPUT = 64, 64
@@ -25,26 +24,13 @@ RUNS = 3
 @contextmanager
 def serving(*flags: str) -> Iterator[str]:
     """The gRPC target of a server with these flags."""
-    command = [sys.executable, "-m", "loraplex.cli.main", "serve", "--http-port", "0", "--grpc-port", "0", *flags]
-    with tempfile.TemporaryFile("w+") as log, subprocess.Popen(command, stdout=log, stderr=log, text=True) as process:
-        try:
-            while not (found := re.search(r"gRPC\s+(\S+:\d+)", _content(log))):
-                if process.poll() is not None:
-                    raise RuntimeError(_content(log))
-                asyncio.run(asyncio.sleep(0.2))
-            yield f"grpc://{found[1]}"
-        finally:
-            process.terminate()
+    with Loraplex("serve", *flags) as server:
+        while not (addresses := server.addresses()):
+            time.sleep(0.2)
+        yield f"grpc://{addresses['grpc']}"
 
 
-def _content(log: tempfile._TemporaryFileWrapper[str]) -> str:
-    log.seek(0)
-    return log.read()
-
-
-def tokens_per_second(
-    name: str, concurrency: int, adapters: tuple[str, ...] = (), directory: Path | None = None
-) -> float:
+def tokens_per_second(name: str, concurrency: int, adapters: tuple[str, ...] = ()) -> float:
     """The best of some runs of a closed loop: what else the machine does only ever takes away."""
 
     async def run() -> float:

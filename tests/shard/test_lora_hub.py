@@ -17,26 +17,12 @@ from loraplex_protos.errors import (
 from loraplex_shard.lora.files import CONFIG, PICKLE, TENSORS
 from loraplex_shard.lora.hub import HubSource
 from loraplex_shard.lora.store import AdapterStore, StagedAdapter
-from tests.shard.lora_models import ARCHITECTURE, contents, layouts, save_adapter
+from tests.shard.lora_models import ARCHITECTURE, layouts
 from tests.stand_in_hub import StandInHub
 
 TOKEN, OTHER_TOKEN = "hf_ofTheOwner", "hf_ofSomeoneElse"
 
 NewStore = Callable[..., AdapterStore]
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    directory = tmp_path_factory.mktemp("adapter")
-    save_adapter(directory)
-    return contents(directory)
-
-
-@pytest.fixture(scope="module")
-def retrained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    directory = tmp_path_factory.mktemp("retrained")
-    save_adapter(directory, seed=1)
-    return contents(directory)
 
 
 @pytest.fixture

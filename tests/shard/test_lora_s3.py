@@ -18,23 +18,9 @@ from loraplex_shard.lora.hub import HubSource
 from loraplex_shard.lora.s3 import S3Source
 from loraplex_shard.lora.store import AdapterStore
 from loraplex_shard.settings import ShardSettings
-from tests.shard.lora_models import ARCHITECTURE, contents, layouts, save_adapter
+from tests.shard.lora_models import ARCHITECTURE, layouts, save_adapter
 from tests.stand_in_hub import StandInHub
 from tests.stand_in_s3 import KEY, SECRET, StandInS3
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    directory = tmp_path_factory.mktemp("adapter")
-    save_adapter(directory)
-    return contents(directory)
-
-
-@pytest.fixture(scope="module")
-def retrained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    directory = tmp_path_factory.mktemp("retrained")
-    save_adapter(directory, seed=1)
-    return contents(directory)
 
 
 @pytest.fixture

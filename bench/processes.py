@@ -1,0 +1,39 @@
+"""Real loraplex processes on this machine, started for a measurement and stopped after it."""
+
+import re
+import subprocess
+import sys
+import tempfile
+from typing import Self
+
+from bench.load import LoadError
+
+PATTERNS = {"grpc": r"gRPC\s+(\S+:\d+)", "http": r"HTTP\s+(?:http://)?(\S+:\d+)"}
+
+
+class Loraplex:
+    """`loraplex COMMAND` with these flags, on free ports, until the `with` block ends."""
+
+    def __init__(self, command: str, *flags: str) -> None:
+        self._command = command
+        ports = "--http-port=0", "--grpc-port=0"
+        self._arguments = [sys.executable, "-m", "loraplex.cli.main", command, *ports, *flags]
+
+    def __enter__(self) -> Self:
+        self._log = tempfile.TemporaryFile("w+")
+        self.process = subprocess.Popen(self._arguments, stdout=self._log, stderr=self._log)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.terminate()
+        self.process.wait()
+        self._log.close()
+
+    def addresses(self) -> dict[str, str]:
+        """HOST:PORT of "grpc" and "http"; empty while it is not ready. Raises LoadError, with its log, if it ended."""
+        self._log.seek(0)
+        log = self._log.read()
+        if self.process.poll() is not None:
+            raise LoadError(f"loraplex {self._command} ended: {log}")
+        found = {kind: match[1] for kind, pattern in PATTERNS.items() if (match := re.search(pattern, log))}
+        return found if len(found) == len(PATTERNS) else {}

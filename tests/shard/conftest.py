@@ -1,0 +1,19 @@
+"""The files of an adapter, and of the same one trained again, as any source may offer them."""
+
+import pytest
+
+from tests.shard.lora_models import contents, save_adapter
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    directory = tmp_path_factory.mktemp("adapter")
+    save_adapter(directory)
+    return contents(directory)
+
+
+@pytest.fixture(scope="module")
+def retrained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    directory = tmp_path_factory.mktemp("retrained")
+    save_adapter(directory, seed=1)
+    return contents(directory)
