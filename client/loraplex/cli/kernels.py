@@ -21,7 +21,7 @@ def build(
         Path | None, typer.Option(help="Where to; a shard's --kernels. Default: the user's cache.")
     ] = None,
     every: Annotated[
-        bool, typer.Option("--all", help="For every kind of processor, as for an image that may run on any.")
+        bool, typer.Option("--all", help="For every processor that the compiler knows, as for an image to run on any.")
     ] = False,
 ) -> None:
     """Compile them now, unless they are there. A shard that finds none compiles its own when it starts."""
@@ -30,10 +30,12 @@ def build(
     except ModuleNotFoundError as error:
         typer.echo(f"error: no {error.name}: pip install 'loraplex[shard]'", err=True)
         raise typer.Exit(1) from None
-    for name in library.INSTRUCTION_SETS if every else [library.instruction_set()]:
-        try:
-            path = library.build(directory, name)
-        except LoraplexError as error:
-            typer.echo(f"error: {error.message}", err=True)
-            raise typer.Exit(1) from None
-        typer.echo(path)
+    try:
+        for name in library.INSTRUCTION_SETS if every else [library.instruction_set()]:
+            if every and not library.compiles(name):
+                typer.echo(f"no kernels for {name}: the compiler does not know it", err=True)
+            else:
+                typer.echo(library.build(directory, name))
+    except LoraplexError as error:
+        typer.echo(f"error: {error.message}", err=True)
+        raise typer.Exit(1) from None

@@ -45,6 +45,13 @@ def instruction_set() -> str:
     return next(name for name, (_, needed) in INSTRUCTION_SETS.items() if all(has.get(each) for each in needed))
 
 
+def compiles(name: str) -> bool:
+    """Whether the compiler knows instruction set `name`: those of other kinds of processors it does not. Raises
+    KernelsError if there is none."""
+    flags = INSTRUCTION_SETS[name][0]
+    return not flags or _run([_compiler(), *flags, "-fsyntax-only", "-x", "c++", os.devnull]).returncode == 0
+
+
 def build(directory: Path | None, name: str, notify: Callable[[], None] | None = None) -> Path:
     """The library for instruction set `name`, compiled into `directory` unless it is there. Raises KernelsError.
 
@@ -107,17 +114,25 @@ def _digest(name: str) -> str:
 
 
 def _compile(name: str, path: Path) -> None:
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        raise KernelsError("no C++ compiler: install g++, or set CXX")
     sources = sorted(map(str, SOURCES.glob("*.cpp")))
     with tempfile.TemporaryDirectory(dir=path.parent) as directory:
         target = Path(directory, path.name)
-        command = [compiler, *FLAGS, *INSTRUCTION_SETS[name][0], *sources, "-o", str(target)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True)
-        except OSError as error:
-            raise KernelsError(f"{compiler}: {error.strerror}") from error
+        command = [_compiler(), *FLAGS, *INSTRUCTION_SETS[name][0], *sources, "-o", str(target)]
+        done = _run(command)
         if done.returncode:
             raise KernelsError(f"{' '.join(command)} failed: {done.stderr.strip()[:2000]}")
         target.rename(path)
+
+
+def _compiler() -> str:
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        raise KernelsError("no C++ compiler: install g++, or set CXX")
+    return compiler
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:
+        raise KernelsError(f"{command[0]}: {error.strerror}") from error

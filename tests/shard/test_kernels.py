@@ -1,0 +1,54 @@
+"""`loraplex kernels build`, with a compiler that is made up."""
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from loraplex.cli.main import app
+from loraplex_shard.ops.cpu.library import INSTRUCTION_SETS
+
+# As on an arm64: x86's flags are errors. "Compiles" by making the file that follows -o.
+COMPILER = """#!/bin/sh
+for argument; do
+    case $argument in -m*) echo "unrecognized option '$argument'" >&2; exit 1;; esac
+    [ "$last" = -o ] && touch "$argument"
+    last=$argument
+done
+"""
+
+
+@pytest.fixture
+def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "c++"
+    path.write_text(COMPILER)
+    path.chmod(0o755)
+    monkeypatch.setenv("CXX", str(path))
+    return path
+
+
+def build(*flags: str) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, ["kernels", "build", *flags])
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_all_kernels_are_those_that_the_compiler_knows_and_the_others_are_named(compiler: Path, tmp_path: Path):
+    status, paths, skipped = build("--all", f"--directory={tmp_path}/kernels")
+    assert status == 0
+    (path,) = map(Path, paths.split())
+    assert path.name.startswith("portable-") and path.exists()
+    assert [line.split(":")[0] for line in skipped.splitlines()] == [
+        f"no kernels for {name}" for name in INSTRUCTION_SETS if name != "portable"
+    ]
+
+
+def test_a_compiler_that_makes_nothing_is_an_error(compiler: Path, tmp_path: Path):
+    compiler.write_text("#!/bin/sh\necho it is broken >&2; exit 1")
+    status, paths, errors = build("--all", f"--directory={tmp_path}/kernels")
+    assert (status, paths) == (1, "") and "it is broken" in errors
+
+
+def test_a_missing_compiler_is_an_error_that_names_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    status, _, errors = build("--all", f"--directory={tmp_path}/kernels")
+    assert status == 1 and "/nowhere/c++" in errors
