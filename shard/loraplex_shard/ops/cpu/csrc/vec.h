@@ -17,6 +17,12 @@ constexpr int LANES = 16;
 using bf16 = std::uint16_t;  // the upper half of a float
 using f16 = std::uint16_t;   // IEEE half
 
+#if defined(__aarch64__)
+using Half = __fp16;  // g++ before 13 has no _Float16 there
+#else
+using Half = _Float16;
+#endif
+
 inline float from_bf16(bf16 x) {
     std::uint32_t bits = std::uint32_t(x) << 16;
     float value;
@@ -32,13 +38,13 @@ inline bf16 to_bf16(float x) {  // rounds to nearest even; NaN stays NaN
 }
 
 inline float from_f16(f16 x) {
-    _Float16 half;
+    Half half;
     std::memcpy(&half, &x, 2);
     return float(half);
 }
 
 inline f16 to_f16(float x) {
-    _Float16 half = _Float16(x);
+    Half half = Half(x);
     f16 bits;
     std::memcpy(&bits, &half, 2);
     return bits;
