@@ -1,7 +1,9 @@
 """The seam to the shards: one tensor-parallel group, driven as if it were one. Knows the wire, not the policy."""
 
 import asyncio
+import errno
 import logging
+import os
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
@@ -34,6 +36,12 @@ CHANNEL_OPTIONS: tuple[tuple[str, str | int], ...] = (
     ("grpc.max_reconnect_backoff_ms", 500),
     ("grpc.http2.max_pings_without_data", 0),
 )
+
+RETRY_SECONDS = 0.1
+# A rank's port opens once its model is loaded: for so long nothing is said of one that is closed.
+LOADING_SECONDS = 60.0
+CLOSED = os.strerror(errno.ECONNREFUSED), os.strerror(errno.ENOENT)
+MTLS_HINT = "mutual TLS: each side's certificate must be signed by the other's --mtls-ca; see the rank's log, too"
 
 T = TypeVar("T")
 Stream = grpc.aio.StreamStreamCall[pb.StepRequest, pb.StepResponse]
@@ -85,13 +93,14 @@ class ShardGroup:
         self.info = pb.GetInfoResponse()
 
     async def connect(self, max_batch_tokens: int) -> Self:
-        """Waits for all ranks, checks that they are one group, warms them up, which makes them forget all adapters, and
-        opens the step streams. Raises UnavailableError, also while another router drives them."""
+        """Waits for all ranks (the log says why one is out of reach), checks that they are one group, warms them up,
+        which makes them forget all adapters, and opens the step streams. Raises UnavailableError, also while another
+        router drives them."""
         self._open(self._address.ranks[0])
-        first = await _typed(self._ranks[0].GetInfo(pb.GetInfoRequest(), wait_for_ready=True))
+        first = await self._reach(0)
         for rank in self._address.other_ranks(first.tensor_parallel_size):
             self._open(rank)
-        infos = await self._on_all(lambda rank: rank.GetInfo(pb.GetInfoRequest(), wait_for_ready=True))
+        infos = await asyncio.gather(*map(self._reach, range(len(self._ranks))))
         await asyncio.gather(*map(_check_health, self._channels))
         self.info = _agree(infos)
         logger.info("%s is loaded at %s, warming up ...", self.info.model_id, self._address)
@@ -109,6 +118,20 @@ class ShardGroup:
             channel = grpc.aio.secure_channel(rank, self._credentials, options=CHANNEL_OPTIONS + override)
         self._channels.append(channel)
         self._ranks.append(ShardServiceStub(channel))
+
+    async def _reach(self, rank: int) -> pb.GetInfoResponse:
+        """Tries until the rank answers. Why it does not is logged, each reason once."""
+        began, told = time.monotonic(), ""
+        while True:
+            try:
+                return await _typed(self._ranks[rank].GetInfo(pb.GetInfoRequest()))
+            except UnavailableError as error:
+                loading = any(closed in error.message for closed in CLOSED)
+                if error.message != told and not (loading and time.monotonic() - began < LOADING_SECONDS):
+                    told = error.message
+                    hint = f" ({MTLS_HINT})" if self._credentials else ""
+                    logger.warning("group %s: rank %d is out of reach: %s%s", self._address, rank, told, hint)
+            await asyncio.sleep(RETRY_SECONDS)
 
     async def stopping(self) -> None:
         """Returns when a rank is about to stop, and is to be given nothing new. Raises UnavailableError when one is

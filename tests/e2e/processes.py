@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -127,6 +128,13 @@ class Shard(Process):
 
     def __init__(self, *flags: str) -> None:
         super().__init__("shard", *flags)
+
+
+def free_port() -> int:
+    """A port that nobody listens on, for a process that must be told one."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -1,7 +1,6 @@
 """A real Prometheus scrapes a real router and its shard under load, and answers what the dashboards ask."""
 
 import json
-import socket
 import subprocess
 import time
 import urllib.parse
@@ -14,7 +13,7 @@ from typing import Any
 import pytest
 
 from loraplex import Client
-from tests.e2e.processes import Server, run
+from tests.e2e.processes import Server, free_port, run
 from tests.e2e.tiny import save_adapter, save_model
 from tests.operate.test_dashboards import RULES, queries
 from tests.tools import needs_prometheus, needs_promtool
@@ -24,12 +23,6 @@ pytestmark = [needs_prometheus, needs_promtool]
 REQUESTS, TOKENS = 24, 30
 # In queries for what did not happen.
 EMPTY = "failures", "evictions", "outcome!=", "absent", " == 0", " > "
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
 
 
 class Prometheus:
