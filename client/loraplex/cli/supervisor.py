@@ -2,10 +2,13 @@
 
 import asyncio
 import ctypes
+import os
 import signal
 import sys
 import tempfile
+from typing import Self
 
+from pydantic import Field, model_validator
 from rich.console import Console
 
 from loraplex.cli.introduction import introduction
@@ -18,6 +21,20 @@ STOP_SECONDS = 10  # for a shard after SIGTERM
 
 class ServeSettings(EdgeSettings, ModelSettings):
     """Everything about one model on one machine."""
+
+    metrics_port: int = Field(
+        0,
+        ge=0,
+        le=65535,
+        description="Port of rank 0's GET /metrics, at 127.0.0.1; the next ranks have the ports that follow. 0: "
+        "none, except the router's at --http-port.",
+    )
+
+    @model_validator(mode="after")
+    def _metrics_ports_exist(self) -> Self:
+        if self.metrics_port + self.tp - 1 > 65535:
+            raise ValueError(f"metrics_port: above {self.metrics_port} there are no ports for {self.tp} ranks")
+        return self
 
 
 async def run(settings: ServeSettings, console: Console) -> None:
@@ -47,13 +64,23 @@ async def run(settings: ServeSettings, console: Console) -> None:
             await asyncio.gather(*map(_stop_shard, shards), router, return_exceptions=True)
 
 
+def shard_flags(settings: ServeSettings, rank: int, address: str, folder: str) -> list[str]:
+    """What `loraplex shard` is told as one of the ranks, which listens at `address`; `folder` is theirs."""
+    flags = settings.model_dump(mode="json", include=set(ModelSettings.model_fields), exclude_none=True)
+    flags |= {"rank": rank, "listen": address, "rendezvous": f"file://{folder}/rendezvous"}
+    if settings.metrics_port:
+        flags["metrics_port"] = settings.metrics_port + rank
+    return [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
+
+
 async def _start_shard(settings: ServeSettings, rank: int, address: str, folder: str) -> asyncio.subprocess.Process:
-    model = settings.model_dump(mode="json", include=set(ModelSettings.model_fields), exclude_none=True)
-    flags = {**model, "rank": rank, "listen": address, "rendezvous": f"file://{folder}/rendezvous"}
-    arguments = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
-    command = [sys.executable, "-m", "loraplex.cli.main", "shard", *arguments]
+    command = [sys.executable, "-m", "loraplex.cli.main", "shard", *shard_flags(settings, rank, address, folder)]
+    # The flags say all: variables are this process's settings.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("LORAPLEX_")}
     # A session of its own: Ctrl-C reaches the router alone, which drains before it stops the shards.
-    return await asyncio.create_subprocess_exec(*command, start_new_session=True, preexec_fn=_end_with_parent)
+    return await asyncio.create_subprocess_exec(
+        *command, env=environment, start_new_session=True, preexec_fn=_end_with_parent
+    )
 
 
 def _end_with_parent() -> None:
