@@ -3,6 +3,7 @@
 import asyncio
 import signal
 import threading
+import urllib.request
 from pathlib import Path
 
 import grpc
@@ -24,7 +25,7 @@ from loraplex import (
     RequestNotFoundError,
     UnavailableError,
 )
-from tests.e2e.processes import Server, run
+from tests.e2e.processes import Process, Server, free_port, run
 from tests.e2e.tiny import Oracle, byte_tokenizer
 
 FOREVER = {"max_new_tokens": 6000, "ignore_eos": True}
@@ -154,6 +155,34 @@ async def test_requests_that_outlast_the_drain_are_cancelled(model: Path):
             pieces = [piece async for piece in stream]
             assert pieces[-1].finish_reason is FinishReason.CANCELLED
         assert server.process.wait(30) == 0
+
+
+async def test_two_ranks_have_metrics_of_their_own_and_end_with_the_server_whatever_they_run(model: Path):
+    port = free_port()
+    flags = "--tp=2", "--kv-blocks=512", "--threads=1", "--drain-seconds=0.5", f"--metrics-port={port}"
+    with Server(str(model), *flags) as server:
+        for rank in (0, 1):
+            with urllib.request.urlopen(f"http://127.0.0.1:{port + rank}/metrics", timeout=20) as response:
+                assert f'loraplex_shard_build_info{{model="{model}",rank="{rank}"' in response.read().decode()
+        ranks = psutil.Process(server.process.pid).children()
+        assert len(ranks) == 2
+        async with AsyncClient(server.address) as client:
+            streams = [client.stream(f"{i}", **FOREVER) for i in range(4)]
+            await asyncio.gather(*map(anext, streams))
+            embedding = asyncio.create_task(client.embed(["long " * 1000] * 4))
+            await asyncio.sleep(0.1)
+            server.process.send_signal(signal.SIGTERM)
+            assert await asyncio.to_thread(server.process.wait, 60) == 0
+            await asyncio.gather(embedding, *(stream.aclose() for stream in streams), return_exceptions=True)
+        assert not any(rank.is_running() for rank in ranks)
+
+
+def test_ranks_that_still_load_end_with_the_server(model: Path):
+    with Process("serve", str(model), "--http-port=0", "--grpc-port=0", "--tp=2", "--kv-blocks=64") as serve:
+        while len(ranks := psutil.Process(serve.process.pid).children()) < 2:
+            threading.Event().wait(0.01)
+        assert serve.terminate() in (0, -signal.SIGTERM)  # the latter if it had not come to handling it
+    assert psutil.wait_procs(ranks, timeout=30)[1] == []
 
 
 def wait_for_health(server: Server, status: int) -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import tempfile
+from functools import partial
 from typing import Self
 
 from pydantic import Field, model_validator
@@ -79,14 +80,16 @@ async def _start_shard(settings: ServeSettings, rank: int, address: str, folder:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("LORAPLEX_")}
     # A session of its own: Ctrl-C reaches the router alone, which drains before it stops the shards.
     return await asyncio.create_subprocess_exec(
-        *command, env=environment, start_new_session=True, preexec_fn=_end_with_parent
+        *command, env=environment, start_new_session=True, preexec_fn=partial(_end_with_parent, os.getpid())
     )
 
 
-def _end_with_parent() -> None:
+def _end_with_parent(parent: int) -> None:
     """Lets the kernel stop a shard whose supervisor was killed (Linux only)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:  # it was killed before this
+            os._exit(0)
 
 
 async def _stop_shard(shard: asyncio.subprocess.Process) -> None:
