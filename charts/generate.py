@@ -50,6 +50,10 @@ def readme(values: list[Value]) -> str:
         "Installs routers and the shards that they drive. [Kubernetes](../../docs/kubernetes.md) shows how to use it.",
         "This page is made from `values.yaml` and the commands' settings by `python -m charts.generate`.",
         "",
+        "A group of shards takes plans from one router. Each of `router.replicas` routers has `shard.replicas` groups,",
+        "and the autoscalers, one for each router, change the number of that router's groups. The Service and the two",
+        "PodDisruptionBudgets, one of routers and one of shards, are for all.",
+        "",
         "## Values",
         "",
     ]

@@ -83,7 +83,7 @@ CASES = {
         {"shard": {"modelImage": {"reference": "registry.example/model:1"}, "settings": {"model": "/model"}}}, since=31
     ),
     "an autoscaler": Case({"router": {"replicas": 2}, "autoscaling": {"enabled": True}}),
-    "KEDA": Case({"keda": {"enabled": True, "serverAddress": "http://prometheus:9090", "minReplicas": 0}}),
+    "KEDA": Case({"keda": {"enabled": True, "serverAddress": "http://prometheus:9090"}}),
     "GPUs": Case(
         {
             "shard": {

@@ -210,3 +210,17 @@ def test_the_notes_lead_to_the_service():
     text = notes({"router": {"service": {"grpcPort": 443}}})
     assert f"kubectl --namespace {NAMESPACE} port-forward service/demo-loraplex 50051:443 3000:3000" in text
     assert text.count("kubectl") == 2 and 'loraplex generate "' in text
+
+
+@pytest.mark.parametrize(
+    ("values", "groups"),
+    [
+        ({}, "3"),
+        ({"autoscaling": {"enabled": True}}, "1 to 4"),
+        ({"keda": {"enabled": True, "maxReplicas": 9}}, "1 to 9"),
+    ],
+)
+def test_the_notes_say_how_many_groups_each_router_has(values: Object, groups: str):
+    keda = {"serverAddress": "http://prometheus", **values.get("keda", {})}
+    text = notes({**values, "keda": keda, "router": {"replicas": 2}, "shard": {"replicas": 3, "settings": {"tp": 4}}})
+    assert f"Routers: 2. Groups of shards of each: {groups}, of 4 ranks.\n" in text

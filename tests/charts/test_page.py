@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from tests.charts.rendering import CHART, Object, of_kind, pods, render
+from tests.operate.exported import router_names
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "kubernetes.md").read_text()
@@ -55,6 +56,12 @@ def test_a_helm_command_makes_what_kubernetes_can_run(command: str):
 def test_the_page_shows_each_way_to_scale():
     kinds = {document["kind"] for command in HELM for document in render(values_of(command))}
     assert {"ScaledObject", "LeaderWorkerSet", "HTTPRoute", "GRPCRoute", "InferencePool", "PodMonitor"} <= kinds
+
+
+async def test_the_metrics_adapter_is_told_of_metrics_that_routers_have():
+    queries = [rule["seriesQuery"] for rule in yaml.safe_load(FILES["prometheus-adapter.yaml"])["rules"]["external"]]
+    assert {query.partition("{")[0] for query in queries} < await router_names()
+    assert yaml.safe_load((CHART / "values.yaml").read_text())["autoscaling"]["metric"] in queries[0]
 
 
 def test_the_certificates_are_for_the_names_that_routers_check():

@@ -88,6 +88,7 @@ def test_no_section_takes_unknown_keys():
         {"shard": {"hub": {"token": "hf_x"}}},
         {"shard": {"adapters": {"s3": {"url": "bucket"}}}},
         {"keda": {"serverAddress": "prometheus"}},
+        {"keda": {"minReplicas": 0}},
         {"gateway": {"inferencePool": {"failureMode": "Open"}}},
         {"metrics": {"serviceMonitor": {"interval": "soon"}}},
         {"test": {"prompt": ""}},
