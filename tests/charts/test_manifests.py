@@ -234,6 +234,17 @@ def test_only_a_groups_router_reaches_its_shards():
         assert [port["port"] for port in rule["ports"]] == [50060, 50061, 50062]
 
 
+def test_where_clients_are_limited_prometheus_still_reaches_the_routers_metrics():
+    (policy,) = (
+        policy
+        for policy in of_kind(rendered("everything around it"), "NetworkPolicy")
+        if policy["spec"]["podSelector"]["matchLabels"]["app.kubernetes.io/component"] == "router"
+    )
+    clients, prometheus = policy["spec"]["ingress"]
+    assert {"namespaceSelector": {"matchLabels": {"apps": "yes"}}} in clients["from"]
+    assert prometheus == {"ports": [{"port": "http"}], "from": [{"podSelector": {}}]}
+
+
 def test_scalers_scale_the_groups_and_nothing_else_sets_their_number():
     for case in ("an autoscaler", "KEDA"):
         sets = {document["metadata"]["name"]: document for document in of_kind(rendered(case), "StatefulSet")}

@@ -1,8 +1,11 @@
 """Requests that end early, queues that are full, blocks that run out, servers that stop: nothing is leaked or lost."""
 
 import asyncio
+import contextlib
+import json
 import signal
 import threading
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -16,6 +19,7 @@ from grpc_reflection.v1alpha.reflection_pb2_grpc import ServerReflectionStub
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from loraplex import (
+    AdapterNotFoundError,
     AsyncClient,
     Client,
     DeadlineError,
@@ -215,6 +219,28 @@ def kill_rank(server: Server, rank: int) -> None:
 def check_health(server: Server) -> int:
     with grpc.insecure_channel(server.address) as channel:
         return HealthStub(channel).Check(HealthCheckRequest(), timeout=10).status
+
+
+def test_nothing_that_clients_say_is_logged_whether_it_is_served_or_refused(server: Server):
+    said = "between-us"
+    with Client(server.address, api_key=said) as client:
+        assert client.generate(said, max_new_tokens=2).text
+        with pytest.raises(AdapterNotFoundError):
+            client.generate(said, adapter="unknown-adapter", max_new_tokens=2)
+        with pytest.raises(InvalidRequestError):
+            client.generate(said, stop=[said] * 100)
+    for path, body in (
+        ("/v1/completions", {"model": "", "prompt": said, "max_tokens": 2}),
+        ("/v1/chat/completions", {"model": "", "messages": [{"role": said, "content": said}], "temperature": said}),
+        ("/generate", {"inputs": said, "parameters": {"adapter_id": "unknown-adapter", "api_token": said}}),
+        ("/generate", said),
+    ):
+        request = urllib.request.Request(f"{server.url}{path}?key={said}", json.dumps(body).encode())
+        request.add_header("Authorization", f"Bearer {said}")
+        with contextlib.suppress(urllib.error.HTTPError), urllib.request.urlopen(request, timeout=60) as response:
+            response.read()
+    assert "outcome=finished" in server.log and "outcome=adapter_not_found" in server.log
+    assert said not in server.log
 
 
 def test_the_standard_health_and_reflection_services_answer(server: Server):
