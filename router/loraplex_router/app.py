@@ -42,7 +42,7 @@ class Router:
         self._service = Service(self._groups, self._administration, keys, settings.max_queue, telemetry)
         self._connections = Connections(settings, self._groups, registry, self._service, telemetry)
         self._grpc = GrpcServer(GenerationApi(self._service), telemetry.interceptors)
-        self._app = create_app(self._service)
+        self._app = create_app(self._service, settings.cors_origins.split())
         self._stop = asyncio.Event()
 
     async def run(self, ready: Callable[[int, int], None]) -> None:

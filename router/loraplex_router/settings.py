@@ -34,6 +34,12 @@ class EdgeSettings(BaseModel):
         gt=0,
         description="Host memory for adapters, over all ranks of a group, in GiB; the least recently used leave.",
     )
+    cors_origins: str = Field(
+        "*",
+        pattern=r"^(\*|https?://[^\s*]+( https?://[^\s*]+)*)?$",
+        description="Whose web pages may call the HTTP API from a browser: origins (https://app.example), separated by "
+        "spaces. *: anybody's. Empty: none.",
+    )
     api_keys: Path | None = Field(
         None,
         description="A YAML or JSON file of API keys (hashed) and what each may do, followed when it changes."

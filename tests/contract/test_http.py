@@ -4,6 +4,7 @@ import json
 import urllib.error
 import urllib.request
 from email.message import Message
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,7 +34,10 @@ def test_whole_answers_have_lorax_headers(server: Server):
     parameters = {"max_new_tokens": 3, "adapter_id": "first"}
     status, headers, text = call(server, "/generate", {"inputs": "Hi", "parameters": parameters})
     assert status == 200 and set(json.loads(text)) == {"generated_text"}
-    for name in ("compute-time", "queue-time", "inference-time", "time-per-token", "total-time"):
+    for name in (
+        *("compute-time", "queue-time", "inference-time", "total-time", "validation-time"),
+        *("time-per-token", "time-to-first-token", "time-per-output-token", "skipped-tokens", "compute-characters"),
+    ):
         assert int(headers[f"x-{name}"]) >= 0
     assert (headers["x-prompt-tokens"], headers["x-generated-tokens"]) == ("2", "3")
     assert headers["x-adapter-id"] == "first" and headers["x-model-id"]
@@ -49,7 +53,7 @@ def test_streams_are_events_without_a_done_on_lorax_routes_and_with_one_on_opena
 
 
 @pytest.mark.parametrize("path", ["/", "/generate", "/generate_stream", "/invocations", "/tokenize"])
-@pytest.mark.parametrize("body", [b"{bad", b"\xff", b"[]", b'{"inputs": 5}', b"{}"])
+@pytest.mark.parametrize("body", [b"{bad", b"\xff", b"[]", b'{"inputs": 5}', b"{}", b'{"inputs": "\\ud800"}'])
 def test_malformed_bodies_are_validation_errors_in_lorax_shape(server: Server, path: str, body: bytes):
     status, _, text = call(server, path, body)
     answer = json.loads(text)
@@ -57,7 +61,7 @@ def test_malformed_bodies_are_validation_errors_in_lorax_shape(server: Server, p
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
-@pytest.mark.parametrize("body", [b"{bad", b"\xff", b"[]", b'{"model": 5}', b"{}"])
+@pytest.mark.parametrize("body", [b"{bad", b"\xff", b"[]", b'{"model": 5}', b"{}", b'{"model": "\\ud800"}'])
 def test_malformed_bodies_are_bad_requests_in_openais_shape(server: Server, path: str, body: bytes):
     status, _, text = call(server, path, body)
     assert status == 400 and set(json.loads(text)["error"]) == {"message", "type", "param", "code"}
@@ -79,6 +83,49 @@ def test_info_tokenize_and_health(server: Server):
     assert [token["text"] for token in read(server, "/tokenize", {"inputs": "ab"})] == ["a", "b"]
     assert {call(server, path)[0] for path in ("/", "/health", "/ping", "/startup")} == {200}
     assert call(server, "/absent")[0] == 404 and call(server, "/generate")[0] == 405
+
+
+def test_head_asks_what_get_does(server: Server):
+    for path, status in (("/health", 200), ("/v1/models", 200), ("/generate", 405), ("/absent", 404)):
+        head = urllib.request.Request(server.url + path, method="HEAD")
+        try:
+            with urllib.request.urlopen(head, timeout=60) as response:
+                found, body = response.status, response.read()
+        except urllib.error.HTTPError as error:
+            with error:
+                found, body = error.code, error.read()
+        assert (found, body) == (status, b"")
+
+
+def test_any_web_page_may_call_and_send_its_key(server: Server):
+    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,x-stainless-os"}
+    preflight = {"Origin": "https://app.example", **asked}
+    url = server.url + "/v1/chat/completions"
+    with urllib.request.urlopen(urllib.request.Request(url, None, preflight, method="OPTIONS"), timeout=60) as allowed:
+        assert allowed.headers["access-control-allow-origin"] == "*"
+        assert {"authorization", "x-stainless-os"} <= set(allowed.headers["access-control-allow-headers"].split(","))
+    simple = urllib.request.Request(server.url + "/health", None, {"Origin": "https://app.example"})
+    with urllib.request.urlopen(simple, timeout=60) as answered:
+        assert answered.headers["access-control-allow-origin"] == "*"
+
+
+def test_an_omitted_model_is_the_base(server: Server, model: Path):
+    chat = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
+    for path, body in (
+        ("/v1/chat/completions", chat),
+        ("/v1/completions", {"model": "", "prompt": "Hi", "max_tokens": 1}),
+        ("/v1/embeddings", {"input": "Hi"}),
+    ):
+        assert read(server, path, body)["model"] == str(model)
+
+
+def test_loraxs_fields_of_openais_routes_say_where_the_adapter_is(server: Server):
+    chat = {"model": "first", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3}
+    extra = {"adapter_source": "local", "api_token": "secret", "ignore_eos_token": True}
+    assert read(server, "/v1/chat/completions", {**chat, **extra})["usage"]["completion_tokens"] == 3
+    status, _, text = call(server, "/v1/chat/completions", {**chat, "adapter_source": "pbase"})
+    assert status == 400 and json.loads(text)["error"]["param"] == "adapter_source"
+    assert call(server, "/v1/completions", {"model": "first", "prompt": "Hi", "adapter_source": "s3"})[0] == 404
 
 
 def test_adapters_are_loaded_listed_and_unloaded_by_either_name_of_the_routes(server: Server):

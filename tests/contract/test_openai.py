@@ -178,9 +178,13 @@ def test_formats_of_openai_and_of_vllm(client: OpenAI, base: str):
     assert answer(extra_body={"structured_outputs": {"choice": ["yes", "no"]}}) in ("yes", "no")
     assert answer(extra_body={"guided_regex": "[0-9]{4}"}).isdigit()
     assert set(json.loads(answer(extra_body={"guided_json": SCHEMA}))) == {"a"}
+    loraxs = {"type": "json_object", "schema": SCHEMA}
+    assert set(json.loads(answer(response_format=loraxs))) == {"a"}
 
 
-@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "read_weather"}}])
+@pytest.mark.parametrize(
+    "choice", ["required", {"type": "function", "function": {"name": "read_weather"}}, "read_weather"]
+)
 def test_forced_tool_calls_are_calls_streamed_or_not(client: OpenAI, base: str, choice: object):
     options = {"model": base, "messages": HELLO, "tools": TOOLS, "tool_choice": choice, "parallel_tool_calls": False}
     whole = client.chat.completions.create(**options, max_tokens=200, seed=3).choices[0]
@@ -194,6 +198,25 @@ def test_forced_tool_calls_are_calls_streamed_or_not(client: OpenAI, base: str, 
     assert len(others) > 1 and all(piece.index == 0 and piece.id is piece.function.name is None for piece in others)
     assert "".join(piece.function.arguments for piece in others) == call.function.arguments
     assert chunks[-1].choices[0].finish_reason == "tool_calls"
+
+
+def test_a_tool_without_parameters_is_called_without_arguments(client: OpenAI, base: str):
+    tool = {"type": "function", "function": {"name": "read_clock"}}
+    choice = {"type": "function", "function": {"name": "read_clock"}}
+    options = {"model": base, "messages": HELLO, "tools": [tool], "tool_choice": choice, "max_tokens": 200}
+    (call,) = client.chat.completions.create(**options).choices[0].message.tool_calls
+    assert json.loads(call.function.arguments) == {}
+
+
+def test_every_chunk_has_the_usage_so_far_where_vllms_option_asks_for_it(client: OpenAI, base: str):
+    asked = {"include_usage": True, "continuous_usage_stats": True}
+    common = {"model": base, "max_tokens": 4, "stream": True, "stream_options": asked}
+    for stream in (
+        client.chat.completions.create(messages=HELLO, **common),
+        client.completions.create(prompt="Hello", **common),
+    ):
+        counts = [chunk.usage.completion_tokens for chunk in stream]
+        assert counts == sorted(counts) and counts[-1] == 4 and len(counts) > 2
 
 
 def test_a_conversation_with_tool_results_is_understood(client: OpenAI, base: str):

@@ -8,6 +8,7 @@ from pydantic import BaseModel, Field
 
 from loraplex_protos.errors import FieldViolation, InvalidRequestError
 from loraplex_router.adapters.administration import AdapterStatus
+from loraplex_router.api.http.json_body import JsonRoute
 from loraplex_router.api.http.lorax.routes import ERRORS as LORAX_ERRORS
 from loraplex_router.api.http.openai.routes import ERRORS as OPENAI_ERRORS
 from loraplex_router.keys import read_bearer
@@ -87,7 +88,7 @@ class VllmUnload(BaseModel):
 
 
 def create_admin_routes(service: Service) -> APIRouter:
-    routes = APIRouter(tags=["Adapters"])
+    routes = APIRouter(tags=["Adapters"], route_class=JsonRoute)
     loading = {status: error for status, error in LORAX_ERRORS.items() if status not in (429, 499)}
     in_use: dict[int | str, dict[str, Any]] = {409: {**LORAX_ERRORS[404], "description": IN_USE}}
     done: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}

@@ -1,25 +1,37 @@
 """The HTTP application: every face's routes, and Prometheus metrics."""
 
+from collections.abc import Sequence
 from importlib.metadata import version
 
 from fastapi import FastAPI, Response
+from fastapi.middleware.cors import CORSMiddleware
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from loraplex_router.api.http.admin import create_admin_routes
 from loraplex_router.api.http.body_limit import BodyLimit
 from loraplex_router.api.http.embeddings import create_embedding_routes
 from loraplex_router.api.http.errors import install_handlers
+from loraplex_router.api.http.head import HeadAsGet
 from loraplex_router.api.http.lorax.routes import create_lorax_routes
 from loraplex_router.api.http.openai.routes import create_openai_routes
 from loraplex_router.service import Service
 
 
-def create_app(service: Service) -> FastAPI:
+def create_app(service: Service, cors_origins: Sequence[str] = ("*",)) -> FastAPI:
+    """`cors_origins`: whose web pages may call it; "*" is anybody's."""
     app = FastAPI(title="loraplex", version=version("loraplex"), summary="One base model, any number of LoRA adapters.")
     install_handlers(app)
     app.add_middleware(BodyLimit)
+    app.add_middleware(HeadAsGet)
     for middleware in service.telemetry.middleware:
         app.add_middleware(middleware)
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=cors_origins,
+        allow_methods=["GET", "POST"],
+        allow_headers=["*"],
+        expose_headers=["*"],
+    )
     app.include_router(create_lorax_routes(service))
     app.include_router(create_openai_routes(service))
     app.include_router(create_embedding_routes(service))

@@ -10,10 +10,11 @@ from pydantic import BaseModel, Field
 
 from loraplex_protos.errors import FieldViolation, InvalidRequestError
 from loraplex_router.api.http.attendance import finish_attended
+from loraplex_router.api.http.json_body import JsonRoute
 from loraplex_router.api.http.lorax.reading import read_adapter
 from loraplex_router.api.http.lorax.routes import ERRORS as LORAX_ERRORS
 from loraplex_router.api.http.lorax.schema import Parameters
-from loraplex_router.api.http.openai.reading import read_model, read_prompts
+from loraplex_router.api.http.openai.reading import read_model_name, read_prompts
 from loraplex_router.api.http.openai.routes import ERRORS as OPENAI_ERRORS
 from loraplex_router.api.http.openai.schema import TokenId
 from loraplex_router.keys import read_bearer
@@ -25,7 +26,7 @@ POOLING = "the mean of the last hidden states over all tokens, scaled to length 
 
 
 class OpenaiRequest(BaseModel):
-    model: str = Field(description="The base model, an adapter, or base:adapter.")
+    model: str = Field(default="", description="The base model (also: empty), an adapter, or base:adapter.")
     input: str | list[str] | list[TokenId] | list[list[TokenId]]
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = Field(default=None, description="Not supported: vectors are of the model's hidden size.")
@@ -54,7 +55,7 @@ class LoraxAnswer(BaseModel):
 
 
 def create_embedding_routes(service: Service) -> APIRouter:
-    routes = APIRouter()
+    routes = APIRouter(route_class=JsonRoute)
 
     async def embed(request: EmbedRequest, http: Request) -> list[Embedding]:
         key = read_bearer(http.headers.get("authorization"))
@@ -69,10 +70,9 @@ def create_embedding_routes(service: Service) -> APIRouter:
     async def openai_embeddings(body: OpenaiRequest, http: Request) -> Response:
         if body.dimensions is not None:
             raise InvalidRequestError(FieldViolation("dimensions", "is not supported: leave it out"))
-        found = await embed(
-            EmbedRequest(tuple(read_prompts(body.input)), read_model(body.model, service.info.model_id)), http
-        )
-        return JSONResponse(_write(body, found))
+        base = service.info.model_id
+        request = EmbedRequest(tuple(read_prompts(body.input)), read_model_name(body.model, base))
+        return JSONResponse(_write(body, body.model or base, await embed(request, http)))
 
     @routes.post(
         "/embed",
@@ -89,7 +89,7 @@ def create_embedding_routes(service: Service) -> APIRouter:
     return routes
 
 
-def _write(body: OpenaiRequest, found: list[Embedding]) -> dict[str, Any]:
+def _write(body: OpenaiRequest, model: str, found: list[Embedding]) -> dict[str, Any]:
     encode = _encode if body.encoding_format == "base64" else list
     tokens = sum(embedding.prompt_tokens for embedding in found)
     return {
@@ -98,7 +98,7 @@ def _write(body: OpenaiRequest, found: list[Embedding]) -> dict[str, Any]:
             {"object": "embedding", "index": index, "embedding": encode(embedding.values)}
             for index, embedding in enumerate(found)
         ],
-        "model": body.model,
+        "model": model,
         "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
     }
 

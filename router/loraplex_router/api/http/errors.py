@@ -40,6 +40,9 @@ LORAX_NAMES = {
 }
 OPENAI_NAMES = {
     "adapter.id": "model",
+    "adapter.source": "adapter_source",
+    "adapter.token": "api_token",
+    "inputs": "input",
     "stopping.max_new_tokens": "max_tokens",
     "stopping.min_new_tokens": "min_tokens",
     "grammar": "response_format",
@@ -133,6 +136,8 @@ def _violation(found: Mapping[str, Any]) -> FieldViolation:
     """What pydantic found. `body, messages, 0, role` becomes messages[0][role]: dots are the router's own."""
     if found["type"] == "json_invalid":
         return FieldViolation("body", f"is not JSON: {found['ctx']['error']}")
+    if found["loc"] == ("body",) and found["type"] == "model_attributes_type":
+        return FieldViolation("body", "must be a JSON object, sent with Content-Type: application/json")
     first, *rest = [part for part in found["loc"] if part != "body" and not _is_type(part)] or ["body"]
     return FieldViolation(str(first) + "".join(f"[{part}]" for part in rest), str(found["msg"]))
 

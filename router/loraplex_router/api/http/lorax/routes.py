@@ -7,6 +7,7 @@ from fastapi.responses import JSONResponse
 
 from loraplex_router.api.http.attendance import collect
 from loraplex_router.api.http.errors import lorax_body
+from loraplex_router.api.http.json_body import JsonRoute
 from loraplex_router.api.http.lorax import schema
 from loraplex_router.api.http.lorax.reading import read_request, wants_details
 from loraplex_router.api.http.lorax.writing import LoraxWriter, static_headers, whole_headers
@@ -34,7 +35,7 @@ EVENTS = describe_events("A StreamResponse. There may be comments between events
 
 
 def create_lorax_routes(service: Service) -> APIRouter:
-    routes = APIRouter(tags=["LoRAX"])
+    routes = APIRouter(tags=["LoRAX"], route_class=JsonRoute)
 
     def adapter_token(http: Request) -> str:
         """What LoRAX's clients send as Authorization is the adapter's token, unless this server takes API keys."""
@@ -45,13 +46,13 @@ def create_lorax_routes(service: Service) -> APIRouter:
         request = read_request(body, adapter_token(http), stream=False)
         generation = await service.generate(request, read_bearer(http.headers.get("authorization")))
         deltas = (await collect(service, [generation], http.receive))[0]
-        headers = {**static_headers(service.info.model_id, request.adapter), **whole_headers(generation)}
+        headers = {**static_headers(service.info.model_id, body.inputs, request.adapter), **whole_headers(generation)}
         return _writer(body, generation).whole(deltas), headers
 
     async def generate_events(body: schema.GenerateRequest, http: Request) -> Response:
         request = read_request(body, adapter_token(http), stream=True)
         generation = await service.generate(request, read_bearer(http.headers.get("authorization")))
-        headers = static_headers(service.info.model_id, request.adapter)
+        headers = static_headers(service.info.model_id, body.inputs, request.adapter)
         events = _writer(body, generation).events()
         return EventStream(service, [generation], events, lorax_body, headers)
 

@@ -19,9 +19,9 @@ FINISH_REASONS = {
 }
 
 
-def static_headers(model_id: str, adapter: AdapterReference | MergedReference | None) -> dict[str, str]:
+def static_headers(model_id: str, inputs: str, adapter: AdapterReference | MergedReference | None) -> dict[str, str]:
     """Those that are known before the answer is. Characters that no header may hold are percent-encoded."""
-    headers = {"x-model-id": quote(model_id, safe="/:@,+ ")}
+    headers = {"x-model-id": quote(model_id, safe="/:@,+ "), "x-compute-characters": str(len(inputs))}
     if adapter is not None:
         parts = adapter.adapters if isinstance(adapter, MergedReference) else (adapter,)
         headers["x-adapter-id"] = quote(",".join(part.id for part in parts), safe="/:@,+ ")
@@ -33,7 +33,7 @@ def static_headers(model_id: str, adapter: AdapterReference | MergedReference | 
 def whole_headers(generation: Generation) -> dict[str, str]:
     """Times in milliseconds, and token counts, of a finished generation."""
     now = time.monotonic()
-    started = generation.started or now
+    started, first = generation.started or now, generation.first_token or now
     prompt = generation.outputs[0].sequence.prompt_length
     generated = sum(output.generated for output in generation.outputs)
     inference = now - started
@@ -44,8 +44,11 @@ def whole_headers(generation: Generation) -> dict[str, str]:
         "x-queue-time": _milliseconds(started - generation.queued),
         "x-inference-time": _milliseconds(inference),
         "x-time-per-token": _milliseconds(inference / max(1, generated)),
+        "x-time-to-first-token": _milliseconds(first - generation.arrived),
+        "x-time-per-output-token": _milliseconds((now - first) / max(1, generated - 1)),
         "x-prompt-tokens": str(prompt),
         "x-generated-tokens": str(generated),
+        "x-skipped-tokens": str(generation.outputs[0].sequence.prefix_hit),
         "x-total-tokens": str(prompt + generated),
     }
 

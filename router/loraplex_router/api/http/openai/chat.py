@@ -10,7 +10,7 @@ from loraplex_router.api.http.openai.logprobs import chat_logprobs, prompt_logpr
 from loraplex_router.api.http.openai.reading import read_model, read_options
 from loraplex_router.api.http.openai.schema import ChatCompletionRequest, ChatMessage, ContentPart
 from loraplex_router.api.http.openai.tools import check_tools, create_parser, offered_tools, read_arguments, write_call
-from loraplex_router.api.http.openai.writing import finish_reason, head, usage
+from loraplex_router.api.http.openai.writing import finish_reason, head, usage, usage_so_far
 from loraplex_router.api.http.sse import DONE, event
 from loraplex_router.output import Delta, Generation
 from loraplex_router.request import Request, Violations
@@ -35,7 +35,7 @@ def read_chat(body: ChatCompletionRequest, base: str) -> Request:
     found.raise_any()
     return Request(
         prompt=Chat(messages, offered_tools(body), body.chat_template_kwargs or {}),
-        adapter=read_model(body.model, base),
+        adapter=read_model(body, base),
         max_new_tokens=body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
         n=body.n or 1,
         detail=Detail(bool(body.logprobs), body.top_logprobs or 0, body.prompt_logprobs is not None),
@@ -104,10 +104,11 @@ class ChatWriter:
 
     async def events(self) -> AsyncIterator[str]:
         with_usage = bool(self.body.stream_options and self.body.stream_options.include_usage)
-        first, last = self._head("chat.completion.chunk"), {"usage": None} if with_usage else {}
+        first = self._head("chat.completion.chunk")
         writers = [_ChoiceWriter(self.body) for _ in self.generation.outputs]
         async for index, delta in read(self.generation):
             choices = list(self._chunks(index, writers[index], delta))
+            last = usage_so_far(self.body.stream_options, [self.generation])
             yield "".join(event({**first, "choices": [choice], **last}) for choice in choices)
         if with_usage:
             yield event({**first, "choices": [], "usage": usage([self.generation])})

@@ -7,7 +7,7 @@ from typing import Any
 from loraplex_router.api.http.openai.logprobs import CompletionLogprobs, prompt_logprobs
 from loraplex_router.api.http.openai.reading import read_model, read_options, read_prompts
 from loraplex_router.api.http.openai.schema import CompletionRequest
-from loraplex_router.api.http.openai.writing import finish_reason, head, read_all, usage
+from loraplex_router.api.http.openai.writing import finish_reason, head, read_all, usage, usage_so_far
 from loraplex_router.api.http.sse import DONE, event
 from loraplex_router.output import Delta, Generation, SequenceOutput
 from loraplex_router.request import Request, Violations
@@ -22,7 +22,7 @@ def read_completions(body: CompletionRequest, base: str) -> list[Request]:
     """One request for each prompt. Raises InvalidRequestError, and AdapterNotFoundError for an empty adapter name."""
     _check(body)
     options = read_options(body)
-    adapter = read_model(body.model, base)
+    adapter = read_model(body, base)
     scored = body.logprobs is not None or _candidates(body) > (body.n or 1)
     detail = Detail(
         logprobs=scored,
@@ -93,10 +93,10 @@ class CompletionWriter:
         outputs = [output for generation in self.generations for output in generation.outputs]
         writers = [_ChoiceWriter(self, index, output) for index, output in enumerate(outputs)]
         first, with_usage = self._head(), bool(self.body.stream_options and self.body.stream_options.include_usage)
-        extra = {"usage": None} if with_usage else {}
         async for index, delta in read_all(self.generations):
             if delta.text or delta.finish_reason or not writers[index].begun:
-                yield event({**first, "choices": [writers[index].write(delta)], **extra})
+                last = usage_so_far(self.body.stream_options, self.generations)
+                yield event({**first, "choices": [writers[index].write(delta)], **last})
         if with_usage:
             yield event({**first, "choices": [], "usage": usage(self.generations)})
         yield DONE

@@ -7,10 +7,12 @@ from loraplex_protos.errors import FieldViolation, InvalidRequestError
 from loraplex_router.api.http.openai.schema import (
     ChatCompletionRequest,
     GenerationRequest,
-    NamedTool,
     StructuredOutputs,
 )
+from loraplex_router.api.http.openai.tools import forced_tool
 from loraplex_router.grammar import Grammar, GrammarKind
+
+NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
 def read_format(body: GenerationRequest) -> Grammar | None:
@@ -23,7 +25,7 @@ def read_format(body: GenerationRequest) -> Grammar | None:
 
 def _formats(body: GenerationRequest) -> Iterator[tuple[str, Grammar]]:
     if (wanted := body.response_format) and wanted.type != "text":
-        schema = wanted.json_schema.schema_ if wanted.json_schema else None
+        schema = wanted.json_schema.schema_ if wanted.json_schema else wanted.schema_
         yield "response_format", Grammar.json_schema(schema) if schema is not None else Grammar.json_object()
     if body.structured_outputs:
         yield from _structured(body.structured_outputs, "structured_outputs.")
@@ -50,17 +52,17 @@ def _structured(given: StructuredOutputs, prefix: str) -> Iterator[tuple[str, Gr
 
 def _forced_call(body: ChatCompletionRequest) -> Grammar | None:
     """A call of the named tool, or a list of calls of any; see text/tool_calls.py for who reads them."""
-    choice, definitions = body.tool_choice, dict[str, Any]()
+    choice, definitions = forced_tool(body), dict[str, Any]()
     calls = dict[str, dict[str, Any]]()
     for tool in body.tools or ():
-        parameters = dict(tool.function.parameters or {"type": "object"})
+        parameters = dict(tool.function.parameters or NO_PARAMETERS)
         definitions |= parameters.pop("$defs", {})  # references to them start at the root
         properties = {"name": {"const": tool.function.name}, "arguments": parameters}
         call = {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
         calls[tool.function.name] = call
-    if isinstance(choice, NamedTool):
-        return Grammar.json_schema({**calls[choice.function.name], "$defs": definitions})
-    if choice != "required":
+    if choice is not None:
+        return Grammar.json_schema({**calls[choice], "$defs": definitions})
+    if body.tool_choice != "required":
         return None
     most = {"maxItems": 1} if body.parallel_tool_calls is False else {}
     items = {"anyOf": list(calls.values())}

@@ -12,7 +12,13 @@ BASE_NAMES = ("", "tgi")  # beside the model's own name; `text-generation` sends
 LEAST_TOP_P = 1e-6  # what OpenAI's 0 means: the likeliest token alone
 
 
-def read_model(model: str, base: str) -> AdapterReference | None:
+def read_model(body: GenerationRequest, base: str) -> AdapterReference | None:
+    """The adapter that the model's name means, with where LoRAX's fields say that it is; None is the base."""
+    named = read_model_name(body.model, base)
+    return named and AdapterReference(named.id, body.adapter_source or "", token=body.api_token or "")
+
+
+def read_model_name(model: str, base: str) -> AdapterReference | None:
     """The adapter that `model` names; None is the base. Whether there is such an adapter is not known yet."""
     if model == base or model in BASE_NAMES:
         return None
@@ -54,7 +60,7 @@ def read_options(body: GenerationRequest) -> dict[str, Any]:
         "stop": (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ()),
         "include_stop": bool(body.include_stop_str_in_output),
         "stop_token_ids": tuple(body.stop_token_ids or ()),
-        "ignore_eos": bool(body.ignore_eos),
+        "ignore_eos": bool(body.ignore_eos or body.ignore_eos_token),
         "show_special_tokens": body.skip_special_tokens is False,
         "truncate": body.truncate_prompt_tokens,
         "min_new_tokens": body.min_tokens or 0,

@@ -10,6 +10,7 @@ from loraplex_protos.errors import AdapterNotFoundError
 from loraplex_router.adapters.administration import AdapterStatus
 from loraplex_router.api.http.attendance import collect
 from loraplex_router.api.http.errors import openai_body
+from loraplex_router.api.http.json_body import JsonRoute
 from loraplex_router.api.http.openai import answers
 from loraplex_router.api.http.openai.chat import ChatWriter, read_chat
 from loraplex_router.api.http.openai.completions import CompletionWriter, read_completions
@@ -39,13 +40,14 @@ EVENTS = describe_events("A chunk; at the end [DONE]. There may be comments betw
 
 
 def create_openai_routes(service: Service) -> APIRouter:
-    routes = APIRouter(prefix="/v1", tags=["OpenAI"])
+    routes = APIRouter(prefix="/v1", tags=["OpenAI"], route_class=JsonRoute)
     started = int(time.time())
 
     @routes.post("/completions", responses={200: {"model": answers.Completion, "content": EVENTS}, **ERRORS})
     async def completions(body: CompletionRequest, http: Request) -> Response:
         """Continues one prompt or several."""
         generations: list[Generation] = []
+        body.model = body.model or service.info.model_id
         try:
             for request in read_completions(body, service.info.model_id):
                 generations.append(await service.generate(request, api_key(http)))
@@ -61,6 +63,7 @@ def create_openai_routes(service: Service) -> APIRouter:
     @routes.post("/chat/completions", responses={200: {"model": answers.ChatCompletion, "content": EVENTS}, **ERRORS})
     async def chat_completions(body: ChatCompletionRequest, http: Request) -> Response:
         """Answers a conversation, with the model's own chat template."""
+        body.model = body.model or service.info.model_id
         generation = await service.generate(read_chat(body, service.info.model_id), api_key(http))
         writer = ChatWriter(body, generation, service.tokenizer, service.info.version)
         if body.stream:

@@ -10,6 +10,7 @@ Count = Annotated[int, Field(ge=0, lt=2**32)]
 
 class StreamOptions(BaseModel):
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = Field(default=None, description="vLLM's: every chunk has the usage so far.")
 
 
 class NamedSchema(BaseModel):
@@ -21,6 +22,7 @@ class NamedSchema(BaseModel):
 class ResponseFormat(BaseModel):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: NamedSchema | None = None
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema", description="LoRAX's, next to json_object.")
 
 
 class StructuredOutputs(BaseModel):
@@ -36,7 +38,7 @@ class StructuredOutputs(BaseModel):
 class GenerationRequest(BaseModel):
     """What completions and chat completions have in common. Fields that are refused are here for that."""
 
-    model: str = Field(description="The base model, an adapter, or base:adapter.")
+    model: str = Field(default="", description="The base model (also: empty), an adapter, or base:adapter.")
     temperature: float | None = Field(default=None, description="Absent: 1.")
     top_p: float | None = None
     n: Count | None = None
@@ -49,6 +51,10 @@ class GenerationRequest(BaseModel):
     logit_bias: dict[TokenId, float] | None = Field(default=None, description="By token id, from -100 to 100.")
     seed: int | None = None
     response_format: ResponseFormat | None = None
+    # LoRAX's
+    adapter_source: str | None = Field(default=None, description="local, s3 or hub; absent: the first that has it.")
+    api_token: str | None = Field(default=None, description="For a private adapter's hub.")
+    ignore_eos_token: bool | None = None
     # vLLM's
     structured_outputs: StructuredOutputs | None = None
     guided_json: str | dict[str, Any] | None = None
@@ -132,7 +138,9 @@ class ChatCompletionRequest(GenerationRequest):
     logprobs: bool | None = None
     top_logprobs: Count | None = None
     tools: list[Tool] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: NamedTool | str | None = Field(
+        default=None, description="none, auto, required, or one tool: OpenAI's object, or as LoRAX its name alone."
+    )
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     functions: list[dict[str, Any]] | None = Field(default=None, description="Refused unless empty: send tools.")

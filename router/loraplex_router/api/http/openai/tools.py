@@ -8,6 +8,8 @@ from loraplex_router.api.http.openai.schema import ChatCompletionRequest, NamedT
 from loraplex_router.request import Violations
 from loraplex_router.text.tool_calls import ToolCallParser
 
+CHOICES = (None, "none", "auto", "required")  # any other text names a tool, as in LoRAX
+
 
 def offered_tools(body: ChatCompletionRequest) -> tuple[dict[str, Any], ...]:
     """The tools that the model is told of: those given, unless none may be called."""
@@ -19,11 +21,17 @@ def offered_tools(body: ChatCompletionRequest) -> tuple[dict[str, Any], ...]:
 def check_tools(body: ChatCompletionRequest, found: Violations) -> None:
     names = [tool.function.name for tool in body.tools or ()]
     found.check(len(set(names)) == len(names), "tools", "must have different names")
+    chosen = forced_tool(body)
+    found.check(chosen is None or chosen in names, "tool_choice", f"there is no tool {chosen!r}")
+    found.check(body.tool_choice != "required" or bool(names), "tool_choice", "needs tools")
+
+
+def forced_tool(body: ChatCompletionRequest) -> str | None:
+    """The name of the one tool that is to be called."""
     choice = body.tool_choice
     if isinstance(choice, NamedTool):
-        found.check(choice.function.name in names, "tool_choice", f"there is no tool {choice.function.name!r}")
-    elif choice == "required":
-        found.check(bool(names), "tool_choice", "needs tools")
+        return choice.function.name
+    return None if choice in CHOICES else choice
 
 
 def create_parser(body: ChatCompletionRequest) -> ToolCallParser | None:

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 from loraplex_router.api.http.attendance import read
+from loraplex_router.api.http.openai.schema import StreamOptions
 from loraplex_router.output import Delta, Generation
 from loraplex_router.sequence import FinishReason
 
@@ -38,6 +39,13 @@ def usage(generations: Sequence[Generation]) -> dict[str, Any]:
         "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": sum(sequence.prefix_hit for sequence in prompts)},
     }
+
+
+def usage_so_far(options: StreamOptions | None, generations: Sequence[Generation]) -> dict[str, Any]:
+    """What a chunk of a stream has of it: nothing, unless it was asked for; null, unless it was for every chunk."""
+    if not options or not options.include_usage:
+        return {}
+    return {"usage": usage(generations) if options.continuous_usage_stats else None}
 
 
 def finish_reason(delta: Delta) -> str | None:
