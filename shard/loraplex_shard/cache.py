@@ -1,8 +1,11 @@
 """The paged KV cache of one rank: tensors only. Who owns which block is the router's business."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+
+from loraplex_shard.memory import reserve
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +38,8 @@ class KVCache:
         self.num_blocks = num_blocks
         self.block_size = block_size
         positions = (layers, num_blocks, kv_heads, block_size)
-        keys = torch.empty((layers, num_blocks, kv_heads, head_dim, block_size), dtype=dtype, device=device)
-        values = torch.empty((*positions, head_dim), dtype=dtype, device=device)
+        keys = _empty((layers, num_blocks, kv_heads, head_dim, block_size), dtype, device)
+        values = _empty((*positions, head_dim), dtype, device)
         key_scales = value_scales = (None,) * layers
         if dtype == torch.int8:
             key_scales, value_scales = torch.empty((2, *positions), dtype=torch.float32, device=device)
@@ -47,3 +50,9 @@ class KVCache:
         """Bytes that one block takes in all layers."""
         scale = torch.float32.itemsize if dtype == torch.int8 else 0
         return layers * 2 * block_size * kv_heads * (head_dim * dtype.itemsize + scale)
+
+
+def _empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    if device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
+    return reserve(torch.Size(shape).numel() * dtype.itemsize).view(dtype).view(shape)

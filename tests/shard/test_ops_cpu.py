@@ -215,7 +215,7 @@ def test_rotation_and_what_it_writes_to_the_cache(
 @many
 @given(
     lora_ranks=st.lists(st.tuples(*[st.none() | st.integers(1, 20)] * 3).filter(any), min_size=1, max_size=4),
-    runs=st.lists(st.tuples(st.integers(1, 7), st.none() | st.integers(0, 3)), min_size=1, max_size=6),
+    runs=st.lists(st.tuples(st.integers(1, 7) | st.just(70), st.none() | st.integers(0, 3)), min_size=1, max_size=6),
     dtype=dtypes,
     int8=st.booleans(),
     in_features=st.integers(1, 70),

@@ -10,6 +10,7 @@ import torch
 
 from loraplex_protos.errors import AdapterInvalidError
 from loraplex_shard.layers.layout import LinearLayout
+from loraplex_shard.lora.arena import in_one_piece
 from loraplex_shard.lora.weights import AdapterWeights, Expansion, LayerWeights
 
 
@@ -52,7 +53,9 @@ def cut_adapter(deltas: Mapping[str, Delta], layouts: Sequence[LinearLayout], dt
     for layout in layouts:
         if layer := _cut(layout, deltas, dtype):
             layers[layout.name] = layer
-    return Adapter(AdapterWeights(layers, len(layouts)), max(delta.lora_rank for delta in deltas.values()))
+    return Adapter(
+        AdapterWeights(in_one_piece(layers), len(layouts)), max(delta.lora_rank for delta in deltas.values())
+    )
 
 
 def _cut(layout: LinearLayout, deltas: Mapping[str, Delta], dtype: torch.dtype) -> LayerWeights | None:

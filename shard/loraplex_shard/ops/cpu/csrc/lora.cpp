@@ -3,6 +3,9 @@
 //
 // A projection's A are rows of `shrink` [lora_rank, k]; its B, times the adapter's scale, is stored transposed,
 // [lora_rank, n], so that outputs are lanes. Both may be int8, with one scale per lora_rank for the two together.
+//
+// In a decode step all there is to do is to read the adapters. So their weights are cut into units; each thread has an
+// equal share of them, in the order in which they lie in memory, and asks for the next unit while it computes one.
 
 #include "common.h"
 
@@ -12,8 +15,11 @@
 namespace loraplex {
 namespace {
 
-constexpr long SPAN = 192;  // outputs that one task expands to
-constexpr int RANKS = 4;    // rows of A that one task multiplies
+constexpr int WIDTH = 2 * LANES;  // weights that are read at once
+constexpr long RANKS = 4;         // rows of A in a unit
+constexpr long OUTPUTS = 2 * WIDTH;  // of B in a unit
+constexpr long ROWS = 32;         // of x that share a unit's weights while they are in the cache
+constexpr long READING = 4;       // reading a weight costs as much as multiplying it with so many rows
 
 struct Part {  // one projection of a fused layer
     std::int64_t rank_start, rank_stop;
@@ -29,99 +35,262 @@ struct Layer {  // as the shard's adapter tables have it: all numbers are 64 bit
     Part part[3];
 };
 
-struct Task {
-    long segment;
-    long part, begin, end;  // ranks to shrink to, or outputs of a part to expand to
+struct Run {  // up to ROWS rows of one adapter
+    long start, rows;
+    const Layer* layer;
+    long shrunk;  // where its A x goes, [rows][lora_rank]
 };
 
-template <int R, int M, class T, class W>
-inline void shrink(const T* x, long stride, long k, const W* a, float* out, long ranks) {
+struct Unit {
+    const Run* run;
+    const Part* part;  // null: of A
+    long begin, end;   // rows of A, or outputs of the part
+    const void* weights;
+};
+
+// WIDTH values as floats. Weights of 16 bits are taken apart into the first and the second of each pair, and so is
+// whatever meets them.
+template <bool PAIRS, class T>
+inline void load_two(const T* p, Floats& first, Floats& second) {
+    if constexpr (PAIRS && sizeof(T) == 2) {
+        load_pairs(p, first, second);
+    } else {
+        first = load(p);
+        second = load(p + LANES);
+    }
+}
+
+template <bool PAIRS, class T>
+inline void store_two(T* p, Floats first, Floats second) {
+    if constexpr (PAIRS && sizeof(T) == 2) {
+        store_pairs(p, first, second);
+    } else {
+        store(p, first);
+        store(p + LANES, second);
+    }
+}
+
+template <bool PAIRS, class T>
+inline void load_first_two(const T* p, long n, Floats& first, Floats& second) {
+    T padded[WIDTH] = {};
+    std::memcpy(padded, p, n * sizeof(T));
+    load_two<PAIRS>(padded, first, second);
+}
+
+// x [rows, k] as floats, each row padded with zeros to whole widths, in the order in which weights W are loaded.
+template <class W, class T>
+void convert(const T* x, long rows, long k, float* out) {
+    constexpr bool PAIRS = sizeof(W) == 2;
+    for (long m = 0; m < rows; m++, x += k)
+        for (long i = 0; i < k; i += WIDTH, out += WIDTH) {
+            Floats first, second;
+            if (k - i >= WIDTH)
+                load_two<PAIRS>(x + i, first, second);
+            else
+                load_first_two<PAIRS>(x + i, k - i, first, second);
+            store(out, first);
+            store(out + LANES, second);
+        }
+}
+
+// R rows of A times M rows of x. `next`: what will be read next, as much of it.
+template <int R, int M, class W>
+inline void shrink(const float* x, long stride, long k, const W* a, const W* next, float* out, long ranks) {
+    constexpr bool PAIRS = sizeof(W) == 2;
     Floats sums[R][M];
     for (int r = 0; r < R; r++)
         for (int m = 0; m < M; m++) sums[r][m] = zeros();
-    long whole = k / LANES * LANES;
-    for (long i = 0; i < whole; i += LANES) {
-        Floats row[M];
-        for (int m = 0; m < M; m++) row[m] = load(x + m * stride + i);
-        for (int r = 0; r < R; r++) {
-            Floats w = load(a + r * k + i);
-            for (int m = 0; m < M; m++) sums[r][m] = fma(w, row[m], sums[r][m]);
+    auto add = [&](int r, long i, Floats first, Floats second) {
+        for (int m = 0; m < M; m++) {
+            sums[r][m] = fma(load(x + m * stride + i), first, sums[r][m]);
+            sums[r][m] = fma(load(x + m * stride + i + LANES), second, sums[r][m]);
         }
-    }
-    if (int n = int(k - whole))
-        for (int r = 0; r < R; r++)
-            for (int m = 0; m < M; m++)
-                sums[r][m] = fma(load_first(a + r * k + whole, n), load_first(x + m * stride + whole, n), sums[r][m]);
+    };
+    Floats first, second;
+    long i = 0;
+    for (; i + WIDTH <= k; i += WIDTH)
+        for (int r = 0; r < R; r++) {
+            __builtin_prefetch(next + r * k + i);
+            load_two<PAIRS>(a + r * k + i, first, second);
+            add(r, i, first, second);
+        }
+    if (i < k)
+        for (int r = 0; r < R; r++) {
+            load_first_two<PAIRS>(a + r * k + i, k - i, first, second);
+            add(r, i, first, second);
+        }
     for (int r = 0; r < R; r++)
         for (int m = 0; m < M; m++) out[m * ranks + r] = sum(sums[r][m]);
 }
 
-template <class T, class W>
-void shrink_rows(const T* x, long stride, long rows, long k, const W* a, long count, float* out, long ranks) {
-    for (long r = 0; r < count;) {
-        int step = count - r >= RANKS ? RANKS : count - r >= 2 ? 2 : 1;
-        for (long m = 0; m < rows;) {
-            float* to = out + m * ranks + r;
-            const T* from = x + m * stride;
-            if (rows - m >= 2) {
-                if (step == RANKS) shrink<RANKS, 2>(from, stride, k, a + r * k, to, ranks);
-                else if (step == 2) shrink<2, 2>(from, stride, k, a + r * k, to, ranks);
-                else shrink<1, 2>(from, stride, k, a + r * k, to, ranks);
-                m += 2;
-            } else {
-                if (step == RANKS) shrink<RANKS, 1>(from, stride, k, a + r * k, to, ranks);
-                else if (step == 2) shrink<2, 1>(from, stride, k, a + r * k, to, ranks);
-                else shrink<1, 1>(from, stride, k, a + r * k, to, ranks);
-                m += 1;
+template <class W>
+void shrink_unit(const Unit& unit, const float* x, long stride, long k, const W* next, float* out) {
+    long rows = unit.run->rows, ranks = unit.run->layer->lora_rank, r = 0;
+    const W* a = (const W*)unit.weights;
+    auto all_rows = [&](auto count) {
+        constexpr int R = decltype(count)::value, TWO = R > 2 ? 2 : R;
+        if (rows == 1) {
+            shrink<R, 1>(x, stride, k, a + r * k, next + r * k, out + r, ranks);
+        } else {
+            for (long begin = r; begin < r + R; begin += TWO) {
+                const W *own = a + begin * k, *ahead = next + begin * k;
+                for (long m = 0; m < rows; m += 2, ahead = own)  // its second reader asks for nothing new
+                    if (rows - m >= 2)
+                        shrink<TWO, 2>(x + m * stride, stride, k, own, ahead, out + m * ranks + begin, ranks);
+                    else
+                        shrink<TWO, 1>(x + m * stride, stride, k, own, ahead, out + m * ranks + begin, ranks);
             }
         }
-        r += step;
+        r += R;
+    };
+    if (unit.end - unit.begin == RANKS) return all_rows(std::integral_constant<int, RANKS>());
+    while (r < unit.end - unit.begin) all_rows(std::integral_constant<int, 1>());
+}
+
+// P times WIDTH outputs for M rows: `count` ranks of `shrunk`, whose rows are `ranks` apart.
+template <int P, int M, class T, class W>
+inline void expand(const float* shrunk, long ranks, long count, const W* b, long width, const W* next, long next_width,
+                   T* out, long stride) {
+    constexpr bool PAIRS = sizeof(W) == 2;
+    Floats sums[M][P][2];
+    for (int m = 0; m < M; m++)
+        for (int p = 0; p < P; p++) load_two<PAIRS>(out + m * stride + p * WIDTH, sums[m][p][0], sums[m][p][1]);
+    for (long r = 0; r < count; r++)
+        for (int p = 0; p < P; p++) {
+            __builtin_prefetch(next + r * next_width + p * WIDTH);
+            Floats first, second;
+            load_two<PAIRS>(b + r * width + p * WIDTH, first, second);
+            for (int m = 0; m < M; m++) {
+                Floats h = splat(shrunk[m * ranks + r]);
+                sums[m][p][0] = fma(h, first, sums[m][p][0]);
+                sums[m][p][1] = fma(h, second, sums[m][p][1]);
+            }
+        }
+    for (int m = 0; m < M; m++)
+        for (int p = 0; p < P; p++) store_two<PAIRS>(out + m * stride + p * WIDTH, sums[m][p][0], sums[m][p][1]);
+}
+
+// The last outputs of a part, fewer than WIDTH.
+template <class T, class W>
+void expand_rest(const float* shrunk, long count, const W* b, long width, T* out, long n) {
+    for (long i = 0; i < n; i += LANES) {
+        int lanes = int(n - i < LANES ? n - i : LANES);
+        Floats total = load_first(out + i, lanes);
+        for (long r = 0; r < count; r++) total = fma(splat(shrunk[r]), load_first(b + r * width + i, lanes), total);
+        store_first(out + i, total, lanes);
     }
 }
 
-// V times sixteen outputs; of the last sixteen only n, if FULL is false.
-template <int V, int M, bool FULL, class T, class W>
-inline void expand(const float* shrunk, long ranks, long count, const W* b, long width, T* out, long stride, int n) {
-    Floats sums[M][V];
-    for (int m = 0; m < M; m++)
-        for (int v = 0; v < V; v++) sums[m][v] = zeros();
-    for (long r = 0; r < count; r++)
-        for (int v = 0; v < V; v++) {
-            Floats w = FULL ? load(b + r * width + v * LANES) : load_first(b + r * width + v * LANES, n);
-            for (int m = 0; m < M; m++) sums[m][v] = fma(splat(shrunk[m * ranks + r]), w, sums[m][v]);
-        }
-    for (int m = 0; m < M; m++)
-        for (int v = 0; v < V; v++) {
-            T* to = out + m * stride + v * LANES;
-            if constexpr (FULL)
-                store(to, load(to) + sums[m][v]);
-            else
-                store_first(to, load_first(to, n) + sums[m][v], n);
-        }
-}
-
-// `count` ranks to `outputs` outputs, for `rows` rows.
 template <class T, class W>
-void expand_rows(const float* shrunk, long ranks, long rows, long count, const W* b, long width, long outputs, T* out,
-                 long stride) {
-    for (long i = 0; i < outputs;) {
-        bool wide = outputs - i >= 2 * LANES;
-        int n = int(outputs - i < LANES ? outputs - i : LANES);
-        for (long m = 0; m < rows;) {
+void expand_unit(const Unit& unit, const float* shrunk, const W* next, long next_width, T* out, long stride) {
+    long rows = unit.run->rows, ranks = unit.run->layer->lora_rank, width = unit.part->stop - unit.part->start;
+    long count = unit.part->rank_stop - unit.part->rank_start, outputs = unit.end - unit.begin, i = 0;
+    const W* b = (const W*)unit.weights;
+    shrunk += unit.part->rank_start;
+    if (rows == 1)
+        for (; i + 2 * WIDTH <= outputs; i += 2 * WIDTH)
+            expand<2, 1>(shrunk, ranks, count, b + i, width, next + i, next_width, out + i, stride);
+    for (; i + WIDTH <= outputs; i += WIDTH) {
+        const W *own = b + i, *ahead = next + i;
+        long ahead_width = next_width;
+        for (long m = 0; m < rows; ahead = own, ahead_width = width) {  // its second reader asks for nothing new
+            long step = rows - m == 4 ? 2 : rows - m < 3 ? rows - m : 3;
             const float* from = shrunk + m * ranks;
             T* to = out + m * stride + i;
-            if (wide && rows - m >= 2) {
-                expand<2, 2, true>(from, ranks, count, b + i, width, to, stride, LANES);
-                m += 2;
-            } else if (wide) {
-                expand<2, 1, true>(from, ranks, count, b + i, width, to, stride, LANES);
-                m += 1;
-            } else {
-                expand<1, 1, false>(from, ranks, count, b + i, width, to, stride, n);
-                m += 1;
-            }
+            if (step == 3) expand<1, 3>(from, ranks, count, own, width, ahead, ahead_width, to, stride);
+            else if (step == 2) expand<1, 2>(from, ranks, count, own, width, ahead, ahead_width, to, stride);
+            else expand<1, 1>(from, ranks, count, own, width, ahead, ahead_width, to, stride);
+            m += step;
         }
-        i += wide ? 2 * LANES : LANES;
+    }
+    for (long m = 0; i < outputs && m < rows; m++)
+        expand_rest(shrunk + m * ranks, count, b + i, width, out + m * stride + i, outputs - i);
+}
+
+// The units of a run, in order: of A, or of B.
+template <class W, class F>
+void each_unit(const Run& run, bool of_a, long k, F add) {
+    const Layer& layer = *run.layer;
+    for (long r = 0; of_a && r < layer.lora_rank; r += RANKS) {
+        long end = r + RANKS < layer.lora_rank ? r + RANKS : layer.lora_rank;
+        add(Unit{&run, nullptr, r, end, (const W*)layer.shrink + r * k}, (end - r) * k);
+    }
+    for (long p = 0; !of_a && p < layer.parts; p++) {
+        const Part& part = layer.part[p];
+        long outputs = part.stop - part.start;
+        for (long i = 0; i < outputs; i += OUTPUTS) {
+            long end = i + OUTPUTS < outputs ? i + OUTPUTS : outputs;
+            add(Unit{&run, &part, i, end, (const W*)part.expand + i}, (end - i) * (part.rank_stop - part.rank_start));
+        }
+    }
+}
+
+long cost(const Run& run, long weights) { return weights * (run.rows + READING); }
+
+long cost(const Run& run, bool of_a, long k) {
+    long weights = of_a ? run.layer->lora_rank * k : 0;
+    for (const Part* part = run.layer->part; !of_a && part < run.layer->part + run.layer->parts; part++)
+        weights += (part->rank_stop - part->rank_start) * (part->stop - part->start);
+    return cost(run, weights);
+}
+
+// Adds one thread's share of the units of A, or of B: those that begin in its part of what all of them cost.
+template <class W>
+void share(const std::vector<Run>& runs, bool of_a, long k, int threads, int thread, std::vector<Unit>& units) {
+    long total = 0, place = 0;
+    for (const Run& run : runs) total += cost(run, of_a, k);
+    Range mine(total, threads, thread);
+    for (const Run& run : runs) {
+        long end = place + cost(run, of_a, k);
+        if (end > mine.begin && place < mine.end)
+            each_unit<W>(run, of_a, k, [&](const Unit& unit, long weights) {
+                if (place >= mine.begin && place < mine.end) units.push_back(unit);
+                place += cost(run, weights);
+            });
+        place = end;
+    }
+}
+
+std::vector<Run> cut(long segments, const std::int64_t* starts, const std::int64_t* stops, const Layer* const* tables,
+                     long layer, long& shrunk) {
+    std::vector<Run> runs;
+    shrunk = 0;
+    for (long s = 0; s < segments; s++) {
+        const Layer& own = tables[s][layer];
+        for (Runs rows(starts[s], stops[s], ROWS); own.lora_rank && rows; rows.next()) {
+            runs.push_back({rows.begin, rows.count(), &own, shrunk});
+            shrunk += rows.count() * own.lora_rank;
+        }
+    }
+    return runs;
+}
+
+template <class W, class T>
+void shrink_all(const Unit* unit, const Unit* end, const T* x, long k, float* shrunk) {
+    static thread_local Scratch scratch;
+    long padded = (k + WIDTH - 1) / WIDTH * WIDTH;
+    float* rows = scratch.get<float>(ROWS * padded);
+    for (const Run* run = nullptr; unit < end; unit++) {
+        if (run != unit->run) {
+            run = unit->run;
+            convert<W>(x + run->start * k, run->rows, k, rows);
+        }
+        const Layer& layer = *run->layer;
+        float* out = shrunk + run->shrunk + unit->begin;
+        shrink_unit(*unit, rows, padded, k, (const W*)unit[1].weights, out);
+        if (sizeof(W) == 1)
+            for (long m = 0; m < run->rows; m++)
+                for (long r = 0; r < unit->end - unit->begin; r++)
+                    out[m * layer.lora_rank + r] *= layer.scales[unit->begin + r];
+    }
+}
+
+template <class W, class T>
+void expand_all(const Unit* unit, const Unit* end, const float* shrunk, T* out, long n) {
+    for (; unit < end; unit++) {
+        const Part* after = unit[1].part;
+        T* to = out + unit->run->start * n + unit->part->start + unit->begin;
+        expand_unit(*unit, shrunk + unit->run->shrunk, (const W*)unit[1].weights, after->stop - after->start, to, n);
     }
 }
 
@@ -129,47 +298,22 @@ template <class T, class W>
 void add_delta(int threads, long segments, const std::int64_t* starts, const std::int64_t* stops,
                const Layer* const* tables, long layer, const T* x, long k, T* out, long n) {
     static thread_local Scratch scratch;
-    std::vector<Task> shrinks, expands;
-    std::vector<std::size_t> places(segments);  // of each segment's shrunk rows
-    std::size_t size = 0;
-    for (long s = 0; s < segments; s++) {
-        const Layer& own = tables[s][layer];
-        places[s] = size;
-        size += (stops[s] - starts[s]) * own.lora_rank;
-        for (long r = 0; r < own.lora_rank; r += 2 * RANKS)
-            shrinks.push_back({s, 0, r, r + 2 * RANKS < own.lora_rank ? r + 2 * RANKS : own.lora_rank});
-        for (long p = 0; own.lora_rank && p < own.parts; p++)
-            for (long begin = own.part[p].start; begin < own.part[p].stop; begin += SPAN)
-                expands.push_back({s, p, begin, begin + SPAN < own.part[p].stop ? begin + SPAN : own.part[p].stop});
-    }
-    if (shrinks.empty()) return;
+    long size;
+    std::vector<Run> runs = cut(segments, starts, stops, tables, layer, size);
+    if (runs.empty()) return;
     float* shrunk = scratch.get<float>(size);
 #pragma omp parallel num_threads(threads)
     {
-#pragma omp for schedule(dynamic, 1)
-        for (std::size_t i = 0; i < shrinks.size(); i++) {
-            const Task& task = shrinks[i];
-            const Layer& own = tables[task.segment][layer];
-            long rows = stops[task.segment] - starts[task.segment];
-            float* to = shrunk + places[task.segment] + task.begin;
-            shrink_rows(x + starts[task.segment] * k, k, rows, k, (const W*)own.shrink + task.begin * k,
-                        task.end - task.begin, to, own.lora_rank);
-            if (sizeof(W) == 1)
-                for (long m = 0; m < rows; m++)
-                    for (long r = 0; r < task.end - task.begin; r++)
-                        to[m * own.lora_rank + r] *= own.scales[task.begin + r];
-        }
-#pragma omp for schedule(dynamic, 1)
-        for (std::size_t i = 0; i < expands.size(); i++) {
-            const Task& task = expands[i];
-            const Layer& own = tables[task.segment][layer];
-            const Part& part = own.part[task.part];
-            long rows = stops[task.segment] - starts[task.segment];
-            expand_rows(shrunk + places[task.segment] + part.rank_start, own.lora_rank, rows,
-                        part.rank_stop - part.rank_start, (const W*)part.expand + task.begin - part.start,
-                        part.stop - part.start, task.end - task.begin,
-                        out + starts[task.segment] * n + task.begin, n);
-        }
+        static thread_local std::vector<Unit> units;
+        units.clear();
+        share<W>(runs, true, k, threads, omp_get_thread_num(), units);
+        std::size_t of_a = units.size();
+        share<W>(runs, false, k, threads, omp_get_thread_num(), units);
+        units.push_back(units.empty() ? Unit{} : units.back());  // what is next after the last
+        const Unit *first = units.data(), *end = first + units.size() - 1;
+        shrink_all<W>(first, first + of_a, x, k, shrunk);
+#pragma omp barrier
+        expand_all<W>(first + of_a, end, shrunk, out, n);
     }
 }
 

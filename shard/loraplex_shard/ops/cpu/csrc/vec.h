@@ -66,19 +66,23 @@ inline Floats load(const std::int8_t* p) {
     return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)))};
 }
 inline void store(float* p, Floats a) { _mm512_storeu_ps(p, a.v); }
-inline void store(bf16* p, Floats a) {
+inline __m512i upper_halves(Floats a) {  // rounded to nearest even, as 32-bit integers
     __m512i bits = _mm512_castps_si512(a.v);
     __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
     __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
-    rounded = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
-    _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+    return _mm512_srli_epi32(_mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000)), 16);
 }
-// Two k of sixteen columns, side by side for each column: the first and the second of them as floats.
+inline void store(bf16* p, Floats a) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(upper_halves(a))); }
+// Sixteen pairs that lie side by side: the first and the second of each as floats.
 inline void load_pairs(const bf16* p, Floats& first, Floats& second) {
     __m512i bits = _mm512_loadu_si512(p);
     first.v = _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
     second.v = _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(int(0xffff0000))));
+}
+inline void store_pairs(bf16* p, Floats first, Floats second) {
+    __m512i upper = _mm512_slli_epi32(upper_halves(second), 16);
+    _mm512_storeu_si512(p, _mm512_or_si512(upper_halves(first), upper));
 }
 inline Floats fma(Floats a, Floats b, Floats c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline Floats operator+(Floats a, Floats b) { return {_mm512_add_ps(a.v, b.v)}; }
@@ -141,6 +145,12 @@ inline void load_pairs(const bf16* p, Floats& first, Floats& second) {
     __m256i upper = _mm256_set1_epi32(int(0xffff0000));
     first = {_mm256_castsi256_ps(_mm256_slli_epi32(a, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(b, 16))};
     second = {_mm256_castsi256_ps(_mm256_and_si256(a, upper)), _mm256_castsi256_ps(_mm256_and_si256(b, upper))};
+}
+inline void store_pairs(bf16* p, Floats first, Floats second) {
+    __m256i a = _mm256_or_si256(upper_halves(first.a), _mm256_slli_epi32(upper_halves(second.a), 16));
+    __m256i b = _mm256_or_si256(upper_halves(first.b), _mm256_slli_epi32(upper_halves(second.b), 16));
+    _mm256_storeu_si256((__m256i*)p, a);
+    _mm256_storeu_si256((__m256i*)(p + 16), b);
 }
 inline Floats fma(Floats x, Floats y, Floats z) {
     return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)};
@@ -205,6 +215,12 @@ inline void store(bf16* p, Floats a) {
 inline void load_pairs(const bf16* p, Floats& first, Floats& second) {
     first = each([=](int i) { return from_bf16(p[2 * i]); });
     second = each([=](int i) { return from_bf16(p[2 * i + 1]); });
+}
+inline void store_pairs(bf16* p, Floats first, Floats second) {
+    for (int i = 0; i < LANES; i++) {
+        p[2 * i] = to_bf16(first.v[i]);
+        p[2 * i + 1] = to_bf16(second.v[i]);
+    }
 }
 inline Floats fma(Floats a, Floats b, Floats c) { return each([&](int i) { return a.v[i] * b.v[i] + c.v[i]; }); }
 inline Floats operator+(Floats a, Floats b) { return each([&](int i) { return a.v[i] + b.v[i]; }); }
