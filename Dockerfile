@@ -1,7 +1,8 @@
 # The router's image (no torch) and the shard's (torch, and the embedded model):
 #   docker build --target router -t loraplex/router:0.1.0 .
 #   docker build --target shard -t loraplex/shard:0.1.0 .
-# For GPUs: --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu130
+# For GPUs: --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu130 --build-arg BASE=python:3.11-bookworm, which
+# has the C compiler that Triton needs.
 # Both run as user 10001 with a read-only root file system and a writable /tmp.
 
 # The two have the same Python; the first has a compiler too.

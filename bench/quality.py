@@ -125,7 +125,7 @@ def table(results: dict[str, Quality], tokens: int) -> Table:
 
 
 def _load(checkpoint: Checkpoint, form: Form, length: int) -> Decoder:
-    ops = choose_operations(form.dtype, load_kernels(CPU, None))
+    ops = choose_operations(CPU, form.dtype, load_kernels(CPU, None))
     return load_decoder(checkpoint, Group(0, 1), ops, Target(form.dtype, CPU, form.quantize), length)
 
 

@@ -50,7 +50,7 @@ class Stepper:
         self.decoder: Decoder = load_decoder(
             checkpoint,
             Group(0, 1),
-            choose_operations(dtype, load_kernels(CPU, None)),
+            choose_operations(CPU, dtype, load_kernels(CPU, None)),
             Target(dtype, CPU, quantize),
             MAX_MODEL_LEN,
         )

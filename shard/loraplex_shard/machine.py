@@ -8,18 +8,33 @@ from transformers import PreTrainedConfig
 
 from loraplex_shard.checkpoint import Checkpoint
 from loraplex_shard.parallel import Group
-from loraplex_shard.settings import Dtype, ModelSettings, Quantize, SettingsError
+from loraplex_shard.settings import Device, Dtype, ModelSettings, Quantize, SettingsError
 
 BLOCK_SIZE = 16  # token positions per block of KV cache
 
 CGROUP = Path("/sys/fs/cgroup")
+CPU = torch.device("cpu")
+OLDEST_GPU = 8, 0  # compute capability: Ampere, the first with bfloat16
 
 
-def pick_device(rank: int) -> torch.device:
-    """The rank's own GPU if there are GPUs, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", rank % torch.cuda.device_count())
-    return torch.device("cpu")
+def pick_device(device: Device, rank: int) -> torch.device:
+    """What the setting says: the rank's own GPU if there are GPUs, else the CPU. Raises SettingsError if a GPU is asked
+    for and there is none, or if the GPU is older than the kernels know."""
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+        return CPU
+    if not torch.cuda.is_available():
+        raise SettingsError("device: torch finds no CUDA device; install torch for CUDA, or set device to cpu")
+    own = torch.device("cuda", rank % torch.cuda.device_count())
+    if torch.cuda.get_device_capability(own) < OLDEST_GPU:
+        needed = ".".join(map(str, OLDEST_GPU))
+        raise SettingsError(f"device: a GPU of compute capability {needed} or above is needed; or set device to cpu")
+    return own
+
+
+def use(device: torch.device) -> None:
+    """Makes a GPU the calling thread's own: kernels are launched on a thread's device, wherever their tensors are."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 def pick_dtype(dtype: Dtype, config: PreTrainedConfig, device: torch.device) -> torch.dtype:

@@ -70,7 +70,8 @@ def run(settings: ShardSettings, progress: Progress | None = None) -> None:
     torch.set_num_threads(settings.threads or max(1, torch.get_num_threads() // settings.tp))
     checkpoint = open_checkpoint(settings.model, settings.revision, None)
     read_spec(checkpoint.architecture, checkpoint.config)  # refuses what is not served before anything is waited for
-    device = machine.pick_device(settings.rank)
+    device = machine.pick_device(settings.device, settings.rank)
+    machine.use(device)
     kernels = load_kernels(device, settings.kernels)
     group = Group.connect(settings.rank, settings.tp, settings.rendezvous, device, kernels)
     # Only now, since the wait for the other ranks would not be interrupted by a handler.
@@ -80,7 +81,7 @@ def run(settings: ShardSettings, progress: Progress | None = None) -> None:
     try:
         with open_telemetry(settings) as telemetry:
             service = _load(settings, checkpoint, group, device, kernels, progress, step_failed, telemetry)
-            server, states = start(service, settings.listen, server_credentials(settings))
+            server, states = start(service, settings.listen, server_credentials(settings), device)
             logger.info("rank %d of %d serves at %s", settings.rank, settings.tp, settings.listen)
             try:
                 step_failed.wait()
@@ -96,11 +97,15 @@ def run(settings: ShardSettings, progress: Progress | None = None) -> None:
 
 
 def start(
-    service: ShardService, listen: str, credentials: grpc.ServerCredentials | None = None
+    service: ShardService,
+    listen: str,
+    credentials: grpc.ServerCredentials | None = None,
+    device: torch.device = machine.CPU,
 ) -> tuple[grpc.Server, health.HealthServicer]:
-    """Opens the port and answers there, also for health checks; without credentials, unencrypted. SettingsError if the
-    port cannot be opened."""
-    server = grpc.server(ThreadPoolExecutor(WORKERS, thread_name_prefix="shard"), options=OPTIONS)
+    """Opens the port and answers there, also for health checks; without credentials, unencrypted. The threads that
+    answer use `device`. SettingsError if the port cannot be opened."""
+    threads = ThreadPoolExecutor(WORKERS, thread_name_prefix="shard", initializer=machine.use, initargs=(device,))
+    server = grpc.server(threads, options=OPTIONS)
     add_ShardServiceServicer_to_server(service, server)
     states = health.HealthServicer()
     for name in "", DESCRIPTOR.services_by_name["ShardService"].full_name:
@@ -129,7 +134,7 @@ def _load(
 ) -> ShardService:
     dtype = machine.pick_dtype(settings.dtype, checkpoint.config, device)
     max_model_len = machine.longest_context(settings, checkpoint.config)
-    ops = choose_operations(dtype, kernels)
+    ops = choose_operations(device, dtype, kernels)
     target = Target(dtype, device, machine.pick_quantize(settings.quantize, checkpoint))
     decoder = load_decoder(checkpoint, group, ops, target, max_model_len, progress)
     kv_dtype = torch.int8 if settings.kv_dtype == "int8" else dtype

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from loraplex_protos.errors import LoraplexError
 from loraplex_protos.mtls import MtlsSettings
 
+Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quantize = Literal["auto", "none", "int8", "int4"]
 HeldDtype = Literal["auto", "int8"]
@@ -29,6 +30,9 @@ class ModelSettings(BaseModel):
     )
     revision: str | None = Field(
         None, description="Branch, tag or commit of a model on the hub. Absent: its default branch."
+    )
+    device: Device = Field(
+        "auto", description="What to compute on. auto: GPUs, one to a rank, if torch finds any, else the CPU."
     )
     dtype: Dtype = Field(
         "auto",

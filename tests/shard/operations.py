@@ -14,6 +14,7 @@ from loraplex_shard.ops.cpu.operations import CpuOperations
 
 BLOCK_SIZE = 16
 INSTRUCTION_SETS = ("portable", "avx2", "avx512")
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
 
 
 def kernels_directory() -> Path:
@@ -72,3 +73,14 @@ def angles(positions: int, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
     frequencies = 1.0 / 10000 ** (torch.arange(0, head_dim, 2) / head_dim)
     angle = torch.arange(positions)[:, None] * frequencies
     return torch.cat((angle.cos(), angle.cos()), -1), torch.cat((-angle.sin(), angle.sin()), -1)
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, factor: float = 1.0) -> None:
+    """Within rounding: relative to the size of the values, since sums run in another order."""
+    assert actual.dtype == expected.dtype and actual.shape == expected.shape
+    bound = factor * TOLERANCE[actual.dtype] * max(1.0, float(expected.float().abs().amax()))
+    assert float((actual.float() - expected.float()).abs().amax()) <= bound
+
+
+def random(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)

@@ -7,12 +7,40 @@ import torch
 from transformers import LlamaConfig
 
 from loraplex_shard import machine
+from loraplex_shard.ops.choose import choose_operations
+from loraplex_shard.ops.cuda.operations import CudaOperations
+from loraplex_shard.ops.reference import ReferenceOperations
 from loraplex_shard.parallel import Group
 from loraplex_shard.settings import ModelSettings, SettingsError
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda")
 BLOCK_BYTES = 1 << 16
+
+
+def test_ranks_take_the_gpus_in_turn_unless_the_setting_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert machine.pick_device("auto", 0) == machine.pick_device("cpu", 0) == CPU
+    with pytest.raises(SettingsError, match="device: torch finds no CUDA device"):
+        machine.pick_device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert [machine.pick_device("auto", rank).index for rank in range(3)] == [0, 1, 0]
+    assert machine.pick_device("cuda", 1) == torch.device("cuda", 1)
+    assert machine.pick_device("cpu", 0) == CPU
+
+
+def test_a_gpu_that_is_too_old_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.raises(SettingsError, match=r"device: .* 8\.0 or above"):
+        machine.pick_device("auto", 0)
+
+
+def test_the_device_decides_which_operations_there_are() -> None:
+    assert isinstance(choose_operations(CUDA, torch.float16, None), CudaOperations)
+    assert isinstance(choose_operations(CPU, torch.float16, None), ReferenceOperations)
 
 
 def test_a_dtype_that_was_asked_for_is_used() -> None:

@@ -13,12 +13,12 @@ from loraplex_shard.ops.cpu.library import INSTRUCTION_SETS
 from loraplex_shard.ops.cpu.operations import CpuOperations
 from loraplex_shard.ops.quantized import quantize
 from loraplex_shard.ops.reference import ReferenceOperations
-from tests.shard.operations import angles, cpu_operations, filled_cache, paged_batch
+from tests.shard.operations import angles, assert_close, cpu_operations, filled_cache, paged_batch, random
 
 REFERENCE = ReferenceOperations()
-TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1.6e-2}
-dtypes = st.sampled_from(list(TOLERANCE))
-cache_dtypes = st.sampled_from([*TOLERANCE, torch.int8])
+DTYPES = torch.float32, torch.bfloat16
+dtypes = st.sampled_from(DTYPES)
+cache_dtypes = st.sampled_from([*DTYPES, torch.int8])
 many = settings(deadline=None, max_examples=40)
 
 
@@ -32,17 +32,6 @@ def cpu(request: pytest.FixtureRequest) -> CpuOperations:
     if not runs_here(request.param):
         pytest.skip(f"this processor has no {request.param}")
     return cpu_operations(request.param)
-
-
-def assert_close(actual: torch.Tensor, expected: torch.Tensor, factor: float = 1.0) -> None:
-    """Within rounding: relative to the size of the values, since sums run in another order."""
-    assert actual.dtype == expected.dtype and actual.shape == expected.shape
-    bound = factor * TOLERANCE[actual.dtype] * max(1.0, float(expected.float().abs().amax()))
-    assert float((actual.float() - expected.float()).abs().amax()) <= bound
-
-
-def random(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 @many
@@ -82,7 +71,7 @@ def test_a_quantized_linear_layer_of_any_shape(
 
 
 @many
-@given(rows=st.integers(1, 50), columns=st.integers(1, 70), form=st.sampled_from([8, 4, *TOLERANCE]), dtype=dtypes)
+@given(rows=st.integers(1, 50), columns=st.integers(1, 70), form=st.sampled_from([8, 4, *DTYPES]), dtype=dtypes)
 def test_an_embedding_is_the_rows_of_the_matrix(
     cpu: CpuOperations, rows: int, columns: int, form: int | torch.dtype, dtype: torch.dtype
 ) -> None:

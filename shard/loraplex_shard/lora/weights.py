@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 MAX_PARTS = 3  # projections that are fused into one layer
+TABLE_WIDTH = 4 + 5 * MAX_PARTS  # numbers of one layer in an adapter's table
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +41,12 @@ class AdapterWeights:
 
     layers: Mapping[str, LayerWeights]  # by LinearLayout.name
     layer_count: int  # linear layers of the model on this rank
-    table: torch.Tensor = field(init=False)  # [layer_count, 4 + 5 * MAX_PARTS] int64: what kernels read, see below
+    table: torch.Tensor = field(init=False)  # [layer_count, TABLE_WIDTH] int64: what kernels read, see below
+    widest: int = field(init=False)  # lora_ranks that are stacked in one layer at most
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "table", _table(self.layers, self.layer_count))
+        object.__setattr__(self, "widest", max((len(layer.shrink) for layer in self.layers.values()), default=0))
 
     @property
     def size_bytes(self) -> int:
@@ -57,12 +60,12 @@ class AdapterWeights:
 
 def _table(layers: Mapping[str, LayerWeights], layer_count: int) -> torch.Tensor:
     """By layer: lora_rank, parts, addresses of shrink and scales; of each part rank_start, rank_stop, start, stop and
-    the address of its weight. A lora_rank of 0: the adapter does not touch the layer."""
-    table = torch.zeros((layer_count, 4 + 5 * MAX_PARTS), dtype=torch.int64)
+    the address of its weight. A lora_rank of 0: the adapter does not touch the layer. It is where the weights are."""
+    table = torch.zeros((layer_count, TABLE_WIDTH), dtype=torch.int64)
     for layer in layers.values():
         scales = 0 if layer.scales is None else layer.scales.data_ptr()
         row = [len(layer.shrink), len(layer.expansions), layer.shrink.data_ptr(), scales]
         for e in layer.expansions:
             row += [e.rank_start, e.rank_stop, e.start, e.stop, e.weight.data_ptr()]
         table[layer.index, : len(row)] = torch.tensor(row)
-    return table
+    return table.to(layer.shrink.device) if layers else table

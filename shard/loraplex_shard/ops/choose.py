@@ -27,6 +27,11 @@ def load_kernels(device: torch.device, directory: Path | None) -> ctypes.CDLL | 
     return load(path)
 
 
-def choose_operations(dtype: torch.dtype, kernels: ctypes.CDLL | None) -> Operations:
-    """The kernels, on as many threads as torch has now, else plain torch. There are none for float16."""
+def choose_operations(device: torch.device, dtype: torch.dtype, kernels: ctypes.CDLL | None) -> Operations:
+    """On a CPU the kernels, on as many threads as torch has now, else plain torch. There are none for float16."""
+    if device.type == "cuda":
+        # Triton is installed with torch for CUDA, and only there.
+        from loraplex_shard.ops.cuda.operations import CudaOperations
+
+        return CudaOperations(device)
     return ReferenceOperations() if kernels is None or dtype == torch.float16 else CpuOperations(kernels)

@@ -1,0 +1,158 @@
+"""Attention over the paged cache: a launch for the chunks of few tokens, and one for the others.
+
+torch's `varlen_attn` takes block tables too, but of blocks of 256 positions, and knows no soft caps and no int8. Here
+a program computes one tile (see tiles.py) for one KV head, and reads its keys and values once, a softmax running along
+(FlashAttention, arXiv 2205.14135); what is split over several programs is combined by a second kernel.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from loraplex_shard.batch import Batch
+from loraplex_shard.cache import LayerCache
+from loraplex_shard.ops.base import Heads
+from loraplex_shard.ops.cuda.tiles import SHORT, Tiles
+
+EVERYTHING = 1 << 30  # a window that hides nothing
+KEY_BYTES = 64 * 256  # that a program looks at together
+
+
+def attention(qkv: torch.Tensor, heads: Heads, batch: Batch, tiles: Tiles, cache: LayerCache) -> torch.Tensor:
+    """As Operations.attention says; `tiles` are the batch's for these heads."""
+    out = qkv.new_empty((len(qkv), heads.query * heads.dim))
+    partials = qkv.new_empty((tiles.partials, heads.query, heads.dim), dtype=torch.float32)
+    weights = partials.new_empty((tiles.partials, heads.query))
+    lanes = max(16, triton.next_power_of_2(heads.dim))
+    group = heads.query // heads.kv
+    for part, rows in (tiles.short, SHORT), (tiles.long, tiles.rows):
+        if len(part):
+            _attention[(len(part), heads.kv)](
+                qkv,
+                out,
+                partials,
+                weights,
+                cache.keys,
+                cache.values,
+                cache.key_scales,
+                cache.value_scales,
+                batch.block_tables,
+                batch.block_tables.shape[1],
+                part,
+                heads.dim**-0.5,
+                heads.window or EVERYTHING,
+                SOFT_CAP=heads.soft_cap,
+                KV=heads.kv,
+                GROUP=group,
+                DIM=heads.dim,
+                LANES=lanes,
+                BLOCK_SIZE=cache.keys.shape[-1],
+                ROWS=rows,
+                POSITIONS=min(64, KEY_BYTES // (lanes * qkv.itemsize)),
+                num_warps=4 if rows * lanes <= 64 * 64 else 8,
+                num_stages=3 if cache.key_scales is None else 1,  # Triton 3.7 cannot pipeline these loads of bytes
+            )
+    if len(tiles.split):
+        _combine[(len(tiles.split), heads.query)](
+            partials, weights, tiles.split, out, HEADS=heads.query, DIM=heads.dim, LANES=lanes, num_warps=1
+        )
+    return out
+
+
+@triton.jit(do_not_specialize=["table_width", "window"])
+def _attention(
+    qkv,
+    out,
+    partials,
+    weights,
+    keys,
+    values,
+    key_scales,
+    value_scales,
+    tables,
+    table_width,
+    tiles,
+    scale,
+    window,
+    SOFT_CAP: tl.constexpr,
+    KV: tl.constexpr,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    LANES: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    POSITIONS: tl.constexpr,
+):
+    HEADS: tl.constexpr = KV * GROUP
+    dtype = qkv.dtype.element_ty
+    tile, kv_head = tiles + tl.program_id(0) * 7, tl.program_id(1)
+    chunk, start, count, position = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
+    first, stop, place = tl.load(tile + 4), tl.load(tile + 5), tl.load(tile + 6)
+
+    row, lane = tl.arange(0, ROWS), tl.arange(0, LANES)
+    token, head = row // GROUP, kv_head * GROUP + row % GROUP
+    real = (token < count)[:, None] & (lane < DIM)[None, :]
+    query_place = (start + token) * ((HEADS + 2 * KV) * DIM) + head * DIM
+    query = tl.load(qkv + query_place[:, None] + lane[None, :], real, 0.0)
+    own = position + token
+
+    peak = tl.full([ROWS], -1e30, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    sums = tl.zeros([ROWS, LANES], tl.float32)
+    # Whole blocks, each read at once. Of the first and the last one, what is not in [first, stop) is never visible.
+    blocks = tl.cdiv(stop, BLOCK_SIZE)
+    for number in range(first // BLOCK_SIZE, blocks, POSITIONS // BLOCK_SIZE):
+        seen = number * BLOCK_SIZE + tl.arange(0, POSITIONS)
+        there, offset = seen // BLOCK_SIZE < blocks, seen % BLOCK_SIZE
+        block = tl.load(tables + chunk * table_width + seen // BLOCK_SIZE, there, 0) * KV + kv_head
+        key_place = (block * (DIM * BLOCK_SIZE) + offset)[None, :] + lane[:, None] * BLOCK_SIZE
+        key = tl.load(keys + key_place, (lane < DIM)[:, None] & there[None, :], 0)
+        scores = tl.dot(query, key.to(dtype), input_precision="ieee") * scale
+        if key_scales is not None:
+            scores *= tl.load(key_scales + block * BLOCK_SIZE + offset, there, 0.0)[None, :]
+        if SOFT_CAP > 0:
+            scores = SOFT_CAP * (2 * tl.sigmoid(2 / SOFT_CAP * scores) - 1)  # tanh
+        inside = seen < stop
+        visible = inside[None, :] & (seen[None, :] <= own[:, None]) & (seen[None, :] > own[:, None] - window)
+        scores = tl.where(visible, scores, float("-inf"))
+        higher = tl.maximum(peak, tl.max(scores, 1))
+        shrink = tl.exp(peak - higher)
+        chances = tl.exp(scores - higher[:, None])
+        total = total * shrink + tl.sum(chances, 1)
+        if value_scales is not None:
+            chances *= tl.load(value_scales + block * BLOCK_SIZE + offset, inside, 0.0)[None, :]
+        value_place = (block * BLOCK_SIZE + offset)[:, None] * DIM + lane[None, :]
+        value = tl.load(values + value_place, inside[:, None] & (lane < DIM)[None, :], 0)
+        sums = sums * shrink[:, None]
+        sums = tl.dot(chances.to(dtype), value.to(dtype), sums, input_precision="ieee")
+        peak = higher
+
+    total = tl.where(total > 0, total, 1.0)  # 0 where a row saw nothing: its weight will be none
+    result = sums / total[:, None]
+    if place < 0:
+        to = (start + token) * HEADS + head
+        tl.store(out + to[:, None] * DIM + lane[None, :], result.to(dtype), real)
+    else:
+        to = (place + token) * HEADS + head
+        tl.store(partials + to[:, None] * DIM + lane[None, :], result, real)
+        tl.store(weights + to, peak + tl.log(total), token < count)
+
+
+@triton.jit
+def _combine(partials, weights, split, out, HEADS: tl.constexpr, DIM: tl.constexpr, LANES: tl.constexpr):
+    """One token's and head's partial results, each weighted by its share of the whole softmax's denominator."""
+    entry, head = split + tl.program_id(0) * 4, tl.program_id(1)
+    token, place = tl.load(entry), tl.load(entry + 1)
+    step, count = tl.load(entry + 2), tl.load(entry + 3)
+    lane = tl.arange(0, LANES)
+    peak, total = -1e30, 0.0
+    sums = tl.zeros([LANES], tl.float32)
+    for number in range(0, count):
+        at = (place + number * step) * HEADS + head
+        weight = tl.load(weights + at)
+        higher = tl.maximum(peak, weight)
+        shrink, share = tl.exp(peak - higher), tl.exp(weight - higher)
+        sums = sums * shrink + share * tl.load(partials + at * DIM + lane, lane < DIM, 0.0)
+        total = total * shrink + share
+        peak = higher
+    tl.store(out + (token * HEADS + head) * DIM + lane, (sums / total).to(out.dtype.element_ty), lane < DIM)

@@ -1,0 +1,178 @@
+"""LoRA deltas of many adapters at once, each read once, where it lies and at its own lora_rank.
+
+In the manner of Punica (arXiv 2310.18547) and S-LoRA (arXiv 2311.03285): the tokens come sorted by adapter, and a
+program computes a tile of tokens that share one. It finds the adapter's matrices through the adapter's table (see
+lora/weights.py). One kernel computes A x, for all projections that share x, a second adds B's product with it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from loraplex_shard.batch import Segment
+from loraplex_shard.lora.weights import TABLE_WIDTH
+
+SHORT, LONG = 16, 64  # tokens of a tile, if no segment is longer than that, and else
+RANKS = 16  # of a lora_rank, at once
+COLUMNS = 128  # of A at once, or of B for one program
+SLICE, SLICES = 512, 8  # where tiles are short, so many columns of A make a program, but for A no more than so many
+
+
+@dataclass(frozen=True, slots=True)
+class LoraTiles:
+    """Runs of tokens that share an adapter."""
+
+    tiles: torch.Tensor  # [tiles, 3] int64: first token, tokens, address of the adapter's table
+    length: int  # tokens that a tile has at most
+    widest: int  # lora_ranks that an adapter has in one layer at most
+    int8: bool
+
+    @classmethod
+    def of(cls, segments: Sequence[Segment], device: torch.device) -> "LoraTiles":
+        longest = max((segment.stop - segment.start for segment in segments), default=0)
+        length = SHORT if longest <= SHORT else LONG
+        tiles = [
+            (first, min(length, segment.stop - first), segment.adapter.table.data_ptr())
+            for segment in segments
+            for first in range(segment.start, segment.stop, length)
+        ]
+        return cls(
+            torch.tensor(tiles, dtype=torch.int64, device=device),
+            length,
+            max((segment.adapter.widest for segment in segments), default=0),
+            any(segment.adapter.int8 for segment in segments),
+        )
+
+
+def add_lora_delta(out: torch.Tensor, x: torch.Tensor, runs: LoraTiles, layer: int) -> None:
+    """As Operations.add_lora_delta says; `layer` is the index of its layout."""
+    if not len(runs.tiles):
+        return
+    tokens, columns = x.shape
+    slices = min(SLICES, triton.cdiv(columns, SLICE)) if runs.length == SHORT else 1
+    shrunk = x.new_empty((slices, tokens, runs.widest), dtype=torch.float32)
+    count = len(runs.tiles)
+    _shrink[(count, triton.cdiv(runs.widest, RANKS), slices)](
+        x,
+        shrunk,
+        runs.tiles,
+        layer,
+        tokens,
+        runs.widest,
+        columns,
+        triton.cdiv(columns, slices * COLUMNS) * COLUMNS,
+        INT8=runs.int8,
+        TABLE=TABLE_WIDTH,
+        TOKENS=runs.length,
+        RANKS=RANKS,
+        COLUMNS=COLUMNS,
+    )
+    _expand[(count, triton.cdiv(out.shape[1], COLUMNS))](
+        shrunk,
+        out,
+        runs.tiles,
+        layer,
+        tokens,
+        runs.widest,
+        out.shape[1],
+        INT8=runs.int8,
+        TABLE=TABLE_WIDTH,
+        SLICES=slices,
+        TOKENS=runs.length,
+        RANKS=RANKS,
+        COLUMNS=COLUMNS,
+        num_warps=4 if runs.length == SHORT else 8,
+    )
+
+
+@triton.jit(do_not_specialize=["layer", "tokens", "widest"])
+def _shrink(
+    x,
+    shrunk,
+    tiles,
+    layer,
+    tokens,
+    widest,
+    columns,
+    slice_length,
+    INT8: tl.constexpr,
+    TABLE: tl.constexpr,
+    TOKENS: tl.constexpr,
+    RANKS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """shrunk[slice, token, rank]: the part of A x that one slice of A's columns adds, in float32."""
+    dtype = x.dtype.element_ty
+    tile = tiles + tl.program_id(0) * 3
+    entry = tl.load(tile + 2).to(tl.pointer_type(tl.int64)) + layer * TABLE
+    rank = tl.program_id(1) * RANKS + tl.arange(0, RANKS)
+    lora_rank = tl.load(entry)
+    if tl.program_id(1) * RANKS >= lora_rank:
+        return
+    a = tl.multiple_of(tl.load(entry + 2).to(tl.pointer_type(tl.int8 if INT8 else dtype)), 16)
+    row = tl.arange(0, TOKENS)
+    token, real = tl.load(tile) + row, row < tl.load(tile + 1)
+    sums = tl.zeros([TOKENS, RANKS], tl.float32)
+    start = tl.program_id(2) * slice_length
+    for first in range(start, tl.minimum(start + slice_length, columns), COLUMNS):
+        column = first + tl.arange(0, COLUMNS)
+        within = column < columns
+        inputs = tl.load(x + token[:, None] * columns + column[None, :], real[:, None] & within[None, :], 0.0)
+        wanted = within[:, None] & (rank < lora_rank)[None, :]
+        weights = tl.load(a + rank[None, :] * columns + column[:, None], wanted, 0)
+        sums = tl.dot(inputs, weights.to(dtype), sums, input_precision="ieee")
+    if INT8:
+        scales = tl.load(entry + 3).to(tl.pointer_type(tl.float32))
+        sums *= tl.load(scales + rank, rank < lora_rank, 0.0)[None, :]
+    place = (tl.program_id(2).to(tl.int64) * tokens + token)[:, None] * widest + rank[None, :]
+    tl.store(shrunk + place, sums, real[:, None] & (rank < lora_rank)[None, :])
+
+
+@triton.jit(do_not_specialize=["layer", "tokens", "widest"])
+def _expand(
+    shrunk,
+    out,
+    tiles,
+    layer,
+    tokens,
+    widest,
+    out_features,
+    INT8: tl.constexpr,
+    TABLE: tl.constexpr,
+    SLICES: tl.constexpr,
+    TOKENS: tl.constexpr,
+    RANKS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Adds B's product with the slices' sum to some columns of out, projection by projection."""
+    dtype = out.dtype.element_ty
+    tile = tiles + tl.program_id(0) * 3
+    entry = tl.load(tile + 2).to(tl.pointer_type(tl.int64)) + layer * TABLE
+    begin = tl.program_id(1) * COLUMNS
+    column = begin + tl.arange(0, COLUMNS)
+    row = tl.arange(0, TOKENS)
+    token, real = tl.load(tile) + row, row < tl.load(tile + 1)
+    for number in range(0, tl.load(entry + 1)):
+        part = entry + 4 + 5 * number
+        rank_start, rank_stop = tl.load(part), tl.load(part + 1)
+        start, stop = tl.load(part + 2), tl.load(part + 3)
+        if (start < begin + COLUMNS) & (begin < stop):
+            b = tl.load(part + 4).to(tl.pointer_type(tl.int8 if INT8 else dtype))
+            own = (column >= start) & (column < stop)
+            sums = tl.zeros([TOKENS, COLUMNS], tl.float32)
+            for first in range(rank_start, rank_stop, RANKS):
+                rank = first + tl.arange(0, RANKS)
+                within = rank < rank_stop
+                inputs = tl.zeros([TOKENS, RANKS], tl.float32)
+                for piece in tl.static_range(SLICES):
+                    place = (piece * tokens + token)[:, None] * widest + rank[None, :]
+                    inputs += tl.load(shrunk + place, real[:, None] & within[None, :], 0.0)
+                place = (rank - rank_start)[:, None] * (stop - start) + (column - start)[None, :]
+                weights = tl.load(b + place, within[:, None] & own[None, :], 0)
+                sums = tl.dot(inputs.to(dtype), weights.to(dtype), sums, input_precision="ieee")
+            place = out + token[:, None] * out_features + column[None, :]
+            ours = real[:, None] & own[None, :]
+            tl.store(place, (tl.load(place, ours, 0.0).to(tl.float32) + sums).to(dtype), ours)

@@ -1,0 +1,104 @@
+"""The operations on a CUDA device: torch's own where it has them, else the Triton kernels of this folder.
+
+Tensors are float32, bfloat16 or float16 and contiguous. The calling thread's current device must be theirs.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+
+from loraplex_shard.batch import Batch
+from loraplex_shard.cache import KVCache, LayerCache
+from loraplex_shard.layers.layout import LinearLayout
+from loraplex_shard.ops.base import HeadNorms, Heads, Runs
+from loraplex_shard.ops.cuda import elementwise, quantized
+from loraplex_shard.ops.cuda.attention import attention
+from loraplex_shard.ops.cuda.lora import LoraTiles, add_lora_delta
+from loraplex_shard.ops.cuda.quantized import IntegerWeight
+from loraplex_shard.ops.cuda.rotary import rotate_and_write
+from loraplex_shard.ops.cuda.tiles import Tiles, cut
+from loraplex_shard.ops.quantized import QuantizedMatrix
+
+
+@dataclass(frozen=True, slots=True)
+class FloatWeight:
+    matrix: torch.Tensor  # [rows, columns]
+
+    @property
+    def nbytes(self) -> int:
+        return self.matrix.nbytes
+
+    def part(self, rows: slice) -> "FloatWeight":
+        return FloatWeight(self.matrix[rows])
+
+
+CudaWeight = FloatWeight | IntegerWeight
+
+
+@dataclass(frozen=True, slots=True)
+class CudaStep:
+    batch: Batch
+    cos: torch.Tensor  # [positions, head_dim] float32
+    sin: torch.Tensor
+    lora: LoraTiles
+    tiles: dict[Heads, Tiles] = field(default_factory=dict)  # of the heads that were asked for so far
+
+
+class CudaOperations:
+    """Implements loraplex_shard.ops.base.Operations; the docstrings there hold."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        # Sums are to be in float32.
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+
+    def pack(self, matrix: torch.Tensor | QuantizedMatrix) -> CudaWeight:
+        if isinstance(matrix, QuantizedMatrix):
+            return quantized.pack(matrix, self._device)
+        return FloatWeight(matrix)
+
+    def prepare(self, batch: Batch, cos: torch.Tensor, sin: torch.Tensor) -> CudaStep:
+        return CudaStep(batch, cos, sin, LoraTiles.of(batch.segments, self._device))
+
+    def forward(self, step: CudaStep, cache: KVCache, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        return compute()
+
+    def embedding(self, step: CudaStep, weight: CudaWeight, dtype: torch.dtype) -> torch.Tensor:
+        if isinstance(weight, IntegerWeight):
+            return weight.rows(step.batch.token_ids).to(dtype)
+        return F.embedding(step.batch.token_ids, weight.matrix).to(dtype)
+
+    def linear(self, x: torch.Tensor, weight: CudaWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
+        if isinstance(weight, IntegerWeight):
+            return quantized.linear(x, weight, bias)
+        return F.linear(x, weight.matrix, bias)
+
+    def add_lora_delta(
+        self, out: torch.Tensor, x: torch.Tensor, segments: CudaStep | Runs, layout: LinearLayout
+    ) -> None:
+        if isinstance(segments, CudaStep):
+            add_lora_delta(out, x, segments.lora, layout.index)
+        elif touching := [segment for segment in segments if layout.name in segment.adapter.layers]:
+            add_lora_delta(out, x, LoraTiles.of(touching, self._device), layout.index)
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        return F.rms_norm(x, (x.shape[-1],), weight, eps)
+
+    def add_rms_norm(self, hidden: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        return elementwise.add_rms_norm(hidden, delta, weight, eps)
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        return elementwise.silu_mul(gate_up)
+
+    def rotate_and_write(
+        self, qkv: torch.Tensor, heads: Heads, norms: HeadNorms | None, step: CudaStep, cache: LayerCache
+    ) -> None:
+        rotate_and_write(qkv, heads, norms, step.batch, (step.cos, step.sin), cache)
+
+    def attention(self, qkv: torch.Tensor, heads: Heads, step: CudaStep, cache: LayerCache) -> torch.Tensor:
+        if heads not in step.tiles:
+            step.tiles[heads] = cut(step.batch, heads, qkv.dtype, self._device)
+        return attention(qkv, heads, step.batch, step.tiles[heads], cache)

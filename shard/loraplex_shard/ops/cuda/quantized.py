@@ -1,0 +1,156 @@
+"""Linear layers in integers: weights of 8 or 4 bits and inputs rounded to 8, in groups that share a scale.
+
+The products of a group's integers are summed in integers, on tensor cores, and scaled into a sum in float32. torch's
+own products of integers know one scale per row, not one per group.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from loraplex_shard.ops.quantized import QuantizedMatrix
+
+ROWS = 32  # of the weight, for one program
+FEW, MANY = 16, 64  # tokens for one program
+GROUPS = 8  # that one program rounds
+
+
+@dataclass(frozen=True, slots=True)
+class IntegerWeight:
+    """Two groups of 4 bits share their bytes: the first's values are in the low halves, the second's in the high."""
+
+    values: torch.Tensor  # [rows, bytes]: int8, or uint8 if they are of 4 bits
+    scales: torch.Tensor  # [groups, rows] float16
+    offsets: torch.Tensor | None  # like scales, of 4 bits
+    columns: int
+    group: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes + self.scales.nbytes + (0 if self.offsets is None else self.offsets.nbytes)
+
+    def part(self, rows: slice) -> "IntegerWeight":
+        offsets = None if self.offsets is None else self.offsets[:, rows]
+        return IntegerWeight(self.values[rows], self.scales[:, rows], offsets, self.columns, self.group)
+
+    def rows(self, indices: torch.Tensor) -> torch.Tensor:
+        """The matrix's rows as float32: [indices, columns]."""
+        values = self.values[indices]
+        if self.offsets is not None:
+            pairs = values.view(len(values), -1, 1, self.group)
+            values = torch.cat((pairs & 15, pairs >> 4), dim=2).flatten(1)
+        groups = values.view(len(values), -1, self.group) * self.scales.T[indices].float()[:, :, None]
+        if self.offsets is not None:
+            groups += self.offsets.T[indices].float()[:, :, None]
+        return groups.flatten(1)[:, : self.columns].contiguous()
+
+
+def pack(matrix: QuantizedMatrix, device: torch.device) -> IntegerWeight:
+    """The matrix in the form that the kernels read, on the device."""
+    rows, columns = matrix.values.shape
+    at_once = matrix.group * (8 // matrix.bits)
+    groups = -(-columns // at_once) * at_once // matrix.group
+    values = F.pad(matrix.values.to(device), (0, groups * matrix.group - columns))
+    if matrix.bits == 4:
+        pairs = values.view(rows, -1, 2, matrix.group)
+        values = (pairs[:, :, 0] | pairs[:, :, 1] << 4).flatten(1)
+    scales, offsets = (
+        None if each is None else F.pad(each.to(device), (0, groups - each.shape[1])).T.contiguous()
+        for each in (matrix.scales, matrix.offsets)
+    )
+    assert scales is not None
+    return IntegerWeight(values, scales, offsets, columns, matrix.group)
+
+
+def linear(x: torch.Tensor, weight: IntegerWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    """As Operations.linear says."""
+    tokens, (groups, rows) = len(x), weight.scales.shape
+    values = x.new_empty((tokens, groups * weight.group), dtype=torch.int8)
+    scales, sums = (x.new_empty((tokens, groups), dtype=torch.float32) for _ in range(2))
+    _round[(tokens, triton.cdiv(groups, GROUPS))](
+        x, values, scales, sums, groups, N=weight.columns, GROUP=weight.group, GROUPS=GROUPS
+    )
+    out = x.new_empty((tokens, rows))
+    at_once = FEW if tokens <= FEW else MANY
+    _linear[(triton.cdiv(rows, ROWS), triton.cdiv(tokens, at_once))](
+        values,
+        scales,
+        sums,
+        weight.values,
+        weight.scales,
+        weight.offsets,
+        bias,
+        out,
+        tokens,
+        rows,
+        groups,
+        weight.values.stride(0),
+        weight.scales.stride(0),
+        GROUP=weight.group,
+        TOKENS=at_once,
+        ROWS=ROWS,
+    )
+    return out
+
+
+@triton.jit
+def _round(x, values, scales, sums, groups, N: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr):
+    """Each group's integers, their scale, and their sum times the scale."""
+    token = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+    column = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    inputs = tl.load(x + token * N + column, column < N, 0.0).to(tl.float32)
+    scale = tl.max(tl.abs(inputs), 1) / 127
+    rounded = tl.floor(inputs / tl.where(scale > 0, scale, 1.0)[:, None] + 0.5)
+    real = group < groups
+    tl.store(values + token * groups * GROUP + column, rounded.to(tl.int8), real[:, None])
+    tl.store(scales + token * groups + group, scale, real)
+    tl.store(sums + token * groups + group, scale * tl.sum(rounded, 1), real)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _linear(
+    x,
+    x_scales,
+    x_sums,
+    values,
+    scales,
+    offsets,
+    bias,
+    out,
+    tokens,
+    rows,
+    groups,
+    row_bytes,
+    scale_stride,
+    GROUP: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    PACKED: tl.constexpr = 1 if offsets is None else 2  # groups that share their bytes
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    token = (tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
+    column = tl.arange(0, GROUP)
+    wanted, real = row < rows, token < tokens
+    sums = tl.zeros([TOKENS, ROWS], tl.float32)
+    for first in range(0, groups, PACKED):
+        place = row.to(tl.int64)[None, :] * row_bytes + first // PACKED * GROUP + column[:, None]
+        packed = tl.load(values + place, wanted[None, :], 0)
+        for half in tl.static_range(PACKED):
+            group = first + half
+            weights = packed if PACKED == 1 else (packed >> 4 * half & 15).to(tl.int8)
+            place = token * groups + group
+            inputs = tl.load(x + place[:, None] * GROUP + column[None, :], real[:, None], 0)
+            scale = tl.load(scales + group * scale_stride + row, wanted, 0.0).to(tl.float32)
+            products = tl.dot(inputs, weights, out_dtype=tl.int32).to(tl.float32)
+            sums += products * tl.load(x_scales + place, real, 0.0)[:, None] * scale[None, :]
+            if offsets is not None:
+                offset = tl.load(offsets + group * scale_stride + row, wanted, 0.0).to(tl.float32)
+                sums += tl.load(x_sums + place, real, 0.0)[:, None] * offset[None, :]
+    if bias is not None:
+        sums += tl.load(bias + row, wanted, 0.0).to(tl.float32)[None, :]
+    to = out + token[:, None] * rows + row[None, :]
+    tl.store(to, sums.to(out.dtype.element_ty), real[:, None] & wanted[None, :])

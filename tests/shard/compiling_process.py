@@ -1,0 +1,93 @@
+"""Compiles the CUDA operations' kernels for a GPU that is not there: `python -m tests.shard.compiling_process 80`.
+
+The argument is the compute capability, times ten. Operations run on CPU tensors; where they would launch a kernel, it
+is compiled, as it would be for those arguments. Prints the compiled kernels' names and bytes of shared memory.
+"""
+
+import os
+import sys
+
+os.environ["TRITON_INTERPRET"] = "0"
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from loraplex_shard.batch import Segment
+from loraplex_shard.layers.layout import LinearLayout, LinearPart
+from loraplex_shard.lora.deltas import Delta, cut_adapter
+from loraplex_shard.ops.base import HeadNorms, Heads
+from loraplex_shard.ops.cuda.operations import CudaOperations
+from loraplex_shard.ops.quantized import quantize
+from tests.shard.operations import angles, filled_cache, paged_batch, random
+
+CUDA = CudaOperations(torch.device("cpu"))
+WIDTH = 1024
+TOKENS = 1, 100  # decoding, and a prompt: kernels differ
+
+
+class AbsentGpu:
+    """What Triton asks its driver before it launches a kernel."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", int(sys.argv[1]), 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compile_only(run: object) -> None:
+    def compiled(self: JITFunction, *args: object, grid: object, warmup: bool, **options: object) -> CompiledKernel:
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        print(self.fn.__name__, kernel.metadata.shared)
+        return kernel
+
+    JITFunction.run = compiled
+
+
+def linears(dtype: torch.dtype) -> None:
+    x, weight = random(0, 3, WIDTH, dtype=dtype)[:2], random(1, WIDTH, dtype=dtype)
+    CUDA.add_rms_norm(x, x, weight, 1e-5)
+    CUDA.silu_mul(x)
+    for bits in 8, 4:
+        packed = CUDA.pack(quantize(random(1, WIDTH, WIDTH), bits))
+        for tokens in TOKENS:
+            CUDA.linear(random(2, tokens, WIDTH, dtype=dtype), packed, weight)
+
+
+def adapters(dtype: torch.dtype, form: torch.dtype) -> None:
+    parts = (LinearPart("p", WIDTH, slice(0, WIDTH)),)
+    layout = LinearLayout("fused", 0, parts, WIDTH, slice(0, WIDTH))
+    delta = Delta(random(0, 16, WIDTH), random(0, WIDTH, 16), 1.0)
+    adapter = cut_adapter({"p": delta}, [layout], form).weights
+    for tokens in TOKENS:
+        x = random(0, tokens, WIDTH, dtype=dtype)
+        CUDA.add_lora_delta(x.clone(), x, (Segment(0, tokens, adapter),), layout)
+
+
+def attend(dtype: torch.dtype, form: torch.dtype, heads: Heads, norm: bool) -> None:
+    batch, num_blocks = paged_batch([(600, 1), (30, 100)], 0)
+    (layer,) = filled_cache(num_blocks, heads.kv, heads.dim, form, 0).layers
+    count = heads.query + 2 * heads.kv
+    qkv, step = random(0, 101, count * heads.dim, dtype=dtype), CUDA.prepare(batch, *angles(700, heads.dim))
+    norms = HeadNorms(random(1, heads.query + heads.kv, heads.dim, dtype=dtype), 1e-6) if norm else None
+    CUDA.rotate_and_write(qkv, heads, norms, step, layer)
+    CUDA.attention(qkv, heads, step, layer)
+
+
+if __name__ == "__main__":
+    driver.set_active(AbsentGpu())
+    compile_only(JITFunction.run)
+    half = torch.bfloat16
+    linears(half)
+    for form in half, torch.int8:
+        adapters(half, form)
+    attend(half, half, Heads(query=8, kv=2, dim=64), norm=False)
+    attend(half, torch.int8, Heads(query=9, kv=3, dim=128, window=100), norm=True)
+    attend(half, half, Heads(query=8, kv=1, dim=256, soft_cap=30.0), norm=False)
+    attend(torch.float32, torch.float32, Heads(query=8, kv=2, dim=256), norm=False)

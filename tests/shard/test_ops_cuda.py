@@ -1,0 +1,218 @@
+"""The CUDA operations compute what the reference computes, here on CPU tensors, in Triton's interpreter.
+
+It cannot multiply bfloat16, so that products are tried in float16 and float32; for bfloat16 they are the same kernels.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import LlamaConfig
+
+from loraplex_shard.batch import Segment
+from loraplex_shard.layers.layout import LinearLayout, LinearPart
+from loraplex_shard.lora.deltas import Delta, cut_adapter
+from loraplex_shard.ops.base import HeadNorms, Heads
+from loraplex_shard.ops.cuda.operations import CudaOperations
+from loraplex_shard.ops.quantized import quantize
+from loraplex_shard.ops.reference import ReferenceOperations
+from tests.shard.decoders import Sequences, adapter_for, load, save_checkpoint
+from tests.shard.operations import angles, assert_close, filled_cache, paged_batch, random
+
+CPU = torch.device("cpu")
+REFERENCE = ReferenceOperations()
+CUDA = CudaOperations(CPU)
+FLOATS = torch.float32, torch.float16
+few = settings(deadline=None, max_examples=6)
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.bfloat16])
+@pytest.mark.parametrize("n", [1, 100, 1300])
+def test_norms_and_the_gated_activation(n: int, dtype: torch.dtype) -> None:
+    hidden, delta, weight = random(0, 3, 4, n, dtype=dtype)
+    expected_hidden = hidden.clone()
+    expected = REFERENCE.add_rms_norm(expected_hidden, delta, weight[0], 1e-5)
+    assert_close(CUDA.add_rms_norm(hidden, delta, weight[0], 1e-5), expected)
+    assert_close(hidden, expected_hidden)
+    assert_close(CUDA.rms_norm(hidden, weight[0], 1e-5), REFERENCE.rms_norm(hidden, weight[0], 1e-5))
+    gate_up = random(1, 3, 2 * n, dtype=dtype)
+    assert_close(CUDA.silu_mul(gate_up), REFERENCE.silu_mul(gate_up))
+
+
+@few
+@given(
+    tokens=st.sampled_from([1, 16, 17]),
+    features=st.tuples(st.integers(1, 140), st.integers(1, 70)),
+    bits=st.sampled_from([8, 4]),
+    dtype=st.sampled_from(FLOATS),
+    seed=st.integers(0, 99),
+)
+def test_a_quantized_linear_layer_of_any_shape(
+    tokens: int, features: tuple[int, int], bits: int, dtype: torch.dtype, seed: int
+) -> None:
+    x = random(seed, tokens, features[0], dtype=dtype)
+    matrix = quantize(random(seed + 1, *features[::-1]), bits)
+    bias = random(seed + 2, features[1], dtype=dtype) if seed % 2 else None
+    actual, expected = CUDA.linear(x, CUDA.pack(matrix), bias), REFERENCE.linear(x, REFERENCE.pack(matrix), bias)
+    # A value that lies between two integers may be rounded to either.
+    assert_close(actual, expected, factor=50 if dtype == torch.float32 else 2)
+
+
+@pytest.mark.parametrize("bits", [None, 8, 4])
+def test_a_part_of_a_weight_is_those_rows_of_the_layer_and_the_embedding_its_rows(bits: int | None) -> None:
+    x, matrix = random(0, 3, 100), random(1, 50, 100)
+    weight = matrix if bits is None else quantize(matrix, bits)
+    packed = CUDA.pack(weight)
+    whole = CUDA.linear(x, packed)
+    for rows in (slice(0, 16), slice(16, 48), slice(32, 50)):
+        assert_close(CUDA.linear(x, packed.part(rows)), whole[:, rows])
+        assert packed.part(rows).nbytes < packed.nbytes
+    batch, _ = paged_batch([(0, 100)], seed=0)
+    batch.token_ids.copy_(torch.arange(50).flip(0).repeat(2))
+    actual = CUDA.embedding(CUDA.prepare(batch, *angles(1, 2)), packed, torch.float16)
+    expected = REFERENCE.embedding(REFERENCE.prepare(batch, *angles(100, 2)), REFERENCE.pack(weight), torch.float16)
+    assert_close(actual, expected)
+    assert actual.is_contiguous()
+
+
+MIXED = [(30, 1), (700, 1), (0, 9), (513, 2), (10, 40)]
+
+
+@pytest.mark.parametrize(
+    ("heads", "chunks", "form"),
+    [
+        (Heads(query=1, kv=1, dim=64), [(0, 1), (0, 512), (17, 1)], torch.float16),
+        (Heads(query=4, kv=2, dim=64), [(511, 1), (512, 1), (1023, 2)], torch.float32),
+        (Heads(query=9, kv=3, dim=64), MIXED, torch.float16),
+        (Heads(query=4, kv=1, dim=96, window=37), MIXED, torch.float16),
+        (Heads(query=4, kv=1, dim=96, window=37), MIXED, torch.int8),
+        (Heads(query=5, kv=1, dim=128, soft_cap=3.0), MIXED, torch.float32),
+        (Heads(query=8, kv=1, dim=256, window=600, soft_cap=3.0), MIXED, torch.float16),
+        (Heads(query=8, kv=1, dim=256, window=600, soft_cap=3.0), MIXED, torch.int8),
+        (Heads(query=6, kv=1, dim=80), [(5, 1), (14, 3)], torch.float32),
+        (Heads(query=7, kv=1, dim=8), [(5, 1), (14, 3)], torch.int8),
+    ],
+)
+def test_attention_over_any_mix_of_chunks(heads: Heads, chunks: list[tuple[int, int]], form: torch.dtype) -> None:
+    dtype = torch.float32 if form == torch.int8 else form
+    batch, num_blocks = paged_batch(chunks, seed=heads.dim)
+    (layer,) = filled_cache(num_blocks, heads.kv, heads.dim, form, 1).layers
+    qkv, tables = random(2, batch.starts[-1], (heads.query + 2 * heads.kv) * heads.dim, dtype=dtype), angles(1, 2)
+    actual = CUDA.attention(qkv, heads, CUDA.prepare(batch, *tables), layer)
+    tables = angles(1700, heads.dim)
+    assert_close(actual, REFERENCE.attention(qkv, heads, REFERENCE.prepare(batch, *tables), layer), factor=2)
+
+
+def test_what_lies_behind_a_sequence_in_its_last_block_is_never_looked_at() -> None:
+    heads = Heads(query=2, kv=1, dim=16)
+    batch, num_blocks = paged_batch([(5, 1), (16, 3)], seed=0)
+    (layer,) = filled_cache(num_blocks, 1, 16, torch.float32, 0).layers
+    qkv, tables = random(0, 4, 64), angles(20, 16)
+    expected = CUDA.attention(qkv, heads, CUDA.prepare(batch, *tables), layer)
+    for row, context in enumerate(batch.context_lengths):
+        last = batch.block_tables[row, (context - 1) // 16]
+        layer.keys[last, :, :, (context - 1) % 16 + 1 :] = torch.nan
+        layer.values[last, :, (context - 1) % 16 + 1 :] = torch.nan
+    assert CUDA.attention(qkv, heads, CUDA.prepare(batch, *tables), layer).equal(expected)
+
+
+def test_a_sequences_attention_does_not_depend_on_its_neighbours() -> None:
+    heads = Heads(query=6, kv=2, dim=64)
+    chunks = [(1500, 1), (30, 9), (40, 1)]
+    together, num_blocks = paged_batch(chunks, seed=0)
+    (layer,) = filled_cache(num_blocks, 2, 64, torch.float32, 0).layers
+    qkv, tables = random(0, 11, 640), angles(1501, 64)
+    out = CUDA.attention(qkv, heads, CUDA.prepare(together, *tables), layer)
+    alone, _ = paged_batch(chunks[:1], seed=0)
+    alone.block_tables.copy_(together.block_tables[:1])
+    assert CUDA.attention(qkv[:1].clone(), heads, CUDA.prepare(alone, *tables), layer).equal(out[:1])
+
+
+@pytest.mark.parametrize("form", [*FLOATS, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize(
+    ("heads", "norm"),
+    [(Heads(query=3, kv=1, dim=64), False), (Heads(query=4, kv=2, dim=96), True), (Heads(query=1, kv=1, dim=6), True)],
+)
+def test_rotation_and_what_it_writes_to_the_cache(heads: Heads, norm: bool, form: torch.dtype) -> None:
+    dtype = torch.float32 if form == torch.int8 else form
+    batch, num_blocks = paged_batch([(5, 1), (14, 3), (0, 2)], seed=0)
+    qkv = random(0, batch.starts[-1], (heads.query + 2 * heads.kv) * heads.dim, dtype=dtype)
+    norms = HeadNorms(random(1, heads.query + heads.kv, heads.dim, dtype=dtype), 1e-6) if norm else None
+    results = []
+    for ops in (CUDA, REFERENCE):
+        mine = qkv.clone()
+        (layer,) = filled_cache(num_blocks, heads.kv, heads.dim, form, 0).layers
+        ops.rotate_and_write(mine, heads, norms, ops.prepare(batch, *angles(20, heads.dim)), layer)
+        if layer.key_scales is not None and layer.value_scales is not None:
+            keys, values = layer.keys * layer.key_scales[:, :, None], layer.values * layer.value_scales[..., None]
+            results.append((mine, keys, values))
+        else:
+            results.append((mine, layer.keys, layer.values))
+    for actual, expected in zip(*results, strict=True):
+        assert_close(actual, expected, factor=2000 if form == torch.int8 else 2)
+
+
+@few
+@given(
+    lora_ranks=st.lists(st.tuples(*[st.none() | st.integers(1, 40)] * 3).filter(any), min_size=1, max_size=4),
+    runs=st.lists(st.tuples(st.integers(1, 7) | st.just(90), st.none() | st.integers(0, 3)), min_size=1, max_size=5),
+    dtype=st.sampled_from(FLOATS),
+    int8=st.booleans(),
+    in_features=st.integers(1, 70) | st.just(1100),
+    seed=st.integers(0, 99),
+)
+def test_lora_deltas_of_mixed_ranks(
+    lora_ranks: list[tuple[int | None, ...]],
+    runs: list[tuple[int, int | None]],
+    dtype: torch.dtype,
+    int8: bool,
+    in_features: int,
+    seed: int,
+) -> None:
+    sizes = (200, 30, 17)
+    parts = tuple(LinearPart(f"p{i}", size, slice(0, size)) for i, size in enumerate(sizes))
+    layouts = [
+        LinearLayout("other", 0, parts[:1], in_features, slice(0, in_features)),
+        LinearLayout("fused", 1, parts, in_features, slice(0, in_features)),
+    ]
+    adapters = []
+    for i, ranks in enumerate(lora_ranks):
+        deltas = {
+            f"p{j}": Delta(random(seed + i, r, in_features), random(seed + j, sizes[j], r), in_features**-0.5)
+            for j, r in enumerate(ranks)
+            if r
+        }
+        adapters.append(cut_adapter(deltas, layouts, torch.int8 if int8 else dtype).weights)
+    segments, start = [], 0
+    for length, choice in runs:
+        if choice is not None:
+            segments.append(Segment(start, start + length, adapters[choice % len(adapters)]))
+        start += length
+    x, base = random(seed, start, in_features, dtype=dtype), random(seed + 5, start, sum(sizes), dtype=dtype)
+    actual, expected = base.clone(), base.float()
+    CUDA.add_lora_delta(actual, x, tuple(segments), layouts[1])
+    REFERENCE.add_lora_delta(expected, x.float(), tuple(segments), layouts[1])
+    assert_close(actual, expected.to(dtype), factor=4)
+
+
+def test_a_decoder_computes_what_it_computes_with_the_reference(tmp_path: Path) -> None:
+    """All operations together, some layers and tokens on an adapter, the others not."""
+    config = LlamaConfig(
+        vocab_size=97,
+        hidden_size=48,
+        intermediate_size=56,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    directory, results = save_checkpoint(config, tmp_path), []
+    for ops in (CUDA, REFERENCE):
+        decoder = load(directory, ops=ops, quantize="int8")
+        driver, adapter = Sequences(decoder), adapter_for(decoder.layouts)
+        first = driver.step({"a": [5, 80, 3, 3, 41], "b": [7], "c": [1, 2, 3]}, (Segment(0, 6, adapter),))
+        second = driver.step({"b": [9, 60, 2], "a": [17], "c": [4]}, (Segment(0, 4, adapter),))
+        results.append(torch.cat([*first.values(), *second.values()]))
+    assert_close(*results, factor=500)
