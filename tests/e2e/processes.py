@@ -126,8 +126,8 @@ class Router(Edge):
 class Shard(Process):
     """`loraplex shard`, which may still be loading."""
 
-    def __init__(self, *flags: str) -> None:
-        super().__init__("shard", *flags)
+    def __init__(self, *flags: str, env: dict[str, str] | None = None) -> None:
+        super().__init__("shard", *flags, env=env)
 
 
 def free_port() -> int:

@@ -4,10 +4,12 @@ import asyncio
 import contextlib
 import json
 import signal
+import socketserver
 import threading
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import Self
 
 import grpc
 import psutil
@@ -29,7 +31,9 @@ from loraplex import (
     RequestNotFoundError,
     UnavailableError,
 )
-from tests.e2e.processes import Process, Server, free_port, run
+from loraplex_protos import shard_pb2
+from loraplex_protos.shard_pb2_grpc import ShardServiceStub
+from tests.e2e.processes import Process, Server, Shard, free_port, run
 from tests.e2e.tiny import Oracle, byte_tokenizer
 
 FOREVER = {"max_new_tokens": 6000, "ignore_eos": True}
@@ -187,6 +191,48 @@ def test_ranks_that_still_load_end_with_the_server(model: Path):
             threading.Event().wait(0.01)
         assert serve.terminate() in (0, -signal.SIGTERM)  # the latter if it had not come to handling it
     assert psutil.wait_procs(ranks, timeout=30)[1] == []
+
+
+def test_a_shard_does_not_wait_for_a_download_that_does_not_end(model: Path):
+    address = f"127.0.0.1:{free_port()}"
+    asked = threading.Event()
+    with EndlessHub(asked) as hub:
+        flags = f"--model={model}", f"--listen={address}", "--kv-blocks=64", "--threads=1", "--drain-seconds=1"
+        with Shard(*flags, env={"HF_ENDPOINT": hub.url}) as shard, grpc.insecure_channel(address) as channel:
+            reference = shard_pb2.StageAdapterRequest(id="org/name")
+            staging = ShardServiceStub(channel).StageAdapter.future(reference, wait_for_ready=True)
+            assert asked.wait(60)
+            assert shard.terminate() == 0
+            assert staging.exception() is not None
+
+
+class EndlessHub(socketserver.ThreadingTCPServer):
+    """Begins an answer to each call, and goes on with it byte by byte."""
+
+    daemon_threads = True
+
+    def __init__(self, asked: threading.Event) -> None:
+        class Endless(socketserver.StreamRequestHandler):
+            def handle(self) -> None:
+                self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 99999\r\n\r\n")
+                asked.set()
+                with contextlib.suppress(OSError):
+                    while True:
+                        self.wfile.write(b" ")
+                        threading.Event().wait(0.2)
+
+        super().__init__(("127.0.0.1", 0), Endless)
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        self._thread = threading.Thread(target=self.serve_forever, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+        self._thread.join()
+        self.server_close()
 
 
 def wait_for_health(server: Server, status: int) -> None:

@@ -70,7 +70,8 @@ def shard(context: typer.Context) -> None:
     configure(settings.log_format)
     from loraplex_shard import server
 
-    with _errors_shown(), Progress(console=console, transient=True, disable=settings.rank > 0) as progress:
+    bar = Progress(console=console, transient=True, disable=settings.rank > 0)
+    with _not_waiting_for_threads(), _errors_shown(), bar as progress:
         task = progress.add_task("Loading the model", total=None)
 
         def report(done: int, total: int) -> None:
@@ -102,3 +103,14 @@ def _errors_shown() -> Iterator[None]:
     except (LoraplexError, OSError) as error:
         console.print(f"[red]error:[/] {error}", highlight=False)
         raise typer.Exit(1) from error
+
+
+@contextmanager
+def _not_waiting_for_threads() -> Iterator[None]:
+    """Ends the process when the block wants it to end: a thread may be in a download, which nobody waits for."""
+    try:
+        yield
+    except SystemExit:
+        os._exit(0)
+    except typer.Exit as end:
+        os._exit(end.exit_code)
