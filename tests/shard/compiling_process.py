@@ -1,11 +1,12 @@
-"""Compiles the CUDA operations' kernels for a GPU that is not there: `python -m tests.shard.compiling_process 80`.
+"""Compiles the CUDA operations' kernels for GPUs that are not there: `python -m tests.shard.compiling_process 80 90`.
 
-The argument is the compute capability, times ten. Operations run on CPU tensors; where they would launch a kernel, it
-is compiled, as it would be for those arguments. Prints the compiled kernels' names and bytes of shared memory.
+The arguments are compute capabilities, times ten. Operations run on CPU tensors; where they would launch a kernel, it
+is compiled, as it would be for those arguments. Prints capability, kernel and its bytes of shared memory.
 """
 
 import os
 import sys
+from collections.abc import Callable
 
 os.environ["TRITON_INTERPRET"] = "0"
 
@@ -29,25 +30,28 @@ TOKENS = 1, 100  # decoding, and a prompt: kernels differ
 
 
 class AbsentGpu:
-    """What Triton asks its driver before it launches a kernel."""
+    """What Triton asks its driver before it launches a kernel. Each capability is a device of its own."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", int(sys.argv[1]), 32)
+        return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self) -> int:
-        return 0
+        return self.capability
 
     def get_current_stream(self, device: int) -> int:
         return 0
 
 
-def compile_only(run: object) -> None:
+def compile_only(run: Callable[..., CompiledKernel]) -> Callable[..., CompiledKernel]:
     def compiled(self: JITFunction, *args: object, grid: object, warmup: bool, **options: object) -> CompiledKernel:
         kernel = run(self, *args, grid=grid, warmup=True, **options)
-        print(self.fn.__name__, kernel.metadata.shared)
+        print(driver.active.capability, self.fn.__name__, kernel.metadata.shared)
         return kernel
 
-    JITFunction.run = compiled
+    return compiled
 
 
 def linears(dtype: torch.dtype) -> None:
@@ -81,13 +85,13 @@ def attend(dtype: torch.dtype, form: torch.dtype, heads: Heads, norm: bool) -> N
 
 
 if __name__ == "__main__":
-    driver.set_active(AbsentGpu())
-    compile_only(JITFunction.run)
+    JITFunction.run = compile_only(JITFunction.run)
     half = torch.bfloat16
-    linears(half)
-    for form in half, torch.int8:
-        adapters(half, form)
-    attend(half, half, Heads(query=8, kv=2, dim=64), norm=False)
-    attend(half, torch.int8, Heads(query=9, kv=3, dim=128, window=100), norm=True)
-    attend(half, half, Heads(query=8, kv=1, dim=256, soft_cap=30.0), norm=False)
+    for capability in map(int, sys.argv[1:]):
+        driver.set_active(AbsentGpu(capability))
+        linears(half)
+        adapters(half, half)
+        adapters(half, torch.int8)
+        attend(half, torch.int8, Heads(query=9, kv=3, dim=128, window=100), norm=True)
+        attend(half, half, Heads(query=8, kv=1, dim=256, soft_cap=30.0), norm=False)
     attend(torch.float32, torch.float32, Heads(query=8, kv=2, dim=256), norm=False)

@@ -203,7 +203,7 @@ def test_a_decoder_computes_what_it_computes_with_the_reference(tmp_path: Path) 
         vocab_size=97,
         hidden_size=48,
         intermediate_size=56,
-        num_hidden_layers=2,
+        num_hidden_layers=1,
         num_attention_heads=6,
         num_key_value_heads=2,
         tie_word_embeddings=True,

@@ -49,8 +49,6 @@ class LoraTiles:
 
 def add_lora_delta(out: torch.Tensor, x: torch.Tensor, runs: LoraTiles, layer: int) -> None:
     """As Operations.add_lora_delta says; `layer` is the index of its layout."""
-    if not len(runs.tiles):
-        return
     tokens, columns = x.shape
     slices = min(SLICES, triton.cdiv(columns, SLICE)) if runs.length == SHORT else 1
     shrunk = x.new_empty((slices, tokens, runs.widest), dtype=torch.float32)

@@ -79,10 +79,10 @@ class CudaOperations:
     def add_lora_delta(
         self, out: torch.Tensor, x: torch.Tensor, segments: CudaStep | Runs, layout: LinearLayout
     ) -> None:
-        if isinstance(segments, CudaStep):
-            add_lora_delta(out, x, segments.lora, layout.index)
-        elif touching := [segment for segment in segments if layout.name in segment.adapter.layers]:
-            add_lora_delta(out, x, LoraTiles.of(touching, self._device), layout.index)
+        runs = segments.batch.segments if isinstance(segments, CudaStep) else segments
+        if any(layout.name in run.adapter.layers for run in runs):
+            tiles = segments.lora if isinstance(segments, CudaStep) else LoraTiles.of(runs, self._device)
+            add_lora_delta(out, x, tiles, layout.index)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         return F.rms_norm(x, (x.shape[-1],), weight, eps)
