@@ -9,12 +9,12 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from loraplex_protos import shard_pb2 as pb
 from loraplex_protos.errors import GenerationError, LoraplexError, UnavailableError
 from loraplex_router.adapters.pool import Adapter, AdapterPool, SlotClaim
-from loraplex_router.output import Generation, Sample, SequenceOutput
+from loraplex_router.output import Alternatives, Generation, Sample, SequenceOutput
 from loraplex_router.scheduler import Scheduler
 from loraplex_router.sequence import Chunk, Plan
 from loraplex_router.shards import Shards, encode
@@ -132,6 +132,7 @@ class Engine:
         self._telemetry.step(plan, response)
         failures = dict(zip(response.failed_chunks, response.failure_reasons, strict=True))
         prompt_logprobs = _read_prompt_logprobs(response, len(plan.chunks))
+        prompt_alternatives = _read_prompt_alternatives(response)
         pooled = _read_pooled(response)
         announced = _read_announced(response, len(plan.chunks))
         for place, (chunk, samples) in enumerate(zip(plan.chunks, _read_samples(response), strict=True)):
@@ -144,6 +145,7 @@ class Engine:
                 continue
             if prompt_logprobs[place]:
                 output.prompt_logprobs[chunk.start :] = prompt_logprobs[place]
+                output.prompt_alternatives[chunk.start :] = prompt_alternatives[place]
             if place in pooled:
                 output.pool(pooled[place])
                 self._scheduler.finish(chunk.sequence)
@@ -222,7 +224,9 @@ class Engine:
 
 def _read_samples(response: pb.StepResponse) -> Iterator[Sequence[Sample]]:
     """The tokens of each chunk."""
-    alternatives = _read_alternatives(response)
+    alternatives = _read_alternatives(
+        response.alternative_counts, response.alternative_tokens, response.alternative_logprobs
+    )
     logprobs = iter(response.logprobs)
     tokens = iter(response.tokens)
     for count in response.token_counts:
@@ -236,9 +240,11 @@ def _read_announced(response: pb.StepResponse, chunks: int) -> list[Sequence[int
     return [[next(tokens) for _ in range(count)] for count in counts]
 
 
-def _read_alternatives(response: pb.StepResponse) -> Iterator[tuple[tuple[int, float], ...]]:
-    pairs = zip(response.alternative_tokens, response.alternative_logprobs, strict=True)
-    for count in response.alternative_counts:
+def _read_alternatives(
+    counts: Iterable[int], tokens: Iterable[int], logprobs: Iterable[float]
+) -> Iterator[Alternatives]:
+    pairs = zip(tokens, logprobs, strict=True)
+    for count in counts:
         yield tuple(next(pairs) for _ in range(count))
 
 
@@ -247,6 +253,14 @@ def _read_prompt_logprobs(response: pb.StepResponse, chunks: int) -> list[list[f
     values = iter(response.prompt_logprobs)
     counts = response.prompt_logprob_counts or [0] * chunks
     return [[next(values) for _ in range(count)] for count in counts]
+
+
+def _read_prompt_alternatives(response: pb.StepResponse) -> list[list[Alternatives]]:
+    """Those of the same tokens; empty where they were not asked for."""
+    found = _read_alternatives(
+        response.prompt_alternative_counts, response.prompt_alternative_tokens, response.prompt_alternative_logprobs
+    )
+    return [[next(found, ()) for _ in range(count)] for count in response.prompt_logprob_counts]
 
 
 def _read_pooled(response: pb.StepResponse) -> dict[int, Sequence[float]]:

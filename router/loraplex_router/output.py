@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from loraplex_protos.errors import LoraplexError
 from loraplex_router.adapters.pool import Adapter
@@ -13,6 +14,8 @@ from loraplex_router.sequence import FinishReason, Sequence
 from loraplex_router.text.detokenizer import Decoder, Detokenizer
 from loraplex_router.text.stops import StopMatcher
 
+Alternatives: TypeAlias = tuple[tuple[int, float], ...]  # (token, logprob), best first
+
 
 @dataclass(frozen=True, slots=True)
 class Sample:
@@ -20,7 +23,7 @@ class Sample:
 
     token: int
     logprob: float | None = None
-    alternatives: tuple[tuple[int, float], ...] = ()  # (token, logprob), best first
+    alternatives: Alternatives = ()
 
 
 @dataclass(slots=True)
@@ -67,6 +70,7 @@ class SequenceOutput:
         self.finish_reason: FinishReason | None = None
         self.generated = 0  # tokens, those of a stop string included
         self.prompt_logprobs: list[float] = []  # of the prompt's tokens but the first
+        self.prompt_alternatives: list[Alternatives] = []  # of the same; none if not asked for
         self.pooled: tuple[float, ...] = ()
         self._decoder = decoder
         self._detokenizer = Detokenizer(decoder, sequence.tokens[: sequence.prompt_length])

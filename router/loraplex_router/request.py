@@ -145,8 +145,9 @@ def check_request(request: Request, vocab_size: int) -> None:
     _check_bias(request.sampling.logit_bias or (), vocab_size, found)
     _check_stopping(request, vocab_size, found)
     _check_grammar(request, found)
-    top = request.detail.top_logprobs
-    found.check(top <= MAX_TOP_LOGPROBS, "detail.top_logprobs", f"must be at most {MAX_TOP_LOGPROBS}")
+    for name in ("top_logprobs", "prompt_top_logprobs"):
+        right = getattr(request.detail, name) <= MAX_TOP_LOGPROBS
+        found.check(right, f"detail.{name}", f"must be at most {MAX_TOP_LOGPROBS}")
     check_adapter(request.adapter, found)
     found.raise_any()
 
@@ -199,17 +200,16 @@ def room_for(request: Request, prompt_length: int, max_model_len: int) -> int:
     found.check(prompt_length > 0, "prompt", "is empty: send text, chat messages or token ids")
     found.raise_any()
     room = max_model_len - prompt_length
+    limit = f"this model's maximum context length is {max_model_len} tokens"  # clients look for these words
     if request.detail.pool:
         found.check(room >= 0, "prompt", f"has {prompt_length} tokens; the context has room for {max_model_len}")
         found.raise_any(ContextLengthError)
         return 0
-    found.check(
-        room >= 1, "prompt", f"has {prompt_length} tokens; at most {max_model_len - 1} leave room for an answer"
-    )
+    found.check(room >= 1, "prompt", f"has {prompt_length} tokens: {limit}, answer included")
     wanted = request.max_new_tokens
     if wanted is not None and room >= 1:
-        limit = f"{prompt_length} prompt tokens leave room for {room} in a context of {max_model_len}"
-        found.check(wanted <= room, "stopping.max_new_tokens", f"{wanted} is too many: {limit}")
+        fits = f"{prompt_length} prompt tokens leave room for {room}"
+        found.check(wanted <= room, "stopping.max_new_tokens", f"{wanted} is too many: {limit}, {fits}")
     least = request.min_new_tokens
     found.check(least <= max(room, 1), "stopping.min_new_tokens", f"{least} is too many: there is room for {room}")
     found.raise_any(ContextLengthError)

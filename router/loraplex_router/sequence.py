@@ -30,6 +30,7 @@ class Detail:
     logprobs: bool = False
     top_logprobs: int = 0
     prompt_logprobs: bool = False
+    prompt_top_logprobs: int = 0
     pool: bool = False  # the mean of the last hidden states, in place of tokens
 
 

@@ -38,11 +38,27 @@ def describe(places: Ints, ids: Tensor, logits: Tensor, detail: NDArray[np.void]
     if detail["logprobs"].any():
         logprobs = sampler.logprobs(logits, ids).cpu().numpy()
     if detail["top_logprobs"].any():
-        counts = np.minimum(detail["top_logprobs"], logits.shape[-1])
-        likeliest, values = sampler.likeliest(logits, int(counts.max()))
-        listed = torch.from_numpy(np.arange(likeliest.shape[1]) < counts[:, None])
-        alternatives = Alternatives(counts, likeliest.cpu()[listed].numpy(), values.cpu()[listed].numpy())
+        alternatives = _alternatives(detail["top_logprobs"], logits)
     return Tokens(places, ids.cpu().numpy(), logprobs, alternatives)
+
+
+def _alternatives(wanted: Ints, logits: Tensor) -> Alternatives:
+    """The wanted[i] likeliest tokens of each row of the logits [n, vocab]."""
+    counts = np.minimum(wanted, logits.shape[-1])
+    likeliest, values = sampler.likeliest(logits, max(1, int(counts.max())))
+    listed = torch.from_numpy(np.arange(likeliest.shape[1]) < counts[:, None])
+    return Alternatives(counts, likeliest.cpu()[listed].numpy(), values.cpu()[listed].numpy())
+
+
+def add_prompt(response: StepResponse, ids: Tensor, logits: Tensor, alternatives: Ints | None) -> None:
+    """Adds the log probabilities of prompt tokens [n] that follow positions with the logits [n, vocab], and so many
+    alternatives of each; None: of no token in the whole plan."""
+    response.prompt_logprobs.extend(sampler.logprobs(logits, ids).tolist())
+    if alternatives is not None:
+        found = _alternatives(alternatives, logits)
+        response.prompt_alternative_counts.extend(found.counts.tolist())
+        response.prompt_alternative_tokens.extend(found.ids.tolist())
+        response.prompt_alternative_logprobs.extend(found.logprobs.tolist())
 
 
 def add_tokens(response: StepResponse, chunks: int, parts: Sequence[Tokens]) -> None:

@@ -20,7 +20,13 @@ Ints = NDArray[np.int64]
 
 # What a sequence wants reported, beside its tokens or (pool) in place of them.
 DETAIL = np.dtype(
-    [("logprobs", np.bool_), ("top_logprobs", np.int64), ("prompt_logprobs", np.bool_), ("pool", np.bool_)]
+    [
+        ("logprobs", np.bool_),
+        ("top_logprobs", np.int64),
+        ("prompt_logprobs", np.bool_),
+        ("prompt_top_logprobs", np.int64),
+        ("pool", np.bool_),
+    ]
 )
 
 
@@ -95,7 +101,7 @@ class Rows:
         self._biased[row] = bool(start.sampling.biases)
         if self._biased[row]:
             self._biases[row] = self._read_bias(start)
-        self.detail[row] = (start.logprobs, start.top_logprobs, start.prompt_logprobs, start.pool)
+        self.detail[row] = tuple(getattr(start, name) for name in DETAIL.names or ())
         assert 0 <= start.unscored <= known - start.prompt_length, f"row {row}: unscored prompt tokens"
         self.forceable[row] = start.HasField("grammar")
         self._scored[row] = known - start.unscored

@@ -28,7 +28,7 @@ from loraplex_shard.lora.store import AdapterStore
 from loraplex_shard.models import Decoder
 from loraplex_shard.parallel import Group
 from loraplex_shard.pooling import Pooling
-from loraplex_shard.results import Tokens, add_tokens, describe
+from loraplex_shard.results import Tokens, add_prompt, add_tokens, describe
 from loraplex_shard.rows import Chunks, Ints, Rows, spans
 
 # Known tokens whose logprobs are computed at once: bounds the memory for logits.
@@ -151,8 +151,10 @@ class Runner:
             return
         ends = np.minimum(chunks.ends, self._rows.prompt_lengths[chunks.rows] - 1)
         counts = np.where(asked, np.maximum(ends - chunks.begins, 0), 0)
-        for _, logits, tokens in self._following(chunks, hidden, segments, chunks.begins + 1, counts):
-            response.prompt_logprobs.extend(sampler.logprobs(logits, tokens).tolist())
+        alternatives = self._rows.detail["prompt_top_logprobs"][chunks.rows]
+        listed = (alternatives[counts > 0] > 0).any()
+        for places, logits, tokens in self._following(chunks, hidden, segments, chunks.begins + 1, counts):
+            add_prompt(response, tokens, logits, alternatives[places] if listed else None)
         if self._group.rank == 0:
             response.prompt_logprob_counts.extend(counts.tolist())
 

@@ -73,6 +73,22 @@ def test_echo_scores_the_prompt_without_an_answer(client: OpenAI, base: str):
     assert scored.logprobs.text_offset == list(range(10))
 
 
+def test_what_was_likely_in_the_place_of_a_prompts_tokens_is_reported(client: OpenAI, base: str):
+    tokens = list(range(30, 40))
+    options = {"model": base, "prompt": tokens, "max_tokens": 1, "temperature": 0}
+    echoed = client.completions.create(**options, echo=True, logprobs=3).choices[0].logprobs
+    assert echoed.top_logprobs[0] is None and len(echoed.top_logprobs) == 11
+    for own, top in zip(echoed.token_logprobs[1:], echoed.top_logprobs[1:], strict=True):
+        assert 0 < len(top) <= 3 and own <= max(top.values()) + 1e-5
+    reported = client.completions.create(**options, extra_body={"prompt_logprobs": 2}).choices[0].prompt_logprobs
+    assert reported[0] is None and len(reported) == 10
+    for token, own, found in zip(tokens[1:], echoed.token_logprobs[1:-1], reported[1:], strict=True):
+        assert found[str(token)]["logprob"] == pytest.approx(own, abs=1e-4)
+        assert [entry["rank"] for entry in found.values() if entry["rank"]] in ([1, 2], [2, 1])
+    alone = client.completions.create(**options, extra_body={"prompt_logprobs": 0}).choices[0].prompt_logprobs
+    assert [list(found) for found in alone[1:]] == [[str(token)] for token in tokens[1:]]
+
+
 def test_logprobs_are_of_the_text_and_best_of_keeps_the_likeliest(client: OpenAI, base: str):
     choice = client.completions.create(model=base, prompt="Hello", max_tokens=6, temperature=0, logprobs=3).choices[0]
     assert len(choice.logprobs.tokens) == 6
@@ -148,6 +164,7 @@ def test_what_does_not_fit_the_context_says_so(client: OpenAI, base: str):
         with pytest.raises(openai.BadRequestError) as caught:
             client.chat.completions.create(**{"model": base, "messages": HELLO, **options})
         assert caught.value.code == "context_length_exceeded"
+        assert "this model's maximum context length is 4096 tokens" in caught.value.message
 
 
 def test_a_bias_chooses_tokens_and_leaves_the_logprobs_as_the_models(client: OpenAI, base: str):

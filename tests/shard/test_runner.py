@@ -180,6 +180,23 @@ def test_prompt_logprobs_are_those_of_transformers(runner: Runner, reference: Pr
     torch.testing.assert_close(actual, expected[range(len(prompt) - 1), prompt[1:]], atol=1e-4, rtol=1e-4)
 
 
+def test_prompt_alternatives_are_those_of_transformers_where_asked_for(
+    runner: Runner, reference: PreTrainedModel
+) -> None:
+    prompts = random_tokens(LOGITS_SLICE + 9, 6), random_tokens(12, 7), random_tokens(10, 8)
+    planner = Planner()
+    for row, (prompt, count) in enumerate(zip(prompts, (0, 3, 1), strict=True)):
+        planner.start(row, prompt, prompt_logprobs=True, prompt_top_logprobs=count)
+    response = planner.run(runner.step, {row: len(prompt) for row, prompt in enumerate(prompts)})
+    assert list(response.prompt_alternative_counts) == [0] * (LOGITS_SLICE + 8) + [3] * 11 + [1] * 9
+    with torch.inference_mode():
+        scores = [reference(input_ids=torch.tensor([p])).logits[0, :-1].log_softmax(-1) for p in prompts]
+    best = [scores[1].topk(3), scores[2].topk(1)]
+    expected = torch.cat([found.values.flatten() for found in best])
+    torch.testing.assert_close(torch.tensor(response.prompt_alternative_logprobs), expected, atol=1e-4, rtol=1e-4)
+    assert list(response.prompt_alternative_tokens) == torch.cat([found.indices.flatten() for found in best]).tolist()
+
+
 def test_a_restarted_sequence_reports_no_output_as_prompt(runner: Runner) -> None:
     planner = Planner()
     planner.start(0, random_tokens(8, 1), outputs=random_tokens(5, 2), prompt_logprobs=True)

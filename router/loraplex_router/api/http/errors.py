@@ -43,6 +43,7 @@ OPENAI_NAMES = {
     "adapter.source": "adapter_source",
     "adapter.token": "api_token",
     "inputs": "input",
+    "detail.prompt_top_logprobs": "prompt_logprobs",
     "stopping.max_new_tokens": "max_tokens",
     "stopping.min_new_tokens": "min_tokens",
     "grammar": "response_format",

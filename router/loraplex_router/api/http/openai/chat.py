@@ -38,7 +38,9 @@ def read_chat(body: ChatCompletionRequest, base: str) -> Request:
         adapter=read_model(body, base),
         max_new_tokens=body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
         n=body.n or 1,
-        detail=Detail(bool(body.logprobs), body.top_logprobs or 0, body.prompt_logprobs is not None),
+        detail=Detail(
+            bool(body.logprobs), body.top_logprobs or 0, body.prompt_logprobs is not None, body.prompt_logprobs or 0
+        ),
         **read_options(body),
     )
 

@@ -28,6 +28,7 @@ def read_completions(body: CompletionRequest, base: str) -> list[Request]:
         logprobs=scored,
         top_logprobs=body.logprobs or 0,
         prompt_logprobs=body.prompt_logprobs is not None or bool(body.echo and body.logprobs is not None),
+        prompt_top_logprobs=max(body.prompt_logprobs or 0, (body.logprobs or 0) if body.echo else 0),
     )
     max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     return [

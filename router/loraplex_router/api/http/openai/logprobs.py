@@ -1,10 +1,10 @@
 """Log probabilities in the shapes of OpenAI's two interfaces and of vLLM's prompt_logprobs. The token that ended an
 answer is not part of its text, and not of its logprobs."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from loraplex_router.output import Delta, Sample, SequenceOutput
+from loraplex_router.output import Alternatives, Delta, Sample, SequenceOutput
 from loraplex_router.sequence import FinishReason
 from loraplex_router.text.tokenizer import Tokenizer
 
@@ -30,44 +30,60 @@ class CompletionLogprobs:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._prompt: list[tuple[str, float | None]] = []
+        self._prompt: list[tuple[str, float | None, dict[str, float] | None]] = []
         self._echoed = self._at = 0  # characters of the prompt, and of the answer so far
 
     def add_prompt(self, output: SequenceOutput) -> None:
-        """The prompt comes first. Its alternatives are not known."""
-        tokens = output.sequence.tokens[: output.sequence.prompt_length]
-        for token, logprob in zip(tokens, [None, *output.prompt_logprobs], strict=True):
-            self._prompt.append((self._tokenizer.token_text(token), logprob))
+        """The prompt comes first."""
+        first, *others = output.sequence.tokens[: output.sequence.prompt_length]
+        text = self._tokenizer.token_text
+        self._prompt.append((text(first), None, None))
+        for token, logprob, alternatives in _scored_prompt(others, output):
+            self._prompt.append((text(token), _clamp(logprob), self._top(alternatives)))
 
     def take(self, delta: Delta) -> dict[str, Any]:
         tokens: list[str] = []
         logprobs: list[float | None] = []
         top: list[dict[str, float] | None] = []
         offsets: list[int] = []
-        for text, logprob in self._prompt:
+        for text, logprob, alternatives in self._prompt:
             tokens.append(text)
-            logprobs.append(None if logprob is None else _clamp(logprob))
-            top.append(None)
+            logprobs.append(logprob)
+            top.append(alternatives)
             offsets.append(self._echoed)
             self._echoed += len(text)
         self._prompt = []
         for sample, end in _with_text(delta):
             tokens.append(self._tokenizer.token_text(sample.token))
             logprobs.append(_clamp(sample.logprob))
-            worst_first = reversed(sample.alternatives)  # of tokens that look alike, the best is reported
-            top.append({self._tokenizer.token_text(token): _clamp(value) for token, value in worst_first})
+            top.append(self._top(sample.alternatives))
             offsets.append(self._echoed + self._at)
             self._at = end
         return {"tokens": tokens, "token_logprobs": logprobs, "top_logprobs": top, "text_offset": offsets}
 
+    def _top(self, alternatives: Alternatives) -> dict[str, float]:
+        """Of tokens that look alike, the best."""
+        return {self._tokenizer.token_text(token): _clamp(logprob) for token, logprob in reversed(alternatives)}
+
 
 def prompt_logprobs(output: SequenceOutput, tokenizer: Tokenizer) -> list[dict[str, Any] | None]:
-    """As vLLM reports them, but of the prompt's own tokens alone."""
-    tokens = output.sequence.tokens[1 : output.sequence.prompt_length]
+    """As vLLM reports them: each of the prompt's tokens, then its alternatives. The rank of a token that is not among
+    those is null."""
+
+    def entry(token: int, logprob: float, rank: int | None) -> dict[str, Any]:
+        return {"logprob": _clamp(logprob), "rank": rank, "decoded_token": tokenizer.token_text(token)}
+
     found: list[dict[str, Any] | None] = [None]
-    for token, logprob in zip(tokens, output.prompt_logprobs, strict=True):
-        found.append({str(token): {"logprob": _clamp(logprob), "decoded_token": tokenizer.token_text(token)}})
+    tokens = output.sequence.tokens[1 : output.sequence.prompt_length]
+    for token, logprob, alternatives in _scored_prompt(tokens, output):
+        ranked = {str(other): entry(other, value, rank) for rank, (other, value) in enumerate(alternatives, 1)}
+        found.append({str(token): entry(token, logprob, None), **ranked})
     return found
+
+
+def _scored_prompt(tokens: Sequence[int], output: SequenceOutput) -> Iterator[tuple[int, float, Alternatives]]:
+    """The prompt's tokens but the first, with their logprobs and what was likely in their places."""
+    return zip(tokens, output.prompt_logprobs, output.prompt_alternatives, strict=True)
 
 
 def _with_text(delta: Delta) -> Iterator[tuple[Sample, int]]:

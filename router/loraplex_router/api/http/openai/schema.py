@@ -74,7 +74,9 @@ class GenerationRequest(BaseModel):
     allowed_token_ids: list[TokenId] | None = Field(default=None, description="Not supported: refused unless empty.")
     bad_words: list[str] | None = Field(default=None, description="Not supported: refused unless empty.")
     use_beam_search: bool | None = Field(default=None, description="Not supported: refused if true.")
-    prompt_logprobs: Count | None = Field(default=None, description="Report the prompt's tokens with their logprobs.")
+    prompt_logprobs: Count | None = Field(
+        default=None, description="Report the prompt's tokens, with so many alternatives."
+    )
 
 
 class CompletionRequest(GenerationRequest):
