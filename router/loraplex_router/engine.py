@@ -10,6 +10,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, islice, repeat
 
 from loraplex_protos import shard_pb2 as pb
 from loraplex_protos.errors import GenerationError, LoraplexError, UnavailableError
@@ -154,7 +155,7 @@ class Engine:
             self._take(chunk, output, samples)
             if announced[place] and not chunk.sequence.finished:
                 self._scheduler.announce(chunk.sequence, announced[place])
-            if generation.finished:
+            if output.finish_reason and generation.finished:
                 self._retire(generation)
         self._telemetry.applied(time.perf_counter() - began)
 
@@ -224,13 +225,18 @@ class Engine:
 
 def _read_samples(response: pb.StepResponse) -> Iterator[Sequence[Sample]]:
     """The tokens of each chunk."""
+    samples = iter(_read_all_samples(response))
+    for count in response.token_counts:
+        yield [next(samples)] if count == 1 else list(islice(samples, count))
+
+
+def _read_all_samples(response: pb.StepResponse) -> Iterable[Sample]:
+    if not response.logprobs:
+        return map(Sample, response.tokens)
     alternatives = _read_alternatives(
         response.alternative_counts, response.alternative_tokens, response.alternative_logprobs
     )
-    logprobs = iter(response.logprobs)
-    tokens = iter(response.tokens)
-    for count in response.token_counts:
-        yield [Sample(next(tokens), next(logprobs, None), next(alternatives, ())) for _ in range(count)]
+    return map(Sample, response.tokens, response.logprobs, chain(alternatives, repeat(())))
 
 
 def _read_announced(response: pb.StepResponse, chunks: int) -> list[Sequence[int]]:

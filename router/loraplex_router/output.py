@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from loraplex_protos.errors import LoraplexError
 from loraplex_router.adapters.pool import Adapter
@@ -17,8 +17,7 @@ from loraplex_router.text.stops import StopMatcher
 Alternatives: TypeAlias = tuple[tuple[int, float], ...]  # (token, logprob), best first
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
+class Sample(NamedTuple):
     """A token as the shard answered it."""
 
     token: int
@@ -130,12 +129,13 @@ class SequenceOutput:
         return delta
 
     def _show(self, text: str) -> None:
+        pending, held = self._pending, self._held
         self._shown += len(text)
-        self._pending.text += text
-        while self._held and self._held[0][1] <= self._shown:
-            sample, end = self._held.pop(0)
-            self._pending.samples.append(sample)
-            self._pending.ends.append(end)
+        pending.text += text
+        while held and held[0][1] <= self._shown:
+            sample, end = held.pop(0)
+            pending.samples.append(sample)
+            pending.ends.append(end)
         self._wakeup.set()
 
     def _show_held(self) -> None:
@@ -207,16 +207,15 @@ class Generation:
 
     async def deltas(self) -> AsyncIterator[tuple[int, Delta]]:
         """(index of the sequence, what is new of it), until all are finished. Raises the error that ended it."""
-        open_outputs = dict(enumerate(self.outputs))
-        while open_outputs:
+        running = len(self.outputs)
+        while running:
             await self._wakeup.wait()
             self._wakeup.clear()
             if self.error is not None:
                 raise self.error
-            for index, output in list(open_outputs.items()):
+            for index, output in enumerate(self.outputs):
                 if delta := output.take():
-                    if delta.finish_reason:
-                        del open_outputs[index]
+                    running -= delta.finish_reason is not None
                     yield index, delta
 
     async def collect(self) -> list[Delta]:

@@ -148,18 +148,16 @@ class Scheduler:
         chunks: dict[Sequence, Chunk] = {}
         starts: list[Sequence] = []
         budget = self._limits.max_batch_tokens
-        for prefill in (False, True):
-            for sequence in list(self._running):
-                running = sequence.row is not None  # still, or an older one took its blocks just now
-                if budget and running and sequence.remaining and (sequence.remaining > 1) == prefill:
-                    budget -= self._extend(sequence, budget, chunks)
-        for sequence in chunks:
-            self._cache_full_blocks(sequence)
+        work = [(sequence, sequence.remaining) for sequence in self._running]
+        decodes = [item for item in work if item[1] == 1]
+        prefills = [item for item in work if item[1] > 1]
+        for sequence, remaining in decodes + prefills:
+            if budget and sequence.row is not None:  # still, or an older one took its blocks just now
+                budget -= self._extend(sequence, remaining, budget, chunks)
         while budget and self._free_rows and (started := self._next_to_start()):
             self._start(started)
             starts.append(started)
-            budget -= self._extend(started, budget, chunks)
-            self._cache_full_blocks(started)  # for others with the same prompt, in this very step
+            budget -= self._extend(started, started.remaining, budget, chunks)
         if not chunks:
             return None
         plan = Plan(tuple(starts), tuple(sorted(chunks.values(), key=lambda chunk: chunk.sequence.adapter.slot or 0)))
@@ -168,23 +166,27 @@ class Scheduler:
             self._adapters.touch(adapter)
         return plan
 
-    def _extend(self, sequence: Sequence, budget: int, chunks: dict[Sequence, Chunk]) -> int:
-        """Adds the sequence's next chunk, at most `budget` tokens long, and returns its length: 0 if the sequence
-        had to give up its own blocks."""
-        length = min(sequence.remaining, budget)
-        stop = sequence.computed + length
-        while (new_blocks := self._blocks.allocate(self._count_blocks(stop) - len(sequence.blocks))) is None:
+    def _extend(self, sequence: Sequence, remaining: int, budget: int, chunks: dict[Sequence, Chunk]) -> int:
+        """Adds the sequence's next chunk, at most `budget` of its `remaining` tokens long, and returns its length: 0 if
+        the sequence had to give up its own blocks."""
+        length = min(remaining, budget)
+        start = sequence.computed
+        stop = start + length
+        while missing := self._count_blocks(stop) - len(sequence.blocks):
+            if (new_blocks := self._blocks.allocate(missing)) is not None:
+                sequence.blocks += new_blocks
+                break
             youngest = self._running[-1]
             self._preempt(youngest, chunks)
             if youngest is sequence:
                 return 0
-        sequence.blocks += new_blocks
         unsent = tuple(sequence.blocks[sequence.sent_blocks :])
-        samples = length == sequence.remaining and not sequence.detail.pool and not sequence.full
-        chunks[sequence] = Chunk(sequence, sequence.computed, length, samples, unsent, sequence.runs)
+        samples = length == remaining and not sequence.detail.pool and not sequence.full
+        chunks[sequence] = Chunk(sequence, start, length, samples, unsent, sequence.runs)
         sequence.sent_blocks = len(sequence.blocks)
         sequence.computed = stop
         sequence.in_flight += samples
+        self._cache_full_blocks(sequence)  # for others with the same prompt, in this very step
         return length
 
     def _preempt(self, sequence: Sequence, chunks: dict[Sequence, Chunk]) -> None:

@@ -88,11 +88,12 @@ class Sequence:
     def remaining(self) -> int:
         """Positions to compute before the next sample or, after the last one, before all logprobs are known; 0 if the
         last sample, logprob or pooled vector is on its way."""
+        known = len(self.tokens)
         if self.detail.pool:
-            return len(self.tokens) - self.computed
-        if not self.full:
-            return len(self.tokens) + self.in_flight - self.computed
-        return max(0, len(self.tokens) - 1 - self.computed) if self.unscored else 0
+            return known - self.computed
+        if known + self.in_flight < self.prompt_length + self.max_new_tokens:  # not full
+            return known + self.in_flight - self.computed
+        return max(0, known - 1 - self.computed) if self.unscored else 0
 
     @property
     def full(self) -> bool:
@@ -100,9 +101,9 @@ class Sequence:
         return self.output_length + self.in_flight >= self.max_new_tokens
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)  # not frozen: one is made per token, and that would take four times as long
 class Chunk:
-    """What one step computes of a sequence: positions [start, start + length)."""
+    """What one step computes of a sequence: positions [start, start + length). Never changed."""
 
     sequence: Sequence
     start: int

@@ -156,6 +156,8 @@ class ShardGroup:
     async def receive(self) -> pb.StepResponse:
         """The next plan's result. Every rank answers, so that no rank's failure goes unnoticed; rank 0's counts."""
         sent = self._sent.popleft()
+        if len(self._streams) == 1:
+            return await self._read(0, sent)
         first, *others = await asyncio.gather(*(self._read(rank, sent) for rank in range(len(self._streams))))
         assert all(other.step == first.step for other in others)
         return first

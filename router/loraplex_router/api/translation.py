@@ -124,9 +124,8 @@ class Writer:
 
     def event(self, index: int, delta: Delta) -> pb.GenerateStreamResponse:
         output = self._generation.outputs[index]
-        event = pb.GenerateStreamResponse(
-            request_id=self._generation.request_id, index=index, text=delta.text, tokens=self._tokens(delta.samples)
-        )
+        event = pb.GenerateStreamResponse(request_id=self._generation.request_id, index=index, text=delta.text)
+        self._write_tokens(delta.samples, event)
         if index not in self._begun:
             self._begun.add(index)
             event.adapter_digest = self._generation.adapter_digest
@@ -143,31 +142,26 @@ class Writer:
         """The whole answer, from one delta per sequence."""
         return pb.GenerateResponse(
             request_id=self._generation.request_id,
-            sequences=[
-                pb.GeneratedSequence(
-                    text=delta.text,
-                    tokens=self._tokens(delta.samples),
-                    finish_reason=_finish_reason(delta),
-                    usage=_usage(output),
-                    seed=_seed(output),
-                )
-                for output, delta in zip(self._generation.outputs, deltas, strict=True)
-            ],
+            sequences=map(self._sequence, self._generation.outputs, deltas),
             prompt=self._prompt(),
             adapter_digest=self._generation.adapter_digest,
         )
 
-    def _tokens(self, samples: Iterable[Sample]) -> list[pb.Token]:
+    def _sequence(self, output: SequenceOutput, delta: Delta) -> pb.GeneratedSequence:
+        sequence = pb.GeneratedSequence(
+            text=delta.text, finish_reason=_finish_reason(delta), usage=_usage(output), seed=_seed(output)
+        )
+        self._write_tokens(delta.samples, sequence)
+        return sequence
+
+    def _write_tokens(self, samples: Iterable[Sample], to: pb.GenerateStreamResponse | pb.GeneratedSequence) -> None:
         text = self._tokenizer.token_text
-        return [
-            pb.Token(
-                id=sample.token,
-                text=text(sample.token),
-                logprob=sample.logprob,
-                alternatives=[pb.TokenLogprob(id=i, text=text(i), logprob=p) for i, p in sample.alternatives],
-            )
-            for sample in samples
-        ]
+        for sample in samples:
+            token = to.tokens.add(id=sample.token, text=text(sample.token))
+            if sample.logprob is not None:
+                token.logprob = sample.logprob
+            for other, logprob in sample.alternatives:
+                token.alternatives.add(id=other, text=text(other), logprob=logprob)
 
     def _prompt(self) -> list[pb.PromptToken]:
         """The prompt's tokens with their logprobs; none if not asked for, or cancelled before they were known."""

@@ -1,10 +1,10 @@
 """Server-sent events: one write per event, and errors after the first byte as events."""
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
+import orjson
 from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
@@ -15,10 +15,8 @@ from loraplex_router.output import Generation
 from loraplex_router.service import Service
 
 KEEP_ALIVE_SECONDS = 15.0  # as LoRAX
-COMMENT = ":\n\n"
-DONE = "data: [DONE]\n\n"
-
-to_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+COMMENT = b":\n\n"
+DONE = b"data: [DONE]\n\n"
 
 
 def describe_events(description: str) -> dict[str, Any]:
@@ -27,8 +25,8 @@ def describe_events(description: str) -> dict[str, Any]:
     return {"text/event-stream": {"schema": {"type": "object", "properties": {"data": data}}}}
 
 
-def event(data: Mapping[str, Any]) -> str:
-    return f"data: {to_json(data)}\n\n"
+def event(data: Mapping[str, Any]) -> bytes:
+    return b"data: %b\n\n" % orjson.dumps(data)
 
 
 class EventStream(Response):
@@ -44,7 +42,7 @@ class EventStream(Response):
         self,
         service: Service,
         generations: Sequence[Generation],
-        events: AsyncIterator[str],
+        events: AsyncIterator[bytes],
         write_error: Callable[[LoraplexError], Mapping[str, Any]],
         headers: Mapping[str, str] | None = None,
     ) -> None:
@@ -61,9 +59,12 @@ class EventStream(Response):
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             keep_alive = asyncio.create_task(self._keep_alive(send))
             try:
-                async for text in self._complete():
-                    self._quiet = False
-                    await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
+                async for written in self._events:
+                    await self._send(send, written)
+            except LoraplexError as error:
+                await self._send(send, event(self._write_error(error)))
+            except Exception:
+                await self._send(send, event(self._write_error(internal_error())))
             finally:
                 keep_alive.cancel()
             await send({"type": "http.response.body", "body": b""})
@@ -73,13 +74,8 @@ class EventStream(Response):
             self._quiet = True
             await asyncio.sleep(KEEP_ALIVE_SECONDS)
             if self._quiet:
-                await send({"type": "http.response.body", "body": COMMENT.encode(), "more_body": True})
+                await self._send(send, COMMENT)
 
-    async def _complete(self) -> AsyncIterator[str]:
-        try:
-            async for text in self._events:
-                yield text
-        except LoraplexError as error:
-            yield event(self._write_error(error))
-        except Exception:
-            yield event(self._write_error(internal_error()))
+    async def _send(self, send: Send, written: bytes) -> None:
+        self._quiet = False
+        await send({"type": "http.response.body", "body": written, "more_body": True})

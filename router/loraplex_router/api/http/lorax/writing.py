@@ -78,7 +78,7 @@ class LoraxWriter:
             answer["details"] = {**best, **counts, **({"best_of_sequences": others} if others else {})}
         return answer
 
-    async def events(self) -> AsyncIterator[str]:
+    async def events(self) -> AsyncIterator[bytes]:
         """One event per token, those of one delta together. The texts add up to the whole; of the tokens that
         make up one character, the first has it."""
         output, text, at = self._generation.outputs[0], "", 0
@@ -90,7 +90,7 @@ class LoraxWriter:
                 token = self._token(sample, text[at:end])
                 at = end
                 written.append(event(self._last(output, delta, token, text) if place == last else _stream(token)))
-            yield "".join(written)
+            yield b"".join(written)
 
     def _last(self, output: SequenceOutput, delta: Delta, token: dict[str, Any], text: str) -> dict[str, Any]:
         details = {

@@ -104,14 +104,14 @@ class ChatWriter:
             choice["prompt_logprobs"] = prompt_logprobs(self.generation.outputs[index], self.tokenizer)
         return choice
 
-    async def events(self) -> AsyncIterator[str]:
+    async def events(self) -> AsyncIterator[bytes]:
         with_usage = bool(self.body.stream_options and self.body.stream_options.include_usage)
         first = self._head("chat.completion.chunk")
         writers = [_ChoiceWriter(self.body) for _ in self.generation.outputs]
         async for index, delta in read(self.generation):
             choices = list(self._chunks(index, writers[index], delta))
             last = usage_so_far(self.body.stream_options, [self.generation])
-            yield "".join(event({**first, "choices": [choice], **last}) for choice in choices)
+            yield b"".join(event({**first, "choices": [choice], **last}) for choice in choices)
         if with_usage:
             yield event({**first, "choices": [], "usage": usage([self.generation])})
         yield DONE

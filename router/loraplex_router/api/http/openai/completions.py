@@ -90,7 +90,7 @@ class CompletionWriter:
             choice["prompt_logprobs"] = prompt_logprobs(output, self.tokenizer)
         return choice
 
-    async def events(self) -> AsyncIterator[str]:
+    async def events(self) -> AsyncIterator[bytes]:
         outputs = [output for generation in self.generations for output in generation.outputs]
         writers = [_ChoiceWriter(self, index, output) for index, output in enumerate(outputs)]
         first, with_usage = self._head(), bool(self.body.stream_options and self.body.stream_options.include_usage)
