@@ -13,7 +13,6 @@ from loraplex_shard.ops.cpu.library import build, load
 from loraplex_shard.ops.cpu.operations import CpuOperations
 
 BLOCK_SIZE = 16
-INSTRUCTION_SETS = ("portable", "avx2", "avx512")
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
 
 

@@ -3,9 +3,12 @@
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from loraplex.cli.main import app
+from loraplex_shard.ops import choose
+from loraplex_shard.ops.cpu import library
 from loraplex_shard.ops.cpu.library import INSTRUCTION_SETS
 
 # As on an arm64: x86's flags are errors. "Compiles" by making the file that follows -o.
@@ -52,3 +55,22 @@ def test_a_missing_compiler_is_an_error_that_names_it(monkeypatch: pytest.Monkey
     monkeypatch.setenv("CXX", "/nowhere/c++")
     status, _, errors = build("--all", f"--directory={tmp_path}/kernels")
     assert status == 1 and "/nowhere/c++" in errors
+
+
+def test_a_compiler_that_does_not_know_this_processors_best_instructions_is_asked_for_the_next_best(
+    compiler: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(choose, "instruction_sets", lambda: ["amx", "portable"])
+    monkeypatch.setattr(choose, "load", lambda path: path)
+    kernels = choose.load_kernels(torch.device("cpu"), tmp_path)
+    assert isinstance(kernels, Path) and kernels.name.startswith("portable-")
+    (warning,) = (record.message for record in caplog.records if record.levelname == "WARNING")
+    assert "no CPU kernels for amx" in warning and "unrecognized option" in warning
+
+
+def test_a_process_that_is_refused_the_tile_registers_does_without(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(INSTRUCTION_SETS["amx"][1], True))
+    monkeypatch.setattr(library, "_tiles_granted", lambda: False)
+    assert library.instruction_sets() == ["avx512", "portable"]
+    monkeypatch.setattr(library, "_tiles_granted", lambda: True)
+    assert library.instruction_set() == "amx"

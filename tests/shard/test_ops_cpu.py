@@ -9,7 +9,7 @@ from loraplex_shard.batch import Segment
 from loraplex_shard.layers.layout import LinearLayout, LinearPart
 from loraplex_shard.lora.deltas import Delta, cut_adapter
 from loraplex_shard.ops.base import HeadNorms, Heads
-from loraplex_shard.ops.cpu.library import INSTRUCTION_SETS
+from loraplex_shard.ops.cpu.library import INSTRUCTION_SETS, instruction_sets
 from loraplex_shard.ops.cpu.operations import CpuOperations
 from loraplex_shard.ops.quantized import quantize
 from loraplex_shard.ops.reference import ReferenceOperations
@@ -22,14 +22,9 @@ cache_dtypes = st.sampled_from([*DTYPES, torch.int8])
 many = settings(deadline=None, max_examples=40)
 
 
-def runs_here(name: str) -> bool:
-    has = torch.cpu.get_capabilities()
-    return all(has.get(each) for each in INSTRUCTION_SETS[name][1])
-
-
 @pytest.fixture(params=INSTRUCTION_SETS, scope="module")
 def cpu(request: pytest.FixtureRequest) -> CpuOperations:
-    if not runs_here(request.param):
+    if request.param not in instruction_sets():
         pytest.skip(f"this processor has no {request.param}")
     return cpu_operations(request.param)
 

@@ -2,12 +2,13 @@
 
 import ctypes
 import logging
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from loraplex_shard.ops.base import Operations
-from loraplex_shard.ops.cpu.library import KernelsError, build, instruction_set, load
+from loraplex_shard.ops.cpu.library import KernelsError, build, instruction_sets, load
 from loraplex_shard.ops.cpu.operations import CpuOperations
 from loraplex_shard.ops.reference import ReferenceOperations
 
@@ -15,16 +16,18 @@ logger = logging.getLogger(__name__)
 
 
 def load_kernels(device: torch.device, directory: Path | None) -> ctypes.CDLL | None:
-    """The compiled kernels, on a CPU; built into `directory` (see library.build) if they are not there yet."""
+    """The compiled kernels, on a CPU; built into `directory` (see library.build) if they are not there yet.
+
+    They are for the best instruction set that the processor has and the compiler knows."""
     if device.type != "cpu":
         return None
-    name = instruction_set()
-    try:
-        path = build(directory, name, lambda: logger.info("compiling the CPU kernels for %s (once)", name))
-    except KernelsError as error:
-        logger.warning("%s. Operations run in plain torch, which takes several times as long", error.message)
-        return None
-    return load(path)
+    for name in instruction_sets():
+        try:
+            return load(build(directory, name, partial(logger.info, "compiling the CPU kernels for %s (once)", name)))
+        except KernelsError as error:
+            logger.warning("no CPU kernels for %s: %s", name, error.message)
+    logger.warning("operations run in plain torch, which takes several times as long")
+    return None
 
 
 def choose_operations(device: torch.device, dtype: torch.dtype, kernels: ctypes.CDLL | None) -> Operations:

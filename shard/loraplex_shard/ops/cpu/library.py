@@ -22,14 +22,20 @@ SOURCES = Path(__file__).parent / "csrc"
 FLAGS = ("-O3", "-std=c++17", "-fopenmp", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=fast")
 
 # By instruction set, best first: what the compiler is told, and the processor's capabilities, as torch names them.
+AVX512_FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mfma", "-mf16c")
+AVX512 = ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_vnni")
 INSTRUCTION_SETS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "avx512": (
-        ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mfma", "-mf16c"),
-        ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_vnni"),
+    "amx": (
+        (*AVX512_FLAGS, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
+        (*AVX512, "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8"),
     ),
+    "avx512": (AVX512_FLAGS, AVX512),
     "avx2": (("-mavx2", "-mfma", "-mf16c"), ("avx2", "fma3", "f16c")),
     "portable": ((), ()),
 }
+
+# Numbers of Linux on x86: the system call, its request (ARCH_REQ_XCOMP_PERM) and the state it is about.
+ARCH_PRCTL, REQUEST_PERMISSION, TILE_DATA = 158, 0x1023, 18
 
 # The functions that return a number; the others return nothing.
 WITH_RESULTS = ("quantized_bytes", "all_reduce", "broadcast", "gather")
@@ -39,10 +45,18 @@ class KernelsError(LoraplexError):
     """The kernels could not be compiled. The message says why."""
 
 
-def instruction_set() -> str:
-    """The best one that this processor has."""
+def instruction_sets() -> list[str]:
+    """Those that this process can run, best first. Asks the kernel for the tile registers of AMX, if there are any."""
     has = torch.cpu.get_capabilities()
-    return next(name for name, (_, needed) in INSTRUCTION_SETS.items() if all(has.get(each) for each in needed))
+    names = [name for name, (_, needed) in INSTRUCTION_SETS.items() if all(has.get(each) for each in needed)]
+    if "amx" in names and not _tiles_granted():
+        names.remove("amx")
+    return names
+
+
+def instruction_set() -> str:
+    """The best one that this process can run."""
+    return instruction_sets()[0]
 
 
 def compiles(name: str) -> bool:
@@ -104,6 +118,11 @@ def load(path: Path) -> ctypes.CDLL:
         function.argtypes = arguments
         function.restype = n if name in WITH_RESULTS else None
     return library
+
+
+def _tiles_granted() -> bool:
+    """Whether Linux lets this process, all its threads and what they start use AMX, which it has to be asked once."""
+    return bool(ctypes.CDLL(None).syscall(ARCH_PRCTL, REQUEST_PERMISSION, TILE_DATA) == 0)
 
 
 def _digest(name: str) -> str:

@@ -2,8 +2,10 @@
 //
 // A panel holds sixteen rows of W, one per lane: for float32 [k][16], for bfloat16 [k / 2][16][2], where k is padded
 // to be even. Every thread computes panels of its own, so each weight is read once per call and by one core.
+// Processors that multiply bfloat16 do so by linear_bf16.h, over the same panels.
 
 #include "common.h"
+#include "linear_bf16.h"
 
 #include <omp.h>
 
@@ -124,6 +126,10 @@ using namespace loraplex;
 // x [m, k], out [m, n] and bias [n] (or null) of one kind; weight as pack_weight made it.
 EXPORT void linear(int threads, int kind, long m, long n, long k, const void* x, const void* weight, const void* bias,
                    void* out) {
+#if defined(__AMX_BF16__)
+    if (kind == BFLOAT16)
+        return linear_bf16(threads, m, n, k, (const bf16*)x, (const bf16*)weight, (const bf16*)bias, (bf16*)out);
+#endif
     with_type(kind, [&](auto* t) {
         using T = decltype(t);
         loraplex::linear(threads, m, n, k, (T)x, (T)weight, (T)bias, (T)out);

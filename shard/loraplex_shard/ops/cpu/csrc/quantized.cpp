@@ -6,6 +6,7 @@
 
 #include "common.h"
 #include "dot.h"
+#include "tiles.h"
 
 #include <omp.h>
 
@@ -75,14 +76,79 @@ void rows_of_panel(int rows, const Activations& x, long row, int group, const st
         rows_of_panel<BITS, M - 1>(rows, x, row, group, panel, bias, out, stride, columns);
 }
 
+#if defined(__AMX_INT8__)
+
+// The tile of a group: fours of k, [group / 4][16][4], as they lie in the panel or, for 4 bits, taken apart into `own`.
+template <int BITS>
+const void* group_tile(const std::uint8_t* w, int group, std::int8_t* own) {
+    if constexpr (BITS == 8) return w;
+    __m512i low = _mm512_set1_epi8(15);
+    for (int i = 0; i < group * LANES / 2; i += 64) {
+        __m512i both = _mm512_loadu_si512(w + i);
+        _mm512_store_si512(own + i, _mm512_and_si512(both, low));
+        _mm512_store_si512(own + group * LANES / 2 + i, _mm512_and_si512(_mm512_srli_epi16(both, 4), low));
+    }
+    return own;
+}
+
+// Sixteen rows of x, of which out takes the first `rows`, with one panel: the groups' sums by tiles.
+template <int BITS, class T>
+void panel_tile(const Activations& x, long row, int rows, int group, const std::uint8_t* panel, Floats bias, T* out,
+                long stride, int columns) {
+    alignas(64) std::int8_t own[TILE_ROWS * TILE_BYTES];
+    alignas(64) int sums[2][TILE_ROWS * LANES];  // taken in turns: one is written while the other is read
+    Floats totals[TILE_ROWS];
+    for (int m = 0; m < TILE_ROWS; m++) totals[m] = bias;
+    const std::int8_t* values = x.values + row * x.groups * group;
+    const float *scales = x.scales + row * x.groups, *offsets = x.sums + row * x.groups;
+    for (long g = 0; g < x.groups; g++, panel += group_bytes<BITS>(group)) {
+        zero_tile<0>();
+        load_tile<4>(values + g * group, x.groups * group);
+        load_tile<6>(group_tile<BITS>(panel + LANES * (BITS == 4 ? 4 : 2), group, own), TILE_BYTES);
+        multiply_int8<0, 4, 6>();
+        store_tile<0>(sums[g % 2], TILE_BYTES);
+        Floats scale = load_f16((const f16*)panel);
+        for (int m = 0; m < TILE_ROWS; m++) {
+            Floats sum{_mm512_cvtepi32_ps(_mm512_load_si512(sums[g % 2] + m * LANES))};
+            totals[m] = fma(sum, scale * splat(scales[m * x.groups + g]), totals[m]);
+        }
+        if constexpr (BITS == 4) {
+            Floats offset = load_f16((const f16*)panel + LANES);
+            for (int m = 0; m < TILE_ROWS; m++)
+                totals[m] = fma(offset, splat(offsets[m * x.groups + g]), totals[m]);
+        }
+    }
+    alignas(64) float results[TILE_ROWS * LANES];  // since registers have no index
+    for (int m = 0; m < TILE_ROWS; m++) store(results + m * LANES, totals[m]);
+    for (int m = 0; m < rows; m++) store_first(out + m * stride, load(results + m * LANES), columns);
+}
+
+template <int BITS, class T>
+void linear_by_tiles(const Activations& x, Range panels, long m, long n, int group, const std::uint8_t* weight,
+                     const T* bias, T* out) {
+    Tiles tiles(TILE_ROWS, group);
+    for (long block = 0; block < m; block += BLOCK)
+        for (long p = panels.begin; p < panels.end; p++) {
+            int columns = int(n - p * LANES < LANES ? n - p * LANES : LANES);
+            Floats start = bias ? load_first(bias + p * LANES, columns) : zeros();
+            for (long row = block; row < m && row < block + BLOCK; row += TILE_ROWS)
+                panel_tile<BITS>(x, row, int(m - row < TILE_ROWS ? m - row : TILE_ROWS), group,
+                                 weight + p * x.groups * group_bytes<BITS>(group), start, out + row * n + p * LANES, n,
+                                 columns);
+        }
+}
+
+#endif
+
 template <int BITS, class T>
 void linear(int threads, long m, long n, long k, int group, const T* x, const std::uint8_t* weight, const T* bias,
             T* out) {
     static thread_local Scratch for_values, for_scales;
     long groups = (k + group - 1) / group, panels = (n + LANES - 1) / LANES;
-    std::int8_t* values = for_values.get<std::int8_t>(m * groups * group);
-    float* scales = for_scales.get<float>(2 * m * groups);
-    float* sums = scales + m * groups;
+    long room = (m + LANES - 1) / LANES * LANES;  // tiles read whole sixteens of rows; what they make of the last is left
+    std::int8_t* values = for_values.get<std::int8_t>(room * groups * group);
+    float* scales = for_scales.get<float>(2 * room * groups);
+    float* sums = scales + room * groups;
     Activations activations{values, scales, sums, groups};
 #pragma omp parallel num_threads(threads)
     {
@@ -91,6 +157,11 @@ void linear(int threads, long m, long n, long k, int group, const T* x, const st
         for (long i = rows.begin; i < rows.end; i++)
             quantize_row(x + i * k, k, group, values + i * groups * group, scales + i * groups, sums + i * groups);
 #pragma omp barrier
+#if defined(__AMX_INT8__)
+        if (m >= FEWEST_TILE_ROWS)
+            linear_by_tiles<BITS>(activations, mine, m, n, group, weight, bias, out);
+        else
+#endif
         for (long block = 0; block < m; block += BLOCK) {
             long end = block + BLOCK < m ? block + BLOCK : m;
             for (long p = mine.begin; p < mine.end; p++) {

@@ -73,7 +73,11 @@ inline __m512i upper_halves(Floats a) {  // rounded to nearest even, as 32-bit i
     __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
     return _mm512_srli_epi32(_mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000)), 16);
 }
+#if defined(__AVX512BF16__)
+inline void store(bf16* p, Floats a) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(a.v)); }
+#else
 inline void store(bf16* p, Floats a) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(upper_halves(a))); }
+#endif
 // Sixteen pairs that lie side by side: the first and the second of each as floats.
 inline void load_pairs(const bf16* p, Floats& first, Floats& second) {
     __m512i bits = _mm512_loadu_si512(p);

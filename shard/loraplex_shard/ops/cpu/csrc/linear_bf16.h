@@ -1,0 +1,147 @@
+// out = x W^T where x and the panels of W are bfloat16 and the processor multiplies pairs of them: few rows by vectors
+// (AVX512_BF16), more by tiles (AMX). Sums are float32. Used by linear.cpp.
+#pragma once
+
+#include "common.h"
+#include "tiles.h"
+
+#if defined(__AMX_BF16__)
+
+#include <omp.h>
+
+namespace loraplex {
+
+// M rows of x, an even number of k, with one panel.
+template <int M>
+void vector_rows(const bf16* x, long stride, long k, const bf16* panel, Floats bias, bf16* out, long n, int columns) {
+    __m512 sums[M];
+    for (int m = 0; m < M; m++) sums[m] = bias.v;
+    for (long i = 0; i < k; i += 2, panel += 2 * LANES) {
+        __m512bh w = (__m512bh)_mm512_loadu_si512(panel);
+        for (int m = 0; m < M; m++) {
+            int pair;
+            std::memcpy(&pair, x + m * stride + i, 4);
+            sums[m] = _mm512_dpbf16_ps(sums[m], w, (__m512bh)_mm512_set1_epi32(pair));
+        }
+    }
+    for (int m = 0; m < M; m++) store_first(out + m * n, Floats{sums[m]}, columns);
+}
+
+// Calls vector_rows for `rows` rows, fewer than or equal to M.
+template <int M>
+void rows_by_vectors(long rows, const bf16* x, long stride, long k, const bf16* panel, Floats bias, bf16* out, long n,
+                     int columns) {
+    if (rows == M)
+        vector_rows<M>(x, stride, k, panel, bias, out, n, columns);
+    else if constexpr (M > 1)
+        rows_by_vectors<M - 1>(rows, x, stride, k, panel, bias, out, n, columns);
+}
+
+// Row tiles of one height, that divides m rows as evenly as can be; the last two may share rows, which are then computed
+// twice. So no tile reads behind the last row of x.
+struct RowTiles {
+    long m, count, height;
+    explicit RowTiles(long m) : m(m), count((m + TILE_ROWS - 1) / TILE_ROWS), height((m + count - 1) / count) {}
+    long begin(long tile) const { return tile * height < m - height ? tile * height : m - height; }
+};
+
+constexpr long BLOCK_TILES = 16;  // row tiles that stay in the cache while all panels are read
+
+struct Panels {  // one, or two that follow each other
+    const bf16* first;
+    const bf16* second;
+    const bf16* tails;  // what is left of them behind the whole tiles of k, filled up with zeros
+};
+
+template <bool TWO_ROWS, bool TWO_PANELS>
+void tile_rows(const bf16* x0, const bf16* x1, long stride, const Panels& panels, float* sums) {
+    zero_tile<0>();
+    if constexpr (TWO_PANELS) zero_tile<1>();
+    if constexpr (TWO_ROWS) zero_tile<2>();
+    if constexpr (TWO_ROWS && TWO_PANELS) zero_tile<3>();
+    long whole = panels.tails ? stride - TILE_DEPTH : stride;
+    for (long i = 0; i < whole; i += TILE_DEPTH)
+        multiply_step<TWO_ROWS, TWO_PANELS>(x0 + i, x1 + i, stride, panels.first + i * LANES, panels.second + i * LANES);
+    if (panels.tails)
+        multiply_step<TWO_ROWS, TWO_PANELS>(x0 + whole, x1 + whole, stride, panels.tails,
+                                            panels.tails + TILE_DEPTH * LANES);
+    constexpr long tile = TILE_ROWS * LANES;
+    store_tile<0>(sums, TILE_BYTES);
+    if constexpr (TWO_PANELS) store_tile<1>(sums + tile, TILE_BYTES);
+    if constexpr (TWO_ROWS) store_tile<2>(sums + 2 * tile, TILE_BYTES);
+    if constexpr (TWO_ROWS && TWO_PANELS) store_tile<3>(sums + 3 * tile, TILE_BYTES);
+}
+
+inline void add_bias(const float* sums, long rows, const bf16* bias, bf16* out, long n, long columns) {
+    int first = int(columns < LANES ? columns : LANES);
+    Floats start = bias ? load_first(bias, first) : zeros();
+    for (long row = 0; row < rows; row++) store_first(out + row * n, load(sums + row * LANES) + start, first);
+}
+
+// A block of row tiles of x, whose `stride` is a multiple of a tile's depth, with the panel of columns
+// [column, column + 16) of the n of out, or with that and the next. `k` is the panels' own.
+template <bool TWO_PANELS>
+void rows_by_tiles(const RowTiles& tiles, long first_tile, const bf16* x, long stride, long k, const bf16* panel, const bf16* bias,
+                   bf16* out, long n, long column) {
+    alignas(64) bf16 tails[2 * TILE_DEPTH * LANES] = {};
+    alignas(64) float sums[4 * TILE_ROWS * LANES];
+    Panels panels{panel, panel + k * LANES, k == stride ? nullptr : tails};
+    long whole = k / TILE_DEPTH * TILE_DEPTH;
+    for (int p = 0; p < 1 + TWO_PANELS; p++)
+        std::memcpy(tails + p * TILE_DEPTH * LANES, panel + (p * k + whole) * LANES, (k - whole) * LANES * sizeof(bf16));
+    long end = first_tile + BLOCK_TILES < tiles.count ? first_tile + BLOCK_TILES : tiles.count;
+    for (long t = first_tile; t < end; t += 2) {
+        bool two = t + 1 < end;
+        long begin[] = {tiles.begin(t), two ? tiles.begin(t + 1) : 0};
+        (two ? tile_rows<true, TWO_PANELS> : tile_rows<false, TWO_PANELS>)(x + begin[0] * stride, x + begin[1] * stride,
+                                                                          stride, panels, sums);
+        for (int r = 0; r < 1 + two; r++)
+            for (int p = 0; p < 1 + TWO_PANELS; p++) {
+                long at = column + p * LANES;
+                add_bias(sums + (2 * r + p) * TILE_ROWS * LANES, tiles.height, bias ? bias + at : nullptr,
+                         out + begin[r] * n + at, n, n - at);
+            }
+    }
+}
+
+inline void linear_bf16(int threads, long m, long n, long k, const bf16* x, const bf16* weight, const bf16* bias,
+                        bf16* out) {
+    static thread_local Scratch scratch;
+    bool by_tiles = m >= FEWEST_TILE_ROWS;
+    long depth = by_tiles ? TILE_DEPTH : 2, stride = (k + depth - 1) / depth * depth, even = (k + 1) / 2 * 2;
+    bf16* filled = stride == k ? nullptr : scratch.get<bf16>(m * stride);
+    const bf16* rows = filled ? filled : x;
+    long panels = (n + LANES - 1) / LANES;
+#pragma omp parallel num_threads(threads)
+    {
+        int thread = omp_get_thread_num();
+        if (filled) {
+            Range mine(m, threads, thread);
+            for (long i = mine.begin; i < mine.end; i++) {
+                std::memcpy(filled + i * stride, x + i * k, k * sizeof(bf16));
+                std::memset(filled + i * stride + k, 0, (stride - k) * sizeof(bf16));
+            }
+#pragma omp barrier
+        }
+        Range mine(panels, threads, thread);
+        if (by_tiles) {
+            RowTiles row_tiles(m);
+            Tiles tiles(row_tiles.height, TILE_BYTES);
+            for (long block = 0; block < row_tiles.count; block += BLOCK_TILES)
+                for (long p = mine.begin; p < mine.end; p += 2)
+                    (p + 1 < mine.end ? rows_by_tiles<true> : rows_by_tiles<false>)(
+                        row_tiles, block, rows, stride, even, weight + p * even * LANES, bias, out, n, p * LANES);
+        } else {
+            for (long p = mine.begin; p < mine.end; p++) {
+                int columns = int(n - p * LANES < LANES ? n - p * LANES : LANES);
+                Floats start = bias ? load_first(bias + p * LANES, columns) : zeros();
+                rows_by_vectors<FEWEST_TILE_ROWS - 1>(m, rows, stride, even, weight + p * even * LANES, start,
+                                                      out + p * LANES, n, columns);
+            }
+        }
+    }
+}
+
+}  // namespace loraplex
+
+#endif

@@ -1,0 +1,89 @@
+// Products of tiles, by the processor's matrix unit (Intel AMX): sixteen rows of sixty-four bytes at a time.
+//
+// A panel of a weight is sixteen columns by pairs of bfloat16 (or fours of int8) of k, so a run of it is the right-hand
+// tile as it lies in memory. The instructions are written out, since g++ 12's intrinsics for them do not tell the
+// compiler which memory they read and write.
+#pragma once
+
+#include "vec.h"
+
+#if defined(__AMX_BF16__)
+
+namespace loraplex {
+
+constexpr long TILE_ROWS = 16;
+constexpr long TILE_BYTES = 64;                // of a row
+constexpr long TILE_DEPTH = TILE_BYTES / 2;    // bfloat16 numbers of k in a tile
+constexpr long FEWEST_TILE_ROWS = 8;           // of x: below, products of vectors keep up with the memory
+
+// The tile registers of this thread, for as long as this lives. 0 to 3 are sums: `rows` rows of sixteen numbers of 32
+// bits. 4 and 5 are left-hand sides: `rows` rows of `depth` bytes; 6 and 7 right-hand sides, depth / 4 rows of sixteen
+// columns. The process must have been granted their use (library.py asks).
+class Tiles {
+public:
+    Tiles(long rows, long depth) {
+        struct alignas(64) {
+            std::uint8_t palette = 1, start = 0, reserved[14] = {};
+            std::uint16_t bytes[16] = {};
+            std::uint8_t rows[16] = {};
+        } shapes;
+        for (int tile = 0; tile < 8; tile++) {
+            shapes.rows[tile] = std::uint8_t(tile < 6 ? rows : depth / 4);
+            shapes.bytes[tile] = std::uint16_t(tile == 4 || tile == 5 ? depth : TILE_BYTES);
+        }
+        asm volatile("ldtilecfg %0" ::"m"(shapes));
+    }
+    ~Tiles() { asm volatile("tilerelease" ::: "memory"); }
+    Tiles(const Tiles&) = delete;
+    Tiles& operator=(const Tiles&) = delete;
+};
+
+template <int TILE>
+[[gnu::always_inline]] inline void zero_tile() {
+    asm volatile("tilezero %%tmm%c0" ::"i"(TILE));
+}
+
+// `stride` in bytes.
+template <int TILE>
+[[gnu::always_inline]] inline void load_tile(const void* from, long stride) {
+    asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(TILE) : "memory");
+}
+
+template <int TILE>
+[[gnu::always_inline]] inline void store_tile(void* to, long stride) {
+    asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride), "i"(TILE) : "memory");
+}
+
+// sums += left right, of pairs of bfloat16.
+template <int SUMS, int LEFT, int RIGHT>
+[[gnu::always_inline]] inline void multiply_bf16() {
+    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUMS), "i"(LEFT), "i"(RIGHT));
+}
+
+// sums += left right, of fours of signed bytes.
+template <int SUMS, int LEFT, int RIGHT>
+[[gnu::always_inline]] inline void multiply_int8() {
+    asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUMS), "i"(LEFT), "i"(RIGHT));
+}
+
+// sums += x panels over one tile of k, for two tiles of rows of x (or one) and two panels (or one).
+template <bool TWO_ROWS, bool TWO_PANELS>
+[[gnu::always_inline]] inline void multiply_step(const bf16* x0, const bf16* x1, long stride, const bf16* panel0,
+                                                 const bf16* panel1) {
+    load_tile<4>(x0, stride * 2);
+    load_tile<6>(panel0, TILE_BYTES);
+    multiply_bf16<0, 4, 6>();
+    if constexpr (TWO_PANELS) {
+        load_tile<7>(panel1, TILE_BYTES);
+        multiply_bf16<1, 4, 7>();
+    }
+    if constexpr (TWO_ROWS) {
+        load_tile<5>(x1, stride * 2);
+        multiply_bf16<2, 5, 6>();
+        if constexpr (TWO_PANELS) multiply_bf16<3, 5, 7>();
+    }
+}
+
+}  // namespace loraplex
+
+#endif
