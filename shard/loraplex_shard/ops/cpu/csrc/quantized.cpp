@@ -98,6 +98,7 @@ void panel_tile(const Activations& x, long row, int rows, int group, const std::
     alignas(64) std::int8_t own[TILE_ROWS * TILE_BYTES];
     alignas(64) int sums[2][TILE_ROWS * LANES];  // taken in turns: one is written while the other is read
     Floats totals[TILE_ROWS];
+#pragma GCC unroll 16
     for (int m = 0; m < TILE_ROWS; m++) totals[m] = bias;
     const std::int8_t* values = x.values + row * x.groups * group;
     const float *scales = x.scales + row * x.groups, *offsets = x.sums + row * x.groups;
@@ -108,17 +109,20 @@ void panel_tile(const Activations& x, long row, int rows, int group, const std::
         multiply_int8<0, 4, 6>();
         store_tile<0>(sums[g % 2], TILE_BYTES);
         Floats scale = load_f16((const f16*)panel);
+#pragma GCC unroll 16  // the totals then are registers
         for (int m = 0; m < TILE_ROWS; m++) {
             Floats sum{_mm512_cvtepi32_ps(_mm512_load_si512(sums[g % 2] + m * LANES))};
             totals[m] = fma(sum, scale * splat(scales[m * x.groups + g]), totals[m]);
         }
         if constexpr (BITS == 4) {
             Floats offset = load_f16((const f16*)panel + LANES);
+#pragma GCC unroll 16
             for (int m = 0; m < TILE_ROWS; m++)
                 totals[m] = fma(offset, splat(offsets[m * x.groups + g]), totals[m]);
         }
     }
     alignas(64) float results[TILE_ROWS * LANES];  // since registers have no index
+#pragma GCC unroll 16
     for (int m = 0; m < TILE_ROWS; m++) store(results + m * LANES, totals[m]);
     for (int m = 0; m < rows; m++) store_first(out + m * stride, load(results + m * LANES), columns);
 }
