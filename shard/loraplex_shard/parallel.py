@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from loraplex_protos.errors import LoraplexError
 from loraplex_shard.ops.cpu.collectives import SharedMemory
-from loraplex_shard.ops.cpu.operations import KINDS
+from loraplex_shard.ops.cpu.library import KINDS
 
 
 class GroupSizeError(LoraplexError):
@@ -28,11 +28,12 @@ class Group:
     """
 
     def __init__(self, rank: int, size: int, shared: SharedMemory | None = None) -> None:
-        """`shared`: where the ranks are on one host, what serves them better than their process group."""
+        """`shared`: where the ranks are on one host, what serves them better than their process group. Recorded
+        programs can call it."""
         assert 0 <= rank < size
         self.rank = rank
         self.size = size
-        self._shared = shared
+        self.shared = shared
 
     @classmethod
     def connect(
@@ -53,8 +54,8 @@ class Group:
         """Replaces `tensor` by its sum over all ranks, which is the same on all of them."""
         if self.size == 1:
             return
-        if self._shared and tensor.dtype in KINDS:
-            self._shared.all_reduce_(tensor)
+        if self.shared and tensor.dtype in KINDS:
+            self.shared.all_reduce_(tensor)
         else:
             dist.all_reduce(tensor)
 
@@ -63,8 +64,8 @@ class Group:
         assert tensor.shape[1] == widths[self.rank]
         if self.size == 1:
             return tensor
-        if self._shared:
-            return self._shared.gather(tensor, widths)
+        if self.shared:
+            return self.shared.gather(tensor, widths)
         padded = F.pad(tensor, (0, max(widths) - tensor.shape[1])).contiguous()
         if self.rank != 0:
             dist.gather(padded, dst=0)
@@ -77,15 +78,15 @@ class Group:
         """Replaces `tensor` by rank 0's."""
         if self.size == 1:
             return
-        if self._shared:
-            self._shared.broadcast_(tensor)
+        if self.shared:
+            self.shared.broadcast_(tensor)
         else:
             dist.broadcast(tensor, src=0)
 
     def close(self) -> None:
         """Leaves the group."""
-        if self._shared:
-            self._shared.leave()
+        if self.shared:
+            self.shared.leave()
         if self.size > 1:
             dist.destroy_process_group()
 

@@ -1,7 +1,7 @@
 """One rank of the tensor-parallel tests: `python -m tests.shard.rank_process RANK DIRECTORY`.
 
 Takes part in a group of each size from 2 to 4, on each checkpoint in DIRECTORY; rank 0 writes the logits. The groups of
-the checkpoint "llama" have nothing but gloo, the others share memory.
+the checkpoint "llama" have nothing but gloo and plain torch, the others share memory and run recorded programs.
 """
 
 import sys
@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from loraplex_shard.batch import Segment
 from loraplex_shard.models import Decoder
-from loraplex_shard.ops.choose import load_kernels
+from loraplex_shard.ops.choose import choose_operations, load_kernels
 from loraplex_shard.parallel import Group
 from tests.shard.decoders import CPU, Sequences, adapter_for, load
 from tests.shard.operations import kernels_directory
@@ -22,10 +22,11 @@ SIZES = 2, 3, 4
 
 def run(decoder: Decoder) -> torch.Tensor | None:
     """Logits of a few steps that mix two sequences on an adapter and one on the base; None on ranks other than 0."""
-    driver, adapter = Sequences(decoder), adapter_for(decoder.layouts)
+    driver, adapter = Sequences(decoder, block_size=16), adapter_for(decoder.layouts)
     first = driver.step({"a": [5, 80, 3, 3, 41], "b": [7], "c": [1, 2, 3]}, (Segment(0, 6, adapter),))
     second = driver.step({"b": [9, 60, 2], "a": [17], "c": [4]}, (Segment(0, 4, adapter),))
-    logits = [*first.values(), *second.values()]
+    third = driver.step({"c": [8, 6, 1], "b": [30], "a": [2]}, (Segment(3, 5, adapter),))
+    logits = [*first.values(), *second.values(), *third.values()]
     return torch.cat(logits) if logits else None
 
 
@@ -51,7 +52,7 @@ def main(rank: int, directory: Path) -> None:
             rendezvous = f"file://{directory}/{checkpoint.name}-{size}.rendezvous"
             kernels = None if checkpoint.name == "llama" else load_kernels(CPU, kernels_directory())
             group = Group.connect(rank, size, rendezvous, CPU, kernels)
-            logits = run(load(checkpoint, group=group))
+            logits = run(load(checkpoint, group=group, ops=choose_operations(torch.float32, kernels)))
             check_collectives(group)
             group.close()
             if logits is not None:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from loraplex_shard.ops.choose import load_kernels
 from loraplex_shard.ops.cpu.collectives import SHARED, SLOT_BYTES, LostRankError, SharedMemory
+from loraplex_shard.ops.cpu.program import Program
 from tests.shard.operations import kernels_directory
 
 SIZE = 3
@@ -61,6 +62,14 @@ def gathered_is_side_by_side(shared: SharedMemory, rank: int) -> bool:
     return True
 
 
+def two_sums(shared: SharedMemory, tensor: torch.Tensor) -> Program:
+    program = Program()
+    for _ in range(2):
+        program.add("all_reduce", shared.all_reduce_arguments(tensor), shared.check)
+    program.finish(tensor)
+    return program
+
+
 def names_of_shared_memory() -> list[str]:
     """The paths of what this process has mapped of it; the kernel says which exist no more."""
     maps = Path("/proc/self/maps").read_text().splitlines()
@@ -79,8 +88,9 @@ def main(rank: int, directory: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=SIZE)
     kernels = load_kernels(torch.device("cpu"), kernels_directory())
-    shared, late, left, died = (SharedMemory.connect(rank, SIZE, kernels, patience) for patience in (60, 2, 60, 60))
-    assert shared and late and left and died
+    assert kernels
+    connections = [SharedMemory.connect(rank, SIZE, kernels, patience) for patience in (60, 2, 60, 60, 60)]
+    shared, late, left, died, in_program = filter(None, connections)
     seen = {
         "names": names_of_shared_memory(),
         "wrong sums": sums_that_differ(shared, rank),
@@ -91,7 +101,9 @@ def main(rank: int, directory: Path) -> None:
         seen["two hosts share"] = SharedMemory.connect(rank, SIZE, kernels) is not None
     seen["without kernels on rank 1"] = SharedMemory.connect(rank, SIZE, None if rank == 1 else kernels) is not None
 
-    one = torch.ones(1)
+    one, summed = torch.ones(1), torch.ones(1)
+    program = two_sums(in_program, summed)
+    seen["sum of a program"] = program.run(kernels, ()).item()
     dist.barrier()
     if rank != LAST:
         seen["late"] = error_of(lambda: late.all_reduce_(one))
@@ -103,6 +115,7 @@ def main(rank: int, directory: Path) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     seen["left"] = error_of(lambda: left.all_reduce_(one))
     seen["died"] = error_of(lambda: died.all_reduce_(one))
+    seen["died in a program"] = error_of(lambda: program.run(kernels, ()))
     (directory / f"{rank}.json").write_text(json.dumps(seen))
 
 

@@ -48,9 +48,13 @@ def test_a_gather_puts_columns_side_by_side(seen: Seen) -> None:
     assert all(rank["gather"] for rank in seen)
 
 
+def test_a_program_sums_as_often_as_it_says(seen: Seen) -> None:
+    assert [rank["sum of a program"] for rank in seen] == [SIZE**2] * SIZE
+
+
 def test_the_memory_has_no_name_once_all_have_mapped_it(seen: Seen) -> None:
     names = seen[0]["names"]  # rank 0 removes it
-    assert len(names) == 4 and all(name.endswith(" (deleted)") for name in names)
+    assert len(names) == 5 and all(name.endswith(" (deleted)") for name in names)
 
 
 def test_ranks_on_two_hosts_do_not_share(seen: Seen) -> None:
@@ -63,7 +67,12 @@ def test_nobody_shares_if_one_rank_has_no_kernels(seen: Seen) -> None:
 
 @pytest.mark.parametrize(
     ("how", "message"),
-    [("late", "rank 2 is more than 2 s behind"), ("left", "rank 2 has left"), ("died", "rank 2 has left")],
+    [
+        ("late", "rank 2 is more than 2 s behind"),
+        ("left", "rank 2 has left"),
+        ("died", "rank 2 has left"),
+        ("died in a program", "rank 2 has left"),
+    ],
 )
 def test_the_others_fail_when_a_rank_does_not_come(how: str, message: str, seen: Seen) -> None:
     assert all(message in rank[how] for rank in seen[:LAST])

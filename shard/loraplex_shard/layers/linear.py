@@ -51,10 +51,7 @@ class RowLinear(_Linear):
 
     def forward(self, x: torch.Tensor, segments: Step | Runs) -> torch.Tensor:
         """x [tokens, this rank's inputs] -> [tokens, out_features], the same on all ranks."""
-        alone = self.group.size == 1
-        out = self.ops.linear(x, self.weight, self.bias if alone else None)
+        out = self.ops.linear(x, self.weight, self.bias if self.group.rank == 0 else None)
         self.ops.add_lora_delta(out, x, segments, self.layout)
-        if alone:
-            return out
-        self.group.all_reduce_(out)
-        return out if self.bias is None else out.add_(self.bias)
+        self.ops.all_reduce_(out, self.group)
+        return out

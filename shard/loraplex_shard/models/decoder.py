@@ -114,7 +114,7 @@ class Decoder(nn.Module):
     def forward(self, batch: Batch, cache: KVCache) -> torch.Tensor:
         """Computes the batch's tokens and writes their keys and values: [tokens, hidden], after the final norm."""
         step = self.ops.prepare(batch, self.cos, self.sin)
-        if self.group.size > 1:
+        if self.group.size > 1 and self.group.shared is None:
             return self._compute(step, cache)
         return self.ops.forward(step, cache, lambda: self._compute(step, cache))
 

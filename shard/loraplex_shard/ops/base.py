@@ -11,6 +11,7 @@ from loraplex_shard.batch import Batch, Segment
 from loraplex_shard.cache import KVCache, LayerCache
 from loraplex_shard.layers.layout import LinearLayout
 from loraplex_shard.ops.quantized import QuantizedMatrix
+from loraplex_shard.parallel import Group
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,7 @@ class Operations(Protocol):
         """What `compute` returns, [tokens, n]; it may be overwritten by the next forward with this cache.
 
         compute may do nothing but call operations, and must call the same ones for every batch of as many tokens: what
-        it did may be done again without it.
+        it did may be done again without it. A group of several ranks must share memory.
         """
         ...
 
@@ -78,6 +79,10 @@ class Operations(Protocol):
         x [tokens, in_features] is the layer's input, never quantized. Tokens outside the segments, and layers that an
         adapter does not touch, stay as they are. Each adapter is computed at its own lora_rank (arXiv 2106.09685).
         """
+        ...
+
+    def all_reduce_(self, tensor: torch.Tensor, group: Group) -> None:
+        """Replaces `tensor` by its sum over the group's ranks. Raises once a rank is lost, as the group does."""
         ...
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

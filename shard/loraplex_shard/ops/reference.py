@@ -12,6 +12,7 @@ from loraplex_shard.cache import KVCache, LayerCache
 from loraplex_shard.layers.layout import LinearLayout
 from loraplex_shard.ops.base import HeadNorms, Heads, Runs
 from loraplex_shard.ops.quantized import QuantizedMatrix, rounded_to_int8
+from loraplex_shard.parallel import Group
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +72,9 @@ class ReferenceOperations:
             expanded = out[segment.start : segment.stop]
             for e in layer.expansions:
                 expanded[:, e.start : e.stop].addmm_(shrunk[:, e.rank_start : e.rank_stop], e.weight.to(x.dtype))
+
+    def all_reduce_(self, tensor: torch.Tensor, group: Group) -> None:
+        group.all_reduce_(tensor)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         return F.rms_norm(x, (x.shape[-1],), weight, eps)

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from loraplex_protos.errors import LoraplexError
-from loraplex_shard.ops.cpu.operations import KINDS
+from loraplex_shard.ops.cpu.library import KINDS
 
 SHARED = Path("/dev/shm")
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -89,13 +89,17 @@ class SharedMemory:
 
     def all_reduce_(self, tensor: torch.Tensor) -> None:
         """Replaces `tensor`, float32 or bfloat16, by its sum over all ranks: the same bits on all of them."""
+        self.check(self._kernels.all_reduce(*self.all_reduce_arguments(tensor)))
+
+    def all_reduce_arguments(self, tensor: torch.Tensor) -> tuple[int, ...]:
+        """Of the kernel, for `tensor`; they hold as long as this object and the tensor. Its result is for `check`."""
         assert tensor.is_contiguous()
-        self._check(self._kernels.all_reduce(self._at, KINDS[tensor.dtype], tensor.numel(), tensor.data_ptr()))
+        return ctypes.addressof(self._place), KINDS[tensor.dtype], tensor.numel(), tensor.data_ptr()
 
     def broadcast_(self, tensor: torch.Tensor) -> None:
         """Replaces `tensor` by rank 0's."""
         assert tensor.is_contiguous()
-        self._check(self._kernels.broadcast(self._at, tensor.nbytes, tensor.data_ptr()))
+        self.check(self._kernels.broadcast(self._at, tensor.nbytes, tensor.data_ptr()))
 
     def gather(self, tensor: torch.Tensor, widths: Sequence[int]) -> torch.Tensor | None:
         """The ranks' tensors [n, widths[rank]] side by side on rank 0, None on the others."""
@@ -103,14 +107,15 @@ class SharedMemory:
         width_bytes = (ctypes.c_long * len(widths))(*(width * tensor.itemsize for width in widths))
         gathered = tensor.new_empty((len(tensor), sum(widths))) if self._place.rank == 0 else None
         out = None if gathered is None else gathered.data_ptr()
-        self._check(self._kernels.gather(self._at, len(tensor), width_bytes, tensor.data_ptr(), out))
+        self.check(self._kernels.gather(self._at, len(tensor), width_bytes, tensor.data_ptr(), out))
         return gathered
 
     def leave(self) -> None:
         """Lets a collective that is under way fail, on all ranks. There must be no other one after it."""
         self._kernels.leave_group(self._at)
 
-    def _check(self, result: int) -> None:
+    def check(self, result: int) -> None:
+        """Raises LostRankError if `result`, a collective's, says so."""
         if result > 0:
             raise LostRankError(f"rank {result - 1} has left the tensor-parallel group: start all its ranks again")
         if result < 0:

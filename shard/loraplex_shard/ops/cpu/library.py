@@ -38,7 +38,10 @@ INSTRUCTION_SETS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 ARCH_PRCTL, REQUEST_PERMISSION, TILE_DATA = 158, 0x1023, 18
 
 # The functions that return a number; the others return nothing.
-WITH_RESULTS = ("quantized_bytes", "all_reduce", "broadcast", "gather")
+WITH_RESULTS = ("quantized_bytes", "run", "all_reduce", "broadcast", "gather")
+
+# The numbers that kernels have for the types of tensors.
+KINDS = {torch.float32: 0, torch.bfloat16: 1}
 
 
 class KernelsError(LoraplexError):

@@ -16,10 +16,11 @@ from loraplex_shard.batch import Batch, Segment
 from loraplex_shard.cache import KVCache, LayerCache
 from loraplex_shard.layers.layout import LinearLayout
 from loraplex_shard.ops.base import HeadNorms, Heads, Runs
+from loraplex_shard.ops.cpu.library import KINDS
 from loraplex_shard.ops.cpu.program import Program, StepNumber
 from loraplex_shard.ops.quantized import QuantizedMatrix
+from loraplex_shard.parallel import Group
 
-KINDS = {torch.float32: 0, torch.bfloat16: 1}
 LARGEST_PROGRAM = 64  # tokens: in larger batches, calling the kernels takes no time to speak of
 PANEL = 16  # rows of a weight that lie together, and positions of a block of the cache
 
@@ -250,6 +251,13 @@ class CpuOperations:
             out.data_ptr(),
         )
         return out
+
+    def all_reduce_(self, tensor: torch.Tensor, group: Group) -> None:
+        if self._recording is None or group.size == 1:
+            group.all_reduce_(tensor)
+        else:
+            assert group.shared is not None
+            self._recording.add("all_reduce", group.shared.all_reduce_arguments(tensor), group.shared.check)
 
     def _norm(self, x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float) -> torch.Tensor:
         n = x.shape[-1]

@@ -6,7 +6,7 @@ For a batch of few tokens, calling the kernels from Python takes as long as they
 import ctypes
 import struct
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from weakref import finalize
 
 import numpy as np
@@ -23,6 +23,7 @@ RECORDED = (
     "silu_mul",
     "rotate_and_write",
     "paged_attention",
+    "all_reduce",
 )
 WIDTH = 21  # numbers of a call: which kernel, then its arguments
 
@@ -48,6 +49,7 @@ class Program:
         self._changing: list[tuple[int, int]] = []  # place in the flattened calls, place among the step's numbers
         self._free: dict[int, list[torch.Tensor]] = defaultdict(list)  # by bytes
         self._memory: list[torch.Tensor] = []
+        self._check: Callable[[int], None] | None = None
         self.result: torch.Tensor | None = None
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
@@ -62,7 +64,10 @@ class Program:
         finalize(tensor, free.append, memory)
         return tensor
 
-    def add(self, kernel: str, arguments: Sequence[Argument]) -> None:
+    def add(self, kernel: str, arguments: Sequence[Argument], check: Callable[[int], None] | None = None) -> None:
+        """`check` is called with the kernel's result if that is not 0, and raises; no later call is made then. It is
+        the same for all calls of a program that have one."""
+        self._check = check or self._check
         row = [RECORDED.index(kernel)]
         for argument in arguments:
             if isinstance(argument, StepNumber):
@@ -78,10 +83,12 @@ class Program:
         self._count = len(self._calls)
 
     def run(self, library: ctypes.CDLL, step: Sequence[int]) -> torch.Tensor:
-        """Computes the result anew, in the same memory, from a step's numbers."""
+        """Computes the result anew, in the same memory, from a step's numbers. Raises what a check raises."""
         assert self.result is not None
         self._numbers[self._places] = np.array(step, np.int64)[self._sources]
-        library.run(self._numbers.ctypes.data, self._count, WIDTH)
+        if failure := library.run(self._numbers.ctypes.data, self._count, WIDTH):
+            assert self._check is not None
+            self._check(failure)
         return self.result
 
 

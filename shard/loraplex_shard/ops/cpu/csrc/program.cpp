@@ -20,6 +20,7 @@ EXPORT void rotate_and_write(int, int, long, void*, long, long, long, long, cons
 EXPORT void paged_attention(int, int, const void*, long, long, long, long, float, float, long, const void*, const void*,
                             const float*, const float*, long, const std::int64_t*, const std::int64_t*,
                             const std::int64_t*, long, void*);
+EXPORT long all_reduce(const void*, int, long, void*);
 
 namespace {
 
@@ -35,20 +36,21 @@ T number(std::int64_t bits) {
         return T(bits);
 }
 
-template <class... A, std::size_t... I>
-void call(void (*kernel)(A...), const std::int64_t* arguments, std::index_sequence<I...>) {
-    kernel(number<A>(arguments[I])...);
+template <class R, class... A, std::size_t... I>
+R call(R (*kernel)(A...), const std::int64_t* arguments, std::index_sequence<I...>) {
+    return kernel(number<A>(arguments[I])...);
 }
 
-template <class... A>
-void call(void (*kernel)(A...), const std::int64_t* arguments) {
-    call(kernel, arguments, std::index_sequence_for<A...>());
+template <class R, class... A>
+R call(R (*kernel)(A...), const std::int64_t* arguments) {
+    return call(kernel, arguments, std::index_sequence_for<A...>());
 }
 
 }  // namespace
 
-// The numbers of the kernels are their places in library.py's RECORDED.
-EXPORT void run(const std::int64_t* calls, long count, long width) {
+// The numbers of the kernels are their places in program.py's RECORDED. Stops at the first call whose result is not 0,
+// and returns it.
+EXPORT long run(const std::int64_t* calls, long count, long width) {
     for (long i = 0; i < count; i++, calls += width) switch (calls[0]) {
             case 0: call(linear, calls + 1); break;
             case 1: call(weight_rows, calls + 1); break;
@@ -59,5 +61,9 @@ EXPORT void run(const std::int64_t* calls, long count, long width) {
             case 6: call(silu_mul, calls + 1); break;
             case 7: call(rotate_and_write, calls + 1); break;
             case 8: call(paged_attention, calls + 1); break;
+            case 9:
+                if (long lost = call(all_reduce, calls + 1)) return lost;
+                break;
         }
+    return 0;
 }
