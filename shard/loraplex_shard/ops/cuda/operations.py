@@ -20,6 +20,7 @@ from loraplex_shard.ops.cuda.quantized import IntegerWeight
 from loraplex_shard.ops.cuda.rotary import rotate_and_write
 from loraplex_shard.ops.cuda.tiles import Tiles, cut
 from loraplex_shard.ops.quantized import QuantizedMatrix
+from loraplex_shard.parallel import Group
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +84,9 @@ class CudaOperations:
         if any(layout.name in run.adapter.layers for run in runs):
             tiles = segments.lora if isinstance(segments, CudaStep) else LoraTiles.of(runs, self._device)
             add_lora_delta(out, x, tiles, layout.index)
+
+    def all_reduce_(self, tensor: torch.Tensor, group: Group) -> None:
+        group.all_reduce_(tensor)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         return F.rms_norm(x, (x.shape[-1],), weight, eps)
