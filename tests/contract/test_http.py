@@ -128,6 +128,15 @@ def test_loraxs_fields_of_openais_routes_say_where_the_adapter_is(server: Server
     assert call(server, "/v1/completions", {"model": "first", "prompt": "Hi", "adapter_source": "s3"})[0] == 404
 
 
+def test_vllms_tokenize_detokenize_and_version(server: Server):
+    found = read(server, "/tokenize", {"model": "first", "prompt": "ab", "return_token_strs": True})
+    assert (found["count"], found["max_model_len"], found["token_strs"]) == (2, 4096, ["a", "b"])
+    assert read(server, "/tokenize", {"prompt": "ab"}) == {**found, "token_strs": None}
+    assert read(server, "/detokenize", {"tokens": found["tokens"]}) == {"prompt": "ab"}
+    assert call(server, "/detokenize", {"tokens": [10**6]})[0] == 422
+    assert read(server, "/version")["version"]
+
+
 def test_adapters_are_loaded_listed_and_unloaded_by_either_name_of_the_routes(server: Server):
     def tier() -> str:
         return next(adapter["tier"] for adapter in read(server, "/adapters") if adapter["id"] == "second")

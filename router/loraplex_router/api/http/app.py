@@ -14,6 +14,7 @@ from loraplex_router.api.http.errors import install_handlers
 from loraplex_router.api.http.head import HeadAsGet
 from loraplex_router.api.http.lorax.routes import create_lorax_routes
 from loraplex_router.api.http.openai.routes import create_openai_routes
+from loraplex_router.api.http.tokenizing import create_tokenizing_routes
 from loraplex_router.service import Service
 
 
@@ -35,7 +36,13 @@ def create_app(service: Service, cors_origins: Sequence[str] = ("*",)) -> FastAP
     app.include_router(create_lorax_routes(service))
     app.include_router(create_openai_routes(service))
     app.include_router(create_embedding_routes(service))
+    app.include_router(create_tokenizing_routes(service))
     app.include_router(create_admin_routes(service))
+
+    @app.get("/version", tags=["Operation"])
+    async def show_version() -> dict[str, str]:
+        """The server's version, as vLLM."""
+        return {"version": app.version}
 
     @app.get("/metrics", response_class=Response, tags=["Operation"])
     async def metrics() -> Response:

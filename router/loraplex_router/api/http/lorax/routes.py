@@ -81,15 +81,6 @@ def create_lorax_routes(service: Service) -> APIRouter:
         answer, headers = await generate_whole(body, http)
         return JSONResponse([answer], headers=headers)
 
-    @routes.post(
-        "/tokenize", responses={200: {"model": list[schema.TokenizedToken]}, 401: ERRORS[401], 422: ERRORS[422]}
-    )
-    async def tokenize(body: schema.TokenizeRequest, http: Request) -> Response:
-        """The tokens of a text, each with its place in it."""
-        service.keys.tenant(read_bearer(http.headers.get("authorization")))
-        spans = await service.tokenizer.spans(body.inputs, add_special_tokens=body.add_special_tokens is not False)
-        return JSONResponse([{"id": s.id, "text": s.text, "start": s.start, "stop": s.stop} for s in spans])
-
     @routes.get("/info", responses={200: {"model": schema.Info}, 401: ERRORS[401]})
     async def get_info(http: Request) -> Response:
         """The model and the limits of this server. Settings of LoRAX that mean nothing here are 0 or null."""

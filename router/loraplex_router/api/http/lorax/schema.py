@@ -71,11 +71,6 @@ class CompatGenerateRequest(GenerateRequest):
     stream: bool | None = None
 
 
-class TokenizeRequest(BaseModel):
-    inputs: str
-    add_special_tokens: bool | None = None
-
-
 # ---- answers: for the OpenAPI document; they are written as plain dictionaries ---------------------------------
 
 
@@ -133,13 +128,6 @@ class StreamResponse(BaseModel):
     token: Token
     generated_text: str | None = Field(description="on the last event")
     details: StreamDetails | None = Field(description="on the last event, if asked for")
-
-
-class TokenizedToken(BaseModel):
-    id: int
-    text: str
-    start: int
-    stop: int
 
 
 class Info(BaseModel):

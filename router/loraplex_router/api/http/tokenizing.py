@@ -1,0 +1,78 @@
+"""Text to tokens as LoRAX's clients and vLLM's ask for it, and back."""
+
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, Field
+
+from loraplex_protos.errors import FieldViolation, InvalidRequestError
+from loraplex_router.api.http.json_body import JsonRoute
+from loraplex_router.api.http.lorax.routes import ERRORS
+from loraplex_router.api.http.openai.schema import TokenId
+from loraplex_router.keys import read_bearer
+from loraplex_router.service import Service
+
+
+class LoraxTokenize(BaseModel):
+    inputs: str
+    add_special_tokens: bool | None = None
+
+
+class LoraxToken(BaseModel):
+    id: int
+    text: str
+    start: int
+    stop: int
+
+
+class VllmTokenize(BaseModel):
+    prompt: str
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+
+
+class VllmTokens(BaseModel):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None = Field(description="null unless asked for")
+
+
+class VllmDetokenize(BaseModel):
+    tokens: list[TokenId]
+
+
+class VllmText(BaseModel):
+    prompt: str
+
+
+def create_tokenizing_routes(service: Service) -> APIRouter:
+    routes = APIRouter(route_class=JsonRoute)
+    refused: dict[int | str, dict[str, Any]] = {status: ERRORS[status] for status in (401, 413, 422, 503)}
+
+    @routes.post("/tokenize", tags=["LoRAX"], responses={200: {"model": list[LoraxToken] | VllmTokens}, **refused})
+    async def tokenize(body: LoraxTokenize | VllmTokenize, http: Request) -> Response:
+        """The tokens of a text: with LoRAX's `inputs` each with its place in it, with vLLM's `prompt` their ids."""
+        _check_key(http)
+        text = body.inputs if isinstance(body, LoraxTokenize) else body.prompt
+        spans = await service.tokenizer.spans(text, add_special_tokens=body.add_special_tokens is not False)
+        if isinstance(body, LoraxTokenize):
+            return JSONResponse([{"id": s.id, "text": s.text, "start": s.start, "stop": s.stop} for s in spans])
+        names = [service.tokenizer.token_text(span.id) for span in spans] if body.return_token_strs else None
+        counts = {"count": len(spans), "max_model_len": service.info.max_model_len}
+        return JSONResponse({**counts, "tokens": [span.id for span in spans], "token_strs": names})
+
+    @routes.post("/detokenize", tags=["Operation"], responses={200: {"model": VllmText}, **refused})
+    async def detokenize(body: VllmDetokenize, http: Request) -> Response:
+        """The text of token ids, special tokens shown, as vLLM."""
+        _check_key(http)
+        vocabulary = service.info.vocab_size
+        if any(token >= vocabulary for token in body.tokens):
+            raise InvalidRequestError(FieldViolation("tokens", f"every id must be below {vocabulary}"))
+        return JSONResponse({"prompt": service.tokenizer.verbatim.decode(body.tokens)})
+
+    def _check_key(http: Request) -> None:
+        service.keys.tenant(read_bearer(http.headers.get("authorization")))
+
+    return routes
