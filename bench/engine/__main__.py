@@ -11,11 +11,13 @@ import typer
 from rich.console import Console
 
 from bench.engine.figures import Figure, in_process
+from bench.engine.plot import draw
 
 
 def engine(
     with_servers: Annotated[bool, typer.Option("--served/--in-process", help="Also what needs servers.")] = True,
     output: Annotated[Path, typer.Option("--json", help="Where to write the figures.")] = Path("engine.json"),
+    plot: Annotated[Path, typer.Option(help="Where to draw tokens per second over concurrency.")] = Path("engine.svg"),
 ) -> None:
     """Measure what the engine reaches here, beside what is wanted of it."""
     console = Console()
@@ -26,6 +28,7 @@ def engine(
         console.print(
             f"{figure.name:75} {figure.wanted:6.2f}  {mark}{figure.measured:6.2f}[/]  {figure.detail}", soft_wrap=True
         )
+    draw(plot)
     output.write_text(json.dumps([asdict(figure) for figure in figures], indent=1) + "\n")
 
 

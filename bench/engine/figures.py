@@ -6,6 +6,7 @@ from typing import cast
 
 import torch
 
+from bench.engine.memory import resident_weights
 from bench.engine.stepping import Stepper, median_seconds, random_adapter, read_bandwidth
 from bench.peft_target import load_model
 from loraplex_shard.lora.weights import AdapterWeights
@@ -45,6 +46,15 @@ def decoding(bandwidth: float) -> Iterator[Figure]:
     yield Figure("int4 ÷ int8, tokens/s, batch 1", 1.25, seconds["int8", 1] / seconds["int4", 1], detail)
 
 
+def memory() -> Iterator[Figure]:
+    """What the weights take, as the operating system sees it: bf16's share over that of each form."""
+    plain = resident_weights("none")
+    for quantize, wanted in cast(tuple[tuple[Quantize, float], ...], (("int8", 0.55), ("int4", 0.35))):
+        taken = resident_weights(quantize)
+        detail = f"{taken / plain:.3f} of {plain / 1e6:.0f} MB"
+        yield Figure(f"resident memory, bf16 ÷ {quantize}", 1 / wanted, plain / taken, detail)
+
+
 def attention(stepper: Stepper, bandwidth: float) -> Figure:
     """The operation alone, in all layers one after the other: no processor cache holds that much."""
     batch, context = 32, 2048
@@ -68,12 +78,13 @@ def adapters(stepper: Stepper, bandwidth: float) -> Iterator[Figure]:
     """What adapters add to a step of 32 sequences."""
     layouts, batch = stepper.decoder.layouts, 32
 
-    def seconds(chosen: list[AdapterWeights]) -> float:
-        stepper.fill(batch, CONTEXT - 8, chosen)
+    def seconds(chosen: list[AdapterWeights], adapted: int = batch) -> float:
+        stepper.fill(batch, CONTEXT - 8, chosen, adapted)
         return stepper.seconds_per_decode()
 
     many = [random_adapter(layouts, 16, seed) for seed in range(batch)]
     base, one = seconds([]), seconds([many[0]] * batch)
+    yield Figure("32 adapters loaded, none in the batch ÷ none loaded, tokens/s", 0.99, base / seconds(many, adapted=0))
     yield Figure("one adapter (r=16) in every row ÷ base, tokens/s, batch 32", 0.92, base / one)
     for count in (8, 32):
         spread = seconds([many[row * count // batch] for row in range(batch)])
@@ -92,6 +103,7 @@ def in_process() -> Iterator[Figure]:
     """All figures that need no server."""
     bandwidth = read_bandwidth()
     yield from decoding(bandwidth)
+    yield from memory()
     stepper = Stepper("none")
     yield attention(stepper, bandwidth)
     yield prefill(stepper)

@@ -42,18 +42,23 @@ class Slots:
         return self.adapters[slot - 1]
 
 
+def load_model(quantize: Quantize, dtype: torch.dtype = torch.bfloat16) -> Decoder:
+    """The embedded model in one of its forms."""
+    return load_decoder(
+        open_checkpoint("", None, None),
+        Group(0, 1),
+        choose_operations(CPU, dtype, load_kernels(CPU, None)),
+        Target(dtype, CPU, quantize),
+        MAX_MODEL_LEN,
+    )
+
+
 class Stepper:
     """One model, its cache, and a batch of sequences in it."""
 
     def __init__(self, quantize: Quantize, dtype: torch.dtype = torch.bfloat16) -> None:
         checkpoint = open_checkpoint("", None, None)
-        self.decoder: Decoder = load_decoder(
-            checkpoint,
-            Group(0, 1),
-            choose_operations(CPU, dtype, load_kernels(CPU, None)),
-            Target(dtype, CPU, quantize),
-            MAX_MODEL_LEN,
-        )
+        self.decoder = load_model(quantize, dtype)
         blocks = MAX_SEQUENCES * -(-MAX_MODEL_LEN // BLOCK_SIZE)
         self.cache: KVCache = self.decoder.new_cache(blocks, BLOCK_SIZE)
         self._slots = Slots()
@@ -77,12 +82,15 @@ class Stepper:
     def kv_bytes(self, batch: int, context: int) -> int:
         return batch * context * self.decoder.cache_block_bytes(BLOCK_SIZE) // BLOCK_SIZE
 
-    def fill(self, batch: int, context: int, adapters: Sequence[AdapterWeights] = ()) -> None:
-        """Starts `batch` sequences of `context` tokens; sequence i uses adapter i, or none if there are too few."""
+    def fill(
+        self, batch: int, context: int, adapters: Sequence[AdapterWeights] = (), adapted: int = MAX_SEQUENCES
+    ) -> None:
+        """Starts `batch` sequences of `context` tokens; of the first `adapted` ones, sequence i uses adapter i, or none
+        if there are too few."""
         assert batch <= MAX_SEQUENCES and context < MAX_MODEL_LEN
         self.runner.clear()
         self._slots.adapters = adapters
-        self._slot_column = [row + 1 if row < len(adapters) else 0 for row in range(batch)]
+        self._slot_column = [row + 1 if row < min(len(adapters), adapted) else 0 for row in range(batch)]
         self._rows, self._computed, self._blocks, self._used = list(range(batch)), [0] * batch, [0] * batch, 0
         ids = Random(0)
         starts = [
