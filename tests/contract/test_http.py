@@ -160,6 +160,7 @@ def test_adapters_are_loaded_listed_and_unloaded_by_either_name_of_the_routes(se
 
 def test_the_openapi_document_has_every_route_and_the_statuses_of_its_errors(server: Server):
     paths = read(server, "/openapi.json")["paths"]
+    assert read(server, "/api-doc/openapi.json")["paths"] == paths
     assert {"/generate", "/generate_stream", "/v1/completions", "/v1/chat/completions", "/adapters"} < set(paths)
     assert {"200", "404", "422", "429"} <= set(paths["/generate"]["post"]["responses"])
     assert "text/html" in call(server, "/docs")[1]["content-type"]

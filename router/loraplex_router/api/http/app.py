@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from importlib.metadata import version
+from typing import Any
 
 from fastapi import FastAPI, Response
 from fastapi.middleware.cors import CORSMiddleware
@@ -38,6 +39,11 @@ def create_app(service: Service, cors_origins: Sequence[str] = ("*",)) -> FastAP
     app.include_router(create_embedding_routes(service))
     app.include_router(create_tokenizing_routes(service))
     app.include_router(create_admin_routes(service))
+
+    @app.get("/api-doc/openapi.json", include_in_schema=False)
+    async def document() -> dict[str, Any]:
+        """Where LoRAX has it."""
+        return app.openapi()
 
     @app.get("/version", tags=["Operation"])
     async def show_version() -> dict[str, str]:
