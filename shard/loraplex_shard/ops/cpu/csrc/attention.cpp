@@ -5,6 +5,7 @@
 // So scores of sixteen positions are lanes, and no sum runs over the lanes. Keys and values of 8 bits have a scale per
 // position and head. What lies behind a sequence's last position is never used, whatever it is.
 
+#include "attention_tiles.h"
 #include "common.h"
 
 #include <limits>
@@ -160,26 +161,78 @@ void rows_of_span(int count, const Shape& shape, Rows rows, long first_row, long
         rows_of_span<R - 1>(count, shape, rows, first_row, first_position, span);
 }
 
+// The blocks that a task reads from `block` on.
+template <class C>
+Span<C> span_at(const Shape& shape, const Task& task, const Cache<C>& cache, const std::int64_t* table, long context,
+                long block) {
+    long size = LANES * shape.head_dim;
+    Span<C> span;
+    span.first = block * LANES;
+    span.blocks = int(task.last_block - block + 1 < SPAN ? task.last_block - block + 1 : SPAN);
+    span.positions = int(context - span.first < SPAN * LANES ? context - span.first : SPAN * LANES);
+    for (int b = 0; b < span.blocks; b++) {
+        long place = table[block + b] * shape.kv_heads + task.kv_head;
+        span.keys[b] = cache.keys + place * size;
+        span.values[b] = cache.values + place * size;
+        span.key_scales[b] = cache.key_scales ? cache.key_scales + place * LANES : nullptr;
+        span.value_scales[b] = cache.value_scales ? cache.value_scales + place * LANES : nullptr;
+    }
+    return span;
+}
+
 template <class C>
 void attend(const Shape& shape, const Task& task, const Cache<C>& cache, const std::int64_t* table, long context,
             long first_position, Rows rows) {
-    long group = shape.heads / shape.kv_heads, count = task.tokens * group, size = LANES * shape.head_dim;
+    long group = shape.heads / shape.kv_heads, count = task.tokens * group;
     for (long block = task.first_block; block <= task.last_block; block += SPAN) {
-        Span<C> span;
-        span.first = block * LANES;
-        span.blocks = int(task.last_block - block + 1 < SPAN ? task.last_block - block + 1 : SPAN);
-        span.positions = int(context - span.first < SPAN * LANES ? context - span.first : SPAN * LANES);
-        for (int b = 0; b < span.blocks; b++) {
-            long place = table[block + b] * shape.kv_heads + task.kv_head;
-            span.keys[b] = cache.keys + place * size;
-            span.values[b] = cache.values + place * size;
-            span.key_scales[b] = cache.key_scales ? cache.key_scales + place * LANES : nullptr;
-            span.value_scales[b] = cache.value_scales ? cache.value_scales + place * LANES : nullptr;
-        }
+        Span<C> span = span_at(shape, task, cache, table, context, block);
         for (Runs run(0, count, ROWS); run; run.next())
             rows_of_span<ROWS>(run.count(), shape, rows, run.begin, first_position, span);
     }
 }
+
+#if defined(__AMX_BF16__)
+
+// Whether a task is worth packing the blocks that it reads for tiles.
+bool suits_tiles(const Shape& shape, const Task& task) {
+    return task.tokens > 1 && task.tokens * (shape.heads / shape.kv_heads) >= FEWEST_TILE_ROWS &&
+           shape.head_dim % TILE_DEPTH == 0;
+}
+
+// As attend, by tiles. `queries` [rows, head_dim] are as the model has them, not scaled; `panels` is room for a span's keys
+// and values. All rows have room up to whole tiles; what the last ones hold does not matter.
+void attend_by_tiles(const Shape& shape, const Task& task, const Cache<bf16>& cache, const std::int64_t* table,
+                     long context, long first_position, const bf16* queries, bf16* panels, Rows rows) {
+    static_assert(SPAN == TILE_BLOCKS);
+    Tiles tiles(TILE_ROWS, TILE_BYTES);
+    long group = shape.heads / shape.kv_heads, count = task.tokens * group, head_dim = shape.head_dim;
+    bf16* values = panels + TILE_SPAN * head_dim;
+    for (long block = task.first_block; block <= task.last_block; block += SPAN) {
+        Span<bf16> span = span_at(shape, task, cache, table, context, block);
+        for (int b = 0; b < SPAN; b++) {
+            if (b < span.blocks) pack_keys(span.keys[b], head_dim, panels + b * LANES * head_dim);
+            // The sequence may go on behind the blocks that the task reads.
+            long positions = b < span.blocks ? span.positions - b * LANES : 0;
+            pack_values(positions ? span.values[b] : nullptr, head_dim, b, positions, values);
+        }
+        for (long row = 0; row < count; row += TILE_ROWS)
+            score_tiles(queries + row * head_dim, head_dim, panels, rows.weights + row * TILE_SPAN);
+        for (long row = 0; row < count; row++) {
+            float* lanes = rows.weights + row * TILE_SPAN;
+            for (int j = 0; j < TILE_SPAN; j += LANES) store(lanes + j, load(lanes + j) * splat(shape.scale));
+            weigh(shape, span, first_position + row / group, lanes, rows.out + row * head_dim, rows.most + row,
+                  rows.total + row);
+            // Rounded in place, to the first half of the row; behind the span's last block nothing has weight.
+            for (int j = 0; j < TILE_SPAN; j += LANES)
+                store((bf16*)lanes + j, j < span.blocks * LANES ? load(lanes + j) : zeros());
+        }
+        for (long row = 0; row < count; row += TILE_ROWS)
+            add_value_tiles((const bf16*)(rows.weights + row * TILE_SPAN), 2 * TILE_SPAN, head_dim, values,
+                            rows.out + row * head_dim);
+    }
+}
+
+#endif
 
 // Cuts the batch into tasks. Where the cuts lie depends on a sequence alone, not on its neighbours.
 std::vector<Task> plan(const Shape& shape, long chunks, const std::int64_t* starts, const std::int64_t* contexts,
@@ -252,9 +305,12 @@ void attention(int threads, const Shape& shape, const T* query, long query_strid
     static thread_local Scratch for_rows, for_partials;
     long group = shape.heads / shape.kv_heads, head_dim = shape.head_dim, partial_count;
     std::vector<Task> tasks = plan(shape, chunks, starts, contexts, partial_count);
-    long most_rows = (TILE / group > 1 ? TILE / group : 1) * group;
+    long most_rows = ((TILE / group > 1 ? TILE / group : 1) * group + LANES - 1) / LANES * LANES;
     long partial_size = group * (head_dim + 2);
     long row_size = (2 * head_dim + 2 + SPAN * LANES) * most_rows;
+#if defined(__AMX_BF16__)
+    row_size += TILE_SPAN * head_dim;  // two panels of bfloat16 per position and dimension: its key and its value
+#endif
     float* memory = for_rows.get<float>(row_size * threads);
     float* partials = for_partials.get<float>(partial_size * partial_count);
 #pragma omp parallel num_threads(threads)
@@ -265,8 +321,9 @@ void attention(int threads, const Shape& shape, const T* query, long query_strid
             const Task& task = tasks[i];
             long count = task.tokens * group;
             float* target = task.parts > 1 ? partials + task.partial * partial_size : mine;
-            Rows rows{mine + (head_dim + 2) * most_rows, target, target + count * head_dim,
-                      target + count * (head_dim + 1), mine + (2 * head_dim + 2) * most_rows};
+            long room = task.parts > 1 ? count : most_rows;
+            Rows rows{mine + (head_dim + 2) * most_rows, target, target + room * head_dim,
+                      target + room * (head_dim + 1), mine + (2 * head_dim + 2) * most_rows};
             for (long row = 0; row < count; row++) {
                 long head = task.kv_head * group + row % group;
                 const T* q = query + (task.first_token + row / group) * query_stride + head * head_dim;
@@ -280,7 +337,23 @@ void attention(int threads, const Shape& shape, const T* query, long query_strid
             }
             long context = contexts[task.chunk];
             long position = context - (starts[task.chunk + 1] - task.first_token);
-            attend(shape, task, cache, tables + task.chunk * table_width, context, position, rows);
+            const std::int64_t* table = tables + task.chunk * table_width;
+#if defined(__AMX_BF16__)
+            if constexpr (sizeof(T) == 2 && sizeof(C) == 2)
+                if (suits_tiles(shape, task)) {
+                    bf16* queries = (bf16*)rows.query;
+                    for (long row = 0; row < count; row++)
+                        std::memcpy(queries + row * head_dim,
+                                    query + (task.first_token + row / group) * query_stride +
+                                        (task.kv_head * group + row % group) * head_dim,
+                                    head_dim * sizeof(bf16));
+                    attend_by_tiles(shape, task, cache, table, context, position, queries,
+                                    (bf16*)(mine + (2 * head_dim + 2 + TILE_SPAN) * most_rows), rows);
+                    write(shape, task, rows.out, rows.total, out);
+                    continue;
+                }
+#endif
+            attend(shape, task, cache, table, context, position, rows);
             if (task.parts == 1) write(shape, task, rows.out, rows.total, out);
         }
         if (partial_count) {
