@@ -74,7 +74,7 @@ def build(directory: Path | None, name: str, notify: Callable[[], None] | None =
 
     No directory: loraplex/kernels in the user's cache.
     Its file is named after the sources, the flags and torch's version. Processes that ask at the same time compile it
-    once. `notify` is called before the compiler starts, which takes some ten seconds.
+    once. `notify` is called before the compiler starts, which takes ten seconds to half a minute.
     """
     if directory is None:
         directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loraplex" / "kernels"
