@@ -53,20 +53,25 @@ struct Rows {  // what a task computes, in float32
     float* weights; // [rows][SPAN * 16]
 };
 
+// A block's keys, and then its values, are read while what `next` points to is asked for: blocks lie anywhere, so the
+// processor cannot know what follows.
 template <int R, class C>
-[[gnu::always_inline]] inline void scores(const float* query, long head_dim, const C* keys, Floats* sums) {
+[[gnu::always_inline]] inline void scores(const float* query, long head_dim, const C* keys, const C* next, Floats* sums) {
     for (int r = 0; r < R; r++) sums[r] = zeros();
-    for (long d = 0; d < head_dim; d++, keys += LANES) {
+    for (long d = 0; d < head_dim; d++, keys += LANES, next += LANES) {
+        __builtin_prefetch(next);
         Floats key = load(keys);
         for (int r = 0; r < R; r++) sums[r] = fma(splat(query[r * head_dim + d]), key, sums[r]);
     }
 }
 
 template <int R, class C>
-[[gnu::always_inline]] inline void add_values(const float* weights, const C* values, int positions, long head_dim, int n, float* out) {
+[[gnu::always_inline]] inline void add_values(const float* weights, const C* values, const C* next, int positions,
+                                              long head_dim, int n, float* out) {
     Floats sums[R];
     for (int r = 0; r < R; r++) sums[r] = load_first(out + r * head_dim, n);
     for (int j = 0; j < positions; j++) {
+        __builtin_prefetch(next + j * head_dim);
         Floats value = load_first(values + j * head_dim, n);
         for (int r = 0; r < R; r++) sums[r] = fma(splat(weights[r * SPAN * LANES + j]), value, sums[r]);
     }
@@ -80,6 +85,7 @@ struct Span {  // up to SPAN blocks of one KV head
     int positions;  // that the sequence has in it
     const C* keys[SPAN];
     const C* values[SPAN];
+    const C* next[SPAN];  // keys that will be read after these values, and are asked for meanwhile
     const float* key_scales[SPAN];
     const float* value_scales[SPAN];
 };
@@ -132,7 +138,7 @@ void attend_span(const Shape& shape, Rows rows, long first_row, long first_posit
     float* weights = rows.weights + first_row * SPAN * LANES;
     for (int b = 0; b < span.blocks; b++) {
         Floats sums[R];
-        scores<R>(rows.query + first_row * head_dim, head_dim, span.keys[b], sums);
+        scores<R>(rows.query + first_row * head_dim, head_dim, span.keys[b], span.values[b], sums);
         for (int r = 0; r < R; r++) {
             if (span.key_scales[b]) sums[r] = sums[r] * load(span.key_scales[b]);
             store(weights + (r * SPAN + b) * LANES, sums[r]);
@@ -147,9 +153,10 @@ void attend_span(const Shape& shape, Rows rows, long first_row, long first_posit
             for (int r = 0; r < R; r++)
                 for (int j = 0; j < positions; j++) weights[(r * SPAN + b) * LANES + j] *= span.value_scales[b][j];
         for (long d = 0; d + LANES <= head_dim; d += LANES)
-            add_values<R>(weights + b * LANES, span.values[b] + d, positions, head_dim, LANES, out + d);
+            add_values<R>(weights + b * LANES, span.values[b] + d, span.next[b] + d, positions, head_dim, LANES, out + d);
         if (long d = head_dim / LANES * LANES; d < head_dim)
-            add_values<R>(weights + b * LANES, span.values[b] + d, positions, head_dim, int(head_dim - d), out + d);
+            add_values<R>(weights + b * LANES, span.values[b] + d, span.next[b] + d, positions, head_dim,
+                          int(head_dim - d), out + d);
     }
 }
 
@@ -174,6 +181,8 @@ Span<C> span_at(const Shape& shape, const Task& task, const Cache<C>& cache, con
         long place = table[block + b] * shape.kv_heads + task.kv_head;
         span.keys[b] = cache.keys + place * size;
         span.values[b] = cache.values + place * size;
+        long after = block + b + SPAN <= task.last_block ? block + b + SPAN : task.last_block;
+        span.next[b] = cache.keys + (table[after] * shape.kv_heads + task.kv_head) * size;
         span.key_scales[b] = cache.key_scales ? cache.key_scales + place * LANES : nullptr;
         span.value_scales[b] = cache.value_scales ? cache.value_scales + place * LANES : nullptr;
     }
