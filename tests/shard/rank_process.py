@@ -52,7 +52,7 @@ def main(rank: int, directory: Path) -> None:
             rendezvous = f"file://{directory}/{checkpoint.name}-{size}.rendezvous"
             kernels = None if checkpoint.name == "llama" else load_kernels(CPU, kernels_directory())
             group = Group.connect(rank, size, rendezvous, CPU, kernels)
-            logits = run(load(checkpoint, group=group, ops=choose_operations(torch.float32, kernels)))
+            logits = run(load(checkpoint, group=group, ops=choose_operations(CPU, torch.float32, kernels)))
             check_collectives(group)
             group.close()
             if logits is not None:

@@ -64,7 +64,8 @@ def ranks_logits(ranks_directory: Path) -> dict[str, torch.Tensor]:
         for rank in range(max(SIZES))
     ]
     try:
-        assert [rank.wait(timeout=200) for rank in ranks] == [0] * len(ranks)
+        for rank in ranks:
+            assert rank.wait(timeout=200) == 0
     finally:
         for rank in ranks:
             rank.kill()

@@ -49,6 +49,7 @@ class ToolCallParser:
         self._scanned = 0  # how much of it the object's end was sought in
         self._end = ObjectEnd()
         self._tagged = self._called = False
+        self._after_call = False  # with nothing but white space since
         self._state = self._begin
 
     def feed(self, text: str) -> list[Piece]:
@@ -96,6 +97,7 @@ class ToolCallParser:
         if head and head[1] in self._names:
             self._held, self._end = self._held[head.end() :], ObjectEnd()
             self._called, self._state = True, self._read_arguments
+            self._after_call = True
             return [ToolCall(head[1])]
         if head or (first and first[1] not in KEYS):
             return self._refuse()
@@ -135,7 +137,7 @@ class ToolCallParser:
     # ---- pieces ----------------------------------------------------------------------------------------------
 
     def _finish_call(self) -> None:
-        self._called = True
+        self._called = self._after_call = True
         self._state = self._seek_end_tag if self._tagged else self._seek_object
 
     def _refuse(self) -> list[Piece]:
@@ -154,7 +156,10 @@ class ToolCallParser:
         return before[:cut], False, before[cut:]
 
     def _content(self, text: str) -> list[Piece]:
-        return [text] if text and not (self._called and text.isspace()) else []
+        if not text or (self._after_call and text.isspace()):
+            return []
+        self._after_call = False
+        return [text]
 
     def _read_whole(self, text: str) -> tuple[ToolCall, Arguments] | None:
         """A call with its fields in any order; None if it is none."""
