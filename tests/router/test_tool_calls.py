@@ -31,6 +31,11 @@ def parse(pieces: list[str]) -> list[Piece]:
     return found
 
 
+def test_white_space_in_the_text_after_a_call_is_kept_however_it_arrives():
+    call = '<tool_call>{"name": "add", "arguments": {}}</tool_call>'
+    assert parse([call, "\n", "and", " ", "more"])[2:] == ["and more"]
+
+
 @pytest.mark.parametrize(
     ("text", "found"),
     [
