@@ -37,7 +37,10 @@ class GrammarTarget:
 
     async def generate(self, request: Request) -> AsyncIterator[int]:
         pieces = self._client.stream(
-            request.prompt, max_new_tokens=request.output_tokens, ignore_eos=True, grammar=self._grammar
+            request.prompt,
+            max_new_tokens=request.output_tokens,
+            ignore_eos=self._grammar is None,  # an answer to a grammar ends where that does, which is later
+            grammar=self._grammar,
         )
         async for piece in pieces:
             yield len(piece.tokens)
