@@ -8,7 +8,7 @@ from tempfile import gettempdir
 import torch
 
 from loraplex_shard.batch import Batch
-from loraplex_shard.cache import KVCache
+from loraplex_shard.cache import KVCache, LayerCache
 from loraplex_shard.ops.cpu.library import build, load
 from loraplex_shard.ops.cpu.operations import CpuOperations
 
@@ -83,3 +83,10 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, factor: float = 1
 
 def random(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def cached(layer: LayerCache) -> tuple[torch.Tensor, torch.Tensor]:
+    """The keys and values that a layer's cache holds, those of int8 with their scales applied."""
+    if layer.key_scales is None or layer.value_scales is None:
+        return layer.keys, layer.values
+    return layer.keys * layer.key_scales[:, :, None], layer.values * layer.value_scales[..., None]

@@ -13,7 +13,7 @@ from loraplex_shard.ops.cpu.library import INSTRUCTION_SETS, instruction_sets
 from loraplex_shard.ops.cpu.operations import CpuOperations
 from loraplex_shard.ops.quantized import quantize
 from loraplex_shard.ops.reference import ReferenceOperations
-from tests.shard.operations import angles, assert_close, cpu_operations, filled_cache, paged_batch, random
+from tests.shard.operations import angles, assert_close, cached, cpu_operations, filled_cache, paged_batch, random
 
 REFERENCE = ReferenceOperations()
 DTYPES = torch.float32, torch.bfloat16
@@ -187,11 +187,7 @@ def test_rotation_and_what_it_writes_to_the_cache(
         mine = qkv.clone()
         (layer,) = filled_cache(num_blocks, heads.kv, heads.dim, form, seed).layers
         ops.rotate_and_write(mine, heads, norms, ops.prepare(batch, *tables), layer)
-        if layer.key_scales is not None and layer.value_scales is not None:
-            keys, values = layer.keys * layer.key_scales[:, :, None], layer.values * layer.value_scales[..., None]
-            results.append((mine, keys, values))
-        else:
-            results.append((mine, layer.keys, layer.values))
+        results.append((mine, *cached(layer)))
     for actual, expected in zip(*results, strict=True):
         assert_close(actual, expected, factor=2000 if form == torch.int8 else 2)
 

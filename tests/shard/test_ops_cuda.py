@@ -19,7 +19,7 @@ from loraplex_shard.ops.cuda.operations import CudaOperations
 from loraplex_shard.ops.quantized import quantize
 from loraplex_shard.ops.reference import ReferenceOperations
 from tests.shard.decoders import Sequences, adapter_for, load, save_checkpoint
-from tests.shard.operations import angles, assert_close, filled_cache, paged_batch, random
+from tests.shard.operations import angles, assert_close, cached, filled_cache, paged_batch, random
 
 CPU = torch.device("cpu")
 REFERENCE = ReferenceOperations()
@@ -145,11 +145,7 @@ def test_rotation_and_what_it_writes_to_the_cache(heads: Heads, norm: bool, form
         mine = qkv.clone()
         (layer,) = filled_cache(num_blocks, heads.kv, heads.dim, form, 0).layers
         ops.rotate_and_write(mine, heads, norms, ops.prepare(batch, *angles(20, heads.dim)), layer)
-        if layer.key_scales is not None and layer.value_scales is not None:
-            keys, values = layer.keys * layer.key_scales[:, :, None], layer.values * layer.value_scales[..., None]
-            results.append((mine, keys, values))
-        else:
-            results.append((mine, layer.keys, layer.values))
+        results.append((mine, *cached(layer)))
     for actual, expected in zip(*results, strict=True):
         assert_close(actual, expected, factor=2000 if form == torch.int8 else 2)
 
