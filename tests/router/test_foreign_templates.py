@@ -17,7 +17,7 @@ TOO_MUCH = "{% set x = 'x' * 10 ** 10 %}{{ x }}"
 
 @pytest.fixture
 async def templates() -> AsyncIterator[ForeignTemplates]:
-    running = ForeignTemplates("<s>", "</s>", render_seconds=2)
+    running = ForeignTemplates("<s>", "</s>", render_seconds=1)
     yield running
     await running.aclose()
 

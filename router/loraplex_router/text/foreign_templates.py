@@ -1,7 +1,7 @@
 """Renders the chat templates that adapters bring along, in a process of its own.
 
 Whoever can name an adapter can bring a template, and the sandbox does not keep one from running forever or filling the
-memory: the process is short of memory, and is ended when it takes too long. It starts with the first such template.
+memory: the process is short of memory, and of processor time for each template. It starts with the first such template.
 Run as a program, this file is that process: a line of JSON in, a line of JSON out.
 """
 
@@ -19,8 +19,8 @@ from typing import Any
 from loraplex_protos.errors import AdapterInvalidError, FieldViolation, InvalidRequestError
 from loraplex_router.text.chat import FIELD, Chat, ChatTemplate, Message, RenderedChat
 
-START_SECONDS = 60
-RENDER_SECONDS = 5  # many times what any template of good will takes
+RENDER_SECONDS = 5.0  # of processor time: many times what any template of good will takes, however busy the machine
+ANSWER_SECONDS = 60  # by the clock: on a machine that gives the process no time at all
 MEMORY_BYTES = 2**30
 MAX_LINE = 2**26
 MAX_RENDERED = 2**24  # characters
@@ -32,7 +32,7 @@ Row = dict[str, Any]
 class ForeignTemplates:
     """One process for all of them: who waits for a slow template waits with others that bring one."""
 
-    def __init__(self, bos_token: str, eos_token: str, render_seconds: int = RENDER_SECONDS) -> None:
+    def __init__(self, bos_token: str, eos_token: str, render_seconds: float = RENDER_SECONDS) -> None:
         self._render_seconds = render_seconds
         self._tokens = bos_token, eos_token
         self._process: asyncio.subprocess.Process | None = None
@@ -61,11 +61,10 @@ class ForeignTemplates:
     async def _ask(self, question: str) -> Row:
         try:
             if self._process is None:
-                self._process = await _start()
-                await self._read_answer(START_SECONDS)
+                self._process = await _start(self._render_seconds)
             assert self._process.stdin
             self._process.stdin.write(question.encode() + b"\n")
-            return await self._read_answer(self._render_seconds)
+            return await self._read_answer()
         except (TimeoutError, OSError, ValueError):  # ValueError: it died, or its line is too long
             await self.aclose()
             return {"refusal": "the adapter's chat template takes too much time or memory to render them"}
@@ -73,18 +72,18 @@ class ForeignTemplates:
             await self.aclose()
             raise
 
-    async def _read_answer(self, seconds: float) -> Row:
+    async def _read_answer(self) -> Row:
         assert self._process and self._process.stdout
-        async with asyncio.timeout(seconds):
+        async with asyncio.timeout(ANSWER_SECONDS):
             answer: Row = json.loads(await self._process.stdout.readline())
         return answer
 
 
-async def _start() -> asyncio.subprocess.Process:
+async def _start(render_seconds: float) -> asyncio.subprocess.Process:
     """With no more of the environment than Python needs."""
     environment = {name: os.environ[name] for name in ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH") if name in os.environ}
     pipe = asyncio.subprocess.PIPE
-    command = sys.executable, "-m", __name__
+    command = sys.executable, "-m", __name__, str(render_seconds)
     return await asyncio.create_subprocess_exec(
         *command, stdin=pipe, stdout=pipe, limit=MAX_LINE, env=environment, start_new_session=True
     )
@@ -94,12 +93,12 @@ async def _start() -> asyncio.subprocess.Process:
 
 
 def main() -> None:
-    """Its first line says that it has started. It ends by itself should it outlive the router in a template."""
+    """A template that uses up its time ends the process, also when no router is left to wait for it."""
+    render_seconds = float(sys.argv[1])
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     compiled = lru_cache(KEPT)(ChatTemplate)
-    print("{}", flush=True)
     for line in sys.stdin:
-        signal.alarm(2 * RENDER_SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, render_seconds)
         question = json.loads(line)
         try:
             template = compiled(question["template"], *question["tokens"])
@@ -107,7 +106,7 @@ def main() -> None:
             answer = {"broken": f"{type(error).__name__}: {error}"[:500]}
         else:
             answer = _render(template, question["chat"])
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         print(json.dumps(answer), flush=True)
 
 
