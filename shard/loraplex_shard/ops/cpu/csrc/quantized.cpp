@@ -1,8 +1,8 @@
 // out = x W^T for weights of 8 or 4 bits in groups along k, w = scale * q + offset, and activations that are quantized
 // to 8 bits here, in the same groups: products and sums of a group are exact integers, groups are added in float32.
 //
-// A panel holds sixteen rows of W, group after group: scales [16] and, for 4 bits, offsets [16], in float16; then the
-// integers as dot.h wants them.
+// A panel holds sixteen rows of W: first, in float16, each group's scales [16] and, for 4 bits, offsets [16]; then, from
+// a whole cache line on, each group's integers as dot.h wants them.
 
 #include "common.h"
 #include "dot.h"
@@ -16,9 +16,14 @@ namespace {
 constexpr long BLOCK = 128;  // rows of x that stay in the cache while all panels are read
 
 template <int BITS>
-long group_bytes(int group) {
-    return LANES * (BITS == 4 ? 4 + group / 2 : 2 + group);
-}
+struct Panels {
+    static constexpr int SCALES = BITS == 4 ? 2 * LANES : LANES;  // of a group, its offsets included
+    long groups;
+    int group;
+    long integers() const { return LANES * group * BITS / 8; }  // bytes of a group
+    long scales() const { return (groups * SCALES * long(sizeof(f16)) + 63) / 64 * 64; }  // bytes of all groups
+    long bytes() const { return scales() + groups * integers(); }
+};
 
 struct Activations {  // of `groups` groups per row
     const std::int8_t* values;
@@ -46,21 +51,24 @@ void quantize_row(const T* x, long k, int group, std::int8_t* values, float* sca
 }
 
 template <int BITS, int M, class T>
-void panel_rows(const Activations& x, long row, int group, const std::uint8_t* panel, Floats bias, T* out, long stride,
-                int columns) {
+void panel_rows(const Activations& x, long row, Panels<BITS> panels, const std::uint8_t* panel, Floats bias, T* out,
+                long stride, int columns) {
     Floats totals[M];
     for (int m = 0; m < M; m++) totals[m] = bias;
+    int group = panels.group;
     const std::int8_t* values = x.values + row * x.groups * group;
-    for (long g = 0; g < x.groups; g++, panel += group_bytes<BITS>(group)) {
-        Floats sums[M], scale = load_f16((const f16*)panel);
+    const f16* scales = (const f16*)panel;
+    const std::uint8_t* integers = panel + panels.scales();
+    for (long g = 0; g < x.groups; g++, scales += panels.SCALES, integers += panels.integers()) {
+        Floats sums[M], scale = load_f16(scales);
         if constexpr (BITS == 4)
-            dot_int4<M>(panel + 4 * LANES, group, values + g * group, x.groups * group, sums);
+            dot_int4<M>(integers, group, values + g * group, x.groups * group, sums);
         else
-            dot_int8<M>(panel + 2 * LANES, group, values + g * group, x.groups * group, sums);
+            dot_int8<M>(integers, group, values + g * group, x.groups * group, sums);
         for (int m = 0; m < M; m++)
             totals[m] = fma(sums[m], scale * splat(x.scales[(row + m) * x.groups + g]), totals[m]);
         if constexpr (BITS == 4) {
-            Floats offset = load_f16((const f16*)panel + LANES);
+            Floats offset = load_f16(scales + LANES);
             for (int m = 0; m < M; m++) totals[m] = fma(offset, splat(x.sums[(row + m) * x.groups + g]), totals[m]);
         }
     }
@@ -68,12 +76,12 @@ void panel_rows(const Activations& x, long row, int group, const std::uint8_t* p
 }
 
 template <int BITS, int M, class T>
-void rows_of_panel(int rows, const Activations& x, long row, int group, const std::uint8_t* panel, Floats bias, T* out,
-                   long stride, int columns) {
+void rows_of_panel(int rows, const Activations& x, long row, Panels<BITS> panels, const std::uint8_t* panel,
+                   Floats bias, T* out, long stride, int columns) {
     if (rows == M)
-        panel_rows<BITS, M>(x, row, group, panel, bias, out, stride, columns);
+        panel_rows<BITS, M>(x, row, panels, panel, bias, out, stride, columns);
     else if constexpr (M > 1)
-        rows_of_panel<BITS, M - 1>(rows, x, row, group, panel, bias, out, stride, columns);
+        rows_of_panel<BITS, M - 1>(rows, x, row, panels, panel, bias, out, stride, columns);
 }
 
 #if defined(__AMX_INT8__)
@@ -93,32 +101,35 @@ const void* group_tile(const std::uint8_t* w, int group, std::int8_t* own) {
 
 // Sixteen rows of x, of which out takes the first `rows`, with one panel: the groups' sums by tiles.
 template <int BITS, class T>
-void panel_tile(const Activations& x, long row, int rows, int group, const std::uint8_t* panel, Floats bias, T* out,
-                long stride, int columns) {
+void panel_tile(const Activations& x, long row, int rows, Panels<BITS> panels, const std::uint8_t* panel, Floats bias,
+                T* out, long stride, int columns) {
     alignas(64) std::int8_t own[TILE_ROWS * TILE_BYTES];
     alignas(64) int sums[2][TILE_ROWS * LANES];  // taken in turns: one is written while the other is read
     Floats totals[TILE_ROWS];
 #pragma GCC unroll 16
     for (int m = 0; m < TILE_ROWS; m++) totals[m] = bias;
+    int group = panels.group;
     const std::int8_t* values = x.values + row * x.groups * group;
-    const float *scales = x.scales + row * x.groups, *offsets = x.sums + row * x.groups;
-    for (long g = 0; g < x.groups; g++, panel += group_bytes<BITS>(group)) {
+    const float *x_scales = x.scales + row * x.groups, *x_sums = x.sums + row * x.groups;
+    const f16* scales = (const f16*)panel;
+    const std::uint8_t* integers = panel + panels.scales();
+    for (long g = 0; g < x.groups; g++, scales += panels.SCALES, integers += panels.integers()) {
         zero_tile<0>();
         load_tile<4>(values + g * group, x.groups * group);
-        load_tile<6>(group_tile<BITS>(panel + LANES * (BITS == 4 ? 4 : 2), group, own), TILE_BYTES);
+        load_tile<6>(group_tile<BITS>(integers, group, own), TILE_BYTES);
         multiply_int8<0, 4, 6>();
         store_tile<0>(sums[g % 2], TILE_BYTES);
-        Floats scale = load_f16((const f16*)panel);
+        Floats scale = load_f16(scales);
 #pragma GCC unroll 16  // the totals then are registers
         for (int m = 0; m < TILE_ROWS; m++) {
             Floats sum{_mm512_cvtepi32_ps(_mm512_load_si512(sums[g % 2] + m * LANES))};
-            totals[m] = fma(sum, scale * splat(scales[m * x.groups + g]), totals[m]);
+            totals[m] = fma(sum, scale * splat(x_scales[m * x.groups + g]), totals[m]);
         }
         if constexpr (BITS == 4) {
-            Floats offset = load_f16((const f16*)panel + LANES);
+            Floats offset = load_f16(scales + LANES);
 #pragma GCC unroll 16
             for (int m = 0; m < TILE_ROWS; m++)
-                totals[m] = fma(offset, splat(offsets[m * x.groups + g]), totals[m]);
+                totals[m] = fma(offset, splat(x_sums[m * x.groups + g]), totals[m]);
         }
     }
     alignas(64) float results[TILE_ROWS * LANES];  // since registers have no index
@@ -128,17 +139,16 @@ void panel_tile(const Activations& x, long row, int rows, int group, const std::
 }
 
 template <int BITS, class T>
-void linear_by_tiles(const Activations& x, Range panels, long m, long n, int group, const std::uint8_t* weight,
+void linear_by_tiles(const Activations& x, Range mine, long m, long n, Panels<BITS> panels, const std::uint8_t* weight,
                      const T* bias, T* out) {
-    Tiles tiles(TILE_ROWS, group);
+    Tiles tiles(TILE_ROWS, panels.group);
     for (long block = 0; block < m; block += BLOCK)
-        for (long p = panels.begin; p < panels.end; p++) {
+        for (long p = mine.begin; p < mine.end; p++) {
             int columns = int(n - p * LANES < LANES ? n - p * LANES : LANES);
             Floats start = bias ? load_first(bias + p * LANES, columns) : zeros();
             for (long row = block; row < m && row < block + BLOCK; row += TILE_ROWS)
-                panel_tile<BITS>(x, row, int(m - row < TILE_ROWS ? m - row : TILE_ROWS), group,
-                                 weight + p * x.groups * group_bytes<BITS>(group), start, out + row * n + p * LANES, n,
-                                 columns);
+                panel_tile<BITS>(x, row, int(m - row < TILE_ROWS ? m - row : TILE_ROWS), panels,
+                                 weight + p * panels.bytes(), start, out + row * n + p * LANES, n, columns);
         }
 }
 
@@ -148,7 +158,8 @@ template <int BITS, class T>
 void linear(int threads, long m, long n, long k, int group, const T* x, const std::uint8_t* weight, const T* bias,
             T* out) {
     static thread_local Scratch for_values, for_scales;
-    long groups = (k + group - 1) / group, panels = (n + LANES - 1) / LANES;
+    long groups = (k + group - 1) / group;
+    Panels<BITS> panels{groups, group};
     long room = (m + LANES - 1) / LANES * LANES;  // tiles read whole sixteens of rows; what they make of the last is left
     std::int8_t* values = for_values.get<std::int8_t>(room * groups * group);
     float* scales = for_scales.get<float>(2 * room * groups);
@@ -157,13 +168,13 @@ void linear(int threads, long m, long n, long k, int group, const T* x, const st
 #pragma omp parallel num_threads(threads)
     {
         int thread = omp_get_thread_num();
-        Range rows(m, threads, thread), mine(panels, threads, thread);
+        Range rows(m, threads, thread), mine((n + LANES - 1) / LANES, threads, thread);
         for (long i = rows.begin; i < rows.end; i++)
             quantize_row(x + i * k, k, group, values + i * groups * group, scales + i * groups, sums + i * groups);
 #pragma omp barrier
 #if defined(__AMX_INT8__)
         if (m >= FEWEST_TILE_ROWS)
-            linear_by_tiles<BITS>(activations, mine, m, n, group, weight, bias, out);
+            linear_by_tiles(activations, mine, m, n, panels, weight, bias, out);
         else
 #endif
         for (long block = 0; block < m; block += BLOCK) {
@@ -172,9 +183,9 @@ void linear(int threads, long m, long n, long k, int group, const T* x, const st
                 int columns = int(n - p * LANES < LANES ? n - p * LANES : LANES);
                 Floats start = bias ? load_first(bias + p * LANES, columns) : zeros();
                 for (Runs run(block, end, DOT_ROWS); run; run.next())
-                    rows_of_panel<BITS, DOT_ROWS>(run.count(), activations, run.begin, group,
-                                                  weight + p * groups * group_bytes<BITS>(group), start,
-                                                  out + run.begin * n + p * LANES, n, columns);
+                    rows_of_panel<BITS, DOT_ROWS>(run.count(), activations, run.begin, panels,
+                                                  weight + p * panels.bytes(), start, out + run.begin * n + p * LANES,
+                                                  n, columns);
             }
         }
     }
@@ -183,19 +194,20 @@ void linear(int threads, long m, long n, long k, int group, const T* x, const st
 template <int BITS>
 void pack(long n, long k, int group, const std::uint8_t* values, const f16* scales, const f16* offsets,
           std::uint8_t* packed) {
-    long groups = (k + group - 1) / group, bytes = group_bytes<BITS>(group);
-    std::memset(packed, 0, (n + LANES - 1) / LANES * groups * bytes);
+    Panels<BITS> panels{(k + group - 1) / group, group};
+    std::memset(packed, 0, (n + LANES - 1) / LANES * panels.bytes());
     for (long row = 0; row < n; row++) {
         long lane = row % LANES;
-        for (long g = 0; g < groups; g++) {
-            std::uint8_t* block = packed + (row / LANES * groups + g) * bytes;
-            ((f16*)block)[lane] = scales[row * groups + g];
-            if (BITS == 4) ((f16*)block)[LANES + lane] = offsets[row * groups + g];
-            block += LANES * (BITS == 4 ? 4 : 2);
+        std::uint8_t* panel = packed + row / LANES * panels.bytes();
+        for (long g = 0; g < panels.groups; g++) {
+            f16* own = (f16*)panel + g * panels.SCALES;
+            own[lane] = scales[row * panels.groups + g];
+            if (BITS == 4) own[LANES + lane] = offsets[row * panels.groups + g];
+            std::uint8_t* integers = panel + panels.scales() + g * panels.integers();
             for (int i = 0; i < group && g * group + i < k; i++) {
                 std::uint8_t value = values[row * k + g * group + i];
                 int place = BITS == 4 ? i % (group / 2) : i, shift = BITS == 4 && i >= group / 2 ? 4 : 0;
-                block[place / 4 * 4 * LANES + lane * 4 + place % 4] |= std::uint8_t(value << shift);
+                integers[place / 4 * 4 * LANES + lane * 4 + place % 4] |= std::uint8_t(value << shift);
             }
         }
     }
@@ -203,15 +215,17 @@ void pack(long n, long k, int group, const std::uint8_t* values, const f16* scal
 
 template <int BITS, class T>
 void unpack_row(long row, long k, int group, const std::uint8_t* packed, T* out) {
-    long groups = (k + group - 1) / group, bytes = group_bytes<BITS>(group), lane = row % LANES;
-    for (long g = 0; g < groups; g++) {
-        const std::uint8_t* block = packed + (row / LANES * groups + g) * bytes;
-        float scale = from_f16(((const f16*)block)[lane]);
-        float offset = BITS == 4 ? from_f16(((const f16*)block)[LANES + lane]) : 0;
-        block += LANES * (BITS == 4 ? 4 : 2);
+    Panels<BITS> panels{(k + group - 1) / group, group};
+    long lane = row % LANES;
+    const std::uint8_t* panel = packed + row / LANES * panels.bytes();
+    for (long g = 0; g < panels.groups; g++) {
+        const f16* own = (const f16*)panel + g * panels.SCALES;
+        float scale = from_f16(own[lane]);
+        float offset = BITS == 4 ? from_f16(own[LANES + lane]) : 0;
+        const std::uint8_t* integers = panel + panels.scales() + g * panels.integers();
         for (int i = 0; i < group && g * group + i < k; i++) {
             int place = BITS == 4 ? i % (group / 2) : i;
-            std::uint8_t byte = block[place / 4 * 4 * LANES + lane * 4 + place % 4];
+            std::uint8_t byte = integers[place / 4 * 4 * LANES + lane * 4 + place % 4];
             float q = BITS == 4 ? float(i < group / 2 ? byte & 15 : byte >> 4) : float(std::int8_t(byte));
             float value = scale * q + offset;
             if constexpr (sizeof(T) == 2)
@@ -240,8 +254,8 @@ EXPORT void quantized_linear(int threads, int kind, long m, long n, long k, cons
 
 // Bytes of a packed weight [n, k].
 EXPORT long quantized_bytes(long n, long k, int bits, int group) {
-    long groups = (n + LANES - 1) / LANES * ((k + group - 1) / group);
-    return groups * (bits == 4 ? group_bytes<4>(group) : group_bytes<8>(group));
+    long groups = (k + group - 1) / group;
+    return (n + LANES - 1) / LANES * (bits == 4 ? Panels<4>{groups, group}.bytes() : Panels<8>{groups, group}.bytes());
 }
 
 // values [n, k], one to a byte: int8, or 0 to 15; scales and offsets (4 bits only) [n, groups] float16.
