@@ -88,7 +88,7 @@ class Request:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     include_stop: bool = False  # the answer ends with the stop text, not before it
-    ignore_eos: bool = False
+    ignore_eos: bool = False  # with a grammar: go on as long as that allows it
     show_special_tokens: bool = False  # in the text
     truncate: int | None = None  # keep the last so many tokens of the prompt
     n: int = 1
@@ -259,6 +259,3 @@ def _check_grammar(request: Request, found: Violations) -> None:
     if request.grammar is not None:
         most = MAX_LENGTH[request.grammar.kind]
         found.check(0 < len(request.grammar.text) <= most, "grammar", f"must have 1 to {most} characters")
-        found.check(not request.ignore_eos, "stopping.ignore_eos", "an answer to a grammar ends where the grammar does")
-        least = request.min_new_tokens
-        found.check(not least, "stopping.min_new_tokens", "an answer to a grammar ends where the grammar does")

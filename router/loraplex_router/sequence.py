@@ -57,8 +57,9 @@ class Sequence:
     sampling: Sampling = field(default_factory=Sampling)
     detail: Detail = field(default_factory=Detail)
     end_token_ids: frozenset[int] = frozenset()
-    min_new_tokens: int = 0  # no end token is sampled before
+    min_new_tokens: int = 0  # no end token is sampled before, unless the grammar allows nothing else
     grammar: Grammar | None = None
+    unwanted_token_ids: frozenset[int] = frozenset()  # sampled only where the grammar allows nothing else
     traceparent: str = ""  # the trace context that its spans on the shards belong to, if it is traced
 
     computed: int = 0

@@ -154,6 +154,7 @@ class Service:
                     end_token_ids=self._end_token_ids(request),
                     min_new_tokens=request.min_new_tokens,
                     grammar=request.grammar,
+                    unwanted_token_ids=self._unwanted_token_ids(request),
                 )
                 stops = StopMatcher(request.stop, request.include_stop)
                 generation.add(sequence, decoder, stops)
@@ -270,8 +271,14 @@ class Service:
         return self._arrivals
 
     def _end_token_ids(self, request: Request) -> frozenset[int]:
-        own = () if request.ignore_eos else self._known_model.end_token_ids
+        ignored = request.ignore_eos and request.grammar is None
+        own = () if ignored else self._known_model.end_token_ids
         return frozenset(own) | frozenset(request.stop_token_ids)
+
+    def _unwanted_token_ids(self, request: Request) -> frozenset[int]:
+        """A complete match to a grammar can only be followed by an end token, so that one is put off, not ignored."""
+        put_off = request.ignore_eos and request.grammar is not None
+        return frozenset(self._known_model.end_token_ids) if put_off else frozenset()
 
 
 async def _read_embedding(generation: Generation) -> Embedding:

@@ -259,6 +259,7 @@ def _encode_start(chunk: Chunk) -> pb.SequenceStart:
         unscored=sequence.unscored,
         min_new_tokens=sequence.min_new_tokens,
         end_token_ids=sequence.end_token_ids if sequence.min_new_tokens else (),
+        unwanted_token_ids=sequence.unwanted_token_ids,
         traceparent=sequence.traceparent,
     )
 

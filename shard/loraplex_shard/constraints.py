@@ -1,12 +1,13 @@
-"""What the sequences in the rows may sample next: their grammars' matchers and least lengths, as masks over tokens.
+"""What the sequences in the rows may sample next: their grammars' matchers and banned tokens, as masks over them.
 
 Masks are computed on a thread of their own, in Rust, while the forward pass runs. A row's state follows from its
 SequenceStart and the tokens sampled since. Lives on rank 0 alone, which samples. Not thread-safe.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from math import inf
 
 import numpy as np
 import torch
@@ -22,11 +23,12 @@ COMPLETE = "NoExtension"  # llguidance's word for a match that cannot go on and 
 
 
 @dataclass(frozen=True, slots=True)
-class LeastLength:
-    """No end token before the sequence, its prompt included, has so many tokens."""
+class Ban:
+    """None of these tokens before the sequence, its prompt included, has so many; where the grammar allows nothing
+    else, one of them all the same."""
 
-    tokens: int
-    end_token_ids: NDArray[np.int64]
+    length: float
+    token_ids: NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,25 +50,26 @@ class Constraints:
         self._grammars = grammars
         self._vocab_size = vocab_size
         self._matchers: dict[int, LLMatcher] = {}  # by row, as are the others
-        self._least_lengths: dict[int, LeastLength] = {}
+        self._bans: dict[int, list[Ban]] = {}
         self._executor = LLExecutor()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="masks")
 
     def clear(self) -> None:
         """Forgets all sequences."""
         self._matchers.clear()
-        self._least_lengths.clear()
+        self._bans.clear()
 
     def start(self, start: SequenceStart) -> None:
         """A sequence takes over its row. Its grammar was compiled before, so this takes no time."""
         self._matchers.pop(start.row, None)
-        self._least_lengths.pop(start.row, None)
+        self._bans.pop(start.row, None)
         if start.HasField("grammar"):
             matcher = self._matchers[start.row] = self._grammars.matcher(start.grammar)
             matcher.consume_tokens(start.tokens[start.prompt_length :])
-        if start.min_new_tokens:
-            least = start.prompt_length + start.min_new_tokens
-            self._least_lengths[start.row] = LeastLength(least, np.array(start.end_token_ids, np.int64))
+        least = start.prompt_length + start.min_new_tokens
+        bans = [Ban(least, _array(start.end_token_ids)), Ban(inf, _array(start.unwanted_token_ids))]
+        if any(len(ban.token_ids) for ban in bans):
+            self._bans[start.row] = bans
 
     def begin(self, rows: Sequence[int], lengths: Sequence[int]) -> Masks | None:
         """Starts to compute what may follow in these rows, which have so many tokens. None: anything, in all rows."""
@@ -103,8 +106,8 @@ class Constraints:
         return np.array([row in self._matchers and self._matchers[row].is_error() for row in rows], np.bool_)
 
     def _banned(self, row: int, length: int) -> NDArray[np.int64]:
-        least = self._least_lengths.get(row)
-        return least.end_token_ids if least is not None and length < least.tokens else np.empty(0, np.int64)
+        bans = [ban.token_ids for ban in self._bans.get(row, ()) if length < ban.length]
+        return np.concatenate(bans) if bans else _array(())
 
     def _allowed(self, matchers: Sequence[LLMatcher | None], banned: Sequence[NDArray[np.int64]]) -> NDArray[np.bool_]:
         """[matchers, vocab]"""
@@ -114,5 +117,17 @@ class Constraints:
             fill_next_token_bitmask_par(self._executor, jobs, words)
         bits = np.unpackbits(words.view(np.uint8), axis=1, count=self._vocab_size, bitorder="little")
         for place, tokens in enumerate(banned):
-            bits[place, tokens] = 0
+            _ban(bits[place], tokens)
         return bits.view(np.bool_)
+
+
+def _ban(bits: NDArray[np.uint8], tokens: NDArray[np.int64]) -> None:
+    """Clears the tokens' bits, unless no other would be left."""
+    before = bits[tokens]
+    bits[tokens] = 0
+    if not bits.any():
+        bits[tokens] = before
+
+
+def _array(tokens: Iterable[int]) -> NDArray[np.int64]:
+    return np.fromiter(tokens, np.int64)

@@ -87,8 +87,6 @@ def test_a_grammar_that_cannot_be_compiled_is_refused_before_the_stream_begins(c
 @pytest.mark.parametrize(
     ("grammar", "options", "field"),
     [
-        (Regex("a"), {"ignore_eos": True}, "stopping.ignore_eos"),
-        (Regex("a"), {"min_new_tokens": 3}, "stopping.min_new_tokens"),
         (Regex("a" * 32_769), {}, "grammar"),
         (Lark("start: " + " " * 8_192), {}, "grammar"),
         (Regex(""), {}, "grammar"),
@@ -130,6 +128,16 @@ def test_no_end_token_is_chosen_before_the_least_length(client: Client) -> None:
     whole = client.generate("Hi", temperature=1.0, seed=1, stop_token_ids=ends, min_new_tokens=30, max_new_tokens=90)
     tokens = [token.id for token in whole.sequences[0].tokens]
     assert len(tokens) > 30 and not set(tokens[:30]) & {*ends, END}
+
+
+@pytest.mark.parametrize("options", [{"ignore_eos": True}, {"min_new_tokens": 30}, {"ignore_eos": True, "seed": 1}])
+def test_a_grammar_s_end_ends_an_answer_that_is_to_go_on(client: Client, options: dict[str, object]) -> None:
+    document = answer(client, JsonSchema(SCHEMA), **options)
+    jsonschema.validate(json.loads(document.text), SCHEMA)
+    assert document.finish_reason is FinishReason.END_TOKEN
+    longest = [answer(client, Regex("a{1,40}"), max_new_tokens=60, **options) for _ in range(3)]
+    assert all(len(found.text) >= 30 for found in longest)
+    assert "ignore_eos" not in options or {found.text for found in longest} == {"a" * 40}
 
 
 def test_preempted_sequences_and_two_ranks_answer_the_same_with_logprobs_or_without(

@@ -154,6 +154,13 @@ def test_the_least_length_forbids_the_end_tokens_until_it_is_reached(compiler: G
     assert constraints.begin([4, 1], [5, 4]) is None
 
 
+def test_end_tokens_are_banned_only_where_the_grammar_allows_something_else(compiler: GrammarCompiler) -> None:
+    short_or_long = Grammar(kind=GRAMMAR_KIND_REGEX, text="a(bc)?")
+    for options in ({"min_new_tokens": 9, "end_token_ids": [END]}, {"unwanted_token_ids": [END]}):
+        answers = {sample(constrained(compiler, short_or_long, **options), Random(seed)) for seed in range(9)}
+        assert answers == {"abc"}
+
+
 def test_a_row_forgets_its_former_sequence_s_constraints(compiler: GrammarCompiler) -> None:
     constraints = constrained(compiler, DATE, min_new_tokens=9, end_token_ids=[END])
     constraints.start(SequenceStart(row=0, tokens=[1], prompt_length=1))
