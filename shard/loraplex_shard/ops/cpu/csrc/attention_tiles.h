@@ -12,27 +12,23 @@ namespace loraplex {
 constexpr long TILE_BLOCKS = 4;                     // of the cache, whose positions are the columns of four tiles
 constexpr long TILE_SPAN = TILE_BLOCKS * LANES;     // positions
 
-// first [16] and second [16], or zeros, to pairs [16][2].
-inline void pair_up(const bf16* first, const bf16* second, bf16* pairs) {
-    auto widened = [](const bf16* p) {
-        return p ? _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)) : _mm512_setzero_si512();
-    };
-    _mm512_storeu_si512(pairs, _mm512_or_si512(widened(first), _mm512_slli_epi32(widened(second), 16)));
-}
-
 // A block's keys [head_dim][16] as a panel of sixteen columns: [head_dim / 2][16][2].
-inline void pack_keys(const bf16* keys, long head_dim, bf16* panel) {
-    for (long d = 0; d < head_dim; d += 2) pair_up(keys + d * LANES, keys + (d + 1) * LANES, panel + d * LANES);
+template <class C>
+void pack_keys(const C* keys, long head_dim, bf16* panel) {
+    for (long d = 0; d < head_dim; d += 2)
+        pair_up(low_halves(keys + d * LANES), low_halves(keys + (d + 1) * LANES), panel + d * LANES);
 }
 
 // The values [16][head_dim] of a block, of which `positions` are a sequence's, into the panels of a span, one for every
 // sixteen dimensions: [head_dim / 16][TILE_SPAN / 2][16][2]. What is not the sequence's becomes 0, since it may be NaN.
-inline void pack_values(const bf16* values, long head_dim, long block, long positions, bf16* panels) {
+template <class C>
+void pack_values(const C* values, long head_dim, long block, long positions, bf16* panels) {
+    auto row = [&](long d, long j) {
+        return j < positions ? low_halves(values + j * head_dim + d) : _mm512_setzero_si512();
+    };
     for (long d = 0; d < head_dim; d += LANES)
         for (long j = 0; j < LANES; j += 2)
-            pair_up(j < positions ? values + j * head_dim + d : nullptr,
-                    j + 1 < positions ? values + (j + 1) * head_dim + d : nullptr,
-                    panels + (d * TILE_SPAN) + (block * LANES + j) * LANES);
+            pair_up(row(d, j), row(d, j + 1), panels + (d * TILE_SPAN) + (block * LANES + j) * LANES);
 }
 
 // scores [16, TILE_SPAN] = query [16, head_dim] times the panels of four blocks' keys.

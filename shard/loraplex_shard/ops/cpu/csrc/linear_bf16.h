@@ -37,14 +37,6 @@ void rows_by_vectors(long rows, const bf16* x, long stride, long k, const bf16* 
         rows_by_vectors<M - 1>(rows, x, stride, k, panel, bias, out, n, columns);
 }
 
-// Row tiles of one height, that divides m rows as evenly as can be; the last two may share rows, which are then computed
-// twice. So no tile reads behind the last row of x.
-struct RowTiles {
-    long m, count, height;
-    explicit RowTiles(long m) : m(m), count((m + TILE_ROWS - 1) / TILE_ROWS), height((m + count - 1) / count) {}
-    long begin(long tile) const { return tile * height < m - height ? tile * height : m - height; }
-};
-
 constexpr long BLOCK_TILES = 16;  // row tiles that stay in the cache while all panels are read
 
 struct Panels {  // one, or two that follow each other

@@ -6,8 +6,10 @@
 //
 // In a decode step all there is to do is to read the adapters. So their weights are cut into units; each thread has an
 // equal share of them, in the order in which they lie in memory, and asks for the next unit while it computes one.
+// Runs long enough, as those of prefill chunks are, are multiplied by tiles where the processor has them (lora_tiles.h).
 
 #include "common.h"
+#include "lora_tiles.h"
 
 #include <omp.h>
 #include <vector>
@@ -20,6 +22,7 @@ constexpr long RANKS = 4;         // rows of A in a unit
 constexpr long OUTPUTS = 2 * WIDTH;  // of B in a unit
 constexpr long ROWS = 32;         // of x that share a unit's weights while they are in the cache
 constexpr long READING = 4;       // reading a weight costs as much as multiplying it with so many rows
+constexpr long TILES_GAIN = 4;    // rows that tiles multiply in the time of one, the weights' packing included
 
 struct Part {  // one projection of a fused layer
     std::int64_t rank_start, rank_stop;
@@ -35,10 +38,12 @@ struct Layer {  // as the shard's adapter tables have it: all numbers are 64 bit
     Part part[3];
 };
 
-struct Run {  // up to ROWS rows of one adapter
+struct Run {  // up to ROWS rows of one adapter or, by tiles, TILE_RUN
     long start, rows;
     const Layer* layer;
-    long shrunk;  // where its A x goes, [rows][lora_rank]
+    bool tiles;
+    long stride;  // of the rows of its A x: lora_rank and, by tiles, a tile's depth of zeros
+    long shrunk;  // where its A x goes, [rows][stride]: float32 or, by tiles, bfloat16
 };
 
 struct Unit {
@@ -211,8 +216,9 @@ void expand_unit(const Unit& unit, const float* shrunk, const W* next, long next
 template <class W, class F>
 void each_unit(const Run& run, bool of_a, long k, F add) {
     const Layer& layer = *run.layer;
-    for (long r = 0; of_a && r < layer.lora_rank; r += RANKS) {
-        long end = r + RANKS < layer.lora_rank ? r + RANKS : layer.lora_rank;
+    long step = run.tiles ? LANES : RANKS;
+    for (long r = 0; of_a && r < layer.lora_rank; r += step) {
+        long end = r + step < layer.lora_rank ? r + step : layer.lora_rank;
         add(Unit{&run, nullptr, r, end, (const W*)layer.shrink + r * k}, (end - r) * k);
     }
     for (long p = 0; !of_a && p < layer.parts; p++) {
@@ -225,7 +231,7 @@ void each_unit(const Run& run, bool of_a, long k, F add) {
     }
 }
 
-long cost(const Run& run, long weights) { return weights * (run.rows + READING); }
+long cost(const Run& run, long weights) { return weights * (READING + (run.tiles ? run.rows / TILES_GAIN : run.rows)); }
 
 long cost(const Run& run, bool of_a, long k) {
     long weights = of_a ? run.layer->lora_rank * k : 0;
@@ -251,19 +257,44 @@ void share(const std::vector<Run>& runs, bool of_a, long k, int threads, int thr
     }
 }
 
+template <class T>
 std::vector<Run> cut(long segments, const std::int64_t* starts, const std::int64_t* stops, const Layer* const* tables,
                      long layer, long& shrunk) {
     std::vector<Run> runs;
     shrunk = 0;
     for (long s = 0; s < segments; s++) {
         const Layer& own = tables[s][layer];
-        for (Runs rows(starts[s], stops[s], ROWS); own.lora_rank && rows; rows.next()) {
-            runs.push_back({rows.begin, rows.count(), &own, shrunk});
-            shrunk += rows.count() * own.lora_rank;
+        bool tiles = HAS_TILES && sizeof(T) == 2 && stops[s] - starts[s] >= FEWEST_TILE_ROWS;
+        long stride = tiles ? own.lora_rank + TILE_DEPTH : own.lora_rank;
+        for (Runs rows(starts[s], stops[s], tiles ? TILE_RUN : ROWS); own.lora_rank && rows; rows.next()) {
+            runs.push_back({rows.begin, rows.count(), &own, tiles, stride, shrunk});
+            shrunk += rows.count() * stride;
         }
     }
     return runs;
 }
+
+#if defined(__AMX_BF16__)
+
+template <class W>
+void shrink_unit_by_tiles(const Unit& unit, const bf16* x, long k, const W* next, bf16* shrunk) {
+    const Run& run = *unit.run;
+    const float* scales = sizeof(W) == 1 ? run.layer->scales + unit.begin : nullptr;
+    shrink_by_tiles(run.rows, x + run.start * k, k, (const W*)unit.weights, next, unit.end - unit.begin, scales,
+                    shrunk + unit.begin, run.stride);
+    if (unit.end == run.layer->lora_rank)
+        for (long row = 0; row < run.rows; row++) std::memset(shrunk + row * run.stride + unit.end, 0, TILE_BYTES);
+}
+
+template <class W>
+void expand_unit_by_tiles(const Unit& unit, const bf16* shrunk, const W* next, long next_width, bf16* out, long stride) {
+    const Run& run = *unit.run;
+    const Part& part = *unit.part;
+    expand_by_tiles(run.rows, shrunk + part.rank_start, run.stride, part.rank_stop - part.rank_start,
+                    (const W*)unit.weights, part.stop - part.start, next, next_width, out, stride, unit.end - unit.begin);
+}
+
+#endif
 
 template <class W, class T>
 void shrink_all(const Unit* unit, const Unit* end, const T* x, long k, float* shrunk) {
@@ -271,6 +302,13 @@ void shrink_all(const Unit* unit, const Unit* end, const T* x, long k, float* sh
     long padded = (k + WIDTH - 1) / WIDTH * WIDTH;
     float* rows = scratch.get<float>(ROWS * padded);
     for (const Run* run = nullptr; unit < end; unit++) {
+#if defined(__AMX_BF16__)
+        if constexpr (sizeof(T) == 2)
+            if (unit->run->tiles) {
+                shrink_unit_by_tiles(*unit, x, k, (const W*)unit[1].weights, (bf16*)(shrunk + unit->run->shrunk));
+                continue;
+            }
+#endif
         if (run != unit->run) {
             run = unit->run;
             convert<W>(x + run->start * k, run->rows, k, rows);
@@ -288,9 +326,18 @@ void shrink_all(const Unit* unit, const Unit* end, const T* x, long k, float* sh
 template <class W, class T>
 void expand_all(const Unit* unit, const Unit* end, const float* shrunk, T* out, long n) {
     for (; unit < end; unit++) {
-        const Part* after = unit[1].part;
+        const float* own = shrunk + unit->run->shrunk;
+        const W* next = (const W*)unit[1].weights;
+        long next_width = unit[1].part->stop - unit[1].part->start;
         T* to = out + unit->run->start * n + unit->part->start + unit->begin;
-        expand_unit(*unit, shrunk + unit->run->shrunk, (const W*)unit[1].weights, after->stop - after->start, to, n);
+#if defined(__AMX_BF16__)
+        if constexpr (sizeof(T) == 2)
+            if (unit->run->tiles) {
+                expand_unit_by_tiles(*unit, (const bf16*)own, next, next_width, to, n);
+                continue;
+            }
+#endif
+        expand_unit(*unit, own, next, next_width, to, n);
     }
 }
 
@@ -299,7 +346,7 @@ void add_delta(int threads, long segments, const std::int64_t* starts, const std
                const Layer* const* tables, long layer, const T* x, long k, T* out, long n) {
     static thread_local Scratch scratch;
     long size;
-    std::vector<Run> runs = cut(segments, starts, stops, tables, layer, size);
+    std::vector<Run> runs = cut<T>(segments, starts, stops, tables, layer, size);
     if (runs.empty()) return;
     float* shrunk = scratch.get<float>(size);
 #pragma omp parallel num_threads(threads)

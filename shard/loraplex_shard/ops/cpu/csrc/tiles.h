@@ -5,9 +5,7 @@
 // compiler which memory they read and write.
 #pragma once
 
-#include "vec.h"
-
-#if defined(__AMX_BF16__)
+#include "common.h"
 
 namespace loraplex {
 
@@ -15,6 +13,22 @@ constexpr long TILE_ROWS = 16;
 constexpr long TILE_BYTES = 64;                // of a row
 constexpr long TILE_DEPTH = TILE_BYTES / 2;    // bfloat16 numbers of k in a tile
 constexpr long FEWEST_TILE_ROWS = 8;           // of x: below, products of vectors keep up with the memory
+
+#if !defined(__AMX_BF16__)
+
+constexpr bool HAS_TILES = false;
+
+#else
+
+constexpr bool HAS_TILES = true;
+
+// Row tiles of one height, that divides m rows as evenly as can be; the last two may share rows, which are then computed
+// twice. So no tile reads behind the last row of x.
+struct RowTiles {
+    long m, count, height;
+    explicit RowTiles(long m) : m(m), count((m + TILE_ROWS - 1) / TILE_ROWS), height((m + count - 1) / count) {}
+    long begin(long tile) const { return tile * height < m - height ? tile * height : m - height; }
+};
 
 // The tile registers of this thread, for as long as this lives. 0 to 3 are sums: `rows` rows of sixteen numbers of 32
 // bits. 4 and 5 are left-hand sides: `rows` rows of `depth` bytes; 6 and 7 right-hand sides, depth / 4 rows of sixteen
@@ -66,6 +80,20 @@ template <int SUMS, int LEFT, int RIGHT>
     asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUMS), "i"(LEFT), "i"(RIGHT));
 }
 
+// Sixteen numbers, or the first n, as bfloat16 in the lower halves of 32 bits. Bytes become it exactly.
+inline __m512i low_halves(const bf16* p, long n = LANES) {
+    return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(__mmask16((1 << n) - 1), p));
+}
+inline __m512i low_halves(const std::int8_t* p, long n = LANES) {
+    __m128i bytes = _mm_maskz_loadu_epi8(__mmask16((1 << n) - 1), p);
+    return _mm512_srli_epi32(_mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes))), 16);
+}
+
+// Two rows of low halves as the pairs of a right-hand tile.
+inline void pair_up(__m512i first, __m512i second, bf16* pairs) {
+    _mm512_storeu_si512(pairs, _mm512_or_si512(first, _mm512_slli_epi32(second, 16)));
+}
+
 // sums += x panels over one tile of k, for two tiles of rows of x (or one) and two panels (or one).
 template <bool TWO_ROWS, bool TWO_PANELS>
 [[gnu::always_inline]] inline void multiply_step(const bf16* x0, const bf16* x1, long stride, const bf16* panel0,
@@ -84,6 +112,6 @@ template <bool TWO_ROWS, bool TWO_PANELS>
     }
 }
 
-}  // namespace loraplex
-
 #endif
+
+}  // namespace loraplex
