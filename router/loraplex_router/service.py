@@ -25,6 +25,7 @@ from loraplex_router.request import (
     Prompt,
     Request,
     Violations,
+    check_adapter,
     check_embed_request,
     check_reference,
     check_request,
@@ -34,7 +35,7 @@ from loraplex_router.sequence import FinishReason, Sequence
 from loraplex_router.telemetry.telemetry import Telemetry
 from loraplex_router.text.chat import Chat, RenderedChat
 from loraplex_router.text.stops import StopMatcher
-from loraplex_router.text.tokenizer import Tokenizer
+from loraplex_router.text.tokenizer import Tokenizer, TokenSpan
 
 DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -193,6 +194,21 @@ class Service:
         for generation in list(self._generations.values()):
             if generation is not None:
                 self._groups.cancel(generation)
+
+    async def tokenize(
+        self, prompt: str | Chat, add_special_tokens: bool, adapter: AdapterReference | None, key: str | None = None
+    ) -> list[TokenSpan]:
+        """The tokens of a text or a rendered conversation, each with its place in it. A conversation is rendered with
+        the adapter's own chat template, if it has one; a text has no need of an adapter."""
+        tenant = self.keys.tenant(key)
+        rendered: str | Chat | RenderedChat = prompt
+        if isinstance(prompt, Chat):
+            found = Violations()
+            check_adapter(adapter, found)
+            found.raise_any()
+            tenant.check_adapter(adapter)
+            rendered = await self._render(prompt, adapter)
+        return await self.tokenizer.spans(self.tokenizer.render(rendered), add_special_tokens)
 
     async def list_adapters(self, key: str | None = None) -> list[AdapterStatus]:
         """What is staged and what lies in the adapter directory, as far as the caller may use it."""

@@ -137,6 +137,21 @@ def test_vllms_tokenize_detokenize_and_version(server: Server):
     assert read(server, "/version")["version"]
 
 
+def test_vllms_tokenize_renders_conversations_as_chat_completions_do(server: Server):
+    chat = {"model": "first", "messages": [{"role": "user", "content": [{"type": "text", "text": "ß?"}]}]}
+    found = read(server, "/tokenize", {**chat, "return_token_strs": True})
+    answered = read(server, "/v1/chat/completions", {**chat, "max_tokens": 1})
+    assert found["count"] == answered["usage"]["prompt_tokens"] == len(found["tokens"]) == len(found["token_strs"])
+    closed = {**chat, "add_generation_prompt": False}
+    shorter = read(server, "/tokenize", closed)["tokens"]
+    assert found["tokens"][: len(shorter)] == shorter and len(shorter) < found["count"]
+    assert len(shorter) == read(server, "/v1/chat/completions", {**closed, "max_tokens": 1})["usage"]["prompt_tokens"]
+    tool = {"type": "function", "function": {"name": "clock", "parameters": {"type": "object"}}}
+    assert read(server, "/tokenize", {**chat, "tools": [tool]})["count"] > found["count"] + 50
+    assert call(server, "/tokenize", {**chat, "model": "unknown"})[0] == 404
+    assert call(server, "/tokenize", {**chat, "continue_final_message": True})[0] == 422
+
+
 def test_adapters_are_loaded_listed_and_unloaded_by_either_name_of_the_routes(server: Server):
     def tier() -> str:
         return next(adapter["tier"] for adapter in read(server, "/adapters") if adapter["id"] == "second")

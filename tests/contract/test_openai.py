@@ -167,6 +167,25 @@ def test_what_does_not_fit_the_context_says_so(client: OpenAI, base: str):
         assert "this model's maximum context length is 4096 tokens" in caught.value.message
 
 
+def test_tokens_of_logprobs_are_ids_where_vllms_option_asks_for_them(client: OpenAI, base: str):
+    common = {"model": base, "max_tokens": 5, "temperature": 0}
+    as_ids = {"extra_body": {"return_tokens_as_token_ids": True}}
+    completion = {**common, "prompt": "Hi", "logprobs": 2, "echo": True}
+    texts = client.completions.create(**completion).choices[0].logprobs
+    named = client.completions.create(**completion, **as_ids).choices[0].logprobs
+    prompt = [f"token_id:{token}" for token in byte_tokenizer().encode("Hi")]
+    assert named.tokens[: len(prompt)] == prompt and named.text_offset == texts.text_offset
+    assert all(name.startswith("token_id:") for top in named.top_logprobs[1:] for name in top)
+    chunks = client.completions.create(**completion, **as_ids, stream=True)
+    assert [name for chunk in chunks for name in chunk.choices[0].logprobs.tokens] == named.tokens
+    chat = {**common, "messages": HELLO, "logprobs": True, "top_logprobs": 1, **as_ids}
+    whole = client.chat.completions.create(**chat).choices[0].logprobs.content
+    assert all(token.token.startswith("token_id:") for token in whole)
+    assert [token.token for token in whole] == [token.top_logprobs[0].token for token in whole]
+    pieces = [chunk.choices[0].logprobs for chunk in client.chat.completions.create(**chat, stream=True)]
+    assert [token for piece in pieces if piece for token in piece.content] == whole
+
+
 def test_a_bias_chooses_tokens_and_leaves_the_logprobs_as_the_models(client: OpenAI, base: str):
     q, r = byte_tokenizer().encode("qr")
     options = {"model": base, "prompt": "Hello", "max_tokens": 4, "temperature": 0, "logprobs": 1}

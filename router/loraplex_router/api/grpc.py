@@ -84,12 +84,13 @@ class GenerationApi(GenerationServiceServicer):
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
         async with _answering(context):
-            self._service.keys.tenant(_key(context))
-            tokenizer = self._service.tokenizer
             if request.WhichOneof("input") is None:
                 raise InvalidRequestError(FieldViolation("input", "set text or chat"))
-            prompt = read_chat(request.chat) if request.HasField("chat") else request.text
-            spans = await tokenizer.spans(prompt, add_special_tokens=not request.skip_special_tokens)
+            chat = request.HasField("chat")
+            prompt = read_chat(request.chat) if chat else request.text
+            spans = await self._service.tokenize(
+                prompt, not chat and not request.skip_special_tokens, None, _key(context)
+            )
             return pb.TokenizeResponse(
                 tokens=[pb.TokenSpan(id=s.id, text=s.text, start=s.start, stop=s.stop) for s in spans]
             )

@@ -24,11 +24,12 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """A conversation to be continued."""
+    """A conversation, to be continued unless generation_prompt is false."""
 
     messages: tuple[Message, ...]
     tools: tuple[Mapping[str, Any], ...] = ()  # what the model may call, as OpenAI's API describes it
     variables: Mapping[str, Any] = field(default_factory=dict)  # for the template, for example enable_thinking
+    generation_prompt: bool = True  # the text ends with the beginning of the assistant's next message
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +63,7 @@ class ChatTemplate:
         return template
 
     def render(self, chat: Chat) -> str:
-        """The prompt, up to where the assistant's answer begins. A template that knows nothing of tools gets them
-        described in the system message.
+        """The prompt. A template that knows nothing of tools gets them described in the system message.
 
         Raises InvalidRequestError if the template refuses the messages, for example for the order of their roles.
         """
@@ -72,7 +72,7 @@ class ChatTemplate:
             rows = describe_tools(rows, chat.tools)
         given = {**chat.variables, "messages": rows, "tools": list(chat.tools) or None, **self._tokens}
         try:
-            return self._template.render(add_generation_prompt=True, **given)
+            return self._template.render({**given, "add_generation_prompt": chat.generation_prompt})
         except Exception as error:  # it is a program
             raise _invalid(f"the chat template refuses them: {str(error)[:500]}") from error
 

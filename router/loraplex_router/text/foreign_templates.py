@@ -111,9 +111,9 @@ def main() -> None:
 
 
 def _render(template: ChatTemplate, given: Row) -> Row:
-    messages = tuple(Message(**message) for message in given["messages"])
+    messages = tuple(Message(**message) for message in given.pop("messages"))
     try:
-        text = template.render(Chat(messages, tuple(given["tools"]), given["variables"]))
+        text = template.render(Chat(messages, **given))
     except InvalidRequestError as error:
         return {"refusal": error.violations[0].description}
     return (

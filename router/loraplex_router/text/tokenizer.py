@@ -51,17 +51,17 @@ class Tokenizer:
 
         Raises InvalidRequestError if the chat template refuses the messages, or the model has none.
         """
-        ids: list[int] = (await self._encode(self._render(prompt), isinstance(prompt, str))).ids
+        ids: list[int] = (await self._encode(self.render(prompt), isinstance(prompt, str))).ids
         return ids
 
-    async def spans(self, prompt: str | Chat, add_special_tokens: bool = True) -> list[TokenSpan]:
-        """Like `encode`, with the place of each token in the text or the rendered conversation."""
-        text = self._render(prompt)
-        encoding = await self._encode(text, add_special_tokens and isinstance(prompt, str))
+    async def spans(self, text: str, add_special_tokens: bool = True) -> list[TokenSpan]:
+        """The tokens of a text, each with its place in it."""
+        encoding = await self._encode(text, add_special_tokens)
         places = zip(encoding.ids, encoding.offsets, strict=True)
         return [TokenSpan(token, text[start:stop], start, stop) for token, (start, stop) in places]
 
-    def _render(self, prompt: str | Chat | RenderedChat) -> str:
+    def render(self, prompt: str | Chat | RenderedChat) -> str:
+        """The text that is tokenized. Raises InvalidRequestError as `encode` does."""
         match prompt:
             case Chat():
                 return ChatTemplate.require(self.chat_template).render(prompt)

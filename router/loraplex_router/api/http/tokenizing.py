@@ -9,9 +9,15 @@ from pydantic import BaseModel, Field
 from loraplex_protos.errors import FieldViolation, InvalidRequestError
 from loraplex_router.api.http.json_body import JsonRoute
 from loraplex_router.api.http.lorax.routes import ERRORS
-from loraplex_router.api.http.openai.schema import TokenId
+from loraplex_router.api.http.openai.conversation import read_conversation
+from loraplex_router.api.http.openai.reading import read_model_name
+from loraplex_router.api.http.openai.schema import Conversation, TokenId
 from loraplex_router.keys import read_bearer
+from loraplex_router.request import Violations
 from loraplex_router.service import Service
+from loraplex_router.text.tokenizer import TokenSpan
+
+TOKENIZING_ERRORS = 401, 403, 404, 413, 422, 424, 502, 503  # an adapter can be asked for its chat template
 
 
 class LoraxTokenize(BaseModel):
@@ -32,6 +38,12 @@ class VllmTokenize(BaseModel):
     return_token_strs: bool | None = None
 
 
+class VllmTokenizeChat(Conversation):
+    model: str = Field(default="", description="An adapter: its own chat template, if it has one.")
+    add_special_tokens: bool | None = Field(default=None, description="Absent: no, the chat template writes its own.")
+    return_token_strs: bool | None = None
+
+
 class VllmTokens(BaseModel):
     count: int
     max_model_len: int
@@ -49,14 +61,13 @@ class VllmText(BaseModel):
 
 def create_tokenizing_routes(service: Service) -> APIRouter:
     routes = APIRouter(route_class=JsonRoute)
-    refused: dict[int | str, dict[str, Any]] = {status: ERRORS[status] for status in (401, 413, 422, 503)}
+    refused: dict[int | str, dict[str, Any]] = {status: ERRORS[status] for status in TOKENIZING_ERRORS}
 
     @routes.post("/tokenize", tags=["LoRAX"], responses={200: {"model": list[LoraxToken] | VllmTokens}, **refused})
-    async def tokenize(body: LoraxTokenize | VllmTokenize, http: Request) -> Response:
-        """The tokens of a text: with LoRAX's `inputs` each with its place in it, with vLLM's `prompt` their ids."""
-        _check_key(http)
-        text = body.inputs if isinstance(body, LoraxTokenize) else body.prompt
-        spans = await service.tokenizer.spans(text, add_special_tokens=body.add_special_tokens is not False)
+    async def tokenize(body: LoraxTokenize | VllmTokenize | VllmTokenizeChat, http: Request) -> Response:
+        """The tokens of a text: with LoRAX's `inputs` each with its place in it, with vLLM's `prompt` their ids; or the
+        ids of a conversation, vLLM's `messages`."""
+        spans = await _spans(body, _key(http))
         if isinstance(body, LoraxTokenize):
             return JSONResponse([{"id": s.id, "text": s.text, "start": s.start, "stop": s.stop} for s in spans])
         names = [service.tokenizer.token_text(span.id) for span in spans] if body.return_token_strs else None
@@ -66,13 +77,23 @@ def create_tokenizing_routes(service: Service) -> APIRouter:
     @routes.post("/detokenize", tags=["Operation"], responses={200: {"model": VllmText}, **refused})
     async def detokenize(body: VllmDetokenize, http: Request) -> Response:
         """The text of token ids, special tokens shown, as vLLM."""
-        _check_key(http)
+        service.keys.tenant(_key(http))
         vocabulary = service.info.vocab_size
         if any(token >= vocabulary for token in body.tokens):
             raise InvalidRequestError(FieldViolation("tokens", f"every id must be below {vocabulary}"))
         return JSONResponse({"prompt": service.tokenizer.verbatim.decode(body.tokens)})
 
-    def _check_key(http: Request) -> None:
-        service.keys.tenant(read_bearer(http.headers.get("authorization")))
+    async def _spans(body: LoraxTokenize | VllmTokenize | VllmTokenizeChat, key: str | None) -> list[TokenSpan]:
+        if not isinstance(body, VllmTokenizeChat):
+            text = body.inputs if isinstance(body, LoraxTokenize) else body.prompt
+            return await service.tokenize(text, body.add_special_tokens is not False, None, key)
+        found = Violations()
+        chat = read_conversation(body, found)
+        found.raise_any()
+        adapter = read_model_name(body.model, service.info.model_id)
+        return await service.tokenize(chat, bool(body.add_special_tokens), adapter, key)
+
+    def _key(http: Request) -> str | None:
+        return read_bearer(http.headers.get("authorization"))
 
     return routes

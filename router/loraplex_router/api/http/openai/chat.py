@@ -1,25 +1,23 @@
 """/v1/chat/completions: an answer to a conversation."""
 
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from typing import Any
 
 from loraplex_router.api.http.attendance import read
-from loraplex_router.api.http.openai.logprobs import chat_logprobs, prompt_logprobs
+from loraplex_router.api.http.openai.conversation import read_conversation
+from loraplex_router.api.http.openai.logprobs import TokenNames, chat_logprobs, prompt_logprobs
 from loraplex_router.api.http.openai.reading import read_model, read_options
-from loraplex_router.api.http.openai.schema import ChatCompletionRequest, ChatMessage, ContentPart
-from loraplex_router.api.http.openai.tools import check_tools, create_parser, offered_tools, read_arguments, write_call
+from loraplex_router.api.http.openai.schema import ChatCompletionRequest
+from loraplex_router.api.http.openai.tools import check_tools, create_parser, may_call, write_call
 from loraplex_router.api.http.openai.writing import finish_reason, head, usage, usage_so_far
 from loraplex_router.api.http.sse import DONE, event
 from loraplex_router.output import Delta, Generation
 from loraplex_router.request import Request, Violations
 from loraplex_router.sequence import Detail
-from loraplex_router.text.chat import Chat, Message
 from loraplex_router.text.tokenizer import Tokenizer
 from loraplex_router.text.tool_calls import Arguments, Piece, ToolCall
-
-ROLES = {"developer": "system"}  # OpenAI's new word for it, which no template knows
 
 
 def read_chat(body: ChatCompletionRequest, base: str) -> Request:
@@ -28,13 +26,10 @@ def read_chat(body: ChatCompletionRequest, base: str) -> Request:
     found.check(body.logprobs or not body.top_logprobs, "top_logprobs", "needs logprobs to be true")
     check_tools(body, found)
     found.check(not body.functions, "functions", "is not supported: send them as tools")
-    for name in ("chat_template", "continue_final_message"):
-        found.check(not getattr(body, name), name, "is not supported: leave it out")
-    found.check(body.add_generation_prompt is not False, "add_generation_prompt", "must be true")
-    messages = tuple(_read_message(message, place, found) for place, message in enumerate(body.messages))
+    chat = read_conversation(body, found)
     found.raise_any()
     return Request(
-        prompt=Chat(messages, offered_tools(body), body.chat_template_kwargs or {}),
+        prompt=chat if may_call(body) else replace(chat, tools=()),
         adapter=read_model(body, base),
         max_new_tokens=body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
         n=body.n or 1,
@@ -43,28 +38,6 @@ def read_chat(body: ChatCompletionRequest, base: str) -> Request:
         ),
         **read_options(body),
     )
-
-
-def _read_message(message: ChatMessage, place: int, found: Violations) -> Message:
-    parts = message.content if isinstance(message.content, list) else []
-    for at, part in enumerate(parts):
-        name = f"messages[{place}][content][{at}]"
-        found.check(_text_of(part) is not None, name, 'must be of type "text": the model reads text')
-    text = message.content if isinstance(message.content, str) else "".join(_text_of(part) or "" for part in parts)
-    fields: dict[str, Any] = {}
-    if message.tool_calls:
-        calls = [call.model_dump(exclude_none=True) for call in message.tool_calls]
-        for call in calls:
-            call["function"]["arguments"] = read_arguments(call["function"]["arguments"])
-        fields["tool_calls"] = calls
-    for name in ("name", "tool_call_id"):
-        if value := getattr(message, name):
-            fields[name] = value
-    return Message(ROLES.get(message.role, message.role), text, fields)
-
-
-def _text_of(part: ContentPart) -> str | None:
-    return {"text": part.text, "refusal": part.refusal}.get(part.type)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +68,7 @@ class ChatWriter:
         choice: dict[str, Any] = {
             "index": index,
             "message": message,
-            "logprobs": chat_logprobs(delta, self.tokenizer) if self.body.logprobs else None,
+            "logprobs": self._logprobs(delta) if self.body.logprobs else None,
             "finish_reason": writer.finish_reason(delta),
         }
         if calls:
@@ -118,7 +91,7 @@ class ChatWriter:
 
     def _chunks(self, index: int, writer: "_ChoiceWriter", delta: Delta) -> Iterator[dict[str, Any]]:
         """The role comes first, and the reason for the end last; a delta's logprobs are in the first of its chunks."""
-        logprobs = chat_logprobs(delta, self.tokenizer) if self.body.logprobs and delta.samples else None
+        logprobs = self._logprobs(delta) if self.body.logprobs and delta.samples else None
 
         def chunk(content: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
             return {"index": index, "delta": content, "logprobs": logprobs, "finish_reason": reason}
@@ -139,6 +112,9 @@ class ChatWriter:
             logprobs = None
         if delta.finish_reason or logprobs:
             yield chunk({}, writer.finish_reason(delta))
+
+    def _logprobs(self, delta: Delta) -> dict[str, Any]:
+        return chat_logprobs(delta, TokenNames(self.tokenizer, bool(self.body.return_tokens_as_token_ids)))
 
     def _head(self, kind: str) -> dict[str, Any]:
         return head(kind, "chatcmpl", self.generation, self.body.model, self.version)

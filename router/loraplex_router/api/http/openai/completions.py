@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from loraplex_router.api.http.openai.logprobs import CompletionLogprobs, prompt_logprobs
+from loraplex_router.api.http.openai.logprobs import CompletionLogprobs, TokenNames, prompt_logprobs
 from loraplex_router.api.http.openai.reading import read_model, read_options, read_prompts
 from loraplex_router.api.http.openai.schema import CompletionRequest
 from loraplex_router.api.http.openai.writing import finish_reason, head, read_all, usage, usage_so_far
@@ -112,7 +112,8 @@ class _ChoiceWriter:
     def __init__(self, parent: CompletionWriter, index: int, output: SequenceOutput) -> None:
         self._index, self._output, self._tokenizer = index, output, parent.tokenizer
         self._echo = bool(parent.body.echo)
-        self._logprobs = CompletionLogprobs(parent.tokenizer) if parent.body.logprobs is not None else None
+        names = TokenNames(parent.tokenizer, bool(parent.body.return_tokens_as_token_ids))
+        self._logprobs = CompletionLogprobs(names) if parent.body.logprobs is not None else None
         self.begun = False
 
     def write(self, delta: Delta) -> dict[str, Any]:

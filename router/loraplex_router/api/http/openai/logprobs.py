@@ -11,10 +11,24 @@ from loraplex_router.text.tokenizer import Tokenizer
 LOWEST = -9999.0  # OpenAI's for what cannot be: JSON has no -Inf
 
 
-def chat_logprobs(delta: Delta, tokenizer: Tokenizer) -> dict[str, Any]:
+class TokenNames:
+    """What a token is called in logprobs: its text or, as_ids, `token_id:` and its id."""
+
+    def __init__(self, tokenizer: Tokenizer, as_ids: bool) -> None:
+        self._tokenizer = tokenizer
+        self._as_ids = as_ids
+
+    def name(self, token: int) -> str:
+        return f"token_id:{token}" if self._as_ids else self.text(token)
+
+    def text(self, token: int) -> str:
+        return self._tokenizer.token_text(token)
+
+
+def chat_logprobs(delta: Delta, names: TokenNames) -> dict[str, Any]:
     def entry(token: int, logprob: float | None) -> dict[str, Any]:
-        text = tokenizer.token_text(token)
-        return {"token": text, "logprob": _clamp(logprob), "bytes": list(text.encode())}
+        text = list(names.text(token).encode())
+        return {"token": names.name(token), "logprob": _clamp(logprob), "bytes": text}
 
     return {
         "content": [
@@ -28,33 +42,32 @@ def chat_logprobs(delta: Delta, tokenizer: Tokenizer) -> dict[str, Any]:
 class CompletionLogprobs:
     """The four lists of a completion's choice, whole or in pieces."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._prompt: list[tuple[str, float | None, dict[str, float] | None]] = []
+    def __init__(self, names: TokenNames) -> None:
+        self._names = names
+        self._prompt: list[tuple[int, float | None, dict[str, float] | None]] = []
         self._echoed = self._at = 0  # characters of the prompt, and of the answer so far
 
     def add_prompt(self, output: SequenceOutput) -> None:
         """The prompt comes first."""
         first, *others = output.sequence.tokens[: output.sequence.prompt_length]
-        text = self._tokenizer.token_text
-        self._prompt.append((text(first), None, None))
+        self._prompt.append((first, None, None))
         for token, logprob, alternatives in _scored_prompt(others, output):
-            self._prompt.append((text(token), _clamp(logprob), self._top(alternatives)))
+            self._prompt.append((token, _clamp(logprob), self._top(alternatives)))
 
     def take(self, delta: Delta) -> dict[str, Any]:
         tokens: list[str] = []
         logprobs: list[float | None] = []
         top: list[dict[str, float] | None] = []
         offsets: list[int] = []
-        for text, logprob, alternatives in self._prompt:
-            tokens.append(text)
+        for token, logprob, alternatives in self._prompt:
+            tokens.append(self._names.name(token))
             logprobs.append(logprob)
             top.append(alternatives)
             offsets.append(self._echoed)
-            self._echoed += len(text)
+            self._echoed += len(self._names.text(token))
         self._prompt = []
         for sample, end in _with_text(delta):
-            tokens.append(self._tokenizer.token_text(sample.token))
+            tokens.append(self._names.name(sample.token))
             logprobs.append(_clamp(sample.logprob))
             top.append(self._top(sample.alternatives))
             offsets.append(self._echoed + self._at)
@@ -63,7 +76,7 @@ class CompletionLogprobs:
 
     def _top(self, alternatives: Alternatives) -> dict[str, float]:
         """Of tokens that look alike, the best."""
-        return {self._tokenizer.token_text(token): _clamp(logprob) for token, logprob in reversed(alternatives)}
+        return {self._names.name(token): _clamp(logprob) for token, logprob in reversed(alternatives)}
 
 
 def prompt_logprobs(output: SequenceOutput, tokenizer: Tokenizer) -> list[dict[str, Any] | None]:

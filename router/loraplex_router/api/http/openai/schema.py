@@ -74,6 +74,9 @@ class GenerationRequest(BaseModel):
     allowed_token_ids: list[TokenId] | None = Field(default=None, description="Not supported: refused unless empty.")
     bad_words: list[str] | None = Field(default=None, description="Not supported: refused unless empty.")
     use_beam_search: bool | None = Field(default=None, description="Not supported: refused if true.")
+    return_tokens_as_token_ids: bool | None = Field(
+        default=None, description='In logprobs a token is written "token_id:12", which no other token can look like.'
+    )
     prompt_logprobs: Count | None = Field(
         default=None, description="Report the prompt's tokens, with so many alternatives."
     )
@@ -134,18 +137,23 @@ class NamedTool(BaseModel):
     function: NamedFunction
 
 
-class ChatCompletionRequest(GenerationRequest):
+class Conversation(BaseModel):
+    """What a chat template makes a text of."""
+
     messages: list[ChatMessage] = Field(min_length=1)
+    tools: list[Tool] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = Field(default=None, description="false: no answer is begun.")
+    chat_template: str | None = Field(default=None, description="Not supported: refused unless empty.")
+    continue_final_message: bool | None = Field(default=None, description="Not supported: refused if true.")
+
+
+class ChatCompletionRequest(GenerationRequest, Conversation):
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Count | None = None
-    tools: list[Tool] | None = None
     tool_choice: NamedTool | str | None = Field(
         default=None, description="none, auto, required, or one tool: OpenAI's object, or as LoRAX its name alone."
     )
     parallel_tool_calls: bool | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
     functions: list[dict[str, Any]] | None = Field(default=None, description="Refused unless empty: send tools.")
-    chat_template: str | None = Field(default=None, description="Not supported: refused unless empty.")
-    continue_final_message: bool | None = Field(default=None, description="Not supported: refused if true.")
-    add_generation_prompt: bool | None = Field(default=None, description="Always: false is refused.")

@@ -1,6 +1,5 @@
 """Tools of a chat completion: what the prompt says of them, and what the answer may call."""
 
-import json
 import secrets
 from typing import Any
 
@@ -11,11 +10,9 @@ from loraplex_router.text.tool_calls import ToolCallParser
 CHOICES = (None, "none", "auto", "required")  # any other text names a tool, as in LoRAX
 
 
-def offered_tools(body: ChatCompletionRequest) -> tuple[dict[str, Any], ...]:
-    """The tools that the model is told of: those given, unless none may be called."""
-    if body.tool_choice == "none":
-        return ()
-    return tuple(tool.model_dump(exclude_none=True) for tool in body.tools or ())
+def may_call(body: ChatCompletionRequest) -> bool:
+    """Whether the answer can hold calls. If not, the model is told of no tools."""
+    return bool(body.tools) and body.tool_choice != "none"
 
 
 def check_tools(body: ChatCompletionRequest, found: Violations) -> None:
@@ -36,18 +33,9 @@ def forced_tool(body: ChatCompletionRequest) -> str | None:
 
 def create_parser(body: ChatCompletionRequest) -> ToolCallParser | None:
     """None if the answer can hold no calls."""
-    tools = offered_tools(body)
-    return ToolCallParser({tool["function"]["name"] for tool in tools}) if tools else None
+    return ToolCallParser({tool.function.name for tool in body.tools or ()}) if may_call(body) else None
 
 
 def write_call(name: str) -> dict[str, Any]:
     """A call whose arguments are still to come."""
     return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": {"name": name, "arguments": ""}}
-
-
-def read_arguments(arguments: str) -> Any:
-    """As templates want those of earlier calls: the object itself, where the text is one."""
-    try:
-        return json.loads(arguments)
-    except ValueError:
-        return arguments
