@@ -40,6 +40,7 @@ def generate_request(
     logprobs: bool = False,
     top_logprobs: int = 0,
     prompt_logprobs: bool = False,
+    prompt_top_logprobs: int = 0,
     request_id: str = "",
 ) -> pb.GenerateRequest:
     """The options are those of `GenerateOptions`."""
@@ -64,7 +65,13 @@ def generate_request(
         ignore_eos=ignore_eos,
         min_new_tokens=min_new_tokens,
     )
-    detail = _fill(pb.Detail(), logprobs=logprobs, top_logprobs=top_logprobs, prompt_logprobs=prompt_logprobs)
+    detail = _fill(
+        pb.Detail(),
+        logprobs=logprobs,
+        top_logprobs=top_logprobs,
+        prompt_logprobs=prompt_logprobs,
+        prompt_top_logprobs=prompt_top_logprobs,
+    )
     request = _fill(pb.GenerateRequest(sampling=sampling, stopping=stopping, detail=detail), request_id=request_id, n=n)
     if grammar is not None:
         request.grammar.CopyFrom(_grammar(grammar))

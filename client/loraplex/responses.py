@@ -134,7 +134,7 @@ def _tokens(tokens: Iterable[pb.Token]) -> tuple[Token, ...]:
             id=token.id,
             text=token.text,
             logprob=token.logprob if token.HasField("logprob") else None,
-            alternatives=tuple(TokenLogprob(other.id, other.text, other.logprob) for other in token.alternatives),
+            alternatives=_alternatives(token.alternatives),
         )
         for token in tokens
     )
@@ -142,8 +142,18 @@ def _tokens(tokens: Iterable[pb.Token]) -> tuple[Token, ...]:
 
 def _prompt(tokens: Iterable[pb.PromptToken]) -> tuple[PromptToken, ...]:
     return tuple(
-        PromptToken(token.id, token.text, token.logprob if token.HasField("logprob") else None) for token in tokens
+        PromptToken(
+            id=token.id,
+            text=token.text,
+            logprob=token.logprob if token.HasField("logprob") else None,
+            alternatives=_alternatives(token.alternatives),
+        )
+        for token in tokens
     )
+
+
+def _alternatives(tokens: Iterable[pb.TokenLogprob]) -> tuple[TokenLogprob, ...]:
+    return tuple(TokenLogprob(token.id, token.text, token.logprob) for token in tokens)
 
 
 def _usage(usage: pb.Usage) -> Usage:

@@ -92,6 +92,9 @@ class GenerateOptions(TypedDict, total=False):
     """Report this many of the most likely alternatives for each generated token, at most 32. Implies logprobs."""
     prompt_logprobs: bool
     """Report the log probability of each prompt token given those before it."""
+    prompt_top_logprobs: int
+    """Report this many of the most likely alternatives for each prompt token but the first, at most 32. Implies
+    prompt_logprobs."""
     request_id: str
     """Names the request in `cancel` and in the server's logs; at most 128 characters of A-Z a-z 0-9 . _ : -
     Empty: the server picks one."""
@@ -136,6 +139,8 @@ class PromptToken:
     text: str
     logprob: float | None
     """None for the first token, which nothing precedes."""
+    alternatives: tuple[TokenLogprob, ...]
+    """The most likely tokens in its place, best first, if asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +169,7 @@ class Generation:
     request_id: str
     sequences: tuple[GeneratedSequence, ...]
     prompt: tuple[PromptToken, ...]
-    """Empty unless prompt_logprobs asked for it."""
+    """Empty unless prompt_logprobs or prompt_top_logprobs asked for it."""
     adapter_digest: str
     """Of the adapter that answered; empty for the base model."""
 
@@ -189,7 +194,7 @@ class StreamPiece:
     usage: Usage | None
     seed: int | None
     prompt: tuple[PromptToken, ...]
-    """On the first piece of sequence 0, if prompt_logprobs asked for it."""
+    """On the first piece of sequence 0, if prompt_logprobs or prompt_top_logprobs asked for it."""
     adapter_digest: str
     """On the first piece of a sequence: of the adapter that answers; empty for the base model."""
 

@@ -180,7 +180,11 @@ def _token(request: pb.GenerateRequest, id: int, text: str) -> pb.Token:
 def _prompt(request: pb.GenerateRequest) -> list[pb.PromptToken]:
     if not request.detail.prompt_logprobs:
         return []
-    return [pb.PromptToken(id=7, text="The"), pb.PromptToken(id=8, text=" end", logprob=-0.25)]
+    likely = [pb.TokenLogprob(id=9, text=" cat", logprob=-0.125)] * request.detail.prompt_top_logprobs
+    return [
+        pb.PromptToken(id=7, text="The"),
+        pb.PromptToken(id=8, text=" end", logprob=-0.25, alternatives=likely),
+    ]
 
 
 def _usage(generated_tokens: int) -> pb.Usage:

@@ -21,6 +21,7 @@ from loraplex import (
     InvalidRequestError,
     LoraplexError,
     OverloadedError,
+    PromptToken,
     Token,
     TokenLogprob,
     TokenSpan,
@@ -47,12 +48,13 @@ def test_generate_gives_the_answer(client: Client) -> None:
 
 def test_generate_gives_all_that_is_asked_for(client: Client) -> None:
     generation = client.generate(
-        "Count", adapter="sql", n=2, seed=7, logprobs=True, top_logprobs=1, prompt_logprobs=True
+        "Count", adapter="sql", n=2, seed=7, logprobs=True, top_logprobs=1, prompt_logprobs=True, prompt_top_logprobs=1
     )
     assert [sequence.seed for sequence in generation.sequences] == [7, 8]
     assert generation.adapter_digest == "d1" * 32
     assert generation.sequences[0].tokens[0] == Token(0, " one", -0.5, (TokenLogprob(0, " one", -0.5),))
-    assert [(token.text, token.logprob) for token in generation.prompt] == [("The", None), (" end", -0.25)]
+    likely = TokenLogprob(9, " cat", -0.125)
+    assert generation.prompt == (PromptToken(7, "The", None, ()), PromptToken(8, " end", -0.25, (likely,)))
 
 
 def test_the_options_reach_the_server(client: Client, servicer: ScriptedServicer) -> None:

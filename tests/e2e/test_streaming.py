@@ -85,7 +85,7 @@ def test_n_sequences_of_one_prompt_are_those_of_consecutive_seeds(client: Client
 def test_logprobs_alternatives_and_prompt_logprobs_equal_the_oracles(client: Client, oracle: Oracle):
     prompt = byte_tokenizer().encode("Logprobs, please: " * 20)
     answer = client.generate(
-        prompt, adapter="r12", max_new_tokens=4, ignore_eos=True, top_logprobs=3, prompt_logprobs=True
+        prompt, adapter="r12", max_new_tokens=4, ignore_eos=True, top_logprobs=3, prompt_top_logprobs=2
     )
     tokens, logprobs = oracle.generate(prompt, "r12", 4)
     assert [token.id for token in answer.sequences[0].tokens] == tokens
@@ -97,6 +97,11 @@ def test_logprobs_alternatives_and_prompt_logprobs_equal_the_oracles(client: Cli
     assert answer.prompt[0].logprob is None
     expected = oracle.prompt_logprobs(prompt, "r12")
     assert [token.logprob for token in answer.prompt[1:]] == pytest.approx(expected, abs=2e-3)
+    assert answer.prompt[0].alternatives == ()
+    for token in answer.prompt[1:]:
+        best, second = token.alternatives
+        assert best.logprob >= max(second.logprob, token.logprob)
+        assert token.id != best.id or token.logprob == best.logprob
 
 
 def test_a_repeated_prompt_is_found_in_the_cache_and_answered_alike_but_not_across_adapters(client: Client):

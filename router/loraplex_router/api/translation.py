@@ -1,12 +1,12 @@
 """Between generation.proto and the router's own types."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from loraplex_protos import generation_pb2 as pb
 from loraplex_protos.errors import FieldViolation, InvalidRequestError
 from loraplex_router.adapters.administration import AdapterStatus, State, Tier
 from loraplex_router.grammar import Grammar, GrammarKind
-from loraplex_router.output import Delta, Generation, Sample, SequenceOutput
+from loraplex_router.output import Alternatives, Delta, Generation, Sample, SequenceOutput
 from loraplex_router.request import AdapterReference, EmbedRequest, MergedReference, Request, SamplingOptions
 from loraplex_router.sequence import Detail, FinishReason
 from loraplex_router.text.chat import Chat, Message
@@ -50,7 +50,8 @@ def read_request(message: pb.GenerateRequest) -> Request:
         detail=Detail(
             logprobs=message.detail.logprobs or message.detail.top_logprobs > 0,
             top_logprobs=message.detail.top_logprobs,
-            prompt_logprobs=message.detail.prompt_logprobs,
+            prompt_logprobs=message.detail.prompt_logprobs or message.detail.prompt_top_logprobs > 0,
+            prompt_top_logprobs=message.detail.prompt_top_logprobs,
         ),
         grammar=_read_grammar(message.grammar) if message.HasField("grammar") else None,
     )
@@ -160,8 +161,7 @@ class Writer:
             token = to.tokens.add(id=sample.token, text=text(sample.token))
             if sample.logprob is not None:
                 token.logprob = sample.logprob
-            for other, logprob in sample.alternatives:
-                token.alternatives.add(id=other, text=text(other), logprob=logprob)
+            token.alternatives.extend(self._alternatives(sample.alternatives))
 
     def _prompt(self) -> list[pb.PromptToken]:
         """The prompt's tokens with their logprobs; none if not asked for, or cancelled before they were known."""
@@ -170,9 +170,16 @@ class Writer:
         if not sequence.detail.prompt_logprobs or len(output.prompt_logprobs) < sequence.prompt_length - 1:
             return []
         tokens = sequence.tokens[: sequence.prompt_length]
-        logprobs = [None, *output.prompt_logprobs]
         text = self._tokenizer.token_text
-        return [pb.PromptToken(id=i, text=text(i), logprob=p) for i, p in zip(tokens, logprobs, strict=True)]
+        scored = zip(tokens, [None, *output.prompt_logprobs], [(), *output.prompt_alternatives], strict=True)
+        return [
+            pb.PromptToken(id=token, text=text(token), logprob=logprob, alternatives=self._alternatives(alternatives))
+            for token, logprob, alternatives in scored
+        ]
+
+    def _alternatives(self, alternatives: Alternatives) -> Iterator[pb.TokenLogprob]:
+        text = self._tokenizer.token_text
+        return (pb.TokenLogprob(id=token, text=text(token), logprob=logprob) for token, logprob in alternatives)
 
 
 def _finish_reason(delta: Delta) -> pb.FinishReason.ValueType:
