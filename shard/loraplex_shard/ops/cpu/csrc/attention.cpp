@@ -209,15 +209,17 @@ bool suits_tiles(const Shape& shape, const Task& task) {
 }
 
 // As attend, by tiles. `queries` [rows, head_dim] are as the model has them, not scaled; `panels` is room for a span's keys
-// and values. All rows have room up to whole tiles; what the last ones hold does not matter.
-void attend_by_tiles(const Shape& shape, const Task& task, const Cache<bf16>& cache, const std::int64_t* table,
+// and values, which become bfloat16 there: bytes do so exactly, and their scales are applied to scores and weights. All
+// rows have room up to whole tiles; what the last ones hold does not matter.
+template <class C>
+void attend_by_tiles(const Shape& shape, const Task& task, const Cache<C>& cache, const std::int64_t* table,
                      long context, long first_position, const bf16* queries, bf16* panels, Rows rows) {
     static_assert(SPAN == TILE_BLOCKS);
     Tiles tiles(TILE_ROWS, TILE_BYTES);
     long group = shape.heads / shape.kv_heads, count = task.tokens * group, head_dim = shape.head_dim;
     bf16* values = panels + TILE_SPAN * head_dim;
     for (long block = task.first_block; block <= task.last_block; block += SPAN) {
-        Span<bf16> span = span_at(shape, task, cache, table, context, block);
+        Span<C> span = span_at(shape, task, cache, table, context, block);
         for (int b = 0; b < SPAN; b++) {
             if (b < span.blocks) pack_keys(span.keys[b], head_dim, panels + b * LANES * head_dim);
             // The sequence may go on behind the blocks that the task reads.
@@ -228,12 +230,20 @@ void attend_by_tiles(const Shape& shape, const Task& task, const Cache<bf16>& ca
             score_tiles(queries + row * head_dim, head_dim, panels, rows.weights + row * TILE_SPAN);
         for (long row = 0; row < count; row++) {
             float* lanes = rows.weights + row * TILE_SPAN;
-            for (int j = 0; j < TILE_SPAN; j += LANES) store(lanes + j, load(lanes + j) * splat(shape.scale));
+            for (int b = 0; b < span.blocks; b++) {
+                Floats scale = splat(shape.scale);
+                if (span.key_scales[b]) scale = scale * load(span.key_scales[b]);
+                store(lanes + b * LANES, load(lanes + b * LANES) * scale);
+            }
             weigh(shape, span, first_position + row / group, lanes, rows.out + row * head_dim, rows.most + row,
                   rows.total + row);
             // Rounded in place, to the first half of the row; behind the span's last block nothing has weight.
-            for (int j = 0; j < TILE_SPAN; j += LANES)
-                store((bf16*)lanes + j, j < span.blocks * LANES ? load(lanes + j) : zeros());
+            for (int b = 0; b < SPAN; b++) {
+                Floats weights = b < span.blocks ? load(lanes + b * LANES) : zeros();
+                if (b < span.blocks && span.value_scales[b])
+                    weights = weights * load_first(span.value_scales[b], span.positions - b * LANES);
+                store((bf16*)lanes + b * LANES, weights);
+            }
         }
         for (long row = 0; row < count; row += TILE_ROWS)
             add_value_tiles((const bf16*)(rows.weights + row * TILE_SPAN), 2 * TILE_SPAN, head_dim, values,
@@ -348,7 +358,7 @@ void attention(int threads, const Shape& shape, const T* query, long query_strid
             long position = context - (starts[task.chunk + 1] - task.first_token);
             const std::int64_t* table = tables + task.chunk * table_width;
 #if defined(__AMX_BF16__)
-            if constexpr (sizeof(T) == 2 && sizeof(C) == 2)
+            if constexpr (sizeof(T) == 2)
                 if (suits_tiles(shape, task)) {
                     bf16* queries = (bf16*)rows.query;
                     for (long row = 0; row < count; row++)

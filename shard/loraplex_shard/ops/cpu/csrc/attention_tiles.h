@@ -1,5 +1,5 @@
-// The two products of attention by tiles, for many rows of bfloat16 queries and SPAN blocks of the cache at once. Used by
-// attention.cpp; knows neither masks nor softmax.
+// The two products of attention by tiles, for many rows of bfloat16 queries and SPAN blocks of the cache, of bfloat16 or
+// int8, at once. Used by attention.cpp; knows neither masks nor softmax nor scales.
 #pragma once
 
 #include "common.h"
