@@ -1,7 +1,7 @@
 """Compiles the kernels in csrc/ for this processor, once, and loads them. Knows the compiler, not what kernels compute.
 
-The library has a plain C interface and links OpenMP only, so that its threads are torch's own pool (the process has
-loaded torch's libgomp) and it is compiled in seconds, without torch's headers.
+The library has a plain C interface, so that it is compiled in seconds, without torch's headers. Its threads are its own
+(see team.h) and as many as torch's; the two work in turns, since whoever calls one of them waits for it.
 """
 
 import ctypes
@@ -19,7 +19,7 @@ import torch
 from loraplex_protos.errors import LoraplexError
 
 SOURCES = Path(__file__).parent / "csrc"
-FLAGS = ("-O3", "-std=c++17", "-fopenmp", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=fast")
+FLAGS = ("-O3", "-std=c++20", "-pthread", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=fast")
 
 # By instruction set, best first: what the compiler is told, and the processor's capabilities, as torch names them.
 AVX512_FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mfma", "-mf16c")

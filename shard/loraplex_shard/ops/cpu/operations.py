@@ -1,7 +1,7 @@
 """The operations on the CPU, computed by the kernels in csrc/. Every method is one call of a kernel.
 
-Tensors are float32 or bfloat16 and contiguous. Kernels run on torch's threads and on the calling thread; they keep
-memory for intermediate values from call to call, so that a step allocates only its results.
+Tensors are float32 or bfloat16 and contiguous. Kernels run on the calling thread and as many more as torch has; they
+keep memory for intermediate values from call to call, so that a step allocates only its results.
 """
 
 import ctypes

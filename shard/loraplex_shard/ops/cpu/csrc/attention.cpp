@@ -6,10 +6,9 @@
 // position and head. What lies behind a sequence's last position is never used, whatever it is.
 
 #include "attention_tiles.h"
-#include "common.h"
+#include "team.h"
 
 #include <limits>
-#include <omp.h>
 #include <vector>
 
 namespace loraplex {
@@ -332,11 +331,10 @@ void attention(int threads, const Shape& shape, const T* query, long query_strid
 #endif
     float* memory = for_rows.get<float>(row_size * threads);
     float* partials = for_partials.get<float>(partial_size * partial_count);
-#pragma omp parallel num_threads(threads)
-    {
-        float* mine = memory + omp_get_thread_num() * row_size;
-#pragma omp for schedule(dynamic, 1)
-        for (std::size_t i = 0; i < tasks.size(); i++) {
+    std::atomic<std::size_t> next{0}, next_joined{0};  // tasks differ in size: whoever is free takes one
+    parallel(threads, [&](Member me) {
+        float* mine = memory + me.index * row_size;
+        for (std::size_t i; (i = next++) < tasks.size();) {
             const Task& task = tasks[i];
             long count = task.tokens * group;
             float* target = task.parts > 1 ? partials + task.partial * partial_size : mine;
@@ -376,11 +374,11 @@ void attention(int threads, const Shape& shape, const T* query, long query_strid
             if (task.parts == 1) write(shape, task, rows.out, rows.total, out);
         }
         if (partial_count) {
-#pragma omp for schedule(dynamic, 1)
-            for (std::size_t i = 0; i < tasks.size(); i++)
+            me.barrier();
+            for (std::size_t i; (i = next_joined++) < tasks.size();)
                 if (tasks[i].parts > 1 && tasks[i].part == 0) join(shape, tasks[i], partials, partial_size, out);
         }
-    }
+    });
 }
 
 // Writes sixteen-position blocks: one token's head, at `offset` of its block.
@@ -439,8 +437,7 @@ template <class T>
 void rotate_write(int threads, long tokens, T* qkv, long stride, long heads, long kv_heads, long head_dim, const T* norm,
                   float eps, const std::int64_t* positions, const float* cos, const float* sin,
                   const std::int64_t* indices, void* keys, void* values, float* key_scales, float* value_scales) {
-#pragma omp parallel for num_threads(threads) if (tokens > 1)
-    for (long i = 0; i < tokens; i++) {
+    parallel_for(tokens > 1 ? threads : 1, tokens, [&](long i) {
         T* token = qkv + i * stride;
         const float* c = cos + positions[i] * head_dim;
         const float* s = sin + positions[i] * head_dim;
@@ -464,7 +461,7 @@ void rotate_write(int threads, long tokens, T* qkv, long stride, long heads, lon
                 write_head(key, value, head_dim, (T*)keys + place * size, (T*)values + place * size, offset);
             }
         }
-    }
+    });
 }
 
 }  // namespace

@@ -4,20 +4,17 @@
 // all have; then it reads the others' slots. Slots are double: a rank that fills one for round n + 2 has met the others
 // in round n + 1, so all of them are done reading round n. Hence a round needs no second wait.
 
-#include "common.h"
+#include "team.h"
 
 #include <atomic>
 #include <ctime>
 #include <fcntl.h>
-#include <sched.h>
 #include <unistd.h>
 
 namespace loraplex {
 namespace {
 
-constexpr int SPINS = 500;             // looks at a rank's state before the core is offered to others, some 10 us
-constexpr double YIELDING = 2e-3;      // seconds of offering, before sleeping
-constexpr useconds_t NAP = 50;         // microseconds of a sleep: another rank is busy, or lost
+constexpr useconds_t NAP = 50;  // microseconds of a sleep: another rank is busy, or lost
 constexpr long DONE = 0;
 
 struct alignas(128) State {  // of a rank; the memory begins with these, zeroed
@@ -37,12 +34,6 @@ double now() {
     timespec time;
     clock_gettime(CLOCK_MONOTONIC, &time);
     return double(time.tv_sec) + 1e-9 * double(time.tv_nsec);
-}
-
-inline void pause() {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#endif
 }
 
 class Rounds {
@@ -70,19 +61,11 @@ public:
 
 private:
     long wait_for(long rank) const {
-        for (int spin = 0; spin < SPINS; spin++) {
-            if (arrived(rank)) return DONE;
-            pause();
-        }
+        if (soon([&] { return arrived(rank); })) return DONE;
         for (double began = now(); !arrived(rank);) {
-            double waited = now() - began;
-            if (waited < YIELDING) {
-                sched_yield();  // the rank may need this very core
-                continue;
-            }
             if (gone(rank)) return arrived(rank) ? DONE : 1 + rank;  // it may have left after the round
             if (gone(place_.rank)) return 1 + place_.rank;           // another thread closes the group
-            if (waited > place_.patience) return -1 - rank;
+            if (now() - began > place_.patience) return -1 - rank;
             usleep(NAP);
         }
         return DONE;

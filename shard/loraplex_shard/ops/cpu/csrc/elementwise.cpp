@@ -1,6 +1,6 @@
 // Normalization and activation: little arithmetic, each value read and written once.
 
-#include "common.h"
+#include "team.h"
 
 namespace loraplex {
 namespace {
@@ -10,8 +10,7 @@ constexpr long SMALL = 8192;  // numbers below which a second thread costs more 
 // hidden += delta (if there is one), out = hidden / root mean square * weight.
 template <class T>
 void rms_norm(int threads, long rows, long n, T* hidden, const T* delta, const T* weight, float eps, T* out) {
-#pragma omp parallel for num_threads(threads) if (rows * n > SMALL)
-    for (long row = 0; row < rows; row++) {
+    parallel_for(rows * n > SMALL ? threads : 1, rows, [&](long row) {
         T* x = hidden + row * n;
         Floats squares = zeros();
         for (long i = 0; i < n; i += LANES) {
@@ -29,7 +28,7 @@ void rms_norm(int threads, long rows, long n, T* hidden, const T* delta, const T
             Floats normed = load_first(x + i, count) * factor;
             store_first(out + row * n + i, normed * load_first(weight + i, count), count);
         }
-    }
+    });
 }
 
 inline Floats gated(Floats gate, Floats up) {
@@ -38,8 +37,7 @@ inline Floats gated(Floats gate, Floats up) {
 
 template <class T>
 void silu_mul(int threads, long rows, long n, const T* gate_up, T* out) {
-#pragma omp parallel for num_threads(threads) if (rows * n > SMALL)
-    for (long row = 0; row < rows; row++) {
+    parallel_for(rows * n > SMALL ? threads : 1, rows, [&](long row) {
         const T* gate = gate_up + row * 2 * n;
         long whole = n / LANES * LANES;
         for (long i = 0; i < whole; i += LANES) store(out + row * n + i, gated(load(gate + i), load(gate + n + i)));
@@ -47,7 +45,7 @@ void silu_mul(int threads, long rows, long n, const T* gate_up, T* out) {
             Floats last = gated(load_first(gate + whole, rest), load_first(gate + n + whole, rest));
             store_first(out + row * n + whole, last, rest);
         }
-    }
+    });
 }
 
 }  // namespace

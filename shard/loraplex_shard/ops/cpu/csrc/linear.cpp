@@ -4,10 +4,8 @@
 // to be even. Every thread computes panels of its own, so each weight is read once per call and by one core.
 // Processors that multiply bfloat16 do so by linear_bf16.h, over the same panels.
 
-#include "common.h"
 #include "linear_bf16.h"
-
-#include <omp.h>
+#include "team.h"
 
 namespace loraplex {
 namespace {
@@ -72,19 +70,17 @@ void linear(int threads, long m, long n, long k, const T* x, const W* weight, co
     float* floats = convert ? scratch.get<float>(m * padded) : nullptr;
     const float* rows = convert ? floats : (const float*)x;
     long panels = (n + LANES - 1) / LANES;
-#pragma omp parallel num_threads(threads)
-    {
-        int thread = omp_get_thread_num();
+    parallel(threads, [&](Member me) {
         if (convert) {
-            Range mine(m, threads, thread);
+            Range mine = me.share(m);
             for (long i = mine.begin; i < mine.end; i++) {
                 for (long j = 0; j < k; j += LANES)
                     store_first(floats + i * padded + j, load_first(x + i * k + j, int(k - j)), int(k - j));
                 if (padded != k) floats[i * padded + k] = 0;
             }
-#pragma omp barrier
+            me.barrier();
         }
-        Range mine(panels, threads, thread);
+        Range mine = me.share(panels);
         for (long block = 0; block < m; block += BLOCK) {
             long end = block + BLOCK < m ? block + BLOCK : m;
             for (long p = mine.begin; p < mine.end; p++) {
@@ -95,7 +91,7 @@ void linear(int threads, long m, long n, long k, const T* x, const W* weight, co
                                         weight + p * padded * LANES, start, out + run.begin * n + p * LANES, n, columns);
             }
         }
-    }
+    });
 }
 
 template <class T>
@@ -145,7 +141,6 @@ EXPORT void pack_weight(int kind, long n, long k, const void* weight, void* pack
 EXPORT void weight_rows(int threads, int kind, long count, const std::int64_t* ids, long k, const void* packed, void* out) {
     with_type(kind, [&](auto* t) {
         using T = decltype(t);
-#pragma omp parallel for num_threads(threads) if (count > 1)
-        for (long i = 0; i < count; i++) unpack_row(ids[i], k, (T)packed, (T)out + i * k);
+        parallel_for(count > 1 ? threads : 1, count, [&](long i) { unpack_row(ids[i], k, (T)packed, (T)out + i * k); });
     });
 }

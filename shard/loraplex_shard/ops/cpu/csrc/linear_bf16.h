@@ -2,12 +2,11 @@
 // (AVX512_BF16), more by tiles (AMX). Sums are float32. Used by linear.cpp.
 #pragma once
 
-#include "common.h"
+#include "team.h"
 #include "tiles.h"
 
 #if defined(__AMX_BF16__)
 
-#include <omp.h>
 
 namespace loraplex {
 
@@ -104,18 +103,16 @@ inline void linear_bf16(int threads, long m, long n, long k, const bf16* x, cons
     bf16* filled = stride == k ? nullptr : scratch.get<bf16>(m * stride);
     const bf16* rows = filled ? filled : x;
     long panels = (n + LANES - 1) / LANES;
-#pragma omp parallel num_threads(threads)
-    {
-        int thread = omp_get_thread_num();
+    parallel(threads, [&](Member me) {
         if (filled) {
-            Range mine(m, threads, thread);
+            Range mine = me.share(m);
             for (long i = mine.begin; i < mine.end; i++) {
                 std::memcpy(filled + i * stride, x + i * k, k * sizeof(bf16));
                 std::memset(filled + i * stride + k, 0, (stride - k) * sizeof(bf16));
             }
-#pragma omp barrier
+            me.barrier();
         }
-        Range mine(panels, threads, thread);
+        Range mine = me.share(panels);
         if (by_tiles) {
             RowTiles row_tiles(m);
             Tiles tiles(row_tiles.height, TILE_BYTES);
@@ -131,7 +128,7 @@ inline void linear_bf16(int threads, long m, long n, long k, const bf16* x, cons
                                                       out + p * LANES, n, columns);
             }
         }
-    }
+    });
 }
 
 }  // namespace loraplex

@@ -8,10 +8,9 @@
 // equal share of them, in the order in which they lie in memory, and asks for the next unit while it computes one.
 // Runs long enough, as those of prefill chunks are, are multiplied by tiles where the processor has them (lora_tiles.h).
 
-#include "common.h"
 #include "lora_tiles.h"
+#include "team.h"
 
-#include <omp.h>
 #include <vector>
 
 namespace loraplex {
@@ -242,10 +241,10 @@ long cost(const Run& run, bool of_a, long k) {
 
 // Adds one thread's share of the units of A, or of B: those that begin in its part of what all of them cost.
 template <class W>
-void share(const std::vector<Run>& runs, bool of_a, long k, int threads, int thread, std::vector<Unit>& units) {
+void share(const std::vector<Run>& runs, bool of_a, long k, Member me, std::vector<Unit>& units) {
     long total = 0, place = 0;
     for (const Run& run : runs) total += cost(run, of_a, k);
-    Range mine(total, threads, thread);
+    Range mine = me.share(total);
     for (const Run& run : runs) {
         long end = place + cost(run, of_a, k);
         if (end > mine.begin && place < mine.end)
@@ -349,19 +348,18 @@ void add_delta(int threads, long segments, const std::int64_t* starts, const std
     std::vector<Run> runs = cut<T>(segments, starts, stops, tables, layer, size);
     if (runs.empty()) return;
     float* shrunk = scratch.get<float>(size);
-#pragma omp parallel num_threads(threads)
-    {
+    parallel(threads, [&](Member me) {
         static thread_local std::vector<Unit> units;
         units.clear();
-        share<W>(runs, true, k, threads, omp_get_thread_num(), units);
+        share<W>(runs, true, k, me, units);
         std::size_t of_a = units.size();
-        share<W>(runs, false, k, threads, omp_get_thread_num(), units);
+        share<W>(runs, false, k, me, units);
         units.push_back(units.empty() ? Unit{} : units.back());  // what is next after the last
         const Unit *first = units.data(), *end = first + units.size() - 1;
         shrink_all<W>(first, first + of_a, x, k, shrunk);
-#pragma omp barrier
+        me.barrier();
         expand_all<W>(first + of_a, end, shrunk, out, n);
-    }
+    });
 }
 
 }  // namespace

@@ -4,11 +4,9 @@
 // A panel holds sixteen rows of W: first, in float16, each group's scales [16] and, for 4 bits, offsets [16]; then, from
 // a whole cache line on, each group's integers as dot.h wants them.
 
-#include "common.h"
 #include "dot.h"
+#include "team.h"
 #include "tiles.h"
-
-#include <omp.h>
 
 namespace loraplex {
 namespace {
@@ -165,13 +163,11 @@ void linear(int threads, long m, long n, long k, int group, const T* x, const st
     float* scales = for_scales.get<float>(2 * room * groups);
     float* sums = scales + room * groups;
     Activations activations{values, scales, sums, groups};
-#pragma omp parallel num_threads(threads)
-    {
-        int thread = omp_get_thread_num();
-        Range rows(m, threads, thread), mine((n + LANES - 1) / LANES, threads, thread);
+    parallel(threads, [&](Member me) {
+        Range rows = me.share(m), mine = me.share((n + LANES - 1) / LANES);
         for (long i = rows.begin; i < rows.end; i++)
             quantize_row(x + i * k, k, group, values + i * groups * group, scales + i * groups, sums + i * groups);
-#pragma omp barrier
+        me.barrier();
 #if defined(__AMX_INT8__)
         if (m >= FEWEST_TILE_ROWS)
             linear_by_tiles(activations, mine, m, n, panels, weight, bias, out);
@@ -188,7 +184,7 @@ void linear(int threads, long m, long n, long k, int group, const T* x, const st
                                                   n, columns);
             }
         }
-    }
+    });
 }
 
 template <int BITS>
@@ -270,13 +266,12 @@ EXPORT void quantized_rows(int threads, int kind, long count, const std::int64_t
                            const void* packed, void* out) {
     with_type(kind, [&](auto* t) {
         using T = decltype(t);
-#pragma omp parallel for num_threads(threads) if (count > 1)
-        for (long i = 0; i < count; i++) {
+        parallel_for(count > 1 ? threads : 1, count, [&](long i) {
             T row = (T)out + i * k;
             if (bits == 4)
                 unpack_row<4>(ids[i], k, group, (const std::uint8_t*)packed, row);
             else
                 unpack_row<8>(ids[i], k, group, (const std::uint8_t*)packed, row);
-        }
+        });
     });
 }

@@ -1,0 +1,120 @@
+// The threads that kernels run on. Between two kernels they look for the next one without going to sleep, which on a
+// virtual machine costs more than most kernels take; but they give their core to whoever else wants it, so that a router
+// or another rank on the machine does not have to wait for them.
+#pragma once
+
+#include <sched.h>
+
+#include <atomic>
+#include <chrono>
+#include <thread>
+
+#include "common.h"
+
+namespace loraplex {
+
+constexpr int SPINS = 500;  // some 10 us
+constexpr auto YIELDING = std::chrono::milliseconds(2);  // longer than what lies between two steps
+
+inline void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+}
+
+// Whether `done()` came true in a little while. Whoever it waits for may need this very core.
+template <class Done>
+bool soon(Done done) {
+    for (int spin = 0; spin < SPINS; spin++) {
+        if (done()) return true;
+        pause();
+    }
+    for (auto began = std::chrono::steady_clock::now(); std::chrono::steady_clock::now() - began < YIELDING;) {
+        if (done()) return true;
+        sched_yield();
+    }
+    return done();
+}
+
+class Team;
+
+// One of the threads that do a piece of work together.
+struct Member {
+    int index, count;
+    Team* team;
+    Range share(long things) const { return Range(things, count, index); }
+    void barrier() const;  // waits for the others to come here
+};
+
+class Team {
+public:
+    using Work = void (*)(const void* context, Member);
+
+    // The team of the calling thread. It stays for as long as the process, as the few threads do that call kernels.
+    static Team& own() {
+        static thread_local Team* team = new Team;
+        return *team;
+    }
+
+    // Has `count` members work at once, the calling thread among them, and returns once all are done.
+    void run(int count, Work work, const void* context) {
+        for (; members_ < count; members_++)
+            std::thread([this, index = members_, seen = round_.load()] { serve(index, seen); }).detach();
+        work_ = work;
+        context_ = context;
+        count_ = count;
+        busy_.store(members_ - 1);
+        round_.fetch_add(1);
+        round_.notify_all();
+        work(context, {0, count, this});
+        while (!soon([this] { return busy_.load() == 0; })) {}
+    }
+
+    void barrier(int count) {
+        std::uint32_t round = barrier_round_.load();
+        if (barrier_came_.fetch_add(1) == count - 1) {
+            barrier_came_.store(0);
+            barrier_round_.fetch_add(1);
+        } else
+            while (!soon([&] { return barrier_round_.load() != round; })) {}
+    }
+
+private:
+    // Does its part of every round after `seen`.
+    [[noreturn]] void serve(int index, std::uint32_t seen) {
+        for (;; seen++) {
+            while (!soon([&] { return round_.load() != seen; })) round_.wait(seen);
+            if (index < count_) work_(context_, {index, count_, this});
+            busy_.fetch_sub(1);
+        }
+    }
+
+    int members_ = 1;
+    std::atomic<std::uint32_t> round_{0}, barrier_round_{0};
+    std::atomic<int> busy_{0}, barrier_came_{0};
+    Work work_;
+    const void* context_;
+    int count_;
+};
+
+inline void Member::barrier() const {
+    if (count > 1) team->barrier(count);
+}
+
+// work(Member) on `threads` threads.
+template <class F>
+void parallel(int threads, const F& work) {
+    if (threads == 1) return work(Member{0, 1, nullptr});
+    Team::own().run(threads, [](const void* context, Member me) { (*(const F*)context)(me); }, &work);
+}
+
+// f(i) for each i of [0, count), an equal share of them on each of `threads` threads.
+template <class F>
+void parallel_for(int threads, long count, const F& f) {
+    parallel(threads, [&](Member me) {
+        Range mine = me.share(count);
+        for (long i = mine.begin; i < mine.end; i++) f(i);
+    });
+}
+
+}  // namespace loraplex
