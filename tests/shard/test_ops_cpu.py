@@ -240,3 +240,18 @@ def test_lora_deltas_of_mixed_ranks(
     cpu.add_lora_delta(actual, x, tuple(segments), layouts[1])
     REFERENCE.add_lora_delta(expected, x.float(), tuple(segments), layouts[1])
     assert_close(actual, expected.to(dtype), factor=2)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_a_row_of_a_run_that_is_not_finite_leaves_the_others_as_they_are(cpu: CpuOperations, int8: bool) -> None:
+    layout = LinearLayout("one", 0, (LinearPart("p", 40, slice(0, 40)),), 70, slice(0, 70))
+    deltas = {"p": Delta(random(1, 5, 70), random(2, 40, 5), 0.5)}
+    adapter = cut_adapter(deltas, [layout], torch.int8 if int8 else torch.bfloat16).weights
+    x, expected = random(3, 37, 70, dtype=torch.bfloat16), random(4, 37, 40, dtype=torch.bfloat16)
+    actual, broken, segments = expected.clone(), x.clone(), (Segment(0, 37, adapter),)
+    broken[20] = torch.nan
+    cpu.add_lora_delta(expected, x, segments, layout)
+    cpu.add_lora_delta(actual, broken, segments, layout)
+    assert actual[20].isnan().all()
+    others = torch.arange(37) != 20
+    assert torch.equal(actual[others], expected[others])
