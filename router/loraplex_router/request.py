@@ -197,15 +197,16 @@ def room_for(request: Request, prompt_length: int, max_model_len: int) -> int:
     Raises InvalidRequestError if the prompt is empty, ContextLengthError if the two do not fit into the context.
     """
     found = Violations()
-    found.check(prompt_length > 0, "prompt", "is empty: send text, chat messages or token ids")
+    name = "inputs" if request.detail.pool else "prompt"
+    found.check(prompt_length > 0, name, "is empty: send text, chat messages or token ids")
     found.raise_any()
     room = max_model_len - prompt_length
     limit = f"this model's maximum context length is {max_model_len} tokens"  # clients look for these words
     if request.detail.pool:
-        found.check(room >= 0, "prompt", f"has {prompt_length} tokens; the context has room for {max_model_len}")
+        found.check(room >= 0, name, f"has {prompt_length} tokens; the context has room for {max_model_len}")
         found.raise_any(ContextLengthError)
         return 0
-    found.check(room >= 1, "prompt", f"has {prompt_length} tokens: {limit}, answer included")
+    found.check(room >= 1, name, f"has {prompt_length} tokens: {limit}, answer included")
     wanted = request.max_new_tokens
     if wanted is not None and room >= 1:
         fits = f"{prompt_length} prompt tokens leave room for {room}"

@@ -46,10 +46,19 @@ def test_the_model_names_the_adapter(client: OpenAI, server: Server, model: Path
     assert caught.value.code == "model_not_found"
 
 
-@pytest.mark.parametrize("fields", [{"input": []}, {"input": ""}, {"input": "Hi", "dimensions": 8}])
-def test_what_cannot_be_embedded_is_a_bad_request(client: OpenAI, model: Path, fields: dict[str, object]):
-    with pytest.raises(openai.BadRequestError):
+@pytest.mark.parametrize(
+    ("fields", "wrong"),
+    [
+        ({"input": []}, "input"),
+        ({"input": ""}, "input"),
+        ({"input": ["Hi", "x" * 9000]}, "input"),
+        ({"input": "Hi", "dimensions": 8}, "dimensions"),
+    ],
+)
+def test_what_cannot_be_embedded_is_a_bad_request(client: OpenAI, model: Path, fields: dict[str, object], wrong: str):
+    with pytest.raises(openai.BadRequestError) as caught:
         client.embeddings.create(model=str(model), **fields)
+    assert caught.value.param == wrong
 
 
 def test_lorax_client_embeds(run_script: Callable[[str], None]):
