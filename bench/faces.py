@@ -50,9 +50,9 @@ class GrammarTarget:
 
 
 @asynccontextmanager
-async def running(command: str, *flags: str) -> AsyncIterator[tuple[psutil.Process, dict[str, str]]]:
-    """`loraplex COMMAND` with these flags, ready: its process and its addresses."""
-    with Loraplex(command, *flags) as server:
+async def running(command: Loraplex) -> AsyncIterator[tuple[psutil.Process, dict[str, str]]]:
+    """The command, ready: its process and its addresses."""
+    with command as server:
         while not (addresses := server.addresses()):
             await asyncio.sleep(0.1)  # in which the stand-in answers
         yield psutil.Process(server.process.pid), addresses
@@ -74,20 +74,28 @@ async def router_costs(console: Console) -> None:
     with tempfile.TemporaryDirectory() as directory:
         listen = f"unix:{directory}/shard"
         shard = StandInServer(StandInShard(Timing(step=STEP_SECONDS)), listen)
-        async with shard, running("router", "--shards", listen) as (router, addresses):
+        router, bare = Loraplex("router", "--shards", listen), Loraplex.bare(STEP_SECONDS)
+        async with shard, running(router) as ours, running(bare) as floor:
             for face, (form, wanted) in FACES.items():
-                target = open_target(form.format(**addresses), None)
-                short, long = [await router_seconds(router, target, tokens) for tokens in (SHORT, LONG)]
-                await target.close()
-                token = (long - short) / (LONG - SHORT)
+                token, rest = await costs(form, *ours)
+                least, _ = await costs(form, *floor)
                 console.print(
-                    f"router, {STREAMS} streams over {face}: {token * 1e6:.0f} us a token (wanted: {wanted}), "
-                    f"{(short - SHORT * token) * 1e3:.2f} ms a request"
+                    f"router, {STREAMS} streams over {face}: {token * 1e6:.0f} us a token (wanted: {wanted}; "
+                    f"a bare server's message of that size: {least * 1e6:.0f}), {rest * 1e3:.2f} ms a request"
                 )
 
 
+async def costs(form: str, process: psutil.Process, addresses: dict[str, str]) -> tuple[float, float]:
+    """Processor time for each token, and for the rest of a request."""
+    target = open_target(form.format(**addresses), None)
+    short, long = [await router_seconds(process, target, tokens) for tokens in (SHORT, LONG)]
+    await target.close()
+    token = (long - short) / (LONG - SHORT)
+    return token, short - SHORT * token
+
+
 async def grammar_cost(console: Console) -> None:
-    async with running("serve") as (_, addresses):
+    async with running(Loraplex("serve")) as (_, addresses):
         workload = Workload(STREAMS, 2 * STREAMS, 32, 48, (), 10_000, 0)
         targets = [GrammarTarget(addresses["grpc"], grammar) for grammar in (None, Regex("([a-z]{1,9} ){200}"))]
         speeds: list[list[float]] = [[], []]

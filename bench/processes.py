@@ -19,6 +19,13 @@ class Loraplex:
         ports = "--http-port=0", "--grpc-port=0"
         self._arguments = [sys.executable, "-m", "loraplex.cli.main", command, *ports, *flags]
 
+    @classmethod
+    def bare(cls, seconds: float) -> Self:
+        """In its place: servers that do nothing but send a message every so many seconds."""
+        bare = cls("bare")
+        bare._arguments = [sys.executable, "-m", "bench.bare_servers", str(seconds)]
+        return bare
+
     def __enter__(self) -> Self:
         self._log = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(self._arguments, stdout=self._log, stderr=self._log)
