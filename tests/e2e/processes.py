@@ -80,14 +80,14 @@ class Edge(Process):
 
     def health(self) -> int:
         try:
-            with urllib.request.urlopen(f"{self.url}/health", timeout=10) as response:
+            with urllib.request.urlopen(f"{self.url}/health", timeout=60) as response:
                 return response.status
         except urllib.error.HTTPError as error:
             return error.code
 
     def metric(self, name: str) -> float:
         """The sum of the samples that have a label, or all of them: `loraplex_kv_blocks{state="used"}` for example."""
-        with urllib.request.urlopen(f"{self.url}/metrics", timeout=10) as response:
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=60) as response:
             text = response.read().decode()
         sample, _, label = name.rstrip("}").partition("{")
         found = re.findall(rf"^{sample}(?:{{.*}})? (\S+)$", text, re.MULTILINE)

@@ -86,6 +86,6 @@ def test_a_client_that_shows_no_certificate_is_refused(shard: tuple[Shard, str],
     refusing, address = shard
     credentials = grpc.ssl_channel_credentials(certificates.trusted.cert_pem.bytes())
     with grpc.secure_channel(address, credentials) as channel, pytest.raises(grpc.RpcError) as refused:
-        ShardServiceStub(channel).GetInfo(pb.GetInfoRequest(), timeout=20)
+        ShardServiceStub(channel).GetInfo(pb.GetInfoRequest(), timeout=60)
     assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
     wait_for_line(refusing, "PEER_DID_NOT_RETURN_A_CERTIFICATE")

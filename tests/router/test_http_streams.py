@@ -93,7 +93,7 @@ async def setup() -> AsyncIterator[Setup]:
 
 
 async def until(reached: Any) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not reached():
             await asyncio.sleep(0)
 

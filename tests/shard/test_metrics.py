@@ -43,7 +43,7 @@ def test_steps_loads_and_evictions_are_counted(metrics: ShardMetrics):
 
 def test_a_scrape_shows_what_is_held_now(metrics: ShardMetrics):
     port = metrics.serve("127.0.0.1", 0)
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as response:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as response:
         text = response.read().decode()
     assert 'loraplex_shard_adapters{tier="disk"} 3.0' in text
     assert "loraplex_shard_adapter_host_bytes 4096.0" in text
