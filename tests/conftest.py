@@ -6,9 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 # Before anything imports Triton: there is no GPU, so its kernels are interpreted.
 os.environ["TRITON_INTERPRET"] = "1"
+
+# No time limit per example: a machine that stalls would fail it.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 OLD_CLIENTS = ("lorax-client==0.6.3", "text-generation==0.7.0")
 
