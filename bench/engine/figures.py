@@ -7,7 +7,7 @@ from typing import cast
 import torch
 
 from bench.engine.memory import resident_weights
-from bench.engine.stepping import Stepper, median_seconds, random_adapter, read_bandwidth
+from bench.engine.stepping import Stepper, median_seconds, multiply_rate, random_adapter, read_bandwidth
 from bench.peft_target import load_model
 from loraplex_shard.lora.weights import AdapterWeights
 from loraplex_shard.settings import Quantize
@@ -27,8 +27,9 @@ class Figure:
     detail: str = ""
 
 
-def decoding(bandwidth: float) -> Iterator[Figure]:
-    """How near a decode step comes to the time in which memory is read, and what quantizing brings."""
+def decoding(bandwidth: float, rate: float) -> Iterator[Figure]:
+    """How near a decode step comes to the time in which memory is read, and what quantizing brings. Beside it, how near
+    it comes to the time in which this processor multiplies as much in a large matrix product of torch's."""
     seconds: dict[tuple[Quantize, int], float] = {}
     for quantize in cast(tuple[Quantize, ...], ("none", "int8", "int4")):
         stepper = Stepper(quantize)
@@ -38,7 +39,10 @@ def decoding(bandwidth: float) -> Iterator[Figure]:
             floor = (stepper.weight_bytes + stepper.kv_bytes(batch, CONTEXT)) / bandwidth
             if quantize in WANTED:
                 name = f"decode step, {'bf16' if quantize == 'none' else quantize}, batch {batch}: memory floor ÷ time"
-                yield Figure(name, WANTED[quantize][batch], floor / spent, f"{batch / spent:.0f} tok/s")
+                detail = (
+                    f"{batch / spent:.0f} tok/s; products alone ÷ time: {batch * stepper.weights / rate / spent:.2f}"
+                )
+                yield Figure(name, WANTED[quantize][batch], floor / spent, detail)
     for batch, wanted in ((1, 1.5), (32, 1.25)):
         ratio = seconds["none", batch] / seconds["int8", batch]
         yield Figure(f"int8 ÷ bf16, tokens/s, batch {batch}", wanted, ratio)
@@ -102,7 +106,7 @@ def adapters(stepper: Stepper, bandwidth: float) -> Iterator[Figure]:
 def in_process() -> Iterator[Figure]:
     """All figures that need no server."""
     bandwidth = read_bandwidth()
-    yield from decoding(bandwidth)
+    yield from decoding(bandwidth, multiply_rate())
     yield from memory()
     stepper = Stepper("none")
     yield attention(stepper, bandwidth)

@@ -77,11 +77,7 @@ def save_adapters(directory: Path, count: int) -> tuple[str, ...]:
 
 def served() -> Iterator[Figure]:
     """All figures that need a server."""
-    stepper = Stepper("none")
-    stepper.fill(32, PROMPT + OUTPUT // 2)
-    stepped = 32 / stepper.seconds_per_decode()
-    del stepper
-    alone = single_stream()
+    stepped, alone = stepped_in_process(32), single_stream()
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         names = save_adapters(directory, 32)
@@ -102,6 +98,14 @@ def served() -> Iterator[Figure]:
     with serving("--tp", "1") as single, serving("--tp", "2") as double:
         ratio = tokens_per_second(double, 8) / tokens_per_second(single, 8)
     yield Figure("TP=2 (one thread each) ÷ TP=1 (two threads), batch 8", 0.80, ratio)
+
+
+def stepped_in_process(batch: int) -> float:
+    """Tokens per second of the same work without a server: prompts one after the other, then a token for each."""
+    stepper = Stepper("none")
+    prefill = median_seconds(lambda: stepper.fill(batch, PROMPT), RUNS)
+    stepper.fill(batch, PROMPT + OUTPUT // 2)
+    return batch * OUTPUT / (prefill + OUTPUT * stepper.seconds_per_decode())
 
 
 def single_stream() -> float:

@@ -79,6 +79,12 @@ class Stepper:
         linears = (m for m in self.decoder.modules() if isinstance(m, ColumnLinear | RowLinear))
         return sum(linear.weight.nbytes for linear in linears)
 
+    @property
+    def weights(self) -> int:
+        """How many numbers those matrices have."""
+        linears = (m for m in self.decoder.modules() if isinstance(m, ColumnLinear | RowLinear))
+        return sum(linear.weight.rows * linear.weight.columns for linear in linears)
+
     def kv_bytes(self, batch: int, context: int) -> int:
         return batch * context * self.decoder.cache_block_bytes(BLOCK_SIZE) // BLOCK_SIZE
 
@@ -183,6 +189,18 @@ def median_seconds(work: Callable[[], object], times: int, warm_up: int = 1) -> 
         work()
         seconds.append(time.perf_counter() - began)
     return statistics.median(seconds)
+
+
+def multiply_rate() -> float:
+    """Products per second, each with its sum, of all threads in a large matrix product of torch's: the better of
+    bfloat16 and float32."""
+    size = 1024
+
+    def rate(dtype: torch.dtype) -> float:
+        matrix = torch.ones(size, size, dtype=dtype)
+        return size**3 / median_seconds(lambda: matrix @ matrix, 9)
+
+    return max(rate(torch.bfloat16), rate(torch.float32))
 
 
 def read_bandwidth() -> float:
