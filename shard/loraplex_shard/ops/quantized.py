@@ -69,12 +69,18 @@ def joined(parts: Sequence[QuantizedMatrix]) -> QuantizedMatrix:
     )
 
 
+def to_integers(peaks: torch.Tensor) -> torch.Tensor:
+    """What values are multiplied by so that their peak becomes 127; to the last bit as the kernels compute it, so that
+    no value falls on the other side of a half."""
+    return peaks.new_tensor(127) / peaks.where(peaks > 0, 1)  # 127 / peaks would multiply by the reciprocal
+
+
 def rounded_to_int8(x: torch.Tensor, group: int) -> torch.Tensor:
     """x [tokens, n] as the operations round it before a quantized product: int8 in groups, each with its own scale."""
     padded = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % group))
     groups = padded.view(len(x), -1, group)
-    scales = groups.abs().amax(-1, keepdim=True) / 127
-    rounded = (groups / scales.where(scales > 0, 1)).round_() * scales
+    peaks = groups.abs().amax(-1, keepdim=True)
+    rounded = (groups * to_integers(peaks)).round_() * (peaks / 127)
     return rounded.view(padded.shape)[:, : x.shape[1]]
 
 

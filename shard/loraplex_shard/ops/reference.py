@@ -11,7 +11,7 @@ from loraplex_shard.batch import Batch
 from loraplex_shard.cache import KVCache, LayerCache
 from loraplex_shard.layers.layout import LinearLayout
 from loraplex_shard.ops.base import HeadNorms, Heads, Runs
-from loraplex_shard.ops.quantized import QuantizedMatrix, rounded_to_int8
+from loraplex_shard.ops.quantized import QuantizedMatrix, rounded_to_int8, to_integers
 from loraplex_shard.parallel import Group
 
 
@@ -139,9 +139,9 @@ def _as_stored(heads: torch.Tensor, cache: LayerCache) -> tuple[torch.Tensor, to
     """Keys or values [tokens, kv_heads, dim] in the cache's dtype, and their scales [tokens, kv_heads]."""
     if cache.key_scales is None:
         return heads, heads.new_ones(heads.shape[:2])
-    scales = heads.float().abs().amax(-1) / 127
-    values = heads.float() / scales.where(scales > 0, 1)[:, :, None]
-    return values.round_().to(torch.int8), scales
+    peaks = heads.float().abs().amax(-1)
+    values = heads.float() * to_integers(peaks)[:, :, None]
+    return values.round_().to(torch.int8), peaks / 127
 
 
 def _as_read(

@@ -97,14 +97,21 @@ def linear(x: torch.Tensor, weight: IntegerWeight, bias: torch.Tensor | None) ->
 
 
 @triton.jit
+def nearest(x):
+    """The integers nearest to floats below 2^22, halves to even ones: floats from 2^23 on are integers."""
+    return x + 12582912.0 - 12582912.0  # 1.5 * 2^23
+
+
+@triton.jit
 def _round(x, values, scales, sums, groups, N: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr):
     """Each group's integers, their scale, and their sum times the scale."""
     token = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     column = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     inputs = tl.load(x + token * N + column, column < N, 0.0).to(tl.float32)
-    scale = tl.max(tl.abs(inputs), 1) / 127
-    rounded = tl.floor(inputs / tl.where(scale > 0, scale, 1.0)[:, None] + 0.5)
+    peak = tl.max(tl.abs(inputs), 1)
+    scale = peak / 127
+    rounded = nearest(inputs * (127 / tl.where(peak > 0, peak, 1.0))[:, None])
     real = group < groups
     tl.store(values + token * groups * GROUP + column, rounded.to(tl.int8), real[:, None])
     tl.store(scales + token * groups + group, scale, real)

@@ -7,6 +7,7 @@ import triton.language as tl
 from loraplex_shard.batch import Batch
 from loraplex_shard.cache import LayerCache
 from loraplex_shard.ops.base import HeadNorms, Heads
+from loraplex_shard.ops.cuda.quantized import nearest
 
 
 def rotate_and_write(
@@ -84,10 +85,10 @@ def _rotate_and_write(
         is_key = head < QUERY + KV
         own = block * KV + (head - QUERY) % KV
         if key_scales is not None:
-            scale = tl.max(tl.maximum(tl.abs(first), tl.abs(second)), 0) / 127
-            divisor = tl.where(scale > 0, scale, 1.0)
-            first, second = tl.floor(first / divisor + 0.5), tl.floor(second / divisor + 0.5)
-            tl.store((key_scales if is_key else value_scales) + own * BLOCK_SIZE + offset, scale)
+            peak = tl.max(tl.maximum(tl.abs(first), tl.abs(second)), 0)
+            inverse = 127 / tl.where(peak > 0, peak, 1.0)
+            first, second = nearest(first * inverse), nearest(second * inverse)
+            tl.store((key_scales if is_key else value_scales) + own * BLOCK_SIZE + offset, peak / 127)
         if is_key:
             where = keys + (own * DIM + lanes) * BLOCK_SIZE + offset
             tl.store(where, first.to(keys.dtype.element_ty), within)
