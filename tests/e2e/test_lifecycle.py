@@ -151,7 +151,7 @@ async def test_sigterm_refuses_new_requests_lets_running_ones_finish_and_exits_w
                 seen += [piece async for piece in stream]
                 assert seen[-1].finish_reason is FinishReason.LENGTH
                 assert sum(len(piece.tokens) for piece in seen) == 200
-        assert server.process.wait(30) == 0
+        assert server.process.wait(60) == 0
 
 
 async def test_requests_that_outlast_the_drain_are_cancelled(model: Path):
@@ -162,7 +162,7 @@ async def test_requests_that_outlast_the_drain_are_cancelled(model: Path):
             server.process.send_signal(signal.SIGTERM)
             pieces = [piece async for piece in stream]
             assert pieces[-1].finish_reason is FinishReason.CANCELLED
-        assert server.process.wait(30) == 0
+        assert server.process.wait(60) == 0
 
 
 async def test_two_ranks_have_metrics_of_their_own_and_end_with_the_server_whatever_they_run(model: Path):
@@ -251,7 +251,7 @@ def test_a_lost_shard_ends_requests_with_an_error_and_the_server_with_status_one
             kill_rank(server, 1)
             with pytest.raises(UnavailableError):
                 list(stream)
-        assert server.process.wait(30) == 1
+        assert server.process.wait(60) == 1
 
 
 def kill_rank(server: Server, rank: int) -> None:

@@ -68,6 +68,16 @@ def test_a_compiler_that_does_not_know_this_processors_best_instructions_is_aske
     assert "no CPU kernels for amx" in warning and "unrecognized option" in warning
 
 
+def test_those_built_for_this_machine_are_the_best_that_the_compiler_knows(
+    compiler: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(library, "instruction_sets", lambda: ["amx", "portable"])
+    status, paths, skipped = build(f"--directory={tmp_path}/kernels")
+    assert status == 0 and "no kernels for amx" in skipped
+    (path,) = map(Path, paths.split())
+    assert path.name.startswith("portable-") and path.exists()
+
+
 def test_a_process_that_is_refused_the_tile_registers_does_without(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(INSTRUCTION_SETS["amx"][1], True))
     monkeypatch.setattr(library, "_tiles_granted", lambda: False)

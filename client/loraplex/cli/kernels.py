@@ -31,11 +31,13 @@ def build(
         typer.echo(f"error: no {error.name}: pip install 'loraplex[shard]'", err=True)
         raise typer.Exit(1) from None
     try:
-        for name in library.INSTRUCTION_SETS if every else [library.instruction_set()]:
-            if every and not library.compiles(name):
+        for name in library.INSTRUCTION_SETS if every else library.instruction_sets():
+            if not library.compiles(name):
                 typer.echo(f"no kernels for {name}: the compiler does not know it", err=True)
-            else:
-                typer.echo(library.build(directory, name))
+                continue
+            typer.echo(library.build(directory, name))
+            if not every:
+                break  # they are those of the best that the processor has, as at a shard's start
     except LoraplexError as error:
         typer.echo(f"error: {error.message}", err=True)
         raise typer.Exit(1) from None
