@@ -1,7 +1,6 @@
 """A shard process: loads one rank of the model, then serves it. The port opens once the model is loaded."""
 
 import ctypes
-import gc
 import logging
 import signal
 import sys
@@ -83,7 +82,6 @@ def run(settings: ShardSettings, progress: Progress | None = None) -> None:
         with open_telemetry(settings) as telemetry:
             service = _load(settings, checkpoint, group, device, kernels, progress, step_failed, telemetry)
             server, states = start(service, settings.listen, server_credentials(settings), device)
-            gc.freeze()  # what start-up made is not looked through again at every collection, between two steps
             logger.info("rank %d of %d serves at %s", settings.rank, settings.tp, settings.listen)
             try:
                 step_failed.wait()
