@@ -76,14 +76,15 @@ class Stepper:
     @property
     def weight_bytes(self) -> int:
         """What a decode step reads of the model: all matrices, the tied head once."""
-        linears = (m for m in self.decoder.modules() if isinstance(m, ColumnLinear | RowLinear))
-        return sum(linear.weight.nbytes for linear in linears)
+        return sum(linear.weight.nbytes for linear in self._linears())
 
     @property
     def weights(self) -> int:
         """How many numbers those matrices have."""
-        linears = (m for m in self.decoder.modules() if isinstance(m, ColumnLinear | RowLinear))
-        return sum(linear.weight.rows * linear.weight.columns for linear in linears)
+        return sum(linear.weight.rows * linear.weight.columns for linear in self._linears())
+
+    def _linears(self) -> list[ColumnLinear | RowLinear]:
+        return [m for m in self.decoder.modules() if isinstance(m, ColumnLinear | RowLinear)]
 
     def kv_bytes(self, batch: int, context: int) -> int:
         return batch * context * self.decoder.cache_block_bytes(BLOCK_SIZE) // BLOCK_SIZE
