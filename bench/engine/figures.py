@@ -1,18 +1,20 @@
-"""The engine's figures: what is measured, and what is wanted. Every figure is a ratio of two things of one run."""
+"""The engine's figures: what is measured, and what is wanted. Each is a ratio of two things of the same rounds."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import torch
 
 from bench.engine.memory import resident_weights
-from bench.engine.stepping import Stepper, median_seconds, multiply_rate, random_adapter, read_bandwidth
+from bench.engine.stepping import Stepper, random_adapter
+from bench.engine.timing import in_turns, median_of, seconds, seconds_per_byte, seconds_per_product
 from bench.peft_target import load_model
-from loraplex_shard.lora.weights import AdapterWeights
 from loraplex_shard.settings import Quantize
 
 CONTEXT = 128
+ROUNDS = 15
 WANTED = {
     "none": {1: 0.72, 8: 0.65, 32: 0.55},
     "int8": {1: 0.60, 8: 0.50, 32: 0.42},
@@ -27,27 +29,37 @@ class Figure:
     detail: str = ""
 
 
-def decoding(bandwidth: float, rate: float) -> Iterator[Figure]:
+def decoding(steppers: dict[Quantize, Stepper]) -> Iterator[Figure]:
     """How near a decode step comes to the time in which memory is read, and what quantizing brings. Beside it, how near
     it comes to the time in which this processor multiplies as much in a large matrix product of torch's."""
-    seconds: dict[tuple[Quantize, int], float] = {}
-    for quantize in cast(tuple[Quantize, ...], ("none", "int8", "int4")):
-        stepper = Stepper(quantize)
+    works: dict[tuple[str, int], Callable[[], float]] = {
+        ("byte", 0): seconds_per_byte(),
+        ("product", 0): seconds_per_product(),
+    }
+    for quantize, stepper in steppers.items():
         for batch in (1, 8, 32):
-            stepper.fill(batch, CONTEXT - 8)
-            spent = seconds[quantize, batch] = stepper.seconds_per_decode()
-            floor = (stepper.weight_bytes + stepper.kv_bytes(batch, CONTEXT)) / bandwidth
-            if quantize in WANTED:
-                name = f"decode step, {'bf16' if quantize == 'none' else quantize}, batch {batch}: memory floor ÷ time"
-                detail = (
-                    f"{batch / spent:.0f} tok/s; products alone ÷ time: {batch * stepper.weights / rate / spent:.2f}"
-                )
-                yield Figure(name, WANTED[quantize][batch], floor / spent, detail)
+            works[quantize, batch] = partial(stepper.seconds_per_decode, batch, CONTEXT)
+    measured = in_turns(works, ROUNDS)
+
+    def share(what: str, amount: int, quantize: Quantize, batch: int) -> float:
+        return median_of(lambda floor, spent: amount * floor / spent, measured[what, 0], measured[quantize, batch])
+
+    def gain(slow: Quantize, fast: Quantize, batch: int) -> float:
+        return median_of(lambda a, b: a / b, measured[slow, batch], measured[fast, batch])
+
+    for quantize, batches in cast(dict[Quantize, dict[int, float]], WANTED).items():
+        stepper = steppers[quantize]
+        for batch, wanted in batches.items():
+            name = f"decode step, {'bf16' if quantize == 'none' else quantize}, batch {batch}: memory floor ÷ time"
+            products = share("product", batch * stepper.weights, quantize, batch)
+            speed = median_of(lambda spent, batch=batch: batch / spent, measured[quantize, batch])
+            read = stepper.weight_bytes + stepper.kv_bytes(batch, CONTEXT)
+            detail = f"{speed:.0f} tok/s; products alone ÷ time: {products:.2f}"
+            yield Figure(name, wanted, share("byte", read, quantize, batch), detail)
     for batch, wanted in ((1, 1.5), (32, 1.25)):
-        ratio = seconds["none", batch] / seconds["int8", batch]
-        yield Figure(f"int8 ÷ bf16, tokens/s, batch {batch}", wanted, ratio)
-    detail = f"{1 / seconds['int4', 1]:.0f} tok/s"
-    yield Figure("int4 ÷ int8, tokens/s, batch 1", 1.25, seconds["int8", 1] / seconds["int4", 1], detail)
+        yield Figure(f"int8 ÷ bf16, tokens/s, batch {batch}", wanted, gain("none", "int8", batch))
+    speed = median_of(lambda spent: 1 / spent, measured["int4", 1])
+    yield Figure("int4 ÷ int8, tokens/s, batch 1", 1.25, gain("int8", "int4", 1), f"{speed:.0f} tok/s")
 
 
 def memory() -> Iterator[Figure]:
@@ -59,56 +71,72 @@ def memory() -> Iterator[Figure]:
         yield Figure(f"resident memory, bf16 ÷ {quantize}", 1 / wanted, plain / taken, detail)
 
 
-def attention(stepper: Stepper, bandwidth: float) -> Figure:
-    """The operation alone, in all layers one after the other: no processor cache holds that much."""
+def attention(stepper: Stepper) -> Figure:
     batch, context = 32, 2048
-    read = stepper.kv_bytes(batch, context) / stepper.seconds_of_attention(batch, context)
-    detail = f"{read / 1e9:.1f} GB/s"
-    return Figure("decode attention, context 2,048, batch 32: KV bytes/s ÷ bandwidth", 0.7, read / bandwidth, detail)
+    attend, read = stepper.attention(batch, context), stepper.kv_bytes(batch, context)
+    measured = in_turns({"byte": seconds_per_byte(), "attention": lambda: seconds(attend)}, ROUNDS)
+    share = median_of(lambda byte, spent: read * byte / spent, measured["byte"], measured["attention"])
+    speed = median_of(lambda spent: read / spent, measured["attention"])
+    name = "decode attention, context 2,048, batch 32: KV bytes/s ÷ bandwidth"
+    return Figure(name, 0.7, share, f"{speed / 1e9:.1f} GB/s")
 
 
 def prefill(stepper: Stepper) -> Figure:
     tokens = 1024
-    ours = median_seconds(lambda: stepper.fill(1, tokens), 5)
     model = load_model("default").to(torch.bfloat16).eval()
     ids = torch.arange(1000, 1000 + tokens)[None]
-    with torch.inference_mode():
-        theirs = median_seconds(lambda: model(ids, logits_to_keep=1), 3)
-    name = "prefill of 1,024 tokens, bf16, tokens/s ÷ transformers"
-    return Figure(name, 1.8, theirs / ours, f"{tokens / ours:.0f} tok/s")
+
+    def theirs() -> None:
+        with torch.inference_mode():
+            model(ids, logits_to_keep=1)
+
+    works = {"ours": lambda: seconds(lambda: stepper.prefill(1, tokens)), "theirs": lambda: seconds(theirs)}
+    measured = in_turns(works, 5)
+    gain = median_of(lambda theirs, ours: theirs / ours, measured["theirs"], measured["ours"])
+    speed = median_of(lambda spent: tokens / spent, measured["ours"])
+    return Figure("prefill of 1,024 tokens, bf16, tokens/s ÷ transformers", 1.8, gain, f"{speed:.0f} tok/s")
 
 
-def adapters(stepper: Stepper, bandwidth: float) -> Iterator[Figure]:
+def adapters(stepper: Stepper) -> Iterator[Figure]:
     """What adapters add to a step of 32 sequences."""
     layouts, batch = stepper.decoder.layouts, 32
-
-    def seconds(chosen: list[AdapterWeights], adapted: int = batch) -> float:
-        stepper.fill(batch, CONTEXT - 8, chosen, adapted)
-        return stepper.seconds_per_decode()
-
     many = [random_adapter(layouts, 16, seed) for seed in range(batch)]
-    base, one = seconds([]), seconds([many[0]] * batch)
-    yield Figure("32 adapters loaded, none in the batch ÷ none loaded, tokens/s", 0.99, base / seconds(many, adapted=0))
-    yield Figure("one adapter (r=16) in every row ÷ base, tokens/s, batch 32", 0.92, base / one)
-    for count in (8, 32):
-        spread = seconds([many[row * count // batch] for row in range(batch)])
-        floor = sum(adapter.size_bytes for adapter in many[:count]) / bandwidth
-        detail = f"{(spread - base) * 1e3:.1f} ms added"
-        yield Figure(
-            f"{count} adapters (r=16), batch 32: memory floor ÷ time added", 0.65, floor / (spread - base), detail
-        )
     small = [random_adapter(layouts, 8, seed) for seed in range(batch)]
-    large = random_adapter(layouts, 128, 99)
-    alike, mixed = seconds(small), seconds([*small[:31], large])
-    yield Figure("31 requests at r=8 beside one at r=128 ÷ all at r=8, tokens/s", 0.95, alike / mixed)
+    step = partial(stepper.seconds_per_decode, batch, CONTEXT)
+    works: dict[str, Callable[[], float]] = {
+        "byte": seconds_per_byte(),
+        "base": step,
+        "none": partial(step, many, 0),
+        "one": partial(step, many[:1]),
+        "8": partial(step, many[:8]),
+        "32": partial(step, many),
+        "small": partial(step, small),
+        "mixed": partial(step, [*small[:31], random_adapter(layouts, 128, 99)]),
+    }
+    measured = in_turns(works, ROUNDS)
+
+    def speed(of: str, to: str) -> float:
+        return median_of(lambda slow, fast: slow / fast, measured[to], measured[of])
+
+    yield Figure("32 adapters loaded, none in the batch ÷ none loaded, tokens/s", 0.99, speed("none", "base"))
+    yield Figure("one adapter (r=16) in every row ÷ base, tokens/s, batch 32", 0.92, speed("one", "base"))
+    for count in (8, 32):
+        size, spent = sum(adapter.size_bytes for adapter in many[:count]), measured[str(count)]
+        added = median_of(lambda own, base: own - base, spent, measured["base"])
+        floor = median_of(lambda byte, size=size: size * byte, measured["byte"])
+        name = f"{count} adapters (r=16), batch 32: memory floor ÷ time added"
+        detail = f"{added * 1e3:.1f} ms added; {speed(str(count), 'base'):.2f} of the base's tokens/s"
+        yield Figure(name, 0.65, floor / added, detail)
+    yield Figure("31 requests at r=8 beside one at r=128 ÷ all at r=8, tokens/s", 0.95, speed("mixed", "small"))
 
 
 def in_process() -> Iterator[Figure]:
     """All figures that need no server."""
-    bandwidth = read_bandwidth()
-    yield from decoding(bandwidth, multiply_rate())
-    yield from memory()
-    stepper = Stepper("none")
-    yield attention(stepper, bandwidth)
+    steppers = {quantize: Stepper(quantize) for quantize in cast(tuple[Quantize, ...], ("none", "int8", "int4"))}
+    yield from decoding(steppers)
+    stepper = steppers.pop("none")
+    steppers.clear()
+    yield attention(stepper)
+    yield from adapters(stepper)
     yield prefill(stepper)
-    yield from adapters(stepper, bandwidth)
+    yield from memory()

@@ -1,34 +1,42 @@
 """Tokens per second over the sequences in a step, for the base model and for adapters, below their rooflines."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from bench.engine.stepping import Stepper, random_adapter, read_bandwidth
+from bench.engine.stepping import Stepper, random_adapter
+from bench.engine.timing import in_turns, median_of, seconds_per_byte
 
 CONTEXT = 128
 BATCHES = 1, 2, 4, 8, 16, 32
 ADAPTERS = 0, 1, 8, 32
+ROUNDS = 5
 
 
 def draw(path: Path) -> None:
     """Measures decode steps in bfloat16 and writes the plot. A roofline is what the memory's bandwidth allows if
     weights, cache and adapters are read once per step."""
-    bandwidth, stepper = read_bandwidth(), Stepper("none")
+    stepper = Stepper("none")
     adapters = [random_adapter(stepper.decoder.layouts, 16, seed) for seed in range(max(ADAPTERS))]
+    works: dict[tuple[int, int], Callable[[], float]] = {(0, 0): seconds_per_byte()}
+    for count in ADAPTERS:
+        for batch in BATCHES:
+            chosen = adapters[: min(count, batch)]
+            works[count, batch] = partial(stepper.seconds_per_decode, batch, CONTEXT, chosen)
+    measured = in_turns(works, ROUNDS)
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for count in ADAPTERS:
-        measured, most = [], []
+        speeds, most = [], []
         for batch in BATCHES:
-            chosen = [adapters[row % count] for row in range(batch)] if count else []
-            stepper.fill(batch, CONTEXT - 8, chosen)
-            measured.append(batch / stepper.seconds_per_decode())
             read = stepper.weight_bytes + stepper.kv_bytes(batch, CONTEXT)
             read += sum(adapter.size_bytes for adapter in adapters[: min(count, batch)])
-            most.append(batch * bandwidth / read)
+            speeds.append(median_of(lambda spent, batch=batch: batch / spent, measured[count, batch]))
+            most.append(median_of(lambda byte, batch=batch, read=read: batch / (read * byte), measured[0, 0]))
         name = f"{count} adapters (r=16)" if count > 1 else "one adapter (r=16)" if count else "base model"
-        (line,) = axes.plot(BATCHES, measured, marker="o", label=name)
+        (line,) = axes.plot(BATCHES, speeds, marker="o", label=name)
         axes.plot(BATCHES, most, linestyle=":", color=line.get_color())
     axes.set(xlabel="sequences in a step", ylabel="tokens per second", xscale="log", yscale="log", xticks=BATCHES)
     axes.set_xticks(BATCHES, [str(batch) for batch in BATCHES])

@@ -5,22 +5,26 @@ import statistics
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from itertools import cycle
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
 
 from bench.engine.figures import Figure
-from bench.engine.stepping import Stepper, median_seconds
+from bench.engine.stepping import Stepper
+from bench.engine.timing import in_turns, median_of, seconds
 from bench.load import Target, Workload, measure
 from bench.peft_target import PeftTarget, load_model
 from bench.processes import Loraplex
 from bench.targets import open_target
 
 PROMPT, OUTPUT = 64, 64
-RUNS = 5
+VOCABULARY = 10_000
+ROUNDS = 5
 
 
 @contextmanager
@@ -33,30 +37,21 @@ def serving(*flags: str) -> Iterator[dict[str, str]]:
 
 
 def tokens_per_second(server: dict[str, str], concurrency: int, adapters: tuple[str, ...] = ()) -> float:
-    """The median of some runs, each warmed up; all streams of a run start together."""
+    """Of streams that all start together, once the server is warm."""
 
     async def run() -> float:
         target: Target = open_target(f"grpc://{server['grpc']}", None)
         try:
-            workload = Workload(concurrency, concurrency, PROMPT, OUTPUT, adapters, 10_000, 0)
-            runs = [(await measure(target, workload, number)).tokens_per_second for number in range(RUNS)]
-            return statistics.median(runs)
+            workload = Workload(concurrency, concurrency, PROMPT, OUTPUT, adapters, VOCABULARY, time.monotonic_ns())
+            return (await measure(target, workload, 0)).tokens_per_second
         finally:
             await target.close()
 
     return asyncio.run(run())
 
 
-@contextmanager
-def busy_share(server: dict[str, str]) -> Iterator[list[float]]:
-    """At the end of the block holds the share of its time in which the shard computed a step."""
-    share: list[float] = []
-    began, spent = time.monotonic(), _step_seconds(server)
-    yield share
-    share.append((_step_seconds(server) - spent) / (time.monotonic() - began))
-
-
-def _step_seconds(server: dict[str, str]) -> float:
+def step_seconds(server: dict[str, str]) -> float:
+    """How long the server's shard has computed steps."""
     with urllib.request.urlopen(f"http://{server['http']}/metrics") as metrics:
         lines = metrics.read().decode().splitlines()
     return sum(float(line.split()[-1]) for line in lines if line.startswith("loraplex_step_duration_seconds_sum"))
@@ -78,38 +73,65 @@ def save_adapters(directory: Path, count: int) -> tuple[str, ...]:
 
 
 def served() -> Iterator[Figure]:
-    """All figures that need a server."""
-    stepped, alone = stepped_in_process(32), single_stream()
+    """All figures that need a server. Those of one server are measured in turns."""
     with tempfile.TemporaryDirectory() as name:
-        directory = Path(name)
-        names = save_adapters(directory, 32)
+        names = save_adapters(Path(name), 32)
         with serving("--adapters", name) as server:
-            one = tokens_per_second(server, 1)
-            yield Figure("served, 1 stream ÷ transformers' single stream, bf16", 2.7, one / alone, f"{one:.0f} tok/s")
-            with busy_share(server) as share:
-                many = tokens_per_second(server, 32)
-            detail = f"{many:.0f} tok/s"
-            yield Figure("served, 32 streams ÷ transformers' single stream, bf16", 33, many / alone, detail)
-            yield Figure("served, 32 streams ÷ the same batch stepped in process", 0.90, many / stepped, detail)
-            yield Figure("served, 32 streams: share of the time in which the shard computes", 0.97, share[0])
-            adapted = tokens_per_second(server, 32, names)
-        sequential = peft_sequential(directory, names)
-        detail = f"{adapted:.0f} and {sequential:.1f} tok/s"
-        yield Figure("32 streams over 32 adapters (r 8 to 64) ÷ PEFT one by one", 25, adapted / sequential, detail)
+            peft, turns, busy = PeftTarget("default", Path(name)), cycle(names), list[float]()
+
+            def many() -> float:
+                began, spent = time.monotonic(), step_seconds(server)
+                speed = tokens_per_second(server, 32)
+                busy.append((step_seconds(server) - spent) / (time.monotonic() - began))
+                return speed
+
+            works: dict[str, Callable[[], float]] = {
+                "alone": single_stream(),
+                "one": partial(tokens_per_second, server, 1),
+                "many": many,
+                "stepped": stepped_in_process(32),
+                "adapted": partial(tokens_per_second, server, 32, names),
+                "peft": lambda: peft_alone(peft, next(turns)),
+            }
+            measured = in_turns(works, ROUNDS, warm_up=False)
+
+    def ratio(of: str, to: str) -> float:
+        return median_of(lambda a, b: a / b, measured[of], measured[to])
+
+    one, many, adapted, peft_speed = (statistics.median(measured[key]) for key in ("one", "many", "adapted", "peft"))
+    yield Figure("served, 1 stream ÷ transformers' own, bf16", 2.7, ratio("one", "alone"), f"{one:.0f} tok/s")
+    detail = f"{many:.0f} tok/s"
+    yield Figure("served, 32 streams ÷ transformers' single stream, bf16", 33, ratio("many", "alone"), detail)
+    yield Figure("served, 32 streams ÷ the same work in process", 0.90, ratio("many", "stepped"), detail)
+    share = statistics.median(busy)
+    yield Figure("served, 32 streams: share of the time in which the shard computes", 0.97, share)
+    detail = f"{adapted:.0f} and {peft_speed:.1f} tok/s"
+    yield Figure("32 streams over 32 adapters (r 8 to 64) ÷ PEFT one by one", 25, ratio("adapted", "peft"), detail)
     with serving("--tp", "1") as single, serving("--tp", "2") as double:
-        ratio = tokens_per_second(double, 8) / tokens_per_second(single, 8)
-    yield Figure("TP=2 (one thread each) ÷ TP=1 (two threads), batch 8", 0.80, ratio)
+        halves = {"1": partial(tokens_per_second, single, 8), "2": partial(tokens_per_second, double, 8)}
+        measured = in_turns(halves, ROUNDS, warm_up=False)
+    detail = f"{statistics.median(measured['2']):.0f} tok/s"
+    yield Figure("TP=2 (one thread each) ÷ TP=1 (two threads), batch 8", 0.80, ratio("2", "1"), detail)
 
 
-def stepped_in_process(batch: int) -> float:
+def stepped_in_process(batch: int) -> Callable[[], float]:
     """Tokens per second of the same work without a server: prompts one after the other, then a token for each."""
     stepper = Stepper("none")
-    prefill = median_seconds(lambda: stepper.fill(batch, PROMPT), RUNS)
-    stepper.fill(batch, PROMPT + OUTPUT // 2)
-    return batch * OUTPUT / (prefill + OUTPUT * stepper.seconds_per_decode())
+
+    def speed() -> float:
+        prompts = seconds(lambda: stepper.prefill(batch, PROMPT))
+        stepper.start(batch, PROMPT)
+
+        def decode() -> None:
+            for _ in range(OUTPUT):
+                stepper.decode()
+
+        return batch * OUTPUT / (prompts + seconds(decode))
+
+    return speed
 
 
-def single_stream() -> float:
+def single_stream() -> Callable[[], float]:
     """Tokens per second of transformers' own generate, in bfloat16."""
     model = load_model("default").to(torch.bfloat16).eval()
     prompt = torch.arange(1000, 1000 + PROMPT)[None]
@@ -118,11 +140,14 @@ def single_stream() -> float:
         with torch.inference_mode():
             model.generate(prompt, min_new_tokens=OUTPUT, max_new_tokens=OUTPUT, do_sample=False, pad_token_id=0)
 
-    return OUTPUT / median_seconds(generate, RUNS)
+    return lambda: OUTPUT / seconds(generate)
 
 
-def peft_sequential(directory: Path, names: tuple[str, ...]) -> float:
-    """Tokens per second of PEFT answering one request after the other, each with the next adapter."""
-    target = PeftTarget("default", directory)
-    workload = Workload(1, 4, PROMPT, OUTPUT, names[:4], 10_000, 0)
-    return asyncio.run(measure(target, workload, 0)).tokens_per_second
+def peft_alone(target: PeftTarget, adapter: str) -> float:
+    """Tokens per second of PEFT answering one request."""
+
+    async def run() -> float:
+        workload = Workload(1, 1, PROMPT, OUTPUT, (adapter,), VOCABULARY, 0)
+        return (await measure(target, workload, 0)).tokens_per_second
+
+    return asyncio.run(run())

@@ -1,12 +1,11 @@
 """The engine in this process: the real runner on the embedded model, without a router, a server or gRPC."""
 
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from random import Random
 
 import torch
 
+from bench.engine.timing import seconds
 from loraplex_protos.shard_pb2 import Sampling, SequenceStart, StepRequest
 from loraplex_shard.batch import Batch
 from loraplex_shard.cache import KVCache
@@ -61,6 +60,9 @@ class Stepper:
         self.decoder = load_model(quantize, dtype)
         blocks = MAX_SEQUENCES * -(-MAX_MODEL_LEN // BLOCK_SIZE)
         self.cache: KVCache = self.decoder.new_cache(blocks, BLOCK_SIZE)
+        for layer in self.cache.layers:
+            layer.keys.fill_(0.5)  # memory that nobody has written is not read
+            layer.values.fill_(0.5)
         self._slots = Slots()
         self.runner = Runner(
             self.decoder,
@@ -89,41 +91,62 @@ class Stepper:
     def kv_bytes(self, batch: int, context: int) -> int:
         return batch * context * self.decoder.cache_block_bytes(BLOCK_SIZE) // BLOCK_SIZE
 
-    def fill(
-        self, batch: int, context: int, adapters: Sequence[AdapterWeights] = (), adapted: int = MAX_SEQUENCES
-    ) -> None:
-        """Starts `batch` sequences of `context` tokens; of the first `adapted` ones, sequence i uses adapter i, or none
-        if there are too few."""
+    def start(self, batch: int, context: int, adapters: Sequence[AdapterWeights] = (), used: int | None = None) -> None:
+        """Starts `batch` sequences as if all but the last of their `context` tokens were in the cache. The first `used`
+        of the adapters, or all of them, are used by as many sequences each."""
         assert batch <= MAX_SEQUENCES and context < MAX_MODEL_LEN
         self.runner.clear()
         self._slots.adapters = adapters
-        self._slot_column = [row + 1 if row < min(len(adapters), adapted) else 0 for row in range(batch)]
-        self._rows, self._computed, self._blocks, self._used = list(range(batch)), [0] * batch, [0] * batch, 0
-        ids = Random(0)
-        starts = [
-            SequenceStart(
-                row=row,
-                tokens=[ids.randrange(1000, 40000) for _ in range(context)],
-                prompt_length=context,
-                sampling=GREEDY,
-            )
-            for row in self._rows
-        ]
-        for row in self._rows:
-            for begin in range(0, context, CHUNK):
-                length = min(CHUNK, context - begin)
-                self._run([row], length, begin + length == context, starts[row : row + 1] if begin == 0 else [])
+        used = len(adapters) if used is None else used
+        slots = [row * used // batch + 1 if used else 0 for row in range(batch)]
+        self._lengths, self._blocks = [context - 1] * batch, 0
+        self._plan = StepRequest(rows=range(batch), lengths=[1] * batch, slots=slots, samples=[True] * batch)
+        self._starts = [_start(row, context, context - 1) for row in range(batch)]
 
     def decode(self) -> None:
         """One token for each sequence."""
-        self._run(self._rows, 1, True, [])
+        plan, counts = self._plan, []
+        for row, length in enumerate(self._lengths):
+            had = 0 if self._starts else -(-length // BLOCK_SIZE)
+            self._lengths[row] = length + 1
+            counts.append(-(-(length + 1) // BLOCK_SIZE) - had)
+        del plan.starts[:], plan.block_counts[:], plan.blocks[:]
+        plan.starts.extend(self._starts)
+        plan.block_counts.extend(counts)
+        plan.blocks.extend(range(self._blocks, self._blocks + sum(counts)))
+        self._starts, self._blocks = [], self._blocks + sum(counts)
+        self.runner.step(plan)
 
-    def seconds_per_decode(self, steps: int = 12) -> float:
-        """The median, after two steps that are not counted."""
-        return median_seconds(self.decode, steps, warm_up=2)
+    def seconds_per_decode(
+        self, batch: int, context: int, adapters: Sequence[AdapterWeights] = (), used: int | None = None
+    ) -> float:
+        """Of a step with these sequences, after one like it."""
+        self.start(batch, context - 1, adapters, used)
+        self.decode()
+        return seconds(self.decode)
 
-    def seconds_of_attention(self, batch: int, context: int) -> float:
-        """Of one token of each sequence, in all layers, over whatever the cache holds."""
+    def prefill(self, batch: int, tokens: int) -> None:
+        """Computes prompts of so many tokens one after the other, in chunks. They share blocks: nobody reads them."""
+        self.runner.clear()
+        for row in range(batch):
+            for begin in range(0, tokens, CHUNK):
+                length = min(CHUNK, tokens - begin)
+                used = range(begin // BLOCK_SIZE, -(-(begin + length) // BLOCK_SIZE))
+                self.runner.step(
+                    StepRequest(
+                        starts=[] if begin else [_start(row, tokens, 0)],
+                        rows=[row],
+                        lengths=[length],
+                        slots=[0],
+                        samples=[begin + length == tokens],
+                        block_counts=[len(used)],
+                        blocks=used,
+                    )
+                )
+
+    def attention(self, batch: int, context: int) -> Callable[[], None]:
+        """The operation alone, of one token of each sequence, in all layers one after the other: no processor cache
+        holds that much."""
         spec, cut, blocks = self.decoder.spec, self.decoder.cut, -(-context // BLOCK_SIZE)
         tables = torch.randperm(batch * blocks).view(batch, blocks)
         last = torch.full((batch,), context - 1)
@@ -139,30 +162,18 @@ class Stepper:
             for layer in self.cache.layers:
                 self.decoder.ops.attention(qkv, heads, step, layer)
 
-        for layer in self.cache.layers:
-            layer.keys.normal_()
-            layer.values.normal_()
-        return median_seconds(attend, 5)
+        return attend
 
-    def _run(self, rows: list[int], length: int, sample: bool, starts: list[SequenceStart]) -> None:
-        counts = []
-        for row in rows:
-            self._computed[row] += length
-            needed = -(-self._computed[row] // BLOCK_SIZE)
-            counts.append(needed - self._blocks[row])
-            self._blocks[row] = needed
-        first, self._used = self._used, self._used + sum(counts)
-        self.runner.step(
-            StepRequest(
-                starts=starts,
-                rows=rows,
-                lengths=[length] * len(rows),
-                slots=[self._slot_column[row] for row in rows],
-                samples=[sample] * len(rows),
-                block_counts=counts,
-                blocks=range(first, self._used),
-            )
-        )
+
+def _start(row: int, tokens: int, computed: int) -> SequenceStart:
+    ids = Random(row)
+    return SequenceStart(
+        row=row,
+        tokens=[ids.randrange(1000, 40000) for _ in range(tokens)],
+        prompt_length=tokens,
+        computed=computed,
+        sampling=GREEDY,
+    )
 
 
 def random_adapter(layouts: Sequence[LinearLayout], lora_rank: int, seed: int) -> AdapterWeights:
@@ -179,37 +190,3 @@ def random_adapter(layouts: Sequence[LinearLayout], lora_rank: int, seed: int) -
         for part in layout.parts
     }
     return cut_adapter(deltas, layouts, torch.bfloat16).weights
-
-
-def median_seconds(work: Callable[[], object], times: int, warm_up: int = 1) -> float:
-    for _ in range(warm_up):
-        work()
-    seconds = []
-    for _ in range(times):
-        began = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds)
-
-
-def multiply_rate() -> float:
-    """Products per second, each with its sum, of all threads in a large matrix product of torch's: the better of
-    bfloat16 and float32."""
-    size = 1024
-
-    def rate(dtype: torch.dtype) -> float:
-        matrix = torch.ones(size, size, dtype=dtype)
-        return size**3 / median_seconds(lambda: matrix @ matrix, 9)
-
-    return max(rate(torch.bfloat16), rate(torch.float32))
-
-
-def read_bandwidth() -> float:
-    """Bytes per second that all threads together read from memory: the best of several sums over 512 MiB."""
-    numbers = torch.ones(512 << 18)  # float32
-    seconds = []
-    for _ in range(9):
-        began = time.perf_counter()
-        numbers.sum()
-        seconds.append(time.perf_counter() - began)
-    return numbers.nbytes / min(seconds[1:])
