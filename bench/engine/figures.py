@@ -9,13 +9,13 @@ import torch
 
 from bench.engine.memory import resident_weights
 from bench.engine.stepping import Stepper, random_adapter
-from bench.engine.timing import in_turns, median_of, seconds, seconds_per_byte, seconds_per_product
+from bench.engine.timing import in_turns, median_of, ratio, seconds, seconds_per_byte, seconds_per_product
 from bench.peft_target import load_model
 from loraplex_shard.settings import Quantize
 
 CONTEXT = 128
 ROUNDS = 15
-WANTED = {
+WANTED: dict[Quantize, dict[int, float]] = {
     "none": {1: 0.72, 8: 0.65, 32: 0.55},
     "int8": {1: 0.60, 8: 0.50, 32: 0.42},
 }
@@ -45,9 +45,9 @@ def decoding(steppers: dict[Quantize, Stepper]) -> Iterator[Figure]:
         return median_of(lambda floor, spent: amount * floor / spent, measured[what, 0], measured[quantize, batch])
 
     def gain(slow: Quantize, fast: Quantize, batch: int) -> float:
-        return median_of(lambda a, b: a / b, measured[slow, batch], measured[fast, batch])
+        return ratio(measured[slow, batch], measured[fast, batch])
 
-    for quantize, batches in cast(dict[Quantize, dict[int, float]], WANTED).items():
+    for quantize, batches in WANTED.items():
         stepper = steppers[quantize]
         for batch, wanted in batches.items():
             name = f"decode step, {'bf16' if quantize == 'none' else quantize}, batch {batch}: memory floor ÷ time"
@@ -92,7 +92,7 @@ def prefill(stepper: Stepper) -> Figure:
 
     works = {"ours": lambda: seconds(lambda: stepper.prefill(1, tokens)), "theirs": lambda: seconds(theirs)}
     measured = in_turns(works, 5)
-    gain = median_of(lambda theirs, ours: theirs / ours, measured["theirs"], measured["ours"])
+    gain = ratio(measured["theirs"], measured["ours"])
     speed = median_of(lambda spent: tokens / spent, measured["ours"])
     return Figure("prefill of 1,024 tokens, bf16, tokens/s ÷ transformers", 1.8, gain, f"{speed:.0f} tok/s")
 
@@ -116,13 +116,14 @@ def adapters(stepper: Stepper) -> Iterator[Figure]:
     measured = in_turns(works, ROUNDS)
 
     def speed(of: str, to: str) -> float:
-        return median_of(lambda slow, fast: slow / fast, measured[to], measured[of])
+        return ratio(measured[to], measured[of])
 
     yield Figure("32 adapters loaded, none in the batch ÷ none loaded, tokens/s", 0.99, speed("none", "base"))
     yield Figure("one adapter (r=16) in every row ÷ base, tokens/s, batch 32", 0.92, speed("one", "base"))
     for count in (8, 32):
         size, spent = sum(adapter.size_bytes for adapter in many[:count]), measured[str(count)]
         added = median_of(lambda own, base: own - base, spent, measured["base"])
+        # A ratio to each round's difference would be one to its noise.
         floor = median_of(lambda byte, size=size: size * byte, measured["byte"])
         name = f"{count} adapters (r=16), batch 32: memory floor ÷ time added"
         detail = f"{added * 1e3:.1f} ms added; {speed(str(count), 'base'):.2f} of the base's tokens/s"

@@ -23,8 +23,7 @@ def draw(path: Path) -> None:
     works: dict[tuple[int, int], Callable[[], float]] = {(0, 0): seconds_per_byte()}
     for count in ADAPTERS:
         for batch in BATCHES:
-            chosen = adapters[: min(count, batch)]
-            works[count, batch] = partial(stepper.seconds_per_decode, batch, CONTEXT, chosen)
+            works[count, batch] = partial(stepper.seconds_per_decode, batch, CONTEXT, adapters[:count][:batch])
     measured = in_turns(works, ROUNDS)
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -32,7 +31,7 @@ def draw(path: Path) -> None:
         speeds, most = [], []
         for batch in BATCHES:
             read = stepper.weight_bytes + stepper.kv_bytes(batch, CONTEXT)
-            read += sum(adapter.size_bytes for adapter in adapters[: min(count, batch)])
+            read += sum(adapter.size_bytes for adapter in adapters[:count][:batch])
             speeds.append(median_of(lambda spent, batch=batch: batch / spent, measured[count, batch]))
             most.append(median_of(lambda byte, batch=batch, read=read: batch / (read * byte), measured[0, 0]))
         name = f"{count} adapters (r=16)" if count > 1 else "one adapter (r=16)" if count else "base model"

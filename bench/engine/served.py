@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 
 from bench.engine.figures import Figure
 from bench.engine.stepping import Stepper
-from bench.engine.timing import in_turns, median_of, seconds
+from bench.engine.timing import in_turns, ratio, seconds
 from bench.load import Target, Workload, measure
 from bench.peft_target import PeftTarget, load_model
 from bench.processes import Loraplex
@@ -95,23 +95,33 @@ def served() -> Iterator[Figure]:
             }
             measured = in_turns(works, ROUNDS, warm_up=False)
 
-    def ratio(of: str, to: str) -> float:
-        return median_of(lambda a, b: a / b, measured[of], measured[to])
-
     one, many, adapted, peft_speed = (statistics.median(measured[key]) for key in ("one", "many", "adapted", "peft"))
-    yield Figure("served, 1 stream ÷ transformers' own, bf16", 2.7, ratio("one", "alone"), f"{one:.0f} tok/s")
+    yield Figure(
+        "served, 1 stream ÷ transformers' own, bf16", 2.7, ratio(measured["one"], measured["alone"]), f"{one:.0f} tok/s"
+    )
     detail = f"{many:.0f} tok/s"
-    yield Figure("served, 32 streams ÷ transformers' single stream, bf16", 33, ratio("many", "alone"), detail)
-    yield Figure("served, 32 streams ÷ the same work in process", 0.90, ratio("many", "stepped"), detail)
+    yield Figure(
+        "served, 32 streams ÷ transformers' single stream, bf16", 33, ratio(measured["many"], measured["alone"]), detail
+    )
+    yield Figure(
+        "served, 32 streams ÷ the same work in process", 0.90, ratio(measured["many"], measured["stepped"]), detail
+    )
     share = statistics.median(busy)
     yield Figure("served, 32 streams: share of the time in which the shard computes", 0.97, share)
     detail = f"{adapted:.0f} and {peft_speed:.1f} tok/s"
-    yield Figure("32 streams over 32 adapters (r 8 to 64) ÷ PEFT one by one", 25, ratio("adapted", "peft"), detail)
+    yield Figure(
+        "32 streams over 32 adapters (r 8 to 64) ÷ PEFT one by one",
+        25,
+        ratio(measured["adapted"], measured["peft"]),
+        detail,
+    )
     with serving("--tp", "1") as single, serving("--tp", "2") as double:
         halves = {"1": partial(tokens_per_second, single, 8), "2": partial(tokens_per_second, double, 8)}
         measured = in_turns(halves, ROUNDS, warm_up=False)
     detail = f"{statistics.median(measured['2']):.0f} tok/s"
-    yield Figure("TP=2 (one thread each) ÷ TP=1 (two threads), batch 8", 0.80, ratio("2", "1"), detail)
+    yield Figure(
+        "TP=2 (one thread each) ÷ TP=1 (two threads), batch 8", 0.80, ratio(measured["2"], measured["1"]), detail
+    )
 
 
 def stepped_in_process(batch: int) -> Callable[[], float]:

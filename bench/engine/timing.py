@@ -1,6 +1,7 @@
 """Measuring in turns. A virtual machine is faster in one minute than in the next, so whatever is compared is measured
 in the same rounds, one after the other, and a figure is the median of the rounds' own ratios."""
 
+import operator
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -31,6 +32,11 @@ def in_turns(works: Mapping[Key, Callable[[], float]], rounds: int, *, warm_up: 
 def median_of(formula: Callable[..., float], *measured: list[float]) -> float:
     """The median of the formula's value in each round."""
     return statistics.median(map(formula, *measured))
+
+
+def ratio(of: list[float], to: list[float]) -> float:
+    """The median of the rounds' own ratios."""
+    return median_of(operator.truediv, of, to)
 
 
 def seconds_per_byte() -> Callable[[], float]:
