@@ -52,17 +52,43 @@ struct Range {
 // [begin, end) in as few runs of at most `most` as there can be, all of near-equal length: 8 by 5 is 4 and 4.
 class Runs {
 public:
-    long begin;
-    Runs(long begin, long end, long most) : begin(begin), end_(end), left_((end - begin + most - 1) / most) {}
-    explicit operator bool() const { return left_ > 0; }
-    int count() const { return int((end_ - begin + left_ - 1) / left_); }
+    long begin, index = 0;
+    const long total;
+    Runs(long begin, long end, long most) : begin(begin), total((end - begin + most - 1) / most), end_(end) {}
+    explicit operator bool() const { return index < total; }
+    int count() const { return int((end_ - begin + total - index - 1) / (total - index)); }
     void next() {
         begin += count();
-        left_--;
+        index++;
     }
 
 private:
-    long end_, left_;
+    long end_;
+};
+
+// What a run of rows asks memory for while it multiplies with a panel, since processors alone ask too late. If it is the
+// only run, that is what comes a little later; of several runs, each asks for its part of the next panel.
+class Ahead {
+public:
+    // A panel of so many bytes, which is read in so many steps.
+    Ahead(const void* panel, long bytes, long steps, const Runs& run)
+        : next_((const char*)panel + (run.total == 1 ? DISTANCE : bytes + run.index * bytes / run.total)),
+          step_((bytes + steps * run.total - 1) / (steps * run.total)) {}
+
+    // One of these is to be called in every step; the second if a step reads no more than one line.
+    void fetch() {
+        for (long i = 0; i < step_; i += LINE) __builtin_prefetch(next_ + i);
+        next_ += step_;
+    }
+    void fetch_line() {
+        __builtin_prefetch(next_);
+        next_ += step_;
+    }
+
+private:
+    static constexpr long DISTANCE = 2048, LINE = 64;
+    const char* next_;
+    long step_;
 };
 
 }  // namespace loraplex

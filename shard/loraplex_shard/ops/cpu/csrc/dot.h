@@ -61,6 +61,7 @@ template <int M>
 inline void dot_int8(const std::uint8_t* w, int group, const std::int8_t* x, long stride, Floats* sums) {
     __m256i a[M], b[M], ones = _mm256_set1_epi16(1);
     for (int m = 0; m < M; m++) a[m] = b[m] = _mm256_setzero_si256();
+#pragma GCC unroll 4
     for (int i = 0; i < group; i += 4, w += 64) {
         __m256i wa = _mm256_loadu_si256((const __m256i*)w), wb = _mm256_loadu_si256((const __m256i*)(w + 32));
         __m256i pa = _mm256_abs_epi8(wa), pb = _mm256_abs_epi8(wb);

@@ -18,18 +18,20 @@ constexpr int ROWS = 5;
 constexpr long BLOCK = 128;  // rows of x that stay in the cache while all panels are read
 
 template <int M>
-inline void multiply(const float* x, long stride, long k, const float* panel, Floats* sums) {
+inline void multiply(const float* x, long stride, long k, const float* panel, Ahead ahead, Floats* sums) {
     for (long i = 0; i < k; i++, panel += LANES) {
+        ahead.fetch_line();
         Floats w = load(panel);
         for (int m = 0; m < M; m++) sums[m] = fma(splat(x[m * stride + i]), w, sums[m]);
     }
 }
 
 template <int M>
-inline void multiply(const float* x, long stride, long k, const bf16* panel, Floats* sums) {
+inline void multiply(const float* x, long stride, long k, const bf16* panel, Ahead ahead, Floats* sums) {
     Floats odd[M];  // a second chain of sums, since one or two alone would wait for each other's results
     for (int m = 0; m < M; m++) odd[m] = zeros();
     for (long i = 0; i < k; i += 2, panel += 2 * LANES) {
+        ahead.fetch_line();
         Floats first, second;
         load_pairs(panel, first, second);
         for (int m = 0; m < M; m++) {
@@ -44,22 +46,24 @@ inline void multiply(const float* x, long stride, long k, const bf16* panel, Flo
         for (int m = 0; m < M; m++) sums[m] = sums[m] + odd[m];
 }
 
+// Not inlined, since g++ otherwise keeps the sums in memory.
 template <int M, class W, class T>
-void panel_rows(const float* x, long stride, long k, const W* panel, Floats bias, T* out, long out_stride, int columns) {
+[[gnu::noinline]] void panel_rows(const float* x, long stride, long k, const W* panel, Ahead ahead, Floats bias, T* out,
+                                  long out_stride, int columns) {
     Floats sums[M];
     for (int m = 0; m < M; m++) sums[m] = bias;
-    multiply<M>(x, stride, k, panel, sums);
+    multiply<M>(x, stride, k, panel, ahead, sums);
     for (int m = 0; m < M; m++) store_first(out + m * out_stride, sums[m], columns);
 }
 
 // Calls panel_rows for `rows` rows, fewer than or equal to M.
 template <int M, class W, class T>
-void rows_of_panel(int rows, const float* x, long stride, long k, const W* panel, Floats bias, T* out, long out_stride,
-                   int columns) {
+void rows_of_panel(int rows, const float* x, long stride, long k, const W* panel, Ahead ahead, Floats bias, T* out,
+                   long out_stride, int columns) {
     if (rows == M)
-        panel_rows<M>(x, stride, k, panel, bias, out, out_stride, columns);
+        panel_rows<M>(x, stride, k, panel, ahead, bias, out, out_stride, columns);
     else if constexpr (M > 1)
-        rows_of_panel<M - 1>(rows, x, stride, k, panel, bias, out, out_stride, columns);
+        rows_of_panel<M - 1>(rows, x, stride, k, panel, ahead, bias, out, out_stride, columns);
 }
 
 template <class W, class T>
@@ -69,7 +73,7 @@ void linear(int threads, long m, long n, long k, const T* x, const W* weight, co
     bool convert = sizeof(T) == 2 || padded != k;
     float* floats = convert ? scratch.get<float>(m * padded) : nullptr;
     const float* rows = convert ? floats : (const float*)x;
-    long panels = (n + LANES - 1) / LANES;
+    long panels = (n + LANES - 1) / LANES, bytes = padded * LANES * long(sizeof(W));  // of a panel
     parallel(threads, [&](Member me) {
         if (convert) {
             Range mine = me.share(m);
@@ -86,9 +90,11 @@ void linear(int threads, long m, long n, long k, const T* x, const W* weight, co
             for (long p = mine.begin; p < mine.end; p++) {
                 int columns = int(n - p * LANES < LANES ? n - p * LANES : LANES);
                 Floats start = bias ? load_first(bias + p * LANES, columns) : zeros();
+                const W* panel = weight + p * padded * LANES;
                 for (Runs run(block, end, ROWS); run; run.next())
-                    rows_of_panel<ROWS>(run.count(), rows + run.begin * padded, padded, padded,
-                                        weight + p * padded * LANES, start, out + run.begin * n + p * LANES, n, columns);
+                    rows_of_panel<ROWS>(run.count(), rows + run.begin * padded, padded, padded, panel,
+                                        Ahead(panel, bytes, bytes / 64, run), start,
+                                        out + run.begin * n + p * LANES, n, columns);
             }
         }
     });

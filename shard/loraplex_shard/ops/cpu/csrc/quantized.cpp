@@ -48,9 +48,10 @@ void quantize_row(const T* x, long k, int group, std::int8_t* values, float* sca
     }
 }
 
+// Not inlined, since g++ otherwise keeps the sums in memory.
 template <int BITS, int M, class T>
-void panel_rows(const Activations& x, long row, Panels<BITS> panels, const std::uint8_t* panel, Floats bias, T* out,
-                long stride, int columns) {
+[[gnu::noinline]] void panel_rows(const Activations& x, long row, Panels<BITS> panels, const std::uint8_t* panel,
+                                  Ahead ahead, Floats bias, T* out, long stride, int columns) {
     Floats totals[M];
     for (int m = 0; m < M; m++) totals[m] = bias;
     int group = panels.group;
@@ -58,6 +59,7 @@ void panel_rows(const Activations& x, long row, Panels<BITS> panels, const std::
     const f16* scales = (const f16*)panel;
     const std::uint8_t* integers = panel + panels.scales();
     for (long g = 0; g < x.groups; g++, scales += panels.SCALES, integers += panels.integers()) {
+        ahead.fetch();
         Floats sums[M], scale = load_f16(scales);
         if constexpr (BITS == 4)
             dot_int4<M>(integers, group, values + g * group, x.groups * group, sums);
@@ -75,11 +77,11 @@ void panel_rows(const Activations& x, long row, Panels<BITS> panels, const std::
 
 template <int BITS, int M, class T>
 void rows_of_panel(int rows, const Activations& x, long row, Panels<BITS> panels, const std::uint8_t* panel,
-                   Floats bias, T* out, long stride, int columns) {
+                   Ahead ahead, Floats bias, T* out, long stride, int columns) {
     if (rows == M)
-        panel_rows<BITS, M>(x, row, panels, panel, bias, out, stride, columns);
+        panel_rows<BITS, M>(x, row, panels, panel, ahead, bias, out, stride, columns);
     else if constexpr (M > 1)
-        rows_of_panel<BITS, M - 1>(rows, x, row, panels, panel, bias, out, stride, columns);
+        rows_of_panel<BITS, M - 1>(rows, x, row, panels, panel, ahead, bias, out, stride, columns);
 }
 
 #if defined(__AMX_INT8__)
@@ -178,10 +180,11 @@ void linear(int threads, long m, long n, long k, int group, const T* x, const st
             for (long p = mine.begin; p < mine.end; p++) {
                 int columns = int(n - p * LANES < LANES ? n - p * LANES : LANES);
                 Floats start = bias ? load_first(bias + p * LANES, columns) : zeros();
+                const std::uint8_t* panel = weight + p * panels.bytes();
                 for (Runs run(block, end, DOT_ROWS); run; run.next())
-                    rows_of_panel<BITS, DOT_ROWS>(run.count(), activations, run.begin, panels,
-                                                  weight + p * panels.bytes(), start, out + run.begin * n + p * LANES,
-                                                  n, columns);
+                    rows_of_panel<BITS, DOT_ROWS>(run.count(), activations, run.begin, panels, panel,
+                                                  Ahead(panel, panels.bytes(), groups, run), start,
+                                                  out + run.begin * n + p * LANES, n, columns);
             }
         }
     });
