@@ -17,6 +17,7 @@ from loraplex_shard.layers.sources import Target
 from loraplex_shard.lora.deltas import Delta, cut_adapter
 from loraplex_shard.lora.weights import AdapterWeights
 from loraplex_shard.machine import BLOCK_SIZE
+from loraplex_shard.memory import keep_freed
 from loraplex_shard.models import Decoder, load_decoder
 from loraplex_shard.ops.base import Heads
 from loraplex_shard.ops.choose import choose_operations, load_kernels
@@ -58,6 +59,7 @@ class Stepper:
     def __init__(self, quantize: Quantize, dtype: torch.dtype = torch.bfloat16) -> None:
         checkpoint = open_checkpoint("", None, None)
         self.decoder = load_model(quantize, dtype)
+        keep_freed()
         blocks = MAX_SEQUENCES * -(-MAX_MODEL_LEN // BLOCK_SIZE)
         self.cache: KVCache = self.decoder.new_cache(blocks, BLOCK_SIZE)
         for layer in self.cache.layers:

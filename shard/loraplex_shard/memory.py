@@ -1,15 +1,21 @@
-"""Memory for what every step reads: large, and of huge pages where the kernel grants them. Knows nothing of its use.
+"""Memory for what every step reads: large, and of huge pages where the kernel grants them; and for what it makes, which
+is of the same sizes again and again. Knows nothing of its use.
 
 Addresses are looked up page by page: with pages of 4 KiB, a processor that reads some hundred MB waits for look-ups as
 well as for the bytes.
 """
 
+import ctypes
 import mmap
 from contextlib import suppress
 
 import torch
 
 HUGE_PAGE = 2 << 20
+
+# Numbers of glibc's mallopt, and what they are set to.
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
+KEPT, LARGEST_KEPT = 64 << 20, 32 << 20  # glibc takes no more for the latter
 
 
 def reserve(size: int) -> torch.Tensor:
@@ -21,3 +27,12 @@ def reserve(size: int) -> torch.Tensor:
     whole = torch.frombuffer(memory, dtype=torch.uint8)
     start = -whole.data_ptr() % HUGE_PAGE
     return whole[start : start + size]
+
+
+def keep_freed() -> None:
+    """From now on, memory that is freed stays with the process, up to some 64 MiB for each thread, where the C library
+    is glibc. It otherwise goes back to the kernel, and every page of every step's tensors is got and cleared anew."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(TRIM_THRESHOLD, KEPT)
+        mallopt(MMAP_THRESHOLD, LARGEST_KEPT)

@@ -24,6 +24,7 @@ from loraplex_shard.checkpoint import Checkpoint, open_checkpoint
 from loraplex_shard.grammars import GrammarCompiler
 from loraplex_shard.layers.sources import Target
 from loraplex_shard.lora.store import AdapterStore
+from loraplex_shard.memory import keep_freed
 from loraplex_shard.models import load_decoder
 from loraplex_shard.models.architectures import read_spec
 from loraplex_shard.ops.choose import choose_operations, load_kernels
@@ -138,6 +139,7 @@ def _load(
     target = Target(dtype, device, machine.pick_quantize(settings.quantize, checkpoint))
     decoder = load_decoder(checkpoint, group, ops, target, max_model_len, progress)
     kv_dtype = torch.int8 if settings.kv_dtype == "int8" else dtype
+    keep_freed()  # what loading freed is given back
     block_bytes = decoder.cache_block_bytes(machine.BLOCK_SIZE, kv_dtype)
     num_blocks = machine.fewest(group, machine.count_blocks(settings, max_model_len, block_bytes, device), device)
     max_model_len = machine.fit_context(settings, max_model_len, num_blocks)

@@ -1,8 +1,13 @@
 """Memory for what every step reads."""
 
+import resource
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
-from loraplex_shard.memory import HUGE_PAGE, reserve
+import torch
+
+from loraplex_shard.memory import HUGE_PAGE, keep_freed, reserve
 
 
 def resident_bytes() -> int:
@@ -25,3 +30,17 @@ def test_memory_that_nobody_touched_is_not_resident() -> None:
 
 def test_no_bytes_can_be_reserved() -> None:
     assert reserve(0).shape == (0,)
+
+
+def page_faults_of_equal_tensors() -> int:
+    keep_freed()
+    torch.zeros(10 << 20, dtype=torch.uint8)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.zeros(10 << 20, dtype=torch.uint8)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+def test_freed_memory_is_used_again_without_asking_the_kernel() -> None:
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        assert process.submit(page_faults_of_equal_tensors).result() < 100

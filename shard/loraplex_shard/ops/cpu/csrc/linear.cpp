@@ -74,6 +74,7 @@ void linear(int threads, long m, long n, long k, const T* x, const W* weight, co
     float* floats = convert ? scratch.get<float>(m * padded) : nullptr;
     const float* rows = convert ? floats : (const float*)x;
     long panels = (n + LANES - 1) / LANES, bytes = padded * LANES * long(sizeof(W));  // of a panel
+    Shares shares((m + BLOCK - 1) / BLOCK * panels);
     parallel(threads, [&](Member me) {
         if (convert) {
             Range mine = me.share(m);
@@ -84,19 +85,16 @@ void linear(int threads, long m, long n, long k, const T* x, const W* weight, co
             }
             me.barrier();
         }
-        Range mine = me.share(panels);
-        for (long block = 0; block < m; block += BLOCK) {
-            long end = block + BLOCK < m ? block + BLOCK : m;
-            for (long p = mine.begin; p < mine.end; p++) {
-                int columns = int(n - p * LANES < LANES ? n - p * LANES : LANES);
-                Floats start = bias ? load_first(bias + p * LANES, columns) : zeros();
-                const W* panel = weight + p * padded * LANES;
-                for (Runs run(block, end, ROWS); run; run.next())
-                    rows_of_panel<ROWS>(run.count(), rows + run.begin * padded, padded, padded, panel,
-                                        Ahead(panel, bytes, bytes / 64, run), start,
-                                        out + run.begin * n + p * LANES, n, columns);
-            }
-        }
+        shares.each(me, [&](long i) {
+            long block = i / panels * BLOCK, p = i % panels, end = block + BLOCK < m ? block + BLOCK : m;
+            int columns = int(n - p * LANES < LANES ? n - p * LANES : LANES);
+            Floats start = bias ? load_first(bias + p * LANES, columns) : zeros();
+            const W* panel = weight + p * padded * LANES;
+            for (Runs run(block, end, ROWS); run; run.next())
+                rows_of_panel<ROWS>(run.count(), rows + run.begin * padded, padded, padded, panel,
+                                    Ahead(panel, bytes, bytes / 64, run), start, out + run.begin * n + p * LANES, n,
+                                    columns);
+        });
     });
 }
 

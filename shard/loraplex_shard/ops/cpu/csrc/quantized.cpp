@@ -165,28 +165,27 @@ void linear(int threads, long m, long n, long k, int group, const T* x, const st
     float* scales = for_scales.get<float>(2 * room * groups);
     float* sums = scales + room * groups;
     Activations activations{values, scales, sums, groups};
+    long panel_count = (n + LANES - 1) / LANES;
+    Shares shares((m + BLOCK - 1) / BLOCK * panel_count);
     parallel(threads, [&](Member me) {
-        Range rows = me.share(m), mine = me.share((n + LANES - 1) / LANES);
+        Range rows = me.share(m);
         for (long i = rows.begin; i < rows.end; i++)
             quantize_row(x + i * k, k, group, values + i * groups * group, scales + i * groups, sums + i * groups);
         me.barrier();
 #if defined(__AMX_INT8__)
         if (m >= FEWEST_TILE_ROWS)
-            linear_by_tiles(activations, mine, m, n, panels, weight, bias, out);
-        else
+            return linear_by_tiles(activations, me.share(panel_count), m, n, panels, weight, bias, out);
 #endif
-        for (long block = 0; block < m; block += BLOCK) {
-            long end = block + BLOCK < m ? block + BLOCK : m;
-            for (long p = mine.begin; p < mine.end; p++) {
-                int columns = int(n - p * LANES < LANES ? n - p * LANES : LANES);
-                Floats start = bias ? load_first(bias + p * LANES, columns) : zeros();
-                const std::uint8_t* panel = weight + p * panels.bytes();
-                for (Runs run(block, end, DOT_ROWS); run; run.next())
-                    rows_of_panel<BITS, DOT_ROWS>(run.count(), activations, run.begin, panels, panel,
-                                                  Ahead(panel, panels.bytes(), groups, run), start,
-                                                  out + run.begin * n + p * LANES, n, columns);
-            }
-        }
+        shares.each(me, [&](long i) {
+            long block = i / panel_count * BLOCK, p = i % panel_count, end = block + BLOCK < m ? block + BLOCK : m;
+            int columns = int(n - p * LANES < LANES ? n - p * LANES : LANES);
+            Floats start = bias ? load_first(bias + p * LANES, columns) : zeros();
+            const std::uint8_t* panel = weight + p * panels.bytes();
+            for (Runs run(block, end, DOT_ROWS); run; run.next())
+                rows_of_panel<BITS, DOT_ROWS>(run.count(), activations, run.begin, panels, panel,
+                                              Ahead(panel, panels.bytes(), groups, run), start,
+                                              out + run.begin * n + p * LANES, n, columns);
+        });
     });
 }
 

@@ -101,6 +101,25 @@ inline void Member::barrier() const {
     if (count > 1) team->barrier(count);
 }
 
+// [0, count) for the members of a team: most of it in equal shares, the rest one by one to whoever is free, since a core
+// that others use as well takes longer.
+class Shares {
+public:
+    explicit Shares(long count) : count_(count), next_(count - count / 4) {}
+
+    // f(i) for each i that falls to this member.
+    template <class F>
+    void each(Member me, const F& f) {
+        Range mine = me.share(count_ - count_ / 4);
+        for (long i = mine.begin; i < mine.end; i++) f(i);
+        for (long i; (i = next_++) < count_;) f(i);
+    }
+
+private:
+    const long count_;
+    std::atomic<long> next_;
+};
+
 // work(Member) on `threads` threads.
 template <class F>
 void parallel(int threads, const F& work) {
