@@ -138,7 +138,7 @@ def _log_probabilities(decoder: Decoder, form: Form, windows: Sequence[torch.Ten
         batch = Batch(window, places, places, (0, len(window)), (len(window),), tables, ())
         logits = decoder.logits(decoder(batch, decoder.new_cache(blocks, BLOCK_SIZE, form.kv_dtype)), ())
         assert logits is not None
-        yield logits.log_softmax(1)
+        yield logits[0].log_softmax(1)
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

@@ -132,15 +132,17 @@ class Runner:
             if (slot := int(chunks.slots[first]))
         )
 
-    def _logits(self, hidden: Tensor, segments: tuple[Segment, ...], tokens: Ints) -> Tensor | None:
-        """The logits [n, vocab] after these tokens of the batch, which are in ascending order. Rank 0 only."""
+    def _logits(self, hidden: Tensor, segments: tuple[Segment, ...], tokens: Ints) -> tuple[Tensor, Tensor] | None:
+        """The logits [n, vocab] after these tokens of the batch, which are in ascending order, and whether they are
+        finite [n]. Rank 0 only."""
         bounds = np.searchsorted(tokens, [(segment.start, segment.stop) for segment in segments]).reshape(-1, 2)
         chosen = tuple(
             Segment(int(start), int(stop), segment.adapter)
             for (start, stop), segment in zip(bounds, segments, strict=True)
             if start < stop
         )
-        return self._decoder.logits(hidden[self._rows.on_device(tokens)], chosen)
+        chosen_hidden = hidden if len(tokens) == len(hidden) else hidden[self._rows.on_device(tokens)]
+        return self._decoder.logits(chosen_hidden, chosen)
 
     def _report_prompt(
         self, chunks: Chunks, hidden: Tensor, segments: tuple[Segment, ...], response: StepResponse
@@ -167,8 +169,9 @@ class Runner:
         places, positions = np.repeat(np.arange(len(chunks)), counts), spans(firsts, counts)
         for first in range(0, len(tokens), LOGITS_SLICE):
             part = slice(first, first + LOGITS_SLICE)
-            logits = self._logits(hidden, segments, tokens[part])
-            if logits is not None:
+            computed = self._logits(hidden, segments, tokens[part])
+            if computed is not None:
+                logits, _ = computed
                 yield places[part], logits, self._rows.tokens_at(chunks.rows[places[part]], positions[part])
 
     def _report_tokens(
@@ -203,9 +206,10 @@ class Runner:
         """What was sampled and, where it is reported at once, forced; adds the failures to the response."""
         places = np.flatnonzero(chunks.samples)
         rows, lengths = chunks.rows[places], chunks.ends[places]
-        logits = self._logits(hidden, segments, chunks.starts[1:][places] - 1)
+        computed = self._logits(hidden, segments, chunks.starts[1:][places] - 1)
         tokens = torch.zeros(len(places), dtype=torch.int64, device=hidden.device)
-        if logits is not None:
+        if computed is not None:
+            logits, finite = computed
             bias = self._rows.bias(rows)
             allowed = logits if bias is None else bias.apply(logits)
             allowed = allowed if masks is None else masks.apply(allowed)
@@ -215,10 +219,10 @@ class Runner:
         if masks is not None:
             self._constraints.accept(rows.tolist(), tokens.tolist())
         forced = self._force(rows)
-        if logits is None:
+        if computed is None:
             return []
         failures = np.where(self._constraints.failed(rows.tolist()), FAILURE_REASON_GRAMMAR, 0)
-        failures[~logits.sum(-1).isfinite().cpu().numpy()] = FAILURE_REASON_NOT_FINITE
+        failures[~finite.cpu().numpy()] = FAILURE_REASON_NOT_FINITE
         response.failed_chunks.extend(places[failures != 0].tolist())
         response.failure_reasons.extend(failures[failures != 0].tolist())
         if failures.any():

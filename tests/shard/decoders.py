@@ -37,7 +37,9 @@ class Sequences:
         """Computes these tokens of each sequence; its logits for each, [tokens, vocab] (nothing but on rank 0)."""
         batch = self.batch(chunks, segments)
         logits = self.decoder.logits(self.decoder(batch, self.cache), segments)
-        return {} if logits is None else dict(zip(chunks, logits.split([len(c) for c in chunks.values()]), strict=True))
+        if logits is None:
+            return {}
+        return dict(zip(chunks, logits[0].split([len(c) for c in chunks.values()]), strict=True))
 
     def batch(self, chunks: dict[str, list[int]], segments: tuple[Segment, ...]) -> Batch:
         block_size, positions, indices, starts = self.cache.block_size, [], [], [0]

@@ -1,5 +1,7 @@
 """The CPU kernels compute what the reference computes, whatever the shapes, dtypes and instruction set."""
 
+from math import inf, nan
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -98,6 +100,25 @@ def test_norms_and_the_gated_activation(cpu: CpuOperations, rows: int, n: int, d
     assert_close(hidden, expected)
     gate_up = torch.cat((x * 10, delta), dim=1)
     assert_close(cpu.silu_mul(gate_up), REFERENCE.silu_mul(gate_up))
+
+
+@many
+@given(
+    rows=st.integers(1, 4),
+    n=st.integers(1, 70) | st.integers(8000, 20_000),
+    dtype=dtypes,
+    broken=st.none() | st.tuples(st.integers(0, 3), st.integers(0, 20_000), st.sampled_from([inf, -inf, nan])),
+)
+def test_widening_and_which_rows_are_finite(
+    cpu: CpuOperations, rows: int, n: int, dtype: torch.dtype, broken: tuple[int, int, float] | None
+) -> None:
+    x = random(0, rows, n, dtype=dtype)
+    if broken:
+        x[broken[0] % rows, broken[1] % n] = broken[2]
+    (wide, finite), (expected, expected_finite) = cpu.widen(x), REFERENCE.widen(x)
+    assert wide.dtype == torch.float32
+    assert wide.nan_to_num(5).equal(expected.nan_to_num(5))
+    assert finite.equal(expected_finite)
 
 
 def test_a_large_negative_gate_closes_and_a_large_positive_one_opens(cpu: CpuOperations) -> None:

@@ -119,13 +119,14 @@ class Decoder(nn.Module):
         return self.ops.forward(step, cache, lambda: self._compute(step, cache))
 
     @torch.inference_mode()
-    def logits(self, hidden: torch.Tensor, segments: tuple[Segment, ...]) -> torch.Tensor | None:
-        """hidden [n, hidden] -> [n, vocab_size] float32 on rank 0, None on the others, which must call it as well.
+    def logits(self, hidden: torch.Tensor, segments: tuple[Segment, ...]) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """hidden [n, hidden] -> logits [n, vocab_size] float32, and whether all of each row are finite [n] bool, on
+        rank 0; None on the others, which must call it as well.
 
         `segments` are runs of rows of `hidden`, for adapters that touch the lm head.
         """
         logits = self.group.gather(self.lm_head(hidden, segments), self.cut.lm_head_widths)
-        return None if logits is None else logits.float()
+        return None if logits is None else self.ops.widen(logits)
 
     def new_cache(self, num_blocks: int, block_size: int, dtype: torch.dtype | None = None) -> KVCache:
         """An empty cache of this rank's KV heads, on the decoder's device; of its dtype, or of torch.int8."""

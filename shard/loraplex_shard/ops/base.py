@@ -97,6 +97,10 @@ class Operations(Protocol):
         """silu(gate) * up (arXiv 2002.05202): gate_up [tokens, 2 * n] holds the two side by side -> [tokens, n]."""
         ...
 
+    def widen(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """x [rows, n] in float32, and whether all numbers of a row are finite: [rows] bool."""
+        ...
+
     def rotate_and_write(
         self, qkv: torch.Tensor, heads: Heads, norms: HeadNorms | None, step: Step, cache: LayerCache
     ) -> None:

@@ -86,6 +86,9 @@ class ReferenceOperations:
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate).mul_(up)
 
+    def widen(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x.float(), x.sum(-1).isfinite()
+
     def rotate_and_write(
         self, qkv: torch.Tensor, heads: Heads, norms: HeadNorms | None, step: ReferenceStep, cache: LayerCache
     ) -> None:

@@ -109,6 +109,7 @@ def load(path: Path) -> ctypes.CDLL:
         "add_lora_delta": (i, i, i, n, p, p, p, n, p, n, p, n),
         "add_rms_norm": (i, i, n, n, p, p, p, f, p),
         "silu_mul": (i, i, n, n, p, p),
+        "widen": (i, i, n, n, p, p, p),
         "rotate_and_write": (i, i, n, p, n, n, n, n, p, f, p, p, p, p, p, p, p, p),
         "paged_attention": (i, i, p, n, n, n, n, f, f, n, p, p, p, p, n, p, p, p, n, p),
         "run": (p, n, n),

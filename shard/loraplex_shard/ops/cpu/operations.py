@@ -206,6 +206,13 @@ class CpuOperations:
         self._call("silu_mul", self._threads, KINDS[out.dtype], rows, n, gate_up.data_ptr(), out.data_ptr())
         return out
 
+    def widen(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        rows, n = x.shape
+        out, finite = torch.empty((rows, n)), torch.empty(rows, dtype=torch.bool)
+        where = self._threads, KINDS[x.dtype], rows, n, x.data_ptr()
+        self._library.widen(*where, out.data_ptr(), finite.data_ptr())
+        return out, finite
+
     def rotate_and_write(
         self, qkv: torch.Tensor, heads: Heads, norms: HeadNorms | None, step: CpuStep, cache: LayerCache
     ) -> None:

@@ -97,6 +97,9 @@ class CudaOperations:
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         return elementwise.silu_mul(gate_up)
 
+    def widen(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x.float(), x.sum(-1).isfinite()
+
     def rotate_and_write(
         self, qkv: torch.Tensor, heads: Heads, norms: HeadNorms | None, step: CudaStep, cache: LayerCache
     ) -> None:

@@ -48,6 +48,24 @@ void silu_mul(int threads, long rows, long n, const T* gate_up, T* out) {
     });
 }
 
+template <class T>
+void widen(int threads, long rows, long n, const T* x, float* out, std::uint8_t* finite) {
+    std::memset(finite, 1, rows);
+    long parts = (n + SMALL - 1) / SMALL;  // of a row, since there may be one row of a whole vocabulary
+    parallel_for(rows * n > SMALL ? threads : 1, rows * parts, [&](long i) {
+        long row = i / parts;
+        Range part(n, parts, i % parts);
+        Floats nothing = zeros();  // times an infinity or NaN it is NaN
+        for (long j = part.begin; j < part.end; j += LANES) {
+            int count = int(part.end - j < LANES ? part.end - j : LANES);
+            Floats v = load_first(x + row * n + j, count);
+            store_first(out + row * n + j, v, count);
+            nothing = fma(v, zeros(), nothing);
+        }
+        if (sum(nothing) != 0) std::atomic_ref(finite[row]).store(0, std::memory_order_relaxed);
+    });
+}
+
 }  // namespace
 }  // namespace loraplex
 
@@ -68,4 +86,9 @@ EXPORT void silu_mul(int threads, int kind, long rows, long n, const void* gate_
         using T = decltype(t);
         loraplex::silu_mul(threads, rows, n, (T)gate_up, (T)out);
     });
+}
+
+// x [rows, n] -> out [rows, n] float32; finite [rows]: 1 where all numbers of a row are, else 0.
+EXPORT void widen(int threads, int kind, long rows, long n, const void* x, float* out, std::uint8_t* finite) {
+    with_type(kind, [&](auto* t) { loraplex::widen(threads, rows, n, (decltype(t))x, out, finite); });
 }
