@@ -5,6 +5,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
+import pytest
 import torch
 
 from loraplex_shard.memory import HUGE_PAGE, keep_freed, reserve
@@ -41,6 +42,7 @@ def page_faults_of_equal_tensors() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 
-def test_freed_memory_is_used_again_without_asking_the_kernel() -> None:
+def test_freed_memory_is_used_again_without_asking_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "1")  # as a shard has it
     with ProcessPoolExecutor(1, get_context("spawn")) as process:
         assert process.submit(page_faults_of_equal_tensors).result() < 100

@@ -49,7 +49,7 @@ inline void dot_int4(const std::uint8_t* w, int group, const std::int8_t* x, lon
 
 #elif defined(__AVX2__)
 
-constexpr int DOT_ROWS = 4;
+constexpr int DOT_ROWS = 5;
 
 inline __m256i four(const std::int8_t* x) {
     int quad;
