@@ -31,10 +31,7 @@ def reserve(size: int) -> torch.Tensor:
 
 def keep_freed() -> None:
     """From now on, memory that is freed stays with the process, up to some 64 MiB for each thread, where the C library
-    is glibc. It otherwise goes back to the kernel, and every page of every step's tensors is got and cleared anew.
-
-    Without THP_MEM_ALLOC_ENABLE, torch wants each tensor elsewhere than where the one before it was, which takes a few
-    more of them until nothing new is got."""
+    is glibc. It otherwise goes back to the kernel, and every page of every step's tensors is got and cleared anew."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(TRIM_THRESHOLD, KEPT)

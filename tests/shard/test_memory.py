@@ -33,16 +33,17 @@ def test_no_bytes_can_be_reserved() -> None:
     assert reserve(0).shape == (0,)
 
 
-def page_faults_of_equal_tensors() -> int:
+def page_faults_of_equal_steps() -> int:
     keep_freed()
-    torch.zeros(10 << 20, dtype=torch.uint8)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(10):
-        torch.zeros(10 << 20, dtype=torch.uint8)
+    for step in range(50):
+        if step == 40:  # until then, what is freed by one step may lie so that the next one takes other memory
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        tensors = [torch.zeros(size << 20, dtype=torch.uint8) for size in (3, 10, 20)]
+        del tensors
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 
 def test_freed_memory_is_used_again_without_asking_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "1")  # as a shard has it
     with ProcessPoolExecutor(1, get_context("spawn")) as process:
-        assert process.submit(page_faults_of_equal_tensors).result() < 100
+        assert process.submit(page_faults_of_equal_steps).result() < 100
