@@ -70,6 +70,8 @@ private:
 // only run, that is what comes a little later; of several runs, each asks for its part of the next panel.
 class Ahead {
 public:
+    static constexpr long LINE = 64;  // bytes
+
     // A panel of so many bytes, which is read in so many steps.
     Ahead(const void* panel, long bytes, long steps, const Runs& run)
         : next_((const char*)panel + (run.total == 1 ? DISTANCE : bytes + run.index * bytes / run.total)),
@@ -86,7 +88,7 @@ public:
     }
 
 private:
-    static constexpr long DISTANCE = 2048, LINE = 64;
+    static constexpr long DISTANCE = 2048;
     const char* next_;
     long step_;
 };

@@ -1,7 +1,7 @@
 // out = x W^T for weights in float32 or bfloat16, packed into panels of sixteen rows. Sums are float32.
 //
 // A panel holds sixteen rows of W, one per lane: for float32 [k][16], for bfloat16 [k / 2][16][2], where k is padded
-// to be even. Every thread computes panels of its own, so each weight is read once per call and by one core.
+// to be even. A panel is read once for every BLOCK rows of x, each time by one thread.
 // Processors that multiply bfloat16 do so by linear_bf16.h, over the same panels.
 
 #include "linear_bf16.h"
@@ -92,8 +92,8 @@ void linear(int threads, long m, long n, long k, const T* x, const W* weight, co
             const W* panel = weight + p * padded * LANES;
             for (Runs run(block, end, ROWS); run; run.next())
                 rows_of_panel<ROWS>(run.count(), rows + run.begin * padded, padded, padded, panel,
-                                    Ahead(panel, bytes, bytes / 64, run), start, out + run.begin * n + p * LANES, n,
-                                    columns);
+                                    Ahead(panel, bytes, bytes / Ahead::LINE, run), start,
+                                    out + run.begin * n + p * LANES, n, columns);
         });
     });
 }
