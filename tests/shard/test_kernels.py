@@ -81,6 +81,6 @@ def test_those_built_for_this_machine_are_the_best_that_the_compiler_knows(
 def test_a_process_that_is_refused_the_tile_registers_does_without(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(INSTRUCTION_SETS["amx"][1], True))
     monkeypatch.setattr(library, "_tiles_granted", lambda: False)
-    assert library.instruction_sets() == ["avx512", "portable"]
+    assert library.instruction_sets() == ["avx512_bf16", "avx512", "portable"]
     monkeypatch.setattr(library, "_tiles_granted", lambda: True)
     assert library.instruction_set() == "amx"

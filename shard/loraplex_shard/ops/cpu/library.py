@@ -29,6 +29,7 @@ INSTRUCTION_SETS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         (*AVX512_FLAGS, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
         (*AVX512, "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8"),
     ),
+    "avx512_bf16": ((*AVX512_FLAGS, "-mavx512bf16"), (*AVX512, "avx512_bf16")),
     "avx512": (AVX512_FLAGS, AVX512),
     "avx2": (("-mavx2", "-mfma", "-mf16c"), ("avx2", "fma3", "f16c")),
     "portable": ((), ()),

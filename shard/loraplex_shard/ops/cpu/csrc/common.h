@@ -66,6 +66,22 @@ private:
     long end_;
 };
 
+// Rows of x that stay in the cache while all panels are read.
+constexpr long BLOCK = 128;
+
+// What x is multiplied by at a time: a float32, a pair of bfloat16, or four int8. Rows that are multiplied together lie
+// word by word, as their run reads them: the first words of all of them, then the second ones.
+using Word = std::uint32_t;
+
+// Calls f(row, begin, count) for each of m rows that is in `mine`, with the run of at most `most` rows that it is part of.
+template <class F>
+void each_row(long m, long most, Range mine, const F& f) {
+    for (long block = 0; block < m; block += BLOCK)
+        for (Runs run(block, block + BLOCK < m ? block + BLOCK : m, most); run; run.next())
+            for (int i = 0; i < run.count(); i++)
+                if (long row = run.begin + i; mine.begin <= row && row < mine.end) f(row, run.begin, run.count());
+}
+
 // What a run of rows asks memory for while it multiplies with a panel, since processors alone ask too late. If it is the
 // only run, that is what comes a little later; of several runs, each asks for its part of the next panel.
 class Ahead {

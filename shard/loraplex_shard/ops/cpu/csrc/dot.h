@@ -1,10 +1,11 @@
 // Dot products of small integers: one group of a panel's sixteen rows with M rows of activations.
 //
 // Weights lie in fours of k, [group / 4][16][4] bytes: int8 as they are; int4 unsigned, two to a byte, the fours of the
-// group's first half in the low and those of its second half in the high nibbles. Activations are int8 in [-127, 127].
+// group's first half in the low and those of its second half in the high nibbles. Activations are int8 in [-127, 127], the rows'
+// words side by side (see common.h).
 #pragma once
 
-#include "vec.h"
+#include "common.h"
 
 namespace loraplex {
 
@@ -12,36 +13,36 @@ namespace loraplex {
 
 constexpr int DOT_ROWS = 12;
 
-inline __m512i four(const std::int8_t* x) {
-    int quad;
-    std::memcpy(&quad, x, 4);
-    return _mm512_set1_epi32(quad);
+// sums += products of fours: unsigned w in sixteen columns, signed x in one word. Written out, since g++ 12 copies the
+// sums before and after each of its intrinsics.
+[[gnu::always_inline]] inline void add_dot(__m512i& sums, __m512i w, const std::int8_t* x) {
+    asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sums) : "v"(w), "m"(*(const Word*)x));
 }
 
 template <int M>
-inline void dot_int8(const std::uint8_t* w, int group, const std::int8_t* x, long stride, Floats* sums) {
-    __m512i totals[M], bias = _mm512_setzero_si512(), offset = _mm512_set1_epi8(char(0x80));
-    for (int m = 0; m < M; m++) totals[m] = _mm512_setzero_si512();
+inline void dot_int8(const std::uint8_t* w, int group, const std::int8_t* x, const int* x_sums, Floats* sums) {
+    // One factor must be unsigned: w + 128. The part of 128 is taken off beforehand: x_sums are -128 times the rows' sums.
+    __m512i totals[M], offset = _mm512_set1_epi8(char(0x80));
+    for (int m = 0; m < M; m++) totals[m] = _mm512_set1_epi32(x_sums[m]);
+    if (group < 32) __builtin_unreachable();  // else g++ copies all sums, in case that there is nothing to add
     for (int i = 0; i < group; i += 4, w += 64) {
-        __m512i weights = _mm512_loadu_si512(w);
-        bias = _mm512_dpbusd_epi32(bias, offset, weights);
-        // One factor must be unsigned: x + 128, of which the weights' part of 128 is taken off again.
-        for (int m = 0; m < M; m++)
-            totals[m] = _mm512_dpbusd_epi32(totals[m], _mm512_xor_si512(four(x + m * stride + i), offset), weights);
+        __m512i weights = _mm512_xor_si512(_mm512_loadu_si512(w), offset);
+        for (int m = 0; m < M; m++) add_dot(totals[m], weights, x + i * M + 4 * m);
     }
-    for (int m = 0; m < M; m++) sums[m].v = _mm512_cvtepi32_ps(_mm512_sub_epi32(totals[m], bias));
+    for (int m = 0; m < M; m++) sums[m].v = _mm512_cvtepi32_ps(totals[m]);
 }
 
 template <int M>
-inline void dot_int4(const std::uint8_t* w, int group, const std::int8_t* x, long stride, Floats* sums) {
+inline void dot_int4(const std::uint8_t* w, int group, const std::int8_t* x, Floats* sums) {
     __m512i totals[M], low = _mm512_set1_epi8(15);
     for (int m = 0; m < M; m++) totals[m] = _mm512_setzero_si512();
+    if (group < 32) __builtin_unreachable();
     for (int i = 0; i < group / 2; i += 4, w += 64) {
         __m512i both = _mm512_loadu_si512(w);
         __m512i first = _mm512_and_si512(both, low), second = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
         for (int m = 0; m < M; m++) {
-            totals[m] = _mm512_dpbusd_epi32(totals[m], first, four(x + m * stride + i));
-            totals[m] = _mm512_dpbusd_epi32(totals[m], second, four(x + m * stride + i + group / 2));
+            add_dot(totals[m], first, x + i * M + 4 * m);
+            add_dot(totals[m], second, x + (i + group / 2) * M + 4 * m);
         }
     }
     for (int m = 0; m < M; m++) sums[m].v = _mm512_cvtepi32_ps(totals[m]);
@@ -58,7 +59,7 @@ inline __m256i four(const std::int8_t* x) {
 }
 
 template <int M>
-inline void dot_int8(const std::uint8_t* w, int group, const std::int8_t* x, long stride, Floats* sums) {
+inline void dot_int8(const std::uint8_t* w, int group, const std::int8_t* x, const int*, Floats* sums) {
     __m256i a[M], b[M], ones = _mm256_set1_epi16(1);
     for (int m = 0; m < M; m++) a[m] = b[m] = _mm256_setzero_si256();
 #pragma GCC unroll 4
@@ -66,7 +67,7 @@ inline void dot_int8(const std::uint8_t* w, int group, const std::int8_t* x, lon
         __m256i wa = _mm256_loadu_si256((const __m256i*)w), wb = _mm256_loadu_si256((const __m256i*)(w + 32));
         __m256i pa = _mm256_abs_epi8(wa), pb = _mm256_abs_epi8(wb);
         for (int m = 0; m < M; m++) {
-            __m256i v = four(x + m * stride + i);
+            __m256i v = four(x + i * M + 4 * m);
             // Two products of at most 128 * 127 fit into 16 bits.
             __m256i da = _mm256_maddubs_epi16(pa, _mm256_sign_epi8(v, wa));
             __m256i db = _mm256_maddubs_epi16(pb, _mm256_sign_epi8(v, wb));
@@ -78,7 +79,7 @@ inline void dot_int8(const std::uint8_t* w, int group, const std::int8_t* x, lon
 }
 
 template <int M>
-inline void dot_int4(const std::uint8_t* w, int group, const std::int8_t* x, long stride, Floats* sums) {
+inline void dot_int4(const std::uint8_t* w, int group, const std::int8_t* x, Floats* sums) {
     __m256i ones = _mm256_set1_epi16(1), low = _mm256_set1_epi8(15);
     __m256i totals_a[M], totals_b[M];
     for (int m = 0; m < M; m++) totals_a[m] = totals_b[m] = _mm256_setzero_si256();
@@ -91,7 +92,7 @@ inline void dot_int4(const std::uint8_t* w, int group, const std::int8_t* x, lon
             __m256i first_a = _mm256_and_si256(wa, low), second_a = _mm256_and_si256(_mm256_srli_epi16(wa, 4), low);
             __m256i first_b = _mm256_and_si256(wb, low), second_b = _mm256_and_si256(_mm256_srli_epi16(wb, 4), low);
             for (int m = 0; m < M; m++) {
-                __m256i v = four(x + m * stride + i), u = four(x + m * stride + i + group / 2);
+                __m256i v = four(x + i * M + 4 * m), u = four(x + (i + group / 2) * M + 4 * m);
                 a[m] = _mm256_add_epi16(a[m], _mm256_maddubs_epi16(first_a, v));
                 b[m] = _mm256_add_epi16(b[m], _mm256_maddubs_epi16(first_b, v));
                 a[m] = _mm256_add_epi16(a[m], _mm256_maddubs_epi16(second_a, u));
@@ -111,25 +112,25 @@ inline void dot_int4(const std::uint8_t* w, int group, const std::int8_t* x, lon
 constexpr int DOT_ROWS = 4;
 
 template <int M>
-inline void dot_int8(const std::uint8_t* w, int group, const std::int8_t* x, long stride, Floats* sums) {
+inline void dot_int8(const std::uint8_t* w, int group, const std::int8_t* x, const int*, Floats* sums) {
     for (int m = 0; m < M; m++)
         for (int lane = 0; lane < LANES; lane++) {
             int total = 0;
             for (int i = 0; i < group; i++)
-                total += int(std::int8_t(w[i / 4 * 64 + lane * 4 + i % 4])) * x[m * stride + i];
+                total += int(std::int8_t(w[i / 4 * 64 + lane * 4 + i % 4])) * x[i / 4 * 4 * M + 4 * m + i % 4];
             float value = float(total);
             std::memcpy((float*)&sums[m] + lane, &value, 4);
         }
 }
 
 template <int M>
-inline void dot_int4(const std::uint8_t* w, int group, const std::int8_t* x, long stride, Floats* sums) {
+inline void dot_int4(const std::uint8_t* w, int group, const std::int8_t* x, Floats* sums) {
     for (int m = 0; m < M; m++)
         for (int lane = 0; lane < LANES; lane++) {
             int total = 0;
             for (int i = 0; i < group / 2; i++) {
                 int both = w[i / 4 * 64 + lane * 4 + i % 4];
-                total += (both & 15) * x[m * stride + i] + (both >> 4) * x[m * stride + i + group / 2];
+                total += (both & 15) * x[i / 4 * 4 * M + 4 * m + i % 4] + (both >> 4) * x[(i / 4 * 4 + group / 2) * M + 4 * m + i % 4];
             }
             float value = float(total);
             std::memcpy((float*)&sums[m] + lane, &value, 4);

@@ -1,97 +1,137 @@
 // out = x W^T for weights in float32 or bfloat16, packed into panels of sixteen rows. Sums are float32.
 //
 // A panel holds sixteen rows of W, one per lane: for float32 [k][16], for bfloat16 [k / 2][16][2], where k is padded
-// to be even. A panel is read once for every BLOCK rows of x, each time by one thread.
-// Processors that multiply bfloat16 do so by linear_bf16.h, over the same panels.
+// to be even. A panel is read once for every run of rows of x, each time by one thread. x becomes words (see common.h):
+// of float32, or of bfloat16 for processors that multiply pairs of them (AVX512_BF16).
+// Processors that multiply tiles do so by linear_tiles.h, over the same panels.
 
-#include "linear_bf16.h"
+#include "linear_tiles.h"
 #include "team.h"
 
 namespace loraplex {
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int ROWS = 12;  // of x at once: as many sums as there are registers for
+constexpr int ROWS = 24;  // of x at once: their sums and a few more are all registers
 #else
 constexpr int ROWS = 5;
 #endif
-constexpr long BLOCK = 128;  // rows of x that stay in the cache while all panels are read
+
+#if defined(__AVX512BF16__)
+template <class T>
+using Factor = T;  // what x becomes
+#else
+template <class T>
+using Factor = float;
+#endif
+
+// Each adds the products of some k, the next words of M rows with the next lines of a panel, and goes on behind them.
+// Loops over rows are unrolled by pragma, since g++ otherwise keeps the sums of many rows in memory.
 
 template <int M>
-inline void multiply(const float* x, long stride, long k, const float* panel, Ahead ahead, Floats* sums) {
-    for (long i = 0; i < k; i++, panel += LANES) {
-        ahead.fetch_line();
-        Floats w = load(panel);
-        for (int m = 0; m < M; m++) sums[m] = fma(splat(x[m * stride + i]), w, sums[m]);
-    }
+inline void multiply(const float*& x, const float*& panel, Floats* sums, Floats*) {
+    Floats w = load(panel);
+#pragma GCC unroll 24
+    for (int m = 0; m < M; m++) sums[m] = fma(splat(x[m]), w, sums[m]);
+    x += M;
+    panel += LANES;
 }
 
 template <int M>
-inline void multiply(const float* x, long stride, long k, const bf16* panel, Ahead ahead, Floats* sums) {
-    Floats odd[M];  // a second chain of sums, since one or two alone would wait for each other's results
-    for (int m = 0; m < M; m++) odd[m] = zeros();
-    for (long i = 0; i < k; i += 2, panel += 2 * LANES) {
-        ahead.fetch_line();
-        Floats first, second;
-        load_pairs(panel, first, second);
-        for (int m = 0; m < M; m++) {
-            sums[m] = fma(splat(x[m * stride + i]), first, sums[m]);
-            if (M <= 2)
-                odd[m] = fma(splat(x[m * stride + i + 1]), second, odd[m]);
-            else
-                sums[m] = fma(splat(x[m * stride + i + 1]), second, sums[m]);
-        }
+inline void multiply(const float*& x, const bf16*& panel, Floats* sums, Floats* odd) {
+    Floats first, second;
+    load_pairs(panel, first, second);
+#pragma GCC unroll 24
+    for (int m = 0; m < M; m++) {
+        sums[m] = fma(splat(x[m]), first, sums[m]);
+        odd[m] = fma(splat(x[M + m]), second, odd[m]);
     }
-    if (M <= 2)
-        for (int m = 0; m < M; m++) sums[m] = sums[m] + odd[m];
+    x += 2 * M;
+    panel += 2 * LANES;
 }
+
+#if defined(__AVX512BF16__)
+template <int M>
+inline void multiply(const bf16*& x, const bf16*& panel, Floats* sums, Floats*) {
+    __m512bh w = (__m512bh)_mm512_loadu_si512(panel);
+#pragma GCC unroll 24
+    for (int m = 0; m < M; m++) {
+        int pair;
+        std::memcpy(&pair, x + 2 * m, 4);
+        sums[m].v = _mm512_dpbf16_ps(sums[m].v, w, (__m512bh)_mm512_set1_epi32(pair));
+    }
+    x += 2 * M;
+    panel += 2 * LANES;
+}
+#endif
 
 // Not inlined, since g++ otherwise keeps the sums in memory.
-template <int M, class W, class T>
-[[gnu::noinline]] void panel_rows(const float* x, long stride, long k, const W* panel, Ahead ahead, Floats bias, T* out,
-                                  long out_stride, int columns) {
-    Floats sums[M];
-    for (int m = 0; m < M; m++) sums[m] = bias;
-    multiply<M>(x, stride, k, panel, ahead, sums);
-    for (int m = 0; m < M; m++) store_first(out + m * out_stride, sums[m], columns);
+template <int M, class X, class W, class T>
+[[gnu::noinline]] void panel_rows(const X* x, const W* panel, const W* end, Ahead ahead, Floats bias, T* out, long stride,
+                                  int columns) {
+    Floats sums[M], second[M];
+    for (int m = 0; m < M; m++) {
+        sums[m] = bias;
+        second[m] = zeros();
+    }
+    constexpr bool SPLIT = M <= 2;  // one or two sums alone would wait for each other's results
+    while (panel < end) {
+        ahead.fetch_line();
+        multiply<M>(x, panel, sums, SPLIT ? second : sums);
+    }
+#pragma GCC unroll 24
+    for (int m = 0; m < M; m++) store_first(out + m * stride, SPLIT ? sums[m] + second[m] : sums[m], columns);
 }
 
 // Calls panel_rows for `rows` rows, fewer than or equal to M.
-template <int M, class W, class T>
-void rows_of_panel(int rows, const float* x, long stride, long k, const W* panel, Ahead ahead, Floats bias, T* out,
-                   long out_stride, int columns) {
+template <int M, class X, class W, class T>
+void rows_of_panel(int rows, const X* x, const W* panel, const W* end, Ahead ahead, Floats bias, T* out, long stride,
+                   int columns) {
     if (rows == M)
-        panel_rows<M>(x, stride, k, panel, ahead, bias, out, out_stride, columns);
+        panel_rows<M>(x, panel, end, ahead, bias, out, stride, columns);
     else if constexpr (M > 1)
-        rows_of_panel<M - 1>(rows, x, stride, k, panel, ahead, bias, out, out_stride, columns);
+        rows_of_panel<M - 1>(rows, x, panel, end, ahead, bias, out, stride, columns);
+}
+
+// A row of k numbers as every `stride`-th word.
+template <class X, class T>
+void to_words(const T* row, long k, X* words, int stride) {
+    constexpr int LINE = LANES * sizeof(Word) / sizeof(X);
+    for (; k > 0; k -= LINE, row += LINE, words += LINE * stride) {
+        alignas(64) Word line[LANES] = {};
+        if constexpr (std::is_same_v<X, T>)
+            std::memcpy(line, row, (k < LINE ? k : LINE) * sizeof(X));
+        else
+            store((X*)line, load_first(row, int(k)));
+        for (int i = 0; i < LANES && i * LINE / LANES < k; i++) std::memcpy((Word*)words + i * stride, line + i, sizeof(Word));
+    }
 }
 
 template <class W, class T>
 void linear(int threads, long m, long n, long k, const T* x, const W* weight, const T* bias, T* out) {
+    using X = Factor<T>;
     static thread_local Scratch scratch;
     long padded = sizeof(W) == 2 ? (k + 1) / 2 * 2 : k;
-    bool convert = sizeof(T) == 2 || padded != k;
-    float* floats = convert ? scratch.get<float>(m * padded) : nullptr;
-    const float* rows = convert ? floats : (const float*)x;
-    long panels = (n + LANES - 1) / LANES, bytes = padded * LANES * long(sizeof(W));  // of a panel
+    bool are_words = std::is_same_v<X, T> && m == 1 && k == padded;
+    X* words = are_words ? (X*)x : scratch.get<X>(m * padded);
+    long panels = (n + LANES - 1) / LANES, size = padded * LANES, bytes = size * long(sizeof(W));  // of a panel
     Shares shares((m + BLOCK - 1) / BLOCK * panels);
     parallel(threads, [&](Member me) {
-        if (convert) {
-            Range mine = me.share(m);
-            for (long i = mine.begin; i < mine.end; i++) {
-                for (long j = 0; j < k; j += LANES)
-                    store_first(floats + i * padded + j, load_first(x + i * k + j, int(k - j)), int(k - j));
-                if (padded != k) floats[i * padded + k] = 0;
-            }
+        if (!are_words) {
+            each_row(m, ROWS, me.share(m), [&](long row, long begin, int count) {
+                X* own = words + begin * padded + (row - begin) * sizeof(Word) / sizeof(X);
+                to_words(x + row * k, k, own, count);
+                if (padded != k && sizeof(X) == sizeof(Word)) own[k * count] = 0;
+            });
             me.barrier();
         }
         shares.each(me, [&](long i) {
             long block = i / panels * BLOCK, p = i % panels, end = block + BLOCK < m ? block + BLOCK : m;
             int columns = int(n - p * LANES < LANES ? n - p * LANES : LANES);
             Floats start = bias ? load_first(bias + p * LANES, columns) : zeros();
-            const W* panel = weight + p * padded * LANES;
+            const W* panel = weight + p * size;
             for (Runs run(block, end, ROWS); run; run.next())
-                rows_of_panel<ROWS>(run.count(), rows + run.begin * padded, padded, padded, panel,
+                rows_of_panel<ROWS>(run.count(), words + run.begin * padded, panel, panel + size,
                                     Ahead(panel, bytes, bytes / Ahead::LINE, run), start,
                                     out + run.begin * n + p * LANES, n, columns);
         });
@@ -127,8 +167,8 @@ using namespace loraplex;
 EXPORT void linear(int threads, int kind, long m, long n, long k, const void* x, const void* weight, const void* bias,
                    void* out) {
 #if defined(__AMX_BF16__)
-    if (kind == BFLOAT16)
-        return linear_bf16(threads, m, n, k, (const bf16*)x, (const bf16*)weight, (const bf16*)bias, (bf16*)out);
+    if (kind == BFLOAT16 && m >= FEWEST_TILE_ROWS)
+        return linear_by_tiles(threads, m, n, k, (const bf16*)x, (const bf16*)weight, (const bf16*)bias, (bf16*)out);
 #endif
     with_type(kind, [&](auto* t) {
         using T = decltype(t);

@@ -11,8 +11,6 @@
 namespace loraplex {
 namespace {
 
-constexpr long BLOCK = 128;  // rows of x that stay in the cache while all panels are read
-
 template <int BITS>
 struct Panels {
     static constexpr int SCALES = BITS == 4 ? 2 * LANES : LANES;  // of a group, its offsets included
@@ -23,60 +21,74 @@ struct Panels {
     long bytes() const { return scales() + groups * integers(); }
 };
 
-struct Activations {  // of `groups` groups per row
-    const std::int8_t* values;
-    const float* scales;
-    const float* sums;  // of a group's values, times their scale
+template <int BITS>
+using Sum = std::conditional_t<BITS == 4, float, int>;
+
+// Rows of x as words (see common.h), run by run. Scales and sums of a run's rows lie side by side too, group by group.
+template <int BITS>
+struct Activations {
+    std::int8_t* values;  // [rows][groups * group]
+    float* scales;        // [rows][groups]
+    Sum<BITS>* sums;      // [rows][groups], of a group's values; for 4 bits times their scale, for 8 times -128
     long groups;
+    int group;
 };
 
-template <class T>
-void quantize_row(const T* x, long k, int group, std::int8_t* values, float* scales, float* sums) {
-    for (long begin = 0; begin < k; begin += group, scales++, sums++) {
+// Row `row` of a run of `count` rows from `begin` on.
+template <int BITS, class T>
+void quantize_row(const T* x, long k, const Activations<BITS>& out, long row, long begin, int count) {
+    for (long g = 0; g < out.groups; g++) {
+        long from = g * out.group, at = begin * out.groups + g * count + row - begin;
+        alignas(64) std::int8_t values[64];
         Floats most = zeros();
-        for (int i = 0; i < group; i += LANES)
-            if (begin + i < k) most = max(most, abs(load_first(x + begin + i, int(k - begin - i))));
+        for (int i = 0; i < out.group; i += LANES)
+            if (from + i < k) most = max(most, abs(load_first(x + from + i, int(k - from - i))));
         float peak = largest(most);
         Floats inverse = splat(peak > 0 ? 127 / peak : 0), total = zeros();
-        for (int i = 0; i < group; i += LANES) {
-            Floats scaled = begin + i < k ? load_first(x + begin + i, int(k - begin - i)) * inverse : zeros();
-            store_int8(values + begin + i, scaled);
-            total = total + load(values + begin + i);
+        for (int i = 0; i < out.group; i += LANES) {
+            Floats scaled = from + i < k ? load_first(x + from + i, int(k - from - i)) * inverse : zeros();
+            store_int8(values + i, scaled);
+            total = total + load(values + i);
         }
-        *scales = peak / 127;
-        *sums = sum(total) * *scales;
+        Word* words = (Word*)(out.values + begin * out.groups * out.group + from * count) + row - begin;
+        for (int i = 0; i < out.group; i += 4) std::memcpy(words + i / 4 * count, values + i, 4);
+        out.scales[at] = peak / 127;
+        out.sums[at] = Sum<BITS>(sum(total) * (BITS == 4 ? out.scales[at] : -128));
     }
 }
 
 // Not inlined, since g++ otherwise keeps the sums in memory.
 template <int BITS, int M, class T>
-[[gnu::noinline]] void panel_rows(const Activations& x, long row, Panels<BITS> panels, const std::uint8_t* panel,
+[[gnu::noinline]] void panel_rows(const Activations<BITS>& x, long row, Panels<BITS> panels, const std::uint8_t* panel,
                                   Ahead ahead, Floats bias, T* out, long stride, int columns) {
     Floats totals[M];
     for (int m = 0; m < M; m++) totals[m] = bias;
     int group = panels.group;
     const std::int8_t* values = x.values + row * x.groups * group;
+    const float* x_scales = x.scales + row * x.groups;
+    const Sum<BITS>* x_sums = x.sums + row * x.groups;
     const f16* scales = (const f16*)panel;
     const std::uint8_t* integers = panel + panels.scales();
-    for (long g = 0; g < x.groups; g++, scales += panels.SCALES, integers += panels.integers()) {
+    for (long g = 0; g < x.groups; g++, values += group * M, x_scales += M, x_sums += M) {
         ahead.fetch();
         Floats sums[M], scale = load_f16(scales);
         if constexpr (BITS == 4)
-            dot_int4<M>(integers, group, values + g * group, x.groups * group, sums);
+            dot_int4<M>(integers, group, values, sums);
         else
-            dot_int8<M>(integers, group, values + g * group, x.groups * group, sums);
-        for (int m = 0; m < M; m++)
-            totals[m] = fma(sums[m], scale * splat(x.scales[(row + m) * x.groups + g]), totals[m]);
+            dot_int8<M>(integers, group, values, x_sums, sums);
+        for (int m = 0; m < M; m++) totals[m] = fma(sums[m], scale * splat(x_scales[m]), totals[m]);
         if constexpr (BITS == 4) {
             Floats offset = load_f16(scales + LANES);
-            for (int m = 0; m < M; m++) totals[m] = fma(offset, splat(x.sums[(row + m) * x.groups + g]), totals[m]);
+            for (int m = 0; m < M; m++) totals[m] = fma(offset, splat(x_sums[m]), totals[m]);
         }
+        scales += panels.SCALES;
+        integers += panels.integers();
     }
     for (int m = 0; m < M; m++) store_first(out + m * stride, totals[m], columns);
 }
 
 template <int BITS, int M, class T>
-void rows_of_panel(int rows, const Activations& x, long row, Panels<BITS> panels, const std::uint8_t* panel,
+void rows_of_panel(int rows, const Activations<BITS>& x, long row, Panels<BITS> panels, const std::uint8_t* panel,
                    Ahead ahead, Floats bias, T* out, long stride, int columns) {
     if (rows == M)
         panel_rows<BITS, M>(x, row, panels, panel, ahead, bias, out, stride, columns);
@@ -101,7 +113,7 @@ const void* group_tile(const std::uint8_t* w, int group, std::int8_t* own) {
 
 // Sixteen rows of x, of which out takes the first `rows`, with one panel: the groups' sums by tiles.
 template <int BITS, class T>
-void panel_tile(const Activations& x, long row, int rows, Panels<BITS> panels, const std::uint8_t* panel, Floats bias,
+void panel_tile(const Activations<BITS>& x, long row, int rows, Panels<BITS> panels, const std::uint8_t* panel, Floats bias,
                 T* out, long stride, int columns) {
     alignas(64) std::int8_t own[TILE_ROWS * TILE_BYTES];
     alignas(64) int sums[2][TILE_ROWS * LANES];  // taken in turns: one is written while the other is read
@@ -110,7 +122,8 @@ void panel_tile(const Activations& x, long row, int rows, Panels<BITS> panels, c
     for (int m = 0; m < TILE_ROWS; m++) totals[m] = bias;
     int group = panels.group;
     const std::int8_t* values = x.values + row * x.groups * group;
-    const float *x_scales = x.scales + row * x.groups, *x_sums = x.sums + row * x.groups;
+    const float* x_scales = x.scales + row * x.groups;
+    const Sum<BITS>* x_sums = x.sums + row * x.groups;
     const f16* scales = (const f16*)panel;
     const std::uint8_t* integers = panel + panels.scales();
     for (long g = 0; g < x.groups; g++, scales += panels.SCALES, integers += panels.integers()) {
@@ -139,7 +152,7 @@ void panel_tile(const Activations& x, long row, int rows, Panels<BITS> panels, c
 }
 
 template <int BITS, class T>
-void linear_by_tiles(const Activations& x, Range mine, long m, long n, Panels<BITS> panels, const std::uint8_t* weight,
+void linear_by_tiles(const Activations<BITS>& x, Range mine, long m, long n, Panels<BITS> panels, const std::uint8_t* weight,
                      const T* bias, T* out) {
     Tiles tiles(TILE_ROWS, panels.group);
     for (long block = 0; block < m; block += BLOCK)
@@ -161,20 +174,19 @@ void linear(int threads, long m, long n, long k, int group, const T* x, const st
     long groups = (k + group - 1) / group;
     Panels<BITS> panels{groups, group};
     long room = (m + LANES - 1) / LANES * LANES;  // tiles read whole sixteens of rows; what they make of the last is left
-    std::int8_t* values = for_values.get<std::int8_t>(room * groups * group);
-    float* scales = for_scales.get<float>(2 * room * groups);
-    float* sums = scales + room * groups;
-    Activations activations{values, scales, sums, groups};
+    Activations<BITS> activations{nullptr, for_scales.get<float>(2 * room * groups), nullptr, groups, group};
+    activations.values = for_values.get<std::int8_t>(room * groups * group);
+    activations.sums = (Sum<BITS>*)(activations.scales + room * groups);
+    bool by_tiles = HAS_TILES && m >= FEWEST_TILE_ROWS;
     long panel_count = (n + LANES - 1) / LANES;
     Shares shares((m + BLOCK - 1) / BLOCK * panel_count);
     parallel(threads, [&](Member me) {
-        Range rows = me.share(m);
-        for (long i = rows.begin; i < rows.end; i++)
-            quantize_row(x + i * k, k, group, values + i * groups * group, scales + i * groups, sums + i * groups);
+        each_row(m, by_tiles ? 1 : DOT_ROWS, me.share(m), [&](long row, long begin, int count) {
+            quantize_row(x + row * k, k, activations, row, begin, count);
+        });
         me.barrier();
 #if defined(__AMX_INT8__)
-        if (m >= FEWEST_TILE_ROWS)
-            return linear_by_tiles(activations, me.share(panel_count), m, n, panels, weight, bias, out);
+        if (by_tiles) return linear_by_tiles(activations, me.share(panel_count), m, n, panels, weight, bias, out);
 #endif
         shares.each(me, [&](long i) {
             long block = i / panel_count * BLOCK, p = i % panel_count, end = block + BLOCK < m ? block + BLOCK : m;

@@ -1,5 +1,4 @@
-// out = x W^T where x and the panels of W are bfloat16 and the processor multiplies pairs of them: few rows by vectors
-// (AVX512_BF16), more by tiles (AMX). Sums are float32. Used by linear.cpp.
+// out = x W^T where x and the panels of W are bfloat16, by tiles (AMX). Sums are float32. Used by linear.cpp.
 #pragma once
 
 #include "team.h"
@@ -7,34 +6,7 @@
 
 #if defined(__AMX_BF16__)
 
-
 namespace loraplex {
-
-// M rows of x, an even number of k, with one panel.
-template <int M>
-void vector_rows(const bf16* x, long stride, long k, const bf16* panel, Floats bias, bf16* out, long n, int columns) {
-    __m512 sums[M];
-    for (int m = 0; m < M; m++) sums[m] = bias.v;
-    for (long i = 0; i < k; i += 2, panel += 2 * LANES) {
-        __m512bh w = (__m512bh)_mm512_loadu_si512(panel);
-        for (int m = 0; m < M; m++) {
-            int pair;
-            std::memcpy(&pair, x + m * stride + i, 4);
-            sums[m] = _mm512_dpbf16_ps(sums[m], w, (__m512bh)_mm512_set1_epi32(pair));
-        }
-    }
-    for (int m = 0; m < M; m++) store_first(out + m * n, Floats{sums[m]}, columns);
-}
-
-// Calls vector_rows for `rows` rows, fewer than or equal to M.
-template <int M>
-void rows_by_vectors(long rows, const bf16* x, long stride, long k, const bf16* panel, Floats bias, bf16* out, long n,
-                     int columns) {
-    if (rows == M)
-        vector_rows<M>(x, stride, k, panel, bias, out, n, columns);
-    else if constexpr (M > 1)
-        rows_by_vectors<M - 1>(rows, x, stride, k, panel, bias, out, n, columns);
-}
 
 constexpr long BLOCK_TILES = 16;  // row tiles that stay in the cache while all panels are read
 
@@ -95,14 +67,12 @@ void rows_by_tiles(const RowTiles& tiles, long first_tile, const bf16* x, long s
     }
 }
 
-inline void linear_bf16(int threads, long m, long n, long k, const bf16* x, const bf16* weight, const bf16* bias,
-                        bf16* out) {
+inline void linear_by_tiles(int threads, long m, long n, long k, const bf16* x, const bf16* weight, const bf16* bias,
+                            bf16* out) {
     static thread_local Scratch scratch;
-    bool by_tiles = m >= FEWEST_TILE_ROWS;
-    long depth = by_tiles ? TILE_DEPTH : 2, stride = (k + depth - 1) / depth * depth, even = (k + 1) / 2 * 2;
+    long stride = (k + TILE_DEPTH - 1) / TILE_DEPTH * TILE_DEPTH, even = (k + 1) / 2 * 2;
     bf16* filled = stride == k ? nullptr : scratch.get<bf16>(m * stride);
     const bf16* rows = filled ? filled : x;
-    long panels = (n + LANES - 1) / LANES;
     parallel(threads, [&](Member me) {
         if (filled) {
             Range mine = me.share(m);
@@ -112,22 +82,13 @@ inline void linear_bf16(int threads, long m, long n, long k, const bf16* x, cons
             }
             me.barrier();
         }
-        Range mine = me.share(panels);
-        if (by_tiles) {
-            RowTiles row_tiles(m);
-            Tiles tiles(row_tiles.height, TILE_BYTES);
-            for (long block = 0; block < row_tiles.count; block += BLOCK_TILES)
-                for (long p = mine.begin; p < mine.end; p += 2)
-                    (p + 1 < mine.end ? rows_by_tiles<true> : rows_by_tiles<false>)(
-                        row_tiles, block, rows, stride, even, weight + p * even * LANES, bias, out, n, p * LANES);
-        } else {
-            for (long p = mine.begin; p < mine.end; p++) {
-                int columns = int(n - p * LANES < LANES ? n - p * LANES : LANES);
-                Floats start = bias ? load_first(bias + p * LANES, columns) : zeros();
-                rows_by_vectors<FEWEST_TILE_ROWS - 1>(m, rows, stride, even, weight + p * even * LANES, start,
-                                                      out + p * LANES, n, columns);
-            }
-        }
+        Range mine = me.share((n + LANES - 1) / LANES);
+        RowTiles row_tiles(m);
+        Tiles tiles(row_tiles.height, TILE_BYTES);
+        for (long block = 0; block < row_tiles.count; block += BLOCK_TILES)
+            for (long p = mine.begin; p < mine.end; p += 2)
+                (p + 1 < mine.end ? rows_by_tiles<true> : rows_by_tiles<false>)(
+                    row_tiles, block, rows, stride, even, weight + p * even * LANES, bias, out, n, p * LANES);
     });
 }
 
