@@ -94,16 +94,21 @@ void rows_of_panel(int rows, const X* x, const W* panel, const W* end, Ahead ahe
 }
 
 // A row of k numbers as every `stride`-th word.
-template <class X, class T>
-void to_words(const T* row, long k, X* words, int stride) {
-    constexpr int LINE = LANES * sizeof(Word) / sizeof(X);
-    for (; k > 0; k -= LINE, row += LINE, words += LINE * stride) {
-        alignas(64) Word line[LANES] = {};
-        if constexpr (std::is_same_v<X, T>)
-            std::memcpy(line, row, (k < LINE ? k : LINE) * sizeof(X));
-        else
-            store((X*)line, load_first(row, int(k)));
-        for (int i = 0; i < LANES && i * LINE / LANES < k; i++) std::memcpy((Word*)words + i * stride, line + i, sizeof(Word));
+template <class T>
+void to_words(const T* row, long k, T* words, int stride) {
+    constexpr long NUMBERS = sizeof(Word) / sizeof(T);
+    for (long i = 0; i < k / NUMBERS; i++) std::memcpy((Word*)words + i * stride, row + i * NUMBERS, sizeof(Word));
+    if (k % NUMBERS) {
+        words[k / NUMBERS * NUMBERS * stride] = row[k - 1];
+        words[k / NUMBERS * NUMBERS * stride + 1] = T(0);
+    }
+}
+
+inline void to_words(const bf16* row, long k, float* words, int stride) {
+    for (; k > 0; k -= LANES, row += LANES, words += LANES * stride) {
+        float numbers[LANES];
+        store(numbers, load_first(row, int(k)));
+        for (int i = 0; i < LANES && i < k; i++) words[i * stride] = numbers[i];
     }
 }
 

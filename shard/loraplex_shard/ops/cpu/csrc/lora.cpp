@@ -23,6 +23,21 @@ constexpr long ROWS = 32;         // of x that share a unit's weights while they
 constexpr long READING = 4;       // reading a weight costs as much as multiplying it with so many rows
 constexpr long TILES_GAIN = 4;    // rows that tiles multiply in the time of one, the weights' packing included
 
+// What is multiplied at once, by the number of registers: rows of A with rows of x, and rows of A x with B.
+#if defined(__AVX512F__)
+constexpr int SHRINK_RANKS = 4, SHRINK_ROWS = 4, EXPAND_ROWS = 8;
+#else
+constexpr int SHRINK_RANKS = 2, SHRINK_ROWS = 2, EXPAND_ROWS = 3;
+#endif
+
+#if defined(__AVX512BF16__)
+template <class W, class T>
+using Factor = std::conditional_t<sizeof(W) == 2 && sizeof(T) == 2, bf16, float>;  // what x is multiplied as
+#else
+template <class W, class T>
+using Factor = float;
+#endif
+
 struct Part {  // one projection of a fused layer
     std::int64_t rank_start, rank_stop;
     std::int64_t start, stop;  // of its outputs
@@ -81,10 +96,11 @@ inline void load_first_two(const T* p, long n, Floats& first, Floats& second) {
     load_two<PAIRS>(padded, first, second);
 }
 
-// x [rows, k] as floats, each row padded with zeros to whole widths, in the order in which weights W are loaded.
+// x [rows, k] as floats in `out`, each row padded with zeros to whole widths, in the order in which weights W are loaded.
 template <class W, class T>
-void convert(const T* x, long rows, long k, float* out) {
+const float* convert(const T* x, long rows, long k, float* out) {
     constexpr bool PAIRS = sizeof(W) == 2;
+    const float* converted = out;
     for (long m = 0; m < rows; m++, x += k)
         for (long i = 0; i < k; i += WIDTH, out += WIDTH) {
             Floats first, second;
@@ -95,54 +111,76 @@ void convert(const T* x, long rows, long k, float* out) {
             store(out, first);
             store(out + LANES, second);
         }
+    return converted;
 }
 
-// R rows of A times M rows of x. `next`: what will be read next, as much of it.
-template <int R, int M, class W>
-inline void shrink(const float* x, long stride, long k, const W* a, const W* next, float* out, long ranks) {
+// Adds the products of WIDTH of a row of A, or of the first n, with those of M rows of x.
+template <int M, class W>
+inline void add_products(const float* x, long stride, const W* a, long n, Floats* sums) {
     constexpr bool PAIRS = sizeof(W) == 2;
+    Floats first, second;
+    if (n < WIDTH)
+        load_first_two<PAIRS>(a, n, first, second);
+    else
+        load_two<PAIRS>(a, first, second);
+    for (int m = 0; m < M; m++) {
+        sums[m] = fma(load(x + m * stride), first, sums[m]);
+        sums[m] = fma(load(x + m * stride + LANES), second, sums[m]);
+    }
+}
+
+#if defined(__AVX512BF16__)
+template <int M>
+inline void add_products(const bf16* x, long stride, const bf16* a, long n, Floats* sums) {
+    __mmask32 mask = n < WIDTH ? (__mmask32(1) << n) - 1 : ~__mmask32(0);
+    __m512bh weights = (__m512bh)_mm512_maskz_loadu_epi16(mask, a);
+    for (int m = 0; m < M; m++)
+        sums[m].v = _mm512_dpbf16_ps(sums[m].v, (__m512bh)_mm512_maskz_loadu_epi16(mask, x + m * stride), weights);
+}
+#endif
+
+// R rows of A times M rows of x. `next`: what will be read next, as much of it.
+template <int R, int M, class X, class W>
+inline void shrink(const X* x, long stride, long k, const W* a, const W* next, float* out, long ranks) {
     Floats sums[R][M];
     for (int r = 0; r < R; r++)
         for (int m = 0; m < M; m++) sums[r][m] = zeros();
-    auto add = [&](int r, long i, Floats first, Floats second) {
-        for (int m = 0; m < M; m++) {
-            sums[r][m] = fma(load(x + m * stride + i), first, sums[r][m]);
-            sums[r][m] = fma(load(x + m * stride + i + LANES), second, sums[r][m]);
-        }
-    };
-    Floats first, second;
     long i = 0;
     for (; i + WIDTH <= k; i += WIDTH)
         for (int r = 0; r < R; r++) {
             __builtin_prefetch(next + r * k + i);
-            load_two<PAIRS>(a + r * k + i, first, second);
-            add(r, i, first, second);
+            add_products<M>(x + i, stride, a + r * k + i, WIDTH, sums[r]);
         }
     if (i < k)
-        for (int r = 0; r < R; r++) {
-            load_first_two<PAIRS>(a + r * k + i, k - i, first, second);
-            add(r, i, first, second);
-        }
+        for (int r = 0; r < R; r++) add_products<M>(x + i, stride, a + r * k + i, k - i, sums[r]);
     for (int r = 0; r < R; r++)
         for (int m = 0; m < M; m++) out[m * ranks + r] = sum(sums[r][m]);
 }
 
-template <class W>
-void shrink_unit(const Unit& unit, const float* x, long stride, long k, const W* next, float* out) {
+// Calls shrink for `rows` rows, fewer than or equal to M.
+template <int R, int M, class X, class W>
+void rows_of_shrink(int rows, const X* x, long stride, long k, const W* a, const W* next, float* out, long ranks) {
+    if (rows == M)
+        shrink<R, M>(x, stride, k, a, next, out, ranks);
+    else if constexpr (M > 1)
+        rows_of_shrink<R, M - 1>(rows, x, stride, k, a, next, out, ranks);
+}
+
+template <class X, class W>
+void shrink_unit(const Unit& unit, const X* x, long stride, long k, const W* next, float* out) {
     long rows = unit.run->rows, ranks = unit.run->layer->lora_rank, r = 0;
     const W* a = (const W*)unit.weights;
     auto all_rows = [&](auto count) {
-        constexpr int R = decltype(count)::value, TWO = R > 2 ? 2 : R;
+        constexpr int R = decltype(count)::value;
+        constexpr int FEWER = R < SHRINK_RANKS ? R : SHRINK_RANKS;
         if (rows == 1) {
             shrink<R, 1>(x, stride, k, a + r * k, next + r * k, out + r, ranks);
         } else {
-            for (long begin = r; begin < r + R; begin += TWO) {
+            for (long begin = r; begin < r + R; begin += FEWER) {
                 const W *own = a + begin * k, *ahead = next + begin * k;
-                for (long m = 0; m < rows; m += 2, ahead = own)  // its second reader asks for nothing new
-                    if (rows - m >= 2)
-                        shrink<TWO, 2>(x + m * stride, stride, k, own, ahead, out + m * ranks + begin, ranks);
-                    else
-                        shrink<TWO, 1>(x + m * stride, stride, k, own, ahead, out + m * ranks + begin, ranks);
+                for (Runs run(0, rows, SHRINK_ROWS); run; run.next(), ahead = own)  // the others ask for nothing new
+                    rows_of_shrink<FEWER, SHRINK_ROWS>(run.count(), x + run.begin * stride, stride, k, own, ahead,
+                                                       out + run.begin * ranks + begin, ranks);
             }
         }
         r += R;
@@ -185,6 +223,16 @@ void expand_rest(const float* shrunk, long count, const W* b, long width, T* out
     }
 }
 
+// Calls expand for WIDTH outputs of `rows` rows, fewer than or equal to M.
+template <int M, class T, class W>
+void rows_of_expand(int rows, const float* shrunk, long ranks, long count, const W* b, long width, const W* next,
+                    long next_width, T* out, long stride) {
+    if (rows == M)
+        expand<1, M>(shrunk, ranks, count, b, width, next, next_width, out, stride);
+    else if constexpr (M > 1)
+        rows_of_expand<M - 1>(rows, shrunk, ranks, count, b, width, next, next_width, out, stride);
+}
+
 template <class T, class W>
 void expand_unit(const Unit& unit, const float* shrunk, const W* next, long next_width, T* out, long stride) {
     long rows = unit.run->rows, ranks = unit.run->layer->lora_rank, width = unit.part->stop - unit.part->start;
@@ -197,15 +245,9 @@ void expand_unit(const Unit& unit, const float* shrunk, const W* next, long next
     for (; i + WIDTH <= outputs; i += WIDTH) {
         const W *own = b + i, *ahead = next + i;
         long ahead_width = next_width;
-        for (long m = 0; m < rows; ahead = own, ahead_width = width) {  // its second reader asks for nothing new
-            long step = rows - m == 4 ? 2 : rows - m < 3 ? rows - m : 3;
-            const float* from = shrunk + m * ranks;
-            T* to = out + m * stride + i;
-            if (step == 3) expand<1, 3>(from, ranks, count, own, width, ahead, ahead_width, to, stride);
-            else if (step == 2) expand<1, 2>(from, ranks, count, own, width, ahead, ahead_width, to, stride);
-            else expand<1, 1>(from, ranks, count, own, width, ahead, ahead_width, to, stride);
-            m += step;
-        }
+        for (Runs run(0, rows, EXPAND_ROWS); run; run.next(), ahead = own, ahead_width = width)
+            rows_of_expand<EXPAND_ROWS>(run.count(), shrunk + run.begin * ranks, ranks, count, own, width, ahead,
+                                        ahead_width, out + run.begin * stride + i, stride);
     }
     for (long m = 0; i < outputs && m < rows; m++)
         expand_rest(shrunk + m * ranks, count, b + i, width, out + m * stride + i, outputs - i);
@@ -298,8 +340,10 @@ void expand_unit_by_tiles(const Unit& unit, const bf16* shrunk, const W* next, l
 template <class W, class T>
 void shrink_all(const Unit* unit, const Unit* end, const T* x, long k, float* shrunk) {
     static thread_local Scratch scratch;
-    long padded = (k + WIDTH - 1) / WIDTH * WIDTH;
-    float* rows = scratch.get<float>(ROWS * padded);
+    using X = Factor<W, T>;
+    constexpr bool AS_IT_IS = std::is_same_v<X, bf16>;  // it then needs no padding either
+    long stride = AS_IT_IS ? k : (k + WIDTH - 1) / WIDTH * WIDTH;
+    const X* rows = nullptr;
     for (const Run* run = nullptr; unit < end; unit++) {
 #if defined(__AMX_BF16__)
         if constexpr (sizeof(T) == 2)
@@ -310,11 +354,14 @@ void shrink_all(const Unit* unit, const Unit* end, const T* x, long k, float* sh
 #endif
         if (run != unit->run) {
             run = unit->run;
-            convert<W>(x + run->start * k, run->rows, k, rows);
+            if constexpr (AS_IT_IS)
+                rows = x + run->start * k;
+            else
+                rows = convert<W>(x + run->start * k, run->rows, k, scratch.get<float>(ROWS * stride));
         }
         const Layer& layer = *run->layer;
         float* out = shrunk + run->shrunk + unit->begin;
-        shrink_unit(*unit, rows, padded, k, (const W*)unit[1].weights, out);
+        shrink_unit(*unit, rows, stride, k, (const W*)unit[1].weights, out);
         if (sizeof(W) == 1)
             for (long m = 0; m < run->rows; m++)
                 for (long r = 0; r < unit->end - unit->begin; r++)
