@@ -200,7 +200,7 @@ void attend(const Shape& shape, const Task& task, const Cache<C>& cache, const s
     }
 }
 
-#if defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
 
 // Whether a task is worth packing the blocks that it reads for tiles.
 bool suits_tiles(const Shape& shape, const Task& task) {
@@ -208,14 +208,16 @@ bool suits_tiles(const Shape& shape, const Task& task) {
            shape.head_dim % TILE_DEPTH == 0;
 }
 
-// As attend, by tiles. `queries` [rows, head_dim] are as the model has them, not scaled; `panels` is room for a span's keys
+// As attend, by tiles. `queries` are as copy_query made them, not scaled; `panels` is room for a span's keys
 // and values, which become bfloat16 there: bytes do so exactly, and their scales are applied to scores and weights. All
 // rows have room up to whole tiles; what the last ones hold does not matter.
 template <class C>
 void attend_by_tiles(const Shape& shape, const Task& task, const Cache<C>& cache, const std::int64_t* table,
                      long context, long first_position, const bf16* queries, bf16* panels, Rows rows) {
     static_assert(SPAN == TILE_BLOCKS);
+#if defined(__AMX_BF16__)
     Tiles tiles(TILE_ROWS, TILE_BYTES);
+#endif
     long group = shape.heads / shape.kv_heads, count = task.tokens * group, head_dim = shape.head_dim;
     bf16* values = panels + TILE_SPAN * head_dim;
     for (long block = task.first_block; block <= task.last_block; block += SPAN) {
@@ -246,7 +248,7 @@ void attend_by_tiles(const Shape& shape, const Task& task, const Cache<C>& cache
             }
         }
         for (long row = 0; row < count; row += TILE_ROWS)
-            add_value_tiles((const bf16*)(rows.weights + row * TILE_SPAN), 2 * TILE_SPAN, head_dim, values,
+            add_value_tiles((const bf16*)(rows.weights + row * TILE_SPAN), head_dim, values,
                             rows.out + row * head_dim);
     }
 }
@@ -327,7 +329,7 @@ void attention(int threads, const Shape& shape, const T* query, long query_strid
     long most_rows = ((TILE / group > 1 ? TILE / group : 1) * group + LANES - 1) / LANES * LANES;
     long partial_size = group * (head_dim + 2);
     long row_size = (2 * head_dim + 2 + SPAN * LANES) * most_rows;
-#if defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
     row_size += TILE_SPAN * head_dim;  // two panels of bfloat16 per position and dimension: its key and its value
 #endif
     float* memory = for_rows.get<float>(row_size * threads);
@@ -356,15 +358,14 @@ void attention(int threads, const Shape& shape, const T* query, long query_strid
             long context = contexts[task.chunk];
             long position = context - (starts[task.chunk + 1] - task.first_token);
             const std::int64_t* table = tables + task.chunk * table_width;
-#if defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
             if constexpr (sizeof(T) == 2)
                 if (suits_tiles(shape, task)) {
                     bf16* queries = (bf16*)rows.query;
                     for (long row = 0; row < count; row++)
-                        std::memcpy(queries + row * head_dim,
-                                    query + (task.first_token + row / group) * query_stride +
-                                        (task.kv_head * group + row % group) * head_dim,
-                                    head_dim * sizeof(bf16));
+                        copy_query(query + (task.first_token + row / group) * query_stride +
+                                       (task.kv_head * group + row % group) * head_dim,
+                                   head_dim, row, queries);
                     attend_by_tiles(shape, task, cache, table, context, position, queries,
                                     (bf16*)(mine + (2 * head_dim + 2 + TILE_SPAN) * most_rows), rows);
                     write(shape, task, rows.out, rows.total, out);

@@ -1,11 +1,12 @@
-// The two products of attention by tiles, for many rows of bfloat16 queries and SPAN blocks of the cache, of bfloat16 or
-// int8, at once. Used by attention.cpp; knows neither masks nor softmax nor scales.
+// The two products of attention, for sixteen rows of bfloat16 queries and SPAN blocks of the cache, of bfloat16 or int8,
+// at once: by tiles (AMX), or by vectors of pairs (AVX512_BF16). Used by attention.cpp; knows neither masks nor softmax
+// nor scales.
 #pragma once
 
 #include "common.h"
 #include "tiles.h"
 
-#if defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
 
 namespace loraplex {
 
@@ -29,6 +30,13 @@ void pack_values(const C* values, long head_dim, long block, long positions, bf1
     for (long d = 0; d < head_dim; d += LANES)
         for (long j = 0; j < LANES; j += 2)
             pair_up(row(d, j), row(d, j + 1), panels + (d * TILE_SPAN) + (block * LANES + j) * LANES);
+}
+
+#if defined(__AMX_BF16__)
+
+// Row `row` of queries [.., head_dim].
+inline void copy_query(const bf16* query, long head_dim, long row, bf16* queries) {
+    std::memcpy(queries + row * head_dim, query, head_dim * sizeof(bf16));
 }
 
 // scores [16, TILE_SPAN] = query [16, head_dim] times the panels of four blocks' keys.
@@ -55,8 +63,10 @@ inline void score_tiles(const bf16* query, long head_dim, const bf16* panels, fl
     store_tile<3>(scores + 3 * LANES, TILE_SPAN * 4);
 }
 
-// out [16, head_dim] += weights [16, TILE_SPAN], `stride` apart, times the panels of a span's values.
-inline void add_value_tiles(const bf16* weights, long stride, long head_dim, const bf16* panels, float* out) {
+// out [16, head_dim] += weights [16, TILE_SPAN], each row in the first half of a float32 one, times the panels of a span's
+// values.
+inline void add_value_tiles(const bf16* weights, long head_dim, const bf16* panels, float* out) {
+    constexpr long stride = 2 * TILE_SPAN;
     load_tile<4>(weights, stride * 2);
     load_tile<5>(weights + TILE_DEPTH, stride * 2);
     constexpr long panel = TILE_SPAN * LANES;
@@ -75,6 +85,50 @@ inline void add_value_tiles(const bf16* weights, long stride, long head_dim, con
         store_tile<1>(out + LANES, head_dim * 4);
     }
 }
+
+#else
+
+// Row `row` of queries, sixteen of which lie word by word (see common.h): [.. / 16][head_dim / 2][16][2].
+inline void copy_query(const bf16* query, long head_dim, long row, bf16* queries) {
+    Word* words = (Word*)(queries + row / TILE_ROWS * TILE_ROWS * head_dim) + row % TILE_ROWS;
+    for (long i = 0; i < head_dim / 2; i++) std::memcpy(words + i * TILE_ROWS, query + 2 * i, sizeof(Word));
+}
+
+// sums [16] += pairs of sixteen rows times a panel. Rows are STRIDE words apart, and their pairs STEP words.
+template <long STRIDE, long STEP>
+[[gnu::always_inline]] inline void add_pairs(const Word* x, long pairs, const bf16* panel, __m512* sums) {
+    for (long i = 0; i < pairs; i++, x += STEP, panel += 2 * LANES) {
+        __m512bh w = (__m512bh)_mm512_loadu_si512(panel);
+#pragma GCC unroll 16
+        for (long m = 0; m < TILE_ROWS; m++) {
+            int pair;
+            std::memcpy(&pair, x + m * STRIDE, sizeof pair);
+            sums[m] = _mm512_dpbf16_ps(sums[m], w, (__m512bh)_mm512_set1_epi32(pair));
+        }
+    }
+}
+
+inline void score_tiles(const bf16* query, long head_dim, const bf16* panels, float* scores) {
+    for (long block = 0; block < TILE_BLOCKS; block++, panels += head_dim * LANES) {
+        __m512 sums[TILE_ROWS] = {};
+        add_pairs<1, TILE_ROWS>((const Word*)query, head_dim / 2, panels, sums);
+#pragma GCC unroll 16
+        for (long m = 0; m < TILE_ROWS; m++) _mm512_storeu_ps(scores + m * TILE_SPAN + block * LANES, sums[m]);
+    }
+}
+
+inline void add_value_tiles(const bf16* weights, long head_dim, const bf16* panels, float* out) {
+    for (long d = 0; d < head_dim; d += LANES, panels += TILE_SPAN * LANES) {
+        __m512 sums[TILE_ROWS];
+#pragma GCC unroll 16
+        for (long m = 0; m < TILE_ROWS; m++) sums[m] = _mm512_loadu_ps(out + m * head_dim + d);
+        add_pairs<TILE_SPAN, 1>((const Word*)weights, TILE_SPAN / 2, panels, sums);
+#pragma GCC unroll 16
+        for (long m = 0; m < TILE_ROWS; m++) _mm512_storeu_ps(out + m * head_dim + d, sums[m]);
+    }
+}
+
+#endif
 
 }  // namespace loraplex
 

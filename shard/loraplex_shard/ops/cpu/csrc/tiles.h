@@ -14,6 +14,24 @@ constexpr long TILE_BYTES = 64;                // of a row
 constexpr long TILE_DEPTH = TILE_BYTES / 2;    // bfloat16 numbers of k in a tile
 constexpr long FEWEST_TILE_ROWS = 8;           // of x: below, products of vectors keep up with the memory
 
+#if defined(__AVX512BF16__)
+
+// Sixteen numbers, or the first n, as bfloat16 in the lower halves of 32 bits. Bytes become it exactly.
+inline __m512i low_halves(const bf16* p, long n = LANES) {
+    return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(__mmask16((1 << n) - 1), p));
+}
+inline __m512i low_halves(const std::int8_t* p, long n = LANES) {
+    __m128i bytes = _mm_maskz_loadu_epi8(__mmask16((1 << n) - 1), p);
+    return _mm512_srli_epi32(_mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes))), 16);
+}
+
+// Two rows of low halves as the pairs of a right-hand tile.
+inline void pair_up(__m512i first, __m512i second, bf16* pairs) {
+    _mm512_storeu_si512(pairs, _mm512_or_si512(first, _mm512_slli_epi32(second, 16)));
+}
+
+#endif
+
 #if !defined(__AMX_BF16__)
 
 constexpr bool HAS_TILES = false;
@@ -78,20 +96,6 @@ template <int SUMS, int LEFT, int RIGHT>
 template <int SUMS, int LEFT, int RIGHT>
 [[gnu::always_inline]] inline void multiply_int8() {
     asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUMS), "i"(LEFT), "i"(RIGHT));
-}
-
-// Sixteen numbers, or the first n, as bfloat16 in the lower halves of 32 bits. Bytes become it exactly.
-inline __m512i low_halves(const bf16* p, long n = LANES) {
-    return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(__mmask16((1 << n) - 1), p));
-}
-inline __m512i low_halves(const std::int8_t* p, long n = LANES) {
-    __m128i bytes = _mm_maskz_loadu_epi8(__mmask16((1 << n) - 1), p);
-    return _mm512_srli_epi32(_mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes))), 16);
-}
-
-// Two rows of low halves as the pairs of a right-hand tile.
-inline void pair_up(__m512i first, __m512i second, bf16* pairs) {
-    _mm512_storeu_si512(pairs, _mm512_or_si512(first, _mm512_slli_epi32(second, 16)));
 }
 
 // sums += x panels over one tile of k, for two tiles of rows of x (or one) and two panels (or one).
