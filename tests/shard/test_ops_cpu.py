@@ -152,11 +152,14 @@ def test_attention_over_any_mix_of_chunks(
 
 @pytest.mark.parametrize("dim", [64, 96, 128, 256])
 @pytest.mark.parametrize("group", [1, 3, 8])
-def test_attention_of_long_decodes_beside_a_long_chunk(cpu: CpuOperations, dim: int, group: int) -> None:
-    heads = Heads(query=2 * group, kv=2, dim=dim)
+@pytest.mark.parametrize("cache_dtype", [*DTYPES, torch.int8], ids=["float32", "bfloat16", "int8"])
+def test_attention_of_long_decodes_beside_a_long_chunk(
+    cpu: CpuOperations, dim: int, group: int, cache_dtype: torch.dtype
+) -> None:
+    heads, dtype = Heads(query=2 * group, kv=2, dim=dim), torch.bfloat16 if cache_dtype == torch.int8 else cache_dtype
     batch, num_blocks = paged_batch([(2600, 1), (100, 512), (1023, 1), (1024, 1), (0, 1)], seed=0)
-    (layer,) = filled_cache(num_blocks, heads.kv, dim, torch.float32, 0).layers
-    qkv = random(0, batch.starts[-1], (heads.query + 2 * heads.kv) * dim)
+    (layer,) = filled_cache(num_blocks, heads.kv, dim, cache_dtype, 0).layers
+    qkv = random(0, batch.starts[-1], (heads.query + 2 * heads.kv) * dim, dtype=dtype)
     tables = angles(2601, dim)
     actual = cpu.attention(qkv, heads, cpu.prepare(batch, *tables), layer)
     assert_close(actual, REFERENCE.attention(qkv, heads, REFERENCE.prepare(batch, *tables), layer))
