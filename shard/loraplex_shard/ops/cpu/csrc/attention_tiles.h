@@ -100,11 +100,7 @@ template <long STRIDE, long STEP>
     for (long i = 0; i < pairs; i++, x += STEP, panel += 2 * LANES) {
         __m512bh w = (__m512bh)_mm512_loadu_si512(panel);
 #pragma GCC unroll 16
-        for (long m = 0; m < TILE_ROWS; m++) {
-            int pair;
-            std::memcpy(&pair, x + m * STRIDE, sizeof pair);
-            sums[m] = _mm512_dpbf16_ps(sums[m], w, (__m512bh)_mm512_set1_epi32(pair));
-        }
+        for (long m = 0; m < TILE_ROWS; m++) add_pair(sums[m], w, x + m * STRIDE);
     }
 }
 

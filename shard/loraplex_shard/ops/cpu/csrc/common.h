@@ -73,13 +73,24 @@ constexpr long BLOCK = 128;
 // word by word, as their run reads them: the first words of all of them, then the second ones.
 using Word = std::uint32_t;
 
+#if defined(__AVX512BF16__)
+// sums += w times a pair of bfloat16, which is one word.
+[[gnu::always_inline]] inline void add_pair(__m512& sums, __m512bh w, const void* pair) {
+    int word;
+    std::memcpy(&word, pair, sizeof word);
+    sums = _mm512_dpbf16_ps(sums, w, (__m512bh)_mm512_set1_epi32(word));
+}
+#endif
+
 // Calls f(row, begin, count) for each of m rows that is in `mine`, with the run of at most `most` rows that it is part of.
 template <class F>
 void each_row(long m, long most, Range mine, const F& f) {
     for (long block = 0; block < m; block += BLOCK)
-        for (Runs run(block, block + BLOCK < m ? block + BLOCK : m, most); run; run.next())
-            for (int i = 0; i < run.count(); i++)
-                if (long row = run.begin + i; mine.begin <= row && row < mine.end) f(row, run.begin, run.count());
+        for (Runs run(block, block + BLOCK < m ? block + BLOCK : m, most); run; run.next()) {
+            int count = run.count();
+            long end = run.begin + count < mine.end ? run.begin + count : mine.end;
+            for (long row = run.begin > mine.begin ? run.begin : mine.begin; row < end; row++) f(row, run.begin, count);
+        }
 }
 
 // What a run of rows asks memory for while it multiplies with a panel, since processors alone ask too late. If it is the

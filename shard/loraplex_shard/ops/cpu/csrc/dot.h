@@ -1,8 +1,8 @@
 // Dot products of small integers: one group of a panel's sixteen rows with M rows of activations.
 //
 // Weights lie in fours of k, [group / 4][16][4] bytes: int8 as they are; int4 unsigned, two to a byte, the fours of the
-// group's first half in the low and those of its second half in the high nibbles. Activations are int8 in [-127, 127], the rows'
-// words side by side (see common.h).
+// group's first half in the low and those of its second half in the high nibbles. Activations are int8 in [-127, 127],
+// the rows' words side by side (see common.h).
 #pragma once
 
 #include "common.h"

@@ -55,11 +55,7 @@ template <int M>
 inline void multiply(const bf16*& x, const bf16*& panel, Floats* sums, Floats*) {
     __m512bh w = (__m512bh)_mm512_loadu_si512(panel);
 #pragma GCC unroll 24
-    for (int m = 0; m < M; m++) {
-        int pair;
-        std::memcpy(&pair, x + 2 * m, 4);
-        sums[m].v = _mm512_dpbf16_ps(sums[m].v, w, (__m512bh)_mm512_set1_epi32(pair));
-    }
+    for (int m = 0; m < M; m++) add_pair(sums[m].v, w, x + 2 * m);
     x += 2 * M;
     panel += 2 * LANES;
 }
