@@ -69,6 +69,8 @@ private:
 // Rows of x that stay in the cache while all panels are read.
 constexpr long BLOCK = 128;
 
+inline Runs rows_of_block(long block, long m, long most) { return Runs(block, block + BLOCK < m ? block + BLOCK : m, most); }
+
 // What x is multiplied by at a time: a float32, a pair of bfloat16, or four int8. Rows that are multiplied together lie
 // word by word, as their run reads them: the first words of all of them, then the second ones.
 using Word = std::uint32_t;
@@ -82,14 +84,19 @@ using Word = std::uint32_t;
 }
 #endif
 
-// Calls f(row, begin, count) for each of m rows that is in `mine`, with the run of at most `most` rows that it is part of.
-template <class F>
-void each_row(long m, long most, Range mine, const F& f) {
+// What each member of a team makes of m rows that are multiplied in runs of at most `most` and have so many pieces each:
+// f(first_row, rows, first_piece, last_piece) for its part of a run. Words of a run's rows share cache lines, so members
+// take pieces of all its rows, not rows: two that write to one line wait for each other at every word.
+template <class Member, class F>
+void each_run(Member me, long m, long most, long pieces, const F& f) {
+    long runs = 0, place = 0;
+    for (long block = 0; block < m; block += BLOCK) runs += rows_of_block(block, m, most).total;
+    Range mine = me.share(runs * pieces);
     for (long block = 0; block < m; block += BLOCK)
-        for (Runs run(block, block + BLOCK < m ? block + BLOCK : m, most); run; run.next()) {
-            int count = run.count();
-            long end = run.begin + count < mine.end ? run.begin + count : mine.end;
-            for (long row = run.begin > mine.begin ? run.begin : mine.begin; row < end; row++) f(row, run.begin, count);
+        for (Runs run = rows_of_block(block, m, most); run; run.next(), place += pieces) {
+            long begin = mine.begin > place ? mine.begin - place : 0;
+            long end = mine.end - place < pieces ? mine.end - place : pieces;
+            if (begin < end) f(run.begin, run.count(), begin, end);
         }
 }
 

@@ -17,6 +17,8 @@ constexpr int ROWS = 24;  // of x at once: their sums and a few more are all reg
 constexpr int ROWS = 5;
 #endif
 
+constexpr long PIECE = 64;  // numbers of a row that one thread makes words of
+
 #if defined(__AVX512BF16__)
 template <class T>
 using Factor = T;  // what x becomes
@@ -119,19 +121,22 @@ void linear(int threads, long m, long n, long k, const T* x, const W* weight, co
     Shares shares((m + BLOCK - 1) / BLOCK * panels);
     parallel(threads, [&](Member me) {
         if (!are_words) {
-            each_row(m, ROWS, me.share(m), [&](long row, long begin, int count) {
-                X* own = words + begin * padded + (row - begin) * sizeof(Word) / sizeof(X);
-                to_words(x + row * k, k, own, count);
-                if (padded != k && sizeof(X) == sizeof(Word)) own[k * count] = 0;
+            each_run(me, m, ROWS, (padded + PIECE - 1) / PIECE, [&](long row, int count, long first, long last) {
+                long begin = first * PIECE, end = last * PIECE < k ? last * PIECE : k;
+                for (int i = 0; i < count; i++) {
+                    X* own = words + row * padded + i * sizeof(Word) / sizeof(X);
+                    to_words(x + (row + i) * k + begin, end - begin, own + begin * count, count);
+                    if (end == k && padded != k && sizeof(X) == sizeof(Word)) own[k * count] = 0;
+                }
             });
             me.barrier();
         }
         shares.each(me, [&](long i) {
-            long block = i / panels * BLOCK, p = i % panels, end = block + BLOCK < m ? block + BLOCK : m;
+            long block = i / panels * BLOCK, p = i % panels;
             int columns = int(n - p * LANES < LANES ? n - p * LANES : LANES);
             Floats start = bias ? load_first(bias + p * LANES, columns) : zeros();
             const W* panel = weight + p * size;
-            for (Runs run(block, end, ROWS); run; run.next())
+            for (Runs run = rows_of_block(block, m, ROWS); run; run.next())
                 rows_of_panel<ROWS>(run.count(), words + run.begin * padded, panel, panel + size,
                                     Ahead(panel, bytes, bytes / Ahead::LINE, run), start,
                                     out + run.begin * n + p * LANES, n, columns);

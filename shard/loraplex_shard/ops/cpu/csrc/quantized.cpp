@@ -34,10 +34,11 @@ struct Activations {
     int group;
 };
 
-// Row `row` of a run of `count` rows from `begin` on.
+// Groups [first, last) of row `row`, which is one of the `count` rows of a run from `begin` on.
 template <int BITS, class T>
-void quantize_row(const T* x, long k, const Activations<BITS>& out, long row, long begin, int count) {
-    for (long g = 0; g < out.groups; g++) {
+void quantize_row(const T* x, long k, const Activations<BITS>& out, long row, long begin, int count, long first,
+                  long last) {
+    for (long g = first; g < last; g++) {
         long from = g * out.group, at = begin * out.groups + g * count + row - begin;
         alignas(64) std::int8_t values[64];
         Floats most = zeros();
@@ -181,19 +182,20 @@ void linear(int threads, long m, long n, long k, int group, const T* x, const st
     long panel_count = (n + LANES - 1) / LANES;
     Shares shares((m + BLOCK - 1) / BLOCK * panel_count);
     parallel(threads, [&](Member me) {
-        each_row(m, by_tiles ? 1 : DOT_ROWS, me.share(m), [&](long row, long begin, int count) {
-            quantize_row(x + row * k, k, activations, row, begin, count);
+        each_run(me, m, by_tiles ? 1 : DOT_ROWS, groups, [&](long begin, int count, long first, long last) {
+            for (long row = begin; row < begin + count; row++)
+                quantize_row(x + row * k, k, activations, row, begin, count, first, last);
         });
         me.barrier();
 #if defined(__AMX_INT8__)
         if (by_tiles) return linear_by_tiles(activations, me.share(panel_count), m, n, panels, weight, bias, out);
 #endif
         shares.each(me, [&](long i) {
-            long block = i / panel_count * BLOCK, p = i % panel_count, end = block + BLOCK < m ? block + BLOCK : m;
+            long block = i / panel_count * BLOCK, p = i % panel_count;
             int columns = int(n - p * LANES < LANES ? n - p * LANES : LANES);
             Floats start = bias ? load_first(bias + p * LANES, columns) : zeros();
             const std::uint8_t* panel = weight + p * panels.bytes();
-            for (Runs run(block, end, DOT_ROWS); run; run.next())
+            for (Runs run = rows_of_block(block, m, DOT_ROWS); run; run.next())
                 rows_of_panel<BITS, DOT_ROWS>(run.count(), activations, run.begin, panels, panel,
                                               Ahead(panel, panels.bytes(), groups, run), start,
                                               out + run.begin * n + p * LANES, n, columns);
