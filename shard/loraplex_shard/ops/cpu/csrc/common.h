@@ -122,7 +122,7 @@ public:
     }
 
 private:
-    static constexpr long DISTANCE = 2048;
+    static constexpr long DISTANCE = 4096;
     const char* next_;
     long step_;
 };

@@ -118,7 +118,7 @@ void linear(int threads, long m, long n, long k, const T* x, const W* weight, co
     bool are_words = std::is_same_v<X, T> && m == 1 && k == padded;
     X* words = are_words ? (X*)x : scratch.get<X>(m * padded);
     long panels = (n + LANES - 1) / LANES, size = padded * LANES, bytes = size * long(sizeof(W));  // of a panel
-    Shares shares((m + BLOCK - 1) / BLOCK * panels);
+    Shares shares((m + BLOCK - 1) / BLOCK * panels, threads);
     parallel(threads, [&](Member me) {
         if (!are_words) {
             each_run(me, m, ROWS, (padded + PIECE - 1) / PIECE, [&](long row, int count, long first, long last) {

@@ -180,7 +180,7 @@ void linear(int threads, long m, long n, long k, int group, const T* x, const st
     activations.sums = (Sum<BITS>*)(activations.scales + room * groups);
     bool by_tiles = HAS_TILES && m >= FEWEST_TILE_ROWS;
     long panel_count = (n + LANES - 1) / LANES;
-    Shares shares((m + BLOCK - 1) / BLOCK * panel_count);
+    Shares shares((m + BLOCK - 1) / BLOCK * panel_count, threads);
     parallel(threads, [&](Member me) {
         each_run(me, m, by_tiles ? 1 : DOT_ROWS, groups, [&](long begin, int count, long first, long last) {
             for (long row = begin; row < begin + count; row++)

@@ -101,23 +101,50 @@ inline void Member::barrier() const {
     if (count > 1) team->barrier(count);
 }
 
-// [0, count) for the members of a team: most of it in equal shares, the rest one by one to whoever is free, since a core
-// that others use as well takes longer.
+// [0, count) for the members of a team, of which there is one at a time for a thread. Each has an equal share and goes
+// through it in order, as memory is read best; whoever is done takes from the end of others' shares, since a core that
+// others use as well takes longer.
 class Shares {
 public:
-    explicit Shares(long count) : count_(count), next_(count - count / 4) {}
+    Shares(long count, int members) : members_(members), parts_(room(members)) {
+        for (int i = 0; i < members; i++) {
+            Range own(count, members, i);
+            new (parts_ + i) Part{pack(own.begin, own.end)};
+        }
+    }
 
     // f(i) for each i that falls to this member.
     template <class F>
     void each(Member me, const F& f) {
-        Range mine = me.share(count_ - count_ / 4);
-        for (long i = mine.begin; i < mine.end; i++) f(i);
-        for (long i; (i = next_++) < count_;) f(i);
+        for (long i; (i = take(parts_[me.index], 0)) >= 0;) f(i);
+        for (int other = 1; other < members_; other++)
+            for (long i; (i = take(parts_[(me.index + other) % members_], 1)) >= 0;) f(i);
     }
 
 private:
-    const long count_;
-    std::atomic<long> next_;
+    struct alignas(64) Part {
+        std::atomic<std::uint64_t> left;  // from begin, in the lower half, to end
+    };
+
+    static std::uint64_t pack(std::uint64_t begin, std::uint64_t end) { return begin | end << 32; }
+
+    static Part* room(int members) {
+        static thread_local Scratch scratch;
+        return scratch.get<Part>(members);
+    }
+
+    // The first or the last of what is left, -1 if nothing is.
+    static long take(Part& part, bool last) {
+        for (std::uint64_t left = part.left.load();;) {
+            std::uint64_t begin = left & 0xffffffff, end = left >> 32;
+            if (begin >= end) return -1;
+            if (part.left.compare_exchange_weak(left, last ? pack(begin, end - 1) : pack(begin + 1, end)))
+                return long(last ? end - 1 : begin);
+        }
+    }
+
+    const int members_;
+    Part* const parts_;
 };
 
 // work(Member) on `threads` threads.
