@@ -5,7 +5,7 @@
 // [lora_rank, n], so that outputs are lanes. Both may be int8, with one scale per lora_rank for the two together.
 //
 // In a decode step all there is to do is to read the adapters. So their weights are cut into units; each thread has an
-// equal share of them, in the order in which they lie in memory, and asks for the next unit while it computes one.
+// equal share of them, in the order in which they lie in memory, and asks for one to come while it computes one.
 // Runs long enough, as those of prefill chunks are, are multiplied by tiles where the processor has them (lora_tiles.h).
 
 #include "lora_tiles.h"
@@ -19,6 +19,7 @@ namespace {
 constexpr int WIDTH = 2 * LANES;  // weights that are read at once
 constexpr long RANKS = 4;         // rows of A in a unit
 constexpr long OUTPUTS = 2 * WIDTH;  // of B in a unit
+constexpr long AHEAD = 4;         // units: with few rows, one takes less time than memory does to answer
 constexpr long ROWS = 32;         // of x that share a unit's weights while they are in the cache
 constexpr long READING = 4;       // reading a weight costs as much as multiplying it with so many rows
 constexpr long TILES_GAIN = 4;    // rows that tiles multiply in the time of one, the weights' packing included
@@ -32,11 +33,16 @@ constexpr int SHRINK_RANKS = 2, SHRINK_ROWS = 2, EXPAND_ROWS = 3;
 
 #if defined(__AVX512BF16__)
 template <class W, class T>
-using Factor = std::conditional_t<sizeof(W) == 2 && sizeof(T) == 2, bf16, float>;  // what x is multiplied as
+using Factor = std::conditional_t<sizeof(W) == 2 && sizeof(T) == 2, bf16, float>;  // what x and A x are multiplied as
 #else
 template <class W, class T>
 using Factor = float;
 #endif
+
+inline float number(float x) { return x; }
+inline float number(bf16 x) { return from_bf16(x); }
+inline void store(float& to, float x) { to = x; }
+inline void store(bf16& to, float x) { to = to_bf16(x); }
 
 struct Part {  // one projection of a fused layer
     std::int64_t rank_start, rank_stop;
@@ -57,7 +63,7 @@ struct Run {  // up to ROWS rows of one adapter or, by tiles, TILE_RUN
     const Layer* layer;
     bool tiles;
     long stride;  // of the rows of its A x: lora_rank and, by tiles, a tile's depth of zeros
-    long shrunk;  // where its A x goes, [rows][stride]: float32 or, by tiles, bfloat16
+    long shrunk;   // where its A x goes, [rows][stride]: Factor or, by tiles, bfloat16
 };
 
 struct Unit {
@@ -141,7 +147,7 @@ inline void add_products(const bf16* x, long stride, const bf16* a, long n, Floa
 
 // R rows of A times M rows of x. `next`: what will be read next, as much of it.
 template <int R, int M, class X, class W>
-inline void shrink(const X* x, long stride, long k, const W* a, const W* next, float* out, long ranks) {
+inline void shrink(const X* x, long stride, long k, const W* a, const W* next, X* out, long ranks) {
     Floats sums[R][M];
     for (int r = 0; r < R; r++)
         for (int m = 0; m < M; m++) sums[r][m] = zeros();
@@ -154,12 +160,12 @@ inline void shrink(const X* x, long stride, long k, const W* a, const W* next, f
     if (i < k)
         for (int r = 0; r < R; r++) add_products<M>(x + i, stride, a + r * k + i, k - i, sums[r]);
     for (int r = 0; r < R; r++)
-        for (int m = 0; m < M; m++) out[m * ranks + r] = sum(sums[r][m]);
+        for (int m = 0; m < M; m++) store(out[m * ranks + r], sum(sums[r][m]));
 }
 
 // Calls shrink for `rows` rows, fewer than or equal to M.
 template <int R, int M, class X, class W>
-void rows_of_shrink(int rows, const X* x, long stride, long k, const W* a, const W* next, float* out, long ranks) {
+void rows_of_shrink(int rows, const X* x, long stride, long k, const W* a, const W* next, X* out, long ranks) {
     if (rows == M)
         shrink<R, M>(x, stride, k, a, next, out, ranks);
     else if constexpr (M > 1)
@@ -167,7 +173,7 @@ void rows_of_shrink(int rows, const X* x, long stride, long k, const W* a, const
 }
 
 template <class X, class W>
-void shrink_unit(const Unit& unit, const X* x, long stride, long k, const W* next, float* out) {
+void shrink_unit(const Unit& unit, const X* x, long stride, long k, const W* next, X* out) {
     long rows = unit.run->rows, ranks = unit.run->layer->lora_rank, r = 0;
     const W* a = (const W*)unit.weights;
     auto all_rows = [&](auto count) {
@@ -212,20 +218,64 @@ inline void expand(const float* shrunk, long ranks, long count, const W* b, long
         for (int p = 0; p < P; p++) store_two<PAIRS>(out + m * stride + p * WIDTH, sums[m][p][0], sums[m][p][1]);
 }
 
+#if defined(__AVX512BF16__)
+
+// The same by pairs of ranks. Weights of two ranks are interleaved within 128 bits, and so are the outputs that they add
+// to with zeros, which makes them float32.
+template <int P, int M>
+inline void expand(const bf16* shrunk, long ranks, long count, const bf16* b, long width, const bf16* next,
+                   long next_width, bf16* out, long stride) {
+    const __m512i none = _mm512_setzero_si512();
+    __m512 sums[M][P][2];
+    for (int m = 0; m < M; m++)
+        for (int p = 0; p < P; p++) {
+            __m512i values = _mm512_loadu_si512(out + m * stride + p * WIDTH);
+            sums[m][p][0] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(none, values));
+            sums[m][p][1] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(none, values));
+        }
+    auto add = [&](long r, auto pair) {
+        for (int p = 0; p < P; p++) {
+            __builtin_prefetch(next + r * next_width + p * WIDTH);
+            if (pair) __builtin_prefetch(next + (r + 1) * next_width + p * WIDTH);
+            __m512i first = _mm512_loadu_si512(b + r * width + p * WIDTH);
+            __m512i second = pair ? _mm512_loadu_si512(b + (r + 1) * width + p * WIDTH) : none;
+            __m512bh low = (__m512bh)_mm512_unpacklo_epi16(first, second);
+            __m512bh high = (__m512bh)_mm512_unpackhi_epi16(first, second);
+            for (int m = 0; m < M; m++) {
+                const bf16* own = shrunk + m * ranks + r;
+                const bf16 last[2] = {*own, 0};
+                add_pair(sums[m][p][0], low, pair ? own : last);
+                add_pair(sums[m][p][1], high, pair ? own : last);
+            }
+        }
+    };
+    long r = 0;
+    for (; r + 2 <= count; r += 2) add(r, std::true_type());
+    if (r < count) add(r, std::false_type());
+    const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+    for (int m = 0; m < M; m++)
+        for (int p = 0; p < P; p++) {
+            __m512i values = (__m512i)_mm512_cvtne2ps_pbh(sums[m][p][1], sums[m][p][0]);
+            _mm512_storeu_si512(out + m * stride + p * WIDTH, _mm512_permutexvar_epi64(order, values));
+        }
+}
+
+#endif
+
 // The last outputs of a part, fewer than WIDTH.
-template <class T, class W>
-void expand_rest(const float* shrunk, long count, const W* b, long width, T* out, long n) {
+template <class H, class T, class W>
+void expand_rest(const H* shrunk, long count, const W* b, long width, T* out, long n) {
     for (long i = 0; i < n; i += LANES) {
         int lanes = int(n - i < LANES ? n - i : LANES);
         Floats total = load_first(out + i, lanes);
-        for (long r = 0; r < count; r++) total = fma(splat(shrunk[r]), load_first(b + r * width + i, lanes), total);
+        for (long r = 0; r < count; r++) total = fma(splat(number(shrunk[r])), load_first(b + r * width + i, lanes), total);
         store_first(out + i, total, lanes);
     }
 }
 
 // Calls expand for WIDTH outputs of `rows` rows, fewer than or equal to M.
-template <int M, class T, class W>
-void rows_of_expand(int rows, const float* shrunk, long ranks, long count, const W* b, long width, const W* next,
+template <int M, class H, class T, class W>
+void rows_of_expand(int rows, const H* shrunk, long ranks, long count, const W* b, long width, const W* next,
                     long next_width, T* out, long stride) {
     if (rows == M)
         expand<1, M>(shrunk, ranks, count, b, width, next, next_width, out, stride);
@@ -233,8 +283,8 @@ void rows_of_expand(int rows, const float* shrunk, long ranks, long count, const
         rows_of_expand<M - 1>(rows, shrunk, ranks, count, b, width, next, next_width, out, stride);
 }
 
-template <class T, class W>
-void expand_unit(const Unit& unit, const float* shrunk, const W* next, long next_width, T* out, long stride) {
+template <class H, class T, class W>
+void expand_unit(const Unit& unit, const H* shrunk, const W* next, long next_width, T* out, long stride) {
     long rows = unit.run->rows, ranks = unit.run->layer->lora_rank, width = unit.part->stop - unit.part->start;
     long count = unit.part->rank_stop - unit.part->rank_start, outputs = unit.end - unit.begin, i = 0;
     const W* b = (const W*)unit.weights;
@@ -338,7 +388,7 @@ void expand_unit_by_tiles(const Unit& unit, const bf16* shrunk, const W* next, l
 #endif
 
 template <class W, class T>
-void shrink_all(const Unit* unit, const Unit* end, const T* x, long k, float* shrunk) {
+void shrink_all(const Unit* unit, const Unit* end, const T* x, long k, Factor<W, T>* shrunk) {
     static thread_local Scratch scratch;
     using X = Factor<W, T>;
     constexpr bool AS_IT_IS = std::is_same_v<X, bf16>;  // it then needs no padding either
@@ -348,7 +398,7 @@ void shrink_all(const Unit* unit, const Unit* end, const T* x, long k, float* sh
 #if defined(__AMX_BF16__)
         if constexpr (sizeof(T) == 2)
             if (unit->run->tiles) {
-                shrink_unit_by_tiles(*unit, x, k, (const W*)unit[1].weights, (bf16*)(shrunk + unit->run->shrunk));
+                shrink_unit_by_tiles(*unit, x, k, (const W*)unit[AHEAD].weights, (bf16*)(shrunk + unit->run->shrunk));
                 continue;
             }
 #endif
@@ -360,9 +410,9 @@ void shrink_all(const Unit* unit, const Unit* end, const T* x, long k, float* sh
                 rows = convert<W>(x + run->start * k, run->rows, k, scratch.get<float>(ROWS * stride));
         }
         const Layer& layer = *run->layer;
-        float* out = shrunk + run->shrunk + unit->begin;
-        shrink_unit(*unit, rows, stride, k, (const W*)unit[1].weights, out);
-        if (sizeof(W) == 1)
+        X* out = shrunk + run->shrunk + unit->begin;
+        shrink_unit(*unit, rows, stride, k, (const W*)unit[AHEAD].weights, out);
+        if constexpr (sizeof(W) == 1)
             for (long m = 0; m < run->rows; m++)
                 for (long r = 0; r < unit->end - unit->begin; r++)
                     out[m * layer.lora_rank + r] *= layer.scales[unit->begin + r];
@@ -370,11 +420,11 @@ void shrink_all(const Unit* unit, const Unit* end, const T* x, long k, float* sh
 }
 
 template <class W, class T>
-void expand_all(const Unit* unit, const Unit* end, const float* shrunk, T* out, long n) {
+void expand_all(const Unit* unit, const Unit* end, const Factor<W, T>* shrunk, T* out, long n) {
     for (; unit < end; unit++) {
-        const float* own = shrunk + unit->run->shrunk;
-        const W* next = (const W*)unit[1].weights;
-        long next_width = unit[1].part->stop - unit[1].part->start;
+        const Factor<W, T>* own = shrunk + unit->run->shrunk;
+        const W* next = (const W*)unit[AHEAD].weights;
+        long next_width = unit[AHEAD].part->stop - unit[AHEAD].part->start;
         T* to = out + unit->run->start * n + unit->part->start + unit->begin;
 #if defined(__AMX_BF16__)
         if constexpr (sizeof(T) == 2)
@@ -394,15 +444,15 @@ void add_delta(int threads, long segments, const std::int64_t* starts, const std
     long size;
     std::vector<Run> runs = cut<T>(segments, starts, stops, tables, layer, size);
     if (runs.empty()) return;
-    float* shrunk = scratch.get<float>(size);
+    auto* shrunk = scratch.get<Factor<W, T>>(size);
     parallel(threads, [&](Member me) {
         static thread_local std::vector<Unit> units;
         units.clear();
         share<W>(runs, true, k, me, units);
         std::size_t of_a = units.size();
         share<W>(runs, false, k, me, units);
-        units.push_back(units.empty() ? Unit{} : units.back());  // what is next after the last
-        const Unit *first = units.data(), *end = first + units.size() - 1;
+        units.insert(units.end(), AHEAD, units.empty() ? Unit{} : units.back());  // what comes after the last
+        const Unit *first = units.data(), *end = first + units.size() - AHEAD;
         shrink_all<W>(first, first + of_a, x, k, shrunk);
         me.barrier();
         expand_all<W>(first + of_a, end, shrunk, out, n);
