@@ -159,8 +159,12 @@ inline void shrink(const X* x, long stride, long k, const W* a, const W* next, X
         }
     if (i < k)
         for (int r = 0; r < R; r++) add_products<M>(x + i, stride, a + r * k + i, k - i, sums[r]);
-    for (int r = 0; r < R; r++)
-        for (int m = 0; m < M; m++) store(out[m * ranks + r], sum(sums[r][m]));
+    for (int m = 0; m < M; m++, out += ranks) {
+        if constexpr (R == 4)
+            store_sums(out, sums[0][m], sums[1][m], sums[2][m], sums[3][m]);
+        else
+            for (int r = 0; r < R; r++) store(out[r], sum(sums[r][m]));
+    }
 }
 
 // Calls shrink for `rows` rows, fewer than or equal to M.
