@@ -73,6 +73,9 @@ inline void linear_by_tiles(int threads, long m, long n, long k, const bf16* x, 
     long stride = (k + TILE_DEPTH - 1) / TILE_DEPTH * TILE_DEPTH, even = (k + 1) / 2 * 2;
     bf16* filled = stride == k ? nullptr : scratch.get<bf16>(m * stride);
     const bf16* rows = filled ? filled : x;
+    RowTiles row_tiles(m);
+    long panels = (n + LANES - 1) / LANES, pairs = (panels + 1) / 2;
+    Shares shares((row_tiles.count + BLOCK_TILES - 1) / BLOCK_TILES * pairs, threads);
     parallel(threads, [&](Member me) {
         if (filled) {
             Range mine = me.share(m);
@@ -82,13 +85,12 @@ inline void linear_by_tiles(int threads, long m, long n, long k, const bf16* x, 
             }
             me.barrier();
         }
-        Range mine = me.share((n + LANES - 1) / LANES);
-        RowTiles row_tiles(m);
         Tiles tiles(row_tiles.height, TILE_BYTES);
-        for (long block = 0; block < row_tiles.count; block += BLOCK_TILES)
-            for (long p = mine.begin; p < mine.end; p += 2)
-                (p + 1 < mine.end ? rows_by_tiles<true> : rows_by_tiles<false>)(
-                    row_tiles, block, rows, stride, even, weight + p * even * LANES, bias, out, n, p * LANES);
+        shares.each(me, [&](long i) {
+            long p = i % pairs * 2;
+            (p + 1 < panels ? rows_by_tiles<true> : rows_by_tiles<false>)(
+                row_tiles, i / pairs * BLOCK_TILES, rows, stride, even, weight + p * even * LANES, bias, out, n, p * LANES);
+        });
     });
 }
 

@@ -8,6 +8,8 @@
 #include "team.h"
 #include "tiles.h"
 
+#include <optional>
+
 namespace loraplex {
 namespace {
 
@@ -152,20 +154,6 @@ void panel_tile(const Activations<BITS>& x, long row, int rows, Panels<BITS> pan
     for (int m = 0; m < rows; m++) store_first(out + m * stride, load(results + m * LANES), columns);
 }
 
-template <int BITS, class T>
-void linear_by_tiles(const Activations<BITS>& x, Range mine, long m, long n, Panels<BITS> panels, const std::uint8_t* weight,
-                     const T* bias, T* out) {
-    Tiles tiles(TILE_ROWS, panels.group);
-    for (long block = 0; block < m; block += BLOCK)
-        for (long p = mine.begin; p < mine.end; p++) {
-            int columns = int(n - p * LANES < LANES ? n - p * LANES : LANES);
-            Floats start = bias ? load_first(bias + p * LANES, columns) : zeros();
-            for (long row = block; row < m && row < block + BLOCK; row += TILE_ROWS)
-                panel_tile<BITS>(x, row, int(m - row < TILE_ROWS ? m - row : TILE_ROWS), panels,
-                                 weight + p * panels.bytes(), start, out + row * n + p * LANES, n, columns);
-        }
-}
-
 #endif
 
 template <int BITS, class T>
@@ -188,13 +176,22 @@ void linear(int threads, long m, long n, long k, int group, const T* x, const st
         });
         me.barrier();
 #if defined(__AMX_INT8__)
-        if (by_tiles) return linear_by_tiles(activations, me.share(panel_count), m, n, panels, weight, bias, out);
+        std::optional<Tiles> tiles;
+        if (by_tiles) tiles.emplace(TILE_ROWS, panels.group);
 #endif
         shares.each(me, [&](long i) {
             long block = i / panel_count * BLOCK, p = i % panel_count;
             int columns = int(n - p * LANES < LANES ? n - p * LANES : LANES);
             Floats start = bias ? load_first(bias + p * LANES, columns) : zeros();
             const std::uint8_t* panel = weight + p * panels.bytes();
+#if defined(__AMX_INT8__)
+            if (by_tiles) {
+                for (long row = block; row < m && row < block + BLOCK; row += TILE_ROWS)
+                    panel_tile<BITS>(activations, row, int(m - row < TILE_ROWS ? m - row : TILE_ROWS), panels, panel,
+                                     start, out + row * n + p * LANES, n, columns);
+                return;
+            }
+#endif
             for (Runs run = rows_of_block(block, m, DOT_ROWS); run; run.next())
                 rows_of_panel<BITS, DOT_ROWS>(run.count(), activations, run.begin, panels, panel,
                                               Ahead(panel, panels.bytes(), groups, run), start,
