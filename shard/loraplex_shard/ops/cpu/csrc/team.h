@@ -116,9 +116,9 @@ public:
     // f(i) for each i that falls to this member.
     template <class F>
     void each(Member me, const F& f) {
-        for (long i; (i = take(parts_[me.index], 0)) >= 0;) f(i);
+        for (long i; (i = take(parts_[me.index], false)) >= 0;) f(i);
         for (int other = 1; other < members_; other++)
-            for (long i; (i = take(parts_[(me.index + other) % members_], 1)) >= 0;) f(i);
+            for (long i; (i = take(parts_[(me.index + other) % members_], true)) >= 0;) f(i);
     }
 
 private:
