@@ -16,13 +16,13 @@ from rich.console import Console
 from bench.load import Request, Target, Workload, measure
 from bench.processes import Loraplex
 from bench.stand_in_shard import StandInServer, StandInShard, Timing
-from bench.targets import open_target
+from bench.targets import OVER_GRPC, OVER_HTTP, open_target
 from loraplex import AsyncClient, Regex
 
 STREAMS, RUNS = 32, 5
 STEP_SECONDS = 0.02
 SHORT, LONG = 2, 130  # tokens of an answer: what the second costs more than the first is what its tokens cost
-FACES = {"grpc": ("grpc://{grpc}", 40), "SSE": ("openai+http://{http}/v1", 60)}  # and the microseconds wanted per token
+FACES = {"grpc": (OVER_GRPC, 40), "SSE": (OVER_HTTP, 60)}  # and the microseconds wanted per token
 
 
 class GrammarTarget:

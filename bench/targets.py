@@ -7,6 +7,9 @@ from bench.load import LoadError, Request, Target
 from bench.openai_target import OpenAiTarget
 from loraplex import AsyncClient
 
+# The targets that a server of bench.processes is, by its addresses.
+OVER_GRPC, OVER_HTTP = "grpc://{grpc}", "openai+http://{http}/v1"
+
 
 def open_target(name: str, adapter_directory: Path | None) -> Target:
     """`grpc://HOST:PORT`, `openai+http://HOST:PORT/v1`, or `peft:DIRECTORY` (`peft:default`: the embedded model).

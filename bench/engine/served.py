@@ -20,14 +20,14 @@ from bench.engine.timing import in_turns, ratio, seconds
 from bench.load import Target, Workload, measure
 from bench.peft_target import PeftTarget, load_model
 from bench.processes import Loraplex
-from bench.targets import open_target
+from bench.targets import OVER_GRPC, OVER_HTTP, open_target
 
 PROMPT, OUTPUT = 64, 64
 VOCABULARY = 10_000
 ROUNDS = 5
 # Blocks of the cache, hardly more than 32 streams take: as in process, none is in memory that was never used before.
 BLOCKS = 320
-FACES = {"HTTP": "openai+http://{http}/v1", "gRPC": "grpc://{grpc}"}
+FACES = {"HTTP": OVER_HTTP, "gRPC": OVER_GRPC}
 
 
 @contextmanager

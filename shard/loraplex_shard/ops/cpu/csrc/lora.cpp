@@ -63,7 +63,7 @@ struct Run {  // up to ROWS rows of one adapter or, by tiles, TILE_RUN
     const Layer* layer;
     bool tiles;
     long stride;  // of the rows of its A x: lora_rank and, by tiles, a tile's depth of zeros
-    long shrunk;   // where its A x goes, [rows][stride]: Factor or, by tiles, bfloat16
+    long shrunk;  // where its A x goes, [rows][stride]: Factor or, by tiles, bfloat16
 };
 
 struct Unit {
