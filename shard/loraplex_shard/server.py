@@ -32,6 +32,7 @@ from loraplex_shard.parallel import Group
 from loraplex_shard.runner import Runner
 from loraplex_shard.service import ShardService
 from loraplex_shard.settings import SettingsError, ShardSettings
+from loraplex_shard.steps import StepThread
 from loraplex_shard.telemetry import Telemetry, open_telemetry
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# One thread runs the plans, each slow adapter source and each health watcher keeps one of the others.
+# One thread sends the results of steps, each slow adapter source and each health watcher keeps one of the others.
 WORKERS = 64
 # Seconds that calls may go on once no Step stream is open: what is left then is not worth a wait.
 GRACE = 1.0
@@ -170,8 +171,12 @@ def _load(
         end_token_ids=checkpoint.end_token_ids,
     )
     telemetry.metrics.describe(info)
+    runner = Runner(decoder, cache, adapters, group, settings.max_sequences, max_model_len, device, grammars)
+    # A single rank has nobody to be out of step with, and the next stream starts from nothing. Of a group, others may
+    # have run the plan that failed here.
+    on_failed_step = step_failed.set if group.size > 1 else lambda: None
     return ShardService(
-        runner=Runner(decoder, cache, adapters, group, settings.max_sequences, max_model_len, device, grammars),
+        steps=StepThread(runner, device, on_failed_step),
         adapters=adapters,
         grammars=grammars,
         info=info,
@@ -181,8 +186,6 @@ def _load(
             bos_token=tokenizer.bos_token,
             eos_token=tokenizer.eos_token,
         ),
-        # A single rank has nobody to be out of step with, and the next stream starts from nothing.
-        on_failed_step=step_failed.set if group.size > 1 else lambda: None,
         telemetry=telemetry,
     )
 

@@ -1,14 +1,13 @@
 """The shard's gRPC service: one method per call of shard.proto, and the order in which plans run.
 
-The thread that reads a Step stream runs its plans; all other calls run on other threads and never wait for it, nor
-it for them. Knows nothing of how the model was loaded or of what is in a plan.
+All plans run on one thread, that of steps.py; other calls run on gRPC's threads and never wait for it, nor it for
+them. Knows nothing of how the model was loaded or of what is in a plan.
 """
 
 import logging
 import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 
 import grpc
 
@@ -18,7 +17,7 @@ from loraplex_protos.shard_pb2_grpc import ShardServiceServicer
 from loraplex_shard.grammars import GrammarCompiler
 from loraplex_shard.lora.merge import Recipe
 from loraplex_shard.lora.store import AdapterStore
-from loraplex_shard.runner import Runner
+from loraplex_shard.steps import StepThread
 from loraplex_shard.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
@@ -27,30 +26,27 @@ logger = logging.getLogger(__name__)
 class ShardService(ShardServiceServicer):
     """Answers for one rank.
 
-    on_failed_step is called when a plan could not be run: the other ranks of the group may have run it. A stream that
-    merely ends, in good order or not, leaves nothing behind: a plan that has arrived is run to its end, and since the
-    ranks wait for each other in every plan, those that are idle have run the same ones. A plan that reached only some
-    of them fails there once the group's collectives time out.
+    A stream that merely ends, in good order or not, leaves nothing behind: a plan that has arrived is run to its end,
+    and since the ranks wait for each other in every plan, those that are idle have run the same ones. A plan that
+    reached only some of them fails there once the group's collectives time out.
     """
 
     def __init__(
         self,
-        runner: Runner,
+        steps: StepThread,
         adapters: AdapterStore,
         grammars: GrammarCompiler,
         info: pb.GetInfoResponse,
         tokenizer: pb.GetTokenizerResponse,
-        on_failed_step: Callable[[], None],
         telemetry: Telemetry,
     ) -> None:
-        self._runner = runner
+        self._steps = steps
         self._adapters = adapters
         self._grammars = grammars
         self._info = info
         self._tokenizer = tokenizer
-        self._on_failed_step = on_failed_step
         self._telemetry = telemetry
-        self._runner_in_use = threading.Lock()
+        self._steps_in_use = threading.Lock()
         self._driven = False  # a Step stream is open
         self._left = threading.Condition()  # it has ended
 
@@ -64,9 +60,9 @@ class ShardService(ShardServiceServicer):
         return self._tokenizer
 
     def Warmup(self, request: pb.WarmupRequest, context: grpc.ServicerContext) -> pb.WarmupResponse:
-        with self._only_user_of_runner(context), self._errors_answered(context):
+        with self._only_user_of_steps(context), self._errors_answered(context):
             self._adapters.clear()
-            self._runner.warmup(request.max_batch_tokens)
+            self._steps.warmup(request.max_batch_tokens)
             return pb.WarmupResponse()
 
     def StageAdapter(self, request: pb.StageAdapterRequest, context: grpc.ServicerContext) -> pb.StageAdapterResponse:
@@ -124,37 +120,30 @@ class ShardService(ShardServiceServicer):
     def Step(
         self, request_iterator: Iterator[pb.StepRequest], context: grpc.ServicerContext
     ) -> Iterator[pb.StepResponse]:
-        with self._only_user_of_runner(context), self._errors_answered(context), self._being_driven():
-            self._runner.clear()
-            for number, plan in enumerate(request_iterator):
-                began = time.monotonic()
-                response = self._run(plan, number)
-                ended = time.monotonic()
-                response.duration_us = round((ended - began) * 1e6)
-                self._telemetry.step(plan, response, began, ended)
-                yield response
+        with (
+            self._only_user_of_steps(context),
+            self._errors_answered(context),
+            self._being_driven(),
+            closing(self._steps.run(request_iterator)) as steps,
+        ):
+            for step in steps:
+                step.response.duration_us = round((step.ended - step.began) * 1e6)
+                self._telemetry.step(step.plan, step.response, step.began, step.ended)
+                yield step.response
 
     def wait_until_left(self, seconds: float) -> bool:
         """Waits until no Step stream is open, at most so long; answers whether none is."""
         with self._left:
             return self._left.wait_for(lambda: not self._driven, seconds)
 
-    def _run(self, plan: pb.StepRequest, number: int) -> pb.StepResponse:
-        try:
-            assert plan.step == number, f"plan {plan.step} came as plan {number} of its stream"
-            return self._runner.step(plan)
-        except Exception:
-            self._on_failed_step()
-            raise
-
     @contextmanager
-    def _only_user_of_runner(self, context: grpc.ServicerContext) -> Iterator[None]:
-        if not self._runner_in_use.acquire(blocking=False):
+    def _only_user_of_steps(self, context: grpc.ServicerContext) -> Iterator[None]:
+        if not self._steps_in_use.acquire(blocking=False):
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"rank {self._info.rank} has an open Step stream")
         try:
             yield
         finally:
-            self._runner_in_use.release()
+            self._steps_in_use.release()
 
     @contextmanager
     def _being_driven(self) -> Iterator[None]:

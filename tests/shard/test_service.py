@@ -26,6 +26,7 @@ from loraplex_shard.runner import Runner
 from loraplex_shard.server import start
 from loraplex_shard.service import ShardService
 from loraplex_shard.settings import SettingsError
+from loraplex_shard.steps import StepThread
 from loraplex_shard.telemetry import Telemetry
 from tests.shard.decoders import load
 from tests.shard.planner import (
@@ -90,7 +91,8 @@ def service(decoder: Decoder, failed_step: threading.Event, tmp_path: Path) -> S
     runner = Runner(decoder, cache, adapters, Group(0, 1), 8, MAX_MODEL_LEN, CPU, grammars)
     info = pb.GetInfoResponse(model_id="tiny", rank=0, num_blocks=NUM_BLOCKS)
     tokenizer = pb.GetTokenizerResponse(tokenizer_json=b"{}")
-    return ShardService(runner, adapters, grammars, info, tokenizer, failed_step.set, Telemetry(ShardMetrics()))
+    steps = StepThread(runner, CPU, failed_step.set)
+    return ShardService(steps, adapters, grammars, info, tokenizer, Telemetry(ShardMetrics()))
 
 
 @pytest.fixture
@@ -253,7 +255,8 @@ def test_a_slow_adapter_source_delays_no_step(decoder: Decoder, address: str, fa
     grammars = GrammarCompiler(b"{}", decoder.vocab_size, end_token_ids=(2,))
     runner = Runner(decoder, cache, adapters, Group(0, 1), 8, MAX_MODEL_LEN, CPU, grammars)
     info, tokenizer = pb.GetInfoResponse(), pb.GetTokenizerResponse()
-    service = ShardService(runner, adapters, grammars, info, tokenizer, failed_step.set, Telemetry(ShardMetrics()))
+    steps = StepThread(runner, CPU, failed_step.set)
+    service = ShardService(steps, adapters, grammars, info, tokenizer, Telemetry(ShardMetrics()))
     server, _ = start(service, address)
     with grpc.insecure_channel(address) as channel, Stream(ShardServiceStub(channel)) as stream:
         slow = ShardServiceStub(channel).StageAdapter.future(pb.StageAdapterRequest(id="org/slow"))

@@ -1,0 +1,88 @@
+"""The thread that runs plans. While it computes, other threads send the last result and read the next plan, so that
+the decoder waits for neither. Knows nothing of gRPC's calls or of what is in a plan."""
+
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from queue import SimpleQueue
+
+import grpc
+import torch
+
+from loraplex_protos.shard_pb2 import StepRequest, StepResponse
+from loraplex_shard import machine
+from loraplex_shard.runner import Runner
+
+
+@dataclass(frozen=True)
+class Step:
+    """A plan that was run, between two times of time.monotonic."""
+
+    plan: StepRequest
+    response: StepResponse
+    began: float
+    ended: float
+
+
+class StepThread:
+    """Runs all that a runner is asked for, one thing after another.
+
+    It is always the same thread, since OpenMP keeps a team of threads for each one that computes. on_failed_step is
+    called there when a plan could not be run.
+    """
+
+    def __init__(self, runner: Runner, device: torch.device, on_failed_step: Callable[[], None]) -> None:
+        self._runner = runner
+        self._on_failed_step = on_failed_step
+        self._thread = ThreadPoolExecutor(1, "steps", initializer=machine.use, initargs=(device,))
+        self._stream: object = None  # the one whose plans are run, as the thread alone knows
+
+    def warmup(self, max_batch_tokens: int) -> None:
+        """As Runner.warmup says."""
+        self._thread.submit(self._runner.warmup, max_batch_tokens).result()
+
+    def run(self, plans: Iterator[StepRequest]) -> Generator[Step]:
+        """Forgets all sequences, then runs plans as they come, those that came while another ran without a pause.
+
+        `plans` is read on a thread of its own; it ends, or raises grpc.RpcError, once there will be no more. Raises
+        what a plan raised; those behind it are not run. May be closed once there will be no more plans: that waits
+        until those that have arrived are run.
+        """
+        stream = object()
+        steps = SimpleQueue[Future[Step] | None]()
+        self._thread.submit(self._begin, stream).result()
+        threading.Thread(target=self._read, args=(stream, plans, steps), name="plans", daemon=True).start()
+        try:
+            for step in iter(steps.get, None):
+                yield step.result()
+        except GeneratorExit:
+            wait(iter(steps.get, None))
+            raise
+
+    def _read(self, stream: object, plans: Iterator[StepRequest], steps: SimpleQueue[Future[Step] | None]) -> None:
+        try:
+            for number, plan in enumerate(plans):
+                steps.put(self._thread.submit(self._step, stream, number, plan))
+        except grpc.RpcError:
+            pass  # the router is gone
+        finally:
+            steps.put(None)
+
+    def _begin(self, stream: object) -> None:
+        self._stream = stream
+        self._runner.clear()
+
+    def _step(self, stream: object, number: int, plan: StepRequest) -> Step:
+        if stream is not self._stream:
+            raise RuntimeError(f"plan {number} came behind one that failed")
+        began = time.monotonic()
+        try:
+            assert plan.step == number, f"plan {plan.step} came as plan {number} of its stream"
+            response = self._runner.step(plan)
+        except Exception:
+            self._stream = None
+            self._on_failed_step()
+            raise
+        return Step(plan, response, began, time.monotonic())

@@ -1,0 +1,170 @@
+"""The thread that runs plans: it never waits for whoever reads plans or takes results, and keeps streams apart."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import closing
+from queue import SimpleQueue
+from typing import Any
+
+import grpc
+import pytest
+import torch
+
+from loraplex_protos.shard_pb2 import StepRequest, StepResponse
+from loraplex_shard.steps import StepThread
+
+CPU = torch.device("cpu")
+TIMEOUT = 30
+
+
+class Recorder:
+    """A runner that writes down what it is asked for. A plan waits for `may_go_on`, and fails if it is of row 9."""
+
+    def __init__(self) -> None:
+        self.calls: list[int | str] = []
+        self.threads = set[int]()
+        self.running, self.may_go_on = threading.Event(), threading.Event()
+        self.may_go_on.set()
+
+    def clear(self) -> None:
+        self._note("clear")
+
+    def warmup(self, max_batch_tokens: int) -> None:
+        self._note("warmup")
+
+    def step(self, plan: StepRequest) -> StepResponse:
+        self.running.set()
+        assert self.may_go_on.wait(TIMEOUT)
+        self._note(plan.step)
+        if list(plan.rows) == [9]:
+            raise MemoryError("row 9")
+        return StepResponse(step=plan.step)
+
+    def _note(self, call: int | str) -> None:
+        self.calls.append(call)
+        self.threads.add(threading.get_ident())
+
+
+class Plans:
+    """A stream of plans; `read` is set once the shard asks for more than there are."""
+
+    def __init__(self, *plans: StepRequest) -> None:
+        self.plans = SimpleQueue[StepRequest | None]()
+        self.read = threading.Event()
+        for plan in plans:
+            self.plans.put(plan)
+
+    def __iter__(self) -> Iterator[StepRequest]:
+        while True:
+            if self.plans.empty():
+                self.read.set()
+            if (plan := self.plans.get(timeout=TIMEOUT)) is None:
+                return
+            yield plan
+
+
+@pytest.fixture
+def recorder() -> Recorder:
+    return Recorder()
+
+
+@pytest.fixture
+def failed_step() -> threading.Event:
+    return threading.Event()
+
+
+@pytest.fixture
+def steps(recorder: Any, failed_step: threading.Event) -> StepThread:
+    return StepThread(recorder, CPU, failed_step.set)
+
+
+def plan(number: int, row: int = 0) -> StepRequest:
+    return StepRequest(step=number, rows=[row])
+
+
+def test_plans_that_have_come_run_though_nobody_has_taken_a_result(steps: StepThread, recorder: Recorder) -> None:
+    plans = Plans(plan(0), plan(1), plan(2), plan(3))
+    with closing(steps.run(iter(plans))) as results:
+        assert next(results).response.step == 0
+        assert plans.read.wait(TIMEOUT)
+        steps.warmup(1)  # comes behind all that was read
+        assert recorder.calls == ["clear", 0, 1, 2, 3, "warmup"]
+        plans.plans.put(None)
+        assert [step.response.step for step in results] == [1, 2, 3]
+
+
+def test_the_next_plan_is_read_and_the_last_result_taken_while_a_plan_runs(
+    steps: StepThread, recorder: Recorder
+) -> None:
+    plans = Plans(plan(0))
+    with closing(steps.run(iter(plans))) as results:
+        first = next(results)
+        recorder.may_go_on.clear()
+        recorder.running.clear()
+        plans.plans.put(plan(1))
+        assert recorder.running.wait(TIMEOUT)
+        plans.read.clear()
+        plans.plans.put(plan(2))
+        assert plans.read.wait(TIMEOUT)
+        assert recorder.calls == ["clear", 0]
+        recorder.may_go_on.set()
+        second, third = next(results), next(results)
+        plans.plans.put(None)
+        assert list(results) == []
+    assert first.ended <= second.began <= second.ended <= third.began
+
+
+def test_everything_runs_on_one_thread(steps: StepThread, recorder: Recorder) -> None:
+    steps.warmup(1)
+    for _ in range(2):
+        plans = Plans(plan(0), plan(1))
+        plans.plans.put(None)
+        assert len(list(steps.run(iter(plans)))) == 2
+    assert recorder.calls == ["warmup", "clear", 0, 1, "clear", 0, 1]
+    assert len(recorder.threads) == 1
+    assert threading.get_ident() not in recorder.threads
+
+
+def test_plans_behind_one_that_failed_are_not_run(
+    steps: StepThread, recorder: Recorder, failed_step: threading.Event
+) -> None:
+    failing = Plans(plan(0), plan(1, row=9), plan(2))
+    results = steps.run(iter(failing))
+    assert next(results).response.step == 0
+    with pytest.raises(MemoryError, match="row 9"):
+        next(results)
+    assert failed_step.is_set()
+    assert failing.read.wait(TIMEOUT)
+    next_stream = Plans(plan(0))
+    next_stream.plans.put(None)
+    assert len(list(steps.run(iter(next_stream)))) == 1
+    failing.read.clear()
+    failing.plans.put(plan(3))  # late, and still not run
+    assert failing.read.wait(TIMEOUT)
+    steps.warmup(1)
+    assert recorder.calls == ["clear", 0, 1, "clear", 0, "warmup"]
+    failing.plans.put(None)
+
+
+def test_a_stream_is_left_once_the_plans_that_have_come_are_run(steps: StepThread, recorder: Recorder) -> None:
+    plans = Plans(plan(0))
+    results = steps.run(iter(plans))
+    next(results)
+    recorder.may_go_on.clear()
+    plans.plans.put(plan(1))
+    plans.plans.put(plan(2))
+    plans.plans.put(None)
+    left = threading.Thread(target=results.close)
+    left.start()
+    assert recorder.calls == ["clear", 0]
+    recorder.may_go_on.set()
+    left.join(TIMEOUT)
+    assert recorder.calls == ["clear", 0, 1, 2]
+
+
+def test_a_lost_router_ends_the_stream(steps: StepThread) -> None:
+    def plans() -> Iterator[StepRequest]:
+        yield plan(0)
+        raise grpc.RpcError
+
+    assert [step.response.step for step in steps.run(plans())] == [0]
