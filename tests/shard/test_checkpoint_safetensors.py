@@ -13,11 +13,12 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from loraplex_shard.checkpoint import CheckpointError, open_checkpoint
 from loraplex_shard.parallel import Group, GroupSizeError
-from tests.shard.decoders import load, save_checkpoint
+from tests.shard.decoders import load, load_reference, save_checkpoint
 from tests.stand_in_hub import StandInHub
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def config(tied: bool = False) -> LlamaConfig:
@@ -77,10 +78,56 @@ def test_a_tensor_that_the_model_has_no_use_for_is_named(directory: Path) -> Non
 
 def test_redundant_tensors_do_no_harm(tmp_path: Path) -> None:
     directory = save_checkpoint(config(tied=True), tmp_path)
-    redundant = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2), "lm_head.weight": torch.ones(16, 8)}
+    embedding = load_file(directory / WEIGHTS)[EMBEDDING]
+    redundant = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2), HEAD: embedding.clone()}
     edit_tensors(directory, lambda tensors: tensors.update(redundant))
     decoder = load(directory)
-    assert not torch.equal(decoder.lm_head.weight.matrix, redundant["lm_head.weight"])
+    assert decoder.lm_head.weight.matrix.data_ptr() == decoder.embedding.weight.matrix.data_ptr()
+
+
+HEADS: dict[str, tuple[bool, Callable[[dict[str, torch.Tensor]], object]]] = {
+    "tied, the head differs": (True, lambda t: t.update({HEAD: t[EMBEDDING].flip(0).contiguous()})),
+    "tied, one value of the head differs": (True, lambda t: t.update({HEAD: t[EMBEDDING] + torch.eye(16, 8)})),
+    "tied, the head is in the file alone": (True, lambda t: t.update({HEAD: t.pop(EMBEDDING)})),
+    "tied, the head is the embedding in bfloat16": (True, lambda t: t.update({HEAD: t[EMBEDDING].bfloat16()})),
+    "not tied, both are the same": (False, lambda t: t.update({HEAD: t[EMBEDDING].clone()})),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("tied", "edit"), HEADS.values(), ids=HEADS.keys())
+def test_embedding_and_head_are_those_of_transformers_whatever_the_file_holds(
+    tied: bool, edit: Callable[[dict[str, torch.Tensor]], object], dtype: torch.dtype, tmp_path: Path
+) -> None:
+    directory = save_checkpoint(config(tied=tied), tmp_path)
+    edit_tensors(directory, edit)
+    ours, theirs = load(directory, dtype), load_reference(directory, dtype)
+    assert torch.equal(ours.embedding.weight.matrix, theirs.model.embed_tokens.weight)
+    assert torch.equal(ours.lm_head.weight.matrix, theirs.lm_head.weight)
+
+
+def test_a_head_that_is_missing_is_refused_with_the_way_out(directory: Path) -> None:
+    edit_tensors(directory, lambda tensors: tensors.pop(HEAD))
+    with pytest.raises(CheckpointError, match=r"missing tensor lm_head\.weight: .* set tie_word_embeddings .* true"):
+        load(directory)
+
+
+def test_a_tensor_in_two_files_must_be_the_same_in_both(directory: Path) -> None:
+    tensors = load_file(directory / WEIGHTS)
+    (directory / WEIGHTS).unlink()
+    files = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    edit_json(directory / INDEX, weight_map=dict(zip("ab", files, strict=True)))
+    save_file(tensors, directory / files[0])
+    save_file({HEAD: tensors[HEAD]}, directory / files[1])
+    assert torch.equal(load(directory).lm_head.weight.matrix, tensors[HEAD])
+    save_file({HEAD: tensors[HEAD] + 1}, directory / files[1])
+    with pytest.raises(CheckpointError, match=r"model-00002-of-00002\.safetensors has another lm_head\.weight"):
+        load(directory)
+
+
+def test_a_single_file_counts_before_an_index_as_with_transformers(directory: Path) -> None:
+    edit_json(directory / INDEX, weight_map={"a": "model-00001-of-00002.safetensors"})
+    assert torch.equal(load(directory).lm_head.weight.matrix, load_reference(directory).lm_head.weight)
 
 
 def test_a_tensor_of_another_shape_is_named_with_both_shapes(directory: Path) -> None:
@@ -134,6 +181,7 @@ def test_a_safetensors_file_cut_short_is_named(length: int, directory: Path) -> 
 
 
 def test_an_index_names_only_files_beside_it_that_exist(directory: Path) -> None:
+    (directory / WEIGHTS).unlink()
     edit_json(directory / INDEX, weight_map={"a": "../model.safetensors"})
     with pytest.raises(CheckpointError, match=r"names '\.\./model\.safetensors'"):
         open_checkpoint(str(directory))

@@ -19,7 +19,9 @@ class SafetensorsFiles:
     def __init__(self, directory: Path, model_id: str) -> None:
         self._directory = directory
         self._model_id = model_id
-        self._files = {name: file for file in map(self._open, self._file_names()) for name in file.keys()}  # noqa: SIM118
+        self._files: dict[str, Any] = {}
+        for file in self._file_names():
+            self._add(file, self._open(file))
 
     @property
     def names(self) -> frozenset[str]:
@@ -41,12 +43,20 @@ class SafetensorsFiles:
     def _slice(self, name: str) -> Any:
         return self._files[name].get_slice(name)
 
+    def _add(self, name: str, file: Any) -> None:
+        """A tensor may be in several files, but then it must be the same in all of them."""
+        for tensor in file.keys():  # noqa: SIM118
+            former = self._files.setdefault(tensor, file)
+            if former is not file and not torch.equal(former.get_tensor(tensor), file.get_tensor(tensor)):
+                raise CheckpointError(f"{self._model_id}: {name} has another {tensor} than a file before it")
+
     def _file_names(self) -> list[str]:
+        """As transformers chooses them: an index counts where there is no single file."""
+        if (self._directory / SINGLE_FILE).is_file():
+            return [SINGLE_FILE]
         if (self._directory / INDEX_FILE).is_file():
             files = read_json(self._directory / INDEX_FILE, self._model_id).get("weight_map", {}).values()
             return sorted(set(files))
-        if (self._directory / SINGLE_FILE).is_file():
-            return [SINGLE_FILE]
         raise CheckpointError(
             f"{self._model_id}: neither {SINGLE_FILE} nor {INDEX_FILE}. Pickled weights (*.bin, *.pt) are not read; "
             "convert them with transformers: AutoModelForCausalLM.from_pretrained(DIRECTORY).save_pretrained(DIRECTORY)"

@@ -20,6 +20,8 @@ from loraplex_shard.models.spec import DecoderSpec
 from loraplex_shard.ops.base import Heads, Operations, Step
 from loraplex_shard.parallel import Group
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # as checkpoints call them
+
 
 @dataclass(frozen=True, slots=True)
 class Build:
@@ -90,13 +92,15 @@ class Decoder(nn.Module):
         ops: Operations,
         rope: tuple[torch.Tensor, torch.Tensor],
         dtype: torch.dtype,
+        embedding: str = EMBEDDING,
     ) -> None:
+        """`embedding` names the tensor that is the embedding."""
         super().__init__()
         cut = DecoderCut(spec, group.rank, group.size)
         self.vocab_size = spec.vocab_size
         self.spec, self.group, self.ops, self.cut, self.dtype = spec, group, ops, cut, dtype
         build = Build(spec, cut, group, ops)
-        self.embedding = Embedding("model.embed_tokens.weight", spec.vocab_size, spec.hidden_size, ops)
+        self.embedding = Embedding(embedding, spec.vocab_size, spec.hidden_size, ops)
         self.layers = nn.ModuleList(DecoderLayer(index, build) for index in range(spec.layers))
         self.norm = RmsNorm("model.norm.weight", spec.hidden_size, spec.norm_eps, ops)
         self.lm_head = ColumnLinear(cut.lm_head(), bias=False, ops=ops, least_bits=8)

@@ -1,18 +1,24 @@
 """Builds a decoder from a checkpoint, tensor by tensor, so that no more than one tensor is ever held twice."""
 
+import logging
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
+import torch
 from accelerate import init_empty_weights
 
 from loraplex_shard.checkpoint.base import Checkpoint, CheckpointError
 from loraplex_shard.layers.sources import Source, SourcedLayer, Target
 from loraplex_shard.models.architectures import read_spec
-from loraplex_shard.models.decoder import Decoder
+from loraplex_shard.models.decoder import EMBEDDING, HEAD, Decoder
 from loraplex_shard.models.rope import rope_tables
 from loraplex_shard.ops.base import Operations
 from loraplex_shard.parallel import Group
 
+logger = logging.getLogger(__name__)
+
 NAMES_IN_MESSAGE = 10
+ROWS_AT_A_TIME = 4096
 
 
 def load_decoder(
@@ -30,9 +36,17 @@ def load_decoder(
     if it cannot be cut into so many ranks.
     """
     spec = read_spec(checkpoint.architecture, checkpoint.config)
+    if spec.tied and _has_own_head(checkpoint, target.dtype):
+        logger.warning(
+            "%s: config.json says tie_word_embeddings, but %s differs from %s: both are served as they are",
+            *(checkpoint.model_id, HEAD, EMBEDDING),
+        )
+        spec = replace(spec, tied=False)
+    # Which of two tied tensors a checkpoint holds is up to whoever saved it.
+    embedding = HEAD if spec.tied and EMBEDDING not in checkpoint.names else EMBEDDING
     cos, sin = rope_tables(checkpoint.config, spec.head_dim, max_model_len)
     with init_empty_weights(include_buffers=False):
-        decoder = Decoder(spec, group, ops, (cos.to(target.device), sin.to(target.device)), target.dtype)
+        decoder = Decoder(spec, group, ops, (cos.to(target.device), sin.to(target.device)), target.dtype, embedding)
     layers = [module for module in decoder.modules() if isinstance(module, SourcedLayer)]
     if spec.tied:
         layers.remove(decoder.lm_head)
@@ -49,11 +63,26 @@ def load_decoder(
     return decoder.eval()
 
 
+def _has_own_head(checkpoint: Checkpoint, dtype: torch.dtype) -> bool:
+    """Whether the checkpoint holds an lm head beside the embedding that is not the same in this dtype, which is when
+    transformers does not tie them either."""
+    if not {EMBEDDING, HEAD} <= checkpoint.names:
+        return False
+    if checkpoint.shape(EMBEDDING) != checkpoint.shape(HEAD):
+        return True
+    starts = range(0, checkpoint.shape(HEAD)[0], ROWS_AT_A_TIME)
+    parts = (slice(start, start + ROWS_AT_A_TIME) for start in starts)
+    return not all(
+        torch.equal(*(checkpoint.read(name, rows).to(dtype) for name in (EMBEDDING, HEAD))) for rows in parts
+    )
+
+
 def _check(checkpoint: Checkpoint, sources: Iterable[Source], tied: bool) -> None:
     shapes = {source.tensor: source.shape for source in sources}
     missing = shapes.keys() - checkpoint.names
     if missing:
-        raise CheckpointError(f"{checkpoint.model_id}: missing {_listed(missing)}")
+        hint = "" if missing != {HEAD} else ": if it is the embedding, set tie_word_embeddings in config.json to true"
+        raise CheckpointError(f"{checkpoint.model_id}: missing {_listed(missing)}{hint}")
     extra = {name for name in checkpoint.names - shapes.keys() if not _is_redundant(checkpoint, name, tied)}
     if extra:
         raise CheckpointError(f"{checkpoint.model_id}: {checkpoint.architecture} has no {_listed(extra)}")
@@ -66,11 +95,11 @@ def _check(checkpoint: Checkpoint, sources: Iterable[Source], tied: bool) -> Non
 
 
 def _is_redundant(checkpoint: Checkpoint, name: str, tied: bool) -> bool:
-    """Old checkpoints hold RoPE's constants, some a copy of the embedding as their tied lm head; GPTQ's tools give
-    every layer a bias, of zeros if the model has none."""
+    """Old checkpoints hold RoPE's constants, some a copy of the embedding as their tied lm head (`tied` says that it is
+    one); GPTQ's tools give every layer a bias, of zeros if the model has none."""
     if name.endswith(".bias"):
         return not checkpoint.read(name).any()
-    return name.endswith(".rotary_emb.inv_freq") or (tied and name == "lm_head.weight")
+    return name.endswith(".rotary_emb.inv_freq") or (tied and name == HEAD)
 
 
 def _listed(names: Iterable[str]) -> str:
