@@ -26,6 +26,8 @@ HUB_FILES = [
     "model*.safetensors",
     "model.safetensors.index.json",
     "tokenizer*",
+    "tiktoken.model",
+    "tekken.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",

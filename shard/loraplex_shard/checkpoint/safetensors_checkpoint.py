@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from loraplex_shard.checkpoint.base import CheckpointError, TokenizerFiles
 from loraplex_shard.checkpoint.layouts import StoredMatrix, find_matrices
 from loraplex_shard.checkpoint.quantization_config import read_layout
 from loraplex_shard.checkpoint.safetensors_files import SafetensorsFiles, read_json
+from loraplex_shard.checkpoint.tokenizer_files import read_tokenizer
 from loraplex_shard.ops.quantized import QuantizedMatrix
 
 
@@ -68,19 +69,13 @@ class SafetensorsCheckpoint:
 
     @cached_property
     def _tokenizer(self) -> Any:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(self._directory)
-        except (OSError, ValueError, KeyError) as error:
-            raise CheckpointError(f"{self.model_id}: no tokenizer can be read: {error}") from error
-        if not getattr(tokenizer, "is_fast", False):
-            raise CheckpointError(f"{self.model_id}: its tokenizer cannot be expressed as a tokenizer.json")
-        return tokenizer
+        return read_tokenizer(self._directory, self.model_id, self.config.model_type)
 
     def _read_config(self) -> PreTrainedConfig:
         if not (self._directory / "config.json").is_file():
             raise CheckpointError(f"{self.model_id}: no config.json")
         try:
-            config: PreTrainedConfig = AutoConfig.from_pretrained(self._directory)
+            config: PreTrainedConfig = AutoConfig.from_pretrained(self._directory, trust_remote_code=False)
         except (OSError, ValueError, LookupError, TypeError, StrictDataclassError) as error:
             raise CheckpointError(f"{self.model_id}: config.json: {error}") from error
         return config

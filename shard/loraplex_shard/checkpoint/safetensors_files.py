@@ -70,7 +70,17 @@ class SafetensorsFiles:
         except FileNotFoundError as error:
             raise CheckpointError(f"{self._model_id}: {file} is missing") from error
         except (OSError, SafetensorError) as error:
+            if is_pointer(self._directory / file):
+                raise CheckpointError(
+                    f"{self._model_id}: {file} is not the file itself but a Git LFS pointer: run `git lfs pull` there"
+                ) from error
             raise CheckpointError(f"{self._model_id}: {file} is not a readable safetensors file: {error}") from error
+
+
+def is_pointer(path: Path) -> bool:
+    """Whether a clone made without Git LFS left a reference here in place of the file."""
+    with path.open("rb") as file:
+        return file.read(40).startswith(b"version https://git-lfs.github.com/")
 
 
 def read_json(path: Path, model_id: str) -> dict[str, Any]:

@@ -1,0 +1,129 @@
+"""Reads a checkpoint's tokenizer, whatever files it came in, into one that a tokenizer.json can hold.
+
+A tokenizer.json is read as transformers reads it. Other files are converted by transformers, and the outcome is tried
+on a text, for a conversion that does not fit its file gives other tokens without a word.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, LlamaTokenizer
+from transformers.tokenization_utils_tokenizers import TokenizersBackend
+
+from loraplex_shard.checkpoint.base import CheckpointError
+from loraplex_shard.checkpoint.safetensors_files import read_json
+
+# Of characters that every vocabulary has.
+PROBE = "The server reads 12345 names,\nthen it answers:  all (of them)."
+WORDS = 12  # tokens from its end, which reach back over two blanks
+NAMES = "tokenizer.json", "tokenizer.model", "tiktoken.model", "tekken.json", "vocab.json", "merges.txt"
+HINT = "Save a tokenizer.json beside config.json: AutoTokenizer.from_pretrained(SOURCE).save_pretrained(DIRECTORY)"
+CACHE = "TIKTOKEN_CACHE_DIR"
+
+
+def read_tokenizer(directory: Path, model_id: str, model_type: str) -> Any:
+    """A tokenizer of transformers that is backed by the `tokenizers` library.
+
+    `model_type` is config.json's. Raises CheckpointError if there is none, or if it cannot be converted exactly.
+    """
+    found = [name for name in NAMES if (directory / name).is_file()]
+    if not found:
+        raise CheckpointError(f"{model_id}: no tokenizer can be read: there is none of {', '.join(NAMES)}")
+    try:
+        with _without_cache():
+            tokenizer = _read(directory, model_type)
+    except CheckpointError as error:
+        raise CheckpointError(f"{model_id}: {error.message}") from error
+    except Exception as error:  # what transformers and tokenizers raise for a file that is not as they expect
+        reason = str(error).partition("\n")[0].removesuffix(" from one of: ")
+        message = f"{model_id}: no tokenizer can be read from {', '.join(found)}: {reason}. {HINT}"
+        raise CheckpointError(message) from error
+    if not getattr(tokenizer, "is_fast", False):
+        raise CheckpointError(f"{model_id}: its tokenizer cannot be expressed as a tokenizer.json")
+    return tokenizer
+
+
+def _read(directory: Path, model_type: str) -> Any:
+    if (directory / "tokenizer.json").is_file():
+        return _load(AutoTokenizer, directory)
+    for name in ("tokenizer.model", "tiktoken.model"):
+        if (directory / name).is_file():
+            processor = _sentencepiece(directory / name)
+            return _from_tiktoken(directory, name, model_type) if processor is None else _from_spm(directory, processor)
+    if (directory / "tekken.json").is_file():  # Mistral's; it begins texts with <s>, which the file does not say
+        tokenizer = _load(AutoTokenizer, directory, bos_token="<s>", eos_token="</s>", add_bos_token=True)
+    else:
+        tokenizer = _load(AutoTokenizer, directory)
+    return _tried(tokenizer)
+
+
+def _load(kind: Any, directory: Path, **options: Any) -> Any:
+    return kind.from_pretrained(directory, trust_remote_code=False, **options)
+
+
+def _tried(tokenizer: Any) -> Any:
+    """Raises CheckpointError if the tokens of a text are not that text."""
+    if tokenizer.decode(tokenizer.encode(PROBE, add_special_tokens=False)) != PROBE:
+        raise CheckpointError(f"its tokenizer's files are not what {type(tokenizer).__name__} reads. {HINT}")
+    return tokenizer
+
+
+def _sentencepiece(file: Path) -> Any:
+    """The file as the sentencepiece library reads it; None if it has another format."""
+    try:
+        from sentencepiece import SentencePieceProcessor
+    except ModuleNotFoundError as error:
+        raise CheckpointError(f"{file.name} needs the package sentencepiece: pip install 'loraplex[shard]'") from error
+    try:
+        return SentencePieceProcessor(model_proto=file.read_bytes())
+    except RuntimeError:
+        return None
+
+
+def _from_spm(directory: Path, processor: Any) -> Any:
+    config = directory / "tokenizer_config.json"
+    said = read_json(config, config.name) if config.is_file() else {}
+    # The first Llama checkpoints say that their special tokens are empty texts.
+    ids = {"unk_token": processor.unk_id(), "bos_token": processor.bos_id(), "eos_token": processor.eos_id()}
+    options = {key: processor.id_to_piece(id) for key, id in ids.items() if said.get(key) == "" and id >= 0}
+    if said.get("add_bos_token") is None:  # transformers 4 wrote it down only if it was not so
+        options["add_bos_token"] = processor.bos_id() >= 0
+    tokenizer = _load(AutoTokenizer, directory, **options)
+    if type(tokenizer) is TokenizersBackend:
+        # transformers knows no class for it, and then leaves out the blank before a text.
+        if said.get("add_prefix_space") is None:
+            options["add_prefix_space"] = processor.encode("a", out_type=str)[0].startswith("▁")
+        tokenizer = _load(LlamaTokenizer, directory, **options)
+    # The beginning is left out: whether a blank goes before a text is for tokenizer_config.json to say.
+    if tokenizer.encode(PROBE, add_special_tokens=False)[-WORDS:] != processor.encode(PROBE)[-WORDS:]:
+        raise CheckpointError(f"tokenizer.model cannot be converted exactly for {type(tokenizer).__name__}. {HINT}")
+    return tokenizer
+
+
+def _from_tiktoken(directory: Path, name: str, model_type: str) -> Any:
+    """Its format says neither how a text is cut into words nor what the special tokens are."""
+    if model_type != "llama":
+        raise CheckpointError(f"{name} has tiktoken's format, which is read for Llama 3 only. {HINT}")
+    tokenizer = _load(AutoTokenizer, directory, add_bos_token=True)
+    if not tokenizer.bos_token or not tokenizer.eos_token:
+        raise CheckpointError(
+            f"{name} needs a tokenizer_config.json with added_tokens_decoder, bos_token and eos_token"
+        )
+    return _tried(tokenizer)
+
+
+@contextmanager
+def _without_cache() -> Iterator[None]:
+    """tiktoken keeps what it read in a shared folder by the file's path alone, and would read an earlier file again."""
+    before = os.environ.get(CACHE)
+    os.environ[CACHE] = ""
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[CACHE]
+        else:
+            os.environ[CACHE] = before
