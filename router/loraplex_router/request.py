@@ -2,7 +2,7 @@
 
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import TypeAlias
@@ -10,7 +10,7 @@ from typing import TypeAlias
 from loraplex_protos.errors import FieldViolation, InvalidRequestError
 from loraplex_router.grammar import MAX_LENGTH, Grammar
 from loraplex_router.sequence import Detail, Sampling
-from loraplex_router.text.chat import Chat
+from loraplex_router.text.chat import FIELD, Chat
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 MAX_N = 64
@@ -21,6 +21,7 @@ MAX_TOP_LOGPROBS = 32
 MAX_INPUTS = 1024
 MAX_BIASED = 1024
 MAX_REFERENCE_LENGTH = 512
+MAX_QUOTED = 200  # characters of a request in an error
 SOURCES = ("", "local", "s3", "hub")
 MAX_MERGED = 16
 MERGE_STRATEGIES = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
@@ -139,7 +140,7 @@ def check_request(request: Request, vocab_size: int) -> None:
     found.check(1 <= request.n <= MAX_N, "n", f"must be from 1 to {MAX_N}")
     found.check(request.truncate is None or request.truncate >= 1, "truncate", "must be at least 1, or absent")
     if isinstance(request.prompt, tuple):
-        known = all(token < vocab_size for token in request.prompt)
+        known = all(0 <= token < vocab_size for token in request.prompt)
         found.check(known, "token_ids", f"every id must be below {vocab_size}")
     _check_sampling(request.sampling, found)
     _check_bias(request.sampling.logit_bias or (), vocab_size, found)
@@ -197,7 +198,7 @@ def room_for(request: Request, prompt_length: int, max_model_len: int) -> int:
     Raises InvalidRequestError if the prompt is empty, ContextLengthError if the two do not fit into the context.
     """
     found = Violations()
-    name = "inputs" if request.detail.pool else "prompt"
+    name = _prompt_field(request)
     found.check(prompt_length > 0, name, "is empty: send text, chat messages or token ids")
     found.raise_any()
     room = max_model_len - prompt_length
@@ -217,6 +218,21 @@ def room_for(request: Request, prompt_length: int, max_model_len: int) -> int:
     return wanted if wanted is not None else room
 
 
+def check_tokens(request: Request, prompt: Sequence[int], vocab_size: int, text_of: Callable[[int], str]) -> None:
+    """Raises InvalidRequestError if the tokenizer made a token of the prompt that the model has no embedding for, as it
+    does where somebody added tokens to it alone. text_of says what a token stands for."""
+    largest = max(prompt, default=0)
+    if largest >= vocab_size:
+        name = FIELD if isinstance(request.prompt, Chat) else _prompt_field(request)
+        lacking = f"the model has embeddings for tokens below {vocab_size} only"
+        text = text_of(largest)[:MAX_QUOTED]
+        raise InvalidRequestError(FieldViolation(name, f"contains {text!r}, which is token {largest}: {lacking}"))
+
+
+def _prompt_field(request: Request) -> str:
+    return "inputs" if request.detail.pool else "prompt"
+
+
 def _check_sampling(options: SamplingOptions, found: Violations) -> None:
     def within(name: str, low: float, high: float, low_allowed: bool, text: str) -> None:
         value = getattr(options, name)
@@ -225,7 +241,7 @@ def _check_sampling(options: SamplingOptions, found: Violations) -> None:
 
     largest = 3.4e38  # a finite float
     within("temperature", 0, largest, True, "at least 0")
-    within("top_k", 1, largest, True, "at least 1, or absent to keep all tokens")
+    within("top_k", 1, 2**32 - 1, True, "at least 1, or absent to keep all tokens")
     within("top_p", 0, 1, False, "above 0 and at most 1")
     within("typical_p", 0, 1, False, "above 0 and at most 1")
     within("min_p", 0, 1, True, "from 0 to 1")
@@ -252,7 +268,8 @@ def _check_stopping(request: Request, vocab_size: int, found: Violations) -> Non
     found.check(lengths, "stopping.stop", f"each text must have 1 to {MAX_STOP_LENGTH} characters")
     tokens = request.stop_token_ids
     found.check(len(tokens) <= MAX_STOP_TOKENS, "stopping.stop_token_ids", f"at most {MAX_STOP_TOKENS} ids")
-    found.check(all(t < vocab_size for t in tokens), "stopping.stop_token_ids", f"every id must be below {vocab_size}")
+    known = all(0 <= token < vocab_size for token in tokens)
+    found.check(known, "stopping.stop_token_ids", f"every id must be below {vocab_size}")
 
 
 def _check_grammar(request: Request, found: Violations) -> None:

@@ -29,6 +29,7 @@ from loraplex_router.request import (
     check_embed_request,
     check_reference,
     check_request,
+    check_tokens,
     room_for,
 )
 from loraplex_router.sequence import FinishReason, Sequence
@@ -139,6 +140,7 @@ class Service:
         try:
             prompt = await self._encode(request)
             room = room_for(request, len(prompt), self.info.max_model_len)
+            check_tokens(request, prompt, self.info.vocab_size, self.tokenizer.token_text)
             validated = time.monotonic()
             group, adapter = await self._groups.place(request.adapter, request.grammar)
             generation = Generation(request_id, request.adapter, adapter, arrived, validated, tenant)

@@ -34,6 +34,9 @@ HEAD = 512
 # Every so many tokens are a strand, whose largest logit or sum stands for it while the strands are searched.
 STRAND = 16
 
+# The least normal float32: below it, devices may take a number for 0.
+LEAST = float(np.finfo(np.float32).tiny)
+
 _GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
 # Takes the logits of some rows and columns [rows, 1] of their parameters; returns the changed logits.
@@ -242,8 +245,12 @@ def _penalized(logits: Tensor, parameters: NDArray[np.void], history: History) -
 
 
 def _divide_repeated(counts: Tensor, logits: Tensor, penalty: Tensor) -> Tensor:
-    """Makes what occurred less likely (CTRL, arXiv 1909.05858)."""
-    return torch.where(counts > 0, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+    """Makes what occurred less likely (CTRL, arXiv 1909.05858). No penalty is so far from 1 that the result is not
+    finite, or not a number."""
+    penalty, most = penalty.clamp(min=LEAST), torch.finfo(logits.dtype).max
+    divided = torch.where(logits > 0, logits / penalty, logits * penalty)
+    # What a grammar forbids stays so.
+    return torch.where((counts > 0) & logits.isfinite(), divided.clamp_(-most, most), logits)
 
 
 def _subtract_counted(counts: Tensor, logits: Tensor, frequency: Tensor, presence: Tensor) -> Tensor:
@@ -266,7 +273,8 @@ def _counts(history: History, logits: Tensor, of_prompt: bool) -> Tensor:
 
 def _by_temperature(logits: Tensor, parameters: NDArray[np.void]) -> Tensor:
     # Relative to the largest, so that a tiny temperature overflows to -inf only.
-    return (logits - logits.amax(-1, keepdim=True)).div_(_on_device(parameters["temperature"], logits))
+    temperature = _on_device(parameters["temperature"], logits).clamp_(min=LEAST)
+    return (logits - logits.amax(-1, keepdim=True)).div_(temperature)
 
 
 def _keep_top_k(logits: Tensor, k: Tensor) -> Tensor:

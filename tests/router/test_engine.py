@@ -38,13 +38,13 @@ MODEL = Model(
 class Setup:
     """A service over fake shards, its engine running."""
 
-    def __init__(self, slots: int = 2, max_queue: int = 100) -> None:
+    def __init__(self, slots: int = 2, max_queue: int = 100, model: Model = MODEL) -> None:
         self.telemetry = Telemetry(adapters=10, log=RequestLog(prompts=False))
         self.registry = AdapterRegistry()
         self.groups = Groups(self.telemetry, move_seconds=0.5)
         self.administration = Administration(self.registry, self.groups)
         self.service = Service(self.groups, self.administration, Keys({}), max_queue, self.telemetry)
-        self.service.serve(MODEL)
+        self.service.serve(model)
         self.group = self.add_group("0", slots)
         self.shards, self.pool, self.blocks, self.engine = (
             self.group.shards,

@@ -183,6 +183,42 @@ def test_a_tiny_temperature_takes_the_likeliest() -> None:
     assert torch.equal(tokens, logits.argmax(-1))
 
 
+LIMITS = {
+    "temperature": [0, 1e-45, 1e-38, 1, 3.4e38],
+    "top_k": [0, 1, 2**32 - 1],
+    "top_p": [1e-45, 1e-6, 1],
+    "typical_p": [1e-45, 1e-6, 1],
+    "min_p": [0, 1e-45, 1],
+    "repetition_penalty": [0, 1e-45, 1e-38, 1, 3.4e38],
+    "frequency_penalty": [-2, 0, 2],
+    "presence_penalty": [-2, 0, 2],
+    "seed": [0, 2**64 - 1],
+}
+
+
+@given(
+    sequences=st.lists(
+        st.fixed_dictionaries({name: st.sampled_from(values) for name, values in LIMITS.items()}),
+        min_size=1,
+        max_size=8,
+    ),
+    seed=st.integers(0, 9),
+    scale=st.sampled_from([1.0, 1e4, 1e30]),
+)
+@settings(max_examples=150, deadline=None)
+def test_at_the_limits_of_all_parameters_an_allowed_token_is_chosen(
+    sequences: list[dict[str, float]], seed: int, scale: float
+) -> None:
+    count = len(sequences)
+    logits = random_logits(count, 48, scale, seed)
+    forbidden = random_logits(count, 48, seed=seed + 10) > 1
+    forbidden[:, seed] = False
+    logits[forbidden] = -torch.inf
+    with np.errstate(all="raise"):
+        tokens = sample(logits, parameters(*sequences), history(*[([seed, 1, 2, 3, 3], 3)] * count))
+    assert not forbidden.gather(1, tokens[:, None]).any()
+
+
 def test_a_row_with_nan_yields_a_valid_token_and_spares_the_others() -> None:
     logits = random_logits(3, vocab=20)
     each = parameters(

@@ -1,0 +1,73 @@
+"""What is refused before any work starts: values that no shard can take, and tokens that no embedding is there for."""
+
+from dataclasses import replace
+
+import pytest
+
+from loraplex_protos import generation_pb2 as pb
+from loraplex_protos.errors import InvalidRequestError
+from loraplex_router.request import EmbedRequest, Prompt, Request, SamplingOptions, check_request
+from loraplex_router.service import Service
+from loraplex_router.text.chat import Chat, ChatTemplate, Message
+from loraplex_router.text.tokenizer import Tokenizer
+from tests.e2e.tiny import CHAT_TEMPLATE, byte_tokenizer
+from tests.router.test_engine import MODEL, Setup
+
+LETTERS = 256  # one token each; then comes [PAD], which the model lacks
+
+
+@pytest.fixture
+async def service() -> Service:
+    """Of a model whose tokenizer has a token more than the embedding has rows."""
+    made = byte_tokenizer()
+    made.add_tokens(["[PAD]"], special_tokens=True)
+    template = ChatTemplate(CHAT_TEMPLATE, "", "")
+    tokenizer = Tokenizer(made.backend_tokenizer.to_str().encode(), template)
+    info = pb.GetModelInfoResponse(model_id="base", vocab_size=len(made) - 1, max_model_len=50)
+    return Setup(model=replace(MODEL, info=info, tokenizer=tokenizer)).service
+
+
+@pytest.mark.parametrize(
+    ("prompt", "field"),
+    [
+        ("Hi [PAD]!", "prompt"),
+        (Chat((Message("user", "[PAD]"),)), "chat.messages"),
+    ],
+)
+async def test_a_text_with_a_token_that_the_model_lacks_is_refused_by_its_name(
+    service: Service, prompt: Prompt, field: str
+):
+    with pytest.raises(InvalidRequestError, match=r"'\[PAD\]', which is token 257") as refused:
+        await service.generate(Request(prompt))
+    assert [violation.field for violation in refused.value.violations] == [field]
+    with pytest.raises(InvalidRequestError, match=r"inputs: .*PAD|chat\.messages: .*PAD"):
+        await service.embed(EmbedRequest((prompt,)))
+    assert service.idle
+
+
+async def test_what_is_cut_off_is_not_looked_at(service: Service):
+    generation = await service.generate(Request("[PAD] Hi", truncate=2))
+    assert generation.outputs[0].sequence.tokens == await service.tokenizer.encode("Hi")
+    service.leave(generation)
+
+
+@pytest.mark.parametrize("token", [-1, 1000, 2**32, 2**64])
+@pytest.mark.parametrize("field", ["token_ids", "stop_token_ids", "logit_bias"])
+def test_ids_that_the_model_lacks_are_refused_wherever_they_are_written(field: str, token: int):
+    request = {
+        "token_ids": Request((1, token)),
+        "stop_token_ids": Request((1,), stop_token_ids=(1, token)),
+        "logit_bias": Request((1,), sampling=SamplingOptions(logit_bias=((token, 1.0),))),
+    }[field]
+    with pytest.raises(InvalidRequestError, match=rf"{field}: every id must be below 1000"):
+        check_request(request, vocab_size=1000)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"top_k": 2**32}, {"temperature": float("inf")}, {"temperature": float("nan")}, {"repetition_penalty": 1e39}],
+    ids=str,
+)
+def test_values_that_no_plan_can_carry_are_refused(options: dict[str, float]):
+    with pytest.raises(InvalidRequestError, match=next(iter(options))):
+        check_request(Request((1,), sampling=SamplingOptions(**options)), vocab_size=10)
