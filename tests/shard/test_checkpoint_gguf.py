@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loraplex_shard.checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from loraplex_shard.checkpoint.gguf_end_tokens import end_token_ids
 from loraplex_shard.checkpoint.gguf_tokenizer import read_tokenizer
 from loraplex_shard.checkpoint.opening import DEFAULT_FILE, DEFAULT_PACKAGE
 from loraplex_shard.layers.sources import Target
@@ -87,9 +88,30 @@ def test_digits_are_taken_one_by_one_before_anything_else(tokenizer: Tokenizer) 
 def test_special_tokens_end_and_begin_turns(checkpoint: Checkpoint, tokenizer: Tokenizer) -> None:
     files = checkpoint.tokenizer()
     assert (files.bos_token, files.eos_token) == ("<|im_start|>", "<|im_end|>")
-    assert checkpoint.end_token_ids == (tokenizer.token_to_id("<|im_end|>"),)
+    ends = ["<|im_end|>", "<|endoftext|>", "<reponame>"]
+    assert checkpoint.end_token_ids == tuple(map(tokenizer.token_to_id, ends))
     assert "<|im_start|>assistant" in files.chat_template
     assert checkpoint.architecture == "LlamaForCausalLM"
+
+
+# llama.cpp's rules: github.com/ggml-org/llama.cpp/blob/master/src/llama-vocab.cpp, special_eog_ids.
+@pytest.mark.parametrize(
+    ("tokens", "named", "expected"),
+    [
+        (["<|begin_of_text|>", "<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"], {"eos": 3}, (3, 1, 2)),
+        (["a", "b", "c", "d"], {"eos": 0, "eot": 2, "eom": 3}, (0, 2, 3)),
+        (["a", "b"], {"eos": 1, "eot": 7, "eom": -1}, (1,)),
+        (["<bos>", "<eos>", "<end_of_turn>"], {"eos": 1}, (1, 2)),
+        (["<|end|>", "<|endoftext|>"], {"eos": 1}, (1, 0)),
+        (["<|end|>", "<|return|>", "<|call|>"], {"eos": 1}, (1, 2)),
+        (["a", "<|fim_pad|>", "<|file_sep|>"], {"eos": 0}, (0, 1, 2)),
+        (["a", "<|im_end|>"], {}, (1,)),
+    ],
+)
+def test_answers_end_at_all_tokens_at_which_llama_cpp_ends_them(
+    tokens: list[str], named: dict[str, int], expected: tuple[int, ...]
+) -> None:
+    assert end_token_ids({f"tokenizer.ggml.{name}_token_id": id for name, id in named.items()}, tokens) == expected
 
 
 def test_a_slice_is_read_as_if_from_the_whole_tensor(checkpoint: Checkpoint) -> None:

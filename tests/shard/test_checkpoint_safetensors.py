@@ -228,6 +228,32 @@ def test_a_sequence_ends_at_the_tokens_of_the_generation_config_else_of_the_conf
     assert open_checkpoint(str(directory)).end_token_ids == expected
 
 
+TEMPLATE = "{% for m in messages %}{{ '<|start|>' + m.role + ': ' + m.content + ' <|end|>\n' }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (TEMPLATE, (2, 6, 7)),
+        (TEMPLATE.replace("<|end|>", "<|end|>_of_turn"), (2, 6, 7)),
+        (TEMPLATE.replace(" <|end|>", "</s>"), (2, 7)),
+        (TEMPLATE.replace(" <|end|>", ""), (2, 7)),
+        ("{{ raise_exception('Roles must alternate') }}", (2, 7)),
+        (None, (2, 7)),
+    ],
+)
+def test_a_sequence_ends_at_the_token_that_its_chat_template_writes_behind_an_answer(
+    template: str | None, expected: tuple[int, ...], directory: Path
+) -> None:
+    tokenizer = save_tokenizer(directory)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|start|>", "<|end|>"]})
+    tokenizer.chat_template = template
+    (directory / "chat_template.jinja").unlink()
+    tokenizer.save_pretrained(directory)
+    edit_json(directory / "generation_config.json", eos_token_id=7)
+    assert open_checkpoint(str(directory)).end_token_ids == expected
+
+
 @pytest.mark.parametrize("name", ["../elsewhere", "a/b/c", "no such thing"])
 def test_what_is_neither_a_path_nor_a_hub_id_is_refused_before_anything_is_asked_for(name: str) -> None:
     with pytest.raises(CheckpointError, match=r"neither a directory, nor a \.gguf file, nor a hub id"):

@@ -44,7 +44,7 @@ class Checkpoint(Protocol):
 
     @property
     def end_token_ids(self) -> tuple[int, ...]:
-        """The tokens that end a sequence, in ascending order."""
+        """The tokens that end a sequence. The first is the one that the tokenizer calls its end token, if any."""
 
     @property
     def prequantized(self) -> bool:

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, PreTrainedConfig
 from loraplex_shard.checkpoint.base import CheckpointError, TokenizerFiles
 from loraplex_shard.checkpoint.gguf_blocks import read_blocks
 from loraplex_shard.checkpoint.gguf_file import ByteRows, read_gguf
-from loraplex_shard.checkpoint.gguf_tokenizer import end_token_id, read_tokenizer
+from loraplex_shard.checkpoint.gguf_tokenizer import read_end_token_ids, read_tokenizer
 from loraplex_shard.ops.quantized import QuantizedMatrix
 
 ROWS_AT_A_TIME = 32
@@ -57,7 +57,7 @@ class GgufCheckpoint:
 
     @cached_property
     def end_token_ids(self) -> tuple[int, ...]:
-        return (end_token_id(self._file.metadata),)
+        return read_end_token_ids(self._file.metadata)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._file.tensors[self._gguf_names[name]].shape

@@ -10,6 +10,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 
 from loraplex_shard.checkpoint.base import CheckpointError, TokenizerFiles
+from loraplex_shard.checkpoint.gguf_end_tokens import EOS, end_token_ids
 from loraplex_shard.checkpoint.gguf_file import MetadataValue
 
 Metadata = Mapping[str, MetadataValue]
@@ -43,12 +44,12 @@ def read_tokenizer(metadata: Metadata) -> TokenizerFiles:
         tokenizer_json=tokenizer.to_str().encode(),
         chat_template=str(metadata.get("tokenizer.chat_template", "")),
         bos_token=tokens[_get(metadata, "tokenizer.ggml.bos_token_id", int)],
-        eos_token=tokens[end_token_id(metadata)],
+        eos_token=tokens[_get(metadata, EOS, int)],
     )
 
 
-def end_token_id(metadata: Metadata) -> int:
-    return _get(metadata, "tokenizer.ggml.eos_token_id", int)
+def read_end_token_ids(metadata: Metadata) -> tuple[int, ...]:
+    return end_token_ids(metadata, _get(metadata, "tokenizer.ggml.tokens", list))
 
 
 def _get(metadata: Metadata, key: str, kind: type[T]) -> T:

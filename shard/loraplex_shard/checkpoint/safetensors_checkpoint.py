@@ -9,6 +9,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
 from loraplex_shard.checkpoint.base import CheckpointError, TokenizerFiles
+from loraplex_shard.checkpoint.end_tokens import end_token_ids
 from loraplex_shard.checkpoint.layouts import StoredMatrix, find_matrices
 from loraplex_shard.checkpoint.quantization_config import read_layout
 from loraplex_shard.checkpoint.safetensors_files import SafetensorsFiles, read_json
@@ -37,11 +38,8 @@ class SafetensorsCheckpoint:
     @cached_property
     def end_token_ids(self) -> tuple[int, ...]:
         generation = self._directory / "generation_config.json"
-        named = read_json(generation, self.model_id).get("eos_token_id") if generation.is_file() else None
-        if named is None:
-            named = self.config.eos_token_id
-        ids = {self._tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])}
-        return tuple(sorted(ids - {None}))
+        named = read_json(generation, self.model_id) if generation.is_file() else {}
+        return end_token_ids(self._tokenizer, named, self.config)
 
     def shape(self, name: str) -> tuple[int, ...]:
         matrix = self._matrices.get(name)

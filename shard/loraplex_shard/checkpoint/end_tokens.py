@@ -1,0 +1,37 @@
+"""Which tokens of a Hugging Face checkpoint end an answer. Its files name them in three places, and not all in each."""
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+_ANSWER = "forty-two"  # no template writes it by itself
+
+
+def end_token_ids(tokenizer: Any, generation: dict[str, Any], config: PreTrainedConfig) -> tuple[int, ...]:
+    """The tokenizer's own end token, then the others in ascending order.
+
+    `generation` is generation_config.json's content; as with transformers, config.json counts if that names none.
+    Beside these, it ends with the special token that the chat template writes behind an answer: a fine-tuned model has
+    learnt that one, though it may still be configured as its base was.
+    """
+    named = generation.get("eos_token_id")
+    if named is None:
+        named = config.eos_token_id
+    ids = {_turn_end(tokenizer), *(named if isinstance(named, list) else [named])} - {None, tokenizer.eos_token_id}
+    own = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+    return (*own, *sorted(ids))
+
+
+def _turn_end(tokenizer: Any) -> int | None:
+    """The special token that follows an answer in a conversation; None if there is no template, or none follows."""
+    if not tokenizer.chat_template:
+        return None
+    messages = [{"role": "user", "content": "6 * 7?"}, {"role": "assistant", "content": _ANSWER}]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+    except Exception:  # a template may raise anything; chats will say so
+        return None
+    _, found, rest = text.rpartition(_ANSWER)
+    tokens = {token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    following = [token for token in tokens if found and rest.lstrip().startswith(token)]
+    return tokens[max(following, key=len)] if following else None
