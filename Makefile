@@ -8,7 +8,7 @@ PROTOS := $(wildcard protos/loraplex_protos/*.proto)
 # constraints.txt pins every version, torch's CPU build among them.
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: serve test lint image bench clean
+.PHONY: serve test test-fast lint image bench clean
 
 # More flags: make serve ARGS="--tp 2"
 serve: $(VENV)/serve
@@ -18,6 +18,10 @@ serve: $(VENV)/serve
 test: $(VENV)/test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
 
+# Those that start no process and compile nothing: a minute or two.
+test-fast: $(VENV)/test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" $(ARGS)
+
 lint: $(VENV)/lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -25,6 +29,7 @@ lint: $(VENV)/lint
 	$(BIN)/buf lint
 	$(BIN)/buf format --diff --exit-code
 	$(BIN)/hadolint Dockerfile
+	$(BIN)/clang-format --dry-run --Werror shard/loraplex_shard/ops/cpu/csrc/*.cpp shard/loraplex_shard/ops/cpu/csrc/*.h
 
 # The images of the Helm chart, built and tried with buildah.
 image:

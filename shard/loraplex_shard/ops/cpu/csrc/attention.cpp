@@ -19,9 +19,9 @@ constexpr int ROWS = 12;
 #else
 constexpr int ROWS = 5;
 #endif
-constexpr int TILE = 48;        // query rows (tokens times heads of a group) that read a block together, where possible
-constexpr long PART = 1024;     // positions of a decode's context that one task reads
-constexpr int SPAN = 4;         // blocks whose scores are turned into weights together
+constexpr int TILE = 48;     // query rows (tokens times heads of a group) that read a block together, where possible
+constexpr long PART = 1024;  // positions of a decode's context that one task reads
+constexpr int SPAN = 4;      // blocks whose scores are turned into weights together
 constexpr float LOWEST = -std::numeric_limits<float>::infinity();
 
 struct Shape {
@@ -44,19 +44,20 @@ struct Task {
     long partial;      // where its result goes if there are several
 };
 
-struct Rows {  // what a task computes, in float32
-    float* query;   // [rows][head_dim], scaled
-    float* out;     // [rows][head_dim], relative to `most`
-    float* most;    // largest score so far
-    float* total;   // sum of exp(score - most)
-    float* weights; // [rows][SPAN * 16]
+struct Rows {        // what a task computes, in float32
+    float* query;    // [rows][head_dim], scaled
+    float* out;      // [rows][head_dim], relative to `most`
+    float* most;     // largest score so far
+    float* total;    // sum of exp(score - most)
+    float* weights;  // [rows][SPAN * 16]
 };
 
 // A block's keys, and then its values, are read while what `next` points to is asked for: blocks lie anywhere, so the
 // processor cannot know what follows. Even and odd dimensions in sums of their own would be shorter chains, but with
 // AVX2 three rows of them do not fit its registers: slower.
 template <int R, class C>
-[[gnu::always_inline]] inline void scores(const float* query, long head_dim, const C* keys, const C* next, Floats* sums) {
+[[gnu::always_inline]] inline void scores(const float* query, long head_dim, const C* keys, const C* next,
+                                          Floats* sums) {
     for (int r = 0; r < R; r++) sums[r] = zeros();
     for (long d = 0; d < head_dim; d++, keys += LANES, next += LANES) {
         __builtin_prefetch(next);
@@ -79,8 +80,8 @@ template <int R, class C>
 }
 
 template <class C>
-struct Span {  // up to SPAN blocks of one KV head
-    long first;     // its first position in the sequence
+struct Span {    // up to SPAN blocks of one KV head
+    long first;  // its first position in the sequence
     int blocks;
     int positions;  // that the sequence has in it
     const C* keys[SPAN];
@@ -92,7 +93,8 @@ struct Span {  // up to SPAN blocks of one KV head
 
 // The weights of one row's positions, relative to its largest score so far, to which what it had is brought down.
 template <class C>
-void weigh(const Shape& shape, const Span<C>& span, long position, float* lanes, float* out, float* most, float* total) {
+void weigh(const Shape& shape, const Span<C>& span, long position, float* lanes, float* out, float* most,
+           float* total) {
     int count = span.blocks * LANES;
     if (shape.soft_cap > 0)  // cap * tanh(score / cap)
         for (int j = 0; j < count; j += LANES) {
@@ -153,7 +155,8 @@ void attend_span(const Shape& shape, Rows rows, long first_row, long first_posit
             for (int r = 0; r < R; r++)
                 for (int j = 0; j < positions; j++) weights[(r * SPAN + b) * LANES + j] *= span.value_scales[b][j];
         for (long d = 0; d + LANES <= head_dim; d += LANES)
-            add_values<R>(weights + b * LANES, span.values[b] + d, span.next[b] + d, positions, head_dim, LANES, out + d);
+            add_values<R>(weights + b * LANES, span.values[b] + d, span.next[b] + d, positions, head_dim, LANES,
+                          out + d);
         if (long d = head_dim / LANES * LANES; d < head_dim)
             add_values<R>(weights + b * LANES, span.values[b] + d, span.next[b] + d, positions, head_dim,
                           int(head_dim - d), out + d);
@@ -248,8 +251,7 @@ void attend_by_tiles(const Shape& shape, const Task& task, const Cache<C>& cache
             }
         }
         for (long row = 0; row < count; row += TILE_ROWS)
-            add_value_tiles((const bf16*)(rows.weights + row * TILE_SPAN), head_dim, values,
-                            rows.out + row * head_dim);
+            add_value_tiles((const bf16*)(rows.weights + row * TILE_SPAN), head_dim, values, rows.out + row * head_dim);
     }
 }
 
@@ -283,7 +285,8 @@ template <class T>
 void write(const Shape& shape, const Task& task, const float* out, const float* total, T* to) {
     long group = shape.heads / shape.kv_heads;
     for (long row = 0; row < task.tokens * group; row++) {
-        T* head = to + ((task.first_token + row / group) * shape.heads + task.kv_head * group + row % group) * shape.head_dim;
+        T* head =
+            to + ((task.first_token + row / group) * shape.heads + task.kv_head * group + row % group) * shape.head_dim;
         Floats inverse = splat(1 / total[row]);
         for (long d = 0; d < shape.head_dim; d += LANES) {
             int n = int(shape.head_dim - d < LANES ? shape.head_dim - d : LANES);
@@ -400,10 +403,12 @@ EXPORT void paged_attention(int threads, int kind, const void* query, long query
         using T = decltype(t);
         if (key_scales) {
             Cache<std::int8_t> cache{(const std::int8_t*)keys, (const std::int8_t*)values, key_scales, value_scales};
-            attention(threads, shape, (T)query, query_stride, cache, chunks, starts, contexts, tables, table_width, (T)out);
+            attention(threads, shape, (T)query, query_stride, cache, chunks, starts, contexts, tables, table_width,
+                      (T)out);
         } else {
             Cache<std::remove_pointer_t<T>> cache{(T)keys, (T)values, nullptr, nullptr};
-            attention(threads, shape, (T)query, query_stride, cache, chunks, starts, contexts, tables, table_width, (T)out);
+            attention(threads, shape, (T)query, query_stride, cache, chunks, starts, contexts, tables, table_width,
+                      (T)out);
         }
     });
 }

@@ -1,6 +1,6 @@
-// The two products of attention, for sixteen rows of bfloat16 queries and SPAN blocks of the cache, of bfloat16 or int8,
-// at once: by tiles (AMX), or by vectors of pairs (AVX512_BF16). Used by attention.cpp; knows neither masks nor softmax
-// nor scales.
+// The two products of attention, for sixteen rows of bfloat16 queries and SPAN blocks of the cache, of bfloat16 or
+// int8, at once: by tiles (AMX), or by vectors of pairs (AVX512_BF16). Used by attention.cpp; knows neither masks nor
+// softmax nor scales.
 #pragma once
 
 #include "common.h"
@@ -10,8 +10,8 @@
 
 namespace loraplex {
 
-constexpr long TILE_BLOCKS = 4;                     // of the cache, whose positions are the columns of four tiles
-constexpr long TILE_SPAN = TILE_BLOCKS * LANES;     // positions
+constexpr long TILE_BLOCKS = 4;                  // of the cache, whose positions are the columns of four tiles
+constexpr long TILE_SPAN = TILE_BLOCKS * LANES;  // positions
 
 // A block's keys [head_dim][16] as a panel of sixteen columns: [head_dim / 2][16][2].
 template <class C>
@@ -63,8 +63,8 @@ inline void score_tiles(const bf16* query, long head_dim, const bf16* panels, fl
     store_tile<3>(scores + 3 * LANES, TILE_SPAN * 4);
 }
 
-// out [16, head_dim] += weights [16, TILE_SPAN], each row in the first half of a float32 one, times the panels of a span's
-// values.
+// out [16, head_dim] += weights [16, TILE_SPAN], each row in the first half of a float32 one, times the panels of a
+// span's values.
 inline void add_value_tiles(const bf16* weights, long head_dim, const bf16* panels, float* out) {
     constexpr long stride = 2 * TILE_SPAN;
     load_tile<4>(weights, stride * 2);

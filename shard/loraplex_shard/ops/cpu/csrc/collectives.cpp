@@ -6,10 +6,10 @@
 
 #include "team.h"
 
-#include <atomic>
-#include <ctime>
 #include <fcntl.h>
 #include <unistd.h>
+#include <atomic>
+#include <ctime>
 
 namespace loraplex {
 namespace {
@@ -26,7 +26,7 @@ struct Place {  // of a rank; collectives.py has the same fields
     char* memory;
     long rank, size;
     long slot_bytes;
-    long fd;  // of the memory's file; each rank holds a lock on the byte of its number for as long as it lives
+    long fd;          // of the memory's file; each rank holds a lock on the byte of its number for as long as it lives
     double patience;  // seconds that a rank may be behind this one
 };
 
@@ -37,7 +37,7 @@ double now() {
 }
 
 class Rounds {
-public:
+  public:
     explicit Rounds(const Place& place)
         : place_(place),
           states_((State*)place.memory),
@@ -59,7 +59,7 @@ public:
 
     void next() { round_++; }
 
-private:
+  private:
     long wait_for(long rank) const {
         if (soon([&] { return arrived(rank); })) return DONE;
         for (double began = now(); !arrived(rank);) {

@@ -24,7 +24,7 @@ inline void with_type(int kind, F f) {
 
 // Memory for a call's intermediate values. It grows and is never returned, so that no step allocates.
 class Scratch {
-public:
+  public:
     template <class T>
     T* get(std::size_t count) {
         std::size_t bytes = (count * sizeof(T) + 63) / 64 * 64;
@@ -38,7 +38,7 @@ public:
     }
     ~Scratch() { std::free(data_); }
 
-private:
+  private:
     void* data_ = nullptr;
     std::size_t size_ = 0;
 };
@@ -51,7 +51,7 @@ struct Range {
 
 // [begin, end) in as few runs of at most `most` as there can be, all of near-equal length: 8 by 5 is 4 and 4.
 class Runs {
-public:
+  public:
     long begin, index = 0;
     const long total;
     Runs(long begin, long end, long most) : begin(begin), total((end - begin + most - 1) / most), end_(end) {}
@@ -62,14 +62,16 @@ public:
         index++;
     }
 
-private:
+  private:
     long end_;
 };
 
 // Rows of x that stay in the cache while all panels are read.
 constexpr long BLOCK = 128;
 
-inline Runs rows_of_block(long block, long m, long most) { return Runs(block, block + BLOCK < m ? block + BLOCK : m, most); }
+inline Runs rows_of_block(long block, long m, long most) {
+    return Runs(block, block + BLOCK < m ? block + BLOCK : m, most);
+}
 
 // What x is multiplied by at a time: a float32, a pair of bfloat16, or four int8. Rows that are multiplied together lie
 // word by word, as their run reads them: the first words of all of them, then the second ones.
@@ -84,9 +86,9 @@ using Word = std::uint32_t;
 }
 #endif
 
-// What each member of a team makes of m rows that are multiplied in runs of at most `most` and have so many pieces each:
-// f(first_row, rows, first_piece, last_piece) for its part of a run. Words of a run's rows share cache lines, so members
-// take pieces of all its rows, not rows: two that write to one line wait for each other at every word.
+// What each member of a team makes of m rows that are multiplied in runs of at most `most` and have so many pieces
+// each: f(first_row, rows, first_piece, last_piece) for its part of a run. Words of a run's rows share cache lines, so
+// members take pieces of all its rows, not rows: two that write to one line wait for each other at every word.
 template <class Member, class F>
 void each_run(Member me, long m, long most, long pieces, const F& f) {
     long runs = 0, place = 0;
@@ -100,10 +102,10 @@ void each_run(Member me, long m, long most, long pieces, const F& f) {
         }
 }
 
-// What a run of rows asks memory for while it multiplies with a panel, since processors alone ask too late. If it is the
-// only run, that is what comes a little later; of several runs, each asks for its part of the next panel.
+// What a run of rows asks memory for while it multiplies with a panel, since processors alone ask too late. If it is
+// the only run, that is what comes a little later; of several runs, each asks for its part of the next panel.
 class Ahead {
-public:
+  public:
     static constexpr long LINE = 64;  // bytes
 
     // A panel of so many bytes, which is read in so many steps.
@@ -121,7 +123,7 @@ public:
         next_ += step_;
     }
 
-private:
+  private:
     static constexpr long DISTANCE = 4096;
     const char* next_;
     long step_;

@@ -21,7 +21,8 @@ constexpr int DOT_ROWS = 12;
 
 template <int M>
 inline void dot_int8(const std::uint8_t* w, int group, const std::int8_t* x, const int* x_sums, Floats* sums) {
-    // One factor must be unsigned: w + 128. The part of 128 is taken off beforehand: x_sums are -128 times the rows' sums.
+    // One factor must be unsigned: w + 128. The part of 128 is taken off beforehand: x_sums are -128 times the rows'
+    // sums.
     __m512i totals[M], offset = _mm512_set1_epi8(char(0x80));
     for (int m = 0; m < M; m++) totals[m] = _mm512_set1_epi32(x_sums[m]);
     if (group < 32) __builtin_unreachable();  // else g++ copies all sums, in case that there is nothing to add
@@ -130,7 +131,8 @@ inline void dot_int4(const std::uint8_t* w, int group, const std::int8_t* x, Flo
             int total = 0;
             for (int i = 0; i < group / 2; i++) {
                 int both = w[i / 4 * 64 + lane * 4 + i % 4];
-                total += (both & 15) * x[i / 4 * 4 * M + 4 * m + i % 4] + (both >> 4) * x[(i / 4 * 4 + group / 2) * M + 4 * m + i % 4];
+                total += (both & 15) * x[i / 4 * 4 * M + 4 * m + i % 4] +
+                         (both >> 4) * x[(i / 4 * 4 + group / 2) * M + 4 * m + i % 4];
             }
             float value = float(total);
             std::memcpy((float*)&sums[m] + lane, &value, 4);

@@ -65,8 +65,8 @@ inline void multiply(const bf16*& x, const bf16*& panel, Floats* sums, Floats*) 
 
 // Not inlined, since g++ otherwise keeps the sums in memory.
 template <int M, class X, class W, class T>
-[[gnu::noinline]] void panel_rows(const X* x, const W* panel, const W* end, Ahead ahead, Floats bias, T* out, long stride,
-                                  int columns) {
+[[gnu::noinline]] void panel_rows(const X* x, const W* panel, const W* end, Ahead ahead, Floats bias, T* out,
+                                  long stride, int columns) {
     Floats sums[M], second[M];
     for (int m = 0; m < M; m++) {
         sums[m] = bias;
@@ -188,7 +188,8 @@ EXPORT void pack_weight(int kind, long n, long k, const void* weight, void* pack
 }
 
 // Row ids[i] of a packed weight of k columns, to row i of out.
-EXPORT void weight_rows(int threads, int kind, long count, const std::int64_t* ids, long k, const void* packed, void* out) {
+EXPORT void weight_rows(int threads, int kind, long count, const std::int64_t* ids, long k, const void* packed,
+                        void* out) {
     with_type(kind, [&](auto* t) {
         using T = decltype(t);
         parallel_for(count > 1 ? threads : 1, count, [&](long i) { unpack_row(ids[i], k, (T)packed, (T)out + i * k); });

@@ -24,7 +24,8 @@ void tile_rows(const bf16* x0, const bf16* x1, long stride, const Panels& panels
     if constexpr (TWO_ROWS && TWO_PANELS) zero_tile<3>();
     long whole = panels.tails ? stride - TILE_DEPTH : stride;
     for (long i = 0; i < whole; i += TILE_DEPTH)
-        multiply_step<TWO_ROWS, TWO_PANELS>(x0 + i, x1 + i, stride, panels.first + i * LANES, panels.second + i * LANES);
+        multiply_step<TWO_ROWS, TWO_PANELS>(x0 + i, x1 + i, stride, panels.first + i * LANES,
+                                            panels.second + i * LANES);
     if (panels.tails)
         multiply_step<TWO_ROWS, TWO_PANELS>(x0 + whole, x1 + whole, stride, panels.tails,
                                             panels.tails + TILE_DEPTH * LANES);
@@ -44,20 +45,21 @@ inline void add_bias(const float* sums, long rows, const bf16* bias, bf16* out, 
 // A block of row tiles of x, whose `stride` is a multiple of a tile's depth, with the panel of columns
 // [column, column + 16) of the n of out, or with that and the next. `k` is the panels' own.
 template <bool TWO_PANELS>
-void rows_by_tiles(const RowTiles& tiles, long first_tile, const bf16* x, long stride, long k, const bf16* panel, const bf16* bias,
-                   bf16* out, long n, long column) {
+void rows_by_tiles(const RowTiles& tiles, long first_tile, const bf16* x, long stride, long k, const bf16* panel,
+                   const bf16* bias, bf16* out, long n, long column) {
     alignas(64) bf16 tails[2 * TILE_DEPTH * LANES] = {};
     alignas(64) float sums[4 * TILE_ROWS * LANES];
     Panels panels{panel, panel + k * LANES, k == stride ? nullptr : tails};
     long whole = k / TILE_DEPTH * TILE_DEPTH;
     for (int p = 0; p < 1 + TWO_PANELS; p++)
-        std::memcpy(tails + p * TILE_DEPTH * LANES, panel + (p * k + whole) * LANES, (k - whole) * LANES * sizeof(bf16));
+        std::memcpy(tails + p * TILE_DEPTH * LANES, panel + (p * k + whole) * LANES,
+                    (k - whole) * LANES * sizeof(bf16));
     long end = first_tile + BLOCK_TILES < tiles.count ? first_tile + BLOCK_TILES : tiles.count;
     for (long t = first_tile; t < end; t += 2) {
         bool two = t + 1 < end;
         long begin[] = {tiles.begin(t), two ? tiles.begin(t + 1) : 0};
         (two ? tile_rows<true, TWO_PANELS> : tile_rows<false, TWO_PANELS>)(x + begin[0] * stride, x + begin[1] * stride,
-                                                                          stride, panels, sums);
+                                                                           stride, panels, sums);
         for (int r = 0; r < 1 + two; r++)
             for (int p = 0; p < 1 + TWO_PANELS; p++) {
                 long at = column + p * LANES;
@@ -88,8 +90,9 @@ inline void linear_by_tiles(int threads, long m, long n, long k, const bf16* x, 
         Tiles tiles(row_tiles.height, TILE_BYTES);
         shares.each(me, [&](long i) {
             long p = i % pairs * 2;
-            (p + 1 < panels ? rows_by_tiles<true> : rows_by_tiles<false>)(
-                row_tiles, i / pairs * BLOCK_TILES, rows, stride, even, weight + p * even * LANES, bias, out, n, p * LANES);
+            (p + 1 < panels ? rows_by_tiles<true> : rows_by_tiles<false>)(row_tiles, i / pairs * BLOCK_TILES, rows,
+                                                                          stride, even, weight + p * even * LANES, bias,
+                                                                          out, n, p * LANES);
         });
     });
 }

@@ -1,12 +1,14 @@
-// out += B (A x) for runs of tokens that each have an adapter of their own, at its own lora_rank (LoRA: arXiv 2106.09685;
-// many adapters in one call: Punica, arXiv 2310.18547). Nothing is padded to the largest rank and nothing is gathered.
+// out += B (A x) for runs of tokens that each have an adapter of their own, at its own lora_rank (LoRA: arXiv
+// 2106.09685; many adapters in one call: Punica, arXiv 2310.18547). Nothing is padded to the largest rank and nothing
+// is gathered.
 //
 // A projection's A are rows of `shrink` [lora_rank, k]; its B, times the adapter's scale, is stored transposed,
 // [lora_rank, n], so that outputs are lanes. Both may be int8, with one scale per lora_rank for the two together.
 //
 // In a decode step all there is to do is to read the adapters. So their weights are cut into units; each thread has an
 // equal share of them, in the order in which they lie in memory, and asks for one to come while it computes one.
-// Runs long enough, as those of prefill chunks are, are multiplied by tiles where the processor has them (lora_tiles.h).
+// Runs long enough, as those of prefill chunks are, are multiplied by tiles where the processor has them
+// (lora_tiles.h).
 
 #include "lora_tiles.h"
 #include "team.h"
@@ -16,13 +18,13 @@
 namespace loraplex {
 namespace {
 
-constexpr int WIDTH = 2 * LANES;  // weights that are read at once
-constexpr long RANKS = 4;         // rows of A in a unit
+constexpr int WIDTH = 2 * LANES;     // weights that are read at once
+constexpr long RANKS = 4;            // rows of A in a unit
 constexpr long OUTPUTS = 2 * WIDTH;  // of B in a unit
-constexpr long AHEAD = 4;         // units: with few rows, one takes less time than memory does to answer
-constexpr long ROWS = 32;         // of x that share a unit's weights while they are in the cache
-constexpr long READING = 4;       // reading a weight costs as much as multiplying it with so many rows
-constexpr long TILES_GAIN = 4;    // rows that tiles multiply in the time of one, the weights' packing included
+constexpr long AHEAD = 4;            // units: with few rows, one takes less time than memory does to answer
+constexpr long ROWS = 32;            // of x that share a unit's weights while they are in the cache
+constexpr long READING = 4;          // reading a weight costs as much as multiplying it with so many rows
+constexpr long TILES_GAIN = 4;       // rows that tiles multiply in the time of one, the weights' packing included
 
 // What is multiplied at once, by the number of registers: rows of A with rows of x, and rows of A x with B.
 #if defined(__AVX512F__)
@@ -50,7 +52,7 @@ struct Part {  // one projection of a fused layer
     const void* expand;
 };
 
-struct Layer {  // as the shard's adapter tables have it: all numbers are 64 bits wide
+struct Layer {               // as the shard's adapter tables have it: all numbers are 64 bits wide
     std::int64_t lora_rank;  // of all parts together; 0: the adapter does not touch the layer
     std::int64_t parts;
     const void* shrink;
@@ -102,7 +104,8 @@ inline void load_first_two(const T* p, long n, Floats& first, Floats& second) {
     load_two<PAIRS>(padded, first, second);
 }
 
-// x [rows, k] as floats in `out`, each row padded with zeros to whole widths, in the order in which weights W are loaded.
+// x [rows, k] as floats in `out`, each row padded with zeros to whole widths, in the order in which weights W are
+// loaded.
 template <class W, class T>
 const float* convert(const T* x, long rows, long k, float* out) {
     constexpr bool PAIRS = sizeof(W) == 2;
@@ -224,8 +227,8 @@ inline void expand(const float* shrunk, long ranks, long count, const W* b, long
 
 #if defined(__AVX512BF16__)
 
-// The same by pairs of ranks. Weights of two ranks are interleaved within 128 bits, and so are the outputs that they add
-// to with zeros, which makes them float32.
+// The same by pairs of ranks. Weights of two ranks are interleaved within 128 bits, and so are the outputs that they
+// add to with zeros, which makes them float32.
 template <int P, int M>
 inline void expand(const bf16* shrunk, long ranks, long count, const bf16* b, long width, const bf16* next,
                    long next_width, bf16* out, long stride) {
@@ -272,7 +275,8 @@ void expand_rest(const H* shrunk, long count, const W* b, long width, T* out, lo
     for (long i = 0; i < n; i += LANES) {
         int lanes = int(n - i < LANES ? n - i : LANES);
         Floats total = load_first(out + i, lanes);
-        for (long r = 0; r < count; r++) total = fma(splat(number(shrunk[r])), load_first(b + r * width + i, lanes), total);
+        for (long r = 0; r < count; r++)
+            total = fma(splat(number(shrunk[r])), load_first(b + r * width + i, lanes), total);
         store_first(out + i, total, lanes);
     }
 }
@@ -382,11 +386,13 @@ void shrink_unit_by_tiles(const Unit& unit, const bf16* x, long k, const W* next
 }
 
 template <class W>
-void expand_unit_by_tiles(const Unit& unit, const bf16* shrunk, const W* next, long next_width, bf16* out, long stride) {
+void expand_unit_by_tiles(const Unit& unit, const bf16* shrunk, const W* next, long next_width, bf16* out,
+                          long stride) {
     const Run& run = *unit.run;
     const Part& part = *unit.part;
     expand_by_tiles(run.rows, shrunk + part.rank_start, run.stride, part.rank_stop - part.rank_start,
-                    (const W*)unit.weights, part.stop - part.start, next, next_width, out, stride, unit.end - unit.begin);
+                    (const W*)unit.weights, part.stop - part.start, next, next_width, out, stride,
+                    unit.end - unit.begin);
 }
 
 #endif
@@ -468,11 +474,11 @@ void add_delta(int threads, long segments, const std::int64_t* starts, const std
 
 using namespace loraplex;
 
-// Segment s is the rows [starts[s], stops[s]) of x [.., k] and out [.., n]; tables[s] its adapter's layers. The adapters'
-// weights are of the kind of x and out, or int8.
+// Segment s is the rows [starts[s], stops[s]) of x [.., k] and out [.., n]; tables[s] its adapter's layers. The
+// adapters' weights are of the kind of x and out, or int8.
 EXPORT void add_lora_delta(int threads, int kind, int int8_weights, long segments, const std::int64_t* starts,
-                           const std::int64_t* stops, const void* tables, long layer, const void* x, long k,
-                           void* out, long n) {
+                           const std::int64_t* stops, const void* tables, long layer, const void* x, long k, void* out,
+                           long n) {
     with_type(kind, [&](auto* t) {
         using T = std::remove_pointer_t<decltype(t)>;
         auto run = int8_weights ? add_delta<T, std::int8_t> : add_delta<T, T>;

@@ -1,6 +1,6 @@
-// The two products of LoRA by tiles, for a run of rows of bfloat16 of one adapter, whose weights are bfloat16 or int8. Used
-// by lora.cpp; knows neither layers nor units. Weights become right-hand tiles as they are read, once for all rows; `next`
-// is what will be read after them, and is asked for meanwhile.
+// The two products of LoRA by tiles, for a run of rows of bfloat16 of one adapter, whose weights are bfloat16 or int8.
+// Used by lora.cpp; knows neither layers nor units. Weights become right-hand tiles as they are read, once for all
+// rows; `next` is what will be read after them, and is asked for meanwhile.
 #pragma once
 
 #include "common.h"
@@ -12,7 +12,8 @@ constexpr long TILE_RUN = 4 * TILE_ROWS;  // rows of a run: as many as there are
 
 #if defined(__AMX_BF16__)
 
-// Sixteen rows of sixteen numbers of 32 bits: of every square, ever larger, the two halves off the diagonal change places.
+// Sixteen rows of sixteen numbers of 32 bits: of every square, ever larger, the two halves off the diagonal change
+// places.
 [[gnu::always_inline]] inline void transpose(__m512i (&rows)[LANES]) {
     const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
 #pragma GCC unroll 4
@@ -70,7 +71,7 @@ void pack_outputs(const W* b, long width, const W* next, long next_width, long r
 
 // The sums of up to four tiles of rows, times one right-hand tile after the other.
 class RunTiles {
-public:
+  public:
     explicit RunTiles(long m) : rows_(m), tiles_(rows_.height, TILE_BYTES) { zero(); }
 
     void zero() {
@@ -97,7 +98,7 @@ public:
         if (rows_.count > 3) store_tile<3>(sums + rows_.begin(3) * LANES, TILE_BYTES);
     }
 
-private:
+  private:
     template <int TILE, int LEFT>
     void multiply(const bf16* left, long stride) {
         load_tile<LEFT>(left + rows_.begin(TILE) * stride, stride * 2);
@@ -108,10 +109,11 @@ private:
     Tiles tiles_;
 };
 
-// out [m, ranks], its rows `stride` apart, = x [m, k] times up to sixteen rows of A, times their scales if there are any.
+// out [m, ranks], its rows `stride` apart, = x [m, k] times up to sixteen rows of A, times their scales if there are
+// any.
 template <class W>
-void shrink_by_tiles(long m, const bf16* x, long k, const W* a, const W* next, long ranks, const float* scales, bf16* out,
-                     long stride) {
+void shrink_by_tiles(long m, const bf16* x, long k, const W* a, const W* next, long ranks, const float* scales,
+                     bf16* out, long stride) {
     alignas(64) bf16 right[TILE_DEPTH * LANES], tail[TILE_RUN * TILE_DEPTH] = {};
     alignas(64) float sums[TILE_RUN * LANES];
     RunTiles run(m);

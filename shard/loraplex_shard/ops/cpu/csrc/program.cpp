@@ -11,8 +11,8 @@ EXPORT void linear(int, int, long, long, long, const void*, const void*, const v
 EXPORT void weight_rows(int, int, long, const std::int64_t*, long, const void*, void*);
 EXPORT void quantized_linear(int, int, long, long, long, const void*, int, int, const void*, const void*, void*);
 EXPORT void quantized_rows(int, int, long, const std::int64_t*, long, int, int, const void*, void*);
-EXPORT void add_lora_delta(int, int, int, long, const std::int64_t*, const std::int64_t*, const void*, long, const void*,
-                           long, void*, long);
+EXPORT void add_lora_delta(int, int, int, long, const std::int64_t*, const std::int64_t*, const void*, long,
+                           const void*, long, void*, long);
 EXPORT void add_rms_norm(int, int, long, long, void*, const void*, const void*, float, void*);
 EXPORT void silu_mul(int, int, long, long, const void*, void*);
 EXPORT void rotate_and_write(int, int, long, void*, long, long, long, long, const void*, float, const std::int64_t*,

@@ -1,8 +1,8 @@
 // out = x W^T for weights of 8 or 4 bits in groups along k, w = scale * q + offset, and activations that are quantized
 // to 8 bits here, in the same groups: products and sums of a group are exact integers, groups are added in float32.
 //
-// A panel holds sixteen rows of W: first, in float16, each group's scales [16] and, for 4 bits, offsets [16]; then, from
-// a whole cache line on, each group's integers as dot.h wants them.
+// A panel holds sixteen rows of W: first, in float16, each group's scales [16] and, for 4 bits, offsets [16]; then,
+// from a whole cache line on, each group's integers as dot.h wants them.
 
 #include "dot.h"
 #include "team.h"
@@ -18,7 +18,7 @@ struct Panels {
     static constexpr int SCALES = BITS == 4 ? 2 * LANES : LANES;  // of a group, its offsets included
     long groups;
     int group;
-    long integers() const { return LANES * group * BITS / 8; }  // bytes of a group
+    long integers() const { return LANES * group * BITS / 8; }                            // bytes of a group
     long scales() const { return (groups * SCALES * long(sizeof(f16)) + 63) / 64 * 64; }  // bytes of all groups
     long bytes() const { return scales() + groups * integers(); }
 };
@@ -116,8 +116,8 @@ const void* group_tile(const std::uint8_t* w, int group, std::int8_t* own) {
 
 // Sixteen rows of x, of which out takes the first `rows`, with one panel: the groups' sums by tiles.
 template <int BITS, class T>
-void panel_tile(const Activations<BITS>& x, long row, int rows, Panels<BITS> panels, const std::uint8_t* panel, Floats bias,
-                T* out, long stride, int columns) {
+void panel_tile(const Activations<BITS>& x, long row, int rows, Panels<BITS> panels, const std::uint8_t* panel,
+                Floats bias, T* out, long stride, int columns) {
     alignas(64) std::int8_t own[TILE_ROWS * TILE_BYTES];
     alignas(64) int sums[2][TILE_ROWS * LANES];  // taken in turns: one is written while the other is read
     Floats totals[TILE_ROWS];
@@ -144,8 +144,7 @@ void panel_tile(const Activations<BITS>& x, long row, int rows, Panels<BITS> pan
         if constexpr (BITS == 4) {
             Floats offset = load_f16(scales + LANES);
 #pragma GCC unroll 16
-            for (int m = 0; m < TILE_ROWS; m++)
-                totals[m] = fma(offset, splat(x_sums[m * x.groups + g]), totals[m]);
+            for (int m = 0; m < TILE_ROWS; m++) totals[m] = fma(offset, splat(x_sums[m * x.groups + g]), totals[m]);
         }
     }
     alignas(64) float results[TILE_ROWS * LANES];  // since registers have no index
@@ -162,7 +161,8 @@ void linear(int threads, long m, long n, long k, int group, const T* x, const st
     static thread_local Scratch for_values, for_scales;
     long groups = (k + group - 1) / group;
     Panels<BITS> panels{groups, group};
-    long room = (m + LANES - 1) / LANES * LANES;  // tiles read whole sixteens of rows; what they make of the last is left
+    long room =
+        (m + LANES - 1) / LANES * LANES;  // tiles read whole sixteens of rows; what they make of the last is left
     Activations<BITS> activations{nullptr, for_scales.get<float>(2 * room * groups), nullptr, groups, group};
     activations.values = for_values.get<std::int8_t>(room * groups * group);
     activations.sums = (Sum<BITS>*)(activations.scales + room * groups);
@@ -256,7 +256,8 @@ EXPORT void quantized_linear(int threads, int kind, long m, long n, long k, cons
                              const void* weight, const void* bias, void* out) {
     with_type(kind, [&](auto* t) {
         using T = decltype(t);
-        auto run = bits == 4 ? loraplex::linear<4, std::remove_pointer_t<T>> : loraplex::linear<8, std::remove_pointer_t<T>>;
+        auto run =
+            bits == 4 ? loraplex::linear<4, std::remove_pointer_t<T>> : loraplex::linear<8, std::remove_pointer_t<T>>;
         run(threads, m, n, k, group, (T)x, (const std::uint8_t*)weight, (T)bias, (T)out);
     });
 }

@@ -59,8 +59,8 @@ void rotate(T* head, long head_dim, const W* norm, float eps, const float* cos, 
 }
 
 template <class T>
-void rotate_write(int threads, long tokens, T* qkv, long stride, long heads, long kv_heads, long head_dim, const T* norm,
-                  float eps, const std::int64_t* positions, const float* cos, const float* sin,
+void rotate_write(int threads, long tokens, T* qkv, long stride, long heads, long kv_heads, long head_dim,
+                  const T* norm, float eps, const std::int64_t* positions, const float* cos, const float* sin,
                   const std::int64_t* indices, void* keys, void* values, float* key_scales, float* value_scales) {
     parallel_for(tokens > 1 ? threads : 1, tokens, [&](long i) {
         T* token = qkv + i * stride;

@@ -1,6 +1,6 @@
 // The threads that kernels run on. Between two kernels they look for the next one without going to sleep, which on a
-// virtual machine costs more than most kernels take; but they give their core to whoever else wants it, so that a router
-// or another rank on the machine does not have to wait for them.
+// virtual machine costs more than most kernels take; but they give their core to whoever else wants it, so that a
+// router or another rank on the machine does not have to wait for them.
 #pragma once
 
 #include <sched.h>
@@ -13,7 +13,7 @@
 
 namespace loraplex {
 
-constexpr int SPINS = 500;  // some 10 us
+constexpr int SPINS = 500;                               // some 10 us
 constexpr auto YIELDING = std::chrono::milliseconds(2);  // longer than what lies between two steps
 
 inline void pause() {
@@ -47,7 +47,7 @@ struct Member {
 };
 
 class Team {
-public:
+  public:
     using Work = void (*)(const void* context, Member);
 
     // The team of the calling thread. It stays for as long as the process, as the few threads do that call kernels.
@@ -67,7 +67,8 @@ public:
         round_.fetch_add(1);
         round_.notify_all();
         work(context, {0, count, this});
-        while (!soon([this] { return busy_.load() == 0; })) {}
+        while (!soon([this] { return busy_.load() == 0; })) {
+        }
     }
 
     void barrier(int count) {
@@ -76,10 +77,11 @@ public:
             barrier_came_.store(0);
             barrier_round_.fetch_add(1);
         } else
-            while (!soon([&] { return barrier_round_.load() != round; })) {}
+            while (!soon([&] { return barrier_round_.load() != round; })) {
+            }
     }
 
-private:
+  private:
     // Does its part of every round after `seen`.
     [[noreturn]] void serve(int index, std::uint32_t seen) {
         for (;; seen++) {
@@ -105,7 +107,7 @@ inline void Member::barrier() const {
 // through it in order, as memory is read best; whoever is done takes from the end of others' shares, since a core that
 // others use as well takes longer.
 class Shares {
-public:
+  public:
     Shares(long count, int members) : members_(members), parts_(room(members)) {
         for (int i = 0; i < members; i++) {
             Range own(count, members, i);
@@ -121,7 +123,7 @@ public:
             for (long i; (i = take(parts_[(me.index + other) % members_], true)) >= 0;) f(i);
     }
 
-private:
+  private:
     struct alignas(64) Part {
         std::atomic<std::uint64_t> left;  // from begin, in the lower half, to end
     };

@@ -10,9 +10,9 @@
 namespace loraplex {
 
 constexpr long TILE_ROWS = 16;
-constexpr long TILE_BYTES = 64;                // of a row
-constexpr long TILE_DEPTH = TILE_BYTES / 2;    // bfloat16 numbers of k in a tile
-constexpr long FEWEST_TILE_ROWS = 8;           // of x: below, products of vectors keep up with the memory
+constexpr long TILE_BYTES = 64;              // of a row
+constexpr long TILE_DEPTH = TILE_BYTES / 2;  // bfloat16 numbers of k in a tile
+constexpr long FEWEST_TILE_ROWS = 8;         // of x: below, products of vectors keep up with the memory
 
 #if defined(__AVX512BF16__)
 
@@ -40,8 +40,8 @@ constexpr bool HAS_TILES = false;
 
 constexpr bool HAS_TILES = true;
 
-// Row tiles of one height, that divides m rows as evenly as can be; the last two may share rows, which are then computed
-// twice. So no tile reads behind the last row of x.
+// Row tiles of one height, that divides m rows as evenly as can be; the last two may share rows, which are then
+// computed twice. So no tile reads behind the last row of x.
 struct RowTiles {
     long m, count, height;
     explicit RowTiles(long m) : m(m), count((m + TILE_ROWS - 1) / TILE_ROWS), height((m + count - 1) / count) {}
@@ -52,7 +52,7 @@ struct RowTiles {
 // bits. 4 and 5 are left-hand sides: `rows` rows of `depth` bytes; 6 and 7 right-hand sides, depth / 4 rows of sixteen
 // columns. The process must have been granted their use (library.py asks).
 class Tiles {
-public:
+  public:
     Tiles(long rows, long depth) {
         struct alignas(64) {
             std::uint8_t palette = 1, start = 0, reserved[14] = {};

@@ -101,7 +101,8 @@ inline float sum(Floats a) { return _mm512_reduce_add_ps(a.v); }
 inline __m128 sums(Floats a, Floats b, Floats c, Floats d) {
     auto halves = [](__m512 x, __m512 y) { return _mm512_add_ps(_mm512_unpacklo_ps(x, y), _mm512_unpackhi_ps(x, y)); };
     __m512d ab = _mm512_castps_pd(halves(a.v, b.v)), cd = _mm512_castps_pd(halves(c.v, d.v));
-    __m512 abcd = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
+    __m512 abcd =
+        _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
     __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(abcd), _mm512_extractf32x8_ps(abcd, 1));
     return _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
 }
@@ -136,7 +137,8 @@ inline Floats load(const bf16* p) {
     return {widened(_mm_loadu_si128((const __m128i*)p)), widened(_mm_loadu_si128((const __m128i*)(p + 8)))};
 }
 inline Floats load_f16(const f16* p) {
-    return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8)))};
+    return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)),
+            _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8)))};
 }
 inline Floats load(const std::int8_t* p) {
     return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p))),
@@ -205,7 +207,8 @@ inline __m256 scaled(__m256 x, __m256 n) {  // n in [-126, 127]
 }
 inline Floats times_power_of_two(Floats x, Floats n) { return {scaled(x.a, n.a), scaled(x.b, n.b)}; }
 inline void store_int8(std::int8_t* p, Floats x) {
-    __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)), 0xd8);
+    __m256i words =
+        _mm256_permute4x64_epi64(_mm256_packs_epi32(_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)), 0xd8);
     _mm_storeu_si128((__m128i*)p, _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
 }
 
@@ -220,6 +223,7 @@ inline Floats each(F f) {
     for (int i = 0; i < LANES; i++) out.v[i] = f(i);
     return out;
 }
+// clang-format off
 inline Floats zeros() { return each([](int) { return 0.0f; }); }
 inline Floats splat(float x) { return each([=](int) { return x; }); }
 inline Floats load(const float* p) { return each([=](int i) { return p[i]; }); }
@@ -259,6 +263,7 @@ inline float largest(Floats a) {
     return most;
 }
 inline Floats nearest(Floats a) { return each([&](int i) { return std::nearbyint(a.v[i]); }); }
+// clang-format on
 inline Floats times_power_of_two(Floats a, Floats n) {
     return each([&](int i) { return std::ldexp(a.v[i], int(n.v[i])); });
 }
@@ -297,8 +302,8 @@ template <class T>
     std::memcpy(p, padded, n * sizeof(T));
 }
 
-// e to the power of x, for x <= 88, with a relative error below 2e-7; about 1e-38 below -87. A polynomial of degree 6 on
-// [-ln 2 / 2, ln 2 / 2] (Cephes' expf) after x = n ln 2 + r.
+// e to the power of x, for x <= 88, with a relative error below 2e-7; about 1e-38 below -87. A polynomial of degree 6
+// on [-ln 2 / 2, ln 2 / 2] (Cephes' expf) after x = n ln 2 + r.
 inline Floats exp(Floats x) {
     x = max(x, splat(-87.3f));
     Floats n = nearest(x * splat(1.44269504f));
