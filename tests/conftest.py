@@ -1,4 +1,5 @@
-"""Clients that need an environment of their own, because they pin old dependencies; and where Triton's kernels run."""
+"""Clients that need an environment of their own, because they pin old dependencies; where Triton's kernels run; which
+tests are slow."""
 
 import os
 import subprocess
@@ -15,7 +16,17 @@ os.environ["TRITON_INTERPRET"] = "1"
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
+# Folders whose tests start processes, or render the chart hundreds of times; `make test-fast` leaves them out. Single
+# files mark themselves.
+SLOW_FOLDERS = ("bench", "charts", "contract", "e2e", "examples", "operate")
+
 OLD_CLIENTS = ("lorax-client==0.6.3", "text-generation==0.7.0")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.relative_to(Path(__file__).parent).parts[0] in SLOW_FOLDERS:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")

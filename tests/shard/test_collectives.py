@@ -14,6 +14,8 @@ from loraplex_shard.ops.cpu.library import build, instruction_set
 from tests.shard.operations import kernels_directory
 from tests.shard.sharing_process import LAST, SIZE
 
+pytestmark = pytest.mark.slow
+
 Seen = list[dict[str, Any]]
 
 

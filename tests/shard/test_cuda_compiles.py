@@ -6,6 +6,10 @@ import sys
 from pathlib import Path
 from tempfile import gettempdir
 
+import pytest
+
+pytestmark = pytest.mark.slow
+
 CACHE = Path(gettempdir(), "loraplex-test-triton")  # kept: what is compiled there is named after its sources
 CAPABILITIES = "80", "90"
 SHARED_MEMORY = 99 << 10  # bytes that a program can have on all GPUs from compute capability 8.0 on

@@ -11,6 +11,8 @@ from loraplex_shard.ops import choose
 from loraplex_shard.ops.cpu import library
 from loraplex_shard.ops.cpu.library import INSTRUCTION_SETS
 
+pytestmark = pytest.mark.slow
+
 # As on an arm64: x86's flags are errors. "Compiles" by making the file that follows -o.
 COMPILER = """#!/bin/sh
 for argument; do

@@ -4,9 +4,12 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
+import pytest
 import torch
 
 from loraplex_shard.memory import HUGE_PAGE, keep_freed, reserve
+
+pytestmark = pytest.mark.slow
 
 
 def resident_bytes() -> int:

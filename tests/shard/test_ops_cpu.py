@@ -17,6 +17,8 @@ from loraplex_shard.ops.quantized import quantize
 from loraplex_shard.ops.reference import ReferenceOperations
 from tests.shard.operations import angles, assert_close, cached, cpu_operations, filled_cache, paged_batch, random
 
+pytestmark = pytest.mark.slow
+
 REFERENCE = ReferenceOperations()
 DTYPES = torch.float32, torch.bfloat16
 dtypes = st.sampled_from(DTYPES)

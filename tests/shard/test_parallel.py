@@ -18,6 +18,8 @@ from tests.shard.decoders import load, save_checkpoint
 from tests.shard.operations import kernels_directory
 from tests.shard.rank_process import SIZES, run
 
+pytestmark = pytest.mark.slow
+
 # Nothing divides evenly: 9 heads in 3 groups, and odd numbers of MLP units and vocabulary entries.
 SHAPE = {
     "vocab_size": 97,

@@ -15,6 +15,8 @@ from tests.shard.decoders import Sequences, load, save_checkpoint
 from tests.shard.operations import BLOCK_SIZE, cpu_operations
 from tests.shard.test_models import VARIANTS, random_tokens
 
+pytestmark = pytest.mark.slow
+
 BITS: dict[Quantize, int] = {"int8": 8, "int4": 4}
 quantizations = pytest.mark.parametrize("quantization", BITS)
 

@@ -30,6 +30,8 @@ from tests.shard.planner import (
     save_llama,
 )
 
+pytestmark = pytest.mark.slow
+
 TIMEOUT = 90
 PROMPT = random_tokens(20, 1)
 # Ends as `loraplex shard` does, not by way of Python's own end: a thread of gRPC that comes back to Python after that

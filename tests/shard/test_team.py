@@ -13,6 +13,8 @@ from loraplex_shard.ops.cpu.operations import CpuOperations
 from loraplex_shard.ops.quantized import quantize
 from tests.shard.operations import angles, cpu_operations, filled_cache, paged_batch, random
 
+pytestmark = pytest.mark.slow
+
 Work = Callable[[CpuOperations], torch.Tensor]
 
 

@@ -1,0 +1,127 @@
+"""Imports point downwards: which package may import which, read from the source. ARCHITECTURE.md says why."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = {
+    "loraplex_protos": ROOT / "protos/loraplex_protos",
+    "loraplex_router": ROOT / "router/loraplex_router",
+    "loraplex_shard": ROOT / "shard/loraplex_shard",
+    "loraplex": ROOT / "client/loraplex",
+}
+
+# What a package may import of ours. Its own modules go without saying.
+MAY_IMPORT: dict[str, set[str]] = {
+    "loraplex_protos": set(),
+    "loraplex_router": {"loraplex_protos"},
+    "loraplex_shard": {"loraplex_protos"},
+    "loraplex": {"loraplex_protos"},
+    # The commands that run services are the one place where everything meets.
+    "loraplex.cli": {"loraplex", "loraplex_protos", "loraplex_router", "loraplex_shard"},
+    # The router's ground floor.
+    "loraplex_router.text": {"loraplex_protos"},
+    "loraplex_router.grammar": {"loraplex_protos"},
+    "loraplex_router.blocks": set(),
+    "loraplex_router.placement": set(),
+    "loraplex_router.adapters.pool": set(),
+    "loraplex_router.sequence": {"loraplex_router.adapters.pool", "loraplex_router.grammar"},
+    "loraplex_router.scheduler": {
+        "loraplex_router.adapters.pool",
+        "loraplex_router.blocks",
+        "loraplex_router.sequence",
+    },
+    # The shard's ground floor.
+    "loraplex_shard.memory": set(),
+    "loraplex_shard.sampler": {"loraplex_protos"},
+    "loraplex_shard.layers.layout": set(),
+    "loraplex_shard.lora.weights": set(),
+    "loraplex_shard.ops.quantized": set(),
+}
+
+# Who may import a package: everybody else must not. These are the top floors.
+IMPORTED_BY: dict[str, set[str]] = {
+    "loraplex_router.api": {"loraplex_router.app", "loraplex_router.api"},
+    "loraplex_router.app": {"loraplex.cli"},
+    "loraplex_router.service": {"loraplex_router.app", "loraplex_router.api", "loraplex_router.connections"},
+    "loraplex_shard.server": {"loraplex.cli"},
+    "loraplex_shard.service": {"loraplex_shard.server"},
+    "loraplex_shard.runner": {"loraplex_shard.server", "loraplex_shard.steps"},
+}
+
+# Heavy or optional packages, and who may import them.
+FOREIGN = {"torch": {"loraplex_shard", "loraplex.cli"}, "fastapi": {"loraplex_router.api"}}
+
+
+def _modules() -> Iterator[tuple[str, Path]]:
+    for package, folder in PACKAGES.items():
+        for path in folder.rglob("*.py"):
+            if "_pb2" not in path.name:
+                parts = (package, *path.relative_to(folder).with_suffix("").parts)
+                yield ".".join(parts).removesuffix(".__init__"), path
+
+
+def _imports(path: Path) -> set[str]:
+    """The modules that a file imports, in functions and for type checkers too; names from modules of ours count as
+    modules, which does no harm where they are not."""
+    found = set[str]()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+IMPORTS = {module: _imports(path) for module, path in _modules()}
+
+
+def _within(module: str, packages: set[str]) -> bool:
+    return any(module == package or module.startswith(f"{package}.") for package in packages)
+
+
+def _ours(module: str) -> bool:
+    return _within(module, set(PACKAGES))
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_a_package_imports_nothing_above_it(package: str) -> None:
+    stricter = {other for other in MAY_IMPORT if other != package and _within(other, {package})}
+    allowed = MAY_IMPORT[package] | {package}
+    wrong = {
+        (module, imported)
+        for module, imports in IMPORTS.items()
+        if _within(module, {package}) and not _within(module, stricter)
+        for imported in imports
+        if _ours(imported) and not _within(imported, allowed)
+    }
+    assert not wrong
+
+
+@pytest.mark.parametrize("package", IMPORTED_BY)
+def test_a_top_floor_is_entered_from_above_alone(package: str) -> None:
+    wrong = {
+        module
+        for module, imports in IMPORTS.items()
+        if not _within(module, IMPORTED_BY[package] | {package})
+        and any(_within(imported, {package}) for imported in imports)
+    }
+    assert not wrong
+
+
+@pytest.mark.parametrize("library", FOREIGN)
+def test_a_heavy_library_stays_where_it_is_needed(library: str) -> None:
+    wrong = {
+        module
+        for module, imports in IMPORTS.items()
+        if not _within(module, FOREIGN[library]) and any(_within(imported, {library}) for imported in imports)
+    }
+    assert not wrong
+
+
+def test_every_name_in_the_rules_is_a_module() -> None:
+    named = {*MAY_IMPORT, *IMPORTED_BY, *set().union(*MAY_IMPORT.values(), *IMPORTED_BY.values())}
+    assert named <= IMPORTS.keys()
