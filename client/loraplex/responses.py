@@ -39,6 +39,7 @@ _STATES = {
     pb.ADAPTER_STATE_FETCHING: AdapterState.FETCHING,
     pb.ADAPTER_STATE_LOADED: AdapterState.LOADED,
     pb.ADAPTER_STATE_UNLOADING: AdapterState.UNLOADING,
+    pb.ADAPTER_STATE_BROKEN: AdapterState.BROKEN,
 }
 
 
@@ -98,6 +99,8 @@ def adapter(status: pb.AdapterStatus) -> Adapter:
             )
             for residence in status.residences
         ),
+        warnings=tuple(status.warnings),
+        reason=status.reason,
     )
 
 

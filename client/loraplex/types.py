@@ -239,6 +239,8 @@ class AdapterState(StrEnum):
     LOADED = "loaded"
     UNLOADING = "unloading"
     """It is unloaded once the sequences that need it have ended."""
+    BROKEN = "broken"
+    """It lies in the server's adapter directory, but cannot be served: `reason` says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,6 +283,10 @@ class Adapter:
     """It stays on the device of one group."""
     residences: tuple[AdapterResidence, ...]
     """The groups of shards that have it in memory."""
+    warnings: tuple[str, ...] = ()
+    """What may be wrong with it though it is served: it was made for another model, for example."""
+    reason: str = ""
+    """Why it is broken."""
 
 
 @dataclass(frozen=True, slots=True)

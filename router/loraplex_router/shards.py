@@ -57,6 +57,16 @@ class StagedAdapter:
     lora_rank: int
     size_bytes: int  # over all ranks
     chat_template: str = ""  # its own, if it has one
+    warnings: tuple[str, ...] = ()  # what may be wrong with it though it is served
+
+
+@dataclass(frozen=True, slots=True)
+class LocalAdapter:
+    """A name in the adapter directory."""
+
+    id: str
+    fault: str = ""  # why it cannot be served; empty: nothing is wrong as far as can be seen
+    warnings: tuple[str, ...] = ()
 
 
 class Shards(Protocol):
@@ -69,7 +79,7 @@ class Shards(Protocol):
     async def unstage(self, digest: str) -> None: ...
     async def load(self, digest: str, slot: int) -> None: ...
     async def unload(self, slot: int) -> None: ...
-    async def local_adapters(self) -> list[str]: ...
+    async def local_adapters(self) -> list[LocalAdapter]: ...
     async def compile_grammar(self, grammar: Grammar) -> None: ...
 
 
@@ -184,7 +194,15 @@ class ShardGroup:
             if any(other.digest != first.digest for other in others):
                 raise AdapterSourceError(f"adapter {reference.id!r}: the ranks read different files")
         size = first.size_bytes + sum(other.size_bytes for other in others)
-        return StagedAdapter(first.digest, first.source, first.revision, first.lora_rank, size, first.chat_template)
+        return StagedAdapter(
+            first.digest,
+            first.source,
+            first.revision,
+            first.lora_rank,
+            size,
+            first.chat_template,
+            tuple(first.warnings),
+        )
 
     async def merge(self, digest: str, digests: Sequence[str], merged: MergedReference) -> StagedAdapter:
         """Merges staged adapters into one called `digest`. The reference has been checked and has all weights."""
@@ -213,9 +231,9 @@ class ShardGroup:
         await self._on_all(lambda rank: rank.UnloadAdapter(pb.UnloadAdapterRequest(slot=slot)))
         self._telemetry.evicted("device")
 
-    async def local_adapters(self) -> list[str]:
+    async def local_adapters(self) -> list[LocalAdapter]:
         answer = await _typed(self._ranks[0].ListLocalAdapters(pb.ListLocalAdaptersRequest()))
-        return list(answer.ids)
+        return [LocalAdapter(adapter.id, adapter.fault, tuple(adapter.warnings)) for adapter in answer.adapters]
 
     async def compile_grammar(self, grammar: Grammar) -> None:
         """Only rank 0 samples, so it alone needs grammars. Raises InvalidRequestError with the reason."""

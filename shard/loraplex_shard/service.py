@@ -75,6 +75,7 @@ class ShardService(ShardServiceServicer):
                 lora_rank=staged.lora_rank,
                 size_bytes=staged.size_bytes,
                 chat_template=staged.chat_template,
+                warnings=staged.warnings,
             )
 
     def MergeAdapters(
@@ -115,7 +116,11 @@ class ShardService(ShardServiceServicer):
         self, request: pb.ListLocalAdaptersRequest, context: grpc.ServicerContext
     ) -> pb.ListLocalAdaptersResponse:
         with self._errors_answered(context):
-            return pb.ListLocalAdaptersResponse(ids=self._adapters.local_ids())
+            found = [
+                pb.LocalAdapter(id=adapter.id, fault=adapter.fault, warnings=adapter.warnings)
+                for adapter in self._adapters.local_adapters()
+            ]
+            return pb.ListLocalAdaptersResponse(adapters=found)
 
     def Step(
         self, request_iterator: Iterator[pb.StepRequest], context: grpc.ServicerContext

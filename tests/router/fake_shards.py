@@ -6,7 +6,7 @@ from collections import deque
 from loraplex_protos import shard_pb2 as pb
 from loraplex_protos.errors import AdapterNotFoundError, LoraplexError
 from loraplex_router.request import AdapterReference
-from loraplex_router.shards import StagedAdapter
+from loraplex_router.shards import LocalAdapter, StagedAdapter
 
 VOCABULARY = 1000
 
@@ -23,6 +23,7 @@ class FakeShards:
         self.load_error: LoraplexError | None = None
         self.step_error: Exception | None = None
         self.digests: dict[str, str] = {}  # of ids whose content is another one here
+        self.warnings: tuple[str, ...] = ()
         self.loads_held = asyncio.Event()
         self.loads_held.set()
         self.stages_held = asyncio.Event()
@@ -58,7 +59,7 @@ class FakeShards:
         await self.stages_held.wait()
         self.log.append(f"stage {reference.id}")
         digest = self.digests.get(reference.id, f"digest of {reference.id}")
-        return StagedAdapter(digest, "local", "", lora_rank=8, size_bytes=10)
+        return StagedAdapter(digest, "local", "", lora_rank=8, size_bytes=10, warnings=self.warnings)
 
     async def load(self, digest: str, slot: int) -> None:
         await self.loads_held.wait()
@@ -72,5 +73,5 @@ class FakeShards:
     async def unstage(self, digest: str) -> None:
         self.log.append(f"unstage {digest}")
 
-    async def local_adapters(self) -> list[str]:
-        return ["a", "b"]
+    async def local_adapters(self) -> list[LocalAdapter]:
+        return [LocalAdapter("a"), LocalAdapter("b"), LocalAdapter("broken", "cut short", ())]

@@ -44,6 +44,14 @@ async def test_an_adapter_is_listed_once_with_all_the_groups_that_have_it(cluste
     assert (await listed(cluster))["b"].state is State.AVAILABLE
 
 
+async def test_what_is_broken_is_listed_with_the_reason_and_what_is_doubtful_with_warnings(cluster: Cluster):
+    cluster.group.shards.warnings = ("made for another model",)
+    await cluster.answer(1, adapter="a")
+    statuses = await listed(cluster)
+    assert (statuses["broken"].state, statuses["broken"].reason) == (State.BROKEN, "cut short")
+    assert (statuses["a"].state, statuses["a"].warnings) == (State.LOADED, ("made for another model",))
+
+
 async def test_what_is_on_its_way_is_listed_as_such(cluster: Cluster):
     cluster.group.shards.stages_held.clear()
     asking = asyncio.create_task(cluster.answer(1, adapter="c"))

@@ -10,7 +10,7 @@ from loraplex_router.adapters.pool import AdapterPool
 from loraplex_router.adapters.registry import AdapterRegistry
 from loraplex_router.adapters.staging import AdapterStaging
 from loraplex_router.request import AdapterReference, MergedReference
-from loraplex_router.shards import StagedAdapter
+from loraplex_router.shards import LocalAdapter, StagedAdapter
 
 A, B = AdapterReference("a"), AdapterReference("b")
 
@@ -45,7 +45,7 @@ class Shards:
     async def unstage(self, digest: str) -> None:
         self.staged.remove(digest)
 
-    async def local_adapters(self) -> list[str]:
+    async def local_adapters(self) -> list[LocalAdapter]:
         return []
 
     def _hold(self, staged: StagedAdapter) -> StagedAdapter:

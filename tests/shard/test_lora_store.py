@@ -333,21 +333,21 @@ def test_staging_loading_and_reading_from_many_threads_keeps_each_slot_whole(sto
     at_once(6, work)
 
 
-def test_local_ids_are_the_directories_with_a_config(store: AdapterStore, directory: Path) -> None:
+def test_local_adapters_are_the_directories_with_a_config(store: AdapterStore, directory: Path) -> None:
     shutil.copytree(directory / "adapter-0", directory / "org" / "team" / "deep")
     shutil.copytree(directory / "adapter-0", directory / "adapter-1" / "nested")
     (directory / ".hidden").symlink_to(directory / "adapter-0")
     (directory / "circle").symlink_to(directory)
     (directory / "empty").mkdir()
     (directory / "file").touch()
-    ids = store.local_ids()
+    ids = [adapter.id for adapter in store.local_adapters()]
     assert [id for id in ids if "circle" not in id] == ["adapter-0", "adapter-1", "adapter-2", "org/team/deep"]
     assert all(stage(store, id) for id in ids)
 
 
 def test_without_a_directory_there_are_no_local_adapters() -> None:
     store = store_of(None)
-    assert store.local_ids() == []
+    assert store.local_adapters() == []
     with pytest.raises(AdapterNotFoundError, match="--adapters"):
         stage(store, "adapter-0")
 

@@ -217,7 +217,8 @@ def test_adapters_are_staged_loaded_used_and_forgotten(
     shard: ShardServiceStub, checkpoint: Path, reference: PreTrainedModel, tmp_path: Path
 ) -> None:
     model = save_adapter(checkpoint, tmp_path / "tuned", seed=5, lora_rank=4)
-    assert list(shard.ListLocalAdapters(pb.ListLocalAdaptersRequest()).ids) == ["tuned"]
+    (listed,) = shard.ListLocalAdapters(pb.ListLocalAdaptersRequest()).adapters
+    assert (listed.id, listed.fault) == ("tuned", "")
     staged = shard.StageAdapter(pb.StageAdapterRequest(id="tuned"))
     assert (staged.source, staged.lora_rank, len(staged.digest)) == ("local", 4, 64)
     assert staged.size_bytes > 0

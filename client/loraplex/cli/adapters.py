@@ -49,6 +49,7 @@ def list_adapters(
     for heading in ("lora_rank", "size", "requests", "used"):
         table.add_column(heading, justify="right")
     table.add_column("digest")
+    table.add_column("remarks")
     for adapter in adapters:
         table.add_row(
             escape(adapter.id),
@@ -60,6 +61,7 @@ def list_adapters(
             str(adapter.requests),
             _ago(adapter.last_used),
             adapter.digest if digests else adapter.digest[:12],
+            escape("; ".join(filter(None, (adapter.reason, *adapter.warnings)))),
         )
     Console().print(table)
 
@@ -67,7 +69,7 @@ def list_adapters(
 def _place(adapter: Adapter) -> str:
     """Where it is and what is the matter with it, if anything."""
     words = [adapter.tier or ""] if adapter.state is not AdapterState.FETCHING else []
-    if adapter.state in (AdapterState.FETCHING, AdapterState.UNLOADING):
+    if adapter.state in (AdapterState.FETCHING, AdapterState.UNLOADING, AdapterState.BROKEN):
         words.append(adapter.state)
     if adapter.pinned:
         words.append("pinned")
@@ -99,6 +101,8 @@ def load_adapter(
     with connected(server, api_key) as client, Console(stderr=True).status(f"Loading {escape(id)}"):
         adapter = client.load_adapter(id, source=source, revision=revision, token=token)
     typer.echo(f"Loaded {adapter.id}: lora_rank {adapter.lora_rank}, {decimal(adapter.size_bytes)}, {adapter.digest}")
+    for warning in adapter.warnings:
+        typer.echo(f"Warning: {warning}", err=True)
 
 
 @app.command("unload")

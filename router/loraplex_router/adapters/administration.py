@@ -21,6 +21,7 @@ from loraplex_router.adapters.registry import AdapterRegistry, Entry
 from loraplex_router.group import Group
 from loraplex_router.groups import Groups
 from loraplex_router.request import AdapterReference
+from loraplex_router.shards import LocalAdapter
 
 POLL_SECONDS = 0.02
 
@@ -42,6 +43,7 @@ class State(Enum):
     FETCHING = 2  # on its way into host memory
     LOADED = 3
     UNLOADING = 4  # as soon as nothing needs it
+    BROKEN = 5  # in the adapter directory, but it cannot be served
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,8 @@ class AdapterStatus:
     digest: str
     state: State
     residences: tuple[Residence, ...] = ()
+    warnings: tuple[str, ...] = ()  # what may be wrong with it though it is served
+    reason: str = ""  # why it is broken
 
     @property
     def tier(self) -> Tier | None:
@@ -131,7 +135,7 @@ class Administration:
         known = {status.id for status in (*loaded, *fetching) if status.source in ("", "local")}
         group = next((group for group in self._groups if group.accepting), None)
         local = await group.shards.local_adapters() if group else []
-        on_disk = [AdapterStatus(id, "local", "", "", State.AVAILABLE) for id in local if id not in known]
+        on_disk = [_on_disk(adapter) for adapter in local if adapter.id not in known]
         listed = [*loaded, *fetching, *on_disk]
         return sorted(listed, key=lambda status: (status.id, status.source, status.revision))
 
@@ -224,7 +228,13 @@ class Administration:
 def _status(entry: Entry, residences: tuple[Residence, ...]) -> AdapterStatus:
     leaving = all(residence.adapter.leaving for residence in residences)
     state = State.UNLOADING if leaving else State.LOADED
-    return AdapterStatus(entry.id, entry.source, entry.revision, entry.digest, state, residences)
+    warnings = residences[0].adapter.warnings
+    return AdapterStatus(entry.id, entry.source, entry.revision, entry.digest, state, residences, warnings)
+
+
+def _on_disk(adapter: LocalAdapter) -> AdapterStatus:
+    state = State.BROKEN if adapter.fault else State.AVAILABLE
+    return AdapterStatus(adapter.id, "local", "", "", state, warnings=adapter.warnings, reason=adapter.fault)
 
 
 def _shown(name: AdapterReference | str) -> str:

@@ -14,6 +14,7 @@ class Adapter:
     size_bytes: int = 0
     name: str = ""  # the id under which it was staged last
     chat_template: str = ""  # its own; empty: the model's
+    warnings: tuple[str, ...] = ()  # what may be wrong with it though it is served
     slot: int | None = None  # held from the start of its load to its eviction
     ready: bool = False  # every rank has it in its slot
     waiting: int = 0  # sequences in its queue

@@ -117,6 +117,7 @@ class AdapterStaging:
         adapter = self._pool.add(staged.digest, staged.lora_rank, staged.size_bytes)
         adapter.name = entry.id
         adapter.chat_template = staged.chat_template
+        adapter.warnings = staged.warnings
         self._registry.remember(reference, entry)
         for dropped in self._pool.pop_over_budget(keep=adapter):
             self._unstage(dropped)

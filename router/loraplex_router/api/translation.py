@@ -28,6 +28,7 @@ STATES = {
     State.FETCHING: pb.ADAPTER_STATE_FETCHING,
     State.LOADED: pb.ADAPTER_STATE_LOADED,
     State.UNLOADING: pb.ADAPTER_STATE_UNLOADING,
+    State.BROKEN: pb.ADAPTER_STATE_BROKEN,
 }
 
 
@@ -234,4 +235,6 @@ def write_status(status: AdapterStatus) -> pb.AdapterStatus:
             )
             for residence in status.residences
         ],
+        warnings=status.warnings,
+        reason=status.reason,
     )

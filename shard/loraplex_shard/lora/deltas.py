@@ -32,6 +32,7 @@ class Adapter:
     weights: AdapterWeights  # on the CPU
     lora_rank: int  # the largest of its modules, whether this rank holds a part of them or not
     chat_template: str = ""  # its own, if it has one
+    warnings: tuple[str, ...] = ()  # what may be wrong with it though it is served
 
 
 def name_of_a(module: str) -> str:

@@ -44,6 +44,15 @@ class LocalOrigin:
         return files
 
 
+@dataclass(frozen=True, slots=True)
+class LocalAdapter:
+    """A name in the adapter directory."""
+
+    id: str
+    fault: str = ""  # why it cannot be served; empty: nothing is wrong as far as can be seen
+    warnings: tuple[str, ...] = ()  # what may be wrong with it though it can be served
+
+
 def is_id(id: str) -> bool:
     """Whether the id can name a folder: it leads nowhere else."""
     names = id.split("/")
@@ -75,9 +84,9 @@ class LocalSource:
         except OSError as error:
             raise AdapterSourceError(f"the files of {id[:200]!r} cannot be read: {error.strerror}") from error
 
-    def ids(self) -> list[str]:
-        """The ids of the directories that hold an adapter's config, sorted."""
-        return sorted("/".join(names) for names in self._walk(()))
+    def adapters(self) -> list[LocalAdapter]:
+        """The directories that hold an adapter's config, sorted by their ids."""
+        return [LocalAdapter(id) for id in sorted("/".join(names) for names in self._walk(()))]
 
     def _walk(self, names: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
         directory = self._root.joinpath(*names)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 from loraplex_protos.errors import AdapterNotFoundError
 from loraplex_shard.lora.files import AdapterFiles
 from loraplex_shard.lora.hub import HubSource
-from loraplex_shard.lora.local import LocalSource, is_id
+from loraplex_shard.lora.local import LocalAdapter, LocalSource, is_id
 
 if TYPE_CHECKING:
     from loraplex_shard.lora.s3 import S3Source  # imports boto3, which only those need who use it
@@ -49,9 +49,9 @@ class Sources:
                 return self._locate_anywhere(id, revision, token)
         raise AdapterNotFoundError(f"there is no adapter source {source[:100]!r}: it is local, s3, hub or empty")
 
-    def local_ids(self) -> list[str]:
-        """The ids in the adapter directory, sorted."""
-        return self._local.ids() if self._local is not None else []
+    def local_adapters(self) -> list[LocalAdapter]:
+        """What is in the adapter directory, sorted by id."""
+        return self._local.adapters() if self._local is not None else []
 
     def _locate_anywhere(self, id: str, revision: str, token: str) -> Origin:
         if self._local is not None and self._local.has(id):

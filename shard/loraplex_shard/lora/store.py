@@ -20,6 +20,7 @@ from loraplex_shard.layers.layout import LinearLayout
 from loraplex_shard.lora.deltas import Adapter, Delta, cut_adapter
 from loraplex_shard.lora.files import AdapterFiles
 from loraplex_shard.lora.hub import HubSource
+from loraplex_shard.lora.local import LocalAdapter
 from loraplex_shard.lora.merge import Recipe, merge
 from loraplex_shard.lora.peft import read_adapter, read_deltas
 from loraplex_shard.lora.sources import Origin, Sources
@@ -41,6 +42,7 @@ class StagedAdapter:
     lora_rank: int  # the largest of its modules
     size_bytes: int  # of this rank's part
     chat_template: str = ""  # its own, if it has one
+    warnings: tuple[str, ...] = ()  # what may be wrong with it though it is served
 
 
 class AdapterStore:
@@ -139,9 +141,9 @@ class AdapterStore:
             self._host.clear()
             self._digests.clear()
 
-    def local_ids(self) -> list[str]:
-        """The ids in the adapter directory, sorted."""
-        return self._sources.local_ids()
+    def local_adapters(self) -> list[LocalAdapter]:
+        """What is in the adapter directory, sorted by id."""
+        return self._sources.local_adapters()
 
     def adapter_in(self, slot: int) -> AdapterWeights:
         """The adapter in a slot; KeyError if it is empty."""
@@ -154,7 +156,13 @@ class AdapterStore:
         if digest is None or adapter is None:
             return None
         return StagedAdapter(
-            digest, origin.source, origin.revision, adapter.lora_rank, adapter.weights.size_bytes, adapter.chat_template
+            digest,
+            origin.source,
+            origin.revision,
+            adapter.lora_rank,
+            adapter.weights.size_bytes,
+            adapter.chat_template,
+            adapter.warnings,
         )
 
     def _read(self, origin: Origin) -> None:
@@ -203,7 +211,7 @@ class AdapterStore:
         """Adapters by tier."""
         with self._lock:
             held = {"host": len(self._host), "device": len(self._slots)}
-        return {"disk": len(self._sources.local_ids()), **held}
+        return {"disk": len(self._sources.local_adapters()), **held}
 
     def _count_host_bytes(self) -> int:
         with self._lock:

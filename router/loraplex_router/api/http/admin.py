@@ -65,7 +65,10 @@ class Status(BaseModel):
     id: str = Field(description="of merged adapters, all of them, separated by commas")
     source: str
     revision: str
-    state: str = Field(description="available (in the adapter directory), fetching, loaded or unloading")
+    state: str = Field(
+        description="available (in the adapter directory), fetching, loaded, unloading, or broken (in the adapter "
+        "directory, but it cannot be served)"
+    )
     tier: str | None = Field(description="disk, host or device: the fastest place that holds it; null: being fetched")
     digest: str | None = Field(description="null while it is only on disk or being fetched, as are the next two")
     lora_rank: int | None
@@ -76,6 +79,8 @@ class Status(BaseModel):
     last_used: float | None = Field(description="when a request last came or ended, in seconds since 1970")
     pinned: bool = Field(description="on the device of one group until it is unpinned or unloaded")
     residences: list[Residence] = Field(description="the groups of shards that have it in memory")
+    warnings: list[str] = Field(description="what may be wrong with it though it is served")
+    reason: str | None = Field(description="why it is broken")
 
 
 class VllmLoad(BaseModel):
@@ -174,4 +179,6 @@ def _write(status: AdapterStatus) -> dict[str, Any]:
             }
             for residence in status.residences
         ],
+        "warnings": list(status.warnings),
+        "reason": status.reason or None,
     }
