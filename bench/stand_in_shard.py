@@ -15,6 +15,7 @@ from grpc_health.v1 import health, health_pb2_grpc
 from grpc_health.v1.health_pb2 import HealthCheckResponse
 
 from loraplex_protos import shard_pb2 as pb
+from loraplex_protos.protocol import PROTOCOL_VERSION
 from loraplex_protos.shard_pb2_grpc import ShardServiceServicer, add_ShardServiceServicer_to_server
 
 VOCABULARY = 1000
@@ -28,6 +29,8 @@ INFO = pb.GetInfoResponse(
     block_size=16,
     num_blocks=4096,
     max_sequences=32,
+    protocol_version=PROTOCOL_VERSION,
+    adapter_host_bytes=1 << 40,
 )
 
 Context = grpc.aio.ServicerContext[object, object]

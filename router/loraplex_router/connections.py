@@ -5,6 +5,7 @@ import logging
 
 from loraplex_protos.errors import LoraplexError
 from loraplex_protos.mtls import channel_credentials
+from loraplex_protos.shard_pb2 import GetInfoResponse
 from loraplex_router.adapters.pool import AdapterPool
 from loraplex_router.adapters.registry import AdapterRegistry
 from loraplex_router.discovery import Address, Discovery
@@ -17,6 +18,7 @@ from loraplex_router.settings import RouterSettings
 from loraplex_router.shards import ShardGroup
 from loraplex_router.telemetry.telemetry import Telemetry
 
+GIB = 2**30
 RETRY_SECONDS = 1.0
 POLL_SECONDS = 0.02
 
@@ -106,5 +108,18 @@ class Connections:
         slots = self._settings.max_adapters_on_device
         model = read_model(info, await shards.tokenizer(), limits.max_batch_tokens, slots)
         self._service.serve(model)
-        pool = AdapterPool(slots, int(self._settings.adapter_host_gib * 2**30))
+        pool = AdapterPool(slots, adapter_bytes(self._settings, info))
         return Group(name, shards, limits, info.num_blocks, pool, self._registry, self._telemetry)
+
+
+def adapter_bytes(settings: RouterSettings, info: GetInfoResponse) -> int:
+    """What a group's adapters may take of host memory, over all ranks: what was set, or as much as there is."""
+    there = info.adapter_host_bytes * info.tensor_parallel_size
+    wanted = int(settings.adapter_host_gib * GIB)
+    if wanted > there:
+        logger.warning(
+            "adapter_host_gib: %g GiB were asked for; the shards have %.2f for adapters, and more is not used",
+            wanted / GIB,
+            there / GIB,
+        )
+    return min(wanted or there, there)

@@ -30,9 +30,10 @@ class EdgeSettings(BaseModel):
         64, ge=1, le=65535, description="Adapters that a group's sequences can run with at the same time."
     )
     adapter_host_gib: float = Field(
-        4.0,
-        gt=0,
-        description="Host memory for adapters, over all ranks of a group, in GiB; the least recently used leave.",
+        0.0,
+        ge=0,
+        description="Host memory for adapters, over all ranks of a group, in GiB; the least recently used leave. "
+        "0: as much as the shards have: half of what model and KV cache left them, a container's limit considered.",
     )
     cors_origins: str = Field(
         "*",

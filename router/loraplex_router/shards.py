@@ -16,6 +16,7 @@ from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from loraplex_protos import shard_pb2 as pb
 from loraplex_protos.errors import AdapterSourceError, UnavailableError, from_rpc_error
+from loraplex_protos.protocol import PROTOCOL_VERSION
 from loraplex_protos.shard_pb2_grpc import ShardServiceStub
 from loraplex_router.discovery import Address
 from loraplex_router.grammar import Grammar
@@ -293,8 +294,14 @@ def _encode_grammar(grammar: Grammar) -> pb.Grammar:
 
 
 def _agree(infos: Sequence[pb.GetInfoResponse]) -> pb.GetInfoResponse:
-    """One description of the group, with the block count of its smallest rank."""
+    """One description of the group, with the block count and the adapters' memory of its smallest rank."""
     for rank, info in enumerate(infos):
+        if info.protocol_version != PROTOCOL_VERSION:
+            older = "the shards" if info.protocol_version < PROTOCOL_VERSION else "the router"
+            raise UnavailableError(
+                f"rank {rank} speaks version {info.protocol_version} of the protocol between router and shards, this "
+                f"router version {PROTOCOL_VERSION}: upgrade {older}"
+            )
         if (info.rank, info.tensor_parallel_size) != (rank, len(infos)):
             place = f"rank {info.rank} of {info.tensor_parallel_size}"
             raise UnavailableError(f"address {rank + 1} of {len(infos)} of the group answers as {place}")
@@ -305,6 +312,7 @@ def _agree(infos: Sequence[pb.GetInfoResponse]) -> pb.GetInfoResponse:
     agreed = pb.GetInfoResponse()
     agreed.CopyFrom(infos[0])
     agreed.num_blocks = min(info.num_blocks for info in infos)
+    agreed.adapter_host_bytes = min(info.adapter_host_bytes for info in infos)
     return agreed
 
 

@@ -13,6 +13,16 @@ from loraplex_shard.settings import Device, Dtype, ModelSettings, Quantize, Sett
 BLOCK_SIZE = 16  # token positions per block of KV cache
 
 CGROUP = Path("/sys/fs/cgroup")
+# Of version 2, and of version 1: limit, use, statistics, and what is counted there of files that were read once.
+CGROUP_FILES = (
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    (
+        "memory/memory.limit_in_bytes",
+        "memory/memory.usage_in_bytes",
+        "memory/memory.stat",
+        "total_inactive_file",
+    ),
+)
 CPU = torch.device("cpu")
 OLDEST_GPU = 8, 0  # compute capability: Ampere, the first with bfloat16
 
@@ -23,12 +33,22 @@ def pick_device(device: Device, rank: int) -> torch.device:
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         return CPU
     if not torch.cuda.is_available():
-        raise SettingsError("device: torch finds no CUDA device; install torch for CUDA, or set device to cpu")
+        raise SettingsError(f"device: cuda was asked for, but {_why_no_gpu()}; or set device to cpu")
     own = torch.device("cuda", rank % torch.cuda.device_count())
     if torch.cuda.get_device_capability(own) < OLDEST_GPU:
         needed = ".".join(map(str, OLDEST_GPU))
         raise SettingsError(f"device: a GPU of compute capability {needed} or above is needed; or set device to cpu")
     return own
+
+
+def _why_no_gpu() -> str:
+    build = torch.version.cuda or torch.version.hip
+    if build is None:
+        return f"torch {torch.__version__} is built for CPUs alone: install torch for CUDA"
+    return (
+        f"torch {torch.__version__} finds no GPU: the container may be given none, or the driver be older than {build}"
+        " (see nvidia-smi)"
+    )
 
 
 def use(device: torch.device) -> None:
@@ -66,15 +86,19 @@ def count_blocks(settings: ModelSettings, max_model_len: int, block_bytes: int, 
     """The setting kv_blocks, or how many blocks of this rank fit into free memory; never more than can be used.
 
     On a CPU a quarter of what is available, divided by the ranks, since each of them counts it; on a GPU 0.9 of what
-    the weights left.
+    the weights left. Raises SettingsError if not one fits, or fewer than were asked for.
     """
     usable = settings.max_sequences * -(-max_model_len // BLOCK_SIZE)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory(CGROUP)
     if settings.kv_blocks:
-        return min(settings.kv_blocks, usable)
-    if device.type == "cuda":
-        budget = torch.cuda.mem_get_info(device)[0] * 9 // 10
-    else:
-        budget = available_memory(CGROUP) // 4 // settings.tp
+        blocks = min(settings.kv_blocks, usable)
+        if blocks * block_bytes > free:
+            raise SettingsError(
+                f"kv_blocks: {blocks} blocks take {blocks * block_bytes:,} bytes, but {free:,} are free; free some, or "
+                f"set kv_blocks to at most {free // block_bytes}, or to 0: as many as fit"
+            )
+        return blocks
+    budget = free * 9 // 10 if device.type == "cuda" else free // 4 // settings.tp
     blocks = min(budget // block_bytes, usable)
     if blocks == 0:
         raise SettingsError(
@@ -84,19 +108,32 @@ def count_blocks(settings: ModelSettings, max_model_len: int, block_bytes: int, 
     return int(blocks)
 
 
+def share_for_adapters(settings: ModelSettings, cache_bytes: int, device: torch.device) -> int:
+    """How many bytes of host memory this rank's adapters may take: half of what is free beside the KV cache, of which
+    nothing was used yet. The other half is for adapters on their way, and for steps."""
+    free = available_memory(CGROUP) // settings.tp
+    return max(0, free - (cache_bytes if device.type == "cpu" else 0)) // 2
+
+
 def available_memory(cgroup: Path) -> int:
-    """Bytes of host memory that this process may still use, the container's limit considered."""
+    """Bytes of host memory that this process may still use, the container's limit considered, which the kernel holds
+    all its processes and what they read of files against. Files that were read once can be dropped: they count as free.
+    """
     available = int(psutil.virtual_memory().available)
-    try:
-        limit, current = (cgroup / "memory.max").read_text().strip(), (cgroup / "memory.current").read_text()
-    except OSError:
-        return available  # not in a container of its own
-    return available if limit == "max" else min(available, max(0, int(limit) - int(current)))
+    for limit_name, used_name, stat_name, inactive in CGROUP_FILES:
+        try:
+            limit, used = (cgroup / limit_name).read_text().strip(), int((cgroup / used_name).read_text())
+            stat = dict(line.split() for line in (cgroup / stat_name).read_text().splitlines())
+        except OSError:
+            continue  # not in a container of its own, or of the other version
+        if limit != "max":
+            available = min(available, max(0, int(limit) - used + int(stat[inactive])))
+    return available
 
 
-def fewest(group: Group, blocks: int, device: torch.device) -> int:
-    """The smallest of the ranks' numbers of blocks: all ranks must hold the same."""
-    counts = group.gather(torch.tensor([[blocks]], device=device), widths=[1] * group.size)
+def fewest(group: Group, count: int, device: torch.device) -> int:
+    """The smallest of the ranks' counts, for what all ranks must hold the same of: blocks, bytes of adapters."""
+    counts = group.gather(torch.tensor([[count]], device=device), widths=[1] * group.size)
     agreed = torch.zeros(1, dtype=torch.int64, device=device) if counts is None else counts.amin().reshape(1)
     group.broadcast_(agreed)
     return int(agreed)

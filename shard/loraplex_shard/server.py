@@ -17,6 +17,7 @@ from grpc_health.v1.health_pb2 import HealthCheckResponse
 
 from loraplex_protos.errors import LoraplexError
 from loraplex_protos.mtls import server_credentials
+from loraplex_protos.protocol import PROTOCOL_VERSION
 from loraplex_protos.shard_pb2 import DESCRIPTOR, GetInfoResponse, GetTokenizerResponse
 from loraplex_protos.shard_pb2_grpc import add_ShardServiceServicer_to_server
 from loraplex_shard import machine
@@ -144,6 +145,8 @@ def _load(
     block_bytes = decoder.cache_block_bytes(machine.BLOCK_SIZE, kv_dtype)
     num_blocks = machine.fewest(group, machine.count_blocks(settings, max_model_len, block_bytes, device), device)
     max_model_len = machine.fit_context(settings, max_model_len, num_blocks)
+    share = machine.share_for_adapters(settings, num_blocks * block_bytes, device)
+    adapter_host_bytes = machine.fewest(group, share, device)
     cache = decoder.new_cache(num_blocks, machine.BLOCK_SIZE, kv_dtype)
     adapter_dtype = torch.int8 if settings.adapter_dtype == "int8" else dtype
     adapters = AdapterStore(
@@ -154,6 +157,7 @@ def _load(
         checkpoint.architecture,
         metrics=telemetry.metrics,
         s3=_open_s3(settings.adapters_s3),
+        host_bytes=adapter_host_bytes * 3 // 2,  # the router has others leave once it knows how large one is
     )
     tokenizer = checkpoint.tokenizer()
     grammars = GrammarCompiler(tokenizer.tokenizer_json, decoder.vocab_size, checkpoint.end_token_ids)
@@ -169,6 +173,8 @@ def _load(
         num_blocks=num_blocks,
         max_sequences=settings.max_sequences,
         end_token_ids=checkpoint.end_token_ids,
+        protocol_version=PROTOCOL_VERSION,
+        adapter_host_bytes=adapter_host_bytes,
     )
     telemetry.metrics.describe(info)
     runner = Runner(decoder, cache, adapters, group, settings.max_sequences, max_model_len, device, grammars)

@@ -13,7 +13,9 @@ from bench.stand_in_shard import INFO, StandInServer, StandInShard, Timing
 from loraplex_protos import shard_pb2 as pb
 from loraplex_protos.errors import UnavailableError
 from loraplex_protos.mtls import MtlsSettings, channel_credentials, server_credentials
+from loraplex_protos.protocol import PROTOCOL_VERSION
 from loraplex_router.app import Router
+from loraplex_router.connections import adapter_bytes
 from loraplex_router.discovery import Address
 from loraplex_router.settings import RouterSettings
 from loraplex_router.shards import ShardGroup
@@ -123,6 +125,13 @@ async def test_ranks_that_are_no_group_are_refused(tmp_path: Path):
         "answers as rank 0 of 2": [rank(0, 2), rank(0, 2)],
         "serves 'another'": [rank(0, 2), rank(1, 2, model_id="another")],
         "another router drives it": [rank(0, 1, driven=True)],
+        f"speaks version 0 .* this router version {PROTOCOL_VERSION}: upgrade the shards": [
+            rank(0, 1, protocol_version=0)
+        ],
+        f"speaks version {PROTOCOL_VERSION + 1} .*: upgrade the router": [
+            rank(0, 2),
+            rank(1, 2, protocol_version=PROTOCOL_VERSION + 1),
+        ],
     }
     for number, (message, infos) in enumerate(cases.items()):
         folder = tmp_path / str(number)
@@ -150,3 +159,19 @@ async def test_a_group_whose_model_is_not_the_first_ones_is_refused_with_a_log_l
         running.cancel()
         with suppress(asyncio.CancelledError):
             await running
+
+
+@pytest.mark.parametrize(
+    ("asked_gib", "there", "taken", "warned"),
+    [(0.0, 3 << 29, 3 << 30, False), (1.0, 3 << 29, 1 << 30, False), (8.0, 3 << 29, 3 << 30, True)],
+)
+async def test_adapters_have_the_memory_that_was_asked_for_if_the_ranks_have_it(
+    asked_gib: float, there: int, taken: int, warned: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    ranks = [rank(0, 2, adapter_host_bytes=there), rank(1, 2, adapter_host_bytes=there + 1)]
+    async with AsyncExitStack() as stack:
+        group = await connect(await start(stack, tmp_path, ranks), MtlsSettings())
+        settings = RouterSettings(shards=("stand-in:1",), adapter_host_gib=asked_gib)
+        assert adapter_bytes(settings, group.info) == taken
+        assert ("more is not used" in caplog.text) == warned
+        await group.close()

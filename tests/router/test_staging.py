@@ -5,7 +5,7 @@ from hashlib import sha256
 
 import pytest
 
-from loraplex_protos.errors import AdapterNotFoundError
+from loraplex_protos.errors import AdapterNotFoundError, OverloadedError
 from loraplex_router.adapters.pool import AdapterPool
 from loraplex_router.adapters.registry import AdapterRegistry
 from loraplex_router.adapters.staging import AdapterStaging
@@ -24,6 +24,8 @@ class Shards:
         self.revision = "first"
         self.versions: dict[str, int] = {}
         self.staged: set[str] = set()
+        self.unloaded: list[int] = []
+        self.room = 1000  # adapters
         self.may_merge = asyncio.Event()
         self.may_merge.set()
 
@@ -48,7 +50,12 @@ class Shards:
     async def local_adapters(self) -> list[LocalAdapter]:
         return []
 
+    async def unload(self, slot: int) -> None:
+        self.unloaded.append(slot)
+
     def _hold(self, staged: StagedAdapter) -> StagedAdapter:
+        if len({*self.staged, staged.digest}) > self.room:
+            raise OverloadedError("no room")
         self.staged.add(staged.digest)
         return staged
 
@@ -118,6 +125,24 @@ async def test_parts_stay_staged_while_they_are_merged(shards: Shards) -> None:
     await asyncio.sleep(0.01)
     assert shards.staged == {merged.digest}
     assert [adapter.digest for adapter in staging.pool] == [merged.digest]
+
+
+async def test_adapters_that_nobody_needs_make_room_even_on_the_device_and_no_others(shards: Shards) -> None:
+    staging = Staging(shards)
+    shards.room = 2
+    first, second = await staging.resolve(A), await staging.resolve(B)
+    for adapter in (first, second):
+        claim = staging.pool.claim_slot(adapter, keep=())
+        assert claim is not None
+        adapter.ready = True
+    second.running = 1
+    third = await staging.resolve(AdapterReference("c"))
+    assert shards.staged == {second.digest, third.digest} and shards.unloaded == [1]
+    third.waiting = 1
+    with pytest.raises(OverloadedError, match="no room"):
+        await staging.resolve(A)
+    third.waiting = 0
+    assert (await staging.resolve(A)).digest == first.digest
 
 
 async def test_an_adapter_that_is_to_leave_waits_for_its_sequences_and_newcomers_wait_for_it(shards: Shards) -> None:

@@ -18,6 +18,7 @@ from loraplex_protos.errors import (
     AdapterInvalidError,
     AdapterNotFoundError,
     AdapterSourceError,
+    OverloadedError,
 )
 from loraplex_shard.lora.files import CONFIG, TENSORS, AdapterFiles
 from loraplex_shard.lora.hub import HubSource
@@ -46,8 +47,9 @@ def store(directory: Path) -> AdapterStore:
     return store_of(directory)
 
 
-def store_of(directory: Path | None, hub: HubSource | None = None) -> AdapterStore:
-    return AdapterStore(layouts(), torch.float32, torch.device("cpu"), directory, ARCHITECTURE, hub)
+def store_of(directory: Path | None, hub: HubSource | None = None, host_bytes: int = 1 << 40) -> AdapterStore:
+    device = torch.device("cpu")
+    return AdapterStore(layouts(), torch.float32, device, directory, ARCHITECTURE, hub, host_bytes=host_bytes)
 
 
 class CountingHub(HubSource):
@@ -129,6 +131,20 @@ def test_on_the_cpu_slots_share_the_staged_tensors(store: AdapterStore) -> None:
     store.load(digest, 1)
     store.load(digest, 2)
     assert store.adapter_in(1) is store.adapter_in(2)
+
+
+def test_no_more_is_staged_than_there_is_memory_for(directory: Path) -> None:
+    small, large = (store_of(directory).stage(f"adapter-{n}", "", "", "").size_bytes for n in (0, 2))
+    store = store_of(directory, host_bytes=large + small - 1)
+    first = store.stage("adapter-0", "", "", "")
+    with pytest.raises(
+        OverloadedError, match=f"takes {large:,} bytes of host memory, of which others leave {large - 1:,}"
+    ):
+        store.stage("adapter-2", "", "", "")
+    store.unstage(first.digest)
+    assert store.stage("adapter-2", "", "", "").size_bytes == large
+    with pytest.raises(AdapterInvalidError, match="give the shards more memory"):
+        store_of(directory, host_bytes=large - 1).stage("adapter-2", "", "", "")
 
 
 def test_a_reload_reads_no_file(store: AdapterStore, directory: Path) -> None:

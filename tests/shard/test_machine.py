@@ -20,7 +20,11 @@ BLOCK_BYTES = 1 << 16
 
 def test_ranks_take_the_gpus_in_turn_unless_the_setting_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     assert machine.pick_device("auto", 0) == machine.pick_device("cpu", 0) == CPU
-    with pytest.raises(SettingsError, match="device: torch finds no CUDA device"):
+    with pytest.raises(SettingsError, match=r"device: cuda was asked for, but torch .* is built for CPUs alone"):
+        monkeypatch.setattr(torch.version, "cuda", None)
+        machine.pick_device("cuda", 0)
+    with pytest.raises(SettingsError, match=r"torch .* finds no GPU: .* older than 13\.0"):
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
         machine.pick_device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -98,15 +102,55 @@ def test_too_little_memory_for_one_block_is_an_error() -> None:
         machine.count_blocks(ModelSettings(), 1024, 1 << 60, CPU)
 
 
+def test_more_blocks_than_there_is_memory_for_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "available_memory", lambda cgroup: 10 * BLOCK_BYTES)
+    assert machine.count_blocks(ModelSettings(kv_blocks=10), 1024, BLOCK_BYTES, CPU) == 10
+    with pytest.raises(SettingsError, match=r"kv_blocks: 11 blocks take .* set kv_blocks to at most 10"):
+        machine.count_blocks(ModelSettings(kv_blocks=11), 1024, BLOCK_BYTES, CPU)
+
+
+def container(folder: Path, limit: str, used: int, inactive: int = 0) -> None:
+    """A container's files, as cgroup version 2 has them."""
+    (folder / "memory.max").write_text(f"{limit}\n")
+    (folder / "memory.current").write_text(f"{used}\n")
+    (folder / "memory.stat").write_text(f"anon 1\ninactive_file {inactive}\nactive_file 7\n")
+
+
 def test_the_container_limits_the_memory(tmp_path: Path) -> None:
     whole = machine.available_memory(tmp_path)
-    (tmp_path / "memory.current").write_text("4096\n")
-    (tmp_path / "memory.max").write_text("max\n")
+    container(tmp_path, "max", 4096)
     assert machine.available_memory(tmp_path) > whole / 2
-    (tmp_path / "memory.max").write_text("12288\n")
+    container(tmp_path, "12288", 4096)
     assert machine.available_memory(tmp_path) == 8192
-    (tmp_path / "memory.max").write_text("1024\n")
+    container(tmp_path, "12288", 4096, inactive=1024)
+    assert machine.available_memory(tmp_path) == 9216
+    container(tmp_path, "1024", 4096)
     assert machine.available_memory(tmp_path) == 0
+
+
+def test_a_container_of_cgroup_version_1_limits_it_too(tmp_path: Path) -> None:
+    (tmp_path / "memory").mkdir()
+    (tmp_path / "memory" / "memory.limit_in_bytes").write_text("12288\n")
+    (tmp_path / "memory" / "memory.usage_in_bytes").write_text("4096\n")
+    (tmp_path / "memory" / "memory.stat").write_text("inactive_file 1\ntotal_inactive_file 96\n")
+    assert machine.available_memory(tmp_path) == 8192 + 96
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA])
+def test_cache_adapters_and_steps_share_what_the_container_has_left(
+    device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "CGROUP", tmp_path)
+    container(tmp_path, str(1 << 30), used=1 << 28)
+    left = 3 << 28
+    cache = 0
+    if device == CPU:
+        blocks = machine.count_blocks(ModelSettings(max_sequences=4096), 1 << 30, BLOCK_BYTES, CPU)
+        cache = blocks * BLOCK_BYTES
+        assert left / 5 < cache <= left / 4
+    adapters = machine.share_for_adapters(ModelSettings(), cache, device)
+    assert adapters == (left - cache) // 2
+    assert machine.share_for_adapters(ModelSettings(), left if device == CPU else 0, device) in (0, left // 2)
 
 
 def test_a_group_of_one_agrees_with_itself() -> None:

@@ -151,6 +151,10 @@ class AdapterPool:
                 self.remove(adapter)
         return dropped
 
+    def least_needed(self) -> Adapter | None:
+        """The least recently used adapter that nobody needs, with a slot or without. None: all are needed."""
+        return next((a for a in self._staged.values() if not (a.needed or a.pinned or a.leaving)), None)
+
     def remove(self, adapter: Adapter) -> None:
         """Forgets an idle adapter. If it holds a slot, the slot stays taken until `release_slot`."""
         assert not adapter.needed

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable, Coroutine
 
+from loraplex_protos.errors import OverloadedError
 from loraplex_router.adapters.pool import Adapter, AdapterPool
 from loraplex_router.adapters.references import Reference, key_of, merged_digest, with_weights
 from loraplex_router.adapters.registry import AdapterRegistry, Entry
@@ -39,7 +40,8 @@ class AdapterStaging:
     async def resolve(self, reference: Reference | None) -> Adapter:
         """The adapter, staged; None is the base model. The caller must use it before it awaits anything else.
 
-        Raises AdapterError with the reason if it cannot be served, InvalidRequestError if adapters cannot be merged.
+        Raises AdapterError with the reason if it cannot be served, InvalidRequestError if adapters cannot be merged,
+        OverloadedError if those in use leave no room for it in host memory.
         """
         if reference is None:
             return self._pool.base
@@ -88,10 +90,10 @@ class AdapterStaging:
         return await self._stage(reference, self._registry.pinned(reference))
 
     async def _stage(self, reference: AdapterReference, source: AdapterReference) -> Adapter:
-        staged = await self._shards.stage(source)
+        staged = await self._with_room(lambda: self._shards.stage(source))
         while unstaging := self._unstaging.get(staged.digest):  # it leaves, or was dropped while it was staged again
             await asyncio.wait([unstaging])
-            staged = await self._shards.stage(source)
+            staged = await self._with_room(lambda: self._shards.stage(source))
         return self._add(reference, Entry(reference.id, staged.source, staged.revision, staged.digest), staged)
 
     async def _merge(self, merged: MergedReference) -> Adapter:
@@ -105,12 +107,25 @@ class AdapterStaging:
             digest = merged_digest(digests, merged)
             while unstaging := self._unstaging.get(digest):
                 await asyncio.wait([unstaging])
-            staged = await self._shards.merge(digest, digests, merged)
+            staged = await self._with_room(lambda: self._shards.merge(digest, digests, merged))
         finally:
             for part in parts:
                 part.merges -= 1
         ids = ",".join(reference.id for reference in merged.adapters)
         return self._add(merged, Entry(ids, "merged", "", digest), staged)
+
+    async def _with_room(self, bring: Callable[[], Coroutine[None, None, StagedAdapter]]) -> StagedAdapter:
+        """What `bring` stages; while the shards have no room for it, adapters that nobody needs leave, one by one."""
+        while True:
+            try:
+                return await bring()
+            except OverloadedError:
+                if adapter := self._pool.least_needed():
+                    await self.unload(adapter)
+                elif self._unstaging:  # others make room
+                    await asyncio.wait(self._unstaging.values(), return_when=asyncio.FIRST_COMPLETED)
+                else:
+                    raise
 
     def _add(self, reference: Reference, entry: Entry, staged: StagedAdapter) -> Adapter:
         """Takes a staged adapter into the books; others may have to leave host memory for it."""

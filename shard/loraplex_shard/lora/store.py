@@ -5,6 +5,7 @@ and a step never waits for them.
 """
 
 import logging
+import sys
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future
@@ -15,7 +16,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from loraplex_protos.errors import AdapterInUseError, AdapterNotFoundError, AdapterSourceError
+from loraplex_protos.errors import (
+    AdapterInUseError,
+    AdapterInvalidError,
+    AdapterNotFoundError,
+    AdapterSourceError,
+    OverloadedError,
+)
 from loraplex_shard.layers.layout import LinearLayout
 from loraplex_shard.lora.deltas import Adapter, Delta, cut_adapter
 from loraplex_shard.lora.files import AdapterFiles
@@ -49,7 +56,8 @@ class AdapterStore:
     """Adapters for the linear layers of `layouts`, in `dtype`, in slots on `device`.
 
     `directory` is the adapter directory, if there is one; `architecture` the base model's class. The hub is HF_ENDPOINT
-    (or the public one) unless given; `metrics` are told of what is loaded and what leaves.
+    (or the public one) unless given; `metrics` are told of what is loaded and what leaves. At most `host_bytes` are
+    staged at a time.
     """
 
     def __init__(
@@ -62,11 +70,13 @@ class AdapterStore:
         hub: HubSource | None = None,
         metrics: ShardMetrics | None = None,
         s3: "S3Source | None" = None,
+        host_bytes: int = sys.maxsize,
     ) -> None:
         self._layouts = tuple(layouts)
         self._dtype = dtype
         self._transfer = Transfer(device)
         self._architecture = architecture
+        self._host_bytes = host_bytes
         self._sources = Sources(directory, hub or HubSource(), s3)
         self._metrics = metrics or ShardMetrics()
         self._metrics.watch_adapters(self._count, self._count_host_bytes)
@@ -81,7 +91,8 @@ class AdapterStore:
 
         Files that are held already, and have not changed, are not read again; calls for the same files at the same
         time do the work once. A changed adapter gets a new digest and leaves the old one staged. Raises
-        AdapterNotFoundError, AdapterForbiddenError, AdapterSourceError or AdapterInvalidError.
+        AdapterNotFoundError, AdapterForbiddenError, AdapterSourceError or AdapterInvalidError; OverloadedError if there
+        is no room until others are unstaged.
         """
         origin = self._sources.locate(id, source, revision, token)
         while (staged := self._staged(origin)) is None:
@@ -202,10 +213,24 @@ class AdapterStore:
             adapter = make()
             weights = self._transfer.to_host(adapter.weights)
         with self._lock:
+            self._check_room(weights.size_bytes)
             self._host[digest] = replace(adapter, weights=weights)
         took = round((time.monotonic() - began) * 1e3, 1)
         fields = {"digest": digest, "lora_rank": adapter.lora_rank, "bytes": weights.size_bytes, "duration_ms": took}
         logger.info("adapter staged", extra={"fields": fields})
+
+    def _check_room(self, size: int) -> None:
+        """A process that takes more memory than its container may have is killed, with all that it runs."""
+        if size > self._host_bytes:
+            raise AdapterInvalidError(
+                f"the adapter takes {size:,} bytes of host memory, but all adapters together may take "
+                f"{self._host_bytes:,}: give the shards more memory"
+            )
+        free = self._host_bytes - sum(adapter.weights.size_bytes for adapter in self._host.values())
+        if size > free:
+            raise OverloadedError(
+                f"the adapter takes {size:,} bytes of host memory, of which others leave {free:,}: try again later"
+            )
 
     def _count(self) -> Mapping[str, int]:
         """Adapters by tier."""
