@@ -15,7 +15,7 @@ from loraplex_router.adapters.administration import Administration
 from loraplex_router.adapters.registry import AdapterRegistry
 from loraplex_router.api.grpc import GenerationApi, GrpcServer
 from loraplex_router.api.http.app import create_app
-from loraplex_router.connections import Connections
+from loraplex_router.connections import Connections, Supervisor
 from loraplex_router.groups import Groups
 from loraplex_router.key_file import KeyFile
 from loraplex_router.keys import Keys
@@ -32,7 +32,13 @@ STOP_SECONDS = 4  # for each of the two faces, when the drain is over: the chart
 class Router:
     """One router process. It listens from the beginning, and is healthy while a group of shards is ready."""
 
-    def __init__(self, settings: RouterSettings, key_file: KeyFile | None, telemetry: Telemetry) -> None:
+    def __init__(
+        self,
+        settings: RouterSettings,
+        key_file: KeyFile | None,
+        telemetry: Telemetry,
+        supervisor: Supervisor | None = None,
+    ) -> None:
         self._settings = settings
         registry = AdapterRegistry()
         self._groups = Groups(telemetry, settings.move_seconds)
@@ -40,7 +46,7 @@ class Router:
         self._key_file = key_file
         keys = key_file.keys if key_file else Keys({})
         self._service = Service(self._groups, self._administration, keys, settings.max_queue, telemetry)
-        self._connections = Connections(settings, self._groups, registry, self._service, telemetry)
+        self._connections = Connections(settings, self._groups, registry, self._service, telemetry, supervisor)
         self._grpc = GrpcServer(GenerationApi(self._service), telemetry.interceptors)
         self._app = create_app(self._service, settings.cors_origins.split())
         self._stop = asyncio.Event()
@@ -131,8 +137,12 @@ class HttpServer(uvicorn.Server):
         yield
 
 
-async def run(settings: RouterSettings, ready: Callable[[int, int], None]) -> None:
-    """Serves what the shards hold. Raises KeyFileError for a key file that cannot be used, OSError for a taken port."""
+async def run(
+    settings: RouterSettings, ready: Callable[[int, int], None], supervisor: Supervisor | None = None
+) -> None:
+    """Serves what the shards hold. `supervisor`: of the only group, if this process has one.
+
+    Raises KeyFileError for a key file that cannot be used, OSError for a taken port."""
     key_file = KeyFile(settings.api_keys) if settings.api_keys else None
     with open_telemetry(settings) as telemetry:
-        await Router(settings, key_file, telemetry).run(ready)
+        await Router(settings, key_file, telemetry, supervisor).run(ready)

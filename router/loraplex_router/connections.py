@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from typing import Protocol
 
 from loraplex_protos.errors import LoraplexError
 from loraplex_protos.mtls import channel_credentials
@@ -25,6 +26,16 @@ POLL_SECONDS = 0.02
 logger = logging.getLogger(__name__)
 
 
+class Supervisor(Protocol):
+    """Whoever started the only group's ranks, in the router's own process, and starts them again."""
+
+    def ready(self) -> None:
+        """The router has taken the group up."""
+
+    def silent(self) -> None:
+        """The router has given the group up, since it does not answer any more."""
+
+
 class Connections:
     """`run` is its task. The first group says which model is served; one that does not fit it is refused."""
 
@@ -35,7 +46,9 @@ class Connections:
         registry: AdapterRegistry,
         service: Service,
         telemetry: Telemetry,
+        supervisor: Supervisor | None = None,
     ) -> None:
+        self._supervisor = supervisor
         self._settings = settings
         self._groups = groups
         self._registry = registry
@@ -84,6 +97,8 @@ class Connections:
         engine = asyncio.create_task(group.engine.run())
         stopping = asyncio.create_task(shards.stopping())
         self._groups.add(group)
+        if self._supervisor is not None:
+            self._supervisor.ready()
         logger.info("group %s is ready", name)
         try:
             await asyncio.wait([engine, stopping], return_when=asyncio.FIRST_COMPLETED)

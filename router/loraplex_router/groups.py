@@ -6,7 +6,9 @@ a client was promised. Knows nothing of how groups are found or connected to.
 
 import asyncio
 import logging
+import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 
 from loraplex_protos.errors import LoraplexError, UnavailableError
 from loraplex_router.adapters.pool import Adapter
@@ -24,13 +26,15 @@ logger = logging.getLogger(__name__)
 
 
 class Groups:
-    """All live groups. `move_seconds` is how long a generation without a group waits for one."""
+    """All live groups. `move_seconds` is how long a generation without a group waits for one; requests that come
+    meanwhile wait as long."""
 
     def __init__(self, telemetry: Telemetry, move_seconds: float) -> None:
         self._telemetry = telemetry
         self._move_seconds = move_seconds
         self._groups: dict[str, Group] = {}  # by name
         self._moving: dict[Generation, asyncio.Task[None]] = {}
+        self._last_lost: float | None = None  # since when no group takes new sequences, by time.monotonic
         self._changes = 0
         self._change = asyncio.Event()  # set at the next one, which makes a new event
         self.ready = asyncio.Event()  # while any group takes new sequences
@@ -83,8 +87,9 @@ class Groups:
     def _update(self) -> None:
         if any(group.accepting for group in self):
             self.ready.set()
-        else:
+        elif self.ready.is_set():
             self.ready.clear()
+            self._last_lost = time.monotonic()
         self._changes += 1
         self._change.set()
         self._change = asyncio.Event()
@@ -102,9 +107,24 @@ class Groups:
         """The group for a request, with the adapter staged and the grammar compiled there. The caller must submit the
         request before it awaits anything else.
 
-        Raises UnavailableError if no group can take it, AdapterError with the reason if the adapter cannot be served,
+        Where the last group was lost just now it waits for one, until what ran there waits no more. Raises
+        UnavailableError if no group can take it, AdapterError with the reason if the adapter cannot be served,
         InvalidRequestError if adapters cannot be merged or the grammar cannot be compiled.
         """
+        began = time.monotonic()
+        while True:
+            try:
+                return await self._place_now(reference, grammar)
+            except UnavailableError:
+                since = began if self.ready.is_set() else self._last_lost
+                if since is None or since + self._move_seconds < time.monotonic():
+                    raise
+            with suppress(TimeoutError):
+                async with asyncio.timeout(since + self._move_seconds - time.monotonic()):
+                    await asyncio.sleep(RETRY_SECONDS)
+                    await self.ready.wait()
+
+    async def _place_now(self, reference: Reference | None, grammar: Grammar | None) -> tuple[Group, Adapter]:
         lost: list[Group] = []
         while True:
             group = self.choose(reference, without=lost)
@@ -169,7 +189,7 @@ class Groups:
         while True:
             await self.ready.wait()
             try:
-                group, adapter = await self.place(generation.reference, grammar)
+                group, adapter = await self._place_now(generation.reference, grammar)
             except UnavailableError:
                 await asyncio.sleep(RETRY_SECONDS)
                 continue

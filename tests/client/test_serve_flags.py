@@ -4,12 +4,14 @@ import pytest
 from pydantic import ValidationError
 
 from loraplex.cli.flags import parse
-from loraplex.cli.supervisor import ServeSettings, shard_flags
+from loraplex.cli.ranks import shard_flags
+from loraplex.cli.supervisor import ServeSettings
 from loraplex_shard.settings import ModelSettings, ShardSettings
 
 
 def started_with(settings: ServeSettings, rank: int) -> ShardSettings:
-    return parse(ShardSettings, shard_flags(settings, rank, f"unix:/run/{rank}", "/run"), "shard", "")
+    flags = shard_flags(settings, settings.metrics_port, rank, f"unix:/run/{rank}", "/run/rendezvous")
+    return parse(ShardSettings, flags, "shard", "")
 
 
 def test_a_rank_gets_all_that_is_said_about_the_model():

@@ -243,15 +243,27 @@ def wait_for_health(server: Server, status: int) -> None:
     raise AssertionError(f"health is {server.health()}")
 
 
-def test_a_lost_shard_ends_requests_with_an_error_and_the_server_with_status_one(model: Path):
-    with Server(str(model), "--kv-blocks=512", "--threads=1", "--tp=2") as server:
-        with Client(server.address) as client:
-            stream = client.stream("interrupted", **FOREVER)
-            next(stream)
-            kill_rank(server, 1)
-            with pytest.raises(UnavailableError):
-                list(stream)
-        assert server.process.wait(60) == 1
+async def test_ranks_that_are_killed_are_started_again_and_streams_go_on_from_their_last_token(
+    model: Path, adapters: Path
+):
+    with Server(str(model), f"--adapters={adapters}", "--kv-blocks=512", "--threads=1", "--tp=2") as server:
+        async with AsyncClient(server.address) as client:
+            names, options = [None, "r8"], {"max_new_tokens": 1000, "ignore_eos": True}
+            whole = await asyncio.gather(*(client.generate("killed", adapter=name, **options) for name in names))
+            streams = [client.stream("killed", adapter=name, **options) for name in names]
+            pieces = [[await anext(stream)] for stream in streams]
+            for rank in (0, 1):
+                kill_rank(server, rank)
+                await asyncio.to_thread(wait_for_health, server, 503)
+                # What comes meanwhile waits, too.
+                assert (await client.generate("meanwhile", max_new_tokens=2, timeout=120)).text
+                assert server.health() == 200
+            for answer, stream, seen in zip(whole, streams, pieces, strict=True):
+                seen += [piece async for piece in stream]
+                tokens = [token.id for piece in seen for token in piece.tokens]
+                assert tokens == [token.id for token in answer.sequences[0].tokens]
+        assert server.terminate() == 0
+    assert "rank 0 was killed by SIGKILL" in server.log and "rank 1 was killed by SIGKILL" in server.log
 
 
 def kill_rank(server: Server, rank: int) -> None:

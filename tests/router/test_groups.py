@@ -103,17 +103,27 @@ async def test_what_a_lost_group_ran_goes_on_in_another_and_loses_no_token(clust
     assert cluster.service.idle and list(cluster.groups) != [cluster.group]
 
 
-async def test_a_lost_groups_requests_wait_for_one_that_comes_back(cluster: Cluster):
+async def test_a_lost_groups_requests_and_those_that_come_meanwhile_wait_for_one_that_comes_back(cluster: Cluster):
     generation = await cluster.service.generate(request(0, 50))
     cluster.lose(cluster.group)
     await cluster.tasks[cluster.group]
     assert not cluster.service.healthy
-    with pytest.raises(UnavailableError, match="no group"):
-        await cluster.answer(1)
+    meanwhile = asyncio.create_task(cluster.answer(1))
+    await asyncio.sleep(0.1)
+    assert not meanwhile.done()
     cluster.join("second")
     (delta,) = await generation.collect()
     assert [sample.token for sample in delta.samples] == list(range(1, 51))
+    assert await meanwhile == [2, 3, 4, 5, 6]
     cluster.service.leave(generation)
+
+
+async def test_requests_wait_for_a_lost_group_no_longer_than_its_own_do(cluster: Cluster):
+    cluster.lose(cluster.group)
+    with pytest.raises(UnavailableError, match="no others came in time"):
+        await cluster.answer(1)
+    with pytest.raises(UnavailableError, match="no group"):
+        await cluster.answer(1)
 
 
 async def test_a_lost_groups_requests_fail_if_no_other_comes_in_time(cluster: Cluster):
