@@ -28,6 +28,7 @@ DEPTH = 2  # plans in flight
 FAILURES = {
     pb.FAILURE_REASON_NOT_FINITE: "the model's output for this sequence held NaN or Inf",
     pb.FAILURE_REASON_GRAMMAR: "the grammar became too complex to follow: make it simpler or less ambiguous",
+    pb.FAILURE_REASON_UNKNOWN_TOKEN: "the model has no embedding for one of the tokens",
 }
 
 

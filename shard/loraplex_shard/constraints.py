@@ -1,22 +1,27 @@
 """What the sequences in the rows may sample next: their grammars' matchers and banned tokens, as masks over them.
 
 Masks are computed on a thread of their own, in Rust, while the forward pass runs. A row's state follows from its
-SequenceStart and the tokens sampled since. Lives on rank 0 alone, which samples. Not thread-safe.
+SequenceStart and the tokens sampled since. Whatever a grammar's matcher raises breaks its own row alone. Lives on rank
+0 alone, which samples. Not thread-safe.
 """
 
-from collections.abc import Iterable, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import inf
 
 import numpy as np
 import torch
 from llguidance import LLExecutor, LLMatcher
-from llguidance.numpy import fill_next_token_bitmask_par
+from llguidance.numpy import fill_next_token_bitmask, fill_next_token_bitmask_par
 from numpy.typing import NDArray
 
 from loraplex_protos.shard_pb2 import SequenceStart
 from loraplex_shard.grammars import GrammarCompiler
+
+logger = logging.getLogger(__name__)
 
 WORD = 32  # bits of a mask that lie in one integer
 COMPLETE = "NoExtension"  # llguidance's word for a match that cannot go on and was not ended yet
@@ -51,6 +56,7 @@ class Constraints:
         self._vocab_size = vocab_size
         self._matchers: dict[int, LLMatcher] = {}  # by row, as are the others
         self._bans: dict[int, list[Ban]] = {}
+        self._broken: set[int] = set()  # rows whose matcher raised something
         self._executor = LLExecutor()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="masks")
 
@@ -58,16 +64,20 @@ class Constraints:
         """Forgets all sequences."""
         self._matchers.clear()
         self._bans.clear()
+        self._broken.clear()
 
     def start(self, start: SequenceStart) -> None:
         """A sequence takes over its row. Its grammar was compiled before, so this takes no time."""
         self._matchers.pop(start.row, None)
         self._bans.pop(start.row, None)
+        self._broken.discard(start.row)
         if start.HasField("grammar"):
-            matcher = self._matchers[start.row] = self._grammars.matcher(start.grammar)
-            matcher.consume_tokens(start.tokens[start.prompt_length :])
+            with self._alone(start.row):
+                matcher = self._grammars.matcher(start.grammar)
+                matcher.consume_tokens(start.tokens[start.prompt_length :])
+                self._matchers[start.row] = matcher
         least = start.prompt_length + start.min_new_tokens
-        bans = [Ban(least, _array(start.end_token_ids)), Ban(inf, _array(start.unwanted_token_ids))]
+        bans = [Ban(least, self._known(start.end_token_ids)), Ban(inf, self._known(start.unwanted_token_ids))]
         if any(len(ban.token_ids) for ban in bans):
             self._bans[start.row] = bans
 
@@ -79,7 +89,7 @@ class Constraints:
         if not places:
             return None
         future = self._thread.submit(
-            self._allowed, [matchers[place] for place in places], [banned[place] for place in places]
+            self._allowed, [(rows[place], matchers[place]) for place in places], [banned[place] for place in places]
         )
         return Masks(np.array(places), future)
 
@@ -87,7 +97,8 @@ class Constraints:
         """Takes what was sampled after `begin`."""
         for row, token in zip(rows, tokens, strict=True):
             if row in self._matchers:
-                self._matchers[row].consume_token(token)
+                with self._alone(row):
+                    self._matchers[row].consume_token(token)
 
     def force(self, row: int, most: int, end: bool) -> list[int]:
         """Takes, in place of sampling, what can only follow in this row: at most so many tokens, the token that ends
@@ -95,30 +106,57 @@ class Constraints:
         matcher = self._matchers.get(row)
         if matcher is None:
             return []
-        tokens = matcher.compute_ff_tokens()[:most]
-        matcher.consume_tokens(tokens)
-        if end and matcher.stop_reason() == COMPLETE and len(tokens) < most:
-            tokens.append(self._grammars.end_token_id)
+        tokens: list[int] = []
+        with self._alone(row):
+            tokens = matcher.compute_ff_tokens()[:most]
+            matcher.consume_tokens(tokens)
+            if end and matcher.stop_reason() == COMPLETE and len(tokens) < most:
+                tokens.append(self._grammars.end_token_id)
         return tokens
 
     def failed(self, rows: Sequence[int]) -> NDArray[np.bool_]:
         """Which of these rows' grammars cannot be followed any further: the last masks and tokens are void."""
-        return np.array([row in self._matchers and self._matchers[row].is_error() for row in rows], np.bool_)
+        return np.array([row in self._broken or self._in_error(row) for row in rows], np.bool_)
+
+    def _in_error(self, row: int) -> bool:
+        return row in self._matchers and self._matchers[row].is_error()
+
+    @contextmanager
+    def _alone(self, row: int) -> Iterator[None]:
+        """What is raised inside breaks this row."""
+        try:
+            yield
+        except BaseException:  # a panic of Rust's is not an Exception
+            logger.exception("a grammar cannot be followed")
+            self._matchers.pop(row, None)
+            self._broken.add(row)
 
     def _banned(self, row: int, length: int) -> NDArray[np.int64]:
         bans = [ban.token_ids for ban in self._bans.get(row, ()) if length < ban.length]
         return np.concatenate(bans) if bans else _array(())
 
-    def _allowed(self, matchers: Sequence[LLMatcher | None], banned: Sequence[NDArray[np.int64]]) -> NDArray[np.bool_]:
-        """[matchers, vocab]"""
+    def _allowed(
+        self, matchers: Sequence[tuple[int, LLMatcher | None]], banned: Sequence[NDArray[np.int64]]
+    ) -> NDArray[np.bool_]:
+        """[matchers, vocab], of these rows' matchers"""
         words = np.full((len(matchers), -(-self._vocab_size // WORD)), -1, np.int32)
-        jobs = [(matcher, place) for place, matcher in enumerate(matchers) if matcher is not None]
+        jobs = [(matcher, place) for place, (_, matcher) in enumerate(matchers) if matcher is not None]
         if jobs:
-            fill_next_token_bitmask_par(self._executor, jobs, words)
+            try:
+                fill_next_token_bitmask_par(self._executor, jobs, words)
+            except BaseException:  # which of them it was, they show one by one
+                for matcher, place in jobs:
+                    with self._alone(matchers[place][0]):
+                        fill_next_token_bitmask(matcher, words, place)
         bits = np.unpackbits(words.view(np.uint8), axis=1, count=self._vocab_size, bitorder="little")
         for place, tokens in enumerate(banned):
             _ban(bits[place], tokens)
         return bits.view(np.bool_)
+
+    def _known(self, tokens: Iterable[int]) -> NDArray[np.int64]:
+        """Those tokens that the model has: others are never sampled."""
+        ids = _array(tokens)
+        return ids[ids < self._vocab_size]
 
 
 def _ban(bits: NDArray[np.uint8], tokens: NDArray[np.int64]) -> None:

@@ -11,6 +11,7 @@ from llguidance.gbnf_to_lark import any_to_lark
 from loraplex_protos import shard_pb2 as pb
 from loraplex_protos.errors import FieldViolation, InvalidRequestError
 from loraplex_shard.json_schemas import close_objects
+from loraplex_shard.vocabulary import cut_tokenizer
 
 KEPT = 256  # compiled grammars
 
@@ -51,7 +52,8 @@ class GrammarCompiler:
     def _tokenizer(self) -> LLTokenizer:
         if not self._end_token_ids:
             raise ValueError("this model has no end token, with which an answer could end")
-        return LLTokenizer(self._tokenizer_json.decode(), self._vocab_size, list(self._end_token_ids))
+        known = cut_tokenizer(self._tokenizer_json, self._vocab_size)
+        return LLTokenizer(known, self._vocab_size, list(self._end_token_ids))
 
 
 def _to_llguidance(kind: pb.GrammarKind.ValueType, text: str) -> str:

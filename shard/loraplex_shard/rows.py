@@ -74,6 +74,7 @@ class Rows:
         self._biased = np.zeros(max_sequences, np.bool_)
         self._biases: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # of those: token ids and what is added
         self.detail = np.zeros(max_sequences, DETAIL)
+        self.void = np.zeros(max_sequences, np.bool_)  # started with a token that is not in the vocabulary
         self.forceable = np.zeros(max_sequences, np.bool_)  # whose grammars may add tokens that are not sampled
         # Tokens whose logprobs need not be reported any more: all but those that were forced on a row which asked for
         # logprobs and still follow positions that are to be computed.
@@ -87,20 +88,25 @@ class Rows:
         self._known[:] = 0
 
     def start(self, start: SequenceStart) -> None:
-        """Lets a sequence take over its row."""
+        """Lets a sequence take over its row. One with a token that the model does not have is void: it is computed as
+        if that were token 0, so that the plans with it fit, and what comes of it is to be dropped."""
         row, known = start.row, len(start.tokens)
         assert row < len(self._known), f"row {row} of {len(self._known)}"
         assert 0 < start.prompt_length <= known <= self._max_model_len, f"row {row}: {known} tokens"
         assert start.computed < known, f"row {row}: nothing left to compute"
         tokens = np.fromiter(start.tokens, np.int64, known)
-        assert (tokens < self._vocab_size).all(), f"row {row}: a token that is not in the vocabulary"
+        biased = _column(start.sampling.biased_tokens)
+        self.void[row] = (tokens >= self._vocab_size).any() or (biased >= self._vocab_size).any()
+        if self.void[row]:
+            tokens[tokens >= self._vocab_size] = biased[biased >= self._vocab_size] = 0
         self._tokens[row, :known] = self.on_device(tokens)
         self._known[row] = known
         self.prompt_lengths[row] = start.prompt_length
         self.sampling[row] = tuple(getattr(start.sampling, name) for name in PARAMETERS.names or ())
         self._biased[row] = bool(start.sampling.biases)
         if self._biased[row]:
-            self._biases[row] = self._read_bias(start)
+            values = torch.tensor(list(start.sampling.biases), device=self._device)
+            self._biases[row] = self.on_device(biased), values
         self.detail[row] = tuple(getattr(start, name) for name in DETAIL.names or ())
         assert 0 <= start.unscored <= known - start.prompt_length, f"row {row}: unscored prompt tokens"
         self.forceable[row] = start.HasField("grammar")
@@ -193,11 +199,6 @@ class Rows:
     def on_device(self, values: Ints) -> torch.Tensor:
         """A column as a tensor where the model is."""
         return torch.from_numpy(values).to(self._device)
-
-    def _read_bias(self, start: SequenceStart) -> tuple[torch.Tensor, torch.Tensor]:
-        tokens = _column(start.sampling.biased_tokens)
-        assert (tokens < self._vocab_size).all(), f"row {start.row}: a bias of a token that is not in the vocabulary"
-        return self.on_device(tokens), torch.tensor(list(start.sampling.biases), device=self._device)
 
     def _append_blocks(self, rows: Ints, counts: Ints, blocks: Ints) -> None:
         assert counts.sum() == len(blocks) and (blocks < self._num_blocks).all(), "blocks out of range"

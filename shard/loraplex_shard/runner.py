@@ -14,6 +14,7 @@ from torch import Tensor
 from loraplex_protos.shard_pb2 import (
     FAILURE_REASON_GRAMMAR,
     FAILURE_REASON_NOT_FINITE,
+    FAILURE_REASON_UNKNOWN_TOKEN,
     Sampling,
     SequenceStart,
     StepRequest,
@@ -23,6 +24,7 @@ from loraplex_shard import sampler
 from loraplex_shard.batch import Segment
 from loraplex_shard.cache import KVCache
 from loraplex_shard.constraints import Constraints, Masks
+from loraplex_shard.failures import Failures
 from loraplex_shard.grammars import GrammarCompiler
 from loraplex_shard.lora.store import AdapterStore
 from loraplex_shard.models import Decoder
@@ -73,8 +75,9 @@ class Runner:
     def step(self, plan: StepRequest) -> StepResponse:
         """Runs one plan. On ranks other than 0 the result holds no more than the step's number.
 
-        A sequence whose logits are not finite, or whose grammar cannot be followed, fails alone. A plan that does not
-        fit the rows is an AssertionError: the router's mistake, after which the rows are not to be trusted.
+        A sequence with a token that the model does not have, whose logits are not finite, or whose grammar cannot be
+        followed, fails alone. A plan that does not fit the rows is an AssertionError: the router's mistake, after which
+        the rows are not to be trusted.
         """
         for start in plan.starts:
             self._rows.start(start)
@@ -86,10 +89,13 @@ class Runner:
             segments = self._segments(chunks)
             masks = self._begin_masks(chunks)
             hidden = self._decoder(self._rows.batch(chunks, segments), self._cache)
-            self._report_prompt(chunks, hidden, segments, response)
-            self._report_tokens(chunks, hidden, segments, masks, response)
+            failures = Failures(len(chunks))
+            failures.add(np.flatnonzero(self._rows.void[chunks.rows]), FAILURE_REASON_UNKNOWN_TOKEN)
+            self._report_prompt(chunks, hidden, segments, failures, response)
+            self._report_tokens(chunks, hidden, segments, masks, failures, response)
             if self._group.rank == 0:
-                self._report_pooled(chunks, hidden, response)
+                self._report_pooled(chunks, hidden, failures, response)
+                failures.write(response)
         return response
 
     def warmup(self, max_batch_tokens: int) -> None:
@@ -145,7 +151,12 @@ class Runner:
         return self._decoder.logits(chosen_hidden, chosen)
 
     def _report_prompt(
-        self, chunks: Chunks, hidden: Tensor, segments: tuple[Segment, ...], response: StepResponse
+        self,
+        chunks: Chunks,
+        hidden: Tensor,
+        segments: tuple[Segment, ...],
+        failures: Failures,
+        response: StepResponse,
     ) -> None:
         """Adds the log probabilities of the prompt tokens that follow the chunks' positions, where asked for."""
         asked = self._rows.detail["prompt_logprobs"][chunks.rows]
@@ -155,13 +166,19 @@ class Runner:
         counts = np.where(asked, np.maximum(ends - chunks.begins, 0), 0)
         alternatives = self._rows.detail["prompt_top_logprobs"][chunks.rows]
         listed = (alternatives[counts > 0] > 0).any()
-        for places, logits, tokens in self._following(chunks, hidden, segments, chunks.begins + 1, counts):
+        for places, logits, tokens in self._following(chunks, hidden, segments, chunks.begins + 1, counts, failures):
             add_prompt(response, tokens, logits, alternatives[places] if listed else None)
         if self._group.rank == 0:
             response.prompt_logprob_counts.extend(counts.tolist())
 
     def _following(
-        self, chunks: Chunks, hidden: Tensor, segments: tuple[Segment, ...], firsts: Ints, counts: Ints
+        self,
+        chunks: Chunks,
+        hidden: Tensor,
+        segments: tuple[Segment, ...],
+        firsts: Ints,
+        counts: Ints,
+        failures: Failures,
     ) -> Iterator[tuple[Ints, Tensor, Tensor]]:
         """For counts[i] known tokens, from position firsts[i] of chunk i's sequence on, slice by slice: the places of
         their chunks [n], the logits [n, vocab] before them, and the tokens [n]. Nothing on ranks other than 0."""
@@ -171,7 +188,8 @@ class Runner:
             part = slice(first, first + LOGITS_SLICE)
             computed = self._logits(hidden, segments, tokens[part])
             if computed is not None:
-                logits, _ = computed
+                logits, finite = computed
+                failures.add(places[part][~finite.cpu().numpy()], FAILURE_REASON_NOT_FINITE)
                 yield places[part], logits, self._rows.tokens_at(chunks.rows[places[part]], positions[part])
 
     def _report_tokens(
@@ -180,6 +198,7 @@ class Runner:
         hidden: Tensor,
         segments: tuple[Segment, ...],
         masks: Masks | None,
+        failures: Failures,
         response: StepResponse,
     ) -> None:
         """Samples after the chunks that ask for it, tells all ranks' rows, and adds to the response the tokens that can
@@ -187,11 +206,11 @@ class Runner:
         parts = [
             describe(places, tokens, logits, self._rows.detail[chunks.rows[places]])
             for places, logits, tokens in self._following(
-                chunks, hidden, segments, chunks.score_begins, chunks.score_ends - chunks.score_begins
+                chunks, hidden, segments, chunks.score_begins, chunks.score_ends - chunks.score_begins, failures
             )
         ]
         if chunks.samples.any():
-            parts += self._sample(chunks, hidden, segments, masks, response)
+            parts += self._sample(chunks, hidden, segments, masks, failures, response)
         if self._group.rank == 0:
             add_tokens(response, len(chunks), parts)
 
@@ -201,9 +220,10 @@ class Runner:
         hidden: Tensor,
         segments: tuple[Segment, ...],
         masks: Masks | None,
+        failures: Failures,
         response: StepResponse,
     ) -> list[Tokens]:
-        """What was sampled and, where it is reported at once, forced; adds the failures to the response."""
+        """What was sampled and, where it is reported at once, forced."""
         places = np.flatnonzero(chunks.samples)
         rows, lengths = chunks.rows[places], chunks.ends[places]
         computed = self._logits(hidden, segments, chunks.starts[1:][places] - 1)
@@ -221,12 +241,11 @@ class Runner:
         forced = self._force(rows)
         if computed is None:
             return []
-        failures = np.where(self._constraints.failed(rows.tolist()), FAILURE_REASON_GRAMMAR, 0)
-        failures[~finite.cpu().numpy()] = FAILURE_REASON_NOT_FINITE
-        response.failed_chunks.extend(places[failures != 0].tolist())
-        response.failure_reasons.extend(failures[failures != 0].tolist())
-        if failures.any():
-            good = np.flatnonzero(failures == 0)
+        failures.add(places[~finite.cpu().numpy()], FAILURE_REASON_NOT_FINITE)
+        failures.add(places[self._constraints.failed(rows.tolist())], FAILURE_REASON_GRAMMAR)
+        spared = failures.spare(places)
+        if not spared.all():
+            good = np.flatnonzero(spared)
             index = self._rows.on_device(good)
             places, forced, tokens, logits = places[good], forced[good], tokens[index], logits[index]
         sampled = describe(places, tokens, logits, self._rows.detail[chunks.rows[places]])
@@ -262,7 +281,7 @@ class Runner:
             response.announced_tokens.extend(forced[later].tolist())
         return [Tokens(np.repeat(places, now.sum(1)), forced[now])] if now.any() else []
 
-    def _report_pooled(self, chunks: Chunks, hidden: Tensor, response: StepResponse) -> None:
+    def _report_pooled(self, chunks: Chunks, hidden: Tensor, failures: Failures, response: StepResponse) -> None:
         """Adds the vectors of the sequences that are pooled and whose last token was computed."""
         for place in np.flatnonzero(self._rows.detail["pool"][chunks.rows]).tolist():
             row, begin, end = (int(column[place]) for column in (chunks.rows, chunks.begins, chunks.ends))
@@ -273,5 +292,4 @@ class Runner:
                     response.pooled_chunks.append(place)
                     response.pooled.extend(vector.tolist())
                 else:
-                    response.failed_chunks.append(place)
-                    response.failure_reasons.append(FAILURE_REASON_NOT_FINITE)
+                    failures.add(np.array([place]), FAILURE_REASON_NOT_FINITE)

@@ -35,6 +35,7 @@ from loraplex_shard.service import ShardService
 from loraplex_shard.settings import SettingsError, ShardSettings
 from loraplex_shard.steps import StepThread
 from loraplex_shard.telemetry import Telemetry, open_telemetry
+from loraplex_shard.vocabulary import keep_known
 
 if TYPE_CHECKING:
     from loraplex_shard.lora.s3 import S3Source
@@ -160,7 +161,8 @@ def _load(
         host_bytes=adapter_host_bytes * 3 // 2,  # the router has others leave once it knows how large one is
     )
     tokenizer = checkpoint.tokenizer()
-    grammars = GrammarCompiler(tokenizer.tokenizer_json, decoder.vocab_size, checkpoint.end_token_ids)
+    end_token_ids = keep_known(checkpoint.end_token_ids, decoder.vocab_size)
+    grammars = GrammarCompiler(tokenizer.tokenizer_json, decoder.vocab_size, end_token_ids)
     info = GetInfoResponse(
         model_id=checkpoint.model_id,
         architecture=checkpoint.architecture,
@@ -172,7 +174,7 @@ def _load(
         block_size=machine.BLOCK_SIZE,
         num_blocks=num_blocks,
         max_sequences=settings.max_sequences,
-        end_token_ids=checkpoint.end_token_ids,
+        end_token_ids=end_token_ids,
         protocol_version=PROTOCOL_VERSION,
         adapter_host_bytes=adapter_host_bytes,
     )

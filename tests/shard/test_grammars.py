@@ -27,6 +27,7 @@ from loraplex_shard.lora.store import AdapterStore
 from loraplex_shard.models import Decoder
 from loraplex_shard.parallel import Group
 from loraplex_shard.runner import Runner
+from loraplex_shard.vocabulary import keep_known
 from tests.e2e.tiny import byte_tokenizer, save_model
 from tests.random_schemas import random_document_schema
 from tests.shard.decoders import load
@@ -85,6 +86,41 @@ def test_a_model_without_end_token_or_with_a_tokenizer_of_another_kind_takes_no_
         GrammarCompiler(TOKENIZER_JSON, VOCAB, ()).matcher(DATE)
     with pytest.raises(InvalidRequestError, match="cannot be compiled"):
         GrammarCompiler(b"{}", VOCAB, (END,)).matcher(DATE)
+
+
+@pytest.mark.parametrize("rows", [VOCAB - 2, VOCAB, VOCAB + 7])
+def test_a_match_holds_tokens_with_an_embedding_only_whatever_the_tokenizer_knows(rows: int) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["[PAD]", "yes"])  # the grammar could force either
+    end = END if rows > END else 0
+    compiler = GrammarCompiler(tokenizer.backend_tokenizer.to_str().encode(), rows, (end,))
+    constraints = Constraints(compiler, rows)
+    grammar = Grammar(kind=GRAMMAR_KIND_LARK, text='start: "[PAD]" /[yno]es/')
+    constraints.start(SequenceStart(row=0, tokens=[0], prompt_length=1, grammar=grammar))
+    tokens: list[int] = []
+    while (token := one_of_allowed(constraints, len(tokens), rows)) != end:
+        tokens += [token, *constraints.force(0, 9, end=False)]
+        assert max(tokens) < rows
+    assert re.fullmatch(r"\[PAD\][yno]es", tokenizer.decode(tokens))
+
+
+def one_of_allowed(constraints: Constraints, length: int, rows: int) -> int:
+    masks = constraints.begin([0], [1 + length])
+    assert masks is not None
+    token = int(masks.apply(torch.arange(float(rows))[None]).argmax())  # the last
+    constraints.accept([0], [token])
+    assert not constraints.failed([0]).any()
+    return token
+
+
+def test_end_tokens_that_the_model_lacks_end_nothing() -> None:
+    assert keep_known((-1, 3, 2, 300), 300) == (3, 2)
+    constraints = Constraints(GrammarCompiler(TOKENIZER_JSON, VOCAB, (END,)), VOCAB)
+    banned = [VOCAB, END, 2**32 - 1]
+    constraints.start(SequenceStart(row=0, tokens=[0], prompt_length=1, min_new_tokens=3, end_token_ids=banned))
+    masks = constraints.begin([0], [1])
+    assert masks is not None
+    assert np.flatnonzero(masks.apply(torch.zeros(1, VOCAB))[0].isneginf()).tolist() == [END]
 
 
 def constrained(compiler: GrammarCompiler, grammar: Grammar, **more: object) -> Constraints:

@@ -1,0 +1,42 @@
+"""Where the tokenizer and the embedding differ in size. Somebody adds a token to the tokenizer alone; or the embedding
+has rows to spare, which no token needs."""
+
+import json
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+
+def keep_known(end_token_ids: Iterable[int], rows: int) -> tuple[int, ...]:
+    """The end tokens that a model with so many embeddings can sample; what it cannot sample is said in the log."""
+    ids = tuple(end_token_ids)
+    if unknown := [token for token in ids if not 0 <= token < rows]:
+        logger.warning("end tokens %s end nothing: the model has embeddings for tokens 0 to %d", unknown, rows - 1)
+    return tuple(token for token in ids if 0 <= token < rows)
+
+
+def cut_tokenizer(tokenizer_json: bytes, rows: int) -> str:
+    """The tokenizer.json without the tokens from `rows` on, so that what matches a grammar is spelled without them."""
+    text = tokenizer_json.decode()
+    tokenizer = json.loads(text)
+    added, model = tokenizer.get("added_tokens") or [], tokenizer.get("model") or {}
+    vocabulary = model.get("vocab") or {}
+    size = len(vocabulary) if isinstance(vocabulary, list) else max(vocabulary.values(), default=-1) + 1
+    if all(token["id"] < rows for token in added) and size <= rows:
+        return text
+    tokenizer["added_tokens"] = [token for token in added if token["id"] < rows]
+    if isinstance(vocabulary, list):  # Unigram's: a token's id is its place
+        model["vocab"] = vocabulary[:rows]
+    else:
+        model["vocab"] = {token: number for token, number in vocabulary.items() if number < rows}
+        if model.get("merges"):
+            model["merges"] = [merge for merge in model["merges"] if _merged(model, merge) in model["vocab"]]
+    return json.dumps(tokenizer)
+
+
+def _merged(model: dict[str, Any], merge: str | list[str]) -> str:
+    """What BPE makes of the two tokens."""
+    left, right = merge.split(" ") if isinstance(merge, str) else merge
+    return left + right.removeprefix(model.get("continuing_subword_prefix") or "")
