@@ -1,8 +1,12 @@
+import json
+import os
 import signal
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
+import pytest
 from typer.testing import CliRunner, Result
 
 from loraplex import AdapterNotFoundError, FieldViolation, GenerationError, InvalidRequestError
@@ -11,8 +15,8 @@ from loraplex_protos import generation_pb2 as pb
 from tests.client.scripted import ENDLESS, ScriptedServicer
 
 
-def run(*arguments: str, server: str, input: str | None = None) -> Result:
-    variables = {"LORAPLEX_SERVER": server, "COLUMNS": "200", "HF_TOKEN": ""}
+def run(*arguments: str, server: str, input: str | None = None, columns: str = "200") -> Result:
+    variables = {"LORAPLEX_SERVER": server, "COLUMNS": columns, "HF_TOKEN": ""}
     return CliRunner().invoke(app, arguments, input=input, env=variables)
 
 
@@ -120,6 +124,24 @@ def test_chat_keeps_the_history_until_reset(address: str, servicer: ScriptedServ
     assert first.adapter.id == "sql"
 
 
+def test_a_chat_changes_its_adapter_and_its_system_message(address: str, servicer: ScriptedServicer) -> None:
+    lines = "/adapter sql\nHi\n/system Be brief\nHi\n/adapter\n//etc is a folder?\n/quit\nnever read\n"
+    result = run("chat", "-m", "1", input=lines, server=address)
+    assert "/help" in result.stderr.splitlines()[0]
+    assert "with sql\nwith the base model\n" in result.stderr
+    first, second, third = generations(servicer)
+    assert [request.adapter.id for request in (first, second, third)] == ["sql", "sql", ""]
+    assert roles_and_texts(first) == [("user", "Hi")]
+    assert roles_and_texts(second) == [("system", "Be brief"), ("user", "Hi")]
+    assert roles_and_texts(third)[-1] == ("user", "/etc is a folder?")
+
+
+def test_a_chat_explains_itself_and_says_what_it_does_not_know(address: str, servicer: ScriptedServicer) -> None:
+    result = run("chat", input="/help\n/adpater sql\n", server=address)
+    assert "/adapter NAME" in result.stderr and "There is no /adpater; /help shows what there is." in result.stderr
+    assert generations(servicer) == []
+
+
 def test_chat_ends_with_its_input(address: str) -> None:
     assert run("chat", input="Hi\n", server=address).exit_code == 0
 
@@ -181,6 +203,57 @@ def test_adapters_load_and_unload_pass_on_where_it_is(address: str, servicer: Sc
         pb.UnpinAdapterRequest(digest="d1"),
         pb.UnloadAdapterRequest(digest="d1", wait=True),
     ]
+
+
+LONG = "org/" + "an-adapter-with-a-long-name" * 3
+
+
+@pytest.mark.parametrize("columns", ["40", "60", "80", "200"])
+def test_names_are_never_cut(address: str, servicer: ScriptedServicer, columns: str) -> None:
+    servicer.adapters[0].id = LONG
+    servicer.adapters[1].id = "größe"
+    shown = run("adapters", "list", server=address, columns=columns).stdout
+    assert LONG in shown and "größe" in shown and "…" not in shown
+    assert all(len(line) <= int(columns) or LONG in line for line in shown.splitlines())
+
+
+def command(*arguments: str, **variables: str) -> subprocess.CompletedProcess[bytes]:
+    environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LC_ALL", "LANG")}
+    whole = [sys.executable, "-m", "loraplex.cli.main", *arguments]
+    return subprocess.run(whole, capture_output=True, env=environment | variables, timeout=60, check=False)
+
+
+def test_through_a_pipe_each_adapter_has_one_line(address: str, servicer: ScriptedServicer) -> None:
+    servicer.adapters[0].id = LONG
+    result = command("adapters", "list", "--digests", "--server", address)
+    assert len(result.stdout.splitlines()) == 1 + len(servicer.adapters)
+    assert LONG.encode() in result.stdout
+
+
+@pytest.mark.parametrize("terminal", [{"TERM": "dumb"}, {"NO_COLOR": "1"}, {"FORCE_COLOR": "1"}])
+def test_listings_have_no_colours(address: str, terminal: dict[str, str]) -> None:
+    assert b"\x1b" not in command("adapters", "list", "--server", address, **terminal).stdout
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_text_that_the_terminal_lacks_is_no_error(address: str, servicer: ScriptedServicer, encoding: str) -> None:
+    servicer.adapters[0].id = "größe"
+    servicer.words = ["日"]
+    narrow = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": encoding}
+    assert command("adapters", "list", "--server", address, **narrow).returncode == 0
+    answered = command("generate", "Hi", "-m", "1", "--server", address, **narrow)
+    assert answered.returncode == 0, answered.stderr
+    assert answered.stdout == {"ascii": "日\n".encode(), "latin-1": b"\\u65e5\n"}[encoding]  # typer takes C for UTF-8
+
+
+def test_programs_read_json(address: str) -> None:
+    sql, poet = json.loads(run("adapters", "list", "--json", server=address).stdout)
+    assert (sql["id"], sql["tier"], poet["state"], poet["digest"]) == ("sql", "disk", "loaded", "d1" * 32)
+    assert json.loads(run("info", "--json", server=address).stdout)["max_model_len"] == 64
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    assert run("--version", server="").stdout == f"loraplex {version('loraplex')}\n"
 
 
 def test_info_shows_the_model(address: str) -> None:

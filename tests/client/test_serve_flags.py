@@ -1,11 +1,14 @@
 """What `loraplex serve` tells the ranks that it starts."""
 
 import pytest
-from pydantic import ValidationError
+import typer
+from pydantic import BaseModel, ValidationError
 
 from loraplex.cli.flags import parse
+from loraplex.cli.flags_help import SUBJECTS, describe
 from loraplex.cli.ranks import shard_flags
 from loraplex.cli.supervisor import ServeSettings
+from loraplex_router.settings import RouterSettings
 from loraplex_shard.settings import ModelSettings, ShardSettings
 
 
@@ -32,3 +35,27 @@ def test_ranks_have_their_metrics_on_ports_that_follow_each_other():
 def test_a_port_with_too_few_above_it_is_refused():
     with pytest.raises(ValidationError, match="metrics_port: above 65534 there are no ports for 3 ranks"):
         ServeSettings(tp=3, metrics_port=65534)
+
+
+@pytest.mark.parametrize("columns", [40, 60, 80, 200])
+@pytest.mark.parametrize("kind", [ServeSettings, RouterSettings, ShardSettings])
+def test_the_help_has_every_flag_whole_and_fits(kind: type[BaseModel], columns: int):
+    text = describe(kind, "serve", "Serves.", "", columns)
+    for name in kind.model_fields:
+        assert f"  --{name.replace('_', '-')}" in text
+    words = [line for line in text.splitlines() if len(line) > columns]
+    assert all(len(line.split()) <= 4 and line.lstrip().startswith("--") for line in words)
+
+
+def test_the_help_is_by_subject(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(typer.Exit):
+        parse(ServeSettings, ["--help"], "serve", "Serves.", positional="model")
+    shown = capsys.readouterr().out
+    assert "Usage: loraplex serve [MODEL] [OPTIONS]" in shown
+    places = [shown.index(f"\n{subject}:\n") for subject in SUBJECTS]
+    assert places == sorted(places)
+
+
+def test_each_setting_of_a_subject_exists():
+    known = {name for kind in (ServeSettings, RouterSettings, ShardSettings) for name in kind.model_fields}
+    assert {name for names in SUBJECTS.values() for name in names} <= known

@@ -1,7 +1,6 @@
 """`loraplex top`: the numbers of a frame follow from two scrapes."""
 
 import pytest
-from rich.console import Console
 
 from loraplex.cli.samples import Change, Samples
 from loraplex.cli.top import frame
@@ -40,23 +39,35 @@ loraplex_queue_wait_seconds_count{adapter="sql"} 4.0
 """
 
 
-def shown(before: str, now: str, seconds: float = 2.0) -> str:
-    console = Console(width=160)
-    with console.capture() as capture:
-        console.print(frame(Change(Samples(0.0, before), Samples(seconds, now))))
-    return capture.get()
+def shown(before: str, now: str, columns: int = 200, seconds: float = 2.0) -> str:
+    return frame(Change(Samples(0.0, before), Samples(seconds, now)), columns)
 
 
 def test_a_frame_shows_queues_rates_and_means():
     text = shown(BEFORE, NOW)
     assert "org/model" in text
-    assert "running 3   waiting 2   requests/s 3.0   not finished/s 1.0" in text
-    assert "tokens/s 100.0   first token 200.0 ms   between tokens -" in text
+    assert "running 3   waiting 2   requests/s 3.0   not finished/s 1.0   tokens/s 100.0   first token 200.0 ms" in text
     group = next(line.split() for line in text.splitlines() if line.startswith("0 "))
     assert group[1:3] == ["3", "2"] and "25%" in group
     assert group[-7:] == ["9", "25.0", "20.0", "ms", "8.0", "3.0", "-"] and "4/64" in group
     adapter = next(line.split() for line in text.splitlines() if line.startswith("sql"))
     assert adapter == ["sql", "3", "0", "3.0", "0.0", "40.0", "25.0", "ms"]
+
+
+@pytest.mark.parametrize("columns", [40, 60, 80, 200])
+def test_a_frame_fits_and_cuts_nothing(columns: int):
+    name = "unix:/tmp/loraplex-1234/rank0.sock"
+    text = shown(BEFORE, NOW.replace('group="0"', f'group="{name}"'), columns)
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= columns and "…" not in text
+    assert any(line.startswith(name) for line in lines)
+    for pair in ("running 3", "first token 200.0 ms", "KV cache ██████▒▒▒▒▒▒░░░░░░░░░░░░ 25%", "step 20.0 ms"):
+        assert columns == 200 or any(pair in line for line in lines)
+
+
+def test_a_bar_is_ascii_where_the_terminal_knows_no_more():
+    change = Change(Samples(0.0, BEFORE), Samples(2.0, NOW))
+    assert "######======............ 25%" in frame(change, 80, ascii_only=True)
 
 
 def test_an_adapters_name_is_shown_as_it_is():

@@ -1,18 +1,21 @@
 """`loraplex adapters`: what the server has, loaded ahead of its use, kept on the device, or unloaded."""
 
 import time
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.filesize import decimal
 from rich.markup import escape
-from rich.table import Table
 
 from loraplex import Adapter, AdapterState
-from loraplex.cli.connection import DEFAULT_SERVER, ApiKey, Server, connected
+from loraplex.cli.connection import DEFAULT_SERVER, ApiKey, Json, Server, connected
+from loraplex.cli.output import as_json, listing, width
 
-app = typer.Typer(no_args_is_help=True, help="List, load, pin and unload adapters.")
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="List, load, pin and unload adapters.")
+HEADINGS = "adapter", "source", "revision", "tier", "lora_rank", "size", "requests", "used", "digest"
+NUMBERS = frozenset({"lora_rank", "size", "requests", "used"})
 
 Id = Annotated[
     str,
@@ -36,34 +39,35 @@ Token = Annotated[
 @app.command("list")
 def list_adapters(
     digests: Annotated[bool, typer.Option("--digests", help="Show digests whole.")] = False,
+    json: Json = False,
     server: Server = DEFAULT_SERVER,
     api_key: ApiKey = None,
 ) -> None:
-    """Show the adapters that are loaded, and those in the server's adapter directory."""
+    """Show what is loaded, and what is in the adapter directory."""
     with connected(server, api_key) as client:
         adapters = client.adapters()
-    if not adapters:
+    if json:
+        typer.echo(as_json([asdict(adapter) for adapter in adapters]))
+    elif not adapters:
         typer.echo("No adapters. Start the server with --adapters DIR, or load one from the hub.")
-        return
-    table = Table("adapter", "source", "revision", "tier", box=None, header_style="bold")
-    for heading in ("lora_rank", "size", "requests", "used"):
-        table.add_column(heading, justify="right")
-    table.add_column("digest")
-    table.add_column("remarks")
-    for adapter in adapters:
-        table.add_row(
-            escape(adapter.id),
-            adapter.source,
-            escape(adapter.revision[:12]),
-            _place(adapter),
-            str(adapter.lora_rank or ""),
-            decimal(adapter.size_bytes) if adapter.size_bytes else "",
-            str(adapter.requests),
-            _ago(adapter.last_used),
-            adapter.digest if digests else adapter.digest[:12],
-            escape("; ".join(filter(None, (adapter.reason, *adapter.warnings)))),
-        )
-    Console().print(table)
+    else:
+        rows = [_row(adapter, digests) for adapter in adapters]
+        remarks = ["; ".join(filter(None, (adapter.reason, *adapter.warnings))) for adapter in adapters]
+        typer.echo("\n".join(listing(HEADINGS, rows, width(), NUMBERS, remarks)))
+
+
+def _row(adapter: Adapter, digests: bool) -> tuple[str, ...]:
+    return (
+        adapter.id,
+        adapter.source,
+        adapter.revision[:12],
+        _place(adapter),
+        str(adapter.lora_rank or ""),
+        decimal(adapter.size_bytes) if adapter.size_bytes else "",
+        str(adapter.requests),
+        _ago(adapter.last_used),
+        adapter.digest if digests else adapter.digest[:12],
+    )
 
 
 def _place(adapter: Adapter) -> str:
@@ -97,7 +101,7 @@ def load_adapter(
     server: Server = DEFAULT_SERVER,
     api_key: ApiKey = None,
 ) -> None:
-    """Fetch and check an adapter before its first request needs it; if it is loaded already, read it again."""
+    """Fetch and check an adapter ahead of its first request. One that is loaded already is read again."""
     with connected(server, api_key) as client, Console(stderr=True).status(f"Loading {escape(id)}"):
         adapter = client.load_adapter(id, source=source, revision=revision, token=token)
     typer.echo(f"Loaded {adapter.id}: lora_rank {adapter.lora_rank}, {decimal(adapter.size_bytes)}, {adapter.digest}")
@@ -131,7 +135,7 @@ def pin_adapter(
     server: Server = DEFAULT_SERVER,
     api_key: ApiKey = None,
 ) -> None:
-    """Bring an adapter to the device, where it stays until it is unpinned or unloaded."""
+    """Keep an adapter on the device until it is unpinned or unloaded."""
     with connected(server, api_key) as client, Console(stderr=True).status(f"Loading {escape(id or digest)}"):
         adapter = client.pin_adapter(id, source=source, revision=revision, token=token, digest=digest)
     typer.echo(f"Pinned {adapter.id}")

@@ -9,6 +9,13 @@ from loraplex.cli.connection import DEFAULT_SERVER, ApiKey, Server, connected, s
 from loraplex.cli.sampling import Adapter, MaxNewTokens, Seed, System, Temperature, TopP
 from loraplex.types import Message
 
+COMMANDS = """/adapter NAME  answer with that adapter from now on; without NAME, with the base model
+/system TEXT   begin again with this system message; without TEXT, with the model's own
+/reset         forget the conversation
+/quit          end, as Ctrl-D does
+//TEXT         say /TEXT
+Ctrl-C stops an answer."""
+
 
 def chat(
     adapter: Adapter = None,
@@ -20,53 +27,81 @@ def chat(
     server: Server = DEFAULT_SERVER,
     api_key: ApiKey = None,
 ) -> None:
-    """Talk with the model. Ctrl-C stops an answer; /reset forgets the conversation; /exit or Ctrl-D ends it."""
-    opening: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+    """Talk with the model. /help shows what can be said to the chat itself."""
     options = GenerateOptions(
         adapter=adapter, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
     )
     with connected(server, api_key) as client:
-        info = client.info()
-        typer.echo(f"{info.model_id}{f' with {adapter}' if adapter else ''} at {server}. /reset, /exit", err=True)
-        converse(client, opening, options, server)
+        model = client.info().model_id
+        typer.echo(f"{model}{f' with {adapter}' if adapter else ''} at {server}. /help, /quit", err=True)
+        _Conversation(client, server, system, options).run()
 
 
-def converse(client: Client, opening: list[Message], options: GenerateOptions, server: str) -> None:
-    """Reads lines until the end. A request that fails is forgotten, the conversation goes on."""
-    with suppress(ImportError):  # absent on Windows
-        import readline  # noqa: F401  gives input() line editing and a history
+class _Conversation:
+    def __init__(self, client: Client, server: str, system: str | None, options: GenerateOptions) -> None:
+        self._client = client
+        self._server = server
+        self._options = options
+        self._messages: list[Message] = []
+        self._begin(system)
 
-    messages = list(opening)
-    while (line := read_line()) is not None:
-        if line == "/reset":
-            messages = list(opening)
-        elif line:
-            messages.append({"role": "user", "content": line})
+    def run(self) -> None:
+        """Reads lines until the end. A request that fails is forgotten, the conversation goes on."""
+        with suppress(ImportError):  # absent on Windows
+            import readline  # noqa: F401  gives input() line editing and a history
+
+        while (line := _read_line()) is not None:
+            if line.startswith("//"):
+                self._say(line[1:])
+            elif line.startswith("/"):
+                self._obey(*line.split(maxsplit=1))
+            elif line:
+                self._say(line)
+
+    def _begin(self, system: str | None) -> None:
+        self._opening: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+        self._messages = list(self._opening)
+
+    def _obey(self, command: str, argument: str = "") -> None:
+        match command:
+            case "/help":
+                typer.echo(COMMANDS, err=True)
+            case "/adapter":
+                self._options["adapter"] = argument or None
+                typer.echo(f"with {argument}" if argument else "with the base model", err=True)
+            case "/system":
+                self._begin(argument or None)
+            case "/reset":
+                self._messages = list(self._opening)
+            case _:
+                typer.echo(f"There is no {command}; /help shows what there is.", err=True)
+
+    def _say(self, text: str) -> None:
+        self._messages.append({"role": "user", "content": text})
+        try:
+            self._messages.append({"role": "assistant", "content": self._answer()})
+        except LoraplexError as error:
+            self._messages.pop()
+            show_error(error, self._server)
+
+    def _answer(self) -> str:
+        """Shows the answer as it comes. Ctrl-C ends it: what was shown by then is the answer."""
+        text = ""
+        with closing(self._client.stream(self._messages, **self._options)) as stream, suppress(KeyboardInterrupt):
             try:
-                messages.append({"role": "assistant", "content": answer(client, messages, options)})
-            except LoraplexError as error:
-                messages.pop()
-                show_error(error, server)
+                for piece in stream:
+                    typer.echo(piece.text, nl=False)
+                    text += piece.text
+            finally:
+                typer.echo()
+        return text
 
 
-def read_line() -> str | None:
+def _read_line() -> str | None:
     """None at the end of the conversation."""
     try:
         line = input("> ").strip()
     except (EOFError, KeyboardInterrupt):
         typer.echo()
         return None
-    return None if line == "/exit" else line
-
-
-def answer(client: Client, messages: list[Message], options: GenerateOptions) -> str:
-    """Shows the answer as it comes. Ctrl-C ends it: what was shown by then is the answer."""
-    text = ""
-    with closing(client.stream(messages, **options)) as stream, suppress(KeyboardInterrupt):
-        try:
-            for piece in stream:
-                typer.echo(piece.text, nl=False)
-                text += piece.text
-        finally:
-            typer.echo()
-    return text
+    return None if line in ("/quit", "/exit") else line

@@ -16,6 +16,7 @@ ApiKey = Annotated[
     str | None,
     typer.Option("--api-key", envvar="LORAPLEX_API_KEY", help="For a server that takes API keys."),
 ]
+Json = Annotated[bool, typer.Option("--json", help="For programs: everything, as JSON.")]
 DEFAULT_SERVER = "localhost:50051"
 
 

@@ -7,6 +7,9 @@ import typer
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from loraplex.cli.flags_help import describe
+from loraplex.cli.output import width
+
 Settings = TypeVar("Settings", bound=BaseModel)
 
 
@@ -16,6 +19,9 @@ def parse(kind: type[Settings], arguments: list[str], command: str, text: str, p
     `positional` names the field that is given without a flag, `text` is the command's help. Raises typer's usage
     errors, and typer.Exit after --help.
     """
+    if "--help" in arguments:
+        typer.echo(describe(kind, command, text, positional, width()))
+        raise typer.Exit()
 
     def collect(**values: Any) -> Settings:
         try:
@@ -23,10 +29,9 @@ def parse(kind: type[Settings], arguments: list[str], command: str, text: str, p
         except ValidationError as error:
             raise typer.BadParameter(_describe(error)) from error
 
-    collect.__doc__ = text
     parameters = [_parameter(name, field, name == positional) for name, field in kind.model_fields.items()]
     collect.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    app = typer.Typer(add_completion=False)
+    app = typer.Typer(add_completion=False, rich_markup_mode=None)
     app.command()(collect)
     parsed = typer.main.get_command(app).main(arguments, prog_name=f"loraplex {command}", standalone_mode=False)
     if not isinstance(parsed, kind):

@@ -2,18 +2,18 @@
 
 from dataclasses import asdict
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+import typer
 
-from loraplex.cli.connection import DEFAULT_SERVER, ApiKey, Server, connected
+from loraplex.cli.connection import DEFAULT_SERVER, ApiKey, Json, Server, connected
+from loraplex.cli.output import as_json
 
 
-def info(server: Server = DEFAULT_SERVER, api_key: ApiKey = None) -> None:
+def info(json: Json = False, server: Server = DEFAULT_SERVER, api_key: ApiKey = None) -> None:
     """Show the model that the server runs, and how."""
     with connected(server, api_key) as client:
-        model = client.info()
-    table = Table(box=None, show_header=False)
-    for name, value in asdict(model).items():
-        table.add_row(name, escape(str(value)))
-    Console().print(table)
+        model = asdict(client.info())
+    if json:
+        typer.echo(as_json(model))
+    else:
+        longest = max(map(len, model))
+        typer.echo("\n".join(f"{name:<{longest}}  {value}" for name, value in model.items()))

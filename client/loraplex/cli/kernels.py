@@ -7,7 +7,7 @@ import typer
 
 from loraplex_protos.errors import LoraplexError
 
-app = typer.Typer(help="The compiled CPU kernels.", no_args_is_help=True)
+app = typer.Typer(help="The compiled CPU kernels.", no_args_is_help=True, rich_markup_mode=None)
 
 
 @app.callback()

