@@ -37,3 +37,33 @@ def random_schema(random: Random, depth: int = 0) -> dict[str, object]:
                 "required": [name for name in names if random.random() < 0.6],
                 "additionalProperties": False,
             }
+
+
+def random_tool_schema(random: Random) -> dict[str, object]:
+    """An object's schema as programs write them for tools: it refers to its parts and to itself, by names that other
+    tools' schemas have as well for something else."""
+    home = random.choice(["$defs", "definitions"])
+    words, items = random.sample(["Item", "größe 1", "a/b", "List[Item]", "m~n"], 2)
+    pointer = {name: f"#/{home}/{name.replace('~', '~0').replace('/', '~1')}" for name in (words, items)}
+    parts = {
+        words: {"enum": random.sample(["red", "grün", "1", "名前", "/", "~"], 2)},
+        items: {"type": "array", "items": {"$ref": pointer[words]}, "maxItems": 2},
+    }
+    properties: dict[str, object] = {
+        "word": {"$ref": pointer[words]},
+        "again": {"anyOf": [{"$ref": "#/properties/word"}, {"type": "null"}]},
+        "items": {"$ref": pointer[items], "description": "with a sibling"},
+        "next": {"anyOf": [{"type": "null"}, {"$ref": "#"}]},
+        "other": random_schema(random, 2),
+    }
+    required = [name for name in properties if random.random() < 0.6]
+    definitions = (
+        {"definitions": parts, "$defs": {"tag": TAG}} if home == "definitions" else {"$defs": {"tag": TAG, **parts}}
+    )
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": required,
+        "additionalProperties": False,
+        **definitions,
+    }

@@ -1,7 +1,7 @@
 """What an answer must match, in the few forms that the shards compile. Knows nothing of how that is done."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Self
@@ -17,6 +17,9 @@ class GrammarKind(Enum):
     LARK = 3  # as llguidance reads it, or GBNF
 
 
+MAX_SCHEMAS = 128
+MAX_SCHEMAS_LENGTH = 262_144  # characters of all of a grammar's schemas
+
 # Characters. The compiler follows chains of rules recursively, and rules are short in Lark: what is allowed here stays
 # well within its stack.
 MAX_LENGTH = {GrammarKind.JSON_SCHEMA: 32_768, GrammarKind.REGEX: 32_768, GrammarKind.LARK: 8_192}
@@ -28,21 +31,62 @@ class Grammar:
 
     kind: GrammarKind
     text: str
+    schemas: tuple["EmbeddedSchema", ...] = ()  # what the text calls schema_0, schema_1, ...; it is the server's then
+    field: str = "grammar"  # of the request, from which it came
 
     @classmethod
-    def json_schema(cls, schema: str | Mapping[str, Any]) -> Self:
+    def json_schema(cls, schema: str | Mapping[str, Any], field: str = "grammar") -> Self:
         """What a JSON schema describes, given as its text or as an object."""
-        text = schema if isinstance(schema, str) else json.dumps(schema, ensure_ascii=False)
-        return cls(GrammarKind.JSON_SCHEMA, text)
+        return cls(GrammarKind.JSON_SCHEMA, _text(schema), field=field)
 
     @classmethod
-    def json_object(cls) -> Self:
+    def json_object(cls, field: str = "grammar") -> Self:
         """Any JSON object."""
-        return cls(GrammarKind.JSON_SCHEMA, '{"type": "object"}')
+        return cls(GrammarKind.JSON_SCHEMA, '{"type": "object"}', field=field)
 
     @classmethod
-    def choice(cls, texts: Sequence[str]) -> Self:
+    def choice(cls, texts: Sequence[str], field: str = "grammar.choice") -> Self:
         """One of these texts. Raises InvalidRequestError if there are none."""
         if not texts:
-            raise InvalidRequestError(FieldViolation("grammar.choice", "give at least one text"))
-        return cls(GrammarKind.LARK, "start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in texts))
+            raise InvalidRequestError(FieldViolation(field, "give at least one text"))
+        alternatives = " | ".join(json.dumps(text, ensure_ascii=False) for text in texts)
+        return cls(GrammarKind.LARK, f"start: {alternatives}", field=field)
+
+    def check(self) -> Iterator[FieldViolation]:
+        """What is too long. Whether it can be compiled, the shards say."""
+        if not self.schemas:
+            right = 0 < len(self.text) <= MAX_LENGTH[self.kind]
+            yield from (
+                () if right else [FieldViolation(self.field, f"must have 1 to {MAX_LENGTH[self.kind]} characters")]
+            )
+            return
+        most = MAX_LENGTH[GrammarKind.JSON_SCHEMA]
+        for schema in self.schemas:
+            if len(schema.text) > most:
+                yield FieldViolation(schema.field, f"{schema.owner}must have at most {most} characters")
+        if len(self.schemas) > MAX_SCHEMAS or sum(len(schema.text) for schema in self.schemas) > MAX_SCHEMAS_LENGTH:
+            limits = f"{MAX_SCHEMAS} schemas of {MAX_SCHEMAS_LENGTH} characters together"
+            yield FieldViolation(self.field, f"can follow at most {limits}")
+
+    def refusal(self, error: InvalidRequestError) -> InvalidRequestError:
+        """What the compiler found wrong with it, by the names that the request has for the parts."""
+        places = {f"grammar.schemas[{place}]": schema for place, schema in enumerate(self.schemas)}
+        found = list[FieldViolation]()
+        for violation in error.violations:
+            schema = places.get(violation.field)
+            field, owner = (schema.field, schema.owner) if schema else (self.field, "")
+            found.append(FieldViolation(field, owner + violation.description))
+        return InvalidRequestError(*found)
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddedSchema:
+    """A JSON schema in a grammar. Its references start at its own root."""
+
+    text: str
+    field: str  # of the request, from which it came
+    owner: str = ""  # whose it is, for errors: precedes what is wrong with it
+
+
+def _text(schema: str | Mapping[str, Any]) -> str:
+    return schema if isinstance(schema, str) else json.dumps(schema, ensure_ascii=False)

@@ -2,13 +2,13 @@
 
 import re
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import TypeAlias
 
 from loraplex_protos.errors import FieldViolation, InvalidRequestError
-from loraplex_router.grammar import MAX_LENGTH, Grammar
+from loraplex_router.grammar import Grammar
 from loraplex_router.sequence import Detail, Sampling
 from loraplex_router.text.chat import FIELD, Chat
 
@@ -123,6 +123,9 @@ class Violations:
         if not right:
             self._found.append(FieldViolation(name, description))
 
+    def add(self, violations: Iterable[FieldViolation]) -> None:
+        self._found += violations
+
     def raise_any(self, kind: type[InvalidRequestError] = InvalidRequestError) -> None:
         """Raises InvalidRequestError, or this kind of it, if anything was wrong."""
         if self._found:
@@ -145,7 +148,8 @@ def check_request(request: Request, vocab_size: int) -> None:
     _check_sampling(request.sampling, found)
     _check_bias(request.sampling.logit_bias or (), vocab_size, found)
     _check_stopping(request, vocab_size, found)
-    _check_grammar(request, found)
+    if request.grammar is not None:
+        found.add(request.grammar.check())
     for name in ("top_logprobs", "prompt_top_logprobs"):
         right = getattr(request.detail, name) <= MAX_TOP_LOGPROBS
         found.check(right, f"detail.{name}", f"must be at most {MAX_TOP_LOGPROBS}")
@@ -270,10 +274,3 @@ def _check_stopping(request: Request, vocab_size: int, found: Violations) -> Non
     found.check(len(tokens) <= MAX_STOP_TOKENS, "stopping.stop_token_ids", f"at most {MAX_STOP_TOKENS} ids")
     known = all(0 <= token < vocab_size for token in tokens)
     found.check(known, "stopping.stop_token_ids", f"every id must be below {vocab_size}")
-
-
-def _check_grammar(request: Request, found: Violations) -> None:
-    """Whether it can be compiled, the shards say."""
-    if request.grammar is not None:
-        most = MAX_LENGTH[request.grammar.kind]
-        found.check(0 < len(request.grammar.text) <= most, "grammar", f"must have 1 to {most} characters")

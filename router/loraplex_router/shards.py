@@ -15,7 +15,7 @@ from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from loraplex_protos import shard_pb2 as pb
-from loraplex_protos.errors import AdapterSourceError, UnavailableError, from_rpc_error
+from loraplex_protos.errors import AdapterSourceError, InvalidRequestError, UnavailableError, from_rpc_error
 from loraplex_protos.protocol import PROTOCOL_VERSION
 from loraplex_protos.shard_pb2_grpc import ShardServiceStub
 from loraplex_router.discovery import Address
@@ -238,7 +238,10 @@ class ShardGroup:
 
     async def compile_grammar(self, grammar: Grammar) -> None:
         """Only rank 0 samples, so it alone needs grammars. Raises InvalidRequestError with the reason."""
-        await _typed(self._ranks[0].CompileGrammar(pb.CompileGrammarRequest(grammar=_encode_grammar(grammar))))
+        try:
+            await _typed(self._ranks[0].CompileGrammar(pb.CompileGrammarRequest(grammar=_encode_grammar(grammar))))
+        except InvalidRequestError as error:
+            raise grammar.refusal(error) from error
 
     async def close(self) -> None:
         for stream in self._streams:
@@ -290,7 +293,8 @@ def _encode_sampling(sampling: Sampling) -> pb.Sampling:
 
 
 def _encode_grammar(grammar: Grammar) -> pb.Grammar:
-    return pb.Grammar(kind=pb.GrammarKind.ValueType(grammar.kind.value), text=grammar.text)
+    schemas = [schema.text for schema in grammar.schemas]
+    return pb.Grammar(kind=pb.GrammarKind.ValueType(grammar.kind.value), text=grammar.text, schemas=schemas)
 
 
 def _agree(infos: Sequence[pb.GetInfoResponse]) -> pb.GetInfoResponse:

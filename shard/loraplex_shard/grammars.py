@@ -3,6 +3,8 @@
 Safe to call from any thread. Knows nothing of sequences or steps.
 """
 
+import json
+from collections.abc import Sequence
 from functools import cached_property, lru_cache
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
@@ -10,10 +12,13 @@ from llguidance.gbnf_to_lark import any_to_lark
 
 from loraplex_protos import shard_pb2 as pb
 from loraplex_protos.errors import FieldViolation, InvalidRequestError
-from loraplex_shard.json_schemas import close_objects
+from loraplex_shard.json_schemas import read_schema
 from loraplex_shard.vocabulary import cut_tokenizer
 
 KEPT = 256  # compiled grammars
+
+# As json.dumps writes: models have seen much of it, and it leaves nothing to choose between values.
+WRITTEN = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 class GrammarCompiler:
@@ -36,16 +41,23 @@ class GrammarCompiler:
 
         Raises InvalidRequestError with the reason if the grammar cannot be compiled.
         """
-        return self._compile(grammar.kind, grammar.text).deep_copy()
+        return self._compile(grammar.kind, grammar.text, tuple(grammar.schemas)).deep_copy()
 
-    def _compile_anew(self, kind: pb.GrammarKind.ValueType, text: str) -> LLMatcher:
+    def _compile_anew(self, kind: pb.GrammarKind.ValueType, text: str, schemas: tuple[str, ...]) -> LLMatcher:
+        for place, schema in enumerate(schemas):
+            self._compile_field(f"grammar.schemas[{place}]", pb.GRAMMAR_KIND_JSON_SCHEMA, schema)
+        return self._compile_field("grammar", kind, text, schemas)
+
+    def _compile_field(
+        self, field: str, kind: pb.GrammarKind.ValueType, text: str, schemas: Sequence[str] = ()
+    ) -> LLMatcher:
         try:
             limits = LLParserLimits(verbose_errors=False)
-            matcher = LLMatcher(self._tokenizer, _to_llguidance(kind, text), log_level=0, limits=limits)
+            matcher = LLMatcher(self._tokenizer, _to_llguidance(kind, text, schemas), log_level=0, limits=limits)
         except Exception as error:  # llguidance has no exception class of its own
-            raise _refusal(str(error)) from error
+            raise _refusal(field, str(error)) from error
         if matcher.is_error():
-            raise _refusal(matcher.get_error())
+            raise _refusal(field, matcher.get_error())
         return matcher
 
     @cached_property
@@ -56,19 +68,21 @@ class GrammarCompiler:
         return LLTokenizer(known, self._vocab_size, list(self._end_token_ids))
 
 
-def _to_llguidance(kind: pb.GrammarKind.ValueType, text: str) -> str:
+def _to_llguidance(kind: pb.GrammarKind.ValueType, text: str, schemas: Sequence[str]) -> str:
     match kind:
         case pb.GRAMMAR_KIND_JSON_SCHEMA:
-            # As json.dumps writes: models have seen much of it, and it leaves nothing to choose between values.
-            return LLMatcher.grammar_from_json_schema(
-                close_objects(text), {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-            )
+            return LLMatcher.grammar_from_json_schema(_schema(text))
         case pb.GRAMMAR_KIND_REGEX:
             # \d is [0-9]: other scripts' digits match in Rust, but nobody who writes it means them.
             return LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(text, use_ascii='d')}/")
         case _:
-            return LLMatcher.grammar_from_lark(any_to_lark(text))
+            rules = [f"schema_{place}: %json {_schema(schema)}" for place, schema in enumerate(schemas)]
+            return LLMatcher.grammar_from_lark("\n".join([any_to_lark(text), *rules]))
 
 
-def _refusal(reason: str) -> InvalidRequestError:
-    return InvalidRequestError(FieldViolation("grammar", f"cannot be compiled: {reason.strip()}"))
+def _schema(text: str) -> str:
+    return json.dumps({"x-guidance": WRITTEN, **read_schema(text)}, ensure_ascii=False)
+
+
+def _refusal(field: str, reason: str) -> InvalidRequestError:
+    return InvalidRequestError(FieldViolation(field, f"cannot be compiled: {reason.strip()}"))

@@ -1,61 +1,91 @@
-"""Makes a JSON schema as narrow as its author most likely meant it."""
+"""JSON schemas as the grammar compiler is to read them: slips mended that are usual, and as narrow as their authors
+most likely meant them."""
 
 import json
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Set
 from typing import Any
+from urllib.parse import quote
 
-MAPS = {"properties", "$defs", "definitions"}  # of schemas
+from loraplex_shard.endless_schemas import endless_references
+from loraplex_shard.schema_tree import Schema, change_parts, nodes
+
 # With one of these an object may be described in several places, none of which may forbid the others' properties.
 COMBINING = {"allOf", "if", "not", "dependentSchemas", "$dynamicRef"}
 COMBINING_WITH_PROPERTIES = {"anyOf", "oneOf", "$ref"}
 SAID = {"additionalProperties", "unevaluatedProperties", "patternProperties", "propertyNames", "minProperties"}
-VALUES = {"const", "enum", "default", "examples"}
 
-Schema = dict[str, Any]
+DIALECTS = re.compile(r"https?://json-schema\.org/(draft-0[3467]/schema|draft/20\d\d-\d\d/schema)#?")
+IN_REFERENCES = "%/?#:@!$&'()*+,;=~"  # what need not be percent-encoded, besides letters and digits of ASCII
+NULLS = {"const", "default"}  # null means something
+NOTHING = {"enum": list[Any]()}  # fits no document
 
 
-def close_objects(text: str) -> str:
-    """The schema with no other properties than those it names in an object, wherever it does not say whether there may
-    be more: models, small ones above all, would go on adding some. What fits the result fits the schema.
+def read_schema(text: str) -> Schema:
+    """The schema, which refers to nothing outside of it. What fits the result fits what was written.
 
-    Left as it is where objects may be described by several schemas together, or if it is no JSON.
+    Raises ValueError if it is not a JSON object, or if no document fits it because it leads to itself without end.
     """
     try:
         schema = json.loads(text)
-    except ValueError:
-        return text
+    except ValueError as error:
+        raise ValueError(f"it is not JSON: {error}") from error
+    if not isinstance(schema, dict):
+        raise ValueError("it is not a JSON object")
+    schema = _tidied(schema)
+    endless = endless_references(schema)
+    if id(schema) in endless:
+        raise ValueError("no document is deep enough: $ref leads back to itself without end")
+    return close_objects(_ending(schema, endless))
+
+
+def close_objects(schema: Schema) -> Schema:
+    """The schema with no other properties than those it names in an object, wherever it does not say whether there may
+    be more: models, small ones above all, would go on adding some.
+
+    Left as it is where objects may be described by several schemas together.
+    """
     combined = any(
         COMBINING & node.keys() or (COMBINING_WITH_PROPERTIES & node.keys() and "properties" in node)
-        for node in _nodes(schema)
+        for node in nodes(schema)
     )
-    return text if combined else json.dumps(_closed(schema), ensure_ascii=False)
+    return schema if combined else _closed(schema)
 
 
 def _closed(node: Any) -> Any:
     if not isinstance(node, dict):
         return node
-    closed = {key: _mapped(_closed, key, value) for key, value in node.items()}
-    properties, required = node.get("properties"), node.get("required", ())
-    if isinstance(properties, dict) and not SAID & node.keys() and all(name in properties for name in required):
+    closed = {key: change_parts(_closed, key, value) for key, value in node.items()}
+    properties, required = node.get("properties"), node.get("required", [])
+    named = isinstance(properties, dict) and isinstance(required, list) and all(name in properties for name in required)
+    if named and not SAID & node.keys():
         closed["additionalProperties"] = False
     return closed
 
 
-def _mapped(change: Callable[[Any], Any], key: str, value: Any) -> Any:
-    """What a schema says with a keyword, with a change made to each schema in it."""
-    if key in VALUES:
-        return value
-    if key in MAPS and isinstance(value, dict):
-        return {name: change(part) for name, part in value.items()}
-    return [change(part) for part in value] if isinstance(value, list) else change(value)
+def _tidied(node: Any) -> Any:
+    """Programs that write schemas write null for what is absent, references that are not URIs, and the $schema of
+    dialects that nobody defined."""
+    if not isinstance(node, dict):
+        return node
+    tidied = {}
+    for key, value in node.items():
+        if key in ("$ref", "$id") and isinstance(value, str):
+            tidied[key] = quote(value, safe=IN_REFERENCES)
+        elif key == "$schema":
+            if isinstance(value, str) and DIALECTS.fullmatch(value):
+                tidied[key] = "http:" + value.partition(":")[2] if "/draft-0" in value else value
+        elif value is not None or key in NULLS:
+            tidied[key] = change_parts(_tidied, key, value)
+    return tidied
 
 
-def _nodes(node: Any) -> Iterator[Schema]:
-    """A schema and all schemas in it."""
-    if isinstance(node, dict):
-        yield node
-        for key, value in node.items():
-            parts = list[Any]()
-            _mapped(parts.append, key, value)
-            for part in parts:
-                yield from _nodes(part)
+def _ending(node: Any, endless: Set[int]) -> Any:
+    """Without the references in `endless`: what needs one of them can be no part of a document."""
+    if not isinstance(node, dict):
+        return node
+    ending = {key: change_parts(lambda part: _ending(part, endless), key, value) for key, value in node.items()}
+    if id(node) in endless:
+        del ending["$ref"]
+        ending |= NOTHING
+    return ending

@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import jsonschema
 import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
@@ -234,6 +235,46 @@ def test_forced_tool_calls_are_calls_streamed_or_not(client: OpenAI, base: str, 
     assert len(others) > 1 and all(piece.index == 0 and piece.id is piece.function.name is None for piece in others)
     assert "".join(piece.function.arguments for piece in others) == call.function.arguments
     assert chunks[-1].choices[0].finish_reason == "tool_calls"
+
+
+def forced(schema: dict[str, object]) -> dict[str, object]:
+    """Options that force a call of a tool with this schema, which is the second one."""
+    tools = [{"type": "function", "function": {"name": name}} for name in ("read_clock", "read_sky")]
+    tools[1]["function"] |= {"parameters": schema}
+    return {"tools": tools, "tool_choice": "required", "parallel_tool_calls": False}
+
+
+def test_a_forced_tools_schema_refers_to_itself_alone(client: OpenAI, base: str):
+    tree = {"type": "object", "properties": {"kid": {"anyOf": [{"type": "null"}, {"$ref": "#"}]}}, "required": ["kid"]}
+    size = {
+        "properties": {"size": {"$ref": "#/definitions/a"}},
+        "required": ["size"],
+        "definitions": {"a": {"const": 1}},
+    }
+    for schema in (tree, size):
+        options = {**forced(schema), "tool_choice": "read_sky", "max_tokens": 300}
+        for seed in range(3):
+            choice = client.chat.completions.create(model=base, messages=HELLO, seed=seed, **options).choices[0]
+            jsonschema.validate(json.loads(choice.message.tool_calls[0].function.arguments), schema)
+
+
+@pytest.mark.parametrize(
+    ("options", "param"),
+    [
+        (forced({"type": "object", "properties": {"a": {"not": {}}}}), "tools[1].function.parameters"),
+        (forced({"type": "string"}), "tools[1].function.parameters"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"$ref": "#"}}}}, "response_format"),
+        ({"extra_body": {"guided_json": {"not": {}}}}, "guided_json"),
+        ({"extra_body": {"guided_choice": []}}, "guided_choice"),
+        ({"extra_body": {"structured_outputs": {"regex": "(a"}}}, "structured_outputs.regex"),
+    ],
+)
+def test_what_cannot_be_enforced_is_refused_by_the_field_that_asked_for_it(
+    client: OpenAI, base: str, options: dict[str, object], param: str
+):
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(model=base, messages=HELLO, **options)
+    assert caught.value.param == param and f"`{param}`" in caught.value.message
 
 
 def test_a_tool_without_parameters_is_called_without_arguments(client: OpenAI, base: str):

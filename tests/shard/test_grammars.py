@@ -31,13 +31,10 @@ from loraplex_shard.vocabulary import keep_known
 from tests.e2e.tiny import byte_tokenizer, save_model
 from tests.random_schemas import random_document_schema
 from tests.shard.decoders import load
+from tests.shard.grammar_samples import END, TOKENIZER, TOKENIZER_JSON, VOCAB, constrained, create_compiler, sample
 from tests.shard.planner import BLOCK_SIZE, NUM_BLOCKS, Planner
 
 CPU = torch.device("cpu")
-TOKENIZER = byte_tokenizer()
-TOKENIZER_JSON = TOKENIZER.backend_tokenizer.to_str().encode()
-END = TOKENIZER.eos_token_id
-VOCAB = len(TOKENIZER)
 RANDOM = Sampling(temperature=1.5, top_p=1, typical_p=1, repetition_penalty=1, seed=3)
 DATE = Grammar(kind=GRAMMAR_KIND_REGEX, text=r"[12]\d{3}-[01]\d")
 
@@ -56,14 +53,15 @@ PERSON = schema(
 
 @pytest.fixture(scope="module")
 def compiler() -> GrammarCompiler:
-    return GrammarCompiler(TOKENIZER_JSON, VOCAB, (END,))
+    return create_compiler()
 
 
 REFUSED = {
-    "not JSON": (Grammar(kind=GRAMMAR_KIND_JSON_SCHEMA, text='{"type": "str'), "EOF"),
+    "not JSON": (Grammar(kind=GRAMMAR_KIND_JSON_SCHEMA, text='{"type": "str'), "not JSON"),
     "unknown type": (schema(type="text"), "text"),
     "unknown keyword": (schema(type="array", contains={"type": "string"}), "contains"),
     "reference to nowhere": (schema(**{"$ref": "#/$defs/missing"}), "missing"),
+    "reference to itself": (schema(**{"$ref": "#"}), "without end"),
     "reference to a server": (schema(**{"$ref": "http://localhost:1/schema.json"}), "http://localhost:1"),
     "open group": (Grammar(kind=GRAMMAR_KIND_REGEX, text="(ab"), "unclosed group"),
     "look-around": (Grammar(kind=GRAMMAR_KIND_REGEX, text="a(?=b)"), "look-around"),
@@ -121,28 +119,6 @@ def test_end_tokens_that_the_model_lacks_end_nothing() -> None:
     masks = constraints.begin([0], [1])
     assert masks is not None
     assert np.flatnonzero(masks.apply(torch.zeros(1, VOCAB))[0].isneginf()).tolist() == [END]
-
-
-def constrained(compiler: GrammarCompiler, grammar: Grammar, **more: object) -> Constraints:
-    constraints = Constraints(compiler, VOCAB)
-    constraints.start(SequenceStart(row=0, tokens=[0], prompt_length=1, grammar=grammar, **more))
-    return constraints
-
-
-def sample(constraints: Constraints, random: Random, most: int = 2000) -> str | None:
-    """What row 0 says when every allowed token is as likely as any other; None if it does not come to an end."""
-    tokens: list[int] = []
-    while len(tokens) < most:
-        masks = constraints.begin([0], [1 + len(tokens)])
-        assert masks is not None
-        (allowed,) = masks.apply(torch.zeros(1, VOCAB)).isfinite().tolist()
-        token = random.choice([token for token in range(VOCAB) if allowed[token]])
-        constraints.accept([0], [token])
-        assert not constraints.failed([0]).any()
-        if token == END:
-            return bytes(TOKENIZER.decode(tokens), "utf-8").decode()
-        tokens.append(token)
-    return None
 
 
 @pytest.mark.parametrize(

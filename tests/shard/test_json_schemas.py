@@ -1,10 +1,12 @@
-"""Schemas made narrow: what is closed, and what is left alone."""
+"""Schemas as the compiler reads them: what is closed, mended and cut off, and what is left alone."""
 
 import json
 
+import jsonschema
 import pytest
+from jsonschema.exceptions import ValidationError
 
-from loraplex_shard.json_schemas import close_objects
+from loraplex_shard.json_schemas import close_objects, read_schema
 
 NAMED = {"type": "object", "properties": {"a": {"type": "string"}}}
 CLOSED = {**NAMED, "additionalProperties": False}
@@ -20,8 +22,8 @@ CLOSED = {**NAMED, "additionalProperties": False}
         ({"$ref": "#/$defs/x", "$defs": {"x": NAMED}}, {"$ref": "#/$defs/x", "$defs": {"x": CLOSED}}),
     ],
 )
-def test_objects_get_no_other_properties_than_they_name(schema: object, closed: object) -> None:
-    assert json.loads(close_objects(json.dumps(schema))) == closed
+def test_objects_get_no_other_properties_than_they_name(schema: dict[str, object], closed: object) -> None:
+    assert close_objects(schema) == closed
 
 
 @pytest.mark.parametrize(
@@ -35,12 +37,84 @@ def test_objects_get_no_other_properties_than_they_name(schema: object, closed: 
         {**NAMED, "anyOf": [{"properties": {"b": {}}}]},
         {"type": "object"},
         {"enum": [NAMED]},
-        True,
     ],
 )
-def test_what_says_more_or_is_combined_is_left_as_it_is(schema: object) -> None:
-    assert json.loads(close_objects(json.dumps(schema))) == schema
+def test_what_says_more_or_is_combined_is_left_as_it_is(schema: dict[str, object]) -> None:
+    assert close_objects(schema) == schema
 
 
-def test_what_is_no_json_is_left_to_the_compiler() -> None:
-    assert close_objects('{"type": "str') == '{"type": "str'
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ({"$ref": "#/$defs/Page[größe 1]"}, {"$ref": "#/$defs/Page%5Bgr%C3%B6%C3%9Fe%201%5D"}),
+        ({"$ref": "#/$defs/a~1b%20c"}, {"$ref": "#/$defs/a~1b%20c"}),
+        (
+            {"$schema": "https://json-schema.org/draft-07/schema#"},
+            {"$schema": "http://json-schema.org/draft-07/schema#"},
+        ),
+        ({"$schema": "https://json-schema.org/draft/2020-12/schema"},) * 2,
+        ({"$schema": "https://example.com/our-dialect"}, {}),
+        ({"required": None, "enum": None, "properties": None, "description": None}, {}),
+        ({"const": None, "default": None, "enum": [None]},) * 2,
+        (
+            {"properties": {"$ref": {"$ref": "# 1"}}, "minProperties": 0},
+            {"properties": {"$ref": {"$ref": "#%201"}}, "minProperties": 0},
+        ),
+    ],
+)
+def test_usual_slips_are_mended(written: dict[str, object], read: dict[str, object]) -> None:
+    assert read_schema(json.dumps(written)) == read
+
+
+SELF = {"$ref": "#"}
+ENDLESS = [
+    SELF,
+    {"anyOf": [SELF]},
+    {"allOf": [{"type": "object"}, SELF]},
+    {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}},
+    {"type": "object", "properties": {"next": SELF}, "required": ["next"]},
+    {"$anchor": "top", "type": "object", "properties": {"next": {"$ref": "#top"}}, "required": ["next"]},
+    {"$id": "http://a/b", "type": "array", "items": {"$ref": "http://a/b"}, "minItems": 1},
+    {"type": "array", "prefixItems": [{"type": "null"}, SELF], "minItems": 2},
+]
+
+
+@pytest.mark.parametrize("schema", ENDLESS)
+def test_what_leads_to_itself_without_end_is_refused(schema: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="without end"):
+        read_schema(json.dumps(schema))
+
+
+@pytest.mark.parametrize("endless", ENDLESS[1:])
+def test_what_may_be_absent_is_left_out_where_it_leads_to_itself_without_end(endless: dict[str, object]) -> None:
+    inner = {**endless, "$id": "http://inner/schema"}
+    schema = {"type": "object", "properties": {"a": {"anyOf": [inner, {"type": "null"}]}, "b": inner}}
+    read = read_schema(json.dumps(schema).replace("http://a/b", "http://inner/schema"))
+    for document in ({}, {"a": None}):
+        jsonschema.validate(document, read)
+    with pytest.raises(ValidationError):  # and not RecursionError
+        jsonschema.validate({"b": {"next": 1}}, read)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "object", "properties": {"next": SELF}},
+        {"type": "object", "properties": {"next": {"anyOf": [SELF, {"type": "null"}]}}, "required": ["next"]},
+        {"properties": {"next": SELF}, "required": ["next"]},  # "a", 1, null, ... fit as well
+        {"type": "array", "items": SELF},
+        {"type": "array", "items": SELF, "minItems": 0},
+        {"anyOf": [{"type": "string"}, {"type": "array", "items": SELF, "minItems": 2}]},
+        {"$ref": "#/$defs/missing"},
+        {"$ref": "http://elsewhere/schema"},
+        {"$id": "urn:a:b", "$ref": "#/$defs/c", "$defs": {"c": {"$id": "d", "$ref": "#/$defs/e", "$defs": {"e": {}}}}},
+    ],
+)
+def test_recursion_that_comes_to_an_end_is_kept(schema: dict[str, object]) -> None:
+    assert {**read_schema(json.dumps(schema)), "additionalProperties": 0} == {**schema, "additionalProperties": 0}
+
+
+@pytest.mark.parametrize("text", ['{"type": "str', "[]", "true", '"object"'])
+def test_what_is_no_json_object_is_refused(text: str) -> None:
+    with pytest.raises(ValueError):
+        read_schema(text)

@@ -26,12 +26,13 @@ logger = logging.getLogger(__name__)
 OPENAI_PREFIX = "/v1/"
 TYPES = ("str", "int", "float", "bool", "dict")  # as pydantic names them
 
-# What the faces call a field, where that is not the last part of the router's name for it.
+MESSAGES = ("sampling", "stopping", "detail", "adapter", "merged_adapters")  # what the router groups fields in
+
+# What the faces call a field of the router's, where that is not the last part of its name.
 LORAX_NAMES = {
     "prompt": "inputs",
     "n": "best_of",
     "adapter.id": "adapter_id",
-    "grammar": "response_format",
     "adapter.source": "adapter_source",
     "adapter.token": "api_token",
     "merged_adapters.adapters": "ids",
@@ -46,7 +47,6 @@ OPENAI_NAMES = {
     "detail.prompt_top_logprobs": "prompt_logprobs",
     "stopping.max_new_tokens": "max_tokens",
     "stopping.min_new_tokens": "min_tokens",
-    "grammar": "response_format",
 }
 
 
@@ -130,7 +130,9 @@ def _renamed(error: LoraplexError, names: Mapping[str, str]) -> str:
 
 
 def _name(found: FieldViolation, names: Mapping[str, str]) -> str:
-    return names.get(found.field) or found.field.rpartition(".")[2]
+    if found.field.partition(".")[0] in MESSAGES:
+        return names.get(found.field) or found.field.rpartition(".")[2]
+    return names.get(found.field, found.field)
 
 
 def _violation(found: Mapping[str, Any]) -> FieldViolation:

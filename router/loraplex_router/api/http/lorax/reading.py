@@ -52,7 +52,8 @@ def read_adapter(given: Parameters, bearer: str) -> AdapterReference | MergedRef
 
 def _read_format(given: Parameters) -> Grammar | None:
     if (wanted := given.response_format) and wanted.type != "text":
-        return Grammar.json_object() if wanted.schema_ is None else Grammar.json_schema(wanted.schema_)
+        field = "response_format"
+        return Grammar.json_object(field) if wanted.schema_ is None else Grammar.json_schema(wanted.schema_, field)
     if not given.grammar:
         return None
     value = given.grammar.value

@@ -1,7 +1,6 @@
 """What an answer must match: OpenAI's response_format, vLLM's structured_outputs and guided_*, forced tool calls."""
 
 from collections.abc import Iterator
-from typing import Any
 
 from loraplex_protos.errors import FieldViolation, InvalidRequestError
 from loraplex_router.api.http.openai.schema import (
@@ -10,23 +9,23 @@ from loraplex_router.api.http.openai.schema import (
     StructuredOutputs,
 )
 from loraplex_router.api.http.openai.tools import forced_tool
-from loraplex_router.grammar import Grammar, GrammarKind
-
-NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
+from loraplex_router.grammar import EmbeddedSchema, Grammar, GrammarKind
+from loraplex_router.text.tool_grammar import list_of_calls, one_call, read_parameters
 
 
 def read_format(body: GenerationRequest) -> Grammar | None:
     """None if any answer will do. Raises InvalidRequestError if more than one format is asked for."""
-    found = dict(_formats(body))
+    found = list(_formats(body))
     if len(found) > 1:
-        raise InvalidRequestError(FieldViolation(list(found)[1], f"cannot be given together with {next(iter(found))}"))
-    return next(iter(found.values()), None)
+        raise InvalidRequestError(FieldViolation(found[1].field, f"cannot be given together with {found[0].field}"))
+    return found[0] if found else None
 
 
-def _formats(body: GenerationRequest) -> Iterator[tuple[str, Grammar]]:
+def _formats(body: GenerationRequest) -> Iterator[Grammar]:
     if (wanted := body.response_format) and wanted.type != "text":
         schema = wanted.json_schema.schema_ if wanted.json_schema else wanted.schema_
-        yield "response_format", Grammar.json_schema(schema) if schema is not None else Grammar.json_object()
+        field = "response_format"
+        yield Grammar.json_object(field) if schema is None else Grammar.json_schema(schema, field)
     if body.structured_outputs:
         yield from _structured(body.structured_outputs, "structured_outputs.")
     guided = StructuredOutputs(
@@ -34,36 +33,32 @@ def _formats(body: GenerationRequest) -> Iterator[tuple[str, Grammar]]:
     )
     yield from _structured(guided, "guided_")
     if isinstance(body, ChatCompletionRequest) and (forced := _forced_call(body)):
-        yield "tool_choice", forced
+        yield forced
 
 
-def _structured(given: StructuredOutputs, prefix: str) -> Iterator[tuple[str, Grammar]]:
+def _structured(given: StructuredOutputs, prefix: str) -> Iterator[Grammar]:
     if given.json_ is not None:
-        yield f"{prefix}json", Grammar.json_schema(given.json_)
+        yield Grammar.json_schema(given.json_, f"{prefix}json")
     if given.json_object:
-        yield f"{prefix}json_object", Grammar.json_object()
+        yield Grammar.json_object(f"{prefix}json_object")
     if given.regex is not None:
-        yield f"{prefix}regex", Grammar(GrammarKind.REGEX, given.regex)
+        yield Grammar(GrammarKind.REGEX, given.regex, field=f"{prefix}regex")
     if given.choice is not None:
-        yield f"{prefix}choice", Grammar.choice(given.choice)
+        yield Grammar.choice(given.choice, f"{prefix}choice")
     if given.grammar is not None:
-        yield f"{prefix}grammar", Grammar(GrammarKind.LARK, given.grammar)
+        yield Grammar(GrammarKind.LARK, given.grammar, field=f"{prefix}grammar")
 
 
 def _forced_call(body: ChatCompletionRequest) -> Grammar | None:
     """A call of the named tool, or a list of calls of any; see text/tool_calls.py for who reads them."""
-    choice, definitions = forced_tool(body), dict[str, Any]()
-    calls = dict[str, dict[str, Any]]()
-    for tool in body.tools or ():
-        parameters = dict(tool.function.parameters or NO_PARAMETERS)
-        definitions |= parameters.pop("$defs", {})  # references to them start at the root
-        properties = {"name": {"const": tool.function.name}, "arguments": parameters}
-        call = {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
-        calls[tool.function.name] = call
-    if choice is not None:
-        return Grammar.json_schema({**calls[choice], "$defs": definitions})
-    if body.tool_choice != "required":
+    chosen = forced_tool(body)
+    if chosen is None and body.tool_choice != "required":
         return None
-    most = {"maxItems": 1} if body.parallel_tool_calls is False else {}
-    items = {"anyOf": list(calls.values())}
-    return Grammar.json_schema({"type": "array", "items": items, "minItems": 1, **most, "$defs": definitions})
+    tools = list[tuple[str, EmbeddedSchema]]()
+    for place, tool in enumerate(body.tools or ()):
+        name, field = tool.function.name, f"tools[{place}].function.parameters"
+        if chosen in (None, name):
+            tools.append((name, read_parameters(tool.function.parameters, name, field)))
+    if chosen is not None:
+        return one_call(*tools[0], "tool_choice")
+    return list_of_calls(tools, body.parallel_tool_calls is not False, "tool_choice")
