@@ -20,7 +20,8 @@
     └── GenerationError                the model failed on this sequence
 
 On the wire an error is a google.rpc.Status: its message, an ErrorInfo whose reason is the error_type, for
-InvalidRequestError a BadRequest with the fields, and for OverloadedError a RetryInfo.
+InvalidRequestError a BadRequest with the fields, and for OverloadedError a RetryInfo. It travels in trailers, of which
+clients take 8 KiB: what is longer is cut.
 """
 
 from collections.abc import Iterable
@@ -34,6 +35,13 @@ from google.rpc.status_pb2 import Status
 from grpc_status import rpc_status
 
 DOMAIN = "loraplex"
+MAX_QUOTED = 200  # characters of what a client sent, in any error text or log line
+MAX_STATUS_TEXT = 1000  # bytes of the message on the wire, and as many of all fields: a byte can take three there
+
+
+def quote(text: str) -> str:
+    """What a client sent, for an error text: in quotes, on one line, and cut where it is long."""
+    return repr(text) if len(text) <= MAX_QUOTED else f"{text[:MAX_QUOTED]!r}..."
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,13 +210,15 @@ def to_status(error: LoraplexError) -> grpc.Status:
     """The error as a gRPC status with its details, for `context.abort_with_status`."""
     details = [_pack(ErrorInfo(reason=error.error_type, domain=DOMAIN))]
     if isinstance(error, InvalidRequestError):
-        details.append(_pack(BadRequest(field_violations=[_to_proto(v) for v in error.violations])))
+        details.append(_pack(BadRequest(field_violations=_to_protos(error.violations))))
     if isinstance(error, OverloadedError):
         retry = RetryInfo()
         retry.retry_delay.FromMilliseconds(round(error.retry_after * 1000))
         details.append(_pack(retry))
     code: int = error.grpc_status.value[0]
-    status: grpc.Status = rpc_status.to_status(Status(code=code, message=error.message, details=details))
+    status: grpc.Status = rpc_status.to_status(
+        Status(code=code, message=_cut(error.message, MAX_STATUS_TEXT), details=details)
+    )
     return status
 
 
@@ -247,5 +257,20 @@ def _pack(message: ErrorInfo | BadRequest | RetryInfo) -> Any:
     return packed
 
 
-def _to_proto(violation: FieldViolation) -> BadRequest.FieldViolation:
-    return BadRequest.FieldViolation(field=violation.field, description=violation.description)
+def _to_protos(violations: Iterable[FieldViolation]) -> list[BadRequest.FieldViolation]:
+    """As many as there is room for, at least one."""
+    written, room = list[BadRequest.FieldViolation](), MAX_STATUS_TEXT
+    for violation in violations:
+        field = _cut(violation.field, MAX_QUOTED)
+        description = _cut(violation.description, MAX_STATUS_TEXT - MAX_QUOTED)
+        room -= len(field.encode()) + len(description.encode())
+        if written and room < 0:
+            break
+        written.append(BadRequest.FieldViolation(field=field, description=description))
+    return written
+
+
+def _cut(text: str, most: int) -> str:
+    """Its beginning, as UTF-8 in at most so many bytes."""
+    encoded = text.encode()
+    return text if len(encoded) <= most else encoded[: most - 3].decode(errors="ignore") + "..."

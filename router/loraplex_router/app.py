@@ -47,8 +47,9 @@ class Router:
         keys = key_file.keys if key_file else Keys({})
         self._service = Service(self._groups, self._administration, keys, settings.max_queue, telemetry)
         self._connections = Connections(settings, self._groups, registry, self._service, telemetry, supervisor)
-        self._grpc = GrpcServer(GenerationApi(self._service), telemetry.interceptors)
-        self._app = create_app(self._service, settings.cors_origins.split())
+        max_body = settings.max_body_mib << 20
+        self._grpc = GrpcServer(GenerationApi(self._service), max_body, telemetry.interceptors)
+        self._app = create_app(self._service, settings.cors_origins.split(), max_body)
         self._stop = asyncio.Event()
 
     async def run(self, ready: Callable[[int, int], None]) -> None:

@@ -12,7 +12,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from loraplex_protos.errors import ForbiddenError, RateLimitedError, UnauthenticatedError
+from loraplex_protos.errors import ForbiddenError, RateLimitedError, UnauthenticatedError, quote
 from loraplex_router.request import AdapterReference, MergedReference
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -65,7 +65,7 @@ class Tenant:
         """Raises ForbiddenError if it, or one of those to be merged, is not for this tenant."""
         for reference in _references(adapter):
             if not self.may_use(reference.id):
-                raise ForbiddenError(f"this API key does not allow adapter {reference.id[:200]!r}")
+                raise ForbiddenError(f"this API key does not allow adapter {quote(reference.id)}")
 
     def begin(self, now: float) -> None:
         """A request begins, at a time in seconds. Raises RateLimitedError if a limit is reached."""

@@ -13,6 +13,7 @@ from loraplex_router.sequence import Detail, Sampling
 from loraplex_router.text.chat import FIELD, Chat
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+MAX_VIOLATIONS = 16  # told of one request
 MAX_N = 64
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 256
@@ -114,13 +115,13 @@ class ContextLengthError(InvalidRequestError):
 
 
 class Violations:
-    """Collects what is wrong, so that a caller sees all of it at once."""
+    """Collects what is wrong, so that a caller sees all of it at once, or the first of very much."""
 
     def __init__(self) -> None:
         self._found: list[FieldViolation] = []
 
     def check(self, right: bool, name: str, description: str) -> None:
-        if not right:
+        if not right and len(self._found) < MAX_VIOLATIONS:
             self._found.append(FieldViolation(name, description))
 
     def add(self, violations: Iterable[FieldViolation]) -> None:

@@ -12,6 +12,7 @@ from loraplex_protos.errors import (
     OverloadedError,
     RequestNotFoundError,
     UnavailableError,
+    quote,
 )
 from loraplex_router.adapters.administration import AdapterStatus, Administration
 from loraplex_router.groups import Groups
@@ -184,7 +185,7 @@ class Service:
         tenant = self.keys.tenant(key)
         generation = self._generations.get(request_id)
         if generation is None or not (tenant.admin or generation.tenant is tenant):
-            raise RequestNotFoundError(f"no request {request_id!r} is running")
+            raise RequestNotFoundError(f"no request {quote(request_id)} is running")
         self._groups.cancel(generation)
 
     def abandon(self, generation: Generation) -> None:

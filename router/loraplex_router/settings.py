@@ -26,6 +26,9 @@ class EdgeSettings(BaseModel):
     max_queue: int = Field(
         1024, ge=1, description="Sequences that may wait; requests beyond are refused with RESOURCE_EXHAUSTED."
     )
+    max_body_mib: int = Field(
+        8, ge=1, le=256, description="The largest request, over HTTP and gRPC, in MiB; it can take ten times as much."
+    )
     max_adapters_on_device: int = Field(
         64, ge=1, le=65535, description="Adapters that a group's sequences can run with at the same time."
     )

@@ -15,7 +15,7 @@ from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from loraplex_protos import shard_pb2 as pb
-from loraplex_protos.errors import AdapterSourceError, InvalidRequestError, UnavailableError, from_rpc_error
+from loraplex_protos.errors import AdapterSourceError, InvalidRequestError, UnavailableError, from_rpc_error, quote
 from loraplex_protos.protocol import PROTOCOL_VERSION
 from loraplex_protos.shard_pb2_grpc import ShardServiceStub
 from loraplex_router.discovery import Address
@@ -193,7 +193,7 @@ class ShardGroup:
             request.source, request.revision = first.source, first.revision
             others = await asyncio.gather(*(_typed(rank.StageAdapter(request)) for rank in self._ranks[1:]))
             if any(other.digest != first.digest for other in others):
-                raise AdapterSourceError(f"adapter {reference.id!r}: the ranks read different files")
+                raise AdapterSourceError(f"adapter {quote(reference.id)}: the ranks read different files")
         size = first.size_bytes + sum(other.size_bytes for other in others)
         return StagedAdapter(
             first.digest,

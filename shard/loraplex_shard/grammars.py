@@ -11,7 +11,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
 from llguidance.gbnf_to_lark import any_to_lark
 
 from loraplex_protos import shard_pb2 as pb
-from loraplex_protos.errors import FieldViolation, InvalidRequestError
+from loraplex_protos.errors import MAX_QUOTED, FieldViolation, InvalidRequestError
 from loraplex_shard.json_schemas import read_schema
 from loraplex_shard.vocabulary import cut_tokenizer
 
@@ -85,4 +85,5 @@ def _schema(text: str) -> str:
 
 
 def _refusal(field: str, reason: str) -> InvalidRequestError:
-    return InvalidRequestError(FieldViolation(field, f"cannot be compiled: {reason.strip()}"))
+    """The reason may quote the grammar."""
+    return InvalidRequestError(FieldViolation(field, f"cannot be compiled: {reason.strip()[:MAX_QUOTED]}"))

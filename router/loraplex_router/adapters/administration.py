@@ -15,6 +15,7 @@ from loraplex_protos.errors import (
     AdapterPinsError,
     LoraplexError,
     UnavailableError,
+    quote,
 )
 from loraplex_router.adapters.pool import Adapter
 from loraplex_router.adapters.registry import AdapterRegistry, Entry
@@ -238,4 +239,4 @@ def _on_disk(adapter: LocalAdapter) -> AdapterStatus:
 
 
 def _shown(name: AdapterReference | str) -> str:
-    return repr(name if isinstance(name, str) else name.id)
+    return quote(name if isinstance(name, str) else name.id)

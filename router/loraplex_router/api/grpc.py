@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 SERVICE = pb.DESCRIPTOR.services_by_name["GenerationService"].full_name
 
 SERVER_OPTIONS = (
-    ("grpc.max_receive_message_length", 16 << 20),
+    ("grpc.compression_enabled_algorithms_bitset", 1),  # none: a limit holds for a message as it arrives
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.so_reuseport", 0),  # a second server on the same port is an error, not a lottery
@@ -129,8 +129,12 @@ class GenerationApi(GenerationServiceServicer):
 class GrpcServer:
     """The gRPC port: the API, health and reflection. Healthy while `set_healthy` says so, until `drain`."""
 
-    def __init__(self, api: GenerationApi, interceptors: Sequence[grpc.aio.ServerInterceptor] = ()) -> None:
-        self._server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=tuple(interceptors))
+    def __init__(
+        self, api: GenerationApi, max_message: int, interceptors: Sequence[grpc.aio.ServerInterceptor] = ()
+    ) -> None:
+        """`max_message`: the most bytes of a request."""
+        options = *SERVER_OPTIONS, ("grpc.max_receive_message_length", max_message)
+        self._server = grpc.aio.server(options=options, interceptors=tuple(interceptors))
         self._health = health.aio.HealthServicer()
         add_GenerationServiceServicer_to_server(api, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)

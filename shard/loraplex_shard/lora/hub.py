@@ -20,6 +20,7 @@ from loraplex_protos.errors import (
     AdapterForbiddenError,
     AdapterNotFoundError,
     AdapterSourceError,
+    quote,
 )
 from loraplex_shard.lora.chat_template import TEMPLATE_FILES
 from loraplex_shard.lora.files import CONFIG, SIZE_LIMITS, TENSORS, AdapterFiles, check_names, check_size, read_files
@@ -99,7 +100,7 @@ class HubSource:
         for name in SIZE_LIMITS.keys() & sizes.keys():
             check_size(name, sizes[name] or 0)
         if not _COMMIT.fullmatch(commit):
-            raise AdapterSourceError(f"the hub does not say which commit {id!r} is at")
+            raise AdapterSourceError(f"the hub does not say which commit {quote(id)} is at")
         template = next((name for name in TEMPLATE_FILES if name in sizes), None)
         return HubOrigin(id, commit, template, self._endpoint, self._cache, self._timeout_s, token)
 
@@ -107,7 +108,7 @@ class HubSource:
 def _check_arguments(revision: str, token: str) -> None:
     """What comes from a client becomes part of a URL, a path or a header. (The library checks the id.)"""
     if revision and (not _REVISION.fullmatch(revision) or ".." in revision):
-        raise AdapterNotFoundError(f"{revision[:200]!r} is no name that a revision can have")
+        raise AdapterNotFoundError(f"{quote(revision)} is no name that a revision can have")
     if not _TOKEN.fullmatch(token):
         raise AdapterForbiddenError("the token has characters that no hub token has")
 
@@ -119,23 +120,23 @@ def _typed_errors(id: str, revision: str, token: str) -> Iterator[None]:
     except AdapterError:
         raise
     except HFValidationError:
-        raise AdapterNotFoundError(f"{id[:200]!r} is no name that an adapter on the hub can have") from None
+        raise AdapterNotFoundError(f"{quote(id)} is no name that an adapter on the hub can have") from None
     except RevisionNotFoundError as error:
-        raise AdapterNotFoundError(f"the hub has {id!r}, but no revision {revision!r} of it") from error
+        raise AdapterNotFoundError(f"the hub has {quote(id)}, but no revision {quote(revision)} of it") from error
     except HfHubHTTPError as error:
         raise _from_status(id, error.response.status_code, bool(token)) from error
     except Exception as error:
         # No connection, a timeout, an answer that is not the hub's: the library has no common class for these.
-        raise AdapterSourceError(f"the hub did not hand over {id!r}: {type(error).__name__}") from error
+        raise AdapterSourceError(f"the hub did not hand over {quote(id)}: {type(error).__name__}") from error
 
 
 def _from_status(id: str, status: int, has_token: bool) -> AdapterError:
     match status:
         case 401 if not has_token:  # the hub's answer to all that it does not show to everyone, existing or not
-            return AdapterNotFoundError(f"the hub has no {id!r}; if it is private, pass a token that may read it")
+            return AdapterNotFoundError(f"the hub has no {quote(id)}; if it is private, pass a token that may read it")
         case 404:
-            return AdapterNotFoundError(f"the hub has no {id!r}, or hides it from this token")
+            return AdapterNotFoundError(f"the hub has no {quote(id)}, or hides it from this token")
         case 401 | 403:
-            return AdapterForbiddenError(f"the hub refuses to hand over {id!r} without a token that may read it")
+            return AdapterForbiddenError(f"the hub refuses to hand over {quote(id)} without a token that may read it")
         case _:
-            return AdapterSourceError(f"the hub answered {status} for {id!r}")
+            return AdapterSourceError(f"the hub answered {status} for {quote(id)}")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from loraplex_protos.errors import AdapterNotFoundError, AdapterSourceError
+from loraplex_protos.errors import AdapterNotFoundError, AdapterSourceError, quote
 from loraplex_shard.lora.chat_template import TEMPLATE_FILES
 from loraplex_shard.lora.files import CONFIG, TENSORS, AdapterFiles, check_names, read_files
 
@@ -73,16 +73,16 @@ class LocalSource:
         """Raises AdapterNotFoundError if the directory has no such name, AdapterInvalidError if files are missing."""
         directory = self._find(id)
         if directory is None:
-            raise AdapterNotFoundError(f"the adapter directory has no {id[:200]!r}")
+            raise AdapterNotFoundError(f"the adapter directory has no {quote(id)}")
         config, tensors = (self._resolve(directory / name) for name in (CONFIG, TENSORS))
         try:
             if config is None or tensors is None:
                 check_names(frozenset(name for name in os.listdir(directory) if self._resolve(directory / name)))
-                raise AdapterSourceError(f"the files of {id[:200]!r} are being written: try again")
+                raise AdapterSourceError(f"the files of {quote(id)} are being written: try again")
             template = self._find_template(directory)
             return LocalOrigin(config, tensors, template, _fingerprint(config, tensors, template))
         except OSError as error:
-            raise AdapterSourceError(f"the files of {id[:200]!r} cannot be read: {error.strerror}") from error
+            raise AdapterSourceError(f"the files of {quote(id)} cannot be read: {error.strerror}") from error
 
     def adapters(self) -> list[LocalAdapter]:
         """The directories that hold an adapter's config, sorted by their ids."""

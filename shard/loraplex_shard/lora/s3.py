@@ -13,7 +13,7 @@ import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
-from loraplex_protos.errors import AdapterError, AdapterForbiddenError, AdapterNotFoundError, AdapterSourceError
+from loraplex_protos.errors import AdapterError, AdapterForbiddenError, AdapterNotFoundError, AdapterSourceError, quote
 from loraplex_shard.lora.files import CONFIG, PICKLE, SIZE_LIMITS, TENSORS, AdapterFiles, check_names, check_size
 from loraplex_shard.lora.local import is_id
 
@@ -68,14 +68,14 @@ class S3Source:
         that holds no adapter or too large a one.
         """
         if revision:
-            raise AdapterNotFoundError(f"{id[:200]!r} is looked for in S3, where there are no revisions")
+            raise AdapterNotFoundError(f"{quote(id)} is looked for in S3, where there are no revisions")
         if not is_id(id):
-            raise AdapterNotFoundError(f"{id[:200]!r} is no name that an adapter in S3 can have")
+            raise AdapterNotFoundError(f"{quote(id)} is no name that an adapter in S3 can have")
         folder = f"{self._prefix}{id}"
         with _typed_errors(id):
             etags = {name: etag for name in (CONFIG, TENSORS) if (etag := self._etag(folder, name))}
             if not etags:
-                raise AdapterNotFoundError(f"S3 has no adapter {id!r}")
+                raise AdapterNotFoundError(f"S3 has no adapter {quote(id)}")
             pickled = {PICKLE} if TENSORS not in etags and self._etag(folder, PICKLE) else set()
         check_names(frozenset(etags.keys() | pickled))
         return S3Origin(id, self._bucket, folder, (etags[CONFIG], etags[TENSORS]), self._client)
@@ -102,7 +102,7 @@ def _typed_errors(id: str) -> Iterator[None]:
     except ClientError as error:
         raise _from_status(id, _status(error)) from error
     except (BotoCoreError, OSError) as error:  # no connection, a timeout, no credentials
-        raise AdapterSourceError(f"S3 did not hand over {id!r}: {type(error).__name__}") from error
+        raise AdapterSourceError(f"S3 did not hand over {quote(id)}: {type(error).__name__}") from error
 
 
 def _status(error: ClientError) -> int:
@@ -113,12 +113,12 @@ def _from_status(id: str, status: int) -> AdapterError:
     match status:
         case 403:
             return AdapterForbiddenError(
-                f"S3 does not let this server read {id!r}; without the right to list the bucket it says so of what is"
-                " not there, too"
+                f"S3 does not let this server read {quote(id)}; without the right to list the bucket it says so of what"
+                " is not there, too"
             )
         case 404:
-            return AdapterNotFoundError(f"S3 has no adapter {id!r}, or no such bucket")
+            return AdapterNotFoundError(f"S3 has no adapter {quote(id)}, or no such bucket")
         case 412:
-            return AdapterSourceError(f"the files of {id!r} changed while they were read: try again")
+            return AdapterSourceError(f"the files of {quote(id)} changed while they were read: try again")
         case _:
-            return AdapterSourceError(f"S3 answered {status} for {id!r}")
+            return AdapterSourceError(f"S3 answered {status} for {quote(id)}")

@@ -4,7 +4,7 @@ from collections.abc import Hashable
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from loraplex_protos.errors import AdapterNotFoundError
+from loraplex_protos.errors import AdapterNotFoundError, quote
 from loraplex_shard.lora.files import AdapterFiles
 from loraplex_shard.lora.hub import HubSource
 from loraplex_shard.lora.local import LocalAdapter, LocalSource, is_id
@@ -47,7 +47,7 @@ class Sources:
                 return self._hub.locate(id, revision, token)
             case "":
                 return self._locate_anywhere(id, revision, token)
-        raise AdapterNotFoundError(f"there is no adapter source {source[:100]!r}: it is local, s3, hub or empty")
+        raise AdapterNotFoundError(f"there is no adapter source {quote(source)}: it is local, s3, hub or empty")
 
     def local_adapters(self) -> list[LocalAdapter]:
         """What is in the adapter directory, sorted by id."""
@@ -64,7 +64,7 @@ class Sources:
                     raise
         if "/" in id:
             return self._hub.locate(id, revision, token)
-        raise AdapterNotFoundError(f"there is no adapter {id[:200]!r}: names on the hub have the form org/name")
+        raise AdapterNotFoundError(f"there is no adapter {quote(id)}: names on the hub have the form org/name")
 
     def _locate_s3(self, id: str, revision: str) -> Origin:
         if self._s3 is None:
@@ -75,5 +75,5 @@ class Sources:
         if self._local is None:
             raise AdapterNotFoundError("this server has no adapter directory (--adapters)")
         if revision:
-            raise AdapterNotFoundError(f"{id[:200]!r} is in the adapter directory, where there are no revisions")
+            raise AdapterNotFoundError(f"{quote(id)} is in the adapter directory, where there are no revisions")
         return self._local.locate(id)

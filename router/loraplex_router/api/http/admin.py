@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import BaseModel, Field
 
-from loraplex_protos.errors import FieldViolation, InvalidRequestError
+from loraplex_protos.errors import FieldViolation, InvalidRequestError, quote
 from loraplex_router.adapters.administration import AdapterStatus
 from loraplex_router.api.http.json_body import JsonRoute
 from loraplex_router.api.http.lorax.routes import ERRORS as LORAX_ERRORS
@@ -133,7 +133,7 @@ def create_admin_routes(service: Service) -> APIRouter:
         """vLLM's name of loading. An adapter is served under its own name, so the two given must agree."""
         path = body.lora_path or body.lora_name
         if path != body.lora_name and not path.endswith(f"/{body.lora_name}"):
-            raise InvalidRequestError(FieldViolation("lora_path", f"must be, or end in, {body.lora_name!r}"))
+            raise InvalidRequestError(FieldViolation("lora_path", f"must be, or end in, {quote(body.lora_name)}"))
         await service.load_adapter(AdapterReference(body.lora_name), _api_key(http))
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 

@@ -19,11 +19,11 @@ from loraplex_router.api.http.tokenizing import create_tokenizing_routes
 from loraplex_router.service import Service
 
 
-def create_app(service: Service, cors_origins: Sequence[str] = ("*",)) -> FastAPI:
-    """`cors_origins`: whose web pages may call it; "*" is anybody's."""
+def create_app(service: Service, cors_origins: Sequence[str] = ("*",), max_body: int = 8 << 20) -> FastAPI:
+    """`cors_origins`: whose web pages may call it; "*" is anybody's. `max_body`: the most bytes of a request."""
     app = FastAPI(title="loraplex", version=version("loraplex"), summary="One base model, any number of LoRA adapters.")
     install_handlers(app)
-    app.add_middleware(BodyLimit)
+    app.add_middleware(BodyLimit, limit=max_body)
     app.add_middleware(HeadAsGet)
     for middleware in service.telemetry.middleware:
         app.add_middleware(middleware)

@@ -1,27 +1,67 @@
-"""Refuses requests whose body is too large, before all of it is in memory."""
+"""Bounds what bodies of requests take: each one's size, before it is in memory, its time, and all of them together."""
+
+import asyncio
 
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-MAX_BODY = 16 << 20  # bytes: what the gRPC face takes
+BODY_SECONDS = 60.0  # from a request's headers to the end of its body
+MOST_BODIES = 8  # of the largest size that may be in memory together; smaller ones are as many more
+MOST_DISCARDED = 8  # times the largest size: read of a body that is refused, for many clients first send all
 
 
 class BodyLimit:
-    """An ASGI middleware. A body is counted as it arrives, whatever its length was said to be."""
+    """An ASGI middleware. A body is counted as it arrives, whatever its length was said to be, until its request is
+    answered. One that comes while there is no room is refused."""
 
-    def __init__(self, app: ASGIApp, limit: int = MAX_BODY) -> None:
+    def __init__(self, app: ASGIApp, limit: int, seconds: float = BODY_SECONDS) -> None:
         self._app = app
-        self._limit = limit
+        self._limit = limit  # bytes
+        self._seconds = seconds
+        self._room = limit * MOST_BODIES
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        received = 0
+        deadline = asyncio.get_running_loop().time() + self._seconds
+        received, complete = 0, False
+
+        async def read() -> tuple[Message, int]:
+            """A part of the body, and how long it is."""
+            nonlocal complete
+            try:
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
+            except TimeoutError:
+                complete = True
+                late = f"the body was not complete after {self._seconds:g} seconds"
+                raise HTTPException(408, late, {"Connection": "close"}) from None
+            complete = not message.get("more_body", False)
+            return message, len(message.get("body", b""))
 
         async def counted() -> Message:
             nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > self._limit:
-                raise HTTPException(413, f"a request must have at most {self._limit} bytes")
+            if complete:
+                return await receive()
+            message, size = await read()
+            received += size
+            self._room -= size
+            if refusal := self._refusal(scope, received):
+                discarded = size
+                while not complete and discarded < self._limit * MOST_DISCARDED:
+                    discarded += (await read())[1]
+                raise refusal
             return message
 
-        await self._app(scope, counted, send)
+        try:
+            await self._app(scope, counted, send)
+        finally:
+            self._room += received
+
+    def _refusal(self, scope: Scope, received: int) -> HTTPException | None:
+        encodings = {value.lower() for name, value in scope["headers"] if name == b"content-encoding"}
+        if encodings - {b"", b"identity"}:
+            return HTTPException(415, "compressed bodies are not read: send it without Content-Encoding")
+        if received > self._limit:
+            return HTTPException(413, f"a request must have at most {self._limit} bytes", {"Connection": "close"})
+        if self._room < 0:
+            return HTTPException(429, "other requests are large: try again later", {"Retry-After": "1"})
+        return None

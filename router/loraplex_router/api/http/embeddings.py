@@ -10,13 +10,13 @@ from pydantic import BaseModel, Field
 
 from loraplex_protos.errors import FieldViolation, InvalidRequestError
 from loraplex_router.api.http.attendance import finish_attended
+from loraplex_router.api.http.fields import Prompts
 from loraplex_router.api.http.json_body import JsonRoute
 from loraplex_router.api.http.lorax.reading import read_adapter
 from loraplex_router.api.http.lorax.routes import ERRORS as LORAX_ERRORS
 from loraplex_router.api.http.lorax.schema import Parameters
 from loraplex_router.api.http.openai.reading import read_model_name, read_prompts
 from loraplex_router.api.http.openai.routes import ERRORS as OPENAI_ERRORS
-from loraplex_router.api.http.openai.schema import TokenId
 from loraplex_router.keys import read_bearer
 from loraplex_router.output import Embedding
 from loraplex_router.request import EmbedRequest
@@ -27,7 +27,7 @@ POOLING = "the mean of the last hidden states over all tokens, scaled to length 
 
 class OpenaiRequest(BaseModel):
     model: str = Field(default="", description="The base model (also: empty), an adapter, or base:adapter.")
-    input: str | list[str] | list[TokenId] | list[list[TokenId]]
+    input: Prompts
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = Field(default=None, description="Not supported: vectors are of the model's hidden size.")
 

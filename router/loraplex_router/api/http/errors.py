@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from loraplex_protos.errors import (
+    MAX_QUOTED,
     AdapterError,
     AdapterNotFoundError,
     FieldViolation,
@@ -19,7 +20,7 @@ from loraplex_protos.errors import (
     OverloadedError,
     UnauthenticatedError,
 )
-from loraplex_router.request import ContextLengthError
+from loraplex_router.request import MAX_VIOLATIONS, ContextLengthError
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +100,7 @@ def install_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def malformed(request: Request, error: RequestValidationError) -> Response:
-        return error_response(request.url.path, InvalidRequestError(*_merged(map(_violation, error.errors()))))
+        return error_response(request.url.path, _malformed(error))
 
     @app.exception_handler(HTTPException)
     async def unrouted(request: Request, error: HTTPException) -> Response:
@@ -135,14 +136,20 @@ def _name(found: FieldViolation, names: Mapping[str, str]) -> str:
     return names.get(found.field, found.field)
 
 
+def _malformed(error: RequestValidationError) -> InvalidRequestError:
+    """The first of what pydantic found."""
+    return InvalidRequestError(*_merged(map(_violation, error.errors()[:MAX_VIOLATIONS])))
+
+
 def _violation(found: Mapping[str, Any]) -> FieldViolation:
     """What pydantic found. `body, messages, 0, role` becomes messages[0][role]: dots are the router's own."""
     if found["type"] == "json_invalid":
-        return FieldViolation("body", f"is not JSON: {found['ctx']['error']}")
+        return FieldViolation("body", found["ctx"]["error"])
     if found["loc"] == ("body",) and found["type"] == "model_attributes_type":
         return FieldViolation("body", "must be a JSON object, sent with Content-Type: application/json")
     first, *rest = [part for part in found["loc"] if part != "body" and not _is_type(part)] or ["body"]
-    return FieldViolation(str(first) + "".join(f"[{part}]" for part in rest), str(found["msg"]))
+    field = str(first) + "".join(f"[{part}]" for part in rest)  # a part can be a name that the client chose
+    return FieldViolation(field[:MAX_QUOTED], str(found["msg"])[:MAX_QUOTED])
 
 
 def _is_type(part: str | int) -> bool:

@@ -1,4 +1,4 @@
-"""Reads requests' bodies as JSON whose every string is text."""
+"""Reads requests' bodies as JSON, within limits, whose every string is text."""
 
 import json
 from collections.abc import Callable, Coroutine
@@ -6,16 +6,15 @@ from typing import Any
 
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
-from pydantic_core import from_json
+
+from loraplex_router.json_limits import parse_body
 
 
 class JsonRequest(Request):
     async def json(self) -> Any:
-        """Raises json.JSONDecodeError, also where the standard library would not: half a surrogate pair is no
-        character, and nothing that takes text takes it."""
-        body = await self.body()
+        """Raises json.JSONDecodeError, which FastAPI looks for. Its message says what is wrong with the body."""
         try:
-            return from_json(body)
+            return await parse_body(await self.body())
         except ValueError as error:
             raise json.JSONDecodeError(str(error), "", 0) from error
 

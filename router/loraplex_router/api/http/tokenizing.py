@@ -7,11 +7,12 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
 from loraplex_protos.errors import FieldViolation, InvalidRequestError
+from loraplex_router.api.http.fields import Items, TokenId
 from loraplex_router.api.http.json_body import JsonRoute
 from loraplex_router.api.http.lorax.routes import ERRORS
 from loraplex_router.api.http.openai.conversation import read_conversation
 from loraplex_router.api.http.openai.reading import read_model_name
-from loraplex_router.api.http.openai.schema import Conversation, TokenId
+from loraplex_router.api.http.openai.schema import Conversation
 from loraplex_router.keys import read_bearer
 from loraplex_router.request import Violations
 from loraplex_router.service import Service
@@ -52,7 +53,7 @@ class VllmTokens(BaseModel):
 
 
 class VllmDetokenize(BaseModel):
-    tokens: list[TokenId]
+    tokens: Items[TokenId]
 
 
 class VllmText(BaseModel):

@@ -4,6 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from loraplex_router.api.http.fields import Items
+
 Uint32 = Annotated[int, Field(ge=0, lt=2**32)]
 Uint64 = Annotated[int, Field(ge=0, lt=2**64)]
 
@@ -23,8 +25,8 @@ class TgiGrammar(BaseModel):
 class MergedAdapters(BaseModel):
     """Several adapters, merged into one."""
 
-    ids: list[str]
-    weights: list[float] = Field(default=[], description="One per adapter; empty: 1 each.")
+    ids: Items[str]
+    weights: Items[float] = Field(default=[], description="One per adapter; empty: 1 each.")
     merge_strategy: str | None = Field(
         default=None, description="linear (the default), ties, dare_linear, dare_ties or magnitude_prune."
     )
@@ -49,7 +51,7 @@ class Parameters(BaseModel):
     max_new_tokens: Uint32 | None = Field(default=None, description="Absent: as many as the context has room for.")
     ignore_eos_token: bool | None = None
     return_full_text: bool | None = Field(default=None, description="Begin generated_text with the prompt.")
-    stop: list[str] | None = Field(default=None, description="Ends after the first of these, which the text keeps.")
+    stop: Items[str] | None = Field(default=None, description="Ends after the first of these, which the text keeps.")
     truncate: Uint32 | None = Field(default=None, description="Keep the last so many tokens of the prompt.")
     watermark: bool | None = Field(default=None, description="Not supported: refused if true.")
     details: bool | None = None

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from loraplex_protos.errors import AdapterNotFoundError
+from loraplex_protos.errors import AdapterNotFoundError, quote
 from loraplex_router.api.http.openai.formats import read_format
 from loraplex_router.api.http.openai.schema import GenerationRequest
 from loraplex_router.request import AdapterReference, Prompt, SamplingOptions, Violations
@@ -24,7 +24,7 @@ def read_model_name(model: str, base: str) -> AdapterReference | None:
         return None
     name = model.removeprefix(f"{base}:")
     if not name:
-        raise AdapterNotFoundError(f"the model {model!r} does not exist")
+        raise AdapterNotFoundError(f"the model {quote(model)} does not exist")
     return AdapterReference(name)
 
 

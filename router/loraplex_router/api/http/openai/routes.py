@@ -6,7 +6,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from loraplex_protos.errors import AdapterNotFoundError
+from loraplex_protos.errors import AdapterNotFoundError, quote
 from loraplex_router.adapters.administration import AdapterStatus
 from loraplex_router.api.http.attendance import collect
 from loraplex_router.api.http.errors import openai_body
@@ -84,7 +84,7 @@ def create_openai_routes(service: Service) -> APIRouter:
         for found in await list_models(http):
             if found["id"] == model:
                 return JSONResponse(found)
-        raise AdapterNotFoundError(f"the model {model!r} does not exist")
+        raise AdapterNotFoundError(f"the model {quote(model)} does not exist")
 
     async def list_models(http: Request) -> list[dict[str, Any]]:
         found = {service.info.model_id: describe(service.info.model_id, None, None)}

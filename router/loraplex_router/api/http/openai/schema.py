@@ -4,7 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-TokenId = Annotated[int, Field(ge=0, lt=2**32)]
+from loraplex_router.api.http.fields import MAX_MESSAGES, MAX_TOOLS, Bias, Items, Prompts, TokenId
+
 Count = Annotated[int, Field(ge=0, lt=2**32)]
 
 
@@ -31,7 +32,7 @@ class StructuredOutputs(BaseModel):
     json_: str | dict[str, Any] | None = Field(default=None, alias="json")
     json_object: bool | None = None
     regex: str | None = None
-    choice: list[str] | None = None
+    choice: Items[str] | None = None
     grammar: str | None = Field(default=None, description="Lark, or GBNF.")
 
 
@@ -44,11 +45,11 @@ class GenerationRequest(BaseModel):
     n: Count | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    stop: str | list[str] | None = None
+    stop: str | Items[str] | None = None
     max_tokens: Count | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: dict[TokenId, float] | None = Field(default=None, description="By token id, from -100 to 100.")
+    logit_bias: Bias | None = Field(default=None, description="By token id, from -100 to 100.")
     seed: int | None = None
     response_format: ResponseFormat | None = None
     # LoRAX's
@@ -59,7 +60,7 @@ class GenerationRequest(BaseModel):
     structured_outputs: StructuredOutputs | None = None
     guided_json: str | dict[str, Any] | None = None
     guided_regex: str | None = None
-    guided_choice: list[str] | None = None
+    guided_choice: Items[str] | None = None
     guided_grammar: str | None = None
     min_tokens: Count | None = None
     top_k: Annotated[int, Field(ge=-1, lt=2**32)] | None = Field(default=None, description="0 or -1: off.")
@@ -67,12 +68,12 @@ class GenerationRequest(BaseModel):
     typical_p: float | None = None
     repetition_penalty: float | None = None
     ignore_eos: bool | None = None
-    stop_token_ids: list[TokenId] | None = None
+    stop_token_ids: Items[TokenId] | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = Field(default=None, description="false: they are shown in the text.")
     truncate_prompt_tokens: Count | None = Field(default=None, description="Keep the prompt's last so many tokens.")
-    allowed_token_ids: list[TokenId] | None = Field(default=None, description="Not supported: refused unless empty.")
-    bad_words: list[str] | None = Field(default=None, description="Not supported: refused unless empty.")
+    allowed_token_ids: Items[TokenId] | None = Field(default=None, description="Not supported: refused unless empty.")
+    bad_words: Items[str] | None = Field(default=None, description="Not supported: refused unless empty.")
     use_beam_search: bool | None = Field(default=None, description="Not supported: refused if true.")
     return_tokens_as_token_ids: bool | None = Field(
         default=None, description='In logprobs a token is written "token_id:12", which no other token can look like.'
@@ -83,7 +84,7 @@ class GenerationRequest(BaseModel):
 
 
 class CompletionRequest(GenerationRequest):
-    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    prompt: Prompts
     suffix: str | None = Field(default=None, description="Not supported: refused unless empty.")
     echo: bool | None = None
     logprobs: Count | None = Field(default=None, description="So many alternatives for each token.")
@@ -109,9 +110,9 @@ class MessageToolCall(BaseModel):
 
 class ChatMessage(BaseModel):
     role: str
-    content: str | list[ContentPart] | None = None
+    content: str | Items[ContentPart] | None = None
     name: str | None = None
-    tool_calls: list[MessageToolCall] | None = None
+    tool_calls: Items[MessageToolCall] | None = None
     tool_call_id: str | None = None
 
 
@@ -140,8 +141,8 @@ class NamedTool(BaseModel):
 class Conversation(BaseModel):
     """What a chat template makes a text of."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
-    tools: list[Tool] | None = None
+    messages: Items[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
+    tools: Items[Tool] | None = Field(default=None, max_length=MAX_TOOLS)
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = Field(default=None, description="false: no answer is begun.")
     chat_template: str | None = Field(default=None, description="Not supported: refused unless empty.")
@@ -156,4 +157,4 @@ class ChatCompletionRequest(GenerationRequest, Conversation):
         default=None, description="none, auto, required, or one tool: OpenAI's object, or as LoRAX its name alone."
     )
     parallel_tool_calls: bool | None = None
-    functions: list[dict[str, Any]] | None = Field(default=None, description="Refused unless empty: send tools.")
+    functions: Items[dict[str, Any]] | None = Field(default=None, description="Refused unless empty: send tools.")

@@ -3,6 +3,7 @@
 import secrets
 from typing import Any
 
+from loraplex_protos.errors import quote
 from loraplex_router.api.http.openai.schema import ChatCompletionRequest, NamedTool
 from loraplex_router.request import Violations
 from loraplex_router.text.tool_calls import ToolCallParser
@@ -19,7 +20,7 @@ def check_tools(body: ChatCompletionRequest, found: Violations) -> None:
     names = [tool.function.name for tool in body.tools or ()]
     found.check(len(set(names)) == len(names), "tools", "must have different names")
     chosen = forced_tool(body)
-    found.check(chosen is None or chosen in names, "tool_choice", f"there is no tool {chosen!r}")
+    found.check(chosen is None or chosen in names, "tool_choice", f"there is no tool {quote(chosen or '')}")
     found.check(body.tool_choice != "required" or bool(names), "tool_choice", "needs tools")
 
 

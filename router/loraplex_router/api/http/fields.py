@@ -1,0 +1,50 @@
+"""Fields that clients can make long. Nothing is looked at behind the first thing that is wrong with one of them."""
+
+from typing import Annotated, Any, TypeAlias, TypeVar
+
+from pydantic import BeforeValidator, Discriminator, Field, Tag
+
+from loraplex_router.request import MAX_BIASED
+
+MAX_MESSAGES = 4096  # of a conversation: OpenAI takes 2048
+MAX_TOOLS = 1024  # OpenAI takes 128
+
+T = TypeVar("T")
+
+TokenId = Annotated[int, Field(ge=0, lt=2**32)]
+Items: TypeAlias = Annotated[list[T], Field(fail_fast=True)]
+
+
+def _kind(given: Any) -> str | None:
+    """What the first element says that the whole must be: trying one kind after the other would take as many times as
+    long, and report every element."""
+    if isinstance(given, str):
+        return "str"
+    if not isinstance(given, list):
+        return None
+    first = given[0] if given else ""
+    if isinstance(first, list):
+        return "list[list[int]]"
+    return "list[str]" if isinstance(first, str) else "list[int]"
+
+
+Prompts = Annotated[
+    Annotated[str, Tag("str")]
+    | Annotated[Items[str], Tag("list[str]")]
+    | Annotated[Items[TokenId], Tag("list[int]")]
+    | Annotated[Items[Items[TokenId]], Tag("list[list[int]]")],
+    Discriminator(
+        _kind,
+        custom_error_type="prompts",
+        custom_error_message="must be a text, a list of texts, a list of token ids, or a list of such lists",
+    ),
+]
+
+
+def _few(given: Any) -> Any:
+    if isinstance(given, dict) and len(given) > MAX_BIASED:
+        raise ValueError(f"at most {MAX_BIASED} tokens")
+    return given
+
+
+Bias = Annotated[dict[TokenId, float], BeforeValidator(_few)]

@@ -1,0 +1,143 @@
+"""What one request may hold: JSON is looked at before it is parsed, and errors quote little of it."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import TypeAdapter, ValidationError
+
+from loraplex_protos.errors import (
+    MAX_QUOTED,
+    FieldViolation,
+    InvalidRequestError,
+    LoraplexError,
+    from_rpc_error,
+    quote,
+    to_status,
+)
+from loraplex_router.api.http.fields import Bias, Items, Prompts, TokenId
+from loraplex_router.json_limits import MAX_DEPTH, MAX_ELEMENTS, MAX_NODES, JsonStructure, parse, parse_body
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text('ab"\\,:[]{}é\n'),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text('ab"\\,:[]{}', max_size=3), inner, max_size=4),
+)
+
+
+def count(value: object) -> tuple[int, int, int]:
+    """Commas, then lists, objects and names, and the depth, of a value as JSON."""
+    if not isinstance(value, (list, dict)):
+        return 0, 0, 0
+    parts = [count(part) for part in (value.values() if isinstance(value, dict) else value)]
+    commas, nodes, depths = map(list, zip(*parts, strict=True)) if parts else ([], [], [])
+    names = len(value) if isinstance(value, dict) else 0
+    return max(0, len(parts) - 1) + sum(commas), 1 + names + sum(nodes), 1 + max(depths, default=0)
+
+
+@given(value=VALUES, cuts=st.lists(st.integers(1, 5), max_size=60))
+def test_structure_is_counted_outside_of_strings_however_a_text_is_cut(value, cuts):
+    rest = json.dumps(value, ensure_ascii=False).encode()
+    structure = JsonStructure()
+    for cut in [*cuts, len(rest) + 1]:
+        piece, rest = rest[:cut], rest[cut:]
+        structure.feed(piece)
+    commas, nodes, _ = count(value)
+    assert (structure._elements, structure._nodes, structure._depth) == (commas, nodes, 0)
+
+
+@given(value=VALUES)
+async def test_what_is_within_the_limits_is_read_as_it_is(value):
+    text = json.dumps(value)
+    assert parse(text) == await parse_body(text.encode()) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("[" * 100_000, "nested too deeply"),
+        ("[" * (MAX_DEPTH + 1) + "]" * (MAX_DEPTH + 1), "nested too deeply"),
+        ('{"a":' * 200 + "1" + "}" * 200, "nested too deeply"),
+        ("[" + "1," * MAX_ELEMENTS + "1,1]", "holds too much"),
+        ("[" + "[]," * MAX_NODES + "1]", "holds too much"),
+        ("{" + '"a":1,' * (MAX_NODES + 1) + '"b":1}', "holds too much"),
+        ("[1,", "is not JSON"),
+        ('"\\ud800"', "is not JSON"),
+        ("\ud800", "is not JSON"),
+    ],
+)
+async def test_too_much_is_refused_before_it_is_parsed(text, reason):
+    with pytest.raises(ValueError, match=f"^.*{reason}"):
+        parse(text)
+    with pytest.raises(ValueError, match=reason):
+        await parse_body(text.encode(errors="surrogatepass"))
+
+
+def test_the_deepest_that_is_taken_can_be_written_again():
+    text = "[" * MAX_DEPTH + "]" * MAX_DEPTH
+    assert json.dumps(parse(text)) == text
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "place"),
+    [
+        (Prompts, [-1] * 1000, 0),
+        (Prompts, [1] * 10 + ["a"] * 1000, 10),
+        (Prompts, [[1], *[[-1] * 1000] * 1000], 1),
+        (Prompts, ["a", *[1] * 1000], 1),
+        (Items[TokenId], [2**32] * 1000, 0),
+    ],
+)
+def test_a_long_list_is_refused_for_the_first_thing_that_is_wrong_with_it(kind, given, place):
+    with pytest.raises(ValidationError) as caught:
+        TypeAdapter(kind).validate_python(given)
+    (error,) = caught.value.errors()
+    assert place in error["loc"]
+
+
+@pytest.mark.parametrize("given", ["", "text", [], ["a", "b"], [1, 2], [[1, 2], [3]], [[]]])
+def test_prompts_are_read_as_what_they_are(given):
+    assert TypeAdapter(Prompts).validate_python(given) == given
+
+
+@pytest.mark.parametrize("given", [1, None, {"a": 1}, [None], [{}]])
+def test_what_is_no_prompt_is_refused(given):
+    with pytest.raises(ValidationError):
+        TypeAdapter(Prompts).validate_python(given)
+
+
+def test_a_million_biases_are_one_error():
+    with pytest.raises(ValidationError) as caught:
+        TypeAdapter(Bias).validate_python({str(-place): "?" for place in range(10**6)})
+    assert caught.value.error_count() == 1
+
+
+@given(text=st.text(max_size=3 * MAX_QUOTED))
+def test_a_quote_is_one_line_and_short(text):
+    assert "\n" not in quote(text) and eval(quote(text).removesuffix("...")) == text[:MAX_QUOTED]
+
+
+class _Call(Exception):
+    """A gRPC call that failed with a status, as its client sees it."""
+
+    def __init__(self, status):
+        self._status = status
+
+    def code(self):
+        return self._status.code
+
+    def details(self):
+        return self._status.details
+
+    def trailing_metadata(self):
+        return self._status.trailing_metadata
+
+
+@pytest.mark.parametrize("letter", ["x", "é", "😀", "\n"])
+def test_an_error_fits_into_the_trailers_that_grpc_clients_take(letter):
+    long = letter * 100_000
+    for error in (LoraplexError(long), InvalidRequestError(*[FieldViolation(long, long)] * 100)):
+        status = to_status(error)
+        size = 3 * len(status.details.encode()) + sum(len(k) + len(v) * 4 / 3 for k, v in status.trailing_metadata)
+        assert size < 8 << 10
+        assert type(from_rpc_error(_Call(status))) is type(error)
