@@ -25,10 +25,13 @@ def compiler() -> GrammarCompiler:
     return create_compiler()
 
 
-def answers(compiler: GrammarCompiler, grammar: Grammar, random: Random) -> str | None:
-    schemas = [schema.text for schema in grammar.schemas]
+def encode(grammar: Grammar) -> ShardGrammar:
     kind: Any = grammar.kind.value
-    return sample(constrained(compiler, ShardGrammar(kind=kind, text=grammar.text, schemas=schemas)), random)
+    return ShardGrammar(kind=kind, text=grammar.text, schemas=[schema.text for schema in grammar.schemas])
+
+
+def answers(compiler: GrammarCompiler, grammar: Grammar, random: Random) -> str | None:
+    return sample(constrained(compiler, encode(grammar)), random)
 
 
 def forced(tools: Tools, several: bool) -> Grammar:
@@ -121,7 +124,7 @@ def test_a_refusal_names_the_tool_and_the_keyword(
     with pytest.raises(InvalidRequestError) as refused:
         grammar = forced({"good": {"type": "object"}, "bad": parameters}, several=True)
         try:
-            answers(compiler, grammar, Random(0))
+            compiler.matcher(encode(grammar))
         except InvalidRequestError as error:
             raise grammar.refusal(error) from error
     (violation,) = refused.value.violations
