@@ -3,7 +3,6 @@
 Knows nothing of layers: a layer asks for its slice and for its one collective.
 """
 
-import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 
 from loraplex_protos.errors import LoraplexError
 from loraplex_shard.ops.cpu.collectives import SharedMemory
-from loraplex_shard.ops.cpu.library import KINDS
+from loraplex_shard.ops.cpu.library import KINDS, Kernels
 
 
 class GroupSizeError(LoraplexError):
@@ -36,9 +35,7 @@ class Group:
         self.shared = shared
 
     @classmethod
-    def connect(
-        cls, rank: int, size: int, rendezvous_url: str, device: torch.device, kernels: ctypes.CDLL | None
-    ) -> Self:
+    def connect(cls, rank: int, size: int, rendezvous_url: str, device: torch.device, kernels: Kernels | None) -> Self:
         """Joins the group; returns when all ranks have. `rendezvous_url` is one that torch.distributed knows.
 
         kernels: those of the CPU (ops/cpu/library.py), if there are any.

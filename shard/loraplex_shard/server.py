@@ -1,6 +1,5 @@
 """A shard process: loads one rank of the model, then serves it. The port opens once the model is loaded."""
 
-import ctypes
 import logging
 import signal
 import sys
@@ -29,6 +28,7 @@ from loraplex_shard.memory import keep_freed
 from loraplex_shard.models import load_decoder
 from loraplex_shard.models.architectures import read_spec
 from loraplex_shard.ops.choose import choose_operations, load_kernels
+from loraplex_shard.ops.cpu.library import Kernels
 from loraplex_shard.parallel import Group
 from loraplex_shard.runner import Runner
 from loraplex_shard.service import ShardService
@@ -131,7 +131,7 @@ def _load(
     checkpoint: Checkpoint,
     group: Group,
     device: torch.device,
-    kernels: ctypes.CDLL | None,
+    kernels: Kernels | None,
     progress: Progress | None,
     step_failed: threading.Event,
     telemetry: Telemetry,

@@ -9,7 +9,7 @@ import torch
 
 from loraplex_shard.batch import Batch
 from loraplex_shard.cache import KVCache, LayerCache
-from loraplex_shard.ops.cpu.library import build, load
+from loraplex_shard.ops.cpu.library import Kernels, build
 from loraplex_shard.ops.cpu.operations import CpuOperations
 
 BLOCK_SIZE = 16
@@ -23,7 +23,7 @@ def kernels_directory() -> Path:
 
 @cache
 def cpu_operations(name: str) -> CpuOperations:
-    return CpuOperations(load(build(kernels_directory(), name)))
+    return CpuOperations(Kernels(build(kernels_directory(), name)))
 
 
 def paged_batch(chunks: list[tuple[int, int]], seed: int) -> tuple[Batch, int]:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from loraplex_shard.ops.choose import load_kernels
 from loraplex_shard.ops.cpu.collectives import SHARED, SLOT_BYTES, LostRankError, SharedMemory
+from loraplex_shard.ops.cpu.library import Kernels
 from loraplex_shard.ops.cpu.program import Program
 from tests.shard.operations import kernels_directory
 
@@ -62,8 +63,8 @@ def gathered_is_side_by_side(shared: SharedMemory, rank: int) -> bool:
     return True
 
 
-def two_sums(shared: SharedMemory, tensor: torch.Tensor) -> Program:
-    program = Program()
+def two_sums(kernels: Kernels, shared: SharedMemory, tensor: torch.Tensor) -> Program:
+    program = Program(kernels)
     for _ in range(2):
         program.add("all_reduce", shared.all_reduce_arguments(tensor), shared.check)
     program.finish(tensor)
@@ -102,8 +103,8 @@ def main(rank: int, directory: Path) -> None:
     seen["without kernels on rank 1"] = SharedMemory.connect(rank, SIZE, None if rank == 1 else kernels) is not None
 
     one, summed = torch.ones(1), torch.ones(1)
-    program = two_sums(in_program, summed)
-    seen["sum of a program"] = program.run(kernels, ()).item()
+    program = two_sums(kernels, in_program, summed)
+    seen["sum of a program"] = program.run(()).item()
     dist.barrier()
     if rank != LAST:
         seen["late"] = error_of(lambda: late.all_reduce_(one))
@@ -115,7 +116,7 @@ def main(rank: int, directory: Path) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     seen["left"] = error_of(lambda: left.all_reduce_(one))
     seen["died"] = error_of(lambda: died.all_reduce_(one))
-    seen["died in a program"] = error_of(lambda: program.run(kernels, ()))
+    seen["died in a program"] = error_of(lambda: program.run(()))
     (directory / f"{rank}.json").write_text(json.dumps(seen))
 
 

@@ -63,7 +63,7 @@ def test_a_compiler_that_does_not_know_this_processors_best_instructions_is_aske
     compiler: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     monkeypatch.setattr(choose, "instruction_sets", lambda: ["amx", "portable"])
-    monkeypatch.setattr(choose, "load", lambda path: path)
+    monkeypatch.setattr(choose, "Kernels", lambda path: path)
     kernels = choose.load_kernels(torch.device("cpu"), tmp_path)
     assert isinstance(kernels, Path) and kernels.name.startswith("portable-")
     (warning,) = (record.message for record in caplog.records if record.levelname == "WARNING")

@@ -11,11 +11,20 @@ from loraplex_shard.batch import Segment
 from loraplex_shard.layers.layout import LinearLayout, LinearPart
 from loraplex_shard.lora.deltas import Delta, cut_adapter
 from loraplex_shard.ops.base import HeadNorms, Heads
-from loraplex_shard.ops.cpu.library import INSTRUCTION_SETS, instruction_sets
+from loraplex_shard.ops.cpu.library import INSTRUCTION_SETS, Kernels, build, instruction_sets
 from loraplex_shard.ops.cpu.operations import CpuOperations
 from loraplex_shard.ops.quantized import quantize
 from loraplex_shard.ops.reference import ReferenceOperations
-from tests.shard.operations import angles, assert_close, cached, cpu_operations, filled_cache, paged_batch, random
+from tests.shard.operations import (
+    angles,
+    assert_close,
+    cached,
+    cpu_operations,
+    filled_cache,
+    kernels_directory,
+    paged_batch,
+    random,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -280,3 +289,13 @@ def test_a_row_of_a_run_that_is_not_finite_leaves_the_others_as_they_are(cpu: Cp
     assert actual[20].isnan().all()
     others = torch.arange(37) != 20
     assert torch.equal(actual[others], expected[others])
+
+
+def test_a_kernel_takes_its_own_parameters_by_name_and_no_others() -> None:
+    kernels = Kernels(build(kernels_directory(), "portable"))
+    shape = {"n": 32, "k": 64, "bits": 4, "group": 32}
+    reordered = dict(reversed(shape.items()))
+    assert kernels.call("quantized_bytes", **shape) == kernels.call("quantized_bytes", **reordered) > 0
+    for wrong in (shape | {"rows": 1}, {"n": 32, "k": 64}, {"n": 32, "k": 64, "bits": 4, "groups": 32}):
+        with pytest.raises(TypeError, match="quantized_bytes takes"):
+            kernels.call("quantized_bytes", **wrong)

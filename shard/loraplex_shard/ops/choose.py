@@ -1,6 +1,5 @@
 """Which implementation of the operations this machine gets."""
 
-import ctypes
 import logging
 from functools import partial
 from pathlib import Path
@@ -8,14 +7,14 @@ from pathlib import Path
 import torch
 
 from loraplex_shard.ops.base import Operations
-from loraplex_shard.ops.cpu.library import KernelsError, build, instruction_sets, load
+from loraplex_shard.ops.cpu.library import Kernels, KernelsError, build, instruction_sets
 from loraplex_shard.ops.cpu.operations import CpuOperations
 from loraplex_shard.ops.reference import ReferenceOperations
 
 logger = logging.getLogger(__name__)
 
 
-def load_kernels(device: torch.device, directory: Path | None) -> ctypes.CDLL | None:
+def load_kernels(device: torch.device, directory: Path | None) -> Kernels | None:
     """The compiled kernels, on a CPU; built into `directory` (see library.build) if they are not there yet.
 
     They are for the best instruction set that the processor has and the compiler knows."""
@@ -23,14 +22,16 @@ def load_kernels(device: torch.device, directory: Path | None) -> ctypes.CDLL | 
         return None
     for name in instruction_sets():
         try:
-            return load(build(directory, name, partial(logger.info, "compiling the CPU kernels for %s (once)", name)))
+            return Kernels(
+                build(directory, name, partial(logger.info, "compiling the CPU kernels for %s (once)", name))
+            )
         except KernelsError as error:
             logger.warning("no CPU kernels for %s: %s", name, error.message)
     logger.warning("operations run in plain torch, which takes several times as long")
     return None
 
 
-def choose_operations(device: torch.device, dtype: torch.dtype, kernels: ctypes.CDLL | None) -> Operations:
+def choose_operations(device: torch.device, dtype: torch.dtype, kernels: Kernels | None) -> Operations:
     """On a CPU the kernels, on as many threads as torch has now, else plain torch. There are none for float16."""
     if device.type == "cuda":
         # Triton is installed with torch for CUDA, and only there.

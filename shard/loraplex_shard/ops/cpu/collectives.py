@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from loraplex_protos.errors import LoraplexError
-from loraplex_shard.ops.cpu.library import KINDS
+from loraplex_shard.ops.cpu.library import KINDS, Kernels
 
 SHARED = Path("/dev/shm")
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -56,17 +56,17 @@ class SharedMemory:
     has died, or is `patience` seconds behind this one.
     """
 
-    def __init__(self, rank: int, size: int, fd: int, kernels: ctypes.CDLL, patience: float) -> None:
+    def __init__(self, rank: int, size: int, fd: int, kernels: Kernels, patience: float) -> None:
         """`fd`: a file of `memory_bytes(size)` zeros that all ranks have opened, each for itself. It is owned here."""
         fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank)  # held until this process ends: the others see it live
         self._memory = mmap.mmap(fd, memory_bytes(size))  # not unmapped while a call on another thread may be in it
         address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
         self._place = Place(address, rank, size, SLOT_BYTES, fd, patience)
-        self._at = ctypes.byref(self._place)
+        self._at = ctypes.addressof(self._place)
         self._kernels = kernels
 
     @classmethod
-    def connect(cls, rank: int, size: int, kernels: ctypes.CDLL | None, patience: float = PATIENCE) -> Self | None:
+    def connect(cls, rank: int, size: int, kernels: Kernels | None, patience: float = PATIENCE) -> Self | None:
         """To be called on all ranks of the default process group. None on all of them if one has no kernels or is on
         another host, or if there is no memory to share."""
         if not _equal_on_all_ranks(_host() if kernels else "", size):
@@ -89,30 +89,42 @@ class SharedMemory:
 
     def all_reduce_(self, tensor: torch.Tensor) -> None:
         """Replaces `tensor`, float32 or bfloat16, by its sum over all ranks: the same bits on all of them."""
-        self.check(self._kernels.all_reduce(*self.all_reduce_arguments(tensor)))
+        self.check(self._kernels.call("all_reduce", **self.all_reduce_arguments(tensor)))
 
-    def all_reduce_arguments(self, tensor: torch.Tensor) -> tuple[int, ...]:
+    def all_reduce_arguments(self, tensor: torch.Tensor) -> dict[str, int]:
         """Of the kernel, for `tensor`; they hold as long as this object and the tensor. Its result is for `check`."""
         assert tensor.is_contiguous()
-        return ctypes.addressof(self._place), KINDS[tensor.dtype], tensor.numel(), tensor.data_ptr()
+        return {
+            "place": self._at,
+            "kind": KINDS[tensor.dtype],
+            "count": tensor.numel(),
+            "data": tensor.data_ptr(),
+        }
 
     def broadcast_(self, tensor: torch.Tensor) -> None:
         """Replaces `tensor` by rank 0's."""
         assert tensor.is_contiguous()
-        self.check(self._kernels.broadcast(self._at, tensor.nbytes, tensor.data_ptr()))
+        self.check(self._kernels.call("broadcast", place=self._at, bytes=tensor.nbytes, data=tensor.data_ptr()))
 
     def gather(self, tensor: torch.Tensor, widths: Sequence[int]) -> torch.Tensor | None:
         """The ranks' tensors [n, widths[rank]] side by side on rank 0, None on the others."""
         assert tensor.is_contiguous()
         width_bytes = (ctypes.c_long * len(widths))(*(width * tensor.itemsize for width in widths))
         gathered = tensor.new_empty((len(tensor), sum(widths))) if self._place.rank == 0 else None
-        out = None if gathered is None else gathered.data_ptr()
-        self.check(self._kernels.gather(self._at, len(tensor), width_bytes, tensor.data_ptr(), out))
+        result = self._kernels.call(
+            "gather",
+            place=self._at,
+            rows=len(tensor),
+            widths=ctypes.addressof(width_bytes),
+            data=tensor.data_ptr(),
+            out=None if gathered is None else gathered.data_ptr(),
+        )
+        self.check(result)
         return gathered
 
     def leave(self) -> None:
         """Lets a collective that is under way fail, on all ranks. There must be no other one after it."""
-        self._kernels.leave_group(self._at)
+        self._kernels.call("leave_group", place=self._at)
 
     def check(self, result: int) -> None:
         """Raises LostRankError if `result`, a collective's, says so."""

@@ -8,11 +8,15 @@ import ctypes
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -38,11 +42,14 @@ INSTRUCTION_SETS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 # Numbers of Linux on x86: the system call, its request (ARCH_REQ_XCOMP_PERM) and the state it is about.
 ARCH_PRCTL, REQUEST_PERMISSION, TILE_DATA = 158, 0x1023, 18
 
-# The functions that return a number; the others return nothing.
-WITH_RESULTS = ("quantized_bytes", "run", "all_reduce", "broadcast", "gather")
+# Of what kernels take and give, beside pointers and void.
+TYPES = {"int": ctypes.c_int, "long": ctypes.c_long, "float": ctypes.c_float}
 
 # The numbers that kernels have for the types of tensors.
 KINDS = {torch.float32: 0, torch.bfloat16: 1}
+
+
+T = TypeVar("T")
 
 
 class KernelsError(LoraplexError):
@@ -95,34 +102,60 @@ def build(directory: Path | None, name: str, notify: Callable[[], None] | None =
     return path
 
 
-def load(path: Path) -> ctypes.CDLL:
-    """The compiled library, with the types of its functions declared."""
-    library = ctypes.CDLL(str(path))
-    i, n, f, p = ctypes.c_int, ctypes.c_long, ctypes.c_float, ctypes.c_void_p
-    for name, arguments in {
-        "linear": (i, i, n, n, n, p, p, p, p),
-        "pack_weight": (i, n, n, p, p),
-        "weight_rows": (i, i, n, p, n, p, p),
-        "quantized_linear": (i, i, n, n, n, p, i, i, p, p, p),
-        "quantized_bytes": (n, n, i, i),
-        "pack_quantized": (n, n, i, i, p, p, p, p),
-        "quantized_rows": (i, i, n, p, n, i, i, p, p),
-        "add_lora_delta": (i, i, i, n, p, p, p, n, p, n, p, n),
-        "add_rms_norm": (i, i, n, n, p, p, p, f, p),
-        "silu_mul": (i, i, n, n, p, p),
-        "widen": (i, i, n, n, p, p, p),
-        "rotate_and_write": (i, i, n, p, n, n, n, n, p, f, p, p, p, p, p, p, p, p),
-        "paged_attention": (i, i, p, n, n, n, n, f, f, n, p, p, p, p, n, p, p, p, n, p),
-        "run": (p, n, n),
-        "all_reduce": (p, i, n, p),
-        "broadcast": (p, n, p),
-        "gather": (p, n, p, p, p),
-        "leave_group": (p,),
-    }.items():
-        function = getattr(library, name)
-        function.argtypes = arguments
-        function.restype = n if name in WITH_RESULTS else None
-    return library
+class Kernels:
+    """The compiled library. A kernel is called by its name, with its parameters' names: what kernels.h calls them.
+
+    Arguments are numbers and addresses; None is a null pointer.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._library = ctypes.CDLL(str(path))
+        self._library.kernels.restype = ctypes.c_char_p
+        lines = self._library.kernels().decode().splitlines()
+        self._kernels = {kernel.name: kernel for kernel in map(self._read, count(), lines)}
+        self.most_parameters = max(len(kernel.parameters) for kernel in self._kernels.values())
+        self._run = self._library.run
+
+    def call(self, name: str, /, **arguments: int | float | None) -> int:
+        """The kernel's result, or 0 if it has none."""
+        kernel = self._kernels[name]
+        return kernel.function(*kernel.ordered(arguments)) or 0
+
+    def row(self, name: str, arguments: Mapping[str, T]) -> tuple[int, tuple[T, ...]]:
+        """The kernel's number and the arguments in the order in which `run` wants them."""
+        kernel = self._kernels[name]
+        return kernel.number, kernel.ordered(arguments)
+
+    def run(self, calls: int, count: int, width: int) -> int:
+        """Runs `count` recorded calls at the address `calls`, `width` numbers each: a kernel's number, then its
+        arguments. Stops at the first one whose result is not 0, and answers it."""
+        result: int = self._run(calls, count, width)
+        return result
+
+    def _read(self, number: int, line: str) -> "Kernel":
+        """A line of kernels.h: `void linear(int threads, ..., void* out)`."""
+        result, name, parameters = re.fullmatch(r"(\w+) (\w+)\((.*)\)", line).groups()  # type: ignore[union-attr]
+        types, names = zip(*(parameter.rsplit(" ", 1) for parameter in parameters.split(", ")), strict=True)
+        function = getattr(self._library, name)
+        function.restype = TYPES.get(result)
+        function.argtypes = [ctypes.c_void_p if "*" in type else TYPES[type] for type in types]
+        return Kernel(number, name, names, function)
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """A function of the library."""
+
+    number: int  # in the list of kernels.h
+    name: str
+    parameters: tuple[str, ...]
+    function: Callable[..., int | None]
+
+    def ordered(self, arguments: Mapping[str, T]) -> tuple[T, ...]:
+        """The arguments in the order of the parameters. TypeError if there is one too many, or one too few."""
+        if len(arguments) != len(self.parameters) or any(name not in arguments for name in self.parameters):
+            raise TypeError(f"{self.name} takes {self.parameters}, not {tuple(arguments)}")
+        return tuple([arguments[name] for name in self.parameters])
 
 
 def _tiles_granted() -> bool:

@@ -4,7 +4,6 @@ Tensors are float32 or bfloat16 and contiguous. Kernels run on the calling threa
 keep memory for intermediate values from call to call, so that a step allocates only its results.
 """
 
-import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
@@ -16,7 +15,7 @@ from loraplex_shard.batch import Batch, Segment
 from loraplex_shard.cache import KVCache, LayerCache
 from loraplex_shard.layers.layout import LinearLayout
 from loraplex_shard.ops.base import HeadNorms, Heads, Runs
-from loraplex_shard.ops.cpu.library import KINDS
+from loraplex_shard.ops.cpu.library import KINDS, Kernels
 from loraplex_shard.ops.cpu.program import Program, StepNumber
 from loraplex_shard.ops.quantized import QuantizedMatrix
 from loraplex_shard.parallel import Group
@@ -131,8 +130,8 @@ class CpuStep:
 class CpuOperations:
     """Implements loraplex_shard.ops.base.Operations; the docstrings there hold. Cache blocks have 16 positions."""
 
-    def __init__(self, library: ctypes.CDLL) -> None:
-        self._library = library
+    def __init__(self, kernels: Kernels) -> None:
+        self._kernels = kernels
         self._threads = torch.get_num_threads()
         self._programs: WeakKeyDictionary[KVCache, dict[tuple[int, bool], Program]] = WeakKeyDictionary()
         self._recording: Program | None = None
@@ -143,7 +142,14 @@ class CpuOperations:
         rows, columns = matrix.shape
         matrix = matrix.contiguous()
         panels = matrix.new_empty((-(-rows // PANEL), PANEL * (columns + columns % 2 * (matrix.itemsize == 2))))
-        self._library.pack_weight(KINDS[matrix.dtype], rows, columns, matrix.data_ptr(), panels.data_ptr())
+        self._kernels.call(
+            "pack_weight",
+            kind=KINDS[matrix.dtype],
+            n=rows,
+            k=columns,
+            weight=matrix.data_ptr(),
+            packed=panels.data_ptr(),
+        )
         return FloatWeight(panels, rows, columns)
 
     def prepare(self, batch: Batch, cos: torch.Tensor, sin: torch.Tensor) -> CpuStep:
@@ -157,42 +163,68 @@ class CpuOperations:
         key = tokens, step.segments.int8
         if key not in programs:
             programs[key] = self._record(compute)
-        return programs[key].run(self._library, step.numbers)
+        return programs[key].run(step.numbers)
 
     def embedding(self, step: CpuStep, weight: CpuWeight, dtype: torch.dtype) -> torch.Tensor:
         tokens = len(step.batch.token_ids)
         out = self._empty((tokens, weight.columns), dtype)
-        where = self._threads, KINDS[dtype], tokens, step["tokens"], weight.columns
-        if isinstance(weight, IntegerWeight):
-            self._call("quantized_rows", *where, weight.bits, weight.group, weight.panels.data_ptr(), out.data_ptr())
-        else:
-            self._call("weight_rows", *where, weight.panels.data_ptr(), out.data_ptr())
+        self._call(
+            "quantized_rows" if isinstance(weight, IntegerWeight) else "weight_rows",
+            threads=self._threads,
+            kind=KINDS[dtype],
+            count=tokens,
+            ids=step["tokens"],
+            k=weight.columns,
+            packed=weight.panels.data_ptr(),
+            out=out.data_ptr(),
+            **_format(weight),
+        )
         return out
 
     def linear(self, x: torch.Tensor, weight: CpuWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
         rows = x.shape[0]
         out = self._empty((rows, weight.rows), x.dtype)
-        where = self._threads, KINDS[x.dtype], rows, weight.rows, weight.columns, x.data_ptr()
-        to = weight.panels.data_ptr(), _address(bias), out.data_ptr()
-        if isinstance(weight, IntegerWeight):
-            self._call("quantized_linear", *where, weight.bits, weight.group, *to)
-        else:
-            self._call("linear", *where, *to)
+        self._call(
+            "quantized_linear" if isinstance(weight, IntegerWeight) else "linear",
+            threads=self._threads,
+            kind=KINDS[x.dtype],
+            m=rows,
+            n=weight.rows,
+            k=weight.columns,
+            x=x.data_ptr(),
+            weight=weight.panels.data_ptr(),
+            bias=_address(bias),
+            out=out.data_ptr(),
+            **_format(weight),
+        )
         return out
 
     def add_lora_delta(
         self, out: torch.Tensor, x: torch.Tensor, segments: CpuStep | Runs, layout: LinearLayout
     ) -> None:
         if isinstance(segments, CpuStep):
-            numbers: tuple[int, ...] = tuple(segments[name] for name in RUNS)
+            numbers: Sequence[int] = [segments[name] for name in RUNS]
             runs = segments.segments
         else:
             runs = CpuSegments.of(segments)
             numbers = runs.numbers
         if len(runs.starts) or self._recording is not None:
-            where = self._threads, KINDS[x.dtype], runs.int8
-            shape = x.shape[1], out.data_ptr(), out.shape[1]
-            self._call("add_lora_delta", *where, *numbers, layout.index, x.data_ptr(), *shape)
+            count, starts, stops, tables = numbers
+            self._call(
+                "add_lora_delta",
+                threads=self._threads,
+                kind=KINDS[x.dtype],
+                int8_weights=runs.int8,
+                segments=count,
+                starts=starts,
+                stops=stops,
+                tables=tables,
+                layer=layout.index,
+                x=x.data_ptr(),
+                k=x.shape[1],
+                out=out.data_ptr(),
+                n=out.shape[1],
+            )
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         return self._norm(x, None, weight, eps)
@@ -203,14 +235,30 @@ class CpuOperations:
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         rows, n = gate_up.shape[0], gate_up.shape[1] // 2
         out = self._empty((rows, n), gate_up.dtype)
-        self._call("silu_mul", self._threads, KINDS[out.dtype], rows, n, gate_up.data_ptr(), out.data_ptr())
+        self._call(
+            "silu_mul",
+            threads=self._threads,
+            kind=KINDS[out.dtype],
+            rows=rows,
+            n=n,
+            gate_up=gate_up.data_ptr(),
+            out=out.data_ptr(),
+        )
         return out
 
     def widen(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         rows, n = x.shape
         out, finite = torch.empty((rows, n)), torch.empty(rows, dtype=torch.bool)
-        where = self._threads, KINDS[x.dtype], rows, n, x.data_ptr()
-        self._library.widen(*where, out.data_ptr(), finite.data_ptr())
+        self._kernels.call(
+            "widen",
+            threads=self._threads,
+            kind=KINDS[x.dtype],
+            rows=rows,
+            n=n,
+            x=x.data_ptr(),
+            out=out.data_ptr(),
+            finite=finite.data_ptr(),
+        )
         return out, finite
 
     def rotate_and_write(
@@ -218,44 +266,44 @@ class CpuOperations:
     ) -> None:
         self._call(
             "rotate_and_write",
-            self._threads,
-            KINDS[qkv.dtype],
-            qkv.shape[0],
-            qkv.data_ptr(),
-            qkv.shape[1],
-            heads.query,
-            heads.kv,
-            heads.dim,
-            None if norms is None else norms.weight.data_ptr(),
-            0.0 if norms is None else norms.eps,
-            step["positions"],
-            step.cos.data_ptr(),
-            step.sin.data_ptr(),
-            step["indices"],
-            *_addresses(cache),
+            threads=self._threads,
+            kind=KINDS[qkv.dtype],
+            tokens=qkv.shape[0],
+            qkv=qkv.data_ptr(),
+            stride=qkv.shape[1],
+            heads=heads.query,
+            kv_heads=heads.kv,
+            head_dim=heads.dim,
+            norm=None if norms is None else norms.weight.data_ptr(),
+            eps=0.0 if norms is None else norms.eps,
+            positions=step["positions"],
+            cos=step.cos.data_ptr(),
+            sin=step.sin.data_ptr(),
+            indices=step["indices"],
+            **_addresses(cache),
         )
 
     def attention(self, qkv: torch.Tensor, heads: Heads, step: CpuStep, cache: LayerCache) -> torch.Tensor:
         out = self._empty((qkv.shape[0], heads.query * heads.dim), qkv.dtype)
         self._call(
             "paged_attention",
-            self._threads,
-            KINDS[qkv.dtype],
-            qkv.data_ptr(),
-            qkv.shape[1],
-            heads.query,
-            heads.kv,
-            heads.dim,
-            heads.dim**-0.5,
-            heads.soft_cap,
-            heads.window or 0,
-            *_addresses(cache),
-            step["chunks"],
-            step["starts"],
-            step["contexts"],
-            step["tables"],
-            step["table_width"],
-            out.data_ptr(),
+            threads=self._threads,
+            kind=KINDS[qkv.dtype],
+            query=qkv.data_ptr(),
+            query_stride=qkv.shape[1],
+            heads=heads.query,
+            kv_heads=heads.kv,
+            head_dim=heads.dim,
+            scale=heads.dim**-0.5,
+            soft_cap=heads.soft_cap,
+            window=heads.window or 0,
+            chunks=step["chunks"],
+            starts=step["starts"],
+            contexts=step["contexts"],
+            tables=step["tables"],
+            table_width=step["table_width"],
+            out=out.data_ptr(),
+            **_addresses(cache),
         )
         return out
 
@@ -269,21 +317,31 @@ class CpuOperations:
     def _norm(self, x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float) -> torch.Tensor:
         n = x.shape[-1]
         out = self._empty(x.shape, x.dtype)
-        to = _address(delta), weight.data_ptr(), eps, out.data_ptr()
-        self._call("add_rms_norm", self._threads, KINDS[x.dtype], x.numel() // n, n, x.data_ptr(), *to)
+        self._call(
+            "add_rms_norm",
+            threads=self._threads,
+            kind=KINDS[x.dtype],
+            rows=x.numel() // n,
+            n=n,
+            hidden=x.data_ptr(),
+            delta=_address(delta),
+            weight=weight.data_ptr(),
+            eps=eps,
+            out=out.data_ptr(),
+        )
         return out
 
     def _record(self, compute: Callable[[], torch.Tensor]) -> Program:
-        program = self._recording = Program()
+        program = self._recording = Program(self._kernels)
         try:
             program.finish(compute())
         finally:
             self._recording = None
         return program
 
-    def _call(self, kernel: str, *arguments: int | float | None) -> None:
+    def _call(self, kernel: str, **arguments: int | float | None) -> None:
         if self._recording is None:
-            getattr(self._library, kernel)(*arguments)
+            self._kernels.call(kernel, **arguments)
         else:
             self._recording.add(kernel, arguments)
 
@@ -294,10 +352,21 @@ class CpuOperations:
 
     def _pack_integers(self, matrix: QuantizedMatrix) -> IntegerWeight:
         rows, columns = matrix.values.shape
-        size = self._library.quantized_bytes(rows, columns, matrix.bits, matrix.group)
+        form = {"bits": matrix.bits, "group": matrix.group}
+        size = self._kernels.call("quantized_bytes", n=rows, k=columns, **form)
         panels = torch.empty((-(-rows // PANEL), size // -(-rows // PANEL)), dtype=torch.uint8)
-        parts = [None if part is None else part.contiguous() for part in (matrix.values, matrix.scales, matrix.offsets)]
-        self._library.pack_quantized(rows, columns, matrix.bits, matrix.group, *map(_address, parts), panels.data_ptr())
+        offsets = None if matrix.offsets is None else matrix.offsets.contiguous()
+        values, scales = matrix.values.contiguous(), matrix.scales.contiguous()
+        self._kernels.call(
+            "pack_quantized",
+            n=rows,
+            k=columns,
+            values=values.data_ptr(),
+            scales=scales.data_ptr(),
+            offsets=_address(offsets),
+            packed=panels.data_ptr(),
+            **form,
+        )
         return IntegerWeight(panels, rows, columns, matrix.bits, matrix.group)
 
 
@@ -310,5 +379,15 @@ def _address(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _addresses(cache: LayerCache) -> tuple[int | None, ...]:
-    return cache.keys.data_ptr(), cache.values.data_ptr(), _address(cache.key_scales), _address(cache.value_scales)
+def _format(weight: CpuWeight) -> dict[str, int]:
+    """What kernels of quantized weights are told in addition."""
+    return {"bits": weight.bits, "group": weight.group} if isinstance(weight, IntegerWeight) else {}
+
+
+def _addresses(cache: LayerCache) -> dict[str, int | None]:
+    return {
+        "keys": cache.keys.data_ptr(),
+        "values": cache.values.data_ptr(),
+        "key_scales": _address(cache.key_scales),
+        "value_scales": _address(cache.value_scales),
+    }

@@ -3,29 +3,15 @@
 For a batch of few tokens, calling the kernels from Python takes as long as they do. A program is run by one call.
 """
 
-import ctypes
 import struct
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from weakref import finalize
 
 import numpy as np
 import torch
 
-# The kernels that can be recorded. Their places are their numbers in program.cpp.
-RECORDED = (
-    "linear",
-    "weight_rows",
-    "quantized_linear",
-    "quantized_rows",
-    "add_lora_delta",
-    "add_rms_norm",
-    "silu_mul",
-    "rotate_and_write",
-    "paged_attention",
-    "all_reduce",
-)
-WIDTH = 21  # numbers of a call: which kernel, then its arguments
+from loraplex_shard.ops.cpu.library import Kernels
 
 Argument = int | float | None
 
@@ -44,7 +30,9 @@ class StepNumber(int):
 class Program:
     """The calls of one forward pass, and the memory of its intermediate values and its result."""
 
-    def __init__(self) -> None:
+    def __init__(self, kernels: Kernels) -> None:
+        self._kernels = kernels
+        self._width = 1 + kernels.most_parameters  # numbers of a call: which kernel, then its arguments
         self._calls: list[list[int]] = []
         self._changing: list[tuple[int, int]] = []  # place in the flattened calls, place among the step's numbers
         self._free: dict[int, list[torch.Tensor]] = defaultdict(list)  # by bytes
@@ -64,16 +52,20 @@ class Program:
         finalize(tensor, free.append, memory)
         return tensor
 
-    def add(self, kernel: str, arguments: Sequence[Argument], check: Callable[[int], None] | None = None) -> None:
-        """`check` is called with the kernel's result if that is not 0, and raises; no later call is made then. It is
-        the same for all calls of a program that have one."""
+    def add(self, name: str, arguments: Mapping[str, Argument], check: Callable[[int], None] | None = None) -> None:
+        """Adds a call of the kernel with this name.
+
+        `check` is called with the kernel's result if that is not 0, and raises; no later call is made then. It is the
+        same for all calls of a program that have one.
+        """
         self._check = check or self._check
-        row = [RECORDED.index(kernel)]
-        for argument in arguments:
+        number, ordered = self._kernels.row(name, arguments)
+        row = [number]
+        for argument in ordered:
             if isinstance(argument, StepNumber):
-                self._changing.append((len(self._calls) * WIDTH + len(row), argument.place))
+                self._changing.append((len(self._calls) * self._width + len(row), argument.place))
             row.append(_bits(argument))
-        self._calls.append(row + [0] * (WIDTH - len(row)))
+        self._calls.append(row + [0] * (self._width - len(row)))
 
     def finish(self, result: torch.Tensor) -> None:
         """No more calls follow; `result` is what the program computes."""
@@ -82,11 +74,11 @@ class Program:
         self._places, self._sources = np.array(self._changing, np.int64).reshape(-1, 2).T
         self._count = len(self._calls)
 
-    def run(self, library: ctypes.CDLL, step: Sequence[int]) -> torch.Tensor:
+    def run(self, step: Sequence[int]) -> torch.Tensor:
         """Computes the result anew, in the same memory, from a step's numbers. Raises what a check raises."""
         assert self.result is not None
         self._numbers[self._places] = np.array(step, np.int64)[self._sources]
-        if failure := library.run(self._numbers.ctypes.data, self._count, WIDTH):
+        if failure := self._kernels.run(self._numbers.ctypes.data, self._count, self._width):
             assert self._check is not None
             self._check(failure)
         return self.result

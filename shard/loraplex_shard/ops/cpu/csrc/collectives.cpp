@@ -11,6 +11,14 @@
 #include <atomic>
 #include <ctime>
 
+struct Place {  // of a rank; collectives.py has the same fields
+    char* memory;
+    long rank, size;
+    long slot_bytes;
+    long fd;          // of the memory's file; each rank holds a lock on the byte of its number for as long as it lives
+    double patience;  // seconds that a rank may be behind this one
+};
+
 namespace loraplex {
 namespace {
 
@@ -20,14 +28,6 @@ constexpr long DONE = 0;
 struct alignas(128) State {  // of a rank; the memory begins with these, zeroed
     std::atomic<std::uint64_t> round;
     std::atomic<bool> left;
-};
-
-struct Place {  // of a rank; collectives.py has the same fields
-    char* memory;
-    long rank, size;
-    long slot_bytes;
-    long fd;          // of the memory's file; each rank holds a lock on the byte of its number for as long as it lives
-    double patience;  // seconds that a rank may be behind this one
 };
 
 double now() {

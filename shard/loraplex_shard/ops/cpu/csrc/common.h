@@ -5,9 +5,8 @@
 #include <cstdlib>
 #include <new>
 
+#include "kernels.h"
 #include "vec.h"
-
-#define EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace loraplex {
 

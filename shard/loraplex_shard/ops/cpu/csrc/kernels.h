@@ -1,0 +1,59 @@
+// Every function that Python calls, said once: KERNEL(result, name, (parameters)). What each of them computes is said
+// where it is defined. From this list follow
+//   - the declarations below, which the compiler holds each definition against;
+//   - the numbers by which program.cpp runs recorded calls;
+//   - the text from which ops/cpu/library.py learns each function's parameters, their types and their order.
+#pragma once
+
+#include <cstdint>
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+struct Place;  // a rank's place in shared memory: see collectives.cpp
+
+// clang-format off
+#define KERNELS(KERNEL)                                                                                                \
+    KERNEL(void, linear,                                                                                               \
+           (int threads, int kind, long m, long n, long k, const void* x, const void* weight, const void* bias,        \
+            void* out))                                                                                                \
+    KERNEL(void, pack_weight, (int kind, long n, long k, const void* weight, void* packed))                            \
+    KERNEL(void, weight_rows,                                                                                          \
+           (int threads, int kind, long count, const std::int64_t* ids, long k, const void* packed, void* out))        \
+    KERNEL(void, quantized_linear,                                                                                     \
+           (int threads, int kind, long m, long n, long k, const void* x, int bits, int group, const void* weight,     \
+            const void* bias, void* out))                                                                              \
+    KERNEL(long, quantized_bytes, (long n, long k, int bits, int group))                                               \
+    KERNEL(void, pack_quantized,                                                                                       \
+           (long n, long k, int bits, int group, const void* values, const void* scales, const void* offsets,          \
+            void* packed))                                                                                             \
+    KERNEL(void, quantized_rows,                                                                                       \
+           (int threads, int kind, long count, const std::int64_t* ids, long k, int bits, int group,                   \
+            const void* packed, void* out))                                                                            \
+    KERNEL(void, add_lora_delta,                                                                                       \
+           (int threads, int kind, int int8_weights, long segments, const std::int64_t* starts,                        \
+            const std::int64_t* stops, const void* tables, long layer, const void* x, long k, void* out, long n))      \
+    KERNEL(void, add_rms_norm,                                                                                         \
+           (int threads, int kind, long rows, long n, void* hidden, const void* delta, const void* weight, float eps,  \
+            void* out))                                                                                                \
+    KERNEL(void, silu_mul, (int threads, int kind, long rows, long n, const void* gate_up, void* out))                 \
+    KERNEL(void, widen,                                                                                                \
+           (int threads, int kind, long rows, long n, const void* x, float* out, std::uint8_t* finite))                \
+    KERNEL(void, rotate_and_write,                                                                                     \
+           (int threads, int kind, long tokens, void* qkv, long stride, long heads, long kv_heads, long head_dim,      \
+            const void* norm, float eps, const std::int64_t* positions, const float* cos, const float* sin,            \
+            const std::int64_t* indices, void* keys, void* values, float* key_scales, float* value_scales))            \
+    KERNEL(void, paged_attention,                                                                                      \
+           (int threads, int kind, const void* query, long query_stride, long heads, long kv_heads, long head_dim,     \
+            float scale, float soft_cap, long window, const void* keys, const void* values, const float* key_scales,   \
+            const float* value_scales, long chunks, const std::int64_t* starts, const std::int64_t* contexts,          \
+            const std::int64_t* tables, long table_width, void* out))                                                  \
+    KERNEL(long, all_reduce, (const Place* place, int kind, long count, void* data))                                   \
+    KERNEL(long, broadcast, (const Place* place, long bytes, char* data))                                              \
+    KERNEL(long, gather, (const Place* place, long rows, const long* widths, const char* data, char* out))             \
+    KERNEL(void, leave_group, (const Place* place))                                                                    \
+    KERNEL(long, run, (const std::int64_t* calls, long count, long width))
+// clang-format on
+
+#define DECLARE(result, name, parameters) EXPORT result name parameters;
+KERNELS(DECLARE)
+#undef DECLARE
