@@ -23,6 +23,7 @@ from loraplex_shard import machine
 from loraplex_shard.checkpoint import Checkpoint, open_checkpoint
 from loraplex_shard.grammars import GrammarCompiler
 from loraplex_shard.layers.sources import Target
+from loraplex_shard.lora.base import BaseModel
 from loraplex_shard.lora.store import AdapterStore
 from loraplex_shard.memory import keep_freed
 from loraplex_shard.models import load_decoder
@@ -155,7 +156,12 @@ def _load(
         adapter_dtype,
         device,
         settings.adapters,
-        checkpoint.architecture,
+        BaseModel(
+            checkpoint.architecture,
+            (checkpoint.model_id, *checkpoint.known_as),
+            settings.revision or "",
+            checkpoint,
+        ),
         metrics=telemetry.metrics,
         s3=_open_s3(settings.adapters_s3),
         host_bytes=adapter_host_bytes * 3 // 2,  # the router has others leave once it knows how large one is

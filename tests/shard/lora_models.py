@@ -11,13 +11,13 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from loraplex_shard.layers.layout import LinearLayout, LinearPart
+from loraplex_shard.lora.base import BaseModel
 from loraplex_shard.lora.files import CONFIG, TENSORS, AdapterFiles, read_files
 from loraplex_shard.lora.weights import AdapterWeights
 
 HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 24, 40, 3, 6, 3, 4, 50
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 ALL_MODULES = [*ATTENTION, "gate_proj", "up_proj", "down_proj", "lm_head"]
-ARCHITECTURE = "LlamaForCausalLM"
 
 
 def layouts(rank: int = 0, size: int = 1) -> tuple[LinearLayout, ...]:
@@ -45,10 +45,31 @@ def layouts(rank: int = 0, size: int = 1) -> tuple[LinearLayout, ...]:
     return (*cut, LinearLayout("lm_head", 4 * LAYERS, (LinearPart("lm_head", VOCAB, words),), HIDDEN, inputs))
 
 
-def save_adapter(directory: Path, seed: int = 0, dtype: torch.dtype = torch.float32, **config: object) -> PeftModel:
-    """An adapter with random A and B, saved by PEFT. Returns the model with the adapter on it."""
-    torch.manual_seed(seed)
-    base = LlamaForCausalLM(
+class HeldTensors:
+    """A model's tensors, as a checkpoint holds them."""
+
+    def __init__(self, model: torch.nn.Module, rounded: bool = False) -> None:
+        self.tensors = model.state_dict()
+        self.rounded = rounded
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset(self.tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.tensors[name].shape)
+
+    def read(self, name: str, rows: slice = slice(None)) -> torch.Tensor:
+        return self.tensors[name][rows]
+
+    def is_rounded(self, name: str) -> bool:
+        return self.rounded
+
+
+def make_base() -> LlamaForCausalLM:
+    """Always the same."""
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
         LlamaConfig(
             hidden_size=HIDDEN,
             intermediate_size=INTERMEDIATE,
@@ -60,6 +81,15 @@ def save_adapter(directory: Path, seed: int = 0, dtype: torch.dtype = torch.floa
             tie_word_embeddings=False,
         )
     )
+
+
+BASE = BaseModel("LlamaForCausalLM", ids=("org/base-7b",), tensors=HeldTensors(make_base()))
+
+
+def save_adapter(directory: Path, seed: int = 0, dtype: torch.dtype = torch.float32, **config: object) -> PeftModel:
+    """An adapter with random A and B, saved by PEFT. Returns the model with the adapter on it."""
+    base = make_base()
+    torch.manual_seed(seed)
     fields = {"r": 4, "target_modules": ATTENTION, "task_type": "CAUSAL_LM", "init_lora_weights": False, **config}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's advice on lm_head, and what transformers deprecates in PEFT
@@ -89,6 +119,13 @@ def edit_tensors(directory: Path, edit: Callable[[dict[str, torch.Tensor]], obje
     tensors = load_file(directory / TENSORS)
     edit(tensors)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / TENSORS)
+
+
+def loaded_by_peft(directory: Path) -> dict[str, torch.Tensor]:
+    """What PEFT would add to each adapted module's weight, if it loaded that directory."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it warns of what it ignores
+        return peft_deltas(PeftModel.from_pretrained(make_base(), directory))
 
 
 def peft_deltas(model: PeftModel) -> dict[str, torch.Tensor]:

@@ -23,6 +23,7 @@ from loraplex_protos.shard_pb2 import (
 )
 from loraplex_shard.constraints import Constraints
 from loraplex_shard.grammars import GrammarCompiler
+from loraplex_shard.lora.base import BaseModel
 from loraplex_shard.lora.store import AdapterStore
 from loraplex_shard.models import Decoder
 from loraplex_shard.parallel import Group
@@ -188,7 +189,7 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> Decoder:
 
 @pytest.fixture
 def runner(decoder: Decoder, compiler: GrammarCompiler, tmp_path: Path) -> Runner:
-    adapters = AdapterStore(decoder.layouts, torch.float32, CPU, tmp_path, "LlamaForCausalLM")
+    adapters = AdapterStore(decoder.layouts, torch.float32, CPU, tmp_path, BaseModel("LlamaForCausalLM"))
     return Runner(decoder, decoder.new_cache(NUM_BLOCKS, BLOCK_SIZE), adapters, Group(0, 1), 8, 512, CPU, compiler)
 
 

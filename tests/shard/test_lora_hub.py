@@ -17,7 +17,7 @@ from loraplex_protos.errors import (
 from loraplex_shard.lora.files import CONFIG, PICKLE, TENSORS
 from loraplex_shard.lora.hub import HubSource
 from loraplex_shard.lora.store import AdapterStore, StagedAdapter
-from tests.shard.lora_models import ARCHITECTURE, layouts
+from tests.shard.lora_models import BASE, layouts
 from tests.stand_in_hub import StandInHub
 
 TOKEN, OTHER_TOKEN = "hf_ofTheOwner", "hf_ofSomeoneElse"
@@ -38,7 +38,7 @@ def new_store(hub: StandInHub, tmp_path: Path) -> NewStore:
 
     def make(directory: Path | None = None, timeout_s: float = 10.0) -> AdapterStore:
         source = HubSource(hub.url, tmp_path / "cache", timeout_s)
-        return AdapterStore(layouts(), torch.float32, torch.device("cpu"), directory, ARCHITECTURE, source)
+        return AdapterStore(layouts(), torch.float32, torch.device("cpu"), directory, BASE, source)
 
     return make
 
@@ -239,7 +239,7 @@ def test_a_hub_that_does_not_answer_in_time_is_a_source_error(
 def test_a_hub_that_is_not_there_is_a_source_error(tmp_path: Path) -> None:
     with StandInHub() as hub:
         source = HubSource(hub.url, tmp_path)
-    store = AdapterStore(layouts(), torch.float32, torch.device("cpu"), None, ARCHITECTURE, source)
+    store = AdapterStore(layouts(), torch.float32, torch.device("cpu"), None, BASE, source)
     with pytest.raises(AdapterSourceError):
         stage(store)
 

@@ -17,7 +17,7 @@ from loraplex_shard.lora.peft import Adapter, read_adapter
 from loraplex_shard.lora.targets import find_targets
 from tests.shard.lora_models import (
     ALL_MODULES,
-    ARCHITECTURE,
+    BASE,
     layouts,
     peft_deltas,
     read,
@@ -51,7 +51,7 @@ VARIANTS = {
 
 
 def read_cuts(directory: Path, size: int, dtype: torch.dtype = torch.float32) -> list[Adapter]:
-    return [read_adapter(read(directory), layouts(rank, size), ARCHITECTURE, dtype) for rank in range(size)]
+    return [read_adapter(read(directory), layouts(rank, size), BASE, dtype) for rank in range(size)]
 
 
 def assert_same_deltas(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:

@@ -18,7 +18,7 @@ from loraplex_shard.lora.hub import HubSource
 from loraplex_shard.lora.s3 import S3Source
 from loraplex_shard.lora.store import AdapterStore
 from loraplex_shard.settings import ShardSettings
-from tests.shard.lora_models import ARCHITECTURE, layouts, save_adapter
+from tests.shard.lora_models import BASE, layouts, save_adapter
 from tests.stand_in_hub import StandInHub
 from tests.stand_in_s3 import KEY, SECRET, StandInS3
 
@@ -31,7 +31,7 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandInS3]:
 
 def new_store(directory: Path | None = None, hub: HubSource | None = None) -> AdapterStore:
     source = S3Source("s3://bucket/team/a/", timeout_s=5)
-    return AdapterStore(layouts(), torch.float32, torch.device("cpu"), directory, ARCHITECTURE, hub, s3=source)
+    return AdapterStore(layouts(), torch.float32, torch.device("cpu"), directory, BASE, hub, s3=source)
 
 
 def test_an_adapter_is_read_once_and_again_when_its_files_change(
@@ -122,7 +122,7 @@ def test_no_message_shows_credentials(s3: StandInS3, monkeypatch: pytest.MonkeyP
 
 
 def test_a_server_without_s3_says_so():
-    store = AdapterStore(layouts(), torch.float32, torch.device("cpu"), None, ARCHITECTURE)
+    store = AdapterStore(layouts(), torch.float32, torch.device("cpu"), None, BASE)
     with pytest.raises(AdapterNotFoundError, match="--adapters-s3"):
         store.stage("sql", "s3", "", "")
 

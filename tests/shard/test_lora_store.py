@@ -25,7 +25,7 @@ from loraplex_shard.lora.hub import HubSource
 from loraplex_shard.lora.local import LocalSource
 from loraplex_shard.lora.sources import Origin
 from loraplex_shard.lora.store import AdapterStore, StagedAdapter
-from tests.shard.lora_models import ARCHITECTURE, edit_config, layouts, peft_deltas, read, save_adapter, whole_deltas
+from tests.shard.lora_models import BASE, edit_config, layouts, peft_deltas, read, save_adapter, whole_deltas
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def store(directory: Path) -> AdapterStore:
 
 def store_of(directory: Path | None, hub: HubSource | None = None, host_bytes: int = 1 << 40) -> AdapterStore:
     device = torch.device("cpu")
-    return AdapterStore(layouts(), torch.float32, device, directory, ARCHITECTURE, hub, host_bytes=host_bytes)
+    return AdapterStore(layouts(), torch.float32, device, directory, BASE, hub, host_bytes=host_bytes)
 
 
 class CountingHub(HubSource):
@@ -246,7 +246,7 @@ def test_a_chat_template_that_cannot_be_read_is_refused(
 
 
 def test_the_digest_does_not_depend_on_the_rank(store: AdapterStore, directory: Path) -> None:
-    other = AdapterStore(layouts(1, 2), torch.float16, torch.device("cpu"), directory, ARCHITECTURE)
+    other = AdapterStore(layouts(1, 2), torch.float16, torch.device("cpu"), directory, BASE)
     mine, theirs = stage(store, "adapter-0"), stage(other, "adapter-0")
     assert mine.digest == theirs.digest
     assert theirs.size_bytes < mine.size_bytes / 2

@@ -9,6 +9,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 
 from loraplex_protos.shard_pb2 import FAILURE_REASON_NOT_FINITE, Sampling, StepRequest
 from loraplex_shard.grammars import GrammarCompiler
+from loraplex_shard.lora.base import BaseModel
 from loraplex_shard.lora.store import AdapterStore
 from loraplex_shard.lora.weights import AdapterWeights, Expansion, LayerWeights
 from loraplex_shard.models import Decoder
@@ -50,7 +51,7 @@ def decoder(checkpoint: Path) -> Decoder:
 
 @pytest.fixture
 def adapters(decoder: Decoder, tmp_path: Path) -> AdapterStore:
-    return AdapterStore(decoder.layouts, torch.float32, CPU, tmp_path, "LlamaForCausalLM")
+    return AdapterStore(decoder.layouts, torch.float32, CPU, tmp_path, BaseModel("LlamaForCausalLM"))
 
 
 @pytest.fixture

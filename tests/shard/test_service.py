@@ -18,6 +18,7 @@ from loraplex_protos import shard_pb2 as pb
 from loraplex_protos.errors import AdapterInUseError, AdapterNotFoundError, LoraplexError, from_rpc_error
 from loraplex_protos.shard_pb2_grpc import ShardServiceStub
 from loraplex_shard.grammars import GrammarCompiler
+from loraplex_shard.lora.base import BaseModel
 from loraplex_shard.lora.store import AdapterStore, StagedAdapter
 from loraplex_shard.metrics import ShardMetrics
 from loraplex_shard.models import Decoder
@@ -85,7 +86,7 @@ def address(tmp_path: Path) -> str:
 
 @pytest.fixture
 def service(decoder: Decoder, failed_step: threading.Event, tmp_path: Path) -> ShardService:
-    adapters = AdapterStore(decoder.layouts, torch.float32, CPU, tmp_path, "LlamaForCausalLM")
+    adapters = AdapterStore(decoder.layouts, torch.float32, CPU, tmp_path, BaseModel("LlamaForCausalLM"))
     cache = decoder.new_cache(NUM_BLOCKS, BLOCK_SIZE)
     grammars = GrammarCompiler(b"{}", decoder.vocab_size, end_token_ids=(2,))
     runner = Runner(decoder, cache, adapters, Group(0, 1), 8, MAX_MODEL_LEN, CPU, grammars)

@@ -50,7 +50,14 @@ class Checkpoint(Protocol):
     def prequantized(self) -> bool:
         """Whether its matrices were made to be used in the integers that they are stored in."""
 
+    @property
+    def known_as(self) -> tuple[str, ...]:
+        """What its own files call the model, beside `model_id`."""
+
     def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def is_rounded(self, name: str) -> bool:
+        """Whether the tensor is stored in small integers, so that it is not quite what the model was trained with."""
 
     def read(self, name: str, rows: slice = slice(None), columns: slice = slice(None)) -> torch.Tensor:
         """That part of a tensor, and no more, is read from the file; `columns` is for matrices only."""

@@ -19,6 +19,9 @@ from loraplex_shard.ops.quantized import QuantizedMatrix
 
 ROWS_AT_A_TIME = 32
 
+_NAME_PARTS = tuple(f"general.{part}" for part in ("basename", "size_label", "finetune", "version"))
+_FLOATS = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
+
 _WHOLE_MODEL = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
@@ -58,6 +61,15 @@ class GgufCheckpoint:
     @cached_property
     def end_token_ids(self) -> tuple[int, ...]:
         return read_end_token_ids(self._file.metadata)
+
+    @property
+    def known_as(self) -> tuple[str, ...]:
+        metadata = self._file.metadata
+        parts = [str(metadata[key]) for key in _NAME_PARTS if key in metadata]
+        return tuple(str(name) for name in (metadata.get("general.name"), "-".join(parts)) if name)
+
+    def is_rounded(self, name: str) -> bool:
+        return self._file.tensors[self._gguf_names[name]].kind not in _FLOATS
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._file.tensors[self._gguf_names[name]].shape

@@ -41,6 +41,15 @@ class SafetensorsCheckpoint:
         named = read_json(generation, self.model_id) if generation.is_file() else {}
         return end_token_ids(self._tokenizer, named, self.config)
 
+    @cached_property
+    def known_as(self) -> tuple[str, ...]:
+        named = read_json(self._directory / "config.json", self.model_id).get("_name_or_path")
+        # A snapshot in the hub's cache lies in a folder that says which model it is.
+        return (str(self._directory.resolve()), *([named] if isinstance(named, str) and named else []))
+
+    def is_rounded(self, name: str) -> bool:
+        return name in self._matrices
+
     def shape(self, name: str) -> tuple[int, ...]:
         matrix = self._matrices.get(name)
         return self._files.shape(name) if matrix is None else matrix.shape

@@ -1,34 +1,62 @@
 """adapter_config.json, as PEFT writes it: what is served, and what is refused by name.
 
-Knows no tensors. A field that is not listed here may be absent, null, false or empty; any other value means a kind of
-adapter that this shard cannot serve, whatever PEFT version introduced it.
+Knows no tensors. Of PEFT's other fields, those that change what an adapter computes must be absent, null, false or
+empty: anything else means a kind of adapter that this shard cannot serve. What PEFT does not know is ignored here too.
 """
 
-from typing import Annotated, Literal
+import json
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from loraplex_protos.errors import AdapterInvalidError
 
 MAX_LORA_RANK = 512
 
-# Fields that have no say in what the trained adapter computes.
-_NEUTRAL_FIELDS = frozenset(
+# Fields that have no say in what the trained adapter computes. fan_in_fan_out has none in linear layers.
+NEUTRAL_FIELDS = frozenset(
     {
-        "base_model_name_or_path",
+        "corda_config",
         "eva_config",
+        "fan_in_fan_out",
         "inference_mode",
+        "loftq_config",
         "lora_dropout",
+        "lora_ga_config",
         "megatron_core",
         "peft_version",
         "qalora_group_size",
-        "revision",
+        "runtime_config",
     }
 )
+UNSUPPORTED_FIELDS = frozenset(
+    {
+        "alora_invocation_tokens",
+        "arrow_config",
+        "ensure_weight_tying",
+        "kasa_config",
+        "layer_replication",
+        "lora_bias",
+        "megatron_config",
+        "modules_to_save",
+        "monteclora_config",
+        "target_parameters",
+        "trainable_token_indices",
+        "use_bdlora",
+        "use_dora",
+        "use_qalora",
+        "velora_config",
+    }
+)
+# What PEFT targets in the models that are served where a config names nothing.
+DEFAULT_TARGETS = ("q_proj", "v_proj")
 _SHOWN_ERRORS = 5
 
 _FEW = Field(max_length=4096)  # a few per module of the largest models
 LoraRank = Annotated[int, Field(ge=1, le=MAX_LORA_RANK)]
+_AnyCase = BeforeValidator(lambda value: value.lower() if isinstance(value, str) else value)
+# Initializations that leave the base as it is; the others subtract something from its weights.
+_Initialization = bool | Literal["gaussian", "eva", "orthogonal", "mica"] | None
 
 
 class AutoMapping(BaseModel):
@@ -45,11 +73,12 @@ class AdapterConfig(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="allow", allow_inf_nan=False)
 
     peft_type: Literal["LORA"]
-    task_type: Literal["CAUSAL_LM"] | None = None
+    task_type: Literal["CAUSAL_LM", "SEQ_2_SEQ_LM"] | None = None  # the second is a mistake that changes nothing
     auto_mapping: AutoMapping | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
     bias: Literal["none"] = "none"
-    # Initializations that leave the base as it is; the others subtract something from its weights.
-    init_lora_weights: bool | Literal["gaussian", "eva", "orthogonal"] | None = True
+    init_lora_weights: Annotated[_Initialization, _AnyCase] = True
 
     r: LoraRank
     lora_alpha: float
@@ -57,35 +86,44 @@ class AdapterConfig(BaseModel):
     rank_pattern: Annotated[dict[str, LoraRank], _FEW] | None = None
     alpha_pattern: Annotated[dict[str, float], _FEW] | None = None
 
-    target_modules: Annotated[list[str], _FEW] | str
+    target_modules: Annotated[list[str], _FEW] | str | None = None
     exclude_modules: Annotated[list[str], _FEW] | str | None = None
     layers_to_transform: Annotated[list[int], _FEW] | int | None = None
     layers_pattern: Annotated[list[str], Field(max_length=16)] | str | None = None
 
+    @property
+    def unknown_fields(self) -> list[str]:
+        """Those that PEFT, as far as this shard knows it, does not have, and that ask for something."""
+        known = NEUTRAL_FIELDS | UNSUPPORTED_FIELDS
+        return sorted(name for name, value in (self.model_extra or {}).items() if value and name not in known)
 
-def parse_config(data: bytes, architecture: str) -> AdapterConfig:
-    """The validated config of an adapter for a base model of this architecture (e.g. "LlamaForCausalLM").
 
-    Raises AdapterInvalidError naming the fields that are wrong or not supported.
-    """
+def parse_config(data: bytes) -> AdapterConfig:
+    """The validated config. Raises AdapterInvalidError naming the fields that are wrong or not supported."""
     try:
         config = AdapterConfig.model_validate_json(data)
     except ValidationError as error:
-        raise AdapterInvalidError(f"adapter_config.json: {_describe(error)}") from None
+        raise AdapterInvalidError(f"adapter_config.json: {_kind(data) or _describe(error)}") from None
     _refuse_unsupported(config)
     _refuse_contradictions(config)
-    base = config.auto_mapping.base_model_class if config.auto_mapping else None
-    if base is not None and base != architecture:
-        raise AdapterInvalidError(
-            f"adapter_config.json: auto_mapping.base_model_class is {base[:100]!r}, but this model is a"
-            f" {architecture}: the adapter was made for another base"
-        )
     return config
+
+
+def _kind(data: bytes) -> str:
+    """Of what other kind the adapter is; empty if that is not the matter with it."""
+    try:
+        fields: Any = json.loads(data)
+        kind = fields.get("peft_type")
+        if kind is None and fields.get("lora_parameters"):
+            return "this is an adapter of MLX-LM (lora_parameters), not of PEFT: it has no peft_type"
+        return f"peft_type {kind[:100]!r} is not served, only 'LORA'" if kind.upper() != "LORA" else ""
+    except (ValueError, AttributeError, TypeError, RecursionError):
+        return ""
 
 
 def _refuse_unsupported(config: AdapterConfig) -> None:
     fields = config.model_extra or {}
-    refused = sorted(name[:100] for name, value in fields.items() if value and name not in _NEUTRAL_FIELDS)
+    refused = sorted(name for name, value in fields.items() if value and name in UNSUPPORTED_FIELDS)
     if refused:
         raise AdapterInvalidError(
             f"adapter_config.json: not supported: {', '.join(refused[:_SHOWN_ERRORS])} (must be absent, null or false)"

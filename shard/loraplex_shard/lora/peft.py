@@ -3,6 +3,7 @@
 Every rank checks the whole adapter and then keeps its cut, so that all ranks agree on what is refused.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
@@ -10,37 +11,51 @@ import torch
 
 from loraplex_protos.errors import AdapterInvalidError
 from loraplex_shard.layers.layout import LinearLayout, LinearPart
-from loraplex_shard.lora.config import parse_config
+from loraplex_shard.lora.base import BaseModel
+from loraplex_shard.lora.config import AdapterConfig, parse_config
 from loraplex_shard.lora.deltas import Adapter, Delta, cut_adapter, name_of_a, name_of_b
+from loraplex_shard.lora.doubts import find_doubts
 from loraplex_shard.lora.files import TENSORS, AdapterFiles
-from loraplex_shard.lora.targets import LM_HEAD, Target, find_targets
+from loraplex_shard.lora.targets import Target, find_targets
+from loraplex_shard.lora.tensor_names import PREFIX, as_saved_by_peft
 from loraplex_shard.lora.tensors import read_tensors
 
-_PREFIX = "base_model.model."
 _SHOWN_NAMES = 3
+# What PEFT puts between a module of the base and its own tensors, which it saves with some adapters.
+_BASE_TENSOR = re.compile(
+    re.escape(PREFIX)
+    + r"(?P<module>(?:(?!\.lora_).)+?)(?:\.base_layer|\.original_module|\.modules_to_save(?:\.[^.]+)?)?"
+    r"\.(?P<kind>weight|bias)"
+)
 
 
-def read_adapter(
-    files: AdapterFiles, layouts: Sequence[LinearLayout], architecture: str, dtype: torch.dtype
-) -> Adapter:
+def read_adapter(files: AdapterFiles, layouts: Sequence[LinearLayout], base: BaseModel, dtype: torch.dtype) -> Adapter:
     """Checks a PEFT LoRA adapter and cuts it to the layouts, in this dtype, in memory of its own.
 
     Raises AdapterInvalidError, naming the field or tensor, for one that cannot be served exactly as PEFT would.
     """
-    adapter = cut_adapter(read_deltas(files, layouts, architecture), layouts, dtype)
-    return replace(adapter, chat_template=files.chat_template)
+    config = parse_config(files.config)
+    adapter = cut_adapter(_read_deltas(config, files, layouts, base), layouts, dtype)
+    warnings = find_doubts(config, base, _modules(layouts))
+    return replace(adapter, chat_template=files.chat_template, warnings=warnings)
 
 
-def read_deltas(files: AdapterFiles, layouts: Sequence[LinearLayout], architecture: str) -> dict[str, Delta]:
+def read_deltas(files: AdapterFiles, layouts: Sequence[LinearLayout], base: BaseModel) -> dict[str, Delta]:
     """The whole adapter, by module: checked, but for whether its values are finite. Its tensors are views of the file.
 
     Raises AdapterInvalidError as read_adapter does.
     """
-    config = parse_config(files.config, architecture)
+    return _read_deltas(parse_config(files.config), files, layouts, base)
+
+
+def _read_deltas(
+    config: AdapterConfig, files: AdapterFiles, layouts: Sequence[LinearLayout], base: BaseModel
+) -> dict[str, Delta]:
     parts = {part.module: (layout, part) for layout in layouts for part in layout.parts}
     targets = find_targets(config, tuple(parts))
-    tensors = read_tensors(files.tensors)
-    _check_names(tensors.keys(), targets, parts.keys())
+    stored = read_tensors(files.tensors)
+    tensors = {name: stored[own] for name, own in as_saved_by_peft(stored).items()}
+    _check_names(tensors, targets, parts.keys(), base)
     for module, target in targets.items():
         _check_shapes(tensors, module, target, *parts[module])
     return {
@@ -49,22 +64,34 @@ def read_deltas(files: AdapterFiles, layouts: Sequence[LinearLayout], architectu
     }
 
 
-def _check_names(names: Iterable[str], targets: Mapping[str, Target], modules: Iterable[str]) -> None:
-    """There must be an A and a B of each target, and nothing else."""
-    present, expected = set(names), {name for module in targets for name in (name_of_a(module), name_of_b(module))}
-    # PEFT saves the base's lm_head with an adapter of it. Training leaves it as it is.
-    present.discard(f"{_PREFIX}{LM_HEAD}.base_layer.weight" if LM_HEAD in targets else "")
-    known = tuple(f"{_PREFIX}{module}." for module in modules)
-    extra = present - expected
-    foreign = {name for name in extra if not name.startswith(known)}
+def _modules(layouts: Sequence[LinearLayout]) -> tuple[str, ...]:
+    return tuple(part.module for layout in layouts for part in layout.parts)
+
+
+def _check_names(
+    tensors: Mapping[str, torch.Tensor], targets: Mapping[str, Target], modules: Iterable[str], base: BaseModel
+) -> None:
+    """There must be an A and a B of each target, and nothing else but what the base holds itself."""
+    expected = {name for module in targets for name in (name_of_a(module), name_of_b(module))}
+    extra = tensors.keys() - expected
+    own = {name: match for name in extra if (match := _BASE_TENSOR.fullmatch(name))}
+    # PEFT saves the base's embedding and lm_head with some adapters, and puts them in the base's place when it loads.
+    trained = {n for n, match in own.items() if not base.holds(f"{match['module']}.{match['kind']}", tensors[n])}
+    known = tuple(f"{PREFIX}{module}." for module in modules)
+    foreign = {name for name in extra - own.keys() if not name.startswith(known)}
     if foreign:
         raise AdapterInvalidError(
             f"{TENSORS}: no linear layer of this model fits {_list(foreign)}: the adapter was made for another base,"
             " or adapts more than linear layers"
         )
-    if extra:
+    if trained:
+        raise AdapterInvalidError(
+            f"{TENSORS}: {_list(trained)}: this is not what the model holds itself: the adapter was made for another"
+            " base, or brings whole tensors of its own, which is not supported"
+        )
+    if extra := extra - own.keys():
         raise AdapterInvalidError(f"{TENSORS}: adapter_config.json does not call for {_list(extra)}")
-    if missing := expected - present:
+    if missing := expected - tensors.keys():
         raise AdapterInvalidError(f"{TENSORS}: missing {_list(missing)}, which adapter_config.json calls for")
 
 

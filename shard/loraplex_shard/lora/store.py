@@ -24,6 +24,7 @@ from loraplex_protos.errors import (
     OverloadedError,
 )
 from loraplex_shard.layers.layout import LinearLayout
+from loraplex_shard.lora.base import BaseModel
 from loraplex_shard.lora.deltas import Adapter, Delta, cut_adapter
 from loraplex_shard.lora.files import AdapterFiles
 from loraplex_shard.lora.hub import HubSource
@@ -66,7 +67,7 @@ class AdapterStore:
         dtype: torch.dtype,
         device: torch.device,
         directory: Path | None,
-        architecture: str,
+        base: BaseModel,
         hub: HubSource | None = None,
         metrics: ShardMetrics | None = None,
         s3: "S3Source | None" = None,
@@ -75,7 +76,7 @@ class AdapterStore:
         self._layouts = tuple(layouts)
         self._dtype = dtype
         self._transfer = Transfer(device)
-        self._architecture = architecture
+        self._base = base
         self._host_bytes = host_bytes
         self._sources = Sources(directory, hub or HubSource(), s3)
         self._metrics = metrics or ShardMetrics()
@@ -185,7 +186,7 @@ class AdapterStore:
             self._digests[origin] = digest
 
     def _cut(self, files: AdapterFiles) -> Adapter:
-        return read_adapter(files, self._layouts, self._architecture, self._dtype)
+        return read_adapter(files, self._layouts, self._base, self._dtype)
 
     def _merged(self, parts: Sequence[str], recipe: Recipe) -> Adapter:
         return cut_adapter(merge([self._whole(part) for part in parts], recipe), self._layouts, self._dtype)
@@ -202,7 +203,7 @@ class AdapterStore:
             raise AdapterSourceError(f"to merge: {error.message}; load the adapter again") from error
         if files.digest() != digest:
             raise AdapterSourceError("to merge: the adapter's files are not what they were: load it again")
-        return read_deltas(files, self._layouts, self._architecture)
+        return read_deltas(files, self._layouts, self._base)
 
     def _hold(self, digest: str, make: Callable[[], Adapter]) -> None:
         with self._lock:
@@ -218,6 +219,8 @@ class AdapterStore:
         took = round((time.monotonic() - began) * 1e3, 1)
         fields = {"digest": digest, "lora_rank": adapter.lora_rank, "bytes": weights.size_bytes, "duration_ms": took}
         logger.info("adapter staged", extra={"fields": fields})
+        for warning in adapter.warnings:
+            logger.warning("adapter %s: %s", digest[:12], warning)
 
     def _check_room(self, size: int) -> None:
         """A process that takes more memory than its container may have is killed, with all that it runs."""

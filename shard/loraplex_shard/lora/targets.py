@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from loraplex_protos.errors import AdapterInvalidError
-from loraplex_shard.lora.config import AdapterConfig
+from loraplex_shard.lora.config import DEFAULT_TARGETS, AdapterConfig
 from loraplex_shard.lora.patterns import matching_names
 
 _EMBEDDING = "model.embed_tokens"
@@ -47,13 +47,19 @@ def find_targets(config: AdapterConfig, modules: Sequence[str]) -> dict[str, Tar
     return {module: _target(config, lora_ranks[module], alphas[module]) for module in found}
 
 
+def unmatched_targets(config: AdapterConfig, modules: Sequence[str]) -> list[str]:
+    """The target_modules that no linear layer of the model is meant by. PEFT has no objection to them either."""
+    listed = config.target_modules if isinstance(config.target_modules, list) else []
+    return sorted(name for name in set(listed) if not any(_is_listed(module, frozenset({name})) for module in modules))
+
+
 def _target(config: AdapterConfig, lora_rank: int, alpha: float) -> Target:
     # Rank-stabilized LoRA: arXiv 2312.03732.
     return Target(lora_rank, alpha / (math.sqrt(lora_rank) if config.use_rslora else lora_rank))
 
 
 def _targeted(config: AdapterConfig, names: Sequence[str]) -> frozenset[str]:
-    modules = config.target_modules
+    modules = list(DEFAULT_TARGETS) if config.target_modules is None else config.target_modules
     if isinstance(modules, list):
         listed = frozenset(modules)  # layers_to_transform has no say in a module that is listed by its full name
         ending = frozenset(name for name in names if _is_listed(name, listed) and _is_transformed(config, name))

@@ -1,0 +1,60 @@
+"""The base model, as far as an adapter can be compared with it."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+ROWS_AT_A_TIME = 4096
+# What rounding to 4 bits moves a matrix by, as a fraction of its length; one that was trained further is as near only
+# if training did next to nothing.
+ROUNDING = 0.125
+
+
+class StoredTensors(Protocol):
+    """The part of a checkpoint that adapters are compared with."""
+
+    @property
+    def names(self) -> frozenset[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def read(self, name: str, rows: slice = ...) -> torch.Tensor: ...
+
+    def is_rounded(self, name: str) -> bool: ...
+
+
+@dataclass(frozen=True, slots=True)
+class BaseModel:
+    """What is known of it."""
+
+    architecture: str  # the transformers class, e.g. "LlamaForCausalLM"
+    ids: tuple[str, ...] = ()  # what it is called, hub ids or paths: first as it is served, then by its files
+    revision: str = ""  # the hub's, as the server was asked for it
+    tensors: StoredTensors | None = None  # None: not to be compared
+
+    def holds(self, name: str, tensor: torch.Tensor) -> bool:
+        """Whether the tensor is the base's own of this name: in the coarser of their dtypes, or, if the base's is
+        rounded to small integers, as near to it as rounding leaves it."""
+        if self.tensors is None or (stored := _stored_name(self.tensors, name)) is None:
+            return False
+        shape = self.tensors.shape(stored)
+        if tuple(tensor.shape) != shape:
+            return False
+        difference = length = 0.0
+        for start in range(0, shape[0], ROWS_AT_A_TIME):
+            rows = slice(start, start + ROWS_AT_A_TIME)
+            ours, theirs = self.tensors.read(stored, rows), tensor[rows]
+            coarser = min((ours.dtype, theirs.dtype), key=lambda dtype: -torch.finfo(dtype).eps)
+            ours, theirs = ours.to(coarser), theirs.to(coarser)
+            if not torch.equal(ours, theirs):
+                difference += float((ours.float() - theirs.float()).square().sum())
+            length += float(ours.float().square().sum())
+        return difference <= length * ROUNDING**2 if self.tensors.is_rounded(stored) else difference == 0
+
+
+def _stored_name(tensors: StoredTensors, name: str) -> str | None:
+    """Of two tied tensors a checkpoint may hold only one."""
+    names = (name, {HEAD: EMBEDDING, EMBEDDING: HEAD}.get(name, name))
+    return next((each for each in names if each in tensors.names), None)

@@ -1,0 +1,43 @@
+"""What may be wrong with an adapter though it can be served: most of all, that it was made for another model."""
+
+import re
+from collections.abc import Sequence
+
+from loraplex_shard.lora import base_names
+from loraplex_shard.lora.base import BaseModel
+from loraplex_shard.lora.config import AdapterConfig
+from loraplex_shard.lora.targets import unmatched_targets
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_SHOWN = 10
+
+
+def find_doubts(config: AdapterConfig, base: BaseModel, modules: Sequence[str]) -> tuple[str, ...]:
+    """A sentence for each, to be shown to whoever is responsible for the adapter. `modules` are the base's linear
+    layers."""
+    found = _about_the_base(config, base)
+    if names := unmatched_targets(config, modules):
+        found.append(f"target_modules: this model has no {_listed(names)}")
+    if names := config.unknown_fields:
+        found.append(f"adapter_config.json: {_listed(names)}: ignored, as PEFT ignores what it does not know")
+    return tuple(found)
+
+
+def _about_the_base(config: AdapterConfig, base: BaseModel) -> list[str]:
+    found = []
+    name, revision = config.base_model_name_or_path or "", config.revision or ""
+    if base_names.differs(name, base.ids):
+        found.append(f"it was made for the base model {name[:200]!r}, but this is {base.ids[0][:200]!r}")
+    elif name and _COMMIT.fullmatch(revision) and _COMMIT.fullmatch(base.revision) and revision != base.revision:
+        found.append(f"it was made for revision {revision} of the base model, but this is {base.revision}")
+    made_for = config.auto_mapping.base_model_class if config.auto_mapping else None
+    if made_for is not None and made_for != base.architecture:
+        found.append(f"it was made for a {made_for[:100]} (auto_mapping), but this is a {base.architecture}")
+    if config.task_type == "SEQ_2_SEQ_LM":
+        found.append("task_type is 'SEQ_2_SEQ_LM', but this model is no encoder and decoder: ignored")
+    return found
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(name[:100] for name in names[:_SHOWN]) + more

@@ -1,0 +1,110 @@
+"""A tensor of an adapter is taken for what it is, not for what it is called."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from loraplex_protos.errors import AdapterInvalidError
+from loraplex_shard.lora.peft import Adapter, read_adapter
+from tests.shard.lora_models import (
+    BASE,
+    HeldTensors,
+    edit_tensors,
+    layouts,
+    loaded_by_peft,
+    make_base,
+    peft_deltas,
+    read,
+    save_adapter,
+    whole_deltas,
+)
+
+PREFIX = "base_model.model."
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+Rename = Callable[[str], str]
+
+RENAMINGS: dict[str, Rename] = {
+    "PEFT": lambda name: name,
+    "a state dict with the adapter's name": lambda name: name.replace(".weight", ".default.weight"),
+    "a state dict of an adapter called tuned": lambda name: name.replace(".weight", ".tuned.weight"),
+    "DistributedDataParallel": lambda name: f"module.{name}",
+    "torch.compile": lambda name: f"_orig_mod.{name}",
+    "torch.compile of the base": lambda name: name.replace(PREFIX, f"{PREFIX}_orig_mod."),
+    "FSDP": lambda name: name.replace(".layers.0.", ".layers.0._fsdp_wrapped_module."),
+    "activation checkpoints": lambda name: name.replace(".mlp.", ".mlp._checkpoint_wrapped_module."),
+    "PEFT around PEFT": lambda name: PREFIX + name,
+    "without PEFT's prefix": lambda name: name.removeprefix(PREFIX),
+    "all at once": lambda name: f"module._orig_mod.{name.replace('.weight', '.default.weight')}",
+}
+
+
+def serve(directory: Path, rounded: bool = False) -> Adapter:
+    base = dataclasses.replace(BASE, tensors=HeldTensors(make_base(), rounded))
+    return read_adapter(read(directory), layouts(), base, torch.float32)
+
+
+@pytest.mark.parametrize("rename", RENAMINGS.values(), ids=RENAMINGS.keys())
+def test_tensors_are_found_under_the_names_that_trainers_save_them(rename: Rename, tmp_path: Path) -> None:
+    model = save_adapter(tmp_path, target_modules=["q_proj", "down_proj"])
+
+    def rename_all(tensors: dict[str, torch.Tensor]) -> None:
+        renamed = {rename(name): tensors[name] for name in list(tensors)}
+        tensors.clear()
+        tensors.update(renamed)
+
+    edit_tensors(tmp_path, rename_all)
+    actual, expected = whole_deltas([serve(tmp_path).weights]), peft_deltas(model)
+    assert actual.keys() == expected.keys()
+    assert all(torch.allclose(actual[module], delta) for module, delta in expected.items())
+
+
+def test_two_names_for_one_tensor_are_refused(tmp_path: Path) -> None:
+    save_adapter(tmp_path, target_modules=["q_proj"])
+    name = f"{PREFIX}model.layers.0.self_attn.q_proj.lora_A.weight"
+    edit_tensors(tmp_path, lambda tensors: tensors.update({f"module.{name}": tensors[name].clone()}))
+    with pytest.raises(AdapterInvalidError, match="are both"):
+        serve(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        f"{PREFIX}lm_head.base_layer.weight",
+        f"{PREFIX}{HEAD}",
+        f"{PREFIX}{EMBEDDING}",
+        f"{PREFIX}lm_head.original_module.weight",
+        f"{PREFIX}lm_head.modules_to_save.default.weight",
+        f"{PREFIX}model.layers.1.self_attn.q_proj.base_layer.weight",
+        f"{PREFIX}model.norm.weight",
+    ],
+)
+def test_a_tensor_of_the_base_is_ignored_if_it_is_the_bases_and_refused_if_it_is_not(name: str, tmp_path: Path) -> None:
+    base = make_base().state_dict()
+    save_adapter(tmp_path, target_modules=["q_proj", *["lm_head"] * ("lm_head.base_layer" in name)])
+    plain = name.removeprefix(PREFIX)
+    for infix in (".base_layer", ".original_module", ".modules_to_save.default"):
+        plain = plain.replace(infix, "")
+    for same in (base[plain], base[plain].bfloat16(), base[plain].half()):
+        edit_tensors(tmp_path, lambda tensors, same=same: tensors.update({name: same.clone()}))
+        actual, expected = whole_deltas([serve(tmp_path).weights]), loaded_by_peft(tmp_path)
+        assert actual.keys() == expected.keys()
+    trained = base[plain].clone()
+    trained.view(-1)[3] += 0.01
+    for other in (trained, base[plain][:-1].clone()):
+        edit_tensors(tmp_path, lambda tensors, other=other: tensors.update({name: other}))
+        with pytest.raises(AdapterInvalidError, match=name):
+            serve(tmp_path)
+
+
+def test_what_a_rounded_base_holds_is_compared_as_closely_as_rounding_allows(tmp_path: Path) -> None:
+    save_adapter(tmp_path, target_modules=["lm_head"])
+    name, weight = f"{PREFIX}lm_head.base_layer.weight", make_base().state_dict()[HEAD]
+    noise = torch.randn(weight.shape) * weight.std()
+    edit_tensors(tmp_path, lambda tensors: tensors.update({name: weight + 0.08 * noise}))
+    serve(tmp_path, rounded=True)
+    edit_tensors(tmp_path, lambda tensors: tensors.update({name: weight + 0.3 * noise}))
+    with pytest.raises(AdapterInvalidError, match=name):
+        serve(tmp_path, rounded=True)
