@@ -11,6 +11,7 @@ from loraplex_shard.batch import Batch, Segment
 from loraplex_shard.checkpoint import open_checkpoint
 from loraplex_shard.layers.layout import LinearLayout
 from loraplex_shard.layers.sources import Target
+from loraplex_shard.lora.arena import in_one_piece
 from loraplex_shard.lora.weights import AdapterWeights, Expansion, LayerWeights
 from loraplex_shard.models import Decoder, load_decoder
 from loraplex_shard.ops.base import Operations
@@ -123,4 +124,4 @@ def adapter_for(layouts: tuple[LinearLayout, ...], dtype: torch.dtype = torch.fl
             shrinks.append(shrink[:, layout.columns])
             start, rank_start = stop, rank_stop
         layers[layout.name] = LayerWeights(layout.index, torch.cat(shrinks).to(dtype), tuple(expansions))
-    return AdapterWeights(layers, len(layouts))
+    return in_one_piece(layers, len(layouts))

@@ -12,6 +12,7 @@ from llguidance import LLMatcher
 
 from loraplex_protos import shard_pb2 as pb
 from loraplex_shard.grammars import GrammarCompiler
+from loraplex_shard.lora.arena import in_one_piece
 from loraplex_shard.lora.store import AdapterStore
 from loraplex_shard.lora.weights import AdapterWeights, Expansion, LayerWeights
 from loraplex_shard.models import Decoder
@@ -61,7 +62,7 @@ class Adapters(AdapterStore):
 
     def adapter_in(self, slot: int) -> AdapterWeights:
         nan = LayerWeights(0, torch.full((1, 72), torch.nan), (Expansion(0, 1, 0, 24, torch.ones(1, 24)),))
-        return AdapterWeights({"layers.0.qkv": nan}, layer_count=9)
+        return in_one_piece({"layers.0.qkv": nan}, layer_count=9)
 
 
 class Fault(NamedTuple):

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from loraplex_shard.batch import Segment
 from loraplex_shard.layers.layout import LinearLayout
+from loraplex_shard.lora.arena import in_one_piece
 from loraplex_shard.lora.weights import AdapterWeights, Expansion, LayerWeights
 from loraplex_shard.ops.reference import ReferenceOperations
 
@@ -29,7 +30,7 @@ def adapter_of(lora_ranks: LoraRanks, generator: torch.Generator) -> AdapterWeig
             rank_start += lora_rank
         start += out_features
     layers = {"fused": LayerWeights(0, torch.cat(shrinks), tuple(expansions))} if expansions else {}
-    return AdapterWeights(layers, 2)
+    return in_one_piece(layers, 2)
 
 
 def dense_delta(adapter: AdapterWeights) -> torch.Tensor:
@@ -77,3 +78,15 @@ def test_other_layers_are_left_alone() -> None:
     out = torch.ones(3, sum(PARTS))
     OPS.add_lora_delta(out, torch.ones(3, IN_FEATURES), (Segment(0, 3, adapter),), ANOTHER)
     assert out.equal(torch.ones(3, sum(PARTS)))
+
+
+def test_an_adapter_in_a_copy_of_its_memory_is_the_same() -> None:
+    adapter = adapter_of((4, None, 2), torch.Generator().manual_seed(0))
+    moved = adapter.at(adapter.memory.clone())
+    adapter.memory.zero_()
+    assert moved.memory.any() and not torch.equal(moved.table, adapter.table)
+    for name, layer in moved.layers.items():
+        assert [t.shape for t in layer.tensors] == [t.shape for t in adapter.layers[name].tensors]
+        assert all(tensor.any() for tensor in layer.tensors)
+        begin, end = moved.memory.data_ptr(), moved.memory.data_ptr() + moved.memory.nbytes
+        assert all(begin <= tensor.data_ptr() < end for tensor in layer.tensors)

@@ -9,6 +9,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 
 from loraplex_protos.shard_pb2 import FAILURE_REASON_NOT_FINITE, Sampling, StepRequest
 from loraplex_shard.grammars import GrammarCompiler
+from loraplex_shard.lora.arena import in_one_piece
 from loraplex_shard.lora.base import BaseModel
 from loraplex_shard.lora.store import AdapterStore
 from loraplex_shard.lora.weights import AdapterWeights, Expansion, LayerWeights
@@ -238,7 +239,7 @@ class Poison:
 
     def adapter_in(self, slot: int) -> AdapterWeights:
         nan = LayerWeights(0, torch.full((1, 36), torch.nan), (Expansion(0, 1, 0, 12, torch.ones(1, 12)),))
-        return AdapterWeights({"layers.0.qkv": nan}, layer_count=9)
+        return in_one_piece({"layers.0.qkv": nan}, layer_count=9)
 
 
 def test_a_sequence_that_is_not_finite_fails_alone(decoder: Decoder, reference: PreTrainedModel) -> None:

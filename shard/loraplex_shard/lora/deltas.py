@@ -54,9 +54,7 @@ def cut_adapter(deltas: Mapping[str, Delta], layouts: Sequence[LinearLayout], dt
     for layout in layouts:
         if layer := _cut(layout, deltas, dtype):
             layers[layout.name] = layer
-    return Adapter(
-        AdapterWeights(in_one_piece(layers), len(layouts)), max(delta.lora_rank for delta in deltas.values())
-    )
+    return Adapter(in_one_piece(layers, len(layouts)), max(delta.lora_rank for delta in deltas.values()))
 
 
 def _cut(layout: LinearLayout, deltas: Mapping[str, Delta], dtype: torch.dtype) -> LayerWeights | None:

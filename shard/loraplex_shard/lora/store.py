@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING
@@ -212,12 +212,12 @@ class AdapterStore:
         began = time.monotonic()
         with self._metrics.loading("host"):
             adapter = make()
-            weights = self._transfer.to_host(adapter.weights)
+        size = adapter.weights.size_bytes
         with self._lock:
-            self._check_room(weights.size_bytes)
-            self._host[digest] = replace(adapter, weights=weights)
+            self._check_room(size)
+            self._host[digest] = adapter
         took = round((time.monotonic() - began) * 1e3, 1)
-        fields = {"digest": digest, "lora_rank": adapter.lora_rank, "bytes": weights.size_bytes, "duration_ms": took}
+        fields = {"digest": digest, "lora_rank": adapter.lora_rank, "bytes": size, "duration_ms": took}
         logger.info("adapter staged", extra={"fields": fields})
         for warning in adapter.warnings:
             logger.warning("adapter %s: %s", digest[:12], warning)

@@ -1,7 +1,7 @@
 """An adapter's weights as the layers use them: cut for this rank, stacked by layer, scale folded into B."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -29,10 +29,25 @@ class LayerWeights:
     expansions: tuple[Expansion, ...]
     scales: torch.Tensor | None = None  # [sum of the lora_ranks] float32: of A and B together, if they are int8
 
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "LayerWeights":
+        """The same with each tensor replaced, in the order in which a step reads them."""
+        return replace(
+            self,
+            shrink=function(self.shrink),
+            expansions=tuple(replace(e, weight=function(e.weight)) for e in self.expansions),
+            scales=None if self.scales is None else function(self.scales),
+        )
+
     @property
-    def nbytes(self) -> int:
-        scales = 0 if self.scales is None else self.scales.nbytes
-        return self.shrink.nbytes + scales + sum(expansion.weight.nbytes for expansion in self.expansions)
+    def tensors(self) -> list[torch.Tensor]:
+        found = []
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            found.append(tensor)
+            return tensor
+
+        self.map(keep)
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +56,7 @@ class AdapterWeights:
 
     layers: Mapping[str, LayerWeights]  # by LinearLayout.name
     layer_count: int  # linear layers of the model on this rank
+    memory: torch.Tensor  # [bytes] uint8: all of its tensors are views of it
     table: torch.Tensor = field(init=False)  # [layer_count, TABLE_WIDTH] int64: what kernels read, see below
     widest: int = field(init=False)  # lora_ranks that are stacked in one layer at most
 
@@ -50,7 +66,16 @@ class AdapterWeights:
 
     @property
     def size_bytes(self) -> int:
-        return sum(layer.nbytes for layer in self.layers.values())
+        return sum(tensor.nbytes for layer in self.layers.values() for tensor in layer.tensors)
+
+    def at(self, memory: torch.Tensor) -> "AdapterWeights":
+        """The same adapter in a copy of its memory, which may be on another device."""
+
+        def view(tensor: torch.Tensor) -> torch.Tensor:
+            start = tensor.data_ptr() - self.memory.data_ptr()
+            return memory[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+
+        return AdapterWeights({name: layer.map(view) for name, layer in self.layers.items()}, self.layer_count, memory)
 
     @property
     def int8(self) -> bool:
