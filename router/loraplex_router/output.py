@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
 
@@ -12,7 +12,7 @@ from loraplex_router.adapters.references import Reference
 from loraplex_router.keys import Tenant
 from loraplex_router.sequence import FinishReason, Sequence
 from loraplex_router.text.detokenizer import Decoder, Detokenizer
-from loraplex_router.text.stops import StopMatcher
+from loraplex_router.text.stops import Passed, StopMatcher
 
 Alternatives: TypeAlias = tuple[tuple[int, float], ...]  # (token, logprob), best first
 
@@ -64,9 +64,12 @@ class SequenceOutput:
         decoder: Decoder,
         stops: StopMatcher,
         wakeup: asyncio.Event,
+        stop_token_ids: Collection[int] = (),
     ) -> None:
+        """`stop_token_ids`: those end tokens that the request gave."""
         self.sequence = sequence
         self.finish_reason: FinishReason | None = None
+        self.stop_reason: str | int | None = None  # what the request gave that ended it: a stop text or token
         self.generated = 0  # tokens, those of a stop string included
         self.prompt_logprobs: list[float] = []  # of the prompt's tokens but the first
         self.prompt_alternatives: list[Alternatives] = []  # of the same; none if not asked for
@@ -74,32 +77,38 @@ class SequenceOutput:
         self._decoder = decoder
         self._detokenizer = Detokenizer(decoder, sequence.tokens[: sequence.prompt_length])
         self._stops = stops
+        self._stop_token_ids = stop_token_ids
         self._wakeup = wakeup
         self._pending = Delta()
         self._undecoded: list[Sample] = []  # parts of a character so far
-        self._held: list[tuple[Sample, int]] = []  # with the length of the text up to each one's end
-        self._decoded = self._shown = 0  # characters
+        self._held: list[tuple[Sample, int, int]] = []  # with the lengths up to each one's end, generated and decoded
+        self._generated = self._decoded = 0  # characters; special tokens that are not shown are generated, not decoded
+        self._passed = self._shown = 0  # characters of the two that are certain
 
     def push(self, sample: Sample) -> FinishReason | None:
         """Takes the sequence's next token; answers why the sequence ends with it, if it does."""
         self.generated += 1
         ended = sample.token in self.sequence.end_token_ids
         last = ended or self.generated >= self.sequence.max_new_tokens
-        text = "" if ended else self._detokenizer.push(sample.token)
+        hidden = "" if ended else self._decoder.hidden_text(sample.token)
+        text = "" if ended or hidden else self._detokenizer.push(sample.token)
         if last:
             text += self._detokenizer.flush()
         self._undecoded.append(sample)
-        if text or last:
+        if text or hidden or last:
+            self._generated += len(text) + len(hidden)
             self._decoded += len(text)
-            self._held += [(undecoded, self._decoded) for undecoded in self._undecoded]
+            self._held += [(undecoded, self._generated, self._decoded) for undecoded in self._undecoded]
             self._undecoded.clear()
-        shown, stopped = self._stops.feed(text)
-        if last and not stopped:
-            shown += self._stops.flush()
-        self._show(shown)
+        stopped = self._seek_stop(hidden, text)
         if stopped and self._stops.include:
             self._show_held()
+        elif last and not stopped:
+            self._show(self._stops.flush())
+        if ended and sample.token in self._stop_token_ids:
+            self.stop_reason = sample.token
         if stopped:
+            self.stop_reason = self._stops.found
             self.finish(FinishReason.STOP_TEXT)
         elif last:
             self.finish(FinishReason.END_TOKEN if ended else FinishReason.LENGTH)
@@ -128,19 +137,32 @@ class SequenceOutput:
         self._pending = Delta()
         return delta
 
-    def _show(self, text: str) -> None:
+    def _seek_stop(self, hidden: str, text: str) -> bool:
+        """Shows what is certain now; answers whether a stop string ends the output."""
+        too_early = self.generated <= self.sequence.min_new_tokens
+        if hidden:
+            passed = self._stops.feed(hidden, shown=False, too_early=too_early)
+            self._show(passed)
+            if passed.stopped:
+                return True
+        passed = self._stops.feed(text, too_early=too_early)
+        self._show(passed)
+        return passed.stopped
+
+    def _show(self, passed: Passed) -> None:
         pending, held = self._pending, self._held
-        self._shown += len(text)
-        pending.text += text
-        while held and held[0][1] <= self._shown:
-            sample, end = held.pop(0)
+        self._passed += passed.length
+        self._shown += len(passed.text)
+        pending.text += passed.text
+        while held and held[0][1] <= self._passed:
+            sample, _, end = held.pop(0)
             pending.samples.append(sample)
             pending.ends.append(end)
         self._wakeup.set()
 
     def _show_held(self) -> None:
         """The tokens of a stop text that is part of the answer; the last of them may reach beyond it."""
-        for sample, end in self._held:
+        for sample, _, end in self._held:
             self._pending.samples.append(sample)
             self._pending.ends.append(min(end, self._shown))
 
@@ -171,8 +193,10 @@ class Generation:
         self.error: LoraplexError | None = None
         self._wakeup = asyncio.Event()
 
-    def add(self, sequence: Sequence, decoder: Decoder, stops: StopMatcher) -> None:
-        self.outputs.append(SequenceOutput(sequence, decoder, stops, self._wakeup))
+    def add(
+        self, sequence: Sequence, decoder: Decoder, stops: StopMatcher, stop_token_ids: Collection[int] = ()
+    ) -> None:
+        self.outputs.append(SequenceOutput(sequence, decoder, stops, self._wakeup, stop_token_ids))
 
     @property
     def adapter_digest(self) -> str:

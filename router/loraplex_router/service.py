@@ -161,7 +161,7 @@ class Service:
                     unwanted_token_ids=self._unwanted_token_ids(request),
                 )
                 stops = StopMatcher(request.stop, request.include_stop)
-                generation.add(sequence, decoder, stops)
+                generation.add(sequence, decoder, stops, request.stop_token_ids)
             self.telemetry.queued(generation)
             group.engine.submit(generation)
         except BaseException:

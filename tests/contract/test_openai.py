@@ -204,6 +204,30 @@ def test_special_tokens_are_shown_where_asked_for(client: OpenAI, base: str):
         assert client.completions.create(**options, extra_body=extra).choices[0].text == text
 
 
+def test_stop_strings_are_sought_in_what_was_generated_once_there_is_enough_of_it(client: OpenAI, base: str):
+    (q,), end = byte_tokenizer().encode("q"), byte_tokenizer().eos_token_id
+    options = {"model": base, "prompt": "Hello", "max_tokens": 12, "logit_bias": {str(q): 100}}
+    for extra, text, reason, tokens in (
+        ({}, "", "qq", 2),
+        ({"min_tokens": 6}, "qqqqq", "qq", 7),
+        ({"min_tokens": 12}, "q" * 12, None, 12),
+        ({"stop_token_ids": [q]}, "", q, 1),
+    ):
+        for stream in (False, True):
+            asked = {**options, "stop": ["x", "qq"], "extra_body": {"stream_options": {"include_usage": True}, **extra}}
+            answer = client.completions.create(**asked, stream=stream)
+            chunks = list(answer) if stream else [answer]
+            choices = [choice for chunk in chunks for choice in chunk.choices]
+            assert ("".join(choice.text for choice in choices), choices[-1].stop_reason) == (text, reason)
+            assert choices[-1].finish_reason == ("stop" if reason else "length")
+            assert chunks[-1].usage.completion_tokens == tokens
+    for stop, least in (("</s>", 0), ("</s></s>", 3)):
+        extra = {"ignore_eos": True, "min_tokens": least}
+        hidden = {**options, "stop": stop, "logit_bias": {str(end): 100}, "extra_body": extra}
+        (choice,) = client.completions.create(**hidden).choices
+        assert (choice.text, choice.finish_reason, choice.stop_reason) == ("", "stop", stop)
+
+
 def test_formats_of_openai_and_of_vllm(client: OpenAI, base: str):
     def answer(**options: object) -> str:
         completion = client.chat.completions.create(model=base, messages=HELLO, max_tokens=200, **options)

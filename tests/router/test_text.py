@@ -1,6 +1,8 @@
 """Detokenizing, stop strings and chat templates, on a byte-level tokenizer made here."""
 
 import json
+from collections.abc import Iterable
+from itertools import accumulate
 
 import pytest
 import tokenizers
@@ -12,23 +14,7 @@ from loraplex_router.text.chat import Chat, ChatTemplate, Message
 from loraplex_router.text.detokenizer import Detokenizer
 from loraplex_router.text.stops import StopMatcher
 from loraplex_router.text.tokenizer import LONG_TEXT, Tokenizer
-
-TEMPLATE = (
-    "{% for m in messages %}{% if m.role not in ['user', 'assistant'] %}{{ raise_exception('unknown role') }}"
-    "{% endif %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
-)
-
-
-def byte_tokenizer() -> Tokenizer:
-    """One token per byte, so that every character beyond ASCII is spread over several."""
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    model = tokenizers.models.BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[])
-    tokenizer = tokenizers.Tokenizer(model)
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    tokenizer.add_special_tokens(["</s>"])
-    return Tokenizer(tokenizer.to_str().encode(), ChatTemplate(TEMPLATE, "", "</s>"))
-
+from tests.router.tiny_tokenizers import TEMPLATE, byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
 
@@ -66,33 +52,60 @@ async def test_a_metaspace_tokenizer_keeps_the_space_before_the_first_output_tok
     assert Detokenizer(tokenizer, [0]).push(1) == " world"
 
 
-@given(
-    text=st.text("ab€", max_size=40),
-    stops=st.lists(st.text("ab€", min_size=1, max_size=4), max_size=3),
-    cuts=st.lists(st.integers(1, 5), max_size=40),
-)
-def test_text_up_to_the_first_stop_string_is_shown_and_nothing_of_what_follows(text, stops, cuts):
-    matcher, shown, stopped, rest = StopMatcher(stops), "", False, text
-    for cut in [*cuts, len(text) + 1]:
-        piece, rest = rest[:cut], rest[cut:]
-        new, stopped = matcher.feed(piece)
-        shown += new
-        assert not any(stop in shown for stop in stops)
-        if stopped:
-            break
-    if not stopped:
-        shown += matcher.flush()
-        assert shown == text and not any(stop in text for stop in stops)
-    else:
-        assert text.startswith(shown) and any(text[len(shown) :].startswith(stop) for stop in stops)
+PIECES = st.lists(st.tuples(st.text("ab€", max_size=3), st.booleans(), st.integers(1, 2)), max_size=12)
+STOPS = st.lists(st.text("ab€", min_size=1, max_size=4), max_size=3)
+
+
+def feed(matcher: StopMatcher, pieces: Iterable[tuple[str, bool]], too_early: int = 0) -> tuple[str, int, str | None]:
+    """What is shown of pieces of text that are shown or not, how much of them passed, and what stopped it."""
+    shown, length = "", 0
+    for place, (piece, is_shown) in enumerate(pieces):
+        passed = matcher.feed(piece, shown=is_shown, too_early=place < too_early)
+        shown, length = shown + passed.text, length + passed.length
+        if passed.stopped:
+            return shown, length, matcher.found
+    passed = matcher.flush()
+    return shown + passed.text, length + passed.length, matcher.found
+
+
+@given(pieces=PIECES, stops=STOPS, include=st.booleans())
+def test_text_up_to_the_first_stop_string_is_shown_however_it_is_cut_and_whatever_is_not_shown(pieces, stops, include):
+    letters = [(letter, shown) for piece, shown, _ in pieces for letter in piece]
+    seams = (
+        {at for at, (_, shown) in enumerate(letters) if shown}
+        | set(accumulate(len(piece) for piece, *_ in pieces))
+        | {0}
+    )
+    views = [*range(len(letters))], [at for at, (_, shown) in enumerate(letters) if shown]
+    runs = [view[at : at + len(stop)] for view in views for stop in stops for at in range(len(view) - len(stop) + 1)]
+    texts = [("".join(letters[at][0] for at in run), run[0], run[-1] + 1) for run in runs]
+    found = [(end, start, text) for text, start, end in texts if text in stops and {start, end} <= seams]
+    end, start, stop = min(found, default=(len(letters), len(letters), None))
+    passed = letters[: end if include else start]
+    expected = "".join(letter for letter, shown in passed if shown), len(passed), stop
+    whole = [(piece, shown) for piece, shown, _ in pieces]
+    cut = [(piece[at : at + size], True) for piece, shown, size in pieces for at in range(0, len(piece), size) if shown]
+    assert feed(StopMatcher(stops, include), whole) == expected
+    if all(shown for _, shown, _ in pieces):
+        assert feed(StopMatcher(stops, include), cut) == expected
+
+
+@given(pieces=PIECES, stops=STOPS.filter(bool), early=st.integers(0, 12))
+def test_a_stop_string_may_begin_too_early_but_not_end(pieces, stops, early):
+    text, before = "".join(piece for piece, *_ in pieces), sum(len(piece) for piece, *_ in pieces[:early])
+    places = [
+        (at + len(s), at) for s in stops for at in range(len(text)) if text.startswith(s, at) and at + len(s) > before
+    ]
+    shown, _, found = feed(StopMatcher(stops), ((piece, True) for piece, *_ in pieces), too_early=early)
+    assert shown == text[: min(places)[1] if places else None] and (found is not None) == bool(places)
 
 
 def test_text_is_held_back_only_while_it_can_become_a_stop_string():
     matcher = StopMatcher(["</end>"])
-    assert matcher.feed("a</e") == ("a", False)
-    assert matcher.feed("x") == ("</ex", False)
-    assert matcher.feed("</") == ("", False)
-    assert matcher.feed("end> secret") == ("", True)
+    assert matcher.feed("a</e") == ("a", 1, False)
+    assert matcher.feed("x") == ("</ex", 4, False)
+    assert matcher.feed("</") == ("", 0, False)
+    assert matcher.feed("end> secret") == ("", 0, True)
 
 
 def test_a_chat_template_renders_up_to_where_the_answer_begins():
@@ -130,14 +143,3 @@ def test_tojson_leaves_text_as_it_is():
 async def test_long_texts_give_the_same_tokens_as_short_ones():
     text = "wörd " * LONG_TEXT
     assert await ids(text) == (await ids("wörd ")) * LONG_TEXT
-
-
-@pytest.mark.parametrize("pieces", [["one STOP two"], ["one S", "TO", "P two"], list("one STOP two")])
-def test_a_stop_string_is_the_end_of_the_text_where_it_is_to_be_included(pieces: list[str]):
-    matcher, shown, stopped = StopMatcher(["STOP", "two"], include=True), "", False
-    for piece in pieces:
-        text, stopped = matcher.feed(piece)
-        shown += text
-        if stopped:
-            break
-    assert (shown, stopped) == ("one STOP", True)

@@ -10,6 +10,10 @@ INCOMPLETE = "\ufffd"  # what the decoder shows for bytes that are no character 
 class Decoder(Protocol):
     def decode(self, ids: list[int]) -> str: ...
 
+    def hidden_text(self, token: int) -> str:
+        """What stands in the vocabulary for a token that `decode` leaves out; empty for others."""
+        ...
+
 
 class Detokenizer:
     """The text of a growing sequence of tokens.

@@ -1,37 +1,92 @@
-"""Stop strings in a text that arrives in pieces."""
+"""Stop strings in a text that arrives in pieces, some of which are not shown."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import compress
+from typing import NamedTuple
+
+
+class Passed(NamedTuple):
+    """How far a text is certain now."""
+
+    text: str  # what can be shown of it that was not yet
+    length: int  # characters, those included that are not shown
+    stopped: bool  # a stop string ends it
 
 
 class StopMatcher:
     """Passes text on up to the first stop string, or with `include` to its end. Text that may be the beginning of one
-    is held back."""
+    is held back.
+
+    A stop string is found in all that is generated, where a piece that is not shown, a special token, is in it whole or
+    not at all; and also in what is shown alone. The first to be complete is the first, however the text was cut.
+    """
 
     def __init__(self, stops: Sequence[str], include: bool = False) -> None:
         assert all(stops)
-        self._stops = tuple(stops)
         self.include = include
+        self.found: str | None = None  # the stop string that ended the text
+        self._stops = tuple(stops)
         self._longest = max(map(len, stops), default=0)
         self._held = ""
+        self._shown: list[bool] = []  # for each character that is held
+        self._seams: list[bool] = []  # for the same, whether a stop string may begin here, or end before it
+        self._too_early = 0  # characters of what is held in which no stop string may end
 
-    def feed(self, text: str) -> tuple[str, bool]:
-        """The text that can be shown now, and whether a stop string ends it. Nothing is to be fed after that."""
+    def feed(self, text: str, *, shown: bool = True, too_early: bool = False) -> Passed:
+        """Takes the next piece. One that comes too early can begin a stop string, but not end it. Nothing is to be fed
+        after a stop."""
         if not self._stops:
-            return text, False
-        text = self._held + text
-        found = [(at, len(stop)) for stop in self._stops if (at := text.find(stop)) >= 0]
-        if found:
-            self._held = ""
-            at, length = min(found)
-            return text[: at + length * self.include], True
-        shown = len(text) - self._longest_beginning(text)
-        self._held = text[shown:]
-        return text[:shown], False
+            return Passed(text if shown else "", len(text), False)
+        self._held += text
+        self._shown += [shown] * len(text)
+        self._seams += [shown or not at for at in range(len(text))]
+        if too_early:
+            self._too_early = len(self._held)
+            return self._pass(self._certain(), False)
+        end, start, self.found = min(self._matches(), default=(0, 0, None))
+        if self.found is not None:
+            return self._pass(end if self.include else start, True)
+        return self._pass(self._certain(), False)
 
-    def flush(self) -> str:
+    def flush(self) -> Passed:
         """What was held back, once no more text follows."""
-        held, self._held = self._held, ""
-        return held
+        return self._pass(len(self._held), False)
+
+    def _pass(self, length: int, stopped: bool) -> Passed:
+        text = "".join(compress(self._held[:length], self._shown))
+        self._held, self._shown, self._seams = self._held[length:], self._shown[length:], self._seams[length:]
+        self._too_early = max(0, self._too_early - length)
+        return Passed(text, length, stopped)
+
+    def _views(self) -> list[tuple[str, Sequence[int]]]:
+        """Texts in which stop strings are sought, each with the places of its characters in what is held."""
+        everything = range(len(self._held))
+        if all(self._shown):
+            return [(self._held, everything)]
+        return [
+            (self._held, everything),
+            ("".join(compress(self._held, self._shown)), [*compress(everything, self._shown)]),
+        ]
+
+    def _matches(self) -> Iterator[tuple[int, int, str]]:
+        """(end, start, stop string) of those that do not come too early, each one's first among them."""
+        for text, places in self._views():
+            for stop in self._stops:
+                at = text.find(stop)
+                while at >= 0:
+                    start, end = places[at], places[at + len(stop) - 1] + 1
+                    if end > self._too_early and self._seams[start] and (end == len(self._held) or self._seams[end]):
+                        yield end, start, stop
+                        break
+                    at = text.find(stop, at + 1)
+
+    def _certain(self) -> int:
+        """The length of what is held and cannot be part of a stop string."""
+        certain = len(self._held)
+        for text, places in self._views():
+            if beginning := self._longest_beginning(text):
+                certain = min(certain, places[len(text) - beginning])
+        return certain
 
     def _longest_beginning(self, text: str) -> int:
         """Length of the longest end of `text` that begins a stop string."""

@@ -29,6 +29,9 @@ class _Verbatim:
     def decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=False)
 
+    def hidden_text(self, token: int) -> str:
+        return ""
+
 
 class Tokenizer:
     """The model's tokenizer and chat template.
@@ -80,6 +83,10 @@ class Tokenizer:
     def decode(self, ids: list[int]) -> str:
         """The text of token ids, special tokens left out."""
         return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+    def hidden_text(self, token: int) -> str:
+        """The text of a special token; empty for others."""
+        return self.token_text(token) if token in self._special_tokens else ""
 
     @property
     def verbatim(self) -> Decoder:

@@ -2,7 +2,9 @@
 
 from typing import Any, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
+
+STOP_REASON = "vLLM's: which of the request's `stop` and `stop_token_ids` ended it."
 
 
 class Usage(BaseModel):
@@ -17,6 +19,7 @@ class CompletionChoice(BaseModel):
     text: str
     logprobs: dict[str, Any] | None
     finish_reason: Literal["stop", "length"]
+    stop_reason: str | int | None = Field(description=STOP_REASON)
 
 
 class Completion(BaseModel):
@@ -40,6 +43,7 @@ class ChatChoice(BaseModel):
     message: AssistantMessage
     logprobs: dict[str, Any] | None
     finish_reason: Literal["stop", "length", "tool_calls"]
+    stop_reason: str | int | None = Field(description=STOP_REASON)
 
 
 class ChatCompletion(BaseModel):

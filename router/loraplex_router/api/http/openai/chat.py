@@ -70,6 +70,7 @@ class ChatWriter:
             "message": message,
             "logprobs": self._logprobs(delta) if self.body.logprobs else None,
             "finish_reason": writer.finish_reason(delta),
+            "stop_reason": self.generation.outputs[index].stop_reason,
         }
         if calls:
             message["tool_calls"] = calls
@@ -94,7 +95,9 @@ class ChatWriter:
         logprobs = self._logprobs(delta) if self.body.logprobs and delta.samples else None
 
         def chunk(content: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
-            return {"index": index, "delta": content, "logprobs": logprobs, "finish_reason": reason}
+            stop_reason = self.generation.outputs[index].stop_reason if reason else None
+            ended = {"finish_reason": reason, "stop_reason": stop_reason}
+            return {"index": index, "delta": content, "logprobs": logprobs, **ended}
 
         if not writer.begun:
             writer.begun = True

@@ -126,4 +126,5 @@ class _ChoiceWriter:
         self.begun = True
         if self._logprobs:
             logprobs = self._logprobs.take(delta)
-        return {"index": self._index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason(delta)}
+        choice = {"index": self._index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason(delta)}
+        return {**choice, "stop_reason": self._output.stop_reason if delta.finish_reason else None}
