@@ -19,6 +19,7 @@ from loraplex_router.output import Alternatives, Generation, Sample, SequenceOut
 from loraplex_router.scheduler import Scheduler
 from loraplex_router.sequence import Chunk, Plan
 from loraplex_router.shards import Shards, encode
+from loraplex_router.suspects import Loss
 from loraplex_router.telemetry.telemetry import GroupTelemetry
 
 logger = logging.getLogger(__name__)
@@ -43,12 +44,19 @@ class Engine:
         self._generations: dict[Generation, None] = {}
         self._owners: dict[object, tuple[Generation, SequenceOutput]] = {}  # by Sequence
         self._wakeup = asyncio.Event()
-        self._loads: set[asyncio.Task[None]] = set()
+        self._loads: dict[Adapter, asyncio.Task[None]] = {}
         self._steps = 0
+        self._in_flight: deque[Plan] = deque()
+        self._lost: UnavailableError | None = None  # as a load found out
+        self._failed = False
 
     @property
     def idle(self) -> bool:
         return not self._generations
+
+    @property
+    def generations(self) -> Iterable[Generation]:
+        return self._generations
 
     def runs(self, generation: Generation) -> bool:
         return generation in self._generations
@@ -66,6 +74,10 @@ class Engine:
     def wake(self) -> None:
         """Something that the scheduler looks at has changed."""
         self._wakeup.set()
+
+    def loss(self, busy: bool) -> Loss:
+        """What its group was doing when it was lost; `busy`, beside that."""
+        return Loss(tuple(self._in_flight), self._failed, busy)
 
     def release(self, started: bool) -> list[Generation]:
         """Gives up its generations without ending them; those of which nothing was computed, unless `started`."""
@@ -90,6 +102,7 @@ class Engine:
         try:
             await self._loop()
         except LoraplexError as error:
+            self._failed = not isinstance(error, UnavailableError)
             raise UnavailableError(f"a shard failed: {error.message}") from error
         except Exception as error:
             logger.exception("the engine's loop failed")
@@ -98,28 +111,30 @@ class Engine:
                 self._end(generation, failure)
             raise failure from error
         finally:
-            for task in self._loads:
+            for task in self._loads.values():
                 task.cancel()
 
     async def _loop(self) -> None:
-        in_flight: deque[Plan] = deque()
-        while True:
+        while self._lost is None:
             began = time.perf_counter()
             for claim in self._scheduler.claim_slots():
-                self._start_load(claim)
+                self._loads[claim.adapter] = asyncio.create_task(self._load(claim))
             plan = self._scheduler.schedule()
             if plan is not None:
                 self._mark_started(plan)
                 request = encode(plan, self._steps)
                 self._steps += 1
                 self._telemetry.planned(time.perf_counter() - began)
+                while self._in_flight and (plan.alone or self._in_flight[-1].alone):
+                    await self._apply_next()
+                self._in_flight.append(plan)
                 await self._shards.send(request)
-                in_flight.append(plan)
-            if len(in_flight) == DEPTH or (in_flight and plan is None):
-                self._apply(in_flight.popleft(), await self._shards.receive())
+            if len(self._in_flight) == DEPTH or (self._in_flight and plan is None):
+                await self._apply_next()
             elif plan is None:
                 await self._wakeup.wait()
             self._wakeup.clear()
+        raise self._lost
 
     def _mark_started(self, plan: Plan) -> None:
         for sequence in plan.starts:
@@ -127,6 +142,10 @@ class Engine:
             self._telemetry.started(generation, sequence)
 
     # ---- results ---------------------------------------------------------------------------------------------
+
+    async def _apply_next(self) -> None:
+        response = await self._shards.receive()
+        self._apply(self._in_flight.popleft(), response)
 
     def _apply(self, plan: Plan, response: pb.StepResponse) -> None:
         began = time.perf_counter()
@@ -153,7 +172,14 @@ class Engine:
                 self._scheduler.finish(chunk.sequence)
             if samples and generation.first_token is None:
                 self._telemetry.first_token(generation)
-            self._take(chunk, output, samples)
+            try:
+                self._take(chunk, output, samples)
+            except (KeyboardInterrupt, SystemExit):
+                raise
+            except BaseException:  # a panic in the tokenizer is not an Exception
+                logger.exception("the tokens of a sequence cannot be read")
+                self._fail(generation, chunk, "its tokens cannot be read; the router's log has the details")
+                continue
             if announced[place] and not chunk.sequence.finished:
                 self._scheduler.announce(chunk.sequence, announced[place])
             if output.finish_reason and generation.finished:
@@ -201,22 +227,22 @@ class Engine:
 
     # ---- adapters --------------------------------------------------------------------------------------------
 
-    def _start_load(self, claim: SlotClaim) -> None:
-        task = asyncio.create_task(self._load(claim))
-        self._loads.add(task)
-        task.add_done_callback(self._loads.discard)
-
     async def _load(self, claim: SlotClaim) -> None:
         try:
             if claim.evicted:
                 await self._shards.unload(claim.slot)
             await self._shards.load(claim.adapter.digest, claim.slot)
+        except UnavailableError as error:  # the group is lost: what waits for the adapter is to go on elsewhere
+            self._lost = error
+            self._wakeup.set()
+            return
         except LoraplexError as error:
             logger.error("adapter %s cannot be loaded into slot %d: %s", claim.adapter.digest, claim.slot, error)
             self._fail_waiting(claim.adapter, error)
             self._pool.release_slot(claim.adapter)
         else:
             claim.adapter.ready, claim.adapter.loaded = True, time.monotonic()
+        del self._loads[claim.adapter]
         self._wakeup.set()
 
     def _fail_waiting(self, adapter: Adapter, error: LoraplexError) -> None:

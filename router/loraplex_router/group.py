@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from loraplex_protos.errors import UnavailableError
 from loraplex_router.adapters.pool import AdapterPool
 from loraplex_router.adapters.references import Reference
 from loraplex_router.adapters.registry import AdapterRegistry
@@ -36,7 +37,8 @@ class Group:
         self.scheduler = Scheduler(limits, self.blocks, pool)
         self.adapters = AdapterStaging(shards, pool, registry)
         self.engine = Engine(self.scheduler, pool, shards, telemetry.group(name))
-        self._coming = 0  # requests whose adapter is being staged here
+        self._coming = 0  # requests that are being prepared here: adapter staged, grammar compiled
+        self._failed_coming = False
 
     def candidate(self, reference: Reference | None) -> Candidate:
         """The group as the placement of a request sees it."""
@@ -48,11 +50,19 @@ class Group:
     def _load(self) -> int:
         return self.scheduler.num_running + self.scheduler.num_waiting + self._coming
 
+    @property
+    def busy(self) -> bool:
+        """Whether it prepares a request, or was lost while it did."""
+        return bool(self._coming) or self._failed_coming
+
     @contextmanager
     def expecting(self) -> Iterator[None]:
         """A request is on its way here: others are to see that."""
         self._coming += 1
         try:
             yield
+        except UnavailableError:
+            self._failed_coming = True
+            raise
         finally:
             self._coming -= 1

@@ -1,7 +1,8 @@
 """The groups behind this router: which of them a request goes to, and what becomes of it if that one is lost.
 
 A generation whose group is lost goes on in another one, from the tokens that were known here: the router holds all that
-a client was promised. Knows nothing of how groups are found or connected to.
+a client was promised. One that groups are lost of is found out, and ended: see suspects.py. Knows nothing of how groups
+are found or connected to.
 """
 
 import asyncio
@@ -10,17 +11,19 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 
-from loraplex_protos.errors import LoraplexError, UnavailableError
+from loraplex_protos.errors import GenerationError, LoraplexError, UnavailableError
 from loraplex_router.adapters.pool import Adapter
 from loraplex_router.adapters.references import Reference, name_of
 from loraplex_router.grammar import Grammar
 from loraplex_router.group import Group
 from loraplex_router.output import Generation
 from loraplex_router.placement import choose
+from loraplex_router.suspects import acquit
 from loraplex_router.telemetry.telemetry import Telemetry
 
-MAX_MOVES = 2  # a generation that has lost more groups may be what they died of
 RETRY_SECONDS = 0.1
+MOST_LOST = 3  # groups that a request can lose while they stage its adapter or compile its grammar
+GIVEN_UP = "{} groups of shards were lost while they worked on this request, so it was ended: do not send it again"
 
 logger = logging.getLogger(__name__)
 
@@ -79,10 +82,15 @@ class Groups:
         self._telemetry.forget(group.name)
         group.adapters.close()
         self._update()
+        guilty = group.engine.loss(busy=group.busy).accuse()
         lost = group.engine.release(started=True)
-        for generation in lost:
-            generation.moves += 1
-        self._move_all(lost)
+        convicted = next((g for g in lost if any(output.sequence is guilty for output in g.outputs)), None)
+        if guilty and convicted:
+            logger.error("request %s is ended: %d groups died of it", convicted.request_id, guilty.losses)
+            self._fail(convicted, GenerationError(GIVEN_UP.format(guilty.losses)))
+            self._acquit_all()
+            acquit(output.sequence for generation in lost for output in generation.outputs)
+        self._move_all(generation for generation in lost if generation is not convicted)
 
     def _update(self) -> None:
         if any(group.accepting for group in self):
@@ -111,10 +119,10 @@ class Groups:
         UnavailableError if no group can take it, AdapterError with the reason if the adapter cannot be served,
         InvalidRequestError if adapters cannot be merged or the grammar cannot be compiled.
         """
-        began = time.monotonic()
+        began, lost = time.monotonic(), list[Group]()
         while True:
             try:
-                return await self._place_now(reference, grammar)
+                return await self._place_now(reference, grammar, lost)
             except UnavailableError:
                 since = began if self.ready.is_set() else self._last_lost
                 if since is None or since + self._move_seconds < time.monotonic():
@@ -124,19 +132,23 @@ class Groups:
                     await asyncio.sleep(RETRY_SECONDS)
                     await self.ready.wait()
 
-    async def _place_now(self, reference: Reference | None, grammar: Grammar | None) -> tuple[Group, Adapter]:
-        lost: list[Group] = []
+    async def _place_now(
+        self, reference: Reference | None, grammar: Grammar | None, lost: list[Group]
+    ) -> tuple[Group, Adapter]:
+        """Adds to the groups that were lost meanwhile: maybe because of the adapter or the grammar."""
         while True:
             group = self.choose(reference, without=lost)
-            with group.expecting():
-                try:
+            try:
+                with group.expecting():
                     if grammar is not None:
                         await group.shards.compile_grammar(grammar)
                     adapter = await group.adapters.resolve(reference)
-                except UnavailableError as error:
-                    logger.warning("group %s: %s", group.name, error)
-                    lost.append(group)
-                    continue
+            except UnavailableError as error:
+                logger.warning("group %s: %s", group.name, error)
+                lost.append(group)
+                if len(lost) == MOST_LOST:
+                    raise GenerationError(GIVEN_UP.format(len(lost))) from error
+                continue
             if group.accepting:
                 return group, adapter
 
@@ -163,10 +175,13 @@ class Groups:
 
     def _move_all(self, generations: Iterable[Generation]) -> None:
         for generation in generations:
-            if generation.moves > MAX_MOVES:
-                self._fail(generation, UnavailableError(f"{generation.moves} groups of shards failed on this request"))
-            else:
-                self._moving[generation] = asyncio.create_task(self._move(generation))
+            self._moving[generation] = asyncio.create_task(self._move(generation))
+
+    def _acquit_all(self) -> None:
+        """What the groups died of is found."""
+        running = [generation for group in self for generation in group.engine.generations]
+        for generation in (*running, *self._moving):
+            acquit(output.sequence for output in generation.outputs)
 
     async def _move(self, generation: Generation) -> None:
         try:
@@ -185,11 +200,11 @@ class Groups:
         del self._moving[generation]
 
     async def _place_again(self, generation: Generation) -> tuple[Group, Adapter]:
-        grammar = generation.outputs[0].sequence.grammar
+        grammar, lost = generation.outputs[0].sequence.grammar, list[Group]()
         while True:
             await self.ready.wait()
             try:
-                group, adapter = await self._place_now(generation.reference, grammar)
+                group, adapter = await self._place_now(generation.reference, grammar, lost)
             except UnavailableError:
                 await asyncio.sleep(RETRY_SECONDS)
                 continue

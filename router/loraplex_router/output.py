@@ -182,7 +182,6 @@ class Generation:
         self.request_id = request_id
         self.reference = reference  # to the adapter, as it was asked for
         self.adapter = adapter  # as the group has it where the generation is
-        self.moves = 0  # how many groups it lost
         self.tenant = tenant  # whose request it is
         self.arrived = arrived  # when the request came in; like the next four on the clock of time.monotonic
         self.validated = validated  # when nothing but its adapter was missing

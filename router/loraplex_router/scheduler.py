@@ -11,6 +11,8 @@ Slots: entitled are the adapters with the longest waiting heads, as many as ther
 the device keeps its place for a bounded turn of further sequences while others wait for a slot. An adapter that is not
 entitled starts nothing, so it becomes idle and can be evicted: nobody starves, and no two adapters swap places for
 every single sequence. Pinned adapters are always entitled, and leave so many slots fewer to the others.
+
+Suspects (see suspects.py) are computed in plans of their own, which take turns with those of all others.
 """
 
 from bisect import bisect, insort
@@ -46,6 +48,8 @@ class Scheduler:
         self._running: list[Sequence] = []  # oldest first
         self._free_rows = list(range(limits.max_sequences - 1, -1, -1))
         self._contended = False  # somebody waits for a slot
+        self._suspects: set[Sequence] = set()
+        self._alone = True  # whether the last plan was that of a suspect
         self.num_waiting = 0
         self.num_preemptions = 0
 
@@ -63,6 +67,8 @@ class Scheduler:
         """Puts a sequence into its adapter's queue, by age."""
         self._enqueue(sequence)
         self._adapters.touch(sequence.adapter)
+        if sequence.suspect:
+            self._suspects.add(sequence)
 
     def record(self, sequence: Sequence, token: int) -> None:
         """A sample that was in flight has arrived."""
@@ -145,10 +151,18 @@ class Scheduler:
     def schedule(self) -> Plan | None:
         """The next plan, or None if there is nothing to compute. It counts as executed from here on: the plans that
         later calls make follow it on every rank."""
+        for alone in (not self._alone, self._alone):
+            if plan := self._plan_alone() if alone else self._plan_together():
+                self._alone = alone
+                return plan
+        return None
+
+    def _plan_together(self) -> Plan | None:
         chunks: dict[Sequence, Chunk] = {}
         starts: list[Sequence] = []
         budget = self._limits.max_batch_tokens
-        work = [(sequence, sequence.remaining) for sequence in self._running]
+        running = [sequence for sequence in self._running if not sequence.suspect] if self._suspects else self._running
+        work = [(sequence, sequence.remaining) for sequence in running]
         decodes = [item for item in work if item[1] == 1]
         prefills = [item for item in work if item[1] > 1]
         for sequence, remaining in decodes + prefills:
@@ -158,9 +172,26 @@ class Scheduler:
             self._start(started)
             starts.append(started)
             budget -= self._extend(started, started.remaining, budget, chunks)
-        if not chunks:
+        return self._plan(starts, chunks) if chunks else None
+
+    def _plan_alone(self) -> Plan | None:
+        """The next chunk of one suspect: one that runs or, if there is none, the youngest that can start."""
+        self._suspects = {sequence for sequence in self._suspects if sequence.suspect and not sequence.finished}
+        if not self._suspects:
             return None
-        plan = Plan(tuple(starts), tuple(sorted(chunks.values(), key=lambda chunk: chunk.sequence.adapter.slot or 0)))
+        chunks: dict[Sequence, Chunk] = {}
+        suspect = next((s for s in self._suspects if s.row is not None and s.remaining), None)
+        starts = []
+        if suspect is None and self._free_rows and (suspect := self._next_suspect()):
+            self._start(suspect)
+            starts.append(suspect)
+        if suspect is not None:
+            self._extend(suspect, suspect.remaining, self._limits.max_batch_tokens, chunks)
+        return self._plan(starts, chunks, alone=True) if chunks else None
+
+    def _plan(self, starts: list[Sequence], chunks: dict[Sequence, Chunk], alone: bool = False) -> Plan:
+        ordered = sorted(chunks.values(), key=lambda chunk: chunk.sequence.adapter.slot or 0)
+        plan = Plan(tuple(starts), tuple(ordered), alone)
         for adapter in plan.adapters:
             adapter.plans += 1
             self._adapters.touch(adapter)
@@ -185,6 +216,8 @@ class Scheduler:
         chunks[sequence] = Chunk(sequence, start, length, samples, unsent, sequence.runs)
         sequence.sent_blocks = len(sequence.blocks)
         sequence.computed = stop
+        if not sequence.suspect:  # not any more
+            sequence.alone_until = 0
         sequence.in_flight += samples
         self._cache_full_blocks(sequence)  # for others with the same prompt, in this very step
         return length
@@ -204,12 +237,22 @@ class Scheduler:
     def _next_to_start(self) -> Sequence | None:
         if not self.num_waiting:
             return None
-        allowed = [self._adapters.base, *self._entitled()]
-        heads = [self._waiting[adapter][0] for adapter in allowed if adapter.ready and adapter.waiting]
+        queues = [self._waiting[adapter] for adapter in self._startable()]
+        heads = [head for queue in queues if (head := next((s for s in queue if not s.suspect), None))]
         heads = [head for head in heads if not head.in_flight]  # preempted, its last sample not known yet
         head = min(heads, key=lambda head: (head.adapter.running, head.number), default=None)
         # A head that does not fit is waited for; others do not slip past it, or it might wait forever.
         return head if head is not None and self._fits(head) else None
+
+    def _next_suspect(self) -> Sequence | None:
+        startable = self._startable()
+        waiting = [s for s in self._suspects if s.row is None and s.adapter in startable and not s.in_flight]
+        youngest = max(waiting, key=lambda suspect: suspect.number, default=None)
+        return youngest if youngest is not None and self._fits(youngest) else None
+
+    def _startable(self) -> list[Adapter]:
+        """The adapters that may start a sequence now."""
+        return [adapter for adapter in (self._adapters.base, *self._entitled()) if adapter.ready and adapter.waiting]
 
     def _fits(self, sequence: Sequence) -> bool:
         hit = self._find_prefix(sequence)

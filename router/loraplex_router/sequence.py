@@ -73,6 +73,9 @@ class Sequence:
     runs: int = 0  # how often it took a row
     prefix_hit: int = 0  # prompt tokens that the prefix cache spared at its first start
     finished: bool = False
+    losses: int = 0  # groups that were lost while they computed the same part of it: see suspects.py
+    lost_at: int = 0  # how far plans had come with it when the last one was lost
+    alone_until: int = 0  # the positions before this one are computed in plans without other sequences
 
     def restart(self, adapter: Adapter) -> None:
         """Begins again on another group, from the tokens known here, with that group's copy of the adapter."""
@@ -80,6 +83,11 @@ class Sequence:
         self.computed = self.in_flight = self.sent_blocks = self.cached_blocks = 0
         self.row, self.blocks, self.block_keys = None, [], []
         self.finished = False
+
+    @property
+    def suspect(self) -> bool:
+        """Whether its next chunk is to be computed without others."""
+        return self.computed < self.alone_until
 
     @property
     def output_length(self) -> int:
@@ -120,6 +128,7 @@ class Plan:
 
     starts: tuple[Sequence, ...]
     chunks: tuple[Chunk, ...]
+    alone: bool = False  # no other plan is to be in flight with it
 
     @property
     def adapters(self) -> set[Adapter]:

@@ -4,7 +4,8 @@ import asyncio
 from collections import deque
 
 from loraplex_protos import shard_pb2 as pb
-from loraplex_protos.errors import AdapterNotFoundError, LoraplexError
+from loraplex_protos.errors import AdapterNotFoundError, LoraplexError, UnavailableError
+from loraplex_router.grammar import Grammar
 from loraplex_router.request import AdapterReference
 from loraplex_router.shards import LocalAdapter, StagedAdapter
 
@@ -12,14 +13,18 @@ VOCABULARY = 1000
 
 
 class FakeShards:
-    """Keeps rows as the real ones do. `failing_token` fails the sequence that would feed it; `load_error` and
-    `step_error` are raised by the next load and result."""
+    """Keeps rows as the real ones do. `failing_token` fails the sequence that would feed it, a plan with one that has
+    the `deadly_token` is answered with `death`; `load_error` and `step_error` are raised by the next load and
+    result."""
 
     def __init__(self) -> None:
         self.known: dict[int, list[int]] = {}
-        self.results: deque[pb.StepResponse] = deque()
+        self.results: deque[pb.StepResponse | LoraplexError] = deque()
         self.log: list[str] = []
         self.failing_token: int | None = None
+        self.deadly_token: int | None = None
+        self.death: LoraplexError = UnavailableError("rank 1 is gone")
+        self.gone = asyncio.Event()  # the process has ended
         self.load_error: LoraplexError | None = None
         self.step_error: Exception | None = None
         self.digests: dict[str, str] = {}  # of ids whose content is another one here
@@ -34,6 +39,9 @@ class FakeShards:
         response = pb.StepResponse(step=plan.step)
         for start in plan.starts:
             self.known[start.row] = list(start.tokens)
+        if any(self.deadly_token in self.known[row] for row in plan.rows):
+            self.results.append(self.death)
+            return
         for place, (row, slot, samples) in enumerate(zip(plan.rows, plan.slots, plan.samples, strict=True)):
             failed = self.known[row][-1] == self.failing_token
             if failed:
@@ -50,6 +58,8 @@ class FakeShards:
         if self.step_error is not None:
             raise self.step_error
         response = self.results.popleft()
+        if isinstance(response, LoraplexError):
+            raise response
         self.log.append(f"result {response.step}")
         return response
 
@@ -72,6 +82,12 @@ class FakeShards:
 
     async def unstage(self, digest: str) -> None:
         self.log.append(f"unstage {digest}")
+
+    async def compile_grammar(self, grammar: Grammar) -> None:
+        await asyncio.sleep(0)
+        if grammar.text == "deadly":
+            self.gone.set()
+            raise self.death
 
     async def local_adapters(self) -> list[LocalAdapter]:
         return [LocalAdapter("a"), LocalAdapter("b"), LocalAdapter("broken", "cut short", ())]

@@ -137,20 +137,6 @@ async def test_a_lost_groups_requests_fail_if_no_other_comes_in_time(cluster: Cl
     assert cluster.telemetry.registry.get_sample_value("loraplex_requests_total", labels) == 1
 
 
-async def test_a_request_that_costs_one_group_after_the_other_is_given_up(cluster: Cluster):
-    generation = await cluster.service.generate(request(0, 100))
-    for number in range(3):
-        group = next(iter(cluster.groups))
-        cluster.join(f"another {number}")
-        cluster.lose(group)
-        await cluster.tasks[group]
-        while cluster.groups.num_waiting:
-            await asyncio.sleep(0)
-    with pytest.raises(UnavailableError, match="3 groups"):
-        await generation.collect()
-    cluster.service.leave(generation)
-
-
 async def test_a_request_can_be_cancelled_while_it_has_no_group(cluster: Cluster):
     generation = await cluster.service.generate(request(0, 100, request_id="mine"))
     cluster.lose(cluster.group)

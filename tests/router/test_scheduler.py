@@ -39,7 +39,14 @@ class World:
     def adapter(self, name: str) -> Adapter:
         return self.pool.add(name, lora_rank=8, size_bytes=1) if name else self.pool.base
 
-    def submit(self, adapter: str, prompt: list[int], max_new_tokens: int, detail: Detail | None = None) -> Sequence:
+    def submit(
+        self,
+        adapter: str,
+        prompt: list[int],
+        max_new_tokens: int,
+        detail: Detail | None = None,
+        alone_until: int = 0,
+    ) -> Sequence:
         sequence = Sequence(
             number=len(self.sequences),
             prompt_length=len(prompt),
@@ -47,6 +54,7 @@ class World:
             adapter=self.adapter(adapter),
             max_new_tokens=max_new_tokens,
             detail=detail or Detail(),
+            alone_until=alone_until,
         )
         self.sequences.append(sequence)
         self.scheduler.add(sequence)
@@ -72,6 +80,8 @@ class World:
         assert sum(chunk.length for chunk in plan.chunks) <= self.budget
         slots = [chunk.sequence.adapter.slot or 0 for chunk in plan.chunks]
         assert slots == sorted(slots)
+        assert len(plan.chunks) == 1 or not plan.alone
+        assert plan.alone or not any(chunk.start < chunk.sequence.alone_until for chunk in plan.chunks)
         for sequence in plan.starts:
             assert sequence.row is not None
             self.tables[sequence.row], self.known[sequence.row] = [], list(sequence.tokens)
@@ -139,6 +149,7 @@ requests = st.lists(
         st.integers(1, 12),
         st.integers(0, 6),  # arrives this many turns after the last
         st.one_of(st.none(), st.integers(0, 30)),  # is cancelled after so many turns
+        st.sampled_from([0, 0, 0, 1, 7, 40]),  # is computed alone up to there
     ),
     max_size=20,
 )
@@ -149,13 +160,13 @@ requests = st.lists(
 def test_every_sequence_ends_with_its_own_tokens_and_no_block_row_or_slot_is_lost(requests, blocks, slots, depth):
     world = World(blocks=blocks, slots=slots, depth=depth)
     cancellations = []
-    for adapter, prompt, max_new_tokens, delay, cancel_after in requests:
+    for adapter, prompt, max_new_tokens, delay, cancel_after, alone_until in requests:
         for _ in range(delay):
             world.step()
             for turn, sequence in cancellations:
                 if world.steps >= turn:
                     world.scheduler.finish(sequence)
-        sequence = world.submit(adapter, prompt, max_new_tokens)
+        sequence = world.submit(adapter, prompt, max_new_tokens, alone_until=alone_until)
         if cancel_after is not None:
             cancellations.append((world.steps + cancel_after, sequence))
     world.run()
@@ -181,6 +192,21 @@ def test_decodes_go_on_while_a_long_prompt_is_computed_in_chunks():
         world.step()
         lengths.append(short.output_length + short.in_flight)
     assert all(later > earlier for earlier, later in pairwise(lengths))
+
+
+def test_suspects_are_computed_alone_the_youngest_first_and_take_turns_with_everybody_else():
+    world = World(blocks=200)
+    others = [world.submit("", [1], 50) for _ in range(3)]
+    suspects = [world.submit("a", [number], 10, alone_until=3) for number in range(3)]
+    for suspect in reversed(suspects):
+        while suspect.computed < 3:
+            before = [other.computed for other in others]
+            assert not any(other.computed for other in suspects[: suspects.index(suspect)])
+            world.step()
+            world.step()
+            assert all(other.computed > computed for other, computed in zip(others, before, strict=True))
+    world.run()
+    assert all(sequence.tokens == expected(sequence) for sequence in world.sequences)
 
 
 def test_an_adapter_that_is_not_loaded_yet_does_not_block_those_behind_it():

@@ -15,6 +15,7 @@ from loraplex_protos.errors import (
     AdapterError,
     AdapterNotFoundError,
     FieldViolation,
+    GenerationError,
     InvalidRequestError,
     LoraplexError,
     OverloadedError,
@@ -121,6 +122,8 @@ def install_handlers(app: FastAPI) -> None:
 def _headers(error: LoraplexError) -> dict[str, str]:
     if isinstance(error, OverloadedError):
         return {"Retry-After": str(ceil(error.retry_after))}
+    if isinstance(error, GenerationError):  # it would fail again; OpenAI's clients send any other 500 three times
+        return {"x-should-retry": "false"}
     return {"WWW-Authenticate": "Bearer"} if isinstance(error, UnauthenticatedError) else {}
 
 

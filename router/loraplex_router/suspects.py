@@ -1,0 +1,57 @@
+"""Which request a group of shards died of. Pure policy: no clock, no transport.
+
+What plans in flight computed when a group was lost is suspect, and nothing else is: what waited goes on elsewhere as if
+nothing had happened. How suspects go on depends on how the group was lost.
+
+A group that is gone was most likely ended by its machine. All suspects go on together, which is quickest: to compute
+hundreds of sequences again one by one takes many times as long. Those that lose the next group at the same place are
+computed alone up to there, one after the other, the youngest first, in plans that take turns with everybody else's.
+What loses a third group, alone, is what they died of. Where a shard failed on a plan and said so, one of the suspects
+is to blame for certain: they are alone at once, and the second group convicts.
+
+A sequence that gets past the place is no suspect any more, and nobody is once one of them is convicted. Kills convict
+an innocent sequence only if each of them hits it at one and the same place, the last one in the few steps in which it
+is alone.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from loraplex_router.sequence import Plan, Sequence
+
+CONVICTING_LOSSES = 3  # the last of them alone
+CONVICTING_FAILURES = 2  # the same, if the shard said that it failed on the plan
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """The loss of a group."""
+
+    plans: tuple[Plan, ...]  # in flight, in order
+    failed: bool = False  # a shard failed on one of them; else it is gone
+    busy: bool = (
+        False  # it staged an adapter or compiled a grammar as well, of which it may have died: once more is due
+    )
+
+    def accuse(self) -> Sequence | None:
+        """Counts it against what was in flight, and answers which sequence is to be ended for it, if one is."""
+        begins, ends = dict[Sequence, int](), dict[Sequence, int]()
+        for chunk in (chunk for plan in self.plans for chunk in plan.chunks):
+            begins.setdefault(chunk.sequence, chunk.start)
+            ends[chunk.sequence] = chunk.start + chunk.length
+        for sequence, end in ends.items():
+            past = begins[sequence] >= sequence.lost_at
+            sequence.losses = 1 if past else sequence.losses + 1
+            sequence.lost_at = end
+            sequence.alone_until = end if self.failed or sequence.losses > 1 else 0
+        if len(ends) != 1:
+            return None
+        (alone,) = ends
+        convicting = (CONVICTING_FAILURES if self.failed else CONVICTING_LOSSES) + self.busy
+        return alone if alone.losses >= convicting else None
+
+
+def acquit(sequences: Iterable[Sequence]) -> None:
+    """They are suspects no more."""
+    for sequence in sequences:
+        sequence.losses = sequence.lost_at = sequence.alone_until = 0

@@ -1,0 +1,245 @@
+"""Requests that groups of shards die of are found out, and cost nobody else a token."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loraplex_protos.errors import GenerationError, LoraplexError, UnavailableError
+from loraplex_router.adapters.pool import Adapter
+from loraplex_router.grammar import Grammar, GrammarKind
+from loraplex_router.group import Group
+from loraplex_router.output import Generation
+from loraplex_router.request import AdapterReference, Request
+from loraplex_router.sequence import Chunk, Plan, Sequence
+from loraplex_router.suspects import CONVICTING_FAILURES, CONVICTING_LOSSES, Loss, acquit
+from tests.router.test_engine import Setup
+
+DEADLY = 500
+GONE, FAILED = UnavailableError("rank 0 is gone"), LoraplexError("rank 0 failed: RuntimeError")
+
+
+class Cluster(Setup):
+    """A service over groups that are started again whenever they die, of one token among other things."""
+
+    def __init__(self, groups: int, death: LoraplexError) -> None:
+        self.death = death
+        self.lost = 0
+        self.tasks: set[asyncio.Task[None]] = set()
+        self.generations: list[Generation] = []
+        super().__init__()
+        self.start(self.group)
+        for number in range(1, groups):
+            self.start(self.add_group(str(number)))
+
+    def start(self, group: Group) -> None:
+        self.tasks.add(asyncio.create_task(self.keep(group)))
+
+    async def keep(self, group: Group) -> None:
+        """As the connections and whoever supervises the shards do."""
+        while True:
+            group.shards.deadly_token, group.shards.death = DEADLY, self.death
+            tasks = [asyncio.create_task(group.engine.run()), asyncio.create_task(group.shards.gone.wait())]
+            try:
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+            self.groups.remove(group)
+            self.lost += 1
+            await asyncio.sleep(0)
+            group = self.add_group(group.name)
+
+    @property
+    def unfinished(self) -> list[Sequence]:
+        return [output.sequence for generation in self.generations for output in generation.unfinished]
+
+    def kill(self, number: int) -> None:
+        groups = list(self.groups)
+        if groups:
+            groups[number % len(groups)].shards.gone.set()
+
+    async def ask(self, first: int, tokens: int, adapter: bool = False, n: int = 1) -> list[list[int]] | LoraplexError:
+        """The tokens of each sequence, or the error."""
+        reference = AdapterReference("a") if adapter else None
+        generation = await self.service.generate(
+            Request(prompt=(first - 1, first), adapter=reference, max_new_tokens=tokens, n=n)
+        )
+        self.generations.append(generation)
+        try:
+            return [[sample.token for sample in delta.samples] for delta in await generation.collect()]
+        except LoraplexError as error:
+            return error
+        finally:
+            self.service.leave(generation)
+
+
+@asynccontextmanager
+async def cluster(groups: int = 1, death: LoraplexError = GONE) -> AsyncIterator[Cluster]:
+    made = Cluster(groups, death)
+    yield made
+    for task in made.tasks:
+        task.cancel()
+    await asyncio.gather(*made.tasks, return_exceptions=True)
+    assert all(not group.blocks.used and group.engine.idle for group in made.groups)
+
+
+def follow(first: int, tokens: int, step: int = 1) -> list[int]:
+    return [first + step * place for place in range(1, tokens + 1)]
+
+
+innocent = st.tuples(st.integers(1, 200), st.integers(1, 60), st.booleans())
+culprit = st.integers(0, 30)  # tokens before the deadly one
+
+
+@given(
+    groups=st.integers(1, 3),
+    death=st.sampled_from([GONE, FAILED]),
+    innocents=st.lists(innocent, max_size=20),
+    culprits=st.lists(culprit, min_size=1, max_size=2),
+    late=st.integers(0, 40),
+    kills=st.lists(st.tuples(st.integers(0, 60), st.integers(0, 2)), max_size=1),
+)
+@settings(max_examples=60, deadline=None)
+async def test_what_groups_die_of_is_ended_and_nothing_else_is(
+    groups: int,
+    death: LoraplexError,
+    innocents: list[tuple[int, int, bool]],
+    culprits: list[int],
+    late: int,
+    kills: list[tuple[int, int]],
+):
+    async with cluster(groups, death) as made:
+        asked = [asyncio.create_task(made.ask(*one)) for one in innocents]
+        for _ in range(late):
+            await asyncio.sleep(0)
+        guilty = [asyncio.create_task(made.ask(DEADLY - before, 50)) for before in culprits]
+        for steps, number in kills:
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            made.kill(number)
+        for answer in await asyncio.gather(*guilty):
+            assert isinstance(answer, GenerationError) and "so it was ended" in answer.message
+        for (first, tokens, adapter), answer in zip(innocents, await asyncio.gather(*asked), strict=True):
+            assert answer == [follow(first, tokens, 2 if adapter else 1)]
+        # Once one is convicted, another one's losses do not count any more.
+        most = sum((CONVICTING_LOSSES + 1) * (number + 1) for number in range(len(culprits)))
+        assert made.lost <= most + len(kills)
+
+
+@given(
+    innocents=st.lists(innocent, min_size=1, max_size=20),
+    pauses=st.lists(st.integers(4, 30), max_size=20),
+    groups=st.integers(1, 2),
+)
+@settings(max_examples=40, deadline=None)
+async def test_any_number_of_kills_ends_nobody_who_gets_a_token_in_between(
+    innocents: list[tuple[int, int, bool]], pauses: list[int], groups: int
+):
+    async with cluster(groups) as made:
+        asked = [asyncio.create_task(made.ask(*one)) for one in innocents]
+        for number, pause in enumerate(pauses):
+            for _ in range(pause):
+                await asyncio.sleep(0)
+            while any(len(sequence.tokens) <= sequence.lost_at for sequence in made.unfinished):
+                await asyncio.sleep(0)
+            made.kill(number)
+        for (first, tokens, adapter), answer in zip(innocents, await asyncio.gather(*asked), strict=True):
+            assert answer == [follow(first, tokens, 2 if adapter else 1)]
+
+
+async def test_a_shard_that_fails_on_a_plan_convicts_at_the_second_time():
+    async with cluster(death=FAILED) as made:
+        asked = [asyncio.create_task(made.ask(first, 60)) for first in range(1, 7)]
+        assert isinstance(await made.ask(DEADLY - 5, 50), GenerationError)
+        assert made.lost == CONVICTING_FAILURES
+        assert await asyncio.gather(*asked) == [[follow(first, 60)] for first in range(1, 7)]
+
+
+async def test_each_answer_of_a_request_is_a_suspect_of_its_own():
+    async with cluster() as made:
+        asked = asyncio.create_task(made.ask(1, 60))
+        assert isinstance(await made.ask(DEADLY - 5, 50, n=3), GenerationError)
+        assert await asked == [follow(1, 60)]
+        assert made.lost == CONVICTING_LOSSES
+
+
+async def test_who_comes_while_suspects_are_computed_alone_does_not_wait_for_them():
+    async with cluster(death=FAILED) as made:
+        suspects = [asyncio.create_task(made.ask(first, 60)) for first in range(1, 4)]
+        guilty = asyncio.create_task(made.ask(DEADLY - 20, 50))
+        while not made.lost or not made.groups.ready.is_set():
+            await asyncio.sleep(0)
+        assert await made.ask(300, 5) == [follow(300, 5)]
+        assert not any(task.done() for task in suspects)
+        assert isinstance(await guilty, GenerationError)
+        assert await asyncio.gather(*suspects) == [[follow(first, 60)] for first in range(1, 4)]
+
+
+async def test_a_request_whose_preparation_costs_groups_is_given_up_and_nobody_else_is_blamed():
+    async with cluster(groups=2) as made:
+        asked = asyncio.create_task(made.ask(1, 150))
+        grammar = Grammar(GrammarKind.REGEX, "deadly")
+        for _ in range(2):
+            with pytest.raises(GenerationError, match="3 groups"):
+                await made.service.generate(Request(prompt=(1,), grammar=grammar))
+        assert await asked == [follow(1, 150)]
+
+
+async def test_what_waits_for_an_adapter_goes_on_elsewhere_if_the_group_is_lost_meanwhile():
+    async with cluster() as made:
+        made.shards.load_error = GONE
+        assert await made.ask(1, 5, adapter=True) == [follow(1, 5, 2)]
+        assert made.lost == 1
+
+
+# ---- the policy alone ------------------------------------------------------------------------------------------
+
+
+def sequence(number: int = 0) -> Sequence:
+    return Sequence(number, 10, list(range(10)), Adapter("", 0, 0), max_new_tokens=50)
+
+
+def plan(*chunks: tuple[Sequence, int, int]) -> Plan:
+    made = [Chunk(sequence, start, length, samples=True, new_blocks=(), run=1) for sequence, start, length in chunks]
+    return Plan((), tuple(made))
+
+
+def test_a_machine_that_kills_takes_as_many_losses_at_one_place_as_a_request_that_does():
+    alone = sequence()
+    for number in range(1, CONVICTING_LOSSES + 1):
+        guilty = Loss((plan((alone, 0, 10)), plan((alone, 10, 1)))).accuse()
+        assert guilty is (alone if number == CONVICTING_LOSSES else None)
+    alone = sequence()
+    for start in range(0, 100, 2):  # each time it is past the place
+        assert not Loss((plan((alone, start, 1)), plan((alone, start + 1, 1)))).accuse()
+
+
+def test_nobody_is_convicted_next_to_others():
+    first, second = sequence(1), sequence(2)
+    for _ in range(10):
+        assert not Loss((plan((first, 0, 10), (second, 0, 10)),), failed=True).accuse()
+
+
+def test_what_the_group_did_besides_calls_for_one_loss_more():
+    alone = sequence()
+    for _ in range(CONVICTING_LOSSES):
+        assert not Loss((plan((alone, 0, 10)),), busy=True).accuse()
+    assert Loss((plan((alone, 0, 10)),), busy=True).accuse() is alone
+
+
+def test_suspects_are_alone_up_to_where_the_group_was_lost():
+    suspect = sequence()
+    Loss((plan((suspect, 0, 10)),)).accuse()
+    assert not suspect.suspect  # all go on together at first
+    Loss((plan((suspect, 0, 10)),)).accuse()
+    assert suspect.suspect
+    suspect.computed = 10
+    assert not suspect.suspect
+    suspect.computed = 0
+    acquit([suspect])
+    assert not suspect.suspect
