@@ -1,10 +1,12 @@
 """Compiles the CUDA operations' kernels for GPUs that are not there: `python -m tests.shard.compiling_process 80 90`.
 
 The arguments are compute capabilities, times ten. Operations run on CPU tensors; where they would launch a kernel, it
-is compiled, as it would be for those arguments. Prints capability, kernel and its bytes of shared memory.
+is compiled, as it would be for those arguments. Prints capability, kernel, its bytes of shared memory, and how many of
+its instructions move 16 bytes between global memory and a thread, or shared memory, at once.
 """
 
 import os
+import re
 import sys
 from collections.abc import Callable
 
@@ -26,6 +28,7 @@ from tests.shard.operations import angles, filled_cache, paged_batch, random
 
 CUDA = CudaOperations(torch.device("cpu"))
 WIDTH = 1024
+WIDE = re.compile(r"(?:ld|st)\.global\S*\.v4\.b32|cp\.async\.c[ag]\.shared\.global \[[^]]*\], \[[^]]*\], 0x10")
 TOKENS = 1, 100  # decoding, and a prompt: kernels differ
 
 
@@ -48,7 +51,8 @@ class AbsentGpu:
 def compile_only(run: Callable[..., CompiledKernel]) -> Callable[..., CompiledKernel]:
     def compiled(self: JITFunction, *args: object, grid: object, warmup: bool, **options: object) -> CompiledKernel:
         kernel = run(self, *args, grid=grid, warmup=True, **options)
-        print(driver.active.capability, self.fn.__name__, kernel.metadata.shared)
+        wide = len(WIDE.findall(kernel.asm["ptx"]))
+        print(driver.active.capability, self.fn.__name__, kernel.metadata.shared, wide)
         return kernel
 
     return compiled

@@ -26,14 +26,16 @@ KERNELS = {
 }
 
 
-def test_all_kernels_compile_and_fit_into_shared_memory() -> None:
+def test_all_kernels_compile_fit_into_shared_memory_and_read_adapters_sixteen_bytes_at_a_time() -> None:
     command = [sys.executable, "-m", "tests.shard.compiling_process", *CAPABILITIES]
     env = {**os.environ, "TRITON_CACHE_DIR": str(CACHE)}
     root = Path(__file__).parents[2]
     result = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
     compiled = [line.split() for line in result.stdout.splitlines()]
-    assert {(capability, kernel) for capability, kernel, _ in compiled} == {
+    assert {(capability, kernel) for capability, kernel, _, _ in compiled} == {
         (capability, kernel) for capability in CAPABILITIES for kernel in KERNELS
     }
-    assert max(int(shared) for _, _, shared in compiled) <= SHARED_MEMORY
+    assert max(int(shared) for _, _, shared, _ in compiled) <= SHARED_MEMORY
+    reading_adapters = [int(wide) for _, kernel, _, wide in compiled if kernel in ("_shrink", "_expand")]
+    assert min(reading_adapters) > 0, "an adapter's weights are read a value at a time"

@@ -41,6 +41,15 @@ def test_norms_and_the_gated_activation(n: int, dtype: torch.dtype) -> None:
     assert_close(CUDA.silu_mul(gate_up), REFERENCE.silu_mul(gate_up))
 
 
+@pytest.mark.parametrize("ops", [CUDA, REFERENCE], ids=["cuda", "reference"])
+def test_large_logits_in_float16_are_finite(ops: CudaOperations | ReferenceOperations) -> None:
+    """Their sum is beyond what float16 holds."""
+    x = torch.full((2, 128_256), 1.0, dtype=torch.float16)
+    x[1, 7] = torch.inf
+    wide, finite = ops.widen(x)
+    assert wide.equal(x.float()) and finite.tolist() == [True, False]
+
+
 @few
 @given(
     tokens=st.sampled_from([1, 16, 17]),
@@ -92,6 +101,7 @@ MIXED = [(30, 1), (700, 1), (0, 9), (513, 2), (10, 40)]
         (Heads(query=8, kv=1, dim=256, window=600, soft_cap=3.0), MIXED, torch.int8),
         (Heads(query=6, kv=1, dim=80), [(5, 1), (14, 3)], torch.float32),
         (Heads(query=7, kv=1, dim=8), [(5, 1), (14, 3)], torch.int8),
+        (Heads(query=2, kv=1, dim=512), [(5, 1), (40, 3)], torch.float32),
     ],
 )
 def test_attention_over_any_mix_of_chunks(heads: Heads, chunks: list[tuple[int, int]], form: torch.dtype) -> None:
@@ -102,6 +112,20 @@ def test_attention_over_any_mix_of_chunks(heads: Heads, chunks: list[tuple[int, 
     actual = CUDA.attention(qkv, heads, CUDA.prepare(batch, *tables), layer)
     tables = angles(1700, heads.dim)
     assert_close(actual, REFERENCE.attention(qkv, heads, REFERENCE.prepare(batch, *tables), layer), factor=2)
+
+
+def test_small_chances_times_small_scales_are_not_lost_in_float16() -> None:
+    """A cache of int8 whose values are small: each position's chance is far from the peak's."""
+    heads = Heads(query=1, kv=1, dim=16)
+    batch, num_blocks = paged_batch([(400, 1)], seed=0)
+    (layer,) = filled_cache(num_blocks, 1, 16, torch.int8, 0).layers
+    assert layer.value_scales is not None
+    layer.value_scales.mul_(1e-5)
+    qkv = random(0, 1, 48, dtype=torch.float16) * 3
+    actual = CUDA.attention(qkv, heads, CUDA.prepare(batch, *angles(1, 2)), layer)
+    expected = REFERENCE.attention(qkv.float(), heads, REFERENCE.prepare(batch, *angles(500, 16)), layer)
+    error = (actual.float() - expected).abs().max() / expected.abs().max()
+    assert error < 0.02
 
 
 def test_what_lies_behind_a_sequence_in_its_last_block_is_never_looked_at() -> None:
@@ -156,6 +180,7 @@ def test_rotation_and_what_it_writes_to_the_cache(heads: Heads, norm: bool, form
     dtype=st.sampled_from(FLOATS),
     int8=st.booleans(),
     in_features=st.integers(1, 70) | st.just(1100),
+    sizes=st.sampled_from([(200, 30, 17), (208, 32, 16)]),
     seed=st.integers(0, 99),
 )
 def test_lora_deltas_of_mixed_ranks(
@@ -164,9 +189,9 @@ def test_lora_deltas_of_mixed_ranks(
     dtype: torch.dtype,
     int8: bool,
     in_features: int,
+    sizes: tuple[int, ...],
     seed: int,
 ) -> None:
-    sizes = (200, 30, 17)
     parts = tuple(LinearPart(f"p{i}", size, slice(0, size)) for i, size in enumerate(sizes))
     layouts = [
         LinearLayout("other", 0, parts[:1], in_features, slice(0, in_features)),

@@ -21,6 +21,8 @@ class Transfer:
         """
         if self._stream is None:
             return weights
+        # The memory may have been that of an adapter that left, and which a step under way still reads.
+        self._stream.wait_stream(torch.cuda.default_stream(self._device))
         with torch.cuda.stream(self._stream):
             copy = weights.at(weights.memory.to(self._device))
         self._stream.synchronize()

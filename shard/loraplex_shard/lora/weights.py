@@ -59,9 +59,12 @@ class AdapterWeights:
     memory: torch.Tensor  # [bytes] uint8: all of its tensors are views of it
     table: torch.Tensor = field(init=False)  # [layer_count, TABLE_WIDTH] int64: what kernels read, see below
     widest: int = field(init=False)  # lora_ranks that are stacked in one layer at most
+    int8: bool = field(init=False)  # whether A and B are int8
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "table", _table(self.layers, self.layer_count))
+        table = _table(self.layers, self.layer_count).to(self.memory.device)
+        object.__setattr__(self, "table", table)
+        object.__setattr__(self, "int8", any(layer.scales is not None for layer in self.layers.values()))
         object.__setattr__(self, "widest", max((len(layer.shrink) for layer in self.layers.values()), default=0))
 
     @property
@@ -77,15 +80,10 @@ class AdapterWeights:
 
         return AdapterWeights({name: layer.map(view) for name, layer in self.layers.items()}, self.layer_count, memory)
 
-    @property
-    def int8(self) -> bool:
-        """Whether A and B are int8."""
-        return any(layer.scales is not None for layer in self.layers.values())
-
 
 def _table(layers: Mapping[str, LayerWeights], layer_count: int) -> torch.Tensor:
     """By layer: lora_rank, parts, addresses of shrink and scales; of each part rank_start, rank_stop, start, stop and
-    the address of its weight. A lora_rank of 0: the adapter does not touch the layer. It is where the weights are."""
+    the address of its weight. A lora_rank of 0: the adapter does not touch the layer."""
     table = torch.zeros((layer_count, TABLE_WIDTH), dtype=torch.int64)
     for layer in layers.values():
         scales = 0 if layer.scales is None else layer.scales.data_ptr()
@@ -93,4 +91,4 @@ def _table(layers: Mapping[str, LayerWeights], layer_count: int) -> torch.Tensor
         for e in layer.expansions:
             row += [e.rank_start, e.rank_stop, e.start, e.stop, e.weight.data_ptr()]
         table[layer.index, : len(row)] = torch.tensor(row)
-    return table.to(layer.shrink.device) if layers else table
+    return table

@@ -87,7 +87,8 @@ class ReferenceOperations:
         return F.silu(gate).mul_(up)
 
     def widen(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return x.float(), x.sum(-1).isfinite()
+        wide = x.float()
+        return wide, wide.sum(-1).isfinite()  # of float16, a sum of large logits would not be
 
     def rotate_and_write(
         self, qkv: torch.Tensor, heads: Heads, norms: HeadNorms | None, step: ReferenceStep, cache: LayerCache

@@ -48,15 +48,23 @@ def attention(qkv: torch.Tensor, heads: Heads, batch: Batch, tiles: Tiles, cache
                 LANES=lanes,
                 BLOCK_SIZE=cache.keys.shape[-1],
                 ROWS=rows,
-                POSITIONS=min(64, KEY_BYTES // (lanes * qkv.itemsize)),
+                POSITIONS=max(cache.keys.shape[-1], min(64, KEY_BYTES // (lanes * qkv.itemsize))),
                 num_warps=4 if rows * lanes <= 64 * 64 else 8,
-                num_stages=3 if cache.key_scales is None else 1,  # Triton 3.7 cannot pipeline these loads of bytes
+                num_stages=_stages(rows, cache),
             )
     if len(tiles.split):
         _combine[(len(tiles.split), heads.query)](
             partials, weights, tiles.split, out, HEADS=heads.query, DIM=heads.dim, LANES=lanes, num_warps=1
         )
     return out
+
+
+def _stages(rows: int, cache: LayerCache) -> int:
+    """How many iterations are in the pipeline, of which the block table's load takes two: with 5, keys and values of
+    two are on their way. Tiles of many rows have no shared memory for that on every GPU."""
+    if cache.key_scales is not None:
+        return 1  # Triton 3.7 cannot pipeline these loads of bytes
+    return 5 if rows == SHORT else 3
 
 
 @triton.jit(do_not_specialize=["table_width", "window"])
@@ -119,10 +127,14 @@ def _attention(
         shrink = tl.exp(peak - higher)
         chances = tl.exp(scores - higher[:, None])
         total = total * shrink + tl.sum(chances, 1)
-        if value_scales is not None:
-            chances *= tl.load(value_scales + block * BLOCK_SIZE + offset, inside, 0.0)[None, :]
         value_place = (block * BLOCK_SIZE + offset)[:, None] * DIM + lane[None, :]
         value = tl.load(values + value_place, inside[:, None] & (lane < DIM)[None, :], 0)
+        if value_scales is not None:
+            value_scale = tl.load(value_scales + block * BLOCK_SIZE + offset, inside, 0.0)
+            if dtype == tl.float16:  # a small chance times a small scale is less than float16 has
+                value = value.to(tl.float32) * value_scale[:, None]
+            else:
+                chances *= value_scale[None, :]
         sums = sums * shrink[:, None]
         sums = tl.dot(chances.to(dtype), value.to(dtype), sums, input_precision="ieee")
         peak = higher

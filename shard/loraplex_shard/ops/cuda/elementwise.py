@@ -11,7 +11,9 @@ def add_rms_norm(hidden: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor
     """As Operations.add_rms_norm says."""
     tokens, n = hidden.shape
     out = torch.empty_like(hidden)
-    _add_rms_norm[(tokens,)](hidden, delta, weight, out, eps, N=n, LANES=triton.next_power_of_2(n))
+    lanes = triton.next_power_of_2(n)
+    warps = max(4, min(16, lanes // 512))  # a thread holds sixteen values: its registers bear no more than 64
+    _add_rms_norm[(tokens,)](hidden, delta, weight, out, eps, N=n, LANES=lanes, num_warps=warps)
     return out
 
 

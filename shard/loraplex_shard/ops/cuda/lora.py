@@ -13,11 +13,13 @@ import triton
 import triton.language as tl
 
 from loraplex_shard.batch import Segment
+from loraplex_shard.layers.layout import LinearLayout
 from loraplex_shard.lora.weights import TABLE_WIDTH
 
 SHORT, LONG = 16, 64  # tokens of a tile, if no segment is longer than that, and else
 RANKS = 16  # of a lora_rank, at once
 COLUMNS = 128  # of A at once, or of B for one program
+ALIGNMENT = 16  # outputs: projections of a layer that begin at multiples of it are read several values at a time
 SLICE, SLICES = 512, 8  # where tiles are short, so many columns of A make a program, but for A no more than so many
 
 
@@ -47,9 +49,11 @@ class LoraTiles:
         )
 
 
-def add_lora_delta(out: torch.Tensor, x: torch.Tensor, runs: LoraTiles, layer: int) -> None:
-    """As Operations.add_lora_delta says; `layer` is the index of its layout."""
+def add_lora_delta(out: torch.Tensor, x: torch.Tensor, runs: LoraTiles, layout: LinearLayout) -> None:
+    """As Operations.add_lora_delta says."""
     tokens, columns = x.shape
+    layer = layout.index
+    aligned = all((part.rows.stop - part.rows.start) % ALIGNMENT == 0 for part in layout.parts)
     slices = min(SLICES, triton.cdiv(columns, SLICE)) if runs.length == SHORT else 1
     shrunk = x.new_empty((slices, tokens, runs.widest), dtype=torch.float32)
     count = len(runs.tiles)
@@ -77,6 +81,7 @@ def add_lora_delta(out: torch.Tensor, x: torch.Tensor, runs: LoraTiles, layer: i
         runs.widest,
         out.shape[1],
         INT8=runs.int8,
+        ALIGNED=aligned,
         TABLE=TABLE_WIDTH,
         SLICES=slices,
         TOKENS=runs.length,
@@ -139,6 +144,7 @@ def _expand(
     widest,
     out_features,
     INT8: tl.constexpr,
+    ALIGNED: tl.constexpr,
     TABLE: tl.constexpr,
     SLICES: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -157,8 +163,10 @@ def _expand(
         part = entry + 4 + 5 * number
         rank_start, rank_stop = tl.load(part), tl.load(part + 1)
         start, stop = tl.load(part + 2), tl.load(part + 3)
+        if ALIGNED:  # else a load of several values at once is not allowed
+            start, stop = tl.multiple_of(start, 16), tl.multiple_of(stop, 16)
         if (start < begin + COLUMNS) & (begin < stop):
-            b = tl.load(part + 4).to(tl.pointer_type(tl.int8 if INT8 else dtype))
+            b = tl.multiple_of(tl.load(part + 4).to(tl.pointer_type(tl.int8 if INT8 else dtype)), 16)
             own = (column >= start) & (column < stop)
             sums = tl.zeros([TOKENS, COLUMNS], tl.float32)
             for first in range(rank_start, rank_stop, RANKS):

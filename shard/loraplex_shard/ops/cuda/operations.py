@@ -83,7 +83,7 @@ class CudaOperations:
         runs = segments.batch.segments if isinstance(segments, CudaStep) else segments
         if any(layout.name in run.adapter.layers for run in runs):
             tiles = segments.lora if isinstance(segments, CudaStep) else LoraTiles.of(runs, self._device)
-            add_lora_delta(out, x, tiles, layout.index)
+            add_lora_delta(out, x, tiles, layout)
 
     def all_reduce_(self, tensor: torch.Tensor, group: Group) -> None:
         group.all_reduce_(tensor)
@@ -98,7 +98,8 @@ class CudaOperations:
         return elementwise.silu_mul(gate_up)
 
     def widen(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return x.float(), x.sum(-1).isfinite()
+        wide = x.float()
+        return wide, wide.sum(-1).isfinite()  # of float16, a sum of large logits would not be
 
     def rotate_and_write(
         self, qkv: torch.Tensor, heads: Heads, norms: HeadNorms | None, step: CudaStep, cache: LayerCache
