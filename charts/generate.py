@@ -7,10 +7,12 @@ passes. Their names, limits and texts come from the settings classes, so a new s
 """
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import kubernetes_validate
 import yaml
 from pydantic import BaseModel
 
@@ -19,6 +21,7 @@ from loraplex_router.settings import RouterSettings
 from loraplex_shard.settings import ShardSettings
 
 CHART = Path(__file__).parent / "loraplex"
+SCHEMAS = Path(kubernetes_validate.__file__).parent / "kubernetes-json-schema"
 SETTINGS: dict[str, type[BaseModel]] = {"router": RouterSettings, "shard": ShardSettings}
 MTLS = {"mtls_cert", "mtls_key", "mtls_ca"}
 # What the chart passes itself.
@@ -77,10 +80,20 @@ def setting_properties(component: str) -> Iterator[tuple[str, Schema]]:
             yield name.replace("_", "-"), described
 
 
+def fields_of(kind: str) -> list[str]:
+    """The fields that the newest known Kubernetes has for a part of an object, such as podspec-v1."""
+    newest = max(
+        SCHEMAS.glob("*-local"), key=lambda folder: [int(number) for number in re.findall(r"\d+", folder.name)]
+    )
+    return sorted(json.loads((newest / f"{kind}.json").read_text())["properties"])
+
+
 def _resolve(node: Any) -> Any:
-    """Puts the settings' schemas into their places."""
+    """Puts the settings' schemas, and the names of the fields of Kubernetes' objects, into their places."""
     if not isinstance(node, dict):
         return node
+    if kind := node.get("fieldsOf"):
+        return {"type": "object", "additionalProperties": False, "properties": {name: {} for name in fields_of(kind)}}
     if component := node.get("settingsOf"):
         properties = {name: _kept(described) for name, described in setting_properties(component)}
         return {"type": "object", "additionalProperties": False, "properties": properties}

@@ -57,7 +57,7 @@ def _read(key: yaml.ScalarNode, node: yaml.Node, lines: list[str]) -> Value:
 
 
 def _is_section(node: yaml.Node, extra: Schema, lines: list[str]) -> bool:
-    if not isinstance(node, yaml.MappingNode) or node.flow_style or "settingsOf" in extra:
+    if not isinstance(node, yaml.MappingNode) or node.flow_style or extra.keys() & {"settingsOf", "fieldsOf"}:
         return False
     return any(_comment_above(key.start_mark.line, lines) for key, _ in node.value)
 

@@ -116,7 +116,7 @@ class Router:
 
     @contextlib.asynccontextmanager
     async def _http(self) -> AsyncIterator[int]:
-        listener = socket.create_server((self._settings.host, self._settings.http_port))
+        listener = _listen(self._settings.host, self._settings.http_port)
         server = HttpServer(
             uvicorn.Config(
                 self._app, log_level="warning", log_config=None, lifespan="off", timeout_graceful_shutdown=STOP_SECONDS
@@ -128,6 +128,14 @@ class Router:
         finally:
             server.should_exit = True
             await serving
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """At an address of either family; at `::`, which is every network, in both."""
+    if ":" not in host:
+        return socket.create_server((host, port))
+    both = host == "::" and socket.has_dualstack_ipv6()
+    return socket.create_server((host, port), family=socket.AF_INET6, dualstack_ipv6=both)
 
 
 class HttpServer(uvicorn.Server):

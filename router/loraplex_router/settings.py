@@ -15,7 +15,7 @@ class EdgeSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    host: str = Field("127.0.0.1", description="Address to listen on. 0.0.0.0: every network of this machine.")
+    host: str = Field("127.0.0.1", description="Address to listen on. 0.0.0.0: all of this machine; ::, with IPv6 too.")
     http_port: int = Field(
         3000, ge=0, le=65535, description="Port of the HTTP API: OpenAI's and LoRAX's routes, /docs. 0: any free one."
     )
@@ -70,6 +70,11 @@ class EdgeSettings(BaseModel):
     drain_seconds: float = Field(
         30.0, ge=0, description="How long running requests may go on after SIGTERM before they are cancelled."
     )
+
+    @property
+    def url_host(self) -> str:
+        """The host as it stands before a port."""
+        return f"[{self.host}]" if ":" in self.host else self.host
 
 
 class RouterSettings(EdgeSettings, MtlsSettings):

@@ -1,5 +1,6 @@
 """The chart as Helm renders it, for values that between them use every template."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
@@ -31,6 +32,18 @@ CASES = {
     ),
     "groups that span nodes": Case(
         {"router": {"replicas": 2}, "shard": {"workload": "LeaderWorkerSet", "replicas": 2, "settings": {"tp": 2}}}
+    ),
+    "groups that span nodes, with claims": Case(
+        {
+            "shard": {
+                "workload": "LeaderWorkerSet",
+                "settings": {"tp": 2},
+                "modelCache": {"persistent": True, "storageClassName": "fast"},
+            }
+        }
+    ),
+    "a new group before an old one goes": Case(
+        {"router": {"replicas": 2}, "shard": {"workload": "Deployment", "settings": {"tp": 2}}}
     ),
     "a group that spans no nodes": Case({"shard": {"workload": "LeaderWorkerSet"}}),
     "secrets and claims of the user's": Case(
@@ -83,7 +96,28 @@ CASES = {
         {"shard": {"modelImage": {"reference": "registry.example/model:1"}, "settings": {"model": "/model"}}}, since=31
     ),
     "an autoscaler": Case({"router": {"replicas": 2}, "autoscaling": {"enabled": True}}),
-    "KEDA": Case({"keda": {"enabled": True, "serverAddress": "http://prometheus:9090"}}),
+    "KEDA": Case(
+        {
+            "shard": {"workload": "Deployment"},
+            "keda": {"enabled": True, "serverAddress": "http://prometheus:9090", "spec": {"cooldownPeriod": 60}},
+        }
+    ),
+    "IPv6, and images from a registry of one's own": Case(
+        {"listen": "::", "global": {"imageRegistry": "mirror.example:5000/all"}, "shard": {"settings": {"tp": 2}}}
+    ),
+    "user ids that the cluster gives": Case(
+        {"podSecurityContext": {"runAsUser": None, "runAsGroup": None, "fsGroup": None}}
+    ),
+    "a pool of somebody else's": Case(
+        {
+            "gateway": {
+                "httpRoute": {"enabled": True, "parentRefs": [{"name": "gw"}]},
+                "inferencePool": {"enabled": True, "existing": "llm-d"},
+            },
+            "shard": {"settings": {"model": "org/Name_7B.Q4:v1"}},
+        },
+        {"InferencePool": {"llm-d"}},
+    ),
     "GPUs": Case(
         {
             "shard": {
@@ -162,11 +196,11 @@ CASES = {
 }
 
 
-def render(values: Object) -> list[Object]:
+def render(values: Object, release: str = RELEASE, namespace: str = NAMESPACE) -> list[Object]:
     """The objects that values make. Raises HelmValuesError for values against the schema, HelmRenderError for those
     that a template refuses."""
     with helm_python.Chart.load(str(CHART)) as chart:
-        files = chart.render(values, name=RELEASE, namespace=NAMESPACE)
+        files = chart.render(values, name=release, namespace=namespace)
     manifests = [text for path, text in files.items() if path.endswith(".yaml")]
     return [document for text in manifests for document in yaml.load_all(text, Loader=UniqueKeys) if document]
 
@@ -189,13 +223,32 @@ def of_kind(objects: tuple[Object, ...] | list[Object], *kinds: str) -> list[Obj
 
 
 def pods(objects: tuple[Object, ...] | list[Object], component: str = "") -> Iterator[Object]:
-    """The pods as their controllers will make them (metadata and spec); of one component, or of all, the test too."""
+    """The pods as their controllers will make them (metadata and spec), each router, and one for each workload of
+    shards; of one component, or of all, the test too."""
     for document in objects:
         spec = document.get("spec", {})
         template = spec.get("template") or spec.get("leaderWorkerTemplate", {}).get("workerTemplate")
         pod = template or (document if document["kind"] == "Pod" else None)
-        if pod and component in ("", pod["metadata"]["labels"]["app.kubernetes.io/component"]):
+        if not pod or component not in ("", pod["metadata"]["labels"]["app.kubernetes.io/component"]):
+            continue
+        if pod["metadata"]["labels"]["app.kubernetes.io/component"] == "router":
+            yield from (_numbered(pod, number) for number in range(spec["replicas"]))
+        else:
             yield pod
+
+
+def _numbered(pod: Object, number: int) -> Object:
+    """A pod of a StatefulSet, which labels it with its number; the kubelet puts that into the arguments."""
+    made: Object = json.loads(json.dumps(pod).replace("$(ROUTER)", str(number)))
+    made["metadata"]["labels"]["apps.kubernetes.io/pod-index"] = str(number)
+    return made
+
+
+def claims(document: Object) -> list[Object]:
+    """The templates of claims of a workload."""
+    spec = document.get("spec", {})
+    found: list[Object] = {**spec, **spec.get("leaderWorkerTemplate", {})}.get("volumeClaimTemplates", [])
+    return found
 
 
 class UniqueKeys(yaml.SafeLoader):

@@ -44,12 +44,16 @@ def shard_settings(pod: Object, mounts: Path) -> list[ShardSettings]:
     return found
 
 
+def host(case: str) -> str:
+    return str(CASES[case].values.get("listen", "0.0.0.0"))
+
+
 @every_case
 def test_routers_are_given_settings_that_they_take(case: str, mounts: Path):
     for pod in pods(rendered(case), "router"):
         settings = router_settings(pod, mounts)
         ports = {port["name"]: port["containerPort"] for port in pod["spec"]["containers"][0]["ports"]}
-        assert (settings.host, settings.http_port, settings.grpc_port) == ("0.0.0.0", ports["http"], ports["grpc"])
+        assert (settings.host, settings.http_port, settings.grpc_port) == (host(case), ports["http"], ports["grpc"])
 
 
 @every_case
@@ -59,7 +63,8 @@ def test_ranks_are_given_settings_that_they_take(case: str, mounts: Path):
         assert [one.rank for one in settings] == list(range(len(settings)))
         for one, container in zip(settings, pod["spec"]["containers"], strict=True):
             grpc, metrics = (port["containerPort"] for port in container["ports"])
-            assert (one.listen, one.metrics_port) == (f"0.0.0.0:{grpc}", metrics)
+            assert (one.listen.rpartition(":")[0].strip("[]"), one.metrics_port) == (host(case), metrics)
+            assert one.listen.endswith(f":{grpc}") and ("[" in one.listen) == (host(case) == "::")
         if len(settings) > 1:
             assert len(settings) == settings[0].tp and len({one.rendezvous for one in settings}) == 1
 
@@ -88,10 +93,10 @@ def test_variables_of_ours_are_settings(case: str):
 @every_case
 def test_each_router_is_told_where_its_own_groups_are(case: str):
     objects = rendered(case)
-    headless = [d for d in of_kind(objects, "Service") if d["spec"].get("clusterIP") == "None"]
-    own = {service["spec"]["selector"]["loraplex/router"]: service for service in headless}
-    for pod in pods(objects, "router") if headless else ():
-        service = own[pod["metadata"]["labels"]["loraplex/router"]]
+    selectors = [(service, service["spec"]["selector"]) for service in of_kind(objects, "Service")]
+    own = {selector["loraplex/router"]: service for service, selector in selectors if "loraplex/router" in selector}
+    for pod in pods(objects, "router") if own else ():
+        service = own[pod["metadata"]["labels"]["apps.kubernetes.io/pod-index"]]
         port = service["spec"]["ports"][0]["port"]
         expected = f"dns:///{service['metadata']['name']}.{NAMESPACE}.svc:{port}"
         assert f"--shards={expected}" in pod["spec"]["containers"][0]["args"]

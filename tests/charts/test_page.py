@@ -71,7 +71,7 @@ def test_the_certificates_are_for_the_names_that_routers_check():
     assert "--namespace serving" in command
     values = values_of(command)
     assert secrets.keys() == {values["mtls"]["routerSecret"], values["mtls"]["shardSecret"]}
-    (service,) = (d for d in of_kind(render({}), "Service") if d["spec"].get("clusterIP") == "None")
+    (service,) = (d for d in of_kind(render({}), "Service") if "loraplex/router" in d["spec"]["selector"])
     assert secrets[values["mtls"]["shardSecret"]] == [f"{service['metadata']['name']}.serving.svc"]
 
 
@@ -80,6 +80,10 @@ def test_the_pool_and_the_secrets_have_the_names_that_the_page_gives_them():
         render(values_of(next(command for command in HELM if "inference.yaml" in command))), "InferencePool"
     )
     assert f"`{pool['metadata']['name']}`" in PAGE
+    picker = yaml.safe_load(FILES["picker.yaml"])["router"]["modelServers"]
+    for pod in pods(render(values_of(next(command for command in HELM if "inference.yaml" in command))), "router"):
+        assert picker["matchLabels"].items() <= pod["metadata"]["labels"].items()
+        assert {"number": pod["spec"]["containers"][0]["ports"][0]["containerPort"]} in picker["targetPorts"]
     hub = yaml.safe_load(FILES["values.yaml"])["shard"]["hub"]["existingSecret"]
     key = yaml.safe_load((CHART / "values.yaml").read_text())["shard"]["hub"]["key"]
     assert any(f"create secret generic {hub} --from-literal={key}=" in command for command in COMMANDS)

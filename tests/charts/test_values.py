@@ -24,7 +24,7 @@ def test_the_readme_and_the_schema_are_what_the_generator_writes():
 
 def leaves(values: Object, path: str = "") -> Iterator[str]:
     for name, value in values.items():
-        if isinstance(value, dict) and value and name not in ("settings", "limits", "requests"):
+        if isinstance(value, dict) and value and name not in ("settings", "limits", "requests", "endpoint"):
             yield from leaves(value, f"{path}{name}.")
         else:
             yield f"{path}{name}"
@@ -32,7 +32,7 @@ def leaves(values: Object, path: str = "") -> Iterator[str]:
 
 def test_every_value_and_every_setting_is_documented():
     page = (CHART / "README.md").read_text()
-    free_form = ("resources.", "podSecurityContext.", "securityContext.", ".labels.", ".behavior.")
+    free_form = ("resources.", "podSecurityContext.", "securityContext.", "dashboards.labels.", ".behavior.")
     for path in leaves(VALUES):
         assert f"`{path}`" in page or any(part in f"{path}." for part in free_form), path
     for component in SETTINGS:
@@ -80,7 +80,7 @@ def test_no_section_takes_unknown_keys():
         {"shard": {"settings": {"tp": 65}}},
         {"shard": {"settings": {"dtype": "int8"}}},
         {"shard": {"settings": {"rank": 0}}},
-        {"shard": {"workload": "Deployment"}},
+        {"shard": {"workload": "DaemonSet"}},
         {"shard": {"startupSeconds": 0}},
         {"shard": {"modelCache": {"size": "20 GB"}}},
         {"shard": {"adapters": {"configMaps": ["sql"]}}},
@@ -104,7 +104,7 @@ def test_unknown_keys_and_bad_values_are_refused(values: Object):
     [
         ({"autoscaling": {"enabled": True}, "keda": {"enabled": True}}, "enable one"),
         ({"autoscaling": {"enabled": True, "minReplicas": 5}}, "above autoscaling.maxReplicas"),
-        ({"autoscaling": {"enabled": True}, "shard": {"workload": "LeaderWorkerSet"}}, "StatefulSet"),
+        ({"autoscaling": {"enabled": True}, "shard": {"workload": "LeaderWorkerSet"}}, "addresses"),
         ({"keda": {"enabled": True}}, "keda.serverAddress"),
         ({"gateway": {"httpRoute": {"enabled": True}}}, "which Gateway"),
         ({"mtls": {"routerSecret": "cert"}}, "or none"),

@@ -1,51 +1,73 @@
 {{/* Names and labels. Those that take (list $ N ...) belong to the router of number N and to its groups. */}}
 
 {{- define "loraplex.name" -}}
-{{- default .Chart.Name .Values.nameOverride | trunc 40 | trimSuffix "-" }}
+{{- default .Chart.Name .Values.nameOverride }}
 {{- end }}
 
+{{/* Begins with a letter and has no dots, as Services need it, whatever the release is called. One that is too long for
+     what is made of it ends in a digest of what it was. */}}
 {{- define "loraplex.fullname" -}}
+{{- $name := include "loraplex.name" . }}
+{{- $release := .Release.Name | lower | replace "." "-" }}
+{{- $whole := printf "%s-%s" $release $name }}
 {{- if .Values.fullnameOverride }}
-{{- .Values.fullnameOverride }}
-{{- else if contains (include "loraplex.name" .) .Release.Name }}
-{{- .Release.Name | trunc 40 | trimSuffix "-" }}
-{{- else }}
-{{- printf "%s-%s" .Release.Name (include "loraplex.name" .) | trunc 40 | trimSuffix "-" }}
+{{- $whole = .Values.fullnameOverride }}
+{{- else if not (regexMatch "^[a-z]" $release) }}
+{{- $whole = printf "%s-%s" $name $release }}
+{{- else if contains $name $release }}
+{{- $whole = $release }}
 {{- end }}
+{{- if gt (len $whole) 40 }}
+{{- $whole = printf "%s-%s" ($whole | trunc 31 | trimSuffix "-") (sha256sum $whole | trunc 8) }}
+{{- end }}
+{{- $whole }}
+{{- end }}
+
+{{- define "loraplex.routerName" -}}
+{{ include "loraplex.fullname" . }}-router
+{{- end }}
+
+{{/* (list $ N): of the groups of router N. N may be a variable of the router's pod. */}}
+{{- define "loraplex.shardName" -}}
+{{ include "loraplex.fullname" (index . 0) }}-shard-{{ index . 1 }}
 {{- end }}
 
 {{/* (list $ component): what pods of a component are selected by */}}
 {{- define "loraplex.selector" -}}
 {{- $root := index . 0 -}}
-app.kubernetes.io/name: {{ include "loraplex.name" $root }}
-app.kubernetes.io/instance: {{ $root.Release.Name }}
+app.kubernetes.io/name: {{ include "loraplex.name" $root | quote }}
+app.kubernetes.io/instance: {{ $root.Release.Name | quote }}
 app.kubernetes.io/component: {{ index . 1 }}
 {{- end }}
 
-{{/* (list $ component N): the same, of one router */}}
-{{- define "loraplex.selectorOfOne" -}}
-{{ include "loraplex.selector" . }}
-loraplex/router: {{ index . 2 | quote }}
+{{/* (list $ N): router N's pod, which Kubernetes labels with its number */}}
+{{- define "loraplex.routerSelector" -}}
+{{ include "loraplex.selector" (list (index . 0) "router") }}
+apps.kubernetes.io/pod-index: {{ index . 1 | quote }}
 {{- end }}
 
-{{/* (list $ component): the labels of an object */}}
-{{- define "loraplex.labels" -}}
-{{- $root := index . 0 -}}
-{{ include "loraplex.selector" . }}
-app.kubernetes.io/version: {{ $root.Chart.AppVersion | quote }}
-app.kubernetes.io/managed-by: {{ $root.Release.Service }}
-helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version | replace "+" "_" }}
-{{- with $root.Values.commonLabels }}
-{{ toYaml . }}
-{{- end }}
+{{/* (list $ N): the pods of router N's groups */}}
+{{- define "loraplex.shardSelector" -}}
+{{ include "loraplex.selector" (list (index . 0) "shard") }}
+loraplex/router: {{ index . 1 | quote }}
 {{- end }}
 
-{{- define "loraplex.routerName" -}}
-{{ include "loraplex.fullname" (index . 0) }}-router-{{ index . 1 }}
+{{/* (dict "root" $ "component" ... "name" ...), maybe with "labels" and "annotations" of its own: an object's metadata */}}
+{{- define "loraplex.metadata" -}}
+name: {{ .name | quote }}
+namespace: {{ .root.Release.Namespace | quote }}
+labels:
+  {{- include "loraplex.selector" (list .root .component) | nindent 2 }}
+  app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}
+  app.kubernetes.io/managed-by: {{ .root.Release.Service }}
+  helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace "+" "_" }}
+  {{- with merge (dict) (default dict .labels) .root.Values.commonLabels }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
+{{- with merge (dict) (default dict .annotations) .root.Values.commonAnnotations }}
+annotations:
+  {{- toYaml . | nindent 2 }}
 {{- end }}
-
-{{- define "loraplex.shardName" -}}
-{{ include "loraplex.fullname" (index . 0) }}-shard-{{ index . 1 }}
 {{- end }}
 
 {{- define "loraplex.serviceAccountName" -}}
@@ -53,15 +75,5 @@ helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version | replace 
 {{- default (include "loraplex.fullname" .) .Values.serviceAccount.name }}
 {{- else }}
 {{- default "default" .Values.serviceAccount.name }}
-{{- end }}
-{{- end }}
-
-{{/* (list $ image) */}}
-{{- define "loraplex.image" -}}
-{{- $image := index . 1 -}}
-{{- if $image.digest -}}
-{{ $image.repository }}@{{ $image.digest }}
-{{- else -}}
-{{ $image.repository }}:{{ default (index . 0).Chart.AppVersion $image.tag }}
 {{- end }}
 {{- end }}

@@ -1,5 +1,6 @@
-{{/* What the pods of both components have in common. All take (list $ component), metadata (list $ component N). */}}
+{{/* What the pods of both components have in common. `component` is "router" or "shard". */}}
 
+{{/* (list $ component selector): a pod's metadata */}}
 {{- define "loraplex.podMetadata" -}}
 {{- $root := index . 0 }}
 {{- $component := index $root.Values (index . 1) }}
@@ -8,19 +9,30 @@ annotations:
   {{- toYaml . | nindent 2 }}
 {{- end }}
 labels:
-  {{- include "loraplex.selectorOfOne" . | nindent 2 }}
+  {{- index . 2 | nindent 2 }}
   {{- with $root.Values.commonLabels }}
   {{- toYaml . | nindent 2 }}
+  {{- end }}
+  {{- if and (eq (index . 1) "router") $root.Values.gateway.inferencePool.enabled }}
+  {{- include "loraplex.poolLabels" $root | nindent 2 }}
   {{- end }}
   {{- with $component.podLabels }}
   {{- toYaml . | nindent 2 }}
   {{- end }}
 {{- end }}
 
+{{/* (list $ component SPEC): a pod's spec, given what the component makes of it */}}
 {{- define "loraplex.podSpec" -}}
 {{- $root := index . 0 }}
 {{- $component := index $root.Values (index . 1) }}
-serviceAccountName: {{ include "loraplex.serviceAccountName" $root }}
+{{- $spec := merge (index . 2) (include "loraplex.commonPodSpec" . | fromYaml) }}
+{{- include "loraplex.merged" (list $spec $component.podSpec) }}
+{{- end }}
+
+{{- define "loraplex.commonPodSpec" -}}
+{{- $root := index . 0 }}
+{{- $component := index $root.Values (index . 1) -}}
+serviceAccountName: {{ include "loraplex.serviceAccountName" $root | quote }}
 automountServiceAccountToken: false
 {{/* Links would put LORAPLEX_* variables of addresses where the settings look for theirs. */ -}}
 enableServiceLinks: false
@@ -31,7 +43,7 @@ imagePullSecrets:
 securityContext:
   {{- toYaml $root.Values.podSecurityContext | nindent 2 }}
 {{- with $component.priorityClassName }}
-priorityClassName: {{ . }}
+priorityClassName: {{ . | quote }}
 {{- end }}
 {{- with $component.nodeSelector }}
 nodeSelector:
@@ -54,9 +66,47 @@ topologySpreadConstraints:
 {{- end }}
 {{- end }}
 
-{{/* The flags of `settings` */}}
+{{/* (list $ component CONTAINER): the component's container, given what only it has */}}
+{{- define "loraplex.container" -}}
+{{- $root := index . 0 }}
+{{- $component := index $root.Values (index . 1) }}
+{{- $container := merge (index . 2) (include "loraplex.commonContainer" . | fromYaml) }}
+{{- include "loraplex.merged" (list $container $component.containerSpec) }}
+{{- end }}
+
+{{- define "loraplex.commonContainer" -}}
+{{- $root := index . 0 }}
+{{- $component := index $root.Values (index . 1) -}}
+image: {{ include "loraplex.image" (list $root $component.image) | quote }}
+imagePullPolicy: {{ $component.image.pullPolicy }}
+securityContext:
+  {{- toYaml $root.Values.securityContext | nindent 2 }}
+resources:
+  {{- toYaml $component.resources | nindent 2 }}
+{{- with $component.extraEnvFrom }}
+envFrom:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}
+
+{{/* (list $ image). The registry of `global`, if it is given, takes the place of the image's own. */}}
+{{- define "loraplex.image" -}}
+{{- $root := index . 0 }}
+{{- $image := index . 1 }}
+{{- $repository := $image.repository }}
+{{- with dig "imageRegistry" "" (default dict $root.Values.global) }}
+{{- $repository = printf "%s/%s" (trimSuffix "/" .) (regexReplaceAll "^(localhost|[^/]*[.:][^/]*)/" $repository "") }}
+{{- end }}
+{{- if $image.digest -}}
+{{ $repository }}@{{ $image.digest }}
+{{- else -}}
+{{ $repository }}:{{ default $root.Chart.AppVersion $image.tag }}
+{{- end }}
+{{- end }}
+
+{{/* SETTINGS: their flags */}}
 {{- define "loraplex.flags" -}}
-{{- range $name, $value := (index (index . 0).Values (index . 1)).settings }}
+{{- range $name, $value := . }}
 {{- if not (kindIs "bool" $value) }}
 {{- /* Numbers that come from files are floats, which would be written as 1e+06. */}}
 - {{ kindIs "float64" $value | ternary (toJson $value) (toString $value) | printf "--%s=%s" $name | quote }}
@@ -64,6 +114,11 @@ topologySpreadConstraints:
 - --{{ $name }}
 {{- end }}
 {{- end }}
+{{- end }}
+
+{{/* PORT: an address on which the pod is reached */}}
+{{- define "loraplex.listen" -}}
+{{ contains ":" (index . 0).Values.listen | ternary (printf "[%s]" (index . 0).Values.listen) (index . 0).Values.listen }}:{{ index . 1 }}
 {{- end }}
 
 {{/* (list $ "routerSecret" or "shardSecret"): flags, volume and mount of the certificates */}}
@@ -77,27 +132,12 @@ topologySpreadConstraints:
 
 {{- define "loraplex.mtlsVolume" -}}
 {{- with index (index . 0).Values.mtls (index . 1) }}
-- {name: mtls, secret: {secretName: {{ . }}, defaultMode: 0440}}
+- {name: mtls, secret: {secretName: {{ . | quote }}, defaultMode: 0440}}
 {{- end }}
 {{- end }}
 
 {{- define "loraplex.mtlsMount" -}}
 {{- if index (index . 0).Values.mtls (index . 1) }}
 - {name: mtls, mountPath: /etc/loraplex/mtls, readOnly: true}
-{{- end }}
-{{- end }}
-
-{{- define "loraplex.container" -}}
-{{- $root := index . 0 }}
-{{- $component := index $root.Values (index . 1) -}}
-image: {{ include "loraplex.image" (list $root $component.image) }}
-imagePullPolicy: {{ $component.image.pullPolicy }}
-securityContext:
-  {{- toYaml $root.Values.securityContext | nindent 2 }}
-resources:
-  {{- toYaml $component.resources | nindent 2 }}
-{{- with $component.extraEnvFrom }}
-envFrom:
-  {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- end }}

@@ -4,24 +4,41 @@
 {{ int (default 1 .Values.shard.settings.tp) }}
 {{- end }}
 
-{{/* (list $ N): the router's --shards. A LeaderWorkerSet's groups have no name in common, but their pods have names. */}}
+{{/* A router's --shards: the same for all, since each puts its own number into it. A LeaderWorkerSet's groups have no
+     name in common, but their pods have names, also those that an update adds for a while. */}}
 {{- define "loraplex.shardAddresses" -}}
-{{- $root := index . 0 }}
-{{- $name := include "loraplex.shardName" . }}
-{{- $domain := printf "%s.%s.svc:50060" $name $root.Release.Namespace }}
-{{- if eq $root.Values.shard.workload "StatefulSet" -}}
+{{- $name := include "loraplex.shardName" (list . "$(ROUTER)") }}
+{{- $domain := printf "%s.%s.svc:50060" $name .Release.Namespace }}
+{{- if ne .Values.shard.workload "LeaderWorkerSet" -}}
 dns:///{{ $domain }}
 {{- else }}
+{{- $surge := dig "rolloutStrategy" "rollingUpdateConfiguration" "maxSurge" 0 .Values.shard.workloadSpec }}
 {{- $groups := list }}
-{{- range $group := until (int $root.Values.shard.replicas) }}
+{{- range $group := until (add .Values.shard.replicas $surge | int) }}
 {{- $ranks := list (printf "%s-%d.%s" $name $group $domain) }}
-{{- range $rank := untilStep 1 (include "loraplex.tp" $root | int) 1 }}
+{{- range $rank := untilStep 1 (include "loraplex.tp" $ | int) 1 }}
 {{- $ranks = append $ranks (printf "%s-%d-%d.%s" $name $group $rank $domain) }}
 {{- end }}
 {{- $groups = append $groups (join "," $ranks) }}
 {{- end }}
 {{- join ";" $groups }}
 {{- end }}
+{{- end }}
+
+{{/* The GPU that a rank asks for, as nodes count it; empty: none */}}
+{{- define "loraplex.gpu" -}}
+{{- range $name, $count := merge (dict) (.Values.shard.resources.limits | default dict) (.Values.shard.resources.requests | default dict) }}
+{{- if and (regexMatch "^(nvidia|amd)[.]com/(gpu([.].+)?|mig-.+)$" $name) (ne (toString $count) "0") }}{{ $name }}{{ end }}
+{{- end }}
+{{- end }}
+
+{{/* Flags of `shard.settings`. Who asks for a GPU does not want to compute on the CPU where none is found. */}}
+{{- define "loraplex.shardFlags" -}}
+{{- $settings := deepCopy .Values.shard.settings }}
+{{- if and (include "loraplex.gpu" .) (eq (get $settings "device" | default "auto") "auto") }}
+{{- $_ := set $settings "device" "cuda" }}
+{{- end }}
+{{- include "loraplex.flags" $settings }}
 {{- end }}
 
 {{/* (list $ "R"): the container of a rank, of several in a pod; (list $ ""): of the only one in its pod */}}
@@ -33,11 +50,10 @@ dns:///{{ $domain }}
 {{- $rank := index . 1 | int }}
 {{- $port := add 50060 $rank -}}
 name: rank{{ if not $alone }}-{{ $rank }}{{ end }}
-{{ include "loraplex.container" (list $root "shard") }}
 args:
   - shard
   - --rank={{ $alone | ternary "$(RANK)" (toString $rank) }}
-  - --listen=0.0.0.0:{{ $port }}
+  - {{ printf "--listen=%s" (include "loraplex.listen" (list $root $port)) | quote }}
   - --metrics-port={{ add $root.Values.metrics.shardPort $rank }}
   {{- if gt $tp 1 }}
   - --rendezvous=tcp://{{ $alone | ternary "$(LWS_LEADER_ADDRESS)" "127.0.0.1" }}:29500
@@ -46,10 +62,10 @@ args:
   - --adapters=/adapters
   {{- end }}
   {{- with $shard.adapters.s3.url }}
-  - --adapters-s3={{ . }}
+  - {{ printf "--adapters-s3=%s" . | quote }}
   {{- end }}
   {{- include "loraplex.mtlsFlags" (list $root "shardSecret") | trim | nindent 2 }}
-  {{- include "loraplex.flags" (list $root "shard") | trim | nindent 2 }}
+  {{- include "loraplex.shardFlags" $root | trim | nindent 2 }}
 env:
   {{- if $alone }}
   - name: RANK
@@ -102,7 +118,7 @@ grpc: {port: {{ index . 1 }}{{ index . 2 }}}
 {{- end }}
 {{- with .Values.shard.hub.existingSecret }}
 - name: HF_TOKEN
-  valueFrom: {secretKeyRef: {name: {{ . }}, key: {{ $.Values.shard.hub.key }}}}
+  valueFrom: {secretKeyRef: {name: {{ . | quote }}, key: {{ $.Values.shard.hub.key | quote }}}}
 {{- end }}
 {{- with .Values.shard.adapters.s3 }}
 {{- with .endpoint }}
@@ -113,9 +129,9 @@ grpc: {port: {{ index . 1 }}{{ index . 2 }}}
 {{- end }}
 {{- with .existingSecret }}
 - name: AWS_ACCESS_KEY_ID
-  valueFrom: {secretKeyRef: {name: {{ . }}, key: AWS_ACCESS_KEY_ID}}
+  valueFrom: {secretKeyRef: {name: {{ . | quote }}, key: AWS_ACCESS_KEY_ID}}
 - name: AWS_SECRET_ACCESS_KEY
-  valueFrom: {secretKeyRef: {name: {{ . }}, key: AWS_SECRET_ACCESS_KEY}}
+  valueFrom: {secretKeyRef: {name: {{ . | quote }}, key: AWS_SECRET_ACCESS_KEY}}
 {{- end }}
 {{- end }}
 {{- if and (dig "limits" "cpu" "" .Values.shard.resources) (not (hasKey .Values.shard.settings "threads")) }}
@@ -140,7 +156,7 @@ grpc: {port: {{ index . 1 }}{{ index . 2 }}}
 - {name: adapters, mountPath: /adapters, readOnly: true{{ with $shard.adapters.subPath }}, subPath: {{ . | quote }}{{ end }}}
 {{- end }}
 {{- range $index, $adapter := $shard.adapters.configMaps }}
-- {name: adapter-{{ $index }}, mountPath: /adapters/{{ $adapter.id }}, readOnly: true}
+- {name: adapter-{{ $index }}, mountPath: {{ printf "/adapters/%s" $adapter.id | quote }}, readOnly: true}
 {{- end }}
 {{- include "loraplex.mtlsMount" (list . "shardSecret") }}
 {{- with $shard.extraVolumeMounts }}
@@ -153,7 +169,7 @@ grpc: {port: {{ index . 1 }}{{ index . 2 }}}
 - {name: tmp, emptyDir: {}}
 - {name: shm, emptyDir: {medium: Memory, sizeLimit: {{ $shard.sharedMemory }}}}
 {{- if $shard.modelCache.existingClaim }}
-- {name: cache, persistentVolumeClaim: {claimName: {{ $shard.modelCache.existingClaim }}}}
+- {name: cache, persistentVolumeClaim: {claimName: {{ $shard.modelCache.existingClaim | quote }}}}
 {{- else if not $shard.modelCache.persistent }}
 - {name: cache, emptyDir: {sizeLimit: {{ $shard.modelCache.size }}}}
 {{- end }}
@@ -161,10 +177,10 @@ grpc: {port: {{ index . 1 }}{{ index . 2 }}}
 - {name: model, image: {reference: {{ . | quote }}, pullPolicy: {{ $shard.modelImage.pullPolicy }}}}
 {{- end }}
 {{- with $shard.adapters.existingClaim }}
-- {name: adapters, persistentVolumeClaim: {claimName: {{ . }}, readOnly: true}}
+- {name: adapters, persistentVolumeClaim: {claimName: {{ . | quote }}, readOnly: true}}
 {{- end }}
 {{- range $index, $adapter := $shard.adapters.configMaps }}
-- {name: adapter-{{ $index }}, configMap: {name: {{ $adapter.name }}}}
+- {name: adapter-{{ $index }}, configMap: {name: {{ $adapter.name | quote }}}}
 {{- end }}
 {{- include "loraplex.mtlsVolume" (list . "shardSecret") }}
 {{- with $shard.extraVolumes }}
@@ -172,16 +188,106 @@ grpc: {port: {{ index . 1 }}{{ index . 2 }}}
 {{- end }}
 {{- end }}
 
-{{- define "loraplex.shardPodSpec" -}}
-{{ include "loraplex.podSpec" (list . "shard") | trim }}
-{{- with .Values.shard.runtimeClassName }}
-runtimeClassName: {{ . }}
+{{/* (list $ N): the template of the pods of router N's groups, or of their ranks */}}
+{{- define "loraplex.shardTemplate" -}}
+{{- $root := index . 0 -}}
+metadata:
+  {{- include "loraplex.podMetadata" (list $root "shard" (include "loraplex.shardSelector" .)) | trim | nindent 2 }}
+spec:
+  {{- include "loraplex.podSpec" (list $root "shard" (include "loraplex.shardPod" $root | fromYaml)) | nindent 2 }}
+{{- end }}
+
+{{- define "loraplex.shardPod" -}}
+{{- $ranks := list "" }}
+{{- if ne .Values.shard.workload "LeaderWorkerSet" }}
+{{- $ranks = until (include "loraplex.tp" . | int) }}
 {{- end }}
 terminationGracePeriodSeconds: {{ add (ceil (index .Values.shard.settings "drain-seconds" | default 30)) 10 }}
+{{- with .Values.shard.runtimeClassName }}
+runtimeClassName: {{ . | quote }}
+{{- end }}
+containers:
+  {{- range $rank := $ranks }}
+  - {{- include "loraplex.container" (list $ "shard" (include "loraplex.rank" (list $ (toString $rank)) | fromYaml)) | nindent 4 }}
+  {{- end }}
 volumes:
   {{- include "loraplex.shardVolumes" . | nindent 2 }}
 {{- end }}
 
 {{- define "loraplex.ranksInPod" -}}
-{{- if eq .Values.shard.workload "StatefulSet" }}{{ include "loraplex.tp" . }}{{ else }}1{{ end }}
+{{- if eq .Values.shard.workload "LeaderWorkerSet" }}1{{ else }}{{ include "loraplex.tp" . }}{{ end }}
+{{- end }}
+
+{{/* A claim for each pod, if the model cache is to be persistent */}}
+{{- define "loraplex.claims" -}}
+{{- $cache := .Values.shard.modelCache }}
+{{- if and $cache.persistent (not $cache.existingClaim) -}}
+# What is lost with them can be downloaded again.
+persistentVolumeClaimRetentionPolicy: {whenDeleted: Delete, whenScaled: Delete}
+volumeClaimTemplates:
+  - metadata:
+      name: cache
+      labels:
+        {{- include "loraplex.selector" (list . "shard") | nindent 8 }}
+    spec:
+      accessModes: [ReadWriteOnce]
+      {{- with $cache.storageClassName }}
+      storageClassName: {{ . | quote }}
+      {{- end }}
+      resources: {requests: {storage: {{ $cache.size }}}}
+{{- end }}
+{{- end }}
+
+{{/* (list $ N): the spec of each kind of workload. A group is found and warmed up within a minute of its pod's being
+     ready; until then the next one stays. */}}
+{{- define "loraplex.shardStatefulSet" -}}
+{{- $root := index . 0 -}}
+serviceName: {{ include "loraplex.shardName" . }}
+podManagementPolicy: Parallel
+updateStrategy: {type: RollingUpdate}
+minReadySeconds: 60
+{{ include "loraplex.shardReplicas" $root }}
+selector:
+  matchLabels:
+    {{- include "loraplex.shardSelector" . | nindent 4 }}
+template:
+  {{- include "loraplex.shardTemplate" . | nindent 2 }}
+{{ include "loraplex.claims" $root }}
+{{- end }}
+
+{{- define "loraplex.shardDeployment" -}}
+# A new group before an old one goes.
+strategy: {type: RollingUpdate, rollingUpdate: {maxSurge: 1, maxUnavailable: 0}}
+minReadySeconds: 60
+progressDeadlineSeconds: {{ add (index . 0).Values.shard.startupSeconds 600 }}
+{{ include "loraplex.shardReplicas" (index . 0) }}
+selector:
+  matchLabels:
+    {{- include "loraplex.shardSelector" . | nindent 4 }}
+template:
+  {{- include "loraplex.shardTemplate" . | nindent 2 }}
+{{- end }}
+
+{{- define "loraplex.shardLeaderWorkerSet" -}}
+{{- $root := index . 0 -}}
+{{ include "loraplex.shardReplicas" $root }}
+rolloutStrategy: {type: RollingUpdate, rollingUpdateConfiguration: {maxUnavailable: 1, maxSurge: 0}}
+networkConfig: {subdomainPolicy: Shared}
+leaderWorkerTemplate:
+  size: {{ include "loraplex.tp" $root }}
+  # Ranks can only begin together.
+  restartPolicy: RecreateGroupOnPodRestart
+  workerTemplate:
+    {{- include "loraplex.shardTemplate" . | nindent 4 }}
+  {{- include "loraplex.claims" $root | nindent 2 }}
+{{- end }}
+
+{{/* An autoscaler's number is not the chart's to set. */}}
+{{- define "loraplex.shardReplicas" -}}
+{{- if not (or .Values.autoscaling.enabled .Values.keda.enabled) }}replicas: {{ .Values.shard.replicas }}{{ end }}
+{{- end }}
+
+{{/* KIND: the version of its API */}}
+{{- define "loraplex.workloadApi" -}}
+{{ eq . "LeaderWorkerSet" | ternary "leaderworkerset.x-k8s.io/v1" "apps/v1" }}
 {{- end }}

@@ -50,7 +50,7 @@ def router(context: typer.Context) -> None:
     configure(settings.log_format)
 
     def ready(http_port: int, grpc_port: int) -> None:
-        print(f"gRPC {settings.host}:{grpc_port}  HTTP {settings.host}:{http_port}", flush=True)
+        print(f"gRPC {settings.url_host}:{grpc_port}  HTTP {settings.url_host}:{http_port}", flush=True)
 
     with _errors_shown():
         _run_on_uvloop(app.run(settings, ready))

@@ -47,7 +47,7 @@ async def run(settings: ServeSettings, console: Console) -> None:
         router_settings = RouterSettings(**edge, shards=(",".join(ranks.addresses),), move_seconds=MOVE_SECONDS)
 
         def ready(http_port: int, grpc_port: int) -> None:
-            server, http = f"{settings.host}:{grpc_port}", f"http://{settings.host}:{http_port}"
+            server, http = f"{settings.url_host}:{grpc_port}", f"http://{settings.url_host}:{http_port}"
             text = introduction(settings.model, server, http, settings.adapters)
             console.print(text, highlight=False, soft_wrap=True)
 

@@ -144,7 +144,7 @@ class GrpcServer:
     async def start(self, host: str, port: int) -> int:
         """Listens; returns the port. Raises OSError if it is taken."""
         try:
-            bound = self._server.add_insecure_port(f"{host}:{port}")
+            bound = self._server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
         except RuntimeError as error:
             raise OSError(f"cannot listen on {host}:{port}: {error}") from error
         await self.set_healthy(False)

@@ -1,0 +1,98 @@
+{{/* The routers' pods. */}}
+
+{{- define "loraplex.routerStatefulSet" -}}
+serviceName: {{ include "loraplex.routerName" . }}
+replicas: {{ .Values.router.replicas }}
+podManagementPolicy: Parallel
+# A router's groups serve one router at a time, so its next one begins when it has drained; and the routers go one after
+# the other, each once the one before is ready and reached.
+updateStrategy: {type: RollingUpdate}
+minReadySeconds: 10
+selector:
+  matchLabels:
+    {{- include "loraplex.selector" (list . "router") | nindent 4 }}
+template:
+  metadata:
+    {{- include "loraplex.podMetadata" (list . "router" (include "loraplex.selector" (list . "router"))) | trim | nindent 4 }}
+  spec:
+    {{- include "loraplex.podSpec" (list . "router" (include "loraplex.routerPod" . | fromYaml)) | nindent 4 }}
+{{- end }}
+
+{{- define "loraplex.routerPod" -}}
+terminationGracePeriodSeconds: {{ add .Values.router.preStopSeconds (ceil (index .Values.router.settings "drain-seconds" | default 30)) 10 }}
+containers:
+  - {{- include "loraplex.container" (list . "router" (include "loraplex.router" . | fromYaml)) | nindent 4 }}
+volumes:
+  - {name: tmp, emptyDir: {}}
+  {{- with .Values.router.apiKeys.existingSecret }}
+  - {name: api-keys, secret: {secretName: {{ . | quote }}}}
+  {{- end }}
+  {{- include "loraplex.mtlsVolume" (list . "routerSecret") | trim | nindent 2 }}
+  {{- with .Values.router.extraVolumes }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
+{{- end }}
+
+{{- define "loraplex.router" -}}
+{{- $settings := .Values.router.settings -}}
+name: router
+args:
+  - router
+  - {{ printf "--host=%s" .Values.listen | quote }}
+  - --http-port=3000
+  - --grpc-port=50051
+  - --shards={{ include "loraplex.shardAddresses" . }}
+  {{- if .Values.router.apiKeys.existingSecret }}
+  - {{ printf "--api-keys=/etc/loraplex/api-keys/%s" .Values.router.apiKeys.key | quote }}
+  {{- end }}
+  {{- if and .Values.gateway.inferencePool.enabled (not (hasKey $settings "gateway-metrics")) }}
+  - --gateway-metrics
+  {{- end }}
+  {{- include "loraplex.mtlsFlags" (list . "routerSecret") | trim | nindent 2 }}
+  {{- include "loraplex.flags" $settings | trim | nindent 2 }}
+env:
+  - name: ROUTER
+    valueFrom: {fieldRef: {fieldPath: "metadata.labels['apps.kubernetes.io/pod-index']"}}
+  {{- with .Values.router.extraEnv }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
+ports:
+  - {name: http, containerPort: 3000}
+  - {name: grpc, containerPort: 50051}
+startupProbe:
+  tcpSocket: {port: http}
+  periodSeconds: 2
+  failureThreshold: 60
+# Ready if a group is: the router's health service says so.
+readinessProbe:
+  grpc: {port: 50051, service: loraplex.v1.GenerationService}
+  periodSeconds: 5
+  timeoutSeconds: 3
+  failureThreshold: 2
+# Without a group a router is alive, so this does not ask whether it is ready.
+livenessProbe:
+  httpGet: {path: /metrics, port: http}
+  periodSeconds: 20
+  timeoutSeconds: 10
+  failureThreshold: 6
+lifecycle:
+  preStop:
+    exec: {command: [sleep, {{ .Values.router.preStopSeconds | quote }}]}
+volumeMounts:
+  - {name: tmp, mountPath: /tmp}
+  {{- if .Values.router.apiKeys.existingSecret }}
+  - {name: api-keys, mountPath: /etc/loraplex/api-keys, readOnly: true}
+  {{- end }}
+  {{- include "loraplex.mtlsMount" (list . "routerSecret") | trim | nindent 2 }}
+  {{- with .Values.router.extraVolumeMounts }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
+{{- end }}
+
+{{/* What endpoint pickers know a model server by; the model's name as a label can have it */}}
+{{- define "loraplex.poolLabels" -}}
+{{- $model := .Values.shard.settings.model | default "SmolLM2-135M-Instruct" | base -}}
+llm-d.ai/inference-serving: "true"
+llm-d.ai/engine-type: vllm
+llm-d.ai/model: {{ regexReplaceAll "[^A-Za-z0-9._-]" $model "-" | trunc 63 | trimAll "-._" | quote }}
+{{- end }}

@@ -1,0 +1,92 @@
+"""GPUs and memory: what a rank asks for is what it uses, and no more is promised than there is."""
+
+import helm_python
+import pytest
+
+from tests.charts.rendering import Object, pods, render
+
+
+def flags(shard: Object) -> list[str]:
+    (pod,) = pods(render({"shard": shard}), "shard")
+    return [flag for flag in pod["spec"]["containers"][0]["args"] if flag.startswith("--device")]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("nvidia.com/gpu", "limits"),
+        ("nvidia.com/gpu", "requests"),
+        ("nvidia.com/gpu.shared", "limits"),
+        ("nvidia.com/mig-3g.40gb", "limits"),
+        ("amd.com/gpu", "limits"),
+    ],
+)
+@pytest.mark.parametrize("count", [1, "1"])
+def test_who_asks_for_a_gpu_does_not_compute_on_the_cpu(name: str, kind: str, count: object):
+    resources = {kind: {name: count}}
+    assert flags({"resources": resources}) == ["--device=cuda"]
+    assert flags({"resources": resources, "settings": {"device": "auto"}}) == ["--device=cuda"]
+    with pytest.raises(helm_python.HelmRenderError, match=f"device is cpu, but shard.resources ask for {name}"):
+        flags({"resources": resources, "settings": {"device": "cpu"}})
+
+
+@pytest.mark.parametrize("resources", [{}, {"limits": {"nvidia.com/gpu": 0}}, {"limits": {"nvidia.com/gpumem": 4000}}])
+def test_who_asks_for_none_computes_on_what_there_is(resources: Object):
+    assert flags({"resources": resources}) == []
+    assert flags({"resources": resources, "settings": {"device": "cpu"}}) == ["--device=cpu"]
+
+
+def test_a_rank_has_one_gpu():
+    with pytest.raises(helm_python.HelmRenderError, match=r"one nvidia.com/gpu, and set shard.settings.tp"):
+        flags({"resources": {"limits": {"nvidia.com/gpu": "4"}}})
+
+
+@pytest.mark.parametrize(
+    ("memory", "gib", "tp", "fits"),
+    [
+        ("4Gi", 3.5, 1, True),
+        ("4Gi", 4, 1, False),
+        ("4Gi", 4, 2, True),
+        ("4G", 3.8, 1, False),
+        ("4500M", 4.1, 1, True),
+        (5_000_000_000, 4.6, 1, True),
+        (5_000_000_000, 4.7, 1, False),
+        ("5e9", 4.6, 1, True),
+        ("1.5Ti", 1024, 1, True),
+    ],
+)
+def test_adapters_cannot_have_more_memory_than_the_ranks(memory: object, gib: float, tp: int, fits: bool):
+    shard = {"resources": {"limits": {"memory": memory}}, "settings": {"tp": tp}}
+    values = {"router": {"settings": {"adapter-host-gib": gib}}, "shard": shard}
+    if fits:
+        assert render(values)
+    else:
+        with pytest.raises(helm_python.HelmRenderError, match=r"router\.settings\.adapter-host-gib"):
+            render(values)
+
+
+def test_shared_memory_is_part_of_the_memory():
+    with pytest.raises(helm_python.HelmRenderError, match=r"shard.sharedMemory is 8Gi, .* allow 4Gi"):
+        render({"shard": {"sharedMemory": "8Gi"}})
+    assert render({"shard": {"sharedMemory": "8Gi", "resources": {"limits": {"memory": None}}}})
+
+
+def test_by_default_the_shards_say_how_much_adapters_may_take():
+    (router,) = pods(render({}), "router")
+    assert not any("adapter-host-gib" in flag for flag in router["spec"]["containers"][0]["args"])
+
+
+@pytest.mark.parametrize("workload", ["StatefulSet", "LeaderWorkerSet"])
+def test_a_persistent_cache_is_a_claim_of_the_pod(workload: str):
+    cache = {"persistent": True, "size": "7Gi"}
+    objects = render({"shard": {"workload": workload, "modelCache": cache}})
+    (spec,) = (d["spec"] for d in objects if d["kind"] == workload and "shard" in d["metadata"]["name"])
+    (claim,) = spec.get("leaderWorkerTemplate", spec)["volumeClaimTemplates"]
+    assert claim["spec"]["resources"] == {"requests": {"storage": "7Gi"}}
+
+
+def test_a_deployment_has_none():
+    values = {"workload": "Deployment", "modelCache": {"persistent": True}}
+    with pytest.raises(helm_python.HelmRenderError, match="no claims of their own"):
+        render({"shard": values})
+    assert render({"shard": {**values, "modelCache": {"persistent": True, "existingClaim": "models"}}})
