@@ -105,6 +105,17 @@ def cut_evenly(total: int, rank: int, size: int) -> slice:
     return slice(start, start + length + (rank < longer))
 
 
+def cut_units(total: int, rank: int, size: int) -> slice:
+    """Like cut_evenly, but where parts are multiples of 64 or, if that would make them too uneven, of 16, as far as
+    `total` is one: rows of a weight then begin where tensor cores and vectors can load them, and no group of a
+    quantized one is cut."""
+    for unit in (64, 16):
+        if total % unit == 0 and total // unit >= 8 * size:  # no part is more than an eighth longer than another
+            units = cut_evenly(total // unit, rank, size)
+            return slice(units.start * unit, units.stop * unit)
+    return cut_evenly(total, rank, size)
+
+
 def cut_panels(total: int, rank: int, size: int) -> slice:
     """Like cut_evenly, but where each part but the last is a multiple of 16, as a part of a packed weight must be."""
     panels = cut_evenly(-(-total // 16), rank, size)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, PreTrainedConfig, Qwen3Config
 
 from loraplex_shard.ops.cpu.library import build, instruction_set
-from loraplex_shard.parallel import GroupSizeError, cut_evenly, cut_heads
+from loraplex_shard.parallel import GroupSizeError, cut_evenly, cut_heads, cut_units
 from tests.shard.decoders import load, save_checkpoint
 from tests.shard.operations import kernels_directory
 from tests.shard.rank_process import SIZES, run
@@ -112,3 +112,15 @@ def test_every_query_head_is_on_one_rank_together_with_its_kv_head(kv_heads: int
         used = [head // group for head in range(cut.query.start, cut.query.stop)]
         assert sorted(set(used)) == list(range(cut.kv.start, cut.kv.stop))
         assert len({used.count(head) for head in used}) == 1, "each KV head of a rank has as many query heads"
+
+
+@given(total=st.integers(1, 40_000) | st.integers(1, 700).map(lambda units: units * 64), size=st.integers(1, 8))
+def test_mlp_units_are_cut_by_64_where_that_is_even_enough(total: int, size: int) -> None:
+    if size > total:
+        return
+    cuts = [cut_units(total, rank, size) for rank in range(size)]
+    assert [cut.start for cut in cuts] == [0, *(cut.stop for cut in cuts[:-1])] and cuts[-1].stop == total
+    lengths = [cut.stop - cut.start for cut in cuts]
+    assert max(lengths) - min(lengths) <= max(1, min(lengths) / 8)
+    if total % 64 == 0 and total >= 512 * size:
+        assert all(length % 64 == 0 for length in lengths)

@@ -2,7 +2,7 @@
 
 from loraplex_shard.layers.layout import LinearLayout, LinearPart
 from loraplex_shard.models.spec import DecoderSpec
-from loraplex_shard.parallel import cut_evenly, cut_heads, cut_panels
+from loraplex_shard.parallel import cut_heads, cut_panels, cut_units
 
 LINEARS = 4  # linear layers of one decoder layer
 
@@ -19,7 +19,7 @@ class DecoderCut:
         self._spec = spec
         self._query = _scaled(heads.query, spec.head_dim)
         self._kv = _scaled(heads.kv, spec.head_dim)
-        self._units = cut_evenly(spec.intermediate_size, rank, size)
+        self._units = cut_units(spec.intermediate_size, rank, size)
         self._vocabulary = vocabulary[rank]
 
     def qkv(self, index: int) -> LinearLayout:
