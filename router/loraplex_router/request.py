@@ -144,7 +144,7 @@ def check_request(request: Request, vocab_size: int) -> None:
     found.check(1 <= request.n <= MAX_N, "n", f"must be from 1 to {MAX_N}")
     found.check(request.truncate is None or request.truncate >= 1, "truncate", "must be at least 1, or absent")
     if isinstance(request.prompt, tuple):
-        known = all(0 <= token < vocab_size for token in request.prompt)
+        known = min(request.prompt, default=0) >= 0 and max(request.prompt, default=0) < vocab_size
         found.check(known, "token_ids", f"every id must be below {vocab_size}")
     _check_sampling(request.sampling, found)
     _check_bias(request.sampling.logit_bias or (), vocab_size, found)
@@ -197,6 +197,11 @@ def _check_merged(merged: MergedReference, found: Violations) -> None:
     found.check(elected, "merged_adapters.majority_sign_method", 'must be "total" or "frequency"')
 
 
+def most_counted(max_model_len: int) -> int:
+    """How many tokens of a prompt are worth counting: so many more than fit need no number."""
+    return 2 * max_model_len
+
+
 def room_for(request: Request, prompt_length: int, max_model_len: int) -> int:
     """How many tokens each sequence may generate.
 
@@ -206,13 +211,15 @@ def room_for(request: Request, prompt_length: int, max_model_len: int) -> int:
     name = _prompt_field(request)
     found.check(prompt_length > 0, name, "is empty: send text, chat messages or token ids")
     found.raise_any()
+    most = most_counted(max_model_len)
+    counted = f"has {prompt_length}" if prompt_length <= most else f"has more than {most}"
     room = max_model_len - prompt_length
     limit = f"this model's maximum context length is {max_model_len} tokens"  # clients look for these words
     if request.detail.pool:
-        found.check(room >= 0, name, f"has {prompt_length} tokens; the context has room for {max_model_len}")
+        found.check(room >= 0, name, f"{counted} tokens; the context has room for {max_model_len}")
         found.raise_any(ContextLengthError)
         return 0
-    found.check(room >= 1, name, f"has {prompt_length} tokens: {limit}, answer included")
+    found.check(room >= 1, name, f"{counted} tokens: {limit}, answer included")
     wanted = request.max_new_tokens
     if wanted is not None and room >= 1:
         fits = f"{prompt_length} prompt tokens leave room for {room}"

@@ -31,13 +31,14 @@ from loraplex_router.request import (
     check_reference,
     check_request,
     check_tokens,
+    most_counted,
     room_for,
 )
 from loraplex_router.sequence import FinishReason, Sequence
 from loraplex_router.telemetry.telemetry import Telemetry
 from loraplex_router.text.chat import Chat, RenderedChat
 from loraplex_router.text.stops import StopMatcher
-from loraplex_router.text.tokenizer import Tokenizer, TokenSpan
+from loraplex_router.text.tokenizer import Spans, Tokenizer
 
 DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -200,7 +201,7 @@ class Service:
 
     async def tokenize(
         self, prompt: str | Chat, add_special_tokens: bool, adapter: AdapterReference | None, key: str | None = None
-    ) -> list[TokenSpan]:
+    ) -> Spans:
         """The tokens of a text or a rendered conversation, each with its place in it. A conversation is rendered with
         the adapter's own chat template, if it has one; a text has no need of an adapter."""
         tenant = self.keys.tenant(key)
@@ -211,7 +212,7 @@ class Service:
             found.raise_any()
             tenant.check_adapter(adapter)
             rendered = await self._render(prompt, adapter)
-        return await self.tokenizer.spans(self.tokenizer.render(rendered), add_special_tokens)
+        return await self.tokenizer.spans(await self.tokenizer.render(rendered), add_special_tokens)
 
     async def list_adapters(self, key: str | None = None) -> list[AdapterStatus]:
         """What is staged and what lies in the adapter directory, as far as the caller may use it."""
@@ -258,8 +259,11 @@ class Service:
         given: Prompt | RenderedChat = request.prompt
         if isinstance(given, Chat):
             given = await self._render(given, request.adapter)
-        ids = list(given) if isinstance(given, tuple) else await self.tokenizer.encode(given)
-        return ids[-request.truncate :] if request.truncate else ids
+        last = request.truncate
+        if isinstance(given, tuple):
+            return list(given if last is None else given[-last:])
+        most = None if last else most_counted(self.info.max_model_len)
+        return await self.tokenizer.encode(given, most, last)
 
     async def _render(self, chat: Chat, reference: AdapterReference | MergedReference | None) -> Chat | RenderedChat:
         """With the adapter's own template, if it has one."""

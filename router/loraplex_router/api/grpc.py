@@ -1,5 +1,6 @@
 """The gRPC face: generation.proto over the service."""
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -22,6 +23,7 @@ from loraplex_router.api.translation import (
     read_embed_request,
     read_reference,
     read_request,
+    write_spans,
     write_status,
 )
 from loraplex_router.keys import read_bearer
@@ -30,6 +32,7 @@ from loraplex_router.service import Service
 logger = logging.getLogger(__name__)
 
 SERVICE = pb.DESCRIPTOR.services_by_name["GenerationService"].full_name
+MAX_SPANS = 2**17  # an answer of some 4 MB
 
 SERVER_OPTIONS = (
     ("grpc.compression_enabled_algorithms_bitset", 1),  # none: a limit holds for a message as it arrives
@@ -91,9 +94,10 @@ class GenerationApi(GenerationServiceServicer):
             spans = await self._service.tokenize(
                 prompt, not chat and not request.skip_special_tokens, None, _key(context)
             )
-            return pb.TokenizeResponse(
-                tokens=[pb.TokenSpan(id=s.id, text=s.text, start=s.start, stop=s.stop) for s in spans]
-            )
+            if len(spans) > MAX_SPANS:
+                many = f"has {len(spans)} tokens: at most {MAX_SPANS} are answered at once; HTTP's /tokenize takes more"
+                raise InvalidRequestError(FieldViolation("input", many))
+            return await asyncio.to_thread(write_spans, spans)
 
     async def ListAdapters(self, request: pb.ListAdaptersRequest, context: Context) -> pb.ListAdaptersResponse:
         async with _answering(context):

@@ -10,7 +10,7 @@ from loraplex_router.output import Alternatives, Delta, Generation, Sample, Sequ
 from loraplex_router.request import AdapterReference, EmbedRequest, MergedReference, Request, SamplingOptions
 from loraplex_router.sequence import Detail, FinishReason
 from loraplex_router.text.chat import Chat, Message
-from loraplex_router.text.tokenizer import Tokenizer
+from loraplex_router.text.tokenizer import Spans, Tokenizer
 
 FINISH_REASONS = {
     FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
@@ -199,6 +199,12 @@ def _usage(output: SequenceOutput) -> pb.Usage:
 def _seed(output: SequenceOutput) -> int | None:
     sampling = output.sequence.sampling
     return sampling.seed if sampling.temperature > 0 else None
+
+
+def write_spans(spans: Spans) -> pb.TokenizeResponse:
+    return pb.TokenizeResponse(
+        tokens=[pb.TokenSpan(id=span.id, text=span.text, start=span.start, stop=span.stop) for span in spans]
+    )
 
 
 def read_adapter_name(

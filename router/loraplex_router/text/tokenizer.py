@@ -1,15 +1,24 @@
 """Text to token ids and back. Knows nothing of requests."""
 
 import asyncio
-from dataclasses import dataclass
-from functools import partial
+from array import array
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 
 import tokenizers
 
+from loraplex_protos.errors import FieldViolation, InvalidRequestError
 from loraplex_router.text.chat import Chat, ChatTemplate, RenderedChat
 from loraplex_router.text.detokenizer import Decoder
+from loraplex_router.text.pieces import LARGEST, IndivisibleError, Token, read_pieces
 
 LONG_TEXT = 2000  # characters; tokenizing more than this would hold up other streams
+LONG_CHAT = 32  # messages; rendering more than these would, too
+MANY_TOKENS = 2000  # decoding more than these would, too
+
+_THREADS = ThreadPoolExecutor(2, "tokenizer")  # for long texts: a piece of each at a time, in turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +29,28 @@ class TokenSpan:
     text: str
     start: int
     stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Spans:
+    """The tokens of a text, each with its place in it. They take 12 bytes each, however many there are."""
+
+    text: str
+    ids: "array[int]" = field(default_factory=lambda: array("I"))
+    starts: "array[int]" = field(default_factory=lambda: array("I"))
+    stops: "array[int]" = field(default_factory=lambda: array("I"))
+
+    def add(self, tokens: list[Token]) -> None:
+        self.ids.extend(token.id for token in tokens)
+        self.starts.extend(token.start for token in tokens)
+        self.stops.extend(token.stop for token in tokens)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __iter__(self) -> Iterator[TokenSpan]:
+        for token, start, stop in zip(self.ids, self.starts, self.stops, strict=True):
+            yield TokenSpan(token, self.text[start:stop], start, stop)
 
 
 class _Verbatim:
@@ -48,37 +79,66 @@ class Tokenizer:
         self._special_tokens = frozenset(token for token, added_token in added.items() if added_token.special)
         self.chat_template = chat_template
 
-    async def encode(self, prompt: str | Chat | RenderedChat) -> list[int]:
+    async def encode(
+        self, prompt: str | Chat | RenderedChat, most: int | None = None, last: int | None = None
+    ) -> list[int]:
         """The tokens of a text, or of a conversation rendered up to where the answer begins. A text gets the special
-        tokens that the tokenizer adds (a BOS for example); a chat template writes its own.
+        tokens that the tokenizer adds (a BOS for example); a chat template writes its own. No longer reads on once
+        there are more than `most`. With `last`, only the last so many.
 
         Raises InvalidRequestError if the chat template refuses the messages, or the model has none.
         """
-        ids: list[int] = (await self._encode(self.render(prompt), isinstance(prompt, str))).ids
-        return ids
+        text, add_special_tokens = await self.render(prompt), isinstance(prompt, str)
+        ids = array("I")
+        if len(text) < LONG_TEXT:
+            ids.extend(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        else:
+            async for tokens in self._read(text, add_special_tokens):
+                ids.extend(token.id for token in tokens)
+                if most is not None and len(ids) > most:
+                    break
+        return (ids if last is None else ids[-last:]).tolist()
 
-    async def spans(self, text: str, add_special_tokens: bool = True) -> list[TokenSpan]:
+    async def spans(self, text: str, add_special_tokens: bool = True) -> Spans:
         """The tokens of a text, each with its place in it."""
-        encoding = await self._encode(text, add_special_tokens)
-        places = zip(encoding.ids, encoding.offsets, strict=True)
-        return [TokenSpan(token, text[start:stop], start, stop) for token, (start, stop) in places]
+        spans = Spans(text)
+        async for tokens in self._read(text, add_special_tokens):
+            spans.add(tokens)
+        return spans
 
-    def render(self, prompt: str | Chat | RenderedChat) -> str:
+    async def render(self, prompt: str | Chat | RenderedChat) -> str:
         """The text that is tokenized. Raises InvalidRequestError as `encode` does."""
         match prompt:
             case Chat():
-                return ChatTemplate.require(self.chat_template).render(prompt)
+                template = ChatTemplate.require(self.chat_template)
+                long = len(prompt.messages) > LONG_CHAT or prompt.tools
+                return await asyncio.to_thread(template.render, prompt) if long else template.render(prompt)
             case RenderedChat():
                 return prompt.text
             case _:
                 return prompt
 
-    async def _encode(self, text: str, add_special_tokens: bool) -> tokenizers.Encoding:
-        """Long texts are tokenized on a thread, without the interpreter's lock."""
-        if len(text) < LONG_TEXT:
-            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
-        encode = partial(self._tokenizer.encode_batch, add_special_tokens=add_special_tokens)
-        return (await asyncio.to_thread(encode, [text]))[0]
+    async def _read(self, text: str, add_special_tokens: bool) -> AsyncIterator[list[Token]]:
+        """The tokens of a text, piece by piece, each made on a thread, without the interpreter's lock."""
+        before, behind = self._added if add_special_tokens else ([], [])
+        yield before
+        pieces = read_pieces(self._tokenizer, text)
+        loop = asyncio.get_running_loop()
+        try:
+            while (tokens := await loop.run_in_executor(_THREADS, next, pieces, None)) is not None:
+                yield tokens
+        except IndivisibleError:
+            reason = f"has {LARGEST} characters in a row that cannot be tokenized apart from each other"
+            raise InvalidRequestError(FieldViolation("prompt", reason)) from None
+        yield behind
+
+    @cached_property
+    def _added(self) -> tuple[list[Token], list[Token]]:
+        """The special tokens that the tokenizer adds before and behind a text."""
+        encoding = self._tokenizer.encode("a", add_special_tokens=True)
+        tokens = [Token(token, 0, 0, True) for token in encoding.ids]
+        inner = [at for at, special in enumerate(encoding.special_tokens_mask) if not special]
+        return (tokens[: inner[0]], tokens[inner[-1] + 1 :]) if inner else (tokens, [])
 
     def decode(self, ids: list[int]) -> str:
         """The text of token ids, special tokens left out."""
@@ -87,6 +147,14 @@ class Tokenizer:
     def hidden_text(self, token: int) -> str:
         """The text of a special token; empty for others."""
         return self.token_text(token) if token in self._special_tokens else ""
+
+    async def decode_verbatim(self, ids: list[int]) -> str:
+        """The text of as many token ids as there may be, special tokens shown."""
+        if len(ids) < MANY_TOKENS:
+            return self.verbatim.decode(ids)
+        decode = partial(self._tokenizer.decode_batch, skip_special_tokens=False)
+        (text,) = await asyncio.get_running_loop().run_in_executor(_THREADS, decode, [ids])
+        return str(text)
 
     @property
     def verbatim(self) -> Decoder:

@@ -1,9 +1,13 @@
 """Text to tokens as LoRAX's clients and vLLM's ask for it, and back."""
 
+import asyncio
+from collections.abc import AsyncIterator, Iterable, Iterator
+from itertools import islice
 from typing import Any
 
+import orjson
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, Field
 
 from loraplex_protos.errors import FieldViolation, InvalidRequestError
@@ -16,9 +20,12 @@ from loraplex_router.api.http.openai.schema import Conversation
 from loraplex_router.keys import read_bearer
 from loraplex_router.request import Violations
 from loraplex_router.service import Service
-from loraplex_router.text.tokenizer import TokenSpan
+from loraplex_router.text.tokenizer import Spans, Tokenizer
 
 TOKENIZING_ERRORS = 401, 403, 404, 413, 422, 424, 502, 503  # an adapter can be asked for its chat template
+
+JSON = "application/json"
+BATCH = 1000  # tokens written in one go: an answer is twenty times as long as its text
 
 
 class LoraxTokenize(BaseModel):
@@ -70,21 +77,20 @@ def create_tokenizing_routes(service: Service) -> APIRouter:
         ids of a conversation, vLLM's `messages`."""
         spans = await _spans(body, _key(http))
         if isinstance(body, LoraxTokenize):
-            return JSONResponse([{"id": s.id, "text": s.text, "start": s.start, "stop": s.stop} for s in spans])
-        names = [service.tokenizer.token_text(span.id) for span in spans] if body.return_token_strs else None
-        counts = {"count": len(spans), "max_model_len": service.info.max_model_len}
-        return JSONResponse({**counts, "tokens": [span.id for span in spans], "token_strs": names})
+            return StreamingResponse(_write_lorax(spans), media_type=JSON)
+        names = service.tokenizer if body.return_token_strs else None
+        return StreamingResponse(_write_vllm(spans, service.info.max_model_len, names), media_type=JSON)
 
     @routes.post("/detokenize", tags=["Operation"], responses={200: {"model": VllmText}, **refused})
     async def detokenize(body: VllmDetokenize, http: Request) -> Response:
         """The text of token ids, special tokens shown, as vLLM."""
         service.keys.tenant(_key(http))
         vocabulary = service.info.vocab_size
-        if any(token >= vocabulary for token in body.tokens):
+        if max(body.tokens, default=0) >= vocabulary:
             raise InvalidRequestError(FieldViolation("tokens", f"every id must be below {vocabulary}"))
-        return JSONResponse({"prompt": service.tokenizer.verbatim.decode(body.tokens)})
+        return JSONResponse({"prompt": await service.tokenizer.decode_verbatim(body.tokens)})
 
-    async def _spans(body: LoraxTokenize | VllmTokenize | VllmTokenizeChat, key: str | None) -> list[TokenSpan]:
+    async def _spans(body: LoraxTokenize | VllmTokenize | VllmTokenizeChat, key: str | None) -> Spans:
         if not isinstance(body, VllmTokenizeChat):
             text = body.inputs if isinstance(body, LoraxTokenize) else body.prompt
             return await service.tokenize(text, body.add_special_tokens is not False, None, key)
@@ -98,3 +104,40 @@ def create_tokenizing_routes(service: Service) -> APIRouter:
         return read_bearer(http.headers.get("authorization"))
 
     return routes
+
+
+async def _write_lorax(spans: Spans) -> AsyncIterator[bytes]:
+    rows = ({"id": span.id, "text": span.text, "start": span.start, "stop": span.stop} for span in spans)
+    async for part in _write_list(rows):
+        yield part
+
+
+async def _write_vllm(spans: Spans, max_model_len: int, names: Tokenizer | None) -> AsyncIterator[bytes]:
+    counts = {"count": len(spans), "max_model_len": max_model_len}
+    yield orjson.dumps(counts).rstrip(b"}") + b',"tokens":'
+    async for part in _write_list(spans.ids):
+        yield part
+    yield b',"token_strs":'
+    if names is None:
+        yield b"null}"
+        return
+    async for part in _write_list(map(names.token_text, spans.ids)):
+        yield part
+    yield b"}"
+
+
+async def _write_list(values: Iterable[Any]) -> AsyncIterator[bytes]:
+    """As JSON, a part at a time: others have their turn between two."""
+    yield b"["
+    begun = False
+    for batch in _batches(values):
+        yield b"," * begun + orjson.dumps(batch)[1:-1]
+        begun = True
+        await asyncio.sleep(0)
+    yield b"]"
+
+
+def _batches(values: Iterable[Any]) -> Iterator[list[Any]]:
+    iterator = iter(values)
+    while batch := list(islice(iterator, BATCH)):
+        yield batch
