@@ -1,9 +1,9 @@
 """The conversations in the bodies of chat completions and of vLLM's tokenization."""
 
-import json
 from typing import Any
 
 from loraplex_router.api.http.openai.schema import ChatMessage, ContentPart, Conversation
+from loraplex_router.json_limits import parse
 from loraplex_router.request import Violations
 from loraplex_router.text.chat import Chat, Message
 
@@ -47,6 +47,6 @@ def _text_of(part: ContentPart) -> str | None:
 def _read_arguments(arguments: str) -> Any:
     """As templates want those of earlier calls: the object itself, where the text is one."""
     try:
-        return json.loads(arguments)
+        return parse(arguments)
     except ValueError:
         return arguments
