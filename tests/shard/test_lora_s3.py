@@ -67,7 +67,7 @@ def test_what_s3_does_not_have_is_looked_for_on_the_hub(s3: StandInS3, files: di
             store.stage("sql", "", "", "")
 
 
-@pytest.mark.parametrize("id", ["", "/", "../other", "a/../b", "a//b", ".hidden", "a/b/c/d/e", "sql?versionId=1", "ä"])
+@pytest.mark.parametrize("id", ["", "/", "../other", "a/../b", "a//b", ".hidden", "a/b/c/d/e", "sql?versionId=1"])
 def test_an_id_leads_nowhere_but_under_the_prefix(s3: StandInS3, id: str):
     with pytest.raises(AdapterNotFoundError):
         new_store().stage(id, "s3", "", "")

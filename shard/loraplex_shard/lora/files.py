@@ -12,6 +12,7 @@ from loraplex_shard.lora.chat_template import MAX_BYTES, TEMPLATE, TOKENIZER_CON
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
+MLX_TENSORS = "adapters.safetensors"
 
 # The largest of each that is read or fetched, in bytes.
 SIZE_LIMITS = {CONFIG: 2**20, TENSORS: 4 * 2**30, TEMPLATE: MAX_BYTES, TOKENIZER_CONFIG: 16 * 2**20}
@@ -59,8 +60,10 @@ def check_size(name: str, size: int) -> None:
 
 def check_names(names: frozenset[str]) -> None:
     """Raises AdapterInvalidError if these names of files do not make an adapter."""
+    if MLX_TENSORS in names and TENSORS not in names:
+        raise AdapterInvalidError(f"{MLX_TENSORS} is in MLX-LM's format, not in PEFT's: convert the adapter")
     if CONFIG not in names:
-        raise AdapterInvalidError(f"{CONFIG} is missing: this is no PEFT adapter")
+        raise AdapterInvalidError(f"{CONFIG} is missing: this is not a PEFT adapter")
     if TENSORS not in names and PICKLE in names:
         raise AdapterInvalidError(
             f"{PICKLE} is a pickle file, which could run any code: save the adapter with safetensors instead"

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RevisionNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, RevisionNotFoundError
 from huggingface_hub.utils.tqdm import tqdm
 
 from loraplex_protos.errors import (
@@ -25,6 +25,7 @@ from loraplex_protos.errors import (
 from loraplex_shard.lora.chat_template import TEMPLATE_FILES
 from loraplex_shard.lora.files import CONFIG, SIZE_LIMITS, TENSORS, AdapterFiles, check_names, check_size, read_files
 
+_UNREACHABLE = frozenset({"TransportError", "ConnectionError", "TimeoutError"})  # of whichever HTTP library it uses
 _REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._/-]{0,199}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _TOKEN = re.compile(r"[\x21-\x7e]{0,1000}")
@@ -120,14 +121,18 @@ def _typed_errors(id: str, revision: str, token: str) -> Iterator[None]:
     except AdapterError:
         raise
     except HFValidationError:
-        raise AdapterNotFoundError(f"{quote(id)} is no name that an adapter on the hub can have") from None
+        raise AdapterNotFoundError(f"{quote(id)} cannot be the name of an adapter on the hub") from None
     except RevisionNotFoundError as error:
         raise AdapterNotFoundError(f"the hub has {quote(id)}, but no revision {quote(revision)} of it") from error
     except HfHubHTTPError as error:
         raise _from_status(id, error.response.status_code, bool(token)) from error
+    except OfflineModeIsEnabled as error:
+        raise AdapterSourceError(f"the hub is not asked for {quote(id)}: HF_HUB_OFFLINE is set") from error
     except Exception as error:
         # No connection, a timeout, an answer that is not the hub's: the library has no common class for these.
-        raise AdapterSourceError(f"the hub did not hand over {quote(id)}: {type(error).__name__}") from error
+        unreachable = any(kind.__name__ in _UNREACHABLE for kind in type(error).__mro__)
+        trouble = "cannot be reached for" if unreachable else "did not hand over"
+        raise AdapterSourceError(f"the hub {trouble} {quote(id)}: {type(error).__name__}") from error
 
 
 def _from_status(id: str, status: int, has_token: bool) -> AdapterError:

@@ -36,7 +36,7 @@ def read_adapter(files: AdapterFiles, layouts: Sequence[LinearLayout], base: Bas
     """
     config = parse_config(files.config)
     adapter = cut_adapter(_read_deltas(config, files, layouts, base), layouts, dtype)
-    warnings = find_doubts(config, base, _modules(layouts))
+    warnings = find_doubts(config, base, modules_of(layouts))
     return replace(adapter, chat_template=files.chat_template, warnings=warnings)
 
 
@@ -64,7 +64,8 @@ def _read_deltas(
     }
 
 
-def _modules(layouts: Sequence[LinearLayout]) -> tuple[str, ...]:
+def modules_of(layouts: Sequence[LinearLayout]) -> tuple[str, ...]:
+    """All that an adapter may target."""
     return tuple(part.module for layout in layouts for part in layout.parts)
 
 

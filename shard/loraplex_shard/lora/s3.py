@@ -13,9 +13,9 @@ import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
+from loraplex_protos.adapter_names import RULE, is_name
 from loraplex_protos.errors import AdapterError, AdapterForbiddenError, AdapterNotFoundError, AdapterSourceError, quote
 from loraplex_shard.lora.files import CONFIG, PICKLE, SIZE_LIMITS, TENSORS, AdapterFiles, check_names, check_size
-from loraplex_shard.lora.local import is_id
 
 _CHUNK = 2**24
 
@@ -69,8 +69,8 @@ class S3Source:
         """
         if revision:
             raise AdapterNotFoundError(f"{quote(id)} is looked for in S3, where there are no revisions")
-        if not is_id(id):
-            raise AdapterNotFoundError(f"{quote(id)} is no name that an adapter in S3 can have")
+        if not is_name(id):
+            raise AdapterNotFoundError(f"{quote(id)} cannot be an adapter's name: {RULE}")
         folder = f"{self._prefix}{id}"
         with _typed_errors(id):
             etags = {name: etag for name in (CONFIG, TENSORS) if (etag := self._etag(folder, name))}

@@ -1,13 +1,13 @@
 """Where adapters come from: a request's id, source, revision and token -> the origin of its files."""
 
 from collections.abc import Hashable
-from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from loraplex_protos.errors import AdapterNotFoundError, quote
+from loraplex_protos.adapter_names import is_name
+from loraplex_protos.errors import AdapterNotFoundError, AdapterSourceError, quote
 from loraplex_shard.lora.files import AdapterFiles
 from loraplex_shard.lora.hub import HubSource
-from loraplex_shard.lora.local import LocalAdapter, LocalSource, is_id
+from loraplex_shard.lora.local import LocalSource
 
 if TYPE_CHECKING:
     from loraplex_shard.lora.s3 import S3Source  # imports boto3, which only those need who use it
@@ -27,8 +27,8 @@ class Origin(Hashable, Protocol):
 class Sources:
     """The adapter directory and S3, if there are any, and the hub."""
 
-    def __init__(self, directory: Path | None, hub: HubSource, s3: "S3Source | None" = None) -> None:
-        self._local = LocalSource(directory) if directory is not None else None
+    def __init__(self, local: LocalSource | None, hub: HubSource, s3: "S3Source | None" = None) -> None:
+        self._local = local
         self._hub = hub
         self._s3 = s3
 
@@ -49,22 +49,23 @@ class Sources:
                 return self._locate_anywhere(id, revision, token)
         raise AdapterNotFoundError(f"there is no adapter source {quote(source)}: it is local, s3, hub or empty")
 
-    def local_adapters(self) -> list[LocalAdapter]:
-        """What is in the adapter directory, sorted by id."""
-        return self._local.adapters() if self._local is not None else []
-
     def _locate_anywhere(self, id: str, revision: str, token: str) -> Origin:
         if self._local is not None and self._local.has(id):
             return self._locate_local(id, revision)
-        if self._s3 is not None and not revision and is_id(id):
+        missing = "this server has no adapter directory (--adapters)"
+        if self._local is not None:
+            missing = f"the adapter directory has no {quote(id)}"
+        if self._s3 is not None and not revision and is_name(id):
             try:
                 return self._s3.locate(id, revision)
-            except AdapterNotFoundError:
-                if "/" not in id:
-                    raise
-        if "/" in id:
+            except AdapterNotFoundError as error:
+                missing = f"{missing}; {error.message}"
+        if "/" not in id:
+            raise AdapterNotFoundError(f"{missing}; names on the hub have the form org/name")
+        try:
             return self._hub.locate(id, revision, token)
-        raise AdapterNotFoundError(f"there is no adapter {quote(id)}: names on the hub have the form org/name")
+        except (AdapterNotFoundError, AdapterSourceError) as error:
+            raise type(error)(f"{missing}; {error.message}") from error
 
     def _locate_s3(self, id: str, revision: str) -> Origin:
         if self._s3 is None:

@@ -25,12 +25,15 @@ from loraplex_protos.errors import (
 )
 from loraplex_shard.layers.layout import LinearLayout
 from loraplex_shard.lora.base import BaseModel
+from loraplex_shard.lora.config import AdapterConfig
 from loraplex_shard.lora.deltas import Adapter, Delta, cut_adapter
+from loraplex_shard.lora.doubts import find_doubts
 from loraplex_shard.lora.files import AdapterFiles
 from loraplex_shard.lora.hub import HubSource
-from loraplex_shard.lora.local import LocalAdapter
+from loraplex_shard.lora.listing import LocalAdapter, LocalListing
+from loraplex_shard.lora.local import LocalSource
 from loraplex_shard.lora.merge import Recipe, merge
-from loraplex_shard.lora.peft import read_adapter, read_deltas
+from loraplex_shard.lora.peft import modules_of, read_adapter, read_deltas
 from loraplex_shard.lora.sources import Origin, Sources
 from loraplex_shard.lora.transfer import Transfer
 from loraplex_shard.lora.weights import AdapterWeights
@@ -78,7 +81,9 @@ class AdapterStore:
         self._transfer = Transfer(device)
         self._base = base
         self._host_bytes = host_bytes
-        self._sources = Sources(directory, hub or HubSource(), s3)
+        local = LocalSource(directory) if directory is not None else None
+        self._listing = LocalListing(local.root, self._doubts) if local is not None else None
+        self._sources = Sources(local, hub or HubSource(), s3)
         self._metrics = metrics or ShardMetrics()
         self._metrics.watch_adapters(self._count, self._count_host_bytes)
         self._lock = Lock()  # guards the four below; held for no longer than a look-up
@@ -155,11 +160,14 @@ class AdapterStore:
 
     def local_adapters(self) -> list[LocalAdapter]:
         """What is in the adapter directory, sorted by id."""
-        return self._sources.local_adapters()
+        return self._listing.adapters() if self._listing is not None else []
 
     def adapter_in(self, slot: int) -> AdapterWeights:
         """The adapter in a slot; KeyError if it is empty."""
         return self._slots[slot][1]
+
+    def _doubts(self, config: AdapterConfig) -> tuple[str, ...]:
+        return find_doubts(config, self._base, modules_of(self._layouts))
 
     def _staged(self, origin: Origin) -> StagedAdapter | None:
         with self._lock:
@@ -239,7 +247,7 @@ class AdapterStore:
         """Adapters by tier."""
         with self._lock:
             held = {"host": len(self._host), "device": len(self._slots)}
-        return {"disk": len(self._sources.local_adapters()), **held}
+        return {"disk": self._listing.count() if self._listing is not None else 0, **held}
 
     def _count_host_bytes(self) -> int:
         with self._lock:

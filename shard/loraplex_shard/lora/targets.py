@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TypeVar
 
 from loraplex_protos.errors import AdapterInvalidError
@@ -50,7 +51,14 @@ def find_targets(config: AdapterConfig, modules: Sequence[str]) -> dict[str, Tar
 def unmatched_targets(config: AdapterConfig, modules: Sequence[str]) -> list[str]:
     """The target_modules that no linear layer of the model is meant by. PEFT has no objection to them either."""
     listed = config.target_modules if isinstance(config.target_modules, list) else []
-    return sorted(name for name in set(listed) if not any(_is_listed(module, frozenset({name})) for module in modules))
+    return sorted(set(listed) - _endings(tuple(modules)))
+
+
+@lru_cache(maxsize=4)
+def _endings(names: tuple[str, ...]) -> frozenset[str]:
+    """Each name, and what it ends with after a dot."""
+    parts = [name.split(".") for name in names]
+    return frozenset(".".join(each[start:]) for each in parts for start in range(len(each)))
 
 
 def _target(config: AdapterConfig, lora_rank: int, alpha: float) -> Target:

@@ -4,8 +4,9 @@ The library's own readers either map the file, and a file that shrinks under a m
 they hold the interpreter's lock, which delays the steps of running sequences.
 """
 
+import io
 import json
-from typing import Annotated
+from typing import IO, Annotated
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -41,17 +42,28 @@ def read_tensors(data: bytearray) -> dict[str, torch.Tensor]:
 
     Raises AdapterInvalidError if the file is cut short or malformed, or has a tensor that is not of a float dtype.
     """
-    if len(data) < 8:
-        raise AdapterInvalidError(f"adapter_model.safetensors is cut short: it has {len(data)} bytes")
-    header_size = int.from_bytes(data[:8], "little")
-    if header_size > _MAX_HEADER_BYTES:
-        raise AdapterInvalidError("adapter_model.safetensors is no safetensors file: its header cannot be that large")
-    start = 8 + header_size
-    if start > len(data):
-        raise AdapterInvalidError("adapter_model.safetensors is cut short: its header is incomplete")
-    entries = _parse_header(bytes(data[8:start]))
-    _check_extents(entries, len(data) - start)
+    start, entries = _read_header(io.BytesIO(memoryview(data)[: 8 + _MAX_HEADER_BYTES]), len(data))
     return {name: _view(data, start, entry) for name, entry in entries.items()}
+
+
+def check_header(file: IO[bytes], size: int) -> None:
+    """Checks as much of a file of that many bytes as can be seen in its header. Raises as read_tensors does."""
+    _read_header(file, size)
+
+
+def _read_header(file: IO[bytes], size: int) -> tuple[int, dict[str, _Entry]]:
+    """Where the header ends, and what it says."""
+    if size < 8:
+        raise AdapterInvalidError(f"adapter_model.safetensors is cut short: it has {size} bytes")
+    header_size = int.from_bytes(file.read(8), "little")
+    start = 8 + header_size
+    if header_size > _MAX_HEADER_BYTES:
+        raise AdapterInvalidError("adapter_model.safetensors is not a safetensors file: its header cannot be so large")
+    if start > size:
+        raise AdapterInvalidError("adapter_model.safetensors is cut short: its header is incomplete")
+    entries = _parse_header(file.read(header_size))
+    _check_extents(entries, size - start)
+    return start, entries
 
 
 def _parse_header(header: bytes) -> dict[str, _Entry]:
@@ -61,7 +73,9 @@ def _parse_header(header: bytes) -> dict[str, _Entry]:
             fields.pop("__metadata__", None)
         return _HEADER.validate_python(fields)
     except (ValueError, RecursionError, ValidationError):
-        raise AdapterInvalidError("adapter_model.safetensors is no safetensors file: its header is malformed") from None
+        raise AdapterInvalidError(
+            "adapter_model.safetensors is not a safetensors file: its header is malformed"
+        ) from None
 
 
 def _check_extents(entries: dict[str, _Entry], size: int) -> None:

@@ -1,0 +1,156 @@
+"""What lies in the adapter directory, and what can be seen to be wrong with it without reading it whole."""
+
+import os
+import stat
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from loraplex_protos.adapter_names import MAX_PARTS, RULE, is_part, normal
+from loraplex_protos.errors import AdapterInvalidError
+from loraplex_shard.lora.config import AdapterConfig, parse_config
+from loraplex_shard.lora.files import CONFIG, MLX_TENSORS, PICKLE, TENSORS, check_names, check_size
+from loraplex_shard.lora.folders import cached_id, find_snapshot, is_inside
+from loraplex_shard.lora.tensors import check_header
+
+_TELLING = frozenset({CONFIG, TENSORS, PICKLE, MLX_TENSORS})  # any of them makes a folder an adapter's
+_OUTSIDE = "it is a link that leads out of the adapter directory"
+LOOK_SECONDS = 2.0
+FOLDERS_AT_A_TIME = 64
+
+
+@dataclass(frozen=True, slots=True)
+class LocalAdapter:
+    """A name in the adapter directory."""
+
+    id: str
+    fault: str = ""  # why it cannot be served; empty: nothing is wrong as far as can be seen
+    warnings: tuple[str, ...] = ()  # what may be wrong with it though it can be served
+
+
+class _Found(NamedTuple):
+    id: str
+    folder: str  # links followed
+    files: frozenset[str] = frozenset()
+    fault: str = ""
+
+
+class LocalListing:
+    """Adapters are looked into once, and again when their files have changed.
+
+    `doubts` says what may be wrong with an adapter of that configuration.
+    """
+
+    def __init__(self, root: Path, doubts: Callable[[AdapterConfig], tuple[str, ...]]) -> None:
+        self._root = str(root)
+        self._doubts = doubts
+        self._seen: dict[str, tuple[object, LocalAdapter]] = {}
+
+    def adapters(self) -> list[LocalAdapter]:
+        """Sorted by id. Of thousands that are new, only so many are looked into as some seconds allow; the others
+        appear without a fault until a later call."""
+        found: dict[str, _Found] = {}
+        for adapter in self._found():
+            if adapter.id not in found or adapter.folder.endswith(adapter.id):  # the one that is spelled like its id
+                found[adapter.id] = adapter
+        deadline = time.monotonic() + LOOK_SECONDS
+        listed = [self._look(adapter, deadline) for _, adapter in sorted(found.items())]
+        self._seen = {id: seen for id, seen in self._seen.items() if id in found}
+        return listed
+
+    def count(self) -> int:
+        return sum(1 for _ in self._found())
+
+    def _found(self) -> Iterator[_Found]:
+        for number, adapter in enumerate(self._walk(self._root, ())):
+            if number % FOLDERS_AT_A_TIME == 0:
+                time.sleep(0)  # a step may be waiting for the interpreter
+            yield adapter
+
+    def _walk(self, folder: str, names: tuple[str, ...]) -> Iterator[_Found]:
+        try:
+            with os.scandir(folder) as scan:
+                entries = list(scan)
+        except OSError as error:
+            if names and isinstance(error, PermissionError):
+                yield _Found("/".join(names), folder, fault=f"the folder cannot be read: {error.strerror}")
+            return
+        files = [entry for entry in entries if entry.name in _TELLING]
+        if names and files:
+            outside = any(entry.is_symlink() and not self._holds(entry.path) for entry in files)
+            fault = f"its files: {_OUTSIDE}" if outside else ""
+            yield _Found("/".join(names), folder, frozenset(entry.name for entry in files), fault)
+            return
+        for entry in entries:
+            with suppress(OSError):  # it went away meanwhile, or is a link to itself
+                yield from self._enter(entry, names)
+
+    def _enter(self, entry: os.DirEntry[str], names: tuple[str, ...]) -> Iterator[_Found]:
+        if not entry.is_dir():
+            return
+        path, part = entry.path, _shown(entry.name)
+        id = "/".join((*names, part))
+        if entry.is_symlink():
+            path = os.path.realpath(path)
+            if not self._holds(path):
+                yield _Found(id, path, fault=_OUTSIDE)
+                return
+            if Path(entry.path).is_relative_to(path):  # a circle
+                return
+        if not names and (snapshot := find_snapshot(Path(path))):
+            yield from self._walk(os.path.realpath(snapshot), tuple(cached_id(entry.name).split("/")))
+        elif is_part(part) and len(names) < MAX_PARTS:
+            yield from self._walk(path, (*names, part))
+        elif os.path.isfile(os.path.join(path, CONFIG)):
+            yield _Found(id, path, fault=f"it cannot be asked for by this name: {RULE}")
+
+    def _holds(self, path: str) -> bool:
+        return is_inside(Path(path), Path(self._root))
+
+    def _look(self, found: _Found, deadline: float) -> LocalAdapter:
+        if found.fault:
+            return LocalAdapter(found.id, found.fault)
+        state, known = _state(found), self._seen.get(found.id)
+        if known is not None and known[0] == state:
+            return known[1]
+        if time.monotonic() > deadline:
+            return LocalAdapter(found.id)
+        time.sleep(0)
+        try:
+            adapter = LocalAdapter(found.id, warnings=self._inspect(found))
+        except AdapterInvalidError as error:
+            adapter = LocalAdapter(found.id, error.message)
+        except OSError as error:
+            adapter = LocalAdapter(found.id, f"the files cannot be read: {error.strerror}")
+        self._seen[found.id] = state, adapter
+        return adapter
+
+    def _inspect(self, found: _Found) -> tuple[str, ...]:
+        check_names(found.files)
+        config, tensors = Path(found.folder, CONFIG), Path(found.folder, TENSORS)
+        for path in (config, tensors):
+            status = path.stat()
+            if not stat.S_ISREG(status.st_mode):
+                raise AdapterInvalidError(f"{path.name} is not a regular file")
+            check_size(path.name, status.st_size)
+        doubts = self._doubts(parse_config(config.read_bytes()))
+        with tensors.open("rb") as file:
+            check_header(file, tensors.stat().st_size)
+        return doubts
+
+
+def _state(found: _Found) -> object:
+    """Equal states have equal contents, as far as `stat` can tell."""
+    try:
+        statuses = [os.stat(f"{found.folder}/{name}") for name in (CONFIG, TENSORS) if name in found.files]
+    except OSError:
+        return None
+    return found.files, *((s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for s in statuses)
+
+
+def _shown(name: str) -> str:
+    """As it can be written: a folder's name may be bytes that are no text."""
+    return normal(name.encode(errors="surrogateescape").decode(errors="backslashreplace"))

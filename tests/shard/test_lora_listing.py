@@ -1,0 +1,201 @@
+"""What is in the adapter directory is listed: what is sound can be asked for, what is not has its reason."""
+
+import json
+import os
+import shutil
+import unicodedata
+from pathlib import Path
+
+import pytest
+import torch
+
+from loraplex_protos.adapter_names import is_name
+from loraplex_protos.errors import AdapterNotFoundError
+from loraplex_shard.lora import listing
+from loraplex_shard.lora.files import CONFIG, MLX_TENSORS, PICKLE, TENSORS
+from loraplex_shard.lora.listing import LocalAdapter
+from loraplex_shard.lora.store import AdapterStore
+from tests.shard.lora_models import BASE, edit_config, layouts, save_adapter
+
+NFC, NFD = (unicodedata.normalize(form, "Müller-Straße") for form in ("NFC", "NFD"))
+GOOD = ["sql v2", "a=b", "team@2024-01", "naïve", NFC, "日本語", "100%", "a%20b", "it's (new)", "-x", "a:b", "_+~#&!"]
+BAD = ["a,b", "a*", "what?", "[x]", "back\\slash", " leading", "trailing ", ".hidden", "tab\there", "line\nbreak"]
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("sound")
+    save_adapter(directory, target_modules=["q_proj"])
+    edit_config(directory, base_model_name_or_path=None)
+    return directory
+
+
+def store_of(root: Path) -> AdapterStore:
+    return AdapterStore(layouts(), torch.float32, torch.device("cpu"), root, BASE)
+
+
+def listed(root: Path) -> dict[str, LocalAdapter]:
+    return {adapter.id: adapter for adapter in store_of(root).local_adapters()}
+
+
+@pytest.mark.parametrize("name", [*GOOD, "org/sql v2", "a/b/c/d"])
+def test_a_sound_adapter_is_listed_and_found_by_its_name(name: str, sound: Path, tmp_path: Path) -> None:
+    shutil.copytree(sound, tmp_path / name)
+    assert listed(tmp_path) == {name: LocalAdapter(name)}
+    assert store_of(tmp_path).stage(name, "", "", "").source == "local"
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_cannot_be_asked_for_by_its_name_is_listed_with_the_rule(name: str, sound: Path, tmp_path: Path) -> None:
+    shutil.copytree(sound, tmp_path / name)
+    assert "a name has 1 to 4 parts" in listed(tmp_path)[name].fault
+    with pytest.raises(AdapterNotFoundError):
+        store_of(tmp_path).stage(name, "local", "", "")
+
+
+def test_a_folders_name_that_is_no_text_is_listed_as_it_can_be_written(sound: Path, tmp_path: Path) -> None:
+    shutil.copytree(sound, os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    assert "a name has" in listed(tmp_path)["caf\\xe9"].fault
+
+
+@pytest.mark.parametrize("on_disk", [NFC, NFD])
+def test_both_forms_of_an_umlaut_are_one_name(on_disk: str, sound: Path, tmp_path: Path) -> None:
+    shutil.copytree(sound, tmp_path / "org" / on_disk)
+    assert list(listed(tmp_path)) == [f"org/{NFC}"]
+    assert store_of(tmp_path).stage(f"org/{NFC}", "", "", "").source == "local"
+
+
+def spoil(folder: Path, kind: str) -> None:
+    tensors = folder / TENSORS
+    match kind:
+        case "no tensors":
+            tensors.unlink()
+        case "no config":
+            (folder / CONFIG).unlink()
+        case "a pickle":
+            tensors.rename(folder / PICKLE)
+        case "MLX":
+            tensors.rename(folder / MLX_TENSORS)
+        case "a config that is not JSON":
+            (folder / CONFIG).write_text("{")
+        case "DoRA":
+            edit_config(folder, use_dora=True)
+        case "cut short":
+            tensors.write_bytes(tensors.read_bytes()[:-10])
+        case "empty":
+            tensors.write_bytes(b"")
+        case "a pointer of git lfs":
+            tensors.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12345678\n")
+        case "tensors elsewhere":
+            shutil.move(tensors, folder.parent.parent / TENSORS)
+            tensors.symlink_to(folder.parent.parent / TENSORS)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("no tensors", f"{TENSORS} is missing"),
+        ("no config", f"{CONFIG} is missing"),
+        ("a pickle", "is a pickle file"),
+        ("MLX", "MLX-LM's format"),
+        ("a config that is not JSON", CONFIG),
+        ("DoRA", "use_dora"),
+        ("cut short", "cut short: 10 bytes are missing"),
+        ("empty", "cut short: it has 0 bytes"),
+        ("a pointer of git lfs", "not a safetensors file"),
+        ("tensors elsewhere", "a link that leads out of the adapter directory"),
+    ],
+)
+def test_a_broken_adapter_is_listed_with_its_reason_until_it_is_mended(
+    kind: str, reason: str, sound: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "adapters"
+    shutil.copytree(sound, root / "a")
+    spoil(root / "a", kind)
+    store = store_of(root)
+    assert reason in store.local_adapters()[0].fault
+    shutil.rmtree(root / "a")
+    shutil.copytree(sound, root / "a")
+    assert store.local_adapters() == [LocalAdapter("a")]
+
+
+def test_doubts_are_listed_before_anything_is_loaded(sound: Path, tmp_path: Path) -> None:
+    edit_config(shutil.copytree(sound, tmp_path / "a"), base_model_name_or_path="org/other-3b")
+    assert "org/other-3b" in listed(tmp_path)["a"].warnings[0]
+
+
+def test_what_has_not_changed_is_not_looked_into_again(
+    sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[object] = []
+    parse = listing.parse_config
+    monkeypatch.setattr(listing, "parse_config", lambda data: read.append(data) or parse(data))
+    for number in range(3):
+        shutil.copytree(sound, tmp_path / str(number))
+    store = store_of(tmp_path)
+    assert store.local_adapters() == store.local_adapters()
+    assert len(read) == 3
+    edit_config(tmp_path / "1", r=4, lora_alpha=3)
+    store.local_adapters()
+    assert len(read) == 4
+
+
+def test_thousands_of_new_adapters_are_listed_at_once_and_looked_into_later(
+    sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(3):
+        shutil.copytree(sound, tmp_path / str(number))
+    (tmp_path / "2" / CONFIG).write_text("{")
+    store = store_of(tmp_path)
+    monkeypatch.setattr(listing, "LOOK_SECONDS", -1.0)
+    assert store.local_adapters() == [LocalAdapter("0"), LocalAdapter("1"), LocalAdapter("2")]
+    monkeypatch.setattr(listing, "LOOK_SECONDS", 60.0)
+    assert [bool(adapter.fault) for adapter in store.local_adapters()] == [False, False, True]
+
+
+def test_links_are_followed_within_the_directory_alone(sound: Path, tmp_path: Path) -> None:
+    root = tmp_path / "adapters"
+    shutil.copytree(sound, root / "a")
+    (root / "link").symlink_to("a")
+    (root / "outside").symlink_to(sound)
+    (root / "circle").symlink_to(root)
+    (root / "itself").symlink_to("itself")
+    found = listed(root)
+    assert found.keys() == {"a", "link", "outside"}
+    assert (found["link"].fault, "leads out" in found["outside"].fault) == ("", True)
+    with pytest.raises(AdapterNotFoundError):
+        store_of(root).stage("outside", "local", "", "")
+
+
+def test_a_copy_of_the_hubs_cache_holds_adapters_by_their_hub_ids(sound: Path, tmp_path: Path) -> None:
+    repository = tmp_path / "models--org--sql"
+    for commit, r in (("c0", 3), ("c1", 4)):
+        shutil.copytree(sound, repository / "snapshots" / commit)
+        edit_config(repository / "snapshots" / commit, lora_alpha=r)
+    blobs = repository / "blobs"
+    blobs.mkdir()
+    shutil.move(repository / "snapshots" / "c0" / TENSORS, blobs / "b0")
+    (repository / "snapshots" / "c0" / TENSORS).symlink_to("../../blobs/b0")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("c0")
+    assert listed(tmp_path) == {"org/sql": LocalAdapter("org/sql")}
+    store = store_of(tmp_path)
+    first = store.stage("org/sql", "", "", "")
+    assert first.source == "local"
+    (repository / "refs" / "main").write_text("c1")
+    assert store.stage("org/sql", "", "", "").digest != first.digest
+
+
+def test_folders_appear_and_go_while_the_server_runs(sound: Path, tmp_path: Path) -> None:
+    store = store_of(tmp_path / "adapters")
+    assert store.local_adapters() == []
+    shutil.copytree(sound, tmp_path / "adapters" / "late")
+    assert store.local_adapters() == [LocalAdapter("late")]
+    assert json.loads((tmp_path / "adapters" / "late" / CONFIG).read_text())
+    shutil.rmtree(tmp_path / "adapters" / "late")
+    assert store.local_adapters() == []
+
+
+@pytest.mark.parametrize("name", ["", "/", "a//b", "../a", "a/../b", "a/.", "x" * 256, "/".join("abcde"), "a\x00b"])
+def test_a_name_leads_nowhere_else(name: str) -> None:
+    assert not is_name(name)
