@@ -18,8 +18,10 @@ START_SECONDS = 120  # a loaded machine is slow
 class Process:
     """A running `loraplex` command. Its log is kept."""
 
+    module = "loraplex.cli.main"
+
     def __init__(self, *arguments: str, env: dict[str, str] | None = None, cwd: str | None = None) -> None:
-        command = [sys.executable, "-m", "loraplex.cli.main", *arguments]
+        command = [sys.executable, "-m", self.module, *arguments]
         clean = {name: value for name, value in os.environ.items() if not name.startswith("LORAPLEX_")}
         environment = {**clean, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "HF_HUB_OFFLINE": "0", **(env or {})}
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, cwd=cwd)
@@ -128,6 +130,12 @@ class Shard(Process):
 
     def __init__(self, *flags: str, env: dict[str, str] | None = None) -> None:
         super().__init__("shard", *flags, env=env)
+
+
+class MortalShard(Shard):
+    """One that dies of some tokens, and is started again then."""
+
+    module = "tests.e2e.mortal_shard"
 
 
 def free_port() -> int:

@@ -1,0 +1,57 @@
+"""A request that a real shard dies of ends alone, and its neighbours get all of their tokens."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from loraplex import AsyncClient, FinishReason, GenerationError
+from tests.e2e.mortal_shard import KILLING, RAISING
+from tests.e2e.processes import MortalShard, Router
+from tests.e2e.tiny import Oracle, byte_tokenizer
+
+
+@asynccontextmanager
+async def started_again(*flags: str) -> AsyncIterator[list[MortalShard]]:
+    """A shard, and whenever it dies the next one."""
+    shards: list[MortalShard] = []
+
+    async def keep() -> None:
+        while True:
+            shards.append(MortalShard(*flags))
+            await asyncio.to_thread(shards[-1].process.wait)
+
+    task = asyncio.create_task(keep())
+    try:
+        yield shards
+    finally:
+        task.cancel()
+        for shard in shards:
+            shard.kill()
+
+
+async def test_a_request_that_shards_die_of_ends_alone(model: Path, oracle: Oracle, tmp_path: Path):
+    listen = f"unix:{tmp_path}/shard"
+    flags = f"--model={model}", f"--listen={listen}", "--kv-blocks=512", "--threads=1"
+    with Router(f"--shards={listen}", "--move-seconds=120") as router:
+        async with started_again(*flags) as shards, AsyncClient(router.address) as client:
+            await asyncio.to_thread(router.wait_until, "loraplex_groups", 1, 120)
+            await its_neighbours_get_all_of_their_tokens(client, oracle, RAISING)
+            assert len(shards) == 1
+            await its_neighbours_get_all_of_their_tokens(client, oracle, KILLING)
+            assert len(shards) == 4
+        router.assert_nothing_is_held()
+
+
+async def its_neighbours_get_all_of_their_tokens(client: AsyncClient, oracle: Oracle, deadly: int) -> None:
+    prompts = [byte_tokenizer().encode(text) for text in ("one", "two", "three")]
+    streams = [client.stream(prompt, max_new_tokens=200, ignore_eos=True) for prompt in prompts]
+    seen = [[await anext(stream)] for stream in streams]
+    with pytest.raises(GenerationError, match="lost while they worked on this request"):
+        await client.generate([5, deadly, 5], max_new_tokens=4)
+    for stream, prompt, events in zip(streams, prompts, seen, strict=True):
+        events += [event async for event in stream]
+        assert events[-1].finish_reason is FinishReason.LENGTH
+        assert [token.id for event in events for token in event.tokens] == oracle.generate(prompt, None, 200)[0]
