@@ -8,7 +8,7 @@ import grpc
 import grpc.aio
 
 from loraplex import requests, responses
-from loraplex.connection import CHANNEL_OPTIONS, key_metadata, typed_errors
+from loraplex.connection import CHANNEL_OPTIONS, check_address, key_metadata, typed_errors
 from loraplex.types import (
     Adapter,
     AdapterReference,
@@ -45,7 +45,8 @@ class AsyncClient:
         credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
         """`server` is host:port; `api_key` is for a server that takes keys; `credentials`
-        (`grpc.ssl_channel_credentials()`, for example) turn TLS on."""
+        (`grpc.ssl_channel_credentials()`, for example) turn TLS on. Raises ValueError if `server` is a URL."""
+        self._server = check_address(server)
         self._metadata = key_metadata(api_key)
         if credentials is None:
             self._channel = grpc.aio.insecure_channel(server, options=CHANNEL_OPTIONS)
@@ -70,7 +71,7 @@ class AsyncClient:
     ) -> Generation:
         """See `Client.generate`."""
         request = requests.generate_request(prompt, **options)
-        with typed_errors():
+        with typed_errors(self._server):
             return responses.generation(await self._stub.Generate(request, timeout=timeout, metadata=self._metadata))
 
     def stream(
@@ -80,7 +81,7 @@ class AsyncClient:
         return self._pieces(requests.generate_request(prompt, **options), timeout)
 
     async def _pieces(self, request: pb.GenerateRequest, timeout: float | None) -> AsyncGenerator[StreamPiece, None]:
-        with typed_errors():
+        with typed_errors(self._server):
             call = self._stub.GenerateStream(request, timeout=timeout, metadata=self._metadata)
             try:
                 async for response in call:
@@ -90,7 +91,7 @@ class AsyncClient:
 
     async def cancel(self, request_id: str, *, timeout: float | None = None) -> None:
         """See `Client.cancel`."""
-        with typed_errors():
+        with typed_errors(self._server):
             await self._stub.CancelGeneration(
                 requests.cancel_request(request_id), timeout=timeout, metadata=self._metadata
             )
@@ -104,7 +105,7 @@ class AsyncClient:
     ) -> tuple[Embedding, ...]:
         """See `Client.embed`."""
         request = requests.embed_request(inputs, adapter)
-        with typed_errors():
+        with typed_errors(self._server):
             return responses.embeddings(await self._stub.Embed(request, timeout=timeout, metadata=self._metadata))
 
     async def tokenize(
@@ -115,13 +116,13 @@ class AsyncClient:
         timeout: float | None = None,
     ) -> tuple[TokenSpan, ...]:
         """See `Client.tokenize`."""
-        with typed_errors():
+        with typed_errors(self._server):
             request = requests.tokenize_request(prompt, skip_special_tokens)
             return responses.token_spans(await self._stub.Tokenize(request, timeout=timeout, metadata=self._metadata))
 
     async def adapters(self, *, timeout: float | None = None) -> tuple[Adapter, ...]:
         """See `Client.adapters`."""
-        with typed_errors():
+        with typed_errors(self._server):
             response = await self._stub.ListAdapters(pb.ListAdaptersRequest(), timeout=timeout, metadata=self._metadata)
             return tuple(responses.adapter(status) for status in response.adapters)
 
@@ -130,7 +131,7 @@ class AsyncClient:
     ) -> Adapter:
         """See `Client.load_adapter`."""
         reference = requests.adapter_reference(AdapterReference(id, source, revision, token))
-        with typed_errors():
+        with typed_errors(self._server):
             response = await self._stub.LoadAdapter(
                 pb.LoadAdapterRequest(adapter=reference), timeout=timeout, metadata=self._metadata
             )
@@ -149,7 +150,7 @@ class AsyncClient:
         """See `Client.unload_adapter`."""
         request = pb.UnloadAdapterRequest(wait=wait)
         requests.name_adapter(request, AdapterReference(id, source, revision), digest)
-        with typed_errors():
+        with typed_errors(self._server):
             await self._stub.UnloadAdapter(request, timeout=timeout, metadata=self._metadata)
 
     async def pin_adapter(
@@ -165,7 +166,7 @@ class AsyncClient:
         """See `Client.pin_adapter`."""
         reference = AdapterReference(id, source, revision, token)
         request = requests.name_adapter(pb.PinAdapterRequest(), reference, digest)
-        with typed_errors():
+        with typed_errors(self._server):
             response = await self._stub.PinAdapter(request, timeout=timeout, metadata=self._metadata)
             return responses.adapter(response.adapter)
 
@@ -180,13 +181,13 @@ class AsyncClient:
     ) -> Adapter:
         """See `Client.unpin_adapter`."""
         request = requests.name_adapter(pb.UnpinAdapterRequest(), AdapterReference(id, source, revision), digest)
-        with typed_errors():
+        with typed_errors(self._server):
             response = await self._stub.UnpinAdapter(request, timeout=timeout, metadata=self._metadata)
             return responses.adapter(response.adapter)
 
     async def info(self, *, timeout: float | None = None) -> ModelInfo:
         """See `Client.info`."""
-        with typed_errors():
+        with typed_errors(self._server):
             return responses.model_info(
                 await self._stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=timeout, metadata=self._metadata)
             )

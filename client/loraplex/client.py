@@ -7,7 +7,7 @@ from typing import Self, Unpack
 import grpc
 
 from loraplex import requests, responses
-from loraplex.connection import CHANNEL_OPTIONS, key_metadata, typed_errors
+from loraplex.connection import CHANNEL_OPTIONS, check_address, key_metadata, typed_errors
 from loraplex.types import (
     Adapter,
     AdapterReference,
@@ -46,7 +46,8 @@ class Client:
         credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
         """`server` is host:port; `api_key` is for a server that takes keys; `credentials`
-        (`grpc.ssl_channel_credentials()`, for example) turn TLS on."""
+        (`grpc.ssl_channel_credentials()`, for example) turn TLS on. Raises ValueError if `server` is a URL."""
+        self._server = check_address(server)
         self._metadata = key_metadata(api_key)
         if credentials is None:
             self._channel = grpc.insecure_channel(server, options=CHANNEL_OPTIONS)
@@ -71,7 +72,7 @@ class Client:
     ) -> Generation:
         """Answers once all sequences are finished. The options are those of `GenerateOptions`."""
         request = requests.generate_request(prompt, **options)
-        with typed_errors():
+        with typed_errors(self._server):
             return responses.generation(self._stub.Generate(request, timeout=timeout, metadata=self._metadata))
 
     def stream(
@@ -84,7 +85,7 @@ class Client:
         return self._pieces(requests.generate_request(prompt, **options), timeout)
 
     def _pieces(self, request: pb.GenerateRequest, timeout: float | None) -> Generator[StreamPiece, None, None]:
-        with typed_errors():
+        with typed_errors(self._server):
             call = self._stub.GenerateStream(request, timeout=timeout, metadata=self._metadata)
             try:
                 for response in call:
@@ -97,7 +98,7 @@ class Client:
 
         Raises RequestNotFoundError if no such request is running.
         """
-        with typed_errors():
+        with typed_errors(self._server):
             self._stub.CancelGeneration(requests.cancel_request(request_id), timeout=timeout, metadata=self._metadata)
 
     def embed(
@@ -109,7 +110,7 @@ class Client:
     ) -> tuple[Embedding, ...]:
         """One embedding for each of at most 1024 inputs: texts, token ids or conversations."""
         request = requests.embed_request(inputs, adapter)
-        with typed_errors():
+        with typed_errors(self._server):
             return responses.embeddings(self._stub.Embed(request, timeout=timeout, metadata=self._metadata))
 
     def tokenize(
@@ -123,13 +124,13 @@ class Client:
 
         `skip_special_tokens` leaves out those that the tokenizer adds to a text.
         """
-        with typed_errors():
+        with typed_errors(self._server):
             request = requests.tokenize_request(prompt, skip_special_tokens)
             return responses.token_spans(self._stub.Tokenize(request, timeout=timeout, metadata=self._metadata))
 
     def adapters(self, *, timeout: float | None = None) -> tuple[Adapter, ...]:
         """The adapters that are loaded, and those that lie in the server's adapter directory."""
-        with typed_errors():
+        with typed_errors(self._server):
             response = self._stub.ListAdapters(pb.ListAdaptersRequest(), timeout=timeout, metadata=self._metadata)
             return tuple(responses.adapter(status) for status in response.adapters)
 
@@ -143,7 +144,7 @@ class Client:
         AdapterSourceError.
         """
         reference = requests.adapter_reference(AdapterReference(id, source, revision, token))
-        with typed_errors():
+        with typed_errors(self._server):
             response = self._stub.LoadAdapter(
                 pb.LoadAdapterRequest(adapter=reference), timeout=timeout, metadata=self._metadata
             )
@@ -167,7 +168,7 @@ class Client:
         """
         request = pb.UnloadAdapterRequest(wait=wait)
         requests.name_adapter(request, AdapterReference(id, source, revision), digest)
-        with typed_errors():
+        with typed_errors(self._server):
             self._stub.UnloadAdapter(request, timeout=timeout, metadata=self._metadata)
 
     def pin_adapter(
@@ -187,7 +188,7 @@ class Client:
         """
         reference = AdapterReference(id, source, revision, token)
         request = requests.name_adapter(pb.PinAdapterRequest(), reference, digest)
-        with typed_errors():
+        with typed_errors(self._server):
             response = self._stub.PinAdapter(request, timeout=timeout, metadata=self._metadata)
             return responses.adapter(response.adapter)
 
@@ -202,13 +203,13 @@ class Client:
     ) -> Adapter:
         """Lets an adapter leave the device again when others need its slot."""
         request = requests.name_adapter(pb.UnpinAdapterRequest(), AdapterReference(id, source, revision), digest)
-        with typed_errors():
+        with typed_errors(self._server):
             response = self._stub.UnpinAdapter(request, timeout=timeout, metadata=self._metadata)
             return responses.adapter(response.adapter)
 
     def info(self, *, timeout: float | None = None) -> ModelInfo:
         """The model that the server runs, and how."""
-        with typed_errors():
+        with typed_errors(self._server):
             return responses.model_info(
                 self._stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=timeout, metadata=self._metadata)
             )

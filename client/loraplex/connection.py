@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import grpc
 
-from loraplex_protos.errors import from_rpc_error
+from loraplex_protos.errors import DeadlineError, LoraplexError, UnavailableError, from_rpc_error
 
 _SERVICE = "loraplex.v1.GenerationService"
 
@@ -41,10 +41,42 @@ def key_metadata(api_key: str | None) -> tuple[tuple[str, str], ...]:
     return (("authorization", f"Bearer {api_key}"),) if api_key else ()
 
 
+def check_address(server: str) -> str:
+    """Raises ValueError for what is not the address of a gRPC port."""
+    if not server or server.startswith(("http://", "https://")):
+        raise ValueError(f"{server!r} is not HOST:PORT, the address of a server's gRPC port, such as localhost:50051")
+    return server
+
+
 @contextmanager
-def typed_errors() -> Iterator[None]:
-    """Turns what a gRPC call raises into the LoraplexError that the server, or the connection, meant by it."""
+def typed_errors(server: str) -> Iterator[None]:
+    """Turns what a gRPC call to `server` raises into the LoraplexError that was meant by it."""
     try:
         yield
     except grpc.RpcError as error:
-        raise from_rpc_error(error) from None
+        typed = from_rpc_error(error)
+        raise _explained(typed, server) from None
+
+
+def _explained(error: LoraplexError, server: str) -> LoraplexError:
+    """In other words than gRPC's, where it was gRPC itself that failed."""
+    message = error.message
+    if isinstance(error, DeadlineError) and message == "Deadline Exceeded":
+        return DeadlineError("the timeout passed before the server had answered")
+    if isinstance(error, UnavailableError):
+        if message.startswith(("failed to connect", "errors resolving")):
+            return UnavailableError(_why_not_connected(message, server))
+        if "Socket closed" in message or "Connection reset" in message:
+            return UnavailableError(f"the connection to {server} was lost: the server ended, or something between")
+    return error
+
+
+def _why_not_connected(message: str, server: str) -> str:
+    if "http1.x server" in message or "parsing HTTP/2" in message:
+        return f"{server} answers HTTP, not gRPC: give the address of the server's gRPC port, such as localhost:50051"
+    if message.startswith("errors resolving"):
+        return f"{server} is not an address that is known here: write HOST:PORT"
+    if "Connection refused" in message:
+        port = "" if ":" in server else " (port 443, since it names none)"
+        return f"no server answers at {server}{port}"
+    return f"no server answers at {server}: {message.rpartition('last error: ')[2]}"

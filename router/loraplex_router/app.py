@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import gc
 import logging
 import signal
@@ -59,6 +60,7 @@ class Router:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
         async with self._http() as http_port:
+            listen(self._settings.host, self._settings.grpc_port, "--grpc-port").close()  # gRPC does not say why not
             grpc_port = await self._grpc.start(self._settings.host, self._settings.grpc_port)
             logger.info("listening on port %d (gRPC) and port %d (HTTP)", grpc_port, http_port)
             work = asyncio.create_task(self._work(lambda: ready(http_port, grpc_port)))
@@ -116,7 +118,7 @@ class Router:
 
     @contextlib.asynccontextmanager
     async def _http(self) -> AsyncIterator[int]:
-        listener = _listen(self._settings.host, self._settings.http_port)
+        listener = listen(self._settings.host, self._settings.http_port, "--http-port")
         server = HttpServer(
             uvicorn.Config(
                 self._app, log_level="warning", log_config=None, lifespan="off", timeout_graceful_shutdown=STOP_SECONDS
@@ -130,12 +132,20 @@ class Router:
             await serving
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    """At an address of either family; at `::`, which is every network, in both."""
-    if ":" not in host:
-        return socket.create_server((host, port))
+def listen(host: str, port: int, flag: str) -> socket.socket:
+    """At an address of either family; at `::`, which is every network, in both. Raises OSError that says what to do
+    about it; `flag` sets the port."""
     both = host == "::" and socket.has_dualstack_ipv6()
-    return socket.create_server((host, port), family=socket.AF_INET6, dualstack_ipv6=both)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, dualstack_ipv6=both)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise OSError(f"port {port} is taken: end what listens there, or give another {flag} (0: any)") from error
+        if error.errno in (errno.EACCES, errno.EPERM):
+            raise OSError(f"port {port} may not be opened by this user: give a {flag} above 1023") from error
+        reason = (error.strerror or str(error)).partition(" (while")[0]
+        raise OSError(f"--host: {host} is not an address of this machine: {reason}") from error
 
 
 class HttpServer(uvicorn.Server):

@@ -1,5 +1,6 @@
 """What the machine that a rank runs on offers, and what the settings make of it."""
 
+import math
 from pathlib import Path
 
 import psutil
@@ -80,6 +81,22 @@ def longest_context(settings: ModelSettings, config: PreTrainedConfig) -> int:
     if settings.max_model_len > limit:
         raise SettingsError(f"max_model_len: {settings.max_model_len} is more than the {limit} the model was made for")
     return settings.max_model_len or limit
+
+
+def check_room_for(
+    checkpoint: Checkpoint, dtype: torch.dtype, quantize: Quantize, tp: int, device: torch.device
+) -> None:
+    """Raises SettingsError if a rank's weights cannot fit into free memory: the kernel would kill the process.
+    What is compared is the least that they can take."""
+    bits = {"int8": 8, "int4": 4}.get(quantize, 4 if checkpoint.prequantized else 8 * dtype.itemsize)
+    weights = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names)
+    needed = weights * bits // 8 // tp
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory(CGROUP)
+    if needed > free:
+        raise SettingsError(
+            f"model: {weights:,} weights take at least {needed / 2**30:.1f} GiB on each rank, but only "
+            f"{free / 2**30:.1f} GiB of memory is free: free some, or set quantize to int8 or int4"
+        )
 
 
 def count_blocks(settings: ModelSettings, max_model_len: int, block_bytes: int, device: torch.device) -> int:

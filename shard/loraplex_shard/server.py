@@ -140,7 +140,9 @@ def _load(
     dtype = machine.pick_dtype(settings.dtype, checkpoint.config, device)
     max_model_len = machine.longest_context(settings, checkpoint.config)
     ops = choose_operations(device, dtype, kernels)
-    target = Target(dtype, device, machine.pick_quantize(settings.quantize, checkpoint))
+    quantize = machine.pick_quantize(settings.quantize, checkpoint)
+    machine.check_room_for(checkpoint, dtype, quantize, settings.tp, device)
+    target = Target(dtype, device, quantize)
     decoder = load_decoder(checkpoint, group, ops, target, max_model_len, progress)
     kv_dtype = torch.int8 if settings.kv_dtype == "int8" else dtype
     keep_freed()  # what loading freed is given back

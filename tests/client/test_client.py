@@ -4,6 +4,8 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from threading import Thread
 
 import grpc
 import pytest
@@ -209,7 +211,10 @@ def test_a_server_that_stays_unavailable_is_given_up(client: Client, servicer: S
 
 
 def test_no_server_is_an_unavailable_error() -> None:
-    with Client("127.0.0.1:1") as client, pytest.raises(UnavailableError, match="failed to connect"):
+    with (
+        Client("127.0.0.1:1") as client,
+        pytest.raises(UnavailableError, match=r"no server answers at 127\.0\.0\.1:1$"),
+    ):
         client.info()
 
 
@@ -295,3 +300,38 @@ def test_a_client_can_be_shared_between_threads(client: Client) -> None:
 
     with ThreadPoolExecutor(8) as threads:
         assert list(threads.map(ask, range(16))) == [" one two three"] * 16
+
+
+class _Silent(BaseHTTPRequestHandler):
+    def log_message(self, format: str, *arguments: object) -> None:
+        """Into no test's output."""
+
+
+def test_an_http_port_is_called_one() -> None:
+    with HTTPServer(("127.0.0.1", 0), _Silent) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        with (
+            Client(f"127.0.0.1:{server.server_port}") as client,
+            pytest.raises(UnavailableError, match="answers HTTP, not gRPC: give the address of the server's gRPC port"),
+        ):
+            client.info(timeout=10)
+        server.shutdown()
+
+
+@pytest.mark.parametrize("server", ["", "http://localhost:3000"])
+def test_what_is_not_an_address_is_refused_at_once(server: str) -> None:
+    with pytest.raises(ValueError, match="is not HOST:PORT"):
+        Client(server)
+
+
+def test_a_name_that_nobody_knows_is_named() -> None:
+    with (
+        Client("no-such-host.invalid:50051") as client,
+        pytest.raises(UnavailableError, match="is not an address that"),
+    ):
+        client.info(timeout=10)
+
+
+def test_a_timeout_says_that_it_passed(client: Client) -> None:
+    with pytest.raises(DeadlineError, match="the timeout passed before the server had answered"):
+        client.generate(ENDLESS, timeout=0.3)

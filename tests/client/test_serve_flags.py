@@ -59,3 +59,17 @@ def test_the_help_is_by_subject(capsys: pytest.CaptureFixture[str]):
 def test_each_setting_of_a_subject_exists():
     known = {name for kind in (ServeSettings, RouterSettings, ShardSettings) for name in kind.model_fields}
     assert {name for names in SUBJECTS.values() for name in names} <= known
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--tp=0"], "--tp: Input should be greater than or equal to 1"),
+        (["--adapters=/nowhere"], "--adapters: /nowhere is not a directory"),
+        (["--metrics-port=65535", "--tp=2"], "--metrics-port: above 65535 there are no ports for 2 ranks"),
+    ],
+)
+def test_a_wrong_setting_is_named_by_its_flag(flags: list[str], message: str):
+    with pytest.raises(typer.BadParameter) as refused:
+        parse(ServeSettings, flags, "serve", "Serves.", positional="model")
+    assert refused.value.message == message

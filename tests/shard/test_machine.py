@@ -1,5 +1,6 @@
 """What the settings come to on this machine: dtype, context and size of the cache."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -7,11 +8,13 @@ import torch
 from transformers import LlamaConfig
 
 from loraplex_shard import machine
+from loraplex_shard.checkpoint import open_checkpoint
 from loraplex_shard.ops.choose import choose_operations
 from loraplex_shard.ops.cuda.operations import CudaOperations
 from loraplex_shard.ops.reference import ReferenceOperations
 from loraplex_shard.parallel import Group
 from loraplex_shard.settings import ModelSettings, SettingsError
+from tests.shard.decoders import save_checkpoint
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda")
@@ -162,3 +165,21 @@ def test_the_context_shrinks_to_the_cache_unless_it_was_asked_for() -> None:
     assert machine.fit_context(ModelSettings(), 1024, 1024) == 1024
     with pytest.raises(SettingsError, match="max_model_len: the KV cache has 4 blocks"):
         machine.fit_context(ModelSettings(max_model_len=100), 100, 4)
+
+
+def test_a_model_that_cannot_fit_is_refused_before_it_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+    )
+    checkpoint = open_checkpoint(str(save_checkpoint(config, tmp_path)))
+    weights = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names)
+    monkeypatch.setattr(machine, "available_memory", lambda cgroup: 2 * weights)
+    machine.check_room_for(checkpoint, torch.bfloat16, "none", 1, CPU)
+    machine.check_room_for(checkpoint, torch.float32, "int8", 1, CPU)
+    machine.check_room_for(checkpoint, torch.float32, "none", 2, CPU)
+    with pytest.raises(
+        SettingsError, match=rf"model: {weights:,} weights take at least .* set quantize to int8 or int4"
+    ):
+        machine.check_room_for(checkpoint, torch.float32, "none", 1, CPU)

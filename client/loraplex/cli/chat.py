@@ -6,6 +6,7 @@ import typer
 
 from loraplex import Client, GenerateOptions, LoraplexError
 from loraplex.cli.connection import DEFAULT_SERVER, ApiKey, Server, connected, show_error
+from loraplex.cli.output import Answer
 from loraplex.cli.sampling import Adapter, MaxNewTokens, Seed, System, Temperature, TopP
 from loraplex.types import Message
 
@@ -34,13 +35,12 @@ def chat(
     with connected(server, api_key) as client:
         model = client.info().model_id
         typer.echo(f"{model}{f' with {adapter}' if adapter else ''} at {server}. /help, /quit", err=True)
-        _Conversation(client, server, system, options).run()
+        _Conversation(client, system, options).run()
 
 
 class _Conversation:
-    def __init__(self, client: Client, server: str, system: str | None, options: GenerateOptions) -> None:
+    def __init__(self, client: Client, system: str | None, options: GenerateOptions) -> None:
         self._client = client
-        self._server = server
         self._options = options
         self._messages: list[Message] = []
         self._begin(system)
@@ -82,19 +82,14 @@ class _Conversation:
             self._messages.append({"role": "assistant", "content": self._answer()})
         except LoraplexError as error:
             self._messages.pop()
-            show_error(error, self._server)
+            show_error(error)
 
     def _answer(self) -> str:
         """Shows the answer as it comes. Ctrl-C ends it: what was shown by then is the answer."""
-        text = ""
+        answer = Answer()
         with closing(self._client.stream(self._messages, **self._options)) as stream, suppress(KeyboardInterrupt):
-            try:
-                for piece in stream:
-                    typer.echo(piece.text, nl=False)
-                    text += piece.text
-            finally:
-                typer.echo()
-        return text
+            answer.show(stream)
+        return answer.text
 
 
 def _read_line() -> str | None:

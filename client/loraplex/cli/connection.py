@@ -24,17 +24,21 @@ DEFAULT_SERVER = "localhost:50051"
 def connected(server: str, api_key: str | None) -> Iterator[Client]:
     """A client of the server; an error that it raises becomes one line on stderr and exit code 1."""
     try:
-        with Client(server, api_key=api_key) as client:
+        client = Client(server, api_key=api_key)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--server") from error
+    try:
+        with client:
             yield client
     except LoraplexError as error:
-        show_error(error, server)
+        show_error(error)
         raise typer.Exit(1) from None
 
 
-def show_error(error: LoraplexError, server: str) -> None:
+def show_error(error: LoraplexError) -> None:
     message = error.message
-    if isinstance(error, UnavailableError) and "failed to connect" in message:  # gRPC's words
-        message = f"no server answers at {server}. Start one with `loraplex serve`, or name its address with --server."
+    if isinstance(error, UnavailableError) and "no server answers" in message:
+        message += ". Start one with `loraplex serve`, or name its address with --server."
     if isinstance(error, UnauthenticatedError):
         message += ". Give it with --api-key, or as LORAPLEX_API_KEY."
     typer.echo(f"error: {message}", err=True)

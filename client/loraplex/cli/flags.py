@@ -27,7 +27,7 @@ def parse(kind: type[Settings], arguments: list[str], command: str, text: str, p
         try:
             return kind(**{name: value for name, value in values.items() if value is not None})
         except ValidationError as error:
-            raise typer.BadParameter(_describe(error)) from error
+            raise typer.BadParameter(_describe(error, kind)) from error
 
     parameters = [_parameter(name, field, name == positional) for name, field in kind.model_fields.items()]
     collect.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -53,11 +53,16 @@ def _parameter(name: str, field: FieldInfo, positional: bool) -> inspect.Paramet
     )
 
 
-def _describe(error: ValidationError) -> str:
+def _describe(error: ValidationError, kind: type[BaseModel]) -> str:
     """Each wrong setting on a line of its own, by its flag."""
     lines = []
     for detail in error.errors():
-        flags = ", ".join(f"--{str(name).replace('_', '-')}" for name in detail["loc"][:1])
         message = detail["msg"].removeprefix("Value error, ")
-        lines.append(f"{flags}: {message}" if flags else message)
+        name, colon, rest = message.partition(": ")
+        if detail["loc"]:
+            name, rest = str(detail["loc"][0]), message
+        elif not colon or name not in kind.model_fields:
+            lines.append(message)
+            continue
+        lines.append(f"--{name.replace('_', '-')}: {rest}")
     return "\n".join(lines)

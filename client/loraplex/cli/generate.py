@@ -7,6 +7,7 @@ import typer
 
 from loraplex.cli.connection import DEFAULT_SERVER, ApiKey, Server, connected
 from loraplex.cli.grammar import Choices, JsonSchemaFile, LarkFile, RegexPattern, read_grammar
+from loraplex.cli.output import Answer
 from loraplex.cli.sampling import Adapter, MaxNewTokens, Seed, System, Temperature, TopP
 from loraplex.types import Message, Prompt
 
@@ -48,11 +49,7 @@ def generate(
             grammar=grammar,
         )
         with closing(stream):
-            try:
-                for piece in stream:
-                    typer.echo(piece.text, nl=False)
-            finally:
-                typer.echo()
+            Answer().show(stream)
 
 
 def conversation(system: str | None, user: str) -> list[Message]:

@@ -8,7 +8,10 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 
+import typer
 from rich.cells import cell_len
+
+from loraplex import LoraplexError, StreamPiece
 
 PIPE = 10_000  # columns: through a pipe nothing is wrapped, unless COLUMNS says so
 GAP = "  "
@@ -25,6 +28,27 @@ def print_whatever_the_encoding() -> None:
     for stream in sys.stdout, sys.stderr:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+class Answer:
+    """A stream, shown as it comes; what follows it begins a line of its own. `text` is what was shown so far."""
+
+    def __init__(self) -> None:
+        self.text = ""
+
+    def show(self, stream: Iterable[StreamPiece]) -> None:
+        try:
+            for piece in stream:
+                typer.echo(piece.text, nl=False)
+                self.text += piece.text
+        except LoraplexError:
+            if self.text:
+                typer.echo()
+            raise
+        except KeyboardInterrupt:
+            typer.echo()
+            raise
+        typer.echo()
 
 
 def as_json(value: object) -> str:

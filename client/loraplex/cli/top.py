@@ -1,5 +1,6 @@
 """`loraplex top`: what a server does right now, from its metrics. Knows their names, and nothing else of the server."""
 
+import http.client
 import textwrap
 import time
 import urllib.error
@@ -33,9 +34,14 @@ def top(url: Urls = None, interval: Interval = 2.0, once: Once = False) -> None:
     urls = url or ["http://localhost:3000"]
     try:
         _watch(urls, interval, once)
-    except (urllib.error.URLError, TimeoutError, ValueError) as error:
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        reason = error.reason if isinstance(error, urllib.error.URLError) else error
+        if isinstance(reason, OSError):
+            reason = reason.strerror or reason
+        if isinstance(error, http.client.HTTPException):
+            reason = "it does not answer HTTP"
         hint = "Start a server with `loraplex serve`, or name its HTTP address with --url."
-        typer.echo(f"error: {', '.join(urls)}: {error}. {hint}", err=True)
+        typer.echo(f"error: {', '.join(urls)}: {reason}. {hint}", err=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         pass

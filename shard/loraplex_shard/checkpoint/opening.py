@@ -4,11 +4,12 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
+    LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -48,7 +49,7 @@ def open_checkpoint(model: str, revision: str | None = None, token: str | None =
         return SafetensorsCheckpoint(path, model)
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise CheckpointError(f"{model}: no such file")
+            raise CheckpointError(f"{model}: there is no such file")
         return GgufCheckpoint(path, model)
     return SafetensorsCheckpoint(_download(model, revision, token), model)
 
@@ -71,16 +72,37 @@ def _download(model: str, revision: str | None, token: str | None) -> Path:
             snapshot_download(model, revision=revision, token=token, endpoint=endpoint, allow_patterns=HUB_FILES)
         )
     except HFValidationError as error:
-        raise CheckpointError(f"{model!r} is neither a directory, nor a .gguf file, nor a hub id") from error
+        what = "is not a .gguf file" if Path(model).exists() else "does not exist"
+        raise CheckpointError(
+            f"{model!r} {what}: name a model's directory, a .gguf file, or a hub id such as org/name"
+        ) from error
     except GatedRepoError as error:
-        raise CheckpointError(f"{model}: it needs a token whose owner has accepted its terms on the hub") from error
+        raise CheckpointError(
+            f"{model}: it needs a token whose owner has accepted its terms on the hub: set HF_TOKEN"
+        ) from error
     except RepositoryNotFoundError as error:
-        raise CheckpointError(f"{model}: no such directory, and no such model on the hub for this token") from error
+        raise CheckpointError(
+            f"{model}: no such directory, and no such model on the hub; for a private one, set HF_TOKEN"
+        ) from error
     except RevisionNotFoundError as error:
         raise CheckpointError(f"{model}: the hub has no revision {revision!r} of it") from error
     except HfHubHTTPError as error:
         status = error.response.status_code
         hint = ": check the token" if status in (401, 403) else ""
         raise CheckpointError(f"{model}: the hub answered {status}{hint}") from error
-    except OSError as error:
-        raise CheckpointError(f"{model}: cannot be fetched from the hub: {type(error).__name__}") from error
+    except LocalEntryNotFoundError as error:
+        hub = endpoint or "https://huggingface.co"
+        why = f"the hub at {hub} cannot be reached"
+        if constants.HF_HUB_OFFLINE:
+            why = "HF_HUB_OFFLINE is set"
+        elif isinstance(error.__cause__, HfHubHTTPError):
+            why = f"the hub at {hub} answered {error.__cause__.response.status_code}"
+        raise CheckpointError(
+            f"{model}: no such directory, it was not downloaded before, and {why}. Name a directory or a .gguf file, "
+            "or another hub as HF_ENDPOINT"
+        ) from error
+    except Exception as error:  # of the disk, or of the libraries that fetch
+        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise CheckpointError(
+            f"{model}: cannot be fetched from the hub to {constants.HF_HUB_CACHE}: {reason}"
+        ) from error

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from loraplex_shard.checkpoint.base import CheckpointError, TokenizerFiles
 from loraplex_shard.checkpoint.end_tokens import end_token_ids
@@ -79,13 +79,26 @@ class SafetensorsCheckpoint:
         return read_tokenizer(self._directory, self.model_id, self.config.model_type)
 
     def _read_config(self) -> PreTrainedConfig:
-        if not (self._directory / "config.json").is_file():
-            raise CheckpointError(f"{self.model_id}: no config.json")
+        file = self._directory / "config.json"
+        if not file.is_file():
+            raise CheckpointError(f"{self.model_id} is not a model's directory: {self._what_it_is()}")
+        content = read_json(file, self.model_id)
+        if content.get("model_type") not in CONFIG_MAPPING:
+            known = f"transformers knows no model_type {content.get('model_type')!r}"
+            names = ", ".join(content.get("architectures") or ["its architecture"])
+            raise CheckpointError(f"{self.model_id}: {names} is not served: {known}")
         try:
             config: PreTrainedConfig = AutoConfig.from_pretrained(self._directory, trust_remote_code=False)
         except (OSError, ValueError, LookupError, TypeError, StrictDataclassError) as error:
             raise CheckpointError(f"{self.model_id}: config.json: {error}") from error
         return config
+
+    def _what_it_is(self) -> str:
+        if (self._directory / "adapter_config.json").is_file():
+            return "it holds a LoRA adapter. Give the base model here, and the folder above as --adapters"
+        if files := sorted(path.name for path in self._directory.glob("*.gguf")):
+            return f"it holds GGUF files. Give the path of one of them: {', '.join(files[:5])}"
+        return "there is no config.json"
 
     def _find_matrices(self) -> dict[str, StoredMatrix]:
         """Those that are stored in integers, as config.json says."""

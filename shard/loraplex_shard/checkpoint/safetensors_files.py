@@ -87,6 +87,8 @@ def read_json(path: Path, model_id: str) -> dict[str, Any]:
     """Raises CheckpointError if the file is not a JSON object."""
     try:
         content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{model_id}: {path.name} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise CheckpointError(f"{model_id}: {path.name} is not JSON: {error}") from error
     if not isinstance(content, dict):

@@ -1,0 +1,25 @@
+"""A port that cannot be opened: what the user is told."""
+
+import socket
+
+import pytest
+
+from loraplex_router.app import listen
+
+
+def test_a_taken_port_is_named_with_its_flag():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(OSError, match=rf"port {port} is taken: .* give another --grpc-port"):
+            listen("127.0.0.1", port, "--grpc-port")
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "no-such-host.invalid"])
+def test_an_address_of_another_machine_is_named(host: str):
+    with pytest.raises(OSError, match=f"--host: {host} is not an address of this machine"):
+        listen(host, 0, "--http-port")
+
+
+def test_an_address_of_ipv6_is_listened_at():
+    with listen("::1", 0, "--http-port") as opened:
+        assert opened.family is socket.AF_INET6
