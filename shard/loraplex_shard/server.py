@@ -73,9 +73,9 @@ def run(settings: ShardSettings, progress: Progress | None = None) -> None:
     which wait for this one in the same step, then do likewise, and whoever supervises them starts the group again.
     """
     torch.set_num_threads(settings.threads or max(1, torch.get_num_threads() // settings.tp))
+    device = machine.pick_device(settings.device, settings.rank)  # before a model is fetched that it could not use
     checkpoint = open_checkpoint(settings.model, settings.revision, None)
     read_spec(checkpoint.architecture, checkpoint.config)  # refuses what is not served before anything is waited for
-    device = machine.pick_device(settings.device, settings.rank)
     machine.use(device)
     kernels = load_kernels(device, settings.kernels)
     group = Group.connect(settings.rank, settings.tp, settings.rendezvous, device, kernels)
