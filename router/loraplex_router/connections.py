@@ -2,7 +2,9 @@
 
 import asyncio
 import logging
-from typing import Protocol
+from collections.abc import Coroutine, Sequence
+from functools import partial
+from typing import Protocol, TypeVar
 
 from loraplex_protos.errors import LoraplexError
 from loraplex_protos.mtls import channel_credentials
@@ -13,6 +15,7 @@ from loraplex_router.discovery import Address, Discovery
 from loraplex_router.group import Group
 from loraplex_router.groups import Groups
 from loraplex_router.model import read_model
+from loraplex_router.pulse import SilentError
 from loraplex_router.scheduler import Limits
 from loraplex_router.service import Service
 from loraplex_router.settings import RouterSettings
@@ -22,6 +25,8 @@ from loraplex_router.telemetry.telemetry import Telemetry
 GIB = 2**30
 RETRY_SECONDS = 1.0
 POLL_SECONDS = 0.02
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +85,8 @@ class Connections:
             try:
                 await self._drive(shards, str(address))
             except LoraplexError as error:
+                if isinstance(error, SilentError) and self._supervisor is not None:
+                    self._supervisor.silent()
                 if error.message != last:
                     logger.warning("group %s: %s", address, error)
                 last = error.message
@@ -93,28 +100,41 @@ class Connections:
 
     async def _drive(self, shards: ShardGroup, name: str) -> None:
         """From connecting to the group until it has stopped. Raises the LoraplexError that ended it before."""
-        group = await self._take_up(shards, name)
+        watching = asyncio.create_task(shards.watch(partial(self._set_silent, name)))
+        try:
+            group = await _unless(watching, self._take_up(shards, name))
+        except BaseException:
+            watching.cancel()
+            raise
         engine = asyncio.create_task(group.engine.run())
         stopping = asyncio.create_task(shards.stopping())
+        tasks = watching, engine, stopping
         self._groups.add(group)
+        self._telemetry.metrics.group_starts.inc()
         if self._supervisor is not None:
             self._supervisor.ready()
         logger.info("group %s is ready", name)
         try:
-            await asyncio.wait([engine, stopping], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             if stopping.done() and not stopping.exception():
                 logger.info("group %s is stopping", name)
                 self._groups.close(group)
-                while not (engine.done() or group.engine.idle):
+                while not (engine.done() or watching.done() or group.engine.idle):
                     await asyncio.sleep(POLL_SECONDS)
         finally:
-            for task in (engine, stopping):
+            for task in tasks:
                 task.cancel()
-            outcomes = await asyncio.gather(engine, stopping, return_exceptions=True)
+            outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+            errors = [outcome for outcome in outcomes if isinstance(outcome, Exception)]
+            self._telemetry.metrics.group_losses.labels(_reason(errors)).inc()
             self._groups.remove(group)
-        for outcome in outcomes:
-            if isinstance(outcome, Exception):
-                raise outcome
+        if errors:
+            raise errors[0]
+
+    def _set_silent(self, name: str, silent: bool) -> None:
+        if silent:
+            self._telemetry.metrics.group_silences.inc()
+        self._groups.set_silent(name, silent)
 
     async def _take_up(self, shards: ShardGroup, name: str) -> Group:
         await shards.connect(self._settings.max_batch_tokens)
@@ -138,3 +158,22 @@ def adapter_bytes(settings: RouterSettings, info: GetInfoResponse) -> int:
             there / GIB,
         )
     return min(wanted or there, there)
+
+
+async def _unless(failing: asyncio.Task[None], call: Coroutine[None, None, T]) -> T:
+    """What the call returns, unless the task ends before it, which then raises why."""
+    calling = asyncio.create_task(call)
+    try:
+        await asyncio.wait([calling, failing], return_when=asyncio.FIRST_COMPLETED)
+        if not calling.done():
+            failing.result()
+        return await calling
+    finally:
+        calling.cancel()
+
+
+def _reason(errors: Sequence[Exception]) -> str:
+    """Why a group was lost that left these."""
+    if not errors:
+        return "stopped"
+    return "silent" if isinstance(errors[0], SilentError) else "failed"

@@ -17,7 +17,7 @@ from loraplex_router.telemetry.telemetry import Telemetry
 
 
 class Group:
-    """Lives as long as the connection to its shards. `accepting` says whether it takes new sequences."""
+    """Lives as long as the connection to its shards."""
 
     def __init__(
         self,
@@ -31,7 +31,8 @@ class Group:
     ) -> None:
         self.name = name
         self.shards = shards
-        self.accepting = True
+        self.stopping = False  # or gone: it takes nothing new any more
+        self.silent = False  # its shards have not answered for a while
         self.pool = pool
         self.blocks = BlockAllocator(num_blocks)
         self.scheduler = Scheduler(limits, self.blocks, pool)
@@ -39,6 +40,11 @@ class Group:
         self.engine = Engine(self.scheduler, pool, shards, telemetry.group(name))
         self._coming = 0  # requests that are being prepared here: adapter staged, grammar compiled
         self._failed_coming = False
+
+    @property
+    def accepting(self) -> bool:
+        """Whether it takes new sequences."""
+        return not (self.stopping or self.silent)
 
     def candidate(self, reference: Reference | None) -> Candidate:
         """The group as the placement of a request sees it."""

@@ -70,14 +70,26 @@ class Groups:
 
     def close(self, group: Group) -> None:
         """Its shards want to stop: what it began goes on there, what waits goes elsewhere if there is an elsewhere."""
-        group.accepting = False
+        group.stopping = True
+        self._take_nothing_new(group)
+
+    def set_silent(self, name: str, silent: bool) -> None:
+        """Its shards have not answered for a while, or do again. Meanwhile it is as if they wanted to stop."""
+        if group := self._groups.get(name):
+            group.silent = silent
+            if silent:
+                self._take_nothing_new(group)
+            else:
+                self._update()
+
+    def _take_nothing_new(self, group: Group) -> None:
         self._update()
         if self.ready.is_set():
             self._move_all(group.engine.release(started=False))
 
     def remove(self, group: Group) -> None:
         """Its shards are gone."""
-        group.accepting = False
+        group.stopping = True
         del self._groups[group.name]
         self._telemetry.forget(group.name)
         group.adapters.close()

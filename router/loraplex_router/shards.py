@@ -15,11 +15,19 @@ from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from loraplex_protos import shard_pb2 as pb
-from loraplex_protos.errors import AdapterSourceError, InvalidRequestError, UnavailableError, from_rpc_error, quote
+from loraplex_protos.errors import (
+    AdapterSourceError,
+    DeadlineError,
+    InvalidRequestError,
+    UnavailableError,
+    from_rpc_error,
+    quote,
+)
 from loraplex_protos.protocol import PROTOCOL_VERSION
 from loraplex_protos.shard_pb2_grpc import ShardServiceStub
 from loraplex_router.discovery import Address
 from loraplex_router.grammar import Grammar
+from loraplex_router.pulse import TICK_SECONDS, Pulse, SilentError
 from loraplex_router.request import AdapterReference, MergedReference
 from loraplex_router.sequence import Chunk, Plan, Sampling
 from loraplex_router.telemetry.telemetry import GroupTelemetry
@@ -32,13 +40,13 @@ logger = logging.getLogger(__name__)
 CHANNEL_OPTIONS: tuple[tuple[str, str | int], ...] = (
     ("grpc.max_receive_message_length", 64 << 20),  # a tokenizer.json can have 20 MB
     ("grpc.max_send_message_length", 64 << 20),
-    ("grpc.keepalive_time_ms", 30_000),
     ("grpc.initial_reconnect_backoff_ms", 100),  # a shard that loads its model is to be found soon after
     ("grpc.max_reconnect_backoff_ms", 500),
-    ("grpc.http2.max_pings_without_data", 0),
 )
 
 RETRY_SECONDS = 0.1
+ANSWER_SECONDS = 5.0  # for who a rank is, which its process knows
+PING_SECONDS = 0.5  # between an answer and the next ping
 # A rank's port opens once its model is loaded: for so long nothing is said of one that is closed.
 LOADING_SECONDS = 60.0
 CLOSED = os.strerror(errno.ECONNREFUSED), os.strerror(errno.ENOENT)
@@ -101,6 +109,8 @@ class ShardGroup:
         self._streams: list[Stream] = []
         self._sent: deque[float] = deque()  # when each plan left whose result was not read, by time.monotonic
         self._answered: list[float] = []  # when each rank answered last
+        self._pulse: Pulse | None = None  # once all ranks are in reach
+        self._reached = asyncio.Event()
         self.info = pb.GetInfoResponse()
 
     async def connect(self, max_batch_tokens: int) -> Self:
@@ -114,8 +124,11 @@ class ShardGroup:
         infos = await asyncio.gather(*map(self._reach, range(len(self._ranks))))
         await asyncio.gather(*map(_check_health, self._channels))
         self.info = _agree(infos)
+        pulse = self._pulse = Pulse(len(infos), self.info.compiles)
+        self._reached.set()
         logger.info("%s is loaded at %s, warming up ...", self.info.model_id, self._address)
         await self._on_all(lambda rank: rank.Warmup(pb.WarmupRequest(max_batch_tokens=max_batch_tokens)))
+        pulse.warmed_up()
         self._streams = [rank.Step() for rank in self._ranks]
         self._answered = [0.0] * len(self._ranks)
         return self
@@ -135,14 +148,53 @@ class ShardGroup:
         began, told = time.monotonic(), ""
         while True:
             try:
-                return await _typed(self._ranks[rank].GetInfo(pb.GetInfoRequest()))
-            except UnavailableError as error:
+                return await _typed(self._ranks[rank].GetInfo(pb.GetInfoRequest(), timeout=ANSWER_SECONDS))
+            except (UnavailableError, DeadlineError) as error:
                 loading = any(closed in error.message for closed in CLOSED)
                 if error.message != told and not (loading and time.monotonic() - began < LOADING_SECONDS):
                     told = error.message
                     hint = f" ({MTLS_HINT})" if self._credentials else ""
                     logger.warning("group %s: rank %d is out of reach: %s%s", self._address, rank, told, hint)
             await asyncio.sleep(RETRY_SECONDS)
+
+    async def watch(self, tell: Callable[[bool], None]) -> None:
+        """Watches the ranks once they are in reach, until it is cancelled. `tell` hears that they are silent, which may
+        pass, and that they answer again. Raises SilentError when it has taken too long, UnavailableError when a rank is
+        gone."""
+        await self._reached.wait()
+        pulse = self._pulse
+        assert pulse is not None
+        pings = [asyncio.create_task(self._ping(rank, pulse)) for rank in range(len(self._ranks))]
+        last, silent = time.monotonic(), False
+        try:
+            while True:
+                await asyncio.wait(pings, timeout=TICK_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+                for ping in pings:
+                    if ping.done():
+                        ping.result()
+                if pulse.idle and any(stream.done() for stream in self._streams):
+                    raise UnavailableError("a rank ended its step stream")
+                now = time.monotonic()
+                pulse.tick(now - last)
+                last, silence = now, pulse.silence()
+                if silence.final:
+                    raise SilentError(f"{silence}: the group is given up")
+                if silence.suspicious != silent:
+                    silent = silence.suspicious
+                    meaning = f"{silence}: nothing new goes there" if silent else "it answers again"
+                    logger.warning("group %s: %s", self._address, meaning)
+                    tell(silent)
+        finally:
+            for ping in pings:
+                ping.cancel()
+
+    async def _ping(self, rank: int, pulse: Pulse) -> None:
+        health: Any = HealthStub(self._channels[rank])
+        while True:
+            pulse.pinged(rank)
+            await _typed(health.Check(HealthCheckRequest()))
+            pulse.answered(rank)
+            await asyncio.sleep(PING_SECONDS)
 
     async def stopping(self) -> None:
         """Returns when a rank is about to stop, and is to be given nothing new. Raises UnavailableError when one is
@@ -160,17 +212,22 @@ class ShardGroup:
         return await _typed(self._ranks[0].GetTokenizer(pb.GetTokenizerRequest()))
 
     async def send(self, plan: pb.StepRequest) -> None:
+        assert self._pulse is not None
         for stream in self._streams:
             await _typed(stream.write(plan))
         self._sent.append(time.monotonic())
+        self._pulse.sent(sum(plan.lengths))
 
     async def receive(self) -> pb.StepResponse:
         """The next plan's result. Every rank answers, so that no rank's failure goes unnoticed; rank 0's counts."""
+        assert self._pulse is not None
         sent = self._sent.popleft()
         if len(self._streams) == 1:
-            return await self._read(0, sent)
-        first, *others = await asyncio.gather(*(self._read(rank, sent) for rank in range(len(self._streams))))
-        assert all(other.step == first.step for other in others)
+            first = await self._read(0, sent)
+        else:
+            first, *others = await asyncio.gather(*(self._read(rank, sent) for rank in range(len(self._streams))))
+            assert all(other.step == first.step for other in others)
+        self._pulse.stepped()
         return first
 
     async def _read(self, rank: int, sent: float) -> pb.StepResponse:

@@ -47,6 +47,7 @@ async def test_groups_come_and_go_and_no_request_is_lost(
             first = start(model, adapters, folder, 0)
             with first:
                 await asyncio.to_thread(router.wait_until, "loraplex_groups", 2, 120)
+                await one_group_hangs(router, client, second, oracle)
                 await one_group_is_killed(router, client, second, oracle)
         router.assert_nothing_is_held()
         assert router.terminate() == 0
@@ -72,6 +73,21 @@ async def one_group_stops(router: Router, client: AsyncClient, stopping: Shard, 
         tokens = [token.id for piece in seen for token in piece.tokens]
         assert tokens == oracle.generate(byte_tokenizer().encode(f"{number}"), None, 100)[0]
     assert await asyncio.to_thread(stopping.process.wait, 30) == 0
+
+
+async def one_group_hangs(router: Router, client: AsyncClient, stopped: Shard, oracle: Oracle) -> None:
+    """SIGSTOP: what ran there goes on in the other group. The shard is taken up again when it goes on."""
+    streams = [client.stream(f"{i}", max_new_tokens=100, ignore_eos=True) for i in range(4)]
+    pieces = [[await anext(stream)] for stream in streams]
+    stopped.process.send_signal(signal.SIGSTOP)
+    for number, (stream, seen) in enumerate(zip(streams, pieces, strict=True)):
+        seen += [piece async for piece in stream]
+        tokens = [token.id for piece in seen for token in piece.tokens]
+        assert tokens == oracle.generate(byte_tokenizer().encode(f"{number}"), None, 100)[0]
+    await asyncio.to_thread(router.wait_until, 'loraplex_group_losses_total{reason="silent"}', 1)
+    assert (await client.generate("meanwhile", adapter="r4", max_new_tokens=4)).text
+    stopped.process.send_signal(signal.SIGCONT)
+    await asyncio.to_thread(router.wait_until, "loraplex_groups", 2)
 
 
 async def one_group_is_killed(router: Router, client: AsyncClient, killed: Shard, oracle: Oracle) -> None:

@@ -178,6 +178,39 @@ async def test_a_group_that_stops_finishes_what_it_began_and_gives_away_what_wai
         cluster.service.leave(generation)
 
 
+async def test_a_silent_group_gets_nothing_new_gives_away_what_waits_and_goes_on_when_it_answers(cluster: Cluster):
+    started = [await cluster.service.generate(request(i, 100)) for i in range(8)]  # as many as it has rows
+    while not all(generation.outputs[0].generated for generation in started):
+        await asyncio.sleep(0)
+    waiting = await cluster.service.generate(request(50, 5))
+    second = cluster.join("second")
+    cluster.groups.set_silent("0", True)
+    assert len(await waiting.collect()) == 1
+    assert await cluster.answer(1) == [2, 3, 4, 5, 6]
+    assert second.engine.idle and not any(generation.finished for generation in started)
+    cluster.groups.set_silent("0", False)
+    assert cluster.group.accepting
+    cluster.groups.close(cluster.group)
+    cluster.groups.set_silent("0", False)
+    assert not cluster.group.accepting
+    for generation in started:
+        await generation.collect()
+    for generation in (*started, waiting):
+        cluster.service.leave(generation)
+
+
+async def test_the_only_group_keeps_what_it_has_while_it_is_silent(cluster: Cluster):
+    generation = await cluster.service.generate(request(0, 30))
+    cluster.groups.set_silent("0", True)
+    assert not cluster.service.healthy
+    meanwhile = asyncio.create_task(cluster.answer(1))
+    assert len((await generation.collect())[0].samples) == 30
+    assert not meanwhile.done()
+    cluster.groups.set_silent("0", False)
+    assert await meanwhile == [2, 3, 4, 5, 6]
+    cluster.service.leave(generation)
+
+
 async def test_the_last_group_keeps_what_waits_when_it_stops(cluster: Cluster):
     generations = [await cluster.service.generate(request(i, 30)) for i in range(12)]
     cluster.groups.close(cluster.group)

@@ -51,6 +51,10 @@ class Metrics:
             "rank_latency_seconds", "What a step takes beyond a rank's own time.", OVERHEAD_SECONDS, "group", "rank"
         )
 
+        self.group_starts = self._counter("group_starts", "Groups of shards that became ready.")
+        self.group_silences = self._counter("group_silences", "Times that a group did not answer for a while.")
+        self.group_losses = self._counter("group_losses", "Groups of shards that left, by reason.", "reason")
+
         self.loads = self._histogram("adapter_load_seconds", "Adapters brought to a tier.", SECONDS, "tier")
         self.load_failures = self._counter("adapter_load_failures", "Adapters that no tier got.", "tier", "error")
         self.evictions = self._counter("adapter_evictions", "Adapters that left a tier.", "tier")

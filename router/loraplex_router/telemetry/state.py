@@ -19,10 +19,12 @@ class GroupState(Protocol):
     """What there is to see of one group. Owned by the event loop."""
 
     name: str
-    accepting: bool  # whether it takes new sequences
     scheduler: Scheduler
     blocks: BlockAllocator
     pool: AdapterPool
+
+    @property
+    def accepting(self) -> bool: ...
 
 
 class Snapshot(Collector, ABC):

@@ -1,0 +1,172 @@
+"""When a group of shards counts as silent, and when it is given up."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loraplex_router.pulse import (
+    COMPILE_SECONDS,
+    FACTOR,
+    FIRST_STEPS,
+    GRACE_SECONDS,
+    IDLE_SECONDS,
+    LONGEST_TICK,
+    TICK_SECONDS,
+    WARMUP_SECONDS,
+    Pulse,
+    Silence,
+)
+
+TOLERANCE = 2 * TICK_SECONDS
+
+
+def pass_time(pulse: Pulse, seconds: float) -> Silence:
+    for _ in range(round(seconds / TICK_SECONDS)):
+        pulse.tick(TICK_SECONDS)
+    return pulse.silence()
+
+
+def step(pulse: Pulse, tokens: int, seconds: float) -> None:
+    pulse.sent(tokens)
+    assert not pass_time(pulse, seconds).final
+    pulse.stepped()
+
+
+def warm(warmup: float = 0.5, ranks: int = 1, compiles: bool = False, steps: int = FIRST_STEPS) -> Pulse:
+    """A group that has warmed up, and then has run steps of 8 tokens of a tick each."""
+    pulse = Pulse(ranks, compiles)
+    pass_time(pulse, warmup)
+    pulse.warmed_up()
+    for _ in range(steps):
+        step(pulse, 8, TICK_SECONDS)
+    return pulse
+
+
+def seconds_until_final(pulse: Pulse) -> float:
+    waited = 0.0
+    while not pulse.silence().final:
+        pulse.tick(TICK_SECONDS)
+        waited += TICK_SECONDS
+    return waited
+
+
+def test_an_idle_group_whose_ranks_answer_is_never_silent() -> None:
+    pulse = warm(ranks=2)
+    for _ in range(100):
+        pulse.pinged(0)
+        pulse.pinged(1)
+        assert not pass_time(pulse, TICK_SECONDS).suspicious
+        pulse.answered(0)
+        pulse.answered(1)
+        assert not pass_time(pulse, 10).suspicious
+
+
+def test_a_rank_that_does_not_answer_is_suspicious_first_and_then_given_up() -> None:
+    pulse = warm(ranks=2)
+    for rank in (0, 1):
+        pulse.pinged(rank)
+    pulse.answered(0)
+    assert not pass_time(pulse, GRACE_SECONDS / 2 - TOLERANCE).suspicious
+    silence = pass_time(pulse, 2 * TOLERANCE)
+    assert silence.suspicious and not silence.final
+    assert str(silence).startswith("rank 1 has not answered for 1.")
+    assert pass_time(pulse, GRACE_SECONDS / 2).final
+
+
+def test_a_rank_whose_answers_take_longer_on_a_busy_machine_gets_more_time() -> None:
+    pulse = warm()
+    pulse.pinged(0)
+    pass_time(pulse, 0.8)
+    pulse.answered(0)
+    pulse.pinged(0)
+    assert seconds_until_final(pulse) == pytest.approx(GRACE_SECONDS + FACTOR * 0.8, abs=TOLERANCE)
+
+
+def test_a_rank_that_answers_plans_is_alive_whatever_becomes_of_its_ping() -> None:
+    pulse = warm()
+    pulse.pinged(0)
+    for _ in range(100):
+        step(pulse, 8, 0.5)
+
+
+def test_during_the_warm_up_a_rank_may_be_silent_for_long() -> None:
+    pulse = Pulse(1, compiles=False)
+    pulse.pinged(0)
+    assert seconds_until_final(pulse) == pytest.approx(WARMUP_SECONDS, abs=TOLERANCE)
+
+
+@given(seconds=st.floats(0.1, 5), steps=st.integers(FIRST_STEPS, 200))
+def test_a_step_may_take_several_times_as_long_as_the_longest_of_late(seconds: float, steps: int) -> None:
+    pulse = warm(warmup=0.1, steps=0)
+    for _ in range(steps):
+        pulse.sent(8)
+        pass_time(pulse, seconds)
+        pulse.stepped()
+    pulse.sent(8)
+    assert seconds_until_final(pulse) == pytest.approx(GRACE_SECONDS + FACTOR * seconds, abs=FACTOR * TOLERANCE)
+
+
+def test_a_step_of_more_tokens_than_any_so_far_may_take_as_long_as_the_warm_up_several_times() -> None:
+    pulse = warm(warmup=20)
+    pulse.sent(256)
+    assert seconds_until_final(pulse) == pytest.approx(GRACE_SECONDS + FACTOR * 20, abs=TOLERANCE)
+
+
+def test_so_may_the_first_steps_of_any_size_and_later_ones_may_not() -> None:
+    early, late = warm(warmup=20, steps=FIRST_STEPS - 1), warm(warmup=20)
+    for pulse, limit in ((early, FACTOR * 20), (late, FACTOR * TICK_SECONDS)):
+        pulse.sent(8)
+        assert seconds_until_final(pulse) == pytest.approx(GRACE_SECONDS + limit, abs=TOLERANCE)
+
+
+def test_a_step_that_is_smaller_than_others_may_take_as_long_as_they_and_a_larger_one_says_nothing_of_a_smaller() -> (
+    None
+):
+    pulse = warm()
+    step(pulse, 256, 3)
+    pulse.sent(8)
+    assert seconds_until_final(pulse) == pytest.approx(GRACE_SECONDS + FACTOR * 3, abs=TOLERANCE)
+
+
+def test_a_plan_that_waits_behind_another_has_its_time_from_the_others_end() -> None:
+    pulse = warm()
+    for _ in range(20):
+        pulse.sent(8)
+    for _ in range(20):
+        assert not pass_time(pulse, 0.9).suspicious
+        pulse.stepped()
+
+
+def test_where_kernels_are_compiled_a_step_has_time_for_that_and_a_ping_has_not() -> None:
+    pulse = warm(compiles=True)
+    pulse.sent(8)
+    assert seconds_until_final(pulse) >= COMPILE_SECONDS
+    pulse = warm(compiles=True)
+    pulse.pinged(0)
+    assert seconds_until_final(pulse) <= GRACE_SECONDS + 1
+
+
+def test_the_first_step_after_idle_minutes_may_take_long() -> None:
+    pulse = warm()
+    pass_time(pulse, IDLE_SECONDS + 1)
+    step(pulse, 8, 30)
+    pulse.sent(8)
+    assert seconds_until_final(pulse) == pytest.approx(GRACE_SECONDS + FACTOR * TICK_SECONDS, abs=TOLERANCE)
+
+
+def test_time_in_which_the_router_itself_stood_still_does_not_count() -> None:
+    pulse = warm()
+    pulse.pinged(0)
+    pulse.sent(8)
+    pulse.tick(3600)
+    assert not pulse.silence().suspicious
+    assert pulse.silence().seconds == pytest.approx(LONGEST_TICK)
+
+
+def test_a_long_step_is_forgotten_in_time() -> None:
+    pulse = warm()
+    step(pulse, 8, 2)
+    for _ in range(200):
+        step(pulse, 8, TICK_SECONDS)
+    pulse.sent(8)
+    assert seconds_until_final(pulse) < GRACE_SECONDS + 1
