@@ -2,6 +2,7 @@
 
 import asyncio
 from contextlib import AsyncExitStack
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -9,9 +10,11 @@ import typer
 from rich.console import Console
 
 from bench.load import LoadError, Run, Target, Workload, measure
-from bench.report import table, write_json, write_plot
+from bench.report import table, write_json
 from bench.targets import open_target
 from loraplex import LoraplexError
+
+INSTALL = ".venv/bin/pip install --constraint constraints.txt --editable '.[bench]'"
 
 
 def bench(
@@ -33,12 +36,16 @@ def bench(
     adapter_dir: Annotated[Path | None, typer.Option(help="Where peft: finds adapters.")] = None,
     vocab_size: Annotated[int, typer.Option(min=1, help="Prompts are random token ids below this.")] = 10_000,
     seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
-    json: Annotated[Path, typer.Option(help="Where to write all that was measured.")] = Path("bench.json"),
-    plot: Annotated[Path, typer.Option(help="Where to draw it.")] = Path("bench.png"),
+    json: Annotated[Path | None, typer.Option(help="Where to write all that was measured.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Where to draw it; needs matplotlib.")] = None,
 ) -> None:
     """Measure TARGETs: output tokens per second, time to the first token, time between tokens."""
     if len(targets) > 2 or len(set(targets)) < len(targets):
         raise typer.BadParameter("give one target, or two different ones", param_hint="TARGET")
+    if plot and find_spec("matplotlib") is None:  # before anything is measured
+        raise typer.BadParameter(f"needs matplotlib: {INSTALL}", param_hint="--plot")
+    if any(target.startswith("peft:") for target in targets) and find_spec("peft") is None:
+        raise typer.BadParameter(f"peft: needs PEFT: {INSTALL}", param_hint="TARGET")
 
     async def main() -> tuple[Workload, dict[str, list[Run]]]:
         async with AsyncExitStack() as stack:
@@ -57,8 +64,12 @@ def bench(
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None
     Console().print(table(results))
-    write_json(json, workload, results)
-    write_plot(plot, workload, results)
+    if json:
+        write_json(json, workload, results)
+    if plot:
+        from bench.plot import write_plot
+
+        write_plot(plot, workload, results)
 
 
 async def choose_adapters(target: Target, names: str, count: int | None) -> tuple[str, ...]:

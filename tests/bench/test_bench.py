@@ -1,5 +1,7 @@
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,6 +57,24 @@ def test_what_cannot_be_measured_is_one_line(arguments: list[str], error: str, a
     assert result.exit_code == 1
     assert result.stderr.startswith(error)
     assert not (tmp_path / "bench.json").exists()
+
+
+def test_without_a_plot_nothing_draws(address: str) -> None:
+    script = "import sys; sys.modules['matplotlib'] = None; from bench.__main__ import app; app()"
+    workload = [f"grpc://{address}", "-c", "1", "-n", "2", "-p", "2", "--requests", "1", "--runs", "1"]
+    result = subprocess.run([sys.executable, "-c", script, *workload], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "output tok/s" in result.stdout
+
+
+def test_what_a_plot_needs_is_said_before_anything_is_measured(
+    address: str, servicer: ScriptedServicer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bench.__main__.find_spec", lambda name: None)
+    result = run(tmp_path, f"grpc://{address}")
+    assert result.exit_code == 2
+    assert "pip install --constraint constraints.txt --editable '.[bench]'" in " ".join(result.stderr.split())
+    assert servicer.requests == []
 
 
 def test_a_target_cannot_be_compared_with_itself(tmp_path: Path) -> None:
