@@ -7,6 +7,7 @@ import gc
 import logging
 import signal
 import socket
+import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 
 import uvicorn
@@ -27,6 +28,7 @@ from loraplex_router.telemetry.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
 
+SWITCH_SECONDS = 0.001  # how long a thread that tokenizes or renders may keep the interpreter from the event loop
 STOP_SECONDS = 4  # for each of the two faces, when the drain is over: the chart's grace leaves ten in all
 
 
@@ -163,5 +165,6 @@ async def run(
 
     Raises KeyFileError for a key file that cannot be used, OSError for a taken port."""
     key_file = KeyFile(settings.api_keys) if settings.api_keys else None
+    sys.setswitchinterval(SWITCH_SECONDS)
     with open_telemetry(settings) as telemetry:
         await Router(settings, key_file, telemetry, supervisor).run(ready)

@@ -1,5 +1,6 @@
 """What the faces call: checks a request whole, tokenizes it, resolves its adapter and hands it to the engine."""
 
+import asyncio
 import re
 import secrets
 import time
@@ -128,6 +129,7 @@ class Service:
             for part in request.parts():
                 with self.telemetry.admission(part, arrived):
                     started.append(await self._start(part, tenant, arrived))
+                await asyncio.sleep(0)  # others have their turn between two inputs
             return [await _read_embedding(generation) for generation in started]
         finally:
             for generation in started:

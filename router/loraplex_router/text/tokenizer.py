@@ -4,7 +4,7 @@ import asyncio
 from array import array
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, partial
 
 import tokenizers
@@ -12,7 +12,7 @@ import tokenizers
 from loraplex_protos.errors import FieldViolation, InvalidRequestError
 from loraplex_router.text.chat import Chat, ChatTemplate, RenderedChat
 from loraplex_router.text.detokenizer import Decoder
-from loraplex_router.text.pieces import LARGEST, IndivisibleError, Token, read_pieces
+from loraplex_router.text.pieces import LARGEST, IndivisibleError, Piece, read_pieces
 
 LONG_TEXT = 2000  # characters; tokenizing more than this would hold up other streams
 LONG_CHAT = 32  # messages; rendering more than these would, too
@@ -31,26 +31,27 @@ class TokenSpan:
     stop: int
 
 
-@dataclass(frozen=True, slots=True)
 class Spans:
     """The tokens of a text, each with its place in it. They take 12 bytes each, however many there are."""
 
-    text: str
-    ids: "array[int]" = field(default_factory=lambda: array("I"))
-    starts: "array[int]" = field(default_factory=lambda: array("I"))
-    stops: "array[int]" = field(default_factory=lambda: array("I"))
+    def __init__(self, text: str) -> None:
+        self.ids = array("I")
+        self._text = text
+        self._places: list[tuple[int, array[int]]] = []  # of each piece: see Piece
 
-    def add(self, tokens: list[Token]) -> None:
-        self.ids.extend(token.id for token in tokens)
-        self.starts.extend(token.start for token in tokens)
-        self.stops.extend(token.stop for token in tokens)
+    def add(self, piece: Piece) -> None:
+        self.ids.fromlist(piece.ids)
+        self._places.append((piece.begin, piece.flat_places()))
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __iter__(self) -> Iterator[TokenSpan]:
-        for token, start, stop in zip(self.ids, self.starts, self.stops, strict=True):
-            yield TokenSpan(token, self.text[start:stop], start, stop)
+        ids = iter(self.ids)
+        for begin, places in self._places:
+            for start, stop in zip(places[::2], places[1::2], strict=True):
+                first, behind = begin + start, begin + stop
+                yield TokenSpan(next(ids), self._text[first:behind], first, behind)
 
 
 class _Verbatim:
@@ -91,10 +92,10 @@ class Tokenizer:
         text, add_special_tokens = await self.render(prompt), isinstance(prompt, str)
         ids = array("I")
         if len(text) < LONG_TEXT:
-            ids.extend(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+            ids.fromlist(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
         else:
-            async for tokens in self._read(text, add_special_tokens):
-                ids.extend(token.id for token in tokens)
+            async for piece in self._read(text, add_special_tokens):
+                ids.fromlist(piece.ids)
                 if most is not None and len(ids) > most:
                     break
         return (ids if last is None else ids[-last:]).tolist()
@@ -102,8 +103,8 @@ class Tokenizer:
     async def spans(self, text: str, add_special_tokens: bool = True) -> Spans:
         """The tokens of a text, each with its place in it."""
         spans = Spans(text)
-        async for tokens in self._read(text, add_special_tokens):
-            spans.add(tokens)
+        async for piece in self._read(text, add_special_tokens):
+            spans.add(piece)
         return spans
 
     async def render(self, prompt: str | Chat | RenderedChat) -> str:
@@ -118,27 +119,27 @@ class Tokenizer:
             case _:
                 return prompt
 
-    async def _read(self, text: str, add_special_tokens: bool) -> AsyncIterator[list[Token]]:
-        """The tokens of a text, piece by piece, each made on a thread, without the interpreter's lock."""
+    async def _read(self, text: str, add_special_tokens: bool) -> AsyncIterator[Piece]:
+        """A text's pieces, each made on a thread, without the interpreter's lock."""
         before, behind = self._added if add_special_tokens else ([], [])
-        yield before
+        yield _nowhere(before)
         pieces = read_pieces(self._tokenizer, text)
         loop = asyncio.get_running_loop()
         try:
-            while (tokens := await loop.run_in_executor(_THREADS, next, pieces, None)) is not None:
-                yield tokens
+            while piece := await loop.run_in_executor(_THREADS, next, pieces, None):
+                yield piece
         except IndivisibleError:
             reason = f"has {LARGEST} characters in a row that cannot be tokenized apart from each other"
             raise InvalidRequestError(FieldViolation("prompt", reason)) from None
-        yield behind
+        yield _nowhere(behind)
 
     @cached_property
-    def _added(self) -> tuple[list[Token], list[Token]]:
+    def _added(self) -> tuple[list[int], list[int]]:
         """The special tokens that the tokenizer adds before and behind a text."""
         encoding = self._tokenizer.encode("a", add_special_tokens=True)
-        tokens = [Token(token, 0, 0, True) for token in encoding.ids]
+        ids: list[int] = encoding.ids
         inner = [at for at, special in enumerate(encoding.special_tokens_mask) if not special]
-        return (tokens[: inner[0]], tokens[inner[-1] + 1 :]) if inner else (tokens, [])
+        return (ids[: inner[0]], ids[inner[-1] + 1 :]) if inner else (ids, [])
 
     def decode(self, ids: list[int]) -> str:
         """The text of token ids, special tokens left out."""
@@ -171,3 +172,8 @@ class Tokenizer:
         if text is None:
             text = self._token_texts[token] = self._tokenizer.decode([token], skip_special_tokens=False)
         return text
+
+
+def _nowhere(ids: list[int]) -> Piece:
+    """Tokens that stand for no part of the text."""
+    return Piece(0, ids, [(0, 0)] * len(ids))

@@ -20,7 +20,8 @@ MAX_PROMPTS = 128
 
 def read_completions(body: CompletionRequest, base: str) -> list[Request]:
     """One request for each prompt. Raises InvalidRequestError, and AdapterNotFoundError for an empty adapter name."""
-    _check(body)
+    prompts = read_prompts(body.prompt)
+    _check(body, len(prompts))
     options = read_options(body)
     adapter = read_model(body, base)
     scored = body.logprobs is not None or _candidates(body) > (body.n or 1)
@@ -40,7 +41,7 @@ def read_completions(body: CompletionRequest, base: str) -> list[Request]:
             detail=detail,
             **options,
         )
-        for prompt in read_prompts(body.prompt)
+        for prompt in prompts
     ]
 
 
@@ -53,10 +54,10 @@ def _scores_only(body: CompletionRequest) -> bool:
     return bool(body.echo) and body.max_tokens == 0
 
 
-def _check(body: CompletionRequest) -> None:
+def _check(body: CompletionRequest, num_prompts: int) -> None:
     found = Violations()
     found.check(not body.suffix, "suffix", "is not supported: leave it out")
-    found.check(0 < len(read_prompts(body.prompt)) <= MAX_PROMPTS, "prompt", f"must be 1 to {MAX_PROMPTS} prompts")
+    found.check(0 < num_prompts <= MAX_PROMPTS, "prompt", f"must be 1 to {MAX_PROMPTS} prompts")
     best_of = body.best_of
     found.check(best_of is None or best_of >= (body.n or 1), "best_of", "must be at least n")
     found.check(not body.stream or best_of in (None, body.n or 1), "best_of", "cannot be used with stream")

@@ -1,6 +1,6 @@
 """What completions and chat completions read alike: the model's name, sampling, stopping."""
 
-from typing import Any
+from typing import Any, cast
 
 from loraplex_protos.errors import AdapterNotFoundError, quote
 from loraplex_router.api.http.openai.formats import read_format
@@ -33,8 +33,8 @@ def read_prompts(given: str | list[str] | list[int] | list[list[int]]) -> list[P
     if isinstance(given, str):
         return [given]
     if given and isinstance(given[0], int):
-        return [tuple(token for token in given if isinstance(token, int))]
-    return [part if isinstance(part, str) else tuple(part) for part in given if not isinstance(part, int)]
+        return [tuple(given)]
+    return [part if isinstance(part, str) else tuple(part) for part in cast(list[str] | list[list[int]], given)]
 
 
 def read_options(body: GenerationRequest) -> dict[str, Any]:

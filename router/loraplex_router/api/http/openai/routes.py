@@ -1,5 +1,6 @@
 """OpenAI's routes."""
 
+import asyncio
 import time
 from typing import Any
 
@@ -51,6 +52,7 @@ def create_openai_routes(service: Service) -> APIRouter:
         try:
             for request in read_completions(body, service.info.model_id):
                 generations.append(await service.generate(request, api_key(http)))
+                await asyncio.sleep(0)  # others have their turn between two prompts
         except BaseException:
             for generation in generations:
                 service.leave(generation)
