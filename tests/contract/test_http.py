@@ -1,6 +1,7 @@
 """What no client shows: headers, events on the wire, administration, health, and the OpenAPI document."""
 
 import json
+import re
 import urllib.error
 import urllib.request
 from email.message import Message
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from loraplex_router.api.http.front_page import front_page
 from tests.e2e.processes import Server
 
 
@@ -178,4 +180,29 @@ def test_the_openapi_document_has_every_route_and_the_statuses_of_its_errors(ser
     assert read(server, "/api-doc/openapi.json")["paths"] == paths
     assert {"/generate", "/generate_stream", "/v1/completions", "/v1/chat/completions", "/adapters"} < set(paths)
     assert {"200", "404", "422", "429"} <= set(paths["/generate"]["post"]["responses"])
-    assert "text/html" in call(server, "/docs")[1]["content-type"]
+
+
+def test_the_documentation_needs_nothing_from_elsewhere(server: Server):
+    for page in "/docs", "/redoc":
+        status, headers, body = call(server, page)
+        assert status == 200 and "text/html" in headers["content-type"]
+        fetched = re.findall(r'(?:src|href)="([^"]+)"', body)
+        assert fetched and all(address.startswith(("/docs-assets/", "data:")) for address in fetched)
+        assert all(call(server, address)[0] == 200 for address in fetched if address.startswith("/"))
+
+
+def test_the_front_page_leads_to_what_there_is(server: Server):
+    status, headers, page = call(server, "/")
+    model = read(server, "/info")["model_id"]
+    assert status == 200 and "text/html" in headers["content-type"]
+    assert f"<b>{model}</b>" in page and f"curl {server.url}/v1/chat/completions" in page
+    for link in re.findall(r'<a href="([^"]+)"', page):
+        assert call(server, f"/{link}")[0] == 200
+    assert not re.findall(r'(?:src|href)="(?:https?:)?//', page)
+
+
+@pytest.mark.parametrize("model", ["", "<script>"])
+def test_the_front_page_says_what_it_may_and_runs_nothing(model: str):
+    page = front_page(model, "http://x/?<script>")
+    assert "<script>" not in page
+    assert ("Authorization: Bearer KEY" in page) == (not model)

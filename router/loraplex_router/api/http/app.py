@@ -6,6 +6,7 @@ from typing import Any
 
 from fastapi import FastAPI, Response
 from fastapi.middleware.cors import CORSMiddleware
+from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from loraplex_router.api.http.admin import create_admin_routes
@@ -21,7 +22,14 @@ from loraplex_router.service import Service
 
 def create_app(service: Service, cors_origins: Sequence[str] = ("*",), max_body: int = 8 << 20) -> FastAPI:
     """`cors_origins`: whose web pages may call it; "*" is anybody's. `max_body`: the most bytes of a request."""
-    app = FastAPI(title="loraplex", version=version("loraplex"), summary="One base model, any number of LoRA adapters.")
+    app: FastAPI = FastAPIOffline(
+        title="loraplex",
+        version=version("loraplex"),
+        summary="One base model, any number of LoRA adapters.",
+        static_url="/docs-assets",
+        favicon_url="data:,",
+        swagger_ui_parameters={"validatorUrl": None},
+    )
     install_handlers(app)
     app.add_middleware(BodyLimit, limit=max_body)
     app.add_middleware(HeadAsGet)

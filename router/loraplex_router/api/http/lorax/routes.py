@@ -3,10 +3,11 @@
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse
 
 from loraplex_router.api.http.attendance import collect
 from loraplex_router.api.http.errors import lorax_body
+from loraplex_router.api.http.front_page import FRONT_PAGE_HEADERS, front_page
 from loraplex_router.api.http.json_body import JsonRoute
 from loraplex_router.api.http.lorax import schema
 from loraplex_router.api.http.lorax.reading import read_request, wants_details
@@ -92,12 +93,19 @@ def create_lorax_routes(service: Service) -> APIRouter:
 
     @routes.get("/health", response_class=Response, responses=unhealthy)
     @routes.get("/ping", response_class=Response, responses=unhealthy)
-    @routes.get("/", response_class=Response, responses=unhealthy)
     async def health() -> Response:
         """200 if a generation would succeed now."""
         if service.healthy:
             return Response()
         return JSONResponse({"error": "unhealthy", "error_type": "healthcheck"}, 503)
+
+    @routes.get("/", response_class=HTMLResponse, responses=unhealthy)
+    async def root(http: Request) -> Response:
+        """As /health, with a page of links."""
+        if not service.healthy:
+            return await health()
+        model = "" if service.keys.required else service.info.model_id
+        return HTMLResponse(front_page(model, str(http.base_url)), headers=FRONT_PAGE_HEADERS)
 
     @routes.get(
         "/startup", response_class=Response, responses={status: ERRORS[status] for status in (401, 429, 500, 503)}
