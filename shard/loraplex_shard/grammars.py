@@ -25,7 +25,8 @@ class GrammarCompiler:
     """For one model. The tokenizer is read when the first grammar comes, for few models are asked for one at once."""
 
     def __init__(self, tokenizer_json: bytes, vocab_size: int, end_token_ids: tuple[int, ...]) -> None:
-        """tokenizer_json as the `tokenizers` library reads it; end_token_ids end an answer where a match may end."""
+        """tokenizer_json as the `tokenizers` library reads it; end_token_ids, in ascending order, end an answer where a
+        match may end."""
         self._tokenizer_json = tokenizer_json
         self._vocab_size = vocab_size
         self._end_token_ids = end_token_ids
@@ -62,10 +63,11 @@ class GrammarCompiler:
 
     @cached_property
     def _tokenizer(self) -> LLTokenizer:
-        if not self._end_token_ids:
+        tokenizer_json, size = cut_tokenizer(self._tokenizer_json, self._vocab_size)
+        ends = [token for token in self._end_token_ids if token < size]
+        if not ends:
             raise ValueError("this model has no end token, with which an answer could end")
-        known = cut_tokenizer(self._tokenizer_json, self._vocab_size)
-        return LLTokenizer(known, self._vocab_size, list(self._end_token_ids))
+        return LLTokenizer(tokenizer_json, self._vocab_size, ends)
 
 
 def _to_llguidance(kind: pb.GrammarKind.ValueType, text: str, schemas: Sequence[str]) -> str:

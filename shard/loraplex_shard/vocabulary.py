@@ -17,15 +17,17 @@ def keep_known(end_token_ids: Iterable[int], rows: int) -> tuple[int, ...]:
     return tuple(token for token in ids if 0 <= token < rows)
 
 
-def cut_tokenizer(tokenizer_json: bytes, rows: int) -> str:
-    """The tokenizer.json without the tokens from `rows` on, so that what matches a grammar is spelled without them."""
+def cut_tokenizer(tokenizer_json: bytes, rows: int) -> tuple[str, int]:
+    """The tokenizer.json without the tokens from `rows` on, so that what matches a grammar is spelled without them; and
+    the least number that is above all others' ids."""
     text = tokenizer_json.decode()
     tokenizer = json.loads(text)
     added, model = tokenizer.get("added_tokens") or [], tokenizer.get("model") or {}
     vocabulary = model.get("vocab") or {}
-    size = len(vocabulary) if isinstance(vocabulary, list) else max(vocabulary.values(), default=-1) + 1
-    if all(token["id"] < rows for token in added) and size <= rows:
-        return text
+    ids = range(len(vocabulary)) if isinstance(vocabulary, list) else vocabulary.values()
+    size = max(max(ids, default=-1), max((token["id"] for token in added), default=-1)) + 1
+    if size <= rows:
+        return text, size
     tokenizer["added_tokens"] = [token for token in added if token["id"] < rows]
     if isinstance(vocabulary, list):  # Unigram's: a token's id is its place
         model["vocab"] = vocabulary[:rows]
@@ -33,7 +35,7 @@ def cut_tokenizer(tokenizer_json: bytes, rows: int) -> str:
         model["vocab"] = {token: number for token, number in vocabulary.items() if number < rows}
         if model.get("merges"):
             model["merges"] = [merge for merge in model["merges"] if _merged(model, merge) in model["vocab"]]
-    return json.dumps(tokenizer)
+    return json.dumps(tokenizer), rows
 
 
 def _merged(model: dict[str, Any], merge: str | list[str]) -> str:
