@@ -23,11 +23,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     # The commands that run services are the one place where everything meets.
     "loraplex.cli": {"loraplex", "loraplex_protos", "loraplex_router", "loraplex_shard"},
     # The router's ground floor.
-    "loraplex_router.text": {"loraplex_protos"},
+    "loraplex_router.json_limits": set(),
+    "loraplex_router.text": {"loraplex_protos", "loraplex_router.grammar", "loraplex_router.json_limits"},
     "loraplex_router.grammar": {"loraplex_protos"},
     "loraplex_router.blocks": set(),
     "loraplex_router.placement": set(),
-    "loraplex_router.adapters.pool": set(),
+    "loraplex_router.adapters.pool": {"loraplex_router.text"},
     "loraplex_router.sequence": {"loraplex_router.adapters.pool", "loraplex_router.grammar"},
     "loraplex_router.scheduler": {
         "loraplex_router.adapters.pool",
@@ -53,7 +54,11 @@ IMPORTED_BY: dict[str, set[str]] = {
 }
 
 # Heavy or optional packages, and who may import them.
-FOREIGN = {"torch": {"loraplex_shard", "loraplex.cli"}, "fastapi": {"loraplex_router.api"}}
+FOREIGN = {
+    "torch": {"loraplex_shard", "loraplex.cli"},
+    "transformers": {"loraplex_shard", "loraplex_router.text.template"},
+    "fastapi": {"loraplex_router.api"},
+}
 
 
 def _modules() -> Iterator[tuple[str, Path]]:

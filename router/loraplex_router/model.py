@@ -4,12 +4,10 @@ from dataclasses import dataclass
 from hashlib import sha256
 from importlib.metadata import version
 
-import jinja2
-
 from loraplex_protos import generation_pb2, shard_pb2
 from loraplex_protos.errors import UnavailableError
-from loraplex_router.text.chat import ChatTemplate
-from loraplex_router.text.foreign_templates import ForeignTemplates
+from loraplex_router.text.chat import ChatTemplates
+from loraplex_router.text.renderer import Renderer
 from loraplex_router.text.tokenizer import Tokenizer
 
 
@@ -21,7 +19,8 @@ class Model:
     tokenizer: Tokenizer
     tokenizer_digest: str
     end_token_ids: tuple[int, ...]
-    templates: ForeignTemplates  # for the chat templates that adapters bring along
+    chat_templates: ChatTemplates
+    renderer: Renderer
 
     def check_fits(self, other: "Model") -> None:
         """Raises UnavailableError if a group that serves `other` cannot serve this."""
@@ -42,8 +41,8 @@ def read_model(
     max_batch_tokens: int,
     max_adapters_on_device: int,
 ) -> Model:
-    """Raises UnavailableError if the chat template cannot be read."""
-    tokenizer = _read_tokenizer(files)
+    """What a group of shards tells of itself."""
+    templates = _read_templates(files)
     return Model(
         generation_pb2.GetModelInfoResponse(
             model_id=info.model_id,
@@ -57,20 +56,18 @@ def read_model(
             max_batch_tokens=max_batch_tokens,
             max_adapters_on_device=max_adapters_on_device,
             version=version("loraplex"),
-            has_chat_template=tokenizer.chat_template is not None,
+            has_chat_template=bool(templates.by_name),
         ),
-        tokenizer,
+        Tokenizer(files.tokenizer_json),
         sha256(files.SerializeToString(deterministic=True)).hexdigest(),
         tuple(info.end_token_ids),
-        ForeignTemplates(files.bos_token, files.eos_token),
+        templates,
+        Renderer(templates),
     )
 
 
-def _read_tokenizer(files: shard_pb2.GetTokenizerResponse) -> Tokenizer:
-    template = None
-    if files.chat_template:
-        try:
-            template = ChatTemplate(files.chat_template, files.bos_token, files.eos_token)
-        except jinja2.TemplateError as error:
-            raise UnavailableError(f"the model's chat template cannot be read: {error}") from error
-    return Tokenizer(files.tokenizer_json, template)
+def _read_templates(files: shard_pb2.GetTokenizerResponse) -> ChatTemplates:
+    default = {"default": files.chat_template} if files.chat_template else {}
+    named = {"bos_token": files.bos_token, "eos_token": files.eos_token}
+    special_tokens = {name: token for name, token in named.items() if token} | dict(files.special_tokens)
+    return ChatTemplates(default | dict(files.named_chat_templates), special_tokens)

@@ -16,6 +16,7 @@ from loraplex_protos.errors import (
     quote,
 )
 from loraplex_router.adapters.administration import AdapterStatus, Administration
+from loraplex_router.adapters.pool import Adapter
 from loraplex_router.groups import Groups
 from loraplex_router.keys import Keys, Tenant
 from loraplex_router.model import Model
@@ -24,7 +25,6 @@ from loraplex_router.request import (
     AdapterReference,
     EmbedRequest,
     MergedReference,
-    Prompt,
     Request,
     Violations,
     check_adapter,
@@ -69,12 +69,14 @@ class Service:
         """A group is there that serves this model. Raises UnavailableError if it is not the one that is served."""
         if self._model is None:
             self._model = model
+            self._checking = asyncio.create_task(model.renderer.check())
             self.telemetry.metrics.describe_build(model.info.model_id)
         self._model.check_fits(model)
 
     async def close(self) -> None:
         if self._model is not None:
-            await self._model.templates.aclose()
+            self._checking.cancel()
+            await self._model.renderer.aclose()
 
     @property
     def healthy(self) -> bool:
@@ -158,10 +160,10 @@ class Service:
                     max_new_tokens=room,
                     sampling=request.sampling.resolve(index),
                     detail=request.detail,
-                    end_token_ids=self._end_token_ids(request),
+                    end_token_ids=self._end_token_ids(request, adapter),
                     min_new_tokens=request.min_new_tokens,
                     grammar=request.grammar,
-                    unwanted_token_ids=self._unwanted_token_ids(request),
+                    unwanted_token_ids=self._unwanted_token_ids(request, adapter),
                 )
                 stops = StopMatcher(request.stop, request.include_stop)
                 generation.add(sequence, decoder, stops, request.stop_token_ids)
@@ -207,14 +209,13 @@ class Service:
         """The tokens of a text or a rendered conversation, each with its place in it. A conversation is rendered with
         the adapter's own chat template, if it has one; a text has no need of an adapter."""
         tenant = self.keys.tenant(key)
-        rendered: str | Chat | RenderedChat = prompt
         if isinstance(prompt, Chat):
             found = Violations()
             check_adapter(adapter, found)
             found.raise_any()
             tenant.check_adapter(adapter)
-            rendered = await self._render(prompt, adapter)
-        return await self.tokenizer.spans(await self.tokenizer.render(rendered), add_special_tokens)
+            prompt = (await self._render(prompt, adapter)).text
+        return await self.tokenizer.spans(prompt, add_special_tokens)
 
     async def list_adapters(self, key: str | None = None) -> list[AdapterStatus]:
         """What is staged and what lies in the adapter directory, as far as the caller may use it."""
@@ -258,22 +259,22 @@ class Service:
         return self._administration.unpin(name)
 
     async def _encode(self, request: Request) -> list[int]:
-        given: Prompt | RenderedChat = request.prompt
-        if isinstance(given, Chat):
-            given = await self._render(given, request.adapter)
+        given: str | tuple[int, ...] | RenderedChat
+        if isinstance(request.prompt, Chat):
+            given = await self._render(request.prompt, request.adapter)
+        else:
+            given = request.prompt
         last = request.truncate
         if isinstance(given, tuple):
             return list(given if last is None else given[-last:])
         most = None if last else most_counted(self.info.max_model_len)
         return await self.tokenizer.encode(given, most, last)
 
-    async def _render(self, chat: Chat, reference: AdapterReference | MergedReference | None) -> Chat | RenderedChat:
-        """With the adapter's own template, if it has one."""
+    async def _render(self, chat: Chat, reference: AdapterReference | MergedReference | None) -> RenderedChat:
+        """With the adapter's own templates and special tokens, as far as it has any."""
         _, adapter = await self._groups.place(reference, None)
-        own, model = adapter.chat_template, self.tokenizer.chat_template
-        if not own or (model and model.source == own):
-            return chat
-        return await self._known_model.templates.render(own, chat)
+        model = self._known_model
+        return await model.renderer.render(adapter.tokenizer.over(model.chat_templates), chat)
 
     def _end(self, generation: Generation) -> None:
         self._groups.cancel(generation)
@@ -295,15 +296,19 @@ class Service:
         self._arrivals += 1
         return self._arrivals
 
-    def _end_token_ids(self, request: Request) -> frozenset[int]:
+    def _end_token_ids(self, request: Request, adapter: Adapter) -> frozenset[int]:
         ignored = request.ignore_eos and request.grammar is None
-        own = () if ignored else self._known_model.end_token_ids
-        return frozenset(own) | frozenset(request.stop_token_ids)
+        own = frozenset() if ignored else self._own_end_token_ids(adapter)
+        return own | frozenset(request.stop_token_ids)
 
-    def _unwanted_token_ids(self, request: Request) -> frozenset[int]:
+    def _unwanted_token_ids(self, request: Request, adapter: Adapter) -> frozenset[int]:
         """A complete match to a grammar can only be followed by an end token, so that one is put off, not ignored."""
         put_off = request.ignore_eos and request.grammar is not None
-        return frozenset(self._known_model.end_token_ids) if put_off else frozenset()
+        return self._own_end_token_ids(adapter) if put_off else frozenset()
+
+    def _own_end_token_ids(self, adapter: Adapter) -> frozenset[int]:
+        """The model's, and those that the adapter was trained with."""
+        return frozenset(self._known_model.end_token_ids).union(adapter.tokenizer.end_token_ids)
 
 
 async def _read_embedding(generation: Generation) -> Embedding:

@@ -7,7 +7,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
 import grpc
@@ -31,6 +31,7 @@ from loraplex_router.pulse import TICK_SECONDS, Pulse, SilentError
 from loraplex_router.request import AdapterReference, MergedReference
 from loraplex_router.sequence import Chunk, Plan, Sampling
 from loraplex_router.telemetry.telemetry import GroupTelemetry
+from loraplex_router.text.chat import AdapterTokenizer, ChatTemplates
 
 if TYPE_CHECKING:
     from loraplex_protos.shard_pb2_grpc import ShardServiceAsyncStub
@@ -65,7 +66,7 @@ class StagedAdapter:
     revision: str
     lora_rank: int
     size_bytes: int  # over all ranks
-    chat_template: str = ""  # its own, if it has one
+    tokenizer: AdapterTokenizer = field(default_factory=AdapterTokenizer)
     warnings: tuple[str, ...] = ()  # what may be wrong with it though it is served
 
 
@@ -252,15 +253,8 @@ class ShardGroup:
             if any(other.digest != first.digest for other in others):
                 raise AdapterSourceError(f"adapter {quote(reference.id)}: the ranks read different files")
         size = first.size_bytes + sum(other.size_bytes for other in others)
-        return StagedAdapter(
-            first.digest,
-            first.source,
-            first.revision,
-            first.lora_rank,
-            size,
-            first.chat_template,
-            tuple(first.warnings),
-        )
+        tokenizer, warnings = _read_tokenizer(first), tuple(first.warnings)
+        return StagedAdapter(first.digest, first.source, first.revision, first.lora_rank, size, tokenizer, warnings)
 
     async def merge(self, digest: str, digests: Sequence[str], merged: MergedReference) -> StagedAdapter:
         """Merges staged adapters into one called `digest`. The reference has been checked and has all weights."""
@@ -307,6 +301,12 @@ class ShardGroup:
 
     async def _on_all(self, call: Callable[["ShardServiceAsyncStub"], Awaitable[T]]) -> list[T]:
         return await asyncio.gather(*(_typed(call(rank)) for rank in self._ranks))
+
+
+def _read_tokenizer(staged: pb.StageAdapterResponse) -> AdapterTokenizer:
+    default = {"default": staged.chat_template} if staged.chat_template else {}
+    templates = ChatTemplates(default | dict(staged.named_chat_templates), dict(staged.special_tokens))
+    return AdapterTokenizer(templates, tuple(staged.end_token_ids), staged.chat_template_error)
 
 
 def encode(plan: Plan, step: int) -> pb.StepRequest:

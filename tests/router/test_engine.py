@@ -22,7 +22,8 @@ from loraplex_router.sequence import FinishReason
 from loraplex_router.service import Service
 from loraplex_router.telemetry.request_log import RequestLog
 from loraplex_router.telemetry.telemetry import Telemetry
-from loraplex_router.text.foreign_templates import ForeignTemplates
+from loraplex_router.text.chat import ChatTemplates
+from loraplex_router.text.renderer import Renderer
 from tests.router.fake_shards import VOCABULARY, FakeShards
 from tests.router.test_text import TOKENIZER
 
@@ -31,7 +32,8 @@ MODEL = Model(
     TOKENIZER,
     tokenizer_digest="",
     end_token_ids=(999,),
-    templates=ForeignTemplates("", ""),
+    chat_templates=ChatTemplates(),
+    renderer=Renderer(ChatTemplates()),
 )
 
 

@@ -1,5 +1,6 @@
 """What is refused before any work starts: values that no shard can take, and tokens that no embedding is there for."""
 
+from collections.abc import AsyncIterator
 from dataclasses import replace
 
 import pytest
@@ -8,7 +9,8 @@ from loraplex_protos import generation_pb2 as pb
 from loraplex_protos.errors import InvalidRequestError
 from loraplex_router.request import EmbedRequest, Prompt, Request, SamplingOptions, check_request
 from loraplex_router.service import Service
-from loraplex_router.text.chat import Chat, ChatTemplate, Message
+from loraplex_router.text.chat import Chat, ChatTemplates, Message
+from loraplex_router.text.renderer import Renderer
 from loraplex_router.text.tokenizer import Tokenizer
 from tests.e2e.tiny import CHAT_TEMPLATE, byte_tokenizer
 from tests.router.test_engine import MODEL, Setup
@@ -17,14 +19,16 @@ LETTERS = 256  # one token each; then comes [PAD], which the model lacks
 
 
 @pytest.fixture
-async def service() -> Service:
+async def service() -> AsyncIterator[Service]:
     """Of a model whose tokenizer has a token more than the embedding has rows."""
     made = byte_tokenizer()
     made.add_tokens(["[PAD]"], special_tokens=True)
-    template = ChatTemplate(CHAT_TEMPLATE, "", "")
-    tokenizer = Tokenizer(made.backend_tokenizer.to_str().encode(), template)
+    templates = ChatTemplates({"default": CHAT_TEMPLATE})
+    tokenizer = Tokenizer(made.backend_tokenizer.to_str().encode())
     info = pb.GetModelInfoResponse(model_id="base", vocab_size=len(made) - 1, max_model_len=50)
-    return Setup(model=replace(MODEL, info=info, tokenizer=tokenizer)).service
+    model = replace(MODEL, info=info, tokenizer=tokenizer, chat_templates=templates, renderer=Renderer(templates))
+    yield Setup(model=model).service
+    await model.renderer.aclose()
 
 
 @pytest.mark.parametrize(

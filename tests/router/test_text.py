@@ -1,20 +1,17 @@
-"""Detokenizing, stop strings and chat templates, on a byte-level tokenizer made here."""
+"""Detokenizing and stop strings, on a byte-level tokenizer made here."""
 
-import json
 from collections.abc import Iterable
 from itertools import accumulate
 
-import pytest
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loraplex_protos.errors import InvalidRequestError
-from loraplex_router.text.chat import Chat, ChatTemplate, Message
+from loraplex_router.text.chat import RenderedChat
 from loraplex_router.text.detokenizer import Detokenizer
 from loraplex_router.text.stops import StopMatcher
 from loraplex_router.text.tokenizer import LONG_TEXT, Tokenizer
-from tests.router.tiny_tokenizers import TEMPLATE, byte_tokenizer
+from tests.router.tiny_tokenizers import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
 
@@ -48,7 +45,7 @@ async def test_a_metaspace_tokenizer_keeps_the_space_before_the_first_output_tok
     model = tokenizers.models.WordLevel({"▁hello": 0, "▁world": 1}, unk_token="▁hello")
     plain = tokenizers.Tokenizer(model)
     plain.decoder = tokenizers.decoders.Metaspace()
-    tokenizer = Tokenizer(plain.to_str().encode(), None)
+    tokenizer = Tokenizer(plain.to_str().encode())
     assert Detokenizer(tokenizer, [0]).push(1) == " world"
 
 
@@ -108,36 +105,14 @@ def test_text_is_held_back_only_while_it_can_become_a_stop_string():
     assert matcher.feed("end> secret") == ("", 0, True)
 
 
-def test_a_chat_template_renders_up_to_where_the_answer_begins():
-    messages = Message("user", 'Hi "there" <b>'), Message("assistant", "Hello"), Message("user", "Bye")
-    prompt = ChatTemplate(TEMPLATE, "", "</s>").render(Chat(messages))
-    assert prompt == '<user>Hi "there" <b></s><assistant>Hello</s><user>Bye</s><assistant>'
-
-
 async def test_special_tokens_of_a_rendered_chat_become_single_tokens():
-    tokens = await TOKENIZER.encode(Chat((Message("user", "x"),)))
+    tokens = await TOKENIZER.encode(RenderedChat("<user>x</s>"))
     assert [TOKENIZER.token_text(token) for token in tokens].count("</s>") == 1
 
 
 async def test_every_token_knows_its_place_in_the_text():
     spans = await TOKENIZER.spans("aé")
     assert [(span.text, span.start, span.stop) for span in spans] == [("a", 0, 1), ("é", 1, 2), ("é", 1, 2)]
-
-
-async def test_messages_that_the_template_refuses_are_an_error_that_says_why():
-    with pytest.raises(InvalidRequestError, match=r"chat\.messages.*unknown role"):
-        await TOKENIZER.encode(Chat((Message("narrator", "x"),)))
-
-
-def test_a_template_cannot_reach_outside_its_sandbox():
-    template = ChatTemplate("{{ messages.__class__.__mro__[1].__subclasses__() }}", "", "")
-    with pytest.raises(InvalidRequestError):
-        template.render(Chat((Message("user", "x"),)))
-
-
-def test_tojson_leaves_text_as_it_is():
-    template = ChatTemplate("{{ messages[0].content | tojson }}", "", "")
-    assert json.loads(template.render(Chat((Message("user", "<é>"),)))) == "<é>"
 
 
 async def test_long_texts_give_the_same_tokens_as_short_ones():

@@ -1,19 +1,15 @@
-"""Tool calls found in answers, however these arrive in pieces; tools described to templates that know none."""
+"""Tool calls found in answers, however these arrive in pieces."""
 
 import itertools
-import json
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loraplex_router.text.chat import Chat, ChatTemplate, Message
 from loraplex_router.text.tool_calls import Arguments, Piece, ToolCall, ToolCallParser
 
 CALL = '{"name": "add", "arguments": {"a": 1}}'
 ADD = ToolCall("add"), Arguments('{"a": 1}')
-TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
-PLAIN = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 
 
 def parse(pieces: list[str]) -> list[Piece]:
@@ -87,23 +83,3 @@ def test_arguments_are_passed_on_as_they_come():
 
 def test_many_calls_in_one_piece_are_found():
     assert parse([f"[{', '.join([CALL] * 3000)}]"]) == [*ADD] * 3000
-
-
-def test_a_template_that_knows_tools_gets_them_as_they_are():
-    template = ChatTemplate("{{ tools[0].function.name }} {{ messages[0].tool_calls[0].id }}", "", "")
-    message = Message("assistant", "", {"tool_calls": [{"id": "x"}]})
-    assert template.render(Chat((message,), (TOOL,))) == "add x"
-
-
-def test_a_template_that_knows_no_tools_gets_them_in_the_system_message():
-    calls = {"tool_calls": [{"function": {"name": "add", "arguments": {"a": 1}}}]}
-    messages = (Message("system", "Be brief."), Message("assistant", "", calls), Message("tool", "2"))
-    prompt = ChatTemplate(PLAIN, "", "").render(Chat(messages, (TOOL,)))
-    assert prompt.startswith("<system>Be brief.") and json.dumps(TOOL) in prompt
-    assert f"<assistant><tool_call>\n{CALL}\n</tool_call>" in prompt
-    assert prompt.endswith("<user><tool_response>\n2\n</tool_response>")
-    assert prompt.count("<system>") == 1
-
-
-def test_without_tools_a_conversation_is_as_it_was():
-    assert ChatTemplate(PLAIN, "", "").render(Chat((Message("user", "Hi"),))) == "<user>Hi"

@@ -3,13 +3,7 @@
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from loraplex_router.text.chat import ChatTemplate
 from loraplex_router.text.tokenizer import Tokenizer
-
-TEMPLATE = (
-    "{% for m in messages %}{% if m.role not in ['user', 'assistant'] %}{{ raise_exception('unknown role') }}"
-    "{% endif %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
-)
 
 
 def byte_tokenizer(*special: str) -> Tokenizer:
@@ -20,4 +14,4 @@ def byte_tokenizer(*special: str) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["</s>", *special])
-    return Tokenizer(tokenizer.to_str().encode(), ChatTemplate(TEMPLATE, "", "</s>"))
+    return Tokenizer(tokenizer.to_str().encode())

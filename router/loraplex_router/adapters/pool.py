@@ -2,7 +2,9 @@
 
 from collections import OrderedDict
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from loraplex_router.text.chat import AdapterTokenizer
 
 
 @dataclass(slots=True, eq=False)
@@ -13,7 +15,7 @@ class Adapter:
     lora_rank: int = 0
     size_bytes: int = 0
     name: str = ""  # the id under which it was staged last
-    chat_template: str = ""  # its own; empty: the model's
+    tokenizer: AdapterTokenizer = field(default_factory=AdapterTokenizer)
     warnings: tuple[str, ...] = ()  # what may be wrong with it though it is served
     slot: int | None = None  # held from the start of its load to its eviction
     ready: bool = False  # every rank has it in its slot

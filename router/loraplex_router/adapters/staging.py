@@ -131,7 +131,7 @@ class AdapterStaging:
         """Takes a staged adapter into the books; others may have to leave host memory for it."""
         adapter = self._pool.add(staged.digest, staged.lora_rank, staged.size_bytes)
         adapter.name = entry.id
-        adapter.chat_template = staged.chat_template
+        adapter.tokenizer = staged.tokenizer
         adapter.warnings = staged.warnings
         self._registry.remember(reference, entry)
         for dropped in self._pool.pop_over_budget(keep=adapter):

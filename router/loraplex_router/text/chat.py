@@ -1,25 +1,21 @@
-"""Chat templates: the Jinja2 programs that models bring along to turn messages into a prompt."""
+"""Conversations, and the chat templates that turn them into prompts. See renderer.py for how that is done."""
 
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any, TypeAlias
 
-import jinja2
-from jinja2.meta import find_undeclared_variables
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-from loraplex_protos.errors import FieldViolation, InvalidRequestError
-from loraplex_router.text.tool_prompt import describe_tools
+from loraplex_protos.errors import AdapterInvalidError, FieldViolation, InvalidRequestError
 
 FIELD = "chat.messages"
+
+Content: TypeAlias = str | Sequence[Mapping[str, Any]] | None  # a text, a list of parts {"type": "text", ...}, or none
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
     role: str
-    content: str
-    fields: Mapping[str, Any] = field(default_factory=dict)  # what else it has: tool_calls, tool_call_id, name
+    content: Content = None
+    fields: Mapping[str, Any] = field(default_factory=dict)  # all others, as the client sent them
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +24,7 @@ class Chat:
 
     messages: tuple[Message, ...]
     tools: tuple[Mapping[str, Any], ...] = ()  # what the model may call, as OpenAI's API describes it
+    documents: Sequence[Mapping[str, Any]] | None = None  # for templates that answer from them
     variables: Mapping[str, Any] = field(default_factory=dict)  # for the template, for example enable_thinking
     generation_prompt: bool = True  # the text ends with the beginning of the assistant's next message
 
@@ -39,51 +36,35 @@ class RenderedChat:
     text: str
 
 
-class ChatTemplate:
-    """A compiled template, run in a sandbox with what `transformers` offers its templates.
+@dataclass(frozen=True, slots=True)
+class ChatTemplates:
+    """What a tokenizer brings along for conversations."""
 
-    Raises jinja2.TemplateError if `source` is not a template.
-    """
+    by_name: Mapping[str, str] = field(default_factory=dict)  # Jinja2: "default", and others such as "tool_use"
+    special_tokens: Mapping[str, str] = field(default_factory=dict)  # that templates name: "eos_token" and the like
 
-    def __init__(self, source: str, bos_token: str, eos_token: str) -> None:
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _raise
-        self._template = environment.from_string(source)
-        self._knows_tools = "tools" in find_undeclared_variables(environment.parse(source))
-        self.source = source
-        self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
-
-    @staticmethod
-    def require(template: "ChatTemplate | None") -> "ChatTemplate":
-        if template is None:
-            raise _invalid("the model has no chat template: send a text prompt")
-        return template
-
-    def render(self, chat: Chat) -> str:
-        """The prompt. A template that knows nothing of tools gets them described in the system message.
-
-        Raises InvalidRequestError if the template refuses the messages, for example for the order of their roles.
-        """
-        rows = [{"role": message.role, "content": message.content, **message.fields} for message in chat.messages]
-        if not self._knows_tools:
-            rows = describe_tools(rows, chat.tools)
-        given = {**chat.variables, "messages": rows, "tools": list(chat.tools) or None, **self._tokens}
-        try:
-            return self._template.render({**given, "add_generation_prompt": chat.generation_prompt})
-        except Exception as error:  # it is a program
-            raise _invalid(f"the chat template refuses them: {str(error)[:500]}") from error
+    def choose(self, has_tools: bool) -> str:
+        """The template for a conversation, as transformers chooses it. Raises InvalidRequestError if there is none."""
+        name = "tool_use" if has_tools and "tool_use" in self.by_name else "default"
+        if name not in self.by_name:
+            others = f", only {', '.join(sorted(self.by_name))}" if self.by_name else ""
+            description = f"the model has no chat template{others}: send a text prompt"
+            raise InvalidRequestError(FieldViolation(FIELD, description))
+        return self.by_name[name]
 
 
-def _invalid(description: str) -> InvalidRequestError:
-    return InvalidRequestError(FieldViolation(FIELD, description))
+@dataclass(frozen=True, slots=True)
+class AdapterTokenizer:
+    """What an adapter's files say of text; the model's tokenizer makes its tokens all the same."""
 
+    templates: ChatTemplates = field(default_factory=ChatTemplates)  # a special token is empty where there is none
+    end_token_ids: tuple[int, ...] = ()  # beside the model's
+    error: str = ""  # why the templates cannot be read, if they cannot
 
-def _to_json(value: Any, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)  # Jinja's own filter escapes for HTML
-
-
-def _raise(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
+    def over(self, model: ChatTemplates) -> ChatTemplates:
+        """What conversations with the adapter are rendered with. Raises AdapterInvalidError if it cannot be read."""
+        if self.error:
+            raise AdapterInvalidError(f"the adapter's chat template cannot be read: {self.error}")
+        by_name = self.templates.by_name if "default" in self.templates.by_name else model.by_name
+        named = {**model.special_tokens, **self.templates.special_tokens}
+        return ChatTemplates(by_name, {name: token for name, token in named.items() if token})

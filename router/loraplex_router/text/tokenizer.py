@@ -10,12 +10,11 @@ from functools import cached_property, partial
 import tokenizers
 
 from loraplex_protos.errors import FieldViolation, InvalidRequestError
-from loraplex_router.text.chat import Chat, ChatTemplate, RenderedChat
+from loraplex_router.text.chat import RenderedChat
 from loraplex_router.text.detokenizer import Decoder
 from loraplex_router.text.pieces import LARGEST, IndivisibleError, Piece, read_pieces
 
 LONG_TEXT = 2000  # characters; tokenizing more than this would hold up other streams
-LONG_CHAT = 32  # messages; rendering more than these would, too
 MANY_TOKENS = 2000  # decoding more than these would, too
 
 _THREADS = ThreadPoolExecutor(2, "tokenizer")  # for long texts: a piece of each at a time, in turn
@@ -66,30 +65,24 @@ class _Verbatim:
 
 
 class Tokenizer:
-    """The model's tokenizer and chat template.
+    """The model's tokenizer.
 
     tokenizer_json: the content of a tokenizer.json, as the `tokenizers` library reads it.
     """
 
-    def __init__(self, tokenizer_json: bytes, chat_template: ChatTemplate | None) -> None:
+    def __init__(self, tokenizer_json: bytes) -> None:
         self._tokenizer = tokenizers.Tokenizer.from_buffer(tokenizer_json)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._token_texts: dict[int, str] = {}
         added = self._tokenizer.get_added_tokens_decoder()
         self._special_tokens = frozenset(token for token, added_token in added.items() if added_token.special)
-        self.chat_template = chat_template
 
-    async def encode(
-        self, prompt: str | Chat | RenderedChat, most: int | None = None, last: int | None = None
-    ) -> list[int]:
-        """The tokens of a text, or of a conversation rendered up to where the answer begins. A text gets the special
-        tokens that the tokenizer adds (a BOS for example); a chat template writes its own. No longer reads on once
-        there are more than `most`. With `last`, only the last so many.
-
-        Raises InvalidRequestError if the chat template refuses the messages, or the model has none.
-        """
-        text, add_special_tokens = await self.render(prompt), isinstance(prompt, str)
+    async def encode(self, prompt: str | RenderedChat, most: int | None = None, last: int | None = None) -> list[int]:
+        """The tokens of a text or a rendered conversation. A text gets the special tokens that the tokenizer adds (a
+        BOS for example); a chat template writes its own. No longer reads on once there are more than `most`. With
+        `last`, only the last so many."""
+        text, add_special_tokens = (prompt, True) if isinstance(prompt, str) else (prompt.text, False)
         ids = array("I")
         if len(text) < LONG_TEXT:
             ids.fromlist(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
@@ -106,18 +99,6 @@ class Tokenizer:
         async for piece in self._read(text, add_special_tokens):
             spans.add(piece)
         return spans
-
-    async def render(self, prompt: str | Chat | RenderedChat) -> str:
-        """The text that is tokenized. Raises InvalidRequestError as `encode` does."""
-        match prompt:
-            case Chat():
-                template = ChatTemplate.require(self.chat_template)
-                long = len(prompt.messages) > LONG_CHAT or prompt.tools
-                return await asyncio.to_thread(template.render, prompt) if long else template.render(prompt)
-            case RenderedChat():
-                return prompt.text
-            case _:
-                return prompt
 
     async def _read(self, text: str, add_special_tokens: bool) -> AsyncIterator[Piece]:
         """A text's pieces, each made on a thread, without the interpreter's lock."""
@@ -161,6 +142,11 @@ class Tokenizer:
     def verbatim(self) -> Decoder:
         """Decodes with the special tokens shown."""
         return _Verbatim(self._tokenizer)
+
+    def token_id(self, text: str) -> int | None:
+        """The token that stands for exactly this text in the vocabulary, if there is one."""
+        token: int | None = self._tokenizer.token_to_id(text)
+        return token
 
     def is_special(self, token: int) -> bool:
         """Whether the token is left out of the text."""

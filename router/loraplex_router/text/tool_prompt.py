@@ -21,10 +21,7 @@ Row = dict[str, Any]
 
 
 def describe_tools(rows: Sequence[Row], tools: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """Messages as a template reads them, made such that roles and contents say everything about tools."""
-    rows = [_without_tool_fields(row) for row in rows]
-    if not tools:
-        return rows
+    """Messages whose content is text, the first of which now says which tools there are."""
     text = INSTRUCTIONS.format(signatures="\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools))
     if rows and rows[0]["role"] == "system":
         system, *rows = rows
@@ -32,7 +29,8 @@ def describe_tools(rows: Sequence[Row], tools: Sequence[Mapping[str, Any]]) -> l
     return [{"role": "system", "content": text}, *rows]
 
 
-def _without_tool_fields(row: Row) -> Row:
+def without_tool_fields(row: Row) -> Row:
+    """A message whose content is text, and says what was called, or what came of it."""
     if row["role"] == "tool":
         return {"role": "user", "content": f"<tool_response>\n{row['content']}\n</tool_response>"}
     calls = [_write_call(call["function"]) for call in row.get("tool_calls", ())]

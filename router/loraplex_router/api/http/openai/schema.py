@@ -1,8 +1,8 @@
 """The JSON of requests to OpenAI's routes. A null stands for an absent field; unknown fields are ignored."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, PrivateAttr, model_validator
 
 from loraplex_router.api.http.fields import MAX_MESSAGES, MAX_TOOLS, Bias, Items, Prompts, TokenId
 
@@ -91,7 +91,27 @@ class CompletionRequest(GenerationRequest):
     best_of: Count | None = None
 
 
-class ContentPart(BaseModel):
+class AsSent(BaseModel):
+    """Checked, and still known in the client's own words: chat templates see all fields that there are, in their
+    order."""
+
+    model_config = ConfigDict(extra="allow")
+
+    _sent: dict[str, Any] = PrivateAttr()
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _keep(cls, sent: dict[str, Any], check: ModelWrapValidatorHandler[Self]) -> Self:
+        found = check(sent)
+        found._sent = sent
+        return found
+
+    @property
+    def sent(self) -> dict[str, Any]:
+        return self._sent
+
+
+class ContentPart(AsSent):
     type: str
     text: str | None = None
     refusal: str | None = None
@@ -99,16 +119,18 @@ class ContentPart(BaseModel):
 
 class CalledFunction(BaseModel):
     name: str
-    arguments: str
+    arguments: str | dict[str, Any] | None = Field(default=None, description="A JSON object, as text or as it is.")
 
 
-class MessageToolCall(BaseModel):
+class MessageToolCall(AsSent):
     id: str | None = None
     type: Literal["function"] = "function"
     function: CalledFunction
 
 
-class ChatMessage(BaseModel):
+class ChatMessage(AsSent):
+    """Chat templates see all fields, also others than these, for example `reasoning_content`."""
+
     role: str
     content: str | Items[ContentPart] | None = None
     name: str | None = None
@@ -124,7 +146,7 @@ class Function(BaseModel):
     parameters: dict[str, Any] | None = None
 
 
-class Tool(BaseModel):
+class Tool(AsSent):
     type: Literal["function"]
     function: Function
 
@@ -143,6 +165,7 @@ class Conversation(BaseModel):
 
     messages: Items[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
     tools: Items[Tool] | None = Field(default=None, max_length=MAX_TOOLS)
+    documents: Items[dict[str, Any]] | None = Field(default=None, description="For chat templates that read them.")
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = Field(default=None, description="false: no answer is begun.")
     chat_template: str | None = Field(default=None, description="Not supported: refused unless empty.")

@@ -1,0 +1,165 @@
+"""Renders conversations with chat templates, in processes of their own: see template_process.py.
+
+A template is a program, a conversation can be long, and whoever can name an adapter can bring a template: none of this
+may hold up the event loop or fill the router's memory.
+"""
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import orjson
+
+from loraplex_protos.errors import AdapterInvalidError, FieldViolation, InvalidRequestError
+from loraplex_router.text.chat import FIELD, Chat, ChatTemplates, RenderedChat
+
+logger = logging.getLogger(__name__)
+
+RENDER_SECONDS = 5.0  # of processor time: many times what any template of good will takes, however busy the machine
+ANSWER_SECONDS = 60  # by the clock: on a machine that gives the process no time at all
+LONG = 2**18  # bytes; what is longer takes noticeable time
+# numpy comes with transformers, and needs no threads; nobody is told here that there is no torch.
+QUIET = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+KEPT = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "TZ")  # of the router's environment; templates ask for the date
+
+
+class Renderer:
+    """One process each for the model's own templates, for those that adapters bring along, and for long conversations
+    with the model's own: who waits for a slow template waits with others of its kind. A process starts when it is
+    needed first."""
+
+    def __init__(self, own: ChatTemplates, render_seconds: float = RENDER_SECONDS) -> None:
+        self._own = own
+        self._short, self._long, self._foreign = (_Process(render_seconds) for _ in range(3))
+
+    async def render(self, templates: ChatTemplates, chat: Chat) -> RenderedChat:
+        """Raises InvalidRequestError if there is no template, if it refuses the messages, cannot be read or takes too
+        long; AdapterInvalidError if an adapter's cannot be read."""
+        question = _write(templates, chat)
+        own = templates == self._own
+        process = self._foreign if not own else self._long if len(question) > LONG else self._short
+        kind, text = await process.ask(question)
+        if kind == "text":
+            return RenderedChat(text)
+        if kind == "broken" and not own:
+            raise AdapterInvalidError(f"the adapter's chat template cannot be read: {text}")
+        raise _invalid(f"the model's chat template cannot be read: {text}" if kind == "broken" else text)
+
+    async def check(self) -> None:
+        """Logs what is wrong with the model's own templates, if they cannot be read. Also, the first conversation does
+        not wait for a process to start."""
+        for name, source in self._own.by_name.items():
+            kind, text = await self._short.ask(_write_question(source, self._own.special_tokens))
+            if kind == "broken":
+                logger.warning("chats will be refused: the model's chat template %r cannot be read: %s", name, text)
+
+    async def aclose(self) -> None:
+        """Ends the processes. What was asked and is asked now is refused."""
+        for process in (self._short, self._long, self._foreign):
+            await process.aclose()
+
+
+class _Process:
+    """Answers one question at a time."""
+
+    def __init__(self, render_seconds: float) -> None:
+        self._render_seconds = render_seconds
+        self._process: asyncio.subprocess.Process | None = None
+        self._turn = asyncio.Lock()
+        self._asked: set[asyncio.Task[tuple[str, str]]] = set()
+        self._closed = False
+
+    async def ask(self, question: bytes) -> tuple[str, str]:
+        """(what kind of answer it is, its text). A caller that leaves does not end the process for the others."""
+        task = asyncio.create_task(self._answer(question))
+        self._asked.add(task)
+        task.add_done_callback(self._asked.discard)
+        return await asyncio.shield(task)
+
+    async def aclose(self) -> None:
+        self._closed = True
+        self._kill()
+        await asyncio.gather(*self._asked)
+        await self._end()
+
+    async def _answer(self, question: bytes) -> tuple[str, str]:
+        async with self._turn:
+            if self._closed:
+                return "refused", "the server is shutting down"
+            try:
+                if self._process is not None and _is_gone(self._process):
+                    await self._end()
+                if self._process is None:
+                    self._process = await _start(self._render_seconds)
+                async with asyncio.timeout(ANSWER_SECONDS):
+                    return await _exchange(self._process, question)
+            except (TimeoutError, OSError, EOFError):  # EOFError: it died
+                await self._end()
+                return "refused", "the chat template takes too much time or memory to render them"
+
+    def _kill(self) -> None:
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+
+    async def _end(self) -> None:
+        """Nobody waits for its answer. The next question starts another."""
+        self._kill()
+        process, self._process = self._process, None
+        if process is not None:
+            await process.communicate()
+
+
+def _is_gone(process: asyncio.subprocess.Process) -> bool:
+    """Whether it ended, or the kernel ended it, since its last answer."""
+    return process.returncode is not None or (process.stdin is not None and process.stdin.is_closing())
+
+
+async def _exchange(process: asyncio.subprocess.Process, question: bytes) -> tuple[str, str]:
+    assert process.stdin and process.stdout
+    process.stdin.write(question + b"\n")
+    await process.stdin.drain()
+    kind, _, length = (await process.stdout.readuntil()).partition(b" ")
+    return kind.decode(), (await process.stdout.readexactly(int(length))).decode()
+
+
+async def _start(render_seconds: float) -> asyncio.subprocess.Process:
+    """With no more of the environment than Python needs."""
+    environment = {**{name: os.environ[name] for name in KEPT if name in os.environ}, **QUIET}
+    pipe = asyncio.subprocess.PIPE
+    command = sys.executable, "-m", "loraplex_router.text.template_process", str(render_seconds)
+    return await asyncio.create_subprocess_exec(
+        *command, stdin=pipe, stdout=pipe, env=environment, start_new_session=True
+    )
+
+
+def _write(templates: ChatTemplates, chat: Chat) -> bytes:
+    try:
+        return _write_question(
+            templates.choose(bool(chat.tools)),
+            templates.special_tokens,
+            messages=[{"role": m.role, "content": m.content, **m.fields} for m in chat.messages],
+            tools=chat.tools or None,
+            documents=chat.documents,
+            variables=chat.variables,
+            add_generation_prompt=chat.generation_prompt,
+        )
+    except RecursionError as error:
+        raise _invalid("they are nested too deeply") from error
+
+
+def _write_question(source: str, special_tokens: Mapping[str, str], **conversation: Any) -> bytes:
+    question = {"source": source, "special_tokens": special_tokens, **conversation}
+    try:
+        return orjson.dumps(question)
+    except TypeError:  # it has an integer of more than 64 bits, or is nested deeply
+        return json.dumps(question).encode()
+
+
+def _invalid(description: str) -> InvalidRequestError:
+    return InvalidRequestError(FieldViolation(FIELD, description))

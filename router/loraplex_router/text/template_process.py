@@ -1,0 +1,73 @@
+"""The process that renders chat templates: a line of JSON in; a kind of answer, its length and its text out.
+
+The sandbox does not keep a template from running forever or filling the memory, so this process is short of memory, and
+of processor time for each conversation. renderer.py starts it.
+"""
+
+import json
+import resource
+import signal
+import sys
+from functools import lru_cache
+
+import jinja2
+
+from loraplex_router.text.template import Template
+
+MEMORY_BYTES = 2**30
+MAX_RENDERED = 2**24  # characters
+MAX_REASON = 500
+KEPT = 256  # templates, with what was found out about them
+
+
+def main() -> None:
+    """A template that uses up its time ends the process, also when no router is left to wait for it."""
+    render_seconds = float(sys.argv[1])
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    for line in sys.stdin.buffer:
+        signal.setitimer(signal.ITIMER_PROF, render_seconds)
+        kind, text = answer(line)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        data = text.encode(errors="replace")
+        sys.stdout.buffer.write(b"%s %d\n%s" % (kind.encode(), len(data), data))
+        sys.stdout.buffer.flush()
+
+
+def answer(line: bytes) -> tuple[str, str]:
+    """("text", the prompt), ("refused", why there is none) or ("broken", what is wrong with the template).
+
+    A question without messages asks whether the template can be read.
+    """
+    try:
+        question = json.loads(line)
+    except (ValueError, RecursionError):
+        return "refused", "they are nested too deeply"
+    try:
+        template = _template(question.pop("source"), tuple(sorted(question.pop("special_tokens").items())))
+    except Exception as error:  # a template can be too deep for the parser
+        return "broken", describe(error)
+    if "messages" not in question:
+        return "text", ""
+    try:
+        text = template.render(**question)
+    except Exception as error:  # it is a program
+        return "refused", f"the chat template refuses them: {describe(error)}"
+    return (
+        ("text", text) if len(text) <= MAX_RENDERED else ("refused", "the chat template makes too long a text of them")
+    )
+
+
+def describe(error: Exception) -> str:
+    """What a template says itself is told as it is."""
+    reason = str(error) if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: {error}"
+    line = getattr(error, "lineno", None)
+    return (f"line {line}: {reason}" if line else reason)[:MAX_REASON]
+
+
+@lru_cache(KEPT)
+def _template(source: str, special_tokens: tuple[tuple[str, str], ...]) -> Template:
+    return Template(source, dict(special_tokens))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""What a chat template makes of messages, found out by rendering small conversations with it.
+
+Clients write messages in one form, OpenAI's, and templates read several; which of them is left to those who call
+transformers. Whether a form is right shows in the prompt: nothing that was said is missing, and nothing is written as
+a program writes its data.
+"""
+
+import json
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+Row = dict[str, Any]  # a message as a template reads it
+Render = Callable[[list[Row], list[Row] | None], str]  # messages and tools -> prompt
+
+ROLES = "system", "user", "assistant", "tool"
+TEXT = "firstpart secondpart"
+PARTS = [{"type": "text", "text": text} for text in TEXT.split()]
+ARGUMENTS = {"probekey": "probevalue"}
+WRITTEN_ARGUMENTS = json.dumps(ARGUMENTS)
+CALL_ID = "probe1234"  # Mistral's templates want nine letters and digits
+PARAMETERS = {"type": "object", "properties": {"probekey": {"type": "string"}}, "required": []}
+TOOL = {"type": "function", "function": {"name": "probetool", "description": "Probes.", "parameters": PARAMETERS}}
+# A dict, a list of parts, or a JSON text in a JSON text, printed as such.
+DATA = "'probekey'", '\\"probekey', "'type': 'text'", '"type": "text"', '"type":"text"'
+
+
+class Blank(Enum):
+    """How a message without content is written."""
+
+    ABSENT = "absent"  # as transformers writes it
+    NULL = "null"
+    EMPTY = "empty"
+
+
+@dataclass(frozen=True, slots=True)
+class Traits:
+    reads_tools: bool  # it has use for the tools that there are
+    hides_calls: bool  # what an assistant says is shown, but not what it calls
+    hides_results: bool  # what a user says is shown, but not what came of a call
+    knows_developer: bool  # OpenAI's newer name for the role "system"
+    arguments_as_text: bool  # those of calls are the client's text; else the object that it stands for
+    blank: Blank  # a message without content
+    blank_call: Blank  # one that has calls instead
+    empty_hides_calls: bool  # calls beside an empty text are not shown
+    takes_parts: frozenset[str]  # roles whose content may be a list of parts
+    needs_parts: frozenset[str]  # roles whose content must be one
+
+
+def find_traits(source: str, variables: Collection[str], render: Render) -> Traits:
+    """`variables` are those that the template reads; what `render` raises is what it makes of a conversation."""
+
+    def attempt(rows: list[Row], tools: list[Row] | None = None) -> str | None:
+        try:
+            return render(rows, tools)
+        except Exception:  # it is a program
+            return None
+
+    def called(arguments: Any, blank: Blank) -> str | None:
+        """With calls; some templates write them only where there are tools."""
+        rows = _called(arguments, blank)
+        without = attempt(rows)
+        return without if _shows(without, "probecall") else attempt(rows, [TOOL])
+
+    def shows_call(blank: Blank) -> bool:
+        texts = called(ARGUMENTS, blank), called(WRITTEN_ARGUMENTS, blank)
+        return any(text is not None and "probecall" in text and "None" not in text for text in texts)
+
+    blank_call = next(filter(shows_call, Blank), Blank.ABSENT)
+    as_object, as_text = called(ARGUMENTS, blank_call), called(WRITTEN_ARGUMENTS, blank_call)
+    text_is_right = _shows(as_text, *ARGUMENTS, *ARGUMENTS.values())
+    object_is_right = _shows(as_object, *ARGUMENTS, *ARGUMENTS.values())
+    arguments_as_text = text_is_right and (as_text == as_object or not object_is_right)
+    arguments, shown = (WRITTEN_ARGUMENTS, as_text) if arguments_as_text else (ARGUMENTS, as_object)
+
+    def said(role: str, content: Any) -> str | None:
+        return attempt(_said(role, content, _called(arguments, blank_call)))
+
+    takes_parts = frozenset(role for role in ROLES if _shows(said(role, PARTS), *TEXT.split()))
+    takes_text = frozenset(role for role in ROLES if _shows(said(role, TEXT), TEXT))
+    return Traits(
+        reads_tools="tools" in variables,
+        hides_calls=not _shows(shown, "probecall") and "assistant" in takes_text,
+        hides_results=not _shows(shown, "proberesult") and "user" in takes_text,
+        knows_developer="developer" in source,
+        arguments_as_text=arguments_as_text,
+        blank=Blank.EMPTY if said("assistant", None) is None else Blank.ABSENT,
+        blank_call=blank_call,
+        empty_hides_calls=not shows_call(Blank.EMPTY),
+        takes_parts=takes_parts,
+        needs_parts=takes_parts - takes_text,
+    )
+
+
+def _shows(text: str | None, *pieces: str) -> bool:
+    """Whether all of this is in the prompt, and in no wrong form."""
+    return text is not None and all(piece in text for piece in pieces) and not any(data in text for data in DATA)
+
+
+def _called(arguments: Any, blank: Blank) -> list[Row]:
+    function = {"name": "probecall", "arguments": arguments}
+    call = {"role": "assistant", "tool_calls": [{"id": CALL_ID, "type": "function", "function": function}]}
+    return [
+        {"role": "user", "content": "Hi"},
+        write_blank(call, blank),
+        {"role": "tool", "tool_call_id": CALL_ID, "content": "proberesult"},
+    ]
+
+
+def _said(role: str, content: Any, called: list[Row]) -> list[Row]:
+    """A conversation in which this role says that, if anything."""
+    said = {"role": role} if content is None else {"role": role, "content": content}
+    asked = {"role": "user", "content": "Hi"}
+    match role:
+        case "system":
+            return [said, asked]
+        case "assistant":
+            return [asked, said, asked]
+        case "tool":
+            return [*called[:2], {**called[2], **said}]
+        case _:
+            return [said]
+
+
+def write_blank(row: Row, blank: Blank) -> Row:
+    """The message without content, in this form."""
+    match blank:
+        case Blank.ABSENT:
+            return {name: value for name, value in row.items() if name != "content"}
+        case Blank.NULL:
+            return {**row, "content": None}
+        case Blank.EMPTY:
+            return {**row, "content": ""}

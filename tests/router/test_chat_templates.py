@@ -1,0 +1,216 @@
+"""Prompts that chat templates of many shapes make of OpenAI's messages; transformers is the oracle."""
+
+import json
+from typing import Any
+
+import jinja2
+import pytest
+from transformers import PreTrainedTokenizerFast
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from loraplex_router.text.template import Template
+
+TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>", "image_token": "<img>"}
+PLAIN = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+CALL = '{"name": "add", "arguments": {"a": 1}}'
+TOOL = {"type": "function", "function": {"strict": True, "name": "add", "parameters": {"type": "object"}}}
+USER = {"role": "user", "content": "Weather?"}
+RESULT = {"role": "tool", "tool_call_id": "call12345", "content": "rain"}
+
+# How templates write calls. The tails of Hermes', Qwen3's, DeepSeek's, GLM's and Gemma's.
+WRITE_CALLS = (
+    "{% for m in messages %}{% for c in m.tool_calls or [] %}<call>{{ c.function.name }} ARGUMENTS{% endfor %}"
+)
+WRITE_CALLS += "{{ m.content or '' }};{% endfor %}"
+ARGUMENTS = {
+    "object": "{{ c.function.arguments | tojson }}",
+    "either": "{% if c.function.arguments is string %}{{ c.function.arguments }}"
+    "{% else %}{{ c.function.arguments | tojson }}{% endif %}",
+    "text": "{{ '(' + c.function.arguments + ')' }}",
+    "printed": "{{ c.function.arguments }}",
+    "walked": "{% for k, v in c.function.arguments.items() %}{{ k }}={{ v }}{% endfor %}",
+    "braces": "{% set args = c.function.arguments %}{ {%- if args is string %}{{ args }}"
+    "{% else %}{% for k, v in args | items %}{{ k }}: {{ v }}{% endfor %}{% endif -%} }",
+    "whole": "{{ c.function | tojson }}",
+}
+
+
+def render(source: str, messages: list[dict[str, Any]], *args: Any, **options: Any) -> str:
+    return Template(source, TOKENS).render(messages, *args, **options)
+
+
+def reference(source: str, messages: list[dict[str, Any]], **options: Any) -> str:
+    tokenizer = PreTrainedTokenizerBase(chat_template=source, **TOKENS)
+    options = {"add_generation_prompt": True, **options}
+    return str(PreTrainedTokenizerFast.apply_chat_template(tokenizer, messages, tokenize=False, **options))
+
+
+def calls(arguments: Any, content: Any = None) -> list[dict[str, Any]]:
+    function = {"name": "add", "arguments": arguments}
+    call = {"id": "call12345", "type": "function", "function": function}
+    return [USER, {"role": "assistant", "content": content, "tool_calls": [call]}, RESULT]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ strftime_now('%Y') }}",
+        "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
+        "{{ messages | tojson(indent=2) }}{{ messages | tojson(separators=(',', ':'), sort_keys=true) }}",
+        "{{ messages | tojson(ensure_ascii=true) }}{{ messages | tojson }}",
+        "{{ bos_token }}{{ eos_token }}{{ pad_token }}{{ unk_token }}{{ image_token }}{{ sep_token is defined }}",
+        "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m.content }}{% endfor %}",
+        "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}",
+        "{{ dict(a=1) }}",
+        "{{ tools is none }}{{ tools is defined }}{{ documents is none }}{{ add_generation_prompt }}",
+        "  {% if true %}\n  a\n  {% endif %}\n{{ messages[0]['content'] }}\n",
+        "{% for m in messages %}{{ m.reasoning_content }}{{ m.thinking }}{{ m.name }}{{ m.x }}{% endfor %}",
+        "{{ messages[1].content is defined }}{{ messages[1].refusal }}",
+    ],
+)
+def test_a_template_has_what_transformers_offers(source: str):
+    messages = [
+        {"role": "user", "content": "Wörd <b>", "name": "Ann", "x": {"y": 5}},
+        {"role": "assistant", "content": None, "refusal": "No.", "reasoning": "Hm."},
+    ]
+    assert render(source, messages) == reference(source, messages)
+
+
+def test_variables_are_set_as_transformers_sets_them():
+    source = "{{ enable_thinking }}{{ bos_token }}{{ documents }}{{ add_generation_prompt }}"
+    variables = {"enable_thinking": False, "bos_token": "<b>", "documents": [{"text": "x"}]}
+    assert render(source, [USER], variables=variables) == reference(source, [USER], **variables)
+    assert render(source, [USER], documents=[{"text": "y"}]) == reference(source, [USER], documents=[{"text": "y"}])
+    assert render(source, [USER], variables={"add_generation_prompt": False}).endswith("False")
+    with pytest.raises(ValueError, match="cannot set chat_template, messages"):
+        render(source, [USER], variables={"messages": [], "chat_template": "x"})
+
+
+def test_a_template_cannot_reach_outside_its_sandbox():
+    with pytest.raises(jinja2.exceptions.SecurityError):
+        render("{{ messages.__class__.__mro__[1].__subclasses__() }}", [USER])
+
+
+@pytest.mark.parametrize(
+    ("form", "written"),
+    [
+        ("object", "add {'a': 1}"),
+        ("either", "add {'a': 1}"),
+        ("text", "add ({'a': 1})"),
+        ("printed", "add {'a': 1}"),
+        ("walked", "add a=1"),
+        ("braces", "add {a: 1}"),
+        ("whole", "add {'name': 'add', 'arguments': {'a': 1}}"),
+    ],
+)
+@pytest.mark.parametrize("content", [None, ""])
+def test_arguments_are_text_or_an_object_as_the_template_wants_them(form: str, written: str, content: str | None):
+    source = WRITE_CALLS.replace("ARGUMENTS", ARGUMENTS[form])
+    expected = f"Weather?;<call>{written.replace(chr(39), chr(34))};rain;"
+    assert render(source, calls('{"a": 1}', content)) == expected
+    assert render(source, calls({"a": 1}, content)) == expected
+    assert render(source + "{{ tools[0].function.name }}", calls('{"a": 1}', content), [TOOL]) == f"{expected}add"
+
+
+@pytest.mark.parametrize("empty", ["{}", "", " \n", "null", None, {}])
+def test_no_arguments_are_an_empty_object_however_they_are_written(empty: Any):
+    for form in ("object", "either", "printed"):
+        assert "<call>add {};" in render(WRITE_CALLS.replace("ARGUMENTS", ARGUMENTS[form]), calls(empty))
+    assert "<call>add ({});" in render(WRITE_CALLS.replace("ARGUMENTS", ARGUMENTS["text"]), calls(empty))
+    assert "<call>add ;" in render(WRITE_CALLS.replace("ARGUMENTS", ARGUMENTS["walked"]), calls(empty))
+
+
+def test_text_stays_as_the_model_wrote_it():
+    for text in ('{"a":1,\n"b": 2}', "no JSON"):
+        assert f"<call>add {text};" in render(WRITE_CALLS.replace("ARGUMENTS", ARGUMENTS["either"]), calls(text))
+    assert '<call>add "no JSON";' in render(WRITE_CALLS.replace("ARGUMENTS", ARGUMENTS["object"]), calls("no JSON"))
+
+
+CALLS_IF_NONE = (  # as DeepSeek-R1-Distill: a message has calls if its content is none
+    "{% for m in messages %}{% if m.role == 'assistant' and m.content is none %}{% for c in m.tool_calls %}"
+    "<call>{{ c.function.name + c.function.arguments }}{% endfor %}{% else %}{{ m.content }};{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("content", [None, ""])
+def test_calls_are_not_lost_where_the_content_must_be_none(content: str | None):
+    assert render(CALLS_IF_NONE, calls("{}", content)) == "Weather?;<call>add{}rain;"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for m in messages %}{{ m.content + ';' }}{% endfor %}",
+        "{% for m in messages %}{{ '' if m.content is not string else m.content }};{% endfor %}",
+        "{% for m in messages %}{% if m.content is none %}None{% endif %}{{ m.content | trim }};{% endfor %}",
+        "{% for m in messages %}{{ m['content'] }};{% endfor %}",
+    ],
+)
+def test_no_content_is_no_text(source: str):
+    assert render(source, [USER, {"role": "assistant", "content": None}, USER]) == "Weather?;;Weather?;"
+
+
+PARTS = [{"type": "text", "text": "one"}, {"type": "text", "text": " two"}]
+READ_PARTS = "{% for p in m.content %}{% if p.type == 'text' %}[{{ p.text }}]{% endif %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("content", "of_text", "of_parts"),
+    [
+        ("{{ m.content }}", "one two", "one two"),
+        ("{{ m.content | trim }}", "one two", "one two"),
+        ("{{ m.content | tojson }}", '"one two"', '"one two"'),
+        (READ_PARTS, "[one two]", "[one][ two]"),
+        (
+            "{% if m.content is string %}{{ m.content }}{% else %}" + READ_PARTS + "{% endif %}",
+            "one two",
+            "[one][ two]",
+        ),
+        ("{{ m.content if m.content is string else m.content[0].text }}", "one two", "one two"),  # reads one alone
+    ],
+)
+def test_a_list_of_parts_is_read_as_parts_or_as_their_text(content: str, of_text: str, of_parts: str):
+    source = f"{{% for m in messages %}}<{{{{ m.role }}}}>{content}{{% endfor %}}"
+    for role in ("system", "user"):
+        assert render(source, [{"role": role, "content": "one two"}]) == f"<{role}>{of_text}"
+        assert render(source, [{"role": role, "content": PARTS}]) == f"<{role}>{of_parts}"
+
+
+def test_parts_are_read_only_where_a_role_has_them():
+    source = "{% for m in messages %}{% if m.role == 'user' and m.content is not string %}" + READ_PARTS
+    source += "{% else %}{{ m.content }}{% endif %};{% endfor %}"
+    assert render(source, [{"role": role, "content": PARTS} for role in ("system", "user")]) == "one two;[one][ two];"
+
+
+def test_a_developer_is_the_system_unless_the_template_knows_better():
+    messages = [{"role": "developer", "content": "Be brief."}]
+    assert render(PLAIN, messages) == "<system>Be brief."
+    assert render(PLAIN + "{# developer #}", messages) == "<developer>Be brief."
+
+
+def test_tools_are_as_the_client_sent_them():
+    assert render("{{ tools[0] | tojson }}", [USER], [TOOL]) == json.dumps(TOOL)
+
+
+def test_a_template_that_reads_no_tools_gets_them_in_the_system_message():
+    messages = [{"role": "system", "content": "Be brief."}, *calls('{"a": 1}')]
+    prompt = render(PLAIN, messages, [TOOL])
+    assert prompt.startswith("<system>Be brief.") and json.dumps(TOOL) in prompt
+    assert f"<assistant><tool_call>\n{CALL}\n</tool_call>" in prompt
+    assert prompt.endswith("<user><tool_response>\nrain\n</tool_response>")
+    assert prompt.count("<system>") == 1
+
+
+def test_calls_that_a_template_does_not_show_become_text_without_tools_too():
+    assert f"<assistant><tool_call>\n{CALL}\n</tool_call><user>" in render(PLAIN, calls('{"a": 1}'))
+
+
+def test_without_tools_a_conversation_is_as_it_was():
+    messages = [USER, USER, {"role": "narrator", "content": "Night falls."}, {"role": "system", "content": "Sing!"}]
+    assert render(PLAIN, messages) == reference(PLAIN, messages)
+
+
+def test_what_a_template_says_against_the_messages_is_told():
+    source = "{% if messages[0].role == 'user' %}{{ raise_exception('roles must alternate') }}{% endif %}"
+    with pytest.raises(jinja2.TemplateError, match="roles must alternate"):
+        render(source, [USER])

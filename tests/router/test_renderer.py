@@ -1,0 +1,122 @@
+"""Chat templates rendered in processes of their own: what a bad one can do to others, and what is said of it."""
+
+import asyncio
+import logging
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+
+import pytest
+
+from loraplex_protos.errors import AdapterInvalidError, InvalidRequestError
+from loraplex_router.text.chat import AdapterTokenizer, Chat, ChatTemplates, Message, RenderedChat
+from loraplex_router.text.renderer import LONG, Renderer
+
+CHAT = Chat((Message("user", "Hi ✓", {"name": "Ann"}),), variables={"mood": "good"})
+GOOD = "{{ bos_token }}{{ messages[0].name }}: {{ messages[0].content }} {{ mood }}{{ eos_token }}"
+RENDERED = RenderedChat("<s>Ann: Hi ✓ good</s>")
+TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
+OWN = ChatTemplates({"default": GOOD}, TOKENS)
+FOREVER = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+TOO_MUCH = "{% set x = 'x' * 10 ** 10 %}{{ x }}"
+
+
+def brought(template: str) -> ChatTemplates:
+    return ChatTemplates({"default": template}, TOKENS)
+
+
+@pytest.fixture
+async def renderer() -> AsyncIterator[Renderer]:
+    running = Renderer(OWN, render_seconds=1)
+    yield running
+    await running.aclose()
+
+
+async def test_an_adapters_template_renders_as_the_models_own_does(renderer: Renderer):
+    assert await renderer.render(OWN, CHAT) == RENDERED
+    assert await renderer.render(ChatTemplates({"default": GOOD, "rag": ""}, TOKENS), CHAT) == RENDERED
+    with pytest.raises(InvalidRequestError, match="no tools here"):
+        await renderer.render(brought("{{ raise_exception('no tools here') }}"), CHAT)
+
+
+async def test_a_template_that_cannot_be_read_says_where_and_costs_chats_alone(caplog: pytest.LogCaptureFixture):
+    renderer = Renderer(brought("Hi\n{% if %}"))
+    with caplog.at_level(logging.WARNING):
+        await renderer.check()
+    assert "line 2" in caplog.text
+    with pytest.raises(InvalidRequestError, match=r"the model's chat template cannot be read: line 2: Expected"):
+        await renderer.render(brought("Hi\n{% if %}"), CHAT)
+    with pytest.raises(AdapterInvalidError, match=r"the adapter's chat template cannot be read: line 1: .* 'nope'"):
+        await renderer.render(brought("{{ 'x' | nope }}"), CHAT)
+    await renderer.aclose()
+
+
+@pytest.mark.parametrize("bad", [FOREVER, TOO_MUCH, "{{ 'x' * 10 ** 8 }}", "{{ ''.__class__.__mro__ }}", "{{ 1 / 0 }}"])
+async def test_a_bad_template_hurts_itself_alone(renderer: Renderer, bad: str):
+    with pytest.raises(InvalidRequestError, match=r"chat\.messages"):
+        await renderer.render(brought(bad), CHAT)
+    assert await renderer.render(brought(GOOD), CHAT) == RENDERED
+
+
+async def test_the_models_own_conversations_do_not_wait_for_an_adapters_template(renderer: Renderer):
+    await renderer.check()
+    slow = asyncio.create_task(renderer.render(brought(FOREVER), CHAT))
+    await asyncio.sleep(0)
+    assert await renderer.render(OWN, CHAT) == RENDERED
+    assert not slow.done()
+    with pytest.raises(InvalidRequestError, match="too much time"):
+        await slow
+
+
+async def test_a_caller_that_leaves_takes_no_answer_from_the_next(renderer: Renderer):
+    left = asyncio.create_task(renderer.render(OWN, Chat((Message("user", "gone", {"name": "Bob"}),))))
+    await asyncio.sleep(0.01)
+    left.cancel()
+    assert await renderer.render(OWN, CHAT) == RENDERED
+
+
+async def test_a_long_conversation_is_rendered_whole(renderer: Renderer):
+    text = "wörd " * LONG
+    rendered = await renderer.render(OWN, Chat((Message("user", text, {"name": "Ann"}),)))
+    assert rendered.text == f"<s>Ann: {text} </s>"
+
+
+async def test_what_is_nested_too_deeply_is_refused(renderer: Renderer):
+    nested: list[object] = []
+    for _ in range(100_000):
+        nested = [nested]
+    with pytest.raises(InvalidRequestError, match="nested too deeply"):
+        await renderer.render(OWN, Chat((Message("user", "Hi", {"name": nested}),)))
+
+
+async def test_integers_of_any_size_may_be_in_a_tools_schema(renderer: Renderer):
+    tool = {"type": "function", "function": {"name": "pay", "parameters": {"maximum": 2**256}}}
+    rendered = await renderer.render(brought("{{ tools[0] | tojson }}"), Chat(CHAT.messages, (tool,)))
+    assert str(2**256) in rendered.text
+
+
+async def test_without_a_default_template_the_error_says_which_there_are():
+    renderer = Renderer(ChatTemplates({"tool_use": "{{ tools }}"}))
+    with pytest.raises(InvalidRequestError, match="no chat template, only tool_use: send a text prompt"):
+        await renderer.render(ChatTemplates({"tool_use": "{{ tools }}"}), CHAT)
+    with pytest.raises(InvalidRequestError, match="no chat template: send a text prompt"):
+        await renderer.render(ChatTemplates(), CHAT)
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"), [("loraplex_router.text.template_process", "torch"), ("loraplex_router.app", "transformers")]
+)
+def test_what_is_slow_to_import_is_imported_only_where_it_is_needed(module: str, absent: str):
+    subprocess.run([sys.executable, "-c", f"import sys, {module}; assert {absent!r} not in sys.modules"], check=True)
+
+
+def test_an_adapters_special_tokens_stand_before_the_models():
+    adapter = AdapterTokenizer(ChatTemplates({}, {"eos_token": "<|end|>", "bos_token": ""}))
+    assert adapter.over(OWN) == ChatTemplates(OWN.by_name, {"eos_token": "<|end|>"})
+    with pytest.raises(AdapterInvalidError, match="torn"):
+        AdapterTokenizer(error="torn").over(OWN)
+
+
+def test_an_adapter_without_a_default_template_has_the_models():
+    adapter = AdapterTokenizer(ChatTemplates({"rag": "mine"}))
+    assert adapter.over(OWN) == OWN
