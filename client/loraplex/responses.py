@@ -138,6 +138,7 @@ def _tokens(tokens: Iterable[pb.Token]) -> tuple[Token, ...]:
             text=token.text,
             logprob=token.logprob if token.HasField("logprob") else None,
             alternatives=_alternatives(token.alternatives),
+            bytes=token.partial or token.text.encode(),
         )
         for token in tokens
     )
@@ -150,13 +151,16 @@ def _prompt(tokens: Iterable[pb.PromptToken]) -> tuple[PromptToken, ...]:
             text=token.text,
             logprob=token.logprob if token.HasField("logprob") else None,
             alternatives=_alternatives(token.alternatives),
+            bytes=token.partial or token.text.encode(),
         )
         for token in tokens
     )
 
 
 def _alternatives(tokens: Iterable[pb.TokenLogprob]) -> tuple[TokenLogprob, ...]:
-    return tuple(TokenLogprob(token.id, token.text, token.logprob) for token in tokens)
+    return tuple(
+        TokenLogprob(token.id, token.text, token.logprob, token.partial or token.text.encode()) for token in tokens
+    )
 
 
 def _usage(usage: pb.Usage) -> Usage:

@@ -1,5 +1,6 @@
 """What callers give and get. Plain data: knows nothing of gRPC or protobuf."""
 
+import builtins
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -118,6 +119,8 @@ class TokenLogprob:
     id: int
     text: str
     logprob: float
+    bytes: builtins.bytes
+    """As a Token's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,11 +129,13 @@ class Token:
 
     id: int
     text: str
-    """What it is in the vocabulary; a part of a character is shown as U+FFFD."""
+    """What it is within a text; a part of a character is shown as U+FFFD."""
     logprob: float | None
     """None unless asked for."""
     alternatives: tuple[TokenLogprob, ...]
     """The most likely tokens, best first, if asked for."""
+    bytes: builtins.bytes
+    """The same as `text`, parts of characters included: those of all tokens are the text's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +146,8 @@ class PromptToken:
     """None for the first token, which nothing precedes."""
     alternatives: tuple[TokenLogprob, ...]
     """The most likely tokens in its place, best first, if asked for."""
+    bytes: builtins.bytes
+    """As a Token's."""
 
 
 @dataclass(frozen=True, slots=True)

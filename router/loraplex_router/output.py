@@ -11,7 +11,7 @@ from loraplex_router.adapters.pool import Adapter
 from loraplex_router.adapters.references import Reference
 from loraplex_router.keys import Tenant
 from loraplex_router.sequence import FinishReason, Sequence
-from loraplex_router.text.detokenizer import Decoder, Detokenizer
+from loraplex_router.text.detokenizer import Decoder, Detokenizer, own_length
 from loraplex_router.text.stops import Passed, StopMatcher
 
 Alternatives: TypeAlias = tuple[tuple[int, float], ...]  # (token, logprob), best first
@@ -31,7 +31,7 @@ class Delta:
 
     text: str = ""
     samples: list[Sample] = field(default_factory=list)
-    ends: list[int] = field(default_factory=list)  # for each sample, the length of the whole text up to its end
+    ends: list[int] = field(default_factory=list)  # for each sample, the length of the text that is whole up to its end
     finish_reason: FinishReason | None = None  # set on the last one
 
     def add(self, later: "Delta") -> None:
@@ -94,12 +94,7 @@ class SequenceOutput:
         text = "" if ended or hidden else self._detokenizer.push(sample.token)
         if last:
             text += self._detokenizer.flush()
-        self._undecoded.append(sample)
-        if text or hidden or last:
-            self._generated += len(text) + len(hidden)
-            self._decoded += len(text)
-            self._held += [(undecoded, self._generated, self._decoded) for undecoded in self._undecoded]
-            self._undecoded.clear()
+        self._hold(sample, hidden, text, ended, last)
         stopped = self._seek_stop(hidden, text)
         if stopped and self._stops.include:
             self._show_held()
@@ -136,6 +131,21 @@ class SequenceOutput:
             return None
         self._pending = Delta()
         return delta
+
+    def _hold(self, sample: Sample, hidden: str, text: str, ended: bool, last: bool) -> None:
+        """Keeps the token until all of its text is certain. Of those that make up a character, the last has it."""
+        parts = self._undecoded
+        if not ended:
+            parts.append(sample)
+        if text or hidden or last:
+            self._generated += len(text) + len(hidden)
+            own = len(text) if ended or hidden else own_length(text, self._decoder.token_text(sample.token))
+            before, self._decoded = self._decoded + len(text) - own, self._decoded + len(text)
+            ends = [before] * (len(parts) - 1) + [self._decoded]
+            self._held += [(part, self._generated, end) for part, end in zip(parts, ends, strict=False)]
+            parts.clear()
+        if ended:
+            self._held.append((sample, self._generated, self._decoded))
 
     def _seek_stop(self, hidden: str, text: str) -> bool:
         """Shows what is certain now; answers whether a stop string ends the output."""

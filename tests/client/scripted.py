@@ -180,10 +180,12 @@ def _token(request: pb.GenerateRequest, id: int, text: str) -> pb.Token:
 def _prompt(request: pb.GenerateRequest) -> list[pb.PromptToken]:
     if not request.detail.prompt_logprobs:
         return []
-    likely = [pb.TokenLogprob(id=9, text=" cat", logprob=-0.125)] * request.detail.prompt_top_logprobs
+    likely = [
+        pb.TokenLogprob(id=9, text=" c\ufffd", logprob=-0.125, partial=b" c\xc3")
+    ] * request.detail.prompt_top_logprobs
     return [
         pb.PromptToken(id=7, text="The"),
-        pb.PromptToken(id=8, text=" end", logprob=-0.25, alternatives=likely),
+        pb.PromptToken(id=8, text="\ufffd", logprob=-0.25, alternatives=likely, partial=b"\xa9"),
     ]
 
 

@@ -45,7 +45,7 @@ def test_generate_gives_the_answer(client: Client) -> None:
     assert sequence.finish_reason is FinishReason.LENGTH
     assert sequence.usage == Usage(prompt_tokens=5, cached_tokens=2, generated_tokens=3)
     assert sequence.seed is None
-    assert sequence.tokens[1] == Token(id=1, text=" two", logprob=None, alternatives=())
+    assert sequence.tokens[1] == Token(id=1, text=" two", logprob=None, alternatives=(), bytes=b" two")
 
 
 def test_generate_gives_all_that_is_asked_for(client: Client) -> None:
@@ -54,9 +54,12 @@ def test_generate_gives_all_that_is_asked_for(client: Client) -> None:
     )
     assert [sequence.seed for sequence in generation.sequences] == [7, 8]
     assert generation.adapter_digest == "d1" * 32
-    assert generation.sequences[0].tokens[0] == Token(0, " one", -0.5, (TokenLogprob(0, " one", -0.5),))
-    likely = TokenLogprob(9, " cat", -0.125)
-    assert generation.prompt == (PromptToken(7, "The", None, ()), PromptToken(8, " end", -0.25, (likely,)))
+    assert generation.sequences[0].tokens[0] == Token(
+        0, " one", -0.5, (TokenLogprob(0, " one", -0.5, b" one"),), b" one"
+    )
+    likely = TokenLogprob(9, " c\ufffd", -0.125, b" c\xc3")
+    first, last = PromptToken(7, "The", None, (), b"The"), PromptToken(8, "\ufffd", -0.25, (likely,), b"\xa9")
+    assert generation.prompt == (first, last)
 
 
 def test_the_options_reach_the_server(client: Client, servicer: ScriptedServicer) -> None:

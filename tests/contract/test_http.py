@@ -54,6 +54,19 @@ def test_streams_are_events_without_a_done_on_lorax_routes_and_with_one_on_opena
     assert call(server, "/v1/chat/completions", chat)[2].endswith("data: [DONE]\n\n")
 
 
+def test_the_texts_of_loraxs_tokens_make_up_the_prompt_and_the_answer(server: Server):
+    asked = {"max_new_tokens": 30, "temperature": 2.0, "seed": 5, "details": True, "decoder_input_details": True}
+    answer = read(server, "/generate", {"inputs": "aé😀", "parameters": asked})
+    assert [token["text"] for token in answer["details"]["prefill"]] == ["a", "", "é", "", "", "", "😀"]
+    tokens = answer["details"]["tokens"]
+    assert "".join(token["text"] for token in tokens if not token["special"]) == answer["generated_text"]
+    stream = {"inputs": "aé😀", "parameters": {**asked, "decoder_input_details": False}}
+    events = call(server, "/generate_stream", stream)[2].strip().split("\n\n")
+    assert [json.loads(event.removeprefix("data: "))["token"]["text"] for event in events] == [
+        t["text"] for t in tokens
+    ]
+
+
 @pytest.mark.parametrize("path", ["/", "/generate", "/generate_stream", "/invocations", "/tokenize"])
 @pytest.mark.parametrize("body", [b"{bad", b"\xff", b"[]", b'{"inputs": 5}', b"{}", b'{"inputs": "\\ud800"}'])
 def test_malformed_bodies_are_validation_errors_in_lorax_shape(server: Server, path: str, body: bytes):

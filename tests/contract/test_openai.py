@@ -187,6 +187,26 @@ def test_tokens_of_logprobs_are_ids_where_vllms_option_asks_for_them(client: Ope
     assert [token for piece in pieces if piece for token in piece.content] == whole
 
 
+def test_tokens_are_known_by_their_bytes_where_they_are_parts_of_characters(client: OpenAI, base: str):
+    options = {"model": base, "max_tokens": 40, "temperature": 1.5, "seed": 3}
+    for stream in (False, True):
+        answer = client.completions.create(**options, prompt="é😀x:", echo=True, logprobs=5, stream=stream)
+        choices = [chunk.choices[0] for chunk in answer] if stream else answer.choices
+        text = "".join(choice.text for choice in choices)
+        tokens = [token for choice in choices for token in choice.logprobs.tokens]
+        offsets = [offset for choice in choices for offset in choice.logprobs.text_offset]
+        top = [found for choice in choices for found in choice.logprobs.top_logprobs]
+        assert tokens[:8] == [*(f"bytes:\\x{byte:02x}" for byte in "é😀".encode()), "x", ":"]
+        assert offsets[:8] == [0, 0, 1, 1, 1, 1, 2, 3] and offsets == sorted(offsets)
+        assert all(text[at] == token for token, at in zip(tokens, offsets, strict=True) if len(token) == 1)
+        assert all(len(found) in (5, 6) for found in top[1:])  # none of them collapse; the token's own may be one more
+    chat = {**options, "messages": HELLO, "logprobs": True, "top_logprobs": 5}
+    for entry in client.chat.completions.create(**chat).choices[0].logprobs.content:
+        for token in (entry, *entry.top_logprobs):
+            name = token.token if token.token == "</s>" else token.token.encode().decode("unicode_escape")
+            assert bytes(token.bytes) == (b"</s>" if token.token == "</s>" else name.encode("latin-1"))
+
+
 def test_a_bias_chooses_tokens_and_leaves_the_logprobs_as_the_models(client: OpenAI, base: str):
     q, r = byte_tokenizer().encode("qr")
     options = {"model": base, "prompt": "Hello", "max_tokens": 4, "temperature": 0, "logprobs": 1}

@@ -1,7 +1,7 @@
 """Tokenizers of the kinds that models have, made here."""
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from loraplex_router.text.tokenizer import Tokenizer
 
@@ -14,4 +14,41 @@ def byte_tokenizer(*special: str) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["</s>", *special])
+    return Tokenizer(tokenizer.to_str().encode())
+
+
+WORDS = ["▁", "a", "b", "e", "l", "o", "é", "▁h", "el", "lo", "▁hel", "▁hello", "▁a", "!", "▁▁"]
+
+
+def sentencepiece_tokenizer(*special: str) -> Tokenizer:
+    """As Llama 2 has it: words begin with a space, the first as well, where it is not shown. The rest are bytes."""
+    pieces = [f"<0x{byte:02X}>" for byte in range(256)] + WORDS + ["h"]
+    merges = [("▁", "h"), ("e", "l"), ("l", "o"), ("▁h", "el"), ("▁hel", "lo"), ("▁", "a"), ("▁", "▁")]
+    model = models.BPE({piece: at for at, piece in enumerate(pieces)}, merges, byte_fallback=True, fuse_unk=True)
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens(["<s>", *special])
+    return Tokenizer(tokenizer.to_str().encode())
+
+
+def metaspace_tokenizer(*special: str) -> Tokenizer:
+    """As T5 has it: words begin with a space, the first as well, where it is not shown."""
+    tokenizer = tokenizers.Tokenizer(models.Unigram([(piece, -1.0) for piece in [*WORDS, "h"]], unk_id=1))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.add_special_tokens(["</s>", *special])
+    return Tokenizer(tokenizer.to_str().encode())
+
+
+def wordpiece_tokenizer() -> Tokenizer:
+    """As BERT has it: what does not begin a word is marked."""
+    pieces = ["[UNK]", "hello", "a", "b", "##b", "##lo", "hel", "é"]
+    tokenizer = tokenizers.Tokenizer(
+        models.WordPiece({piece: at for at, piece in enumerate(pieces)}, unk_token="[UNK]")
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.decoder = decoders.WordPiece(cleanup=False)
     return Tokenizer(tokenizer.to_str().encode())

@@ -157,9 +157,9 @@ class Writer:
         return sequence
 
     def _write_tokens(self, samples: Iterable[Sample], to: pb.GenerateStreamResponse | pb.GeneratedSequence) -> None:
-        text = self._tokenizer.token_text
+        text, partial = self._tokenizer.token_text, self._tokenizer.partial_bytes
         for sample in samples:
-            token = to.tokens.add(id=sample.token, text=text(sample.token))
+            token = to.tokens.add(id=sample.token, text=text(sample.token), partial=partial(sample.token))
             if sample.logprob is not None:
                 token.logprob = sample.logprob
             token.alternatives.extend(self._alternatives(sample.alternatives))
@@ -171,16 +171,25 @@ class Writer:
         if not sequence.detail.prompt_logprobs or len(output.prompt_logprobs) < sequence.prompt_length - 1:
             return []
         tokens = sequence.tokens[: sequence.prompt_length]
-        text = self._tokenizer.token_text
+        text, partial = self._tokenizer.token_text, self._tokenizer.partial_bytes
         scored = zip(tokens, [None, *output.prompt_logprobs], [(), *output.prompt_alternatives], strict=True)
         return [
-            pb.PromptToken(id=token, text=text(token), logprob=logprob, alternatives=self._alternatives(alternatives))
+            pb.PromptToken(
+                id=token,
+                text=text(token),
+                partial=partial(token),
+                logprob=logprob,
+                alternatives=self._alternatives(alternatives),
+            )
             for token, logprob, alternatives in scored
         ]
 
     def _alternatives(self, alternatives: Alternatives) -> Iterator[pb.TokenLogprob]:
-        text = self._tokenizer.token_text
-        return (pb.TokenLogprob(id=token, text=text(token), logprob=logprob) for token, logprob in alternatives)
+        text, partial = self._tokenizer.token_text, self._tokenizer.partial_bytes
+        return (
+            pb.TokenLogprob(id=token, text=text(token), logprob=logprob, partial=partial(token))
+            for token, logprob in alternatives
+        )
 
 
 def _finish_reason(delta: Delta) -> pb.FinishReason.ValueType:

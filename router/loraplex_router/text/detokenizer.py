@@ -10,9 +10,19 @@ INCOMPLETE = "\ufffd"  # what the decoder shows for bytes that are no character 
 class Decoder(Protocol):
     def decode(self, ids: list[int]) -> str: ...
 
+    def token_text(self, token: int) -> str:
+        """One token within a text; a part of a character is shown as U+FFFD."""
+        ...
+
     def hidden_text(self, token: int) -> str:
         """What stands in the vocabulary for a token that `decode` leaves out; empty for others."""
         ...
+
+
+def own_length(text: str, token_text: str) -> int:
+    """How much of the text that a token completes is its own: all, unless it shows that those before it never become a
+    character."""
+    return len(token_text) if text.endswith(token_text) and INCOMPLETE not in token_text else len(text)
 
 
 class Detokenizer:

@@ -2,7 +2,8 @@
 
 import asyncio
 from array import array
-from collections.abc import AsyncIterator, Iterator
+from codecs import getincrementaldecoder
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -11,8 +12,9 @@ import tokenizers
 
 from loraplex_protos.errors import FieldViolation, InvalidRequestError
 from loraplex_router.text.chat import RenderedChat
-from loraplex_router.text.detokenizer import Decoder
+from loraplex_router.text.detokenizer import INCOMPLETE, Decoder, own_length
 from loraplex_router.text.pieces import LARGEST, IndivisibleError, Piece, read_pieces
+from loraplex_router.text.token_bytes import TokenBytes
 
 LONG_TEXT = 2000  # characters; tokenizing more than this would hold up other streams
 MANY_TOKENS = 2000  # decoding more than these would, too
@@ -53,17 +55,6 @@ class Spans:
                 yield TokenSpan(next(ids), self._text[first:behind], first, behind)
 
 
-class _Verbatim:
-    def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
-        self._tokenizer = tokenizer
-
-    def decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=False)
-
-    def hidden_text(self, token: int) -> str:
-        return ""
-
-
 class Tokenizer:
     """The model's tokenizer.
 
@@ -74,7 +65,8 @@ class Tokenizer:
         self._tokenizer = tokenizers.Tokenizer.from_buffer(tokenizer_json)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._token_texts: dict[int, str] = {}
+        self._bytes = TokenBytes(self._tokenizer)
+        self._texts: dict[int, str] = {}
         added = self._tokenizer.get_added_tokens_decoder()
         self._special_tokens = frozenset(token for token, added_token in added.items() if added_token.special)
 
@@ -141,7 +133,7 @@ class Tokenizer:
     @property
     def verbatim(self) -> Decoder:
         """Decodes with the special tokens shown."""
-        return _Verbatim(self._tokenizer)
+        return _Verbatim(self._tokenizer, self.token_text)
 
     def token_id(self, text: str) -> int | None:
         """The token that stands for exactly this text in the vocabulary, if there is one."""
@@ -152,12 +144,52 @@ class Tokenizer:
         """Whether the token is left out of the text."""
         return token in self._special_tokens
 
+    def token_bytes(self, token: int) -> bytes:
+        """What one token is within a text; special tokens are shown."""
+        return self._bytes.of(token)
+
     def token_text(self, token: int) -> str:
-        """One token as it stands in the vocabulary; special tokens are shown."""
-        text = self._token_texts.get(token)
+        """The same as text; a part of a character is shown as U+FFFD."""
+        text = self._texts.get(token)
         if text is None:
-            text = self._token_texts[token] = self._tokenizer.decode([token], skip_special_tokens=False)
+            text = self._texts[token] = self._bytes.of(token).decode(errors="replace")
         return text
+
+    def partial_bytes(self, token: int) -> bytes:
+        """The bytes of a token that is no text, since it begins or ends within a character; of others, none."""
+        text = self.token_text(token)
+        return self._bytes.of(token) if INCOMPLETE in text and text.encode() != self._bytes.of(token) else b""
+
+    def token_texts(self, tokens: Sequence[int], show_special_tokens: bool) -> list[str]:
+        """What each token adds to a text that they make from its beginning on. Of those that make up a character, the
+        last has it."""
+        decode = getincrementaldecoder("utf-8")("replace").decode
+        hidden = frozenset[int]() if show_special_tokens else self._special_tokens
+        texts = list[str]()
+        for token in tokens:
+            text = "" if token in hidden else decode(self._bytes.of(token))
+            if before := len(text) - own_length(text, self.token_text(token)):  # of what never became a character
+                texts[-1] += text[:before]
+            texts.append(text[before:])
+        if texts:
+            texts[-1] += decode(b"", final=True)
+        whole = self._tokenizer.decode(list(tokens), skip_special_tokens=not show_special_tokens)
+        if "".join(texts) == " " + whole:  # many decoders drop a text's first space
+            first = next(place for place, text in enumerate(texts) if text)
+            texts[first] = texts[first][1:]
+        return texts
+
+
+class _Verbatim:
+    def __init__(self, tokenizer: tokenizers.Tokenizer, token_text: Callable[[int], str]) -> None:
+        self._tokenizer = tokenizer
+        self.token_text = token_text
+
+    def decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+    def hidden_text(self, token: int) -> str:
+        return ""
 
 
 def _nowhere(ids: list[int]) -> Piece:

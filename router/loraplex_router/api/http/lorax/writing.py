@@ -80,7 +80,7 @@ class LoraxWriter:
 
     async def events(self) -> AsyncIterator[bytes]:
         """One event per token, those of one delta together. The texts add up to the whole; of the tokens that
-        make up one character, the first has it."""
+        make up one character, the last has it."""
         output, text, at = self._generation.outputs[0], "", 0
         async for _, delta in read(self._generation):
             text += delta.text
@@ -136,8 +136,9 @@ class LoraxWriter:
         if not sequence.detail.prompt_logprobs:
             return
         tokens = sequence.tokens[: sequence.prompt_length]
-        for token, logprob in zip(tokens, [None, *output.prompt_logprobs], strict=True):
-            yield {"id": token, "text": self._tokenizer.token_text(token), "logprob": logprob}
+        pieces = self._tokenizer.token_texts(tokens, show_special_tokens=True)
+        for token, text, logprob in zip(tokens, pieces, [None, *output.prompt_logprobs], strict=True):
+            yield {"id": token, "text": text, "logprob": logprob}
 
 
 def _stream(token: dict[str, Any], text: str | None = None, details: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -113,7 +113,8 @@ class _ChoiceWriter:
     def __init__(self, parent: CompletionWriter, index: int, output: SequenceOutput) -> None:
         self._index, self._output, self._tokenizer = index, output, parent.tokenizer
         self._echo = bool(parent.body.echo)
-        names = TokenNames(parent.tokenizer, bool(parent.body.return_tokens_as_token_ids))
+        self._shows_special_tokens = parent.body.skip_special_tokens is False
+        names = TokenNames(parent.tokenizer, bool(parent.body.return_tokens_as_token_ids), "bytes:")
         self._logprobs = CompletionLogprobs(names) if parent.body.logprobs is not None else None
         self.begun = False
 
@@ -121,9 +122,10 @@ class _ChoiceWriter:
         text, logprobs = delta.text, None
         if self._echo and not self.begun:
             sequence = self._output.sequence
-            text = self._tokenizer.decode(sequence.tokens[: sequence.prompt_length]) + text
+            pieces = self._tokenizer.token_texts(sequence.tokens[: sequence.prompt_length], self._shows_special_tokens)
+            text = "".join(pieces) + text
             if self._logprobs:
-                self._logprobs.add_prompt(self._output)
+                self._logprobs.add_prompt(self._output, pieces)
         self.begun = True
         if self._logprobs:
             logprobs = self._logprobs.take(delta)

@@ -12,23 +12,28 @@ LOWEST = -9999.0  # OpenAI's for what cannot be: JSON has no -Inf
 
 
 class TokenNames:
-    """What a token is called in logprobs: its text or, as_ids, `token_id:` and its id."""
+    """What a token is called in logprobs: its text or, as_ids, `token_id:` and its id. One that is no text, but a part
+    of a character, is called as OpenAI does: `\\xe2\\x82`, which completions precede by `bytes:`."""
 
-    def __init__(self, tokenizer: Tokenizer, as_ids: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, as_ids: bool, before_bytes: str = "") -> None:
         self._tokenizer = tokenizer
         self._as_ids = as_ids
+        self._before_bytes = before_bytes
 
     def name(self, token: int) -> str:
-        return f"token_id:{token}" if self._as_ids else self.text(token)
-
-    def text(self, token: int) -> str:
+        if self._as_ids:
+            return f"token_id:{token}"
+        if partial := self._tokenizer.partial_bytes(token):
+            return self._before_bytes + "".join(f"\\x{byte:02x}" for byte in partial)
         return self._tokenizer.token_text(token)
+
+    def bytes(self, token: int) -> bytes:
+        return self._tokenizer.token_bytes(token)
 
 
 def chat_logprobs(delta: Delta, names: TokenNames) -> dict[str, Any]:
     def entry(token: int, logprob: float | None) -> dict[str, Any]:
-        text = list(names.text(token).encode())
-        return {"token": names.name(token), "logprob": _clamp(logprob), "bytes": text}
+        return {"token": names.name(token), "logprob": _clamp(logprob), "bytes": list(names.bytes(token))}
 
     return {
         "content": [
@@ -45,10 +50,12 @@ class CompletionLogprobs:
     def __init__(self, names: TokenNames) -> None:
         self._names = names
         self._prompt: list[tuple[int, float | None, dict[str, float] | None]] = []
+        self._pieces: list[str] = []
         self._echoed = self._at = 0  # characters of the prompt, and of the answer so far
 
-    def add_prompt(self, output: SequenceOutput) -> None:
-        """The prompt comes first."""
+    def add_prompt(self, output: SequenceOutput, pieces: list[str]) -> None:
+        """The prompt comes first, each of its tokens with a piece of text."""
+        self._pieces = pieces
         first, *others = output.sequence.tokens[: output.sequence.prompt_length]
         self._prompt.append((first, None, None))
         for token, logprob, alternatives in _scored_prompt(others, output):
@@ -59,13 +66,13 @@ class CompletionLogprobs:
         logprobs: list[float | None] = []
         top: list[dict[str, float] | None] = []
         offsets: list[int] = []
-        for token, logprob, alternatives in self._prompt:
+        for (token, logprob, alternatives), piece in zip(self._prompt, self._pieces, strict=True):
             tokens.append(self._names.name(token))
             logprobs.append(logprob)
             top.append(alternatives)
             offsets.append(self._echoed)
-            self._echoed += len(self._names.text(token))
-        self._prompt = []
+            self._echoed += len(piece)
+        self._prompt, self._pieces = [], []
         for sample, end in _with_text(delta):
             tokens.append(self._names.name(sample.token))
             logprobs.append(_clamp(sample.logprob))
