@@ -12,6 +12,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from loraplex_protos.adapter_names import normal
 from loraplex_protos.errors import ForbiddenError, RateLimitedError, UnauthenticatedError, quote
 from loraplex_router.request import AdapterReference, MergedReference
 
@@ -59,7 +60,7 @@ class Tenant:
 
     def may_use(self, adapter_id: str) -> bool:
         patterns = self._allowance.adapters
-        return patterns is None or any(fnmatchcase(adapter_id, pattern) for pattern in patterns)
+        return patterns is None or any(fnmatchcase(adapter_id, normal(pattern)) for pattern in patterns)
 
     def check_adapter(self, adapter: AdapterReference | MergedReference | None) -> None:
         """Raises ForbiddenError if it, or one of those to be merged, is not for this tenant."""

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
 
 from loraplex_protos.errors import LoraplexError
-from loraplex_router.adapters.pool import Adapter
-from loraplex_router.adapters.references import Reference
+from loraplex_router.adapters.pool import BASE_NAME, Adapter
+from loraplex_router.adapters.references import Reference, ids_of
 from loraplex_router.keys import Tenant
 from loraplex_router.sequence import FinishReason, Sequence
 from loraplex_router.text.detokenizer import Decoder, Detokenizer, own_length
@@ -206,6 +206,11 @@ class Generation:
         self, sequence: Sequence, decoder: Decoder, stops: StopMatcher, stop_token_ids: Collection[int] = ()
     ) -> None:
         self.outputs.append(SequenceOutput(sequence, decoder, stops, self._wakeup, stop_token_ids))
+
+    @property
+    def adapter_name(self) -> str:
+        """As it was asked for, whatever else has the same content; merged ones divided by commas."""
+        return ",".join(ids_of(self.reference)) or BASE_NAME
 
     @property
     def adapter_digest(self) -> str:

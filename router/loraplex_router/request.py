@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from math import isfinite
 from typing import TypeAlias
 
-from loraplex_protos.errors import FieldViolation, InvalidRequestError
+from loraplex_protos.adapter_names import RULE, is_name, normal
+from loraplex_protos.errors import FieldViolation, InvalidRequestError, quote
 from loraplex_router.grammar import Grammar
 from loraplex_router.sequence import Detail, Sampling
 from loraplex_router.text.chat import FIELD, Chat
@@ -34,12 +35,15 @@ Prompt: TypeAlias = str | Chat | tuple[int, ...]  # text, a conversation, or tok
 
 @dataclass(frozen=True, slots=True)
 class AdapterReference:
-    """How a request names an adapter. The registry turns it into content."""
+    """How a request names an adapter. The registry turns it into content. Its id is in normal form."""
 
     id: str
     source: str = ""
     revision: str = ""
     token: str = field(default="", repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "id", normal(self.id))
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +180,9 @@ def check_adapter(adapter: AdapterReference | MergedReference | None, found: Vio
 
 def check_reference(reference: AdapterReference, found: Violations, name: str = "adapter") -> None:
     found.check(bool(reference.id), f"{name}.id", "name an adapter, or leave `adapter` out for the base model")
-    for field_name in ("id", "revision", "token"):
+    right = not reference.id or is_name(reference.id)
+    found.check(right, f"{name}.id", f"{quote(reference.id)} cannot be an adapter's name: {RULE}")
+    for field_name in ("revision", "token"):
         short = len(getattr(reference, field_name)) <= MAX_REFERENCE_LENGTH
         found.check(short, f"{name}.{field_name}", f"at most {MAX_REFERENCE_LENGTH} characters")
     found.check(reference.source in SOURCES, f"{name}.source", 'must be "local", "s3", "hub" or empty')

@@ -4,6 +4,7 @@ import asyncio
 import re
 import secrets
 import time
+from dataclasses import replace
 
 from loraplex_protos import generation_pb2 as pb
 from loraplex_protos.errors import (
@@ -17,6 +18,8 @@ from loraplex_protos.errors import (
 )
 from loraplex_router.adapters.administration import AdapterStatus, Administration
 from loraplex_router.adapters.pool import Adapter
+from loraplex_router.adapters.references import Reference
+from loraplex_router.adapters.suggestions import Suggestions
 from loraplex_router.groups import Groups
 from loraplex_router.keys import Keys, Tenant
 from loraplex_router.model import Model
@@ -24,7 +27,6 @@ from loraplex_router.output import Embedding, Generation
 from loraplex_router.request import (
     AdapterReference,
     EmbedRequest,
-    MergedReference,
     Request,
     Violations,
     check_adapter,
@@ -41,6 +43,7 @@ from loraplex_router.text.chat import Chat, RenderedChat
 from loraplex_router.text.stops import StopMatcher
 from loraplex_router.text.tokenizer import Spans, Tokenizer
 
+SHADOWED = "on /v1 its name means the base model: rename it, or ask for it as adapter_id on /generate"
 DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -60,6 +63,7 @@ class Service:
         self.draining = False
         self._groups = groups
         self._administration = administration
+        self._suggestions = Suggestions(administration.names)
         self._model: Model | None = None
         self._generations: dict[str, Generation | None] = {}  # None: not queued yet
         self._preparing = 0  # sequences of requests that are not queued yet
@@ -144,11 +148,12 @@ class Service:
         self._generations[request_id] = None
         self._preparing += request.n
         try:
-            prompt = await self._encode(request)
+            prompt = await self._encode(request, tenant)
             room = room_for(request, len(prompt), self.info.max_model_len)
             check_tokens(request, prompt, self.info.vocab_size, self.tokenizer.token_text)
             validated = time.monotonic()
-            group, adapter = await self._groups.place(request.adapter, request.grammar)
+            async with self._suggestions.for_missing(request.adapter, tenant.may_use):
+                group, adapter = await self._groups.place(request.adapter, request.grammar)
             generation = Generation(request_id, request.adapter, adapter, arrived, validated, tenant)
             decoder = self.tokenizer.verbatim if request.show_special_tokens else self.tokenizer
             for index in range(request.n):
@@ -214,20 +219,21 @@ class Service:
             check_adapter(adapter, found)
             found.raise_any()
             tenant.check_adapter(adapter)
-            prompt = (await self._render(prompt, adapter)).text
+            prompt = (await self._render(prompt, adapter, tenant)).text
         return await self.tokenizer.spans(prompt, add_special_tokens)
 
     async def list_adapters(self, key: str | None = None) -> list[AdapterStatus]:
         """What is staged and what lies in the adapter directory, as far as the caller may use it."""
         tenant = self.keys.tenant(key)
         listed = await self._administration.list()
-        return [status for status in listed if all(map(tenant.may_use, status.id.split(",")))]
+        return [self._remarked(status) for status in listed if all(map(tenant.may_use, status.id.split(",")))]
 
     async def load_adapter(self, reference: AdapterReference, key: str | None = None) -> AdapterStatus:
         """Reads the adapter's source again, whatever was known, and stages what is there now. For administrators."""
-        self.keys.administrator(key)
+        tenant = self.keys.administrator(key)
         _check_named(reference)
-        return await self._administration.load(reference)
+        async with self._suggestions.for_missing(reference, tenant.may_use):
+            return self._remarked(await self._administration.load(reference))
 
     async def unload_adapter(self, name: AdapterReference | str, wait: bool = False, key: str | None = None) -> None:
         """Frees what it has on every group. For administrators. `name` is a reference or a digest.
@@ -245,9 +251,11 @@ class Service:
 
         Raises AdapterNotFoundError for a digest that is not loaded, AdapterPinsError if no more can be pinned.
         """
-        self.keys.administrator(key)
+        tenant = self.keys.administrator(key)
         _check_named(name)
-        return await self._administration.pin(name)
+        reference = name if isinstance(name, AdapterReference) else None
+        async with self._suggestions.for_missing(reference, tenant.may_use):
+            return await self._administration.pin(name)
 
     async def unpin_adapter(self, name: AdapterReference | str, key: str | None = None) -> AdapterStatus:
         """Lets it leave the device again when others need its place. For administrators.
@@ -258,10 +266,10 @@ class Service:
         _check_named(name)
         return self._administration.unpin(name)
 
-    async def _encode(self, request: Request) -> list[int]:
+    async def _encode(self, request: Request, tenant: Tenant) -> list[int]:
         given: str | tuple[int, ...] | RenderedChat
         if isinstance(request.prompt, Chat):
-            given = await self._render(request.prompt, request.adapter)
+            given = await self._render(request.prompt, request.adapter, tenant)
         else:
             given = request.prompt
         last = request.truncate
@@ -270,11 +278,17 @@ class Service:
         most = None if last else most_counted(self.info.max_model_len)
         return await self.tokenizer.encode(given, most, last)
 
-    async def _render(self, chat: Chat, reference: AdapterReference | MergedReference | None) -> RenderedChat:
+    async def _render(self, chat: Chat, reference: Reference | None, tenant: Tenant) -> RenderedChat:
         """With the adapter's own templates and special tokens, as far as it has any."""
-        _, adapter = await self._groups.place(reference, None)
+        async with self._suggestions.for_missing(reference, tenant.may_use):
+            _, adapter = await self._groups.place(reference, None)
         model = self._known_model
         return await model.renderer.render(adapter.tokenizer.over(model.chat_templates), chat)
+
+    def _remarked(self, status: AdapterStatus) -> AdapterStatus:
+        if status.id != self.info.model_id:
+            return status
+        return replace(status, warnings=(*status.warnings, SHADOWED))
 
     def _end(self, generation: Generation) -> None:
         self._groups.cancel(generation)

@@ -1,5 +1,6 @@
 """A real server of the tiny model, and scripts that call it with unmodified clients."""
 
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,8 @@ def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
     adapters = tmp_path_factory.mktemp("adapters")
     for seed, name in enumerate(("first", "second")):
         save_adapter(model, adapters / name, 8, seed=seed)
+    shutil.copytree(adapters / "first", adapters / "broken")
+    (adapters / "broken" / "adapter_model.safetensors").write_bytes(b"")
     with Server(str(model), f"--adapters={adapters}", "--kv-blocks=256", "--threads=1") as running:
         yield running
         running.assert_nothing_is_held()

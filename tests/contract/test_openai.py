@@ -37,8 +37,25 @@ def test_models_are_the_base_and_its_adapters(client: OpenAI, base: str):
     assert next(iter(models)) == base and {"first", "second"} < set(models)
     assert models["first"].parent == base and models[base].parent is None
     assert client.models.retrieve("first").id == "first"
-    with pytest.raises(openai.NotFoundError):
-        client.models.retrieve("absent")
+    for name in ("absent", "broken"):
+        assert name not in models
+        with pytest.raises(openai.NotFoundError):
+            client.models.retrieve(name)
+
+
+def test_models_come_in_pages_if_they_are_asked_for(client: OpenAI, base: str):
+    def page(**query: object) -> tuple[list[str], bool]:
+        got = client.models.list(extra_query=query)
+        return [model.id for model in got], got.has_more
+
+    everything, more = page()
+    assert more is False
+    assert page(limit=2) == (everything[:2], True)
+    assert page(limit=2, after=everything[1]) == (everything[2:4], len(everything) > 4)
+    assert page(after=everything[-1]) == ([], False)
+    for query in ({"after": "absent"}, {"limit": 0}):
+        with pytest.raises(openai.BadRequestError):
+            page(**query)
 
 
 def test_the_model_names_the_adapter_alone_or_after_the_base(client: OpenAI, base: str):

@@ -28,6 +28,8 @@ class FakeShards:
         self.load_error: LoraplexError | None = None
         self.step_error: Exception | None = None
         self.digests: dict[str, str] = {}  # of ids whose content is another one here
+        self.absent = {"absent"}
+        self.local = [LocalAdapter("a"), LocalAdapter("b"), LocalAdapter("broken", "cut short", ())]
         self.warnings: tuple[str, ...] = ()
         self.loads_held = asyncio.Event()
         self.loads_held.set()
@@ -64,8 +66,8 @@ class FakeShards:
         return response
 
     async def stage(self, reference: AdapterReference) -> StagedAdapter:
-        if reference.id == "absent":
-            raise AdapterNotFoundError("absent")
+        if reference.id in self.absent:
+            raise AdapterNotFoundError(f"no {reference.id}")
         await self.stages_held.wait()
         self.log.append(f"stage {reference.id}")
         digest = self.digests.get(reference.id, f"digest of {reference.id}")
@@ -90,4 +92,4 @@ class FakeShards:
             raise self.death
 
     async def local_adapters(self) -> list[LocalAdapter]:
-        return [LocalAdapter("a"), LocalAdapter("b"), LocalAdapter("broken", "cut short", ())]
+        return self.local

@@ -1,13 +1,18 @@
 """Operators' calls over several groups: one line per adapter, unloading everywhere, pins that outlive a group."""
 
 import asyncio
+import unicodedata
 from collections.abc import AsyncIterator
+from hashlib import sha256
 
 import pytest
 
-from loraplex_protos.errors import AdapterInUseError, AdapterNotFoundError, AdapterPinsError
+from loraplex_protos.errors import AdapterInUseError, AdapterNotFoundError, AdapterPinsError, InvalidRequestError
 from loraplex_router.adapters.administration import AdapterStatus, State, Tier
+from loraplex_router.adapters.suggestions import similar
+from loraplex_router.keys import Allowance, Keys, Tenant, TenantSettings
 from loraplex_router.request import AdapterReference
+from loraplex_router.shards import LocalAdapter
 from tests.router.test_groups import Cluster, request
 
 A, B, C = (AdapterReference(name) for name in "abc")
@@ -126,3 +131,92 @@ async def test_what_is_not_loaded_cannot_be_pinned_by_digest_or_unpinned(cluster
         await cluster.administration.pin("digest of a")
     with pytest.raises(AdapterNotFoundError):
         cluster.administration.unpin(A)
+
+
+async def same_content(cluster: Cluster) -> None:
+    """`a` and `c` hold the same files."""
+    cluster.group.shards.digests = {"a": "same", "c": "same"}
+    await cluster.answer(1, adapter="a")
+    await cluster.answer(1, adapter="c")
+
+
+async def test_one_content_under_two_names_answers_by_the_name_that_was_asked_for(cluster: Cluster):
+    await same_content(cluster)
+    statuses = await listed(cluster)
+    assert statuses["a"].digest == statuses["c"].digest == "same"
+    for reference in (A, C):
+        assert (await cluster.administration.load(reference)).id == reference.id
+        assert (await cluster.administration.pin(reference)).id == reference.id
+        assert cluster.administration.unpin(reference).id == reference.id
+    generation = await cluster.service.generate(request(1, 1, "a"))
+    assert generation.adapter_name == "a"
+    cluster.service.leave(generation)
+
+
+async def test_unloading_a_name_frees_that_name_and_the_content_goes_with_its_last_one(cluster: Cluster):
+    await same_content(cluster)
+    await cluster.administration.pin(C)
+    running = await cluster.service.generate(request(1, 100, "c"))
+    await cluster.administration.unload(A, wait=False)
+    statuses = await listed(cluster)
+    assert (statuses["a"].state, statuses["c"].state, statuses["c"].pinned) == (State.AVAILABLE, State.LOADED, True)
+    assert cluster.group.pool.get("same").names == {"c"}
+    with pytest.raises(AdapterNotFoundError):
+        await cluster.administration.unload(A, wait=False)
+    with pytest.raises(AdapterInUseError):
+        await cluster.administration.unload(C, wait=False)
+    cluster.service.leave(running)
+    await cluster.administration.unload(C, wait=True)
+    assert not cluster.holders("same")
+
+
+async def test_a_pin_goes_with_the_name_that_it_was_asked_for_by(cluster: Cluster):
+    await same_content(cluster)
+    await cluster.administration.pin(A)
+    await cluster.administration.unload(A, wait=False)
+    assert not (await listed(cluster))["c"].pinned
+
+
+@pytest.mark.parametrize(("asked", "meant"), [("poets", "poet"), ("Poet", "poet"), ("org/poet", "poet"), ("xyz", None)])
+async def test_a_name_that_is_not_there_is_answered_with_what_may_be_meant(
+    cluster: Cluster, asked: str, meant: str | None
+):
+    cluster.group.shards.absent.add(asked)
+    cluster.group.shards.local = [LocalAdapter("poet"), LocalAdapter("sql"), LocalAdapter("poetry", "cut short")]
+    with pytest.raises(AdapterNotFoundError) as missing:
+        await cluster.answer(1, adapter=asked)
+    assert missing.value.message == f"no {asked}" + (f"; did you mean {meant!r}?" if meant else "")
+
+
+async def test_only_names_that_the_caller_may_use_are_suggested(cluster: Cluster):
+    cluster.group.shards.absent.add("sqls")
+    cluster.group.shards.local = [LocalAdapter("sql"), LocalAdapter("sql2")]
+    tenant = TenantSettings(keys=[sha256(b"key").hexdigest()], adapters=["sql2", "sqls"])
+    cluster.service.keys = Keys({"acme": tenant})
+    with pytest.raises(AdapterNotFoundError, match=r"no sqls; did you mean 'sql2'\?$"):
+        await cluster.service.generate(request(1, 1, "sqls"), key="key")
+
+
+@pytest.mark.parametrize("name", ["a,b", ".hidden", "../a", "a/b/c/d/e", "tab\there", " a", "x" * 300])
+async def test_what_cannot_be_a_name_is_refused_with_the_rule(cluster: Cluster, name: str):
+    with pytest.raises(InvalidRequestError, match="a name has 1 to 4 parts divided by /"):
+        await cluster.answer(1, adapter=name)
+
+
+async def test_an_adapter_with_the_models_own_name_is_listed_with_a_warning(cluster: Cluster):
+    cluster.group.shards.local = [LocalAdapter(cluster.service.info.model_id)]
+    (status,) = await cluster.service.list_adapters()
+    assert "means the base model" in status.warnings[0]
+
+
+def test_thousands_of_names_are_compared_in_no_time() -> None:
+    names = [f"customer-{number:05}" for number in range(10_000)]
+    assert similar("customer-0042", names)[0].startswith("customer-0")
+    assert similar("CUSTOMER-00042", names)[0] == "customer-00042"
+
+
+def test_umlauts_in_either_form_are_one_name() -> None:
+    nfc, nfd = (unicodedata.normalize(form, "Müller") for form in ("NFC", "NFD"))
+    assert AdapterReference(nfd) == AdapterReference(nfc)
+    tenant = Tenant("acme", Allowance(adapters=[f"{nfd}*"]))
+    assert tenant.may_use(AdapterReference(nfc).id)

@@ -53,6 +53,23 @@ async def test_requests_are_counted_by_outcome_and_adapter(setup: Setup):
     assert value("lorax_request_failure", err="validation") == 1
 
 
+async def test_one_content_under_two_names_is_counted_by_name(setup: Setup):
+    setup.shards.digests = {"a": "same", "c": "same"}
+    setup.shards.loads_held.clear()
+    waiting = [asyncio.create_task(setup.answer(1, adapter=name)) for name in "aac"]
+    while not (adapter := setup.pool.get("same")) or adapter.waiting < 3:
+        await asyncio.sleep(0)
+    value = await reader(setup)
+    counts = {"a": 2, "c": 1}
+    for name, count in counts.items():
+        assert value("loraplex_adapter_sequences", adapter=name, state="waiting") == count
+    setup.shards.loads_held.set()
+    await asyncio.gather(*waiting)
+    value = await reader(setup)
+    for name, count in counts.items():
+        assert value("loraplex_requests_total", outcome="finished", adapter=name) == count
+
+
 async def test_tokens_times_and_batches_are_measured(setup: Setup):
     await setup.answer(1, tokens=5, adapter="a")
     value = await reader(setup)

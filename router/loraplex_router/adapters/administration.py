@@ -5,6 +5,7 @@ A listing speaks of an adapter once, whichever groups have it, and says what it 
 
 import asyncio
 import logging
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
@@ -25,6 +26,8 @@ from loraplex_router.request import AdapterReference
 from loraplex_router.shards import LocalAdapter
 
 POLL_SECONDS = 0.02
+NAMES_SECONDS = 10.0  # for which the names are known: listing thousands of them takes a while
+AT_A_TIME = 500  # lines of a listing that are made in one go
 
 logger = logging.getLogger(__name__)
 
@@ -120,6 +123,8 @@ class Administration:
     def __init__(self, registry: AdapterRegistry, groups: Groups) -> None:
         self._registry = registry
         self._groups = groups
+        self._names = frozenset[str]()
+        self._named_until = 0.0
         self._pins: dict[str, AdapterReference] = {}  # by digest; outlives the group that holds the adapter
 
     async def list(self) -> list[AdapterStatus]:
@@ -136,17 +141,30 @@ class Administration:
         known = {status.id for status in (*loaded, *fetching) if status.source in ("", "local")}
         group = next((group for group in self._groups if group.accepting), None)
         local = await group.shards.local_adapters() if group else []
-        on_disk = [_on_disk(adapter) for adapter in local if adapter.id not in known]
+        on_disk: list[AdapterStatus] = []
+        for start in range(0, len(local), AT_A_TIME):
+            await asyncio.sleep(0)  # others have their turn
+            on_disk += [_on_disk(adapter) for adapter in local[start : start + AT_A_TIME] if adapter.id not in known]
         listed = [*loaded, *fetching, *on_disk]
         return sorted(listed, key=lambda status: (status.id, status.source, status.revision))
 
     async def load(self, reference: AdapterReference) -> AdapterStatus:
         """Reads the source again, whatever was known, and stages what is there now, on one group."""
         await self._groups.choose(reference).adapters.read_again(reference)
-        return self._status_of(self._digest(reference))
+        return self._status_of(reference)
+
+    async def names(self) -> frozenset[str]:
+        """Of the adapters that can be asked for, but for those of the hub and S3 that nobody has asked for yet; as of
+        some seconds ago, at most."""
+        if time.monotonic() >= self._named_until:
+            listed = await self.list()
+            usable = frozenset(status.id for status in listed if status.state is not State.BROKEN)
+            self._names, self._named_until = usable, time.monotonic() + NAMES_SECONDS
+        return self._names
 
     async def unload(self, name: AdapterReference | str, wait: bool) -> None:
-        """Frees what it has on every group, and forgets what its references were resolved to.
+        """Forgets what its references were resolved to, and frees what it has on every group. Content that goes by
+        another name as well stays, under that.
 
         With `wait`, what runs or waits with it goes to its end first. Raises AdapterNotFoundError if it is not loaded,
         AdapterInUseError, without `wait`, if it is needed.
@@ -155,6 +173,9 @@ class Administration:
         holders = list(self._holders(digest))
         if not holders:
             raise AdapterNotFoundError(f"adapter {_shown(name)} is not loaded")
+        if isinstance(name, AdapterReference) and self._registry.names(digest) != {name.id}:
+            self._drop_name(digest, name.id)
+            return
         if not wait and any(adapter.needed for _, adapter in holders):
             raise AdapterInUseError(f"adapter {_shown(name)} is in use")
         self._pins.pop(digest, None)
@@ -185,7 +206,7 @@ class Administration:
             if not group.accepting:
                 raise UnavailableError("the group of shards was lost")
             await asyncio.sleep(POLL_SECONDS)
-        return self._status_of(adapter.digest)
+        return self._status_of(name)
 
     def unpin(self, name: AdapterReference | str) -> AdapterStatus:
         """Raises AdapterNotFoundError if it is not loaded."""
@@ -193,7 +214,7 @@ class Administration:
         self._pins.pop(digest, None)
         for group, adapter in self._holders(digest):
             group.pool.unpin(adapter)
-        return self._status_of(digest)
+        return self._status_of(name)
 
     async def restore_pins(self) -> None:
         """Pins again what was pinned on a group that is gone."""
@@ -218,12 +239,26 @@ class Administration:
     def _residences(self, digest: str) -> tuple[Residence, ...]:
         return tuple(Residence(group.name, adapter) for group, adapter in self._holders(digest))
 
-    def _status_of(self, digest: str) -> AdapterStatus:
-        entry = next((entry for entry in self._registry if entry.digest == digest), None)
-        residences = self._residences(digest)
+    def _status_of(self, name: AdapterReference | str) -> AdapterStatus:
+        if isinstance(name, AdapterReference):
+            entry = self._registry.entry(name)
+        else:
+            entry = next((entry for entry in self._registry if entry.digest == name), None)
+        residences = self._residences(entry.digest) if entry else ()
         if entry is None or not residences:
-            raise AdapterNotFoundError(f"adapter {digest} is not loaded")
+            raise AdapterNotFoundError(f"adapter {_shown(name)} is not loaded")
         return _status(entry, residences)
+
+    def _drop_name(self, digest: str, id: str) -> None:
+        """The content goes by other names as well."""
+        self._registry.forget(digest, id)
+        pinned = self._pins.get(digest)
+        for group, adapter in self._holders(digest):
+            adapter.names.discard(id)
+            if pinned is not None and pinned.id == id:
+                group.pool.unpin(adapter)
+        if pinned is not None and pinned.id == id:
+            del self._pins[digest]
 
 
 def _status(entry: Entry, residences: tuple[Residence, ...]) -> AdapterStatus:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from loraplex_router.text.chat import AdapterTokenizer
 
+BASE_NAME = "base"  # of the base model, where adapters are shown
+
 
 @dataclass(slots=True, eq=False)
 class Adapter:
@@ -14,7 +16,7 @@ class Adapter:
     digest: str
     lora_rank: int = 0
     size_bytes: int = 0
-    name: str = ""  # the id under which it was staged last
+    names: set[str] = field(default_factory=set)  # the ids under which it was staged
     tokenizer: AdapterTokenizer = field(default_factory=AdapterTokenizer)
     warnings: tuple[str, ...] = ()  # what may be wrong with it though it is served
     slot: int | None = None  # held from the start of its load to its eviction
@@ -60,7 +62,7 @@ class AdapterPool:
 
     def __init__(self, slots: int, host_bytes: int) -> None:
         self.slots = slots
-        self.base = Adapter("", slot=0, ready=True, name="base")
+        self.base = Adapter("", slot=0, ready=True, names={BASE_NAME})
         self._host_bytes = host_bytes
         self._staged: OrderedDict[str, Adapter] = OrderedDict()
         self._on_device: OrderedDict[str, Adapter] = OrderedDict()

@@ -26,6 +26,13 @@ def name_of(reference: Reference | None) -> str:
     return f"{reference.source}:{reference.id}:{reference.revision}"
 
 
+def ids_of(reference: Reference | None) -> tuple[str, ...]:
+    """The ids of the adapters that it names."""
+    if reference is None:
+        return ()
+    return tuple(part.id for part in reference.adapters) if isinstance(reference, MergedReference) else (reference.id,)
+
+
 def merged_digest(parts: list[str], merged: MergedReference) -> str:
     """What a merged adapter is follows from its parts' content."""
     return _hash(parts, *_settings(merged))

@@ -32,6 +32,10 @@ class AdapterRegistry:
     def __iter__(self) -> Iterator[Entry]:
         return iter(self._entries.values())
 
+    def entry(self, reference: AdapterReference) -> Entry | None:
+        """What it was resolved to."""
+        return self._entries.get(key_of(reference))
+
     def digest(self, reference: Reference) -> str | None:
         """The adapter's digest, as far as it is known: that of a merged one is if its parts' are."""
         if isinstance(reference, MergedReference):
@@ -57,6 +61,11 @@ class AdapterRegistry:
         if len(self._entries) > MAX_ENTRIES:
             self._entries.popitem(last=False)
 
-    def forget(self, digest: str) -> None:
-        """References to this content are resolved anew."""
-        self._entries = OrderedDict((key, entry) for key, entry in self._entries.items() if entry.digest != digest)
+    def names(self, digest: str) -> set[str]:
+        """The ids that this content goes by."""
+        return {entry.id for entry in self._entries.values() if entry.digest == digest}
+
+    def forget(self, digest: str, id: str | None = None) -> None:
+        """References to this content, or of these only those with that id, are resolved anew."""
+        kept = ((k, e) for k, e in self._entries.items() if e.digest != digest or (id is not None and e.id != id))
+        self._entries = OrderedDict(kept)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Coroutine
 
 from loraplex_protos.errors import OverloadedError
 from loraplex_router.adapters.pool import Adapter, AdapterPool
-from loraplex_router.adapters.references import Reference, key_of, merged_digest, with_weights
+from loraplex_router.adapters.references import Reference, ids_of, key_of, merged_digest, with_weights
 from loraplex_router.adapters.registry import AdapterRegistry, Entry
 from loraplex_router.placement import Residence
 from loraplex_router.request import AdapterReference, MergedReference
@@ -111,8 +111,7 @@ class AdapterStaging:
         finally:
             for part in parts:
                 part.merges -= 1
-        ids = ",".join(reference.id for reference in merged.adapters)
-        return self._add(merged, Entry(ids, "merged", "", digest), staged)
+        return self._add(merged, Entry(",".join(ids_of(merged)), "merged", "", digest), staged)
 
     async def _with_room(self, bring: Callable[[], Coroutine[None, None, StagedAdapter]]) -> StagedAdapter:
         """What `bring` stages; while the shards have no room for it, adapters that nobody needs leave, one by one."""
@@ -130,7 +129,7 @@ class AdapterStaging:
     def _add(self, reference: Reference, entry: Entry, staged: StagedAdapter) -> Adapter:
         """Takes a staged adapter into the books; others may have to leave host memory for it."""
         adapter = self._pool.add(staged.digest, staged.lora_rank, staged.size_bytes)
-        adapter.name = entry.id
+        adapter.names.add(entry.id)
         adapter.tokenizer = staged.tokenizer
         adapter.warnings = staged.warnings
         self._registry.remember(reference, entry)

@@ -16,6 +16,7 @@ from loraplex_protos.generation_pb2_grpc import (
     GenerationServiceServicer,
     add_GenerationServiceServicer_to_server,
 )
+from loraplex_router.adapters.administration import AT_A_TIME
 from loraplex_router.api.translation import (
     Writer,
     read_adapter_name,
@@ -102,7 +103,11 @@ class GenerationApi(GenerationServiceServicer):
     async def ListAdapters(self, request: pb.ListAdaptersRequest, context: Context) -> pb.ListAdaptersResponse:
         async with _answering(context):
             statuses = await self._service.list_adapters(_key(context))
-            return pb.ListAdaptersResponse(adapters=[write_status(status) for status in statuses])
+            response = pb.ListAdaptersResponse()
+            for start in range(0, len(statuses), AT_A_TIME):
+                response.adapters.extend(map(write_status, statuses[start : start + AT_A_TIME]))
+                await asyncio.sleep(0)  # others have their turn
+            return response
 
     async def LoadAdapter(self, request: pb.LoadAdapterRequest, context: Context) -> pb.LoadAdapterResponse:
         async with _answering(context):

@@ -39,5 +39,5 @@ class GatewayNames(Snapshot):
 
 def _names(adapters: Iterable[Adapter]) -> str:
     """Separated by commas, which only the names of merged adapters have, and those no router asks for by name."""
-    names = {adapter.name for adapter in adapters}
+    names = {name for adapter in adapters for name in adapter.names}
     return ",".join(sorted(name for name in names if "," not in name and name.isprintable()))

@@ -25,7 +25,7 @@ class RequestLog:
         fields: dict[str, object] = {
             "request_id": generation.request_id,
             "tenant": generation.tenant.name or None,
-            "adapter": sequence.adapter.name,
+            "adapter": generation.adapter_name,
             "digest": generation.adapter_digest[:12] or None,
             "outcome": outcome,
             "error": generation.error.message if generation.error is not None else None,

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Protocol
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -11,6 +11,7 @@ from prometheus_client.registry import Collector
 
 from loraplex_router.adapters.pool import AdapterPool
 from loraplex_router.blocks import BlockAllocator
+from loraplex_router.output import Generation
 from loraplex_router.scheduler import Scheduler
 from loraplex_router.telemetry.labels import AdapterLabels
 
@@ -51,9 +52,12 @@ class Snapshot(Collector, ABC):
 class State(Snapshot):
     """The router's own gauges."""
 
-    def __init__(self, groups: Mapping[str, GroupState], labels: AdapterLabels) -> None:
+    def __init__(
+        self, groups: Mapping[str, GroupState], labels: AdapterLabels, generations: Collection[Generation]
+    ) -> None:
         super().__init__(groups)
         self._labels = labels
+        self._generations = generations
 
     def read(self) -> Iterator[Metric]:
         yield from self._group_gauges()
@@ -89,12 +93,10 @@ class State(Snapshot):
 
     def _adapter_gauges(self) -> Iterator[Metric]:
         waiting, running = (Counter(dict.fromkeys(self._labels, 0)) for _ in range(2))
-        for group in self.groups.values():
-            for adapter in (group.pool.base, *group.pool):
-                if adapter.waiting or adapter.running:
-                    label = self._labels.find(adapter.name)
-                    waiting[label] += adapter.waiting
-                    running[label] += adapter.running
+        for generation in self._generations:
+            label = self._labels.find(generation.adapter_name)
+            for output in generation.unfinished:
+                (waiting if output.sequence.row is None else running)[label] += 1
         sequences = _gauge("adapter_sequences", "Sequences, by adapter and state.", "adapter", "state")
         for state, counts in (("running", running), ("waiting", waiting)):
             for label, count in counts.items():

@@ -36,6 +36,7 @@ class Telemetry:
 
     def __init__(self, adapters: int, log: RequestLog) -> None:
         self.metrics = Metrics()
+        self._live: set[Generation] = set()
         self._labels = AdapterLabels(adapters, self.metrics.forget_adapter)
         self._log = log
         self._groups: dict[str, GroupState] = {}
@@ -45,7 +46,7 @@ class Telemetry:
         self.interceptors: tuple[grpc.aio.ServerInterceptor, ...] = ()
         self.middleware: tuple[Middleware, ...] = ()
         self._snapshots: list[Snapshot] = []
-        self._add(State(self._groups, self._labels))
+        self._add(State(self._groups, self._labels, self._live))
 
     @property
     def registry(self) -> CollectorRegistry:
@@ -88,7 +89,8 @@ class Telemetry:
             raise
 
     def queued(self, generation: Generation) -> None:
-        self._labels.count(_adapter_name(generation))
+        self._live.add(generation)
+        self._labels.count(generation.adapter_name)
         if self.traces is not None:
             self.traces.queued(generation)
 
@@ -99,7 +101,7 @@ class Telemetry:
                 self.traces.started_again(generation, sequence)
             return
         generation.started = time.monotonic()
-        label = self._labels.find(_adapter_name(generation))
+        label = self._labels.find(generation.adapter_name)
         self.metrics.queue_wait.labels(label).observe(generation.started - generation.validated)
         if self.traces is not None:
             self.traces.started(generation)
@@ -112,8 +114,9 @@ class Telemetry:
 
     def ended(self, generation: Generation) -> None:
         """It is finished, failed or cancelled."""
+        self._live.discard(generation)
         metrics, now = self.metrics, time.monotonic()
-        label = self._labels.find(_adapter_name(generation))
+        label = self._labels.find(generation.adapter_name)
         outcome = _outcome(generation)
         prompt_tokens = generation.outputs[0].sequence.prompt_length
         generated_tokens = sum(output.generated for output in generation.outputs)
@@ -211,10 +214,6 @@ class GroupTelemetry:
 
     def evicted(self, tier: str) -> None:
         self._router.metrics.evictions.labels(tier).inc()
-
-
-def _adapter_name(generation: Generation) -> str:
-    return generation.outputs[0].sequence.adapter.name
 
 
 def _outcome(generation: Generation) -> str:

@@ -36,7 +36,7 @@ class Traces:
 
     def queued(self, generation: Generation) -> None:
         sequence = generation.outputs[0].sequence
-        root = self._begin(generation.arrived, generation.request_id, sequence.adapter.name)
+        root = self._begin(generation.arrived, generation.request_id, generation.adapter_name)
         if not root.is_recording():
             return
         self._span(root, "validate", generation.arrived).end(nanoseconds(generation.validated))

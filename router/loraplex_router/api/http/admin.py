@@ -3,12 +3,13 @@
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from pydantic import BaseModel, Field
 
 from loraplex_protos.errors import FieldViolation, InvalidRequestError, quote
 from loraplex_router.adapters.administration import AdapterStatus
 from loraplex_router.api.http.json_body import JsonRoute
+from loraplex_router.api.http.json_list import write_list
 from loraplex_router.api.http.lorax.routes import ERRORS as LORAX_ERRORS
 from loraplex_router.api.http.openai.routes import ERRORS as OPENAI_ERRORS
 from loraplex_router.keys import read_bearer
@@ -104,7 +105,7 @@ def create_admin_routes(service: Service) -> APIRouter:
     async def list_adapters(http: Request) -> Response:
         """The adapters that are loaded, and those that lie in the adapter directory."""
         statuses = await service.list_adapters(_api_key(http))
-        return JSONResponse([_write(status) for status in statuses])
+        return StreamingResponse(write_list(map(_write, statuses)), media_type="application/json")
 
     @routes.post("/adapters/load", responses={200: {"model": Status}, **loading})
     async def load_adapter(body: Adapter, http: Request) -> Response:

@@ -1,8 +1,6 @@
 """Text to tokens as LoRAX's clients and vLLM's ask for it, and back."""
 
-import asyncio
-from collections.abc import AsyncIterator, Iterable, Iterator
-from itertools import islice
+from collections.abc import AsyncIterator
 from typing import Any
 
 import orjson
@@ -13,6 +11,7 @@ from pydantic import BaseModel, Field
 from loraplex_protos.errors import FieldViolation, InvalidRequestError
 from loraplex_router.api.http.fields import Items, TokenId
 from loraplex_router.api.http.json_body import JsonRoute
+from loraplex_router.api.http.json_list import write_list
 from loraplex_router.api.http.lorax.routes import ERRORS
 from loraplex_router.api.http.openai.conversation import read_conversation
 from loraplex_router.api.http.openai.reading import read_model_name
@@ -25,7 +24,6 @@ from loraplex_router.text.tokenizer import Spans, Tokenizer
 TOKENIZING_ERRORS = 401, 403, 404, 413, 422, 424, 502, 503  # an adapter can be asked for its chat template
 
 JSON = "application/json"
-BATCH = 1000  # tokens written in one go: an answer is twenty times as long as its text
 
 
 class LoraxTokenize(BaseModel):
@@ -108,36 +106,19 @@ def create_tokenizing_routes(service: Service) -> APIRouter:
 
 async def _write_lorax(spans: Spans) -> AsyncIterator[bytes]:
     rows = ({"id": span.id, "text": span.text, "start": span.start, "stop": span.stop} for span in spans)
-    async for part in _write_list(rows):
+    async for part in write_list(rows):
         yield part
 
 
 async def _write_vllm(spans: Spans, max_model_len: int, names: Tokenizer | None) -> AsyncIterator[bytes]:
     counts = {"count": len(spans), "max_model_len": max_model_len}
     yield orjson.dumps(counts).rstrip(b"}") + b',"tokens":'
-    async for part in _write_list(spans.ids):
+    async for part in write_list(spans.ids):
         yield part
     yield b',"token_strs":'
     if names is None:
         yield b"null}"
         return
-    async for part in _write_list(map(names.token_text, spans.ids)):
+    async for part in write_list(map(names.token_text, spans.ids)):
         yield part
     yield b"}"
-
-
-async def _write_list(values: Iterable[Any]) -> AsyncIterator[bytes]:
-    """As JSON, a part at a time: others have their turn between two."""
-    yield b"["
-    begun = False
-    for batch in _batches(values):
-        yield b"," * begun + orjson.dumps(batch)[1:-1]
-        begun = True
-        await asyncio.sleep(0)
-    yield b"]"
-
-
-def _batches(values: Iterable[Any]) -> Iterator[list[Any]]:
-    iterator = iter(values)
-    while batch := list(islice(iterator, BATCH)):
-        yield batch

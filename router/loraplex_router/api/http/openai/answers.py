@@ -70,6 +70,9 @@ class Model(BaseModel):
 class ModelList(BaseModel):
     object: Literal["list"]
     data: list[Model]
+    first_id: str | None
+    last_id: str | None = Field(description="The `after` of the next page.")
+    has_more: bool
 
 
 class ErrorDetail(BaseModel):

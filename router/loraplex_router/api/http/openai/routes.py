@@ -2,16 +2,20 @@
 
 import asyncio
 import time
-from typing import Any
+from collections.abc import AsyncIterator, Sequence
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
+import orjson
+from fastapi import APIRouter, Query, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
 
-from loraplex_protos.errors import AdapterNotFoundError, quote
-from loraplex_router.adapters.administration import AdapterStatus
+from loraplex_protos.adapter_names import normal
+from loraplex_protos.errors import AdapterNotFoundError, FieldViolation, InvalidRequestError, quote
+from loraplex_router.adapters.administration import AdapterStatus, State
 from loraplex_router.api.http.attendance import collect
 from loraplex_router.api.http.errors import openai_body
 from loraplex_router.api.http.json_body import JsonRoute
+from loraplex_router.api.http.json_list import write_list
 from loraplex_router.api.http.openai import answers
 from loraplex_router.api.http.openai.chat import ChatWriter, read_chat
 from loraplex_router.api.http.openai.completions import CompletionWriter, read_completions
@@ -38,6 +42,9 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": answers.Error, "description": text} for status, text in DESCRIPTIONS.items()
 }
 EVENTS = describe_events("A chunk; at the end [DONE]. There may be comments between events.")
+
+Limit = Annotated[int | None, Query(ge=1, description="At most so many. Absent: all of them.")]
+After = Annotated[str, Query(description="Those behind this one, the `last_id` of the page before.")]
 
 
 def create_openai_routes(service: Service) -> APIRouter:
@@ -73,41 +80,58 @@ def create_openai_routes(service: Service) -> APIRouter:
         (deltas,) = await collect(service, [generation], http.receive)
         return JSONResponse(writer.whole(deltas))
 
-    @routes.get("/models", responses={200: {"model": answers.ModelList}, 401: ERRORS[401], 503: ERRORS[503]})
-    async def models(http: Request) -> Response:
-        """The base model, and every adapter that is loaded or lies in the adapter directory."""
-        return JSONResponse({"object": "list", "data": await list_models(http)})
+    not_paged: dict[int | str, dict[str, Any]] = {status: ERRORS[status] for status in (400, 401, 503)}
+
+    @routes.get("/models", responses={200: {"model": answers.ModelList}, **not_paged})
+    async def models(http: Request, limit: Limit = None, after: After = "") -> Response:
+        """The base model, and every adapter that is loaded or lies in the adapter directory, unless it is broken."""
+        found = await list_models(http)
+        if after and after not in found:
+            raise InvalidRequestError(FieldViolation("after", f"there is no model {quote(after)}"))
+        rest = list(found)[list(found).index(after) + 1 if after else 0 :]
+        page = rest[:limit]
+        listed = write_list(describe(id, found[id]) for id in page)
+        return StreamingResponse(_write_page(listed, page, len(page) < len(rest)), media_type="application/json")
 
     not_listed: dict[int | str, dict[str, Any]] = {status: ERRORS[status] for status in (401, 404, 503)}
 
     @routes.get("/models/{model:path}", responses={200: {"model": answers.Model}, **not_listed})
     async def model(model: str, http: Request) -> Response:
         """One of them."""
-        for found in await list_models(http):
-            if found["id"] == model:
-                return JSONResponse(found)
+        found, name = await list_models(http), normal(model)
+        if name in found:
+            return JSONResponse(describe(name, found[name]))
         raise AdapterNotFoundError(f"the model {quote(model)} does not exist")
 
-    async def list_models(http: Request) -> list[dict[str, Any]]:
-        found = {service.info.model_id: describe(service.info.model_id, None, None)}
+    async def list_models(http: Request) -> dict[str, AdapterStatus | None]:
+        """By id, in the order of the listing. The base model, which has no status, comes first."""
+        found: dict[str, AdapterStatus | None] = {service.info.model_id: None}
         for status in await service.list_adapters(api_key(http)):
-            if status.id not in found:
-                found[status.id] = describe(status.id, service.info.model_id, status)
-        return list(found.values())
+            if status.state is not State.BROKEN:
+                found.setdefault(status.id, status)
+        return found
 
     def api_key(http: Request) -> str | None:
         return read_bearer(http.headers.get("authorization"))
 
-    def describe(name: str, parent: str | None, status: AdapterStatus | None) -> dict[str, Any]:
+    def describe(name: str, status: AdapterStatus | None) -> dict[str, Any]:
         return {
             "id": name,
             "object": "model",
             "created": started,
             "owned_by": "loraplex",
             "root": name,
-            "parent": parent,
+            "parent": service.info.model_id if status else None,
             "max_model_len": service.info.max_model_len,
             "tier": status.tier.name.lower() if status and status.tier else None,
         }
 
     return routes
+
+
+async def _write_page(listed: AsyncIterator[bytes], ids: Sequence[str], more: bool) -> AsyncIterator[bytes]:
+    yield b'{"object":"list","data":'
+    async for part in listed:
+        yield part
+    first, last = (ids[0], ids[-1]) if ids else (None, None)
+    yield b"," + orjson.dumps({"first_id": first, "last_id": last, "has_more": more})[1:]

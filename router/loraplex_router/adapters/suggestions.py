@@ -1,0 +1,61 @@
+"""What somebody may have meant who asked for an adapter that is not there."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
+from difflib import get_close_matches
+
+from loraplex_protos.errors import (
+    AdapterForbiddenError,
+    AdapterNotFoundError,
+    AdapterSourceError,
+    LoraplexError,
+)
+from loraplex_router.adapters.references import Reference, ids_of
+
+MOST = 3
+COMPARED = 1000  # names: comparing is slow
+
+
+def similar(name: str, names: Iterable[str]) -> list[str]:
+    """The names that are most like it, best first; few, or none."""
+    wanted = name.casefold()
+    known = {other.casefold(): other for other in names}
+    plausible = [other for other in known if abs(len(other) - len(wanted)) <= len(wanted) // 2 + 1]
+    if len(plausible) > COMPARED:  # of thousands, those that begin or end like it
+        alike = [other for other in plausible if other[:2] == wanted[:2] or other[-2:] == wanted[-2:]]
+        plausible = sorted(alike, key=lambda other: abs(len(other) - len(wanted)))[:COMPARED]
+    folder = wanted.rpartition("/")[2]  # a name without its org, or with another one
+    found = [other for other in known if other.rpartition("/")[2] == folder]
+    return [known[other] for other in dict.fromkeys([*found, *get_close_matches(wanted, plausible, MOST)])][:MOST]
+
+
+def asking(names: Sequence[str]) -> str:
+    """Behind an error's message; empty if there is nothing to suggest."""
+    return f"; did you mean {' or '.join(map(repr, names))}?" if names else ""
+
+
+class Suggestions:
+    """Adds to the error of an adapter that is not there what may have been meant."""
+
+    def __init__(self, names: Callable[[], Awaitable[frozenset[str]]]) -> None:
+        """`names` answers those of the adapters that can be asked for."""
+        self._names = names
+
+    @asynccontextmanager
+    async def for_missing(self, reference: Reference | None, may_use: Callable[[str], bool]) -> AsyncIterator[None]:
+        """Within it, what is asked for is looked up. Only names that the caller may use are suggested."""
+        try:
+            yield
+        except (AdapterNotFoundError, AdapterSourceError, AdapterForbiddenError) as error:
+            found = await self._similar(ids_of(reference), may_use)
+            raise type(error)(error.message + asking(found)) from error
+
+    async def _similar(self, ids: Sequence[str], may_use: Callable[[str], bool]) -> list[str]:
+        try:
+            known = await self._names()
+        except LoraplexError:  # nobody is there to say what there is
+            return []
+        usable = [name for name in known if may_use(name)]
+        missing = [id for id in ids if id not in known]
+        return [name for id in missing[:1] for name in await asyncio.to_thread(similar, id, usable)]
