@@ -1,8 +1,16 @@
 """What `loraplex serve` tells a user once it serves."""
 
+import json
+import shlex
 import shutil
 import sys
 from pathlib import Path
+
+from rich.markup import escape
+
+from loraplex_protos.adapter_names import is_name, normal
+
+SHOWN = 3  # adapters
 
 
 def introduction(model: str, server: str, http: str, folder: Path | None) -> str:
@@ -10,36 +18,55 @@ def introduction(model: str, server: str, http: str, folder: Path | None) -> str
 
     server: gRPC's HOST:PORT; http: a URL; folder: where the adapters are.
     """
-    adapters = sorted(path.parent.name for path in folder.glob("*/adapter_config.json")) if folder else []
+    adapters = _adapters(folder) if folder else []
     adapter = adapters[0] if adapters else None
-    flag = f" --adapter {adapter}" if adapter else ""
-    argument = f', adapter="{adapter}"' if adapter else ""
-    field = f', "adapter": {{"id": "{adapter}"}}' if adapter else ""
+    # A name may hold quotes and blanks, so it is quoted as each language does it, and as the shell does it around that.
+    flag = f" --adapter {shlex.quote(adapter)}" if adapter else ""
+    argument = f", adapter={json.dumps(adapter)}" if adapter else ""
     bin = _bin_folder()
     prompt = "Anna loves the new office in Berlin."
-    messages = f'"messages": [{{"role": "user", "content": "{prompt}"}}]'
-    chat = f'{{"chat": {{{messages}}}{field}, "stopping": {{"max_new_tokens": 64}}}}'
-    openai = f'{{"model": "{adapter or ""}", {messages}, "max_tokens": 64}}'
-    parameters = f'"adapter_id": "{adapter}", "max_new_tokens": 32' if adapter else '"max_new_tokens": 32'
-    lorax = f'{{"inputs": "{prompt}", "parameters": {{{parameters}}}}}'
+    messages = [{"role": "user", "content": prompt}]
+    named = {"adapter": {"id": adapter}} if adapter else {}
+    chat = _quoted({"chat": {"messages": messages}, **named, "stopping": {"max_new_tokens": 64}})
+    openai = _quoted({"model": adapter or "", "messages": messages, "max_tokens": 64})
+    parameters = {"adapter_id": adapter} if adapter else {}
+    lorax = _quoted({"inputs": prompt, "parameters": {**parameters, "max_new_tokens": 32}})
     call = f'Client("{server}").generate("Hello", max_new_tokens=32{argument})'
-    script = f"from loraplex import Client; print({call}.text)"
+    script = shlex.quote(f"from loraplex import Client; print({call}.text)")
     method = "loraplex.v1.GenerationService/GenerateStream"
     lines = (
         f"loraplex serves [bold]{model or 'SmolLM2-135M-Instruct'}[/]",
         f"  gRPC  {server}",
         f"  HTTP  {http}  (OpenAI at /v1, LoRAX at /generate, /docs, /health, /metrics)",
-        f"  adapters  {', '.join(adapters)}" if adapter else "",
+        f"  adapters  {_listed(adapters)}" if adapter else "",
         "",
         "Try it:",
         f'  {bin}loraplex generate "{prompt}"{flag} --server {server}',
         f"  {bin}loraplex chat{flag} --server {server}",
-        f"  {bin}python -c '{script}'",
-        f"  {bin}buf curl --protocol grpc --http2-prior-knowledge -d '{chat}' http://{server}/{method}",
-        f"  curl {http}/v1/chat/completions -H 'Content-Type: application/json' -d '{openai}'",
-        f"  curl {http}/generate -H 'Content-Type: application/json' -d '{lorax}'",
+        f"  {bin}python -c {script}",
+        f"  {bin}buf curl --protocol grpc --http2-prior-knowledge -d {chat} http://{server}/{method}",
+        f"  curl {http}/v1/chat/completions -H 'Content-Type: application/json' -d {openai}",
+        f"  curl {http}/generate -H 'Content-Type: application/json' -d {lorax}",
     )
-    return "\n".join(lines)
+    return "\n".join(line if line.startswith("loraplex") else escape(line) for line in lines)
+
+
+def _adapters(folder: Path) -> list[str]:
+    """The names that can be asked for, as far as they can be told without a look into the files."""
+    sound = (path.parent for path in folder.glob("*/adapter_config.json"))
+    names = (path.name for path in sound if (path / "adapter_model.safetensors").is_file())
+    return sorted(name for name in map(normal, names) if is_name(name))
+
+
+def _listed(adapters: list[str]) -> str:
+    more = len(adapters) - SHOWN
+    return ", ".join(adapters[:SHOWN]) + (
+        f" and {more:,} more: {_bin_folder()}loraplex adapters list" if more > 0 else ""
+    )
+
+
+def _quoted(body: dict[str, object]) -> str:
+    return shlex.quote(json.dumps(body, ensure_ascii=False))
 
 
 def _bin_folder() -> str:
