@@ -40,7 +40,7 @@ def test_what_cannot_be_asked_for_is_not_named(tmp_path: Path) -> None:
 
 
 def test_examples_are_what_a_shell_reads_whatever_an_adapter_is_called(tmp_path: Path) -> None:
-    name = """it's [red]a "b" """.strip()
+    name = "it's a 'new' one: \"sql\""
     shown = lines(put(tmp_path, name))
     commands = [shlex.split(line) for line in shown[shown.index("Try it:") + 1 :]]
     assert [command[command.index("--adapter") + 1] for command in commands if "--adapter" in command] == [name] * 2
