@@ -42,6 +42,11 @@ class Delta:
         self.finish_reason = later.finish_reason
 
     @property
+    def num_logprobs(self) -> int:
+        """Those of alternatives included."""
+        return len(self.samples) * (1 + len(self.samples[0].alternatives)) if self.samples else 0
+
+    @property
     def mean_logprob(self) -> float:
         """Of its tokens, whose logprobs must be known: what makes one answer better than another."""
         return sum(sample.logprob or 0.0 for sample in self.samples) / max(1, len(self.samples))
@@ -118,6 +123,16 @@ class SequenceOutput:
         """Ends the output; what was held back is not shown."""
         self.finish_reason = self._pending.finish_reason = reason
         self._wakeup.set()
+
+    @property
+    def num_logprobs(self) -> int:
+        """That are reported with what there is of it, those of alternatives included."""
+        detail = self.sequence.detail
+        return self.num_prompt_logprobs + detail.logprobs * self.generated * (1 + detail.top_logprobs)
+
+    @property
+    def num_prompt_logprobs(self) -> int:
+        return len(self.prompt_logprobs) * (1 + self.sequence.detail.prompt_top_logprobs)
 
     def texts(self) -> tuple[str, str]:
         """The whole text of the prompt and, as far as it was generated, of the answer, stop texts included."""
@@ -228,6 +243,11 @@ class Generation:
     def num_tokens(self) -> int:
         """Of the prompt, and all that was generated from it so far."""
         return self.outputs[0].sequence.prompt_length + sum(output.generated for output in self.outputs)
+
+    @property
+    def num_logprobs(self) -> int:
+        """That are reported with what there is of its answers, those of alternatives included."""
+        return sum(output.num_logprobs for output in self.outputs)
 
     def restart(self, adapter: Adapter) -> None:
         """Makes its sequences ready to go on from where they are, on another group."""

@@ -42,9 +42,12 @@ from loraplex_router.telemetry.telemetry import Telemetry
 from loraplex_router.text.chat import Chat, RenderedChat
 from loraplex_router.text.stops import StopMatcher
 from loraplex_router.text.tokenizer import Spans, Tokenizer
+from loraplex_router.volume import Volume
 
 SHADOWED = "on /v1 its name means the base model: rename it, or ask for it as adapter_id on /generate"
 DIGEST = re.compile(r"[0-9a-f]{64}")
+
+LONG_PROMPT = 1000  # tokens: where a call has several such prompts, others have their turn between two
 
 
 class Service:
@@ -105,8 +108,9 @@ class Service:
     def idle(self) -> bool:
         return not self._preparing and self._groups.idle
 
-    async def generate(self, request: Request, key: str | None = None) -> Generation:
-        """Admits a request and queues its sequences. The caller reads the generation and then must `leave` it.
+    async def generate(self, request: Request, key: str | None = None, volume: Volume | None = None) -> Generation:
+        """Admits a request and queues its sequences. The caller reads the generation and then must `leave` it. Calls
+        that make several requests count them in one `volume`.
 
         Everything that can be wrong with the request is raised from here, before anything is generated.
         """
@@ -117,7 +121,7 @@ class Service:
             tenant.check_adapter(request.adapter)
             tenant.begin(arrived)
             try:
-                return await self._start(request, tenant, arrived)
+                return await self._start(request, tenant, arrived, volume or Volume())
             except BaseException:
                 tenant.end(0, time.monotonic())
                 raise
@@ -130,27 +134,28 @@ class Service:
             check_embed_request(request, self.info.vocab_size)
             tenant.check_adapter(request.adapter)
             tenant.begin(arrived)
-        started: list[Generation] = []
+        started, volume = list[Generation](), Volume()
         try:
             for part in request.parts():
                 with self.telemetry.admission(part, arrived):
-                    started.append(await self._start(part, tenant, arrived))
-                await asyncio.sleep(0)  # others have their turn between two inputs
+                    started.append(await self._start(part, tenant, arrived, volume))
             return [await _read_embedding(generation) for generation in started]
         finally:
             for generation in started:
                 self._end(generation)
             tenant.end(sum(generation.num_tokens for generation in started), time.monotonic())
 
-    async def _start(self, request: Request, tenant: Tenant, arrived: float) -> Generation:
+    async def _start(self, request: Request, tenant: Tenant, arrived: float, volume: Volume) -> Generation:
         self._admit(request)
         request_id = self._name(request)
         self._generations[request_id] = None
         self._preparing += request.n
         try:
             prompt = await self._encode(request, tenant)
-            room = room_for(request, len(prompt), self.info.max_model_len)
+            room = volume.add(request, len(prompt), room_for(request, len(prompt), self.info.max_model_len))
             check_tokens(request, prompt, self.info.vocab_size, self.tokenizer.token_text)
+            if len(prompt) > LONG_PROMPT:
+                await asyncio.sleep(0)
             validated = time.monotonic()
             async with self._suggestions.for_missing(request.adapter, tenant.may_use):
                 group, adapter = await self._groups.place(request.adapter, request.grammar)

@@ -18,6 +18,9 @@ from loraplex_protos.errors import (
 )
 from loraplex_router.api.http.fields import Bias, Items, Prompts, TokenId
 from loraplex_router.json_limits import MAX_DEPTH, MAX_ELEMENTS, MAX_NODES, JsonStructure, parse, parse_body
+from loraplex_router.request import Request
+from loraplex_router.sequence import Detail
+from loraplex_router.volume import MAX_LOGPROBS, Volume
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text('ab"\\,:[]{}é\n'),
@@ -141,3 +144,33 @@ def test_an_error_fits_into_the_trailers_that_grpc_clients_take(letter):
         size = 3 * len(status.details.encode()) + sum(len(k) + len(v) * 4 / 3 for k, v in status.trailing_metadata)
         assert size < 8 << 10
         assert type(from_rpc_error(_Call(status))) is type(error)
+
+
+LOGPROBS = Detail(logprobs=True, top_logprobs=19)
+
+
+def test_an_answer_of_open_length_is_as_long_as_its_logprobs_may_be():
+    assert Volume().add(Request("Hi", n=4), 10, 10**6) == 10**6
+    assert Volume().add(Request("Hi", n=4, detail=LOGPROBS), 10, 10**6) == MAX_LOGPROBS // 80
+    assert Volume().add(Request("Hi", detail=LOGPROBS), 10, 100) == 100
+
+
+@pytest.mark.parametrize(
+    ("request_", "prompt_length"),
+    [
+        (Request("Hi", n=64, max_new_tokens=1000, detail=LOGPROBS), 10),
+        (Request("Hi", detail=Detail(prompt_logprobs=True, prompt_top_logprobs=20)), 100_000),
+        (Request("Hi", n=64), 100_000),
+    ],
+)
+def test_more_than_can_be_kept_is_refused(request_, prompt_length):
+    with pytest.raises(InvalidRequestError, match="at most"):
+        Volume().add(request_, prompt_length, 10**6)
+
+
+def test_all_requests_of_a_call_count_together():
+    volume, request = Volume(), Request("Hi", max_new_tokens=100, detail=LOGPROBS)
+    for _ in range(MAX_LOGPROBS // 2000):
+        assert volume.add(request, 10, 100) == 100
+    with pytest.raises(InvalidRequestError):
+        volume.add(request, 10, 100)

@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import grpc
@@ -27,6 +28,7 @@ from loraplex_router.api.translation import (
     write_spans,
     write_status,
 )
+from loraplex_router.api.turns import in_turn
 from loraplex_router.keys import read_bearer
 from loraplex_router.service import Service
 
@@ -56,7 +58,8 @@ class GenerationApi(GenerationServiceServicer):
             generation = await self._service.generate(read_request(request), _key(context))
             try:
                 await context.send_initial_metadata(())  # from here on clients' gRPC does not try again
-                return Writer(generation, self._service.tokenizer).response(await generation.collect())
+                writer, deltas = Writer(generation, self._service.tokenizer), await generation.collect()
+                return await in_turn(generation.num_logprobs, lambda: writer.response(deltas))
             finally:
                 self._service.leave(generation)
 
@@ -68,7 +71,7 @@ class GenerationApi(GenerationServiceServicer):
             try:
                 writer = Writer(generation, self._service.tokenizer)
                 async for index, delta in generation.deltas():
-                    yield writer.event(index, delta)
+                    yield await in_turn(writer.num_logprobs(index, delta), partial(writer.event, index, delta))
             finally:
                 self._service.leave(generation)
 

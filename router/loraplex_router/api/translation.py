@@ -124,6 +124,11 @@ class Writer:
         self._tokenizer = tokenizer
         self._begun: set[int] = set()  # indexes of sequences that something was written of
 
+    def num_logprobs(self, index: int, delta: Delta) -> int:
+        """In the next event."""
+        prompt = 0 if self._begun else self._generation.outputs[0].num_prompt_logprobs
+        return prompt + delta.num_logprobs
+
     def event(self, index: int, delta: Delta) -> pb.GenerateStreamResponse:
         output = self._generation.outputs[index]
         event = pb.GenerateStreamResponse(request_id=self._generation.request_id, index=index, text=delta.text)

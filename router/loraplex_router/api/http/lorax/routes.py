@@ -1,5 +1,6 @@
 """LoRAX's routes."""
 
+from collections.abc import Callable
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -8,11 +9,12 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from loraplex_router.api.http.attendance import collect
 from loraplex_router.api.http.errors import lorax_body
 from loraplex_router.api.http.front_page import FRONT_PAGE_HEADERS, front_page
-from loraplex_router.api.http.json_body import JsonRoute
+from loraplex_router.api.http.json_body import JsonAnswer, JsonRoute
 from loraplex_router.api.http.lorax import schema
 from loraplex_router.api.http.lorax.reading import read_request, wants_details
 from loraplex_router.api.http.lorax.writing import LoraxWriter, static_headers, whole_headers
 from loraplex_router.api.http.sse import EventStream, describe_events
+from loraplex_router.api.turns import in_turn
 from loraplex_router.keys import read_bearer
 from loraplex_router.output import Generation
 from loraplex_router.request import MAX_N, MAX_STOPS
@@ -42,13 +44,16 @@ def create_lorax_routes(service: Service) -> APIRouter:
         """What LoRAX's clients send as Authorization is the adapter's token, unless this server takes API keys."""
         return "" if service.keys.required else read_bearer(http.headers.get("authorization")) or ""
 
-    async def generate_whole(body: schema.GenerateRequest, http: Request) -> tuple[dict[str, Any], dict[str, str]]:
-        """The answer and its headers."""
+    async def generate_whole(
+        body: schema.GenerateRequest, http: Request, shape: Callable[[dict[str, Any]], Any]
+    ) -> Response:
+        """`shape` makes what is sent of the answer."""
         request = read_request(body, adapter_token(http), stream=False)
         generation = await service.generate(request, read_bearer(http.headers.get("authorization")))
         deltas = (await collect(service, [generation], http.receive))[0]
         headers = {**static_headers(service.info.model_id, body.inputs, request.adapter), **whole_headers(generation)}
-        return _writer(body, generation).whole(deltas), headers
+        writer = _writer(body, generation)
+        return await in_turn(generation.num_logprobs, lambda: JsonAnswer(shape(writer.whole(deltas)), headers=headers))
 
     async def generate_events(body: schema.GenerateRequest, http: Request) -> Response:
         request = read_request(body, adapter_token(http), stream=True)
@@ -65,8 +70,7 @@ def create_lorax_routes(service: Service) -> APIRouter:
     @routes.post("/generate", responses={200: {"model": schema.GenerateResponse}, **ERRORS})
     async def generate(body: schema.GenerateRequest, http: Request) -> Response:
         """Answers once everything is generated."""
-        answer, headers = await generate_whole(body, http)
-        return JSONResponse(answer, headers=headers)
+        return await generate_whole(body, http, lambda answer: answer)
 
     @routes.post("/generate_stream", response_class=Response, responses={200: {"content": EVENTS}, **ERRORS})
     async def generate_stream(body: schema.GenerateRequest, http: Request) -> Response:
@@ -79,8 +83,7 @@ def create_lorax_routes(service: Service) -> APIRouter:
         """A list with one answer, or server-sent events if `stream` is true. What the Python clients call."""
         if body.stream:
             return await generate_events(body, http)
-        answer, headers = await generate_whole(body, http)
-        return JSONResponse([answer], headers=headers)
+        return await generate_whole(body, http, lambda answer: [answer])
 
     @routes.get("/info", responses={200: {"model": schema.Info}, 401: ERRORS[401]})
     async def get_info(http: Request) -> Response:

@@ -2,11 +2,13 @@
 
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
+from functools import partial
 from typing import Any
 from urllib.parse import quote
 
 from loraplex_router.api.http.attendance import read
 from loraplex_router.api.http.sse import event
+from loraplex_router.api.turns import in_turn
 from loraplex_router.output import Delta, Generation, Sample, SequenceOutput
 from loraplex_router.request import AdapterReference, MergedReference
 from loraplex_router.sequence import FinishReason
@@ -81,16 +83,21 @@ class LoraxWriter:
     async def events(self) -> AsyncIterator[bytes]:
         """One event per token, those of one delta together. The texts add up to the whole; of the tokens that
         make up one character, the last has it."""
-        output, text, at = self._generation.outputs[0], "", 0
+        text, at = "", 0
         async for _, delta in read(self._generation):
             text += delta.text
-            last = len(delta.samples) - 1 if delta.finish_reason else None
-            written = []
-            for place, (sample, end) in enumerate(zip(delta.samples, delta.ends, strict=True)):
-                token = self._token(sample, text[at:end])
-                at = end
-                written.append(event(self._last(output, delta, token, text) if place == last else _stream(token)))
-            yield b"".join(written)
+            yield await in_turn(delta.num_logprobs, partial(self._events, delta, text, at))
+            at = delta.ends[-1] if delta.ends else at
+
+    def _events(self, delta: Delta, text: str, at: int) -> bytes:
+        """`text`: the whole so far; of it, what is new begins `at`."""
+        output, written = self._generation.outputs[0], []
+        last = len(delta.samples) - 1 if delta.finish_reason else None
+        for place, (sample, end) in enumerate(zip(delta.samples, delta.ends, strict=True)):
+            token = self._token(sample, text[at:end])
+            at = end
+            written.append(event(self._last(output, delta, token, text) if place == last else _stream(token)))
+        return b"".join(written)
 
     def _last(self, output: SequenceOutput, delta: Delta, token: dict[str, Any], text: str) -> dict[str, Any]:
         details = {

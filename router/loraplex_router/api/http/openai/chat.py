@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from math import inf
 from typing import Any
 
@@ -13,6 +14,7 @@ from loraplex_router.api.http.openai.schema import ChatCompletionRequest
 from loraplex_router.api.http.openai.tools import check_tools, create_parser, may_call, write_call
 from loraplex_router.api.http.openai.writing import finish_reason, head, usage, usage_so_far
 from loraplex_router.api.http.sse import DONE, event
+from loraplex_router.api.turns import in_turn
 from loraplex_router.output import Delta, Generation
 from loraplex_router.request import Request, Violations
 from loraplex_router.sequence import Detail
@@ -83,12 +85,15 @@ class ChatWriter:
         first = self._head("chat.completion.chunk")
         writers = [_ChoiceWriter(self.body) for _ in self.generation.outputs]
         async for index, delta in read(self.generation):
-            choices = list(self._chunks(index, writers[index], delta))
             last = usage_so_far(self.body.stream_options, [self.generation])
-            yield b"".join(event({**first, "choices": [choice], **last}) for choice in choices)
+            write = partial(self._events, {**first, **last}, index, writers[index], delta)
+            yield await in_turn(delta.num_logprobs, write)
         if with_usage:
             yield event({**first, "choices": [], "usage": usage([self.generation])})
         yield DONE
+
+    def _events(self, first: dict[str, Any], index: int, writer: "_ChoiceWriter", delta: Delta) -> bytes:
+        return b"".join(event({**first, "choices": [choice]}) for choice in self._chunks(index, writer, delta))
 
     def _chunks(self, index: int, writer: "_ChoiceWriter", delta: Delta) -> Iterator[dict[str, Any]]:
         """The role comes first, and the reason for the end last; a delta's logprobs are in the first of its chunks."""

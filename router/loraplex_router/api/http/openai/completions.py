@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from loraplex_router.api.http.openai.logprobs import CompletionLogprobs, TokenNames, prompt_logprobs
@@ -9,6 +10,7 @@ from loraplex_router.api.http.openai.reading import read_model, read_options, re
 from loraplex_router.api.http.openai.schema import CompletionRequest
 from loraplex_router.api.http.openai.writing import finish_reason, head, read_all, usage, usage_so_far
 from loraplex_router.api.http.sse import DONE, event
+from loraplex_router.api.turns import in_turn
 from loraplex_router.output import Delta, Generation, SequenceOutput
 from loraplex_router.request import Request, Violations
 from loraplex_router.sequence import Detail, FinishReason
@@ -96,15 +98,20 @@ class CompletionWriter:
         writers = [_ChoiceWriter(self, index, output) for index, output in enumerate(outputs)]
         first, with_usage = self._head(), bool(self.body.stream_options and self.body.stream_options.include_usage)
         async for index, delta in read_all(self.generations):
-            if delta.text or delta.finish_reason or not writers[index].begun:
+            writer, prompt = writers[index], 0 if writers[index].begun else outputs[index].num_prompt_logprobs
+            if delta.text or delta.finish_reason or not writer.begun:
                 last = usage_so_far(self.body.stream_options, self.generations)
-                yield event({**first, "choices": [writers[index].write(delta)], **last})
+                yield await in_turn(delta.num_logprobs + prompt, partial(_event, first, writer, delta, last))
         if with_usage:
             yield event({**first, "choices": [], "usage": usage(self.generations)})
         yield DONE
 
     def _head(self) -> dict[str, Any]:
         return head("text_completion", "cmpl", self.generations[0], self.body.model, self.version)
+
+
+def _event(first: dict[str, Any], writer: "_ChoiceWriter", delta: Delta, last: dict[str, Any]) -> bytes:
+    return event({**first, "choices": [writer.write(delta)], **last})
 
 
 class _ChoiceWriter:

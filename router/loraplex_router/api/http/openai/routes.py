@@ -1,6 +1,5 @@
 """OpenAI's routes."""
 
-import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Annotated, Any
@@ -14,16 +13,18 @@ from loraplex_protos.errors import AdapterNotFoundError, FieldViolation, Invalid
 from loraplex_router.adapters.administration import AdapterStatus, State
 from loraplex_router.api.http.attendance import collect
 from loraplex_router.api.http.errors import openai_body
-from loraplex_router.api.http.json_body import JsonRoute
+from loraplex_router.api.http.json_body import JsonAnswer, JsonRoute
 from loraplex_router.api.http.json_list import write_list
 from loraplex_router.api.http.openai import answers
 from loraplex_router.api.http.openai.chat import ChatWriter, read_chat
 from loraplex_router.api.http.openai.completions import CompletionWriter, read_completions
 from loraplex_router.api.http.openai.schema import ChatCompletionRequest, CompletionRequest
 from loraplex_router.api.http.sse import EventStream, describe_events
+from loraplex_router.api.turns import in_turn
 from loraplex_router.keys import read_bearer
 from loraplex_router.output import Generation
 from loraplex_router.service import Service
+from loraplex_router.volume import Volume
 
 DESCRIPTIONS = {
     400: "A field is wrong; `param` names it.",
@@ -54,12 +55,11 @@ def create_openai_routes(service: Service) -> APIRouter:
     @routes.post("/completions", responses={200: {"model": answers.Completion, "content": EVENTS}, **ERRORS})
     async def completions(body: CompletionRequest, http: Request) -> Response:
         """Continues one prompt or several."""
-        generations: list[Generation] = []
+        generations, volume = list[Generation](), Volume()
         body.model = body.model or service.info.model_id
         try:
             for request in read_completions(body, service.info.model_id):
-                generations.append(await service.generate(request, api_key(http)))
-                await asyncio.sleep(0)  # others have their turn between two prompts
+                generations.append(await service.generate(request, api_key(http), volume))
         except BaseException:
             for generation in generations:
                 service.leave(generation)
@@ -67,7 +67,9 @@ def create_openai_routes(service: Service) -> APIRouter:
         writer = CompletionWriter(body, generations, service.tokenizer, service.info.version)
         if body.stream:
             return EventStream(service, generations, writer.events(), openai_body)
-        return JSONResponse(writer.whole(await collect(service, generations, http.receive)))
+        deltas = await collect(service, generations, http.receive)
+        size = sum(generation.num_logprobs for generation in generations)
+        return await in_turn(size, lambda: JsonAnswer(writer.whole(deltas)))
 
     @routes.post("/chat/completions", responses={200: {"model": answers.ChatCompletion, "content": EVENTS}, **ERRORS})
     async def chat_completions(body: ChatCompletionRequest, http: Request) -> Response:
@@ -78,7 +80,7 @@ def create_openai_routes(service: Service) -> APIRouter:
         if body.stream:
             return EventStream(service, [generation], writer.events(), openai_body)
         (deltas,) = await collect(service, [generation], http.receive)
-        return JSONResponse(writer.whole(deltas))
+        return await in_turn(generation.num_logprobs, lambda: JsonAnswer(writer.whole(deltas)))
 
     not_paged: dict[int | str, dict[str, Any]] = {status: ERRORS[status] for status in (400, 401, 503)}
 

@@ -1,0 +1,34 @@
+"""How much one call may make the router keep, over all of its prompts and answers."""
+
+from loraplex_protos.errors import FieldViolation, InvalidRequestError
+from loraplex_router.request import Request
+
+MAX_PROMPT_TOKENS = 2**22  # each one eight bytes for every answer to it
+MAX_LOGPROBS = 2**19  # alternatives included: with what is written of them some 200 bytes each
+
+
+class Volume:
+    """Counts the requests of one call."""
+
+    def __init__(self) -> None:
+        self._prompt_tokens = self._logprobs = 0
+
+    def add(self, request: Request, prompt_length: int, room: int) -> int:
+        """How many of the tokens that there is `room` for each answer may have: fewer, where the caller left that open
+        and asked for logprobs. Raises InvalidRequestError if it is too much."""
+        detail = request.detail
+        self._prompt_tokens += request.n * prompt_length
+        if self._prompt_tokens > MAX_PROMPT_TOKENS:
+            many = f"have {self._prompt_tokens} tokens together, each counted for every answer to it"
+            raise InvalidRequestError(FieldViolation("prompt", f"{many}: at most {MAX_PROMPT_TOKENS}"))
+        if detail.prompt_logprobs:
+            self._logprobs += request.n * prompt_length * (1 + detail.prompt_top_logprobs)
+        if detail.logprobs:
+            of_token = request.n * (1 + detail.top_logprobs)
+            if request.max_new_tokens is None:
+                room = max(1, min(room, (MAX_LOGPROBS - self._logprobs) // of_token))
+            self._logprobs += room * of_token
+        if self._logprobs > MAX_LOGPROBS:
+            many = f"{self._logprobs} are asked for, over all tokens, answers and alternatives: at most {MAX_LOGPROBS}"
+            raise InvalidRequestError(FieldViolation("logprobs", many))
+        return room
