@@ -46,7 +46,7 @@ def test_examples_are_what_a_shell_reads_whatever_an_adapter_is_called(tmp_path:
     assert [command[command.index("--adapter") + 1] for command in commands if "--adapter" in command] == [name] * 2
     bodies = [json.loads(command[command.index("-d") + 1]) for command in commands if "-d" in command]
     assert [body.get("model") for body in bodies] == [None, name, None]
-    assert (bodies[0]["adapter"]["id"], bodies[2]["parameters"]["adapter_id"]) == (name, name)
+    assert bodies[0]["adapter"]["id"] == name
 
 
 def test_without_adapters_there_is_no_word_of_them() -> None:

@@ -12,6 +12,9 @@ from loraplex_protos.adapter_names import is_name, normal
 
 SHOWN = 3  # adapters
 
+STATEMENT = "Last year Angela Jones left Microsoft and bought a house in Spain."  # what the examples' adapters are for
+QUESTION = "What is the capital of France?"
+
 
 def introduction(model: str, server: str, http: str, folder: Path | None) -> str:
     """The addresses, and a request to try for each way to call the server, as rich markup.
@@ -24,14 +27,14 @@ def introduction(model: str, server: str, http: str, folder: Path | None) -> str
     flag = f" --adapter {shlex.quote(adapter)}" if adapter else ""
     argument = f", adapter={json.dumps(adapter)}" if adapter else ""
     bin = _bin_folder()
-    prompt = "Anna loves the new office in Berlin."
+    prompt = STATEMENT if adapter else QUESTION
     messages = [{"role": "user", "content": prompt}]
     named = {"adapter": {"id": adapter}} if adapter else {}
     chat = _quoted({"chat": {"messages": messages}, **named, "stopping": {"max_new_tokens": 64}})
-    openai = _quoted({"model": adapter or "", "messages": messages, "max_tokens": 64})
-    parameters = {"adapter_id": adapter} if adapter else {}
-    lorax = _quoted({"inputs": prompt, "parameters": {**parameters, "max_new_tokens": 32}})
-    call = f'Client("{server}").generate("Hello", max_new_tokens=32{argument})'
+    openai = _quoted({"model": adapter or "", "messages": messages, "max_tokens": 64, "temperature": 0})
+    # LoRAX's route continues a text as it is, without the chat template that adapters of a chat model are made for.
+    lorax = _quoted({"inputs": "The capital of France is", "parameters": {"max_new_tokens": 8}})
+    call = f'Client("{server}").generate({json.dumps(messages)}, max_new_tokens=64{argument})'
     script = shlex.quote(f"from loraplex import Client; print({call}.text)")
     method = "loraplex.v1.GenerationService/GenerateStream"
     lines = (

@@ -49,7 +49,7 @@ gRPC has a port of its own: 50051, unless <code>--grpc-port</code> says otherwis
 """)
 
 EXAMPLE = Template("""curl ${url}v1/chat/completions -H 'Content-Type: application/json' \\${key}
-  -d '{"messages": [{"role": "user", "content": "What is the capital of France?"}]}'""")
+  -d '{"messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0}'""")
 
 KEY = "\n  -H 'Authorization: Bearer KEY' \\"
 
