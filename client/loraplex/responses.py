@@ -118,6 +118,7 @@ def model_info(response: pb.GetModelInfoResponse) -> ModelInfo:
         max_adapters_on_device=response.max_adapters_on_device,
         version=response.version,
         has_chat_template=response.has_chat_template,
+        served_model_names=tuple(response.served_model_names),
     )
 
 

@@ -314,3 +314,5 @@ class ModelInfo:
     max_adapters_on_device: int
     version: str
     has_chat_template: bool
+    served_model_names: tuple[str, ...]
+    """What OpenAI's routes call it: the first in answers, any in requests."""

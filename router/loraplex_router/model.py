@@ -1,5 +1,6 @@
 """What is served, the same by every group: the model as the faces describe it, its tokenizer and its limits."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from importlib.metadata import version
@@ -40,6 +41,7 @@ def read_model(
     files: shard_pb2.GetTokenizerResponse,
     max_batch_tokens: int,
     max_adapters_on_device: int,
+    served_model_names: Sequence[str] = (),
 ) -> Model:
     """What a group of shards tells of itself."""
     templates = _read_templates(files)
@@ -57,6 +59,7 @@ def read_model(
             max_adapters_on_device=max_adapters_on_device,
             version=version("loraplex"),
             has_chat_template=bool(templates.by_name),
+            served_model_names=served_model_names or (info.model_id,),
         ),
         Tokenizer(files.tokenizer_json),
         sha256(files.SerializeToString(deterministic=True)).hexdigest(),

@@ -95,6 +95,11 @@ class Service:
         return self._known_model.info
 
     @property
+    def model_names(self) -> tuple[str, ...]:
+        """What OpenAI's routes call the base model: the first in answers, any in requests."""
+        return tuple(self.info.served_model_names)
+
+    @property
     def tokenizer(self) -> Tokenizer:
         return self._known_model.tokenizer
 

@@ -20,6 +20,12 @@ class EdgeSettings(BaseModel):
         3000, ge=0, le=65535, description="Port of the HTTP API: OpenAI's and LoRAX's routes, /docs. 0: any free one."
     )
     grpc_port: int = Field(50051, ge=0, le=65535, description="Port of the gRPC API. 0: any free one.")
+    served_model_name: str = Field(
+        "",
+        pattern=r"^[^\s,]*(,[^\s,]+)*$",
+        description="What OpenAI's routes call the model: one name, or several separated by commas. Answers have the "
+        "first, requests may have any; an adapter of such a name is asked for as MODEL:NAME. Empty: path or hub id.",
+    )
     max_batch_tokens: int = Field(
         256, ge=1, le=65536, description="Tokens computed per step: more is faster on long prompts, less is smoother."
     )
@@ -75,6 +81,10 @@ class EdgeSettings(BaseModel):
     def url_host(self) -> str:
         """The host as it stands before a port."""
         return f"[{self.host}]" if ":" in self.host else self.host
+
+    @property
+    def served_model_names(self) -> tuple[str, ...]:
+        return tuple(filter(None, self.served_model_name.split(",")))
 
 
 class RouterSettings(EdgeSettings, MtlsSettings):

@@ -16,4 +16,8 @@ def info(json: Json = False, server: Server = DEFAULT_SERVER, api_key: ApiKey = 
         typer.echo(as_json(model))
     else:
         longest = max(map(len, model))
-        typer.echo("\n".join(f"{name:<{longest}}  {value}" for name, value in model.items()))
+        typer.echo("\n".join(f"{name:<{longest}}  {_text(value)}" for name, value in model.items()))
+
+
+def _text(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -15,7 +15,7 @@ from loraplex_router.api.http.json_body import JsonRoute
 from loraplex_router.api.http.lorax.reading import read_adapter
 from loraplex_router.api.http.lorax.routes import ERRORS as LORAX_ERRORS
 from loraplex_router.api.http.lorax.schema import Parameters
-from loraplex_router.api.http.openai.reading import read_model_name, read_prompts
+from loraplex_router.api.http.openai.reading import answered_name, read_model_name, read_prompts
 from loraplex_router.api.http.openai.routes import ERRORS as OPENAI_ERRORS
 from loraplex_router.keys import read_bearer
 from loraplex_router.output import Embedding
@@ -70,9 +70,9 @@ def create_embedding_routes(service: Service) -> APIRouter:
     async def openai_embeddings(body: OpenaiRequest, http: Request) -> Response:
         if body.dimensions is not None:
             raise InvalidRequestError(FieldViolation("dimensions", "is not supported: leave it out"))
-        base = service.info.model_id
-        request = EmbedRequest(tuple(read_prompts(body.input)), read_model_name(body.model, base))
-        return JSONResponse(_write(body, body.model or base, await embed(request, http)))
+        names = service.model_names
+        request = EmbedRequest(tuple(read_prompts(body.input)), read_model_name(body.model, names))
+        return JSONResponse(_write(body, answered_name(body.model, names), await embed(request, http)))
 
     @routes.post(
         "/embed",

@@ -95,7 +95,7 @@ def create_tokenizing_routes(service: Service) -> APIRouter:
         found = Violations()
         chat = read_conversation(body, found)
         found.raise_any()
-        adapter = read_model_name(body.model, service.info.model_id)
+        adapter = read_model_name(body.model, service.model_names)
         return await service.tokenize(chat, bool(body.add_special_tokens), adapter, key)
 
     def _key(http: Request) -> str | None:

@@ -1,6 +1,6 @@
 """/v1/chat/completions: an answer to a conversation."""
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import inf
@@ -22,7 +22,7 @@ from loraplex_router.text.tokenizer import Tokenizer
 from loraplex_router.text.tool_calls import Arguments, Piece, ToolCall
 
 
-def read_chat(body: ChatCompletionRequest, base: str) -> Request:
+def read_chat(body: ChatCompletionRequest, base: Sequence[str]) -> Request:
     """Raises InvalidRequestError, and AdapterNotFoundError for an empty adapter name."""
     found = Violations()
     found.check(body.logprobs or not body.top_logprobs, "top_logprobs", "needs logprobs to be true")

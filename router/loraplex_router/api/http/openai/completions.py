@@ -20,7 +20,7 @@ DEFAULT_MAX_TOKENS = 16  # OpenAI's
 MAX_PROMPTS = 128
 
 
-def read_completions(body: CompletionRequest, base: str) -> list[Request]:
+def read_completions(body: CompletionRequest, base: Sequence[str]) -> list[Request]:
     """One request for each prompt. Raises InvalidRequestError, and AdapterNotFoundError for an empty adapter name."""
     prompts = read_prompts(body.prompt)
     _check(body, len(prompts))

@@ -18,6 +18,7 @@ from loraplex_router.api.http.json_list import write_list
 from loraplex_router.api.http.openai import answers
 from loraplex_router.api.http.openai.chat import ChatWriter, read_chat
 from loraplex_router.api.http.openai.completions import CompletionWriter, read_completions
+from loraplex_router.api.http.openai.reading import answered_name
 from loraplex_router.api.http.openai.schema import ChatCompletionRequest, CompletionRequest
 from loraplex_router.api.http.sse import EventStream, describe_events
 from loraplex_router.api.turns import in_turn
@@ -56,9 +57,10 @@ def create_openai_routes(service: Service) -> APIRouter:
     async def completions(body: CompletionRequest, http: Request) -> Response:
         """Continues one prompt or several."""
         generations, volume = list[Generation](), Volume()
-        body.model = body.model or service.info.model_id
+        requests = read_completions(body, service.model_names)
+        body.model = answered_name(body.model, service.model_names)
         try:
-            for request in read_completions(body, service.info.model_id):
+            for request in requests:
                 generations.append(await service.generate(request, api_key(http), volume))
         except BaseException:
             for generation in generations:
@@ -74,8 +76,8 @@ def create_openai_routes(service: Service) -> APIRouter:
     @routes.post("/chat/completions", responses={200: {"model": answers.ChatCompletion, "content": EVENTS}, **ERRORS})
     async def chat_completions(body: ChatCompletionRequest, http: Request) -> Response:
         """Answers a conversation, with the model's own chat template."""
-        body.model = body.model or service.info.model_id
-        generation = await service.generate(read_chat(body, service.info.model_id), api_key(http))
+        generation = await service.generate(read_chat(body, service.model_names), api_key(http))
+        body.model = answered_name(body.model, service.model_names)
         writer = ChatWriter(body, generation, service.tokenizer, service.info.version)
         if body.stream:
             return EventStream(service, [generation], writer.events(), openai_body)
@@ -106,11 +108,13 @@ def create_openai_routes(service: Service) -> APIRouter:
         raise AdapterNotFoundError(f"the model {quote(model)} does not exist")
 
     async def list_models(http: Request) -> dict[str, AdapterStatus | None]:
-        """By id, in the order of the listing. The base model, which has no status, comes first."""
-        found: dict[str, AdapterStatus | None] = {service.info.model_id: None}
+        """By id, in the order of the listing. The base model, which has no status, comes first, under all its names; an
+        adapter that has one of them is listed as it can be asked for, behind the model's."""
+        names = service.model_names
+        found: dict[str, AdapterStatus | None] = dict.fromkeys(names)
         for status in await service.list_adapters(api_key(http)):
             if status.state is not State.BROKEN:
-                found.setdefault(status.id, status)
+                found.setdefault(f"{names[0]}:{status.id}" if status.id in names else status.id, status)
         return found
 
     def api_key(http: Request) -> str | None:
@@ -122,8 +126,8 @@ def create_openai_routes(service: Service) -> APIRouter:
             "object": "model",
             "created": started,
             "owned_by": "loraplex",
-            "root": name,
-            "parent": service.info.model_id if status else None,
+            "root": status.id if status else service.info.model_id,
+            "parent": service.model_names[0] if status else None,
             "max_model_len": service.info.max_model_len,
             "tier": status.tier.name.lower() if status and status.tier else None,
         }
