@@ -2,12 +2,15 @@
 
 import asyncio
 import json
+import re
 import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.request import urlopen
 
+import openai
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -273,3 +276,46 @@ def test_an_adapter_of_another_base_is_refused_saying_so(client: Client, folder:
     save_adapter(tmp_path, folder / "other-base", 8, seed=0)
     with pytest.raises(AdapterInvalidError, match="another base"):
         answer(client, "other-base")
+
+
+def test_an_adapter_made_for_another_base_is_served_with_a_warning_wherever_it_is_shown(
+    serving: Server, client: Client, folder: Path, oracle: Oracle
+):
+    shutil.copytree(folder / "r8", folder / "foreign")
+    config = folder / "foreign" / "adapter_config.json"
+    config.write_text(
+        json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": "meta-llama/Llama-2-7b-hf"})
+    )
+    before = {adapter.id: adapter for adapter in client.adapters()}
+    assert "meta-llama/Llama-2-7b-hf" in before["foreign"].warnings[0] and not before["r8"].warnings
+    assert client.load_adapter("foreign").warnings == before["foreign"].warnings
+    assert answer(client, "foreign") == expected(oracle, "r8")
+    assert {adapter.id: adapter for adapter in client.adapters()}["foreign"].warnings == before["foreign"].warnings
+    with urlopen(f"{serving.url}/adapters") as response:
+        listed = json.load(response)
+    assert [entry["warnings"] for entry in listed if entry["id"] == "foreign"] == [list(before["foreign"].warnings)]
+    assert "made for the base model 'meta-llama/Llama-2-7b-hf'" in serving.log
+
+
+@pytest.mark.parametrize("name", ["Müller & Söhne/SQL v2 (neu)", "a=b@c%20d"])
+def test_a_name_of_any_script_is_the_same_on_every_face(
+    serving: Server, client: Client, folder: Path, oracle: Oracle, name: str
+):
+    shutil.copytree(folder / "r8", folder / name)
+    assert answer(client, name) == expected(oracle, "r8")
+    with openai.OpenAI(base_url=f"{serving.url}/v1", api_key="none", max_retries=0) as other:
+        assert other.models.retrieve(name).id == name
+        completion = other.completions.create(model=name, prompt=PROMPT, max_tokens=8, temperature=0)
+        assert completion.model == name
+    client.unload_adapter(name)
+    with pytest.raises(AdapterNotFoundError, match=f"did you mean {re.escape(repr(name))}"):
+        client.generate(PROMPT, adapter=name[:-1], **OPTIONS)
+
+
+def test_what_is_broken_is_listed_with_its_reason_and_refused_with_it(client: Client, folder: Path):
+    shutil.copytree(folder / "r8", folder / "cut")
+    (folder / "cut" / "adapter_model.safetensors").write_bytes(b"")
+    status = {adapter.id: adapter for adapter in client.adapters()}["cut"]
+    assert (status.state, "cut short" in status.reason) == (AdapterState.BROKEN, True)
+    with pytest.raises(AdapterInvalidError, match="cut short"):
+        client.generate(PROMPT, adapter="cut", **OPTIONS)

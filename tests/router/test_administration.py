@@ -170,6 +170,19 @@ async def test_unloading_a_name_frees_that_name_and_the_content_goes_with_its_la
     assert not cluster.holders("same")
 
 
+async def test_a_name_that_sequences_asked_for_is_in_use_though_the_content_has_another(cluster: Cluster):
+    await same_content(cluster)
+    running = await cluster.service.generate(request(1, 100, "a"))
+    with pytest.raises(AdapterInUseError):
+        await cluster.administration.unload(A, wait=False)
+    unloading = asyncio.create_task(cluster.administration.unload(A, wait=True))
+    await asyncio.sleep(0)
+    cluster.service.leave(running)
+    await unloading
+    statuses = await listed(cluster)
+    assert (statuses["a"].state, statuses["c"].state) == (State.AVAILABLE, State.LOADED)
+
+
 async def test_a_pin_goes_with_the_name_that_it_was_asked_for_by(cluster: Cluster):
     await same_content(cluster)
     await cluster.administration.pin(A)

@@ -19,14 +19,16 @@ from loraplex_protos.errors import (
     quote,
 )
 from loraplex_router.adapters.pool import Adapter
+from loraplex_router.adapters.references import ids_of
 from loraplex_router.adapters.registry import AdapterRegistry, Entry
 from loraplex_router.group import Group
 from loraplex_router.groups import Groups
+from loraplex_router.output import Generation
 from loraplex_router.request import AdapterReference
 from loraplex_router.shards import LocalAdapter
 
 POLL_SECONDS = 0.02
-NAMES_SECONDS = 10.0  # for which the names are known: listing thousands of them takes a while
+NAMES_KEPT = 20  # times as long as it took to list them, which takes a while if there are thousands
 AT_A_TIME = 500  # lines of a listing that are made in one go
 
 logger = logging.getLogger(__name__)
@@ -125,13 +127,14 @@ class Administration:
         self._groups = groups
         self._names = frozenset[str]()
         self._named_until = 0.0
+        self._dropping: set[tuple[str, str]] = set()  # digests and ids that are forgotten once nothing needs them
         self._pins: dict[str, AdapterReference] = {}  # by digest; outlives the group that holds the adapter
 
     async def list(self) -> list[AdapterStatus]:
         """The staged adapters under every name they were asked for, what is on its way, and the names in the adapter
         directory."""
         entries = {entry: self._residences(entry.digest) for entry in self._registry}
-        loaded = [_status(entry, residences) for entry, residences in entries.items() if residences]
+        loaded = [self._status(entry, residences) for entry, residences in entries.items() if residences]
         fetched = {reference for group in self._groups for reference in group.adapters.fetching()}
         fetching = {
             AdapterStatus(reference.id, reference.source, reference.revision, "", State.FETCHING)
@@ -154,12 +157,14 @@ class Administration:
         return self._status_of(reference)
 
     async def names(self) -> frozenset[str]:
-        """Of the adapters that can be asked for, but for those of the hub and S3 that nobody has asked for yet; as of
-        some seconds ago, at most."""
-        if time.monotonic() >= self._named_until:
+        """Of the adapters that can be asked for, but for those of the hub and S3 that nobody has asked for yet; as
+        they were some seconds ago, at most, or longer if there are many."""
+        began = time.monotonic()
+        if began >= self._named_until:
             listed = await self.list()
-            usable = frozenset(status.id for status in listed if status.state is not State.BROKEN)
-            self._names, self._named_until = usable, time.monotonic() + NAMES_SECONDS
+            self._names = frozenset(status.id for status in listed if status.state is not State.BROKEN)
+            now = time.monotonic()
+            self._named_until = now + NAMES_KEPT * (now - began)
         return self._names
 
     async def unload(self, name: AdapterReference | str, wait: bool) -> None:
@@ -173,11 +178,13 @@ class Administration:
         holders = list(self._holders(digest))
         if not holders:
             raise AdapterNotFoundError(f"adapter {_shown(name)} is not loaded")
-        if isinstance(name, AdapterReference) and self._registry.names(digest) != {name.id}:
-            self._drop_name(digest, name.id)
-            return
-        if not wait and any(adapter.needed for _, adapter in holders):
+        shared = name if isinstance(name, AdapterReference) and self._registry.names(digest) != {name.id} else None
+        needed = bool(self._asked_for(shared)) if shared else any(adapter.needed for _, adapter in holders)
+        if needed and not wait:
             raise AdapterInUseError(f"adapter {_shown(name)} is in use")
+        if shared:
+            await self._drop_name(digest, shared)
+            return
         self._pins.pop(digest, None)
         await asyncio.gather(*(group.adapters.unload(adapter) for group, adapter in holders))
         if not self._residences(digest):
@@ -247,10 +254,29 @@ class Administration:
         residences = self._residences(entry.digest) if entry else ()
         if entry is None or not residences:
             raise AdapterNotFoundError(f"adapter {_shown(name)} is not loaded")
-        return _status(entry, residences)
+        return self._status(entry, residences)
 
-    def _drop_name(self, digest: str, id: str) -> None:
-        """The content goes by other names as well."""
+    def _asked_for(self, reference: AdapterReference) -> tuple[Generation, ...]:
+        """What waits or runs and asked for it by that name."""
+        generations = (generation for group in self._groups for generation in group.engine.generations)
+        return tuple(each for each in generations if ids_of(each.reference) == (reference.id,))
+
+    def _status(self, entry: Entry, residences: tuple[Residence, ...]) -> AdapterStatus:
+        leaving = all(residence.adapter.leaving for residence in residences)
+        leaving = leaving or (entry.digest, entry.id) in self._dropping
+        state = State.UNLOADING if leaving else State.LOADED
+        warnings = residences[0].adapter.warnings
+        return AdapterStatus(entry.id, entry.source, entry.revision, entry.digest, state, residences, warnings)
+
+    async def _drop_name(self, digest: str, reference: AdapterReference) -> None:
+        """The content, which goes by other names as well, stays."""
+        id, asked = reference.id, self._asked_for(reference)
+        self._dropping.add((digest, id))
+        try:
+            while not all(generation.finished for generation in asked):
+                await asyncio.sleep(POLL_SECONDS)
+        finally:
+            self._dropping.discard((digest, id))
         self._registry.forget(digest, id)
         pinned = self._pins.get(digest)
         for group, adapter in self._holders(digest):
@@ -259,13 +285,6 @@ class Administration:
                 group.pool.unpin(adapter)
         if pinned is not None and pinned.id == id:
             del self._pins[digest]
-
-
-def _status(entry: Entry, residences: tuple[Residence, ...]) -> AdapterStatus:
-    leaving = all(residence.adapter.leaving for residence in residences)
-    state = State.UNLOADING if leaving else State.LOADED
-    warnings = residences[0].adapter.warnings
-    return AdapterStatus(entry.id, entry.source, entry.revision, entry.digest, state, residences, warnings)
 
 
 def _on_disk(adapter: LocalAdapter) -> AdapterStatus:
