@@ -4,6 +4,8 @@ import asyncio
 import re
 import secrets
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 from loraplex_protos import generation_pb2 as pb
@@ -20,6 +22,7 @@ from loraplex_router.adapters.administration import AdapterStatus, Administratio
 from loraplex_router.adapters.pool import Adapter
 from loraplex_router.adapters.references import Reference
 from loraplex_router.adapters.suggestions import Suggestions
+from loraplex_router.audit import audited
 from loraplex_router.groups import Groups
 from loraplex_router.keys import Keys, Tenant
 from loraplex_router.model import Model
@@ -44,7 +47,6 @@ from loraplex_router.text.stops import StopMatcher
 from loraplex_router.text.tokenizer import Spans, Tokenizer
 from loraplex_router.volume import Volume
 
-SHADOWED = "on /v1 its name means the base model: rename it, or ask for it as adapter_id on /generate"
 DIGEST = re.compile(r"[0-9a-f]{64}")
 
 LONG_PROMPT = 1000  # tokens: where a call has several such prompts, others have their turn between two
@@ -97,7 +99,7 @@ class Service:
     @property
     def model_names(self) -> tuple[str, ...]:
         """What OpenAI's routes call the base model: the first in answers, any in requests."""
-        return tuple(self.info.served_model_names)
+        return tuple(self.info.served_model_names) or (self.info.model_id,)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -202,11 +204,12 @@ class Service:
 
         Raises RequestNotFoundError if no such request of the caller's, or of anybody for an administrator, is running.
         """
-        tenant = self.keys.tenant(key)
-        generation = self._generations.get(request_id)
-        if generation is None or not (tenant.admin or generation.tenant is tenant):
-            raise RequestNotFoundError(f"no request {quote(request_id)} is running")
-        self._groups.cancel(generation)
+        with audited("cancel", self.keys, key, request_id=request_id):
+            tenant = self.keys.tenant(key)
+            generation = self._generations.get(request_id)
+            if generation is None or not (tenant.admin or generation.tenant is tenant):
+                raise RequestNotFoundError(f"no request {quote(request_id)} is running")
+            self._groups.cancel(generation)
 
     def abandon(self, generation: Generation) -> None:
         """Ends what still runs of a generation whose client is gone; its reader, which sees it finish as cancelled, is
@@ -240,10 +243,9 @@ class Service:
 
     async def load_adapter(self, reference: AdapterReference, key: str | None = None) -> AdapterStatus:
         """Reads the adapter's source again, whatever was known, and stages what is there now. For administrators."""
-        tenant = self.keys.administrator(key)
-        _check_named(reference)
-        async with self._suggestions.for_missing(reference, tenant.may_use):
-            return self._remarked(await self._administration.load(reference))
+        with self._administered("load", reference, key) as tenant:
+            async with self._suggestions.for_missing(reference, tenant.may_use):
+                return self._remarked(await self._administration.load(reference))
 
     async def unload_adapter(self, name: AdapterReference | str, wait: bool = False, key: str | None = None) -> None:
         """Frees what it has on every group. For administrators. `name` is a reference or a digest.
@@ -251,9 +253,8 @@ class Service:
         Raises AdapterNotFoundError if it is not loaded and, unless it is to `wait` for them, AdapterInUseError while
         sequences need it.
         """
-        self.keys.administrator(key)
-        _check_named(name)
-        await self._administration.unload(name, wait)
+        with self._administered("unload", name, key):
+            await self._administration.unload(name, wait)
 
     async def pin_adapter(self, name: AdapterReference | str, key: str | None = None) -> AdapterStatus:
         """Loads an adapter onto the device of one group, where it stays until it is unpinned or unloaded. Returns once
@@ -261,20 +262,27 @@ class Service:
 
         Raises AdapterNotFoundError for a digest that is not loaded, AdapterPinsError if no more can be pinned.
         """
-        tenant = self.keys.administrator(key)
-        _check_named(name)
         reference = name if isinstance(name, AdapterReference) else None
-        async with self._suggestions.for_missing(reference, tenant.may_use):
-            return await self._administration.pin(name)
+        with self._administered("pin", name, key) as tenant:
+            async with self._suggestions.for_missing(reference, tenant.may_use):
+                return await self._administration.pin(name)
 
     async def unpin_adapter(self, name: AdapterReference | str, key: str | None = None) -> AdapterStatus:
         """Lets it leave the device again when others need its place. For administrators.
 
         Raises AdapterNotFoundError if it is not loaded.
         """
-        self.keys.administrator(key)
-        _check_named(name)
-        return self._administration.unpin(name)
+        with self._administered("unpin", name, key):
+            return self._administration.unpin(name)
+
+    @contextmanager
+    def _administered(self, action: str, name: AdapterReference | str, key: str | None) -> Iterator[Tenant]:
+        """Checks who asks and what they name, and logs what comes of it."""
+        named = {"digest" if isinstance(name, str) else "adapter": name}
+        with audited(action, self.keys, key, **named):
+            tenant = self.keys.administrator(key)
+            _check_named(name)
+            yield tenant
 
     async def _encode(self, request: Request, tenant: Tenant) -> list[int]:
         given: str | tuple[int, ...] | RenderedChat
@@ -296,9 +304,12 @@ class Service:
         return await model.renderer.render(adapter.tokenizer.over(model.chat_templates), chat)
 
     def _remarked(self, status: AdapterStatus) -> AdapterStatus:
-        if status.id != self.info.model_id:
+        if status.id not in self.model_names:
             return status
-        return replace(status, warnings=(*status.warnings, SHADOWED))
+        shadowed = (
+            f"on /v1 its name means the base model: ask for it as {self.model_names[0]}:{status.id}, or rename it"
+        )
+        return replace(status, warnings=(*status.warnings, shadowed))
 
     def _end(self, generation: Generation) -> None:
         self._groups.cancel(generation)
