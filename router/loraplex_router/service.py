@@ -18,9 +18,10 @@ from loraplex_protos.errors import (
     UnavailableError,
     quote,
 )
-from loraplex_router.adapters.administration import AdapterStatus, Administration
+from loraplex_router.adapters.administration import Administration
 from loraplex_router.adapters.pool import Adapter
 from loraplex_router.adapters.references import Reference
+from loraplex_router.adapters.statuses import AdapterStatus
 from loraplex_router.adapters.suggestions import Suggestions
 from loraplex_router.audit import audited
 from loraplex_router.groups import Groups

@@ -8,7 +8,7 @@ from hashlib import sha256
 import pytest
 
 from loraplex_protos.errors import AdapterInUseError, AdapterNotFoundError, AdapterPinsError, InvalidRequestError
-from loraplex_router.adapters.administration import AdapterStatus, State, Tier
+from loraplex_router.adapters.statuses import AdapterStatus, State, Tier
 from loraplex_router.adapters.suggestions import similar
 from loraplex_router.keys import Allowance, Keys, Tenant, TenantSettings
 from loraplex_router.request import AdapterReference

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 
 from loraplex_protos import generation_pb2 as pb
 from loraplex_protos.errors import FieldViolation, InvalidRequestError
-from loraplex_router.adapters.administration import AdapterStatus, State, Tier
+from loraplex_router.adapters.statuses import AdapterStatus, State, Tier
 from loraplex_router.grammar import Grammar, GrammarKind
 from loraplex_router.output import Alternatives, Delta, Generation, Sample, SequenceOutput
 from loraplex_router.request import AdapterReference, EmbedRequest, MergedReference, Request, SamplingOptions

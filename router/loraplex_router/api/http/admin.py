@@ -7,7 +7,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from pydantic import BaseModel, Field
 
 from loraplex_protos.errors import FieldViolation, InvalidRequestError, quote
-from loraplex_router.adapters.administration import AdapterStatus
+from loraplex_router.adapters.statuses import AdapterStatus
 from loraplex_router.api.http.json_body import JsonRoute
 from loraplex_router.api.http.json_list import write_list
 from loraplex_router.api.http.lorax.routes import ERRORS as LORAX_ERRORS
