@@ -3,7 +3,7 @@
 Knows nothing of layers: a layer asks for its slice and for its one collective.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from loraplex_protos.errors import LoraplexError
+from loraplex_shard.lifeline import LifeLine
 from loraplex_shard.ops.cpu.collectives import SharedMemory
 from loraplex_shard.ops.cpu.library import KINDS, Kernels
 
@@ -26,13 +27,16 @@ class Group:
     The collectives must be called by all ranks in the same order, from one thread. They raise once a rank is lost.
     """
 
-    def __init__(self, rank: int, size: int, shared: SharedMemory | None = None) -> None:
+    def __init__(
+        self, rank: int, size: int, shared: SharedMemory | None = None, lifeline: LifeLine | None = None
+    ) -> None:
         """`shared`: where the ranks are on one host, what serves them better than their process group. Recorded
-        programs can call it."""
+        programs can call it. `lifeline`: to the other ranks, if there are any."""
         assert 0 <= rank < size
         self.rank = rank
         self.size = size
         self.shared = shared
+        self._lifeline = lifeline
 
     @classmethod
     def connect(cls, rank: int, size: int, rendezvous_url: str, device: torch.device, kernels: Kernels | None) -> Self:
@@ -45,7 +49,8 @@ class Group:
         on_cpu = device.type == "cpu"
         backend = "gloo" if on_cpu else "nccl"
         dist.init_process_group(backend, init_method=rendezvous_url, rank=rank, world_size=size)
-        return cls(rank, size, SharedMemory.connect(rank, size, kernels) if on_cpu else None)
+        shared = SharedMemory.connect(rank, size, kernels) if on_cpu else None
+        return cls(rank, size, shared, LifeLine.connect(rank, size, rendezvous_url, device))
 
     def all_reduce_(self, tensor: torch.Tensor) -> None:
         """Replaces `tensor` by its sum over all ranks, which is the same on all of them."""
@@ -80,10 +85,22 @@ class Group:
         else:
             dist.broadcast(tensor, src=0)
 
+    def watch(self, lost: Callable[[], None]) -> None:
+        """From now on `lost` is called, on a thread, when another rank ends before `let_go`."""
+        if self._lifeline:
+            self._lifeline.watch(lost)
+
+    def let_go(self) -> None:
+        """The other ranks may end from now on."""
+        if self._lifeline:
+            self._lifeline.let_go()
+
     def close(self) -> None:
         """Leaves the group."""
         if self.shared:
             self.shared.leave()
+        if self._lifeline:
+            self._lifeline.close()
         if self.size > 1:
             dist.destroy_process_group()
 

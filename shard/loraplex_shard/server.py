@@ -1,18 +1,22 @@
 """A shard process: loads one rank of the model, then serves it. The port opens once the model is loaded."""
 
 import logging
+import os
 import signal
 import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from queue import Empty, SimpleQueue
 from types import FrameType
 from typing import TYPE_CHECKING
 
 import grpc
 import torch
 from grpc_health.v1 import health, health_pb2_grpc
-from grpc_health.v1.health_pb2 import HealthCheckResponse
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 
 from loraplex_protos.errors import LoraplexError
 from loraplex_protos.mtls import server_credentials
@@ -43,7 +47,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# One thread sends the results of steps, each slow adapter source and each health watcher keeps one of the others.
+# One thread sends the results of steps, each slow adapter source keeps one of the others.
 WORKERS = 64
 # Seconds that calls may go on once no Step stream is open: what is left then is not worth a wait.
 GRACE = 1.0
@@ -55,12 +59,50 @@ OPTIONS = (
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.so_reuseport", 0),
 )
+# A router whose host is gone says nothing any more: it is asked whether it is there, so that the next one can drive.
+KEEPALIVE = (("grpc.keepalive_time_ms", 10_000), ("grpc.keepalive_timeout_ms", 10_000))
+POLL_SECONDS = 0.5
+# In which a rank of a group that cannot go on ends in good order; it may hang in a collective.
+END_SECONDS = 3.0
 
 Progress = Callable[[int, int], None]
 
 
-class StepFailedError(LoraplexError):
-    """A step failed on this rank but maybe not on the others, so that the group cannot go on."""
+class GroupLostError(LoraplexError):
+    """The ranks cannot go on together: one has ended, a step has failed or hangs on one and maybe not on the others."""
+
+
+class Troubles:
+    """Why the ranks cannot go on together, from whichever thread notices it."""
+
+    def __init__(self) -> None:
+        self._reasons = SimpleQueue[str]()
+
+    def report(self, reason: str) -> None:
+        """Ends the process: in good order, if it does not hang in a collective."""
+        self._reasons.put(reason)
+        end = threading.Timer(END_SECONDS, self._end, (reason,))
+        end.daemon = True
+        end.start()
+
+    def wait(self, seconds: float) -> str | None:
+        """The first reason, if there is one within so many seconds."""
+        with suppress(Empty):
+            return self._reasons.get(timeout=seconds)
+        return None
+
+    def _end(self, reason: str) -> None:
+        logger.critical("%s, and this one hangs", reason)
+        os._exit(1)
+
+
+class Health(health.HealthServicer):
+    """Is answered on a thread of its own, whatever all the others do: silence means that the process hangs."""
+
+    def Check(self, request: HealthCheckRequest, context: grpc.ServicerContext) -> HealthCheckResponse:
+        return super().Check(request, context)
+
+    Check.experimental_thread_pool = ThreadPoolExecutor(1, thread_name_prefix="health")  # type: ignore[attr-defined]
 
 
 def run(settings: ShardSettings, progress: Progress | None = None) -> None:
@@ -69,8 +111,9 @@ def run(settings: ShardSettings, progress: Progress | None = None) -> None:
     Call it from the main thread.
 
     `progress` is called while loading, as load_decoder says. Raises SettingsError, CheckpointError or GroupSizeError
-    before the port opens. With tensor parallelism it raises StepFailedError once a step failed; the other ranks,
-    which wait for this one in the same step, then do likewise, and whoever supervises them starts the group again.
+    before the port opens. Raises GroupLostError once another rank has ended, a step has failed on one of several ranks,
+    or one hangs that no router waits for any more; the process ends soon after, whatever it hangs in. So do the other
+    ranks, and whoever supervises them starts the group again.
     """
     torch.set_num_threads(settings.threads or max(1, torch.get_num_threads() // settings.tp))
     device = machine.pick_device(settings.device, settings.rank)  # before a model is fetched that it could not use
@@ -79,17 +122,25 @@ def run(settings: ShardSettings, progress: Progress | None = None) -> None:
     machine.use(device)
     kernels = load_kernels(device, settings.kernels)
     group = Group.connect(settings.rank, settings.tp, settings.rendezvous, device, kernels)
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        group.let_go()
+        sys.exit(0)
+
     # Only now, since the wait for the other ranks would not be interrupted by a handler.
     for number in signal.SIGTERM, signal.SIGINT:
-        signal.signal(number, _exit)
-    step_failed = threading.Event()
+        signal.signal(number, stop)
+    troubles = Troubles()
+    group.watch(lambda: troubles.report("another rank has ended"))
     try:
         with open_telemetry(settings) as telemetry:
-            service = _load(settings, checkpoint, group, device, kernels, progress, step_failed, telemetry)
+            service = _load(settings, checkpoint, group, device, kernels, progress, troubles, telemetry)
             server, states = start(service, settings.listen, server_credentials(settings), device)
             logger.info("rank %d of %d serves at %s", settings.rank, settings.tp, settings.listen)
             try:
-                step_failed.wait()
+                while (trouble := troubles.wait(POLL_SECONDS)) is None:
+                    if service.hangs:
+                        troubles.report("a step hangs that no router waits for any more")
             except SystemExit:  # the router is told, finishes what runs here, and leaves
                 states.enter_graceful_shutdown()
                 service.wait_until_left(settings.drain_seconds)
@@ -98,7 +149,7 @@ def run(settings: ShardSettings, progress: Progress | None = None) -> None:
                 server.stop(GRACE).wait()
     finally:
         group.close()
-    raise StepFailedError(f"rank {settings.rank}: a step failed; start all ranks of the group again")
+    raise GroupLostError(f"rank {settings.rank}: {trouble}; start all ranks of the group again")
 
 
 def start(
@@ -106,13 +157,14 @@ def start(
     listen: str,
     credentials: grpc.ServerCredentials | None = None,
     device: torch.device = machine.CPU,
-) -> tuple[grpc.Server, health.HealthServicer]:
+) -> tuple[grpc.Server, Health]:
     """Opens the port and answers there, also for health checks; without credentials, unencrypted. The threads that
     answer use `device`. SettingsError if the port cannot be opened."""
     threads = ThreadPoolExecutor(WORKERS, thread_name_prefix="shard", initializer=machine.use, initargs=(device,))
-    server = grpc.server(threads, options=OPTIONS)
+    options = OPTIONS if listen.startswith("unix:") else OPTIONS + KEEPALIVE
+    server = grpc.server(threads, options=options)
     add_ShardServiceServicer_to_server(service, server)
-    states = health.HealthServicer()
+    states = Health()
     for name in "", DESCRIPTOR.services_by_name["ShardService"].full_name:
         states.set(name, HealthCheckResponse.SERVING)
     health_pb2_grpc.add_HealthServicer_to_server(states, server)
@@ -134,7 +186,7 @@ def _load(
     device: torch.device,
     kernels: Kernels | None,
     progress: Progress | None,
-    step_failed: threading.Event,
+    troubles: Troubles,
     telemetry: Telemetry,
 ) -> ShardService:
     dtype = machine.pick_dtype(settings.dtype, checkpoint.config, device)
@@ -190,7 +242,7 @@ def _load(
     runner = Runner(decoder, cache, adapters, group, settings.max_sequences, max_model_len, device, grammars)
     # A single rank has nobody to be out of step with, and the next stream starts from nothing. Of a group, others may
     # have run the plan that failed here.
-    on_failed_step = step_failed.set if group.size > 1 else lambda: None
+    on_failed_step = partial(troubles.report, "a step failed") if group.size > 1 else lambda: None
     return ShardService(
         steps=StepThread(runner, device, on_failed_step),
         adapters=adapters,
@@ -214,7 +266,3 @@ def _open_s3(url: str) -> "S3Source | None":
     except ModuleNotFoundError as error:
         raise SettingsError(f"adapters_s3: no {error.name}: pip install 'loraplex[s3]'") from error
     return S3Source(url)
-
-
-def _exit(signal_number: int, frame: FrameType | None) -> None:
-    sys.exit(0)

@@ -6,6 +6,7 @@ them. Knows nothing of how the model was loaded or of what is in a plan.
 
 import logging
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 
@@ -28,7 +29,7 @@ class ShardService(ShardServiceServicer):
 
     A stream that merely ends, in good order or not, leaves nothing behind: a plan that has arrived is run to its end,
     and since the ranks wait for each other in every plan, those that are idle have run the same ones. A plan that
-    reached only some of them fails there once the group's collectives time out.
+    reached only some of them, or hangs, shows in `hangs`.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class ShardService(ShardServiceServicer):
         self._tokenizer = tokenizer
         self._telemetry = telemetry
         self._steps_in_use = threading.Lock()
+        self._user_left: float | None = None  # when the one who uses steps did, by time.monotonic
         self._driven = False  # a Step stream is open
         self._left = threading.Condition()  # it has ended
 
@@ -141,13 +143,25 @@ class ShardService(ShardServiceServicer):
         with self._left:
             return self._left.wait_for(lambda: not self._driven, seconds)
 
+    @property
+    def hangs(self) -> bool:
+        """Whether something is still computed for a router that left longer ago than that can take."""
+        left = self._user_left
+        return left is not None and time.monotonic() - left > self._steps.longest_rest
+
+    def _leave(self) -> None:
+        self._user_left = time.monotonic()
+
     @contextmanager
     def _only_user_of_steps(self, context: grpc.ServicerContext) -> Iterator[None]:
         if not self._steps_in_use.acquire(blocking=False):
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"rank {self._info.rank} has an open Step stream")
         try:
+            if not context.add_callback(self._leave):
+                self._leave()
             yield
         finally:
+            self._user_left = None
             self._steps_in_use.release()
 
     @contextmanager

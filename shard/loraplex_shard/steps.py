@@ -15,6 +15,12 @@ from loraplex_protos.shard_pb2 import StepRequest, StepResponse
 from loraplex_shard import machine
 from loraplex_shard.runner import Runner
 
+# What may be left to compute once a router has left: several times the longest step, but at least so many seconds (on a
+# GPU a kernel may have to be compiled), and before the first step has ended a warm-up's.
+FACTOR = 5.0
+LEAST_SECONDS = {"cpu": 5.0, "cuda": 60.0}
+WARMUP_SECONDS = 300.0
+
 
 @dataclass(frozen=True)
 class Step:
@@ -38,10 +44,17 @@ class StepThread:
         self._on_failed_step = on_failed_step
         self._thread = ThreadPoolExecutor(1, "steps", initializer=machine.use, initargs=(device,))
         self._stream: object = None  # the one whose plans are run, as the thread alone knows
+        self._least_seconds = LEAST_SECONDS[device.type]
+        self._longest = 0.0  # of all steps
 
     def warmup(self, max_batch_tokens: int) -> None:
         """As Runner.warmup says."""
         self._thread.submit(self._runner.warmup, max_batch_tokens).result()
+
+    @property
+    def longest_rest(self) -> float:
+        """Seconds in which plans that have come are run for certain, unless one hangs."""
+        return max(self._least_seconds, FACTOR * self._longest) if self._longest else WARMUP_SECONDS
 
     def run(self, plans: Iterator[StepRequest]) -> Generator[Step]:
         """Forgets all sequences, then runs plans as they come, those that came while another ran without a pause.
@@ -85,4 +98,6 @@ class StepThread:
             self._stream = None
             self._on_failed_step()
             raise
-        return Step(plan, response, began, time.monotonic())
+        ended = time.monotonic()
+        self._longest = max(self._longest, ended - began)
+        return Step(plan, response, began, ended)

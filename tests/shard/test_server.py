@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
@@ -38,12 +39,16 @@ PROMPT = random_tokens(20, 1)
 # aborts the process.
 PROGRAM = """
 import os, sys
+from loraplex_protos.errors import LoraplexError
 from loraplex_shard.server import run
 from loraplex_shard.settings import ShardSettings
 try:
     run(ShardSettings.model_validate_json(sys.argv[1]))
 except SystemExit as end:
     os._exit(end.code)
+except LoraplexError as error:
+    print(error, file=sys.stderr, flush=True)
+    os._exit(1)
 """
 
 
@@ -55,6 +60,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def reference(checkpoint: Path) -> PreTrainedModel:
     return save_llama(checkpoint)
+
+
+@dataclass
+class TwoRanks:
+    """Of one group, which has no router."""
+
+    processes: list[subprocess.Popen[str]]
+    shards: list[ShardServiceStub]
 
 
 @contextmanager
@@ -191,3 +204,58 @@ def test_two_ranks_answer_as_one_and_end_together(checkpoint: Path, reference: P
             with pytest.raises(grpc.RpcError, match=f"rank {rank} failed"):
                 stream.receive()
             assert processes[rank].wait(TIMEOUT) == 1
+
+
+@pytest.fixture
+def two_ranks(checkpoint: Path, reference: PreTrainedModel, tmp_path: Path) -> Iterator[TwoRanks]:
+    settings = [
+        ShardSettings(
+            model=str(checkpoint),
+            dtype="float32",
+            tp=2,
+            rank=rank,
+            rendezvous=f"file://{tmp_path}/rendezvous",
+            listen=f"unix:{tmp_path}/rank-{rank}.sock",
+            kv_blocks=40,
+            threads=1,
+        )
+        for rank in (0, 1)
+    ]
+    with ExitStack() as stack:
+        processes = [stack.enter_context(shard_process(each)) for each in settings]
+        shards = [stack.enter_context(connected(each)) for each in settings]
+        yield TwoRanks(processes, shards)
+
+
+def test_a_rank_ends_when_the_other_one_is_killed_though_nothing_runs(two_ranks: TwoRanks) -> None:
+    killed, other = two_ranks.processes
+    killed.kill()
+    assert other.wait(TIMEOUT) == 1
+    assert other.stderr is not None and "rank 1: another rank has ended" in other.stderr.read()
+
+
+def test_both_ranks_end_if_one_stood_still_in_a_step_until_the_router_had_left(two_ranks: TwoRanks) -> None:
+    stopped, other = two_ranks.processes
+    planner = Planner()
+    planner.start(0, PROMPT)
+    with ExitStack() as stack:
+        streams = [stack.enter_context(Stream(shard)) for shard in two_ranks.shards]
+
+        def step(plan: pb.StepRequest) -> pb.StepResponse:
+            for stream in streams:
+                stream.send(plan)
+            response, _ = (stream.receive() for stream in streams)
+            return response
+
+        planner.run(step, {0: len(PROMPT)})
+        stopped.send_signal(signal.SIGSTOP)
+        plan = planner.plan({0: 1})
+        for stream in streams:
+            stream.send(plan)
+        two_ranks.shards[1].GetInfo(pb.GetInfoRequest())  # the plan has come
+        for stream in streams:
+            stream.call.cancel()
+    assert other.wait(TIMEOUT) == 1
+    assert other.stderr is not None and "rank 1: a step hangs" in other.stderr.read()
+    stopped.send_signal(signal.SIGCONT)
+    assert stopped.wait(TIMEOUT) == 1

@@ -24,7 +24,7 @@ from loraplex_shard.metrics import ShardMetrics
 from loraplex_shard.models import Decoder
 from loraplex_shard.parallel import Group
 from loraplex_shard.runner import Runner
-from loraplex_shard.server import start
+from loraplex_shard.server import WORKERS, start
 from loraplex_shard.service import ShardService
 from loraplex_shard.settings import SettingsError
 from loraplex_shard.steps import StepThread
@@ -52,9 +52,11 @@ class SlowAdapters:
 
     def __init__(self) -> None:
         self.staging, self.may_go_on = threading.Event(), threading.Event()
+        self.coming = threading.Semaphore(0)  # released by each that is to be staged
 
     def stage(self, id: str, source: str, revision: str, token: str) -> StagedAdapter:
         self.staging.set()
+        self.coming.release()
         assert self.may_go_on.wait(TIMEOUT)
         return StagedAdapter("digest", "hub", "commit", lora_rank=1, size_bytes=1)
 
@@ -84,9 +86,7 @@ def address(tmp_path: Path) -> str:
     return f"unix:{tmp_path}/rank-0.sock"
 
 
-@pytest.fixture
-def service(decoder: Decoder, failed_step: threading.Event, tmp_path: Path) -> ShardService:
-    adapters = AdapterStore(decoder.layouts, torch.float32, CPU, tmp_path, BaseModel("LlamaForCausalLM"))
+def service_with(adapters: AdapterStore, decoder: Decoder, failed_step: threading.Event) -> ShardService:
     cache = decoder.new_cache(NUM_BLOCKS, BLOCK_SIZE)
     grammars = GrammarCompiler(b"{}", decoder.vocab_size, end_token_ids=(2,))
     runner = Runner(decoder, cache, adapters, Group(0, 1), 8, MAX_MODEL_LEN, CPU, grammars)
@@ -94,6 +94,12 @@ def service(decoder: Decoder, failed_step: threading.Event, tmp_path: Path) -> S
     tokenizer = pb.GetTokenizerResponse(tokenizer_json=b"{}")
     steps = StepThread(runner, CPU, failed_step.set)
     return ShardService(steps, adapters, grammars, info, tokenizer, Telemetry(ShardMetrics()))
+
+
+@pytest.fixture
+def service(decoder: Decoder, failed_step: threading.Event, tmp_path: Path) -> ShardService:
+    adapters = AdapterStore(decoder.layouts, torch.float32, CPU, tmp_path, BaseModel("LlamaForCausalLM"))
+    return service_with(adapters, decoder, failed_step)
 
 
 @pytest.fixture
@@ -253,13 +259,7 @@ def test_what_is_wrong_with_an_adapter_crosses_the_wire_as_its_type(shard: Shard
 
 def test_a_slow_adapter_source_delays_no_step(decoder: Decoder, address: str, failed_step: threading.Event) -> None:
     adapters: Any = SlowAdapters()
-    cache = decoder.new_cache(NUM_BLOCKS, BLOCK_SIZE)
-    grammars = GrammarCompiler(b"{}", decoder.vocab_size, end_token_ids=(2,))
-    runner = Runner(decoder, cache, adapters, Group(0, 1), 8, MAX_MODEL_LEN, CPU, grammars)
-    info, tokenizer = pb.GetInfoResponse(), pb.GetTokenizerResponse()
-    steps = StepThread(runner, CPU, failed_step.set)
-    service = ShardService(steps, adapters, grammars, info, tokenizer, Telemetry(ShardMetrics()))
-    server, _ = start(service, address)
+    server, _ = start(service_with(adapters, decoder, failed_step), address)
     with grpc.insecure_channel(address) as channel, Stream(ShardServiceStub(channel)) as stream:
         slow = ShardServiceStub(channel).StageAdapter.future(pb.StageAdapterRequest(id="org/slow"))
         assert adapters.staging.wait(TIMEOUT)
@@ -268,6 +268,22 @@ def test_a_slow_adapter_source_delays_no_step(decoder: Decoder, address: str, fa
         adapters.may_go_on.set()
         assert slow.result(TIMEOUT).digest == "digest"
         stream.close()
+    server.stop(None).wait()
+
+
+def test_health_is_answered_while_slow_adapter_sources_keep_all_threads_busy(
+    decoder: Decoder, address: str, failed_step: threading.Event
+) -> None:
+    adapters: Any = SlowAdapters()
+    server, _ = start(service_with(adapters, decoder, failed_step), address)
+    with grpc.insecure_channel(address) as channel:
+        stage = ShardServiceStub(channel).StageAdapter
+        slow = [stage.future(pb.StageAdapterRequest(id=f"org/{number}")) for number in range(WORKERS)]
+        assert all(adapters.coming.acquire(timeout=TIMEOUT) for _ in slow)
+        answer = HealthStub(channel).Check(HealthCheckRequest(), timeout=TIMEOUT / 2)
+        assert answer.status == HealthCheckResponse.SERVING
+        adapters.may_go_on.set()
+        assert all(call.result(TIMEOUT).digest == "digest" for call in slow)
     server.stop(None).wait()
 
 

@@ -86,13 +86,17 @@ readinessProbe:
   periodSeconds: 5
   timeoutSeconds: 3
   failureThreshold: 2
-# Ranks can only begin together. In one pod each is probed at the next one's port, so that if one ends, all start again.
+# Answered by a thread of its own however long steps take, so silence means that the process hangs. Over mutual TLS the
+# kubelet cannot ask, and a port stays open, but metrics are answered as well. A rank that ends takes the others with it.
 livenessProbe:
-  {{- $next := $alone | ternary $port (add 50060 (mod (add $rank 1) $tp)) }}
-  {{- include "loraplex.shardProbe" (list $root $next "") | nindent 2 }}
+  {{- if $root.Values.mtls.shardSecret }}
+  httpGet: {path: /metrics, port: {{ add $root.Values.metrics.shardPort $rank }}}
+  {{- else }}
+  {{- include "loraplex.shardProbe" (list $root $port "") | nindent 2 }}
+  {{- end }}
   periodSeconds: 10
   timeoutSeconds: 5
-  failureThreshold: 6
+  failureThreshold: 3
 volumeMounts:
   {{- include "loraplex.shardVolumeMounts" $root | nindent 2 }}
 {{- end }}
