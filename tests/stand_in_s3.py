@@ -11,7 +11,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Self
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 
@@ -24,6 +24,7 @@ class StandInS3:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.objects: dict[str, bytes] = {}
         self.hidden: set[str] = set()
+        self.listed = True  # whether it says which objects there are
         self.requests: list[str] = []
         self.failure: int | None = None  # a status to answer everything with
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler_of(self))
@@ -63,7 +64,10 @@ def _handler_of(store: StandInS3) -> type[BaseHTTPRequestHandler]:
             self._answer(with_body=True)
 
         def _answer(self, with_body: bool) -> None:
-            key = unquote(urlsplit(self.path).path).lstrip("/")
+            address = urlsplit(self.path)
+            key = unquote(address.path).lstrip("/")
+            if "list-type=2" in address.query:
+                return self._list(key.rstrip("/"), parse_qs(address.query)["prefix"][0])
             store.requests.append(f"{self.command} {key}")
             status, data = self._find(key)
             self.send_response(status)
@@ -72,6 +76,23 @@ def _handler_of(store: StandInS3) -> type[BaseHTTPRequestHandler]:
             self.end_headers()
             if with_body:
                 self.wfile.write(data)
+
+        def _list(self, bucket: str, prefix: str) -> None:
+            """The objects directly under a prefix that ends with a slash."""
+            store.requests.append(f"LIST {bucket}/{prefix}")
+            begin = f"{bucket}/{prefix}"
+            found = [key for key in store.objects if key.startswith(begin) and "/" not in key.removeprefix(begin)]
+            entries = (
+                f"<Contents><Key>{key.removeprefix(bucket + '/')}</Key><Size>{len(store.objects[key])}</Size>"
+                f"<ETag>{_etag(store.objects[key])}</ETag></Contents>"
+                for key in found
+            )
+            status = store.failure or (200 if store.listed else 403)
+            data = f"<ListBucketResult>{''.join(entries)}</ListBucketResult>".encode() if status == 200 else b""
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
 
         def _find(self, key: str) -> tuple[int, bytes]:
             if store.failure is not None:

@@ -17,6 +17,7 @@ import grpc
 import torch
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
+from tokenizers import Tokenizer
 
 from loraplex_protos.errors import LoraplexError
 from loraplex_protos.mtls import server_credentials
@@ -205,6 +206,7 @@ def _load(
     adapter_host_bytes = machine.fewest(group, share, device)
     cache = decoder.new_cache(num_blocks, machine.BLOCK_SIZE, kv_dtype)
     adapter_dtype = torch.int8 if settings.adapter_dtype == "int8" else dtype
+    tokenizer = checkpoint.tokenizer()
     adapters = AdapterStore(
         decoder.layouts,
         adapter_dtype,
@@ -215,12 +217,13 @@ def _load(
             (checkpoint.model_id, *checkpoint.known_as),
             settings.revision or "",
             checkpoint,
+            decoder.vocab_size,
+            Tokenizer.from_buffer(tokenizer.tokenizer_json),
         ),
         metrics=telemetry.metrics,
         s3=_open_s3(settings.adapters_s3),
         host_bytes=adapter_host_bytes * 3 // 2,  # the router has others leave once it knows how large one is
     )
-    tokenizer = checkpoint.tokenizer()
     end_token_ids = keep_known(checkpoint.end_token_ids, decoder.vocab_size)
     grammars = GrammarCompiler(tokenizer.tokenizer_json, decoder.vocab_size, end_token_ids)
     info = GetInfoResponse(
@@ -250,9 +253,11 @@ def _load(
         info=info,
         tokenizer=GetTokenizerResponse(
             tokenizer_json=tokenizer.tokenizer_json,
-            chat_template=tokenizer.chat_template,
-            bos_token=tokenizer.bos_token,
-            eos_token=tokenizer.eos_token,
+            chat_template=tokenizer.chat_templates.get("default", ""),
+            named_chat_templates={n: t for n, t in tokenizer.chat_templates.items() if n != "default"},
+            bos_token=tokenizer.special_tokens.get("bos_token", ""),
+            eos_token=tokenizer.special_tokens.get("eos_token", ""),
+            special_tokens={n: t for n, t in tokenizer.special_tokens.items() if n not in ("bos_token", "eos_token")},
         ),
         telemetry=telemetry,
     )

@@ -76,7 +76,11 @@ class ShardService(ShardServiceServicer):
                 revision=staged.revision,
                 lora_rank=staged.lora_rank,
                 size_bytes=staged.size_bytes,
-                chat_template=staged.chat_template,
+                chat_template=staged.text.chat_templates.get("default", ""),
+                named_chat_templates={n: t for n, t in staged.text.chat_templates.items() if n != "default"},
+                special_tokens=staged.text.special_tokens,
+                end_token_ids=staged.text.end_token_ids,
+                chat_template_error=staged.text.error,
                 warnings=staged.warnings,
             )
 

@@ -102,7 +102,7 @@ def save_adapter(directory: Path, seed: int = 0, dtype: torch.dtype = torch.floa
 
 
 def read(directory: Path) -> AdapterFiles:
-    return read_files(directory / CONFIG, directory / TENSORS)
+    return read_files({CONFIG: directory / CONFIG, TENSORS: directory / TENSORS})
 
 
 def contents(directory: Path) -> dict[str, bytes]:

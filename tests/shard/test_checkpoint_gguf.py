@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loraplex_shard.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from loraplex_shard.checkpoint.gguf_end_tokens import end_token_ids
+from loraplex_shard.checkpoint.gguf_file import read_gguf
 from loraplex_shard.checkpoint.gguf_tokenizer import read_tokenizer
 from loraplex_shard.checkpoint.opening import DEFAULT_FILE, DEFAULT_PACKAGE
 from loraplex_shard.layers.sources import Target
@@ -87,10 +88,10 @@ def test_digits_are_taken_one_by_one_before_anything_else(tokenizer: Tokenizer) 
 
 def test_special_tokens_end_and_begin_turns(checkpoint: Checkpoint, tokenizer: Tokenizer) -> None:
     files = checkpoint.tokenizer()
-    assert (files.bos_token, files.eos_token) == ("<|im_start|>", "<|im_end|>")
+    assert {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}.items() <= files.special_tokens.items()
     ends = ["<|im_end|>", "<|endoftext|>", "<reponame>"]
     assert checkpoint.end_token_ids == tuple(map(tokenizer.token_to_id, ends))
-    assert "<|im_start|>assistant" in files.chat_template
+    assert "<|im_start|>assistant" in files.chat_templates["default"]
     assert checkpoint.architecture == "LlamaForCausalLM"
 
 
@@ -122,6 +123,18 @@ def test_a_slice_is_read_as_if_from_the_whole_tensor(checkpoint: Checkpoint) -> 
         assert torch.equal(part, whole[64:192, 10:50])
     norm = checkpoint.read("model.norm.weight")
     assert torch.equal(checkpoint.read("model.norm.weight", slice(5, 9)), norm[5:9])
+
+
+def test_named_chat_templates_and_other_special_tokens_are_read(package: Path) -> None:
+    metadata = {
+        **read_gguf(package / DEFAULT_FILE).metadata,
+        "tokenizer.chat_template.tool_use": "two",
+        "tokenizer.chat_templates": ["tool_use"],
+        "tokenizer.ggml.unknown_token_id": 0,
+    }
+    files = read_tokenizer(metadata)
+    assert files.chat_templates["tool_use"] == "two" and files.chat_templates.keys() == {"default", "tool_use"}
+    assert files.special_tokens["unk_token"] == "<|endoftext|>"
 
 
 def test_another_kind_of_tokenizer_is_refused_by_name() -> None:

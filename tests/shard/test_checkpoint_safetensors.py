@@ -203,7 +203,7 @@ def save_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
     words = ["<unk>", "<s>", "</s>", "hello", "world"]
     tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-    fast.chat_template = "{{ messages[0].content }}"
+    fast.chat_template = {"default": "{{ messages[0].content }}", "tool_use": "{{ tools }}"}
     fast.save_pretrained(directory)
     return fast
 
@@ -212,7 +212,8 @@ def test_the_tokenizer_is_that_of_the_directory(directory: Path) -> None:
     fast = save_tokenizer(directory)
     files = open_checkpoint(str(directory)).tokenizer()
     assert Tokenizer.from_str(files.tokenizer_json.decode()).encode("hello").ids == fast("hello")["input_ids"] == [3]
-    assert (files.bos_token, files.eos_token, files.chat_template) == ("<s>", "</s>", "{{ messages[0].content }}")
+    assert files.special_tokens == {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    assert files.chat_templates == {"default": "{{ messages[0].content }}", "tool_use": "{{ tools }}"}
 
 
 def test_without_tokenizer_files_the_error_says_so(directory: Path) -> None:

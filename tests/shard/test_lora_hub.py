@@ -69,9 +69,10 @@ def test_only_the_two_files_are_fetched_and_the_commit_is_reported(
 def test_a_chat_template_is_fetched_with_its_adapter(
     hub: StandInHub, store: AdapterStore, files: dict[str, bytes]
 ) -> None:
-    hub.push("org/adapter", {**files, "tokenizer_config.json": b'{"chat_template": "mine"}', "tokenizer.json": b"x"})
-    assert stage(store).chat_template == "mine"
-    assert downloads(hub) == sorted([CONFIG, TENSORS, "tokenizer_config.json"])
+    templates = {"chat_template.jinja": b"mine", "additional_chat_templates/rag.jinja": b"other"}
+    hub.push("org/adapter", {**files, **templates, "tokenizer_config.json": b"{}", "tokenizer.json": b"x"})
+    assert stage(store).text.chat_templates == {"default": "mine", "rag": "other"}
+    assert downloads(hub) == sorted([CONFIG, TENSORS, "tokenizer_config.json", "chat_template.jinja", "rag.jinja"])
 
 
 def test_staging_again_asks_for_the_commit_but_fetches_nothing(

@@ -58,6 +58,31 @@ def test_it_is_the_same_adapter_as_in_a_directory(s3: StandInS3, files: dict[str
     assert store.stage("sql", "", "", "").source == "local"
 
 
+def test_its_chat_templates_come_along(s3: StandInS3, files: dict[str, bytes], tmp_path: Path):
+    text = {
+        "chat_template.jinja": b"one",
+        "tokenizer_config.json": b'{"eos_token": "<|end|>"}',
+        "additional_chat_templates/tool_use.jinja": b"two",
+    }
+    save_adapter(tmp_path / "sql")
+    (tmp_path / "sql" / "additional_chat_templates").mkdir()
+    for name, data in text.items():
+        (tmp_path / "sql" / name).write_bytes(data)
+    s3.push("bucket/team/a/sql", {**files, **text})
+    local, remote = (new_store(tmp_path).stage("sql", source, "", "") for source in ("local", "s3"))
+    assert remote.text.chat_templates == {"default": "one", "tool_use": "two"}
+    assert remote.text.special_tokens == {"eos_token": "<|end|>"}
+    assert (local.digest, local.text) == (remote.digest, remote.text)
+
+
+def test_a_bucket_that_may_be_read_but_not_listed_is_enough(s3: StandInS3, files: dict[str, bytes]):
+    s3.push("bucket/team/a/sql", {**files, "chat_template.jinja": b"one"})
+    s3.listed = False
+    assert new_store().stage("sql", "s3", "", "").text.chat_templates == {"default": "one"}
+    with pytest.raises(AdapterNotFoundError):
+        new_store().stage("other", "s3", "", "")
+
+
 def test_what_s3_does_not_have_is_looked_for_on_the_hub(s3: StandInS3, files: dict[str, bytes], tmp_path: Path):
     with StandInHub() as hub:
         hub.push("org/adapter", files)
@@ -79,6 +104,7 @@ def test_what_cannot_be_had_has_a_typed_reason(s3: StandInS3, files: dict[str, b
     s3.push("bucket/team/a/sql", files)
     with pytest.raises(AdapterNotFoundError, match="no revisions"):
         store.stage("sql", "s3", "v1", "")
+    s3.push("bucket/team/a/secret", files)
     s3.hidden = {"bucket/team/a/secret/" + CONFIG}
     with pytest.raises(AdapterForbiddenError, match="secret"):
         store.stage("secret", "s3", "", "")

@@ -25,6 +25,7 @@ from loraplex_shard.lora.hub import HubSource
 from loraplex_shard.lora.local import LocalSource
 from loraplex_shard.lora.sources import Origin
 from loraplex_shard.lora.store import AdapterStore, StagedAdapter
+from loraplex_shard.lora.text_files import AdapterText
 from tests.shard.lora_models import BASE, edit_config, layouts, peft_deltas, read, save_adapter, whole_deltas
 
 
@@ -206,42 +207,29 @@ def test_the_same_content_under_two_names_is_held_once(store: AdapterStore, dire
         store.load(second.digest, 1)
 
 
-@pytest.mark.parametrize(
-    ("files", "template"),
-    [
-        ({"tokenizer_config.json": '{"chat_template": "one"}'}, "one"),
-        ({"tokenizer_config.json": '{"chat_template": "one"}', "chat_template.jinja": "two"}, "two"),
-        ({"tokenizer_config.json": '{"chat_template": [{"name": "default", "template": "three"}]}'}, "three"),
-        ({"tokenizer_config.json": '{"chat_template": [{"name": "rag", "template": "four"}]}'}, ""),
-        ({"tokenizer_config.json": "{}"}, ""),
-    ],
-)
-def test_an_adapters_own_chat_template_is_reported_and_part_of_its_content(
-    store: AdapterStore, directory: Path, files: dict[str, str], template: str
-) -> None:
+def test_what_an_adapter_says_of_text_is_reported_and_part_of_its_content(store: AdapterStore, directory: Path) -> None:
     plain = stage(store, "adapter-0")
-    for name, text in files.items():
-        (directory / "adapter-0" / name).write_text(text)
+    config = directory / "adapter-0" / "tokenizer_config.json"
+    config.write_text('{"chat_template": "one", "eos_token": "<|end|>"}')
     staged = stage(store, "adapter-0")
-    assert (plain.chat_template, staged.chat_template) == ("", template)
-    assert (staged.digest == plain.digest) == (not template)
+    assert staged.text == AdapterText({"default": "one"}, {"eos_token": "<|end|>"})
+    assert plain.text == AdapterText() and staged.digest != plain.digest
+    config.write_text('{"chat_template": "one", "eos_token": "<|end|>", "model_max_length": 5}')
+    assert stage(store, "adapter-0").digest == staged.digest
+    assert "no '<|end|>', which is its eos_token" in staged.warnings[-1]
 
 
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("tokenizer_config.json", b"{"),
-        ("tokenizer_config.json", b'{"chat_template": 5}'),
-        ("tokenizer_config.json", b'{"chat_template": "\\ud800"}'),
-        ("chat_template.jinja", b"\xff"),
-        ("chat_template.jinja", b"x" * (2**18 + 1)),
-    ],
-)
-def test_a_chat_template_that_cannot_be_read_is_refused(
-    store: AdapterStore, directory: Path, name: str, content: bytes
-) -> None:
-    (directory / "adapter-0" / name).write_bytes(content)
-    with pytest.raises(AdapterInvalidError, match=name):
+def test_text_that_cannot_be_read_costs_conversations_alone(store: AdapterStore, directory: Path) -> None:
+    (directory / "adapter-0" / "tokenizer_config.json").write_text("{")
+    staged = stage(store, "adapter-0")
+    assert staged.text.error.startswith("tokenizer_config.json: ")
+    assert staged.warnings[-1].startswith("conversations with it are refused: tokenizer_config.json: ")
+    store.load(staged.digest, 1)
+
+
+def test_a_template_that_is_too_large_is_refused(store: AdapterStore, directory: Path) -> None:
+    (directory / "adapter-0" / "chat_template.jinja").write_bytes(b"x" * (2**18 + 1))
+    with pytest.raises(AdapterInvalidError, match=r"chat_template\.jinja"):
         stage(store, "adapter-0")
 
 

@@ -1,5 +1,6 @@
 """What a checkpoint offers, whatever its format."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,9 +20,8 @@ class TokenizerFiles:
     """What the router needs to turn text into token ids and back."""
 
     tokenizer_json: bytes  # as the `tokenizers` library reads it
-    chat_template: str  # Jinja2; empty if the model has none
-    bos_token: str  # empty if the model has none
-    eos_token: str
+    chat_templates: Mapping[str, str]  # Jinja2, by name: "default", and others such as "tool_use"
+    special_tokens: Mapping[str, str]  # that the templates name: "eos_token" and the like
 
 
 class Checkpoint(Protocol):

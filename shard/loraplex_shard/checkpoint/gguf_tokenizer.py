@@ -17,6 +17,16 @@ Metadata = Mapping[str, MetadataValue]
 T = TypeVar("T")
 
 _ADDED = TokenType.CONTROL, TokenType.USER_DEFINED
+_TEMPLATE = "tokenizer.chat_template"
+_SPECIAL = {
+    "bos_token": "tokenizer.ggml.bos_token_id",
+    "eos_token": EOS,
+    "unk_token": "tokenizer.ggml.unknown_token_id",
+    "sep_token": "tokenizer.ggml.seperator_token_id",  # GGUF's own spelling
+    "pad_token": "tokenizer.ggml.padding_token_id",
+    "cls_token": "tokenizer.ggml.cls_token_id",
+    "mask_token": "tokenizer.ggml.mask_token_id",
+}
 
 
 def read_tokenizer(metadata: Metadata) -> TokenizerFiles:
@@ -42,10 +52,18 @@ def read_tokenizer(metadata: Metadata) -> TokenizerFiles:
     )
     return TokenizerFiles(
         tokenizer_json=tokenizer.to_str().encode(),
-        chat_template=str(metadata.get("tokenizer.chat_template", "")),
-        bos_token=tokens[_get(metadata, "tokenizer.ggml.bos_token_id", int)],
-        eos_token=tokens[_get(metadata, EOS, int)],
+        chat_templates=_chat_templates(metadata),
+        special_tokens={
+            name: tokens[_get(metadata, key, int)] for name, key in _SPECIAL.items() if key in metadata or key == EOS
+        },
     )
+
+
+def _chat_templates(metadata: Metadata) -> dict[str, str]:
+    """The default one, and those for particular uses, whose keys end with their names."""
+    default = {"default": str(metadata[_TEMPLATE])} if _TEMPLATE in metadata else {}
+    named = {key: value for key, value in metadata.items() if key.startswith(f"{_TEMPLATE}.")}
+    return default | {key.removeprefix(f"{_TEMPLATE}."): str(template) for key, template in named.items()}
 
 
 def read_end_token_ids(metadata: Metadata) -> tuple[int, ...]:

@@ -34,6 +34,7 @@ HUB_FILES = [
     "vocab.json",
     "merges.txt",
     "chat_template*",
+    "additional_chat_templates/*",
 ]
 
 

@@ -66,13 +66,17 @@ class SafetensorsCheckpoint:
 
     def tokenizer(self) -> TokenizerFiles:
         tokenizer = self._tokenizer
-        template = tokenizer.chat_template or ""
+        templates = tokenizer.chat_template or self._processor_template()
         return TokenizerFiles(
             tokenizer_json=tokenizer.backend_tokenizer.to_str().encode(),
-            chat_template=template if isinstance(template, str) else template.get("default", ""),
-            bos_token=tokenizer.bos_token or "",
-            eos_token=tokenizer.eos_token or "",
+            chat_templates=templates if isinstance(templates, dict) else {"default": templates} if templates else {},
+            special_tokens=tokenizer.special_tokens_map,
         )
+
+    def _processor_template(self) -> str:
+        """The chat template of a model that reads more than text, where its tokenizer has none."""
+        file = self._directory / "chat_template.json"
+        return str(read_json(file, self.model_id).get("chat_template") or "") if file.is_file() else ""
 
     @cached_property
     def _tokenizer(self) -> Any:

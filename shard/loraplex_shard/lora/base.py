@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from tokenizers import Tokenizer
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 ROWS_AT_A_TIME = 4096
@@ -33,6 +34,13 @@ class BaseModel:
     ids: tuple[str, ...] = ()  # what it is called, hub ids or paths: first as it is served, then by its files
     revision: str = ""  # the hub's, as the server was asked for it
     tensors: StoredTensors | None = None  # None: not to be compared
+    vocab_size: int = 0
+    tokenizer: Tokenizer | None = None  # None: no text is known to be a token
+
+    def token_id(self, text: str) -> int | None:
+        """The token that stands for exactly this text."""
+        token: int | None = self.tokenizer.token_to_id(text) if self.tokenizer is not None else None
+        return token
 
     def holds(self, name: str, tensor: torch.Tensor) -> bool:
         """Whether the tensor is the base's own of this name: in the coarser of their dtypes, or, if the base's is

@@ -4,13 +4,14 @@ Knows neither files nor slots.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from loraplex_protos.errors import AdapterInvalidError
 from loraplex_shard.layers.layout import LinearLayout
 from loraplex_shard.lora.arena import in_one_piece
+from loraplex_shard.lora.text_files import AdapterText
 from loraplex_shard.lora.weights import AdapterWeights, Expansion, LayerWeights
 
 
@@ -31,7 +32,7 @@ class Delta:
 class Adapter:
     weights: AdapterWeights  # on the CPU
     lora_rank: int  # the largest of its modules, whether this rank holds a part of them or not
-    chat_template: str = ""  # its own, if it has one
+    text: AdapterText = field(default_factory=AdapterText)  # with all that ends its answers
     warnings: tuple[str, ...] = ()  # what may be wrong with it though it is served
 
 

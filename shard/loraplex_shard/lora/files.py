@@ -3,11 +3,13 @@
 import hashlib
 import os
 import stat
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from loraplex_protos.errors import AdapterInvalidError
-from loraplex_shard.lora.chat_template import MAX_BYTES, TEMPLATE, TOKENIZER_CONFIG, read_chat_template
+from loraplex_shard.lora import text_files
+from loraplex_shard.lora.text_files import AdapterText, read_text
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
@@ -15,7 +17,7 @@ PICKLE = "adapter_model.bin"
 MLX_TENSORS = "adapters.safetensors"
 
 # The largest of each that is read or fetched, in bytes.
-SIZE_LIMITS = {CONFIG: 2**20, TENSORS: 4 * 2**30, TEMPLATE: MAX_BYTES, TOKENIZER_CONFIG: 16 * 2**20}
+SIZE_LIMITS = {CONFIG: 2**20, TENSORS: 4 * 2**30, **text_files.SIZE_LIMITS}
 
 _CHUNK = 2**24
 
@@ -26,36 +28,38 @@ class AdapterFiles:
 
     config: bytes
     tensors: bytearray  # views of it become the adapter's tensors without a copy, which takes a mutable buffer
-    chat_template: str = ""  # its own, if it has one
+    text: AdapterText = field(default_factory=AdapterText)
 
     def digest(self) -> str:
-        """sha256 over the config, the tensors and the chat template if there is one, each after its length (8 bytes,
-        little endian), in hex."""
+        """sha256 over the config, the tensors and what there is of text, each after its length (8 bytes, little
+        endian), in hex."""
         digest = hashlib.sha256()
-        template = self.chat_template.encode()
-        for data in (self.config, self.tensors, template) if template else (self.config, self.tensors):
+        text = self.text.content
+        for data in (self.config, self.tensors, text) if text else (self.config, self.tensors):
             digest.update(len(data).to_bytes(8, "little"))
             digest.update(data)
         return digest.hexdigest()
 
 
-def read_files(config: Path, tensors: Path, template: tuple[str, Path] | None = None) -> AdapterFiles:
-    """Reads the files, of which `template` is one of TEMPLATE_FILES, by name and place, if the adapter has any.
+def read_files(paths: Mapping[str, Path]) -> AdapterFiles:
+    """Reads CONFIG, TENSORS and what there is of `text_files`, by name.
 
-    Raises AdapterInvalidError for one that is too large or not a regular file, or a template that cannot be read, else
-    OSError.
+    Raises AdapterInvalidError for one that is too large or not a regular file, else OSError.
     """
-    return AdapterFiles(
-        config=bytes(_read(config, CONFIG)),
-        tensors=_read(tensors, TENSORS),
-        chat_template=read_chat_template(template[0], bytes(_read(template[1], template[0]))) if template else "",
-    )
+    return assemble({name: _read(path, name) for name, path in paths.items()})
+
+
+def assemble(contents: Mapping[str, bytearray]) -> AdapterFiles:
+    """Of the files' contents, by name."""
+    text = {name: bytes(data) for name, data in contents.items() if name not in (CONFIG, TENSORS)}
+    return AdapterFiles(bytes(contents[CONFIG]), contents[TENSORS], read_text(text))
 
 
 def check_size(name: str, size: int) -> None:
     """Raises AdapterInvalidError if an adapter's file of this name may not have this many bytes."""
-    if size > SIZE_LIMITS[name]:
-        raise AdapterInvalidError(f"{name} has {size} bytes; the limit is {SIZE_LIMITS[name]}")
+    limit = SIZE_LIMITS.get(name, text_files.MAX_TEMPLATE)
+    if size > limit:
+        raise AdapterInvalidError(f"{name} has {size} bytes; the limit is {limit}")
 
 
 def check_names(names: frozenset[str]) -> None:

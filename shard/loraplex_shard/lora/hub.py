@@ -22,8 +22,8 @@ from loraplex_protos.errors import (
     AdapterSourceError,
     quote,
 )
-from loraplex_shard.lora.chat_template import TEMPLATE_FILES
-from loraplex_shard.lora.files import CONFIG, SIZE_LIMITS, TENSORS, AdapterFiles, check_names, check_size, read_files
+from loraplex_shard.lora.files import CONFIG, TENSORS, AdapterFiles, check_names, check_size, read_files
+from loraplex_shard.lora.text_files import text_files
 
 _UNREACHABLE = frozenset({"TransportError", "ConnectionError", "TimeoutError"})  # of whichever HTTP library it uses
 _REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._/-]{0,199}")
@@ -44,7 +44,7 @@ class HubOrigin:
 
     id: str
     revision: str  # the commit
-    template: str | None  # the file that may hold a chat template
+    names: tuple[str, ...]  # of its files
     endpoint: str
     cache: Path | None
     timeout_s: float
@@ -56,8 +56,7 @@ class HubOrigin:
 
     def read(self) -> AdapterFiles:
         with _typed_errors(self.id, self.revision, self.token):
-            template = (self.template, self._fetch(self.template)) if self.template else None
-            return read_files(self._fetch(CONFIG), self._fetch(TENSORS), template)
+            return read_files({name: self._fetch(name) for name in self.names})
 
     def _fetch(self, name: str) -> Path:
         """The file on our disk, fetched if it is not there yet."""
@@ -98,12 +97,12 @@ class HubSource:
             sizes = {file.rfilename: file.size for file in info.siblings or ()}
             commit = info.sha or ""
         check_names(frozenset(sizes))
-        for name in SIZE_LIMITS.keys() & sizes.keys():
+        names = (CONFIG, TENSORS, *text_files(sizes))
+        for name in names:
             check_size(name, sizes[name] or 0)
         if not _COMMIT.fullmatch(commit):
             raise AdapterSourceError(f"the hub does not say which commit {quote(id)} is at")
-        template = next((name for name in TEMPLATE_FILES if name in sizes), None)
-        return HubOrigin(id, commit, template, self._endpoint, self._cache, self._timeout_s, token)
+        return HubOrigin(id, commit, names, self._endpoint, self._cache, self._timeout_s, token)
 
 
 def _check_arguments(revision: str, token: str) -> None:

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loraplex_protos.errors import AdapterNotFoundError, AdapterSourceError, quote
-from loraplex_shard.lora.chat_template import TEMPLATE_FILES
 from loraplex_shard.lora.files import CONFIG, TENSORS, AdapterFiles, check_names, read_files
 from loraplex_shard.lora.folders import find_folder, is_inside
+from loraplex_shard.lora.text_files import NAMED_TEMPLATES, text_files
 
 Fingerprint = tuple[tuple[int, ...], ...]
 
@@ -16,9 +16,7 @@ Fingerprint = tuple[tuple[int, ...], ...]
 class LocalOrigin:
     """One state of one adapter's files. Equal origins have equal contents, as far as `stat` can tell."""
 
-    config: Path
-    tensors: Path
-    template: tuple[str, Path] | None  # the file that may hold a chat template: its name, and where it is
+    paths: tuple[tuple[str, Path], ...]  # of the files by name
     fingerprint: Fingerprint
 
     @property
@@ -31,8 +29,8 @@ class LocalOrigin:
 
     def read(self) -> AdapterFiles:
         try:
-            files = read_files(self.config, self.tensors, self.template)
-            unchanged = _fingerprint(self.config, self.tensors, self.template) == self.fingerprint
+            files = read_files(dict(self.paths))
+            unchanged = _fingerprint(self.paths) == self.fingerprint
         except OSError as error:
             raise AdapterSourceError(f"the adapter's files cannot be read: {error.strerror}") from error
         if not unchanged:
@@ -55,25 +53,30 @@ class LocalSource:
         directory = find_folder(self.root, id)
         if directory is None:
             raise AdapterNotFoundError(f"the adapter directory has no {quote(id)}")
-        config, tensors = (self._resolve(directory / name) for name in (CONFIG, TENSORS))
         try:
-            if config is None or tensors is None:
-                check_names(frozenset(name for name in os.listdir(directory) if self._resolve(directory / name)))
+            names = self._names(directory)
+            check_names(names)
+            found = {name: self._resolve(directory / name) for name in (CONFIG, TENSORS, *text_files(names))}
+            paths = tuple((name, path) for name, path in found.items() if path is not None)
+            if len(paths) < len(found):
                 raise AdapterSourceError(f"the files of {quote(id)} are being written: try again")
-            template = self._find_template(directory)
-            return LocalOrigin(config, tensors, template, _fingerprint(config, tensors, template))
+            return LocalOrigin(paths, _fingerprint(paths))
         except OSError as error:
             raise AdapterSourceError(f"the files of {quote(id)} cannot be read: {error.strerror}") from error
 
-    def _find_template(self, directory: Path) -> tuple[str, Path] | None:
-        found = ((name, self._resolve(directory / name)) for name in TEMPLATE_FILES)
-        return next(((name, path) for name, path in found if path is not None), None)
+    def _names(self, directory: Path) -> frozenset[str]:
+        """Of an adapter's files."""
+        names = [name for name in os.listdir(directory) if self._resolve(directory / name)]
+        if NAMED_TEMPLATES in names and (directory / NAMED_TEMPLATES).is_dir():
+            more = (f"{NAMED_TEMPLATES}/{name}" for name in os.listdir(directory / NAMED_TEMPLATES))
+            names += [name for name in more if self._resolve(directory / name)]
+        return frozenset(names)
 
     def _resolve(self, path: Path) -> Path | None:
         """Where the path leads, links followed; None if that does not exist or is outside of the directory."""
         return path.resolve() if is_inside(path, self.root) else None
 
 
-def _fingerprint(config: Path, tensors: Path, template: tuple[str, Path] | None) -> Fingerprint:
-    statuses = (os.stat(path) for path in (config, tensors, *(template or ())[1:]))
+def _fingerprint(paths: tuple[tuple[str, Path], ...]) -> Fingerprint:
+    statuses = (os.stat(path) for _, path in paths)
     return tuple((s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in statuses)

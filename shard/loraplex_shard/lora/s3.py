@@ -7,7 +7,7 @@ role, ...). They appear in no message.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import boto3
 from botocore.config import Config
@@ -15,19 +15,21 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from loraplex_protos.adapter_names import RULE, is_name
 from loraplex_protos.errors import AdapterError, AdapterForbiddenError, AdapterNotFoundError, AdapterSourceError, quote
-from loraplex_shard.lora.files import CONFIG, PICKLE, SIZE_LIMITS, TENSORS, AdapterFiles, check_names, check_size
+from loraplex_shard.lora.files import CONFIG, PICKLE, TENSORS, AdapterFiles, assemble, check_names, check_size
+from loraplex_shard.lora.text_files import NAMED_TEMPLATES, TEXT_FILES, text_files
 
 _CHUNK = 2**24
+_MOST_LISTED = 10_000
 
 
 @dataclass(frozen=True, slots=True)
 class S3Origin:
-    """One state of one adapter's two objects. Equal origins have equal contents."""
+    """One state of one adapter's objects. Equal origins have equal contents."""
 
     id: str
     bucket: str
     folder: str
-    etags: tuple[str, str]  # of config and tensors
+    etags: tuple[tuple[str, str], ...]  # of the files by name
     client: Any = field(repr=False, compare=False)
 
     @property
@@ -39,8 +41,7 @@ class S3Origin:
         return ""
 
     def read(self) -> AdapterFiles:
-        config, tensors = (self._get(name, etag) for name, etag in zip((CONFIG, TENSORS), self.etags, strict=True))
-        return AdapterFiles(config=bytes(config), tensors=tensors)
+        return assemble({name: self._get(name, etag) for name, etag in self.etags})
 
     def _get(self, name: str, etag: str) -> bytearray:
         with _typed_errors(self.id):
@@ -50,6 +51,13 @@ class S3Origin:
             for chunk in answer["Body"].iter_chunks(_CHUNK):
                 data += chunk
             return data
+
+
+class _State(NamedTuple):
+    """Of an object."""
+
+    etag: str
+    size: int
 
 
 class S3Source:
@@ -62,7 +70,7 @@ class S3Source:
         self._client = boto3.client("s3", config=config)
 
     def locate(self, id: str, revision: str) -> S3Origin:
-        """Asks for the state of both objects.
+        """Asks for the state of its objects.
 
         Raises AdapterNotFoundError, AdapterForbiddenError, AdapterSourceError, and AdapterInvalidError for a folder
         that holds no adapter or too large a one.
@@ -73,24 +81,48 @@ class S3Source:
             raise AdapterNotFoundError(f"{quote(id)} cannot be an adapter's name: {RULE}")
         folder = f"{self._prefix}{id}"
         with _typed_errors(id):
-            etags = {name: etag for name in (CONFIG, TENSORS) if (etag := self._etag(folder, name))}
-            if not etags:
-                raise AdapterNotFoundError(f"S3 has no adapter {quote(id)}")
-            pickled = {PICKLE} if TENSORS not in etags and self._etag(folder, PICKLE) else set()
-        check_names(frozenset(etags.keys() | pickled))
-        return S3Origin(id, self._bucket, folder, (etags[CONFIG], etags[TENSORS]), self._client)
+            found = self._find(folder)
+        if not found:
+            raise AdapterNotFoundError(f"S3 has no adapter {quote(id)}")
+        check_names(frozenset(found))
+        names = (CONFIG, TENSORS, *text_files(found))
+        for name in names:
+            check_size(name, found[name].size)
+        return S3Origin(id, self._bucket, folder, tuple((name, found[name].etag) for name in names), self._client)
 
-    def _etag(self, folder: str, name: str) -> str | None:
-        """The state of an object; None if there is none. Raises AdapterInvalidError if it is too large."""
+    def _find(self, folder: str) -> dict[str, _State]:
+        """The objects of an adapter's folder, by name."""
         try:
-            answer = self._client.head_object(Bucket=self._bucket, Key=f"{folder}/{name}")
+            found = self._list(f"{folder}/")
         except ClientError as error:
-            if _status(error) == 404:
-                return None
-            raise
-        if name in SIZE_LIMITS:
-            check_size(name, answer["ContentLength"])
-        return str(answer["ETag"])
+            if _status(error) != 403:
+                raise
+            return self._ask(folder)
+        named = {
+            f"{NAMED_TEMPLATES}/{name}": state for name, state in self._list(f"{folder}/{NAMED_TEMPLATES}/").items()
+        }
+        return found | named
+
+    def _list(self, prefix: str) -> dict[str, _State]:
+        pages = self._client.get_paginator("list_objects_v2").paginate(
+            Bucket=self._bucket, Prefix=prefix, Delimiter="/", PaginationConfig={"MaxItems": _MOST_LISTED}
+        )
+        objects = (object for page in pages for object in page.get("Contents", ()))
+        return {object["Key"].removeprefix(prefix): _State(object["ETag"], object["Size"]) for object in objects}
+
+    def _ask(self, folder: str) -> dict[str, _State]:
+        """Where the server may read the bucket, but not list it: then nothing is known of named templates, and what is
+        not there cannot be told from what it may not read."""
+        found, optional = {}, (PICKLE, *TEXT_FILES)
+        for name in (CONFIG, TENSORS, *optional):
+            try:
+                answer = self._client.head_object(Bucket=self._bucket, Key=f"{folder}/{name}")
+            except ClientError as error:
+                if _status(error) != 404 and not (name in optional and _status(error) == 403):
+                    raise
+            else:
+                found[name] = _State(answer["ETag"], answer["ContentLength"])
+        return found
 
 
 @contextmanager

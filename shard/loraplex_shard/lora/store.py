@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING
@@ -35,6 +35,7 @@ from loraplex_shard.lora.local import LocalSource
 from loraplex_shard.lora.merge import Recipe, merge
 from loraplex_shard.lora.peft import modules_of, read_adapter, read_deltas
 from loraplex_shard.lora.sources import Origin, Sources
+from loraplex_shard.lora.text_files import AdapterText
 from loraplex_shard.lora.transfer import Transfer
 from loraplex_shard.lora.weights import AdapterWeights
 from loraplex_shard.metrics import ShardMetrics
@@ -52,7 +53,7 @@ class StagedAdapter:
     revision: str  # the hub's commit; empty for any other adapter
     lora_rank: int  # the largest of its modules
     size_bytes: int  # of this rank's part
-    chat_template: str = ""  # its own, if it has one
+    text: AdapterText = field(default_factory=AdapterText, hash=False)
     warnings: tuple[str, ...] = ()  # what may be wrong with it though it is served
 
 
@@ -181,7 +182,7 @@ class AdapterStore:
             origin.revision,
             adapter.lora_rank,
             adapter.weights.size_bytes,
-            adapter.chat_template,
+            adapter.text,
             adapter.warnings,
         )
 

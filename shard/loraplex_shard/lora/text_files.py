@@ -1,0 +1,144 @@
+"""What the files beside an adapter say of text: its chat templates, its special tokens and what ends its answers.
+
+The files are those that transformers saves with a tokenizer, read by its rules. Knows nothing of what a template means:
+the router renders it.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from loraplex_shard.lora.base import BaseModel
+
+TEMPLATE = "chat_template.jinja"
+PROCESSOR_TEMPLATE = "chat_template.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+SPECIAL_TOKENS = "special_tokens_map.json"
+GENERATION_CONFIG = "generation_config.json"
+NAMED_TEMPLATES = "additional_chat_templates"  # a folder
+
+MAX_TEMPLATE = 2**18  # bytes
+MAX_NAMED = 16
+SIZE_LIMITS = {
+    TEMPLATE: MAX_TEMPLATE,
+    PROCESSOR_TEMPLATE: 2 * MAX_TEMPLATE,
+    TOKENIZER_CONFIG: 2**24,
+    SPECIAL_TOKENS: 2**20,
+    GENERATION_CONFIG: 2**20,
+}
+
+TEXT_FILES = tuple(SIZE_LIMITS)
+
+# Those that every tokenizer of transformers has a place for.
+ATTRIBUTES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_NAMED = re.compile(rf"{NAMED_TEMPLATES}/([A-Za-z0-9_.-]{{1,96}})\.jinja")
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterText:
+    chat_templates: Mapping[str, str] = field(default_factory=dict)  # by name: "default", "tool_use"
+    special_tokens: Mapping[str, str] = field(default_factory=dict)  # empty: it says that there is none
+    end_token_ids: tuple[int, ...] = ()
+    error: str = ""  # why the files cannot be read; then there is nothing else
+
+    @property
+    def content(self) -> bytes:
+        """The same for the same text; empty if there is none."""
+        return json.dumps(asdict(self), sort_keys=True).encode() if self != AdapterText() else b""
+
+
+def text_files(names: Iterable[str]) -> tuple[str, ...]:
+    """Of the names of an adapter's files, those that are read."""
+    names = frozenset(names)
+    named = sorted(name for name in names if _NAMED.fullmatch(name))[:MAX_NAMED]
+    return (*(name for name in TEXT_FILES if name in names), *named)
+
+
+def read_text(files: Mapping[str, bytes]) -> AdapterText:
+    """By name. What cannot be read costs conversations, not the adapter."""
+    name = ""
+    try:
+        contents = dict[str, Any]()
+        for name, data in files.items():
+            contents[name] = json.loads(data) if name.endswith(".json") else data.decode()
+            if name.endswith(".json") and not isinstance(contents[name], dict):
+                raise ValueError("it is not a JSON object")
+        name = TOKENIZER_CONFIG
+        templates = _templates(contents)
+        tokens = _special_tokens(contents)
+        name = GENERATION_CONFIG
+        return AdapterText(templates, tokens, _end_token_ids(contents.get(GENERATION_CONFIG, {})))
+    except (ValueError, RecursionError) as error:
+        return AdapterText(error=f"{name}: {error}"[:500])
+
+
+def end_tokens(text: AdapterText, base: BaseModel) -> tuple[tuple[int, ...], list[str]]:
+    """(what ends the adapter's answers, in the base's vocabulary; what is wrong with the rest)"""
+    found, wrong = set[int](), list[str]()
+    for token in text.end_token_ids:
+        if token < base.vocab_size:
+            found.add(token)
+        else:
+            wrong.append(f"{GENERATION_CONFIG}: eos_token_id {token} is beyond the model's vocabulary: it ends nothing")
+    if name := text.special_tokens.get("eos_token"):
+        token_id = base.token_id(name)
+        if token_id is None or token_id >= base.vocab_size:
+            wrong.append(f"the model's vocabulary has no {name[:100]!r}, which is its eos_token: it ends nothing")
+        else:
+            found.add(token_id)
+    return tuple(sorted(found)), wrong
+
+
+def _templates(contents: Mapping[str, Any]) -> dict[str, str]:
+    """Files of their own stand before what a configuration says, all together."""
+    own = {"default": contents[TEMPLATE]} if TEMPLATE in contents else {}
+    own |= {match[1]: text for name, text in contents.items() if (match := _NAMED.fullmatch(name))}
+    for name in (TOKENIZER_CONFIG, PROCESSOR_TEMPLATE):
+        own = own or _configured(contents.get(name, {}).get("chat_template"))
+    for name, template in own.items():
+        if len(template.encode()) > MAX_TEMPLATE:
+            raise ValueError(f"the chat template {name[:100]!r} has more than {MAX_TEMPLATE} bytes")
+    return own
+
+
+def _configured(given: Any) -> dict[str, str]:
+    """One template, or several: a list as transformers writes it, or by name."""
+    match given:
+        case None | "":
+            return {}
+        case str():
+            return {"default": given}
+        case list():
+            given = {entry.get("name"): entry.get("template") for entry in given if isinstance(entry, dict)}
+    if not isinstance(given, dict) or not all(isinstance(text, str) for item in given.items() for text in item):
+        raise ValueError("chat_template is neither a text nor texts by name")
+    return given
+
+
+def _special_tokens(contents: Mapping[str, Any]) -> dict[str, str]:
+    config, mapped = contents.get(TOKENIZER_CONFIG, {}), contents.get(SPECIAL_TOKENS, {})
+    named = dict(config)
+    if "added_tokens_decoder" not in config:  # as transformers wrote them down before
+        named |= mapped
+    for name in ("extra_special_tokens", "model_specific_special_tokens"):
+        named |= named[name] if isinstance(named.get(name), dict) else {}
+    # A tokenizer that was saved whole says of each token that it has what it is.
+    tokens = dict.fromkeys(ATTRIBUTES, "") if "tokenizer_class" in config else {}
+    for name, token in named.items():
+        text = token.get("content") if isinstance(token, dict) else token
+        if name.endswith("_token") and isinstance(text, str):
+            text.encode()  # raises UnicodeEncodeError for what is not text
+            tokens[name] = text
+        elif name in ATTRIBUTES and token is None:
+            tokens[name] = ""
+    return tokens
+
+
+def _end_token_ids(generation: Mapping[str, Any]) -> tuple[int, ...]:
+    named = generation.get("eos_token_id")
+    ids = named if isinstance(named, list) else [] if named is None else [named]
+    if not all(isinstance(id, int) and not isinstance(id, bool) and id >= 0 for id in ids):
+        raise ValueError("eos_token_id is neither a token's id nor a list of them")
+    return tuple(ids)

@@ -1,0 +1,121 @@
+"""What the files beside an adapter say of text. Where transformers reads the same files, it is the oracle."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from loraplex_shard.lora.base import BaseModel
+from loraplex_shard.lora.text_files import AdapterText, end_tokens, read_text, text_files
+
+VOCABULARY = {"<s>": 0, "</s>": 1, "<|end|>": 2, "<pad>": 3}
+CONFIG, SPECIAL = "tokenizer_config.json", "special_tokens_map.json"
+
+
+def read(directory: Path) -> AdapterText:
+    paths = {str(path.relative_to(directory)): path for path in directory.rglob("*") if path.is_file()}
+    return read_text({name: paths[name].read_bytes() for name in text_files(paths)})
+
+
+def save(directory: Path, **options: Any) -> None:
+    tokenizer = Tokenizer(BPE(VOCABULARY, []))
+    tokenizer.add_special_tokens(list(VOCABULARY))
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options)
+    fast.save_pretrained(directory)
+
+
+def check_as_transformers(directory: Path) -> None:
+    expected, found = AutoTokenizer.from_pretrained(directory), read(directory)
+    templates = expected.chat_template or {}
+    assert found.chat_templates == (templates if isinstance(templates, dict) else {"default": templates})
+    assert {name: token for name, token in found.special_tokens.items() if token} == expected.special_tokens_map
+
+
+@pytest.mark.parametrize(
+    "template", [None, "one", {"default": "one", "tool_use": "two", "rag": "three"}, {"tool_use": "two"}]
+)
+def test_a_saved_tokenizer_is_read_as_transformers_reads_it(template: Any, tmp_path: Path):
+    save(
+        tmp_path, bos_token="<s>", eos_token="<|end|>", pad_token="<pad>", image_token="<|end|>", chat_template=template
+    )
+    check_as_transformers(tmp_path)
+    assert read(tmp_path).special_tokens["unk_token"] == ""
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"chat_template": "one"},
+        {"chat_template": [{"name": "default", "template": "one"}, {"name": "rag", "template": "two"}]},
+        {"chat_template": None, "eos_token": None},
+        {"eos_token": {"__type": "AddedToken", "content": "<|end|>", "lstrip": False}},
+        {"extra_special_tokens": {"boi_token": "<pad>"}, "add_bos_token": True},
+        {"additional_special_tokens": ["<pad>"]},
+        {"added_tokens_decoder": {"2": {"content": "<|end|>", "special": True}}, "eos_token": "</s>"},
+    ],
+)
+@pytest.mark.parametrize("mapped", [{}, {"eos_token": "<|end|>", "pad_token": {"content": "<pad>"}}])
+def test_configurations_are_read_as_transformers_reads_them(config: Any, mapped: Any, tmp_path: Path):
+    save(tmp_path)
+    (tmp_path / CONFIG).write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **config}))
+    (tmp_path / SPECIAL).write_text(json.dumps(mapped))
+    check_as_transformers(tmp_path)
+
+
+def test_files_stand_before_what_a_configuration_says(tmp_path: Path):
+    save(tmp_path, chat_template={"default": "one", "rag": "two"})
+    config = json.loads((tmp_path / CONFIG).read_text())
+    (tmp_path / CONFIG).write_text(json.dumps({**config, "chat_template": "of the configuration"}))
+    check_as_transformers(tmp_path)
+    assert read(tmp_path).chat_templates == {"default": "one", "rag": "two"}
+
+
+def test_a_processors_template_counts_where_there_is_no_other():
+    files = {"chat_template.json": b'{"chat_template": "one"}'}
+    assert read_text(files).chat_templates == {"default": "one"}
+    assert read_text({**files, "chat_template.jinja": b"two"}).chat_templates == {"default": "two"}
+
+
+def test_a_configuration_by_hand_leaves_the_models_tokens_as_they_are():
+    assert read_text({CONFIG: b'{"chat_template": "one"}'}).special_tokens == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        (CONFIG, b"{"),
+        (CONFIG, b"[]"),
+        (CONFIG, b"[" * 100_000),
+        (CONFIG, b'{"chat_template": 5}'),
+        (CONFIG, b'{"chat_template": "\\ud800"}'),
+        (CONFIG, b'{"eos_token": "\\ud800"}'),
+        (CONFIG, b'{"chat_template": "' + b"x" * (2**18 + 1) + b'"}'),
+        ("chat_template.jinja", b"\xff"),
+        ("generation_config.json", b'{"eos_token_id": "two"}'),
+        ("generation_config.json", b'{"eos_token_id": -1}'),
+    ],
+)
+def test_what_cannot_be_read_has_a_reason(name: str, content: bytes):
+    text = read_text({name: content})
+    assert text == AdapterText(error=text.error) and text.error.startswith(f"{name}: ")
+
+
+def test_end_tokens_are_the_adapters_own_as_far_as_the_model_knows_them():
+    base = BaseModel("Any", vocab_size=3, tokenizer=Tokenizer(BPE(VOCABULARY, [])))
+    generation = b'{"eos_token_id": [1, 7]}'
+    text = read_text({CONFIG: b'{"eos_token": "<|end|>"}', "generation_config.json": generation})
+    ids, wrong = end_tokens(text, base)
+    assert ids == (1, 2) and len(wrong) == 1 and "eos_token_id 7 is beyond" in wrong[0]
+    for unknown in (b"<|other|>", b"<pad>"):  # the model has no embedding for <pad>
+        ids, wrong = end_tokens(read_text({CONFIG: b'{"eos_token": "' + unknown + b'"}'}), base)
+        assert ids == () and unknown.decode() in wrong[0]
+
+
+def test_only_files_of_a_tokenizer_are_read():
+    names = ["chat_template.jinja", "additional_chat_templates/a.jinja", "additional_chat_templates/../../b.jinja"]
+    names += ["tokenizer.json", "additional_chat_templates/x/y.jinja", "checkpoint-1/chat_template.jinja"]
+    assert text_files(names) == ("chat_template.jinja", "additional_chat_templates/a.jinja")
