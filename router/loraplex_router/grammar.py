@@ -17,7 +17,6 @@ class GrammarKind(Enum):
     LARK = 3  # as llguidance reads it, or GBNF
 
 
-MAX_SCHEMAS = 128
 MAX_SCHEMAS_LENGTH = 262_144  # characters of all of a grammar's schemas
 
 # Characters. The compiler follows chains of rules recursively, and rules are short in Lark: what is allowed here stays
@@ -64,9 +63,8 @@ class Grammar:
         for schema in self.schemas:
             if len(schema.text) > most:
                 yield FieldViolation(schema.field, f"{schema.owner}must have at most {most} characters")
-        if len(self.schemas) > MAX_SCHEMAS or sum(len(schema.text) for schema in self.schemas) > MAX_SCHEMAS_LENGTH:
-            limits = f"{MAX_SCHEMAS} schemas of {MAX_SCHEMAS_LENGTH} characters together"
-            yield FieldViolation(self.field, f"can follow at most {limits}")
+        if sum(len(schema.text) for schema in self.schemas) > MAX_SCHEMAS_LENGTH:
+            yield FieldViolation(self.field, f"can follow schemas of at most {MAX_SCHEMAS_LENGTH} characters together")
 
     def refusal(self, error: InvalidRequestError) -> InvalidRequestError:
         """What the compiler found wrong with it, by the names that the request has for the parts."""

@@ -3,7 +3,7 @@
 import re
 import secrets
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import isfinite
 from typing import TypeAlias
 
@@ -11,7 +11,7 @@ from loraplex_protos.adapter_names import RULE, is_name, normal
 from loraplex_protos.errors import FieldViolation, InvalidRequestError, quote
 from loraplex_router.grammar import Grammar
 from loraplex_router.sequence import Detail, Sampling
-from loraplex_router.text.chat import FIELD, Chat
+from loraplex_router.text.chat import FIELD, Chat, RenderedChat
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 MAX_VIOLATIONS = 16  # told of one request
@@ -23,6 +23,7 @@ MAX_TOP_LOGPROBS = 32
 MAX_INPUTS = 1024
 MAX_BIASED = 1024
 MAX_REFERENCE_LENGTH = 512
+AS_MANY_AS_FIT = -1  # tokens of a prompt, into the context with the answer
 MAX_QUOTED = 200  # characters of a request in an error
 SOURCES = ("", "local", "s3", "hub")
 MAX_MERGED = 16
@@ -30,7 +31,8 @@ MERGE_STRATEGIES = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_pru
 MAJORITY_SIGN_METHODS = ("total", "frequency")
 
 
-Prompt: TypeAlias = str | Chat | tuple[int, ...]  # text, a conversation, or token ids
+# Text, text that gets no special tokens, a conversation, or token ids.
+Prompt: TypeAlias = str | RenderedChat | Chat | tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +98,7 @@ class Request:
     include_stop: bool = False  # the answer ends with the stop text, not before it
     ignore_eos: bool = False  # with a grammar: go on as long as that allows it
     show_special_tokens: bool = False  # in the text
-    truncate: int | None = None  # keep the last so many tokens of the prompt
+    truncate: int | None = None  # keep the last so many tokens of the prompt, or AS_MANY_AS_FIT
     n: int = 1
     detail: Detail = field(default_factory=Detail)
     grammar: Grammar | None = None
@@ -108,10 +110,12 @@ class EmbedRequest:
 
     inputs: tuple[Prompt, ...]
     adapter: AdapterReference | MergedReference | None = None
+    truncate: int | None = None  # as in a Request
 
     def parts(self) -> list[Request]:
         """One request for each input."""
-        return [Request(prompt, adapter=self.adapter, detail=Detail(pool=True)) for prompt in self.inputs]
+        pooled = Request("", adapter=self.adapter, truncate=self.truncate, detail=Detail(pool=True))
+        return [replace(pooled, prompt=prompt) for prompt in self.inputs]
 
 
 class ContextLengthError(InvalidRequestError):
@@ -146,7 +150,8 @@ def check_request(request: Request, vocab_size: int) -> None:
         "use at most 128 characters of A-Z a-z 0-9 . _ : -",
     )
     found.check(1 <= request.n <= MAX_N, "n", f"must be from 1 to {MAX_N}")
-    found.check(request.truncate is None or request.truncate >= 1, "truncate", "must be at least 1, or absent")
+    kept = request.truncate in (None, AS_MANY_AS_FIT) or request.truncate >= 1
+    found.check(kept, "truncate", "must be at least 1, or absent")
     if isinstance(request.prompt, tuple):
         known = min(request.prompt, default=0) >= 0 and max(request.prompt, default=0) < vocab_size
         found.check(known, "token_ids", f"every id must be below {vocab_size}")
@@ -206,6 +211,14 @@ def _check_merged(merged: MergedReference, found: Violations) -> None:
 def most_counted(max_model_len: int) -> int:
     """How many tokens of a prompt are worth counting: so many more than fit need no number."""
     return 2 * max_model_len
+
+
+def count_kept(request: Request, max_model_len: int) -> int | None:
+    """How many of the prompt's last tokens are kept; None: all."""
+    if request.truncate != AS_MANY_AS_FIT:
+        return request.truncate
+    answer = 0 if request.detail.pool else request.max_new_tokens or 1
+    return max(1, max_model_len - answer)
 
 
 def room_for(request: Request, prompt_length: int, max_model_len: int) -> int:

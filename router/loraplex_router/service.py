@@ -38,6 +38,7 @@ from loraplex_router.request import (
     check_reference,
     check_request,
     check_tokens,
+    count_kept,
     most_counted,
     room_for,
 )
@@ -291,7 +292,7 @@ class Service:
             given = await self._render(request.prompt, request.adapter, tenant)
         else:
             given = request.prompt
-        last = request.truncate
+        last = count_kept(request, self.info.max_model_len)
         if isinstance(given, tuple):
             return list(given if last is None else given[-last:])
         most = None if last else most_counted(self.info.max_model_len)

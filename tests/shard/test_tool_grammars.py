@@ -136,6 +136,5 @@ def test_schemas_that_are_too_long_are_refused_by_their_tools() -> None:
     (found,) = forced({"good": {}, "bad": long}, several=True).check()
     assert found.field == "tools[1]" and "'bad'" in found.description
     assert not list(forced({f"f{at}": short for at in range(8)}, several=True).check())
-    for tools in ({f"f{at}": short for at in range(9)}, {f"f{at}": {} for at in range(129)}):
-        (found,) = forced(tools, several=True).check()
-        assert found.field == "tool_choice"
+    (found,) = forced({f"f{at}": short for at in range(9)}, several=True).check()
+    assert found.field == "tool_choice"

@@ -10,13 +10,14 @@ from pydantic import BaseModel, Field
 
 from loraplex_protos.errors import FieldViolation, InvalidRequestError
 from loraplex_router.api.http.attendance import finish_attended
-from loraplex_router.api.http.fields import Prompts
+from loraplex_router.api.http.fields import Name, Prompts
 from loraplex_router.api.http.json_body import JsonRoute
 from loraplex_router.api.http.lorax.reading import read_adapter
 from loraplex_router.api.http.lorax.routes import ERRORS as LORAX_ERRORS
 from loraplex_router.api.http.lorax.schema import Parameters
 from loraplex_router.api.http.openai.reading import answered_name, read_model_name, read_prompts
 from loraplex_router.api.http.openai.routes import ERRORS as OPENAI_ERRORS
+from loraplex_router.api.http.openai.schema import CountOrAll
 from loraplex_router.keys import read_bearer
 from loraplex_router.output import Embedding
 from loraplex_router.request import EmbedRequest
@@ -26,8 +27,11 @@ POOLING = "the mean of the last hidden states over all tokens, scaled to length 
 
 
 class OpenaiRequest(BaseModel):
-    model: str = Field(default="", description="The base model (also: empty), an adapter, or base:adapter.")
+    model: Name = Field(default="", description="The base model (also: empty), an adapter, or base:adapter.")
     input: Prompts
+    truncate_prompt_tokens: CountOrAll | None = Field(
+        default=None, description="vLLM's: keep each input's last so many tokens; -1: as many as fit."
+    )
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = Field(default=None, description="Not supported: vectors are of the model's hidden size.")
 
@@ -47,7 +51,7 @@ class OpenaiAnswer(BaseModel):
 
 class LoraxRequest(BaseModel):
     inputs: str
-    parameters: Parameters | None = Field(default=None, description="Those that name an adapter.")
+    parameters: Parameters | None = Field(default=None, description="`truncate`, and those that name an adapter.")
 
 
 class LoraxAnswer(BaseModel):
@@ -71,7 +75,8 @@ def create_embedding_routes(service: Service) -> APIRouter:
         if body.dimensions is not None:
             raise InvalidRequestError(FieldViolation("dimensions", "is not supported: leave it out"))
         names = service.model_names
-        request = EmbedRequest(tuple(read_prompts(body.input)), read_model_name(body.model, names))
+        adapter = read_model_name(body.model, names)
+        request = EmbedRequest(tuple(read_prompts(body.input)), adapter, body.truncate_prompt_tokens)
         return JSONResponse(_write(body, answered_name(body.model, names), await embed(request, http)))
 
     @routes.post(
@@ -82,8 +87,9 @@ def create_embedding_routes(service: Service) -> APIRouter:
     )
     async def lorax_embed(body: LoraxRequest, http: Request) -> Response:
         token = "" if service.keys.required else read_bearer(http.headers.get("authorization")) or ""
-        adapter = read_adapter(body.parameters or Parameters(), token)
-        (found,) = await embed(EmbedRequest((body.inputs,), adapter), http)
+        given = body.parameters or Parameters()
+        request = EmbedRequest((body.inputs,), read_adapter(given, token), given.truncate)
+        (found,) = await embed(request, http)
         return JSONResponse({"embeddings": found.values})
 
     return routes

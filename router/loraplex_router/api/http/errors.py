@@ -49,6 +49,7 @@ OPENAI_NAMES = {
     "detail.prompt_top_logprobs": "prompt_logprobs",
     "stopping.max_new_tokens": "max_tokens",
     "stopping.min_new_tokens": "min_tokens",
+    "truncate": "truncate_prompt_tokens",
 }
 
 

@@ -12,6 +12,7 @@ MAX_TOOLS = 1024  # OpenAI takes 128
 T = TypeVar("T")
 
 TokenId = Annotated[int, Field(ge=0, lt=2**32)]
+Name = Annotated[str, BeforeValidator(lambda given: "" if given is None else given)]
 Items: TypeAlias = Annotated[list[T], Field(fail_fast=True)]
 
 

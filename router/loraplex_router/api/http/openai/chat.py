@@ -9,7 +9,7 @@ from typing import Any
 from loraplex_router.api.http.attendance import read
 from loraplex_router.api.http.openai.conversation import read_conversation
 from loraplex_router.api.http.openai.logprobs import TokenNames, chat_logprobs, prompt_logprobs
-from loraplex_router.api.http.openai.reading import read_model, read_options
+from loraplex_router.api.http.openai.reading import read_model, read_most, read_options
 from loraplex_router.api.http.openai.schema import ChatCompletionRequest
 from loraplex_router.api.http.openai.tools import check_tools, create_parser, may_call, write_call
 from loraplex_router.api.http.openai.writing import finish_reason, head, usage, usage_so_far
@@ -26,6 +26,7 @@ def read_chat(body: ChatCompletionRequest, base: Sequence[str]) -> Request:
     """Raises InvalidRequestError, and AdapterNotFoundError for an empty adapter name."""
     found = Violations()
     found.check(body.logprobs or not body.top_logprobs, "top_logprobs", "needs logprobs to be true")
+    found.check(body.max_completion_tokens != 0, "max_completion_tokens", "must be at least 1, or absent")
     check_tools(body, found)
     found.check(not body.functions, "functions", "is not supported: send them as tools")
     chat = read_conversation(body, found)
@@ -33,7 +34,7 @@ def read_chat(body: ChatCompletionRequest, base: Sequence[str]) -> Request:
     return Request(
         prompt=chat if may_call(body) else replace(chat, tools=()),
         adapter=read_model(body, base),
-        max_new_tokens=body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
+        max_new_tokens=read_most(body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens),
         n=body.n or 1,
         detail=Detail(
             bool(body.logprobs), body.top_logprobs or 0, body.prompt_logprobs is not None, body.prompt_logprobs or 0

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from loraplex_router.api.http.openai.logprobs import CompletionLogprobs, TokenNames, prompt_logprobs
-from loraplex_router.api.http.openai.reading import read_model, read_options, read_prompts
+from loraplex_router.api.http.openai.reading import read_model, read_most, read_options, read_prompts
 from loraplex_router.api.http.openai.schema import CompletionRequest
 from loraplex_router.api.http.openai.writing import finish_reason, head, read_all, usage, usage_so_far
 from loraplex_router.api.http.sse import DONE, event
@@ -22,7 +22,7 @@ MAX_PROMPTS = 128
 
 def read_completions(body: CompletionRequest, base: Sequence[str]) -> list[Request]:
     """One request for each prompt. Raises InvalidRequestError, and AdapterNotFoundError for an empty adapter name."""
-    prompts = read_prompts(body.prompt)
+    prompts = read_prompts(body.prompt, body.add_special_tokens is not False)
     _check(body, len(prompts))
     options = read_options(body)
     adapter = read_model(body, base)
@@ -38,7 +38,7 @@ def read_completions(body: CompletionRequest, base: Sequence[str]) -> list[Reque
         Request(
             prompt=prompt,
             adapter=adapter,
-            max_new_tokens=max(max_tokens, 1) if _scores_only(body) else max_tokens,
+            max_new_tokens=1 if _scores_only(body) else read_most(max_tokens),
             n=_candidates(body),
             detail=detail,
             **options,

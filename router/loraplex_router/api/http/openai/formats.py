@@ -25,6 +25,8 @@ def _formats(body: GenerationRequest) -> Iterator[Grammar]:
     if (wanted := body.response_format) and wanted.type != "text":
         schema = wanted.json_schema.schema_ if wanted.json_schema else wanted.schema_
         field = "response_format"
+        if wanted.type == "json_schema" and wanted.json_schema is None and schema is None:
+            raise InvalidRequestError(FieldViolation(field, 'of type "json_schema" needs a json_schema'))
         yield Grammar.json_object(field) if schema is None else Grammar.json_schema(schema, field)
     if body.structured_outputs:
         yield from _structured(body.structured_outputs, "structured_outputs.")

@@ -7,6 +7,7 @@ from loraplex_protos.errors import AdapterNotFoundError, quote
 from loraplex_router.api.http.openai.formats import read_format
 from loraplex_router.api.http.openai.schema import GenerationRequest
 from loraplex_router.request import AdapterReference, Prompt, SamplingOptions, Violations
+from loraplex_router.text.chat import RenderedChat
 
 BASE_NAMES = ("", "tgi")  # beside the model's own name; `text-generation` sends "tgi"
 
@@ -36,13 +37,19 @@ def answered_name(model: str, base: Sequence[str]) -> str:
     return base[0] if not model or model in base else model
 
 
-def read_prompts(given: str | list[str] | list[int] | list[list[int]]) -> list[Prompt]:
+def read_prompts(given: str | list[str] | list[int] | list[list[int]], add_special_tokens: bool = True) -> list[Prompt]:
     """One text, several, the token ids of one, or those of several."""
+    kind = str if add_special_tokens else RenderedChat
     if isinstance(given, str):
-        return [given]
+        return [kind(given)]
     if given and isinstance(given[0], int):
         return [tuple(given)]
-    return [part if isinstance(part, str) else tuple(part) for part in cast(list[str] | list[list[int]], given)]
+    return [kind(part) if isinstance(part, str) else tuple(part) for part in cast(list[str] | list[list[int]], given)]
+
+
+def read_most(given: int | None) -> int | None:
+    """llama.cpp's -1 for max_tokens is as good as absent where nothing else stands for absent."""
+    return None if given == -1 else given
 
 
 def read_options(body: GenerationRequest) -> dict[str, Any]:

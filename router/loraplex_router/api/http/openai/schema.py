@@ -2,11 +2,20 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, PrivateAttr, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
+    model_validator,
+)
 
-from loraplex_router.api.http.fields import MAX_MESSAGES, MAX_TOOLS, Bias, Items, Prompts, TokenId
+from loraplex_router.api.http.fields import MAX_MESSAGES, MAX_TOOLS, Bias, Items, Name, Prompts, TokenId
 
 Count = Annotated[int, Field(ge=0, lt=2**32)]
+CountOrAll = Annotated[int, Field(ge=-1, lt=2**32)]
 
 
 class StreamOptions(BaseModel):
@@ -39,14 +48,14 @@ class StructuredOutputs(BaseModel):
 class GenerationRequest(BaseModel):
     """What completions and chat completions have in common. Fields that are refused are here for that."""
 
-    model: str = Field(default="", description="The base model (also: empty), an adapter, or base:adapter.")
+    model: Name = Field(default="", description="The base model (also: empty), an adapter, or base:adapter.")
     temperature: float | None = Field(default=None, description="Absent: 1.")
     top_p: float | None = None
     n: Count | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     stop: str | Items[str] | None = None
-    max_tokens: Count | None = None
+    max_tokens: CountOrAll | None = Field(default=None, description="-1: as many as the context has room for.")
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     logit_bias: Bias | None = Field(default=None, description="By token id, from -100 to 100.")
@@ -71,7 +80,9 @@ class GenerationRequest(BaseModel):
     stop_token_ids: Items[TokenId] | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = Field(default=None, description="false: they are shown in the text.")
-    truncate_prompt_tokens: Count | None = Field(default=None, description="Keep the prompt's last so many tokens.")
+    truncate_prompt_tokens: CountOrAll | None = Field(
+        default=None, description="Keep the prompt's last so many tokens; -1: as many as fit."
+    )
     allowed_token_ids: Items[TokenId] | None = Field(default=None, description="Not supported: refused unless empty.")
     bad_words: Items[str] | None = Field(default=None, description="Not supported: refused unless empty.")
     use_beam_search: bool | None = Field(default=None, description="Not supported: refused if true.")
@@ -87,7 +98,10 @@ class CompletionRequest(GenerationRequest):
     prompt: Prompts
     suffix: str | None = Field(default=None, description="Not supported: refused unless empty.")
     echo: bool | None = None
-    logprobs: Count | None = Field(default=None, description="So many alternatives for each token.")
+    logprobs: Annotated[Count | None, BeforeValidator(lambda given: None if given is False else given)] = Field(
+        default=None, description="So many alternatives for each token."
+    )
+    add_special_tokens: bool | None = Field(default=None, description="false: a text is taken without a BOS.")
     best_of: Count | None = None
 
 
@@ -173,7 +187,7 @@ class Conversation(BaseModel):
 
 
 class ChatCompletionRequest(GenerationRequest, Conversation):
-    max_completion_tokens: Count | None = None
+    max_completion_tokens: CountOrAll | None = None
     logprobs: bool | None = None
     top_logprobs: Count | None = None
     tool_choice: NamedTool | str | None = Field(
