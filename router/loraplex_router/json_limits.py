@@ -13,7 +13,7 @@ from pydantic_core import from_json
 
 MAX_DEPTH = 128  # lists and objects in each other: serde_json's limit, which other servers have
 MAX_ELEMENTS = 2**18  # commas: a quarter of a million token ids
-MAX_NODES = 2**16  # lists and objects, and the names in objects
+MAX_NODES = 2**15  # lists and objects, and the names in objects
 SLICE = 2**16  # bytes looked at in one go
 
 _ESCAPED = re.compile(rb"\\.", re.DOTALL)

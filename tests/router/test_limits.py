@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
+from loraplex_protos import generation_pb2 as pb
 from loraplex_protos.errors import (
     MAX_QUOTED,
     FieldViolation,
@@ -17,6 +18,7 @@ from loraplex_protos.errors import (
     to_status,
 )
 from loraplex_router.api.http.fields import Bias, Items, Prompts, TokenId
+from loraplex_router.api.message_limits import MAX_FIELDS, MAX_NUMBERS, check_message
 from loraplex_router.json_limits import MAX_DEPTH, MAX_ELEMENTS, MAX_NODES, JsonStructure, parse, parse_body
 from loraplex_router.request import Request
 from loraplex_router.sequence import Detail
@@ -174,3 +176,30 @@ def test_all_requests_of_a_call_count_together():
         assert volume.add(request, 10, 100) == 100
     with pytest.raises(InvalidRequestError):
         volume.add(request, 10, 100)
+
+
+def test_a_grpc_request_of_many_parts_is_refused_before_it_is_parsed():
+    chat = pb.Chat(messages=[pb.ChatMessage(role="user", content="Hi")] * 5000)
+    few = pb.GenerateRequest(chat=pb.Chat(messages=chat.messages[:4096]), token_ids=None)
+    check_message(few.SerializeToString(), pb.GenerateRequest.DESCRIPTOR)
+    for many in (
+        pb.GenerateRequest(chat=pb.Chat(messages=[pb.ChatMessage()] * (MAX_FIELDS + 1))),
+        pb.GenerateRequest(stopping=pb.Stopping(stop=[""] * (MAX_FIELDS + 1))),
+        pb.GenerateRequest(token_ids=pb.TokenIds(ids=[1] * (MAX_NUMBERS + 1))),
+        pb.GenerateRequest(chat=pb.Chat(messages=[*chat.messages] * 3)),
+    ):
+        with pytest.raises(InvalidRequestError):
+            check_message(many.SerializeToString(), pb.GenerateRequest.DESCRIPTOR)
+
+
+def test_long_texts_and_ids_are_one_part_of_a_grpc_request():
+    for message in (
+        pb.GenerateRequest(text="\0" * 10**6, sampling=pb.Sampling(temperature=1.0, logit_bias={1: 2.0})),
+        pb.GenerateRequest(token_ids=pb.TokenIds(ids=[5] * MAX_NUMBERS)),
+    ):
+        check_message(message.SerializeToString(), pb.GenerateRequest.DESCRIPTOR)
+
+
+@given(data=st.binary(max_size=60))
+def test_whatever_is_no_grpc_request_is_left_to_the_parser(data):
+    check_message(data, pb.GenerateRequest.DESCRIPTOR)

@@ -18,6 +18,7 @@ from loraplex_protos.generation_pb2_grpc import (
     add_GenerationServiceServicer_to_server,
 )
 from loraplex_router.adapters.administration import AT_A_TIME
+from loraplex_router.api.message_limits import MessageLimits
 from loraplex_router.api.translation import (
     Writer,
     read_adapter_name,
@@ -145,8 +146,9 @@ class GrpcServer:
         self, api: GenerationApi, max_message: int, interceptors: Sequence[grpc.aio.ServerInterceptor] = ()
     ) -> None:
         """`max_message`: the most bytes of a request."""
+        limits = MessageLimits(pb.DESCRIPTOR.services_by_name["GenerationService"], _answering)
         options = *SERVER_OPTIONS, ("grpc.max_receive_message_length", max_message)
-        self._server = grpc.aio.server(options=options, interceptors=tuple(interceptors))
+        self._server = grpc.aio.server(options=options, interceptors=(*interceptors, limits))
         self._health = health.aio.HealthServicer()
         add_GenerationServiceServicer_to_server(api, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)

@@ -16,7 +16,7 @@ from loraplex_router.text.template import Template
 
 MEMORY_BYTES = 2**30
 MAX_RENDERED = 2**24  # characters
-MAX_REASON = 500
+MAX_REASON = 200  # characters: it may quote the conversation
 KEPT = 256  # templates, with what was found out about them
 
 

@@ -1,0 +1,94 @@
+"""Looks at gRPC requests before they become messages: a part of two bytes takes fifty times as much in one, and parsing
+millions of them holds up all streams."""
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+from typing import Any
+
+import grpc
+from google.protobuf.descriptor import Descriptor, FieldDescriptor, ServiceDescriptor
+from google.protobuf.message import DecodeError
+from google.protobuf.message_factory import GetMessageClass
+
+from loraplex_protos.errors import FieldViolation, InvalidRequestError
+
+MAX_FIELDS = 2**14  # set in a request and in all parts of it; a list of numbers is one
+MAX_NUMBERS = 2**19  # bytes of all lists of numbers: 175,000 token ids at least
+TEXTS = FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_BYTES
+VARINT, FIXED64, DELIMITED, FIXED32 = 0, 1, 2, 5  # kinds of values on the wire
+
+Context = grpc.aio.ServicerContext[Any, Any]
+Answering = Callable[[Context], AbstractAsyncContextManager[None]]
+
+
+def check_message(data: bytes, kind: Descriptor) -> None:
+    """Raises InvalidRequestError if too much is in a message of this kind. What is not one passes."""
+    fields, numbers, parts = 0, 0, [(0, len(data), kind)]
+    try:
+        while parts:
+            at, end, kind = parts.pop()
+            while at < end:
+                fields += 1
+                if fields > MAX_FIELDS:
+                    raise InvalidRequestError(FieldViolation("request", f"has more than {MAX_FIELDS} parts"))
+                key, at = _varint(data, at)
+                value, begin = _varint(data, at) if key & 7 in (VARINT, DELIMITED) else (0, at)
+                at = begin + {VARINT: 0, FIXED64: 8, DELIMITED: value, FIXED32: 4}[key & 7]
+                field = kind.fields_by_number.get(key >> 3)
+                if key & 7 != DELIMITED or field is None:
+                    continue
+                if field.message_type is not None:
+                    parts.append((begin, at, field.message_type))
+                elif field.type not in TEXTS:
+                    numbers += value
+                    if numbers > MAX_NUMBERS:
+                        raise InvalidRequestError(FieldViolation("request", "has too many token ids"))
+    except (IndexError, KeyError):  # the parser says so
+        return
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    """A number, and where it ends."""
+    value = shift = 0
+    while (byte := data[at]) & 0x80:
+        value |= (byte & 0x7F) << shift
+        shift += 7
+        at += 1
+    return value | byte << shift, at + 1
+
+
+class MessageLimits(grpc.aio.ServerInterceptor):
+    """Parses one service's requests where their errors can be answered: within `answering`."""
+
+    def __init__(self, service: ServiceDescriptor, answering: Answering) -> None:
+        self._kinds = {f"/{service.full_name}/{method.name}": method.input_type for method in service.methods}
+        self._answering = answering
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        handler = await continuation(handler_call_details)
+        kind = self._kinds.get(handler_call_details.method)
+        if handler is None or kind is None:
+            return handler
+
+        async def unary(data: bytes, context: Context) -> Any:
+            return await handler.unary_unary(await self._read(data, kind, context), context)
+
+        async def stream(data: bytes, context: Context) -> AsyncIterator[Any]:
+            async for answer in handler.unary_stream(await self._read(data, kind, context), context):
+                yield answer
+
+        if handler.response_streaming:
+            return grpc.unary_stream_rpc_method_handler(stream, None, handler.response_serializer)
+        return grpc.unary_unary_rpc_method_handler(unary, None, handler.response_serializer)
+
+    async def _read(self, data: bytes, kind: Descriptor, context: Context) -> Any:
+        async with self._answering(context):
+            check_message(data, kind)
+            try:
+                return GetMessageClass(kind).FromString(data)
+            except DecodeError as error:
+                raise InvalidRequestError(FieldViolation("request", "cannot be read")) from error
