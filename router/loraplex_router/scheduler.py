@@ -26,6 +26,7 @@ from loraplex_router.adapters.pool import Adapter, AdapterPool, SlotClaim
 from loraplex_router.blocks import BlockAllocator, next_key, root_key
 from loraplex_router.sequence import Chunk, Plan, Sequence
 
+MAX_STARTED = 2_000_000  # tokens of sequences that start in one plan, prefix included: what one message can hold
 TURN = 16  # sequences that an adapter may start on its slot while older ones wait for a slot
 
 
@@ -160,7 +161,7 @@ class Scheduler:
     def _plan_together(self) -> Plan | None:
         chunks: dict[Sequence, Chunk] = {}
         starts: list[Sequence] = []
-        budget = self._limits.max_batch_tokens
+        budget, started_tokens = self._limits.max_batch_tokens, 0
         running = [sequence for sequence in self._running if not sequence.suspect] if self._suspects else self._running
         work = [(sequence, sequence.remaining) for sequence in running]
         decodes = [item for item in work if item[1] == 1]
@@ -168,9 +169,10 @@ class Scheduler:
         for sequence, remaining in decodes + prefills:
             if budget and sequence.row is not None:  # still, or an older one took its blocks just now
                 budget -= self._extend(sequence, remaining, budget, chunks)
-        while budget and self._free_rows and (started := self._next_to_start()):
+        while budget and self._free_rows and started_tokens < MAX_STARTED and (started := self._next_to_start()):
             self._start(started)
             starts.append(started)
+            started_tokens += len(started.tokens)
             budget -= self._extend(started, started.remaining, budget, chunks)
         return self._plan(starts, chunks) if chunks else None
 

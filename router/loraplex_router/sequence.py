@@ -73,8 +73,8 @@ class Sequence:
     runs: int = 0  # how often it took a row
     prefix_hit: int = 0  # prompt tokens that the prefix cache spared at its first start
     finished: bool = False
-    losses: int = 0  # groups that were lost while they computed the same part of it: see suspects.py
-    lost_at: int = 0  # how far plans had come with it when the last one was lost
+    losses: int = 0  # groups in a row that were lost while they computed the same part of it: see suspects.py
+    lost_at: range = range(0)  # the positions of that part
     alone_until: int = 0  # the positions before this one are computed in plans without other sequences
 
     def restart(self, adapter: Adapter) -> None:

@@ -9,9 +9,10 @@ computed alone up to there, one after the other, the youngest first, in plans th
 What loses a third group, alone, is what they died of. Where a shard failed on a plan and said so, one of the suspects
 is to blame for certain: they are alone at once, and the second group convicts.
 
-A sequence that gets past the place is no suspect any more, and nobody is once one of them is convicted. Kills convict
-an innocent sequence only if each of them hits it at one and the same place, the last one in the few steps in which it
-is alone.
+The place is the positions that were in flight at each of the losses. A sequence that gets past it is no suspect any
+more, nor is one that is lost somewhere else the next time, and nobody is once one of them is convicted. So kills
+convict an innocent sequence only if all of them hit it at one place, the last one in the few steps in which it is
+alone.
 """
 
 from collections.abc import Iterable
@@ -35,18 +36,18 @@ class Loss:
 
     def accuse(self) -> Sequence | None:
         """Counts it against what was in flight, and answers which sequence is to be ended for it, if one is."""
-        begins, ends = dict[Sequence, int](), dict[Sequence, int]()
+        places = dict[Sequence, range]()
         for chunk in (chunk for plan in self.plans for chunk in plan.chunks):
-            begins.setdefault(chunk.sequence, chunk.start)
-            ends[chunk.sequence] = chunk.start + chunk.length
-        for sequence, end in ends.items():
-            past = begins[sequence] >= sequence.lost_at
-            sequence.losses = 1 if past else sequence.losses + 1
-            sequence.lost_at = end
-            sequence.alone_until = end if self.failed or sequence.losses > 1 else 0
-        if len(ends) != 1:
+            begin = places[chunk.sequence].start if chunk.sequence in places else chunk.start
+            places[chunk.sequence] = range(begin, chunk.start + chunk.length)
+        for sequence, place in places.items():
+            again = range(max(place.start, sequence.lost_at.start), min(place.stop, sequence.lost_at.stop))
+            sequence.losses = sequence.losses + 1 if again else 1
+            sequence.lost_at = again or place
+            sequence.alone_until = sequence.lost_at.stop if self.failed or sequence.losses > 1 else 0
+        if len(places) != 1:
             return None
-        (alone,) = ends
+        (alone,) = places
         convicting = (CONVICTING_FAILURES if self.failed else CONVICTING_LOSSES) + self.busy
         return alone if alone.losses >= convicting else None
 
@@ -54,4 +55,5 @@ class Loss:
 def acquit(sequences: Iterable[Sequence]) -> None:
     """They are suspects no more."""
     for sequence in sequences:
-        sequence.losses = sequence.lost_at = sequence.alone_until = 0
+        sequence.losses = sequence.alone_until = 0
+        sequence.lost_at = range(0)

@@ -8,7 +8,6 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import partial
 from queue import Empty, SimpleQueue
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -112,9 +111,9 @@ def run(settings: ShardSettings, progress: Progress | None = None) -> None:
     Call it from the main thread.
 
     `progress` is called while loading, as load_decoder says. Raises SettingsError, CheckpointError or GroupSizeError
-    before the port opens. Raises GroupLostError once another rank has ended, a step has failed on one of several ranks,
-    or one hangs that no router waits for any more; the process ends soon after, whatever it hangs in. So do the other
-    ranks, and whoever supervises them starts the group again.
+    before the port opens. Raises GroupLostError once another rank has ended, a step has failed on one of several ranks
+    or on CUDA, or one hangs that no router waits for any more; the process ends soon after, whatever it hangs in. So do
+    the other ranks, and whoever supervises them starts the group again.
     """
     torch.set_num_threads(settings.threads or max(1, torch.get_num_threads() // settings.tp))
     device = machine.pick_device(settings.device, settings.rank)  # before a model is fetched that it could not use
@@ -243,9 +242,11 @@ def _load(
     )
     telemetry.metrics.describe(info)
     runner = Runner(decoder, cache, adapters, group, settings.max_sequences, max_model_len, device, grammars)
-    # A single rank has nobody to be out of step with, and the next stream starts from nothing. Of a group, others may
-    # have run the plan that failed here.
-    on_failed_step = partial(troubles.report, "a step failed") if group.size > 1 else lambda: None
+
+    def on_failed_step(error: Exception) -> None:
+        if ends_process(error, group.size, device):
+            troubles.report("a step failed")
+
     return ShardService(
         steps=StepThread(runner, device, on_failed_step),
         adapters=adapters,
@@ -261,6 +262,13 @@ def _load(
         ),
         telemetry=telemetry,
     )
+
+
+def ends_process(error: Exception, ranks: int, device: torch.device) -> bool:
+    """Whether a rank is of no use any more once a plan has raised this. A single rank has nobody to be out of step
+    with, and its next stream starts from nothing; of a group, others may have run the plan. On CUDA nothing works after
+    an error, unless it was that memory did not suffice."""
+    return ranks > 1 or (device.type == "cuda" and not isinstance(error, torch.OutOfMemoryError))
 
 
 def _open_s3(url: str) -> "S3Source | None":

@@ -36,10 +36,10 @@ class StepThread:
     """Runs all that a runner is asked for, one thing after another.
 
     It is always the same thread, since OpenMP keeps a team of threads for each one that computes. on_failed_step is
-    called there when a plan could not be run.
+    called there with what a plan raised.
     """
 
-    def __init__(self, runner: Runner, device: torch.device, on_failed_step: Callable[[], None]) -> None:
+    def __init__(self, runner: Runner, device: torch.device, on_failed_step: Callable[[Exception], None]) -> None:
         self._runner = runner
         self._on_failed_step = on_failed_step
         self._thread = ThreadPoolExecutor(1, "steps", initializer=machine.use, initargs=(device,))
@@ -94,9 +94,9 @@ class StepThread:
         try:
             assert plan.step == number, f"plan {plan.step} came as plan {number} of its stream"
             response = self._runner.step(plan)
-        except Exception:
+        except Exception as error:
             self._stream = None
-            self._on_failed_step()
+            self._on_failed_step(error)
             raise
         ended = time.monotonic()
         self._longest = max(self._longest, ended - began)

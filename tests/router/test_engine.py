@@ -40,10 +40,10 @@ MODEL = Model(
 class Setup:
     """A service over fake shards, its engine running."""
 
-    def __init__(self, slots: int = 2, max_queue: int = 100, model: Model = MODEL) -> None:
+    def __init__(self, slots: int = 2, max_queue: int = 100, model: Model = MODEL, move_seconds: float = 0.5) -> None:
         self.telemetry = Telemetry(adapters=10, log=RequestLog(prompts=False))
         self.registry = AdapterRegistry()
-        self.groups = Groups(self.telemetry, move_seconds=0.5)
+        self.groups = Groups(self.telemetry, move_seconds)
         self.administration = Administration(self.registry, self.groups)
         self.service = Service(self.groups, self.administration, Keys({}), max_queue, self.telemetry)
         self.service.serve(model)

@@ -3,6 +3,7 @@
 from collections import deque
 from itertools import pairwise
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -205,6 +206,20 @@ def test_suspects_are_computed_alone_the_youngest_first_and_take_turns_with_ever
             world.step()
             world.step()
             assert all(other.computed > computed for other, computed in zip(others, before, strict=True))
+    world.run()
+    assert all(sequence.tokens == expected(sequence) for sequence in world.sequences)
+
+
+def test_what_starts_in_one_plan_fits_into_its_message(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("loraplex_router.scheduler.MAX_STARTED", 30)
+    world = World(blocks=200)
+    world.submit("", [1] * 20, 1)
+    world.run()
+    for _ in range(6):  # whose prefix is cached
+        world.submit("", [1] * 20, 5)
+    plan = world.scheduler.schedule()
+    assert plan and len(plan.starts) == 2
+    world.in_flight.append((plan, world.execute(plan)))
     world.run()
     assert all(sequence.tokens == expected(sequence) for sequence in world.sequences)
 

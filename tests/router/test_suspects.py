@@ -30,7 +30,7 @@ class Cluster(Setup):
         self.lost = 0
         self.tasks: set[asyncio.Task[None]] = set()
         self.generations: list[Generation] = []
-        super().__init__()
+        super().__init__(move_seconds=60)
         self.start(self.group)
         for number in range(1, groups):
             self.start(self.add_group(str(number)))
@@ -145,7 +145,7 @@ async def test_any_number_of_kills_ends_nobody_who_gets_a_token_in_between(
         for number, pause in enumerate(pauses):
             for _ in range(pause):
                 await asyncio.sleep(0)
-            while any(len(sequence.tokens) <= sequence.lost_at for sequence in made.unfinished):
+            while any(len(sequence.tokens) <= sequence.lost_at.stop for sequence in made.unfinished):
                 await asyncio.sleep(0)
             made.kill(number)
         for (first, tokens, adapter), answer in zip(innocents, await asyncio.gather(*asked), strict=True):
@@ -215,8 +215,15 @@ def test_a_machine_that_kills_takes_as_many_losses_at_one_place_as_a_request_tha
         guilty = Loss((plan((alone, 0, 10)), plan((alone, 10, 1)))).accuse()
         assert guilty is (alone if number == CONVICTING_LOSSES else None)
     alone = sequence()
-    for start in range(0, 100, 2):  # each time it is past the place
+    for start in (0, 2, 4, 30, 6, 50, 10, 20, 2):  # each time it is past the place, or not there yet
         assert not Loss((plan((alone, start, 1)), plan((alone, start + 1, 1)))).accuse()
+
+
+def test_the_place_is_what_all_losses_have_in_common():
+    alone = sequence()
+    assert [Loss((plan((alone, start, 10)),)).accuse() for start in (0, 8, 4)] == [None, None, alone]
+    assert alone.lost_at == range(8, 10)
+    assert alone.alone_until == 10
 
 
 def test_nobody_is_convicted_next_to_others():

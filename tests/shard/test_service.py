@@ -92,7 +92,7 @@ def service_with(adapters: AdapterStore, decoder: Decoder, failed_step: threadin
     runner = Runner(decoder, cache, adapters, Group(0, 1), 8, MAX_MODEL_LEN, CPU, grammars)
     info = pb.GetInfoResponse(model_id="tiny", rank=0, num_blocks=NUM_BLOCKS)
     tokenizer = pb.GetTokenizerResponse(tokenizer_json=b"{}")
-    steps = StepThread(runner, CPU, failed_step.set)
+    steps = StepThread(runner, CPU, lambda error: failed_step.set())
     return ShardService(steps, adapters, grammars, info, tokenizer, Telemetry(ShardMetrics()))
 
 

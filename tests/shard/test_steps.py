@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from loraplex_protos.shard_pb2 import StepRequest, StepResponse
+from loraplex_shard.server import ends_process
 from loraplex_shard.steps import StepThread
 
 CPU = torch.device("cpu")
@@ -75,7 +76,7 @@ def failed_step() -> threading.Event:
 
 @pytest.fixture
 def steps(recorder: Any, failed_step: threading.Event) -> StepThread:
-    return StepThread(recorder, CPU, failed_step.set)
+    return StepThread(recorder, CPU, lambda error: failed_step.set())
 
 
 def plan(number: int, row: int = 0) -> StepRequest:
@@ -168,3 +169,19 @@ def test_a_lost_router_ends_the_stream(steps: StepThread) -> None:
         raise grpc.RpcError
 
     assert [step.response.step for step in steps.run(plans())] == [0]
+
+
+@pytest.mark.parametrize(
+    ("error", "ranks", "device", "ends"),
+    [
+        (RuntimeError("index out of range"), 1, "cpu", False),
+        (RuntimeError("index out of range"), 2, "cpu", True),
+        (torch.OutOfMemoryError("CUDA out of memory"), 1, "cuda", False),
+        (torch.OutOfMemoryError("CUDA out of memory"), 2, "cuda", True),
+        (RuntimeError("CUDA error: device-side assert triggered"), 1, "cuda", True),
+    ],
+)
+def test_a_rank_ends_after_a_failed_step_where_it_could_not_run_another(
+    error: Exception, ranks: int, device: str, ends: bool
+) -> None:
+    assert ends_process(error, ranks, torch.device(device)) == ends
