@@ -17,6 +17,7 @@ from loraplex_router.adapters.administration import Administration
 from loraplex_router.adapters.registry import AdapterRegistry
 from loraplex_router.api.grpc import GenerationApi, GrpcServer
 from loraplex_router.api.http.app import create_app
+from loraplex_router.api.http.connection import Connection
 from loraplex_router.connections import Connections, Supervisor
 from loraplex_router.groups import Groups
 from loraplex_router.key_file import KeyFile
@@ -123,7 +124,12 @@ class Router:
         listener = listen(self._settings.host, self._settings.http_port, "--http-port")
         server = HttpServer(
             uvicorn.Config(
-                self._app, log_level="warning", log_config=None, lifespan="off", timeout_graceful_shutdown=STOP_SECONDS
+                self._app,
+                http=Connection,
+                log_level="warning",
+                log_config=None,
+                lifespan="off",
+                timeout_graceful_shutdown=STOP_SECONDS,
             )
         )
         serving = asyncio.create_task(server.serve(sockets=[listener]))

@@ -1,0 +1,69 @@
+"""Uvicorn's HTTP connection, with limits on what it leaves open: a request's headers, in time and size, and what still
+comes of a body after its request was answered."""
+
+import asyncio
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+HEADER_SECONDS = 20.0  # from a connection's or a request's first byte to the end of its headers
+MAX_HEADERS = 2**16  # bytes, the URL included
+REST_SECONDS = 60.0  # for a body that nobody reads
+MAX_REST = 2**26  # bytes of it
+TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+
+
+class Connection(HttpToolsProtocol):
+    """A connection is closed that takes too long, or sends too much."""
+
+    _late: asyncio.TimerHandle | None = None
+    _in_headers = True
+    _headers = _rest = 0  # bytes
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._wait(HEADER_SECONDS)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_waiting()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._in_headers:
+            self._headers += len(data)
+        elif self.cycle is not None and self.cycle.response_complete:
+            self._rest += len(data)
+        super().data_received(data)
+        if self._in_headers and self._headers > MAX_HEADERS:
+            self.transport.write(TOO_LARGE)
+            self.transport.close()
+        if self._rest > MAX_REST:
+            self.transport.close()
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._in_headers = True
+        self._headers = self._rest = 0
+        self._wait(HEADER_SECONDS)
+
+    def on_headers_complete(self) -> None:
+        self._in_headers = False
+        self._stop_waiting()
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self._stop_waiting()
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        if self.cycle.more_body:
+            self._wait(REST_SECONDS)
+        super().on_response_complete()
+
+    def _wait(self, seconds: float) -> None:
+        self._stop_waiting()
+        self._late = self.loop.call_later(seconds, self.transport.close)
+
+    def _stop_waiting(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None

@@ -1,0 +1,125 @@
+"""What a client can do on a connection before, and after, there is a request to answer."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
+
+from loraplex_router.api.http import connection
+from loraplex_router.api.http.body_limit import MOST_BODIES, BodyLimit
+from loraplex_router.api.http.connection import MAX_HEADERS, Connection
+
+LIMIT = 1000
+ENDLESS = b"POST / HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n"
+
+
+class Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def count(request: Request) -> PlainTextResponse:
+    return PlainTextResponse(str(len(await request.body())))
+
+
+async def ignore(request: Request) -> PlainTextResponse:
+    return PlainTextResponse("ignored")
+
+
+@pytest.fixture
+async def port(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[int]:
+    """Of a server that answers with the length of a body, and does not wait long."""
+    for name in ("HEADER_SECONDS", "REST_SECONDS"):
+        monkeypatch.setattr(connection, name, 0.2)
+    app = Starlette(routes=[Route("/", count, methods=["POST"]), Route("/ignored", ignore, methods=["POST"])])
+    app.add_middleware(BodyLimit, limit=LIMIT, seconds=0.2)
+    server = Server(uvicorn.Config(app, port=0, http=Connection, lifespan="off", log_config=None))
+    serving = asyncio.create_task(server.serve())
+    while not server.started:
+        await asyncio.sleep(0.01)
+    yield server.servers[0].sockets[0].getsockname()[1]
+    server.should_exit = True
+    await serving
+
+
+async def send(port: int, *parts: bytes) -> bytes:
+    """What the server answers until it closes the connection."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    for part in parts:
+        writer.write(part)
+        await writer.drain()
+    with contextlib.suppress(ConnectionError):
+        answer = await reader.read()
+        writer.close()
+        return answer
+    return b""
+
+
+def post(body: bytes, *headers: bytes) -> bytes:
+    head = [b"POST / HTTP/1.1", b"host: a", b"connection: close", b"content-length: %d" % len(body), *headers]
+    return b"\r\n".join(head) + b"\r\n\r\n" + body
+
+
+async def test_a_body_within_the_limit_is_read(port: int):
+    assert (await send(port, post(b"x" * LIMIT))).endswith(b"1000")
+
+
+@pytest.mark.parametrize("begun", [b"", b"POST / HT", b"POST / HTTP/1.1\r\nhost: a\r\nx-a"])
+async def test_a_connection_without_a_request_is_closed(port: int, begun: bytes):
+    assert await send(port, begun) == b""
+
+
+async def test_headers_without_an_end_are_refused(port: int):
+    line = b"x-more: " + b"a" * 1000 + b"\r\n"
+    answer = await send(port, b"POST / HTTP/1.1\r\n", *[line] * (MAX_HEADERS // 1000), *[line] * 100)
+    assert answer.startswith(b"HTTP/1.1 431") or answer == b""
+
+
+@pytest.mark.parametrize(
+    ("request_", "status"),
+    [
+        (post(b"x" * (LIMIT + 1)), b"413"),
+        (ENDLESS + b"400\r\n" + b"x" * 0x400 + b"\r\n0\r\n\r\n", b"413"),
+        (ENDLESS + b"1\r\nx\r\n", b"408"),
+        (post(b"x" * 10, b"content-encoding: gzip"), b"415"),
+    ],
+)
+async def test_bodies_that_are_too_large_too_slow_or_compressed_are_refused(port: int, request_: bytes, status: bytes):
+    assert (await send(port, request_)).startswith(b"HTTP/1.1 " + status)
+
+
+async def test_a_body_that_nobody_reads_is_not_waited_for(port: int):
+    assert b"ignored" in await send(port, ENDLESS.replace(b"/ ", b"/ignored ", 1))
+
+
+async def test_bodies_that_are_too_much_together_are_refused():
+    held, release = asyncio.Event(), asyncio.Event()
+
+    async def app(scope, receive, send):
+        await receive()
+        held.set()
+        await release.wait()
+
+    def receive_of(size: int):
+        async def receive():
+            return {"type": "http.request", "body": b"x" * size, "more_body": False}
+
+        return receive
+
+    limited = BodyLimit(app, LIMIT)
+    scope = {"type": "http", "headers": []}
+    running = [asyncio.create_task(limited(scope, receive_of(LIMIT), None)) for _ in range(MOST_BODIES)]
+    await held.wait()
+    await asyncio.sleep(0)
+    with pytest.raises(Exception, match="try again"):
+        await limited(scope, receive_of(1), None)
+    release.set()
+    await asyncio.gather(*running)
+    await limited(scope, receive_of(1), None)
