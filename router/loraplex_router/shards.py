@@ -19,6 +19,7 @@ from loraplex_protos.errors import (
     AdapterSourceError,
     DeadlineError,
     InvalidRequestError,
+    LoraplexError,
     UnavailableError,
     from_rpc_error,
     quote,
@@ -83,7 +84,7 @@ class Shards(Protocol):
     """What the engine and the adapter registry need of a group. Every call raises LoraplexError."""
 
     async def send(self, plan: pb.StepRequest) -> None: ...
-    async def receive(self) -> pb.StepResponse: ...
+    async def receive(self) -> pb.StepResponse: ...  # an error but UnavailableError: it failed on the plan itself
     async def stage(self, reference: AdapterReference) -> StagedAdapter: ...
     async def merge(self, digest: str, digests: Sequence[str], merged: MergedReference) -> StagedAdapter: ...
     async def unstage(self, digest: str) -> None: ...
@@ -226,7 +227,12 @@ class ShardGroup:
         if len(self._streams) == 1:
             first = await self._read(0, sent)
         else:
-            first, *others = await asyncio.gather(*(self._read(rank, sent) for rank in range(len(self._streams))))
+            try:
+                first, *others = await asyncio.gather(*(self._read(rank, sent) for rank in range(len(self._streams))))
+            except UnavailableError:
+                raise
+            except LoraplexError as error:  # it may have failed because another rank was gone
+                raise UnavailableError(error.message) from error
             assert all(other.step == first.step for other in others)
         self._pulse.stepped()
         return first

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from bench.stand_in_shard import INFO, StandInServer, StandInShard, Timing
 from loraplex_protos import shard_pb2 as pb
-from loraplex_protos.errors import UnavailableError
+from loraplex_protos.errors import LoraplexError, UnavailableError
 from loraplex_protos.mtls import MtlsSettings, channel_credentials, server_credentials
 from loraplex_protos.protocol import PROTOCOL_VERSION
 from loraplex_router.app import Router
@@ -118,6 +118,25 @@ async def start(stack: AsyncExitStack, folder: Path, infos: list[pb.GetInfoRespo
     for number, info in enumerate(infos):
         await stack.enter_async_context(StandInServer(StandInShard(Timing(), info), f"unix:{folder}/{number}"))
     return Address(tuple(f"unix:{folder}/{number}" for number in range(len(infos))))
+
+
+class FailingShard(StandInShard):
+    def _run(self, plan: pb.StepRequest) -> pb.StepResponse:
+        raise RuntimeError("on this plan")
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+async def test_a_shard_that_fails_on_a_plan_is_told_from_one_that_may_have_lost_another(tmp_path: Path, ranks: int):
+    async with AsyncExitStack() as stack:
+        shards = [FailingShard(Timing(), rank(number, ranks)) for number in range(ranks)]
+        for number, shard in enumerate(shards):
+            await stack.enter_async_context(StandInServer(shard, f"unix:{tmp_path}/{number}"))
+        group = await connect(Address(tuple(f"unix:{tmp_path}/{number}" for number in range(ranks))), MtlsSettings())
+        await group.send(pb.StepRequest(step=0))
+        with pytest.raises(LoraplexError) as failed:
+            await group.receive()
+        assert isinstance(failed.value, UnavailableError) == (ranks > 1)
+        await group.close()
 
 
 async def test_ranks_that_are_no_group_are_refused(tmp_path: Path):
