@@ -108,7 +108,7 @@ class Constraints:
             return []
         tokens: list[int] = []
         with self._alone(row):
-            tokens = matcher.compute_ff_tokens()[:most]
+            tokens = self._grammars.forced(matcher)[:most]
             matcher.consume_tokens(tokens)
             if end and matcher.stop_reason() == COMPLETE and len(tokens) < most:
                 tokens.append(self._grammars.end_token_id)
@@ -149,6 +149,12 @@ class Constraints:
                     with self._alone(matchers[place][0]):
                         fill_next_token_bitmask(matcher, words, place)
         bits = np.unpackbits(words.view(np.uint8), axis=1, count=self._vocab_size, bitorder="little")
+        for matcher, place in jobs:
+            if np.count_nonzero(bits[place]) == 1:  # forced, and maybe a special token in place of its text
+                with self._alone(matchers[place][0]):
+                    for token in self._grammars.forced(matcher)[:1]:
+                        bits[place] = 0
+                        bits[place, token] = 1
         for place, tokens in enumerate(banned):
             _ban(bits[place], tokens)
         return bits.view(np.bool_)

@@ -44,6 +44,19 @@ class GrammarCompiler:
         """
         return self._compile(grammar.kind, grammar.text, tuple(grammar.schemas)).deep_copy()
 
+    def forced(self, matcher: LLMatcher) -> list[int]:
+        """The tokens that can only follow. llguidance's tokenizer takes a text that reads like a special token for one:
+        where the grammar means the text, it is spelled out."""
+        tokens = matcher.compute_ff_tokens()
+        valid = matcher.validate_tokens(tokens) if tokens else 0
+        return tokens[:valid] + [part for token in tokens[valid:] for part in self._spelled(token)]
+
+    def _spelled(self, token: int) -> list[int]:
+        tokenizer = self._tokenizer
+        if not tokenizer.is_special_token(token):
+            return [token]
+        return tokenizer.greedy_tokenize(tokenizer.decode_str([token]))
+
     def _compile_anew(self, kind: pb.GrammarKind.ValueType, text: str, schemas: tuple[str, ...]) -> LLMatcher:
         for place, schema in enumerate(schemas):
             self._compile_field(f"grammar.schemas[{place}]", pb.GRAMMAR_KIND_JSON_SCHEMA, schema)
@@ -59,6 +72,9 @@ class GrammarCompiler:
             raise _refusal(field, str(error)) from error
         if matcher.is_error():
             raise _refusal(field, matcher.get_error())
+        trial = matcher.deep_copy()
+        if not any(trial.compute_bitmask()) or trial.is_error():
+            raise _refusal(field, "nothing matches it")
         return matcher
 
     @cached_property

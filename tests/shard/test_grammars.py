@@ -67,6 +67,7 @@ REFUSED = {
     "open group": (Grammar(kind=GRAMMAR_KIND_REGEX, text="(ab"), "unclosed group"),
     "look-around": (Grammar(kind=GRAMMAR_KIND_REGEX, text="a(?=b)"), "look-around"),
     "slash and open group": (Grammar(kind=GRAMMAR_KIND_REGEX, text="a/(b"), "unclosed group"),
+    "no character": (Grammar(kind=GRAMMAR_KIND_REGEX, text=r"a?[^\s\S]"), "nothing matches it"),
     "unknown rule": (Grammar(kind=GRAMMAR_KIND_LARK, text="start: sentence"), "sentence"),
     "GBNF without root": (Grammar(kind=GRAMMAR_KIND_LARK, text='x ::= "a"'), "root"),
 }
@@ -110,6 +111,22 @@ def one_of_allowed(constraints: Constraints, length: int, rows: int) -> int:
     constraints.accept([0], [token])
     assert not constraints.failed([0]).any()
     return token
+
+
+@pytest.mark.parametrize("text", ["</s>", "<|end|>", "x<|end|>y</s>", "<|end|><|end|>"])
+@pytest.mark.parametrize("most", [1, 2, 32])
+def test_a_text_that_reads_like_a_special_token_is_spelled_out(text: str, most: int) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<|end|>"], special_tokens=True)
+    compiler = GrammarCompiler(tokenizer.backend_tokenizer.to_str().encode(), VOCAB + 1, (END,))
+    constraints = Constraints(compiler, VOCAB + 1)
+    grammar = Grammar(kind=GRAMMAR_KIND_LARK, text=f'start: "{text}" /[yn]/ <|end|>')
+    constraints.start(SequenceStart(row=0, tokens=[0], prompt_length=1, grammar=grammar))
+    tokens: list[int] = []
+    while (token := one_of_allowed(constraints, len(tokens), VOCAB + 1)) != END:
+        tokens += [token, *constraints.force(0, most, end=False)]
+    assert tokens[-1] == VOCAB  # the grammar's own <|end|>
+    assert tokenizer.decode(tokens[:-1], skip_special_tokens=True) == f"{text}y"
 
 
 def test_end_tokens_that_the_model_lacks_end_nothing() -> None:
