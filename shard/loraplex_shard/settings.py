@@ -88,6 +88,10 @@ class ModelSettings(BaseModel):
     def _adapters_is_a_directory(self) -> Self:
         if self.adapters is not None and not self.adapters.is_dir():
             raise ValueError(f"adapters: {self.adapters} is not a directory")
+        if self.adapters is not None and (self.adapters / "adapter_config.json").is_file():
+            raise ValueError(
+                f"adapters: {self.adapters} is an adapter itself: give the directory that its folder is in"
+            )
         return self
 
 

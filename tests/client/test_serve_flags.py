@@ -1,11 +1,14 @@
 """What `loraplex serve` tells the ranks that it starts."""
 
+from pathlib import Path
+
 import pytest
 import typer
 from pydantic import BaseModel, ValidationError
 
 from loraplex.cli.flags import parse
 from loraplex.cli.flags_help import SUBJECTS, describe
+from loraplex.cli.habits import HABITS
 from loraplex.cli.ranks import shard_flags
 from loraplex.cli.supervisor import ServeSettings
 from loraplex_router.settings import RouterSettings
@@ -73,3 +76,27 @@ def test_a_wrong_setting_is_named_by_its_flag(flags: list[str], message: str):
     with pytest.raises(typer.BadParameter) as refused:
         parse(ServeSettings, flags, "serve", "Serves.", positional="model")
     assert refused.value.message == message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["--model", "org/name"], "there is no --model; here it is MODEL, without a flag"),
+        (["org/name", "--tensor-parallel-size=2"], "there is no --tensor-parallel-size; here it is --tp"),
+    ],
+)
+def test_flags_of_other_servers_are_translated(arguments: list[str], hint: str):
+    with pytest.raises(typer.BadParameter, match=hint):
+        parse(ServeSettings, arguments, "serve", "Serves.", positional="model")
+
+
+def test_what_flags_are_translated_to_exists():
+    known = {f"--{name.replace('_', '-')}" for name in ServeSettings.model_fields if name != "model"}
+    named = {word.rstrip(";") for text in HABITS.values() for word in text.split() if word.startswith("--")}
+    assert named <= known and not known & HABITS.keys()
+
+
+def test_an_adapter_in_place_of_the_directory_of_adapters_is_refused(tmp_path: Path):
+    (tmp_path / "adapter_config.json").touch()
+    with pytest.raises(ValidationError, match="is an adapter itself: give the directory that it is in"):
+        ServeSettings(adapters=tmp_path)

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from loraplex.cli.flags_help import describe
+from loraplex.cli.habits import translated
 from loraplex.cli.output import width
 
 Settings = TypeVar("Settings", bound=BaseModel)
@@ -22,6 +23,10 @@ def parse(kind: type[Settings], arguments: list[str], command: str, text: str, p
     if "--help" in arguments:
         typer.echo(describe(kind, command, text, positional, width()))
         raise typer.Exit()
+
+    own = [f"--{name.replace('_', '-')}" for name in kind.model_fields if name != positional]
+    if positional and (hint := translated(arguments, own)):
+        raise typer.BadParameter(hint)
 
     def collect(**values: Any) -> Settings:
         try:

@@ -1,0 +1,58 @@
+"""Flags of other servers, and what they are here: for those who come from vLLM, SGLang, TGI, LoRAX or llama.cpp."""
+
+from collections.abc import Iterable
+
+HABITS = {
+    "--model": "MODEL, without a flag",
+    "--model-id": "MODEL, without a flag",
+    "--model-path": "MODEL, without a flag",
+    "-m": "MODEL, without a flag",
+    "--port": "--http-port; gRPC has --grpc-port",
+    "-p": "--http-port; gRPC has --grpc-port",
+    "--hostname": "--host",
+    "--tensor-parallel-size": "--tp",
+    "-tp": "--tp",
+    "--tp-size": "--tp",
+    "--num-shard": "--tp",
+    "--max-num-seqs": "--max-sequences",
+    "--max-running-requests": "--max-sequences",
+    "--max-num-batched-tokens": "--max-batch-tokens",
+    "--chunked-prefill-size": "--max-batch-tokens",
+    "--max-concurrent-requests": "--max-queue",
+    "--max-total-tokens": "--max-model-len",
+    "--context-length": "--max-model-len",
+    "--ctx-size": "--max-model-len",
+    "--kv-cache-dtype": "--kv-dtype",
+    "--quantization": "--quantize",
+    "--enable-lora": "always so: leave it out",
+    "--enable-prefix-caching": "always so: leave it out",
+    "--enable-chunked-prefill": "always so: leave it out",
+    "--lora-modules": "--adapters DIRECTORY, with a folder for each",
+    "--lora-paths": "--adapters DIRECTORY, with a folder for each",
+    "--lora": "--adapters DIRECTORY, with a folder for each",
+    "--max-loras": "--max-adapters-on-device",
+    "--max-loras-per-batch": "--max-adapters-on-device",
+    "--max-active-adapters": "--max-adapters-on-device",
+    "--max-lora-rank": "not needed: leave it out",
+    "--max-cpu-loras": "--adapter-host-gib",
+    "--adapter-memory-fraction": "--adapter-host-gib",
+    "--gpu-memory-utilization": "--kv-blocks",
+    "--mem-fraction-static": "--kv-blocks",
+    "--api-key": "--api-keys FILE, which has hashes of several",
+    "--trust-remote-code": "not there: code of a model is never run",
+    "--chat-template": "not there: put chat_template.jinja into the model's directory",
+    "--download-dir": "the variable HF_HOME",
+    "--cors-allow-origin": "--cors-origins",
+    "--allowed-origins": "--cors-origins",
+    "--json-output": "--log-format json",
+}
+
+
+def translated(arguments: Iterable[str], flags: Iterable[str]) -> str | None:
+    """What to say of the first argument that is another server's flag and none of these; None if there is none."""
+    own = set(flags)
+    for argument in arguments:
+        name = argument.partition("=")[0]
+        if name in HABITS and name not in own:
+            return f"there is no {name}; here it is {HABITS[name]}"
+    return None
