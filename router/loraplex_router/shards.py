@@ -47,6 +47,7 @@ CHANNEL_OPTIONS: tuple[tuple[str, str | int], ...] = (
 )
 
 RETRY_SECONDS = 0.1
+AT_A_TIME = 500  # names of local adapters that are read in one go
 ANSWER_SECONDS = 5.0  # for who a rank is, which its process knows
 PING_SECONDS = 0.5  # between an answer and the next ping
 # A rank's port opens once its model is loaded: for so long nothing is said of one that is closed.
@@ -291,7 +292,12 @@ class ShardGroup:
 
     async def local_adapters(self) -> list[LocalAdapter]:
         answer = await _typed(self._ranks[0].ListLocalAdapters(pb.ListLocalAdaptersRequest()))
-        return [LocalAdapter(adapter.id, adapter.fault, tuple(adapter.warnings)) for adapter in answer.adapters]
+        found: list[LocalAdapter] = []
+        for number, adapter in enumerate(answer.adapters):
+            if number % AT_A_TIME == 0:
+                await asyncio.sleep(0)  # there may be thousands, and others have their turn
+            found.append(LocalAdapter(adapter.id, adapter.fault, tuple(adapter.warnings)))
+        return found
 
     async def compile_grammar(self, grammar: Grammar) -> None:
         """Only rank 0 samples, so it alone needs grammars. Raises InvalidRequestError with the reason."""

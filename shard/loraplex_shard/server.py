@@ -1,5 +1,6 @@
 """A shard process: loads one rank of the model, then serves it. The port opens once the model is loaded."""
 
+import gc
 import logging
 import os
 import signal
@@ -135,6 +136,7 @@ def run(settings: ShardSettings, progress: Progress | None = None) -> None:
     try:
         with open_telemetry(settings) as telemetry:
             service = _load(settings, checkpoint, group, device, kernels, progress, troubles, telemetry)
+            gc.freeze()  # what loading made is not looked through again at every collection, which would delay steps
             server, states = start(service, settings.listen, server_credentials(settings), device)
             logger.info("rank %d of %d serves at %s", settings.rank, settings.tp, settings.listen)
             try:

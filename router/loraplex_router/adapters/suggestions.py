@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from difflib import get_close_matches
+from heapq import nlargest
 
 from loraplex_protos.errors import (
     AdapterForbiddenError,
@@ -14,7 +15,8 @@ from loraplex_protos.errors import (
 from loraplex_router.adapters.references import Reference, ids_of
 
 MOST = 3
-COMPARED = 1000  # names: comparing is slow
+COMPARED = 200  # names: comparing is slow
+PART = 3  # characters
 
 
 def similar(name: str, names: Iterable[str]) -> list[str]:
@@ -22,9 +24,9 @@ def similar(name: str, names: Iterable[str]) -> list[str]:
     wanted = name.casefold()
     known = {other.casefold(): other for other in names}
     plausible = [other for other in known if abs(len(other) - len(wanted)) <= len(wanted) // 2 + 1]
-    if len(plausible) > COMPARED:  # of thousands, those that begin or end like it
-        alike = [other for other in plausible if other[:2] == wanted[:2] or other[-2:] == wanted[-2:]]
-        plausible = sorted(alike, key=lambda other: abs(len(other) - len(wanted)))[:COMPARED]
+    if len(plausible) > COMPARED:  # of thousands, those that have most of its parts
+        parts = {wanted[start : start + PART] for start in range(len(wanted) - PART + 1)}
+        plausible = nlargest(COMPARED, plausible, key=lambda other: sum(part in other for part in parts))
     folder = wanted.rpartition("/")[2]  # a name without its org, or with another one
     found = [other for other in known if other.rpartition("/")[2] == folder]
     return [known[other] for other in dict.fromkeys([*found, *get_close_matches(wanted, plausible, MOST)])][:MOST]

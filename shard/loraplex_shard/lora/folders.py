@@ -5,7 +5,7 @@ from pathlib import Path
 
 from loraplex_protos.adapter_names import is_name, normal
 
-_CACHED = "models--"  # how the hub's cache calls a repository's folder: models--org--name
+CACHED = "models--"  # how the hub's cache calls a repository's folder: models--org--name
 
 
 def find_folder(root: Path, id: str) -> Path | None:
@@ -14,14 +14,14 @@ def find_folder(root: Path, id: str) -> Path | None:
     if not is_name(id):
         return None
     folder = _descend(root, id)
-    if folder is None and (folder := find_snapshot(root / (_CACHED + id.replace("/", "--")))) is None:
+    if folder is None and (folder := find_snapshot(root / (CACHED + id.replace("/", "--")))) is None:
         return None
     return folder.resolve() if is_inside(folder, root) and folder.is_dir() else None
 
 
 def find_snapshot(folder: Path) -> Path | None:
     """Of a repository in the hub's cache, the commit that its default branch is at, else the newest one."""
-    if not folder.name.startswith(_CACHED):
+    if not folder.name.startswith(CACHED):
         return None
     try:
         commits = {path.name: path for path in (folder / "snapshots").iterdir() if path.is_dir()}
@@ -34,7 +34,7 @@ def find_snapshot(folder: Path) -> Path | None:
 
 def cached_id(name: str) -> str:
     """The hub's id for the name of a folder in its cache."""
-    return name.removeprefix(_CACHED).replace("--", "/")
+    return name.removeprefix(CACHED).replace("--", "/")
 
 
 def is_inside(path: Path, root: Path) -> bool:

@@ -7,19 +7,21 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import NamedTuple
 
 from loraplex_protos.adapter_names import MAX_PARTS, RULE, is_part, normal
 from loraplex_protos.errors import AdapterInvalidError
 from loraplex_shard.lora.config import AdapterConfig, parse_config
 from loraplex_shard.lora.files import CONFIG, MLX_TENSORS, PICKLE, TENSORS, check_names, check_size
-from loraplex_shard.lora.folders import cached_id, find_snapshot, is_inside
+from loraplex_shard.lora.folders import CACHED, cached_id, find_snapshot, is_inside
 from loraplex_shard.lora.tensors import check_header
 
 _TELLING = frozenset({CONFIG, TENSORS, PICKLE, MLX_TENSORS})  # any of them makes a folder an adapter's
 _OUTSIDE = "it is a link that leads out of the adapter directory"
 LOOK_SECONDS = 2.0
-FOLDERS_AT_A_TIME = 64
+FOLDERS_AT_A_TIME = 8
+SETTLED_NS = 2 * 10**9  # a folder's time of change tells nothing before it is so old: clocks of file systems are coarse
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +40,14 @@ class _Found(NamedTuple):
     fault: str = ""
 
 
+class _Scanned(NamedTuple):
+    """What an adapter's folder held when it was last looked through."""
+
+    changed: int | None  # when it was last changed before; None: that is not to be relied on
+    files: frozenset[str]
+    fault: str
+
+
 class LocalListing:
     """Adapters are looked into once, and again when their files have changed.
 
@@ -47,11 +57,27 @@ class LocalListing:
     def __init__(self, root: Path, doubts: Callable[[AdapterConfig], tuple[str, ...]]) -> None:
         self._root = str(root)
         self._doubts = doubts
+        self._lock = Lock()  # guards all of the following
+        self._began = 0.0  # the last listing
+        self._listed: list[LocalAdapter] = []
+        self._scanned: dict[str, _Scanned] = {}  # by folder
         self._seen: dict[str, tuple[object, LocalAdapter]] = {}
 
     def adapters(self) -> list[LocalAdapter]:
         """Sorted by id. Of thousands that are new, only so many are looked into as some seconds allow; the others
         appear without a fault until a later call."""
+        asked = time.monotonic()
+        with self._lock:
+            if self._began < asked:  # else somebody else had it listed meanwhile
+                self._began = time.monotonic()
+                self._listed = self._list()
+            return self._listed
+
+    def count(self) -> int:
+        with self._lock:
+            return sum(1 for _ in self._found())
+
+    def _list(self) -> list[LocalAdapter]:
         found: dict[str, _Found] = {}
         for adapter in self._found():
             if adapter.id not in found or adapter.folder.endswith(adapter.id):  # the one that is spelled like its id
@@ -59,19 +85,22 @@ class LocalListing:
         deadline = time.monotonic() + LOOK_SECONDS
         listed = [self._look(adapter, deadline) for _, adapter in sorted(found.items())]
         self._seen = {id: seen for id, seen in self._seen.items() if id in found}
+        self._scanned = {adapter.folder: self._scanned[adapter.folder] for adapter in found.values() if adapter.files}
         return listed
-
-    def count(self) -> int:
-        return sum(1 for _ in self._found())
 
     def _found(self) -> Iterator[_Found]:
         for number, adapter in enumerate(self._walk(self._root, ())):
             if number % FOLDERS_AT_A_TIME == 0:
-                time.sleep(0)  # a step may be waiting for the interpreter
+                _yield()
             yield adapter
 
     def _walk(self, folder: str, names: tuple[str, ...]) -> Iterator[_Found]:
         try:
+            changed = os.stat(folder).st_mtime_ns
+            known = self._scanned.get(folder)
+            if known is not None and known.changed == changed:
+                yield _Found("/".join(names), folder, known.files, known.fault)
+                return
             with os.scandir(folder) as scan:
                 entries = list(scan)
         except OSError as error:
@@ -82,7 +111,10 @@ class LocalListing:
         if names and files:
             outside = any(entry.is_symlink() and not self._holds(entry.path) for entry in files)
             fault = f"its files: {_OUTSIDE}" if outside else ""
-            yield _Found("/".join(names), folder, frozenset(entry.name for entry in files), fault)
+            held = frozenset(entry.name for entry in files)
+            settled = time.time_ns() - changed > SETTLED_NS and not outside
+            self._scanned[folder] = _Scanned(changed if settled else None, held, fault)
+            yield _Found("/".join(names), folder, held, fault)
             return
         for entry in entries:
             with suppress(OSError):  # it went away meanwhile, or is a link to itself
@@ -100,7 +132,8 @@ class LocalListing:
                 return
             if Path(entry.path).is_relative_to(path):  # a circle
                 return
-        if not names and (snapshot := find_snapshot(Path(path))):
+        snapshot = None if names or not entry.name.startswith(CACHED) else find_snapshot(Path(path))
+        if snapshot is not None:
             yield from self._walk(os.path.realpath(snapshot), tuple(cached_id(entry.name).split("/")))
         elif is_part(part) and len(names) < MAX_PARTS:
             yield from self._walk(path, (*names, part))
@@ -118,7 +151,7 @@ class LocalListing:
             return known[1]
         if time.monotonic() > deadline:
             return LocalAdapter(found.id)
-        time.sleep(0)
+        _yield()
         try:
             adapter = LocalAdapter(found.id, warnings=self._inspect(found))
         except AdapterInvalidError as error:
@@ -140,6 +173,11 @@ class LocalListing:
         with tensors.open("rb") as file:
             check_header(file, tensors.stat().st_size)
         return doubts
+
+
+def _yield() -> None:
+    """Lets a step have the interpreter, if it waits for it."""
+    time.sleep(1e-4)
 
 
 def _state(found: _Found) -> object:
