@@ -9,13 +9,19 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain, islice, repeat
+from collections.abc import Iterable, Sequence
 
 from loraplex_protos import shard_pb2 as pb
 from loraplex_protos.errors import GenerationError, LoraplexError, UnavailableError
 from loraplex_router.adapters.pool import Adapter, AdapterPool, SlotClaim
-from loraplex_router.output import Alternatives, Generation, Sample, SequenceOutput
+from loraplex_router.output import Generation, Sample, SequenceOutput
+from loraplex_router.results import (
+    read_announced,
+    read_pooled,
+    read_prompt_alternatives,
+    read_prompt_logprobs,
+    read_samples,
+)
 from loraplex_router.scheduler import Scheduler
 from loraplex_router.sequence import Chunk, Plan
 from loraplex_router.shards import Shards, encode
@@ -152,11 +158,11 @@ class Engine:
         self._scheduler.complete(plan)
         self._telemetry.step(plan, response)
         failures = dict(zip(response.failed_chunks, response.failure_reasons, strict=True))
-        prompt_logprobs = _read_prompt_logprobs(response, len(plan.chunks))
-        prompt_alternatives = _read_prompt_alternatives(response)
-        pooled = _read_pooled(response)
-        announced = _read_announced(response, len(plan.chunks))
-        for place, (chunk, samples) in enumerate(zip(plan.chunks, _read_samples(response), strict=True)):
+        prompt_logprobs = read_prompt_logprobs(response, len(plan.chunks))
+        prompt_alternatives = read_prompt_alternatives(response)
+        pooled = read_pooled(response)
+        announced = read_announced(response, len(plan.chunks))
+        for place, (chunk, samples) in enumerate(zip(plan.chunks, read_samples(response), strict=True)):
             owner = self._owners.get(chunk.sequence)
             if owner is None or chunk.sequence.finished:
                 continue
@@ -248,56 +254,3 @@ class Engine:
     def _fail_waiting(self, adapter: Adapter, error: LoraplexError) -> None:
         for generation in [g for g in self._generations if g.adapter_digest == adapter.digest]:
             self._end(generation, error)
-
-
-def _read_samples(response: pb.StepResponse) -> Iterator[Sequence[Sample]]:
-    """The tokens of each chunk."""
-    samples = iter(_read_all_samples(response))
-    for count in response.token_counts:
-        yield [next(samples)] if count == 1 else list(islice(samples, count))
-
-
-def _read_all_samples(response: pb.StepResponse) -> Iterable[Sample]:
-    if not response.logprobs:
-        return map(Sample, response.tokens)
-    alternatives = _read_alternatives(
-        response.alternative_counts, response.alternative_tokens, response.alternative_logprobs
-    )
-    return map(Sample, response.tokens, response.logprobs, chain(alternatives, repeat(())))
-
-
-def _read_announced(response: pb.StepResponse, chunks: int) -> list[Sequence[int]]:
-    """The tokens of each chunk."""
-    tokens = iter(response.announced_tokens)
-    counts = response.announced_counts or [0] * chunks
-    return [[next(tokens) for _ in range(count)] for count in counts]
-
-
-def _read_alternatives(
-    counts: Iterable[int], tokens: Iterable[int], logprobs: Iterable[float]
-) -> Iterator[Alternatives]:
-    pairs = zip(tokens, logprobs, strict=True)
-    for count in counts:
-        yield tuple(next(pairs) for _ in range(count))
-
-
-def _read_prompt_logprobs(response: pb.StepResponse, chunks: int) -> list[list[float]]:
-    """Those of each chunk: of the tokens after its positions."""
-    values = iter(response.prompt_logprobs)
-    counts = response.prompt_logprob_counts or [0] * chunks
-    return [[next(values) for _ in range(count)] for count in counts]
-
-
-def _read_prompt_alternatives(response: pb.StepResponse) -> list[list[Alternatives]]:
-    """Those of the same tokens; empty where they were not asked for."""
-    found = _read_alternatives(
-        response.prompt_alternative_counts, response.prompt_alternative_tokens, response.prompt_alternative_logprobs
-    )
-    return [[next(found, ()) for _ in range(count)] for count in response.prompt_logprob_counts]
-
-
-def _read_pooled(response: pb.StepResponse) -> dict[int, Sequence[float]]:
-    """The vectors, by the place of their chunk."""
-    count = len(response.pooled_chunks)
-    size = len(response.pooled) // count if count else 0
-    return {place: response.pooled[i * size : (i + 1) * size] for i, place in enumerate(response.pooled_chunks)}

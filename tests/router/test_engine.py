@@ -23,6 +23,7 @@ from loraplex_router.service import Service
 from loraplex_router.telemetry.request_log import RequestLog
 from loraplex_router.telemetry.telemetry import Telemetry
 from loraplex_router.text.chat import ChatTemplates
+from loraplex_router.text.detokenizer import Detokenizer
 from loraplex_router.text.renderer import Renderer
 from tests.router.fake_shards import VOCABULARY, FakeShards
 from tests.router.test_text import TOKENIZER
@@ -102,6 +103,24 @@ async def test_an_end_token_ends_a_sequence_and_the_token_computed_beyond_it_is_
 
 async def test_a_sequence_that_fails_ends_alone(setup: Setup):
     setup.shards.failing_token = 105
+    good, bad = await asyncio.gather(setup.answer(1, tokens=20), setup.answer(100, tokens=20), return_exceptions=True)
+    assert good == list(range(2, 22))
+    assert isinstance(bad, GenerationError)
+
+
+class PanicError(BaseException):
+    """As a panic in Rust reaches Python."""
+
+
+async def test_a_sequence_whose_tokens_cannot_be_read_ends_alone(setup: Setup, monkeypatch: pytest.MonkeyPatch):
+    push = Detokenizer.push
+
+    def panic(self: Detokenizer, token: int) -> str:
+        if token == 105:
+            raise PanicError
+        return push(self, token)
+
+    monkeypatch.setattr(Detokenizer, "push", panic)
     good, bad = await asyncio.gather(setup.answer(1, tokens=20), setup.answer(100, tokens=20), return_exceptions=True)
     assert good == list(range(2, 22))
     assert isinstance(bad, GenerationError)
