@@ -1,6 +1,7 @@
 """Prompts that chat templates of many shapes make of OpenAI's messages; transformers is the oracle."""
 
 import json
+import re
 from typing import Any
 
 import jinja2
@@ -202,7 +203,52 @@ def test_a_template_that_reads_no_tools_gets_them_in_the_system_message():
 
 
 def test_calls_that_a_template_does_not_show_become_text_without_tools_too():
-    assert f"<assistant><tool_call>\n{CALL}\n</tool_call><user>" in render(PLAIN, calls('{"a": 1}'))
+    assert f"<assistant><tool_call>\n{CALL}\n</tool_call><tool>rain" in render(PLAIN, calls('{"a": 1}'))
+
+
+def test_results_that_a_template_refuses_become_text():
+    source = (
+        "{% for m in messages %}{% if m.role not in ('user', 'assistant') %}{{ raise_exception('who?') }}{% endif %}"
+    )
+    source += "<{{ m.role }}>{{ m.content }}{% endfor %}"
+    assert render(source, calls("{}")).endswith("</tool_call><user><tool_response>\nrain\n</tool_response>")
+    prompt = render(source, [USER], [TOOL])
+    assert prompt.startswith("<user>You may call") and prompt.endswith("\n\nWeather?")
+
+
+def test_a_template_may_write_a_calls_id_and_no_name():
+    source = "{% for m in messages %}<{{ m.role }}>{{ m.content or '' }}{% for c in m.tool_calls or [] %}"
+    source += "{{ c.id }}({{ c.function.arguments }}){% endfor %}{% endfor %}"
+    assert render(source, calls("{}")) == "<user>Weather?<assistant>call12345({})<tool>rain"
+
+
+@pytest.mark.parametrize(
+    ("check", "form"),
+    [
+        ("c.id | length != 9", r"[0-9a-f]{9}"),
+        ("'functions.' + c.function.name + ':' not in c.id", r"functions\.add:0"),
+    ],
+)
+def test_ids_of_calls_are_such_as_the_template_takes(check: str, form: str):
+    source = (
+        "{% for m in messages %}{% for c in m.tool_calls or [] %}{% if CHECK %}{{ raise_exception('id') }}{% endif %}"
+    )
+    source = source.replace("CHECK", check) + "{{ c.function.name }} {{ c.id }};{% endfor %}"
+    source += "{{ m.tool_call_id }};{% endfor %}"
+    messages = calls("{}")
+    messages[1]["tool_calls"][0]["id"] = messages[2]["tool_call_id"] = "call_0123456789"
+    found = re.fullmatch(rf";add ({form});;({form});", render(source, messages))
+    assert found and found[1] == found[2]
+    kept = {"[0-9a-f]{9}": "Abcde1234"}.get(form, "functions.add:0")
+    messages[1]["tool_calls"][0]["id"] = messages[2]["tool_call_id"] = kept
+    assert render(source, messages) == f";add {kept};;{kept};"
+
+
+def test_a_template_for_tools_alone_is_known_by_rendering_with_tools():
+    source = "{% for t in tools %}{{ t.function.name }};{% endfor %}" + WRITE_CALLS.replace(
+        "ARGUMENTS", ARGUMENTS["text"]
+    )
+    assert render(source, calls({"a": 1}), [TOOL]) == 'add;Weather?;<call>add ({"a": 1});rain;'
 
 
 def test_without_tools_a_conversation_is_as_it_was():

@@ -1,12 +1,16 @@
 """Messages as clients write them -> as a template reads them."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from typing import Any
 
 from loraplex_router.json_limits import parse
-from loraplex_router.text.template_traits import Row, Traits, write_blank
+from loraplex_router.text.template_traits import CallIds, Row, Traits, write_blank
 from loraplex_router.text.tool_prompt import describe_tools, without_tool_fields
+
+_FORMS = {CallIds.SHORT: re.compile(r"[A-Za-z0-9]{9}"), CallIds.NUMBERED: re.compile(r"functions\.[^:]+:\d+")}
 
 
 def adapt(messages: Sequence[Row], tools: Sequence[Mapping[str, Any]] | None, traits: Traits) -> list[Row]:
@@ -16,13 +20,39 @@ def adapt(messages: Sequence[Row], tools: Sequence[Mapping[str, Any]] | None, tr
     if not traits.knows_developer:
         rows = [{**row, "role": "system"} if row["role"] == "developer" else row for row in rows]
     described = bool(tools) and not traits.reads_tools
-    if described or (traits.hides_calls and any(row.get("tool_calls") for row in rows)):
-        rows = [without_tool_fields(_with_text(_with_arguments(row, as_text=False))) for row in rows]
-    elif traits.hides_results:
-        rows = [without_tool_fields(_with_text(row)) if row["role"] == "tool" else row for row in rows]
+
+    def is_hidden(row: Row) -> bool:
+        hidden = traits.hides_results if row["role"] == "tool" else traits.hides_calls and row.get("tool_calls")
+        return described or bool(hidden)
+
+    rows = [
+        without_tool_fields(_with_text(_with_arguments(row, as_text=False))) if is_hidden(row) else row for row in rows
+    ]
     if tools and described:
-        rows = describe_tools(rows, tools)
+        rows = describe_tools(rows, tools, "system" if traits.takes_system else "user")
+    rows = _with_ids(rows, traits.call_ids)
     return [_with_content(_with_arguments(row, traits.arguments_as_text), traits) for row in rows]
+
+
+def _with_ids(rows: list[Row], form: CallIds) -> list[Row]:
+    """Ids of calls come from clients, and from other servers; some templates take only those of their model."""
+    if form is CallIds.ANY:
+        return rows
+    renamed, count, changed = dict[object, str](), 0, list[Row]()
+    for row in rows:
+        calls = []
+        for call in row.get("tool_calls", ()):
+            given = call.get("id")
+            own = {
+                CallIds.SHORT: sha256(f"{given or count}".encode()).hexdigest()[:9],
+                CallIds.NUMBERED: f"functions.{call['function']['name']}:{count}",
+            }[form]
+            renamed[given] = given if isinstance(given, str) and _FORMS[form].fullmatch(given) else own
+            calls.append({**call, "id": renamed[given]})
+            count += 1
+        result = {"tool_call_id": renamed[row["tool_call_id"]]} if row.get("tool_call_id") in renamed else {}
+        changed.append({**row, **({"tool_calls": calls} if calls else {}), **result})
+    return changed
 
 
 def _with_arguments(row: Row, as_text: bool) -> Row:

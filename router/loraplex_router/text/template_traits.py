@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from enum import Enum
+from itertools import product
 from typing import Any
 
 Row = dict[str, Any]  # a message as a template reads it
@@ -19,11 +20,18 @@ TEXT = "firstpart secondpart"
 PARTS = [{"type": "text", "text": text} for text in TEXT.split()]
 ARGUMENTS = {"probekey": "probevalue"}
 WRITTEN_ARGUMENTS = json.dumps(ARGUMENTS)
-CALL_ID = "probe1234"  # Mistral's templates want nine letters and digits
 PARAMETERS = {"type": "object", "properties": {"probekey": {"type": "string"}}, "required": []}
 TOOL = {"type": "function", "function": {"name": "probetool", "description": "Probes.", "parameters": PARAMETERS}}
 # A dict, a list of parts, or a JSON text in a JSON text, printed as such.
 DATA = "'probekey'", '\\"probekey', "'type': 'text'", '"type": "text"', '"type":"text"'
+
+
+class CallIds(Enum):
+    """What the ids of calls must look like, by an example. There is one call, of `probecall`."""
+
+    ANY = "call_0123456789abcdef"
+    SHORT = "probe1234"  # nine letters and digits, as Mistral's templates want them
+    NUMBERED = "functions.probecall:0"  # as some of Kimi's do
 
 
 class Blank(Enum):
@@ -39,6 +47,8 @@ class Traits:
     reads_tools: bool  # it has use for the tools that there are
     hides_calls: bool  # what an assistant says is shown, but not what it calls
     hides_results: bool  # what a user says is shown, but not what came of a call
+    takes_system: bool  # a system message is shown
+    call_ids: CallIds
     knows_developer: bool  # OpenAI's newer name for the role "system"
     arguments_as_text: bool  # those of calls are the client's text; else the object that it stands for
     blank: Blank  # a message without content
@@ -55,42 +65,52 @@ def find_traits(source: str, variables: Collection[str], render: Render) -> Trai
         try:
             return render(rows, tools)
         except Exception:  # it is a program
-            return None
+            return None if tools else attempt(rows, [TOOL])  # one that is for tools alone
 
-    def called(arguments: Any, blank: Blank) -> str | None:
+    def called(arguments: Any, blank: Blank, ids: CallIds) -> str | None:
         """With calls; some templates write them only where there are tools."""
-        rows = _called(arguments, blank)
+        rows = _called(arguments, blank, ids)
         without = attempt(rows)
-        return without if _shows(without, "probecall") else attempt(rows, [TOOL])
+        return without if without is not None and _names_call(without) else attempt(rows, [TOOL])
 
-    def shows_call(blank: Blank) -> bool:
-        texts = called(ARGUMENTS, blank), called(WRITTEN_ARGUMENTS, blank)
-        return any(text is not None and "probecall" in text and "None" not in text for text in texts)
+    def rank(ids: CallIds, blank: Blank) -> int:
+        """How good this is for a message that has calls."""
+        texts = called(ARGUMENTS, blank, ids), called(WRITTEN_ARGUMENTS, blank, ids)
+        shown = [text for text in texts if text is not None]
+        return max((1 + (_names_call(text) and "None" not in text) for text in shown), default=0)
 
-    blank_call = next(filter(shows_call, Blank), Blank.ABSENT)
-    as_object, as_text = called(ARGUMENTS, blank_call), called(WRITTEN_ARGUMENTS, blank_call)
+    ids, blank_call = max(product(CallIds, Blank), key=lambda forms: rank(*forms))  # the first of the best
+    as_object, as_text = called(ARGUMENTS, blank_call, ids), called(WRITTEN_ARGUMENTS, blank_call, ids)
     text_is_right = _shows(as_text, *ARGUMENTS, *ARGUMENTS.values())
     object_is_right = _shows(as_object, *ARGUMENTS, *ARGUMENTS.values())
     arguments_as_text = text_is_right and (as_text == as_object or not object_is_right)
     arguments, shown = (WRITTEN_ARGUMENTS, as_text) if arguments_as_text else (ARGUMENTS, as_object)
 
     def said(role: str, content: Any) -> str | None:
-        return attempt(_said(role, content, _called(arguments, blank_call)))
+        return attempt(_said(role, content, _called(arguments, blank_call, ids)))
 
+    knows_calls = "tool_calls" in source  # if it refuses some nevertheless, it has its reasons
     takes_parts = frozenset(role for role in ROLES if _shows(said(role, PARTS), *TEXT.split()))
     takes_text = frozenset(role for role in ROLES if _shows(said(role, TEXT), TEXT))
     return Traits(
         reads_tools="tools" in variables,
-        hides_calls=not _shows(shown, "probecall") and "assistant" in takes_text,
-        hides_results=not _shows(shown, "proberesult") and "user" in takes_text,
+        hides_calls=not (knows_calls or (shown is not None and _names_call(shown))) and "assistant" in takes_text,
+        hides_results=not (knows_calls or _shows(shown, "proberesult")) and "user" in takes_text,
+        takes_system="system" in takes_text,
+        call_ids=ids,
         knows_developer="developer" in source,
         arguments_as_text=arguments_as_text,
         blank=Blank.EMPTY if said("assistant", None) is None else Blank.ABSENT,
         blank_call=blank_call,
-        empty_hides_calls=not shows_call(Blank.EMPTY),
+        empty_hides_calls=rank(ids, Blank.EMPTY) < rank(ids, blank_call),
         takes_parts=takes_parts,
         needs_parts=takes_parts - takes_text,
     )
+
+
+def _names_call(text: str) -> bool:
+    """Some templates write a call's name, some its id."""
+    return any(piece in text for piece in ("probecall", *(ids.value for ids in CallIds), *ARGUMENTS.values()))
 
 
 def _shows(text: str | None, *pieces: str) -> bool:
@@ -98,13 +118,13 @@ def _shows(text: str | None, *pieces: str) -> bool:
     return text is not None and all(piece in text for piece in pieces) and not any(data in text for data in DATA)
 
 
-def _called(arguments: Any, blank: Blank) -> list[Row]:
+def _called(arguments: Any, blank: Blank, ids: CallIds) -> list[Row]:
     function = {"name": "probecall", "arguments": arguments}
-    call = {"role": "assistant", "tool_calls": [{"id": CALL_ID, "type": "function", "function": function}]}
+    call = {"role": "assistant", "tool_calls": [{"id": ids.value, "type": "function", "function": function}]}
     return [
         {"role": "user", "content": "Hi"},
         write_blank(call, blank),
-        {"role": "tool", "tool_call_id": CALL_ID, "content": "proberesult"},
+        {"role": "tool", "tool_call_id": ids.value, "content": "proberesult"},
     ]
 
 

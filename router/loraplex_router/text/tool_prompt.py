@@ -20,13 +20,13 @@ For each function call, return a JSON object with function name and arguments wi
 Row = dict[str, Any]
 
 
-def describe_tools(rows: Sequence[Row], tools: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """Messages whose content is text, the first of which now says which tools there are."""
+def describe_tools(rows: Sequence[Row], tools: Sequence[Mapping[str, Any]], role: str = "system") -> list[Row]:
+    """Messages whose content is text, the first of which, of this role, now says which tools there are."""
     text = INSTRUCTIONS.format(signatures="\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools))
-    if rows and rows[0]["role"] == "system":
-        system, *rows = rows
-        text = f"{system['content']}\n\n{text}"
-    return [{"role": "system", "content": text}, *rows]
+    if rows and rows[0]["role"] == role:
+        first, *rows = rows
+        text = f"{first['content']}\n\n{text}" if role == "system" else f"{text}\n\n{first['content']}"
+    return [{"role": role, "content": text}, *rows]
 
 
 def without_tool_fields(row: Row) -> Row:
