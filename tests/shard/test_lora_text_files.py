@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 from tokenizers import Tokenizer
-from tokenizers.models import BPE
+from tokenizers.models import BPE, WordLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from loraplex_shard.lora.base import BaseModel
-from loraplex_shard.lora.text_files import AdapterText, end_tokens, read_text, text_files
+from loraplex_shard.lora.text_files import AdapterText, end_tokens, foreign_tokens, read_text, text_files
 
 VOCABULARY = {"<s>": 0, "</s>": 1, "<|end|>": 2, "<pad>": 3}
 CONFIG, SPECIAL = "tokenizer_config.json", "special_tokens_map.json"
@@ -119,3 +119,20 @@ def test_only_files_of_a_tokenizer_are_read():
     names = ["chat_template.jinja", "additional_chat_templates/a.jinja", "additional_chat_templates/../../b.jinja"]
     names += ["tokenizer.json", "additional_chat_templates/x/y.jinja", "checkpoint-1/chat_template.jinja"]
     assert text_files(names) == ("chat_template.jinja", "additional_chat_templates/a.jinja")
+
+
+def test_a_tokenizer_that_is_not_the_models_is_doubtful():
+    plain = Tokenizer(WordLevel({"a": 0, "b": 1, "<s>": 2, "</s>": 3}, unk_token="a"))
+    plain.add_special_tokens(["<s>", "</s>"])
+    base = BaseModel("LlamaForCausalLM", vocab_size=4, tokenizer=plain)
+
+    def doubts(tokens: dict[str, str], **more: str) -> list[str]:
+        added = {id: {"content": token, "special": True} for id, token in tokens.items()}
+        return foreign_tokens(read_text({CONFIG: json.dumps({"added_tokens_decoder": added, **more}).encode()}), base)
+
+    assert doubts({"2": "<s>", "3": "</s>"}) == []
+    assert doubts({"2": "<s>", "4": "[PAD]"}, pad_token="[PAD]") == []
+    assert doubts({"4": "<|im_start|>"}) == ["its tokenizer has tokens that this model does not have: '<|im_start|>'"]
+    (renamed,) = doubts({"3": "<s>", "2": "</s>"})
+    assert renamed == "its tokenizer numbers tokens in another way than the model's: '</s>', '<s>'"
+    assert doubts({"7": "<s>"}) == ["its tokenizer numbers tokens in another way than the model's: '<s>'"]

@@ -19,7 +19,7 @@ from loraplex_shard.lora.files import TENSORS, AdapterFiles
 from loraplex_shard.lora.targets import Target, find_targets
 from loraplex_shard.lora.tensor_names import PREFIX, as_saved_by_peft
 from loraplex_shard.lora.tensors import read_tensors
-from loraplex_shard.lora.text_files import end_tokens
+from loraplex_shard.lora.text_files import end_tokens, foreign_tokens
 
 _SHOWN_NAMES = 3
 # What PEFT puts between a module of the base and its own tensors, which it saves with some adapters.
@@ -38,10 +38,10 @@ def read_adapter(files: AdapterFiles, layouts: Sequence[LinearLayout], base: Bas
     config = parse_config(files.config)
     adapter = cut_adapter(_read_deltas(config, files, layouts, base), layouts, dtype)
     ends, wrong = end_tokens(files.text, base)
-    warnings = (*find_doubts(config, base, modules_of(layouts)), *wrong)
+    warnings = (*find_doubts(config, base, modules_of(layouts)), *foreign_tokens(files.text, base), *wrong)
     if files.text.error:
         warnings = (*warnings, f"conversations with it are refused: {files.text.error}")
-    return replace(adapter, text=replace(files.text, end_token_ids=ends), warnings=warnings)
+    return replace(adapter, text=replace(files.text, end_token_ids=ends, added_tokens={}), warnings=warnings)
 
 
 def read_deltas(files: AdapterFiles, layouts: Sequence[LinearLayout], base: BaseModel) -> dict[str, Delta]:

@@ -21,6 +21,7 @@ NAMED_TEMPLATES = "additional_chat_templates"  # a folder
 
 MAX_TEMPLATE = 2**18  # bytes
 MAX_NAMED = 16
+SHOWN = 5  # tokens, in a warning
 SIZE_LIMITS = {
     TEMPLATE: MAX_TEMPLATE,
     PROCESSOR_TEMPLATE: 2 * MAX_TEMPLATE,
@@ -41,6 +42,7 @@ class AdapterText:
     chat_templates: Mapping[str, str] = field(default_factory=dict)  # by name: "default", "tool_use"
     special_tokens: Mapping[str, str] = field(default_factory=dict)  # empty: it says that there is none
     end_token_ids: tuple[int, ...] = ()
+    added_tokens: Mapping[int, str] = field(default_factory=dict)  # those of its tokenizer that have names of their own
     error: str = ""  # why the files cannot be read; then there is nothing else
 
     @property
@@ -68,8 +70,9 @@ def read_text(files: Mapping[str, bytes]) -> AdapterText:
         name = TOKENIZER_CONFIG
         templates = _templates(contents)
         tokens = _special_tokens(contents)
+        added = _added_tokens(contents.get(TOKENIZER_CONFIG, {}))
         name = GENERATION_CONFIG
-        return AdapterText(templates, tokens, _end_token_ids(contents.get(GENERATION_CONFIG, {})))
+        return AdapterText(templates, tokens, _end_token_ids(contents.get(GENERATION_CONFIG, {})), added)
     except (ValueError, RecursionError) as error:
         return AdapterText(error=f"{name}: {error}"[:500])
 
@@ -89,6 +92,30 @@ def end_tokens(text: AdapterText, base: BaseModel) -> tuple[tuple[int, ...], lis
         else:
             found.add(token_id)
     return tuple(sorted(found)), wrong
+
+
+def foreign_tokens(text: AdapterText, base: BaseModel) -> list[str]:
+    """What is to be said of a tokenizer that is not the model's: prompts become other tokens than in training."""
+    if base.tokenizer is None:
+        return []
+    padding = text.special_tokens.get("pad_token")  # which many add, and no prompt has
+    added = {id: token for id, token in sorted(text.added_tokens.items()) if token != padding}
+    missing = [token for token in added.values() if base.token_id(token) is None]
+    renamed = [id for id, token in added.items() if token not in missing and base.token_id(token) != id]
+    found = []
+    if missing:
+        found.append(f"its tokenizer has tokens that this model does not have: {_quoted(missing)}")
+    if renamed:
+        found.append(
+            f"its tokenizer numbers tokens in another way than the model's: {_quoted(map(added.get, renamed))}"
+        )
+    return found
+
+
+def _quoted(tokens: Iterable[object]) -> str:
+    shown = list(tokens)
+    more = f" and {len(shown) - SHOWN} more" if len(shown) > SHOWN else ""
+    return ", ".join(repr(str(token)[:100]) for token in shown[:SHOWN]) + more
 
 
 def _templates(contents: Mapping[str, Any]) -> dict[str, str]:
@@ -134,6 +161,15 @@ def _special_tokens(contents: Mapping[str, Any]) -> dict[str, str]:
         elif name in ATTRIBUTES and token is None:
             tokens[name] = ""
     return tokens
+
+
+def _added_tokens(config: Mapping[str, Any]) -> dict[int, str]:
+    given = config.get("added_tokens_decoder")
+    given = given if isinstance(given, dict) else {}
+    tokens = {
+        int(id): token.get("content") for id, token in given.items() if isinstance(token, dict) and id.isdecimal()
+    }
+    return {id: token for id, token in tokens.items() if isinstance(token, str)}
 
 
 def _end_token_ids(generation: Mapping[str, Any]) -> tuple[int, ...]:
