@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 
 import grpc
 
@@ -48,7 +49,8 @@ class ShardService(ShardServiceServicer):
         self._tokenizer = tokenizer
         self._telemetry = telemetry
         self._steps_in_use = threading.Lock()
-        self._user_left: float | None = None  # when the one who uses steps did, by time.monotonic
+        self._user: object = None  # who uses steps
+        self._user_left: float | None = None  # when it did, if they are still in use, by time.monotonic
         self._driven = False  # a Step stream is open
         self._left = threading.Condition()  # it has ended
 
@@ -153,19 +155,24 @@ class ShardService(ShardServiceServicer):
         left = self._user_left
         return left is not None and time.monotonic() - left > self._steps.longest_rest
 
-    def _leave(self) -> None:
-        self._user_left = time.monotonic()
+    def _leave(self, user: object) -> None:
+        """Its call has ended: before what it asked for, or after."""
+        with self._left:
+            if self._user is user:
+                self._user_left = time.monotonic()
 
     @contextmanager
     def _only_user_of_steps(self, context: grpc.ServicerContext) -> Iterator[None]:
         if not self._steps_in_use.acquire(blocking=False):
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"rank {self._info.rank} has an open Step stream")
+        user = self._user = object()
         try:
-            if not context.add_callback(self._leave):
-                self._leave()
+            if not context.add_callback(partial(self._leave, user)):
+                self._leave(user)
             yield
         finally:
-            self._user_left = None
+            with self._left:
+                self._user = self._user_left = None
             self._steps_in_use.release()
 
     @contextmanager

@@ -212,6 +212,42 @@ def test_a_router_that_is_lost_makes_room_for_the_next(shard: ShardServiceStub, 
     assert not failed_step.is_set()
 
 
+def test_nothing_hangs_once_what_a_router_asked_for_has_ended_however_its_call_did(
+    shard: ShardServiceStub, service: ShardService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard.Warmup(pb.WarmupRequest(max_batch_tokens=8))
+    with Stream(shard) as stream:
+        stream.step(first_plan())
+        stream.call.cancel()
+    first_answer(shard, first_plan())
+    monkeypatch.setattr(StepThread, "longest_rest", -1.0)
+    assert service.wait_until_left(TIMEOUT)
+    shard.GetInfo(pb.GetInfoRequest())  # gRPC tells of a call's end when it has been answered
+    assert not service.hangs
+
+
+def test_what_goes_on_for_a_router_that_has_left_hangs_after_a_while(
+    shard: ShardServiceStub, service: ShardService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running, may_go_on = threading.Event(), threading.Event()
+
+    def warmup(self: StepThread, max_batch_tokens: int) -> None:
+        running.set()
+        assert may_go_on.wait(TIMEOUT)
+
+    monkeypatch.setattr(StepThread, "warmup", warmup)
+    call = shard.Warmup.future(pb.WarmupRequest(max_batch_tokens=8))
+    assert running.wait(TIMEOUT)
+    monkeypatch.setattr(StepThread, "longest_rest", -1.0)
+    assert not service.hangs
+    call.cancel()
+    while not service.hangs:
+        time.sleep(0.01)
+    may_go_on.set()
+    while service.hangs:
+        time.sleep(0.01)
+
+
 def test_long_prompts_are_more_than_grpc_takes_by_default(shard: ShardServiceStub) -> None:
     plan = first_plan()
     plan.starts[0].tokens.extend([1] * (5 << 20))
