@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from loraplex_protos.errors import GenerationError, LoraplexError, UnavailableError
 from loraplex_router.adapters.pool import Adapter
+from loraplex_router.api.http.errors import error_response
 from loraplex_router.grammar import Grammar, GrammarKind
 from loraplex_router.group import Group
 from loraplex_router.output import Generation
@@ -195,6 +196,13 @@ async def test_what_waits_for_an_adapter_goes_on_elsewhere_if_the_group_is_lost_
         made.shards.load_error = GONE
         assert await made.ask(1, 5, adapter=True) == [follow(1, 5, 2)]
         assert made.lost == 1
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/generate"])
+def test_clients_that_send_again_what_failed_are_told_not_to(path: str):
+    answer = error_response(path, GenerationError("3 groups of shards were lost"))
+    assert (answer.status_code, answer.headers["x-should-retry"]) == (500, "false")  # as OpenAI's clients read it
+    assert "x-should-retry" not in error_response(path, UnavailableError("later")).headers
 
 
 # ---- the policy alone ------------------------------------------------------------------------------------------
