@@ -19,6 +19,7 @@ from tests.shard.quantized_checkpoints import (
     Method,
     compressed_tensors,
     edit_config,
+    rounded,
     save_dequantized,
     save_quantized,
 )
@@ -222,3 +223,16 @@ def test_scales_beyond_float16_leave_the_matrix_in_the_dtype(tmp_path: Path) -> 
     assert checkpoint.read_quantized(K) is None
     assert checkpoint.read_quantized(DOWN) is not None
     assert float(checkpoint.read(K).abs().amax()) > 1e-8
+
+
+@pytest.mark.parametrize("name", ["GPTQ, asymmetric, 32", "AWQ, 64", "compressed-tensors W8A8"])
+def test_a_head_in_integers_is_the_head_though_the_configuration_says_tied(name: str, tmp_path: Path) -> None:
+    directory, _ = save_quantized(METHODS[name], tmp_path)
+    tensors = load_file(directory / WEIGHTS)
+    integers = rounded(tensors.pop("lm_head.weight").float(), METHODS[name])
+    stored = {f"lm_head.{suffix}": tensor.contiguous() for suffix, tensor in METHODS[name].store(integers).items()}
+    save_file(tensors | stored, directory / WEIGHTS)
+    edit_config(directory, tie_word_embeddings=True)
+    decoder = load(directory, quantize="none")
+    assert torch.equal(decoder.lm_head.weight.matrix, integers.weights)
+    assert not torch.equal(decoder.embedding.weight.matrix, decoder.lm_head.weight.matrix)

@@ -22,6 +22,7 @@ from loraplex_protos.errors import (
     AdapterNotFoundError,
     AdapterSourceError,
     OverloadedError,
+    quote,
 )
 from loraplex_shard.layers.layout import LinearLayout
 from loraplex_shard.lora.base import BaseModel
@@ -102,8 +103,12 @@ class AdapterStore:
         is no room until others are unstaged.
         """
         origin = self._sources.locate(id, source, revision, token)
+        read = False
         while (staged := self._staged(origin)) is None:
             self._once(origin, lambda: self._read(origin))
+            read = True
+        for warning in staged.warnings if read else ():
+            logger.warning("adapter %s: %s", quote(id), warning)
         return staged
 
     def merge(self, digest: str, parts: Sequence[str], recipe: Recipe) -> StagedAdapter:
@@ -228,8 +233,6 @@ class AdapterStore:
         took = round((time.monotonic() - began) * 1e3, 1)
         fields = {"digest": digest, "lora_rank": adapter.lora_rank, "bytes": size, "duration_ms": took}
         logger.info("adapter staged", extra={"fields": fields})
-        for warning in adapter.warnings:
-            logger.warning("adapter %s: %s", digest[:12], warning)
 
     def _check_room(self, size: int) -> None:
         """A process that takes more memory than its container may have is killed, with all that it runs."""

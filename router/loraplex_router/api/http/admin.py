@@ -135,8 +135,9 @@ def create_admin_routes(service: Service) -> APIRouter:
         path = body.lora_path or body.lora_name
         if path != body.lora_name and not path.endswith(f"/{body.lora_name}"):
             raise InvalidRequestError(FieldViolation("lora_path", f"must be, or end in, {quote(body.lora_name)}"))
-        await service.load_adapter(AdapterReference(body.lora_name), _api_key(http))
-        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
+        status = await service.load_adapter(AdapterReference(body.lora_name), _api_key(http))
+        done = f"Success: LoRA adapter '{body.lora_name}' added successfully."
+        return PlainTextResponse("\n".join((done, *(f"Warning: {warning}" for warning in status.warnings))))
 
     @routes.post("/v1/unload_lora_adapter", response_class=Response, responses={**done, **OPENAI_ERRORS, **v1_in_use})
     async def vllm_unload(body: VllmUnload, http: Request) -> Response:
