@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from tests.tools import describe_skipped
+
 # Before anything imports Triton: there is no GPU, so its kernels are interpreted.
 os.environ["TRITON_INTERPRET"] = "1"
 
@@ -40,3 +42,8 @@ def old_python(pytestconfig: pytest.Config) -> Path:
         subprocess.run([python, "-m", "pip", "install", "-q", *OLD_CLIENTS], check=True)
         complete.touch()
     return python
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if skipped := describe_skipped(terminalreporter.stats.get("skipped", [])):
+        terminalreporter.write_line(skipped, yellow=True, bold=True)

@@ -1,8 +1,25 @@
-"""Programs that are not Python packages; tests that need one are skipped where it is absent."""
+"""Programs that are not Python packages. Tests that need one are skipped where it is absent, as the last line says, and
+fail where CI is true: there, nothing is to be left out."""
 
+import os
 import shutil
 
 import pytest
 
-needs_promtool = pytest.mark.skipif(not shutil.which("promtool"), reason="promtool (Debian: prometheus) is absent")
-needs_prometheus = pytest.mark.skipif(not shutil.which("prometheus"), reason="prometheus is absent")
+IN_CI = os.environ.get("CI") == "true"
+ABSENT = "is absent (Debian: prometheus)"
+
+
+def needs(program: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(not shutil.which(program) and not IN_CI, reason=f"{program} {ABSENT}")
+
+
+def describe_skipped(reports: list[pytest.TestReport]) -> str | None:
+    """What was not tested for the want of a program, of all that was skipped."""
+    reasons = [report.longrepr[2].removeprefix("Skipped: ") for report in reports if isinstance(report.longrepr, tuple)]
+    found = [reason for reason in reasons if reason.endswith(ABSENT)]
+    return f"{len(found)} tests were skipped: {', '.join(sorted(set(found)))}" if found else None
+
+
+needs_promtool = needs("promtool")
+needs_prometheus = needs("prometheus")

@@ -1,9 +1,9 @@
 """Batches, caches and implementations for the tests of the operations."""
 
+import os
 from functools import cache
 from pathlib import Path
 from random import Random
-from tempfile import gettempdir
 
 import torch
 
@@ -16,9 +16,15 @@ BLOCK_SIZE = 16
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
 
 
+def cache_directory(name: str) -> Path:
+    """A folder of the user's own, for all tests: what is compiled there is named after its sources."""
+    directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loraplex-tests" / name
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return directory
+
+
 def kernels_directory() -> Path:
-    """One for all tests of a machine: what is compiled there is named after its sources."""
-    return Path(gettempdir(), "loraplex-test-kernels")
+    return cache_directory("kernels")
 
 
 @cache

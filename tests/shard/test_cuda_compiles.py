@@ -4,13 +4,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from tempfile import gettempdir
 
 import pytest
 
+from tests.shard.operations import cache_directory
+
 pytestmark = pytest.mark.slow
 
-CACHE = Path(gettempdir(), "loraplex-test-triton")  # kept: what is compiled there is named after its sources
 CAPABILITIES = "80", "90"
 SHARED_MEMORY = 99 << 10  # bytes that a program can have on all GPUs from compute capability 8.0 on
 KERNELS = {
@@ -28,7 +28,7 @@ KERNELS = {
 
 def test_all_kernels_compile_fit_into_shared_memory_and_read_adapters_sixteen_bytes_at_a_time() -> None:
     command = [sys.executable, "-m", "tests.shard.compiling_process", *CAPABILITIES]
-    env = {**os.environ, "TRITON_CACHE_DIR": str(CACHE)}
+    env = {**os.environ, "TRITON_CACHE_DIR": str(cache_directory("triton"))}
     root = Path(__file__).parents[2]
     result = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]

@@ -47,6 +47,14 @@ def test_all_kernels_are_those_that_the_compiler_knows_and_the_others_are_named(
     ]
 
 
+def test_what_others_can_write_is_not_loaded(compiler: Path, tmp_path: Path):
+    path = library.build(tmp_path / "kernels", "portable")
+    assert path.parent.stat().st_mode & 0o777 == 0o700 and library.build(path.parent, "portable") == path
+    path.chmod(0o777)
+    with pytest.raises(library.KernelsError, match="other users can write"):
+        library.build(path.parent, "portable")
+
+
 def test_a_compiler_that_makes_nothing_is_an_error(compiler: Path, tmp_path: Path):
     compiler.write_text("#!/bin/sh\necho it is broken >&2; exit 1")
     status, paths, errors = build("--all", f"--directory={tmp_path}/kernels")

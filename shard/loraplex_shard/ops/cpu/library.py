@@ -10,6 +10,7 @@ import hashlib
 import os
 import re
 import shutil
+import stat
 import subprocess
 import tempfile
 from collections.abc import Callable, Mapping
@@ -88,9 +89,9 @@ def build(directory: Path | None, name: str, notify: Callable[[], None] | None =
         directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loraplex" / "kernels"
     path = directory / f"{name}-{_digest(name)}.so"
     if path.exists():
-        return path
+        return _own(path)
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         with open(directory / f"{name}.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not path.exists():
@@ -99,6 +100,14 @@ def build(directory: Path | None, name: str, notify: Callable[[], None] | None =
                 _compile(name, path)
     except OSError as error:
         raise KernelsError(f"kernels: cannot write to {directory}: {error.strerror}") from error
+    return _own(path)
+
+
+def _own(path: Path) -> Path:
+    """Code that others could have put there is not loaded."""
+    status = path.stat()
+    if status.st_uid not in (0, os.geteuid()) or status.st_mode & stat.S_IWOTH:
+        raise KernelsError(f"kernels: other users can write {path}: keep the kernels in a folder of your own")
     return path
 
 
