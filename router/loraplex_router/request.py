@@ -24,7 +24,6 @@ MAX_INPUTS = 1024
 MAX_BIASED = 1024
 MAX_REFERENCE_LENGTH = 512
 AS_MANY_AS_FIT = -1  # tokens of a prompt, into the context with the answer
-MAX_QUOTED = 200  # characters of a request in an error
 SOURCES = ("", "local", "s3", "hub")
 MAX_MERGED = 16
 MERGE_STRATEGIES = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
@@ -256,8 +255,8 @@ def check_tokens(request: Request, prompt: Sequence[int], vocab_size: int, text_
     if largest >= vocab_size:
         name = FIELD if isinstance(request.prompt, Chat) else _prompt_field(request)
         lacking = f"the model has embeddings for tokens below {vocab_size} only"
-        text = text_of(largest)[:MAX_QUOTED]
-        raise InvalidRequestError(FieldViolation(name, f"contains {text!r}, which is token {largest}: {lacking}"))
+        text = quote(text_of(largest))
+        raise InvalidRequestError(FieldViolation(name, f"contains {text}, which is token {largest}: {lacking}"))
 
 
 def _prompt_field(request: Request) -> str:

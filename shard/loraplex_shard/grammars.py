@@ -15,6 +15,7 @@ from loraplex_protos.errors import MAX_QUOTED, FieldViolation, InvalidRequestErr
 from loraplex_shard.json_schemas import read_schema
 from loraplex_shard.vocabulary import cut_tokenizer
 
+LEXER_FUEL = 50_000  # states made anew in one step, which all streams wait for: some 50 ms, and 40 MB
 KEPT = 256  # compiled grammars
 
 # As json.dumps writes: models have seen much of it, and it leaves nothing to choose between values.
@@ -66,7 +67,7 @@ class GrammarCompiler:
         self, field: str, kind: pb.GrammarKind.ValueType, text: str, schemas: Sequence[str] = ()
     ) -> LLMatcher:
         try:
-            limits = LLParserLimits(verbose_errors=False)
+            limits = LLParserLimits(verbose_errors=False, initial_lexer_fuel=LEXER_FUEL, step_lexer_fuel=LEXER_FUEL)
             matcher = LLMatcher(self._tokenizer, _to_llguidance(kind, text, schemas), log_level=0, limits=limits)
         except Exception as error:  # llguidance has no exception class of its own
             raise _refusal(field, str(error)) from error

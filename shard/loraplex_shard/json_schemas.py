@@ -4,6 +4,8 @@ most likely meant them."""
 import json
 import re
 from collections.abc import Set
+from fractions import Fraction
+from math import isfinite, lcm
 from typing import Any
 from urllib.parse import quote
 
@@ -18,13 +20,15 @@ SAID = {"additionalProperties", "unevaluatedProperties", "patternProperties", "p
 DIALECTS = re.compile(r"https?://json-schema\.org/(draft-0[3467]/schema|draft/20\d\d-\d\d/schema)#?")
 IN_REFERENCES = "%/?#:@!$&'()*+,;=~"  # what need not be percent-encoded, besides letters and digits of ASCII
 NULLS = {"const", "default"}  # null means something
+MOST_REMAINDERS = 10_000  # a fifth of a second
 NOTHING = {"enum": list[Any]()}  # fits no document
 
 
 def read_schema(text: str) -> Schema:
     """The schema, which refers to nothing outside of it. What fits the result fits what was written.
 
-    Raises ValueError if it is not a JSON object, or if no document fits it because it leads to itself without end.
+    Raises ValueError if it is not a JSON object, if no document fits it because it leads to itself without end, or if
+    it would take very long to compile.
     """
     try:
         schema = json.loads(text)
@@ -32,11 +36,30 @@ def read_schema(text: str) -> Schema:
         raise ValueError(f"it is not JSON: {error}") from error
     if not isinstance(schema, dict):
         raise ValueError("it is not a JSON object")
+    _check_multiples(schema)
     schema = _tidied(schema)
     endless = endless_references(schema)
     if id(schema) in endless:
         raise ValueError("no document is deep enough: $ref leads back to itself without end")
     return close_objects(_ending(schema, endless))
+
+
+def _check_multiples(schema: Schema) -> None:
+    """The compiler keeps a state for each remainder, but where the last digits tell it, and takes the square of their
+    number; conditions on one number are multiplied."""
+    given = [node["multipleOf"] for node in nodes(schema) if isinstance(node.get("multipleOf"), int | float)]
+    if lcm(*map(_remainders, given)) > MOST_REMAINDERS:
+        raise ValueError(f"multipleOf: what remains without factors of 2 and 5 must be at most {MOST_REMAINDERS}")
+
+
+def _remainders(multiple: float) -> int:
+    if not isfinite(multiple) or not multiple:
+        return 1  # the compiler refuses it
+    rest = abs(Fraction(str(+multiple)).numerator)
+    for factor in (2, 5):
+        while rest % factor == 0:
+            rest //= factor
+    return rest
 
 
 def close_objects(schema: Schema) -> Schema:

@@ -118,3 +118,21 @@ def test_recursion_that_comes_to_an_end_is_kept(schema: dict[str, object]) -> No
 def test_what_is_no_json_object_is_refused(text: str) -> None:
     with pytest.raises(ValueError):
         read_schema(text)
+
+
+@pytest.mark.parametrize("multiple", [1234567, 999983, 7919.0 * 7907, 0.1234567])
+def test_multiples_that_take_minutes_to_compile_are_refused(multiple: float) -> None:
+    with pytest.raises(ValueError, match="multipleOf"):
+        read_schema(json.dumps({"type": "array", "items": {"type": "number", "multipleOf": multiple}}))
+
+
+def test_multiples_of_one_number_count_together() -> None:
+    parts = [{"type": "integer", "multipleOf": prime} for prime in (97, 89, 83)]
+    read_schema(json.dumps({"allOf": parts[:2]}))
+    with pytest.raises(ValueError, match="multipleOf"):
+        read_schema(json.dumps({"allOf": parts}))
+
+
+@pytest.mark.parametrize("multiple", [1, 5, 0.01, 0.25, 60, 3600, 86400, 1024, 10**9, 2**40, 0, True, 1e300])
+def test_usual_multiples_are_compiled(multiple: float) -> None:
+    assert read_schema(json.dumps({"type": "number", "multipleOf": multiple}))["multipleOf"] == multiple

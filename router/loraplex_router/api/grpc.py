@@ -36,6 +36,7 @@ from loraplex_router.service import Service
 logger = logging.getLogger(__name__)
 
 SERVICE = pb.DESCRIPTOR.services_by_name["GenerationService"].full_name
+MOST_MESSAGES = 8  # of the largest size that may be in memory together; smaller ones are as many more
 MAX_SPANS = 2**17  # an answer of some 4 MB
 
 SERVER_OPTIONS = (
@@ -146,7 +147,9 @@ class GrpcServer:
         self, api: GenerationApi, max_message: int, interceptors: Sequence[grpc.aio.ServerInterceptor] = ()
     ) -> None:
         """`max_message`: the most bytes of a request."""
-        limits = MessageLimits(pb.DESCRIPTOR.services_by_name["GenerationService"], _answering)
+        limits = MessageLimits(
+            pb.DESCRIPTOR.services_by_name["GenerationService"], _answering, MOST_MESSAGES * max_message
+        )
         options = *SERVER_OPTIONS, ("grpc.max_receive_message_length", max_message)
         self._server = grpc.aio.server(options=options, interceptors=(*interceptors, limits))
         self._health = health.aio.HealthServicer()

@@ -1,8 +1,8 @@
 """Looks at gRPC requests before they become messages: a part of two bytes takes fifty times as much in one, and parsing
 millions of them holds up all streams."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, contextmanager
 from typing import Any
 
 import grpc
@@ -10,7 +10,7 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor, ServiceDescr
 from google.protobuf.message import DecodeError
 from google.protobuf.message_factory import GetMessageClass
 
-from loraplex_protos.errors import FieldViolation, InvalidRequestError
+from loraplex_protos.errors import FieldViolation, InvalidRequestError, OverloadedError
 
 MAX_FIELDS = 2**14  # set in a request and in all parts of it; a list of numbers is one
 MAX_NUMBERS = 2**19  # bytes of all lists of numbers: 175,000 token ids at least
@@ -58,9 +58,11 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
 
 
 class MessageLimits(grpc.aio.ServerInterceptor):
-    """Parses one service's requests where their errors can be answered: within `answering`."""
+    """Parses one service's requests where their errors can be answered: within `answering`. Those that are being
+    answered may have so many bytes together; others are refused meanwhile."""
 
-    def __init__(self, service: ServiceDescriptor, answering: Answering) -> None:
+    def __init__(self, service: ServiceDescriptor, answering: Answering, together: int) -> None:
+        self._room = together
         self._kinds = {f"/{service.full_name}/{method.name}": method.input_type for method in service.methods}
         self._answering = answering
 
@@ -75,11 +77,13 @@ class MessageLimits(grpc.aio.ServerInterceptor):
             return handler
 
         async def unary(data: bytes, context: Context) -> Any:
-            return await handler.unary_unary(await self._read(data, kind, context), context)
+            with self._held(data):
+                return await handler.unary_unary(await self._read(data, kind, context), context)
 
         async def stream(data: bytes, context: Context) -> AsyncIterator[Any]:
-            async for answer in handler.unary_stream(await self._read(data, kind, context), context):
-                yield answer
+            with self._held(data):
+                async for answer in handler.unary_stream(await self._read(data, kind, context), context):
+                    yield answer
 
         if handler.response_streaming:
             return grpc.unary_stream_rpc_method_handler(stream, None, handler.response_serializer)
@@ -87,8 +91,18 @@ class MessageLimits(grpc.aio.ServerInterceptor):
 
     async def _read(self, data: bytes, kind: Descriptor, context: Context) -> Any:
         async with self._answering(context):
+            if self._room < 0:
+                raise OverloadedError("other requests are large: try again later")
             check_message(data, kind)
             try:
                 return GetMessageClass(kind).FromString(data)
             except DecodeError as error:
                 raise InvalidRequestError(FieldViolation("request", "cannot be read")) from error
+
+    @contextmanager
+    def _held(self, data: bytes) -> Iterator[None]:
+        self._room -= len(data)
+        try:
+            yield
+        finally:
+            self._room += len(data)

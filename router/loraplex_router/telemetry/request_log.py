@@ -5,6 +5,7 @@ Each record carries its values in `fields`, which the log's format writes as JSO
 
 import logging
 
+from loraplex_protos.errors import MAX_QUOTED
 from loraplex_router.output import Generation
 from loraplex_router.request import EmbedRequest, MergedReference, Request
 
@@ -47,7 +48,7 @@ class RequestLog:
         """A request that was not queued."""
         fields: dict[str, object] = {
             "request_id": request.request_id[:128] or None if isinstance(request, Request) else None,
-            "adapter": _describe(request)[:512],
+            "adapter": _describe(request)[:MAX_QUOTED],
             "outcome": outcome,
             "duration_ms": _milliseconds(seconds),
         }
