@@ -183,6 +183,15 @@ async def test_a_name_that_sequences_asked_for_is_in_use_though_the_content_has_
     assert (statuses["a"].state, statuses["c"].state) == (State.AVAILABLE, State.LOADED)
 
 
+async def test_content_that_comes_back_has_the_names_that_it_is_asked_for_by(cluster: Cluster):
+    await same_content(cluster)
+    adapter = cluster.group.pool.get("same")
+    await cluster.group.adapters.unload(adapter)  # as eviction does: its names stay known
+    for name in "ac":
+        await cluster.answer(1, adapter=name)
+    assert cluster.group.pool.get("same").names == {"a", "c"}
+
+
 async def test_a_pin_goes_with_the_name_that_it_was_asked_for_by(cluster: Cluster):
     await same_content(cluster)
     await cluster.administration.pin(A)

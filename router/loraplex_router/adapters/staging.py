@@ -49,6 +49,7 @@ class AdapterStaging:
             digest = self._registry.digest(reference)
             adapter = self._staged(digest) if digest else None
             if adapter is not None:
+                adapter.names.add(",".join(ids_of(reference)))
                 return adapter
             staged = await self._once(key_of(reference), reference, lambda: self._bring(reference))
             if self._staged(staged.digest) is staged:
