@@ -22,9 +22,9 @@ class EdgeSettings(BaseModel):
     grpc_port: int = Field(50051, ge=0, le=65535, description="Port of the gRPC API. 0: any free one.")
     served_model_name: str = Field(
         "",
-        pattern=r"^[^\s,]*(,[^\s,]+)*$",
-        description="What OpenAI's routes call the model: one name, or several separated by commas. Answers have the "
-        "first, requests may have any; an adapter of such a name is asked for as MODEL:NAME. Empty: path or hub id.",
+        description="What OpenAI's routes call the model: one name, or several separated by commas or blanks. Answers "
+        "have the first, requests may have any; an adapter of such a name is asked for as MODEL:NAME. Empty: its path "
+        "or hub id.",
     )
     max_batch_tokens: int = Field(
         256, ge=1, le=65536, description="Tokens computed per step: more is faster on long prompts, less is smoother."
@@ -84,7 +84,7 @@ class EdgeSettings(BaseModel):
 
     @property
     def served_model_names(self) -> tuple[str, ...]:
-        return tuple(filter(None, self.served_model_name.split(",")))
+        return tuple(self.served_model_name.replace(",", " ").split())
 
 
 class RouterSettings(EdgeSettings, MtlsSettings):

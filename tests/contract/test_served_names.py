@@ -19,7 +19,7 @@ def named(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
     adapters = tmp_path_factory.mktemp("named")
     for name in ("sql", "chat"):
         save_adapter(model, adapters / name, 4, seed=1)
-    names = "--served-model-name=prod,chat"  # one of them is an adapter's, too
+    names = "--served-model-name=prod, chat"  # one of them is an adapter's, too
     with Server(str(model), names, f"--adapters={adapters}", "--kv-blocks=64", "--threads=1") as running:
         yield running
 
