@@ -7,7 +7,13 @@ from hashlib import sha256
 
 import pytest
 
-from loraplex_protos.errors import AdapterInUseError, AdapterNotFoundError, AdapterPinsError, InvalidRequestError
+from loraplex_protos.errors import (
+    AdapterInUseError,
+    AdapterNotFoundError,
+    AdapterPinsError,
+    InvalidRequestError,
+    UnavailableError,
+)
 from loraplex_router.adapters.statuses import AdapterStatus, State, Tier
 from loraplex_router.adapters.suggestions import similar
 from loraplex_router.keys import Allowance, Keys, Tenant, TenantSettings
@@ -242,3 +248,9 @@ def test_umlauts_in_either_form_are_one_name() -> None:
     assert AdapterReference(nfd) == AdapterReference(nfc)
     tenant = Tenant("acme", Allowance(adapters=[f"{nfd}*"]))
     assert tenant.may_use(AdapterReference(nfc).id)
+
+
+async def test_a_listing_without_a_group_is_not_an_empty_one(cluster: Cluster):
+    cluster.group.stopping = True
+    with pytest.raises(UnavailableError, match="no group of shards is ready"):
+        await cluster.administration.list()

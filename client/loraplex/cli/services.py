@@ -72,7 +72,7 @@ def shard(context: typer.Context) -> None:
     configure(settings.log_format)
     from loraplex_shard import server
 
-    bar = Progress(console=console, transient=True, disable=settings.rank > 0)
+    bar = Progress(console=console, transient=True, disable=settings.rank > 0 or not console.is_terminal)
     with _not_waiting_for_threads(), _errors_shown(), bar as progress:
         task = progress.add_task("Loading the model", total=None)
 

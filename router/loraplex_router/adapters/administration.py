@@ -45,7 +45,7 @@ class Administration:
 
     async def list(self) -> list[AdapterStatus]:
         """The staged adapters under every name they were asked for, what is on its way, and the names in the adapter
-        directory."""
+        directory. Raises UnavailableError while no group is there to say what is in it."""
         entries = {entry: self._residences(entry.digest) for entry in self._registry}
         loaded = [self._status(entry, residences) for entry, residences in entries.items() if residences]
         fetched = {reference for group in self._groups for reference in group.adapters.fetching()}
@@ -56,7 +56,9 @@ class Administration:
         }
         known = {status.id for status in (*loaded, *fetching) if status.source in ("", "local")}
         group = next((group for group in self._groups if group.accepting), None)
-        local = await group.shards.local_adapters() if group else []
+        if group is None:
+            raise UnavailableError("no group of shards is ready: try again later")
+        local = await group.shards.local_adapters()
         on_disk: list[AdapterStatus] = []
         for start in range(0, len(local), AT_A_TIME):
             await asyncio.sleep(0)  # others have their turn
