@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from loraplex_shard.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from loraplex_shard.checkpoint.gguf_end_tokens import end_token_ids
 from loraplex_shard.checkpoint.gguf_file import read_gguf
-from loraplex_shard.checkpoint.gguf_tokenizer import read_tokenizer
+from loraplex_shard.checkpoint.gguf_tokenizer import read_end_token_ids, read_tokenizer
 from loraplex_shard.checkpoint.opening import DEFAULT_FILE, DEFAULT_PACKAGE
 from loraplex_shard.layers.sources import Target
 from loraplex_shard.models import load_decoder
@@ -93,6 +93,15 @@ def test_special_tokens_end_and_begin_turns(checkpoint: Checkpoint, tokenizer: T
     assert checkpoint.end_token_ids == tuple(map(tokenizer.token_to_id, ends))
     assert "<|im_start|>assistant" in files.chat_templates["default"]
     assert checkpoint.architecture == "LlamaForCausalLM"
+
+
+def test_a_file_that_names_an_end_of_turn_alone_ends_there() -> None:
+    tokens = ["a", "b", "<|eot_id|>"]
+    metadata = {"model": "gpt2", "pre": "smollm", "tokens": tokens, "merges": [], "token_type": [1, 1, 3]}
+    metadata |= {"eot_token_id": 2, "bos_token_id": 7}
+    named = {f"tokenizer.ggml.{name}": value for name, value in metadata.items()}
+    assert read_tokenizer(named).special_tokens == {}
+    assert read_end_token_ids(named) == (2,)
 
 
 # llama.cpp's rules: github.com/ggml-org/llama.cpp/blob/master/src/llama-vocab.cpp, special_eog_ids.

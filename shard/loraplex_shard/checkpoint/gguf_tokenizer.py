@@ -54,7 +54,9 @@ def read_tokenizer(metadata: Metadata) -> TokenizerFiles:
         tokenizer_json=tokenizer.to_str().encode(),
         chat_templates=_chat_templates(metadata),
         special_tokens={
-            name: tokens[_get(metadata, key, int)] for name, key in _SPECIAL.items() if key in metadata or key == EOS
+            name: tokens[id]
+            for name, key in _SPECIAL.items()
+            if isinstance(id := metadata.get(key), int) and 0 <= id < len(tokens)  # llama.cpp ignores others, too
         },
     )
 
