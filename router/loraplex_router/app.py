@@ -5,6 +5,7 @@ import contextlib
 import errno
 import gc
 import logging
+import resource
 import signal
 import socket
 import sys
@@ -156,6 +157,13 @@ def listen(host: str, port: int, flag: str) -> socket.socket:
         raise OSError(f"--host: {host} is not an address of this machine: {reason}") from error
 
 
+def raise_file_limit() -> None:
+    """As many open connections as this process may have; what it was started with can be a thousand."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with contextlib.suppress(ValueError, OSError):  # "no limit" is not a number everywhere
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 class HttpServer(uvicorn.Server):
     """Uvicorn without its signal handlers: the router decides when to stop."""
 
@@ -172,5 +180,6 @@ async def run(
     Raises KeyFileError for a key file that cannot be used, OSError for a taken port."""
     key_file = KeyFile(settings.api_keys) if settings.api_keys else None
     sys.setswitchinterval(SWITCH_SECONDS)
+    raise_file_limit()
     with open_telemetry(settings) as telemetry:
         await Router(settings, key_file, telemetry, supervisor).run(ready)

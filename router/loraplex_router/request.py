@@ -4,6 +4,7 @@ import re
 import secrets
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from math import isfinite
 from typing import TypeAlias
 
@@ -132,7 +133,7 @@ class Violations:
             self._found.append(FieldViolation(name, description))
 
     def add(self, violations: Iterable[FieldViolation]) -> None:
-        self._found += violations
+        self._found += islice(violations, MAX_VIOLATIONS - len(self._found))
 
     def raise_any(self, kind: type[InvalidRequestError] = InvalidRequestError) -> None:
         """Raises InvalidRequestError, or this kind of it, if anything was wrong."""

@@ -1,10 +1,11 @@
 """A port that cannot be opened: what the user is told."""
 
+import resource
 import socket
 
 import pytest
 
-from loraplex_router.app import listen
+from loraplex_router.app import listen, raise_file_limit
 
 
 def test_a_taken_port_is_named_with_its_flag():
@@ -23,3 +24,13 @@ def test_an_address_of_another_machine_is_named(host: str):
 def test_an_address_of_ipv6_is_listened_at():
     with listen("::1", 0, "--http-port") as opened:
         assert opened.family is socket.AF_INET6
+
+
+def test_as_many_files_may_be_open_as_the_system_allows():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, hard), hard))
+    try:
+        raise_file_limit()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
