@@ -239,6 +239,11 @@ def test_special_tokens_are_shown_where_asked_for(client: OpenAI, base: str):
     for skip, text in ((None, ""), (False, "</s></s>")):
         extra = {"ignore_eos": True, "skip_special_tokens": skip}
         assert client.completions.create(**options, extra_body=extra).choices[0].text == text
+        whole = client.completions.create(**options, extra_body=extra, logprobs=0).choices[0].logprobs
+        chunks = client.completions.create(**options, extra_body=extra, logprobs=0, stream=True)
+        pieces = [chunk.choices[0].logprobs for chunk in chunks]
+        assert [token for piece in pieces for token in piece.tokens] == whole.tokens == ["</s>", "</s>"]
+        assert [at for piece in pieces for at in piece.text_offset] == whole.text_offset == [0, len(text) // 2]
 
 
 def test_stop_strings_are_sought_in_what_was_generated_once_there_is_enough_of_it(client: OpenAI, base: str):

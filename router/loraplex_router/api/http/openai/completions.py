@@ -99,7 +99,7 @@ class CompletionWriter:
         first, with_usage = self._head(), bool(self.body.stream_options and self.body.stream_options.include_usage)
         async for index, delta in read_all(self.generations):
             writer, prompt = writers[index], 0 if writers[index].begun else outputs[index].num_prompt_logprobs
-            if delta.text or delta.finish_reason or not writer.begun:
+            if writer.has_news(delta):
                 last = usage_so_far(self.body.stream_options, self.generations)
                 yield await in_turn(delta.num_logprobs + prompt, partial(_event, first, writer, delta, last))
         if with_usage:
@@ -121,18 +121,22 @@ class _ChoiceWriter:
         self._index, self._output, self._tokenizer = index, output, parent.tokenizer
         self._echo = bool(parent.body.echo)
         self._shows_special_tokens = parent.body.skip_special_tokens is False
+        self._decoder = parent.tokenizer.verbatim if self._shows_special_tokens else parent.tokenizer
         names = TokenNames(parent.tokenizer, bool(parent.body.return_tokens_as_token_ids), "bytes:")
         self._logprobs = CompletionLogprobs(names) if parent.body.logprobs is not None else None
         self.begun = False
 
+    def has_news(self, delta: Delta) -> bool:
+        """Whether a stream is to tell of it."""
+        return not self.begun or bool(delta.text or delta.finish_reason or (self._logprobs and delta.samples))
+
     def write(self, delta: Delta) -> dict[str, Any]:
         text, logprobs = delta.text, None
         if self._echo and not self.begun:
-            sequence = self._output.sequence
-            pieces = self._tokenizer.token_texts(sequence.tokens[: sequence.prompt_length], self._shows_special_tokens)
-            text = "".join(pieces) + text
+            prompt = self._output.sequence.tokens[: self._output.sequence.prompt_length]
+            text = self._decoder.decode(prompt) + text
             if self._logprobs:
-                self._logprobs.add_prompt(self._output, pieces)
+                self._logprobs.add_prompt(self._output, self._tokenizer.token_texts(prompt, self._shows_special_tokens))
         self.begun = True
         if self._logprobs:
             logprobs = self._logprobs.take(delta)
