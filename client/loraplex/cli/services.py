@@ -85,6 +85,7 @@ def shard(context: typer.Context) -> None:
 
 
 def _begin(extra: str, *modules: str) -> None:
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # gRPC remarks on every process that is started
     missing = [module for module in modules if importlib.util.find_spec(module) is None]
     if missing:
         console.print(f"This command needs {', '.join(missing)}: pip install 'loraplex\\[{extra}]'")
