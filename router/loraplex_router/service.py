@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import TypeAlias
 
 from loraplex_protos import generation_pb2 as pb
 from loraplex_protos.errors import (
@@ -50,6 +51,8 @@ from loraplex_router.text.tokenizer import Spans, Tokenizer
 from loraplex_router.volume import Volume
 
 DIGEST = re.compile(r"[0-9a-f]{64}")
+
+Text: TypeAlias = str | tuple[int, ...] | RenderedChat  # what is tokenized, if it is not token ids already
 
 LONG_PROMPT = 1000  # tokens: where a call has several such prompts, others have their turn between two
 
@@ -160,7 +163,8 @@ class Service:
         self._generations[request_id] = None
         self._preparing += request.n
         try:
-            prompt = await self._encode(request, tenant)
+            given = await self._read_prompt(request, tenant)
+            prompt = await self._encode(request, given)
             room = volume.add(request, len(prompt), room_for(request, len(prompt), self.info.max_model_len))
             check_tokens(request, prompt, self.info.vocab_size, self.tokenizer.token_text)
             if len(prompt) > LONG_PROMPT:
@@ -170,6 +174,7 @@ class Service:
                 group, adapter = await self._groups.place(request.adapter, request.grammar)
             generation = Generation(request_id, request.adapter, adapter, arrived, validated, tenant)
             decoder = self.tokenizer.verbatim if request.show_special_tokens else self.tokenizer
+            ends = self._ends(adapter, given)
             for index in range(request.n):
                 sequence = Sequence(
                     number=self._next_number(),
@@ -179,10 +184,10 @@ class Service:
                     max_new_tokens=room,
                     sampling=request.sampling.resolve(index),
                     detail=request.detail,
-                    end_token_ids=self._end_token_ids(request, adapter),
+                    end_token_ids=_end_token_ids(request, ends),
                     min_new_tokens=request.min_new_tokens,
                     grammar=request.grammar,
-                    unwanted_token_ids=self._unwanted_token_ids(request, adapter),
+                    unwanted_token_ids=_unwanted_token_ids(request, ends),
                 )
                 stops = StopMatcher(request.stop, request.include_stop)
                 generation.add(sequence, decoder, stops, request.stop_token_ids)
@@ -286,12 +291,12 @@ class Service:
             _check_named(name)
             yield tenant
 
-    async def _encode(self, request: Request, tenant: Tenant) -> list[int]:
-        given: str | tuple[int, ...] | RenderedChat
+    async def _read_prompt(self, request: Request, tenant: Tenant) -> Text:
         if isinstance(request.prompt, Chat):
-            given = await self._render(request.prompt, request.adapter, tenant)
-        else:
-            given = request.prompt
+            return await self._render(request.prompt, request.adapter, tenant)
+        return request.prompt
+
+    async def _encode(self, request: Request, given: Text) -> list[int]:
         last = count_kept(request, self.info.max_model_len)
         if isinstance(given, tuple):
             return list(given if last is None else given[-last:])
@@ -333,19 +338,21 @@ class Service:
         self._arrivals += 1
         return self._arrivals
 
-    def _end_token_ids(self, request: Request, adapter: Adapter) -> frozenset[int]:
-        ignored = request.ignore_eos and request.grammar is None
-        own = frozenset() if ignored else self._own_end_token_ids(adapter)
-        return own | frozenset(request.stop_token_ids)
+    def _ends(self, adapter: Adapter, given: Text) -> frozenset[int]:
+        """The tokens that end an answer: the model's, the adapter's, and what the chat template writes behind one."""
+        turn_end = self.tokenizer.special_token_at(given.turn_end) if isinstance(given, RenderedChat) else None
+        known = (*self._known_model.end_token_ids, *adapter.tokenizer.end_token_ids)
+        return frozenset(known if turn_end is None else (*known, turn_end))
 
-    def _unwanted_token_ids(self, request: Request, adapter: Adapter) -> frozenset[int]:
-        """A complete match to a grammar can only be followed by an end token, so that one is put off, not ignored."""
-        put_off = request.ignore_eos and request.grammar is not None
-        return self._own_end_token_ids(adapter) if put_off else frozenset()
 
-    def _own_end_token_ids(self, adapter: Adapter) -> frozenset[int]:
-        """The model's, and those that the adapter was trained with."""
-        return frozenset(self._known_model.end_token_ids).union(adapter.tokenizer.end_token_ids)
+def _end_token_ids(request: Request, ends: frozenset[int]) -> frozenset[int]:
+    ignored = request.ignore_eos and request.grammar is None
+    return frozenset(request.stop_token_ids) | (frozenset() if ignored else ends)
+
+
+def _unwanted_token_ids(request: Request, ends: frozenset[int]) -> frozenset[int]:
+    """A complete match to a grammar can only be followed by an end token, so that one is put off, not ignored."""
+    return ends if request.ignore_eos and request.grammar is not None else frozenset()
 
 
 async def _read_embedding(generation: Generation) -> Embedding:

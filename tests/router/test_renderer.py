@@ -39,6 +39,11 @@ async def test_an_adapters_template_renders_as_the_models_own_does(renderer: Ren
         await renderer.render(brought("{{ raise_exception('no tools here') }}"), CHAT)
 
 
+async def test_what_a_template_writes_behind_an_answer_is_known(renderer: Renderer):
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|end|>\n{% endfor %}"
+    assert (await renderer.render(brought(template), CHAT)).turn_end == "<|end|>\n"
+
+
 async def test_a_template_that_cannot_be_read_says_where_and_costs_chats_alone(caplog: pytest.LogCaptureFixture):
     renderer = Renderer(brought("Hi\n{% if %}"))
     with caplog.at_level(logging.WARNING):

@@ -110,6 +110,12 @@ async def test_special_tokens_of_a_rendered_chat_become_single_tokens():
     assert [TOKENIZER.token_text(token) for token in tokens].count("</s>") == 1
 
 
+def test_a_special_token_at_the_beginning_of_a_text_is_found():
+    end = TOKENIZER.special_token_at("\n</s>\n<user>")
+    assert end is not None and TOKENIZER.token_text(end) == "</s>"
+    assert TOKENIZER.special_token_at("x</s>") is TOKENIZER.special_token_at("") is None
+
+
 async def test_every_token_knows_its_place_in_the_text():
     spans = await TOKENIZER.spans("aé")
     assert [(span.text, span.start, span.stop) for span in spans] == [("a", 0, 1), ("é", 1, 2), ("é", 1, 2)]

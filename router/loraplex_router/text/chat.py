@@ -34,6 +34,7 @@ class RenderedChat:
     """A conversation as text, which has the special tokens that it needs."""
 
     text: str
+    turn_end: str = ""  # what the template writes behind an answer
 
 
 @dataclass(frozen=True, slots=True)

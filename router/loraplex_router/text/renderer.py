@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import orjson
 
@@ -26,6 +26,8 @@ LONG = 2**18  # bytes; what is longer takes noticeable time
 # numpy comes with transformers, and needs no threads; nobody is told here that there is no torch.
 QUIET = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
 KEPT = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "TZ")  # of the router's environment; templates ask for the date
+
+Answer: TypeAlias = tuple[str, str, str]  # see template_process.answer
 
 
 class Renderer:
@@ -43,9 +45,9 @@ class Renderer:
         question = _write(templates, chat)
         own = templates == self._own
         process = self._foreign if not own else self._long if len(question) > LONG else self._short
-        kind, text = await process.ask(question)
+        kind, text, turn_end = await process.ask(question)
         if kind == "text":
-            return RenderedChat(text)
+            return RenderedChat(text, turn_end)
         if kind == "broken" and not own:
             raise AdapterInvalidError(f"the adapter's chat template cannot be read: {text}")
         raise _invalid(f"the model's chat template cannot be read: {text}" if kind == "broken" else text)
@@ -54,7 +56,7 @@ class Renderer:
         """Logs what is wrong with the model's own templates, if they cannot be read. Also, the first conversation does
         not wait for a process to start."""
         for name, source in self._own.by_name.items():
-            kind, text = await self._short.ask(_write_question(source, self._own.special_tokens))
+            kind, text, _ = await self._short.ask(_write_question(source, self._own.special_tokens))
             if kind == "broken":
                 logger.warning("chats will be refused: the model's chat template %r cannot be read: %s", name, text)
 
@@ -71,11 +73,11 @@ class _Process:
         self._render_seconds = render_seconds
         self._process: asyncio.subprocess.Process | None = None
         self._turn = asyncio.Lock()
-        self._asked: set[asyncio.Task[tuple[str, str]]] = set()
+        self._asked: set[asyncio.Task[Answer]] = set()
         self._closed = False
 
-    async def ask(self, question: bytes) -> tuple[str, str]:
-        """(what kind of answer it is, its text). A caller that leaves does not end the process for the others."""
+    async def ask(self, question: bytes) -> Answer:
+        """A caller that leaves does not end the process for the others."""
         task = asyncio.create_task(self._answer(question))
         self._asked.add(task)
         task.add_done_callback(self._asked.discard)
@@ -87,10 +89,10 @@ class _Process:
         await asyncio.gather(*self._asked)
         await self._end()
 
-    async def _answer(self, question: bytes) -> tuple[str, str]:
+    async def _answer(self, question: bytes) -> Answer:
         async with self._turn:
             if self._closed:
-                return "refused", "the server is shutting down"
+                return "refused", "the server is shutting down", ""
             try:
                 if self._process is not None and _is_gone(self._process):
                     await self._end()
@@ -100,7 +102,7 @@ class _Process:
                     return await _exchange(self._process, question)
             except (TimeoutError, OSError, EOFError):  # EOFError: it died
                 await self._end()
-                return "refused", "the chat template takes too much time or memory to render them"
+                return "refused", "the chat template takes too much time or memory to render them", ""
 
     def _kill(self) -> None:
         if self._process is not None:
@@ -120,12 +122,13 @@ def _is_gone(process: asyncio.subprocess.Process) -> bool:
     return process.returncode is not None or (process.stdin is not None and process.stdin.is_closing())
 
 
-async def _exchange(process: asyncio.subprocess.Process, question: bytes) -> tuple[str, str]:
+async def _exchange(process: asyncio.subprocess.Process, question: bytes) -> Answer:
     assert process.stdin and process.stdout
     process.stdin.write(question + b"\n")
     await process.stdin.drain()
-    kind, _, length = (await process.stdout.readuntil()).partition(b" ")
-    return kind.decode(), (await process.stdout.readexactly(int(length))).decode()
+    head = json.loads(await process.stdout.readuntil())
+    text = (await process.stdout.readexactly(head["bytes"])).decode()
+    return head["kind"], text, head["turn_end"]
 
 
 async def _start(render_seconds: float) -> asyncio.subprocess.Process:

@@ -26,6 +26,7 @@ class Template:
         self._special_tokens = special_tokens
         environment = _compile_jinja_template(source).environment
         self._traits = find_traits(source, find_undeclared_variables(environment.parse(source)), self._render)
+        self.turn_end = self._traits.turn_end
 
     def render(
         self,

@@ -1,4 +1,4 @@
-"""The process that renders chat templates: a line of JSON in; a kind of answer, its length and its text out.
+"""The process that renders chat templates: a line of JSON in; a line of JSON and a text out.
 
 The sandbox does not keep a template from running forever or filling the memory, so this process is short of memory, and
 of processor time for each conversation. renderer.py starts it.
@@ -16,6 +16,7 @@ from loraplex_router.text.template import Template
 
 MEMORY_BYTES = 2**30
 MAX_RENDERED = 2**24  # characters
+MAX_TURN_END = 200
 MAX_REASON = 200  # characters: it may quote the conversation
 KEPT = 256  # templates, with what was found out about them
 
@@ -26,35 +27,37 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     for line in sys.stdin.buffer:
         signal.setitimer(signal.ITIMER_PROF, render_seconds)
-        kind, text = answer(line)
+        kind, text, turn_end = answer(line)
         signal.setitimer(signal.ITIMER_PROF, 0)
         data = text.encode(errors="replace")
-        sys.stdout.buffer.write(b"%s %d\n%s" % (kind.encode(), len(data), data))
+        head = {"kind": kind, "bytes": len(data), "turn_end": turn_end[:MAX_TURN_END]}
+        sys.stdout.buffer.write(json.dumps(head).encode() + b"\n" + data)
         sys.stdout.buffer.flush()
 
 
-def answer(line: bytes) -> tuple[str, str]:
-    """("text", the prompt), ("refused", why there is none) or ("broken", what is wrong with the template).
+def answer(line: bytes) -> tuple[str, str, str]:
+    """("text", the prompt, what the template writes behind an answer), ("refused", why there is none, "") or ("broken",
+    what is wrong with the template, "").
 
     A question without messages asks whether the template can be read.
     """
     try:
         question = json.loads(line)
     except (ValueError, RecursionError):
-        return "refused", "they are nested too deeply"
+        return "refused", "they are nested too deeply", ""
     try:
         template = _template(question.pop("source"), tuple(sorted(question.pop("special_tokens").items())))
     except Exception as error:  # a template can be too deep for the parser
-        return "broken", describe(error)
+        return "broken", describe(error), ""
     if "messages" not in question:
-        return "text", ""
+        return "text", "", template.turn_end
     try:
         text = template.render(**question)
     except Exception as error:  # it is a program
-        return "refused", f"the chat template refuses them: {describe(error)}"
-    return (
-        ("text", text) if len(text) <= MAX_RENDERED else ("refused", "the chat template makes too long a text of them")
-    )
+        return "refused", f"the chat template refuses them: {describe(error)}", ""
+    if len(text) > MAX_RENDERED:
+        return "refused", "the chat template makes too long a text of them", ""
+    return "text", text, template.turn_end
 
 
 def describe(error: Exception) -> str:

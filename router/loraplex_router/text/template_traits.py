@@ -56,6 +56,7 @@ class Traits:
     empty_hides_calls: bool  # calls beside an empty text are not shown
     takes_parts: frozenset[str]  # roles whose content may be a list of parts
     needs_parts: frozenset[str]  # roles whose content must be one
+    turn_end: str  # what is written behind an answer
 
 
 def find_traits(source: str, variables: Collection[str], render: Render) -> Traits:
@@ -92,6 +93,7 @@ def find_traits(source: str, variables: Collection[str], render: Render) -> Trai
     knows_calls = "tool_calls" in source  # if it refuses some nevertheless, it has its reasons
     takes_parts = frozenset(role for role in ROLES if _shows(said(role, PARTS), *TEXT.split()))
     takes_text = frozenset(role for role in ROLES if _shows(said(role, TEXT), TEXT))
+    _, answered, behind = (attempt(_said("assistant", TEXT, [])[:2]) or "").rpartition(TEXT)
     return Traits(
         reads_tools="tools" in variables,
         hides_calls=not (knows_calls or (shown is not None and _names_call(shown))) and "assistant" in takes_text,
@@ -105,6 +107,7 @@ def find_traits(source: str, variables: Collection[str], render: Render) -> Trai
         empty_hides_calls=rank(ids, Blank.EMPTY) < rank(ids, blank_call),
         takes_parts=takes_parts,
         needs_parts=takes_parts - takes_text,
+        turn_end=behind if answered else "",
     )
 
 

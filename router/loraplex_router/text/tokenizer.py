@@ -135,10 +135,10 @@ class Tokenizer:
         """Decodes with the special tokens shown."""
         return _Verbatim(self._tokenizer, self.token_text)
 
-    def token_id(self, text: str) -> int | None:
-        """The token that stands for exactly this text in the vocabulary, if there is one."""
-        token: int | None = self._tokenizer.token_to_id(text)
-        return token
+    def special_token_at(self, text: str) -> int | None:
+        """The special token that a short text begins with, but for white space."""
+        first = self._tokenizer.encode(text.lstrip(), add_special_tokens=False).ids[:1]
+        return first[0] if first and first[0] in self._special_tokens else None
 
     def is_special(self, token: int) -> bool:
         """Whether the token is left out of the text."""

@@ -33,6 +33,7 @@ MESSAGES = ("sampling", "stopping", "detail", "adapter", "merged_adapters")  # w
 # What the faces call a field of the router's, where that is not the last part of its name.
 LORAX_NAMES = {
     "prompt": "inputs",
+    "chat.messages": "messages",
     "n": "best_of",
     "adapter.id": "adapter_id",
     "adapter.source": "adapter_source",
@@ -42,6 +43,7 @@ LORAX_NAMES = {
     "detail.top_logprobs": "return_k_alternatives",
 }
 OPENAI_NAMES = {
+    "chat.messages": "messages",
     "adapter.id": "model",
     "adapter.source": "adapter_source",
     "adapter.token": "api_token",
