@@ -126,10 +126,11 @@ def count_blocks(settings: ModelSettings, max_model_len: int, block_bytes: int, 
 
 
 def share_for_adapters(settings: ModelSettings, cache_bytes: int, device: torch.device) -> int:
-    """How many bytes of host memory this rank's adapters may take: half of what is free beside the KV cache, of which
-    nothing was used yet. The other half is for adapters on their way, and for steps."""
+    """How many bytes of host memory this rank's adapters may take: three eighths of what is free beside the KV cache,
+    of which nothing was used yet. The rest is for one that comes before another has left, for those on their way, which
+    are in memory several times, and for steps."""
     free = available_memory(CGROUP) // settings.tp
-    return max(0, free - (cache_bytes if device.type == "cpu" else 0)) // 2
+    return max(0, free - (cache_bytes if device.type == "cpu" else 0)) * 3 // 8
 
 
 def available_memory(cgroup: Path) -> int:

@@ -14,8 +14,9 @@ import torch
 HUGE_PAGE = 2 << 20
 
 # Numbers of glibc's mallopt, and what they are set to.
-TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
+TRIM_THRESHOLD, MMAP_THRESHOLD, ARENA_MAX = -1, -3, -8
 KEPT, LARGEST_KEPT = 64 << 20, 32 << 20  # glibc takes no more for the latter
+ARENAS = 2  # that keep so much each; one for each thread would be as many as a server has
 
 
 def reserve(size: int) -> torch.Tensor:
@@ -30,9 +31,11 @@ def reserve(size: int) -> torch.Tensor:
 
 
 def keep_freed() -> None:
-    """From now on, memory that is freed stays with the process, up to some 64 MiB for each thread, where the C library
-    is glibc. It otherwise goes back to the kernel, and every page of every step's tensors is got and cleared anew."""
+    """From now on, memory that is freed stays with the process, up to some 64 MiB in each of a few arenas, where the C
+    library is glibc. It otherwise goes back to the kernel, and every page of every step's tensors is got and cleared
+    anew."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
+        mallopt(ARENA_MAX, ARENAS)
         mallopt(TRIM_THRESHOLD, KEPT)
         mallopt(MMAP_THRESHOLD, LARGEST_KEPT)

@@ -223,7 +223,7 @@ def _load(
         ),
         metrics=telemetry.metrics,
         s3=_open_s3(settings.adapters_s3),
-        host_bytes=adapter_host_bytes * 3 // 2,  # the router has others leave once it knows how large one is
+        host_bytes=adapter_host_bytes * 5 // 4,  # the router has others leave once it knows how large one is
     )
     end_token_ids = keep_known(checkpoint.end_token_ids, decoder.vocab_size)
     grammars = GrammarCompiler(tokenizer.tokenizer_json, decoder.vocab_size, end_token_ids)

@@ -24,17 +24,26 @@ class Pool(RuleBasedStateMachine):
     def stage(self, name: str) -> None:
         adapter = self.pool.add(name, lora_rank=8, size_bytes=10)
         for dropped in self.pool.pop_over_budget(keep=adapter):
-            assert dropped is not adapter and dropped.slot is None and not dropped.waiting and not dropped.in_use
+            assert dropped is not adapter and not dropped.needed
+            assert dropped.leaving == (dropped.slot is not None) == (self.pool.get(dropped.digest) is dropped)
         assert self.pool.get(name) is adapter
-        needed = self.adapters(lambda a: a.slot is not None or a.waiting or a is adapter)
-        assert sum(a.size_bytes for a in self.pool) <= max(BUDGET, 10 * len(needed))
+        needed = self.adapters(lambda a: a.needed or a is adapter)
+        assert sum(a.size_bytes for a in self.pool if not a.leaving) <= max(BUDGET, 10 * len(needed))
+
+    @precondition(lambda self: self.adapters(lambda a: a.leaving))
+    @rule(data=st.data())
+    def unload(self, data: st.DataObject) -> None:
+        adapter = data.draw(st.sampled_from(self.adapters(lambda a: a.leaving)))
+        if not adapter.needed:
+            self.pool.remove(adapter)
+            self.pool.release_slot(adapter)
 
     @rule(name=NAMES, keep=st.sets(NAMES))
     def claim(self, name: str, keep: set[str]) -> None:
         adapter = self.pool.get(name)
         if adapter is None or adapter.slot is not None:
             return
-        needed = self.adapters(lambda a: a.slot is not None and (a.in_use or not a.ready or a.digest in keep))
+        needed = self.adapters(lambda a: a.slot and (a.in_use or not a.ready or a.leaving or a.digest in keep))
         claim = self.pool.claim_slot(adapter, keep={a for a in self.pool if a.digest in keep})
         assert (claim is None) == (len(needed) == SLOTS)
         if claim is not None:

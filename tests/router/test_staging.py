@@ -145,6 +145,18 @@ async def test_adapters_that_nobody_needs_make_room_even_on_the_device_and_no_ot
     assert (await staging.resolve(A)).digest == first.digest
 
 
+async def test_idle_adapters_leave_their_slots_when_host_memory_is_full(shards: Shards) -> None:
+    staging = Staging(shards, host_bytes=25)  # room for two adapters
+    first, second = await staging.resolve(A), await staging.resolve(B)
+    for adapter in (first, second):
+        assert staging.pool.claim_slot(adapter, keep=())
+        adapter.ready = True
+    third = await staging.resolve(AdapterReference("c"))
+    await asyncio.sleep(0.05)
+    assert shards.staged == {second.digest, third.digest} and shards.unloaded == [1]
+    assert staging.pool.on_device() == [second]
+
+
 async def test_an_adapter_that_is_to_leave_waits_for_its_sequences_and_newcomers_wait_for_it(shards: Shards) -> None:
     staging = Staging(shards)
     adapter = await staging.resolve(A)

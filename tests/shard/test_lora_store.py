@@ -87,6 +87,9 @@ class CountingOrigin:
     source: str = "hub"
     revision: str = "commit"
 
+    def fetch(self) -> int:
+        return 0
+
     def read(self) -> AdapterFiles:
         return self.hub.read(self.id)
 

@@ -152,8 +152,8 @@ def test_cache_adapters_and_steps_share_what_the_container_has_left(
         cache = blocks * BLOCK_BYTES
         assert left / 5 < cache <= left / 4
     adapters = machine.share_for_adapters(ModelSettings(), cache, device)
-    assert adapters == (left - cache) // 2
-    assert machine.share_for_adapters(ModelSettings(), left if device == CPU else 0, device) in (0, left // 2)
+    assert adapters == (left - cache) * 3 // 8
+    assert machine.share_for_adapters(ModelSettings(), left if device == CPU else 0, device) in (0, left * 3 // 8)
 
 
 def test_a_group_of_one_agrees_with_itself() -> None:

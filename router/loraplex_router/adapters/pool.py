@@ -56,8 +56,8 @@ class AdapterPool:
     """The staged adapters and those among them that hold a slot, 1 ... slots; both least recently used first.
 
     Invariants: a slot belongs to one adapter at most; an adapter in use, or pinned, keeps its slot; at least one slot
-    is left to adapters that are not pinned; only what nobody waits for, merges, runs, pins or holds on the device is
-    dropped from host memory.
+    is left to adapters that are not pinned; only what nobody waits for, merges, runs or pins is dropped from host
+    memory, and with it from its slot; the slot of one that leaves is given to nobody before it is released.
     """
 
     def __init__(self, slots: int, host_bytes: int) -> None:
@@ -125,8 +125,8 @@ class AdapterPool:
         assert adapter.slot is None
         evicted = None
         if not self._free_slots:
-            idle = (a for a in self.on_device() if a.ready and not a.in_use and not a.pinned and a not in keep)
-            evicted = next(idle, None)
+            idle = (a for a in self.on_device() if a.ready and not (a.in_use or a.pinned or a.leaving))
+            evicted = next((a for a in idle if a not in keep), None)
             if evicted is None:
                 return None
             self.release_slot(evicted)
@@ -142,17 +142,19 @@ class AdapterPool:
 
     def pop_over_budget(self, keep: Adapter) -> list[Adapter]:
         """Drops the least recently used adapters that nobody needs, `keep` excepted, until the rest fit into host
-        memory."""
-        excess = sum(adapter.size_bytes for adapter in self._staged.values()) - self._host_bytes
+        memory. One that holds a slot is marked as leaving: it is to be unloaded, and removed, before it is gone."""
+        excess = sum(adapter.size_bytes for adapter in self._staged.values() if not adapter.leaving) - self._host_bytes
         dropped = []
         for adapter in list(self._staged.values()):
             if excess <= 0:
                 break
-            kept = adapter.slot is not None or adapter.needed or adapter.pinned or adapter.leaving or adapter is keep
-            if not kept:
+            if not (adapter.needed or adapter.pinned or adapter.leaving or adapter is keep):
                 excess -= adapter.size_bytes
                 dropped.append(adapter)
-                self.remove(adapter)
+                if adapter.slot is None:
+                    self.remove(adapter)
+                else:
+                    adapter.leaving = True
         return dropped
 
     def least_needed(self) -> Adapter | None:

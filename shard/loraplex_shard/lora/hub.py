@@ -54,6 +54,10 @@ class HubOrigin:
     def source(self) -> str:
         return "hub"
 
+    def fetch(self) -> int:
+        with _typed_errors(self.id, self.revision, self.token):
+            return sum(self._fetch(name).stat().st_size for name in self.names)
+
     def read(self) -> AdapterFiles:
         with _typed_errors(self.id, self.revision, self.token):
             return read_files({name: self._fetch(name) for name in self.names})

@@ -27,6 +27,12 @@ class LocalOrigin:
     def revision(self) -> str:
         return ""
 
+    def fetch(self) -> int:
+        try:
+            return sum(path.stat().st_size for _, path in self.paths)
+        except OSError as error:
+            raise AdapterSourceError(f"the adapter's files cannot be read: {error.strerror}") from error
+
     def read(self) -> AdapterFiles:
         try:
             files = read_files(dict(self.paths))

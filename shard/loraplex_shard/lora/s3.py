@@ -40,6 +40,11 @@ class S3Origin:
     def revision(self) -> str:
         return ""
 
+    def fetch(self) -> int:
+        with _typed_errors(self.id):
+            answer = self.client.head_object(Bucket=self.bucket, Key=f"{self.folder}/{TENSORS}")
+        return int(answer["ContentLength"])
+
     def read(self) -> AdapterFiles:
         return assemble({name: self._get(name, etag) for name, etag in self.etags})
 

@@ -20,8 +20,12 @@ class Origin(Hashable, Protocol):
     def source(self) -> str: ...
     @property
     def revision(self) -> str: ...
+    def fetch(self) -> int:
+        """Brings the files to this machine's disk, if their source has a place for them there; answers their size in
+        bytes. Raises the AdapterErrors of its source."""
+
     def read(self) -> AdapterFiles:
-        """Fetches and reads the files. Raises the AdapterErrors of its source."""
+        """Reads the files, and fetches what is not on the disk. Raises the AdapterErrors of its source."""
 
 
 class Sources:

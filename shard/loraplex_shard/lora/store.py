@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
@@ -35,6 +36,7 @@ from loraplex_shard.lora.listing import LocalAdapter, LocalListing
 from loraplex_shard.lora.local import LocalSource
 from loraplex_shard.lora.merge import Recipe, merge
 from loraplex_shard.lora.peft import modules_of, read_adapter, read_deltas
+from loraplex_shard.lora.room import Room
 from loraplex_shard.lora.sources import Origin, Sources
 from loraplex_shard.lora.text_files import AdapterText
 from loraplex_shard.lora.transfer import Transfer
@@ -45,6 +47,9 @@ if TYPE_CHECKING:
     from loraplex_shard.lora.s3 import S3Source
 
 logger = logging.getLogger(__name__)
+
+# How often an adapter is in memory while it is staged: its file, its tensors in the dtype, and those cut and laid out.
+COPIES = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +68,7 @@ class AdapterStore:
 
     `directory` is the adapter directory, if there is one; `architecture` the base model's class. The hub is HF_ENDPOINT
     (or the public one) unless given; `metrics` are told of what is loaded and what leaves. At most `host_bytes` are
-    staged at a time.
+    staged, and half as many on their way, at a time.
     """
 
     def __init__(
@@ -83,6 +88,7 @@ class AdapterStore:
         self._transfer = Transfer(device)
         self._base = base
         self._host_bytes = host_bytes
+        self._room = Room(host_bytes // 2)
         local = LocalSource(directory) if directory is not None else None
         self._listing = LocalListing(local.root, self._doubts) if local is not None else None
         self._sources = Sources(local, hub or HubSource(), s3)
@@ -118,7 +124,10 @@ class AdapterStore:
         pruning keeps of a whole tensor are not to be seen. Raises AdapterNotFoundError for a part that is not staged,
         AdapterSourceError for one whose files are not what they were, InvalidRequestError for unequal lora_ranks.
         """
-        self._once(digest, lambda: self._hold(digest, lambda: self._merged(parts, recipe)))
+        with self._lock:
+            sizes = [self._host[part].weights.size_bytes for part in parts if part in self._host]
+        with self._room.taken(sum(sizes) * COPIES):
+            self._once(digest, lambda: self._hold(digest, lambda: self._merged(parts, recipe)))
         with self._lock:
             adapter = self._host[digest]
         return StagedAdapter(digest, "merged", "", adapter.lora_rank, adapter.weights.size_bytes)
@@ -192,10 +201,12 @@ class AdapterStore:
         )
 
     def _read(self, origin: Origin) -> None:
-        with self._metrics.loading("disk"):
-            files = origin.read()
-        digest = files.digest()
-        self._once(digest, lambda: self._hold(digest, lambda: self._cut(files)))
+        with ExitStack() as stack:
+            with self._metrics.loading("disk"):
+                stack.enter_context(self._room.taken(origin.fetch() * COPIES))
+                files = origin.read()
+            digest = files.digest()
+            self._once(digest, lambda: self._hold(digest, lambda: self._cut(files)))
         with self._lock:
             self._digests[origin] = digest
 
@@ -273,3 +284,6 @@ class AdapterStore:
         finally:
             with self._lock:
                 del self._running[key]
+            # An error knows this frame: if that knew the future, which has the error, both would stay until the next
+            # collection of garbage, and with them what was read.
+            del future, running
