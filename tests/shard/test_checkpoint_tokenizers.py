@@ -84,7 +84,7 @@ def test_a_sentencepiece_model_alone_gives_the_ids_of_sentencepiece(
         assert ids(tokenizer, text) == processor.encode(text)
         assert tokenizer.decode(ids(tokenizer, text)) == text
     assert tokenizer.encode("Hello").ids[0] == processor.bos_id()
-    assert open_checkpoint(str(directory)).tokenizer().bos_token == "<s>"
+    assert open_checkpoint(str(directory)).tokenizer().special_tokens["bos_token"] == "<s>"
 
 
 def test_a_model_that_sets_no_blank_before_a_text_keeps_it_so(tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_tokens_added_beside_a_sentencepiece_model_follow_it(tmp_path: Path) -> 
     directory = checkpoint(tmp_path, LlamaConfig, {**LLAMA, "eos_token": "<|im_end|>", "added_tokens_decoder": added})
     train(directory / "tokenizer.model")
     assert ids(read(directory), "Hi<|im_end|>")[-1] == 600
-    assert open_checkpoint(str(directory)).end_token_ids == (2, 600)
+    assert set(open_checkpoint(str(directory)).end_token_ids) == {2, 600}
 
 
 def test_a_sentencepiece_model_that_cannot_be_converted_exactly_is_refused(tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_mistrals_tekken_begins_texts_with_its_bos(tmp_path: Path) -> None:
     }
     (directory / "tekken.json").write_text(json.dumps(tekken))
     assert read(directory).encode("[INST]Hi").ids == [1, 3, 5 + ord("H"), 5 + ord("i")]
-    assert open_checkpoint(str(directory)).tokenizer().eos_token == "</s>"
+    assert open_checkpoint(str(directory)).tokenizer().special_tokens["eos_token"] == "</s>"
 
 
 def save_vocabulary(directory: Path) -> None:
