@@ -120,6 +120,16 @@ def test_an_adapters_own_chat_template_renders_its_conversations(client: Client,
     assert models.text == client.generate("<user>Hi<assistant>", adapter="r8", **OPTIONS).text
 
 
+def test_an_adapters_own_end_tokens_end_its_answers(client: Client, hub: StandInHub, adapters: Path, oracle: Oracle):
+    tokens = expected(oracle, "r8")
+    end = tokens[3]
+    files = {**files_of(adapters / "r8"), "generation_config.json": json.dumps({"eos_token_id": [end]}).encode()}
+    hub.push("org/ending", files)
+    (ended,) = client.generate(PROMPT, adapter="org/ending", max_new_tokens=8).sequences
+    assert [token.id for token in ended.tokens] == tokens[: tokens.index(end) + 1]
+    assert answer(client, "org/ending") == tokens  # which ignores them
+
+
 async def test_a_slow_source_delays_its_own_requests_alone(
     serving: Server, hub: StandInHub, adapters: Path, oracle: Oracle
 ):

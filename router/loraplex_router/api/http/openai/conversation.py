@@ -30,8 +30,9 @@ def _read_message(message: ChatMessage, place: int, found: Violations) -> Messag
     content: Content = message.content if isinstance(message.content, str) else None
     if isinstance(message.content, list):
         for at, part in enumerate(message.content):
-            name = f"messages[{place}][content][{at}]"
-            found.check(_text_of(part) is not None, name, f"is of type {part.type[:100]!r}: the model reads text")
+            name, field = f"messages[{place}][content][{at}]", TEXT_PARTS.get(part.type)
+            found.check(field is not None, name, f"is of type {part.type[:100]!r}: the model reads text")
+            found.check(field is None or _text_of(part) is not None, name, f"has no {field}")
         content = [_read_part(part) for part in message.content]
     return Message(message.role, content, fields)
 
