@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from array import array
 from collections.abc import AsyncIterator, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
@@ -56,7 +57,7 @@ class Delta:
 class Embedding:
     """The mean of the last hidden states over all positions of an input, scaled to length 1."""
 
-    values: tuple[float, ...]
+    values: "array[float]"
     prompt_tokens: int
 
 
@@ -78,7 +79,7 @@ class SequenceOutput:
         self.generated = 0  # tokens, those of a stop string included
         self.prompt_logprobs: list[float] = []  # of the prompt's tokens but the first
         self.prompt_alternatives: list[Alternatives] = []  # of the same; none if not asked for
-        self.pooled: tuple[float, ...] = ()
+        self.pooled = array("f")
         self._decoder = decoder
         self._detokenizer = Detokenizer(decoder, sequence.tokens[: sequence.prompt_length])
         self._stops = stops
@@ -116,7 +117,7 @@ class SequenceOutput:
 
     def pool(self, vector: Iterable[float]) -> None:
         """Takes what a pooled sequence answers in place of tokens, which ends it."""
-        self.pooled = tuple(vector)
+        self.pooled = array("f", vector)
         self.finish(FinishReason.LENGTH)
 
     def finish(self, reason: FinishReason) -> None:

@@ -54,6 +54,7 @@ DIGEST = re.compile(r"[0-9a-f]{64}")
 
 Text: TypeAlias = str | tuple[int, ...] | RenderedChat  # what is tokenized, if it is not token ids already
 
+FEW_INPUTS = 32  # to be embedded: then others have their turn
 LONG_PROMPT = 1000  # tokens: where a call has several such prompts, others have their turn between two
 
 
@@ -151,6 +152,8 @@ class Service:
             for part in request.parts():
                 with self.telemetry.admission(part, arrived):
                     started.append(await self._start(part, tenant, arrived, volume))
+                if len(started) % FEW_INPUTS == 0:
+                    await asyncio.sleep(0)
             return [await _read_embedding(generation) for generation in started]
         finally:
             for generation in started:

@@ -26,6 +26,7 @@ from loraplex_router.api.translation import (
     read_embed_request,
     read_reference,
     read_request,
+    write_embeddings,
     write_spans,
     write_status,
 )
@@ -87,9 +88,7 @@ class GenerationApi(GenerationServiceServicer):
     async def Embed(self, request: pb.EmbedRequest, context: Context) -> pb.EmbedResponse:
         async with _answering(context):
             embeddings = await self._service.embed(read_embed_request(request), _key(context))
-            return pb.EmbedResponse(
-                embeddings=[pb.Embedding(values=e.values, prompt_tokens=e.prompt_tokens) for e in embeddings]
-            )
+            return await in_turn(sum(len(e.values) for e in embeddings), lambda: write_embeddings(embeddings))
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
         async with _answering(context):

@@ -6,7 +6,7 @@ from loraplex_protos import generation_pb2 as pb
 from loraplex_protos.errors import FieldViolation, InvalidRequestError
 from loraplex_router.adapters.statuses import AdapterStatus, State, Tier
 from loraplex_router.grammar import Grammar, GrammarKind
-from loraplex_router.output import Alternatives, Delta, Generation, Sample, SequenceOutput
+from loraplex_router.output import Alternatives, Delta, Embedding, Generation, Sample, SequenceOutput
 from loraplex_router.request import AdapterReference, EmbedRequest, MergedReference, Request, SamplingOptions
 from loraplex_router.sequence import Detail, FinishReason
 from loraplex_router.text.chat import Chat, Message
@@ -213,6 +213,12 @@ def _usage(output: SequenceOutput) -> pb.Usage:
 def _seed(output: SequenceOutput) -> int | None:
     sampling = output.sequence.sampling
     return sampling.seed if sampling.temperature > 0 else None
+
+
+def write_embeddings(embeddings: Iterable[Embedding]) -> pb.EmbedResponse:
+    return pb.EmbedResponse(
+        embeddings=[pb.Embedding(values=found.values, prompt_tokens=found.prompt_tokens) for found in embeddings]
+    )
 
 
 def write_spans(spans: Spans) -> pb.TokenizeResponse:

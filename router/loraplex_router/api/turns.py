@@ -4,11 +4,11 @@ import asyncio
 from collections.abc import Callable
 from typing import TypeVar
 
-LONG = 2000  # logprobs: writing more than these takes longer than a step of the model
+LONG = 2000  # logprobs, or other numbers: writing more than these takes longer than a step of the model
 
 T = TypeVar("T")
 
 
-async def in_turn(num_logprobs: int, write: Callable[[], T]) -> T:
-    """What `write` answers, which has so many logprobs in it: on a thread, if they are many."""
-    return await asyncio.to_thread(write) if num_logprobs > LONG else write()
+async def in_turn(size: int, write: Callable[[], T]) -> T:
+    """What `write` answers, which has so many numbers in it: on a thread, if they are many."""
+    return await asyncio.to_thread(write) if size > LONG else write()

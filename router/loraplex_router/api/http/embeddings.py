@@ -2,16 +2,19 @@
 
 import base64
 import struct
-from typing import Any, Literal
+from collections.abc import AsyncIterator, Sequence
+from typing import Literal
 
+import orjson
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, Field
 
 from loraplex_protos.errors import FieldViolation, InvalidRequestError
 from loraplex_router.api.http.attendance import finish_attended
 from loraplex_router.api.http.fields import Name, Prompts
 from loraplex_router.api.http.json_body import JsonRoute
+from loraplex_router.api.http.json_list import write_list
 from loraplex_router.api.http.lorax.reading import read_adapter
 from loraplex_router.api.http.lorax.routes import ERRORS as LORAX_ERRORS
 from loraplex_router.api.http.lorax.schema import Parameters
@@ -23,6 +26,7 @@ from loraplex_router.output import Embedding
 from loraplex_router.request import EmbedRequest
 from loraplex_router.service import Service
 
+FLOATS = 8192  # written in one go
 POOLING = "the mean of the last hidden states over all tokens, scaled to length 1"
 
 
@@ -77,7 +81,9 @@ def create_embedding_routes(service: Service) -> APIRouter:
         names = service.model_names
         adapter = read_model_name(body.model, names)
         request = EmbedRequest(tuple(read_prompts(body.input)), adapter, body.truncate_prompt_tokens)
-        return JSONResponse(_write(body, answered_name(body.model, names), await embed(request, http)))
+        found = await embed(request, http)
+        written = _write(found, body.encoding_format == "base64", answered_name(body.model, names))
+        return StreamingResponse(written, media_type="application/json")
 
     @routes.post(
         "/embed",
@@ -90,25 +96,27 @@ def create_embedding_routes(service: Service) -> APIRouter:
         given = body.parameters or Parameters()
         request = EmbedRequest((body.inputs,), read_adapter(given, token), given.truncate)
         (found,) = await embed(request, http)
-        return JSONResponse({"embeddings": found.values})
+        return JSONResponse({"embeddings": found.values.tolist()})
 
     return routes
 
 
-def _write(body: OpenaiRequest, model: str, found: list[Embedding]) -> dict[str, Any]:
-    encode = _encode if body.encoding_format == "base64" else list
+async def _write(found: Sequence[Embedding], in_base64: bool, model: str) -> AsyncIterator[bytes]:
+    """A few at a time: a thousand vectors are tens of megabytes."""
+    rows = (
+        {"object": "embedding", "index": index, "embedding": _encode(embedding, in_base64)}
+        for index, embedding in enumerate(found)
+    )
+    yield b'{"object":"list","data":'
+    async for part in write_list(rows, max(1, FLOATS // len(found[0].values))):
+        yield part
     tokens = sum(embedding.prompt_tokens for embedding in found)
-    return {
-        "object": "list",
-        "data": [
-            {"object": "embedding", "index": index, "embedding": encode(embedding.values)}
-            for index, embedding in enumerate(found)
-        ],
-        "model": model,
-        "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
-    }
+    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+    yield b"," + orjson.dumps({"model": model, "usage": usage})[1:]
 
 
-def _encode(values: tuple[float, ...]) -> str:
-    """As OpenAI's client reads it: float32, little endian."""
-    return base64.b64encode(struct.pack(f"<{len(values)}f", *values)).decode()
+def _encode(found: Embedding, in_base64: bool) -> list[float] | str:
+    """In base64 as OpenAI's client reads it: float32, little endian."""
+    if not in_base64:
+        return found.values.tolist()
+    return base64.b64encode(struct.pack(f"<{len(found.values)}f", *found.values)).decode()

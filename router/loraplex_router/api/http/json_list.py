@@ -10,18 +10,18 @@ import orjson
 BATCH = 1000  # values written in one go
 
 
-async def write_list(values: Iterable[Any]) -> AsyncIterator[bytes]:
-    """As JSON, a part at a time: others have their turn between two."""
+async def write_list(values: Iterable[Any], batch: int = BATCH) -> AsyncIterator[bytes]:
+    """As JSON, so many values at a time: others have their turn between two parts."""
     yield b"["
     begun = False
-    for batch in _batches(values):
-        yield b"," * begun + orjson.dumps(batch)[1:-1]
+    for part in _batches(values, batch):
+        yield b"," * begun + orjson.dumps(part)[1:-1]
         begun = True
         await asyncio.sleep(0)
     yield b"]"
 
 
-def _batches(values: Iterable[Any]) -> Iterator[list[Any]]:
+def _batches(values: Iterable[Any], size: int) -> Iterator[list[Any]]:
     iterator = iter(values)
-    while batch := list(islice(iterator, BATCH)):
-        yield batch
+    while part := list(islice(iterator, size)):
+        yield part
