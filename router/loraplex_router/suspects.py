@@ -6,13 +6,12 @@ nothing had happened. How suspects go on depends on how the group was lost.
 A group that is gone was most likely ended by its machine. All suspects go on together, which is quickest: to compute
 hundreds of sequences again one by one takes many times as long. Those that lose the next group at the same place are
 computed alone up to there, one after the other, the youngest first, in plans that take turns with everybody else's.
-What loses a third group, alone, is what they died of. Where a shard failed on a plan and said so, one of the suspects
-is to blame for certain: they are alone at once, and the second group convicts.
+What loses three more groups, alone, is what they died of: where machines kill again and again, some suspect is hit
+alone now and then, but not the same one three times. Where a shard failed on a plan and said so, one of the suspects is
+to blame for certain: they are alone at once, and the second group convicts.
 
 The place is the positions that were in flight at each of the losses. A sequence that gets past it is no suspect any
-more, nor is one that is lost somewhere else the next time, and nobody is once one of them is convicted. So kills
-convict an innocent sequence only if all of them hit it at one place, the last one in the few steps in which it is
-alone.
+more, nor is one that is lost somewhere else the next time, and nobody is once one of them is convicted.
 """
 
 from collections.abc import Iterable
@@ -20,7 +19,7 @@ from dataclasses import dataclass
 
 from loraplex_router.sequence import Plan, Sequence
 
-CONVICTING_LOSSES = 3  # the last of them alone
+CONVICTING_LOSSES = 5  # all but two of them alone
 CONVICTING_FAILURES = 2  # the same, if the shard said that it failed on the plan
 
 

@@ -133,7 +133,7 @@ class Shard(Process):
 
 
 class MortalShard(Shard):
-    """One that dies of some tokens, and is started again then."""
+    """One that dies of some tokens, and is there again then."""
 
     module = "tests.e2e.mortal_shard"
 

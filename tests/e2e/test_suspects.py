@@ -1,48 +1,31 @@
 """A request that a real shard dies of ends alone, and its neighbours get all of their tokens."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 
 from loraplex import AsyncClient, FinishReason, GenerationError
-from tests.e2e.mortal_shard import KILLING, RAISING
+from loraplex_router.suspects import CONVICTING_LOSSES
+from tests.e2e.mortal_shard import DIED, KILLING, RAISING
 from tests.e2e.processes import MortalShard, Router
 from tests.e2e.tiny import Oracle, byte_tokenizer
 
 
-@asynccontextmanager
-async def started_again(*flags: str) -> AsyncIterator[list[MortalShard]]:
-    """A shard, and whenever it dies the next one."""
-    shards: list[MortalShard] = []
-
-    async def keep() -> None:
-        while True:
-            shards.append(MortalShard(*flags))
-            await asyncio.to_thread(shards[-1].process.wait)
-
-    task = asyncio.create_task(keep())
-    try:
-        yield shards
-    finally:
-        task.cancel()
-        for shard in shards:
-            shard.kill()
-
-
 async def test_a_request_that_shards_die_of_ends_alone(model: Path, oracle: Oracle, tmp_path: Path):
     listen = f"unix:{tmp_path}/shard"
-    flags = f"--model={model}", f"--listen={listen}", "--kv-blocks=512", "--threads=1"
-    with Router(f"--shards={listen}", "--move-seconds=120") as router:
-        async with started_again(*flags) as shards, AsyncClient(router.address) as client:
+    with (
+        Router(f"--shards={listen}", "--move-seconds=120") as router,
+        MortalShard(f"--model={model}", f"--listen={listen}", "--kv-blocks=512", "--threads=1") as shard,
+    ):
+        async with AsyncClient(router.address) as client:
             await asyncio.to_thread(router.wait_until, "loraplex_groups", 1, 120)
             await its_neighbours_get_all_of_their_tokens(client, oracle, RAISING)
-            assert len(shards) == 1
+            assert DIED not in shard.log
             await its_neighbours_get_all_of_their_tokens(client, oracle, KILLING)
-            assert len(shards) == 4
+            assert shard.log.count(DIED) == CONVICTING_LOSSES
         router.assert_nothing_is_held()
+        shard.kill()
 
 
 async def its_neighbours_get_all_of_their_tokens(client: AsyncClient, oracle: Oracle, deadly: int) -> None:
