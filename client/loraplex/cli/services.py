@@ -31,8 +31,6 @@ def add_commands(app: typer.Typer) -> None:
 
 
 def serve(context: typer.Context) -> None:
-    # Read when gRPC is loaded, which would write a line at each start of ranks while the router runs.
-    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")
     _begin("all", "uvloop", "torch")
     from loraplex.cli.flags import parse
     from loraplex.cli.supervisor import ServeSettings, run
