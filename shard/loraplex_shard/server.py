@@ -2,14 +2,10 @@
 
 import gc
 import logging
-import os
 import signal
 import sys
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from queue import Empty, SimpleQueue
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -19,7 +15,6 @@ from grpc_health.v1 import health, health_pb2_grpc
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from tokenizers import Tokenizer
 
-from loraplex_protos.errors import LoraplexError
 from loraplex_protos.mtls import server_credentials
 from loraplex_protos.protocol import PROTOCOL_VERSION
 from loraplex_protos.shard_pb2 import DESCRIPTOR, GetInfoResponse, GetTokenizerResponse
@@ -41,6 +36,7 @@ from loraplex_shard.service import ShardService
 from loraplex_shard.settings import SettingsError, ShardSettings
 from loraplex_shard.steps import StepThread
 from loraplex_shard.telemetry import Telemetry, open_telemetry
+from loraplex_shard.troubles import GroupLostError, Troubles
 from loraplex_shard.vocabulary import keep_known
 
 if TYPE_CHECKING:
@@ -61,40 +57,10 @@ OPTIONS = (
     ("grpc.so_reuseport", 0),
 )
 # A router whose host is gone says nothing any more: it is asked whether it is there, so that the next one can drive.
-KEEPALIVE = (("grpc.keepalive_time_ms", 10_000), ("grpc.keepalive_timeout_ms", 10_000))
+KEEPALIVE = (("grpc.keepalive_time_ms", 10_000), ("grpc.http2.ping_timeout_ms", 10_000))
 POLL_SECONDS = 0.5
-# In which a rank of a group that cannot go on ends in good order; it may hang in a collective.
-END_SECONDS = 3.0
 
 Progress = Callable[[int, int], None]
-
-
-class GroupLostError(LoraplexError):
-    """The ranks cannot go on together: one has ended, a step has failed or hangs on one and maybe not on the others."""
-
-
-class Troubles:
-    """Why the ranks cannot go on together, from whichever thread notices it."""
-
-    def __init__(self) -> None:
-        self._reasons = SimpleQueue[str]()
-
-    def report(self, reason: str) -> None:
-        """Ends the process: in good order, if it does not hang in a collective."""
-        self._reasons.put(reason)
-        end = threading.Timer(END_SECONDS, self._end, (reason,))
-        end.daemon = True
-        end.start()
-
-    def wait(self, seconds: float) -> str | None:
-        """The first reason, if there is one within so many seconds."""
-        with suppress(Empty):
-            return self._reasons.get(timeout=seconds)
-        return None
-
-    def _end(self, reason: str) -> None:
-        logger.critical("%s, and this one hangs", reason)
-        os._exit(1)
 
 
 class Health(health.HealthServicer):
