@@ -93,6 +93,15 @@ def test_a_model_that_sets_no_blank_before_a_text_keeps_it_so(tmp_path: Path) ->
     assert [ids(read(directory), text) for text in TEXTS] == [processor.encode(text) for text in TEXTS]
 
 
+@pytest.mark.parametrize("legacy", [True, False])
+def test_what_follows_a_special_token_is_as_the_configuration_says(tmp_path: Path, legacy: bool) -> None:
+    directory = checkpoint(tmp_path, MistralConfig, {**LLAMA, "legacy": legacy})
+    processor = train(directory / "tokenizer.model")
+    with_blank, without = processor.encode("in"), processor.encode("\nin")[2:]
+    assert ids(read(directory), "<s>in") == [1, *(with_blank if legacy else without)]
+    assert [ids(read(directory), text) for text in TEXTS] == [processor.encode(text) for text in TEXTS]
+
+
 def test_tokens_added_beside_a_sentencepiece_model_follow_it(tmp_path: Path) -> None:
     added = {"600": {"content": "<|im_end|>", "special": True}}
     directory = checkpoint(tmp_path, LlamaConfig, {**LLAMA, "eos_token": "<|im_end|>", "added_tokens_decoder": added})
@@ -101,9 +110,25 @@ def test_tokens_added_beside_a_sentencepiece_model_follow_it(tmp_path: Path) -> 
     assert set(open_checkpoint(str(directory)).end_token_ids) == {2, 600}
 
 
+@pytest.mark.parametrize("kind", [LlamaConfig, MistralConfig, Qwen2Config])
+@pytest.mark.parametrize("bytes_known", [True, False])
+def test_a_unigram_model_that_changes_its_text_gives_the_ids_of_sentencepiece(
+    tmp_path: Path, kind: type[PreTrainedConfig], bytes_known: bool
+) -> None:
+    directory = checkpoint(tmp_path, kind, LLAMA)
+    changing = {"normalization_rule_name": "nmt_nfkc", "remove_extra_whitespaces": True}
+    processor = train(directory / "tokenizer.model", model_type="unigram", byte_fallback=bytes_known, **changing)
+    tokenizer = read(directory)
+    for text in (*TEXTS, " blanks before", "ﬁne ½"):
+        assert ids(tokenizer, text) == processor.encode(text)
+        if bytes_known:
+            assert tokenizer.decode(ids(tokenizer, text)) == processor.decode(processor.encode(text))
+    assert tokenizer.encode("Hello").ids[0] == processor.bos_id()
+
+
 def test_a_sentencepiece_model_that_cannot_be_converted_exactly_is_refused(tmp_path: Path) -> None:
     directory = checkpoint(tmp_path, LlamaConfig, LLAMA)
-    train(directory / "tokenizer.model", model_type="unigram", normalization_rule_name="nmt_nfkc")
+    train(directory / "tokenizer.model", model_type="word", byte_fallback=False, hard_vocab_limit=False)
     with pytest.raises(CheckpointError, match=r"tokenizer\.model cannot be converted exactly.*save_pretrained"):
         open_checkpoint(str(directory)).tokenizer()
 

@@ -5,12 +5,14 @@ on a text, for a conversion that does not fit its file gives other tokens withou
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, LlamaTokenizer
+from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+from transformers import AutoTokenizer
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
 from loraplex_shard.checkpoint.base import CheckpointError
@@ -92,15 +94,41 @@ def _from_spm(directory: Path, processor: Any) -> Any:
     if said.get("add_bos_token") is None:  # transformers 4 wrote it down only if it was not so
         options["add_bos_token"] = processor.bos_id() >= 0
     tokenizer = _load(AutoTokenizer, directory, **options)
-    if type(tokenizer) is TokenizersBackend:
-        # transformers knows no class for it, and then leaves out the blank before a text.
-        if said.get("add_prefix_space") is None:
-            options["add_prefix_space"] = processor.encode("a", out_type=str)[0].startswith("▁")
-        tokenizer = _load(LlamaTokenizer, directory, **options)
-    # The beginning is left out: whether a blank goes before a text is for tokenizer_config.json to say.
-    if tokenizer.encode(PROBE, add_special_tokens=False)[-WORDS:] != processor.encode(PROBE)[-WORDS:]:
+    if type(tokenizer) is TokenizersBackend or not _agree(tokenizer, processor):
+        # transformers knows no class for it, or not the right one, and leaves out what goes before the vocabulary.
+        tokenizer = _load(TokenizersBackend, directory, **options)
+        _prepare_as(processor, tokenizer.backend_tokenizer, said)
+    if not _agree(tokenizer, processor):
         raise CheckpointError(f"tokenizer.model cannot be converted exactly for {type(tokenizer).__name__}. {HINT}")
     return tokenizer
+
+
+def _agree(tokenizer: Any, processor: Any) -> bool:
+    """The beginning is left out: whether a blank goes before a text is for tokenizer_config.json to say."""
+    theirs: list[int] = processor.encode(PROBE)
+    ours: list[int] = tokenizer.encode(PROBE, add_special_tokens=False)
+    return ours[-WORDS:] == theirs[-WORDS:]
+
+
+def _prepare_as(processor: Any, backend: Tokenizer, said: Mapping[str, Any]) -> None:
+    """Gives a tokenizer what SentencePiece does to a text before it looks for pieces, and undoes after. Where the
+    tokenizer's configuration, `said`, has a false `legacy`, no blank goes before what follows a special token."""
+    messages: Any = import_module("sentencepiece.sentencepiece_model_pb2")  # protobuf's, without types
+    spec = messages.ModelProto.FromString(processor.serialized_model_proto()).normalizer_spec
+    prefix = spec.add_dummy_prefix if said.get("add_prefix_space") is None else bool(said["add_prefix_space"])
+    steps: list[normalizers.Normalizer] = []
+    if spec.precompiled_charsmap:
+        steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
+    if spec.remove_extra_whitespaces:
+        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+    if prefix and said.get("legacy") is False:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace("▁", "first", split=False)
+    else:
+        steps += [normalizers.Prepend("▁")] if prefix else []
+        steps.append(normalizers.Replace(" ", "▁"))
+    backend.normalizer = normalizers.Sequence(steps)
+    undone = [decoders.Strip(" ", 1, 0)] if prefix else []
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *undone])
 
 
 def _from_tiktoken(directory: Path, name: str, model_type: str) -> Any:
