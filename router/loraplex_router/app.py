@@ -57,9 +57,10 @@ class Router:
         self._app = create_app(self._service, settings.cors_origins.split(), max_body)
         self._stop = asyncio.Event()
 
-    async def run(self, ready: Callable[[int, int], None]) -> None:
-        """Serves until SIGTERM or SIGINT, then drains. `ready` is called with the HTTP and the gRPC port once a group
-        of shards is ready. If this is cancelled, running requests end with UnavailableError."""
+    async def run(self, ready: Callable[[int, int, bool], None]) -> None:
+        """Serves until SIGTERM or SIGINT, then drains. `ready` is called with the HTTP and the gRPC port, and whether
+        the model has a chat template, once a group of shards is ready. If this is cancelled, running requests end with
+        UnavailableError."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
@@ -67,7 +68,9 @@ class Router:
             listen(self._settings.host, self._settings.grpc_port, "--grpc-port").close()  # gRPC does not say why not
             grpc_port = await self._grpc.start(self._settings.host, self._settings.grpc_port)
             logger.info("listening on port %d (gRPC) and port %d (HTTP)", grpc_port, http_port)
-            work = asyncio.create_task(self._work(lambda: ready(http_port, grpc_port)))
+            work = asyncio.create_task(
+                self._work(lambda: ready(http_port, grpc_port, self._service.info.has_chat_template))
+            )
             stop = asyncio.create_task(self._stopped())
             try:
                 await asyncio.wait([work, stop], return_when=asyncio.FIRST_COMPLETED)
@@ -173,7 +176,7 @@ class HttpServer(uvicorn.Server):
 
 
 async def run(
-    settings: RouterSettings, ready: Callable[[int, int], None], supervisor: Supervisor | None = None
+    settings: RouterSettings, ready: Callable[[int, int, bool], None], supervisor: Supervisor | None = None
 ) -> None:
     """Serves what the shards hold. `supervisor`: of the only group, if this process has one.
 

@@ -51,3 +51,11 @@ def test_examples_are_what_a_shell_reads_whatever_an_adapter_is_called(tmp_path:
 
 def test_without_adapters_there_is_no_word_of_them() -> None:
     assert not [line for line in lines(None) if "adapter" in line]
+
+
+def test_a_model_without_a_chat_template_is_not_asked_to_chat() -> None:
+    text = introduction("org/base", "127.0.0.1:50051", "http://127.0.0.1:3000", None, chats=False)
+    assert "messages" not in text and "loraplex chat" not in text and "/v1/completions" in text
+    commands = [shlex.split(line) for line in text.split("Try it:\n")[1].splitlines()]
+    bodies = [json.loads(command[command.index("-d") + 1]) for command in commands if "-d" in command]
+    assert ["text" in bodies[0], "prompt" in bodies[1], "inputs" in bodies[2]] == [True] * 3

@@ -14,12 +14,13 @@ SHOWN = 3  # adapters
 
 STATEMENT = "Last year Angela Jones left Microsoft and bought a house in Spain."  # what the examples' adapters are for
 QUESTION = "What is the capital of France?"
+BEGINNING = "The capital of France is"  # for a model without a chat template
 
 
-def introduction(model: str, server: str, http: str, folder: Path | None) -> str:
+def introduction(model: str, server: str, http: str, folder: Path | None, chats: bool = True) -> str:
     """The addresses, and a request to try for each way to call the server, as rich markup.
 
-    server: gRPC's HOST:PORT; http: a URL; folder: where the adapters are.
+    server: gRPC's HOST:PORT; http: a URL; folder: where the adapters are; chats: whether the model has a chat template.
     """
     adapters = _adapters(folder) if folder else []
     adapter = adapters[0] if adapters else None
@@ -27,14 +28,17 @@ def introduction(model: str, server: str, http: str, folder: Path | None) -> str
     flag = f" --adapter {shlex.quote(adapter)}" if adapter else ""
     argument = f", adapter={json.dumps(adapter)}" if adapter else ""
     bin = _bin_folder()
-    prompt = STATEMENT if adapter else QUESTION
+    prompt = (STATEMENT if adapter else QUESTION) if chats else BEGINNING
     messages = [{"role": "user", "content": prompt}]
     named = {"adapter": {"id": adapter}} if adapter else {}
-    chat = _quoted({"chat": {"messages": messages}, **named, "stopping": {"max_new_tokens": 64}})
-    openai = _quoted({"model": adapter or "", "messages": messages, "max_tokens": 64, "temperature": 0})
+    over_grpc: dict[str, object] = {"chat": {"messages": messages}} if chats else {"text": prompt}
+    over_http: dict[str, object] = {"messages": messages} if chats else {"prompt": prompt}
+    grpc = _quoted({**over_grpc, **named, "stopping": {"max_new_tokens": 64}})
+    openai = _quoted({"model": adapter or "", **over_http, "max_tokens": 64, "temperature": 0})
+    route = "chat/completions" if chats else "completions"
     # LoRAX's route continues a text as it is, without the chat template that adapters of a chat model are made for.
-    lorax = _quoted({"inputs": "The capital of France is", "parameters": {"max_new_tokens": 8}})
-    call = f'Client("{server}").generate({json.dumps(messages)}, max_new_tokens=64{argument})'
+    lorax = _quoted({"inputs": BEGINNING, "parameters": {"max_new_tokens": 8}})
+    call = f'Client("{server}").generate({json.dumps(messages if chats else prompt)}, max_new_tokens=64{argument})'
     script = shlex.quote(f"from loraplex import Client; print({call}.text)")
     method = "loraplex.v1.GenerationService/GenerateStream"
     lines = (
@@ -45,10 +49,10 @@ def introduction(model: str, server: str, http: str, folder: Path | None) -> str
         "",
         "Try it:",
         f'  {bin}loraplex generate "{prompt}"{flag} --server {server}',
-        f"  {bin}loraplex chat{flag} --server {server}",
+        *([f"  {bin}loraplex chat{flag} --server {server}"] if chats else []),
         f"  {bin}python -c {script}",
-        f"  {bin}buf curl --protocol grpc --http2-prior-knowledge -d {chat} http://{server}/{method}",
-        f"  curl {http}/v1/chat/completions -H 'Content-Type: application/json' -d {openai}",
+        f"  {bin}buf curl --protocol grpc --http2-prior-knowledge -d {grpc} http://{server}/{method}",
+        f"  curl {http}/v1/{route} -H 'Content-Type: application/json' -d {openai}",
         f"  curl {http}/generate -H 'Content-Type: application/json' -d {lorax}",
     )
     return "\n".join(line if line.startswith("loraplex") else escape(line) for line in lines)
