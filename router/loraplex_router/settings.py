@@ -42,7 +42,7 @@ class EdgeSettings(BaseModel):
         0.0,
         ge=0,
         description="Host memory for adapters, over all ranks of a group, in GiB; the least recently used leave. "
-        "0: as much as the shards have: half of what model and KV cache left them, a container's limit considered.",
+        "0: as much as the shards have: 3/8 of what model and KV cache left them, a container's limit considered.",
     )
     cors_origins: str = Field(
         "*",
