@@ -21,6 +21,7 @@ from loraplex_router.text.chat import FIELD, Chat, ChatTemplates, RenderedChat
 logger = logging.getLogger(__name__)
 
 RENDER_SECONDS = 5.0  # of processor time: many times what any template of good will takes, however busy the machine
+STARTS = 3  # a fork beside gRPC's threads may end before it is a program
 ANSWER_SECONDS = 60  # by the clock: on a machine that gives the process no time at all
 LONG = 2**18  # bytes; what is longer takes noticeable time
 # numpy comes with transformers, and needs no threads; nobody is told here that there is no torch.
@@ -132,13 +133,20 @@ async def _exchange(process: asyncio.subprocess.Process, question: bytes) -> Ans
 
 
 async def _start(render_seconds: float) -> asyncio.subprocess.Process:
-    """With no more of the environment than Python needs."""
+    """With no more of the environment than Python needs. Returns once the process is ready."""
     environment = {**{name: os.environ[name] for name in KEPT if name in os.environ}, **QUIET}
     pipe = asyncio.subprocess.PIPE
     command = sys.executable, "-m", "loraplex_router.text.template_process", str(render_seconds)
-    return await asyncio.create_subprocess_exec(
-        *command, stdin=pipe, stdout=pipe, env=environment, start_new_session=True
-    )
+    for _ in range(STARTS):
+        process = await asyncio.create_subprocess_exec(
+            *command, stdin=pipe, stdout=pipe, env=environment, start_new_session=True
+        )
+        assert process.stdout
+        if await process.stdout.readline():
+            return process
+        await process.communicate()
+    logger.error("the process that renders chat templates does not start")
+    raise OSError("it does not start")
 
 
 def _write(templates: ChatTemplates, chat: Chat) -> bytes:

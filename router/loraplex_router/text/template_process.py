@@ -22,9 +22,12 @@ KEPT = 256  # templates, with what was found out about them
 
 
 def main() -> None:
-    """A template that uses up its time ends the process, also when no router is left to wait for it."""
+    """Says that it is ready, and answers. A template that uses up its time ends the process, also when no router is
+    left to wait for it."""
     render_seconds = float(sys.argv[1])
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    sys.stdout.buffer.write(b"ready\n")
+    sys.stdout.buffer.flush()
     for line in sys.stdin.buffer:
         signal.setitimer(signal.ITIMER_PROF, render_seconds)
         kind, text, turn_end = answer(line)
