@@ -21,7 +21,7 @@ from loraplex_router.text.chat import FIELD, Chat, ChatTemplates, RenderedChat
 logger = logging.getLogger(__name__)
 
 RENDER_SECONDS = 5.0  # of processor time: many times what any template of good will takes, however busy the machine
-STARTS = 3  # a fork beside gRPC's threads may end before it is a program
+STARTS = 5  # one in a hundred forks beside busy threads of gRPC ends before it is a program
 ANSWER_SECONDS = 60  # by the clock: on a machine that gives the process no time at all
 LONG = 2**18  # bytes; what is longer takes noticeable time
 # numpy comes with transformers, and needs no threads; nobody is told here that there is no torch.
