@@ -172,7 +172,7 @@ async def test_a_group_whose_model_is_not_the_first_ones_is_refused_with_a_log_l
         settings = RouterSettings(shards=groups, http_port=0, grpc_port=0)
         telemetry = stack.enter_context(open_telemetry(settings))
         router = Router(settings, None, telemetry)
-        running = asyncio.create_task(router.run(lambda http, grpc: None))
+        running = asyncio.create_task(router.run(lambda http, grpc, _: None))
         while "its model_id is" not in caplog.text and not running.done():
             await asyncio.sleep(0.01)
         running.cancel()
