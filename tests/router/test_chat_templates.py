@@ -151,23 +151,23 @@ def test_no_content_is_no_text(source: str):
     assert render(source, [USER, {"role": "assistant", "content": None}, USER]) == "Weather?;;Weather?;"
 
 
-PARTS = [{"type": "text", "text": "one"}, {"type": "text", "text": " two"}]
+PARTS = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
 READ_PARTS = "{% for p in m.content %}{% if p.type == 'text' %}[{{ p.text }}]{% endif %}{% endfor %}"
 
 
 @pytest.mark.parametrize(
     ("content", "of_text", "of_parts"),
     [
-        ("{{ m.content }}", "one two", "one two"),
-        ("{{ m.content | trim }}", "one two", "one two"),
-        ("{{ m.content | tojson }}", '"one two"', '"one two"'),
-        (READ_PARTS, "[one two]", "[one][ two]"),
+        ("{{ m.content }}", "one two", "one\ntwo"),
+        ("{{ m.content | trim }}", "one two", "one\ntwo"),
+        ("{{ m.content | tojson }}", '"one two"', '"one\\ntwo"'),
+        (READ_PARTS, "[one two]", "[one][two]"),
         (
             "{% if m.content is string %}{{ m.content }}{% else %}" + READ_PARTS + "{% endif %}",
             "one two",
-            "[one][ two]",
+            "[one][two]",
         ),
-        ("{{ m.content if m.content is string else m.content[0].text }}", "one two", "one two"),  # reads one alone
+        ("{{ m.content if m.content is string else m.content[0].text }}", "one two", "one\ntwo"),  # reads one alone
     ],
 )
 def test_a_list_of_parts_is_read_as_parts_or_as_their_text(content: str, of_text: str, of_parts: str):
@@ -180,7 +180,7 @@ def test_a_list_of_parts_is_read_as_parts_or_as_their_text(content: str, of_text
 def test_parts_are_read_only_where_a_role_has_them():
     source = "{% for m in messages %}{% if m.role == 'user' and m.content is not string %}" + READ_PARTS
     source += "{% else %}{{ m.content }}{% endif %};{% endfor %}"
-    assert render(source, [{"role": role, "content": PARTS} for role in ("system", "user")]) == "one two;[one][ two];"
+    assert render(source, [{"role": role, "content": PARTS} for role in ("system", "user")]) == "one\ntwo;[one][two];"
 
 
 def test_a_developer_is_the_system_unless_the_template_knows_better():

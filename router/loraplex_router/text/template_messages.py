@@ -88,7 +88,7 @@ def _with_content(row: Row, traits: Traits) -> Row:
 
 
 def _with_text(row: Row) -> Row:
-    """Parts are put together."""
+    """Parts become lines of one text, as vLLM and llama.cpp write them."""
     content = row.get("content") or ""
-    text = content if isinstance(content, str) else "".join(part["text"] for part in content)
+    text = content if isinstance(content, str) else "\n".join(part["text"] for part in content)
     return {**row, "content": text}
