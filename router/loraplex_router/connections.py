@@ -19,8 +19,8 @@ from loraplex_router.pulse import SilentError
 from loraplex_router.scheduler import Limits
 from loraplex_router.service import Service
 from loraplex_router.settings import RouterSettings
-from loraplex_router.shards import ShardGroup
 from loraplex_router.telemetry.telemetry import Telemetry
+from loraplex_router.wire.shard_group import ShardGroup
 
 GIB = 2**30
 RETRY_SECONDS = 1.0

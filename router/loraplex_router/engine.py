@@ -15,18 +15,19 @@ from loraplex_protos import shard_pb2 as pb
 from loraplex_protos.errors import GenerationError, LoraplexError, UnavailableError
 from loraplex_router.adapters.pool import Adapter, AdapterPool, SlotClaim
 from loraplex_router.output import Generation, Sample, SequenceOutput
-from loraplex_router.results import (
+from loraplex_router.scheduler import Scheduler
+from loraplex_router.sequence import Chunk, Plan
+from loraplex_router.suspects import Loss
+from loraplex_router.telemetry.telemetry import GroupTelemetry
+from loraplex_router.wire.codec import (
+    encode_plan,
     read_announced,
     read_pooled,
     read_prompt_alternatives,
     read_prompt_logprobs,
     read_samples,
 )
-from loraplex_router.scheduler import Scheduler
-from loraplex_router.sequence import Chunk, Plan
-from loraplex_router.shards import Shards, encode
-from loraplex_router.suspects import Loss
-from loraplex_router.telemetry.telemetry import GroupTelemetry
+from loraplex_router.wire.shards import Shards
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +129,7 @@ class Engine:
             plan = self._scheduler.schedule()
             if plan is not None:
                 self._mark_started(plan)
-                request = encode(plan, self._steps)
+                request = encode_plan(plan, self._steps)
                 self._steps += 1
                 self._telemetry.planned(time.perf_counter() - began)
                 while self._in_flight and (plan.alone or self._in_flight[-1].alone):

@@ -12,8 +12,8 @@ from loraplex_router.blocks import BlockAllocator
 from loraplex_router.engine import Engine
 from loraplex_router.placement import Candidate, Residence
 from loraplex_router.scheduler import Limits, Scheduler
-from loraplex_router.shards import Shards
 from loraplex_router.telemetry.telemetry import Telemetry
+from loraplex_router.wire.shards import Shards
 
 
 class Group:

@@ -7,7 +7,7 @@ from loraplex_protos import shard_pb2 as pb
 from loraplex_protos.errors import AdapterNotFoundError, LoraplexError, UnavailableError
 from loraplex_router.grammar import Grammar
 from loraplex_router.request import AdapterReference
-from loraplex_router.shards import LocalAdapter, StagedAdapter
+from loraplex_router.wire.shards import LocalAdapter, StagedAdapter
 
 VOCABULARY = 1000
 

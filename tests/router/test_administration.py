@@ -18,7 +18,7 @@ from loraplex_router.adapters.statuses import AdapterStatus, State, Tier
 from loraplex_router.adapters.suggestions import similar
 from loraplex_router.keys import Allowance, Keys, Tenant, TenantSettings
 from loraplex_router.request import AdapterReference
-from loraplex_router.shards import LocalAdapter
+from loraplex_router.wire.shards import LocalAdapter
 from tests.router.test_groups import Cluster, request
 
 A, B, C = (AdapterReference(name) for name in "abc")

@@ -18,8 +18,8 @@ from loraplex_router.app import Router
 from loraplex_router.connections import adapter_bytes
 from loraplex_router.discovery import Address
 from loraplex_router.settings import RouterSettings
-from loraplex_router.shards import ShardGroup
 from loraplex_router.telemetry.opening import open_telemetry
+from loraplex_router.wire.shard_group import ShardGroup
 
 
 @dataclass

@@ -10,7 +10,7 @@ from loraplex_router.adapters.pool import AdapterPool
 from loraplex_router.adapters.registry import AdapterRegistry
 from loraplex_router.adapters.staging import AdapterStaging
 from loraplex_router.request import AdapterReference, MergedReference
-from loraplex_router.shards import LocalAdapter, StagedAdapter
+from loraplex_router.wire.shards import LocalAdapter, StagedAdapter
 
 A, B = AdapterReference("a"), AdapterReference("b")
 

@@ -9,7 +9,7 @@ from loraplex_router.adapters.references import Reference, ids_of, key_of, merge
 from loraplex_router.adapters.registry import AdapterRegistry, Entry
 from loraplex_router.placement import Residence
 from loraplex_router.request import AdapterReference, MergedReference
-from loraplex_router.shards import Shards, StagedAdapter
+from loraplex_router.wire.shards import Shards, StagedAdapter
 
 POLL_SECONDS = 0.02  # between looks at an adapter that is to be unloaded and still needed
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from loraplex_router.adapters.pool import Adapter
-from loraplex_router.shards import LocalAdapter
+from loraplex_router.wire.shards import LocalAdapter
 
 
 class Tier(Enum):

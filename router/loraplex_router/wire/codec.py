@@ -1,10 +1,58 @@
-"""Reads the columns of a step's result. Knows the message, not what becomes of it."""
+"""Writes a plan's columns and reads those of its result. Knows the messages, not what becomes of them."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
 from itertools import chain, islice, repeat
 
 from loraplex_protos import shard_pb2 as pb
+from loraplex_router.grammar import Grammar
 from loraplex_router.output import Alternatives, Sample
+from loraplex_router.sequence import Chunk, Plan, Sampling
+
+
+def encode_plan(plan: Plan, step: int) -> pb.StepRequest:
+    """A plan as the shards read it. To be called before the plan's sequences change any further."""
+    chunks = plan.chunks
+    return pb.StepRequest(
+        step=step,
+        starts=[_encode_start(chunk) for chunk in chunks if chunk.sequence in plan.starts],
+        rows=[chunk.sequence.row or 0 for chunk in chunks],
+        lengths=[chunk.length for chunk in chunks],
+        slots=[chunk.sequence.adapter.slot or 0 for chunk in chunks],
+        samples=[chunk.samples for chunk in chunks],
+        block_counts=[len(chunk.new_blocks) for chunk in chunks],
+        blocks=[block for chunk in chunks for block in chunk.new_blocks],
+    )
+
+
+def _encode_start(chunk: Chunk) -> pb.SequenceStart:
+    sequence = chunk.sequence
+    assert sequence.row is not None
+    return pb.SequenceStart(
+        row=sequence.row,
+        tokens=sequence.tokens,
+        prompt_length=sequence.prompt_length,
+        computed=chunk.start,
+        sampling=_encode_sampling(sequence.sampling),
+        **asdict(sequence.detail),
+        grammar=encode_grammar(sequence.grammar) if sequence.grammar else None,
+        unscored=sequence.unscored,
+        min_new_tokens=sequence.min_new_tokens,
+        end_token_ids=sequence.end_token_ids if sequence.min_new_tokens else (),
+        unwanted_token_ids=sequence.unwanted_token_ids,
+        traceparent=sequence.traceparent,
+    )
+
+
+def _encode_sampling(sampling: Sampling) -> pb.Sampling:
+    fields = asdict(sampling)
+    bias = dict(fields.pop("logit_bias"))
+    return pb.Sampling(**fields, biased_tokens=bias.keys(), biases=bias.values())
+
+
+def encode_grammar(grammar: Grammar) -> pb.Grammar:
+    schemas = [schema.text for schema in grammar.schemas]
+    return pb.Grammar(kind=pb.GrammarKind.ValueType(grammar.kind.value), text=grammar.text, schemas=schemas)
 
 
 def read_samples(response: pb.StepResponse) -> Iterator[Sequence[Sample]]:

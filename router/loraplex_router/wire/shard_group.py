@@ -1,4 +1,4 @@
-"""The seam to the shards: one tensor-parallel group, driven as if it were one. Knows the wire, not the policy."""
+"""A tensor-parallel group over gRPC, driven as if it were one shard. Knows the wire, not the policy."""
 
 import asyncio
 import errno
@@ -7,11 +7,10 @@ import os
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import grpc
-from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
+from grpc_health.v1.health_pb2 import HealthCheckRequest
 from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from loraplex_protos import shard_pb2 as pb
@@ -21,18 +20,18 @@ from loraplex_protos.errors import (
     InvalidRequestError,
     LoraplexError,
     UnavailableError,
-    from_rpc_error,
     quote,
 )
-from loraplex_protos.protocol import PROTOCOL_VERSION
 from loraplex_protos.shard_pb2_grpc import ShardServiceStub
 from loraplex_router.discovery import Address
 from loraplex_router.grammar import Grammar
 from loraplex_router.pulse import TICK_SECONDS, Pulse, SilentError
 from loraplex_router.request import AdapterReference, MergedReference
-from loraplex_router.sequence import Chunk, Plan, Sampling
 from loraplex_router.telemetry.telemetry import GroupTelemetry
 from loraplex_router.text.chat import AdapterTokenizer, ChatTemplates
+from loraplex_router.wire.calls import agree, check_health, typed, watch_health
+from loraplex_router.wire.codec import encode_grammar
+from loraplex_router.wire.shards import LocalAdapter, StagedAdapter
 
 if TYPE_CHECKING:
     from loraplex_protos.shard_pb2_grpc import ShardServiceAsyncStub
@@ -57,42 +56,6 @@ MTLS_HINT = "mutual TLS: each side's certificate must be signed by the other's -
 
 T = TypeVar("T")
 Stream = grpc.aio.StreamStreamCall[pb.StepRequest, pb.StepResponse]
-
-
-@dataclass(frozen=True, slots=True)
-class StagedAdapter:
-    """An adapter in the host memory of every rank."""
-
-    digest: str
-    source: str
-    revision: str
-    lora_rank: int
-    size_bytes: int  # over all ranks
-    tokenizer: AdapterTokenizer = field(default_factory=AdapterTokenizer)
-    warnings: tuple[str, ...] = ()  # what may be wrong with it though it is served
-
-
-@dataclass(frozen=True, slots=True)
-class LocalAdapter:
-    """A name in the adapter directory."""
-
-    id: str
-    fault: str = ""  # why it cannot be served; empty: nothing is wrong as far as can be seen
-    warnings: tuple[str, ...] = ()
-
-
-class Shards(Protocol):
-    """What the engine and the adapter registry need of a group. Every call raises LoraplexError."""
-
-    async def send(self, plan: pb.StepRequest) -> None: ...
-    async def receive(self) -> pb.StepResponse: ...  # an error but UnavailableError: it failed on the plan itself
-    async def stage(self, reference: AdapterReference) -> StagedAdapter: ...
-    async def merge(self, digest: str, digests: Sequence[str], merged: MergedReference) -> StagedAdapter: ...
-    async def unstage(self, digest: str) -> None: ...
-    async def load(self, digest: str, slot: int) -> None: ...
-    async def unload(self, slot: int) -> None: ...
-    async def local_adapters(self) -> list[LocalAdapter]: ...
-    async def compile_grammar(self, grammar: Grammar) -> None: ...
 
 
 class ShardGroup:
@@ -125,8 +88,8 @@ class ShardGroup:
         for rank in self._address.other_ranks(first.tensor_parallel_size):
             self._open(rank)
         infos = await asyncio.gather(*map(self._reach, range(len(self._ranks))))
-        await asyncio.gather(*map(_check_health, self._channels))
-        self.info = _agree(infos)
+        await asyncio.gather(*map(check_health, self._channels))
+        self.info = agree(infos)
         pulse = self._pulse = Pulse(len(infos), self.info.compiles)
         self._reached.set()
         logger.info("%s is loaded at %s, warming up ...", self.info.model_id, self._address)
@@ -151,7 +114,7 @@ class ShardGroup:
         began, told = time.monotonic(), ""
         while True:
             try:
-                return await _typed(self._ranks[rank].GetInfo(pb.GetInfoRequest(), timeout=ANSWER_SECONDS))
+                return await typed(self._ranks[rank].GetInfo(pb.GetInfoRequest(), timeout=ANSWER_SECONDS))
             except (UnavailableError, DeadlineError) as error:
                 loading = any(closed in error.message for closed in CLOSED)
                 if error.message != told and not (loading and time.monotonic() - began < LOADING_SECONDS):
@@ -195,14 +158,14 @@ class ShardGroup:
         health: Any = HealthStub(self._channels[rank])
         while True:
             pulse.pinged(rank)
-            await _typed(health.Check(HealthCheckRequest()))
+            await typed(health.Check(HealthCheckRequest()))
             pulse.answered(rank)
             await asyncio.sleep(PING_SECONDS)
 
     async def stopping(self) -> None:
         """Returns when a rank is about to stop, and is to be given nothing new. Raises UnavailableError when one is
         gone."""
-        watches = [asyncio.create_task(_watch_health(channel)) for channel in self._channels]
+        watches = [asyncio.create_task(watch_health(channel)) for channel in self._channels]
         try:
             done, _ = await asyncio.wait(watches, return_when=asyncio.FIRST_COMPLETED)
             for watch in done:
@@ -212,12 +175,12 @@ class ShardGroup:
                 watch.cancel()
 
     async def tokenizer(self) -> pb.GetTokenizerResponse:
-        return await _typed(self._ranks[0].GetTokenizer(pb.GetTokenizerRequest()))
+        return await typed(self._ranks[0].GetTokenizer(pb.GetTokenizerRequest()))
 
     async def send(self, plan: pb.StepRequest) -> None:
         assert self._pulse is not None
         for stream in self._streams:
-            await _typed(stream.write(plan))
+            await typed(stream.write(plan))
         self._sent.append(time.monotonic())
         self._pulse.sent(sum(plan.lengths))
 
@@ -240,7 +203,7 @@ class ShardGroup:
 
     async def _read(self, rank: int, sent: float) -> pb.StepResponse:
         """A rank's answer to the plan that was sent then, which it could begin once the one before was done."""
-        answer = await _typed(self._streams[rank].read())
+        answer = await typed(self._streams[rank].read())
         if not isinstance(answer, pb.StepResponse):
             raise UnavailableError("a rank ended its step stream")
         now, began = time.monotonic(), max(sent, self._answered[rank])
@@ -254,9 +217,9 @@ class ShardGroup:
             id=reference.id, source=reference.source, revision=reference.revision, token=reference.token
         )
         with self._telemetry.loading("host"):
-            first = await _typed(self._ranks[0].StageAdapter(request))
+            first = await typed(self._ranks[0].StageAdapter(request))
             request.source, request.revision = first.source, first.revision
-            others = await asyncio.gather(*(_typed(rank.StageAdapter(request)) for rank in self._ranks[1:]))
+            others = await asyncio.gather(*(typed(rank.StageAdapter(request)) for rank in self._ranks[1:]))
             if any(other.digest != first.digest for other in others):
                 raise AdapterSourceError(f"adapter {quote(reference.id)}: the ranks read different files")
         size = first.size_bytes + sum(other.size_bytes for other in others)
@@ -291,7 +254,7 @@ class ShardGroup:
         self._telemetry.evicted("device")
 
     async def local_adapters(self) -> list[LocalAdapter]:
-        answer = await _typed(self._ranks[0].ListLocalAdapters(pb.ListLocalAdaptersRequest()))
+        answer = await typed(self._ranks[0].ListLocalAdapters(pb.ListLocalAdaptersRequest()))
         found: list[LocalAdapter] = []
         for number, adapter in enumerate(answer.adapters):
             if number % AT_A_TIME == 0:
@@ -302,7 +265,7 @@ class ShardGroup:
     async def compile_grammar(self, grammar: Grammar) -> None:
         """Only rank 0 samples, so it alone needs grammars. Raises InvalidRequestError with the reason."""
         try:
-            await _typed(self._ranks[0].CompileGrammar(pb.CompileGrammarRequest(grammar=_encode_grammar(grammar))))
+            await typed(self._ranks[0].CompileGrammar(pb.CompileGrammarRequest(grammar=encode_grammar(grammar))))
         except InvalidRequestError as error:
             raise grammar.refusal(error) from error
 
@@ -312,114 +275,10 @@ class ShardGroup:
         await asyncio.gather(*(channel.close() for channel in self._channels))
 
     async def _on_all(self, call: Callable[["ShardServiceAsyncStub"], Awaitable[T]]) -> list[T]:
-        return await asyncio.gather(*(_typed(call(rank)) for rank in self._ranks))
+        return await asyncio.gather(*(typed(call(rank)) for rank in self._ranks))
 
 
 def _read_tokenizer(staged: pb.StageAdapterResponse) -> AdapterTokenizer:
     default = {"default": staged.chat_template} if staged.chat_template else {}
     templates = ChatTemplates(default | dict(staged.named_chat_templates), dict(staged.special_tokens))
     return AdapterTokenizer(templates, tuple(staged.end_token_ids), staged.chat_template_error)
-
-
-def encode(plan: Plan, step: int) -> pb.StepRequest:
-    """A plan as the shards read it. To be called before the plan's sequences change any further."""
-    chunks = plan.chunks
-    return pb.StepRequest(
-        step=step,
-        starts=[_encode_start(chunk) for chunk in chunks if chunk.sequence in plan.starts],
-        rows=[chunk.sequence.row or 0 for chunk in chunks],
-        lengths=[chunk.length for chunk in chunks],
-        slots=[chunk.sequence.adapter.slot or 0 for chunk in chunks],
-        samples=[chunk.samples for chunk in chunks],
-        block_counts=[len(chunk.new_blocks) for chunk in chunks],
-        blocks=[block for chunk in chunks for block in chunk.new_blocks],
-    )
-
-
-def _encode_start(chunk: Chunk) -> pb.SequenceStart:
-    sequence = chunk.sequence
-    assert sequence.row is not None
-    return pb.SequenceStart(
-        row=sequence.row,
-        tokens=sequence.tokens,
-        prompt_length=sequence.prompt_length,
-        computed=chunk.start,
-        sampling=_encode_sampling(sequence.sampling),
-        **asdict(sequence.detail),
-        grammar=_encode_grammar(sequence.grammar) if sequence.grammar else None,
-        unscored=sequence.unscored,
-        min_new_tokens=sequence.min_new_tokens,
-        end_token_ids=sequence.end_token_ids if sequence.min_new_tokens else (),
-        unwanted_token_ids=sequence.unwanted_token_ids,
-        traceparent=sequence.traceparent,
-    )
-
-
-def _encode_sampling(sampling: Sampling) -> pb.Sampling:
-    fields = asdict(sampling)
-    bias = dict(fields.pop("logit_bias"))
-    return pb.Sampling(**fields, biased_tokens=bias.keys(), biases=bias.values())
-
-
-def _encode_grammar(grammar: Grammar) -> pb.Grammar:
-    schemas = [schema.text for schema in grammar.schemas]
-    return pb.Grammar(kind=pb.GrammarKind.ValueType(grammar.kind.value), text=grammar.text, schemas=schemas)
-
-
-def _agree(infos: Sequence[pb.GetInfoResponse]) -> pb.GetInfoResponse:
-    """One description of the group, with the block count and the adapters' memory of its smallest rank."""
-    for rank, info in enumerate(infos):
-        if info.protocol_version != PROTOCOL_VERSION:
-            older = "the shards" if info.protocol_version < PROTOCOL_VERSION else "the router"
-            raise UnavailableError(
-                f"rank {rank} speaks version {info.protocol_version} of the protocol between router and shards, this "
-                f"router version {PROTOCOL_VERSION}: upgrade {older}"
-            )
-        if (info.rank, info.tensor_parallel_size) != (rank, len(infos)):
-            place = f"rank {info.rank} of {info.tensor_parallel_size}"
-            raise UnavailableError(f"address {rank + 1} of {len(infos)} of the group answers as {place}")
-        if info.driven:
-            raise UnavailableError("another router drives it")
-        if (info.model_id, info.max_model_len) != (infos[0].model_id, infos[0].max_model_len):
-            raise UnavailableError(f"rank {rank} serves {info.model_id!r}, rank 0 {infos[0].model_id!r}")
-    agreed = pb.GetInfoResponse()
-    agreed.CopyFrom(infos[0])
-    agreed.num_blocks = min(info.num_blocks for info in infos)
-    agreed.adapter_host_bytes = min(info.adapter_host_bytes for info in infos)
-    return agreed
-
-
-async def _check_health(channel: grpc.aio.Channel) -> None:
-    stub: Any = HealthStub(channel)
-    answer = await _typed(stub.Check(HealthCheckRequest()))
-    if answer.status != HealthCheckResponse.SERVING:
-        raise UnavailableError("it is stopping")
-
-
-async def _watch_health(channel: grpc.aio.Channel) -> None:
-    """Returns once the rank does not want to be given anything new."""
-    stub: Any = HealthStub(channel)
-    watch = stub.Watch(HealthCheckRequest())
-    try:
-        while (answer := await watch.read()) is not grpc.aio.EOF:
-            if answer.status != HealthCheckResponse.SERVING:
-                return
-    except grpc.RpcError as error:
-        raise from_rpc_error(error) from None
-    finally:
-        watch.cancel()
-    raise UnavailableError("a rank ended its health stream")
-
-
-async def _typed(call: Awaitable[T]) -> T:
-    try:
-        return await call
-    except asyncio.CancelledError:
-        task = asyncio.current_task()
-        if task is None or task.cancelling():
-            raise
-        raise UnavailableError("the connection was closed") from None  # under the call, by `close`
-    except grpc.RpcError as error:
-        raise from_rpc_error(error) from None  # the call's own repr may show its metadata
-    except asyncio.InvalidStateError as error:  # a write on a stream that the other side has ended
-        raise UnavailableError("the step stream is closed") from error

@@ -1,0 +1,76 @@
+"""Calls of ranks: their errors are typed, their health is watched, and their answers are held against each other."""
+
+import asyncio
+from collections.abc import Awaitable, Sequence
+from typing import Any, TypeVar
+
+import grpc
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
+from grpc_health.v1.health_pb2_grpc import HealthStub
+
+from loraplex_protos import shard_pb2 as pb
+from loraplex_protos.errors import UnavailableError, from_rpc_error
+from loraplex_protos.protocol import PROTOCOL_VERSION
+
+T = TypeVar("T")
+
+
+def agree(infos: Sequence[pb.GetInfoResponse]) -> pb.GetInfoResponse:
+    """One description of the group, with the block count and the adapters' memory of its smallest rank."""
+    for rank, info in enumerate(infos):
+        if info.protocol_version != PROTOCOL_VERSION:
+            older = "the shards" if info.protocol_version < PROTOCOL_VERSION else "the router"
+            raise UnavailableError(
+                f"rank {rank} speaks version {info.protocol_version} of the protocol between router and shards, this "
+                f"router version {PROTOCOL_VERSION}: upgrade {older}"
+            )
+        if (info.rank, info.tensor_parallel_size) != (rank, len(infos)):
+            place = f"rank {info.rank} of {info.tensor_parallel_size}"
+            raise UnavailableError(f"address {rank + 1} of {len(infos)} of the group answers as {place}")
+        if info.driven:
+            raise UnavailableError("another router drives it")
+        if (info.model_id, info.max_model_len) != (infos[0].model_id, infos[0].max_model_len):
+            raise UnavailableError(f"rank {rank} serves {info.model_id!r}, rank 0 {infos[0].model_id!r}")
+    agreed = pb.GetInfoResponse()
+    agreed.CopyFrom(infos[0])
+    agreed.num_blocks = min(info.num_blocks for info in infos)
+    agreed.adapter_host_bytes = min(info.adapter_host_bytes for info in infos)
+    return agreed
+
+
+async def check_health(channel: grpc.aio.Channel) -> None:
+    """Raises UnavailableError if the rank does not want to be given anything."""
+    stub: Any = HealthStub(channel)
+    answer = await typed(stub.Check(HealthCheckRequest()))
+    if answer.status != HealthCheckResponse.SERVING:
+        raise UnavailableError("it is stopping")
+
+
+async def watch_health(channel: grpc.aio.Channel) -> None:
+    """Returns once the rank does not want to be given anything new."""
+    stub: Any = HealthStub(channel)
+    watch = stub.Watch(HealthCheckRequest())
+    try:
+        while (answer := await watch.read()) is not grpc.aio.EOF:
+            if answer.status != HealthCheckResponse.SERVING:
+                return
+    except grpc.RpcError as error:
+        raise from_rpc_error(error) from None
+    finally:
+        watch.cancel()
+    raise UnavailableError("a rank ended its health stream")
+
+
+async def typed(call: Awaitable[T]) -> T:
+    """The call's answer. Raises LoraplexError for what went wrong."""
+    try:
+        return await call
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise UnavailableError("the connection was closed") from None  # under the call, by `close`
+    except grpc.RpcError as error:
+        raise from_rpc_error(error) from None  # the call's own repr may show its metadata
+    except asyncio.InvalidStateError as error:  # a write on a stream that the other side has ended
+        raise UnavailableError("the step stream is closed") from error
