@@ -2,13 +2,15 @@
 
 import asyncio
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 
-from loraplex_protos.errors import AdapterInvalidError, InvalidRequestError
+from loraplex_protos.errors import AdapterInvalidError, InvalidRequestError, UnavailableError
 from loraplex_router.text.chat import AdapterTokenizer, Chat, ChatTemplates, Message, RenderedChat
 from loraplex_router.text.renderer import LONG, Renderer
 
@@ -78,6 +80,29 @@ async def test_a_caller_that_leaves_takes_no_answer_from_the_next(renderer: Rend
     await asyncio.sleep(0.01)
     left.cancel()
     assert await renderer.render(OWN, CHAT) == RENDERED
+
+
+PRINTS = "print('a library has something to say')\n"
+ENDS = "import os, sys\nif 'loraplex_router.text.template_process' in sys.orig_argv: os._exit(1)\n"
+
+
+async def test_what_a_library_prints_is_not_taken_for_an_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "sitecustomize.py").write_text(PRINTS)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    renderer = Renderer(OWN)
+    assert await renderer.render(OWN, CHAT) == RENDERED
+    await renderer.aclose()
+
+
+async def test_that_no_process_starts_is_the_servers_fault_and_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "sitecustomize.py").write_text(ENDS)
+    renderer = Renderer(OWN)
+    with monkeypatch.context() as broken, pytest.raises(UnavailableError, match="at the moment: try again"):
+        broken.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+        await renderer.check()
+        await renderer.render(OWN, CHAT)
+    assert await renderer.render(OWN, CHAT) == RENDERED
+    await renderer.aclose()
 
 
 async def test_a_long_conversation_is_rendered_whole(renderer: Renderer):

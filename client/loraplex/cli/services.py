@@ -83,7 +83,9 @@ def shard(context: typer.Context) -> None:
 
 
 def _begin(extra: str, *modules: str) -> None:
-    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # gRPC remarks on every process that is started
+    # Every program that is started is a fork at first: gRPC's handlers for those end one in thirty, and remark on all.
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     missing = [module for module in modules if importlib.util.find_spec(module) is None]
     if missing:
         console.print(f"This command needs {', '.join(missing)}: pip install 'loraplex\\[{extra}]'")

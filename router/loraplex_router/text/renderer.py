@@ -15,14 +15,15 @@ from typing import Any, TypeAlias
 
 import orjson
 
-from loraplex_protos.errors import AdapterInvalidError, FieldViolation, InvalidRequestError
+from loraplex_protos.errors import AdapterInvalidError, FieldViolation, InvalidRequestError, UnavailableError
 from loraplex_router.text.chat import FIELD, Chat, ChatTemplates, RenderedChat
 
 logger = logging.getLogger(__name__)
 
 RENDER_SECONDS = 5.0  # of processor time: many times what any template of good will takes, however busy the machine
-STARTS = 5  # one in a hundred forks beside busy threads of gRPC ends before it is a program
+STARTS = 3  # on a machine that is short of memory, a process may end before it is ready
 ANSWER_SECONDS = 60  # by the clock: on a machine that gives the process no time at all
+READY = b"ready\n"
 LONG = 2**18  # bytes; what is longer takes noticeable time
 # numpy comes with transformers, and needs no threads; nobody is told here that there is no torch.
 QUIET = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
@@ -42,7 +43,7 @@ class Renderer:
 
     async def render(self, templates: ChatTemplates, chat: Chat) -> RenderedChat:
         """Raises InvalidRequestError if there is no template, if it refuses the messages, cannot be read or takes too
-        long; AdapterInvalidError if an adapter's cannot be read."""
+        long; AdapterInvalidError if an adapter's cannot be read; UnavailableError if the process does not start."""
         question = _write(templates, chat)
         own = templates == self._own
         process = self._foreign if not own else self._long if len(question) > LONG else self._short
@@ -57,7 +58,10 @@ class Renderer:
         """Logs what is wrong with the model's own templates, if they cannot be read. Also, the first conversation does
         not wait for a process to start."""
         for name, source in self._own.by_name.items():
-            kind, text, _ = await self._short.ask(_write_question(source, self._own.special_tokens))
+            try:
+                kind, text, _ = await self._short.ask(_write_question(source, self._own.special_tokens))
+            except UnavailableError:
+                return  # it is logged
             if kind == "broken":
                 logger.warning("chats will be refused: the model's chat template %r cannot be read: %s", name, text)
 
@@ -87,7 +91,7 @@ class _Process:
     async def aclose(self) -> None:
         self._closed = True
         self._kill()
-        await asyncio.gather(*self._asked)
+        await asyncio.gather(*self._asked, return_exceptions=True)
         await self._end()
 
     async def _answer(self, question: bytes) -> Answer:
@@ -99,11 +103,16 @@ class _Process:
                     await self._end()
                 if self._process is None:
                     self._process = await _start(self._render_seconds)
-                async with asyncio.timeout(ANSWER_SECONDS):
-                    return await _exchange(self._process, question)
-            except (TimeoutError, OSError, EOFError):  # EOFError: it died
+                try:
+                    async with asyncio.timeout(ANSWER_SECONDS):
+                        return await _exchange(self._process, question)
+                except (TimeoutError, OSError, EOFError):  # EOFError: it died
+                    await self._end()
+                    return "refused", "the chat template takes too much time or memory to render them", ""
+            except Exception as error:  # of a system that starts no process, or of an event loop that lost one
+                logger.exception("the process that renders chat templates does not work")
                 await self._end()
-                return "refused", "the chat template takes too much time or memory to render them", ""
+                raise UnavailableError("no chat template can be rendered at the moment: try again") from error
 
     def _kill(self) -> None:
         if self._process is not None:
@@ -142,11 +151,11 @@ async def _start(render_seconds: float) -> asyncio.subprocess.Process:
             *command, stdin=pipe, stdout=pipe, env=environment, start_new_session=True
         )
         assert process.stdout
-        if await process.stdout.readline():
-            return process
+        async for line in process.stdout:
+            if line == READY:
+                return process
         await process.communicate()
-    logger.error("the process that renders chat templates does not start")
-    raise OSError("it does not start")
+    raise OSError("it ends before it is ready")
 
 
 def _write(templates: ChatTemplates, chat: Chat) -> bytes:

@@ -5,6 +5,7 @@ of processor time for each conversation. renderer.py starts it.
 """
 
 import json
+import os
 import resource
 import signal
 import sys
@@ -26,16 +27,18 @@ def main() -> None:
     left to wait for it."""
     render_seconds = float(sys.argv[1])
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    sys.stdout.buffer.write(b"ready\n")
-    sys.stdout.buffer.flush()
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library prints is not taken for an answer
+    answers.write(b"ready\n")
+    answers.flush()
     for line in sys.stdin.buffer:
         signal.setitimer(signal.ITIMER_PROF, render_seconds)
         kind, text, turn_end = answer(line)
         signal.setitimer(signal.ITIMER_PROF, 0)
         data = text.encode(errors="replace")
         head = {"kind": kind, "bytes": len(data), "turn_end": turn_end[:MAX_TURN_END]}
-        sys.stdout.buffer.write(json.dumps(head).encode() + b"\n" + data)
-        sys.stdout.buffer.flush()
+        answers.write(json.dumps(head).encode() + b"\n" + data)
+        answers.flush()
 
 
 def answer(line: bytes) -> tuple[str, str, str]:
