@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
 from loraplex_shard.checkpoint.base import CheckpointError, TokenizerFiles
 from loraplex_shard.checkpoint.end_tokens import end_token_ids
@@ -24,8 +25,7 @@ class SafetensorsCheckpoint:
         self.model_id = model_id
         self._directory = directory
         self.config: PreTrainedConfig = self._read_config()
-        architectures = self.config.architectures or ["(none)"]
-        self.architecture: str = architectures[0]
+        self.architecture: str = _architecture(self.config)
         self._files = SafetensorsFiles(directory, model_id)
         self._matrices = self._find_matrices()
         stored = frozenset(name for matrix in self._matrices.values() for name in matrix.tensors)
@@ -111,3 +111,12 @@ class SafetensorsCheckpoint:
             return {} if quantization is None else find_matrices(self._files, read_layout(quantization))
         except CheckpointError as error:
             raise CheckpointError(f"{self.model_id}: {error.message}") from error
+
+
+def _architecture(config: PreTrainedConfig) -> str:
+    """The class that generates, also where config.json names none, or the one without a head that an embedding model
+    was saved from."""
+    named: str = (config.architectures or [""])[0]
+    if named in ("", MODEL_MAPPING_NAMES.get(config.model_type)):
+        return str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, named or "(none)"))
+    return named

@@ -11,6 +11,7 @@ from loraplex_shard.checkpoint.base import CheckpointError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+BACKBONE, HEAD = "model.", "lm_head."  # what the names of all tensors begin with
 
 
 class SafetensorsFiles:
@@ -22,10 +23,14 @@ class SafetensorsFiles:
         self._files: dict[str, Any] = {}
         for file in self._file_names():
             self._add(file, self._open(file))
+        # Embedding models were saved without a head, and without the names' beginning that sets the head apart.
+        bare = not any(name.startswith(BACKBONE) for name in self._files)
+        self._own = {BACKBONE + name if bare and not name.startswith(HEAD) else name: name for name in self._files}
 
     @property
     def names(self) -> frozenset[str]:
-        return frozenset(self._files)
+        """As transformers calls them in a model with a head."""
+        return frozenset(self._own)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._slice(name).get_shape())
@@ -41,7 +46,8 @@ class SafetensorsFiles:
         return tensor
 
     def _slice(self, name: str) -> Any:
-        return self._files[name].get_slice(name)
+        own = self._own[name]
+        return self._files[own].get_slice(own)
 
     def _add(self, name: str, file: Any) -> None:
         """A tensor may be in several files, but then it must be the same in all of them."""
