@@ -7,15 +7,15 @@ deep enough, and a model that follows the schema does not come to an end.
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any
-from urllib.parse import unquote, urldefrag, urljoin
 
-from loraplex_shard.schema_tree import Schema, parts
+from loraplex_shard.schema_references import References
+from loraplex_shard.schema_tree import Schema
 
 
 def endless_references(schema: Schema) -> set[int]:
     """The id() of each schema in this one whose $ref leads to itself without end; of the whole schema, too, if no
     document fits it."""
-    references = _References(schema)
+    references = _Needs(schema)
     needed_by = defaultdict[int, list[Schema]](list)
     for node in references.nodes:
         for part in references.needed(node):
@@ -31,41 +31,8 @@ def endless_references(schema: Schema) -> set[int]:
     return endless | ({id(schema)} - ending)
 
 
-class _References:
-    """Where a schema's references lead: by JSON pointer or $anchor, from the nearest $id."""
-
-    def __init__(self, schema: Schema) -> None:
-        self.nodes: list[Schema] = []
-        self._resources = {"": schema}  # by their URI
-        self._anchors = dict[str, Schema]()
-        self._bases = dict[int, str]()  # the URI of the resource that a schema belongs to, by the schema's id()
-        self._read(schema, "")
-
-    def _read(self, node: Schema, base: str) -> None:
-        if isinstance(node.get("$id"), str):
-            base = urldefrag(urljoin(base, node["$id"])).url
-            self._resources.setdefault(base, node)
-        if isinstance(node.get("$anchor"), str):
-            self._anchors.setdefault(f"{base}#{node['$anchor']}", node)
-        self._bases[id(node)] = base
-        self.nodes.append(node)
-        for part in parts(node):
-            self._read(part, base)
-
-    def target(self, node: Schema) -> Schema | None:
-        """None if it is not in this document, or is true or false."""
-        base, reference = self._bases[id(node)], str(node["$ref"])
-        uri, fragment = urldefrag(base + reference if reference.startswith("#") else urljoin(base, reference))
-        if fragment and not fragment.startswith("/"):
-            return self._anchors.get(f"{uri}#{fragment}")
-        found: Any = self._resources.get(uri)
-        for step in fragment.split("/")[1:]:
-            name = unquote(step).replace("~1", "/").replace("~0", "~")
-            if isinstance(found, list) and name.isdecimal():
-                found = found[int(name)] if int(name) < len(found) else None
-            else:
-                found = found.get(name) if isinstance(found, dict) else None
-        return found if isinstance(found, dict) and id(found) in self._bases else None
+class _Needs(References):
+    """What a document needs in order to fit."""
 
     def needed(self, node: Schema) -> Iterator[Schema]:
         """What a document that fits may have to fit, or have in it."""

@@ -18,8 +18,9 @@ from loraplex_shard.vocabulary import cut_tokenizer
 LEXER_FUEL = 50_000  # states made anew in one step, which all streams wait for: some 50 ms, and 40 MB
 KEPT = 256  # compiled grammars
 
-# As json.dumps writes: models have seen much of it, and it leaves nothing to choose between values.
-WRITTEN = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+# As json.dumps writes: models have seen much of it, and it leaves nothing to choose between values. oneOf is taken for
+# anyOf: that only one of its parts fits cannot be told while a document is written.
+WRITTEN = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": ", "coerce_one_of": True}
 
 
 class GrammarCompiler:

@@ -10,18 +10,24 @@ from typing import Any
 from urllib.parse import quote
 
 from loraplex_shard.endless_schemas import endless_references
+from loraplex_shard.property_names import name_properties
 from loraplex_shard.schema_tree import Schema, change_parts, nodes
 
 # With one of these an object may be described in several places, none of which may forbid the others' properties.
-COMBINING = {"allOf", "if", "not", "dependentSchemas", "$dynamicRef"}
-COMBINING_WITH_PROPERTIES = {"anyOf", "oneOf", "$ref"}
+COMBINING = {"if", "not", "dependentSchemas", "$dynamicRef"}
+COMBINING_WITH_PROPERTIES = {"anyOf", "oneOf", "allOf", "$ref"}
 SAID = {"additionalProperties", "unevaluatedProperties", "patternProperties", "propertyNames", "minProperties"}
 
 DIALECTS = re.compile(r"https?://json-schema\.org/(draft-0[3467]/schema|draft/20\d\d-\d\d/schema)#?")
 IN_REFERENCES = "%/?#:@!$&'()*+,;=~"  # what need not be percent-encoded, besides letters and digits of ASCII
 NULLS = {"const", "default"}  # null means something
+COUNTS = {"minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"}
 MOST_REMAINDERS = 10_000  # a fifth of a second
 NOTHING = {"enum": list[Any]()}  # fits no document
+
+# The formats that the compiler knows. JSON Schema takes any other for a remark.
+FORMATS = {"date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uri", "uuid", "unknown"}
+UUID_VERSION = re.compile("uuid[1-8]")  # as pydantic calls it
 
 
 def read_schema(text: str) -> Schema:
@@ -37,7 +43,7 @@ def read_schema(text: str) -> Schema:
     if not isinstance(schema, dict):
         raise ValueError("it is not a JSON object")
     _check_multiples(schema)
-    schema = _tidied(schema)
+    schema = name_properties(_tidied(schema))
     endless = endless_references(schema)
     if id(schema) in endless:
         raise ValueError("no document is deep enough: $ref leads back to itself without end")
@@ -68,11 +74,15 @@ def close_objects(schema: Schema) -> Schema:
 
     Left as it is where objects may be described by several schemas together.
     """
-    combined = any(
-        COMBINING & node.keys() or (COMBINING_WITH_PROPERTIES & node.keys() and "properties" in node)
-        for node in nodes(schema)
-    )
-    return schema if combined else _closed(schema)
+    return schema if any(_combines(node) for node in nodes(schema)) else _closed(schema)
+
+
+def _combines(node: Schema) -> bool:
+    """Whether it describes an object in several places. An allOf around one $ref, as programs write it to add a
+    description, does not."""
+    several = isinstance(parts := node.get("allOf"), list) and len(parts) > 1
+    places = COMBINING_WITH_PROPERTIES & node.keys()
+    return several or bool(COMBINING & node.keys()) or len(places) + ("properties" in node) > 1
 
 
 def _closed(node: Any) -> Any:
@@ -91,13 +101,18 @@ def _tidied(node: Any) -> Any:
     dialects that nobody defined."""
     if not isinstance(node, dict):
         return node
-    tidied = {}
+    tidied = Schema()
     for key, value in node.items():
         if key in ("$ref", "$id") and isinstance(value, str):
             tidied[key] = quote(value, safe=IN_REFERENCES)
         elif key == "$schema":
             if isinstance(value, str) and DIALECTS.fullmatch(value):
                 tidied[key] = "http:" + value.partition(":")[2] if "/draft-0" in value else value
+        elif key == "format" and isinstance(value, str):
+            if (known := UUID_VERSION.sub("uuid", value)) in FORMATS:
+                tidied[key] = known
+        elif key in COUNTS and isinstance(value, float) and value.is_integer():
+            tidied[key] = int(value)
         elif value is not None or key in NULLS:
             tidied[key] = change_parts(_tidied, key, value)
     return tidied

@@ -51,6 +51,9 @@ PERSON = schema(
     additionalProperties=False,
 )
 
+PERSON_NAME = {"type": "object", "properties": {"name": {"type": "string", "maxLength": 8}}, "required": ["name"]}
+PERSON_AGE = {"type": "object", "properties": {"age": {"type": "integer", "maximum": 99}}, "required": ["age"]}
+
 
 @pytest.fixture(scope="module")
 def compiler() -> GrammarCompiler:
@@ -61,6 +64,7 @@ REFUSED = {
     "not JSON": (Grammar(kind=GRAMMAR_KIND_JSON_SCHEMA, text='{"type": "str'), "not JSON"),
     "unknown type": (schema(type="text"), "text"),
     "unknown keyword": (schema(type="array", contains={"type": "string"}), "contains"),
+    "names of properties": (schema(type="object", propertyNames={"maxLength": 3}), "propertyNames"),
     "reference to nowhere": (schema(**{"$ref": "#/$defs/missing"}), "missing"),
     "reference to itself": (schema(**{"$ref": "#"}), "without end"),
     "reference to a server": (schema(**{"$ref": "http://localhost:1/schema.json"}), "http://localhost:1"),
@@ -166,6 +170,21 @@ def test_two_hundred_schemas_each_give_a_valid_document(compiler: GrammarCompile
         answer = sample(constrained(compiler, schema(**content)), random)
         assert answer is not None, content
         jsonschema.Draft202012Validator(content).validate(json.loads(answer))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"type": "string", "format": "password", "maxLength": 4.0},
+        {"type": "object", "additionalProperties": {"const": 1}, "propertyNames": {"enum": ["a", "b"]}},
+        {"oneOf": [{"$ref": "#/$defs/a"}, {"$ref": "#/$defs/b"}], "$defs": {"a": PERSON_NAME, "b": PERSON_AGE}},
+    ],
+)
+def test_schemas_as_programs_write_them_are_followed(compiler: GrammarCompiler, content: dict[str, object]) -> None:
+    answers = {sample(constrained(compiler, schema(**content)), Random(seed)) for seed in range(10)}
+    for answer in answers:
+        assert answer is not None
+        jsonschema.validate(json.loads(answer), content)
 
 
 def test_the_least_length_forbids_the_end_tokens_until_it_is_reached(compiler: GrammarCompiler) -> None:

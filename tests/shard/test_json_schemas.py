@@ -20,6 +20,7 @@ CLOSED = {**NAMED, "additionalProperties": False}
         ({"type": "array", "items": NAMED}, {"type": "array", "items": CLOSED}),
         ({"anyOf": [NAMED, {"type": "null"}]}, {"anyOf": [CLOSED, {"type": "null"}]}),
         ({"$ref": "#/$defs/x", "$defs": {"x": NAMED}}, {"$ref": "#/$defs/x", "$defs": {"x": CLOSED}}),
+        ({"allOf": [NAMED], "title": "described"}, {"allOf": [CLOSED], "title": "described"}),
     ],
 )
 def test_objects_get_no_other_properties_than_they_name(schema: dict[str, object], closed: object) -> None:
@@ -35,6 +36,8 @@ def test_objects_get_no_other_properties_than_they_name(schema: dict[str, object
         {**NAMED, "patternProperties": {"^x": {}}},
         {"allOf": [NAMED, {"properties": {"b": {}}}]},
         {**NAMED, "anyOf": [{"properties": {"b": {}}}]},
+        {**NAMED, "allOf": [{"properties": {"b": {}}}]},
+        {"anyOf": [NAMED], "$ref": "#/$defs/x"},
         {"type": "object"},
         {"enum": [NAMED]},
     ],
@@ -56,6 +59,9 @@ def test_what_says_more_or_is_combined_is_left_as_it_is(schema: dict[str, object
         ({"$schema": "https://example.com/our-dialect"}, {}),
         ({"required": None, "enum": None, "properties": None, "description": None}, {}),
         ({"const": None, "default": None, "enum": [None]},) * 2,
+        ({"format": "int32"}, {}),
+        ({"format": "uuid4", "minLength": 1.0}, {"format": "uuid", "minLength": 1}),
+        ({"format": "date", "maxItems": 1.5, "const": 1.0},) * 2,
         (
             {"properties": {"$ref": {"$ref": "# 1"}}, "minProperties": 0},
             {"properties": {"$ref": {"$ref": "#%201"}}, "minProperties": 0},
@@ -64,6 +70,37 @@ def test_what_says_more_or_is_combined_is_left_as_it_is(schema: dict[str, object
 )
 def test_usual_slips_are_mended(written: dict[str, object], read: dict[str, object]) -> None:
     assert read_schema(json.dumps(written)) == read
+
+
+COLORS = {"$defs": {"color": {"type": "string", "enum": ["red", "dark.blue", 7]}}}
+NUMBERS = {"type": "object", "additionalProperties": {"type": "integer"}}
+
+
+@pytest.mark.parametrize(
+    ("names", "pattern"),
+    [
+        ({"pattern": "^a"}, "^a"),
+        ({"type": "string", "const": "a", "title": "Letter"}, "^a$"),
+        ({"$ref": "#/$defs/color"}, r"^(red|dark\.blue)$"),
+    ],
+)
+def test_names_of_properties_are_enforced(names: dict[str, object], pattern: str) -> None:
+    enforced = {"patternProperties": {pattern: {"type": "integer"}}, "additionalProperties": False}
+    assert read_schema(json.dumps({**NUMBERS, **COLORS, "propertyNames": names})) == {**NUMBERS, **COLORS, **enforced}
+
+
+def test_that_names_of_properties_are_strings_goes_without_saying() -> None:
+    assert read_schema(json.dumps({**NUMBERS, "propertyNames": {"type": "string"}})) == NUMBERS
+    assert read_schema(json.dumps({**NAMED, "propertyNames": {}})) == CLOSED
+
+
+@pytest.mark.parametrize(
+    "names", [{"maxLength": 3}, {"pattern": "^a", "maxLength": 3}, {"$ref": "#/none"}, {"enum": []}, False]
+)
+def test_names_of_properties_that_are_not_understood_are_left_to_the_compiler(names: object) -> None:
+    assert read_schema(json.dumps({**NUMBERS, "propertyNames": names})) == {**NUMBERS, "propertyNames": names}
+    named = {**NAMED, "propertyNames": {"pattern": "^a"}}
+    assert read_schema(json.dumps(named)) == named
 
 
 SELF = {"$ref": "#"}
