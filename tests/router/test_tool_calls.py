@@ -27,6 +27,13 @@ def parse(pieces: list[str]) -> list[Piece]:
     return found
 
 
+@pytest.mark.parametrize("end", range(2 * len(CALL) + 5))
+def test_an_answer_that_must_be_calls_has_no_content_wherever_it_is_cut(end: int) -> None:
+    parser = ToolCallParser({"add"}, calls_alone=True)
+    text = f"[{CALL}, {CALL}]"[:end]
+    assert not [piece for piece in [*parser.feed(text), *parser.flush()] if isinstance(piece, str)]
+
+
 def test_white_space_in_the_text_after_a_call_is_kept_however_it_arrives():
     call = '<tool_call>{"name": "add", "arguments": {}}</tool_call>'
     assert parse([call, "\n", "and", " ", "more"])[2:] == ["and more"]

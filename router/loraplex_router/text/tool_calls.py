@@ -41,10 +41,11 @@ Piece: TypeAlias = str | ToolCall | Arguments
 class ToolCallParser:
     """Text in; content, calls and their arguments out, in order. What looks like a call but is none, or of no tool in
     `names`, comes out as content. A call is one from where its arguments begin: whether they are well-formed, and go on
-    to their end, is up to the model."""
+    to their end, is up to the model. Of an answer that is `calls_alone`, whatever its length, nothing is content."""
 
-    def __init__(self, names: Collection[str]) -> None:
+    def __init__(self, names: Collection[str], calls_alone: bool = False) -> None:
         self._names = names
+        self._calls_alone = calls_alone
         self._held = ""  # not decided yet
         self._scanned = 0  # how much of it the object's end was sought in
         self._end = ObjectEnd()
@@ -63,7 +64,7 @@ class ToolCallParser:
     def flush(self) -> list[Piece]:
         """What is left at the end."""
         undecided = self._state in (self._begin, self._read_text, self._seek_object, self._read_object)
-        if not undecided or (self._called and not self._held.strip(BETWEEN)):
+        if self._calls_alone or not undecided or (self._called and not self._held.strip(BETWEEN)):
             return []
         return self._content(CALL_BEGIN * self._tagged + self._held)
 

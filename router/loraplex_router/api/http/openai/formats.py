@@ -8,7 +8,7 @@ from loraplex_router.api.http.openai.schema import (
     GenerationRequest,
     StructuredOutputs,
 )
-from loraplex_router.api.http.openai.tools import forced_tool
+from loraplex_router.api.http.openai.tools import forced_tool, must_call
 from loraplex_router.grammar import EmbeddedSchema, Grammar, GrammarKind
 from loraplex_router.text.tool_grammar import list_of_calls, one_call, read_parameters
 
@@ -53,9 +53,9 @@ def _structured(given: StructuredOutputs, prefix: str) -> Iterator[Grammar]:
 
 def _forced_call(body: ChatCompletionRequest) -> Grammar | None:
     """A call of the named tool, or a list of calls of any; see text/tool_calls.py for who reads them."""
-    chosen = forced_tool(body)
-    if chosen is None and body.tool_choice != "required":
+    if not must_call(body):
         return None
+    chosen = forced_tool(body)
     tools = list[tuple[str, EmbeddedSchema]]()
     for place, tool in enumerate(body.tools or ()):
         name, field = tool.function.name, f"tools[{place}].function.parameters"

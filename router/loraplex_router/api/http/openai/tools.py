@@ -16,6 +16,11 @@ def may_call(body: ChatCompletionRequest) -> bool:
     return bool(body.tools) and body.tool_choice != "none"
 
 
+def must_call(body: ChatCompletionRequest) -> bool:
+    """Whether the answer is nothing but calls."""
+    return body.tool_choice == "required" or forced_tool(body) is not None
+
+
 def check_tools(body: ChatCompletionRequest, found: Violations) -> None:
     names = [tool.function.name for tool in body.tools or ()]
     found.check(len(set(names)) == len(names), "tools", "must have different names")
@@ -34,7 +39,8 @@ def forced_tool(body: ChatCompletionRequest) -> str | None:
 
 def create_parser(body: ChatCompletionRequest) -> ToolCallParser | None:
     """None if the answer can hold no calls."""
-    return ToolCallParser({tool.function.name for tool in body.tools or ()}) if may_call(body) else None
+    names = {tool.function.name for tool in body.tools or ()}
+    return ToolCallParser(names, calls_alone=must_call(body)) if may_call(body) else None
 
 
 def write_call(name: str) -> dict[str, Any]:
