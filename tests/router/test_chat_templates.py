@@ -127,6 +127,28 @@ def test_text_stays_as_the_model_wrote_it():
     assert '<call>add "no JSON";' in render(WRITE_CALLS.replace("ARGUMENTS", ARGUMENTS["object"]), calls("no JSON"))
 
 
+DESCRIBED = {  # how templates write tools: gpt-oss', Qwen3-Coder's, Command R's, Hermes'
+    "concatenated": ("{{ f.name + ': ' + f.description }}", "add: "),
+    "walked": ("{{ f.name }}{% for n, p in f.parameters.properties | items %}{{ n }}{% endfor %}", "add"),
+    "items": ("{{ f.name }}{% for n, p in f.parameters.properties.items() %}{{ n }}{% endfor %}", "add"),
+    "parameters": ("{{ f.parameters | tojson }}", '{"type": "object", "properties": {}}'),
+    "whole": ("{{ f | tojson }}", '{"name": "add"}'),
+}
+
+
+@pytest.mark.parametrize(("written", "expected"), DESCRIBED.values(), ids=DESCRIBED)
+def test_a_tool_may_lack_what_the_template_cannot_do_without(written: str, expected: str):
+    source = "{% for t in tools or [] %}{% set f = t.function %}" + written + "{% endfor %}{{ messages[0].content }}"
+    for lacking in ({}, {"description": None, "parameters": None}):
+        tool = {"type": "function", "function": {"name": "add", **lacking}}
+        assert render(source, [USER], [tool]) == f"{expected}Weather?"
+    tool = {"type": "function", "function": {"name": "add", "description": "d", "parameters": {"type": "object"}}}
+    if "items()" not in written:
+        assert render(source, [USER], [tool]) == reference(source, [USER], tools=[tool])
+    else:
+        assert render(source, [USER], [tool]) == "addWeather?"
+
+
 CALLS_IF_NONE = (  # as DeepSeek-R1-Distill: a message has calls if its content is none
     "{% for m in messages %}{% if m.role == 'assistant' and m.content is none %}{% for c in m.tool_calls %}"
     "<call>{{ c.function.name + c.function.arguments }}{% endfor %}{% else %}{{ m.content }};{% endif %}{% endfor %}"

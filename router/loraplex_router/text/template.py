@@ -9,7 +9,7 @@ from typing import Any, cast
 from jinja2.meta import find_undeclared_variables
 from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
-from loraplex_router.text.template_messages import adapt
+from loraplex_router.text.template_messages import adapt, complete
 from loraplex_router.text.template_traits import Row, find_traits
 
 # What render_jinja_template takes beside a template's variables, and what it sets itself.
@@ -44,7 +44,7 @@ class Template:
         if taken := RESERVED & variables.keys():
             raise ValueError(f"chat_template_kwargs cannot set {', '.join(sorted(taken))}")
         given = {"documents": documents, "add_generation_prompt": add_generation_prompt, **variables}
-        return self._render(adapt(messages, tools, self._traits), tools, **given)
+        return self._render(adapt(messages, tools, self._traits), tools and complete(tools, self._traits), **given)
 
     def _render(self, rows: list[Row], tools: Any, **variables: Any) -> str:
         given = {**self._special_tokens, **variables}

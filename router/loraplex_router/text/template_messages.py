@@ -34,6 +34,21 @@ def adapt(messages: Sequence[Row], tools: Sequence[Mapping[str, Any]] | None, tr
     return [_with_content(_with_arguments(row, traits.arguments_as_text), traits) for row in rows]
 
 
+def complete(tools: Sequence[Row], traits: Traits) -> list[Row]:
+    """Tools with what clients may leave out, or write as null, and this template must have."""
+    return [{**tool, "function": _complete(tool["function"], traits.tool_needs)} for tool in tools]
+
+
+def _complete(function: Row, needs: frozenset[str]) -> Row:
+    given = {name: value for name, value in function.items() if value is not None}
+    if "description" in needs:
+        given.setdefault("description", "")
+    if needs & {"parameters", "properties"}:
+        empty = {"type": "object", "properties": {}}
+        given["parameters"] = (empty if "properties" in needs else {}) | given.get("parameters", empty)
+    return given
+
+
 def _with_ids(rows: list[Row], form: CallIds) -> list[Row]:
     """Ids of calls come from clients, and from other servers; some templates take only those of their model."""
     if form is CallIds.ANY:

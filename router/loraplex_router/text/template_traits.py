@@ -21,7 +21,8 @@ PARTS = [{"type": "text", "text": text} for text in TEXT.split()]
 ARGUMENTS = {"probekey": "probevalue"}
 WRITTEN_ARGUMENTS = json.dumps(ARGUMENTS)
 PARAMETERS = {"type": "object", "properties": {"probekey": {"type": "string"}}, "required": []}
-TOOL = {"type": "function", "function": {"name": "probetool", "description": "Probes.", "parameters": PARAMETERS}}
+FUNCTION = {"name": "probetool", "description": "Probes.", "parameters": PARAMETERS}
+TOOL = {"type": "function", "function": FUNCTION}
 # A dict, a list of parts, or a JSON text in a JSON text, printed as such.
 DATA = "'probekey'", '\\"probekey', "'type': 'text'", '"type": "text"', '"type":"text"'
 
@@ -45,6 +46,7 @@ class Blank(Enum):
 @dataclass(frozen=True, slots=True)
 class Traits:
     reads_tools: bool  # it has use for the tools that there are
+    tool_needs: frozenset[str]  # of a function's fields and its parameters' properties, what it refuses tools without
     hides_calls: bool  # what an assistant says is shown, but not what it calls
     hides_results: bool  # what a user says is shown, but not what came of a call
     takes_system: bool  # a system message is shown
@@ -96,6 +98,7 @@ def find_traits(source: str, variables: Collection[str], render: Render) -> Trai
     _, answered, behind = (attempt(_said("assistant", TEXT, [])[:2]) or "").rpartition(TEXT)
     return Traits(
         reads_tools="tools" in variables,
+        tool_needs=_tool_needs(attempt),
         hides_calls=not (knows_calls or (shown is not None and _names_call(shown))) and "assistant" in takes_text,
         hides_results=not (knows_calls or _shows(shown, "proberesult")) and "user" in takes_text,
         takes_system="system" in takes_text,
@@ -109,6 +112,17 @@ def find_traits(source: str, variables: Collection[str], render: Render) -> Trai
         needs_parts=takes_parts - takes_text,
         turn_end=behind if answered else "",
     )
+
+
+def _tool_needs(attempt: Callable[[list[Row], list[Row] | None], str | None]) -> frozenset[str]:
+    def takes(function: Row) -> bool:
+        return attempt(_said("user", TEXT, []), [{**TOOL, "function": function}]) is not None
+
+    if not takes(FUNCTION):
+        return frozenset()
+    lacking = {left_out: {name: value for name, value in FUNCTION.items() if name != left_out} for left_out in FUNCTION}
+    lacking["properties"] = {**FUNCTION, "parameters": {"type": "object"}}
+    return frozenset(name for name, function in lacking.items() if not takes(function))
 
 
 def _names_call(text: str) -> bool:
