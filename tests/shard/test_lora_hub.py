@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 
 from loraplex_protos.errors import (
     AdapterForbiddenError,
@@ -243,6 +244,30 @@ def test_a_hub_that_is_not_there_is_a_source_error(tmp_path: Path) -> None:
     store = AdapterStore(layouts(), torch.float32, torch.device("cpu"), None, BASE, source)
     with pytest.raises(AdapterSourceError):
         stage(store)
+
+
+def test_offline_what_was_fetched_before_is_served(
+    hub: StandInHub,
+    store: AdapterStore,
+    new_store: NewStore,
+    files: dict[str, bytes],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    commit = hub.push("org/adapter", {**files, "additional_chat_templates/rag.jinja": b"mine"})
+    fetched = stage(store)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    hub.requests.clear()
+    for revision in ("", "main", commit):
+        cached = stage(new_store(), revision=revision)
+        assert (cached.digest, cached.revision, cached.text) == (fetched.digest, commit, fetched.text)
+    for id, revision in (("org/other", ""), ("org/adapter", "v2")):
+        with pytest.raises(
+            AdapterNotFoundError, match="was not fetched from the hub before, and HF_HUB_OFFLINE is set"
+        ):
+            stage(store, id, revision)
+    with pytest.raises(AdapterNotFoundError, match="cannot be the name"):
+        stage(store, "../adapter")
+    assert not hub.requests
 
 
 def test_the_endpoint_comes_from_the_environment(

@@ -14,7 +14,7 @@ def find_folder(root: Path, id: str) -> Path | None:
     if not is_name(id):
         return None
     folder = _descend(root, id)
-    if folder is None and (folder := find_snapshot(root / (CACHED + id.replace("/", "--")))) is None:
+    if folder is None and (folder := find_snapshot(root / cached_name(id))) is None:
         return None
     return folder.resolve() if is_inside(folder, root) and folder.is_dir() else None
 
@@ -30,6 +30,11 @@ def find_snapshot(folder: Path) -> Path | None:
         return commits.get(named) or max(commits.values(), key=lambda path: path.stat().st_mtime, default=None)
     except (OSError, UnicodeDecodeError):
         return None
+
+
+def cached_name(id: str) -> str:
+    """How the hub's cache calls the folder of an id."""
+    return CACHED + id.replace("/", "--")
 
 
 def cached_id(name: str) -> str:

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, RevisionNotFoundError
+from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils.tqdm import tqdm
 
 from loraplex_protos.errors import (
@@ -23,6 +23,7 @@ from loraplex_protos.errors import (
     quote,
 )
 from loraplex_shard.lora.files import CONFIG, TENSORS, AdapterFiles, check_names, check_size, read_files
+from loraplex_shard.lora.folders import cached_name, find_snapshot
 from loraplex_shard.lora.text_files import text_files
 
 _UNREACHABLE = frozenset({"TransportError", "ConnectionError", "TimeoutError"})  # of whichever HTTP library it uses
@@ -89,17 +90,17 @@ class HubSource:
         self._timeout_s = timeout_s
 
     def locate(self, id: str, revision: str, token: str) -> HubOrigin:
-        """Asks the hub which commit a revision is ("": the default branch) and which files it has.
+        """Asks the hub which commit a revision is ("": the default branch) and which files it has; with HF_HUB_OFFLINE,
+        the hub's cache.
 
         Raises AdapterNotFoundError, AdapterForbiddenError, AdapterSourceError, and AdapterInvalidError for a
         repository that holds no adapter or too large a one.
         """
         _check_arguments(revision, token)
-        with _typed_errors(id, revision, token):
-            api = HfApi(endpoint=self._endpoint, token=token or None)
-            info = api.model_info(id, revision=revision or None, files_metadata=True, timeout=self._timeout_s)
-            sizes = {file.rfilename: file.size for file in info.siblings or ()}
-            commit = info.sha or ""
+        if constants.HF_HUB_OFFLINE:
+            sizes, commit = self._look_into_cache(id, revision)
+        else:
+            sizes, commit = self._ask(id, revision, token)
         check_names(frozenset(sizes))
         names = (CONFIG, TENSORS, *text_files(sizes))
         for name in names:
@@ -107,6 +108,24 @@ class HubSource:
         if not _COMMIT.fullmatch(commit):
             raise AdapterSourceError(f"the hub does not say which commit {quote(id)} is at")
         return HubOrigin(id, commit, names, self._endpoint, self._cache, self._timeout_s, token)
+
+    def _ask(self, id: str, revision: str, token: str) -> tuple[dict[str, int | None], str]:
+        """The files' sizes, and the commit."""
+        with _typed_errors(id, revision, token):
+            api = HfApi(endpoint=self._endpoint, token=token or None)
+            info = api.model_info(id, revision=revision or None, files_metadata=True, timeout=self._timeout_s)
+            return {file.rfilename: file.size for file in info.siblings or ()}, info.sha or ""
+
+    def _look_into_cache(self, id: str, revision: str) -> tuple[dict[str, int | None], str]:
+        """The same of what was fetched before. There is nobody to ask whom it may be shown to: all may see it."""
+        cache = self._cache or Path(constants.HF_HUB_CACHE)
+        with _typed_errors(id, revision, ""):
+            newest = find_snapshot(cache / cached_name(id)) if revision in ("", "main") else None
+            folder = newest or Path(
+                snapshot_download(id, revision=revision or None, cache_dir=cache, local_files_only=True)
+            )
+            files = [path for path in folder.rglob("*") if path.is_file()]
+            return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}, folder.name
 
 
 def _check_arguments(revision: str, token: str) -> None:
@@ -127,10 +146,13 @@ def _typed_errors(id: str, revision: str, token: str) -> Iterator[None]:
         raise AdapterNotFoundError(f"{quote(id)} cannot be the name of an adapter on the hub") from None
     except RevisionNotFoundError as error:
         raise AdapterNotFoundError(f"the hub has {quote(id)}, but no revision {quote(revision)} of it") from error
+    except LocalEntryNotFoundError as error:
+        if not constants.HF_HUB_OFFLINE:
+            raise AdapterSourceError(f"the hub cannot be reached for {quote(id)}") from error
+        missing = f"{quote(id)} was not fetched from the hub before, and HF_HUB_OFFLINE is set"
+        raise AdapterNotFoundError(missing) from error
     except HfHubHTTPError as error:
         raise _from_status(id, error.response.status_code, bool(token)) from error
-    except OfflineModeIsEnabled as error:
-        raise AdapterSourceError(f"the hub is not asked for {quote(id)}: HF_HUB_OFFLINE is set") from error
     except Exception as error:
         # No connection, a timeout, an answer that is not the hub's: the library has no common class for these.
         unreachable = any(kind.__name__ in _UNREACHABLE for kind in type(error).__mro__)
