@@ -32,7 +32,7 @@ lint: $(VENV)/lint
 	$(BIN)/buf lint
 	$(BIN)/buf format --diff --exit-code
 	$(BIN)/hadolint Dockerfile
-	$(BIN)/clang-format --dry-run --Werror shard/loraplex_shard/ops/cpu/csrc/*.cpp shard/loraplex_shard/ops/cpu/csrc/*.h
+	$(BIN)/clang-format --dry-run --Werror shard/loraplex_shard/kernels/csrc/*.cpp shard/loraplex_shard/kernels/csrc/*.h
 
 # The images of the Helm chart, built and tried with buildah.
 image:

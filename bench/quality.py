@@ -17,14 +17,14 @@ from rich.table import Table
 from tokenizers import Tokenizer
 
 from loraplex_protos.errors import LoraplexError
-from loraplex_shard.batch import Batch
 from loraplex_shard.checkpoint import Checkpoint, open_checkpoint
+from loraplex_shard.device.parallel import Group
 from loraplex_shard.layers.sources import SourcedLayer, Target
-from loraplex_shard.machine import BLOCK_SIZE
 from loraplex_shard.models import Decoder, load_decoder
 from loraplex_shard.ops.choose import choose_operations, load_kernels
-from loraplex_shard.parallel import Group
+from loraplex_shard.serving.machine import BLOCK_SIZE
 from loraplex_shard.settings import Quantize
+from loraplex_shard.shapes.batch import Batch
 
 TEXT = Path(__file__).with_name("held_out.txt")
 CPU = torch.device("cpu")

@@ -36,10 +36,10 @@ MAY_IMPORT: dict[str, set[str]] = {
         "loraplex_router.sequence",
     },
     # The shard's ground floor.
-    "loraplex_shard.memory": set(),
-    "loraplex_shard.sampler": {"loraplex_protos"},
-    "loraplex_shard.layers.layout": set(),
-    "loraplex_shard.lora.weights": set(),
+    "loraplex_shard.device.memory": set(),
+    "loraplex_shard.sampling.sampler": {"loraplex_protos"},
+    "loraplex_shard.shapes.layout": set(),
+    "loraplex_shard.shapes.adapter": set(),
     "loraplex_shard.ops.quantized": set(),
 }
 
@@ -48,10 +48,23 @@ IMPORTED_BY: dict[str, set[str]] = {
     "loraplex_router.api": {"loraplex_router.app", "loraplex_router.api"},
     "loraplex_router.app": {"loraplex.cli"},
     "loraplex_router.service": {"loraplex_router.app", "loraplex_router.api", "loraplex_router.connections"},
-    "loraplex_shard.server": {"loraplex.cli"},
-    "loraplex_shard.service": {"loraplex_shard.server"},
-    "loraplex_shard.runner": {"loraplex_shard.server", "loraplex_shard.steps"},
+    "loraplex_shard.serving.server": {"loraplex.cli"},
+    "loraplex_shard.serving.service": {"loraplex_shard.serving.server"},
+    "loraplex_shard.stepping.runner": {"loraplex_shard.serving.server", "loraplex_shard.serving.steps"},
 }
+
+# The shard's floors, from the ground up: a room imports from those below it alone, and rooms of one floor not from each
+# other.
+SHARD_FLOORS = (
+    {"kernels", "settings"},
+    {"device", "observation", "sampling"},
+    {"shapes"},
+    {"ops", "lora"},
+    {"layers", "checkpoint"},
+    {"models"},
+    {"stepping"},
+    {"serving"},
+)
 
 # Heavy or optional packages, and who may import them.
 FOREIGN = {
@@ -113,6 +126,20 @@ def test_a_top_floor_is_entered_from_above_alone(package: str) -> None:
         for module, imports in IMPORTS.items()
         if not _within(module, IMPORTED_BY[package] | {package})
         and any(_within(imported, {package}) for imported in imports)
+    }
+    assert not wrong
+
+
+def test_the_shard_has_floors() -> None:
+    floor_of = {room: floor for floor, rooms in enumerate(SHARD_FLOORS) for room in rooms}
+    assert {module.split(".")[1] for module in IMPORTS if module.startswith("loraplex_shard.")} == floor_of.keys()
+    wrong = {
+        (module, imported)
+        for module, imports in IMPORTS.items()
+        for imported in imports
+        if module.startswith("loraplex_shard.") and imported.startswith("loraplex_shard.")
+        if (here := module.split(".")[1]) != (there := imported.split(".")[1])
+        if floor_of[there] >= floor_of[here]
     }
     assert not wrong
 

@@ -7,23 +7,23 @@ import torch
 
 from bench.engine.timing import seconds
 from loraplex_protos.shard_pb2 import Sampling, SequenceStart, StepRequest
-from loraplex_shard.batch import Batch
-from loraplex_shard.cache import KVCache
 from loraplex_shard.checkpoint import open_checkpoint
-from loraplex_shard.grammars import GrammarCompiler
-from loraplex_shard.layers.layout import LinearLayout
+from loraplex_shard.device.memory import keep_freed
+from loraplex_shard.device.parallel import Group
 from loraplex_shard.layers.linear import ColumnLinear, RowLinear
 from loraplex_shard.layers.sources import Target
 from loraplex_shard.lora.deltas import Delta, cut_adapter
-from loraplex_shard.lora.weights import AdapterWeights
-from loraplex_shard.machine import BLOCK_SIZE
-from loraplex_shard.memory import keep_freed
 from loraplex_shard.models import Decoder, load_decoder
 from loraplex_shard.ops.base import Heads
 from loraplex_shard.ops.choose import choose_operations, load_kernels
-from loraplex_shard.parallel import Group
-from loraplex_shard.runner import Runner
+from loraplex_shard.sampling.grammars import GrammarCompiler
+from loraplex_shard.serving.machine import BLOCK_SIZE
 from loraplex_shard.settings import Quantize
+from loraplex_shard.shapes.adapter import AdapterWeights
+from loraplex_shard.shapes.batch import Batch
+from loraplex_shard.shapes.cache import KVCache
+from loraplex_shard.shapes.layout import LinearLayout
+from loraplex_shard.stepping.runner import Runner
 
 CPU = torch.device("cpu")
 MAX_MODEL_LEN = 2304

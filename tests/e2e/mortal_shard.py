@@ -8,7 +8,7 @@ import sys
 
 from loraplex.cli.main import main
 from loraplex_protos.shard_pb2 import StepRequest, StepResponse
-from loraplex_shard import server
+from loraplex_shard.serving import server
 
 KILLING, RAISING = 1, 2  # token ids: of bytes that no other prompt has
 DIED = "the shard died"

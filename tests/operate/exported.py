@@ -11,7 +11,7 @@ from loraplex_router.blocks import BlockAllocator
 from loraplex_router.scheduler import Limits, Scheduler
 from loraplex_router.telemetry.request_log import RequestLog
 from loraplex_router.telemetry.telemetry import Telemetry
-from loraplex_shard.metrics import ShardMetrics
+from loraplex_shard.observation.metrics import ShardMetrics
 
 SUFFIXES = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count")}
 

@@ -139,6 +139,6 @@ def test_a_request_that_is_not_sampled_leaves_no_span_anywhere(collected: Collec
 
 
 def test_without_an_endpoint_opentelemetry_is_not_even_imported():
-    script = "import sys, loraplex_router.app, loraplex_shard.server; print('opentelemetry.sdk' in sys.modules)"
+    script = "import sys, loraplex_router.app, loraplex_shard.serving.server; print('opentelemetry.sdk' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

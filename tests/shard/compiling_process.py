@@ -18,12 +18,12 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from loraplex_shard.batch import Segment
-from loraplex_shard.layers.layout import LinearLayout, LinearPart
 from loraplex_shard.lora.deltas import Delta, cut_adapter
 from loraplex_shard.ops.base import HeadNorms, Heads
 from loraplex_shard.ops.cuda.operations import CudaOperations
 from loraplex_shard.ops.quantized import quantize
+from loraplex_shard.shapes.batch import Segment
+from loraplex_shard.shapes.layout import LinearLayout, LinearPart
 from tests.shard.operations import angles, filled_cache, paged_batch, random
 
 CUDA = CudaOperations(torch.device("cpu"))

@@ -7,17 +7,17 @@ from zlib import crc32
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from loraplex_shard.batch import Batch, Segment
 from loraplex_shard.checkpoint import open_checkpoint
-from loraplex_shard.layers.layout import LinearLayout
+from loraplex_shard.device.parallel import Group
 from loraplex_shard.layers.sources import Target
 from loraplex_shard.lora.arena import in_one_piece
-from loraplex_shard.lora.weights import AdapterWeights, Expansion, LayerWeights
 from loraplex_shard.models import Decoder, load_decoder
 from loraplex_shard.ops.base import Operations
 from loraplex_shard.ops.reference import ReferenceOperations
-from loraplex_shard.parallel import Group
 from loraplex_shard.settings import Quantize
+from loraplex_shard.shapes.adapter import AdapterWeights, Expansion, LayerWeights
+from loraplex_shard.shapes.batch import Batch, Segment
+from loraplex_shard.shapes.layout import LinearLayout
 
 MAX_MODEL_LEN = 64
 WHOLE = Group(0, 1)

@@ -5,8 +5,8 @@ from random import Random
 import torch
 
 from loraplex_protos.shard_pb2 import Grammar, SequenceStart
-from loraplex_shard.constraints import Constraints
-from loraplex_shard.grammars import GrammarCompiler
+from loraplex_shard.sampling.constraints import Constraints
+from loraplex_shard.sampling.grammars import GrammarCompiler
 from tests.e2e.tiny import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()

@@ -10,10 +10,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from loraplex_shard.layers.layout import LinearLayout, LinearPart
 from loraplex_shard.lora.base import BaseModel
 from loraplex_shard.lora.files import CONFIG, TENSORS, AdapterFiles, read_files
-from loraplex_shard.lora.weights import AdapterWeights
+from loraplex_shard.shapes.adapter import AdapterWeights
+from loraplex_shard.shapes.layout import LinearLayout, LinearPart
 
 HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 24, 40, 3, 6, 3, 4, 50
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]

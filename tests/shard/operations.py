@@ -7,10 +7,10 @@ from random import Random
 
 import torch
 
-from loraplex_shard.batch import Batch
-from loraplex_shard.cache import KVCache, LayerCache
-from loraplex_shard.ops.cpu.library import Kernels, build
+from loraplex_shard.kernels.library import Kernels, build
 from loraplex_shard.ops.cpu.operations import CpuOperations
+from loraplex_shard.shapes.batch import Batch
+from loraplex_shard.shapes.cache import KVCache, LayerCache
 
 BLOCK_SIZE = 16
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}

@@ -15,9 +15,9 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 
+from loraplex_shard.device.shared_memory import SHARED, SLOT_BYTES, LostRankError, SharedMemory
+from loraplex_shard.kernels.library import Kernels
 from loraplex_shard.ops.choose import load_kernels
-from loraplex_shard.ops.cpu.collectives import SHARED, SLOT_BYTES, LostRankError, SharedMemory
-from loraplex_shard.ops.cpu.library import Kernels
 from loraplex_shard.ops.cpu.program import Program
 from tests.shard.operations import kernels_directory
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from loraplex_shard import machine
 from loraplex_shard.checkpoint import CheckpointError, open_checkpoint
-from loraplex_shard.ops.cpu.library import instruction_set
-from loraplex_shard.parallel import Group
+from loraplex_shard.device.parallel import Group
+from loraplex_shard.kernels.library import instruction_set
+from loraplex_shard.serving import machine
 from tests.shard.decoders import Sequences, load, load_reference, save_checkpoint
 from tests.shard.operations import BLOCK_SIZE, cpu_operations
 from tests.shard.quantized_checkpoints import (

@@ -13,7 +13,7 @@ from tokenizers.models import WordLevel
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from loraplex_shard.checkpoint import CheckpointError, open_checkpoint
-from loraplex_shard.parallel import Group, GroupSizeError
+from loraplex_shard.device.parallel import Group, GroupSizeError
 from tests.shard.decoders import Sequences, load, load_reference, save_checkpoint
 from tests.stand_in_hub import StandInHub
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from loraplex_shard.ops.cpu.library import build, instruction_set
+from loraplex_shard.kernels.library import build, instruction_set
 from tests.shard.operations import kernels_directory
 from tests.shard.sharing_process import LAST, SIZE
 

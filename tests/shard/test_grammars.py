@@ -21,14 +21,14 @@ from loraplex_protos.shard_pb2 import (
     Sampling,
     SequenceStart,
 )
-from loraplex_shard.constraints import Constraints
-from loraplex_shard.grammars import GrammarCompiler
+from loraplex_shard.device.parallel import Group
 from loraplex_shard.lora.base import BaseModel
 from loraplex_shard.lora.store import AdapterStore
 from loraplex_shard.models import Decoder
-from loraplex_shard.parallel import Group
-from loraplex_shard.runner import Runner
-from loraplex_shard.vocabulary import keep_known
+from loraplex_shard.sampling.constraints import Constraints
+from loraplex_shard.sampling.grammars import GrammarCompiler
+from loraplex_shard.sampling.vocabulary import keep_known
+from loraplex_shard.stepping.runner import Runner
 from tests.e2e.tiny import byte_tokenizer, save_model
 from tests.random_schemas import random_document_schema
 from tests.shard.decoders import load

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from llguidance import LLMatcher
 
 from loraplex_protos import shard_pb2 as pb
-from loraplex_shard.grammars import GrammarCompiler
+from loraplex_shard.device.parallel import Group
 from loraplex_shard.lora.arena import in_one_piece
 from loraplex_shard.lora.store import AdapterStore
-from loraplex_shard.lora.weights import AdapterWeights, Expansion, LayerWeights
 from loraplex_shard.models import Decoder
-from loraplex_shard.parallel import Group
-from loraplex_shard.runner import Runner
+from loraplex_shard.sampling.grammars import GrammarCompiler
+from loraplex_shard.shapes.adapter import AdapterWeights, Expansion, LayerWeights
+from loraplex_shard.stepping.runner import Runner
 from tests.e2e.tiny import byte_tokenizer, save_model
 from tests.shard.decoders import load
 from tests.shard.planner import BLOCK_SIZE, NUM_BLOCKS, Planner

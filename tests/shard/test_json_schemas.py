@@ -6,7 +6,7 @@ import jsonschema
 import pytest
 from jsonschema.exceptions import ValidationError
 
-from loraplex_shard.json_schemas import close_objects, read_schema
+from loraplex_shard.sampling.json_schemas import close_objects, read_schema
 
 NAMED = {"type": "object", "properties": {"a": {"type": "string"}}}
 CLOSED = {**NAMED, "additionalProperties": False}

@@ -7,9 +7,9 @@ import torch
 from typer.testing import CliRunner
 
 from loraplex.cli.main import app
+from loraplex_shard.kernels import library
+from loraplex_shard.kernels.library import INSTRUCTION_SETS
 from loraplex_shard.ops import choose
-from loraplex_shard.ops.cpu import library
-from loraplex_shard.ops.cpu.library import INSTRUCTION_SETS
 
 pytestmark = pytest.mark.slow
 

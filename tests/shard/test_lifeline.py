@@ -3,7 +3,7 @@
 import socket
 import threading
 
-from loraplex_shard.lifeline import TOKEN_BYTES, LifeLine, accept
+from loraplex_shard.device.lifeline import TOKEN_BYTES, LifeLine, accept
 
 TOKEN = bytes(range(TOKEN_BYTES))
 TIMEOUT = 30

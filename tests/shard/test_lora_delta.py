@@ -4,11 +4,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraplex_shard.batch import Segment
-from loraplex_shard.layers.layout import LinearLayout
 from loraplex_shard.lora.arena import in_one_piece
-from loraplex_shard.lora.weights import AdapterWeights, Expansion, LayerWeights
 from loraplex_shard.ops.reference import ReferenceOperations
+from loraplex_shard.shapes.adapter import AdapterWeights, Expansion, LayerWeights
+from loraplex_shard.shapes.batch import Segment
+from loraplex_shard.shapes.layout import LinearLayout
 
 IN_FEATURES, PARTS = 7, (5, 3, 4)
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from loraplex_shard import machine
 from loraplex_shard.checkpoint import open_checkpoint
+from loraplex_shard.device.parallel import Group
 from loraplex_shard.ops.choose import choose_operations
 from loraplex_shard.ops.cuda.operations import CudaOperations
 from loraplex_shard.ops.reference import ReferenceOperations
-from loraplex_shard.parallel import Group
+from loraplex_shard.serving import machine
 from loraplex_shard.settings import ModelSettings, SettingsError
 from tests.shard.decoders import save_checkpoint
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from loraplex_shard.memory import HUGE_PAGE, keep_freed, reserve
+from loraplex_shard.device.memory import HUGE_PAGE, keep_freed, reserve
 
 pytestmark = pytest.mark.slow
 

@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry
 
 from loraplex_protos import shard_pb2 as pb
 from loraplex_protos.errors import AdapterInvalidError
-from loraplex_shard.metrics import ShardMetrics
+from loraplex_shard.observation.metrics import ShardMetrics
 from loraplex_shard.settings import ShardSettings
 
 

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from loraplex_shard.batch import Batch
-from loraplex_shard.cache import LayerCache
 from loraplex_shard.ops.base import HeadNorms, Heads
 from loraplex_shard.ops.quantized import quantize, rounded_to_int8
 from loraplex_shard.ops.reference import ReferenceOperations
+from loraplex_shard.shapes.batch import Batch
+from loraplex_shard.shapes.cache import LayerCache
 from tests.shard.operations import BLOCK_SIZE, angles, filled_cache, paged_batch
 
 HEAD_DIM = 8

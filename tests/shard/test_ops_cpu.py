@@ -7,14 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraplex_shard.batch import Segment
-from loraplex_shard.layers.layout import LinearLayout, LinearPart
+from loraplex_shard.kernels.library import INSTRUCTION_SETS, Kernels, build, instruction_sets
 from loraplex_shard.lora.deltas import Delta, cut_adapter
 from loraplex_shard.ops.base import HeadNorms, Heads
-from loraplex_shard.ops.cpu.library import INSTRUCTION_SETS, Kernels, build, instruction_sets
 from loraplex_shard.ops.cpu.operations import CpuOperations
 from loraplex_shard.ops.quantized import quantize
 from loraplex_shard.ops.reference import ReferenceOperations
+from loraplex_shard.shapes.batch import Segment
+from loraplex_shard.shapes.layout import LinearLayout, LinearPart
 from tests.shard.operations import (
     angles,
     assert_close,

@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig
 
-from loraplex_shard.batch import Segment
-from loraplex_shard.layers.layout import LinearLayout, LinearPart
 from loraplex_shard.lora.deltas import Delta, cut_adapter
 from loraplex_shard.ops.base import HeadNorms, Heads
 from loraplex_shard.ops.cuda.operations import CudaOperations
 from loraplex_shard.ops.quantized import quantize
 from loraplex_shard.ops.reference import ReferenceOperations
+from loraplex_shard.shapes.batch import Segment
+from loraplex_shard.shapes.layout import LinearLayout, LinearPart
 from tests.shard.decoders import Sequences, adapter_for, load, save_checkpoint
 from tests.shard.operations import angles, assert_close, cached, filled_cache, paged_batch, random
 

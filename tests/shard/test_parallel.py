@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import LlamaConfig, PreTrainedConfig, Qwen3Config
 
-from loraplex_shard.ops.cpu.library import build, instruction_set
-from loraplex_shard.parallel import GroupSizeError, cut_evenly, cut_heads, cut_units
+from loraplex_shard.device.parallel import GroupSizeError, cut_evenly, cut_heads, cut_units
+from loraplex_shard.kernels.library import build, instruction_set
 from tests.shard.decoders import load, save_checkpoint
 from tests.shard.operations import kernels_directory
 from tests.shard.rank_process import SIZES, run

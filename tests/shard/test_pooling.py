@@ -8,12 +8,12 @@ from torch.nn.functional import normalize
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from loraplex_protos.shard_pb2 import FAILURE_REASON_NOT_FINITE, StepResponse
-from loraplex_shard.grammars import GrammarCompiler
+from loraplex_shard.device.parallel import Group
 from loraplex_shard.lora.base import BaseModel
 from loraplex_shard.lora.store import AdapterStore
 from loraplex_shard.models import Decoder
-from loraplex_shard.parallel import Group
-from loraplex_shard.runner import Runner
+from loraplex_shard.sampling.grammars import GrammarCompiler
+from loraplex_shard.stepping.runner import Runner
 from tests.shard.decoders import load
 from tests.shard.planner import (
     BLOCK_SIZE,

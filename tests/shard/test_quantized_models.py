@@ -7,9 +7,9 @@ import torch
 from transformers import LlamaConfig
 
 from loraplex_shard.checkpoint import open_checkpoint
-from loraplex_shard.ops.cpu.library import instruction_set
+from loraplex_shard.device.parallel import Group
+from loraplex_shard.kernels.library import instruction_set
 from loraplex_shard.ops.quantized import quantize
-from loraplex_shard.parallel import Group
 from loraplex_shard.settings import Quantize
 from tests.shard.decoders import Sequences, load, save_checkpoint
 from tests.shard.operations import BLOCK_SIZE, cpu_operations

@@ -8,14 +8,14 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from loraplex_protos.shard_pb2 import FAILURE_REASON_NOT_FINITE, Sampling, StepRequest
-from loraplex_shard.grammars import GrammarCompiler
+from loraplex_shard.device.parallel import Group
 from loraplex_shard.lora.arena import in_one_piece
 from loraplex_shard.lora.base import BaseModel
 from loraplex_shard.lora.store import AdapterStore
-from loraplex_shard.lora.weights import AdapterWeights, Expansion, LayerWeights
 from loraplex_shard.models import Decoder
-from loraplex_shard.parallel import Group
-from loraplex_shard.runner import LOGITS_SLICE, Runner
+from loraplex_shard.sampling.grammars import GrammarCompiler
+from loraplex_shard.shapes.adapter import AdapterWeights, Expansion, LayerWeights
+from loraplex_shard.stepping.runner import LOGITS_SLICE, Runner
 from tests.shard.decoders import load
 from tests.shard.planner import (
     BLOCK_SIZE,

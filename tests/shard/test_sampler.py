@@ -18,7 +18,17 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
-from loraplex_shard.sampler import HEAD, PARAMETERS, History, head, likeliest, logprobs, sample, uniforms, warped
+from loraplex_shard.sampling.sampler import (
+    HEAD,
+    PARAMETERS,
+    History,
+    head,
+    likeliest,
+    logprobs,
+    sample,
+    uniforms,
+    warped,
+)
 
 VOCAB = 3 * HEAD
 GREEDY = {"temperature": 0, "top_p": 1, "typical_p": 1, "repetition_penalty": 1}

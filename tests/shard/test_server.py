@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from loraplex_protos import shard_pb2 as pb
 from loraplex_protos.shard_pb2_grpc import ShardServiceStub
 from loraplex_shard.checkpoint import CheckpointError
-from loraplex_shard.server import run
+from loraplex_shard.serving.server import run
 from loraplex_shard.settings import ShardSettings
 from tests.shard.planner import (
     BLOCK_SIZE,
@@ -40,7 +40,7 @@ PROMPT = random_tokens(20, 1)
 PROGRAM = """
 import os, sys
 from loraplex_protos.errors import LoraplexError
-from loraplex_shard.server import run
+from loraplex_shard.serving.server import run
 from loraplex_shard.settings import ShardSettings
 try:
     run(ShardSettings.model_validate_json(sys.argv[1]))

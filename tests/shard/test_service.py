@@ -17,18 +17,18 @@ from transformers import PreTrainedModel
 from loraplex_protos import shard_pb2 as pb
 from loraplex_protos.errors import AdapterInUseError, AdapterNotFoundError, LoraplexError, from_rpc_error
 from loraplex_protos.shard_pb2_grpc import ShardServiceStub
-from loraplex_shard.grammars import GrammarCompiler
+from loraplex_shard.device.parallel import Group
 from loraplex_shard.lora.base import BaseModel
 from loraplex_shard.lora.store import AdapterStore, StagedAdapter
-from loraplex_shard.metrics import ShardMetrics
 from loraplex_shard.models import Decoder
-from loraplex_shard.parallel import Group
-from loraplex_shard.runner import Runner
-from loraplex_shard.server import WORKERS, start
-from loraplex_shard.service import ShardService
+from loraplex_shard.observation.metrics import ShardMetrics
+from loraplex_shard.observation.telemetry import Telemetry
+from loraplex_shard.sampling.grammars import GrammarCompiler
+from loraplex_shard.serving.server import WORKERS, start
+from loraplex_shard.serving.service import ShardService
+from loraplex_shard.serving.steps import StepThread
 from loraplex_shard.settings import SettingsError
-from loraplex_shard.steps import StepThread
-from loraplex_shard.telemetry import Telemetry
+from loraplex_shard.stepping.runner import Runner
 from tests.shard.decoders import load
 from tests.shard.planner import (
     BLOCK_SIZE,

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from loraplex_protos.shard_pb2 import StepRequest, StepResponse
-from loraplex_shard.server import ends_process
-from loraplex_shard.steps import StepThread
+from loraplex_shard.serving.server import ends_process
+from loraplex_shard.serving.steps import StepThread
 
 CPU = torch.device("cpu")
 TIMEOUT = 30

@@ -7,8 +7,8 @@ from functools import partial
 import pytest
 import torch
 
+from loraplex_shard.kernels.library import instruction_set
 from loraplex_shard.ops.base import Heads
-from loraplex_shard.ops.cpu.library import instruction_set
 from loraplex_shard.ops.cpu.operations import CpuOperations
 from loraplex_shard.ops.quantized import quantize
 from tests.shard.operations import angles, cpu_operations, filled_cache, paged_batch, random

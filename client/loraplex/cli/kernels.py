@@ -26,7 +26,7 @@ def build(
 ) -> None:
     """Compile them now, unless they are there. A shard that finds none compiles its own when it starts."""
     try:
-        from loraplex_shard.ops.cpu import library
+        from loraplex_shard.kernels import library
     except ModuleNotFoundError as error:
         typer.echo(f"error: no {error.name}: pip install 'loraplex[shard]'", err=True)
         raise typer.Exit(1) from None

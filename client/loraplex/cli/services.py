@@ -68,7 +68,7 @@ def shard(context: typer.Context) -> None:
 
     settings = parse(ShardSettings, context.args, "shard", SHARD_TEXT)
     configure(settings.log_format)
-    from loraplex_shard import server
+    from loraplex_shard.serving import server
 
     bar = Progress(console=console, transient=True, disable=settings.rank > 0 or not console.is_terminal)
     with _not_waiting_for_threads(), _errors_shown(), bar as progress:

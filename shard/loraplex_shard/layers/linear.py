@@ -3,10 +3,10 @@
 import torch
 from torch import nn
 
-from loraplex_shard.layers.layout import LinearLayout
+from loraplex_shard.device.parallel import Group
 from loraplex_shard.layers.sources import Source, SourcedLayer
 from loraplex_shard.ops.base import Operations, Runs, Step, Weight
-from loraplex_shard.parallel import Group
+from loraplex_shard.shapes.layout import LinearLayout
 
 
 class _Linear(SourcedLayer):

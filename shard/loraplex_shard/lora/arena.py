@@ -5,8 +5,8 @@ from collections.abc import Mapping
 
 import torch
 
-from loraplex_shard.lora.weights import AdapterWeights, LayerWeights
-from loraplex_shard.memory import reserve
+from loraplex_shard.device.memory import reserve
+from loraplex_shard.shapes.adapter import AdapterWeights, LayerWeights
 
 ALIGNMENT = 64  # bytes: a line of a processor's cache
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 import torch
 
 from loraplex_protos.errors import AdapterInvalidError
-from loraplex_shard.layers.layout import LinearLayout
 from loraplex_shard.lora.arena import in_one_piece
 from loraplex_shard.lora.text_files import AdapterText
-from loraplex_shard.lora.weights import AdapterWeights, Expansion, LayerWeights
+from loraplex_shard.shapes.adapter import AdapterWeights, Expansion, LayerWeights
+from loraplex_shard.shapes.layout import LinearLayout
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,6 @@ from dataclasses import replace
 import torch
 
 from loraplex_protos.errors import AdapterInvalidError
-from loraplex_shard.layers.layout import LinearLayout, LinearPart
 from loraplex_shard.lora.base import BaseModel
 from loraplex_shard.lora.config import AdapterConfig, parse_config
 from loraplex_shard.lora.deltas import Adapter, Delta, cut_adapter, name_of_a, name_of_b
@@ -20,6 +19,7 @@ from loraplex_shard.lora.targets import Target, find_targets
 from loraplex_shard.lora.tensor_names import PREFIX, as_saved_by_peft
 from loraplex_shard.lora.tensors import read_tensors
 from loraplex_shard.lora.text_files import end_tokens, foreign_tokens
+from loraplex_shard.shapes.layout import LinearLayout, LinearPart
 
 _SHOWN_NAMES = 3
 # What PEFT puts between a module of the base and its own tensors, which it saves with some adapters.

@@ -25,7 +25,6 @@ from loraplex_protos.errors import (
     OverloadedError,
     quote,
 )
-from loraplex_shard.layers.layout import LinearLayout
 from loraplex_shard.lora.base import BaseModel
 from loraplex_shard.lora.config import AdapterConfig
 from loraplex_shard.lora.deltas import Adapter, Delta, cut_adapter
@@ -40,8 +39,9 @@ from loraplex_shard.lora.room import Room
 from loraplex_shard.lora.sources import Origin, Sources
 from loraplex_shard.lora.text_files import AdapterText
 from loraplex_shard.lora.transfer import Transfer
-from loraplex_shard.lora.weights import AdapterWeights
-from loraplex_shard.metrics import ShardMetrics
+from loraplex_shard.observation.metrics import ShardMetrics
+from loraplex_shard.shapes.adapter import AdapterWeights
+from loraplex_shard.shapes.layout import LinearLayout
 
 if TYPE_CHECKING:
     from loraplex_shard.lora.s3 import S3Source

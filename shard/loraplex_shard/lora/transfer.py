@@ -2,7 +2,7 @@
 
 import torch
 
-from loraplex_shard.lora.weights import AdapterWeights
+from loraplex_shard.shapes.adapter import AdapterWeights
 
 
 class Transfer:

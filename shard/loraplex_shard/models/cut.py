@@ -1,8 +1,8 @@
 """How each linear layer of a decoder is cut for one rank: by attention head, by MLP unit, by vocabulary entry."""
 
-from loraplex_shard.layers.layout import LinearLayout, LinearPart
+from loraplex_shard.device.parallel import cut_heads, cut_panels, cut_units
 from loraplex_shard.models.spec import DecoderSpec
-from loraplex_shard.parallel import cut_heads, cut_panels, cut_units
+from loraplex_shard.shapes.layout import LinearLayout, LinearPart
 
 LINEARS = 4  # linear layers of one decoder layer
 

@@ -9,16 +9,16 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from loraplex_shard.batch import Batch, Segment
-from loraplex_shard.cache import KVCache, LayerCache
+from loraplex_shard.device.parallel import Group
 from loraplex_shard.layers.embedding import Embedding
-from loraplex_shard.layers.layout import LinearLayout
 from loraplex_shard.layers.linear import ColumnLinear, RowLinear
 from loraplex_shard.layers.norm import HeadNorm, RmsNorm
 from loraplex_shard.models.cut import DecoderCut
 from loraplex_shard.models.spec import DecoderSpec
 from loraplex_shard.ops.base import Heads, Operations, Step
-from loraplex_shard.parallel import Group
+from loraplex_shard.shapes.batch import Batch, Segment
+from loraplex_shard.shapes.cache import KVCache, LayerCache
+from loraplex_shard.shapes.layout import LinearLayout
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # as checkpoints call them
 

@@ -8,12 +8,12 @@ import torch
 from accelerate import init_empty_weights
 
 from loraplex_shard.checkpoint.base import Checkpoint, CheckpointError
+from loraplex_shard.device.parallel import Group
 from loraplex_shard.layers.sources import Source, SourcedLayer, Target
 from loraplex_shard.models.architectures import read_spec
 from loraplex_shard.models.decoder import EMBEDDING, HEAD, Decoder
 from loraplex_shard.models.rope import rope_tables
 from loraplex_shard.ops.base import Operations
-from loraplex_shard.parallel import Group
 
 logger = logging.getLogger(__name__)
 

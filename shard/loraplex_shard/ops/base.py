@@ -7,11 +7,11 @@ from typing import Any, Protocol
 
 import torch
 
-from loraplex_shard.batch import Batch, Segment
-from loraplex_shard.cache import KVCache, LayerCache
-from loraplex_shard.layers.layout import LinearLayout
+from loraplex_shard.device.parallel import Group
 from loraplex_shard.ops.quantized import QuantizedMatrix
-from loraplex_shard.parallel import Group
+from loraplex_shard.shapes.batch import Batch, Segment
+from loraplex_shard.shapes.cache import KVCache, LayerCache
+from loraplex_shard.shapes.layout import LinearLayout
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
+from loraplex_shard.kernels.library import Kernels, KernelsError, build, instruction_sets
 from loraplex_shard.ops.base import Operations
-from loraplex_shard.ops.cpu.library import Kernels, KernelsError, build, instruction_sets
 from loraplex_shard.ops.cpu.operations import CpuOperations
 from loraplex_shard.ops.reference import ReferenceOperations
 

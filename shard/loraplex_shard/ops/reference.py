@@ -7,12 +7,12 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
-from loraplex_shard.batch import Batch
-from loraplex_shard.cache import KVCache, LayerCache
-from loraplex_shard.layers.layout import LinearLayout
+from loraplex_shard.device.parallel import Group
 from loraplex_shard.ops.base import HeadNorms, Heads, Runs
 from loraplex_shard.ops.quantized import QuantizedMatrix, rounded_to_int8, to_integers
-from loraplex_shard.parallel import Group
+from loraplex_shard.shapes.batch import Batch
+from loraplex_shard.shapes.cache import KVCache, LayerCache
+from loraplex_shard.shapes.layout import LinearLayout
 
 
 @dataclass(frozen=True, slots=True)

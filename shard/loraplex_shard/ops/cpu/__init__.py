@@ -1,2 +1,2 @@
-"""The operations in C++ (`csrc/`), compiled when they are first needed (`library.py`), called one by one
-(`operations.py`) or as a recorded list (`program.py`); and collectives over shared memory."""
+"""The operations on the CPU: each is one call of a kernel (`operations.py`), or a place in a recorded list of calls
+(`program.py`)."""

@@ -1,4 +1,4 @@
-"""The operations on the CPU, computed by the kernels in csrc/. Every method is one call of a kernel.
+"""The operations on the CPU, computed by the kernels of kernels/csrc. Every method is one call of a kernel.
 
 Tensors are float32 or bfloat16 and contiguous. Kernels run on the calling thread and as many more as torch has; they
 keep memory for intermediate values from call to call, so that a step allocates only its results.
@@ -11,14 +11,14 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 
-from loraplex_shard.batch import Batch, Segment
-from loraplex_shard.cache import KVCache, LayerCache
-from loraplex_shard.layers.layout import LinearLayout
+from loraplex_shard.device.parallel import Group
+from loraplex_shard.kernels.library import KINDS, Kernels
 from loraplex_shard.ops.base import HeadNorms, Heads, Runs
-from loraplex_shard.ops.cpu.library import KINDS, Kernels
 from loraplex_shard.ops.cpu.program import Program, StepNumber
 from loraplex_shard.ops.quantized import QuantizedMatrix
-from loraplex_shard.parallel import Group
+from loraplex_shard.shapes.batch import Batch, Segment
+from loraplex_shard.shapes.cache import KVCache, LayerCache
+from loraplex_shard.shapes.layout import LinearLayout
 
 LARGEST_PROGRAM = 64  # tokens: in larger batches, calling the kernels takes no time to speak of
 PANEL = 16  # rows of a weight that lie together, and positions of a block of the cache

@@ -11,7 +11,7 @@ from weakref import finalize
 import numpy as np
 import torch
 
-from loraplex_shard.ops.cpu.library import Kernels
+from loraplex_shard.kernels.library import Kernels
 
 Argument = int | float | None
 

@@ -9,10 +9,10 @@ import torch
 import triton
 import triton.language as tl
 
-from loraplex_shard.batch import Batch
-from loraplex_shard.cache import LayerCache
 from loraplex_shard.ops.base import Heads
 from loraplex_shard.ops.cuda.tiles import SHORT, Tiles
+from loraplex_shard.shapes.batch import Batch
+from loraplex_shard.shapes.cache import LayerCache
 
 EVERYTHING = 1 << 30  # a window that hides nothing
 KEY_BYTES = 64 * 256  # that a program looks at together

@@ -12,9 +12,9 @@ import torch
 import triton
 import triton.language as tl
 
-from loraplex_shard.batch import Segment
-from loraplex_shard.layers.layout import LinearLayout
-from loraplex_shard.lora.weights import TABLE_WIDTH
+from loraplex_shard.shapes.adapter import TABLE_WIDTH
+from loraplex_shard.shapes.batch import Segment
+from loraplex_shard.shapes.layout import LinearLayout
 
 SHORT, LONG = 16, 64  # tokens of a tile, if no segment is longer than that, and else
 RANKS = 16  # of a lora_rank, at once

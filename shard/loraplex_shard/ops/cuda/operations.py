@@ -9,9 +9,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
-from loraplex_shard.batch import Batch
-from loraplex_shard.cache import KVCache, LayerCache
-from loraplex_shard.layers.layout import LinearLayout
+from loraplex_shard.device.parallel import Group
 from loraplex_shard.ops.base import HeadNorms, Heads, Runs
 from loraplex_shard.ops.cuda import elementwise, quantized
 from loraplex_shard.ops.cuda.attention import attention
@@ -20,7 +18,9 @@ from loraplex_shard.ops.cuda.quantized import IntegerWeight
 from loraplex_shard.ops.cuda.rotary import rotate_and_write
 from loraplex_shard.ops.cuda.tiles import Tiles, cut
 from loraplex_shard.ops.quantized import QuantizedMatrix
-from loraplex_shard.parallel import Group
+from loraplex_shard.shapes.batch import Batch
+from loraplex_shard.shapes.cache import KVCache, LayerCache
+from loraplex_shard.shapes.layout import LinearLayout
 
 
 @dataclass(frozen=True, slots=True)

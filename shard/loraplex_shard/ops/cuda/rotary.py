@@ -4,10 +4,10 @@ import torch
 import triton
 import triton.language as tl
 
-from loraplex_shard.batch import Batch
-from loraplex_shard.cache import LayerCache
 from loraplex_shard.ops.base import HeadNorms, Heads
 from loraplex_shard.ops.cuda.quantized import nearest
+from loraplex_shard.shapes.batch import Batch
+from loraplex_shard.shapes.cache import LayerCache
 
 
 def rotate_and_write(

@@ -19,7 +19,7 @@ from llguidance.numpy import fill_next_token_bitmask, fill_next_token_bitmask_pa
 from numpy.typing import NDArray
 
 from loraplex_protos.shard_pb2 import SequenceStart
-from loraplex_shard.grammars import GrammarCompiler
+from loraplex_shard.sampling.grammars import GrammarCompiler
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Collectives of ranks on one host over shared memory, by the kernels in csrc/collectives.cpp.
+"""Collectives of ranks on one host over shared memory, by the kernels in kernels/csrc/collectives.cpp.
 
 They take some microseconds where a socket takes hundreds. The ranks find each other over a process group that exists.
 """
@@ -19,11 +19,11 @@ import torch
 import torch.distributed as dist
 
 from loraplex_protos.errors import LoraplexError
-from loraplex_shard.ops.cpu.library import KINDS, Kernels
+from loraplex_shard.kernels.library import KINDS, Kernels
 
 SHARED = Path("/dev/shm")
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-# Of the state of a rank, which csrc/collectives.cpp keeps before all slots.
+# Of the state of a rank, which kernels/csrc/collectives.cpp keeps before all slots.
 STATE_BYTES = 128
 # What a rank hands to the others at once: small enough to stay in a processor's cache.
 SLOT_BYTES = 128 << 10
@@ -37,7 +37,7 @@ class LostRankError(LoraplexError):
 
 
 class Place(ctypes.Structure):
-    """A rank's place in the memory. csrc/collectives.cpp has the same fields."""
+    """A rank's place in the memory. kernels/csrc/collectives.cpp has the same fields."""
 
     _fields_ = (
         ("memory", ctypes.c_void_p),

@@ -19,25 +19,25 @@ from loraplex_protos.mtls import server_credentials
 from loraplex_protos.protocol import PROTOCOL_VERSION
 from loraplex_protos.shard_pb2 import DESCRIPTOR, GetInfoResponse, GetTokenizerResponse
 from loraplex_protos.shard_pb2_grpc import add_ShardServiceServicer_to_server
-from loraplex_shard import machine
 from loraplex_shard.checkpoint import Checkpoint, open_checkpoint
-from loraplex_shard.grammars import GrammarCompiler
+from loraplex_shard.device.memory import keep_freed
+from loraplex_shard.device.parallel import Group
+from loraplex_shard.device.troubles import GroupLostError, Troubles
+from loraplex_shard.kernels.library import Kernels
 from loraplex_shard.layers.sources import Target
 from loraplex_shard.lora.base import BaseModel
 from loraplex_shard.lora.store import AdapterStore
-from loraplex_shard.memory import keep_freed
 from loraplex_shard.models import load_decoder
 from loraplex_shard.models.architectures import read_spec
+from loraplex_shard.observation.telemetry import Telemetry, open_telemetry
 from loraplex_shard.ops.choose import choose_operations, load_kernels
-from loraplex_shard.ops.cpu.library import Kernels
-from loraplex_shard.parallel import Group
-from loraplex_shard.runner import Runner
-from loraplex_shard.service import ShardService
+from loraplex_shard.sampling.grammars import GrammarCompiler
+from loraplex_shard.sampling.vocabulary import keep_known
+from loraplex_shard.serving import machine
+from loraplex_shard.serving.service import ShardService
+from loraplex_shard.serving.steps import StepThread
 from loraplex_shard.settings import SettingsError, ShardSettings
-from loraplex_shard.steps import StepThread
-from loraplex_shard.telemetry import Telemetry, open_telemetry
-from loraplex_shard.troubles import GroupLostError, Troubles
-from loraplex_shard.vocabulary import keep_known
+from loraplex_shard.stepping.runner import Runner
 
 if TYPE_CHECKING:
     from loraplex_shard.lora.s3 import S3Source

@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 
 from loraplex_protos.shard_pb2 import SequenceStart, StepRequest
-from loraplex_shard.batch import Batch, Segment
-from loraplex_shard.sampler import PARAMETERS, Bias, History
+from loraplex_shard.sampling.sampler import PARAMETERS, Bias, History
+from loraplex_shard.shapes.batch import Batch, Segment
 
 Ints = NDArray[np.int64]
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from loraplex_shard.lora.weights import AdapterWeights
+from loraplex_shard.shapes.adapter import AdapterWeights
 
 
 @dataclass(frozen=True, slots=True)

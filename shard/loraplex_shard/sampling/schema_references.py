@@ -3,7 +3,7 @@
 from typing import Any
 from urllib.parse import unquote, urldefrag, urljoin
 
-from loraplex_shard.schema_tree import Schema, parts
+from loraplex_shard.sampling.schema_tree import Schema, parts
 
 
 class References:

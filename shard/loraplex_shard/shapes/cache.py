@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from loraplex_shard.memory import reserve
+from loraplex_shard.device.memory import reserve
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 // where it is defined. From this list follow
 //   - the declarations below, which the compiler holds each definition against;
 //   - the numbers by which program.cpp runs recorded calls;
-//   - the text from which ops/cpu/library.py learns each function's parameters, their types and their order.
+//   - the text from which kernels/library.py learns each function's parameters, their types and their order.
 #pragma once
 
 #include <cstdint>

@@ -12,8 +12,8 @@ from llguidance.gbnf_to_lark import any_to_lark
 
 from loraplex_protos import shard_pb2 as pb
 from loraplex_protos.errors import MAX_QUOTED, FieldViolation, InvalidRequestError
-from loraplex_shard.json_schemas import read_schema
-from loraplex_shard.vocabulary import cut_tokenizer
+from loraplex_shard.sampling.json_schemas import read_schema
+from loraplex_shard.sampling.vocabulary import cut_tokenizer
 
 LEXER_FUEL = 50_000  # states made anew in one step, which all streams wait for: some 50 ms, and 40 MB
 KEPT = 256  # compiled grammars

@@ -20,18 +20,18 @@ from loraplex_protos.shard_pb2 import (
     StepRequest,
     StepResponse,
 )
-from loraplex_shard import sampler
-from loraplex_shard.batch import Segment
-from loraplex_shard.cache import KVCache
-from loraplex_shard.constraints import Constraints, Masks
-from loraplex_shard.failures import Failures
-from loraplex_shard.grammars import GrammarCompiler
+from loraplex_shard.device.parallel import Group
 from loraplex_shard.lora.store import AdapterStore
 from loraplex_shard.models import Decoder
-from loraplex_shard.parallel import Group
-from loraplex_shard.pooling import Pooling
-from loraplex_shard.results import Tokens, add_prompt, add_tokens, describe
-from loraplex_shard.rows import Chunks, Ints, Rows, spans
+from loraplex_shard.sampling import sampler
+from loraplex_shard.sampling.constraints import Constraints, Masks
+from loraplex_shard.sampling.grammars import GrammarCompiler
+from loraplex_shard.shapes.batch import Segment
+from loraplex_shard.shapes.cache import KVCache
+from loraplex_shard.stepping.failures import Failures
+from loraplex_shard.stepping.pooling import Pooling
+from loraplex_shard.stepping.results import Tokens, add_prompt, add_tokens, describe
+from loraplex_shard.stepping.rows import Chunks, Ints, Rows, spans
 
 # Known tokens whose logprobs are computed at once: bounds the memory for logits.
 LOGITS_SLICE = 256

@@ -9,9 +9,9 @@ from math import isfinite, lcm
 from typing import Any
 from urllib.parse import quote
 
-from loraplex_shard.endless_schemas import endless_references
-from loraplex_shard.property_names import name_properties
-from loraplex_shard.schema_tree import Schema, change_parts, nodes
+from loraplex_shard.sampling.endless_schemas import endless_references
+from loraplex_shard.sampling.property_names import name_properties
+from loraplex_shard.sampling.schema_tree import Schema, change_parts, nodes
 
 # With one of these an object may be described in several places, none of which may forbid the others' properties.
 COMBINING = {"if", "not", "dependentSchemas", "$dynamicRef"}

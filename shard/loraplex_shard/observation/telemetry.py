@@ -5,11 +5,11 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from loraplex_protos.shard_pb2 import StepRequest, StepResponse
-from loraplex_shard.metrics import ShardMetrics
+from loraplex_shard.observation.metrics import ShardMetrics
 from loraplex_shard.settings import ShardSettings
 
 if TYPE_CHECKING:  # the module needs an extra
-    from loraplex_shard.traces import Traces
+    from loraplex_shard.observation.traces import Traces
 
 
 class Telemetry:
@@ -47,6 +47,6 @@ def _open_traces(settings: ShardSettings) -> "Traces | None":
     if not settings.otlp_endpoint:
         return None
     from loraplex_protos.tracing import open_provider
-    from loraplex_shard.traces import Traces
+    from loraplex_shard.observation.traces import Traces
 
     return Traces(open_provider("loraplex-shard", settings.otlp_endpoint), settings.rank)

@@ -8,8 +8,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from loraplex_shard.schema_references import References
-from loraplex_shard.schema_tree import Schema
+from loraplex_shard.sampling.schema_references import References
+from loraplex_shard.sampling.schema_tree import Schema
 
 
 def endless_references(schema: Schema) -> set[int]:

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from loraplex_protos.shard_pb2 import StepResponse
-from loraplex_shard import sampler
-from loraplex_shard.rows import Ints, spans
+from loraplex_shard.sampling import sampler
+from loraplex_shard.stepping.rows import Ints, spans
 
 Floats = NDArray[np.float32]
 

@@ -4,8 +4,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from loraplex_shard.schema_references import References
-from loraplex_shard.schema_tree import Schema, change_parts
+from loraplex_shard.sampling.schema_references import References
+from loraplex_shard.sampling.schema_tree import Schema, change_parts
 
 DESCRIBING = {"title", "description", "default", "examples", "$comment", "$schema", "$id", "$anchor"}
 

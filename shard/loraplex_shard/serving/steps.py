@@ -12,8 +12,8 @@ import grpc
 import torch
 
 from loraplex_protos.shard_pb2 import StepRequest, StepResponse
-from loraplex_shard import machine
-from loraplex_shard.runner import Runner
+from loraplex_shard.serving import machine
+from loraplex_shard.stepping.runner import Runner
 
 # What may be left to compute once a router has left: several times the longest step, but at least so many seconds (on a
 # GPU a kernel may have to be compiled), and before the first step has ended a warm-up's.

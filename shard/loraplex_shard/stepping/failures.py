@@ -4,7 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loraplex_protos.shard_pb2 import FailureReason, StepResponse
-from loraplex_shard.rows import Ints
+from loraplex_shard.stepping.rows import Ints
 
 
 class Failures:

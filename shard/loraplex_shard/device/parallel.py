@@ -12,9 +12,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from loraplex_protos.errors import LoraplexError
-from loraplex_shard.lifeline import LifeLine
-from loraplex_shard.ops.cpu.collectives import SharedMemory
-from loraplex_shard.ops.cpu.library import KINDS, Kernels
+from loraplex_shard.device.lifeline import LifeLine
+from loraplex_shard.device.shared_memory import SharedMemory
+from loraplex_shard.kernels.library import KINDS, Kernels
 
 
 class GroupSizeError(LoraplexError):
@@ -42,7 +42,7 @@ class Group:
     def connect(cls, rank: int, size: int, rendezvous_url: str, device: torch.device, kernels: Kernels | None) -> Self:
         """Joins the group; returns when all ranks have. `rendezvous_url` is one that torch.distributed knows.
 
-        kernels: those of the CPU (ops/cpu/library.py), if there are any.
+        kernels: those of the CPU (kernels/library.py), if there are any.
         """
         if size == 1:
             return cls(rank, size)

@@ -16,11 +16,11 @@ import grpc
 from loraplex_protos import shard_pb2 as pb
 from loraplex_protos.errors import LoraplexError, to_status
 from loraplex_protos.shard_pb2_grpc import ShardServiceServicer
-from loraplex_shard.grammars import GrammarCompiler
 from loraplex_shard.lora.merge import Recipe
 from loraplex_shard.lora.store import AdapterStore
-from loraplex_shard.steps import StepThread
-from loraplex_shard.telemetry import Telemetry
+from loraplex_shard.observation.telemetry import Telemetry
+from loraplex_shard.sampling.grammars import GrammarCompiler
+from loraplex_shard.serving.steps import StepThread
 
 logger = logging.getLogger(__name__)
 

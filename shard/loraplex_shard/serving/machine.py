@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from loraplex_shard.checkpoint import Checkpoint
-from loraplex_shard.parallel import Group
+from loraplex_shard.device.parallel import Group
 from loraplex_shard.settings import Device, Dtype, ModelSettings, Quantize, SettingsError
 
 BLOCK_SIZE = 16  # token positions per block of KV cache
