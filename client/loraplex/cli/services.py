@@ -95,8 +95,8 @@ def _begin(extra: str, *modules: str) -> None:
 
 
 def _leave_forks_alone() -> None:
-    """Begins again, as the same process, with what gRPC reads from the environment when it is loaded. Every program that
-    is started is a fork at first: gRPC's handlers for those end some, hang others, and remark on all."""
+    """Begins again, as the same process, with what gRPC reads from the environment when it is loaded. Every program
+    that is started is a fork at first: gRPC's handlers for those end some, hang others, and remark on all."""
     if not NO_FORK_HANDLERS.keys() <= os.environ.keys():
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**NO_FORK_HANDLERS, **os.environ})
 
