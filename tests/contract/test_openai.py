@@ -167,6 +167,9 @@ async def test_many_asynchronous_streams_at_once(server: Server, base: str):
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "odd"}}}}, "response_format"),
+        ({"response_format": {"type": "json_schema", "json_schema": SCHEMA}}, "response_format"),  # no schema in it
+        ({"extra_body": {"regex": "(a"}}, "regex"),
+        ({"extra_body": {"json_schema": {"type": "odd"}}}, "json_schema"),
     ],
 )
 def test_a_wrong_field_is_a_bad_request_that_names_it(
@@ -281,8 +284,17 @@ def test_formats_of_openai_and_of_vllm(client: OpenAI, base: str):
     assert answer(extra_body={"structured_outputs": {"choice": ["yes", "no"]}}) in ("yes", "no")
     assert answer(extra_body={"guided_regex": "[0-9]{4}"}).isdigit()
     assert set(json.loads(answer(extra_body={"guided_json": SCHEMA}))) == {"a"}
-    loraxs = {"type": "json_object", "schema": SCHEMA}
-    assert set(json.loads(answer(response_format=loraxs))) == {"a"}
+    for others in (
+        {"type": "json_object", "schema": SCHEMA},  # LoRAX's
+        {"type": "json_object", "value": SCHEMA},  # text-generation-inference's
+        {"type": "json", "value": json.dumps(SCHEMA)},
+    ):
+        assert set(json.loads(answer(response_format=others))) == {"a"}
+    assert answer(response_format={"type": "regex", "value": "[0-9]{4}"}).isdigit()
+    assert set(json.loads(answer(extra_body={"json_schema": SCHEMA, "grammar": ""}))) == {"a"}  # llama.cpp's
+    assert answer(extra_body={"grammar": 'root ::= "yes" | "no"'}) in ("yes", "no")
+    assert answer(extra_body={"ebnf": 'root ::= "yes" | "no"'}) in ("yes", "no")  # SGLang's
+    assert answer(extra_body={"regex": "[0-9]{4}"}).isdigit()
 
 
 @pytest.mark.parametrize(

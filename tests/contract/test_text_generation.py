@@ -18,6 +18,9 @@ assert "".join(event.token.text for event in events) == whole.generated_text == 
 assert asyncio.run(AsyncClient(sys.argv[1], timeout=60).generate("Hello", max_new_tokens=6)) is not None
 digits = client.generate("Hello", grammar=Grammar(type="regex", value="[0-9]{3}"), max_new_tokens=9)
 assert len(digits.generated_text) == 3 and digits.generated_text.isdigit()
+schema = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}
+made = client.generate("Hello", grammar=Grammar(type="json", value=schema), max_new_tokens=30)
+assert set(json.loads(made.generated_text)) == {"a"}
 chat = client.chat([{"role": "user", "content": "Hi"}], max_tokens=4)
 assert chat.choices[0].message.role == "assistant" and chat.usage["completion_tokens"] == 4
 try:

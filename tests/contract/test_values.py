@@ -55,6 +55,8 @@ ABSENT: dict[str, tuple[object, ...]] = {
     "response_format": (None, {"type": "text"}),
     "structured_outputs": (None, {}),
     "guided_json": (None,),
+    "json_schema": (None, {}),
+    "grammar": (None, ""),
     "skip_special_tokens": (None, True),
     "bad_words": (None, []),
     "user": (None, "somebody"),
@@ -142,6 +144,8 @@ REFUSED_OF_ONE: dict[str, dict[str, tuple[object, ...]]] = {
         "seed": (-1, 2**64),
         "stop": ("", [""]),
         "return_k_alternatives": (0,),
+        "response_format": ({"type": "json_schema"}, {"type": "regex", "value": {}}),
+        "grammar": ({"type": "json"},),
     },
 }
 AS_REFUSED = [

@@ -58,6 +58,7 @@ def test_what_says_more_or_is_combined_is_left_as_it_is(schema: dict[str, object
         ({"$schema": "https://json-schema.org/draft/2020-12/schema"},) * 2,
         ({"$schema": "https://example.com/our-dialect"}, {}),
         ({"required": None, "enum": None, "properties": None, "description": None}, {}),
+        ({"anyOf": [], "oneOf": [], "allOf": [], "type": "string"}, {"type": "string"}),
         ({"const": None, "default": None, "enum": [None]},) * 2,
         ({"format": "int32"}, {}),
         ({"format": "uuid4", "minLength": 1.0}, {"format": "uuid", "minLength": 1}),

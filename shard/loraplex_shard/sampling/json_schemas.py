@@ -20,6 +20,7 @@ SAID = {"additionalProperties", "unevaluatedProperties", "patternProperties", "p
 
 DIALECTS = re.compile(r"https?://json-schema\.org/(draft-0[3467]/schema|draft/20\d\d-\d\d/schema)#?")
 IN_REFERENCES = "%/?#:@!$&'()*+,;=~"  # what need not be percent-encoded, besides letters and digits of ASCII
+COMBINATIONS = {"allOf", "anyOf", "oneOf"}
 NULLS = {"const", "default"}  # null means something
 COUNTS = {"minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"}
 MOST_REMAINDERS = 10_000  # a fifth of a second
@@ -97,7 +98,7 @@ def _closed(node: Any) -> Any:
 
 
 def _tidied(node: Any) -> Any:
-    """Programs that write schemas write null for what is absent, references that are not URIs, and the $schema of
+    """Programs that write schemas write null or an empty list for what is absent, references that are not URIs, and the $schema of
     dialects that nobody defined."""
     if not isinstance(node, dict):
         return node
@@ -113,6 +114,8 @@ def _tidied(node: Any) -> Any:
                 tidied[key] = known
         elif key in COUNTS and isinstance(value, float) and value.is_integer():
             tidied[key] = int(value)
+        elif key in COMBINATIONS and value == []:
+            continue
         elif value is not None or key in NULLS:
             tidied[key] = change_parts(_tidied, key, value)
     return tidied

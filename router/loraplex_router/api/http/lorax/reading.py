@@ -1,7 +1,8 @@
 """From LoRAX's JSON to the router's request."""
 
 from loraplex_router.api.http.lorax.schema import GenerateRequest, Parameters
-from loraplex_router.grammar import Grammar, GrammarKind
+from loraplex_router.api.http.response_format import read_response_format
+from loraplex_router.grammar import Grammar
 from loraplex_router.request import AdapterReference, MergedReference, Request, SamplingOptions, Violations
 from loraplex_router.sequence import Detail
 from loraplex_router.text.chat import Chat, Message
@@ -51,15 +52,9 @@ def read_adapter(given: Parameters, bearer: str) -> AdapterReference | MergedRef
 
 
 def _read_format(given: Parameters) -> Grammar | None:
-    if (wanted := given.response_format) and wanted.type != "text":
-        field = "response_format"
-        return Grammar.json_object(field) if wanted.schema_ is None else Grammar.json_schema(wanted.schema_, field)
-    if not given.grammar:
-        return None
-    value = given.grammar.value
-    if given.grammar.type == "regex" and isinstance(value, str):
-        return Grammar(GrammarKind.REGEX, value)
-    return Grammar.json_schema(value)
+    if given.response_format:
+        return read_response_format(given.response_format, "response_format")
+    return read_response_format(given.grammar, "grammar") if given.grammar else None
 
 
 def _read_sampling(given: Parameters) -> SamplingOptions:

@@ -1,25 +1,14 @@
 """The JSON of LoRAX's routes. A null stands for an absent field; fields that are not known are ignored."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from loraplex_router.api.http.fields import Items
+from loraplex_router.api.http.response_format import ResponseFormat
 
 Uint32 = Annotated[int, Field(ge=0, lt=2**32)]
 Uint64 = Annotated[int, Field(ge=0, lt=2**64)]
-
-
-class ResponseFormat(BaseModel):
-    type: Literal["text", "json_object", "json_schema"]
-    schema_: dict[str, Any] | None = Field(default=None, alias="schema", description="Absent: any object.")
-
-
-class TgiGrammar(BaseModel):
-    """How `text-generation` asks for a format."""
-
-    type: Literal["json", "regex"]
-    value: str | dict[str, Any]
 
 
 class MergedAdapters(BaseModel):
@@ -61,7 +50,7 @@ class Parameters(BaseModel):
     apply_chat_template: bool | None = Field(default=None, description="Take the prompt as a user's message.")
     seed: Uint64 | None = None
     response_format: ResponseFormat | None = None
-    grammar: TgiGrammar | None = Field(default=None, description="text-generation's way to ask for a format.")
+    grammar: ResponseFormat | None = Field(default=None, description="text-generation's way to ask for a format.")
 
 
 class GenerateRequest(BaseModel):

@@ -1,4 +1,5 @@
-"""What an answer must match: OpenAI's response_format, vLLM's structured_outputs and guided_*, forced tool calls."""
+"""What an answer must match: OpenAI's response_format, vLLM's structured_outputs and guided_*, llama.cpp's json_schema
+and grammar, SGLang's regex and ebnf, forced tool calls."""
 
 from collections.abc import Iterator
 
@@ -9,8 +10,11 @@ from loraplex_router.api.http.openai.schema import (
     StructuredOutputs,
 )
 from loraplex_router.api.http.openai.tools import forced_tool, must_call
+from loraplex_router.api.http.response_format import read_response_format
 from loraplex_router.grammar import EmbeddedSchema, Grammar, GrammarKind
 from loraplex_router.text.tool_grammar import list_of_calls, one_call, read_parameters
+
+OTHER_TEXTS = {"regex": GrammarKind.REGEX, "grammar": GrammarKind.LARK, "ebnf": GrammarKind.LARK}  # empty is absent
 
 
 def read_format(body: GenerationRequest) -> Grammar | None:
@@ -22,18 +26,19 @@ def read_format(body: GenerationRequest) -> Grammar | None:
 
 
 def _formats(body: GenerationRequest) -> Iterator[Grammar]:
-    if (wanted := body.response_format) and wanted.type != "text":
-        schema = wanted.json_schema.schema_ if wanted.json_schema else wanted.schema_
-        field = "response_format"
-        if wanted.type == "json_schema" and wanted.json_schema is None and schema is None:
-            raise InvalidRequestError(FieldViolation(field, 'of type "json_schema" needs a json_schema'))
-        yield Grammar.json_object(field) if schema is None else Grammar.json_schema(schema, field)
+    if body.response_format and (wanted := read_response_format(body.response_format, "response_format")):
+        yield wanted
     if body.structured_outputs:
         yield from _structured(body.structured_outputs, "structured_outputs.")
     guided = StructuredOutputs(
         json=body.guided_json, regex=body.guided_regex, choice=body.guided_choice, grammar=body.guided_grammar
     )
     yield from _structured(guided, "guided_")
+    if body.json_schema:
+        yield Grammar.json_schema(body.json_schema, "json_schema")
+    for field, kind in OTHER_TEXTS.items():
+        if text := getattr(body, field):
+            yield Grammar(kind, text, field=field)
     if isinstance(body, ChatCompletionRequest) and (forced := _forced_call(body)):
         yield forced
 

@@ -13,6 +13,7 @@ from pydantic import (
 )
 
 from loraplex_router.api.http.fields import MAX_MESSAGES, MAX_TOOLS, Bias, Items, Name, Prompts, TokenId
+from loraplex_router.api.http.response_format import ResponseFormat
 
 Count = Annotated[int, Field(ge=0, lt=2**32)]
 CountOrAll = Annotated[int, Field(ge=-1, lt=2**32)]
@@ -21,18 +22,6 @@ CountOrAll = Annotated[int, Field(ge=-1, lt=2**32)]
 class StreamOptions(BaseModel):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = Field(default=None, description="vLLM's: every chunk has the usage so far.")
-
-
-class NamedSchema(BaseModel):
-    name: str | None = None
-    schema_: dict[str, Any] | None = Field(default=None, alias="schema", description="Absent: any object.")
-    strict: bool | None = Field(default=None, description="Every schema is followed strictly, whatever this says.")
-
-
-class ResponseFormat(BaseModel):
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: NamedSchema | None = None
-    schema_: dict[str, Any] | None = Field(default=None, alias="schema", description="LoRAX's, next to json_object.")
 
 
 class StructuredOutputs(BaseModel):
@@ -71,6 +60,12 @@ class GenerationRequest(BaseModel):
     guided_regex: str | None = None
     guided_choice: Items[str] | None = None
     guided_grammar: str | None = None
+    # llama.cpp's and SGLang's
+    json_schema: dict[str, Any] | str | None = None
+    regex: str | None = None
+    grammar: str | None = Field(default=None, description="GBNF, or Lark.")
+    ebnf: str | None = Field(default=None, description="The same.")
+    # vLLM's
     min_tokens: Count | None = None
     top_k: Annotated[int, Field(ge=-1, lt=2**32)] | None = Field(default=None, description="0 or -1: off.")
     min_p: float | None = None

@@ -1,0 +1,38 @@
+"""response_format: OpenAI's, LoRAX's and text-generation-inference's, on all routes alike."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field
+
+from loraplex_protos.errors import FieldViolation, InvalidRequestError
+from loraplex_router.grammar import Grammar, GrammarKind
+
+
+class NamedSchema(BaseModel):
+    name: str | None = None
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
+    strict: bool | None = Field(default=None, description="Every schema is followed strictly, whatever this says.")
+
+
+class ResponseFormat(BaseModel):
+    type: Literal["text", "json_object", "json_schema", "json", "regex"]
+    json_schema: NamedSchema | None = None
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema", description="LoRAX's. Absent: any object.")
+    value: str | dict[str, Any] | None = Field(default=None, description="text-generation-inference's.")
+
+
+def read_response_format(wanted: ResponseFormat, field: str) -> Grammar | None:
+    """None if any text will do. Raises InvalidRequestError if what the type needs is not there."""
+    if wanted.type == "text":
+        return None
+    if wanted.type == "regex":
+        if not isinstance(wanted.value, str):
+            raise InvalidRequestError(FieldViolation(field, 'of type "regex" needs a value, the expression'))
+        return Grammar(GrammarKind.REGEX, wanted.value, field=field)
+    named = wanted.json_schema.schema_ if wanted.json_schema else None
+    for schema in (named, wanted.schema_, wanted.value):
+        if schema is not None:
+            return Grammar.json_schema(schema, field)
+    if wanted.type == "json_object":
+        return Grammar.json_object(field)
+    raise InvalidRequestError(FieldViolation(field, f'of type "{wanted.type}" needs a schema'))
