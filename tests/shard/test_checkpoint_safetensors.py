@@ -107,7 +107,7 @@ def test_embedding_and_head_are_those_of_transformers_whatever_the_file_holds(
     assert torch.equal(ours.lm_head.weight.matrix, theirs.lm_head.weight)
 
 
-@pytest.mark.parametrize("architectures", [None, [], ["LlamaModel"], ["LlamaForCausalLM"]])
+@pytest.mark.parametrize("architectures", [None, [], ["LlamaModel"], ["LLaMAForCausalLM"]])
 def test_a_model_that_was_saved_without_a_head_is_that_of_transformers(
     architectures: list[str] | None, tmp_path: Path
 ) -> None:

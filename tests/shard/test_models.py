@@ -68,7 +68,7 @@ VARIANTS: dict[str, PreTrainedConfig] = {
     "qwen2, some layers with a window": Qwen2Config(
         **SIZES, use_sliding_window=True, sliding_window=6, max_window_layers=1
     ),
-    "qwen3": Qwen3Config(**SIZES, head_dim=10),
+    "qwen3": Qwen3Config(**SIZES, head_dim=10, hidden_act="swish"),
     "qwen3, biases, tied, some layers with a window": Qwen3Config(
         **SIZES,
         head_dim=10,

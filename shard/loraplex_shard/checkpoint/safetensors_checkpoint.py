@@ -93,7 +93,7 @@ class SafetensorsCheckpoint:
             raise CheckpointError(f"{self.model_id}: {names} is not served: {known}")
         try:
             config: PreTrainedConfig = AutoConfig.from_pretrained(self._directory, trust_remote_code=False)
-        except (OSError, ValueError, LookupError, TypeError, StrictDataclassError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, StrictDataclassError) as error:
             raise CheckpointError(f"{self.model_id}: config.json: {error}") from error
         return config
 
@@ -115,8 +115,8 @@ class SafetensorsCheckpoint:
 
 def _architecture(config: PreTrainedConfig) -> str:
     """The class that generates, also where config.json names none, or the one without a head that an embedding model
-    was saved from."""
+    was saved from, or writes it as the first conversions of Llama did (LLaMAForCausalLM)."""
     named: str = (config.architectures or [""])[0]
-    if named in ("", MODEL_MAPPING_NAMES.get(config.model_type)):
-        return str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, named or "(none)"))
-    return named
+    generates = str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, named or "(none)"))
+    is_meant = named in ("", MODEL_MAPPING_NAMES.get(config.model_type)) or named.lower() == generates.lower()
+    return generates if is_meant else named

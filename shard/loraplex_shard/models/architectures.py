@@ -17,7 +17,7 @@ def read_spec(architecture: str, config: PreTrainedConfig) -> DecoderSpec:
     if read is None:
         served = ", ".join(sorted(_ARCHITECTURES))
         raise CheckpointError(f"architecture {architecture!r} is not served; these are: {served}")
-    if config.hidden_act != "silu":
+    if config.hidden_act not in ("silu", "swish"):  # one function's two names
         raise CheckpointError(f"config.json: hidden_act {config.hidden_act!r} is not served, only 'silu'")
     spec = read(config)
     if spec.heads % spec.kv_heads:
