@@ -62,6 +62,11 @@ PUBLISHED: dict[str, tuple[dict[str, object], dict[str, object], list[str]]] = {
         {"base_model_name_or_path": "org/base-7b", "revision": OTHER_COMMIT},
         [f"it was made for revision {OTHER_COMMIT} of the base model, but this is {COMMIT}"],
     ),
+    "an embedding model's": (
+        {},
+        {"task_type": "FEATURE_EXTRACTION", "auto_mapping": {"base_model_class": "LlamaModel", "parent_library": "x"}},
+        [],
+    ),
     "a wrong task_type": (
         {},
         {"task_type": "SEQ_2_SEQ_LM"},

@@ -37,6 +37,7 @@ RENAMINGS: dict[str, Rename] = {
     "activation checkpoints": lambda name: name.replace(".mlp.", ".mlp._checkpoint_wrapped_module."),
     "PEFT around PEFT": lambda name: PREFIX + name,
     "without PEFT's prefix": lambda name: name.removeprefix(PREFIX),
+    "a model without a head": lambda name: name.replace(f"{PREFIX}model.", PREFIX),
     "all at once": lambda name: f"module._orig_mod.{name.replace('.weight', '.default.weight')}",
 }
 

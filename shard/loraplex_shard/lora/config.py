@@ -73,7 +73,8 @@ class AdapterConfig(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="allow", allow_inf_nan=False)
 
     peft_type: Literal["LORA"]
-    task_type: Literal["CAUSAL_LM", "SEQ_2_SEQ_LM"] | None = None  # the second is a mistake that changes nothing
+    # The second is of embedding models. The third is a mistake that changes nothing.
+    task_type: Literal["CAUSAL_LM", "FEATURE_EXTRACTION", "SEQ_2_SEQ_LM"] | None = None
     auto_mapping: AutoMapping | None = None
     base_model_name_or_path: str | None = None
     revision: str | None = None

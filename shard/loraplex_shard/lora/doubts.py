@@ -31,7 +31,8 @@ def _about_the_base(config: AdapterConfig, base: BaseModel) -> list[str]:
     elif name and _COMMIT.fullmatch(revision) and _COMMIT.fullmatch(base.revision) and revision != base.revision:
         found.append(f"it was made for revision {revision} of the base model, but this is {base.revision}")
     made_for = config.auto_mapping.base_model_class if config.auto_mapping else None
-    if made_for is not None and made_for != base.architecture:
+    backbone = base.architecture.replace("ForCausalLM", "Model")  # the same without its head
+    if made_for is not None and made_for not in (base.architecture, backbone):
         found.append(f"it was made for a {made_for[:100]} (auto_mapping), but this is a {base.architecture}")
     if config.task_type == "SEQ_2_SEQ_LM":
         found.append("task_type is 'SEQ_2_SEQ_LM', but this model is no encoder and decoder: ignored")
