@@ -98,8 +98,8 @@ def _closed(node: Any) -> Any:
 
 
 def _tidied(node: Any) -> Any:
-    """Programs that write schemas write null or an empty list for what is absent, references that are not URIs, and the $schema of
-    dialects that nobody defined."""
+    """Programs that write schemas write null or an empty list for what is absent, references that are not URIs, and the
+    $schema of dialects that nobody defined."""
     if not isinstance(node, dict):
         return node
     tidied = Schema()
