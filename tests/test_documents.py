@@ -1,0 +1,39 @@
+"""Documents lead to what is there: files that they link to, headings, and source files that they name."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = ("docs", "charts", "examples", "tests", ".")
+DOCUMENTS = sorted(
+    {path for folder in FOLDERS for path in (ROOT / folder).glob("*.md")} | {*ROOT.glob("*/*/README.md")}
+)
+SOURCES = [
+    path.relative_to(ROOT).as_posix()
+    for folder in ("bench", "charts", "client", "docs", "protos", "router", "shard", "tests")
+    for path in (ROOT / folder).rglob("*.*")
+]
+
+
+def headings(text: str) -> set[str]:
+    """As GitHub names them in links."""
+    return {re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in re.findall(r"^#+ (.*)$", text, re.M)}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_links_of_a_document_lead_somewhere(document: Path) -> None:
+    for link in re.findall(r"\]\(([^)]+)\)", document.read_text()):
+        if not re.match(r"\w+:", link):
+            name, _, heading = link.partition("#")
+            target = document.parent / name if name else document
+            assert target.exists(), link
+            assert not heading or heading in headings(target.read_text()), link
+
+
+@pytest.mark.parametrize("document", ["ARCHITECTURE.md", "CONTRIBUTING.md", "tests/README.md"])
+def test_source_files_that_a_document_names_exist(document: str) -> None:
+    named = re.findall(r"`([\w./-]+\.(?:py|proto|cpp|h))`", (ROOT / document).read_text())
+    assert named
+    assert not [name for name in named if not any(f"/{source}".endswith(f"/{name}") for source in SOURCES)]
