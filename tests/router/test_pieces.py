@@ -113,7 +113,7 @@ def test_the_tokens_are_those_of_the_whole_text(make: Callable[[], tokenizers.To
         assert places == whole.offsets
 
     are_those()
-    assert cuts > 50
+    assert cuts > 10  # else it would say little; examples are drawn at random
 
 
 def test_prose_is_cut_where_windows_end():
