@@ -164,7 +164,11 @@ def test_vllms_tokenize_renders_conversations_as_chat_completions_do(server: Ser
     tool = {"type": "function", "function": {"name": "clock", "parameters": {"type": "object"}}}
     assert read(server, "/tokenize", {**chat, "tools": [tool]})["count"] > found["count"] + 50
     assert call(server, "/tokenize", {**chat, "model": "unknown"})[0] == 404
-    assert call(server, "/tokenize", {**chat, "continue_final_message": True})[0] == 422
+    begun = {**chat, "messages": [*chat["messages"], {"role": "assistant", "content": "It is"}]}
+    continued = {**begun, "continue_final_message": True}
+    prompt = read(server, "/detokenize", {"tokens": read(server, "/tokenize", continued)["tokens"]})["prompt"]
+    assert prompt.endswith("It is")
+    assert call(server, "/tokenize", {**continued, "add_generation_prompt": True})[0] == 422
 
 
 def test_adapters_are_loaded_listed_and_unloaded_by_either_name_of_the_routes(server: Server):

@@ -87,6 +87,25 @@ def test_variables_are_set_as_transformers_sets_them():
         render(source, [USER], variables={"messages": [], "chat_template": "x"})
 
 
+@pytest.mark.parametrize(
+    "content", ["It is", "It is ", [{"type": "text", "text": "It"}, {"type": "text", "text": " is"}]]
+)
+@pytest.mark.parametrize("written", ["{{ m.content }}", "{{ m.content | trim }}"])
+def test_the_last_message_is_continued_as_transformers_does_it(written: str, content: Any):
+    source = (
+        "{% for m in messages %}<{{ m.role }}>"
+        + written
+        + "</s>{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+    )
+    rows = [USER, {"role": "assistant", "content": content}]
+    options = {"add_generation_prompt": False, "continue_final_message": True}
+    text = content if isinstance(content, str) else "It\n is"
+    expected = reference(source, [USER, {"role": "assistant", "content": text}], **options)
+    assert render(source, rows, **options) == expected
+    with pytest.raises(ValueError, match='no "content" to continue'):
+        render(source, [USER, {"role": "assistant"}], **options)
+
+
 def test_a_template_cannot_reach_outside_its_sandbox():
     with pytest.raises(jinja2.exceptions.SecurityError):
         render("{{ messages.__class__.__mro__[1].__subclasses__() }}", [USER])

@@ -20,13 +20,14 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """A conversation, to be continued unless generation_prompt is false."""
+    """A conversation. Its text ends with the beginning of the assistant's next message, unless that is unwanted."""
 
     messages: tuple[Message, ...]
     tools: tuple[Mapping[str, Any], ...] = ()  # what the model may call, as OpenAI's API describes it
     documents: Sequence[Mapping[str, Any]] | None = None  # for templates that answer from them
     variables: Mapping[str, Any] = field(default_factory=dict)  # for the template, for example enable_thinking
-    generation_prompt: bool = True  # the text ends with the beginning of the assistant's next message
+    generation_prompt: bool = True
+    continue_final_message: bool = False  # the text ends with the last message as far as it goes, to be continued
 
 
 @dataclass(frozen=True, slots=True)

@@ -168,6 +168,7 @@ def _write(templates: ChatTemplates, chat: Chat) -> bytes:
             documents=chat.documents,
             variables=chat.variables,
             add_generation_prompt=chat.generation_prompt,
+            continue_final_message=chat.continue_final_message,
         )
     except RecursionError as error:
         raise _invalid("they are nested too deeply") from error

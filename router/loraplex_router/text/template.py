@@ -35,8 +35,10 @@ class Template:
         documents: list[Row] | None = None,
         variables: Mapping[str, Any] | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
     ) -> str:
-        """The prompt. `variables` may stand in for special tokens, documents and add_generation_prompt.
+        """The prompt. With `continue_final_message`, nothing follows the last message's text. `variables` may stand in
+        for special tokens, documents and add_generation_prompt.
 
         Raises whatever the template raises, ValueError for variables that cannot be set.
         """
@@ -44,6 +46,8 @@ class Template:
         if taken := RESERVED & variables.keys():
             raise ValueError(f"chat_template_kwargs cannot set {', '.join(sorted(taken))}")
         given = {"documents": documents, "add_generation_prompt": add_generation_prompt, **variables}
+        if continue_final_message:
+            given["continue_final_message"] = True
         return self._render(adapt(messages, tools, self._traits), tools and complete(tools, self._traits), **given)
 
     def _render(self, rows: list[Row], tools: Any, **variables: Any) -> str:

@@ -11,14 +11,17 @@ TEXT_PARTS = {"text": "text", "refusal": "refusal", "input_text": "text", "outpu
 
 def read_conversation(body: Conversation, found: Violations) -> Chat:
     """With all tools that are given."""
-    for name in ("chat_template", "continue_final_message"):
-        found.check(not getattr(body, name), name, "is not supported: leave it out")
+    found.check(not body.chat_template, "chat_template", "is not supported: leave it out")
+    continued = bool(body.continue_final_message)
+    both = continued and bool(body.add_generation_prompt)
+    found.check(not both, "continue_final_message", "has no meaning with add_generation_prompt: set that to false")
     return Chat(
         messages=tuple(_read_message(message, place, found) for place, message in enumerate(body.messages)),
         tools=tuple(tool.sent for tool in body.tools or ()),
         documents=body.documents,
         variables=body.chat_template_kwargs or {},
-        generation_prompt=body.add_generation_prompt is not False,
+        generation_prompt=body.add_generation_prompt is not False and not continued,
+        continue_final_message=continued,
     )
 
 

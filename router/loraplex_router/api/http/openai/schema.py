@@ -178,7 +178,9 @@ class Conversation(BaseModel):
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = Field(default=None, description="false: no answer is begun.")
     chat_template: str | None = Field(default=None, description="Not supported: refused unless empty.")
-    continue_final_message: bool | None = Field(default=None, description="Not supported: refused if true.")
+    continue_final_message: bool | None = Field(
+        default=None, description="true: the answer goes on where the last message ends, which is the assistant's."
+    )
 
 
 class ChatCompletionRequest(GenerationRequest, Conversation):
