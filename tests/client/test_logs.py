@@ -4,7 +4,7 @@ import json
 import logging
 import sys
 
-from loraplex.cli.logs import JsonFormatter, TextFormatter
+from loraplex.cli.logs import Always, JsonFormatter, TextFormatter
 
 
 def record(message: str = "request", **fields: object) -> logging.LogRecord:
@@ -39,3 +39,12 @@ def test_an_exception_is_part_of_the_json():
     except ValueError:
         made = logging.LogRecord("router", logging.ERROR, __file__, 1, "failed", None, sys.exc_info())
     assert "ValueError: broken" in json.loads(JsonFormatter().format(made))["exception"]
+
+
+def test_values_of_every_record_stand_beside_its_own():
+    plain = logging.LogRecord("shard", logging.INFO, __file__, 1, "ready", None, None)
+    staged = record("staged", lora_rank=4)
+    for made in (plain, staged):
+        assert Always({"rank": 1, "absent": None}).filter(made)
+    assert TextFormatter().format(plain).endswith(" ready rank=1")
+    assert TextFormatter().format(staged).endswith(" staged rank=1 lora_rank=4")

@@ -8,11 +8,24 @@ import logging
 from datetime import UTC, datetime
 
 
-def configure(log_format: str) -> None:
-    """`log_format` is text or json. To be called once, when a service starts."""
+def configure(log_format: str, **everywhere: object) -> None:
+    """`log_format` is text or json. Every record has the values `everywhere`. To be called once, when a service starts."""
     handler = logging.StreamHandler()
+    handler.addFilter(Always(everywhere))
     handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
     logging.basicConfig(level="INFO", handlers=[handler])
+
+
+class Always(logging.Filter):
+    """Adds the same values to every record."""
+
+    def __init__(self, values: dict[str, object]) -> None:
+        super().__init__()
+        self._values = values
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.fields = self._values | getattr(record, "fields", {})
+        return True
 
 
 class TextFormatter(logging.Formatter):

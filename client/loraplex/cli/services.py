@@ -72,7 +72,7 @@ def shard(context: typer.Context) -> None:
     from loraplex_shard.settings import ShardSettings
 
     settings = parse(ShardSettings, context.args, "shard", SHARD_TEXT)
-    configure(settings.log_format)
+    configure(settings.log_format, rank=settings.rank if settings.tp > 1 else None)
     from loraplex_shard.serving import server
 
     bar = Progress(console=console, transient=True, disable=settings.rank > 0 or not console.is_terminal)
