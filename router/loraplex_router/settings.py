@@ -112,5 +112,5 @@ class RouterSettings(EdgeSettings, MtlsSettings):
         ranks = [rank for group in value for rank in group.removeprefix(DNS).split(",")]
         for rank in ranks:
             if not (rank.startswith("unix:") or re.fullmatch(r"[^\s:/]+:\d{1,5}|\[[0-9a-fA-F:]+\]:\d{1,5}", rank)):
-                raise ValueError(f"{rank!r} is no address: write HOST:PORT, unix:PATH or dns:///NAME:PORT")
+                raise ValueError(f"{rank!r} is not an address: write HOST:PORT, unix:PATH or dns:///NAME:PORT")
         return value

@@ -70,7 +70,7 @@ PUBLISHED: dict[str, tuple[dict[str, object], dict[str, object], list[str]]] = {
     "a wrong task_type": (
         {},
         {"task_type": "SEQ_2_SEQ_LM"},
-        ["task_type is 'SEQ_2_SEQ_LM', but this model is no encoder and decoder: ignored"],
+        ["task_type is 'SEQ_2_SEQ_LM', but this model has no encoder: ignored"],
     ),
     "a field of a later PEFT": (
         {},

@@ -9,7 +9,7 @@ Adapter = Annotated[
     typer.Option("--adapter", "-a", help="The adapter to use: see `loraplex adapters list`. Default: the base model."),
 ]
 System = Annotated[str | None, typer.Option("--system", help="The system message, in place of the model's own.")]
-MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-m", min=1, help="Stop after so many tokens.")]
+MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-m", min=1, help="The most tokens to generate.")]
 Temperature = Annotated[
     float | None,
     typer.Option("--temperature", "-t", min=0, help="Higher is more varied; 0 takes the likeliest."),

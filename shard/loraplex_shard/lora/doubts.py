@@ -35,7 +35,7 @@ def _about_the_base(config: AdapterConfig, base: BaseModel) -> list[str]:
     if made_for is not None and made_for not in (base.architecture, backbone):
         found.append(f"it was made for a {made_for[:100]} (auto_mapping), but this is a {base.architecture}")
     if config.task_type == "SEQ_2_SEQ_LM":
-        found.append("task_type is 'SEQ_2_SEQ_LM', but this model is no encoder and decoder: ignored")
+        found.append("task_type is 'SEQ_2_SEQ_LM', but this model has no encoder: ignored")
     return found
 
 

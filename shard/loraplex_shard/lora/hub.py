@@ -131,7 +131,7 @@ class HubSource:
 def _check_arguments(revision: str, token: str) -> None:
     """What comes from a client becomes part of a URL, a path or a header. (The library checks the id.)"""
     if revision and (not _REVISION.fullmatch(revision) or ".." in revision):
-        raise AdapterNotFoundError(f"{quote(revision)} is no name that a revision can have")
+        raise AdapterNotFoundError(f"{quote(revision)} cannot be the name of a revision")
     if not _TOKEN.fullmatch(token):
         raise AdapterForbiddenError("the token has characters that no hub token has")
 

@@ -54,7 +54,7 @@ def matching_names(field: str, patterns: Sequence[str], names: Sequence[str]) ->
     for pattern, result in zip(patterns, json.loads(answer), strict=True):
         if isinstance(result, str):
             raise AdapterInvalidError(
-                f"adapter_config.json: {field}: {pattern[:100]!r} is no regular expression: {result}"
+                f"adapter_config.json: {field}: {pattern[:100]!r} is not a regular expression: {result}"
             )
         matched.append(frozenset(names[index] for index in result))
     return matched

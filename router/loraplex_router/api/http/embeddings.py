@@ -34,7 +34,7 @@ class OpenaiRequest(BaseModel):
     model: Name = Field(default="", description="The base model (also: empty), an adapter, or base:adapter.")
     input: Prompts
     truncate_prompt_tokens: CountOrAll | None = Field(
-        default=None, description="vLLM's: keep each input's last so many tokens; -1: as many as fit."
+        default=None, description="vLLM's: how many tokens of each input to keep, from its end; -1: as many as fit."
     )
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = Field(default=None, description="Not supported: vectors are of the model's hidden size.")

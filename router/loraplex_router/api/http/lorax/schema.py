@@ -28,7 +28,7 @@ class Parameters(BaseModel):
     adapter_source: str | None = Field(default=None, description="local, s3 or hub; absent: the first that has it.")
     merged_adapters: MergedAdapters | None = None
     api_token: str | None = Field(default=None, description="For a private adapter's hub. Absent: the bearer token.")
-    best_of: Uint32 | None = Field(default=None, description="Sample so many sequences, answer with the likeliest.")
+    best_of: Uint32 | None = Field(default=None, description="How many sequences to sample; the likeliest is the answer.")
     temperature: float | None = Field(default=None, description="0: greedy. Absent: 1 if anything else samples.")
     repetition_penalty: float | None = None
     frequency_penalty: float | None = None
@@ -41,7 +41,7 @@ class Parameters(BaseModel):
     ignore_eos_token: bool | None = None
     return_full_text: bool | None = Field(default=None, description="Begin generated_text with the prompt.")
     stop: Items[str] | None = Field(default=None, description="Ends after the first of these, which the text keeps.")
-    truncate: Uint32 | None = Field(default=None, description="Keep the last so many tokens of the prompt.")
+    truncate: Uint32 | None = Field(default=None, description="How many tokens of the prompt to keep, from its end.")
     watermark: bool | None = Field(default=None, description="Not supported: refused if true.")
     details: bool | None = None
     decoder_input_details: bool | None = Field(default=None, description="The prompt's tokens with their logprobs.")

@@ -76,7 +76,7 @@ class GenerationRequest(BaseModel):
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = Field(default=None, description="false: they are shown in the text.")
     truncate_prompt_tokens: CountOrAll | None = Field(
-        default=None, description="Keep the prompt's last so many tokens; -1: as many as fit."
+        default=None, description="How many tokens of the prompt to keep, from its end; -1: as many as fit."
     )
     allowed_token_ids: Items[TokenId] | None = Field(default=None, description="Not supported: refused unless empty.")
     bad_words: Items[str] | None = Field(default=None, description="Not supported: refused unless empty.")
@@ -85,7 +85,7 @@ class GenerationRequest(BaseModel):
         default=None, description='In logprobs a token is written "token_id:12", which no other token can look like.'
     )
     prompt_logprobs: Count | None = Field(
-        default=None, description="Report the prompt's tokens, with so many alternatives."
+        default=None, description="Report the prompt's tokens, each with this many alternatives."
     )
 
 
