@@ -1,7 +1,7 @@
 """`python -m bench.bare_servers SECONDS`: the floor under what the router costs.
 
 A bare grpc.aio server and a bare uvicorn application: where the router sends tokens, they send a message of the same
-size every so many seconds, and do nothing else.
+size at a fixed interval, and do nothing else.
 """
 
 import asyncio

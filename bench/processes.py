@@ -21,7 +21,7 @@ class Loraplex:
 
     @classmethod
     def bare(cls, seconds: float) -> Self:
-        """In its place: servers that do nothing but send a message every so many seconds."""
+        """In its place: servers that do nothing but send a message at a fixed interval."""
         bare = cls("bare")
         bare._arguments = [sys.executable, "-m", "bench.bare_servers", str(seconds)]
         return bare

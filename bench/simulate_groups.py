@@ -56,7 +56,7 @@ class Outcome:
     staged: float  # adapters that had to be brought to host memory, per request
     loaded: float  # and from there to a device
     waits: list[float]
-    late: float  # at most so many seconds after its time was a request sent: what the machine had no time for
+    late: float  # the most seconds that a request was sent after its time: what the machine had no time for
 
     @property
     def p99(self) -> float:

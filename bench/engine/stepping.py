@@ -128,7 +128,7 @@ class Stepper:
         return seconds(self.decode)
 
     def prefill(self, batch: int, tokens: int) -> None:
-        """Computes prompts of so many tokens one after the other, in chunks. They share blocks: nobody reads them."""
+        """Computes prompts of `tokens` tokens one after the other, in chunks. They share blocks: nobody reads them."""
         self.runner.clear()
         for row in range(batch):
             for begin in range(0, tokens, CHUNK):

@@ -61,7 +61,8 @@ class GenerateOptions(TypedDict, total=False):
     ignore_eos: bool
     """Goes on over the model's end tokens. With a grammar: it ends where the grammar allows nothing more."""
     min_new_tokens: int
-    """No end token and none of stop_token_ids is chosen before so many tokens, unless a grammar allows nothing else."""
+    """The least tokens to generate: before, no end token and none of stop_token_ids is chosen, unless a grammar allows
+    nothing else."""
     grammar: Grammar | None
     """What the whole answer must match: `JsonSchema`, `JsonObject`, `Regex`, `Choice` or `Lark`. It ends where the
     grammar does, with `FinishReason.END_TOKEN`; one that is cut by max_new_tokens is the beginning of a match."""

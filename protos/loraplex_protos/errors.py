@@ -271,6 +271,6 @@ def _to_protos(violations: Iterable[FieldViolation]) -> list[BadRequest.FieldVio
 
 
 def _cut(text: str, most: int) -> str:
-    """Its beginning, as UTF-8 in at most so many bytes."""
+    """Its beginning, as UTF-8 in at most `most` bytes."""
     encoded = text.encode()
     return text if len(encoded) <= most else encoded[: most - 3].decode(errors="ignore") + "..."

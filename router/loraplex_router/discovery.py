@@ -20,7 +20,7 @@ Lookup: TypeAlias = Callable[[str, int], Awaitable[list[str]]]
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """One group's."""
+    """Where the ranks of one group are reached."""
 
     ranks: tuple[str, ...]  # HOST:PORT or unix:PATH; of all ranks, or of rank 0 alone
     server_name: str = ""  # what the ranks' certificates are for, if it is not in `ranks`
@@ -29,7 +29,7 @@ class Address:
         return self.ranks[0]
 
     def other_ranks(self, size: int) -> tuple[str, ...]:
-        """The addresses of ranks 1 and up in a group of so many."""
+        """The addresses of ranks 1 and up in a group of this size."""
         if len(self.ranks) > 1 or size == 1 or self.ranks[0].startswith("unix:"):
             return self.ranks[1:]
         host, _, port = self.ranks[0].rpartition(":")

@@ -81,7 +81,7 @@ class Tenant:
         self._requests += 1
 
     def end(self, tokens: int, now: float) -> None:
-        """A request that had begun is over, after so many tokens of prompt and answer."""
+        """A request that had begun is over; `tokens` of prompt and answer count."""
         self._requests -= 1
         if rate := self._allowance.tokens_per_minute:
             self._fill(rate, now)

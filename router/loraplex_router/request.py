@@ -98,7 +98,7 @@ class Request:
     include_stop: bool = False  # the answer ends with the stop text, not before it
     ignore_eos: bool = False  # with a grammar: go on as long as that allows it
     show_special_tokens: bool = False  # in the text
-    truncate: int | None = None  # keep the last so many tokens of the prompt, or AS_MANY_AS_FIT
+    truncate: int | None = None  # how many tokens of the prompt to keep, from its end, or AS_MANY_AS_FIT
     n: int = 1
     detail: Detail = field(default_factory=Detail)
     grammar: Grammar | None = None

@@ -10,7 +10,7 @@ equals the one whose head has waited longest. An adapter may start sequences whe
 Slots: entitled are the adapters with the longest waiting heads, as many as there are slots, except that an adapter on
 the device keeps its place for a bounded turn of further sequences while others wait for a slot. An adapter that is not
 entitled starts nothing, so it becomes idle and can be evicted: nobody starves, and no two adapters swap places for
-every single sequence. Pinned adapters are always entitled, and leave so many slots fewer to the others.
+every single sequence. Pinned adapters are always entitled, and leave the other slots to the others.
 
 Suspects (see suspects.py) are computed in plans of their own, which take turns with those of all others.
 """

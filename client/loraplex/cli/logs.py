@@ -9,7 +9,8 @@ from datetime import UTC, datetime
 
 
 def configure(log_format: str, **everywhere: object) -> None:
-    """`log_format` is text or json. Every record has the values `everywhere`. To be called once, when a service starts."""
+    """To be called once, when a service starts. `log_format` is text or json; every record has the values
+    `everywhere`."""
     handler = logging.StreamHandler()
     handler.addFilter(Always(everywhere))
     handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())

@@ -41,7 +41,7 @@ def read_pieces(tokenizer: tokenizers.Tokenizer, text: str, window: int = WINDOW
     """The text's tokens, in order, without those that the tokenizer adds to a text. Raises IndivisibleError."""
     largest = window * (LARGEST // WINDOW)
     in_words = isinstance(tokenizer.model, tokenizers.models.BPE)  # it merges neighbours, and sees no word as a whole
-    size, done = window, 0  # so many of the window's tokens are out already
+    size, done = window, 0  # done: how many of the window's tokens are out already
     here = _Window(tokenizer, text, 0, size)
     while (end := here.begin + size) < len(text):
         next_size = max(window, size // 2)

@@ -19,12 +19,12 @@ import torch.distributed as dist
 TOKEN_BYTES = 16
 CONNECT_SECONDS = 60.0
 HELLO_SECONDS = 5.0
-# For a host that is gone without a word: after so many idle seconds it is asked, so often, at this interval.
+# For a host that is gone without a word: idle seconds before it is asked, how often it is asked, and seconds between.
 KEEPALIVE = (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3))
 
 
 class LifeLine:
-    """One rank's end."""
+    """One rank's end of the connections."""
 
     def __init__(self, connections: Sequence[socket.socket]) -> None:
         self._connections = connections

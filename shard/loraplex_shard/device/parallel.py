@@ -18,7 +18,7 @@ from loraplex_shard.kernels.library import KINDS, Kernels
 
 
 class GroupSizeError(LoraplexError):
-    """The model cannot be cut into so many ranks."""
+    """The model cannot be cut into that many ranks."""
 
 
 class Group:

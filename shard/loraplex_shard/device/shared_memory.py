@@ -138,7 +138,7 @@ class SharedMemory:
 
 
 def memory_bytes(size: int) -> int:
-    """What a group of so many ranks shares: their states and two slots of each."""
+    """What a group of `size` ranks shares: their states and two slots of each."""
     return size * (STATE_BYTES + 2 * SLOT_BYTES)
 
 

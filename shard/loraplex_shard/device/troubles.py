@@ -32,7 +32,7 @@ class Troubles:
         end.start()
 
     def wait(self, seconds: float) -> str | None:
-        """The first reason, if there is one within so many seconds."""
+        """The first reason, if there is one within `seconds`."""
         with suppress(Empty):
             return self._reasons.get(timeout=seconds)
         return None

@@ -22,7 +22,7 @@ class Source:
     shape: tuple[int, ...]  # that the whole tensor must have
     rows: slice = field(default_factory=lambda: slice(None))
     columns: slice = field(default_factory=lambda: slice(None))
-    repeat: int | None = None  # a vector that becomes so many equal rows
+    repeat: int | None = None  # how many equal rows a vector becomes
 
 
 class TensorReader(Protocol):

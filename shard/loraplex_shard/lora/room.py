@@ -14,7 +14,7 @@ class Room:
 
     @contextmanager
     def taken(self, size: int) -> Iterator[None]:
-        """Waits until so many bytes are free; what is larger than the room waits until it has all of it."""
+        """Waits until `size` bytes are free; what is larger than the room waits until it has all of it."""
         size = min(size, self._size)
         with self._changed:
             self._changed.wait_for(lambda: self._free >= size)

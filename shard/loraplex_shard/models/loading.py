@@ -33,7 +33,7 @@ def load_decoder(
 
     `progress` is told how many tensors are loaded, and of how many. Raises CheckpointError if the checkpoint is not
     that of a served model, naming the tensors that are missing, left over or of an unexpected shape; GroupSizeError
-    if it cannot be cut into so many ranks.
+    if it cannot be cut into that many ranks.
     """
     spec = read_spec(checkpoint.architecture, checkpoint.config)
     if spec.tied and _has_own_head(checkpoint, target.dtype):

@@ -13,7 +13,7 @@ if TYPE_CHECKING:  # the module needs an extra
 
 
 class Telemetry:
-    """One rank's."""
+    """Metrics and traces of one rank."""
 
     def __init__(self, metrics: ShardMetrics, traces: "Traces | None" = None) -> None:
         self.metrics = metrics

@@ -82,7 +82,7 @@ class Constraints:
             self._bans[start.row] = bans
 
     def begin(self, rows: Sequence[int], lengths: Sequence[int]) -> Masks | None:
-        """Starts to compute what may follow in these rows, which have so many tokens. None: anything, in all rows."""
+        """Starts to compute what may follow in these rows, of these lengths. None: anything, in all rows."""
         matchers = [self._matchers.get(row) for row in rows]
         banned = [self._banned(row, length) for row, length in zip(rows, lengths, strict=True)]
         places = [place for place in range(len(rows)) if matchers[place] is not None or len(banned[place])]

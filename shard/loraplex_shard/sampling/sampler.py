@@ -31,7 +31,7 @@ PARAMETERS = np.dtype(
 
 # How many of the likeliest tokens are looked at before the whole vocabulary is.
 HEAD = 512
-# Every so many tokens are a strand, whose largest logit or sum stands for it while the strands are searched.
+# Tokens of a strand, whose largest logit or sum stands for it while the strands are searched.
 STRAND = 16
 
 # The least normal float32: below it, devices may take a number for 0.

@@ -10,7 +10,7 @@ logger = logging.getLogger(__name__)
 
 
 def keep_known(end_token_ids: Iterable[int], rows: int) -> tuple[int, ...]:
-    """The end tokens that a model with so many embeddings can sample; what it cannot sample is said in the log."""
+    """The end tokens that a model with `rows` embeddings can sample; what it cannot sample is said in the log."""
     ids = tuple(end_token_ids)
     if unknown := [token for token in ids if not 0 <= token < rows]:
         logger.warning("end tokens %s end nothing: the model has embeddings for tokens 0 to %d", unknown, rows - 1)

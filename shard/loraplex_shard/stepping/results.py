@@ -62,7 +62,7 @@ def add_prompt(response: StepResponse, ids: Tensor, logits: Tensor, alternatives
 
 
 def add_tokens(response: StepResponse, chunks: int, parts: Sequence[Tokens]) -> None:
-    """Adds the tokens of a plan of so many chunks. Of one chunk, the tokens of an earlier part come first."""
+    """Adds the tokens of a plan of this many chunks. Of one chunk, the tokens of an earlier part come first."""
     places = np.concatenate([part.places for part in parts]) if parts else np.zeros(0, np.int64)
     order = np.argsort(places, kind="stable")
     response.token_counts.extend(np.bincount(places, minlength=chunks).tolist())

@@ -11,7 +11,7 @@ BATCH = 1000  # values written in one go
 
 
 async def write_list(values: Iterable[Any], batch: int = BATCH) -> AsyncIterator[bytes]:
-    """As JSON, so many values at a time: others have their turn between two parts."""
+    """As JSON, some values at a time: others have their turn between two parts."""
     yield b"["
     begun = False
     for part in _batches(values, batch):

@@ -20,7 +20,7 @@ SHORT, LONG = 16, 64  # tokens of a tile, if no segment is longer than that, and
 RANKS = 16  # of a lora_rank, at once
 COLUMNS = 128  # of A at once, or of B for one program
 ALIGNMENT = 16  # outputs: projections of a layer that begin at multiples of it are read several values at a time
-SLICE, SLICES = 512, 8  # where tiles are short, so many columns of A make a program, but for A no more than so many
+SLICE, SLICES = 512, 8  # where tiles are short: columns of A for one program, and the most programs for A
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,9 @@ class Parameters(BaseModel):
     adapter_source: str | None = Field(default=None, description="local, s3 or hub; absent: the first that has it.")
     merged_adapters: MergedAdapters | None = None
     api_token: str | None = Field(default=None, description="For a private adapter's hub. Absent: the bearer token.")
-    best_of: Uint32 | None = Field(default=None, description="How many sequences to sample; the likeliest is the answer.")
+    best_of: Uint32 | None = Field(
+        default=None, description="How many sequences to sample; the likeliest is the answer."
+    )
     temperature: float | None = Field(default=None, description="0: greedy. Absent: 1 if anything else samples.")
     repetition_penalty: float | None = None
     frequency_penalty: float | None = None

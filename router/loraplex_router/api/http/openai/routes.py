@@ -47,7 +47,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 }
 EVENTS = describe_events("A chunk; at the end [DONE]. There may be comments between events.")
 
-Limit = Annotated[int | None, Query(ge=1, description="At most so many. Absent: all of them.")]
+Limit = Annotated[int | None, Query(ge=1, description="The most models to list. Absent: all of them.")]
 After = Annotated[str, Query(description="Those behind this one, the `last_id` of the page before.")]
 
 
