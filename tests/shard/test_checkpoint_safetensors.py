@@ -234,13 +234,23 @@ def test_without_tokenizer_files_the_error_says_so(directory: Path) -> None:
         open_checkpoint(str(directory)).tokenizer()
 
 
-@pytest.mark.parametrize(("generation", "expected"), [([7, 9], (2, 7, 9)), (7, (2, 7)), (None, (2, 3))])
+@pytest.mark.parametrize(
+    ("generation", "expected"),
+    [([7, 9], (2, 7, 9)), (7, (2, 7)), (None, (2, 3)), ([], (2,)), (-1, (2,)), ([1, 16], (2, 1))],
+)
 def test_a_sequence_ends_at_the_tokens_of_the_generation_config_else_of_the_config(
     generation: object, expected: tuple[int, ...], directory: Path
 ) -> None:
     save_tokenizer(directory)
     edit_json(directory / "generation_config.json", eos_token_id=generation)
     assert open_checkpoint(str(directory)).end_token_ids == expected
+
+
+def test_what_is_no_token_id_is_refused(directory: Path) -> None:
+    save_tokenizer(directory)
+    edit_json(directory / "generation_config.json", eos_token_id="</s>")
+    with pytest.raises(CheckpointError, match="eos_token_id is neither a token's id nor a list of them"):
+        open_checkpoint(str(directory)).end_token_ids  # noqa: B018
 
 
 TEMPLATE = "{% for m in messages %}{{ '<|start|>' + m.role + ': ' + m.content + ' <|end|>\n' }}{% endfor %}"

@@ -238,6 +238,11 @@ def test_a_file_cut_short_is_refused(directory: Path, kept: int) -> None:
     assert f"{TENSORS} is cut short" in refusal(directory)
 
 
+def test_what_a_clone_without_git_lfs_leaves_is_called_what_it_is(directory: Path) -> None:
+    (directory / TENSORS).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 123\n")
+    assert "Git LFS pointer: run `git lfs pull`" in refusal(directory)
+
+
 def header(**entries: object) -> bytes:
     data = json.dumps(entries).encode()
     return len(data).to_bytes(8, "little") + data

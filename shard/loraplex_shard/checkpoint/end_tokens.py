@@ -1,8 +1,13 @@
 """Which tokens of a Hugging Face checkpoint end an answer. Its files name them in three places, and not all in each."""
 
+import logging
 from typing import Any
 
 from transformers import PreTrainedConfig
+
+from loraplex_shard.checkpoint.base import CheckpointError
+
+logger = logging.getLogger(__name__)
 
 _ANSWER = "forty-two"  # no template writes it by itself
 
@@ -12,14 +17,21 @@ def end_token_ids(tokenizer: Any, generation: dict[str, Any], config: PreTrained
 
     `generation` is generation_config.json's content; as with transformers, config.json counts if that names none.
     Beside these, it ends with the special token that the chat template writes behind an answer: a fine-tuned model has
-    learnt that one, though it may still be configured as its base was.
+    learnt that one, though it may still be configured as its base was. Raises CheckpointError for what is no id; one
+    that the vocabulary does not have, as -1, ends nothing.
     """
     named = generation.get("eos_token_id")
     if named is None:
         named = config.eos_token_id
-    ids = {_turn_end(tokenizer), *(named if isinstance(named, list) else [named])} - {None, tokenizer.eos_token_id}
-    own = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
-    return (*own, *sorted(ids))
+    named = named if isinstance(named, list) else [] if named is None else [named]
+    if not all(type(id) is int for id in named):
+        raise CheckpointError("eos_token_id is neither a token's id nor a list of them")
+    own = tokenizer.eos_token_id
+    found = {*named, own, _turn_end(tokenizer)} - {None}
+    ids = sorted(id for id in found if 0 <= id < config.vocab_size)
+    if len(ids) < len(found):
+        logger.warning("eos_token_id: beyond the vocabulary, it ends nothing: %s", sorted(found.difference(ids)))
+    return tuple(sorted(ids, key=lambda id: id != own))
 
 
 def _turn_end(tokenizer: Any) -> int | None:

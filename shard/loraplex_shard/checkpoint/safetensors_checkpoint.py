@@ -39,7 +39,10 @@ class SafetensorsCheckpoint:
     def end_token_ids(self) -> tuple[int, ...]:
         generation = self._directory / "generation_config.json"
         named = read_json(generation, self.model_id) if generation.is_file() else {}
-        return end_token_ids(self._tokenizer, named, self.config)
+        try:
+            return end_token_ids(self._tokenizer, named, self.config)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.model_id}: {error.message}") from error
 
     @cached_property
     def known_as(self) -> tuple[str, ...]:

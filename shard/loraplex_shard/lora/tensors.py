@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from loraplex_protos.errors import AdapterInvalidError
 
 _MAX_HEADER_BYTES = 4 * 2**20
+_POINTER = b"version "  # what a clone made without Git LFS left in place of the file begins so
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -55,7 +56,12 @@ def _read_header(file: IO[bytes], size: int) -> tuple[int, dict[str, _Entry]]:
     """Where the header ends, and what it says."""
     if size < 8:
         raise AdapterInvalidError(f"adapter_model.safetensors is cut short: it has {size} bytes")
-    header_size = int.from_bytes(file.read(8), "little")
+    beginning = file.read(8)
+    if beginning == _POINTER:
+        raise AdapterInvalidError(
+            "adapter_model.safetensors is not the file itself but a Git LFS pointer: run `git lfs pull` there"
+        )
+    header_size = int.from_bytes(beginning, "little")
     start = 8 + header_size
     if header_size > _MAX_HEADER_BYTES:
         raise AdapterInvalidError("adapter_model.safetensors is not a safetensors file: its header cannot be so large")
