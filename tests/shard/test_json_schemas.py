@@ -77,17 +77,20 @@ COLORS = {"$defs": {"color": {"type": "string", "enum": ["red", "dark.blue", 7]}
 NUMBERS = {"type": "object", "additionalProperties": {"type": "integer"}}
 
 
+INTEGER = {"type": "integer"}
+
+
 @pytest.mark.parametrize(
-    ("names", "pattern"),
+    ("names", "enforced"),
     [
-        ({"pattern": "^a"}, "^a"),
-        ({"type": "string", "const": "a", "title": "Letter"}, "^a$"),
-        ({"$ref": "#/$defs/color"}, r"^(red|dark\.blue)$"),
+        ({"pattern": "^a"}, {"patternProperties": {"^a": INTEGER}}),
+        ({"type": "string", "const": "a", "title": "Letter"}, {"properties": {"a": INTEGER}}),
+        ({"$ref": "#/$defs/color"}, {"properties": {"red": INTEGER, "dark.blue": INTEGER}}),
     ],
 )
-def test_names_of_properties_are_enforced(names: dict[str, object], pattern: str) -> None:
-    enforced = {"patternProperties": {pattern: {"type": "integer"}}, "additionalProperties": False}
-    assert read_schema(json.dumps({**NUMBERS, **COLORS, "propertyNames": names})) == {**NUMBERS, **COLORS, **enforced}
+def test_names_of_properties_are_enforced(names: dict[str, object], enforced: dict[str, object]) -> None:
+    read = read_schema(json.dumps({**NUMBERS, **COLORS, "propertyNames": names}))
+    assert read == {**NUMBERS, **COLORS, **enforced, "additionalProperties": False}
 
 
 def test_that_names_of_properties_are_strings_goes_without_saying() -> None:
@@ -102,6 +105,16 @@ def test_names_of_properties_that_are_not_understood_are_left_to_the_compiler(na
     assert read_schema(json.dumps({**NUMBERS, "propertyNames": names})) == {**NUMBERS, "propertyNames": names}
     named = {**NAMED, "propertyNames": {"pattern": "^a"}}
     assert read_schema(json.dumps(named)) == named
+
+
+def test_names_of_properties_are_listed_up_to_a_length() -> None:
+    read = read_schema(json.dumps(nested_names(12)))
+    assert len(json.dumps(read)) < 200_000 and read["propertyNames"]  # for the compiler to refuse
+
+
+def nested_names(depth: int) -> dict[str, object]:
+    names = {"enum": [str(name) for name in range(1000)]}
+    return {"propertyNames": names, "additionalProperties": nested_names(depth - 1) if depth else {"type": "integer"}}
 
 
 SELF = {"$ref": "#"}
