@@ -8,11 +8,11 @@ from pydantic import BaseModel, Field
 
 from loraplex_protos.errors import FieldViolation, InvalidRequestError, quote
 from loraplex_router.adapters.statuses import AdapterStatus
+from loraplex_router.api.http.api_key import api_key
 from loraplex_router.api.http.json_body import JsonRoute
 from loraplex_router.api.http.json_list import write_list
 from loraplex_router.api.http.lorax.routes import ERRORS as LORAX_ERRORS
 from loraplex_router.api.http.openai.routes import ERRORS as OPENAI_ERRORS
-from loraplex_router.keys import read_bearer
 from loraplex_router.request import AdapterReference
 from loraplex_router.service import Service
 
@@ -104,30 +104,30 @@ def create_admin_routes(service: Service) -> APIRouter:
     @routes.get("/adapters", responses={200: {"model": list[Status]}, 401: LORAX_ERRORS[401], 503: LORAX_ERRORS[503]})
     async def list_adapters(http: Request) -> Response:
         """The adapters that are loaded, and those that lie in the adapter directory."""
-        statuses = await service.list_adapters(_api_key(http))
+        statuses = await service.list_adapters(api_key(http))
         return StreamingResponse(write_list(map(_write, statuses)), media_type="application/json")
 
     @routes.post("/adapters/load", responses={200: {"model": Status}, **loading})
     async def load_adapter(body: Adapter, http: Request) -> Response:
         """Fetches and checks an adapter now; one that was loaded before is read again."""
-        status = await service.load_adapter(_read(body), _api_key(http))
+        status = await service.load_adapter(_read(body), api_key(http))
         return JSONResponse(_write(status))
 
     @routes.post("/adapters/unload", response_class=Response, responses={**loading, **in_use})
     async def unload_adapter(body: Unload, http: Request) -> Response:
         """Frees what an adapter holds on the device and in host memory; refused while sequences need it, or waits."""
-        await service.unload_adapter(body.read(), body.wait, _api_key(http))
+        await service.unload_adapter(body.read(), body.wait, api_key(http))
         return Response()
 
     @routes.post("/adapters/pin", responses={200: {"model": Status}, **loading, **no_pins})
     async def pin_adapter(body: AdapterName, http: Request) -> Response:
         """Brings an adapter to the device, where it stays. Answers once it is there."""
-        return JSONResponse(_write(await service.pin_adapter(body.read(), _api_key(http))))
+        return JSONResponse(_write(await service.pin_adapter(body.read(), api_key(http))))
 
     @routes.post("/adapters/unpin", responses={200: {"model": Status}, **loading})
     async def unpin_adapter(body: AdapterName, http: Request) -> Response:
         """The adapter may leave the device again when others need its place."""
-        return JSONResponse(_write(await service.unpin_adapter(body.read(), _api_key(http))))
+        return JSONResponse(_write(await service.unpin_adapter(body.read(), api_key(http))))
 
     @routes.post("/v1/load_lora_adapter", response_class=Response, responses={**done, **OPENAI_ERRORS})
     async def vllm_load(body: VllmLoad, http: Request) -> Response:
@@ -135,21 +135,17 @@ def create_admin_routes(service: Service) -> APIRouter:
         path = body.lora_path or body.lora_name
         if path != body.lora_name and not path.endswith(f"/{body.lora_name}"):
             raise InvalidRequestError(FieldViolation("lora_path", f"must be, or end in, {quote(body.lora_name)}"))
-        status = await service.load_adapter(AdapterReference(body.lora_name), _api_key(http))
+        status = await service.load_adapter(AdapterReference(body.lora_name), api_key(http))
         done = f"Success: LoRA adapter '{body.lora_name}' added successfully."
         return PlainTextResponse("\n".join((done, *(f"Warning: {warning}" for warning in status.warnings))))
 
     @routes.post("/v1/unload_lora_adapter", response_class=Response, responses={**done, **OPENAI_ERRORS, **v1_in_use})
     async def vllm_unload(body: VllmUnload, http: Request) -> Response:
         """vLLM's name of unloading."""
-        await service.unload_adapter(AdapterReference(body.lora_name), key=_api_key(http))
+        await service.unload_adapter(AdapterReference(body.lora_name), key=api_key(http))
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
     return routes
-
-
-def _api_key(http: Request) -> str | None:
-    return read_bearer(http.headers.get("authorization"))
 
 
 def _read(body: Adapter) -> AdapterReference:

@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, Field
 
 from loraplex_protos.errors import FieldViolation, InvalidRequestError
+from loraplex_router.api.http.api_key import api_key
 from loraplex_router.api.http.attendance import finish_attended
 from loraplex_router.api.http.fields import Name, Prompts
 from loraplex_router.api.http.json_body import JsonRoute
@@ -21,7 +22,6 @@ from loraplex_router.api.http.lorax.schema import Parameters
 from loraplex_router.api.http.openai.reading import answered_name, read_model_name, read_prompts
 from loraplex_router.api.http.openai.routes import ERRORS as OPENAI_ERRORS
 from loraplex_router.api.http.openai.schema import CountOrAll
-from loraplex_router.keys import read_bearer
 from loraplex_router.output import Embedding
 from loraplex_router.request import EmbedRequest
 from loraplex_router.service import Service
@@ -66,7 +66,7 @@ def create_embedding_routes(service: Service) -> APIRouter:
     routes = APIRouter(route_class=JsonRoute)
 
     async def embed(request: EmbedRequest, http: Request) -> list[Embedding]:
-        key = read_bearer(http.headers.get("authorization"))
+        key = api_key(http)
         return await finish_attended(service.embed(request, key), http.receive)
 
     @routes.post(
@@ -92,7 +92,7 @@ def create_embedding_routes(service: Service) -> APIRouter:
         description=f"The input's vector: {POOLING}.",
     )
     async def lorax_embed(body: LoraxRequest, http: Request) -> Response:
-        token = "" if service.keys.required else read_bearer(http.headers.get("authorization")) or ""
+        token = "" if service.keys.required else api_key(http) or ""
         given = body.parameters or Parameters()
         request = EmbedRequest((body.inputs,), read_adapter(given, token), given.truncate)
         (found,) = await embed(request, http)

@@ -9,6 +9,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, Field
 
 from loraplex_protos.errors import FieldViolation, InvalidRequestError
+from loraplex_router.api.http.api_key import api_key
 from loraplex_router.api.http.fields import Items, TokenId
 from loraplex_router.api.http.json_body import JsonRoute
 from loraplex_router.api.http.json_list import write_list
@@ -16,7 +17,6 @@ from loraplex_router.api.http.lorax.routes import ERRORS
 from loraplex_router.api.http.openai.conversation import read_conversation
 from loraplex_router.api.http.openai.reading import read_model_name
 from loraplex_router.api.http.openai.schema import Conversation
-from loraplex_router.keys import read_bearer
 from loraplex_router.request import Violations
 from loraplex_router.service import Service
 from loraplex_router.text.tokenizer import Spans, Tokenizer
@@ -73,7 +73,7 @@ def create_tokenizing_routes(service: Service) -> APIRouter:
     async def tokenize(body: LoraxTokenize | VllmTokenize | VllmTokenizeChat, http: Request) -> Response:
         """The tokens of a text: with LoRAX's `inputs` each with its place in it, with vLLM's `prompt` their ids; or the
         ids of a conversation, vLLM's `messages`."""
-        spans = await _spans(body, _key(http))
+        spans = await _spans(body, api_key(http))
         if isinstance(body, LoraxTokenize):
             return StreamingResponse(_write_lorax(spans), media_type=JSON)
         names = service.tokenizer if body.return_token_strs else None
@@ -82,7 +82,7 @@ def create_tokenizing_routes(service: Service) -> APIRouter:
     @routes.post("/detokenize", tags=["Operation"], responses={200: {"model": VllmText}, **refused})
     async def detokenize(body: VllmDetokenize, http: Request) -> Response:
         """The text of token ids, special tokens shown, as vLLM."""
-        service.keys.tenant(_key(http))
+        service.keys.tenant(api_key(http))
         vocabulary = service.info.vocab_size
         if max(body.tokens, default=0) >= vocabulary:
             raise InvalidRequestError(FieldViolation("tokens", f"every id must be below {vocabulary}"))
@@ -97,9 +97,6 @@ def create_tokenizing_routes(service: Service) -> APIRouter:
         found.raise_any()
         adapter = read_model_name(body.model, service.model_names)
         return await service.tokenize(chat, bool(body.add_special_tokens), adapter, key)
-
-    def _key(http: Request) -> str | None:
-        return read_bearer(http.headers.get("authorization"))
 
     return routes
 

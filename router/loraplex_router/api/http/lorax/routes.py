@@ -6,6 +6,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse
 
+from loraplex_router.api.http.api_key import api_key
 from loraplex_router.api.http.attendance import collect
 from loraplex_router.api.http.errors import lorax_body
 from loraplex_router.api.http.front_page import FRONT_PAGE_HEADERS, front_page
@@ -15,7 +16,6 @@ from loraplex_router.api.http.lorax.reading import read_request, wants_details
 from loraplex_router.api.http.lorax.writing import LoraxWriter, static_headers, whole_headers
 from loraplex_router.api.http.sse import EventStream, describe_events
 from loraplex_router.api.turns import in_turn
-from loraplex_router.keys import read_bearer
 from loraplex_router.output import Generation
 from loraplex_router.request import MAX_N, MAX_STOPS
 from loraplex_router.request import Request as InternalRequest
@@ -44,14 +44,14 @@ def create_lorax_routes(service: Service) -> APIRouter:
 
     def adapter_token(http: Request) -> str:
         """What LoRAX's clients send as Authorization is the adapter's token, unless this server takes API keys."""
-        return "" if service.keys.required else read_bearer(http.headers.get("authorization")) or ""
+        return "" if service.keys.required else api_key(http) or ""
 
     async def generate_whole(
         body: schema.GenerateRequest, http: Request, shape: Callable[[dict[str, Any]], Any]
     ) -> Response:
         """`shape` makes what is sent of the answer."""
         request = read_request(body, adapter_token(http), stream=False)
-        generation = await service.generate(request, read_bearer(http.headers.get("authorization")))
+        generation = await service.generate(request, api_key(http))
         deltas = (await collect(service, [generation], http.receive))[0]
         headers = {**static_headers(service.info.model_id, body.inputs, request.adapter), **whole_headers(generation)}
         writer = _writer(body, generation)
@@ -59,7 +59,7 @@ def create_lorax_routes(service: Service) -> APIRouter:
 
     async def generate_events(body: schema.GenerateRequest, http: Request) -> Response:
         request = read_request(body, adapter_token(http), stream=True)
-        generation = await service.generate(request, read_bearer(http.headers.get("authorization")))
+        generation = await service.generate(request, api_key(http))
         headers = static_headers(service.info.model_id, body.inputs, request.adapter)
         events = _writer(body, generation).events()
         return EventStream(service, [generation], events, lorax_body, headers)
@@ -90,7 +90,7 @@ def create_lorax_routes(service: Service) -> APIRouter:
     @routes.get("/info", responses={200: {"model": schema.Info}, 401: ERRORS[401]})
     async def get_info(http: Request) -> Response:
         """The model and the limits of this server. Settings of LoRAX that mean nothing here are 0 or null."""
-        service.keys.tenant(read_bearer(http.headers.get("authorization")))
+        service.keys.tenant(api_key(http))
         return JSONResponse(_info(service))
 
     error = {"model": schema.Error, "description": "A generation would not succeed now."}
@@ -118,7 +118,7 @@ def create_lorax_routes(service: Service) -> APIRouter:
     async def startup(http: Request) -> Response:
         """200 once a token was generated for this call."""
         request = InternalRequest(prompt=(0,), max_new_tokens=1)
-        generation = await service.generate(request, read_bearer(http.headers.get("authorization")))
+        generation = await service.generate(request, api_key(http))
         await collect(service, [generation], http.receive)
         return Response()
 

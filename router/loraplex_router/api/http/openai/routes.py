@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from loraplex_protos.adapter_names import normal
 from loraplex_protos.errors import AdapterNotFoundError, FieldViolation, InvalidRequestError, quote
 from loraplex_router.adapters.statuses import AdapterStatus, State
+from loraplex_router.api.http.api_key import api_key
 from loraplex_router.api.http.attendance import collect
 from loraplex_router.api.http.errors import openai_body
 from loraplex_router.api.http.json_body import JsonAnswer, JsonRoute
@@ -22,7 +23,6 @@ from loraplex_router.api.http.openai.reading import answered_name
 from loraplex_router.api.http.openai.schema import ChatCompletionRequest, CompletionRequest
 from loraplex_router.api.http.sse import EventStream, describe_events
 from loraplex_router.api.turns import in_turn
-from loraplex_router.keys import read_bearer
 from loraplex_router.output import Generation
 from loraplex_router.service import Service
 from loraplex_router.volume import Volume
@@ -118,9 +118,6 @@ def create_openai_routes(service: Service) -> APIRouter:
             if status.state is not State.BROKEN:
                 found.setdefault(f"{names[0]}:{status.id}" if status.id in names else status.id, status)
         return found
-
-    def api_key(http: Request) -> str | None:
-        return read_bearer(http.headers.get("authorization"))
 
     def describe(name: str, status: AdapterStatus | None) -> dict[str, Any]:
         return {
