@@ -10,12 +10,14 @@ import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
+from typing import TypeAlias
 
 import uvicorn
 
-from loraplex_protos.errors import UnavailableError
+from loraplex_protos.errors import LoraplexError, UnavailableError
 from loraplex_router.adapters.administration import Administration
 from loraplex_router.adapters.registry import AdapterRegistry
+from loraplex_router.adapters.statuses import State
 from loraplex_router.api.grpc import GenerationApi, GrpcServer
 from loraplex_router.api.http.app import create_app
 from loraplex_router.api.http.connection import Connection
@@ -32,6 +34,9 @@ logger = logging.getLogger(__name__)
 
 SWITCH_SECONDS = 0.001  # how long a thread that tokenizes or renders may keep the interpreter from the event loop
 STOP_SECONDS = 4  # for each of the two faces, when the drain is over: the chart's grace leaves ten in all
+
+# Is given the HTTP and the gRPC port, whether the model has a chat template, and the adapters that can be asked for.
+Ready: TypeAlias = Callable[[int, int, bool, list[str]], None]
 
 
 class Router:
@@ -57,10 +62,9 @@ class Router:
         self._app = create_app(self._service, settings.cors_origins.split(), max_body)
         self._stop = asyncio.Event()
 
-    async def run(self, ready: Callable[[int, int, bool], None]) -> None:
-        """Serves until SIGTERM or SIGINT, then drains. `ready` is called with the HTTP and the gRPC port, and whether
-        the model has a chat template, once a group of shards is ready. If this is cancelled, running requests end with
-        UnavailableError."""
+    async def run(self, ready: Ready) -> None:
+        """Serves until SIGTERM or SIGINT, then drains. `ready` is called once a group of shards is ready. If this is
+        cancelled, running requests end with UnavailableError."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
@@ -69,7 +73,7 @@ class Router:
             grpc_port = await self._grpc.start(self._settings.host, self._settings.grpc_port)
             logger.info("listening on port %d (gRPC) and port %d (HTTP)", grpc_port, http_port)
             work = asyncio.create_task(
-                self._work(lambda: ready(http_port, grpc_port, self._service.info.has_chat_template))
+                self._work(lambda names: ready(http_port, grpc_port, self._service.info.has_chat_template, names))
             )
             stop = asyncio.create_task(self._stopped())
             try:
@@ -85,7 +89,7 @@ class Router:
                 await asyncio.wait([work, asyncio.create_task(self._grpc.stop(grace=1.0))], timeout=STOP_SECONDS)
                 await self._service.close()
 
-    async def _work(self, ready: Callable[[], None]) -> None:
+    async def _work(self, ready: Callable[[list[str]], None]) -> None:
         keys = [self._key_file.follow()] if self._key_file else []
         await asyncio.gather(
             self._connections.run(), self._tell_health(), self._restore_pins(), self._announce(ready), *keys
@@ -94,10 +98,14 @@ class Router:
     async def _stopped(self) -> None:
         await self._stop.wait()
 
-    async def _announce(self, ready: Callable[[], None]) -> None:
+    async def _announce(self, ready: Callable[[list[str]], None]) -> None:
         await self._groups.ready.wait()
         gc.freeze()  # what start-up made is not looked through again at every collection
-        ready()
+        try:
+            listed = await self._administration.list()
+        except LoraplexError:  # the group has left again
+            listed = []
+        ready([status.id for status in listed if status.state is not State.BROKEN])
 
     async def _tell_health(self) -> None:
         changes = 0
@@ -175,9 +183,7 @@ class HttpServer(uvicorn.Server):
         yield
 
 
-async def run(
-    settings: RouterSettings, ready: Callable[[int, int, bool], None], supervisor: Supervisor | None = None
-) -> None:
+async def run(settings: RouterSettings, ready: Ready, supervisor: Supervisor | None = None) -> None:
     """Serves what the shards hold. `supervisor`: of the only group, if this process has one.
 
     Raises KeyFileError for a key file that cannot be used, OSError for a taken port."""

@@ -45,8 +45,11 @@ def hub() -> Iterator[StandInHub]:
 
 @pytest.fixture(scope="module")
 def folder(adapters: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the adapters that tests may change."""
-    return Path(shutil.copytree(adapters, tmp_path_factory.mktemp("served") / "adapters"))
+    """A copy of the adapters that tests may change, the first of which is broken."""
+    folder = Path(shutil.copytree(adapters, tmp_path_factory.mktemp("served") / "adapters"))
+    shutil.copytree(folder / "r8", folder / "a-cut")
+    (folder / "a-cut" / "adapter_model.safetensors").write_bytes(b"")
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -329,10 +332,12 @@ def test_a_name_of_any_script_is_the_same_on_every_face(
         client.generate(PROMPT, adapter=name[:-1], **OPTIONS)
 
 
-def test_what_is_broken_is_listed_with_its_reason_and_refused_with_it(client: Client, folder: Path):
-    shutil.copytree(folder / "r8", folder / "cut")
-    (folder / "cut" / "adapter_model.safetensors").write_bytes(b"")
-    status = {adapter.id: adapter for adapter in client.adapters()}["cut"]
+def test_what_is_broken_is_listed_with_its_reason_and_refused_with_it(client: Client):
+    status = {adapter.id: adapter for adapter in client.adapters()}["a-cut"]
     assert (status.state, "cut short" in status.reason) == (AdapterState.BROKEN, True)
     with pytest.raises(AdapterInvalidError, match="cut short"):
-        client.generate(PROMPT, adapter="cut", **OPTIONS)
+        client.generate(PROMPT, adapter="a-cut", **OPTIONS)
+
+
+def test_a_server_is_introduced_with_adapters_that_can_be_asked_for(serving: Server):
+    assert "adapters  attention, patterns, r1 and 5 more" in serving.log

@@ -4,11 +4,10 @@ import json
 import shlex
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.markup import escape
-
-from loraplex_protos.adapter_names import is_name, normal
 
 SHOWN = 3  # adapters
 
@@ -17,12 +16,12 @@ QUESTION = "What is the capital of France?"
 BEGINNING = "The capital of France is"  # for a model without a chat template
 
 
-def introduction(model: str, server: str, http: str, folder: Path | None, chats: bool = True) -> str:
+def introduction(model: str, server: str, http: str, adapters: Sequence[str], chats: bool = True) -> str:
     """The addresses, and a request to try for each way to call the server, as rich markup.
 
-    server: gRPC's HOST:PORT; http: a URL; folder: where the adapters are; chats: whether the model has a chat template.
+    server: gRPC's HOST:PORT; http: a URL; adapters: those that can be asked for; chats: whether the model has a chat
+    template.
     """
-    adapters = _adapters(folder) if folder else []
     adapter = adapters[0] if adapters else None
     # A name may hold quotes and blanks, so it is quoted as each language does it, and as the shell does it around that.
     flag = f" --adapter {shlex.quote(adapter)}" if adapter else ""
@@ -58,14 +57,7 @@ def introduction(model: str, server: str, http: str, folder: Path | None, chats:
     return "\n".join(line if line.startswith("loraplex") else escape(line) for line in lines)
 
 
-def _adapters(folder: Path) -> list[str]:
-    """The names that can be asked for, as far as they can be told without a look into the files."""
-    sound = (path.parent for path in folder.glob("*/adapter_config.json"))
-    names = (path.name for path in sound if (path / "adapter_model.safetensors").is_file())
-    return sorted(name for name in map(normal, names) if is_name(name))
-
-
-def _listed(adapters: list[str]) -> str:
+def _listed(adapters: Sequence[str]) -> str:
     more = len(adapters) - SHOWN
     return ", ".join(adapters[:SHOWN]) + (
         f" and {more:,} more: {_bin_folder()}loraplex adapters list" if more > 0 else ""

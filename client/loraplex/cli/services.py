@@ -55,7 +55,7 @@ def router(context: typer.Context) -> None:
     settings = parse(RouterSettings, context.args, "router", ROUTER_TEXT)
     configure(settings.log_format)
 
-    def ready(http_port: int, grpc_port: int, chats: bool) -> None:
+    def ready(http_port: int, grpc_port: int, chats: bool, adapters: list[str]) -> None:
         print(f"gRPC {settings.url_host}:{grpc_port}  HTTP {settings.url_host}:{http_port}", flush=True)
 
     with _errors_shown():

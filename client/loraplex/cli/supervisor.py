@@ -46,9 +46,9 @@ async def run(settings: ServeSettings, console: Console) -> None:
         edge = settings.model_dump(include=set(EdgeSettings.model_fields))
         router_settings = RouterSettings(**edge, shards=(",".join(ranks.addresses),), move_seconds=MOVE_SECONDS)
 
-        def ready(http_port: int, grpc_port: int, chats: bool) -> None:
+        def ready(http_port: int, grpc_port: int, chats: bool, adapters: list[str]) -> None:
             server, http = f"{settings.url_host}:{grpc_port}", f"http://{settings.url_host}:{http_port}"
-            text = introduction(settings.model, server, http, settings.adapters, chats)
+            text = introduction(settings.model, server, http, adapters, chats)
             console.print(text, highlight=False, soft_wrap=True)
 
         router = asyncio.create_task(app.run(router_settings, ready, ranks))
