@@ -102,7 +102,7 @@ def spoil(folder: Path, kind: str) -> None:
         ("DoRA", "use_dora"),
         ("cut short", "cut short: 10 bytes are missing"),
         ("empty", "cut short: it has 0 bytes"),
-        ("a pointer of git lfs", "not a safetensors file"),
+        ("a pointer of git lfs", "a Git LFS pointer"),
         ("tensors elsewhere", "a link that leads out of the adapter directory"),
     ],
 )
