@@ -94,8 +94,10 @@ class SequenceOutput:
     def push(self, sample: Sample) -> FinishReason | None:
         """Takes the sequence's next token; answers why the sequence ends with it, if it does."""
         self.generated += 1
-        ended = sample.token in self.sequence.end_token_ids
-        last = ended or self.generated >= self.sequence.max_new_tokens
+        ends = sample.token in self.sequence.end_token_ids
+        asked = ends and sample.token in self._stop_token_ids
+        ended = ends and not (asked and self._stops.include)  # by a token that is no part of the answer
+        last = ends or self.generated >= self.sequence.max_new_tokens
         hidden = "" if ended else self._decoder.hidden_text(sample.token)
         text = "" if ended or hidden else self._detokenizer.push(sample.token)
         if last:
@@ -106,13 +108,14 @@ class SequenceOutput:
             self._show_held()
         elif last and not stopped:
             self._show(self._stops.flush())
-        if ended and sample.token in self._stop_token_ids:
+        if asked:
             self.stop_reason = sample.token
         if stopped:
             self.stop_reason = self._stops.found
-            self.finish(FinishReason.STOP_TEXT)
+        if stopped or ends:
+            self.finish(FinishReason.END_TOKEN if ended and not stopped else FinishReason.STOP_TEXT)
         elif last:
-            self.finish(FinishReason.END_TOKEN if ended else FinishReason.LENGTH)
+            self.finish(FinishReason.LENGTH)
         return self.finish_reason
 
     def pool(self, vector: Iterable[float]) -> None:

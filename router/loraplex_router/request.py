@@ -95,7 +95,7 @@ class Request:
     min_new_tokens: int = 0
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
-    include_stop: bool = False  # the answer ends with the stop text, not before it
+    include_stop: bool = False  # the answer ends with the stop text or token, not before it
     ignore_eos: bool = False  # with a grammar: go on as long as that allows it
     show_special_tokens: bool = False  # in the text
     truncate: int | None = None  # how many tokens of the prompt to keep, from its end, or AS_MANY_AS_FIT
@@ -293,7 +293,11 @@ def _check_stopping(request: Request, vocab_size: int, found: Violations) -> Non
     found.check(wanted is None or wanted >= 1, "stopping.max_new_tokens", "must be at least 1, or absent")
     least = request.min_new_tokens
     found.check(least >= 0, "stopping.min_new_tokens", "must be at least 0")
-    found.check(wanted is None or least <= wanted, "stopping.min_new_tokens", "must not be above max_new_tokens")
+    found.check(
+        wanted is None or least <= wanted,
+        "stopping.min_new_tokens",
+        "must not be above the most tokens that are asked for",
+    )
     found.check(len(request.stop) <= MAX_STOPS, "stopping.stop", f"at most {MAX_STOPS} texts")
     lengths = all(1 <= len(stop) <= MAX_STOP_LENGTH for stop in request.stop)
     found.check(lengths, "stopping.stop", f"each text must have 1 to {MAX_STOP_LENGTH} characters")

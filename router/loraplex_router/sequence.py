@@ -37,7 +37,7 @@ class Detail:
 class FinishReason(Enum):
     LENGTH = 1
     END_TOKEN = 2
-    STOP_TEXT = 3
+    STOP_TEXT = 3  # or a stop token that is part of the answer
     CANCELLED = 4
 
 

@@ -257,6 +257,7 @@ def test_stop_strings_are_sought_in_what_was_generated_once_there_is_enough_of_i
         ({"min_tokens": 6}, "qqqqq", "qq", 7),
         ({"min_tokens": 12}, "q" * 12, None, 12),
         ({"stop_token_ids": [q]}, "", q, 1),
+        ({"stop_token_ids": [q], "include_stop_str_in_output": True}, "q", q, 1),
     ):
         for stream in (False, True):
             asked = {**options, "stop": ["x", "qq"], "extra_body": {"stream_options": {"include_usage": True}, **extra}}

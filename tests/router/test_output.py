@@ -91,6 +91,22 @@ async def test_stop_strings_are_sought_in_what_was_generated(
         assert output.finish_reason is (FinishReason.STOP_TEXT if tokens < 12 else output.finish_reason)
 
 
+async def test_a_stop_token_is_part_of_the_answer_where_stops_are():
+    sampled = [*await ids("OKu"), START]
+    (u,) = await ids("u")
+    for token, options, text in (
+        (u, {}, "OK"),
+        (u, {"include": True}, "OKu"),
+        (START, {"include": True}, "OKu"),
+        (START, {"include": True, "shown": True}, "OKu<|start|>"),
+    ):
+        whole, output = generate(sampled, ["x"], stop_token_ids=(token,), **options)
+        assert (whole.text, output.stop_reason) == (text, token)
+        assert whole.ends[-1] == len(text)
+        kept = whole.finish_reason is FinishReason.STOP_TEXT  # else the last token is not told of
+        assert kept is bool(options) and len(whole.samples) == output.generated
+
+
 async def test_an_answer_says_what_of_the_request_ended_it():
     sampled = [*await ids("OK"), START, END]
     for options, reason in (
