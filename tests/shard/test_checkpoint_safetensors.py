@@ -145,6 +145,18 @@ def test_a_single_file_counts_before_an_index_as_with_transformers(directory: Pa
     assert torch.equal(load(directory).lm_head.weight.matrix, load_reference(directory).lm_head.weight)
 
 
+def test_parts_without_an_index_are_read_all(directory: Path) -> None:
+    tensors = load_file(directory / WEIGHTS)
+    (directory / WEIGHTS).unlink()
+    first = {HEAD: tensors.pop(HEAD)}
+    for number, part in enumerate((first, tensors), 1):
+        save_file(part, directory / f"model-0000{number}-of-00002.safetensors")
+    assert open_checkpoint(str(directory)).names == {*first, *tensors}
+    (directory / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="missing tensor"):
+        load(directory)
+
+
 def test_a_tensor_of_another_shape_is_named_with_both_shapes(directory: Path) -> None:
     edit_tensors(directory, lambda tensors: tensors.update({"model.norm.weight": torch.ones(9)}))
     with pytest.raises(CheckpointError, match=r"model\.norm\.weight has shape \[9\].*asks for \[8\]"):

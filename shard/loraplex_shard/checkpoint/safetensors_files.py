@@ -57,12 +57,15 @@ class SafetensorsFiles:
                 raise CheckpointError(f"{self._model_id}: {name} has another {tensor} than a file before it")
 
     def _file_names(self) -> list[str]:
-        """As transformers chooses them: an index counts where there is no single file."""
+        """As transformers chooses them: an index counts where there is no single file. Where there is neither, what is
+        named like parts of a model, which vLLM reads as well."""
         if (self._directory / SINGLE_FILE).is_file():
             return [SINGLE_FILE]
         if (self._directory / INDEX_FILE).is_file():
             files = read_json(self._directory / INDEX_FILE, self._model_id).get("weight_map", {}).values()
             return sorted(set(files))
+        if parts := sorted(path.name for path in self._directory.glob("model*.safetensors")):
+            return parts
         raise CheckpointError(
             f"{self._model_id}: neither {SINGLE_FILE} nor {INDEX_FILE}. Pickled weights (*.bin, *.pt) are not read; "
             "convert them with transformers: AutoModelForCausalLM.from_pretrained(DIRECTORY).save_pretrained(DIRECTORY)"
