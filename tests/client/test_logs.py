@@ -2,6 +2,7 @@
 
 import json
 import logging
+import subprocess
 import sys
 
 from loraplex.cli.logs import Always, JsonFormatter, TextFormatter
@@ -48,3 +49,16 @@ def test_values_of_every_record_stand_beside_its_own():
         assert Always({"rank": 1, "absent": None}).filter(made)
     assert TextFormatter().format(plain).endswith(" ready rank=1")
     assert TextFormatter().format(staged).endswith(" staged rank=1 lora_rank=4")
+
+
+def test_libraries_are_heard_when_something_is_wrong_alone():
+    code = """if True:
+        import logging, warnings
+        from loraplex.cli.logs import configure
+        configure("json")
+        logging.getLogger("http").info("GET https://hub/file?signature=secret")
+        logging.getLogger("loraplex_shard.lora").info("staged")
+        warnings.warn("the disk is nearly full")
+    """
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert [json.loads(line)["message"] for line in result.stderr.splitlines()] == ["staged", "the disk is nearly full"]

@@ -311,3 +311,12 @@ def test_a_slow_hub_keeps_no_other_call_waiting(
         assert not slow.done()
         hub.release()
         assert slow.result().source == "hub"
+
+
+def test_what_the_disk_says_is_part_of_the_error(
+    hub: StandInHub, store: AdapterStore, files: dict[str, bytes], tmp_path: Path
+) -> None:
+    hub.push("org/adapter", files)
+    (tmp_path / "cache").touch()  # where a folder should be
+    with pytest.raises(AdapterSourceError, match=r"did not hand over 'org/adapter': (Not a directory|File exists)"):
+        stage(store)

@@ -5,7 +5,11 @@ A record may carry values of its own, as `logger.info("text", extra={"fields": {
 
 import json
 import logging
+import warnings
 from datetime import UTC, datetime
+
+# Who may remark on what goes well. Others do it often, and with all that is in an address, signatures too.
+OURS = "loraplex", "loraplex_protos", "loraplex_router", "loraplex_shard"
 
 
 def configure(log_format: str, **everywhere: object) -> None:
@@ -14,7 +18,15 @@ def configure(log_format: str, **everywhere: object) -> None:
     handler = logging.StreamHandler()
     handler.addFilter(Always(everywhere))
     handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
-    logging.basicConfig(level="INFO", handlers=[handler])
+    logging.basicConfig(level="WARNING", handlers=[handler])
+    for package in OURS:
+        logging.getLogger(package).setLevel("INFO")
+    warnings.showwarning = _log_warning
+
+
+def _log_warning(message: Warning | str, *_: object, **__: object) -> None:
+    """A warning of a library is a record like any other, not two lines of its source."""
+    logging.getLogger("py.warnings").warning("%s", message)
 
 
 class Always(logging.Filter):

@@ -157,7 +157,8 @@ def _typed_errors(id: str, revision: str, token: str) -> Iterator[None]:
         # No connection, a timeout, an answer that is not the hub's: the library has no common class for these.
         unreachable = any(kind.__name__ in _UNREACHABLE for kind in type(error).__mro__)
         trouble = "cannot be reached for" if unreachable else "did not hand over"
-        raise AdapterSourceError(f"the hub {trouble} {quote(id)}: {type(error).__name__}") from error
+        reason = getattr(error, "strerror", None) or type(error).__name__  # the disk's, as when it is full
+        raise AdapterSourceError(f"the hub {trouble} {quote(id)}: {reason}") from error
 
 
 def _from_status(id: str, status: int, has_token: bool) -> AdapterError:
