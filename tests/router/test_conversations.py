@@ -25,6 +25,17 @@ def test_fields_that_the_server_does_not_know_are_passed_on():
     assert read({"role": "user", "content": "Hi"}, documents=documents).documents == documents
 
 
+def test_how_much_is_thought_is_said_to_templates_in_both_ways():
+    def variables(**options: Any) -> Any:
+        return read({"role": "user", "content": "Hi"}, **options).variables
+
+    assert variables(reasoning_effort="low") == {"reasoning_effort": "low", "enable_thinking": True}
+    assert variables(reasoning_effort="none") == {"reasoning_effort": "none", "enable_thinking": False}
+    own = {"enable_thinking": False, "x": 1}
+    assert variables(reasoning_effort="high", chat_template_kwargs=own) == {"reasoning_effort": "high", **own}
+    assert variables(reasoning_effort=None) == {}
+
+
 def test_tools_and_calls_keep_the_order_and_the_words_of_the_client():
     tool = {"function": {"strict": True, "parameters": {"b": 1, "a": None}, "name": "add"}, "type": "function", "x": 1}
     (found,) = read({"role": "user", "content": "Hi"}, tools=[tool]).tools

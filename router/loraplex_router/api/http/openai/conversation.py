@@ -19,10 +19,17 @@ def read_conversation(body: Conversation, found: Violations) -> Chat:
         messages=tuple(_read_message(message, place, found) for place, message in enumerate(body.messages)),
         tools=tuple(tool.sent for tool in body.tools or ()),
         documents=body.documents,
-        variables=body.chat_template_kwargs or {},
+        variables=_variables(body),
         generation_prompt=body.add_generation_prompt is not False and not continued,
         continue_final_message=continued,
     )
+
+
+def _variables(body: Conversation) -> dict[str, Any]:
+    """How much is thought is said to templates as vLLM says it; what is written to the template itself counts more."""
+    effort = body.reasoning_effort
+    said = {} if effort is None else {"reasoning_effort": effort, "enable_thinking": effort != "none"}
+    return said | (body.chat_template_kwargs or {})
 
 
 def _read_message(message: ChatMessage, place: int, found: Violations) -> Message:

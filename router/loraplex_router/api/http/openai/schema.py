@@ -176,6 +176,9 @@ class Conversation(BaseModel):
     tools: Items[Tool] | None = Field(default=None, max_length=MAX_TOOLS)
     documents: Items[dict[str, Any]] | None = Field(default=None, description="For chat templates that read them.")
     chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: str | None = Field(
+        default=None, description="For chat templates that read it, or enable_thinking: false for none, else true."
+    )
     add_generation_prompt: bool | None = Field(default=None, description="false: no answer is begun.")
     chat_template: str | None = Field(default=None, description="Not supported: refused unless empty.")
     continue_final_message: bool | None = Field(
