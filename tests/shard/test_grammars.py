@@ -154,8 +154,16 @@ def test_end_tokens_that_the_model_lacks_end_nothing() -> None:
             Grammar(kind=GRAMMAR_KIND_LARK, text='root ::= [a-c] "-" tail\ntail ::= "z" | "zz"'),
             re.compile("[a-c]-zz?").fullmatch,
         ),
+        (
+            Grammar(kind=GRAMMAR_KIND_LARK, text='  ?start: word mark\n  ?word: /[yn]/\n  !mark: "?"'),
+            re.compile(r"[yn]\?").fullmatch,
+        ),
+        (
+            Grammar(kind=GRAMMAR_KIND_LARK, text=r'root ::= "\u00e9\\u00e9" [\u4e00-\u4e03] "\U0001F600" "\u0041"'),
+            re.compile(r"é\\u00e9[一-七]😀A").fullmatch,
+        ),
     ],
-    ids=["regex", "regex with slashes", "choice", "lark", "gbnf"],
+    ids=["regex", "regex with slashes", "choice", "lark", "gbnf", "lark for parsers", "gbnf with escapes"],
 )
 def test_what_is_sampled_matches(compiler: GrammarCompiler, grammar: Grammar, matches: Callable[[str], object]) -> None:
     answers = {sample(constrained(compiler, grammar), Random(seed)) for seed in range(20)}

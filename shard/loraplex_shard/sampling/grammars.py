@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from functools import cached_property, lru_cache
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
-from llguidance.gbnf_to_lark import any_to_lark
 
 from loraplex_protos import shard_pb2 as pb
 from loraplex_protos.errors import MAX_QUOTED, FieldViolation, InvalidRequestError
+from loraplex_shard.sampling.grammar_texts import to_lark
 from loraplex_shard.sampling.json_schemas import read_schema
 from loraplex_shard.sampling.vocabulary import cut_tokenizer
 
@@ -97,7 +97,7 @@ def _to_llguidance(kind: pb.GrammarKind.ValueType, text: str, schemas: Sequence[
             return LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(text, use_ascii='d')}/")
         case _:
             rules = [f"schema_{place}: %json {_schema(schema)}" for place, schema in enumerate(schemas)]
-            return LLMatcher.grammar_from_lark("\n".join([any_to_lark(text), *rules]))
+            return LLMatcher.grammar_from_lark("\n".join([to_lark(text), *rules]))
 
 
 def _schema(text: str) -> str:
