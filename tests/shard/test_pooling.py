@@ -95,6 +95,21 @@ def test_one_chunk_or_many_give_the_normalized_mean_beside_a_neighbour(
     assert planner.rows[2].outputs == greedy(reference, prompts[2], 3)
 
 
+def test_a_model_that_says_so_is_pooled_by_its_last_token(
+    decoder: Decoder, adapters: AdapterStore, reference: PreTrainedModel
+) -> None:
+    grammars = GrammarCompiler(b"{}", decoder.vocab_size, end_token_ids=(2,))
+    cache = decoder.new_cache(NUM_BLOCKS, BLOCK_SIZE)
+    runner = Runner(decoder, cache, adapters, Group(0, 1), 8, MAX_MODEL_LEN, CPU, grammars, pools_last_token=True)
+    prompt, planner = random_tokens(20, 4), Planner()
+    planner.start(0, prompt, pool=True)
+    run(planner, runner, {0: 15}, {0})
+    (vector,) = vectors(run(planner, runner, {0: 5}, {0}))
+    with torch.inference_mode():
+        hidden = reference(input_ids=torch.tensor([prompt]), output_hidden_states=True).hidden_states[-1][0, -1]
+    torch.testing.assert_close(vector, normalize(hidden.float(), dim=0), atol=1e-5, rtol=1e-4)
+
+
 def test_a_row_that_is_taken_over_forgets_what_was_summed_up(runner: Runner, reference: PreTrainedModel) -> None:
     planner = Planner()
     planner.start(0, random_tokens(30, 1), pool=True)

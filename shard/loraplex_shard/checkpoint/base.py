@@ -54,6 +54,10 @@ class Checkpoint(Protocol):
     def known_as(self) -> tuple[str, ...]:
         """What its own files call the model, beside `model_id`."""
 
+    @property
+    def pools_last_token(self) -> bool:
+        """Whether a text's embedding is made of its last token's hidden state; else it is the mean of all."""
+
     def shape(self, name: str) -> tuple[int, ...]: ...
 
     def is_rounded(self, name: str) -> bool:

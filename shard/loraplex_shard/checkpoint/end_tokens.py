@@ -1,13 +1,10 @@
 """Which tokens of a Hugging Face checkpoint end an answer. Its files name them in three places, and not all in each."""
 
-import logging
 from typing import Any
 
 from transformers import PreTrainedConfig
 
 from loraplex_shard.checkpoint.base import CheckpointError
-
-logger = logging.getLogger(__name__)
 
 _ANSWER = "forty-two"  # no template writes it by itself
 
@@ -17,8 +14,7 @@ def end_token_ids(tokenizer: Any, generation: dict[str, Any], config: PreTrained
 
     `generation` is generation_config.json's content; as with transformers, config.json counts if that names none.
     Beside these, it ends with the special token that the chat template writes behind an answer: a fine-tuned model has
-    learnt that one, though it may still be configured as its base was. Raises CheckpointError for what is no id; one
-    that the vocabulary does not have, as -1, ends nothing.
+    learnt that one, though it may still be configured as its base was. Raises CheckpointError for what is no id.
     """
     named = generation.get("eos_token_id")
     if named is None:
@@ -27,11 +23,8 @@ def end_token_ids(tokenizer: Any, generation: dict[str, Any], config: PreTrained
     if not all(type(id) is int for id in named):
         raise CheckpointError("eos_token_id is neither a token's id nor a list of them")
     own = tokenizer.eos_token_id
-    found = {*named, own, _turn_end(tokenizer)} - {None}
-    ids = sorted(id for id in found if 0 <= id < config.vocab_size)
-    if len(ids) < len(found):
-        logger.warning("eos_token_id: beyond the vocabulary, it ends nothing: %s", sorted(found.difference(ids)))
-    return tuple(sorted(ids, key=lambda id: id != own))
+    ids = {*named, own, _turn_end(tokenizer)} - {None}
+    return tuple(sorted(ids, key=lambda id: (id != own, id)))
 
 
 def _turn_end(tokenizer: Any) -> int | None:

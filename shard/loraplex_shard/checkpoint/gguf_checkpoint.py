@@ -68,6 +68,10 @@ class GgufCheckpoint:
         parts = [str(metadata[key]) for key in _NAME_PARTS if key in metadata]
         return tuple(str(name) for name in (metadata.get("general.name"), "-".join(parts)) if name)
 
+    @property
+    def pools_last_token(self) -> bool:
+        return False
+
     def is_rounded(self, name: str) -> bool:
         return self._file.tensors[self._gguf_names[name]].kind not in _FLOATS
 

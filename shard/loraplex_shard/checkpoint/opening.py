@@ -35,6 +35,7 @@ HUB_FILES = [
     "merges.txt",
     "chat_template*",
     "additional_chat_templates/*",
+    "1_Pooling/config.json",
 ]
 
 

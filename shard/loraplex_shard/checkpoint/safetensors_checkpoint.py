@@ -17,6 +17,9 @@ from loraplex_shard.checkpoint.safetensors_files import SafetensorsFiles, read_j
 from loraplex_shard.checkpoint.tokenizer_files import read_tokenizer
 from loraplex_shard.ops.quantized import QuantizedMatrix
 
+POOLING_CONFIG = "1_Pooling/config.json"  # as sentence-transformers writes it
+LAST_TOKEN = "pooling_mode_lasttoken"
+
 
 class SafetensorsCheckpoint:
     """Raises CheckpointError for a directory without config.json or safetensors, and for files that are cut short."""
@@ -49,6 +52,15 @@ class SafetensorsCheckpoint:
         named = read_json(self._directory / "config.json", self.model_id).get("_name_or_path")
         # A snapshot in the hub's cache lies in a folder that says which model it is.
         return (str(self._directory.resolve()), *([named] if isinstance(named, str) and named else []))
+
+    @cached_property
+    def pools_last_token(self) -> bool:
+        file = self._directory / POOLING_CONFIG
+        config = read_json(file, self.model_id) if file.is_file() else {}
+        modes = {name for name, value in config.items() if name.startswith("pooling_mode_") and value is True}
+        if not modes <= {LAST_TOKEN, "pooling_mode_mean_tokens"} or len(modes) > 1:
+            raise CheckpointError(f"{self.model_id}: {POOLING_CONFIG}: {', '.join(sorted(modes))} is not served")
+        return LAST_TOKEN in modes
 
     def is_rounded(self, name: str) -> bool:
         return name in self._matrices

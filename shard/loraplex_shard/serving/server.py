@@ -209,7 +209,8 @@ def _load(
         adapter_host_bytes=adapter_host_bytes,
     )
     telemetry.metrics.describe(info)
-    runner = Runner(decoder, cache, adapters, group, settings.max_sequences, max_model_len, device, grammars)
+    most, pools_last = settings.max_sequences, checkpoint.pools_last_token
+    runner = Runner(decoder, cache, adapters, group, most, max_model_len, device, grammars, pools_last)
 
     def on_failed_step(error: Exception) -> None:
         if ends_process(error, group.size, device):

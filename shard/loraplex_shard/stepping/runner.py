@@ -54,6 +54,7 @@ class Runner:
         max_model_len: int,
         device: torch.device,
         grammars: GrammarCompiler,
+        pools_last_token: bool = False,
     ) -> None:
         self._decoder = decoder
         self._cache = cache
@@ -63,7 +64,7 @@ class Runner:
         self._max_model_len = max_model_len
         self._rows = Rows(max_sequences, max_model_len, decoder.vocab_size, cache.block_size, cache.num_blocks, device)
         self._constraints = Constraints(grammars, decoder.vocab_size)
-        self._pooling = Pooling()
+        self._pooling = Pooling(pools_last_token)
 
     def clear(self) -> None:
         """Forgets all sequences."""
