@@ -46,6 +46,11 @@ def test_generate_asks_as_a_user_and_prints_the_answer(address: str, servicer: S
     assert (request.stopping.max_new_tokens, list(request.stopping.stop)) == (4, ["x"])
 
 
+def test_generate_reads_its_prompt_from_a_pipe(address: str, servicer: ScriptedServicer) -> None:
+    run("generate", "-", server=address, input="Count\nto é\n")
+    assert roles_and_texts(generations(servicer)[0]) == [("user", "Count\nto é")]
+
+
 def test_generate_takes_one_grammar(address: str, servicer: ScriptedServicer, tmp_path: Path) -> None:
     schema, lark = tmp_path / "schema.json", tmp_path / "grammar.lark"
     schema.write_text('{"type": "object"}')

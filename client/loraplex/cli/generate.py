@@ -6,14 +6,17 @@ from typing import Annotated
 import typer
 
 from loraplex.cli.connection import DEFAULT_SERVER, ApiKey, Server, connected
-from loraplex.cli.grammar import Choices, JsonSchemaFile, LarkFile, RegexPattern, read_grammar
+from loraplex.cli.grammar import Choices, JsonSchemaFile, LarkFile, RegexPattern, read_grammar, read_text
 from loraplex.cli.output import Answer
 from loraplex.cli.sampling import Adapter, MaxNewTokens, Seed, System, Temperature, TopP
 from loraplex.types import Message, Prompt
 
 
 def generate(
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to ask; with --raw, the text to continue.")],
+    prompt: Annotated[
+        str,
+        typer.Argument(metavar="PROMPT", help="What to ask; with --raw, the text to continue. -: read from stdin."),
+    ],
     adapter: Adapter = None,
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = None,
@@ -36,6 +39,8 @@ def generate(
     if raw and system is not None:
         raise typer.BadParameter("--raw leaves no place for a system message", param_hint="--system")
     grammar = read_grammar(json_schema, regex, choice, lark)
+    if prompt == "-":
+        prompt = read_text(typer.get_text_stream("stdin", encoding="utf-8"), "PROMPT").removesuffix("\n")  # echo's
     with connected(server, api_key) as client:
         whole: Prompt = prompt if raw or not client.info().has_chat_template else conversation(system, prompt)
         stream = client.stream(

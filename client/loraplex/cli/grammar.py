@@ -26,20 +26,21 @@ def read_grammar(
     """None if any answer will do. Raises typer.BadParameter if more than one of them is given, or a file is no text."""
     found = list[Grammar]()
     if json_schema:
-        found.append(JsonSchema(_read(json_schema, "--json-schema")))
+        found.append(JsonSchema(read_text(json_schema, "--json-schema")))
     if regex:
         found.append(Regex(regex))
     if choice:
         found.append(Choice(choice))
     if lark:
-        found.append(Lark(_read(lark, "--lark")))
+        found.append(Lark(read_text(lark, "--lark")))
     if len(found) > 1:
         raise typer.BadParameter("give one of --json-schema, --regex, --choice and --lark")
     return found[0] if found else None
 
 
-def _read(file: TextIO, flag: str) -> str:
+def read_text(file: TextIO, flag: str) -> str:
+    """Raises typer.BadParameter for what is not UTF-8."""
     try:
         return file.read()
     except UnicodeDecodeError as error:
-        raise typer.BadParameter("the file is not UTF-8 text", param_hint=flag) from error
+        raise typer.BadParameter("this is not UTF-8 text", param_hint=flag) from error
