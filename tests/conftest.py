@@ -1,6 +1,7 @@
 """Clients that need an environment of their own, because they pin old dependencies; where Triton's kernels run; which
 tests are slow."""
 
+import atexit
 import os
 import subprocess
 import sys
@@ -25,10 +26,29 @@ SLOW_FOLDERS = ("bench", "charts", "contract", "e2e", "examples", "operate")
 OLD_CLIENTS = ("lorax-client==0.6.3", "text-generation==0.7.0")
 
 
+EXIT_STATUS = pytest.StashKey[int]()
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    session.config.stash[EXIT_STATUS] = int(exitstatus)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.relative_to(Path(__file__).parent).parts[0] in SLOW_FOLDERS:
             item.add_marker(pytest.mark.slow)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Ends the process here, as `loraplex shard` does: threads of the kernels and of gRPC may still run while Python
+    takes apart what they use, and a crash after the last test would count as a failure."""
+    status = config.stash.get(EXIT_STATUS, None)
+    if status is not None:
+        atexit._run_exitfuncs()  # pytest's removal of old temporary folders is one of them
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 @pytest.fixture(scope="session")
