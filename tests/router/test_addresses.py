@@ -27,7 +27,7 @@ async def test_a_router_is_reached_where_it_listens(host: str, reached: list[str
         with open_telemetry(settings) as telemetry:
             ports: asyncio.Future[tuple[int, int]] = asyncio.get_running_loop().create_future()
             router = Router(settings, None, telemetry)
-            running = asyncio.create_task(router.run(lambda http, grpc, _: ports.set_result((http, grpc))))
+            running = asyncio.create_task(router.run(lambda http, grpc, *_: ports.set_result((http, grpc))))
             try:
                 http_port, grpc_port = await asyncio.wait_for(ports, 60)
                 for address in reached:
