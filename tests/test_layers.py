@@ -119,14 +119,14 @@ def test_a_package_imports_nothing_above_it(package: str) -> None:
     assert not wrong
 
 
+def _importers(package: str) -> set[str]:
+    return {module for module, imports in IMPORTS.items() if any(_within(each, {package}) for each in imports)}
+
+
 @pytest.mark.parametrize("package", IMPORTED_BY)
 def test_a_top_floor_is_entered_from_above_alone(package: str) -> None:
-    wrong = {
-        module
-        for module, imports in IMPORTS.items()
-        if not _within(module, IMPORTED_BY[package] | {package})
-        and any(_within(imported, {package}) for imported in imports)
-    }
+    allowed = IMPORTED_BY[package] | {package}
+    wrong = {module for module in _importers(package) if not _within(module, allowed)}
     assert not wrong
 
 
@@ -146,11 +146,7 @@ def test_the_shard_has_floors() -> None:
 
 @pytest.mark.parametrize("library", FOREIGN)
 def test_a_heavy_library_stays_where_it_is_needed(library: str) -> None:
-    wrong = {
-        module
-        for module, imports in IMPORTS.items()
-        if not _within(module, FOREIGN[library]) and any(_within(imported, {library}) for imported in imports)
-    }
+    wrong = {module for module in _importers(library) if not _within(module, FOREIGN[library])}
     assert not wrong
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -149,22 +150,25 @@ def test_a_checkpoint_that_cannot_be_served_is_an_error_before_a_port_opens(tmp_
     assert not (tmp_path / "rank.sock").exists()
 
 
-def test_two_ranks_answer_as_one_and_end_together(checkpoint: Path, reference: PreTrainedModel, tmp_path: Path) -> None:
-    tuned = save_adapter(checkpoint, tmp_path / "adapters" / "tuned", seed=5, lora_rank=4)
-    ranks = [
+def settings_of_two_ranks(checkpoint: Path, folder: Path, **more: Any) -> list[ShardSettings]:
+    return [
         ShardSettings(
             model=str(checkpoint),
             dtype="float32",
             tp=2,
             rank=rank,
-            rendezvous=f"file://{tmp_path}/rendezvous",
-            listen=f"unix:{tmp_path}/rank-{rank}.sock",
-            adapters=tmp_path / "adapters",
-            max_sequences=4,
+            rendezvous=f"file://{folder}/rendezvous",
+            listen=f"unix:{folder}/rank-{rank}.sock",
             threads=1,
+            **more,
         )
         for rank in (0, 1)
     ]
+
+
+def test_two_ranks_answer_as_one_and_end_together(checkpoint: Path, reference: PreTrainedModel, tmp_path: Path) -> None:
+    tuned = save_adapter(checkpoint, tmp_path / "adapters" / "tuned", seed=5, lora_rank=4)
+    ranks = settings_of_two_ranks(checkpoint, tmp_path, adapters=tmp_path / "adapters", max_sequences=4)
     with ExitStack() as stack:
         processes = [stack.enter_context(shard_process(settings)) for settings in ranks]
         shards = [stack.enter_context(connected(settings)) for settings in ranks]
@@ -208,19 +212,7 @@ def test_two_ranks_answer_as_one_and_end_together(checkpoint: Path, reference: P
 
 @pytest.fixture
 def two_ranks(checkpoint: Path, reference: PreTrainedModel, tmp_path: Path) -> Iterator[TwoRanks]:
-    settings = [
-        ShardSettings(
-            model=str(checkpoint),
-            dtype="float32",
-            tp=2,
-            rank=rank,
-            rendezvous=f"file://{tmp_path}/rendezvous",
-            listen=f"unix:{tmp_path}/rank-{rank}.sock",
-            kv_blocks=40,
-            threads=1,
-        )
-        for rank in (0, 1)
-    ]
+    settings = settings_of_two_ranks(checkpoint, tmp_path, kv_blocks=40)
     with ExitStack() as stack:
         processes = [stack.enter_context(shard_process(each)) for each in settings]
         shards = [stack.enter_context(connected(each)) for each in settings]

@@ -15,7 +15,6 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 from typing import TypeVar
 
@@ -121,9 +120,9 @@ class Kernels:
         self._library = ctypes.CDLL(str(path))
         self._library.kernels.restype = ctypes.c_char_p
         lines = self._library.kernels().decode().splitlines()
-        self._kernels = {kernel.name: kernel for kernel in map(self._read, count(), lines)}
+        kernels = [self._read(number, line) for number, line in enumerate(lines)]
+        self._kernels = {kernel.name: kernel for kernel in kernels}
         self.most_parameters = max(len(kernel.parameters) for kernel in self._kernels.values())
-        self._run = self._library.run
 
     def call(self, name: str, /, **arguments: int | float | None) -> int:
         """The kernel's result, or 0 if it has none."""
@@ -131,15 +130,9 @@ class Kernels:
         return kernel.function(*kernel.ordered(arguments)) or 0
 
     def row(self, name: str, arguments: Mapping[str, T]) -> tuple[int, tuple[T, ...]]:
-        """The kernel's number and the arguments in the order in which `run` wants them."""
+        """A call as the kernel `run` reads it: the kernel's number, and the arguments in order."""
         kernel = self._kernels[name]
         return kernel.number, kernel.ordered(arguments)
-
-    def run(self, calls: int, count: int, width: int) -> int:
-        """Runs `count` recorded calls at the address `calls`, `width` numbers each: a kernel's number, then its
-        arguments. Stops at the first one whose result is not 0, and answers it."""
-        result: int = self._run(calls, count, width)
-        return result
 
     def _read(self, number: int, line: str) -> "Kernel":
         """A line of kernels.h: `void linear(int threads, ..., void* out)`."""

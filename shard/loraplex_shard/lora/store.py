@@ -252,7 +252,7 @@ class AdapterStore:
                 f"the adapter takes {size:,} bytes of host memory, but all adapters together may take "
                 f"{self._host_bytes:,}: give the shards more memory"
             )
-        free = self._host_bytes - sum(adapter.weights.size_bytes for adapter in self._host.values())
+        free = self._host_bytes - self._held_bytes()
         if size > free:
             raise OverloadedError(
                 f"the adapter takes {size:,} bytes of host memory, of which others leave {free:,}: try again later"
@@ -266,7 +266,10 @@ class AdapterStore:
 
     def _count_host_bytes(self) -> int:
         with self._lock:
-            return sum(adapter.weights.size_bytes for adapter in self._host.values())
+            return self._held_bytes()
+
+    def _held_bytes(self) -> int:
+        return sum(adapter.weights.size_bytes for adapter in self._host.values())
 
     def _once(self, key: Hashable, work: Callable[[], None]) -> None:
         """Does the work, or waits for the call that is doing it and shares its outcome."""

@@ -60,16 +60,14 @@ class AdapterWeights:
     table: torch.Tensor = field(init=False)  # [layer_count, TABLE_WIDTH] int64: what kernels read, see below
     widest: int = field(init=False)  # lora_ranks that are stacked in one layer at most
     int8: bool = field(init=False)  # whether A and B are int8
+    size_bytes: int = field(init=False)  # of all tensors
 
     def __post_init__(self) -> None:
-        table = _table(self.layers, self.layer_count).to(self.memory.device)
-        object.__setattr__(self, "table", table)
-        object.__setattr__(self, "int8", any(layer.scales is not None for layer in self.layers.values()))
-        object.__setattr__(self, "widest", max((len(layer.shrink) for layer in self.layers.values()), default=0))
-
-    @property
-    def size_bytes(self) -> int:
-        return sum(tensor.nbytes for layer in self.layers.values() for tensor in layer.tensors)
+        layers = self.layers.values()
+        object.__setattr__(self, "table", _table(self.layers, self.layer_count).to(self.memory.device))
+        object.__setattr__(self, "int8", any(layer.scales is not None for layer in layers))
+        object.__setattr__(self, "widest", max((len(layer.shrink) for layer in layers), default=0))
+        object.__setattr__(self, "size_bytes", sum(tensor.nbytes for layer in layers for tensor in layer.tensors))
 
     def at(self, memory: torch.Tensor) -> "AdapterWeights":
         """The same adapter in a copy of its memory, which may be on another device."""

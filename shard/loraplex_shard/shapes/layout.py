@@ -1,6 +1,7 @@
 """How a linear layer of this rank relates to the whole model's: what adapters need to know to be cut alike."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import gcd
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,3 +26,7 @@ class LinearLayout:
     parts: tuple[LinearPart, ...]
     in_features: int  # of the whole model
     columns: slice  # which of them this rank reads
+    unit: int = field(init=False)  # every part begins and ends at a multiple of it in the layer's output
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "unit", gcd(*(part.rows.stop - part.rows.start for part in self.parts)))

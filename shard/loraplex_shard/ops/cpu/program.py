@@ -78,7 +78,7 @@ class Program:
         """Computes the result anew, in the same memory, from a step's numbers. Raises what a check raises."""
         assert self.result is not None
         self._numbers[self._places] = np.array(step, np.int64)[self._sources]
-        if failure := self._kernels.run(self._numbers.ctypes.data, self._count, self._width):
+        if failure := self._kernels.call("run", calls=self._numbers.ctypes.data, count=self._count, width=self._width):
             assert self._check is not None
             self._check(failure)
         return self.result

@@ -52,8 +52,7 @@ class LoraTiles:
 def add_lora_delta(out: torch.Tensor, x: torch.Tensor, runs: LoraTiles, layout: LinearLayout) -> None:
     """As Operations.add_lora_delta says."""
     tokens, columns = x.shape
-    layer = layout.index
-    aligned = all((part.rows.stop - part.rows.start) % ALIGNMENT == 0 for part in layout.parts)
+    layer, aligned = layout.index, layout.unit % ALIGNMENT == 0
     slices = min(SLICES, triton.cdiv(columns, SLICE)) if runs.length == SHORT else 1
     shrunk = x.new_empty((slices, tokens, runs.widest), dtype=torch.float32)
     count = len(runs.tiles)
