@@ -16,7 +16,7 @@
     │   └── RateLimitedError           a limit of the API key is reached
     ├── UnavailableError               starting, draining, or a shard is lost
     ├── DeadlineError                  the caller's deadline passed
-    ├── CancelledError                 the request was cancelled
+    ├── RequestCancelledError          the request was cancelled
     └── GenerationError                the model failed on this sequence
 
 On the wire an error is a google.rpc.Status: its message, an ErrorInfo whose reason is the error_type, for
@@ -160,7 +160,7 @@ class DeadlineError(LoraplexError):
     http_status = 504
 
 
-class CancelledError(LoraplexError):
+class RequestCancelledError(LoraplexError):
     error_type = "cancelled"
     grpc_status = grpc.StatusCode.CANCELLED
     http_status = 499
@@ -190,7 +190,7 @@ ERROR_TYPES: dict[str, type[LoraplexError]] = {
         RateLimitedError,
         UnavailableError,
         DeadlineError,
-        CancelledError,
+        RequestCancelledError,
         GenerationError,
     )
 }
@@ -199,7 +199,7 @@ ERROR_TYPES: dict[str, type[LoraplexError]] = {
 _BY_STATUS: dict[grpc.StatusCode, type[LoraplexError]] = {
     grpc.StatusCode.UNAVAILABLE: UnavailableError,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineError,
-    grpc.StatusCode.CANCELLED: CancelledError,
+    grpc.StatusCode.CANCELLED: RequestCancelledError,
     grpc.StatusCode.RESOURCE_EXHAUSTED: OverloadedError,
     grpc.StatusCode.UNAUTHENTICATED: UnauthenticatedError,
     grpc.StatusCode.PERMISSION_DENIED: ForbiddenError,

@@ -21,11 +21,11 @@ from loraplex_router.suspects import Loss
 from loraplex_router.telemetry.telemetry import GroupTelemetry
 from loraplex_router.wire.codec import (
     encode_plan,
-    read_announced,
     read_pooled,
     read_prompt_alternatives,
     read_prompt_logprobs,
     read_samples,
+    read_unscored,
 )
 from loraplex_router.wire.shards import Shards
 
@@ -162,7 +162,7 @@ class Engine:
         prompt_logprobs = read_prompt_logprobs(response, len(plan.chunks))
         prompt_alternatives = read_prompt_alternatives(response)
         pooled = read_pooled(response)
-        announced = read_announced(response, len(plan.chunks))
+        unscored = read_unscored(response, len(plan.chunks))
         for place, (chunk, samples) in enumerate(zip(plan.chunks, read_samples(response), strict=True)):
             owner = self._owners.get(chunk.sequence)
             if owner is None or chunk.sequence.finished:
@@ -187,17 +187,17 @@ class Engine:
                 logger.exception("the tokens of a sequence cannot be read")
                 self._fail(generation, chunk, "its tokens cannot be read; the router's log has the details")
                 continue
-            if announced[place] and not chunk.sequence.finished:
-                self._scheduler.announce(chunk.sequence, announced[place])
+            if unscored[place] and not chunk.sequence.finished:
+                self._scheduler.add_unscored(chunk.sequence, unscored[place])
             if output.finish_reason and generation.finished:
                 self._retire(generation)
         self._telemetry.applied(time.perf_counter() - began)
 
     def _take(self, chunk: Chunk, output: SequenceOutput, samples: Sequence[Sample]) -> None:
-        """A chunk's tokens: former announced ones, then the sampled one, then those it forces."""
+        """A chunk's tokens: former unscored ones, then the sampled one, then the fast-forward ones after it."""
         sequence = chunk.sequence
         if chunk.run != sequence.runs:
-            return  # it has started anew meanwhile, and what was announced comes again
+            return  # it has started anew meanwhile, and unscored tokens come again
         take = self._scheduler.record
         for sample in samples:
             if sequence.unscored:
@@ -205,7 +205,7 @@ class Engine:
                 sequence.unscored -= 1
             else:
                 take(sequence, sample.token)
-                take = self._scheduler.force
+                take = self._scheduler.fast_forward
             if output.push(sample):
                 self._scheduler.finish(sequence)
                 break

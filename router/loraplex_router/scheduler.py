@@ -77,18 +77,18 @@ class Scheduler:
         sequence.in_flight -= 1
         self._cache_full_blocks(sequence)
 
-    def force(self, sequence: Sequence, token: int) -> None:
+    def fast_forward(self, sequence: Sequence, token: int) -> None:
         """A token has arrived that follows a sample without being one. Plans in flight end before it, so that they
         bring no further sample."""
         sequence.tokens.append(token)
         sequence.in_flight = 0
         self._cache_full_blocks(sequence)
 
-    def announce(self, sequence: Sequence, tokens: Iterable[int]) -> None:
-        """Tokens that were forced are known, but cannot be shown before their logprobs are. What is too many for the
+    def add_unscored(self, sequence: Sequence, tokens: Iterable[int]) -> None:
+        """Fast-forward tokens are known, but cannot be shown before their logprobs are. What is too many for the
         sequence is left out."""
         for token in islice(tokens, sequence.max_new_tokens - sequence.output_length):
-            self.force(sequence, token)
+            self.fast_forward(sequence, token)
             sequence.unscored += 1
 
     def finish(self, sequence: Sequence) -> None:

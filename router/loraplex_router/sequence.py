@@ -69,7 +69,7 @@ class Sequence:
     sent_blocks: int = 0  # how many of them its row's block table has
     block_keys: list[bytes] = field(default_factory=list)  # of the full blocks of `tokens`
     cached_blocks: int = 0  # how many of its blocks the prefix cache knows
-    unscored: int = 0  # the last of its tokens, which were forced, whose logprobs are still to come
+    unscored: int = 0  # how many of its last tokens are fast-forward tokens whose logprobs are still to come
     runs: int = 0  # how often it took a row
     prefix_hit: int = 0  # prompt tokens that the prefix cache spared at its first start
     finished: bool = False

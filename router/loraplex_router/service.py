@@ -11,10 +11,10 @@ from typing import TypeAlias
 
 from loraplex_protos import generation_pb2 as pb
 from loraplex_protos.errors import (
-    CancelledError,
     FieldViolation,
     InvalidRequestError,
     OverloadedError,
+    RequestCancelledError,
     RequestNotFoundError,
     UnavailableError,
     quote,
@@ -362,7 +362,7 @@ async def _read_embedding(generation: Generation) -> Embedding:
     await generation.collect()
     (output,) = generation.outputs
     if output.finish_reason is FinishReason.CANCELLED:
-        raise CancelledError("the request was cancelled")
+        raise RequestCancelledError("the request was cancelled")
     return Embedding(output.pooled, output.sequence.prompt_length)
 
 

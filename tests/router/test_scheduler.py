@@ -91,7 +91,7 @@ class World:
         return [self.sample(chunk) for chunk in plan.chunks]
 
     def sample(self, chunk: Chunk) -> list[int]:
-        """A token, and those forced after it; none where the chunk ends before what is known."""
+        """A token, and the fast-forward ones after it; none where the chunk ends before what is known."""
         adapter, end = chunk.sequence.adapter, chunk.start + chunk.length
         token = self.read(chunk.sequence.row, end, adapter)
         known = self.known[chunk.sequence.row]
@@ -121,7 +121,7 @@ class World:
             sequence = chunk.sequence
             for number, token in enumerate(tokens):
                 if not sequence.finished:
-                    (self.scheduler.force if number else self.scheduler.record)(sequence, token)
+                    (self.scheduler.fast_forward if number else self.scheduler.record)(sequence, token)
                     if sequence.output_length == sequence.max_new_tokens:
                         self.scheduler.finish(sequence)
 

@@ -18,7 +18,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from loraplex_shard.lora.deltas import Delta, cut_adapter
+from loraplex_shard.lora.deltas import Delta, partition_adapter
 from loraplex_shard.ops.base import HeadNorms, Heads
 from loraplex_shard.ops.cuda.operations import CudaOperations
 from loraplex_shard.ops.quantized import quantize
@@ -72,7 +72,7 @@ def adapters(dtype: torch.dtype, form: torch.dtype) -> None:
     parts = (LinearPart("p", WIDTH, slice(0, WIDTH)),)
     layout = LinearLayout("fused", 0, parts, WIDTH, slice(0, WIDTH))
     delta = Delta(random(0, 16, WIDTH), random(0, WIDTH, 16), 1.0)
-    adapter = cut_adapter({"p": delta}, [layout], form).weights
+    adapter = partition_adapter({"p": delta}, [layout], form).weights
     for tokens in TOKENS:
         x = random(0, tokens, WIDTH, dtype=dtype)
         CUDA.add_lora_delta(x.clone(), x, (Segment(0, tokens, adapter),), layout)

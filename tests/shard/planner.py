@@ -79,7 +79,7 @@ class Row:
     blocks: list[int]
     unsent: list[int]  # the last of the blocks: no plan has named them yet
     outputs: list[int] = field(default_factory=list)
-    unscored: int = 0  # tokens that were announced and are still to come
+    unscored: int = 0  # tokens whose logprobs are still to come
 
 
 class Planner:
@@ -140,8 +140,8 @@ class Planner:
         """Adds the step's tokens to their rows' outputs."""
         assert response.step == plan.step
         assert len(response.token_counts) == len(plan.rows)
-        tokens, announced = iter(response.tokens), response.announced_counts or [0] * len(plan.rows)
-        for number, count, coming in zip(plan.rows, response.token_counts, announced, strict=True):
+        tokens, unscored = iter(response.tokens), response.unscored_counts or [0] * len(plan.rows)
+        for number, count, coming in zip(plan.rows, response.token_counts, unscored, strict=True):
             row = self.rows[number]
             row.outputs += [next(tokens) for _ in range(count)]
             scored = min(count, row.unscored)
@@ -157,7 +157,7 @@ class Planner:
         return response
 
     def decode(self, step: Step, rows: Sequence[int], count: int) -> None:
-        """Steps in which each of these rows feeds the token that was sampled last, and those forced after it."""
+        """Steps in which each of these rows feeds the token sampled last, and the fast-forward ones after it."""
         for _ in range(count):
             self.run(step, {row: self.rows[row].known - self.rows[row].computed for row in rows})
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loraplex_shard.ops.base import Heads
-from loraplex_shard.ops.cuda.tiles import SHORT, SPLIT, cut
+from loraplex_shard.ops.cuda.tiles import SHORT, SPLIT, make_tiles
 from tests.shard.operations import paged_batch
 
 CPU = torch.device("cpu")
@@ -27,7 +27,7 @@ def test_each_token_sees_each_position_once(
     chunks: list[tuple[int, int]], window: int | None, group: int, dtype: torch.dtype
 ) -> None:
     batch, _ = paged_batch(chunks, seed=0)
-    tiles = cut(batch, Heads(query=2 * group, kv=2, dim=8, window=window), dtype, CPU)
+    tiles = make_tiles(batch, Heads(query=2 * group, kv=2, dim=8, window=window), dtype, CPU)
     seen: Counter[tuple[int, int]] = Counter()
     results: dict[int, int] = {}
     for rows, part in (SHORT, tiles.short), (tiles.rows, tiles.long):

@@ -103,7 +103,7 @@ def test_a_match_holds_tokens_with_an_embedding_only_whatever_the_tokenizer_know
     constraints.start(SequenceStart(row=0, tokens=[0], prompt_length=1, grammar=grammar))
     tokens: list[int] = []
     while (token := one_of_allowed(constraints, len(tokens), rows)) not in ends:
-        tokens += [token, *constraints.force(0, 9, end=False)]
+        tokens += [token, *constraints.fast_forward(0, 9, end=False)]
         assert max(tokens) < rows
     assert re.fullmatch(r"\[PAD\][yno]es", tokenizer.decode(tokens))
 
@@ -128,7 +128,7 @@ def test_a_text_that_reads_like_a_special_token_is_spelled_out(text: str, most: 
     constraints.start(SequenceStart(row=0, tokens=[0], prompt_length=1, grammar=grammar))
     tokens: list[int] = []
     while (token := one_of_allowed(constraints, len(tokens), VOCAB + 1)) != END:
-        tokens += [token, *constraints.force(0, most, end=False)]
+        tokens += [token, *constraints.fast_forward(0, most, end=False)]
     assert tokens[-1] == VOCAB  # the grammar's own <|end|>
     assert tokenizer.decode(tokens[:-1], skip_special_tokens=True) == f"{text}y"
 
@@ -308,7 +308,7 @@ def test_forced_tokens_come_with_their_logprobs_where_these_are_asked_for(runner
         scored.read(plan, response)
     scored.rows[0].known -= ahead  # the second plan's sample, which did not come
     assert [list(response.token_counts) for response in responses] == [[1]] * (1 + ahead)
-    assert list(responses[0].announced_counts) == [len('"name": "')]
+    assert list(responses[0].unscored_counts) == [len('"name": "')]
     while END not in scored.rows[0].outputs:
         responses.append(scored.run(runner.step, {0: scored.rows[0].known - scored.rows[0].computed}))
     outputs, length = scored.rows[0].outputs, len(scored.rows[0].outputs)
@@ -326,13 +326,13 @@ def test_a_preempted_sequence_gets_the_logprobs_that_were_announced(runner: Runn
     planner = Planner()
     planner.start(0, prompt, sampling=RANDOM, grammar=PERSON, logprobs=True)
     first = planner.run(runner.step, {0: 4})
-    outputs = [*first.tokens, *first.announced_tokens]
+    outputs = [*first.tokens, *first.unscored_tokens]
     planner.release(0)
-    options = {"sampling": RANDOM, "grammar": PERSON, "logprobs": True, "unscored": len(first.announced_tokens)}
+    options = {"sampling": RANDOM, "grammar": PERSON, "logprobs": True, "unscored": len(first.unscored_tokens)}
     planner.start(6, prompt, outputs=outputs, **options)
     again = planner.plan({6: 4 + len(outputs)})
     response = runner.step(again)
-    assert list(response.tokens)[:-1] == list(first.announced_tokens)
+    assert list(response.tokens)[:-1] == list(first.unscored_tokens)
     assert len(response.logprobs) == len(response.tokens) and all(value < 0 for value in response.logprobs)
 
 

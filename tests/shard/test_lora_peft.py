@@ -50,7 +50,7 @@ VARIANTS = {
 }
 
 
-def read_cuts(directory: Path, size: int, dtype: torch.dtype = torch.float32) -> list[Adapter]:
+def read_partitions(directory: Path, size: int, dtype: torch.dtype = torch.float32) -> list[Adapter]:
     return [read_adapter(read(directory), layouts(rank, size), BASE, dtype) for rank in range(size)]
 
 
@@ -64,7 +64,7 @@ def assert_same_deltas(actual: dict[str, torch.Tensor], expected: dict[str, torc
 def test_deltas_equal_pefts_on_any_number_of_ranks(tmp_path: Path, variant: str) -> None:
     expected = peft_deltas(save_adapter(tmp_path, **VARIANTS[variant]))
     for size in (1, 2, 3):
-        cuts = read_cuts(tmp_path, size)
+        cuts = read_partitions(tmp_path, size)
         assert_same_deltas(whole_deltas([cut.weights for cut in cuts]), expected)
 
 
@@ -73,14 +73,14 @@ def test_deltas_equal_pefts_on_any_number_of_ranks(tmp_path: Path, variant: str)
 def test_deltas_equal_pefts_at_any_lora_rank(tmp_path: Path, r: int, use_rslora: bool) -> None:
     expected = peft_deltas(save_adapter(tmp_path, r=r, use_rslora=use_rslora, target_modules=ALL_MODULES))
     for size in (1, 2, 3):
-        cuts = read_cuts(tmp_path, size)
+        cuts = read_partitions(tmp_path, size)
         assert_same_deltas(whole_deltas([cut.weights for cut in cuts]), expected)
         assert {cut.lora_rank for cut in cuts} == {r}
 
 
 def test_the_largest_lora_rank_is_reported(tmp_path: Path) -> None:
     save_adapter(tmp_path, r=4, rank_pattern={"k_proj": 9})
-    assert {cut.lora_rank for cut in read_cuts(tmp_path, 3)} == {9}
+    assert {cut.lora_rank for cut in read_partitions(tmp_path, 3)} == {9}
 
 
 @pytest.mark.parametrize("stored", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn])
@@ -90,7 +90,7 @@ def test_any_float_dtype_is_converted_with_the_scale_applied_before_rounding(
     model = save_adapter(tmp_path, r=3, lora_alpha=7, dtype=stored)
     projection = model.get_base_model().model.layers[0].self_attn.o_proj
     a, b = projection.lora_A["default"].weight.detach(), projection.lora_B["default"].weight.detach()
-    [cut] = read_cuts(tmp_path, 1, torch.bfloat16)
+    [cut] = read_partitions(tmp_path, 1, torch.bfloat16)
     layer = cut.weights.layers["layers.0.o"]
     assert layer.shrink.equal(a.to(torch.float32).to(torch.bfloat16))
     assert layer.expansions[0].weight.equal((b.to(torch.float32) * (7 / 3)).to(torch.bfloat16).T)
@@ -98,7 +98,7 @@ def test_any_float_dtype_is_converted_with_the_scale_applied_before_rounding(
 
 def test_weights_lie_in_one_piece_of_memory_and_report_its_size(tmp_path: Path) -> None:
     save_adapter(tmp_path, target_modules=ALL_MODULES)
-    for cut in read_cuts(tmp_path, 2):
+    for cut in read_partitions(tmp_path, 2):
         tensors = [
             tensor
             for layer in cut.weights.layers.values()
@@ -113,7 +113,7 @@ def test_weights_lie_in_one_piece_of_memory_and_report_its_size(tmp_path: Path) 
 
 def test_layers_that_the_adapter_does_not_touch_are_absent(tmp_path: Path) -> None:
     save_adapter(tmp_path, target_modules=["q_proj", "down_proj"], layers_to_transform=[2])
-    [cut] = read_cuts(tmp_path, 1)
+    [cut] = read_partitions(tmp_path, 1)
     assert set(cut.weights.layers) == {"layers.2.qkv", "layers.2.down"}
 
 

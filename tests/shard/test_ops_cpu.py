@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loraplex_shard.kernels.library import INSTRUCTION_SETS, Kernels, build, instruction_sets
-from loraplex_shard.lora.deltas import Delta, cut_adapter
+from loraplex_shard.lora.deltas import Delta, partition_adapter
 from loraplex_shard.ops.base import HeadNorms, Heads
 from loraplex_shard.ops.cpu.operations import CpuOperations
 from loraplex_shard.ops.quantized import quantize
@@ -126,7 +126,7 @@ def test_widening_and_which_rows_are_finite(
     x = random(0, rows, n, dtype=dtype)
     if broken:
         x[broken[0] % rows, broken[1] % n] = broken[2]
-    (wide, finite), (expected, expected_finite) = cpu.widen(x), REFERENCE.widen(x)
+    (wide, finite), (expected, expected_finite) = cpu.upcast(x), REFERENCE.upcast(x)
     assert wide.dtype == torch.float32
     assert wide.nan_to_num(5).equal(expected.nan_to_num(5))
     assert finite.equal(expected_finite)
@@ -251,7 +251,7 @@ def test_lora_deltas_of_mixed_ranks(
         LinearLayout("fused", 1, parts, in_features, slice(0, in_features)),
     ]
     adapters = [
-        cut_adapter(
+        partition_adapter(
             {
                 f"p{i}": Delta(random(seed + i, r, in_features), random(seed + i, sizes[i], r), 0.5)
                 for i, r in enumerate(ranks)
@@ -280,7 +280,7 @@ def test_lora_deltas_of_mixed_ranks(
 def test_a_row_of_a_run_that_is_not_finite_leaves_the_others_as_they_are(cpu: CpuOperations, int8: bool) -> None:
     layout = LinearLayout("one", 0, (LinearPart("p", 40, slice(0, 40)),), 70, slice(0, 70))
     deltas = {"p": Delta(random(1, 5, 70), random(2, 40, 5), 0.5)}
-    adapter = cut_adapter(deltas, [layout], torch.int8 if int8 else torch.bfloat16).weights
+    adapter = partition_adapter(deltas, [layout], torch.int8 if int8 else torch.bfloat16).weights
     x, expected = random(3, 37, 70, dtype=torch.bfloat16), random(4, 37, 40, dtype=torch.bfloat16)
     actual, broken, segments = expected.clone(), x.clone(), (Segment(0, 37, adapter),)
     broken[20] = torch.nan

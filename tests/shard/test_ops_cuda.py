@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig
 
-from loraplex_shard.lora.deltas import Delta, cut_adapter
+from loraplex_shard.lora.deltas import Delta, partition_adapter
 from loraplex_shard.ops.base import HeadNorms, Heads
 from loraplex_shard.ops.cuda.operations import CudaOperations
 from loraplex_shard.ops.quantized import quantize
@@ -46,7 +46,7 @@ def test_large_logits_in_float16_are_finite(ops: CudaOperations | ReferenceOpera
     """Their sum is beyond what float16 holds."""
     x = torch.full((2, 128_256), 1.0, dtype=torch.float16)
     x[1, 7] = torch.inf
-    wide, finite = ops.widen(x)
+    wide, finite = ops.upcast(x)
     assert wide.equal(x.float()) and finite.tolist() == [True, False]
 
 
@@ -204,7 +204,7 @@ def test_lora_deltas_of_mixed_ranks(
             for j, r in enumerate(ranks)
             if r
         }
-        adapters.append(cut_adapter(deltas, layouts, torch.int8 if int8 else dtype).weights)
+        adapters.append(partition_adapter(deltas, layouts, torch.int8 if int8 else dtype).weights)
     segments, start = [], 0
     for length, choice in runs:
         if choice is not None:

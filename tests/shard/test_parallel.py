@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import LlamaConfig, PreTrainedConfig, Qwen3Config
 
-from loraplex_shard.device.parallel import GroupSizeError, cut_evenly, cut_heads, cut_units
+from loraplex_shard.device.parallel import GroupSizeError, partition_evenly, partition_heads, partition_units
 from loraplex_shard.kernels.library import build, instruction_set
 from tests.shard.decoders import load, save_checkpoint
 from tests.shard.operations import kernels_directory
@@ -76,12 +76,12 @@ def ranks_logits(ranks_directory: Path) -> dict[str, torch.Tensor]:
 
 
 def test_nine_heads_in_three_groups_over_two_ranks() -> None:
-    cuts = [cut_heads(9, 3, rank, 2) for rank in range(2)]
+    cuts = [partition_heads(9, 3, rank, 2) for rank in range(2)]
     assert [(cut.query, cut.kv) for cut in cuts] == [(slice(0, 6), slice(0, 2)), (slice(6, 9), slice(2, 3))]
 
 
 def test_nine_heads_in_three_groups_over_four_ranks() -> None:
-    cuts = [cut_heads(9, 3, rank, 4) for rank in range(4)]
+    cuts = [partition_heads(9, 3, rank, 4) for rank in range(4)]
     assert [cut.query for cut in cuts] == [slice(0, 2), slice(2, 3), slice(3, 6), slice(6, 9)]
     assert [cut.kv for cut in cuts] == [slice(0, 1), slice(0, 1), slice(1, 2), slice(2, 3)]
 
@@ -90,9 +90,9 @@ def test_nine_heads_in_three_groups_over_four_ranks() -> None:
 def test_even_cuts_are_adjacent_cover_all_and_differ_by_at_most_one(total: int, size: int) -> None:
     if size > total:
         with pytest.raises(GroupSizeError, match=f"at most {total}"):
-            cut_evenly(total, 0, size)
+            partition_evenly(total, 0, size)
         return
-    cuts = [cut_evenly(total, rank, size) for rank in range(size)]
+    cuts = [partition_evenly(total, rank, size) for rank in range(size)]
     assert [index for cut in cuts for index in range(cut.start, cut.stop)] == list(range(total))
     lengths = [cut.stop - cut.start for cut in cuts]
     assert max(lengths) - min(lengths) <= 1
@@ -104,9 +104,9 @@ def test_every_query_head_is_on_one_rank_together_with_its_kv_head(kv_heads: int
     heads = kv_heads * group
     if -(-size // kv_heads) > group and size > kv_heads:
         with pytest.raises(GroupSizeError, match=f"at most {heads}"):
-            cut_heads(heads, kv_heads, 0, size)
+            partition_heads(heads, kv_heads, 0, size)
         return
-    cuts = [cut_heads(heads, kv_heads, rank, size) for rank in range(size)]
+    cuts = [partition_heads(heads, kv_heads, rank, size) for rank in range(size)]
     assert [head for cut in cuts for head in range(cut.query.start, cut.query.stop)] == list(range(heads))
     for cut in cuts:
         used = [head // group for head in range(cut.query.start, cut.query.stop)]
@@ -118,7 +118,7 @@ def test_every_query_head_is_on_one_rank_together_with_its_kv_head(kv_heads: int
 def test_mlp_units_are_cut_by_64_where_that_is_even_enough(total: int, size: int) -> None:
     if size > total:
         return
-    cuts = [cut_units(total, rank, size) for rank in range(size)]
+    cuts = [partition_units(total, rank, size) for rank in range(size)]
     assert [cut.start for cut in cuts] == [0, *(cut.stop for cut in cuts[:-1])] and cuts[-1].stop == total
     lengths = [cut.stop - cut.start for cut in cuts]
     assert max(lengths) - min(lengths) <= max(1, min(lengths) / 8)

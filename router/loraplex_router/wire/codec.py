@@ -71,10 +71,10 @@ def _read_all_samples(response: pb.StepResponse) -> Iterable[Sample]:
     return map(Sample, response.tokens, response.logprobs, chain(alternatives, repeat(())))
 
 
-def read_announced(response: pb.StepResponse, chunks: int) -> list[Sequence[int]]:
+def read_unscored(response: pb.StepResponse, chunks: int) -> list[Sequence[int]]:
     """The tokens of each chunk."""
-    tokens = iter(response.announced_tokens)
-    counts = response.announced_counts or [0] * chunks
+    tokens = iter(response.unscored_tokens)
+    counts = response.unscored_counts or [0] * chunks
     return [[next(tokens) for _ in range(count)] for count in counts]
 
 

@@ -106,14 +106,14 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True)
-class HeadCut:
+class HeadPartition:
     """The attention heads of one rank. Each of its query heads reads one of its KV heads."""
 
     query: slice
     kv: slice
 
 
-def cut_evenly(total: int, rank: int, size: int) -> slice:
+def partition_evenly(total: int, rank: int, size: int) -> slice:
     """Part `rank` of range(total) cut into `size` runs of near-equal length, the longer ones first."""
     if size > total:
         raise GroupSizeError(f"cannot cut {total} into {size} parts: use at most {total} tensor-parallel ranks")
@@ -122,24 +122,24 @@ def cut_evenly(total: int, rank: int, size: int) -> slice:
     return slice(start, start + length + (rank < longer))
 
 
-def cut_units(total: int, rank: int, size: int) -> slice:
-    """Like cut_evenly, but where parts are multiples of 64 or, if that would make them too uneven, of 16, as far as
-    `total` is one: rows of a weight then begin where tensor cores and vectors can load them, and no group of a
+def partition_units(total: int, rank: int, size: int) -> slice:
+    """Like partition_evenly, but where `total` allows it, parts are multiples of 64 or, if that would make them too
+    uneven, of 16: rows of a weight then begin where tensor cores and vectors can load them, and no group of a
     quantized one is cut."""
     for unit in (64, 16):
         if total % unit == 0 and total // unit >= 8 * size:  # no part is more than an eighth longer than another
-            units = cut_evenly(total // unit, rank, size)
+            units = partition_evenly(total // unit, rank, size)
             return slice(units.start * unit, units.stop * unit)
-    return cut_evenly(total, rank, size)
+    return partition_evenly(total, rank, size)
 
 
-def cut_panels(total: int, rank: int, size: int) -> slice:
-    """Like cut_evenly, but where each part but the last is a multiple of 16, as a part of a packed weight must be."""
-    panels = cut_evenly(-(-total // 16), rank, size)
+def partition_panels(total: int, rank: int, size: int) -> slice:
+    """Like partition_evenly, but each part except the last is a multiple of 16, as parts of a packed weight must be."""
+    panels = partition_evenly(-(-total // 16), rank, size)
     return slice(panels.start * 16, min(panels.stop * 16, total))
 
 
-def cut_heads(heads: int, kv_heads: int, rank: int, size: int) -> HeadCut:
+def partition_heads(heads: int, kv_heads: int, rank: int, size: int) -> HeadPartition:
     """The heads of `rank`: whole KV groups (a KV head and the query heads that read it) where there are enough.
 
     With more ranks than KV heads each rank has one KV head, and ranks that share one share its query heads.
@@ -148,9 +148,9 @@ def cut_heads(heads: int, kv_heads: int, rank: int, size: int) -> HeadCut:
     assert heads % kv_heads == 0
     group = heads // kv_heads
     if size <= kv_heads:
-        kv = cut_evenly(kv_heads, rank, size)
-        return HeadCut(slice(kv.start * group, kv.stop * group), kv)
-    sharers = [cut_evenly(size, kv_head, kv_heads) for kv_head in range(kv_heads)]
+        kv = partition_evenly(kv_heads, rank, size)
+        return HeadPartition(slice(kv.start * group, kv.stop * group), kv)
+    sharers = [partition_evenly(size, kv_head, kv_heads) for kv_head in range(kv_heads)]
     if sharers[0].stop > group:
         raise GroupSizeError(
             f"{heads} attention heads in {kv_heads} groups cannot be cut over {size} tensor-parallel ranks: "
@@ -158,6 +158,6 @@ def cut_heads(heads: int, kv_heads: int, rank: int, size: int) -> HeadCut:
         )
     kv_head = next(head for head, ranks in enumerate(sharers) if rank < ranks.stop)
     ranks = sharers[kv_head]
-    query = cut_evenly(group, rank - ranks.start, ranks.stop - ranks.start)
+    query = partition_evenly(group, rank - ranks.start, ranks.stop - ranks.start)
     first = kv_head * group
-    return HeadCut(slice(first + query.start, first + query.stop), slice(kv_head, kv_head + 1))
+    return HeadPartition(slice(first + query.start, first + query.stop), slice(kv_head, kv_head + 1))

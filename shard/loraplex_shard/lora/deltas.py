@@ -45,7 +45,7 @@ def name_of_b(module: str) -> str:
     return f"base_model.model.{module}.lora_B.weight"
 
 
-def cut_adapter(deltas: Mapping[str, Delta], layouts: Sequence[LinearLayout], dtype: torch.dtype) -> Adapter:
+def partition_adapter(deltas: Mapping[str, Delta], layouts: Sequence[LinearLayout], dtype: torch.dtype) -> Adapter:
     """The deltas, by module, cut to the layouts, in this dtype, in memory of its own.
 
     torch.int8: A and B are rounded to it, with one scale for each of their lora_ranks. Raises AdapterInvalidError,

@@ -12,7 +12,7 @@ import torch
 from loraplex_protos.errors import AdapterInvalidError
 from loraplex_shard.lora.base import BaseModel
 from loraplex_shard.lora.config import AdapterConfig, parse_config
-from loraplex_shard.lora.deltas import Adapter, Delta, cut_adapter, name_of_a, name_of_b
+from loraplex_shard.lora.deltas import Adapter, Delta, name_of_a, name_of_b, partition_adapter
 from loraplex_shard.lora.doubts import find_doubts
 from loraplex_shard.lora.files import TENSORS, AdapterFiles
 from loraplex_shard.lora.targets import Target, find_targets
@@ -36,7 +36,7 @@ def read_adapter(files: AdapterFiles, layouts: Sequence[LinearLayout], base: Bas
     Raises AdapterInvalidError, naming the field or tensor, for one that cannot be served exactly as PEFT would.
     """
     config = parse_config(files.config)
-    adapter = cut_adapter(_read_deltas(config, files, layouts, base), layouts, dtype)
+    adapter = partition_adapter(_read_deltas(config, files, layouts, base), layouts, dtype)
     ends, wrong = end_tokens(files.text, base)
     warnings = (*find_doubts(config, base, modules_of(layouts)), *foreign_tokens(files.text, base), *wrong)
     if files.text.error:

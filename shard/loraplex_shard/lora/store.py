@@ -27,7 +27,7 @@ from loraplex_protos.errors import (
 )
 from loraplex_shard.lora.base import BaseModel
 from loraplex_shard.lora.config import AdapterConfig
-from loraplex_shard.lora.deltas import Adapter, Delta, cut_adapter
+from loraplex_shard.lora.deltas import Adapter, Delta, partition_adapter
 from loraplex_shard.lora.doubts import find_doubts
 from loraplex_shard.lora.files import AdapterFiles
 from loraplex_shard.lora.hub import HubSource
@@ -214,7 +214,7 @@ class AdapterStore:
         return read_adapter(files, self._layouts, self._base, self._dtype)
 
     def _merged(self, parts: Sequence[str], recipe: Recipe) -> Adapter:
-        return cut_adapter(merge([self._whole(part) for part in parts], recipe), self._layouts, self._dtype)
+        return partition_adapter(merge([self._whole(part) for part in parts], recipe), self._layouts, self._dtype)
 
     def _whole(self, digest: str) -> dict[str, Delta]:
         """A staged adapter, uncut."""

@@ -13,7 +13,7 @@ from loraplex_shard.device.parallel import Group
 from loraplex_shard.layers.embedding import Embedding
 from loraplex_shard.layers.linear import ColumnLinear, RowLinear
 from loraplex_shard.layers.norm import HeadNorm, RmsNorm
-from loraplex_shard.models.cut import DecoderCut
+from loraplex_shard.models.partition import DecoderPartition
 from loraplex_shard.models.spec import DecoderSpec
 from loraplex_shard.ops.base import Heads, Operations, Step
 from loraplex_shard.shapes.batch import Batch, Segment
@@ -28,7 +28,7 @@ class Build:
     """What every layer is made from."""
 
     spec: DecoderSpec
-    cut: DecoderCut
+    partition: DecoderPartition
     group: Group
     ops: Operations
 
@@ -36,15 +36,17 @@ class Build:
 class Attention(nn.Module):
     def __init__(self, index: int, build: Build) -> None:
         super().__init__()
-        spec, cut, self.ops = build.spec, build.cut, build.ops
-        self.heads = Heads(cut.heads, cut.kv_heads, spec.head_dim, spec.windows[index])
-        self.qkv = ColumnLinear(cut.qkv(index), spec.qkv_bias, self.ops)
-        self.o = RowLinear(cut.o(index), spec.o_bias, self.ops, build.group)
+        spec, partition, self.ops = build.spec, build.partition, build.ops
+        self.heads = Heads(partition.heads, partition.kv_heads, spec.head_dim, spec.windows[index])
+        self.qkv = ColumnLinear(partition.qkv(index), spec.qkv_bias, self.ops)
+        self.o = RowLinear(partition.o(index), spec.o_bias, self.ops, build.group)
         self.head_norm = None
         if spec.qk_norm:
             prefix = f"model.layers.{index}.self_attn"
             names = f"{prefix}.q_norm.weight", f"{prefix}.k_norm.weight"
-            self.head_norm = HeadNorm(*names, cut.heads, cut.kv_heads, spec.head_dim, spec.norm_eps, self.ops)
+            self.head_norm = HeadNorm(
+                *names, partition.heads, partition.kv_heads, spec.head_dim, spec.norm_eps, self.ops
+            )
 
     def forward(self, hidden: torch.Tensor, step: Step, cache: LayerCache) -> torch.Tensor:
         qkv = self.qkv(hidden, step)
@@ -58,8 +60,8 @@ class Mlp(nn.Module):
     def __init__(self, index: int, build: Build) -> None:
         super().__init__()
         self.ops = build.ops
-        self.gate_up = ColumnLinear(build.cut.gate_up(index), build.spec.mlp_bias, self.ops)
-        self.down = RowLinear(build.cut.down(index), build.spec.mlp_bias, self.ops, build.group)
+        self.gate_up = ColumnLinear(build.partition.gate_up(index), build.spec.mlp_bias, self.ops)
+        self.down = RowLinear(build.partition.down(index), build.spec.mlp_bias, self.ops, build.group)
 
     def forward(self, hidden: torch.Tensor, step: Step) -> torch.Tensor:
         out: torch.Tensor = self.down(self.ops.silu_mul(self.gate_up(hidden, step)), step)
@@ -96,14 +98,14 @@ class Decoder(nn.Module):
     ) -> None:
         """`embedding` names the tensor that is the embedding."""
         super().__init__()
-        cut = DecoderCut(spec, group.rank, group.size)
+        partition = DecoderPartition(spec, group.rank, group.size)
         self.vocab_size = spec.vocab_size
-        self.spec, self.group, self.ops, self.cut, self.dtype = spec, group, ops, cut, dtype
-        build = Build(spec, cut, group, ops)
+        self.spec, self.group, self.ops, self.partition, self.dtype = spec, group, ops, partition, dtype
+        build = Build(spec, partition, group, ops)
         self.embedding = Embedding(embedding, spec.vocab_size, spec.hidden_size, ops)
         self.layers = nn.ModuleList(DecoderLayer(index, build) for index in range(spec.layers))
         self.norm = RmsNorm("model.norm.weight", spec.hidden_size, spec.norm_eps, ops)
-        self.lm_head = ColumnLinear(cut.lm_head(), bias=False, ops=ops, least_bits=8)
+        self.lm_head = ColumnLinear(partition.lm_head(), bias=False, ops=ops, least_bits=8)
         self.cos: torch.Tensor
         self.sin: torch.Tensor
         self.register_buffer("cos", rope[0], persistent=False)
@@ -129,19 +131,21 @@ class Decoder(nn.Module):
 
         `segments` are runs of rows of `hidden`, for adapters that touch the lm head.
         """
-        logits = self.group.gather(self.lm_head(hidden, segments), self.cut.lm_head_widths)
-        return None if logits is None else self.ops.widen(logits)
+        logits = self.group.gather(self.lm_head(hidden, segments), self.partition.lm_head_widths)
+        return None if logits is None else self.ops.upcast(logits)
 
     def new_cache(self, num_blocks: int, block_size: int, dtype: torch.dtype | None = None) -> KVCache:
         """An empty cache of this rank's KV heads, on the decoder's device; of its dtype, or of torch.int8."""
-        spec, cut = self.spec, self.cut
+        spec, partition = self.spec, self.partition
         device = self.cos.device
-        return KVCache(spec.layers, cut.kv_heads, spec.head_dim, num_blocks, block_size, dtype or self.dtype, device)
+        return KVCache(
+            spec.layers, partition.kv_heads, spec.head_dim, num_blocks, block_size, dtype or self.dtype, device
+        )
 
     def cache_block_bytes(self, block_size: int, dtype: torch.dtype | None = None) -> int:
         """Bytes that one block of such a cache takes on this rank."""
-        spec, cut = self.spec, self.cut
-        return KVCache.block_bytes(spec.layers, cut.kv_heads, spec.head_dim, block_size, dtype or self.dtype)
+        spec, partition = self.spec, self.partition
+        return KVCache.block_bytes(spec.layers, partition.kv_heads, spec.head_dim, block_size, dtype or self.dtype)
 
     def _compute(self, step: Step, cache: KVCache) -> torch.Tensor:
         hidden, delta = self.embedding(step, self.dtype), None

@@ -97,7 +97,7 @@ class Operations(Protocol):
         """silu(gate) * up (arXiv 2002.05202): gate_up [tokens, 2 * n] holds the two side by side -> [tokens, n]."""
         ...
 
-    def widen(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def upcast(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x [rows, n] in float32, and whether all numbers of a row are finite: [rows] bool."""
         ...
 

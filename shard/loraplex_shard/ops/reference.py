@@ -86,7 +86,7 @@ class ReferenceOperations:
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate).mul_(up)
 
-    def widen(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def upcast(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         wide = x.float()
         return wide, wide.sum(-1).isfinite()  # of float16, a sum of large logits would not be
 

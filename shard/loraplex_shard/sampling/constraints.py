@@ -100,7 +100,7 @@ class Constraints:
                 with self._alone(row):
                     self._matchers[row].consume_token(token)
 
-    def force(self, row: int, most: int, end: bool) -> list[int]:
+    def fast_forward(self, row: int, most: int, end: bool) -> list[int]:
         """Takes, in place of sampling, what can only follow in this row: at most so many tokens, the token that ends
         the answer only with `end`."""
         matcher = self._matchers.get(row)
@@ -108,7 +108,7 @@ class Constraints:
             return []
         tokens: list[int] = []
         with self._alone(row):
-            tokens = self._grammars.forced(matcher)[:most]
+            tokens = self._grammars.fast_forward(matcher)[:most]
             matcher.consume_tokens(tokens)
             if end and matcher.stop_reason() == COMPLETE and len(tokens) < most:
                 tokens.append(self._grammars.end_token_id)
@@ -150,9 +150,9 @@ class Constraints:
                         fill_next_token_bitmask(matcher, words, place)
         bits = np.unpackbits(words.view(np.uint8), axis=1, count=self._vocab_size, bitorder="little")
         for matcher, place in jobs:
-            if np.count_nonzero(bits[place]) == 1:  # forced, and maybe a special token in place of its text
+            if np.count_nonzero(bits[place]) == 1:  # no choice, and maybe a special token in place of its text
                 with self._alone(matchers[place][0]):
-                    for token in self._grammars.forced(matcher)[:1]:
+                    for token in self._grammars.fast_forward(matcher)[:1]:
                         bits[place] = 0
                         bits[place, token] = 1
         for place, tokens in enumerate(banned):

@@ -13,7 +13,7 @@ from loraplex_protos import shard_pb2 as pb
 from loraplex_protos.errors import MAX_QUOTED, FieldViolation, InvalidRequestError
 from loraplex_shard.sampling.grammar_texts import to_lark
 from loraplex_shard.sampling.json_schemas import read_schema
-from loraplex_shard.sampling.vocabulary import cut_tokenizer
+from loraplex_shard.sampling.vocabulary import truncate_tokenizer
 
 LEXER_FUEL = 50_000  # states made anew in one step, which all streams wait for: some 50 ms, and 40 MB
 KEPT = 256  # compiled grammars
@@ -46,7 +46,7 @@ class GrammarCompiler:
         """
         return self._compile(grammar.kind, grammar.text, tuple(grammar.schemas)).deep_copy()
 
-    def forced(self, matcher: LLMatcher) -> list[int]:
+    def fast_forward(self, matcher: LLMatcher) -> list[int]:
         """The tokens that can only follow. llguidance's tokenizer takes a text that reads like a special token for one:
         where the grammar means the text, it is spelled out."""
         tokens = matcher.compute_ff_tokens()
@@ -81,7 +81,7 @@ class GrammarCompiler:
 
     @cached_property
     def _tokenizer(self) -> LLTokenizer:
-        tokenizer_json, size = cut_tokenizer(self._tokenizer_json, self._vocab_size)
+        tokenizer_json, size = truncate_tokenizer(self._tokenizer_json, self._vocab_size)
         ends = [token for token in self._end_token_ids if token < size]
         if not ends:
             raise ValueError("this model has no end token, with which an answer could end")

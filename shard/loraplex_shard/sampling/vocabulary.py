@@ -17,7 +17,7 @@ def keep_known(end_token_ids: Iterable[int], rows: int) -> tuple[int, ...]:
     return tuple(token for token in ids if 0 <= token < rows)
 
 
-def cut_tokenizer(tokenizer_json: bytes, rows: int) -> tuple[str, int]:
+def truncate_tokenizer(tokenizer_json: bytes, rows: int) -> tuple[str, int]:
     """The tokenizer.json without the tokens from `rows` on, so that what matches a grammar is spelled without them; and
     the least number that is above all others' ids."""
     text = tokenizer_json.decode()

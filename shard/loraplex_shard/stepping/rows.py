@@ -41,7 +41,7 @@ class Chunks:
     begins: Ints
     ends: Ints
     starts: Ints  # chunks + 1
-    score_begins: Ints  # the tokens [score_begins[i], score_ends[i]) of the sequence were forced, and follow positions
+    score_begins: Ints  # the tokens [score_begins[i], score_ends[i]) of the sequence are unscored, and follow positions
     score_ends: Ints  # of the chunk: it makes their logprobs known
 
     def __len__(self) -> int:
@@ -76,7 +76,7 @@ class Rows:
         self.detail = np.zeros(max_sequences, DETAIL)
         self.void = np.zeros(max_sequences, np.bool_)  # started with a token that is not in the vocabulary
         self.forceable = np.zeros(max_sequences, np.bool_)  # whose grammars may add tokens that are not sampled
-        # Tokens whose logprobs need not be reported any more: all but those that were forced on a row which asked for
+        # Tokens whose logprobs need not be reported any more: all but fast-forward tokens of a row which asked for
         # logprobs and still follow positions that are to be computed.
         self._scored: Ints = np.zeros(max_sequences, np.int64)
         self._computed: Ints = np.zeros(max_sequences, np.int64)  # positions whose keys and values are in the cache
@@ -128,7 +128,7 @@ class Rows:
         known = self._known[rows]
         at_end = ends == known
         assert (at_end | self.forceable[rows])[samples].all(), "sample before the last known token"
-        samples &= at_end  # the router did not know yet what was forced
+        samples &= at_end  # the router did not know yet what comes without sampling
         self._append_blocks(rows, block_counts, _column(plan.blocks))
         assert (self._block_counts[rows] * self._block_size >= ends).all(), "chunk past its blocks"
         self._computed[rows] = ends
@@ -185,8 +185,8 @@ class Rows:
         scored: NDArray[np.bool_] = detail["logprobs"] | (detail["top_logprobs"] > 0)
         return scored
 
-    def force(self, rows: Ints, tokens: torch.Tensor) -> None:
-        """Adds what grammars force behind all that is known of these rows: tokens [n, most] int64, padded with -1.
+    def fast_forward(self, rows: Ints, tokens: torch.Tensor) -> None:
+        """Adds fast-forward tokens behind all that is known of these rows: tokens [n, most] int64, padded with -1.
 
         Chunks to come score them where logprobs were asked for.
         """

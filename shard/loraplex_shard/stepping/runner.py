@@ -35,8 +35,8 @@ from loraplex_shard.stepping.rows import Chunks, Ints, Rows, spans
 
 # Known tokens whose logprobs are computed at once: bounds the memory for logits.
 LOGITS_SLICE = 256
-# Tokens that a grammar may force on a sequence in one step.
-MAX_FORCED = 32
+# Fast-forward tokens of a sequence in one step.
+MAX_FAST_FORWARD = 32
 
 GREEDY = Sampling(top_p=1, typical_p=1, repetition_penalty=1)
 
@@ -203,7 +203,7 @@ class Runner:
         response: StepResponse,
     ) -> None:
         """Samples after the chunks that ask for it, tells all ranks' rows, and adds to the response the tokens that can
-        be reported: former forced ones that have their logprobs now, those just sampled, and what they force."""
+        be reported: unscored ones that have their logprobs now, those just sampled, and fast-forward ones."""
         parts = [
             describe(places, tokens, logits, self._rows.detail[chunks.rows[places]])
             for places, logits, tokens in self._following(
@@ -224,7 +224,7 @@ class Runner:
         failures: Failures,
         response: StepResponse,
     ) -> list[Tokens]:
-        """What was sampled and, where it is reported at once, forced."""
+        """What was sampled and, where it is reported at once, fast_forward."""
         places = np.flatnonzero(chunks.samples)
         rows, lengths = chunks.rows[places], chunks.ends[places]
         computed = self._logits(hidden, segments, chunks.starts[1:][places] - 1)
@@ -239,7 +239,7 @@ class Runner:
         self._rows.record(rows, lengths, tokens)
         if masks is not None:
             self._constraints.accept(rows.tolist(), tokens.tolist())
-        forced = self._force(rows)
+        fast_forward = self._fast_forward(rows)
         if computed is None:
             return []
         failures.add(places[~finite.cpu().numpy()], FAILURE_REASON_NOT_FINITE)
@@ -248,39 +248,41 @@ class Runner:
         if not spared.all():
             good = np.flatnonzero(spared)
             index = self._rows.on_device(good)
-            places, forced, tokens, logits = places[good], forced[good], tokens[index], logits[index]
+            places, fast_forward, tokens, logits = places[good], fast_forward[good], tokens[index], logits[index]
         sampled = describe(places, tokens, logits, self._rows.detail[chunks.rows[places]])
-        return [sampled, *self._report_forced(chunks, places, forced, response)]
+        return [sampled, *self._report_fast_forward(chunks, places, fast_forward, response)]
 
-    def _force(self, rows: Ints) -> Ints:
-        """Adds to these rows, on all ranks, what their grammars force after the tokens just sampled.
+    def _fast_forward(self, rows: Ints) -> Ints:
+        """Adds to these rows, on all ranks, the fast-forward tokens after those just sampled.
 
-        Returns it, padded with -1: [n, MAX_FORCED], or [n, 0] if none of the rows has a grammar. A row that wants
+        Returns it, padded with -1: [n, MAX_FAST_FORWARD], or [n, 0] if none of the rows has a grammar. A row that wants
         logprobs samples its last token in any case, for then there is a logprob of it.
         """
         forceable, scored = self._rows.forceable[rows], self._rows.scores(rows)
-        forced = np.full((len(rows), MAX_FORCED if forceable.any() else 0), -1, np.int64)
-        if forced.size:
+        fast_forward = np.full((len(rows), MAX_FAST_FORWARD if forceable.any() else 0), -1, np.int64)
+        if fast_forward.size:
             if self._group.rank == 0:
                 for place in np.flatnonzero(forceable).tolist():
-                    most = min(MAX_FORCED, int(self._rows.room(rows[place])))
-                    tokens = self._constraints.force(int(rows[place]), most, end=not scored[place])
-                    forced[place, : len(tokens)] = tokens
-            on_device = self._rows.on_device(forced)
+                    most = min(MAX_FAST_FORWARD, int(self._rows.room(rows[place])))
+                    tokens = self._constraints.fast_forward(int(rows[place]), most, end=not scored[place])
+                    fast_forward[place, : len(tokens)] = tokens
+            on_device = self._rows.on_device(fast_forward)
             self._group.broadcast_(on_device)
-            self._rows.force(rows, on_device)
-        return forced
+            self._rows.fast_forward(rows, on_device)
+        return fast_forward
 
-    def _report_forced(self, chunks: Chunks, places: Ints, forced: Ints, response: StepResponse) -> list[Tokens]:
-        """Forced tokens [places, most], padded with -1: reported now, or announced where they are to be scored."""
-        if not (forced >= 0).any():
+    def _report_fast_forward(
+        self, chunks: Chunks, places: Ints, fast_forward: Ints, response: StepResponse
+    ) -> list[Tokens]:
+        """Fast-forward tokens [places, most], padded with -1: reported now, or unscored if their row has logprobs."""
+        if not (fast_forward >= 0).any():
             return []
         scored = self._rows.scores(chunks.rows[places])[:, None]
-        now, later = (forced >= 0) & ~scored, (forced >= 0) & scored
+        now, later = (fast_forward >= 0) & ~scored, (fast_forward >= 0) & scored
         if later.any():
-            response.announced_counts.extend(np.bincount(places, later.sum(1), len(chunks)).astype(int).tolist())
-            response.announced_tokens.extend(forced[later].tolist())
-        return [Tokens(np.repeat(places, now.sum(1)), forced[now])] if now.any() else []
+            response.unscored_counts.extend(np.bincount(places, later.sum(1), len(chunks)).astype(int).tolist())
+            response.unscored_tokens.extend(fast_forward[later].tolist())
+        return [Tokens(np.repeat(places, now.sum(1)), fast_forward[now])] if now.any() else []
 
     def _report_pooled(self, chunks: Chunks, hidden: Tensor, failures: Failures, response: StepResponse) -> None:
         """Adds the vectors of the sequences that are pooled and whose last token was computed."""

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from starlette.types import Receive
 
-from loraplex_protos.errors import CancelledError
+from loraplex_protos.errors import RequestCancelledError
 from loraplex_router.output import Delta, Generation
 from loraplex_router.sequence import FinishReason
 from loraplex_router.service import Service
@@ -37,7 +37,7 @@ async def _cancel_when_gone(service: Service, generations: Sequence[Generation],
 
 
 async def read(generation: Generation) -> AsyncIterator[tuple[int, Delta]]:
-    """The generation's deltas. Raises CancelledError where it was cancelled: no HTTP client knows that as an end."""
+    """The generation's deltas. Raises RequestCancelledError where it was cancelled: HTTP has no such end."""
     async for index, delta in generation.deltas():
         _refuse_cancelled(delta)
         yield index, delta
@@ -54,16 +54,16 @@ async def collect(service: Service, generations: Sequence[Generation], receive: 
 
 def _refuse_cancelled(delta: Delta) -> None:
     if delta.finish_reason is FinishReason.CANCELLED:
-        raise CancelledError("the request was cancelled")
+        raise RequestCancelledError("the request was cancelled")
 
 
 async def finish_attended(work: Coroutine[None, None, T], receive: Receive) -> T:
-    """What the work returns. A client that goes before cancels it, which is a CancelledError."""
+    """What the work returns. A client that goes before cancels it, which is a RequestCancelledError."""
     working, gone = asyncio.create_task(work), asyncio.create_task(_gone(receive))
     try:
         await asyncio.wait((working, gone), return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
-            raise CancelledError("the client is gone")
+            raise RequestCancelledError("the client is gone")
         return working.result()
     finally:
         working.cancel()

@@ -49,7 +49,7 @@ void silu_mul(int threads, long rows, long n, const T* gate_up, T* out) {
 }
 
 template <class T>
-void widen(int threads, long rows, long n, const T* x, float* out, std::uint8_t* finite) {
+void upcast(int threads, long rows, long n, const T* x, float* out, std::uint8_t* finite) {
     std::memset(finite, 1, rows);
     long parts = (n + SMALL - 1) / SMALL;  // of a row, since there may be one row of a whole vocabulary
     parallel_for(rows * n > SMALL ? threads : 1, rows * parts, [&](long i) {
@@ -89,6 +89,6 @@ EXPORT void silu_mul(int threads, int kind, long rows, long n, const void* gate_
 }
 
 // x [rows, n] -> out [rows, n] float32; finite [rows]: 1 where all numbers of a row are, else 0.
-EXPORT void widen(int threads, int kind, long rows, long n, const void* x, float* out, std::uint8_t* finite) {
-    with_type(kind, [&](auto* t) { loraplex::widen(threads, rows, n, (decltype(t))x, out, finite); });
+EXPORT void upcast(int threads, int kind, long rows, long n, const void* x, float* out, std::uint8_t* finite) {
+    with_type(kind, [&](auto* t) { loraplex::upcast(threads, rows, n, (decltype(t))x, out, finite); });
 }

@@ -36,7 +36,7 @@ struct Place;  // a rank's place in shared memory: see collectives.cpp
            (int threads, int kind, long rows, long n, void* hidden, const void* delta, const void* weight, float eps,  \
             void* out))                                                                                                \
     KERNEL(void, silu_mul, (int threads, int kind, long rows, long n, const void* gate_up, void* out))                 \
-    KERNEL(void, widen,                                                                                                \
+    KERNEL(void, upcast,                                                                                                \
            (int threads, int kind, long rows, long n, const void* x, float* out, std::uint8_t* finite))                \
     KERNEL(void, rotate_and_write,                                                                                     \
            (int threads, int kind, long tokens, void* qkv, long stride, long heads, long kv_heads, long head_dim,      \

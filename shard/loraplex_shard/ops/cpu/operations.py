@@ -246,11 +246,11 @@ class CpuOperations:
         )
         return out
 
-    def widen(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def upcast(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         rows, n = x.shape
         out, finite = torch.empty((rows, n)), torch.empty(rows, dtype=torch.bool)
         self._kernels.call(
-            "widen",
+            "upcast",
             threads=self._threads,
             kind=KINDS[x.dtype],
             rows=rows,

@@ -16,7 +16,7 @@ from loraplex_shard.ops.cuda.attention import attention
 from loraplex_shard.ops.cuda.lora import LoraTiles, add_lora_delta
 from loraplex_shard.ops.cuda.quantized import IntegerWeight
 from loraplex_shard.ops.cuda.rotary import rotate_and_write
-from loraplex_shard.ops.cuda.tiles import Tiles, cut
+from loraplex_shard.ops.cuda.tiles import Tiles, make_tiles
 from loraplex_shard.ops.quantized import QuantizedMatrix
 from loraplex_shard.shapes.batch import Batch
 from loraplex_shard.shapes.cache import KVCache, LayerCache
@@ -97,7 +97,7 @@ class CudaOperations:
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         return elementwise.silu_mul(gate_up)
 
-    def widen(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def upcast(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         wide = x.float()
         return wide, wide.sum(-1).isfinite()  # of float16, a sum of large logits would not be
 
@@ -108,5 +108,5 @@ class CudaOperations:
 
     def attention(self, qkv: torch.Tensor, heads: Heads, step: CudaStep, cache: LayerCache) -> torch.Tensor:
         if heads not in step.tiles:
-            step.tiles[heads] = cut(step.batch, heads, qkv.dtype, self._device)
+            step.tiles[heads] = make_tiles(step.batch, heads, qkv.dtype, self._device)
         return attention(qkv, heads, step.batch, step.tiles[heads], cache)

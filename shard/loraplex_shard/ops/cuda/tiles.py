@@ -31,7 +31,7 @@ class Tiles:
     partials: int  # results of one token and all heads, over some positions
 
 
-def cut(batch: Batch, heads: Heads, dtype: torch.dtype, device: torch.device) -> Tiles:
+def make_tiles(batch: Batch, heads: Heads, dtype: torch.dtype, device: torch.device) -> Tiles:
     """The tiles of a batch, in the order of its tokens, for queries of this dtype."""
     group = heads.query // heads.kv
     # Products in float32 have no tensor cores, and the registers do not hold many rows of them.

@@ -1,25 +1,25 @@
 """How each linear layer of a decoder is cut for one rank: by attention head, by MLP unit, by vocabulary entry."""
 
-from loraplex_shard.device.parallel import cut_heads, cut_panels, cut_units
+from loraplex_shard.device.parallel import partition_heads, partition_panels, partition_units
 from loraplex_shard.models.spec import DecoderSpec
 from loraplex_shard.shapes.layout import LinearLayout, LinearPart
 
 LINEARS = 4  # linear layers of one decoder layer
 
 
-class DecoderCut:
+class DecoderPartition:
     """The layouts of one rank's linear layers. Raises GroupSizeError if the model cannot be cut into `size` ranks."""
 
     def __init__(self, spec: DecoderSpec, rank: int, size: int) -> None:
-        heads = cut_heads(spec.heads, spec.kv_heads, rank, size)
+        heads = partition_heads(spec.heads, spec.kv_heads, rank, size)
         self.heads = _length(heads.query)
         self.kv_heads = _length(heads.kv)
-        vocabulary = [cut_panels(spec.vocab_size, other, size) for other in range(size)]
+        vocabulary = [partition_panels(spec.vocab_size, other, size) for other in range(size)]
         self.lm_head_widths = tuple(map(_length, vocabulary))
         self._spec = spec
         self._query = _scaled(heads.query, spec.head_dim)
         self._kv = _scaled(heads.kv, spec.head_dim)
-        self._units = cut_units(spec.intermediate_size, rank, size)
+        self._units = partition_units(spec.intermediate_size, rank, size)
         self._vocabulary = vocabulary[rank]
 
     def qkv(self, index: int) -> LinearLayout:
