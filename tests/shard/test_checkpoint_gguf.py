@@ -12,9 +12,9 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loraplex_shard.checkpoint import Checkpoint, CheckpointError, open_checkpoint
-from loraplex_shard.checkpoint.gguf_end_tokens import end_token_ids
-from loraplex_shard.checkpoint.gguf_file import read_gguf
-from loraplex_shard.checkpoint.gguf_tokenizer import read_end_token_ids, read_tokenizer
+from loraplex_shard.checkpoint.gguf.end_tokens import end_token_ids
+from loraplex_shard.checkpoint.gguf.file import read_gguf
+from loraplex_shard.checkpoint.gguf.tokenizer import read_end_token_ids, read_tokenizer
 from loraplex_shard.checkpoint.opening import DEFAULT_FILE, DEFAULT_PACKAGE
 from loraplex_shard.layers.sources import Target
 from loraplex_shard.models import load_decoder

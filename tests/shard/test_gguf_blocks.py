@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loraplex_shard.checkpoint import Checkpoint, open_checkpoint
-from loraplex_shard.checkpoint.gguf_blocks import KINDS, read_blocks
+from loraplex_shard.checkpoint.gguf.blocks import KINDS, read_blocks
 from loraplex_shard.device.parallel import Group
 from tests.shard.decoders import load
 from tests.shard.gguf_models import random_tensors, write_gguf

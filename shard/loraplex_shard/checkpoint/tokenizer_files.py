@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
 from loraplex_shard.checkpoint.base import CheckpointError
-from loraplex_shard.checkpoint.safetensors_files import read_json
+from loraplex_shard.checkpoint.safetensors.files import read_json
 
 # Of characters that every vocabulary has.
 PROBE = "The server reads 12345 names,\nthen it answers:  all (of them)."

@@ -12,9 +12,9 @@ from gguf.quants import dequantize
 from transformers import LlamaConfig, PreTrainedConfig
 
 from loraplex_shard.checkpoint.base import CheckpointError, TokenizerFiles
-from loraplex_shard.checkpoint.gguf_blocks import read_blocks
-from loraplex_shard.checkpoint.gguf_file import ByteRows, read_gguf
-from loraplex_shard.checkpoint.gguf_tokenizer import read_end_token_ids, read_tokenizer
+from loraplex_shard.checkpoint.gguf.blocks import read_blocks
+from loraplex_shard.checkpoint.gguf.file import ByteRows, read_gguf
+from loraplex_shard.checkpoint.gguf.tokenizer import read_end_token_ids, read_tokenizer
 from loraplex_shard.ops.quantized import QuantizedMatrix
 
 ROWS_AT_A_TIME = 32

@@ -10,8 +10,8 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 
 from loraplex_shard.checkpoint.base import CheckpointError, TokenizerFiles
-from loraplex_shard.checkpoint.gguf_end_tokens import EOS, end_token_ids
-from loraplex_shard.checkpoint.gguf_file import MetadataValue
+from loraplex_shard.checkpoint.gguf.end_tokens import EOS, end_token_ids
+from loraplex_shard.checkpoint.gguf.file import MetadataValue
 
 Metadata = Mapping[str, MetadataValue]
 T = TypeVar("T")

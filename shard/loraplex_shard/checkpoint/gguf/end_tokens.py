@@ -3,7 +3,7 @@ text, for most files name only one of them."""
 
 from collections.abc import Mapping, Sequence
 
-from loraplex_shard.checkpoint.gguf_file import MetadataValue
+from loraplex_shard.checkpoint.gguf.file import MetadataValue
 
 EOS = "tokenizer.ggml.eos_token_id"
 NAMED = tuple(f"tokenizer.ggml.{name}_token_id" for name in ("eot", "eom", "fim_pad", "fim_rep", "fim_sep"))

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from loraplex_shard.checkpoint.gguf_file import ByteRows
+from loraplex_shard.checkpoint.gguf.file import ByteRows
 from loraplex_shard.ops.quantized import QuantizedMatrix
 
 KINDS = (GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q4_1, GGMLQuantizationType.Q8_0)

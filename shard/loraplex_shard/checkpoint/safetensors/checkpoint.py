@@ -11,9 +11,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from loraplex_shard.checkpoint.base import CheckpointError, TokenizerFiles
 from loraplex_shard.checkpoint.end_tokens import end_token_ids
-from loraplex_shard.checkpoint.layouts import StoredMatrix, find_matrices
-from loraplex_shard.checkpoint.quantization_config import read_layout
-from loraplex_shard.checkpoint.safetensors_files import SafetensorsFiles, read_json
+from loraplex_shard.checkpoint.quantized.config import read_layout
+from loraplex_shard.checkpoint.quantized.layouts import StoredMatrix, find_matrices
+from loraplex_shard.checkpoint.safetensors.files import SafetensorsFiles, read_json
 from loraplex_shard.checkpoint.tokenizer_files import read_tokenizer
 from loraplex_shard.ops.quantized import QuantizedMatrix
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from loraplex_shard.checkpoint.base import CheckpointError
-from loraplex_shard.checkpoint.layouts import AwqGemm, Gptq, IntQuantized, Layout, PackQuantized
+from loraplex_shard.checkpoint.quantized.layouts import AwqGemm, Gptq, IntQuantized, Layout, PackQuantized
 
 METHODS = "gptq", "awq", "compressed-tensors"
 Fields = Mapping[str, Any]

@@ -8,8 +8,8 @@ from typing import ClassVar, Protocol
 import torch
 
 from loraplex_shard.checkpoint.base import CheckpointError
-from loraplex_shard.checkpoint.integers import IntegerMatrix, unpacked
-from loraplex_shard.checkpoint.safetensors_files import SafetensorsFiles
+from loraplex_shard.checkpoint.quantized.integers import IntegerMatrix, unpacked
+from loraplex_shard.checkpoint.safetensors.files import SafetensorsFiles
 
 INTEGERS = frozenset({"I32"})  # several small ones in each
 FLOATS = frozenset({"F16", "BF16", "F32"})

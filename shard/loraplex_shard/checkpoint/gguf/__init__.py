@@ -1,0 +1,1 @@
+"""Checkpoints in one GGUF file: its header (`file.py`), what it says of the model, its tensors and its tokenizer."""

@@ -1,0 +1,1 @@
+"""Hugging Face checkpoint directories, whose tensors are in safetensors files (`files.py`)."""
