@@ -12,7 +12,7 @@ from loraplex_shard.device.memory import keep_freed
 from loraplex_shard.device.parallel import Group
 from loraplex_shard.layers.linear import ColumnLinear, RowLinear
 from loraplex_shard.layers.sources import Target
-from loraplex_shard.lora.deltas import Delta, partition_adapter
+from loraplex_shard.lora.weights.deltas import Delta, partition_adapter
 from loraplex_shard.models import Decoder, load_decoder
 from loraplex_shard.ops.base import Heads
 from loraplex_shard.ops.choose import choose_operations, load_kernels

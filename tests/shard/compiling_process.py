@@ -18,7 +18,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from loraplex_shard.lora.deltas import Delta, partition_adapter
+from loraplex_shard.lora.weights.deltas import Delta, partition_adapter
 from loraplex_shard.ops.base import HeadNorms, Heads
 from loraplex_shard.ops.cuda.operations import CudaOperations
 from loraplex_shard.ops.quantized import quantize

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from loraplex_shard.checkpoint import open_checkpoint
 from loraplex_shard.device.parallel import Group
 from loraplex_shard.layers.sources import Target
-from loraplex_shard.lora.arena import in_one_piece
+from loraplex_shard.lora.weights.arena import in_one_piece
 from loraplex_shard.models import Decoder, load_decoder
 from loraplex_shard.ops.base import Operations
 from loraplex_shard.ops.reference import ReferenceOperations

@@ -10,8 +10,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from loraplex_shard.lora.base import BaseModel
-from loraplex_shard.lora.files import CONFIG, TENSORS, AdapterFiles, read_files
+from loraplex_shard.lora.peft.base import BaseModel
+from loraplex_shard.lora.sources.files import CONFIG, TENSORS, AdapterFiles, read_files
 from loraplex_shard.shapes.adapter import AdapterWeights
 from loraplex_shard.shapes.layout import LinearLayout, LinearPart
 

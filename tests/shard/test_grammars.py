@@ -22,7 +22,7 @@ from loraplex_protos.shard_pb2 import (
     SequenceStart,
 )
 from loraplex_shard.device.parallel import Group
-from loraplex_shard.lora.base import BaseModel
+from loraplex_shard.lora.peft.base import BaseModel
 from loraplex_shard.lora.store import AdapterStore
 from loraplex_shard.models import Decoder
 from loraplex_shard.sampling.constraints import Constraints

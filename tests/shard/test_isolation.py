@@ -12,8 +12,8 @@ from llguidance import LLMatcher
 
 from loraplex_protos import shard_pb2 as pb
 from loraplex_shard.device.parallel import Group
-from loraplex_shard.lora.arena import in_one_piece
 from loraplex_shard.lora.store import AdapterStore
+from loraplex_shard.lora.weights.arena import in_one_piece
 from loraplex_shard.models import Decoder
 from loraplex_shard.sampling.grammars import GrammarCompiler
 from loraplex_shard.shapes.adapter import AdapterWeights, Expansion, LayerWeights

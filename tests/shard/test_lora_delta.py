@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraplex_shard.lora.arena import in_one_piece
+from loraplex_shard.lora.weights.arena import in_one_piece
 from loraplex_shard.ops.reference import ReferenceOperations
 from loraplex_shard.shapes.adapter import AdapterWeights, Expansion, LayerWeights
 from loraplex_shard.shapes.batch import Segment

@@ -8,10 +8,10 @@ import torch
 from peft import LoraConfig
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_TARGETS
 
-from loraplex_shard.lora.base import BaseModel
-from loraplex_shard.lora.base_names import differs
-from loraplex_shard.lora.config import DEFAULT_TARGETS, NEUTRAL_FIELDS, UNSUPPORTED_FIELDS, AdapterConfig
-from loraplex_shard.lora.peft import read_adapter
+from loraplex_shard.lora.peft.base import BaseModel
+from loraplex_shard.lora.peft.base_names import differs
+from loraplex_shard.lora.peft.config import DEFAULT_TARGETS, NEUTRAL_FIELDS, UNSUPPORTED_FIELDS, AdapterConfig
+from loraplex_shard.lora.peft.reading import read_adapter
 from tests.shard.lora_models import BASE, edit_config, layouts, loaded_by_peft, read, save_adapter, whole_deltas
 
 COMMIT, OTHER_COMMIT = "49e3418fbbbca6ecbdf9608b4d22e5a407081db4", "0" * 40

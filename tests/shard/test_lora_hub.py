@@ -15,8 +15,8 @@ from loraplex_protos.errors import (
     AdapterNotFoundError,
     AdapterSourceError,
 )
-from loraplex_shard.lora.files import CONFIG, PICKLE, TENSORS
-from loraplex_shard.lora.hub import HubSource
+from loraplex_shard.lora.sources.files import CONFIG, PICKLE, TENSORS
+from loraplex_shard.lora.sources.hub import HubSource
 from loraplex_shard.lora.store import AdapterStore, StagedAdapter
 from tests.shard.lora_models import BASE, layouts
 from tests.stand_in_hub import StandInHub

@@ -12,8 +12,8 @@ import torch
 from loraplex_protos.adapter_names import is_name
 from loraplex_protos.errors import AdapterNotFoundError
 from loraplex_shard.lora import listing
-from loraplex_shard.lora.files import CONFIG, MLX_TENSORS, PICKLE, TENSORS
 from loraplex_shard.lora.listing import LocalAdapter
+from loraplex_shard.lora.sources.files import CONFIG, MLX_TENSORS, PICKLE, TENSORS
 from loraplex_shard.lora.store import AdapterStore
 from tests.shard.lora_models import BASE, edit_config, layouts, save_adapter
 

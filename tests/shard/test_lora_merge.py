@@ -9,9 +9,9 @@ from peft.utils import merge_utils
 from transformers import LlamaForCausalLM
 
 from loraplex_protos.errors import AdapterNotFoundError, AdapterSourceError, InvalidRequestError
-from loraplex_shard.lora.deltas import Delta
 from loraplex_shard.lora.merge import STRATEGIES, Recipe, keep_random, merge
 from loraplex_shard.lora.store import AdapterStore
+from loraplex_shard.lora.weights.deltas import Delta
 from tests.shard.lora_models import (
     ALL_MODULES,
     ATTENTION,

@@ -12,9 +12,9 @@ from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists
 from peft.utils.other import get_pattern_key
 
 from loraplex_protos.errors import AdapterInvalidError
-from loraplex_shard.lora.config import AdapterConfig
-from loraplex_shard.lora.peft import Adapter, read_adapter
-from loraplex_shard.lora.targets import find_targets
+from loraplex_shard.lora.peft.config import AdapterConfig
+from loraplex_shard.lora.peft.reading import Adapter, read_adapter
+from loraplex_shard.lora.peft.targets import find_targets
 from tests.shard.lora_models import (
     ALL_MODULES,
     BASE,

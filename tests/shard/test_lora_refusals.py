@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from loraplex_protos.errors import AdapterInvalidError
-from loraplex_shard.lora import patterns
-from loraplex_shard.lora.files import CONFIG, PICKLE, TENSORS
-from loraplex_shard.lora.local import LocalSource
-from loraplex_shard.lora.peft import read_adapter
+from loraplex_shard.lora.peft import patterns
+from loraplex_shard.lora.peft.reading import read_adapter
+from loraplex_shard.lora.sources.files import CONFIG, PICKLE, TENSORS
+from loraplex_shard.lora.sources.local import LocalSource
 from tests.shard.lora_models import BASE, edit_config, edit_tensors, layouts, read, save_adapter
 
 PREFIX = "base_model.model."

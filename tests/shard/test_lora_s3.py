@@ -12,10 +12,10 @@ from loraplex_protos.errors import (
     AdapterNotFoundError,
     AdapterSourceError,
 )
-from loraplex_shard.lora import files as limits
-from loraplex_shard.lora.files import CONFIG, PICKLE, TENSORS
-from loraplex_shard.lora.hub import HubSource
-from loraplex_shard.lora.s3 import S3Source
+from loraplex_shard.lora.sources import files as limits
+from loraplex_shard.lora.sources.files import CONFIG, PICKLE, TENSORS
+from loraplex_shard.lora.sources.hub import HubSource
+from loraplex_shard.lora.sources.s3 import S3Source
 from loraplex_shard.lora.store import AdapterStore
 from loraplex_shard.settings import ShardSettings
 from tests.shard.lora_models import BASE, layouts, save_adapter

@@ -20,12 +20,12 @@ from loraplex_protos.errors import (
     AdapterSourceError,
     OverloadedError,
 )
-from loraplex_shard.lora.files import CONFIG, TENSORS, AdapterFiles
-from loraplex_shard.lora.hub import HubSource
-from loraplex_shard.lora.local import LocalSource
-from loraplex_shard.lora.sources import Origin
+from loraplex_shard.lora.sources.files import CONFIG, TENSORS, AdapterFiles
+from loraplex_shard.lora.sources.hub import HubSource
+from loraplex_shard.lora.sources.local import LocalSource
+from loraplex_shard.lora.sources.order import Origin
+from loraplex_shard.lora.sources.text_files import AdapterText
 from loraplex_shard.lora.store import AdapterStore, StagedAdapter
-from loraplex_shard.lora.text_files import AdapterText
 from tests.shard.lora_models import BASE, edit_config, layouts, peft_deltas, read, save_adapter, whole_deltas
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from loraplex_protos.errors import AdapterInvalidError
-from loraplex_shard.lora.peft import Adapter, read_adapter
+from loraplex_shard.lora.peft.reading import Adapter, read_adapter
 from tests.shard.lora_models import (
     BASE,
     HeldTensors,

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loraplex_shard.kernels.library import INSTRUCTION_SETS, Kernels, build, instruction_sets
-from loraplex_shard.lora.deltas import Delta, partition_adapter
+from loraplex_shard.lora.weights.deltas import Delta, partition_adapter
 from loraplex_shard.ops.base import HeadNorms, Heads
 from loraplex_shard.ops.cpu.operations import CpuOperations
 from loraplex_shard.ops.quantized import quantize

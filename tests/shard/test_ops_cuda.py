@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig
 
-from loraplex_shard.lora.deltas import Delta, partition_adapter
+from loraplex_shard.lora.weights.deltas import Delta, partition_adapter
 from loraplex_shard.ops.base import HeadNorms, Heads
 from loraplex_shard.ops.cuda.operations import CudaOperations
 from loraplex_shard.ops.quantized import quantize

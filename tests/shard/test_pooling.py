@@ -9,7 +9,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 
 from loraplex_protos.shard_pb2 import FAILURE_REASON_NOT_FINITE, StepResponse
 from loraplex_shard.device.parallel import Group
-from loraplex_shard.lora.base import BaseModel
+from loraplex_shard.lora.peft.base import BaseModel
 from loraplex_shard.lora.store import AdapterStore
 from loraplex_shard.models import Decoder
 from loraplex_shard.sampling.grammars import GrammarCompiler

@@ -9,9 +9,9 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 
 from loraplex_protos.shard_pb2 import FAILURE_REASON_NOT_FINITE, Sampling, StepRequest
 from loraplex_shard.device.parallel import Group
-from loraplex_shard.lora.arena import in_one_piece
-from loraplex_shard.lora.base import BaseModel
+from loraplex_shard.lora.peft.base import BaseModel
 from loraplex_shard.lora.store import AdapterStore
+from loraplex_shard.lora.weights.arena import in_one_piece
 from loraplex_shard.models import Decoder
 from loraplex_shard.sampling.grammars import GrammarCompiler
 from loraplex_shard.shapes.adapter import AdapterWeights, Expansion, LayerWeights

@@ -18,7 +18,7 @@ from loraplex_protos import shard_pb2 as pb
 from loraplex_protos.errors import AdapterInUseError, AdapterNotFoundError, LoraplexError, from_rpc_error
 from loraplex_protos.shard_pb2_grpc import ShardServiceStub
 from loraplex_shard.device.parallel import Group
-from loraplex_shard.lora.base import BaseModel
+from loraplex_shard.lora.peft.base import BaseModel
 from loraplex_shard.lora.store import AdapterStore, StagedAdapter
 from loraplex_shard.models import Decoder
 from loraplex_shard.observation.metrics import ShardMetrics

@@ -1,2 +1,2 @@
-"""Adapters on a shard: where they come from (`sources.py` and what it lists), what PEFT's files mean (`peft.py` and
-what it calls), the form that kernels read (`weights.py`), and which are held (`store.py`)."""
+"""Adapters on a shard: their files are found and read (`sources`), understood as PEFT means them (`peft`), brought into
+the form that kernels read (`weights`), and held by digest (`store.py`)."""

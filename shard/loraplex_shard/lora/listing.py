@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 from loraplex_protos.adapter_names import MAX_PARTS, RULE, is_part, normal
 from loraplex_protos.errors import AdapterInvalidError
-from loraplex_shard.lora.config import AdapterConfig, parse_config
-from loraplex_shard.lora.files import CONFIG, MLX_TENSORS, PICKLE, TENSORS, check_names, check_size
-from loraplex_shard.lora.folders import CACHED, cached_id, find_snapshot, is_inside
-from loraplex_shard.lora.tensors import check_header
+from loraplex_shard.lora.peft.config import AdapterConfig, parse_config
+from loraplex_shard.lora.peft.tensors import check_header
+from loraplex_shard.lora.sources.files import CONFIG, MLX_TENSORS, PICKLE, TENSORS, check_names, check_size
+from loraplex_shard.lora.sources.folders import CACHED, cached_id, find_snapshot, is_inside
 
 _TELLING = frozenset({CONFIG, TENSORS, PICKLE, MLX_TENSORS})  # any of them makes a folder an adapter's
 _OUTSIDE = "it is a link that leads out of the adapter directory"

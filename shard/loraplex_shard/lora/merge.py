@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from loraplex_protos.errors import FieldViolation, InvalidRequestError
-from loraplex_shard.lora.deltas import Delta
+from loraplex_shard.lora.weights.deltas import Delta
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,26 +25,26 @@ from loraplex_protos.errors import (
     OverloadedError,
     quote,
 )
-from loraplex_shard.lora.base import BaseModel
-from loraplex_shard.lora.config import AdapterConfig
-from loraplex_shard.lora.deltas import Adapter, Delta, partition_adapter
-from loraplex_shard.lora.doubts import find_doubts
-from loraplex_shard.lora.files import AdapterFiles
-from loraplex_shard.lora.hub import HubSource
 from loraplex_shard.lora.listing import LocalAdapter, LocalListing
-from loraplex_shard.lora.local import LocalSource
 from loraplex_shard.lora.merge import Recipe, merge
-from loraplex_shard.lora.peft import modules_of, read_adapter, read_deltas
+from loraplex_shard.lora.peft.base import BaseModel
+from loraplex_shard.lora.peft.config import AdapterConfig
+from loraplex_shard.lora.peft.doubts import find_doubts
+from loraplex_shard.lora.peft.reading import modules_of, read_adapter, read_deltas
 from loraplex_shard.lora.room import Room
-from loraplex_shard.lora.sources import Origin, Sources
-from loraplex_shard.lora.text_files import AdapterText
-from loraplex_shard.lora.transfer import Transfer
+from loraplex_shard.lora.sources.files import AdapterFiles
+from loraplex_shard.lora.sources.hub import HubSource
+from loraplex_shard.lora.sources.local import LocalSource
+from loraplex_shard.lora.sources.order import Origin, Sources
+from loraplex_shard.lora.sources.text_files import AdapterText
+from loraplex_shard.lora.weights.deltas import Adapter, Delta, partition_adapter
+from loraplex_shard.lora.weights.transfer import Transfer
 from loraplex_shard.observation.metrics import ShardMetrics
 from loraplex_shard.shapes.adapter import AdapterWeights
 from loraplex_shard.shapes.layout import LinearLayout
 
 if TYPE_CHECKING:
-    from loraplex_shard.lora.s3 import S3Source
+    from loraplex_shard.lora.sources.s3 import S3Source
 
 logger = logging.getLogger(__name__)
 

@@ -25,7 +25,7 @@ from loraplex_shard.device.parallel import Group
 from loraplex_shard.device.troubles import GroupLostError, Troubles
 from loraplex_shard.kernels.library import Kernels
 from loraplex_shard.layers.sources import Target
-from loraplex_shard.lora.base import BaseModel
+from loraplex_shard.lora.peft.base import BaseModel
 from loraplex_shard.lora.store import AdapterStore
 from loraplex_shard.models import load_decoder
 from loraplex_shard.models.architectures import read_spec
@@ -40,7 +40,7 @@ from loraplex_shard.settings import SettingsError, ShardSettings
 from loraplex_shard.stepping.runner import Runner
 
 if TYPE_CHECKING:
-    from loraplex_shard.lora.s3 import S3Source
+    from loraplex_shard.lora.sources.s3 import S3Source
 
 logger = logging.getLogger(__name__)
 
@@ -244,7 +244,7 @@ def _open_s3(url: str) -> "S3Source | None":
     if not url:
         return None
     try:
-        from loraplex_shard.lora.s3 import S3Source
+        from loraplex_shard.lora.sources.s3 import S3Source
     except ModuleNotFoundError as error:
         raise SettingsError(f"adapters_s3: no {error.name}: pip install 'loraplex[s3]'") from error
     return S3Source(url)

@@ -10,15 +10,15 @@ from dataclasses import replace
 import torch
 
 from loraplex_protos.errors import AdapterInvalidError
-from loraplex_shard.lora.base import BaseModel
-from loraplex_shard.lora.config import AdapterConfig, parse_config
-from loraplex_shard.lora.deltas import Adapter, Delta, name_of_a, name_of_b, partition_adapter
-from loraplex_shard.lora.doubts import find_doubts
-from loraplex_shard.lora.files import TENSORS, AdapterFiles
-from loraplex_shard.lora.targets import Target, find_targets
-from loraplex_shard.lora.tensor_names import PREFIX, as_saved_by_peft
-from loraplex_shard.lora.tensors import read_tensors
-from loraplex_shard.lora.text_files import end_tokens, foreign_tokens
+from loraplex_shard.lora.peft.base import BaseModel
+from loraplex_shard.lora.peft.config import AdapterConfig, parse_config
+from loraplex_shard.lora.peft.doubts import find_doubts
+from loraplex_shard.lora.peft.targets import Target, find_targets
+from loraplex_shard.lora.peft.tensor_names import PREFIX, as_saved_by_peft
+from loraplex_shard.lora.peft.tensors import read_tensors
+from loraplex_shard.lora.sources.files import TENSORS, AdapterFiles
+from loraplex_shard.lora.sources.text_files import end_tokens, foreign_tokens
+from loraplex_shard.lora.weights.deltas import Adapter, Delta, name_of_a, name_of_b, partition_adapter
 from loraplex_shard.shapes.layout import LinearLayout, LinearPart
 
 _SHOWN_NAMES = 3

@@ -15,8 +15,8 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from loraplex_protos.adapter_names import RULE, is_name
 from loraplex_protos.errors import AdapterError, AdapterForbiddenError, AdapterNotFoundError, AdapterSourceError, quote
-from loraplex_shard.lora.files import CONFIG, PICKLE, TENSORS, AdapterFiles, assemble, check_names, check_size
-from loraplex_shard.lora.text_files import NAMED_TEMPLATES, TEXT_FILES, text_files
+from loraplex_shard.lora.sources.files import CONFIG, PICKLE, TENSORS, AdapterFiles, assemble, check_names, check_size
+from loraplex_shard.lora.sources.text_files import NAMED_TEMPLATES, TEXT_FILES, text_files
 
 _CHUNK = 2**24
 _MOST_LISTED = 10_000

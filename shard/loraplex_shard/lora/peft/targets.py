@@ -8,8 +8,8 @@ from functools import lru_cache
 from typing import TypeVar
 
 from loraplex_protos.errors import AdapterInvalidError
-from loraplex_shard.lora.config import DEFAULT_TARGETS, AdapterConfig
-from loraplex_shard.lora.patterns import matching_names
+from loraplex_shard.lora.peft.config import DEFAULT_TARGETS, AdapterConfig
+from loraplex_shard.lora.peft.patterns import matching_names
 
 _EMBEDDING = "model.embed_tokens"
 LM_HEAD = "lm_head"

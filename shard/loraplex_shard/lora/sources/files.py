@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from loraplex_protos.errors import AdapterInvalidError
-from loraplex_shard.lora import text_files
-from loraplex_shard.lora.text_files import AdapterText, read_text
+from loraplex_shard.lora.sources import text_files
+from loraplex_shard.lora.sources.text_files import AdapterText, read_text
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"

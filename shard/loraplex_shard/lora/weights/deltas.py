@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import torch
 
 from loraplex_protos.errors import AdapterInvalidError
-from loraplex_shard.lora.arena import in_one_piece
-from loraplex_shard.lora.text_files import AdapterText
+from loraplex_shard.lora.sources.text_files import AdapterText
+from loraplex_shard.lora.weights.arena import in_one_piece
 from loraplex_shard.shapes.adapter import AdapterWeights, Expansion, LayerWeights
 from loraplex_shard.shapes.layout import LinearLayout
 

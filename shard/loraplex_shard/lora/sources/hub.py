@@ -22,9 +22,9 @@ from loraplex_protos.errors import (
     AdapterSourceError,
     quote,
 )
-from loraplex_shard.lora.files import CONFIG, TENSORS, AdapterFiles, check_names, check_size, read_files
-from loraplex_shard.lora.folders import cached_name, find_snapshot
-from loraplex_shard.lora.text_files import text_files
+from loraplex_shard.lora.sources.files import CONFIG, TENSORS, AdapterFiles, check_names, check_size, read_files
+from loraplex_shard.lora.sources.folders import cached_name, find_snapshot
+from loraplex_shard.lora.sources.text_files import text_files
 
 _UNREACHABLE = frozenset({"TransportError", "ConnectionError", "TimeoutError"})  # of whichever HTTP library it uses
 _REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._/-]{0,199}")

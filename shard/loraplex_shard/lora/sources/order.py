@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING, Protocol
 
 from loraplex_protos.adapter_names import is_name
 from loraplex_protos.errors import AdapterNotFoundError, AdapterSourceError, quote
-from loraplex_shard.lora.files import AdapterFiles
-from loraplex_shard.lora.hub import HubSource
-from loraplex_shard.lora.local import LocalSource
+from loraplex_shard.lora.sources.files import AdapterFiles
+from loraplex_shard.lora.sources.hub import HubSource
+from loraplex_shard.lora.sources.local import LocalSource
 
 if TYPE_CHECKING:
-    from loraplex_shard.lora.s3 import S3Source  # imports boto3, which only those need who use it
+    from loraplex_shard.lora.sources.s3 import S3Source  # imports boto3, which only those need who use it
 
 
 class Origin(Hashable, Protocol):

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loraplex_protos.errors import AdapterNotFoundError, AdapterSourceError, quote
-from loraplex_shard.lora.files import CONFIG, TENSORS, AdapterFiles, check_names, read_files
-from loraplex_shard.lora.folders import find_folder, is_inside
-from loraplex_shard.lora.text_files import NAMED_TEMPLATES, text_files
+from loraplex_shard.lora.sources.files import CONFIG, TENSORS, AdapterFiles, check_names, read_files
+from loraplex_shard.lora.sources.folders import find_folder, is_inside
+from loraplex_shard.lora.sources.text_files import NAMED_TEMPLATES, text_files
 
 Fingerprint = tuple[tuple[int, ...], ...]
 

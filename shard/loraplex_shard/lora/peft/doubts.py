@@ -3,10 +3,10 @@
 import re
 from collections.abc import Sequence
 
-from loraplex_shard.lora import base_names
-from loraplex_shard.lora.base import BaseModel
-from loraplex_shard.lora.config import AdapterConfig
-from loraplex_shard.lora.targets import unmatched_targets
+from loraplex_shard.lora.peft import base_names
+from loraplex_shard.lora.peft.base import BaseModel
+from loraplex_shard.lora.peft.config import AdapterConfig
+from loraplex_shard.lora.peft.targets import unmatched_targets
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHOWN = 10
