@@ -14,7 +14,6 @@ from loraplex_shard.layers.linear import ColumnLinear, RowLinear
 from loraplex_shard.layers.sources import Target
 from loraplex_shard.lora.weights.deltas import Delta, partition_adapter
 from loraplex_shard.models import Decoder, load_decoder
-from loraplex_shard.ops.base import Heads
 from loraplex_shard.ops.choose import choose_operations, load_kernels
 from loraplex_shard.sampling.grammars import GrammarCompiler
 from loraplex_shard.serving.machine import BLOCK_SIZE
@@ -22,6 +21,7 @@ from loraplex_shard.settings import Quantize
 from loraplex_shard.shapes.adapter import AdapterWeights
 from loraplex_shard.shapes.batch import Batch
 from loraplex_shard.shapes.cache import KVCache
+from loraplex_shard.shapes.heads import Heads
 from loraplex_shard.shapes.layout import LinearLayout
 from loraplex_shard.stepping.runner import Runner
 
@@ -149,16 +149,14 @@ class Stepper:
     def attention(self, batch: int, context: int) -> Callable[[], None]:
         """The operation alone, of one token of each sequence, in all layers one after the other: no processor cache
         holds that much."""
-        spec, cut, blocks = self.decoder.spec, self.decoder.cut, -(-context // BLOCK_SIZE)
+        spec, cut, blocks = self.decoder.spec, self.decoder.partition, -(-context // BLOCK_SIZE)
         tables = torch.randperm(batch * blocks).view(batch, blocks)
         last = torch.full((batch,), context - 1)
         indices = tables[:, -1] * BLOCK_SIZE + last % BLOCK_SIZE
         contexts, starts = (context,) * batch, tuple(range(batch + 1))
-        step = self.decoder.ops.prepare(
-            Batch(last, last, indices, starts, contexts, tables, ()), self.decoder.cos, self.decoder.sin
-        )
+        step = self.decoder.ops.prepare(Batch(last, last, indices, starts, contexts, tables, ()))
         heads = Heads(cut.heads, cut.kv_heads, spec.head_dim)
-        qkv = torch.randn(batch, (cut.heads + 2 * cut.kv_heads) * spec.head_dim).to(self.decoder.dtype)
+        qkv = torch.randn(batch, heads.width).to(self.decoder.dtype)
 
         def attend() -> None:
             for layer in self.cache.layers:

@@ -19,10 +19,11 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from loraplex_shard.lora.weights.deltas import Delta, partition_adapter
-from loraplex_shard.ops.base import HeadNorms, Heads
+from loraplex_shard.ops.base import HeadNorms
 from loraplex_shard.ops.cuda.operations import CudaOperations
 from loraplex_shard.ops.quantized import quantize
 from loraplex_shard.shapes.batch import Segment
+from loraplex_shard.shapes.heads import Heads
 from loraplex_shard.shapes.layout import LinearLayout, LinearPart
 from tests.shard.operations import angles, filled_cache, paged_batch, random
 
@@ -80,12 +81,11 @@ def adapters(dtype: torch.dtype, form: torch.dtype) -> None:
 
 def attend(dtype: torch.dtype, form: torch.dtype, heads: Heads, norm: bool) -> None:
     batch, num_blocks = paged_batch([(600, 1), (30, 100)], 0)
-    (layer,) = filled_cache(num_blocks, heads.kv, heads.dim, form, 0).layers
-    count = heads.query + 2 * heads.kv
-    qkv, step = random(0, 101, count * heads.dim, dtype=dtype), CUDA.prepare(batch, *angles(700, heads.dim))
+    (layer,) = filled_cache(num_blocks, heads, form, 0).layers
+    qkv, step = random(0, 101, heads.width, dtype=dtype), CUDA.prepare(batch)
     norms = HeadNorms(random(1, heads.query + heads.kv, heads.dim, dtype=dtype), 1e-6) if norm else None
-    CUDA.rotate_and_write(qkv, heads, norms, step, layer)
-    CUDA.attention(qkv, heads, step, layer)
+    CUDA.rotate_and_write(qkv, heads, norms, angles(700, heads.dim), step, layer)
+    CUDA.attention(qkv, heads, step, layer, random(2, heads.query) if norm else None)
 
 
 if __name__ == "__main__":

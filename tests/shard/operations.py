@@ -6,11 +6,15 @@ from pathlib import Path
 from random import Random
 
 import torch
+from transformers import LlamaConfig
 
 from loraplex_shard.kernels.library import Kernels, build
+from loraplex_shard.models.rope import rotary
+from loraplex_shard.ops.base import Rotary
 from loraplex_shard.ops.cpu.operations import CpuOperations
 from loraplex_shard.shapes.batch import Batch
 from loraplex_shard.shapes.cache import KVCache, LayerCache
+from loraplex_shard.shapes.heads import Heads
 
 BLOCK_SIZE = 16
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
@@ -57,10 +61,10 @@ def paged_batch(chunks: list[tuple[int, int]], seed: int) -> tuple[Batch, int]:
     return batch, num_blocks
 
 
-def filled_cache(num_blocks: int, kv_heads: int, head_dim: int, dtype: torch.dtype, seed: int) -> KVCache:
+def filled_cache(num_blocks: int, heads: Heads, dtype: torch.dtype, seed: int) -> KVCache:
     """One layer, full of random keys and values."""
     generator = torch.Generator().manual_seed(seed)
-    cache = KVCache(1, kv_heads, head_dim, num_blocks, BLOCK_SIZE, dtype, torch.device("cpu"))
+    cache = KVCache((heads,), num_blocks, BLOCK_SIZE, dtype, torch.device("cpu"))
     (layer,) = cache.layers
     for tensor in (layer.keys, layer.values):
         if dtype == torch.int8:
@@ -73,11 +77,10 @@ def filled_cache(num_blocks: int, kv_heads: int, head_dim: int, dtype: torch.dty
     return cache
 
 
-def angles(positions: int, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin as models/rope.py makes them."""
-    frequencies = 1.0 / 10000 ** (torch.arange(0, head_dim, 2) / head_dim)
-    angle = torch.arange(positions)[:, None] * frequencies
-    return torch.cat((angle.cos(), angle.cos()), -1), torch.cat((-angle.sin(), angle.sin()), -1)
+def angles(positions: int, dim: int, interleaved: bool = False) -> Rotary:
+    """Those of models/rope.py."""
+    config = LlamaConfig(hidden_size=dim, num_attention_heads=1)
+    return rotary(config, None, dim, interleaved, positions)
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, factor: float = 1.0) -> None:

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraplex_shard.ops.base import Heads
 from loraplex_shard.ops.cuda.tiles import SHORT, SPLIT, make_tiles
+from loraplex_shard.shapes.heads import Heads
 from tests.shard.operations import paged_batch
 
 CPU = torch.device("cpu")

@@ -1,27 +1,31 @@
 """Each operation's reference against a plain formula."""
 
-from math import sqrt
+from types import ModuleType
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from transformers.models.glm import modeling_glm
+from transformers.models.phi3 import modeling_phi3
 
-from loraplex_shard.ops.base import HeadNorms, Heads
+from loraplex_shard.ops.base import HeadNorms
 from loraplex_shard.ops.quantized import quantize, rounded_to_int8
 from loraplex_shard.ops.reference import ReferenceOperations
 from loraplex_shard.shapes.batch import Batch
 from loraplex_shard.shapes.cache import LayerCache
+from loraplex_shard.shapes.heads import Heads
 from tests.shard.operations import BLOCK_SIZE, angles, filled_cache, paged_batch
 
 HEAD_DIM = 8
 OPS = ReferenceOperations()
 
 
-def attention_by_formula(query: torch.Tensor, heads: Heads, cache: LayerCache, batch: Batch) -> torch.Tensor:
+def attention_by_formula(
+    query: torch.Tensor, heads: Heads, cache: LayerCache, batch: Batch, sinks: torch.Tensor | None
+) -> torch.Tensor:
     """query [tokens, heads, dim]; one token and one head at a time."""
-    out = torch.empty_like(query)
+    out = torch.empty(len(query), heads.query, heads.value_dim)
     for chunk, (start, stop) in enumerate(zip(batch.starts, batch.starts[1:], strict=False)):
         for token in range(start, stop):
             position = int(batch.positions[token])
@@ -30,10 +34,12 @@ def attention_by_formula(query: torch.Tensor, heads: Heads, cache: LayerCache, b
             for head in range(heads.query):
                 kv = head // (heads.query // heads.kv)
                 key, value = cache.keys[blocks, kv, :, offsets], cache.values[blocks, kv, offsets]
-                scores = key @ query[token, head] / sqrt(HEAD_DIM)
+                scores = key @ query[token, head] * heads.scale
                 if heads.soft_cap:
                     scores = heads.soft_cap * torch.tanh(scores / heads.soft_cap)
-                out[token, head] = scores.softmax(0) @ value
+                weights = scores.exp()
+                total = weights.sum() + (0 if sinks is None else sinks[head].exp())
+                out[token, head] = weights @ value / total
     return out
 
 
@@ -45,18 +51,29 @@ chunks = st.lists(st.tuples(st.integers(0, 70), st.one_of(st.just(1), st.integer
     window=st.none() | st.integers(1, 40),
     heads=st.sampled_from([(4, 4), (6, 2), (3, 1)]),
     soft_cap=st.sampled_from([0.0, 2.0]),
+    scale=st.sampled_from([0.0, 0.1]),
+    value_dim=st.sampled_from([5, HEAD_DIM, 12]),
+    with_sinks=st.booleans(),
     seed=st.integers(0, 100),
 )
 @settings(deadline=None, max_examples=60)
 def test_attention_over_any_mix_of_chunks_is_that_of_the_formula(
-    chunks: list[tuple[int, int]], window: int | None, heads: tuple[int, int], soft_cap: float, seed: int
+    chunks: list[tuple[int, int]],
+    window: int | None,
+    heads: tuple[int, int],
+    soft_cap: float,
+    scale: float,
+    value_dim: int,
+    with_sinks: bool,
+    seed: int,
 ) -> None:
     batch, num_blocks = paged_batch(chunks, seed)
-    shape = Heads(*heads, HEAD_DIM, window, soft_cap)
-    (cache,) = filled_cache(num_blocks, shape.kv, HEAD_DIM, torch.float32, seed).layers
-    qkv = torch.randn(batch.starts[-1], shape.query + 2 * shape.kv, HEAD_DIM)
-    actual = OPS.attention(qkv.flatten(1), shape, OPS.prepare(batch, *angles(90, HEAD_DIM)), cache)
-    expected = attention_by_formula(qkv[:, : shape.query], shape, cache, batch)
+    shape = Heads(*heads, HEAD_DIM, window, soft_cap, scale, value_dim)
+    (cache,) = filled_cache(num_blocks, shape, torch.float32, seed).layers
+    query, sinks = torch.randn(batch.starts[-1], shape.query, HEAD_DIM), torch.randn(shape.query)
+    qkv = torch.cat((query.flatten(1), torch.randn(len(query), shape.width - shape.query * HEAD_DIM)), dim=1)
+    actual = OPS.attention(qkv, shape, OPS.prepare(batch), cache, sinks if with_sinks else None)
+    expected = attention_by_formula(query, shape, cache, batch, sinks if with_sinks else None)
     torch.testing.assert_close(actual, expected.flatten(1), rtol=1e-4, atol=1e-5)
 
 
@@ -64,10 +81,10 @@ def test_attention_over_any_mix_of_chunks_is_that_of_the_formula(
 def test_keys_and_values_land_where_the_indices_say_and_nowhere_else(dtype: torch.dtype) -> None:
     batch, num_blocks = paged_batch([(4, 1), (18, 2)], seed=0)
     heads = Heads(query=2, kv=1, dim=HEAD_DIM)
-    (cache,) = filled_cache(num_blocks, 1, HEAD_DIM, dtype, 0).layers
+    (cache,) = filled_cache(num_blocks, heads, dtype, 0).layers
     before = cache.keys.clone(), cache.values.clone()
     qkv = torch.randn(3, 4 * HEAD_DIM)
-    OPS.rotate_and_write(qkv, heads, None, OPS.prepare(batch, *angles(20, HEAD_DIM)), cache)
+    OPS.rotate_and_write(qkv, heads, None, angles(20, HEAD_DIM), OPS.prepare(batch), cache)
     for token, index in enumerate(batch.cache_indices.tolist()):
         block, offset = divmod(index, BLOCK_SIZE)
         key, value = cache.keys[block, 0, :, offset].float(), cache.values[block, 0, offset].float()
@@ -100,19 +117,36 @@ def test_add_rms_norm_leaves_the_sum_behind() -> None:
     assert hidden.equal(total)
 
 
-def test_queries_and_keys_are_normalized_and_rotated_as_transformers_does() -> None:
+@pytest.mark.parametrize("dim", [HEAD_DIM, HEAD_DIM // 2])
+@pytest.mark.parametrize(("modeling", "interleaved"), [(modeling_glm, True), (modeling_phi3, False)])
+def test_queries_and_keys_are_normalized_and_rotated_as_transformers_does(
+    modeling: ModuleType, interleaved: bool, dim: int
+) -> None:
     batch, num_blocks = paged_batch([(7, 5)], seed=0)
-    heads = Heads(query=3, kv=1, dim=HEAD_DIM)
-    (cache,) = filled_cache(num_blocks, 1, HEAD_DIM, torch.float32, 0).layers
-    cos, sin = angles(12, HEAD_DIM)
-    qkv, norm = torch.randn(5, 5 * HEAD_DIM), torch.randn(4, HEAD_DIM)
-    normed = torch.nn.functional.rms_norm(qkv.view(5, 5, -1)[:, :4], (HEAD_DIM,), eps=1e-6) * norm
+    heads = Heads(query=3, kv=1, dim=HEAD_DIM, value_dim=5)
+    (cache,) = filled_cache(num_blocks, heads, torch.float32, 0).layers
+    qkv, norm = torch.randn(5, heads.width), torch.randn(4, HEAD_DIM)
+    normed = torch.nn.functional.rms_norm(qkv[:, : 4 * HEAD_DIM].view(5, 4, -1), (HEAD_DIM,), eps=1e-6) * norm
     query, key = (each.transpose(0, 1)[None] for each in normed.split((3, 1), dim=1))
-    sign = torch.cat((-torch.ones(HEAD_DIM // 2), torch.ones(HEAD_DIM // 2)))
-    expected = apply_rotary_pos_emb(query, key, cos[None, 7:12], (sin * sign)[None, 7:12])
-    OPS.rotate_and_write(qkv, heads, HeadNorms(norm, 1e-6), OPS.prepare(batch, cos, sin), cache)
-    actual = qkv.view(5, 5, -1)[:, :4].transpose(0, 1)[None]
-    torch.testing.assert_close(actual, torch.cat(expected, dim=1))
+    angle = torch.arange(12)[:, None] / 10000 ** (torch.arange(0, dim, 2) / dim)
+    cos, sin = (torch.cat((each, each), dim=-1)[None, 7:12] for each in (angle.cos(), angle.sin()))
+    expected = torch.cat(modeling.apply_rotary_pos_emb(query, key, cos, sin), dim=1)[0].transpose(0, 1)
+    step, values = OPS.prepare(batch), qkv[:, 4 * HEAD_DIM :].clone()
+    OPS.rotate_and_write(qkv, heads, HeadNorms(norm, 1e-6), angles(12, dim, interleaved), step, cache)
+    torch.testing.assert_close(qkv[:, : 4 * HEAD_DIM].view(5, 4, -1), expected)
+    assert qkv[:, 4 * HEAD_DIM :].equal(values)
+
+
+def test_keys_that_are_rotated_already_are_written_as_they_are() -> None:
+    batch, num_blocks = paged_batch([(7, 1)], seed=0)
+    heads = Heads(query=3, kv=1, dim=HEAD_DIM, value_dim=5)
+    (cache,) = filled_cache(num_blocks, heads, torch.float32, 0).layers
+    qkv = torch.randn(1, heads.width)
+    given = qkv.clone()
+    OPS.rotate_and_write(qkv, heads, None, None, OPS.prepare(batch), cache)
+    block, offset = divmod(int(batch.cache_indices), BLOCK_SIZE)
+    written = torch.cat((cache.keys[block, 0, :, offset], cache.values[block, 0, offset]))
+    assert qkv.equal(given) and written.equal(given[0, 3 * HEAD_DIM :])
 
 
 def test_silu_mul_gates_the_second_half_by_the_first() -> None:

@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 
 from loraplex_shard.kernels.library import INSTRUCTION_SETS, Kernels, build, instruction_sets
 from loraplex_shard.lora.weights.deltas import Delta, partition_adapter
-from loraplex_shard.ops.base import HeadNorms, Heads
+from loraplex_shard.ops.base import HeadNorms
 from loraplex_shard.ops.cpu.operations import CpuOperations
 from loraplex_shard.ops.quantized import quantize
 from loraplex_shard.ops.reference import ReferenceOperations
 from loraplex_shard.shapes.batch import Segment
+from loraplex_shard.shapes.heads import Heads
 from loraplex_shard.shapes.layout import LinearLayout, LinearPart
 from tests.shard.operations import (
     angles,
@@ -86,8 +87,8 @@ def test_an_embedding_is_the_rows_of_the_matrix(
     weight = quantize(matrix, form) if isinstance(form, int) else matrix.to(dtype)
     batch, _ = paged_batch([(0, 2 * rows)], seed=0)
     batch.token_ids.copy_(torch.arange(rows).flip(0).repeat(2))
-    actual = cpu.embedding(cpu.prepare(batch, *angles(1, 2)), cpu.pack(weight), dtype)
-    assert_close(actual, REFERENCE.embedding(REFERENCE.prepare(batch, *angles(100, 2)), REFERENCE.pack(weight), dtype))
+    actual = cpu.embedding(cpu.prepare(batch), cpu.pack(weight), dtype)
+    assert_close(actual, REFERENCE.embedding(REFERENCE.prepare(batch), REFERENCE.pack(weight), dtype))
 
 
 def test_a_part_of_a_weight_is_those_rows_of_the_layer(cpu: CpuOperations) -> None:
@@ -144,21 +145,23 @@ heads = st.builds(
     dim=st.sampled_from([8, 20, 64]),
     window=st.none() | st.integers(1, 60),
     soft_cap=st.sampled_from([0.0, 5.0]),
+    scale=st.sampled_from([0.0, 0.2]),
+    value_dim=st.sampled_from([0, 0, 7, 32, 96]),
 )
 
 
 @many
-@given(chunks=chunks, heads=heads, cache_dtype=cache_dtypes, seed=st.integers(0, 99))
+@given(chunks=chunks, heads=heads, cache_dtype=cache_dtypes, sinks=st.booleans(), seed=st.integers(0, 99))
 def test_attention_over_any_mix_of_chunks(
-    cpu: CpuOperations, chunks: list[tuple[int, int]], heads: Heads, cache_dtype: torch.dtype, seed: int
+    cpu: CpuOperations, chunks: list[tuple[int, int]], heads: Heads, cache_dtype: torch.dtype, sinks: bool, seed: int
 ) -> None:
     dtype = torch.float32 if cache_dtype == torch.int8 else cache_dtype
     batch, num_blocks = paged_batch(chunks, seed)
-    (layer,) = filled_cache(num_blocks, heads.kv, heads.dim, cache_dtype, seed).layers
-    qkv = random(seed, batch.starts[-1], (heads.query + 2 * heads.kv) * heads.dim, dtype=dtype)
-    tables = angles(150, heads.dim)
-    actual = cpu.attention(qkv, heads, cpu.prepare(batch, *tables), layer)
-    assert_close(actual, REFERENCE.attention(qkv, heads, REFERENCE.prepare(batch, *tables), layer), factor=2)
+    (layer,) = filled_cache(num_blocks, heads, cache_dtype, seed).layers
+    qkv = random(seed, batch.starts[-1], heads.width, dtype=dtype)
+    scores = random(seed + 1, heads.query) * 3 if sinks else None
+    actual = cpu.attention(qkv, heads, cpu.prepare(batch), layer, scores)
+    assert_close(actual, REFERENCE.attention(qkv, heads, REFERENCE.prepare(batch), layer, scores), factor=2)
 
 
 @pytest.mark.parametrize("dim", [64, 96, 128, 256])
@@ -167,37 +170,38 @@ def test_attention_over_any_mix_of_chunks(
 def test_attention_of_long_decodes_beside_a_long_chunk(
     cpu: CpuOperations, dim: int, group: int, cache_dtype: torch.dtype
 ) -> None:
-    heads, dtype = Heads(query=2 * group, kv=2, dim=dim), torch.bfloat16 if cache_dtype == torch.int8 else cache_dtype
+    heads = Heads(query=2 * group, kv=2, dim=dim, value_dim=64 if group == 3 else dim)
+    dtype = torch.bfloat16 if cache_dtype == torch.int8 else cache_dtype
     batch, num_blocks = paged_batch([(2600, 1), (100, 512), (1023, 1), (1024, 1), (0, 1)], seed=0)
-    (layer,) = filled_cache(num_blocks, heads.kv, dim, cache_dtype, 0).layers
-    qkv = random(0, batch.starts[-1], (heads.query + 2 * heads.kv) * dim, dtype=dtype)
-    tables = angles(2601, dim)
-    actual = cpu.attention(qkv, heads, cpu.prepare(batch, *tables), layer)
-    assert_close(actual, REFERENCE.attention(qkv, heads, REFERENCE.prepare(batch, *tables), layer))
+    (layer,) = filled_cache(num_blocks, heads, cache_dtype, 0).layers
+    qkv = random(0, batch.starts[-1], heads.width, dtype=dtype)
+    sinks = random(1, heads.query) if group == 8 else None
+    actual = cpu.attention(qkv, heads, cpu.prepare(batch), layer, sinks)
+    assert_close(actual, REFERENCE.attention(qkv, heads, REFERENCE.prepare(batch), layer, sinks), factor=2)
 
 
 def test_what_lies_behind_a_sequences_last_position_is_never_used(cpu: CpuOperations) -> None:
     heads = Heads(query=2, kv=1, dim=16)
     batch, num_blocks = paged_batch([(5, 1), (16, 3)], seed=0)
-    (layer,) = filled_cache(num_blocks, 1, 16, torch.float32, 0).layers
-    qkv, tables = random(0, 4, 64), angles(20, 16)
-    expected = cpu.attention(qkv, heads, cpu.prepare(batch, *tables), layer)
+    (layer,) = filled_cache(num_blocks, heads, torch.float32, 0).layers
+    qkv = random(0, 4, 64)
+    expected = cpu.attention(qkv, heads, cpu.prepare(batch), layer)
     for row, context in enumerate(batch.context_lengths):
         last = batch.block_tables[row, (context - 1) // 16]
         layer.keys[last, :, :, (context - 1) % 16 + 1 :] = torch.nan
         layer.values[last, :, (context - 1) % 16 + 1 :] = torch.nan
-    assert cpu.attention(qkv, heads, cpu.prepare(batch, *tables), layer).equal(expected)
+    assert cpu.attention(qkv, heads, cpu.prepare(batch), layer).equal(expected)
 
 
 def test_a_sequences_attention_does_not_depend_on_its_neighbours(cpu: CpuOperations) -> None:
     heads = Heads(query=6, kv=2, dim=64)
     together, num_blocks = paged_batch([(1500, 1), (30, 9), (40, 1)], seed=0)
-    (layer,) = filled_cache(num_blocks, 2, 64, torch.float32, 0).layers
-    qkv, tables = random(0, 11, 640), angles(1501, 64)
-    out = cpu.attention(qkv, heads, cpu.prepare(together, *tables), layer)
+    (layer,) = filled_cache(num_blocks, heads, torch.float32, 0).layers
+    qkv = random(0, 11, 640)
+    out = cpu.attention(qkv, heads, cpu.prepare(together), layer)
     alone, _ = paged_batch([(1500, 1), (30, 9), (40, 1)][:1], seed=0)
     alone.block_tables.copy_(together.block_tables[:1])
-    assert cpu.attention(qkv[:1].clone(), heads, cpu.prepare(alone, *tables), layer).equal(out[:1])
+    assert cpu.attention(qkv[:1].clone(), heads, cpu.prepare(alone), layer).equal(out[:1])
 
 
 @many
@@ -205,22 +209,31 @@ def test_a_sequences_attention_does_not_depend_on_its_neighbours(cpu: CpuOperati
     chunks=chunks,
     heads=heads,
     norm=st.booleans(),
+    rotary_dim=st.sampled_from([None, 0, 4]),
+    interleaved=st.booleans(),
     form=cache_dtypes,
     seed=st.integers(0, 99),
 )
 def test_rotation_and_what_it_writes_to_the_cache(
-    cpu: CpuOperations, chunks: list[tuple[int, int]], heads: Heads, norm: bool, form: torch.dtype, seed: int
+    cpu: CpuOperations,
+    chunks: list[tuple[int, int]],
+    heads: Heads,
+    norm: bool,
+    rotary_dim: int | None,
+    interleaved: bool,
+    form: torch.dtype,
+    seed: int,
 ) -> None:
     dtype = torch.float32 if form == torch.int8 else form
     batch, num_blocks = paged_batch(chunks, seed)
-    qkv = random(seed, batch.starts[-1], (heads.query + 2 * heads.kv) * heads.dim, dtype=dtype)
+    qkv = random(seed, batch.starts[-1], heads.width, dtype=dtype)
     norms = HeadNorms(random(1, heads.query + heads.kv, heads.dim, dtype=dtype), 1e-6) if norm else None
-    tables = angles(150, heads.dim)
+    rotary = None if rotary_dim == 0 else angles(150, rotary_dim or heads.dim, interleaved)
     results = []
     for ops in (cpu, REFERENCE):
         mine = qkv.clone()
-        (layer,) = filled_cache(num_blocks, heads.kv, heads.dim, form, seed).layers
-        ops.rotate_and_write(mine, heads, norms, ops.prepare(batch, *tables), layer)
+        (layer,) = filled_cache(num_blocks, heads, form, seed).layers
+        ops.rotate_and_write(mine, heads, norms, rotary, ops.prepare(batch), layer)
         results.append((mine, *cached(layer)))
     for actual, expected in zip(*results, strict=True):
         assert_close(actual, expected, factor=2000 if form == torch.int8 else 2)

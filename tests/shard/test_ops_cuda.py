@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig
 
 from loraplex_shard.lora.weights.deltas import Delta, partition_adapter
-from loraplex_shard.ops.base import HeadNorms, Heads
+from loraplex_shard.ops.base import HeadNorms
 from loraplex_shard.ops.cuda.operations import CudaOperations
 from loraplex_shard.ops.quantized import quantize
 from loraplex_shard.ops.reference import ReferenceOperations
 from loraplex_shard.shapes.batch import Segment
+from loraplex_shard.shapes.heads import Heads
 from loraplex_shard.shapes.layout import LinearLayout, LinearPart
 from tests.shard.decoders import Sequences, adapter_for, load, save_checkpoint
 from tests.shard.operations import angles, assert_close, cached, filled_cache, paged_batch, random
@@ -79,8 +80,8 @@ def test_a_part_of_a_weight_is_those_rows_of_the_layer_and_the_embedding_its_row
         assert packed.part(rows).nbytes < packed.nbytes
     batch, _ = paged_batch([(0, 100)], seed=0)
     batch.token_ids.copy_(torch.arange(50).flip(0).repeat(2))
-    actual = CUDA.embedding(CUDA.prepare(batch, *angles(1, 2)), packed, torch.float16)
-    expected = REFERENCE.embedding(REFERENCE.prepare(batch, *angles(100, 2)), REFERENCE.pack(weight), torch.float16)
+    actual = CUDA.embedding(CUDA.prepare(batch), packed, torch.float16)
+    expected = REFERENCE.embedding(REFERENCE.prepare(batch), REFERENCE.pack(weight), torch.float16)
     assert_close(actual, expected)
     assert actual.is_contiguous()
 
@@ -102,28 +103,30 @@ MIXED = [(30, 1), (700, 1), (0, 9), (513, 2), (10, 40)]
         (Heads(query=6, kv=1, dim=80), [(5, 1), (14, 3)], torch.float32),
         (Heads(query=7, kv=1, dim=8), [(5, 1), (14, 3)], torch.int8),
         (Heads(query=2, kv=1, dim=512), [(5, 1), (40, 3)], torch.float32),
+        (Heads(query=4, kv=2, dim=48, value_dim=32, scale=0.3), MIXED, torch.float32),
+        (Heads(query=4, kv=1, dim=16, value_dim=33), MIXED, torch.int8),
     ],
 )
 def test_attention_over_any_mix_of_chunks(heads: Heads, chunks: list[tuple[int, int]], form: torch.dtype) -> None:
     dtype = torch.float32 if form == torch.int8 else form
     batch, num_blocks = paged_batch(chunks, seed=heads.dim)
-    (layer,) = filled_cache(num_blocks, heads.kv, heads.dim, form, 1).layers
-    qkv, tables = random(2, batch.starts[-1], (heads.query + 2 * heads.kv) * heads.dim, dtype=dtype), angles(1, 2)
-    actual = CUDA.attention(qkv, heads, CUDA.prepare(batch, *tables), layer)
-    tables = angles(1700, heads.dim)
-    assert_close(actual, REFERENCE.attention(qkv, heads, REFERENCE.prepare(batch, *tables), layer), factor=2)
+    (layer,) = filled_cache(num_blocks, heads, form, 1).layers
+    qkv = random(2, batch.starts[-1], heads.width, dtype=dtype)
+    for sinks in (None, random(3, heads.query) * 3):
+        actual = CUDA.attention(qkv, heads, CUDA.prepare(batch), layer, sinks)
+        assert_close(actual, REFERENCE.attention(qkv, heads, REFERENCE.prepare(batch), layer, sinks), factor=2)
 
 
 def test_small_chances_times_small_scales_are_not_lost_in_float16() -> None:
     """A cache of int8 whose values are small: each position's chance is far from the peak's."""
     heads = Heads(query=1, kv=1, dim=16)
     batch, num_blocks = paged_batch([(400, 1)], seed=0)
-    (layer,) = filled_cache(num_blocks, 1, 16, torch.int8, 0).layers
+    (layer,) = filled_cache(num_blocks, heads, torch.int8, 0).layers
     assert layer.value_scales is not None
     layer.value_scales.mul_(1e-5)
     qkv = random(0, 1, 48, dtype=torch.float16) * 3
-    actual = CUDA.attention(qkv, heads, CUDA.prepare(batch, *angles(1, 2)), layer)
-    expected = REFERENCE.attention(qkv.float(), heads, REFERENCE.prepare(batch, *angles(500, 16)), layer)
+    actual = CUDA.attention(qkv, heads, CUDA.prepare(batch), layer)
+    expected = REFERENCE.attention(qkv.float(), heads, REFERENCE.prepare(batch), layer)
     error = (actual.float() - expected).abs().max() / expected.abs().max()
     assert error < 0.02
 
@@ -131,43 +134,52 @@ def test_small_chances_times_small_scales_are_not_lost_in_float16() -> None:
 def test_what_lies_behind_a_sequence_in_its_last_block_is_never_looked_at() -> None:
     heads = Heads(query=2, kv=1, dim=16)
     batch, num_blocks = paged_batch([(5, 1), (16, 3)], seed=0)
-    (layer,) = filled_cache(num_blocks, 1, 16, torch.float32, 0).layers
-    qkv, tables = random(0, 4, 64), angles(20, 16)
-    expected = CUDA.attention(qkv, heads, CUDA.prepare(batch, *tables), layer)
+    (layer,) = filled_cache(num_blocks, heads, torch.float32, 0).layers
+    qkv = random(0, 4, 64)
+    expected = CUDA.attention(qkv, heads, CUDA.prepare(batch), layer)
     for row, context in enumerate(batch.context_lengths):
         last = batch.block_tables[row, (context - 1) // 16]
         layer.keys[last, :, :, (context - 1) % 16 + 1 :] = torch.nan
         layer.values[last, :, (context - 1) % 16 + 1 :] = torch.nan
-    assert CUDA.attention(qkv, heads, CUDA.prepare(batch, *tables), layer).equal(expected)
+    assert CUDA.attention(qkv, heads, CUDA.prepare(batch), layer).equal(expected)
 
 
 def test_a_sequences_attention_does_not_depend_on_its_neighbours() -> None:
     heads = Heads(query=6, kv=2, dim=64)
     chunks = [(1500, 1), (30, 9), (40, 1)]
     together, num_blocks = paged_batch(chunks, seed=0)
-    (layer,) = filled_cache(num_blocks, 2, 64, torch.float32, 0).layers
-    qkv, tables = random(0, 11, 640), angles(1501, 64)
-    out = CUDA.attention(qkv, heads, CUDA.prepare(together, *tables), layer)
+    (layer,) = filled_cache(num_blocks, heads, torch.float32, 0).layers
+    qkv = random(0, 11, 640)
+    out = CUDA.attention(qkv, heads, CUDA.prepare(together), layer)
     alone, _ = paged_batch(chunks[:1], seed=0)
     alone.block_tables.copy_(together.block_tables[:1])
-    assert CUDA.attention(qkv[:1].clone(), heads, CUDA.prepare(alone, *tables), layer).equal(out[:1])
+    assert CUDA.attention(qkv[:1].clone(), heads, CUDA.prepare(alone), layer).equal(out[:1])
 
 
 @pytest.mark.parametrize("form", [*FLOATS, torch.bfloat16, torch.int8])
 @pytest.mark.parametrize(
-    ("heads", "norm"),
-    [(Heads(query=3, kv=1, dim=64), False), (Heads(query=4, kv=2, dim=96), True), (Heads(query=1, kv=1, dim=6), True)],
+    ("heads", "norm", "rotary_dim", "interleaved"),
+    [
+        (Heads(query=3, kv=1, dim=64), False, 64, False),
+        (Heads(query=4, kv=2, dim=96), True, 96, True),
+        (Heads(query=1, kv=1, dim=6), True, 2, False),
+        (Heads(query=2, kv=1, dim=24, value_dim=9), False, 16, True),
+        (Heads(query=2, kv=1, dim=24, value_dim=40), True, 0, False),
+    ],
 )
-def test_rotation_and_what_it_writes_to_the_cache(heads: Heads, norm: bool, form: torch.dtype) -> None:
+def test_rotation_and_what_it_writes_to_the_cache(
+    heads: Heads, norm: bool, rotary_dim: int, interleaved: bool, form: torch.dtype
+) -> None:
     dtype = torch.float32 if form == torch.int8 else form
     batch, num_blocks = paged_batch([(5, 1), (14, 3), (0, 2)], seed=0)
-    qkv = random(0, batch.starts[-1], (heads.query + 2 * heads.kv) * heads.dim, dtype=dtype)
+    qkv = random(0, batch.starts[-1], heads.width, dtype=dtype)
     norms = HeadNorms(random(1, heads.query + heads.kv, heads.dim, dtype=dtype), 1e-6) if norm else None
+    rotary = angles(20, rotary_dim, interleaved) if rotary_dim else None
     results = []
     for ops in (CUDA, REFERENCE):
         mine = qkv.clone()
-        (layer,) = filled_cache(num_blocks, heads.kv, heads.dim, form, 0).layers
-        ops.rotate_and_write(mine, heads, norms, ops.prepare(batch, *angles(20, heads.dim)), layer)
+        (layer,) = filled_cache(num_blocks, heads, form, 0).layers
+        ops.rotate_and_write(mine, heads, norms, rotary, ops.prepare(batch), layer)
         results.append((mine, *cached(layer)))
     for actual, expected in zip(*results, strict=True):
         assert_close(actual, expected, factor=2000 if form == torch.int8 else 2)

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from loraplex_shard.kernels.library import instruction_set
-from loraplex_shard.ops.base import Heads
 from loraplex_shard.ops.cpu.operations import CpuOperations
 from loraplex_shard.ops.quantized import quantize
-from tests.shard.operations import angles, cpu_operations, filled_cache, paged_batch, random
+from loraplex_shard.shapes.heads import Heads
+from tests.shard.operations import cpu_operations, filled_cache, paged_batch, random
 
 pytestmark = pytest.mark.slow
 
@@ -34,8 +34,8 @@ def attention(ops: CpuOperations) -> torch.Tensor:
     """Of a context long enough to be cut into parts, which are joined once all are there."""
     heads = Heads(query=4, kv=2, dim=64)
     batch, num_blocks = paged_batch([(2600, 1), (10, 30), (0, 1)], seed=0)
-    (layer,) = filled_cache(num_blocks, heads.kv, heads.dim, torch.float32, 0).layers
-    return ops.attention(random(0, 32, 8 * 64), heads, ops.prepare(batch, *angles(2601, 64)), layer)
+    (layer,) = filled_cache(num_blocks, heads, torch.float32, 0).layers
+    return ops.attention(random(0, 32, 8 * 64), heads, ops.prepare(batch), layer)
 
 
 WORK: list[Work] = [

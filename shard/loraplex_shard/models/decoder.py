@@ -15,9 +15,10 @@ from loraplex_shard.layers.linear import ColumnLinear, RowLinear
 from loraplex_shard.layers.norm import HeadNorm, RmsNorm
 from loraplex_shard.models.partition import DecoderPartition
 from loraplex_shard.models.spec import DecoderSpec
-from loraplex_shard.ops.base import Heads, Operations, Step
+from loraplex_shard.ops.base import Operations, Rotary, Step
 from loraplex_shard.shapes.batch import Batch, Segment
 from loraplex_shard.shapes.cache import KVCache, LayerCache
+from loraplex_shard.shapes.heads import Heads
 from loraplex_shard.shapes.layout import LinearLayout
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # as checkpoints call them
@@ -31,12 +32,14 @@ class Build:
     partition: DecoderPartition
     group: Group
     ops: Operations
+    rotary: Rotary
 
 
 class Attention(nn.Module):
     def __init__(self, index: int, build: Build) -> None:
         super().__init__()
         spec, partition, self.ops = build.spec, build.partition, build.ops
+        self.rotary = build.rotary
         self.heads = Heads(partition.heads, partition.kv_heads, spec.head_dim, spec.windows[index])
         self.qkv = ColumnLinear(partition.qkv(index), spec.qkv_bias, self.ops)
         self.o = RowLinear(partition.o(index), spec.o_bias, self.ops, build.group)
@@ -51,7 +54,7 @@ class Attention(nn.Module):
     def forward(self, hidden: torch.Tensor, step: Step, cache: LayerCache) -> torch.Tensor:
         qkv = self.qkv(hidden, step)
         norms = None if self.head_norm is None else self.head_norm()
-        self.ops.rotate_and_write(qkv, self.heads, norms, step, cache)
+        self.ops.rotate_and_write(qkv, self.heads, norms, self.rotary, step, cache)
         out: torch.Tensor = self.o(self.ops.attention(qkv, self.heads, step, cache), step)
         return out
 
@@ -92,7 +95,7 @@ class Decoder(nn.Module):
         spec: DecoderSpec,
         group: Group,
         ops: Operations,
-        rope: tuple[torch.Tensor, torch.Tensor],
+        rotary: Rotary,
         dtype: torch.dtype,
         embedding: str = EMBEDDING,
     ) -> None:
@@ -101,15 +104,12 @@ class Decoder(nn.Module):
         partition = DecoderPartition(spec, group.rank, group.size)
         self.vocab_size = spec.vocab_size
         self.spec, self.group, self.ops, self.partition, self.dtype = spec, group, ops, partition, dtype
-        build = Build(spec, partition, group, ops)
+        build = Build(spec, partition, group, ops, rotary)
         self.embedding = Embedding(embedding, spec.vocab_size, spec.hidden_size, ops)
         self.layers = nn.ModuleList(DecoderLayer(index, build) for index in range(spec.layers))
         self.norm = RmsNorm("model.norm.weight", spec.hidden_size, spec.norm_eps, ops)
         self.lm_head = ColumnLinear(partition.lm_head(), bias=False, ops=ops, least_bits=8)
-        self.cos: torch.Tensor
-        self.sin: torch.Tensor
-        self.register_buffer("cos", rope[0], persistent=False)
-        self.register_buffer("sin", rope[1], persistent=False)
+        self.device = rotary.cos.device
 
     @property
     def layouts(self) -> tuple[LinearLayout, ...]:
@@ -119,7 +119,7 @@ class Decoder(nn.Module):
     @torch.inference_mode()
     def forward(self, batch: Batch, cache: KVCache) -> torch.Tensor:
         """Computes the batch's tokens and writes their keys and values: [tokens, hidden], after the final norm."""
-        step = self.ops.prepare(batch, self.cos, self.sin)
+        step = self.ops.prepare(batch)
         if self.group.size > 1 and self.group.shared is None:
             return self._compute(step, cache)
         return self.ops.forward(step, cache, lambda: self._compute(step, cache))
@@ -136,16 +136,15 @@ class Decoder(nn.Module):
 
     def new_cache(self, num_blocks: int, block_size: int, dtype: torch.dtype | None = None) -> KVCache:
         """An empty cache of this rank's KV heads, on the decoder's device; of its dtype, or of torch.int8."""
-        spec, partition = self.spec, self.partition
-        device = self.cos.device
-        return KVCache(
-            spec.layers, partition.kv_heads, spec.head_dim, num_blocks, block_size, dtype or self.dtype, device
-        )
+        return KVCache(self._heads, num_blocks, block_size, dtype or self.dtype, self.device)
 
     def cache_block_bytes(self, block_size: int, dtype: torch.dtype | None = None) -> int:
         """Bytes that one block of such a cache takes on this rank."""
-        spec, partition = self.spec, self.partition
-        return KVCache.block_bytes(spec.layers, partition.kv_heads, spec.head_dim, block_size, dtype or self.dtype)
+        return KVCache.block_bytes(self._heads, block_size, dtype or self.dtype)
+
+    @property
+    def _heads(self) -> list[Heads]:
+        return [module.heads for module in self.modules() if isinstance(module, Attention)]
 
     def _compute(self, step: Step, cache: KVCache) -> torch.Tensor:
         hidden, delta = self.embedding(step, self.dtype), None

@@ -12,7 +12,7 @@ from loraplex_shard.device.parallel import Group
 from loraplex_shard.layers.sources import Source, SourcedLayer, Target
 from loraplex_shard.models.architectures import read_spec
 from loraplex_shard.models.decoder import EMBEDDING, HEAD, Decoder
-from loraplex_shard.models.rope import rope_tables
+from loraplex_shard.models.rope import rotary
 from loraplex_shard.ops.base import Operations
 
 logger = logging.getLogger(__name__)
@@ -44,9 +44,9 @@ def load_decoder(
         spec = replace(spec, tied=False)
     # Which of two tied tensors a checkpoint holds is up to whoever saved it.
     embedding = HEAD if spec.tied and EMBEDDING not in checkpoint.names else EMBEDDING
-    cos, sin = rope_tables(checkpoint.config, spec.head_dim, max_model_len)
+    angles = rotary(checkpoint.config, None, spec.head_dim, False, max_model_len)
     with init_empty_weights(include_buffers=False):
-        decoder = Decoder(spec, group, ops, (cos.to(target.device), sin.to(target.device)), target.dtype, embedding)
+        decoder = Decoder(spec, group, ops, angles.to(target.device), target.dtype, embedding)
     layers = [module for module in decoder.modules() if isinstance(module, SourcedLayer)]
     if spec.tied:
         layers.remove(decoder.lm_head)

@@ -2,7 +2,7 @@
 does not. `reference.py` says in plain torch what each of them computes."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -11,18 +11,8 @@ from loraplex_shard.device.parallel import Group
 from loraplex_shard.ops.quantized import QuantizedMatrix
 from loraplex_shard.shapes.batch import Batch, Segment
 from loraplex_shard.shapes.cache import KVCache, LayerCache
+from loraplex_shard.shapes.heads import Heads
 from loraplex_shard.shapes.layout import LinearLayout
-
-
-@dataclass(frozen=True, slots=True)
-class Heads:
-    """The attention heads of one layer on this rank. Adjacent query heads share a KV head."""
-
-    query: int
-    kv: int
-    dim: int
-    window: int | None = None  # how many positions a token sees, itself included; None: all
-    soft_cap: float = 0.0  # scores become soft_cap * tanh(score / soft_cap); 0: they stay as they are
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +21,19 @@ class HeadNorms:
 
     weight: torch.Tensor  # [query + kv heads, dim]
     eps: float
+
+
+@dataclass(frozen=True, slots=True)
+class Rotary:
+    """The angles of a rotary embedding (arXiv 2104.09864), by position. It turns the first dimensions of each head, as
+    many as there are columns; the others stay as they are."""
+
+    cos: torch.Tensor  # [positions, rotated dimensions] float32: each pair's numbers where the pair is
+    sin: torch.Tensor  # likewise, negated for the first of each pair
+    interleaved: bool = False  # pairs are neighbours; else the first of them are in one half, the second in the other
+
+    def to(self, device: torch.device) -> "Rotary":
+        return replace(self, cos=self.cos.to(device), sin=self.sin.to(device))
 
 
 # What operations make for themselves; nobody else looks inside. A weight has `nbytes`, and `part(rows)`: some of its
@@ -49,8 +52,8 @@ class Operations(Protocol):
         """Matrices [out_features, in_features] as `linear` and `embedding` take them."""
         ...
 
-    def prepare(self, batch: Batch, cos: torch.Tensor, sin: torch.Tensor) -> Step:
-        """cos and sin [positions, head_dim] float32 are those of models/rope.py."""
+    def prepare(self, batch: Batch) -> Step:
+        """What the operations below take for this batch."""
         ...
 
     def forward(self, step: Step, cache: KVCache, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
@@ -102,18 +105,24 @@ class Operations(Protocol):
         ...
 
     def rotate_and_write(
-        self, qkv: torch.Tensor, heads: Heads, norms: HeadNorms | None, step: Step, cache: LayerCache
+        self,
+        qkv: torch.Tensor,
+        heads: Heads,
+        norms: HeadNorms | None,
+        rotary: Rotary | None,
+        step: Step,
+        cache: LayerCache,
     ) -> None:
-        """Normalizes (if there are norms) and rotates queries and keys in place; writes keys and values to the cache.
-
-        qkv [tokens, (query + 2 * kv heads) * dim]: each token's query, key and value heads side by side. The rotary
-        embedding (arXiv 2104.09864) is in the half-split form of Llama's checkpoints.
-        """
+        """Normalizes and rotates queries and keys in place, each if it is asked for; writes keys and values to the
+        cache. qkv is [tokens, heads.width]."""
         ...
 
-    def attention(self, qkv: torch.Tensor, heads: Heads, step: Step, cache: LayerCache) -> torch.Tensor:
-        """Softmax attention, scale 1 / sqrt(dim), of qkv's queries over the cache: [tokens, query heads * dim].
+    def attention(
+        self, qkv: torch.Tensor, heads: Heads, step: Step, cache: LayerCache, sinks: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Softmax attention of the queries, each token's first numbers in qkv, over the cache: [tokens, out_width].
 
         The cache already holds the step's own tokens; a token sees itself and what is before it, within the window.
+        sinks [query heads] float32 are scores of one more position, which has no value (arXiv 2309.17453).
         """
         ...

@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 
 from loraplex_shard.device.parallel import Group
-from loraplex_shard.ops.base import HeadNorms, Heads, Runs
+from loraplex_shard.ops.base import HeadNorms, Rotary, Runs
 from loraplex_shard.ops.quantized import QuantizedMatrix, rounded_to_int8, to_integers
 from loraplex_shard.shapes.batch import Batch
 from loraplex_shard.shapes.cache import KVCache, LayerCache
+from loraplex_shard.shapes.heads import Heads
 from loraplex_shard.shapes.layout import LinearLayout
 
 
@@ -31,8 +32,6 @@ class ReferenceWeight:
 @dataclass(frozen=True, slots=True)
 class ReferenceStep:
     batch: Batch
-    cos: torch.Tensor  # [tokens, 1, head_dim] float32
-    sin: torch.Tensor
 
 
 class ReferenceOperations:
@@ -43,8 +42,8 @@ class ReferenceOperations:
             return ReferenceWeight(matrix.dequantized(), matrix.group)
         return ReferenceWeight(matrix, None)
 
-    def prepare(self, batch: Batch, cos: torch.Tensor, sin: torch.Tensor) -> ReferenceStep:
-        return ReferenceStep(batch, cos[batch.positions, None], sin[batch.positions, None])
+    def prepare(self, batch: Batch) -> ReferenceStep:
+        return ReferenceStep(batch)
 
     def forward(self, step: ReferenceStep, cache: KVCache, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
         return compute()
@@ -91,15 +90,23 @@ class ReferenceOperations:
         return wide, wide.sum(-1).isfinite()  # of float16, a sum of large logits would not be
 
     def rotate_and_write(
-        self, qkv: torch.Tensor, heads: Heads, norms: HeadNorms | None, step: ReferenceStep, cache: LayerCache
+        self,
+        qkv: torch.Tensor,
+        heads: Heads,
+        norms: HeadNorms | None,
+        rotary: Rotary | None,
+        step: ReferenceStep,
+        cache: LayerCache,
     ) -> None:
-        by_head = qkv.view(len(qkv), -1, heads.dim)
-        query_key, value = by_head[:, : -heads.kv], by_head[:, -heads.kv :]
+        values_start = qkv.shape[1] - heads.kv * heads.value_dim
+        query_key = qkv[:, :values_start].view(len(qkv), -1, heads.dim)
+        value = qkv[:, values_start:].view(len(qkv), -1, heads.value_dim)
         if norms is not None:
             query_key.copy_(F.rms_norm(query_key, (heads.dim,), eps=norms.eps).mul_(norms.weight))
-        first, second = query_key.chunk(2, dim=-1)
-        swapped = torch.cat((second, first), dim=-1)
-        query_key.copy_(query_key * step.cos + swapped * step.sin)  # the first half of sin is negated
+        if rotary is not None:
+            rotated = query_key[:, :, : rotary.cos.shape[1]]
+            cos, sin = (angles[step.batch.positions, None] for angles in (rotary.cos, rotary.sin))
+            rotated.copy_(rotated * cos + _partners(rotated, rotary.interleaved) * sin)
         block_size = cache.keys.shape[-1]
         blocks = step.batch.cache_indices // block_size
         offsets = step.batch.cache_indices % block_size
@@ -111,17 +118,31 @@ class ReferenceOperations:
             cache.key_scales[blocks, :, offsets] = key_scales
             cache.value_scales[blocks, :, offsets] = value_scales
 
-    def attention(self, qkv: torch.Tensor, heads: Heads, step: ReferenceStep, cache: LayerCache) -> torch.Tensor:
-        by_head = qkv.view(len(qkv), -1, heads.dim)
-        query = by_head[:, : heads.query].reshape(len(qkv), heads.kv, -1, heads.dim)
-        out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    def attention(
+        self,
+        qkv: torch.Tensor,
+        heads: Heads,
+        step: ReferenceStep,
+        cache: LayerCache,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        query = qkv[:, : heads.query * heads.dim].reshape(len(qkv), heads.kv, -1, heads.dim)
+        out = query.new_empty((*query.shape[:3], heads.value_dim))
         for chunk, (start, stop) in enumerate(pairwise(step.batch.starts)):
-            out[start:stop] = _attend(query[start:stop], heads, step.batch, chunk, cache)
+            out[start:stop] = _attend(query[start:stop], heads, step.batch, chunk, cache, sinks)
         return out.view(len(qkv), -1)
 
 
-def _attend(query: torch.Tensor, heads: Heads, batch: Batch, chunk: int, cache: LayerCache) -> torch.Tensor:
-    """One chunk's queries [tokens, kv_heads, group, dim] over its sequence's context; likewise."""
+def _partners(heads: torch.Tensor, interleaved: bool) -> torch.Tensor:
+    """The other number of each one's pair."""
+    shape = (*heads.shape[:-1], -1, 2) if interleaved else (*heads.shape[:-1], 2, -1)
+    return heads.view(shape).flip(-1 if interleaved else -2).flatten(-2)
+
+
+def _attend(
+    query: torch.Tensor, heads: Heads, batch: Batch, chunk: int, cache: LayerCache, sinks: torch.Tensor | None
+) -> torch.Tensor:
+    """One chunk's queries [tokens, kv_heads, group, dim] over its sequence's context: likewise, of value_dim."""
     context, block_size = batch.context_lengths[chunk], cache.keys.shape[-1]
     positions = torch.arange(context - len(query), context, device=query.device)[:, None]
     first = max(0, context - len(query) - heads.window + 1) // block_size if heads.window else 0
@@ -129,13 +150,17 @@ def _attend(query: torch.Tensor, heads: Heads, batch: Batch, chunk: int, cache: 
     seen = torch.arange(first * block_size, context, device=query.device)
     keys = _as_read(cache.keys.transpose(2, 3), cache.key_scales, blocks, query.dtype)[:, : len(seen)]
     values = _as_read(cache.values, cache.value_scales, blocks, query.dtype)[:, : len(seen)]
-    scores = torch.einsum("tkgd,kpd->kgtp", query, keys).float() * heads.dim**-0.5
+    scores = torch.einsum("tkgd,kpd->kgtp", query, keys).float() * heads.scale
     if heads.soft_cap:
         scores = heads.soft_cap * (scores / heads.soft_cap).tanh()
     hidden = seen > positions
     if heads.window:
         hidden |= seen <= positions - heads.window
-    weights = scores.masked_fill_(hidden, -torch.inf).softmax(-1).to(query.dtype)
+    scores.masked_fill_(hidden, -torch.inf)
+    if sinks is not None:
+        sink = sinks.view(heads.kv, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat((scores, sink), dim=-1)
+    weights = scores.softmax(-1)[..., : len(seen)].to(query.dtype)
     return torch.einsum("kgtp,kpd->tkgd", weights, values)
 
 

@@ -6,14 +6,15 @@ from dataclasses import dataclass
 import torch
 
 from loraplex_shard.device.memory import reserve
+from loraplex_shard.shapes.heads import Heads
 
 
 @dataclass(frozen=True, slots=True)
 class LayerCache:
     """One layer's keys and values. Keys are transposed, so that the scores of a block's positions lie side by side."""
 
-    keys: torch.Tensor  # [num_blocks, kv_heads, head_dim, block_size]
-    values: torch.Tensor  # [num_blocks, kv_heads, block_size, head_dim]
+    keys: torch.Tensor  # [num_blocks, kv_heads, dim, block_size]
+    values: torch.Tensor  # [num_blocks, kv_heads, block_size, value_dim]
     key_scales: torch.Tensor | None  # [num_blocks, kv_heads, block_size] float32, if keys and values are int8
     value_scales: torch.Tensor | None
 
@@ -21,35 +22,33 @@ class LayerCache:
 class KVCache:
     """Keys and values of all layers, in blocks of `block_size` token positions.
 
-    `dtype` is that of the model, or torch.int8: then each position's key and value of each head has a scale.
-    Memory that no block has touched yet is only reserved, and holds whatever it held.
+    `layers` are the heads of each layer. `dtype` is that of the model, or torch.int8: then each position's key and
+    value of each head has a scale. Memory that no block has touched yet is only reserved, and holds whatever it held.
     """
 
     def __init__(
-        self,
-        layers: int,
-        kv_heads: int,
-        head_dim: int,
-        num_blocks: int,
-        block_size: int,
-        dtype: torch.dtype,
-        device: torch.device,
+        self, layers: Sequence[Heads], num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
-        positions = (layers, num_blocks, kv_heads, block_size)
-        keys = _empty((layers, num_blocks, kv_heads, head_dim, block_size), dtype, device)
-        values = _empty((*positions, head_dim), dtype, device)
-        key_scales = value_scales = (None,) * layers
-        if dtype == torch.int8:
-            key_scales, value_scales = torch.empty((2, *positions), dtype=torch.float32, device=device)
-        self.layers = tuple(map(LayerCache, keys, values, key_scales, value_scales))
+        self.layers = tuple(_layer(heads, num_blocks, block_size, dtype, device) for heads in layers)
 
     @staticmethod
-    def block_bytes(layers: int, kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype) -> int:
+    def block_bytes(layers: Sequence[Heads], block_size: int, dtype: torch.dtype) -> int:
         """Bytes that one block takes in all layers."""
-        scale = torch.float32.itemsize if dtype == torch.int8 else 0
-        return layers * 2 * block_size * kv_heads * (head_dim * dtype.itemsize + scale)
+        scales = 2 * torch.float32.itemsize if dtype == torch.int8 else 0
+        head = sum(heads.kv * ((heads.dim + heads.value_dim) * dtype.itemsize + scales) for heads in layers)
+        return block_size * head
+
+
+def _layer(heads: Heads, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device) -> LayerCache:
+    positions = (num_blocks, heads.kv, block_size)
+    keys = _empty((num_blocks, heads.kv, heads.dim, block_size), dtype, device)
+    values = _empty((*positions, heads.value_dim), dtype, device)
+    key_scales = value_scales = None
+    if dtype == torch.int8:
+        key_scales, value_scales = torch.empty((2, *positions), dtype=torch.float32, device=device)
+    return LayerCache(keys, values, key_scales, value_scales)
 
 
 def _empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

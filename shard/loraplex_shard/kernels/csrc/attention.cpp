@@ -25,8 +25,9 @@ constexpr int SPAN = 4;      // blocks whose scores are turned into weights toge
 constexpr float LOWEST = -std::numeric_limits<float>::infinity();
 
 struct Shape {
-    long heads, kv_heads, head_dim, window;  // window 0: none
-    float scale, soft_cap;                   // soft cap 0: none
+    long heads, kv_heads, head_dim, value_dim, window;  // window 0: none
+    float scale, soft_cap;                              // soft cap 0: none
+    const float* sinks;                                 // [heads]: a score each that has no position; null: none
 };
 
 template <class C>
@@ -46,7 +47,7 @@ struct Task {
 
 struct Rows {        // what a task computes, in float32
     float* query;    // [rows][head_dim], scaled
-    float* out;      // [rows][head_dim], relative to `most`
+    float* out;      // [rows][value_dim], relative to `most`
     float* most;     // largest score so far
     float* total;    // sum of exp(score - most)
     float* weights;  // [rows][SPAN * 16]
@@ -68,15 +69,15 @@ template <int R, class C>
 
 template <int R, class C>
 [[gnu::always_inline]] inline void add_values(const float* weights, const C* values, const C* next, int positions,
-                                              long head_dim, int n, float* out) {
+                                              long value_dim, int n, float* out) {
     Floats sums[R];
-    for (int r = 0; r < R; r++) sums[r] = load_first(out + r * head_dim, n);
+    for (int r = 0; r < R; r++) sums[r] = load_first(out + r * value_dim, n);
     for (int j = 0; j < positions; j++) {
-        __builtin_prefetch(next + j * head_dim);
-        Floats value = load_first(values + j * head_dim, n);
+        __builtin_prefetch(next + j * value_dim);
+        Floats value = load_first(values + j * value_dim, n);
         for (int r = 0; r < R; r++) sums[r] = fma(splat(weights[r * SPAN * LANES + j]), value, sums[r]);
     }
-    for (int r = 0; r < R; r++) store_first(out + r * head_dim, sums[r], n);
+    for (int r = 0; r < R; r++) store_first(out + r * value_dim, sums[r], n);
 }
 
 template <class C>
@@ -113,8 +114,8 @@ void weigh(const Shape& shape, const Span<C>& span, long position, float* lanes,
     }
     if (peak > *most) {
         Floats shrink = splat(*most == LOWEST ? 0 : std::exp(*most - peak));
-        for (long d = 0; d < shape.head_dim; d += LANES) {
-            int n = int(shape.head_dim - d < LANES ? shape.head_dim - d : LANES);
+        for (long d = 0; d < shape.value_dim; d += LANES) {
+            int n = int(shape.value_dim - d < LANES ? shape.value_dim - d : LANES);
             store_first(out + d, load_first(out + d, n) * shrink, n);
         }
         *total *= *most == LOWEST ? 0 : std::exp(*most - peak);
@@ -135,8 +136,8 @@ void weigh(const Shape& shape, const Span<C>& span, long position, float* lanes,
 // One span for R rows. Row r belongs to the token at position first_position + r / group.
 template <int R, class C>
 void attend_span(const Shape& shape, Rows rows, long first_row, long first_position, const Span<C>& span) {
-    long head_dim = shape.head_dim, group = shape.heads / shape.kv_heads;
-    float* out = rows.out + first_row * head_dim;
+    long head_dim = shape.head_dim, value_dim = shape.value_dim, group = shape.heads / shape.kv_heads;
+    float* out = rows.out + first_row * value_dim;
     float* weights = rows.weights + first_row * SPAN * LANES;
     for (int b = 0; b < span.blocks; b++) {
         Floats sums[R];
@@ -147,19 +148,19 @@ void attend_span(const Shape& shape, Rows rows, long first_row, long first_posit
         }
     }
     for (int r = 0; r < R; r++)
-        weigh(shape, span, first_position + (first_row + r) / group, weights + r * SPAN * LANES, out + r * head_dim,
+        weigh(shape, span, first_position + (first_row + r) / group, weights + r * SPAN * LANES, out + r * value_dim,
               rows.most + first_row + r, rows.total + first_row + r);
     for (int b = 0; b < span.blocks; b++) {
         int positions = span.positions - b * LANES < LANES ? span.positions - b * LANES : LANES;
         if (span.value_scales[b])
             for (int r = 0; r < R; r++)
                 for (int j = 0; j < positions; j++) weights[(r * SPAN + b) * LANES + j] *= span.value_scales[b][j];
-        for (long d = 0; d + LANES <= head_dim; d += LANES)
-            add_values<R>(weights + b * LANES, span.values[b] + d, span.next[b] + d, positions, head_dim, LANES,
+        for (long d = 0; d + LANES <= value_dim; d += LANES)
+            add_values<R>(weights + b * LANES, span.values[b] + d, span.next[b] + d, positions, value_dim, LANES,
                           out + d);
-        if (long d = head_dim / LANES * LANES; d < head_dim)
-            add_values<R>(weights + b * LANES, span.values[b] + d, span.next[b] + d, positions, head_dim,
-                          int(head_dim - d), out + d);
+        if (long d = value_dim / LANES * LANES; d < value_dim)
+            add_values<R>(weights + b * LANES, span.values[b] + d, span.next[b] + d, positions, value_dim,
+                          int(value_dim - d), out + d);
     }
 }
 
@@ -175,17 +176,17 @@ void rows_of_span(int count, const Shape& shape, Rows rows, long first_row, long
 template <class C>
 Span<C> span_at(const Shape& shape, const Task& task, const Cache<C>& cache, const std::int64_t* table, long context,
                 long block) {
-    long size = LANES * shape.head_dim;
+    long key_size = LANES * shape.head_dim, value_size = LANES * shape.value_dim;
     Span<C> span;
     span.first = block * LANES;
     span.blocks = int(task.last_block - block + 1 < SPAN ? task.last_block - block + 1 : SPAN);
     span.positions = int(context - span.first < SPAN * LANES ? context - span.first : SPAN * LANES);
     for (int b = 0; b < span.blocks; b++) {
         long place = table[block + b] * shape.kv_heads + task.kv_head;
-        span.keys[b] = cache.keys + place * size;
-        span.values[b] = cache.values + place * size;
+        span.keys[b] = cache.keys + place * key_size;
+        span.values[b] = cache.values + place * value_size;
         long after = block + b + SPAN <= task.last_block ? block + b + SPAN : task.last_block;
-        span.next[b] = cache.keys + (table[after] * shape.kv_heads + task.kv_head) * size;
+        span.next[b] = cache.keys + (table[after] * shape.kv_heads + task.kv_head) * key_size;
         span.key_scales[b] = cache.key_scales ? cache.key_scales + place * LANES : nullptr;
         span.value_scales[b] = cache.value_scales ? cache.value_scales + place * LANES : nullptr;
     }
@@ -208,7 +209,7 @@ void attend(const Shape& shape, const Task& task, const Cache<C>& cache, const s
 // Whether a task is worth packing the blocks that it reads for tiles.
 bool suits_tiles(const Shape& shape, const Task& task) {
     return task.tokens > 1 && task.tokens * (shape.heads / shape.kv_heads) >= FEWEST_TILE_ROWS &&
-           shape.head_dim % TILE_DEPTH == 0;
+           shape.head_dim % TILE_DEPTH == 0 && shape.value_dim % TILE_DEPTH == 0;
 }
 
 // As attend, by tiles. `queries` are as copy_query made them, not scaled; `panels` is room for a span's keys
@@ -221,7 +222,8 @@ void attend_by_tiles(const Shape& shape, const Task& task, const Cache<C>& cache
 #if defined(__AMX_BF16__)
     Tiles tiles(TILE_ROWS, TILE_BYTES);
 #endif
-    long group = shape.heads / shape.kv_heads, count = task.tokens * group, head_dim = shape.head_dim;
+    long group = shape.heads / shape.kv_heads, count = task.tokens * group;
+    long head_dim = shape.head_dim, value_dim = shape.value_dim;
     bf16* values = panels + TILE_SPAN * head_dim;
     for (long block = task.first_block; block <= task.last_block; block += SPAN) {
         Span<C> span = span_at(shape, task, cache, table, context, block);
@@ -229,7 +231,7 @@ void attend_by_tiles(const Shape& shape, const Task& task, const Cache<C>& cache
             if (b < span.blocks) pack_keys(span.keys[b], head_dim, panels + b * LANES * head_dim);
             // The sequence may go on behind the blocks that the task reads.
             long positions = b < span.blocks ? span.positions - b * LANES : 0;
-            pack_values(positions ? span.values[b] : nullptr, head_dim, b, positions, values);
+            pack_values(positions ? span.values[b] : nullptr, value_dim, b, positions, values);
         }
         for (long row = 0; row < count; row += TILE_ROWS)
             score_tiles(queries + row * head_dim, head_dim, panels, rows.weights + row * TILE_SPAN);
@@ -240,7 +242,7 @@ void attend_by_tiles(const Shape& shape, const Task& task, const Cache<C>& cache
                 if (span.key_scales[b]) scale = scale * load(span.key_scales[b]);
                 store(lanes + b * LANES, load(lanes + b * LANES) * scale);
             }
-            weigh(shape, span, first_position + row / group, lanes, rows.out + row * head_dim, rows.most + row,
+            weigh(shape, span, first_position + row / group, lanes, rows.out + row * value_dim, rows.most + row,
                   rows.total + row);
             // Rounded in place, to the first half of the row; behind the span's last block nothing has weight.
             for (int b = 0; b < SPAN; b++) {
@@ -251,7 +253,8 @@ void attend_by_tiles(const Shape& shape, const Task& task, const Cache<C>& cache
             }
         }
         for (long row = 0; row < count; row += TILE_ROWS)
-            add_value_tiles((const bf16*)(rows.weights + row * TILE_SPAN), head_dim, values, rows.out + row * head_dim);
+            add_value_tiles((const bf16*)(rows.weights + row * TILE_SPAN), value_dim, values,
+                            rows.out + row * value_dim);
     }
 }
 
@@ -285,12 +288,12 @@ template <class T>
 void write(const Shape& shape, const Task& task, const float* out, const float* total, T* to) {
     long group = shape.heads / shape.kv_heads;
     for (long row = 0; row < task.tokens * group; row++) {
-        T* head =
-            to + ((task.first_token + row / group) * shape.heads + task.kv_head * group + row % group) * shape.head_dim;
+        long place = (task.first_token + row / group) * shape.heads + task.kv_head * group + row % group;
+        T* head = to + place * shape.value_dim;
         Floats inverse = splat(1 / total[row]);
-        for (long d = 0; d < shape.head_dim; d += LANES) {
-            int n = int(shape.head_dim - d < LANES ? shape.head_dim - d : LANES);
-            store_first(head + d, load_first(out + row * shape.head_dim + d, n) * inverse, n);
+        for (long d = 0; d < shape.value_dim; d += LANES) {
+            int n = int(shape.value_dim - d < LANES ? shape.value_dim - d : LANES);
+            store_first(head + d, load_first(out + row * shape.value_dim + d, n) * inverse, n);
         }
     }
 }
@@ -298,28 +301,28 @@ void write(const Shape& shape, const Task& task, const float* out, const float* 
 // Joins the parts of one decode's context: each is relative to its own largest score.
 template <class T>
 void join(const Shape& shape, const Task& task, float* partials, long partial_size, T* to) {
-    long group = shape.heads / shape.kv_heads, head_dim = shape.head_dim;
+    long group = shape.heads / shape.kv_heads, value_dim = shape.value_dim;
     for (long row = 0; row < group; row++) {
         float* first = partials + task.partial * partial_size;
         float most = LOWEST;
         for (long part = 0; part < task.parts; part++) {
-            float own = first[part * partial_size + group * head_dim + row];
+            float own = first[part * partial_size + group * value_dim + row];
             most = own > most ? own : most;
         }
         float total = 0;
         for (long part = 0; part < task.parts; part++) {
             float* partial = first + part * partial_size;
-            float factor = std::exp(partial[group * head_dim + row] - most);
-            total += factor * partial[group * head_dim + group + row];
-            for (long d = 0; d < head_dim; d++) {
-                float value = factor * partial[row * head_dim + d];
-                first[row * head_dim + d] = part ? first[row * head_dim + d] + value : value;
+            float factor = std::exp(partial[group * value_dim + row] - most);
+            total += factor * partial[group * value_dim + group + row];
+            for (long d = 0; d < value_dim; d++) {
+                float value = factor * partial[row * value_dim + d];
+                first[row * value_dim + d] = part ? first[row * value_dim + d] + value : value;
             }
         }
-        first[group * head_dim + group + row] = total;
+        first[group * value_dim + group + row] = total;
     }
     float* first = partials + task.partial * partial_size;
-    write(shape, task, first, first + group * head_dim + group, to);
+    write(shape, task, first, first + group * value_dim + group, to);
 }
 
 template <class T, class C>
@@ -327,13 +330,13 @@ void attention(int threads, const Shape& shape, const T* query, long query_strid
                const std::int64_t* starts, const std::int64_t* contexts, const std::int64_t* tables, long table_width,
                T* out) {
     static thread_local Scratch for_rows, for_partials;
-    long group = shape.heads / shape.kv_heads, head_dim = shape.head_dim, partial_count;
+    long group = shape.heads / shape.kv_heads, head_dim = shape.head_dim, value_dim = shape.value_dim, partial_count;
     std::vector<Task> tasks = plan(shape, chunks, starts, contexts, partial_count);
     long most_rows = ((TILE / group > 1 ? TILE / group : 1) * group + LANES - 1) / LANES * LANES;
-    long partial_size = group * (head_dim + 2);
-    long row_size = (2 * head_dim + 2 + SPAN * LANES) * most_rows;
+    long partial_size = group * (value_dim + 2);
+    long row_size = (head_dim + value_dim + 2 + SPAN * LANES) * most_rows;
 #if defined(__AVX512BF16__)
-    row_size += TILE_SPAN * head_dim;  // two panels of bfloat16 per position and dimension: its key and its value
+    row_size += TILE_SPAN * (head_dim + value_dim + 1) / 2;  // panels of bfloat16: a span's keys, and its values
 #endif
     float* memory = for_rows.get<float>(row_size * threads);
     float* partials = for_partials.get<float>(partial_size * partial_count);
@@ -345,18 +348,19 @@ void attention(int threads, const Shape& shape, const T* query, long query_strid
             long count = task.tokens * group;
             float* target = task.parts > 1 ? partials + task.partial * partial_size : mine;
             long room = task.parts > 1 ? count : most_rows;
-            Rows rows{mine + (head_dim + 2) * most_rows, target, target + room * head_dim,
-                      target + room * (head_dim + 1), mine + (2 * head_dim + 2) * most_rows};
+            Rows rows{mine + (value_dim + 2) * most_rows, target, target + room * value_dim,
+                      target + room * (value_dim + 1), mine + (head_dim + value_dim + 2) * most_rows};
             for (long row = 0; row < count; row++) {
                 long head = task.kv_head * group + row % group;
                 const T* q = query + (task.first_token + row / group) * query_stride + head * head_dim;
                 for (long d = 0; d < head_dim; d += LANES) {
                     int n = int(head_dim - d < LANES ? head_dim - d : LANES);
                     store_first(rows.query + row * head_dim + d, load_first(q + d, n) * splat(shape.scale), n);
-                    store_first(rows.out + row * head_dim + d, zeros(), n);
                 }
-                rows.most[row] = LOWEST;
-                rows.total[row] = 0;
+                std::memset(rows.out + row * value_dim, 0, value_dim * sizeof(float));
+                bool sink = shape.sinks && task.part == 0;
+                rows.most[row] = sink ? shape.sinks[head] : LOWEST;
+                rows.total[row] = sink;
             }
             long context = contexts[task.chunk];
             long position = context - (starts[task.chunk + 1] - task.first_token);
@@ -370,7 +374,7 @@ void attention(int threads, const Shape& shape, const T* query, long query_strid
                                        (task.kv_head * group + row % group) * head_dim,
                                    head_dim, row, queries);
                     attend_by_tiles(shape, task, cache, table, context, position, queries,
-                                    (bf16*)(mine + (2 * head_dim + 2 + TILE_SPAN) * most_rows), rows);
+                                    (bf16*)(mine + (head_dim + value_dim + 2 + TILE_SPAN) * most_rows), rows);
                     write(shape, task, rows.out, rows.total, out);
                     continue;
                 }
@@ -394,11 +398,11 @@ using namespace loraplex;
 // query: heads side by side, `query_stride` numbers from token to token. keys and values of the query's kind, or, if
 // there are scales, int8. starts [chunks + 1], contexts [chunks], tables [chunks, table_width] of block numbers.
 EXPORT void paged_attention(int threads, int kind, const void* query, long query_stride, long heads, long kv_heads,
-                            long head_dim, float scale, float soft_cap, long window, const void* keys,
-                            const void* values, const float* key_scales, const float* value_scales, long chunks,
-                            const std::int64_t* starts, const std::int64_t* contexts, const std::int64_t* tables,
-                            long table_width, void* out) {
-    Shape shape{heads, kv_heads, head_dim, window, scale, soft_cap};
+                            long head_dim, long value_dim, float scale, float soft_cap, long window, const float* sinks,
+                            const void* keys, const void* values, const float* key_scales, const float* value_scales,
+                            long chunks, const std::int64_t* starts, const std::int64_t* contexts,
+                            const std::int64_t* tables, long table_width, void* out) {
+    Shape shape{heads, kv_heads, head_dim, value_dim, window, scale, soft_cap, sinks};
     with_type(kind, [&](auto* t) {
         using T = decltype(t);
         if (key_scales) {

@@ -39,14 +39,16 @@ struct Place;  // a rank's place in shared memory: see collectives.cpp
     KERNEL(void, upcast,                                                                                                \
            (int threads, int kind, long rows, long n, const void* x, float* out, std::uint8_t* finite))                \
     KERNEL(void, rotate_and_write,                                                                                     \
-           (int threads, int kind, long tokens, void* qkv, long stride, long heads, long kv_heads, long head_dim,      \
+           (int threads, int kind, long tokens, void* qkv, long heads, long kv_heads, long head_dim, long value_dim,   \
             const void* norm, float eps, const std::int64_t* positions, const float* cos, const float* sin,            \
-            const std::int64_t* indices, void* keys, void* values, float* key_scales, float* value_scales))            \
+            long rotary_dim, int interleaved, const std::int64_t* indices, void* keys, void* values,                   \
+            float* key_scales, float* value_scales))                                                                   \
     KERNEL(void, paged_attention,                                                                                      \
            (int threads, int kind, const void* query, long query_stride, long heads, long kv_heads, long head_dim,     \
-            float scale, float soft_cap, long window, const void* keys, const void* values, const float* key_scales,   \
-            const float* value_scales, long chunks, const std::int64_t* starts, const std::int64_t* contexts,          \
-            const std::int64_t* tables, long table_width, void* out))                                                  \
+            long value_dim, float scale, float soft_cap, long window, const float* sinks, const void* keys,            \
+            const void* values, const float* key_scales, const float* value_scales, long chunks,                       \
+            const std::int64_t* starts, const std::int64_t* contexts, const std::int64_t* tables, long table_width,    \
+            void* out))                                                                                                \
     KERNEL(long, all_reduce, (const Place* place, int kind, long count, void* data))                                   \
     KERNEL(long, broadcast, (const Place* place, long bytes, char* data))                                              \
     KERNEL(long, gather, (const Place* place, long rows, const long* widths, const char* data, char* out))             \

@@ -6,85 +6,103 @@
 namespace loraplex {
 namespace {
 
-// Writes sixteen-position blocks: one token's head, at `offset` of its block.
-template <class T, class C>
-void write_head(const T* key, const T* value, long head_dim, C* keys, C* values, int offset) {
-    for (long d = 0; d < head_dim; d++) keys[d * LANES + offset] = key[d];
-    std::memcpy(values + offset * head_dim, value, head_dim * sizeof(T));
-}
-
-inline void write_head(const float* key, const float* value, long head_dim, std::int8_t* keys, std::int8_t* values,
-                       int offset, float* key_scale, float* value_scale) {
-    float key_peak = 0, value_peak = 0;
-    for (long d = 0; d < head_dim; d++) {
-        key_peak = std::fmax(key_peak, std::fabs(key[d]));
-        value_peak = std::fmax(value_peak, std::fabs(value[d]));
-    }
-    float key_inverse = key_peak > 0 ? 127 / key_peak : 0, value_inverse = value_peak > 0 ? 127 / value_peak : 0;
-    for (long d = 0; d < head_dim; d++) {
-        keys[d * LANES + offset] = std::int8_t(std::nearbyint(key[d] * key_inverse));
-        values[offset * head_dim + d] = std::int8_t(std::nearbyint(value[d] * value_inverse));
-    }
-    *key_scale = key_peak / 127;
-    *value_scale = value_peak / 127;
-}
+constexpr long MOST = 1024;  // dimensions of a head
 
 inline float number(float x) { return x; }
 inline float number(bf16 x) { return from_bf16(x); }
 inline void assign(float& to, float x) { to = x; }
 inline void assign(bf16& to, float x) { to = to_bf16(x); }
 
+struct Rotary {        // of one layer
+    const float* cos;  // [positions][dim]
+    const float* sin;
+    long dim;  // of a head's dimensions, the first ones; 0: nothing is rotated
+    bool interleaved;
+};
+
+// One token's key, whose dimensions are sixteen positions apart.
+template <class T>
+void write_key(const T* key, long dim, T* block, int offset, float*) {
+    for (long d = 0; d < dim; d++) block[d * LANES + offset] = key[d];
+}
+
+template <class T>
+void write_value(const T* value, long dim, T* block, int offset, float*) {
+    std::memcpy(block + offset * dim, value, dim * sizeof(T));
+}
+
+// To bytes: what to multiply by.
+template <class T>
+float inverse_scale(const T* head, long dim, float* scale) {
+    float peak = 0;
+    for (long d = 0; d < dim; d++) peak = std::fmax(peak, std::fabs(number(head[d])));
+    *scale = peak / 127;
+    return peak > 0 ? 127 / peak : 0;
+}
+
+inline std::int8_t rounded(float x) { return std::int8_t(std::nearbyint(x)); }
+
+template <class T>
+void write_key(const T* key, long dim, std::int8_t* block, int offset, float* scale) {
+    float inverse = inverse_scale(key, dim, scale);
+    for (long d = 0; d < dim; d++) block[d * LANES + offset] = rounded(number(key[d]) * inverse);
+}
+
+template <class T>
+void write_value(const T* value, long dim, std::int8_t* block, int offset, float* scale) {
+    float inverse = inverse_scale(value, dim, scale);
+    for (long d = 0; d < dim; d++) block[offset * dim + d] = rounded(number(value[d]) * inverse);
+}
+
 // RMS norm (weight may be null) and rotation of one head, in place.
-template <class T, class W>
-void rotate(T* head, long head_dim, const W* norm, float eps, const float* cos, const float* sin) {
-    float floats[1024];
+template <class T>
+void turn(T* head, long dim, const T* norm, float eps, const Rotary& rotary, const float* cos, const float* sin) {
+    float floats[MOST];
     float squares = 0;
-    for (long d = 0; d < head_dim; d++) {
+    for (long d = 0; d < dim; d++) {
         floats[d] = number(head[d]);
         squares += floats[d] * floats[d];
     }
     if (norm) {
-        float factor = 1 / std::sqrt(squares / head_dim + eps);
-        for (long d = 0; d < head_dim; d++) {
+        float factor = 1 / std::sqrt(squares / dim + eps);
+        for (long d = 0; d < dim; d++) {
             T normed;  // rounded as the model's own dtype would
             assign(normed, floats[d] * factor * number(norm[d]));
             floats[d] = number(normed);
+            if (d >= rotary.dim) head[d] = normed;
         }
     }
-    long half = head_dim / 2;
-    for (long d = 0; d < half; d++) {
-        assign(head[d], floats[d] * cos[d] + floats[d + half] * sin[d]);
-        assign(head[d + half], floats[d + half] * cos[d + half] + floats[d] * sin[d + half]);
-    }
+    if (rotary.interleaved)
+        for (long d = 0; d < rotary.dim; d += 2) {
+            assign(head[d], floats[d] * cos[d] + floats[d + 1] * sin[d]);
+            assign(head[d + 1], floats[d + 1] * cos[d + 1] + floats[d] * sin[d + 1]);
+        }
+    else
+        for (long d = 0, half = rotary.dim / 2; d < half; d++) {
+            assign(head[d], floats[d] * cos[d] + floats[d + half] * sin[d]);
+            assign(head[d + half], floats[d + half] * cos[d + half] + floats[d] * sin[d + half]);
+        }
 }
 
-template <class T>
-void rotate_write(int threads, long tokens, T* qkv, long stride, long heads, long kv_heads, long head_dim,
-                  const T* norm, float eps, const std::int64_t* positions, const float* cos, const float* sin,
-                  const std::int64_t* indices, void* keys, void* values, float* key_scales, float* value_scales) {
+template <class T, class C>
+void rotate_write(int threads, long tokens, T* qkv, long heads, long kv_heads, long head_dim, long value_dim,
+                  const T* norm, float eps, const std::int64_t* positions, const Rotary& rotary,
+                  const std::int64_t* indices, C* keys, C* values, float* key_scales, float* value_scales) {
+    long width = (heads + kv_heads) * head_dim + kv_heads * value_dim;
     parallel_for(tokens > 1 ? threads : 1, tokens, [&](long i) {
-        T* token = qkv + i * stride;
-        const float* c = cos + positions[i] * head_dim;
-        const float* s = sin + positions[i] * head_dim;
-        for (long h = 0; h < heads + kv_heads; h++)
-            rotate(token + h * head_dim, head_dim, norm ? norm + h * head_dim : nullptr, eps, c, s);
+        T* token = qkv + i * width;
+        const float* cos = rotary.cos + positions[i] * rotary.dim;
+        const float* sin = rotary.sin + positions[i] * rotary.dim;
+        if (norm || rotary.dim)
+            for (long h = 0; h < heads + kv_heads; h++)
+                turn(token + h * head_dim, head_dim, norm ? norm + h * head_dim : nullptr, eps, rotary, cos, sin);
         int offset = int(indices[i] % LANES);
         for (long h = 0; h < kv_heads; h++) {
-            long place = indices[i] / LANES * kv_heads + h, size = LANES * head_dim;
+            long place = indices[i] / LANES * kv_heads + h, scale = place * LANES + offset;
             const T* key = token + (heads + h) * head_dim;
-            const T* value = token + (heads + kv_heads + h) * head_dim;
-            if (key_scales) {
-                float floats[2048];
-                for (long d = 0; d < head_dim; d++) {
-                    floats[d] = number(key[d]);
-                    floats[1024 + d] = number(value[d]);
-                }
-                write_head(floats, floats + 1024, head_dim, (std::int8_t*)keys + place * size,
-                           (std::int8_t*)values + place * size, offset, key_scales + place * LANES + offset,
-                           value_scales + place * LANES + offset);
-            } else {
-                write_head(key, value, head_dim, (T*)keys + place * size, (T*)values + place * size, offset);
-            }
+            const T* value = token + (heads + kv_heads) * head_dim + h * value_dim;
+            write_key(key, head_dim, keys + place * LANES * head_dim, offset, key_scales + scale);
+            write_value(value, value_dim, values + place * LANES * value_dim, offset, value_scales + scale);
         }
     });
 }
@@ -96,14 +114,23 @@ using namespace loraplex;
 
 // qkv: each token's query, key and value heads side by side. Normalizes (norm [heads + kv_heads, head_dim] or null) and
 // rotates queries and keys in place, and writes keys and values to cache position indices[token]. cos and sin
-// [positions, head_dim] float32. head_dim is at most 1024.
-EXPORT void rotate_and_write(int threads, int kind, long tokens, void* qkv, long stride, long heads, long kv_heads,
-                             long head_dim, const void* norm, float eps, const std::int64_t* positions,
-                             const float* cos, const float* sin, const std::int64_t* indices, void* keys, void* values,
-                             float* key_scales, float* value_scales) {
+// [positions, rotary_dim] float32, the first of each pair's sin negated; rotary_dim 0: no rotation. Keys and values are
+// of qkv's kind, or, if there are scales, int8. head_dim and value_dim are at most 1024.
+EXPORT void rotate_and_write(int threads, int kind, long tokens, void* qkv, long heads, long kv_heads, long head_dim,
+                             long value_dim, const void* norm, float eps, const std::int64_t* positions,
+                             const float* cos, const float* sin, long rotary_dim, int interleaved,
+                             const std::int64_t* indices, void* keys, void* values, float* key_scales,
+                             float* value_scales) {
+    Rotary rotary{cos, sin, rotary_dim, bool(interleaved)};
     with_type(kind, [&](auto* t) {
         using T = decltype(t);
-        rotate_write(threads, tokens, (T)qkv, stride, heads, kv_heads, head_dim, (T)norm, eps, positions, cos, sin,
-                     indices, keys, values, key_scales, value_scales);
+        auto write = [&](auto* k, auto* v) {
+            rotate_write(threads, tokens, (T)qkv, heads, kv_heads, head_dim, value_dim, (T)norm, eps, positions, rotary,
+                         indices, k, v, key_scales, value_scales);
+        };
+        if (key_scales)
+            write((std::int8_t*)keys, (std::int8_t*)values);
+        else
+            write((T)keys, (T)values);
     });
 }

@@ -13,11 +13,12 @@ import torch
 
 from loraplex_shard.device.parallel import Group
 from loraplex_shard.kernels.library import KINDS, Kernels
-from loraplex_shard.ops.base import HeadNorms, Heads, Runs
+from loraplex_shard.ops.base import HeadNorms, Rotary, Runs
 from loraplex_shard.ops.cpu.program import Program, StepNumber
 from loraplex_shard.ops.quantized import QuantizedMatrix
 from loraplex_shard.shapes.batch import Batch, Segment
 from loraplex_shard.shapes.cache import KVCache, LayerCache
+from loraplex_shard.shapes.heads import Heads
 from loraplex_shard.shapes.layout import LinearLayout
 
 LARGEST_PROGRAM = 64  # tokens: in larger batches, calling the kernels takes no time to speak of
@@ -105,8 +106,8 @@ class CpuSegments:
 class CpuStep:
     """A batch as kernels read it. `numbers` has the values of STEP; the arrays that they point to live as long."""
 
-    def __init__(self, batch: Batch, cos: torch.Tensor, sin: torch.Tensor) -> None:
-        self.batch, self.cos, self.sin = batch, cos, sin
+    def __init__(self, batch: Batch) -> None:
+        self.batch = batch
         self.starts = np.array(batch.starts, np.int64)
         self.contexts = np.array(batch.context_lengths, np.int64)
         self.segments = CpuSegments.of(batch.segments)
@@ -152,8 +153,8 @@ class CpuOperations:
         )
         return FloatWeight(panels, rows, columns)
 
-    def prepare(self, batch: Batch, cos: torch.Tensor, sin: torch.Tensor) -> CpuStep:
-        return CpuStep(batch, cos, sin)
+    def prepare(self, batch: Batch) -> CpuStep:
+        return CpuStep(batch)
 
     def forward(self, step: CpuStep, cache: KVCache, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
         tokens = len(step.batch.token_ids)
@@ -262,7 +263,13 @@ class CpuOperations:
         return out, finite
 
     def rotate_and_write(
-        self, qkv: torch.Tensor, heads: Heads, norms: HeadNorms | None, step: CpuStep, cache: LayerCache
+        self,
+        qkv: torch.Tensor,
+        heads: Heads,
+        norms: HeadNorms | None,
+        rotary: Rotary | None,
+        step: CpuStep,
+        cache: LayerCache,
     ) -> None:
         self._call(
             "rotate_and_write",
@@ -270,21 +277,25 @@ class CpuOperations:
             kind=KINDS[qkv.dtype],
             tokens=qkv.shape[0],
             qkv=qkv.data_ptr(),
-            stride=qkv.shape[1],
             heads=heads.query,
             kv_heads=heads.kv,
             head_dim=heads.dim,
+            value_dim=heads.value_dim,
             norm=None if norms is None else norms.weight.data_ptr(),
             eps=0.0 if norms is None else norms.eps,
             positions=step["positions"],
-            cos=step.cos.data_ptr(),
-            sin=step.sin.data_ptr(),
+            cos=None if rotary is None else rotary.cos.data_ptr(),
+            sin=None if rotary is None else rotary.sin.data_ptr(),
+            rotary_dim=0 if rotary is None else rotary.cos.shape[1],
+            interleaved=rotary is not None and rotary.interleaved,
             indices=step["indices"],
             **_addresses(cache),
         )
 
-    def attention(self, qkv: torch.Tensor, heads: Heads, step: CpuStep, cache: LayerCache) -> torch.Tensor:
-        out = self._empty((qkv.shape[0], heads.query * heads.dim), qkv.dtype)
+    def attention(
+        self, qkv: torch.Tensor, heads: Heads, step: CpuStep, cache: LayerCache, sinks: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        out = self._empty((qkv.shape[0], heads.out_width), qkv.dtype)
         self._call(
             "paged_attention",
             threads=self._threads,
@@ -294,9 +305,11 @@ class CpuOperations:
             heads=heads.query,
             kv_heads=heads.kv,
             head_dim=heads.dim,
-            scale=heads.dim**-0.5,
+            value_dim=heads.value_dim,
+            scale=heads.scale,
             soft_cap=heads.soft_cap,
             window=heads.window or 0,
+            sinks=_address(sinks),
             chunks=step["chunks"],
             starts=step["starts"],
             contexts=step["contexts"],

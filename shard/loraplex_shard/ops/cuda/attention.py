@@ -9,29 +9,34 @@ import torch
 import triton
 import triton.language as tl
 
-from loraplex_shard.ops.base import Heads
 from loraplex_shard.ops.cuda.tiles import SHORT, Tiles
 from loraplex_shard.shapes.batch import Batch
 from loraplex_shard.shapes.cache import LayerCache
+from loraplex_shard.shapes.heads import Heads
 
 EVERYTHING = 1 << 30  # a window that hides nothing
 KEY_BYTES = 64 * 256  # that a program looks at together
 
 
-def attention(qkv: torch.Tensor, heads: Heads, batch: Batch, tiles: Tiles, cache: LayerCache) -> torch.Tensor:
+def attention(
+    qkv: torch.Tensor, heads: Heads, batch: Batch, tiles: Tiles, cache: LayerCache, sinks: torch.Tensor | None
+) -> torch.Tensor:
     """As Operations.attention says; `tiles` are the batch's for these heads."""
-    out = qkv.new_empty((len(qkv), heads.query * heads.dim))
-    partials = qkv.new_empty((tiles.partials, heads.query, heads.dim), dtype=torch.float32)
+    out = qkv.new_empty((len(qkv), heads.out_width))
+    partials = qkv.new_empty((tiles.partials, heads.query, heads.value_dim), dtype=torch.float32)
     weights = partials.new_empty((tiles.partials, heads.query))
-    lanes = max(16, triton.next_power_of_2(heads.dim))
+    lanes, value_lanes = (max(16, triton.next_power_of_2(dim)) for dim in (heads.dim, heads.value_dim))
+    widest = max(lanes, value_lanes)
     group = heads.query // heads.kv
     for part, rows in (tiles.short, SHORT), (tiles.long, tiles.rows):
         if len(part):
             _attention[(len(part), heads.kv)](
                 qkv,
+                qkv.shape[1],
                 out,
                 partials,
                 weights,
+                sinks,
                 cache.keys,
                 cache.values,
                 cache.key_scales,
@@ -39,22 +44,32 @@ def attention(qkv: torch.Tensor, heads: Heads, batch: Batch, tiles: Tiles, cache
                 batch.block_tables,
                 batch.block_tables.shape[1],
                 part,
-                heads.dim**-0.5,
+                heads.scale,
                 heads.window or EVERYTHING,
                 SOFT_CAP=heads.soft_cap,
                 KV=heads.kv,
                 GROUP=group,
                 DIM=heads.dim,
                 LANES=lanes,
+                VALUE_DIM=heads.value_dim,
+                VALUE_LANES=value_lanes,
                 BLOCK_SIZE=cache.keys.shape[-1],
                 ROWS=rows,
-                POSITIONS=max(cache.keys.shape[-1], min(64, KEY_BYTES // (lanes * qkv.itemsize))),
-                num_warps=4 if rows * lanes <= 64 * 64 else 8,
+                POSITIONS=max(cache.keys.shape[-1], min(64, KEY_BYTES // (widest * qkv.itemsize))),
+                num_warps=4 if rows * widest <= 64 * 64 else 8,
                 num_stages=_stages(rows, cache),
             )
     if len(tiles.split):
         _combine[(len(tiles.split), heads.query)](
-            partials, weights, tiles.split, out, HEADS=heads.query, DIM=heads.dim, LANES=lanes, num_warps=1
+            partials,
+            weights,
+            sinks,
+            tiles.split,
+            out,
+            HEADS=heads.query,
+            DIM=heads.value_dim,
+            LANES=value_lanes,
+            num_warps=1,
         )
     return out
 
@@ -70,9 +85,11 @@ def _stages(rows: int, cache: LayerCache) -> int:
 @triton.jit(do_not_specialize=["table_width", "window"])
 def _attention(
     qkv,
+    stride,
     out,
     partials,
     weights,
+    sinks,
     keys,
     values,
     key_scales,
@@ -87,6 +104,8 @@ def _attention(
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
     LANES: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    VALUE_LANES: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     ROWS: tl.constexpr,
     POSITIONS: tl.constexpr,
@@ -97,16 +116,20 @@ def _attention(
     chunk, start, count, position = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
     first, stop, place = tl.load(tile + 4), tl.load(tile + 5), tl.load(tile + 6)
 
-    row, lane = tl.arange(0, ROWS), tl.arange(0, LANES)
+    row, lane, value_lane = tl.arange(0, ROWS), tl.arange(0, LANES), tl.arange(0, VALUE_LANES)
     token, head = row // GROUP, kv_head * GROUP + row % GROUP
     real = (token < count)[:, None] & (lane < DIM)[None, :]
-    query_place = (start + token) * ((HEADS + 2 * KV) * DIM) + head * DIM
+    query_place = (start + token) * stride + head * DIM
     query = tl.load(qkv + query_place[:, None] + lane[None, :], real, 0.0)
     own = position + token
 
     peak = tl.full([ROWS], -1e30, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
-    sums = tl.zeros([ROWS, LANES], tl.float32)
+    if sinks is not None:
+        whole = place < 0  # else _combine adds it
+        peak = tl.where(whole, tl.load(sinks + head), peak)
+        total += tl.where(whole, 1.0, 0.0)
+    sums = tl.zeros([ROWS, VALUE_LANES], tl.float32)
     # Whole blocks, each read at once. Of the first and the last one, what is not in [first, stop) is never visible.
     blocks = tl.cdiv(stop, BLOCK_SIZE)
     for number in range(first // BLOCK_SIZE, blocks, POSITIONS // BLOCK_SIZE):
@@ -127,8 +150,8 @@ def _attention(
         shrink = tl.exp(peak - higher)
         chances = tl.exp(scores - higher[:, None])
         total = total * shrink + tl.sum(chances, 1)
-        value_place = (block * BLOCK_SIZE + offset)[:, None] * DIM + lane[None, :]
-        value = tl.load(values + value_place, inside[:, None] & (lane < DIM)[None, :], 0)
+        value_place = (block * BLOCK_SIZE + offset)[:, None] * VALUE_DIM + value_lane[None, :]
+        value = tl.load(values + value_place, inside[:, None] & (value_lane < VALUE_DIM)[None, :], 0)
         if value_scales is not None:
             value_scale = tl.load(value_scales + block * BLOCK_SIZE + offset, inside, 0.0)
             if dtype == tl.float16:  # a small chance times a small scale is less than float16 has
@@ -141,23 +164,26 @@ def _attention(
 
     total = tl.where(total > 0, total, 1.0)  # 0 where a row saw nothing: its weight will be none
     result = sums / total[:, None]
+    real = (token < count)[:, None] & (value_lane < VALUE_DIM)[None, :]
     if place < 0:
         to = (start + token) * HEADS + head
-        tl.store(out + to[:, None] * DIM + lane[None, :], result.to(dtype), real)
+        tl.store(out + to[:, None] * VALUE_DIM + value_lane[None, :], result.to(dtype), real)
     else:
         to = (place + token) * HEADS + head
-        tl.store(partials + to[:, None] * DIM + lane[None, :], result, real)
+        tl.store(partials + to[:, None] * VALUE_DIM + value_lane[None, :], result, real)
         tl.store(weights + to, peak + tl.log(total), token < count)
 
 
 @triton.jit
-def _combine(partials, weights, split, out, HEADS: tl.constexpr, DIM: tl.constexpr, LANES: tl.constexpr):
+def _combine(partials, weights, sinks, split, out, HEADS: tl.constexpr, DIM: tl.constexpr, LANES: tl.constexpr):
     """One token's and head's partial results, each weighted by its share of the whole softmax's denominator."""
     entry, head = split + tl.program_id(0) * 4, tl.program_id(1)
     token, place = tl.load(entry), tl.load(entry + 1)
     step, count = tl.load(entry + 2), tl.load(entry + 3)
     lane = tl.arange(0, LANES)
     peak, total = -1e30, 0.0
+    if sinks is not None:
+        peak, total = tl.load(sinks + head), 1.0
     sums = tl.zeros([LANES], tl.float32)
     for number in range(0, count):
         at = (place + number * step) * HEADS + head

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from loraplex_shard.device.parallel import Group
-from loraplex_shard.ops.base import HeadNorms, Heads, Runs
+from loraplex_shard.ops.base import HeadNorms, Rotary, Runs
 from loraplex_shard.ops.cuda import elementwise, quantized
 from loraplex_shard.ops.cuda.attention import attention
 from loraplex_shard.ops.cuda.lora import LoraTiles, add_lora_delta
@@ -20,6 +20,7 @@ from loraplex_shard.ops.cuda.tiles import Tiles, make_tiles
 from loraplex_shard.ops.quantized import QuantizedMatrix
 from loraplex_shard.shapes.batch import Batch
 from loraplex_shard.shapes.cache import KVCache, LayerCache
+from loraplex_shard.shapes.heads import Heads
 from loraplex_shard.shapes.layout import LinearLayout
 
 
@@ -41,8 +42,6 @@ CudaWeight = FloatWeight | IntegerWeight
 @dataclass(frozen=True, slots=True)
 class CudaStep:
     batch: Batch
-    cos: torch.Tensor  # [positions, head_dim] float32
-    sin: torch.Tensor
     lora: LoraTiles
     tiles: dict[Heads, Tiles] = field(default_factory=dict)  # of the heads that were asked for so far
 
@@ -61,8 +60,8 @@ class CudaOperations:
             return quantized.pack(matrix, self._device)
         return FloatWeight(matrix)
 
-    def prepare(self, batch: Batch, cos: torch.Tensor, sin: torch.Tensor) -> CudaStep:
-        return CudaStep(batch, cos, sin, LoraTiles.of(batch.segments, self._device))
+    def prepare(self, batch: Batch) -> CudaStep:
+        return CudaStep(batch, LoraTiles.of(batch.segments, self._device))
 
     def forward(self, step: CudaStep, cache: KVCache, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
         return compute()
@@ -102,11 +101,19 @@ class CudaOperations:
         return wide, wide.sum(-1).isfinite()  # of float16, a sum of large logits would not be
 
     def rotate_and_write(
-        self, qkv: torch.Tensor, heads: Heads, norms: HeadNorms | None, step: CudaStep, cache: LayerCache
+        self,
+        qkv: torch.Tensor,
+        heads: Heads,
+        norms: HeadNorms | None,
+        rotary: Rotary | None,
+        step: CudaStep,
+        cache: LayerCache,
     ) -> None:
-        rotate_and_write(qkv, heads, norms, step.batch, (step.cos, step.sin), cache)
+        rotate_and_write(qkv, heads, norms, rotary, step.batch, cache)
 
-    def attention(self, qkv: torch.Tensor, heads: Heads, step: CudaStep, cache: LayerCache) -> torch.Tensor:
+    def attention(
+        self, qkv: torch.Tensor, heads: Heads, step: CudaStep, cache: LayerCache, sinks: torch.Tensor | None = None
+    ) -> torch.Tensor:
         if heads not in step.tiles:
             step.tiles[heads] = make_tiles(step.batch, heads, qkv.dtype, self._device)
-        return attention(qkv, heads, step.batch, step.tiles[heads], cache)
+        return attention(qkv, heads, step.batch, step.tiles[heads], cache, sinks)

@@ -4,28 +4,24 @@ import torch
 import triton
 import triton.language as tl
 
-from loraplex_shard.ops.base import HeadNorms, Heads
+from loraplex_shard.ops.base import HeadNorms, Rotary
 from loraplex_shard.ops.cuda.quantized import nearest
 from loraplex_shard.shapes.batch import Batch
 from loraplex_shard.shapes.cache import LayerCache
+from loraplex_shard.shapes.heads import Heads
 
 
 def rotate_and_write(
-    qkv: torch.Tensor,
-    heads: Heads,
-    norms: HeadNorms | None,
-    batch: Batch,
-    angles: tuple[torch.Tensor, torch.Tensor],
-    cache: LayerCache,
+    qkv: torch.Tensor, heads: Heads, norms: HeadNorms | None, rotary: Rotary | None, batch: Batch, cache: LayerCache
 ) -> None:
-    """As Operations.rotate_and_write says; angles are cos and sin by position."""
-    half = heads.dim // 2
+    """As Operations.rotate_and_write says."""
     _rotate_and_write[(len(qkv), heads.query + 2 * heads.kv)](
         qkv,
         None if norms is None else norms.weight,
         0.0 if norms is None else norms.eps,
         batch.positions,
-        *angles,
+        None if rotary is None else rotary.cos,
+        None if rotary is None else rotary.sin,
         batch.cache_indices,
         cache.keys,
         cache.values,
@@ -33,8 +29,11 @@ def rotate_and_write(
         cache.value_scales,
         QUERY=heads.query,
         KV=heads.kv,
-        HALF=half,
-        LANES=triton.next_power_of_2(half),
+        DIM=heads.dim,
+        VALUE_DIM=heads.value_dim,
+        ROTATED=0 if rotary is None else rotary.cos.shape[1],
+        INTERLEAVED=rotary is not None and rotary.interleaved,
+        LANES=triton.next_power_of_2((max(heads.dim, heads.value_dim) + 1) // 2),
         BLOCK_SIZE=cache.keys.shape[-1],
         num_warps=1,
     )
@@ -55,45 +54,58 @@ def _rotate_and_write(
     value_scales,
     QUERY: tl.constexpr,
     KV: tl.constexpr,
-    HALF: tl.constexpr,
+    DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    ROTATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     LANES: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
-    DIM: tl.constexpr = 2 * HALF
+    WIDTH: tl.constexpr = (QUERY + KV) * DIM + KV * VALUE_DIM
     dtype = qkv.dtype.element_ty
     token, head = tl.program_id(0), tl.program_id(1)
-    lanes = tl.arange(0, LANES)
-    within = lanes < HALF
-    place = qkv + (token.to(tl.int64) * (QUERY + 2 * KV) + head) * DIM + lanes
-    first = tl.load(place, within, 0.0).to(tl.float32)
-    second = tl.load(place + HALF, within, 0.0).to(tl.float32)
-    if head < QUERY + KV:
+    is_value = head >= QUERY + KV
+    start = tl.where(is_value, (QUERY + KV) * DIM + (head - QUERY - KV) * VALUE_DIM, head * DIM)
+    dim = tl.where(is_value, VALUE_DIM, DIM)
+    # Each lane has a pair of numbers, which may turn; what does not turn is in pairs of neighbours.
+    pair = tl.arange(0, LANES)
+    turns = pair < ROTATED // 2
+    one, other = 2 * pair, 2 * pair + 1
+    if not INTERLEAVED:
+        one, other = tl.where(turns, pair, one), tl.where(turns, pair + ROTATED // 2, other)
+    place = qkv + token.to(tl.int64) * WIDTH + start
+    first = tl.load(place + one, one < dim, 0.0).to(tl.float32)
+    second = tl.load(place + other, other < dim, 0.0).to(tl.float32)
+    if not is_value:
         if norms is not None:
             scale = tl.rsqrt(tl.sum(first * first + second * second, 0) / DIM + eps)
-            first *= scale * tl.load(norms + head * DIM + lanes, within, 0.0).to(tl.float32)
-            second *= scale * tl.load(norms + head * DIM + HALF + lanes, within, 0.0).to(tl.float32)
-        angle = tl.load(positions + token) * DIM + lanes
-        turned = first * tl.load(cos + angle, within, 0.0) + second * tl.load(sin + angle, within, 0.0)
-        second = second * tl.load(cos + angle + HALF, within, 0.0) + first * tl.load(sin + angle + HALF, within, 0.0)
-        first = turned.to(dtype).to(tl.float32)
+            first *= scale * tl.load(norms + head * DIM + one, one < DIM, 0.0).to(tl.float32)
+            second *= scale * tl.load(norms + head * DIM + other, other < DIM, 0.0).to(tl.float32)
+        if ROTATED > 0:
+            angle = tl.load(positions + token) * ROTATED
+            turned = first * tl.load(cos + angle + one, turns, 1.0) + second * tl.load(sin + angle + one, turns, 0.0)
+            second = second * tl.load(cos + angle + other, turns, 1.0) + first * tl.load(
+                sin + angle + other, turns, 0.0
+            )
+            first = turned
+        first = first.to(dtype).to(tl.float32)
         second = second.to(dtype).to(tl.float32)
-        tl.store(place, first.to(dtype), within)
-        tl.store(place + HALF, second.to(dtype), within)
+        tl.store(place + one, first.to(dtype), one < DIM)
+        tl.store(place + other, second.to(dtype), other < DIM)
     if head >= QUERY:
         index = tl.load(indices + token)
         block, offset = index // BLOCK_SIZE, index % BLOCK_SIZE
-        is_key = head < QUERY + KV
         own = block * KV + (head - QUERY) % KV
         if key_scales is not None:
             peak = tl.max(tl.maximum(tl.abs(first), tl.abs(second)), 0)
             inverse = 127 / tl.where(peak > 0, peak, 1.0)
             first, second = nearest(first * inverse), nearest(second * inverse)
-            tl.store((key_scales if is_key else value_scales) + own * BLOCK_SIZE + offset, peak / 127)
-        if is_key:
-            where = keys + (own * DIM + lanes) * BLOCK_SIZE + offset
-            tl.store(where, first.to(keys.dtype.element_ty), within)
-            tl.store(where + HALF * BLOCK_SIZE, second.to(keys.dtype.element_ty), within)
+            tl.store((value_scales if is_value else key_scales) + own * BLOCK_SIZE + offset, peak / 127)
+        if is_value:
+            to = values + (own * BLOCK_SIZE + offset) * VALUE_DIM
+            tl.store(to + one, first.to(values.dtype.element_ty), one < VALUE_DIM)
+            tl.store(to + other, second.to(values.dtype.element_ty), other < VALUE_DIM)
         else:
-            where = values + (own * BLOCK_SIZE + offset) * DIM + lanes
-            tl.store(where, first.to(values.dtype.element_ty), within)
-            tl.store(where + HALF, second.to(values.dtype.element_ty), within)
+            to = keys + own * DIM * BLOCK_SIZE + offset
+            tl.store(to + one * BLOCK_SIZE, first.to(keys.dtype.element_ty), one < DIM)
+            tl.store(to + other * BLOCK_SIZE, second.to(keys.dtype.element_ty), other < DIM)

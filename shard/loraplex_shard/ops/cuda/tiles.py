@@ -11,8 +11,8 @@ from itertools import pairwise
 
 import torch
 
-from loraplex_shard.ops.base import Heads
 from loraplex_shard.shapes.batch import Batch
+from loraplex_shard.shapes.heads import Heads
 
 SHORT, LONG = 16, 64  # rows of a tile, each a token's query head; tensor cores take no fewer than 16
 SPLIT = 512  # positions for one tile, if it is a short one
