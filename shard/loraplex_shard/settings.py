@@ -40,8 +40,8 @@ class ModelSettings(BaseModel):
     )
     quantize: Quantize = Field(
         "auto",
-        description="What becomes of the model's matrices. auto: those of a GPTQ, AWQ or compressed-tensors checkpoint "
-        "stay in their integers, others have the dtype. int8, int4: they are rounded as they are loaded, or stay as "
+        description="What becomes of the model's matrices. auto: those that a checkpoint holds in integers (GPTQ, AWQ, "
+        "...) stay in them, others have the dtype. int8, int4: they are rounded as they are loaded, or stay as "
         "they are where the checkpoint holds them so; embedding and head stay at int8. none: they have the dtype.",
     )
     kv_dtype: HeldDtype = Field(

@@ -14,6 +14,7 @@ from tests.shard.decoders import save_checkpoint
 from tests.shard.test_models import llama
 
 WEIGHTS = "model.safetensors"
+Store = Callable[[torch.Tensor], tuple[dict[str, torch.Tensor], torch.Tensor]]
 COLUMNS, UNITS = 128, 256  # of the model's matrices
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the row, of each eight, that a nibble holds; the lowest nibble first
 
@@ -60,6 +61,9 @@ def rounded(matrix: torch.Tensor, method: Method) -> Integers:
 
 def packed(values: torch.Tensor, bits: int, order: tuple[int, ...] | None = None) -> torch.Tensor:
     """[n, m] -> [n, m * bits / 32] int32, the first integers lowest, or those that `order` names."""
+    if 32 % bits:
+        stream = ((values[:, :, None] >> torch.arange(bits)) & 1).flatten(1)
+        return packed(torch.nn.functional.pad(stream, (0, -stream.shape[1] % 32)), bits=1)
     per_word = 32 // bits
     words = torch.nn.functional.pad(values, (0, -values.shape[1] % per_word)).unflatten(1, (-1, per_word))
     if order is not None:
@@ -109,6 +113,19 @@ def compressed_tensors(layout: str, **weights: Any) -> dict[str, Any]:
     return {"quant_method": "compressed-tensors", "format": layout, "config_groups": {"group_0": scheme}}
 
 
+def with_zero_points(integers: Integers) -> dict[str, torch.Tensor]:
+    zeros = (integers.zeros - 128).to(torch.int8)
+    return int_quantized(integers) | {"weight_zero_point": zeros}
+
+
+def bitsandbytes_8_bits(integers: Integers) -> dict[str, torch.Tensor]:
+    return {
+        "weight": (integers.values - 128).to(torch.int8),
+        "SCB": integers.scales.float().flatten() * 127,
+        "weight_format": torch.tensor(0, dtype=torch.uint8),
+    }
+
+
 def _gptq_config(bits: int, group: int, **fields: Any) -> dict[str, Any]:
     return {"quant_method": "gptq", "bits": bits, "group_size": group, "desc_act": False} | fields
 
@@ -135,28 +152,57 @@ METHODS = {
     "compressed-tensors W4A16, 128": _packed(4, 128, symmetric=True),
     "compressed-tensors W4A16, asymmetric, 32": _packed(4, 32, symmetric=False),
     "compressed-tensors W8A16, 128": _packed(8, 128, symmetric=True),
+    "compressed-tensors, 3 bits": _packed(3, 64, symmetric=False),
+    "compressed-tensors, 6 bits": _packed(6, 64, symmetric=True),
+    "GPTQ, 2 bits, 64": Method(_gptq_config(2, 64), gptq(2, 1), bits=2, group=64),
+    "GPTQ, 3 bits, 64": Method(_gptq_config(3, 64), gptq(3, 1), bits=3, group=64),
+    "AutoRound, 64": Method(
+        _gptq_config(4, 64) | {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq"},
+        gptq(4, 1),
+        group=64,
+    ),
+    "bitsandbytes, 8 bits": Method(
+        {"quant_method": "bitsandbytes", "load_in_8bit": True}, bitsandbytes_8_bits, bits=8, group=-1, symmetric=True
+    ),
+    "compressed-tensors W8A8, asymmetric": Method(INT8, with_zero_points, bits=8, group=-1),
     "compressed-tensors W8A8": Method(INT8, int_quantized, bits=8, group=-1, symmetric=True),
 }
 
 
 def save_quantized(method: Method, directory: Path) -> tuple[Path, dict[str, torch.Tensor]]:
     """Saves a random model whose linear layers are stored so (its head is not); their weights by name."""
-    config = llama(hidden_size=COLUMNS, intermediate_size=UNITS, num_hidden_layers=1, num_attention_heads=4)
-    save_checkpoint(config, directory)
+
+    def store(matrix: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        integers = rounded(matrix, method)
+        return method.store(integers), integers.weights
+
+    return save_stored(method.config, store, directory)
+
+
+def save_stored(config: dict[str, Any], store: Store, directory: Path) -> tuple[Path, dict[str, torch.Tensor]]:
+    """The same with what `store` makes of a matrix: tensors by suffix, and the weights that they stand for."""
+    model = llama(hidden_size=COLUMNS, intermediate_size=UNITS, num_hidden_layers=1, num_attention_heads=4)
+    save_checkpoint(model, directory)
     tensors, weights = load_file(directory / WEIGHTS), {}
     for name in [name for name in tensors if name.endswith("_proj.weight")]:
-        integers = rounded(tensors.pop(name), method)
-        weights[name] = integers.weights
-        module = name.removesuffix("weight")
-        tensors |= {module + suffix: part.contiguous() for suffix, part in method.store(integers).items()}
+        stored, weights[name] = store(tensors.pop(name))
+        tensors |= {name.removesuffix("weight") + suffix: part.contiguous() for suffix, part in stored.items()}
     save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
-    edit_config(directory, quantization_config=method.config)
+    edit_config(directory, quantization_config=config)
     return directory, weights
 
 
 def edit_config(directory: Path, **fields: object) -> None:
     path = directory / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def edit_tensor(directory: Path, name: str, tensor: torch.Tensor | None) -> None:
+    tensors = load_file(directory / WEIGHTS)
+    tensors.pop(name, None)
+    if tensor is not None:
+        tensors[name] = tensor
+    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
 
 
 def save_dequantized(weights: dict[str, torch.Tensor], quantized: Path, directory: Path) -> Path:

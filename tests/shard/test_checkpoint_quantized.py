@@ -19,16 +19,19 @@ from tests.shard.quantized_checkpoints import (
     Method,
     compressed_tensors,
     edit_config,
+    edit_tensor,
     rounded,
     save_dequantized,
     save_quantized,
+    save_stored,
 )
 from tests.shard.test_models import llama
 
 TOKENS = [5, 80, 3, 3, 41, 7, 66, 0, 95]
 K = "model.layers.0.self_attn.k_proj.weight"
 DOWN = "model.layers.0.mlp.down_proj.weight"
-NO_SUCH_FORM = "GPTQ, 8 bits, asymmetric"  # the operations' 8 bits are symmetric
+# The operations' 8 bits are symmetric.
+NO_SUCH_FORM = [METHODS[name] for name in ("GPTQ, 8 bits, asymmetric", "compressed-tensors W8A8, asymmetric")]
 Saved = tuple[Path, dict[str, torch.Tensor]]
 
 
@@ -72,19 +75,19 @@ def test_its_integers_stay_as_they_are(saved: Saved, method: Method, columns: sl
     checkpoint = open_checkpoint(str(saved[0]))
     for name, weights in saved[1].items():
         matrix = checkpoint.read_quantized(name, slice(8, 24), columns)
-        if method is METHODS[NO_SUCH_FORM]:
+        if method in NO_SUCH_FORM:
             assert matrix is None
             continue
         assert matrix is not None
-        assert (matrix.bits, matrix.group) == (method.bits, 32 if method.group == 32 else 64)
+        assert (matrix.bits, matrix.group) == (4 if method.bits <= 4 else 8, 32 if method.group == 32 else 64)
         expected = weights[8:24, columns]
         difference = (matrix.dequantized() - expected).abs().amax()
         assert float(difference) <= rounding(expected, method) + 1e-6
 
 
 def test_a_cut_through_a_group_has_the_dtype(saved: Saved, method: Method) -> None:
-    one_group = method.group == -1
-    assert (open_checkpoint(str(saved[0])).read_quantized(DOWN, columns=slice(8, 136)) is not None) == one_group
+    kept = method.group == -1 and method not in NO_SUCH_FORM
+    assert (open_checkpoint(str(saved[0])).read_quantized(DOWN, columns=slice(8, 136)) is not None) == kept
 
 
 def test_none_computes_what_transformers_does_with_the_same_weights(saved: Saved, tmp_path: Path) -> None:
@@ -106,7 +109,7 @@ def test_auto_differs_from_none_by_the_rounding_of_activations_alone(saved: Save
 def test_auto_keeps_the_integers_of_layers_and_the_dtype_of_the_rest(saved: Saved, method: Method) -> None:
     decoder, exact = load(saved[0], quantize="auto"), load(saved[0], quantize="none")
     layer, exact_layer = decoder.layers[0], exact.layers[0]
-    kept = method is not METHODS[NO_SUCH_FORM]
+    kept = method not in NO_SUCH_FORM
     for name in ("gate_up", "down"):
         ours, theirs = getattr(layer.mlp, name).weight, getattr(exact_layer.mlp, name).weight
         assert (ours.group is not None) == kept
@@ -143,31 +146,29 @@ PACKED = {"num_bits": 4, "group_size": 32, "strategy": "group", "symmetric": Tru
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"quant_method": "bitsandbytes"}, "quant_method 'bitsandbytes' is not served, only 'gptq' or 'awq' or"),
+        ({"quant_method": "aqlm"}, "quant_method 'aqlm' is not served, only 'gptq' or 'awq' or"),
         ({}, "quant_method None"),
-        (GPTQ | {"desc_act": True}, "desc_act True is not served, only False"),
-        (GPTQ | {"bits": 3}, "bits 3 is not served, only 4 or 8"),
+        (GPTQ | {"bits": 5}, "bits 5 is not served, only 2 or 3 or 4 or 8"),
         (GPTQ | {"bits": "four"}, "bits 'four'"),
         (GPTQ | {"bits": [4]}, r"bits \[4\]"),
-        (GPTQ | {"group_size": 48}, "group_size 48 is not served, only multiples of 32 and -1"),
+        (GPTQ | {"group_size": 0}, "group_size 0 is neither positive nor -1"),
         (GPTQ | {"group_size": None}, "group_size None"),
         (GPTQ | {"checkpoint_format": "marlin"}, "checkpoint_format 'marlin'"),
         (GPTQ | {"is_marlin_format": True}, "is_marlin_format True"),
         (AWQ | {"bits": 8}, "bits 8 is not served, only 4"),
         (AWQ | {"version": "gemv"}, "version 'gemv'"),
         (AWQ | {"zero_point": False}, "zero_point False"),
-        (compressed_tensors("float-quantized", num_bits=8, type="float"), "format 'float-quantized'"),
-        (compressed_tensors("pack-quantized", **PACKED, actorder="group"), "actorder 'group'"),
-        (compressed_tensors("pack-quantized", **PACKED | {"strategy": "tensor"}), "strategy 'tensor'"),
-        (compressed_tensors("pack-quantized", **PACKED | {"group_size": 16}), "group_size 16"),
-        (compressed_tensors("pack-quantized", **PACKED | {"num_bits": 2}), "num_bits 2"),
-        (compressed_tensors("int-quantized", **PACKED), "num_bits 4 is not served, only 8"),
-        (compressed_tensors("int-quantized", num_bits=8, strategy="channel", symmetric=False), "symmetric False"),
-        ({"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {}}, "config_groups"),
+        (GPTQ | {"quant_method": "auto-round", "packing_format": "auto_round:exllamav2"}, "packing_format"),
+        (compressed_tensors("marlin-24", num_bits=4), "format 'marlin-24'"),
         (
             compressed_tensors("pack-quantized", **PACKED) | {"sparsity_config": {"format": "sparse-24-bitmask"}},
             "format 'sparse-24-bitmask'",
         ),
+        (
+            compressed_tensors("pack-quantized", **PACKED) | {"transform_config": {"config_groups": {"u": {}}}},
+            "transform_config",
+        ),
+        ({"quant_method": "fp8", "weight_block_size": [128]}, r"\[128\] is not a block's rows and columns"),
     ],
 )
 def test_what_is_not_served_is_refused_with_the_name_of_the_field(
@@ -177,14 +178,6 @@ def test_what_is_not_served_is_refused_with_the_name_of_the_field(
     edit_config(directory, quantization_config=config)
     with pytest.raises(CheckpointError, match=rf"model: config\.json: quantization_config: {message}"):
         open_checkpoint(str(directory))
-
-
-def edit_tensor(directory: Path, name: str, tensor: torch.Tensor | None) -> None:
-    tensors = load_file(directory / WEIGHTS)
-    del tensors[name]
-    if tensor is not None:
-        tensors[name] = tensor
-    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
 
 
 @pytest.mark.parametrize(
@@ -198,11 +191,6 @@ def edit_tensor(directory: Path, name: str, tensor: torch.Tensor | None) -> None
         ),
         ("qzeros", torch.ones(4, 32), r"up_proj\.qzeros is F32 \[4, 32\], but .* it must be I32 \[4, 32\]"),
         ("qweight", torch.ones(4, dtype=torch.int32), r"up_proj\.qweight has shape \[4\], but it must be a matrix"),
-        (
-            "g_idx",
-            torch.arange(128).flip(0).int() // 32,
-            r"up_proj\.g_idx: groups of columns that are not side by side",
-        ),
         ("bias", torch.ones(256), r"has no tensor model\.layers\.0\.mlp\.up_proj\.bias"),
     ],
 )
@@ -213,6 +201,25 @@ def test_a_matrix_that_is_not_whole_is_refused_with_the_name_of_its_tensor(
     edit_tensor(directory, f"model.layers.0.mlp.up_proj.{suffix}", tensor)
     with pytest.raises(CheckpointError, match=message):
         load(directory, quantize="auto")
+
+
+@pytest.mark.parametrize(
+    ("name", "suffix"), [("GPTQ, asymmetric, 32", "g_idx"), ("compressed-tensors W4A16, 32", "weight_g_idx")]
+)
+def test_columns_may_be_of_any_group(name: str, suffix: str, tmp_path: Path) -> None:
+    method = METHODS[name]
+
+    def store(matrix: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        order = torch.randperm(matrix.shape[1]) // 32
+        of = rounded(matrix, method)
+        weights = of.scales.float()[:, order] * (of.values - of.zeros[:, order])
+        return method.store(of) | {suffix: order.int()}, weights
+
+    directory, weights = save_stored(method.config | {"desc_act": True}, store, tmp_path)
+    checkpoint = open_checkpoint(str(directory))
+    assert checkpoint.read_quantized(DOWN) is None
+    for part in (slice(None), slice(70, 200)):
+        torch.testing.assert_close(checkpoint.read(DOWN, columns=part), weights[DOWN][:, part], rtol=1e-6, atol=0)
 
 
 def test_scales_beyond_float16_leave_the_matrix_in_the_dtype(tmp_path: Path) -> None:

@@ -188,7 +188,7 @@ def test_a_tensor_of_another_shape_is_named_with_both_shapes(directory: Path) ->
         ),
         ({"model_type": "martian"}, "martian"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
-        ({"quantization_config": {"quant_method": "gptq", "bits": 2}}, "quantization_config: bits 2"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 5}}, "quantization_config: bits 5"),
         ({"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4}}, "rope type 'proportional'"),
         ({"num_key_value_heads": 3}, "num_attention_heads 2 is not a multiple of num_key_value_heads 3"),
         ({"vocab_size": "many"}, "vocab_size"),

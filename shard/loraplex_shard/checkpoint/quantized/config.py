@@ -4,31 +4,52 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from loraplex_shard.checkpoint.base import CheckpointError
-from loraplex_shard.checkpoint.quantized.layouts import AwqGemm, Gptq, IntQuantized, Layout, PackQuantized
+from loraplex_shard.checkpoint.quantized.bitsandbytes import Bitsandbytes
+from loraplex_shard.checkpoint.quantized.compressed_tensors import CompressedIntegers
+from loraplex_shard.checkpoint.quantized.floats import Float4, Float8, Mxfp4Experts
+from loraplex_shard.checkpoint.quantized.gptq import AwqGemm, Gptq
+from loraplex_shard.checkpoint.quantized.hqq import Hqq
+from loraplex_shard.checkpoint.quantized.stored import Layout
 
-METHODS = "gptq", "awq", "compressed-tensors"
+METHODS = (
+    *("gptq", "awq", "auto-round", "intel/auto-round", "compressed-tensors", "bitsandbytes", "hqq"),
+    *("fp8", "fbgemm_fp8", "modelopt", "modelopt_fp4", "mxfp4"),
+)
+FORMATS = (  # of compressed-tensors
+    *("dense", "pack-quantized", "int-quantized", "naive-quantized", "float-quantized", "mixed-precision"),
+    *("nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized"),
+)
 Fields = Mapping[str, Any]
 
 
-def read_layout(config: Fields) -> Layout:
+def read_layouts(config: Fields) -> tuple[Layout, ...]:
     """How the checkpoint's quantized matrices are stored. Which ones are, their tensors say."""
     match _served(config, "quant_method", METHODS):
         case "gptq":
-            return _gptq(config)
+            return (_gptq(config),)
         case "awq":
-            return _awq(config)
-        case _:
+            return (_awq(config),)
+        case "auto-round" | "intel/auto-round":
+            return (_auto_round(config),)
+        case "compressed-tensors":
             return _compressed_tensors(config)
+        case "bitsandbytes":
+            return (Bitsandbytes(),)
+        case "hqq":
+            return (Hqq(),)
+        case "mxfp4":
+            return (Mxfp4Experts(),)
+        case _:
+            return (Float8(_block(config.get("weight_block_size"))), Float4())
 
 
-def _gptq(config: Fields) -> Layout:
-    _served(config, "desc_act", (False,), default=False)
+def _gptq(config: Fields) -> Gptq:
     _served(config, "is_marlin_format", (False,), default=False)
     version = _served(config, "checkpoint_format", ("gptq", "gptq_v2"), default="gptq")
-    return Gptq(_bits(config, "bits"), _group(config), 1 if version == "gptq" else 0)
+    return Gptq(_served(config, "bits", (2, 3, 4, 8)), _group(config), 1 if version == "gptq" else 0)
 
 
-def _awq(config: Fields) -> Layout:
+def _awq(config: Fields) -> AwqGemm:
     _served(config, "bits", (4,))
     _served(config, "zero_point", (True,), default=True)
     if str(config.get("version", "gemm")).lower() != "gemm":
@@ -36,37 +57,44 @@ def _awq(config: Fields) -> Layout:
     return AwqGemm(_group(config))
 
 
-def _compressed_tensors(config: Fields) -> Layout:
-    layout = _served(config, "format", ("pack-quantized", "int-quantized"))
+def _auto_round(config: Fields) -> Layout:
+    """It stores as others do, and says as which."""
+    packing = str(config.get("packing_format", "auto_round:auto_gptq"))
+    if packing.endswith("awq"):
+        return _awq(config)
+    if packing.endswith("gptq"):
+        return _gptq(config)
+    raise _refusal("packing_format", packing, ("auto_round:auto_gptq", "auto_round:auto_awq"))
+
+
+def _compressed_tensors(config: Fields) -> tuple[Layout, ...]:
+    _served(config, "format", FORMATS)
     _served(config.get("sparsity_config") or {}, "format", ("dense",), default="dense")
-    groups = config.get("config_groups")
-    schemes = [group.get("weights") for group in groups.values()] if isinstance(groups, Mapping) else []
-    if not schemes or not isinstance(schemes[0], Mapping) or any(scheme != schemes[0] for scheme in schemes):
-        raise CheckpointError("config.json: quantization_config: config_groups must have one and the same `weights`")
-    weights = schemes[0]
-    _served(weights, "type", ("int",), default="int")
-    _served(weights, "actorder", (None, False, "static", "weight"), default=None)
-    by_group = _served(weights, "strategy", ("group", "channel"), default="group") == "group"
-    group = _group(weights) if by_group else None
-    bits, symmetric = _bits(weights, "num_bits"), _served(weights, "symmetric", (True, False), default=True)
-    if layout == "pack-quantized":
-        return PackQuantized(bits, group, symmetric)
-    _served(weights, "num_bits", (8,))
-    _served(weights, "symmetric", (True,), default=True)
-    return IntQuantized(group)
+    if (config.get("transform_config") or {}).get("config_groups"):
+        raise CheckpointError(
+            "config.json: quantization_config: transform_config, which rotates activations, is not served"
+        )
+    groups = config.get("config_groups") or {}
+    schemes = [group.get("weights") or {} for group in groups.values()]
+    blocks = [scheme["block_structure"] for scheme in schemes if scheme.get("block_structure")]
+    return CompressedIntegers(), Float8(_block(blocks[0] if blocks else None)), Float4()
 
 
-def _bits(config: Fields, name: str) -> int:
-    return int(_served(config, name, (4, 8)))
+def _block(size: object) -> tuple[int, int] | None:
+    match size:
+        case None:
+            return None
+        case [int(rows), int(columns)] if rows > 0 and columns > 0:
+            return rows, columns
+        case _:
+            raise CheckpointError(f"config.json: quantization_config: {size!r} is not a block's rows and columns")
 
 
 def _group(config: Fields) -> int | None:
     """Columns; None for -1, which is all of them."""
     size = config.get("group_size")
-    if not isinstance(size, int) or (size != -1 and (size <= 0 or size % 32)):
-        raise CheckpointError(
-            f"config.json: quantization_config: group_size {size!r} is not served, only multiples of 32 and -1"
-        )
+    if not isinstance(size, int) or (size != -1 and size <= 0):
+        raise CheckpointError(f"config.json: quantization_config: group_size {size!r} is neither positive nor -1")
     return None if size == -1 else size
 
 

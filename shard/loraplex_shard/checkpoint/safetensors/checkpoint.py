@@ -11,14 +11,21 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from loraplex_shard.checkpoint.base import CheckpointError, TokenizerFiles
 from loraplex_shard.checkpoint.end_tokens import end_token_ids
-from loraplex_shard.checkpoint.quantized.config import read_layout
-from loraplex_shard.checkpoint.quantized.layouts import StoredMatrix, find_matrices
+from loraplex_shard.checkpoint.quantized.config import read_layouts
+from loraplex_shard.checkpoint.quantized.stored import StoredMatrix
 from loraplex_shard.checkpoint.safetensors.files import SafetensorsFiles, read_json
 from loraplex_shard.checkpoint.tokenizer_files import read_tokenizer
 from loraplex_shard.ops.quantized import QuantizedMatrix
 
 POOLING_CONFIG = "1_Pooling/config.json"  # as sentence-transformers writes it
 LAST_TOKEN = "pooling_mode_lasttoken"
+MODELOPT_CONFIG = "hf_quant_config.json"
+# How inputs, outputs, keys and values were rounded where a matrix was quantized: here they are not.
+OF_ACTIVATIONS = tuple(
+    f".{of}_{what}"
+    for of in ("input", "output", "k", "v", "q", "activation")
+    for what in ("scale", "zero_point", "global_scale", "scale_ub")
+)
 
 
 class SafetensorsCheckpoint:
@@ -32,11 +39,13 @@ class SafetensorsCheckpoint:
         self._files = SafetensorsFiles(directory, model_id)
         self._matrices = self._find_matrices()
         stored = frozenset(name for matrix in self._matrices.values() for name in matrix.tensors)
+        if self._matrices:
+            stored |= {name for name in self._files.names if name.endswith(OF_ACTIVATIONS)}
         self.names = (self._files.names - stored) | self._matrices.keys()
 
     @property
     def prequantized(self) -> bool:
-        return bool(self._matrices)
+        return any(matrix.in_integers for matrix in self._matrices.values())
 
     @cached_property
     def end_token_ids(self) -> tuple[int, ...]:
@@ -120,10 +129,13 @@ class SafetensorsCheckpoint:
         return "there is no config.json"
 
     def _find_matrices(self) -> dict[str, StoredMatrix]:
-        """Those that are stored in integers, as config.json says."""
+        """Those that are stored in integers or small floats, as config.json says, or ModelOpt's file beside it."""
         quantization = getattr(self.config, "quantization_config", None)
+        if quantization is None and (file := self._directory / MODELOPT_CONFIG).is_file():
+            quantization = {"quant_method": "modelopt"} | read_json(file, self.model_id).get("quantization", {})
         try:
-            return {} if quantization is None else find_matrices(self._files, read_layout(quantization))
+            layouts = () if quantization is None else read_layouts(quantization)
+            return {name: matrix for layout in layouts for name, matrix in layout.find(self._files).items()}
         except CheckpointError as error:
             raise CheckpointError(f"{self.model_id}: {error.message}") from error
 

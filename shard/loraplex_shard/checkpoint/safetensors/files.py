@@ -40,9 +40,10 @@ class SafetensorsFiles:
         return str(self._slice(name).get_dtype())
 
     def read(self, name: str, rows: slice = slice(None), columns: slice = slice(None)) -> torch.Tensor:
-        """That part of a vector or matrix; no more than that is read from the file."""
+        """That part of a tensor's first two dimensions; no more than that is read from the file."""
         part = self._slice(name)
-        tensor: torch.Tensor = part[rows] if len(part.get_shape()) == 1 else part[rows, columns]
+        dimensions = len(part.get_shape())
+        tensor: torch.Tensor = part[(rows, columns)[:dimensions]]
         return tensor
 
     def _slice(self, name: str) -> Any:

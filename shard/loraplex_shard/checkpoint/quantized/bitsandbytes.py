@@ -1,0 +1,115 @@
+"""bitsandbytes' ways to store a matrix, as its QuantState and Linear8bitLt save them."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from loraplex_shard.checkpoint.base import CheckpointError
+from loraplex_shard.checkpoint.quantized.integers import IntegerMatrix, groups
+from loraplex_shard.checkpoint.quantized.stored import (
+    FLOATS,
+    Expected,
+    Floats,
+    StoredMatrix,
+    as_slice,
+    check,
+    modules,
+)
+from loraplex_shard.checkpoint.safetensors.files import SafetensorsFiles
+
+STATE = ".quant_state.bitsandbytes__"
+ROW_FORMAT = 0  # of its int8 matrices; the others were made for the tensor cores of old GPUs
+
+
+@dataclass(frozen=True, slots=True)
+class Bitsandbytes:
+    def find(self, files: SafetensorsFiles) -> dict[str, StoredMatrix]:
+        states = {name.partition(STATE)[0]: name for name in files.names if STATE in name}
+        four = {name: _four_bits(files, name, state) for name, state in states.items()}
+        eight = {f"{module}.weight": _eight_bits(files, module) for module in modules(files, "SCB", *FLOATS)}
+        return four | eight
+
+
+@dataclass(frozen=True, slots=True)
+class _FourBits:
+    """Two weights in a byte, row after row, the first one in the upper half: each an index of `quant_map`, whose value
+    is multiplied by the `absmax` of its block, which may be indices of another map themselves."""
+
+    files: SafetensorsFiles
+    name: str
+    state: Mapping[str, Any]
+
+    def read(self, rows: range, columns: range) -> Floats:
+        _, width = self.state["shape"]
+        first, last, size = rows.start * width, rows.stop * width, int(self.state["blocksize"])
+        codes = self._bytes(first, last)
+        codes = torch.stack((codes >> 4, codes & 15), dim=-1).flatten()[first % 2 :][: last - first]
+        blocks = torch.arange(first, last) // size - first // size
+        absmax = self._absmax(groups(range(first, last), size))
+        weights = self.files.read(f"{self.name}.quant_map").float()[codes.int()].mul_(absmax[blocks])
+        # It computes in float32 and rounds, whatever the dtype that the model is used in.
+        dtype = getattr(torch, self.state["dtype"])
+        return Floats(weights.view(len(rows), width)[:, as_slice(columns)].to(dtype))
+
+    def _bytes(self, first: int, last: int) -> torch.Tensor:
+        """Those of weights `first` to `last`. They may be saved as numbers of several bytes."""
+        size = self.files.read(self.name, slice(0, 1), slice(0, 1)).itemsize
+        part = groups(range(first, last), 2 * size)
+        lies = self.files.shape(self.name)[0] == 1  # early versions saved one row
+        data = self.files.read(self.name, *((slice(None), part) if lies else (part,)))
+        return data.flatten().view(torch.uint8)[first // 2 - part.start * size :]
+
+    def _absmax(self, blocks: slice) -> torch.Tensor:
+        absmax = self.files.read(f"{self.name}.absmax", blocks)
+        if "nested_blocksize" not in self.state:
+            return absmax.float()
+        of = torch.arange(blocks.start, blocks.stop) // int(self.state["nested_blocksize"])
+        nested = self.files.read(f"{self.name}.nested_absmax").float()[of]
+        codes = self.files.read(f"{self.name}.nested_quant_map").float()[absmax.int()]
+        return codes * nested + float(self.state["nested_offset"])
+
+
+def _four_bits(files: SafetensorsFiles, name: str, state_name: str) -> StoredMatrix:
+    try:
+        state = json.loads(bytes(files.read(state_name).numpy()))
+        (rows, columns), size = state["shape"], int(state["blocksize"])
+        getattr(torch, state["dtype"])
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"tensor {state_name} is not a state of bitsandbytes: {error!r}") from error
+    nested = "nested_blocksize" in state
+    blocks = -(-rows * columns // size)
+    expected = {
+        "quant_map": Expected((16,), FLOATS),
+        "absmax": Expected((blocks,), frozenset({"U8"}) if nested else FLOATS),
+    }
+    if nested:
+        count = -(-blocks // int(state["nested_blocksize"]))
+        expected |= {"nested_absmax": Expected((count,), FLOATS), "nested_quant_map": Expected((256,), FLOATS)}
+    tensors = {f"{name}.{suffix}": tensor for suffix, tensor in expected.items()}
+    check(files, (rows, columns), tensors)
+    names = frozenset(tensors) | {name, state_name}
+    return StoredMatrix((rows, columns), names, in_integers=False, read_part=_FourBits(files, name, state).read)
+
+
+def _eight_bits(files: SafetensorsFiles, module: str) -> StoredMatrix:
+    """Symmetric int8 with a scale for each row: SCB, which is the row's largest weight."""
+    weight, scale, layout = f"{module}.weight", f"{module}.SCB", f"{module}.weight_format"
+    rows, columns = files.shape(weight)
+    check(
+        files, (rows, columns), {weight: Expected((rows, columns), frozenset({"I8"})), scale: Expected((rows,), FLOATS)}
+    )
+    if layout in files.names and int(files.read(layout)) != ROW_FORMAT:
+        raise CheckpointError(
+            f"tensor {layout}: only the format `row` is served: save the model with a new bitsandbytes"
+        )
+
+    def read(these: range, part: range) -> IntegerMatrix:
+        values = files.read(weight, as_slice(these), as_slice(part)).contiguous().view(torch.uint8) ^ 128
+        scales = files.read(scale, as_slice(these)).float()[:, None] / 127
+        zeros = torch.full(scales.shape, 128, dtype=torch.uint8)
+        return IntegerMatrix(8, columns, part.start, values, zeros, scales)
+
+    return StoredMatrix((rows, columns), frozenset({weight, scale, layout}), in_integers=True, read_part=read)

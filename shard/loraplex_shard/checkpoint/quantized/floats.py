@@ -1,0 +1,149 @@
+"""Matrices of float8 or float4 with scales: they are read as floats, for the operations have no such form."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from loraplex_shard.checkpoint.base import CheckpointError
+from loraplex_shard.checkpoint.quantized.integers import groups
+from loraplex_shard.checkpoint.quantized.stored import Floats, StoredMatrix, as_slice
+from loraplex_shard.checkpoint.safetensors.files import SafetensorsFiles
+
+FLOAT8 = frozenset({"F8_E4M3", "F8_E5M2"})
+# What a float8 tensor's scales are called. Weights are multiplied by them, whatever the name says of an inverse.
+SCALES = "_scale_inv", "_scale"
+FLOAT4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])  # E2M1, by its bits
+BYTE = "U8"
+EXPONENT_BIAS = 127  # of scales that are powers of two in a byte (E8M0)
+
+
+@dataclass(frozen=True, slots=True)
+class Float8:
+    """As DeepSeek, Qwen, FBGEMM, ModelOpt and compressed-tensors store them: float8 under the matrix's own name, with
+    one scale, one for each row, or one for each block of rows and columns."""
+
+    block: tuple[int, int] | None = None  # None: as many equal blocks as there are scales
+
+    def find(self, files: SafetensorsFiles) -> dict[str, StoredMatrix]:
+        found = {}
+        for name in files.names:
+            if files.dtype(name) not in FLOAT8 or name.endswith(SCALES):
+                continue
+            scale = next((name + suffix for suffix in SCALES if name + suffix in files.names), None)
+            if scale is None:
+                raise CheckpointError(f"missing tensor {name}{SCALES[0]} or {name}{SCALES[1]}, the scales of {name}")
+            shape = files.shape(name)
+            block = self._block(shape, files.shape(scale), scale)
+            read = partial(_read_float8, files, name, scale, block)
+            found[name] = StoredMatrix(shape, frozenset({name, scale}), in_integers=False, read_part=read)
+        return found
+
+    def _block(self, shape: tuple[int, ...], scales: tuple[int, ...], scale: str) -> tuple[int, int]:
+        counts = _as_matrix(scales)
+        equal = -(-shape[-2] // max(1, counts[0])), -(-shape[-1] // max(1, counts[1]))
+        for size in (self.block or equal, equal):
+            if counts == (-(-shape[-2] // size[0]), -(-shape[-1] // size[1])):
+                return size
+        raise CheckpointError(f"tensor {scale} {list(scales)} does not have the scales of a matrix {list(shape)}")
+
+
+@dataclass(frozen=True, slots=True)
+class Float4:
+    """NVFP4 and MXFP4 of ModelOpt and compressed-tensors: two weights in a byte, a scale for each row and 16 or 32
+    columns, and maybe another for all of the matrix, which the weights are multiplied or divided by."""
+
+    def find(self, files: SafetensorsFiles) -> dict[str, StoredMatrix]:
+        found = {}
+        for name in files.names:
+            module, _, suffix = name.rpartition(".")
+            scale = f"{module}.weight_scale"
+            if suffix not in ("weight", "weight_packed") or files.dtype(name) != BYTE or scale not in files.names:
+                continue
+            rows, columns = files.shape(name)[0], files.shape(name)[1] * 2
+            counts = files.shape(scale)
+            if len(counts) != 2 or counts[0] != rows or columns % counts[1]:
+                raise CheckpointError(f"tensor {scale} {list(counts)} does not have the scales of {rows} by {columns}")
+            others = f"{module}.weight_scale_2", f"{module}.weight_global_scale"
+            tensors = frozenset({name, scale, *others})
+            read = partial(_read_float4, files, name, scale, columns // counts[1], *others)
+            found[f"{module}.weight"] = StoredMatrix((rows, columns), tensors, in_integers=False, read_part=read)
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Mxfp4Experts:
+    """GPT-OSS's experts: NAME_blocks [experts, rows, groups, 16] and NAME_scales are tensor NAME, which transformers
+    has as [experts, columns, rows]."""
+
+    def find(self, files: SafetensorsFiles) -> dict[str, StoredMatrix]:
+        found = {}
+        for blocks in files.names:
+            name = blocks.removesuffix("_blocks")
+            if name == blocks:
+                continue
+            scales, (experts, rows, count, size) = f"{name}_scales", files.shape(blocks)
+            if scales not in files.names or files.shape(scales) != (experts, rows, count):
+                raise CheckpointError(f"tensor {scales} is missing or not {[experts, rows, count]}")
+            shape, read = (experts, count * size * 2, rows), partial(_read_experts, files, blocks, scales)
+            found[name] = StoredMatrix(shape, frozenset({blocks, scales}), in_integers=False, read_part=read)
+        return found
+
+
+def _read_float8(
+    files: SafetensorsFiles, name: str, scale: str, block: tuple[int, int], rows: range, columns: range
+) -> Floats:
+    weights = files.read(name, as_slice(rows), as_slice(columns)).float()
+    scales = _factors(files, scale)
+    if weights.ndim > 2:  # cut from experts and rows, each expert with scales of its own
+        across = torch.arange(weights.shape[-1])
+        scales = scales.view(-1, *_as_matrix(files.shape(scale)))[as_slice(rows)]
+        return Floats(weights.mul_(scales[:, torch.tensor(columns) // block[0]][:, :, across // block[1]]))
+    scales = scales.view(_as_matrix(files.shape(scale)))
+    return Floats(weights.mul_(scales[torch.tensor(rows) // block[0]][:, torch.tensor(columns) // block[1]]))
+
+
+def _read_float4(
+    files: SafetensorsFiles,
+    name: str,
+    scale: str,
+    group: int,
+    factor: str,
+    divisor: str,
+    rows: range,
+    columns: range,
+) -> Floats:
+    packed = files.read(name, as_slice(rows), groups(columns, 2))
+    first = columns.start % 2
+    weights = _float4(packed)[:, first : first + len(columns)]
+    scales = _factors(files, scale, as_slice(rows), groups(columns, group))
+    if factor in files.names:
+        scales = scales * files.read(factor).float()
+    if divisor in files.names:
+        scales = scales / files.read(divisor).float()
+    return Floats(weights.mul_(scales[:, torch.tensor(columns) // group - columns.start // group]))
+
+
+def _read_experts(files: SafetensorsFiles, blocks: str, scales: str, experts: range, columns: range) -> Floats:
+    weights = _float4(files.read(blocks, as_slice(experts)).flatten(0, 2)).view(
+        len(experts), *files.shape(blocks)[1:3], -1
+    )
+    weights.mul_(_factors(files, scales, as_slice(experts))[:, :, :, None])
+    return Floats(weights.flatten(2)[:, :, as_slice(columns)].transpose(1, 2))
+
+
+def _factors(
+    files: SafetensorsFiles, name: str, rows: slice = slice(None), columns: slice = slice(None)
+) -> torch.Tensor:
+    factors = files.read(name, rows, columns)
+    return (factors.float() - EXPONENT_BIAS).exp2() if factors.dtype == torch.uint8 else factors.float()
+
+
+def _float4(packed: torch.Tensor) -> torch.Tensor:
+    """[n, bytes] -> [n, bytes * 2], the low half of a byte first."""
+    return FLOAT4[torch.stack((packed & 15, packed >> 4), dim=-1).flatten(1).int()]
+
+
+def _as_matrix(scales: tuple[int, ...]) -> tuple[int, int]:
+    """How many scales there are down and across; those of rows may be a vector."""
+    return (scales[-2], scales[-1]) if len(scales) > 1 else ((*scales, 1)[0], 1)

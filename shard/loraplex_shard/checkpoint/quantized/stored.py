@@ -1,0 +1,98 @@
+"""A matrix of a checkpoint that is stored in several tensors, and what a part of it can be read as."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from loraplex_shard.checkpoint.base import CheckpointError
+from loraplex_shard.checkpoint.safetensors.files import SafetensorsFiles
+from loraplex_shard.ops.quantized import QuantizedMatrix
+
+FLOATS = frozenset({"F16", "BF16", "F32"})
+
+
+class Part(Protocol):
+    """Some rows and columns of a matrix."""
+
+    def dequantized(self) -> torch.Tensor:
+        """[rows, columns] of a float dtype."""
+
+    def quantized(self) -> QuantizedMatrix | None:
+        """The same in the form that the operations compute with, if it has that form."""
+
+
+@dataclass(frozen=True, slots=True)
+class Floats:
+    """A part that has no form in integers."""
+
+    weights: torch.Tensor
+
+    def dequantized(self) -> torch.Tensor:
+        return self.weights
+
+    def quantized(self) -> None:
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class StoredMatrix:
+    """One matrix, of which parts can be read. Experts that are stored as one tensor have a dimension before the rows;
+    then it is that one and the rows that a part is cut from."""
+
+    shape: tuple[int, ...]
+    tensors: frozenset[str]  # names of all that it is stored in
+    in_integers: bool  # whether its parts are, as a rule, of a form that the operations compute with
+    read_part: Callable[[range, range], Part]
+
+    def read(self, rows: slice, columns: slice) -> Part:
+        return self.read_part(range(self.shape[0])[rows], range(self.shape[1])[columns])
+
+
+class Layout(Protocol):
+    """A way to store matrices."""
+
+    def find(self, files: SafetensorsFiles) -> dict[str, StoredMatrix]:
+        """The matrices that are stored so, by the names that they have in the model. Raises CheckpointError, naming a
+        tensor, for one that is not whole."""
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What a tensor of a stored matrix must be."""
+
+    shape: tuple[int, ...]
+    dtypes: frozenset[str]
+
+
+def modules(files: SafetensorsFiles, suffix: str, *dtypes: str) -> Iterator[str]:
+    """What has a tensor of that name and of one of these dtypes."""
+    for name in files.names:
+        module, _, last = name.rpartition(".")
+        if last == suffix and files.dtype(name) in dtypes:
+            yield module
+
+
+def matrix_shape(files: SafetensorsFiles, name: str) -> tuple[int, int]:
+    shape = files.shape(name)
+    if len(shape) != 2:
+        raise CheckpointError(f"tensor {name} has shape {list(shape)}, but it must be a matrix")
+    return shape[0], shape[1]
+
+
+def check(files: SafetensorsFiles, shape: tuple[int, ...], expected: Mapping[str, Expected]) -> None:
+    """Raises CheckpointError, naming the tensor, if one of those that a matrix of this shape is stored in is missing or
+    not as it must be."""
+    for name, must in expected.items():
+        if name not in files.names:
+            raise CheckpointError(f"missing tensor {name}")
+        if files.shape(name) != must.shape or files.dtype(name) not in must.dtypes:
+            raise CheckpointError(
+                f"tensor {name} is {files.dtype(name)} {list(files.shape(name))}, but for a quantized matrix of "
+                f"{' by '.join(map(str, shape))} it must be {' or '.join(sorted(must.dtypes))} {list(must.shape)}"
+            )
+
+
+def as_slice(part: range) -> slice:
+    return slice(part.start, part.stop)
