@@ -141,9 +141,9 @@ class Connections:
         info = shards.info
         limits = Limits(max(self._settings.max_batch_tokens, info.max_sequences), info.max_sequences, info.block_size)
         slots = self._settings.max_adapters_on_device
-        model = read_model(
-            info, await shards.tokenizer(), limits.max_batch_tokens, slots, self._settings.served_model_names
-        )
+        names, files = self._settings.served_model_names, await shards.tokenizer()
+        generation_config = self._settings.generation_config
+        model = read_model(info, files, limits.max_batch_tokens, slots, names, generation_config)
         self._service.serve(model)
         pool = AdapterPool(slots, adapter_bytes(self._settings, info))
         return Group(name, shards, limits, info.num_blocks, pool, self._registry, self._telemetry)

@@ -1,15 +1,19 @@
 """What is served, the same by every group: the model as the faces describe it, its tokenizer and its limits."""
 
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from importlib.metadata import version
 
 from loraplex_protos import generation_pb2, shard_pb2
 from loraplex_protos.errors import UnavailableError
+from loraplex_router.request import SamplingOptions
 from loraplex_router.text.chat import ChatTemplates
 from loraplex_router.text.renderer import Renderer
 from loraplex_router.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +26,7 @@ class Model:
     end_token_ids: tuple[int, ...]
     chat_templates: ChatTemplates
     renderer: Renderer
+    sampling_defaults: SamplingOptions = field(default_factory=SamplingOptions)  # of requests on OpenAI's routes
 
     def check_fits(self, other: "Model") -> None:
         """Raises UnavailableError if a group that serves `other` cannot serve this."""
@@ -42,6 +47,7 @@ def read_model(
     max_batch_tokens: int,
     max_adapters_on_device: int,
     served_model_names: Sequence[str] = (),
+    generation_config: str = "vllm",
 ) -> Model:
     """What a group of shards tells of itself."""
     templates = _read_templates(files)
@@ -66,7 +72,16 @@ def read_model(
         tuple(info.end_token_ids),
         templates,
         Renderer(templates),
+        _read_defaults(info.sampling_defaults) if generation_config == "auto" else SamplingOptions(),
     )
+
+
+def _read_defaults(told: shard_pb2.SamplingDefaults) -> SamplingOptions:
+    named = {field.name: value for field, value in told.ListFields()}
+    if named:
+        values = ", ".join(f"{name} {value:g}" for name, value in named.items())
+        logger.info("OpenAI's routes sample with %s unless told otherwise, as the model's files say", values)
+    return SamplingOptions(**named)
 
 
 def _read_templates(files: shard_pb2.GetTokenizerResponse) -> ChatTemplates:

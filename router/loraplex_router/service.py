@@ -33,6 +33,7 @@ from loraplex_router.request import (
     AdapterReference,
     EmbedRequest,
     Request,
+    SamplingOptions,
     Violations,
     check_adapter,
     check_embed_request,
@@ -106,6 +107,11 @@ class Service:
     def model_names(self) -> tuple[str, ...]:
         """What OpenAI's routes call the base model: the first in answers, any in requests."""
         return tuple(self.info.served_model_names) or (self.info.model_id,)
+
+    @property
+    def sampling_defaults(self) -> SamplingOptions:
+        """What OpenAI's routes take where a request says nothing."""
+        return self._known_model.sampling_defaults
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -26,6 +26,11 @@ class EdgeSettings(BaseModel):
         "have the first, requests may have any; an adapter of such a name is asked for as MODEL:NAME. Empty: its path "
         "or hub id.",
     )
+    generation_config: Literal["auto", "vllm"] = Field(
+        "auto",
+        description="What OpenAI's routes make of sampling parameters that a request leaves out. auto: what the "
+        "model's generation_config.json says, as with vLLM. vllm: temperature 1 and nothing else.",
+    )
     max_batch_tokens: int = Field(
         256, ge=1, le=65536, description="Tokens computed per step: more is faster on long prompts, less is smoother."
     )

@@ -391,3 +391,27 @@ def test_a_hub_that_cannot_be_reached_is_named(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(CheckpointError, match=r"the hub at http://127\.0\.0\.1:9 cannot be reached\. Name a directory"):
         open_checkpoint("org/name")
+
+
+def test_sampling_is_as_generation_config_says(directory: Path) -> None:
+    said = {
+        "do_sample": True,
+        "temperature": 0.7,
+        "top_k": 20,
+        "top_p": 0.8,
+        "repetition_penalty": 1.05,
+        "num_beams": 1,
+    }
+    (directory / "generation_config.json").write_text(json.dumps(said))
+    expected = {"temperature": 0.7, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.05}
+    assert open_checkpoint(str(directory)).sampling_defaults == expected
+
+
+def test_sampling_that_would_be_refused_is_left_out_with_a_warning(
+    directory: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    said = {"temperature": "hot", "top_k": 0, "top_p": 0.0, "min_p": 2, "repetition_penalty": None}
+    (directory / "generation_config.json").write_text(json.dumps(said))
+    assert open_checkpoint(str(directory)).sampling_defaults == {}
+    told = [record.getMessage() for record in caplog.records]
+    assert sorted(line.split(": ")[-2].split()[0] for line in told) == ["min_p", "temperature", "top_p"]

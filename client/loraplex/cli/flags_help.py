@@ -11,7 +11,10 @@ from pydantic.fields import FieldInfo
 
 WIDEST = 100  # a line that is longer is hard to read
 SUBJECTS = {
-    "Model": ("model", "revision", "served_model_name", "device", "dtype", "quantize", "tp", "rank", "rendezvous"),
+    "Model": (
+        *("model", "revision", "served_model_name", "generation_config"),
+        *("device", "dtype", "quantize", "tp", "rank", "rendezvous"),
+    ),
     "Adapters": ("adapters", "adapters_s3", "adapter_dtype", "adapter_host_gib", "max_adapters_on_device"),
     "Capacity": (
         *("max_model_len", "max_sequences", "max_batch_tokens", "max_queue", "kv_blocks", "kv_dtype"),

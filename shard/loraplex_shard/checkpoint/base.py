@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from transformers import PreTrainedConfig
@@ -45,6 +45,10 @@ class Checkpoint(Protocol):
     @property
     def end_token_ids(self) -> tuple[int, ...]:
         """The tokens that end a sequence. The first is the one that the tokenizer calls its end token, if any."""
+
+    @property
+    def sampling_defaults(self) -> Mapping[str, Any]:
+        """Fields of SamplingDefaults in shard.proto."""
 
     @property
     def prequantized(self) -> bool:

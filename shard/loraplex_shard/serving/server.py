@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 
 from loraplex_protos.mtls import server_credentials
 from loraplex_protos.protocol import PROTOCOL_VERSION
-from loraplex_protos.shard_pb2 import DESCRIPTOR, GetInfoResponse, GetTokenizerResponse
+from loraplex_protos.shard_pb2 import DESCRIPTOR, GetInfoResponse, GetTokenizerResponse, SamplingDefaults
 from loraplex_protos.shard_pb2_grpc import add_ShardServiceServicer_to_server
 from loraplex_shard.checkpoint import Checkpoint, open_checkpoint
 from loraplex_shard.device.memory import keep_freed
@@ -207,6 +207,7 @@ def _load(
         end_token_ids=end_token_ids,
         protocol_version=PROTOCOL_VERSION,
         adapter_host_bytes=adapter_host_bytes,
+        sampling_defaults=SamplingDefaults(**checkpoint.sampling_defaults),
     )
     telemetry.metrics.describe(info)
     most, pools_last = settings.max_sequences, checkpoint.pools_last_token

@@ -4,6 +4,7 @@ import re
 from functools import cached_property
 from math import gcd
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,11 +16,19 @@ from loraplex_shard.checkpoint.base import CheckpointError, TokenizerFiles
 from loraplex_shard.checkpoint.gguf.blocks import read_blocks
 from loraplex_shard.checkpoint.gguf.file import ByteRows, read_gguf
 from loraplex_shard.checkpoint.gguf.tokenizer import read_end_token_ids, read_tokenizer
+from loraplex_shard.checkpoint.sampling_defaults import sampling_defaults
 from loraplex_shard.ops.quantized import QuantizedMatrix
 
 ROWS_AT_A_TIME = 32
 
 _NAME_PARTS = tuple(f"general.{part}" for part in ("basename", "size_label", "finetune", "version"))
+_SAMPLING = {
+    "temperature": "temp",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "repetition_penalty": "penalty_repeat",
+}
 _FLOATS = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
 
 _WHOLE_MODEL = {
@@ -61,6 +70,11 @@ class GgufCheckpoint:
     @cached_property
     def end_token_ids(self) -> tuple[int, ...]:
         return read_end_token_ids(self._file.metadata)
+
+    @property
+    def sampling_defaults(self) -> dict[str, Any]:
+        named = {name: self._file.metadata.get(f"general.sampling.{key}") for name, key in _SAMPLING.items()}
+        return sampling_defaults(named, self.model_id)
 
     @property
     def known_as(self) -> tuple[str, ...]:

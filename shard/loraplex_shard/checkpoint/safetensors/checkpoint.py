@@ -14,11 +14,13 @@ from loraplex_shard.checkpoint.end_tokens import end_token_ids
 from loraplex_shard.checkpoint.quantized.config import read_layouts
 from loraplex_shard.checkpoint.quantized.stored import StoredMatrix
 from loraplex_shard.checkpoint.safetensors.files import SafetensorsFiles, read_json
+from loraplex_shard.checkpoint.sampling_defaults import sampling_defaults
 from loraplex_shard.checkpoint.tokenizer_files import read_tokenizer
 from loraplex_shard.ops.quantized import QuantizedMatrix
 
 POOLING_CONFIG = "1_Pooling/config.json"  # as sentence-transformers writes it
 LAST_TOKEN = "pooling_mode_lasttoken"
+GENERATION_CONFIG = "generation_config.json"
 MODELOPT_CONFIG = "hf_quant_config.json"
 # How inputs, outputs, keys and values were rounded where a matrix was quantized: here they are not.
 OF_ACTIVATIONS = tuple(
@@ -49,12 +51,14 @@ class SafetensorsCheckpoint:
 
     @cached_property
     def end_token_ids(self) -> tuple[int, ...]:
-        generation = self._directory / "generation_config.json"
-        named = read_json(generation, self.model_id) if generation.is_file() else {}
         try:
-            return end_token_ids(self._tokenizer, named, self.config)
+            return end_token_ids(self._tokenizer, self._generation_config, self.config)
         except CheckpointError as error:
             raise CheckpointError(f"{self.model_id}: {error.message}") from error
+
+    @property
+    def sampling_defaults(self) -> dict[str, Any]:
+        return sampling_defaults(self._generation_config, f"{self.model_id}: {GENERATION_CONFIG}")
 
     @cached_property
     def known_as(self) -> tuple[str, ...]:
@@ -105,6 +109,11 @@ class SafetensorsCheckpoint:
     @cached_property
     def _tokenizer(self) -> Any:
         return read_tokenizer(self._directory, self.model_id, self.config.model_type)
+
+    @cached_property
+    def _generation_config(self) -> dict[str, Any]:
+        file = self._directory / GENERATION_CONFIG
+        return read_json(file, self.model_id) if file.is_file() else {}
 
     def _read_config(self) -> PreTrainedConfig:
         file = self._directory / "config.json"

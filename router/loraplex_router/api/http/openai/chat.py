@@ -16,13 +16,13 @@ from loraplex_router.api.http.openai.writing import finish_reason, head, usage, 
 from loraplex_router.api.http.sse import DONE, event
 from loraplex_router.api.turns import in_turn
 from loraplex_router.output import Delta, Generation
-from loraplex_router.request import Request, Violations
+from loraplex_router.request import Request, SamplingOptions, Violations
 from loraplex_router.sequence import Detail
 from loraplex_router.text.tokenizer import Tokenizer
 from loraplex_router.text.tool_calls import Arguments, Piece, ToolCall
 
 
-def read_chat(body: ChatCompletionRequest, base: Sequence[str]) -> Request:
+def read_chat(body: ChatCompletionRequest, base: Sequence[str], defaults: SamplingOptions) -> Request:
     """Raises InvalidRequestError, and AdapterNotFoundError for an empty adapter name."""
     found = Violations()
     found.check(body.logprobs or not body.top_logprobs, "top_logprobs", "needs logprobs to be true")
@@ -39,7 +39,7 @@ def read_chat(body: ChatCompletionRequest, base: Sequence[str]) -> Request:
         detail=Detail(
             bool(body.logprobs), body.top_logprobs or 0, body.prompt_logprobs is not None, body.prompt_logprobs or 0
         ),
-        **read_options(body),
+        **read_options(body, defaults),
     )
 
 

@@ -12,7 +12,7 @@ from loraplex_router.api.http.openai.writing import finish_reason, head, read_al
 from loraplex_router.api.http.sse import DONE, event
 from loraplex_router.api.turns import in_turn
 from loraplex_router.output import Delta, Generation, SequenceOutput
-from loraplex_router.request import Request, Violations
+from loraplex_router.request import Request, SamplingOptions, Violations
 from loraplex_router.sequence import Detail, FinishReason
 from loraplex_router.text.tokenizer import Tokenizer
 
@@ -20,11 +20,11 @@ DEFAULT_MAX_TOKENS = 16  # OpenAI's
 MAX_PROMPTS = 128
 
 
-def read_completions(body: CompletionRequest, base: Sequence[str]) -> list[Request]:
+def read_completions(body: CompletionRequest, base: Sequence[str], defaults: SamplingOptions) -> list[Request]:
     """One request for each prompt. Raises InvalidRequestError, and AdapterNotFoundError for an empty adapter name."""
     prompts = read_prompts(body.prompt, body.add_special_tokens is not False)
     _check(body, len(prompts))
-    options = read_options(body)
+    options = read_options(body, defaults)
     adapter = read_model(body, base)
     scored = body.logprobs is not None or _candidates(body) > (body.n or 1)
     detail = Detail(

@@ -52,8 +52,9 @@ def read_most(given: int | None) -> int | None:
     return None if given == -1 else given
 
 
-def read_options(body: GenerationRequest) -> dict[str, Any]:
-    """Arguments of the router's Request that are read alike. Raises InvalidRequestError for what is not supported."""
+def read_options(body: GenerationRequest, defaults: SamplingOptions) -> dict[str, Any]:
+    """Arguments of the router's Request that are read alike, with the model's own defaults. Raises InvalidRequestError
+    for what is not supported."""
     found = Violations()
     for name in ("allowed_token_ids", "bad_words", "use_beam_search"):
         found.check(not getattr(body, name), name, "is not supported: leave it out")
@@ -61,12 +62,12 @@ def read_options(body: GenerationRequest) -> dict[str, Any]:
     found.raise_any()
     return {
         "sampling": SamplingOptions(
-            temperature=1.0 if body.temperature is None else body.temperature,
-            top_k=body.top_k if body.top_k and body.top_k > 0 else None,
-            top_p=LEAST_TOP_P if body.top_p == 0 else body.top_p,
+            temperature=_first(body.temperature, defaults.temperature, 1.0),
+            top_k=max(0, _first(body.top_k, defaults.top_k, 0)) or None,
+            top_p=LEAST_TOP_P if body.top_p == 0 else _first(body.top_p, defaults.top_p),
             typical_p=body.typical_p,
-            min_p=body.min_p,
-            repetition_penalty=body.repetition_penalty,
+            min_p=_first(body.min_p, defaults.min_p),
+            repetition_penalty=_first(body.repetition_penalty, defaults.repetition_penalty),
             frequency_penalty=body.frequency_penalty,
             presence_penalty=body.presence_penalty,
             logit_bias=tuple((body.logit_bias or {}).items()),
@@ -81,3 +82,8 @@ def read_options(body: GenerationRequest) -> dict[str, Any]:
         "min_new_tokens": body.min_tokens or 0,
         "grammar": read_format(body),
     }
+
+
+def _first(*values: Any) -> Any:
+    """The first that is there."""
+    return next((value for value in values if value is not None), None)

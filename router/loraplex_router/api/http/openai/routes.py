@@ -59,7 +59,7 @@ def create_openai_routes(service: Service) -> APIRouter:
     async def completions(body: CompletionRequest, http: Request) -> Response:
         """Continues one prompt or several."""
         generations, volume = list[Generation](), Volume()
-        requests = read_completions(body, service.model_names)
+        requests = read_completions(body, service.model_names, service.sampling_defaults)
         body.model = answered_name(body.model, service.model_names)
         try:
             for request in requests:
@@ -78,7 +78,9 @@ def create_openai_routes(service: Service) -> APIRouter:
     @routes.post("/chat/completions", responses={200: {"model": answers.ChatCompletion, "content": EVENTS}, **ERRORS})
     async def chat_completions(body: ChatCompletionRequest, http: Request) -> Response:
         """Answers a conversation, with the model's own chat template."""
-        generation = await service.generate(read_chat(body, service.model_names), api_key(http))
+        generation = await service.generate(
+            read_chat(body, service.model_names, service.sampling_defaults), api_key(http)
+        )
         body.model = answered_name(body.model, service.model_names)
         writer = ChatWriter(body, generation, service.tokenizer, service.info.version)
         if body.stream:

@@ -38,7 +38,7 @@ class GenerationRequest(BaseModel):
     """What completions and chat completions have in common. Fields that are refused are here for that."""
 
     model: Name = Field(default="", description="The base model (also: empty), an adapter, or base:adapter.")
-    temperature: float | None = Field(default=None, description="Absent: 1.")
+    temperature: float | None = Field(default=None, description="Absent: as the model's files say, or 1.")
     top_p: float | None = None
     n: Count | None = None
     stream: bool | None = None

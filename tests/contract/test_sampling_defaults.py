@@ -1,0 +1,62 @@
+"""What generation_config.json says about sampling holds on OpenAI's routes, unless a request says otherwise."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loraplex_protos.shard_pb2 import GetInfoResponse, GetTokenizerResponse, SamplingDefaults
+from loraplex_router.model import read_model
+from loraplex_router.request import SamplingOptions
+from tests.contract.test_served_names import call
+from tests.e2e.processes import Server
+
+PROMPT = "Once upon"
+LIKELIEST_ALONE = {"do_sample": True, "temperature": 50.0, "top_k": 1}
+
+
+@pytest.fixture(scope="module")
+def opinionated(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    directory = shutil.copytree(model, tmp_path_factory.mktemp("opinionated") / "model")
+    (directory / "generation_config.json").write_text(json.dumps(LIKELIEST_ALONE))
+    with Server(str(directory), "--kv-blocks=64", "--threads=1") as running:
+        yield running
+
+
+def completed(server: Server, **fields: Any) -> str:
+    body = {"prompt": PROMPT, "max_tokens": 16, "seed": 1} | fields
+    status, answer = call(server, "/v1/completions", body)
+    assert status == 200
+    return str(answer["choices"][0]["text"])
+
+
+def generated(server: Server, **parameters: Any) -> str:
+    body = {"inputs": PROMPT, "parameters": {"max_new_tokens": 16, "seed": 1} | parameters}
+    return str(call(server, "/generate", body)[1]["generated_text"])
+
+
+def test_what_a_request_leaves_out_is_as_the_model_says(opinionated: Server) -> None:
+    assert completed(opinionated) == completed(opinionated, temperature=0)
+
+
+def test_what_a_request_says_counts(opinionated: Server) -> None:
+    likeliest = completed(opinionated)
+    assert completed(opinionated, top_k=-1) != likeliest
+    assert completed(opinionated, top_k=0) != likeliest
+    assert completed(opinionated, top_k=50) != likeliest
+
+
+def test_other_faces_keep_their_own_defaults(opinionated: Server) -> None:
+    assert generated(opinionated) == completed(opinionated, temperature=0)
+    sampled = completed(opinionated, temperature=1, top_k=-1)
+    assert generated(opinionated, do_sample=True) == sampled != completed(opinionated)
+
+
+def test_it_can_be_left_out_of_account(model: Path) -> None:
+    files = GetTokenizerResponse(tokenizer_json=(model / "tokenizer.json").read_bytes())
+    info = GetInfoResponse(sampling_defaults=SamplingDefaults(top_k=20, top_p=0.5))
+    read = {setting: read_model(info, files, 1, 1, (), setting).sampling_defaults for setting in ("auto", "vllm")}
+    assert read == {"auto": SamplingOptions(top_k=20, top_p=0.5), "vllm": SamplingOptions()}
