@@ -1,4 +1,5 @@
-"""One rank of a group without a model, behind the real protocol: what a router does is measured without a model's cost.
+"""One rank of a replica without a model, behind the real protocol: what a router does is measured without a model's
+cost.
 
 The next token is the last one plus the adapter's slot, plus one. Steps, staging and loading take as long as they are
 told to.

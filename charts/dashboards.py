@@ -62,7 +62,7 @@ SERVICE = (
                 "short",
                 (
                     ("sum by (state) (loraplex_sequences{JOB})", "{{state}}"),
-                    ("sum(loraplex_groups{JOB})", "groups"),
+                    ("sum(loraplex_replicas{JOB})", "replicas"),
                 ),
             ),
             Panel("Time to first token", "s", quantiles("loraplex_time_to_first_token_seconds")),
@@ -104,14 +104,14 @@ SERVICE = (
                 (("sum by (state) (loraplex_kv_blocks{JOB})", "{{state}}"),),
                 stacked=True,
             ),
-            Panel("Preemptions", "short", ((rate("loraplex_preemptions_total", "group"), "{{group}}"),)),
-            Panel("Step duration", "s", quantiles("loraplex_step_duration_seconds", by="group")),
+            Panel("Preemptions", "short", ((rate("loraplex_preemptions_total", "replica"), "{{replica}}"),)),
+            Panel("Step duration", "s", quantiles("loraplex_step_duration_seconds", by="replica")),
             Panel(
                 "Batch",
                 "short",
                 (
-                    (mean("loraplex_step_sequences", "group"), "sequences, {{group}}"),
-                    (mean("loraplex_step_adapters", "group"), "adapters, {{group}}"),
+                    (mean("loraplex_step_sequences", "replica"), "sequences, {{replica}}"),
+                    (mean("loraplex_step_adapters", "replica"), "adapters, {{replica}}"),
                 ),
             ),
         ),
@@ -122,7 +122,7 @@ SERVICE = (
             Panel(
                 "Router's work per step",
                 "s",
-                ((mean("loraplex_router_step_seconds", "group", "phase"), "{{phase}}, {{group}}"),),
+                ((mean("loraplex_router_step_seconds", "replica", "phase"), "{{phase}}, {{replica}}"),),
             ),
             Panel("Latency of ranks, p99", "s", quantiles("loraplex_rank_latency_seconds", by="rank")),
             Panel("Memory", "bytes", (("process_resident_memory_bytes{JOB}", "{{instance}}"),)),

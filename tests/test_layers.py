@@ -22,19 +22,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     "loraplex": {"loraplex_protos"},
     # The commands that run services are the one place where everything meets.
     "loraplex.cli": {"loraplex", "loraplex_protos", "loraplex_router", "loraplex_shard"},
-    # The router's ground floor.
-    "loraplex_router.json_limits": set(),
-    "loraplex_router.text": {"loraplex_protos", "loraplex_router.grammar", "loraplex_router.json_limits"},
-    "loraplex_router.grammar": {"loraplex_protos"},
-    "loraplex_router.blocks": set(),
-    "loraplex_router.placement": set(),
-    "loraplex_router.adapters.pool": {"loraplex_router.text"},
-    "loraplex_router.sequence": {"loraplex_router.adapters.pool", "loraplex_router.grammar"},
-    "loraplex_router.scheduler": {
-        "loraplex_router.adapters.pool",
-        "loraplex_router.blocks",
-        "loraplex_router.sequence",
+    # Pure policy: no clock, no transport.
+    "loraplex_router.engine.blocks": set(),
+    "loraplex_router.engine.pool": {"loraplex_router.vocabulary"},
+    "loraplex_router.engine.scheduler": {
+        "loraplex_router.engine.blocks",
+        "loraplex_router.engine.pool",
+        "loraplex_router.vocabulary",
     },
+    "loraplex_router.engine.suspects": {"loraplex_router.vocabulary"},
+    "loraplex_router.replicas.placement": {"loraplex_router.vocabulary"},
+    "loraplex_router.wire.pulse": {"loraplex_protos"},
     # The shard's ground floor.
     "loraplex_shard.device.memory": set(),
     "loraplex_shard.sampling.sampler": {"loraplex_protos"},
@@ -45,26 +43,37 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 # Who may import a package: everybody else must not. These are the top floors.
 IMPORTED_BY: dict[str, set[str]] = {
-    "loraplex_router.api": {"loraplex_router.app", "loraplex_router.api"},
     "loraplex_router.app": {"loraplex.cli"},
-    "loraplex_router.service": {"loraplex_router.app", "loraplex_router.api", "loraplex_router.connections"},
     "loraplex_shard.serving.server": {"loraplex.cli"},
     "loraplex_shard.serving.service": {"loraplex_shard.serving.server"},
     "loraplex_shard.stepping.runner": {"loraplex_shard.serving.server", "loraplex_shard.serving.steps"},
 }
 
-# The shard's floors, from the ground up: a room imports from those below it alone, and rooms of one floor not from each
-# other.
-SHARD_FLOORS = (
-    {"kernels", "settings"},
-    {"device", "observation", "sampling"},
-    {"shapes"},
-    {"ops", "lora"},
-    {"layers", "checkpoint"},
-    {"models"},
-    {"stepping"},
-    {"serving"},
-)
+# The floors of router and shard, from the ground up: a room imports from those below it alone, and rooms of one floor
+# not from each other.
+FLOORS = {
+    "loraplex_router": (
+        {"vocabulary"},
+        {"text", "wire", "access"},
+        {"engine", "settings"},
+        {"adapters"},
+        {"replicas"},
+        {"telemetry"},
+        {"service"},
+        {"api"},
+        {"app"},
+    ),
+    "loraplex_shard": (
+        {"kernels", "settings"},
+        {"device", "observation", "sampling"},
+        {"shapes"},
+        {"ops", "lora"},
+        {"layers", "checkpoint"},
+        {"models"},
+        {"stepping"},
+        {"serving"},
+    ),
+}
 
 # Heavy or optional packages, and who may import them.
 FOREIGN = {
@@ -130,14 +139,16 @@ def test_a_top_floor_is_entered_from_above_alone(package: str) -> None:
     assert not wrong
 
 
-def test_the_shard_has_floors() -> None:
-    floor_of = {room: floor for floor, rooms in enumerate(SHARD_FLOORS) for room in rooms}
-    assert {module.split(".")[1] for module in IMPORTS if module.startswith("loraplex_shard.")} == floor_of.keys()
+@pytest.mark.parametrize("package", FLOORS)
+def test_a_room_imports_from_the_floors_below_it_alone(package: str) -> None:
+    floor_of = {room: floor for floor, rooms in enumerate(FLOORS[package]) for room in rooms}
+    ours = {module: imports for module, imports in IMPORTS.items() if module.startswith(f"{package}.")}
+    assert {module.split(".")[1] for module in ours} == floor_of.keys()
     wrong = {
         (module, imported)
-        for module, imports in IMPORTS.items()
+        for module, imports in ours.items()
         for imported in imports
-        if module.startswith("loraplex_shard.") and imported.startswith("loraplex_shard.")
+        if imported.startswith(f"{package}.")
         if (here := module.split(".")[1]) != (there := imported.split(".")[1])
         if floor_of[there] >= floor_of[here]
     }

@@ -181,8 +181,8 @@ class Client:
         digest: str = "",
         timeout: float | None = None,
     ) -> Adapter:
-        """Brings an adapter to the device of one group of shards, where it stays until it is unpinned or unloaded.
-        Returns once it is there. A pin by `digest` takes one that is loaded, and is lost with its group.
+        """Brings an adapter to the device of one replica, where it stays until it is unpinned or unloaded.
+        Returns once it is there. A pin by `digest` takes one that is loaded, and is lost with its replica.
 
         Raises AdapterPinsError if only one slot would be left for other adapters, and what `load_adapter` raises.
         """

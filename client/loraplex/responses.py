@@ -91,7 +91,7 @@ def adapter(status: pb.AdapterStatus) -> Adapter:
         pinned=status.pinned,
         residences=tuple(
             AdapterResidence(
-                residence.group,
+                residence.replica,
                 _TIERS[residence.tier],
                 residence.running_sequences,
                 residence.waiting_sequences,

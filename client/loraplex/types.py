@@ -253,10 +253,10 @@ class AdapterState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class AdapterResidence:
-    """An adapter in one of the server's groups of shards."""
+    """An adapter in one of the server's replicas."""
 
-    group: str
-    """The group's address."""
+    replica: str
+    """The replica's address."""
     tier: AdapterTier
     running_sequences: int
     waiting_sequences: int
@@ -288,9 +288,9 @@ class Adapter:
     last_used: float | None
     """When a request last came or ended, in seconds since 1970; None if not since it was loaded."""
     pinned: bool
-    """It stays on the device of one group."""
+    """It stays on the device of one replica."""
     residences: tuple[AdapterResidence, ...]
-    """The groups of shards that have it in memory."""
+    """The replicas that have it in memory."""
     warnings: tuple[str, ...] = ()
     """What may be wrong with it though it is served: it was made for another model, for example."""
     reason: str = ""

@@ -1,6 +1,6 @@
 """The router: queues, schedules and streams; it owns the text and all state but the tensors.
 
-The life of a request, file by file: api/ (the faces) -> service (checks, tokenizes, resolves the adapter) -> engine
-(the loop) -> scheduler (what runs in the next step) -> shards (the seam to the ranks) -> output (text, stop strings,
-events) -> api/.
+From the ground up: `vocabulary/` (requests, sequences, plans); `text/`, `wire/` (the seam to the shards), `access/`
+(API keys); `engine/` (one replica's loop and scheduler); `adapters/`; `replicas/`; `telemetry/`; `service.py` (what the
+faces call); `api/` (the faces); `app.py`. A room imports from those below it alone.
 """

@@ -15,16 +15,16 @@ from typing import TypeAlias
 import uvicorn
 
 from loraplex_protos.errors import LoraplexError, UnavailableError
-from loraplex_router.adapters.administration import Administration
+from loraplex_router.access.key_file import KeyFile
+from loraplex_router.access.keys import Keys
 from loraplex_router.adapters.registry import AdapterRegistry
-from loraplex_router.adapters.statuses import State
 from loraplex_router.api.grpc import GenerationApi, GrpcServer
 from loraplex_router.api.http.app import create_app
 from loraplex_router.api.http.connection import Connection
-from loraplex_router.connections import Connections, Supervisor
-from loraplex_router.groups import Groups
-from loraplex_router.key_file import KeyFile
-from loraplex_router.keys import Keys
+from loraplex_router.replicas.administration import Administration
+from loraplex_router.replicas.connections import Connections, Supervisor
+from loraplex_router.replicas.replicas import Replicas
+from loraplex_router.replicas.statuses import State
 from loraplex_router.service import Service
 from loraplex_router.settings import RouterSettings
 from loraplex_router.telemetry.opening import open_telemetry
@@ -40,7 +40,7 @@ Ready: TypeAlias = Callable[[int, int, bool, list[str]], None]
 
 
 class Router:
-    """One router process. It listens from the beginning, and is healthy while a group of shards is ready."""
+    """One router process. It listens from the beginning, and is healthy while a replica is ready."""
 
     def __init__(
         self,
@@ -51,19 +51,19 @@ class Router:
     ) -> None:
         self._settings = settings
         registry = AdapterRegistry()
-        self._groups = Groups(telemetry, settings.move_seconds)
-        self._administration = Administration(registry, self._groups)
+        self._replicas = Replicas(telemetry, settings.move_seconds)
+        self._administration = Administration(registry, self._replicas)
         self._key_file = key_file
         keys = key_file.keys if key_file else Keys({})
-        self._service = Service(self._groups, self._administration, keys, settings.max_queue, telemetry)
-        self._connections = Connections(settings, self._groups, registry, self._service, telemetry, supervisor)
+        self._service = Service(self._replicas, self._administration, keys, settings.max_queue, telemetry)
+        self._connections = Connections(settings, self._replicas, registry, self._service.serve, telemetry, supervisor)
         max_body = settings.max_body_mib << 20
         self._grpc = GrpcServer(GenerationApi(self._service), max_body, telemetry.interceptors)
         self._app = create_app(self._service, settings.cors_origins.split(), max_body)
         self._stop = asyncio.Event()
 
     async def run(self, ready: Ready) -> None:
-        """Serves until SIGTERM or SIGINT, then drains. `ready` is called once a group of shards is ready. If this is
+        """Serves until SIGTERM or SIGINT, then drains. `ready` is called once a replica is ready. If this is
         cancelled, running requests end with UnavailableError."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -82,7 +82,7 @@ class Router:
                     await work
                 await self._drain()
             finally:
-                self._groups.fail_all(UnavailableError("the server is shutting down"))
+                self._replicas.fail_all(UnavailableError("the server is shutting down"))
                 work.cancel()
                 stop.cancel()
                 # Neither is waited for without a limit: after SIGTERM the process must end.
@@ -99,25 +99,25 @@ class Router:
         await self._stop.wait()
 
     async def _announce(self, ready: Callable[[list[str]], None]) -> None:
-        await self._groups.ready.wait()
+        await self._replicas.ready.wait()
         gc.freeze()  # what start-up made is not looked through again at every collection
         try:
             listed = await self._administration.list()
-        except LoraplexError:  # the group has left again
+        except LoraplexError:  # the replica has left again
             listed = []
         ready([status.id for status in listed if status.state is not State.BROKEN])
 
     async def _tell_health(self) -> None:
         changes = 0
         while True:
-            changes = await self._groups.changed(changes)
+            changes = await self._replicas.changed(changes)
             await self._grpc.set_healthy(self._service.healthy)
 
     async def _restore_pins(self) -> None:
         changes = 0
         while True:
-            changes = await self._groups.changed(changes)
-            if self._groups.ready.is_set():
+            changes = await self._replicas.changed(changes)
+            if self._replicas.ready.is_set():
                 await self._administration.restore_pins()
 
     async def _drain(self) -> None:
@@ -184,7 +184,7 @@ class HttpServer(uvicorn.Server):
 
 
 async def run(settings: RouterSettings, ready: Ready, supervisor: Supervisor | None = None) -> None:
-    """Serves what the shards hold. `supervisor`: of the only group, if this process has one.
+    """Serves what the shards hold. `supervisor`: of the only replica, if this process has one.
 
     Raises KeyFileError for a key file that cannot be used, OSError for a taken port."""
     key_file = KeyFile(settings.api_keys) if settings.api_keys else None

@@ -19,18 +19,21 @@ from loraplex_protos.errors import (
     UnavailableError,
     quote,
 )
-from loraplex_router.adapters.administration import Administration
-from loraplex_router.adapters.pool import Adapter
-from loraplex_router.adapters.references import Reference
-from loraplex_router.adapters.statuses import AdapterStatus
+from loraplex_router.access.audit import audited
+from loraplex_router.access.keys import Keys, Tenant
 from loraplex_router.adapters.suggestions import Suggestions
-from loraplex_router.audit import audited
-from loraplex_router.groups import Groups
-from loraplex_router.keys import Keys, Tenant
-from loraplex_router.model import Model
-from loraplex_router.output import Embedding, Generation
-from loraplex_router.request import (
-    AdapterReference,
+from loraplex_router.engine.output import Embedding, Generation
+from loraplex_router.replicas.administration import Administration
+from loraplex_router.replicas.replicas import Replicas
+from loraplex_router.replicas.statuses import AdapterStatus
+from loraplex_router.telemetry.telemetry import Telemetry
+from loraplex_router.text.model import Model
+from loraplex_router.text.stops import StopMatcher
+from loraplex_router.text.tokenizer import Spans, Tokenizer
+from loraplex_router.vocabulary.adapter import Adapter
+from loraplex_router.vocabulary.chat import Chat, RenderedChat
+from loraplex_router.vocabulary.references import AdapterReference, Reference
+from loraplex_router.vocabulary.request import (
     EmbedRequest,
     Request,
     SamplingOptions,
@@ -44,12 +47,8 @@ from loraplex_router.request import (
     most_counted,
     room_for,
 )
-from loraplex_router.sequence import FinishReason, Sequence
-from loraplex_router.telemetry.telemetry import Telemetry
-from loraplex_router.text.chat import Chat, RenderedChat
-from loraplex_router.text.stops import StopMatcher
-from loraplex_router.text.tokenizer import Spans, Tokenizer
-from loraplex_router.volume import Volume
+from loraplex_router.vocabulary.sequence import FinishReason, Sequence
+from loraplex_router.vocabulary.volume import Volume
 
 DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -67,22 +66,22 @@ class Service:
     """
 
     def __init__(
-        self, groups: Groups, administration: Administration, keys: Keys, max_queue: int, telemetry: Telemetry
+        self, replicas: Replicas, administration: Administration, keys: Keys, max_queue: int, telemetry: Telemetry
     ) -> None:
         self.keys = keys
         self.telemetry = telemetry
         self.max_queue = max_queue
         self.draining = False
-        self._groups = groups
+        self._replicas = replicas
         self._administration = administration
         self._suggestions = Suggestions(administration.names)
         self._model: Model | None = None
-        self._generations: dict[str, Generation | None] = {}  # None: not queued yet
+        self._running: dict[str, tuple[Generation, Tenant] | None] = {}  # by request id; None: not queued yet
         self._preparing = 0  # sequences of requests that are not queued yet
         self._arrivals = 0
 
     def serve(self, model: Model) -> None:
-        """A group is there that serves this model. Raises UnavailableError if it is not the one that is served."""
+        """A replica is there that serves this model. Raises UnavailableError if it is not the one that is served."""
         if self._model is None:
             self._model = model
             self._checking = asyncio.create_task(model.renderer.check())
@@ -97,7 +96,7 @@ class Service:
     @property
     def healthy(self) -> bool:
         """Whether a generation would succeed now."""
-        return self._groups.ready.is_set() and not self.draining
+        return self._replicas.ready.is_set() and not self.draining
 
     @property
     def info(self) -> pb.GetModelInfoResponse:
@@ -120,12 +119,12 @@ class Service:
     @property
     def _known_model(self) -> Model:
         if self._model is None:
-            raise UnavailableError("no group of shards is ready yet: try again later")
+            raise UnavailableError("no replica is ready yet: try again later")
         return self._model
 
     @property
     def idle(self) -> bool:
-        return not self._preparing and self._groups.idle
+        return not self._preparing and self._replicas.idle
 
     async def generate(self, request: Request, key: str | None = None, volume: Volume | None = None) -> Generation:
         """Admits a request and queues its sequences. The caller reads the generation and then must `leave` it. Calls
@@ -169,7 +168,7 @@ class Service:
     async def _start(self, request: Request, tenant: Tenant, arrived: float, volume: Volume) -> Generation:
         self._admit(request)
         request_id = self._name(request)
-        self._generations[request_id] = None
+        self._running[request_id] = None
         self._preparing += request.n
         try:
             given = await self._read_prompt(request, tenant)
@@ -180,8 +179,8 @@ class Service:
                 await asyncio.sleep(0)
             validated = time.monotonic()
             async with self._suggestions.for_missing(request.adapter, tenant.may_use):
-                group, adapter = await self._groups.place(request.adapter, request.grammar)
-            generation = Generation(request_id, request.adapter, adapter, arrived, validated, tenant)
+                replica, adapter = await self._replicas.place(request.adapter, request.grammar)
+            generation = Generation(request_id, request.adapter, adapter, arrived, validated, tenant.name)
             decoder = self.tokenizer.verbatim if request.show_special_tokens else self.tokenizer
             ends = self._ends(adapter, given)
             for index in range(request.n):
@@ -201,19 +200,19 @@ class Service:
                 stops = StopMatcher(request.stop, request.include_stop)
                 generation.add(sequence, decoder, stops, request.stop_token_ids)
             self.telemetry.queued(generation)
-            group.engine.submit(generation)
+            replica.engine.submit(generation)
         except BaseException:
-            del self._generations[request_id]
+            del self._running[request_id]
             raise
         finally:
             self._preparing -= request.n
-        self._generations[request_id] = generation
+        self._running[request_id] = generation, tenant
         return generation
 
     def leave(self, generation: Generation) -> None:
         """The reader is done with it, or gone: ends what still runs."""
-        self._end(generation)
-        generation.tenant.end(generation.num_tokens, time.monotonic())
+        tenant = self._end(generation)
+        tenant.end(generation.num_tokens, time.monotonic())
 
     def cancel(self, request_id: str, key: str | None = None) -> None:
         """Ends a request; its reader sees it finish as cancelled.
@@ -222,20 +221,20 @@ class Service:
         """
         with audited("cancel", self.keys, key, request_id=request_id):
             tenant = self.keys.tenant(key)
-            generation = self._generations.get(request_id)
-            if generation is None or not (tenant.admin or generation.tenant is tenant):
+            running = self._running.get(request_id)
+            if running is None or not (tenant.admin or running[1] is tenant):
                 raise RequestNotFoundError(f"no request {quote(request_id)} is running")
-            self._groups.cancel(generation)
+            self._replicas.cancel(running[0])
 
     def abandon(self, generation: Generation) -> None:
         """Ends what still runs of a generation whose client is gone; its reader, which sees it finish as cancelled, is
         still to leave it."""
-        self._groups.cancel(generation)
+        self._replicas.cancel(generation)
 
     def cancel_all(self) -> None:
-        for generation in list(self._generations.values()):
-            if generation is not None:
-                self._groups.cancel(generation)
+        for running in list(self._running.values()):
+            if running is not None:
+                self._replicas.cancel(running[0])
 
     async def tokenize(
         self, prompt: str | Chat, add_special_tokens: bool, adapter: AdapterReference | None, key: str | None = None
@@ -264,7 +263,7 @@ class Service:
                 return self._remarked(await self._administration.load(reference))
 
     async def unload_adapter(self, name: AdapterReference | str, wait: bool = False, key: str | None = None) -> None:
-        """Frees what it has on every group. For administrators. `name` is a reference or a digest.
+        """Frees what it has on every replica. For administrators. `name` is a reference or a digest.
 
         Raises AdapterNotFoundError if it is not loaded and, unless it is to `wait` for them, AdapterInUseError while
         sequences need it.
@@ -273,8 +272,8 @@ class Service:
             await self._administration.unload(name, wait)
 
     async def pin_adapter(self, name: AdapterReference | str, key: str | None = None) -> AdapterStatus:
-        """Loads an adapter onto the device of one group, where it stays until it is unpinned or unloaded. Returns once
-        it is there. For administrators.
+        """Loads an adapter onto the device of one replica, where it stays until it is unpinned or unloaded. Returns
+        once it is there. For administrators.
 
         Raises AdapterNotFoundError for a digest that is not loaded, AdapterPinsError if no more can be pinned.
         """
@@ -315,7 +314,7 @@ class Service:
     async def _render(self, chat: Chat, reference: Reference | None, tenant: Tenant) -> RenderedChat:
         """With the adapter's own templates and special tokens, as far as it has any."""
         async with self._suggestions.for_missing(reference, tenant.may_use):
-            _, adapter = await self._groups.place(reference, None)
+            _, adapter = await self._replicas.place(reference, None)
         model = self._known_model
         return await model.renderer.render(adapter.tokenizer.over(model.chat_templates), chat)
 
@@ -327,19 +326,22 @@ class Service:
         )
         return replace(status, warnings=(*status.warnings, shadowed))
 
-    def _end(self, generation: Generation) -> None:
-        self._groups.cancel(generation)
-        del self._generations[generation.request_id]
+    def _end(self, generation: Generation) -> Tenant:
+        """Whose it was."""
+        self._replicas.cancel(generation)
+        running = self._running.pop(generation.request_id)
+        assert running is not None
+        return running[1]
 
     def _admit(self, request: Request) -> None:
         if self.draining:
             raise UnavailableError("the server is shutting down")
-        if self._groups.num_waiting + self._preparing + request.n > self.max_queue:
+        if self._replicas.num_waiting + self._preparing + request.n > self.max_queue:
             raise OverloadedError(f"{self.max_queue} sequences are waiting already: try again later")
 
     def _name(self, request: Request) -> str:
         request_id = request.request_id or secrets.token_hex(8)
-        if request_id in self._generations:
+        if request_id in self._running:
             raise InvalidRequestError(FieldViolation("request_id", "a request with this id is running"))
         return request_id
 

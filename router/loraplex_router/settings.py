@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from loraplex_protos.mtls import MtlsSettings
-from loraplex_router.discovery import DNS
+from loraplex_router.wire.discovery import DNS
 
 
 class EdgeSettings(BaseModel):
@@ -41,12 +41,12 @@ class EdgeSettings(BaseModel):
         8, ge=1, le=256, description="The largest request, over HTTP and gRPC, in MiB; it can take ten times as much."
     )
     max_adapters_on_device: int = Field(
-        64, ge=1, le=65535, description="Adapters that a group's sequences can run with at the same time."
+        64, ge=1, le=65535, description="Adapters that a replica's sequences can run with at the same time."
     )
     adapter_host_gib: float = Field(
         0.0,
         ge=0,
-        description="Host memory for adapters, over all ranks of a group, in GiB; the least recently used leave. "
+        description="Host memory for adapters, over all ranks of a replica, in GiB; the least recently used leave. "
         "0: as much as the shards have: 3/8 of what model and KV cache left them, a container's limit considered.",
     )
     cors_origins: str = Field(
@@ -93,17 +93,17 @@ class EdgeSettings(BaseModel):
 
 
 class RouterSettings(EdgeSettings, MtlsSettings):
-    """One router and the groups of shards that it drives."""
+    """One router and the replicas that it drives."""
 
     shards: tuple[str, ...] = Field(
-        description="The groups, separated by semicolons. A group is the addresses of its ranks, rank 0 first, "
+        description="The replicas, separated by semicolons. A replica is the addresses of its ranks, rank 0 first, "
         "separated by commas: HOST:PORT or unix:PATH; rank 0's alone, if the others listen on the ports that follow. "
-        "dns:///NAME:PORT names a group at every address that NAME has, now and later."
+        "dns:///NAME:PORT names a replica at every address that NAME has, now and later."
     )
     move_seconds: float = Field(
         30.0,
         ge=0,
-        description="How long requests whose group of shards was lost wait for another one to go on in.",
+        description="How long requests whose replica was lost wait for another one to go on in.",
     )
 
     @field_validator("shards", mode="before")
@@ -114,7 +114,7 @@ class RouterSettings(EdgeSettings, MtlsSettings):
     @field_validator("shards")
     @classmethod
     def _are_addresses(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        ranks = [rank for group in value for rank in group.removeprefix(DNS).split(",")]
+        ranks = [rank for replica in value for rank in replica.removeprefix(DNS).split(",")]
         for rank in ranks:
             if not (rank.startswith("unix:") or re.fullmatch(r"[^\s:/]+:\d{1,5}|\[[0-9a-fA-F:]+\]:\d{1,5}", rank)):
                 raise ValueError(f"{rank!r} is not an address: write HOST:PORT, unix:PATH or dns:///NAME:PORT")

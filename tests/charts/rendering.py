@@ -27,13 +27,13 @@ class Case:
 
 CASES = {
     "defaults": Case({}),
-    "three ranks in each of four groups of two routers": Case(
+    "three ranks in each of four replicas of two routers": Case(
         {"router": {"replicas": 2}, "shard": {"replicas": 4, "settings": {"tp": 3}, "modelCache": {"persistent": True}}}
     ),
-    "groups that span nodes": Case(
+    "replicas that span nodes": Case(
         {"router": {"replicas": 2}, "shard": {"workload": "LeaderWorkerSet", "replicas": 2, "settings": {"tp": 2}}}
     ),
-    "groups that span nodes, with claims": Case(
+    "replicas that span nodes, with claims": Case(
         {
             "shard": {
                 "workload": "LeaderWorkerSet",
@@ -42,10 +42,10 @@ CASES = {
             }
         }
     ),
-    "a new group before an old one goes": Case(
+    "a new replica before an old one goes": Case(
         {"router": {"replicas": 2}, "shard": {"workload": "Deployment", "settings": {"tp": 2}}}
     ),
-    "a group that spans no nodes": Case({"shard": {"workload": "LeaderWorkerSet"}}),
+    "a replica that spans no nodes": Case({"shard": {"workload": "LeaderWorkerSet"}}),
     "secrets and claims of the user's": Case(
         {
             "imagePullSecrets": [{"name": "registry"}],

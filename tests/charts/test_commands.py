@@ -91,7 +91,7 @@ def test_variables_of_ours_are_settings(case: str):
 
 
 @every_case
-def test_each_router_is_told_where_its_own_groups_are(case: str):
+def test_each_router_is_told_where_its_own_replicas_are(case: str):
     objects = rendered(case)
     selectors = [(service, service["spec"]["selector"]) for service in of_kind(objects, "Service")]
     own = {selector["loraplex/router"]: service for service, selector in selectors if "loraplex/router" in selector}
@@ -102,11 +102,11 @@ def test_each_router_is_told_where_its_own_groups_are(case: str):
         assert f"--shards={expected}" in pod["spec"]["containers"][0]["args"]
 
 
-def test_groups_that_span_nodes_are_found_by_their_pods_names():
-    router, other = pods(rendered("groups that span nodes"), "router")
+def test_replicas_that_span_nodes_are_found_by_their_pods_names():
+    router, other = pods(rendered("replicas that span nodes"), "router")
     domain = "demo-loraplex-shard-0.serving.svc:50060"
-    groups = [",".join(f"demo-loraplex-shard-0-{pod}.{domain}" for pod in (f"{n}", f"{n}-1")) for n in (0, 1)]
-    assert f"--shards={';'.join(groups)}" in router["spec"]["containers"][0]["args"]
+    replicas = [",".join(f"demo-loraplex-shard-0-{pod}.{domain}" for pod in (f"{n}", f"{n}-1")) for n in (0, 1)]
+    assert f"--shards={';'.join(replicas)}" in router["spec"]["containers"][0]["args"]
     assert not any(domain in flag for flag in other["spec"]["containers"][0]["args"])
 
 
@@ -219,14 +219,14 @@ def test_the_notes_lead_to_the_service():
 
 
 @pytest.mark.parametrize(
-    ("values", "groups"),
+    ("values", "replicas"),
     [
         ({}, "3"),
         ({"autoscaling": {"enabled": True}}, "1 to 4"),
         ({"keda": {"enabled": True, "maxReplicas": 9}}, "1 to 9"),
     ],
 )
-def test_the_notes_say_how_many_groups_each_router_has(values: Object, groups: str):
+def test_the_notes_say_how_many_replicas_each_router_has(values: Object, replicas: str):
     keda = {"serverAddress": "http://prometheus", **values.get("keda", {})}
     text = notes({**values, "keda": keda, "router": {"replicas": 2}, "shard": {"replicas": 3, "settings": {"tp": 4}}})
-    assert f"Routers: 2. Groups of shards of each: {groups}, of 4 ranks.\n" in text
+    assert f"Routers: 2. Replicas of each: {replicas}, of 4 ranks.\n" in text

@@ -209,8 +209,8 @@ def test_secrets_are_only_referred_to(case: str):
                     assert "secretKeyRef" in variable["valueFrom"]
 
 
-def test_only_a_groups_router_reaches_its_shards():
-    policies = of_kind(rendered("three ranks in each of four groups of two routers"), "NetworkPolicy")
+def test_only_a_replicas_router_reaches_its_shards():
+    policies = of_kind(rendered("three ranks in each of four replicas of two routers"), "NetworkPolicy")
     of_shards = [policy for policy in policies if "shard" in policy["metadata"]["name"]]
     assert len(of_shards) == 2
     for policy in of_shards:
@@ -235,7 +235,7 @@ def test_where_clients_are_limited_prometheus_still_reaches_the_routers_metrics(
     assert prometheus == {"ports": [{"port": "http"}], "from": [{"podSelector": {}}]}
 
 
-def test_scalers_scale_the_groups_and_nothing_else_sets_their_number():
+def test_scalers_scale_the_replicas_and_nothing_else_sets_their_number():
     for case in ("an autoscaler", "KEDA"):
         workloads = of_kind(rendered(case), "StatefulSet", "Deployment")
         sets = {

@@ -19,7 +19,7 @@ def test_routers_go_one_after_the_other_and_drain_before(case: str):
 
 
 @every_case
-def test_groups_go_one_after_the_other_once_the_router_has_found_the_one_before(case: str):
+def test_replicas_go_one_after_the_other_once_the_router_has_found_the_one_before(case: str):
     for document in of_kind(rendered(case), "StatefulSet", "Deployment"):
         if document["metadata"]["labels"]["app.kubernetes.io/component"] == "shard":
             assert document["spec"]["minReadySeconds"] > LOOK_UP_SECONDS
@@ -28,8 +28,8 @@ def test_groups_go_one_after_the_other_once_the_router_has_found_the_one_before(
         assert rolling == {"maxUnavailable": 1, "maxSurge": 0}
 
 
-def test_a_deployments_new_group_is_there_before_an_old_one_goes():
-    for document in of_kind(rendered("a new group before an old one goes"), "Deployment"):
+def test_a_deployments_new_replica_is_there_before_an_old_one_goes():
+    for document in of_kind(rendered("a new replica before an old one goes"), "Deployment"):
         assert document["spec"]["strategy"] == {
             "type": "RollingUpdate",
             "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0},
@@ -37,14 +37,14 @@ def test_a_deployments_new_group_is_there_before_an_old_one_goes():
         assert document["spec"]["progressDeadlineSeconds"] > 1800
 
 
-def test_routers_know_the_groups_that_an_update_adds_for_a_while():
+def test_routers_know_the_replicas_that_an_update_adds_for_a_while():
     update = {"rolloutStrategy": {"rollingUpdateConfiguration": {"maxSurge": 1, "maxUnavailable": 0}}}
     objects = render({"shard": {"workload": "LeaderWorkerSet", "replicas": 2, "workloadSpec": update}})
     (workload,) = of_kind(objects, "LeaderWorkerSet")
     assert workload["spec"]["rolloutStrategy"] == {"type": "RollingUpdate", **update["rolloutStrategy"]}
     (router,) = pods(objects, "router")
     (shards,) = (flag for flag in router["spec"]["containers"][0]["args"] if flag.startswith("--shards="))
-    assert [group.split(".")[0][-1] for group in shards.split(";")] == ["0", "1", "2"]
+    assert [replica.split(".")[0][-1] for replica in shards.split(";")] == ["0", "1", "2"]
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,7 @@ class ScriptedServicer(GenerationServiceServicer):
 
     def _status(self, request: pb.PinAdapterRequest | pb.UnpinAdapterRequest, pinned: bool) -> pb.AdapterStatus:
         tier, id = pb.ADAPTER_TIER_DEVICE, request.adapter.id or "a,b"
-        residence = pb.AdapterResidence(group="10.0.0.1:50060", tier=tier, pinned=pinned)
+        residence = pb.AdapterResidence(replica="10.0.0.1:50060", tier=tier, pinned=pinned)
         return pb.AdapterStatus(
             id=id, digest=request.digest, tier=tier, pinned=pinned, residences=[residence], last_used=1.5
         )

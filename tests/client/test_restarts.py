@@ -7,14 +7,14 @@ from loraplex.cli.ranks import describe_end
 from loraplex.cli.restarts import LONGEST_DELAY, MOST_FAILED_STARTS, STEADY_SECONDS, Restarts
 
 
-def test_a_group_that_never_served_is_not_started_again() -> None:
+def test_a_replica_that_never_served_is_not_started_again() -> None:
     restarts = Restarts()
     assert restarts.delay(None) is None
-    assert restarts.reason == "before the group was ready"
+    assert restarts.reason == "before the replica was ready"
 
 
 @given(st.lists(st.floats(0, 1000), max_size=50))
-def test_a_group_that_gets_ready_again_each_time_is_never_given_up(served: list[float]) -> None:
+def test_a_replica_that_gets_ready_again_each_time_is_never_given_up(served: list[float]) -> None:
     restarts = Restarts()
     delays = [restarts.delay(seconds) for seconds in served]
     assert all(delay is not None and 0 <= delay <= LONGEST_DELAY for delay in delays)
@@ -27,10 +27,10 @@ def test_starts_that_fail_in_a_row_are_counted_from_the_last_service_on() -> Non
         assert restarts.delay(None) is not None
     assert restarts.delay(0.0) is not None
     assert [restarts.delay(None) is None for _ in range(MOST_FAILED_STARTS)] == [False] * 4 + [True]
-    assert restarts.reason == "and the group was not ready again in 5 starts"
+    assert restarts.reason == "and the replica was not ready again in 5 starts"
 
 
-def test_the_first_start_comes_at_once_the_next_ones_later_until_the_group_was_steady() -> None:
+def test_the_first_start_comes_at_once_the_next_ones_later_until_the_replica_was_steady() -> None:
     restarts = Restarts()
     assert [restarts.delay(1.0) for _ in range(8)] == [0, 0.25, 0.5, 1, 2, 4, 5, 5]
     assert restarts.delay(STEADY_SECONDS) == 0

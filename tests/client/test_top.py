@@ -8,29 +8,29 @@ from loraplex.cli.top import frame
 BEFORE = """
 # HELP loraplex_sequences Sequences, by state.
 # TYPE loraplex_sequences gauge
-loraplex_sequences{group="0",state="running"} 0.0
-loraplex_generated_tokens_total{group="0"} 100.0
+loraplex_sequences{replica="0",state="running"} 0.0
+loraplex_generated_tokens_total{replica="0"} 100.0
 loraplex_requests_total{adapter="sql",outcome="finished"} 5.0
 """
 NOW = """
 loraplex_build_info{model="org/model",version="1"} 1.0
-loraplex_sequences{group="0",state="running"} 3.0
-loraplex_sequences{group="0",state="waiting"} 2.0
-loraplex_kv_blocks{group="0",state="used"} 30.0
-loraplex_kv_blocks{group="0",state="cached"} 30.0
-loraplex_kv_blocks{group="0",state="free"} 60.0
-loraplex_adapters{group="0",tier="device"} 4.0
-loraplex_adapters{group="0",tier="host"} 9.0
-loraplex_adapter_slots{group="0"} 64.0
-loraplex_generated_tokens_total{group="0"} 300.0
+loraplex_sequences{replica="0",state="running"} 3.0
+loraplex_sequences{replica="0",state="waiting"} 2.0
+loraplex_kv_blocks{replica="0",state="used"} 30.0
+loraplex_kv_blocks{replica="0",state="cached"} 30.0
+loraplex_kv_blocks{replica="0",state="free"} 60.0
+loraplex_adapters{replica="0",tier="device"} 4.0
+loraplex_adapters{replica="0",tier="host"} 9.0
+loraplex_adapter_slots{replica="0"} 64.0
+loraplex_generated_tokens_total{replica="0"} 300.0
 loraplex_requests_total{adapter="sql",outcome="finished"} 9.0
 loraplex_requests_total{adapter="sql",outcome="cancelled"} 2.0
 loraplex_time_to_first_token_seconds_sum 0.4
 loraplex_time_to_first_token_seconds_count 2.0
-loraplex_step_duration_seconds_sum{group="0"} 1.0
-loraplex_step_duration_seconds_count{group="0"} 50.0
-loraplex_step_tokens_total{group="0",phase="prefill"} 400.0
-loraplex_step_tokens_total{group="0",phase="decode"} 150.0
+loraplex_step_duration_seconds_sum{replica="0"} 1.0
+loraplex_step_duration_seconds_count{replica="0"} 50.0
+loraplex_step_tokens_total{replica="0",phase="prefill"} 400.0
+loraplex_step_tokens_total{replica="0",phase="decode"} 150.0
 loraplex_adapter_sequences{adapter="sql",state="running"} 3.0
 loraplex_adapter_sequences{adapter="[red]x",state="running"} 0.0
 loraplex_adapter_generated_tokens_total{adapter="sql"} 80.0
@@ -47,9 +47,9 @@ def test_a_frame_shows_queues_rates_and_means():
     text = shown(BEFORE, NOW)
     assert "org/model" in text
     assert "running 3   waiting 2   requests/s 3.0   not finished/s 1.0   tokens/s 100.0   first token 200.0 ms" in text
-    group = next(line.split() for line in text.splitlines() if line.startswith("0 "))
-    assert group[1:3] == ["3", "2"] and "25%" in group
-    assert group[-7:] == ["9", "25.0", "20.0", "ms", "8.0", "3.0", "-"] and "4/64" in group
+    replica = next(line.split() for line in text.splitlines() if line.startswith("0 "))
+    assert replica[1:3] == ["3", "2"] and "25%" in replica
+    assert replica[-7:] == ["9", "25.0", "20.0", "ms", "8.0", "3.0", "-"] and "4/64" in replica
     adapter = next(line.split() for line in text.splitlines() if line.startswith("sql"))
     assert adapter == ["sql", "3", "0", "3.0", "0.0", "40.0", "25.0", "ms"]
 
@@ -57,7 +57,7 @@ def test_a_frame_shows_queues_rates_and_means():
 @pytest.mark.parametrize("columns", [40, 60, 80, 200])
 def test_a_frame_fits_and_cuts_nothing(columns: int):
     name = "unix:/tmp/loraplex-1234/rank0.sock"
-    text = shown(BEFORE, NOW.replace('group="0"', f'group="{name}"'), columns)
+    text = shown(BEFORE, NOW.replace('replica="0"', f'replica="{name}"'), columns)
     lines = text.splitlines()
     assert max(map(len, lines)) <= columns and "…" not in text
     assert any(line.startswith(name) for line in lines)

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from loraplex_protos.shard_pb2 import GetInfoResponse, GetTokenizerResponse, SamplingDefaults
-from loraplex_router.model import read_model
-from loraplex_router.request import SamplingOptions
+from loraplex_router.text.model import read_model
+from loraplex_router.vocabulary.request import SamplingOptions
 from tests.contract.test_served_names import call
 from tests.e2e.processes import Server
 

@@ -264,7 +264,7 @@ async def test_ranks_that_die_or_hang_are_started_again_and_streams_go_on_from_t
                 tokens = [token.id for piece in seen for token in piece.tokens]
                 assert tokens == [token.id for token in answer.sequences[0].tokens]
         assert server.terminate() == 0
-    assert "rank 0 was killed by SIGKILL" in server.log and "the group is given up" in server.log
+    assert "rank 0 was killed by SIGKILL" in server.log and "the replica is given up" in server.log
 
 
 def rank_of(server: Server, rank: int) -> psutil.Process:

@@ -61,7 +61,7 @@ def test_a_router_with_a_certificate_of_the_shards_authority_drives_it(
 ):
     _, address = shard
     with Router(f"--shards={address}", *certificates.flags("router", certificates.trusted)) as router:
-        router.wait_until("loraplex_groups", 1, seconds=START_SECONDS)
+        router.wait_until("loraplex_replicas", 1, seconds=START_SECONDS)
         with Client(router.address) as client:
             answer = client.generate("encrypted", max_new_tokens=8, ignore_eos=True)
         expected, _ = oracle.generate(byte_tokenizer().encode("encrypted"), None, 8)
@@ -76,7 +76,7 @@ def test_routers_without_one_are_refused_and_their_logs_say_so(shard: tuple[Shar
         Router(f"--shards={address}", *certificates.flags("router", trustme.CA())) as with_anothers,
     ):
         for router in without, with_anothers:
-            wait_for_line(router, f"group {address}: rank 0 is out of reach")
+            wait_for_line(router, f"replica {address}: rank 0 is out of reach")
             assert router.health() == 503
         assert "--mtls-ca" in with_anothers.log and "--mtls-ca" not in without.log
     wait_for_line(refusing, "CERTIFICATE_VERIFY_FAILED")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from loraplex import AsyncClient, FinishReason, GenerationError
-from loraplex_router.suspects import CONVICTING_LOSSES
+from loraplex_router.engine.suspects import CONVICTING_LOSSES
 from tests.e2e.mortal_shard import DIED, KILLING, RAISING
 from tests.e2e.processes import MortalShard, Router
 from tests.e2e.tiny import Oracle, byte_tokenizer
@@ -19,7 +19,7 @@ async def test_a_request_that_shards_die_of_ends_alone(model: Path, oracle: Orac
         MortalShard(f"--model={model}", f"--listen={listen}", "--kv-blocks=512", "--threads=1") as shard,
     ):
         async with AsyncClient(router.address) as client:
-            await asyncio.to_thread(router.wait_until, "loraplex_groups", 1, 120)
+            await asyncio.to_thread(router.wait_until, "loraplex_replicas", 1, 120)
             await its_neighbours_get_all_of_their_tokens(client, oracle, RAISING)
             assert DIED not in shard.log
             await its_neighbours_get_all_of_their_tokens(client, oracle, KILLING)

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 from prometheus_client.metrics_core import Metric
 
 from loraplex_protos import shard_pb2 as pb
-from loraplex_router.adapters.pool import AdapterPool
-from loraplex_router.blocks import BlockAllocator
-from loraplex_router.scheduler import Limits, Scheduler
+from loraplex_router.engine.blocks import BlockAllocator
+from loraplex_router.engine.pool import AdapterPool
+from loraplex_router.engine.scheduler import Limits, Scheduler
 from loraplex_router.telemetry.request_log import RequestLog
 from loraplex_router.telemetry.telemetry import Telemetry
 from loraplex_shard.observation.metrics import ShardMetrics

@@ -1,13 +1,13 @@
-"""A group of shards without a model: the next token is the last one plus the adapter slot, plus one."""
+"""A replica without a model: the next token is the last one plus the adapter slot, plus one."""
 
 import asyncio
 from collections import deque
 
 from loraplex_protos import shard_pb2 as pb
 from loraplex_protos.errors import AdapterNotFoundError, LoraplexError, UnavailableError
-from loraplex_router.grammar import Grammar
-from loraplex_router.request import AdapterReference
-from loraplex_router.wire.shards import LocalAdapter, StagedAdapter
+from loraplex_router.vocabulary.adapter import LocalAdapter, StagedAdapter
+from loraplex_router.vocabulary.grammar import Grammar
+from loraplex_router.vocabulary.references import AdapterReference
 
 VOCABULARY = 1000
 

@@ -1,4 +1,4 @@
-"""Operators' calls over several groups: one line per adapter, unloading everywhere, pins that outlive a group."""
+"""Operators' calls over several replicas: one line per adapter, unloading everywhere, pins that outlive a replica."""
 
 import asyncio
 import unicodedata
@@ -14,12 +14,12 @@ from loraplex_protos.errors import (
     InvalidRequestError,
     UnavailableError,
 )
-from loraplex_router.adapters.statuses import AdapterStatus, State, Tier
+from loraplex_router.access.keys import Allowance, Keys, Tenant, TenantSettings
 from loraplex_router.adapters.suggestions import similar
-from loraplex_router.keys import Allowance, Keys, Tenant, TenantSettings
-from loraplex_router.request import AdapterReference
-from loraplex_router.wire.shards import LocalAdapter
-from tests.router.test_groups import Cluster, request
+from loraplex_router.replicas.statuses import AdapterStatus, State, Tier
+from loraplex_router.vocabulary.adapter import LocalAdapter
+from loraplex_router.vocabulary.references import AdapterReference
+from tests.router.test_replicas import Cluster, request
 
 A, B, C = (AdapterReference(name) for name in "abc")
 
@@ -36,17 +36,17 @@ async def listed(cluster: Cluster) -> dict[str, AdapterStatus]:
 
 
 async def on_both(cluster: Cluster) -> None:
-    """Makes `a` so busy that two groups have it."""
+    """Makes `a` so busy that two replicas have it."""
     await cluster.answer(1, adapter="a")
     await asyncio.gather(*(cluster.answer(1, tokens=20, adapter="a") for _ in range(30)))
 
 
-async def test_an_adapter_is_listed_once_with_all_the_groups_that_have_it(cluster: Cluster):
+async def test_an_adapter_is_listed_once_with_all_the_replicas_that_have_it(cluster: Cluster):
     cluster.join("second")
     await on_both(cluster)
     generation = await cluster.service.generate(request(1, 100, "a"))
     status = (await listed(cluster))["a"]
-    assert {residence.group for residence in status.residences} == {"0", "second"}
+    assert {residence.replica for residence in status.residences} == {"0", "second"}
     assert (status.state, status.tier, status.lora_rank, status.size_bytes) == (State.LOADED, Tier.DEVICE, 8, 10)
     assert (status.requests, status.running + status.waiting, status.pinned) == (1, 1, False)
     cluster.service.leave(generation)
@@ -56,7 +56,7 @@ async def test_an_adapter_is_listed_once_with_all_the_groups_that_have_it(cluste
 
 
 async def test_what_is_broken_is_listed_with_the_reason_and_what_is_doubtful_with_warnings(cluster: Cluster):
-    cluster.group.shards.warnings = ("made for another model",)
+    cluster.replica.shards.warnings = ("made for another model",)
     await cluster.answer(1, adapter="a")
     statuses = await listed(cluster)
     assert (statuses["broken"].state, statuses["broken"].reason) == (State.BROKEN, "cut short")
@@ -64,16 +64,16 @@ async def test_what_is_broken_is_listed_with_the_reason_and_what_is_doubtful_wit
 
 
 async def test_what_is_on_its_way_is_listed_as_such(cluster: Cluster):
-    cluster.group.shards.stages_held.clear()
+    cluster.replica.shards.stages_held.clear()
     asking = asyncio.create_task(cluster.answer(1, adapter="c"))
     await asyncio.sleep(0.01)
     status = (await listed(cluster))["c"]
     assert (status.state, status.tier, status.digest) == (State.FETCHING, None, "")
-    cluster.group.shards.stages_held.set()
+    cluster.replica.shards.stages_held.set()
     await asking
 
 
-async def test_an_adapter_is_unloaded_from_every_group_or_from_none(cluster: Cluster):
+async def test_an_adapter_is_unloaded_from_every_replica_or_from_none(cluster: Cluster):
     cluster.join("second")
     await on_both(cluster)
     generation = await cluster.service.generate(request(1, 100, "a"))
@@ -93,12 +93,12 @@ async def test_an_adapter_is_unloaded_from_every_group_or_from_none(cluster: Clu
 async def test_what_was_unloaded_is_resolved_anew(cluster: Cluster):
     await cluster.answer(1, adapter="a")
     await cluster.administration.unload("digest of a", wait=False)
-    cluster.group.shards.digests["a"] = "new digest"
+    cluster.replica.shards.digests["a"] = "new digest"
     await cluster.answer(1, adapter="a")
     assert cluster.holders("new digest")
 
 
-async def test_pins_leave_one_slot_to_the_others_on_each_group(cluster: Cluster):
+async def test_pins_leave_one_slot_to_the_others_on_each_replica(cluster: Cluster):
     assert (await cluster.administration.pin(A)).pinned
     assert (await cluster.administration.pin(A)).pinned  # again
     with pytest.raises(AdapterPinsError):
@@ -118,15 +118,15 @@ async def test_a_pin_that_is_unloaded_is_gone(cluster: Cluster):
     assert not cluster.holders("digest of a")
 
 
-async def test_what_was_pinned_on_a_lost_group_is_pinned_on_another(cluster: Cluster):
+async def test_what_was_pinned_on_a_lost_replica_is_pinned_on_another(cluster: Cluster):
     await cluster.administration.pin(A)
     second = cluster.join("second")
-    cluster.lose(cluster.group)
-    generation = await cluster.service.generate(request(1, 5))  # its step finds the group lost
+    cluster.lose(cluster.replica)
+    generation = await cluster.service.generate(request(1, 5))  # its step finds the replica lost
     await generation.collect()
     cluster.service.leave(generation)
-    if cluster.group in list(cluster.groups):
-        cluster.groups.remove(cluster.group)
+    if cluster.replica in list(cluster.replicas):
+        cluster.replicas.remove(cluster.replica)
     await cluster.administration.restore_pins()
     adapter = second.pool.get("digest of a")
     assert adapter is not None and adapter.pinned and adapter.ready
@@ -141,7 +141,7 @@ async def test_what_is_not_loaded_cannot_be_pinned_by_digest_or_unpinned(cluster
 
 async def same_content(cluster: Cluster) -> None:
     """`a` and `c` hold the same files."""
-    cluster.group.shards.digests = {"a": "same", "c": "same"}
+    cluster.replica.shards.digests = {"a": "same", "c": "same"}
     await cluster.answer(1, adapter="a")
     await cluster.answer(1, adapter="c")
 
@@ -166,7 +166,7 @@ async def test_unloading_a_name_frees_that_name_and_the_content_goes_with_its_la
     await cluster.administration.unload(A, wait=False)
     statuses = await listed(cluster)
     assert (statuses["a"].state, statuses["c"].state, statuses["c"].pinned) == (State.AVAILABLE, State.LOADED, True)
-    assert cluster.group.pool.get("same").names == {"c"}
+    assert cluster.replica.pool.get("same").names == {"c"}
     with pytest.raises(AdapterNotFoundError):
         await cluster.administration.unload(A, wait=False)
     with pytest.raises(AdapterInUseError):
@@ -191,11 +191,11 @@ async def test_a_name_that_sequences_asked_for_is_in_use_though_the_content_has_
 
 async def test_content_that_comes_back_has_the_names_that_it_is_asked_for_by(cluster: Cluster):
     await same_content(cluster)
-    adapter = cluster.group.pool.get("same")
-    await cluster.group.adapters.unload(adapter)  # as eviction does: its names stay known
+    adapter = cluster.replica.pool.get("same")
+    await cluster.replica.adapters.unload(adapter)  # as eviction does: its names stay known
     for name in "ac":
         await cluster.answer(1, adapter=name)
-    assert cluster.group.pool.get("same").names == {"a", "c"}
+    assert cluster.replica.pool.get("same").names == {"a", "c"}
 
 
 async def test_a_pin_goes_with_the_name_that_it_was_asked_for_by(cluster: Cluster):
@@ -209,16 +209,16 @@ async def test_a_pin_goes_with_the_name_that_it_was_asked_for_by(cluster: Cluste
 async def test_a_name_that_is_not_there_is_answered_with_what_may_be_meant(
     cluster: Cluster, asked: str, meant: str | None
 ):
-    cluster.group.shards.absent.add(asked)
-    cluster.group.shards.local = [LocalAdapter("poet"), LocalAdapter("sql"), LocalAdapter("poetry", "cut short")]
+    cluster.replica.shards.absent.add(asked)
+    cluster.replica.shards.local = [LocalAdapter("poet"), LocalAdapter("sql"), LocalAdapter("poetry", "cut short")]
     with pytest.raises(AdapterNotFoundError) as missing:
         await cluster.answer(1, adapter=asked)
     assert missing.value.message == f"no {asked}" + (f"; did you mean {meant!r}?" if meant else "")
 
 
 async def test_only_names_that_the_caller_may_use_are_suggested(cluster: Cluster):
-    cluster.group.shards.absent.add("sqls")
-    cluster.group.shards.local = [LocalAdapter("sql"), LocalAdapter("sql2")]
+    cluster.replica.shards.absent.add("sqls")
+    cluster.replica.shards.local = [LocalAdapter("sql"), LocalAdapter("sql2")]
     tenant = TenantSettings(keys=[sha256(b"key").hexdigest()], adapters=["sql2", "sqls"])
     cluster.service.keys = Keys({"acme": tenant})
     with pytest.raises(AdapterNotFoundError, match=r"no sqls; did you mean 'sql2'\?$"):
@@ -232,7 +232,7 @@ async def test_what_cannot_be_a_name_is_refused_with_the_rule(cluster: Cluster, 
 
 
 async def test_an_adapter_with_the_models_own_name_is_listed_with_a_warning(cluster: Cluster):
-    cluster.group.shards.local = [LocalAdapter(cluster.service.info.model_id)]
+    cluster.replica.shards.local = [LocalAdapter(cluster.service.info.model_id)]
     (status,) = await cluster.service.list_adapters()
     assert "means the base model" in status.warnings[0]
 
@@ -250,7 +250,7 @@ def test_umlauts_in_either_form_are_one_name() -> None:
     assert tenant.may_use(AdapterReference(nfc).id)
 
 
-async def test_a_listing_without_a_group_is_not_an_empty_one(cluster: Cluster):
-    cluster.group.stopping = True
-    with pytest.raises(UnavailableError, match="no group of shards is ready"):
+async def test_a_listing_without_a_replica_is_not_an_empty_one(cluster: Cluster):
+    cluster.replica.stopping = True
+    with pytest.raises(UnavailableError, match="no replica is ready"):
         await cluster.administration.list()

@@ -15,10 +15,10 @@ from loraplex_protos.errors import (
     RequestNotFoundError,
     UnauthenticatedError,
 )
-from loraplex_router.keys import Keys, TenantSettings
-from loraplex_router.request import AdapterReference
-from tests.router.test_groups import Cluster, request
+from loraplex_router.access.keys import Keys, TenantSettings
+from loraplex_router.vocabulary.references import AdapterReference
 from tests.router.test_keys import hashed
+from tests.router.test_replicas import Cluster, request
 
 A = AdapterReference("a", token="hf_secret")
 TENANTS = {

@@ -4,7 +4,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from loraplex_router.blocks import BlockAllocator, next_key, root_key
+from loraplex_router.engine.blocks import BlockAllocator, next_key, root_key
 
 NUM_BLOCKS = 6
 

@@ -7,8 +7,8 @@ import pytest
 from loraplex_protos.errors import InvalidRequestError
 from loraplex_router.api.http.openai.conversation import read_conversation
 from loraplex_router.api.http.openai.schema import Conversation
-from loraplex_router.request import Violations
-from loraplex_router.text.chat import Chat, Message
+from loraplex_router.vocabulary.chat import Chat, Message
+from loraplex_router.vocabulary.request import Violations
 
 
 def read(*messages: dict[str, Any], **options: Any) -> Chat:

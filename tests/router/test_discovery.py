@@ -1,11 +1,11 @@
-"""Where groups are: addresses as they are set, and names whose addresses change."""
+"""Where replicas are: addresses as they are set, and names whose addresses change."""
 
 import pytest
 from pydantic import ValidationError
 
-from loraplex_router import discovery
-from loraplex_router.discovery import Address, Discovery
 from loraplex_router.settings import RouterSettings
+from loraplex_router.wire import discovery
+from loraplex_router.wire.discovery import Address, Discovery
 
 
 async def test_addresses_that_are_set_are_all_there_is():
@@ -45,7 +45,7 @@ def test_the_other_ranks_are_those_that_are_named_or_on_the_ports_that_follow():
     assert Address(("unix:/a",)).other_ranks(2) == ()
 
 
-def test_groups_are_separated_by_semicolons_and_ranks_by_commas():
+def test_replicas_are_separated_by_semicolons_and_ranks_by_commas():
     settings = RouterSettings(shards="a:1,unix:/tmp/b; c:1 ;dns:///name.of.service:50052")
     assert settings.shards == ("a:1,unix:/tmp/b", "c:1", "dns:///name.of.service:50052")
 

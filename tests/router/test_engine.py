@@ -8,23 +8,24 @@ import pytest
 
 from loraplex_protos import generation_pb2 as pb
 from loraplex_protos.errors import AdapterInvalidError, GenerationError, UnavailableError
-from loraplex_router.adapters.administration import Administration
-from loraplex_router.adapters.pool import AdapterPool
+from loraplex_router.access.keys import Keys
 from loraplex_router.adapters.registry import AdapterRegistry
-from loraplex_router.group import Group
-from loraplex_router.groups import Groups
-from loraplex_router.keys import Keys
-from loraplex_router.model import Model
-from loraplex_router.output import Delta, Generation
-from loraplex_router.request import AdapterReference, Request
-from loraplex_router.scheduler import Limits
-from loraplex_router.sequence import FinishReason
+from loraplex_router.engine.output import Delta, Generation
+from loraplex_router.engine.pool import AdapterPool
+from loraplex_router.engine.scheduler import Limits
+from loraplex_router.replicas.administration import Administration
+from loraplex_router.replicas.replica import Replica
+from loraplex_router.replicas.replicas import Replicas
 from loraplex_router.service import Service
 from loraplex_router.telemetry.request_log import RequestLog
 from loraplex_router.telemetry.telemetry import Telemetry
-from loraplex_router.text.chat import ChatTemplates
 from loraplex_router.text.detokenizer import Detokenizer
+from loraplex_router.text.model import Model
 from loraplex_router.text.renderer import Renderer
+from loraplex_router.vocabulary.chat import ChatTemplates
+from loraplex_router.vocabulary.references import AdapterReference
+from loraplex_router.vocabulary.request import Request
+from loraplex_router.vocabulary.sequence import FinishReason
 from tests.router.fake_shards import VOCABULARY, FakeShards
 from tests.router.test_text import TOKENIZER
 
@@ -44,24 +45,24 @@ class Setup:
     def __init__(self, slots: int = 2, max_queue: int = 100, model: Model = MODEL, move_seconds: float = 0.5) -> None:
         self.telemetry = Telemetry(adapters=10, log=RequestLog(prompts=False))
         self.registry = AdapterRegistry()
-        self.groups = Groups(self.telemetry, move_seconds)
-        self.administration = Administration(self.registry, self.groups)
-        self.service = Service(self.groups, self.administration, Keys({}), max_queue, self.telemetry)
+        self.replicas = Replicas(self.telemetry, move_seconds)
+        self.administration = Administration(self.registry, self.replicas)
+        self.service = Service(self.replicas, self.administration, Keys({}), max_queue, self.telemetry)
         self.service.serve(model)
-        self.group = self.add_group("0", slots)
+        self.replica = self.add_replica("0", slots)
         self.shards, self.pool, self.blocks, self.engine = (
-            self.group.shards,
-            self.group.pool,
-            self.group.blocks,
-            self.group.engine,
+            self.replica.shards,
+            self.replica.pool,
+            self.replica.blocks,
+            self.replica.engine,
         )
 
-    def add_group(self, name: str, slots: int = 2) -> Group:
+    def add_replica(self, name: str, slots: int = 2) -> Replica:
         limits = Limits(max_batch_tokens=32, max_sequences=8, block_size=4)
         pool = AdapterPool(slots, host_bytes=1 << 30)
-        group = Group(name, FakeShards(), limits, 64, pool, self.registry, self.telemetry)
-        self.groups.add(group)
-        return group
+        replica = Replica(name, FakeShards(), limits, 64, pool, self.registry, self.telemetry.replica(name))
+        self.replicas.add(replica)
+        return replica
 
     async def answer(self, first: int, tokens: int = 5, adapter: str | None = None, **options: object) -> list[int]:
         reference = AdapterReference(adapter) if adapter else None

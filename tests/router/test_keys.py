@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loraplex_protos.errors import ForbiddenError, RateLimitedError, UnauthenticatedError
-from loraplex_router import key_file
-from loraplex_router.key_file import KeyFile, KeyFileError, read_tenants
-from loraplex_router.keys import Allowance, Keys, Tenant, TenantSettings, read_bearer
-from loraplex_router.request import AdapterReference, MergedReference
+from loraplex_router.access import key_file
+from loraplex_router.access.key_file import KeyFile, KeyFileError, read_tenants
+from loraplex_router.access.keys import Allowance, Keys, Tenant, TenantSettings, read_bearer
+from loraplex_router.vocabulary.references import AdapterReference, MergedReference
 
 OLD_KEY, NEW_KEY, ADMIN_KEY = "old secret", "new secret", "admin secret"
 

@@ -19,10 +19,10 @@ from loraplex_protos.errors import (
 )
 from loraplex_router.api.http.fields import Bias, Items, Prompts, TokenId
 from loraplex_router.api.message_limits import MAX_FIELDS, MAX_NUMBERS, check_message
-from loraplex_router.json_limits import MAX_DEPTH, MAX_ELEMENTS, MAX_NODES, JsonStructure, parse, parse_body
-from loraplex_router.request import Request
-from loraplex_router.sequence import Detail
-from loraplex_router.volume import MAX_LOGPROBS, Volume
+from loraplex_router.text.json_limits import MAX_DEPTH, MAX_ELEMENTS, MAX_NODES, JsonStructure, parse, parse_body
+from loraplex_router.vocabulary.request import Request
+from loraplex_router.vocabulary.sequence import Detail
+from loraplex_router.vocabulary.volume import MAX_LOGPROBS, Volume
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text('ab"\\,:[]{}é\n'),

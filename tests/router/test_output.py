@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loraplex_router.adapters.pool import Adapter
-from loraplex_router.output import Delta, Sample, SequenceOutput
-from loraplex_router.sequence import FinishReason, Sequence
+from loraplex_router.engine.output import Delta, SequenceOutput
 from loraplex_router.text.stops import StopMatcher
+from loraplex_router.vocabulary.adapter import Adapter
+from loraplex_router.vocabulary.sequence import FinishReason, Sample, Sequence
 from tests.router.tiny_tokenizers import byte_tokenizer
 
 TOKENIZER = byte_tokenizer("<|start|>", "<|end|>")

@@ -4,7 +4,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from loraplex_router.adapters.pool import Adapter, AdapterPool
+from loraplex_router.engine.pool import AdapterPool
+from loraplex_router.vocabulary.adapter import Adapter
 
 NAMES = st.sampled_from("abcdef")
 SLOTS, BUDGET = 2, 30

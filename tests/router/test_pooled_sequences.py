@@ -3,7 +3,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraplex_router.sequence import Detail, Plan
+from loraplex_router.vocabulary.sequence import Detail, Plan
 from tests.router.test_scheduler import World, expected
 
 POOL = Detail(pool=True)

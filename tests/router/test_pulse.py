@@ -1,10 +1,10 @@
-"""When a group of shards counts as silent, and when it is given up."""
+"""When a replica counts as silent, and when it is given up."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loraplex_router.pulse import (
+from loraplex_router.wire.pulse import (
     COMPILE_SECONDS,
     FACTOR,
     FIRST_STEPS,
@@ -33,7 +33,7 @@ def step(pulse: Pulse, tokens: int, seconds: float) -> None:
 
 
 def warm(warmup: float = 0.5, ranks: int = 1, compiles: bool = False, steps: int = FIRST_STEPS) -> Pulse:
-    """A group that has warmed up, and then has run steps of 8 tokens of a tick each."""
+    """A replica that has warmed up, and then has run steps of 8 tokens of a tick each."""
     pulse = Pulse(ranks, compiles)
     pass_time(pulse, warmup)
     pulse.warmed_up()
@@ -50,7 +50,7 @@ def seconds_until_final(pulse: Pulse) -> float:
     return waited
 
 
-def test_an_idle_group_whose_ranks_answer_is_never_silent() -> None:
+def test_an_idle_replica_whose_ranks_answer_is_never_silent() -> None:
     pulse = warm(ranks=2)
     for _ in range(100):
         pulse.pinged(0)

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from loraplex_protos.errors import AdapterInvalidError, InvalidRequestError, UnavailableError
-from loraplex_router.text.chat import AdapterTokenizer, Chat, ChatTemplates, Message, RenderedChat
 from loraplex_router.text.renderer import LONG, Renderer
+from loraplex_router.vocabulary.chat import AdapterTokenizer, Chat, ChatTemplates, Message, RenderedChat
 
 CHAT = Chat((Message("user", "Hi ✓", {"name": "Ann"}),), variables={"mood": "good"})
 GOOD = "{{ bos_token }}{{ messages[0].name }}: {{ messages[0].content }} {{ mood }}{{ eos_token }}"

@@ -7,11 +7,11 @@ import pytest
 
 from loraplex_protos import generation_pb2 as pb
 from loraplex_protos.errors import InvalidRequestError
-from loraplex_router.request import EmbedRequest, Prompt, Request, SamplingOptions, check_request
 from loraplex_router.service import Service
-from loraplex_router.text.chat import Chat, ChatTemplates, Message
 from loraplex_router.text.renderer import Renderer
 from loraplex_router.text.tokenizer import Tokenizer
+from loraplex_router.vocabulary.chat import Chat, ChatTemplates, Message
+from loraplex_router.vocabulary.request import EmbedRequest, Prompt, Request, SamplingOptions, check_request
 from tests.e2e.tiny import CHAT_TEMPLATE, byte_tokenizer
 from tests.router.test_engine import MODEL, Setup
 

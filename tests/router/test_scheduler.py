@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraplex_router.adapters.pool import Adapter, AdapterPool
-from loraplex_router.blocks import BlockAllocator
-from loraplex_router.scheduler import Limits, Scheduler
-from loraplex_router.sequence import Chunk, Detail, Plan, Sequence
+from loraplex_router.engine.blocks import BlockAllocator
+from loraplex_router.engine.pool import AdapterPool
+from loraplex_router.engine.scheduler import Limits, Scheduler
+from loraplex_router.vocabulary.adapter import Adapter
+from loraplex_router.vocabulary.sequence import Chunk, Detail, Plan, Sequence
 
 BLOCK = 4
 FORCING = ("c", "d")
@@ -211,7 +212,7 @@ def test_suspects_are_computed_alone_the_youngest_first_and_take_turns_with_ever
 
 
 def test_what_starts_in_one_plan_fits_into_its_message(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("loraplex_router.scheduler.MAX_STARTED", 30)
+    monkeypatch.setattr("loraplex_router.engine.scheduler.MAX_STARTED", 30)
     world = World(blocks=200)
     world.submit("", [1] * 20, 1)
     world.run()

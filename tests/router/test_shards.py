@@ -15,10 +15,10 @@ from loraplex_protos.errors import LoraplexError, UnavailableError
 from loraplex_protos.mtls import MtlsSettings, channel_credentials, server_credentials
 from loraplex_protos.protocol import PROTOCOL_VERSION
 from loraplex_router.app import Router
-from loraplex_router.connections import adapter_bytes
-from loraplex_router.discovery import Address
+from loraplex_router.replicas.connections import adapter_bytes
 from loraplex_router.settings import RouterSettings
 from loraplex_router.telemetry.opening import open_telemetry
+from loraplex_router.wire.discovery import Address
 from loraplex_router.wire.shard_group import ShardGroup
 
 
@@ -52,22 +52,22 @@ async def tls_server(files: Files) -> StandInServer:
 async def connect(address: Address, settings: MtlsSettings, seconds: float = 60) -> ShardGroup:
     """Within `seconds`, or TimeoutError: a channel that is refused is tried again."""
     with open_telemetry(RouterSettings(shards=("stand-in:1",))) as telemetry:
-        group = ShardGroup(address, telemetry.group(str(address)), channel_credentials(settings))
+        replica = ShardGroup(address, telemetry.replica(str(address)), channel_credentials(settings))
     try:
         async with asyncio.timeout(seconds):
-            return await group.connect(max_batch_tokens=32)
+            return await replica.connect(max_batch_tokens=32)
     except BaseException:
-        await group.close()
+        await replica.close()
         raise
 
 
 async def test_router_and_shard_that_trust_each_other_talk(files: Files, tls_server: StandInServer):
     async with tls_server:
-        group = await connect(Address((f"localhost:{tls_server.port}",)), files.issue("router"))
-        assert group.info.model_id == "stand-in"
-        await group.send(pb.StepRequest(step=0))
-        assert (await group.receive()).step == 0
-        await group.close()
+        replica = await connect(Address((f"localhost:{tls_server.port}",)), files.issue("router"))
+        assert replica.info.model_id == "stand-in"
+        await replica.send(pb.StepRequest(step=0))
+        assert (await replica.receive()).step == 0
+        await replica.close()
 
 
 async def test_an_address_that_was_looked_up_is_held_against_the_name_it_was_looked_up_by(
@@ -77,8 +77,8 @@ async def test_an_address_that_was_looked_up_is_held_against_the_name_it_was_loo
         looked_up = f"127.0.0.1:{tls_server.port}"
         with pytest.raises(TimeoutError):
             await connect(Address((looked_up,)), files.issue("router"), seconds=1)
-        group = await connect(Address((looked_up,), server_name="localhost"), files.issue("router"))
-        await group.close()
+        replica = await connect(Address((looked_up,), server_name="localhost"), files.issue("router"))
+        await replica.close()
 
 
 async def test_a_router_without_a_certificate_of_the_authority_is_refused(files: Files, tls_server: StandInServer):
@@ -131,15 +131,15 @@ async def test_a_shard_that_fails_on_a_plan_is_told_from_one_that_may_have_lost_
         shards = [FailingShard(Timing(), rank(number, ranks)) for number in range(ranks)]
         for number, shard in enumerate(shards):
             await stack.enter_async_context(StandInServer(shard, f"unix:{tmp_path}/{number}"))
-        group = await connect(Address(tuple(f"unix:{tmp_path}/{number}" for number in range(ranks))), MtlsSettings())
-        await group.send(pb.StepRequest(step=0))
+        replica = await connect(Address(tuple(f"unix:{tmp_path}/{number}" for number in range(ranks))), MtlsSettings())
+        await replica.send(pb.StepRequest(step=0))
         with pytest.raises(LoraplexError) as failed:
-            await group.receive()
+            await replica.receive()
         assert isinstance(failed.value, UnavailableError) == (ranks > 1)
-        await group.close()
+        await replica.close()
 
 
-async def test_ranks_that_are_no_group_are_refused(tmp_path: Path):
+async def test_ranks_that_are_no_replica_are_refused(tmp_path: Path):
     cases = {
         "answers as rank 0 of 2": [rank(0, 2), rank(0, 2)],
         "serves 'another'": [rank(0, 2), rank(1, 2, model_id="another")],
@@ -160,16 +160,16 @@ async def test_ranks_that_are_no_group_are_refused(tmp_path: Path):
                 await connect(await start(stack, folder, infos), MtlsSettings())
 
 
-async def test_a_group_whose_model_is_not_the_first_ones_is_refused_with_a_log_line(
+async def test_a_replica_whose_model_is_not_the_first_ones_is_refused_with_a_log_line(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     async with AsyncExitStack() as stack:
-        groups = []
+        replicas = []
         for number, changes in enumerate(({}, {}, {"model_id": "another"})):
             folder = tmp_path / str(number)
             folder.mkdir()
-            groups.append(str(await start(stack, folder, [rank(0, 1, **changes)])))
-        settings = RouterSettings(shards=groups, http_port=0, grpc_port=0)
+            replicas.append(str(await start(stack, folder, [rank(0, 1, **changes)])))
+        settings = RouterSettings(shards=replicas, http_port=0, grpc_port=0)
         telemetry = stack.enter_context(open_telemetry(settings))
         router = Router(settings, None, telemetry)
         running = asyncio.create_task(router.run(lambda http, grpc, _: None))
@@ -189,8 +189,8 @@ async def test_adapters_have_the_memory_that_was_asked_for_if_the_ranks_have_it(
 ):
     ranks = [rank(0, 2, adapter_host_bytes=there), rank(1, 2, adapter_host_bytes=there + 1)]
     async with AsyncExitStack() as stack:
-        group = await connect(await start(stack, tmp_path, ranks), MtlsSettings())
+        replica = await connect(await start(stack, tmp_path, ranks), MtlsSettings())
         settings = RouterSettings(shards=("stand-in:1",), adapter_host_gib=asked_gib)
-        assert adapter_bytes(settings, group.info) == taken
+        assert adapter_bytes(settings, replica.info) == taken
         assert ("more is not used" in caplog.text) == warned
-        await group.close()
+        await replica.close()

@@ -6,11 +6,11 @@ from hashlib import sha256
 import pytest
 
 from loraplex_protos.errors import AdapterNotFoundError, OverloadedError
-from loraplex_router.adapters.pool import AdapterPool
 from loraplex_router.adapters.registry import AdapterRegistry
 from loraplex_router.adapters.staging import AdapterStaging
-from loraplex_router.request import AdapterReference, MergedReference
-from loraplex_router.wire.shards import LocalAdapter, StagedAdapter
+from loraplex_router.engine.pool import AdapterPool
+from loraplex_router.vocabulary.adapter import LocalAdapter, StagedAdapter
+from loraplex_router.vocabulary.references import AdapterReference, MergedReference
 
 A, B = AdapterReference("a"), AdapterReference("b")
 
@@ -173,7 +173,7 @@ async def test_an_adapter_that_is_to_leave_waits_for_its_sequences_and_newcomers
     assert shards.staged == {again.digest}
 
 
-async def test_an_adapter_of_a_lost_group_is_waited_for_no_longer(shards: Shards) -> None:
+async def test_an_adapter_of_a_lost_replica_is_waited_for_no_longer(shards: Shards) -> None:
     staging = Staging(shards)
     adapter = await staging.resolve(A)
     adapter.running = 1
@@ -183,7 +183,7 @@ async def test_an_adapter_of_a_lost_group_is_waited_for_no_longer(shards: Shards
     await unloading
 
 
-async def test_another_group_stages_the_revision_that_was_resolved(shards: Shards) -> None:
+async def test_another_replica_stages_the_revision_that_was_resolved(shards: Shards) -> None:
     registry = AdapterRegistry()
     first, second = Staging(shards, registry=registry), Staging(shards, registry=registry)
     await first.resolve(A)

@@ -1,4 +1,4 @@
-"""Requests that groups of shards die of are found out, and cost nobody else a token."""
+"""Requests that replicas die of are found out, and cost nobody else a token."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -9,14 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loraplex_protos.errors import GenerationError, LoraplexError, UnavailableError
-from loraplex_router.adapters.pool import Adapter
 from loraplex_router.api.http.errors import error_response
-from loraplex_router.grammar import Grammar, GrammarKind
-from loraplex_router.group import Group
-from loraplex_router.output import Generation
-from loraplex_router.request import AdapterReference, Request
-from loraplex_router.sequence import Chunk, Plan, Sequence
-from loraplex_router.suspects import CONVICTING_FAILURES, CONVICTING_LOSSES, Loss, acquit
+from loraplex_router.engine.output import Generation
+from loraplex_router.engine.suspects import CONVICTING_FAILURES, CONVICTING_LOSSES, Loss, acquit
+from loraplex_router.replicas.replica import Replica
+from loraplex_router.vocabulary.adapter import Adapter
+from loraplex_router.vocabulary.grammar import Grammar, GrammarKind
+from loraplex_router.vocabulary.references import AdapterReference
+from loraplex_router.vocabulary.request import Request
+from loraplex_router.vocabulary.sequence import Chunk, Plan, Sequence
 from tests.router.test_engine import Setup
 
 DEADLY = 500
@@ -24,45 +25,45 @@ GONE, FAILED = UnavailableError("rank 0 is gone"), LoraplexError("rank 0 failed:
 
 
 class Cluster(Setup):
-    """A service over groups that are started again whenever they die, of one token among other things."""
+    """A service over replicas that are started again whenever they die, of one token among other things."""
 
-    def __init__(self, groups: int, death: LoraplexError) -> None:
+    def __init__(self, replicas: int, death: LoraplexError) -> None:
         self.death = death
         self.lost = 0
         self.tasks: set[asyncio.Task[None]] = set()
         self.generations: list[Generation] = []
         super().__init__(move_seconds=60)
-        self.start(self.group)
-        for number in range(1, groups):
-            self.start(self.add_group(str(number)))
+        self.start(self.replica)
+        for number in range(1, replicas):
+            self.start(self.add_replica(str(number)))
 
-    def start(self, group: Group) -> None:
-        self.tasks.add(asyncio.create_task(self.keep(group)))
+    def start(self, replica: Replica) -> None:
+        self.tasks.add(asyncio.create_task(self.keep(replica)))
 
-    async def keep(self, group: Group) -> None:
+    async def keep(self, replica: Replica) -> None:
         """As the connections and whoever supervises the shards do."""
         while True:
-            group.shards.deadly_token, group.shards.death = DEADLY, self.death
-            tasks = [asyncio.create_task(group.engine.run()), asyncio.create_task(group.shards.gone.wait())]
+            replica.shards.deadly_token, replica.shards.death = DEADLY, self.death
+            tasks = [asyncio.create_task(replica.engine.run()), asyncio.create_task(replica.shards.gone.wait())]
             try:
                 await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             finally:
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
-            self.groups.remove(group)
+            self.replicas.remove(replica)
             self.lost += 1
             await asyncio.sleep(0)
-            group = self.add_group(group.name)
+            replica = self.add_replica(replica.name)
 
     @property
     def unfinished(self) -> list[Sequence]:
         return [output.sequence for generation in self.generations for output in generation.unfinished]
 
     def kill(self, number: int) -> None:
-        groups = list(self.groups)
-        if groups:
-            groups[number % len(groups)].shards.gone.set()
+        replicas = list(self.replicas)
+        if replicas:
+            replicas[number % len(replicas)].shards.gone.set()
 
     async def ask(self, first: int, tokens: int, adapter: bool = False, n: int = 1) -> list[list[int]] | LoraplexError:
         """The tokens of each sequence, or the error."""
@@ -80,13 +81,13 @@ class Cluster(Setup):
 
 
 @asynccontextmanager
-async def cluster(groups: int = 1, death: LoraplexError = GONE) -> AsyncIterator[Cluster]:
-    made = Cluster(groups, death)
+async def cluster(replicas: int = 1, death: LoraplexError = GONE) -> AsyncIterator[Cluster]:
+    made = Cluster(replicas, death)
     yield made
     for task in made.tasks:
         task.cancel()
     await asyncio.gather(*made.tasks, return_exceptions=True)
-    assert all(not group.blocks.used and group.engine.idle for group in made.groups)
+    assert all(not replica.blocks.used and replica.engine.idle for replica in made.replicas)
 
 
 def follow(first: int, tokens: int, step: int = 1) -> list[int]:
@@ -98,7 +99,7 @@ culprit = st.integers(0, 30)  # tokens before the deadly one
 
 
 @given(
-    groups=st.integers(1, 3),
+    replicas=st.integers(1, 3),
     death=st.sampled_from([GONE, FAILED]),
     innocents=st.lists(innocent, max_size=20),
     culprits=st.lists(culprit, min_size=1, max_size=2),
@@ -106,15 +107,15 @@ culprit = st.integers(0, 30)  # tokens before the deadly one
     kills=st.lists(st.tuples(st.integers(0, 60), st.integers(0, 2)), max_size=1),
 )
 @settings(max_examples=60, deadline=None)
-async def test_what_groups_die_of_is_ended_and_nothing_else_is(
-    groups: int,
+async def test_what_replicas_die_of_is_ended_and_nothing_else_is(
+    replicas: int,
     death: LoraplexError,
     innocents: list[tuple[int, int, bool]],
     culprits: list[int],
     late: int,
     kills: list[tuple[int, int]],
 ):
-    async with cluster(groups, death) as made:
+    async with cluster(replicas, death) as made:
         asked = [asyncio.create_task(made.ask(*one)) for one in innocents]
         for _ in range(late):
             await asyncio.sleep(0)
@@ -135,13 +136,13 @@ async def test_what_groups_die_of_is_ended_and_nothing_else_is(
 @given(
     innocents=st.lists(innocent, min_size=1, max_size=20),
     pauses=st.lists(st.integers(4, 30), max_size=20),
-    groups=st.integers(1, 2),
+    replicas=st.integers(1, 2),
 )
 @settings(max_examples=40, deadline=None)
 async def test_any_number_of_kills_ends_nobody_who_gets_a_token_in_between(
-    innocents: list[tuple[int, int, bool]], pauses: list[int], groups: int
+    innocents: list[tuple[int, int, bool]], pauses: list[int], replicas: int
 ):
-    async with cluster(groups) as made:
+    async with cluster(replicas) as made:
         asked = [asyncio.create_task(made.ask(*one)) for one in innocents]
         for number, pause in enumerate(pauses):
             for _ in range(pause):
@@ -173,7 +174,7 @@ async def test_who_comes_while_suspects_are_computed_alone_does_not_wait_for_the
     async with cluster(death=FAILED) as made:
         suspects = [asyncio.create_task(made.ask(first, 60)) for first in range(1, 4)]
         guilty = asyncio.create_task(made.ask(DEADLY - 20, 50))
-        while not made.lost or not made.groups.ready.is_set():
+        while not made.lost or not made.replicas.ready.is_set():
             await asyncio.sleep(0)
         assert await made.ask(300, 5) == [follow(300, 5)]
         assert not any(task.done() for task in suspects)
@@ -181,17 +182,17 @@ async def test_who_comes_while_suspects_are_computed_alone_does_not_wait_for_the
         assert await asyncio.gather(*suspects) == [[follow(first, 60)] for first in range(1, 4)]
 
 
-async def test_a_request_whose_preparation_costs_groups_is_given_up_and_nobody_else_is_blamed():
-    async with cluster(groups=2) as made:
+async def test_a_request_whose_preparation_costs_replicas_is_given_up_and_nobody_else_is_blamed():
+    async with cluster(replicas=2) as made:
         asked = asyncio.create_task(made.ask(1, 150))
         grammar = Grammar(GrammarKind.REGEX, "deadly")
         for _ in range(2):
-            with pytest.raises(GenerationError, match="3 groups"):
+            with pytest.raises(GenerationError, match="3 replicas"):
                 await made.service.generate(Request(prompt=(1,), grammar=grammar))
         assert await asked == [follow(1, 150)]
 
 
-async def test_what_waits_for_an_adapter_goes_on_elsewhere_if_the_group_is_lost_meanwhile():
+async def test_what_waits_for_an_adapter_goes_on_elsewhere_if_the_replica_is_lost_meanwhile():
     async with cluster() as made:
         made.shards.load_error = GONE
         assert await made.ask(1, 5, adapter=True) == [follow(1, 5, 2)]
@@ -200,7 +201,7 @@ async def test_what_waits_for_an_adapter_goes_on_elsewhere_if_the_group_is_lost_
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/generate"])
 def test_clients_that_send_again_what_failed_are_told_not_to(path: str):
-    answer = error_response(path, GenerationError("3 groups of shards were lost"))
+    answer = error_response(path, GenerationError("3 replicas were lost"))
     assert (answer.status_code, answer.headers["x-should-retry"]) == (500, "false")  # as OpenAI's clients read it
     assert "x-should-retry" not in error_response(path, UnavailableError("later")).headers
 
@@ -241,14 +242,14 @@ def test_nobody_is_convicted_next_to_others():
         assert not Loss((plan((first, 0, 10), (second, 0, 10)),), failed=True).accuse()
 
 
-def test_what_the_group_did_besides_calls_for_one_loss_more():
+def test_what_the_replica_did_besides_calls_for_one_loss_more():
     alone = sequence()
     for _ in range(CONVICTING_LOSSES):
         assert not Loss((plan((alone, 0, 10)),), busy=True).accuse()
     assert Loss((plan((alone, 0, 10)),), busy=True).accuse() is alone
 
 
-def test_suspects_are_alone_up_to_where_the_group_was_lost():
+def test_suspects_are_alone_up_to_where_the_replica_was_lost():
     suspect = sequence()
     Loss((plan((suspect, 0, 10)),)).accuse()
     assert not suspect.suspect  # all go on together at first

@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loraplex_protos.errors import AdapterNotFoundError, InvalidRequestError
-from loraplex_router.request import AdapterReference, Request
 from loraplex_router.telemetry.labels import OTHER, AdapterLabels
 from loraplex_router.telemetry.request_log import RequestLog
+from loraplex_router.vocabulary.references import AdapterReference
+from loraplex_router.vocabulary.request import Request
 from tests.router.test_engine import Setup
 from tests.router.test_text import TOKENIZER
 from tests.tools import needs_promtool
@@ -79,11 +80,11 @@ async def test_tokens_times_and_batches_are_measured(setup: Setup):
     assert value("loraplex_time_to_first_token_seconds_count") == 1
     assert value("loraplex_inter_token_seconds_count") == 4
     assert value("loraplex_request_duration_seconds_sum") >= value("loraplex_inter_token_seconds_sum")
-    assert value("loraplex_step_duration_seconds_count", group="0") == 5
-    assert value("loraplex_step_tokens_total", group="0", phase="prefill") == 1
-    assert value("loraplex_step_tokens_total", group="0", phase="decode") == 4
-    assert value("loraplex_step_adapters_sum", group="0") == 5
-    assert value("loraplex_router_step_seconds_count", group="0", phase="plan") == 5
+    assert value("loraplex_step_duration_seconds_count", replica="0") == 5
+    assert value("loraplex_step_tokens_total", replica="0", phase="prefill") == 1
+    assert value("loraplex_step_tokens_total", replica="0", phase="decode") == 4
+    assert value("loraplex_step_adapters_sum", replica="0") == 5
+    assert value("loraplex_router_step_seconds_count", replica="0", phase="plan") == 5
 
 
 async def test_gauges_show_what_is_queued_and_held(setup: Setup):
@@ -92,20 +93,20 @@ async def test_gauges_show_what_is_queued_and_held(setup: Setup):
     while not (adapter := setup.pool.get("digest of a")) or not adapter.waiting:
         await asyncio.sleep(0)
     value = await reader(setup)
-    assert value("loraplex_sequences", group="0", state="waiting") == 1
+    assert value("loraplex_sequences", replica="0", state="waiting") == 1
     assert value("loraplex_adapter_sequences", adapter="a", state="waiting") == 1
-    assert value("loraplex_adapters", group="0", tier="host") == 1
+    assert value("loraplex_adapters", replica="0", tier="host") == 1
     setup.shards.loads_held.set()
     await waiting
     value = await reader(setup)
     assert value("loraplex_adapter_sequences", adapter="a", state="waiting") == 0
-    assert value("loraplex_adapters", group="0", tier="device") == 1
+    assert value("loraplex_adapters", replica="0", tier="device") == 1
 
 
-async def test_a_group_that_is_gone_has_no_series(setup: Setup):
+async def test_a_replica_that_is_gone_has_no_series(setup: Setup):
     await setup.answer(1)
-    setup.groups.remove(setup.group)
-    assert b'group="0"' not in await setup.telemetry.scrape()
+    setup.replicas.remove(setup.replica)
+    assert b'replica="0"' not in await setup.telemetry.scrape()
 
 
 async def test_an_endpoint_picker_finds_its_metrics(setup: Setup):

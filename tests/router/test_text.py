@@ -7,10 +7,10 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loraplex_router.text.chat import RenderedChat
 from loraplex_router.text.detokenizer import Detokenizer
 from loraplex_router.text.stops import StopMatcher
 from loraplex_router.text.tokenizer import LONG_TEXT, Tokenizer
+from loraplex_router.vocabulary.chat import RenderedChat
 from tests.router.tiny_tokenizers import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()

@@ -10,9 +10,9 @@ import pytest
 
 from loraplex_protos.errors import InvalidRequestError
 from loraplex_protos.shard_pb2 import Grammar as ShardGrammar
-from loraplex_router.grammar import Grammar
 from loraplex_router.text.tool_calls import Arguments, ToolCall, ToolCallParser
 from loraplex_router.text.tool_grammar import list_of_calls, one_call, read_parameters
+from loraplex_router.vocabulary.grammar import Grammar
 from loraplex_shard.sampling.grammars import GrammarCompiler
 from tests.random_schemas import random_tool_schema
 from tests.shard.grammar_samples import constrained, create_compiler, sample

@@ -1,4 +1,4 @@
-{{/* Names and labels. Those that take (list $ N ...) belong to the router of number N and to its groups. */}}
+{{/* Names and labels. Those that take (list $ N ...) belong to the router of number N and to its replicas. */}}
 
 {{- define "loraplex.name" -}}
 {{- default .Chart.Name .Values.nameOverride }}
@@ -27,7 +27,7 @@
 {{ include "loraplex.fullname" . }}-router
 {{- end }}
 
-{{/* (list $ N): of the groups of router N. N may be a variable of the router's pod. */}}
+{{/* (list $ N): of the replicas of router N. N may be a variable of the router's pod. */}}
 {{- define "loraplex.shardName" -}}
 {{ include "loraplex.fullname" (index . 0) }}-shard-{{ index . 1 }}
 {{- end }}
@@ -46,7 +46,7 @@ app.kubernetes.io/component: {{ index . 1 }}
 apps.kubernetes.io/pod-index: {{ index . 1 | quote }}
 {{- end }}
 
-{{/* (list $ N): the pods of router N's groups */}}
+{{/* (list $ N): the pods of router N's replicas */}}
 {{- define "loraplex.shardSelector" -}}
 {{ include "loraplex.selector" (list (index . 0) "shard") }}
 loraplex/router: {{ index . 1 | quote }}

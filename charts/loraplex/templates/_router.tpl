@@ -4,7 +4,7 @@
 serviceName: {{ include "loraplex.routerName" . }}
 replicas: {{ .Values.router.replicas }}
 podManagementPolicy: Parallel
-# A router's groups serve one router at a time, so its next one begins when it has drained; and the routers go one after
+# A router's replicas serve one router at a time, so its next one begins when it has drained; and the routers go one after
 # the other, each once the one before is ready and reached.
 updateStrategy: {type: RollingUpdate}
 minReadySeconds: 10
@@ -63,13 +63,13 @@ startupProbe:
   tcpSocket: {port: http}
   periodSeconds: 2
   failureThreshold: 60
-# Ready if a group is: the router's health service says so.
+# Ready if a replica is: the router's health service says so.
 readinessProbe:
   grpc: {port: 50051, service: loraplex.v1.GenerationService}
   periodSeconds: 5
   timeoutSeconds: 3
   failureThreshold: 2
-# Without a group a router is alive, so this does not ask whether it is ready.
+# Without a replica a router is alive, so this does not ask whether it is ready.
 livenessProbe:
   httpGet: {path: /metrics, port: http}
   periodSeconds: 20

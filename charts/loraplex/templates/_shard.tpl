@@ -4,7 +4,7 @@
 {{ int (default 1 .Values.shard.settings.tp) }}
 {{- end }}
 
-{{/* A router's --shards: the same for all, since each puts its own number into it. A LeaderWorkerSet's groups have no
+{{/* A router's --shards: the same for all, since each puts its own number into it. A LeaderWorkerSet's replicas have no
      name in common, but their pods have names, also those that an update adds for a while. */}}
 {{- define "loraplex.shardAddresses" -}}
 {{- $name := include "loraplex.shardName" (list . "$(ROUTER)") }}
@@ -13,15 +13,15 @@
 dns:///{{ $domain }}
 {{- else }}
 {{- $surge := dig "rolloutStrategy" "rollingUpdateConfiguration" "maxSurge" 0 .Values.shard.workloadSpec }}
-{{- $groups := list }}
-{{- range $group := until (add .Values.shard.replicas $surge | int) }}
-{{- $ranks := list (printf "%s-%d.%s" $name $group $domain) }}
+{{- $replicas := list }}
+{{- range $replica := until (add .Values.shard.replicas $surge | int) }}
+{{- $ranks := list (printf "%s-%d.%s" $name $replica $domain) }}
 {{- range $rank := untilStep 1 (include "loraplex.tp" $ | int) 1 }}
-{{- $ranks = append $ranks (printf "%s-%d-%d.%s" $name $group $rank $domain) }}
+{{- $ranks = append $ranks (printf "%s-%d-%d.%s" $name $replica $rank $domain) }}
 {{- end }}
-{{- $groups = append $groups (join "," $ranks) }}
+{{- $replicas = append $replicas (join "," $ranks) }}
 {{- end }}
-{{- join ";" $groups }}
+{{- join ";" $replicas }}
 {{- end }}
 {{- end }}
 
@@ -192,7 +192,7 @@ grpc: {port: {{ index . 1 }}{{ index . 2 }}}
 {{- end }}
 {{- end }}
 
-{{/* (list $ N): the template of the pods of router N's groups, or of their ranks */}}
+{{/* (list $ N): the template of the pods of router N's replicas, or of their ranks */}}
 {{- define "loraplex.shardTemplate" -}}
 {{- $root := index . 0 -}}
 metadata:
@@ -242,7 +242,7 @@ volumeClaimTemplates:
 {{- end }}
 {{- end }}
 
-{{/* (list $ N): the spec of each kind of workload. A group is found and warmed up within a minute of its pod's being
+{{/* (list $ N): the spec of each kind of workload. A replica is found and warmed up within a minute of its pod's being
      ready; until then the next one stays. */}}
 {{- define "loraplex.shardStatefulSet" -}}
 {{- $root := index . 0 -}}
@@ -260,7 +260,7 @@ template:
 {{- end }}
 
 {{- define "loraplex.shardDeployment" -}}
-# A new group before an old one goes.
+# A new replica before an old one goes.
 strategy: {type: RollingUpdate, rollingUpdate: {maxSurge: 1, maxUnavailable: 0}}
 minReadySeconds: 60
 progressDeadlineSeconds: {{ add (index . 0).Values.shard.startupSeconds 600 }}

@@ -78,7 +78,7 @@ def _place(adapter: Adapter) -> str:
     if adapter.pinned:
         words.append("pinned")
     if len(adapter.residences) > 1:
-        words.append(f"in {len(adapter.residences)} groups")
+        words.append(f"in {len(adapter.residences)} replicas")
     return ", ".join(words)
 
 

@@ -12,7 +12,7 @@ app = typer.Typer(help="The compiled CPU kernels.", no_args_is_help=True, rich_m
 
 @app.callback()
 def kernels() -> None:
-    """Without a callback, typer would take the one command for the group itself."""
+    """Without a callback, typer would take the one command for the replica itself."""
 
 
 @app.command()

@@ -1,5 +1,5 @@
-"""The processes of one group's ranks on this machine. They can only begin together, so they end together, too: if one
-dies, or the router says that the group is silent, all of them are killed and started again."""
+"""The processes of one replica's ranks on this machine. They can only begin together, so they end together, too: if one
+dies, or the router says that the replica is silent, all of them are killed and started again."""
 
 import asyncio
 import ctypes
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 class Ranks:
-    """Is told by the router what it sees of the group: it is the router's `Supervisor`."""
+    """Is told by the router what it sees of the replica: it is the router's `Supervisor`."""
 
     def __init__(self, settings: ModelSettings, metrics_port: int, folder: str) -> None:
         """`metrics_port`: rank 0's, those of the others follow; 0: none. `folder` is theirs alone."""
@@ -37,11 +37,11 @@ class Ranks:
         self._starts = 0
 
     def ready(self) -> None:
-        """The router has taken the group up."""
+        """The router has taken the replica up."""
         self._ready_since = time.monotonic()
 
     def silent(self) -> None:
-        """The router has given the group up, since it does not answer any more."""
+        """The router has given the replica up, since it does not answer any more."""
         self._silence.set()
 
     async def start(self) -> None:
@@ -72,7 +72,7 @@ class Ranks:
         await asyncio.gather(*map(_stop_shard, self._processes))
 
     async def _end(self) -> str:
-        """How the group ended."""
+        """How the replica ended."""
         ends = [asyncio.create_task(process.wait()) for process in self._processes]
         silence = asyncio.create_task(self._silence.wait())
         try:

@@ -1,4 +1,4 @@
-"""When the ranks of a group are started again after one of them ended, and when they are given up. Pure policy: the
+"""When the ranks of a replica are started again after one of them ended, and when they are given up. Pure policy: the
 caller has the processes and the clock."""
 
 MOST_FAILED_STARTS = 5  # in a row
@@ -7,8 +7,8 @@ FIRST_DELAY, LONGEST_DELAY = 0.25, 5.0  # seconds
 
 
 class Restarts:
-    """Told of each end of the group. A group that never served is not started again: what is wrong with it is in what
-    it was told. One that did may die any number of times, as long as it gets ready again in between."""
+    """Told of each end of the replica. A replica that never served is not started again: what is wrong with it is in
+    what it was told. One that did may die any number of times, as long as it gets ready again in between."""
 
     def __init__(self) -> None:
         self._has_served = False
@@ -16,7 +16,7 @@ class Restarts:
         self._failed_starts = 0  # in a row
 
     def delay(self, served: float | None) -> float | None:
-        """The seconds until the next start, or None if there is to be none. `served`: for how many seconds the group
+        """The seconds until the next start, or None if there is to be none. `served`: for how many seconds the replica
         was ready; None if it ended before it was."""
         if served is None:
             self._failed_starts += 1
@@ -35,5 +35,5 @@ class Restarts:
     def reason(self) -> str:
         """Why there is no next start."""
         if not self._has_served:
-            return "before the group was ready"
-        return f"and the group was not ready again in {self._failed_starts} starts"
+            return "before the replica was ready"
+        return f"and the replica was not ready again in {self._failed_starts} starts"

@@ -1,5 +1,5 @@
-"""`loraplex serve`: starts the ranks of one group, runs a router in this process, and stops when the router ends or the
-ranks do for good."""
+"""`loraplex serve`: starts the ranks of one replica, runs a router in this process, and stops when the router ends or
+the ranks do for good."""
 
 import asyncio
 import tempfile

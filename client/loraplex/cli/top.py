@@ -80,7 +80,7 @@ def _scrape(urls: Sequence[str]) -> Samples:
 
 def frame(change: Change, columns: int, ascii_only: bool = False) -> str:
     """What is shown of the time between two scrapes, in that many columns."""
-    parts = _summary(change, columns), _groups(change, columns, ascii_only), _adapters(change, columns)
+    parts = _summary(change, columns), _replicas(change, columns, ascii_only), _adapters(change, columns)
     return "\n\n".join("\n".join(lines) for lines in parts if lines)
 
 
@@ -104,43 +104,43 @@ def _summary(change: Change, columns: int) -> list[str]:
     return [", ".join(sorted(models)) or "loraplex", *pairs_in_lines(pairs, columns)]
 
 
-def _groups(change: Change, columns: int, ascii_only: bool) -> list[str]:
-    headings = "group", "running", "waiting", "KV cache", "device", "host", "steps/s", "step", "prefill", "decode"
-    rows = [_group(change, group, ascii_only) for group in change.now.values("loraplex_sequences", "group")]
+def _replicas(change: Change, columns: int, ascii_only: bool) -> list[str]:
+    headings = "replica", "running", "waiting", "KV cache", "device", "host", "steps/s", "step", "prefill", "decode"
+    rows = [_replica(change, replica, ascii_only) for replica in change.now.values("loraplex_sequences", "replica")]
     if not rows:
         return []
-    right = frozenset(headings) - {"group", "KV cache"} | {"adapters"}
+    right = frozenset(headings) - {"replica", "KV cache"} | {"adapters"}
     caption = textwrap.wrap("prefill, decode, adapters: tokens and distinct adapters per step", columns)
     return [*listing((*headings, "adapters"), rows, columns, right), *caption]
 
 
-def _group(change: Change, group: str, ascii_only: bool) -> tuple[str, ...]:
+def _replica(change: Change, replica: str, ascii_only: bool) -> tuple[str, ...]:
     now = change.now
-    steps = change.growth("loraplex_step_duration_seconds_count", group=group)
+    steps = change.growth("loraplex_step_duration_seconds_count", replica=replica)
     prefill, decode = (
-        change.growth("loraplex_step_tokens_total", group=group, phase=phase) / max(1, steps)
+        change.growth("loraplex_step_tokens_total", replica=replica, phase=phase) / max(1, steps)
         for phase in ("prefill", "decode")
     )
-    adapters = change.mean("loraplex_step_adapters", group=group)
+    adapters = change.mean("loraplex_step_adapters", replica=replica)
     return (
-        group,
-        f"{now.sum('loraplex_sequences', group=group, state='running'):.0f}",
-        f"{now.sum('loraplex_sequences', group=group, state='waiting'):.0f}",
-        _cache_bar(now, group, BLOCKS_ASCII if ascii_only else BLOCKS),
-        f"{now.sum('loraplex_adapters', group=group, tier='device'):.0f}"
-        f"/{now.sum('loraplex_adapter_slots', group=group):.0f}",
-        f"{now.sum('loraplex_adapters', group=group, tier='host'):.0f}",
-        f"{change.rate('loraplex_step_duration_seconds_count', group=group):.1f}",
-        _milliseconds(change.mean("loraplex_step_duration_seconds", group=group)),
+        replica,
+        f"{now.sum('loraplex_sequences', replica=replica, state='running'):.0f}",
+        f"{now.sum('loraplex_sequences', replica=replica, state='waiting'):.0f}",
+        _cache_bar(now, replica, BLOCKS_ASCII if ascii_only else BLOCKS),
+        f"{now.sum('loraplex_adapters', replica=replica, tier='device'):.0f}"
+        f"/{now.sum('loraplex_adapter_slots', replica=replica):.0f}",
+        f"{now.sum('loraplex_adapters', replica=replica, tier='host'):.0f}",
+        f"{change.rate('loraplex_step_duration_seconds_count', replica=replica):.1f}",
+        _milliseconds(change.mean("loraplex_step_duration_seconds", replica=replica)),
         f"{prefill:.1f}",
         f"{decode:.1f}",
         "-" if adapters is None else f"{adapters:.1f}",
     )
 
 
-def _cache_bar(now: Samples, group: str, blocks: str) -> str:
+def _cache_bar(now: Samples, replica: str, blocks: str) -> str:
     """Blocks in use, then those that keep prefixes, then free ones."""
-    used, cached, free = (now.sum("loraplex_kv_blocks", group=group, state=s) for s in ("used", "cached", "free"))
+    used, cached, free = (now.sum("loraplex_kv_blocks", replica=replica, state=s) for s in ("used", "cached", "free"))
     total = max(1.0, used + cached + free)
     full, kept = round(BAR * used / total), round(BAR * (used + cached) / total)
     return f"{blocks[0] * full}{blocks[1] * (kept - full)}{blocks[2] * (BAR - kept)} {used / total:.0%}"

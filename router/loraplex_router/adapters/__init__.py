@@ -1,1 +1,1 @@
-"""Adapters: which there are (registry), and which are on the device (pool)."""
+"""Adapters by name: what a reference stands for, how it is brought to the shards, and what else may have been meant."""

@@ -1,4 +1,5 @@
-"""What references were resolved to. One for all groups: whichever staged an adapter, the others serve the same content.
+"""What references were resolved to. One for all replicas: whichever staged an adapter, the others serve the same
+content.
 
 Knows nothing of where an adapter is.
 """
@@ -7,8 +8,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from loraplex_router.adapters.references import Reference, key_of, merged_digest
-from loraplex_router.request import AdapterReference, MergedReference
+from loraplex_router.vocabulary.references import AdapterReference, MergedReference, Reference, key_of, merged_digest
 
 MAX_ENTRIES = 65536  # references remembered; clients choose them
 
@@ -49,7 +49,7 @@ class AdapterRegistry:
         return entry.digest
 
     def pinned(self, reference: AdapterReference) -> AdapterReference:
-        """The reference, pinned to what it was resolved to: another group stages that."""
+        """The reference, pinned to what it was resolved to: another replica stages that."""
         entry = self._entries.get(key_of(reference))
         return replace(reference, source=entry.source, revision=entry.revision) if entry else reference
 

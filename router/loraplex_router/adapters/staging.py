@@ -1,15 +1,22 @@
-"""One group's adapters on their way into host memory and out of it. The engine moves them on, to the device."""
+"""One replica's adapters on their way into host memory and out of it. The engine moves them on, to the device."""
 
 import asyncio
 from collections.abc import Callable, Coroutine
 
 from loraplex_protos.errors import OverloadedError
-from loraplex_router.adapters.pool import Adapter, AdapterPool
-from loraplex_router.adapters.references import Reference, ids_of, key_of, merged_digest, with_weights
 from loraplex_router.adapters.registry import AdapterRegistry, Entry
-from loraplex_router.placement import Residence
-from loraplex_router.request import AdapterReference, MergedReference
-from loraplex_router.wire.shards import Shards, StagedAdapter
+from loraplex_router.engine.pool import AdapterPool
+from loraplex_router.vocabulary.adapter import Adapter, Nearness, StagedAdapter
+from loraplex_router.vocabulary.references import (
+    AdapterReference,
+    MergedReference,
+    Reference,
+    ids_of,
+    key_of,
+    merged_digest,
+    with_weights,
+)
+from loraplex_router.wire.shards import Shards
 
 POLL_SECONDS = 0.02  # between looks at an adapter that is to be unloaded and still needed
 
@@ -29,13 +36,13 @@ class AdapterStaging:
         """What is being staged."""
         return [reference for reference, _ in self._staging.values()]
 
-    def residence(self, reference: Reference) -> Residence:
-        """How near the adapter is to this group's device."""
+    def nearness(self, reference: Reference) -> Nearness:
+        """How near the adapter is to this replica's device."""
         digest = self._registry.digest(reference)
         adapter = self._staged(digest) if digest else None
         if adapter is not None:
-            return Residence.HOST if adapter.slot is None else Residence.DEVICE
-        return Residence.FETCHING if key_of(reference) in self._staging else Residence.ABSENT
+            return Nearness.HOST if adapter.slot is None else Nearness.DEVICE
+        return Nearness.FETCHING if key_of(reference) in self._staging else Nearness.ABSENT
 
     async def resolve(self, reference: Reference | None) -> Adapter:
         """The adapter, staged; None is the base model. The caller must use it before it awaits anything else.
@@ -68,7 +75,7 @@ class AdapterStaging:
         await asyncio.shield(self._unstaging[adapter.digest])
 
     def close(self) -> None:
-        """The group is gone: nothing is waited for any longer. What its shards were asked fails by itself."""
+        """The replica is gone: nothing is waited for any longer. What its shards were asked fails by itself."""
         self._closed = True
 
     def _staged(self, digest: str) -> Adapter | None:

@@ -12,7 +12,7 @@ from loraplex_protos.errors import (
     AdapterSourceError,
     LoraplexError,
 )
-from loraplex_router.adapters.references import Reference, ids_of
+from loraplex_router.vocabulary.references import Reference, ids_of
 
 MOST = 3
 COMPARED = 200  # names: comparing is slow

@@ -17,7 +17,7 @@ from loraplex_protos.generation_pb2_grpc import (
     GenerationServiceServicer,
     add_GenerationServiceServicer_to_server,
 )
-from loraplex_router.adapters.administration import AT_A_TIME
+from loraplex_router.access.keys import read_bearer
 from loraplex_router.api.message_limits import MessageLimits
 from loraplex_router.api.translation import (
     Writer,
@@ -31,7 +31,7 @@ from loraplex_router.api.translation import (
     write_status,
 )
 from loraplex_router.api.turns import in_turn
-from loraplex_router.keys import read_bearer
+from loraplex_router.replicas.administration import AT_A_TIME
 from loraplex_router.service import Service
 
 logger = logging.getLogger(__name__)

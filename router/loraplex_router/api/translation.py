@@ -4,13 +4,14 @@ from collections.abc import Iterable, Iterator
 
 from loraplex_protos import generation_pb2 as pb
 from loraplex_protos.errors import FieldViolation, InvalidRequestError
-from loraplex_router.adapters.statuses import AdapterStatus, State, Tier
-from loraplex_router.grammar import Grammar, GrammarKind
-from loraplex_router.output import Alternatives, Delta, Embedding, Generation, Sample, SequenceOutput
-from loraplex_router.request import AdapterReference, EmbedRequest, MergedReference, Request, SamplingOptions
-from loraplex_router.sequence import Detail, FinishReason
-from loraplex_router.text.chat import Chat, Message
+from loraplex_router.engine.output import Delta, Embedding, Generation, SequenceOutput
+from loraplex_router.replicas.statuses import AdapterStatus, State, Tier
 from loraplex_router.text.tokenizer import Spans, Tokenizer
+from loraplex_router.vocabulary.chat import Chat, Message
+from loraplex_router.vocabulary.grammar import Grammar, GrammarKind
+from loraplex_router.vocabulary.references import AdapterReference, MergedReference
+from loraplex_router.vocabulary.request import EmbedRequest, Request, SamplingOptions
+from loraplex_router.vocabulary.sequence import Alternatives, Detail, FinishReason, Sample
 
 FINISH_REASONS = {
     FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
@@ -253,7 +254,7 @@ def write_status(status: AdapterStatus) -> pb.AdapterStatus:
         pinned=status.pinned,
         residences=[
             pb.AdapterResidence(
-                group=residence.group,
+                replica=residence.replica,
                 tier=TIERS[residence.tier],
                 running_sequences=residence.adapter.running,
                 waiting_sequences=residence.adapter.waiting,

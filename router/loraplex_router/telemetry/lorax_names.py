@@ -13,8 +13,8 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from loraplex_protos import errors
-from loraplex_router.output import Generation
-from loraplex_router.telemetry.state import GroupState, Snapshot
+from loraplex_router.engine.output import Generation
+from loraplex_router.telemetry.state import ReplicaState, Snapshot
 
 SECONDS = tuple(0.00015 * 1.5**n for n in range(35))
 TOKENS = tuple(2**n for n in range(18))
@@ -33,7 +33,7 @@ FAILURES = {
 class LoraxMetrics(Collector):
     """To be told of each request and each step."""
 
-    def __init__(self, registry: CollectorRegistry, groups: Mapping[str, GroupState]) -> None:
+    def __init__(self, registry: CollectorRegistry, replicas: Mapping[str, ReplicaState]) -> None:
         def histogram(name: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
             return Histogram(f"lorax_{name}", "As LoRAX has it.", labels, buckets=buckets, registry=registry)
 
@@ -51,7 +51,7 @@ class LoraxMetrics(Collector):
         self._failures: Counter[str] = Counter()
         self._methods: Counter[str] = Counter()
         registry.register(self)
-        self.gauges = _Gauges(groups)
+        self.gauges = _Gauges(replicas)
         registry.register(self.gauges)
 
     def ended(self, generation: Generation, outcome: str, now: float) -> None:
@@ -101,7 +101,7 @@ class LoraxMetrics(Collector):
 
 class _Gauges(Snapshot):
     def read(self) -> Iterator[Metric]:
-        schedulers = [group.scheduler for group in self.groups.values()]
+        schedulers = [replica.scheduler for replica in self.replicas.values()]
         waiting = sum(scheduler.num_waiting for scheduler in schedulers)
         running = sum(scheduler.num_running for scheduler in schedulers)
         yield GaugeMetricFamily("lorax_queue_length", "Sequences that wait.", waiting)

@@ -37,23 +37,23 @@ class Metrics:
         self.adapter_prompt = self._counter("adapter_prompt_tokens", "Prompt tokens of ended requests.", "adapter")
         self.adapter_generated = self._counter("adapter_generated_tokens", "Tokens of ended requests.", "adapter")
 
-        self.generated = self._counter("generated_tokens", "Tokens sampled.", "group")
-        self.step = self._histogram("step_duration_seconds", "Steps, on the shard's clock.", STEP_SECONDS, "group")
+        self.generated = self._counter("generated_tokens", "Tokens sampled.", "replica")
+        self.step = self._histogram("step_duration_seconds", "Steps, on the shard's clock.", STEP_SECONDS, "replica")
         self.overhead = self._histogram(
-            "router_step_seconds", "What the router computes for a step.", OVERHEAD_SECONDS, "group", "phase"
+            "router_step_seconds", "What the router computes for a step.", OVERHEAD_SECONDS, "replica", "phase"
         )
-        self.step_tokens = self._counter("step_tokens", "Tokens that steps computed.", "group", "phase")
-        self.step_sequences = self._histogram("step_sequences", "Sequences in a step.", POWERS_OF_TWO, "group")
+        self.step_tokens = self._counter("step_tokens", "Tokens that steps computed.", "replica", "phase")
+        self.step_sequences = self._histogram("step_sequences", "Sequences in a step.", POWERS_OF_TWO, "replica")
         self.step_adapters = self._histogram(
-            "step_adapters", "Distinct adapters in a step, the base not counted.", POWERS_OF_TWO, "group"
+            "step_adapters", "Distinct adapters in a step, the base not counted.", POWERS_OF_TWO, "replica"
         )
         self.rank_latency = self._histogram(
-            "rank_latency_seconds", "What a step takes beyond a rank's own time.", OVERHEAD_SECONDS, "group", "rank"
+            "rank_latency_seconds", "What a step takes beyond a rank's own time.", OVERHEAD_SECONDS, "replica", "rank"
         )
 
-        self.group_starts = self._counter("group_starts", "Groups of shards that became ready.")
-        self.group_silences = self._counter("group_silences", "Times that a group did not answer for a while.")
-        self.group_losses = self._counter("group_losses", "Groups of shards that left, by reason.", "reason")
+        self.replica_starts = self._counter("replica_starts", "Replicas that became ready.")
+        self.replica_silences = self._counter("replica_silences", "Times that a replica did not answer for a while.")
+        self.replica_losses = self._counter("replica_losses", "Replicas that left, by reason.", "reason")
 
         self.loads = self._histogram("adapter_load_seconds", "Adapters brought to a tier.", SECONDS, "tier")
         self.load_failures = self._counter("adapter_load_failures", "Adapters that no tier got.", "tier", "error")
@@ -71,11 +71,11 @@ class Metrics:
         for metric in (self.requests, self.queue_wait, self.adapter_prompt, self.adapter_generated):
             metric.remove_by_labels({"adapter": label})
 
-    def forget_group(self, group: str) -> None:
-        """Drops a group's series."""
-        of_groups = (self.generated, self.step, self.overhead, self.step_tokens)
-        for metric in (*of_groups, self.step_sequences, self.step_adapters, self.rank_latency):
-            metric.remove_by_labels({"group": group})
+    def forget_replica(self, replica: str) -> None:
+        """Drops a replica's series."""
+        of_replicas = (self.generated, self.step, self.overhead, self.step_tokens)
+        for metric in (*of_replicas, self.step_sequences, self.step_adapters, self.rank_latency):
+            metric.remove_by_labels({"replica": replica})
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"loraplex_{name}", text, labels, registry=self.registry)

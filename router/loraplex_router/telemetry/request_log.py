@@ -6,8 +6,9 @@ Each record carries its values in `fields`, which the log's format writes as JSO
 import logging
 
 from loraplex_protos.errors import MAX_QUOTED
-from loraplex_router.output import Generation
-from loraplex_router.request import EmbedRequest, MergedReference, Request
+from loraplex_router.engine.output import Generation
+from loraplex_router.vocabulary.references import MergedReference
+from loraplex_router.vocabulary.request import EmbedRequest, Request
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +26,7 @@ class RequestLog:
         started, first = generation.started, generation.first_token
         fields: dict[str, object] = {
             "request_id": generation.request_id,
-            "tenant": generation.tenant.name or None,
+            "tenant": generation.tenant or None,
             "adapter": generation.adapter_name,
             "digest": generation.adapter_digest[:12] or None,
             "outcome": outcome,

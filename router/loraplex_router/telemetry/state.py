@@ -9,15 +9,15 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from loraplex_router.adapters.pool import AdapterPool
-from loraplex_router.blocks import BlockAllocator
-from loraplex_router.output import Generation
-from loraplex_router.scheduler import Scheduler
+from loraplex_router.engine.blocks import BlockAllocator
+from loraplex_router.engine.output import Generation
+from loraplex_router.engine.pool import AdapterPool
+from loraplex_router.engine.scheduler import Scheduler
 from loraplex_router.telemetry.labels import AdapterLabels
 
 
-class GroupState(Protocol):
-    """What there is to see of one group. Owned by the event loop."""
+class ReplicaState(Protocol):
+    """What there is to see of one replica. Owned by the event loop."""
 
     name: str
     scheduler: Scheduler
@@ -31,8 +31,8 @@ class GroupState(Protocol):
 class Snapshot(Collector, ABC):
     """Answers what `take` saw last, so that only `take` has to run on the event loop."""
 
-    def __init__(self, groups: Mapping[str, GroupState]) -> None:
-        self.groups = groups
+    def __init__(self, replicas: Mapping[str, ReplicaState]) -> None:
+        self.replicas = replicas
         self._taken: list[Metric] = []
 
     @abstractmethod
@@ -53,43 +53,45 @@ class State(Snapshot):
     """The router's own gauges."""
 
     def __init__(
-        self, groups: Mapping[str, GroupState], labels: AdapterLabels, generations: Collection[Generation]
+        self, replicas: Mapping[str, ReplicaState], labels: AdapterLabels, generations: Collection[Generation]
     ) -> None:
-        super().__init__(groups)
+        super().__init__(replicas)
         self._labels = labels
         self._generations = generations
 
     def read(self) -> Iterator[Metric]:
-        yield from self._group_gauges()
+        yield from self._replica_gauges()
         yield from self._adapter_gauges()
 
-    def _group_gauges(self) -> Iterator[Metric]:
-        text = "Groups of shards that take new sequences."
-        yield GaugeMetricFamily("loraplex_groups", text, value=sum(group.accepting for group in self.groups.values()))
+    def _replica_gauges(self) -> Iterator[Metric]:
+        text = "Replicas that take new sequences."
+        yield GaugeMetricFamily(
+            "loraplex_replicas", text, value=sum(replica.accepting for replica in self.replicas.values())
+        )
         yield self._queue_length()
-        sequences = _gauge("sequences", "Sequences, by state.", "group", "state")
-        blocks = _gauge("kv_blocks", "Blocks of the KV cache, by state.", "group", "state")
-        adapters = _gauge("adapters", "Staged adapters, by the fastest tier that holds them.", "group", "tier")
-        slots = _gauge("adapter_slots", "Adapters that the device can hold.", "group")
-        preempted = CounterMetricFamily("loraplex_preemptions", "Sequences preempted.", labels=["group"])
-        for name, group in self.groups.items():
-            sequences.add_metric([name, "running"], group.scheduler.num_running)
-            sequences.add_metric([name, "waiting"], group.scheduler.num_waiting)
-            blocks.add_metric([name, "used"], group.blocks.used)
-            blocks.add_metric([name, "cached"], group.blocks.cached)
-            blocks.add_metric([name, "free"], group.blocks.available - group.blocks.cached)
-            staged = list(group.pool)
+        sequences = _gauge("sequences", "Sequences, by state.", "replica", "state")
+        blocks = _gauge("kv_blocks", "Blocks of the KV cache, by state.", "replica", "state")
+        adapters = _gauge("adapters", "Staged adapters, by the fastest tier that holds them.", "replica", "tier")
+        slots = _gauge("adapter_slots", "Adapters that the device can hold.", "replica")
+        preempted = CounterMetricFamily("loraplex_preemptions", "Sequences preempted.", labels=["replica"])
+        for name, replica in self.replicas.items():
+            sequences.add_metric([name, "running"], replica.scheduler.num_running)
+            sequences.add_metric([name, "waiting"], replica.scheduler.num_waiting)
+            blocks.add_metric([name, "used"], replica.blocks.used)
+            blocks.add_metric([name, "cached"], replica.blocks.cached)
+            blocks.add_metric([name, "free"], replica.blocks.available - replica.blocks.cached)
+            staged = list(replica.pool)
             on_device = sum(adapter.ready for adapter in staged)
             adapters.add_metric([name, "device"], on_device)
             adapters.add_metric([name, "host"], len(staged) - on_device)
-            slots.add_metric([name], group.pool.slots)
-            preempted.add_metric([name], group.scheduler.num_preemptions)
+            slots.add_metric([name], replica.pool.slots)
+            preempted.add_metric([name], replica.scheduler.num_preemptions)
         yield from (sequences, blocks, adapters, slots, preempted)
 
     def _queue_length(self) -> Metric:
         """For autoscalers, which want one series."""
-        waiting = sum(group.scheduler.num_waiting for group in self.groups.values())
-        return GaugeMetricFamily("loraplex_queue_length", "Sequences that wait, in all groups.", value=waiting)
+        waiting = sum(replica.scheduler.num_waiting for replica in self.replicas.values())
+        return GaugeMetricFamily("loraplex_queue_length", "Sequences that wait, in all replicas.", value=waiting)
 
     def _adapter_gauges(self) -> Iterator[Metric]:
         waiting, running = (Counter(dict.fromkeys(self._labels, 0)) for _ in range(2))

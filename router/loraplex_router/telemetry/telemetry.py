@@ -15,15 +15,15 @@ from starlette.types import ASGIApp
 
 from loraplex_protos import shard_pb2 as pb
 from loraplex_protos.errors import LoraplexError
-from loraplex_router.output import Generation
-from loraplex_router.request import EmbedRequest, Request
-from loraplex_router.sequence import FinishReason, Plan, Sequence
+from loraplex_router.engine.output import Generation
 from loraplex_router.telemetry.gateway import GatewayNames
 from loraplex_router.telemetry.labels import OTHER, AdapterLabels
 from loraplex_router.telemetry.lorax_names import LoraxMetrics
 from loraplex_router.telemetry.metrics import Metrics
 from loraplex_router.telemetry.request_log import RequestLog
-from loraplex_router.telemetry.state import GroupState, Snapshot, State
+from loraplex_router.telemetry.state import ReplicaState, Snapshot, State
+from loraplex_router.vocabulary.request import EmbedRequest, Request
+from loraplex_router.vocabulary.sequence import FinishReason, Plan, Sequence
 
 if TYPE_CHECKING:  # the module needs an extra
     from loraplex_router.telemetry.traces import Traces
@@ -39,14 +39,14 @@ class Telemetry:
         self._live: set[Generation] = set()
         self._labels = AdapterLabels(adapters, self.metrics.forget_adapter)
         self._log = log
-        self._groups: dict[str, GroupState] = {}
+        self._replicas: dict[str, ReplicaState] = {}
         self.lorax: LoraxMetrics | None = None
         # Set once, before the servers are made, if requests are to be traced:
         self.traces: Traces | None = None
         self.interceptors: tuple[grpc.aio.ServerInterceptor, ...] = ()
         self.middleware: tuple[Middleware, ...] = ()
         self._snapshots: list[Snapshot] = []
-        self._add(State(self._groups, self._labels, self._live))
+        self._add(State(self._replicas, self._labels, self._live))
 
     @property
     def registry(self) -> CollectorRegistry:
@@ -60,12 +60,12 @@ class Telemetry:
 
     def add_lorax_names(self) -> None:
         """From now on LoRAX's metrics are there, too."""
-        self.lorax = LoraxMetrics(self.registry, self._groups)
+        self.lorax = LoraxMetrics(self.registry, self._replicas)
         self._snapshots.append(self.lorax.gauges)
 
     def add_gateway_names(self) -> None:
         """From now on the metrics for Kubernetes' inference gateways are there, too."""
-        self._add(GatewayNames(self._groups))
+        self._add(GatewayNames(self._replicas))
 
     def _add(self, snapshot: Snapshot) -> None:
         self._snapshots.append(snapshot)
@@ -94,20 +94,19 @@ class Telemetry:
         if self.traces is not None:
             self.traces.queued(generation)
 
-    def started(self, generation: Generation, sequence: Sequence) -> None:
-        """A step that starts one of its sequences leaves, for the first time or again."""
-        if generation.started is not None:
-            if self.traces is not None and sequence.runs > 1:
-                self.traces.started_again(generation, sequence)
-            return
-        generation.started = time.monotonic()
+    def started(self, generation: Generation) -> None:
+        assert generation.started is not None
         label = self._labels.find(generation.adapter_name)
         self.metrics.queue_wait.labels(label).observe(generation.started - generation.validated)
         if self.traces is not None:
             self.traces.started(generation)
 
+    def started_again(self, generation: Generation, sequence: Sequence) -> None:
+        if self.traces is not None:
+            self.traces.started_again(generation, sequence)
+
     def first_token(self, generation: Generation) -> None:
-        generation.first_token = time.monotonic()
+        assert generation.first_token is not None
         self.metrics.first_token.observe(generation.first_token - generation.arrived)
         if self.traces is not None:
             self.traces.first_token(generation)
@@ -143,29 +142,37 @@ class Telemetry:
         if self.traces is not None:
             self.traces.refused(request, outcome, arrived)
 
-    # ---- groups ------------------------------------------------------------------------------------------------
+    # ---- replicas ------------------------------------------------------------------------------------------------
 
-    def group(self, name: str) -> "GroupTelemetry":
-        """The events of a group of shards; `name` is what its series are labelled with."""
-        return GroupTelemetry(self, name)
+    def replica(self, name: str) -> "ReplicaTelemetry":
+        """The events of a replica; `name` is what its series are labelled with."""
+        return ReplicaTelemetry(self, name)
 
-    def watch(self, group: GroupState) -> None:
-        """Adds the gauges of a group."""
-        self._groups[group.name] = group
+    def watch(self, replica: ReplicaState) -> None:
+        """A replica is ready: adds its gauges."""
+        self._replicas[replica.name] = replica
+        self.metrics.replica_starts.inc()
+
+    def silent(self) -> None:
+        self.metrics.replica_silences.inc()
+
+    def lost(self, reason: str) -> None:
+        self.metrics.replica_losses.labels(reason).inc()
 
     def forget(self, name: str) -> None:
-        """Drops the series of a group that is gone."""
-        self._groups.pop(name, None)
-        self.metrics.forget_group(name)
+        """Drops the series of a replica that is gone."""
+        self._replicas.pop(name, None)
+        self.metrics.forget_replica(name)
 
 
-class GroupTelemetry:
-    """The events of one group's engine and shards. Requests may move from one group to another."""
+class ReplicaTelemetry:
+    """The events of one replica's engine and shards. Requests may move from one replica to another."""
 
     def __init__(self, router: Telemetry, name: str) -> None:
         self._router = router
         self._name = name
-        self.started, self.first_token, self.ended = router.started, router.first_token, router.ended
+        self.started, self.started_again = router.started, router.started_again
+        self.first_token, self.ended = router.first_token, router.ended
         metrics = router.metrics
         self._step = metrics.step.labels(name)
         self.planned = metrics.overhead.labels(name, "plan").observe  # what the router spent on it, in seconds

@@ -12,9 +12,9 @@ from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer
 from opentelemetry.util.types import AttributeValue
 
 from loraplex_protos.tracing import W3C, nanoseconds
-from loraplex_router.output import Generation
-from loraplex_router.request import EmbedRequest, Request
-from loraplex_router.sequence import Plan, Sequence
+from loraplex_router.engine.output import Generation
+from loraplex_router.vocabulary.request import EmbedRequest, Request
+from loraplex_router.vocabulary.sequence import Plan, Sequence
 
 EVERY = 16  # tokens between two events of a decode span
 
@@ -55,7 +55,7 @@ class Traces:
             self._next(live, "prefill", generation.started)
 
     def started_again(self, generation: Generation, sequence: Sequence) -> None:
-        """It had been preempted, or its group was lost."""
+        """It had been preempted, or its replica was lost."""
         if live := self._live.get(generation):
             live.phase.add_event("started again", {"sequence": sequence.number, "tokens": sequence.output_length})
 

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import orjson
 
 from loraplex_protos.errors import AdapterInvalidError, FieldViolation, InvalidRequestError, UnavailableError
-from loraplex_router.text.chat import FIELD, Chat, ChatTemplates, RenderedChat
+from loraplex_router.vocabulary.chat import FIELD, Chat, ChatTemplates, RenderedChat
 
 logger = logging.getLogger(__name__)
 

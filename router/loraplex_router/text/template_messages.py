@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from typing import Any
 
-from loraplex_router.json_limits import parse
+from loraplex_router.text.json_limits import parse
 from loraplex_router.text.template_traits import CallIds, Row, Traits, write_blank
 from loraplex_router.text.tool_prompt import describe_tools, without_tool_fields
 

@@ -11,10 +11,10 @@ from functools import cached_property, partial
 import tokenizers
 
 from loraplex_protos.errors import FieldViolation, InvalidRequestError
-from loraplex_router.text.chat import RenderedChat
 from loraplex_router.text.detokenizer import INCOMPLETE, Decoder, own_length
 from loraplex_router.text.pieces import LARGEST, IndivisibleError, Piece, read_pieces
 from loraplex_router.text.token_bytes import TokenBytes
+from loraplex_router.vocabulary.chat import RenderedChat
 
 LONG_TEXT = 2000  # characters; tokenizing more than this would hold up other streams
 MANY_TOKENS = 2000  # decoding more than these would, too

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from loraplex_protos.errors import FieldViolation, InvalidRequestError
-from loraplex_router.grammar import EmbeddedSchema, Grammar, GrammarKind
+from loraplex_router.vocabulary.grammar import EmbeddedSchema, Grammar, GrammarKind
 
 NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
 DESCRIBED = {"type", "$ref", "allOf", "anyOf", "oneOf", "enum", "const"}  # with one of these it is clear what fits

@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 def agree(infos: Sequence[pb.GetInfoResponse]) -> pb.GetInfoResponse:
-    """One description of the group, with the block count and the adapters' memory of its smallest rank."""
+    """One description of the replica, with the block count and the adapters' memory of its smallest rank."""
     for rank, info in enumerate(infos):
         if info.protocol_version != PROTOCOL_VERSION:
             older = "the shards" if info.protocol_version < PROTOCOL_VERSION else "the router"
@@ -26,7 +26,7 @@ def agree(infos: Sequence[pb.GetInfoResponse]) -> pb.GetInfoResponse:
             )
         if (info.rank, info.tensor_parallel_size) != (rank, len(infos)):
             place = f"rank {info.rank} of {info.tensor_parallel_size}"
-            raise UnavailableError(f"address {rank + 1} of {len(infos)} of the group answers as {place}")
+            raise UnavailableError(f"address {rank + 1} of {len(infos)} of the replica answers as {place}")
         if info.driven:
             raise UnavailableError("another router drives it")
         if (info.model_id, info.max_model_len) != (infos[0].model_id, infos[0].max_model_len):

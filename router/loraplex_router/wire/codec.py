@@ -5,9 +5,8 @@ from dataclasses import asdict
 from itertools import chain, islice, repeat
 
 from loraplex_protos import shard_pb2 as pb
-from loraplex_router.grammar import Grammar
-from loraplex_router.output import Alternatives, Sample
-from loraplex_router.sequence import Chunk, Plan, Sampling
+from loraplex_router.vocabulary.grammar import Grammar
+from loraplex_router.vocabulary.sequence import Alternatives, Chunk, Plan, Sample, Sampling
 
 
 def encode_plan(plan: Plan, step: int) -> pb.StepRequest:

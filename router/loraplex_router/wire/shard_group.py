@@ -23,15 +23,15 @@ from loraplex_protos.errors import (
     quote,
 )
 from loraplex_protos.shard_pb2_grpc import ShardServiceStub
-from loraplex_router.discovery import Address
-from loraplex_router.grammar import Grammar
-from loraplex_router.pulse import TICK_SECONDS, Pulse, SilentError
-from loraplex_router.request import AdapterReference, MergedReference
-from loraplex_router.telemetry.telemetry import GroupTelemetry
-from loraplex_router.text.chat import AdapterTokenizer, ChatTemplates
+from loraplex_router.vocabulary.adapter import LocalAdapter, StagedAdapter
+from loraplex_router.vocabulary.chat import AdapterTokenizer, ChatTemplates
+from loraplex_router.vocabulary.grammar import Grammar
+from loraplex_router.vocabulary.references import AdapterReference, MergedReference
 from loraplex_router.wire.calls import agree, check_health, typed, watch_health
 from loraplex_router.wire.codec import encode_grammar
-from loraplex_router.wire.shards import LocalAdapter, StagedAdapter
+from loraplex_router.wire.discovery import Address
+from loraplex_router.wire.pulse import TICK_SECONDS, Pulse, SilentError
+from loraplex_router.wire.shards import ShardsObserver
 
 if TYPE_CHECKING:
     from loraplex_protos.shard_pb2_grpc import ShardServiceAsyncStub
@@ -65,10 +65,10 @@ class ShardGroup:
     """
 
     def __init__(
-        self, address: Address, telemetry: GroupTelemetry, credentials: grpc.ChannelCredentials | None = None
+        self, address: Address, observer: ShardsObserver, credentials: grpc.ChannelCredentials | None = None
     ) -> None:
         self._address = address
-        self._telemetry = telemetry
+        self._observer = observer
         self._credentials = credentials
         self._channels: list[grpc.aio.Channel] = []
         self._ranks: list[ShardServiceAsyncStub] = []
@@ -120,7 +120,7 @@ class ShardGroup:
                 if error.message != told and not (loading and time.monotonic() - began < LOADING_SECONDS):
                     told = error.message
                     hint = f" ({MTLS_HINT})" if self._credentials else ""
-                    logger.warning("group %s: rank %d is out of reach: %s%s", self._address, rank, told, hint)
+                    logger.warning("replica %s: rank %d is out of reach: %s%s", self._address, rank, told, hint)
             await asyncio.sleep(RETRY_SECONDS)
 
     async def watch(self, tell: Callable[[bool], None]) -> None:
@@ -144,11 +144,11 @@ class ShardGroup:
                 pulse.tick(now - last)
                 last, silence = now, pulse.silence()
                 if silence.final:
-                    raise SilentError(f"{silence}: the group is given up")
+                    raise SilentError(f"{silence}: the replica is given up")
                 if silence.suspicious != silent:
                     silent = silence.suspicious
                     meaning = f"{silence}: nothing new goes there" if silent else "it answers again"
-                    logger.warning("group %s: %s", self._address, meaning)
+                    logger.warning("replica %s: %s", self._address, meaning)
                     tell(silent)
         finally:
             for ping in pings:
@@ -208,7 +208,7 @@ class ShardGroup:
             raise UnavailableError("a rank ended its step stream")
         now, began = time.monotonic(), max(sent, self._answered[rank])
         self._answered[rank] = now
-        self._telemetry.rank_latency(rank, max(0.0, now - began - answer.duration_us / 1e6))
+        self._observer.rank_latency(rank, max(0.0, now - began - answer.duration_us / 1e6))
         return answer
 
     async def stage(self, reference: AdapterReference) -> StagedAdapter:
@@ -216,7 +216,7 @@ class ShardGroup:
         request = pb.StageAdapterRequest(
             id=reference.id, source=reference.source, revision=reference.revision, token=reference.token
         )
-        with self._telemetry.loading("host"):
+        with self._observer.loading("host"):
             first = await typed(self._ranks[0].StageAdapter(request))
             request.source, request.revision = first.source, first.revision
             others = await asyncio.gather(*(typed(rank.StageAdapter(request)) for rank in self._ranks[1:]))
@@ -236,22 +236,22 @@ class ShardGroup:
             density=merged.density,
             majority_sign_method=merged.majority_sign_method,
         )
-        with self._telemetry.loading("host"):
+        with self._observer.loading("host"):
             answers = await self._on_all(lambda rank: rank.MergeAdapters(request))
         size = sum(answer.size_bytes for answer in answers)
         return StagedAdapter(digest, "merged", "", answers[0].lora_rank, size)
 
     async def unstage(self, digest: str) -> None:
         await self._on_all(lambda rank: rank.UnstageAdapter(pb.UnstageAdapterRequest(digest=digest)))
-        self._telemetry.evicted("host")
+        self._observer.evicted("host")
 
     async def load(self, digest: str, slot: int) -> None:
-        with self._telemetry.loading("device"):
+        with self._observer.loading("device"):
             await self._on_all(lambda rank: rank.LoadAdapter(pb.LoadAdapterRequest(digest=digest, slot=slot)))
 
     async def unload(self, slot: int) -> None:
         await self._on_all(lambda rank: rank.UnloadAdapter(pb.UnloadAdapterRequest(slot=slot)))
-        self._telemetry.evicted("device")
+        self._observer.evicted("device")
 
     async def local_adapters(self) -> list[LocalAdapter]:
         answer = await typed(self._ranks[0].ListLocalAdapters(pb.ListLocalAdaptersRequest()))

@@ -1,39 +1,30 @@
-"""The seam to a group of shards, driven as if it were one."""
+"""The seam to a replica, driven as if it were one."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 from loraplex_protos import shard_pb2 as pb
-from loraplex_router.grammar import Grammar
-from loraplex_router.request import AdapterReference, MergedReference
-from loraplex_router.text.chat import AdapterTokenizer
+from loraplex_router.vocabulary.adapter import LocalAdapter, StagedAdapter
+from loraplex_router.vocabulary.grammar import Grammar
+from loraplex_router.vocabulary.references import AdapterReference, MergedReference
 
 
-@dataclass(frozen=True, slots=True)
-class StagedAdapter:
-    """An adapter in the host memory of every rank."""
+class ShardsObserver(Protocol):
+    """Whoever watches the calls of one replica's shards."""
 
-    digest: str
-    source: str
-    revision: str
-    lora_rank: int
-    size_bytes: int  # over all ranks
-    tokenizer: AdapterTokenizer = field(default_factory=AdapterTokenizer)
-    warnings: tuple[str, ...] = ()  # what may be wrong with it though it is served
+    def rank_latency(self, rank: int, seconds: float) -> None:
+        """What a step took beyond the rank's own time."""
 
+    def loading(self, tier: str) -> AbstractContextManager[None]:
+        """Within it an adapter is brought to a tier: host or device."""
 
-@dataclass(frozen=True, slots=True)
-class LocalAdapter:
-    """A name in the adapter directory."""
-
-    id: str
-    fault: str = ""  # why it cannot be served; empty: nothing is wrong as far as can be seen
-    warnings: tuple[str, ...] = ()
+    def evicted(self, tier: str) -> None:
+        """An adapter has left a tier."""
 
 
 class Shards(Protocol):
-    """What the engine and the adapter registry need of a group. Every call raises LoraplexError."""
+    """What the engine and the adapter registry need of a replica. Every call raises LoraplexError."""
 
     async def send(self, plan: pb.StepRequest) -> None: ...
     async def receive(self) -> pb.StepResponse: ...  # an error but UnavailableError: it failed on the plan itself

@@ -7,14 +7,14 @@ from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from pydantic import BaseModel, Field
 
 from loraplex_protos.errors import FieldViolation, InvalidRequestError, quote
-from loraplex_router.adapters.statuses import AdapterStatus
 from loraplex_router.api.http.api_key import api_key
 from loraplex_router.api.http.json_body import JsonRoute
 from loraplex_router.api.http.json_list import write_list
 from loraplex_router.api.http.lorax.routes import ERRORS as LORAX_ERRORS
 from loraplex_router.api.http.openai.routes import ERRORS as OPENAI_ERRORS
-from loraplex_router.request import AdapterReference
+from loraplex_router.replicas.statuses import AdapterStatus
 from loraplex_router.service import Service
+from loraplex_router.vocabulary.references import AdapterReference
 
 IN_USE = "Sequences still need the adapter."
 NO_PINS = "As many adapters are pinned as can be."
@@ -53,9 +53,9 @@ class Unload(AdapterName):
 
 
 class Residence(BaseModel):
-    """An adapter in one group of shards."""
+    """An adapter in one replica."""
 
-    group: str
+    replica: str
     tier: str
     running_sequences: int
     waiting_sequences: int
@@ -78,8 +78,8 @@ class Status(BaseModel):
     running_sequences: int
     waiting_sequences: int
     last_used: float | None = Field(description="when a request last came or ended, in seconds since 1970")
-    pinned: bool = Field(description="on the device of one group until it is unpinned or unloaded")
-    residences: list[Residence] = Field(description="the groups of shards that have it in memory")
+    pinned: bool = Field(description="on the device of one replica until it is unpinned or unloaded")
+    residences: list[Residence] = Field(description="the replicas that have it in memory")
     warnings: list[str] = Field(description="what may be wrong with it though it is served")
     reason: str | None = Field(description="why it is broken")
 
@@ -169,7 +169,7 @@ def _write(status: AdapterStatus) -> dict[str, Any]:
         "pinned": status.pinned,
         "residences": [
             {
-                "group": residence.group,
+                "replica": residence.replica,
                 "tier": residence.tier.name.lower(),
                 "running_sequences": residence.adapter.running,
                 "waiting_sequences": residence.adapter.waiting,

@@ -2,7 +2,7 @@
 
 from fastapi import Request
 
-from loraplex_router.keys import read_bearer
+from loraplex_router.access.keys import read_bearer
 
 
 def api_key(http: Request) -> str | None:

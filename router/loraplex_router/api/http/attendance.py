@@ -8,9 +8,9 @@ from typing import TypeVar
 from starlette.types import Receive
 
 from loraplex_protos.errors import RequestCancelledError
-from loraplex_router.output import Delta, Generation
-from loraplex_router.sequence import FinishReason
+from loraplex_router.engine.output import Delta, Generation
 from loraplex_router.service import Service
+from loraplex_router.vocabulary.sequence import FinishReason
 
 T = TypeVar("T")
 

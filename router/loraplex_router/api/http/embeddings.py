@@ -22,9 +22,9 @@ from loraplex_router.api.http.lorax.schema import Parameters
 from loraplex_router.api.http.openai.reading import answered_name, read_model_name, read_prompts
 from loraplex_router.api.http.openai.routes import ERRORS as OPENAI_ERRORS
 from loraplex_router.api.http.openai.schema import CountOrAll
-from loraplex_router.output import Embedding
-from loraplex_router.request import EmbedRequest
+from loraplex_router.engine.output import Embedding
 from loraplex_router.service import Service
+from loraplex_router.vocabulary.request import EmbedRequest
 
 FLOATS = 8192  # written in one go
 POOLING = "the mean of the last hidden states over all tokens, scaled to length 1"

@@ -21,14 +21,14 @@ from loraplex_protos.errors import (
     OverloadedError,
     UnauthenticatedError,
 )
-from loraplex_router.request import MAX_VIOLATIONS, ContextLengthError
+from loraplex_router.vocabulary.request import MAX_VIOLATIONS, ContextLengthError
 
 logger = logging.getLogger(__name__)
 
 OPENAI_PREFIX = "/v1/"
 TYPES = ("str", "int", "float", "bool", "dict")  # as pydantic names them
 
-MESSAGES = ("sampling", "stopping", "detail", "adapter", "merged_adapters")  # what the router groups fields in
+MESSAGES = ("sampling", "stopping", "detail", "adapter", "merged_adapters")  # what the router replicas fields in
 
 # What the faces call a field of the router's, where that is not the last part of its name.
 LORAX_NAMES = {

@@ -9,7 +9,7 @@ from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 
-from loraplex_router.json_limits import parse_body
+from loraplex_router.text.json_limits import parse_body
 
 
 class JsonRequest(Request):

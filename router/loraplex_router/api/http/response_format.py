@@ -5,7 +5,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 
 from loraplex_protos.errors import FieldViolation, InvalidRequestError
-from loraplex_router.grammar import Grammar, GrammarKind
+from loraplex_router.vocabulary.grammar import Grammar, GrammarKind
 
 
 class NamedSchema(BaseModel):

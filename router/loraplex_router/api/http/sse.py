@@ -11,7 +11,7 @@ from starlette.types import Receive, Scope, Send
 from loraplex_protos.errors import LoraplexError
 from loraplex_router.api.http.attendance import attended
 from loraplex_router.api.http.errors import internal_error
-from loraplex_router.output import Generation
+from loraplex_router.engine.output import Generation
 from loraplex_router.service import Service
 
 KEEP_ALIVE_SECONDS = 15.0  # as LoRAX

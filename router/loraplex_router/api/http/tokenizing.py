@@ -17,9 +17,9 @@ from loraplex_router.api.http.lorax.routes import ERRORS
 from loraplex_router.api.http.openai.conversation import read_conversation
 from loraplex_router.api.http.openai.reading import read_model_name
 from loraplex_router.api.http.openai.schema import Conversation
-from loraplex_router.request import Violations
 from loraplex_router.service import Service
 from loraplex_router.text.tokenizer import Spans, Tokenizer
+from loraplex_router.vocabulary.request import Violations
 
 TOKENIZING_ERRORS = 401, 403, 404, 413, 422, 424, 502, 503  # an adapter can be asked for its chat template
 

@@ -2,10 +2,11 @@
 
 from loraplex_router.api.http.lorax.schema import GenerateRequest, Parameters
 from loraplex_router.api.http.response_format import read_response_format
-from loraplex_router.grammar import Grammar
-from loraplex_router.request import AdapterReference, MergedReference, Request, SamplingOptions, Violations
-from loraplex_router.sequence import Detail
-from loraplex_router.text.chat import Chat, Message
+from loraplex_router.vocabulary.chat import Chat, Message
+from loraplex_router.vocabulary.grammar import Grammar
+from loraplex_router.vocabulary.references import AdapterReference, MergedReference
+from loraplex_router.vocabulary.request import Request, SamplingOptions, Violations
+from loraplex_router.vocabulary.sequence import Detail
 
 
 def read_request(body: GenerateRequest, bearer: str, stream: bool) -> Request:

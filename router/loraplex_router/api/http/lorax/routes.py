@@ -16,10 +16,10 @@ from loraplex_router.api.http.lorax.reading import read_request, wants_details
 from loraplex_router.api.http.lorax.writing import LoraxWriter, static_headers, whole_headers
 from loraplex_router.api.http.sse import EventStream, describe_events
 from loraplex_router.api.turns import in_turn
-from loraplex_router.output import Generation
-from loraplex_router.request import MAX_N, MAX_STOPS
-from loraplex_router.request import Request as InternalRequest
+from loraplex_router.engine.output import Generation
 from loraplex_router.service import Service
+from loraplex_router.vocabulary.request import MAX_N, MAX_STOPS
+from loraplex_router.vocabulary.request import Request as InternalRequest
 
 ERRORS: dict[int | str, dict[str, Any]] = {
     401: {"model": schema.Error, "description": "No API key, or an unknown one."},

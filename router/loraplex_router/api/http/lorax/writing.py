@@ -9,10 +9,10 @@ from urllib.parse import quote
 from loraplex_router.api.http.attendance import read
 from loraplex_router.api.http.sse import event
 from loraplex_router.api.turns import in_turn
-from loraplex_router.output import Delta, Generation, Sample, SequenceOutput
-from loraplex_router.request import AdapterReference, MergedReference
-from loraplex_router.sequence import FinishReason
+from loraplex_router.engine.output import Delta, Generation, SequenceOutput
 from loraplex_router.text.tokenizer import Tokenizer
+from loraplex_router.vocabulary.references import AdapterReference, MergedReference
+from loraplex_router.vocabulary.sequence import FinishReason, Sample
 
 FINISH_REASONS = {
     FinishReason.LENGTH: "length",

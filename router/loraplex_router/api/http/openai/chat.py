@@ -15,11 +15,11 @@ from loraplex_router.api.http.openai.tools import check_tools, create_parser, ma
 from loraplex_router.api.http.openai.writing import finish_reason, head, usage, usage_so_far
 from loraplex_router.api.http.sse import DONE, event
 from loraplex_router.api.turns import in_turn
-from loraplex_router.output import Delta, Generation
-from loraplex_router.request import Request, SamplingOptions, Violations
-from loraplex_router.sequence import Detail
+from loraplex_router.engine.output import Delta, Generation
 from loraplex_router.text.tokenizer import Tokenizer
 from loraplex_router.text.tool_calls import Arguments, Piece, ToolCall
+from loraplex_router.vocabulary.request import Request, SamplingOptions, Violations
+from loraplex_router.vocabulary.sequence import Detail
 
 
 def read_chat(body: ChatCompletionRequest, base: Sequence[str], defaults: SamplingOptions) -> Request:

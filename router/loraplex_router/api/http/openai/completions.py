@@ -11,10 +11,10 @@ from loraplex_router.api.http.openai.schema import CompletionRequest
 from loraplex_router.api.http.openai.writing import finish_reason, head, read_all, usage, usage_so_far
 from loraplex_router.api.http.sse import DONE, event
 from loraplex_router.api.turns import in_turn
-from loraplex_router.output import Delta, Generation, SequenceOutput
-from loraplex_router.request import Request, SamplingOptions, Violations
-from loraplex_router.sequence import Detail, FinishReason
+from loraplex_router.engine.output import Delta, Generation, SequenceOutput
 from loraplex_router.text.tokenizer import Tokenizer
+from loraplex_router.vocabulary.request import Request, SamplingOptions, Violations
+from loraplex_router.vocabulary.sequence import Detail, FinishReason
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 MAX_PROMPTS = 128

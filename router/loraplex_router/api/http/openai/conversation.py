@@ -3,8 +3,8 @@
 from typing import Any
 
 from loraplex_router.api.http.openai.schema import ChatMessage, ContentPart, Conversation
-from loraplex_router.request import Violations
-from loraplex_router.text.chat import Chat, Content, Message
+from loraplex_router.vocabulary.chat import Chat, Content, Message
+from loraplex_router.vocabulary.request import Violations
 
 TEXT_PARTS = {"text": "text", "refusal": "refusal", "input_text": "text", "output_text": "text"}  # type -> its field
 

@@ -11,8 +11,8 @@ from loraplex_router.api.http.openai.schema import (
 )
 from loraplex_router.api.http.openai.tools import forced_tool, must_call
 from loraplex_router.api.http.response_format import read_response_format
-from loraplex_router.grammar import EmbeddedSchema, Grammar, GrammarKind
 from loraplex_router.text.tool_grammar import list_of_calls, one_call, read_parameters
+from loraplex_router.vocabulary.grammar import EmbeddedSchema, Grammar, GrammarKind
 
 OTHER_TEXTS = {"regex": GrammarKind.REGEX, "grammar": GrammarKind.LARK, "ebnf": GrammarKind.LARK}  # empty is absent
 

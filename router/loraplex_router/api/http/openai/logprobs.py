@@ -4,9 +4,9 @@ answer is not part of its text, and not of its logprobs."""
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from loraplex_router.output import Alternatives, Delta, Sample, SequenceOutput
-from loraplex_router.sequence import FinishReason
+from loraplex_router.engine.output import Delta, SequenceOutput
 from loraplex_router.text.tokenizer import Tokenizer
+from loraplex_router.vocabulary.sequence import Alternatives, FinishReason, Sample
 
 LOWEST = -9999.0  # OpenAI's for what cannot be: JSON has no -Inf
 

@@ -6,8 +6,9 @@ from typing import Any, cast
 from loraplex_protos.errors import AdapterNotFoundError, quote
 from loraplex_router.api.http.openai.formats import read_format
 from loraplex_router.api.http.openai.schema import GenerationRequest
-from loraplex_router.request import AdapterReference, Prompt, SamplingOptions, Violations
-from loraplex_router.text.chat import RenderedChat
+from loraplex_router.vocabulary.chat import RenderedChat
+from loraplex_router.vocabulary.references import AdapterReference
+from loraplex_router.vocabulary.request import Prompt, SamplingOptions, Violations
 
 BASE_NAMES = ("", "tgi")  # beside the model's own name; `text-generation` sends "tgi"
 

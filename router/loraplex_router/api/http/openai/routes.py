@@ -10,7 +10,6 @@ from fastapi.responses import JSONResponse, StreamingResponse
 
 from loraplex_protos.adapter_names import normal
 from loraplex_protos.errors import AdapterNotFoundError, FieldViolation, InvalidRequestError, quote
-from loraplex_router.adapters.statuses import AdapterStatus, State
 from loraplex_router.api.http.api_key import api_key
 from loraplex_router.api.http.attendance import collect
 from loraplex_router.api.http.errors import openai_body
@@ -23,9 +22,10 @@ from loraplex_router.api.http.openai.reading import answered_name
 from loraplex_router.api.http.openai.schema import ChatCompletionRequest, CompletionRequest
 from loraplex_router.api.http.sse import EventStream, describe_events
 from loraplex_router.api.turns import in_turn
-from loraplex_router.output import Generation
+from loraplex_router.engine.output import Generation
+from loraplex_router.replicas.statuses import AdapterStatus, State
 from loraplex_router.service import Service
-from loraplex_router.volume import Volume
+from loraplex_router.vocabulary.volume import Volume
 
 DESCRIPTIONS = {
     400: "A field is wrong; `param` names it.",

@@ -7,8 +7,8 @@ from typing import Any
 
 from loraplex_router.api.http.attendance import read
 from loraplex_router.api.http.openai.schema import StreamOptions
-from loraplex_router.output import Delta, Generation
-from loraplex_router.sequence import FinishReason
+from loraplex_router.engine.output import Delta, Generation
+from loraplex_router.vocabulary.sequence import FinishReason
 
 FINISH_REASONS = {
     FinishReason.LENGTH: "length",

@@ -4,8 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 
-from loraplex_router.adapters.pool import Adapter
-from loraplex_router.wire.shards import LocalAdapter
+from loraplex_router.vocabulary.adapter import Adapter, LocalAdapter
 
 
 class Tier(Enum):
@@ -28,9 +27,9 @@ class State(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Residence:
-    """An adapter in one group."""
+    """An adapter in one replica."""
 
-    group: str
+    replica: str
     adapter: Adapter
 
     @property
@@ -63,7 +62,7 @@ class AdapterStatus:
 
     @property
     def size_bytes(self) -> int:
-        """In the host memory of one group, over all ranks."""
+        """In the host memory of one replica, over all ranks."""
         return max((adapter.size_bytes for adapter in self._adapters), default=0)
 
     @property

@@ -22,7 +22,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from loraplex_protos.errors import LoraplexError
-from loraplex_router.keys import Keys, TenantSettings
+from loraplex_router.access.keys import Keys, TenantSettings
 
 logger = logging.getLogger(__name__)
 

@@ -1,22 +1,23 @@
-"""One group of shards, as the router drives it: its queue, its blocks, its slots, its adapters and its engine."""
+"""One replica, as the router drives it: its queue, its blocks, its slots, its adapters and its engine."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from loraplex_protos.errors import UnavailableError
-from loraplex_router.adapters.pool import AdapterPool
-from loraplex_router.adapters.references import Reference
 from loraplex_router.adapters.registry import AdapterRegistry
 from loraplex_router.adapters.staging import AdapterStaging
-from loraplex_router.blocks import BlockAllocator
-from loraplex_router.engine import Engine
-from loraplex_router.placement import Candidate, Residence
-from loraplex_router.scheduler import Limits, Scheduler
-from loraplex_router.telemetry.telemetry import Telemetry
+from loraplex_router.engine.blocks import BlockAllocator
+from loraplex_router.engine.engine import Engine
+from loraplex_router.engine.observer import EngineObserver
+from loraplex_router.engine.pool import AdapterPool
+from loraplex_router.engine.scheduler import Limits, Scheduler
+from loraplex_router.replicas.placement import Candidate
+from loraplex_router.vocabulary.adapter import Nearness
+from loraplex_router.vocabulary.references import Reference
 from loraplex_router.wire.shards import Shards
 
 
-class Group:
+class Replica:
     """Lives as long as the connection to its shards."""
 
     def __init__(
@@ -27,7 +28,7 @@ class Group:
         num_blocks: int,
         pool: AdapterPool,
         registry: AdapterRegistry,
-        telemetry: Telemetry,
+        observer: EngineObserver,
     ) -> None:
         self.name = name
         self.shards = shards
@@ -37,7 +38,7 @@ class Group:
         self.blocks = BlockAllocator(num_blocks)
         self.scheduler = Scheduler(limits, self.blocks, pool)
         self.adapters = AdapterStaging(shards, pool, registry)
-        self.engine = Engine(self.scheduler, pool, shards, telemetry.group(name))
+        self.engine = Engine(self.scheduler, pool, shards, observer)
         self._coming = 0  # requests that are being prepared here: adapter staged, grammar compiled
         self._failed_coming = False
 
@@ -47,10 +48,10 @@ class Group:
         return not (self.stopping or self.silent)
 
     def candidate(self, reference: Reference | None) -> Candidate:
-        """The group as the placement of a request sees it."""
+        """The replica as the placement of a request sees it."""
         if reference is None:
-            return Candidate(self.name, self._load, has_spare_slot=True, residence=Residence.ABSENT)
-        return Candidate(self.name, self._load, self.pool.has_spare_slot, self.adapters.residence(reference))
+            return Candidate(self.name, self._load, has_spare_slot=True, nearness=Nearness.ABSENT)
+        return Candidate(self.name, self._load, self.pool.has_spare_slot, self.adapters.nearness(reference))
 
     @property
     def _load(self) -> int:

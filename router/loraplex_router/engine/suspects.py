@@ -1,14 +1,14 @@
-"""Which request a group of shards died of. Pure policy: no clock, no transport.
+"""Which request a replica died of. Pure policy: no clock, no transport.
 
-What plans in flight computed when a group was lost is suspect, and nothing else is: what waited goes on elsewhere as if
-nothing had happened. How suspects go on depends on how the group was lost.
+What plans in flight computed when a replica was lost is suspect, and nothing else is: what waited goes on elsewhere as
+if nothing had happened. How suspects go on depends on how the replica was lost.
 
-A group that is gone was most likely ended by its machine. All suspects go on together, which is quickest: to compute
-hundreds of sequences again one by one takes many times as long. Those that lose the next group at the same place are
+A replica that is gone was most likely ended by its machine. All suspects go on together, which is quickest: to compute
+hundreds of sequences again one by one takes many times as long. Those that lose the next replica at the same place are
 computed alone up to there, one after the other, the youngest first, in plans that take turns with everybody else's.
-What loses three more groups, alone, is what they died of: where machines kill again and again, some suspect is hit
+What loses three more replicas, alone, is what they died of: where machines kill again and again, some suspect is hit
 alone now and then, but not the same one three times. Where a shard failed on a plan and said so, one of the suspects is
-to blame for certain: they are alone at once, and the second group convicts.
+to blame for certain: they are alone at once, and the second replica convicts.
 
 The place is the positions that were in flight at each of the losses. A sequence that gets past it is no suspect any
 more, nor is one that is lost somewhere else the next time, and nobody is once one of them is convicted.
@@ -17,7 +17,7 @@ more, nor is one that is lost somewhere else the next time, and nobody is once o
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from loraplex_router.sequence import Plan, Sequence
+from loraplex_router.vocabulary.sequence import Plan, Sequence
 
 CONVICTING_LOSSES = 5  # all but two of them alone
 CONVICTING_FAILURES = 2  # the same, if the shard said that it failed on the plan
@@ -25,7 +25,7 @@ CONVICTING_FAILURES = 2  # the same, if the shard said that it failed on the pla
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """The loss of a group."""
+    """The loss of a replica."""
 
     plans: tuple[Plan, ...]  # in flight, in order
     failed: bool = False  # a shard failed on one of them; else it is gone

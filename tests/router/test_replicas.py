@@ -1,4 +1,4 @@
-"""Several groups behind one router: affinity, groups that stop or are lost, and requests that go on elsewhere."""
+"""Several replicas behind one router: affinity, replicas that stop or are lost, and requests that go on elsewhere."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -7,39 +7,40 @@ from contextlib import suppress
 import pytest
 
 from loraplex_protos.errors import UnavailableError
-from loraplex_router.group import Group
-from loraplex_router.request import AdapterReference, Request
-from loraplex_router.sequence import FinishReason
+from loraplex_router.replicas.replica import Replica
+from loraplex_router.vocabulary.references import AdapterReference
+from loraplex_router.vocabulary.request import Request
+from loraplex_router.vocabulary.sequence import FinishReason
 from tests.router.test_engine import Setup
 
 
 class Cluster(Setup):
-    """A service over groups whose shards can be lost; each has an engine that runs."""
+    """A service over replicas whose shards can be lost; each has an engine that runs."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.tasks: dict[Group, asyncio.Task[None]] = {}
-        self.start(self.group)
+        self.tasks: dict[Replica, asyncio.Task[None]] = {}
+        self.start(self.replica)
 
-    def start(self, group: Group) -> None:
-        self.tasks[group] = asyncio.create_task(self.drive(group))
+    def start(self, replica: Replica) -> None:
+        self.tasks[replica] = asyncio.create_task(self.drive(replica))
 
-    def join(self, name: str) -> Group:
-        group = self.add_group(name)
-        self.start(group)
-        return group
+    def join(self, name: str) -> Replica:
+        replica = self.add_replica(name)
+        self.start(replica)
+        return replica
 
-    async def drive(self, group: Group) -> None:
+    async def drive(self, replica: Replica) -> None:
         """As the connections do."""
         with suppress(UnavailableError):
-            await group.engine.run()
-        self.groups.remove(group)
+            await replica.engine.run()
+        self.replicas.remove(replica)
 
-    def lose(self, group: Group) -> None:
-        group.shards.step_error = UnavailableError("rank 1 is gone")
+    def lose(self, replica: Replica) -> None:
+        replica.shards.step_error = UnavailableError("rank 1 is gone")
 
-    def holders(self, digest: str) -> list[Group]:
-        return [group for group in self.tasks if group.pool.get(digest)]
+    def holders(self, digest: str) -> list[Replica]:
+        return [replica for replica in self.tasks if replica.pool.get(digest)]
 
     async def close(self) -> None:
         for task in self.tasks.values():
@@ -59,7 +60,7 @@ def request(first: int, tokens: int, adapter: str | None = None, **options: obje
     return Request(prompt=(first,), adapter=reference, max_new_tokens=tokens, **options)
 
 
-async def test_an_adapter_is_staged_on_one_group_and_its_requests_go_there(cluster: Cluster):
+async def test_an_adapter_is_staged_on_one_replica_and_its_requests_go_there(cluster: Cluster):
     cluster.join("second")
     for name in "abcd":
         for _ in range(3):
@@ -67,46 +68,46 @@ async def test_an_adapter_is_staged_on_one_group_and_its_requests_go_there(clust
         assert len(cluster.holders(f"digest of {name}")) == 1
 
 
-async def test_requests_that_come_while_an_adapter_is_staged_go_to_the_same_group(cluster: Cluster):
+async def test_requests_that_come_while_an_adapter_is_staged_go_to_the_same_replica(cluster: Cluster):
     cluster.join("second")
     await asyncio.gather(*(cluster.answer(1, adapter="a") for _ in range(6)))
     assert len(cluster.holders("digest of a")) == 1
 
 
-async def test_an_adapter_that_overwhelms_its_group_is_served_by_another_as_well(cluster: Cluster):
+async def test_an_adapter_that_overwhelms_its_replica_is_served_by_another_as_well(cluster: Cluster):
     cluster.join("second")
     await cluster.answer(1, adapter="a")
     await asyncio.gather(*(cluster.answer(1, tokens=20, adapter="a") for _ in range(30)))
     assert len(cluster.holders("digest of a")) == 2
 
 
-async def test_the_base_models_requests_go_to_the_less_busy_group(cluster: Cluster):
+async def test_the_base_models_requests_go_to_the_less_busy_replica(cluster: Cluster):
     second = cluster.join("second")
     generations = [await cluster.service.generate(request(1, 150)) for _ in range(10)]
-    running = [g.scheduler.num_running + g.scheduler.num_waiting for g in (cluster.group, second)]
+    running = [g.scheduler.num_running + g.scheduler.num_waiting for g in (cluster.replica, second)]
     assert running == [5, 5]
     for generation in generations:
         cluster.service.leave(generation)
 
 
-async def test_what_a_lost_group_ran_goes_on_in_another_and_loses_no_token(cluster: Cluster):
+async def test_what_a_lost_replica_ran_goes_on_in_another_and_loses_no_token(cluster: Cluster):
     generations = [await cluster.service.generate(request(i, 100, "a" if i % 2 else None)) for i in range(6)]
     while not all(generation.outputs[0].generated > 5 for generation in generations):
         await asyncio.sleep(0)
     cluster.join("second")
-    cluster.lose(cluster.group)
+    cluster.lose(cluster.replica)
     for i, generation in enumerate(generations):
         (delta,) = await generation.collect()
-        step = 1 + bool(i % 2)  # both groups load the adapter into slot 1
+        step = 1 + bool(i % 2)  # both replicas load the adapter into slot 1
         assert [sample.token for sample in delta.samples] == [i + step * k for k in range(1, 101)]
         cluster.service.leave(generation)
-    assert cluster.service.idle and list(cluster.groups) != [cluster.group]
+    assert cluster.service.idle and list(cluster.replicas) != [cluster.replica]
 
 
-async def test_a_lost_groups_requests_and_those_that_come_meanwhile_wait_for_one_that_comes_back(cluster: Cluster):
+async def test_a_lost_replicas_requests_and_those_that_come_meanwhile_wait_for_one_that_comes_back(cluster: Cluster):
     generation = await cluster.service.generate(request(0, 50))
-    cluster.lose(cluster.group)
-    await cluster.tasks[cluster.group]
+    cluster.lose(cluster.replica)
+    await cluster.tasks[cluster.replica]
     assert not cluster.service.healthy
     meanwhile = asyncio.create_task(cluster.answer(1))
     await asyncio.sleep(0.1)
@@ -118,17 +119,17 @@ async def test_a_lost_groups_requests_and_those_that_come_meanwhile_wait_for_one
     cluster.service.leave(generation)
 
 
-async def test_requests_wait_for_a_lost_group_no_longer_than_its_own_do(cluster: Cluster):
-    cluster.lose(cluster.group)
+async def test_requests_wait_for_a_lost_replica_no_longer_than_its_own_do(cluster: Cluster):
+    cluster.lose(cluster.replica)
     with pytest.raises(UnavailableError, match="no others came in time"):
         await cluster.answer(1)
-    with pytest.raises(UnavailableError, match="no group"):
+    with pytest.raises(UnavailableError, match="no replica"):
         await cluster.answer(1)
 
 
-async def test_a_lost_groups_requests_fail_if_no_other_comes_in_time(cluster: Cluster):
+async def test_a_lost_replicas_requests_fail_if_no_other_comes_in_time(cluster: Cluster):
     generation = await cluster.service.generate(request(0, 100))
-    cluster.lose(cluster.group)
+    cluster.lose(cluster.replica)
     with pytest.raises(UnavailableError, match="no others came in time"):
         await generation.collect()
     cluster.service.leave(generation)
@@ -137,10 +138,10 @@ async def test_a_lost_groups_requests_fail_if_no_other_comes_in_time(cluster: Cl
     assert cluster.telemetry.registry.get_sample_value("loraplex_requests_total", labels) == 1
 
 
-async def test_a_request_can_be_cancelled_while_it_has_no_group(cluster: Cluster):
+async def test_a_request_can_be_cancelled_while_it_has_no_replica(cluster: Cluster):
     generation = await cluster.service.generate(request(0, 100, request_id="mine"))
-    cluster.lose(cluster.group)
-    await cluster.tasks[cluster.group]
+    cluster.lose(cluster.replica)
+    await cluster.tasks[cluster.replica]
     assert not cluster.service.idle
     cluster.service.cancel("mine")
     assert cluster.service.idle
@@ -153,19 +154,19 @@ async def test_a_request_does_not_go_on_with_an_adapter_that_changed(cluster: Cl
     generation = await cluster.service.generate(request(0, 100, "a"))
     second = cluster.join("second")
     second.shards.digests["a"] = "another digest"
-    cluster.lose(cluster.group)
+    cluster.lose(cluster.replica)
     with pytest.raises(UnavailableError, match="content"):
         await generation.collect()
     cluster.service.leave(generation)
 
 
-async def test_a_group_that_stops_finishes_what_it_began_and_gives_away_what_waits(cluster: Cluster):
+async def test_a_replica_that_stops_finishes_what_it_began_and_gives_away_what_waits(cluster: Cluster):
     started = [await cluster.service.generate(request(i, 100)) for i in range(8)]  # as many as it has rows
     while not all(generation.outputs[0].generated for generation in started):
         await asyncio.sleep(0)
     waiting = await cluster.service.generate(request(50, 5))
     second = cluster.join("second")
-    cluster.groups.close(cluster.group)
+    cluster.replicas.close(cluster.replica)
     assert len(await waiting.collect()) == 1
     assert not any(generation.finished for generation in started)
     assert await cluster.answer(1) == [2, 3, 4, 5, 6]
@@ -173,56 +174,56 @@ async def test_a_group_that_stops_finishes_what_it_began_and_gives_away_what_wai
     for generation in started:
         (delta,) = await generation.collect()
         assert len(delta.samples) == 100
-    assert cluster.group.engine.idle
+    assert cluster.replica.engine.idle
     for generation in (*started, waiting):
         cluster.service.leave(generation)
 
 
-async def test_a_silent_group_gets_nothing_new_gives_away_what_waits_and_goes_on_when_it_answers(cluster: Cluster):
+async def test_a_silent_replica_gets_nothing_new_gives_away_what_waits_and_goes_on_when_it_answers(cluster: Cluster):
     started = [await cluster.service.generate(request(i, 100)) for i in range(8)]  # as many as it has rows
     while not all(generation.outputs[0].generated for generation in started):
         await asyncio.sleep(0)
     waiting = await cluster.service.generate(request(50, 5))
     second = cluster.join("second")
-    cluster.groups.set_silent("0", True)
+    cluster.replicas.set_silent("0", True)
     assert len(await waiting.collect()) == 1
     assert await cluster.answer(1) == [2, 3, 4, 5, 6]
     assert second.engine.idle and not any(generation.finished for generation in started)
-    cluster.groups.set_silent("0", False)
-    assert cluster.group.accepting
-    cluster.groups.close(cluster.group)
-    cluster.groups.set_silent("0", False)
-    assert not cluster.group.accepting
+    cluster.replicas.set_silent("0", False)
+    assert cluster.replica.accepting
+    cluster.replicas.close(cluster.replica)
+    cluster.replicas.set_silent("0", False)
+    assert not cluster.replica.accepting
     for generation in started:
         await generation.collect()
     for generation in (*started, waiting):
         cluster.service.leave(generation)
 
 
-async def test_the_only_group_keeps_what_it_has_while_it_is_silent(cluster: Cluster):
+async def test_the_only_replica_keeps_what_it_has_while_it_is_silent(cluster: Cluster):
     generation = await cluster.service.generate(request(0, 30))
-    cluster.groups.set_silent("0", True)
+    cluster.replicas.set_silent("0", True)
     assert not cluster.service.healthy
     meanwhile = asyncio.create_task(cluster.answer(1))
     assert len((await generation.collect())[0].samples) == 30
     assert not meanwhile.done()
-    cluster.groups.set_silent("0", False)
+    cluster.replicas.set_silent("0", False)
     assert await meanwhile == [2, 3, 4, 5, 6]
     cluster.service.leave(generation)
 
 
-async def test_the_last_group_keeps_what_waits_when_it_stops(cluster: Cluster):
+async def test_the_last_replica_keeps_what_waits_when_it_stops(cluster: Cluster):
     generations = [await cluster.service.generate(request(i, 30)) for i in range(12)]
-    cluster.groups.close(cluster.group)
+    cluster.replicas.close(cluster.replica)
     for generation in generations:
         assert len((await generation.collect())[0].samples) == 30
         cluster.service.leave(generation)
 
 
-async def test_a_failure_of_the_routers_own_loop_is_not_carried_to_other_groups(cluster: Cluster):
+async def test_a_failure_of_the_routers_own_loop_is_not_carried_to_other_replicas(cluster: Cluster):
     generation = await cluster.service.generate(request(0, 100))
     cluster.join("second")
-    cluster.group.shards.step_error = ZeroDivisionError()
+    cluster.replica.shards.step_error = ZeroDivisionError()
     with pytest.raises(UnavailableError, match="its log has the details"):
         await generation.collect()
     cluster.service.leave(generation)

@@ -1,4 +1,4 @@
-"""The engine of one group: a task that schedules, sends plans, reads results and hands tokens out. The only writer of
+"""The engine of one replica: a task that schedules, sends plans, reads results and hands tokens out. The only writer of
 the scheduler's state.
 
 Plan n + 1 is sent before the result of plan n is read, so that the shards never wait for the router. A token that
@@ -13,12 +13,13 @@ from collections.abc import Iterable, Sequence
 
 from loraplex_protos import shard_pb2 as pb
 from loraplex_protos.errors import GenerationError, LoraplexError, UnavailableError
-from loraplex_router.adapters.pool import Adapter, AdapterPool, SlotClaim
-from loraplex_router.output import Generation, Sample, SequenceOutput
-from loraplex_router.scheduler import Scheduler
-from loraplex_router.sequence import Chunk, Plan
-from loraplex_router.suspects import Loss
-from loraplex_router.telemetry.telemetry import GroupTelemetry
+from loraplex_router.engine.observer import EngineObserver
+from loraplex_router.engine.output import Generation, SequenceOutput
+from loraplex_router.engine.pool import AdapterPool, SlotClaim
+from loraplex_router.engine.scheduler import Scheduler
+from loraplex_router.engine.suspects import Loss
+from loraplex_router.vocabulary.adapter import Adapter
+from loraplex_router.vocabulary.sequence import Chunk, Plan, Sample
 from loraplex_router.wire.codec import (
     encode_plan,
     read_pooled,
@@ -43,11 +44,11 @@ FAILURES = {
 class Engine:
     """Runs generations to their end. `run` is its task; the other methods are called from the same event loop."""
 
-    def __init__(self, scheduler: Scheduler, pool: AdapterPool, shards: Shards, telemetry: GroupTelemetry) -> None:
+    def __init__(self, scheduler: Scheduler, pool: AdapterPool, shards: Shards, observer: EngineObserver) -> None:
         self._scheduler = scheduler
         self._pool = pool
         self._shards = shards
-        self._telemetry = telemetry
+        self._observer = observer
         self._generations: dict[Generation, None] = {}
         self._owners: dict[object, tuple[Generation, SequenceOutput]] = {}  # by Sequence
         self._wakeup = asyncio.Event()
@@ -83,7 +84,7 @@ class Engine:
         self._wakeup.set()
 
     def loss(self, busy: bool) -> Loss:
-        """What its group was doing when it was lost; `busy`, beside that."""
+        """What its replica was doing when it was lost; `busy`, beside that."""
         return Loss(tuple(self._in_flight), self._failed, busy)
 
     def release(self, started: bool) -> list[Generation]:
@@ -131,7 +132,7 @@ class Engine:
                 self._mark_started(plan)
                 request = encode_plan(plan, self._steps)
                 self._steps += 1
-                self._telemetry.planned(time.perf_counter() - began)
+                self._observer.planned(time.perf_counter() - began)
                 while self._in_flight and (plan.alone or self._in_flight[-1].alone):
                     await self._apply_next()
                 self._in_flight.append(plan)
@@ -146,7 +147,11 @@ class Engine:
     def _mark_started(self, plan: Plan) -> None:
         for sequence in plan.starts:
             generation, _ = self._owners[sequence]
-            self._telemetry.started(generation, sequence)
+            if generation.started is None:
+                generation.started = time.monotonic()
+                self._observer.started(generation)
+            elif sequence.runs > 1:
+                self._observer.started_again(generation, sequence)
 
     # ---- results ---------------------------------------------------------------------------------------------
 
@@ -157,7 +162,7 @@ class Engine:
     def _apply(self, plan: Plan, response: pb.StepResponse) -> None:
         began = time.perf_counter()
         self._scheduler.complete(plan)
-        self._telemetry.step(plan, response)
+        self._observer.step(plan, response)
         failures = dict(zip(response.failed_chunks, response.failure_reasons, strict=True))
         prompt_logprobs = read_prompt_logprobs(response, len(plan.chunks))
         prompt_alternatives = read_prompt_alternatives(response)
@@ -178,7 +183,8 @@ class Engine:
                 output.pool(pooled[place])
                 self._scheduler.finish(chunk.sequence)
             if samples and generation.first_token is None:
-                self._telemetry.first_token(generation)
+                generation.first_token = time.monotonic()
+                self._observer.first_token(generation)
             try:
                 self._take(chunk, output, samples)
             except (KeyboardInterrupt, SystemExit):
@@ -191,7 +197,7 @@ class Engine:
                 self._scheduler.add_unscored(chunk.sequence, unscored[place])
             if output.finish_reason and generation.finished:
                 self._retire(generation)
-        self._telemetry.applied(time.perf_counter() - began)
+        self._observer.applied(time.perf_counter() - began)
 
     def _take(self, chunk: Chunk, output: SequenceOutput, samples: Sequence[Sample]) -> None:
         """A chunk's tokens: former unscored ones, then the sampled one, then the fast-forward ones after it."""
@@ -223,7 +229,7 @@ class Engine:
     def _retire(self, generation: Generation) -> None:
         if self.runs(generation):
             self._forget(generation)
-            self._telemetry.ended(generation)
+            self._observer.ended(generation)
 
     def _forget(self, generation: Generation) -> None:
         del self._generations[generation]
@@ -239,7 +245,7 @@ class Engine:
             if claim.evicted:
                 await self._shards.unload(claim.slot)
             await self._shards.load(claim.adapter.digest, claim.slot)
-        except UnavailableError as error:  # the group is lost: what waits for the adapter is to go on elsewhere
+        except UnavailableError as error:  # the replica is lost: what waits for the adapter is to go on elsewhere
             self._lost = error
             self._wakeup.set()
             return

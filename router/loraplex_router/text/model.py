@@ -1,4 +1,4 @@
-"""What is served, the same by every group: the model as the faces describe it, its tokenizer and its limits."""
+"""What is served, the same by every replica: the model as the faces describe it, its tokenizer and its limits."""
 
 import logging
 from collections.abc import Sequence
@@ -8,17 +8,17 @@ from importlib.metadata import version
 
 from loraplex_protos import generation_pb2, shard_pb2
 from loraplex_protos.errors import UnavailableError
-from loraplex_router.request import SamplingOptions
-from loraplex_router.text.chat import ChatTemplates
 from loraplex_router.text.renderer import Renderer
 from loraplex_router.text.tokenizer import Tokenizer
+from loraplex_router.vocabulary.chat import ChatTemplates
+from loraplex_router.vocabulary.request import SamplingOptions
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """As the first group told it."""
+    """As the first replica told it."""
 
     info: generation_pb2.GetModelInfoResponse
     tokenizer: Tokenizer
@@ -29,15 +29,15 @@ class Model:
     sampling_defaults: SamplingOptions = field(default_factory=SamplingOptions)  # of requests on OpenAI's routes
 
     def check_fits(self, other: "Model") -> None:
-        """Raises UnavailableError if a group that serves `other` cannot serve this."""
+        """Raises UnavailableError if a replica that serves `other` cannot serve this."""
         for name in ("model_id", "architecture", "dtype", "vocab_size"):
             here, there = getattr(self.info, name), getattr(other.info, name)
             if here != there:
-                raise UnavailableError(f"its {name} is {there!r}, that of the groups before is {here!r}")
+                raise UnavailableError(f"its {name} is {there!r}, that of the replicas before is {here!r}")
         if self.tokenizer_digest != other.tokenizer_digest or self.end_token_ids != other.end_token_ids:
-            raise UnavailableError("its tokenizer is not that of the groups before")
+            raise UnavailableError("its tokenizer is not that of the replicas before")
         if other.info.max_model_len < self.info.max_model_len:
-            length = f"{other.info.max_model_len}, that of the groups before {self.info.max_model_len}"
+            length = f"{other.info.max_model_len}, that of the replicas before {self.info.max_model_len}"
             raise UnavailableError(f"its max_model_len is {length}: give it as many blocks, or all a --max-model-len")
 
 
@@ -49,7 +49,7 @@ def read_model(
     served_model_names: Sequence[str] = (),
     generation_config: str = "vllm",
 ) -> Model:
-    """What a group of shards tells of itself."""
+    """What a replica tells of itself."""
     templates = _read_templates(files)
     return Model(
         generation_pb2.GetModelInfoResponse(

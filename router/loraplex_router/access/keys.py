@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from loraplex_protos.adapter_names import normal
 from loraplex_protos.errors import ForbiddenError, RateLimitedError, UnauthenticatedError, quote
-from loraplex_router.request import AdapterReference, MergedReference
+from loraplex_router.vocabulary.references import AdapterReference, MergedReference
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 

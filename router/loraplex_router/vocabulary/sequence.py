@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import NamedTuple, TypeAlias
 
-from loraplex_router.adapters.pool import Adapter
-from loraplex_router.grammar import Grammar
+from loraplex_router.vocabulary.adapter import Adapter
+from loraplex_router.vocabulary.grammar import Grammar
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,17 @@ class Detail:
     prompt_logprobs: bool = False
     prompt_top_logprobs: int = 0
     pool: bool = False  # the mean of the last hidden states, in place of tokens
+
+
+Alternatives: TypeAlias = tuple[tuple[int, float], ...]  # (token, logprob), best first
+
+
+class Sample(NamedTuple):
+    """A token as the shard answered it."""
+
+    token: int
+    logprob: float | None = None
+    alternatives: Alternatives = ()
 
 
 class FinishReason(Enum):
@@ -73,12 +85,12 @@ class Sequence:
     runs: int = 0  # how often it took a row
     prefix_hit: int = 0  # prompt tokens that the prefix cache spared at its first start
     finished: bool = False
-    losses: int = 0  # groups in a row that were lost while they computed the same part of it: see suspects.py
+    losses: int = 0  # replicas in a row that were lost while they computed the same part of it: see suspects.py
     lost_at: range = range(0)  # the positions of that part
     alone_until: int = 0  # the positions before this one are computed in plans without other sequences
 
     def restart(self, adapter: Adapter) -> None:
-        """Begins again on another group, from the tokens known here, with that group's copy of the adapter."""
+        """Begins again on another replica, from the tokens known here, with that replica's copy of the adapter."""
         self.adapter = adapter
         self.computed = self.in_flight = self.sent_blocks = self.cached_blocks = 0
         self.row, self.blocks, self.block_keys = None, [], []

@@ -22,9 +22,10 @@ from dataclasses import dataclass
 from itertools import islice
 from math import inf
 
-from loraplex_router.adapters.pool import Adapter, AdapterPool, SlotClaim
-from loraplex_router.blocks import BlockAllocator, next_key, root_key
-from loraplex_router.sequence import Chunk, Plan, Sequence
+from loraplex_router.engine.blocks import BlockAllocator, next_key, root_key
+from loraplex_router.engine.pool import AdapterPool, SlotClaim
+from loraplex_router.vocabulary.adapter import Adapter
+from loraplex_router.vocabulary.sequence import Chunk, Plan, Sequence
 
 MAX_STARTED = 2_000_000  # tokens of sequences that start in one plan, prefix included: what one message can hold
 TURN = 16  # sequences that an adapter may start on its slot while older ones wait for a slot
@@ -288,7 +289,7 @@ class Scheduler:
 
     def _enqueue(self, sequence: Sequence) -> None:
         queue = self._waiting.setdefault(sequence.adapter, deque())
-        if queue and queue[-1].number > sequence.number:  # it was preempted, or comes from another group
+        if queue and queue[-1].number > sequence.number:  # it was preempted, or comes from another replica
             queue.insert(bisect(queue, sequence.number, key=lambda waiting: waiting.number), sequence)
         else:
             queue.append(sequence)

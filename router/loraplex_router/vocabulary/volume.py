@@ -1,7 +1,7 @@
 """How much one call may make the router keep, over all of its prompts and answers."""
 
 from loraplex_protos.errors import FieldViolation, InvalidRequestError
-from loraplex_router.request import Request
+from loraplex_router.vocabulary.request import Request
 
 MAX_PROMPT_TOKENS = 2**22  # each one eight bytes for every answer to it
 MAX_LOGPROBS = 2**19  # alternatives included: with what is written of them some 200 bytes each

@@ -1,4 +1,4 @@
-"""Two real groups behind one router: affinity, one that stops, one that is killed, and one that comes later."""
+"""Two real replicas behind one router: affinity, one that stops, one that is killed, and one that comes later."""
 
 import asyncio
 import signal
@@ -29,43 +29,43 @@ def start(model: Path, adapters: Path, folder: Path, number: int) -> Shard:
     return Shard(f"--model={model}", f"--adapters={adapters}", f"--listen=unix:{folder}/{number}", *FLAGS)
 
 
-async def test_groups_come_and_go_and_no_request_is_lost(
+async def test_replicas_come_and_go_and_no_request_is_lost(
     router: Router, model: Path, adapters: Path, folder: Path, oracle: Oracle
 ):
-    # A router without groups is there, and says that it is not ready.
+    # A router without replicas is there, and says that it is not ready.
     assert router.health() == 503
-    with Client(router.address) as client, pytest.raises(UnavailableError, match="no group"):
+    with Client(router.address) as client, pytest.raises(UnavailableError, match="no replica"):
         client.generate("too early", max_new_tokens=1, timeout=60)
 
     first, second = start(model, adapters, folder, 0), start(model, adapters, folder, 1)
     with first, second:
-        router.wait_until("loraplex_groups", 2, seconds=120)
+        router.wait_until("loraplex_replicas", 2, seconds=120)
         assert router.health() == 200
         async with AsyncClient(router.address) as client:
-            await each_adapter_is_on_one_group(router, client)
-            await one_group_stops(router, client, first, oracle)
+            await each_adapter_is_on_one_replica(router, client)
+            await one_replica_stops(router, client, first, oracle)
             first = start(model, adapters, folder, 0)
             with first:
-                await asyncio.to_thread(router.wait_until, "loraplex_groups", 2, 120)
-                await one_group_hangs(router, client, second, oracle)
-                await one_group_is_killed(router, client, second, oracle)
+                await asyncio.to_thread(router.wait_until, "loraplex_replicas", 2, 120)
+                await one_replica_hangs(router, client, second, oracle)
+                await one_replica_is_killed(router, client, second, oracle)
         router.assert_nothing_is_held()
         assert router.terminate() == 0
 
 
-async def each_adapter_is_on_one_group(router: Router, client: AsyncClient) -> None:
+async def each_adapter_is_on_one_replica(router: Router, client: AsyncClient) -> None:
     names = "r1", "r4", "r8", "r16"
     for _ in range(3):
         await asyncio.gather(*(client.generate("Hi", adapter=name, max_new_tokens=4) for name in names))
-    assert router.metric('loraplex_adapters{tier="device"}') == len(names)  # over both groups
+    assert router.metric('loraplex_adapters{tier="device"}') == len(names)  # over both replicas
 
 
-async def one_group_stops(router: Router, client: AsyncClient, stopping: Shard, oracle: Oracle) -> None:
-    """SIGTERM: what runs there ends there, what comes goes to the other group, and the shard exits with 0."""
+async def one_replica_stops(router: Router, client: AsyncClient, stopping: Shard, oracle: Oracle) -> None:
+    """SIGTERM: what runs there ends there, what comes goes to the other replica, and the shard exits with 0."""
     streams = [client.stream(f"{i}", max_new_tokens=100, ignore_eos=True) for i in range(4)]
     pieces = [[await anext(stream)] for stream in streams]
     stopping.process.send_signal(signal.SIGTERM)
-    await asyncio.to_thread(router.wait_until, "loraplex_groups", 1)
+    await asyncio.to_thread(router.wait_until, "loraplex_replicas", 1)
     assert (await client.generate("meanwhile", adapter="r4", max_new_tokens=4)).text
     for number, (stream, seen) in enumerate(zip(streams, pieces, strict=True)):
         seen += [piece async for piece in stream]
@@ -75,8 +75,8 @@ async def one_group_stops(router: Router, client: AsyncClient, stopping: Shard, 
     assert await asyncio.to_thread(stopping.process.wait, 30) == 0
 
 
-async def one_group_hangs(router: Router, client: AsyncClient, stopped: Shard, oracle: Oracle) -> None:
-    """SIGSTOP: what ran there goes on in the other group. The shard is taken up again when it goes on."""
+async def one_replica_hangs(router: Router, client: AsyncClient, stopped: Shard, oracle: Oracle) -> None:
+    """SIGSTOP: what ran there goes on in the other replica. The shard is taken up again when it goes on."""
     streams = [client.stream(f"{i}", max_new_tokens=100, ignore_eos=True) for i in range(4)]
     pieces = [[await anext(stream)] for stream in streams]
     stopped.process.send_signal(signal.SIGSTOP)
@@ -84,14 +84,14 @@ async def one_group_hangs(router: Router, client: AsyncClient, stopped: Shard, o
         seen += [piece async for piece in stream]
         tokens = [token.id for piece in seen for token in piece.tokens]
         assert tokens == oracle.generate(byte_tokenizer().encode(f"{number}"), None, 100)[0]
-    await asyncio.to_thread(router.wait_until, 'loraplex_group_losses_total{reason="silent"}', 1)
+    await asyncio.to_thread(router.wait_until, 'loraplex_replica_losses_total{reason="silent"}', 1)
     assert (await client.generate("meanwhile", adapter="r4", max_new_tokens=4)).text
     stopped.process.send_signal(signal.SIGCONT)
-    await asyncio.to_thread(router.wait_until, "loraplex_groups", 2)
+    await asyncio.to_thread(router.wait_until, "loraplex_replicas", 2)
 
 
-async def one_group_is_killed(router: Router, client: AsyncClient, killed: Shard, oracle: Oracle) -> None:
-    """SIGKILL: what ran there goes on in the other group, from the token it had reached."""
+async def one_replica_is_killed(router: Router, client: AsyncClient, killed: Shard, oracle: Oracle) -> None:
+    """SIGKILL: what ran there goes on in the other replica, from the token it had reached."""
     names = [None, "r8"] * 2
     streams = [client.stream(f"{i}", adapter=name, max_new_tokens=100, ignore_eos=True) for i, name in enumerate(names)]
     pieces = [[await anext(stream)] for stream in streams]
@@ -100,4 +100,4 @@ async def one_group_is_killed(router: Router, client: AsyncClient, killed: Shard
         seen += [piece async for piece in stream]
         tokens = [token.id for piece in seen for token in piece.tokens]
         assert tokens == oracle.generate(byte_tokenizer().encode(f"{number}"), name, 100)[0]
-    assert router.metric("loraplex_groups") == 1
+    assert router.metric("loraplex_replicas") == 1

@@ -1,4 +1,4 @@
-"""`python -m bench.simulate_groups`: what adapter affinity saves, with many groups and adapters on one machine.
+"""`python -m bench.simulate_replicas`: what adapter affinity saves, with many replicas and adapters on one machine.
 
 The router's own placement, scheduling and adapter handling, over stand-in shards behind real gRPC. Adapters are asked
 for by a Zipf law; requests arrive at random times (Poisson). Round robin is the same router with another choice.
@@ -19,18 +19,18 @@ import typer
 from matplotlib.figure import Figure
 
 from bench.stand_in_shard import StandInServer, StandInShard, Timing
-from loraplex_router.adapters.administration import Administration
-from loraplex_router.adapters.references import Reference
+from loraplex_router.access.keys import Keys
 from loraplex_router.adapters.registry import AdapterRegistry
-from loraplex_router.connections import Connections
-from loraplex_router.group import Group
-from loraplex_router.groups import Groups
-from loraplex_router.keys import Keys
-from loraplex_router.request import AdapterReference, Request
+from loraplex_router.replicas.administration import Administration
+from loraplex_router.replicas.connections import Connections
+from loraplex_router.replicas.replica import Replica
+from loraplex_router.replicas.replicas import Replicas
 from loraplex_router.service import Service
 from loraplex_router.settings import RouterSettings
 from loraplex_router.telemetry.opening import open_telemetry
 from loraplex_router.telemetry.telemetry import Telemetry
+from loraplex_router.vocabulary.references import AdapterReference, Reference
+from loraplex_router.vocabulary.request import Request
 
 TIMING = Timing(step=0.02, stage=0.05, load=0.05)
 MAX_LATE = 0.2  # seconds; a machine that stalls for longer measures itself
@@ -38,10 +38,10 @@ MAX_LATE = 0.2  # seconds; a machine that stalls for longer measures itself
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    groups: int = 10
+    replicas: int = 10
     adapters: int = 5000
-    slots: int = 32  # on each group's device
-    host_mib: int = 200  # of each group, for adapters of 1 MiB
+    slots: int = 32  # on each replica's device
+    host_mib: int = 200  # of each replica, for adapters of 1 MiB
     requests_per_second: float = 60
     warm_up_seconds: float = 15
     seconds: float = 30
@@ -63,34 +63,34 @@ class Outcome:
         return statistics.quantiles(self.waits, n=100)[98]
 
 
-class RoundRobin(Groups):
-    """One group after the other, whatever they have."""
+class RoundRobin(Replicas):
+    """One replica after the other, whatever they have."""
 
     def __init__(self, telemetry: Telemetry, move_seconds: float) -> None:
         super().__init__(telemetry, move_seconds)
         self._turns = count()
 
-    def choose(self, reference: Reference | None, without: Iterable[Group] = ()) -> Group:
-        groups = sorted(self, key=lambda group: group.name)
-        return groups[next(self._turns) % len(groups)]
+    def choose(self, reference: Reference | None, without: Iterable[Replica] = ()) -> Replica:
+        replicas = sorted(self, key=lambda replica: replica.name)
+        return replicas[next(self._turns) % len(replicas)]
 
 
-async def simulate(kind: type[Groups], load: Load) -> Outcome:
+async def simulate(kind: type[Replicas], load: Load) -> Outcome:
     """Runs a load's requests on a router of their own."""
     async with AsyncExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
-        shards = [StandInShard(TIMING) for _ in range(load.groups)]
-        addresses = tuple(f"unix:{folder}/{number}" for number in range(load.groups))
+        shards = [StandInShard(TIMING) for _ in range(load.replicas)]
+        addresses = tuple(f"unix:{folder}/{number}" for number in range(load.replicas))
         for shard, address in zip(shards, addresses, strict=True):
             await stack.enter_async_context(StandInServer(shard, address))
         settings = RouterSettings(
             shards=addresses, max_adapters_on_device=load.slots, adapter_host_gib=load.host_mib / 1024
         )
         telemetry = stack.enter_context(open_telemetry(settings))
-        registry, groups = AdapterRegistry(), kind(telemetry, move_seconds=1)
-        service = Service(groups, Administration(registry, groups), Keys({}), 100_000, telemetry)
-        connections = asyncio.create_task(Connections(settings, groups, registry, service, telemetry).run())
-        while len(list(groups)) < load.groups:
+        registry, replicas = AdapterRegistry(), kind(telemetry, move_seconds=1)
+        service = Service(replicas, Administration(registry, replicas), Keys({}), 100_000, telemetry)
+        connections = asyncio.create_task(Connections(settings, replicas, registry, service.serve, telemetry).run())
+        while len(list(replicas)) < load.replicas:
             await asyncio.sleep(0.01)
         await _send(service, load, load.warm_up_seconds, seed=0)
         before = sum(shard.stages for shard in shards), sum(shard.loads for shard in shards)
@@ -152,7 +152,7 @@ def main(
 ) -> None:
     """Compare affinity with round robin."""
     load = Load(seconds=seconds)
-    kinds = {"affinity": Groups, "round robin": RoundRobin}
+    kinds = {"affinity": Replicas, "round robin": RoundRobin}
     outcomes = {name: asyncio.run(simulate(kind, load)) for name, kind in kinds.items()}
     for name, outcome in outcomes.items():
         in_place = f"{1 - outcome.loaded:.1%} on the device, {1 - outcome.staged:.1%} in host memory"

@@ -8,11 +8,12 @@ from itertools import islice
 from math import isfinite
 from typing import TypeAlias
 
-from loraplex_protos.adapter_names import RULE, is_name, normal
+from loraplex_protos.adapter_names import RULE, is_name
 from loraplex_protos.errors import FieldViolation, InvalidRequestError, quote
-from loraplex_router.grammar import Grammar
-from loraplex_router.sequence import Detail, Sampling
-from loraplex_router.text.chat import FIELD, Chat, RenderedChat
+from loraplex_router.vocabulary.chat import FIELD, Chat, RenderedChat
+from loraplex_router.vocabulary.grammar import Grammar
+from loraplex_router.vocabulary.references import AdapterReference, MergedReference
+from loraplex_router.vocabulary.sequence import Detail, Sampling
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 MAX_VIOLATIONS = 16  # told of one request
@@ -33,30 +34,6 @@ MAJORITY_SIGN_METHODS = ("total", "frequency")
 
 # Text, text that gets no special tokens, a conversation, or token ids.
 Prompt: TypeAlias = str | RenderedChat | Chat | tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterReference:
-    """How a request names an adapter. The registry turns it into content. Its id is in normal form."""
-
-    id: str
-    source: str = ""
-    revision: str = ""
-    token: str = field(default="", repr=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "id", normal(self.id))
-
-
-@dataclass(frozen=True, slots=True)
-class MergedReference:
-    """Several adapters, to be merged into one: see MergedAdapters in generation.proto."""
-
-    adapters: tuple[AdapterReference, ...]
-    weights: tuple[float, ...] = ()  # one per adapter; empty: 1 each
-    strategy: str = "linear"
-    density: float = 1.0
-    majority_sign_method: str = "total"
 
 
 @dataclass(frozen=True, slots=True)

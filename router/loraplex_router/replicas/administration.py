@@ -1,6 +1,6 @@
 """What operators ask for: which adapters are where, loaded ahead of their use, unloaded, or kept on the device.
 
-A listing speaks of an adapter once, whichever groups have it, and says what it is in each of them.
+A listing speaks of an adapter once, whichever replicas have it, and says what it is in each of them.
 """
 
 import asyncio
@@ -16,14 +16,13 @@ from loraplex_protos.errors import (
     UnavailableError,
     quote,
 )
-from loraplex_router.adapters.pool import Adapter
-from loraplex_router.adapters.references import ids_of
 from loraplex_router.adapters.registry import AdapterRegistry, Entry
-from loraplex_router.adapters.statuses import AdapterStatus, Residence, State, status_on_disk
-from loraplex_router.group import Group
-from loraplex_router.groups import Groups
-from loraplex_router.output import Generation
-from loraplex_router.request import AdapterReference
+from loraplex_router.engine.output import Generation
+from loraplex_router.replicas.replica import Replica
+from loraplex_router.replicas.replicas import Replicas
+from loraplex_router.replicas.statuses import AdapterStatus, Residence, State, status_on_disk
+from loraplex_router.vocabulary.adapter import Adapter
+from loraplex_router.vocabulary.references import AdapterReference, ids_of
 
 POLL_SECONDS = 0.02
 NAMES_KEPT = 20  # times as long as it took to list them, which takes a while if there are thousands
@@ -35,30 +34,30 @@ logger = logging.getLogger(__name__)
 class Administration:
     """Names an adapter by a reference or, as merged ones have none, by its digest."""
 
-    def __init__(self, registry: AdapterRegistry, groups: Groups) -> None:
+    def __init__(self, registry: AdapterRegistry, replicas: Replicas) -> None:
         self._registry = registry
-        self._groups = groups
+        self._replicas = replicas
         self._names = frozenset[str]()
         self._named_until = 0.0
         self._dropping: set[tuple[str, str]] = set()  # digests and ids that are forgotten once nothing needs them
-        self._pins: dict[str, AdapterReference] = {}  # by digest; outlives the group that holds the adapter
+        self._pins: dict[str, AdapterReference] = {}  # by digest; outlives the replica that holds the adapter
 
     async def list(self) -> list[AdapterStatus]:
         """The staged adapters under every name they were asked for, what is on its way, and the names in the adapter
-        directory. Raises UnavailableError while no group is there to say what is in it."""
+        directory. Raises UnavailableError while no replica is there to say what is in it."""
         entries = {entry: self._residences(entry.digest) for entry in self._registry}
         loaded = [self._status(entry, residences) for entry, residences in entries.items() if residences]
-        fetched = {reference for group in self._groups for reference in group.adapters.fetching()}
+        fetched = {reference for replica in self._replicas for reference in replica.adapters.fetching()}
         fetching = {
             AdapterStatus(reference.id, reference.source, reference.revision, "", State.FETCHING)
             for reference in fetched
             if isinstance(reference, AdapterReference) and not self._registry.digest(reference)
         }
         known = {status.id for status in (*loaded, *fetching) if status.source in ("", "local")}
-        group = next((group for group in self._groups if group.accepting), None)
-        if group is None:
-            raise UnavailableError("no group of shards is ready: try again later")
-        local = await group.shards.local_adapters()
+        replica = next((replica for replica in self._replicas if replica.accepting), None)
+        if replica is None:
+            raise UnavailableError("no replica is ready: try again later")
+        local = await replica.shards.local_adapters()
         on_disk: list[AdapterStatus] = []
         for start in range(0, len(local), AT_A_TIME):
             await asyncio.sleep(0)  # others have their turn
@@ -69,8 +68,8 @@ class Administration:
         return sorted(listed, key=lambda status: (status.id, status.source, status.revision))
 
     async def load(self, reference: AdapterReference) -> AdapterStatus:
-        """Reads the source again, whatever was known, and stages what is there now, on one group."""
-        await self._groups.choose(reference).adapters.read_again(reference)
+        """Reads the source again, whatever was known, and stages what is there now, on one replica."""
+        await self._replicas.choose(reference).adapters.read_again(reference)
         return self._status_of(reference)
 
     async def names(self) -> frozenset[str]:
@@ -85,7 +84,7 @@ class Administration:
         return self._names
 
     async def unload(self, name: AdapterReference | str, wait: bool) -> None:
-        """Forgets what its references were resolved to, and frees what it has on every group. Content that goes by
+        """Forgets what its references were resolved to, and frees what it has on every replica. Content that goes by
         another name as well stays, under that.
 
         With `wait`, what runs or waits with it goes to its end first. Raises AdapterNotFoundError if it is not loaded,
@@ -103,32 +102,32 @@ class Administration:
             await self._drop_name(digest, shared)
             return
         self._pins.pop(digest, None)
-        await asyncio.gather(*(group.adapters.unload(adapter) for group, adapter in holders))
+        await asyncio.gather(*(replica.adapters.unload(adapter) for replica, adapter in holders))
         if not self._residences(digest):
             self._registry.forget(digest)
 
     async def pin(self, name: AdapterReference | str) -> AdapterStatus:
-        """Brings it to the device of one group and keeps it there. Returns once it is there. What was named by its
-        reference is pinned on another group if that one is lost.
+        """Brings it to the device of one replica and keeps it there. Returns once it is there. What was named by its
+        reference is pinned on another replica if that one is lost.
 
-        Raises AdapterNotFoundError for a digest that is not loaded, AdapterPinsError if the group has as many pins as
+        Raises AdapterNotFoundError for a digest that is not loaded, AdapterPinsError if the replica has as many pins as
         it can.
         """
         if isinstance(name, AdapterReference):
-            group, adapter = await self._groups.place(name, None)
+            replica, adapter = await self._replicas.place(name, None)
         else:
             holders = [holder for holder in self._holders(name) if not holder[1].leaving]
             if not holders:
                 raise AdapterNotFoundError(f"adapter {_shown(name)} is not loaded")
-            group, adapter = max(holders, key=lambda holder: (holder[1].pinned, holder[1].ready))
-        if not group.pool.pin(adapter):
-            raise AdapterPinsError(f"{group.pool.slots - 1} adapters are pinned already; unpin one first")
+            replica, adapter = max(holders, key=lambda holder: (holder[1].pinned, holder[1].ready))
+        if not replica.pool.pin(adapter):
+            raise AdapterPinsError(f"{replica.pool.slots - 1} adapters are pinned already; unpin one first")
         if isinstance(name, AdapterReference):
             self._pins[adapter.digest] = name
-        group.engine.wake()
+        replica.engine.wake()
         while adapter.pinned and not adapter.ready:
-            if not group.accepting:
-                raise UnavailableError("the group of shards was lost")
+            if not replica.accepting:
+                raise UnavailableError("the replica was lost")
             await asyncio.sleep(POLL_SECONDS)
         return self._status_of(name)
 
@@ -136,12 +135,12 @@ class Administration:
         """Raises AdapterNotFoundError if it is not loaded."""
         digest = self._digest(name)
         self._pins.pop(digest, None)
-        for group, adapter in self._holders(digest):
-            group.pool.unpin(adapter)
+        for replica, adapter in self._holders(digest):
+            replica.pool.unpin(adapter)
         return self._status_of(name)
 
     async def restore_pins(self) -> None:
-        """Pins again what was pinned on a group that is gone."""
+        """Pins again what was pinned on a replica that is gone."""
         for digest, reference in list(self._pins.items()):
             if not any(adapter.pinned for _, adapter in self._holders(digest)):
                 try:
@@ -155,13 +154,13 @@ class Administration:
             raise AdapterNotFoundError(f"adapter {_shown(name)} is not loaded")
         return digest
 
-    def _holders(self, digest: str) -> Iterator[tuple[Group, Adapter]]:
-        for group in self._groups:
-            if adapter := group.pool.get(digest):
-                yield group, adapter
+    def _holders(self, digest: str) -> Iterator[tuple[Replica, Adapter]]:
+        for replica in self._replicas:
+            if adapter := replica.pool.get(digest):
+                yield replica, adapter
 
     def _residences(self, digest: str) -> tuple[Residence, ...]:
-        return tuple(Residence(group.name, adapter) for group, adapter in self._holders(digest))
+        return tuple(Residence(replica.name, adapter) for replica, adapter in self._holders(digest))
 
     def _status_of(self, name: AdapterReference | str) -> AdapterStatus:
         if isinstance(name, AdapterReference):
@@ -175,7 +174,7 @@ class Administration:
 
     def _asked_for(self, reference: AdapterReference) -> tuple[Generation, ...]:
         """What waits or runs and asked for it by that name."""
-        generations = (generation for group in self._groups for generation in group.engine.generations)
+        generations = (generation for replica in self._replicas for generation in replica.engine.generations)
         return tuple(each for each in generations if ids_of(each.reference) == (reference.id,))
 
     def _status(self, entry: Entry, residences: tuple[Residence, ...]) -> AdapterStatus:
@@ -196,10 +195,10 @@ class Administration:
             self._dropping.discard((digest, id))
         self._registry.forget(digest, id)
         pinned = self._pins.get(digest)
-        for group, adapter in self._holders(digest):
+        for replica, adapter in self._holders(digest):
             adapter.names.discard(id)
             if pinned is not None and pinned.id == id:
-                group.pool.unpin(adapter)
+                replica.pool.unpin(adapter)
         if pinned is not None and pinned.id == id:
             del self._pins[digest]
 

@@ -1,10 +1,36 @@
-"""What a reference is called inside: its key, which stands for all of it, and its name, which leaves out the token."""
+"""How requests name adapters, and what a reference is called inside: its key, which stands for all of it, and its name,
+which leaves out the token."""
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from typing import TypeAlias
 
-from loraplex_router.request import AdapterReference, MergedReference
+from loraplex_protos.adapter_names import normal
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterReference:
+    """How a request names an adapter. The registry turns it into content. Its id is in normal form."""
+
+    id: str
+    source: str = ""
+    revision: str = ""
+    token: str = field(default="", repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "id", normal(self.id))
+
+
+@dataclass(frozen=True, slots=True)
+class MergedReference:
+    """Several adapters, to be merged into one: see MergedAdapters in generation.proto."""
+
+    adapters: tuple[AdapterReference, ...]
+    weights: tuple[float, ...] = ()  # one per adapter; empty: 1 each
+    strategy: str = "linear"
+    density: float = 1.0
+    majority_sign_method: str = "total"
+
 
 Reference: TypeAlias = AdapterReference | MergedReference
 

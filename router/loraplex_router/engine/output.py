@@ -5,25 +5,13 @@ import time
 from array import array
 from collections.abc import AsyncIterator, Collection, Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeAlias
 
 from loraplex_protos.errors import LoraplexError
-from loraplex_router.adapters.pool import BASE_NAME, Adapter
-from loraplex_router.adapters.references import Reference, ids_of
-from loraplex_router.keys import Tenant
-from loraplex_router.sequence import FinishReason, Sequence
 from loraplex_router.text.detokenizer import Decoder, Detokenizer, own_length
 from loraplex_router.text.stops import Passed, StopMatcher
-
-Alternatives: TypeAlias = tuple[tuple[int, float], ...]  # (token, logprob), best first
-
-
-class Sample(NamedTuple):
-    """A token as the shard answered it."""
-
-    token: int
-    logprob: float | None = None
-    alternatives: Alternatives = ()
+from loraplex_router.vocabulary.adapter import BASE_NAME, Adapter
+from loraplex_router.vocabulary.references import Reference, ids_of
+from loraplex_router.vocabulary.sequence import Alternatives, FinishReason, Sample, Sequence
 
 
 @dataclass(slots=True)
@@ -206,12 +194,12 @@ class Generation:
         adapter: Adapter,
         arrived: float,
         validated: float,
-        tenant: Tenant,
+        tenant: str = "",
     ) -> None:
         self.request_id = request_id
         self.reference = reference  # to the adapter, as it was asked for
-        self.adapter = adapter  # as the group has it where the generation is
-        self.tenant = tenant  # whose request it is
+        self.adapter = adapter  # as the replica has it where the generation is
+        self.tenant = tenant  # the name of whoever sent it, for the log
         self.arrived = arrived  # when the request came in; like the next four on the clock of time.monotonic
         self.validated = validated  # when nothing but its adapter was missing
         self.queued = time.monotonic()
@@ -254,7 +242,7 @@ class Generation:
         return sum(output.num_logprobs for output in self.outputs)
 
     def restart(self, adapter: Adapter) -> None:
-        """Makes its sequences ready to go on from where they are, on another group."""
+        """Makes its sequences ready to go on from where they are, on another replica."""
         self.adapter = adapter
         for output in self.unfinished:
             output.sequence.restart(adapter)

@@ -1,8 +1,8 @@
-"""Whether the ranks of a group are alive, as far as their answers show. Pure policy: the clock is the caller's.
+"""Whether the ranks of a replica are alive, as far as their answers show. Pure policy: the clock is the caller's.
 
 Two things are waited for. A ping is answered by a rank's process at once, whatever it computes. A step may take as long
 as steps of its size or more took lately, several times over: one that does not end, on a GPU for example, shows in
-nothing else. A wait over half of what is plausible is suspicious, and one beyond it is the end of the group.
+nothing else. A wait over half of what is plausible is suspicious, and one beyond it is the end of the replica.
 """
 
 from collections import deque
@@ -22,7 +22,7 @@ LONGEST_TICK = 0.2  # a longer one means that the router itself stood still
 
 
 class SilentError(UnavailableError):
-    """A group does not answer any more."""
+    """A replica does not answer any more."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from loraplex_protos.errors import LoraplexError, UnauthenticatedError
-from loraplex_router.keys import Keys
-from loraplex_router.request import AdapterReference
+from loraplex_router.access.keys import Keys
+from loraplex_router.vocabulary.references import AdapterReference
 
 LONGEST = 512  # characters of what a caller named
 

@@ -1,6 +1,6 @@
-"""Where the groups of shards are: the addresses as they are set, and those that a DNS name has now.
+"""Where the replicas are: the addresses as they are set, and those that a DNS name has now.
 
-A group's other ranks, if only rank 0's address is given, listen on the ports that follow.
+A replica's other ranks, if only rank 0's address is given, listen on the ports that follow.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ Lookup: TypeAlias = Callable[[str, int], Awaitable[list[str]]]
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where the ranks of one group are reached."""
+    """Where the ranks of one replica are reached."""
 
     ranks: tuple[str, ...]  # HOST:PORT or unix:PATH; of all ranks, or of rank 0 alone
     server_name: str = ""  # what the ranks' certificates are for, if it is not in `ranks`
@@ -29,7 +29,7 @@ class Address:
         return self.ranks[0]
 
     def other_ranks(self, size: int) -> tuple[str, ...]:
-        """The addresses of ranks 1 and up in a group of this size."""
+        """The addresses of ranks 1 and up in a replica of this size."""
         if len(self.ranks) > 1 or size == 1 or self.ranks[0].startswith("unix:"):
             return self.ranks[1:]
         host, _, port = self.ranks[0].rpartition(":")
@@ -37,7 +37,7 @@ class Address:
 
 
 class Discovery:
-    """The groups' addresses. `targets` are lists of ranks, "A,B", or names to look up, "dns:///NAME:PORT"."""
+    """The replicas' addresses. `targets` are lists of ranks, "A,B", or names to look up, "dns:///NAME:PORT"."""
 
     def __init__(self, targets: Sequence[str], lookup: Lookup | None = None) -> None:
         names = [target.removeprefix(DNS) for target in targets if target.startswith(DNS)]
@@ -72,7 +72,7 @@ class Discovery:
 
 async def _look_up(host: str, port: int) -> list[str]:
     """The HOST:PORTs that a name has. Of a name with addresses of both families only IPv4's: they are the same
-    groups."""
+    replicas."""
     found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     by_family: dict[int, list[str]] = {socket.AF_INET: [], socket.AF_INET6: []}
     for family, _, _, _, (address, *_) in found:

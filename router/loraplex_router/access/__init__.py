@@ -1,0 +1,1 @@
+"""Who may do what: API keys, their tenants and limits, and the audit log."""

@@ -1,0 +1,229 @@
+"""The replicas behind this router: which of them a request goes to, and what becomes of it if that one is lost.
+
+A generation whose replica is lost goes on in another one, from the tokens that were known here: the router holds all
+that a client was promised. One that replicas are lost of is found out, and ended: see suspects.py. Knows nothing of how
+replicas are found or connected to.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+
+from loraplex_protos.errors import GenerationError, LoraplexError, UnavailableError
+from loraplex_router.engine.output import Generation
+from loraplex_router.engine.suspects import acquit
+from loraplex_router.replicas.observer import Observer
+from loraplex_router.replicas.placement import choose
+from loraplex_router.replicas.replica import Replica
+from loraplex_router.vocabulary.adapter import Adapter
+from loraplex_router.vocabulary.grammar import Grammar
+from loraplex_router.vocabulary.references import Reference, name_of
+
+RETRY_SECONDS = 0.1
+MOST_LOST = 3  # replicas that a request can lose while they stage its adapter or compile its grammar
+GIVEN_UP = "{} replicas were lost while they worked on this request, so it was ended: do not send it again"
+
+logger = logging.getLogger(__name__)
+
+
+class Replicas:
+    """All live replicas. `move_seconds` is how long a generation without a replica waits for one; requests that come
+    meanwhile wait as long."""
+
+    def __init__(self, observer: Observer, move_seconds: float) -> None:
+        self._observer = observer
+        self._move_seconds = move_seconds
+        self._replicas: dict[str, Replica] = {}  # by name
+        self._moving: dict[Generation, asyncio.Task[None]] = {}
+        self._last_lost: float | None = None  # since when no replica takes new sequences, by time.monotonic
+        self._changes = 0
+        self._change = asyncio.Event()  # set at the next one, which makes a new event
+        self.ready = asyncio.Event()  # while any replica takes new sequences
+
+    def __iter__(self) -> Iterator[Replica]:
+        return iter(self._replicas.values())
+
+    @property
+    def idle(self) -> bool:
+        return not self._moving and all(replica.engine.idle for replica in self)
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that are queued, or without a replica."""
+        moving = sum(len(generation.unfinished) for generation in self._moving)
+        return moving + sum(replica.scheduler.num_waiting for replica in self)
+
+    async def changed(self, since: int) -> int:
+        """How often replicas have come, gone or stopped taking sequences, as soon as it is not `since` any more."""
+        while self._changes == since:
+            await self._change.wait()
+        return self._changes
+
+    # ---- replicas come and go ----------------------------------------------------------------------------------
+
+    def add(self, replica: Replica) -> None:
+        self._replicas[replica.name] = replica
+        self._observer.watch(replica)
+        self._update()
+
+    def close(self, replica: Replica) -> None:
+        """Its shards want to stop: what it began goes on there, what waits goes elsewhere if there is an elsewhere."""
+        replica.stopping = True
+        self._take_nothing_new(replica)
+
+    def set_silent(self, name: str, silent: bool) -> None:
+        """Its shards have not answered for a while, or do again. Meanwhile it is as if they wanted to stop."""
+        if replica := self._replicas.get(name):
+            replica.silent = silent
+            if silent:
+                self._take_nothing_new(replica)
+            else:
+                self._update()
+
+    def _take_nothing_new(self, replica: Replica) -> None:
+        self._update()
+        if self.ready.is_set():
+            self._move_all(replica.engine.release(started=False))
+
+    def remove(self, replica: Replica) -> None:
+        """Its shards are gone."""
+        replica.stopping = True
+        del self._replicas[replica.name]
+        self._observer.forget(replica.name)
+        replica.adapters.close()
+        self._update()
+        guilty = replica.engine.loss(busy=replica.busy).accuse()
+        lost = replica.engine.release(started=True)
+        convicted = next((g for g in lost if any(output.sequence is guilty for output in g.outputs)), None)
+        if guilty and convicted:
+            logger.error("request %s is ended: %d replicas died of it", convicted.request_id, guilty.losses)
+            self._fail(convicted, GenerationError(GIVEN_UP.format(guilty.losses)))
+            self._acquit_all()
+            acquit(output.sequence for generation in lost for output in generation.outputs)
+        self._move_all(generation for generation in lost if generation is not convicted)
+
+    def _update(self) -> None:
+        if any(replica.accepting for replica in self):
+            self.ready.set()
+        elif self.ready.is_set():
+            self.ready.clear()
+            self._last_lost = time.monotonic()
+        self._changes += 1
+        self._change.set()
+        self._change = asyncio.Event()
+
+    # ---- requests --------------------------------------------------------------------------------------------
+
+    def choose(self, reference: Reference | None, without: Iterable[Replica] = ()) -> Replica:
+        """Where a request with this adapter goes. Raises UnavailableError if no replica takes any."""
+        replicas = [replica for replica in self if replica.accepting and replica not in without]
+        if not replicas:
+            raise UnavailableError("no replica is ready: try again later")
+        return self._replicas[choose(name_of(reference), [replica.candidate(reference) for replica in replicas]).name]
+
+    async def place(self, reference: Reference | None, grammar: Grammar | None) -> tuple[Replica, Adapter]:
+        """The replica for a request, with the adapter staged and the grammar compiled there. The caller must submit the
+        request before it awaits anything else.
+
+        Where the last replica was lost just now it waits for one, until what ran there waits no more. Raises
+        UnavailableError if no replica can take it, AdapterError with the reason if the adapter cannot be served,
+        InvalidRequestError if adapters cannot be merged or the grammar cannot be compiled.
+        """
+        began, lost = time.monotonic(), list[Replica]()
+        while True:
+            try:
+                return await self._place_now(reference, grammar, lost)
+            except UnavailableError:
+                since = began if self.ready.is_set() else self._last_lost
+                if since is None or since + self._move_seconds < time.monotonic():
+                    raise
+            with suppress(TimeoutError):
+                async with asyncio.timeout(since + self._move_seconds - time.monotonic()):
+                    await asyncio.sleep(RETRY_SECONDS)
+                    await self.ready.wait()
+
+    async def _place_now(
+        self, reference: Reference | None, grammar: Grammar | None, lost: list[Replica]
+    ) -> tuple[Replica, Adapter]:
+        """Adds to the replicas that were lost meanwhile: maybe because of the adapter or the grammar."""
+        while True:
+            replica = self.choose(reference, without=lost)
+            try:
+                with replica.expecting():
+                    if grammar is not None:
+                        await replica.shards.compile_grammar(grammar)
+                    adapter = await replica.adapters.resolve(reference)
+            except UnavailableError as error:
+                logger.warning("replica %s: %s", replica.name, error)
+                lost.append(replica)
+                if len(lost) == MOST_LOST:
+                    raise GenerationError(GIVEN_UP.format(len(lost))) from error
+                continue
+            if replica.accepting:
+                return replica, adapter
+
+    def cancel(self, generation: Generation) -> None:
+        """Ends what still runs of it; its blocks are free by the next step. Does nothing if it has ended."""
+        for replica in self:
+            replica.engine.cancel(generation)
+        if task := self._moving.pop(generation, None):
+            task.cancel()
+            generation.cancel()
+            self._observer.ended(generation)
+
+    def fail_all(self, error: LoraplexError) -> None:
+        """Ends everything that waits or runs."""
+        for replica in self:
+            for generation in replica.engine.release(started=True):
+                self._fail(generation, error)
+        for generation, task in list(self._moving.items()):
+            task.cancel()
+            self._fail(generation, error)
+        self._moving.clear()
+
+    # ---- from a lost replica to another ------------------------------------------------------------------------
+
+    def _move_all(self, generations: Iterable[Generation]) -> None:
+        for generation in generations:
+            self._moving[generation] = asyncio.create_task(self._move(generation))
+
+    def _acquit_all(self) -> None:
+        """What the replicas died of is found."""
+        running = [generation for replica in self for generation in replica.engine.generations]
+        for generation in (*running, *self._moving):
+            acquit(output.sequence for output in generation.outputs)
+
+    async def _move(self, generation: Generation) -> None:
+        try:
+            async with asyncio.timeout(self._move_seconds):
+                replica, adapter = await self._place_again(generation)
+        except TimeoutError:
+            self._fail(generation, UnavailableError("the shards were lost, and no others came in time"))
+        except LoraplexError as error:
+            self._fail(generation, error)
+        except Exception:
+            logger.exception("a request cannot be moved to another replica")
+            self._fail(generation, UnavailableError("the router failed; its log has the details"))
+        else:
+            generation.restart(adapter)
+            replica.engine.submit(generation)
+        del self._moving[generation]
+
+    async def _place_again(self, generation: Generation) -> tuple[Replica, Adapter]:
+        grammar, lost = generation.outputs[0].sequence.grammar, list[Replica]()
+        while True:
+            await self.ready.wait()
+            try:
+                replica, adapter = await self._place_now(generation.reference, grammar, lost)
+            except UnavailableError:
+                await asyncio.sleep(RETRY_SECONDS)
+                continue
+            if adapter.digest != generation.adapter.digest:
+                raise UnavailableError("the shards were lost, and the adapter's content is not what it was")
+            return replica, adapter
+
+    def _fail(self, generation: Generation, error: LoraplexError) -> None:
+        generation.fail(error)
+        self._observer.ended(generation)

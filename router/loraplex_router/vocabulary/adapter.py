@@ -1,0 +1,73 @@
+"""An adapter as the router knows it: what was staged, where it is, and who uses it."""
+
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+from loraplex_router.vocabulary.chat import AdapterTokenizer
+
+BASE_NAME = "base"  # of the base model, where adapters are shown
+
+
+class Nearness(IntEnum):
+    """How near an adapter is to a replica's device."""
+
+    ABSENT = 0
+    FETCHING = 1
+    HOST = 2
+    DEVICE = 3
+
+
+@dataclass(frozen=True, slots=True)
+class StagedAdapter:
+    """An adapter in the host memory of every rank."""
+
+    digest: str
+    source: str
+    revision: str
+    lora_rank: int
+    size_bytes: int  # over all ranks
+    tokenizer: AdapterTokenizer = field(default_factory=AdapterTokenizer)
+    warnings: tuple[str, ...] = ()  # what may be wrong with it though it is served
+
+
+@dataclass(frozen=True, slots=True)
+class LocalAdapter:
+    """A name in the adapter directory."""
+
+    id: str
+    fault: str = ""  # why it cannot be served; empty: nothing is wrong as far as can be seen
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(slots=True, eq=False)
+class Adapter:
+    """One adapter, by content. The base model is the adapter with the empty digest, always ready in slot 0."""
+
+    digest: str
+    lora_rank: int = 0
+    size_bytes: int = 0
+    names: set[str] = field(default_factory=set)  # the ids under which it was staged
+    tokenizer: AdapterTokenizer = field(default_factory=AdapterTokenizer)
+    warnings: tuple[str, ...] = ()  # what may be wrong with it though it is served
+    slot: int | None = None  # held from the start of its load to its eviction
+    ready: bool = False  # every rank has it in its slot
+    waiting: int = 0  # sequences in its queue
+    running: int = 0  # sequences that hold a row
+    plans: int = 0  # plans in flight that name its slot
+    merges: int = 0  # merges under way that it is a part of; they need it staged
+    turn: int = 0  # sequences it may still start before older ones of adapters without a slot; see the scheduler
+    loaded: float = 0.0  # when its slot was filled last, on the clock of time.monotonic
+    pinned: bool = False  # it keeps its slot, or is the next to get one
+    leaving: bool = False  # it is to be unloaded: takes no new sequences
+    requests: int = 0  # that wait or run
+    last_used: float = 0.0  # when a request last came or ended, in seconds since 1970; 0: never
+
+    @property
+    def in_use(self) -> bool:
+        return bool(self.running or self.plans)
+
+    @property
+    def needed(self) -> bool:
+        """Whether something would break if it left."""
+        loading = self.slot is not None and not self.ready
+        return bool(self.in_use or self.waiting or self.merges or loading)
