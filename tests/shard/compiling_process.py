@@ -19,7 +19,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from loraplex_shard.lora.weights.deltas import Delta, partition_adapter
-from loraplex_shard.ops.base import HeadNorms
+from loraplex_shard.ops.base import HeadNorms, Norm
 from loraplex_shard.ops.cuda.operations import CudaOperations
 from loraplex_shard.ops.quantized import quantize
 from loraplex_shard.shapes.batch import Segment
@@ -61,8 +61,8 @@ def compile_only(run: Callable[..., CompiledKernel]) -> Callable[..., CompiledKe
 
 def linears(dtype: torch.dtype) -> None:
     x, weight = random(0, 3, WIDTH, dtype=dtype)[:2], random(1, WIDTH, dtype=dtype)
-    CUDA.add_rms_norm(x, x, weight, 1e-5)
-    CUDA.silu_mul(x)
+    CUDA.add_norm(x, x, 1.0, Norm(weight.float(), None, 1e-5, centered=False))
+    CUDA.activate(x, "silu", gated=True)
     for bits in 8, 4:
         packed = CUDA.pack(quantize(random(1, WIDTH, WIDTH), bits))
         for tokens in TOKENS:
@@ -70,7 +70,7 @@ def linears(dtype: torch.dtype) -> None:
 
 
 def adapters(dtype: torch.dtype, form: torch.dtype) -> None:
-    parts = (LinearPart("p", WIDTH, slice(0, WIDTH)),)
+    parts = (LinearPart("p", WIDTH, (slice(0, WIDTH),)),)
     layout = LinearLayout("fused", 0, parts, WIDTH, slice(0, WIDTH))
     delta = Delta(random(0, 16, WIDTH), random(0, WIDTH, 16), 1.0)
     adapter = partition_adapter({"p": delta}, [layout], form).weights
@@ -83,7 +83,7 @@ def attend(dtype: torch.dtype, form: torch.dtype, heads: Heads, norm: bool) -> N
     batch, num_blocks = paged_batch([(600, 1), (30, 100)], 0)
     (layer,) = filled_cache(num_blocks, heads, form, 0).layers
     qkv, step = random(0, 101, heads.width, dtype=dtype), CUDA.prepare(batch)
-    norms = HeadNorms(random(1, heads.query + heads.kv, heads.dim, dtype=dtype), 1e-6) if norm else None
+    norms = HeadNorms(random(1, heads.query + heads.kv, heads.dim), 1e-6) if norm else None
     CUDA.rotate_and_write(qkv, heads, norms, angles(700, heads.dim), step, layer)
     CUDA.attention(qkv, heads, step, layer, random(2, heads.query) if norm else None)
 

@@ -18,8 +18,8 @@ from loraplex_shard.settings import Quantize
 from loraplex_shard.shapes.adapter import AdapterWeights, Expansion, LayerWeights
 from loraplex_shard.shapes.batch import Batch, Segment
 from loraplex_shard.shapes.layout import LinearLayout
+from tests.shard.families import MAX_MODEL_LEN
 
-MAX_MODEL_LEN = 64
 WHOLE = Group(0, 1)
 CPU = torch.device("cpu")
 
@@ -118,7 +118,7 @@ def adapter_for(layouts: tuple[LinearLayout, ...], dtype: torch.dtype = torch.fl
         shrinks, expansions, start, rank_start = [], [], 0, 0
         for part in layout.parts:
             shrink, expand = whole_delta(part.module, part.out_features, layout.in_features)
-            weight = expand[part.rows].T.to(dtype).contiguous()
+            weight = torch.cat([expand[run] for run in part.rows]).T.to(dtype).contiguous()
             stop, rank_stop = start + weight.shape[1], rank_start + len(shrink)
             expansions.append(Expansion(rank_start, rank_stop, start, stop, weight))
             shrinks.append(shrink[:, layout.columns])

@@ -29,20 +29,20 @@ def layouts(rank: int = 0, size: int = 1) -> tuple[LinearLayout, ...]:
     cut = []
     for layer in range(LAYERS):
         attention, mlp = f"model.layers.{layer}.self_attn", f"model.layers.{layer}.mlp"
-        q = LinearPart(f"{attention}.q_proj", query_features, query)
-        k = LinearPart(f"{attention}.k_proj", kv_features, kv)
-        v = LinearPart(f"{attention}.v_proj", kv_features, kv)
-        o = LinearPart(f"{attention}.o_proj", HIDDEN, inputs)
-        gate = LinearPart(f"{mlp}.gate_proj", INTERMEDIATE, units)
-        up = LinearPart(f"{mlp}.up_proj", INTERMEDIATE, units)
-        down = LinearPart(f"{mlp}.down_proj", HIDDEN, inputs)
+        q = LinearPart(f"{attention}.q_proj", query_features, (query,))
+        k = LinearPart(f"{attention}.k_proj", kv_features, (kv,))
+        v = LinearPart(f"{attention}.v_proj", kv_features, (kv,))
+        o = LinearPart(f"{attention}.o_proj", HIDDEN, (inputs,))
+        gate = LinearPart(f"{mlp}.gate_proj", INTERMEDIATE, (units,))
+        up = LinearPart(f"{mlp}.up_proj", INTERMEDIATE, (units,))
+        down = LinearPart(f"{mlp}.down_proj", HIDDEN, (inputs,))
         cut += [
             LinearLayout(f"layers.{layer}.qkv", 4 * layer + 0, (q, k, v), HIDDEN, inputs),
             LinearLayout(f"layers.{layer}.o", 4 * layer + 1, (o,), query_features, query),
             LinearLayout(f"layers.{layer}.gate_up", 4 * layer + 2, (gate, up), HIDDEN, inputs),
             LinearLayout(f"layers.{layer}.down", 4 * layer + 3, (down,), INTERMEDIATE, units),
         ]
-    return (*cut, LinearLayout("lm_head", 4 * LAYERS, (LinearPart("lm_head", VOCAB, words),), HIDDEN, inputs))
+    return (*cut, LinearLayout("lm_head", 4 * LAYERS, (LinearPart("lm_head", VOCAB, (words,)),), HIDDEN, inputs))
 
 
 class HeldTensors:
@@ -152,10 +152,10 @@ def _place(
 ) -> None:
     start = 0
     for part in layout.parts:
-        stop = start + part.rows.stop - part.rows.start
+        (rows,), stop = part.rows, start + part.width
         if e := expansions.get((start, stop)):
             delta = deltas.setdefault(part.module, torch.zeros(part.out_features, layout.in_features))
-            delta[part.rows, layout.columns] += (e.weight.T @ shrink[e.rank_start : e.rank_stop]).float()
+            delta[rows, layout.columns] += (e.weight.T @ shrink[e.rank_start : e.rank_stop]).float()
         start = stop
 
 

@@ -10,6 +10,7 @@ from transformers import LlamaConfig
 
 from loraplex_shard.kernels.library import Kernels, build
 from loraplex_shard.models.rope import rotary
+from loraplex_shard.models.spec import RotarySpec
 from loraplex_shard.ops.base import Rotary
 from loraplex_shard.ops.cpu.operations import CpuOperations
 from loraplex_shard.shapes.batch import Batch
@@ -80,7 +81,7 @@ def filled_cache(num_blocks: int, heads: Heads, dtype: torch.dtype, seed: int) -
 def angles(positions: int, dim: int, interleaved: bool = False) -> Rotary:
     """Those of models/rope.py."""
     config = LlamaConfig(hidden_size=dim, num_attention_heads=1)
-    return rotary(config, None, dim, interleaved, positions)
+    return rotary(config, RotarySpec(dim, interleaved), positions)
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, factor: float = 1.0) -> None:

@@ -14,7 +14,8 @@ pytestmark = pytest.mark.slow
 CAPABILITIES = "80", "90"
 SHARED_MEMORY = 99 << 10  # bytes that a program can have on all GPUs from compute capability 8.0 on
 KERNELS = {
-    "_add_rms_norm",
+    "_activate",
+    "_add_norm",
     "_attention",
     "_combine",
     "_expand",
@@ -22,7 +23,6 @@ KERNELS = {
     "_rotate_and_write",
     "_round",
     "_shrink",
-    "_silu_mul",
 }
 
 

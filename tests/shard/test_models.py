@@ -18,49 +18,36 @@ from transformers import (
 )
 
 from loraplex_shard.models import Decoder
-from tests.shard.decoders import MAX_MODEL_LEN, Sequences, load, load_reference, save_checkpoint
-
-VOCABULARY = 96
-SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 48,
-    "intermediate_size": 72,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": MAX_MODEL_LEN,
-    "eos_token_id": None,
-    "bos_token_id": None,
-}
+from tests.shard.decoders import Sequences, load, load_reference, save_checkpoint
+from tests.shard.families import FAMILIES, LONGROPE, MAX_MODEL_LEN, SIZES, VOCABULARY, rope
 
 
 def llama(**fields: Any) -> LlamaConfig:
     return LlamaConfig(**SIZES | fields)
 
 
-def rope(kind: str, **fields: Any) -> dict[str, Any]:
-    return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **fields}}
-
-
-FACTORS = {"short_factor": [1.0, 1.1, 1.3, 2.0], "long_factor": [1.0, 2.0, 3.0, 5.0]}
-VARIANTS: dict[str, PreTrainedConfig] = {
+VARIANTS: dict[str, PreTrainedConfig] = FAMILIES | {
     "llama": llama(),
     "llama, tied": llama(tie_word_embeddings=True),
     "llama, biases": llama(attention_bias=True, mlp_bias=True),
     "llama, wide heads": llama(head_dim=12),
     "llama, one KV head per head": llama(num_key_value_heads=6),
-    "llama, linear": llama(**rope("linear", factor=2.0)),
-    "llama, dynamic": llama(**rope("dynamic", factor=3.0), max_position_embeddings=16),
-    "llama, yarn": llama(**rope("yarn", factor=4.0, original_max_position_embeddings=16)),
+    "llama, linear": llama(rope_parameters=rope("linear", factor=2.0)),
+    "llama, dynamic": llama(rope_parameters=rope("dynamic", factor=3.0), max_position_embeddings=16),
+    "llama, yarn": llama(rope_parameters=rope("yarn", factor=4.0, original_max_position_embeddings=16)),
     "llama, yarn with its options": llama(
-        **rope("yarn", factor=4.0, original_max_position_embeddings=16, beta_fast=16.0, beta_slow=2.0, truncate=False)
+        rope_parameters=rope(
+            "yarn", factor=4.0, original_max_position_embeddings=16, beta_fast=16.0, beta_slow=2.0, truncate=False
+        )
     ),
-    "llama, longrope": llama(**rope("longrope", original_max_position_embeddings=16, **FACTORS)),
+    "llama, longrope": llama(rope_parameters=rope("longrope", original_max_position_embeddings=16, **LONGROPE)),
     "llama, longrope within the original length": llama(
-        **rope("longrope", original_max_position_embeddings=64, factor=2.0, **FACTORS)
+        rope_parameters=rope("longrope", original_max_position_embeddings=64, factor=2.0, **LONGROPE)
     ),
     "llama, llama3": llama(
-        **rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
+        rope_parameters=rope(
+            "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32
+        )
     ),
     "mistral": MistralConfig(**SIZES, sliding_window=None, head_dim=10),
     "mistral, sliding window": MistralConfig(**SIZES, sliding_window=7),
@@ -92,7 +79,7 @@ class Pair:
         Where RoPE depends on the length, transformers' choice for one pass is that for its last position. Ours is
         fixed: with dynamic that of its token-by-token decoding, with longrope that for the longest sequence served.
         """
-        if self.theirs.config.rope_parameters["rope_type"] == "dynamic":
+        if self.theirs.config.rope_parameters.get("rope_type") == "dynamic":
             return self._token_by_token(tokens)
         longest = tokens + [0] * (MAX_MODEL_LEN - len(tokens))  # what follows a token does not change its logits
         with torch.inference_mode():

@@ -1,15 +1,18 @@
 """Each operation's reference against a plain formula."""
 
 from types import ModuleType
+from typing import get_args
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.activations import ACT2FN
 from transformers.models.glm import modeling_glm
 from transformers.models.phi3 import modeling_phi3
 
-from loraplex_shard.ops.base import HeadNorms
+from loraplex_shard.ops.base import Activation, HeadNorms, Norm
 from loraplex_shard.ops.quantized import quantize, rounded_to_int8
 from loraplex_shard.ops.reference import ReferenceOperations
 from loraplex_shard.shapes.batch import Batch
@@ -101,20 +104,37 @@ def test_keys_and_values_land_where_the_indices_say_and_nowhere_else(dtype: torc
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_rms_norm_is_computed_in_float32(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("centered", [False, True])
+def test_norms_are_computed_in_float32(dtype: torch.dtype, centered: bool) -> None:
     x = (torch.randn(5, 64) * 300).to(dtype)  # its squares overflow float16
-    weight = torch.randn(64).to(dtype)
-    exact = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-5) * weight.float()
-    actual = OPS.rms_norm(x, weight, 1e-5)
-    assert actual.dtype == dtype
-    torch.testing.assert_close(actual.float(), exact, rtol=1e-2, atol=1e-3)
+    weight, bias = torch.randn(2, 64)
+    expected = (F.layer_norm if centered else F.rms_norm)(x.float(), (64,), weight, eps=1e-5)
+    for each in (None, bias):
+        actual = OPS.norm(x, Norm(weight, each, 1e-5, centered))
+        assert actual.dtype == dtype
+        torch.testing.assert_close(actual.float(), expected + (0 if each is None else each), rtol=1e-2, atol=1e-2)
 
 
-def test_add_rms_norm_leaves_the_sum_behind() -> None:
+def test_add_norm_leaves_the_sum_behind() -> None:
     hidden, delta, weight = torch.randn(3, 2, 8)
-    total = hidden + delta
-    assert OPS.add_rms_norm(hidden, delta, weight[0], 1e-6).equal(OPS.rms_norm(total, weight[0], 1e-6))
+    total, norm = hidden + 0.5 * delta, Norm(weight[0], None, 1e-6, centered=False)
+    assert OPS.add_norm(hidden, delta, 0.5, norm).equal(OPS.norm(total, norm))
     assert hidden.equal(total)
+
+
+@pytest.mark.parametrize("function", get_args(Activation))
+def test_activations_are_those_of_transformers(function: Activation) -> None:
+    x = torch.randn(3, 10) * 3
+    theirs = ACT2FN[{"gelu_tanh": "gelu_pytorch_tanh"}.get(function, function)]
+    torch.testing.assert_close(OPS.activate(x, function, gated=False), theirs(x))
+    torch.testing.assert_close(OPS.activate(x, function, gated=True), theirs(x[:, :5]) * x[:, 5:])
+
+
+def test_logits_are_scaled_and_capped_and_those_that_are_not_finite_told() -> None:
+    x = torch.tensor([[1.0, -30.0], [torch.inf, 0.0]])
+    logits, finite = OPS.upcast(x, 2.0, soft_cap=10.0)
+    torch.testing.assert_close(logits, 10 * torch.tanh(x * 2 / 10))
+    assert finite.tolist() == [True, False]
 
 
 @pytest.mark.parametrize("dim", [HEAD_DIM, HEAD_DIM // 2])
@@ -137,6 +157,18 @@ def test_queries_and_keys_are_normalized_and_rotated_as_transformers_does(
     assert qkv[:, 4 * HEAD_DIM :].equal(values)
 
 
+def test_queries_and_keys_are_normalized_over_all_heads_of_a_token() -> None:
+    batch, num_blocks = paged_batch([(7, 5)], seed=0)
+    heads = Heads(query=3, kv=1, dim=HEAD_DIM)
+    (cache,) = filled_cache(num_blocks, heads, torch.float32, 0).layers
+    qkv, weight = torch.randn(5, heads.width), torch.randn(4, HEAD_DIM)
+    query, key, _ = qkv.split((3 * HEAD_DIM, HEAD_DIM, HEAD_DIM), dim=1)
+    expected = F.rms_norm(query, (3 * HEAD_DIM,), weight[:3].flatten(), 1e-6), F.rms_norm(key, (HEAD_DIM,), weight[3])
+    squares = OPS.head_squares(qkv, heads, 1 / (3 * HEAD_DIM), 1 / HEAD_DIM)
+    OPS.rotate_and_write(qkv, heads, HeadNorms(weight, 1e-6, squares), None, OPS.prepare(batch), cache)
+    torch.testing.assert_close(qkv[:, : 4 * HEAD_DIM], torch.cat(expected, dim=1))
+
+
 def test_keys_that_are_rotated_already_are_written_as_they_are() -> None:
     batch, num_blocks = paged_batch([(7, 1)], seed=0)
     heads = Heads(query=3, kv=1, dim=HEAD_DIM, value_dim=5)
@@ -147,11 +179,6 @@ def test_keys_that_are_rotated_already_are_written_as_they_are() -> None:
     block, offset = divmod(int(batch.cache_indices), BLOCK_SIZE)
     written = torch.cat((cache.keys[block, 0, :, offset], cache.values[block, 0, offset]))
     assert qkv.equal(given) and written.equal(given[0, 3 * HEAD_DIM :])
-
-
-def test_silu_mul_gates_the_second_half_by_the_first() -> None:
-    gate, up = torch.randn(2, 3, 5)
-    torch.testing.assert_close(OPS.silu_mul(torch.cat((gate, up), dim=1)), gate * torch.sigmoid(gate) * up)
 
 
 @given(bits=st.sampled_from([8, 4]), rows=st.integers(1, 5), columns=st.integers(1, 150), offset=st.floats(-3, 3))

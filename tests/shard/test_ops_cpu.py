@@ -1,6 +1,8 @@
 """The CPU kernels compute what the reference computes, whatever the shapes, dtypes and instruction set."""
 
+from dataclasses import replace
 from math import inf, nan
+from typing import get_args
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 
 from loraplex_shard.kernels.library import INSTRUCTION_SETS, Kernels, build, instruction_sets
 from loraplex_shard.lora.weights.deltas import Delta, partition_adapter
-from loraplex_shard.ops.base import HeadNorms
+from loraplex_shard.ops.base import Activation, HeadNorms, Norm
 from loraplex_shard.ops.cpu.operations import CpuOperations
 from loraplex_shard.ops.quantized import quantize
 from loraplex_shard.ops.reference import ReferenceOperations
@@ -87,8 +89,9 @@ def test_an_embedding_is_the_rows_of_the_matrix(
     weight = quantize(matrix, form) if isinstance(form, int) else matrix.to(dtype)
     batch, _ = paged_batch([(0, 2 * rows)], seed=0)
     batch.token_ids.copy_(torch.arange(rows).flip(0).repeat(2))
-    actual = cpu.embedding(cpu.prepare(batch), cpu.pack(weight), dtype)
-    assert_close(actual, REFERENCE.embedding(REFERENCE.prepare(batch), REFERENCE.pack(weight), dtype))
+    for scale in (1.0, 5.0):
+        actual = cpu.embedding(cpu.prepare(batch), cpu.pack(weight), dtype, scale)
+        assert_close(actual, REFERENCE.embedding(REFERENCE.prepare(batch), REFERENCE.pack(weight), dtype, scale))
 
 
 def test_a_part_of_a_weight_is_those_rows_of_the_layer(cpu: CpuOperations) -> None:
@@ -101,17 +104,57 @@ def test_a_part_of_a_weight_is_those_rows_of_the_layer(cpu: CpuOperations) -> No
 
 
 @many
-@given(rows=st.integers(1, 9), n=st.integers(1, 100), dtype=dtypes, seed=st.integers(0, 99))
-def test_norms_and_the_gated_activation(cpu: CpuOperations, rows: int, n: int, dtype: torch.dtype, seed: int) -> None:
-    x, delta, weight = (random(seed + i, rows, n, dtype=dtype) * 3 for i in range(3))
-    assert_close(cpu.rms_norm(x, weight[0], 1e-5), REFERENCE.rms_norm(x, weight[0], 1e-5))
-    hidden, expected = x.clone(), x.clone()
-    assert_close(
-        cpu.add_rms_norm(hidden, delta, weight[0], 1e-5), REFERENCE.add_rms_norm(expected, delta, weight[0], 1e-5)
-    )
+@given(
+    rows=st.integers(1, 9),
+    n=st.integers(1, 100),
+    dtype=dtypes,
+    centered=st.booleans(),
+    bias=st.booleans(),
+    scale=st.sampled_from([1.0, 0.3]),
+    seed=st.integers(0, 99),
+)
+def test_norms(
+    cpu: CpuOperations,
+    rows: int,
+    n: int,
+    dtype: torch.dtype,
+    centered: bool,
+    bias: bool,
+    scale: float,
+    seed: int,
+) -> None:
+    x, delta = (random(seed + i, rows, n, dtype=dtype) * 3 for i in range(2))
+    norm = Norm(random(2, n), random(3, n) if bias else None, 1e-2, centered)
+    assert_close(cpu.norm(x, norm), REFERENCE.norm(x, norm))
+    hidden, sums, expected = x.clone(), x.clone(), x.clone()
+    assert_close(cpu.add_norm(hidden, delta, scale, norm), REFERENCE.add_norm(expected, delta, scale, norm))
+    cpu.add_(sums, delta, scale)
     assert_close(hidden, expected)
-    gate_up = torch.cat((x * 10, delta), dim=1)
-    assert_close(cpu.silu_mul(gate_up), REFERENCE.silu_mul(gate_up))
+    assert sums.equal(hidden)
+
+
+@many
+@given(
+    rows=st.integers(1, 9),
+    n=st.integers(1, 100),
+    function=st.sampled_from(get_args(Activation)),
+    gated=st.booleans(),
+    dtype=dtypes,
+    seed=st.integers(0, 99),
+)
+def test_activations(
+    cpu: CpuOperations, rows: int, n: int, function: Activation, gated: bool, dtype: torch.dtype, seed: int
+) -> None:
+    x = torch.cat((random(seed, rows, n, dtype=dtype) * 10, random(seed + 1, rows, n, dtype=dtype)), dim=1)
+    assert_close(cpu.activate(x, function, gated), REFERENCE.activate(x, function, gated))
+
+
+@many
+@given(heads=st.builds(Heads, st.integers(1, 9), st.integers(1, 9), st.integers(1, 40)), dtype=dtypes)
+def test_squares_of_heads(cpu: CpuOperations, heads: Heads, dtype: torch.dtype) -> None:
+    qkv = random(0, 3, heads.width, dtype=dtype)
+    actual, expected = (ops.head_squares(qkv, heads, 0.5, 0.1) for ops in (cpu, REFERENCE))
+    torch.testing.assert_close(actual, expected)
 
 
 @many
@@ -127,6 +170,9 @@ def test_widening_and_which_rows_are_finite(
     x = random(0, rows, n, dtype=dtype)
     if broken:
         x[broken[0] % rows, broken[1] % n] = broken[2]
+    capped, expected_capped = (ops.upcast(x, 3.0, soft_cap=2.0)[0] for ops in (cpu, REFERENCE))
+    if not broken:
+        assert_close(capped, expected_capped)
     (wide, finite), (expected, expected_finite) = cpu.upcast(x), REFERENCE.upcast(x)
     assert wide.dtype == torch.float32
     assert wide.nan_to_num(5).equal(expected.nan_to_num(5))
@@ -134,7 +180,10 @@ def test_widening_and_which_rows_are_finite(
 
 
 def test_a_large_negative_gate_closes_and_a_large_positive_one_opens(cpu: CpuOperations) -> None:
-    assert cpu.silu_mul(torch.tensor([[-1e4, 1e4, 2.0, 3.0]])).allclose(torch.tensor([[0.0, 3e4]]))
+    gates = torch.tensor([[-1e4, 1e4, 2.0, 3.0]])
+    for function in get_args(Activation):
+        expected = [0.0, 3e8 if function == "relu2" else 3e4]
+        assert cpu.activate(gates, function, gated=True).allclose(torch.tensor([expected]))
 
 
 chunks = st.lists(st.tuples(st.integers(0, 90), st.just(1) | st.integers(1, 40)), min_size=1, max_size=6)
@@ -227,7 +276,9 @@ def test_rotation_and_what_it_writes_to_the_cache(
     dtype = torch.float32 if form == torch.int8 else form
     batch, num_blocks = paged_batch(chunks, seed)
     qkv = random(seed, batch.starts[-1], heads.width, dtype=dtype)
-    norms = HeadNorms(random(1, heads.query + heads.kv, heads.dim, dtype=dtype), 1e-6) if norm else None
+    norms = HeadNorms(random(1, heads.query + heads.kv, heads.dim), 1e-6) if norm else None
+    if norms and seed % 2:
+        norms = replace(norms, squares=random(2, len(qkv), 2).square())
     rotary = None if rotary_dim == 0 else angles(150, rotary_dim or heads.dim, interleaved)
     results = []
     for ops in (cpu, REFERENCE):
@@ -258,7 +309,7 @@ def test_lora_deltas_of_mixed_ranks(
     seed: int,
 ) -> None:
     sizes = (200, 30, 17)
-    parts = tuple(LinearPart(f"p{i}", size, slice(0, size)) for i, size in enumerate(sizes))
+    parts = tuple(LinearPart(f"p{i}", size, (slice(0, size),)) for i, size in enumerate(sizes))
     layouts = [
         LinearLayout("other", 0, parts[:1], in_features, slice(0, in_features)),
         LinearLayout("fused", 1, parts, in_features, slice(0, in_features)),
@@ -291,7 +342,7 @@ def test_lora_deltas_of_mixed_ranks(
 
 @pytest.mark.parametrize("int8", [False, True])
 def test_a_row_of_a_run_that_is_not_finite_leaves_the_others_as_they_are(cpu: CpuOperations, int8: bool) -> None:
-    layout = LinearLayout("one", 0, (LinearPart("p", 40, slice(0, 40)),), 70, slice(0, 70))
+    layout = LinearLayout("one", 0, (LinearPart("p", 40, (slice(0, 40),)),), 70, slice(0, 70))
     deltas = {"p": Delta(random(1, 5, 70), random(2, 40, 5), 0.5)}
     adapter = partition_adapter(deltas, [layout], torch.int8 if int8 else torch.bfloat16).weights
     x, expected = random(3, 37, 70, dtype=torch.bfloat16), random(4, 37, 40, dtype=torch.bfloat16)

@@ -4,6 +4,7 @@ It cannot multiply bfloat16, so that products are tried in float16 and float32; 
 """
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig
 
 from loraplex_shard.lora.weights.deltas import Delta, partition_adapter
-from loraplex_shard.ops.base import HeadNorms
+from loraplex_shard.ops.base import Activation, HeadNorms, Norm
 from loraplex_shard.ops.cuda.operations import CudaOperations
 from loraplex_shard.ops.quantized import quantize
 from loraplex_shard.ops.reference import ReferenceOperations
@@ -31,15 +32,23 @@ few = settings(deadline=None, max_examples=6)
 
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.bfloat16])
 @pytest.mark.parametrize("n", [1, 100, 1300])
-def test_norms_and_the_gated_activation(n: int, dtype: torch.dtype) -> None:
-    hidden, delta, weight = random(0, 3, 4, n, dtype=dtype)
+@pytest.mark.parametrize("centered", [False, True])
+def test_norms(n: int, dtype: torch.dtype, centered: bool) -> None:
+    hidden, delta = random(0, 2, 4, n, dtype=dtype)
+    norm = Norm(random(1, n), random(2, n) if centered else None, 1e-2, centered)
     expected_hidden = hidden.clone()
-    expected = REFERENCE.add_rms_norm(expected_hidden, delta, weight[0], 1e-5)
-    assert_close(CUDA.add_rms_norm(hidden, delta, weight[0], 1e-5), expected)
+    assert_close(CUDA.norm(hidden, norm), REFERENCE.norm(hidden, norm))
+    assert_close(CUDA.add_norm(hidden, delta, 0.3, norm), REFERENCE.add_norm(expected_hidden, delta, 0.3, norm))
     assert_close(hidden, expected_hidden)
-    assert_close(CUDA.rms_norm(hidden, weight[0], 1e-5), REFERENCE.rms_norm(hidden, weight[0], 1e-5))
-    gate_up = random(1, 3, 2 * n, dtype=dtype)
-    assert_close(CUDA.silu_mul(gate_up), REFERENCE.silu_mul(gate_up))
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.bfloat16])
+@pytest.mark.parametrize("function", get_args(Activation))
+def test_activations(function: Activation, dtype: torch.dtype) -> None:
+    for n in (1, 1300):
+        x = random(1, 3, 2 * n, dtype=dtype) * 3
+        for gated in (True, False):
+            assert_close(CUDA.activate(x, function, gated), REFERENCE.activate(x, function, gated))
 
 
 @pytest.mark.parametrize("ops", [CUDA, REFERENCE], ids=["cuda", "reference"])
@@ -173,7 +182,10 @@ def test_rotation_and_what_it_writes_to_the_cache(
     dtype = torch.float32 if form == torch.int8 else form
     batch, num_blocks = paged_batch([(5, 1), (14, 3), (0, 2)], seed=0)
     qkv = random(0, batch.starts[-1], heads.width, dtype=dtype)
-    norms = HeadNorms(random(1, heads.query + heads.kv, heads.dim, dtype=dtype), 1e-6) if norm else None
+    squares = CUDA.head_squares(qkv, heads, 0.1, 0.2) if interleaved else None
+    if squares is not None:
+        torch.testing.assert_close(squares, REFERENCE.head_squares(qkv, heads, 0.1, 0.2))
+    norms = HeadNorms(random(1, heads.query + heads.kv, heads.dim), 1e-6, squares) if norm else None
     rotary = angles(20, rotary_dim, interleaved) if rotary_dim else None
     results = []
     for ops in (CUDA, REFERENCE):
@@ -204,7 +216,7 @@ def test_lora_deltas_of_mixed_ranks(
     sizes: tuple[int, ...],
     seed: int,
 ) -> None:
-    parts = tuple(LinearPart(f"p{i}", size, slice(0, size)) for i, size in enumerate(sizes))
+    parts = tuple(LinearPart(f"p{i}", size, (slice(0, size),)) for i, size in enumerate(sizes))
     layouts = [
         LinearLayout("other", 0, parts[:1], in_features, slice(0, in_features)),
         LinearLayout("fused", 1, parts, in_features, slice(0, in_features)),

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from transformers import LlamaConfig, PreTrainedConfig, Qwen3Config
+from transformers import Cohere2Config, LlamaConfig, Olmo2Config, Phi3Config, PreTrainedConfig, Qwen3Config
 
 from loraplex_shard.device.parallel import GroupSizeError, partition_evenly, partition_heads, partition_units
 from loraplex_shard.kernels.library import build, instruction_set
@@ -33,6 +33,9 @@ CHECKPOINTS: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True),
     "llama-tied": LlamaConfig(**SHAPE, tie_word_embeddings=True),
     "qwen3": Qwen3Config(**SHAPE, head_dim=6, attention_bias=True),
+    "olmo2": Olmo2Config(**SHAPE),  # norms over all ranks' heads
+    "phi3": Phi3Config(**SHAPE, pad_token_id=None),  # projections that are fused in the checkpoint
+    "cohere2": Cohere2Config(**SHAPE, sliding_window=4, pad_token_id=None, logit_scale=0.3),
 }
 
 

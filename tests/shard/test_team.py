@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from loraplex_shard.kernels.library import instruction_set
+from loraplex_shard.ops.base import Norm
 from loraplex_shard.ops.cpu.operations import CpuOperations
 from loraplex_shard.ops.quantized import quantize
 from loraplex_shard.shapes.heads import Heads
@@ -27,7 +28,7 @@ def quantized_linear(ops: CpuOperations, tokens: int) -> torch.Tensor:
 
 
 def norm(ops: CpuOperations) -> torch.Tensor:
-    return ops.rms_norm(random(0, 30, 300), random(1, 300), 1e-5)
+    return ops.norm(random(0, 30, 300), Norm(random(1, 300), None, 1e-5, centered=False))
 
 
 def attention(ops: CpuOperations) -> torch.Tensor:

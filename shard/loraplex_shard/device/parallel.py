@@ -111,6 +111,7 @@ class HeadPartition:
 
     query: slice
     kv: slice
+    kv_copies: int = 1  # ranks that hold the same KV heads
 
 
 def partition_evenly(total: int, rank: int, size: int) -> slice:
@@ -160,4 +161,5 @@ def partition_heads(heads: int, kv_heads: int, rank: int, size: int) -> HeadPart
     ranks = sharers[kv_head]
     query = partition_evenly(group, rank - ranks.start, ranks.stop - ranks.start)
     first = kv_head * group
-    return HeadPartition(slice(first + query.start, first + query.stop), slice(kv_head, kv_head + 1))
+    copies = ranks.stop - ranks.start
+    return HeadPartition(slice(first + query.start, first + query.stop), slice(kv_head, kv_head + 1), copies)

@@ -16,15 +16,20 @@ class _Linear(SourcedLayer):
         super().__init__(ops)
         self.layout = layout
         parts, columns = layout.parts, layout.columns
-        rows = sum(part.rows.stop - part.rows.start for part in parts)
+        rows = sum(part.width for part in parts)
         self.declare_matrix(
             (rows, columns.stop - columns.start),
-            *(Source(f"{p.module}.weight", (p.out_features, layout.in_features), p.rows, columns) for p in parts),
+            *(
+                Source(f"{part.module}.weight", (part.out_features, layout.in_features), rows_of_part, columns)
+                for part in parts
+                for rows_of_part in part.rows
+            ),
             least_bits=least_bits,
         )
         self.register_parameter("bias", None)
         if bias:
-            self.declare("bias", (rows,), *(Source(f"{p.module}.bias", (p.out_features,), p.rows) for p in parts))
+            biases = [Source(f"{p.module}.bias", (p.out_features,), part) for p in parts for part in p.rows]
+            self.declare("bias", (rows,), *biases)
 
 
 class ColumnLinear(_Linear):
@@ -39,7 +44,8 @@ class ColumnLinear(_Linear):
     def tie(self, weight: Weight) -> None:
         """Takes its rows of `weight` [out_features, in_features] as its own, without a copy."""
         (part,) = self.layout.parts
-        self.weight = weight.part(part.rows)
+        (rows,) = part.rows
+        self.weight = weight.part(rows)
 
 
 class RowLinear(_Linear):

@@ -1,50 +1,95 @@
-"""Normalization layers, whole on every rank."""
+"""Normalization layers, whole on every rank. Their parameters are float32 in every model."""
+
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
+from loraplex_shard.device.parallel import Group, HeadPartition
 from loraplex_shard.layers.sources import Source, SourcedLayer
-from loraplex_shard.ops.base import HeadNorms, Operations
+from loraplex_shard.ops.base import HeadNorms, Norm, Operations
+from loraplex_shard.shapes.heads import Heads
 
 
-class RmsNorm(SourcedLayer):
+@dataclass(frozen=True, slots=True)
+class NormSpec:
+    """How a model normalizes: over the root of the mean square or, if `centered`, as LayerNorm does."""
+
+    eps: float
+    centered: bool = False
+    bias: bool = False
+    plus: float = 0.0  # is added to each weight of the checkpoint
+
+
+class HiddenNorm(SourcedLayer):
+    """Of hidden states, once what a layer adds to them is added."""
+
     scale: nn.Parameter  # [hidden]
+    bias: nn.Parameter | None
 
-    def __init__(self, tensor: str, hidden_size: int, eps: float, ops: Operations) -> None:
+    def __init__(self, module: str, hidden_size: int, spec: NormSpec, delta_scale: float, ops: Operations) -> None:
+        """`delta_scale`: what deltas are multiplied by."""
         super().__init__(ops)
-        self.eps = eps
-        self.declare("scale", (hidden_size,), Source(tensor, (hidden_size,)))
+        self.spec, self.delta_scale, shape = spec, delta_scale, (hidden_size,)
+        self.declare("scale", shape, Source(f"{module}.weight", shape), dtype=torch.float32, plus=spec.plus)
+        self.register_parameter("bias", None)
+        if spec.bias:
+            self.declare("bias", shape, Source(f"{module}.bias", shape), dtype=torch.float32)
 
-    def forward(self, hidden: torch.Tensor, delta: torch.Tensor | None) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, delta: torch.Tensor | None = None) -> torch.Tensor:
         """Adds delta, if there is one, to hidden [tokens, hidden], in place; returns the norm of that."""
+        norm = Norm(self.scale, self.bias, self.spec.eps, self.spec.centered)
         if delta is None:
-            return self.ops.rms_norm(hidden, self.scale, self.eps)
-        return self.ops.add_rms_norm(hidden, delta, self.scale, self.eps)
+            return self.ops.norm(hidden, norm)
+        return self.ops.add_norm(hidden, delta, self.delta_scale, norm)
 
 
 class HeadNorm(SourcedLayer):
-    """The scales by which query and key heads are normalized, each head by itself."""
+    """Of each query and key head by itself."""
 
-    scale: nn.Parameter  # [heads + kv_heads, head_dim]: one row per head, so that one operation does both
+    scale: nn.Parameter  # [query + KV heads, dim]: one row per head, so that one operation does both
 
-    def __init__(
-        self,
-        query_tensor: str,
-        key_tensor: str,
-        heads: int,
-        kv_heads: int,
-        head_dim: int,
-        eps: float,
-        ops: Operations,
-    ) -> None:
+    def __init__(self, attention: str, heads: Heads, spec: NormSpec, ops: Operations) -> None:
         super().__init__(ops)
-        self.eps = eps
+        self.eps, shape = spec.eps, (heads.dim,)
         self.declare(
             "scale",
-            (heads + kv_heads, head_dim),
-            Source(query_tensor, (head_dim,), repeat=heads),
-            Source(key_tensor, (head_dim,), repeat=kv_heads),
+            (heads.query + heads.kv, heads.dim),
+            Source(f"{attention}.q_norm.weight", shape, repeat=heads.query),
+            Source(f"{attention}.k_norm.weight", shape, repeat=heads.kv),
+            dtype=torch.float32,
+            plus=spec.plus,
         )
 
-    def forward(self) -> HeadNorms:
+    def forward(self, qkv: torch.Tensor) -> HeadNorms:
         return HeadNorms(self.scale, self.eps)
+
+
+class WidthNorm(SourcedLayer):
+    """Of all query heads of a token together, and of all key heads, on whichever ranks they are."""
+
+    scale: nn.Parameter  # [query + KV heads, dim]
+
+    def __init__(
+        self, attention: str, whole: Heads, part: HeadPartition, spec: NormSpec, group: Group, ops: Operations
+    ) -> None:
+        """`whole`: the model's heads, of which `part` is this rank's."""
+        super().__init__(ops)
+        query, kv, dim = part.query, part.kv, whole.dim
+        self.eps, self.group = spec.eps, group
+        self.heads = replace(whole, query=query.stop - query.start, kv=kv.stop - kv.start)
+        # Ranks that hold the same keys count them once together.
+        self.means = 1 / (whole.query * dim), 1 / (whole.kv * dim * part.kv_copies)
+        self.declare(
+            "scale",
+            (self.heads.query + self.heads.kv, dim),
+            Source(f"{attention}.q_norm.weight", (whole.query * dim,), slice(query.start * dim, query.stop * dim)),
+            Source(f"{attention}.k_norm.weight", (whole.kv * dim,), slice(kv.start * dim, kv.stop * dim)),
+            dtype=torch.float32,
+            plus=spec.plus,
+        )
+
+    def forward(self, qkv: torch.Tensor) -> HeadNorms:
+        squares = self.ops.head_squares(qkv, self.heads, *self.means)
+        self.ops.all_reduce_(squares, self.group)
+        return HeadNorms(self.scale, self.eps, squares)

@@ -22,7 +22,16 @@ class Source:
     shape: tuple[int, ...]  # that the whole tensor must have
     rows: slice = field(default_factory=lambda: slice(None))
     columns: slice = field(default_factory=lambda: slice(None))
-    repeat: int | None = None  # how many equal rows a vector becomes
+    repeat: int | None = None  # how many equal rows a vector becomes; None: rows one after the other
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """One that a layer declared."""
+
+    sources: tuple[Source, ...]
+    dtype: torch.dtype | None  # None: the model's
+    plus: float  # is added to each number
 
 
 class TensorReader(Protocol):
@@ -50,13 +59,21 @@ class SourcedLayer(nn.Module):
     def __init__(self, ops: Operations) -> None:
         super().__init__()
         self.ops = ops
-        self.sources: dict[str, tuple[Source, ...]] = {}
+        self.declared: dict[str, Parameter] = {}
         self.matrix: tuple[Source, ...] = ()
 
-    def declare(self, name: str, shape: tuple[int, ...], *sources: Source) -> None:
-        """Registers parameter `name`, to be filled from `sources`."""
+    def declare(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        *sources: Source,
+        dtype: torch.dtype | None = None,
+        plus: float = 0.0,
+    ) -> None:
+        """Registers parameter `name`, to be filled from `sources`: of this dtype, or the model's; with `plus` added to
+        each number."""
         self.register_parameter(name, nn.Parameter(torch.empty(shape), requires_grad=False))
-        self.sources[name] = sources
+        self.declared[name] = Parameter(sources, dtype, plus)
 
     def declare_matrix(self, shape: tuple[int, int], *sources: Source, least_bits: int = 4) -> None:
         """Has `weight` made from `sources`, its rows, in the form that the layer's operation takes.
@@ -69,14 +86,15 @@ class SourcedLayer(nn.Module):
 
     @property
     def all_sources(self) -> tuple[Source, ...]:
-        return (*self.matrix, *(source for sources in self.sources.values() for source in sources))
+        return (*self.matrix, *(source for parameter in self.declared.values() for source in parameter.sources))
 
     def load(self, reader: TensorReader, target: Target) -> Iterator[str]:
         """Fills the parameters in their final form and place, tensor by tensor; yields each tensor's name."""
-        for name, sources in self.sources.items():
-            data = torch.empty(self.get_parameter(name).shape, dtype=target.dtype, device=target.device)
-            yield from _fill(data, reader, sources)
-            self.register_parameter(name, nn.Parameter(data, requires_grad=False))
+        for name, declared in self.declared.items():
+            shape, dtype = self.get_parameter(name).shape, declared.dtype or target.dtype
+            data = torch.empty(shape, dtype=dtype, device=target.device)
+            yield from _fill(data, reader, declared.sources)
+            self.register_parameter(name, nn.Parameter(data.add_(declared.plus), requires_grad=False))
         if self.matrix:
             yield from self._load_matrix(reader, target)
 
@@ -109,8 +127,8 @@ def _fill(data: torch.Tensor, reader: TensorReader, sources: tuple[Source, ...])
     row = 0
     for source in sources:
         piece = reader.read(source.tensor, source.rows, source.columns)
-        if source.repeat is not None:
-            piece = piece.expand(source.repeat, -1)
+        if piece.dim() < data.dim():
+            piece = piece.view(-1, data.shape[1]).expand(source.repeat or -1, -1)
         data[row : row + piece.shape[0]].copy_(piece)
         row += piece.shape[0]
         yield source.tensor

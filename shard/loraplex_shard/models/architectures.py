@@ -3,12 +3,42 @@
 A new architecture is one more function here, and a field in DecoderSpec for what is new about it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 from transformers import PreTrainedConfig
 
 from loraplex_shard.checkpoint.base import CheckpointError
-from loraplex_shard.models.spec import DecoderSpec
+from loraplex_shard.layers.norm import NormSpec
+from loraplex_shard.models.spec import DecoderSpec, Names, RotarySpec
+from loraplex_shard.ops.base import Activation
+
+# By transformers' names for them, of which some functions have several.
+ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+    "relu": "relu",
+    "relu2": "relu2",
+}
+NORMS_BEHIND = Names(
+    before_attention=None,
+    behind_attention="post_attention_layernorm",
+    before_mlp=None,
+    behind_mlp="post_feedforward_layernorm",
+)
+GEMMA_NORMS = Names(
+    behind_attention="post_attention_layernorm",
+    before_mlp="pre_feedforward_layernorm",
+    behind_mlp="post_feedforward_layernorm",
+)
+GLM = Names(gate_up=("mlp.gate_up_proj",))
+PHI = replace(GLM, qkv=("self_attn.qkv_proj",))
 
 
 def read_spec(architecture: str, config: PreTrainedConfig) -> DecoderSpec:
@@ -17,8 +47,6 @@ def read_spec(architecture: str, config: PreTrainedConfig) -> DecoderSpec:
     if read is None:
         served = ", ".join(sorted(_ARCHITECTURES))
         raise CheckpointError(f"architecture {architecture!r} is not served; these are: {served}")
-    if config.hidden_act not in ("silu", "swish"):  # one function's two names
-        raise CheckpointError(f"config.json: hidden_act {config.hidden_act!r} is not served, only 'silu'")
     spec = read(config)
     if spec.heads % spec.kv_heads:
         raise CheckpointError(
@@ -32,52 +60,220 @@ def _llama(config: PreTrainedConfig) -> DecoderSpec:
 
 
 def _mistral(config: PreTrainedConfig) -> DecoderSpec:
-    return _spec(config, windows=(config.sliding_window,) * config.num_hidden_layers)
+    return _spec(config)
 
 
 def _qwen2(config: PreTrainedConfig) -> DecoderSpec:
-    return _spec(config, qkv_bias=True, windows=_windows_by_layer_type(config))
+    return _spec(config, qkv_bias=True)
 
 
 def _qwen3(config: PreTrainedConfig) -> DecoderSpec:
+    return _spec(config, qkv_bias=config.attention_bias, o_bias=config.attention_bias, qk_norm="head")
+
+
+def _gemma(config: PreTrainedConfig, **fields: Any) -> DecoderSpec:
+    return _spec(
+        config,
+        qkv_bias=config.attention_bias,
+        o_bias=config.attention_bias,
+        norm=NormSpec(config.rms_norm_eps, plus=1.0),
+        embedding_scale=config.hidden_size**0.5,
+        **fields,
+    )
+
+
+def _gemma2(config: PreTrainedConfig, **fields: Any) -> DecoderSpec:
+    return _gemma(
+        config,
+        activation=_activation(config.hidden_activation),
+        attention_scale=config.query_pre_attn_scalar**-0.5,
+        attention_soft_cap=config.attn_logit_softcapping or 0.0,
+        logit_soft_cap=config.final_logit_softcapping or 0.0,
+        names=GEMMA_NORMS,
+        **fields,
+    )
+
+
+def _gemma3(config: PreTrainedConfig) -> DecoderSpec:
+    return _gemma2(config, qk_norm="head")
+
+
+def _phi3(config: PreTrainedConfig) -> DecoderSpec:
+    return _spec(config, names=PHI, partial=True)
+
+
+def _granite(config: PreTrainedConfig, **fields: Any) -> DecoderSpec:
+    return _spec(
+        config,
+        qkv_bias=config.attention_bias,
+        o_bias=config.attention_bias,
+        attention_scale=config.attention_multiplier,
+        embedding_scale=config.embedding_multiplier,
+        residual_scale=config.residual_multiplier,
+        logit_scale=1 / config.logits_scaling,
+        **fields,
+    )
+
+
+def _granite_dense(config: PreTrainedConfig) -> DecoderSpec:
+    return _granite(config, mlp_bias=config.mlp_bias)
+
+
+def _granite_hybrid(config: PreTrainedConfig) -> DecoderSpec:
+    """Granite 4's configuration, of those models that have neither experts nor state spaces."""
+    if config.num_local_experts:
+        raise CheckpointError(f"config.json: num_local_experts {config.num_local_experts} is not served, only 0")
+    return _granite(
+        config,
+        intermediate_size=config.shared_intermediate_size,
+        rotated=[config.position_embedding_type == "rope"] * config.num_hidden_layers,
+        names=Names(gate_up=("shared_mlp.input_linear",), down="shared_mlp.output_linear"),
+    )
+
+
+def _olmo2(config: PreTrainedConfig) -> DecoderSpec:
     bias = config.attention_bias
-    return _spec(config, qkv_bias=bias, o_bias=bias, qk_norm=True, windows=_windows_by_layer_type(config))
+    return _spec(config, qkv_bias=bias, o_bias=bias, qk_norm="width", names=NORMS_BEHIND)
+
+
+def _exaone4(config: PreTrainedConfig) -> DecoderSpec:
+    windows = _windows(config)
+    rotated = [config.sliding_window is None or window is not None for window in windows]
+    return _spec(config, qk_norm="head", rotated=rotated, names=NORMS_BEHIND)
+
+
+def _smollm3(config: PreTrainedConfig) -> DecoderSpec:
+    return _spec(
+        config,
+        qkv_bias=config.attention_bias,
+        o_bias=config.attention_bias,
+        mlp_bias=config.mlp_bias,
+        rotated=config.no_rope_layers,
+    )
+
+
+def _glm(config: PreTrainedConfig) -> DecoderSpec:
+    return _spec(config, qkv_bias=config.attention_bias, partial=True, interleaved=True, names=GLM)
+
+
+def _glm4(config: PreTrainedConfig) -> DecoderSpec:
+    names = replace(GLM, behind_attention="post_self_attn_layernorm", behind_mlp="post_mlp_layernorm")
+    return replace(_glm(config), names=names)
+
+
+def _cohere(config: PreTrainedConfig, **fields: Any) -> DecoderSpec:
+    if getattr(config, "use_qk_norm", False):
+        raise CheckpointError("config.json: use_qk_norm is not served")
+    return _spec(
+        config,
+        qkv_bias=config.attention_bias,
+        o_bias=config.attention_bias,
+        norm=NormSpec(config.layer_norm_eps, centered=True),
+        interleaved=True,
+        parallel=True,
+        logit_scale=config.logit_scale,
+        names=Names(before_mlp=None),
+        **fields,
+    )
+
+
+def _cohere2(config: PreTrainedConfig) -> DecoderSpec:
+    return _cohere(config, rotated=[window is not None for window in _windows(config)])
+
+
+def _starcoder2(config: PreTrainedConfig) -> DecoderSpec:
+    return _spec(
+        config,
+        qkv_bias=config.use_bias,
+        o_bias=config.use_bias,
+        mlp_bias=config.use_bias,
+        norm=NormSpec(config.norm_epsilon, centered=True, bias=True),
+        gated=False,
+        names=Names(gate_up=("mlp.c_fc",), down="mlp.c_proj"),
+    )
+
+
+def _seed_oss(config: PreTrainedConfig) -> DecoderSpec:
+    return _spec(config, qkv_bias=config.attention_bias, o_bias=config.attention_out_bias, mlp_bias=config.mlp_bias)
 
 
 def _spec(
     config: PreTrainedConfig,
     *,
-    qkv_bias: bool = False,
-    o_bias: bool = False,
-    mlp_bias: bool = False,
-    qk_norm: bool = False,
-    windows: tuple[int | None, ...] | None = None,
+    partial: bool = False,
+    interleaved: bool = False,
+    rotated: list[bool] | None = None,
+    **fields: Any,
 ) -> DecoderSpec:
-    return DecoderSpec(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        layers=config.num_hidden_layers,
-        heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-        norm_eps=config.rms_norm_eps,
-        tied=config.tie_word_embeddings,
-        qkv_bias=qkv_bias,
-        o_bias=o_bias,
-        mlp_bias=mlp_bias,
-        qk_norm=qk_norm,
-        windows=windows or (None,) * config.num_hidden_layers,
-    )
+    """What most configurations say alike; `fields` are DecoderSpec's, where a configuration says something else.
+
+    partial: the rotary embedding may turn a part of each head; rotated: which layers have one, if not all.
+    """
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    rotary = [_rotary(config, layer, head_dim, partial, interleaved) for layer in range(config.num_hidden_layers)]
+    if "norm" not in fields:
+        fields["norm"] = NormSpec(config.rms_norm_eps)
+    if "activation" not in fields:
+        fields["activation"] = _activation(config.hidden_act)
+    alike = {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "layers": config.num_hidden_layers,
+        "heads": config.num_attention_heads,
+        "kv_heads": config.num_key_value_heads,
+        "head_dim": head_dim,
+        "tied": config.tie_word_embeddings,
+        "windows": _windows(config),
+        "rotary": tuple(each if rotated is None or rotated[layer] else None for layer, each in enumerate(rotary)),
+    }
+    return DecoderSpec(**alike | fields)
 
 
-def _windows_by_layer_type(config: PreTrainedConfig) -> tuple[int | None, ...]:
-    return tuple(config.sliding_window if kind == "sliding_attention" else None for kind in config.layer_types)
+def _activation(name: str) -> Activation:
+    if name not in ACTIVATIONS:
+        raise CheckpointError(f"config.json: hidden_act {name!r} is not served; these are: {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
+
+def _windows(config: PreTrainedConfig) -> tuple[int | None, ...]:
+    """Of each layer: how many positions a token sees; None: all."""
+    window: int | None = getattr(config, "sliding_window", None)
+    types: Sequence[str] = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    if unknown := set(types) - {"full_attention", "sliding_attention"}:
+        raise CheckpointError(f"config.json: layer_types: {', '.join(sorted(unknown))} is not served")
+    return tuple(window if kind == "sliding_attention" else None for kind in types)
+
+
+def _rotary(config: PreTrainedConfig, layer: int, head_dim: int, partial: bool, interleaved: bool) -> RotarySpec:
+    parameters, layer_type = config.rope_parameters, None
+    if "rope_type" not in parameters:
+        layer_type = config.layer_types[layer]
+        parameters = parameters[layer_type]
+    dim = int(head_dim * parameters.get("partial_rotary_factor", 1.0)) if partial else head_dim
+    return RotarySpec(dim, interleaved, layer_type)
 
 
 _ARCHITECTURES: dict[str, Callable[[PreTrainedConfig], DecoderSpec]] = {
+    "Cohere2ForCausalLM": _cohere2,
+    "CohereForCausalLM": _cohere,
+    "Exaone4ForCausalLM": _exaone4,
+    "Gemma2ForCausalLM": _gemma2,
+    "Gemma3ForCausalLM": _gemma3,
+    "GemmaForCausalLM": _gemma,
+    "Glm4ForCausalLM": _glm4,
+    "GlmForCausalLM": _glm,
+    "GraniteForCausalLM": _granite_dense,
+    "GraniteMoeHybridForCausalLM": _granite_hybrid,
     "LlamaForCausalLM": _llama,
+    "MinistralForCausalLM": _mistral,
     "MistralForCausalLM": _mistral,
+    "Olmo2ForCausalLM": _olmo2,
+    "Olmo3ForCausalLM": _olmo2,
+    "Phi3ForCausalLM": _phi3,
     "Qwen2ForCausalLM": _qwen2,
     "Qwen3ForCausalLM": _qwen3,
+    "SeedOssForCausalLM": _seed_oss,
+    "SmolLM3ForCausalLM": _smollm3,
+    "Starcoder2ForCausalLM": _starcoder2,
 }

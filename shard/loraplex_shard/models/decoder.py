@@ -4,7 +4,8 @@ It says what is computed. How a layer is cut over ranks and what adapters add is
 computed on this device, the operations'.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -12,9 +13,9 @@ from torch import nn
 from loraplex_shard.device.parallel import Group
 from loraplex_shard.layers.embedding import Embedding
 from loraplex_shard.layers.linear import ColumnLinear, RowLinear
-from loraplex_shard.layers.norm import HeadNorm, RmsNorm
+from loraplex_shard.layers.norm import HeadNorm, HiddenNorm, WidthNorm
 from loraplex_shard.models.partition import DecoderPartition
-from loraplex_shard.models.spec import DecoderSpec
+from loraplex_shard.models.spec import DecoderSpec, RotarySpec
 from loraplex_shard.ops.base import Operations, Rotary, Step
 from loraplex_shard.shapes.batch import Batch, Segment
 from loraplex_shard.shapes.cache import KVCache, LayerCache
@@ -32,28 +33,39 @@ class Build:
     partition: DecoderPartition
     group: Group
     ops: Operations
-    rotary: Rotary
+    rotary: Mapping[RotarySpec, Rotary]
+
+    def norm(self, module: str) -> HiddenNorm:
+        return HiddenNorm(module, self.spec.hidden_size, self.spec.norm, self.spec.residual_scale, self.ops)
 
 
 class Attention(nn.Module):
     def __init__(self, index: int, build: Build) -> None:
         super().__init__()
         spec, partition, self.ops = build.spec, build.partition, build.ops
-        self.rotary = build.rotary
-        self.heads = Heads(partition.heads, partition.kv_heads, spec.head_dim, spec.windows[index])
+        whole = Heads(
+            query=spec.heads,
+            kv=spec.kv_heads,
+            dim=spec.head_dim,
+            window=spec.windows[index],
+            soft_cap=spec.attention_soft_cap,
+            scale=spec.attention_scale,
+        )
+        self.heads = replace(whole, query=partition.heads, kv=partition.kv_heads)
+        self.norm: HeadNorm | WidthNorm | None = None
+        prefix = f"model.layers.{index}.self_attn"
+        if spec.qk_norm == "head":
+            self.norm = HeadNorm(prefix, self.heads, spec.norm, self.ops)
+        elif spec.qk_norm == "width":
+            self.norm = WidthNorm(prefix, whole, partition.head_partition, spec.norm, build.group, self.ops)
+        rotary = spec.rotary[index]
+        self.rotary = None if rotary is None else build.rotary[rotary]
         self.qkv = ColumnLinear(partition.qkv(index), spec.qkv_bias, self.ops)
         self.o = RowLinear(partition.o(index), spec.o_bias, self.ops, build.group)
-        self.head_norm = None
-        if spec.qk_norm:
-            prefix = f"model.layers.{index}.self_attn"
-            names = f"{prefix}.q_norm.weight", f"{prefix}.k_norm.weight"
-            self.head_norm = HeadNorm(
-                *names, partition.heads, partition.kv_heads, spec.head_dim, spec.norm_eps, self.ops
-            )
 
     def forward(self, hidden: torch.Tensor, step: Step, cache: LayerCache) -> torch.Tensor:
         qkv = self.qkv(hidden, step)
-        norms = None if self.head_norm is None else self.head_norm()
+        norms = None if self.norm is None else self.norm(qkv)
         self.ops.rotate_and_write(qkv, self.heads, norms, self.rotary, step, cache)
         out: torch.Tensor = self.o(self.ops.attention(qkv, self.heads, step, cache), step)
         return out
@@ -62,29 +74,49 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
     def __init__(self, index: int, build: Build) -> None:
         super().__init__()
-        self.ops = build.ops
-        self.gate_up = ColumnLinear(build.partition.gate_up(index), build.spec.mlp_bias, self.ops)
-        self.down = RowLinear(build.partition.down(index), build.spec.mlp_bias, self.ops, build.group)
+        self.spec, self.ops = build.spec, build.ops
+        self.gate_up = ColumnLinear(build.partition.gate_up(index), self.spec.mlp_bias, self.ops)
+        self.down = RowLinear(build.partition.down(index), self.spec.mlp_bias, self.ops, build.group)
 
     def forward(self, hidden: torch.Tensor, step: Step) -> torch.Tensor:
-        out: torch.Tensor = self.down(self.ops.silu_mul(self.gate_up(hidden, step)), step)
+        active = self.ops.activate(self.gate_up(hidden, step), self.spec.activation, self.spec.gated)
+        out: torch.Tensor = self.down(active, step)
         return out
 
 
 class DecoderLayer(nn.Module):
     def __init__(self, index: int, build: Build) -> None:
         super().__init__()
-        spec, prefix = build.spec, f"model.layers.{index}"
-        self.attention_norm = RmsNorm(f"{prefix}.input_layernorm.weight", spec.hidden_size, spec.norm_eps, build.ops)
+        self.spec, self.ops, names = build.spec, build.ops, build.spec.names
+
+        def norm(module: str | None) -> HiddenNorm | None:
+            return None if module is None else build.norm(f"model.layers.{index}.{module}")
+
+        self.before_attention = norm(names.before_attention)
         self.attention = Attention(index, build)
-        self.mlp_norm = RmsNorm(f"{prefix}.post_attention_layernorm.weight", spec.hidden_size, spec.norm_eps, build.ops)
+        self.behind_attention = norm(names.behind_attention)
+        self.before_mlp = norm(names.before_mlp)
         self.mlp = Mlp(index, build)
+        self.behind_mlp = norm(names.behind_mlp)
 
     def forward(self, hidden: torch.Tensor, delta: torch.Tensor | None, step: Step, cache: LayerCache) -> torch.Tensor:
         """Adds delta and its own attention to hidden, in place. Returns what its MLP adds: the next layer's delta."""
-        delta = self.attention(self.attention_norm(hidden, delta), step, cache)
-        out: torch.Tensor = self.mlp(self.mlp_norm(hidden, delta), step)
-        return out
+        x = self._added(hidden, delta, self.before_attention)
+        delta = _normed(self.attention(x, step, cache), self.behind_attention)
+        if self.spec.parallel:
+            self._added(hidden, delta, None)
+        else:
+            x = self._added(hidden, delta, self.before_mlp)
+        return _normed(self.mlp(x, step), self.behind_mlp)
+
+    def _added(self, hidden: torch.Tensor, delta: torch.Tensor | None, norm: HiddenNorm | None) -> torch.Tensor:
+        """Adds delta to hidden; returns the norm of that, or hidden itself if there is none."""
+        if norm is not None:
+            normed: torch.Tensor = norm(hidden, delta)
+            return normed
+        if delta is not None:
+            self.ops.add_(hidden, delta, self.spec.residual_scale)
+        return hidden
 
 
 class Decoder(nn.Module):
@@ -95,21 +127,23 @@ class Decoder(nn.Module):
         spec: DecoderSpec,
         group: Group,
         ops: Operations,
-        rotary: Rotary,
+        rotary: Mapping[RotarySpec, Rotary],
+        device: torch.device,
         dtype: torch.dtype,
         embedding: str = EMBEDDING,
     ) -> None:
-        """`embedding` names the tensor that is the embedding."""
+        """`rotary` has the angles of each of the spec's; `embedding` names the tensor that is the embedding."""
         super().__init__()
         partition = DecoderPartition(spec, group.rank, group.size)
         self.vocab_size = spec.vocab_size
-        self.spec, self.group, self.ops, self.partition, self.dtype = spec, group, ops, partition, dtype
+        self.spec, self.group, self.ops, self.partition = spec, group, ops, partition
+        self.device, self.dtype = device, dtype
         build = Build(spec, partition, group, ops, rotary)
-        self.embedding = Embedding(embedding, spec.vocab_size, spec.hidden_size, ops)
+        scale = float(torch.tensor(spec.embedding_scale, dtype=dtype))  # as transformers rounds it
+        self.embedding = Embedding(embedding, spec.vocab_size, spec.hidden_size, scale, ops)
         self.layers = nn.ModuleList(DecoderLayer(index, build) for index in range(spec.layers))
-        self.norm = RmsNorm("model.norm.weight", spec.hidden_size, spec.norm_eps, ops)
+        self.norm = build.norm("model.norm")
         self.lm_head = ColumnLinear(partition.lm_head(), bias=False, ops=ops, least_bits=8)
-        self.device = rotary.cos.device
 
     @property
     def layouts(self) -> tuple[LinearLayout, ...]:
@@ -132,7 +166,7 @@ class Decoder(nn.Module):
         `segments` are runs of rows of `hidden`, for adapters that touch the lm head.
         """
         logits = self.group.gather(self.lm_head(hidden, segments), self.partition.lm_head_widths)
-        return None if logits is None else self.ops.upcast(logits)
+        return None if logits is None else self.ops.upcast(logits, self.spec.logit_scale, self.spec.logit_soft_cap)
 
     def new_cache(self, num_blocks: int, block_size: int, dtype: torch.dtype | None = None) -> KVCache:
         """An empty cache of this rank's KV heads, on the decoder's device; of its dtype, or of torch.int8."""
@@ -152,3 +186,7 @@ class Decoder(nn.Module):
             delta = layer(hidden, delta, step, layer_cache)
         normed: torch.Tensor = self.norm(hidden, delta)
         return normed
+
+
+def _normed(out: torch.Tensor, norm: HiddenNorm | None) -> torch.Tensor:
+    return out if norm is None else norm(out)

@@ -44,9 +44,11 @@ def load_decoder(
         spec = replace(spec, tied=False)
     # Which of two tied tensors a checkpoint holds is up to whoever saved it.
     embedding = HEAD if spec.tied and EMBEDDING not in checkpoint.names else EMBEDDING
-    angles = rotary(checkpoint.config, None, spec.head_dim, False, max_model_len)
+    tables = {
+        each: rotary(checkpoint.config, each, max_model_len).to(target.device) for each in set(spec.rotary) if each
+    }
     with init_empty_weights(include_buffers=False):
-        decoder = Decoder(spec, group, ops, angles.to(target.device), target.dtype, embedding)
+        decoder = Decoder(spec, group, ops, tables, target.device, target.dtype, embedding)
     layers = [module for module in decoder.modules() if isinstance(module, SourcedLayer)]
     if spec.tied:
         layers.remove(decoder.lm_head)

@@ -1,11 +1,39 @@
 """What the decoder needs to know of a model: its architecture as data."""
 
 from dataclasses import dataclass
+from typing import Literal
+
+from loraplex_shard.layers.norm import NormSpec
+from loraplex_shard.ops.base import Activation
+
+
+@dataclass(frozen=True, slots=True)
+class RotarySpec:
+    """A rotary embedding, one of those that the configuration describes."""
+
+    dim: int  # how many of a head's dimensions turn
+    interleaved: bool = False  # pairs are neighbours, else halves
+    layer_type: str | None = None  # of the layers that it is for, where the configuration tells types apart
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """What a checkpoint calls a layer's modules, below model.layers.N. One name in place of several: it holds the
+    projections one after the other. None: there is no such norm."""
+
+    qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    o: str = "self_attn.o_proj"
+    gate_up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+    down: str = "mlp.down_proj"
+    before_attention: str | None = "input_layernorm"
+    behind_attention: str | None = None
+    before_mlp: str | None = "post_attention_layernorm"
+    behind_mlp: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class DecoderSpec:
-    """A pre-norm decoder with RoPE, grouped-query attention and a SiLU-gated MLP. Sizes are the whole model's."""
+    """A decoder with grouped-query attention and an MLP. Sizes are the whole model's."""
 
     vocab_size: int
     hidden_size: int
@@ -14,10 +42,21 @@ class DecoderSpec:
     heads: int
     kv_heads: int
     head_dim: int
-    norm_eps: float
+    norm: NormSpec
     tied: bool  # the lm head is the embedding
-    qkv_bias: bool
-    o_bias: bool
-    mlp_bias: bool
-    qk_norm: bool  # RMS norm of each query and key head before RoPE
     windows: tuple[int | None, ...]  # per layer: how many positions a token sees, itself included; None: all
+    rotary: tuple[RotarySpec | None, ...]  # per layer; None: queries and keys are not rotated
+    qkv_bias: bool = False
+    o_bias: bool = False
+    qk_norm: Literal["head", "width"] | None = None  # before they are rotated: each head by itself, or all together
+    attention_scale: float = 0.0  # of scores; 0: 1 / sqrt(head_dim)
+    attention_soft_cap: float = 0.0  # 0: none
+    activation: Activation = "silu"
+    gated: bool = True
+    mlp_bias: bool = False
+    parallel: bool = False  # the MLP reads what attention reads
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0  # of what attention and MLP add
+    logit_scale: float = 1.0
+    logit_soft_cap: float = 0.0  # 0: none
+    names: Names = Names()

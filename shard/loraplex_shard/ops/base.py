@@ -3,7 +3,7 @@ does not. `reference.py` says in plain torch what each of them computes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -14,13 +14,28 @@ from loraplex_shard.shapes.cache import KVCache, LayerCache
 from loraplex_shard.shapes.heads import Heads
 from loraplex_shard.shapes.layout import LinearLayout
 
+# What the functions between an MLP's layers are called here; kernels know them by their places in this list.
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "quick_gelu"]
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """x over the root of its mean square (arXiv 1910.07467), times weight, plus bias. Of centered ones, the mean is
+    subtracted first (arXiv 1607.06450)."""
+
+    weight: torch.Tensor  # [n] float32
+    bias: torch.Tensor | None  # [n] float32
+    eps: float
+    centered: bool
+
 
 @dataclass(frozen=True, slots=True)
 class HeadNorms:
-    """RMS norm of each query and key head before it is rotated."""
+    """RMS norm of queries and keys before they are rotated: of each head by itself, or over all heads of a token."""
 
-    weight: torch.Tensor  # [query + kv heads, dim]
+    weight: torch.Tensor  # [query + kv heads, dim] float32
     eps: float
+    squares: torch.Tensor | None = None  # [tokens, 2] float32, over all heads: mean square of queries, and of keys
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +79,8 @@ class Operations(Protocol):
         """
         ...
 
-    def embedding(self, step: Step, weight: Weight, dtype: torch.dtype) -> torch.Tensor:
-        """The weight's rows for the step's tokens: [tokens, columns], of the model's dtype."""
+    def embedding(self, step: Step, weight: Weight, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
+        """The weight's rows for the step's tokens, times scale: [tokens, columns], of the model's dtype."""
         ...
 
     def linear(self, x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -88,20 +103,32 @@ class Operations(Protocol):
         """Replaces `tensor` by its sum over the group's ranks. Raises once a rank is lost, as the group does."""
         ...
 
-    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """x [tokens, n] over the root of its last dimension's mean square, times weight [n] (arXiv 1910.07467)."""
+    def norm(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
+        """x [tokens, n], normalized in float32."""
         ...
 
-    def add_rms_norm(self, hidden: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """Adds delta to hidden, in place, and returns hidden's rms_norm."""
+    def add_norm(self, hidden: torch.Tensor, delta: torch.Tensor, scale: float, norm: Norm) -> torch.Tensor:
+        """Adds scale * delta to hidden, in place, and returns the norm of that."""
         ...
 
-    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """silu(gate) * up (arXiv 2002.05202): gate_up [tokens, 2 * n] holds the two side by side -> [tokens, n]."""
+    def add_(self, hidden: torch.Tensor, delta: torch.Tensor, scale: float) -> None:
+        """Adds scale * delta to hidden [tokens, n]."""
         ...
 
-    def upcast(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """x [rows, n] in float32, and whether all numbers of a row are finite: [rows] bool."""
+    def activate(self, x: torch.Tensor, function: Activation, gated: bool) -> torch.Tensor:
+        """The function of x [tokens, n]. Gated: of the first half of each row, times the second (arXiv 2002.05202)."""
+        ...
+
+    def upcast(self, x: torch.Tensor, scale: float = 1.0, soft_cap: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+        """x [rows, n] times scale in float32, and whether all numbers of a row are finite: [rows] bool.
+
+        With a soft cap they become soft_cap * tanh(number / soft_cap).
+        """
+        ...
+
+    def head_squares(self, qkv: torch.Tensor, heads: Heads, query: float, key: float) -> torch.Tensor:
+        """The sum of squares of each token's query heads, times `query`, and of its key heads, times `key`: [tokens, 2]
+        float32."""
         ...
 
     def rotate_and_write(

@@ -2,18 +2,28 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 
 from loraplex_shard.device.parallel import Group
-from loraplex_shard.ops.base import HeadNorms, Rotary, Runs
+from loraplex_shard.ops.base import Activation, HeadNorms, Norm, Rotary, Runs
 from loraplex_shard.ops.quantized import QuantizedMatrix, rounded_to_int8, to_integers
 from loraplex_shard.shapes.batch import Batch
 from loraplex_shard.shapes.cache import KVCache, LayerCache
 from loraplex_shard.shapes.heads import Heads
 from loraplex_shard.shapes.layout import LinearLayout
+
+FUNCTIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +58,10 @@ class ReferenceOperations:
     def forward(self, step: ReferenceStep, cache: KVCache, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
         return compute()
 
-    def embedding(self, step: ReferenceStep, weight: ReferenceWeight, dtype: torch.dtype) -> torch.Tensor:
-        return F.embedding(step.batch.token_ids, weight.matrix).to(dtype)
+    def embedding(
+        self, step: ReferenceStep, weight: ReferenceWeight, dtype: torch.dtype, scale: float = 1.0
+    ) -> torch.Tensor:
+        return F.embedding(step.batch.token_ids, weight.matrix).to(dtype) * scale
 
     def linear(self, x: torch.Tensor, weight: ReferenceWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
         if weight.group is None:
@@ -75,19 +87,34 @@ class ReferenceOperations:
     def all_reduce_(self, tensor: torch.Tensor, group: Group) -> None:
         group.all_reduce_(tensor)
 
-    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        return F.rms_norm(x, (x.shape[-1],), weight, eps)
-
-    def add_rms_norm(self, hidden: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        return self.rms_norm(hidden.add_(delta), weight, eps)
-
-    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
-
-    def upcast(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def norm(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
         wide = x.float()
-        return wide, wide.sum(-1).isfinite()  # of float16, a sum of large logits would not be
+        if norm.centered:
+            wide = wide - wide.mean(-1, keepdim=True)
+        normed = wide * (wide.square().mean(-1, keepdim=True) + norm.eps).rsqrt() * norm.weight
+        return (normed if norm.bias is None else normed + norm.bias).to(x.dtype)
+
+    def add_norm(self, hidden: torch.Tensor, delta: torch.Tensor, scale: float, norm: Norm) -> torch.Tensor:
+        return self.norm(hidden.add_(delta, alpha=scale), norm)
+
+    def add_(self, hidden: torch.Tensor, delta: torch.Tensor, scale: float) -> None:
+        hidden.add_(delta, alpha=scale)
+
+    def activate(self, x: torch.Tensor, function: Activation, gated: bool) -> torch.Tensor:
+        if not gated:
+            return FUNCTIONS[function](x)
+        gate, up = x.chunk(2, dim=-1)
+        return FUNCTIONS[function](gate).mul_(up)
+
+    def upcast(self, x: torch.Tensor, scale: float = 1.0, soft_cap: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+        wide = x.float() * scale
+        finite = wide.sum(-1).isfinite()  # of float16, a sum of large logits would not be
+        return (soft_cap * (wide / soft_cap).tanh() if soft_cap else wide), finite
+
+    def head_squares(self, qkv: torch.Tensor, heads: Heads, query: float, key: float) -> torch.Tensor:
+        keys = heads.query * heads.dim
+        parts = (qkv[:, :keys], query), (qkv[:, keys : keys + heads.kv * heads.dim], key)
+        return torch.stack([part.float().square().sum(1) * scale for part, scale in parts], dim=1)
 
     def rotate_and_write(
         self,
@@ -102,7 +129,11 @@ class ReferenceOperations:
         query_key = qkv[:, :values_start].view(len(qkv), -1, heads.dim)
         value = qkv[:, values_start:].view(len(qkv), -1, heads.value_dim)
         if norms is not None:
-            query_key.copy_(F.rms_norm(query_key, (heads.dim,), eps=norms.eps).mul_(norms.weight))
+            if norms.squares is None:
+                squares = query_key.float().square().mean(-1)
+            else:
+                squares = norms.squares.repeat_interleave(torch.tensor((heads.query, heads.kv)), dim=1)
+            query_key.copy_(query_key.float() * (squares[..., None] + norms.eps).rsqrt() * norms.weight)
         if rotary is not None:
             rotated = query_key[:, :, : rotary.cos.shape[1]]
             cos, sin = (angles[step.batch.positions, None] for angles in (rotary.cos, rotary.sin))

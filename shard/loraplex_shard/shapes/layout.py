@@ -6,16 +6,21 @@ from math import gcd
 
 @dataclass(frozen=True, slots=True)
 class LinearPart:
-    """One projection of a fused linear layer."""
+    """One module of a checkpoint, which is a linear layer or a part of one."""
 
     module: str  # its name in the checkpoint and in PEFT, for example "model.layers.3.self_attn.q_proj"
     out_features: int  # of the whole model
-    rows: slice  # which of them this rank computes
+    rows: tuple[slice, ...]  # which of them this rank computes: several runs, if checkpoints fuse projections into it
+
+    @property
+    def width(self) -> int:
+        """How many outputs this rank computes."""
+        return sum(run.stop - run.start for run in self.rows)
 
 
 @dataclass(frozen=True, slots=True)
 class LinearLayout:
-    """A linear layer, possibly several projections of one input fused into one (q, k and v; gate and up).
+    """A linear layer, possibly several modules of one input fused into one (q, k and v; gate and up).
 
     Its output on this rank is the parts' outputs side by side. A column-parallel layer has all columns and some
     rows of each part; a row-parallel one has all rows and some columns.
@@ -29,4 +34,4 @@ class LinearLayout:
     unit: int = field(init=False)  # every part begins and ends at a multiple of it in the layer's output
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "unit", gcd(*(part.rows.stop - part.rows.start for part in self.parts)))
+        object.__setattr__(self, "unit", gcd(*(part.width for part in self.parts)))

@@ -97,11 +97,8 @@ template <class C>
 void weigh(const Shape& shape, const Span<C>& span, long position, float* lanes, float* out, float* most,
            float* total) {
     int count = span.blocks * LANES;
-    if (shape.soft_cap > 0)  // cap * tanh(score / cap)
-        for (int j = 0; j < count; j += LANES) {
-            Floats e = exp(min(load(lanes + j) * splat(2 / shape.soft_cap), splat(80.0f)));
-            store(lanes + j, splat(shape.soft_cap) * ((e - splat(1.0f)) / (e + splat(1.0f))));
-        }
+    if (shape.soft_cap > 0)
+        for (int j = 0; j < count; j += LANES) store(lanes + j, soft_capped(load(lanes + j), shape.soft_cap));
     long last = position - span.first, first = shape.window ? last - shape.window + 1 : 0;
     for (long j = last + 1 > 0 ? last + 1 : 0; j < count; j++) lanes[j] = LOWEST;
     for (long j = 0; j < first && j < count; j++) lanes[j] = LOWEST;

@@ -7,49 +7,115 @@ namespace {
 
 constexpr long SMALL = 8192;  // numbers below which a second thread costs more than it saves
 
-// hidden += delta (if there is one), out = hidden / root mean square * weight.
+inline int lanes_at(long i, long n) { return int(n - i < LANES ? n - i : LANES); }
+
+// hidden += scale * delta, as rounded to T, of one row.
 template <class T>
-void rms_norm(int threads, long rows, long n, T* hidden, const T* delta, const T* weight, float eps, T* out) {
+Floats add_at(T* hidden, const T* delta, float scale, int count) {
+    store_first(hidden, fma(load_first(delta, count), splat(scale), load_first(hidden, count)), count);
+    return load_first(hidden, count);
+}
+
+template <class T>
+float mean(const T* x, long n) {
+    Floats sums = zeros();
+    for (long i = 0; i < n; i += LANES) sums = sums + load_first(x + i, lanes_at(i, n));
+    return sum(sums) / float(n);
+}
+
+// hidden += scale * delta (if there is one), out = (hidden - its mean, if centered) / root mean square * weight + bias.
+template <class T>
+void add_norm(int threads, long rows, long n, T* hidden, const T* delta, float scale, const float* weight,
+              const float* bias, float eps, bool centered, T* out) {
     parallel_for(rows * n > SMALL ? threads : 1, rows, [&](long row) {
         T* x = hidden + row * n;
         Floats squares = zeros();
         for (long i = 0; i < n; i += LANES) {
-            int count = int(n - i < LANES ? n - i : LANES);
-            Floats v = load_first(x + i, count);
-            if (delta) {
-                store_first(x + i, v + load_first(delta + row * n + i, count), count);
-                v = load_first(x + i, count);  // as rounded
-            }
+            int count = lanes_at(i, n);
+            Floats v = delta ? add_at(x + i, delta + row * n + i, scale, count) : load_first(x + i, count);
             squares = fma(v, v, squares);
+        }
+        Floats center = zeros();
+        if (centered) {
+            center = splat(mean(x, n));
+            squares = zeros();
+            for (long i = 0; i < n; i += LANES) {
+                float distances[LANES];
+                store(distances, load_first(x + i, lanes_at(i, n)) - center);
+                Floats v = load_first(distances, lanes_at(i, n));
+                squares = fma(v, v, squares);
+            }
         }
         Floats factor = splat(1 / std::sqrt(sum(squares) / float(n) + eps));
         for (long i = 0; i < n; i += LANES) {
-            int count = int(n - i < LANES ? n - i : LANES);
-            Floats normed = load_first(x + i, count) * factor;
-            store_first(out + row * n + i, normed * load_first(weight + i, count), count);
+            int count = lanes_at(i, n);
+            Floats normed = (load_first(x + i, count) - center) * factor * load_first(weight + i, count);
+            store_first(out + row * n + i, bias ? normed + load_first(bias + i, count) : normed, count);
         }
     });
 }
 
-inline Floats gated(Floats gate, Floats up) {
-    return gate / (splat(1.0f) + exp(min(zeros() - gate, splat(80.0f)))) * up;
+inline Floats sigmoid(Floats x) { return splat(1.0f) / (splat(1.0f) + exp(min(zeros() - x, splat(80.0f)))); }
+
+struct Silu {
+    static Floats of(Floats x) { return x / (splat(1.0f) + exp(min(zeros() - x, splat(80.0f)))); }
+};
+
+struct Gelu {  // x / 2 * (1 + erf(x / sqrt 2)), whose error is below 2e-7 (Abramowitz and Stegun, 7.1.26)
+    static Floats of(Floats x) {
+        Floats z = abs(x) * splat(0.70710678f);
+        Floats t = splat(1.0f) / fma(z, splat(0.3275911f), splat(1.0f));
+        Floats p = splat(1.061405429f);
+        p = fma(p, t, splat(-1.453152027f));
+        p = fma(p, t, splat(1.421413741f));
+        p = fma(p, t, splat(-0.284496736f));
+        p = fma(p, t, splat(0.254829592f));
+        Floats tail = p * t * exp(zeros() - z * z);  // 1 - erf(z)
+        return splat(0.5f) * (x + abs(x) * (splat(1.0f) - tail));
+    }
+};
+
+struct GeluTanh {  // x / 2 * (1 + tanh(u)) is x * sigmoid(2 u)
+    static Floats of(Floats x) { return x * sigmoid(splat(1.59576912f) * fma(splat(0.044715f) * x * x, x, x)); }
+};
+
+struct Relu {
+    static Floats of(Floats x) { return max(zeros(), x); }
+};
+
+struct Relu2 {
+    static Floats of(Floats x) { return Relu::of(x) * Relu::of(x); }
+};
+
+struct QuickGelu {
+    static Floats of(Floats x) { return x * sigmoid(splat(1.702f) * x); }
+};
+
+// The functions in the order of ops/base.py's Activation.
+template <class F>
+void with_function(int function, F f) {
+    switch (function) {
+        case 0: return f(Silu{});
+        case 1: return f(Gelu{});
+        case 2: return f(GeluTanh{});
+        case 3: return f(Relu{});
+        case 4: return f(Relu2{});
+        case 5: return f(QuickGelu{});
+    }
+}
+
+// up: times what, or null.
+template <class Function, class T>
+void activate_row(const T* x, const T* up, long n, T* out) {
+    for (long i = 0; i < n; i += LANES) {
+        int count = lanes_at(i, n);
+        Floats active = Function::of(load_first(x + i, count));
+        store_first(out + i, up ? active * load_first(up + i, count) : active, count);
+    }
 }
 
 template <class T>
-void silu_mul(int threads, long rows, long n, const T* gate_up, T* out) {
-    parallel_for(rows * n > SMALL ? threads : 1, rows, [&](long row) {
-        const T* gate = gate_up + row * 2 * n;
-        long whole = n / LANES * LANES;
-        for (long i = 0; i < whole; i += LANES) store(out + row * n + i, gated(load(gate + i), load(gate + n + i)));
-        if (int rest = int(n - whole)) {
-            Floats last = gated(load_first(gate + whole, rest), load_first(gate + n + whole, rest));
-            store_first(out + row * n + whole, last, rest);
-        }
-    });
-}
-
-template <class T>
-void upcast(int threads, long rows, long n, const T* x, float* out, std::uint8_t* finite) {
+void upcast(int threads, long rows, long n, const T* x, float scale, float soft_cap, float* out, std::uint8_t* finite) {
     std::memset(finite, 1, rows);
     long parts = (n + SMALL - 1) / SMALL;  // of a row, since there may be one row of a whole vocabulary
     parallel_for(rows * n > SMALL ? threads : 1, rows * parts, [&](long i) {
@@ -57,13 +123,23 @@ void upcast(int threads, long rows, long n, const T* x, float* out, std::uint8_t
         Range part(n, parts, i % parts);
         Floats nothing = zeros();  // times an infinity or NaN it is NaN
         for (long j = part.begin; j < part.end; j += LANES) {
-            int count = int(part.end - j < LANES ? part.end - j : LANES);
-            Floats v = load_first(x + row * n + j, count);
-            store_first(out + row * n + j, v, count);
+            int count = lanes_at(j, part.end);
+            Floats v = load_first(x + row * n + j, count) * splat(scale);
             nothing = fma(v, zeros(), nothing);
+            store_first(out + row * n + j, soft_cap > 0 ? soft_capped(v, soft_cap) : v, count);
         }
         if (sum(nothing) != 0) std::atomic_ref(finite[row]).store(0, std::memory_order_relaxed);
     });
+}
+
+template <class T>
+float sum_of_squares(const T* x, long n) {
+    Floats squares = zeros();
+    for (long i = 0; i < n; i += LANES) {
+        Floats v = load_first(x + i, lanes_at(i, n));
+        squares = fma(v, v, squares);
+    }
+    return sum(squares);
 }
 
 }  // namespace
@@ -71,24 +147,54 @@ void upcast(int threads, long rows, long n, const T* x, float* out, std::uint8_t
 
 using namespace loraplex;
 
-// hidden, out [rows, n] and weight [n] of one kind; delta like hidden, or null.
-EXPORT void add_rms_norm(int threads, int kind, long rows, long n, void* hidden, const void* delta, const void* weight,
-                         float eps, void* out) {
+// hidden, out [rows, n] of one kind; delta like hidden, or null; weight [n]; bias [n] or null.
+EXPORT void add_norm(int threads, int kind, long rows, long n, void* hidden, const void* delta, float scale,
+                     const float* weight, const float* bias, float eps, int centered, void* out) {
     with_type(kind, [&](auto* t) {
         using T = decltype(t);
-        rms_norm(threads, rows, n, (T)hidden, (T)delta, (T)weight, eps, (T)out);
+        loraplex::add_norm(threads, rows, n, (T)hidden, (T)delta, scale, weight, bias, eps, centered, (T)out);
     });
 }
 
-// gate_up [rows, 2 n] -> out [rows, n].
-EXPORT void silu_mul(int threads, int kind, long rows, long n, const void* gate_up, void* out) {
+// hidden [rows, n] += scale * delta.
+EXPORT void add(int threads, int kind, long rows, long n, void* hidden, const void* delta, float scale) {
     with_type(kind, [&](auto* t) {
         using T = decltype(t);
-        loraplex::silu_mul(threads, rows, n, (T)gate_up, (T)out);
+        parallel_for(rows * n > SMALL ? threads : 1, rows, [&](long row) {
+            for (long i = 0; i < n; i += LANES)
+                add_at((T)hidden + row * n + i, (T)delta + row * n + i, scale, lanes_at(i, n));
+        });
     });
 }
 
-// x [rows, n] -> out [rows, n] float32; finite [rows]: 1 where all numbers of a row are, else 0.
-EXPORT void upcast(int threads, int kind, long rows, long n, const void* x, float* out, std::uint8_t* finite) {
-    with_type(kind, [&](auto* t) { loraplex::upcast(threads, rows, n, (decltype(t))x, out, finite); });
+// x [rows, n] -> out [rows, n]; gated: x [rows, 2 n].
+EXPORT void activate(int threads, int kind, int function, int gated, long rows, long n, const void* x, void* out) {
+    with_type(kind, [&](auto* t) {
+        using T = decltype(t);
+        with_function(function, [&]<class Function>(Function) {
+            parallel_for(rows * n > SMALL ? threads : 1, rows, [&](long row) {
+                T first = (T)x + row * n * (gated ? 2 : 1);
+                activate_row<Function>(first, gated ? first + n : nullptr, n, (T)out + row * n);
+            });
+        });
+    });
+}
+
+// x [rows, n] times scale -> out [rows, n] float32, soft_cap * tanh(out / soft_cap) if that is not 0; finite [rows]: 1
+// where all numbers of a row are, else 0.
+EXPORT void upcast(int threads, int kind, long rows, long n, const void* x, float scale, float soft_cap, float* out,
+                   std::uint8_t* finite) {
+    with_type(kind, [&](auto* t) { loraplex::upcast(threads, rows, n, (decltype(t))x, scale, soft_cap, out, finite); });
+}
+
+// Of each token, the squares of its first `queries` numbers and of the next `keys`, summed and scaled: out [tokens, 2].
+EXPORT void head_squares(int threads, int kind, long tokens, const void* qkv, long stride, long queries, long keys,
+                         float query_scale, float key_scale, float* out) {
+    with_type(kind, [&](auto* t) {
+        parallel_for(tokens * (queries + keys) > SMALL ? threads : 1, tokens, [&](long i) {
+            auto* token = (decltype(t))qkv + i * stride;
+            out[2 * i] = sum_of_squares(token, queries) * query_scale;
+            out[2 * i + 1] = sum_of_squares(token + queries, keys) * key_scale;
+        });
+    });
 }

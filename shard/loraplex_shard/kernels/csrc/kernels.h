@@ -18,7 +18,8 @@ struct Place;  // a rank's place in shared memory: see collectives.cpp
             void* out))                                                                                                \
     KERNEL(void, pack_weight, (int kind, long n, long k, const void* weight, void* packed))                            \
     KERNEL(void, weight_rows,                                                                                          \
-           (int threads, int kind, long count, const std::int64_t* ids, long k, const void* packed, void* out))        \
+           (int threads, int kind, long count, const std::int64_t* ids, long k, const void* packed, float scale,       \
+            void* out))                                                                                                \
     KERNEL(void, quantized_linear,                                                                                     \
            (int threads, int kind, long m, long n, long k, const void* x, int bits, int group, const void* weight,     \
             const void* bias, void* out))                                                                              \
@@ -28,21 +29,27 @@ struct Place;  // a rank's place in shared memory: see collectives.cpp
             void* packed))                                                                                             \
     KERNEL(void, quantized_rows,                                                                                       \
            (int threads, int kind, long count, const std::int64_t* ids, long k, int bits, int group,                   \
-            const void* packed, void* out))                                                                            \
+            const void* packed, float scale, void* out))                                                               \
     KERNEL(void, add_lora_delta,                                                                                       \
            (int threads, int kind, int int8_weights, long segments, const std::int64_t* starts,                        \
             const std::int64_t* stops, const void* tables, long layer, const void* x, long k, void* out, long n))      \
-    KERNEL(void, add_rms_norm,                                                                                         \
-           (int threads, int kind, long rows, long n, void* hidden, const void* delta, const void* weight, float eps,  \
-            void* out))                                                                                                \
-    KERNEL(void, silu_mul, (int threads, int kind, long rows, long n, const void* gate_up, void* out))                 \
-    KERNEL(void, upcast,                                                                                                \
-           (int threads, int kind, long rows, long n, const void* x, float* out, std::uint8_t* finite))                \
+    KERNEL(void, add_norm,                                                                                             \
+           (int threads, int kind, long rows, long n, void* hidden, const void* delta, float scale,                    \
+            const float* weight, const float* bias, float eps, int centered, void* out))                               \
+    KERNEL(void, add, (int threads, int kind, long rows, long n, void* hidden, const void* delta, float scale))        \
+    KERNEL(void, activate,                                                                                             \
+           (int threads, int kind, int function, int gated, long rows, long n, const void* x, void* out))              \
+    KERNEL(void, upcast,                                                                                               \
+           (int threads, int kind, long rows, long n, const void* x, float scale, float soft_cap, float* out,          \
+            std::uint8_t* finite))                                                                                     \
+    KERNEL(void, head_squares,                                                                                         \
+           (int threads, int kind, long tokens, const void* qkv, long stride, long queries, long keys,                 \
+            float query_scale, float key_scale, float* out))                                                           \
     KERNEL(void, rotate_and_write,                                                                                     \
            (int threads, int kind, long tokens, void* qkv, long heads, long kv_heads, long head_dim, long value_dim,   \
-            const void* norm, float eps, const std::int64_t* positions, const float* cos, const float* sin,            \
-            long rotary_dim, int interleaved, const std::int64_t* indices, void* keys, void* values,                   \
-            float* key_scales, float* value_scales))                                                                   \
+            const float* norm, const float* squares, float eps, const std::int64_t* positions, const float* cos,       \
+            const float* sin, long rotary_dim, int interleaved, const std::int64_t* indices, void* keys,               \
+            void* values, float* key_scales, float* value_scales))                                                                   \
     KERNEL(void, paged_attention,                                                                                      \
            (int threads, int kind, const void* query, long query_stride, long heads, long kv_heads, long head_dim,     \
             long value_dim, float scale, float soft_cap, long window, const float* sinks, const void* keys,            \

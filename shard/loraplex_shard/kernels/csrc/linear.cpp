@@ -187,11 +187,15 @@ EXPORT void pack_weight(int kind, long n, long k, const void* weight, void* pack
     with_type(kind, [&](auto* t) { pack(n, k, (decltype(t))weight, (decltype(t))packed); });
 }
 
-// Row ids[i] of a packed weight of k columns, to row i of out.
+// Row ids[i] of a packed weight of k columns, times scale, to row i of out.
 EXPORT void weight_rows(int threads, int kind, long count, const std::int64_t* ids, long k, const void* packed,
-                        void* out) {
+                        float scale, void* out) {
     with_type(kind, [&](auto* t) {
         using T = decltype(t);
-        parallel_for(count > 1 ? threads : 1, count, [&](long i) { unpack_row(ids[i], k, (T)packed, (T)out + i * k); });
+        parallel_for(count > 1 ? threads : 1, count, [&](long i) {
+            T row = (T)out + i * k;
+            unpack_row(ids[i], k, (T)packed, row);
+            multiply(row, k, scale);
+        });
     });
 }

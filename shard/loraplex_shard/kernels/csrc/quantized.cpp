@@ -275,9 +275,9 @@ EXPORT void pack_quantized(long n, long k, int bits, int group, const void* valu
     run(n, k, group, (const std::uint8_t*)values, (const f16*)scales, (const f16*)offsets, (std::uint8_t*)packed);
 }
 
-// Row ids[i] of a packed weight of k columns, to row i of out.
+// Row ids[i] of a packed weight of k columns, times scale, to row i of out.
 EXPORT void quantized_rows(int threads, int kind, long count, const std::int64_t* ids, long k, int bits, int group,
-                           const void* packed, void* out) {
+                           const void* packed, float scale, void* out) {
     with_type(kind, [&](auto* t) {
         using T = decltype(t);
         parallel_for(count > 1 ? threads : 1, count, [&](long i) {
@@ -286,6 +286,7 @@ EXPORT void quantized_rows(int threads, int kind, long count, const std::int64_t
                 unpack_row<4>(ids[i], k, group, (const std::uint8_t*)packed, row);
             else
                 unpack_row<8>(ids[i], k, group, (const std::uint8_t*)packed, row);
+            multiply(row, k, scale);
         });
     });
 }

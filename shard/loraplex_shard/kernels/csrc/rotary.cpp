@@ -54,9 +54,10 @@ void write_value(const T* value, long dim, std::int8_t* block, int offset, float
     for (long d = 0; d < dim; d++) block[offset * dim + d] = rounded(number(value[d]) * inverse);
 }
 
-// RMS norm (weight may be null) and rotation of one head, in place.
+// RMS norm (weight may be null) and rotation of one head, in place. square: the mean one, if it is not the head's own.
 template <class T>
-void turn(T* head, long dim, const T* norm, float eps, const Rotary& rotary, const float* cos, const float* sin) {
+void turn(T* head, long dim, const float* norm, const float* square, float eps, const Rotary& rotary, const float* cos,
+          const float* sin) {
     float floats[MOST];
     float squares = 0;
     for (long d = 0; d < dim; d++) {
@@ -64,10 +65,10 @@ void turn(T* head, long dim, const T* norm, float eps, const Rotary& rotary, con
         squares += floats[d] * floats[d];
     }
     if (norm) {
-        float factor = 1 / std::sqrt(squares / dim + eps);
+        float factor = 1 / std::sqrt((square ? *square : squares / dim) + eps);
         for (long d = 0; d < dim; d++) {
             T normed;  // rounded as the model's own dtype would
-            assign(normed, floats[d] * factor * number(norm[d]));
+            assign(normed, floats[d] * factor * norm[d]);
             floats[d] = number(normed);
             if (d >= rotary.dim) head[d] = normed;
         }
@@ -86,8 +87,9 @@ void turn(T* head, long dim, const T* norm, float eps, const Rotary& rotary, con
 
 template <class T, class C>
 void rotate_write(int threads, long tokens, T* qkv, long heads, long kv_heads, long head_dim, long value_dim,
-                  const T* norm, float eps, const std::int64_t* positions, const Rotary& rotary,
-                  const std::int64_t* indices, C* keys, C* values, float* key_scales, float* value_scales) {
+                  const float* norm, const float* squares, float eps, const std::int64_t* positions,
+                  const Rotary& rotary, const std::int64_t* indices, C* keys, C* values, float* key_scales,
+                  float* value_scales) {
     long width = (heads + kv_heads) * head_dim + kv_heads * value_dim;
     parallel_for(tokens > 1 ? threads : 1, tokens, [&](long i) {
         T* token = qkv + i * width;
@@ -95,7 +97,8 @@ void rotate_write(int threads, long tokens, T* qkv, long heads, long kv_heads, l
         const float* sin = rotary.sin + positions[i] * rotary.dim;
         if (norm || rotary.dim)
             for (long h = 0; h < heads + kv_heads; h++)
-                turn(token + h * head_dim, head_dim, norm ? norm + h * head_dim : nullptr, eps, rotary, cos, sin);
+                turn(token + h * head_dim, head_dim, norm ? norm + h * head_dim : nullptr,
+                     squares ? squares + 2 * i + (h >= heads) : nullptr, eps, rotary, cos, sin);
         int offset = int(indices[i] % LANES);
         for (long h = 0; h < kv_heads; h++) {
             long place = indices[i] / LANES * kv_heads + h, scale = place * LANES + offset;
@@ -112,21 +115,22 @@ void rotate_write(int threads, long tokens, T* qkv, long heads, long kv_heads, l
 
 using namespace loraplex;
 
-// qkv: each token's query, key and value heads side by side. Normalizes (norm [heads + kv_heads, head_dim] or null) and
-// rotates queries and keys in place, and writes keys and values to cache position indices[token]. cos and sin
-// [positions, rotary_dim] float32, the first of each pair's sin negated; rotary_dim 0: no rotation. Keys and values are
-// of qkv's kind, or, if there are scales, int8. head_dim and value_dim are at most 1024.
+// qkv: each token's query, key and value heads side by side. Normalizes (norm [heads + kv_heads, head_dim] or null, by
+// each head's mean square or, if there are any, by squares [tokens, 2], of queries and of keys) and rotates queries and
+// keys in place, and writes keys and values to cache position indices[token]. cos and sin [positions, rotary_dim]
+// float32, the first of each pair's sin negated; rotary_dim 0: no rotation. Keys and values are of qkv's kind, or, if
+// there are scales, int8. head_dim and value_dim are at most 1024.
 EXPORT void rotate_and_write(int threads, int kind, long tokens, void* qkv, long heads, long kv_heads, long head_dim,
-                             long value_dim, const void* norm, float eps, const std::int64_t* positions,
-                             const float* cos, const float* sin, long rotary_dim, int interleaved,
-                             const std::int64_t* indices, void* keys, void* values, float* key_scales,
+                             long value_dim, const float* norm, const float* squares, float eps,
+                             const std::int64_t* positions, const float* cos, const float* sin, long rotary_dim,
+                             int interleaved, const std::int64_t* indices, void* keys, void* values, float* key_scales,
                              float* value_scales) {
     Rotary rotary{cos, sin, rotary_dim, bool(interleaved)};
     with_type(kind, [&](auto* t) {
         using T = decltype(t);
         auto write = [&](auto* k, auto* v) {
-            rotate_write(threads, tokens, (T)qkv, heads, kv_heads, head_dim, value_dim, (T)norm, eps, positions, rotary,
-                         indices, k, v, key_scales, value_scales);
+            rotate_write(threads, tokens, (T)qkv, heads, kv_heads, head_dim, value_dim, norm, squares, eps, positions,
+                         rotary, indices, k, v, key_scales, value_scales);
         };
         if (key_scales)
             write((std::int8_t*)keys, (std::int8_t*)values);

@@ -319,4 +319,19 @@ inline Floats exp(Floats x) {
     return times_power_of_two(p, n);
 }
 
+// cap * tanh(x / cap)
+inline Floats soft_capped(Floats x, float cap) {
+    Floats e = exp(min(x * splat(2 / cap), splat(80.0f)));
+    return splat(cap) * ((e - splat(1.0f)) / (e + splat(1.0f)));
+}
+
+// x *= factor
+template <class T>
+inline void multiply(T* x, long n, float factor) {
+    for (long i = 0; factor != 1 && i < n; i += LANES) {
+        int count = int(n - i < LANES ? n - i : LANES);
+        store_first(x + i, load_first(x + i, count) * splat(factor), count);
+    }
+}
+
 }  // namespace loraplex

@@ -66,10 +66,11 @@ def _cut(layout: LinearLayout, deltas: Mapping[str, Delta], dtype: torch.dtype) 
     held = torch.float32 if dtype == torch.int8 else dtype
     start = lora_rank = 0
     for part in layout.parts:
-        stop = start + part.rows.stop - part.rows.start
+        stop = start + part.width
         if delta := deltas.get(part.module):
             a = _converted(name_of_a(part.module), delta.a, 1.0, held)[:, layout.columns]
-            b = _converted(name_of_b(part.module), delta.b, delta.scale, held)[part.rows].T.contiguous()
+            b = _converted(name_of_b(part.module), delta.b, delta.scale, held)
+            b = torch.cat([b[run] for run in part.rows]).T.contiguous()
             if dtype == torch.int8:
                 (a, a_scales), (b, b_scales) = _rounded(a), _rounded(b)
                 scales.append(a_scales * b_scales)

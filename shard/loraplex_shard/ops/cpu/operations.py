@@ -6,6 +6,7 @@ keep memory for intermediate values from call to call, so that a step allocates 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import get_args
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 
 from loraplex_shard.device.parallel import Group
 from loraplex_shard.kernels.library import KINDS, Kernels
-from loraplex_shard.ops.base import HeadNorms, Rotary, Runs
+from loraplex_shard.ops.base import Activation, HeadNorms, Norm, Rotary, Runs
 from loraplex_shard.ops.cpu.program import Program, StepNumber
 from loraplex_shard.ops.quantized import QuantizedMatrix
 from loraplex_shard.shapes.batch import Batch, Segment
@@ -166,7 +167,7 @@ class CpuOperations:
             programs[key] = self._record(compute)
         return programs[key].run(step.numbers)
 
-    def embedding(self, step: CpuStep, weight: CpuWeight, dtype: torch.dtype) -> torch.Tensor:
+    def embedding(self, step: CpuStep, weight: CpuWeight, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
         tokens = len(step.batch.token_ids)
         out = self._empty((tokens, weight.columns), dtype)
         self._call(
@@ -177,6 +178,7 @@ class CpuOperations:
             ids=step["tokens"],
             k=weight.columns,
             packed=weight.panels.data_ptr(),
+            scale=scale,
             out=out.data_ptr(),
             **_format(weight),
         )
@@ -227,27 +229,41 @@ class CpuOperations:
                 n=out.shape[1],
             )
 
-    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        return self._norm(x, None, weight, eps)
+    def norm(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
+        return self._norm(x, None, 1.0, norm)
 
-    def add_rms_norm(self, hidden: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        return self._norm(hidden, delta, weight, eps)
+    def add_norm(self, hidden: torch.Tensor, delta: torch.Tensor, scale: float, norm: Norm) -> torch.Tensor:
+        return self._norm(hidden, delta, scale, norm)
 
-    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        rows, n = gate_up.shape[0], gate_up.shape[1] // 2
-        out = self._empty((rows, n), gate_up.dtype)
+    def add_(self, hidden: torch.Tensor, delta: torch.Tensor, scale: float) -> None:
         self._call(
-            "silu_mul",
+            "add",
             threads=self._threads,
-            kind=KINDS[out.dtype],
+            kind=KINDS[hidden.dtype],
+            rows=hidden.shape[0],
+            n=hidden.shape[1],
+            hidden=hidden.data_ptr(),
+            delta=delta.data_ptr(),
+            scale=scale,
+        )
+
+    def activate(self, x: torch.Tensor, function: Activation, gated: bool) -> torch.Tensor:
+        rows, n = x.shape[0], x.shape[1] // (2 if gated else 1)
+        out = self._empty((rows, n), x.dtype)
+        self._call(
+            "activate",
+            threads=self._threads,
+            kind=KINDS[x.dtype],
+            function=get_args(Activation).index(function),
+            gated=gated,
             rows=rows,
             n=n,
-            gate_up=gate_up.data_ptr(),
+            x=x.data_ptr(),
             out=out.data_ptr(),
         )
         return out
 
-    def upcast(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def upcast(self, x: torch.Tensor, scale: float = 1.0, soft_cap: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
         rows, n = x.shape
         out, finite = torch.empty((rows, n)), torch.empty(rows, dtype=torch.bool)
         self._kernels.call(
@@ -257,10 +273,29 @@ class CpuOperations:
             rows=rows,
             n=n,
             x=x.data_ptr(),
+            scale=scale,
+            soft_cap=soft_cap,
             out=out.data_ptr(),
             finite=finite.data_ptr(),
         )
         return out, finite
+
+    def head_squares(self, qkv: torch.Tensor, heads: Heads, query: float, key: float) -> torch.Tensor:
+        out = self._empty((qkv.shape[0], 2), torch.float32)
+        self._call(
+            "head_squares",
+            threads=self._threads,
+            kind=KINDS[qkv.dtype],
+            tokens=qkv.shape[0],
+            qkv=qkv.data_ptr(),
+            stride=qkv.shape[1],
+            queries=heads.query * heads.dim,
+            keys=heads.kv * heads.dim,
+            query_scale=query,
+            key_scale=key,
+            out=out.data_ptr(),
+        )
+        return out
 
     def rotate_and_write(
         self,
@@ -282,6 +317,7 @@ class CpuOperations:
             head_dim=heads.dim,
             value_dim=heads.value_dim,
             norm=None if norms is None else norms.weight.data_ptr(),
+            squares=None if norms is None else _address(norms.squares),
             eps=0.0 if norms is None else norms.eps,
             positions=step["positions"],
             cos=None if rotary is None else rotary.cos.data_ptr(),
@@ -327,19 +363,21 @@ class CpuOperations:
             assert group.shared is not None
             self._recording.add("all_reduce", group.shared.all_reduce_arguments(tensor), group.shared.check)
 
-    def _norm(self, x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        n = x.shape[-1]
+    def _norm(self, x: torch.Tensor, delta: torch.Tensor | None, scale: float, norm: Norm) -> torch.Tensor:
         out = self._empty(x.shape, x.dtype)
         self._call(
-            "add_rms_norm",
+            "add_norm",
             threads=self._threads,
             kind=KINDS[x.dtype],
-            rows=x.numel() // n,
-            n=n,
+            rows=x.shape[0],
+            n=x.shape[1],
             hidden=x.data_ptr(),
             delta=_address(delta),
-            weight=weight.data_ptr(),
-            eps=eps,
+            scale=scale,
+            weight=norm.weight.data_ptr(),
+            bias=_address(norm.bias),
+            eps=norm.eps,
+            centered=norm.centered,
             out=out.data_ptr(),
         )
         return out

@@ -1,49 +1,87 @@
-"""What is done to each token by itself: the norm of a sum, and the gated activation. One program per token."""
+"""What is done to each token by itself: the norm of a sum, and the activation. One program per token."""
 
 import torch
 import triton
 import triton.language as tl
 
-LANES = 1024  # values of the gated activation that one program computes
+from loraplex_shard.ops.base import Activation, Norm
+
+LANES = 1024  # values of the activation that one program computes
 
 
-def add_rms_norm(hidden: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """As Operations.add_rms_norm says."""
+def add_norm(hidden: torch.Tensor, delta: torch.Tensor | None, scale: float, norm: Norm) -> torch.Tensor:
+    """As Operations.add_norm says; without a delta, as Operations.norm does."""
     tokens, n = hidden.shape
     out = torch.empty_like(hidden)
     lanes = triton.next_power_of_2(n)
     warps = max(4, min(16, lanes // 512))  # a thread holds sixteen values: its registers bear no more than 64
-    _add_rms_norm[(tokens,)](hidden, delta, weight, out, eps, N=n, LANES=lanes, num_warps=warps)
+    _add_norm[(tokens,)](
+        hidden,
+        delta,
+        scale,
+        norm.weight,
+        norm.bias,
+        out,
+        norm.eps,
+        CENTERED=norm.centered,
+        N=n,
+        LANES=lanes,
+        num_warps=warps,
+    )
     return out
 
 
-def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
-    """As Operations.silu_mul says."""
-    tokens, n = gate_up.shape[0], gate_up.shape[1] // 2
-    out = gate_up.new_empty((tokens, n))
-    _silu_mul[(tokens, triton.cdiv(n, LANES))](gate_up, out, N=n, LANES=LANES)
+def activate(x: torch.Tensor, function: Activation, gated: bool) -> torch.Tensor:
+    """As Operations.activate says."""
+    tokens, n = x.shape[0], x.shape[1] // (2 if gated else 1)
+    out = x.new_empty((tokens, n))
+    _activate[(tokens, triton.cdiv(n, LANES))](x, out, FUNCTION=function, GATED=gated, N=n, LANES=LANES)
     return out
 
 
 @triton.jit
-def _add_rms_norm(hidden, delta, weight, out, eps, N: tl.constexpr, LANES: tl.constexpr):
+def _add_norm(
+    hidden, delta, scale, weight, bias, out, eps, CENTERED: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr
+):
     lanes = tl.arange(0, LANES)
     within = lanes < N
     place = tl.program_id(0).to(tl.int64) * N + lanes
     dtype = hidden.dtype.element_ty
-    total = tl.load(hidden + place, within, 0.0).to(tl.float32) + tl.load(delta + place, within, 0.0).to(tl.float32)
-    total = total.to(dtype)
-    tl.store(hidden + place, total, within)
-    total = total.to(tl.float32)
-    normed = total * tl.rsqrt(tl.sum(total * total, 0) / N + eps)
-    tl.store(out + place, (normed * tl.load(weight + lanes, within, 0.0).to(tl.float32)).to(dtype), within)
+    total = tl.load(hidden + place, within, 0.0).to(tl.float32)
+    if delta is not None:
+        added = (total + scale * tl.load(delta + place, within, 0.0).to(tl.float32)).to(dtype)
+        tl.store(hidden + place, added, within)
+        total = added.to(tl.float32)
+    if CENTERED:
+        total = tl.where(within, total - tl.sum(total, 0) / N, 0.0)
+    normed = total * tl.rsqrt(tl.sum(total * total, 0) / N + eps) * tl.load(weight + lanes, within, 0.0)
+    if bias is not None:
+        normed += tl.load(bias + lanes, within, 0.0)
+    tl.store(out + place, normed.to(dtype), within)
 
 
 @triton.jit
-def _silu_mul(gate_up, out, N: tl.constexpr, LANES: tl.constexpr):
+def _activate(x, out, FUNCTION: tl.constexpr, GATED: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     lanes = tl.program_id(1) * LANES + tl.arange(0, LANES)
     within = lanes < N
-    gate = tl.load(gate_up + token * 2 * N + lanes, within, 0.0).to(tl.float32)
-    up = tl.load(gate_up + token * 2 * N + N + lanes, within, 0.0).to(tl.float32)
-    tl.store(out + token * N + lanes, (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty), within)
+    place = x + token * (2 * N if GATED else N) + lanes
+    value = tl.load(place, within, 0.0).to(tl.float32)
+    if FUNCTION == "silu":
+        value = value * tl.sigmoid(value)
+    elif FUNCTION == "gelu":
+        value = 0.5 * value * (1 + tl.erf(value * 0.7071067811865476))
+    elif FUNCTION == "gelu_tanh":
+        inner = 1.5957691216057308 * (value + 0.044715 * value * value * value)
+        value = value * tl.sigmoid(tl.maximum(inner, -80.0))
+    elif FUNCTION == "quick_gelu":
+        value = value * tl.sigmoid(1.702 * value)
+    elif FUNCTION == "relu":
+        value = tl.maximum(value, 0.0, tl.PropagateNan.ALL)
+    else:
+        tl.static_assert(FUNCTION == "relu2")
+        value = tl.maximum(value, 0.0, tl.PropagateNan.ALL)
+        value = value * value
+    if GATED:
+        value *= tl.load(place + N, within, 0.0).to(tl.float32)
+    tl.store(out + token * N + lanes, value.to(out.dtype.element_ty), within)

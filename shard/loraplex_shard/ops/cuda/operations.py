@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from loraplex_shard.device.parallel import Group
-from loraplex_shard.ops.base import HeadNorms, Rotary, Runs
+from loraplex_shard.ops.base import Activation, HeadNorms, Norm, Rotary, Runs
 from loraplex_shard.ops.cuda import elementwise, quantized
 from loraplex_shard.ops.cuda.attention import attention
 from loraplex_shard.ops.cuda.lora import LoraTiles, add_lora_delta
@@ -66,10 +66,10 @@ class CudaOperations:
     def forward(self, step: CudaStep, cache: KVCache, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
         return compute()
 
-    def embedding(self, step: CudaStep, weight: CudaWeight, dtype: torch.dtype) -> torch.Tensor:
+    def embedding(self, step: CudaStep, weight: CudaWeight, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
         if isinstance(weight, IntegerWeight):
-            return weight.rows(step.batch.token_ids).to(dtype)
-        return F.embedding(step.batch.token_ids, weight.matrix).to(dtype)
+            return weight.rows(step.batch.token_ids).to(dtype) * scale
+        return F.embedding(step.batch.token_ids, weight.matrix).to(dtype) * scale
 
     def linear(self, x: torch.Tensor, weight: CudaWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
         if isinstance(weight, IntegerWeight):
@@ -87,18 +87,27 @@ class CudaOperations:
     def all_reduce_(self, tensor: torch.Tensor, group: Group) -> None:
         group.all_reduce_(tensor)
 
-    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        return F.rms_norm(x, (x.shape[-1],), weight, eps)
+    def norm(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
+        return elementwise.add_norm(x, None, 1.0, norm)
 
-    def add_rms_norm(self, hidden: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        return elementwise.add_rms_norm(hidden, delta, weight, eps)
+    def add_norm(self, hidden: torch.Tensor, delta: torch.Tensor, scale: float, norm: Norm) -> torch.Tensor:
+        return elementwise.add_norm(hidden, delta, scale, norm)
 
-    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        return elementwise.silu_mul(gate_up)
+    def add_(self, hidden: torch.Tensor, delta: torch.Tensor, scale: float) -> None:
+        hidden.add_(delta, alpha=scale)
 
-    def upcast(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        wide = x.float()
-        return wide, wide.sum(-1).isfinite()  # of float16, a sum of large logits would not be
+    def activate(self, x: torch.Tensor, function: Activation, gated: bool) -> torch.Tensor:
+        return elementwise.activate(x, function, gated)
+
+    def upcast(self, x: torch.Tensor, scale: float = 1.0, soft_cap: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+        wide = x.float().mul_(scale)
+        finite = wide.sum(-1).isfinite()  # of float16, a sum of large logits would not be
+        return (wide.div_(soft_cap).tanh_().mul_(soft_cap) if soft_cap else wide), finite
+
+    def head_squares(self, qkv: torch.Tensor, heads: Heads, query: float, key: float) -> torch.Tensor:
+        queries = heads.query * heads.dim
+        parts = (qkv[:, :queries], query), (qkv[:, queries : queries + heads.kv * heads.dim], key)
+        return torch.stack([part.float().square().sum(1) * scale for part, scale in parts], dim=1)
 
     def rotate_and_write(
         self,

@@ -18,6 +18,7 @@ def rotate_and_write(
     _rotate_and_write[(len(qkv), heads.query + 2 * heads.kv)](
         qkv,
         None if norms is None else norms.weight,
+        None if norms is None else norms.squares,
         0.0 if norms is None else norms.eps,
         batch.positions,
         None if rotary is None else rotary.cos,
@@ -43,6 +44,7 @@ def rotate_and_write(
 def _rotate_and_write(
     qkv,
     norms,
+    squares,
     eps,
     positions,
     cos,
@@ -78,9 +80,12 @@ def _rotate_and_write(
     second = tl.load(place + other, other < dim, 0.0).to(tl.float32)
     if not is_value:
         if norms is not None:
-            scale = tl.rsqrt(tl.sum(first * first + second * second, 0) / DIM + eps)
-            first *= scale * tl.load(norms + head * DIM + one, one < DIM, 0.0).to(tl.float32)
-            second *= scale * tl.load(norms + head * DIM + other, other < DIM, 0.0).to(tl.float32)
+            square = tl.sum(first * first + second * second, 0) / DIM
+            if squares is not None:
+                square = tl.load(squares + 2 * token + (head >= QUERY))
+            scale = tl.rsqrt(square + eps)
+            first *= scale * tl.load(norms + head * DIM + one, one < DIM, 0.0)
+            second *= scale * tl.load(norms + head * DIM + other, other < DIM, 0.0)
         if ROTATED > 0:
             angle = tl.load(positions + token) * ROTATED
             turned = first * tl.load(cos + angle + one, turns, 1.0) + second * tl.load(sin + angle + one, turns, 0.0)

@@ -1,0 +1,126 @@
+"""A tiny configuration of each architecture that the decoder knows beside Llama's, and of its variants."""
+
+from typing import Any
+
+from transformers import (
+    Cohere2Config,
+    CohereConfig,
+    Exaone4Config,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    Glm4Config,
+    GlmConfig,
+    GraniteConfig,
+    GraniteMoeHybridConfig,
+    MinistralConfig,
+    Olmo2Config,
+    Olmo3Config,
+    Phi3Config,
+    PreTrainedConfig,
+    SeedOssConfig,
+    SmolLM3Config,
+    Starcoder2Config,
+)
+
+VOCABULARY = 96
+MAX_MODEL_LEN = 64
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 48,
+    "intermediate_size": 72,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": MAX_MODEL_LEN,
+    "eos_token_id": None,
+    "bos_token_id": None,
+    "pad_token_id": None,
+}
+MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
+
+
+def rope(kind: str, **fields: Any) -> dict[str, Any]:
+    return {"rope_type": kind, "rope_theta": 10000.0, **fields}
+
+
+LONGROPE = {"short_factor": [1.0, 1.1, 1.3, 2.0], "long_factor": [1.0, 2.0, 3.0, 5.0]}
+MULTIPLIERS = {
+    "embedding_multiplier": 3.0,
+    "attention_multiplier": 0.2,
+    "residual_multiplier": 0.3,
+    "logits_scaling": 2.0,
+}
+FAMILIES: dict[str, PreTrainedConfig] = {
+    "gemma": GemmaConfig(**SIZES, head_dim=10),
+    "gemma, another activation, tied": GemmaConfig(**SIZES, head_dim=8, hidden_act="relu", tie_word_embeddings=True),
+    "gemma2": Gemma2Config(
+        **SIZES,
+        head_dim=10,
+        sliding_window=9,
+        query_pre_attn_scalar=20,
+        attn_logit_softcapping=2.0,
+        final_logit_softcapping=3.0,
+    ),
+    "gemma3": Gemma3TextConfig(
+        **SIZES,
+        head_dim=10,
+        sliding_window=9,
+        query_pre_attn_scalar=7,
+        layer_types=MIXED,
+        rope_parameters={
+            "sliding_attention": rope("default"),
+            "full_attention": rope("linear", factor=4.0) | {"rope_theta": 1e6},
+        },
+    ),
+    "phi3": Phi3Config(**SIZES, sliding_window=7),
+    "phi3, longrope of a part of each head": Phi3Config(
+        **SIZES | {"hidden_size": 96},
+        partial_rotary_factor=0.5,
+        original_max_position_embeddings=16,
+        rope_parameters=rope("longrope", **LONGROPE, partial_rotary_factor=0.5, original_max_position_embeddings=16),
+        sliding_window=None,
+    ),
+    "granite": GraniteConfig(**SIZES, **MULTIPLIERS, attention_bias=True, mlp_bias=True),
+    "granite 4": GraniteMoeHybridConfig(
+        **SIZES,
+        **MULTIPLIERS,
+        num_local_experts=0,
+        mamba_n_heads=6,
+        shared_intermediate_size=56,
+        layer_types=["attention"] * 3,
+        position_embedding_type="rope",
+    ),
+    "granite 4, not rotated": GraniteMoeHybridConfig(
+        **SIZES,
+        **MULTIPLIERS,
+        num_local_experts=0,
+        mamba_n_heads=6,
+        shared_intermediate_size=56,
+        layer_types=["attention"] * 3,
+        position_embedding_type="nope",
+    ),
+    "olmo2": Olmo2Config(**SIZES),
+    "olmo3": Olmo3Config(
+        **SIZES,
+        sliding_window=6,
+        layer_types=MIXED,
+        rope_parameters={
+            "sliding_attention": rope("default"),
+            "full_attention": rope("yarn", factor=4.0, original_max_position_embeddings=16),
+        },
+    ),
+    "exaone4": Exaone4Config(**SIZES, sliding_window=5, sliding_window_pattern=2),
+    "exaone4, all layers alike": Exaone4Config(**SIZES, sliding_window=None, layer_types=["full_attention"] * 3),
+    "smollm3": SmolLM3Config(**SIZES, no_rope_layer_interval=2),
+    "glm": GlmConfig(**SIZES, head_dim=8, attention_bias=True),
+    "glm4": Glm4Config(**SIZES, head_dim=12, attention_bias=True),
+    "cohere": CohereConfig(**SIZES, logit_scale=0.3),
+    "cohere2": Cohere2Config(**SIZES, logit_scale=0.3, sliding_window=5, layer_types=MIXED),
+    "starcoder2": Starcoder2Config(**SIZES, sliding_window=8, use_bias=True),
+    "starcoder2, no biases, exact gelu": Starcoder2Config(
+        **SIZES, sliding_window=None, use_bias=False, hidden_act="gelu"
+    ),
+    "ministral": MinistralConfig(**SIZES, head_dim=10, sliding_window=6, layer_types=MIXED),
+    "seed oss": SeedOssConfig(**SIZES, head_dim=10, attention_bias=True, attention_out_bias=True, mlp_bias=True),
+}
