@@ -26,8 +26,8 @@ COPY build/wheel[s] build/wheels/
 RUN python3 -m venv --without-pip /opt/venv \
  && python3 -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
 extras = project['optional-dependencies']; \
-[open(f'{name}.txt', 'w').write('\n'.join(project['dependencies'] + extras[name] + added)) \
- for name, added in (('router', extras['traces']), ('shard', extras['traces'] + extras['s3']))]"
+[open(f'{name}.txt', 'w').write('\n'.join(project['dependencies'] + extras[name] + extras['traces'])) \
+ for name in ('router', 'shard')]"
 
 FROM dependencies AS router-dependencies
 RUN pip install -r router.txt dumb-init==1.2.5.post1

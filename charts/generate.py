@@ -24,10 +24,11 @@ CHART = Path(__file__).parent / "loraplex"
 SCHEMAS = Path(kubernetes_validate.__file__).parent / "kubernetes-json-schema"
 SETTINGS: dict[str, type[BaseModel]] = {"router": RouterSettings, "shard": ShardSettings}
 MTLS = {"mtls_cert", "mtls_key", "mtls_ca"}
+STORES = {"adapters_s3", "adapters_gcs", "adapters_azure"}
 # What the chart passes itself.
 PASSED = {
     "router": {"host", "http_port", "grpc_port", "shards", "api_keys", *MTLS},
-    "shard": {"rank", "listen", "rendezvous", "adapters", "adapters_s3", "metrics_port", *MTLS},
+    "shard": {"rank", "listen", "rendezvous", "adapters", *STORES, "metrics_port", *MTLS},
 }
 KEPT = {"type", "enum", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "pattern", "anyOf"}
 

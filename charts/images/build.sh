@@ -22,7 +22,7 @@ import tomllib
 
 project = tomllib.load(open("pyproject.toml", "rb"))
 print(*project["build-system"]["requires"], *project["project"]["dependencies"], sep="\n")
-for extra in "router", "shard", "s3", "traces":
+for extra in "router", "shard", "traces":
     print(*project["project"]["optional-dependencies"][extra], sep="\n")
 LIST
     local download=("$PYTHON" -m pip download --quiet --constraint constraints.txt --dest build/wheels)

@@ -62,6 +62,18 @@ class ModelSettings(BaseModel):
         description="Adapters in S3, s3://BUCKET/PREFIX, each in a folder of its own; credentials, region and endpoint "
         "come from AWS_* variables or the machine's role. Empty: none.",
     )
+    adapters_gcs: str = Field(
+        "",
+        pattern=r"^(gs://[a-z0-9][a-z0-9._-]{1,220}[a-z0-9](/\S*)?)?$",
+        description="Adapters in Google Cloud Storage, gs://BUCKET/PREFIX, likewise; credentials come from GOOGLE_* "
+        "variables or the machine's service account. Empty: none.",
+    )
+    adapters_azure: str = Field(
+        "",
+        pattern=r"^(az://[a-z0-9$][a-z0-9-]{1,61}[a-z0-9](/\S*)?)?$",
+        description="Adapters in Azure Blob Storage, az://CONTAINER/PREFIX, likewise; account and credentials come "
+        "from AZURE_* variables or the machine's identity. Empty: none.",
+    )
     kv_blocks: int = Field(
         0, ge=0, description="Blocks of 16 positions in the KV cache. 0: as many as fit into free memory."
     )

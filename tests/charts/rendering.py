@@ -73,7 +73,7 @@ CASES = {
         },
         {"Secret": {"router-cert", "shard-cert", "keys"}},
     ),
-    "adapters in S3": Case(
+    "adapters in object stores": Case(
         {
             "shard": {
                 "adapters": {
@@ -82,11 +82,13 @@ CASES = {
                         "endpoint": "https://s3.example",
                         "region": "eu-central-1",
                         "existingSecret": "aws",
-                    }
+                    },
+                    "gcs": {"url": "gs://bucket/adapters", "existingSecret": "google"},
+                    "azure": {"url": "az://container", "account": "account", "existingSecret": "azure"},
                 }
             }
         },
-        {"Secret": {"aws"}},
+        {"Secret": {"aws", "google", "azure"}},
     ),
     "adapters in ConfigMaps": Case(
         {"shard": {"adapters": {"configMaps": [{"id": "sql", "name": "adapter-sql"}, {"id": "x.Y", "name": "y"}]}}},

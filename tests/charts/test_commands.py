@@ -152,14 +152,22 @@ def test_with_mutual_tls_both_sides_have_their_own_certificate(mounts: Path):
         assert settings.mtls_ca == mounts / "etc/loraplex/mtls/ca.crt"
 
 
-def test_shards_are_told_where_adapters_are_in_s3(mounts: Path):
-    (pod,) = pods(rendered("adapters in S3"), "shard")
+def test_shards_are_told_where_adapters_are_in_object_stores(mounts: Path):
+    (pod,) = pods(rendered("adapters in object stores"), "shard")
     (settings,) = shard_settings(pod, mounts)
     assert settings.adapters_s3 == "s3://bucket/adapters"
+    assert settings.adapters_gcs == "gs://bucket/adapters"
+    assert settings.adapters_azure == "az://container"
     variables = {variable["name"]: variable for variable in pod["spec"]["containers"][0]["env"]}
     assert variables["AWS_ENDPOINT_URL_S3"]["value"] == "https://s3.example"
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        assert variables[name]["valueFrom"]["secretKeyRef"] == {"name": "aws", "key": name}
+    assert variables["AZURE_STORAGE_ACCOUNT_NAME"]["value"] == "account"
+    for secret, name in (
+        ("aws", "AWS_ACCESS_KEY_ID"),
+        ("aws", "AWS_SECRET_ACCESS_KEY"),
+        ("google", "GOOGLE_SERVICE_ACCOUNT_KEY"),
+        ("azure", "AZURE_STORAGE_ACCOUNT_KEY"),
+    ):
+        assert variables[name]["valueFrom"]["secretKeyRef"] == {"name": secret, "key": name}
 
 
 def test_routers_in_a_pool_export_what_its_picker_reads(mounts: Path):

@@ -87,6 +87,8 @@ def test_no_section_takes_unknown_keys():
         {"shard": {"adapters": {"configMaps": [{"id": "../sql", "name": "sql"}]}}},
         {"shard": {"hub": {"token": "hf_x"}}},
         {"shard": {"adapters": {"s3": {"url": "bucket"}}}},
+        {"shard": {"adapters": {"gcs": {"url": "s3://bucket"}}}},
+        {"shard": {"adapters": {"azure": {"url": "https://account.blob.core.windows.net/container"}}}},
         {"keda": {"serverAddress": "prometheus"}},
         {"keda": {"minReplicas": 0}},
         {"gateway": {"inferencePool": {"failureMode": "Open"}}},

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from loraplex_shard.lora.peft.base import BaseModel
-from loraplex_shard.lora.sources.files import CONFIG, TENSORS, AdapterFiles, read_files
+from loraplex_shard.lora.sources.files import CONFIG, TENSORS, AdapterFiles, assemble
 from loraplex_shard.shapes.adapter import AdapterWeights
 from loraplex_shard.shapes.layout import LinearLayout, LinearPart
 
@@ -102,7 +102,7 @@ def save_adapter(directory: Path, seed: int = 0, dtype: torch.dtype = torch.floa
 
 
 def read(directory: Path) -> AdapterFiles:
-    return read_files({CONFIG: directory / CONFIG, TENSORS: directory / TENSORS})
+    return assemble({name: bytearray(data) for name, data in contents(directory).items()})
 
 
 def contents(directory: Path) -> dict[str, bytes]:

@@ -23,6 +23,7 @@ from loraplex_protos.shard_pb2 import (
 )
 from loraplex_shard.device.parallel import Group
 from loraplex_shard.lora.peft.base import BaseModel
+from loraplex_shard.lora.sources.local import LocalSource
 from loraplex_shard.lora.store import AdapterStore
 from loraplex_shard.models import Decoder
 from loraplex_shard.sampling.constraints import Constraints
@@ -233,7 +234,7 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> Decoder:
 
 @pytest.fixture
 def runner(decoder: Decoder, compiler: GrammarCompiler, tmp_path: Path) -> Runner:
-    adapters = AdapterStore(decoder.layouts, torch.float32, CPU, tmp_path, BaseModel("LlamaForCausalLM"))
+    adapters = AdapterStore(decoder.layouts, torch.float32, CPU, BaseModel("LlamaForCausalLM"), [LocalSource(tmp_path)])
     return Runner(decoder, decoder.new_cache(NUM_BLOCKS, BLOCK_SIZE), adapters, Group(0, 1), 8, 512, CPU, compiler)
 
 

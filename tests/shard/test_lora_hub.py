@@ -17,6 +17,7 @@ from loraplex_protos.errors import (
 )
 from loraplex_shard.lora.sources.files import CONFIG, PICKLE, TENSORS
 from loraplex_shard.lora.sources.hub import HubSource
+from loraplex_shard.lora.sources.local import LocalSource
 from loraplex_shard.lora.store import AdapterStore, StagedAdapter
 from tests.shard.lora_models import BASE, layouts
 from tests.stand_in_hub import StandInHub
@@ -39,7 +40,8 @@ def new_store(hub: StandInHub, tmp_path: Path) -> NewStore:
 
     def make(directory: Path | None = None, timeout_s: float = 10.0) -> AdapterStore:
         source = HubSource(hub.url, tmp_path / "cache", timeout_s)
-        return AdapterStore(layouts(), torch.float32, torch.device("cpu"), directory, BASE, source)
+        sources = [*([LocalSource(directory)] if directory else []), source]
+        return AdapterStore(layouts(), torch.float32, torch.device("cpu"), BASE, sources)
 
     return make
 
@@ -241,7 +243,7 @@ def test_a_hub_that_does_not_answer_in_time_is_a_source_error(
 def test_a_hub_that_is_not_there_is_a_source_error(tmp_path: Path) -> None:
     with StandInHub() as hub:
         source = HubSource(hub.url, tmp_path)
-    store = AdapterStore(layouts(), torch.float32, torch.device("cpu"), None, BASE, source)
+    store = AdapterStore(layouts(), torch.float32, torch.device("cpu"), BASE, [source])
     with pytest.raises(AdapterSourceError):
         stage(store)
 

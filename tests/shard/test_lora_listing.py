@@ -12,8 +12,11 @@ import torch
 from loraplex_protos.adapter_names import is_name
 from loraplex_protos.errors import AdapterNotFoundError
 from loraplex_shard.lora import listing
-from loraplex_shard.lora.listing import LocalAdapter
+from loraplex_shard.lora.listing import LocalAdapter, LocalListing
+from loraplex_shard.lora.peft.doubts import find_doubts
+from loraplex_shard.lora.peft.reading import modules_of
 from loraplex_shard.lora.sources.files import CONFIG, MLX_TENSORS, PICKLE, TENSORS
+from loraplex_shard.lora.sources.local import LocalSource
 from loraplex_shard.lora.store import AdapterStore
 from tests.shard.lora_models import BASE, edit_config, layouts, save_adapter
 
@@ -31,11 +34,15 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def store_of(root: Path) -> AdapterStore:
-    return AdapterStore(layouts(), torch.float32, torch.device("cpu"), root, BASE)
+    return AdapterStore(layouts(), torch.float32, torch.device("cpu"), BASE, [LocalSource(root)])
+
+
+def listing_of(root: Path | None) -> LocalListing:
+    return LocalListing(root, lambda config: find_doubts(config, BASE, modules_of(layouts())))
 
 
 def listed(root: Path) -> dict[str, LocalAdapter]:
-    return {adapter.id: adapter for adapter in store_of(root).local_adapters()}
+    return {adapter.id: adapter for adapter in listing_of(root).adapters()}
 
 
 @pytest.mark.parametrize("name", [*GOOD, "org/sql v2", "a/b/c/d"])
@@ -112,11 +119,11 @@ def test_a_broken_adapter_is_listed_with_its_reason_until_it_is_mended(
     root = tmp_path / "adapters"
     shutil.copytree(sound, root / "a")
     spoil(root / "a", kind)
-    store = store_of(root)
-    assert reason in store.local_adapters()[0].fault
+    names = listing_of(root)
+    assert reason in names.adapters()[0].fault
     shutil.rmtree(root / "a")
     shutil.copytree(sound, root / "a")
-    assert store.local_adapters() == [LocalAdapter("a")]
+    assert names.adapters() == [LocalAdapter("a")]
 
 
 def test_doubts_are_listed_before_anything_is_loaded(sound: Path, tmp_path: Path) -> None:
@@ -132,11 +139,11 @@ def test_what_has_not_changed_is_not_looked_into_again(
     monkeypatch.setattr(listing, "parse_config", lambda data: read.append(data) or parse(data))
     for number in range(3):
         shutil.copytree(sound, tmp_path / str(number))
-    store = store_of(tmp_path)
-    assert store.local_adapters() == store.local_adapters()
+    names = listing_of(tmp_path)
+    assert names.adapters() == names.adapters()
     assert len(read) == 3
     edit_config(tmp_path / "1", r=4, lora_alpha=3)
-    store.local_adapters()
+    names.adapters()
     assert len(read) == 4
 
 
@@ -146,11 +153,11 @@ def test_thousands_of_new_adapters_are_listed_at_once_and_looked_into_later(
     for number in range(3):
         shutil.copytree(sound, tmp_path / str(number))
     (tmp_path / "2" / CONFIG).write_text("{")
-    store = store_of(tmp_path)
+    names = listing_of(tmp_path)
     monkeypatch.setattr(listing, "LOOK_SECONDS", -1.0)
-    assert store.local_adapters() == [LocalAdapter("0"), LocalAdapter("1"), LocalAdapter("2")]
+    assert names.adapters() == [LocalAdapter("0"), LocalAdapter("1"), LocalAdapter("2")]
     monkeypatch.setattr(listing, "LOOK_SECONDS", 60.0)
-    assert [bool(adapter.fault) for adapter in store.local_adapters()] == [False, False, True]
+    assert [bool(adapter.fault) for adapter in names.adapters()] == [False, False, True]
 
 
 def test_links_are_followed_within_the_directory_alone(sound: Path, tmp_path: Path) -> None:
@@ -187,15 +194,19 @@ def test_a_copy_of_the_hubs_cache_holds_adapters_by_their_hub_ids(sound: Path, t
 
 
 def test_folders_appear_and_go_while_the_server_runs(sound: Path, tmp_path: Path) -> None:
-    store = store_of(tmp_path / "adapters")
-    assert store.local_adapters() == []
+    names = listing_of(tmp_path / "adapters")
+    assert names.adapters() == []
     shutil.copytree(sound, tmp_path / "adapters" / "late")
-    assert store.local_adapters() == [LocalAdapter("late")]
+    assert names.adapters() == [LocalAdapter("late")]
     assert json.loads((tmp_path / "adapters" / "late" / CONFIG).read_text())
     shutil.rmtree(tmp_path / "adapters" / "late")
-    assert store.local_adapters() == []
+    assert names.adapters() == []
 
 
 @pytest.mark.parametrize("name", ["", "/", "a//b", "../a", "a/../b", "a/.", "x" * 256, "/".join("abcde"), "a\x00b"])
 def test_a_name_leads_nowhere_else(name: str) -> None:
     assert not is_name(name)
+
+
+def test_without_a_directory_there_are_none() -> None:
+    assert (listing_of(None).adapters(), listing_of(None).count()) == ([], 0)

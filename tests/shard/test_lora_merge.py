@@ -10,6 +10,7 @@ from transformers import LlamaForCausalLM
 
 from loraplex_protos.errors import AdapterNotFoundError, AdapterSourceError, InvalidRequestError
 from loraplex_shard.lora.merge import STRATEGIES, Recipe, keep_random, merge
+from loraplex_shard.lora.sources.local import LocalSource
 from loraplex_shard.lora.store import AdapterStore
 from loraplex_shard.lora.weights.deltas import Delta
 from tests.shard.lora_models import (
@@ -54,7 +55,8 @@ def loaded(directory: Path) -> PeftModel:
 def merged_on(ranks: int, directory: Path, recipe: Recipe, names: tuple[str, ...] = NAMES) -> dict[str, torch.Tensor]:
     """The deltas of the merged adapter, put together from stores that hold a cut each."""
     stores = [
-        AdapterStore(layouts(rank, ranks), torch.float32, torch.device("cpu"), directory, BASE) for rank in range(ranks)
+        AdapterStore(layouts(rank, ranks), torch.float32, torch.device("cpu"), BASE, [LocalSource(directory)])
+        for rank in range(ranks)
     ]
     for store in stores:
         store.merge(DIGEST, [store.stage(name, "local", "", "").digest for name in names], recipe)
@@ -130,14 +132,14 @@ def test_adapters_of_different_lora_ranks_are_refused_by_the_field(directory: Pa
 
 
 def test_what_is_not_staged_cannot_be_merged(directory: Path) -> None:
-    store = AdapterStore(layouts(), torch.float32, torch.device("cpu"), directory, BASE)
+    store = AdapterStore(layouts(), torch.float32, torch.device("cpu"), BASE, [LocalSource(directory)])
     with pytest.raises(AdapterNotFoundError, match="not-staged"):
         store.merge(DIGEST, ["not-staged"], Recipe((1.0,), "linear", 1.0, "total"))
 
 
 def test_files_that_changed_after_they_were_staged_are_not_merged(directory: Path, tmp_path: Path) -> None:
     save_adapter(tmp_path / "first", seed=0)
-    store = AdapterStore(layouts(), torch.float32, torch.device("cpu"), tmp_path, BASE)
+    store = AdapterStore(layouts(), torch.float32, torch.device("cpu"), BASE, [LocalSource(tmp_path)])
     digest = store.stage("first", "local", "", "").digest
     edit_config(tmp_path / "first", lora_alpha=1)
     with pytest.raises(AdapterSourceError, match="load the adapter again"):
@@ -145,7 +147,7 @@ def test_files_that_changed_after_they_were_staged_are_not_merged(directory: Pat
 
 
 def test_a_merged_adapter_is_described_and_can_be_forgotten(directory: Path) -> None:
-    store = AdapterStore(layouts(), torch.float32, torch.device("cpu"), directory, BASE)
+    store = AdapterStore(layouts(), torch.float32, torch.device("cpu"), BASE, [LocalSource(directory)])
     parts = [store.stage(name, "local", "", "") for name in ("first", "third")]
     staged = store.merge(DIGEST, [part.digest for part in parts], Recipe((1.0, 1.0), "linear", 1.0, "total"))
     assert (staged.digest, staged.source, staged.lora_rank) == (DIGEST, "merged", 4)

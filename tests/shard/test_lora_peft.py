@@ -13,8 +13,9 @@ from peft.utils.other import get_pattern_key
 
 from loraplex_protos.errors import AdapterInvalidError
 from loraplex_shard.lora.peft.config import AdapterConfig
-from loraplex_shard.lora.peft.reading import Adapter, read_adapter
+from loraplex_shard.lora.peft.reading import read_adapter
 from loraplex_shard.lora.peft.targets import find_targets
+from loraplex_shard.lora.weights.deltas import HostAdapter
 from tests.shard.lora_models import (
     ALL_MODULES,
     BASE,
@@ -50,7 +51,7 @@ VARIANTS = {
 }
 
 
-def read_partitions(directory: Path, size: int, dtype: torch.dtype = torch.float32) -> list[Adapter]:
+def read_partitions(directory: Path, size: int, dtype: torch.dtype = torch.float32) -> list[HostAdapter]:
     return [read_adapter(read(directory), layouts(rank, size), BASE, dtype) for rank in range(size)]
 
 

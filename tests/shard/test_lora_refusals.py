@@ -271,7 +271,7 @@ def test_a_file_that_is_not_well_formed_safetensors_is_refused(directory: Path, 
 
 
 def locate(directory: Path) -> None:
-    LocalSource(directory.parent).locate(directory.name).read()
+    LocalSource(directory.parent).locate(directory.name, "", "").read()
 
 
 def test_a_pickle_file_is_refused(directory: Path) -> None:

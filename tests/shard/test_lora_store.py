@@ -6,7 +6,6 @@ import shutil
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -20,13 +19,13 @@ from loraplex_protos.errors import (
     AdapterSourceError,
     OverloadedError,
 )
-from loraplex_shard.lora.sources.files import CONFIG, TENSORS, AdapterFiles
+from loraplex_shard.lora.sources.files import CONFIG, TENSORS
 from loraplex_shard.lora.sources.hub import HubSource
 from loraplex_shard.lora.sources.local import LocalSource
-from loraplex_shard.lora.sources.order import Origin
+from loraplex_shard.lora.sources.protocol import File, Origin
 from loraplex_shard.lora.sources.text_files import AdapterText
 from loraplex_shard.lora.store import AdapterStore, StagedAdapter
-from tests.shard.lora_models import BASE, edit_config, layouts, peft_deltas, read, save_adapter, whole_deltas
+from tests.shard.lora_models import BASE, contents, edit_config, layouts, peft_deltas, save_adapter, whole_deltas
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +49,8 @@ def store(directory: Path) -> AdapterStore:
 
 def store_of(directory: Path | None, hub: HubSource | None = None, host_bytes: int = 1 << 40) -> AdapterStore:
     device = torch.device("cpu")
-    return AdapterStore(layouts(), torch.float32, device, directory, BASE, hub, host_bytes=host_bytes)
+    sources = [*([LocalSource(directory)] if directory else []), hub or HubSource()]
+    return AdapterStore(layouts(), torch.float32, device, BASE, sources, host_bytes=host_bytes)
 
 
 class CountingHub(HubSource):
@@ -68,30 +68,19 @@ class CountingHub(HubSource):
         with self._called:
             self._calls += 1
             self._called.notify_all()
-        return CountingOrigin(id, self)
+        return Origin(self, id, ((TENSORS, File(id, "commit", 0)),), "commit")
 
     def wait_for_calls(self, count: int) -> None:
         with self._called:
             assert self._called.wait_for(lambda: self._calls == count, timeout=60)
 
-    def read(self, id: str) -> AdapterFiles:
-        self.reads.append(id)
-        self.before_read()
-        return read(self._directory / id)
-
-
-@dataclass(frozen=True)
-class CountingOrigin:
-    id: str
-    hub: CountingHub
-    source: str = "hub"
-    revision: str = "commit"
-
-    def fetch(self) -> int:
+    def fetch(self, origin: Origin) -> int:
         return 0
 
-    def read(self) -> AdapterFiles:
-        return self.hub.read(self.id)
+    def read(self, origin: Origin) -> dict[str, bytearray]:
+        self.reads.append(origin.id)
+        self.before_read()
+        return {name: bytearray(data) for name, data in contents(self._directory / origin.id).items()}
 
 
 def stage(store: AdapterStore, id: str) -> StagedAdapter:
@@ -164,14 +153,14 @@ def test_a_reload_reads_no_file(store: AdapterStore, directory: Path) -> None:
 def test_a_local_adapter_is_known_by_the_status_of_its_files(directory: Path) -> None:
     source = LocalSource(directory)
     for name in (CONFIG, TENSORS):
-        before = source.locate("adapter-0")
-        assert source.locate("adapter-0") == before
+        before = source.locate("adapter-0", "", "")
+        assert source.locate("adapter-0", "", "") == before
         (directory / "adapter-0" / name).touch()
-        assert source.locate("adapter-0") != before
+        assert source.locate("adapter-0", "", "") != before
 
 
 def test_files_that_change_while_they_are_read_are_not_staged(directory: Path) -> None:
-    origin = LocalSource(directory).locate("adapter-0")
+    origin = LocalSource(directory).locate("adapter-0", "", "")
     (directory / "adapter-0" / TENSORS).touch()
     with pytest.raises(AdapterSourceError, match="changed while they were read"):
         origin.read()
@@ -237,7 +226,7 @@ def test_a_template_that_is_too_large_is_refused(store: AdapterStore, directory:
 
 
 def test_the_digest_does_not_depend_on_the_rank(store: AdapterStore, directory: Path) -> None:
-    other = AdapterStore(layouts(1, 2), torch.float16, torch.device("cpu"), directory, BASE)
+    other = AdapterStore(layouts(1, 2), torch.float16, torch.device("cpu"), BASE, [LocalSource(directory)])
     mine, theirs = stage(store, "adapter-0"), stage(other, "adapter-0")
     assert mine.digest == theirs.digest
     assert theirs.size_bytes < mine.size_bytes / 2
@@ -340,23 +329,10 @@ def test_staging_loading_and_reading_from_many_threads_keeps_each_slot_whole(sto
     at_once(6, work)
 
 
-def test_local_adapters_are_the_directories_with_a_config(store: AdapterStore, directory: Path) -> None:
-    shutil.copytree(directory / "adapter-0", directory / "org" / "team" / "deep")
-    shutil.copytree(directory / "adapter-0", directory / "adapter-1" / "nested")
-    (directory / ".hidden").symlink_to(directory / "adapter-0")
-    (directory / "circle").symlink_to(directory)
-    (directory / "empty").mkdir()
-    (directory / "file").touch()
-    ids = [adapter.id for adapter in store.local_adapters() if not adapter.fault]
-    assert ids == ["adapter-0", "adapter-1", "adapter-2", "org/team/deep"]
-    assert all(stage(store, id) for id in ids)
-
-
-def test_without_a_directory_there_are_no_local_adapters() -> None:
-    store = store_of(None)
-    assert store.local_adapters() == []
-    with pytest.raises(AdapterNotFoundError, match="--adapters"):
-        stage(store, "adapter-0")
+@pytest.mark.parametrize("source", ["", "local", "gcs"])
+def test_what_is_in_no_source_is_refused_with_those_that_there_are(source: str) -> None:
+    with pytest.raises(AdapterNotFoundError, match=r"sources are: hub .*--adapters"):
+        store_of(None).stage("adapter-0", source, "", "")
 
 
 @pytest.mark.parametrize(
@@ -426,8 +402,3 @@ def test_a_pipe_in_place_of_a_file_is_refused_at_once(store: AdapterStore, direc
 def test_a_local_adapter_has_no_revisions(store: AdapterStore) -> None:
     with pytest.raises(AdapterNotFoundError, match="no revisions"):
         store.stage("adapter-0", "local", "main", "")
-
-
-def test_an_unknown_source_is_named(store: AdapterStore) -> None:
-    with pytest.raises(AdapterNotFoundError, match="'gcs'"):
-        store.stage("adapter-0", "gcs", "", "")

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from loraplex_protos.errors import AdapterInvalidError
-from loraplex_shard.lora.peft.reading import Adapter, read_adapter
+from loraplex_shard.lora.peft.reading import read_adapter
+from loraplex_shard.lora.weights.deltas import HostAdapter
 from tests.shard.lora_models import (
     BASE,
     HeldTensors,
@@ -42,7 +43,7 @@ RENAMINGS: dict[str, Rename] = {
 }
 
 
-def serve(directory: Path, rounded: bool = False) -> Adapter:
+def serve(directory: Path, rounded: bool = False) -> HostAdapter:
     base = dataclasses.replace(BASE, tensors=HeldTensors(make_base(), rounded))
     return read_adapter(read(directory), layouts(), base, torch.float32)
 

@@ -10,7 +10,8 @@ from tokenizers.models import BPE, WordLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from loraplex_shard.lora.peft.base import BaseModel
-from loraplex_shard.lora.sources.text_files import AdapterText, end_tokens, foreign_tokens, read_text, text_files
+from loraplex_shard.lora.peft.special_tokens import end_tokens, foreign_tokens
+from loraplex_shard.lora.sources.text_files import AdapterText, read_text, text_files
 
 VOCABULARY = {"<s>": 0, "</s>": 1, "<|end|>": 2, "<pad>": 3}
 CONFIG, SPECIAL = "tokenizer_config.json", "special_tokens_map.json"

@@ -10,6 +10,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 from loraplex_protos.shard_pb2 import FAILURE_REASON_NOT_FINITE, Sampling, StepRequest
 from loraplex_shard.device.parallel import Group
 from loraplex_shard.lora.peft.base import BaseModel
+from loraplex_shard.lora.sources.local import LocalSource
 from loraplex_shard.lora.store import AdapterStore
 from loraplex_shard.lora.weights.arena import in_one_piece
 from loraplex_shard.models import Decoder
@@ -52,7 +53,7 @@ def decoder(checkpoint: Path) -> Decoder:
 
 @pytest.fixture
 def adapters(decoder: Decoder, tmp_path: Path) -> AdapterStore:
-    return AdapterStore(decoder.layouts, torch.float32, CPU, tmp_path, BaseModel("LlamaForCausalLM"))
+    return AdapterStore(decoder.layouts, torch.float32, CPU, BaseModel("LlamaForCausalLM"), [LocalSource(tmp_path)])
 
 
 @pytest.fixture

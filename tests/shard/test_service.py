@@ -18,7 +18,9 @@ from loraplex_protos import shard_pb2 as pb
 from loraplex_protos.errors import AdapterInUseError, AdapterNotFoundError, LoraplexError, from_rpc_error
 from loraplex_protos.shard_pb2_grpc import ShardServiceStub
 from loraplex_shard.device.parallel import Group
+from loraplex_shard.lora.listing import LocalListing
 from loraplex_shard.lora.peft.base import BaseModel
+from loraplex_shard.lora.sources.local import LocalSource
 from loraplex_shard.lora.store import AdapterStore, StagedAdapter
 from loraplex_shard.models import Decoder
 from loraplex_shard.observation.metrics import ShardMetrics
@@ -86,20 +88,23 @@ def address(tmp_path: Path) -> str:
     return f"unix:{tmp_path}/rank-0.sock"
 
 
-def service_with(adapters: AdapterStore, decoder: Decoder, failed_step: threading.Event) -> ShardService:
+def service_with(
+    adapters: AdapterStore, decoder: Decoder, failed_step: threading.Event, directory: Path | None = None
+) -> ShardService:
     cache = decoder.new_cache(NUM_BLOCKS, BLOCK_SIZE)
     grammars = GrammarCompiler(b"{}", decoder.vocab_size, end_token_ids=(2,))
     runner = Runner(decoder, cache, adapters, Group(0, 1), 8, MAX_MODEL_LEN, CPU, grammars)
     info = pb.GetInfoResponse(model_id="tiny", rank=0, num_blocks=NUM_BLOCKS)
     tokenizer = pb.GetTokenizerResponse(tokenizer_json=b"{}")
     steps = StepThread(runner, CPU, lambda error: failed_step.set())
-    return ShardService(steps, adapters, grammars, info, tokenizer, Telemetry(ShardMetrics()))
+    listing = LocalListing(directory, lambda config: ())
+    return ShardService(steps, adapters, listing, grammars, info, tokenizer, Telemetry(ShardMetrics()))
 
 
 @pytest.fixture
 def service(decoder: Decoder, failed_step: threading.Event, tmp_path: Path) -> ShardService:
-    adapters = AdapterStore(decoder.layouts, torch.float32, CPU, tmp_path, BaseModel("LlamaForCausalLM"))
-    return service_with(adapters, decoder, failed_step)
+    adapters = AdapterStore(decoder.layouts, torch.float32, CPU, BaseModel("LlamaForCausalLM"), [LocalSource(tmp_path)])
+    return service_with(adapters, decoder, failed_step, tmp_path)
 
 
 @pytest.fixture

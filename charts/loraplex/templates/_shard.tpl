@@ -61,8 +61,10 @@ args:
   {{- if include "loraplex.hasAdapters" $root }}
   - --adapters=/adapters
   {{- end }}
-  {{- with $shard.adapters.s3.url }}
-  - {{ printf "--adapters-s3=%s" . | quote }}
+  {{- range $name, $store := pick $shard.adapters "azure" "gcs" "s3" }}
+  {{- with $store.url }}
+  - {{ printf "--adapters-%s=%s" $name . | quote }}
+  {{- end }}
   {{- end }}
   {{- include "loraplex.mtlsFlags" (list $root "shardSecret") | trim | nindent 2 }}
   {{- include "loraplex.shardFlags" $root | trim | nindent 2 }}
@@ -136,6 +138,19 @@ grpc: {port: {{ index . 1 }}{{ index . 2 }}}
   valueFrom: {secretKeyRef: {name: {{ . | quote }}, key: AWS_ACCESS_KEY_ID}}
 - name: AWS_SECRET_ACCESS_KEY
   valueFrom: {secretKeyRef: {name: {{ . | quote }}, key: AWS_SECRET_ACCESS_KEY}}
+{{- end }}
+{{- end }}
+{{- with .Values.shard.adapters.gcs.existingSecret }}
+- name: GOOGLE_SERVICE_ACCOUNT_KEY
+  valueFrom: {secretKeyRef: {name: {{ . | quote }}, key: GOOGLE_SERVICE_ACCOUNT_KEY}}
+{{- end }}
+{{- with .Values.shard.adapters.azure }}
+{{- with .account }}
+- {name: AZURE_STORAGE_ACCOUNT_NAME, value: {{ . | quote }}}
+{{- end }}
+{{- with .existingSecret }}
+- name: AZURE_STORAGE_ACCOUNT_KEY
+  valueFrom: {secretKeyRef: {name: {{ . | quote }}, key: AZURE_STORAGE_ACCOUNT_KEY}}
 {{- end }}
 {{- end }}
 {{- if and (dig "limits" "cpu" "" .Values.shard.resources) (not (hasKey .Values.shard.settings "threads")) }}

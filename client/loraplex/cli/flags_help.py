@@ -1,5 +1,6 @@
 """The help of a command whose flags come from a settings class: by subject, whole names, wrapped to any width."""
 
+import fnmatch
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,12 +11,12 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 WIDEST = 100  # a line that is longer is hard to read
-SUBJECTS = {
+SUBJECTS = {  # with patterns of a shell
     "Model": (
         *("model", "revision", "served_model_name", "generation_config"),
         *("device", "dtype", "quantize", "tp", "rank", "rendezvous"),
     ),
-    "Adapters": ("adapters", "adapters_s3", "adapter_dtype", "adapter_host_gib", "max_adapters_on_device"),
+    "Adapters": ("adapters*", "adapter_dtype", "adapter_host_gib", "max_adapters_on_device"),
     "Capacity": (
         *("max_model_len", "max_sequences", "max_batch_tokens", "max_queue", "kv_blocks", "kv_dtype"),
         *("threads", "kernels", "move_seconds", "drain_seconds"),
@@ -46,11 +47,11 @@ def describe(kind: type[BaseModel], command: str, text: str, positional: str, co
 
 
 def _by_subject(kind: type[BaseModel]) -> Iterator[tuple[str, list[str]]]:
-    placed = {name for names in SUBJECTS.values() for name in names}
-    others = tuple(name for name in kind.model_fields if name not in placed)
-    for subject, names in {**SUBJECTS, OTHERS: others}.items():
-        if found := [name for name in names if name in kind.model_fields]:
+    left = list(kind.model_fields)
+    for subject, patterns in {**SUBJECTS, OTHERS: ("*",)}.items():
+        if found := [name for pattern in patterns for name in fnmatch.filter(left, pattern)]:
             yield subject, found
+            left = [name for name in left if name not in found]
 
 
 def _setting(name: str, field: FieldInfo, positional: bool, columns: int) -> list[str]:

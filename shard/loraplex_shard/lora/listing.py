@@ -49,13 +49,13 @@ class _Scanned(NamedTuple):
 
 
 class LocalListing:
-    """Adapters are looked into once, and again when their files have changed.
+    """Of an adapter directory, if there is one. Adapters are looked into once, and again when their files have changed.
 
     `doubts` says what may be wrong with an adapter of that configuration.
     """
 
-    def __init__(self, root: Path, doubts: Callable[[AdapterConfig], tuple[str, ...]]) -> None:
-        self._root = str(root)
+    def __init__(self, root: Path | None, doubts: Callable[[AdapterConfig], tuple[str, ...]]) -> None:
+        self._root = str(root.resolve()) if root is not None else ""
         self._doubts = doubts
         self._lock = Lock()  # guards all of the following
         self._began = 0.0  # the last listing
@@ -89,6 +89,8 @@ class LocalListing:
         return listed
 
     def _found(self) -> Iterator[_Found]:
+        if not self._root:
+            return
         for number, adapter in enumerate(self._walk(self._root, ())):
             if number % FOLDERS_AT_A_TIME == 0:
                 _yield()

@@ -7,13 +7,10 @@ and a step never waits for them.
 import logging
 import sys
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -25,26 +22,20 @@ from loraplex_protos.errors import (
     OverloadedError,
     quote,
 )
-from loraplex_shard.lora.listing import LocalAdapter, LocalListing
 from loraplex_shard.lora.merge import Recipe, merge
+from loraplex_shard.lora.once import Once
 from loraplex_shard.lora.peft.base import BaseModel
-from loraplex_shard.lora.peft.config import AdapterConfig
-from loraplex_shard.lora.peft.doubts import find_doubts
-from loraplex_shard.lora.peft.reading import modules_of, read_adapter, read_deltas
+from loraplex_shard.lora.peft.reading import read_adapter, read_deltas
 from loraplex_shard.lora.room import Room
 from loraplex_shard.lora.sources.files import AdapterFiles
-from loraplex_shard.lora.sources.hub import HubSource
-from loraplex_shard.lora.sources.local import LocalSource
-from loraplex_shard.lora.sources.order import Origin, Sources
+from loraplex_shard.lora.sources.order import locate
+from loraplex_shard.lora.sources.protocol import Origin, Source
 from loraplex_shard.lora.sources.text_files import AdapterText
-from loraplex_shard.lora.weights.deltas import Adapter, Delta, partition_adapter
+from loraplex_shard.lora.weights.deltas import Delta, HostAdapter, partition_adapter
 from loraplex_shard.lora.weights.transfer import Transfer
 from loraplex_shard.observation.metrics import ShardMetrics
 from loraplex_shard.shapes.adapter import AdapterWeights
 from loraplex_shard.shapes.layout import LinearLayout
-
-if TYPE_CHECKING:
-    from loraplex_shard.lora.sources.s3 import S3Source
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +46,7 @@ COPIES = 3
 @dataclass(frozen=True, slots=True)
 class StagedAdapter:
     digest: str  # sha256 over the adapter's files, in hex; of a merged one, what the router named it
-    source: str  # "local", "s3", "hub" or "merged"
+    source: str  # where it came from; "merged" for a merged one
     revision: str  # the hub's commit; empty for any other adapter
     lora_rank: int  # the largest of its modules
     size_bytes: int  # of this rank's part
@@ -66,9 +57,8 @@ class StagedAdapter:
 class AdapterStore:
     """Adapters for the linear layers of `layouts`, in `dtype`, in slots on `device`.
 
-    `directory` is the adapter directory, if there is one; `architecture` the base model's class. The hub is HF_ENDPOINT
-    (or the public one) unless given; `metrics` are told of what is loaded and what leaves. At most `host_bytes` are
-    staged, and half as many on their way, at a time.
+    The first of `sources` that has an id is asked for it; `metrics` are told of what is loaded and what leaves. At most
+    `host_bytes` are staged, and half as many on their way, at a time.
     """
 
     def __init__(
@@ -76,11 +66,9 @@ class AdapterStore:
         layouts: Sequence[LinearLayout],
         dtype: torch.dtype,
         device: torch.device,
-        directory: Path | None,
         base: BaseModel,
-        hub: HubSource | None = None,
+        sources: Sequence[Source],
         metrics: ShardMetrics | None = None,
-        s3: "S3Source | None" = None,
         host_bytes: int = sys.maxsize,
     ) -> None:
         self._layouts = tuple(layouts)
@@ -89,16 +77,13 @@ class AdapterStore:
         self._base = base
         self._host_bytes = host_bytes
         self._room = Room(host_bytes // 2)
-        local = LocalSource(directory) if directory is not None else None
-        self._listing = LocalListing(local.root, self._doubts) if local is not None else None
-        self._sources = Sources(local, hub or HubSource(), s3)
+        self._sources = tuple(sources)
         self._metrics = metrics or ShardMetrics()
-        self._metrics.watch_adapters(self._count, self._count_host_bytes)
-        self._lock = Lock()  # guards the four below; held for no longer than a look-up
+        self._once = Once()
+        self._lock = Lock()  # guards the three below; held for no longer than a look-up
         self._digests: dict[Origin, str] = {}  # what has been read
-        self._host: dict[str, Adapter] = {}  # by digest
+        self._host: dict[str, HostAdapter] = {}  # by digest
         self._slots: dict[int, tuple[str, AdapterWeights]] = {}
-        self._running: dict[Hashable, Future[None]] = {}
 
     def stage(self, id: str, source: str, revision: str, token: str) -> StagedAdapter:
         """Fetches an adapter, checks it, and holds this rank's part in host memory.
@@ -108,10 +93,10 @@ class AdapterStore:
         AdapterNotFoundError, AdapterForbiddenError, AdapterSourceError or AdapterInvalidError; OverloadedError if there
         is no room until others are unstaged.
         """
-        origin = self._sources.locate(id, source, revision, token)
+        origin = locate(self._sources, id, source, revision, token)
         read = False
         while (staged := self._staged(origin)) is None:
-            self._once(origin, lambda: self._read(origin))
+            self._once.do(origin, lambda: self._read(origin))
             read = True
         for warning in staged.warnings if read else ():
             logger.warning("adapter %s: %s", quote(id), warning)
@@ -127,7 +112,7 @@ class AdapterStore:
         with self._lock:
             sizes = [self._host[part].weights.size_bytes for part in parts if part in self._host]
         with self._room.taken(sum(sizes) * COPIES):
-            self._once(digest, lambda: self._hold(digest, lambda: self._merged(parts, recipe)))
+            self._once.do(digest, lambda: self._hold(digest, lambda: self._merged(parts, recipe)))
         with self._lock:
             adapter = self._host[digest]
         return StagedAdapter(digest, "merged", "", adapter.lora_rank, adapter.weights.size_bytes)
@@ -173,16 +158,18 @@ class AdapterStore:
             self._host.clear()
             self._digests.clear()
 
-    def local_adapters(self) -> list[LocalAdapter]:
-        """What is in the adapter directory, sorted by id."""
-        return self._listing.adapters() if self._listing is not None else []
+    def count(self) -> dict[str, int]:
+        """Adapters by tier."""
+        with self._lock:
+            return {"host": len(self._host), "device": len(self._slots)}
+
+    def count_host_bytes(self) -> int:
+        with self._lock:
+            return self._held_bytes()
 
     def adapter_in(self, slot: int) -> AdapterWeights:
         """The adapter in a slot; KeyError if it is empty."""
         return self._slots[slot][1]
-
-    def _doubts(self, config: AdapterConfig) -> tuple[str, ...]:
-        return find_doubts(config, self._base, modules_of(self._layouts))
 
     def _staged(self, origin: Origin) -> StagedAdapter | None:
         with self._lock:
@@ -192,7 +179,7 @@ class AdapterStore:
             return None
         return StagedAdapter(
             digest,
-            origin.source,
+            origin.source.name,
             origin.revision,
             adapter.lora_rank,
             adapter.weights.size_bytes,
@@ -206,14 +193,14 @@ class AdapterStore:
                 stack.enter_context(self._room.taken(origin.fetch() * COPIES))
                 files = origin.read()
             digest = files.digest()
-            self._once(digest, lambda: self._hold(digest, lambda: self._cut(files)))
+            self._once.do(digest, lambda: self._hold(digest, lambda: self._cut(files)))
         with self._lock:
             self._digests[origin] = digest
 
-    def _cut(self, files: AdapterFiles) -> Adapter:
+    def _cut(self, files: AdapterFiles) -> HostAdapter:
         return read_adapter(files, self._layouts, self._base, self._dtype)
 
-    def _merged(self, parts: Sequence[str], recipe: Recipe) -> Adapter:
+    def _merged(self, parts: Sequence[str], recipe: Recipe) -> HostAdapter:
         return partition_adapter(merge([self._whole(part) for part in parts], recipe), self._layouts, self._dtype)
 
     def _whole(self, digest: str) -> dict[str, Delta]:
@@ -230,7 +217,7 @@ class AdapterStore:
             raise AdapterSourceError("to merge: the adapter's files are not what they were: load it again")
         return read_deltas(files, self._layouts, self._base)
 
-    def _hold(self, digest: str, make: Callable[[], Adapter]) -> None:
+    def _hold(self, digest: str, make: Callable[[], HostAdapter]) -> None:
         with self._lock:
             if digest in self._host:
                 return
@@ -258,35 +245,5 @@ class AdapterStore:
                 f"the adapter takes {size:,} bytes of host memory, of which others leave {free:,}: try again later"
             )
 
-    def _count(self) -> Mapping[str, int]:
-        """Adapters by tier."""
-        with self._lock:
-            held = {"host": len(self._host), "device": len(self._slots)}
-        return {"disk": self._listing.count() if self._listing is not None else 0, **held}
-
-    def _count_host_bytes(self) -> int:
-        with self._lock:
-            return self._held_bytes()
-
     def _held_bytes(self) -> int:
         return sum(adapter.weights.size_bytes for adapter in self._host.values())
-
-    def _once(self, key: Hashable, work: Callable[[], None]) -> None:
-        """Does the work, or waits for the call that is doing it and shares its outcome."""
-        future = Future[None]()
-        with self._lock:
-            running = self._running.setdefault(key, future)
-        if running is not future:
-            return running.result()
-        try:
-            work()
-            future.set_result(None)
-        except BaseException as error:
-            future.set_exception(error)
-            raise
-        finally:
-            with self._lock:
-                del self._running[key]
-            # An error knows this frame: if that knew the future, which has the error, both would stay until the next
-            # collection of garbage, and with them what was read.
-            del future, running

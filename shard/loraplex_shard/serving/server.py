@@ -6,8 +6,8 @@ import signal
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from types import FrameType
-from typing import TYPE_CHECKING
 
 import grpc
 import torch
@@ -25,7 +25,14 @@ from loraplex_shard.device.parallel import Group
 from loraplex_shard.device.troubles import GroupLostError, Troubles
 from loraplex_shard.kernels.library import Kernels
 from loraplex_shard.layers.sources import Target
+from loraplex_shard.lora.listing import LocalListing
 from loraplex_shard.lora.peft.base import BaseModel
+from loraplex_shard.lora.peft.doubts import find_doubts
+from loraplex_shard.lora.peft.reading import modules_of
+from loraplex_shard.lora.sources.hub import HubSource
+from loraplex_shard.lora.sources.local import LocalSource
+from loraplex_shard.lora.sources.object_store import ObjectStoreSource
+from loraplex_shard.lora.sources.protocol import Source
 from loraplex_shard.lora.store import AdapterStore
 from loraplex_shard.models import load_decoder
 from loraplex_shard.models.architectures import read_spec
@@ -36,11 +43,8 @@ from loraplex_shard.sampling.vocabulary import keep_known
 from loraplex_shard.serving import machine
 from loraplex_shard.serving.service import ShardService
 from loraplex_shard.serving.steps import StepThread
-from loraplex_shard.settings import SettingsError, ShardSettings
+from loraplex_shard.settings import ModelSettings, SettingsError, ShardSettings
 from loraplex_shard.stepping.runner import Runner
-
-if TYPE_CHECKING:
-    from loraplex_shard.lora.sources.s3 import S3Source
 
 logger = logging.getLogger(__name__)
 
@@ -174,23 +178,20 @@ def _load(
     cache = decoder.new_cache(num_blocks, machine.BLOCK_SIZE, kv_dtype)
     adapter_dtype = torch.int8 if settings.adapter_dtype == "int8" else dtype
     tokenizer = checkpoint.tokenizer()
-    adapters = AdapterStore(
-        decoder.layouts,
-        adapter_dtype,
-        device,
-        settings.adapters,
-        BaseModel(
-            checkpoint.architecture,
-            (checkpoint.model_id, *checkpoint.known_as),
-            settings.revision or "",
-            checkpoint,
-            decoder.vocab_size,
-            Tokenizer.from_buffer(tokenizer.tokenizer_json),
-        ),
-        metrics=telemetry.metrics,
-        s3=_open_s3(settings.adapters_s3),
-        host_bytes=adapter_host_bytes * 5 // 4,  # the router has others leave once it knows how large one is
+    base = BaseModel(
+        checkpoint.architecture,
+        (checkpoint.model_id, *checkpoint.known_as),
+        settings.revision or "",
+        checkpoint,
+        decoder.vocab_size,
+        Tokenizer.from_buffer(tokenizer.tokenizer_json),
     )
+    listing = LocalListing(settings.adapters, partial(find_doubts, base=base, modules=modules_of(decoder.layouts)))
+    sources = open_sources(settings)
+    # The router has others leave once it knows how large one is.
+    held = adapter_host_bytes * 5 // 4
+    adapters = AdapterStore(decoder.layouts, adapter_dtype, device, base, sources, telemetry.metrics, held)
+    telemetry.metrics.watch_adapters(lambda: {"disk": listing.count(), **adapters.count()}, adapters.count_host_bytes)
     end_token_ids = keep_known(checkpoint.end_token_ids, decoder.vocab_size)
     grammars = GrammarCompiler(tokenizer.tokenizer_json, decoder.vocab_size, end_token_ids)
     info = GetInfoResponse(
@@ -208,6 +209,7 @@ def _load(
         protocol_version=PROTOCOL_VERSION,
         adapter_host_bytes=adapter_host_bytes,
         sampling_defaults=SamplingDefaults(**checkpoint.sampling_defaults),
+        adapter_sources=[source.name for source in sources],
     )
     telemetry.metrics.describe(info)
     most, pools_last = settings.max_sequences, checkpoint.pools_last_token
@@ -220,6 +222,7 @@ def _load(
     return ShardService(
         steps=StepThread(runner, device, on_failed_step),
         adapters=adapters,
+        listing=listing,
         grammars=grammars,
         info=info,
         tokenizer=GetTokenizerResponse(
@@ -241,11 +244,13 @@ def ends_process(error: Exception, ranks: int, device: torch.device) -> bool:
     return ranks > 1 or (device.type == "cuda" and not isinstance(error, torch.OutOfMemoryError))
 
 
-def _open_s3(url: str) -> "S3Source | None":
-    if not url:
-        return None
-    try:
-        from loraplex_shard.lora.sources.s3 import S3Source
-    except ModuleNotFoundError as error:
-        raise SettingsError(f"adapters_s3: no {error.name}: pip install 'loraplex[s3]'") from error
-    return S3Source(url)
+def open_sources(settings: ModelSettings) -> list[Source]:
+    """Where adapters come from, in the order in which they are asked."""
+    sources: list[Source] = [LocalSource(settings.adapters)] if settings.adapters else []
+    for name in "adapters_s3", "adapters_gcs", "adapters_azure":
+        if url := getattr(settings, name):
+            try:
+                sources.append(ObjectStoreSource(url))
+            except ValueError as error:
+                raise SettingsError(f"{name}: {error}") from error
+    return [*sources, HubSource()]

@@ -16,6 +16,7 @@ import grpc
 from loraplex_protos import shard_pb2 as pb
 from loraplex_protos.errors import LoraplexError, to_status
 from loraplex_protos.shard_pb2_grpc import ShardServiceServicer
+from loraplex_shard.lora.listing import LocalListing
 from loraplex_shard.lora.merge import Recipe
 from loraplex_shard.lora.store import AdapterStore
 from loraplex_shard.observation.telemetry import Telemetry
@@ -37,6 +38,7 @@ class ShardService(ShardServiceServicer):
         self,
         steps: StepThread,
         adapters: AdapterStore,
+        listing: LocalListing,
         grammars: GrammarCompiler,
         info: pb.GetInfoResponse,
         tokenizer: pb.GetTokenizerResponse,
@@ -44,6 +46,7 @@ class ShardService(ShardServiceServicer):
     ) -> None:
         self._steps = steps
         self._adapters = adapters
+        self._listing = listing
         self._grammars = grammars
         self._info = info
         self._tokenizer = tokenizer
@@ -126,7 +129,7 @@ class ShardService(ShardServiceServicer):
         with self._errors_answered(context):
             found = [
                 pb.LocalAdapter(id=adapter.id, fault=adapter.fault, warnings=adapter.warnings)
-                for adapter in self._adapters.local_adapters()
+                for adapter in self._listing.adapters()
             ]
             return pb.ListLocalAdaptersResponse(adapters=found)
 

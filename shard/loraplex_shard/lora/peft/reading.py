@@ -13,12 +13,12 @@ from loraplex_protos.errors import AdapterInvalidError
 from loraplex_shard.lora.peft.base import BaseModel
 from loraplex_shard.lora.peft.config import AdapterConfig, parse_config
 from loraplex_shard.lora.peft.doubts import find_doubts
+from loraplex_shard.lora.peft.special_tokens import end_tokens, foreign_tokens
 from loraplex_shard.lora.peft.targets import Target, find_targets
 from loraplex_shard.lora.peft.tensor_names import PREFIX, as_saved_by_peft
 from loraplex_shard.lora.peft.tensors import read_tensors
 from loraplex_shard.lora.sources.files import TENSORS, AdapterFiles
-from loraplex_shard.lora.sources.text_files import end_tokens, foreign_tokens
-from loraplex_shard.lora.weights.deltas import Adapter, Delta, name_of_a, name_of_b, partition_adapter
+from loraplex_shard.lora.weights.deltas import Delta, HostAdapter, name_of_a, name_of_b, partition_adapter
 from loraplex_shard.shapes.layout import LinearLayout, LinearPart
 
 _SHOWN_NAMES = 3
@@ -30,7 +30,9 @@ _BASE_TENSOR = re.compile(
 )
 
 
-def read_adapter(files: AdapterFiles, layouts: Sequence[LinearLayout], base: BaseModel, dtype: torch.dtype) -> Adapter:
+def read_adapter(
+    files: AdapterFiles, layouts: Sequence[LinearLayout], base: BaseModel, dtype: torch.dtype
+) -> HostAdapter:
     """Checks a PEFT LoRA adapter and cuts it to the layouts, in this dtype, in memory of its own.
 
     Raises AdapterInvalidError, naming the field or tensor, for one that cannot be served exactly as PEFT would.

@@ -1,2 +1,2 @@
-"""Where adapters come from: a source finds the files of an id (`local.py`, `hub.py`, `s3.py`), and `order.py` asks one
-after the other."""
+"""Where adapters come from: a source, as `protocol.py` has it, finds the files of an id and reads them; `order.py` says
+which one is asked."""

@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from loraplex_protos.errors import AdapterInvalidError
-from loraplex_shard.lora.sources import text_files
-from loraplex_shard.lora.sources.text_files import AdapterText, read_text
+from loraplex_shard.lora.sources.text_files import MAX_TEMPLATE, TEXT_SIZE_LIMITS, AdapterText, read_text, text_files
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
@@ -17,7 +16,9 @@ PICKLE = "adapter_model.bin"
 MLX_TENSORS = "adapters.safetensors"
 
 # The largest of each that is read or fetched, in bytes.
-SIZE_LIMITS = {CONFIG: 2**20, TENSORS: 4 * 2**30, **text_files.SIZE_LIMITS}
+SIZE_LIMITS = {CONFIG: 2**20, TENSORS: 4 * 2**30, **TEXT_SIZE_LIMITS}
+# Those that a folder can be asked for by name.
+KNOWN = (CONFIG, TENSORS, PICKLE, MLX_TENSORS, *TEXT_SIZE_LIMITS)
 
 _CHUNK = 2**24
 
@@ -41,12 +42,21 @@ class AdapterFiles:
         return digest.hexdigest()
 
 
-def read_files(paths: Mapping[str, Path]) -> AdapterFiles:
-    """Reads CONFIG, TENSORS and what there is of `text_files`, by name.
+def choose(sizes: Mapping[str, int]) -> tuple[str, ...]:
+    """Of the files that an adapter's folder has, by name and in bytes, those that are read.
 
-    Raises AdapterInvalidError for one that is too large or not a regular file, else OSError.
+    Raises AdapterInvalidError if they do not make an adapter, or one is too large.
     """
-    return assemble({name: _read(path, name) for name, path in paths.items()})
+    check_names(frozenset(sizes))
+    names = (CONFIG, TENSORS, *text_files(sizes))
+    for name in names:
+        check_size(name, sizes[name])
+    return names
+
+
+def is_telling(name: str) -> bool:
+    """Whether a file of this name has a say in what an adapter is."""
+    return name in KNOWN or bool(text_files([name]))
 
 
 def assemble(contents: Mapping[str, bytearray]) -> AdapterFiles:
@@ -57,7 +67,7 @@ def assemble(contents: Mapping[str, bytearray]) -> AdapterFiles:
 
 def check_size(name: str, size: int) -> None:
     """Raises AdapterInvalidError if an adapter's file of this name may not have this many bytes."""
-    limit = SIZE_LIMITS.get(name, text_files.MAX_TEMPLATE)
+    limit = SIZE_LIMITS.get(name, MAX_TEMPLATE)
     if size > limit:
         raise AdapterInvalidError(f"{name} has {size} bytes; the limit is {limit}")
 
@@ -77,7 +87,8 @@ def check_names(names: frozenset[str]) -> None:
         raise AdapterInvalidError(f"{TENSORS} is missing")
 
 
-def _read(path: Path, name: str) -> bytearray:
+def read_file(path: Path, name: str) -> bytearray:
+    """Raises AdapterInvalidError if it is too large or not a regular file, else OSError."""
     # Without O_NONBLOCK, opening a pipe would wait for its writer.
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb", buffering=0) as file:
         status = os.fstat(file.fileno())

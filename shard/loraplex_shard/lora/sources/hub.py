@@ -8,7 +8,6 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
@@ -22,10 +21,11 @@ from loraplex_protos.errors import (
     AdapterSourceError,
     quote,
 )
-from loraplex_shard.lora.sources.files import CONFIG, TENSORS, AdapterFiles, check_names, check_size, read_files
+from loraplex_shard.lora.sources.files import read_file
 from loraplex_shard.lora.sources.folders import cached_name, find_snapshot
-from loraplex_shard.lora.sources.text_files import text_files
+from loraplex_shard.lora.sources.protocol import File, Origin, Source
 
+PUBLIC_HUB = "https://huggingface.co"
 _UNREACHABLE = frozenset({"TransportError", "ConnectionError", "TimeoutError"})  # of whichever HTTP library it uses
 _REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._/-]{0,199}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -39,75 +39,66 @@ class _NoProgress(tqdm):
         super().__init__(*args, **{**kwargs, "disable": True})  # type: ignore[no-untyped-call]
 
 
-@dataclass(frozen=True, slots=True)
-class HubOrigin:
-    """An adapter at a commit of its repository. Equal origins have equal contents."""
-
-    id: str
-    revision: str  # the commit
-    names: tuple[str, ...]  # of its files
-    endpoint: str
-    cache: Path | None
-    timeout_s: float
-    token: str = field(repr=False, compare=False)
-
-    @property
-    def source(self) -> str:
-        return "hub"
-
-    def fetch(self) -> int:
-        with _typed_errors(self.id, self.revision, self.token):
-            return sum(self._fetch(name).stat().st_size for name in self.names)
-
-    def read(self) -> AdapterFiles:
-        with _typed_errors(self.id, self.revision, self.token):
-            return read_files({name: self._fetch(name) for name in self.names})
-
-    def _fetch(self, name: str) -> Path:
-        """The file on our disk, fetched if it is not there yet."""
-        path = hf_hub_download(
-            self.id,
-            name,
-            revision=self.revision,
-            token=self.token or None,
-            endpoint=self.endpoint,
-            cache_dir=self.cache,
-            etag_timeout=self.timeout_s,
-            tqdm_class=_NoProgress,
-        )
-        return Path(path)
-
-
-class HubSource:
+class HubSource(Source):
     """The adapters on one hub.
 
     `endpoint` defaults to HF_ENDPOINT, then to the public hub; `cache` (where files are kept) to the hub library's.
     """
+
+    name = "hub"
 
     def __init__(self, endpoint: str | None = None, cache: Path | None = None, timeout_s: float = 10.0) -> None:
         self._endpoint = (endpoint or os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
         self._cache = cache
         self._timeout_s = timeout_s
 
-    def locate(self, id: str, revision: str, token: str) -> HubOrigin:
-        """Asks the hub which commit a revision is ("": the default branch) and which files it has; with HF_HUB_OFFLINE,
-        the hub's cache.
+    def refusal(self, id: str) -> str:
+        return "" if "/" in id and "://" not in self._repository(id) else "names on the hub have the form org/name"
 
-        Raises AdapterNotFoundError, AdapterForbiddenError, AdapterSourceError, and AdapterInvalidError for a
-        repository that holds no adapter or too large a one.
-        """
+    def locate(self, id: str, revision: str, token: str) -> Origin:
+        """Asks the hub which commit a revision is ("": the default branch) and which files it has; with HF_HUB_OFFLINE,
+        the hub's cache."""
+        id = self._repository(id)
         _check_arguments(revision, token)
         if constants.HF_HUB_OFFLINE:
             sizes, commit = self._look_into_cache(id, revision)
         else:
             sizes, commit = self._ask(id, revision, token)
-        check_names(frozenset(sizes))
-        names = (CONFIG, TENSORS, *text_files(sizes))
-        for name in names:
-            check_size(name, sizes[name] or 0)
+        files = {name: File(f"{id}/{name}", commit, size or 0) for name, size in sizes.items()}
+        origin = Origin.of(self, id, files, commit, token)
         if not _COMMIT.fullmatch(commit):
             raise AdapterSourceError(f"the hub does not say which commit {quote(id)} is at")
-        return HubOrigin(id, commit, names, self._endpoint, self._cache, self._timeout_s, token)
+        return origin
+
+    def fetch(self, origin: Origin) -> int:
+        with _typed_errors(origin.id, origin.revision, origin.token):
+            return sum(path.stat().st_size for path in self._fetched(origin).values())
+
+    def read(self, origin: Origin) -> dict[str, bytearray]:
+        with _typed_errors(origin.id, origin.revision, origin.token):
+            return {name: read_file(path, name) for name, path in self._fetched(origin).items()}
+
+    def _fetched(self, origin: Origin) -> dict[str, Path]:
+        """The files on our disk, fetched if they are not there yet."""
+        return {name: Path(self._download(origin, name)) for name, _ in origin.files}
+
+    def _download(self, origin: Origin, name: str) -> str:
+        return hf_hub_download(
+            origin.id,
+            name,
+            revision=origin.revision,
+            token=origin.token or None,
+            endpoint=self._endpoint,
+            cache_dir=self._cache,
+            etag_timeout=self._timeout_s,
+            tqdm_class=_NoProgress,
+        )
+
+    def _repository(self, id: str) -> str:
+        """The repository of an id, which may be its page's address."""
+        for address in (f"{self._endpoint}/", f"{PUBLIC_HUB}/", "hf://"):
+            id = id.removeprefix(address)
+        return id
 
     def _ask(self, id: str, revision: str, token: str) -> tuple[dict[str, int | None], str]:
         """The files' sizes, and the commit."""

@@ -10,8 +10,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from loraplex_shard.lora.peft.base import BaseModel
-
 TEMPLATE = "chat_template.jinja"
 PROCESSOR_TEMPLATE = "chat_template.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -21,16 +19,13 @@ NAMED_TEMPLATES = "additional_chat_templates"  # a folder
 
 MAX_TEMPLATE = 2**18  # bytes
 MAX_NAMED = 16
-SHOWN = 5  # tokens, in a warning
-SIZE_LIMITS = {
+TEXT_SIZE_LIMITS = {
     TEMPLATE: MAX_TEMPLATE,
     PROCESSOR_TEMPLATE: 2 * MAX_TEMPLATE,
     TOKENIZER_CONFIG: 2**24,
     SPECIAL_TOKENS: 2**20,
     GENERATION_CONFIG: 2**20,
 }
-
-TEXT_FILES = tuple(SIZE_LIMITS)
 
 # Those that every tokenizer of transformers has a place for.
 ATTRIBUTES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -55,7 +50,7 @@ def text_files(names: Iterable[str]) -> tuple[str, ...]:
     """Of the names of an adapter's files, those that are read."""
     names = frozenset(names)
     named = sorted(name for name in names if _NAMED.fullmatch(name))[:MAX_NAMED]
-    return (*(name for name in TEXT_FILES if name in names), *named)
+    return (*(name for name in TEXT_SIZE_LIMITS if name in names), *named)
 
 
 def read_text(files: Mapping[str, bytes]) -> AdapterText:
@@ -75,47 +70,6 @@ def read_text(files: Mapping[str, bytes]) -> AdapterText:
         return AdapterText(templates, tokens, _end_token_ids(contents.get(GENERATION_CONFIG, {})), added)
     except (ValueError, RecursionError) as error:
         return AdapterText(error=f"{name}: {error}"[:500])
-
-
-def end_tokens(text: AdapterText, base: BaseModel) -> tuple[tuple[int, ...], list[str]]:
-    """(what ends the adapter's answers, in the base's vocabulary; what is wrong with the rest)"""
-    found, wrong = set[int](), list[str]()
-    for token in text.end_token_ids:
-        if token < base.vocab_size:
-            found.add(token)
-        else:
-            wrong.append(f"{GENERATION_CONFIG}: eos_token_id {token} is beyond the model's vocabulary: it ends nothing")
-    if name := text.special_tokens.get("eos_token"):
-        token_id = base.token_id(name)
-        if token_id is None or token_id >= base.vocab_size:
-            wrong.append(f"the model's vocabulary has no {name[:100]!r}, which is its eos_token: it ends nothing")
-        else:
-            found.add(token_id)
-    return tuple(sorted(found)), wrong
-
-
-def foreign_tokens(text: AdapterText, base: BaseModel) -> list[str]:
-    """What is to be said of a tokenizer that is not the model's: prompts become other tokens than in training."""
-    if base.tokenizer is None:
-        return []
-    padding = text.special_tokens.get("pad_token")  # which many add, and no prompt has
-    added = {id: token for id, token in sorted(text.added_tokens.items()) if token != padding}
-    missing = [token for token in added.values() if base.token_id(token) is None]
-    renamed = [id for id, token in added.items() if token not in missing and base.token_id(token) != id]
-    found = []
-    if missing:
-        found.append(f"its tokenizer has tokens that this model does not have: {_quoted(missing)}")
-    if renamed:
-        found.append(
-            f"its tokenizer numbers tokens in another way than the model's: {_quoted(map(added.get, renamed))}"
-        )
-    return found
-
-
-def _quoted(tokens: Iterable[object]) -> str:
-    shown = list(tokens)
-    more = f" and {len(shown) - SHOWN} more" if len(shown) > SHOWN else ""
-    return ", ".join(repr(str(token)[:100]) for token in shown[:SHOWN]) + more
 
 
 def _templates(contents: Mapping[str, Any]) -> dict[str, str]:

@@ -29,7 +29,9 @@ class Delta:
 
 
 @dataclass(frozen=True, slots=True)
-class Adapter:
+class HostAdapter:
+    """An adapter in host memory, as far as it is this rank's."""
+
     weights: AdapterWeights  # on the CPU
     lora_rank: int  # the largest of its modules, whether this rank holds a part of them or not
     text: AdapterText = field(default_factory=AdapterText)  # with all that ends its answers
@@ -45,7 +47,7 @@ def name_of_b(module: str) -> str:
     return f"base_model.model.{module}.lora_B.weight"
 
 
-def partition_adapter(deltas: Mapping[str, Delta], layouts: Sequence[LinearLayout], dtype: torch.dtype) -> Adapter:
+def partition_adapter(deltas: Mapping[str, Delta], layouts: Sequence[LinearLayout], dtype: torch.dtype) -> HostAdapter:
     """The deltas, by module, cut to the layouts, in this dtype, in memory of its own.
 
     torch.int8: A and B are rounded to it, with one scale for each of their lora_ranks. Raises AdapterInvalidError,
@@ -55,7 +57,7 @@ def partition_adapter(deltas: Mapping[str, Delta], layouts: Sequence[LinearLayou
     for layout in layouts:
         if layer := _cut(layout, deltas, dtype):
             layers[layout.name] = layer
-    return Adapter(in_one_piece(layers, len(layouts)), max(delta.lora_rank for delta in deltas.values()))
+    return HostAdapter(in_one_piece(layers, len(layouts)), max(delta.lora_rank for delta in deltas.values()))
 
 
 def _cut(layout: LinearLayout, deltas: Mapping[str, Delta], dtype: torch.dtype) -> LayerWeights | None:

@@ -1,0 +1,33 @@
+"""Work that many ask for at the same time, and that is done once."""
+
+from collections.abc import Callable, Hashable
+from concurrent.futures import Future
+from threading import Lock
+
+
+class Once:
+    """May be used from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._running: dict[Hashable, Future[None]] = {}
+
+    def do(self, key: Hashable, work: Callable[[], object]) -> None:
+        """Does the work, or waits for the call that is doing it and shares its outcome."""
+        future = Future[None]()
+        with self._lock:
+            running = self._running.setdefault(key, future)
+        if running is not future:
+            return running.result()
+        try:
+            work()
+            future.set_result(None)
+        except BaseException as error:
+            future.set_exception(error)
+            raise
+        finally:
+            with self._lock:
+                del self._running[key]
+            # An error knows this frame: if that knew the future, which has the error, both would stay until the next
+            # collection of garbage, and with them what was read.
+            del future, running

@@ -1,0 +1,49 @@
+"""What an adapter's special tokens are in the base's vocabulary."""
+
+from collections.abc import Iterable
+
+from loraplex_shard.lora.peft.base import BaseModel
+from loraplex_shard.lora.sources.text_files import GENERATION_CONFIG, AdapterText
+
+SHOWN = 5  # tokens, in a warning
+
+
+def end_tokens(text: AdapterText, base: BaseModel) -> tuple[tuple[int, ...], list[str]]:
+    """(what ends the adapter's answers, in the base's vocabulary; what is wrong with the rest)"""
+    found, wrong = set[int](), list[str]()
+    for token in text.end_token_ids:
+        if token < base.vocab_size:
+            found.add(token)
+        else:
+            wrong.append(f"{GENERATION_CONFIG}: eos_token_id {token} is beyond the model's vocabulary: it ends nothing")
+    if name := text.special_tokens.get("eos_token"):
+        token_id = base.token_id(name)
+        if token_id is None or token_id >= base.vocab_size:
+            wrong.append(f"the model's vocabulary has no {name[:100]!r}, which is its eos_token: it ends nothing")
+        else:
+            found.add(token_id)
+    return tuple(sorted(found)), wrong
+
+
+def foreign_tokens(text: AdapterText, base: BaseModel) -> list[str]:
+    """What is to be said of a tokenizer that is not the model's: prompts become other tokens than in training."""
+    if base.tokenizer is None:
+        return []
+    padding = text.special_tokens.get("pad_token")  # which many add, and no prompt has
+    added = {id: token for id, token in sorted(text.added_tokens.items()) if token != padding}
+    missing = [token for token in added.values() if base.token_id(token) is None]
+    renamed = [id for id, token in added.items() if token not in missing and base.token_id(token) != id]
+    found = []
+    if missing:
+        found.append(f"its tokenizer has tokens that this model does not have: {_quoted(missing)}")
+    if renamed:
+        found.append(
+            f"its tokenizer numbers tokens in another way than the model's: {_quoted(map(added.get, renamed))}"
+        )
+    return found
+
+
+def _quoted(tokens: Iterable[object]) -> str:
+    shown = list(tokens)
+    more = f" and {len(shown) - SHOWN} more" if len(shown) > SHOWN else ""
+    return ", ".join(repr(str(token)[:100]) for token in shown[:SHOWN]) + more

@@ -1,0 +1,203 @@
+"""Adapters in S3, Google Cloud Storage or Azure Blob Storage, or in a store that speaks like one of them: an id is a
+folder's name under one bucket and prefix, or the whole address of such a folder.
+
+Credentials, region and endpoint are the server's: variables, a pod's identity or a machine's role, as obstore finds
+them. They appear in no message.
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import obstore
+from obstore.exceptions import BaseError, GenericError, PermissionDeniedError, PreconditionError, UnauthenticatedError
+from obstore.store import from_url
+
+from loraplex_protos.adapter_names import RULE, is_name
+from loraplex_protos.errors import (
+    AdapterError,
+    AdapterForbiddenError,
+    AdapterInvalidError,
+    AdapterNotFoundError,
+    AdapterSourceError,
+    quote,
+)
+from loraplex_shard.lora.sources.aws_profile import read_profile
+from loraplex_shard.lora.sources.files import CONFIG, KNOWN, TENSORS, check_size, is_telling
+from loraplex_shard.lora.sources.protocol import File, Origin, Source
+
+if TYPE_CHECKING:
+    from obstore import ObjectMeta
+    from obstore.store import ClientConfig, RetryConfig
+
+
+class _Kind(NamedTuple):
+    name: str
+    title: str
+    schemes: tuple[str, ...]  # of addresses, the one that settings use first
+
+
+KINDS = (
+    _Kind("s3", "S3", ("s3",)),
+    _Kind("gcs", "Google Cloud Storage", ("gs",)),
+    _Kind("azure", "Azure Blob Storage", ("az", "azure", "abfs", "abfss")),
+)
+CHUNK = 2**24  # bytes
+PAGE, MOST_LISTED = 1000, 10_000  # objects
+LONGEST_READ = timedelta(hours=1)
+
+# What obstore's errors say of a request that failed.
+_STATUS = re.compile(r"non-2xx status code: (\d{3})")
+_ASKED = re.compile(r"Error performing [A-Z]+ (http\S+)")
+_LOGIN = re.compile(r"Error performing P|token re(quest|sponse)")  # nothing of ours is a POST or PUT
+_TROUBLES = {
+    "kind: Connect": "it cannot be reached",
+    "kind: Timeout": "it does not answer",
+    "BareRedirect": "the bucket is in another region (AWS_REGION)",
+}
+
+
+class ObjectStoreSource(Source):
+    """The adapters under `url`, s3://BUCKET or s3://BUCKET/PREFIX, and so on.
+
+    It is waited `timeout_s` for a connection, and as long for more of an answer. Raises ValueError for settings in the
+    environment that are wrong or do not suffice.
+    """
+
+    def __init__(self, url: str, timeout_s: float = 10.0) -> None:
+        scheme, path = url.split("://")
+        self._kind = next(kind for kind in KINDS if scheme in kind.schemes)
+        self.name = self._kind.name
+        self._bucket, _, prefix = path.partition("/")
+        self._prefix = f"{prefix.strip('/')}/".lstrip("/")
+        wait = timedelta(seconds=timeout_s)
+        client: ClientConfig = {"allow_http": True, "connect_timeout": wait, "read_timeout": wait}
+        client |= {"timeout": LONGEST_READ, "root_certificate": _authorities()}
+        retries: RetryConfig = {"max_retries": 2, "retry_timeout": 3 * wait}
+        options = read_profile() if self.name == "s3" else {}
+        address = f"{scheme}://{self._bucket}"
+        try:
+            self._store = from_url(address, client_options=client, retry_config=retries, **options)
+        except BaseError as error:
+            raise ValueError(str(error).partition("\n")[0][:200]) from None
+
+    def refusal(self, id: str) -> str:
+        return "" if is_name(self._named(id)) else f"{quote(id)} cannot be in {self._kind.title}: {RULE}"
+
+    def locate(self, id: str, revision: str, token: str) -> Origin:
+        if refusal := self.refusal(id):
+            raise AdapterNotFoundError(refusal)
+        if revision:
+            raise AdapterNotFoundError(f"{quote(id)} is looked for in {self._kind.title}, where there are no revisions")
+        id = self._named(id)
+        with self._typed_errors(id):
+            found = self._find(f"{self._prefix}{id}")
+        if not found:
+            raise AdapterNotFoundError(f"{self._kind.title} has no adapter {quote(id)}")
+        return Origin.of(self, id, found)
+
+    def read(self, origin: Origin) -> dict[str, bytearray]:
+        with self._typed_errors(origin.id):
+            return {name: self._get(name, file) for name, file in origin.files}
+
+    def _get(self, name: str, file: File) -> bytearray:
+        answer = obstore.get(self._store, file.place, options={"if_match": file.version})
+        check_size(name, answer.meta["size"])
+        data = bytearray()
+        for chunk in answer.stream(CHUNK):
+            data += chunk
+        return data
+
+    def _named(self, id: str) -> str:
+        """The adapter's name, of an id that may be its address; as it is, if that is not one of here."""
+        scheme, _, path = id.partition("://")
+        root = f"{self._bucket}/{self._prefix}"
+        return path.removeprefix(root) if scheme in self._kind.schemes and path.startswith(root) else id
+
+    def _find(self, folder: str) -> dict[str, File]:
+        """The objects of an adapter's folder that have a say in what it is, by name."""
+        try:
+            return self._list(folder)
+        except BaseError as error:
+            if _status(error) != 403:
+                raise
+            return self._ask(folder)
+
+    def _list(self, folder: str) -> dict[str, File]:
+        found, listed = dict[str, File](), 0
+        for page in obstore.list(self._store, folder, chunk_size=PAGE):
+            listed += len(page)
+            if listed > MOST_LISTED:
+                raise AdapterInvalidError(f"there are more than {MOST_LISTED} objects in the adapter's folder")
+            names = {object["path"].removeprefix(f"{folder}/"): object for object in page}
+            found |= {name: _file(object) for name, object in names.items() if is_telling(name)}
+        return found
+
+    def _ask(self, folder: str) -> dict[str, File]:
+        """Where the server may read the bucket, but not list it: then nothing is known of named templates, and what is
+        not there cannot be told from what it may not read."""
+        found = dict[str, File]()
+        for name in KNOWN:
+            try:
+                found[name] = _file(obstore.head(self._store, f"{folder}/{name}"))
+            except (BaseError, FileNotFoundError) as error:
+                if _status(error) != 404 and not (name not in (CONFIG, TENSORS) and _status(error) == 403):
+                    raise
+        return found
+
+    @contextmanager
+    def _typed_errors(self, id: str) -> Iterator[None]:
+        """What obstore's own errors say may have more in it than is to be shown, so they are not passed on."""
+        try:
+            yield
+        except (BaseError, FileNotFoundError, ValueError) as error:
+            raise self._typed(error, id) from None
+
+    def _typed(self, error: Exception, id: str) -> AdapterError:
+        title, text = self._kind.title, str(error)
+        asked = _ASKED.search(text)
+        if isinstance(error, GenericError) and (_LOGIN.search(text) or (asked and self._bucket not in asked[1])):
+            return AdapterSourceError(f"{title} was not asked for {quote(id)}: this server found no credentials for it")
+        match _status(error):
+            case 401 | 403:
+                return AdapterForbiddenError(
+                    f"{title} does not let this server read {quote(id)}; without the right to list the bucket it says"
+                    " so of what is not there, too"
+                )
+            case 404:
+                return AdapterNotFoundError(f"{title} has no adapter {quote(id)}, or no such bucket")
+            case 412:
+                return AdapterSourceError(f"the files of {quote(id)} changed while they were read: try again")
+            case 0:
+                reason = next((said for sign, said in _TROUBLES.items() if sign in text), "its answer is malformed")
+                return AdapterSourceError(f"{title} did not hand over {quote(id)}: {reason}")
+            case status:
+                return AdapterSourceError(f"{title} answered {status} for {quote(id)}")
+
+
+def _authorities() -> bytes:
+    """Certificates to trust beside the system's, as PEM."""
+    file = os.environ.get("AWS_CA_BUNDLE") or os.environ.get("SSL_CERT_FILE")
+    return Path(file).read_bytes() if file else b""
+
+
+def _file(object: "ObjectMeta") -> File:
+    etag = object["e_tag"] or ""
+    return File(object["path"], etag if '"' in etag else f'"{etag}"', object["size"])  # Azure lists it without quotes
+
+
+def _status(error: Exception) -> int:
+    """Of HTTP; 0: there was no answer, or none that makes sense."""
+    match error:
+        case FileNotFoundError():
+            return 404
+        case PreconditionError():
+            return 412
+        case PermissionDeniedError() | UnauthenticatedError():
+            return 403
+    found = _STATUS.search(str(error))
+    return int(found[1]) if found else 0

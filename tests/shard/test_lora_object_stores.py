@@ -1,0 +1,275 @@
+"""Adapters from S3, Google Cloud Storage and Azure: what is asked of them, what belongs together, what goes wrong."""
+
+import socket
+import ssl
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import trustme
+
+from loraplex_protos.errors import (
+    AdapterForbiddenError,
+    AdapterInvalidError,
+    AdapterNotFoundError,
+    AdapterSourceError,
+)
+from loraplex_shard.lora.sources import files as limits
+from loraplex_shard.lora.sources import object_store
+from loraplex_shard.lora.sources.files import CONFIG, PICKLE, TENSORS
+from loraplex_shard.lora.sources.hub import HubSource
+from loraplex_shard.lora.sources.local import LocalSource
+from loraplex_shard.lora.sources.object_store import ObjectStoreSource
+from loraplex_shard.lora.sources.protocol import Source
+from loraplex_shard.lora.store import AdapterStore, StagedAdapter
+from loraplex_shard.serving.server import open_sources
+from loraplex_shard.settings import ModelSettings, SettingsError
+from tests.shard.lora_models import BASE, layouts, save_adapter
+from tests.stand_in_hub import StandInHub
+from tests.stand_in_stores import SECRET, StandInAzure, StandInGCS, StandInS3, StandInStore
+
+NAMES = {"s3": "s3", "gs": "gcs", "az": "azure"}
+
+
+@pytest.fixture(params=[StandInS3, StandInGCS, StandInAzure])
+def store(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandInStore]:
+    with request.param(monkeypatch) as store:
+        yield store
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandInS3]:
+    with StandInS3(monkeypatch) as s3:
+        yield s3
+
+
+def source_of(store: StandInStore, timeout_s: float = 5) -> ObjectStoreSource:
+    return ObjectStoreSource(f"{store.scheme}://bucket/team/a/", timeout_s)
+
+
+def stage(store: StandInStore, id: str, source: str = "", others: tuple[Source, ...] = ()) -> StagedAdapter:
+    """In a store that has nothing yet."""
+    adapters = AdapterStore(layouts(), torch.float32, torch.device("cpu"), BASE, [*others, source_of(store)])
+    return adapters.stage(id, source, "", "")
+
+
+def test_an_adapter_is_read_once_and_again_when_its_files_change(
+    store: StandInStore, files: dict[str, bytes], retrained: dict[str, bytes]
+):
+    store.push("bucket/team/a/nlp/sql", files)
+    adapters = AdapterStore(layouts(), torch.float32, torch.device("cpu"), BASE, [source_of(store)])
+    first = adapters.stage("nlp/sql", NAMES[store.scheme], "", "")
+    assert (first.source, first.revision) == (NAMES[store.scheme], "")
+    assert adapters.stage("nlp/sql", "", "", "") == first
+    assert [request for request in store.requests if request.startswith("GET")] == [
+        f"GET bucket/team/a/nlp/sql/{name}" for name in (CONFIG, TENSORS)
+    ]
+    store.push("bucket/team/a/nlp/sql", retrained)
+    assert adapters.stage("nlp/sql", "", "", "").digest != first.digest
+
+
+def test_it_is_the_same_adapter_as_in_a_directory_and_brings_its_texts(
+    store: StandInStore, files: dict[str, bytes], tmp_path: Path
+):
+    text = {
+        "chat_template.jinja": b"one",
+        "tokenizer_config.json": b'{"eos_token": "<|end|>"}',
+        "additional_chat_templates/tool_use.jinja": b"two",
+    }
+    save_adapter(tmp_path / "sql")
+    (tmp_path / "sql" / "additional_chat_templates").mkdir()
+    for name, data in text.items():
+        (tmp_path / "sql" / name).write_bytes(data)
+    store.push("bucket/team/a/sql", {**files, **text, "checkpoint-1/chat_template.jinja": b"three"})
+    directory = LocalSource(tmp_path)
+    local, remote = stage(store, "sql", "local", (directory,)), stage(store, "sql")
+    assert remote.text.chat_templates == {"default": "one", "tool_use": "two"}
+    assert remote.text.special_tokens == {"eos_token": "<|end|>"}
+    assert (local.digest, local.text) == (remote.digest, remote.text)
+    assert stage(store, "sql", "", (directory,)).source == "local"
+
+
+@pytest.mark.parametrize("id", ["sql v2", "a=b&c", "Müller-Straße", "100%", "a%20b", "it's #1 (new)", "a+b"])
+def test_a_name_is_what_it_is(store: StandInStore, files: dict[str, bytes], id: str):
+    store.push(f"bucket/team/a/{id}", files)
+    assert stage(store, id).lora_rank == 4
+
+
+def test_an_address_under_the_servers_own_is_a_name(store: StandInStore, files: dict[str, bytes]):
+    store.push("bucket/team/a/sql", files)
+    store.push("bucket/team/b/sql", files)
+    store.push("other/team/a/sql", files)
+    assert stage(store, f"{store.scheme}://bucket/team/a/sql").digest == stage(store, "sql").digest
+    asked = len(store.requests)
+    for address in ("bucket/team/b/sql", "other/team/a/sql", "bucket/team/a/../b/sql", "bucket/team/a/"):
+        with pytest.raises(AdapterNotFoundError):
+            stage(store, f"{store.scheme}://{address}")
+    with pytest.raises(AdapterNotFoundError):
+        stage(store, "file:///bucket/team/a/sql")
+    assert len(store.requests) == asked
+
+
+def test_a_bucket_that_may_be_read_but_not_listed_is_enough(store: StandInStore, files: dict[str, bytes]):
+    store.push("bucket/team/a/sql", {**files, "chat_template.jinja": b"one"})
+    store.listed = False
+    assert stage(store, "sql").text.chat_templates == {"default": "one"}
+    with pytest.raises(AdapterNotFoundError):
+        stage(store, "other")
+
+
+def test_what_it_does_not_have_is_looked_for_on_the_hub(store: StandInStore, files: dict[str, bytes], tmp_path: Path):
+    with StandInHub() as hub:
+        hub.push("org/adapter", files)
+        sources = [source_of(store), HubSource(hub.url, tmp_path)]
+        adapters = AdapterStore(layouts(), torch.float32, torch.device("cpu"), BASE, sources)
+        assert adapters.stage("org/adapter", "", "", "").source == "hub"
+        with pytest.raises(AdapterNotFoundError, match=r"has no adapter 'sql'; .* org/name"):
+            adapters.stage("sql", "", "", "")
+
+
+@pytest.mark.parametrize("id", ["", "/", "../other", "a/../b", "a//b", ".hidden", "a/b/c/d/e", "sql?versionId=1"])
+def test_an_id_leads_nowhere_but_under_the_prefix(store: StandInStore, id: str):
+    with pytest.raises(AdapterNotFoundError):
+        stage(store, id)
+    assert store.requests == []
+
+
+def test_what_cannot_be_had_has_a_typed_reason(store: StandInStore, files: dict[str, bytes]):
+    store.push("bucket/team/a/sql", files)
+    with pytest.raises(AdapterNotFoundError, match="no revisions"):
+        source_of(store).locate("sql", "v1", "")
+    store.push("bucket/team/a/secret", files)
+    store.hidden = {"bucket/team/a/secret/" + CONFIG}
+    with pytest.raises(AdapterForbiddenError, match="secret"):
+        stage(store, "secret")
+    store.push("bucket/team/a/pickled", {CONFIG: files[CONFIG], PICKLE: b"cos"})
+    with pytest.raises(AdapterInvalidError, match="pickle"):
+        stage(store, "pickled")
+    store.push("bucket/team/a/half", {CONFIG: files[CONFIG]})
+    with pytest.raises(AdapterInvalidError, match=TENSORS):
+        stage(store, "half")
+    for status, error, reason in (
+        (400, AdapterSourceError, "answered 400"),
+        (401, AdapterForbiddenError, "does not let this server read"),
+        (404, AdapterNotFoundError, "no such bucket"),
+        (503, AdapterSourceError, "answered 503"),
+    ):
+        store.failure = status
+        with pytest.raises(error, match=reason):
+            stage(store, "sql")
+
+
+def test_files_that_change_between_look_and_read_are_not_mixed(
+    store: StandInStore, files: dict[str, bytes], retrained: dict[str, bytes]
+):
+    store.push("bucket/team/a/sql", files)
+    origin = source_of(store).locate("sql", "", "")
+    store.push("bucket/team/a/sql", {TENSORS: retrained[TENSORS]})
+    with pytest.raises(AdapterSourceError, match="try again"):
+        origin.read()
+
+
+def test_a_download_that_is_cut_off_goes_on_where_it_was(store: StandInStore, files: dict[str, bytes]):
+    store.push("bucket/team/a/sql", files)
+    whole = source_of(store).locate("sql", "", "").read()
+    store.cut = 10
+    assert source_of(store).locate("sql", "", "").read() == whole
+
+
+def test_a_file_that_is_too_large_is_not_fetched(
+    store: StandInStore, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(limits.SIZE_LIMITS, TENSORS, 10)
+    store.push("bucket/team/a/sql", files)
+    with pytest.raises(AdapterInvalidError, match="the limit is 10"):
+        stage(store, "sql")
+    assert not any(request.startswith("GET") for request in store.requests)
+
+
+def test_a_folder_of_too_many_objects_is_not_listed_to_its_end(
+    store: StandInStore, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(object_store, "MOST_LISTED", 1)
+    store.push("bucket/team/a/sql", files)
+    with pytest.raises(AdapterInvalidError, match="more than 1 objects"):
+        stage(store, "sql")
+
+
+@pytest.mark.parametrize("listens", [True, False])
+def test_a_store_that_is_silent_or_gone_is_given_up_and_no_message_shows_credentials(
+    s3: StandInS3, monkeypatch: pytest.MonkeyPatch, listens: bool
+):
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen(10)
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{silent.getsockname()[1] if listens else 9}")
+        with pytest.raises(AdapterSourceError, match="does not answer" if listens else "cannot be reached") as failure:
+            source_of(s3, timeout_s=0.1).locate("sql", "", "")
+    error = failure.value
+    assert error.__cause__ is None
+    assert "AKIDSTANDIN" not in str(error)
+    assert SECRET not in str(error)
+
+
+def test_without_credentials_it_is_these_that_are_missing(s3: StandInS3, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.setenv("HOME", "/nonexistent")
+    monkeypatch.setenv("AWS_METADATA_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(AdapterSourceError, match="found no credentials"):
+        source_of(s3, timeout_s=0.1).locate("sql", "", "")
+
+
+def test_the_files_of_the_aws_command_are_read(
+    s3: StandInS3, files: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".aws").mkdir()
+    keys = f"aws_access_key_id = AKIDSTANDIN\naws_secret_access_key = {SECRET}\n"
+    (tmp_path / ".aws" / "credentials").write_text(f"[default]\naws_access_key_id = x\n[work]\n{keys}")
+    (tmp_path / ".aws" / "config").write_text("[profile work]\nregion = eu-west-1\n[profile login]\nsso_session = a\n")
+    s3.push("bucket/team/a/sql", files)
+    monkeypatch.setenv("AWS_PROFILE", "work")
+    assert stage(s3, "sql").source == "s3"
+    monkeypatch.setenv("AWS_PROFILE", "login")
+    with pytest.raises(SettingsError, match=r"adapters_s3: AWS_PROFILE: .* export-credentials"):
+        open_sources(ModelSettings(adapters_s3="s3://bucket/team/a"))
+
+
+def test_a_certificate_authority_of_ones_own_is_trusted(
+    files: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    authority, tls = trustme.CA(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(tls)
+    with StandInS3(monkeypatch, tls) as store:
+        store.push("bucket/team/a/sql", files)
+        with pytest.raises(AdapterSourceError, match="cannot be reached"):
+            stage(store, "sql")
+        authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+        monkeypatch.setenv("AWS_CA_BUNDLE", str(tmp_path / "ca.pem"))
+        assert stage(store, "sql").source == "s3"
+
+
+def test_settings_are_sources_in_the_order_in_which_they_are_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    settings = ModelSettings(
+        adapters=tmp_path,
+        adapters_s3="s3://bucket",
+        adapters_gcs="gs://bucket/a",
+        adapters_azure="az://container/a",
+    )
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "account")
+    assert [source.name for source in open_sources(settings)] == ["local", "s3", "gcs", "azure", "hub"]
+    monkeypatch.delenv("AZURE_STORAGE_ACCOUNT_NAME")
+    with pytest.raises(SettingsError, match=r"adapters_azure: .*[Aa]ccount"):
+        open_sources(settings)
+
+
+@pytest.mark.parametrize(
+    "url", ["bucket", "s3://", "s3://UPPER/x", "https://bucket/x", "s3://bucket/a b", "gs://bucket"]
+)
+def test_a_setting_that_is_no_address_is_refused(url: str):
+    with pytest.raises(ValueError, match="adapters_s3"):
+        ModelSettings(adapters_s3=url)

@@ -1,0 +1,184 @@
+"""Object stores on loopback: S3, Google Cloud Storage and Azure Blob Storage, as far as obstore asks the real ones to
+read objects.
+
+    with StandInS3(monkeypatch) as store:
+        store.objects["bucket/folder/adapter_config.json"] = b"..."
+
+Requests without the credentials that a store sets in the environment are refused, as are those for `hidden` objects.
+"""
+
+import hashlib
+import ssl
+import threading
+from collections.abc import Iterable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import TracebackType
+from typing import Self
+from urllib.parse import parse_qs, unquote, urlsplit
+from xml.sax.saxutils import escape
+
+import pytest
+
+SECRET = "c2VjcmV0LXRoYXQtbm8tbWVzc2FnZS1zaG93cw=="
+CREATED = "Wed, 21 Oct 2015 07:28:00 GMT"
+# Variables of whoever runs the tests that would name another store, or somebody else.
+FOREIGN = (
+    *("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "AWS_ROLE_ARN", "AWS_WEB_IDENTITY_TOKEN_FILE"),
+    *("GOOGLE_APPLICATION_CREDENTIALS", "GOOGLE_SERVICE_ACCOUNT", "AZURE_STORAGE_SAS_TOKEN"),
+)
+
+
+class StandInStore:
+    """Runs while its `with` block does. `requests` lists what was asked, as "METHOD bucket/key", in order."""
+
+    scheme = ""
+    authorization = ""  # what the header of one who may read begins with
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, tls: ssl.SSLContext | None = None) -> None:
+        self.objects: dict[str, bytes] = {}
+        self.hidden: set[str] = set()
+        self.listed = True  # whether it says which objects there are
+        self.requests: list[str] = []
+        self.failure: int | None = None  # a status to answer everything with
+        self.cut: int | None = None  # bytes after which the first answer with an object ends
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler_of(self))
+        if tls is not None:
+            self._server.socket = tls.wrap_socket(self._server.socket, server_side=True)
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True)
+        for name in FOREIGN:
+            monkeypatch.delenv(name, raising=False)
+        url = f"{'http' if tls is None else 'https'}://127.0.0.1:{self._server.server_port}"
+        for name, value in self.environment(url).items():
+            monkeypatch.setenv(name, value)
+
+    def environment(self, url: str) -> dict[str, str]:
+        raise NotImplementedError
+
+    def listing(self, objects: Iterable[tuple[str, bytes]]) -> str:
+        """As XML."""
+        raise NotImplementedError
+
+    def push(self, folder: str, files: dict[str, bytes]) -> None:
+        self.objects |= {f"{folder}/{name}": data for name, data in files.items()}
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+class StandInS3(StandInStore):
+    scheme, authorization = "s3", "AWS4-HMAC-SHA256 Credential=AKIDSTANDIN/"
+
+    def environment(self, url: str) -> dict[str, str]:
+        keys = {"AWS_ACCESS_KEY_ID": "AKIDSTANDIN", "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_REGION": "eu-central-1"}
+        return {"AWS_ENDPOINT_URL_S3": url, **keys}
+
+    def listing(self, objects: Iterable[tuple[str, bytes]]) -> str:
+        entries = (
+            f"<Contents><Key>{escape(key)}</Key><Size>{len(data)}</Size><ETag>{escape(_etag(data))}</ETag>"
+            "<LastModified>2015-10-21T07:28:00.000Z</LastModified></Contents>"
+            for key, data in objects
+        )
+        return f"<ListBucketResult>{''.join(entries)}</ListBucketResult>"
+
+
+class StandInGCS(StandInS3):
+    """Its XML API lists as S3 does."""
+
+    scheme, authorization = "gs", f"Bearer {SECRET}"
+
+    def environment(self, url: str) -> dict[str, str]:
+        return {"GOOGLE_BASE_URL": url, "GOOGLE_BEARER_TOKEN": SECRET}
+
+
+class StandInAzure(StandInStore):
+    scheme, authorization = "az", "SharedKey standin:"
+
+    def environment(self, url: str) -> dict[str, str]:
+        account = {"AZURE_STORAGE_ACCOUNT_NAME": "standin", "AZURE_STORAGE_ACCOUNT_KEY": SECRET}
+        return {"AZURE_STORAGE_ENDPOINT": url, **account}
+
+    def listing(self, objects: Iterable[tuple[str, bytes]]) -> str:
+        """The real one puts no quotes around what it lists."""
+        entries = (
+            f"<Blob><Name>{escape(key)}</Name><Properties><Last-Modified>{CREATED}</Last-Modified>"
+            f"<Etag>{_etag(data)[1:-1]}</Etag><Content-Length>{len(data)}</Content-Length>"
+            "<Content-Type>application/octet-stream</Content-Type></Properties></Blob>"
+            for key, data in objects
+        )
+        return f"<EnumerationResults><Blobs>{''.join(entries)}</Blobs><NextMarker/></EnumerationResults>"
+
+
+def _handler_of(store: StandInStore) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_HEAD(self) -> None:
+            self._answer()
+
+        def do_GET(self) -> None:
+            self._answer()
+
+        def _answer(self) -> None:
+            address = urlsplit(self.path)
+            key, query = unquote(address.path).lstrip("/"), parse_qs(address.query)
+            if "list-type" in query or query.get("comp") == ["list"]:
+                return self._list(key.rstrip("/"), query["prefix"][0])
+            store.requests.append(f"{self.command} {key}")
+            status, data = self._find(key)
+            etag, first = _etag(data), 0
+            if requested := self.headers.get("Range"):
+                first = int(requested.removeprefix("bytes=").partition("-")[0])
+                status = 206
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(data) - first))
+            self.send_header("Content-Range", f"bytes {first}-{len(data) - 1}/{len(data)}")
+            self.send_header("ETag", etag)
+            self.send_header("Last-Modified", CREATED)
+            self.end_headers()
+            if self.command == "GET":
+                sent, store.cut = store.cut, None
+                self.wfile.write(data[first:sent])
+                self.close_connection = sent is not None
+
+        def _list(self, bucket: str, prefix: str) -> None:
+            store.requests.append(f"LIST {bucket}/{prefix}")
+            begin, skipped = f"{bucket}/{prefix}", len(bucket) + 1
+            found = ((key[skipped:], data) for key, data in store.objects.items() if key.startswith(begin))
+            status = store.failure or (200 if store.listed and self._may_read() else 403)
+            data = store.listing(found).encode() if status == 200 else b""
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def _may_read(self) -> bool:
+            return self.headers.get("Authorization", "").startswith(store.authorization)
+
+        def _find(self, key: str) -> tuple[int, bytes]:
+            if store.failure is not None:
+                return store.failure, b""
+            if key in store.hidden or not self._may_read():
+                return 403, b""
+            if key not in store.objects:
+                return 404, b""
+            expected = self.headers.get("If-Match")
+            if expected is not None and expected != _etag(store.objects[key]):
+                return 412, b""
+            return 200, store.objects[key]
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    return Handler
+
+
+def _etag(data: bytes) -> str:
+    return f'"{hashlib.md5(data).hexdigest()}"'
