@@ -119,6 +119,7 @@ def model_info(response: pb.GetModelInfoResponse) -> ModelInfo:
         version=response.version,
         has_chat_template=response.has_chat_template,
         served_model_names=tuple(response.served_model_names),
+        adapter_sources=tuple(response.adapter_sources),
     )
 
 

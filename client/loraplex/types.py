@@ -24,7 +24,7 @@ class AdapterReference:
     id: str
     """A name in the server's adapter directory (local) or a repository id such as "org/name" (hub)."""
     source: str = ""
-    """"local", "s3" or "hub". Empty: the first of them that has that name."""
+    """One of ModelInfo.adapter_sources, as "local" or "hub". Empty: the first of them that has the id."""
     revision: str = ""
     """Branch, tag or commit of a hub repository. Empty: the default branch."""
     token: str = field(default="", repr=False)
@@ -269,7 +269,7 @@ class Adapter:
 
     id: str
     source: str
-    """"local", "s3", "hub" or "merged"."""
+    """Where it came from, as "local" or "hub"; "merged" for merged ones."""
     revision: str
     """The commit that a hub adapter was resolved to."""
     digest: str
@@ -317,3 +317,5 @@ class ModelInfo:
     has_chat_template: bool
     served_model_names: tuple[str, ...]
     """What OpenAI's routes call it: the first in answers, any in requests."""
+    adapter_sources: tuple[str, ...]
+    """Where adapters come from, in the order in which they are asked."""

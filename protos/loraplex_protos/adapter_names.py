@@ -4,12 +4,16 @@ A name is that of a folder, so it must not lead anywhere else; it is part of lis
 a shell knows them; it is shown in logs and tables. Whatever harms none of these is allowed.
 """
 
+import re
 import unicodedata
 
 MAX_PARTS = 4
 MAX_PART_BYTES = 255  # a file system's own limit
 MAX_BYTES = 512
+MAX_ADDRESS_PARTS = 16
 FORBIDDEN = "\\,*?[]"
+
+_ADDRESS = re.compile(r"([a-z][a-z0-9+.-]{0,30}:/)?/")
 
 RULE = (
     f"a name has 1 to {MAX_PARTS} parts divided by /, and {MAX_BYTES} bytes at most; a part has printable characters"
@@ -26,6 +30,14 @@ def is_name(name: str) -> bool:
     """Whether an adapter may be called so. RULE says why not."""
     parts = name.split("/")
     return len(parts) <= MAX_PARTS and _size(name) <= MAX_BYTES and all(map(is_part, parts))
+
+
+def is_id(id: str) -> bool:
+    """Whether a request may name an adapter so: by its name, or by its address as people write it elsewhere, such as
+    s3://bucket/folder or /srv/adapters/name. What an address means is for the source that knows it."""
+    address = _ADDRESS.match(id)
+    parts = id[address.end() :].removesuffix("/").split("/") if address else []
+    return is_name(id) or (0 < len(parts) <= MAX_ADDRESS_PARTS and _size(id) <= MAX_BYTES and all(map(is_part, parts)))
 
 
 def is_part(part: str) -> bool:

@@ -135,7 +135,7 @@ class Service:
         arrived = time.monotonic()
         with self.telemetry.admission(request, arrived):
             tenant = self.keys.tenant(key)
-            check_request(request, self.info.vocab_size)
+            check_request(request, self.info.vocab_size, self.info.adapter_sources)
             tenant.check_adapter(request.adapter)
             tenant.begin(arrived)
             try:
@@ -149,7 +149,7 @@ class Service:
         arrived = time.monotonic()
         with self.telemetry.admission(request, arrived):
             tenant = self.keys.tenant(key)
-            check_embed_request(request, self.info.vocab_size)
+            check_embed_request(request, self.info.vocab_size, self.info.adapter_sources)
             tenant.check_adapter(request.adapter)
             tenant.begin(arrived)
         started, volume = list[Generation](), Volume()
@@ -244,7 +244,7 @@ class Service:
         tenant = self.keys.tenant(key)
         if isinstance(prompt, Chat):
             found = Violations()
-            check_adapter(adapter, found)
+            check_adapter(adapter, self.info.adapter_sources, found)
             found.raise_any()
             tenant.check_adapter(adapter)
             prompt = (await self._render(prompt, adapter, tenant)).text
@@ -296,8 +296,17 @@ class Service:
         named = {"digest" if isinstance(name, str) else "adapter": name}
         with audited(action, self.keys, key, **named):
             tenant = self.keys.administrator(key)
-            _check_named(name)
+            self._check_named(name)
             yield tenant
+
+    def _check_named(self, name: AdapterReference | str) -> None:
+        found = Violations()
+        if isinstance(name, AdapterReference):
+            check_reference(name, self.info.adapter_sources, found)
+        else:
+            written = DIGEST.fullmatch(name) is not None
+            found.check(written, "digest", "write it as a listing does: 64 characters of 0-9 a-f")
+        found.raise_any()
 
     async def _read_prompt(self, request: Request, tenant: Tenant) -> Text:
         if isinstance(request.prompt, Chat):
@@ -372,14 +381,3 @@ async def _read_embedding(generation: Generation) -> Embedding:
     if output.finish_reason is FinishReason.CANCELLED:
         raise RequestCancelledError("the request was cancelled")
     return Embedding(output.pooled, output.sequence.prompt_length)
-
-
-def _check_named(name: AdapterReference | str) -> None:
-    found = Violations()
-    if isinstance(name, AdapterReference):
-        check_reference(name, found)
-    else:
-        found.check(
-            DIGEST.fullmatch(name) is not None, "digest", "write it as a listing does: 64 characters of 0-9 a-f"
-        )
-    found.raise_any()

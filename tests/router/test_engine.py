@@ -30,7 +30,9 @@ from tests.router.fake_shards import VOCABULARY, FakeShards
 from tests.router.test_text import TOKENIZER
 
 MODEL = Model(
-    pb.GetModelInfoResponse(model_id="base", vocab_size=VOCABULARY, max_model_len=200, version="1"),
+    pb.GetModelInfoResponse(
+        model_id="base", vocab_size=VOCABULARY, max_model_len=200, version="1", adapter_sources=["local", "hub"]
+    ),
     TOKENIZER,
     tokenizer_digest="",
     end_token_ids=(999,),

@@ -11,6 +11,7 @@ from loraplex_router.service import Service
 from loraplex_router.text.renderer import Renderer
 from loraplex_router.text.tokenizer import Tokenizer
 from loraplex_router.vocabulary.chat import Chat, ChatTemplates, Message
+from loraplex_router.vocabulary.references import AdapterReference, MergedReference
 from loraplex_router.vocabulary.request import EmbedRequest, Prompt, Request, SamplingOptions, check_request
 from tests.e2e.tiny import CHAT_TEMPLATE, byte_tokenizer
 from tests.router.test_engine import MODEL, Setup
@@ -64,7 +65,7 @@ def test_ids_that_the_model_lacks_are_refused_wherever_they_are_written(field: s
         "logit_bias": Request((1,), sampling=SamplingOptions(logit_bias=((token, 1.0),))),
     }[field]
     with pytest.raises(InvalidRequestError, match=rf"{field}: every id must be below 1000"):
-        check_request(request, vocab_size=1000)
+        check_request(request, vocab_size=1000, sources=())
 
 
 @pytest.mark.parametrize(
@@ -74,4 +75,32 @@ def test_ids_that_the_model_lacks_are_refused_wherever_they_are_written(field: s
 )
 def test_values_that_no_plan_can_carry_are_refused(options: dict[str, float]):
     with pytest.raises(InvalidRequestError, match=next(iter(options))):
-        check_request(Request((1,), sampling=SamplingOptions(**options)), vocab_size=10)
+        check_request(Request((1,), sampling=SamplingOptions(**options)), vocab_size=10, sources=())
+
+
+@pytest.mark.parametrize("source", ["gcs", "pbase", "Hub", " hub"])
+def test_an_unknown_source_is_refused_with_those_that_the_server_has(source: str):
+    merged = MergedReference((AdapterReference("sql", "hub"), AdapterReference("sql", source)))
+    for adapter, field in (
+        (AdapterReference("sql", source), "adapter.source"),
+        (merged, "merged_adapters.adapters[1].source"),
+    ):
+        with pytest.raises(InvalidRequestError, match="adapters come from local, hub") as refused:
+            check_request(Request((1,), adapter=adapter), 10, ["local", "hub"])
+        assert [violation.field for violation in refused.value.violations] == [field]
+
+
+@pytest.mark.parametrize(
+    "id",
+    ["sql", "a/b/c/d", "s3://bucket/a/b/c/d/sql", "az://container/sql/", "/srv/adapters/team/sql", "hf://org/name"],
+)
+def test_an_adapter_is_named_by_its_name_or_its_address(id: str):
+    check_request(Request((1,), adapter=AdapterReference(id)), 10, [])
+
+
+@pytest.mark.parametrize(
+    "id", ["a/b/c/d/e", "s3://", "s3://b//x", "s3://b/../x", "/", "/../etc", "//x", "s3:///x", "file://" + "a/" * 17]
+)
+def test_an_address_leads_nowhere_else(id: str):
+    with pytest.raises(InvalidRequestError, match=r"adapter\.id"):
+        check_request(Request((1,), adapter=AdapterReference(id)), 10, [])

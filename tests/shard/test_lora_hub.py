@@ -69,6 +69,15 @@ def test_only_the_two_files_are_fetched_and_the_commit_is_reported(
     store.load(staged.digest, 1)
 
 
+def test_the_address_of_a_repository_is_its_name(hub: StandInHub, store: AdapterStore, files: dict[str, bytes]) -> None:
+    hub.push("org/adapter", files)
+    for address in (f"{hub.url}/org/adapter", "https://huggingface.co/org/adapter", "hf://org/adapter"):
+        assert store.stage(address, "", "", "") == stage(store)
+    for address in ("https://elsewhere.example/org/adapter", "org/adapter/sub", "/adapter"):
+        with pytest.raises(AdapterNotFoundError):
+            store.stage(address, "", "", "")
+
+
 def test_a_chat_template_is_fetched_with_its_adapter(
     hub: StandInHub, store: AdapterStore, files: dict[str, bytes]
 ) -> None:

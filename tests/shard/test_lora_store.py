@@ -391,6 +391,13 @@ def test_links_within_the_directory_are_followed(store: AdapterStore, directory:
     assert stage(store, "latest") == stage(store, "adapter-1")
 
 
+def test_a_path_under_the_directory_is_a_name(store: AdapterStore, directory: Path) -> None:
+    assert stage(store, f"{directory}/adapter-1/") == stage(store, "adapter-1")
+    for path in (f"{directory}/../adapters/adapter-1", f"{directory}//adapter-1", "/etc", str(directory)):
+        with pytest.raises(AdapterNotFoundError):
+            stage(store, path)
+
+
 def test_a_pipe_in_place_of_a_file_is_refused_at_once(store: AdapterStore, directory: Path) -> None:
     file = directory / "adapter-0" / TENSORS
     file.unlink()

@@ -28,7 +28,7 @@ Digest = Annotated[
     str, typer.Option(help="As `list --digests` shows it, instead of ADAPTER: for merged adapters.", show_default=False)
 ]
 Source = Annotated[
-    str, typer.Option(help="local, s3 or hub. Default: the first of them that has that name.", show_default=False)
+    str, typer.Option(help="As local or hub. Default: the first of the server's that has it.", show_default=False)
 ]
 Revision = Annotated[str, typer.Option(help="Branch, tag or commit of a hub repository.", show_default=False)]
 Token = Annotated[

@@ -48,8 +48,8 @@ class AdapterRegistry:
         self._entries.move_to_end(key)
         return entry.digest
 
-    def pinned(self, reference: AdapterReference) -> AdapterReference:
-        """The reference, pinned to what it was resolved to: another replica stages that."""
+    def fixed(self, reference: AdapterReference) -> AdapterReference:
+        """The reference, fixed to what it was resolved to: another replica stages that."""
         entry = self._entries.get(key_of(reference))
         return replace(reference, source=entry.source, revision=entry.revision) if entry else reference
 

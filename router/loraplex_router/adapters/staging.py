@@ -95,7 +95,7 @@ class AdapterStaging:
     async def _bring(self, reference: Reference) -> Adapter:
         if isinstance(reference, MergedReference):
             return await self._merge(with_weights(reference))
-        return await self._stage(reference, self._registry.pinned(reference))
+        return await self._stage(reference, self._registry.fixed(reference))
 
     async def _stage(self, reference: AdapterReference, source: AdapterReference) -> Adapter:
         staged = await self._with_room(lambda: self._shards.stage(source))

@@ -2,13 +2,13 @@
 
 import re
 import secrets
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from math import isfinite
 from typing import TypeAlias
 
-from loraplex_protos.adapter_names import RULE, is_name
+from loraplex_protos.adapter_names import RULE, is_id
 from loraplex_protos.errors import FieldViolation, InvalidRequestError, quote
 from loraplex_router.vocabulary.chat import FIELD, Chat, RenderedChat
 from loraplex_router.vocabulary.grammar import Grammar
@@ -26,7 +26,6 @@ MAX_INPUTS = 1024
 MAX_BIASED = 1024
 MAX_REFERENCE_LENGTH = 512
 AS_MANY_AS_FIT = -1  # tokens of a prompt, into the context with the answer
-SOURCES = ("", "local", "s3", "hub")
 MAX_MERGED = 16
 MERGE_STRATEGIES = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 MAJORITY_SIGN_METHODS = ("total", "frequency")
@@ -118,8 +117,9 @@ class Violations:
             raise kind(*self._found)
 
 
-def check_request(request: Request, vocab_size: int) -> None:
-    """Raises InvalidRequestError naming every wrong field. The prompt's length is not known yet: see `room_for`."""
+def check_request(request: Request, vocab_size: int, sources: Collection[str]) -> None:
+    """Raises InvalidRequestError naming every wrong field. The prompt's length is not known yet: see `room_for`.
+    `sources` are the names of those that adapters come from."""
     found = Violations()
     found.check(
         not request.request_id or REQUEST_ID.fullmatch(request.request_id) is not None,
@@ -140,41 +140,46 @@ def check_request(request: Request, vocab_size: int) -> None:
     for name in ("top_logprobs", "prompt_top_logprobs"):
         right = getattr(request.detail, name) <= MAX_TOP_LOGPROBS
         found.check(right, f"detail.{name}", f"must be at most {MAX_TOP_LOGPROBS}")
-    check_adapter(request.adapter, found)
+    check_adapter(request.adapter, sources, found)
     found.raise_any()
 
 
-def check_embed_request(request: EmbedRequest, vocab_size: int) -> None:
+def check_embed_request(request: EmbedRequest, vocab_size: int, sources: Collection[str]) -> None:
     """Raises InvalidRequestError, as check_request does."""
     found = Violations()
     found.check(1 <= len(request.inputs) <= MAX_INPUTS, "inputs", f"send 1 to {MAX_INPUTS} inputs")
     found.raise_any()
     for part in request.parts():
-        check_request(part, vocab_size)
+        check_request(part, vocab_size, sources)
 
 
-def check_adapter(adapter: AdapterReference | MergedReference | None, found: Violations) -> None:
+def check_adapter(
+    adapter: AdapterReference | MergedReference | None, sources: Collection[str], found: Violations
+) -> None:
     if isinstance(adapter, MergedReference):
-        _check_merged(adapter, found)
+        _check_merged(adapter, sources, found)
     elif adapter is not None:
-        check_reference(adapter, found)
+        check_reference(adapter, sources, found)
 
 
-def check_reference(reference: AdapterReference, found: Violations, name: str = "adapter") -> None:
+def check_reference(
+    reference: AdapterReference, sources: Collection[str], found: Violations, name: str = "adapter"
+) -> None:
     found.check(bool(reference.id), f"{name}.id", "name an adapter, or leave `adapter` out for the base model")
-    right = not reference.id or is_name(reference.id)
+    right = not reference.id or is_id(reference.id)
     found.check(right, f"{name}.id", f"{quote(reference.id)} cannot be an adapter's name: {RULE}")
     for field_name in ("revision", "token"):
         short = len(getattr(reference, field_name)) <= MAX_REFERENCE_LENGTH
         found.check(short, f"{name}.{field_name}", f"at most {MAX_REFERENCE_LENGTH} characters")
-    found.check(reference.source in SOURCES, f"{name}.source", 'must be "local", "s3", "hub" or empty')
+    known = reference.source in ("", *sources)
+    found.check(known, f"{name}.source", f"this server's adapters come from {', '.join(sources)}; empty: any of them")
 
 
-def _check_merged(merged: MergedReference, found: Violations) -> None:
+def _check_merged(merged: MergedReference, sources: Collection[str], found: Violations) -> None:
     count, weights = len(merged.adapters), merged.weights
     found.check(1 <= count <= MAX_MERGED, "merged_adapters.adapters", f"name 1 to {MAX_MERGED} adapters")
     for place, reference in enumerate(merged.adapters[:MAX_MERGED]):
-        check_reference(reference, found, f"merged_adapters.adapters[{place}]")
+        check_reference(reference, sources, found, f"merged_adapters.adapters[{place}]")
     found.check(len(weights) in (0, count), "merged_adapters.weights", f"{len(weights)} weights for {count} adapters")
     found.check(all(map(isfinite, weights)), "merged_adapters.weights", "must be finite")
     known = merged.strategy in MERGE_STRATEGIES

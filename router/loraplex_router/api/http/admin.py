@@ -24,7 +24,7 @@ class Adapter(BaseModel):
     """Where an adapter comes from, as in generation.proto."""
 
     id: str
-    source: str = Field(default="", description="local, s3, hub, or empty: the first of them that has it.")
+    source: str = Field(default="", description="One of the server's, as local or hub. Empty: the first that has it.")
     revision: str = Field(default="", description="Branch, tag or commit of a hub repository.")
     token: str = Field(default="", description="For a private hub repository. Never logged.")
 

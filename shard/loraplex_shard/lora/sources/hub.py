@@ -27,6 +27,7 @@ from loraplex_shard.lora.sources.protocol import File, Origin, Source
 
 PUBLIC_HUB = "https://huggingface.co"
 _UNREACHABLE = frozenset({"TransportError", "ConnectionError", "TimeoutError"})  # of whichever HTTP library it uses
+_REPOSITORY = re.compile(r"[^/:]+/[^/]+")
 _REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._/-]{0,199}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _TOKEN = re.compile(r"[\x21-\x7e]{0,1000}")
@@ -53,7 +54,7 @@ class HubSource(Source):
         self._timeout_s = timeout_s
 
     def refusal(self, id: str) -> str:
-        return "" if "/" in id and "://" not in self._repository(id) else "names on the hub have the form org/name"
+        return "" if _REPOSITORY.fullmatch(self._repository(id)) else "names on the hub have the form org/name"
 
     def locate(self, id: str, revision: str, token: str) -> Origin:
         """Asks the hub which commit a revision is ("": the default branch) and which files it has; with HF_HUB_OFFLINE,

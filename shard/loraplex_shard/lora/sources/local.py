@@ -41,7 +41,9 @@ class LocalSource(Source):
         return contents
 
     def _find(self, id: str) -> Path | None:
-        return find_folder(self._root, id.removeprefix(f"{self._root}/"))
+        """The folder of an id, which may be its path."""
+        root = f"{self._root}/"
+        return find_folder(self._root, id.removeprefix(root).removesuffix("/") if id.startswith(root) else id)
 
     def _files(self, directory: Path) -> Iterator[tuple[str, Path]]:
         """Where an adapter's files are, by name: links are followed, but not out of the directory."""

@@ -116,7 +116,8 @@ class ObjectStoreSource(Source):
         """The adapter's name, of an id that may be its address; as it is, if that is not one of here."""
         scheme, _, path = id.partition("://")
         root = f"{self._bucket}/{self._prefix}"
-        return path.removeprefix(root) if scheme in self._kind.schemes and path.startswith(root) else id
+        ours = scheme in self._kind.schemes and path.startswith(root)
+        return path.removeprefix(root).removesuffix("/") if ours else id
 
     def _find(self, folder: str) -> dict[str, File]:
         """The objects of an adapter's folder that have a say in what it is, by name."""

@@ -25,7 +25,9 @@ class MergedAdapters(BaseModel):
 
 class Parameters(BaseModel):
     adapter_id: str | None = Field(default=None, description="An adapter's name; absent: the base model.")
-    adapter_source: str | None = Field(default=None, description="local, s3 or hub; absent: the first that has it.")
+    adapter_source: str | None = Field(
+        default=None, description="One of the server's, as local or hub; absent: the first that has it."
+    )
     merged_adapters: MergedAdapters | None = None
     api_token: str | None = Field(default=None, description="For a private adapter's hub. Absent: the bearer token.")
     best_of: Uint32 | None = Field(

@@ -51,7 +51,9 @@ class GenerationRequest(BaseModel):
     seed: int | None = None
     response_format: ResponseFormat | None = None
     # LoRAX's
-    adapter_source: str | None = Field(default=None, description="local, s3 or hub; absent: the first that has it.")
+    adapter_source: str | None = Field(
+        default=None, description="One of the server's, as local or hub; absent: the first that has it."
+    )
     api_token: str | None = Field(default=None, description="For a private adapter's hub.")
     ignore_eos_token: bool | None = None
     # vLLM's
