@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from loraplex_router.api.http.front_page import front_page
+from loraplex_router.api.http.lorax.front_page import front_page
 from tests.e2e.processes import Server
 
 

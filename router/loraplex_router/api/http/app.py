@@ -9,14 +9,14 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from loraplex_router.api.http.admin import create_admin_routes
+from loraplex_router.api.http.admin.routes import create_admin_routes
 from loraplex_router.api.http.body_limit import BodyLimit
-from loraplex_router.api.http.embeddings import create_embedding_routes
 from loraplex_router.api.http.errors import install_handlers
-from loraplex_router.api.http.head import HeadAsGet
+from loraplex_router.api.http.head_as_get import HeadAsGet
 from loraplex_router.api.http.lorax.routes import create_lorax_routes
+from loraplex_router.api.http.lorax.tokenizing import create_tokenizing_routes
+from loraplex_router.api.http.openai.embeddings import create_embedding_routes
 from loraplex_router.api.http.openai.routes import create_openai_routes
-from loraplex_router.api.http.tokenizing import create_tokenizing_routes
 from loraplex_router.service import Service
 
 

@@ -9,7 +9,7 @@ from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
 from loraplex_protos.errors import LoraplexError
-from loraplex_router.api.http.attendance import attended
+from loraplex_router.api.http.disconnects import attended
 from loraplex_router.api.http.errors import internal_error
 from loraplex_router.engine.output import Generation
 from loraplex_router.service import Service

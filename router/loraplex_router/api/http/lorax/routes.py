@@ -7,11 +7,11 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse
 
 from loraplex_router.api.http.api_key import api_key
-from loraplex_router.api.http.attendance import collect
+from loraplex_router.api.http.disconnects import collect
 from loraplex_router.api.http.errors import lorax_body
-from loraplex_router.api.http.front_page import FRONT_PAGE_HEADERS, front_page
 from loraplex_router.api.http.json_body import JsonAnswer, JsonRoute
 from loraplex_router.api.http.lorax import schema
+from loraplex_router.api.http.lorax.front_page import FRONT_PAGE_HEADERS, front_page
 from loraplex_router.api.http.lorax.reading import read_request, wants_details
 from loraplex_router.api.http.lorax.writing import LoraxWriter, static_headers, whole_headers
 from loraplex_router.api.http.sse import EventStream, describe_events

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 from urllib.parse import quote
 
-from loraplex_router.api.http.attendance import read
+from loraplex_router.api.http.disconnects import read
 from loraplex_router.api.http.sse import event
 from loraplex_router.api.turns import in_turn
 from loraplex_router.engine.output import Delta, Generation, SequenceOutput

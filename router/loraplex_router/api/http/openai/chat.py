@@ -6,8 +6,8 @@ from functools import partial
 from math import inf
 from typing import Any
 
-from loraplex_router.api.http.attendance import read
-from loraplex_router.api.http.openai.conversation import read_conversation
+from loraplex_router.api.http.conversation import read_conversation
+from loraplex_router.api.http.disconnects import read
 from loraplex_router.api.http.openai.logprobs import TokenNames, chat_logprobs, prompt_logprobs
 from loraplex_router.api.http.openai.reading import read_model, read_most, read_options
 from loraplex_router.api.http.openai.schema import ChatCompletionRequest

@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from loraplex_protos.adapter_names import normal
 from loraplex_protos.errors import AdapterNotFoundError, FieldViolation, InvalidRequestError, quote
 from loraplex_router.api.http.api_key import api_key
-from loraplex_router.api.http.attendance import collect
+from loraplex_router.api.http.disconnects import collect
 from loraplex_router.api.http.errors import openai_body
 from loraplex_router.api.http.json_body import JsonAnswer, JsonRoute
 from loraplex_router.api.http.json_list import write_list

@@ -5,7 +5,7 @@ import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
-from loraplex_router.api.http.attendance import read
+from loraplex_router.api.http.disconnects import read
 from loraplex_router.api.http.openai.schema import StreamOptions
 from loraplex_router.engine.output import Delta, Generation
 from loraplex_router.vocabulary.sequence import FinishReason

@@ -10,11 +10,11 @@ from pydantic import BaseModel, Field
 
 from loraplex_protos.errors import FieldViolation, InvalidRequestError
 from loraplex_router.api.http.api_key import api_key
+from loraplex_router.api.http.conversation import read_conversation
 from loraplex_router.api.http.fields import Items, TokenId
 from loraplex_router.api.http.json_body import JsonRoute
 from loraplex_router.api.http.json_list import write_list
 from loraplex_router.api.http.lorax.routes import ERRORS
-from loraplex_router.api.http.openai.conversation import read_conversation
 from loraplex_router.api.http.openai.reading import read_model_name
 from loraplex_router.api.http.openai.schema import Conversation
 from loraplex_router.service import Service

@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field
 
 from loraplex_protos.errors import FieldViolation, InvalidRequestError
 from loraplex_router.api.http.api_key import api_key
-from loraplex_router.api.http.attendance import finish_attended
+from loraplex_router.api.http.disconnects import finish_attended
 from loraplex_router.api.http.fields import Name, Prompts
 from loraplex_router.api.http.json_body import JsonRoute
 from loraplex_router.api.http.json_list import write_list

@@ -1,0 +1,1 @@
+"""Administration's face: adapters are listed, loaded, unloaded and pinned."""
