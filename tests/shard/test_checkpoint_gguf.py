@@ -146,11 +146,6 @@ def test_named_chat_templates_and_other_special_tokens_are_read(package: Path) -
     assert files.special_tokens["unk_token"] == "<|endoftext|>"
 
 
-def test_another_kind_of_tokenizer_is_refused_by_name() -> None:
-    with pytest.raises(CheckpointError, match=r"'gpt2' and tokenizer.ggml.pre 'llama-bpe'"):
-        read_tokenizer({"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "llama-bpe"})
-
-
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_file_of_many_quantizations_has_the_logits_of_transformers(tied: bool, tmp_path: Path) -> None:
     tensors = random_tensors()

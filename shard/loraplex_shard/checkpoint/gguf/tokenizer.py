@@ -1,20 +1,25 @@
-"""Builds a tokenizer from a GGUF file's metadata, for the one kind that was checked against the original."""
+"""Builds a tokenizer from a GGUF file's metadata, so that it gives the tokens of the model's own tokenizer.json."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
 from gguf.constants import TokenType
-from tokenizers import AddedToken, Tokenizer
-from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+from tokenizers.processors import TemplateProcessing
+from transformers.tokenization_utils_base import generate_merges
 
 from loraplex_shard.checkpoint.base import CheckpointError, TokenizerFiles
 from loraplex_shard.checkpoint.gguf.end_tokens import EOS, end_token_ids
 from loraplex_shard.checkpoint.gguf.file import MetadataValue
+from loraplex_shard.checkpoint.gguf.pre_tokenizers import GPT_2, WORDS, Words
 
 Metadata = Mapping[str, MetadataValue]
 T = TypeVar("T")
+
+BLANK = "▁"  # SentencePiece's
+# What special tokens of SentencePiece are where the file does not say.
+DEFAULT_IDS = {"bos_token": 1, "eos_token": 2, "unk_token": 0}
 
 _ADDED = TokenType.CONTROL, TokenType.USER_DEFINED
 _TEMPLATE = "tokenizer.chat_template"
@@ -31,34 +36,130 @@ _SPECIAL = {
 
 def read_tokenizer(metadata: Metadata) -> TokenizerFiles:
     """Raises CheckpointError for a kind of tokenizer that is not known to be rebuilt exactly."""
-    kind = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
-    if kind != ("gpt2", "smollm"):
-        raise CheckpointError(
-            f"GGUF tokenizer with tokenizer.ggml.model {kind[0]!r} and tokenizer.ggml.pre {kind[1]!r} is not served, "
-            "only 'gpt2' with 'smollm': serve the checkpoint in its original format"
-        )
+    kind = str(metadata.get("tokenizer.ggml.model"))
     tokens = _get(metadata, "tokenizer.ggml.tokens", list)
-    merges = [(left, right) for left, right in map(str.split, _get(metadata, "tokenizer.ggml.merges", list))]
-    tokenizer = Tokenizer(BPE({token: index for index, token in enumerate(tokens)}, merges))
-    tokenizer.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
-    tokenizer.decoder = ByteLevelDecoder()
+    defaults: Mapping[str, int] = {}
+    if kind == "gpt2":
+        words = _words(metadata)
+        tokenizer, add_bos = _byte_level(tokens, _get(metadata, "tokenizer.ggml.merges", list), words), words.add_bos
+    elif kind in ("llama", "gemma4"):
+        tokens = _pieces(metadata, tokens)
+        tokenizer, add_bos, defaults = _sentencepiece(metadata, tokens), kind == "llama", DEFAULT_IDS
+    else:
+        raise _unknown("model", kind, "'gpt2', 'llama' and 'gemma4'")
+    special = _special_tokens(metadata, tokens, defaults)
+    tokenizer.add_tokens(list(_added_tokens(metadata, tokens)))
+    _wrap(tokenizer, special, _flag(metadata, "add_bos_token", add_bos), _flag(metadata, "add_eos_token", False))
+    return TokenizerFiles(tokenizer.to_str().encode(), _chat_templates(metadata), special)
+
+
+def read_end_token_ids(metadata: Metadata) -> tuple[int, ...]:
+    return end_token_ids(metadata, _get(metadata, "tokenizer.ggml.tokens", list))
+
+
+def _words(metadata: Metadata) -> Words:
+    name = metadata.get("tokenizer.ggml.pre")
+    if name is None:
+        raise CheckpointError(
+            "GGUF metadata tokenizer.ggml.pre is missing: the file was made before May 2024, and how the model cuts "
+            "texts into words is not known. Take a newer file of the model"
+        )
+    if name not in WORDS:
+        raise _unknown("pre", name, ", ".join(map(repr, sorted(WORDS))))
+    return WORDS[str(name)]
+
+
+def _unknown(field: str, value: object, known: str) -> CheckpointError:
+    return CheckpointError(
+        f"GGUF tokenizer with tokenizer.ggml.{field} {value!r} is not served, only {known}: serve the checkpoint in "
+        "its original format"
+    )
+
+
+def _byte_level(tokens: list[str], merges: list[str], words: Words) -> Tokenizer:
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    pairs = [_pair(merge) for merge in merges]
+    tokenizer = Tokenizer(BPE(vocabulary, pairs, ignore_merges=words.ignore_merges))
+    if words.composes:
+        tokenizer.normalizer = normalizers.NFC()
+    by_library = words.cuts[-1] == GPT_2  # which needs no expression of ours
+    cuts = [pre_tokenizers.Split(Regex(cut), "isolated") for cut in words.cuts[: -1 if by_library else None]]
+    bytes_of = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=by_library)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*cuts, bytes_of])
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _pieces(metadata: Metadata, tokens: list[str]) -> list[str]:
+    """As SentencePiece has them. Gemma's runs of blanks are written as such."""
+    runs = _is_gemma(metadata)
+    return [BLANK * len(token) if runs and token and not token.strip(" ") else token for token in tokens]
+
+
+def _is_gemma(metadata: Metadata) -> bool:
+    return str(metadata.get("general.architecture")).startswith("gemma")
+
+
+def _sentencepiece(metadata: Metadata, pieces: list[str]) -> Tokenizer:
+    vocabulary = {piece: index for index, piece in enumerate(pieces)}
+    merges = metadata.get("tokenizer.ggml.merges")
+    if isinstance(merges, list):
+        pairs = [_pair(str(merge)) for merge in merges]
+    else:
+        # Gemma's merges are in the order of its tokens, others' in that of the scores.
+        scores = (
+            None
+            if _is_gemma(metadata)
+            else dict(zip(pieces, _get(metadata, "tokenizer.ggml.scores", list), strict=True))
+        )
+        pairs = generate_merges(vocabulary, scores)
+    unknown = _id(metadata, "unk_token", DEFAULT_IDS["unk_token"])
+    tokenizer = Tokenizer(BPE(vocabulary, pairs, unk_token=pieces[unknown], fuse_unk=True, byte_fallback=True))
+    prefix = _flag(metadata, "add_space_prefix", not _is_gemma(metadata))
+    blanks = normalizers.Replace(" ", BLANK)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(BLANK), blanks]) if prefix else blanks
+    undone = [decoders.Strip(" ", 1, 0)] if prefix else []
+    steps = [decoders.Replace(BLANK, " "), decoders.ByteFallback(), decoders.Fuse(), *undone]
+    tokenizer.decoder = decoders.Sequence(steps)
+    return tokenizer
+
+
+def _added_tokens(metadata: Metadata, tokens: list[str]) -> Iterable[AddedToken]:
+    # Phi-3's swallow the blanks behind them, which llama.cpp, too, knows by the model's name.
+    phi = metadata.get("general.architecture") == "phi3" and metadata.get("tokenizer.ggml.model") == "llama"
     types = _get(metadata, "tokenizer.ggml.token_type", list)
-    tokenizer.add_tokens(
-        [
-            AddedToken(token, normalized=False, special=kind == TokenType.CONTROL)
-            for token, kind in zip(tokens, types, strict=True)
-            if kind in _ADDED
-        ]
-    )
-    return TokenizerFiles(
-        tokenizer_json=tokenizer.to_str().encode(),
-        chat_templates=_chat_templates(metadata),
-        special_tokens={
-            name: tokens[id]
-            for name, key in _SPECIAL.items()
-            if isinstance(id := metadata.get(key), int) and 0 <= id < len(tokens)  # llama.cpp ignores others, too
-        },
-    )
+    for token, kind in zip(tokens, types, strict=True):
+        if kind in _ADDED:
+            strips = phi and token not in ("<unk>", "<s>", "<|endoftext|>")
+            yield AddedToken(token, normalized=False, special=kind == TokenType.CONTROL, rstrip=strips)
+
+
+def _wrap(tokenizer: Tokenizer, special: Mapping[str, str], bos: bool, eos: bool) -> None:
+    """Has a text begin and end with these tokens."""
+    first = [special["bos_token"]] if bos and "bos_token" in special else []
+    last = [special["eos_token"]] if eos and "eos_token" in special else []
+    if first or last:
+        ids = [(token, tokenizer.token_to_id(token)) for token in {*first, *last}]
+        tokenizer.post_processor = TemplateProcessing(single=[*first, "$0", *last], special_tokens=ids)
+
+
+def _special_tokens(metadata: Metadata, tokens: list[str], defaults: Mapping[str, int]) -> dict[str, str]:
+    ids = {name: _id(metadata, name, defaults.get(name, -1)) for name in _SPECIAL}
+    return {name: tokens[id] for name, id in ids.items() if 0 <= id < len(tokens)}  # llama.cpp ignores others, too
+
+
+def _id(metadata: Metadata, name: str, default: int) -> int:
+    id = metadata.get(_SPECIAL[name], default)
+    return id if isinstance(id, int) else default
+
+
+def _flag(metadata: Metadata, name: str, default: bool) -> bool:
+    return bool(metadata.get(f"tokenizer.ggml.{name}", default))
+
+
+def _pair(merge: str) -> tuple[str, str]:
+    left, _, right = merge.partition(" ")
+    return left, right
 
 
 def _chat_templates(metadata: Metadata) -> dict[str, str]:
@@ -66,10 +167,6 @@ def _chat_templates(metadata: Metadata) -> dict[str, str]:
     default = {"default": str(metadata[_TEMPLATE])} if _TEMPLATE in metadata else {}
     named = {key: value for key, value in metadata.items() if key.startswith(f"{_TEMPLATE}.")}
     return default | {key.removeprefix(f"{_TEMPLATE}."): str(template) for key, template in named.items()}
-
-
-def read_end_token_ids(metadata: Metadata) -> tuple[int, ...]:
-    return end_token_ids(metadata, _get(metadata, "tokenizer.ggml.tokens", list))
 
 
 def _get(metadata: Metadata, key: str, kind: type[T]) -> T:
