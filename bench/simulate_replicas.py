@@ -25,7 +25,7 @@ from loraplex_router.replicas.administration import Administration
 from loraplex_router.replicas.connections import Connections
 from loraplex_router.replicas.replica import Replica
 from loraplex_router.replicas.replicas import Replicas
-from loraplex_router.service import Service
+from loraplex_router.service.service import Service
 from loraplex_router.settings import RouterSettings
 from loraplex_router.telemetry.opening import open_telemetry
 from loraplex_router.telemetry.telemetry import Telemetry
@@ -121,7 +121,7 @@ async def _wait(service: Service, adapter: str, tokens: int) -> float:
     try:
         await generation.collect()
     finally:
-        service.leave(generation)
+        service.close(generation)
     assert generation.started is not None
     return generation.started - generation.validated
 

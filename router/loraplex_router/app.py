@@ -25,7 +25,7 @@ from loraplex_router.replicas.administration import Administration
 from loraplex_router.replicas.connections import Connections, Supervisor
 from loraplex_router.replicas.replicas import Replicas
 from loraplex_router.replicas.statuses import State
-from loraplex_router.service import Service
+from loraplex_router.service.service import Service
 from loraplex_router.settings import RouterSettings
 from loraplex_router.telemetry.opening import open_telemetry
 from loraplex_router.telemetry.telemetry import Telemetry
@@ -87,7 +87,7 @@ class Router:
                 stop.cancel()
                 # Neither is waited for without a limit: after SIGTERM the process must end.
                 await asyncio.wait([work, asyncio.create_task(self._grpc.stop(grace=1.0))], timeout=STOP_SECONDS)
-                await self._service.close()
+                await self._service.aclose()
 
     async def _work(self, ready: Callable[[list[str]], None]) -> None:
         keys = [self._key_file.follow()] if self._key_file else []
@@ -108,15 +108,15 @@ class Router:
         ready([status.id for status in listed if status.state is not State.BROKEN])
 
     async def _tell_health(self) -> None:
-        changes = 0
+        healthy = False
         while True:
-            changes = await self._replicas.changed(changes)
-            await self._grpc.set_healthy(self._service.healthy)
+            healthy = await self._replicas.changes.unlike(lambda: self._service.healthy, healthy)
+            await self._grpc.set_healthy(healthy)
 
     async def _restore_pins(self) -> None:
-        changes = 0
+        version = 0
         while True:
-            changes = await self._replicas.changed(changes)
+            version = await self._replicas.changes.unlike(lambda: self._replicas.version, version)
             if self._replicas.ready.is_set():
                 await self._administration.restore_pins()
 
@@ -127,8 +127,7 @@ class Router:
         logger.info("draining for at most %g seconds", self._settings.drain_seconds)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._settings.drain_seconds):
-                while not self._service.idle:
-                    await asyncio.sleep(0.02)
+                await self._replicas.changes.until(lambda: self._service.idle)
         self._service.cancel_all()
 
     @contextlib.asynccontextmanager

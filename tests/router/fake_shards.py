@@ -2,12 +2,15 @@
 
 import asyncio
 from collections import deque
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from loraplex_protos import shard_pb2 as pb
 from loraplex_protos.errors import AdapterNotFoundError, LoraplexError, UnavailableError
 from loraplex_router.vocabulary.adapter import LocalAdapter, StagedAdapter
 from loraplex_router.vocabulary.grammar import Grammar
-from loraplex_router.vocabulary.references import AdapterReference
+from loraplex_router.vocabulary.references import AdapterReference, MergedReference
+from loraplex_router.wire.shards import Shards
 
 VOCABULARY = 1000
 
@@ -73,6 +76,10 @@ class FakeShards:
         digest = self.digests.get(reference.id, f"digest of {reference.id}")
         return StagedAdapter(digest, "local", "", lora_rank=8, size_bytes=10, warnings=self.warnings)
 
+    async def merge(self, digest: str, digests: Sequence[str], merged: MergedReference) -> StagedAdapter:
+        self.log.append(f"merge {','.join(digests)}")
+        return StagedAdapter(digest, "merged", "", lora_rank=8, size_bytes=10)
+
     async def load(self, digest: str, slot: int) -> None:
         await self.loads_held.wait()
         if self.load_error is not None:
@@ -93,3 +100,7 @@ class FakeShards:
 
     async def local_adapters(self) -> list[LocalAdapter]:
         return self.local
+
+
+if TYPE_CHECKING:
+    _complete: Shards = FakeShards()

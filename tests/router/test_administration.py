@@ -49,7 +49,7 @@ async def test_an_adapter_is_listed_once_with_all_the_replicas_that_have_it(clus
     assert {residence.replica for residence in status.residences} == {"0", "second"}
     assert (status.state, status.tier, status.lora_rank, status.size_bytes) == (State.LOADED, Tier.DEVICE, 8, 10)
     assert (status.requests, status.running + status.waiting, status.pinned) == (1, 1, False)
-    cluster.service.leave(generation)
+    cluster.service.close(generation)
     assert (await listed(cluster))["a"].requests == 0
     assert status.last_used > 0
     assert (await listed(cluster))["b"].state is State.AVAILABLE
@@ -82,7 +82,7 @@ async def test_an_adapter_is_unloaded_from_every_replica_or_from_none(cluster: C
     assert len(cluster.holders("digest of a")) == 2
     unloading = asyncio.create_task(cluster.administration.unload(A, wait=True))
     await asyncio.sleep(0)
-    cluster.service.leave(generation)
+    cluster.service.close(generation)
     await unloading
     assert not cluster.holders("digest of a")
     assert (await listed(cluster))["a"].state is State.AVAILABLE
@@ -124,7 +124,7 @@ async def test_what_was_pinned_on_a_lost_replica_is_pinned_on_another(cluster: C
     cluster.lose(cluster.replica)
     generation = await cluster.service.generate(request(1, 5))  # its step finds the replica lost
     await generation.collect()
-    cluster.service.leave(generation)
+    cluster.service.close(generation)
     if cluster.replica in list(cluster.replicas):
         cluster.replicas.remove(cluster.replica)
     await cluster.administration.restore_pins()
@@ -156,7 +156,7 @@ async def test_one_content_under_two_names_answers_by_the_name_that_was_asked_fo
         assert cluster.administration.unpin(reference).id == reference.id
     generation = await cluster.service.generate(request(1, 1, "a"))
     assert generation.adapter_name == "a"
-    cluster.service.leave(generation)
+    cluster.service.close(generation)
 
 
 async def test_unloading_a_name_frees_that_name_and_the_content_goes_with_its_last_one(cluster: Cluster):
@@ -171,7 +171,7 @@ async def test_unloading_a_name_frees_that_name_and_the_content_goes_with_its_la
         await cluster.administration.unload(A, wait=False)
     with pytest.raises(AdapterInUseError):
         await cluster.administration.unload(C, wait=False)
-    cluster.service.leave(running)
+    cluster.service.close(running)
     await cluster.administration.unload(C, wait=True)
     assert not cluster.holders("same")
 
@@ -183,7 +183,7 @@ async def test_a_name_that_sequences_asked_for_is_in_use_though_the_content_has_
         await cluster.administration.unload(A, wait=False)
     unloading = asyncio.create_task(cluster.administration.unload(A, wait=True))
     await asyncio.sleep(0)
-    cluster.service.leave(running)
+    cluster.service.close(running)
     await unloading
     statuses = await listed(cluster)
     assert (statuses["a"].state, statuses["c"].state) == (State.AVAILABLE, State.LOADED)

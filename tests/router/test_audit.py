@@ -47,8 +47,8 @@ async def test_what_an_administrator_does_is_logged_a_line_each(cluster: Cluster
     await service.unpin_adapter(A, key)
     await service.unload_adapter(A, key=key)
     generation = await service.generate(request(1, 100), key)
-    service.cancel(generation.request_id, key)
-    service.leave(generation)
+    service.cancel_request(generation.request_id, key)
+    service.close(generation)
     found = lines(caplog)
     assert [line["action"] for line in found] == ["load", "pin", "unpin", "unload", "cancel"]
     assert {line["tenant"] for line in found} == {"operators"} and {line["outcome"] for line in found} == {"done"}
@@ -68,7 +68,7 @@ async def test_what_is_refused_is_logged_with_the_reason(cluster: Cluster, caplo
         await service.unpin_adapter("d" * 1000, "key-of-operators")
     assert lines(caplog)[-1]["digest"] == "d" * 512
     with pytest.raises(RequestNotFoundError):
-        service.cancel("absent", "key-of-customers")
+        service.cancel_request("absent", "key-of-customers")
     assert [(line["tenant"], line["outcome"]) for line in lines(caplog)] == [
         ("customers", "forbidden"),
         (None, "unauthenticated"),

@@ -16,7 +16,7 @@ from loraplex_router.engine.scheduler import Limits
 from loraplex_router.replicas.administration import Administration
 from loraplex_router.replicas.replica import Replica
 from loraplex_router.replicas.replicas import Replicas
-from loraplex_router.service import Service
+from loraplex_router.service.service import Service
 from loraplex_router.telemetry.request_log import RequestLog
 from loraplex_router.telemetry.telemetry import Telemetry
 from loraplex_router.text.detokenizer import Detokenizer
@@ -62,7 +62,9 @@ class Setup:
     def add_replica(self, name: str, slots: int = 2) -> Replica:
         limits = Limits(max_batch_tokens=32, max_sequences=8, block_size=4)
         pool = AdapterPool(slots, host_bytes=1 << 30)
-        replica = Replica(name, FakeShards(), limits, 64, pool, self.registry, self.telemetry.replica(name))
+        replica = Replica(
+            name, FakeShards(), limits, 64, pool, self.registry, self.telemetry.replica(name), self.replicas.changes
+        )
         self.replicas.add(replica)
         return replica
 
@@ -73,7 +75,7 @@ class Setup:
         try:
             return [sample.token async for _, delta in generation.deltas() for sample in delta.samples]
         finally:
-            self.service.leave(generation)
+            self.service.close(generation)
 
 
 @pytest.fixture
@@ -173,14 +175,14 @@ async def test_a_slow_reader_finds_what_came_meanwhile_as_one_delta(setup: Setup
     while generation.outputs[0].finish_reason is None:
         await asyncio.sleep(0)
     deltas: list[Delta] = [delta async for _, delta in generation.deltas()]
-    setup.service.leave(generation)
+    setup.service.close(generation)
     assert len(deltas) == 1 and len(deltas[0].samples) == 30
     assert deltas[0].finish_reason is FinishReason.LENGTH
 
 
 async def test_a_generation_that_is_left_counts_as_cancelled(setup: Setup):
     generation: Generation = await setup.service.generate(Request(prompt=(1,), max_new_tokens=150))
-    setup.service.leave(generation)
+    setup.service.close(generation)
     labels = {"outcome": "cancelled", "adapter": "base"}
     assert setup.telemetry.registry.get_sample_value("loraplex_requests_total", labels) == 1
     assert setup.service.idle

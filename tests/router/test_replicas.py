@@ -8,6 +8,7 @@ import pytest
 
 from loraplex_protos.errors import UnavailableError
 from loraplex_router.replicas.replica import Replica
+from loraplex_router.replicas.replicas import Lease
 from loraplex_router.vocabulary.references import AdapterReference
 from loraplex_router.vocabulary.request import Request
 from loraplex_router.vocabulary.sequence import FinishReason
@@ -87,7 +88,7 @@ async def test_the_base_models_requests_go_to_the_less_busy_replica(cluster: Clu
     running = [g.scheduler.num_running + g.scheduler.num_waiting for g in (cluster.replica, second)]
     assert running == [5, 5]
     for generation in generations:
-        cluster.service.leave(generation)
+        cluster.service.close(generation)
 
 
 async def test_what_a_lost_replica_ran_goes_on_in_another_and_loses_no_token(cluster: Cluster):
@@ -100,7 +101,7 @@ async def test_what_a_lost_replica_ran_goes_on_in_another_and_loses_no_token(clu
         (delta,) = await generation.collect()
         step = 1 + bool(i % 2)  # both replicas load the adapter into slot 1
         assert [sample.token for sample in delta.samples] == [i + step * k for k in range(1, 101)]
-        cluster.service.leave(generation)
+        cluster.service.close(generation)
     assert cluster.service.idle and list(cluster.replicas) != [cluster.replica]
 
 
@@ -116,7 +117,7 @@ async def test_a_lost_replicas_requests_and_those_that_come_meanwhile_wait_for_o
     (delta,) = await generation.collect()
     assert [sample.token for sample in delta.samples] == list(range(1, 51))
     assert await meanwhile == [2, 3, 4, 5, 6]
-    cluster.service.leave(generation)
+    cluster.service.close(generation)
 
 
 async def test_requests_wait_for_a_lost_replica_no_longer_than_its_own_do(cluster: Cluster):
@@ -132,7 +133,7 @@ async def test_a_lost_replicas_requests_fail_if_no_other_comes_in_time(cluster: 
     cluster.lose(cluster.replica)
     with pytest.raises(UnavailableError, match="no others came in time"):
         await generation.collect()
-    cluster.service.leave(generation)
+    cluster.service.close(generation)
     assert cluster.service.idle
     labels = {"outcome": "unavailable", "adapter": "base"}
     assert cluster.telemetry.registry.get_sample_value("loraplex_requests_total", labels) == 1
@@ -143,11 +144,11 @@ async def test_a_request_can_be_cancelled_while_it_has_no_replica(cluster: Clust
     cluster.lose(cluster.replica)
     await cluster.tasks[cluster.replica]
     assert not cluster.service.idle
-    cluster.service.cancel("mine")
+    cluster.service.cancel_request("mine")
     assert cluster.service.idle
     (delta,) = await generation.collect()
     assert delta.finish_reason is FinishReason.CANCELLED
-    cluster.service.leave(generation)
+    cluster.service.close(generation)
 
 
 async def test_a_request_does_not_go_on_with_an_adapter_that_changed(cluster: Cluster):
@@ -157,7 +158,7 @@ async def test_a_request_does_not_go_on_with_an_adapter_that_changed(cluster: Cl
     cluster.lose(cluster.replica)
     with pytest.raises(UnavailableError, match="content"):
         await generation.collect()
-    cluster.service.leave(generation)
+    cluster.service.close(generation)
 
 
 async def test_a_replica_that_stops_finishes_what_it_began_and_gives_away_what_waits(cluster: Cluster):
@@ -166,7 +167,7 @@ async def test_a_replica_that_stops_finishes_what_it_began_and_gives_away_what_w
         await asyncio.sleep(0)
     waiting = await cluster.service.generate(request(50, 5))
     second = cluster.join("second")
-    cluster.replicas.close(cluster.replica)
+    cluster.replicas.drain(cluster.replica)
     assert len(await waiting.collect()) == 1
     assert not any(generation.finished for generation in started)
     assert await cluster.answer(1) == [2, 3, 4, 5, 6]
@@ -176,7 +177,7 @@ async def test_a_replica_that_stops_finishes_what_it_began_and_gives_away_what_w
         assert len(delta.samples) == 100
     assert cluster.replica.engine.idle
     for generation in (*started, waiting):
-        cluster.service.leave(generation)
+        cluster.service.close(generation)
 
 
 async def test_a_silent_replica_gets_nothing_new_gives_away_what_waits_and_goes_on_when_it_answers(cluster: Cluster):
@@ -191,13 +192,13 @@ async def test_a_silent_replica_gets_nothing_new_gives_away_what_waits_and_goes_
     assert second.engine.idle and not any(generation.finished for generation in started)
     cluster.replicas.set_silent("0", False)
     assert cluster.replica.accepting
-    cluster.replicas.close(cluster.replica)
+    cluster.replicas.drain(cluster.replica)
     cluster.replicas.set_silent("0", False)
     assert not cluster.replica.accepting
     for generation in started:
         await generation.collect()
     for generation in (*started, waiting):
-        cluster.service.leave(generation)
+        cluster.service.close(generation)
 
 
 async def test_the_only_replica_keeps_what_it_has_while_it_is_silent(cluster: Cluster):
@@ -209,15 +210,15 @@ async def test_the_only_replica_keeps_what_it_has_while_it_is_silent(cluster: Cl
     assert not meanwhile.done()
     cluster.replicas.set_silent("0", False)
     assert await meanwhile == [2, 3, 4, 5, 6]
-    cluster.service.leave(generation)
+    cluster.service.close(generation)
 
 
 async def test_the_last_replica_keeps_what_waits_when_it_stops(cluster: Cluster):
     generations = [await cluster.service.generate(request(i, 30)) for i in range(12)]
-    cluster.replicas.close(cluster.replica)
+    cluster.replicas.drain(cluster.replica)
     for generation in generations:
         assert len((await generation.collect())[0].samples) == 30
-        cluster.service.leave(generation)
+        cluster.service.close(generation)
 
 
 async def test_a_failure_of_the_routers_own_loop_is_not_carried_to_other_replicas(cluster: Cluster):
@@ -226,4 +227,33 @@ async def test_a_failure_of_the_routers_own_loop_is_not_carried_to_other_replica
     cluster.replica.shards.step_error = ZeroDivisionError()
     with pytest.raises(UnavailableError, match="its log has the details"):
         await generation.collect()
-    cluster.service.leave(generation)
+    cluster.service.close(generation)
+
+
+async def test_a_place_is_seen_by_others_and_keeps_its_adapter_until_it_is_closed(cluster: Cluster) -> None:
+    cluster.join("1")
+    with await cluster.replicas.place(AdapterReference("a")) as lease:
+        assert lease.replica.candidate(None).load == 1
+        unloading = asyncio.create_task(lease.replica.adapters.unload(lease.adapter))
+        await asyncio.sleep(0.01)
+        assert lease.replica.pool.get(lease.adapter.digest) is lease.adapter
+    await unloading
+    assert lease.replica.candidate(None).load == 0
+    assert lease.replica.pool.get(lease.adapter.digest) is None
+
+
+async def test_a_request_whose_replica_is_lost_before_it_is_submitted_goes_on_in_another(cluster: Cluster) -> None:
+    place, other = cluster.replicas.place, cluster.join("1")
+
+    async def place_on_one_that_is_lost(*options: object) -> Lease:
+        lease = await place(*options)
+        if lease.replica is not other:
+            cluster.lose(lease.replica)
+            cluster.tasks[lease.replica].cancel()
+            await asyncio.wait([cluster.tasks[lease.replica]])
+            cluster.replicas.remove(lease.replica)
+        return lease
+
+    cluster.replicas.place = place_on_one_that_is_lost
+    assert await cluster.answer(10, adapter="a") == [12, 14, 16, 18, 20]
+    assert [replica.name for replica in cluster.replicas] == ["1"]

@@ -7,7 +7,7 @@ import pytest
 
 from loraplex_protos import generation_pb2 as pb
 from loraplex_protos.errors import InvalidRequestError
-from loraplex_router.service import Service
+from loraplex_router.service.service import Service
 from loraplex_router.text.renderer import Renderer
 from loraplex_router.text.tokenizer import Tokenizer
 from loraplex_router.vocabulary.chat import Chat, ChatTemplates, Message
@@ -53,7 +53,7 @@ async def test_a_text_with_a_token_that_the_model_lacks_is_refused_by_its_name(
 async def test_what_is_cut_off_is_not_looked_at(service: Service):
     generation = await service.generate(Request("[PAD] Hi", truncate=2))
     assert generation.outputs[0].sequence.tokens == await service.tokenizer.encode("Hi")
-    service.leave(generation)
+    service.close(generation)
 
 
 @pytest.mark.parametrize("token", [-1, 1000, 2**32, 2**64])

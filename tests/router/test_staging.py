@@ -8,8 +8,9 @@ import pytest
 from loraplex_protos.errors import AdapterNotFoundError, OverloadedError
 from loraplex_router.adapters.registry import AdapterRegistry
 from loraplex_router.adapters.staging import AdapterStaging
+from loraplex_router.engine.changes import Changes
 from loraplex_router.engine.pool import AdapterPool
-from loraplex_router.vocabulary.adapter import LocalAdapter, StagedAdapter
+from loraplex_router.vocabulary.adapter import StagedAdapter
 from loraplex_router.vocabulary.references import AdapterReference, MergedReference
 
 A, B = AdapterReference("a"), AdapterReference("b")
@@ -47,8 +48,8 @@ class Shards:
     async def unstage(self, digest: str) -> None:
         self.staged.remove(digest)
 
-    async def local_adapters(self) -> list[LocalAdapter]:
-        return []
+    async def load(self, digest: str, slot: int) -> None:
+        raise AssertionError("the engine does that")
 
     async def unload(self, slot: int) -> None:
         self.unloaded.append(slot)
@@ -70,7 +71,8 @@ class Staging(AdapterStaging):
 
     def __init__(self, shards: Shards, host_bytes: int = 1000, registry: AdapterRegistry | None = None) -> None:
         self.pool = AdapterPool(4, host_bytes)
-        super().__init__(shards, self.pool, registry or AdapterRegistry())
+        self.changes = Changes()
+        super().__init__(shards, self.pool, registry or AdapterRegistry(), self.changes)
 
 
 async def test_adapters_are_merged_once_however_many_ask(shards: Shards) -> None:
@@ -167,6 +169,7 @@ async def test_an_adapter_that_is_to_leave_waits_for_its_sequences_and_newcomers
     await asyncio.sleep(0.05)
     assert not unloading.done() and not asking.done()
     adapter.waiting = 0
+    staging.changes.notify()
     again = await asking
     await unloading
     assert again is not adapter and again.digest == adapter.digest

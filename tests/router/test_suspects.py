@@ -77,7 +77,7 @@ class Cluster(Setup):
         except LoraplexError as error:
             return error
         finally:
-            self.service.leave(generation)
+            self.service.close(generation)
 
 
 @asynccontextmanager
@@ -214,7 +214,9 @@ def sequence(number: int = 0) -> Sequence:
 
 
 def plan(*chunks: tuple[Sequence, int, int]) -> Plan:
-    made = [Chunk(sequence, start, length, samples=True, new_blocks=(), run=1) for sequence, start, length in chunks]
+    made = [
+        Chunk(sequence, start, length, samples=True, new_blocks=(), attempt=1) for sequence, start, length in chunks
+    ]
     return Plan((), tuple(made))
 
 

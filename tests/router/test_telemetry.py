@@ -155,7 +155,7 @@ async def test_a_refused_request_has_a_log_line_too(setup: Setup, caplog: pytest
 async def test_prompts_and_answers_are_logged_if_asked_for(setup: Setup, caplog: pytest.LogCaptureFixture):
     generation = await setup.service.generate(Request(prompt=(40, 50), max_new_tokens=2))
     await generation.collect()
-    setup.service.leave(generation)
+    setup.service.close(generation)
     caplog.set_level(logging.INFO)
     RequestLog(prompts=True).ended(generation, "finished", time.monotonic())
     fields = caplog.records[-1].__dict__["fields"]

@@ -5,6 +5,7 @@ from collections.abc import Callable, Coroutine
 
 from loraplex_protos.errors import OverloadedError
 from loraplex_router.adapters.registry import AdapterRegistry, Entry
+from loraplex_router.engine.changes import Changes
 from loraplex_router.engine.pool import AdapterPool
 from loraplex_router.vocabulary.adapter import Adapter, Nearness, StagedAdapter
 from loraplex_router.vocabulary.references import (
@@ -16,18 +17,17 @@ from loraplex_router.vocabulary.references import (
     merged_digest,
     with_weights,
 )
-from loraplex_router.wire.shards import Shards
-
-POLL_SECONDS = 0.02  # between looks at an adapter that is to be unloaded and still needed
+from loraplex_router.wire.shards import AdapterShards
 
 
 class AdapterStaging:
     """Stages what is asked for, each adapter once, and any number at the same time."""
 
-    def __init__(self, shards: Shards, pool: AdapterPool, registry: AdapterRegistry) -> None:
+    def __init__(self, shards: AdapterShards, pool: AdapterPool, registry: AdapterRegistry, changes: Changes) -> None:
         self._shards = shards
         self._pool = pool
         self._registry = registry
+        self._changes = changes
         self._staging: dict[str, tuple[Reference, asyncio.Task[Adapter]]] = {}  # by the reference's key
         self._unstaging: dict[str, asyncio.Task[None]] = {}  # by digest
         self._closed = False
@@ -77,6 +77,7 @@ class AdapterStaging:
     def close(self) -> None:
         """The replica is gone: nothing is waited for any longer. What its shards were asked fails by itself."""
         self._closed = True
+        self._changes.notify()
 
     def _staged(self, digest: str) -> Adapter | None:
         adapter = self._pool.get(digest)
@@ -109,7 +110,7 @@ class AdapterStaging:
         try:
             for reference in merged.adapters:
                 part = await self.resolve(reference)
-                part.merges += 1
+                part.leases += 1
                 parts.append(part)
             digests = [part.digest for part in parts]
             digest = merged_digest(digests, merged)
@@ -118,7 +119,8 @@ class AdapterStaging:
             staged = await self._with_room(lambda: self._shards.merge(digest, digests, merged))
         finally:
             for part in parts:
-                part.merges -= 1
+                part.leases -= 1
+            self._changes.notify()
         return self._add(merged, Entry(",".join(ids_of(merged)), "merged", "", digest), staged)
 
     async def _with_room(self, bring: Callable[[], Coroutine[None, None, StagedAdapter]]) -> StagedAdapter:
@@ -151,10 +153,9 @@ class AdapterStaging:
         task.add_done_callback(lambda _: self._unstaging.pop(digest))
 
     async def _unstage_alone(self, adapter: Adapter) -> None:
-        while adapter.needed:
-            if self._closed:
-                return
-            await asyncio.sleep(POLL_SECONDS)
+        await self._changes.until(lambda: self._closed or not adapter.needed)
+        if self._closed:
+            return
         if adapter.leaving:
             self._pool.remove(adapter)
         if adapter.slot is not None:

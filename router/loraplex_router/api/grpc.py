@@ -32,7 +32,7 @@ from loraplex_router.api.translation import (
 )
 from loraplex_router.api.turns import in_turn
 from loraplex_router.replicas.administration import AT_A_TIME
-from loraplex_router.service import Service
+from loraplex_router.service.service import Service
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class GenerationApi(GenerationServiceServicer):
                 writer, deltas = Writer(generation, self._service.tokenizer), await generation.collect()
                 return await in_turn(generation.num_logprobs, lambda: writer.response(deltas))
             finally:
-                self._service.leave(generation)
+                self._service.close(generation)
 
     async def GenerateStream(
         self, request: pb.GenerateRequest, context: Context
@@ -76,13 +76,13 @@ class GenerationApi(GenerationServiceServicer):
                 async for index, delta in generation.deltas():
                     yield await in_turn(writer.num_logprobs(index, delta), partial(writer.event, index, delta))
             finally:
-                self._service.leave(generation)
+                self._service.close(generation)
 
     async def CancelGeneration(
         self, request: pb.CancelGenerationRequest, context: Context
     ) -> pb.CancelGenerationResponse:
         async with _answering(context):
-            self._service.cancel(request.request_id, _key(context))
+            self._service.cancel_request(request.request_id, _key(context))
             return pb.CancelGenerationResponse()
 
     async def Embed(self, request: pb.EmbedRequest, context: Context) -> pb.EmbedResponse:

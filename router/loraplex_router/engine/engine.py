@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 
 from loraplex_protos import shard_pb2 as pb
 from loraplex_protos.errors import GenerationError, LoraplexError, UnavailableError
+from loraplex_router.engine.changes import Changes
 from loraplex_router.engine.observer import EngineObserver
 from loraplex_router.engine.output import Generation, SequenceOutput
 from loraplex_router.engine.pool import AdapterPool, SlotClaim
@@ -28,7 +29,7 @@ from loraplex_router.wire.codec import (
     read_samples,
     read_unscored,
 )
-from loraplex_router.wire.shards import Shards
+from loraplex_router.wire.shards import EngineShards
 
 logger = logging.getLogger(__name__)
 
@@ -44,11 +45,14 @@ FAILURES = {
 class Engine:
     """Runs generations to their end. `run` is its task; the other methods are called from the same event loop."""
 
-    def __init__(self, scheduler: Scheduler, pool: AdapterPool, shards: Shards, observer: EngineObserver) -> None:
+    def __init__(
+        self, scheduler: Scheduler, pool: AdapterPool, shards: EngineShards, observer: EngineObserver, changes: Changes
+    ) -> None:
         self._scheduler = scheduler
         self._pool = pool
         self._shards = shards
         self._observer = observer
+        self._changes = changes
         self._generations: dict[Generation, None] = {}
         self._owners: dict[object, tuple[Generation, SequenceOutput]] = {}  # by Sequence
         self._wakeup = asyncio.Event()
@@ -66,7 +70,7 @@ class Engine:
     def generations(self) -> Iterable[Generation]:
         return self._generations
 
-    def runs(self, generation: Generation) -> bool:
+    def __contains__(self, generation: Generation) -> bool:
         return generation in self._generations
 
     def submit(self, generation: Generation) -> None:
@@ -98,7 +102,7 @@ class Engine:
 
     def cancel(self, generation: Generation) -> None:
         """Ends what still runs of it; its blocks are free by the next step. Does nothing if it runs elsewhere."""
-        if self.runs(generation):
+        if generation in self:
             for output in generation.unfinished:
                 self._scheduler.finish(output.sequence)
             generation.cancel()
@@ -150,7 +154,7 @@ class Engine:
             if generation.started is None:
                 generation.started = time.monotonic()
                 self._observer.started(generation)
-            elif sequence.runs > 1:
+            elif sequence.attempts > 1:
                 self._observer.started_again(generation, sequence)
 
     # ---- results ---------------------------------------------------------------------------------------------
@@ -197,12 +201,13 @@ class Engine:
                 self._scheduler.add_unscored(chunk.sequence, unscored[place])
             if output.finish_reason and generation.finished:
                 self._retire(generation)
+        self._changes.notify()
         self._observer.applied(time.perf_counter() - began)
 
     def _take(self, chunk: Chunk, output: SequenceOutput, samples: Sequence[Sample]) -> None:
         """A chunk's tokens: former unscored ones, then the sampled one, then the fast-forward ones after it."""
         sequence = chunk.sequence
-        if chunk.run != sequence.runs:
+        if chunk.attempt != sequence.attempts:
             return  # it has started anew meanwhile, and unscored tokens come again
         take = self._scheduler.record
         for sample in samples:
@@ -227,7 +232,7 @@ class Engine:
         self._retire(generation)
 
     def _retire(self, generation: Generation) -> None:
-        if self.runs(generation):
+        if generation in self:
             self._forget(generation)
             self._observer.ended(generation)
 
@@ -237,6 +242,7 @@ class Engine:
         generation.adapter.last_used = time.time()
         for output in generation.outputs:
             self._owners.pop(output.sequence, None)
+        self._changes.notify()
 
     # ---- adapters --------------------------------------------------------------------------------------------
 
@@ -257,6 +263,7 @@ class Engine:
             claim.adapter.ready, claim.adapter.loaded = True, time.monotonic()
         del self._loads[claim.adapter]
         self._wakeup.set()
+        self._changes.notify()
 
     def _fail_waiting(self, adapter: Adapter, error: LoraplexError) -> None:
         for generation in [g for g in self._generations if g.adapter_digest == adapter.digest]:

@@ -20,8 +20,8 @@ class AdapterPool:
     """The staged adapters and those among them that hold a slot, 1 ... slots; both least recently used first.
 
     Invariants: a slot belongs to one adapter at most; an adapter in use, or pinned, keeps its slot; at least one slot
-    is left to adapters that are not pinned; only what nobody waits for, merges, runs or pins is dropped from host
-    memory, and with it from its slot; the slot of one that leaves is given to nobody before it is released.
+    is left to adapters that are not pinned; only what nobody needs or pins is dropped from host memory, and with it
+    from its slot; the slot of one that leaves is given to nobody before it is released.
     """
 
     def __init__(self, slots: int, host_bytes: int) -> None:

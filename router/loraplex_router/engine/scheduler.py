@@ -216,7 +216,7 @@ class Scheduler:
                 return 0
         unsent = tuple(sequence.blocks[sequence.sent_blocks :])
         samples = length == remaining and not sequence.detail.pool and not sequence.full
-        chunks[sequence] = Chunk(sequence, start, length, samples, unsent, sequence.runs)
+        chunks[sequence] = Chunk(sequence, start, length, samples, unsent, sequence.attempts)
         sequence.sent_blocks = len(sequence.blocks)
         sequence.computed = stop
         if not sequence.suspect:  # not any more
@@ -265,7 +265,7 @@ class Scheduler:
     def _start(self, sequence: Sequence) -> None:
         self._dequeue(sequence)
         sequence.row = self._free_rows.pop()
-        sequence.runs += 1
+        sequence.attempts += 1
         sequence.blocks = self._find_prefix(sequence)
         self._blocks.hold(sequence.blocks)
         sequence.cached_blocks = len(sequence.blocks)

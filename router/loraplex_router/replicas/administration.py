@@ -24,7 +24,6 @@ from loraplex_router.replicas.statuses import AdapterStatus, Residence, State, s
 from loraplex_router.vocabulary.adapter import Adapter
 from loraplex_router.vocabulary.references import AdapterReference, ids_of
 
-POLL_SECONDS = 0.02
 NAMES_KEPT = 20  # times as long as it took to list them, which takes a while if there are thousands
 AT_A_TIME = 500  # lines of a listing that are made in one go
 
@@ -114,7 +113,8 @@ class Administration:
         it can.
         """
         if isinstance(name, AdapterReference):
-            replica, adapter = await self._replicas.place(name, None)
+            with await self._replicas.place(name) as lease:
+                replica, adapter = lease.replica, lease.adapter
         else:
             holders = [holder for holder in self._holders(name) if not holder[1].leaving]
             if not holders:
@@ -125,10 +125,9 @@ class Administration:
         if isinstance(name, AdapterReference):
             self._pins[adapter.digest] = name
         replica.engine.wake()
-        while adapter.pinned and not adapter.ready:
-            if not replica.accepting:
-                raise UnavailableError("the replica was lost")
-            await asyncio.sleep(POLL_SECONDS)
+        await self._replicas.changes.until(lambda: adapter.ready or not (adapter.pinned and replica.accepting))
+        if adapter.pinned and not adapter.ready:
+            raise UnavailableError("the replica was lost")
         return self._status_of(name)
 
     def unpin(self, name: AdapterReference | str) -> AdapterStatus:
@@ -137,6 +136,7 @@ class Administration:
         self._pins.pop(digest, None)
         for replica, adapter in self._holders(digest):
             replica.pool.unpin(adapter)
+        self._replicas.changes.notify()
         return self._status_of(name)
 
     async def restore_pins(self) -> None:
@@ -189,8 +189,7 @@ class Administration:
         id, asked = reference.id, self._asked_for(reference)
         self._dropping.add((digest, id))
         try:
-            while not all(generation.finished for generation in asked):
-                await asyncio.sleep(POLL_SECONDS)
+            await self._replicas.changes.until(lambda: all(generation.finished for generation in asked))
         finally:
             self._dropping.discard((digest, id))
         self._registry.forget(digest, id)

@@ -23,7 +23,6 @@ from loraplex_router.wire.shard_group import ShardGroup
 
 GIB = 2**30
 RETRY_SECONDS = 1.0
-POLL_SECONDS = 0.02
 
 T = TypeVar("T")
 
@@ -116,9 +115,10 @@ class Connections:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             if stopping.done() and not stopping.exception():
                 logger.info("replica %s is stopping", name)
-                self._replicas.close(replica)
-                while not (engine.done() or watching.done() or replica.engine.idle):
-                    await asyncio.sleep(POLL_SECONDS)
+                self._replicas.drain(replica)
+                idle = asyncio.create_task(self._replicas.changes.until(lambda: replica.engine.idle))
+                await asyncio.wait((engine, watching, idle), return_when=asyncio.FIRST_COMPLETED)
+                idle.cancel()
         finally:
             for task in tasks:
                 task.cancel()
@@ -144,7 +144,16 @@ class Connections:
         model = read_model(info, files, limits.max_batch_tokens, slots, names, generation_config)
         self._serve(model)
         pool = AdapterPool(slots, adapter_bytes(self._settings, info))
-        return Replica(name, shards, limits, info.num_blocks, pool, self._registry, self._observer.replica(name))
+        return Replica(
+            name,
+            shards,
+            limits,
+            info.num_blocks,
+            pool,
+            self._registry,
+            self._observer.replica(name),
+            self._replicas.changes,
+        )
 
 
 def adapter_bytes(settings: RouterSettings, info: GetInfoResponse) -> int:

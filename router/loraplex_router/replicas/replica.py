@@ -7,6 +7,7 @@ from loraplex_protos.errors import UnavailableError
 from loraplex_router.adapters.registry import AdapterRegistry
 from loraplex_router.adapters.staging import AdapterStaging
 from loraplex_router.engine.blocks import BlockAllocator
+from loraplex_router.engine.changes import Changes
 from loraplex_router.engine.engine import Engine
 from loraplex_router.engine.observer import EngineObserver
 from loraplex_router.engine.pool import AdapterPool
@@ -29,6 +30,7 @@ class Replica:
         pool: AdapterPool,
         registry: AdapterRegistry,
         observer: EngineObserver,
+        changes: Changes,
     ) -> None:
         self.name = name
         self.shards = shards
@@ -37,10 +39,11 @@ class Replica:
         self.pool = pool
         self.blocks = BlockAllocator(num_blocks)
         self.scheduler = Scheduler(limits, self.blocks, pool)
-        self.adapters = AdapterStaging(shards, pool, registry)
-        self.engine = Engine(self.scheduler, pool, shards, observer)
-        self._coming = 0  # requests that are being prepared here: adapter staged, grammar compiled
-        self._failed_coming = False
+        self.adapters = AdapterStaging(shards, pool, registry, changes)
+        self.engine = Engine(self.scheduler, pool, shards, observer, changes)
+        self.leases = 0  # requests that have their place here and are not submitted yet
+        self._preparing = 0  # requests whose adapter is being staged or whose grammar compiled
+        self._failed_preparing = False
 
     @property
     def accepting(self) -> bool:
@@ -55,21 +58,21 @@ class Replica:
 
     @property
     def _load(self) -> int:
-        return self.scheduler.num_running + self.scheduler.num_waiting + self._coming
+        return self.scheduler.num_running + self.scheduler.num_waiting + self._preparing + self.leases
 
     @property
     def busy(self) -> bool:
-        """Whether it prepares a request, or was lost while it did."""
-        return bool(self._coming) or self._failed_coming
+        """Whether it stages an adapter or compiles a grammar, or was lost while it did."""
+        return bool(self._preparing) or self._failed_preparing
 
     @contextmanager
-    def expecting(self) -> Iterator[None]:
-        """A request is on its way here: others are to see that."""
-        self._coming += 1
+    def preparing(self) -> Iterator[None]:
+        """Within it the shards stage an adapter or compile a grammar for a request."""
+        self._preparing += 1
         try:
             yield
         except UnavailableError:
-            self._failed_coming = True
+            self._failed_preparing = True
             raise
         finally:
-            self._coming -= 1
+            self._preparing -= 1

@@ -10,8 +10,10 @@ import logging
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from typing import Self
 
 from loraplex_protos.errors import GenerationError, LoraplexError, UnavailableError
+from loraplex_router.engine.changes import Changes
 from loraplex_router.engine.output import Generation
 from loraplex_router.engine.suspects import acquit
 from loraplex_router.replicas.observer import Observer
@@ -38,8 +40,8 @@ class Replicas:
         self._replicas: dict[str, Replica] = {}  # by name
         self._moving: dict[Generation, asyncio.Task[None]] = {}
         self._last_lost: float | None = None  # since when no replica takes new sequences, by time.monotonic
-        self._changes = 0
-        self._change = asyncio.Event()  # set at the next one, which makes a new event
+        self.changes = Changes()
+        self.version = 0  # how often replicas have come, gone, or stopped or begun taking sequences
         self.ready = asyncio.Event()  # while any replica takes new sequences
 
     def __iter__(self) -> Iterator[Replica]:
@@ -55,12 +57,6 @@ class Replicas:
         moving = sum(len(generation.unfinished) for generation in self._moving)
         return moving + sum(replica.scheduler.num_waiting for replica in self)
 
-    async def changed(self, since: int) -> int:
-        """How often replicas have come, gone or stopped taking sequences, as soon as it is not `since` any more."""
-        while self._changes == since:
-            await self._change.wait()
-        return self._changes
-
     # ---- replicas come and go ----------------------------------------------------------------------------------
 
     def add(self, replica: Replica) -> None:
@@ -68,7 +64,7 @@ class Replicas:
         self._observer.watch(replica)
         self._update()
 
-    def close(self, replica: Replica) -> None:
+    def drain(self, replica: Replica) -> None:
         """Its shards want to stop: what it began goes on there, what waits goes elsewhere if there is an elsewhere."""
         replica.stopping = True
         self._take_nothing_new(replica)
@@ -85,7 +81,7 @@ class Replicas:
     def _take_nothing_new(self, replica: Replica) -> None:
         self._update()
         if self.ready.is_set():
-            self._move_all(replica.engine.release(started=False))
+            self.move(replica.engine.release(started=False))
 
     def remove(self, replica: Replica) -> None:
         """Its shards are gone."""
@@ -102,7 +98,7 @@ class Replicas:
             self._fail(convicted, GenerationError(GIVEN_UP.format(guilty.losses)))
             self._acquit_all()
             acquit(output.sequence for generation in lost for output in generation.outputs)
-        self._move_all(generation for generation in lost if generation is not convicted)
+        self.move(generation for generation in lost if generation is not convicted)
 
     def _update(self) -> None:
         if any(replica.accepting for replica in self):
@@ -110,9 +106,8 @@ class Replicas:
         elif self.ready.is_set():
             self.ready.clear()
             self._last_lost = time.monotonic()
-        self._changes += 1
-        self._change.set()
-        self._change = asyncio.Event()
+        self.version += 1
+        self.changes.notify()
 
     # ---- requests --------------------------------------------------------------------------------------------
 
@@ -123,9 +118,8 @@ class Replicas:
             raise UnavailableError("no replica is ready: try again later")
         return self._replicas[choose(name_of(reference), [replica.candidate(reference) for replica in replicas]).name]
 
-    async def place(self, reference: Reference | None, grammar: Grammar | None) -> tuple[Replica, Adapter]:
-        """The replica for a request, with the adapter staged and the grammar compiled there. The caller must submit the
-        request before it awaits anything else.
+    async def place(self, reference: Reference | None, grammar: Grammar | None = None) -> "Lease":
+        """A place for a request, with the adapter staged and the grammar compiled there. The caller must close it.
 
         Where the last replica was lost just now it waits for one, until what ran there waits no more. Raises
         UnavailableError if no replica can take it, AdapterError with the reason if the adapter cannot be served,
@@ -144,14 +138,12 @@ class Replicas:
                     await asyncio.sleep(RETRY_SECONDS)
                     await self.ready.wait()
 
-    async def _place_now(
-        self, reference: Reference | None, grammar: Grammar | None, lost: list[Replica]
-    ) -> tuple[Replica, Adapter]:
+    async def _place_now(self, reference: Reference | None, grammar: Grammar | None, lost: list[Replica]) -> "Lease":
         """Adds to the replicas that were lost meanwhile: maybe because of the adapter or the grammar."""
         while True:
             replica = self.choose(reference, without=lost)
             try:
-                with replica.expecting():
+                with replica.preparing():
                     if grammar is not None:
                         await replica.shards.compile_grammar(grammar)
                     adapter = await replica.adapters.resolve(reference)
@@ -162,7 +154,7 @@ class Replicas:
                     raise GenerationError(GIVEN_UP.format(len(lost))) from error
                 continue
             if replica.accepting:
-                return replica, adapter
+                return Lease(self, replica, adapter)
 
     def cancel(self, generation: Generation) -> None:
         """Ends what still runs of it; its blocks are free by the next step. Does nothing if it has ended."""
@@ -185,7 +177,8 @@ class Replicas:
 
     # ---- from a lost replica to another ------------------------------------------------------------------------
 
-    def _move_all(self, generations: Iterable[Generation]) -> None:
+    def move(self, generations: Iterable[Generation]) -> None:
+        """Has them go on on other replicas than they were on."""
         for generation in generations:
             self._moving[generation] = asyncio.create_task(self._move(generation))
 
@@ -198,7 +191,7 @@ class Replicas:
     async def _move(self, generation: Generation) -> None:
         try:
             async with asyncio.timeout(self._move_seconds):
-                replica, adapter = await self._place_again(generation)
+                lease = await self._place_again(generation)
         except TimeoutError:
             self._fail(generation, UnavailableError("the shards were lost, and no others came in time"))
         except LoraplexError as error:
@@ -207,23 +200,56 @@ class Replicas:
             logger.exception("a request cannot be moved to another replica")
             self._fail(generation, UnavailableError("the router failed; its log has the details"))
         else:
-            generation.restart(adapter)
-            replica.engine.submit(generation)
+            with lease:
+                generation.restart(lease.adapter)
+                lease.replica.engine.submit(generation)
         del self._moving[generation]
+        self.changes.notify()
 
-    async def _place_again(self, generation: Generation) -> tuple[Replica, Adapter]:
+    async def _place_again(self, generation: Generation) -> "Lease":
         grammar, lost = generation.outputs[0].sequence.grammar, list[Replica]()
         while True:
             await self.ready.wait()
             try:
-                replica, adapter = await self._place_now(generation.reference, grammar, lost)
+                lease = await self._place_now(generation.reference, grammar, lost)
             except UnavailableError:
                 await asyncio.sleep(RETRY_SECONDS)
                 continue
-            if adapter.digest != generation.adapter.digest:
+            if lease.adapter.digest != generation.adapter.digest:
+                lease.close()
                 raise UnavailableError("the shards were lost, and the adapter's content is not what it was")
-            return replica, adapter
+            return lease
 
     def _fail(self, generation: Generation, error: LoraplexError) -> None:
         generation.fail(error)
         self._observer.ended(generation)
+
+
+class Lease:
+    """A request's place on a replica, until it is closed: meanwhile the adapter stays in host memory, and others see
+    that the request is coming."""
+
+    def __init__(self, replicas: Replicas, replica: Replica, adapter: Adapter) -> None:
+        self._replicas = replicas
+        self.replica = replica
+        self.adapter = adapter
+        replica.leases += 1
+        adapter.leases += 1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def submit(self, generation: Generation) -> None:
+        """Queues it here or, if the replica takes nothing new any more, on another one."""
+        if self.replica.accepting:
+            self.replica.engine.submit(generation)
+        else:
+            self._replicas.move((generation,))
+
+    def close(self) -> None:
+        self.replica.leases -= 1
+        self.adapter.leases -= 1
+        self._replicas.changes.notify()

@@ -54,7 +54,7 @@ class Adapter:
     waiting: int = 0  # sequences in its queue
     running: int = 0  # sequences that hold a row
     plans: int = 0  # plans in flight that name its slot
-    merges: int = 0  # merges under way that it is a part of; they need it staged
+    leases: int = 0  # merges and requests in preparation that need it staged
     turn: int = 0  # sequences it may still start before older ones of adapters without a slot; see the scheduler
     loaded: float = 0.0  # when its slot was filled last, on the clock of time.monotonic
     pinned: bool = False  # it keeps its slot, or is the next to get one
@@ -70,4 +70,4 @@ class Adapter:
     def needed(self) -> bool:
         """Whether something would break if it left."""
         loading = self.slot is not None and not self.ready
-        return bool(self.in_use or self.waiting or self.merges or loading)
+        return bool(self.in_use or self.waiting or self.leases or loading)

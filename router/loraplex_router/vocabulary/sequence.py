@@ -82,7 +82,7 @@ class Sequence:
     block_keys: list[bytes] = field(default_factory=list)  # of the full blocks of `tokens`
     cached_blocks: int = 0  # how many of its blocks the prefix cache knows
     unscored: int = 0  # how many of its last tokens are fast-forward tokens whose logprobs are still to come
-    runs: int = 0  # how often it took a row
+    attempts: int = 0  # how often it took a row
     prefix_hit: int = 0  # prompt tokens that the prefix cache spared at its first start
     finished: bool = False
     losses: int = 0  # replicas in a row that were lost while they computed the same part of it: see suspects.py
@@ -131,7 +131,7 @@ class Chunk:
     length: int
     samples: bool  # whether a token is sampled from its last position
     new_blocks: tuple[int, ...]  # appended to the row's block table
-    run: int  # in which run of the sequence
+    attempt: int  # of the sequence's attempts
 
 
 @dataclass(frozen=True, slots=True, eq=False)

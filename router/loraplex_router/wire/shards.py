@@ -1,4 +1,4 @@
-"""The seam to a replica, driven as if it were one."""
+"""The seam to a replica's shards, which are driven as if they were one."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -23,15 +23,38 @@ class ShardsObserver(Protocol):
         """An adapter has left a tier."""
 
 
-class Shards(Protocol):
-    """What the engine and the adapter registry need of a replica. Every call raises LoraplexError."""
+class Steps(Protocol):
+    """Plans and their results. Every call raises LoraplexError, as those below do."""
 
     async def send(self, plan: pb.StepRequest) -> None: ...
     async def receive(self) -> pb.StepResponse: ...  # an error but UnavailableError: it failed on the plan itself
+
+
+class Slots(Protocol):
+    """The places on the device."""
+
+    async def load(self, digest: str, slot: int) -> None: ...
+    async def unload(self, slot: int) -> None: ...
+
+
+class Staging(Protocol):
+    """Adapters in host memory."""
+
     async def stage(self, reference: AdapterReference) -> StagedAdapter: ...
     async def merge(self, digest: str, digests: Sequence[str], merged: MergedReference) -> StagedAdapter: ...
     async def unstage(self, digest: str) -> None: ...
-    async def load(self, digest: str, slot: int) -> None: ...
-    async def unload(self, slot: int) -> None: ...
+
+
+class EngineShards(Steps, Slots, Protocol):
+    """What an engine needs."""
+
+
+class AdapterShards(Slots, Staging, Protocol):
+    """What brings adapters to a replica and takes them away."""
+
+
+class Shards(Steps, Slots, Staging, Protocol):
+    """All that is asked of a replica's shards."""
+
     async def local_adapters(self) -> list[LocalAdapter]: ...
     async def compile_grammar(self, grammar: Grammar) -> None: ...

@@ -17,7 +17,7 @@ from loraplex_router.api.http.lorax.routes import create_lorax_routes
 from loraplex_router.api.http.lorax.tokenizing import create_tokenizing_routes
 from loraplex_router.api.http.openai.embeddings import create_embedding_routes
 from loraplex_router.api.http.openai.routes import create_openai_routes
-from loraplex_router.service import Service
+from loraplex_router.service.service import Service
 
 
 def create_app(service: Service, cors_origins: Sequence[str] = ("*",), max_body: int = 8 << 20) -> FastAPI:

@@ -9,7 +9,7 @@ from starlette.types import Receive
 
 from loraplex_protos.errors import RequestCancelledError
 from loraplex_router.engine.output import Delta, Generation
-from loraplex_router.service import Service
+from loraplex_router.service.service import Service
 from loraplex_router.vocabulary.sequence import FinishReason
 
 T = TypeVar("T")
@@ -27,13 +27,13 @@ async def attended(service: Service, generations: Sequence[Generation], receive:
     finally:
         watch.cancel()
         for generation in generations:
-            service.leave(generation)
+            service.close(generation)
 
 
 async def _cancel_when_gone(service: Service, generations: Sequence[Generation], receive: Receive) -> None:
     await _gone(receive)
     for generation in generations:
-        service.abandon(generation)
+        service.cancel(generation)
 
 
 async def read(generation: Generation) -> AsyncIterator[tuple[int, Delta]]:

@@ -12,7 +12,7 @@ from loraplex_protos.errors import LoraplexError
 from loraplex_router.api.http.disconnects import attended
 from loraplex_router.api.http.errors import internal_error
 from loraplex_router.engine.output import Generation
-from loraplex_router.service import Service
+from loraplex_router.service.service import Service
 
 KEEP_ALIVE_SECONDS = 15.0  # as LoRAX
 COMMENT = b":\n\n"

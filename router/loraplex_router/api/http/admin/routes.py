@@ -13,7 +13,7 @@ from loraplex_router.api.http.json_list import write_list
 from loraplex_router.api.http.lorax.routes import ERRORS as LORAX_ERRORS
 from loraplex_router.api.http.openai.routes import ERRORS as OPENAI_ERRORS
 from loraplex_router.replicas.statuses import AdapterStatus
-from loraplex_router.service import Service
+from loraplex_router.service.service import Service
 from loraplex_router.vocabulary.references import AdapterReference
 
 IN_USE = "Sequences still need the adapter."

@@ -17,7 +17,7 @@ from loraplex_router.api.http.lorax.writing import LoraxWriter, static_headers, 
 from loraplex_router.api.http.sse import EventStream, describe_events
 from loraplex_router.api.turns import in_turn
 from loraplex_router.engine.output import Generation
-from loraplex_router.service import Service
+from loraplex_router.service.service import Service
 from loraplex_router.vocabulary.request import MAX_N, MAX_STOPS
 from loraplex_router.vocabulary.request import Request as InternalRequest
 

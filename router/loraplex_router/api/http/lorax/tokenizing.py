@@ -17,7 +17,7 @@ from loraplex_router.api.http.json_list import write_list
 from loraplex_router.api.http.lorax.routes import ERRORS
 from loraplex_router.api.http.openai.reading import read_model_name
 from loraplex_router.api.http.openai.schema import Conversation
-from loraplex_router.service import Service
+from loraplex_router.service.service import Service
 from loraplex_router.text.tokenizer import Spans, Tokenizer
 from loraplex_router.vocabulary.request import Violations
 

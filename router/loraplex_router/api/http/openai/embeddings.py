@@ -23,7 +23,7 @@ from loraplex_router.api.http.openai.reading import answered_name, read_model_na
 from loraplex_router.api.http.openai.routes import ERRORS as OPENAI_ERRORS
 from loraplex_router.api.http.openai.schema import CountOrAll
 from loraplex_router.engine.output import Embedding
-from loraplex_router.service import Service
+from loraplex_router.service.service import Service
 from loraplex_router.vocabulary.request import EmbedRequest
 
 FLOATS = 8192  # written in one go

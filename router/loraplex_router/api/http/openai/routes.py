@@ -24,7 +24,7 @@ from loraplex_router.api.http.sse import EventStream, describe_events
 from loraplex_router.api.turns import in_turn
 from loraplex_router.engine.output import Generation
 from loraplex_router.replicas.statuses import AdapterStatus, State
-from loraplex_router.service import Service
+from loraplex_router.service.service import Service
 from loraplex_router.vocabulary.volume import Volume
 
 DESCRIPTIONS = {
@@ -66,7 +66,7 @@ def create_openai_routes(service: Service) -> APIRouter:
                 generations.append(await service.generate(request, api_key(http), volume))
         except BaseException:
             for generation in generations:
-                service.leave(generation)
+                service.close(generation)
             raise
         writer = CompletionWriter(body, generations, service.tokenizer, service.info.version)
         if body.stream:

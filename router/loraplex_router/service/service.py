@@ -5,9 +5,8 @@ import re
 import secrets
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import TypeAlias
 
 from loraplex_protos import generation_pb2 as pb
 from loraplex_protos.errors import (
@@ -24,14 +23,16 @@ from loraplex_router.access.keys import Keys, Tenant
 from loraplex_router.adapters.suggestions import Suggestions
 from loraplex_router.engine.output import Embedding, Generation
 from loraplex_router.replicas.administration import Administration
-from loraplex_router.replicas.replicas import Replicas
+from loraplex_router.replicas.replicas import Lease, Replicas
 from loraplex_router.replicas.statuses import AdapterStatus
+from loraplex_router.service.prompts import Text, encode, make_sequence
 from loraplex_router.telemetry.telemetry import Telemetry
 from loraplex_router.text.model import Model
 from loraplex_router.text.stops import StopMatcher
 from loraplex_router.text.tokenizer import Spans, Tokenizer
 from loraplex_router.vocabulary.adapter import Adapter
 from loraplex_router.vocabulary.chat import Chat, RenderedChat
+from loraplex_router.vocabulary.grammar import Grammar
 from loraplex_router.vocabulary.references import AdapterReference, Reference
 from loraplex_router.vocabulary.request import (
     EmbedRequest,
@@ -43,16 +44,12 @@ from loraplex_router.vocabulary.request import (
     check_reference,
     check_request,
     check_tokens,
-    count_kept,
-    most_counted,
     room_for,
 )
-from loraplex_router.vocabulary.sequence import FinishReason, Sequence
+from loraplex_router.vocabulary.sequence import FinishReason
 from loraplex_router.vocabulary.volume import Volume
 
 DIGEST = re.compile(r"[0-9a-f]{64}")
-
-Text: TypeAlias = str | tuple[int, ...] | RenderedChat  # what is tokenized, if it is not token ids already
 
 FEW_INPUTS = 32  # to be embedded: then others have their turn
 LONG_PROMPT = 1000  # tokens: where a call has several such prompts, others have their turn between two
@@ -88,7 +85,7 @@ class Service:
             self.telemetry.metrics.describe_build(model.info.model_id)
         self._model.check_fits(model)
 
-    async def close(self) -> None:
+    async def aclose(self) -> None:
         if self._model is not None:
             self._checking.cancel()
             await self._model.renderer.aclose()
@@ -127,7 +124,7 @@ class Service:
         return not self._preparing and self._replicas.idle
 
     async def generate(self, request: Request, key: str | None = None, volume: Volume | None = None) -> Generation:
-        """Admits a request and queues its sequences. The caller reads the generation and then must `leave` it. Calls
+        """Admits a request and queues its sequences. The caller reads the generation and then must `close` it. Calls
         that make several requests count them in one `volume`.
 
         Everything that can be wrong with the request is raised from here, before anything is generated.
@@ -171,50 +168,45 @@ class Service:
         self._running[request_id] = None
         self._preparing += request.n
         try:
-            given = await self._read_prompt(request, tenant)
-            prompt = await self._encode(request, given)
-            room = volume.add(request, len(prompt), room_for(request, len(prompt), self.info.max_model_len))
-            check_tokens(request, prompt, self.info.vocab_size, self.tokenizer.token_text)
-            if len(prompt) > LONG_PROMPT:
-                await asyncio.sleep(0)
-            validated = time.monotonic()
-            async with self._suggestions.for_missing(request.adapter, tenant.may_use):
-                replica, adapter = await self._replicas.place(request.adapter, request.grammar)
-            generation = Generation(request_id, request.adapter, adapter, arrived, validated, tenant.name)
-            decoder = self.tokenizer.verbatim if request.show_special_tokens else self.tokenizer
-            ends = self._ends(adapter, given)
-            for index in range(request.n):
-                sequence = Sequence(
-                    number=self._next_number(),
-                    prompt_length=len(prompt),
-                    tokens=list(prompt),
-                    adapter=adapter,
-                    max_new_tokens=room,
-                    sampling=request.sampling.resolve(index),
-                    detail=request.detail,
-                    end_token_ids=_end_token_ids(request, ends),
-                    min_new_tokens=request.min_new_tokens,
-                    grammar=request.grammar,
-                    unwanted_token_ids=_unwanted_token_ids(request, ends),
-                )
-                stops = StopMatcher(request.stop, request.include_stop)
-                generation.add(sequence, decoder, stops, request.stop_token_ids)
-            self.telemetry.queued(generation)
-            replica.engine.submit(generation)
+            with ExitStack() as held:
+                text: Text | Chat = request.prompt
+                if isinstance(text, Chat):  # its template may be the adapter's
+                    lease = held.enter_context(await self._place(request.adapter, request.grammar, tenant))
+                    text = await self._render(text, lease.adapter)
+                prompt = await encode(request, text, self._known_model)
+                room = volume.add(request, len(prompt), room_for(request, len(prompt), self.info.max_model_len))
+                check_tokens(request, prompt, self.info.vocab_size, self.tokenizer.token_text)
+                if len(prompt) > LONG_PROMPT:
+                    await asyncio.sleep(0)
+                validated = time.monotonic()
+                if not isinstance(request.prompt, Chat):
+                    lease = held.enter_context(await self._place(request.adapter, request.grammar, tenant))
+                generation = Generation(request_id, request.adapter, lease.adapter, arrived, validated, tenant.name)
+                decoder = self.tokenizer.verbatim if request.show_special_tokens else self.tokenizer
+                for index in range(request.n):
+                    number = self._next_number()
+                    sequence = make_sequence(
+                        request, index, number, prompt, room, text, lease.adapter, self._known_model
+                    )
+                    stops = StopMatcher(request.stop, request.include_stop)
+                    generation.add(sequence, decoder, stops, request.stop_token_ids)
+                self.telemetry.queued(generation)
+                lease.submit(generation)
         except BaseException:
             del self._running[request_id]
             raise
         finally:
             self._preparing -= request.n
+            self._replicas.changes.notify()
         self._running[request_id] = generation, tenant
         return generation
 
-    def leave(self, generation: Generation) -> None:
+    def close(self, generation: Generation) -> None:
         """The reader is done with it, or gone: ends what still runs."""
         tenant = self._end(generation)
         tenant.end(generation.num_tokens, time.monotonic())
 
-    def cancel(self, request_id: str, key: str | None = None) -> None:
+    def cancel_request(self, request_id: str, key: str | None = None) -> None:
         """Ends a request; its reader sees it finish as cancelled.
 
         Raises RequestNotFoundError if no such request of the caller's, or of anybody for an administrator, is running.
@@ -226,9 +218,9 @@ class Service:
                 raise RequestNotFoundError(f"no request {quote(request_id)} is running")
             self._replicas.cancel(running[0])
 
-    def abandon(self, generation: Generation) -> None:
+    def cancel(self, generation: Generation) -> None:
         """Ends what still runs of a generation whose client is gone; its reader, which sees it finish as cancelled, is
-        still to leave it."""
+        still to close it."""
         self._replicas.cancel(generation)
 
     def cancel_all(self) -> None:
@@ -247,7 +239,8 @@ class Service:
             check_adapter(adapter, self.info.adapter_sources, found)
             found.raise_any()
             tenant.check_adapter(adapter)
-            prompt = (await self._render(prompt, adapter, tenant)).text
+            with await self._place(adapter, None, tenant) as lease:
+                prompt = (await self._render(prompt, lease.adapter)).text
         return await self.tokenizer.spans(prompt, add_special_tokens)
 
     async def list_adapters(self, key: str | None = None) -> list[AdapterStatus]:
@@ -308,22 +301,12 @@ class Service:
             found.check(written, "digest", "write it as a listing does: 64 characters of 0-9 a-f")
         found.raise_any()
 
-    async def _read_prompt(self, request: Request, tenant: Tenant) -> Text:
-        if isinstance(request.prompt, Chat):
-            return await self._render(request.prompt, request.adapter, tenant)
-        return request.prompt
-
-    async def _encode(self, request: Request, given: Text) -> list[int]:
-        last = count_kept(request, self.info.max_model_len)
-        if isinstance(given, tuple):
-            return list(given if last is None else given[-last:])
-        most = None if last else most_counted(self.info.max_model_len)
-        return await self.tokenizer.encode(given, most, last)
-
-    async def _render(self, chat: Chat, reference: Reference | None, tenant: Tenant) -> RenderedChat:
-        """With the adapter's own templates and special tokens, as far as it has any."""
+    async def _place(self, reference: Reference | None, grammar: Grammar | None, tenant: Tenant) -> Lease:
         async with self._suggestions.for_missing(reference, tenant.may_use):
-            _, adapter = await self._replicas.place(reference, None)
+            return await self._replicas.place(reference, grammar)
+
+    async def _render(self, chat: Chat, adapter: Adapter) -> RenderedChat:
+        """With the adapter's own templates and special tokens, as far as it has any."""
         model = self._known_model
         return await model.renderer.render(adapter.tokenizer.over(model.chat_templates), chat)
 
@@ -357,22 +340,6 @@ class Service:
     def _next_number(self) -> int:
         self._arrivals += 1
         return self._arrivals
-
-    def _ends(self, adapter: Adapter, given: Text) -> frozenset[int]:
-        """The tokens that end an answer: the model's, the adapter's, and what the chat template writes behind one."""
-        turn_end = self.tokenizer.special_token_at(given.turn_end) if isinstance(given, RenderedChat) else None
-        known = (*self._known_model.end_token_ids, *adapter.tokenizer.end_token_ids)
-        return frozenset(known if turn_end is None else (*known, turn_end))
-
-
-def _end_token_ids(request: Request, ends: frozenset[int]) -> frozenset[int]:
-    ignored = request.ignore_eos and request.grammar is None
-    return frozenset(request.stop_token_ids) | (frozenset() if ignored else ends)
-
-
-def _unwanted_token_ids(request: Request, ends: frozenset[int]) -> frozenset[int]:
-    """A complete match to a grammar can only be followed by an end token, so that one is put off, not ignored."""
-    return ends if request.ignore_eos and request.grammar is not None else frozenset()
 
 
 async def _read_embedding(generation: Generation) -> Embedding:

@@ -1,0 +1,50 @@
+"""Prompts as tokens, and the tokens that end an answer to them."""
+
+from typing import TypeAlias
+
+from loraplex_router.text.model import Model
+from loraplex_router.vocabulary.adapter import Adapter
+from loraplex_router.vocabulary.chat import RenderedChat
+from loraplex_router.vocabulary.request import Request, count_kept, most_counted
+from loraplex_router.vocabulary.sequence import Sequence
+
+Text: TypeAlias = str | tuple[int, ...] | RenderedChat  # what is tokenized, if it is not token ids already
+
+
+async def encode(request: Request, text: Text, model: Model) -> list[int]:
+    """The request's prompt in tokens, cut as the request wants it. Of a text that is far too long, as many tokens as
+    show that."""
+    kept = count_kept(request, model.info.max_model_len)
+    if isinstance(text, tuple):
+        return list(text if kept is None else text[-kept:])
+    most = None if kept else most_counted(model.info.max_model_len)
+    return await model.tokenizer.encode(text, most, kept)
+
+
+def make_sequence(
+    request: Request, index: int, number: int, prompt: list[int], room: int, text: Text, adapter: Adapter, model: Model
+) -> Sequence:
+    """Answer `index` to a request. `number` is the order of arrival, `room` the most tokens that it may have."""
+    ends = _ends(adapter, text, model)
+    ignored = request.ignore_eos and request.grammar is None
+    return Sequence(
+        number=number,
+        prompt_length=len(prompt),
+        tokens=list(prompt),
+        adapter=adapter,
+        max_new_tokens=room,
+        sampling=request.sampling.resolve(index),
+        detail=request.detail,
+        end_token_ids=frozenset(request.stop_token_ids) | (frozenset() if ignored else ends),
+        min_new_tokens=request.min_new_tokens,
+        grammar=request.grammar,
+        # A complete match to a grammar can only be followed by an end token, so that one is put off, not ignored.
+        unwanted_token_ids=ends if request.ignore_eos and request.grammar is not None else frozenset(),
+    )
+
+
+def _ends(adapter: Adapter, text: Text, model: Model) -> frozenset[int]:
+    """The tokens that end an answer: the model's, the adapter's, and what the chat template writes behind one."""
+    turn_end = model.tokenizer.special_token_at(text.turn_end) if isinstance(text, RenderedChat) else None
+    known = (*model.end_token_ids, *adapter.tokenizer.end_token_ids)
+    return frozenset(known if turn_end is None else (*known, turn_end))
