@@ -16,7 +16,8 @@ from loraplex_shard.lora.weights.arena import in_one_piece
 from loraplex_shard.models import Decoder
 from loraplex_shard.sampling.grammars import GrammarCompiler
 from loraplex_shard.shapes.adapter import AdapterWeights, Expansion, LayerWeights
-from loraplex_shard.stepping.runner import LOGITS_SLICE, Runner
+from loraplex_shard.stepping.progress import LOGITS_SLICE
+from loraplex_shard.stepping.runner import Runner
 from tests.shard.decoders import load
 from tests.shard.planner import (
     BLOCK_SIZE,

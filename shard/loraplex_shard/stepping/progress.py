@@ -1,0 +1,204 @@
+"""A step whose forward pass is done: what is sampled after it, and what is answered of it.
+
+All ranks go through it together. Rank 0 alone sees logits, samples and answers; the others learn from it what was
+sampled.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from loraplex_protos.shard_pb2 import (
+    FAILURE_REASON_GRAMMAR,
+    FAILURE_REASON_NOT_FINITE,
+    FAILURE_REASON_UNKNOWN_TOKEN,
+    StepResponse,
+)
+from loraplex_shard.device.parallel import Group
+from loraplex_shard.models import Decoder
+from loraplex_shard.sampling import sampler
+from loraplex_shard.sampling.constraints import Constraints, Masks
+from loraplex_shard.shapes.batch import Segment
+from loraplex_shard.stepping.failures import Failures
+from loraplex_shard.stepping.pooling import Pooling
+from loraplex_shard.stepping.results import Tokens, add_prompt, add_tokens, describe
+from loraplex_shard.stepping.rows import Chunks, Ints, Rows, spans
+
+# Known tokens whose logprobs are computed at once: bounds the memory for logits.
+LOGITS_SLICE = 256
+# Fast-forward tokens of a sequence in one step.
+MAX_FAST_FORWARD = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What all steps of a rank work with."""
+
+    decoder: Decoder
+    rows: Rows
+    constraints: Constraints
+    pooling: Pooling
+    group: Group
+
+
+class StepInProgress:
+    """`hidden` [tokens, hidden] is what the decoder made of the chunks, `segments` are their runs of tokens by adapter;
+    `masks`, on rank 0, what grammars allow next. Fills `response`."""
+
+    def __init__(
+        self,
+        parts: Parts,
+        chunks: Chunks,
+        segments: tuple[Segment, ...],
+        masks: Masks | None,
+        hidden: Tensor,
+        response: StepResponse,
+    ) -> None:
+        self._response = response
+        self._decoder, self._rows, self._group = parts.decoder, parts.rows, parts.group
+        self._constraints, self._pooling = parts.constraints, parts.pooling
+        self._chunks = chunks
+        self._segments = segments
+        self._masks = masks
+        self._hidden = hidden
+        self._failures = Failures(len(chunks))
+        self._failures.add(np.flatnonzero(parts.rows.void[chunks.rows]), FAILURE_REASON_UNKNOWN_TOKEN)
+
+    def report(self) -> None:
+        """Samples where the plan asks for it, tells all ranks' rows, and answers."""
+        self._report_prompt()
+        self._report_tokens()
+        if self._group.rank == 0:
+            self._report_pooled()
+            self._failures.write(self._response)
+
+    def _logits(self, tokens: Ints) -> tuple[Tensor, Tensor] | None:
+        """The logits [n, vocab] after these tokens of the batch, which are in ascending order, and whether they are
+        finite [n]. Rank 0 only."""
+        bounds = np.searchsorted(tokens, [(segment.start, segment.stop) for segment in self._segments]).reshape(-1, 2)
+        chosen = tuple(
+            Segment(int(start), int(stop), segment.adapter)
+            for (start, stop), segment in zip(bounds, self._segments, strict=True)
+            if start < stop
+        )
+        all_of_it = len(tokens) == len(self._hidden)
+        hidden = self._hidden if all_of_it else self._hidden[self._rows.on_device(tokens)]
+        return self._decoder.logits(hidden, chosen)
+
+    def _report_prompt(self) -> None:
+        """Adds the log probabilities of the prompt tokens that follow the chunks' positions, where asked for."""
+        asked = self._rows.detail["prompt_logprobs"][self._chunks.rows]
+        if not asked.any():
+            return
+        ends = np.minimum(self._chunks.ends, self._rows.prompt_lengths[self._chunks.rows] - 1)
+        counts = np.where(asked, np.maximum(ends - self._chunks.begins, 0), 0)
+        alternatives = self._rows.detail["prompt_top_logprobs"][self._chunks.rows]
+        listed = (alternatives[counts > 0] > 0).any()
+        for places, logits, tokens in self._following(self._chunks.begins + 1, counts):
+            add_prompt(self._response, tokens, logits, alternatives[places] if listed else None)
+        if self._group.rank == 0:
+            self._response.prompt_logprob_counts.extend(counts.tolist())
+
+    def _following(self, firsts: Ints, counts: Ints) -> Iterator[tuple[Ints, Tensor, Tensor]]:
+        """For counts[i] known tokens, from position firsts[i] of chunk i's sequence on, slice by slice: the places of
+        their chunks [n], the logits [n, vocab] before them, and the tokens [n]. Nothing on ranks other than 0."""
+        tokens = spans(self._chunks.starts[:-1] + firsts - 1 - self._chunks.begins, counts)
+        places, positions = np.repeat(np.arange(len(self._chunks)), counts), spans(firsts, counts)
+        for first in range(0, len(tokens), LOGITS_SLICE):
+            part = slice(first, first + LOGITS_SLICE)
+            computed = self._logits(tokens[part])
+            if computed is not None:
+                logits, finite = computed
+                self._failures.add(places[part][~finite.cpu().numpy()], FAILURE_REASON_NOT_FINITE)
+                yield places[part], logits, self._rows.tokens_at(self._chunks.rows[places[part]], positions[part])
+
+    def _report_tokens(self) -> None:
+        """Samples after the chunks that ask for it, tells all ranks' rows, and adds to the response the tokens that can
+        be reported: unscored ones that have their logprobs now, those just sampled, and fast-forward ones."""
+        chunks = self._chunks
+        parts = [
+            describe(places, tokens, logits, self._rows.detail[chunks.rows[places]])
+            for places, logits, tokens in self._following(chunks.score_begins, chunks.score_ends - chunks.score_begins)
+        ]
+        if self._chunks.samples.any():
+            parts += self._sample()
+        if self._group.rank == 0:
+            add_tokens(self._response, len(self._chunks), parts)
+
+    def _sample(self) -> list[Tokens]:
+        """What was sampled and, where they are reported at once, the fast-forward tokens after it."""
+        places = np.flatnonzero(self._chunks.samples)
+        rows, lengths = self._chunks.rows[places], self._chunks.ends[places]
+        computed = self._logits(self._chunks.starts[1:][places] - 1)
+        tokens = torch.zeros(len(places), dtype=torch.int64, device=self._hidden.device)
+        if computed is not None:
+            logits, finite = computed
+            bias = self._rows.bias(rows)
+            allowed = logits if bias is None else bias.apply(logits)
+            allowed = allowed if self._masks is None else self._masks.apply(allowed)
+            tokens = sampler.sample(allowed, self._rows.sampling[rows], self._rows.history(rows, lengths))
+        self._group.broadcast_(tokens)
+        self._rows.record(rows, lengths, tokens)
+        if self._masks is not None:
+            self._constraints.accept(rows.tolist(), tokens.tolist())
+        fast_forward = self._fast_forward(rows)
+        if computed is None:
+            return []
+        self._failures.add(places[~finite.cpu().numpy()], FAILURE_REASON_NOT_FINITE)
+        self._failures.add(places[self._constraints.failed(rows.tolist())], FAILURE_REASON_GRAMMAR)
+        spared = self._failures.spare(places)
+        if not spared.all():
+            good = np.flatnonzero(spared)
+            index = self._rows.on_device(good)
+            places, fast_forward, tokens, logits = places[good], fast_forward[good], tokens[index], logits[index]
+        sampled = describe(places, tokens, logits, self._rows.detail[self._chunks.rows[places]])
+        return [sampled, *self._report_fast_forward(places, fast_forward)]
+
+    def _fast_forward(self, rows: Ints) -> Ints:
+        """Adds to these rows, on all ranks, the fast-forward tokens after those just sampled.
+
+        Returns it, padded with -1: [n, MAX_FAST_FORWARD], or [n, 0] if none of the rows has a grammar. A row that wants
+        logprobs samples its last token in any case, for then there is a logprob of it.
+        """
+        forceable, scored = self._rows.forceable[rows], self._rows.scores(rows)
+        fast_forward = np.full((len(rows), MAX_FAST_FORWARD if forceable.any() else 0), -1, np.int64)
+        if fast_forward.size:
+            if self._group.rank == 0:
+                for place in np.flatnonzero(forceable).tolist():
+                    most = min(MAX_FAST_FORWARD, int(self._rows.room(rows[place])))
+                    tokens = self._constraints.fast_forward(int(rows[place]), most, end=not scored[place])
+                    fast_forward[place, : len(tokens)] = tokens
+            on_device = self._rows.on_device(fast_forward)
+            self._group.broadcast_(on_device)
+            self._rows.fast_forward(rows, on_device)
+        return fast_forward
+
+    def _report_fast_forward(self, places: Ints, fast_forward: Ints) -> list[Tokens]:
+        """Fast-forward tokens [places, most], padded with -1: reported now, or unscored if their row has logprobs."""
+        if not (fast_forward >= 0).any():
+            return []
+        scored = self._rows.scores(self._chunks.rows[places])[:, None]
+        now, later = (fast_forward >= 0) & ~scored, (fast_forward >= 0) & scored
+        if later.any():
+            self._response.unscored_counts.extend(
+                np.bincount(places, later.sum(1), len(self._chunks)).astype(int).tolist()
+            )
+            self._response.unscored_tokens.extend(fast_forward[later].tolist())
+        return [Tokens(np.repeat(places, now.sum(1)), fast_forward[now])] if now.any() else []
+
+    def _report_pooled(self) -> None:
+        """Adds the vectors of the sequences that are pooled and whose last token was computed."""
+        chunks = self._chunks
+        for place in np.flatnonzero(self._rows.detail["pool"][chunks.rows]).tolist():
+            row, begin, end = (int(column[place]) for column in (chunks.rows, chunks.begins, chunks.ends))
+            self._pooling.add(row, begin, self._hidden[chunks.starts[place] : chunks.starts[place + 1]])
+            if end == self._rows.prompt_lengths[row]:
+                vector = self._pooling.finish(row)
+                if vector.isfinite().all():
+                    self._response.pooled_chunks.append(place)
+                    self._response.pooled.extend(vector.tolist())
+                else:
+                    self._failures.add(np.array([place]), FAILURE_REASON_NOT_FINITE)
