@@ -16,7 +16,7 @@ from loraplex_router.text.tool_prompt import CALL_BEGIN, CALL_END
 
 BETWEEN = " \t\r\n,;[]"  # what may stand around and between the objects of an answer that is calls alone
 # The usual order, in which the arguments can be passed on as they come.
-HEAD = re.compile(r'\{\s*"name"\s*:\s*"([^"\\]*)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
+CALL_HEAD = re.compile(r'\{\s*"name"\s*:\s*"([^"\\]*)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
 FIRST_KEY = re.compile(r'\{\s*"([^"\\]*)"\s*:')
 KEYS = ("name", "arguments", "parameters", "type", "id")  # that a call may begin with
 
@@ -94,7 +94,7 @@ class ToolCallParser:
     def _read_object(self) -> list[Piece]:
         """Until it is known whether this is a call."""
         start = self._held.index("{")
-        head, first = HEAD.match(self._held, start), FIRST_KEY.match(self._held, start)
+        head, first = CALL_HEAD.match(self._held, start), FIRST_KEY.match(self._held, start)
         if head and head[1] in self._names:
             self._held, self._end = self._held[head.end() :], ObjectEnd()
             self._called, self._state = True, self._read_arguments

@@ -5,7 +5,7 @@ from torch import nn
 
 from loraplex_shard.device.parallel import Group
 from loraplex_shard.layers.sources import Source, SourcedLayer
-from loraplex_shard.ops.base import Operations, Runs, Step, Weight
+from loraplex_shard.ops.base import Operations, Segments, Step, Weight
 from loraplex_shard.shapes.layout import LinearLayout
 
 
@@ -35,7 +35,7 @@ class _Linear(SourcedLayer):
 class ColumnLinear(_Linear):
     """Column-parallel: reads the whole input, computes this rank's rows of each part."""
 
-    def forward(self, x: torch.Tensor, segments: Step | Runs) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, segments: Step | Segments) -> torch.Tensor:
         """x [tokens, in_features] -> [tokens, this rank's outputs of all parts, side by side]."""
         out = self.ops.linear(x, self.weight, self.bias)
         self.ops.add_lora_delta(out, x, segments, self.layout)
@@ -55,7 +55,7 @@ class RowLinear(_Linear):
         super().__init__(layout, bias, ops)
         self.group = group
 
-    def forward(self, x: torch.Tensor, segments: Step | Runs) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, segments: Step | Segments) -> torch.Tensor:
         """x [tokens, this rank's inputs] -> [tokens, out_features], the same on all ranks."""
         out = self.ops.linear(x, self.weight, self.bias if self.group.rank == 0 else None)
         self.ops.add_lora_delta(out, x, segments, self.layout)

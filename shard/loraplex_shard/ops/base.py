@@ -57,7 +57,7 @@ Weight = Any
 # What all layers need of one step's batch, made once.
 Step = Any
 
-Runs = tuple[Segment, ...]
+Segments = tuple[Segment, ...]
 
 
 class Operations(Protocol):
@@ -90,7 +90,9 @@ class Operations(Protocol):
         """
         ...
 
-    def add_lora_delta(self, out: torch.Tensor, x: torch.Tensor, segments: Step | Runs, layout: LinearLayout) -> None:
+    def add_lora_delta(
+        self, out: torch.Tensor, x: torch.Tensor, segments: Step | Segments, layout: LinearLayout
+    ) -> None:
         """Adds scale * B(A x) to the layer's output `out` [tokens, out_features], in place, for a step's own segments
         or others.
 

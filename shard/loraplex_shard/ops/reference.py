@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from loraplex_shard.device.parallel import Group
-from loraplex_shard.ops.base import Activation, HeadNorms, Norm, Rotary, Runs
+from loraplex_shard.ops.base import Activation, HeadNorms, Norm, Rotary, Segments
 from loraplex_shard.ops.quantized import QuantizedMatrix, rounded_to_int8, to_integers
 from loraplex_shard.shapes.batch import Batch
 from loraplex_shard.shapes.cache import KVCache, LayerCache
@@ -70,7 +70,7 @@ class ReferenceOperations:
         return out if bias is None else out.add_(bias)
 
     def add_lora_delta(
-        self, out: torch.Tensor, x: torch.Tensor, segments: ReferenceStep | Runs, layout: LinearLayout
+        self, out: torch.Tensor, x: torch.Tensor, segments: ReferenceStep | Segments, layout: LinearLayout
     ) -> None:
         for segment in segments.batch.segments if isinstance(segments, ReferenceStep) else segments:
             layer = segment.adapter.layers.get(layout.name)

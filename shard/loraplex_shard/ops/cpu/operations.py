@@ -14,7 +14,7 @@ import torch
 
 from loraplex_shard.device.parallel import Group
 from loraplex_shard.kernels.library import KINDS, Kernels
-from loraplex_shard.ops.base import Activation, HeadNorms, Norm, Rotary, Runs
+from loraplex_shard.ops.base import Activation, HeadNorms, Norm, Rotary, Segments
 from loraplex_shard.ops.cpu.program import Program, StepNumber
 from loraplex_shard.ops.quantized import QuantizedMatrix
 from loraplex_shard.shapes.batch import Batch, Segment
@@ -65,7 +65,7 @@ CpuWeight = FloatWeight | IntegerWeight
 
 Ints = np.ndarray[tuple[int], np.dtype[np.int64]]
 
-RUNS = ("runs", "run_starts", "run_stops", "run_adapters")
+SEGMENTS = ("segments", "segment_starts", "segment_stops", "segment_adapters")
 
 # The numbers of a step that recorded calls ask for, and their places among them.
 STEP = (
@@ -77,7 +77,7 @@ STEP = (
     "contexts",
     "tables",
     "table_width",
-    *RUNS,
+    *SEGMENTS,
 )
 
 
@@ -203,21 +203,21 @@ class CpuOperations:
         return out
 
     def add_lora_delta(
-        self, out: torch.Tensor, x: torch.Tensor, segments: CpuStep | Runs, layout: LinearLayout
+        self, out: torch.Tensor, x: torch.Tensor, segments: CpuStep | Segments, layout: LinearLayout
     ) -> None:
         if isinstance(segments, CpuStep):
-            numbers: Sequence[int] = [segments[name] for name in RUNS]
-            runs = segments.segments
+            numbers: Sequence[int] = [segments[name] for name in SEGMENTS]
+            chosen = segments.segments
         else:
-            runs = CpuSegments.of(segments)
-            numbers = runs.numbers
-        if len(runs.starts) or self._recording is not None:
+            chosen = CpuSegments.of(segments)
+            numbers = chosen.numbers
+        if len(chosen.starts) or self._recording is not None:
             count, starts, stops, tables = numbers
             self._call(
                 "add_lora_delta",
                 threads=self._threads,
                 kind=KINDS[x.dtype],
-                int8_weights=runs.int8,
+                int8_weights=chosen.int8,
                 segments=count,
                 starts=starts,
                 stops=stops,

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from loraplex_shard.device.parallel import Group
-from loraplex_shard.ops.base import Activation, HeadNorms, Norm, Rotary, Runs
+from loraplex_shard.ops.base import Activation, HeadNorms, Norm, Rotary, Segments
 from loraplex_shard.ops.cuda import elementwise, quantized
 from loraplex_shard.ops.cuda.attention import attention
 from loraplex_shard.ops.cuda.lora import LoraTiles, add_lora_delta
@@ -77,7 +77,7 @@ class CudaOperations:
         return F.linear(x, weight.matrix, bias)
 
     def add_lora_delta(
-        self, out: torch.Tensor, x: torch.Tensor, segments: CudaStep | Runs, layout: LinearLayout
+        self, out: torch.Tensor, x: torch.Tensor, segments: CudaStep | Segments, layout: LinearLayout
     ) -> None:
         runs = segments.batch.segments if isinstance(segments, CudaStep) else segments
         if any(layout.name in run.adapter.layers for run in runs):
