@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from loraplex_protos.errors import LoraplexError
 from loraplex_shard.checkpoint import Checkpoint, open_checkpoint
 from loraplex_shard.device.parallel import Group
-from loraplex_shard.layers.sources import SourcedLayer, Target
+from loraplex_shard.layers.sources import ParameterForm, SourcedLayer
 from loraplex_shard.models import Decoder, load_decoder
 from loraplex_shard.ops.choose import choose_operations, load_kernels
 from loraplex_shard.serving.machine import BLOCK_SIZE
@@ -126,7 +126,7 @@ def table(results: dict[str, Quality], tokens: int) -> Table:
 
 def _load(checkpoint: Checkpoint, form: Form, length: int) -> Decoder:
     ops = choose_operations(CPU, form.dtype, load_kernels(CPU, None))
-    return load_decoder(checkpoint, Group(0, 1), ops, Target(form.dtype, CPU, form.quantize), length)
+    return load_decoder(checkpoint, Group(0, 1), ops, ParameterForm(form.dtype, CPU, form.quantize), length)
 
 
 def _log_probabilities(decoder: Decoder, form: Form, windows: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:

@@ -11,7 +11,7 @@ from loraplex_shard.checkpoint import open_checkpoint
 from loraplex_shard.device.memory import keep_freed
 from loraplex_shard.device.parallel import Group
 from loraplex_shard.layers.linear import ColumnLinear, RowLinear
-from loraplex_shard.layers.sources import Target
+from loraplex_shard.layers.sources import ParameterForm
 from loraplex_shard.lora.weights.deltas import Delta, partition_adapter
 from loraplex_shard.models import Decoder, load_decoder
 from loraplex_shard.ops.choose import choose_operations, load_kernels
@@ -48,7 +48,7 @@ def load_model(quantize: Quantize, dtype: torch.dtype = torch.bfloat16) -> Decod
         open_checkpoint("", None, None),
         Group(0, 1),
         choose_operations(CPU, dtype, load_kernels(CPU, None)),
-        Target(dtype, CPU, quantize),
+        ParameterForm(dtype, CPU, quantize),
         MAX_MODEL_LEN,
     )
 

@@ -140,7 +140,9 @@ def test_loraxs_fields_of_openais_routes_say_where_the_adapter_is(server: Server
     assert read(server, "/v1/chat/completions", {**chat, **extra})["usage"]["completion_tokens"] == 3
     status, _, text = call(server, "/v1/chat/completions", {**chat, "adapter_source": "s3"})
     error = json.loads(text)["error"]
-    assert (status, error["param"]) == (400, "adapter_source") and "come from local, hub" in error["message"]
+    assert (status, error["param"]) == (400, "adapter_source") and "one of this server's (local, hub)" in error[
+        "message"
+    ]
 
 
 def test_vllms_tokenize_detokenize_and_version(server: Server):

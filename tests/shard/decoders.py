@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from loraplex_shard.checkpoint import open_checkpoint
 from loraplex_shard.device.parallel import Group
-from loraplex_shard.layers.sources import Target
+from loraplex_shard.layers.sources import ParameterForm
 from loraplex_shard.lora.weights.arena import in_one_piece
 from loraplex_shard.models import Decoder, load_decoder
 from loraplex_shard.ops.base import Operations
@@ -99,8 +99,8 @@ def load(
     quantize: Quantize = "none",
 ) -> Decoder:
     """The decoder of a checkpoint, or one rank's part of it, by the reference operations if there are no others."""
-    checkpoint, target = open_checkpoint(str(directory)), Target(dtype, CPU, quantize)
-    return load_decoder(checkpoint, group, ops or ReferenceOperations(), target, max_model_len)
+    checkpoint, form = open_checkpoint(str(directory)), ParameterForm(dtype, CPU, quantize)
+    return load_decoder(checkpoint, group, ops or ReferenceOperations(), form, max_model_len)
 
 
 def whole_delta(module: str, out_features: int, in_features: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,13 +16,13 @@ from loraplex_shard.checkpoint.gguf.end_tokens import end_token_ids
 from loraplex_shard.checkpoint.gguf.file import read_gguf
 from loraplex_shard.checkpoint.gguf.tokenizer import read_end_token_ids, read_tokenizer
 from loraplex_shard.checkpoint.opening import DEFAULT_FILE, DEFAULT_PACKAGE
-from loraplex_shard.layers.sources import Target
+from loraplex_shard.layers.sources import ParameterForm
 from loraplex_shard.models import load_decoder
 from loraplex_shard.ops.reference import ReferenceOperations
 from tests.shard.decoders import CPU, WHOLE, Sequences
 from tests.shard.gguf_models import random_tensors, write_gguf
 
-TARGET = Target(torch.float32, CPU, "none")
+FORM = ParameterForm(torch.float32, CPU, "none")
 TEXTS = [
     "What is the capital of France?",
     "<|im_start|>user\nHi there!<|im_end|>\n<|im_start|>assistant\n",
@@ -65,7 +65,7 @@ def tokenizer(checkpoint: Checkpoint) -> Tokenizer:
 def test_the_default_model_has_the_greedy_tokens_that_were_recorded_from_transformers(
     checkpoint: Checkpoint, tokenizer: Tokenizer
 ) -> None:
-    decoder = load_decoder(checkpoint, WHOLE, ReferenceOperations(), TARGET, max_model_len=128)
+    decoder = load_decoder(checkpoint, WHOLE, ReferenceOperations(), FORM, max_model_len=128)
     for prompt, answer in ANSWERS.items():
         text = f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
         tokens = Sequences(decoder, block_size=16, num_blocks=8).greedy(tokenizer.encode(text).ids, 16)
@@ -152,7 +152,7 @@ def test_a_file_of_many_quantizations_has_the_logits_of_transformers(tied: bool,
     if tied:
         del tensors["output.weight"]
     path = write_gguf(tmp_path / "model.gguf", tensors)
-    decoder = load_decoder(open_checkpoint(str(path)), WHOLE, ReferenceOperations(), TARGET, 32)
+    decoder = load_decoder(open_checkpoint(str(path)), WHOLE, ReferenceOperations(), FORM, 32)
     reference = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32)
     tokens = list(range(0, 96, 5))
     expected = reference(torch.tensor([tokens])).logits[0]
@@ -180,11 +180,11 @@ def test_tensors_that_are_missing_or_unknown_are_named(tmp_path: Path) -> None:
     tensors["rope_freqs.weight"] = np.ones(8, np.float32), gguf.GGMLQuantizationType.F32
     path = write_gguf(tmp_path / "extra.gguf", tensors)
     with pytest.raises(CheckpointError, match=r"has no tensor rope_freqs\.weight"):
-        load_decoder(open_checkpoint(str(path)), WHOLE, ReferenceOperations(), TARGET, 16)
+        load_decoder(open_checkpoint(str(path)), WHOLE, ReferenceOperations(), FORM, 16)
     del tensors["blk.0.ffn_down.weight"]
     path = write_gguf(tmp_path / "missing.gguf", tensors)
     with pytest.raises(CheckpointError, match=r"missing tensor model\.layers\.0\.mlp\.down_proj\.weight"):
-        load_decoder(open_checkpoint(str(path)), WHOLE, ReferenceOperations(), TARGET, 16)
+        load_decoder(open_checkpoint(str(path)), WHOLE, ReferenceOperations(), FORM, 16)
 
 
 def test_a_file_cut_short_anywhere_is_refused(tmp_path: Path) -> None:

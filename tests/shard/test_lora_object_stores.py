@@ -103,7 +103,7 @@ def test_an_address_under_the_servers_own_is_a_name(store: StandInStore, files: 
     assert stage(store, f"{store.scheme}://bucket/team/a/sql").digest == stage(store, "sql").digest
     asked = len(store.requests)
     for address in ("bucket/team/b/sql", "other/team/a/sql", "bucket/team/a/../b/sql", "bucket/team/a/"):
-        with pytest.raises(AdapterNotFoundError):
+        with pytest.raises(AdapterNotFoundError, match="not a name under this server's --adapters-"):
             stage(store, f"{store.scheme}://{address}")
     with pytest.raises(AdapterNotFoundError):
         stage(store, "file:///bucket/team/a/sql")

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from loraplex_shard.checkpoint import open_checkpoint
 from loraplex_shard.kernels.library import instruction_set
-from loraplex_shard.layers.sources import Target
+from loraplex_shard.layers.sources import ParameterForm
 from loraplex_shard.models import load_decoder
 from loraplex_shard.ops.reference import ReferenceOperations
 from loraplex_shard.shapes.batch import Segment
@@ -49,8 +49,8 @@ def test_a_tied_lm_head_is_no_copy_of_the_embedding(tmp_path: Path) -> None:
 
 def test_progress_counts_every_tensor(directory: Path) -> None:
     checkpoint, seen = open_checkpoint(str(directory)), []
-    target = Target(torch.float32, CPU, "none")
-    load_decoder(checkpoint, WHOLE, ReferenceOperations(), target, 16, lambda *counts: seen.append(counts))
+    form = ParameterForm(torch.float32, CPU, "none")
+    load_decoder(checkpoint, WHOLE, ReferenceOperations(), form, 16, lambda *counts: seen.append(counts))
     total = len(checkpoint.names)
     assert seen == [(done, total) for done in range(1, total + 1)]
 

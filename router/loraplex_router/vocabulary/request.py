@@ -172,7 +172,7 @@ def check_reference(
         short = len(getattr(reference, field_name)) <= MAX_REFERENCE_LENGTH
         found.check(short, f"{name}.{field_name}", f"at most {MAX_REFERENCE_LENGTH} characters")
     known = reference.source in ("", *sources)
-    found.check(known, f"{name}.source", f"this server's adapters come from {', '.join(sources)}; empty: any of them")
+    found.check(known, f"{name}.source", f"must be one of this server's ({', '.join(sources)}), or empty")
 
 
 def _check_merged(merged: MergedReference, sources: Collection[str], found: Violations) -> None:

@@ -43,7 +43,7 @@ class TensorReader(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class ParameterForm:
     """What parameters become when they are loaded."""
 
     dtype: torch.dtype
@@ -88,26 +88,26 @@ class SourcedLayer(nn.Module):
     def all_sources(self) -> tuple[Source, ...]:
         return (*self.matrix, *(source for parameter in self.declared.values() for source in parameter.sources))
 
-    def load(self, reader: TensorReader, target: Target) -> Iterator[str]:
+    def load(self, reader: TensorReader, form: ParameterForm) -> Iterator[str]:
         """Fills the parameters in their final form and place, tensor by tensor; yields each tensor's name."""
         for name, declared in self.declared.items():
-            shape, dtype = self.get_parameter(name).shape, declared.dtype or target.dtype
-            data = torch.empty(shape, dtype=dtype, device=target.device)
+            shape, dtype = self.get_parameter(name).shape, declared.dtype or form.dtype
+            data = torch.empty(shape, dtype=dtype, device=form.device)
             yield from _fill(data, reader, declared.sources)
             self.register_parameter(name, nn.Parameter(data.add_(declared.plus), requires_grad=False))
         if self.matrix:
-            yield from self._load_matrix(reader, target)
+            yield from self._load_matrix(reader, form)
 
-    def _load_matrix(self, reader: TensorReader, target: Target) -> Iterator[str]:
-        stored = self._stored_integers(reader, target.quantize)
+    def _load_matrix(self, reader: TensorReader, form: ParameterForm) -> Iterator[str]:
+        stored = self._stored_integers(reader, form.quantize)
         if stored is not None:
             self.weight = self.ops.pack(stored)
             yield from (source.tensor for source in self.matrix)
             return
-        rounded = target.quantize in BITS
-        data = torch.empty(self.matrix_shape, dtype=torch.float32 if rounded else target.dtype, device=target.device)
+        rounded = form.quantize in BITS
+        data = torch.empty(self.matrix_shape, dtype=torch.float32 if rounded else form.dtype, device=form.device)
         yield from _fill(data, reader, self.matrix)
-        self.weight = self.ops.pack(quantize(data, self._bits(target.quantize)) if rounded else data)
+        self.weight = self.ops.pack(quantize(data, self._bits(form.quantize)) if rounded else data)
 
     def _stored_integers(self, reader: TensorReader, wanted: Quantize) -> QuantizedMatrix | None:
         """The matrix as the checkpoint holds it, if all of its sources are of one form, and that is the one wanted."""

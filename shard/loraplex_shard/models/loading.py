@@ -9,7 +9,7 @@ from accelerate import init_empty_weights
 
 from loraplex_shard.checkpoint.base import Checkpoint, CheckpointError
 from loraplex_shard.device.parallel import Group
-from loraplex_shard.layers.sources import Source, SourcedLayer, Target
+from loraplex_shard.layers.sources import ParameterForm, Source, SourcedLayer
 from loraplex_shard.models.architectures import read_spec
 from loraplex_shard.models.decoder import EMBEDDING, HEAD, Decoder
 from loraplex_shard.models.rope import rotary
@@ -25,18 +25,18 @@ def load_decoder(
     checkpoint: Checkpoint,
     group: Group,
     ops: Operations,
-    target: Target,
+    form: ParameterForm,
     max_model_len: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> Decoder:
-    """This rank's part of the model, in the target's form and place, for positions below `max_model_len`.
+    """This rank's part of the model, in this form and place, for positions below `max_model_len`.
 
     `progress` is told how many tensors are loaded, and of how many. Raises CheckpointError if the checkpoint is not
     that of a served model, naming the tensors that are missing, left over or of an unexpected shape; GroupSizeError
     if it cannot be cut into that many ranks.
     """
     spec = read_spec(checkpoint.architecture, checkpoint.config)
-    if spec.tied and _has_own_head(checkpoint, target.dtype):
+    if spec.tied and _has_own_head(checkpoint, form.dtype):
         logger.warning(
             "%s: config.json says tie_word_embeddings, but %s differs from %s: both are served as they are",
             *(checkpoint.model_id, HEAD, EMBEDDING),
@@ -44,11 +44,9 @@ def load_decoder(
         spec = replace(spec, tied=False)
     # Which of two tied tensors a checkpoint holds is up to whoever saved it.
     embedding = HEAD if spec.tied and EMBEDDING not in checkpoint.names else EMBEDDING
-    tables = {
-        each: rotary(checkpoint.config, each, max_model_len).to(target.device) for each in set(spec.rotary) if each
-    }
+    tables = {each: rotary(checkpoint.config, each, max_model_len).to(form.device) for each in set(spec.rotary) if each}
     with init_empty_weights(include_buffers=False):
-        decoder = Decoder(spec, group, ops, tables, target.device, target.dtype, embedding)
+        decoder = Decoder(spec, group, ops, tables, form.device, form.dtype, embedding)
     layers = [module for module in decoder.modules() if isinstance(module, SourcedLayer)]
     if spec.tied:
         layers.remove(decoder.lm_head)
@@ -56,7 +54,7 @@ def load_decoder(
     _check(checkpoint, sources, spec.tied)
     loaded = 0
     for layer in layers:
-        for _ in layer.load(checkpoint, target):
+        for _ in layer.load(checkpoint, form):
             loaded += 1
             if progress is not None:
                 progress(loaded, len(sources))

@@ -24,7 +24,7 @@ from loraplex_shard.device.memory import keep_freed
 from loraplex_shard.device.parallel import Group
 from loraplex_shard.device.troubles import GroupLostError, Troubles
 from loraplex_shard.kernels.library import Kernels
-from loraplex_shard.layers.sources import Target
+from loraplex_shard.layers.sources import ParameterForm
 from loraplex_shard.lora.listing import LocalListing
 from loraplex_shard.lora.peft.base import BaseModel
 from loraplex_shard.lora.peft.doubts import find_doubts
@@ -166,8 +166,8 @@ def _load(
     ops = choose_operations(device, dtype, kernels)
     quantize = machine.pick_quantize(settings.quantize, checkpoint)
     machine.check_room_for(checkpoint, dtype, quantize, settings.tp, device)
-    target = Target(dtype, device, quantize)
-    decoder = load_decoder(checkpoint, group, ops, target, max_model_len, progress)
+    form = ParameterForm(dtype, device, quantize)
+    decoder = load_decoder(checkpoint, group, ops, form, max_model_len, progress)
     kv_dtype = torch.int8 if settings.kv_dtype == "int8" else dtype
     keep_freed()  # what loading freed is given back
     block_bytes = decoder.cache_block_bytes(machine.BLOCK_SIZE, kv_dtype)

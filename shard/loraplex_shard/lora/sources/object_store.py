@@ -17,7 +17,7 @@ import obstore
 from obstore.exceptions import BaseError, GenericError, PermissionDeniedError, PreconditionError, UnauthenticatedError
 from obstore.store import from_url
 
-from loraplex_protos.adapter_names import RULE, is_name
+from loraplex_protos.adapter_names import is_name
 from loraplex_protos.errors import (
     AdapterError,
     AdapterForbiddenError,
@@ -86,7 +86,11 @@ class ObjectStoreSource(Source):
             raise ValueError(str(error).partition("\n")[0][:200]) from None
 
     def refusal(self, id: str) -> str:
-        return "" if is_name(self._named(id)) else f"{quote(id)} cannot be in {self._kind.title}: {RULE}"
+        if is_name(self._named(id)):
+            return ""
+        if id.partition("://")[0] in self._kind.schemes:
+            return f"{quote(id)} is not a name under this server's --adapters-{self.name}"
+        return f"{self._kind.title} has no adapter {quote(id)}"
 
     def locate(self, id: str, revision: str, token: str) -> Origin:
         if refusal := self.refusal(id):

@@ -23,7 +23,7 @@ def locate(sources: Sequence[Source], id: str, source: str, revision: str, token
             missing.append(error.message)
         except AdapterSourceError as error:
             raise AdapterSourceError("; ".join([*missing, error.message])) from error
-    if len(asked) < 2:
+    if not asked or len(sources) == 1:
         names = ", ".join(each.name for each in sources)
         missing.append(f"this server's adapter sources are: {names} (flags that begin with --adapters add others)")
     raise AdapterNotFoundError("; ".join(missing))
