@@ -13,6 +13,7 @@ from transformers import (
     GlmConfig,
     GraniteConfig,
     GraniteMoeHybridConfig,
+    Ministral3Config,
     MinistralConfig,
     Olmo2Config,
     Olmo3Config,
@@ -122,5 +123,12 @@ FAMILIES: dict[str, PreTrainedConfig] = {
         **SIZES, sliding_window=None, use_bias=False, hidden_act="gelu"
     ),
     "ministral": MinistralConfig(**SIZES, head_dim=10, sliding_window=6, layer_types=MIXED),
+    "ministral 3": Ministral3Config(
+        **SIZES,
+        head_dim=10,
+        rope_parameters=rope(
+            "yarn", factor=4.0, original_max_position_embeddings=16, llama_4_scaling_beta=0.3, mscale=1.0
+        ),
+    ),
     "seed oss": SeedOssConfig(**SIZES, head_dim=10, attention_bias=True, attention_out_bias=True, mlp_bias=True),
 }

@@ -280,6 +280,8 @@ def test_rotation_and_what_it_writes_to_the_cache(
     if norms and seed % 2:
         norms = replace(norms, squares=random(2, len(qkv), 2).square())
     rotary = None if rotary_dim == 0 else angles(150, rotary_dim or heads.dim, interleaved)
+    if rotary and seed % 3 == 0:
+        rotary = replace(rotary, query_scale=random(4, 150))
     results = []
     for ops in (cpu, REFERENCE):
         mine = qkv.clone()

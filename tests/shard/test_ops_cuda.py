@@ -3,6 +3,7 @@
 It cannot multiply bfloat16, so that products are tried in float16 and float32; for bfloat16 they are the same kernels.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -187,6 +188,8 @@ def test_rotation_and_what_it_writes_to_the_cache(
         torch.testing.assert_close(squares, REFERENCE.head_squares(qkv, heads, 0.1, 0.2))
     norms = HeadNorms(random(1, heads.query + heads.kv, heads.dim), 1e-6, squares) if norm else None
     rotary = angles(20, rotary_dim, interleaved) if rotary_dim else None
+    if rotary and norm:
+        rotary = replace(rotary, query_scale=random(4, 20))
     results = []
     for ops in (CUDA, REFERENCE):
         mine = qkv.clone()

@@ -63,6 +63,11 @@ def _mistral(config: PreTrainedConfig) -> DecoderSpec:
     return _spec(config)
 
 
+def _ministral3(config: PreTrainedConfig) -> DecoderSpec:
+    spec = _spec(config)
+    return replace(spec, rotary=tuple(each and replace(each, scaled_queries=True) for each in spec.rotary))
+
+
 def _qwen2(config: PreTrainedConfig) -> DecoderSpec:
     return _spec(config, qkv_bias=True)
 
@@ -266,6 +271,7 @@ _ARCHITECTURES: dict[str, Callable[[PreTrainedConfig], DecoderSpec]] = {
     "GraniteForCausalLM": _granite_dense,
     "GraniteMoeHybridForCausalLM": _granite_hybrid,
     "LlamaForCausalLM": _llama,
+    "Ministral3ForCausalLM": _ministral3,
     "MinistralForCausalLM": _mistral,
     "MistralForCausalLM": _mistral,
     "Olmo2ForCausalLM": _olmo2,

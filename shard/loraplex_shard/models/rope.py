@@ -28,7 +28,15 @@ def rotary(config: PreTrainedConfig, spec: RotarySpec, max_model_len: int) -> Ro
     cos, sin = angles.cos() * scale, angles.sin() * scale
     place = -1 if spec.interleaved else -2
     cos, sin = (torch.stack(pair, dim=place).flatten(-2) for pair in ((cos, cos), (-sin, sin)))
-    return Rotary(cos, sin, spec.interleaved)
+    return Rotary(cos, sin, spec.interleaved, _query_scale(config, positions) if spec.scaled_queries else None)
+
+
+def _query_scale(config: PreTrainedConfig, positions: torch.Tensor) -> torch.Tensor:
+    """As Llama 4 and Ministral 3 have it, with their names for its parameters."""
+    parameters = config.rope_parameters
+    lengths = torch.floor(positions / parameters["original_max_position_embeddings"])
+    scale: torch.Tensor = 1 + parameters["llama_4_scaling_beta"] * torch.log(1 + lengths)
+    return scale
 
 
 def _frequencies(config: PreTrainedConfig, spec: RotarySpec, positions: torch.Tensor) -> tuple[torch.Tensor, float]:

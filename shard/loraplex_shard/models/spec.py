@@ -14,6 +14,7 @@ class RotarySpec:
     dim: int  # how many of a head's dimensions turn
     interleaved: bool = False  # pairs are neighbours, else halves
     layer_type: str | None = None  # of the layers that it is for, where the configuration tells types apart
+    scaled_queries: bool = False  # queries grow with their positions, as the configuration says
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 does not. `reference.py` says in plain torch what each of them computes."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
@@ -46,9 +46,11 @@ class Rotary:
     cos: torch.Tensor  # [positions, rotated dimensions] float32: each pair's numbers where the pair is
     sin: torch.Tensor  # likewise, negated for the first of each pair
     interleaved: bool = False  # pairs are neighbours; else the first of them are in one half, the second in the other
+    query_scale: torch.Tensor | None = None  # [positions] float32: what queries are multiplied by
 
     def to(self, device: torch.device) -> "Rotary":
-        return replace(self, cos=self.cos.to(device), sin=self.sin.to(device))
+        scale = None if self.query_scale is None else self.query_scale.to(device)
+        return Rotary(self.cos.to(device), self.sin.to(device), self.interleaved, scale)
 
 
 # What operations make for themselves; nobody else looks inside. A weight has `nbytes`, and `part(rows)`: some of its

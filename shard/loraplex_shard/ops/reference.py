@@ -138,6 +138,8 @@ class ReferenceOperations:
             rotated = query_key[:, :, : rotary.cos.shape[1]]
             cos, sin = (angles[step.batch.positions, None] for angles in (rotary.cos, rotary.sin))
             rotated.copy_(rotated * cos + _partners(rotated, rotary.interleaved) * sin)
+            if rotary.query_scale is not None:
+                query_key[:, : heads.query].mul_(rotary.query_scale[step.batch.positions, None, None])
         block_size = cache.keys.shape[-1]
         blocks = step.batch.cache_indices // block_size
         offsets = step.batch.cache_indices % block_size

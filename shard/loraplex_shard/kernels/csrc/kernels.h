@@ -48,8 +48,8 @@ struct Place;  // a rank's place in shared memory: see collectives.cpp
     KERNEL(void, rotate_and_write,                                                                                     \
            (int threads, int kind, long tokens, void* qkv, long heads, long kv_heads, long head_dim, long value_dim,   \
             const float* norm, const float* squares, float eps, const std::int64_t* positions, const float* cos,       \
-            const float* sin, long rotary_dim, int interleaved, const std::int64_t* indices, void* keys,               \
-            void* values, float* key_scales, float* value_scales))                                                                   \
+            const float* sin, long rotary_dim, int interleaved, const float* query_scale,                              \
+            const std::int64_t* indices, void* keys, void* values, float* key_scales, float* value_scales))            \
     KERNEL(void, paged_attention,                                                                                      \
            (int threads, int kind, const void* query, long query_stride, long heads, long kv_heads, long head_dim,     \
             long value_dim, float scale, float soft_cap, long window, const float* sinks, const void* keys,            \

@@ -18,6 +18,7 @@ struct Rotary {        // of one layer
     const float* sin;
     long dim;  // of a head's dimensions, the first ones; 0: nothing is rotated
     bool interleaved;
+    const float* query_scale;  // [positions], or null
 };
 
 // One token's key, whose dimensions are sixteen positions apart.
@@ -99,6 +100,7 @@ void rotate_write(int threads, long tokens, T* qkv, long heads, long kv_heads, l
             for (long h = 0; h < heads + kv_heads; h++)
                 turn(token + h * head_dim, head_dim, norm ? norm + h * head_dim : nullptr,
                      squares ? squares + 2 * i + (h >= heads) : nullptr, eps, rotary, cos, sin);
+        if (rotary.query_scale) multiply(token, heads * head_dim, rotary.query_scale[positions[i]]);
         int offset = int(indices[i] % LANES);
         for (long h = 0; h < kv_heads; h++) {
             long place = indices[i] / LANES * kv_heads + h, scale = place * LANES + offset;
@@ -118,14 +120,15 @@ using namespace loraplex;
 // qkv: each token's query, key and value heads side by side. Normalizes (norm [heads + kv_heads, head_dim] or null, by
 // each head's mean square or, if there are any, by squares [tokens, 2], of queries and of keys) and rotates queries and
 // keys in place, and writes keys and values to cache position indices[token]. cos and sin [positions, rotary_dim]
-// float32, the first of each pair's sin negated; rotary_dim 0: no rotation. Keys and values are of qkv's kind, or, if
-// there are scales, int8. head_dim and value_dim are at most 1024.
+// float32, the first of each pair's sin negated; rotary_dim 0: no rotation. Queries are multiplied by query_scale
+// [positions], if there is one. Keys and values are of qkv's kind, or, if there are scales, int8. head_dim and
+// value_dim are at most 1024.
 EXPORT void rotate_and_write(int threads, int kind, long tokens, void* qkv, long heads, long kv_heads, long head_dim,
                              long value_dim, const float* norm, const float* squares, float eps,
                              const std::int64_t* positions, const float* cos, const float* sin, long rotary_dim,
-                             int interleaved, const std::int64_t* indices, void* keys, void* values, float* key_scales,
-                             float* value_scales) {
-    Rotary rotary{cos, sin, rotary_dim, bool(interleaved)};
+                             int interleaved, const float* query_scale, const std::int64_t* indices, void* keys,
+                             void* values, float* key_scales, float* value_scales) {
+    Rotary rotary{cos, sin, rotary_dim, bool(interleaved), query_scale};
     with_type(kind, [&](auto* t) {
         using T = decltype(t);
         auto write = [&](auto* k, auto* v) {

@@ -324,6 +324,7 @@ class CpuOperations:
             sin=None if rotary is None else rotary.sin.data_ptr(),
             rotary_dim=0 if rotary is None else rotary.cos.shape[1],
             interleaved=rotary is not None and rotary.interleaved,
+            query_scale=None if rotary is None else _address(rotary.query_scale),
             indices=step["indices"],
             **_addresses(cache),
         )

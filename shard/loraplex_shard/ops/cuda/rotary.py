@@ -23,6 +23,7 @@ def rotate_and_write(
         batch.positions,
         None if rotary is None else rotary.cos,
         None if rotary is None else rotary.sin,
+        None if rotary is None else rotary.query_scale,
         batch.cache_indices,
         cache.keys,
         cache.values,
@@ -49,6 +50,7 @@ def _rotate_and_write(
     positions,
     cos,
     sin,
+    query_scale,
     indices,
     keys,
     values,
@@ -93,6 +95,9 @@ def _rotate_and_write(
                 sin + angle + other, turns, 0.0
             )
             first = turned
+            if query_scale is not None:
+                scale = tl.where(head < QUERY, tl.load(query_scale + tl.load(positions + token)), 1.0)
+                first, second = first * scale, second * scale
         first = first.to(dtype).to(tl.float32)
         second = second.to(dtype).to(tl.float32)
         tl.store(place + one, first.to(dtype), one < DIM)
