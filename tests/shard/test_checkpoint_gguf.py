@@ -162,8 +162,14 @@ def test_a_file_of_many_quantizations_has_the_logits_of_transformers(tied: bool,
 @pytest.mark.parametrize(
     ("edit", "architecture", "message"),
     [
-        (None, "gpt2", "GGUF architecture 'gpt2' is not served"),
-        (lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.YARN), "llama", "scaling.type 'yarn'"),
+        (None, "gpt2", "GGUF architecture 'gpt2' is not served; these are: .*gemma3, .*phi3"),
+        (
+            lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE),
+            "llama",
+            "scaling.type 'longrope'",
+        ),
+        (lambda writer: writer.add_logit_scale(0.5), "llama", r"llama\.logit_scale 0\.5 is not served"),
+        (lambda writer: writer.add_causal_attention(False), "llama", r"llama\.attention\.causal"),
         (lambda writer: writer.add_rope_dimension_count(4), "llama", "rope.dimension_count 4 is not the head's 16"),
     ],
 )
@@ -177,9 +183,9 @@ def test_what_would_be_computed_wrongly_is_refused_by_name(
 
 def test_tensors_that_are_missing_or_unknown_are_named(tmp_path: Path) -> None:
     tensors = random_tensors()
-    tensors["rope_freqs.weight"] = np.ones(8, np.float32), gguf.GGMLQuantizationType.F32
+    tensors["blk.0.attn_sinks.weight"] = np.ones(8, np.float32), gguf.GGMLQuantizationType.F32
     path = write_gguf(tmp_path / "extra.gguf", tensors)
-    with pytest.raises(CheckpointError, match=r"has no tensor rope_freqs\.weight"):
+    with pytest.raises(CheckpointError, match=r"has no tensor blk\.0\.attn_sinks\.weight"):
         load_decoder(open_checkpoint(str(path)), WHOLE, ReferenceOperations(), FORM, 16)
     del tensors["blk.0.ffn_down.weight"]
     path = write_gguf(tmp_path / "missing.gguf", tensors)

@@ -6,11 +6,13 @@ takes seconds for a tokenizer's vocabulary, since it wraps each of the hundred t
 
 import struct
 from dataclasses import dataclass
-from math import prod
+from math import gcd, prod
 from pathlib import Path
 
 import numpy as np
+import torch
 from gguf.constants import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGUF_MAGIC, GGMLQuantizationType, GGUFValueType
+from gguf.quants import dequantize
 
 from loraplex_shard.checkpoint.base import CheckpointError
 
@@ -32,6 +34,7 @@ _SCALARS = {
     GGUFValueType.FLOAT64: "d",
 }
 _VERSIONS = (2, 3)
+_ROWS_AT_A_TIME = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +61,15 @@ def read_gguf(path: Path) -> GgufFile:
         return _read(content)
     except (struct.error, ValueError, LookupError) as error:
         raise CheckpointError(f"{path.name}: not a readable GGUF file, or cut short: {error}") from error
+
+
+def floats(data: ByteRows, kind: GGMLQuantizationType) -> torch.Tensor:
+    """[rows, weights of a row] float32."""
+    rows = data.shape[0]
+    # dequantize() works through a few rows at a time; longer ones, where rows may be joined, are several times faster.
+    weights = dequantize(data.reshape(rows // gcd(rows, _ROWS_AT_A_TIME), -1), kind)
+    # Float32 tensors come as views of the file, which is mapped read-only.
+    return torch.from_numpy(weights if weights.flags.writeable else weights.copy()).reshape(rows, -1)
 
 
 def _read(content: Bytes) -> GgufFile:

@@ -1,0 +1,247 @@
+"""What a GGUF file says of its model, as the configuration that transformers has for such models.
+
+llama.cpp's names for architectures and for their metadata: github.com/ggml-org/ggml/blob/master/docs/gguf.md and
+gguf.constants. What it does not write, for its code knows it, is here by architecture.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from loraplex_shard.checkpoint.base import CheckpointError
+from loraplex_shard.checkpoint.gguf.file import GgufFile
+from loraplex_shard.checkpoint.gguf.rope import read_rope
+
+# What changes what is computed: an architecture that does not read one of them is not served with it.
+CONSEQUENTIAL = (
+    *("attention.scale", "attention.clamp_kqv", "attention.max_alibi_bias", "expert_count"),
+    *("logit_scale", "embedding_scale", "residual_scale", "attn_logit_softcapping", "final_logit_softcapping"),
+)
+
+
+class Fields:
+    """The metadata of the file's architecture."""
+
+    def __init__(self, file: GgufFile) -> None:
+        self.file = file
+        self.architecture = str(file.metadata.get("general.architecture"))
+        self.read = set[str]()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.read.add(key)
+        return self.file.metadata.get(f"{self.architecture}.{key}", default)
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """Raises CheckpointError if it is missing, not a number, or several that differ: one for each layer."""
+        value = self.get(key, default)
+        if isinstance(value, list) and len({*value}) == 1:
+            value = value[0]
+        if not isinstance(value, int | float):
+            raise CheckpointError(f"metadata {self.architecture}.{key} is missing or not one number for all layers")
+        return value
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        return int(self.number(key, default))
+
+    def has(self, tensor: str) -> bool:
+        return tensor in self.file.tensors
+
+    @property
+    def head_dim(self) -> int:
+        heads = self.integer("attention.head_count")
+        head_dim = self.integer("attention.key_length", self.integer("embedding_length") // heads)
+        if self.integer("attention.value_length", head_dim) != head_dim:
+            raise CheckpointError(f"metadata {self.architecture}.attention.value_length is not that of keys")
+        return head_dim
+
+    @property
+    def rotated_part(self) -> float:
+        """The fraction of each head that is rotated."""
+        return self.integer("rope.dimension_count", self.head_dim) / self.head_dim
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    model_type: str  # transformers'
+    more: Callable[[Fields], Mapping[str, Any]] = lambda fields: {}
+    eps: str = "rms_norm_eps"  # what transformers calls it
+    partial: bool = False  # whether a part of each head may be rotated
+
+
+def read_config(file: GgufFile) -> PreTrainedConfig:
+    """Raises CheckpointError for an architecture that is not served, and for metadata that is missing."""
+    fields = Fields(file)
+    kind = KINDS.get(fields.architecture)
+    if kind is None:
+        raise CheckpointError(
+            f"GGUF architecture {fields.architecture!r} is not served; these are: {', '.join(sorted(KINDS))}. "
+            "Serve the model in its original format"
+        )
+    if kind.model_type == "llama" and fields.get("expert_count"):
+        kind = MIXTRAL
+    values = _common(fields, kind) | dict(kind.more(fields))
+    for key in CONSEQUENTIAL:
+        if key not in fields.read and fields.get(key):
+            raise CheckpointError(f"metadata {fields.architecture}.{key} {fields.get(key)!r} is not served")
+    if not fields.get("attention.causal", True):
+        raise CheckpointError(f"metadata {fields.architecture}.attention.causal: only models that generate are served")
+    tokens = {f"{name}_token_id": file.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
+    values |= {"architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind.model_type]], "pad_token_id": None, **tokens}
+    return CONFIG_MAPPING[kind.model_type](**values)
+
+
+def _common(fields: Fields, kind: Kind) -> dict[str, Any]:
+    if not kind.partial and fields.rotated_part != 1:
+        part = fields.integer("rope.dimension_count")
+        raise CheckpointError(
+            f"metadata {fields.architecture}.rope.dimension_count {part} is not the head's {fields.head_dim}"
+        )
+    heads = fields.integer("attention.head_count")
+    eps = "attention.layer_norm_rms_epsilon" if kind.eps == "rms_norm_eps" else "attention.layer_norm_epsilon"
+    embedding = fields.file.tensors.get("token_embd.weight")
+    if embedding is None:
+        raise CheckpointError("missing tensor token_embd.weight")
+    return {
+        "vocab_size": embedding.shape[0],
+        "hidden_size": fields.integer("embedding_length"),
+        "intermediate_size": fields.integer("feed_forward_length", 0),
+        "num_hidden_layers": fields.integer("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": fields.integer("attention.head_count_kv", heads),
+        "head_dim": fields.head_dim,
+        kind.eps: fields.number(eps),
+        "max_position_embeddings": fields.integer("context_length"),
+        "tie_word_embeddings": not fields.has("output.weight"),
+        "rope_parameters": read_rope(fields) | ({"partial_rotary_factor": fields.rotated_part} if kind.partial else {}),
+    }
+
+
+def _attention_bias(fields: Fields) -> bool:
+    return fields.has("blk.0.attn_q.bias") or fields.has("blk.0.attn_qkv.bias")
+
+
+def _llama(fields: Fields) -> dict[str, Any]:
+    return {"attention_bias": _attention_bias(fields), "mlp_bias": fields.has("blk.0.ffn_up.bias")}
+
+
+def _mixtral(fields: Fields) -> dict[str, Any]:
+    counts = fields.integer("expert_count"), fields.integer("expert_used_count")
+    return {"num_local_experts": counts[0], "num_experts_per_tok": counts[1]}
+
+
+def _experts(fields: Fields) -> dict[str, Any]:
+    counts = fields.integer("expert_count"), fields.integer("expert_used_count")
+    size = fields.integer("expert_feed_forward_length", fields.integer("feed_forward_length", 0))
+    return {"num_experts": counts[0], "num_experts_per_tok": counts[1], "moe_intermediate_size": size}
+
+
+def _qwen2_moe(fields: Fields) -> dict[str, Any]:
+    shared = fields.integer("expert_shared_feed_forward_length", fields.integer("feed_forward_length", 0))
+    return _experts(fields) | {"shared_expert_intermediate_size": shared}
+
+
+def _window(fields: Fields) -> dict[str, Any]:
+    return {"sliding_window": fields.integer("attention.sliding_window", 0) or None}
+
+
+def _gemma2(fields: Fields) -> dict[str, Any]:
+    return {
+        **_window(fields),
+        "query_pre_attn_scalar": _query_scalar(fields, largest=46),
+        "attn_logit_softcapping": fields.get("attn_logit_softcapping"),
+        "final_logit_softcapping": fields.get("final_logit_softcapping"),
+    }
+
+
+def _gemma3(fields: Fields) -> dict[str, Any]:
+    local = {"rope_type": "default", "rope_theta": fields.number("rope.freq_base_swa", 10000.0)}
+    return {
+        **_window(fields),
+        "query_pre_attn_scalar": _query_scalar(fields, largest=62),
+        "final_logit_softcapping": fields.get("final_logit_softcapping"),
+        "rope_parameters": {"full_attention": read_rope(fields), "sliding_attention": local},
+    }
+
+
+def _query_scalar(fields: Fields, largest: int) -> int:
+    """The largest of Gemma's models, which has this many layers, scales by the head's share of the hidden size."""
+    if fields.integer("block_count") == largest:
+        return fields.integer("embedding_length") // fields.integer("attention.head_count")
+    return fields.head_dim
+
+
+def _phi3(fields: Fields) -> dict[str, Any]:
+    trained = fields.integer("rope.scaling.original_context_length", fields.integer("context_length"))
+    return {**_window(fields), "original_max_position_embeddings": trained}
+
+
+def _granite(fields: Fields) -> dict[str, Any]:
+    return {
+        "attention_bias": _attention_bias(fields),
+        "mlp_bias": fields.has("blk.0.ffn_up.bias"),
+        "attention_multiplier": fields.number("attention.scale", fields.head_dim**-0.5),
+        "embedding_multiplier": fields.number("embedding_scale", 1.0),
+        "residual_multiplier": fields.number("residual_scale", 1.0),
+        "logits_scaling": fields.number("logit_scale", 1.0),
+    }
+
+
+def _cohere(fields: Fields) -> dict[str, Any]:
+    return {"logit_scale": fields.number("logit_scale"), "use_qk_norm": fields.has("blk.0.attn_q_norm.weight")}
+
+
+def _cohere2(fields: Fields) -> dict[str, Any]:
+    return {**_window(fields), "logit_scale": fields.number("logit_scale")}
+
+
+def _starcoder2(fields: Fields) -> dict[str, Any]:
+    return {**_window(fields), "use_bias": _attention_bias(fields), "hidden_act": "gelu_pytorch_tanh"}
+
+
+def _olmo2(fields: Fields) -> dict[str, Any]:
+    return {"attention_bias": _attention_bias(fields)}
+
+
+def _stablelm(fields: Fields) -> dict[str, Any]:
+    parallel = fields.get("use_parallel_residual", not fields.has("blk.0.ffn_norm.weight"))
+    return {
+        "use_qkv_bias": _attention_bias(fields),
+        "use_parallel_residual": bool(parallel),
+        "qk_layernorm": fields.has("blk.0.attn_q_norm.weight"),
+    }
+
+
+def _seed_oss(fields: Fields) -> dict[str, Any]:
+    return {
+        "attention_bias": _attention_bias(fields),
+        "attention_out_bias": fields.has("blk.0.attn_output.bias"),
+        "mlp_bias": fields.has("blk.0.ffn_up.bias"),
+    }
+
+
+MIXTRAL = Kind("mixtral", _mixtral)
+KINDS: Mapping[str, Kind] = {
+    "llama": Kind("llama", _llama),
+    "qwen2": Kind("qwen2"),
+    "qwen3": Kind("qwen3", _olmo2),
+    "qwen2moe": Kind("qwen2_moe", _qwen2_moe),
+    "qwen3moe": Kind("qwen3_moe", lambda fields: _experts(fields) | {"norm_topk_prob": True}),
+    "gemma": Kind("gemma"),
+    "gemma2": Kind("gemma2", _gemma2),
+    "gemma3": Kind("gemma3_text", _gemma3),
+    "phi2": Kind("phi", eps="layer_norm_eps", partial=True),
+    "phi3": Kind("phi3", _phi3, partial=True),
+    "granite": Kind("granite", _granite),
+    "command-r": Kind("cohere", _cohere, eps="layer_norm_eps"),
+    "cohere2": Kind("cohere2", _cohere2, eps="layer_norm_eps"),
+    "starcoder2": Kind("starcoder2", _starcoder2, eps="norm_epsilon"),
+    "olmo2": Kind("olmo2", _olmo2),
+    "smollm3": Kind("smollm3", _llama),
+    "stablelm": Kind("stablelm", _stablelm, eps="layer_norm_eps", partial=True),
+    "glm4": Kind("glm4", _olmo2, partial=True),
+    "nemotron": Kind("nemotron", _llama, eps="norm_eps", partial=True),
+    "seed_oss": Kind("seed_oss", _seed_oss),
+}
