@@ -75,6 +75,9 @@ FLOORS = {
     ),
 }
 
+# The folders of HTTP's faces.
+FACES = sorted(path.parent.name for path in (PACKAGES["loraplex_router"] / "api/http").glob("*/__init__.py"))
+
 # Heavy or optional packages, and who may import them.
 FOREIGN = {
     "torch": {"loraplex_shard", "loraplex.cli"},
@@ -136,6 +139,13 @@ def _importers(package: str) -> set[str]:
 def test_a_top_floor_is_entered_from_above_alone(package: str) -> None:
     allowed = IMPORTED_BY[package] | {package}
     wrong = {module for module in _importers(package) if not _within(module, allowed)}
+    assert not wrong
+
+
+@pytest.mark.parametrize("face", FACES)
+def test_a_face_is_known_to_the_application_alone(face: str) -> None:
+    package = f"loraplex_router.api.http.{face}"
+    wrong = {module for module in _importers(package) if not _within(module, {package, "loraplex_router.api.http.app"})}
     assert not wrong
 
 

@@ -55,7 +55,7 @@ class LoraplexError(Exception):
 
     error_type: ClassVar[str] = "internal"
     grpc_status: ClassVar[grpc.StatusCode] = grpc.StatusCode.INTERNAL
-    http_status: ClassVar[int] = 500
+    http_status: int = 500
 
     def __init__(self, message: str) -> None:
         super().__init__(message)

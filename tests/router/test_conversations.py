@@ -5,8 +5,7 @@ from typing import Any
 import pytest
 
 from loraplex_protos.errors import InvalidRequestError
-from loraplex_router.api.http.conversation import read_conversation
-from loraplex_router.api.http.openai.schema import Conversation
+from loraplex_router.api.http.conversation import Conversation, read_conversation
 from loraplex_router.vocabulary.chat import Chat, Message
 from loraplex_router.vocabulary.request import Violations
 

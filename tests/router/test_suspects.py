@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loraplex_protos.errors import GenerationError, LoraplexError, UnavailableError
-from loraplex_router.api.http.errors import error_response
+from loraplex_router.api.http.app import FACES
+from loraplex_router.api.http.face import face_of
 from loraplex_router.engine.output import Generation
 from loraplex_router.engine.suspects import CONVICTING_FAILURES, CONVICTING_LOSSES, Loss, acquit
 from loraplex_router.replicas.replica import Replica
@@ -201,9 +202,10 @@ async def test_what_waits_for_an_adapter_goes_on_elsewhere_if_the_replica_is_los
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/generate"])
 def test_clients_that_send_again_what_failed_are_told_not_to(path: str):
-    answer = error_response(path, GenerationError("3 replicas were lost"))
+    face = face_of(path, FACES)
+    answer = face.answer(GenerationError("3 replicas were lost"))
     assert (answer.status_code, answer.headers["x-should-retry"]) == (500, "false")  # as OpenAI's clients read it
-    assert "x-should-retry" not in error_response(path, UnavailableError("later")).headers
+    assert "x-should-retry" not in face.answer(UnavailableError("later")).headers
 
 
 # ---- the policy alone ------------------------------------------------------------------------------------------

@@ -1,12 +1,91 @@
-"""The conversations in the bodies of chat completions and of vLLM's tokenization."""
+"""Conversations in the bodies of chat completions and of vLLM's tokenization."""
 
-from typing import Any
+from typing import Any, Literal, Self
 
-from loraplex_router.api.http.openai.schema import ChatMessage, ContentPart, Conversation
+from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, PrivateAttr, model_validator
+
+from loraplex_router.api.http.fields import MAX_MESSAGES, MAX_TOOLS, Items
 from loraplex_router.vocabulary.chat import Chat, Content, Message
 from loraplex_router.vocabulary.request import Violations
 
 TEXT_PARTS = {"text": "text", "refusal": "refusal", "input_text": "text", "output_text": "text"}  # type -> its field
+
+
+class AsSent(BaseModel):
+    """Checked, and still known in the client's own words: chat templates see all fields that there are, in their
+    order."""
+
+    model_config = ConfigDict(extra="allow")
+
+    _sent: dict[str, Any] = PrivateAttr()
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _keep(cls, sent: dict[str, Any], check: ModelWrapValidatorHandler[Self]) -> Self:
+        found = check(sent)
+        found._sent = sent
+        return found
+
+    @property
+    def sent(self) -> dict[str, Any]:
+        return self._sent
+
+
+class ContentPart(AsSent):
+    type: str
+    text: str | None = None
+    refusal: str | None = None
+
+
+class CalledFunction(BaseModel):
+    name: str
+    arguments: str | dict[str, Any] | None = Field(default=None, description="A JSON object, as text or as it is.")
+
+
+class MessageToolCall(AsSent):
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class ChatMessage(AsSent):
+    """Chat templates see all fields, also others than these, for example `reasoning_content`."""
+
+    role: str
+    content: str | Items[ContentPart] | None = None
+    name: str | None = None
+    tool_calls: Items[MessageToolCall] | None = None
+    tool_call_id: str | None = None
+
+
+class Function(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class Tool(AsSent):
+    type: Literal["function"]
+    function: Function
+
+
+class Conversation(BaseModel):
+    """What a chat template makes a text of."""
+
+    messages: Items[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
+    tools: Items[Tool] | None = Field(default=None, max_length=MAX_TOOLS)
+    documents: Items[dict[str, Any]] | None = Field(default=None, description="For chat templates that read them.")
+    chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: str | None = Field(
+        default=None, description="For chat templates that read it, or enable_thinking: false for none, else true."
+    )
+    add_generation_prompt: bool | None = Field(default=None, description="false: no answer is begun.")
+    chat_template: str | None = Field(default=None, description="Not supported: refused unless empty.")
+    continue_final_message: bool | None = Field(
+        default=None, description="true: the answer goes on where the last message ends, which is the assistant's."
+    )
 
 
 def read_conversation(body: Conversation, found: Violations) -> Chat:

@@ -1,4 +1,4 @@
-"""Generations as long as their HTTP client is there."""
+"""Ends what an HTTP client asked for once it disconnects."""
 
 import asyncio
 from collections.abc import AsyncIterator, Coroutine, Sequence
@@ -16,12 +16,14 @@ T = TypeVar("T")
 
 
 @asynccontextmanager
-async def attended(service: Service, generations: Sequence[Generation], receive: Receive) -> AsyncIterator[None]:
+async def until_disconnect(
+    service: Service, generations: Sequence[Generation], receive: Receive
+) -> AsyncIterator[None]:
     """Leaves the generations at the end. A client that goes before cancels them, which ends their deltas.
 
     `receive` is that of a request whose body was read.
     """
-    watch = asyncio.create_task(_cancel_when_gone(service, generations, receive))
+    watch = asyncio.create_task(_cancel_when_disconnected(service, generations, receive))
     try:
         yield
     finally:
@@ -30,8 +32,8 @@ async def attended(service: Service, generations: Sequence[Generation], receive:
             service.close(generation)
 
 
-async def _cancel_when_gone(service: Service, generations: Sequence[Generation], receive: Receive) -> None:
-    await _gone(receive)
+async def _cancel_when_disconnected(service: Service, generations: Sequence[Generation], receive: Receive) -> None:
+    await _disconnected(receive)
     for generation in generations:
         service.cancel(generation)
 
@@ -45,7 +47,7 @@ async def read(generation: Generation) -> AsyncIterator[tuple[int, Delta]]:
 
 async def collect(service: Service, generations: Sequence[Generation], receive: Receive) -> list[list[Delta]]:
     """The whole answers: one delta per sequence, for each generation. Leaves them. Raises what ended one of them."""
-    async with attended(service, generations, receive):
+    async with until_disconnect(service, generations, receive):
         answers = [await generation.collect() for generation in generations]
     for delta in (delta for answer in answers for delta in answer):
         _refuse_cancelled(delta)
@@ -57,9 +59,9 @@ def _refuse_cancelled(delta: Delta) -> None:
         raise RequestCancelledError("the request was cancelled")
 
 
-async def finish_attended(work: Coroutine[None, None, T], receive: Receive) -> T:
+async def finish_before_disconnect(work: Coroutine[None, None, T], receive: Receive) -> T:
     """What the work returns. A client that goes before cancels it, which is a RequestCancelledError."""
-    working, gone = asyncio.create_task(work), asyncio.create_task(_gone(receive))
+    working, gone = asyncio.create_task(work), asyncio.create_task(_disconnected(receive))
     try:
         await asyncio.wait((working, gone), return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
@@ -70,6 +72,6 @@ async def finish_attended(work: Coroutine[None, None, T], receive: Receive) -> T
         gone.cancel()
 
 
-async def _gone(receive: Receive) -> None:
+async def _disconnected(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass

@@ -1,13 +1,12 @@
-"""Errors as each face's clients expect them: LoRAX's {"error", "error_type"}; under /v1 OpenAI's {"error": {...}}."""
+"""Errors over HTTP, as far as faces share them: which there are, what they say, and how the document describes them."""
 
 import logging
 from collections.abc import Iterable, Mapping
 from math import ceil
-from typing import Any
+from typing import Any, TypeAlias
 
-from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from loraplex_protos.errors import (
@@ -21,38 +20,40 @@ from loraplex_protos.errors import (
     OverloadedError,
     UnauthenticatedError,
 )
-from loraplex_router.vocabulary.request import MAX_VIOLATIONS, ContextLengthError
+from loraplex_router.vocabulary.request import MAX_VIOLATIONS
 
 logger = logging.getLogger(__name__)
 
-OPENAI_PREFIX = "/v1/"
+Responses: TypeAlias = dict[int | str, dict[str, Any]]  # of a route, for the OpenAPI document
+
 TYPES = ("str", "int", "float", "bool", "dict")  # as pydantic names them
 
-MESSAGES = ("sampling", "stopping", "detail", "adapter", "merged_adapters")  # what the router replicas fields in
+MESSAGES = ("sampling", "stopping", "detail", "adapter", "merged_adapters")  # what the router groups fields in
 
-# What the faces call a field of the router's, where that is not the last part of its name.
-LORAX_NAMES = {
-    "prompt": "inputs",
-    "chat.messages": "messages",
-    "n": "best_of",
-    "adapter.id": "adapter_id",
-    "adapter.source": "adapter_source",
-    "adapter.token": "api_token",
-    "merged_adapters.adapters": "ids",
-    "merged_adapters.strategy": "merge_strategy",
-    "detail.top_logprobs": "return_k_alternatives",
+STATUSES = {
+    401: "No API key, or an unknown one.",
+    403: "The API key, or the adapter's source, does not allow the adapter.",
+    408: "The body did not come in time.",
+    413: "The body is too large.",
+    415: "The body is compressed.",
+    424: "The adapter's files cannot be served.",
+    429: "The queue is full, or a limit of the API key is reached.",
+    499: "The request was cancelled.",
+    500: "The generation failed.",
+    502: "The adapter's source does not answer.",
+    503: "The server is starting or shutting down, or has lost a shard.",
 }
-OPENAI_NAMES = {
-    "chat.messages": "messages",
-    "adapter.id": "model",
-    "adapter.source": "adapter_source",
-    "adapter.token": "api_token",
-    "inputs": "input",
-    "detail.prompt_top_logprobs": "prompt_logprobs",
-    "stopping.max_new_tokens": "max_tokens",
-    "stopping.min_new_tokens": "min_tokens",
-    "truncate": "truncate_prompt_tokens",
-}
+
+
+class HttpError(LoraplexError):
+    """What HTTP itself refuses, before a face reads anything: there is no such path, or the body is too large."""
+
+    error_type = "http"
+
+    def __init__(self, refused: HTTPException) -> None:
+        super().__init__(refused.detail)
+        self.http_status = refused.status_code
+        self.headers = dict(refused.headers or {})
 
 
 def internal_error() -> LoraplexError:
@@ -61,90 +62,80 @@ def internal_error() -> LoraplexError:
     return LoraplexError("internal error; the server's log has the details")
 
 
-def lorax_body(error: LoraplexError) -> dict[str, Any]:
-    """An adapter that cannot be served is a `generation` error to LoRAX's clients; one that is not there is a 404."""
-    refused = isinstance(error, AdapterError) and not isinstance(error, AdapterNotFoundError)
-    message = _renamed(error, LORAX_NAMES)
-    if isinstance(error, InvalidRequestError):
-        message = f"Input validation error: {message}"
-    return {"error": message, "error_type": "generation" if refused else error.error_type}
+def read_error(error: Exception) -> LoraplexError:
+    """What a route, FastAPI or a middleware raised. To be called where that is handled."""
+    match error:
+        case LoraplexError():
+            return error
+        case RequestValidationError():
+            return InvalidRequestError(*_merged(map(_violation, error.errors()[:MAX_VIOLATIONS])))
+        case HTTPException(status_code=400):  # FastAPI's for a body that is not text
+            return InvalidRequestError(FieldViolation("body", "is not JSON"))
+        case HTTPException(status_code=429):
+            return OverloadedError(error.detail)
+        case HTTPException():
+            return HttpError(error)
+        case _:
+            return internal_error()
 
 
-def openai_body(error: LoraplexError) -> dict[str, Any]:
-    param = None
-    if isinstance(error, InvalidRequestError):
-        param = _name(error.violations[0], OPENAI_NAMES)
-    elif isinstance(error, AdapterError):
-        param = "model"
-    code = "model_not_found" if isinstance(error, AdapterNotFoundError) else error.error_type
-    code = "context_length_exceeded" if isinstance(error, ContextLengthError) else code
-    kind = "invalid_request_error" if openai_status(error) < 429 else "server_error"
-    kind = "rate_limit_error" if isinstance(error, OverloadedError) else kind
-    return {"error": {"message": _renamed(error, OPENAI_NAMES), "type": kind, "param": param, "code": code}}
+def error_headers(error: LoraplexError) -> dict[str, str]:
+    match error:
+        case HttpError():
+            return error.headers
+        case OverloadedError():
+            return {"Retry-After": str(ceil(error.retry_after))}
+        case GenerationError():  # it would fail again; OpenAI's clients send any other 500 three times
+            return {"x-should-retry": "false"}
+        case UnauthenticatedError():
+            return {"WWW-Authenticate": "Bearer"}
+        case _:
+            return {}
 
 
-def openai_status(error: LoraplexError) -> int:
-    return 400 if isinstance(error, InvalidRequestError) else error.http_status
+def rename_fields(error: LoraplexError, names: Mapping[str, str]) -> LoraplexError:
+    """The error in a face's words. `names`: what the face calls a field of the router's, where that is not the last
+    part of its name."""
+    if not isinstance(error, InvalidRequestError):
+        return error
+    return type(error)(*(FieldViolation(_name(found, names), found.description) for found in error.violations))
 
 
-def error_response(path: str, error: LoraplexError) -> Response:
-    """The answer to a request for `path` that failed before anything was sent."""
-    headers = _headers(error)
-    if path.startswith(OPENAI_PREFIX):
-        return JSONResponse(openai_body(error), openai_status(error), headers)
-    return JSONResponse(lorax_body(error), error.http_status, headers)
-
-
-def install_handlers(app: FastAPI) -> None:
-    """Every error of every route goes through `error_response`."""
-
-    @app.exception_handler(LoraplexError)
-    async def known(request: Request, error: LoraplexError) -> Response:
-        return error_response(request.url.path, error)
-
-    @app.exception_handler(RequestValidationError)
-    async def malformed(request: Request, error: RequestValidationError) -> Response:
-        return error_response(request.url.path, _malformed(error))
-
-    @app.exception_handler(HTTPException)
-    async def unrouted(request: Request, error: HTTPException) -> Response:
-        if error.status_code == 400:  # FastAPI's for a body that is no text at all
-            unreadable = InvalidRequestError(FieldViolation("body", "is not JSON"))
-            return error_response(request.url.path, unreadable)
-        answer: dict[str, Any] = {"error": error.detail, "error_type": "http"}
-        if request.url.path.startswith(OPENAI_PREFIX):
-            kind = "invalid_request_error"
-            answer = {"error": {"message": error.detail, "type": kind, "param": None, "code": None}}
-        return JSONResponse(answer, error.status_code, error.headers)
-
-    @app.exception_handler(Exception)
-    async def unforeseen(request: Request, error: Exception) -> Response:
-        return error_response(request.url.path, internal_error())
-
-
-def _headers(error: LoraplexError) -> dict[str, str]:
-    if isinstance(error, OverloadedError):
-        return {"Retry-After": str(ceil(error.retry_after))}
-    if isinstance(error, GenerationError):  # it would fail again; OpenAI's clients send any other 500 three times
-        return {"x-should-retry": "false"}
-    return {"WWW-Authenticate": "Bearer"} if isinstance(error, UnauthenticatedError) else {}
-
-
-def _renamed(error: LoraplexError, names: Mapping[str, str]) -> str:
+def describe(error: LoraplexError) -> str:
     if not isinstance(error, InvalidRequestError):
         return error.message
-    return "; ".join(f"`{_name(found, names)}` {found.description}" for found in error.violations)
+    return "; ".join(f"`{found.field}` {found.description}" for found in error.violations)
+
+
+class Error(BaseModel):
+    error: str
+    error_type: str
+
+
+def write_lorax_error(error: LoraplexError) -> dict[str, Any]:
+    """LoRAX's form, an `Error`, which administration shares. An adapter that cannot be served is a `generation` error
+    to LoRAX's clients; one that is not there is a 404."""
+    refused = isinstance(error, AdapterError) and not isinstance(error, AdapterNotFoundError)
+    prefix = "Input validation error: " if isinstance(error, InvalidRequestError) else ""
+    return {"error": prefix + describe(error), "error_type": "generation" if refused else error.error_type}
+
+
+def document_errors(model: type[BaseModel], own: Mapping[int, str]) -> Responses:
+    """Of a route that fails. `own`: what a face says in its own words."""
+    return {status: {"model": model, "description": text} for status, text in sorted({**STATUSES, **own}.items())}
+
+
+def only(errors: Responses, *statuses: int) -> Responses:
+    return {status: errors[status] for status in statuses}
+
+
+LORAX_ERRORS = document_errors(Error, {404: "No such adapter.", 422: "A field is wrong; the message names it."})
 
 
 def _name(found: FieldViolation, names: Mapping[str, str]) -> str:
     if found.field.partition(".")[0] in MESSAGES:
         return names.get(found.field) or found.field.rpartition(".")[2]
     return names.get(found.field, found.field)
-
-
-def _malformed(error: RequestValidationError) -> InvalidRequestError:
-    """The first of what pydantic found."""
-    return InvalidRequestError(*_merged(map(_violation, error.errors()[:MAX_VIOLATIONS])))
 
 
 def _violation(found: Mapping[str, Any]) -> FieldViolation:

@@ -9,7 +9,7 @@ from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
 from loraplex_protos.errors import LoraplexError
-from loraplex_router.api.http.disconnects import attended
+from loraplex_router.api.http.disconnects import until_disconnect
 from loraplex_router.api.http.errors import internal_error
 from loraplex_router.engine.output import Generation
 from loraplex_router.service.service import Service
@@ -55,7 +55,7 @@ class EventStream(Response):
         self._quiet = True  # nothing was sent since the last look
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with attended(self._service, self._generations, receive):
+        async with until_disconnect(self._service, self._generations, receive):
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             keep_alive = asyncio.create_task(self._keep_alive(send))
             try:

@@ -1,5 +1,6 @@
 """From LoRAX's JSON to the router's request."""
 
+from loraplex_router.api.http.call import Call
 from loraplex_router.api.http.lorax.schema import GenerateRequest, Parameters
 from loraplex_router.api.http.response_format import read_response_format
 from loraplex_router.vocabulary.chat import Chat, Message
@@ -31,6 +32,11 @@ def read_request(body: GenerateRequest, bearer: str, stream: bool) -> Request:
             prompt_logprobs=bool(given.decoder_input_details),
         ),
     )
+
+
+def adapter_token(call: Call) -> str:
+    """LoRAX's clients send an adapter's token as Authorization, unless this server takes API keys."""
+    return "" if call.service.keys.required else call.key or ""
 
 
 def wants_details(given: Parameters) -> bool:

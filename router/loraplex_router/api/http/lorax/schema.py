@@ -66,6 +66,11 @@ class CompatGenerateRequest(GenerateRequest):
     stream: bool | None = None
 
 
+class EmbedRequest(BaseModel):
+    inputs: str
+    parameters: Parameters | None = Field(default=None, description="`truncate`, and those that name an adapter.")
+
+
 # ---- answers: for the OpenAPI document; they are written as plain dictionaries ---------------------------------
 
 
@@ -149,6 +154,5 @@ class Info(BaseModel):
     request_logger_url: str | None
 
 
-class Error(BaseModel):
-    error: str
-    error_type: str
+class EmbedResponse(BaseModel):
+    embeddings: list[float]

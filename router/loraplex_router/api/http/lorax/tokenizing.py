@@ -1,27 +1,25 @@
 """Text to tokens as LoRAX's clients and vLLM's ask for it, and back."""
 
 from collections.abc import AsyncIterator
-from typing import Any
 
 import orjson
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, Field
 
 from loraplex_protos.errors import FieldViolation, InvalidRequestError
-from loraplex_router.api.http.api_key import api_key
-from loraplex_router.api.http.conversation import read_conversation
+from loraplex_router.api.http.call import Call
+from loraplex_router.api.http.conversation import Conversation, read_conversation
+from loraplex_router.api.http.errors import LORAX_ERRORS, only
 from loraplex_router.api.http.fields import Items, TokenId
 from loraplex_router.api.http.json_body import JsonRoute
 from loraplex_router.api.http.json_list import write_list
-from loraplex_router.api.http.lorax.routes import ERRORS
-from loraplex_router.api.http.openai.reading import read_model_name
-from loraplex_router.api.http.openai.schema import Conversation
-from loraplex_router.service.service import Service
+from loraplex_router.api.http.model_names import read_model_name
 from loraplex_router.text.tokenizer import Spans, Tokenizer
 from loraplex_router.vocabulary.request import Violations
 
-TOKENIZING_ERRORS = 401, 403, 404, 413, 422, 424, 502, 503  # an adapter can be asked for its chat template
+# An adapter can be asked for its chat template.
+ERRORS = only(LORAX_ERRORS, 401, 403, 404, 413, 422, 424, 502, 503)
 
 JSON = "application/json"
 
@@ -65,40 +63,39 @@ class VllmText(BaseModel):
     prompt: str
 
 
-def create_tokenizing_routes(service: Service) -> APIRouter:
-    routes = APIRouter(route_class=JsonRoute)
-    refused: dict[int | str, dict[str, Any]] = {status: ERRORS[status] for status in TOKENIZING_ERRORS}
+router = APIRouter(route_class=JsonRoute)
 
-    @routes.post("/tokenize", tags=["LoRAX"], responses={200: {"model": list[LoraxToken] | VllmTokens}, **refused})
-    async def tokenize(body: LoraxTokenize | VllmTokenize | VllmTokenizeChat, http: Request) -> Response:
-        """The tokens of a text: with LoRAX's `inputs` each with its place in it, with vLLM's `prompt` their ids; or the
-        ids of a conversation, vLLM's `messages`."""
-        spans = await _spans(body, api_key(http))
-        if isinstance(body, LoraxTokenize):
-            return StreamingResponse(_write_lorax(spans), media_type=JSON)
-        names = service.tokenizer if body.return_token_strs else None
-        return StreamingResponse(_write_vllm(spans, service.info.max_model_len, names), media_type=JSON)
 
-    @routes.post("/detokenize", tags=["Operation"], responses={200: {"model": VllmText}, **refused})
-    async def detokenize(body: VllmDetokenize, http: Request) -> Response:
-        """The text of token ids, special tokens shown, as vLLM."""
-        service.keys.tenant(api_key(http))
-        vocabulary = service.info.vocab_size
-        if max(body.tokens, default=0) >= vocabulary:
-            raise InvalidRequestError(FieldViolation("tokens", f"every id must be below {vocabulary}"))
-        return JSONResponse({"prompt": await service.tokenizer.decode_verbatim(body.tokens)})
+@router.post("/tokenize", tags=["LoRAX"], responses={200: {"model": list[LoraxToken] | VllmTokens}, **ERRORS})
+async def tokenize(body: LoraxTokenize | VllmTokenize | VllmTokenizeChat, call: Call) -> Response:
+    """The tokens of a text or of a conversation: with LoRAX's `inputs` each with its place in the text, with vLLM's
+    `prompt` or `messages` their ids."""
+    spans = await _spans(body, call)
+    if isinstance(body, LoraxTokenize):
+        return StreamingResponse(_write_lorax(spans), media_type=JSON)
+    names = call.service.tokenizer if body.return_token_strs else None
+    return StreamingResponse(_write_vllm(spans, call.service.info.max_model_len, names), media_type=JSON)
 
-    async def _spans(body: LoraxTokenize | VllmTokenize | VllmTokenizeChat, key: str | None) -> Spans:
-        if not isinstance(body, VllmTokenizeChat):
-            text = body.inputs if isinstance(body, LoraxTokenize) else body.prompt
-            return await service.tokenize(text, body.add_special_tokens is not False, None, key)
-        found = Violations()
-        chat = read_conversation(body, found)
-        found.raise_any()
-        adapter = read_model_name(body.model, service.model_names)
-        return await service.tokenize(chat, bool(body.add_special_tokens), adapter, key)
 
-    return routes
+@router.post("/detokenize", tags=["Operation"], responses={200: {"model": VllmText}, **ERRORS})
+async def detokenize(body: VllmDetokenize, call: Call) -> Response:
+    """The text of token ids, with special tokens, as vLLM writes it."""
+    call.service.keys.tenant(call.key)
+    vocabulary = call.service.info.vocab_size
+    if max(body.tokens, default=0) >= vocabulary:
+        raise InvalidRequestError(FieldViolation("tokens", f"every id must be below {vocabulary}"))
+    return JSONResponse({"prompt": await call.service.tokenizer.decode_verbatim(body.tokens)})
+
+
+async def _spans(body: LoraxTokenize | VllmTokenize | VllmTokenizeChat, call: Call) -> Spans:
+    if not isinstance(body, VllmTokenizeChat):
+        text = body.inputs if isinstance(body, LoraxTokenize) else body.prompt
+        return await call.service.tokenize(text, body.add_special_tokens is not False, None, call.key)
+    found = Violations()
+    chat = read_conversation(body, found)
+    found.raise_any()
+    adapter = read_model_name(body.model, call.service.model_names)
+    return await call.service.tokenize(chat, bool(body.add_special_tokens), adapter, call.key)
 
 
 async def _write_lorax(spans: Spans) -> AsyncIterator[bytes]:

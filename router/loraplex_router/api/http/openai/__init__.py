@@ -1,1 +1,23 @@
 """OpenAI's face under /v1, with the fields that vLLM's clients add."""
+
+from loraplex_router.api.http.face import Face
+from loraplex_router.api.http.openai import embeddings, models, routes
+from loraplex_router.api.http.openai.errors import write_error
+
+FACE = Face(
+    prefix="/v1",
+    routers=(routes.router, models.router, embeddings.router),
+    write_error=write_error,
+    field_names={
+        "chat.messages": "messages",
+        "adapter.id": "model",
+        "adapter.source": "adapter_source",
+        "adapter.token": "api_token",
+        "inputs": "input",
+        "detail.prompt_top_logprobs": "prompt_logprobs",
+        "stopping.max_new_tokens": "max_tokens",
+        "stopping.min_new_tokens": "min_tokens",
+        "truncate": "truncate_prompt_tokens",
+    },
+    invalid_status=400,
+)

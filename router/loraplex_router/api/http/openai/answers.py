@@ -82,5 +82,5 @@ class ErrorDetail(BaseModel):
     code: str | None
 
 
-class Error(BaseModel):
+class OpenaiError(BaseModel):
     error: ErrorDetail

@@ -12,7 +12,7 @@ from loraplex_router.api.http.openai.logprobs import TokenNames, chat_logprobs, 
 from loraplex_router.api.http.openai.reading import read_model, read_most, read_options
 from loraplex_router.api.http.openai.schema import ChatCompletionRequest
 from loraplex_router.api.http.openai.tools import check_tools, create_parser, may_call, write_call
-from loraplex_router.api.http.openai.writing import finish_reason, head, usage, usage_so_far
+from loraplex_router.api.http.openai.writing import common_fields, finish_reason, usage, usage_so_far
 from loraplex_router.api.http.sse import DONE, event
 from loraplex_router.api.turns import in_turn
 from loraplex_router.engine.output import Delta, Generation
@@ -54,7 +54,7 @@ class ChatWriter:
 
     def whole(self, deltas: list[Delta]) -> dict[str, Any]:
         choices = [self._whole_choice(index, delta) for index, delta in enumerate(deltas)]
-        return {**self._head("chat.completion"), "choices": choices, "usage": usage([self.generation])}
+        return {**self._common_fields("chat.completion"), "choices": choices, "usage": usage([self.generation])}
 
     def _whole_choice(self, index: int, delta: Delta) -> dict[str, Any]:
         writer = _ChoiceWriter(self.body)
@@ -83,7 +83,7 @@ class ChatWriter:
 
     async def events(self) -> AsyncIterator[bytes]:
         with_usage = bool(self.body.stream_options and self.body.stream_options.include_usage)
-        first = self._head("chat.completion.chunk")
+        first = self._common_fields("chat.completion.chunk")
         writers = [_ChoiceWriter(self.body) for _ in self.generation.outputs]
         async for index, delta in read(self.generation):
             last = usage_so_far(self.body.stream_options, [self.generation])
@@ -125,8 +125,8 @@ class ChatWriter:
     def _logprobs(self, delta: Delta) -> dict[str, Any]:
         return chat_logprobs(delta, TokenNames(self.tokenizer, bool(self.body.return_tokens_as_token_ids)))
 
-    def _head(self, kind: str) -> dict[str, Any]:
-        return head(kind, "chatcmpl", self.generation, self.body.model, self.version)
+    def _common_fields(self, kind: str) -> dict[str, Any]:
+        return common_fields(kind, "chatcmpl", self.generation, self.body.model, self.version)
 
 
 class _ChoiceWriter:

@@ -8,7 +8,7 @@ from typing import Any
 from loraplex_router.api.http.openai.logprobs import CompletionLogprobs, TokenNames, prompt_logprobs
 from loraplex_router.api.http.openai.reading import read_model, read_most, read_options, read_prompts
 from loraplex_router.api.http.openai.schema import CompletionRequest
-from loraplex_router.api.http.openai.writing import finish_reason, head, read_all, usage, usage_so_far
+from loraplex_router.api.http.openai.writing import common_fields, finish_reason, read_all, usage, usage_so_far
 from loraplex_router.api.http.sse import DONE, event
 from loraplex_router.api.turns import in_turn
 from loraplex_router.engine.output import Delta, Generation, SequenceOutput
@@ -83,7 +83,7 @@ class CompletionWriter:
             if len(pairs) > (self.body.n or 1):
                 pairs = sorted(pairs, key=lambda pair: pair[1].mean_logprob, reverse=True)[: self.body.n or 1]
             choices += [self._whole_choice(len(choices) + at, *pair) for at, pair in enumerate(pairs)]
-        return {**self._head(), "choices": choices, "usage": usage(self.generations)}
+        return {**self._common_fields(), "choices": choices, "usage": usage(self.generations)}
 
     def _whole_choice(self, index: int, output: SequenceOutput, delta: Delta) -> dict[str, Any]:
         if _scores_only(self.body):
@@ -96,7 +96,8 @@ class CompletionWriter:
     async def events(self) -> AsyncIterator[bytes]:
         outputs = [output for generation in self.generations for output in generation.outputs]
         writers = [_ChoiceWriter(self, index, output) for index, output in enumerate(outputs)]
-        first, with_usage = self._head(), bool(self.body.stream_options and self.body.stream_options.include_usage)
+        with_usage = bool(self.body.stream_options and self.body.stream_options.include_usage)
+        first = self._common_fields()
         async for index, delta in read_all(self.generations):
             writer, prompt = writers[index], 0 if writers[index].begun else outputs[index].num_prompt_logprobs
             if writer.has_news(delta):
@@ -106,8 +107,8 @@ class CompletionWriter:
             yield event({**first, "choices": [], "usage": usage(self.generations)})
         yield DONE
 
-    def _head(self) -> dict[str, Any]:
-        return head("text_completion", "cmpl", self.generations[0], self.body.model, self.version)
+    def _common_fields(self) -> dict[str, Any]:
+        return common_fields("text_completion", "cmpl", self.generations[0], self.body.model, self.version)
 
 
 def _event(first: dict[str, Any], writer: "_ChoiceWriter", delta: Delta, last: dict[str, Any]) -> bytes:

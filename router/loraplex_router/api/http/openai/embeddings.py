@@ -1,4 +1,4 @@
-"""Embeddings under the names of OpenAI's route and of LoRAX's."""
+"""OpenAI's embeddings."""
 
 import base64
 import struct
@@ -6,28 +6,26 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Literal
 
 import orjson
-from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi import APIRouter, Response
+from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, Field
 
 from loraplex_protos.errors import FieldViolation, InvalidRequestError
-from loraplex_router.api.http.api_key import api_key
-from loraplex_router.api.http.disconnects import finish_attended
+from loraplex_router.api.http.call import Call
+from loraplex_router.api.http.disconnects import finish_before_disconnect
 from loraplex_router.api.http.fields import Name, Prompts
 from loraplex_router.api.http.json_body import JsonRoute
 from loraplex_router.api.http.json_list import write_list
-from loraplex_router.api.http.lorax.reading import read_adapter
-from loraplex_router.api.http.lorax.routes import ERRORS as LORAX_ERRORS
-from loraplex_router.api.http.lorax.schema import Parameters
-from loraplex_router.api.http.openai.reading import answered_name, read_model_name, read_prompts
-from loraplex_router.api.http.openai.routes import ERRORS as OPENAI_ERRORS
+from loraplex_router.api.http.model_names import answered_name, read_model_name
+from loraplex_router.api.http.openai.errors import ERRORS
+from loraplex_router.api.http.openai.reading import read_prompts
 from loraplex_router.api.http.openai.schema import CountOrAll
 from loraplex_router.engine.output import Embedding
-from loraplex_router.service.service import Service
 from loraplex_router.vocabulary.request import EmbedRequest
 
 FLOATS = 8192  # written in one go
-POOLING = "the mean of the last hidden states over all tokens, scaled to length 1"
+
+router = APIRouter(tags=["OpenAI"], route_class=JsonRoute)
 
 
 class OpenaiRequest(BaseModel):
@@ -53,52 +51,18 @@ class OpenaiAnswer(BaseModel):
     usage: dict[str, int]
 
 
-class LoraxRequest(BaseModel):
-    inputs: str
-    parameters: Parameters | None = Field(default=None, description="`truncate`, and those that name an adapter.")
-
-
-class LoraxAnswer(BaseModel):
-    embeddings: list[float]
-
-
-def create_embedding_routes(service: Service) -> APIRouter:
-    routes = APIRouter(route_class=JsonRoute)
-
-    async def embed(request: EmbedRequest, http: Request) -> list[Embedding]:
-        key = api_key(http)
-        return await finish_attended(service.embed(request, key), http.receive)
-
-    @routes.post(
-        "/v1/embeddings",
-        tags=["OpenAI"],
-        responses={200: {"model": OpenaiAnswer}, **OPENAI_ERRORS},
-        description=f"A vector for each input: {POOLING}.",
-    )
-    async def openai_embeddings(body: OpenaiRequest, http: Request) -> Response:
-        if body.dimensions is not None:
-            raise InvalidRequestError(FieldViolation("dimensions", "is not supported: leave it out"))
-        names = service.model_names
-        adapter = read_model_name(body.model, names)
-        request = EmbedRequest(tuple(read_prompts(body.input)), adapter, body.truncate_prompt_tokens)
-        found = await embed(request, http)
-        written = _write(found, body.encoding_format == "base64", answered_name(body.model, names))
-        return StreamingResponse(written, media_type="application/json")
-
-    @routes.post(
-        "/embed",
-        tags=["LoRAX"],
-        responses={200: {"model": LoraxAnswer}, **LORAX_ERRORS},
-        description=f"The input's vector: {POOLING}.",
-    )
-    async def lorax_embed(body: LoraxRequest, http: Request) -> Response:
-        token = "" if service.keys.required else api_key(http) or ""
-        given = body.parameters or Parameters()
-        request = EmbedRequest((body.inputs,), read_adapter(given, token), given.truncate)
-        (found,) = await embed(request, http)
-        return JSONResponse({"embeddings": found.values.tolist()})
-
-    return routes
+@router.post("/embeddings", responses={200: {"model": OpenaiAnswer}, **ERRORS})
+async def openai_embeddings(body: OpenaiRequest, call: Call) -> Response:
+    """A vector of length 1 for each input: the mean of the last hidden states over all tokens, or that of the last
+    token if the model's configuration says so."""
+    if body.dimensions is not None:
+        raise InvalidRequestError(FieldViolation("dimensions", "is not supported: leave it out"))
+    names = call.service.model_names
+    adapter = read_model_name(body.model, names)
+    request = EmbedRequest(tuple(read_prompts(body.input)), adapter, body.truncate_prompt_tokens)
+    found = await finish_before_disconnect(call.service.embed(request, call.key), call.receive)
+    written = _write(found, body.encoding_format == "base64", answered_name(body.model, names))
+    return StreamingResponse(written, media_type="application/json")
 
 
 async def _write(found: Sequence[Embedding], in_base64: bool, model: str) -> AsyncIterator[bytes]:

@@ -3,14 +3,12 @@
 from collections.abc import Sequence
 from typing import Any, cast
 
-from loraplex_protos.errors import AdapterNotFoundError, quote
+from loraplex_router.api.http.model_names import read_model_name
 from loraplex_router.api.http.openai.formats import read_format
 from loraplex_router.api.http.openai.schema import GenerationRequest
 from loraplex_router.vocabulary.chat import RenderedChat
 from loraplex_router.vocabulary.references import AdapterReference
 from loraplex_router.vocabulary.request import Prompt, SamplingOptions, Violations
-
-BASE_NAMES = ("", "tgi")  # beside the model's own name; `text-generation` sends "tgi"
 
 LEAST_TOP_P = 1e-6  # what OpenAI's 0 means: the likeliest token alone
 
@@ -19,23 +17,6 @@ def read_model(body: GenerationRequest, base: Sequence[str]) -> AdapterReference
     """The adapter that the model's name means, with where LoRAX's fields say that it is; None is the base."""
     named = read_model_name(body.model, base)
     return named and AdapterReference(named.id, body.adapter_source or "", token=body.api_token or "")
-
-
-def read_model_name(model: str, base: Sequence[str]) -> AdapterReference | None:
-    """The adapter that `model` names; None is the base, whose names are `base`. Whether there is such an adapter is not
-    known yet."""
-    if model in base or model in BASE_NAMES:
-        return None
-    prefix = next((f"{name}:" for name in base if model.startswith(f"{name}:")), "")
-    name = model.removeprefix(prefix)
-    if not name:
-        raise AdapterNotFoundError(f"the model {quote(model)} does not exist")
-    return AdapterReference(name)
-
-
-def answered_name(model: str, base: Sequence[str]) -> str:
-    """What an answer says that it is from, of what the request named."""
-    return base[0] if not model or model in base else model
 
 
 def read_prompts(given: str | list[str] | list[int] | list[list[int]], add_special_tokens: bool = True) -> list[Prompt]:

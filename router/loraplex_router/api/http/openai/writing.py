@@ -17,7 +17,7 @@ FINISH_REASONS = {
 }
 
 
-def head(kind: str, prefix: str, generation: Generation, model: str, version: str) -> dict[str, Any]:
+def common_fields(kind: str, prefix: str, generation: Generation, model: str, version: str) -> dict[str, Any]:
     """The fields that every answer and chunk begins with."""
     return {
         "id": f"{prefix}-{generation.request_id}",

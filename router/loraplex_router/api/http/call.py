@@ -1,0 +1,24 @@
+"""What routes ask FastAPI for."""
+
+from dataclasses import dataclass
+from typing import Annotated, TypeAlias
+
+from fastapi import Depends, Request
+from starlette.types import Receive
+
+from loraplex_router.access.keys import read_bearer
+from loraplex_router.service.service import Service
+
+
+@dataclass(frozen=True, slots=True)
+class RouteCall:
+    service: Service  # that is called
+    key: str | None  # the API key. Where the server has no keys, LoRAX's clients send a token for the hub in its place
+    receive: Receive  # tells of the client's disconnect once the body was read
+
+
+async def _read_call(http: Request) -> RouteCall:
+    return RouteCall(http.app.state.service, read_bearer(http.headers.get("authorization")), http.receive)
+
+
+Call: TypeAlias = Annotated[RouteCall, Depends(_read_call)]

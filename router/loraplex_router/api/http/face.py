@@ -1,0 +1,53 @@
+"""What a face is, and which face answers an error."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from loraplex_protos.errors import InvalidRequestError, LoraplexError
+from loraplex_router.api.http.errors import error_headers, read_error, rename_fields
+
+
+@dataclass(frozen=True, slots=True)
+class Face:
+    """An API that clients speak over HTTP: a folder beside this file. `app.py` lists them all."""
+
+    prefix: str  # of all its paths; "" is the face of the paths that no other has
+    routers: Sequence[APIRouter]  # whose paths follow the prefix; what is asked most comes first
+    write_error: Callable[[LoraplexError], Mapping[str, Any]]  # an error's body
+    field_names: Mapping[str, str] = field(default_factory=dict)  # see `rename_fields`
+    invalid_status: int = InvalidRequestError.http_status
+
+    def has(self, path: str) -> bool:
+        return not self.prefix or f"{path}/".startswith(f"{self.prefix}/")
+
+    def answer(self, error: LoraplexError) -> Response:
+        """To a request that failed before anything was sent."""
+        status = self.invalid_status if isinstance(error, InvalidRequestError) else error.http_status
+        body = self.write_error(rename_fields(error, self.field_names))
+        return JSONResponse(body, status, error_headers(error))
+
+
+def install_faces(app: FastAPI, faces: Sequence[Face]) -> None:
+    """Their routes, and their errors: each is answered by the face of the path, also where there is no such route."""
+    for routers in zip_longest(*(face.routers for face in faces)):  # tried in this order: each face's first before all
+        for face, router in zip(faces, routers, strict=True):
+            if router:
+                app.include_router(router, prefix=face.prefix)
+
+    async def answer(request: Request, error: Exception) -> Response:
+        return face_of(request.url.path, faces).answer(read_error(error))
+
+    for kind in (LoraplexError, RequestValidationError, HTTPException, Exception):
+        app.add_exception_handler(kind, answer)
+
+
+def face_of(path: str, faces: Sequence[Face]) -> Face:
+    """The one with the longest prefix that the path has."""
+    return max((face for face in faces if face.has(path)), key=lambda face: len(face.prefix))

@@ -1,0 +1,97 @@
+"""What operators and their tools ask for: health, the model, the limits, metrics, this API's description."""
+
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import HTMLResponse, JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from loraplex_router.api.http.call import Call
+from loraplex_router.api.http.disconnects import collect
+from loraplex_router.api.http.errors import LORAX_ERRORS, Error, Responses, only
+from loraplex_router.api.http.lorax import schema
+from loraplex_router.api.http.lorax.front_page import FRONT_PAGE_HEADERS, front_page
+from loraplex_router.service.service import Service
+from loraplex_router.vocabulary.request import MAX_N, MAX_STOPS
+from loraplex_router.vocabulary.request import Request as InternalRequest
+
+UNHEALTHY: Responses = {503: {"model": Error, "description": "A generation would not succeed now."}}
+
+router = APIRouter()
+
+
+@router.get("/info", tags=["LoRAX"], responses={200: {"model": schema.Info}, 401: LORAX_ERRORS[401]})
+async def get_info(call: Call) -> Response:
+    """The model and the limits of this server. Settings of LoRAX that mean nothing here are 0 or null."""
+    call.service.keys.tenant(call.key)
+    return JSONResponse(_info(call.service))
+
+
+@router.get("/health", tags=["LoRAX"], response_class=Response, responses=UNHEALTHY)
+@router.get("/ping", tags=["LoRAX"], response_class=Response, responses=UNHEALTHY)
+async def health(call: Call) -> Response:
+    """200 if a generation would succeed now."""
+    if call.service.healthy:
+        return Response()
+    return JSONResponse({"error": "unhealthy", "error_type": "healthcheck"}, 503)
+
+
+@router.get("/", tags=["LoRAX"], response_class=HTMLResponse, responses=UNHEALTHY)
+async def root(call: Call, http: Request) -> Response:
+    """Like /health, with a page of links."""
+    if not call.service.healthy:
+        return await health(call)
+    model = "" if call.service.keys.required else call.service.info.model_id
+    return HTMLResponse(front_page(model, str(http.base_url)), headers=FRONT_PAGE_HEADERS)
+
+
+@router.get("/startup", tags=["LoRAX"], response_class=Response, responses=only(LORAX_ERRORS, 401, 429, 500, 503))
+async def startup(call: Call) -> Response:
+    """200 once a token has been generated for this call."""
+    generation = await call.service.generate(InternalRequest(prompt=(0,), max_new_tokens=1), call.key)
+    await collect(call.service, [generation], call.receive)
+    return Response()
+
+
+@router.get("/api-doc/openapi.json", include_in_schema=False)
+async def document(http: Request) -> dict[str, Any]:
+    """Where LoRAX has it."""
+    described: dict[str, Any] = http.app.openapi()
+    return described
+
+
+@router.get("/version", tags=["Operation"])
+async def show_version(http: Request) -> dict[str, str]:
+    """The server's version, as vLLM reports it."""
+    return {"version": http.app.version}
+
+
+@router.get("/metrics", response_class=Response, tags=["Operation"])
+async def metrics(call: Call) -> Response:
+    """Prometheus metrics."""
+    return Response(await call.service.telemetry.scrape(), media_type=CONTENT_TYPE_LATEST)
+
+
+def _info(service: Service) -> dict[str, Any]:
+    info = service.info
+    return {
+        "model_id": info.model_id,
+        "model_sha": None,
+        "model_dtype": info.dtype,
+        "model_device_type": None,
+        "model_pipeline_tag": "text-generation",
+        "max_concurrent_requests": service.max_queue,
+        "max_best_of": MAX_N,
+        "max_stop_sequences": MAX_STOPS,
+        "max_input_length": info.max_model_len - 1,
+        "max_total_tokens": info.max_model_len,
+        "waiting_served_ratio": 0.0,
+        "max_batch_total_tokens": info.kv_blocks * info.kv_block_size,
+        "max_waiting_tokens": 0,
+        "validation_workers": 0,
+        "eager_prefill": True,
+        "version": info.version,
+        "sha": None,
+        "docker_label": None,
+        "request_logger_url": None,
+    }

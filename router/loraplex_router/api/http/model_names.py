@@ -1,0 +1,25 @@
+"""What the `model` of a request names: the base model, or an adapter."""
+
+from collections.abc import Sequence
+
+from loraplex_protos.errors import AdapterNotFoundError, quote
+from loraplex_router.vocabulary.references import AdapterReference
+
+BASE_NAMES = ("", "tgi")  # beside the model's own name; `text-generation` sends "tgi"
+
+
+def read_model_name(model: str, base: Sequence[str]) -> AdapterReference | None:
+    """The adapter that `model` names; None is the base, whose names are `base`. Whether there is such an adapter is not
+    known yet."""
+    if model in base or model in BASE_NAMES:
+        return None
+    prefix = next((f"{name}:" for name in base if model.startswith(f"{name}:")), "")
+    name = model.removeprefix(prefix)
+    if not name:
+        raise AdapterNotFoundError(f"the model {quote(model)} does not exist")
+    return AdapterReference(name)
+
+
+def answered_name(model: str, base: Sequence[str]) -> str:
+    """What an answer says that it is from, of what the request named."""
+    return base[0] if not model or model in base else model

@@ -1,0 +1,114 @@
+"""The models that clients can name: the base model and adapters, which vLLM's routes load and unload."""
+
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Annotated, Any
+
+import orjson
+from fastapi import APIRouter, Query, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from pydantic import BaseModel, Field
+
+from loraplex_protos.adapter_names import normal
+from loraplex_protos.errors import AdapterNotFoundError, FieldViolation, InvalidRequestError, quote
+from loraplex_router.api.http.call import Call
+from loraplex_router.api.http.errors import Responses, only
+from loraplex_router.api.http.json_body import JsonRoute
+from loraplex_router.api.http.json_list import write_list
+from loraplex_router.api.http.openai import answers
+from loraplex_router.api.http.openai.errors import ERRORS
+from loraplex_router.replicas.statuses import AdapterStatus, State
+from loraplex_router.service.service import Service
+from loraplex_router.vocabulary.references import AdapterReference
+
+STARTED = int(time.time())  # when models count as created
+
+Limit = Annotated[int | None, Query(ge=1, description="The most models to list. Absent: all of them.")]
+After = Annotated[str, Query(description="List the models after this one: the `last_id` of the page before.")]
+
+ANSWERS: Responses = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, **ERRORS}
+IN_USE: Responses = {409: {"model": answers.OpenaiError, "description": "Sequences still need the adapter."}}
+
+router = APIRouter(route_class=JsonRoute)
+
+
+class VllmLoad(BaseModel):
+    lora_name: str
+    lora_path: str | None = Field(default=None, description="The same name, or a path that ends in it.")
+
+
+class VllmUnload(BaseModel):
+    lora_name: str
+
+
+@router.get("/models", tags=["OpenAI"], responses={200: {"model": answers.ModelList}, **only(ERRORS, 400, 401, 503)})
+async def models(call: Call, limit: Limit = None, after: After = "") -> Response:
+    """The base model, and every adapter that is loaded or in the adapter directory, unless it is broken."""
+    found = await _list_models(call)
+    if after and after not in found:
+        raise InvalidRequestError(FieldViolation("after", f"there is no model {quote(after)}"))
+    rest = list(found)[list(found).index(after) + 1 if after else 0 :]
+    page = rest[:limit]
+    listed = write_list(_describe(call.service, id, found[id]) for id in page)
+    return StreamingResponse(_write_page(listed, page, len(page) < len(rest)), media_type="application/json")
+
+
+@router.get(
+    "/models/{model:path}", tags=["OpenAI"], responses={200: {"model": answers.Model}, **only(ERRORS, 401, 404, 503)}
+)
+async def model(model: str, call: Call) -> Response:
+    """One of the models that are listed."""
+    found, name = await _list_models(call), normal(model)
+    if name in found:
+        return JSONResponse(_describe(call.service, name, found[name]))
+    raise AdapterNotFoundError(f"the model {quote(model)} does not exist")
+
+
+@router.post("/load_lora_adapter", tags=["Adapters"], response_class=Response, responses=ANSWERS)
+async def vllm_load(body: VllmLoad, call: Call) -> Response:
+    """Loads an adapter, as vLLM does. An adapter is served under its own name, so name and path must agree."""
+    path = body.lora_path or body.lora_name
+    if path != body.lora_name and not path.endswith(f"/{body.lora_name}"):
+        raise InvalidRequestError(FieldViolation("lora_path", f"must be, or end in, {quote(body.lora_name)}"))
+    status = await call.service.load_adapter(AdapterReference(body.lora_name), call.key)
+    done = f"Success: LoRA adapter '{body.lora_name}' added successfully."
+    return PlainTextResponse("\n".join((done, *(f"Warning: {warning}" for warning in status.warnings))))
+
+
+@router.post("/unload_lora_adapter", tags=["Adapters"], response_class=Response, responses={**ANSWERS, **IN_USE})
+async def vllm_unload(body: VllmUnload, call: Call) -> Response:
+    """Unloads an adapter, as vLLM does."""
+    await call.service.unload_adapter(AdapterReference(body.lora_name), key=call.key)
+    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+
+
+async def _list_models(call: Call) -> dict[str, AdapterStatus | None]:
+    """By id, in the order of the listing. The base model, which has no status, comes first, under all its names; an
+    adapter that has one of them is listed as it can be asked for, behind the model's."""
+    names = call.service.model_names
+    found: dict[str, AdapterStatus | None] = dict.fromkeys(names)
+    for status in await call.service.list_adapters(call.key):
+        if status.state is not State.BROKEN:
+            found.setdefault(f"{names[0]}:{status.id}" if status.id in names else status.id, status)
+    return found
+
+
+def _describe(service: Service, name: str, status: AdapterStatus | None) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": STARTED,
+        "owned_by": "loraplex",
+        "root": status.id if status else service.info.model_id,
+        "parent": service.model_names[0] if status else None,
+        "max_model_len": service.info.max_model_len,
+        "tier": status.tier.name.lower() if status and status.tier else None,
+    }
+
+
+async def _write_page(listed: AsyncIterator[bytes], ids: Sequence[str], more: bool) -> AsyncIterator[bytes]:
+    yield b'{"object":"list","data":'
+    async for part in listed:
+        yield part
+    first, last = (ids[0], ids[-1]) if ids else (None, None)
+    yield b"," + orjson.dumps({"first_id": first, "last_id": last, "has_more": more})[1:]
