@@ -415,3 +415,36 @@ def test_sampling_that_would_be_refused_is_left_out_with_a_warning(
     assert open_checkpoint(str(directory)).sampling_defaults == {}
     told = [record.getMessage() for record in caplog.records]
     assert sorted(line.split(": ")[-2].split()[0] for line in told) == ["min_p", "temperature", "top_p"]
+
+
+K = "model.layers.0.self_attn.k_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda k: k.index_fill(1, torch.tensor([3]), float("nan")), r"tensor .*k_proj\.weight holds NaN"),
+        (lambda k: k.index_fill(1, torch.tensor([3]), float("inf")), r"tensor .*k_proj\.weight holds infinite numbers"),
+        (
+            lambda k: k.to(torch.int8),
+            r"tensor .*k_proj\.weight holds int8, and config\.json has no quantization_config",
+        ),
+        (lambda k: k.to(torch.float8_e4m3fn), r"tensor .*k_proj\.weight holds float8_e4m3fn, and config\.json has no"),
+    ],
+)
+def test_a_tensor_that_cannot_be_computed_with_is_named(
+    change: Callable[[torch.Tensor], torch.Tensor], message: str, directory: Path
+) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    save_file(tensors | {K: change(tensors[K])}, directory / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"model: {message}"):
+        load(directory)
+
+
+def test_every_tensor_may_have_a_dtype_of_its_own(directory: Path) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    mixed = {name: tensor.to(dtypes[index % 3]) for index, (name, tensor) in enumerate(sorted(tensors.items()))}
+    save_file(mixed, directory / "model.safetensors", metadata={"format": "pt"})
+    decoder = load(directory)
+    assert torch.equal(decoder.layers[0].mlp.down.weight.matrix, mixed["model.layers.0.mlp.down_proj.weight"].float())

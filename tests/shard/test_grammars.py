@@ -28,7 +28,7 @@ from loraplex_shard.lora.store import AdapterStore
 from loraplex_shard.models import Decoder
 from loraplex_shard.sampling.constraints import Constraints
 from loraplex_shard.sampling.grammars import GrammarCompiler
-from loraplex_shard.sampling.vocabulary import keep_known
+from loraplex_shard.sampling.vocabulary import compare, keep_known
 from loraplex_shard.stepping.runner import Runner
 from tests.e2e.tiny import byte_tokenizer, save_model
 from tests.random_schemas import random_document_schema
@@ -142,6 +142,13 @@ def test_end_tokens_that_the_model_lacks_end_nothing() -> None:
     masks = constraints.begin([0], [1])
     assert masks is not None
     assert np.flatnonzero(masks.apply(torch.zeros(1, VOCAB))[0].isneginf()).tolist() == [END]
+
+
+def test_tokens_without_an_embedding_are_named_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    compare({"a": 0, "b": 1}, 2)
+    assert not caplog.records
+    compare({"a": 0, "<tool>": 2, "[PAD]": 3}, 2)
+    assert "has 2 tokens that the embedding, of 2 rows, has not: '<tool>' (2), '[PAD]' (3)" in caplog.text
 
 
 @pytest.mark.parametrize(

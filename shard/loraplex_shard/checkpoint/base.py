@@ -1,6 +1,7 @@
 """What a checkpoint offers, whatever its format."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,6 +14,15 @@ from loraplex_shard.ops.quantized import QuantizedMatrix
 
 class CheckpointError(LoraplexError):
     """The checkpoint cannot be served: the message names the file, tensor or field, and the fix where there is one."""
+
+
+@contextmanager
+def errors_of(model_id: str) -> Iterator[None]:
+    """Has a CheckpointError say which checkpoint it is about."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{model_id}: {error.message}") from error
 
 
 @dataclass(frozen=True, slots=True)

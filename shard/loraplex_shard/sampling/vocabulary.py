@@ -3,8 +3,10 @@ has rows to spare, which no token needs."""
 
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+SHOWN = 5
 
 logger = logging.getLogger(__name__)
 
@@ -15,6 +17,17 @@ def keep_known(end_token_ids: Iterable[int], rows: int) -> tuple[int, ...]:
     if unknown := [token for token in ids if not 0 <= token < rows]:
         logger.warning("end tokens %s end nothing: the model has embeddings for tokens 0 to %d", unknown, rows - 1)
     return tuple(token for token in ids if 0 <= token < rows)
+
+
+def compare(tokens: Mapping[str, int], rows: int) -> None:
+    """Says in the log which of the tokenizer's tokens a model with `rows` embeddings has no embedding for."""
+    if beyond := sorted((id, token) for token, id in tokens.items() if id >= rows):
+        shown = ", ".join(f"{token!r} ({id})" for id, token in beyond[:SHOWN])
+        logger.warning(
+            "the tokenizer has %d tokens that the embedding, of %d rows, has not: %s%s. Requests whose text holds one "
+            "are refused. Is it this model's tokenizer? If so, transformers' resize_token_embeddings makes room",
+            *(len(beyond), rows, shown, ", ..." if len(beyond) > SHOWN else ""),
+        )
 
 
 def truncate_tokenizer(tokenizer_json: bytes, rows: int) -> tuple[str, int]:

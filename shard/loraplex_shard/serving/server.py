@@ -39,7 +39,7 @@ from loraplex_shard.models.architectures import read_spec
 from loraplex_shard.observation.telemetry import Telemetry, open_telemetry
 from loraplex_shard.ops.choose import choose_operations, load_kernels
 from loraplex_shard.sampling.grammars import GrammarCompiler
-from loraplex_shard.sampling.vocabulary import keep_known
+from loraplex_shard.sampling.vocabulary import compare, keep_known
 from loraplex_shard.serving import machine
 from loraplex_shard.serving.service import ShardService
 from loraplex_shard.serving.steps import StepThread
@@ -177,14 +177,16 @@ def _load(
     adapter_host_bytes = machine.fewest(group, share, device)
     cache = decoder.new_cache(num_blocks, machine.BLOCK_SIZE, kv_dtype)
     adapter_dtype = torch.int8 if settings.adapter_dtype == "int8" else dtype
-    tokenizer = checkpoint.tokenizer()
+    files = checkpoint.tokenizer()
+    tokenizer = Tokenizer.from_buffer(files.tokenizer_json)
+    compare(tokenizer.get_vocab(), decoder.vocab_size)
     base = BaseModel(
         checkpoint.architecture,
         (checkpoint.model_id, *checkpoint.known_as),
         settings.revision or "",
         checkpoint,
         decoder.vocab_size,
-        Tokenizer.from_buffer(tokenizer.tokenizer_json),
+        tokenizer,
     )
     listing = LocalListing(settings.adapters, partial(find_doubts, base=base, modules=modules_of(decoder.layouts)))
     sources = open_sources(settings)
@@ -193,7 +195,7 @@ def _load(
     adapters = AdapterStore(decoder.layouts, adapter_dtype, device, base, sources, telemetry.metrics, held)
     telemetry.metrics.watch_adapters(lambda: {"disk": listing.count(), **adapters.count()}, adapters.count_host_bytes)
     end_token_ids = keep_known(checkpoint.end_token_ids, decoder.vocab_size)
-    grammars = GrammarCompiler(tokenizer.tokenizer_json, decoder.vocab_size, end_token_ids)
+    grammars = GrammarCompiler(files.tokenizer_json, decoder.vocab_size, end_token_ids)
     info = GetInfoResponse(
         model_id=checkpoint.model_id,
         architecture=checkpoint.architecture,
@@ -226,12 +228,12 @@ def _load(
         grammars=grammars,
         info=info,
         tokenizer=GetTokenizerResponse(
-            tokenizer_json=tokenizer.tokenizer_json,
-            chat_template=tokenizer.chat_templates.get("default", ""),
-            named_chat_templates={n: t for n, t in tokenizer.chat_templates.items() if n != "default"},
-            bos_token=tokenizer.special_tokens.get("bos_token", ""),
-            eos_token=tokenizer.special_tokens.get("eos_token", ""),
-            special_tokens={n: t for n, t in tokenizer.special_tokens.items() if n not in ("bos_token", "eos_token")},
+            tokenizer_json=files.tokenizer_json,
+            chat_template=files.chat_templates.get("default", ""),
+            named_chat_templates={n: t for n, t in files.chat_templates.items() if n != "default"},
+            bos_token=files.special_tokens.get("bos_token", ""),
+            eos_token=files.special_tokens.get("eos_token", ""),
+            special_tokens={n: t for n, t in files.special_tokens.items() if n not in ("bos_token", "eos_token")},
         ),
         telemetry=telemetry,
     )

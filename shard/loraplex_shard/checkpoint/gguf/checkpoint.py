@@ -9,13 +9,14 @@ import torch
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from transformers import PreTrainedConfig
 
-from loraplex_shard.checkpoint.base import CheckpointError, TokenizerFiles
+from loraplex_shard.checkpoint.base import TokenizerFiles, errors_of
 from loraplex_shard.checkpoint.gguf.blocks import read_blocks
 from loraplex_shard.checkpoint.gguf.configuration import read_config
 from loraplex_shard.checkpoint.gguf.file import ByteRows, GgufTensor, floats, read_gguf
 from loraplex_shard.checkpoint.gguf.names import Origin, find_origins
 from loraplex_shard.checkpoint.gguf.tokenizer import read_end_token_ids, read_tokenizer
 from loraplex_shard.checkpoint.sampling_defaults import sampling_defaults
+from loraplex_shard.checkpoint.values import checked
 from loraplex_shard.ops.quantized import QuantizedMatrix
 
 _NAME_PARTS = tuple(f"general.{part}" for part in ("basename", "size_label", "finetune", "version"))
@@ -37,10 +38,8 @@ class GgufCheckpoint:
     def __init__(self, path: Path, model_id: str) -> None:
         self.model_id = model_id
         self._file = read_gguf(path)
-        try:
+        with errors_of(model_id):
             self.config: PreTrainedConfig = read_config(self._file)
-        except CheckpointError as error:
-            raise CheckpointError(f"{model_id}: {error.message}") from error
         self.architecture = str((self.config.architectures or [""])[0])
 
     @property
@@ -80,6 +79,10 @@ class GgufCheckpoint:
         return (1, *first) if self._origins[name].lacks_dimension else first
 
     def read(self, name: str, rows: slice = slice(None), columns: slice = slice(None)) -> torch.Tensor:
+        with errors_of(self.model_id):
+            return checked(self._read(name, rows, columns), name)
+
+    def _read(self, name: str, rows: slice, columns: slice) -> torch.Tensor:
         shape, parts = self.shape(name), self._parts(name)
         if len(shape) == 1:
             vector = floats(parts[0].data, parts[0].kind)[0]
@@ -99,10 +102,15 @@ class GgufCheckpoint:
         if len(shape) > 2 or begin % weights or end % weights:
             return None  # experts, or the cut goes through a block
         data = self._rows(name, rows)[:, begin // weights * size : end // weights * size]
-        return read_blocks(data, tensor.kind)
+        part = read_blocks(data, tensor.kind)
+        if part is not None:
+            with errors_of(self.model_id):
+                checked(part.scales, name)
+        return part
 
     def tokenizer(self) -> TokenizerFiles:
-        return read_tokenizer(self._file.metadata)
+        with errors_of(self.model_id):
+            return read_tokenizer(self._file.metadata)
 
     def _parts(self, name: str) -> list[GgufTensor]:
         return [self._file.tensors[part] for part in self._origins[name].parts]

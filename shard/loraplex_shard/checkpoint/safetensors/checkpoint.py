@@ -9,13 +9,14 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
-from loraplex_shard.checkpoint.base import CheckpointError, TokenizerFiles
+from loraplex_shard.checkpoint.base import CheckpointError, TokenizerFiles, errors_of
 from loraplex_shard.checkpoint.end_tokens import end_token_ids
 from loraplex_shard.checkpoint.quantized.config import read_layouts
 from loraplex_shard.checkpoint.quantized.stored import StoredMatrix
 from loraplex_shard.checkpoint.safetensors.files import SafetensorsFiles, read_json
 from loraplex_shard.checkpoint.sampling_defaults import sampling_defaults
 from loraplex_shard.checkpoint.tokenizer_files import read_tokenizer
+from loraplex_shard.checkpoint.values import checked
 from loraplex_shard.ops.quantized import QuantizedMatrix
 
 POOLING_CONFIG = "1_Pooling/config.json"  # as sentence-transformers writes it
@@ -51,10 +52,9 @@ class SafetensorsCheckpoint:
 
     @cached_property
     def end_token_ids(self) -> tuple[int, ...]:
-        try:
-            return end_token_ids(self._tokenizer, self._generation_config, self.config)
-        except CheckpointError as error:
-            raise CheckpointError(f"{self.model_id}: {error.message}") from error
+        tokenizer = self._tokenizer
+        with errors_of(self.model_id):
+            return end_token_ids(tokenizer, self._generation_config, self.config)
 
     @property
     def sampling_defaults(self) -> dict[str, Any]:
@@ -84,13 +84,19 @@ class SafetensorsCheckpoint:
 
     def read(self, name: str, rows: slice = slice(None), columns: slice = slice(None)) -> torch.Tensor:
         matrix = self._matrices.get(name)
-        return self._files.read(name, rows, columns) if matrix is None else matrix.read(rows, columns).dequantized()
+        part = self._files.read(name, rows, columns) if matrix is None else matrix.read(rows, columns).dequantized()
+        with errors_of(self.model_id):
+            return checked(part, name)
 
     def read_quantized(
         self, name: str, rows: slice = slice(None), columns: slice = slice(None)
     ) -> QuantizedMatrix | None:
         matrix = self._matrices.get(name)
-        return None if matrix is None else matrix.read(rows, columns).quantized()
+        part = None if matrix is None else matrix.read(rows, columns).quantized()
+        if part is not None:
+            with errors_of(self.model_id):
+                checked(part.scales, name)
+        return part
 
     def tokenizer(self) -> TokenizerFiles:
         tokenizer = self._tokenizer
@@ -142,11 +148,9 @@ class SafetensorsCheckpoint:
         quantization = getattr(self.config, "quantization_config", None)
         if quantization is None and (file := self._directory / MODELOPT_CONFIG).is_file():
             quantization = {"quant_method": "modelopt"} | read_json(file, self.model_id).get("quantization", {})
-        try:
+        with errors_of(self.model_id):
             layouts = () if quantization is None else read_layouts(quantization)
             return {name: matrix for layout in layouts for name, matrix in layout.find(self._files).items()}
-        except CheckpointError as error:
-            raise CheckpointError(f"{self.model_id}: {error.message}") from error
 
 
 def _architecture(config: PreTrainedConfig) -> str:
