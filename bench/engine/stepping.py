@@ -6,7 +6,7 @@ from random import Random
 import torch
 
 from bench.engine.timing import seconds
-from loraplex_protos.shard_pb2 import Sampling, SequenceStart, StepRequest
+from loraplex_protos.shard_pb2 import SequenceStart, StepRequest
 from loraplex_shard.checkpoint import open_checkpoint
 from loraplex_shard.device.memory import keep_freed
 from loraplex_shard.device.parallel import Group
@@ -29,7 +29,6 @@ CPU = torch.device("cpu")
 MAX_MODEL_LEN = 2304
 MAX_SEQUENCES = 32
 CHUNK = 512  # tokens of a prefill step
-GREEDY = Sampling(top_p=1, typical_p=1, repetition_penalty=1)
 
 
 class Slots:
@@ -172,7 +171,6 @@ def _start(row: int, tokens: int, computed: int) -> SequenceStart:
         tokens=[ids.randrange(1000, 40000) for _ in range(tokens)],
         prompt_length=tokens,
         computed=computed,
-        sampling=GREEDY,
     )
 
 

@@ -1,12 +1,12 @@
 """Protobuf requests from what callers give. Knows the fields' names and types; what they mean, the server checks."""
 
 from collections.abc import Mapping, Sequence
-from typing import TypeVar, cast
+from typing import Any, TypeVar, Unpack, cast
 
 from google.protobuf.message import Message as Proto
 
 from loraplex.grammars import Grammar, to_proto
-from loraplex.types import AdapterReference, MergedAdapters, Message, Prompt
+from loraplex.types import AdapterReference, GenerateOptions, MergedAdapters, Message, Prompt
 from loraplex_protos import generation_pb2 as pb
 from loraplex_protos.errors import FieldViolation, InvalidRequestError
 
@@ -16,63 +16,19 @@ S = TypeVar("S", pb.GenerateRequest, pb.EmbedRequest)
 A = TypeVar("A", pb.UnloadAdapterRequest, pb.PinAdapterRequest, pb.UnpinAdapterRequest)
 
 
-def generate_request(
-    prompt: Prompt,
-    *,
-    adapter: str | AdapterReference | MergedAdapters | None = None,
-    max_new_tokens: int | None = None,
-    stop: str | Sequence[str] = (),
-    stop_token_ids: Sequence[int] = (),
-    ignore_eos: bool = False,
-    min_new_tokens: int = 0,
-    grammar: Grammar | None = None,
-    temperature: float | None = None,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    typical_p: float | None = None,
-    min_p: float | None = None,
-    repetition_penalty: float | None = None,
-    frequency_penalty: float | None = None,
-    presence_penalty: float | None = None,
-    seed: int | None = None,
-    logit_bias: Mapping[int, float] | None = None,
-    n: int = 1,
-    logprobs: bool = False,
-    top_logprobs: int = 0,
-    prompt_logprobs: bool = False,
-    prompt_top_logprobs: int = 0,
-    request_id: str = "",
-) -> pb.GenerateRequest:
-    """The options are those of `GenerateOptions`."""
-    sampling = _fill(
-        pb.Sampling(),
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        typical_p=typical_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        frequency_penalty=frequency_penalty,
-        presence_penalty=presence_penalty,
-        seed=seed,
-        logit_bias=logit_bias,
-    )
-    stopping = _fill(
-        pb.Stopping(),
-        max_new_tokens=max_new_tokens,
-        stop=[stop] if isinstance(stop, str) else stop,
-        stop_token_ids=stop_token_ids,
-        ignore_eos=ignore_eos,
-        min_new_tokens=min_new_tokens,
-    )
-    detail = _fill(
-        pb.Detail(),
-        logprobs=logprobs,
-        top_logprobs=top_logprobs,
-        prompt_logprobs=prompt_logprobs,
-        prompt_top_logprobs=prompt_top_logprobs,
-    )
-    request = _fill(pb.GenerateRequest(sampling=sampling, stopping=stopping, detail=detail), request_id=request_id, n=n)
+def generate_request(prompt: Prompt, **options: Unpack[GenerateOptions]) -> pb.GenerateRequest:
+    """Options are known by the names of the messages' fields. Raises TypeError for one that there is not."""
+    given: dict[str, Any] = dict(options)
+    adapter, grammar = given.pop("adapter", None), given.pop("grammar", None)
+    if isinstance(stop := given.get("stop"), str):
+        given["stop"] = [stop]
+    request = pb.GenerateRequest(sampling=pb.Sampling(), stopping=pb.Stopping(), detail=pb.Detail())
+    _fill(request, request_id=given.pop("request_id", ""), n=given.pop("n", 1))
+    parts: tuple[Proto, ...] = (request.sampling, request.stopping, request.detail)
+    for part in parts:
+        _fill(part, **{name: given.pop(name) for name in part.DESCRIPTOR.fields_by_name if name in given})
+    if given:
+        raise TypeError(f"there is no option {', '.join(given)}")
     if grammar is not None:
         request.grammar.CopyFrom(_grammar(grammar))
     _with_adapter(request, adapter)

@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from loraplex import (
     AdapterReference,
     Choice,
+    GenerateOptions,
     Grammar,
     InvalidRequestError,
     JsonObject,
@@ -107,6 +108,29 @@ def test_a_value_that_does_not_fit_is_refused_by_its_name(field: str, value: obj
     with pytest.raises(InvalidRequestError) as raised:
         generate_request("Hi", **{field: value})  # type: ignore[arg-type]
     assert [violation.field for violation in raised.value.violations] == [field]
+
+
+@pytest.mark.parametrize("option", ["temperatur", "text", "sampling"])
+def test_an_option_that_there_is_not_is_a_type_error(option: str) -> None:
+    with pytest.raises(TypeError, match=option):
+        generate_request("Hi", **{option: "x"})  # type: ignore[arg-type]
+
+
+def test_every_option_is_the_field_of_a_message() -> None:
+    names = set(GenerateOptions.__annotations__)
+    options: dict[str, object] = {
+        "request_id": "r",
+        "adapter": "sql",
+        "grammar": Regex("a"),
+        "stop": "END",
+        "logit_bias": {1: 2.0},
+        "stop_token_ids": [1],
+    }
+    request = generate_request("Hi", **{name: options.get(name, 1) for name in names})  # type: ignore[arg-type]
+    parts = (request.sampling, request.stopping, request.detail)
+    present = {field.name for part in (request, *parts) for field, _ in part.ListFields()}
+    assert names <= present
+    assert {name for part in parts for name in part.DESCRIPTOR.fields_by_name} <= names
 
 
 def test_a_misspelt_part_of_a_message_is_refused_by_its_name() -> None:

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from loraplex_protos.shard_pb2 import GetInfoResponse, GetTokenizerResponse, SamplingDefaults
+from loraplex_protos import generation_pb2
+from loraplex_protos.shard_pb2 import GetInfoResponse, GetTokenizerResponse
 from loraplex_router.text.model import read_model
-from loraplex_router.vocabulary.request import SamplingOptions
+from loraplex_router.vocabulary.sampling import Sampling
 from tests.contract.test_served_names import call
 from tests.e2e.processes import Server
 
@@ -57,6 +58,6 @@ def test_other_faces_keep_their_own_defaults(opinionated: Server) -> None:
 
 def test_it_can_be_left_out_of_account(model: Path) -> None:
     files = GetTokenizerResponse(tokenizer_json=(model / "tokenizer.json").read_bytes())
-    info = GetInfoResponse(sampling_defaults=SamplingDefaults(top_k=20, top_p=0.5))
+    info = GetInfoResponse(sampling_defaults=generation_pb2.Sampling(top_k=20, top_p=0.5))
     read = {setting: read_model(info, files, 1, 1, (), setting).sampling_defaults for setting in ("auto", "vllm")}
-    assert read == {"auto": SamplingOptions(top_k=20, top_p=0.5), "vllm": SamplingOptions()}
+    assert read == {"auto": Sampling(top_k=20, top_p=0.5), "vllm": Sampling()}

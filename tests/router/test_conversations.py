@@ -7,7 +7,7 @@ import pytest
 from loraplex_protos.errors import InvalidRequestError
 from loraplex_router.api.http.conversation import Conversation, read_conversation
 from loraplex_router.vocabulary.chat import Chat, Message
-from loraplex_router.vocabulary.request import Violations
+from loraplex_router.vocabulary.violations import Violations
 
 
 def read(*messages: dict[str, Any], **options: Any) -> Chat:

@@ -11,8 +11,10 @@ from loraplex_router.service.service import Service
 from loraplex_router.text.renderer import Renderer
 from loraplex_router.text.tokenizer import Tokenizer
 from loraplex_router.vocabulary.chat import Chat, ChatTemplates, Message
+from loraplex_router.vocabulary.checks import check_request
 from loraplex_router.vocabulary.references import AdapterReference, MergedReference
-from loraplex_router.vocabulary.request import EmbedRequest, Prompt, Request, SamplingOptions, check_request
+from loraplex_router.vocabulary.request import EmbedRequest, Prompt, Request
+from loraplex_router.vocabulary.sampling import Sampling
 from tests.e2e.tiny import CHAT_TEMPLATE, byte_tokenizer
 from tests.router.test_engine import MODEL, Setup
 
@@ -62,7 +64,7 @@ def test_ids_that_the_model_lacks_are_refused_wherever_they_are_written(field: s
     request = {
         "token_ids": Request((1, token)),
         "stop_token_ids": Request((1,), stop_token_ids=(1, token)),
-        "logit_bias": Request((1,), sampling=SamplingOptions(logit_bias=((token, 1.0),))),
+        "logit_bias": Request((1,), sampling=Sampling(logit_bias={token: 1.0})),
     }[field]
     with pytest.raises(InvalidRequestError, match=rf"{field}: every id must be below 1000"):
         check_request(request, vocab_size=1000, sources=())
@@ -75,7 +77,11 @@ def test_ids_that_the_model_lacks_are_refused_wherever_they_are_written(field: s
 )
 def test_values_that_no_plan_can_carry_are_refused(options: dict[str, float]):
     with pytest.raises(InvalidRequestError, match=next(iter(options))):
-        check_request(Request((1,), sampling=SamplingOptions(**options)), vocab_size=10, sources=())
+        check_request(Request((1,), sampling=Sampling(**options)), vocab_size=10, sources=())
+
+
+def test_every_sampling_parameter_of_the_protocol_is_known():
+    assert set(Sampling.model_fields) == set(pb.Sampling.DESCRIPTOR.fields_by_name)
 
 
 @pytest.mark.parametrize("source", ["gcs", "pbase", "Hub", " hub"])

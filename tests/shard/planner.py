@@ -14,11 +14,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from loraplex_protos.shard_pb2 import Sampling, SequenceStart, StepRequest, StepResponse
+from loraplex_protos.generation_pb2 import Sampling
+from loraplex_protos.shard_pb2 import SequenceStart, StepRequest, StepResponse
 from loraplex_protos.shard_pb2_grpc import ShardServiceStub
 
 VOCAB, MAX_MODEL_LEN, BLOCK_SIZE, NUM_BLOCKS = 96, 512, 16, 96
-GREEDY = Sampling(top_p=1, typical_p=1, repetition_penalty=1)
+GREEDY = Sampling()
 
 Step = Callable[[StepRequest], StepResponse]
 

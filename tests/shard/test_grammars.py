@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from loraplex_protos.errors import InvalidRequestError
+from loraplex_protos.generation_pb2 import Sampling
 from loraplex_protos.shard_pb2 import (
     FAILURE_REASON_GRAMMAR,
     GRAMMAR_KIND_JSON_SCHEMA,
     GRAMMAR_KIND_LARK,
     GRAMMAR_KIND_REGEX,
     Grammar,
-    Sampling,
     SequenceStart,
 )
 from loraplex_shard.device.parallel import Group
@@ -37,7 +37,7 @@ from tests.shard.grammar_samples import END, TOKENIZER, TOKENIZER_JSON, VOCAB, c
 from tests.shard.planner import BLOCK_SIZE, NUM_BLOCKS, Planner
 
 CPU = torch.device("cpu")
-RANDOM = Sampling(temperature=1.5, top_p=1, typical_p=1, repetition_penalty=1, seed=3)
+RANDOM = Sampling(temperature=1.5, seed=3)
 DATE = Grammar(kind=GRAMMAR_KIND_REGEX, text=r"[12]\d{3}-[01]\d")
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from llguidance import LLMatcher
 
 from loraplex_protos import shard_pb2 as pb
+from loraplex_protos.generation_pb2 import Sampling
 from loraplex_shard.device.parallel import Group
 from loraplex_shard.lora.store import AdapterStore
 from loraplex_shard.lora.weights.arena import in_one_piece
@@ -73,9 +74,7 @@ class Fault(NamedTuple):
 FAULTS = {
     "token": Fault(pb.FAILURE_REASON_UNKNOWN_TOKEN, {"outputs": [VOCAB]}),
     "far token": Fault(pb.FAILURE_REASON_UNKNOWN_TOKEN, {"outputs": [2**32 - 1]}),
-    "bias": Fault(
-        pb.FAILURE_REASON_UNKNOWN_TOKEN, {"sampling": pb.Sampling(top_p=1, biased_tokens=[VOCAB], biases=[9.0])}
-    ),
+    "bias": Fault(pb.FAILURE_REASON_UNKNOWN_TOKEN, {"sampling": Sampling(logit_bias={VOCAB: 9.0})}),
     "not finite": Fault(pb.FAILURE_REASON_NOT_FINITE, {"slot": 1}),
     "prompt not finite": Fault(pb.FAILURE_REASON_NOT_FINITE, {"slot": 1, "prompt_logprobs": True}),
     "output": Fault(pb.FAILURE_REASON_GRAMMAR, {"outputs": [3, 4], "grammar": WORD}),
@@ -90,7 +89,7 @@ neighbours = st.fixed_dictionaries(
         "length": st.integers(1, 40),
         "first": st.integers(0, VOCAB - 1),
         "sampling": st.builds(
-            pb.Sampling,
+            Sampling,
             temperature=st.sampled_from([0, 1e-38, 0.8, 3e38]),
             top_k=st.sampled_from([0, 1, 5, 2**32 - 1]),
             top_p=st.sampled_from([1e-6, 0.9, 1]),
@@ -99,8 +98,7 @@ neighbours = st.fixed_dictionaries(
             repetition_penalty=st.sampled_from([1e-38, 1, 1.3, 3e38]),
             frequency_penalty=st.sampled_from([-2, 0, 2]),
             seed=st.integers(0, 2**64 - 1),
-            biased_tokens=st.just(range(VOCAB)),
-            biases=st.sampled_from([-100.0, 100.0]).map(lambda value: [value] * VOCAB),
+            logit_bias=st.sampled_from([-100.0, 100.0]).map(lambda value: dict.fromkeys(range(VOCAB), value)),
         ),
         "grammar": st.sampled_from([None, WORD]),
         "logprobs": st.booleans(),

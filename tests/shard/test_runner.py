@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedModel
 
-from loraplex_protos.shard_pb2 import FAILURE_REASON_NOT_FINITE, Sampling, StepRequest
+from loraplex_protos.generation_pb2 import Sampling
+from loraplex_protos.shard_pb2 import FAILURE_REASON_NOT_FINITE, StepRequest
 from loraplex_shard.device.parallel import Group
 from loraplex_shard.lora.peft.base import BaseModel
 from loraplex_shard.lora.sources.local import LocalSource
@@ -32,7 +33,7 @@ from tests.shard.planner import (
 )
 
 CPU = torch.device("cpu")
-RANDOM = Sampling(temperature=1.5, top_p=0.95, typical_p=1, repetition_penalty=1.2, frequency_penalty=0.1, seed=11)
+RANDOM = Sampling(temperature=1.5, top_p=0.95, repetition_penalty=1.2, frequency_penalty=0.1, seed=11)
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +162,7 @@ def test_what_a_seed_gives_does_not_depend_on_the_neighbours(runner: Runner) -> 
     alone.decode(runner.step, [0], 15)
     runner.clear()
     for row in range(4):
-        together.start(row, random_tokens(9, row), sampling=Sampling(top_p=1, typical_p=1, repetition_penalty=2))
+        together.start(row, random_tokens(9, row), sampling=Sampling(repetition_penalty=2))
     together.start(7, prompt, sampling=RANDOM)
     together.run(runner.step, {0: 9, 1: 9, 2: 4, 3: 9, 7: 20})
     together.decode(runner.step, [0, 1, 3, 7], 15)

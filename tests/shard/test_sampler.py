@@ -18,29 +18,19 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
-from loraplex_shard.sampling.sampler import (
-    HEAD,
-    PARAMETERS,
-    History,
-    head,
-    likeliest,
-    logprobs,
-    sample,
-    uniforms,
-    warped,
-)
+from loraplex_protos.generation_pb2 import Sampling
+from loraplex_shard.sampling.draws import uniforms
+from loraplex_shard.sampling.sampler import head, likeliest, logprobs, sample, warped
+from loraplex_shard.sampling.stages import HEAD, NEUTRAL, PARAMETERS, STAGES, History, read_parameters
 
 VOCAB = 3 * HEAD
-GREEDY = {"temperature": 0, "top_p": 1, "typical_p": 1, "repetition_penalty": 1}
-RANDOM = {**GREEDY, "temperature": 1}
+GREEDY: dict[str, float] = {}
+RANDOM = {"temperature": 1}
 
 
 def parameters(*sequences: dict[str, float]) -> NDArray[np.void]:
-    rows = np.zeros(len(sequences), PARAMETERS)
-    for row, values in zip(rows, sequences, strict=True):
-        for name, value in values.items():
-            row[name] = value
-    return rows
+    """What is not named is neutral."""
+    return np.array([tuple((NEUTRAL | values).values()) for values in sequences], PARAMETERS)
 
 
 def random_logits(count: int, vocab: int = VOCAB, scale: float = 3, seed: int = 0) -> torch.Tensor:
@@ -191,6 +181,14 @@ def test_a_tiny_temperature_takes_the_likeliest() -> None:
     logits = random_logits(3, scale=50)
     tokens = sample(logits, parameters(*[{**RANDOM, "temperature": 1e-38}] * 3), history(*[([0], 1)] * 3))
     assert torch.equal(tokens, logits.argmax(-1))
+
+
+def test_every_parameter_of_the_protocol_is_known_and_absent_ones_leave_their_stage_out() -> None:
+    assert {*NEUTRAL, "logit_bias"} == set(Sampling.DESCRIPTOR.fields_by_name)
+    absent = np.array([read_parameters(Sampling())], PARAMETERS)
+    assert not any(stage.needed(absent).any() for stage in STAGES)
+    given = np.array([read_parameters(Sampling(**dict.fromkeys(NEUTRAL, 2)))], PARAMETERS)  # type: ignore[arg-type]
+    assert given.tolist() == [(2,) * len(NEUTRAL)] and all(stage.needed(given).all() for stage in STAGES)
 
 
 LIMITS = {

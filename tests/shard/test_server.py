@@ -16,6 +16,7 @@ from grpc_health.v1.health_pb2_grpc import HealthStub
 from transformers import PreTrainedModel
 
 from loraplex_protos import shard_pb2 as pb
+from loraplex_protos.generation_pb2 import Sampling
 from loraplex_protos.shard_pb2_grpc import ShardServiceStub
 from loraplex_shard.checkpoint import CheckpointError
 from loraplex_shard.serving.server import run
@@ -193,7 +194,7 @@ def test_two_ranks_answer_as_one_and_end_together(checkpoint: Path, reference: P
         planner = Planner()
         planner.start(0, PROMPT, prompt_logprobs=True)
         planner.start(1, PROMPT, slot=1)
-        planner.start(2, PROMPT, sampling=pb.Sampling(temperature=1, top_p=1, typical_p=1, repetition_penalty=1))
+        planner.start(2, PROMPT, sampling=Sampling(temperature=1))
         response = planner.run(step, dict.fromkeys(range(3), len(PROMPT)))
         assert len(response.prompt_logprobs) == len(PROMPT) - 1
         planner.decode(step, range(3), 7)

@@ -10,7 +10,8 @@ from loraplex_router.text.tokenizer import Spans, Tokenizer
 from loraplex_router.vocabulary.chat import Chat, Message
 from loraplex_router.vocabulary.grammar import Grammar, GrammarKind
 from loraplex_router.vocabulary.references import AdapterReference, MergedReference
-from loraplex_router.vocabulary.request import EmbedRequest, Request, SamplingOptions
+from loraplex_router.vocabulary.request import EmbedRequest, Request
+from loraplex_router.vocabulary.sampling import Sampling
 from loraplex_router.vocabulary.sequence import Alternatives, Detail, FinishReason, Sample
 
 FINISH_REASONS = {
@@ -35,14 +36,14 @@ STATES = {
 
 def read_request(message: pb.GenerateRequest) -> Request:
     """Raises InvalidRequestError if there is no prompt; everything else is checked by the service."""
-    options = {field.name: value for field, value in message.sampling.ListFields()}
-    options["logit_bias"] = tuple(message.sampling.logit_bias.items())
+    sampling = {field.name: value for field, value in message.sampling.ListFields()}
+    sampling["logit_bias"] = dict(message.sampling.logit_bias)
     stopping = message.stopping
     return Request(
         prompt=_read_prompt(message),
         request_id=message.request_id,
         adapter=_read_adapter(message),
-        sampling=SamplingOptions(**options),
+        sampling=Sampling(**sampling),
         max_new_tokens=stopping.max_new_tokens if stopping.HasField("max_new_tokens") else None,
         min_new_tokens=stopping.min_new_tokens,
         stop=tuple(stopping.stop),
@@ -142,7 +143,7 @@ class Writer:
         if delta.finish_reason:
             event.finish_reason = _finish_reason(delta)
             event.usage.CopyFrom(_usage(output))
-            if (seed := _seed(output)) is not None:
+            if (seed := output.seed) is not None:
                 event.seed = seed
         return event
 
@@ -157,7 +158,10 @@ class Writer:
 
     def _sequence(self, output: SequenceOutput, delta: Delta) -> pb.GeneratedSequence:
         sequence = pb.GeneratedSequence(
-            text=delta.text, finish_reason=_finish_reason(delta), usage=_usage(output), seed=_seed(output)
+            text=delta.text,
+            finish_reason=_finish_reason(delta),
+            usage=_usage(output),
+            seed=output.seed,
         )
         self._write_tokens(delta.samples, sequence)
         return sequence
@@ -209,11 +213,6 @@ def _usage(output: SequenceOutput) -> pb.Usage:
         cached_tokens=output.sequence.prefix_hit,
         generated_tokens=output.generated,
     )
-
-
-def _seed(output: SequenceOutput) -> int | None:
-    sampling = output.sequence.sampling
-    return sampling.seed if sampling.temperature > 0 else None
 
 
 def write_embeddings(embeddings: Iterable[Embedding]) -> pb.EmbedResponse:

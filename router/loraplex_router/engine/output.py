@@ -79,6 +79,12 @@ class SequenceOutput:
         self._generated = self._decoded = 0  # characters; special tokens that are not shown are generated, not decoded
         self._passed = self._shown = 0  # characters of the two that are certain
 
+    @property
+    def seed(self) -> int | None:
+        """The seed that repeats it; None if it was not sampled."""
+        sampling = self.sequence.sampling
+        return sampling.seed if sampling.temperature else None
+
     def push(self, sample: Sample) -> FinishReason | None:
         """Takes the sequence's next token; answers why the sequence ends with it, if it does."""
         self.generated += 1

@@ -5,7 +5,8 @@ from typing import TypeAlias
 from loraplex_router.text.model import Model
 from loraplex_router.vocabulary.adapter import Adapter
 from loraplex_router.vocabulary.chat import RenderedChat
-from loraplex_router.vocabulary.request import Request, count_kept, most_counted
+from loraplex_router.vocabulary.request import Request
+from loraplex_router.vocabulary.room import count_kept, most_counted
 from loraplex_router.vocabulary.sequence import Sequence
 
 Text: TypeAlias = str | tuple[int, ...] | RenderedChat  # what is tokenized, if it is not token ids already

@@ -32,21 +32,14 @@ from loraplex_router.text.stops import StopMatcher
 from loraplex_router.text.tokenizer import Spans, Tokenizer
 from loraplex_router.vocabulary.adapter import Adapter
 from loraplex_router.vocabulary.chat import Chat, RenderedChat
+from loraplex_router.vocabulary.checks import check_adapter, check_embed_request, check_reference, check_request
 from loraplex_router.vocabulary.grammar import Grammar
 from loraplex_router.vocabulary.references import AdapterReference, Reference
-from loraplex_router.vocabulary.request import (
-    EmbedRequest,
-    Request,
-    SamplingOptions,
-    Violations,
-    check_adapter,
-    check_embed_request,
-    check_reference,
-    check_request,
-    check_tokens,
-    room_for,
-)
+from loraplex_router.vocabulary.request import EmbedRequest, Request
+from loraplex_router.vocabulary.room import check_tokens, room_for
+from loraplex_router.vocabulary.sampling import Sampling
 from loraplex_router.vocabulary.sequence import FinishReason
+from loraplex_router.vocabulary.violations import Violations
 from loraplex_router.vocabulary.volume import Volume
 
 DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -105,7 +98,7 @@ class Service:
         return tuple(self.info.served_model_names) or (self.info.model_id,)
 
     @property
-    def sampling_defaults(self) -> SamplingOptions:
+    def sampling_defaults(self) -> Sampling:
         """What OpenAI's routes take where a request says nothing."""
         return self._known_model.sampling_defaults
 

@@ -11,7 +11,7 @@ from loraplex_protos.errors import UnavailableError
 from loraplex_router.text.renderer import Renderer
 from loraplex_router.text.tokenizer import Tokenizer
 from loraplex_router.vocabulary.chat import ChatTemplates
-from loraplex_router.vocabulary.request import SamplingOptions
+from loraplex_router.vocabulary.sampling import Sampling
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ class Model:
     end_token_ids: tuple[int, ...]
     chat_templates: ChatTemplates
     renderer: Renderer
-    sampling_defaults: SamplingOptions = field(default_factory=SamplingOptions)  # of requests on OpenAI's routes
+    sampling_defaults: Sampling = field(default_factory=Sampling)  # of requests on OpenAI's routes
 
     def check_fits(self, other: "Model") -> None:
         """Raises UnavailableError if a replica that serves `other` cannot serve this."""
@@ -73,16 +73,16 @@ def read_model(
         tuple(info.end_token_ids),
         templates,
         Renderer(templates),
-        _read_defaults(info.sampling_defaults) if generation_config == "auto" else SamplingOptions(),
+        _read_defaults(info.sampling_defaults) if generation_config == "auto" else Sampling(),
     )
 
 
-def _read_defaults(told: shard_pb2.SamplingDefaults) -> SamplingOptions:
+def _read_defaults(told: generation_pb2.Sampling) -> Sampling:
     named = {field.name: value for field, value in told.ListFields()}
     if named:
         values = ", ".join(f"{name} {value:g}" for name, value in named.items())
         logger.info("OpenAI's routes sample with %s unless told otherwise, as the model's files say", values)
-    return SamplingOptions(**named)
+    return Sampling(**named)
 
 
 def _read_templates(files: shard_pb2.GetTokenizerResponse) -> ChatTemplates:

@@ -6,22 +6,7 @@ from typing import NamedTuple, TypeAlias
 
 from loraplex_router.vocabulary.adapter import Adapter
 from loraplex_router.vocabulary.grammar import Grammar
-
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How tokens are chosen, all defaults applied. The neutral values leave a step out."""
-
-    temperature: float = 0.0  # 0 is greedy
-    top_k: int = 0
-    top_p: float = 1.0
-    typical_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
-    seed: int = 0
-    logit_bias: tuple[tuple[int, float], ...] = ()  # what is added to the logits of tokens
+from loraplex_router.vocabulary.sampling import Sampling
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +51,7 @@ class Sequence:
     tokens: list[int]  # the prompt, then the output so far
     adapter: Adapter
     max_new_tokens: int
-    sampling: Sampling = field(default_factory=Sampling)
+    sampling: Sampling = field(default_factory=Sampling)  # resolved
     detail: Detail = field(default_factory=Detail)
     end_token_ids: frozenset[int] = frozenset()
     min_new_tokens: int = 0  # no end token is sampled before, unless the grammar allows nothing else

@@ -5,8 +5,9 @@ from dataclasses import asdict
 from itertools import chain, islice, repeat
 
 from loraplex_protos import shard_pb2 as pb
+from loraplex_protos.generation_pb2 import Sampling
 from loraplex_router.vocabulary.grammar import Grammar
-from loraplex_router.vocabulary.sequence import Alternatives, Chunk, Plan, Sample, Sampling
+from loraplex_router.vocabulary.sequence import Alternatives, Chunk, Plan, Sample
 
 
 def encode_plan(plan: Plan, step: int) -> pb.StepRequest:
@@ -32,7 +33,7 @@ def _encode_start(chunk: Chunk) -> pb.SequenceStart:
         tokens=sequence.tokens,
         prompt_length=sequence.prompt_length,
         computed=chunk.start,
-        sampling=_encode_sampling(sequence.sampling),
+        sampling=Sampling(**sequence.sampling.given),
         **asdict(sequence.detail),
         grammar=encode_grammar(sequence.grammar) if sequence.grammar else None,
         unscored=sequence.unscored,
@@ -41,12 +42,6 @@ def _encode_start(chunk: Chunk) -> pb.SequenceStart:
         unwanted_token_ids=sequence.unwanted_token_ids,
         traceparent=sequence.traceparent,
     )
-
-
-def _encode_sampling(sampling: Sampling) -> pb.Sampling:
-    fields = asdict(sampling)
-    bias = dict(fields.pop("logit_bias"))
-    return pb.Sampling(**fields, biased_tokens=bias.keys(), biases=bias.values())
 
 
 def encode_grammar(grammar: Grammar) -> pb.Grammar:

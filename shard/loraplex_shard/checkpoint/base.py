@@ -58,7 +58,7 @@ class Checkpoint(Protocol):
 
     @property
     def sampling_defaults(self) -> Mapping[str, Any]:
-        """Fields of SamplingDefaults in shard.proto."""
+        """Fields of Sampling in generation.proto."""
 
     @property
     def prequantized(self) -> bool:

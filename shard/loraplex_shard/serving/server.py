@@ -15,9 +15,10 @@ from grpc_health.v1 import health, health_pb2_grpc
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from tokenizers import Tokenizer
 
+from loraplex_protos.generation_pb2 import Sampling
 from loraplex_protos.mtls import server_credentials
 from loraplex_protos.protocol import PROTOCOL_VERSION
-from loraplex_protos.shard_pb2 import DESCRIPTOR, GetInfoResponse, GetTokenizerResponse, SamplingDefaults
+from loraplex_protos.shard_pb2 import DESCRIPTOR, GetInfoResponse, GetTokenizerResponse
 from loraplex_protos.shard_pb2_grpc import add_ShardServiceServicer_to_server
 from loraplex_shard.checkpoint import Checkpoint, open_checkpoint
 from loraplex_shard.device.memory import keep_freed
@@ -210,7 +211,7 @@ def _load(
         end_token_ids=end_token_ids,
         protocol_version=PROTOCOL_VERSION,
         adapter_host_bytes=adapter_host_bytes,
-        sampling_defaults=SamplingDefaults(**checkpoint.sampling_defaults),
+        sampling_defaults=Sampling(**checkpoint.sampling_defaults),
         adapter_sources=[source.name for source in sources],
     )
     telemetry.metrics.describe(info)

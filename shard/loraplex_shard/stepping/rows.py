@@ -13,7 +13,8 @@ import torch
 from numpy.typing import NDArray
 
 from loraplex_protos.shard_pb2 import SequenceStart, StepRequest
-from loraplex_shard.sampling.sampler import PARAMETERS, Bias, History
+from loraplex_shard.sampling.sampler import Bias
+from loraplex_shard.sampling.stages import PARAMETERS, History, read_parameters
 from loraplex_shard.shapes.batch import Batch, Segment
 
 Ints = NDArray[np.int64]
@@ -95,17 +96,18 @@ class Rows:
         assert 0 < start.prompt_length <= known <= self._max_model_len, f"row {row}: {known} tokens"
         assert start.computed < known, f"row {row}: nothing left to compute"
         tokens = np.fromiter(start.tokens, np.int64, known)
-        biased = _column(start.sampling.biased_tokens)
+        bias = start.sampling.logit_bias
+        biased = np.fromiter(bias.keys(), np.int64, len(bias))
         self.void[row] = (tokens >= self._vocab_size).any() or (biased >= self._vocab_size).any()
         if self.void[row]:
             tokens[tokens >= self._vocab_size] = biased[biased >= self._vocab_size] = 0
         self._tokens[row, :known] = self.on_device(tokens)
         self._known[row] = known
         self.prompt_lengths[row] = start.prompt_length
-        self.sampling[row] = tuple(getattr(start.sampling, name) for name in PARAMETERS.names or ())
-        self._biased[row] = bool(start.sampling.biases)
+        self.sampling[row] = read_parameters(start.sampling)
+        self._biased[row] = bool(bias)
         if self._biased[row]:
-            values = torch.tensor(list(start.sampling.biases), device=self._device)
+            values = torch.tensor(list(bias.values()), device=self._device)
             self._biases[row] = self.on_device(biased), values
         self.detail[row] = tuple(getattr(start, name) for name in DETAIL.names or ())
         assert 0 <= start.unscored <= known - start.prompt_length, f"row {row}: unscored prompt tokens"

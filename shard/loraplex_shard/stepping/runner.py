@@ -8,12 +8,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from loraplex_protos.shard_pb2 import (
-    Sampling,
-    SequenceStart,
-    StepRequest,
-    StepResponse,
-)
+from loraplex_protos.shard_pb2 import SequenceStart, StepRequest, StepResponse
 from loraplex_shard.device.parallel import Group
 from loraplex_shard.lora.store import AdapterStore
 from loraplex_shard.models import Decoder
@@ -24,8 +19,6 @@ from loraplex_shard.shapes.cache import KVCache
 from loraplex_shard.stepping.pooling import Pooling
 from loraplex_shard.stepping.progress import Parts, StepInProgress
 from loraplex_shard.stepping.rows import Chunks, Rows
-
-GREEDY = Sampling(top_p=1, typical_p=1, repetition_penalty=1)
 
 
 class Runner:
@@ -91,8 +84,7 @@ class Runner:
         counts = [-(-length // self._cache.block_size) for length in lengths]
         return StepRequest(
             starts=[
-                SequenceStart(row=row, tokens=[0] * length, prompt_length=length, sampling=GREEDY)
-                for row, length in enumerate(lengths)
+                SequenceStart(row=row, tokens=[0] * length, prompt_length=length) for row, length in enumerate(lengths)
             ],
             rows=range(len(lengths)),
             lengths=lengths,

@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, Pr
 
 from loraplex_router.api.http.fields import MAX_MESSAGES, MAX_TOOLS, Items
 from loraplex_router.vocabulary.chat import Chat, Content, Message
-from loraplex_router.vocabulary.request import Violations
+from loraplex_router.vocabulary.violations import Violations
 
 TEXT_PARTS = {"text": "text", "refusal": "refusal", "input_text": "text", "output_text": "text"}  # type -> its field
 

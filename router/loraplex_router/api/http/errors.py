@@ -20,7 +20,7 @@ from loraplex_protos.errors import (
     OverloadedError,
     UnauthenticatedError,
 )
-from loraplex_router.vocabulary.request import MAX_VIOLATIONS
+from loraplex_router.vocabulary.violations import MAX_VIOLATIONS
 
 logger = logging.getLogger(__name__)
 

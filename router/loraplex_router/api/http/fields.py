@@ -4,7 +4,7 @@ from typing import Annotated, Any, TypeAlias, TypeVar
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
-from loraplex_router.vocabulary.request import MAX_BIASED
+from loraplex_router.vocabulary.sampling import MAX_BIASED
 
 MAX_MESSAGES = 4096  # of a conversation: OpenAI takes 2048
 MAX_TOOLS = 1024  # OpenAI takes 128
@@ -48,4 +48,5 @@ def _few(given: Any) -> Any:
     return given
 
 
+BIAS = "By token id, from -100 to 100."
 Bias = Annotated[dict[TokenId, float], BeforeValidator(_few)]

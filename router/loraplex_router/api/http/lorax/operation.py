@@ -12,7 +12,7 @@ from loraplex_router.api.http.errors import LORAX_ERRORS, Error, Responses, only
 from loraplex_router.api.http.lorax import schema
 from loraplex_router.api.http.lorax.front_page import FRONT_PAGE_HEADERS, front_page
 from loraplex_router.service.service import Service
-from loraplex_router.vocabulary.request import MAX_N, MAX_STOPS
+from loraplex_router.vocabulary.checks import MAX_N, MAX_STOPS
 from loraplex_router.vocabulary.request import Request as InternalRequest
 
 UNHEALTHY: Responses = {503: {"model": Error, "description": "A generation would not succeed now."}}

@@ -6,8 +6,10 @@ from loraplex_router.api.http.response_format import read_response_format
 from loraplex_router.vocabulary.chat import Chat, Message
 from loraplex_router.vocabulary.grammar import Grammar
 from loraplex_router.vocabulary.references import AdapterReference, MergedReference
-from loraplex_router.vocabulary.request import Request, SamplingOptions, Violations
+from loraplex_router.vocabulary.request import Request
+from loraplex_router.vocabulary.sampling import Sampling
 from loraplex_router.vocabulary.sequence import Detail
+from loraplex_router.vocabulary.violations import Violations
 
 
 def read_request(body: GenerateRequest, bearer: str, stream: bool) -> Request:
@@ -64,22 +66,15 @@ def _read_format(given: Parameters) -> Grammar | None:
     return read_response_format(given.grammar, "grammar") if given.grammar else None
 
 
-def _read_sampling(given: Parameters) -> SamplingOptions:
+def _read_sampling(given: Parameters) -> Sampling:
     """As LoRAX: greedy unless do_sample or an option that only means something to sampling is set. A share of 1 keeps
     all tokens, so it is as good as absent."""
-    temperature = given.temperature
-    if temperature is None and given.do_sample:
-        temperature = 1.0
-    return SamplingOptions(
-        temperature=temperature,
-        top_k=given.top_k,
-        top_p=None if given.top_p == 1 else given.top_p,
-        typical_p=None if given.typical_p == 1 else given.typical_p,
-        repetition_penalty=given.repetition_penalty,
-        frequency_penalty=given.frequency_penalty,
-        presence_penalty=given.presence_penalty,
-        seed=given.seed,
-    )
+    defaults = {"temperature": 1.0} if given.do_sample else {}
+    sampling = defaults | given.given
+    for name in ("top_p", "typical_p"):
+        if sampling.get(name) == 1:
+            del sampling[name]
+    return Sampling(**sampling)
 
 
 def _check(body: GenerateRequest, given: Parameters, stream: bool) -> None:

@@ -4,8 +4,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from loraplex_router.api.http.fields import Items
+from loraplex_router.api.http.fields import BIAS, Bias, Items
 from loraplex_router.api.http.response_format import ResponseFormat
+from loraplex_router.vocabulary.sampling import Sampling
 
 Uint32 = Annotated[int, Field(ge=0, lt=2**32)]
 Uint64 = Annotated[int, Field(ge=0, lt=2**64)]
@@ -23,7 +24,7 @@ class MergedAdapters(BaseModel):
     majority_sign_method: str | None = Field(default=None, description="total (the default) or frequency.")
 
 
-class Parameters(BaseModel):
+class Parameters(Sampling):
     adapter_id: str | None = Field(default=None, description="An adapter's name; absent: the base model.")
     adapter_source: str | None = Field(
         default=None, description="One of the server's, as local or hub; absent: the first that has it."
@@ -34,12 +35,7 @@ class Parameters(BaseModel):
         default=None, description="How many sequences to sample; the likeliest is the answer."
     )
     temperature: float | None = Field(default=None, description="0: greedy. Absent: 1 if anything else samples.")
-    repetition_penalty: float | None = None
-    frequency_penalty: float | None = None
-    presence_penalty: float | None = None
     top_k: Uint32 | None = None
-    top_p: float | None = None
-    typical_p: float | None = None
     do_sample: bool | None = None
     max_new_tokens: Uint32 | None = Field(default=None, description="Absent: as many as the context has room for.")
     ignore_eos_token: bool | None = None
@@ -53,6 +49,7 @@ class Parameters(BaseModel):
     top_n_tokens: Uint32 | None = Field(default=None, description="text-generation's name of return_k_alternatives.")
     apply_chat_template: bool | None = Field(default=None, description="Take the prompt as a user's message.")
     seed: Uint64 | None = None
+    logit_bias: Bias | None = Field(default=None, description=BIAS)
     response_format: ResponseFormat | None = None
     grammar: ResponseFormat | None = Field(default=None, description="text-generation's way to ask for a format.")
 

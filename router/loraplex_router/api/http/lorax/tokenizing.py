@@ -16,7 +16,7 @@ from loraplex_router.api.http.json_body import JsonRoute
 from loraplex_router.api.http.json_list import write_list
 from loraplex_router.api.http.model_names import read_model_name
 from loraplex_router.text.tokenizer import Spans, Tokenizer
-from loraplex_router.vocabulary.request import Violations
+from loraplex_router.vocabulary.violations import Violations
 
 # An adapter can be asked for its chat template.
 ERRORS = only(LORAX_ERRORS, 401, 403, 404, 413, 422, 424, 502, 503)

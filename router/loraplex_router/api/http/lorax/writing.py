@@ -104,7 +104,7 @@ class LoraxWriter:
             "finish_reason": _finish_reason(delta),
             "prompt_tokens": output.sequence.prompt_length,
             "generated_tokens": output.generated,
-            "seed": _seed(output),
+            "seed": output.seed,
         }
         return _stream(token, self._prefix + text, details if self._details else None)
 
@@ -113,7 +113,7 @@ class LoraxWriter:
             "generated_text": self._prefix + delta.text,
             "finish_reason": _finish_reason(delta),
             "generated_tokens": output.generated,
-            "seed": _seed(output),
+            "seed": output.seed,
             "prefill": list(self._prefill(output)),
             "tokens": list(self._tokens(delta)) if self._details else [],
         }
@@ -155,8 +155,3 @@ def _stream(token: dict[str, Any], text: str | None = None, details: dict[str, A
 def _finish_reason(delta: Delta) -> str:
     assert delta.finish_reason is not None
     return FINISH_REASONS[delta.finish_reason]
-
-
-def _seed(output: SequenceOutput) -> int | None:
-    sampling = output.sequence.sampling
-    return sampling.seed if sampling.temperature > 0 else None

@@ -18,11 +18,13 @@ from loraplex_router.api.turns import in_turn
 from loraplex_router.engine.output import Delta, Generation
 from loraplex_router.text.tokenizer import Tokenizer
 from loraplex_router.text.tool_calls import Arguments, Piece, ToolCall
-from loraplex_router.vocabulary.request import Request, SamplingOptions, Violations
+from loraplex_router.vocabulary.request import Request
+from loraplex_router.vocabulary.sampling import Sampling
 from loraplex_router.vocabulary.sequence import Detail
+from loraplex_router.vocabulary.violations import Violations
 
 
-def read_chat(body: ChatCompletionRequest, base: Sequence[str], defaults: SamplingOptions) -> Request:
+def read_chat(body: ChatCompletionRequest, base: Sequence[str], defaults: Sampling) -> Request:
     """Raises InvalidRequestError, and AdapterNotFoundError for an empty adapter name."""
     found = Violations()
     found.check(body.logprobs or not body.top_logprobs, "top_logprobs", "needs logprobs to be true")

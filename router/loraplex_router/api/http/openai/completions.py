@@ -13,14 +13,16 @@ from loraplex_router.api.http.sse import DONE, event
 from loraplex_router.api.turns import in_turn
 from loraplex_router.engine.output import Delta, Generation, SequenceOutput
 from loraplex_router.text.tokenizer import Tokenizer
-from loraplex_router.vocabulary.request import Request, SamplingOptions, Violations
+from loraplex_router.vocabulary.request import Request
+from loraplex_router.vocabulary.sampling import Sampling
 from loraplex_router.vocabulary.sequence import Detail, FinishReason
+from loraplex_router.vocabulary.violations import Violations
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 MAX_PROMPTS = 128
 
 
-def read_completions(body: CompletionRequest, base: Sequence[str], defaults: SamplingOptions) -> list[Request]:
+def read_completions(body: CompletionRequest, base: Sequence[str], defaults: Sampling) -> list[Request]:
     """One request for each prompt. Raises InvalidRequestError, and AdapterNotFoundError for an empty adapter name."""
     prompts = read_prompts(body.prompt, body.add_special_tokens is not False)
     _check(body, len(prompts))

@@ -8,7 +8,9 @@ from loraplex_router.api.http.openai.formats import read_format
 from loraplex_router.api.http.openai.schema import GenerationRequest
 from loraplex_router.vocabulary.chat import RenderedChat
 from loraplex_router.vocabulary.references import AdapterReference
-from loraplex_router.vocabulary.request import Prompt, SamplingOptions, Violations
+from loraplex_router.vocabulary.request import Prompt
+from loraplex_router.vocabulary.sampling import Sampling
+from loraplex_router.vocabulary.violations import Violations
 
 LEAST_TOP_P = 1e-6  # what OpenAI's 0 means: the likeliest token alone
 
@@ -34,7 +36,7 @@ def read_most(given: int | None) -> int | None:
     return None if given == -1 else given
 
 
-def read_options(body: GenerationRequest, defaults: SamplingOptions) -> dict[str, Any]:
+def read_options(body: GenerationRequest, defaults: Sampling) -> dict[str, Any]:
     """Arguments of the router's Request that are read alike, with the model's own defaults. Raises InvalidRequestError
     for what is not supported."""
     found = Violations()
@@ -43,18 +45,7 @@ def read_options(body: GenerationRequest, defaults: SamplingOptions) -> dict[str
     found.check(body.n != 0, "n", "must be at least 1")
     found.raise_any()
     return {
-        "sampling": SamplingOptions(
-            temperature=_first(body.temperature, defaults.temperature, 1.0),
-            top_k=max(0, _first(body.top_k, defaults.top_k, 0)) or None,
-            top_p=LEAST_TOP_P if body.top_p == 0 else _first(body.top_p, defaults.top_p),
-            typical_p=body.typical_p,
-            min_p=_first(body.min_p, defaults.min_p),
-            repetition_penalty=_first(body.repetition_penalty, defaults.repetition_penalty),
-            frequency_penalty=body.frequency_penalty,
-            presence_penalty=body.presence_penalty,
-            logit_bias=tuple((body.logit_bias or {}).items()),
-            seed=None if body.seed is None else body.seed % 2**64,
-        ),
+        "sampling": _read_sampling(body, defaults),
         "stop": (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ()),
         "include_stop": bool(body.include_stop_str_in_output),
         "stop_token_ids": tuple(body.stop_token_ids or ()),
@@ -66,6 +57,12 @@ def read_options(body: GenerationRequest, defaults: SamplingOptions) -> dict[str
     }
 
 
-def _first(*values: Any) -> Any:
-    """The first that is there."""
-    return next((value for value in values if value is not None), None)
+def _read_sampling(body: GenerationRequest, defaults: Sampling) -> Sampling:
+    sampling = {"temperature": 1.0, **defaults.given, **body.given}
+    if body.top_k in (0, -1):
+        del sampling["top_k"]
+    if body.top_p == 0:
+        sampling["top_p"] = LEAST_TOP_P
+    if body.seed is not None:
+        sampling["seed"] = body.seed % 2**64
+    return Sampling(**sampling)

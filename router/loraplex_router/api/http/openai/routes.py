@@ -26,7 +26,7 @@ async def completions(body: CompletionRequest, call: Call) -> Response:
     """Continues one prompt or several."""
     generations, volume = list[Generation](), Volume()
     requests = read_completions(body, call.service.model_names, call.service.sampling_defaults)
-    body.model = answered_name(body.model, call.service.model_names)
+    body = body.model_copy(update={"model": answered_name(body.model, call.service.model_names)})
     try:
         for request in requests:
             generations.append(await call.service.generate(request, call.key, volume))
@@ -48,7 +48,7 @@ async def chat_completions(body: ChatCompletionRequest, call: Call) -> Response:
     generation = await call.service.generate(
         read_chat(body, call.service.model_names, call.service.sampling_defaults), call.key
     )
-    body.model = answered_name(body.model, call.service.model_names)
+    body = body.model_copy(update={"model": answered_name(body.model, call.service.model_names)})
     writer = ChatWriter(body, generation, call.service.tokenizer, call.service.info.version)
     if body.stream:
         return EventStream(call.service, [generation], writer.events(), write_error)

@@ -9,8 +9,9 @@ from pydantic import (
 )
 
 from loraplex_router.api.http.conversation import Conversation
-from loraplex_router.api.http.fields import Bias, Items, Name, Prompts, TokenId
+from loraplex_router.api.http.fields import BIAS, Bias, Items, Name, Prompts, TokenId
 from loraplex_router.api.http.response_format import ResponseFormat
+from loraplex_router.vocabulary.sampling import Sampling
 
 Count = Annotated[int, Field(ge=0, lt=2**32)]
 CountOrAll = Annotated[int, Field(ge=-1, lt=2**32)]
@@ -31,21 +32,17 @@ class StructuredOutputs(BaseModel):
     grammar: str | None = Field(default=None, description="Lark, or GBNF.")
 
 
-class GenerationRequest(BaseModel):
+class GenerationRequest(Sampling):
     """What completions and chat completions have in common. Fields that are refused are here for that."""
 
     model: Name = Field(default="", description="The base model (also: empty), an adapter, or base:adapter.")
     temperature: float | None = Field(default=None, description="Absent: as the model's files say, or 1.")
-    top_p: float | None = None
     n: Count | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     stop: str | Items[str] | None = None
     max_tokens: CountOrAll | None = Field(default=None, description="-1: as many as the context has room for.")
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logit_bias: Bias | None = Field(default=None, description="By token id, from -100 to 100.")
-    seed: int | None = None
+    logit_bias: Bias | None = Field(default=None, description=BIAS)
     response_format: ResponseFormat | None = None
     # LoRAX's
     adapter_source: str | None = Field(
@@ -67,9 +64,6 @@ class GenerationRequest(BaseModel):
     # vLLM's
     min_tokens: Count | None = None
     top_k: Annotated[int, Field(ge=-1, lt=2**32)] | None = Field(default=None, description="0 or -1: off.")
-    min_p: float | None = None
-    typical_p: float | None = None
-    repetition_penalty: float | None = None
     ignore_eos: bool | None = None
     stop_token_ids: Items[TokenId] | None = None
     include_stop_str_in_output: bool | None = None

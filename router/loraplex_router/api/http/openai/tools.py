@@ -6,7 +6,7 @@ from typing import Any
 from loraplex_protos.errors import quote
 from loraplex_router.api.http.openai.schema import ChatCompletionRequest, NamedTool
 from loraplex_router.text.tool_calls import ToolCallParser
-from loraplex_router.vocabulary.request import Violations
+from loraplex_router.vocabulary.violations import Violations
 
 CHOICES = (None, "none", "auto", "required")  # any other text names a tool, as in LoRAX
 

@@ -1,0 +1,114 @@
+"""What can be wrong with a request by itself, subject by subject."""
+
+import re
+from collections.abc import Collection
+from math import isfinite
+
+from loraplex_protos.adapter_names import RULE, is_id
+from loraplex_protos.errors import quote
+from loraplex_router.vocabulary.references import AdapterReference, MergedReference
+from loraplex_router.vocabulary.request import AS_MANY_AS_FIT, EmbedRequest, Request
+from loraplex_router.vocabulary.violations import Violations
+
+REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+MAX_N = 64
+MAX_STOPS = 16
+MAX_STOP_LENGTH = 256
+MAX_STOP_TOKENS = 64
+MAX_TOP_LOGPROBS = 32
+MAX_INPUTS = 1024
+MAX_REFERENCE_LENGTH = 512
+MAX_MERGED = 16
+MERGE_STRATEGIES = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
+MAJORITY_SIGN_METHODS = ("total", "frequency")
+
+
+def check_request(request: Request, vocab_size: int, sources: Collection[str]) -> None:
+    """Raises InvalidRequestError naming every wrong field. The prompt's length is not known yet: see `room_for`.
+    `sources` are the names of those that adapters come from."""
+    found = Violations()
+    found.check(
+        not request.request_id or REQUEST_ID.fullmatch(request.request_id) is not None,
+        "request_id",
+        "use at most 128 characters of A-Z a-z 0-9 . _ : -",
+    )
+    found.check(1 <= request.n <= MAX_N, "n", f"must be from 1 to {MAX_N}")
+    kept = request.truncate in (None, AS_MANY_AS_FIT) or request.truncate >= 1
+    found.check(kept, "truncate", "must be at least 1, or absent")
+    if isinstance(request.prompt, tuple):
+        known = min(request.prompt, default=0) >= 0 and max(request.prompt, default=0) < vocab_size
+        found.check(known, "token_ids", f"every id must be below {vocab_size}")
+    found.add(request.sampling.check(vocab_size))
+    _check_stopping(request, vocab_size, found)
+    if request.grammar is not None:
+        found.add(request.grammar.check())
+    for name in ("top_logprobs", "prompt_top_logprobs"):
+        right = getattr(request.detail, name) <= MAX_TOP_LOGPROBS
+        found.check(right, f"detail.{name}", f"must be at most {MAX_TOP_LOGPROBS}")
+    check_adapter(request.adapter, sources, found)
+    found.raise_any()
+
+
+def check_embed_request(request: EmbedRequest, vocab_size: int, sources: Collection[str]) -> None:
+    """Raises InvalidRequestError, as check_request does."""
+    found = Violations()
+    found.check(1 <= len(request.inputs) <= MAX_INPUTS, "inputs", f"send 1 to {MAX_INPUTS} inputs")
+    found.raise_any()
+    for part in request.parts():
+        check_request(part, vocab_size, sources)
+
+
+def check_adapter(
+    adapter: AdapterReference | MergedReference | None, sources: Collection[str], found: Violations
+) -> None:
+    if isinstance(adapter, MergedReference):
+        _check_merged(adapter, sources, found)
+    elif adapter is not None:
+        check_reference(adapter, sources, found)
+
+
+def check_reference(
+    reference: AdapterReference, sources: Collection[str], found: Violations, name: str = "adapter"
+) -> None:
+    found.check(bool(reference.id), f"{name}.id", "name an adapter, or leave `adapter` out for the base model")
+    right = not reference.id or is_id(reference.id)
+    found.check(right, f"{name}.id", f"{quote(reference.id)} cannot be an adapter's name: {RULE}")
+    for field_name in ("revision", "token"):
+        short = len(getattr(reference, field_name)) <= MAX_REFERENCE_LENGTH
+        found.check(short, f"{name}.{field_name}", f"at most {MAX_REFERENCE_LENGTH} characters")
+    known = reference.source in ("", *sources)
+    found.check(known, f"{name}.source", f"must be one of this server's ({', '.join(sources)}), or empty")
+
+
+def _check_merged(merged: MergedReference, sources: Collection[str], found: Violations) -> None:
+    count, weights = len(merged.adapters), merged.weights
+    found.check(1 <= count <= MAX_MERGED, "merged_adapters.adapters", f"name 1 to {MAX_MERGED} adapters")
+    for place, reference in enumerate(merged.adapters[:MAX_MERGED]):
+        check_reference(reference, sources, found, f"merged_adapters.adapters[{place}]")
+    found.check(len(weights) in (0, count), "merged_adapters.weights", f"{len(weights)} weights for {count} adapters")
+    found.check(all(map(isfinite, weights)), "merged_adapters.weights", "must be finite")
+    known = merged.strategy in MERGE_STRATEGIES
+    found.check(known, "merged_adapters.strategy", f"must be one of {', '.join(MERGE_STRATEGIES)}")
+    pruned = merged.strategy == "linear" or 0 < merged.density <= 1
+    found.check(pruned, "merged_adapters.density", "must be above 0 and at most 1")
+    elected = merged.majority_sign_method in MAJORITY_SIGN_METHODS
+    found.check(elected, "merged_adapters.majority_sign_method", 'must be "total" or "frequency"')
+
+
+def _check_stopping(request: Request, vocab_size: int, found: Violations) -> None:
+    wanted = request.max_new_tokens
+    found.check(wanted is None or wanted >= 1, "stopping.max_new_tokens", "must be at least 1, or absent")
+    least = request.min_new_tokens
+    found.check(least >= 0, "stopping.min_new_tokens", "must be at least 0")
+    found.check(
+        wanted is None or least <= wanted,
+        "stopping.min_new_tokens",
+        "must not be above the most tokens that are asked for",
+    )
+    found.check(len(request.stop) <= MAX_STOPS, "stopping.stop", f"at most {MAX_STOPS} texts")
+    lengths = all(1 <= len(stop) <= MAX_STOP_LENGTH for stop in request.stop)
+    found.check(lengths, "stopping.stop", f"each text must have 1 to {MAX_STOP_LENGTH} characters")
+    tokens = request.stop_token_ids
+    found.check(len(tokens) <= MAX_STOP_TOKENS, "stopping.stop_token_ids", f"at most {MAX_STOP_TOKENS} ids")
+    known = all(0 <= token < vocab_size for token in tokens)
+    found.check(known, "stopping.stop_token_ids", f"every id must be below {vocab_size}")

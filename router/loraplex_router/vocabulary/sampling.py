@@ -1,0 +1,79 @@
+"""How tokens are chosen: each parameter once, by its name in generation.proto, which says what it does. Checks, plans
+and what the faces read follow from the fields of `Sampling`."""
+
+import secrets
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, ConfigDict
+
+from loraplex_protos.errors import FieldViolation
+
+MAX_BIASED = 1024
+LARGEST = 3.4e38  # a finite float
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """What a parameter may be: from `least` to `most`, and `words` for it. NaN is in none."""
+
+    least: float
+    most: float
+    words: str
+    exclusive: bool = False  # the least itself is out
+    narrows: bool = False  # leaves tokens out, which says nothing unless tokens are drawn: temperature is then 1
+
+    def __contains__(self, value: float) -> bool:
+        return self.least <= value <= self.most and not (self.exclusive and value == self.least)
+
+
+class Sampling(BaseModel):
+    """What the caller set. None leaves a step out; of temperature and seed, it leaves the choice to the server."""
+
+    model_config = ConfigDict(frozen=True)
+
+    temperature: Annotated[float | None, Range(0, LARGEST, "at least 0")] = None
+    top_k: Annotated[int | None, Range(1, 2**32 - 1, "at least 1, or absent to keep all tokens", narrows=True)] = None
+    top_p: Annotated[float | None, Range(0, 1, "above 0 and at most 1", exclusive=True, narrows=True)] = None
+    typical_p: Annotated[float | None, Range(0, 1, "above 0 and at most 1", exclusive=True, narrows=True)] = None
+    min_p: Annotated[float | None, Range(0, 1, "from 0 to 1", narrows=True)] = None
+    repetition_penalty: Annotated[float | None, Range(0, LARGEST, "above 0", exclusive=True)] = None
+    frequency_penalty: Annotated[float | None, Range(-2, 2, "from -2 to 2")] = None
+    presence_penalty: Annotated[float | None, Range(-2, 2, "from -2 to 2")] = None
+    seed: int | None = None
+    logit_bias: Mapping[int, float] | None = None  # what is added to the logits of tokens
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """What is not None, without what else a face's own model has."""
+        return self.model_dump(include=set(Sampling.model_fields), exclude_none=True)
+
+    def resolve(self, index: int = 0) -> Self:
+        """With temperature and seed, for sequence `index` of the request."""
+        narrowed = any(RANGES[name].narrows for name in self.given.keys() & RANGES.keys())
+        temperature = float(narrowed) if self.temperature is None else self.temperature
+        seed = secrets.randbits(64) if self.seed is None else self.seed
+        return self.model_copy(update={"temperature": temperature, "seed": (seed + index) % 2**64})
+
+    def check(self, vocab_size: int) -> Iterator[FieldViolation]:
+        """What is wrong."""
+        for name, limits in RANGES.items():
+            value = getattr(self, name)
+            if value is not None and value not in limits:
+                yield FieldViolation(f"sampling.{name}", f"must be {limits.words}")
+        bias = self.logit_bias or {}
+        if len(bias) > MAX_BIASED:
+            yield FieldViolation("sampling.logit_bias", f"at most {MAX_BIASED} tokens")
+        if not all(0 <= token < vocab_size for token in bias):
+            yield FieldViolation("sampling.logit_bias", f"every id must be below {vocab_size}")
+        if not all(-100 <= value <= 100 for value in bias.values()):
+            yield FieldViolation("sampling.logit_bias", "every value must be from -100 to 100")
+
+
+RANGES = {
+    name: limits
+    for name, field in Sampling.model_fields.items()
+    for limits in field.metadata
+    if isinstance(limits, Range)
+}

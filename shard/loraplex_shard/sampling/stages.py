@@ -1,0 +1,177 @@
+"""The stages of sampling: what each does, by which parameters, and which values of them leave it out. Which rows need a
+stage follows from that."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from loraplex_protos.generation_pb2 import Sampling
+
+# How many of the likeliest tokens are looked at before the whole vocabulary is.
+HEAD = 512
+
+# The least normal float32: below it, devices may take a number for 0.
+LEAST = float(np.finfo(np.float32).tiny)
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """The sequences' tokens so far. Sequence i's are tokens[rows[i], :lengths[i]], its prompt's come first."""
+
+    tokens: Tensor  # [rows, positions] int32
+    rows: NDArray[np.int64]
+    prompt_lengths: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+
+    def select(self, chosen: NDArray[np.int64]) -> "History":
+        return History(self.tokens, self.rows[chosen], self.prompt_lengths[chosen], self.lengths[chosen])
+
+    def counts(self, logits: Tensor, of_prompt: bool) -> Tensor:
+        """How often each token occurs in each sequence's output, or in prompt and output: [n, vocab], as the logits."""
+        longest = int(self.lengths.max())
+        tokens = self.tokens[to_device(self.rows, logits), :longest]
+        positions = torch.arange(longest, device=logits.device)
+        inside = positions < _column(self.lengths, logits)
+        if not of_prompt:
+            inside &= positions >= _column(self.prompt_lengths, logits)
+        # What lies outside may be uninitialised: it counts 0 times as token 0.
+        tokens = torch.where(inside, tokens, 0).long()
+        counts = logits.new_zeros((len(self.rows), logits.shape[-1]))
+        return counts.scatter_add_(1, tokens, inside.to(counts.dtype))
+
+
+class Stage:
+    """A step of sampling.
+
+    `function` takes the logits [n, vocab] of some rows, for PENALTIES their history, and of each parameter a column
+    [n, 1]; it returns the changed logits. `neutral` are the parameters, with the values that leave it out.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], **neutral: float) -> None:
+        self._function = function
+        self.neutral = neutral
+
+    def needed(self, parameters: NDArray[np.void]) -> NDArray[np.bool_]:
+        """Which rows it changes: [n]."""
+        changes = [parameters[name] != value for name, value in self.neutral.items()]
+        needed: NDArray[np.bool_] = np.any(changes, axis=0)
+        return needed
+
+    def apply(self, logits: Tensor, parameters: NDArray[np.void], history: History | None = None) -> Tensor:
+        """The logits with it applied to the rows that need it; the others keep their bits."""
+        index = np.flatnonzero(self.needed(parameters))
+        if not len(index):
+            return logits
+        past = [history.select(index)] if history else []
+        columns = (_column(parameters[name][index], logits) for name in self.neutral)
+        changed = self._function(select(logits, index), *past, *columns)
+        return changed if len(index) == len(logits) else logits.index_copy(0, to_device(index, logits), changed)
+
+
+def select(tensor: Tensor, index: NDArray[np.int64]) -> Tensor:
+    """Some of its rows, in their order; without a copy if that is all of them."""
+    return tensor if len(index) == len(tensor) else tensor[to_device(index, tensor)]
+
+
+def to_device(index: NDArray[np.int64] | NDArray[np.bool_], tensor: Tensor) -> Tensor:
+    """On the tensor's device."""
+    return torch.from_numpy(index).to(tensor.device)
+
+
+def by_temperature(logits: Tensor, parameters: NDArray[np.void]) -> Tensor:
+    """Relative to the largest, so that a tiny temperature overflows to -inf only."""
+    temperature = _column(parameters["temperature"], logits).clamp_(min=LEAST)
+    return (logits - logits.amax(-1, keepdim=True)).div_(temperature)
+
+
+def _column(values: NDArray[np.generic], logits: Tensor) -> Tensor:
+    # A copy, since torch does not take the strides of a record's field.
+    return torch.from_numpy(values.copy()).to(logits.device)[:, None]
+
+
+def _divide_repeated(logits: Tensor, history: History, penalty: Tensor) -> Tensor:
+    """Makes what occurred less likely (CTRL, arXiv 1909.05858). No penalty is so far from 1 that the result is not
+    finite, or not a number."""
+    penalty, most = penalty.clamp(min=LEAST), torch.finfo(logits.dtype).max
+    divided = torch.where(logits > 0, logits / penalty, logits * penalty)
+    # What a grammar forbids stays so.
+    occurred = (history.counts(logits, of_prompt=True) > 0) & logits.isfinite()
+    return torch.where(occurred, divided.clamp_(-most, most), logits)
+
+
+def _subtract_counted(logits: Tensor, history: History, frequency: Tensor, presence: Tensor) -> Tensor:
+    counts = history.counts(logits, of_prompt=False)
+    return logits - frequency * counts - presence * (counts > 0)
+
+
+def _keep_top_k(logits: Tensor, k: Tensor) -> Tensor:
+    """Keeps the k likeliest tokens, and what equals the last of them."""
+    k = k.clamp(max=logits.shape[-1])
+    best = logits.topk(int(k.max())).values
+    return logits.masked_fill(logits < best.gather(-1, k - 1), -torch.inf)
+
+
+def _keep_top_p(logits: Tensor, p: Tensor) -> Tensor:
+    """Keeps the likeliest tokens that add up to p (nucleus sampling, arXiv 1904.09751)."""
+    return _keep_mass(logits, logits.softmax(-1), -logits, p)
+
+
+def _keep_top_p_of_logprobs(logprobs: Tensor, p: Tensor) -> Tensor:
+    """The same where the rows are some tokens of a distribution, by their log probabilities in it."""
+    return _keep_mass(logprobs, logprobs.exp(), -logprobs, p)
+
+
+def _keep_min_p(logits: Tensor, p: Tensor) -> Tensor:
+    """Keeps what has at least p times the probability of the likeliest (arXiv 2407.01082)."""
+    return logits.masked_fill(logits < logits.amax(-1, keepdim=True) + p.log(), -torch.inf)
+
+
+def _keep_typical(logits: Tensor, p: Tensor) -> Tensor:
+    """Keeps the tokens whose surprise is nearest to the expected one and that add up to p (arXiv 2202.00666)."""
+    surprise = -logits.log_softmax(-1)
+    probabilities = (-surprise).exp()
+    expected = torch.special.entr(probabilities).sum(-1, keepdim=True)
+    return _keep_mass(logits, probabilities, (surprise - expected).abs(), p)
+
+
+def _keep_mass(logits: Tensor, probabilities: Tensor, order: Tensor, mass: Tensor) -> Tensor:
+    """Keeps the tokens of the least `order` whose probabilities add up to mass, and what equals the last of them."""
+    vocab = logits.shape[-1]
+    for size in (min(HEAD, vocab), vocab):
+        first = order.topk(size, largest=False)
+        cumulative = probabilities.gather(-1, first.indices).cumsum(-1, dtype=torch.float64)
+        if bool((cumulative[:, -1:] >= mass).all()):
+            break
+    last = (cumulative < mass).sum(-1, keepdim=True).clamp_(max=size - 1)
+    return logits.masked_fill(order > first.values.gather(-1, last), -torch.inf)
+
+
+# In the order in which they apply. These see the whole rows, as the model made them.
+PENALTIES = (
+    Stage(_divide_repeated, repetition_penalty=1.0),
+    Stage(_subtract_counted, frequency_penalty=0.0, presence_penalty=0.0),
+)
+# Then comes temperature. These keep the likeliest tokens, and what equals the last of them.
+LIKELIEST = (Stage(_keep_top_k, top_k=0), Stage(_keep_top_p, top_p=1.0), Stage(_keep_min_p, min_p=0.0))
+# What follows top_k, of a row's likeliest tokens by their log probabilities in the whole row.
+OF_HEAD = (Stage(_keep_top_p_of_logprobs, top_p=1.0), *LIKELIEST[2:])
+# These look at all that is left.
+OTHERS = (Stage(_keep_typical, typical_p=1.0),)
+STAGES = (*PENALTIES, *LIKELIEST, *OTHERS)
+
+# By the names of generation.proto, with what an absent one stands for.
+NEUTRAL: dict[str, float] = {"temperature": 0.0, "seed": 0}
+for stage in STAGES:
+    NEUTRAL |= stage.neutral
+KINDS = {"seed": np.uint64, "top_k": np.int64}
+PARAMETERS = np.dtype([(name, KINDS.get(name, np.float32)) for name in NEUTRAL])
+
+
+def read_parameters(sampling: Sampling) -> tuple[float, ...]:
+    """A record of PARAMETERS."""
+    given = {field.name: value for field, value in sampling.ListFields()}
+    return tuple(given.get(name, value) for name, value in NEUTRAL.items())
