@@ -27,9 +27,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "loraplex_router.engine.pool": {"loraplex_router.vocabulary"},
     "loraplex_router.engine.scheduler": {
         "loraplex_router.engine.blocks",
+        "loraplex_router.engine.fairness",
         "loraplex_router.engine.pool",
         "loraplex_router.vocabulary",
     },
+    "loraplex_router.engine.fairness": {"loraplex_router.vocabulary"},
     "loraplex_router.engine.suspects": {"loraplex_router.vocabulary"},
     "loraplex_router.replicas.placement": {"loraplex_router.vocabulary"},
     "loraplex_router.wire.pulse": {"loraplex_protos"},

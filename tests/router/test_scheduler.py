@@ -48,6 +48,8 @@ class World:
         max_new_tokens: int,
         detail: Detail | None = None,
         alone_until: int = 0,
+        tenant: str = "",
+        weight: float = 1.0,
     ) -> Sequence:
         sequence = Sequence(
             number=len(self.sequences),
@@ -57,6 +59,8 @@ class World:
             max_new_tokens=max_new_tokens,
             detail=detail or Detail(),
             alone_until=alone_until,
+            tenant=tenant,
+            weight=weight,
         )
         self.sequences.append(sequence)
         self.scheduler.add(sequence)
@@ -152,6 +156,7 @@ requests = st.lists(
         st.integers(0, 6),  # arrives this many turns after the last
         st.one_of(st.none(), st.integers(0, 30)),  # is cancelled after so many turns
         st.sampled_from([0, 0, 0, 1, 7, 40]),  # is computed alone up to there
+        st.sampled_from(["", "x", "y"]),  # whose it is
     ),
     max_size=20,
 )
@@ -162,13 +167,13 @@ requests = st.lists(
 def test_every_sequence_ends_with_its_own_tokens_and_no_block_row_or_slot_is_lost(requests, blocks, slots, depth):
     world = World(blocks=blocks, slots=slots, depth=depth)
     cancellations = []
-    for adapter, prompt, max_new_tokens, delay, cancel_after, alone_until in requests:
+    for adapter, prompt, max_new_tokens, delay, cancel_after, alone_until, tenant in requests:
         for _ in range(delay):
             world.step()
             for turn, sequence in cancellations:
                 if world.steps >= turn:
                     world.scheduler.finish(sequence)
-        sequence = world.submit(adapter, prompt, max_new_tokens, alone_until=alone_until)
+        sequence = world.submit(adapter, prompt, max_new_tokens, alone_until=alone_until, tenant=tenant)
         if cancel_after is not None:
             cancellations.append((world.steps + cancel_after, sequence))
     world.run()

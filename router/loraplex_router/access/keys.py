@@ -29,6 +29,7 @@ class Allowance(BaseModel):
     adapters: list[str] | None = None  # patterns as of a shell, * also matching /; the base model is open to all
     max_requests: Annotated[int, Field(ge=1)] | None = None  # running or waiting at the same time
     tokens_per_minute: Annotated[int, Field(ge=1)] | None = None  # of prompts and answers
+    weight: Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)] = 1.0  # of its share where others wait, too
     admin: bool = False  # may load and unload adapters, and cancel others' requests
 
 
@@ -47,7 +48,7 @@ class Tenant:
 
     def __init__(self, name: str, allowance: Allowance) -> None:
         self.name = name
-        self.admin = allowance.admin
+        self.admin, self.weight = allowance.admin, allowance.weight
         self._allowance = allowance
         self._requests = 0
         self._bucket = float(allowance.tokens_per_minute or 0)
@@ -55,7 +56,7 @@ class Tenant:
 
     def update(self, allowance: Allowance) -> None:
         """Changes what it may do, from now on. What it has in use stays counted."""
-        self.admin = allowance.admin
+        self.admin, self.weight = allowance.admin, allowance.weight
         self._allowance = allowance
 
     def may_use(self, adapter_id: str) -> bool:

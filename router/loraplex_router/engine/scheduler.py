@@ -1,11 +1,13 @@
 """What runs in the next step. Pure policy: no clock, no text, no transport, no tensors.
 
-Each step mixes decodes and prefill chunks of any adapters under one token budget: first the decodes, then the running
-prefills by age, then new sequences. Blocks are allocated as sequences grow; when they run out, the youngest running
-sequence gives up its own and is computed again later.
+Each step mixes decodes and prefill chunks of any adapters under one token budget: first the decodes, then prefills and
+new sequences, those of the tenant first that got least; of one tenant, running prefills before new sequences. Blocks
+are allocated as sequences grow; when they run out, the youngest sequence that has no chunk in the step yet gives up its
+own and is computed again later.
 
-New sequences: of the adapters that may start one, the adapter with the fewest running sequences goes first, and among
-equals the one whose head has waited longest. An adapter may start sequences when it is on the device and entitled.
+New sequences: fairness.py says whose turn it is among tenants and, below them, adapters. Where all rows or blocks are
+taken, who has much more than the newcomer gives up a place. An adapter may start sequences when it is on the device and
+entitled.
 
 Slots: entitled are the adapters with the longest waiting heads, as many as there are slots, except that an adapter on
 the device keeps its place for a bounded turn of further sequences while others wait for a slot. An adapter that is not
@@ -23,6 +25,7 @@ from itertools import islice
 from math import inf
 
 from loraplex_router.engine.blocks import BlockAllocator, next_key, root_key
+from loraplex_router.engine.fairness import Shares
 from loraplex_router.engine.pool import AdapterPool, SlotClaim
 from loraplex_router.vocabulary.adapter import Adapter
 from loraplex_router.vocabulary.sequence import Chunk, Plan, Sequence
@@ -46,14 +49,16 @@ class Scheduler:
         self._limits = limits
         self._blocks = blocks
         self._adapters = adapters
-        self._waiting: dict[Adapter, deque[Sequence]] = {}
+        self._waiting: dict[Adapter, dict[str, deque[Sequence]]] = {}  # by tenant
+        self._shares = Shares()
         self._running: list[Sequence] = []  # oldest first
         self._free_rows = list(range(limits.max_sequences - 1, -1, -1))
         self._contended = False  # somebody waits for a slot
         self._suspects: set[Sequence] = set()
         self._alone = True  # whether the last plan was that of a suspect
         self.num_waiting = 0
-        self.num_preemptions = 0
+        self.num_preemptions = 0  # for want of blocks
+        self.num_yields = 0  # for others' fair share
 
     @property
     def block_size(self) -> int:
@@ -100,6 +105,7 @@ class Scheduler:
         sequence.finished = True
         if sequence.row is None:
             self._dequeue(sequence)
+            self._shares.stop_waiting(sequence)
         else:
             self._stop_running(sequence)
 
@@ -140,7 +146,8 @@ class Scheduler:
 
     def _claim_order(self, adapter: Adapter) -> tuple[bool, float]:
         keeps_its_turn = adapter.slot is not None and adapter.turn > 0
-        return not keeps_its_turn, self._waiting[adapter][0].number if adapter.waiting else inf
+        oldest = min((queue[0].number for queue in self._waiting.get(adapter, {}).values()), default=inf)
+        return not keeps_its_turn, oldest
 
     def _watch_contention(self, contended: bool, on_device: list[Adapter]) -> None:
         if contended and not self._contended:
@@ -160,6 +167,7 @@ class Scheduler:
         return None
 
     def _plan_together(self) -> Plan | None:
+        may_start = self._yield_place()
         chunks: dict[Sequence, Chunk] = {}
         starts: list[Sequence] = []
         budget, started_tokens = self._limits.max_batch_tokens, 0
@@ -167,14 +175,25 @@ class Scheduler:
         work = [(sequence, sequence.remaining) for sequence in running]
         decodes = [item for item in work if item[1] == 1]
         prefills = [item for item in work if item[1] > 1]
-        for sequence, remaining in decodes + prefills:
+        for sequence, remaining in decodes:
             if budget and sequence.row is not None:  # still, or an older one took its blocks just now
                 budget -= self._extend(sequence, remaining, budget, chunks)
-        while budget and self._free_rows and started_tokens < MAX_STARTED and (started := self._next_to_start()):
-            self._start(started)
-            starts.append(started)
-            started_tokens += len(started.tokens)
-            budget -= self._extend(started, started.remaining, budget, chunks)
+        prefills.sort(key=lambda item: self._served(item[0]), reverse=True)
+        while budget:
+            head = self._next_to_start() if may_start and started_tokens < MAX_STARTED else None
+            if head is None or not self._has_room(head):
+                head, may_start = None, False  # it is waited for: others do not slip past it, or it might wait forever
+            if head and not (prefills and self._served(prefills[-1][0]) <= self._served(head)):
+                self._start(head)
+                starts.append(head)
+                started_tokens += len(head.tokens)
+                budget -= self._extend(head, head.remaining, budget, chunks)
+            elif prefills:
+                sequence, remaining = prefills.pop()
+                if sequence.row is not None:
+                    budget -= self._extend(sequence, remaining, budget, chunks)
+            else:
+                break
         return self._plan(starts, chunks) if chunks else None
 
     def _plan_alone(self) -> Plan | None:
@@ -185,7 +204,7 @@ class Scheduler:
         chunks: dict[Sequence, Chunk] = {}
         suspect = next((s for s in self._suspects if s.row is not None and s.remaining), None)
         starts = []
-        if suspect is None and self._free_rows and (suspect := self._next_suspect()):
+        if suspect is None and (suspect := self._next_suspect()):
             self._start(suspect)
             starts.append(suspect)
         if suspect is not None:
@@ -210,14 +229,16 @@ class Scheduler:
             if (new_blocks := self._blocks.allocate(missing)) is not None:
                 sequence.blocks += new_blocks
                 break
-            youngest = self._running[-1]
-            self._preempt(youngest, chunks)
+            youngest = next(s for s in reversed(self._running) if s not in chunks)
+            self.num_preemptions += 1
+            self._preempt(youngest)
             if youngest is sequence:
                 return 0
         unsent = tuple(sequence.blocks[sequence.sent_blocks :])
         samples = length == remaining and not sequence.detail.pool and not sequence.full
         chunks[sequence] = Chunk(sequence, start, length, samples, unsent, sequence.attempts)
         sequence.sent_blocks = len(sequence.blocks)
+        self._shares.charge(sequence, stop)
         sequence.computed = stop
         if not sequence.suspect:  # not any more
             sequence.alone_until = 0
@@ -225,33 +246,54 @@ class Scheduler:
         self._cache_full_blocks(sequence)  # for others with the same prompt, in this very step
         return length
 
-    def _preempt(self, sequence: Sequence, chunks: dict[Sequence, Chunk]) -> None:
-        """Takes a running sequence's blocks; it will be computed again from its tokens."""
-        chunk = chunks.pop(sequence, None)
-        if chunk is not None:
-            sequence.in_flight -= chunk.samples
+    def _preempt(self, sequence: Sequence) -> None:
+        """Takes a running sequence's row and blocks; it will be computed again from its tokens. It has no chunk in the
+        plan that is being made: others may have begun with the blocks that this chunk fills."""
+        self._enqueue(sequence)
         self._stop_running(sequence)
         sequence.computed = 0
-        self._enqueue(sequence)
-        self.num_preemptions += 1
 
     # ---- starting --------------------------------------------------------------------------------------------
 
     def _next_to_start(self) -> Sequence | None:
         if not self.num_waiting:
             return None
-        queues = [self._waiting[adapter] for adapter in self._startable()]
+        queues = [queue for adapter in self._startable() for queue in self._waiting[adapter].values()]
         heads = [head for queue in queues if (head := next((s for s in queue if not s.suspect), None))]
         heads = [head for head in heads if not head.in_flight]  # preempted, its last sample not known yet
-        head = min(heads, key=lambda head: (head.adapter.running, head.number), default=None)
-        # A head that does not fit is waited for; others do not slip past it, or it might wait forever.
-        return head if head is not None and self._fits(head) else None
+        return min(heads, key=self._turn, default=None)
+
+    def _turn(self, head: Sequence) -> tuple[float, int, int]:
+        """The lower, the sooner."""
+        share = self._shares.of(head)
+        return share.served, share.running[head.adapter], head.number
+
+    def _has_room(self, head: Sequence) -> bool:
+        return bool(self._free_rows) and self._fits(head)
+
+    def _yield_place(self) -> bool:
+        """If what is next has no place, who has much more than it gives up as much as it needs. Answers whether it can
+        start now."""
+        if not self._free_rows and self._shares.even(self._waiting.keys()):
+            return False
+        head = self._next_to_start()
+        while head and not self._has_room(head):
+            if not (richest := self._shares.gives_way(head)):
+                return False
+            tenant, adapter = richest
+            theirs = (s for s in reversed(self._running) if s.tenant == tenant and adapter in (None, s.adapter))
+            self.num_yields += 1
+            self._preempt(next(theirs))
+        return head is not None
+
+    def _served(self, sequence: Sequence) -> float:
+        return self._shares.of(sequence).served
 
     def _next_suspect(self) -> Sequence | None:
         startable = self._startable()
         waiting = [s for s in self._suspects if s.row is None and s.adapter in startable and not s.in_flight]
         youngest = max(waiting, key=lambda suspect: suspect.number, default=None)
-        return youngest if youngest is not None and self._fits(youngest) else None
+        return youngest if youngest is not None and self._has_room(youngest) else None
 
     def _startable(self) -> list[Adapter]:
         """The adapters that may start a sequence now."""
@@ -264,6 +306,7 @@ class Scheduler:
 
     def _start(self, sequence: Sequence) -> None:
         self._dequeue(sequence)
+        self._shares.run(sequence)
         sequence.row = self._free_rows.pop()
         sequence.attempts += 1
         sequence.blocks = self._find_prefix(sequence)
@@ -283,12 +326,14 @@ class Scheduler:
         self._running.remove(sequence)
         self._free_rows.append(sequence.row)
         self._blocks.release(sequence.blocks)
+        self._shares.stop_running(sequence)
         sequence.row, sequence.blocks = None, []
         sequence.cached_blocks = sequence.sent_blocks = 0
         sequence.adapter.running -= 1
 
     def _enqueue(self, sequence: Sequence) -> None:
-        queue = self._waiting.setdefault(sequence.adapter, deque())
+        queue = self._waiting.setdefault(sequence.adapter, {}).setdefault(sequence.tenant, deque())
+        self._shares.wait(sequence)
         if queue and queue[-1].number > sequence.number:  # it was preempted, or comes from another replica
             queue.insert(bisect(queue, sequence.number, key=lambda waiting: waiting.number), sequence)
         else:
@@ -297,9 +342,11 @@ class Scheduler:
         self.num_waiting += 1
 
     def _dequeue(self, sequence: Sequence) -> None:
-        queue = self._waiting[sequence.adapter]
-        queue.remove(sequence)
-        if not queue:
+        queues = self._waiting[sequence.adapter]
+        queues[sequence.tenant].remove(sequence)
+        if not queues[sequence.tenant]:
+            del queues[sequence.tenant]
+        if not queues:
             del self._waiting[sequence.adapter]
         sequence.adapter.waiting -= 1
         self.num_waiting -= 1

@@ -2,6 +2,7 @@
 
 from typing import TypeAlias
 
+from loraplex_router.access.keys import Tenant
 from loraplex_router.text.model import Model
 from loraplex_router.vocabulary.adapter import Adapter
 from loraplex_router.vocabulary.chat import RenderedChat
@@ -23,7 +24,15 @@ async def encode(request: Request, text: Text, model: Model) -> list[int]:
 
 
 def make_sequence(
-    request: Request, index: int, number: int, prompt: list[int], room: int, text: Text, adapter: Adapter, model: Model
+    request: Request,
+    index: int,
+    number: int,
+    prompt: list[int],
+    room: int,
+    text: Text,
+    adapter: Adapter,
+    tenant: Tenant,
+    model: Model,
 ) -> Sequence:
     """Answer `index` to a request. `number` is the order of arrival, `room` the most tokens that it may have."""
     ends = _ends(adapter, text, model)
@@ -39,6 +48,8 @@ def make_sequence(
         end_token_ids=frozenset(request.stop_token_ids) | (frozenset() if ignored else ends),
         min_new_tokens=request.min_new_tokens,
         grammar=request.grammar,
+        tenant=tenant.name,
+        weight=tenant.weight,
         # A complete match to a grammar can only be followed by an end token, so that one is put off, not ignored.
         unwanted_token_ids=ends if request.ignore_eos and request.grammar is not None else frozenset(),
     )

@@ -179,7 +179,7 @@ class Service:
                 for index in range(request.n):
                     number = self._next_number()
                     sequence = make_sequence(
-                        request, index, number, prompt, room, text, lease.adapter, self._known_model
+                        request, index, number, prompt, room, text, lease.adapter, tenant, self._known_model
                     )
                     stops = StopMatcher(request.stop, request.include_stop)
                     generation.add(sequence, decoder, stops, request.stop_token_ids)

@@ -74,6 +74,7 @@ class State(Snapshot):
         adapters = _gauge("adapters", "Staged adapters, by the fastest tier that holds them.", "replica", "tier")
         slots = _gauge("adapter_slots", "Adapters that the device can hold.", "replica")
         preempted = CounterMetricFamily("loraplex_preemptions", "Sequences preempted.", labels=["replica"])
+        yielded = CounterMetricFamily("loraplex_yields", "Places given up to others' fair share.", labels=["replica"])
         for name, replica in self.replicas.items():
             sequences.add_metric([name, "running"], replica.scheduler.num_running)
             sequences.add_metric([name, "waiting"], replica.scheduler.num_waiting)
@@ -86,7 +87,8 @@ class State(Snapshot):
             adapters.add_metric([name, "host"], len(staged) - on_device)
             slots.add_metric([name], replica.pool.slots)
             preempted.add_metric([name], replica.scheduler.num_preemptions)
-        yield from (sequences, blocks, adapters, slots, preempted)
+            yielded.add_metric([name], replica.scheduler.num_yields)
+        yield from (sequences, blocks, adapters, slots, preempted, yielded)
 
     def _queue_length(self) -> Metric:
         """For autoscalers, which want one series."""

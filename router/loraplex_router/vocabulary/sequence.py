@@ -57,6 +57,8 @@ class Sequence:
     min_new_tokens: int = 0  # no end token is sampled before, unless the grammar allows nothing else
     grammar: Grammar | None = None
     unwanted_token_ids: frozenset[int] = frozenset()  # sampled only where the grammar allows nothing else
+    tenant: str = ""  # whose it is, and that tenant's weight: see fairness.py
+    weight: float = 1.0
     traceparent: str = ""  # the trace context that its spans on the shards belong to, if it is traced
 
     computed: int = 0
@@ -68,6 +70,7 @@ class Sequence:
     cached_blocks: int = 0  # how many of its blocks the prefix cache knows
     unscored: int = 0  # how many of its last tokens are fast-forward tokens whose logprobs are still to come
     attempts: int = 0  # how often it took a row
+    charged: int = 0  # the positions before this one are on its tenant's account
     prefix_hit: int = 0  # prompt tokens that the prefix cache spared at its first start
     finished: bool = False
     losses: int = 0  # replicas in a row that were lost while they computed the same part of it: see suspects.py

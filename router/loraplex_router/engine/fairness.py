@@ -1,0 +1,112 @@
+"""Who goes first: fair shares of the work among tenants, and of a tenant's among its adapters. Pure policy.
+
+Tenants: the virtual token counter of Sheng et al. (OSDI 2024). Each tenant has a counter of the service that it got,
+in tokens over its weight; what waits of the tenant with the lowest counter goes first. A tenant that comes back is
+lifted to the lowest counter of those that have work, so that nobody saves up service. Below a tenant, the adapter with
+the fewest running sequences goes first, and the oldest sequence of that.
+
+The paper's server only chooses what to admit, and a newcomer waits for a place until a running sequence ends. Here it
+need not: where all places are taken, a tenant that holds at least two more than the newcomer's gives one up, and an
+adapter that holds two gives one up to an adapter of the same tenant that has none. A sequence that gave way finds its
+blocks in the prefix cache when it goes on.
+"""
+
+from collections import Counter
+from collections.abc import Set
+from dataclasses import dataclass, field
+
+from loraplex_router.vocabulary.adapter import Adapter
+from loraplex_router.vocabulary.sequence import Sequence
+
+PREFILL, DECODE = 1.0, 2.0  # what a token costs: the paper's weights
+
+
+@dataclass(slots=True, eq=False)
+class Share:
+    """What one tenant has of a replica."""
+
+    weight: float = 1.0
+    served: float = 0.0  # the virtual counter
+    waiting: int = 0  # sequences
+    running: Counter[Adapter] = field(default_factory=Counter)  # sequences, by adapter
+    total: int = 0  # sequences that run
+
+
+class Shares:
+    """The shares of all tenants. There are as many as the key file has, so that their counters can be kept."""
+
+    def __init__(self) -> None:
+        self._all: dict[str, Share] = {}
+        self._active: dict[str, Share] = {}  # those that have work
+        self._last = 0.0  # the counter of the tenant that was last to have work
+
+    def of(self, sequence: Sequence) -> Share:
+        return self._all[sequence.tenant]
+
+    def wait(self, sequence: Sequence) -> None:
+        """It begins to wait."""
+        name = sequence.tenant
+        share = self._all.setdefault(name, Share())
+        if name not in self._active:
+            lowest = min((other.served for other in self._active.values()), default=self._last)
+            share.served = max(share.served, lowest)
+            self._active[name] = share
+        share.weight = sequence.weight
+        share.waiting += 1
+
+    def stop_waiting(self, sequence: Sequence) -> None:
+        """It has ended before it ran."""
+        self.of(sequence).waiting -= 1
+        self._update(sequence.tenant)
+
+    def run(self, sequence: Sequence) -> None:
+        """It waited, and runs now."""
+        share = self.of(sequence)
+        share.waiting -= 1
+        share.total += 1
+        share.running[sequence.adapter] += 1
+
+    def stop_running(self, sequence: Sequence) -> None:
+        share = self.of(sequence)
+        share.total -= 1
+        share.running[sequence.adapter] -= 1
+        if not share.running[sequence.adapter]:
+            del share.running[sequence.adapter]
+        self._update(sequence.tenant)
+
+    def charge(self, sequence: Sequence, stop: int) -> None:
+        """Its positions up to `stop` are computed; each is charged once, however often it is computed."""
+        begin, prompt_length = sequence.charged, sequence.prompt_length
+        if begin < sequence.computed:
+            begin = sequence.computed
+        if begin < stop:  # comparisons, since max takes longer, and this is done for every chunk
+            prefills = min(stop, prompt_length) - begin if begin < prompt_length else 0
+            share = self._all[sequence.tenant]
+            share.served += (prefills * PREFILL + (stop - begin - prefills) * DECODE) / share.weight
+            sequence.charged = stop
+
+    def even(self, waiting: Set[Adapter]) -> bool:
+        """Whether it is plain that nobody gives way to a sequence of these adapters: a quick look, for most steps."""
+        if len(self._active) != 1:
+            return False
+        (share,) = self._active.values()
+        return waiting <= share.running.keys()
+
+    def gives_way(self, newcomer: Sequence) -> tuple[str, Adapter | None] | None:
+        """Whose youngest sequence gives up its place to the newcomer: a tenant, or an adapter of the newcomer's own.
+        None if nobody has so much more."""
+        own = self.of(newcomer)
+        name, share = max(self._active.items(), key=lambda item: item[1].total / item[1].weight)
+        if share is not own and (share.total - 1) / share.weight >= (own.total + 1) / own.weight:
+            return name, None
+        if own.running and newcomer.adapter not in own.running:
+            adapter, count = own.running.most_common(1)[0]
+            if count > 1:
+                return newcomer.tenant, adapter
+        return None
+
+    def _update(self, tenant: str) -> None:
+        share = self._all[tenant]
+        if not (share.waiting or share.total):
+            self._last = max(self._last, share.served)
+            del self._active[tenant]

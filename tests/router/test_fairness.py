@@ -1,0 +1,122 @@
+"""Tenants get fair shares of a replica, and a newcomer need not wait for a flood to ebb."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loraplex_router.engine.fairness import DECODE, PREFILL
+from loraplex_router.vocabulary.sequence import Sequence
+from tests.router.test_scheduler import BLOCK, World, expected
+
+ROWS = 8
+LONGEST = 20  # tokens of a prompt
+
+
+def served(world: World, tenant: str) -> float:
+    """What was computed for a tenant, by the costs of its tokens; what is computed again does not count."""
+    prompts = outputs = 0
+    for sequence in world.sequences:
+        if sequence.tenant == tenant:
+            prompts += min(sequence.charged, sequence.prompt_length)
+            outputs += max(0, sequence.charged - sequence.prompt_length)
+    return PREFILL * prompts + DECODE * outputs
+
+
+def steps_to_first_token(world: World, sequence: Sequence) -> int:
+    steps = 0
+    while not sequence.output_length:
+        assert world.step()
+        steps += 1
+    return steps
+
+
+lengths = st.lists(st.tuples(st.integers(1, LONGEST), st.integers(1, 12)), min_size=60, max_size=80)
+
+
+@settings(deadline=None, max_examples=25)
+@given(one=lengths, other=lengths, blocks=st.integers(24, 64))
+def test_the_service_of_two_backlogged_tenants_differs_by_no_more_than_the_papers_constant(one, other, blocks):
+    world = World(blocks=blocks, rows=ROWS)
+    for tenant, requests in (("one", one), ("other", other)):
+        for number, (prompt, answer) in enumerate(requests):  # no two share a block
+            world.submit("", [number, tenant == "one", *range(prompt)], answer, tenant=tenant)
+    bound = 2 * max(PREFILL * (LONGEST + 2), DECODE * blocks * BLOCK)
+    waiting = {"one": True, "other": True}
+    while all(waiting.values()):
+        assert world.step()
+        assert abs(served(world, "one") - served(world, "other")) <= bound
+        waiting = {
+            tenant: any(s.row is None and not s.finished for s in world.sequences if s.tenant == tenant)
+            for tenant in waiting
+        }
+    world.run()
+    assert all(sequence.tokens == expected(sequence) for sequence in world.sequences)
+
+
+@pytest.mark.parametrize(("flooded", "asked"), [("a", "b"), ("a", "a"), ("", "")])
+@pytest.mark.parametrize("prompt", [6, 100])
+def test_a_newcomer_waits_for_no_more_than_a_step_although_another_tenant_floods(
+    flooded: str, asked: str, prompt: int
+) -> None:
+    alone = World(blocks=1000, rows=ROWS)
+    undisturbed = steps_to_first_token(alone, alone.submit(asked, [1] * 5, 4, tenant="quiet"))
+    world = World(blocks=1000, rows=ROWS)
+    for number in range(100):
+        world.submit(flooded, [number] * prompt, 50, tenant="loud")
+    for turn in range(6):
+        for _ in range(12):
+            world.step()
+        newcomer = world.submit(asked, [1, turn, 1, 1, 1], 4, tenant="quiet")
+        assert steps_to_first_token(world, newcomer) <= undisturbed + 1
+        while not newcomer.finished:
+            world.step()
+    world.run(20000)
+    assert all(sequence.tokens == expected(sequence) for sequence in world.sequences)
+
+
+def test_an_adapter_without_a_running_sequence_gets_a_place_although_another_one_of_its_tenant_has_them_all() -> None:
+    world = World(blocks=1000, rows=ROWS)
+    for number in range(50):
+        world.submit("a", [number] * 6, 40)
+    for _ in range(12):
+        world.step()
+    assert steps_to_first_token(world, world.submit("b", [1] * 5, 4)) <= 3
+
+
+def test_places_go_over_to_a_newcomer_up_to_its_share_and_no_further() -> None:
+    world = World(blocks=1000, rows=ROWS, budget=64)
+    for tenant in ("early", "late"):
+        for number in range(40):
+            world.submit("", [number, tenant == "late", number], 50, tenant=tenant)
+        for _ in range(10):
+            world.step()
+    running = [sequence.tenant for sequence in world.sequences if sequence.row is not None]
+    assert sorted(running) == ["early"] * (ROWS // 2) + ["late"] * (ROWS // 2)
+    assert world.scheduler.num_yields == ROWS // 2
+    world.run(20000)
+    assert world.scheduler.num_yields <= len(world.sequences) // 2
+    assert world.scheduler.num_preemptions == 0
+
+
+def test_a_tenant_with_twice_the_weight_gets_twice_the_service() -> None:
+    world = World(blocks=1000, rows=ROWS)
+    for number in range(100):
+        world.submit("", [number] * 6, 20, tenant="light")
+        world.submit("", [number, 1] * 3, 20, tenant="heavy", weight=2.0)
+    for _ in range(400):
+        world.step()
+    assert served(world, "heavy") == pytest.approx(2 * served(world, "light"), rel=0.15)
+
+
+def test_nobody_saves_up_service_while_there_is_nothing_to_do() -> None:
+    world = World(blocks=1000, rows=ROWS)
+    for number in range(60):
+        world.submit("", [number] * 6, 20, tenant="steady")
+    for _ in range(100):
+        world.step()
+    before = served(world, "steady")
+    for number in range(60):
+        world.submit("", [number, 1] * 3, 20, tenant="late")
+    for _ in range(60):
+        world.step()
+    assert served(world, "steady") - before >= 0.7 * served(world, "late")
