@@ -10,7 +10,7 @@ from loraplex_router.api.http.face import Face, face_of
 from tests.router.test_engine import Setup
 from tests.router.test_http_streams import Client
 
-DEEPER = Face(prefix="/v1/messages", routers=(), write_error=lambda error: {})
+DEEPER = Face(prefix="/v1/deeper", routers=(), write_error=lambda error: {})
 
 
 @pytest.mark.parametrize(
@@ -24,9 +24,9 @@ DEEPER = Face(prefix="/v1/messages", routers=(), write_error=lambda error: {})
         "/v1beta/models": lorax.FACE,
         "/adapters": admin.FACE,
         "/adapters/load": admin.FACE,
-        "/v1/messages": DEEPER,
-        "/v1/messages/batches": DEEPER,
-        "/v1/messages_of": openai.FACE,
+        "/v1/deeper": DEEPER,
+        "/v1/deeper/batches": DEEPER,
+        "/v1/deeper_of": openai.FACE,
     }.items(),
 )
 def test_a_path_belongs_to_the_face_with_the_longest_prefix(path: str, face: Face):

@@ -45,6 +45,7 @@ class EventStream(Response):
         events: AsyncIterator[bytes],
         write_error: Callable[[LoraplexError], Mapping[str, Any]],
         headers: Mapping[str, str] | None = None,
+        write_event: Callable[[Mapping[str, Any]], bytes] = event,
     ) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **(headers or {})})
         del self.headers["content-length"]  # not known
@@ -52,6 +53,7 @@ class EventStream(Response):
         self._generations = generations
         self._events = events
         self._write_error = write_error
+        self._write_event = write_event
         self._quiet = True  # nothing was sent since the last look
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -62,9 +64,9 @@ class EventStream(Response):
                 async for written in self._events:
                     await self._send(send, written)
             except LoraplexError as error:
-                await self._send(send, event(self._write_error(error)))
+                await self._send(send, self._write_event(self._write_error(error)))
             except Exception:
-                await self._send(send, event(self._write_error(internal_error())))
+                await self._send(send, self._write_event(self._write_error(internal_error())))
             finally:
                 keep_alive.cancel()
             await send({"type": "http.response.body", "body": b""})
