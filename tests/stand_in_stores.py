@@ -153,7 +153,8 @@ def _handler_of(store: StandInStore) -> type[BaseHTTPRequestHandler]:
             begin, skipped = f"{bucket}/{prefix}", len(bucket) + 1
             found = ((key[skipped:], data) for key, data in store.objects.items() if key.startswith(begin))
             status = store.failure or (200 if store.listed and self._may_read() else 403)
-            data = store.listing(found).encode() if status == 200 else b""
+            code = "AccessDenied" if self._may_read() else "AuthenticationFailed"
+            data = store.listing(found).encode() if status == 200 else f"<Error><Code>{code}</Code></Error>".encode()
             self.send_response(status)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()

@@ -102,7 +102,7 @@ def save_adapter(directory: Path, seed: int = 0, dtype: torch.dtype = torch.floa
 
 
 def read(directory: Path) -> AdapterFiles:
-    return assemble({name: bytearray(data) for name, data in contents(directory).items()})
+    return assemble({name: memoryview(bytearray(data)) for name, data in contents(directory).items()})
 
 
 def contents(directory: Path) -> dict[str, bytes]:

@@ -160,6 +160,15 @@ def test_what_cannot_be_had_has_a_typed_reason(store: StandInStore, files: dict[
             stage(store, "sql")
 
 
+def test_keys_that_are_refused_are_told_from_a_bucket_that_is_not_the_servers(
+    store: StandInStore, files: dict[str, bytes]
+):
+    store.push("bucket/team/a/sql", files)
+    store.authorization = "of somebody else"
+    with pytest.raises(AdapterForbiddenError, match=r"\(AuthenticationFailed\)"):
+        stage(store, "sql")
+
+
 def test_files_that_change_between_look_and_read_are_not_mixed(
     store: StandInStore, files: dict[str, bytes], retrained: dict[str, bytes]
 ):
@@ -264,6 +273,9 @@ def test_settings_are_sources_in_the_order_in_which_they_are_asked(tmp_path: Pat
     assert [source.name for source in open_sources(settings)] == ["local", "s3", "gcs", "azure", "hub"]
     monkeypatch.delenv("AZURE_STORAGE_ACCOUNT_NAME")
     with pytest.raises(SettingsError, match=r"adapters_azure: .*[Aa]ccount"):
+        open_sources(settings)
+    monkeypatch.setenv("AWS_CA_BUNDLE", "/nonexistent/ca.pem")
+    with pytest.raises(SettingsError, match=r"adapters_s3: .*/nonexistent/ca\.pem"):
         open_sources(settings)
 
 

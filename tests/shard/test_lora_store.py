@@ -77,10 +77,10 @@ class CountingHub(HubSource):
     def fetch(self, origin: Origin) -> int:
         return 0
 
-    def read(self, origin: Origin) -> dict[str, bytearray]:
+    def read(self, origin: Origin) -> dict[str, memoryview]:
         self.reads.append(origin.id)
         self.before_read()
-        return {name: bytearray(data) for name, data in contents(self._directory / origin.id).items()}
+        return {name: memoryview(bytearray(data)) for name, data in contents(self._directory / origin.id).items()}
 
 
 def stage(store: AdapterStore, id: str) -> StagedAdapter:

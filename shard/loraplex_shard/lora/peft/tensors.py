@@ -38,12 +38,12 @@ class _Entry(BaseModel):
 _HEADER = TypeAdapter(dict[str, _Entry])
 
 
-def read_tensors(data: bytearray) -> dict[str, torch.Tensor]:
+def read_tensors(data: memoryview) -> dict[str, torch.Tensor]:
     """The tensors by name; they are views of `data`.
 
     Raises AdapterInvalidError if the file is cut short or malformed, or has a tensor that is not of a float dtype.
     """
-    start, entries = _read_header(io.BytesIO(memoryview(data)[: 8 + _MAX_HEADER_BYTES]), len(data))
+    start, entries = _read_header(io.BytesIO(data[: 8 + _MAX_HEADER_BYTES]), len(data))
     return {name: _view(data, start, entry) for name, entry in entries.items()}
 
 
@@ -100,7 +100,7 @@ def _check_extents(entries: dict[str, _Entry], size: int) -> None:
         raise AdapterInvalidError(f"adapter_model.safetensors is malformed: {size - end} bytes belong to no tensor")
 
 
-def _view(data: bytearray, start: int, entry: _Entry) -> torch.Tensor:
+def _view(data: memoryview, start: int, entry: _Entry) -> torch.Tensor:
     dtype, count = _DTYPES[entry.dtype], _numel(entry)
     if count == 0:  # torch.frombuffer takes no empty range
         return torch.empty(entry.shape, dtype=dtype)

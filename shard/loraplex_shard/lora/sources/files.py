@@ -1,6 +1,7 @@
 """The files of an adapter, read whole into memory. Knows neither what is in its tensors nor where they come from."""
 
 import hashlib
+import mmap
 import os
 import stat
 from collections.abc import Mapping
@@ -28,7 +29,7 @@ class AdapterFiles:
     """What an adapter is: its digest is its identity."""
 
     config: bytes
-    tensors: bytearray  # views of it become the adapter's tensors without a copy, which takes a mutable buffer
+    tensors: memoryview  # views of it become the adapter's tensors without a copy, which takes a mutable buffer
     text: AdapterText = field(default_factory=AdapterText)
 
     def digest(self) -> str:
@@ -59,7 +60,7 @@ def is_telling(name: str) -> bool:
     return name in KNOWN or bool(text_files([name]))
 
 
-def assemble(contents: Mapping[str, bytearray]) -> AdapterFiles:
+def assemble(contents: Mapping[str, memoryview]) -> AdapterFiles:
     """Of the files' contents, by name."""
     text = {name: bytes(data) for name, data in contents.items() if name not in (CONFIG, TENSORS)}
     return AdapterFiles(bytes(contents[CONFIG]), contents[TENSORS], read_text(text))
@@ -87,7 +88,7 @@ def check_names(names: frozenset[str]) -> None:
         raise AdapterInvalidError(f"{TENSORS} is missing")
 
 
-def read_file(path: Path, name: str) -> bytearray:
+def read_file(path: Path, name: str) -> memoryview:
     """Raises AdapterInvalidError if it is too large or not a regular file, else OSError."""
     # Without O_NONBLOCK, opening a pipe would wait for its writer.
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb", buffering=0) as file:
@@ -95,10 +96,13 @@ def read_file(path: Path, name: str) -> bytearray:
         if not stat.S_ISREG(status.st_mode):
             raise AdapterInvalidError(f"{name} is not a regular file")
         check_size(name, status.st_size)
-        data = bytearray(status.st_size)
-        view, filled = memoryview(data), 0
-        while filled < len(data) and (count := file.readinto(view[filled : filled + _CHUNK])):
+        data, filled = new_buffer(status.st_size), 0
+        while filled < len(data) and (count := file.readinto(data[filled : filled + _CHUNK])):
             filled += count
-        view.release()
-        del data[filled:]  # a file that shrank meanwhile
-        return data
+        return data[:filled]  # less if the file shrank meanwhile
+
+
+def new_buffer(size: int) -> memoryview:
+    """Memory for a file. Its pages come as they are written: a bytearray is filled with zeros first, and no step can
+    begin until that is done."""
+    return memoryview(mmap.mmap(-1, max(size, 1)))[:size]

@@ -75,7 +75,7 @@ class HubSource(Source):
         with _typed_errors(origin.id, origin.revision, origin.token):
             return sum(path.stat().st_size for path in self._fetched(origin).values())
 
-    def read(self, origin: Origin) -> dict[str, bytearray]:
+    def read(self, origin: Origin) -> dict[str, memoryview]:
         with _typed_errors(origin.id, origin.revision, origin.token):
             return {name: read_file(path, name) for name, path in self._fetched(origin).items()}
 

@@ -33,7 +33,7 @@ class LocalSource(Source):
         with _typed_errors(id):
             return Origin.of(self, id, {name: _state(path) for name, path in self._files(directory)})
 
-    def read(self, origin: Origin) -> dict[str, bytearray]:
+    def read(self, origin: Origin) -> dict[str, memoryview]:
         with _typed_errors(origin.id):
             contents = {name: read_file(Path(file.place), name) for name, file in origin.files}
             if any(_state(Path(file.place)) != file for _, file in origin.files):

@@ -27,7 +27,7 @@ from loraplex_protos.errors import (
     quote,
 )
 from loraplex_shard.lora.sources.aws_profile import read_profile
-from loraplex_shard.lora.sources.files import CONFIG, KNOWN, TENSORS, check_size, is_telling
+from loraplex_shard.lora.sources.files import CONFIG, KNOWN, TENSORS, check_size, is_telling, new_buffer
 from loraplex_shard.lora.sources.protocol import File, Origin, Source
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ KINDS = (
     _Kind("gcs", "Google Cloud Storage", ("gs",)),
     _Kind("azure", "Azure Blob Storage", ("az", "azure", "abfs", "abfss")),
 )
-CHUNK = 2**24  # bytes
+CHUNK = 2**22  # bytes: copied at a time
 PAGE, MOST_LISTED = 1000, 10_000  # objects
 LONGEST_READ = timedelta(hours=1)
 
@@ -54,6 +54,7 @@ LONGEST_READ = timedelta(hours=1)
 _STATUS = re.compile(r"non-2xx status code: (\d{3})")
 _ASKED = re.compile(r"Error performing [A-Z]+ (http\S+)")
 _LOGIN = re.compile(r"Error performing P|token re(quest|sponse)")  # nothing of ours is a POST or PUT
+_CODE = re.compile(r"<Code>(\w{1,60})</Code>")
 _TROUBLES = {
     "kind: Connect": "it cannot be reached",
     "kind: Timeout": "it does not answer",
@@ -76,13 +77,13 @@ class ObjectStoreSource(Source):
         self._prefix = f"{prefix.strip('/')}/".lstrip("/")
         wait = timedelta(seconds=timeout_s)
         client: ClientConfig = {"allow_http": True, "connect_timeout": wait, "read_timeout": wait}
-        client |= {"timeout": LONGEST_READ, "root_certificate": _authorities()}
         retries: RetryConfig = {"max_retries": 2, "retry_timeout": 3 * wait}
         options = read_profile() if self.name == "s3" else {}
         address = f"{scheme}://{self._bucket}"
         try:
+            client |= {"timeout": LONGEST_READ, "root_certificate": _authorities()}
             self._store = from_url(address, client_options=client, retry_config=retries, **options)
-        except BaseError as error:
+        except (BaseError, OSError) as error:
             raise ValueError(str(error).partition("\n")[0][:200]) from None
 
     def refusal(self, id: str) -> str:
@@ -104,16 +105,17 @@ class ObjectStoreSource(Source):
             raise AdapterNotFoundError(f"{self._kind.title} has no adapter {quote(id)}")
         return Origin.of(self, id, found)
 
-    def read(self, origin: Origin) -> dict[str, bytearray]:
+    def read(self, origin: Origin) -> dict[str, memoryview]:
         with self._typed_errors(origin.id):
             return {name: self._get(name, file) for name, file in origin.files}
 
-    def _get(self, name: str, file: File) -> bytearray:
+    def _get(self, name: str, file: File) -> memoryview:
         answer = obstore.get(self._store, file.place, options={"if_match": file.version})
         check_size(name, answer.meta["size"])
-        data = bytearray()
+        data, filled = new_buffer(answer.meta["size"]), 0
         for chunk in answer.stream(CHUNK):
-            data += chunk
+            data[filled : filled + len(chunk)] = memoryview(chunk)
+            filled += len(chunk)
         return data
 
     def _named(self, id: str) -> str:
@@ -130,7 +132,10 @@ class ObjectStoreSource(Source):
         except BaseError as error:
             if _status(error) != 403:
                 raise
-            return self._ask(folder)
+            try:
+                return self._ask(folder)
+            except PermissionDeniedError:
+                raise error from None  # it says more
 
     def _list(self, folder: str) -> dict[str, File]:
         found, listed = dict[str, File](), 0
@@ -167,11 +172,12 @@ class ObjectStoreSource(Source):
         asked = _ASKED.search(text)
         if isinstance(error, GenericError) and (_LOGIN.search(text) or (asked and self._bucket not in asked[1])):
             return AdapterSourceError(f"{title} was not asked for {quote(id)}: this server found no credentials for it")
+        code = f" ({found[1]})" if (found := _CODE.search(text)) else ""
         match _status(error):
             case 401 | 403:
                 return AdapterForbiddenError(
-                    f"{title} does not let this server read {quote(id)}; without the right to list the bucket it says"
-                    " so of what is not there, too"
+                    f"{title} does not let this server read {quote(id)}{code}; without the right to list the bucket it"
+                    " says so of what is not there, too"
                 )
             case 404:
                 return AdapterNotFoundError(f"{title} has no adapter {quote(id)}, or no such bucket")
@@ -181,7 +187,7 @@ class ObjectStoreSource(Source):
                 reason = next((said for sign, said in _TROUBLES.items() if sign in text), "its answer is malformed")
                 return AdapterSourceError(f"{title} did not hand over {quote(id)}: {reason}")
             case status:
-                return AdapterSourceError(f"{title} answered {status} for {quote(id)}")
+                return AdapterSourceError(f"{title} answered {status}{code} for {quote(id)}")
 
 
 def _authorities() -> bytes:

@@ -67,5 +67,5 @@ class Source(Protocol):
         return sum(file.size for _, file in origin.files)
 
     @abstractmethod
-    def read(self, origin: Origin) -> dict[str, bytearray]:
+    def read(self, origin: Origin) -> dict[str, memoryview]:
         """What is in the files, by name. Raises AdapterErrors, also if the files are not what they were."""
