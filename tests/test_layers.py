@@ -43,6 +43,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "loraplex_shard.shapes.layout": set(),
     "loraplex_shard.shapes.adapter": set(),
     "loraplex_shard.ops.quantized": set(),
+    # A source finds and reads files: what they mean is not for it to know.
+    "loraplex_shard.lora.sources": {"loraplex_protos"},
+    "loraplex_shard.lora.weights": {
+        "loraplex_protos",
+        "loraplex_shard.device.memory",
+        "loraplex_shard.lora.sources.text_files",
+        "loraplex_shard.shapes",
+    },
 }
 
 # Who may import a package: everybody else must not. These are the top floors.
