@@ -17,7 +17,7 @@ from loraplex_shard.ops.reference import ReferenceOperations
 from loraplex_shard.settings import Quantize
 from loraplex_shard.shapes.adapter import AdapterWeights, Expansion, LayerWeights
 from loraplex_shard.shapes.batch import Batch, Segment
-from loraplex_shard.shapes.layout import LinearLayout
+from loraplex_shard.shapes.layout import LinearLayout, count_indices
 from tests.shard.families import MAX_MODEL_LEN
 
 WHOLE = Group(0, 1)
@@ -124,4 +124,4 @@ def adapter_for(layouts: tuple[LinearLayout, ...], dtype: torch.dtype = torch.fl
             shrinks.append(shrink[:, layout.columns])
             start, rank_start = stop, rank_stop
         layers[layout.name] = LayerWeights(layout.index, torch.cat(shrinks).to(dtype), tuple(expansions))
-    return in_one_piece(layers, len(layouts))
+    return in_one_piece(layers, count_indices(layouts))

@@ -15,10 +15,14 @@ from transformers import (
     GraniteMoeHybridConfig,
     Ministral3Config,
     MinistralConfig,
+    MixtralConfig,
     Olmo2Config,
     Olmo3Config,
+    OlmoeConfig,
     Phi3Config,
     PreTrainedConfig,
+    Qwen2MoeConfig,
+    Qwen3MoeConfig,
     SeedOssConfig,
     SmolLM3Config,
     Starcoder2Config,
@@ -131,4 +135,20 @@ FAMILIES: dict[str, PreTrainedConfig] = {
         ),
     ),
     "seed oss": SeedOssConfig(**SIZES, head_dim=10, attention_bias=True, attention_out_bias=True, mlp_bias=True),
+    "mixtral": MixtralConfig(**SIZES, num_local_experts=5, sliding_window=None),
+    "qwen3 moe": Qwen3MoeConfig(
+        **SIZES, head_dim=10, num_experts=6, num_experts_per_tok=3, moe_intermediate_size=40, norm_topk_prob=True
+    ),
+    "qwen3 moe, weights as they are, some layers dense": Qwen3MoeConfig(
+        **SIZES, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=24, mlp_only_layers=[1]
+    ),
+    "qwen2 moe, every other layer": Qwen2MoeConfig(
+        **SIZES,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=24,
+        shared_expert_intermediate_size=56,
+        decoder_sparse_step=2,
+    ),
+    "olmoe": OlmoeConfig(**SIZES, num_experts=7, num_experts_per_tok=4),
 }

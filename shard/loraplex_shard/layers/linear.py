@@ -9,7 +9,9 @@ from loraplex_shard.ops.base import Operations, Segments, Step, Weight
 from loraplex_shard.shapes.layout import LinearLayout
 
 
-class _Linear(SourcedLayer):
+class Linear(SourcedLayer):
+    """A weight, and maybe a bias, cut as its layout says."""
+
     bias: nn.Parameter | None
 
     def __init__(self, layout: LinearLayout, bias: bool, ops: Operations, least_bits: int = 4) -> None:
@@ -32,7 +34,7 @@ class _Linear(SourcedLayer):
             self.declare("bias", (rows,), *biases)
 
 
-class ColumnLinear(_Linear):
+class ColumnLinear(Linear):
     """Column-parallel: reads the whole input, computes this rank's rows of each part."""
 
     def forward(self, x: torch.Tensor, segments: Step | Segments) -> torch.Tensor:
@@ -48,7 +50,7 @@ class ColumnLinear(_Linear):
         self.weight = weight.part(rows)
 
 
-class RowLinear(_Linear):
+class RowLinear(Linear):
     """Row-parallel: reads this rank's columns of the input, and sums the ranks' partial outputs."""
 
     def __init__(self, layout: LinearLayout, bias: bool, ops: Operations, group: Group) -> None:
@@ -57,7 +59,12 @@ class RowLinear(_Linear):
 
     def forward(self, x: torch.Tensor, segments: Step | Segments) -> torch.Tensor:
         """x [tokens, this rank's inputs] -> [tokens, out_features], the same on all ranks."""
+        out = self.partial(x, segments)
+        self.ops.all_reduce_(out, self.group)
+        return out
+
+    def partial(self, x: torch.Tensor, segments: Step | Segments) -> torch.Tensor:
+        """What this rank adds to that sum."""
         out = self.ops.linear(x, self.weight, self.bias if self.group.rank == 0 else None)
         self.ops.add_lora_delta(out, x, segments, self.layout)
-        self.ops.all_reduce_(out, self.group)
         return out

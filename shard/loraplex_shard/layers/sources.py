@@ -12,6 +12,7 @@ from loraplex_shard.ops.quantized import QuantizedMatrix, joined, quantize
 from loraplex_shard.settings import Quantize
 
 BITS: dict[Quantize, int] = {"int8": 8, "int4": 4}
+FLOAT = 16  # bits of a matrix that is never rounded
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +105,7 @@ class SourcedLayer(nn.Module):
             self.weight = self.ops.pack(stored)
             yield from (source.tensor for source in self.matrix)
             return
-        rounded = form.quantize in BITS
+        rounded = form.quantize in BITS and self.least_bits < FLOAT
         data = torch.empty(self.matrix_shape, dtype=torch.float32 if rounded else form.dtype, device=form.device)
         yield from _fill(data, reader, self.matrix)
         self.weight = self.ops.pack(quantize(data, self._bits(form.quantize)) if rounded else data)

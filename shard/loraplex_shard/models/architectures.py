@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 
 from loraplex_shard.checkpoint.base import CheckpointError
 from loraplex_shard.layers.norm import NormSpec
-from loraplex_shard.models.spec import DecoderSpec, Names, RotarySpec
+from loraplex_shard.models.spec import DecoderSpec, ExpertsSpec, Names, RotarySpec
 from loraplex_shard.ops.base import Activation
 
 # By transformers' names for them, of which some functions have several.
@@ -133,6 +133,59 @@ def _granite_hybrid(config: PreTrainedConfig) -> DecoderSpec:
         intermediate_size=config.shared_intermediate_size,
         rotated=[config.position_embedding_type == "rope"] * config.num_hidden_layers,
         names=Names(gate_up=("shared_mlp.input_linear",), down="shared_mlp.output_linear"),
+    )
+
+
+def _mixtral(config: PreTrainedConfig) -> DecoderSpec:
+    experts = ExpertsSpec(
+        count=config.num_local_experts,
+        chosen=config.num_experts_per_tok,
+        intermediate_size=config.intermediate_size,
+        layers=(True,) * config.num_hidden_layers,
+        router="block_sparse_moe.gate",
+        experts="block_sparse_moe.experts",
+        gate_up=("w1", "w3"),
+        down="w2",
+    )
+    return _spec(config, experts=experts)
+
+
+def _olmoe(config: PreTrainedConfig) -> DecoderSpec:
+    if config.clip_qkv is not None:
+        raise CheckpointError(f"config.json: clip_qkv {config.clip_qkv} is not served, only null")
+    bias = config.attention_bias
+    return _spec(
+        config,
+        qkv_bias=bias,
+        o_bias=bias,
+        qk_norm="width",
+        experts=_experts(config, (True,) * config.num_hidden_layers, config.intermediate_size),
+    )
+
+
+def _qwen2_moe(config: PreTrainedConfig) -> DecoderSpec:
+    experts = replace(_qwen_experts(config), shared_size=config.shared_expert_intermediate_size)
+    return _spec(config, qkv_bias=config.qkv_bias, experts=experts)
+
+
+def _qwen3_moe(config: PreTrainedConfig) -> DecoderSpec:
+    return replace(_qwen3(config), experts=_qwen_experts(config))
+
+
+def _qwen_experts(config: PreTrainedConfig) -> ExpertsSpec:
+    layers = range(config.num_hidden_layers)
+    step, dense = config.decoder_sparse_step, set(config.mlp_only_layers or ())
+    held = tuple(config.num_experts > 0 and each not in dense and (each + 1) % step == 0 for each in layers)
+    return _experts(config, held, config.moe_intermediate_size)
+
+
+def _experts(config: PreTrainedConfig, layers: tuple[bool, ...], intermediate_size: int) -> ExpertsSpec:
+    return ExpertsSpec(
+        count=config.num_experts,
+        chosen=config.num_experts_per_tok,
+        intermediate_size=intermediate_size,
+        layers=layers,
+        normalized=config.norm_topk_prob,
     )
 
 
@@ -274,11 +327,15 @@ _ARCHITECTURES: dict[str, Callable[[PreTrainedConfig], DecoderSpec]] = {
     "Ministral3ForCausalLM": _ministral3,
     "MinistralForCausalLM": _mistral,
     "MistralForCausalLM": _mistral,
+    "MixtralForCausalLM": _mixtral,
     "Olmo2ForCausalLM": _olmo2,
     "Olmo3ForCausalLM": _olmo2,
+    "OlmoeForCausalLM": _olmoe,
     "Phi3ForCausalLM": _phi3,
     "Qwen2ForCausalLM": _qwen2,
+    "Qwen2MoeForCausalLM": _qwen2_moe,
     "Qwen3ForCausalLM": _qwen3,
+    "Qwen3MoeForCausalLM": _qwen3_moe,
     "SeedOssForCausalLM": _seed_oss,
     "SmolLM3ForCausalLM": _smollm3,
     "Starcoder2ForCausalLM": _starcoder2,

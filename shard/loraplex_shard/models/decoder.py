@@ -5,15 +5,17 @@ computed on this device, the operations'.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from loraplex_shard.device.parallel import Group
 from loraplex_shard.layers.embedding import Embedding
-from loraplex_shard.layers.linear import ColumnLinear, RowLinear
+from loraplex_shard.layers.linear import ColumnLinear, Linear, RowLinear
 from loraplex_shard.layers.norm import HeadNorm, HiddenNorm, WidthNorm
+from loraplex_shard.models.build import Build
+from loraplex_shard.models.mlp import MixtureOfExperts, Mlp
 from loraplex_shard.models.partition import DecoderPartition
 from loraplex_shard.models.spec import DecoderSpec, RotarySpec
 from loraplex_shard.ops.base import Operations, Rotary, Step
@@ -23,20 +25,6 @@ from loraplex_shard.shapes.heads import Heads
 from loraplex_shard.shapes.layout import LinearLayout
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # as checkpoints call them
-
-
-@dataclass(frozen=True, slots=True)
-class Build:
-    """What every layer is made from."""
-
-    spec: DecoderSpec
-    partition: DecoderPartition
-    group: Group
-    ops: Operations
-    rotary: Mapping[RotarySpec, Rotary]
-
-    def norm(self, module: str) -> HiddenNorm:
-        return HiddenNorm(module, self.spec.hidden_size, self.spec.norm, self.spec.residual_scale, self.ops)
 
 
 class Attention(nn.Module):
@@ -71,23 +59,11 @@ class Attention(nn.Module):
         return out
 
 
-class Mlp(nn.Module):
-    def __init__(self, index: int, build: Build) -> None:
-        super().__init__()
-        self.spec, self.ops = build.spec, build.ops
-        self.gate_up = ColumnLinear(build.partition.gate_up(index), self.spec.mlp_bias, self.ops)
-        self.down = RowLinear(build.partition.down(index), self.spec.mlp_bias, self.ops, build.group)
-
-    def forward(self, hidden: torch.Tensor, step: Step) -> torch.Tensor:
-        active = self.ops.activate(self.gate_up(hidden, step), self.spec.activation, self.spec.gated)
-        out: torch.Tensor = self.down(active, step)
-        return out
-
-
 class DecoderLayer(nn.Module):
     def __init__(self, index: int, build: Build) -> None:
         super().__init__()
-        self.spec, self.ops, names = build.spec, build.ops, build.spec.names
+        spec, names = build.spec, build.spec.names
+        self.spec, self.ops = spec, build.ops
 
         def norm(module: str | None) -> HiddenNorm | None:
             return None if module is None else build.norm(f"model.layers.{index}.{module}")
@@ -96,7 +72,7 @@ class DecoderLayer(nn.Module):
         self.attention = Attention(index, build)
         self.behind_attention = norm(names.behind_attention)
         self.before_mlp = norm(names.before_mlp)
-        self.mlp = Mlp(index, build)
+        self.mlp = (MixtureOfExperts if spec.has_experts(index) else Mlp)(index, build)
         self.behind_mlp = norm(names.behind_mlp)
 
     def forward(self, hidden: torch.Tensor, delta: torch.Tensor | None, step: Step, cache: LayerCache) -> torch.Tensor:
@@ -148,7 +124,7 @@ class Decoder(nn.Module):
     @property
     def layouts(self) -> tuple[LinearLayout, ...]:
         """All linear layers of this rank, the lm head included."""
-        return tuple(module.layout for module in self.modules() if isinstance(module, ColumnLinear | RowLinear))
+        return tuple(module.layout for module in self.modules() if isinstance(module, Linear))
 
     @torch.inference_mode()
     def forward(self, batch: Batch, cache: KVCache) -> torch.Tensor:

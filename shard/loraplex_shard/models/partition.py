@@ -1,13 +1,15 @@
 """How each linear layer of a decoder is cut for one rank: by attention head, by MLP unit, by vocabulary entry."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate
 
 from loraplex_shard.device.parallel import partition_heads, partition_panels, partition_units
-from loraplex_shard.models.spec import DecoderSpec
+from loraplex_shard.models.spec import DecoderSpec, ExpertsSpec
 from loraplex_shard.shapes.layout import LinearLayout, LinearPart
 
 LINEARS = 4  # linear layers of one decoder layer
+OF_ROUTING = 2  # of one with experts, beside the experts' own
 
 
 class DecoderPartition:
@@ -19,9 +21,10 @@ class DecoderPartition:
         vocabulary = [partition_panels(spec.vocab_size, other, size) for other in range(size)]
         self.lm_head_widths = tuple(map(_length, vocabulary))
         self._spec = spec
+        self._linears = LINEARS + (OF_ROUTING if spec.experts else 0)
+        self._rank, self._size = rank, size
         self._query = _scaled(self.head_partition.query, spec.head_dim)
         self._kv = _scaled(self.head_partition.kv, spec.head_dim)
-        self._units = partition_units(spec.intermediate_size, rank, size)
         self._vocabulary = vocabulary[rank]
 
     def qkv(self, index: int) -> LinearLayout:
@@ -35,15 +38,68 @@ class DecoderPartition:
 
     def gate_up(self, index: int) -> LinearLayout:
         spec, projections = self._spec, 2 if self._spec.gated else 1
-        features, runs = (spec.intermediate_size,) * projections, (self._units,) * projections
-        return self._column("gate_up", index, 2, spec.names.gate_up, features, runs)
+        names, size = self._mlp(index, spec.names.gate_up), self._mlp_size(index)
+        return self._column("gate_up", index, 2, names, (size,) * projections, (self._units(size),) * projections)
 
     def down(self, index: int) -> LinearLayout:
-        return self._row("down", index, 3, self._spec.names.down, self._spec.intermediate_size, self._units)
+        (name,), size = self._mlp(index, (self._spec.names.down,)), self._mlp_size(index)
+        return self._row("down", index, 3, name, size, self._units(size))
+
+    def router(self, index: int) -> LinearLayout:
+        return self._whole("router", index, 4, self._experts.router, self._experts.count)
+
+    def shared_gate(self, index: int) -> LinearLayout:
+        return self._whole("shared_gate", index, 5, self._experts.shared_gate, 1)
+
+    def experts_gate_up(self, index: int) -> list[LinearLayout]:
+        size = self._experts.intermediate_size
+        features, runs = (size,) * 2, (self._units(size),) * 2
+        layouts = [
+            self._column("experts.gate_up", index, 0, self._expert(each, *self._experts.gate_up), features, runs)
+            for each in range(self._experts.count)
+        ]
+        return self._of_experts(index, 0, layouts)
+
+    def experts_down(self, index: int) -> list[LinearLayout]:
+        size = self._experts.intermediate_size
+        layouts = [
+            self._row("experts.down", index, 0, self._expert(each, self._experts.down)[0], size, self._units(size))
+            for each in range(self._experts.count)
+        ]
+        return self._of_experts(index, 1, layouts)
 
     def lm_head(self) -> LinearLayout:
         head = LinearPart("lm_head", self._spec.vocab_size, (self._vocabulary,))
-        return LinearLayout("lm_head", LINEARS * self._spec.layers, (head,), self._spec.hidden_size, self._hidden)
+        index = self._linears * self._spec.layers
+        return LinearLayout("lm_head", index, (head,), self._spec.hidden_size, self._hidden)
+
+    @property
+    def _experts(self) -> ExpertsSpec:
+        assert self._spec.experts is not None
+        return self._spec.experts
+
+    def _mlp_size(self, layer: int) -> int:
+        return self._experts.shared_size if self._spec.has_experts(layer) else self._spec.intermediate_size
+
+    def _mlp(self, layer: int, names: Sequence[str]) -> tuple[str, ...]:
+        """What the layer's MLP, which may be its shared expert, calls its modules."""
+        if not self._spec.has_experts(layer):
+            return tuple(names)
+        return tuple(f"{self._experts.shared}.{name.rpartition('.')[2]}" for name in names)
+
+    def _expert(self, number: int, *names: str) -> tuple[str, ...]:
+        return tuple(f"{self._experts.experts}.{number}.{name}" for name in names)
+
+    def _of_experts(self, layer: int, place: int, layouts: Sequence[LinearLayout]) -> list[LinearLayout]:
+        """The same layouts, behind all that are no expert's."""
+        first = self._linears * self._spec.layers + 1 + (2 * layer + place) * len(layouts)
+        return [
+            replace(each, name=f"{each.name}.{number}", index=first + number, of_expert=True)
+            for number, each in enumerate(layouts)
+        ]
+
+    def _units(self, size: int) -> slice:
+        return partition_units(size, self._rank, self._size)
 
     @property
     def _hidden(self) -> slice:
@@ -61,12 +117,16 @@ class DecoderPartition:
             starts = accumulate(features[:-1], initial=0)
             shifted = [slice(start + run.start, start + run.stop) for start, run in zip(starts, runs, strict=True)]
             parts = [LinearPart(module, sum(features), _joined(shifted))]
-        index, size = LINEARS * layer + place, self._spec.hidden_size
+        index, size = self._linears * layer + place, self._spec.hidden_size
         return LinearLayout(f"layers.{layer}.{name}", index, tuple(parts), size, self._hidden)
 
     def _row(self, name: str, layer: int, place: int, module: str, in_features: int, columns: slice) -> LinearLayout:
         part = LinearPart(f"model.layers.{layer}.{module}", self._spec.hidden_size, (self._hidden,))
-        return LinearLayout(f"layers.{layer}.{name}", LINEARS * layer + place, (part,), in_features, columns)
+        return LinearLayout(f"layers.{layer}.{name}", self._linears * layer + place, (part,), in_features, columns)
+
+    def _whole(self, name: str, layer: int, place: int, module: str, out_features: int) -> LinearLayout:
+        """A layer that every rank has all of."""
+        return self._column(name, layer, place, (module,), (out_features,), (slice(0, out_features),))
 
 
 def _joined(runs: Sequence[slice]) -> tuple[slice, ...]:

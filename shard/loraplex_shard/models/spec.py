@@ -33,6 +33,27 @@ class Names:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertsSpec:
+    """A mixture of experts in place of an MLP (arXiv 1701.06538): each token has the experts that a router gives most.
+
+    Module names are below model.layers.N; an expert's own, below EXPERTS.NUMBER.
+    """
+
+    count: int
+    chosen: int  # by each token
+    intermediate_size: int  # of one
+    layers: tuple[bool, ...]  # which have experts; the others have an MLP
+    normalized: bool = True  # the weights of a token's experts add up to 1
+    shared_size: int = 0  # intermediate size of one more expert, which all tokens have; 0: there is none
+    router: str = "mlp.gate"
+    experts: str = "mlp.experts"
+    gate_up: tuple[str, ...] = ("gate_proj", "up_proj")
+    down: str = "down_proj"
+    shared: str = "mlp.shared_expert"
+    shared_gate: str = "mlp.shared_expert_gate"
+
+
+@dataclass(frozen=True, slots=True)
 class DecoderSpec:
     """A decoder with grouped-query attention and an MLP. Sizes are the whole model's."""
 
@@ -61,3 +82,7 @@ class DecoderSpec:
     logit_scale: float = 1.0
     logit_soft_cap: float = 0.0  # 0: none
     names: Names = Names()
+    experts: ExpertsSpec | None = None
+
+    def has_experts(self, layer: int) -> bool:
+        return self.experts is not None and self.experts.layers[layer]

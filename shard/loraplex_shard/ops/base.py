@@ -1,7 +1,7 @@
 """The operations that the decoder is made of, and what they take. Whoever implements them knows the device; the model
 does not. `reference.py` says in plain torch what each of them computes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -53,6 +53,18 @@ class Rotary:
         return Rotary(self.cos.to(device), self.sin.to(device), self.interleaved, scale)
 
 
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """Which experts each token has. Pair p is token p // chosen and one of its experts; pairs are computed in the order
+    of their experts, those of one expert in the order of their tokens."""
+
+    weights: torch.Tensor  # [pairs] float32: what the pair's output is multiplied by
+    order: torch.Tensor  # [pairs] int64: the pair that is computed at each place
+    places: torch.Tensor  # [pairs] int64: where each pair is computed
+    starts: torch.Tensor  # [experts + 1] int64: the places of each expert's pairs
+    chosen: int  # experts of a token
+
+
 # What operations make for themselves; nobody else looks inside. A weight has `nbytes`, and `part(rows)`: some of its
 # rows, without a copy, of which the first must be a multiple of 16.
 Weight = Any
@@ -100,6 +112,39 @@ class Operations(Protocol):
 
         x [tokens, in_features] is the layer's input, never quantized. Tokens outside the segments, and layers that an
         adapter does not touch, stay as they are. Each adapter is computed at its own lora_rank (arXiv 2106.09685).
+        """
+        ...
+
+    def route(self, logits: torch.Tensor, chosen: int, normalized: bool) -> Routing:
+        """The experts of which each row of logits [tokens, experts] has the largest, weighted by the row's softmax. In
+        normalized ones, a token's weights add up to 1, as if the softmax were of the chosen ones alone."""
+        ...
+
+    def dispatch(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """The row of x [tokens, n] that each pair reads, in the order in which pairs are computed: [pairs, n]."""
+        ...
+
+    def stack(self, weights: Sequence[Weight], biases: Sequence[torch.Tensor | None]) -> Weight:
+        """The packed weights and the biases of all experts, as `expert_linear` takes them."""
+        ...
+
+    def expert_linear(self, x: torch.Tensor, routing: Routing, weight: Weight) -> torch.Tensor:
+        """`linear` of each pair's row of x [pairs, in_features] with its expert's weight: [pairs, out_features]."""
+        ...
+
+    def add_expert_lora_delta(
+        self, out: torch.Tensor, x: torch.Tensor, step: Step, routing: Routing, layouts: Sequence[LinearLayout]
+    ) -> None:
+        """`add_lora_delta` of each pair's row with what the token's adapter has for the expert, whose layouts these
+        are."""
+        ...
+
+    def combine(
+        self, x: torch.Tensor, routing: Routing, shared: torch.Tensor | None = None, gate: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The sum of each token's pairs, which are rows of x [pairs, n], by their weights: [tokens, n].
+
+        `shared` [tokens, n] is added, times the sigmoid of `gate` [tokens, 1] if there is one.
         """
         ...
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from loraplex_shard.device.parallel import Group
 from loraplex_shard.ops.base import Activation, HeadNorms, Norm, Rotary, Segments
+from loraplex_shard.ops.experts import ExpertOperations
 from loraplex_shard.ops.quantized import QuantizedMatrix, rounded_to_int8, to_integers
 from loraplex_shard.shapes.batch import Batch
 from loraplex_shard.shapes.cache import KVCache, LayerCache
@@ -44,7 +45,7 @@ class ReferenceStep:
     batch: Batch
 
 
-class ReferenceOperations:
+class ReferenceOperations(ExpertOperations):
     """Implements loraplex_shard.ops.base.Operations; the docstrings there hold."""
 
     def pack(self, matrix: torch.Tensor | QuantizedMatrix) -> ReferenceWeight:

@@ -1,5 +1,6 @@
 """How a linear layer of this rank relates to the whole model's: what adapters need to know to be cut alike."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import gcd
 
@@ -15,7 +16,7 @@ class LinearPart:
     @property
     def width(self) -> int:
         """How many outputs this rank computes."""
-        return sum(run.stop - run.start for run in self.rows)
+        return sum(len(range(run.start, run.stop, run.step or 1)) for run in self.rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,13 @@ class LinearLayout:
     parts: tuple[LinearPart, ...]
     in_features: int  # of the whole model
     columns: slice  # which of them this rank reads
+    of_expert: bool = False  # a token passes it only if the token has that expert; such layers come last
     unit: int = field(init=False)  # every part begins and ends at a multiple of it in the layer's output
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "unit", gcd(*(part.width for part in self.parts)))
+
+
+def count_indices(layouts: Iterable[LinearLayout]) -> int:
+    """How many rows a table has in which each of these layers has the row of its index."""
+    return 1 + max(layout.index for layout in layouts)

@@ -56,6 +56,23 @@ struct Place;  // a rank's place in shared memory: see collectives.cpp
             const void* values, const float* key_scales, const float* value_scales, long chunks,                       \
             const std::int64_t* starts, const std::int64_t* contexts, const std::int64_t* tables, long table_width,    \
             void* out))                                                                                                \
+    KERNEL(void, route,                                                                                                \
+           (int kind, long tokens, long experts, long chosen, int normalized, const void* logits, float* weights,      \
+            std::int64_t* order, std::int64_t* places, std::int64_t* starts))                                          \
+    KERNEL(void, dispatch,                                                                                             \
+           (int threads, int kind, long pairs, long chosen, const std::int64_t* places, long n, const void* x,         \
+            void* out))                                                                                                \
+    KERNEL(void, expert_linear,                                                                                        \
+           (int threads, int kind, long count, const std::int64_t* starts, long n, long k, const void* x,              \
+            const void* experts, void* out))                                                                           \
+    KERNEL(void, add_expert_lora_delta,                                                                                \
+           (int threads, int kind, int int8_weights, long segments, const std::int64_t* starts,                        \
+            const std::int64_t* stops, const std::int64_t* tables, const std::int64_t* table_rows,                     \
+            long layer, long count, const std::int64_t* expert_starts, const std::int64_t* order, long chosen,         \
+            const void* x, long k, void* out, long n))                                                                 \
+    KERNEL(void, combine,                                                                                              \
+           (int threads, int kind, long tokens, long chosen, const float* weights, const std::int64_t* places, long n, \
+            const void* x, const void* shared, const void* gate, void* out))                                           \
     KERNEL(long, all_reduce, (const Place* place, int kind, long count, void* data))                                   \
     KERNEL(long, broadcast, (const Place* place, long bytes, char* data))                                              \
     KERNEL(long, gather, (const Place* place, long rows, const long* widths, const char* data, char* out))             \

@@ -10,6 +10,7 @@
 // Runs long enough, as those of prefill chunks are, are multiplied by tiles where the processor has them
 // (lora_tiles.h).
 
+#include "lora_layer.h"
 #include "lora_tiles.h"
 #include "team.h"
 
@@ -46,23 +47,9 @@ inline float number(bf16 x) { return from_bf16(x); }
 inline void store(float& to, float x) { to = x; }
 inline void store(bf16& to, float x) { to = to_bf16(x); }
 
-struct Part {  // one projection of a fused layer
-    std::int64_t rank_start, rank_stop;
-    std::int64_t start, stop;  // of its outputs
-    const void* expand;
-};
-
-struct Layer {               // as the shard's adapter tables have it: all numbers are 64 bits wide
-    std::int64_t lora_rank;  // of all parts together; 0: the adapter does not touch the layer
-    std::int64_t parts;
-    const void* shrink;
-    const float* scales;  // [lora_rank], for int8 only
-    Part part[3];
-};
-
 struct Run {  // up to ROWS rows of one adapter or, by tiles, TILE_RUN
     long start, rows;
-    const Layer* layer;
+    const LoraLayer* layer;
     bool tiles;
     long stride;  // of the rows of its A x: lora_rank and, by tiles, a tile's depth of zeros
     long shrunk;  // where its A x goes, [rows][stride]: Factor or, by tiles, bfloat16
@@ -70,8 +57,8 @@ struct Run {  // up to ROWS rows of one adapter or, by tiles, TILE_RUN
 
 struct Unit {
     const Run* run;
-    const Part* part;  // null: of A
-    long begin, end;   // rows of A, or outputs of the part
+    const LoraPart* part;  // null: of A
+    long begin, end;       // rows of A, or outputs of the part
     const void* weights;
 };
 
@@ -314,14 +301,14 @@ void expand_unit(const Unit& unit, const H* shrunk, const W* next, long next_wid
 // The units of a run, in order: of A, or of B.
 template <class W, class F>
 void each_unit(const Run& run, bool of_a, long k, F add) {
-    const Layer& layer = *run.layer;
+    const LoraLayer& layer = *run.layer;
     long step = run.tiles ? LANES : RANKS;
     for (long r = 0; of_a && r < layer.lora_rank; r += step) {
         long end = r + step < layer.lora_rank ? r + step : layer.lora_rank;
         add(Unit{&run, nullptr, r, end, (const W*)layer.shrink + r * k}, (end - r) * k);
     }
     for (long p = 0; !of_a && p < layer.parts; p++) {
-        const Part& part = layer.part[p];
+        const LoraPart& part = layer.part[p];
         long outputs = part.stop - part.start;
         for (long i = 0; i < outputs; i += OUTPUTS) {
             long end = i + OUTPUTS < outputs ? i + OUTPUTS : outputs;
@@ -334,7 +321,7 @@ long cost(const Run& run, long weights) { return weights * (READING + (run.tiles
 
 long cost(const Run& run, bool of_a, long k) {
     long weights = of_a ? run.layer->lora_rank * k : 0;
-    for (const Part* part = run.layer->part; !of_a && part < run.layer->part + run.layer->parts; part++)
+    for (const LoraPart* part = run.layer->part; !of_a && part < run.layer->part + run.layer->parts; part++)
         weights += (part->rank_stop - part->rank_start) * (part->stop - part->start);
     return cost(run, weights);
 }
@@ -357,12 +344,12 @@ void share(const std::vector<Run>& runs, bool of_a, long k, Member me, std::vect
 }
 
 template <class T>
-std::vector<Run> cut(long segments, const std::int64_t* starts, const std::int64_t* stops, const Layer* const* tables,
-                     long layer, long& shrunk) {
+std::vector<Run> cut(long segments, const std::int64_t* starts, const std::int64_t* stops,
+                     const LoraLayer* const* tables, long layer, long& shrunk) {
     std::vector<Run> runs;
     shrunk = 0;
     for (long s = 0; s < segments; s++) {
-        const Layer& own = tables[s][layer];
+        const LoraLayer& own = tables[s][layer];
         bool tiles = HAS_TILES && sizeof(T) == 2 && stops[s] - starts[s] >= FEWEST_TILE_ROWS;
         long stride = tiles ? own.lora_rank + TILE_DEPTH : own.lora_rank;
         for (Runs rows(starts[s], stops[s], tiles ? TILE_RUN : ROWS); own.lora_rank && rows; rows.next()) {
@@ -389,7 +376,7 @@ template <class W>
 void expand_unit_by_tiles(const Unit& unit, const bf16* shrunk, const W* next, long next_width, bf16* out,
                           long stride) {
     const Run& run = *unit.run;
-    const Part& part = *unit.part;
+    const LoraPart& part = *unit.part;
     expand_by_tiles(run.rows, shrunk + part.rank_start, run.stride, part.rank_stop - part.rank_start,
                     (const W*)unit.weights, part.stop - part.start, next, next_width, out, stride,
                     unit.end - unit.begin);
@@ -419,7 +406,7 @@ void shrink_all(const Unit* unit, const Unit* end, const T* x, long k, Factor<W,
             else
                 rows = convert<W>(x + run->start * k, run->rows, k, scratch.get<float>(ROWS * stride));
         }
-        const Layer& layer = *run->layer;
+        const LoraLayer& layer = *run->layer;
         X* out = shrunk + run->shrunk + unit->begin;
         shrink_unit(*unit, rows, stride, k, (const W*)unit[AHEAD].weights, out);
         if constexpr (sizeof(W) == 1)
@@ -449,7 +436,7 @@ void expand_all(const Unit* unit, const Unit* end, const Factor<W, T>* shrunk, T
 
 template <class T, class W>
 void add_delta(int threads, long segments, const std::int64_t* starts, const std::int64_t* stops,
-               const Layer* const* tables, long layer, const T* x, long k, T* out, long n) {
+               const LoraLayer* const* tables, long layer, const T* x, long k, T* out, long n) {
     static thread_local Scratch scratch;
     long size;
     std::vector<Run> runs = cut<T>(segments, starts, stops, tables, layer, size);
@@ -482,6 +469,6 @@ EXPORT void add_lora_delta(int threads, int kind, int int8_weights, long segment
     with_type(kind, [&](auto* t) {
         using T = std::remove_pointer_t<decltype(t)>;
         auto run = int8_weights ? add_delta<T, std::int8_t> : add_delta<T, T>;
-        run(threads, segments, starts, stops, (const Layer* const*)tables, layer, (const T*)x, k, (T*)out, n);
+        run(threads, segments, starts, stops, (const LoraLayer* const*)tables, layer, (const T*)x, k, (T*)out, n);
     });
 }

@@ -40,7 +40,6 @@ UNSUPPORTED_FIELDS = frozenset(
         "megatron_config",
         "modules_to_save",
         "monteclora_config",
-        "target_parameters",
         "trainable_token_indices",
         "use_bdlora",
         "use_dora",
@@ -88,6 +87,7 @@ class AdapterConfig(BaseModel):
     alpha_pattern: Annotated[dict[str, float], _FEW] | None = None
 
     target_modules: Annotated[list[str], _FEW] | str | None = None
+    target_parameters: Annotated[list[str], _FEW] | None = None
     exclude_modules: Annotated[list[str], _FEW] | str | None = None
     layers_to_transform: Annotated[list[int], _FEW] | int | None = None
     layers_pattern: Annotated[list[str], Field(max_length=16)] | str | None = None

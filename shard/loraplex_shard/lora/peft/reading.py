@@ -13,8 +13,9 @@ from loraplex_protos.errors import AdapterInvalidError
 from loraplex_shard.lora.peft.base import BaseModel
 from loraplex_shard.lora.peft.config import AdapterConfig, parse_config
 from loraplex_shard.lora.peft.doubts import find_doubts
+from loraplex_shard.lora.peft.experts import Parameter, absent, by_expert, find_parameters
 from loraplex_shard.lora.peft.special_tokens import end_tokens, foreign_tokens
-from loraplex_shard.lora.peft.targets import Target, find_targets
+from loraplex_shard.lora.peft.targets import Target, find_targets, is_named
 from loraplex_shard.lora.peft.tensor_names import PREFIX, as_saved_by_peft
 from loraplex_shard.lora.peft.tensors import read_tensors
 from loraplex_shard.lora.sources.files import TENSORS, AdapterFiles
@@ -58,9 +59,14 @@ def _read_deltas(
     config: AdapterConfig, files: AdapterFiles, layouts: Sequence[LinearLayout], base: BaseModel
 ) -> dict[str, Delta]:
     parts = {part.module: (layout, part) for layout in layouts for part in layout.parts}
-    targets = find_targets(config, tuple(parts))
+    parameters = find_parameters(layouts)
+    named = _named(config, parameters)
+    targets = find_targets(config, tuple(parts), {name: each.modules for name, each in named.items()})
     stored = read_tensors(files.tensors)
-    tensors = {name: stored[own] for name, own in as_saved_by_peft(stored).items()}
+    as_stored = {name: stored[own] for name, own in as_saved_by_peft(stored).items()}
+    tensors = by_expert(as_stored, parameters, named.values())
+    untouched = absent([each for each in parameters if each not in named.values()], tensors)
+    targets = {module: target for module, target in targets.items() if module not in untouched} or targets
     _check_names(tensors, targets, parts.keys(), base)
     for module, target in targets.items():
         _check_shapes(tensors, module, target, *parts[module])
@@ -68,6 +74,17 @@ def _read_deltas(
         module: Delta(tensors[name_of_a(module)], tensors[name_of_b(module)], target.scale)
         for module, target in targets.items()
     }
+
+
+def _named(config: AdapterConfig, parameters: Sequence[Parameter]) -> dict[str, Parameter]:
+    """What target_parameters names, by the names that transformers has."""
+    found = {each.names[-1]: each for each in parameters if any(is_named(name, config) for name in each.names)}
+    if config.target_parameters and not found:
+        raise AdapterInvalidError(
+            f"adapter_config.json: target_parameters: {', '.join(config.target_parameters)[:200]}: not supported: only "
+            f"experts and their router are served so, and this model has {'no such ones' if parameters else 'none'}"
+        )
+    return found
 
 
 def modules_of(layouts: Sequence[LinearLayout]) -> tuple[str, ...]:

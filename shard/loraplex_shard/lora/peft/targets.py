@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from types import MappingProxyType
 from typing import TypeVar
 
 from loraplex_protos.errors import AdapterInvalidError
@@ -26,10 +27,13 @@ class Target:
     scale: float
 
 
-def find_targets(config: AdapterConfig, modules: Sequence[str]) -> dict[str, Target]:
+def find_targets(
+    config: AdapterConfig, modules: Sequence[str], parameters: Mapping[str, Sequence[str]] = MappingProxyType({})
+) -> dict[str, Target]:
     """The targets among the model's linear modules, by name.
 
-    Raises AdapterInvalidError if there are none, or if the embedding is one.
+    `parameters`: those that target_parameters names, and the modules that each of them stands for. Raises
+    AdapterInvalidError if there are no targets, or if the embedding is one.
     """
     names = (*modules, _EMBEDDING)
     targeted = _targeted(config, names) - _excluded(config, names)
@@ -37,15 +41,22 @@ def find_targets(config: AdapterConfig, modules: Sequence[str]) -> dict[str, Tar
         raise AdapterInvalidError(
             f"adapter_config.json: target_modules: not supported: an adapted embedding ({_EMBEDDING})"
         )
-    if not targeted:
+    if not targeted and not parameters:
         raise AdapterInvalidError(
             "adapter_config.json: target_modules matches no linear layer of this model: the adapter was made for"
             f" another base (this one has {', '.join(sorted({name.rpartition('.')[2] for name in modules}))})"
         )
-    found = [module for module in modules if module in targeted]
+    whole = {module for own in parameters.values() for module in own}
+    found = [*(module for module in modules if module in targeted and module not in whole), *parameters]
     lora_ranks = _by_pattern("rank_pattern", config.rank_pattern or {}, config.r, found)
     alphas = _by_pattern("alpha_pattern", config.alpha_pattern or {}, config.lora_alpha, found)
-    return {module: _target(config, lora_ranks[module], alphas[module]) for module in found}
+    targets = {name: _target(config, lora_ranks[name], alphas[name]) for name in found}
+    return {module: target for name, target in targets.items() for module in parameters.get(name, (name,))}
+
+
+def is_named(parameter: str, config: AdapterConfig) -> bool:
+    """Whether target_parameters has the name, or what it ends with after a dot."""
+    return _is_listed(parameter, frozenset(config.target_parameters or ()))
 
 
 def unmatched_targets(config: AdapterConfig, modules: Sequence[str]) -> list[str]:
@@ -67,7 +78,9 @@ def _target(config: AdapterConfig, lora_rank: int, alpha: float) -> Target:
 
 
 def _targeted(config: AdapterConfig, names: Sequence[str]) -> frozenset[str]:
-    modules = list(DEFAULT_TARGETS) if config.target_modules is None else config.target_modules
+    modules = config.target_modules
+    if modules is None:
+        modules = [] if config.target_parameters else list(DEFAULT_TARGETS)
     if isinstance(modules, list):
         listed = frozenset(modules)  # layers_to_transform has no say in a module that is listed by its full name
         ending = frozenset(name for name in names if _is_listed(name, listed) and _is_transformed(config, name))

@@ -12,7 +12,7 @@ from loraplex_protos.errors import AdapterInvalidError
 from loraplex_shard.lora.sources.text_files import AdapterText
 from loraplex_shard.lora.weights.arena import in_one_piece
 from loraplex_shard.shapes.adapter import AdapterWeights, Expansion, LayerWeights
-from loraplex_shard.shapes.layout import LinearLayout
+from loraplex_shard.shapes.layout import LinearLayout, count_indices
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,10 @@ def partition_adapter(deltas: Mapping[str, Delta], layouts: Sequence[LinearLayou
     for layout in layouts:
         if layer := _cut(layout, deltas, dtype):
             layers[layout.name] = layer
-    return HostAdapter(in_one_piece(layers, len(layouts)), max(delta.lora_rank for delta in deltas.values()))
+    touched = [layout for layout in layouts if layout.name in layers]
+    # A table has the experts' rows, thousands of them, only where it has a use for them.
+    held = [layout for layout in layouts if not layout.of_expert or any(each.of_expert for each in touched)]
+    return HostAdapter(in_one_piece(layers, count_indices(held)), max(delta.lora_rank for delta in deltas.values()))
 
 
 def _cut(layout: LinearLayout, deltas: Mapping[str, Delta], dtype: torch.dtype) -> LayerWeights | None:

@@ -14,8 +14,9 @@ import torch
 
 from loraplex_shard.device.parallel import Group
 from loraplex_shard.kernels.library import KINDS, Kernels
-from loraplex_shard.ops.base import Activation, HeadNorms, Norm, Rotary, Segments
+from loraplex_shard.ops.base import Activation, HeadNorms, Norm, Rotary, Routing, Segments
 from loraplex_shard.ops.cpu.program import Program, StepNumber
+from loraplex_shard.ops.cpu.weights import PANEL, CpuWeight, ExpertWeights, FloatWeight, IntegerWeight
 from loraplex_shard.ops.quantized import QuantizedMatrix
 from loraplex_shard.shapes.batch import Batch, Segment
 from loraplex_shard.shapes.cache import KVCache, LayerCache
@@ -23,49 +24,11 @@ from loraplex_shard.shapes.heads import Heads
 from loraplex_shard.shapes.layout import LinearLayout
 
 LARGEST_PROGRAM = 64  # tokens: in larger batches, calling the kernels takes no time to speak of
-PANEL = 16  # rows of a weight that lie together, and positions of a block of the cache
-
-
-@dataclass(frozen=True, slots=True)
-class FloatWeight:
-    """Panels as linear.cpp describes them."""
-
-    panels: torch.Tensor  # [panels, values of a panel], of the model's dtype
-    rows: int
-    columns: int
-
-    @property
-    def nbytes(self) -> int:
-        return self.panels.nbytes
-
-    def part(self, rows: slice) -> "FloatWeight":
-        return FloatWeight(_panels(self.panels, rows), rows.stop - rows.start, self.columns)
-
-
-@dataclass(frozen=True, slots=True)
-class IntegerWeight:
-    """Panels as quantized.cpp describes them."""
-
-    panels: torch.Tensor  # [panels, bytes of a panel] uint8
-    rows: int
-    columns: int
-    bits: int
-    group: int
-
-    @property
-    def nbytes(self) -> int:
-        return self.panels.nbytes
-
-    def part(self, rows: slice) -> "IntegerWeight":
-        return IntegerWeight(_panels(self.panels, rows), rows.stop - rows.start, self.columns, self.bits, self.group)
-
-
-CpuWeight = FloatWeight | IntegerWeight
 
 
 Ints = np.ndarray[tuple[int], np.dtype[np.int64]]
 
-SEGMENTS = ("segments", "segment_starts", "segment_stops", "segment_adapters")
+SEGMENTS = ("segments", "segment_starts", "segment_stops", "segment_adapters", "segment_table_rows")
 
 # The numbers of a step that recorded calls ask for, and their places among them.
 STEP = (
@@ -88,6 +51,7 @@ class CpuSegments:
     starts: Ints
     stops: Ints
     tables: Ints  # addresses of the adapters' tables
+    table_rows: Ints  # in each of them
     int8: bool
 
     @classmethod
@@ -96,12 +60,14 @@ class CpuSegments:
             np.array([segment.start for segment in segments], np.int64),
             np.array([segment.stop for segment in segments], np.int64),
             np.array([segment.adapter.table.data_ptr() for segment in segments], np.int64),
+            np.array([len(segment.adapter.table) for segment in segments], np.int64),
             any(segment.adapter.int8 for segment in segments),
         )
 
     @property
     def numbers(self) -> tuple[int, ...]:
-        return len(self.starts), *(column.ctypes.data for column in (self.starts, self.stops, self.tables))
+        columns = self.starts, self.stops, self.tables, self.table_rows
+        return len(self.starts), *(column.ctypes.data for column in columns)
 
 
 class CpuStep:
@@ -212,7 +178,7 @@ class CpuOperations:
             chosen = CpuSegments.of(segments)
             numbers = chosen.numbers
         if len(chosen.starts) or self._recording is not None:
-            count, starts, stops, tables = numbers
+            count, starts, stops, tables, _ = numbers
             self._call(
                 "add_lora_delta",
                 threads=self._threads,
@@ -357,6 +323,110 @@ class CpuOperations:
         )
         return out
 
+    def route(self, logits: torch.Tensor, chosen: int, normalized: bool) -> Routing:
+        tokens, experts = logits.shape
+        weights = self._empty((tokens * chosen,), torch.float32)
+        order, places = (self._empty((tokens * chosen,), torch.int64) for _ in range(2))
+        starts = self._empty((experts + 1,), torch.int64)
+        self._call(
+            "route",
+            kind=KINDS[logits.dtype],
+            tokens=tokens,
+            experts=experts,
+            chosen=chosen,
+            normalized=normalized,
+            logits=logits.data_ptr(),
+            weights=weights.data_ptr(),
+            order=order.data_ptr(),
+            places=places.data_ptr(),
+            starts=starts.data_ptr(),
+        )
+        return Routing(weights, order, places, starts, chosen)
+
+    def dispatch(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
+        pairs, n = len(routing.order), x.shape[1]
+        out = self._empty((pairs, n), x.dtype)
+        self._call(
+            "dispatch",
+            threads=self._threads,
+            kind=KINDS[x.dtype],
+            pairs=pairs,
+            chosen=routing.chosen,
+            places=routing.places.data_ptr(),
+            n=n,
+            x=x.data_ptr(),
+            out=out.data_ptr(),
+        )
+        return out
+
+    def stack(self, weights: Sequence[CpuWeight], biases: Sequence[torch.Tensor | None]) -> ExpertWeights:
+        return ExpertWeights(weights, biases)
+
+    def expert_linear(self, x: torch.Tensor, routing: Routing, weight: ExpertWeights) -> torch.Tensor:
+        n = weight.weights[0].rows
+        out = self._empty((x.shape[0], n), x.dtype)
+        self._call(
+            "expert_linear",
+            threads=self._threads,
+            kind=KINDS[x.dtype],
+            count=len(weight.weights),
+            starts=routing.starts.data_ptr(),
+            n=n,
+            k=x.shape[1],
+            x=x.data_ptr(),
+            experts=weight.table.data_ptr(),
+            out=out.data_ptr(),
+        )
+        return out
+
+    def add_expert_lora_delta(
+        self, out: torch.Tensor, x: torch.Tensor, step: CpuStep, routing: Routing, layouts: Sequence[LinearLayout]
+    ) -> None:
+        if not len(step.segments.starts) and self._recording is None:
+            return
+        count, starts, stops, tables, table_rows = (step[name] for name in SEGMENTS)
+        self._call(
+            "add_expert_lora_delta",
+            threads=self._threads,
+            kind=KINDS[x.dtype],
+            int8_weights=step.segments.int8,
+            segments=count,
+            starts=starts,
+            stops=stops,
+            tables=tables,
+            table_rows=table_rows,
+            layer=layouts[0].index,
+            count=len(layouts),
+            expert_starts=routing.starts.data_ptr(),
+            order=routing.order.data_ptr(),
+            chosen=routing.chosen,
+            x=x.data_ptr(),
+            k=x.shape[1],
+            out=out.data_ptr(),
+            n=out.shape[1],
+        )
+
+    def combine(
+        self, x: torch.Tensor, routing: Routing, shared: torch.Tensor | None = None, gate: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        tokens, n = x.shape[0] // routing.chosen, x.shape[1]
+        out = self._empty((tokens, n), x.dtype)
+        self._call(
+            "combine",
+            threads=self._threads,
+            kind=KINDS[x.dtype],
+            tokens=tokens,
+            chosen=routing.chosen,
+            weights=routing.weights.data_ptr(),
+            places=routing.places.data_ptr(),
+            n=n,
+            x=x.data_ptr(),
+            shared=_address(shared),
+            gate=_address(gate),
+            out=out.data_ptr(),
+        )
+        return out
+
     def all_reduce_(self, tensor: torch.Tensor, group: Group) -> None:
         if self._recording is None or group.size == 1:
             group.all_reduce_(tensor)
@@ -420,11 +490,6 @@ class CpuOperations:
             **form,
         )
         return IntegerWeight(panels, rows, columns, matrix.bits, matrix.group)
-
-
-def _panels(panels: torch.Tensor, rows: slice) -> torch.Tensor:
-    assert rows.start % PANEL == 0
-    return panels[rows.start // PANEL : -(-rows.stop // PANEL)]
 
 
 def _address(tensor: torch.Tensor | None) -> int | None:

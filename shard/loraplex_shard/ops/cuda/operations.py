@@ -17,6 +17,7 @@ from loraplex_shard.ops.cuda.lora import LoraTiles, add_lora_delta
 from loraplex_shard.ops.cuda.quantized import IntegerWeight
 from loraplex_shard.ops.cuda.rotary import rotate_and_write
 from loraplex_shard.ops.cuda.tiles import Tiles, make_tiles
+from loraplex_shard.ops.experts import ExpertOperations
 from loraplex_shard.ops.quantized import QuantizedMatrix
 from loraplex_shard.shapes.batch import Batch
 from loraplex_shard.shapes.cache import KVCache, LayerCache
@@ -46,7 +47,7 @@ class CudaStep:
     tiles: dict[Heads, Tiles] = field(default_factory=dict)  # of the heads that were asked for so far
 
 
-class CudaOperations:
+class CudaOperations(ExpertOperations):
     """Implements loraplex_shard.ops.base.Operations; the docstrings there hold."""
 
     def __init__(self, device: torch.device) -> None:

@@ -1,0 +1,59 @@
+"""What a decoder's layers compute beside attention: an MLP, or a mixture of experts."""
+
+import torch
+from torch import nn
+
+from loraplex_shard.layers.experts import ExpertsLinear
+from loraplex_shard.layers.linear import ColumnLinear, RowLinear
+from loraplex_shard.layers.sources import FLOAT
+from loraplex_shard.models.build import Build
+from loraplex_shard.ops.base import Step
+
+
+class Mlp(nn.Module):
+    def __init__(self, index: int, build: Build) -> None:
+        super().__init__()
+        self.spec, self.ops = build.spec, build.ops
+        self.gate_up = ColumnLinear(build.partition.gate_up(index), self.spec.mlp_bias, self.ops)
+        self.down = RowLinear(build.partition.down(index), self.spec.mlp_bias, self.ops, build.group)
+
+    def forward(self, hidden: torch.Tensor, step: Step) -> torch.Tensor:
+        out: torch.Tensor = self.down(self._active(hidden, step), step)
+        return out
+
+    def partial(self, hidden: torch.Tensor, step: Step) -> torch.Tensor:
+        """What this rank adds to the sum that is the MLP's output."""
+        return self.down.partial(self._active(hidden, step), step)
+
+    def _active(self, hidden: torch.Tensor, step: Step) -> torch.Tensor:
+        return self.ops.activate(self.gate_up(hidden, step), self.spec.activation, self.spec.gated)
+
+
+class MixtureOfExperts(nn.Module):
+    """Every rank has a part of each expert, of the same units as of an MLP: then all have the same to do, whichever
+    experts the tokens choose, and one sum over the ranks is all that is needed, as for an MLP."""
+
+    def __init__(self, index: int, build: Build) -> None:
+        super().__init__()
+        assert build.spec.experts is not None
+        self.spec, self.experts, self.ops, self.group = build.spec, build.spec.experts, build.ops, build.group
+        partition = build.partition
+        self.router = ColumnLinear(partition.router(index), bias=False, ops=self.ops, least_bits=FLOAT)
+        self.gate_up = ExpertsLinear(partition.experts_gate_up(index), self.ops)
+        self.down = ExpertsLinear(partition.experts_down(index), self.ops)
+        self.shared: Mlp | None = None
+        if self.experts.shared_size:
+            self.shared = Mlp(index, build)
+            self.shared_gate = ColumnLinear(partition.shared_gate(index), bias=False, ops=self.ops, least_bits=FLOAT)
+
+    def forward(self, hidden: torch.Tensor, step: Step) -> torch.Tensor:
+        routing = self.ops.route(self.router(hidden, step), self.experts.chosen, self.experts.normalized)
+        gate_up = self.gate_up(self.ops.dispatch(hidden, routing), step, routing)
+        active = self.ops.activate(gate_up, self.spec.activation, self.spec.gated)
+        outputs = self.down(active, step, routing)
+        shared, gate = None, None
+        if self.shared is not None:
+            shared, gate = self.shared.partial(hidden, step), self.shared_gate(hidden, step)
+        out = self.ops.combine(outputs, routing, shared, gate)
+        self.ops.all_reduce_(out, self.group)
+        return out

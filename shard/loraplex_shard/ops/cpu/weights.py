@@ -1,0 +1,68 @@
+"""Weights as the CPU's kernels read them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+PANEL = 16  # rows of a weight that lie together, and positions of a block of the cache
+
+
+@dataclass(frozen=True, slots=True)
+class FloatWeight:
+    """Panels as linear.cpp describes them."""
+
+    panels: torch.Tensor  # [panels, values of a panel], of the model's dtype
+    rows: int
+    columns: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.panels.nbytes
+
+    def part(self, rows: slice) -> "FloatWeight":
+        return FloatWeight(_panels(self.panels, rows), rows.stop - rows.start, self.columns)
+
+
+@dataclass(frozen=True, slots=True)
+class IntegerWeight:
+    """Panels as quantized.cpp describes them."""
+
+    panels: torch.Tensor  # [panels, bytes of a panel] uint8
+    rows: int
+    columns: int
+    bits: int
+    group: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.panels.nbytes
+
+    def part(self, rows: slice) -> "IntegerWeight":
+        return IntegerWeight(_panels(self.panels, rows), rows.stop - rows.start, self.columns, self.bits, self.group)
+
+
+CpuWeight = FloatWeight | IntegerWeight
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertWeights:
+    """Those of all experts of a layer."""
+
+    weights: Sequence[CpuWeight]
+    biases: Sequence[torch.Tensor | None]
+    table: torch.Tensor = field(init=False)  # [experts, 4] int64, as experts.cpp reads it
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "table", torch.tensor(list(map(_row, self.weights, self.biases))))
+
+
+def _row(weight: CpuWeight, bias: torch.Tensor | None) -> list[int]:
+    """Addresses of the weight and its bias, bits and group; 0 where there is none."""
+    form = [weight.bits, weight.group] if isinstance(weight, IntegerWeight) else [0, 0]
+    return [weight.panels.data_ptr(), 0 if bias is None else bias.data_ptr(), *form]
+
+
+def _panels(panels: torch.Tensor, rows: slice) -> torch.Tensor:
+    assert rows.start % PANEL == 0
+    return panels[rows.start // PANEL : -(-rows.stop // PANEL)]
