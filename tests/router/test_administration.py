@@ -233,7 +233,7 @@ async def test_what_cannot_be_a_name_is_refused_with_the_rule(cluster: Cluster, 
 
 async def test_an_adapter_with_the_models_own_name_is_listed_with_a_warning(cluster: Cluster):
     cluster.replica.shards.local = [LocalAdapter(cluster.service.info.model_id)]
-    (status,) = await cluster.service.list_adapters()
+    (status,) = await cluster.service.adapters.list()
     assert "means the base model" in status.warnings[0]
 
 

@@ -42,10 +42,10 @@ def lines(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
 
 async def test_what_an_administrator_does_is_logged_a_line_each(cluster: Cluster, caplog: pytest.LogCaptureFixture):
     service, key = cluster.service, "key-of-operators"
-    await service.load_adapter(A, key)
-    await service.pin_adapter(A, key)
-    await service.unpin_adapter(A, key)
-    await service.unload_adapter(A, key=key)
+    await service.adapters.load(A, key)
+    await service.adapters.pin(A, key)
+    await service.adapters.unpin(A, key)
+    await service.adapters.unload(A, key=key)
     generation = await service.generate(request(1, 100), key)
     service.cancel_request(generation.request_id, key)
     service.close(generation)
@@ -59,13 +59,13 @@ async def test_what_an_administrator_does_is_logged_a_line_each(cluster: Cluster
 async def test_what_is_refused_is_logged_with_the_reason(cluster: Cluster, caplog: pytest.LogCaptureFixture):
     service = cluster.service
     with pytest.raises(ForbiddenError):
-        await service.load_adapter(A, "key-of-customers")
+        await service.adapters.load(A, "key-of-customers")
     with pytest.raises(UnauthenticatedError):
-        await service.unload_adapter(A, key="key-of-nobody")
+        await service.adapters.unload(A, key="key-of-nobody")
     with pytest.raises(AdapterNotFoundError):
-        await service.unload_adapter(A, key="key-of-operators")
+        await service.adapters.unload(A, key="key-of-operators")
     with pytest.raises(InvalidRequestError):
-        await service.unpin_adapter("d" * 1000, "key-of-operators")
+        await service.adapters.unpin("d" * 1000, "key-of-operators")
     assert lines(caplog)[-1]["digest"] == "d" * 512
     with pytest.raises(RequestNotFoundError):
         service.cancel_request("absent", "key-of-customers")
@@ -80,7 +80,7 @@ async def test_what_is_refused_is_logged_with_the_reason(cluster: Cluster, caplo
 
 
 async def test_no_key_and_no_token_is_in_a_line(cluster: Cluster, caplog: pytest.LogCaptureFixture):
-    await cluster.service.load_adapter(A, "key-of-operators")
+    await cluster.service.adapters.load(A, "key-of-operators")
     (record,) = (record for record in caplog.records if record.message == "audit")
     written = json.loads(JsonFormatter().format(record)), TextFormatter().format(record)
     assert written[0]["action"] == "load" and "action=load tenant=operators adapter=a" in written[1]

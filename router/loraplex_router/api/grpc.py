@@ -106,7 +106,7 @@ class GenerationApi(GenerationServiceServicer):
 
     async def ListAdapters(self, request: pb.ListAdaptersRequest, context: Context) -> pb.ListAdaptersResponse:
         async with _answering(context):
-            statuses = await self._service.list_adapters(_key(context))
+            statuses = await self._service.adapters.list(_key(context))
             response = pb.ListAdaptersResponse()
             for start in range(0, len(statuses), AT_A_TIME):
                 response.adapters.extend(map(write_status, statuses[start : start + AT_A_TIME]))
@@ -115,22 +115,22 @@ class GenerationApi(GenerationServiceServicer):
 
     async def LoadAdapter(self, request: pb.LoadAdapterRequest, context: Context) -> pb.LoadAdapterResponse:
         async with _answering(context):
-            status = await self._service.load_adapter(read_reference(request.adapter), _key(context))
+            status = await self._service.adapters.load(read_reference(request.adapter), _key(context))
             return pb.LoadAdapterResponse(adapter=write_status(status))
 
     async def UnloadAdapter(self, request: pb.UnloadAdapterRequest, context: Context) -> pb.UnloadAdapterResponse:
         async with _answering(context):
-            await self._service.unload_adapter(read_adapter_name(request), request.wait, _key(context))
+            await self._service.adapters.unload(read_adapter_name(request), request.wait, _key(context))
             return pb.UnloadAdapterResponse()
 
     async def PinAdapter(self, request: pb.PinAdapterRequest, context: Context) -> pb.PinAdapterResponse:
         async with _answering(context):
-            status = await self._service.pin_adapter(read_adapter_name(request), _key(context))
+            status = await self._service.adapters.pin(read_adapter_name(request), _key(context))
             return pb.PinAdapterResponse(adapter=write_status(status))
 
     async def UnpinAdapter(self, request: pb.UnpinAdapterRequest, context: Context) -> pb.UnpinAdapterResponse:
         async with _answering(context):
-            status = await self._service.unpin_adapter(read_adapter_name(request), _key(context))
+            status = await self._service.adapters.unpin(read_adapter_name(request), _key(context))
             return pb.UnpinAdapterResponse(adapter=write_status(status))
 
     async def GetModelInfo(self, request: pb.GetModelInfoRequest, context: Context) -> pb.GetModelInfoResponse:

@@ -1,12 +1,9 @@
 """What the faces call: checks a request whole, tokenizes it, resolves its adapter and hands it to the engine."""
 
 import asyncio
-import re
 import secrets
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from contextlib import ExitStack
 
 from loraplex_protos import generation_pb2 as pb
 from loraplex_protos.errors import (
@@ -24,7 +21,7 @@ from loraplex_router.adapters.suggestions import Suggestions
 from loraplex_router.engine.output import Embedding, Generation
 from loraplex_router.replicas.administration import Administration
 from loraplex_router.replicas.replicas import Lease, Replicas
-from loraplex_router.replicas.statuses import AdapterStatus
+from loraplex_router.service.adapters import Adapters
 from loraplex_router.service.prompts import Text, encode, make_sequence
 from loraplex_router.telemetry.telemetry import Telemetry
 from loraplex_router.text.model import Model
@@ -32,7 +29,7 @@ from loraplex_router.text.stops import StopMatcher
 from loraplex_router.text.tokenizer import Spans, Tokenizer
 from loraplex_router.vocabulary.adapter import Adapter
 from loraplex_router.vocabulary.chat import Chat, RenderedChat
-from loraplex_router.vocabulary.checks import check_adapter, check_embed_request, check_reference, check_request
+from loraplex_router.vocabulary.checks import check_adapter, check_embed_request, check_request
 from loraplex_router.vocabulary.grammar import Grammar
 from loraplex_router.vocabulary.references import AdapterReference, Reference
 from loraplex_router.vocabulary.request import EmbedRequest, Request
@@ -41,8 +38,6 @@ from loraplex_router.vocabulary.sampling import Sampling
 from loraplex_router.vocabulary.sequence import FinishReason
 from loraplex_router.vocabulary.violations import Violations
 from loraplex_router.vocabulary.volume import Volume
-
-DIGEST = re.compile(r"[0-9a-f]{64}")
 
 FEW_INPUTS = 32  # to be embedded: then others have their turn
 LONG_PROMPT = 1000  # tokens: where a call has several such prompts, others have their turn between two
@@ -63,8 +58,8 @@ class Service:
         self.max_queue = max_queue
         self.draining = False
         self._replicas = replicas
-        self._administration = administration
         self._suggestions = Suggestions(administration.names)
+        self.adapters = Adapters(keys, administration, self._suggestions, lambda: self._known_model)
         self._model: Model | None = None
         self._running: dict[str, tuple[Generation, Tenant] | None] = {}  # by request id; None: not queued yet
         self._preparing = 0  # sequences of requests that are not queued yet
@@ -94,8 +89,7 @@ class Service:
 
     @property
     def model_names(self) -> tuple[str, ...]:
-        """What OpenAI's routes call the base model: the first in answers, any in requests."""
-        return tuple(self.info.served_model_names) or (self.info.model_id,)
+        return self._known_model.names
 
     @property
     def sampling_defaults(self) -> Sampling:
@@ -236,64 +230,6 @@ class Service:
                 prompt = (await self._render(prompt, lease.adapter)).text
         return await self.tokenizer.spans(prompt, add_special_tokens)
 
-    async def list_adapters(self, key: str | None = None) -> list[AdapterStatus]:
-        """What is staged and what lies in the adapter directory, as far as the caller may use it."""
-        tenant = self.keys.tenant(key)
-        listed = await self._administration.list()
-        return [self._remarked(status) for status in listed if all(map(tenant.may_use, status.id.split(",")))]
-
-    async def load_adapter(self, reference: AdapterReference, key: str | None = None) -> AdapterStatus:
-        """Reads the adapter's source again, whatever was known, and stages what is there now. For administrators."""
-        with self._administered("load", reference, key) as tenant:
-            async with self._suggestions.for_missing(reference, tenant.may_use):
-                return self._remarked(await self._administration.load(reference))
-
-    async def unload_adapter(self, name: AdapterReference | str, wait: bool = False, key: str | None = None) -> None:
-        """Frees what it has on every replica. For administrators. `name` is a reference or a digest.
-
-        Raises AdapterNotFoundError if it is not loaded and, unless it is to `wait` for them, AdapterInUseError while
-        sequences need it.
-        """
-        with self._administered("unload", name, key):
-            await self._administration.unload(name, wait)
-
-    async def pin_adapter(self, name: AdapterReference | str, key: str | None = None) -> AdapterStatus:
-        """Loads an adapter onto the device of one replica, where it stays until it is unpinned or unloaded. Returns
-        once it is there. For administrators.
-
-        Raises AdapterNotFoundError for a digest that is not loaded, AdapterPinsError if no more can be pinned.
-        """
-        reference = name if isinstance(name, AdapterReference) else None
-        with self._administered("pin", name, key) as tenant:
-            async with self._suggestions.for_missing(reference, tenant.may_use):
-                return await self._administration.pin(name)
-
-    async def unpin_adapter(self, name: AdapterReference | str, key: str | None = None) -> AdapterStatus:
-        """Lets it leave the device again when others need its place. For administrators.
-
-        Raises AdapterNotFoundError if it is not loaded.
-        """
-        with self._administered("unpin", name, key):
-            return self._administration.unpin(name)
-
-    @contextmanager
-    def _administered(self, action: str, name: AdapterReference | str, key: str | None) -> Iterator[Tenant]:
-        """Checks who asks and what they name, and logs what comes of it."""
-        named = {"digest" if isinstance(name, str) else "adapter": name}
-        with audited(action, self.keys, key, **named):
-            tenant = self.keys.administrator(key)
-            self._check_named(name)
-            yield tenant
-
-    def _check_named(self, name: AdapterReference | str) -> None:
-        found = Violations()
-        if isinstance(name, AdapterReference):
-            check_reference(name, self.info.adapter_sources, found)
-        else:
-            written = DIGEST.fullmatch(name) is not None
-            found.check(written, "digest", "write it as a listing does: 64 characters of 0-9 a-f")
-        found.raise_any()
-
     async def _place(self, reference: Reference | None, grammar: Grammar | None, tenant: Tenant) -> Lease:
         async with self._suggestions.for_missing(reference, tenant.may_use):
             return await self._replicas.place(reference, grammar)
@@ -302,14 +238,6 @@ class Service:
         """With the adapter's own templates and special tokens, as far as it has any."""
         model = self._known_model
         return await model.renderer.render(adapter.tokenizer.over(model.chat_templates), chat)
-
-    def _remarked(self, status: AdapterStatus) -> AdapterStatus:
-        if status.id not in self.model_names:
-            return status
-        shadowed = (
-            f"on /v1 its name means the base model: ask for it as {self.model_names[0]}:{status.id}, or rename it"
-        )
-        return replace(status, warnings=(*status.warnings, shadowed))
 
     def _end(self, generation: Generation) -> Tenant:
         """Whose it was."""

@@ -28,6 +28,11 @@ class Model:
     renderer: Renderer
     sampling_defaults: Sampling = field(default_factory=Sampling)  # of requests on OpenAI's routes
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What OpenAI's routes call the base model: the first in answers, any in requests."""
+        return tuple(self.info.served_model_names) or (self.info.model_id,)
+
     def check_fits(self, other: "Model") -> None:
         """Raises UnavailableError if a replica that serves `other` cannot serve this."""
         for name in ("model_id", "architecture", "dtype", "vocab_size"):

@@ -70,7 +70,7 @@ async def vllm_load(body: VllmLoad, call: Call) -> Response:
     path = body.lora_path or body.lora_name
     if path != body.lora_name and not path.endswith(f"/{body.lora_name}"):
         raise InvalidRequestError(FieldViolation("lora_path", f"must be, or end in, {quote(body.lora_name)}"))
-    status = await call.service.load_adapter(AdapterReference(body.lora_name), call.key)
+    status = await call.service.adapters.load(AdapterReference(body.lora_name), call.key)
     done = f"Success: LoRA adapter '{body.lora_name}' added successfully."
     return PlainTextResponse("\n".join((done, *(f"Warning: {warning}" for warning in status.warnings))))
 
@@ -78,7 +78,7 @@ async def vllm_load(body: VllmLoad, call: Call) -> Response:
 @router.post("/unload_lora_adapter", tags=["Adapters"], response_class=Response, responses={**ANSWERS, **IN_USE})
 async def vllm_unload(body: VllmUnload, call: Call) -> Response:
     """Unloads an adapter, as vLLM does."""
-    await call.service.unload_adapter(AdapterReference(body.lora_name), key=call.key)
+    await call.service.adapters.unload(AdapterReference(body.lora_name), key=call.key)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 
@@ -87,7 +87,7 @@ async def _list_models(call: Call) -> dict[str, AdapterStatus | None]:
     adapter that has one of them is listed as it can be asked for, behind the model's."""
     names = call.service.model_names
     found: dict[str, AdapterStatus | None] = dict.fromkeys(names)
-    for status in await call.service.list_adapters(call.key):
+    for status in await call.service.adapters.list(call.key):
         if status.state is not State.BROKEN:
             found.setdefault(f"{names[0]}:{status.id}" if status.id in names else status.id, status)
     return found

@@ -1,0 +1,97 @@
+"""What callers ask about adapters: a listing for everybody, the rest for administrators, each with a line in the audit
+log."""
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+from loraplex_router.access.audit import audited
+from loraplex_router.access.keys import Keys, Tenant
+from loraplex_router.adapters.suggestions import Suggestions
+from loraplex_router.replicas.administration import Administration
+from loraplex_router.replicas.statuses import AdapterStatus
+from loraplex_router.text.model import Model
+from loraplex_router.vocabulary.checks import check_reference
+from loraplex_router.vocabulary.references import AdapterReference
+from loraplex_router.vocabulary.violations import Violations
+
+DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+class Adapters:
+    """`key` is the caller's API key. `model` answers what is served, and raises UnavailableError until it is known.
+    All calls raise LoraplexError."""
+
+    def __init__(
+        self, keys: Keys, administration: Administration, suggestions: Suggestions, model: Callable[[], Model]
+    ) -> None:
+        self._keys = keys
+        self._administration = administration
+        self._suggestions = suggestions
+        self._model = model
+
+    async def list(self, key: str | None = None) -> list[AdapterStatus]:
+        """What is staged and what lies in the adapter directory, as far as the caller may use it."""
+        tenant = self._keys.tenant(key)
+        listed = await self._administration.list()
+        return [self._remarked(status) for status in listed if all(map(tenant.may_use, status.id.split(",")))]
+
+    async def load(self, reference: AdapterReference, key: str | None = None) -> AdapterStatus:
+        """Reads the adapter's source again, whatever was known, and stages what is there now. For administrators."""
+        with self._administered("load", reference, key) as tenant:
+            async with self._suggestions.for_missing(reference, tenant.may_use):
+                return self._remarked(await self._administration.load(reference))
+
+    async def unload(self, name: AdapterReference | str, wait: bool = False, key: str | None = None) -> None:
+        """Frees what it has on every replica. For administrators. `name` is a reference or a digest.
+
+        Raises AdapterNotFoundError if it is not loaded and, unless it is to `wait` for them, AdapterInUseError while
+        sequences need it.
+        """
+        with self._administered("unload", name, key):
+            await self._administration.unload(name, wait)
+
+    async def pin(self, name: AdapterReference | str, key: str | None = None) -> AdapterStatus:
+        """Loads an adapter onto the device of one replica, where it stays until it is unpinned or unloaded. Returns
+        once it is there. For administrators.
+
+        Raises AdapterNotFoundError for a digest that is not loaded, AdapterPinsError if no more can be pinned.
+        """
+        reference = name if isinstance(name, AdapterReference) else None
+        with self._administered("pin", name, key) as tenant:
+            async with self._suggestions.for_missing(reference, tenant.may_use):
+                return await self._administration.pin(name)
+
+    async def unpin(self, name: AdapterReference | str, key: str | None = None) -> AdapterStatus:
+        """Lets it leave the device again when others need its place. For administrators.
+
+        Raises AdapterNotFoundError if it is not loaded.
+        """
+        with self._administered("unpin", name, key):
+            return self._administration.unpin(name)
+
+    @contextmanager
+    def _administered(self, action: str, name: AdapterReference | str, key: str | None) -> Iterator[Tenant]:
+        """Checks who asks and what they name, and logs what comes of it."""
+        named = {"digest" if isinstance(name, str) else "adapter": name}
+        with audited(action, self._keys, key, **named):
+            tenant = self._keys.administrator(key)
+            self._check_named(name)
+            yield tenant
+
+    def _check_named(self, name: AdapterReference | str) -> None:
+        found = Violations()
+        if isinstance(name, AdapterReference):
+            check_reference(name, self._model().info.adapter_sources, found)
+        else:
+            written = DIGEST.fullmatch(name) is not None
+            found.check(written, "digest", "write it as a listing does: 64 characters of 0-9 a-f")
+        found.raise_any()
+
+    def _remarked(self, status: AdapterStatus) -> AdapterStatus:
+        names = self._model().names
+        if status.id not in names:
+            return status
+        shadowed = f"on /v1 its name means the base model: ask for it as {names[0]}:{status.id}, or rename it"
+        return replace(status, warnings=(*status.warnings, shadowed))
