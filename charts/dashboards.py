@@ -2,8 +2,8 @@
 
     python -m charts.dashboards
 
-A dashboard is a list of rows, a row a title and its panels, side by side. Knows nothing of Grafana but the few fields
-that a panel needs; the tests hold every query against the metrics that exist.
+A dashboard is a list of rows; a row is a title and its panels, side by side. Panels use only a few of Grafana's fields;
+the tests check every query against the exported metrics.
 """
 
 import json
@@ -19,7 +19,7 @@ DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """A graph of queries over time, each with the legend of its series. `JOB` in a query chooses the servers."""
+    """A graph of (query, legend) pairs over time. `JOB` in a query stands for the selected servers."""
 
     title: str
     unit: str
@@ -34,7 +34,8 @@ class Row:
 
 
 def quantiles(metric: str, by: str = "") -> tuple[tuple[str, str], ...]:
-    """The median and the 99th percentile of a histogram, or for each value of a label the latter alone."""
+    """The median and the 99th percentile of a histogram; with the label `by`, only the latter, per value of the
+    label."""
     if by:
         return ((f"histogram_quantile(0.99, sum by (le, {by}) (rate({metric}_bucket{{JOB}}[5m])))", f"{{{{{by}}}}}"),)
     return tuple(
@@ -120,11 +121,11 @@ SERVICE = (
         "Processes",
         (
             Panel(
-                "Router's work per step",
+                "Router time per step",
                 "s",
                 ((mean("loraplex_router_step_seconds", "replica", "phase"), "{{phase}}, {{replica}}"),),
             ),
-            Panel("Latency of ranks, p99", "s", quantiles("loraplex_rank_latency_seconds", by="rank")),
+            Panel("Rank latency, p99", "s", quantiles("loraplex_rank_latency_seconds", by="rank")),
             Panel("Memory", "bytes", (("process_resident_memory_bytes{JOB}", "{{instance}}"),)),
             Panel("CPU", "short", (("rate(process_cpu_seconds_total{JOB}[5m])", "{{instance}}"),)),
         ),
@@ -149,7 +150,7 @@ ADAPTERS = (
                 stacked=True,
             ),
             Panel(
-                "Not finished",
+                "Unfinished requests",
                 "reqps",
                 (
                     (
@@ -188,13 +189,13 @@ ADAPTERS = (
                     ("sum(loraplex_adapter_slots{JOB})", "slots"),
                 ),
             ),
-            Panel("Brought to a tier", "ops", ((rate("loraplex_adapter_load_seconds_count", "tier"), "{{tier}}"),)),
-            Panel("Time to bring, p99", "s", quantiles("loraplex_adapter_load_seconds", by="tier")),
+            Panel("Loads", "ops", ((rate("loraplex_adapter_load_seconds_count", "tier"), "{{tier}}"),)),
+            Panel("Load time, p99", "s", quantiles("loraplex_adapter_load_seconds", by="tier")),
             Panel(
-                "Left a tier, or failed",
+                "Evictions and failed loads",
                 "ops",
                 (
-                    (rate("loraplex_adapter_evictions_total", "tier"), "left {{tier}}"),
+                    (rate("loraplex_adapter_evictions_total", "tier"), "evicted from {{tier}}"),
                     (rate("loraplex_adapter_load_failures_total", "tier", "error"), "{{tier}}: {{error}}"),
                 ),
             ),
@@ -205,7 +206,7 @@ ADAPTERS = (
         (
             Panel("Adapters by tier", "short", (("sum by (tier) (loraplex_shard_adapters{JOB})", "{{tier}}"),)),
             Panel("Host memory", "bytes", (("loraplex_shard_adapter_host_bytes{JOB}", "{{instance}}"),)),
-            Panel("Time to bring, p99", "s", quantiles("loraplex_shard_adapter_load_seconds", by="tier")),
+            Panel("Load time, p99", "s", quantiles("loraplex_shard_adapter_load_seconds", by="tier")),
             Panel("Step duration, p99", "s", quantiles("loraplex_shard_step_duration_seconds", by="instance")),
         ),
     ),

@@ -2,8 +2,8 @@
 
     python -m charts.generate
 
-`router.settings` and `shard.settings` take the flags of the two commands, apart from those that the chart itself
-passes. Their names, limits and texts come from the settings classes, so a new setting is in the chart once this ran.
+`router.settings` and `shard.settings` take the flags of the two commands, except those that the chart passes itself.
+Their names, limits and descriptions come from the settings classes, so running this adds new settings to the chart.
 """
 
 import json
@@ -34,7 +34,7 @@ KEPT = {"type", "enum", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaxi
 
 
 def schema(values: list[Value]) -> str:
-    """values.schema.json: unknown keys are refused everywhere, but where Kubernetes' own objects are given."""
+    """values.schema.json: unknown keys are refused everywhere except in Kubernetes' own objects."""
     properties: Schema = {value.name: _resolve(value.schema()) for value in values}
     properties["global"] = {"type": "object"}  # Helm's own
     whole = {
@@ -47,16 +47,16 @@ def schema(values: list[Value]) -> str:
 
 
 def readme(values: list[Value]) -> str:
-    """README.md: every value with its default and its text."""
+    """README.md: every value with its default and description."""
     lines = [
         "# The loraplex chart",
         "",
         "Installs routers and the shards that they drive. [Kubernetes](../../docs/kubernetes.md) shows how to use it.",
-        "This page is made from `values.yaml` and the commands' settings by `python -m charts.generate`.",
+        "`python -m charts.generate` generates this page from `values.yaml` and the commands' settings.",
         "",
-        "A replica takes plans from one router. Each of `router.replicas` routers has `shard.replicas` replicas, and",
-        "the autoscalers, one for each router, change the number of that router's replicas. The Service and the two",
-        "PodDisruptionBudgets, one of routers and one of shards, are for all.",
+        "A replica serves one router. Each of `router.replicas` routers has `shard.replicas` replicas and, if enabled,",
+        "an autoscaler that changes their number. There is one Service and there are two PodDisruptionBudgets, one of",
+        "routers and one of shards, for all routers together.",
         "",
         "## Values",
         "",
@@ -68,13 +68,14 @@ def readme(values: list[Value]) -> str:
             lines += ["", f"### {value.name}", "", value.text, ""]
             lines += _table(("value", "default", ""), list(_rows(value, "")))
     for component in SETTINGS:
-        lines += ["", f"### {component}.settings", "", f"Flags of `loraplex {component}`, without their dashes.", ""]
+        lines += ["", f"### {component}.settings", "", f"Flags of `loraplex {component}`, without the dashes.", ""]
         lines += _table(("setting", "default", ""), list(_setting_rows(component)))
     return "\n".join(lines) + "\n"
 
 
 def setting_properties(component: str) -> Iterator[tuple[str, Schema]]:
-    """The flags that `component.settings` takes, without dashes, and their JSON schemas with default and text."""
+    """The flags that `component.settings` takes, without dashes, and their JSON schemas with default and
+    description."""
     properties = SETTINGS[component].model_json_schema()["properties"]
     for name, described in properties.items():
         if name not in PASSED[component]:
@@ -82,7 +83,7 @@ def setting_properties(component: str) -> Iterator[tuple[str, Schema]]:
 
 
 def fields_of(kind: str) -> list[str]:
-    """The fields that the newest known Kubernetes has for a part of an object, such as podspec-v1."""
+    """The fields of a Kubernetes object's part, such as podspec-v1, in the newest known Kubernetes version."""
     newest = max(
         SCHEMAS.glob("*-local"), key=lambda folder: [int(number) for number in re.findall(r"\d+", folder.name)]
     )
@@ -90,7 +91,7 @@ def fields_of(kind: str) -> list[str]:
 
 
 def _resolve(node: Any) -> Any:
-    """Puts the settings' schemas, and the names of the fields of Kubernetes' objects, into their places."""
+    """Replaces `settingsOf` and `fieldsOf` by the settings' schemas and the field names of Kubernetes' objects."""
     if not isinstance(node, dict):
         return node
     if kind := node.get("fieldsOf"):

@@ -1,7 +1,7 @@
-"""Reads values.yaml with its comments: a tree of keys, each with its text, its default and its JSON schema.
+"""Reads values.yaml with its comments: a tree of keys, each with its description, default and JSON schema.
 
-A key's comment stands on the lines above it. A line that begins with `schema:` is YAML, merged into the schema that
-the default implies. A mapping whose own keys have no comments is one value, whose content Kubernetes knows.
+A key's comment is on the lines above it. A comment line that begins with `schema:` is YAML, merged into the schema
+implied by the default. A mapping whose keys have no comments is one value, with content defined by Kubernetes.
 """
 
 import re
@@ -19,7 +19,7 @@ _TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", list:
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """One key of values.yaml. With `children` it is a section, without it a value."""
+    """One key of values.yaml: a section if it has `children`, otherwise a value."""
 
     name: str
     text: str
@@ -28,7 +28,7 @@ class Value:
     children: "list[Value]" = field(default_factory=list)
 
     def schema(self) -> Schema:
-        """The JSON schema of what may be given for the key."""
+        """The JSON schema of the key's values."""
         if self.children:
             properties = {child.name: child.schema() for child in self.children}
             return {"type": "object", "additionalProperties": False, "properties": properties}
@@ -36,7 +36,7 @@ class Value:
 
 
 def read_values(path: Path) -> list[Value]:
-    """The top of the tree. Raises ValueError for a key without a comment where there should be one."""
+    """The top level of the tree. Raises ValueError for a key that lacks a comment."""
     text = path.read_text()
     lines = text.splitlines()
     root = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -63,7 +63,7 @@ def _is_section(node: yaml.Node, extra: Schema, lines: list[str]) -> bool:
 
 
 def _comment_above(line: int, lines: list[str]) -> list[str]:
-    """The comment lines right above a line, without their marks; none for a key inside of a one-line mapping."""
+    """The comment lines directly above a line, without `#`; none for a key inside a one-line mapping."""
     found = _KEY.match(lines[line])
     mark = f"{found.group(1)}# " if found else "no key here"
     first = line

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds both images with buildah, which needs no daemon, and gets a generation through their commands.
+# Builds both images with buildah, which needs no daemon, and generates a text with their commands.
 #
 #   charts/images/build.sh                            localhost/loraplex/{router,shard}:0.1.0
 #   TAG=... BASE=... BUILD_BASE=... TORCH_INDEX=...   as the Dockerfile explains them
@@ -12,9 +12,9 @@ TAG=${TAG:-0.1.0}
 PYTHON=${PYTHON:-python3}
 ROUTER=localhost/loraplex/router:$TAG
 SHARD=localhost/loraplex/shard:$TAG
-LIMIT=250  # MB of what the router's image adds to its base
+LIMIT=250  # MB that the router's image may add to its base
 
-# Into build/wheels, where the Dockerfile looks for them.
+# Puts packages into build/wheels, where the Dockerfile looks for them.
 fetch_packages() {
     mkdir -p build
     "$PYTHON" - > build/requirements.txt <<'LIST'

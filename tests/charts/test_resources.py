@@ -26,7 +26,7 @@ def test_who_asks_for_a_gpu_does_not_compute_on_the_cpu(name: str, kind: str, co
     resources = {kind: {name: count}}
     assert flags({"resources": resources}) == ["--device=cuda"]
     assert flags({"resources": resources, "settings": {"device": "auto"}}) == ["--device=cuda"]
-    with pytest.raises(helm_python.HelmRenderError, match=f"device is cpu, but shard.resources ask for {name}"):
+    with pytest.raises(helm_python.HelmRenderError, match=f"device is cpu, but shard.resources request {name}"):
         flags({"resources": resources, "settings": {"device": "cpu"}})
 
 
@@ -66,7 +66,7 @@ def test_adapters_cannot_have_more_memory_than_the_ranks(memory: object, gib: fl
 
 
 def test_shared_memory_is_part_of_the_memory():
-    with pytest.raises(helm_python.HelmRenderError, match=r"shard.sharedMemory is 8Gi, .* allow 4Gi"):
+    with pytest.raises(helm_python.HelmRenderError, match=r"shard.sharedMemory \(8Gi\) .* \(4Gi\)"):
         render({"shard": {"sharedMemory": "8Gi"}})
     assert render({"shard": {"sharedMemory": "8Gi", "resources": {"limits": {"memory": None}}}})
 
@@ -87,6 +87,6 @@ def test_a_persistent_cache_is_a_claim_of_the_pod(workload: str):
 
 def test_a_deployment_has_none():
     values = {"workload": "Deployment", "modelCache": {"persistent": True}}
-    with pytest.raises(helm_python.HelmRenderError, match="no claims of their own"):
+    with pytest.raises(helm_python.HelmRenderError, match="cannot have claims of their own"):
         render({"shard": values})
     assert render({"shard": {**values, "modelCache": {"persistent": True, "existingClaim": "models"}}})

@@ -108,8 +108,8 @@ def test_unknown_keys_and_bad_values_are_refused(values: Object):
         ({"autoscaling": {"enabled": True, "minReplicas": 5}}, "above autoscaling.maxReplicas"),
         ({"autoscaling": {"enabled": True}, "shard": {"workload": "LeaderWorkerSet"}}, "addresses"),
         ({"keda": {"enabled": True}}, "keda.serverAddress"),
-        ({"gateway": {"httpRoute": {"enabled": True}}}, "which Gateway"),
-        ({"mtls": {"routerSecret": "cert"}}, "or none"),
+        ({"gateway": {"httpRoute": {"enabled": True}}}, "name the Gateway"),
+        ({"mtls": {"routerSecret": "cert"}}, "or neither"),
         (
             {"shard": {"adapters": {"existingClaim": "a", "configMaps": [{"id": "a", "name": "a"}]}}},
             "shard.adapters",

@@ -4,8 +4,8 @@
 serviceName: {{ include "loraplex.routerName" . }}
 replicas: {{ .Values.router.replicas }}
 podManagementPolicy: Parallel
-# A router's replicas serve one router at a time, so its next one begins when it has drained; and the routers go one after
-# the other, each once the one before is ready and reached.
+# A replica serves one router at a time, so a router's successor starts after it has drained. Routers are replaced one
+# at a time, each after the previous one is ready and reached.
 updateStrategy: {type: RollingUpdate}
 minReadySeconds: 10
 selector:
@@ -63,13 +63,13 @@ startupProbe:
   tcpSocket: {port: http}
   periodSeconds: 2
   failureThreshold: 60
-# Ready if a replica is: the router's health service says so.
+# The router's health service reports ready if a replica is ready.
 readinessProbe:
   grpc: {port: 50051, service: loraplex.v1.GenerationService}
   periodSeconds: 5
   timeoutSeconds: 3
   failureThreshold: 2
-# Without a replica a router is alive, so this does not ask whether it is ready.
+# A router without a replica is alive, so this does not check readiness.
 livenessProbe:
   httpGet: {path: /metrics, port: http}
   periodSeconds: 20

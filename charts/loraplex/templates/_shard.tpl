@@ -88,8 +88,9 @@ readinessProbe:
   periodSeconds: 5
   timeoutSeconds: 3
   failureThreshold: 2
-# Answered by a thread of its own however long steps take, so silence means that the process hangs. Over mutual TLS the
-# kubelet cannot ask, and a port stays open, but metrics are answered as well. A rank that ends takes the others with it.
+# A separate thread answers however long steps take, so silence means that the process hangs. With mutual TLS the
+# kubelet cannot call the health service, and an open port proves nothing, so it fetches metrics. When a rank exits, the
+# others exit too.
 livenessProbe:
   {{- if $root.Values.mtls.shardSecret }}
   httpGet: {path: /metrics, port: {{ add $root.Values.metrics.shardPort $rank }}}
@@ -241,7 +242,7 @@ volumes:
 {{- define "loraplex.claims" -}}
 {{- $cache := .Values.shard.modelCache }}
 {{- if and $cache.persistent (not $cache.existingClaim) -}}
-# What is lost with them can be downloaded again.
+# Their content can be downloaded again.
 persistentVolumeClaimRetentionPolicy: {whenDeleted: Delete, whenScaled: Delete}
 volumeClaimTemplates:
   - metadata:
@@ -275,7 +276,7 @@ template:
 {{- end }}
 
 {{- define "loraplex.shardDeployment" -}}
-# A new replica before an old one goes.
+# Start a new replica before an old one stops.
 strategy: {type: RollingUpdate, rollingUpdate: {maxSurge: 1, maxUnavailable: 0}}
 minReadySeconds: 60
 progressDeadlineSeconds: {{ add (index . 0).Values.shard.startupSeconds 600 }}
@@ -294,7 +295,7 @@ rolloutStrategy: {type: RollingUpdate, rollingUpdateConfiguration: {maxUnavailab
 networkConfig: {subdomainPolicy: Shared}
 leaderWorkerTemplate:
   size: {{ include "loraplex.tp" $root }}
-  # Ranks can only begin together.
+  # Ranks can only start together.
   restartPolicy: RecreateGroupOnPodRestart
   workerTemplate:
     {{- include "loraplex.shardTemplate" . | nindent 4 }}
