@@ -237,4 +237,4 @@ def test_the_notes_lead_to_the_service():
 def test_the_notes_say_how_many_replicas_each_router_has(values: Object, replicas: str):
     keda = {"serverAddress": "http://prometheus", **values.get("keda", {})}
     text = notes({**values, "keda": keda, "router": {"replicas": 2}, "shard": {"replicas": 3, "settings": {"tp": 4}}})
-    assert f"Routers: 2. Replicas per router: {replicas}, of 4 ranks.\n" in text
+    assert f"Routers: 2. Replicas per router: {replicas}. Ranks per replica: 4.\n" in text
