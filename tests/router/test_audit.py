@@ -15,7 +15,7 @@ from loraplex_protos.errors import (
     RequestNotFoundError,
     UnauthenticatedError,
 )
-from loraplex_router.access.keys import Keys, TenantSettings
+from loraplex_router.access.keys import TenantSettings
 from loraplex_router.vocabulary.references import AdapterReference
 from tests.router.test_keys import hashed
 from tests.router.test_replicas import Cluster, request
@@ -30,8 +30,7 @@ TENANTS = {
 @pytest.fixture
 async def cluster(caplog: pytest.LogCaptureFixture) -> AsyncIterator[Cluster]:
     caplog.set_level(logging.INFO)
-    made = Cluster()
-    made.service.keys = Keys(TENANTS)
+    made = Cluster(TENANTS)
     yield made
     await made.close()
 

@@ -1,14 +1,14 @@
 """The engine's loop over shards without a model: pipelining, failures, adapters that load meanwhile."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
 
 import pytest
 
 from loraplex_protos import generation_pb2 as pb
 from loraplex_protos.errors import AdapterInvalidError, GenerationError, UnavailableError
-from loraplex_router.access.keys import Keys
+from loraplex_router.access.keys import Keys, TenantSettings
 from loraplex_router.adapters.registry import AdapterRegistry
 from loraplex_router.engine.output import Delta, Generation
 from loraplex_router.engine.pool import AdapterPool
@@ -44,12 +44,19 @@ MODEL = Model(
 class Setup:
     """A service over fake shards, its engine running."""
 
-    def __init__(self, slots: int = 2, max_queue: int = 100, model: Model = MODEL, move_seconds: float = 0.5) -> None:
+    def __init__(
+        self,
+        slots: int = 2,
+        max_queue: int = 100,
+        model: Model = MODEL,
+        move_seconds: float = 0.5,
+        tenants: Mapping[str, TenantSettings] | None = None,
+    ) -> None:
         self.telemetry = Telemetry(adapters=10, log=RequestLog(prompts=False))
         self.registry = AdapterRegistry()
         self.replicas = Replicas(self.telemetry, move_seconds)
         self.administration = Administration(self.registry, self.replicas)
-        self.service = Service(self.replicas, self.administration, Keys({}), max_queue, self.telemetry)
+        self.service = Service(self.replicas, self.administration, Keys(tenants or {}), max_queue, self.telemetry)
         self.service.serve(model)
         self.replica = self.add_replica("0", slots)
         self.shards, self.pool, self.blocks, self.engine = (

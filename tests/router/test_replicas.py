@@ -1,12 +1,13 @@
 """Several replicas behind one router: affinity, replicas that stop or are lost, and requests that go on elsewhere."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
 
 import pytest
 
 from loraplex_protos.errors import UnavailableError
+from loraplex_router.access.keys import TenantSettings
 from loraplex_router.replicas.replica import Replica
 from loraplex_router.replicas.replicas import Lease
 from loraplex_router.vocabulary.references import AdapterReference
@@ -18,8 +19,8 @@ from tests.router.test_engine import Setup
 class Cluster(Setup):
     """A service over replicas whose shards can be lost; each has an engine that runs."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, tenants: Mapping[str, TenantSettings] | None = None) -> None:
+        super().__init__(tenants=tenants)
         self.tasks: dict[Replica, asyncio.Task[None]] = {}
         self.start(self.replica)
 
