@@ -70,39 +70,34 @@ class GgufCheckpoint:
         return False
 
     def is_rounded(self, name: str) -> bool:
-        return any(tensor.kind not in _FLOATS for tensor in self._parts(name))
+        return self._tensor(name).kind not in _FLOATS
 
     def shape(self, name: str) -> tuple[int, ...]:
-        first, *others = [tensor.shape for tensor in self._parts(name)]
-        if others:
-            return first[0], first[1] + sum(shape[1] for shape in others), *first[2:]
-        return (1, *first) if self._origins[name].lacks_dimension else first
+        origin, shape = self._origins[name], self._tensor(name).shape
+        return (1, *shape) if origin.lacks_dimension else shape if origin.expert is None else shape[1:]
 
     def read(self, name: str, rows: slice = slice(None), columns: slice = slice(None)) -> torch.Tensor:
         with errors_of(self.model_id):
             return checked(self._read(name, rows, columns), name)
 
     def _read(self, name: str, rows: slice, columns: slice) -> torch.Tensor:
-        shape, parts = self.shape(name), self._parts(name)
-        if len(shape) == 1:
-            vector = floats(parts[0].data, parts[0].kind)[0]
-            if self._origins[name].interleaved:
-                vector = vector[self._deinterleaved(len(vector))]
-            return vector[rows] - 1 if self._origins[name].minus_one else vector[rows]
-        if len(shape) == 2:
-            return floats(self._rows(name, rows), parts[0].kind)[:, columns]
-        return torch.cat([_experts(tensor, rows) for tensor in parts], dim=1)[:, columns]
+        origin, tensor = self._origins[name], self._tensor(name)
+        if len(self.shape(name)) > 1:
+            return floats(self._rows(name, rows), tensor.kind)[:, columns]
+        vector = floats(tensor.data, tensor.kind)[0]
+        if origin.interleaved:
+            vector = vector[self._deinterleaved(len(vector))]
+        return vector[rows] - 1 if origin.minus_one else vector[rows]
 
     def read_quantized(
         self, name: str, rows: slice = slice(None), columns: slice = slice(None)
     ) -> QuantizedMatrix | None:
-        shape, tensor = self.shape(name), self._parts(name)[0]
-        begin, end, _ = columns.indices(shape[1])
-        weights, size = GGML_QUANT_SIZES[tensor.kind]
-        if len(shape) > 2 or begin % weights or end % weights:
-            return None  # experts, or the cut goes through a block
-        data = self._rows(name, rows)[:, begin // weights * size : end // weights * size]
-        part = read_blocks(data, tensor.kind)
+        kind = self._tensor(name).kind
+        begin, end, _ = columns.indices(self.shape(name)[1])
+        weights, size = GGML_QUANT_SIZES[kind]
+        if begin % weights or end % weights:
+            return None  # the cut goes through a block
+        part = read_blocks(self._rows(name, rows)[:, begin // weights * size : end // weights * size], kind)
         if part is not None:
             with errors_of(self.model_id):
                 checked(part.scales, name)
@@ -112,13 +107,16 @@ class GgufCheckpoint:
         with errors_of(self.model_id):
             return read_tokenizer(self._file.metadata)
 
-    def _parts(self, name: str) -> list[GgufTensor]:
-        return [self._file.tensors[part] for part in self._origins[name].parts]
+    def _tensor(self, name: str) -> GgufTensor:
+        return self._file.tensors[self._origins[name].tensor]
 
     def _rows(self, name: str, rows: slice) -> ByteRows:
         """A matrix's rows as they lie in the file, in transformers' order."""
-        data = self._parts(name)[0].data
-        return data[self._deinterleaved(len(data))[rows]] if self._origins[name].interleaved else data[rows]
+        origin, data = self._origins[name], self._tensor(name).data
+        if origin.expert is not None:
+            size = self.shape(name)[0]
+            data = data[origin.expert * size : (origin.expert + 1) * size]
+        return data[self._deinterleaved(len(data))[rows]] if origin.interleaved else data[rows]
 
     def _deinterleaved(self, rows: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
         """For each row of a q or k projection as transformers has it, its place in the file.
@@ -128,8 +126,3 @@ class GgufCheckpoint:
         """
         pairs = np.arange(rows).reshape(-1, self.config.head_dim // 2, 2)
         return pairs.swapaxes(1, 2).reshape(rows)
-
-
-def _experts(tensor: GgufTensor, experts: slice) -> torch.Tensor:
-    data = tensor.data.reshape(*tensor.shape[:2], -1)[experts]
-    return floats(data.reshape(-1, data.shape[-1]), tensor.kind).view(len(data), *tensor.shape[1:])
