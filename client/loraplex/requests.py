@@ -23,7 +23,7 @@ def generate_request(prompt: Prompt, **options: Unpack[GenerateOptions]) -> pb.G
     if isinstance(stop := given.get("stop"), str):
         given["stop"] = [stop]
     request = pb.GenerateRequest(sampling=pb.Sampling(), stopping=pb.Stopping(), detail=pb.Detail())
-    _fill(request, request_id=given.pop("request_id", ""), n=given.pop("n", 1))
+    _fill(request, request_id=given.pop("request_id", ""), n=given.pop("n", 1), cache_salt=given.pop("cache_salt", ""))
     parts: tuple[Proto, ...] = (request.sampling, request.stopping, request.detail)
     for part in parts:
         _fill(part, **{name: given.pop(name) for name in part.DESCRIPTOR.fields_by_name if name in given})

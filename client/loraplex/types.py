@@ -86,6 +86,8 @@ class GenerateOptions(TypedDict, total=False):
     """The same seed gives the same tokens. None: random."""
     logit_bias: Mapping[int, float] | None
     """What to add to the logits of tokens, by their ids: from -100, which all but bans a token, to 100."""
+    cache_salt: str
+    """Known prefixes are reused among requests with the same salt alone. At most 512 characters."""
     n: int
     """How many sequences to generate from the prompt. With a seed, sequence i uses seed + i."""
     logprobs: bool

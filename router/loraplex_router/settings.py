@@ -37,6 +37,11 @@ class EdgeSettings(BaseModel):
     max_queue: int = Field(
         1024, ge=1, description="Sequences that may wait; requests beyond are refused with RESOURCE_EXHAUSTED."
     )
+    prefix_cache: Literal["tenant", "shared"] = Field(
+        "tenant",
+        description="Who reuses a known prefix. tenant: requests of the same API key's tenant, so that nobody can tell "
+        "by its speed what others have sent. shared: everybody, which is faster where tenants have prompts in common.",
+    )
     max_body_mib: int = Field(
         8, ge=1, le=256, description="The largest request, over HTTP and gRPC, in MiB; it can take ten times as much."
     )

@@ -120,6 +120,7 @@ def test_every_option_is_the_field_of_a_message() -> None:
     names = set(GenerateOptions.__annotations__)
     options: dict[str, object] = {
         "request_id": "r",
+        "cache_salt": "s",
         "adapter": "sql",
         "grammar": Regex("a"),
         "stop": "END",

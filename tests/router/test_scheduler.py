@@ -25,10 +25,12 @@ class World:
     lost token or a mixed-up block shows in the output.
     """
 
-    def __init__(self, blocks: int = 64, slots: int = 2, budget: int = 16, rows: int = 8, depth: int = 2) -> None:
+    def __init__(
+        self, blocks: int = 64, slots: int = 2, budget: int = 16, rows: int = 8, depth: int = 2, shared: bool = False
+    ) -> None:
         self.blocks = BlockAllocator(blocks)
         self.pool = AdapterPool(slots, host_bytes=1 << 40)
-        self.scheduler = Scheduler(Limits(budget, rows, BLOCK), self.blocks, self.pool)
+        self.scheduler = Scheduler(Limits(budget, rows, BLOCK, shared), self.blocks, self.pool)
         self.budget, self.depth = budget, depth
         self.cache: dict[int, list[tuple[str, int] | None]] = {b: [None] * BLOCK for b in range(blocks)}
         self.tables: dict[int, list[int]] = {}
@@ -50,6 +52,7 @@ class World:
         alone_until: int = 0,
         tenant: str = "",
         weight: float = 1.0,
+        cache_salt: str = "",
     ) -> Sequence:
         sequence = Sequence(
             number=len(self.sequences),
@@ -61,6 +64,7 @@ class World:
             alone_until=alone_until,
             tenant=tenant,
             weight=weight,
+            cache_salt=cache_salt,
         )
         self.sequences.append(sequence)
         self.scheduler.add(sequence)
@@ -301,6 +305,24 @@ def test_a_known_prefix_is_not_computed_again():
     world.run()
     assert again.prefix_hit == 16
     assert other.prefix_hit == 0
+
+
+@pytest.mark.parametrize(
+    ("shared", "other", "hit"),
+    [
+        (False, {"tenant": "a"}, 16),
+        (False, {"tenant": "b"}, 0),
+        (True, {"tenant": "b"}, 16),
+        (True, {"tenant": "a", "cache_salt": "s"}, 0),
+    ],
+)
+def test_a_prefix_is_known_to_its_own_tenant_and_to_the_same_salt(shared: bool, other: dict[str, str], hit: int):
+    world, prompt = World(shared=shared), list(range(17))
+    world.submit("a", prompt, 1, tenant="a")
+    world.run()
+    again = world.submit("a", prompt, 1, **other)
+    world.run()
+    assert again.prefix_hit == hit
 
 
 def test_sequences_of_one_prompt_share_its_blocks_within_a_single_step():

@@ -57,6 +57,7 @@ def read_request(message: pb.GenerateRequest) -> Request:
             prompt_top_logprobs=message.detail.prompt_top_logprobs,
         ),
         grammar=_read_grammar(message.grammar) if message.HasField("grammar") else None,
+        cache_salt=message.cache_salt,
     )
 
 

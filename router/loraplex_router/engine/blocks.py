@@ -11,9 +11,9 @@ from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 
 
-def root_key(adapter_digest: str) -> bytes:
-    """Where the chains of an adapter begin; two adapters share no key."""
-    return blake2b(adapter_digest.encode(), digest_size=16).digest()
+def root_key(*scope: str) -> bytes:
+    """Where chains begin. Chains of two scopes share no key: a scope is an adapter's digest and who may share."""
+    return blake2b(repr(scope).encode(), digest_size=16).digest()
 
 
 def next_key(parent: bytes, tokens: Sequence[int]) -> bytes:

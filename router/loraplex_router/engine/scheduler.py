@@ -39,6 +39,7 @@ class Limits:
     max_batch_tokens: int  # per step; at least max_sequences, so that every decode fits
     max_sequences: int
     block_size: int
+    shares_prefixes: bool = False  # among tenants
 
 
 class Scheduler:
@@ -377,6 +378,10 @@ class Scheduler:
         keys, size = sequence.block_keys, self._limits.block_size
         while len(keys) < count:
             start = len(keys) * size
-            parent = keys[-1] if keys else root_key(sequence.adapter.digest)
+            parent = keys[-1] if keys else self._root_key(sequence)
             keys.append(next_key(parent, sequence.tokens[start : start + size]))
         return keys[:count]
+
+    def _root_key(self, sequence: Sequence) -> bytes:
+        tenant = "" if self._limits.shares_prefixes else sequence.tenant
+        return root_key(sequence.adapter.digest, tenant, sequence.cache_salt)

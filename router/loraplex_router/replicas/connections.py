@@ -137,7 +137,12 @@ class Connections:
     async def _take_up(self, shards: ShardGroup, name: str) -> Replica:
         await shards.connect(self._settings.max_batch_tokens)
         info = shards.info
-        limits = Limits(max(self._settings.max_batch_tokens, info.max_sequences), info.max_sequences, info.block_size)
+        limits = Limits(
+            max(self._settings.max_batch_tokens, info.max_sequences),
+            info.max_sequences,
+            info.block_size,
+            shares_prefixes=self._settings.prefix_cache == "shared",
+        )
         slots = self._settings.max_adapters_on_device
         names, files = self._settings.served_model_names, await shards.tokenizer()
         generation_config = self._settings.generation_config

@@ -50,6 +50,7 @@ def make_sequence(
         grammar=request.grammar,
         tenant=tenant.name,
         weight=tenant.weight,
+        cache_salt=request.cache_salt,
         # A complete match to a grammar can only be followed by an end token, so that one is put off, not ignored.
         unwanted_token_ids=ends if request.ignore_eos and request.grammar is not None else frozenset(),
     )

@@ -17,6 +17,7 @@ MAX_STOP_LENGTH = 256
 MAX_STOP_TOKENS = 64
 MAX_TOP_LOGPROBS = 32
 MAX_INPUTS = 1024
+MAX_SALT_LENGTH = 512
 MAX_REFERENCE_LENGTH = 512
 MAX_MERGED = 16
 MERGE_STRATEGIES = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
@@ -32,6 +33,8 @@ def check_request(request: Request, vocab_size: int, sources: Collection[str]) -
         "request_id",
         "use at most 128 characters of A-Z a-z 0-9 . _ : -",
     )
+    salted = len(request.cache_salt) <= MAX_SALT_LENGTH
+    found.check(salted, "cache_salt", f"at most {MAX_SALT_LENGTH} characters")
     found.check(1 <= request.n <= MAX_N, "n", f"must be from 1 to {MAX_N}")
     kept = request.truncate in (None, AS_MANY_AS_FIT) or request.truncate >= 1
     found.check(kept, "truncate", "must be at least 1, or absent")

@@ -34,6 +34,7 @@ class Request:
     n: int = 1
     detail: Detail = field(default_factory=Detail)
     grammar: Grammar | None = None
+    cache_salt: str = ""  # known prefixes are reused among requests with the same one
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,6 +59,7 @@ class Sequence:
     unwanted_token_ids: frozenset[int] = frozenset()  # sampled only where the grammar allows nothing else
     tenant: str = ""  # whose it is, and that tenant's weight: see fairness.py
     weight: float = 1.0
+    cache_salt: str = ""  # it shares prefixes with sequences that have the same one
     traceparent: str = ""  # the trace context that its spans on the shards belong to, if it is traced
 
     computed: int = 0

@@ -63,6 +63,9 @@ class GenerationRequest(Sampling):
     ebnf: str | None = Field(default=None, description="The same.")
     # vLLM's
     min_tokens: Count | None = None
+    cache_salt: str | None = Field(
+        default=None, description="Known prefixes are reused among requests with the same salt alone."
+    )
     top_k: Annotated[int, Field(ge=-1, lt=2**32)] | None = Field(default=None, description="0 or -1: off.")
     ignore_eos: bool | None = None
     stop_token_ids: Items[TokenId] | None = None
