@@ -49,7 +49,7 @@ class MessageToolCall(AsSent):
 
 
 class ChatMessage(AsSent):
-    """Chat templates see all fields, also others than these, for example `reasoning_content`."""
+    """Chat templates see all fields, including others, for example `reasoning_content`."""
 
     role: str
     content: str | Items[ContentPart] | None = None
@@ -81,10 +81,10 @@ class Conversation(BaseModel):
     reasoning_effort: str | None = Field(
         default=None, description="For chat templates that read it, or enable_thinking: false for none, else true."
     )
-    add_generation_prompt: bool | None = Field(default=None, description="false: no answer is begun.")
+    add_generation_prompt: bool | None = Field(default=None, description="false: the prompt does not begin an answer.")
     chat_template: str | None = Field(default=None, description="Not supported: refused unless empty.")
     continue_final_message: bool | None = Field(
-        default=None, description="true: the answer goes on where the last message ends, which is the assistant's."
+        default=None, description="true: the answer continues the last message, which must be the assistant's."
     )
 
 
@@ -93,7 +93,7 @@ def read_conversation(body: Conversation, found: Violations) -> Chat:
     found.check(not body.chat_template, "chat_template", "is not supported: leave it out")
     continued = bool(body.continue_final_message)
     both = continued and bool(body.add_generation_prompt)
-    found.check(not both, "continue_final_message", "has no meaning with add_generation_prompt: set that to false")
+    found.check(not both, "continue_final_message", "cannot be used with add_generation_prompt: set that to false")
     return Chat(
         messages=tuple(_read_message(message, place, found) for place, message in enumerate(body.messages)),
         tools=tuple(tool.sent for tool in body.tools or ()),

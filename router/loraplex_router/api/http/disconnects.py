@@ -65,7 +65,7 @@ async def finish_before_disconnect(work: Coroutine[None, None, T], receive: Rece
     try:
         await asyncio.wait((working, gone), return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
-            raise RequestCancelledError("the client is gone")
+            raise RequestCancelledError("the client has disconnected")
         return working.result()
     finally:
         working.cancel()

@@ -33,7 +33,7 @@ MESSAGES = ("sampling", "stopping", "detail", "adapter", "merged_adapters")  # w
 STATUSES = {
     401: "No API key, or an unknown one.",
     403: "The API key, or the adapter's source, does not allow the adapter.",
-    408: "The body did not come in time.",
+    408: "The body did not arrive in time.",
     413: "The body is too large.",
     415: "The body is compressed.",
     424: "The adapter's files cannot be served.",

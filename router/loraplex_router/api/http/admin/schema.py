@@ -10,7 +10,7 @@ class AdapterReference(BaseModel):
     """Where an adapter comes from, as in generation.proto."""
 
     id: str
-    source: str = Field(default="", description="One of the server's, as local or hub. Empty: the first that has it.")
+    source: str = Field(default="", description="Where it is, for example local. Empty: the first that has it.")
     revision: str = Field(default="", description="Branch, tag or commit of a hub repository.")
     token: str = Field(default="", description="For a private hub repository. Never logged.")
 
@@ -19,13 +19,13 @@ class AdapterReference(BaseModel):
 
 
 class AdapterName(BaseModel):
-    """An adapter by where it comes from, or by its digest, which is the only name of merged ones."""
+    """An adapter, named by its source or by its digest. A merged adapter has only its digest."""
 
     id: str = ""
     source: str = ""
     revision: str = ""
     token: str = ""
-    digest: str = Field(default="", description="As in the listing, and then nothing else.")
+    digest: str = Field(default="", description="As listed. Give either this or the id.")
 
     def read(self) -> references.AdapterReference | str:
         if self.digest and self.id:
@@ -36,8 +36,7 @@ class AdapterName(BaseModel):
 class Unload(AdapterName):
     wait: bool = Field(
         default=False,
-        description="Let the sequences that need it end first, instead of refusing because of them. Requests that come "
-        "meanwhile wait, and load it again.",
+        description="Wait for the sequences that need it, instead of refusing. New requests wait and load it again.",
     )
 
 
@@ -52,22 +51,22 @@ class AdapterResidence(BaseModel):
 
 
 class AdapterStatus(BaseModel):
-    id: str = Field(description="of merged adapters, all of them, separated by commas")
+    id: str = Field(description="For a merged adapter, the ids of its parts, separated by commas.")
     source: str
     revision: str
     state: str = Field(
         description="available (in the adapter directory), fetching, loaded, unloading, or broken (in the adapter "
         "directory, but it cannot be served)"
     )
-    tier: str | None = Field(description="disk, host or device: the fastest place that holds it; null: being fetched")
-    digest: str | None = Field(description="null while it is only on disk or being fetched, as are the next two")
+    tier: str | None = Field(description="The fastest place that has it: disk, host or device. null: being fetched.")
+    digest: str | None = Field(description="null while it is only on disk or being fetched, like the next two.")
     lora_rank: int | None
     size_bytes: int | None
-    requests: int = Field(description="that wait or run")
+    requests: int = Field(description="How many requests wait or run.")
     running_sequences: int
     waiting_sequences: int
-    last_used: float | None = Field(description="when a request last came or ended, in seconds since 1970")
-    pinned: bool = Field(description="on the device of one replica until it is unpinned or unloaded")
-    residences: list[AdapterResidence] = Field(description="the replicas that have it in memory")
-    warnings: list[str] = Field(description="what may be wrong with it though it is served")
-    reason: str | None = Field(description="why it is broken")
+    last_used: float | None = Field(description="When a request last arrived or ended, in seconds since 1970.")
+    pinned: bool = Field(description="Whether it stays on the device of one replica until it is unpinned or unloaded.")
+    residences: list[AdapterResidence] = Field(description="The replicas that have it in memory.")
+    warnings: list[str] = Field(description="What may be wrong with it. It is served all the same.")
+    reason: str | None = Field(description="Why it is broken.")

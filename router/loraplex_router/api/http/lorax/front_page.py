@@ -8,7 +8,7 @@ FRONT_PAGE_HEADERS = {"Content-Security-Policy": "default-src 'none'; style-src 
 LINKS = (
     ("docs", "every route, to read and to try"),
     ("v1/models", "the model and its adapters, as OpenAI lists them"),
-    ("adapters", "the adapters: where they are, and what is the matter with them"),
+    ("adapters", "the adapters: where they are, and what may be wrong with them"),
     ("info", "the model and the limits of this server"),
     ("health", "200 if a generation would succeed now"),
     ("metrics", "Prometheus metrics, which <code>loraplex top</code> shows in a terminal"),
@@ -58,7 +58,7 @@ def front_page(model: str, url: str) -> str:
     """`model` is empty for a server that takes API keys, which says nothing about itself without one; `url` is the
     server's, as the browser has it, with a slash at its end."""
     return PAGE.substitute(
-        serves=f"Serves <b>{escape(model)}</b> and LoRA adapters on it." if model else "This server takes API keys.",
+        serves=f"Serves <b>{escape(model)}</b> and LoRA adapters on it." if model else "This server requires API keys.",
         links="\n".join(f'<dt><a href="{path}">/{path}</a></dt><dd>{text}</dd>' for path, text in LINKS),
         example=escape(EXAMPLE.substitute(url=url, key="" if model else KEY), quote=False),
         url=escape(url),

@@ -16,37 +16,37 @@ class MergedAdapters(BaseModel):
     """Several adapters, merged into one."""
 
     ids: Items[str]
-    weights: Items[float] = Field(default=[], description="One per adapter; empty: 1 each.")
+    weights: Items[float] = Field(default=[], description="One per adapter. Empty: 1 for each.")
     merge_strategy: str | None = Field(
         default=None, description="linear (the default), ties, dare_linear, dare_ties or magnitude_prune."
     )
-    density: float | None = Field(default=None, description="The share of weights that all but linear keep.")
+    density: float | None = Field(default=None, description="The share of weights to keep. linear keeps all.")
     majority_sign_method: str | None = Field(default=None, description="total (the default) or frequency.")
 
 
 class Parameters(Sampling):
     adapter_id: str | None = Field(default=None, description="An adapter's name; absent: the base model.")
     adapter_source: str | None = Field(
-        default=None, description="One of the server's, as local or hub; absent: the first that has it."
+        default=None, description="Where the adapter is, for example local or hub. Absent: the first that has it."
     )
     merged_adapters: MergedAdapters | None = None
-    api_token: str | None = Field(default=None, description="For a private adapter's hub. Absent: the bearer token.")
+    api_token: str | None = Field(default=None, description="For a private adapter. Absent: the bearer token.")
     best_of: Uint32 | None = Field(
-        default=None, description="How many sequences to sample; the likeliest is the answer."
+        default=None, description="How many sequences to sample. The likeliest is the answer."
     )
-    temperature: float | None = Field(default=None, description="0: greedy. Absent: 1 if anything else samples.")
+    temperature: float | None = Field(default=None, description="0: greedy. Absent: 1 if another option samples.")
     top_k: Uint32 | None = None
     do_sample: bool | None = None
     max_new_tokens: Uint32 | None = Field(default=None, description="Absent: as many as the context has room for.")
     ignore_eos_token: bool | None = None
     return_full_text: bool | None = Field(default=None, description="Begin generated_text with the prompt.")
-    stop: Items[str] | None = Field(default=None, description="Ends after the first of these, which the text keeps.")
+    stop: Items[str] | None = Field(default=None, description="The answer ends with the first of these texts.")
     truncate: Uint32 | None = Field(default=None, description="How many tokens of the prompt to keep, from its end.")
     watermark: bool | None = Field(default=None, description="Not supported: refused if true.")
     details: bool | None = None
     decoder_input_details: bool | None = Field(default=None, description="The prompt's tokens with their logprobs.")
     return_k_alternatives: Uint32 | None = None
-    top_n_tokens: Uint32 | None = Field(default=None, description="text-generation's name of return_k_alternatives.")
+    top_n_tokens: Uint32 | None = Field(default=None, description="text-generation's name for return_k_alternatives.")
     apply_chat_template: bool | None = Field(default=None, description="Take the prompt as a user's message.")
     seed: Uint64 | None = None
     logit_bias: Bias | None = Field(default=None, description=BIAS)
@@ -74,7 +74,7 @@ class EmbedRequest(BaseModel):
 class InputToken(BaseModel):
     id: int
     text: str
-    logprob: float | None = Field(description="null for the first token, which nothing precedes")
+    logprob: float | None = Field(description="null for the first token, which has no context")
 
 
 class AlternativeToken(BaseModel):
@@ -102,8 +102,8 @@ class Details(BaseModel):
     finish_reason: Literal["length", "eos_token", "stop_sequence"]
     prompt_tokens: int
     generated_tokens: int
-    skipped_tokens: int = Field(description="prompt tokens found in the prefix cache")
-    seed: int | None = Field(description="repeats the answer; null if it was not sampled")
+    skipped_tokens: int = Field(description="Prompt tokens found in the prefix cache.")
+    seed: int | None = Field(description="Sent again, it repeats the answer. null if the answer was not sampled.")
     prefill: list[InputToken]
     tokens: list[Token]
     best_of_sequences: list[BestOfSequence] | None = None

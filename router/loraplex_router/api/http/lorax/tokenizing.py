@@ -43,8 +43,10 @@ class VllmTokenize(BaseModel):
 
 
 class VllmTokenizeChat(Conversation):
-    model: str = Field(default="", description="An adapter: its own chat template, if it has one.")
-    add_special_tokens: bool | None = Field(default=None, description="Absent: no, the chat template writes its own.")
+    model: str = Field(default="", description="An adapter, whose own chat template is used if it has one.")
+    add_special_tokens: bool | None = Field(
+        default=None, description="Absent: false. The chat template writes its own."
+    )
     return_token_strs: bool | None = None
 
 

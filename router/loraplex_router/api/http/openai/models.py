@@ -46,7 +46,7 @@ async def models(call: Call, limit: Limit = None, after: After = "") -> Response
     """The base model, and every adapter that is loaded or in the adapter directory, unless it is broken."""
     found = await _list_models(call)
     if after and after not in found:
-        raise InvalidRequestError(FieldViolation("after", f"there is no model {quote(after)}"))
+        raise InvalidRequestError(FieldViolation("after", f"must be a listed model, which {quote(after)} is not"))
     rest = list(found)[list(found).index(after) + 1 if after else 0 :]
     page = rest[:limit]
     listed = write_list(_describe(call.service, id, found[id]) for id in page)

@@ -16,7 +16,7 @@ from loraplex_router.api.turns import in_turn
 from loraplex_router.engine.output import Generation
 from loraplex_router.vocabulary.volume import Volume
 
-EVENTS = describe_events("A chunk; at the end [DONE]. There may be comments between events.")
+EVENTS = describe_events("A chunk. The last event is [DONE]. There may be comments between events.")
 
 router = APIRouter(tags=["OpenAI"], route_class=JsonRoute)
 

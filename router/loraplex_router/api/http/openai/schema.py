@@ -23,7 +23,7 @@ class StreamOptions(BaseModel):
 
 
 class StructuredOutputs(BaseModel):
-    """vLLM's: set one of them."""
+    """vLLM's. Set one of these."""
 
     json_: str | dict[str, Any] | None = Field(default=None, alias="json")
     json_object: bool | None = None
@@ -46,9 +46,9 @@ class GenerationRequest(Sampling):
     response_format: ResponseFormat | None = None
     # LoRAX's
     adapter_source: str | None = Field(
-        default=None, description="One of the server's, as local or hub; absent: the first that has it."
+        default=None, description="Where the adapter is, for example local or hub. Absent: the first that has it."
     )
-    api_token: str | None = Field(default=None, description="For a private adapter's hub.")
+    api_token: str | None = Field(default=None, description="For a private adapter on the hub.")
     ignore_eos_token: bool | None = None
     # vLLM's
     structured_outputs: StructuredOutputs | None = None
@@ -60,7 +60,7 @@ class GenerationRequest(Sampling):
     json_schema: dict[str, Any] | str | None = None
     regex: str | None = None
     grammar: str | None = Field(default=None, description="GBNF, or Lark.")
-    ebnf: str | None = Field(default=None, description="The same.")
+    ebnf: str | None = Field(default=None, description="The same as grammar.")
     # vLLM's
     min_tokens: Count | None = None
     cache_salt: str | None = Field(
@@ -70,7 +70,7 @@ class GenerationRequest(Sampling):
     ignore_eos: bool | None = None
     stop_token_ids: Items[TokenId] | None = None
     include_stop_str_in_output: bool | None = None
-    skip_special_tokens: bool | None = Field(default=None, description="false: they are shown in the text.")
+    skip_special_tokens: bool | None = Field(default=None, description="false: special tokens are shown in the text.")
     truncate_prompt_tokens: CountOrAll | None = Field(
         default=None, description="How many tokens of the prompt to keep, from its end; -1: as many as fit."
     )
@@ -78,7 +78,7 @@ class GenerationRequest(Sampling):
     bad_words: Items[str] | None = Field(default=None, description="Not supported: refused unless empty.")
     use_beam_search: bool | None = Field(default=None, description="Not supported: refused if true.")
     return_tokens_as_token_ids: bool | None = Field(
-        default=None, description='In logprobs a token is written "token_id:12", which no other token can look like.'
+        default=None, description='Write each token in logprobs as "token_id:12", which is unambiguous.'
     )
     prompt_logprobs: Count | None = Field(
         default=None, description="Report the prompt's tokens, each with this many alternatives."
@@ -90,9 +90,9 @@ class CompletionRequest(GenerationRequest):
     suffix: str | None = Field(default=None, description="Not supported: refused unless empty.")
     echo: bool | None = None
     logprobs: Annotated[Count | None, BeforeValidator(lambda given: None if given is False else given)] = Field(
-        default=None, description="So many alternatives for each token."
+        default=None, description="How many alternatives to report for each token."
     )
-    add_special_tokens: bool | None = Field(default=None, description="false: a text is taken without a BOS.")
+    add_special_tokens: bool | None = Field(default=None, description="false: no BOS token is put before a text.")
     best_of: Count | None = None
 
 
@@ -110,7 +110,7 @@ class ChatCompletionRequest(GenerationRequest, Conversation):
     logprobs: bool | None = None
     top_logprobs: Count | None = None
     tool_choice: NamedTool | str | None = Field(
-        default=None, description="none, auto, required, or one tool: OpenAI's object, or as LoRAX its name alone."
+        default=None, description="none, auto, required, or one tool: OpenAI's object or, as in LoRAX, its name."
     )
     parallel_tool_calls: bool | None = None
-    functions: Items[dict[str, Any]] | None = Field(default=None, description="Refused unless empty: send tools.")
+    functions: Items[dict[str, Any]] | None = Field(default=None, description="Refused unless empty. Send tools.")
