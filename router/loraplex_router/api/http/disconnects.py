@@ -16,10 +16,8 @@ T = TypeVar("T")
 
 
 @asynccontextmanager
-async def until_disconnect(
-    service: Service, generations: Sequence[Generation], receive: Receive
-) -> AsyncIterator[None]:
-    """Leaves the generations at the end. A client that goes before cancels them, which ends their deltas.
+async def while_connected(service: Service, generations: Sequence[Generation], receive: Receive) -> AsyncIterator[None]:
+    """Closes the generations at the end. A client that disconnects before cancels them, which ends their deltas.
 
     `receive` is that of a request whose body was read.
     """
@@ -46,8 +44,8 @@ async def read(generation: Generation) -> AsyncIterator[tuple[int, Delta]]:
 
 
 async def collect(service: Service, generations: Sequence[Generation], receive: Receive) -> list[list[Delta]]:
-    """The whole answers: one delta per sequence, for each generation. Leaves them. Raises what ended one of them."""
-    async with until_disconnect(service, generations, receive):
+    """The whole answers: one delta per sequence, for each generation. Closes them. Raises what ended one of them."""
+    async with while_connected(service, generations, receive):
         answers = [await generation.collect() for generation in generations]
     for delta in (delta for answer in answers for delta in answer):
         _refuse_cancelled(delta)
@@ -60,7 +58,7 @@ def _refuse_cancelled(delta: Delta) -> None:
 
 
 async def finish_before_disconnect(work: Coroutine[None, None, T], receive: Receive) -> T:
-    """What the work returns. A client that goes before cancels it, which is a RequestCancelledError."""
+    """What the work returns. A client that disconnects before cancels it, which is a RequestCancelledError."""
     working, gone = asyncio.create_task(work), asyncio.create_task(_disconnected(receive))
     try:
         await asyncio.wait((working, gone), return_when=asyncio.FIRST_COMPLETED)

@@ -9,7 +9,7 @@ from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
 from loraplex_protos.errors import LoraplexError
-from loraplex_router.api.http.disconnects import until_disconnect
+from loraplex_router.api.http.disconnects import while_connected
 from loraplex_router.api.http.errors import internal_error
 from loraplex_router.engine.output import Generation
 from loraplex_router.service.service import Service
@@ -30,7 +30,7 @@ def event(data: Mapping[str, Any]) -> bytes:
 
 
 class EventStream(Response):
-    """Streams generations that are admitted already, and leaves them. `write_error` makes an error the last event.
+    """Streams generations that are admitted already, and closes them. `write_error` makes an error the last event.
 
     While the client does not read, nothing is taken from the generations, whose deltas merge meanwhile. While there is
     nothing to send, a comment now and then keeps whoever stands between from taking the stream for dead.
@@ -57,7 +57,7 @@ class EventStream(Response):
         self._quiet = True  # nothing was sent since the last look
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with until_disconnect(self._service, self._generations, receive):
+        async with while_connected(self._service, self._generations, receive):
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             keep_alive = asyncio.create_task(self._keep_alive(send))
             try:

@@ -11,7 +11,6 @@ from loraplex_router.api.http.disconnects import collect
 from loraplex_router.api.http.errors import LORAX_ERRORS, Error, Responses, only
 from loraplex_router.api.http.lorax import schema
 from loraplex_router.api.http.lorax.front_page import FRONT_PAGE_HEADERS, front_page
-from loraplex_router.service.service import Service
 from loraplex_router.vocabulary.checks import MAX_N, MAX_STOPS
 from loraplex_router.vocabulary.request import Request as InternalRequest
 
@@ -24,7 +23,20 @@ router = APIRouter()
 async def get_info(call: Call) -> Response:
     """The model and the limits of this server. Settings of LoRAX that mean nothing here are 0 or null."""
     call.service.keys.tenant(call.key)
-    return JSONResponse(_info(call.service))
+    info = call.service.info
+    return JSONResponse(
+        schema.Info(
+            model_id=info.model_id,
+            model_dtype=info.dtype,
+            max_concurrent_requests=call.service.max_queue,
+            max_best_of=MAX_N,
+            max_stop_sequences=MAX_STOPS,
+            max_input_length=info.max_model_len - 1,
+            max_total_tokens=info.max_model_len,
+            max_batch_total_tokens=info.kv_blocks * info.kv_block_size,
+            version=info.version,
+        ).model_dump()
+    )
 
 
 @router.get("/health", tags=["LoRAX"], response_class=Response, responses=UNHEALTHY)
@@ -70,28 +82,3 @@ async def show_version(http: Request) -> dict[str, str]:
 async def metrics(call: Call) -> Response:
     """Prometheus metrics."""
     return Response(await call.service.telemetry.scrape(), media_type=CONTENT_TYPE_LATEST)
-
-
-def _info(service: Service) -> dict[str, Any]:
-    info = service.info
-    return {
-        "model_id": info.model_id,
-        "model_sha": None,
-        "model_dtype": info.dtype,
-        "model_device_type": None,
-        "model_pipeline_tag": "text-generation",
-        "max_concurrent_requests": service.max_queue,
-        "max_best_of": MAX_N,
-        "max_stop_sequences": MAX_STOPS,
-        "max_input_length": info.max_model_len - 1,
-        "max_total_tokens": info.max_model_len,
-        "waiting_served_ratio": 0.0,
-        "max_batch_total_tokens": info.kv_blocks * info.kv_block_size,
-        "max_waiting_tokens": 0,
-        "validation_workers": 0,
-        "eager_prefill": True,
-        "version": info.version,
-        "sha": None,
-        "docker_label": None,
-        "request_logger_url": None,
-    }

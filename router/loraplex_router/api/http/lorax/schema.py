@@ -128,27 +128,29 @@ class StreamResponse(BaseModel):
 
 
 class Info(BaseModel):
-    model_config = ConfigDict(protected_namespaces=())
+    """What has a default means nothing here."""
+
+    model_config = ConfigDict(protected_namespaces=(), json_schema_serialization_defaults_required=True)
 
     model_id: str
-    model_sha: str | None
+    model_sha: str | None = None
     model_dtype: str
-    model_device_type: str | None
-    model_pipeline_tag: str | None
+    model_device_type: str | None = None
+    model_pipeline_tag: str | None = "text-generation"
     max_concurrent_requests: int
     max_best_of: int
     max_stop_sequences: int
     max_input_length: int
     max_total_tokens: int
-    waiting_served_ratio: float
+    waiting_served_ratio: float = 0.0
     max_batch_total_tokens: int
-    max_waiting_tokens: int
-    validation_workers: int
-    eager_prefill: bool
+    max_waiting_tokens: int = 0
+    validation_workers: int = 0
+    eager_prefill: bool = True
     version: str
-    sha: str | None
-    docker_label: str | None
-    request_logger_url: str | None
+    sha: str | None = None
+    docker_label: str | None = None
+    request_logger_url: str | None = None
 
 
 class EmbedResponse(BaseModel):

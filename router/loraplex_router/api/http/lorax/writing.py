@@ -1,7 +1,7 @@
 """From generations to LoRAX's JSON and headers."""
 
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 from urllib.parse import quote
@@ -14,7 +14,7 @@ from loraplex_router.text.tokenizer import Tokenizer
 from loraplex_router.vocabulary.references import AdapterReference, MergedReference
 from loraplex_router.vocabulary.sequence import FinishReason, Sample
 
-FINISH_REASONS = {
+FINISH_REASONS: Mapping[FinishReason | None, str] = {
     FinishReason.LENGTH: "length",
     FinishReason.END_TOKEN: "eos_token",
     FinishReason.STOP_TEXT: "stop_sequence",
@@ -101,7 +101,7 @@ class LoraxWriter:
 
     def _last(self, output: SequenceOutput, delta: Delta, token: dict[str, Any], text: str) -> dict[str, Any]:
         details = {
-            "finish_reason": _finish_reason(delta),
+            "finish_reason": FINISH_REASONS[delta.finish_reason],
             "prompt_tokens": output.sequence.prompt_length,
             "generated_tokens": output.generated,
             "seed": output.seed,
@@ -111,7 +111,7 @@ class LoraxWriter:
     def _sequence(self, output: SequenceOutput, delta: Delta) -> dict[str, Any]:
         return {
             "generated_text": self._prefix + delta.text,
-            "finish_reason": _finish_reason(delta),
+            "finish_reason": FINISH_REASONS[delta.finish_reason],
             "generated_tokens": output.generated,
             "seed": output.seed,
             "prefill": list(self._prefill(output)),
@@ -150,8 +150,3 @@ class LoraxWriter:
 
 def _stream(token: dict[str, Any], text: str | None = None, details: dict[str, Any] | None = None) -> dict[str, Any]:
     return {"token": token, "generated_text": text, "details": details}
-
-
-def _finish_reason(delta: Delta) -> str:
-    assert delta.finish_reason is not None
-    return FINISH_REASONS[delta.finish_reason]

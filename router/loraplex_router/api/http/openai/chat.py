@@ -12,7 +12,7 @@ from loraplex_router.api.http.openai.logprobs import TokenNames, chat_logprobs, 
 from loraplex_router.api.http.openai.reading import read_model, read_most, read_options
 from loraplex_router.api.http.openai.schema import ChatCompletionRequest
 from loraplex_router.api.http.openai.tools import check_tools, create_parser, may_call, write_call
-from loraplex_router.api.http.openai.writing import common_fields, finish_reason, usage, usage_so_far
+from loraplex_router.api.http.openai.writing import FINISH_REASONS, common_fields, usage, usage_so_far
 from loraplex_router.api.http.sse import DONE, event
 from loraplex_router.api.turns import in_turn
 from loraplex_router.engine.output import Delta, Generation
@@ -154,7 +154,7 @@ class _ChoiceWriter:
             yield from self._count(self._parser.flush())
 
     def finish_reason(self, delta: Delta) -> str | None:
-        reason = finish_reason(delta)
+        reason = FINISH_REASONS[delta.finish_reason]
         return "tool_calls" if reason == "stop" and self.calls else reason
 
     def _count(self, pieces: list[Piece]) -> Iterator[Piece]:

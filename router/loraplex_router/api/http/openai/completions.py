@@ -8,7 +8,7 @@ from typing import Any
 from loraplex_router.api.http.openai.logprobs import CompletionLogprobs, TokenNames, prompt_logprobs
 from loraplex_router.api.http.openai.reading import read_model, read_most, read_options, read_prompts
 from loraplex_router.api.http.openai.schema import CompletionRequest
-from loraplex_router.api.http.openai.writing import common_fields, finish_reason, read_all, usage, usage_so_far
+from loraplex_router.api.http.openai.writing import FINISH_REASONS, common_fields, read_all, usage, usage_so_far
 from loraplex_router.api.http.sse import DONE, event
 from loraplex_router.api.turns import in_turn
 from loraplex_router.engine.output import Delta, Generation, SequenceOutput
@@ -143,5 +143,6 @@ class _ChoiceWriter:
         self.begun = True
         if self._logprobs:
             logprobs = self._logprobs.take(delta)
-        choice = {"index": self._index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason(delta)}
-        return {**choice, "stop_reason": self._output.stop_reason if delta.finish_reason else None}
+        reason = FINISH_REASONS[delta.finish_reason]
+        choice = {"index": self._index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+        return {**choice, "stop_reason": self._output.stop_reason if reason else None}

@@ -11,6 +11,7 @@ from loraplex_router.engine.output import Delta, Generation
 from loraplex_router.vocabulary.sequence import FinishReason
 
 FINISH_REASONS = {
+    None: None,
     FinishReason.LENGTH: "length",
     FinishReason.END_TOKEN: "stop",
     FinishReason.STOP_TEXT: "stop",
@@ -46,10 +47,6 @@ def usage_so_far(options: StreamOptions | None, generations: Sequence[Generation
     if not options or not options.include_usage:
         return {}
     return {"usage": usage(generations) if options.continuous_usage_stats else None}
-
-
-def finish_reason(delta: Delta) -> str | None:
-    return None if delta.finish_reason is None else FINISH_REASONS[delta.finish_reason]
 
 
 async def read_all(generations: Sequence[Generation]) -> AsyncIterator[tuple[int, Delta]]:
