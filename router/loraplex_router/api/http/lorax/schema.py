@@ -128,7 +128,7 @@ class StreamResponse(BaseModel):
 
 
 class Info(BaseModel):
-    """What has a default means nothing here."""
+    """Fields with a default are constant: their settings mean nothing here."""
 
     model_config = ConfigDict(protected_namespaces=(), json_schema_serialization_defaults_required=True)
 
