@@ -12,8 +12,6 @@ from loraplex_router.api.http.lorax.reading import adapter_token, read_adapter, 
 from loraplex_router.api.http.lorax.writing import LoraxWriter, static_headers, whole_headers
 from loraplex_router.api.http.sse import EventStream, describe_events
 from loraplex_router.api.turns import in_turn
-from loraplex_router.engine.output import Generation
-from loraplex_router.service.service import Service
 from loraplex_router.vocabulary.request import EmbedRequest
 
 EVENTS = describe_events("A StreamResponse. There may be comments between events.")
@@ -25,22 +23,20 @@ router = APIRouter(tags=["LoRAX"], route_class=JsonRoute)
 @router.post("/generate", responses={200: {"model": schema.GenerateResponse}, **LORAX_ERRORS})
 async def generate(body: schema.GenerateRequest, call: Call) -> Response:
     """Answers once everything is generated."""
-    return await _generate_whole(body, call, as_list=False)
+    return await _generate(body, call, stream=False)
 
 
 @router.post("/generate_stream", response_class=Response, responses={200: {"content": EVENTS}, **LORAX_ERRORS})
 async def generate_stream(body: schema.GenerateRequest, call: Call) -> Response:
     """One server-sent event per token."""
-    return await _generate_events(body, call)
+    return await _generate(body, call, stream=True)
 
 
 @router.post("/", responses=COMPAT)
 @router.post("/invocations", responses=COMPAT)
 async def compat_generate(body: schema.CompatGenerateRequest, call: Call) -> Response:
     """A list with one answer, or server-sent events if `stream` is true. The Python clients call this."""
-    if body.stream:
-        return await _generate_events(body, call)
-    return await _generate_whole(body, call, as_list=True)
+    return await _generate(body, call, bool(body.stream), as_list=True)
 
 
 @router.post("/embed", responses={200: {"model": schema.EmbedResponse}, **LORAX_ERRORS})
@@ -53,29 +49,19 @@ async def lorax_embed(body: schema.EmbedRequest, call: Call) -> Response:
     return JSONResponse({"embeddings": found.values.tolist()})
 
 
-async def _generate_whole(body: schema.GenerateRequest, call: Call, as_list: bool) -> Response:
-    request = read_request(body, adapter_token(call), stream=False)
+async def _generate(body: schema.GenerateRequest, call: Call, stream: bool, as_list: bool = False) -> Response:
+    request, given = read_request(body, adapter_token(call), stream), body.parameters or schema.Parameters()
     generation = await call.service.generate(request, call.key)
-    deltas = (await collect(call.service, [generation], call.receive))[0]
-    headers = {**static_headers(call.service.info.model_id, body.inputs, request.adapter), **whole_headers(generation)}
-    writer = _writer(body, call.service, generation)
+    headers = static_headers(call.service.info.model_id, body.inputs, request.adapter)
+    prefix = body.inputs if given.return_full_text else ""
+    writer = LoraxWriter(generation, call.service.tokenizer, wants_details(given), prefix)
+    if stream:
+        return EventStream(call.service, [generation], writer.events(), write_lorax_error, headers)
+    (deltas,) = await collect(call.service, [generation], call.receive)
+    headers |= whole_headers(generation)
 
     def write() -> Response:
         answer = writer.whole(deltas)
         return JsonAnswer([answer] if as_list else answer, headers=headers)
 
     return await in_turn(generation.num_logprobs, write)
-
-
-async def _generate_events(body: schema.GenerateRequest, call: Call) -> Response:
-    request = read_request(body, adapter_token(call), stream=True)
-    generation = await call.service.generate(request, call.key)
-    headers = static_headers(call.service.info.model_id, body.inputs, request.adapter)
-    events = _writer(body, call.service, generation).events()
-    return EventStream(call.service, [generation], events, write_lorax_error, headers)
-
-
-def _writer(body: schema.GenerateRequest, service: Service, generation: Generation) -> LoraxWriter:
-    given = body.parameters or schema.Parameters()
-    prefix = body.inputs if given.return_full_text else ""
-    return LoraxWriter(generation, service.tokenizer, wants_details(given), prefix)

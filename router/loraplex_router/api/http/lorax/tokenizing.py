@@ -74,7 +74,8 @@ async def tokenize(body: LoraxTokenize | VllmTokenize | VllmTokenizeChat, call: 
     `prompt` or `messages` their ids."""
     spans = await _spans(body, call)
     if isinstance(body, LoraxTokenize):
-        return StreamingResponse(_write_lorax(spans), media_type=JSON)
+        tokens = ({"id": span.id, "text": span.text, "start": span.start, "stop": span.stop} for span in spans)
+        return StreamingResponse(write_list(tokens), media_type=JSON)
     names = call.service.tokenizer if body.return_token_strs else None
     return StreamingResponse(_write_vllm(spans, call.service.info.max_model_len, names), media_type=JSON)
 
@@ -98,12 +99,6 @@ async def _spans(body: LoraxTokenize | VllmTokenize | VllmTokenizeChat, call: Ca
     found.raise_any()
     adapter = read_model_name(body.model, call.service.model_names)
     return await call.service.tokenize(chat, bool(body.add_special_tokens), adapter, call.key)
-
-
-async def _write_lorax(spans: Spans) -> AsyncIterator[bytes]:
-    rows = ({"id": span.id, "text": span.text, "start": span.start, "stop": span.stop} for span in spans)
-    async for part in write_list(rows):
-        yield part
 
 
 async def _write_vllm(spans: Spans, max_model_len: int, names: Tokenizer | None) -> AsyncIterator[bytes]:

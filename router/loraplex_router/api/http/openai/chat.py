@@ -54,7 +54,8 @@ class ChatWriter:
     tokenizer: Tokenizer
     version: str
 
-    def whole(self, deltas: list[Delta]) -> dict[str, Any]:
+    def whole(self, answers: Sequence[Sequence[Delta]]) -> dict[str, Any]:
+        (deltas,) = answers
         choices = [self._whole_choice(index, delta) for index, delta in enumerate(deltas)]
         return {**self._common_fields("chat.completion"), "choices": choices, "usage": usage([self.generation])}
 

@@ -1,5 +1,7 @@
 """OpenAI's generation."""
 
+from collections.abc import Sequence
+
 from fastapi import APIRouter, Response
 
 from loraplex_router.api.http.call import Call
@@ -24,33 +26,33 @@ router = APIRouter(tags=["OpenAI"], route_class=JsonRoute)
 @router.post("/completions", responses={200: {"model": answers.Completion, "content": EVENTS}, **ERRORS})
 async def completions(body: CompletionRequest, call: Call) -> Response:
     """Continues one prompt or several."""
-    generations, volume = list[Generation](), Volume()
-    requests = read_completions(body, call.service.model_names, call.service.sampling_defaults)
-    body = body.model_copy(update={"model": answered_name(body.model, call.service.model_names)})
+    service, generations, volume = call.service, list[Generation](), Volume()
+    requests = read_completions(body, service.model_names, service.sampling_defaults)
+    body = body.model_copy(update={"model": answered_name(body.model, service.model_names)})
     try:
         for request in requests:
-            generations.append(await call.service.generate(request, call.key, volume))
+            generations.append(await service.generate(request, call.key, volume))
     except BaseException:
         for generation in generations:
-            call.service.close(generation)
+            service.close(generation)
         raise
-    writer = CompletionWriter(body, generations, call.service.tokenizer, call.service.info.version)
-    if body.stream:
-        return EventStream(call.service, generations, writer.events(), write_error)
-    deltas = await collect(call.service, generations, call.receive)
-    size = sum(generation.num_logprobs for generation in generations)
-    return await in_turn(size, lambda: JsonAnswer(writer.whole(deltas)))
+    writer = CompletionWriter(body, generations, service.tokenizer, service.info.version)
+    return await _answer(call, generations, writer)
 
 
 @router.post("/chat/completions", responses={200: {"model": answers.ChatCompletion, "content": EVENTS}, **ERRORS})
 async def chat_completions(body: ChatCompletionRequest, call: Call) -> Response:
     """Answers a conversation, with the model's own chat template."""
-    generation = await call.service.generate(
-        read_chat(body, call.service.model_names, call.service.sampling_defaults), call.key
-    )
-    body = body.model_copy(update={"model": answered_name(body.model, call.service.model_names)})
-    writer = ChatWriter(body, generation, call.service.tokenizer, call.service.info.version)
-    if body.stream:
-        return EventStream(call.service, [generation], writer.events(), write_error)
-    (deltas,) = await collect(call.service, [generation], call.receive)
-    return await in_turn(generation.num_logprobs, lambda: JsonAnswer(writer.whole(deltas)))
+    service = call.service
+    request = read_chat(body, service.model_names, service.sampling_defaults)
+    generation = await service.generate(request, call.key)
+    body = body.model_copy(update={"model": answered_name(body.model, service.model_names)})
+    return await _answer(call, [generation], ChatWriter(body, generation, service.tokenizer, service.info.version))
+
+
+async def _answer(call: Call, generations: Sequence[Generation], writer: CompletionWriter | ChatWriter) -> Response:
+    if writer.body.stream:
+        return EventStream(call.service, generations, writer.events(), write_error)
+    deltas = await collect(call.service, generations, call.receive)
+    size = sum(generation.num_logprobs for generation in generations)
+    return await in_turn(size, lambda: JsonAnswer(writer.whole(deltas)))
