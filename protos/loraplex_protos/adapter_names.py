@@ -1,7 +1,7 @@
-"""What an adapter may be called: one rule for the router, which is asked for names, and the shards, which look there.
+"""The rule for adapter names, shared by the router, which receives names, and the shards, which look them up.
 
-A name is that of a folder, so it must not lead anywhere else; it is part of lists divided by commas, and of patterns as
-a shell knows them; it is shown in logs and tables. Whatever harms none of these is allowed.
+A name is a folder's name, so it must not lead elsewhere. It appears in comma-separated lists, shell patterns, logs and
+tables. Anything that is safe in all of these is allowed.
 """
 
 import re
@@ -16,32 +16,32 @@ FORBIDDEN = "\\,*?[]"
 _ADDRESS = re.compile(r"([a-z][a-z0-9+.-]{0,30}:/)?/")
 
 RULE = (
-    f"a name has 1 to {MAX_PARTS} parts divided by /, and {MAX_BYTES} bytes at most; a part has printable characters"
-    f" other than {' '.join(FORBIDDEN)} and does not begin with a dot, nor begin or end with a blank"
+    f"a name has 1 to {MAX_PARTS} parts separated by /, and at most {MAX_BYTES} bytes; a part has printable characters"
+    f" other than {' '.join(FORBIDDEN)} and does not begin with a dot, or begin or end with a space"
 )
 
 
 def normal(name: str) -> str:
-    """The name in the one form in which it is compared: umlauts may be written as one character or as two."""
+    """The name in Unicode's NFC form, in which names are compared: umlauts may be encoded as one character or two."""
     return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
 def is_name(name: str) -> bool:
-    """Whether an adapter may be called so. RULE says why not."""
+    """Whether this is a valid adapter name, by RULE."""
     parts = name.split("/")
     return len(parts) <= MAX_PARTS and _size(name) <= MAX_BYTES and all(map(is_part, parts))
 
 
 def is_id(id: str) -> bool:
-    """Whether a request may name an adapter so: by its name, or by its address as people write it elsewhere, such as
-    s3://bucket/folder or /srv/adapters/name. What an address means is for the source that knows it."""
+    """Whether a request may use this id: a name, or an address such as s3://bucket/folder or /srv/adapters/name. Each
+    source interprets its own addresses."""
     address = _ADDRESS.match(id)
     parts = id[address.end() :].removesuffix("/").split("/") if address else []
     return is_name(id) or (0 < len(parts) <= MAX_ADDRESS_PARTS and _size(id) <= MAX_BYTES and all(map(is_part, parts)))
 
 
 def is_part(part: str) -> bool:
-    """Whether it may stand between two slashes of a name."""
+    """Whether this is a valid part of a name."""
     return (
         0 < _size(part) <= MAX_PART_BYTES
         and part.isprintable()

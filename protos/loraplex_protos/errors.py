@@ -7,11 +7,11 @@
     ├── RequestNotFoundError           no such request is running
     ├── AdapterError
     │   ├── AdapterNotFoundError       no source has it
-    │   ├── AdapterForbiddenError      the source refuses this token
-    │   ├── AdapterInvalidError        its files cannot be served: says which, and why
+    │   ├── AdapterForbiddenError      the source rejects this token
+    │   ├── AdapterInvalidError        its files cannot be served: the message says which, and why
     │   ├── AdapterInUseError          sequences still need it
-    │   ├── AdapterPinsError           as many adapters are pinned as can be
-    │   └── AdapterSourceError         its source does not answer
+    │   ├── AdapterPinsError           no further adapter can be pinned
+    │   └── AdapterSourceError         its source did not answer
     ├── OverloadedError                the queue is full: try again later
     │   └── RateLimitedError           a limit of the API key is reached
     ├── UnavailableError               starting, draining, or a shard is lost
@@ -20,8 +20,8 @@
     └── GenerationError                the model failed on this sequence
 
 On the wire an error is a google.rpc.Status: its message, an ErrorInfo whose reason is the error_type, for
-InvalidRequestError a BadRequest with the fields, and for OverloadedError a RetryInfo. It travels in trailers, of which
-clients take 8 KiB: what is longer is cut.
+InvalidRequestError a BadRequest with the fields, and for OverloadedError a RetryInfo. It is sent in trailers, of which
+clients accept 8 KiB, so long texts are truncated.
 """
 
 from collections.abc import Iterable
@@ -36,11 +36,11 @@ from grpc_status import rpc_status
 
 DOMAIN = "loraplex"
 MAX_QUOTED = 200  # characters of what a client sent, in any error text or log line
-MAX_STATUS_TEXT = 1000  # bytes of the message on the wire, and as many of all fields: a byte can take three there
+MAX_STATUS_TEXT = 1000  # bytes of the message on the wire, and of all fields together; a byte can take three there
 
 
 def quote(text: str) -> str:
-    """What a client sent, for an error text: in quotes, on one line, and cut where it is long."""
+    """A client's text for an error message: in quotes, on one line, truncated to MAX_QUOTED."""
     return repr(text) if len(text) <= MAX_QUOTED else f"{text[:MAX_QUOTED]!r}..."
 
 
@@ -51,7 +51,7 @@ class FieldViolation:
 
 
 class LoraplexError(Exception):
-    """Base of all errors that callers see. An unforeseen failure is raised as this class itself."""
+    """Base of all errors that callers see. Unexpected failures are raised as this class itself."""
 
     error_type: ClassVar[str] = "internal"
     grpc_status: ClassVar[grpc.StatusCode] = grpc.StatusCode.INTERNAL
@@ -93,7 +93,7 @@ class RequestNotFoundError(LoraplexError):
 
 
 class AdapterError(LoraplexError):
-    """Base of what can be wrong with an adapter."""
+    """Base of all errors about an adapter."""
 
 
 class AdapterNotFoundError(AdapterError):
@@ -133,7 +133,7 @@ class AdapterSourceError(AdapterError):
 
 
 class OverloadedError(LoraplexError):
-    """`retry_after` says in how many seconds it is worth to try again."""
+    """`retry_after` is the number of seconds after which to try again."""
 
     error_type = "overloaded"
     grpc_status = grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -195,7 +195,7 @@ ERROR_TYPES: dict[str, type[LoraplexError]] = {
     )
 }
 
-# What a status means that gRPC itself or a proxy produced, without our details.
+# The meaning of statuses without our details, from gRPC itself or a proxy.
 _BY_STATUS: dict[grpc.StatusCode, type[LoraplexError]] = {
     grpc.StatusCode.UNAVAILABLE: UnavailableError,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineError,
@@ -223,7 +223,7 @@ def to_status(error: LoraplexError) -> grpc.Status:
 
 
 def from_rpc_error(rpc_error: grpc.RpcError) -> LoraplexError:
-    """The error that the other side raised, from what the gRPC call raised here.
+    """The error that the other side raised, from the gRPC error raised here.
 
     `rpc_error` is also a grpc.Call (sync) or a grpc.aio.AioRpcError.
     """
@@ -258,7 +258,7 @@ def _pack(message: ErrorInfo | BadRequest | RetryInfo) -> Any:
 
 
 def _to_protos(violations: Iterable[FieldViolation]) -> list[BadRequest.FieldViolation]:
-    """As many as there is room for, at least one."""
+    """As many violations as fit, at least one."""
     written, room = list[BadRequest.FieldViolation](), MAX_STATUS_TEXT
     for violation in violations:
         field = _cut(violation.field, MAX_QUOTED)
@@ -270,7 +270,7 @@ def _to_protos(violations: Iterable[FieldViolation]) -> list[BadRequest.FieldVio
     return written
 
 
-def _cut(text: str, most: int) -> str:
-    """Its beginning, as UTF-8 in at most `most` bytes."""
+def _cut(text: str, max_bytes: int) -> str:
+    """The text, truncated to at most `max_bytes` bytes of UTF-8."""
     encoded = text.encode()
-    return text if len(encoded) <= most else encoded[: most - 3].decode(errors="ignore") + "..."
+    return text if len(encoded) <= max_bytes else encoded[: max_bytes - 3].decode(errors="ignore") + "..."

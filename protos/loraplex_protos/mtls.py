@@ -1,4 +1,4 @@
-"""Mutual TLS between router and shards: the settings, the same on both sides, and what gRPC makes of them."""
+"""Mutual TLS between router and shards: the settings, which both sides share, and gRPC credentials from them."""
 
 from pathlib import Path
 from typing import Self
@@ -8,7 +8,7 @@ from pydantic import BaseModel, Field, model_validator
 
 
 class MtlsSettings(BaseModel):
-    """All three files, in PEM, or none. They are read again for every new connection, so that they can be renewed."""
+    """All three files, in PEM, or none. Every new connection reads them again, so that they can be renewed."""
 
     mtls_cert: Path | None = Field(
         None, description="This side's certificate for the connections between router and shards, in PEM."
@@ -16,7 +16,7 @@ class MtlsSettings(BaseModel):
     mtls_key: Path | None = Field(None, description="The private key of --mtls-cert, in PEM.")
     mtls_ca: Path | None = Field(
         None,
-        description="The authority, in PEM, that the other side's certificate must be signed by. Without these three "
+        description="The authority, in PEM, that must have signed the other side's certificate. Without these three "
         "files the connections are not encrypted.",
     )
 
@@ -25,15 +25,15 @@ class MtlsSettings(BaseModel):
         given = {"mtls_cert": self.mtls_cert, "mtls_key": self.mtls_key, "mtls_ca": self.mtls_ca}
         absent = [name for name, path in given.items() if path is None]
         if absent and len(absent) < len(given):
-            raise ValueError(f"{absent[0]}: give all of {', '.join(given)}, or none")
+            raise ValueError(f"{absent[0]}: set all of {', '.join(given)}, or none")
         for name, path in given.items():
             if path is not None and not path.is_file():
-                raise ValueError(f"{name}: there is no file {path}")
+                raise ValueError(f"{name}: file not found: {path}")
         return self
 
 
 def channel_credentials(settings: MtlsSettings) -> grpc.ChannelCredentials | None:
-    """For the side that connects; None without mTLS. Raises OSError if a file cannot be read."""
+    """Credentials for the connecting side; None without mTLS. Raises OSError if a file cannot be read."""
     if settings.mtls_cert is None:
         return None
     cert, key, ca = _read(settings)
@@ -41,7 +41,7 @@ def channel_credentials(settings: MtlsSettings) -> grpc.ChannelCredentials | Non
 
 
 def server_credentials(settings: MtlsSettings) -> grpc.ServerCredentials | None:
-    """For the side that listens, which refuses clients without a certificate; None without mTLS.
+    """Credentials for the listening side, which refuses clients without a certificate; None without mTLS.
 
     Raises OSError if a file cannot be read.
     """

@@ -1,4 +1,4 @@
-"""The version of what a router and its shards say to each other: releases meet during an upgrade."""
+"""The version of the protocol between a router and its shards: releases are mixed during an upgrade."""
 
-# To be raised with every change of shard.proto that is lost on a side that does not know it.
+# Raise it with every change of shard.proto that an older side would silently ignore.
 PROTOCOL_VERSION = 3

@@ -1,5 +1,6 @@
-"""How both services send spans to an OpenTelemetry collector. Imported only where tracing is on: it needs the extra
-`traces`. The SDK's own variables (OTEL_EXPORTER_OTLP_HEADERS, OTEL_RESOURCE_ATTRIBUTES ...) are honoured."""
+"""How both services send spans to an OpenTelemetry collector. Imported only if tracing is on: it needs the extra
+`traces`. The SDK's own environment variables (OTEL_EXPORTER_OTLP_HEADERS, OTEL_RESOURCE_ATTRIBUTES ...) are
+honoured."""
 
 import time
 
@@ -10,14 +11,15 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-TIMEOUT = 3.0  # seconds for one batch, so that a collector that is gone does not hold up a shutdown
+TIMEOUT = 3.0  # seconds for one batch, so that an unreachable collector does not delay a shutdown
 W3C = TraceContextTextMapPropagator()
 
 
 def open_provider(service: str, endpoint: str, sampling: float = 1.0) -> TracerProvider:
-    """Tracers whose spans go to `endpoint` over OTLP's gRPC, from a thread. http:// is plain, https:// TLS.
+    """A provider that sends spans to `endpoint` over OTLP/gRPC, from a thread. http:// is plain, https:// is TLS.
 
-    sampling: which part of the traces that begin here is kept; others follow their caller. To be shut down at the end.
+    sampling: the fraction kept of traces that start here; other traces follow their caller's decision. Shut it down at
+    the end.
     """
     sampler = ParentBased(TraceIdRatioBased(sampling))
     resource = Resource.create({"service.name": service})
@@ -27,5 +29,5 @@ def open_provider(service: str, endpoint: str, sampling: float = 1.0) -> TracerP
 
 
 def nanoseconds(monotonic: float) -> int:
-    """A time of time.monotonic as spans have it: since 1970."""
+    """A time from time.monotonic as nanoseconds since 1970, as in spans."""
     return time.time_ns() - round((time.monotonic() - monotonic) * 1e9)

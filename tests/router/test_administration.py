@@ -227,7 +227,7 @@ async def test_only_names_that_the_caller_may_use_are_suggested(cluster: Cluster
 
 @pytest.mark.parametrize("name", ["a,b", ".hidden", "../a", "a/b/c/d/e", "tab\there", " a", "x" * 300])
 async def test_what_cannot_be_a_name_is_refused_with_the_rule(cluster: Cluster, name: str):
-    with pytest.raises(InvalidRequestError, match="a name has 1 to 4 parts divided by /"):
+    with pytest.raises(InvalidRequestError, match="a name has 1 to 4 parts separated by /"):
         await cluster.answer(1, adapter=name)
 
 

@@ -97,9 +97,9 @@ async def test_a_shard_of_another_authority_is_not_talked_to(files: Files):
 
 
 def test_all_three_files_are_given_or_none(files: Files):
-    with pytest.raises(ValidationError, match="mtls_ca: give all of"):
+    with pytest.raises(ValidationError, match="mtls_ca: set all of"):
         MtlsSettings(mtls_cert=files.folder, mtls_key=files.folder)
-    with pytest.raises(ValidationError, match="mtls_key: there is no file"):
+    with pytest.raises(ValidationError, match="mtls_key: file not found"):
         good = files.issue("some")
         MtlsSettings(mtls_cert=good.mtls_cert, mtls_key=files.folder / "absent", mtls_ca=good.mtls_ca)
 
