@@ -1,4 +1,4 @@
-"""Builds the router from its parts and runs it until it is told to stop."""
+"""Builds the router from its parts and runs it until it is stopped."""
 
 import asyncio
 import contextlib
@@ -32,15 +32,15 @@ from loraplex_router.telemetry.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
 
-SWITCH_SECONDS = 0.001  # how long a thread that tokenizes or renders may keep the interpreter from the event loop
-STOP_SECONDS = 4  # for each of the two faces, when the drain is over: the chart's grace leaves ten in all
+SWITCH_SECONDS = 0.001  # how long a tokenizing or rendering thread may hold the GIL while the event loop waits
+STOP_SECONDS = 4  # for each of the two faces after the drain: the chart's grace period leaves ten in all
 
-# Is given the HTTP and the gRPC port, whether the model has a chat template, and the adapters that can be asked for.
+# Called with the HTTP port, the gRPC port, whether the model has a chat template, and the available adapters.
 Ready: TypeAlias = Callable[[int, int, bool, list[str]], None]
 
 
 class Router:
-    """One router process. It listens from the beginning, and is healthy while a replica is ready."""
+    """One router process. It listens from the start, and is healthy while a replica is ready."""
 
     def __init__(
         self,
@@ -63,13 +63,13 @@ class Router:
         self._stop = asyncio.Event()
 
     async def run(self, ready: Ready) -> None:
-        """Serves until SIGTERM or SIGINT, then drains. `ready` is called once a replica is ready. If this is
-        cancelled, running requests end with UnavailableError."""
+        """Serves until SIGTERM or SIGINT, then drains. Calls `ready` once a replica is ready. If cancelled, running
+        requests end with UnavailableError."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
         async with self._http() as http_port:
-            listen(self._settings.host, self._settings.grpc_port, "--grpc-port").close()  # gRPC does not say why not
+            listen(self._settings.host, self._settings.grpc_port, "--grpc-port").close()  # gRPC reports no reason
             grpc_port = await self._grpc.start(self._settings.host, self._settings.grpc_port)
             logger.info("listening on port %d (gRPC) and port %d (HTTP)", grpc_port, http_port)
             work = asyncio.create_task(
@@ -85,7 +85,7 @@ class Router:
                 self._replicas.fail_all(UnavailableError("the server is shutting down"))
                 work.cancel()
                 stop.cancel()
-                # Neither is waited for without a limit: after SIGTERM the process must end.
+                # Both waits are limited: after SIGTERM the process must exit.
                 await asyncio.wait([work, asyncio.create_task(self._grpc.stop(grace=1.0))], timeout=STOP_SECONDS)
                 await self._service.aclose()
 
@@ -100,7 +100,7 @@ class Router:
 
     async def _announce(self, ready: Callable[[list[str]], None]) -> None:
         await self._replicas.ready.wait()
-        gc.freeze()  # what start-up made is not looked through again at every collection
+        gc.freeze()  # objects from start-up are left out of later collections
         try:
             listed = await self._administration.list()
         except LoraplexError:  # the replica has left again
@@ -121,7 +121,7 @@ class Router:
                 await self._administration.restore_pins()
 
     async def _drain(self) -> None:
-        """No new requests; running ones finish, up to a limit."""
+        """Refuses new requests and lets running ones finish, up to a limit."""
         self._service.draining = True
         await self._grpc.drain()
         logger.info("draining for at most %g seconds", self._settings.drain_seconds)
@@ -152,25 +152,27 @@ class Router:
 
 
 def listen(host: str, port: int, flag: str) -> socket.socket:
-    """At an address of either family; at `::`, which is every network, in both. Raises OSError that says what to do
-    about it; `flag` sets the port."""
+    """A listening socket on an IPv4 or IPv6 address; `::` listens on both. `flag`: the option that sets the port.
+    Raises OSError with the fix."""
     both = host == "::" and socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, dualstack_ipv6=both)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            raise OSError(f"port {port} is taken: end what listens there, or give another {flag} (0: any)") from error
+            raise OSError(
+                f"port {port} is in use: stop what listens there, or choose another {flag} (0: any)"
+            ) from error
         if error.errno in (errno.EACCES, errno.EPERM):
-            raise OSError(f"port {port} may not be opened by this user: give a {flag} above 1023") from error
+            raise OSError(f"this user may not open port {port}: choose a {flag} above 1023") from error
         reason = (error.strerror or str(error)).partition(" (while")[0]
         raise OSError(f"--host: {host} is not an address of this machine: {reason}") from error
 
 
 def raise_file_limit() -> None:
-    """As many open connections as this process may have; what it was started with can be a thousand."""
+    """Raises the limit on open files to the maximum: the default can be about a thousand connections."""
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    with contextlib.suppress(ValueError, OSError):  # "no limit" is not a number everywhere
+    with contextlib.suppress(ValueError, OSError):  # on some systems, "no limit" is not a number
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
@@ -183,9 +185,9 @@ class HttpServer(uvicorn.Server):
 
 
 async def run(settings: RouterSettings, ready: Ready, supervisor: Supervisor | None = None) -> None:
-    """Serves what the shards hold. `supervisor`: of the only replica, if this process has one.
+    """Serves the shards' model. `supervisor`: restarts the only replica's ranks, if this process started them.
 
-    Raises KeyFileError for a key file that cannot be used, OSError for a taken port."""
+    Raises KeyFileError for an invalid key file, OSError for a port in use."""
     key_file = KeyFile(settings.api_keys) if settings.api_keys else None
     sys.setswitchinterval(SWITCH_SECONDS)
     raise_file_limit()

@@ -1,4 +1,4 @@
-"""What the router can be told. The command turns each field into a flag and a LORAPLEX_* variable of its name."""
+"""The router's settings. The command turns each field into a flag and a LORAPLEX_* environment variable."""
 
 import re
 from pathlib import Path
@@ -11,85 +11,88 @@ from loraplex_router.wire.discovery import DNS
 
 
 class EdgeSettings(BaseModel):
-    """Where clients reach the router, and how much it takes on."""
+    """Where clients reach the router, and its limits."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    host: str = Field("127.0.0.1", description="Address to listen on. 0.0.0.0: all of this machine; ::, with IPv6 too.")
+    host: str = Field("127.0.0.1", description="Address to listen on. 0.0.0.0: all IPv4 addresses; ::, IPv6 as well.")
     http_port: int = Field(
-        3000, ge=0, le=65535, description="Port of the HTTP API: OpenAI's and LoRAX's routes, /docs. 0: any free one."
+        3000, ge=0, le=65535, description="Port of the HTTP API: OpenAI's and LoRAX's routes, /docs. 0: any free port."
     )
-    grpc_port: int = Field(50051, ge=0, le=65535, description="Port of the gRPC API. 0: any free one.")
+    grpc_port: int = Field(50051, ge=0, le=65535, description="Port of the gRPC API. 0: any free port.")
     served_model_name: str = Field(
         "",
-        description="What OpenAI's routes call the model: one name, or several separated by commas or blanks. Answers "
-        "have the first, requests may have any; an adapter of such a name is asked for as MODEL:NAME. Empty: its path "
+        description="The model's name on OpenAI's routes, or several names separated by commas or spaces: answers have "
+        "the first, requests may use any. Request an adapter with the same name as MODEL:NAME. Empty: the model's path "
         "or hub id.",
     )
     generation_config: Literal["auto", "vllm"] = Field(
         "auto",
-        description="What OpenAI's routes make of sampling parameters that a request leaves out. auto: what the "
-        "model's generation_config.json says, as with vLLM. vllm: temperature 1 and nothing else.",
+        description="Default sampling parameters of OpenAI's routes. auto: those in the model's "
+        "generation_config.json, as in vLLM. vllm: temperature 1 and nothing else.",
     )
     max_batch_tokens: int = Field(
-        256, ge=1, le=65536, description="Tokens computed per step: more is faster on long prompts, less is smoother."
+        256, ge=1, le=65536, description="Tokens computed per step: more speeds up long prompts, less smooths streams."
     )
     max_queue: int = Field(
-        1024, ge=1, description="Sequences that may wait; requests beyond are refused with RESOURCE_EXHAUSTED."
+        1024, ge=1, description="Sequences that may wait; further requests are refused with RESOURCE_EXHAUSTED."
     )
     prefix_cache: Literal["tenant", "shared"] = Field(
         "tenant",
-        description="Who reuses a known prefix. tenant: requests of the same API key's tenant, so that nobody can tell "
-        "by its speed what others have sent. shared: everybody, which is faster where tenants have prompts in common.",
+        description="Who shares cached prefixes. tenant: only requests of the same tenant, so response times do not "
+        "reveal what others have sent. shared: all tenants, which is faster if they have prompts in common.",
     )
     max_body_mib: int = Field(
-        8, ge=1, le=256, description="The largest request, over HTTP and gRPC, in MiB; it can take ten times as much."
+        8,
+        ge=1,
+        le=256,
+        description="Largest request, over HTTP and gRPC, in MiB; handling it can take ten times that memory.",
     )
     max_adapters_on_device: int = Field(
-        64, ge=1, le=65535, description="Adapters that a replica's sequences can run with at the same time."
+        64, ge=1, le=65535, description="Adapters on a replica's device, and so in use at the same time."
     )
     adapter_host_gib: float = Field(
         0.0,
         ge=0,
-        description="Host memory for adapters, over all ranks of a replica, in GiB; the least recently used leave. "
-        "0: as much as the shards have: 3/8 of what model and KV cache left them, a container's limit considered.",
+        description="Host memory for adapters, over all ranks of a replica, in GiB; least recently used ones are evicted. "
+        "0: what the shards offer: 3/8 of what model and KV cache leave, within a container's limit.",
     )
     cors_origins: str = Field(
         "*",
         pattern=r"^(\*|https?://[^\s*]+( https?://[^\s*]+)*)?$",
-        description="Whose web pages may call the HTTP API from a browser: origins (https://app.example), separated by "
-        "spaces. *: anybody's. Empty: none.",
+        description="Origins whose web pages may call the HTTP API from a browser (https://app.example), separated by "
+        "spaces. *: all. Empty: none.",
     )
     api_keys: Path | None = Field(
         None,
-        description="A YAML or JSON file of API keys (hashed) and what each may do, followed when it changes."
+        description="A YAML or JSON file of (hashed) API keys and what each may do; changes are picked up."
         " Absent: anyone may do anything.",
     )
     metrics_adapters: int = Field(
-        100, ge=0, le=10_000, description="Adapters with time series of their own; the others share the label `other`."
+        100, ge=0, le=10_000, description="Adapters with their own time series; the others share the label `other`."
     )
-    lorax_metrics: bool = Field(False, description="Export LoRAX's metrics under its names, too.")
+    lorax_metrics: bool = Field(False, description="Also export LoRAX's metrics under LoRAX's names.")
     gateway_metrics: bool = Field(
-        False, description="Export what the Gateway API Inference Extension's endpoint picker reads (vllm:...), too."
+        False, description="Also export what the Gateway API Inference Extension's endpoint picker reads (vllm:...)."
     )
     otlp_endpoint: str = Field(
         "",
         pattern=r"^(https?://\S+)?$",
-        description="Where traces go: the OTLP/gRPC address of an OpenTelemetry collector, http://HOST:4317. "
+        description="OTLP/gRPC address of an OpenTelemetry collector for traces, such as http://HOST:4317. "
         "Empty: no traces.",
     )
     trace_sampling: float = Field(
-        1.0, ge=0, le=1, description="Which part of the requests is traced that come without a trace of their own."
+        1.0, ge=0, le=1, description="Fraction of requests to trace, of those without a trace of their own."
     )
-    log_format: Literal["text", "json"] = Field("text", description="How log lines are written.")
+    log_format: Literal["text", "json"] = Field("text", description="Format of log lines.")
     log_prompts: bool = Field(False, description="Log prompts and answers with each request.")
     drain_seconds: float = Field(
-        30.0, ge=0, description="How long running requests may go on after SIGTERM before they are cancelled."
+        30.0, ge=0, description="How long running requests may continue after SIGTERM before they are cancelled."
     )
 
     @property
     def url_host(self) -> str:
-        """The host as it stands before a port."""
+        """The host as written before a port."""
         return f"[{self.host}]" if ":" in self.host else self.host
 
     @property
@@ -101,14 +104,14 @@ class RouterSettings(EdgeSettings, MtlsSettings):
     """One router and the replicas that it drives."""
 
     shards: tuple[str, ...] = Field(
-        description="The replicas, separated by semicolons. A replica is the addresses of its ranks, rank 0 first, "
-        "separated by commas: HOST:PORT or unix:PATH; rank 0's alone, if the others listen on the ports that follow. "
-        "dns:///NAME:PORT names a replica at every address that NAME has, now and later."
+        description="The replicas, separated by semicolons. A replica: its ranks' addresses (HOST:PORT or unix:PATH), "
+        "rank 0 first, separated by commas; rank 0's alone is enough if the others listen on the ports after it. "
+        "dns:///NAME:PORT stands for one replica per address of NAME, now and later."
     )
     move_seconds: float = Field(
         30.0,
         ge=0,
-        description="How long requests whose replica was lost wait for another one to go on in.",
+        description="How long requests of a lost replica wait for another one.",
     )
 
     @field_validator("shards", mode="before")

@@ -11,7 +11,7 @@ from loraplex_router.app import listen, raise_file_limit
 def test_a_taken_port_is_named_with_its_flag():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(OSError, match=rf"port {port} is taken: .* give another --grpc-port"):
+        with pytest.raises(OSError, match=rf"port {port} is in use: .* choose another --grpc-port"):
             listen("127.0.0.1", port, "--grpc-port")
 
 
