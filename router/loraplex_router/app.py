@@ -160,9 +160,7 @@ def listen(host: str, port: int, flag: str) -> socket.socket:
         return socket.create_server((host, port), family=family, dualstack_ipv6=both)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            raise OSError(
-                f"port {port} is in use: stop what listens there, or choose another {flag} (0: any)"
-            ) from error
+            raise OSError(f"port {port} is in use: stop its owner, or choose another {flag} (0: any)") from error
         if error.errno in (errno.EACCES, errno.EPERM):
             raise OSError(f"this user may not open port {port}: choose a {flag} above 1023") from error
         reason = (error.strerror or str(error)).partition(" (while")[0]

@@ -54,7 +54,7 @@ class EdgeSettings(BaseModel):
     adapter_host_gib: float = Field(
         0.0,
         ge=0,
-        description="Host memory for adapters, over all ranks of a replica, in GiB; least recently used ones are evicted. "
+        description="Host memory for adapters, over all ranks of a replica, in GiB; evicted least recently used first. "
         "0: what the shards offer: 3/8 of what model and KV cache leave, within a container's limit.",
     )
     cors_origins: str = Field(

@@ -1,7 +1,7 @@
-"""One log line for each thing that an administrator does or tries: who, what, to which adapter or request, and how it
-ended. Never a key or a token.
+"""One log line for each action that an administrator takes or tries: who, what, on which adapter or request, and the
+outcome. Never a key or a token.
 
-Each record carries its values in `fields`, which the log's format writes as JSON or as text.
+Each record has its values in `fields`, which the log format writes as JSON or text.
 """
 
 import logging
@@ -13,14 +13,14 @@ from loraplex_protos.errors import LoraplexError, UnauthenticatedError
 from loraplex_router.access.keys import Keys
 from loraplex_router.vocabulary.references import AdapterReference
 
-LONGEST = 512  # characters of what a caller named
+LONGEST = 512  # characters of a caller's text
 
 logger = logging.getLogger(__name__)
 
 
 @contextmanager
 def audited(action: str, keys: Keys, key: str | None, **named: AdapterReference | str) -> Iterator[None]:
-    """Logs what happens inside. `named` is one of adapter, digest and request_id."""
+    """Logs the outcome of the block. `named` is one of adapter, digest and request_id."""
     began = time.monotonic()
     fields: dict[str, object] = {"action": action, "tenant": _tenant(keys, key)}
     for kind, value in named.items():
@@ -44,7 +44,7 @@ def audited(action: str, keys: Keys, key: str | None, **named: AdapterReference 
 
 
 def _tenant(keys: Keys, key: str | None) -> str | None:
-    """None where there are no keys, and for a key that nobody has."""
+    """The tenant's name; None if there are no keys, or for an unknown key."""
     try:
         return keys.tenant(key).name or None
     except UnauthenticatedError:

@@ -1,4 +1,4 @@
-"""Reads the key file, YAML or JSON, that --api-keys names, and reads it again when it has changed.
+"""Reads the key file (YAML or JSON) of --api-keys, and rereads it when it changes.
 
 tenants:
   acme:
@@ -30,7 +30,7 @@ LOOK_SECONDS = 5.0
 
 
 class KeyFileError(LoraplexError):
-    """The key file cannot be used. The message names the place, and shows nothing that may be a key."""
+    """The key file cannot be used. The message says where the fault is, and shows nothing that may be a key."""
 
 
 class _KeyFile(BaseModel):
@@ -40,7 +40,7 @@ class _KeyFile(BaseModel):
 
 
 class KeyFile:
-    """The keys in a file, as they are now. Raises KeyFileError if the file cannot be used at first."""
+    """The current keys in a file. Raises KeyFileError if the file is invalid at the start."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -48,7 +48,7 @@ class KeyFile:
         self.keys = Keys(read_tenants(path))
 
     async def follow(self) -> None:
-        """Looks at the file now and then, until cancelled. Keeps the former keys while it cannot be used."""
+        """Checks the file periodically, until cancelled. Keeps the old keys while the file is invalid."""
         while True:
             await asyncio.sleep(LOOK_SECONDS)
             if (state := _state(self._path)) != self._state:
@@ -59,9 +59,9 @@ class KeyFile:
         try:
             self.keys.update(read_tenants(self._path))
         except KeyFileError as error:
-            logger.error("the former API keys stay: %s", error)
+            logger.error("keeping the previous API keys: %s", error)
         else:
-            logger.info("the API keys were read again")
+            logger.info("reloaded the API keys")
 
 
 def _state(path: Path) -> tuple[int, ...] | None:
@@ -92,6 +92,6 @@ def read_tenants(path: Path) -> dict[str, TenantSettings]:
 
 
 def _describe(error: ValidationError) -> str:
-    """Each fault with its place, without the value."""
+    """Each fault and where it is, without the value."""
     faults = error.errors(include_url=False, include_context=False, include_input=False)
     return "; ".join(f"{'.'.join(map(str, fault['loc'])) or 'the file'}: {fault['msg']}" for fault in faults)

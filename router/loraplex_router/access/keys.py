@@ -1,7 +1,7 @@
 """Who may do what, and how much of it. Pure policy: no clock, no files, no transport.
 
-A key identifies a tenant; a tenant may have several, so that one can be replaced while the other is in use. Keys are
-known by their hashes alone. A key says who calls this server; the token of an adapter says who asks its source.
+A key identifies a tenant; a tenant may have several, so that one can be replaced while the other is in use. Only their
+hashes are stored. A key identifies the caller of this server; an adapter's token identifies the caller to its source.
 """
 
 import hashlib
@@ -18,15 +18,15 @@ from loraplex_router.vocabulary.references import AdapterReference, MergedRefere
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
-BUSY_SECONDS = 1.0  # when to try again if all of a tenant's requests are running: nobody knows, so soon
+BUSY_SECONDS = 1.0  # when to try again if a tenant's requests are all running: nobody knows when one ends, so soon
 
 
 class Allowance(BaseModel):
-    """What a tenant may do. What is absent is not limited."""
+    """What a tenant may do. Absent fields set no limit."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
 
-    adapters: list[str] | None = None  # patterns as of a shell, * also matching /; the base model is open to all
+    adapters: list[str] | None = None  # shell patterns, but * also matches /; the base model is open to all
     max_requests: Annotated[int, Field(ge=1)] | None = None  # running or waiting at the same time
     tokens_per_minute: Annotated[int, Field(ge=1)] | None = None  # of prompts and answers
     weight: Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)] = 1.0  # of its share where others wait, too
@@ -42,8 +42,8 @@ class TenantSettings(Allowance):
 class Tenant:
     """A tenant and what it has in use.
 
-    Tokens are counted when a request ends, in a bucket that holds a minute's and fills at that rate: requests begin
-    while it holds any, and may leave it in debt, which later ones wait for.
+    Tokens are counted when a request ends, in a token bucket of one minute's tokens. A request may start while the
+    bucket is not empty, and may leave it in debt, which delays later ones.
     """
 
     def __init__(self, name: str, allowance: Allowance) -> None:
@@ -55,7 +55,7 @@ class Tenant:
         self._filled_at = 0.0
 
     def update(self, allowance: Allowance) -> None:
-        """Changes what it may do, from now on. What it has in use stays counted."""
+        """Changes what the tenant may do. Its current usage stays counted."""
         self.admin, self.weight = allowance.admin, allowance.weight
         self._allowance = allowance
 
@@ -64,16 +64,16 @@ class Tenant:
         return patterns is None or any(fnmatchcase(adapter_id, normal(pattern)) for pattern in patterns)
 
     def check_adapter(self, adapter: AdapterReference | MergedReference | None) -> None:
-        """Raises ForbiddenError if it, or one of those to be merged, is not for this tenant."""
+        """Raises ForbiddenError if this tenant may not use the adapter, or one of those to be merged."""
         for reference in _references(adapter):
             if not self.may_use(reference.id):
                 raise ForbiddenError(f"this API key does not allow adapter {quote(reference.id)}")
 
     def begin(self, now: float) -> None:
-        """A request begins, at a time in seconds. Raises RateLimitedError if a limit is reached."""
+        """Starts a request at time `now`, in seconds. Raises RateLimitedError if a limit is reached."""
         limit = self._allowance.max_requests
         if limit is not None and self._requests >= limit:
-            raise RateLimitedError(f"this API key allows {limit} requests at the same time", BUSY_SECONDS)
+            raise RateLimitedError(f"this API key allows {limit} requests at once", BUSY_SECONDS)
         if rate := self._allowance.tokens_per_minute:
             self._fill(rate, now)
             if self._bucket < 1:
@@ -82,7 +82,7 @@ class Tenant:
         self._requests += 1
 
     def end(self, tokens: int, now: float) -> None:
-        """A request that had begun is over; `tokens` of prompt and answer count."""
+        """Ends a started request; `tokens` counts prompt and answer."""
         self._requests -= 1
         if rate := self._allowance.tokens_per_minute:
             self._fill(rate, now)
@@ -102,7 +102,7 @@ class Keys:
         self.update(tenants)
 
     def update(self, tenants: Mapping[str, TenantSettings]) -> None:
-        """Takes other tenants and keys. A tenant that stays keeps count of what it has in use."""
+        """Replaces the tenants and keys. A tenant that stays keeps its current usage."""
         former, self._tenants, self._by_hash = self._tenants, {}, list[tuple[bytes, Tenant]]()
         for name, settings in tenants.items():
             tenant = self._tenants[name] = former.get(name) or Tenant(name, settings)
@@ -111,11 +111,11 @@ class Keys:
 
     @property
     def required(self) -> bool:
-        """Whether callers need a key. If not, an Authorization header is not about one."""
+        """Whether callers need a key. If not, an Authorization header holds something else."""
         return self._everyone is None
 
     def tenant(self, key: str | None) -> Tenant:
-        """Whose key it is. Raises UnauthenticatedError if it is nobody's.
+        """The key's tenant. Raises UnauthenticatedError if the key is missing or unknown.
 
         Takes the same time for every key.
         """
@@ -126,14 +126,14 @@ class Keys:
         hashed = hashlib.sha256(key.encode()).digest()
         found = [tenant for known, tenant in self._by_hash if hmac.compare_digest(known, hashed)]
         if not found:
-            raise UnauthenticatedError("this server does not know the API key")
+            raise UnauthenticatedError("unknown API key")
         return found[0]
 
     def administrator(self, key: str | None) -> Tenant:
-        """Raises ForbiddenError if it is the key of a tenant that is no administrator."""
+        """Like `tenant`, but raises ForbiddenError if the tenant is not an administrator."""
         tenant = self.tenant(key)
         if not tenant.admin:
-            raise ForbiddenError("this takes the API key of an administrator")
+            raise ForbiddenError("this needs an administrator's API key")
         return tenant
 
 

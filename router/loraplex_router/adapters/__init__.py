@@ -1,1 +1,1 @@
-"""Adapters by name: what a reference stands for, how it is brought to the shards, and what else may have been meant."""
+"""Adapters by name: resolving references, staging adapters on the shards, and suggestions for unknown names."""

@@ -1,7 +1,7 @@
-"""What references were resolved to. One for all replicas: whichever staged an adapter, the others serve the same
+"""What references were resolved to. Shared by all replicas: whichever staged an adapter, the others serve the same
 content.
 
-Knows nothing of where an adapter is.
+Does not know where an adapter is.
 """
 
 from collections import OrderedDict
@@ -17,7 +17,7 @@ MAX_ENTRIES = 65536  # references remembered; clients choose them
 class Entry:
     """What a reference was resolved to."""
 
-    id: str  # of merged adapters, all of them, separated by commas
+    id: str  # for merged adapters, the parts' ids, separated by commas
     source: str
     revision: str
     digest: str
@@ -33,11 +33,11 @@ class AdapterRegistry:
         return iter(self._entries.values())
 
     def entry(self, reference: AdapterReference) -> Entry | None:
-        """What it was resolved to."""
+        """What the reference was resolved to."""
         return self._entries.get(key_of(reference))
 
     def digest(self, reference: Reference) -> str | None:
-        """The adapter's digest, as far as it is known: that of a merged one is if its parts' are."""
+        """The adapter's digest, or None if unknown. A merged adapter's digest is known once its parts' digests are."""
         if isinstance(reference, MergedReference):
             parts = [digest for part in reference.adapters if (digest := self.digest(part))]
             return merged_digest(parts, reference) if len(parts) == len(reference.adapters) else None
@@ -49,12 +49,12 @@ class AdapterRegistry:
         return entry.digest
 
     def fixed(self, reference: AdapterReference) -> AdapterReference:
-        """The reference, fixed to what it was resolved to: another replica stages that."""
+        """The reference with its resolved source and revision, so that another replica stages the same content."""
         entry = self._entries.get(key_of(reference))
         return replace(reference, source=entry.source, revision=entry.revision) if entry else reference
 
     def remember(self, reference: Reference, entry: Entry) -> None:
-        # That of a merged adapter is found by its parts; the entry only names it in listings.
+        # A merged adapter is found through its parts; its entry only names it in listings.
         key = entry.digest if isinstance(reference, MergedReference) else key_of(reference)
         self._entries[key] = entry
         self._entries.move_to_end(key)
@@ -62,10 +62,10 @@ class AdapterRegistry:
             self._entries.popitem(last=False)
 
     def names(self, digest: str) -> set[str]:
-        """The ids that this content goes by."""
+        """The ids of this content."""
         return {entry.id for entry in self._entries.values() if entry.digest == digest}
 
     def forget(self, digest: str, id: str | None = None) -> None:
-        """References to this content, or of these only those with that id, are resolved anew."""
+        """Has references to this content resolved anew; with `id`, only those with that id."""
         kept = ((k, e) for k, e in self._entries.items() if e.digest != digest or (id is not None and e.id != id))
         self._entries = OrderedDict(kept)

@@ -1,4 +1,4 @@
-"""One replica's adapters on their way into host memory and out of it. The engine moves them on, to the device."""
+"""Stages one replica's adapters into host memory and unstages them. The engine loads them onto the device."""
 
 import asyncio
 from collections.abc import Callable, Coroutine
@@ -21,7 +21,7 @@ from loraplex_router.wire.shards import AdapterShards
 
 
 class AdapterStaging:
-    """Stages what is asked for, each adapter once, and any number at the same time."""
+    """Stages requested adapters: each once at a time, any number concurrently."""
 
     def __init__(self, shards: AdapterShards, pool: AdapterPool, registry: AdapterRegistry, changes: Changes) -> None:
         self._shards = shards
@@ -33,11 +33,11 @@ class AdapterStaging:
         self._closed = False
 
     def fetching(self) -> list[Reference]:
-        """What is being staged."""
+        """The references being staged."""
         return [reference for reference, _ in self._staging.values()]
 
     def nearness(self, reference: Reference) -> Nearness:
-        """How near the adapter is to this replica's device."""
+        """How close the adapter is to this replica's device."""
         digest = self._registry.digest(reference)
         adapter = self._staged(digest) if digest else None
         if adapter is not None:
@@ -45,10 +45,10 @@ class AdapterStaging:
         return Nearness.FETCHING if key_of(reference) in self._staging else Nearness.ABSENT
 
     async def resolve(self, reference: Reference | None) -> Adapter:
-        """The adapter, staged; None is the base model. The caller must use it before it awaits anything else.
+        """Stages the adapter; None is the base model. The caller must use it before awaiting anything else.
 
         Raises AdapterError with the reason if it cannot be served, InvalidRequestError if adapters cannot be merged,
-        OverloadedError if those in use leave no room for it in host memory.
+        OverloadedError if adapters in use leave no room for it in host memory.
         """
         if reference is None:
             return self._pool.base
@@ -63,19 +63,19 @@ class AdapterStaging:
                 return staged
 
     async def read_again(self, reference: AdapterReference) -> Adapter:
-        """Reads the source, whatever was known, and stages what is there now."""
+        """Rereads the source and stages its current content."""
         return await self._once(f"{key_of(reference)} again", reference, lambda: self._stage(reference, reference))
 
     async def unload(self, adapter: Adapter) -> None:
-        """Frees its slot and its host memory once nothing needs it; a request that comes for it meanwhile waits, and
-        has it staged again. A caller that leaves does not change this."""
+        """Frees its slot and host memory once nothing needs it. A request for it that arrives meanwhile waits, and
+        stages it again. Goes on if the caller is cancelled."""
         if adapter.digest not in self._unstaging:
             adapter.leaving = True
             self._unstage(adapter)
         await asyncio.shield(self._unstaging[adapter.digest])
 
     def close(self) -> None:
-        """The replica is gone: nothing is waited for any longer. What its shards were asked fails by itself."""
+        """Stops waiting: the replica is gone. Calls to its shards fail by themselves."""
         self._closed = True
         self._changes.notify()
 
@@ -86,7 +86,7 @@ class AdapterStaging:
     async def _once(
         self, key: str, reference: Reference, work: Callable[[], Coroutine[None, None, Adapter]]
     ) -> Adapter:
-        """The work for a key is done once at a time; a caller that leaves does not end it for the others."""
+        """Runs the work for a key once at a time. Cancelling one caller does not stop it for the others."""
         if key not in self._staging:
             task = asyncio.create_task(work())
             self._staging[key] = reference, task
@@ -100,7 +100,7 @@ class AdapterStaging:
 
     async def _stage(self, reference: AdapterReference, source: AdapterReference) -> Adapter:
         staged = await self._with_room(lambda: self._shards.stage(source))
-        while unstaging := self._unstaging.get(staged.digest):  # it leaves, or was dropped while it was staged again
+        while unstaging := self._unstaging.get(staged.digest):  # it leaves, or was dropped meanwhile
             await asyncio.wait([unstaging])
             staged = await self._with_room(lambda: self._shards.stage(source))
         return self._add(reference, Entry(reference.id, staged.source, staged.revision, staged.digest), staged)
@@ -124,20 +124,20 @@ class AdapterStaging:
         return self._add(merged, Entry(",".join(ids_of(merged)), "merged", "", digest), staged)
 
     async def _with_room(self, bring: Callable[[], Coroutine[None, None, StagedAdapter]]) -> StagedAdapter:
-        """What `bring` stages; while the shards have no room for it, adapters that nobody needs leave, one by one."""
+        """Runs `bring`. While the shards have no room for the adapter, unneeded adapters are unstaged, one by one."""
         while True:
             try:
                 return await bring()
             except OverloadedError:
                 if adapter := self._pool.least_needed():
                     await self.unload(adapter)
-                elif self._unstaging:  # others make room
+                elif self._unstaging:  # room is being made
                     await asyncio.wait(self._unstaging.values(), return_when=asyncio.FIRST_COMPLETED)
                 else:
                     raise
 
     def _add(self, reference: Reference, entry: Entry, staged: StagedAdapter) -> Adapter:
-        """Takes a staged adapter into the books; others may have to leave host memory for it."""
+        """Registers a staged adapter; others may have to leave host memory for it."""
         adapter = self._pool.add(staged.digest, staged.lora_rank, staged.size_bytes)
         adapter.names.add(entry.id)
         adapter.tokenizer = staged.tokenizer

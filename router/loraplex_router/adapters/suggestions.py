@@ -1,4 +1,4 @@
-"""What somebody may have meant who asked for an adapter that is not there."""
+"""Suggestions for a request whose adapter does not exist."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
@@ -15,16 +15,16 @@ from loraplex_protos.errors import (
 from loraplex_router.vocabulary.references import Reference, ids_of
 
 MOST = 3
-COMPARED = 200  # names: comparing is slow
+COMPARED = 200  # names at most: comparing is slow
 PART = 3  # characters
 
 
 def similar(name: str, names: Iterable[str]) -> list[str]:
-    """The names that are most like it, best first; few, or none."""
+    """The most similar names, best first; few, or none."""
     wanted = name.casefold()
     known = {other.casefold(): other for other in names}
     plausible = [other for other in known if abs(len(other) - len(wanted)) <= len(wanted) // 2 + 1]
-    if len(plausible) > COMPARED:  # of thousands, those that have most of its parts
+    if len(plausible) > COMPARED:  # of thousands, those that share the most parts with it
         parts = {wanted[start : start + PART] for start in range(len(wanted) - PART + 1)}
         plausible = nlargest(COMPARED, plausible, key=lambda other: sum(part in other for part in parts))
     folder = wanted.rpartition("/")[2]  # a name without its org, or with another one
@@ -33,20 +33,20 @@ def similar(name: str, names: Iterable[str]) -> list[str]:
 
 
 def asking(names: Sequence[str]) -> str:
-    """Behind an error's message; empty if there is nothing to suggest."""
+    """The end of an error's message; empty if there is nothing to suggest."""
     return f"; did you mean {' or '.join(map(repr, names))}?" if names else ""
 
 
 class Suggestions:
-    """Adds to the error of an adapter that is not there what may have been meant."""
+    """Adds suggestions to AdapterNotFoundError."""
 
     def __init__(self, names: Callable[[], Awaitable[frozenset[str]]]) -> None:
-        """`names` answers those of the adapters that can be asked for."""
+        """`names` returns the names of the available adapters."""
         self._names = names
 
     @asynccontextmanager
     async def for_missing(self, reference: Reference | None, may_use: Callable[[str], bool]) -> AsyncIterator[None]:
-        """Within it, what is asked for is looked up. Only names that the caller may use are suggested."""
+        """A context in which the adapter is looked up. Suggests only names that the caller may use."""
         try:
             yield
         except (AdapterNotFoundError, AdapterSourceError, AdapterForbiddenError) as error:
@@ -56,7 +56,7 @@ class Suggestions:
     async def _similar(self, ids: Sequence[str], may_use: Callable[[str], bool]) -> list[str]:
         try:
             known = await self._names()
-        except LoraplexError:  # nobody is there to say what there is
+        except LoraplexError:  # no replica can list adapters
             return []
         usable = [name for name in known if may_use(name)]
         missing = [id for id in ids if id not in known]
