@@ -1,6 +1,12 @@
 """What callers get, from protobuf responses."""
 
 from collections.abc import Iterable
+from dataclasses import fields
+from enum import StrEnum
+from typing import Any, TypeVar, cast
+
+from google.protobuf.descriptor import EnumDescriptor
+from google.protobuf.message import Message as Proto
 
 from loraplex.types import (
     Adapter,
@@ -21,26 +27,23 @@ from loraplex.types import (
 )
 from loraplex_protos import generation_pb2 as pb
 
-_FINISH_REASONS = {
-    pb.FINISH_REASON_LENGTH: FinishReason.LENGTH,
-    pb.FINISH_REASON_END_TOKEN: FinishReason.END_TOKEN,
-    pb.FINISH_REASON_STOP_TEXT: FinishReason.STOP_TEXT,
-    pb.FINISH_REASON_CANCELLED: FinishReason.CANCELLED,
-}
+T = TypeVar("T")
+E = TypeVar("E", bound=StrEnum)
 
-_TIERS = {
-    pb.ADAPTER_TIER_DISK: AdapterTier.DISK,
-    pb.ADAPTER_TIER_HOST: AdapterTier.HOST,
-    pb.ADAPTER_TIER_DEVICE: AdapterTier.DEVICE,
-}
 
-_STATES = {
-    pb.ADAPTER_STATE_AVAILABLE: AdapterState.AVAILABLE,
-    pb.ADAPTER_STATE_FETCHING: AdapterState.FETCHING,
-    pb.ADAPTER_STATE_LOADED: AdapterState.LOADED,
-    pb.ADAPTER_STATE_UNLOADING: AdapterState.UNLOADING,
-    pb.ADAPTER_STATE_BROKEN: AdapterState.BROKEN,
-}
+def _by_number(kind: type[E], values: EnumDescriptor, prefix: str) -> dict[int, E]:
+    return {values.values_by_name[prefix + member.name].number: member for member in kind}
+
+
+_FINISH_REASONS = _by_number(FinishReason, pb.FinishReason.DESCRIPTOR, "FINISH_REASON_")
+_TIERS = _by_number(AdapterTier, pb.AdapterTier.DESCRIPTOR, "ADAPTER_TIER_")
+_STATES = _by_number(AdapterState, pb.AdapterState.DESCRIPTOR, "ADAPTER_STATE_")
+
+
+def _read(kind: type[T], message: Proto, **others: object) -> T:
+    """A dataclass from a message with fields of the same names, but for `others`."""
+    names = [field.name for field in fields(cast(Any, kind)) if field.name not in others]
+    return kind(**{name: getattr(message, name) for name in names}, **others)
 
 
 def generation(response: pb.GenerateResponse) -> Generation:
@@ -75,52 +78,20 @@ def token_spans(response: pb.TokenizeResponse) -> tuple[TokenSpan, ...]:
 
 
 def adapter(status: pb.AdapterStatus) -> Adapter:
-    return Adapter(
-        id=status.id,
-        source=status.source,
-        revision=status.revision,
-        digest=status.digest,
+    return _read(
+        Adapter,
+        status,
         tier=_TIERS.get(status.tier),
-        lora_rank=status.lora_rank,
-        size_bytes=status.size_bytes,
-        running_sequences=status.running_sequences,
-        waiting_sequences=status.waiting_sequences,
         state=_STATES.get(status.state, AdapterState.LOADED),
-        requests=status.requests,
         last_used=status.last_used if status.HasField("last_used") else None,
-        pinned=status.pinned,
-        residences=tuple(
-            AdapterResidence(
-                residence.replica,
-                _TIERS[residence.tier],
-                residence.running_sequences,
-                residence.waiting_sequences,
-                residence.pinned,
-            )
-            for residence in status.residences
-        ),
+        residences=tuple(_read(AdapterResidence, each, tier=_TIERS[each.tier]) for each in status.residences),
         warnings=tuple(status.warnings),
-        reason=status.reason,
     )
 
 
 def model_info(response: pb.GetModelInfoResponse) -> ModelInfo:
-    return ModelInfo(
-        model_id=response.model_id,
-        architecture=response.architecture,
-        dtype=response.dtype,
-        vocab_size=response.vocab_size,
-        max_model_len=response.max_model_len,
-        tensor_parallel_size=response.tensor_parallel_size,
-        kv_block_size=response.kv_block_size,
-        kv_blocks=response.kv_blocks,
-        max_batch_tokens=response.max_batch_tokens,
-        max_adapters_on_device=response.max_adapters_on_device,
-        version=response.version,
-        has_chat_template=response.has_chat_template,
-        served_model_names=tuple(response.served_model_names),
-        adapter_sources=tuple(response.adapter_sources),
-    )
+    names, sources = tuple(response.served_model_names), tuple(response.adapter_sources)
+    return _read(ModelInfo, response, served_model_names=names, adapter_sources=sources)
 
 
 def _sequence(sequence: pb.GeneratedSequence) -> GeneratedSequence:
@@ -166,4 +137,4 @@ def _alternatives(tokens: Iterable[pb.TokenLogprob]) -> tuple[TokenLogprob, ...]
 
 
 def _usage(usage: pb.Usage) -> Usage:
-    return Usage(usage.prompt_tokens, usage.cached_tokens, usage.generated_tokens)
+    return _read(Usage, usage)

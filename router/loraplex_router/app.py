@@ -15,6 +15,7 @@ from typing import TypeAlias
 import uvicorn
 
 from loraplex_protos.errors import LoraplexError, UnavailableError
+from loraplex_protos.generation_pb2 import ADAPTER_STATE_BROKEN
 from loraplex_router.access.key_file import KeyFile
 from loraplex_router.access.keys import Keys
 from loraplex_router.adapters.registry import AdapterRegistry
@@ -24,7 +25,6 @@ from loraplex_router.api.http.connection import Connection
 from loraplex_router.replicas.administration import Administration
 from loraplex_router.replicas.connections import Connections, Supervisor
 from loraplex_router.replicas.replicas import Replicas
-from loraplex_router.replicas.statuses import State
 from loraplex_router.service.service import Service
 from loraplex_router.settings import RouterSettings
 from loraplex_router.telemetry.opening import open_telemetry
@@ -105,7 +105,7 @@ class Router:
             listed = await self._administration.list()
         except LoraplexError:  # the replica has left again
             listed = []
-        ready([status.id for status in listed if status.state is not State.BROKEN])
+        ready([status.id for status in listed if status.state != ADAPTER_STATE_BROKEN])
 
     async def _tell_health(self) -> None:
         healthy = False

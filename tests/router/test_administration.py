@@ -14,9 +14,16 @@ from loraplex_protos.errors import (
     InvalidRequestError,
     UnavailableError,
 )
+from loraplex_protos.generation_pb2 import ADAPTER_STATE_AVAILABLE as AVAILABLE
+from loraplex_protos.generation_pb2 import ADAPTER_STATE_BROKEN as BROKEN
+from loraplex_protos.generation_pb2 import ADAPTER_STATE_FETCHING as FETCHING
+from loraplex_protos.generation_pb2 import ADAPTER_STATE_LOADED as LOADED
+from loraplex_protos.generation_pb2 import ADAPTER_TIER_DEVICE as DEVICE
+from loraplex_protos.generation_pb2 import AdapterResidence, AdapterStatus
 from loraplex_router.access.keys import Allowance, Keys, Tenant, TenantSettings
 from loraplex_router.adapters.suggestions import similar
-from loraplex_router.replicas.statuses import AdapterStatus, State, Tier
+from loraplex_router.api.http.admin import schema
+from loraplex_router.api.http.json_message import write_message
 from loraplex_router.vocabulary.adapter import LocalAdapter
 from loraplex_router.vocabulary.references import AdapterReference
 from tests.router.test_replicas import Cluster, request
@@ -47,20 +54,43 @@ async def test_an_adapter_is_listed_once_with_all_the_replicas_that_have_it(clus
     generation = await cluster.service.generate(request(1, 100, "a"))
     status = (await listed(cluster))["a"]
     assert {residence.replica for residence in status.residences} == {"0", "second"}
-    assert (status.state, status.tier, status.lora_rank, status.size_bytes) == (State.LOADED, Tier.DEVICE, 8, 10)
-    assert (status.requests, status.running + status.waiting, status.pinned) == (1, 1, False)
+    assert (status.state, status.tier, status.lora_rank, status.size_bytes) == (LOADED, DEVICE, 8, 10)
+    assert (status.requests, status.running_sequences + status.waiting_sequences, status.pinned) == (1, 1, False)
     cluster.service.close(generation)
     assert (await listed(cluster))["a"].requests == 0
     assert status.last_used > 0
-    assert (await listed(cluster))["b"].state is State.AVAILABLE
+    assert (await listed(cluster))["b"].state == AVAILABLE
+
+
+async def test_the_json_of_a_status_has_the_message_s_fields_and_null_for_what_is_absent(cluster: Cluster):
+    fields = [field.name for field in AdapterStatus.DESCRIPTOR.fields]
+    assert set(fields) == set(schema.AdapterStatus.model_fields)
+    assert {field.name for field in AdapterResidence.DESCRIPTOR.fields} == set(schema.AdapterResidence.model_fields)
+    cluster.replica.shards.stages_held.clear()
+    asking = asyncio.create_task(cluster.answer(1, adapter="c"))
+    await asyncio.sleep(0.01)
+    statuses = await listed(cluster)
+    cluster.replica.shards.stages_held.set()
+    await asking
+    counts = {"requests": 0, "running_sequences": 0, "waiting_sequences": 0}
+    nothing = dict.fromkeys(("tier", "digest", "lora_rank", "size_bytes", "last_used", "reason"))
+    rest = {"revision": "", "pinned": False, "residences": [], "warnings": [], **nothing, **counts}
+    assert write_message(statuses["c"]) == {"id": "c", "source": "", "state": "fetching", **rest}
+    local = {"source": "local", **rest, "tier": "disk"}
+    assert write_message(statuses["b"]) == {"id": "b", "state": "available", **local}
+    assert write_message(statuses["broken"]) == {"id": "broken", "state": "broken", **local, "reason": "cut short"}
+    found = write_message((await listed(cluster))["c"])
+    residence = {"replica": "0", "tier": "device", "running_sequences": 0, "waiting_sequences": 0, "pinned": False}
+    assert (found["state"], found["lora_rank"], found["residences"]) == ("loaded", 8, [residence])
+    schema.AdapterStatus.model_validate(found)
 
 
 async def test_what_is_broken_is_listed_with_the_reason_and_what_is_doubtful_with_warnings(cluster: Cluster):
     cluster.replica.shards.warnings = ("made for another model",)
     await cluster.answer(1, adapter="a")
     statuses = await listed(cluster)
-    assert (statuses["broken"].state, statuses["broken"].reason) == (State.BROKEN, "cut short")
-    assert (statuses["a"].state, statuses["a"].warnings) == (State.LOADED, ("made for another model",))
+    assert (statuses["broken"].state, statuses["broken"].reason) == (BROKEN, "cut short")
+    assert (statuses["a"].state, [*statuses["a"].warnings]) == (LOADED, ["made for another model"])
 
 
 async def test_what_is_on_its_way_is_listed_as_such(cluster: Cluster):
@@ -68,7 +98,7 @@ async def test_what_is_on_its_way_is_listed_as_such(cluster: Cluster):
     asking = asyncio.create_task(cluster.answer(1, adapter="c"))
     await asyncio.sleep(0.01)
     status = (await listed(cluster))["c"]
-    assert (status.state, status.tier, status.digest) == (State.FETCHING, None, "")
+    assert (status.state, status.HasField("tier"), status.HasField("digest")) == (FETCHING, False, False)
     cluster.replica.shards.stages_held.set()
     await asking
 
@@ -85,7 +115,7 @@ async def test_an_adapter_is_unloaded_from_every_replica_or_from_none(cluster: C
     cluster.service.close(generation)
     await unloading
     assert not cluster.holders("digest of a")
-    assert (await listed(cluster))["a"].state is State.AVAILABLE
+    assert (await listed(cluster))["a"].state == AVAILABLE
     with pytest.raises(AdapterNotFoundError):
         await cluster.administration.unload(A, wait=False)
 
@@ -105,9 +135,9 @@ async def test_pins_leave_one_slot_to_the_others_on_each_replica(cluster: Cluste
         await cluster.administration.pin(B)
     for name in "bcb":
         await cluster.answer(1, adapter=name)
-    assert (await listed(cluster))["a"].tier is Tier.DEVICE
+    assert (await listed(cluster))["a"].tier == DEVICE
     cluster.administration.unpin(A)
-    assert (await cluster.administration.pin(B)).tier is Tier.DEVICE
+    assert (await cluster.administration.pin(B)).tier == DEVICE
 
 
 async def test_a_pin_that_is_unloaded_is_gone(cluster: Cluster):
@@ -165,7 +195,7 @@ async def test_unloading_a_name_frees_that_name_and_the_content_goes_with_its_la
     running = await cluster.service.generate(request(1, 100, "c"))
     await cluster.administration.unload(A, wait=False)
     statuses = await listed(cluster)
-    assert (statuses["a"].state, statuses["c"].state, statuses["c"].pinned) == (State.AVAILABLE, State.LOADED, True)
+    assert (statuses["a"].state, statuses["c"].state, statuses["c"].pinned) == (AVAILABLE, LOADED, True)
     assert cluster.replica.pool.get("same").names == {"c"}
     with pytest.raises(AdapterNotFoundError):
         await cluster.administration.unload(A, wait=False)
@@ -186,7 +216,7 @@ async def test_a_name_that_sequences_asked_for_is_in_use_though_the_content_has_
     cluster.service.close(running)
     await unloading
     statuses = await listed(cluster)
-    assert (statuses["a"].state, statuses["c"].state) == (State.AVAILABLE, State.LOADED)
+    assert (statuses["a"].state, statuses["c"].state) == (AVAILABLE, LOADED)
 
 
 async def test_content_that_comes_back_has_the_names_that_it_is_asked_for_by(cluster: Cluster):

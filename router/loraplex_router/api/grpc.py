@@ -28,7 +28,6 @@ from loraplex_router.api.translation import (
     read_request,
     write_embeddings,
     write_spans,
-    write_status,
 )
 from loraplex_router.api.turns import in_turn
 from loraplex_router.replicas.administration import AT_A_TIME
@@ -109,14 +108,14 @@ class GenerationApi(GenerationServiceServicer):
             statuses = await self._service.adapters.list(_key(context))
             response = pb.ListAdaptersResponse()
             for start in range(0, len(statuses), AT_A_TIME):
-                response.adapters.extend(map(write_status, statuses[start : start + AT_A_TIME]))
+                response.adapters.extend(statuses[start : start + AT_A_TIME])
                 await asyncio.sleep(0)  # others have their turn
             return response
 
     async def LoadAdapter(self, request: pb.LoadAdapterRequest, context: Context) -> pb.LoadAdapterResponse:
         async with _answering(context):
             status = await self._service.adapters.load(read_reference(request.adapter), _key(context))
-            return pb.LoadAdapterResponse(adapter=write_status(status))
+            return pb.LoadAdapterResponse(adapter=status)
 
     async def UnloadAdapter(self, request: pb.UnloadAdapterRequest, context: Context) -> pb.UnloadAdapterResponse:
         async with _answering(context):
@@ -126,12 +125,12 @@ class GenerationApi(GenerationServiceServicer):
     async def PinAdapter(self, request: pb.PinAdapterRequest, context: Context) -> pb.PinAdapterResponse:
         async with _answering(context):
             status = await self._service.adapters.pin(read_adapter_name(request), _key(context))
-            return pb.PinAdapterResponse(adapter=write_status(status))
+            return pb.PinAdapterResponse(adapter=status)
 
     async def UnpinAdapter(self, request: pb.UnpinAdapterRequest, context: Context) -> pb.UnpinAdapterResponse:
         async with _answering(context):
             status = await self._service.adapters.unpin(read_adapter_name(request), _key(context))
-            return pb.UnpinAdapterResponse(adapter=write_status(status))
+            return pb.UnpinAdapterResponse(adapter=status)
 
     async def GetModelInfo(self, request: pb.GetModelInfoRequest, context: Context) -> pb.GetModelInfoResponse:
         async with _answering(context):

@@ -5,7 +5,6 @@ from collections.abc import Iterable, Iterator
 from loraplex_protos import generation_pb2 as pb
 from loraplex_protos.errors import FieldViolation, InvalidRequestError
 from loraplex_router.engine.output import Delta, Embedding, Generation, SequenceOutput
-from loraplex_router.replicas.statuses import AdapterStatus, State, Tier
 from loraplex_router.text.tokenizer import Spans, Tokenizer
 from loraplex_router.vocabulary.chat import Chat, Message
 from loraplex_router.vocabulary.grammar import Grammar, GrammarKind
@@ -19,18 +18,6 @@ FINISH_REASONS = {
     FinishReason.END_TOKEN: pb.FINISH_REASON_END_TOKEN,
     FinishReason.STOP_TEXT: pb.FINISH_REASON_STOP_TEXT,
     FinishReason.CANCELLED: pb.FINISH_REASON_CANCELLED,
-}
-TIERS = {
-    Tier.DISK: pb.ADAPTER_TIER_DISK,
-    Tier.HOST: pb.ADAPTER_TIER_HOST,
-    Tier.DEVICE: pb.ADAPTER_TIER_DEVICE,
-}
-STATES = {
-    State.AVAILABLE: pb.ADAPTER_STATE_AVAILABLE,
-    State.FETCHING: pb.ADAPTER_STATE_FETCHING,
-    State.LOADED: pb.ADAPTER_STATE_LOADED,
-    State.UNLOADING: pb.ADAPTER_STATE_UNLOADING,
-    State.BROKEN: pb.ADAPTER_STATE_BROKEN,
 }
 
 
@@ -235,33 +222,3 @@ def read_adapter_name(
     if request.digest and request.HasField("adapter"):
         raise InvalidRequestError(FieldViolation("digest", "give the digest or the adapter, not both"))
     return request.digest or read_reference(request.adapter)
-
-
-def write_status(status: AdapterStatus) -> pb.AdapterStatus:
-    return pb.AdapterStatus(
-        id=status.id,
-        source=status.source,
-        revision=status.revision,
-        tier=TIERS[status.tier] if status.tier else pb.ADAPTER_TIER_UNSPECIFIED,
-        digest=status.digest,
-        lora_rank=status.lora_rank,
-        size_bytes=status.size_bytes,
-        running_sequences=status.running,
-        waiting_sequences=status.waiting,
-        state=STATES[status.state],
-        requests=status.requests,
-        last_used=status.last_used or None,
-        pinned=status.pinned,
-        residences=[
-            pb.AdapterResidence(
-                replica=residence.replica,
-                tier=TIERS[residence.tier],
-                running_sequences=residence.adapter.running,
-                waiting_sequences=residence.adapter.waiting,
-                pinned=residence.adapter.pinned,
-            )
-            for residence in status.residences
-        ],
-        warnings=status.warnings,
-        reason=status.reason,
-    )

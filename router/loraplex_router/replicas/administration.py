@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Iterator
 
+from loraplex_protos import generation_pb2 as pb
 from loraplex_protos.errors import (
     AdapterInUseError,
     AdapterNotFoundError,
@@ -20,7 +21,7 @@ from loraplex_router.adapters.registry import AdapterRegistry, Entry
 from loraplex_router.engine.output import Generation
 from loraplex_router.replicas.replica import Replica
 from loraplex_router.replicas.replicas import Replicas
-from loraplex_router.replicas.statuses import AdapterStatus, Residence, State, status_on_disk
+from loraplex_router.replicas.statuses import status_in_memory, status_on_disk, status_while_fetched
 from loraplex_router.vocabulary.adapter import Adapter
 from loraplex_router.vocabulary.references import AdapterReference, ids_of
 
@@ -41,23 +42,22 @@ class Administration:
         self._dropping: set[tuple[str, str]] = set()  # digests and ids that are forgotten once nothing needs them
         self._pins: dict[str, AdapterReference] = {}  # by digest; outlives the replica that holds the adapter
 
-    async def list(self) -> list[AdapterStatus]:
+    async def list(self) -> list[pb.AdapterStatus]:
         """The staged adapters under every name they were asked for, what is on its way, and the names in the adapter
         directory. Raises UnavailableError while no replica is there to say what is in it."""
-        entries = {entry: self._residences(entry.digest) for entry in self._registry}
-        loaded = [self._status(entry, residences) for entry, residences in entries.items() if residences]
+        loaded = [status for entry in self._registry if (status := self._status(entry))]
         fetched = {reference for replica in self._replicas for reference in replica.adapters.fetching()}
-        fetching = {
-            AdapterStatus(reference.id, reference.source, reference.revision, "", State.FETCHING)
+        fetching = [
+            status_while_fetched(reference)
             for reference in fetched
             if isinstance(reference, AdapterReference) and not self._registry.digest(reference)
-        }
+        ]
         known = {status.id for status in (*loaded, *fetching) if status.source in ("", "local")}
         replica = next((replica for replica in self._replicas if replica.accepting), None)
         if replica is None:
             raise UnavailableError("no replica is ready: try again later")
         local = await replica.shards.local_adapters()
-        on_disk: list[AdapterStatus] = []
+        on_disk: list[pb.AdapterStatus] = []
         for start in range(0, len(local), AT_A_TIME):
             await asyncio.sleep(0)  # others have their turn
             on_disk += [
@@ -66,7 +66,7 @@ class Administration:
         listed = [*loaded, *fetching, *on_disk]
         return sorted(listed, key=lambda status: (status.id, status.source, status.revision))
 
-    async def load(self, reference: AdapterReference) -> AdapterStatus:
+    async def load(self, reference: AdapterReference) -> pb.AdapterStatus:
         """Reads the source again, whatever was known, and stages what is there now, on one replica."""
         await self._replicas.choose(reference).adapters.read_again(reference)
         return self._status_of(reference)
@@ -77,7 +77,7 @@ class Administration:
         began = time.monotonic()
         if began >= self._named_until:
             listed = await self.list()
-            self._names = frozenset(status.id for status in listed if status.state is not State.BROKEN)
+            self._names = frozenset(status.id for status in listed if status.state != pb.ADAPTER_STATE_BROKEN)
             now = time.monotonic()
             self._named_until = now + NAMES_KEPT * (now - began)
         return self._names
@@ -102,10 +102,10 @@ class Administration:
             return
         self._pins.pop(digest, None)
         await asyncio.gather(*(replica.adapters.unload(adapter) for replica, adapter in holders))
-        if not self._residences(digest):
+        if not any(self._holders(digest)):
             self._registry.forget(digest)
 
-    async def pin(self, name: AdapterReference | str) -> AdapterStatus:
+    async def pin(self, name: AdapterReference | str) -> pb.AdapterStatus:
         """Brings it to the device of one replica and keeps it there. Returns once it is there. What was named by its
         reference is pinned on another replica if that one is lost.
 
@@ -130,7 +130,7 @@ class Administration:
             raise UnavailableError("the replica was lost")
         return self._status_of(name)
 
-    def unpin(self, name: AdapterReference | str) -> AdapterStatus:
+    def unpin(self, name: AdapterReference | str) -> pb.AdapterStatus:
         """Raises AdapterNotFoundError if it is not loaded."""
         digest = self._digest(name)
         self._pins.pop(digest, None)
@@ -159,30 +159,25 @@ class Administration:
             if adapter := replica.pool.get(digest):
                 yield replica, adapter
 
-    def _residences(self, digest: str) -> tuple[Residence, ...]:
-        return tuple(Residence(replica.name, adapter) for replica, adapter in self._holders(digest))
-
-    def _status_of(self, name: AdapterReference | str) -> AdapterStatus:
+    def _status_of(self, name: AdapterReference | str) -> pb.AdapterStatus:
         if isinstance(name, AdapterReference):
             entry = self._registry.entry(name)
         else:
             entry = next((entry for entry in self._registry if entry.digest == name), None)
-        residences = self._residences(entry.digest) if entry else ()
-        if entry is None or not residences:
+        status = self._status(entry) if entry else None
+        if status is None:
             raise AdapterNotFoundError(f"adapter {_shown(name)} is not loaded")
-        return self._status(entry, residences)
+        return status
 
     def _asked_for(self, reference: AdapterReference) -> tuple[Generation, ...]:
         """What waits or runs and asked for it by that name."""
         generations = (generation for replica in self._replicas for generation in replica.engine.generations)
         return tuple(each for each in generations if ids_of(each.reference) == (reference.id,))
 
-    def _status(self, entry: Entry, residences: tuple[Residence, ...]) -> AdapterStatus:
-        leaving = all(residence.adapter.leaving for residence in residences)
-        leaving = leaving or (entry.digest, entry.id) in self._dropping
-        state = State.UNLOADING if leaving else State.LOADED
-        warnings = residences[0].adapter.warnings
-        return AdapterStatus(entry.id, entry.source, entry.revision, entry.digest, state, residences, warnings)
+    def _status(self, entry: Entry) -> pb.AdapterStatus | None:
+        """None if no replica holds it any more."""
+        holders = [(replica.name, adapter) for replica, adapter in self._holders(entry.digest)]
+        return status_in_memory(entry, holders, (entry.digest, entry.id) in self._dropping) if holders else None
 
     async def _drop_name(self, digest: str, reference: AdapterReference) -> None:
         """The content, which goes by other names as well, stays."""

@@ -4,13 +4,12 @@ log."""
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 
+from loraplex_protos.generation_pb2 import AdapterStatus
 from loraplex_router.access.audit import audited
 from loraplex_router.access.keys import Keys, Tenant
 from loraplex_router.adapters.suggestions import Suggestions
 from loraplex_router.replicas.administration import Administration
-from loraplex_router.replicas.statuses import AdapterStatus
 from loraplex_router.text.model import Model
 from loraplex_router.vocabulary.checks import check_reference
 from loraplex_router.vocabulary.references import AdapterReference
@@ -90,8 +89,9 @@ class Adapters:
         found.raise_any()
 
     def _remarked(self, status: AdapterStatus) -> AdapterStatus:
+        """With a warning if the model has its name."""
         names = self._model().names
-        if status.id not in names:
-            return status
-        shadowed = f"on /v1 its name means the base model: ask for it as {names[0]}:{status.id}, or rename it"
-        return replace(status, warnings=(*status.warnings, shadowed))
+        if status.id in names:
+            name = f"{names[0]}:{status.id}"
+            status.warnings.append(f"on /v1 its name means the base model: ask for it as {name}, or rename it")
+        return status

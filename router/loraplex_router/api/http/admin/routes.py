@@ -1,7 +1,5 @@
 """Adapter administration over HTTP, as over gRPC: adapters are listed, loaded, unloaded and pinned."""
 
-from typing import Any
-
 from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
@@ -10,7 +8,7 @@ from loraplex_router.api.http.call import Call
 from loraplex_router.api.http.errors import LORAX_ERRORS, Error, Responses, only
 from loraplex_router.api.http.json_body import JsonRoute
 from loraplex_router.api.http.json_list import write_list
-from loraplex_router.replicas.statuses import AdapterStatus
+from loraplex_router.api.http.json_message import write_message
 
 ERRORS: Responses = {status: error for status, error in LORAX_ERRORS.items() if status not in (429, 499)}
 ANSWERS: Responses = {200: {"model": schema.AdapterStatus}, **ERRORS}
@@ -24,13 +22,13 @@ router = APIRouter(tags=["Adapters"], route_class=JsonRoute)
 async def list_adapters(call: Call) -> Response:
     """The adapters that are loaded, and those in the adapter directory."""
     statuses = await call.service.adapters.list(call.key)
-    return StreamingResponse(write_list(map(_write, statuses)), media_type="application/json")
+    return StreamingResponse(write_list(map(write_message, statuses)), media_type="application/json")
 
 
 @router.post("/load", responses=ANSWERS)
 async def load_adapter(body: schema.AdapterReference, call: Call) -> Response:
     """Fetches and checks an adapter now. One that was loaded before is read again."""
-    return JSONResponse(_write(await call.service.adapters.load(body.read(), call.key)))
+    return JSONResponse(write_message(await call.service.adapters.load(body.read(), call.key)))
 
 
 @router.post("/unload", response_class=Response, responses={**ERRORS, **IN_USE})
@@ -44,40 +42,10 @@ async def unload_adapter(body: schema.Unload, call: Call) -> Response:
 @router.post("/pin", responses={**ANSWERS, **NO_PINS})
 async def pin_adapter(body: schema.AdapterName, call: Call) -> Response:
     """Brings an adapter to the device and keeps it there. Answers once it is there."""
-    return JSONResponse(_write(await call.service.adapters.pin(body.read(), call.key)))
+    return JSONResponse(write_message(await call.service.adapters.pin(body.read(), call.key)))
 
 
 @router.post("/unpin", responses=ANSWERS)
 async def unpin_adapter(body: schema.AdapterName, call: Call) -> Response:
     """Lets the adapter leave the device when others need its place."""
-    return JSONResponse(_write(await call.service.adapters.unpin(body.read(), call.key)))
-
-
-def _write(status: AdapterStatus) -> dict[str, Any]:
-    return {
-        "id": status.id,
-        "source": status.source,
-        "revision": status.revision,
-        "state": status.state.name.lower(),
-        "tier": status.tier.name.lower() if status.tier else None,
-        "digest": status.digest or None,
-        "lora_rank": status.lora_rank or None,
-        "size_bytes": status.size_bytes or None,
-        "requests": status.requests,
-        "running_sequences": status.running,
-        "waiting_sequences": status.waiting,
-        "last_used": status.last_used or None,
-        "pinned": status.pinned,
-        "residences": [
-            {
-                "replica": residence.replica,
-                "tier": residence.tier.name.lower(),
-                "running_sequences": residence.adapter.running,
-                "waiting_sequences": residence.adapter.waiting,
-                "pinned": residence.adapter.pinned,
-            }
-            for residence in status.residences
-        ],
-        "warnings": list(status.warnings),
-        "reason": status.reason or None,
-    }
+    return JSONResponse(write_message(await call.service.adapters.unpin(body.read(), call.key)))

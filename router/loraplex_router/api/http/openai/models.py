@@ -9,17 +9,20 @@ from fastapi import APIRouter, Query, Response
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from pydantic import BaseModel, Field
 
+from loraplex_protos import generation_pb2 as pb
 from loraplex_protos.adapter_names import normal
 from loraplex_protos.errors import AdapterNotFoundError, FieldViolation, InvalidRequestError, quote
 from loraplex_router.api.http.call import Call
 from loraplex_router.api.http.errors import Responses, only
 from loraplex_router.api.http.json_body import JsonRoute
 from loraplex_router.api.http.json_list import write_list
+from loraplex_router.api.http.json_message import enum_names
 from loraplex_router.api.http.openai import answers
 from loraplex_router.api.http.openai.errors import ERRORS
-from loraplex_router.replicas.statuses import AdapterStatus, State
 from loraplex_router.service.service import Service
 from loraplex_router.vocabulary.references import AdapterReference
+
+TIERS = enum_names(pb.AdapterTier.DESCRIPTOR)
 
 STARTED = int(time.time())  # when models count as created
 
@@ -82,18 +85,18 @@ async def vllm_unload(body: VllmUnload, call: Call) -> Response:
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 
-async def _list_models(call: Call) -> dict[str, AdapterStatus | None]:
+async def _list_models(call: Call) -> dict[str, pb.AdapterStatus | None]:
     """By id, in the order of the listing. The base model, which has no status, comes first, under all its names; an
     adapter that has one of them is listed as it can be asked for, behind the model's."""
     names = call.service.model_names
-    found: dict[str, AdapterStatus | None] = dict.fromkeys(names)
+    found: dict[str, pb.AdapterStatus | None] = dict.fromkeys(names)
     for status in await call.service.adapters.list(call.key):
-        if status.state is not State.BROKEN:
+        if status.state != pb.ADAPTER_STATE_BROKEN:
             found.setdefault(f"{names[0]}:{status.id}" if status.id in names else status.id, status)
     return found
 
 
-def _describe(service: Service, name: str, status: AdapterStatus | None) -> dict[str, Any]:
+def _describe(service: Service, name: str, status: pb.AdapterStatus | None) -> dict[str, Any]:
     return {
         "id": name,
         "object": "model",
@@ -102,7 +105,7 @@ def _describe(service: Service, name: str, status: AdapterStatus | None) -> dict
         "root": status.id if status else service.info.model_id,
         "parent": service.model_names[0] if status else None,
         "max_model_len": service.info.max_model_len,
-        "tier": status.tier.name.lower() if status and status.tier else None,
+        "tier": TIERS[status.tier] if status and status.tier else None,
     }
 
 
