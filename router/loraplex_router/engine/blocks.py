@@ -1,8 +1,8 @@
-"""The KV cache's blocks: who holds them, and which hold a known prefix. Numbers only; the tensors are the shards'.
+"""The KV cache's blocks: who holds them, and which contain a known prefix. Only block ids; the shards have the tensors.
 
-A block whose positions are all computed can be cached under a key that stands for the adapter and every token up to
-its end (a hash chain), so that equal keys mean equal keys and values. A cached block stays findable after its last
-holder released it, until its place is needed: least recently used first.
+A fully computed block can be cached under a key: a hash chain over the adapter and every token up to the block's end,
+so that equal keys mean equal content. A cached block can be found after its last holder has released it, until it is
+evicted: least recently used first.
 """
 
 from array import array
@@ -12,7 +12,8 @@ from hashlib import blake2b
 
 
 def root_key(*scope: str) -> bytes:
-    """Where chains begin. Chains of two scopes share no key: a scope is an adapter's digest and who may share."""
+    """The key at the start of a chain. Chains of different scopes share no key: a scope is an adapter's digest and who
+    may share."""
     return blake2b(repr(scope).encode(), digest_size=16).digest()
 
 
@@ -38,12 +39,12 @@ class BlockAllocator:
 
     @property
     def available(self) -> int:
-        """How many blocks `allocate` can give: the free and the idle ones."""
+        """Number of blocks that can be allocated: free and idle ones."""
         return len(self._free) + len(self._idle)
 
     @property
     def cached(self) -> int:
-        """Idle blocks: kept for their prefix, held by nobody."""
+        """Number of idle blocks: kept for their prefix, held by nobody."""
         return len(self._idle)
 
     @property
@@ -51,7 +52,8 @@ class BlockAllocator:
         return self.num_blocks - self.available
 
     def allocate(self, count: int) -> list[int] | None:
-        """`count` blocks of unknown content, held by the caller; None, and nothing changed, if there are fewer."""
+        """`count` blocks of undefined content, held by the caller. None, with nothing changed, if fewer are
+        available."""
         if count > self.available:
             return None
         blocks = []
@@ -62,7 +64,7 @@ class BlockAllocator:
         return blocks
 
     def find(self, keys: Iterable[bytes]) -> list[int]:
-        """The blocks of the longest known prefix of a chain. Nobody holds them for the caller: see `hold`."""
+        """The blocks of a chain's longest cached prefix. They are not held yet: see `hold`."""
         blocks = []
         for key in keys:
             block = self._block_of.get(key)
@@ -72,24 +74,25 @@ class BlockAllocator:
         return blocks
 
     def count_idle(self, blocks: Iterable[int]) -> int:
-        """How many of these blocks would no longer be available if they were held."""
+        """Number of these blocks that are idle, and so not available once held."""
         return sum(self._references[block] == 0 for block in blocks)
 
     def hold(self, blocks: Iterable[int]) -> None:
-        """One more holder for blocks that `find` gave."""
+        """Adds a holder to blocks that `find` returned."""
         for block in blocks:
             self._references[block] += 1
             self._idle.pop(block, None)
 
     def cache(self, block: int, key: bytes) -> None:
-        """Makes a held, fully computed block findable. Content that is cached already stays with its first block."""
+        """Makes a held, fully computed block findable. If its content is already cached, the first block stays the
+        cached one."""
         assert self._references[block] > 0
         if key not in self._block_of and block not in self._key_of:
             self._block_of[key] = block
             self._key_of[block] = key
 
     def release(self, blocks: Sequence[int]) -> None:
-        """Gives up one hold each. The blocks of a chain go from its end, so that its beginning is kept longest."""
+        """Gives up one hold on each block. A chain is evicted from its end, so that its beginning is kept longest."""
         for block in reversed(blocks):
             assert self._references[block] > 0
             self._references[block] -= 1

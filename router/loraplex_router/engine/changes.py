@@ -1,4 +1,4 @@
-"""Waiting until the router's state is such and such."""
+"""Waiting for a condition on the router's state."""
 
 import asyncio
 from collections.abc import Callable
@@ -8,7 +8,7 @@ T = TypeVar("T")
 
 
 class Changes:
-    """One for a whole router: whoever changes what others may wait for says so. Costs nothing while nobody waits."""
+    """One per router: code that changes something others may wait for calls `notify`. Free while nobody waits."""
 
     def __init__(self) -> None:
         self._waiting: dict[asyncio.Future[None], Callable[[], bool]] = {}
@@ -20,7 +20,7 @@ class Changes:
                 future.set_result(None)
 
     async def until(self, condition: Callable[[], bool]) -> None:
-        """Returns once the condition holds. It may have ceased to hold by the time the caller goes on."""
+        """Returns once the condition holds. It may no longer hold when the caller resumes."""
         while not condition():
             future = asyncio.get_running_loop().create_future()
             self._waiting[future] = condition
@@ -30,6 +30,6 @@ class Changes:
                 del self._waiting[future]
 
     async def unlike(self, read: Callable[[], T], known: T) -> T:
-        """What `read` answers, once that is not what is known already."""
+        """The value of `read`, once it differs from `known`."""
         await self.until(lambda: read() != known)
         return read()

@@ -1,8 +1,8 @@
-"""The engine of one replica: a task that schedules, sends plans, reads results and hands tokens out. The only writer of
+"""The engine of one replica: a task that schedules, sends plans, reads results and distributes tokens. Only it changes
 the scheduler's state.
 
-Plan n + 1 is sent before the result of plan n is read, so that the shards never wait for the router. A token that
-comes for a sequence which had already ended is dropped.
+Plan n + 1 is sent before the result of plan n is read, so that the shards never wait for the router. Tokens for a
+sequence that has already ended are dropped.
 """
 
 import asyncio
@@ -37,7 +37,7 @@ DEPTH = 2  # plans in flight
 
 FAILURES = {
     pb.FAILURE_REASON_NOT_FINITE: "the model's output for this sequence held NaN or Inf",
-    pb.FAILURE_REASON_GRAMMAR: "the grammar became too complex to follow: make it simpler or less ambiguous",
+    pb.FAILURE_REASON_GRAMMAR: "the grammar became too complex to enforce: make it simpler or less ambiguous",
     pb.FAILURE_REASON_UNKNOWN_TOKEN: "the model has no embedding for one of the tokens",
 }
 
@@ -59,7 +59,7 @@ class Engine:
         self._loads: dict[Adapter, asyncio.Task[None]] = {}
         self._steps = 0
         self._in_flight: deque[Plan] = deque()
-        self._lost: UnavailableError | None = None  # as a load found out
+        self._lost: UnavailableError | None = None  # set if a load found that the replica is lost
         self._failed = False
 
     @property
@@ -74,7 +74,7 @@ class Engine:
         return generation in self._generations
 
     def submit(self, generation: Generation) -> None:
-        """Queues those of a generation's sequences that have not ended."""
+        """Queues a generation's sequences, except those that have ended."""
         self._generations[generation] = None
         generation.adapter.requests += 1
         generation.adapter.last_used = time.time()
@@ -84,15 +84,16 @@ class Engine:
         self._wakeup.set()
 
     def wake(self) -> None:
-        """Something that the scheduler looks at has changed."""
+        """Tells the engine that the scheduler's input has changed."""
         self._wakeup.set()
 
     def loss(self, busy: bool) -> Loss:
-        """What its replica was doing when it was lost; `busy`, beside that."""
+        """What the replica was computing when it was lost. `busy`: it was also preparing a request."""
         return Loss(tuple(self._in_flight), self._failed, busy)
 
     def release(self, started: bool) -> list[Generation]:
-        """Gives up its generations without ending them; those of which nothing was computed, unless `started`."""
+        """Removes and returns its generations, without ending them: all if `started`, otherwise those of which nothing
+        was computed."""
         released = [g for g in self._generations if started or not any(o.sequence.computed for o in g.outputs)]
         for generation in released:
             for output in generation.unfinished:
@@ -101,7 +102,7 @@ class Engine:
         return released
 
     def cancel(self, generation: Generation) -> None:
-        """Ends what still runs of it; its blocks are free by the next step. Does nothing if it runs elsewhere."""
+        """Ends its unfinished sequences; their blocks are free by the next step. Does nothing if it runs elsewhere."""
         if generation in self:
             for output in generation.unfinished:
                 self._scheduler.finish(output.sequence)
@@ -109,7 +110,7 @@ class Engine:
             self._retire(generation)
 
     async def run(self) -> None:
-        """Until cancelled. Raises UnavailableError if a shard fails: its generations can then be released to run
+        """Runs until cancelled. Raises UnavailableError if a shard fails: the generations can then be released to run
         elsewhere. If the loop itself fails, they end with the error, since they may be its cause."""
         try:
             await self._loop()
@@ -194,8 +195,8 @@ class Engine:
             except (KeyboardInterrupt, SystemExit):
                 raise
             except BaseException:  # a panic in the tokenizer is not an Exception
-                logger.exception("the tokens of a sequence cannot be read")
-                self._fail(generation, chunk, "its tokens cannot be read; the router's log has the details")
+                logger.exception("a sequence's tokens cannot be decoded")
+                self._fail(generation, chunk, "its tokens cannot be decoded; the router's log has the details")
                 continue
             if unscored[place] and not chunk.sequence.finished:
                 self._scheduler.add_unscored(chunk.sequence, unscored[place])
@@ -205,10 +206,11 @@ class Engine:
         self._observer.applied(time.perf_counter() - began)
 
     def _take(self, chunk: Chunk, output: SequenceOutput, samples: Sequence[Sample]) -> None:
-        """A chunk's tokens: former unscored ones, then the sampled one, then the fast-forward ones after it."""
+        """Applies a chunk's tokens: earlier unscored ones, then the sampled one, then the fast-forward ones after
+        it."""
         sequence = chunk.sequence
         if chunk.attempt != sequence.attempts:
-            return  # it has started anew meanwhile, and unscored tokens come again
+            return  # it has restarted meanwhile, and unscored tokens will be sent again
         take = self._scheduler.record
         for sample in samples:
             if sequence.unscored:
@@ -251,7 +253,7 @@ class Engine:
             if claim.evicted:
                 await self._shards.unload(claim.slot)
             await self._shards.load(claim.adapter.digest, claim.slot)
-        except UnavailableError as error:  # the replica is lost: what waits for the adapter is to go on elsewhere
+        except UnavailableError as error:  # the replica is lost: sequences that wait for the adapter continue elsewhere
             self._lost = error
             self._wakeup.set()
             return

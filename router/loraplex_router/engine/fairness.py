@@ -1,14 +1,14 @@
-"""Who goes first: fair shares of the work among tenants, and of a tenant's among its adapters. Pure policy.
+"""Who goes first: fair shares of service among tenants and, within a tenant, among its adapters. Pure policy.
 
-Tenants: the virtual token counter of Sheng et al. (OSDI 2024). Each tenant has a counter of the service that it got,
-in tokens over its weight; what waits of the tenant with the lowest counter goes first. A tenant that comes back is
-lifted to the lowest counter of those that have work, so that nobody saves up service. Below a tenant, the adapter with
-the fewest running sequences goes first, and the oldest sequence of that.
+Tenants: the virtual token counter of Sheng et al. (OSDI 2024). Each tenant has a counter of the service that it
+received: tokens divided by its weight. The tenant with the lowest counter goes first. A tenant that returns is raised
+to the lowest counter of the active tenants, so that nobody saves up service. Within a tenant, the adapter with the
+fewest running sequences goes first, with its oldest sequence.
 
-The paper's server only chooses what to admit, and a newcomer waits for a place until a running sequence ends. Here it
-need not: where all places are taken, a tenant that holds at least two more than the newcomer's gives one up, and an
-adapter that holds two gives one up to an adapter of the same tenant that has none. A sequence that gave way finds its
-blocks in the prefix cache when it goes on.
+The paper's server only decides admission: a newcomer waits until a running sequence ends. Here it need not: if all
+places are taken, a tenant with at least two more than the newcomer's tenant gives one up, and an adapter with two gives
+one up to an adapter of the same tenant that has none. A sequence that yields finds its blocks in the prefix cache when
+it continues.
 """
 
 from collections import Counter
@@ -23,7 +23,7 @@ PREFILL, DECODE = 1.0, 2.0  # what a token costs: the paper's weights
 
 @dataclass(slots=True, eq=False)
 class Share:
-    """What one tenant has of a replica."""
+    """One tenant's share of a replica."""
 
     weight: float = 1.0
     served: float = 0.0  # the virtual counter
@@ -33,18 +33,18 @@ class Share:
 
 
 class Shares:
-    """The shares of all tenants. There are as many as the key file has, so that their counters can be kept."""
+    """The shares of all tenants. Their number is bounded by the key file, so counters are never dropped."""
 
     def __init__(self) -> None:
         self._all: dict[str, Share] = {}
-        self._active: dict[str, Share] = {}  # those that have work
-        self._last = 0.0  # the counter of the tenant that was last to have work
+        self._active: dict[str, Share] = {}  # tenants that have work
+        self._last = 0.0  # the counter of the last tenant that had work
 
     def of(self, sequence: Sequence) -> Share:
         return self._all[sequence.tenant]
 
     def wait(self, sequence: Sequence) -> None:
-        """It begins to wait."""
+        """The sequence starts waiting."""
         name = sequence.tenant
         share = self._all.setdefault(name, Share())
         if name not in self._active:
@@ -55,12 +55,12 @@ class Shares:
         share.waiting += 1
 
     def stop_waiting(self, sequence: Sequence) -> None:
-        """It has ended before it ran."""
+        """The sequence ended before it ran."""
         self.of(sequence).waiting -= 1
         self._update(sequence.tenant)
 
     def run(self, sequence: Sequence) -> None:
-        """It waited, and runs now."""
+        """The sequence stops waiting and runs."""
         share = self.of(sequence)
         share.waiting -= 1
         share.total += 1
@@ -75,26 +75,26 @@ class Shares:
         self._update(sequence.tenant)
 
     def charge(self, sequence: Sequence, stop: int) -> None:
-        """Its positions up to `stop` are computed; each is charged once, however often it is computed."""
+        """Charges the positions up to `stop` to the tenant, each once, however often it is computed."""
         begin, prompt_length = sequence.charged, sequence.prompt_length
         if begin < sequence.computed:
             begin = sequence.computed
-        if begin < stop:  # comparisons, since max takes longer, and this is done for every chunk
+        if begin < stop:  # faster than max, and this runs for every chunk
             prefills = min(stop, prompt_length) - begin if begin < prompt_length else 0
             share = self._all[sequence.tenant]
             share.served += (prefills * PREFILL + (stop - begin - prefills) * DECODE) / share.weight
             sequence.charged = stop
 
     def even(self, waiting: Set[Adapter]) -> bool:
-        """Whether it is plain that nobody gives way to a sequence of these adapters: a quick look, for most steps."""
+        """A quick check, sufficient in most steps: whether certainly nobody yields to a sequence of these adapters."""
         if len(self._active) != 1:
             return False
         (share,) = self._active.values()
         return waiting <= share.running.keys()
 
     def gives_way(self, newcomer: Sequence) -> tuple[str, Adapter | None] | None:
-        """Whose youngest sequence gives up its place to the newcomer: a tenant, or an adapter of the newcomer's own.
-        None if nobody has so much more."""
+        """Whose youngest sequence yields its place to the newcomer: a tenant, or an adapter of the newcomer's tenant.
+        None if nobody has enough more."""
         own = self.of(newcomer)
         name, share = max(self._active.items(), key=lambda item: item[1].total / item[1].weight)
         if share is not own and (share.total - 1) / share.weight >= (own.total + 1) / own.weight:

@@ -1,4 +1,4 @@
-"""What the engine tells whoever watches it: one call per event, none of them per token."""
+"""What the engine reports to observers: one call per event, none per token."""
 
 from typing import Protocol
 
@@ -11,22 +11,22 @@ class EngineObserver(Protocol):
     """The events of one replica's engine. Times are in seconds."""
 
     def started(self, generation: Generation) -> None:
-        """A step leaves that starts the first of its sequences."""
+        """A step was sent that starts the first of its sequences."""
 
     def started_again(self, generation: Generation, sequence: Sequence) -> None:
-        """A step leaves that starts a sequence anew, which had given up its blocks or lost its replica."""
+        """A step was sent that restarts a sequence, which had been preempted or lost its replica."""
 
     def first_token(self, generation: Generation) -> None:
-        """Its first token is here."""
+        """Its first token has arrived."""
 
     def ended(self, generation: Generation) -> None:
-        """It is finished, failed or cancelled."""
+        """It finished, failed or was cancelled."""
 
     def planned(self, seconds: float) -> None:
-        """The router spent this long on planning a step."""
+        """The router spent this long planning a step."""
 
     def step(self, plan: Plan, response: pb.StepResponse) -> None:
-        """The result of a step is here."""
+        """A step's result has arrived."""
 
     def applied(self, seconds: float) -> None:
-        """The router spent this long on a step's result."""
+        """The router spent this long applying a step's result."""

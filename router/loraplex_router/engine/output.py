@@ -1,4 +1,4 @@
-"""What a client gets to see of a generation: text and tokens as they become certain, merged while nobody reads."""
+"""A generation's output for the client: text and tokens as they become certain, merged while nobody reads."""
 
 import asyncio
 import time
@@ -20,11 +20,13 @@ class Delta:
 
     text: str = ""
     samples: list[Sample] = field(default_factory=list)
-    ends: list[int] = field(default_factory=list)  # for each sample, the length of the text that is whole up to its end
+    ends: list[int] = field(
+        default_factory=list
+    )  # for each sample, the text's length up to its end, in whole characters
     finish_reason: FinishReason | None = None  # set on the last one
 
     def add(self, later: "Delta") -> None:
-        """Makes one of this and what followed it."""
+        """Appends the delta that follows this one."""
         self.text += later.text
         self.samples += later.samples
         self.ends += later.ends
@@ -32,12 +34,12 @@ class Delta:
 
     @property
     def num_logprobs(self) -> int:
-        """Those of alternatives included."""
+        """Number of logprobs, including alternatives."""
         return len(self.samples) * (1 + len(self.samples[0].alternatives)) if self.samples else 0
 
     @property
     def mean_logprob(self) -> float:
-        """Of its tokens, whose logprobs must be known: what makes one answer better than another."""
+        """The mean logprob of its tokens, by which answers are ranked. Their logprobs must be known."""
         return sum(sample.logprob or 0.0 for sample in self.samples) / max(1, len(self.samples))
 
 
@@ -50,7 +52,7 @@ class Embedding:
 
 
 class SequenceOutput:
-    """Turns one sequence's tokens into deltas. A token is shown once all of its text is."""
+    """Turns one sequence's tokens into deltas. A token is shown once all of its text is shown."""
 
     def __init__(
         self,
@@ -60,13 +62,13 @@ class SequenceOutput:
         wakeup: asyncio.Event,
         stop_token_ids: Collection[int] = (),
     ) -> None:
-        """`stop_token_ids`: those end tokens that the request gave."""
+        """`stop_token_ids`: the end tokens set by the request."""
         self.sequence = sequence
         self.finish_reason: FinishReason | None = None
-        self.stop_reason: str | int | None = None  # what the request gave that ended it: a stop text or token
-        self.generated = 0  # tokens, those of a stop string included
-        self.prompt_logprobs: list[float] = []  # of the prompt's tokens but the first
-        self.prompt_alternatives: list[Alternatives] = []  # of the same; none if not asked for
+        self.stop_reason: str | int | None = None  # the request's stop text or token that ended it
+        self.generated = 0  # tokens, including those of a stop string
+        self.prompt_logprobs: list[float] = []  # of all prompt tokens except the first
+        self.prompt_alternatives: list[Alternatives] = []  # of the same; none if not requested
         self.pooled = array("f")
         self._decoder = decoder
         self._detokenizer = Detokenizer(decoder, sequence.tokens[: sequence.prompt_length])
@@ -74,23 +76,23 @@ class SequenceOutput:
         self._stop_token_ids = stop_token_ids
         self._wakeup = wakeup
         self._pending = Delta()
-        self._undecoded: list[Sample] = []  # parts of a character so far
+        self._undecoded: list[Sample] = []  # parts of an incomplete character
         self._held: list[tuple[Sample, int, int]] = []  # with the lengths up to each one's end, generated and decoded
         self._generated = self._decoded = 0  # characters; special tokens that are not shown are generated, not decoded
         self._passed = self._shown = 0  # characters of the two that are certain
 
     @property
     def seed(self) -> int | None:
-        """The seed that repeats it; None if it was not sampled."""
+        """The seed that reproduces it; None if it was not sampled."""
         sampling = self.sequence.sampling
         return sampling.seed if sampling.temperature else None
 
     def push(self, sample: Sample) -> FinishReason | None:
-        """Takes the sequence's next token; answers why the sequence ends with it, if it does."""
+        """Takes the sequence's next token. Returns why the sequence ends with it, if it does."""
         self.generated += 1
         ends = sample.token in self.sequence.end_token_ids
         asked = ends and sample.token in self._stop_token_ids
-        ended = ends and not (asked and self._stops.include)  # by a token that is no part of the answer
+        ended = ends and not (asked and self._stops.include)  # by a token that is not part of the answer
         last = ends or self.generated >= self.sequence.max_new_tokens
         hidden = "" if ended else self._decoder.hidden_text(sample.token)
         text = "" if ended or hidden else self._detokenizer.push(sample.token)
@@ -113,18 +115,18 @@ class SequenceOutput:
         return self.finish_reason
 
     def pool(self, vector: Iterable[float]) -> None:
-        """Takes what a pooled sequence answers in place of tokens, which ends it."""
+        """Takes a pooled sequence's vector, which ends the sequence."""
         self.pooled = array("f", vector)
         self.finish(FinishReason.LENGTH)
 
     def finish(self, reason: FinishReason) -> None:
-        """Ends the output; what was held back is not shown."""
+        """Ends the output; held-back text is not shown."""
         self.finish_reason = self._pending.finish_reason = reason
         self._wakeup.set()
 
     @property
     def num_logprobs(self) -> int:
-        """That are reported with what there is of it, those of alternatives included."""
+        """Number of logprobs reported so far, including alternatives."""
         detail = self.sequence.detail
         return self.num_prompt_logprobs + detail.logprobs * self.generated * (1 + detail.top_logprobs)
 
@@ -133,12 +135,12 @@ class SequenceOutput:
         return len(self.prompt_logprobs) * (1 + self.sequence.detail.prompt_top_logprobs)
 
     def texts(self) -> tuple[str, str]:
-        """The whole text of the prompt and, as far as it was generated, of the answer, stop texts included."""
+        """The text of the prompt and of the answer so far, including stop texts."""
         tokens, length = self.sequence.tokens, self.sequence.prompt_length
         return self._decoder.decode(tokens[:length]), self._decoder.decode(tokens[length:])
 
     def take(self) -> Delta | None:
-        """What came since the last call, as one; None if that is nothing."""
+        """Everything new since the last call, merged; None if there is nothing."""
         delta = self._pending
         if not (delta.text or delta.samples or delta.finish_reason):
             return None
@@ -146,7 +148,7 @@ class SequenceOutput:
         return delta
 
     def _hold(self, sample: Sample, hidden: str, text: str, ended: bool, last: bool) -> None:
-        """Keeps the token until all of its text is certain. Of those that make up a character, the last has it."""
+        """Keeps the token until all of its text is certain. A character made of several tokens belongs to the last."""
         parts = self._undecoded
         if not ended:
             parts.append(sample)
@@ -161,7 +163,7 @@ class SequenceOutput:
             self._held.append((sample, self._generated, self._decoded))
 
     def _seek_stop(self, hidden: str, text: str) -> bool:
-        """Shows what is certain now; answers whether a stop string ends the output."""
+        """Shows the text that is certain now. Returns whether a stop string ends the output."""
         too_early = self.generated <= self.sequence.min_new_tokens
         if hidden:
             passed = self._stops.feed(hidden, shown=False, too_early=too_early)
@@ -184,14 +186,14 @@ class SequenceOutput:
         self._wakeup.set()
 
     def _show_held(self) -> None:
-        """The tokens of a stop text that is part of the answer; the last of them may reach beyond it."""
+        """Shows the tokens of a stop text that is part of the answer; the last token may extend beyond it."""
         for sample, _, end in self._held:
             self._pending.samples.append(sample)
             self._pending.ends.append(min(end, self._shown))
 
 
 class Generation:
-    """A request that runs: its sequences' outputs, read by one reader."""
+    """A running request: its sequences' outputs, read by one reader."""
 
     def __init__(
         self,
@@ -203,14 +205,14 @@ class Generation:
         tenant: str = "",
     ) -> None:
         self.request_id = request_id
-        self.reference = reference  # to the adapter, as it was asked for
-        self.adapter = adapter  # as the replica has it where the generation is
-        self.tenant = tenant  # the name of whoever sent it, for the log
-        self.arrived = arrived  # when the request came in; like the next four on the clock of time.monotonic
-        self.validated = validated  # when nothing but its adapter was missing
+        self.reference = reference  # to the adapter, as requested
+        self.adapter = adapter  # on the replica that runs the generation
+        self.tenant = tenant  # its name, for the log
+        self.arrived = arrived  # when the request arrived; like the next four, from time.monotonic
+        self.validated = validated  # when everything but its adapter was ready
         self.queued = time.monotonic()
         self.started: float | None = None  # when the first step with one of its sequences was sent
-        self.first_token: float | None = None  # when its first token was here
+        self.first_token: float | None = None  # when its first token arrived
         self.outputs: list[SequenceOutput] = []
         self.error: LoraplexError | None = None
         self._wakeup = asyncio.Event()
@@ -222,7 +224,8 @@ class Generation:
 
     @property
     def adapter_name(self) -> str:
-        """As it was asked for, whatever else has the same content; merged ones divided by commas."""
+        """The name used in the request, whichever others have the same content; parts of merged adapters are separated
+        by commas."""
         return ",".join(ids_of(self.reference)) or BASE_NAME
 
     @property
@@ -239,16 +242,16 @@ class Generation:
 
     @property
     def num_tokens(self) -> int:
-        """Of the prompt, and all that was generated from it so far."""
+        """Number of tokens of the prompt and of everything generated so far."""
         return self.outputs[0].sequence.prompt_length + sum(output.generated for output in self.outputs)
 
     @property
     def num_logprobs(self) -> int:
-        """That are reported with what there is of its answers, those of alternatives included."""
+        """Number of logprobs reported so far, including alternatives."""
         return sum(output.num_logprobs for output in self.outputs)
 
     def restart(self, adapter: Adapter) -> None:
-        """Makes its sequences ready to go on from where they are, on another replica."""
+        """Prepares its sequences to continue from where they are, on another replica."""
         self.adapter = adapter
         for output in self.unfinished:
             output.sequence.restart(adapter)
@@ -262,7 +265,8 @@ class Generation:
         self._wakeup.set()
 
     async def deltas(self) -> AsyncIterator[tuple[int, Delta]]:
-        """(index of the sequence, what is new of it), until all are finished. Raises the error that ended it."""
+        """Pairs (sequence index, delta) until all sequences are finished. Raises the error that ended the
+        generation."""
         running = len(self.outputs)
         while running:
             await self._wakeup.wait()
@@ -275,7 +279,7 @@ class Generation:
                     yield index, delta
 
     async def collect(self) -> list[Delta]:
-        """The whole answer: one delta per sequence. Raises the error that ended it."""
+        """The whole answer: one delta per sequence. Raises the error that ended the generation."""
         whole = [Delta() for _ in self.outputs]
         async for index, delta in self.deltas():
             whole[index].add(delta)

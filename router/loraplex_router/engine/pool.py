@@ -9,7 +9,7 @@ from loraplex_router.vocabulary.adapter import BASE_NAME, Adapter
 
 @dataclass(frozen=True, slots=True)
 class SlotClaim:
-    """A slot changes hands: the adapter in it, if any, must be unloaded before the new one is loaded."""
+    """A slot that changes hands: the adapter in it, if any, must be unloaded before the new one is loaded."""
 
     slot: int
     adapter: Adapter
@@ -19,9 +19,9 @@ class SlotClaim:
 class AdapterPool:
     """The staged adapters and those among them that hold a slot, 1 ... slots; both least recently used first.
 
-    Invariants: a slot belongs to one adapter at most; an adapter in use, or pinned, keeps its slot; at least one slot
-    is left to adapters that are not pinned; only what nobody needs or pins is dropped from host memory, and with it
-    from its slot; the slot of one that leaves is given to nobody before it is released.
+    Invariants: a slot belongs to at most one adapter. An adapter in use or pinned keeps its slot. At least one slot is
+    left for adapters that are not pinned. Only adapters that nobody needs or pins are dropped from host memory, and
+    with that from their slot. A leaving adapter's slot is not reassigned before it is released.
     """
 
     def __init__(self, slots: int, host_bytes: int) -> None:
@@ -43,7 +43,7 @@ class AdapterPool:
         return self._staged.get(digest)
 
     def on_device(self) -> list[Adapter]:
-        """Those that hold a slot, least recently used first."""
+        """The adapters that hold a slot, least recently used first."""
         return list(self._on_device.values())
 
     @property
@@ -56,7 +56,7 @@ class AdapterPool:
         return bool(self._free_slots) or any(not (a.needed or a.pinned) for a in self._on_device.values())
 
     def add(self, digest: str, lora_rank: int, size_bytes: int) -> Adapter:
-        """A newly staged adapter, or the one that is here already."""
+        """Adds a staged adapter, or returns the one already here."""
         if digest not in self._staged:
             self._staged[digest] = Adapter(digest, lora_rank, size_bytes)
         self.touch(self._staged[digest])
@@ -70,7 +70,7 @@ class AdapterPool:
             self._on_device.move_to_end(adapter.digest)
 
     def pin(self, adapter: Adapter) -> bool:
-        """Keeps its slot for it, or gives it the next one. False if all slots but one are pinned."""
+        """Pins it: it keeps its slot, or gets the next one. False if only one slot is not pinned."""
         if adapter.digest not in self._pinned and len(self._pinned) >= self.slots - 1:
             return False
         self._pinned[adapter.digest] = adapter
@@ -82,7 +82,7 @@ class AdapterPool:
         adapter.pinned = False
 
     def claim_slot(self, adapter: Adapter, keep: Collection[Adapter]) -> SlotClaim | None:
-        """Gives it a free slot, or that of the least recently used adapter that is idle and not in `keep`.
+        """Claims a free slot, or the slot of the least recently used adapter that is idle and not in `keep`.
 
         None: every slot is in use for now.
         """
@@ -105,8 +105,8 @@ class AdapterPool:
         adapter.slot, adapter.ready = None, False
 
     def pop_over_budget(self, keep: Adapter) -> list[Adapter]:
-        """Drops the least recently used adapters that nobody needs, `keep` excepted, until the rest fit into host
-        memory. One that holds a slot is marked as leaving: it is to be unloaded, and removed, before it is gone."""
+        """Drops the least recently used adapters that nobody needs, except `keep`, until the rest fit into host memory.
+        One that holds a slot is only marked as leaving: the caller must unload it, then remove it."""
         excess = sum(adapter.size_bytes for adapter in self._staged.values() if not adapter.leaving) - self._host_bytes
         dropped = []
         for adapter in list(self._staged.values()):
@@ -122,7 +122,7 @@ class AdapterPool:
         return dropped
 
     def least_needed(self) -> Adapter | None:
-        """The least recently used adapter that nobody needs, with a slot or without. None: all are needed."""
+        """The least recently used adapter that nobody needs, with or without a slot. None: all are needed."""
         return next((a for a in self._staged.values() if not (a.needed or a.pinned or a.leaving)), None)
 
     def remove(self, adapter: Adapter) -> None:

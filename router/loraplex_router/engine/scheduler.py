@@ -1,20 +1,20 @@
 """What runs in the next step. Pure policy: no clock, no text, no transport, no tensors.
 
 Each step mixes decodes and prefill chunks of any adapters under one token budget: first the decodes, then prefills and
-new sequences, those of the tenant first that got least; of one tenant, running prefills before new sequences. Blocks
-are allocated as sequences grow; when they run out, the youngest sequence that has no chunk in the step yet gives up its
-own and is computed again later.
+new sequences, starting with the tenant that received the least service; within a tenant, running prefills before new
+sequences. Blocks are allocated as sequences grow. When they run out, the youngest sequence without a chunk in the step
+is preempted: it gives up its blocks and is recomputed later.
 
-New sequences: fairness.py says whose turn it is among tenants and, below them, adapters. Where all rows or blocks are
-taken, who has much more than the newcomer gives up a place. An adapter may start sequences when it is on the device and
+New sequences: fairness.py decides whose turn it is, among tenants and their adapters. If all rows or blocks are taken,
+someone with much more than the newcomer yields a place. An adapter may start sequences when it is on the device and
 entitled.
 
-Slots: entitled are the adapters with the longest waiting heads, as many as there are slots, except that an adapter on
-the device keeps its place for a bounded turn of further sequences while others wait for a slot. An adapter that is not
-entitled starts nothing, so it becomes idle and can be evicted: nobody starves, and no two adapters swap places for
-every single sequence. Pinned adapters are always entitled, and leave the other slots to the others.
+Slots: the adapters whose oldest sequence has waited longest are entitled, one per slot; but an adapter on the device
+stays entitled for a bounded turn of further sequences while others wait for a slot. An adapter that is not entitled
+starts nothing, so it becomes idle and can be evicted: nobody starves, and adapters do not swap places for every
+sequence. Pinned adapters are always entitled; the rest share the remaining slots.
 
-Suspects (see suspects.py) are computed in plans of their own, which take turns with those of all others.
+Suspects (see suspects.py) are computed in plans of their own, which alternate with the other plans.
 """
 
 from bisect import bisect, insort
@@ -30,8 +30,8 @@ from loraplex_router.engine.pool import AdapterPool, SlotClaim
 from loraplex_router.vocabulary.adapter import Adapter
 from loraplex_router.vocabulary.sequence import Chunk, Plan, Sequence
 
-MAX_STARTED = 2_000_000  # tokens of sequences that start in one plan, prefix included: what one message can hold
-TURN = 16  # sequences that an adapter may start on its slot while older ones wait for a slot
+MAX_STARTED = 2_000_000  # tokens, with prefixes, of sequences that start in one plan: what fits into one message
+TURN = 16  # sequences that an adapter may start on its slot while older sequences wait for a slot
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +54,12 @@ class Scheduler:
         self._shares = Shares()
         self._running: list[Sequence] = []  # oldest first
         self._free_rows = list(range(limits.max_sequences - 1, -1, -1))
-        self._contended = False  # somebody waits for a slot
+        self._contended = False  # an adapter waits for a slot
         self._suspects: set[Sequence] = set()
-        self._alone = True  # whether the last plan was that of a suspect
+        self._alone = True  # whether the last plan was a suspect's
         self.num_waiting = 0
-        self.num_preemptions = 0  # for want of blocks
-        self.num_yields = 0  # for others' fair share
+        self.num_preemptions = 0  # for lack of blocks
+        self.num_yields = 0  # for fairness
 
     @property
     def block_size(self) -> int:
@@ -85,15 +85,15 @@ class Scheduler:
         self._cache_full_blocks(sequence)
 
     def fast_forward(self, sequence: Sequence, token: int) -> None:
-        """A token has arrived that follows a sample without being one. Plans in flight end before it, so that they
-        bring no further sample."""
+        """A fast-forward token has arrived after a sample. Plans in flight end before it, so they will not bring
+        another sample."""
         sequence.tokens.append(token)
         sequence.in_flight = 0
         self._cache_full_blocks(sequence)
 
     def add_unscored(self, sequence: Sequence, tokens: Iterable[int]) -> None:
-        """Fast-forward tokens are known, but cannot be shown before their logprobs are. What is too many for the
-        sequence is left out."""
+        """Fast-forward tokens are known, but cannot be shown before their logprobs. Tokens beyond the sequence's limit
+        are left out."""
         for token in islice(tokens, sequence.max_new_tokens - sequence.output_length):
             self.fast_forward(sequence, token)
             sequence.unscored += 1
@@ -116,7 +116,7 @@ class Scheduler:
         self.finish(sequence)
 
     def complete(self, plan: Plan) -> None:
-        """The plan's result has arrived: its adapters' slots are no longer needed for it."""
+        """The plan's result has arrived: it no longer needs its adapters' slots."""
         for adapter in plan.adapters:
             adapter.plans -= 1
 
@@ -133,9 +133,10 @@ class Scheduler:
         return claims
 
     def _entitled(self) -> list[Adapter]:
-        """The adapters that may start sequences, in the order of their claim to a slot. The base needs none."""
+        """The adapters that may start sequences, in the order of their claim to a slot. The base model needs no
+        slot."""
         waiting = [adapter for adapter in self._waiting if adapter is not self._adapters.base]
-        if not waiting:  # most steps: the staged adapters, thousands of them, need not be looked through
+        if not waiting:  # most steps: avoids iterating over thousands of staged adapters
             self._contended = False
             return []
         on_device = self._adapters.on_device()
@@ -159,8 +160,8 @@ class Scheduler:
     # ---- the next step ---------------------------------------------------------------------------------------
 
     def schedule(self) -> Plan | None:
-        """The next plan, or None if there is nothing to compute. It counts as executed from here on: the plans that
-        later calls make follow it on every rank."""
+        """The next plan, or None if there is nothing to compute. It counts as executed from now on: later plans follow
+        it on every rank."""
         for alone in (not self._alone, self._alone):
             if plan := self._plan_alone() if alone else self._plan_together():
                 self._alone = alone
@@ -177,13 +178,13 @@ class Scheduler:
         decodes = [item for item in work if item[1] == 1]
         prefills = [item for item in work if item[1] > 1]
         for sequence, remaining in decodes:
-            if budget and sequence.row is not None:  # still, or an older one took its blocks just now
+            if budget and sequence.row is not None:  # still, or an older one has just taken its blocks
                 budget -= self._extend(sequence, remaining, budget, chunks)
         prefills.sort(key=lambda item: self._served(item[0]), reverse=True)
         while budget:
             head = self._next_to_start() if may_start and started_tokens < MAX_STARTED else None
             if head is None or not self._has_room(head):
-                head, may_start = None, False  # it is waited for: others do not slip past it, or it might wait forever
+                head, may_start = None, False  # others must not overtake it, or it might wait forever
             if head and not (prefills and self._served(prefills[-1][0]) <= self._served(head)):
                 self._start(head)
                 starts.append(head)
@@ -198,7 +199,7 @@ class Scheduler:
         return self._plan(starts, chunks) if chunks else None
 
     def _plan_alone(self) -> Plan | None:
-        """The next chunk of one suspect: one that runs or, if there is none, the youngest that can start."""
+        """Plans the next chunk of one suspect: a running one or else the youngest that can start."""
         self._suspects = {sequence for sequence in self._suspects if sequence.suspect and not sequence.finished}
         if not self._suspects:
             return None
@@ -221,8 +222,8 @@ class Scheduler:
         return plan
 
     def _extend(self, sequence: Sequence, remaining: int, budget: int, chunks: dict[Sequence, Chunk]) -> int:
-        """Adds the sequence's next chunk, at most `budget` of its `remaining` tokens long, and returns its length: 0 if
-        the sequence had to give up its own blocks."""
+        """Adds the sequence's next chunk, at most `budget` of its `remaining` tokens, and returns its length: 0 if the
+        sequence itself was preempted."""
         length = min(remaining, budget)
         start = sequence.computed
         stop = start + length
@@ -241,15 +242,15 @@ class Scheduler:
         sequence.sent_blocks = len(sequence.blocks)
         self._shares.charge(sequence, stop)
         sequence.computed = stop
-        if not sequence.suspect:  # not any more
+        if not sequence.suspect:  # no longer
             sequence.alone_until = 0
         sequence.in_flight += samples
-        self._cache_full_blocks(sequence)  # for others with the same prompt, in this very step
+        self._cache_full_blocks(sequence)  # for others with the same prompt, even in this step
         return length
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Takes a running sequence's row and blocks; it will be computed again from its tokens. It has no chunk in the
-        plan that is being made: others may have begun with the blocks that this chunk fills."""
+        """Takes a running sequence's row and blocks; it will be recomputed from its tokens. It must have no chunk in
+        the current plan: others may already build on the blocks that the chunk fills."""
         self._enqueue(sequence)
         self._stop_running(sequence)
         sequence.computed = 0
@@ -261,11 +262,11 @@ class Scheduler:
             return None
         queues = [queue for adapter in self._startable() for queue in self._waiting[adapter].values()]
         heads = [head for queue in queues if (head := next((s for s in queue if not s.suspect), None))]
-        heads = [head for head in heads if not head.in_flight]  # preempted, its last sample not known yet
+        heads = [head for head in heads if not head.in_flight]  # preempted, and its last sample not known yet
         return min(heads, key=self._turn, default=None)
 
     def _turn(self, head: Sequence) -> tuple[float, int, int]:
-        """The lower, the sooner."""
+        """The sort key: lower goes first."""
         share = self._shares.of(head)
         return share.served, share.running[head.adapter], head.number
 
@@ -273,7 +274,7 @@ class Scheduler:
         return bool(self._free_rows) and self._fits(head)
 
     def _yield_place(self) -> bool:
-        """If what is next has no place, who has much more than it gives up as much as it needs. Answers whether it can
+        """If the next sequence has no place, those with much more yield as much as it needs. Returns whether it can
         start now."""
         if not self._free_rows and self._shares.even(self._waiting.keys()):
             return False
@@ -335,7 +336,7 @@ class Scheduler:
     def _enqueue(self, sequence: Sequence) -> None:
         queue = self._waiting.setdefault(sequence.adapter, {}).setdefault(sequence.tenant, deque())
         self._shares.wait(sequence)
-        if queue and queue[-1].number > sequence.number:  # it was preempted, or comes from another replica
+        if queue and queue[-1].number > sequence.number:  # it was preempted, or moved from another replica
             queue.insert(bisect(queue, sequence.number, key=lambda waiting: waiting.number), sequence)
         else:
             queue.append(sequence)
@@ -358,8 +359,8 @@ class Scheduler:
         return -(-positions // self._limits.block_size)
 
     def _find_prefix(self, sequence: Sequence) -> list[int]:
-        """The cached blocks that the sequence can begin with. At least one position is left to sample from, and all
-        of them where each one's result is needed."""
+        """The cached blocks that the sequence can start with. At least one position is left to compute, for sampling;
+        all are left if every position's result is needed."""
         if sequence.detail.prompt_logprobs or sequence.detail.pool:
             return []
         full = (len(sequence.tokens) - 1 - sequence.unscored) // self._limits.block_size

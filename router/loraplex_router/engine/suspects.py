@@ -1,17 +1,17 @@
-"""Which request a replica died of. Pure policy: no clock, no transport.
+"""Finds the request that crashes replicas. Pure policy: no clock, no transport.
 
-What plans in flight computed when a replica was lost is suspect, and nothing else is: what waited goes on elsewhere as
-if nothing had happened. How suspects go on depends on how the replica was lost.
+The sequences in plans in flight when a replica was lost are suspects. Waiting sequences are not: they simply continue
+elsewhere. How suspects continue depends on how the replica was lost.
 
-A replica that is gone was most likely ended by its machine. All suspects go on together, which is quickest: to compute
-hundreds of sequences again one by one takes many times as long. Those that lose the next replica at the same place are
-computed alone up to there, one after the other, the youngest first, in plans that take turns with everybody else's.
-What loses three more replicas, alone, is what they died of: where machines kill again and again, some suspect is hit
-alone now and then, but not the same one three times. Where a shard failed on a plan and said so, one of the suspects is
-to blame for certain: they are alone at once, and the second replica convicts.
+If a replica just disappeared, most likely its machine failed. All suspects continue together, which is fastest:
+recomputing hundreds of sequences one by one takes many times as long. Suspects that lose the next replica at the same
+place are computed alone up to that place, one after the other, youngest first, in plans that alternate with everyone
+else's. A suspect that loses three more replicas while alone is the cause: on unreliable machines a lone suspect may be
+hit by chance, but not the same one three times. If a shard reported that it failed on a plan, one of the suspects is
+certainly to blame: they are computed alone at once, and the second lost replica convicts.
 
-The place is the positions that were in flight at each of the losses. A sequence that gets past it is no suspect any
-more, nor is one that is lost somewhere else the next time, and nobody is once one of them is convicted.
+The place is the positions that were in flight at every one of the losses. A sequence is no longer a suspect once it
+gets past the place, loses a replica elsewhere, or another suspect is convicted.
 """
 
 from collections.abc import Iterable
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from loraplex_router.vocabulary.sequence import Plan, Sequence
 
-CONVICTING_LOSSES = 5  # all but two of them alone
+CONVICTING_LOSSES = 5  # all but two of them while alone
 CONVICTING_FAILURES = 2  # the same, if the shard said that it failed on the plan
 
 
@@ -27,14 +27,12 @@ CONVICTING_FAILURES = 2  # the same, if the shard said that it failed on the pla
 class Loss:
     """The loss of a replica."""
 
-    plans: tuple[Plan, ...]  # in flight, in order
-    failed: bool = False  # a shard failed on one of them; else it is gone
-    busy: bool = (
-        False  # it staged an adapter or compiled a grammar as well, of which it may have died: once more is due
-    )
+    plans: tuple[Plan, ...]  # those in flight, in order
+    failed: bool = False  # a shard reported a failure on one of them; otherwise the replica disappeared
+    busy: bool = False  # it was also staging an adapter or compiling a grammar, a possible cause: allow one more loss
 
     def accuse(self) -> Sequence | None:
-        """Counts it against what was in flight, and answers which sequence is to be ended for it, if one is."""
+        """Counts the loss against the sequences in flight. Returns the convicted sequence, if any."""
         places = dict[Sequence, range]()
         for chunk in (chunk for plan in self.plans for chunk in plan.chunks):
             begin = places[chunk.sequence].start if chunk.sequence in places else chunk.start
@@ -52,7 +50,7 @@ class Loss:
 
 
 def acquit(sequences: Iterable[Sequence]) -> None:
-    """They are suspects no more."""
+    """Clears them of suspicion."""
     for sequence in sequences:
         sequence.losses = sequence.alone_until = 0
         sequence.lost_at = range(0)
