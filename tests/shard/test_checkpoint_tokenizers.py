@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import sentencepiece
 import tiktoken
+from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
@@ -85,6 +86,26 @@ def test_a_sentencepiece_model_alone_gives_the_ids_of_sentencepiece(
         assert tokenizer.decode(ids(tokenizer, text)) == text
     assert tokenizer.encode("Hello").ids[0] == processor.bos_id()
     assert open_checkpoint(str(directory)).tokenizer().special_tokens["bos_token"] == "<s>"
+
+
+@pytest.mark.parametrize("kind", [LlamaConfig, MistralConfig])
+@pytest.mark.parametrize("settings", [None, LLAMA])
+def test_pieces_merge_by_their_scores_whatever_their_numbers(
+    tmp_path: Path, kind: type[PreTrainedConfig], settings: dict[str, str] | None
+) -> None:
+    """As in the first Llama's and Mistral's own files, whose runs of blanks come first and merge last."""
+    directory = checkpoint(tmp_path, kind, settings)
+    train(directory / "tokenizer.model")
+    proto = sentencepiece_model_pb2.ModelProto.FromString((directory / "tokenizer.model").read_bytes())
+    runs = [piece for piece in proto.pieces if len(piece.piece) > 1 and not piece.piece.strip("▁")]
+    assert runs
+    for piece in runs:
+        piece.score = -1e9
+    (directory / "tokenizer.model").write_bytes(proto.SerializeToString())
+    processor = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+    tokenizer = read(directory)
+    for text in (*TEXTS, "a   b     c", "x\n    y\n        z"):
+        assert ids(tokenizer, text) == processor.encode(text)
 
 
 def test_a_model_that_sets_no_blank_before_a_text_keeps_it_so(tmp_path: Path) -> None:

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers.models import BPE
 from transformers import AutoTokenizer
+from transformers.tokenization_utils_base import generate_merges
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
 from loraplex_shard.checkpoint.base import CheckpointError
@@ -40,7 +42,7 @@ def read_tokenizer(directory: Path, model_id: str, model_type: str) -> Any:
     except CheckpointError as error:
         raise CheckpointError(f"{model_id}: {error.message}") from error
     except Exception as error:  # what transformers and tokenizers raise for a file that is not as they expect
-        reason = str(error).partition("\n")[0].removesuffix(" from one of: ")
+        reason = str(error).strip().partition("\n")[0].removesuffix(" from one of: ")
         message = f"{model_id}: no tokenizer can be read from {', '.join(found)}: {reason}. {HINT}"
         raise CheckpointError(message) from error
     if not getattr(tokenizer, "is_fast", False):
@@ -114,7 +116,10 @@ def _prepare_as(processor: Any, backend: Tokenizer, said: Mapping[str, Any]) -> 
     """Gives a tokenizer what SentencePiece does to a text before it looks for pieces, and undoes after. Where the
     tokenizer's configuration, `said`, has a false `legacy`, no blank goes before what follows a special token."""
     messages: Any = import_module("sentencepiece.sentencepiece_model_pb2")  # protobuf's, without types
-    spec = messages.ModelProto.FromString(processor.serialized_model_proto()).normalizer_spec
+    proto = messages.ModelProto.FromString(processor.serialized_model_proto())
+    if proto.trainer_spec.model_type == proto.trainer_spec.BPE:
+        backend.model = _merging_by_score(processor)
+    spec = proto.normalizer_spec
     prefix = spec.add_dummy_prefix if said.get("add_prefix_space") is None else bool(said["add_prefix_space"])
     steps: list[normalizers.Normalizer] = []
     if spec.precompiled_charsmap:
@@ -129,6 +134,16 @@ def _prepare_as(processor: Any, backend: Tokenizer, said: Mapping[str, Any]) -> 
     backend.normalizer = normalizers.Sequence(steps)
     undone = [decoders.Strip(" ", 1, 0)] if prefix else []
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *undone])
+
+
+def _merging_by_score(processor: Any) -> BPE:
+    """Pieces merge in the order of their scores. transformers takes that of their numbers, which is another one where
+    runs of blanks come last, as with the first Llamas and Mistrals."""
+    ids = range(processor.piece_size())
+    vocabulary = {processor.id_to_piece(id): id for id in ids}
+    merges = generate_merges(vocabulary, {processor.id_to_piece(id): processor.get_score(id) for id in ids})
+    unknown, bytes_known = processor.id_to_piece(processor.unk_id()), any(map(processor.is_byte, ids))
+    return BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=bytes_known)
 
 
 def _from_tiktoken(directory: Path, name: str, model_type: str) -> Any:
