@@ -5,7 +5,7 @@ from dataclasses import replace
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from loraplex_router.replicas.placement import Candidate, choose, most_load
+from loraplex_router.replicas.placement import Candidate, choose, max_load
 from loraplex_router.vocabulary.adapter import Nearness
 
 NAMES = st.text(max_size=8)
@@ -20,7 +20,7 @@ def replicas(draw: st.DrawFn) -> list[Candidate]:
 
 @given(adapter=NAMES, replicas=replicas())
 def test_nobody_is_sent_to_a_replica_that_is_much_busier_than_another(adapter: str, replicas: list[Candidate]):
-    assert choose(adapter, replicas).load <= most_load(min(replica.load for replica in replicas))
+    assert choose(adapter, replicas).load <= max_load(min(replica.load for replica in replicas))
 
 
 @given(adapter=NAMES, replicas=replicas())
@@ -28,7 +28,7 @@ def test_an_adapter_goes_where_it_is_unless_everybody_who_has_it_is_much_busier(
     adapter: str, replicas: list[Candidate]
 ):
     chosen = choose(adapter, replicas)
-    bound = most_load(min(replica.load for replica in replicas))
+    bound = max_load(min(replica.load for replica in replicas))
     assert all(replica.nearness <= chosen.nearness for replica in replicas if replica.load <= bound)
     homes = [replica for replica in replicas if replica.nearness is chosen.nearness and replica.load <= bound]
     if chosen.nearness is not Nearness.ABSENT:
@@ -39,7 +39,7 @@ def test_an_adapter_goes_where_it_is_unless_everybody_who_has_it_is_much_busier(
 def test_a_cold_adapter_goes_to_the_least_busy_replica_with_a_slot_to_spare(adapter: str, replicas: list[Candidate]):
     cold = [replace(replica, nearness=Nearness.ABSENT) for replica in replicas]
     chosen = choose(adapter, cold)
-    bound = most_load(min(replica.load for replica in cold))
+    bound = max_load(min(replica.load for replica in cold))
     roomy = [replica for replica in cold if replica.load <= bound and replica.has_spare_slot]
     assert chosen.has_spare_slot == bool(roomy)
     assert chosen.load == min(replica.load for replica in roomy or cold)

@@ -1,2 +1,2 @@
-"""The copies of the model behind this router: how they are found, which of them a request goes to, what becomes of it
-when one is lost, and what operators ask of them."""
+"""The copies of the model behind this router: finding them, placing requests, moving requests when a replica is lost,
+and operators' calls."""

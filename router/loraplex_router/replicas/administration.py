@@ -1,6 +1,6 @@
-"""What operators ask for: which adapters are where, loaded ahead of their use, unloaded, or kept on the device.
+"""Operators' calls: listing adapters, loading them in advance, unloading them, and pinning them to the device.
 
-A listing speaks of an adapter once, whichever replicas have it, and says what it is in each of them.
+A listing has each adapter once, with its state in every replica that has it.
 """
 
 import asyncio
@@ -25,26 +25,26 @@ from loraplex_router.replicas.statuses import status_in_memory, status_on_disk, 
 from loraplex_router.vocabulary.adapter import Adapter
 from loraplex_router.vocabulary.references import AdapterReference, ids_of
 
-NAMES_KEPT = 20  # times as long as it took to list them, which takes a while if there are thousands
-AT_A_TIME = 500  # lines of a listing that are made in one go
+NAMES_KEPT = 20  # times as long as listing them took, which is slow if there are thousands
+AT_A_TIME = 500  # lines of a listing computed without a pause
 
 logger = logging.getLogger(__name__)
 
 
 class Administration:
-    """Names an adapter by a reference or, as merged ones have none, by its digest."""
+    """Adapters are named by reference or by digest: merged ones have no reference."""
 
     def __init__(self, registry: AdapterRegistry, replicas: Replicas) -> None:
         self._registry = registry
         self._replicas = replicas
         self._names = frozenset[str]()
         self._named_until = 0.0
-        self._dropping: set[tuple[str, str]] = set()  # digests and ids that are forgotten once nothing needs them
+        self._dropping: set[tuple[str, str]] = set()  # (digest, id) pairs to forget once nothing needs them
         self._pins: dict[str, AdapterReference] = {}  # by digest; outlives the replica that holds the adapter
 
     async def list(self) -> list[pb.AdapterStatus]:
-        """The staged adapters under every name they were asked for, what is on its way, and the names in the adapter
-        directory. Raises UnavailableError while no replica is there to say what is in it."""
+        """Staged adapters under each requested name, adapters being staged, and the names in the adapter directory.
+        Raises UnavailableError if no replica can list the directory."""
         loaded = [status for entry in self._registry if (status := self._status(entry))]
         fetched = {reference for replica in self._replicas for reference in replica.adapters.fetching()}
         fetching = [
@@ -59,7 +59,7 @@ class Administration:
         local = await replica.shards.local_adapters()
         on_disk: list[pb.AdapterStatus] = []
         for start in range(0, len(local), AT_A_TIME):
-            await asyncio.sleep(0)  # others have their turn
+            await asyncio.sleep(0)  # let other tasks run
             on_disk += [
                 status_on_disk(adapter) for adapter in local[start : start + AT_A_TIME] if adapter.id not in known
             ]
@@ -67,13 +67,13 @@ class Administration:
         return sorted(listed, key=lambda status: (status.id, status.source, status.revision))
 
     async def load(self, reference: AdapterReference) -> pb.AdapterStatus:
-        """Reads the source again, whatever was known, and stages what is there now, on one replica."""
+        """Rereads the source and stages its current content, on one replica."""
         await self._replicas.choose(reference).adapters.read_again(reference)
         return self._status_of(reference)
 
     async def names(self) -> frozenset[str]:
-        """Of the adapters that can be asked for, but for those of the hub and S3 that nobody has asked for yet; as
-        they were some seconds ago, at most, or longer if there are many."""
+        """The names of available adapters, except those on the hub and in object stores that were never requested. May
+        be some seconds old, or older if there are many."""
         began = time.monotonic()
         if began >= self._named_until:
             listed = await self.list()
@@ -83,11 +83,11 @@ class Administration:
         return self._names
 
     async def unload(self, name: AdapterReference | str, wait: bool) -> None:
-        """Forgets what its references were resolved to, and frees what it has on every replica. Content that goes by
-        another name as well stays, under that.
+        """Forgets what its references were resolved to, and frees its memory on every replica. Content that also has
+        another name stays, under that name.
 
-        With `wait`, what runs or waits with it goes to its end first. Raises AdapterNotFoundError if it is not loaded,
-        AdapterInUseError, without `wait`, if it is needed.
+        With `wait`, waits until sequences that use it have ended. Raises AdapterNotFoundError if it is not loaded and,
+        without `wait`, AdapterInUseError if it is needed.
         """
         digest = self._digest(name)
         holders = list(self._holders(digest))
@@ -106,11 +106,11 @@ class Administration:
             self._registry.forget(digest)
 
     async def pin(self, name: AdapterReference | str) -> pb.AdapterStatus:
-        """Brings it to the device of one replica and keeps it there. Returns once it is there. What was named by its
-        reference is pinned on another replica if that one is lost.
+        """Loads it onto one replica's device and keeps it there. Returns once it is there. If named by reference, it is
+        pinned on another replica when that one is lost.
 
-        Raises AdapterNotFoundError for a digest that is not loaded, AdapterPinsError if the replica has as many pins as
-        it can.
+        Raises AdapterNotFoundError for a digest that is not loaded, AdapterPinsError if the replica cannot pin another
+        one.
         """
         if isinstance(name, AdapterReference):
             with await self._replicas.place(name) as lease:
@@ -140,13 +140,13 @@ class Administration:
         return self._status_of(name)
 
     async def restore_pins(self) -> None:
-        """Pins again what was pinned on a replica that is gone."""
+        """Pins the adapters of lost replicas again, on others."""
         for digest, reference in list(self._pins.items()):
             if not any(adapter.pinned for _, adapter in self._holders(digest)):
                 try:
                     await self.pin(reference)
                 except LoraplexError as error:
-                    logger.warning("the pinned adapter %s cannot be loaded again: %s", digest, error)
+                    logger.warning("cannot reload the pinned adapter %s: %s", digest, error)
 
     def _digest(self, name: AdapterReference | str) -> str:
         digest = name if isinstance(name, str) else self._registry.digest(name)
@@ -170,7 +170,7 @@ class Administration:
         return status
 
     def _asked_for(self, reference: AdapterReference) -> tuple[Generation, ...]:
-        """What waits or runs and asked for it by that name."""
+        """The waiting or running generations that requested it by this name."""
         generations = (generation for replica in self._replicas for generation in replica.engine.generations)
         return tuple(each for each in generations if ids_of(each.reference) == (reference.id,))
 
@@ -180,7 +180,7 @@ class Administration:
         return status_in_memory(entry, holders, (entry.digest, entry.id) in self._dropping) if holders else None
 
     async def _drop_name(self, digest: str, reference: AdapterReference) -> None:
-        """The content, which goes by other names as well, stays."""
+        """Forgets this name only: the content stays, under its other names."""
         id, asked = reference.id, self._asked_for(reference)
         self._dropping.add((digest, id))
         try:

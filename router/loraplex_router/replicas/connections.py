@@ -1,4 +1,4 @@
-"""Keeps the router connected to the replicas: finds them, takes them up, notices when they stop, and tries again."""
+"""Keeps the router connected to the replicas: finds them, connects, notices when they stop, and reconnects."""
 
 import asyncio
 import logging
@@ -30,17 +30,17 @@ logger = logging.getLogger(__name__)
 
 
 class Supervisor(Protocol):
-    """Whoever started the only replica's ranks, in the router's own process, and starts them again."""
+    """What starts and restarts the only replica's ranks, in the router's own process."""
 
     def ready(self) -> None:
-        """The router has taken the replica up."""
+        """The router uses the replica now."""
 
     def silent(self) -> None:
-        """The router has given the replica up, since it does not answer any more."""
+        """The router has given the replica up, since it no longer answers."""
 
 
 class Connections:
-    """`run` is its task. The first replica says which model is served; one that does not fit it is refused."""
+    """`run` is its task. The first replica determines the served model; replicas that do not match are refused."""
 
     def __init__(
         self,
@@ -75,7 +75,7 @@ class Connections:
             raise errors.exceptions[0] from None
 
     async def _keep(self, address: Address) -> None:
-        """Drives the replica at an address again and again, until discovery does not name it any more."""
+        """Drives the replica at an address, reconnecting as needed, until discovery no longer lists it."""
         last = ""
         while address in self._wanted:
             observer = self._observer.replica(str(address))
@@ -97,7 +97,8 @@ class Connections:
         self._tasks.pop(address, None)
 
     async def _drive(self, shards: ShardGroup, name: str) -> None:
-        """From connecting to the replica until it has stopped. Raises the LoraplexError that ended it before."""
+        """Connects to the replica and drives it until it has stopped. Raises the LoraplexError that ended it
+        earlier."""
         watching = asyncio.create_task(shards.watch(partial(self._set_silent, name)))
         try:
             replica = await _unless(watching, self._take_up(shards, name))
@@ -162,12 +163,12 @@ class Connections:
 
 
 def adapter_bytes(settings: RouterSettings, info: GetInfoResponse) -> int:
-    """What a replica's adapters may take of host memory, over all ranks: what was set, or as much as there is."""
+    """Bytes of host memory for a replica's adapters, over all ranks: the setting, at most what the shards have."""
     there = info.adapter_host_bytes * info.tensor_parallel_size
     wanted = int(settings.adapter_host_gib * GIB)
     if wanted > there:
         logger.warning(
-            "adapter_host_gib: %g GiB were asked for; the shards have %.2f for adapters, and more is not used",
+            "adapter_host_gib is %g, but the shards have only %.2f GiB for adapters: using that",
             wanted / GIB,
             there / GIB,
         )
@@ -175,7 +176,7 @@ def adapter_bytes(settings: RouterSettings, info: GetInfoResponse) -> int:
 
 
 async def _unless(failing: asyncio.Task[None], call: Coroutine[None, None, T]) -> T:
-    """What the call returns, unless the task ends before it, which then raises why."""
+    """The call's result; if the task ends first, raises the task's error."""
     calling = asyncio.create_task(call)
     try:
         await asyncio.wait([calling, failing], return_when=asyncio.FIRST_COMPLETED)
@@ -187,7 +188,7 @@ async def _unless(failing: asyncio.Task[None], call: Coroutine[None, None, T]) -
 
 
 def _reason(errors: Sequence[Exception]) -> str:
-    """Why a replica was lost that left these."""
+    """Why a replica with these errors was lost."""
     if not errors:
         return "stopped"
     return "silent" if isinstance(errors[0], SilentError) else "failed"

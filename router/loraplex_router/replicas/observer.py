@@ -1,4 +1,4 @@
-"""What is told of the replicas to whoever watches them."""
+"""What observers of the replicas are told."""
 
 from typing import Protocol
 
@@ -16,13 +16,13 @@ class Observer(Protocol):
     """The events of all replicas."""
 
     def replica(self, name: str) -> ReplicaObserver:
-        """Who watches the replica of this name."""
+        """The observer of the replica with this name."""
 
     def watch(self, replica: Replica) -> None:
         """A replica has become ready."""
 
     def forget(self, name: str) -> None:
-        """It is gone, or could not be reached."""
+        """A replica is gone, or could not be reached."""
 
     def silent(self) -> None:
         """A replica has not answered for a while."""
@@ -31,4 +31,4 @@ class Observer(Protocol):
         """A replica that was ready is gone: it stopped, failed, or was silent for too long."""
 
     def ended(self, generation: Generation) -> None:
-        """It has ended while it was on no replica."""
+        """A generation has ended while it was on no replica."""

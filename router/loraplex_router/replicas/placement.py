@@ -1,10 +1,10 @@
-"""Which replica a request goes to. Pure policy: no clock, no transport, no state, so that any router decides alike.
+"""Which replica a request goes to. Pure policy: no clock, no transport, no state, so that all routers decide alike.
 
 An adapter's requests go to the replica that has it, which saves a load and finds its prefixes cached, unless that
-replica is much busier than the least busy one; what "much" means is `most_load`. Where no replica has the adapter, it
-goes to the least busy replica with a slot to spare. Ties are broken by rendezvous hashing (Thaler and Ravishankar 1998)
-of the adapter's name and the replica's: no two routers need to talk to agree, and a replica that comes or goes moves no
-adapter but its own.
+replica is much busier than the least busy one; `max_load` defines "much". If no replica has the adapter, it goes to the
+least busy replica with a spare slot. Ties are broken by rendezvous hashing (Thaler and Ravishankar 1998) of the
+adapter's name and the replica's: routers agree without communication, and a replica that joins or leaves moves only its
+own adapters.
 """
 
 from collections.abc import Iterable
@@ -13,22 +13,21 @@ from hashlib import blake2b
 
 from loraplex_router.vocabulary.adapter import Nearness
 
-SLACK = 8  # sequences by which a replica may be busier than the least busy one, whatever that one's load
+SLACK = 8  # sequences that a replica may always have more than the least busy one
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A replica that takes new sequences, as the placement of one adapter sees it."""
+    """A replica that accepts new sequences, from the point of view of one adapter."""
 
     name: str
-    load: int  # sequences that run, wait, or are on their way
+    load: int  # running, waiting and arriving sequences
     has_spare_slot: bool  # a slot that nobody uses or waits for
     nearness: Nearness  # of the adapter
 
 
-def most_load(least: int) -> int:
-    """The load up to which a replica counts as no busier than the least busy one: half as much again, and some
-    slack."""
+def max_load(least: int) -> int:
+    """The highest load that counts as no busier than the least busy replica's load `least`."""
     return least + max(SLACK, least // 2)
 
 
@@ -38,7 +37,7 @@ def choose(adapter: str, candidates: Iterable[Candidate]) -> Candidate:
     Raises ValueError if there are no candidates.
     """
     candidates = list(candidates)
-    bound = most_load(min(candidate.load for candidate in candidates))
+    bound = max_load(min(candidate.load for candidate in candidates))
     fair = [candidate for candidate in candidates if candidate.load <= bound]
     nearest = max(candidate.nearness for candidate in fair)
     if nearest is Nearness.ABSENT:

@@ -1,4 +1,4 @@
-"""One replica, as the router drives it: its queue, its blocks, its slots, its adapters and its engine."""
+"""The router's side of one replica: its queue, blocks, slots, adapters and engine."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,24 +34,24 @@ class Replica:
     ) -> None:
         self.name = name
         self.shards = shards
-        self.stopping = False  # or gone: it takes nothing new any more
+        self.stopping = False  # or gone: it no longer accepts new sequences
         self.silent = False  # its shards have not answered for a while
         self.pool = pool
         self.blocks = BlockAllocator(num_blocks)
         self.scheduler = Scheduler(limits, self.blocks, pool)
         self.adapters = AdapterStaging(shards, pool, registry, changes)
         self.engine = Engine(self.scheduler, pool, shards, observer, changes)
-        self.leases = 0  # requests that have their place here and are not submitted yet
-        self._preparing = 0  # requests whose adapter is being staged or whose grammar compiled
+        self.leases = 0  # requests placed here but not submitted yet
+        self._preparing = 0  # requests whose adapter is being staged or whose grammar is being compiled
         self._failed_preparing = False
 
     @property
     def accepting(self) -> bool:
-        """Whether it takes new sequences."""
+        """Whether it accepts new sequences."""
         return not (self.stopping or self.silent)
 
     def candidate(self, reference: Reference | None) -> Candidate:
-        """The replica as the placement of a request sees it."""
+        """The replica as a candidate for a request."""
         if reference is None:
             return Candidate(self.name, self._load, has_spare_slot=True, nearness=Nearness.ABSENT)
         return Candidate(self.name, self._load, self.pool.has_spare_slot, self.adapters.nearness(reference))
@@ -62,12 +62,12 @@ class Replica:
 
     @property
     def busy(self) -> bool:
-        """Whether it stages an adapter or compiles a grammar, or was lost while it did."""
+        """Whether it is staging an adapter or compiling a grammar, or was lost while doing so."""
         return bool(self._preparing) or self._failed_preparing
 
     @contextmanager
     def preparing(self) -> Iterator[None]:
-        """Within it the shards stage an adapter or compile a grammar for a request."""
+        """A context in which the shards stage an adapter or compile a grammar for a request."""
         self._preparing += 1
         try:
             yield

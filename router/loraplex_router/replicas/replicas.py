@@ -1,8 +1,8 @@
-"""The replicas behind this router: which of them a request goes to, and what becomes of it if that one is lost.
+"""The replicas behind this router: placing requests on them, and moving requests when one is lost.
 
-A generation whose replica is lost goes on in another one, from the tokens that were known here: the router holds all
-that a client was promised. One that replicas are lost of is found out, and ended: see suspects.py. Knows nothing of how
-replicas are found or connected to.
+A generation whose replica is lost continues on another one, from the tokens known here: the router has everything that
+clients were sent. A generation that crashes replicas is found and ended: see suspects.py. Does not know how replicas
+are found or connected to.
 """
 
 import asyncio
@@ -24,25 +24,25 @@ from loraplex_router.vocabulary.grammar import Grammar
 from loraplex_router.vocabulary.references import Reference, name_of
 
 RETRY_SECONDS = 0.1
-MOST_LOST = 3  # replicas that a request can lose while they stage its adapter or compile its grammar
-GIVEN_UP = "{} replicas were lost while they worked on this request, so it was ended: do not send it again"
+MOST_LOST = 3  # replicas that a request may lose while they stage its adapter or compile its grammar
+GIVEN_UP = "{} replicas failed while working on this request, so it was ended: do not send it again"
 
 logger = logging.getLogger(__name__)
 
 
 class Replicas:
-    """All live replicas. `move_seconds` is how long a generation without a replica waits for one; requests that come
-    meanwhile wait as long."""
+    """All live replicas. `move_seconds`: how long a generation without a replica, or a request that arrives meanwhile,
+    waits for one."""
 
     def __init__(self, observer: Observer, move_seconds: float) -> None:
         self._observer = observer
         self._move_seconds = move_seconds
         self._replicas: dict[str, Replica] = {}  # by name
         self._moving: dict[Generation, asyncio.Task[None]] = {}
-        self._last_lost: float | None = None  # since when no replica takes new sequences, by time.monotonic
+        self._last_lost: float | None = None  # since when no replica accepts new sequences, by time.monotonic
         self.changes = Changes()
-        self.version = 0  # how often replicas have come, gone, or stopped or begun taking sequences
-        self.ready = asyncio.Event()  # while any replica takes new sequences
+        self.version = 0  # increases when a replica joins, leaves, or starts or stops accepting sequences
+        self.ready = asyncio.Event()  # set while any replica accepts new sequences
 
     def __iter__(self) -> Iterator[Replica]:
         return iter(self._replicas.values())
@@ -53,7 +53,7 @@ class Replicas:
 
     @property
     def num_waiting(self) -> int:
-        """Sequences that are queued, or without a replica."""
+        """Number of sequences that are queued or without a replica."""
         moving = sum(len(generation.unfinished) for generation in self._moving)
         return moving + sum(replica.scheduler.num_waiting for replica in self)
 
@@ -65,12 +65,13 @@ class Replicas:
         self._update()
 
     def drain(self, replica: Replica) -> None:
-        """Its shards want to stop: what it began goes on there, what waits goes elsewhere if there is an elsewhere."""
+        """Its shards are about to stop: running sequences continue there, waiting ones go elsewhere if possible."""
         replica.stopping = True
         self._take_nothing_new(replica)
 
     def set_silent(self, name: str, silent: bool) -> None:
-        """Its shards have not answered for a while, or do again. Meanwhile it is as if they wanted to stop."""
+        """Its shards have not answered for a while, or answer again. A silent replica is treated like a stopping
+        one."""
         if replica := self._replicas.get(name):
             replica.silent = silent
             if silent:
@@ -94,7 +95,7 @@ class Replicas:
         lost = replica.engine.release(started=True)
         convicted = next((g for g in lost if any(output.sequence is guilty for output in g.outputs)), None)
         if guilty and convicted:
-            logger.error("request %s is ended: %d replicas died of it", convicted.request_id, guilty.losses)
+            logger.error("ended request %s: it crashed %d replicas", convicted.request_id, guilty.losses)
             self._fail(convicted, GenerationError(GIVEN_UP.format(guilty.losses)))
             self._acquit_all()
             acquit(output.sequence for generation in lost for output in generation.outputs)
@@ -112,16 +113,16 @@ class Replicas:
     # ---- requests --------------------------------------------------------------------------------------------
 
     def choose(self, reference: Reference | None, without: Iterable[Replica] = ()) -> Replica:
-        """Where a request with this adapter goes. Raises UnavailableError if no replica takes any."""
+        """The replica for a request with this adapter. Raises UnavailableError if no replica accepts requests."""
         replicas = [replica for replica in self if replica.accepting and replica not in without]
         if not replicas:
             raise UnavailableError("no replica is ready: try again later")
         return self._replicas[choose(name_of(reference), [replica.candidate(reference) for replica in replicas]).name]
 
     async def place(self, reference: Reference | None, grammar: Grammar | None = None) -> "Lease":
-        """A place for a request, with the adapter staged and the grammar compiled there. The caller must close it.
+        """Reserves a place for a request, with the adapter staged and the grammar compiled. The caller must close it.
 
-        Where the last replica was lost just now it waits for one, until what ran there waits no more. Raises
+        If the last replica was just lost, waits for one as long as its generations do. Raises
         UnavailableError if no replica can take it, AdapterError with the reason if the adapter cannot be served,
         InvalidRequestError if adapters cannot be merged or the grammar cannot be compiled.
         """
@@ -139,7 +140,7 @@ class Replicas:
                     await self.ready.wait()
 
     async def _place_now(self, reference: Reference | None, grammar: Grammar | None, lost: list[Replica]) -> "Lease":
-        """Adds to the replicas that were lost meanwhile: maybe because of the adapter or the grammar."""
+        """Appends to `lost` the replicas lost meanwhile, possibly because of the adapter or the grammar."""
         while True:
             replica = self.choose(reference, without=lost)
             try:
@@ -157,7 +158,7 @@ class Replicas:
                 return Lease(self, replica, adapter)
 
     def cancel(self, generation: Generation) -> None:
-        """Ends what still runs of it; its blocks are free by the next step. Does nothing if it has ended."""
+        """Ends its unfinished sequences; their blocks are free by the next step. Does nothing if it has ended."""
         for replica in self:
             replica.engine.cancel(generation)
         if task := self._moving.pop(generation, None):
@@ -166,7 +167,7 @@ class Replicas:
             self._observer.ended(generation)
 
     def fail_all(self, error: LoraplexError) -> None:
-        """Ends everything that waits or runs."""
+        """Ends all waiting and running generations."""
         for replica in self:
             for generation in replica.engine.release(started=True):
                 self._fail(generation, error)
@@ -178,12 +179,12 @@ class Replicas:
     # ---- from a lost replica to another ------------------------------------------------------------------------
 
     def move(self, generations: Iterable[Generation]) -> None:
-        """Has them go on on other replicas than they were on."""
+        """Continues the generations on other replicas."""
         for generation in generations:
             self._moving[generation] = asyncio.create_task(self._move(generation))
 
     def _acquit_all(self) -> None:
-        """What the replicas died of is found."""
+        """Clears all suspects, once the culprit is found."""
         running = [generation for replica in self for generation in replica.engine.generations]
         for generation in (*running, *self._moving):
             acquit(output.sequence for output in generation.outputs)
@@ -193,11 +194,11 @@ class Replicas:
             async with asyncio.timeout(self._move_seconds):
                 lease = await self._place_again(generation)
         except TimeoutError:
-            self._fail(generation, UnavailableError("the shards were lost, and no others came in time"))
+            self._fail(generation, UnavailableError("the shards were lost, and no replacement became ready in time"))
         except LoraplexError as error:
             self._fail(generation, error)
         except Exception:
-            logger.exception("a request cannot be moved to another replica")
+            logger.exception("cannot move a request to another replica")
             self._fail(generation, UnavailableError("the router failed; its log has the details"))
         else:
             with lease:
@@ -217,7 +218,7 @@ class Replicas:
                 continue
             if lease.adapter.digest != generation.adapter.digest:
                 lease.close()
-                raise UnavailableError("the shards were lost, and the adapter's content is not what it was")
+                raise UnavailableError("the shards were lost, and the adapter's content has changed since")
             return lease
 
     def _fail(self, generation: Generation, error: LoraplexError) -> None:
@@ -226,8 +227,8 @@ class Replicas:
 
 
 class Lease:
-    """A request's place on a replica, until it is closed: meanwhile the adapter stays in host memory, and others see
-    that the request is coming."""
+    """A request's place on a replica. Until it is closed, the adapter stays in host memory, and the request counts
+    towards the replica's load."""
 
     def __init__(self, replicas: Replicas, replica: Replica, adapter: Adapter) -> None:
         self._replicas = replicas
@@ -243,7 +244,7 @@ class Lease:
         self.close()
 
     def submit(self, generation: Generation) -> None:
-        """Queues it here or, if the replica takes nothing new any more, on another one."""
+        """Queues it here or, if the replica no longer accepts sequences, on another one."""
         if self.replica.accepting:
             self.replica.engine.submit(generation)
         else:

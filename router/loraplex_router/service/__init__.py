@@ -1,2 +1,2 @@
-"""What the faces call: a request is checked whole, made into sequences (`prompts.py`), placed and submitted
+"""The operations behind all faces: a request is checked, made into sequences (`prompts.py`), placed and submitted
 (`service.py`)."""

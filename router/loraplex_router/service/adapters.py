@@ -1,5 +1,4 @@
-"""What callers ask about adapters: a listing for everybody, the rest for administrators, each with a line in the audit
-log."""
+"""Operations on adapters: a listing for everyone, the rest for administrators, each with a line in the audit log."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 class Adapters:
-    """`key` is the caller's API key. `model` answers what is served, and raises UnavailableError until it is known.
+    """`key` is the caller's API key. `model` returns the served model, or raises UnavailableError until it is known.
     All calls raise LoraplexError."""
 
     def __init__(
@@ -31,28 +30,27 @@ class Adapters:
         self._model = model
 
     async def list(self, key: str | None = None) -> list[AdapterStatus]:
-        """What is staged and what lies in the adapter directory, as far as the caller may use it."""
+        """Adapters that are staged or in the adapter directory, as far as the caller may use them."""
         tenant = self._keys.tenant(key)
         listed = await self._administration.list()
         return [self._remarked(status) for status in listed if all(map(tenant.may_use, status.id.split(",")))]
 
     async def load(self, reference: AdapterReference, key: str | None = None) -> AdapterStatus:
-        """Reads the adapter's source again, whatever was known, and stages what is there now. For administrators."""
+        """Rereads the adapter's source and stages its current content. For administrators."""
         with self._administered("load", reference, key) as tenant:
             async with self._suggestions.for_missing(reference, tenant.may_use):
                 return self._remarked(await self._administration.load(reference))
 
     async def unload(self, name: AdapterReference | str, wait: bool = False, key: str | None = None) -> None:
-        """Frees what it has on every replica. For administrators. `name` is a reference or a digest.
+        """Frees its memory on every replica. For administrators. `name` is a reference or a digest.
 
-        Raises AdapterNotFoundError if it is not loaded and, unless it is to `wait` for them, AdapterInUseError while
-        sequences need it.
+        Raises AdapterNotFoundError if it is not loaded and, without `wait`, AdapterInUseError while sequences need it.
         """
         with self._administered("unload", name, key):
             await self._administration.unload(name, wait)
 
     async def pin(self, name: AdapterReference | str, key: str | None = None) -> AdapterStatus:
-        """Loads an adapter onto the device of one replica, where it stays until it is unpinned or unloaded. Returns
+        """Loads an adapter onto one replica's device, where it stays until it is unpinned or unloaded. Returns
         once it is there. For administrators.
 
         Raises AdapterNotFoundError for a digest that is not loaded, AdapterPinsError if no more can be pinned.
@@ -63,7 +61,7 @@ class Adapters:
                 return await self._administration.pin(name)
 
     async def unpin(self, name: AdapterReference | str, key: str | None = None) -> AdapterStatus:
-        """Lets it leave the device again when others need its place. For administrators.
+        """Lets it leave the device when others need its slot. For administrators.
 
         Raises AdapterNotFoundError if it is not loaded.
         """
@@ -72,7 +70,7 @@ class Adapters:
 
     @contextmanager
     def _administered(self, action: str, name: AdapterReference | str, key: str | None) -> Iterator[Tenant]:
-        """Checks who asks and what they name, and logs what comes of it."""
+        """Checks the caller and the name, and logs the outcome."""
         named = {"digest" if isinstance(name, str) else "adapter": name}
         with audited(action, self._keys, key, **named):
             tenant = self._keys.administrator(key)
@@ -85,7 +83,7 @@ class Adapters:
             check_reference(name, self._model().info.adapter_sources, found)
         else:
             written = DIGEST.fullmatch(name) is not None
-            found.check(written, "digest", "write it as a listing does: 64 characters of 0-9 a-f")
+            found.check(written, "digest", "must be as in a listing: 64 characters of 0-9 a-f")
         found.raise_any()
 
     def _remarked(self, status: AdapterStatus) -> AdapterStatus:

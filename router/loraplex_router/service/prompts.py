@@ -10,12 +10,12 @@ from loraplex_router.vocabulary.request import Request
 from loraplex_router.vocabulary.room import count_kept, most_counted
 from loraplex_router.vocabulary.sequence import Sequence
 
-Text: TypeAlias = str | tuple[int, ...] | RenderedChat  # what is tokenized, if it is not token ids already
+Text: TypeAlias = str | tuple[int, ...] | RenderedChat  # the input of the tokenizer, unless already token ids
 
 
 async def encode(request: Request, text: Text, model: Model) -> list[int]:
-    """The request's prompt in tokens, cut as the request wants it. Of a text that is far too long, as many tokens as
-    show that."""
+    """The request's prompt in tokens, truncated as the request asks. Of a text that is far too long, only enough tokens
+    to show that."""
     kept = count_kept(request, model.info.max_model_len)
     if isinstance(text, tuple):
         return list(text if kept is None else text[-kept:])
@@ -34,7 +34,7 @@ def make_sequence(
     tenant: Tenant,
     model: Model,
 ) -> Sequence:
-    """Answer `index` to a request. `number` is the order of arrival, `room` the most tokens that it may have."""
+    """Answer `index` to a request. `number` is the order of arrival, `room` the maximum number of tokens."""
     ends = _ends(adapter, text, model)
     ignored = request.ignore_eos and request.grammar is None
     return Sequence(
@@ -51,13 +51,14 @@ def make_sequence(
         tenant=tenant.name,
         weight=tenant.weight,
         cache_salt=request.cache_salt,
-        # A complete match to a grammar can only be followed by an end token, so that one is put off, not ignored.
+        # After a complete match of a grammar, only an end token can follow, so it is postponed, not ignored.
         unwanted_token_ids=ends if request.ignore_eos and request.grammar is not None else frozenset(),
     )
 
 
 def _ends(adapter: Adapter, text: Text, model: Model) -> frozenset[int]:
-    """The tokens that end an answer: the model's, the adapter's, and what the chat template writes behind one."""
+    """The tokens that end an answer: the model's, the adapter's, and the one that the chat template writes after an
+    answer."""
     turn_end = model.tokenizer.special_token_at(text.turn_end) if isinstance(text, RenderedChat) else None
     known = (*model.end_token_ids, *adapter.tokenizer.end_token_ids)
     return frozenset(known if turn_end is None else (*known, turn_end))

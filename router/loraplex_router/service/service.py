@@ -1,4 +1,5 @@
-"""What the faces call: checks a request whole, tokenizes it, resolves its adapter and hands it to the engine."""
+"""The operations behind all faces: checks a request, tokenizes it, resolves its adapter and submits it to the
+engine."""
 
 import asyncio
 import secrets
@@ -39,15 +40,15 @@ from loraplex_router.vocabulary.sequence import FinishReason
 from loraplex_router.vocabulary.violations import Violations
 from loraplex_router.vocabulary.volume import Volume
 
-FEW_INPUTS = 32  # to be embedded: then others have their turn
-LONG_PROMPT = 1000  # tokens: where a call has several such prompts, others have their turn between two
+FEW_INPUTS = 32  # to embed before other tasks get a turn
+LONG_PROMPT = 1000  # tokens: between two such prompts of a call, other tasks get a turn
 
 
 class Service:
-    """The router's operations, for every face alike. All raise LoraplexError.
+    """The router's operations, shared by all faces. All raise LoraplexError.
 
-    `key` is the API key that the caller presented, if any; where the server has keys, it is checked first. Until the
-    model is known, whatever needs it raises UnavailableError. `max_queue` is how many sequences may wait.
+    `key` is the caller's API key, if any; if the server has keys, it is checked first. Operations that need the model
+    raise UnavailableError until it is known. `max_queue` is how many sequences may wait.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class Service:
         self._arrivals = 0
 
     def serve(self, model: Model) -> None:
-        """A replica is there that serves this model. Raises UnavailableError if it is not the one that is served."""
+        """Sets the model that a new replica serves. Raises UnavailableError if another model is already served."""
         if self._model is None:
             self._model = model
             self._checking = asyncio.create_task(model.renderer.check())
@@ -93,7 +94,7 @@ class Service:
 
     @property
     def sampling_defaults(self) -> Sampling:
-        """What OpenAI's routes take where a request says nothing."""
+        """The default sampling parameters of OpenAI's routes."""
         return self._known_model.sampling_defaults
 
     @property
@@ -111,10 +112,10 @@ class Service:
         return not self._preparing and self._replicas.idle
 
     async def generate(self, request: Request, key: str | None = None, volume: Volume | None = None) -> Generation:
-        """Admits a request and queues its sequences. The caller reads the generation and then must `close` it. Calls
+        """Admits a request and queues its sequences. The caller reads the generation and must then `close` it. Callers
         that make several requests count them in one `volume`.
 
-        Everything that can be wrong with the request is raised from here, before anything is generated.
+        All errors in the request are raised here, before anything is generated.
         """
         arrived = time.monotonic()
         with self.telemetry.admission(request, arrived):
@@ -129,7 +130,7 @@ class Service:
                 raise
 
     async def embed(self, request: EmbedRequest, key: str | None = None) -> list[Embedding]:
-        """One embedding for each input. For a key's limits they are one request."""
+        """One embedding per input. They count as one request for a key's limits."""
         arrived = time.monotonic()
         with self.telemetry.admission(request, arrived):
             tenant = self.keys.tenant(key)
@@ -189,14 +190,14 @@ class Service:
         return generation
 
     def close(self, generation: Generation) -> None:
-        """The reader is done with it, or gone: ends what still runs."""
+        """The reader is done, or gone: ends unfinished sequences."""
         tenant = self._end(generation)
         tenant.end(generation.num_tokens, time.monotonic())
 
     def cancel_request(self, request_id: str, key: str | None = None) -> None:
         """Ends a request; its reader sees it finish as cancelled.
 
-        Raises RequestNotFoundError if no such request of the caller's, or of anybody for an administrator, is running.
+        Raises RequestNotFoundError if the caller (for an administrator: anyone) has no such running request.
         """
         with audited("cancel", self.keys, key, request_id=request_id):
             tenant = self.keys.tenant(key)
@@ -206,8 +207,8 @@ class Service:
             self._replicas.cancel(running[0])
 
     def cancel(self, generation: Generation) -> None:
-        """Ends what still runs of a generation whose client is gone; its reader, which sees it finish as cancelled, is
-        still to close it."""
+        """Ends the unfinished sequences of a generation whose client is gone. Its reader sees it finish as cancelled,
+        and must still close it."""
         self._replicas.cancel(generation)
 
     def cancel_all(self) -> None:
@@ -218,8 +219,8 @@ class Service:
     async def tokenize(
         self, prompt: str | Chat, add_special_tokens: bool, adapter: AdapterReference | None, key: str | None = None
     ) -> Spans:
-        """The tokens of a text or a rendered conversation, each with its place in it. A conversation is rendered with
-        the adapter's own chat template, if it has one; a text has no need of an adapter."""
+        """The tokens of a text or a rendered conversation, each with its position. A conversation is rendered with the
+        adapter's chat template, if it has one; a text ignores the adapter."""
         tenant = self.keys.tenant(key)
         if isinstance(prompt, Chat):
             found = Violations()
@@ -235,7 +236,7 @@ class Service:
             return await self._replicas.place(reference, grammar)
 
     async def _render(self, chat: Chat, adapter: Adapter) -> RenderedChat:
-        """With the adapter's own templates and special tokens, as far as it has any."""
+        """Renders with the adapter's own templates and special tokens, if any."""
         model = self._known_model
         return await model.renderer.render(adapter.tokenizer.over(model.chat_templates), chat)
 
@@ -250,12 +251,12 @@ class Service:
         if self.draining:
             raise UnavailableError("the server is shutting down")
         if self._replicas.num_waiting + self._preparing + request.n > self.max_queue:
-            raise OverloadedError(f"{self.max_queue} sequences are waiting already: try again later")
+            raise OverloadedError(f"the queue is full ({self.max_queue} sequences are waiting): try again later")
 
     def _name(self, request: Request) -> str:
         request_id = request.request_id or secrets.token_hex(8)
         if request_id in self._running:
-            raise InvalidRequestError(FieldViolation("request_id", "a request with this id is running"))
+            raise InvalidRequestError(FieldViolation("request_id", "a request with this id is already running"))
         return request_id
 
     def _next_number(self) -> int:
