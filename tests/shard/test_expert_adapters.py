@@ -134,6 +134,16 @@ def of_parameters(base: Path, directory: Path, parameters: list[str]) -> Path:
     return directory
 
 
+@pytest.mark.parametrize("family", ["granite moe", "gpt oss", "granite 4, experts", "olmoe"])
+@pytest.mark.parametrize("parameters", [["gate_up_proj", "down_proj", "router.weight"], ["experts.down_proj"]])
+def test_an_adapter_of_parameters_has_the_logits_of_peft(family: str, parameters: list[str], tmp_path: Path) -> None:
+    base = save_checkpoint(FAMILIES[family], tmp_path / "base")
+    adapter = of_parameters(base, tmp_path / "adapter", parameters)
+    expected = logits_of_peft(base, adapter)
+    for ops in (None, cpu_operations(instruction_set())):
+        torch.testing.assert_close(logits(load(base, ops=ops), adapter), expected, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("make", [by_expert, all_parameters, one_parameter])
 def test_an_adapter_of_experts_has_the_logits_of_peft(
     base: Path, make: Callable[[Path, Path], Path], tmp_path: Path
@@ -221,3 +231,12 @@ def test_parameters_that_are_no_experts_are_refused_by_name(base: Path, tmp_path
     adapter = save(tmp_path / "empty", {}, target_modules=[], target_parameters=["experts.down_proj"])
     with pytest.raises(AdapterInvalidError, match="missing"):
         weights_for(load(base), adapter)
+
+
+def test_experts_that_are_one_tensor_in_the_checkpoint_are_the_same(base: Path, tmp_path: Path) -> None:
+    """As transformers has them in memory, and GGUF files."""
+    model = load_reference(base)
+    save_file({name: tensor.clone() for name, tensor in model.state_dict().items()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((base / "config.json").read_bytes())
+    expected, actual = (Sequences(load(each)).step({"a": TOKENS})["a"] for each in (base, tmp_path))
+    assert actual.equal(expected)

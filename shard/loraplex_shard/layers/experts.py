@@ -1,24 +1,73 @@
 """A linear layer of each expert of a mixture."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import nn
 
 from loraplex_shard.layers.linear import Linear
+from loraplex_shard.layers.sources import Source
 from loraplex_shard.ops.base import Operations, Routing, Step, Weight
-from loraplex_shard.shapes.layout import LinearLayout
+from loraplex_shard.shapes.layout import LinearLayout, LinearPart
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertsTensor:
+    """What a checkpoint calls the tensor of all experts' matrices, if it does not have them one by one."""
+
+    weight: str
+    bias: str = ""  # [experts, out_features]; empty: there is none
+    transposed: bool = False  # [experts, in_features, out_features]
+
+
+class ExpertLinear(Linear):
+    """One expert's, which is never computed by itself."""
+
+    def __init__(
+        self, layout: LinearLayout, number: int, count: int, tensor: ExpertsTensor, bias: bool, ops: Operations
+    ) -> None:
+        """The `number`-th of so many experts; `bias`: whether this rank adds it."""
+        self.number, self.count, self.tensor = number, count, tensor
+        super().__init__(layout, bias, ops)
+
+    def weight_source(self, part: LinearPart, run: slice) -> Source:
+        rows, columns = sum(each.out_features for each in self.layout.parts), self.layout.in_features
+        of_all = Source(
+            self.tensor.weight,
+            (self.count, *((columns, rows) if self.tensor.transposed else (rows, columns))),
+            self._shifted(part, run),
+            self.layout.columns,
+            expert=self.number,
+            transposed=self.tensor.transposed,
+        )
+        return replace(super().weight_source(part, run), instead=of_all)
+
+    def bias_source(self, part: LinearPart, run: slice) -> Source:
+        rows = sum(each.out_features for each in self.layout.parts)
+        return Source(self.tensor.bias, (self.count, rows), self._shifted(part, run), expert=self.number)
+
+    def _shifted(self, part: LinearPart, run: slice) -> slice:
+        """Rows of a part as rows of the tensor of all parts."""
+        before = sum(each.out_features for each in self.layout.parts[: self.layout.parts.index(part)])
+        return slice(before + run.start, before + run.stop, run.step)
 
 
 class ExpertsLinear(nn.Module):
     """Reads the inputs of all pairs of a token and one of its experts, in the order of the experts."""
 
-    def __init__(self, layouts: Sequence[LinearLayout], ops: Operations) -> None:
-        """`layouts`: of each expert; their indices follow each other."""
+    def __init__(
+        self, layouts: Sequence[LinearLayout], tensor: ExpertsTensor, adds_bias: bool, ops: Operations
+    ) -> None:
+        """`layouts`: of each expert; their indices follow each other. `adds_bias`: whether this rank does, if there is
+        one."""
         super().__init__()
         self.ops, self.layouts = ops, tuple(layouts)
-        self.experts = nn.ModuleList(Linear(layout, bias=False, ops=ops) for layout in layouts)
+        bias = adds_bias and bool(tensor.bias)
+        self.experts = nn.ModuleList(
+            ExpertLinear(layout, number, len(layouts), tensor, bias, ops) for number, layout in enumerate(layouts)
+        )
 
     def forward(self, x: torch.Tensor, step: Step, routing: Routing) -> torch.Tensor:
         """x [pairs, in_features] -> [pairs, this rank's outputs]."""

@@ -1,12 +1,17 @@
 """Linear layers that know how they were cut over the ranks and that adapters add to them."""
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
 from loraplex_shard.device.parallel import Group
 from loraplex_shard.layers.sources import Source, SourcedLayer
 from loraplex_shard.ops.base import Operations, Segments, Step, Weight
-from loraplex_shard.shapes.layout import LinearLayout
+from loraplex_shard.shapes.layout import LinearLayout, LinearPart
+
+# transformers renames a part of some checkpoints' names when it loads them.
+BLOCK, RENAMED = ".block_sparse_moe.", ".mlp."
 
 
 class Linear(SourcedLayer):
@@ -21,17 +26,22 @@ class Linear(SourcedLayer):
         rows = sum(part.width for part in parts)
         self.declare_matrix(
             (rows, columns.stop - columns.start),
-            *(
-                Source(f"{part.module}.weight", (part.out_features, layout.in_features), rows_of_part, columns)
-                for part in parts
-                for rows_of_part in part.rows
-            ),
+            *(self.weight_source(part, run) for part in parts for run in part.rows),
             least_bits=least_bits,
         )
         self.register_parameter("bias", None)
         if bias:
-            biases = [Source(f"{p.module}.bias", (p.out_features,), part) for p in parts for part in p.rows]
-            self.declare("bias", (rows,), *biases)
+            self.declare("bias", (rows,), *(self.bias_source(part, run) for part in parts for run in part.rows))
+
+    def weight_source(self, part: LinearPart, run: slice) -> Source:
+        """Of those rows of a part."""
+        shape = part.out_features, self.layout.in_features
+        source = Source(f"{part.module}.weight", shape, run, self.layout.columns)
+        renamed = replace(source, tensor=source.tensor.replace(BLOCK, RENAMED))
+        return source if renamed == source else replace(source, instead=renamed)
+
+    def bias_source(self, part: LinearPart, run: slice) -> Source:
+        return Source(f"{part.module}.bias", (part.out_features,), run)
 
 
 class ColumnLinear(Linear):

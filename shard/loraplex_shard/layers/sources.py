@@ -1,7 +1,7 @@
 """Where a layer's parameters come from: which slices of which checkpoint tensors, so that a layer loads itself."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -24,6 +24,22 @@ class Source:
     rows: slice = field(default_factory=lambda: slice(None))
     columns: slice = field(default_factory=lambda: slice(None))
     repeat: int | None = None  # how many equal rows a vector becomes; None: rows one after the other
+    expert: int | None = None  # of a tensor that holds those of all experts: whose matrix or vector it is
+    transposed: bool = False  # the tensor has a matrix's columns before its rows
+    instead: "Source | None" = None  # of what other checkpoints have in place of this tensor
+
+    def read(self, reader: "TensorReader") -> torch.Tensor:
+        if self.expert is None:
+            return reader.read(self.tensor, self.rows, self.columns)
+        own = reader.read(self.tensor, slice(self.expert, self.expert + 1))[0]
+        own = own.T if self.transposed else own
+        return own[self.rows] if own.dim() == 1 else own[self.rows, self.columns]
+
+    def read_quantized(self, reader: "TensorReader") -> QuantizedMatrix | None:
+        if self.expert is None:
+            return reader.read_quantized(self.tensor, self.rows, self.columns)
+        own = reader.read_quantized(self.tensor, slice(self.expert, self.expert + 1))
+        return None if own is None else own.part(self.rows, self.columns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +56,8 @@ class TensorReader(Protocol):
 
     def read(self, name: str, rows: slice = ..., columns: slice = ...) -> torch.Tensor: ...
 
-    def read_quantized(self, name: str, rows: slice = ..., columns: slice = ...) -> QuantizedMatrix | None: ...
+    def read_quantized(self, name: str, rows: slice = ..., columns: slice = ...) -> QuantizedMatrix | None:
+        """Of a tensor of experts: the one expert's matrix that `rows` asks for, [out_features, in_features]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +106,15 @@ class SourcedLayer(nn.Module):
     def all_sources(self) -> tuple[Source, ...]:
         return (*self.matrix, *(source for parameter in self.declared.values() for source in parameter.sources))
 
+    def choose_sources(self, names: Collection[str]) -> None:
+        """Takes those that a checkpoint with tensors of these names has."""
+
+        def chosen(sources: tuple[Source, ...]) -> tuple[Source, ...]:
+            return tuple(s.instead if s.instead and s.tensor not in names else s for s in sources)
+
+        self.matrix = chosen(self.matrix)
+        self.declared = {name: replace(each, sources=chosen(each.sources)) for name, each in self.declared.items()}
+
     def load(self, reader: TensorReader, form: ParameterForm) -> Iterator[str]:
         """Fills the parameters in their final form and place, tensor by tensor; yields each tensor's name."""
         for name, declared in self.declared.items():
@@ -114,7 +140,7 @@ class SourcedLayer(nn.Module):
         """The matrix as the checkpoint holds it, if all of its sources are of one form, and that is the one wanted."""
         if wanted == "none":
             return None
-        parts = [reader.read_quantized(s.tensor, s.rows, s.columns) for s in self.matrix]
+        parts = [source.read_quantized(reader) for source in self.matrix]
         stored = [part for part in parts if part is not None]
         if len(stored) < len(parts) or len({(part.bits, part.group) for part in stored}) > 1:
             return None
@@ -127,7 +153,7 @@ class SourcedLayer(nn.Module):
 def _fill(data: torch.Tensor, reader: TensorReader, sources: tuple[Source, ...]) -> Iterator[str]:
     row = 0
     for source in sources:
-        piece = reader.read(source.tensor, source.rows, source.columns)
+        piece = source.read(reader)
         if piece.dim() < data.dim():
             piece = piece.view(-1, data.shape[1]).expand(source.repeat or -1, -1)
         data[row : row + piece.shape[0]].copy_(piece)

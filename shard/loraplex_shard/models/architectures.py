@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from loraplex_shard.checkpoint.base import CheckpointError
+from loraplex_shard.layers.experts import ExpertsTensor
 from loraplex_shard.layers.norm import NormSpec
 from loraplex_shard.models.spec import DecoderSpec, ExpertsSpec, Names, RotarySpec
 from loraplex_shard.ops.base import Activation
@@ -37,6 +38,7 @@ GEMMA_NORMS = Names(
     before_mlp="pre_feedforward_layernorm",
     behind_mlp="post_feedforward_layernorm",
 )
+GRANITE_SHARED = Names(gate_up=("shared_mlp.input_linear",), down="shared_mlp.output_linear")
 GLM = Names(gate_up=("mlp.gate_up_proj",))
 PHI = replace(GLM, qkv=("self_attn.qkv_proj",))
 
@@ -125,15 +127,59 @@ def _granite_dense(config: PreTrainedConfig) -> DecoderSpec:
 
 
 def _granite_hybrid(config: PreTrainedConfig) -> DecoderSpec:
-    """Granite 4's configuration, of those models that have neither experts nor state spaces."""
-    if config.num_local_experts:
-        raise CheckpointError(f"config.json: num_local_experts {config.num_local_experts} is not served, only 0")
+    """Granite 4's configuration, of those models that have no state spaces."""
     return _granite(
         config,
         intermediate_size=config.shared_intermediate_size,
         rotated=[config.position_embedding_type == "rope"] * config.num_hidden_layers,
-        names=Names(gate_up=("shared_mlp.input_linear",), down="shared_mlp.output_linear"),
+        names=GRANITE_SHARED,
+        experts=_granite_experts(config, config.shared_intermediate_size) if config.num_local_experts else None,
     )
+
+
+def _granite_moe(config: PreTrainedConfig) -> DecoderSpec:
+    return _granite(config, experts=_granite_experts(config, 0))
+
+
+def _granite_moe_shared(config: PreTrainedConfig) -> DecoderSpec:
+    size = config.shared_intermediate_size
+    return _granite(config, names=GRANITE_SHARED, experts=_granite_experts(config, size))
+
+
+def _granite_experts(config: PreTrainedConfig, shared_size: int) -> ExpertsSpec:
+    return ExpertsSpec(
+        count=config.num_local_experts,
+        chosen=config.num_experts_per_tok,
+        intermediate_size=config.intermediate_size,
+        layers=(True,) * config.num_hidden_layers,
+        shared_size=shared_size,
+        router="block_sparse_moe.router.layer",
+        experts="block_sparse_moe.experts",
+        gate_up=("gate_up_proj",),
+        gate_up_tensor=ExpertsTensor("block_sparse_moe.input_linear.weight"),
+        down_tensor=ExpertsTensor("block_sparse_moe.output_linear.weight"),
+        shared="shared_mlp",
+        shared_gate=None,
+    )
+
+
+def _gpt_oss(config: PreTrainedConfig) -> DecoderSpec:
+    if (config.swiglu_alpha, config.swiglu_limit) != (1.702, 7.0):
+        raise CheckpointError("config.json: only swiglu_alpha 1.702 and swiglu_limit 7.0 are served")
+    experts = ExpertsSpec(
+        count=config.num_local_experts,
+        chosen=config.num_experts_per_tok,
+        intermediate_size=config.intermediate_size,
+        layers=(True,) * config.num_hidden_layers,
+        router="mlp.router",
+        router_bias=True,
+        gate_up=("gate_up_proj",),
+        interleaved=True,
+        gate_up_tensor=ExpertsTensor("mlp.experts.gate_up_proj", "mlp.experts.gate_up_proj_bias", transposed=True),
+        down_tensor=ExpertsTensor("mlp.experts.down_proj", "mlp.experts.down_proj_bias", transposed=True),
+    )
+    bias = config.attention_bias
+    return _spec(config, qkv_bias=bias, o_bias=bias, sinks=True, activation="clamped_swiglu", experts=experts)
 
 
 def _mixtral(config: PreTrainedConfig) -> DecoderSpec:
@@ -322,7 +368,10 @@ _ARCHITECTURES: dict[str, Callable[[PreTrainedConfig], DecoderSpec]] = {
     "Glm4ForCausalLM": _glm4,
     "GlmForCausalLM": _glm,
     "GraniteForCausalLM": _granite_dense,
+    "GptOssForCausalLM": _gpt_oss,
+    "GraniteMoeForCausalLM": _granite_moe,
     "GraniteMoeHybridForCausalLM": _granite_hybrid,
+    "GraniteMoeSharedForCausalLM": _granite_moe_shared,
     "LlamaForCausalLM": _llama,
     "Ministral3ForCausalLM": _ministral3,
     "MinistralForCausalLM": _mistral,

@@ -14,6 +14,7 @@ from loraplex_shard.device.parallel import Group
 from loraplex_shard.layers.embedding import Embedding
 from loraplex_shard.layers.linear import ColumnLinear, Linear, RowLinear
 from loraplex_shard.layers.norm import HeadNorm, HiddenNorm, WidthNorm
+from loraplex_shard.layers.sinks import Sinks
 from loraplex_shard.models.build import Build
 from loraplex_shard.models.mlp import MixtureOfExperts, Mlp
 from loraplex_shard.models.partition import DecoderPartition
@@ -49,13 +50,15 @@ class Attention(nn.Module):
         rotary = spec.rotary[index]
         self.rotary = None if rotary is None else build.rotary[rotary]
         self.qkv = ColumnLinear(partition.qkv(index), spec.qkv_bias, self.ops)
+        self.sinks = Sinks(prefix, spec.heads, partition.head_partition.query, self.ops) if spec.sinks else None
         self.o = RowLinear(partition.o(index), spec.o_bias, self.ops, build.group)
 
     def forward(self, hidden: torch.Tensor, step: Step, cache: LayerCache) -> torch.Tensor:
         qkv = self.qkv(hidden, step)
         norms = None if self.norm is None else self.norm(qkv)
         self.ops.rotate_and_write(qkv, self.heads, norms, self.rotary, step, cache)
-        out: torch.Tensor = self.o(self.ops.attention(qkv, self.heads, step, cache), step)
+        sinks = None if self.sinks is None else self.sinks.scores
+        out: torch.Tensor = self.o(self.ops.attention(qkv, self.heads, step, cache, sinks), step)
         return out
 
 

@@ -50,6 +50,8 @@ def load_decoder(
     layers = [module for module in decoder.modules() if isinstance(module, SourcedLayer)]
     if spec.tied:
         layers.remove(decoder.lm_head)
+    for layer in layers:
+        layer.choose_sources(checkpoint.names)
     sources = [source for layer in layers for source in layer.all_sources]
     _check(checkpoint, sources, spec.tied)
     loaded = 0

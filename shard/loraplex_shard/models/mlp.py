@@ -1,9 +1,11 @@
 """What a decoder's layers compute beside attention: an MLP, or a mixture of experts."""
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
-from loraplex_shard.layers.experts import ExpertsLinear
+from loraplex_shard.layers.experts import ExpertsLinear, ExpertsTensor
 from loraplex_shard.layers.linear import ColumnLinear, RowLinear
 from loraplex_shard.layers.sources import FLOAT
 from loraplex_shard.models.build import Build
@@ -38,13 +40,17 @@ class MixtureOfExperts(nn.Module):
         assert build.spec.experts is not None
         self.spec, self.experts, self.ops, self.group = build.spec, build.spec.experts, build.ops, build.group
         partition = build.partition
-        self.router = ColumnLinear(partition.router(index), bias=False, ops=self.ops, least_bits=FLOAT)
-        self.gate_up = ExpertsLinear(partition.experts_gate_up(index), self.ops)
-        self.down = ExpertsLinear(partition.experts_down(index), self.ops)
+        experts, bias = self.experts, self.experts.router_bias
+        self.router = ColumnLinear(partition.router(index), bias, self.ops, least_bits=FLOAT)
+        gate_up, down = (_below(index, each) for each in (experts.gate_up_tensor, experts.down_tensor))
+        self.gate_up = ExpertsLinear(partition.experts_gate_up(index), gate_up, True, self.ops)
+        self.down = ExpertsLinear(partition.experts_down(index), down, self.group.rank == 0, self.ops)
         self.shared: Mlp | None = None
-        if self.experts.shared_size:
+        self.shared_gate: ColumnLinear | None = None
+        if experts.shared_size:
             self.shared = Mlp(index, build)
-            self.shared_gate = ColumnLinear(partition.shared_gate(index), bias=False, ops=self.ops, least_bits=FLOAT)
+            if experts.shared_gate:
+                self.shared_gate = ColumnLinear(partition.shared_gate(index), False, self.ops, least_bits=FLOAT)
 
     def forward(self, hidden: torch.Tensor, step: Step) -> torch.Tensor:
         routing = self.ops.route(self.router(hidden, step), self.experts.chosen, self.experts.normalized)
@@ -53,7 +59,14 @@ class MixtureOfExperts(nn.Module):
         outputs = self.down(active, step, routing)
         shared, gate = None, None
         if self.shared is not None:
-            shared, gate = self.shared.partial(hidden, step), self.shared_gate(hidden, step)
+            shared = self.shared.partial(hidden, step)
+        if self.shared_gate is not None:
+            gate = self.shared_gate(hidden, step)
         out = self.ops.combine(outputs, routing, shared, gate)
         self.ops.all_reduce_(out, self.group)
         return out
+
+
+def _below(layer: int, tensor: ExpertsTensor) -> ExpertsTensor:
+    prefix = f"model.layers.{layer}."
+    return replace(tensor, weight=prefix + tensor.weight, bias=tensor.bias and prefix + tensor.bias)

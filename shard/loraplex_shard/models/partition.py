@@ -49,15 +49,23 @@ class DecoderPartition:
         return self._whole("router", index, 4, self._experts.router, self._experts.count)
 
     def shared_gate(self, index: int) -> LinearLayout:
+        assert self._experts.shared_gate is not None
         return self._whole("shared_gate", index, 5, self._experts.shared_gate, 1)
 
     def experts_gate_up(self, index: int) -> list[LinearLayout]:
-        size = self._experts.intermediate_size
-        features, runs = (size,) * 2, (self._units(size),) * 2
-        layouts = [
-            self._column("experts.gate_up", index, 0, self._expert(each, *self._experts.gate_up), features, runs)
-            for each in range(self._experts.count)
-        ]
+        experts, size, units = (
+            self._experts,
+            self._experts.intermediate_size,
+            self._units(self._experts.intermediate_size),
+        )
+        layouts = []
+        for each in range(experts.count):
+            names = self._expert(each, *experts.gate_up)
+            layout = self._column("experts.gate_up", index, 0, names, (size,) * 2, (units,) * 2)
+            if experts.interleaved:
+                runs = [slice(2 * units.start + which, 2 * units.stop, 2) for which in range(2)]
+                layout = replace(layout, parts=(replace(layout.parts[0], rows=tuple(runs)),))
+            layouts.append(layout)
         return self._of_experts(index, 0, layouts)
 
     def experts_down(self, index: int) -> list[LinearLayout]:

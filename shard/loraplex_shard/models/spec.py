@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from loraplex_shard.layers.experts import ExpertsTensor
 from loraplex_shard.layers.norm import NormSpec
 from loraplex_shard.ops.base import Activation
 
@@ -32,6 +33,9 @@ class Names:
     behind_mlp: str | None = None
 
 
+GATE_UP, DOWN = ExpertsTensor("mlp.experts.gate_up_proj"), ExpertsTensor("mlp.experts.down_proj")
+
+
 @dataclass(frozen=True, slots=True)
 class ExpertsSpec:
     """A mixture of experts in place of an MLP (arXiv 1701.06538): each token has the experts that a router gives most.
@@ -46,11 +50,16 @@ class ExpertsSpec:
     normalized: bool = True  # the weights of a token's experts add up to 1
     shared_size: int = 0  # intermediate size of one more expert, which all tokens have; 0: there is none
     router: str = "mlp.gate"
+    router_bias: bool = False
     experts: str = "mlp.experts"
     gate_up: tuple[str, ...] = ("gate_proj", "up_proj")
     down: str = "down_proj"
+    interleaved: bool = False  # gates and ups are neighbours where they are one tensor
+    # Below model.layers.N: the tensors of all experts, where they are not one by one.
+    gate_up_tensor: ExpertsTensor = GATE_UP
+    down_tensor: ExpertsTensor = DOWN
     shared: str = "mlp.shared_expert"
-    shared_gate: str = "mlp.shared_expert_gate"
+    shared_gate: str | None = "mlp.shared_expert_gate"  # None: it is always open
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +79,7 @@ class DecoderSpec:
     rotary: tuple[RotarySpec | None, ...]  # per layer; None: queries and keys are not rotated
     qkv_bias: bool = False
     o_bias: bool = False
+    sinks: bool = False  # attention has a score for no position at all
     qk_norm: Literal["head", "width"] | None = None  # before they are rotated: each head by itself, or all together
     attention_scale: float = 0.0  # of scores; 0: 1 / sqrt(head_dim)
     attention_soft_cap: float = 0.0  # 0: none

@@ -15,7 +15,7 @@ from loraplex_shard.shapes.heads import Heads
 from loraplex_shard.shapes.layout import LinearLayout
 
 # What the functions between an MLP's layers are called here; kernels know them by their places in this list.
-Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "quick_gelu"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "quick_gelu", "clamped_swiglu"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """Matrices of small integers with a scale per group of columns: the one form that all quantized checkpoints come in."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -24,6 +24,15 @@ class QuantizedMatrix:
 
     def __post_init__(self) -> None:
         assert self.group in GROUPS and (self.bits == 4) == (self.offsets is not None)
+
+    def part(self, rows: slice, columns: slice) -> "QuantizedMatrix | None":
+        """Some of it; None if that would cut a group."""
+        begin, end, _ = columns.indices(self.values.shape[1])
+        if begin % self.group or (end % self.group and end < self.values.shape[1]):
+            return None
+        groups = slice(begin // self.group, -(-end // self.group))
+        offsets = None if self.offsets is None else self.offsets[rows, groups]
+        return replace(self, values=self.values[rows, columns], scales=self.scales[rows, groups], offsets=offsets)
 
     def dequantized(self) -> torch.Tensor:
         """[rows, columns] float32."""

@@ -17,6 +17,7 @@ from loraplex_shard.shapes.cache import KVCache, LayerCache
 from loraplex_shard.shapes.heads import Heads
 from loraplex_shard.shapes.layout import LinearLayout
 
+LIMIT = 7.0  # of GPT-OSS's gates and ups, to which 1 is added
 FUNCTIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
@@ -24,6 +25,7 @@ FUNCTIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu": F.relu,
     "relu2": lambda x: F.relu(x).square(),
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "clamped_swiglu": lambda x: FUNCTIONS["quick_gelu"](x.clamp(max=LIMIT)),
 }
 
 
@@ -105,6 +107,8 @@ class ReferenceOperations(ExpertOperations):
         if not gated:
             return FUNCTIONS[function](x)
         gate, up = x.chunk(2, dim=-1)
+        if function == "clamped_swiglu":
+            up = up.clamp(-LIMIT, LIMIT) + 1
         return FUNCTIONS[function](gate).mul_(up)
 
     def upcast(self, x: torch.Tensor, scale: float = 1.0, soft_cap: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -91,6 +91,12 @@ struct QuickGelu {
     static Floats of(Floats x) { return x * sigmoid(splat(1.702f) * x); }
 };
 
+struct ClampedSwiglu {  // GPT-OSS's, whose ups are bounded too, and count from -1
+    static constexpr float LIMIT = 7;
+    static Floats of(Floats x) { return QuickGelu::of(min(splat(LIMIT), x)); }
+    static Floats up(Floats x) { return max(splat(-LIMIT), min(splat(LIMIT), x)) + splat(1.0f); }
+};
+
 // The functions in the order of ops/base.py's Activation.
 template <class F>
 void with_function(int function, F f) {
@@ -101,7 +107,16 @@ void with_function(int function, F f) {
         case 3: return f(Relu{});
         case 4: return f(Relu2{});
         case 5: return f(QuickGelu{});
+        case 6: return f(ClampedSwiglu{});
     }
+}
+
+template <class Function>
+Floats up_of(Floats x) {
+    if constexpr (requires { Function::up(x); })
+        return Function::up(x);
+    else
+        return x;
 }
 
 // up: times what, or null.
@@ -110,7 +125,8 @@ void activate_row(const T* x, const T* up, long n, T* out) {
     for (long i = 0; i < n; i += LANES) {
         int count = lanes_at(i, n);
         Floats active = Function::of(load_first(x + i, count));
-        store_first(out + i, up ? active * load_first(up + i, count) : active, count);
+        if (up) active = active * up_of<Function>(load_first(up + i, count));
+        store_first(out + i, active, count);
     }
 }
 

@@ -24,7 +24,7 @@ Tensors = Mapping[str, torch.Tensor]
 _OF_EXPERT = re.compile(r"(?P<experts>.+)\.\d+\.(?P<leaf>\w+)")
 # What trainers call an expert's modules, beside what its file calls them.
 _ALIASES = ({"w1", "gate_proj"}, {"w3", "up_proj"}, {"w2", "down_proj"})
-# transformers calls Mixtral's blocks otherwise than Mixtral's files do.
+# transformers calls some modules otherwise than files do.
 _BLOCK, _RENAMED = ".block_sparse_moe.", ".mlp."
 
 
@@ -86,7 +86,9 @@ def absent(parameters: Sequence[Parameter], tensors: Tensors) -> set[str]:
 
 
 def _spellings(name: str) -> list[str]:
-    return [name, name.replace(_BLOCK, _RENAMED)] if _BLOCK in name else [name]
+    """The file's own, and those of transformers' modules."""
+    others = name.replace(_BLOCK, _RENAMED), name.replace(".router.layer", ".router")
+    return [name, *(other for other in others if other != name)]
 
 
 def _names_in_file(parameter: Parameter, targeted: Sequence[Parameter], tensors: Tensors) -> tuple[str, str] | None:

@@ -76,6 +76,9 @@ def _activate(x, out, FUNCTION: tl.constexpr, GATED: tl.constexpr, N: tl.constex
         value = value * tl.sigmoid(tl.maximum(inner, -80.0))
     elif FUNCTION == "quick_gelu":
         value = value * tl.sigmoid(1.702 * value)
+    elif FUNCTION == "clamped_swiglu":
+        value = tl.minimum(value, 7.0, tl.PropagateNan.ALL)
+        value = value * tl.sigmoid(1.702 * value)
     elif FUNCTION == "relu":
         value = tl.maximum(value, 0.0, tl.PropagateNan.ALL)
     else:
@@ -83,5 +86,8 @@ def _activate(x, out, FUNCTION: tl.constexpr, GATED: tl.constexpr, N: tl.constex
         value = tl.maximum(value, 0.0, tl.PropagateNan.ALL)
         value = value * value
     if GATED:
-        value *= tl.load(place + N, within, 0.0).to(tl.float32)
+        up = tl.load(place + N, within, 0.0).to(tl.float32)
+        if FUNCTION == "clamped_swiglu":
+            up = tl.clamp(up, -7.0, 7.0, tl.PropagateNan.ALL) + 1
+        value *= up
     tl.store(out + token * N + lanes, value.to(out.dtype.element_ty), within)
