@@ -25,12 +25,10 @@ class ExpertsTensor:
 class ExpertLinear(Linear):
     """One expert's, which is never computed by itself."""
 
-    def __init__(
-        self, layout: LinearLayout, number: int, count: int, tensor: ExpertsTensor, bias: bool, ops: Operations
-    ) -> None:
-        """The `number`-th of so many experts; `bias`: whether this rank adds it."""
+    def __init__(self, layout: LinearLayout, number: int, count: int, tensor: ExpertsTensor, ops: Operations) -> None:
+        """The `number`-th of so many experts."""
         self.number, self.count, self.tensor = number, count, tensor
-        super().__init__(layout, bias, ops)
+        super().__init__(layout, bool(tensor.bias), ops)
 
     def weight_source(self, part: LinearPart, run: slice) -> Source:
         rows, columns = sum(each.out_features for each in self.layout.parts), self.layout.in_features
@@ -63,10 +61,9 @@ class ExpertsLinear(nn.Module):
         """`layouts`: of each expert; their indices follow each other. `adds_bias`: whether this rank does, if there is
         one."""
         super().__init__()
-        self.ops, self.layouts = ops, tuple(layouts)
-        bias = adds_bias and bool(tensor.bias)
+        self.ops, self.layouts, self.adds_bias = ops, tuple(layouts), adds_bias
         self.experts = nn.ModuleList(
-            ExpertLinear(layout, number, len(layouts), tensor, bias, ops) for number, layout in enumerate(layouts)
+            ExpertLinear(layout, number, len(layouts), tensor, ops) for number, layout in enumerate(layouts)
         )
 
     def forward(self, x: torch.Tensor, step: Step, routing: Routing) -> torch.Tensor:
@@ -79,4 +76,5 @@ class ExpertsLinear(nn.Module):
     def _weight(self) -> Weight:
         """Of all experts; they have their own once they are loaded."""
         experts = [expert for expert in self.experts if isinstance(expert, Linear)]
-        return self.ops.stack([expert.weight for expert in experts], [expert.bias for expert in experts])
+        biases = [expert.bias if self.adds_bias else None for expert in experts]
+        return self.ops.stack([expert.weight for expert in experts], biases)

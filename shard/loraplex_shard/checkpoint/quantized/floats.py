@@ -1,4 +1,4 @@
-"""Matrices of float8 or float4 with scales: they are read as floats, for the operations have no such form."""
+"""Matrices of float8 or float4 with scales. Most are read as floats, for the operations have no such form."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -9,6 +9,7 @@ from loraplex_shard.checkpoint.base import CheckpointError
 from loraplex_shard.checkpoint.quantized.integers import groups
 from loraplex_shard.checkpoint.quantized.stored import Floats, StoredMatrix, as_slice
 from loraplex_shard.checkpoint.safetensors.files import SafetensorsFiles
+from loraplex_shard.ops.quantized import QuantizedMatrix
 
 FLOAT8 = frozenset({"F8_E4M3", "F8_E5M2"})
 # What a float8 tensor's scales are called. Weights are multiplied by them, whatever the name says of an inverse.
@@ -86,8 +87,29 @@ class Mxfp4Experts:
             if scales not in files.names or files.shape(scales) != (experts, rows, count):
                 raise CheckpointError(f"tensor {scales} is missing or not {[experts, rows, count]}")
             shape, read = (experts, count * size * 2, rows), partial(_read_experts, files, blocks, scales)
-            found[name] = StoredMatrix(shape, frozenset({blocks, scales}), in_integers=False, read_part=read)
+            found[name] = StoredMatrix(shape, frozenset({blocks, scales}), in_integers=True, read_part=read)
         return found
+
+
+@dataclass(frozen=True, slots=True)
+class Mxfp4Part:
+    """Some experts' matrices. Twice a float4 is an integer, and half a power of two a scale: nothing is rounded."""
+
+    weights: torch.Tensor  # [experts, rows, groups, columns of a group] float32, each a float4
+    factors: torch.Tensor  # [experts, rows, groups] float32
+    columns: slice  # of the matrices: transformers has them transposed
+
+    def dequantized(self) -> torch.Tensor:
+        weights = self.weights * self.factors[:, :, :, None]
+        return weights.flatten(2)[:, :, self.columns].transpose(1, 2)
+
+    def quantized(self) -> QuantizedMatrix | None:
+        """Of one expert: [rows, columns]."""
+        scales, values = (self.factors[0] / 2).half(), (self.weights[0] * 2).to(torch.int8)
+        if len(self.weights) > 1 or not torch.equal(scales.float() * 2, self.factors[0]):
+            return None  # a scale is beyond float16's
+        whole = QuantizedMatrix(8, values.shape[2], values.flatten(1), scales, None)
+        return whole.part(slice(None), self.columns)
 
 
 def _read_float8(
@@ -124,12 +146,10 @@ def _read_float4(
     return Floats(weights.mul_(scales[:, torch.tensor(columns) // group - columns.start // group]))
 
 
-def _read_experts(files: SafetensorsFiles, blocks: str, scales: str, experts: range, columns: range) -> Floats:
-    weights = _float4(files.read(blocks, as_slice(experts)).flatten(0, 2)).view(
-        len(experts), *files.shape(blocks)[1:3], -1
-    )
-    weights.mul_(_factors(files, scales, as_slice(experts))[:, :, :, None])
-    return Floats(weights.flatten(2)[:, :, as_slice(columns)].transpose(1, 2))
+def _read_experts(files: SafetensorsFiles, blocks: str, scales: str, experts: range, columns: range) -> Mxfp4Part:
+    weights = _float4(files.read(blocks, as_slice(experts)).flatten(0, 2))
+    weights = weights.view(len(experts), *files.shape(blocks)[1:3], -1)
+    return Mxfp4Part(weights, _factors(files, scales, as_slice(experts)), as_slice(columns))
 
 
 def _factors(
