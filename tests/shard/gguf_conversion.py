@@ -55,6 +55,7 @@ def write(case: Case, model: PreTrainedModel, path: Path) -> Path:
     writer = gguf.GGUFWriter(path, case.architecture)
     for key, value in {**_common(config), **case.metadata(config)}.items():
         add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+        add[list] = writer.add_array
         add[type(value)](f"{case.architecture}.{key}", value)
     for name, tensor in {**_tensors(case, model), **case.extra(config)}.items():
         writer.add_tensor(name, tensor.contiguous().numpy())
@@ -152,6 +153,10 @@ def _phi_3_long(config: PreTrainedConfig) -> Fields:
     return {"rope.scaling.original_context_length": trained, "rope.scaling.attn_factor": factor, **_rotated(config)}
 
 
+def _pattern(config: PreTrainedConfig) -> Fields:
+    return {"attention.sliding_window_pattern": [kind == "sliding_attention" for kind in config.layer_types]}
+
+
 def _gemma_2(config: PreTrainedConfig) -> Fields:
     caps = "attn_logit_softcapping", "final_logit_softcapping"
     return {name: getattr(config, name) for name in caps if getattr(config, name) is not None}
@@ -246,6 +251,31 @@ CASES = {
     ),
     "starcoder2": Case("starcoder2", "starcoder2", {"use_bias": True, "sliding_window": None}),
     "olmo2": Case("olmo2", "olmo2", {}),
+    "olmo3": Case("olmo2", "olmo3", {"sliding_window": 8, "num_hidden_layers": 4}, _pattern),
+    "olmoe": Case("olmoe", "olmoe", {**EXPERTS, "intermediate_size": 32}),
+    "exaone4": Case("exaone4", "exaone4", {"head_dim": 16, "sliding_window": 8, "num_hidden_layers": 5}, _pattern),
+    "exaone4, no window": Case(
+        "exaone4", "exaone4", {"head_dim": 16, "sliding_window": None, "layer_types": ["full_attention"] * 2}
+    ),
+    "ministral3": Case(
+        "mistral3",
+        "ministral3",
+        {
+            "head_dim": 16,
+            "rope_parameters": {
+                **{"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "mscale": 1.0, "mscale_all_dim": 1.0},
+                **{"original_max_position_embeddings": 16, "llama_4_scaling_beta": 0.1},
+            },
+        },
+        lambda config: {
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": 4.0,
+            "rope.scaling.original_context_length": 16,
+            "rope.scaling.yarn_log_multiplier": 1.0,
+            "attention.temperature_scale": 0.1,
+        },
+        permuted=True,
+    ),
     "smollm3": Case("smollm3", "smollm3", {"head_dim": 16, "num_hidden_layers": 4}, permuted=True),
     "stablelm": Case("stablelm", "stablelm", {"use_qkv_bias": True}, _rotated),
     "glm4": Case("glm4", "glm4", {"head_dim": 16, "attention_bias": True}, _rotated),

@@ -18,6 +18,7 @@ from loraplex_shard.checkpoint.gguf.rope import read_rope
 # What changes what is computed: an architecture that does not read one of them is not served with it.
 CONSEQUENTIAL = (
     *("attention.scale", "attention.clamp_kqv", "attention.max_alibi_bias", "expert_count"),
+    *("attention.temperature_scale", "attention.output_scale"),
     *("logit_scale", "embedding_scale", "residual_scale", "attn_logit_softcapping", "final_logit_softcapping"),
 )
 
@@ -80,8 +81,8 @@ def read_config(file: GgufFile) -> PreTrainedConfig:
             f"GGUF architecture {fields.architecture!r} is not served; these are: {', '.join(sorted(KINDS))}. "
             "Serve the model in its original format"
         )
-    if kind.model_type == "llama" and fields.get("expert_count"):
-        kind = MIXTRAL
+    for key, other in VARIANTS.get(fields.architecture, {}).items():
+        kind = other if fields.get(key) else kind
     values = _common(fields, kind) | dict(kind.more(fields))
     for key in CONSEQUENTIAL:
         if key not in fields.read and fields.get(key):
@@ -144,7 +145,10 @@ def _qwen2_moe(fields: Fields) -> dict[str, Any]:
 
 
 def _window(fields: Fields) -> dict[str, Any]:
-    return {"sliding_window": fields.integer("attention.sliding_window", 0) or None}
+    """The window, and which layers have it where the file says so; else it is as transformers' configuration says."""
+    pattern = fields.get("attention.sliding_window_pattern")
+    types = [("full_attention", "sliding_attention")[each] for each in pattern] if isinstance(pattern, list) else None
+    return {"sliding_window": fields.integer("attention.sliding_window", 0) or None, "layer_types": types}
 
 
 def _gemma2(fields: Fields) -> dict[str, Any]:
@@ -175,7 +179,8 @@ def _query_scalar(fields: Fields, largest: int) -> int:
 
 def _phi3(fields: Fields) -> dict[str, Any]:
     trained = fields.integer("rope.scaling.original_context_length", fields.integer("context_length"))
-    return {**_window(fields), "original_max_position_embeddings": trained}
+    window = fields.integer("attention.sliding_window", 0) or None
+    return {"sliding_window": window, "original_max_position_embeddings": trained}
 
 
 def _granite(fields: Fields) -> dict[str, Any]:
@@ -198,11 +203,34 @@ def _cohere2(fields: Fields) -> dict[str, Any]:
 
 
 def _starcoder2(fields: Fields) -> dict[str, Any]:
-    return {**_window(fields), "use_bias": _attention_bias(fields), "hidden_act": "gelu_pytorch_tanh"}
+    window = fields.integer("attention.sliding_window", 0) or None
+    return {"sliding_window": window, "use_bias": _attention_bias(fields), "hidden_act": "gelu_pytorch_tanh"}
 
 
 def _olmo2(fields: Fields) -> dict[str, Any]:
     return {"attention_bias": _attention_bias(fields)}
+
+
+def _olmo3(fields: Fields) -> dict[str, Any]:
+    local = {"rope_type": "default", "rope_theta": fields.number("rope.freq_base", 10000.0)}
+    rope = {"full_attention": read_rope(fields), "sliding_attention": local}
+    return {**_olmo2(fields), **_window(fields), "rope_parameters": rope}
+
+
+def _olmoe(fields: Fields) -> dict[str, Any]:
+    counts = fields.integer("expert_count"), fields.integer("expert_used_count")
+    return {"num_experts": counts[0], "num_experts_per_tok": counts[1], "norm_topk_prob": False, **_olmo2(fields)}
+
+
+def _exaone4(fields: Fields) -> dict[str, Any]:
+    said = _window(fields)
+    whole = ["full_attention"] * fields.integer("block_count")
+    return said if said["sliding_window"] else said | {"layer_types": whole}
+
+
+def _ministral3(fields: Fields) -> dict[str, Any]:
+    beta = fields.number("attention.temperature_scale", 0.0)
+    return {"rope_parameters": read_rope(fields) | {"llama_4_scaling_beta": beta}}
 
 
 def _stablelm(fields: Fields) -> dict[str, Any]:
@@ -222,7 +250,6 @@ def _seed_oss(fields: Fields) -> dict[str, Any]:
     }
 
 
-MIXTRAL = Kind("mixtral", _mixtral)
 KINDS: Mapping[str, Kind] = {
     "llama": Kind("llama", _llama),
     "qwen2": Kind("qwen2"),
@@ -239,9 +266,17 @@ KINDS: Mapping[str, Kind] = {
     "cohere2": Kind("cohere2", _cohere2, eps="layer_norm_eps"),
     "starcoder2": Kind("starcoder2", _starcoder2, eps="norm_epsilon"),
     "olmo2": Kind("olmo2", _olmo2),
+    "olmoe": Kind("olmoe", _olmoe),
+    "mistral3": Kind("ministral3", _ministral3),
+    "exaone4": Kind("exaone4", _exaone4),
     "smollm3": Kind("smollm3", _llama),
     "stablelm": Kind("stablelm", _stablelm, eps="layer_norm_eps", partial=True),
     "glm4": Kind("glm4", _olmo2, partial=True),
     "nemotron": Kind("nemotron", _llama, eps="norm_eps", partial=True),
     "seed_oss": Kind("seed_oss", _seed_oss),
+}
+# Of one architecture, files with this metadata are another one of transformers'.
+VARIANTS: Mapping[str, Mapping[str, Kind]] = {
+    "llama": {"expert_count": Kind("mixtral", _mixtral)},
+    "olmo2": {"attention.sliding_window": Kind("olmo3", _olmo3)},
 }

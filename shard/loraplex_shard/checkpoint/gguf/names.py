@@ -14,7 +14,7 @@ from loraplex_shard.checkpoint.gguf.rope import FACTORS, LONG, SHORT
 # Read with the configuration.
 CONSUMED = frozenset({FACTORS, LONG, SHORT})
 # Their rows of queries and keys have the two dimensions side by side that are rotated together.
-INTERLEAVED = frozenset({"llama", "granite", "smollm3"})
+INTERLEAVED = frozenset({"llama", "mistral3", "granite", "smollm3"})
 # Their norms' scales are stored with 1 added.
 NORMS_PLUS_ONE = frozenset({"gemma", "gemma2", "gemma3", "nemotron"})
 QUERY_OR_KEY = re.compile(r"blk\.\d+\.attn_[qk]\.(weight|bias)")

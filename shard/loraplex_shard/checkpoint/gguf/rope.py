@@ -54,12 +54,14 @@ def read_rope(fields: Fields) -> dict[str, Any]:
         return theta | {"rope_type": "default"}
     if kind == "linear":
         return theta | {"rope_type": "linear", "factor": factor}
+    scales = float(fields.number("rope.scaling.yarn_log_multiplier", 0.0))
     return theta | {
         "rope_type": "yarn",
         "factor": factor,
         "original_max_position_embeddings": trained,
         "beta_fast": fields.number("rope.scaling.yarn_beta_fast", 32.0),
         "beta_slow": fields.number("rope.scaling.yarn_beta_slow", 1.0),
+        **({"mscale": 1.0, "mscale_all_dim": scales} if scales else {}),
     }
 
 
