@@ -67,7 +67,7 @@ class GenerateOptions(TypedDict, total=False):
     """What the whole answer must match: `JsonSchema`, `JsonObject`, `Regex`, `Choice` or `Lark`. It ends where the
     grammar does, with `FinishReason.END_TOKEN`; one that is cut by max_new_tokens is the beginning of a match."""
     temperature: float | None
-    """0 is greedy. None: 1 if any of top_k, top_p, typical_p or min_p is given, else 0."""
+    """0 is greedy. None: 1 if any of top_k, top_p, typical_p, min_p or top_n_sigma is given, else 0."""
     top_k: int | None
     """Keep the k most likely tokens; at least 1."""
     top_p: float | None
@@ -76,6 +76,8 @@ class GenerateOptions(TypedDict, total=False):
     """Keep the tokens of typical surprise (arXiv 2202.00666) whose probabilities add up to p; in (0, 1]."""
     min_p: float | None
     """Drop tokens less likely than min_p times the most likely one; in [0, 1]."""
+    top_n_sigma: float | None
+    """Keep the tokens whose logits are at most this many standard deviations below the largest one; above 0."""
     repetition_penalty: float | None
     """Divide positive and multiply negative logits of tokens in prompt and output (arXiv 1909.05858); above 0."""
     frequency_penalty: float | None

@@ -36,6 +36,7 @@ ABSENT: dict[str, tuple[object, ...]] = {
     "top_k": (None, 0, -1),
     "top_p": (None, 1, 0),
     "min_p": (None, 0),
+    "top_n_sigma": (None, 0, -1),
     "typical_p": (None, 1),
     "seed": (None, -1, 0, 2**63, 2**70, -(2**63)),  # greedy: it changes nothing
     "frequency_penalty": (None, 0),
@@ -144,6 +145,7 @@ REFUSED_OF_ONE: dict[str, dict[str, tuple[object, ...]]] = {
         "temperature": (-1,),
         "repetition_penalty": (0,),
         "min_p": (-1, 2),
+        "top_n_sigma": (0, -1),
         "logit_bias": ({"999999": 1}, {"1": 101}),
         "seed": (-1, 2**64),
         "stop": ("", [""]),

@@ -21,7 +21,15 @@ from transformers import (
 from loraplex_protos.generation_pb2 import Sampling
 from loraplex_shard.sampling.draws import uniforms
 from loraplex_shard.sampling.sampler import head, likeliest, logprobs, sample, warped
-from loraplex_shard.sampling.stages import HEAD, NEUTRAL, PARAMETERS, STAGES, History, read_parameters
+from loraplex_shard.sampling.stages import (
+    BEFORE_TEMPERATURE,
+    HEAD,
+    NEUTRAL,
+    PARAMETERS,
+    STAGES,
+    History,
+    read_parameters,
+)
 
 VOCAB = 3 * HEAD
 GREEDY: dict[str, float] = {}
@@ -156,6 +164,20 @@ def test_frequency_and_presence_penalties_count_the_output_only() -> None:
     assert sample(logits, parameters({**GREEDY, "presence_penalty": -1.1}), history(([0, 1], 1))).item() == 1
 
 
+def test_top_n_sigma_counts_deviations_from_the_largest_over_what_is_allowed() -> None:
+    logits = random_logits(3)
+    logits[1, 5:] = -torch.inf
+    each = parameters({"top_n_sigma": 1.5}, {"top_n_sigma": 0.7}, {})
+    kept = BEFORE_TEMPERATURE[-1].apply(logits, each, history(*[([0], 1)] * 3))
+    for row in (0, 1):
+        allowed = logits[row][logits[row] > -torch.inf].double()
+        least = allowed.max() - each["top_n_sigma"][row] * allowed.std(correction=0)
+        assert torch.equal(kept[row] > -torch.inf, logits[row] >= least)
+        assert 1 < (kept[row] > -torch.inf).sum() < len(allowed)
+    assert torch.equal(kept[2], logits[2])
+    assert sample(logits, each, history(*[([0], 1)] * 3)).tolist() == logits.argmax(-1).tolist()
+
+
 def test_penalties_of_some_do_not_touch_the_others() -> None:
     logits = torch.tensor([[3.0, 2.0]]).repeat(3, 1)
     each = parameters(GREEDY, {**GREEDY, "repetition_penalty": 5}, GREEDY)
@@ -197,6 +219,7 @@ LIMITS = {
     "top_p": [1e-45, 1e-6, 1],
     "typical_p": [1e-45, 1e-6, 1],
     "min_p": [0, 1e-45, 1],
+    "top_n_sigma": [0, 1e-45, 1, 3.4e38],
     "repetition_penalty": [0, 1e-45, 1e-38, 1, 3.4e38],
     "frequency_penalty": [-2, 0, 2],
     "presence_penalty": [-2, 0, 2],
@@ -285,6 +308,7 @@ sequences = st.fixed_dictionaries(
         "top_p": st.sampled_from([1, 0.1, 0.9, 0.999]),
         "typical_p": st.sampled_from([1, 0.2, 0.95]),
         "min_p": st.sampled_from([0, 0.01, 0.5]),
+        "top_n_sigma": st.sampled_from([0, 1.5]),
         "repetition_penalty": st.sampled_from([1, 1.3]),
         "frequency_penalty": st.sampled_from([0, 0.5, -0.5]),
         "presence_penalty": st.sampled_from([0, 1.0]),

@@ -38,6 +38,7 @@ class Sampling(BaseModel):
     top_p: Annotated[float | None, Range(0, 1, "above 0 and at most 1", exclusive=True, narrows=True)] = None
     typical_p: Annotated[float | None, Range(0, 1, "above 0 and at most 1", exclusive=True, narrows=True)] = None
     min_p: Annotated[float | None, Range(0, 1, "from 0 to 1", narrows=True)] = None
+    top_n_sigma: Annotated[float | None, Range(0, LARGEST, "above 0", exclusive=True, narrows=True)] = None
     repetition_penalty: Annotated[float | None, Range(0, LARGEST, "above 0", exclusive=True)] = None
     frequency_penalty: Annotated[float | None, Range(-2, 2, "from -2 to 2")] = None
     presence_penalty: Annotated[float | None, Range(-2, 2, "from -2 to 2")] = None

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from loraplex_shard.sampling.draws import draw, largest, likeliest_one, uniforms
 from loraplex_shard.sampling.stages import (
+    BEFORE_TEMPERATURE,
     HEAD,
     LIKELIEST,
     OF_HEAD,
     OTHERS,
-    PENALTIES,
     History,
     by_temperature,
     select,
@@ -44,7 +44,7 @@ def sample(logits: Tensor, parameters: NDArray[np.void], history: History) -> Te
     logits: [n, vocab] float32, left as they are. parameters: [n] records of PARAMETERS. The stages apply in the order
     of stages.py. A row that holds NaN yields some valid token.
     """
-    for stage in PENALTIES:
+    for stage in BEFORE_TEMPERATURE:
         logits = stage.apply(logits, parameters, history)
     index = np.flatnonzero(parameters["temperature"] > 0)
     if not len(index):

@@ -47,8 +47,9 @@ class History:
 class Stage:
     """A step of sampling.
 
-    `function` takes the logits [n, vocab] of some rows, for PENALTIES their history, and of each parameter a column
-    [n, 1]; it returns the changed logits. `neutral` are the parameters, with the values that leave it out.
+    `function` takes the logits [n, vocab] of some rows, their history if it comes before temperature, and of each
+    parameter a column [n, 1]; it returns the changed logits. `neutral` are the parameters, with the values that leave
+    it out.
     """
 
     def __init__(self, function: Callable[..., Tensor], **neutral: float) -> None:
@@ -108,6 +109,16 @@ def _subtract_counted(logits: Tensor, history: History, frequency: Tensor, prese
     return logits - frequency * counts - presence * (counts > 0)
 
 
+def _keep_sigmas(logits: Tensor, _: History, count: Tensor) -> Tensor:
+    """Keeps what is at most `count` standard deviations below the largest (arXiv 2411.07641), as llama.cpp does: of the
+    logits that a grammar allows."""
+    allowed = logits > -torch.inf
+    total = allowed.sum(-1, keepdim=True)
+    mean = logits.masked_fill(~allowed, 0).sum(-1, keepdim=True) / total
+    deviation = ((logits - mean).masked_fill(~allowed, 0).square().sum(-1, keepdim=True) / total).sqrt()
+    return logits.masked_fill(logits < logits.amax(-1, keepdim=True) - count * deviation, -torch.inf)
+
+
 def _keep_top_k(logits: Tensor, k: Tensor) -> Tensor:
     """Keeps the k likeliest tokens, and what equals the last of them."""
     k = k.clamp(max=logits.shape[-1])
@@ -151,9 +162,10 @@ def _keep_mass(logits: Tensor, probabilities: Tensor, order: Tensor, mass: Tenso
 
 
 # In the order in which they apply. These see the whole rows, as the model made them.
-PENALTIES = (
+BEFORE_TEMPERATURE = (
     Stage(_divide_repeated, repetition_penalty=1.0),
     Stage(_subtract_counted, frequency_penalty=0.0, presence_penalty=0.0),
+    Stage(_keep_sigmas, top_n_sigma=0.0),
 )
 # Then comes temperature. These keep the likeliest tokens, and what equals the last of them.
 LIKELIEST = (Stage(_keep_top_k, top_k=0), Stage(_keep_top_p, top_p=1.0), Stage(_keep_min_p, min_p=0.0))
@@ -161,7 +173,7 @@ LIKELIEST = (Stage(_keep_top_k, top_k=0), Stage(_keep_top_p, top_p=1.0), Stage(_
 OF_HEAD = (Stage(_keep_top_p_of_logprobs, top_p=1.0), *LIKELIEST[2:])
 # These look at all that is left.
 OTHERS = (Stage(_keep_typical, typical_p=1.0),)
-STAGES = (*PENALTIES, *LIKELIEST, *OTHERS)
+STAGES = (*BEFORE_TEMPERATURE, *LIKELIEST, *OTHERS)
 
 # By the names of generation.proto, with what an absent one stands for.
 NEUTRAL: dict[str, float] = {"temperature": 0.0, "seed": 0}

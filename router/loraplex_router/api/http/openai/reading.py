@@ -60,8 +60,9 @@ def read_options(body: GenerationRequest, defaults: Sampling) -> dict[str, Any]:
 
 def _read_sampling(body: GenerationRequest, defaults: Sampling) -> Sampling:
     sampling = {"temperature": 1.0, **defaults.given, **body.given}
-    if body.top_k in (0, -1):
-        del sampling["top_k"]
+    for name in ("top_k", "top_n_sigma"):
+        if sampling.get(name, 1) <= 0:
+            del sampling[name]
     if body.top_p == 0:
         sampling["top_p"] = LEAST_TOP_P
     if body.seed is not None:
