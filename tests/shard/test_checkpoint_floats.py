@@ -175,3 +175,18 @@ def test_float8_without_scales_is_refused(tmp_path: Path) -> None:
     edit_tensor(directory, K.replace("weight", "weight_scale"), None)
     with pytest.raises(CheckpointError, match=r"missing tensor .*k_proj\.weight_scale_inv or .*weight_scale"):
         open_checkpoint(str(directory))
+
+
+def test_floats_whose_configuration_speaks_of_bitsandbytes_are_floats(tmp_path: Path) -> None:
+    """As those are saved who load a model in 4 bits by its configuration."""
+    directory, weights = save_stored(BITSANDBYTES, lambda matrix: ({"weight": matrix}, matrix), tmp_path)
+    checkpoint = open_checkpoint(str(directory))
+    assert not checkpoint.prequantized
+    assert torch.equal(checkpoint.read(K), weights[K])
+
+
+def test_compressed_tensors_first_name_for_its_configuration_is_known(tmp_path: Path) -> None:
+    config, store = FORMATS["compressed-tensors float8, by row"]
+    directory, weights = save_stored(config, store, tmp_path)
+    edit_config(directory, quantization_config=None, compression_config=config)
+    torch.testing.assert_close(open_checkpoint(str(directory)).read(K), weights[K])

@@ -201,9 +201,25 @@ def test_texts_begin_and_end_as_the_file_says(fields: dict[str, bool], expected:
         ({"pre": None}, r"tokenizer\.ggml\.pre is missing: .* newer file"),
         ({"model": "bert"}, r"tokenizer\.ggml\.model 'bert' is not served"),
         ({"merges": None}, r"tokenizer\.ggml\.merges is missing"),
+        ({"merges": ["nowhere found"]}, r"tokenizer\.ggml\.merges does not fit its tokens"),
     ],
 )
 def test_what_cannot_be_rebuilt_is_refused_with_the_name_of_its_field(change: dict[str, Any], message: str) -> None:
     written = byte_level_metadata("llama-bpe") | {f"tokenizer.ggml.{name}": value for name, value in change.items()}
     with pytest.raises(CheckpointError, match=message):
+        read_tokenizer(written)
+
+
+def test_without_types_the_tokens_that_have_a_purpose_are_special() -> None:
+    written = dict(byte_level_metadata("qwen2"))
+    del written["tokenizer.ggml.token_type"]
+    end = written["tokenizer.ggml.eos_token_id"]
+    ours = rebuilt(written)
+    assert ours.encode(f"Hi{SPECIAL}").ids[-1] == end
+    assert ours.decode([end]) == ""
+
+
+def test_lists_of_different_lengths_are_refused() -> None:
+    written = byte_level_metadata("qwen2") | {"tokenizer.ggml.token_type": [1, 1]}
+    with pytest.raises(CheckpointError, match=r"tokenizer\.ggml\.token_type has 2 entries, but there are \d+ tokens"):
         read_tokenizer(written)

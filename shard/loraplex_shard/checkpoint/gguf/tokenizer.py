@@ -1,7 +1,7 @@
 """Builds a tokenizer from a GGUF file's metadata, so that it gives the tokens of the model's own tokenizer.json."""
 
 from collections.abc import Iterable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from gguf.constants import TokenType
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
@@ -79,7 +79,7 @@ def _unknown(field: str, value: object, known: str) -> CheckpointError:
 def _byte_level(tokens: list[str], merges: list[str], words: Words) -> Tokenizer:
     vocabulary = {token: index for index, token in enumerate(tokens)}
     pairs = [_pair(merge) for merge in merges]
-    tokenizer = Tokenizer(BPE(vocabulary, pairs, ignore_merges=words.ignore_merges))
+    tokenizer = Tokenizer(_bpe(vocabulary, pairs, ignore_merges=words.ignore_merges))
     if words.composes:
         tokenizer.normalizer = normalizers.NFC()
     by_library = words.cuts[-1] == GPT_2  # which needs no expression of ours
@@ -88,6 +88,13 @@ def _byte_level(tokens: list[str], merges: list[str], words: Words) -> Tokenizer
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*cuts, bytes_of])
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
+
+
+def _bpe(vocabulary: dict[str, int], pairs: list[tuple[str, str]], **options: Any) -> BPE:
+    try:
+        return BPE(vocabulary, pairs, **options)
+    except Exception as error:  # what the library raises for a merge of tokens that are not there
+        raise CheckpointError(f"GGUF metadata tokenizer.ggml.merges does not fit its tokens: {error}") from error
 
 
 def _pieces(metadata: Metadata, tokens: list[str]) -> list[str]:
@@ -107,14 +114,11 @@ def _sentencepiece(metadata: Metadata, pieces: list[str]) -> Tokenizer:
         pairs = [_pair(str(merge)) for merge in merges]
     else:
         # Gemma's merges are in the order of its tokens, others' in that of the scores.
-        scores = (
-            None
-            if _is_gemma(metadata)
-            else dict(zip(pieces, _get(metadata, "tokenizer.ggml.scores", list), strict=True))
-        )
-        pairs = generate_merges(vocabulary, scores)
+        scores = None if _is_gemma(metadata) else _per_token(metadata, "scores", pieces)
+        pairs = generate_merges(vocabulary, None if scores is None else dict(zip(pieces, scores, strict=True)))
     unknown = _id(metadata, "unk_token", DEFAULT_IDS["unk_token"])
-    tokenizer = Tokenizer(BPE(vocabulary, pairs, unk_token=pieces[unknown], fuse_unk=True, byte_fallback=True))
+    unknown_piece = pieces[unknown] if 0 <= unknown < len(pieces) else None
+    tokenizer = Tokenizer(_bpe(vocabulary, pairs, unk_token=unknown_piece, fuse_unk=True, byte_fallback=True))
     prefix = _flag(metadata, "add_space_prefix", not _is_gemma(metadata))
     blanks = normalizers.Replace(" ", BLANK)
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(BLANK), blanks]) if prefix else blanks
@@ -127,11 +131,24 @@ def _sentencepiece(metadata: Metadata, pieces: list[str]) -> Tokenizer:
 def _added_tokens(metadata: Metadata, tokens: list[str]) -> Iterable[AddedToken]:
     # Phi-3's swallow the blanks behind them, which llama.cpp, too, knows by the model's name.
     phi = metadata.get("general.architecture") == "phi3" and metadata.get("tokenizer.ggml.model") == "llama"
-    types = _get(metadata, "tokenizer.ggml.token_type", list)
+    if "tokenizer.ggml.token_type" in metadata:
+        types = _per_token(metadata, "token_type", tokens)
+    else:  # llama.cpp does without, too: then those that have a purpose are special
+        purposes = {metadata.get(key) for key in _SPECIAL.values()}
+        types = [TokenType.CONTROL if index in purposes else TokenType.NORMAL for index in range(len(tokens))]
     for token, kind in zip(tokens, types, strict=True):
         if kind in _ADDED:
             strips = phi and token not in ("<unk>", "<s>", "<|endoftext|>")
             yield AddedToken(token, normalized=False, special=kind == TokenType.CONTROL, rstrip=strips)
+
+
+def _per_token(metadata: Metadata, name: str, tokens: list[str]) -> list[Any]:
+    values: list[Any] = _get(metadata, f"tokenizer.ggml.{name}", list)
+    if len(values) != len(tokens):
+        raise CheckpointError(
+            f"GGUF metadata tokenizer.ggml.{name} has {len(values)} entries, but there are {len(tokens)} tokens"
+        )
+    return values
 
 
 def _wrap(tokenizer: Tokenizer, special: Mapping[str, str], bos: bool, eos: bool) -> None:

@@ -21,6 +21,7 @@ from loraplex_shard.ops.quantized import QuantizedMatrix
 
 POOLING_CONFIG = "1_Pooling/config.json"  # as sentence-transformers writes it
 LAST_TOKEN = "pooling_mode_lasttoken"
+OLD_QUANTIZATION_CONFIG = "compression_config"  # compressed-tensors' at first
 GENERATION_CONFIG = "generation_config.json"
 MODELOPT_CONFIG = "hf_quant_config.json"
 # How inputs, outputs, keys and values were rounded where a matrix was quantized: here they are not.
@@ -145,7 +146,8 @@ class SafetensorsCheckpoint:
 
     def _find_matrices(self) -> dict[str, StoredMatrix]:
         """Those that are stored in integers or small floats, as config.json says, or ModelOpt's file beside it."""
-        quantization = getattr(self.config, "quantization_config", None)
+        config = self.config
+        quantization = getattr(config, "quantization_config", None) or getattr(config, OLD_QUANTIZATION_CONFIG, None)
         if quantization is None and (file := self._directory / MODELOPT_CONFIG).is_file():
             quantization = {"quant_method": "modelopt"} | read_json(file, self.model_id).get("quantization", {})
         with errors_of(self.model_id):
