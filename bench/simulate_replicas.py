@@ -116,7 +116,7 @@ async def _send(service: Service, load: Load, seconds: float, seed: int) -> tupl
 
 
 async def _wait(service: Service, adapter: str, tokens: int) -> float:
-    request = Request(prompt=(1,), adapter=AdapterReference(adapter, "local"), max_new_tokens=tokens)
+    request = Request(prompt=(1,), adapter=AdapterReference(adapter), max_new_tokens=tokens)
     generation = await service.generate(request)
     try:
         await generation.collect()

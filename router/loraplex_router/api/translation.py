@@ -11,14 +11,7 @@ from loraplex_router.vocabulary.grammar import Grammar, GrammarKind
 from loraplex_router.vocabulary.references import AdapterReference, MergedReference
 from loraplex_router.vocabulary.request import EmbedRequest, Request
 from loraplex_router.vocabulary.sampling import Sampling
-from loraplex_router.vocabulary.sequence import Alternatives, Detail, FinishReason, Sample
-
-FINISH_REASONS = {
-    FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
-    FinishReason.END_TOKEN: pb.FINISH_REASON_END_TOKEN,
-    FinishReason.STOP_TEXT: pb.FINISH_REASON_STOP_TEXT,
-    FinishReason.CANCELLED: pb.FINISH_REASON_CANCELLED,
-}
+from loraplex_router.vocabulary.sequence import Alternatives, Detail, Sample
 
 
 def read_request(message: pb.GenerateRequest) -> Request:
@@ -192,7 +185,7 @@ class Writer:
 
 def _finish_reason(delta: Delta) -> pb.FinishReason.ValueType:
     assert delta.finish_reason is not None
-    return FINISH_REASONS[delta.finish_reason]
+    return pb.FinishReason.ValueType(delta.finish_reason.value)
 
 
 def _usage(output: SequenceOutput) -> pb.Usage:

@@ -32,6 +32,8 @@ class Sample(NamedTuple):
 
 
 class FinishReason(Enum):
+    """The values are those of generation.proto."""
+
     LENGTH = 1
     END_TOKEN = 2
     STOP_TEXT = 3  # or a stop token that is part of the answer
