@@ -10,7 +10,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from transformers import Cohere2Config, LlamaConfig, Olmo2Config, Phi3Config, PreTrainedConfig, Qwen3Config
+from transformers import (
+    Cohere2Config,
+    GptOssConfig,
+    LlamaConfig,
+    Olmo2Config,
+    Phi3Config,
+    PreTrainedConfig,
+    Qwen2MoeConfig,
+    Qwen3Config,
+)
 
 from loraplex_shard.device.parallel import GroupSizeError, partition_evenly, partition_heads, partition_units
 from loraplex_shard.kernels.library import build, instruction_set
@@ -35,6 +44,12 @@ CHECKPOINTS: dict[str, PreTrainedConfig] = {
     "qwen3": Qwen3Config(**SHAPE, head_dim=6, attention_bias=True),
     "olmo2": Olmo2Config(**SHAPE),  # norms over all ranks' heads
     "phi3": Phi3Config(**SHAPE, pad_token_id=None),  # projections that are fused in the checkpoint
+    "qwen2-moe": Qwen2MoeConfig(
+        **SHAPE, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=23, shared_expert_intermediate_size=37
+    ),
+    "gpt-oss": GptOssConfig(  # experts with biases, sinks, gates and ups that are neighbours
+        **SHAPE, head_dim=8, num_local_experts=3, num_experts_per_tok=2, sliding_window=4, pad_token_id=None
+    ),
     "cohere2": Cohere2Config(**SHAPE, sliding_window=4, pad_token_id=None, logit_scale=0.3),
 }
 
