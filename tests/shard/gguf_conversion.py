@@ -94,6 +94,9 @@ def _tensors(case: Case, model: PreTrainedModel) -> dict[str, torch.Tensor]:
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and model.config.tie_word_embeddings:
             continue
+        if of_experts := _experts(model.config.model_type, name, tensor):
+            written |= of_experts
+            continue
         if name.endswith("experts.gate_up_proj"):
             block = f"blk.{name.split('.')[2]}"
             gate, up = tensor.chunk(2, dim=1)
@@ -109,6 +112,22 @@ def _tensors(case: Case, model: PreTrainedModel) -> dict[str, torch.Tensor]:
             tensor = tensor + 1
         written[f"{known.get_name(module)}.{suffix}"] = tensor.squeeze()
     return written
+
+
+def _experts(model_type: str, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    block, name = f"blk.{name.split('.')[2]}.ffn_" if "layers" in name else "", name.rpartition(".layers.")[2]
+    bias = "bias" if name.endswith("bias") else "weight"
+    if model_type == "gpt_oss" and ".experts." in name:
+        tensor = tensor if bias == "bias" else tensor.transpose(1, 2)
+        if "down_proj" in name:
+            return {f"{block}down_exps.{bias}": tensor}
+        return {f"{block}gate_exps.{bias}": tensor[:, ::2], f"{block}up_exps.{bias}": tensor[:, 1::2]}
+    if name.endswith("sinks"):
+        return {f"{block.replace('ffn_', 'attn_')}sinks.weight": tensor}
+    if name.endswith("shared_mlp.input_linear.weight"):
+        gate, up = tensor.chunk(2)
+        return {f"{block}gate_shexp.weight": gate, f"{block}up_shexp.weight": up}
+    return {f"{block}gate_inp.weight": tensor} if name.endswith("block_sparse_moe.router.weight") else {}
 
 
 def llama_3_factors(config: PreTrainedConfig) -> dict[str, torch.Tensor]:
@@ -129,6 +148,13 @@ def phi_3_factors(config: PreTrainedConfig) -> dict[str, torch.Tensor]:
 
 LLAMA_3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0, 1.5, 2, 2.5, 3, 4, 5, 6]}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 100.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "truncate": False,
+}
 GRANITE = {"attention_multiplier": 0.1, "embedding_multiplier": 6.0, "residual_multiplier": 0.3, "logits_scaling": 4.0}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
@@ -242,6 +268,33 @@ CASES = {
         extra=phi_3_factors,
     ),
     "granite": Case("granite", "granite", {"head_dim": 16, **GRANITE}, _granite, permuted=True),
+    "granitemoe": Case(
+        "granitemoe", "granitemoe", {"head_dim": 16, "num_local_experts": 4, **GRANITE}, _granite, permuted=True
+    ),
+    "granitemoe, shared": Case(
+        "granitemoe",
+        "granitemoeshared",
+        {"head_dim": 16, "num_local_experts": 4, "shared_intermediate_size": 48, **GRANITE},
+        lambda config: {"expert_shared_feed_forward_length": 48, **_granite(config)},
+        permuted=True,
+    ),
+    "gpt-oss": Case(
+        "gpt-oss",
+        "gpt_oss",
+        {
+            "head_dim": 16,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": 8,
+            "rope_parameters": YARN,
+        },
+        lambda config: {
+            "expert_feed_forward_length": config.intermediate_size,
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": 4.0,
+            "rope.scaling.original_context_length": 16,
+        },
+    ),
     "command-r": Case("command-r", "cohere", {"logit_scale": 0.25}, lambda config: {"logit_scale": config.logit_scale}),
     "cohere2": Case(
         "cohere2",

@@ -13,7 +13,9 @@ from loraplex_shard.checkpoint.base import TokenizerFiles, errors_of
 from loraplex_shard.checkpoint.gguf.blocks import read_blocks
 from loraplex_shard.checkpoint.gguf.configuration import read_config
 from loraplex_shard.checkpoint.gguf.file import ByteRows, GgufTensor, floats, read_gguf
-from loraplex_shard.checkpoint.gguf.names import Origin, find_origins
+from loraplex_shard.checkpoint.gguf.fusion import fused, fused_shape
+from loraplex_shard.checkpoint.gguf.names import find_origins
+from loraplex_shard.checkpoint.gguf.origins import Origin
 from loraplex_shard.checkpoint.gguf.tokenizer import read_end_token_ids, read_tokenizer
 from loraplex_shard.checkpoint.sampling_defaults import sampling_defaults
 from loraplex_shard.checkpoint.values import checked
@@ -74,6 +76,8 @@ class GgufCheckpoint:
 
     def shape(self, name: str) -> tuple[int, ...]:
         origin, shape = self._origins[name], self._tensor(name).shape
+        if origin.fusion is not None:
+            return fused_shape(shape, origin.fusion)
         return (1, *shape) if origin.lacks_dimension else shape if origin.expert is None else shape[1:]
 
     def read(self, name: str, rows: slice = slice(None), columns: slice = slice(None)) -> torch.Tensor:
@@ -82,6 +86,9 @@ class GgufCheckpoint:
 
     def _read(self, name: str, rows: slice, columns: slice) -> torch.Tensor:
         origin, tensor = self._origins[name], self._tensor(name)
+        if origin.fusion is not None:
+            second = [self._file.tensors[origin.fusion.second]] if origin.fusion.second else []
+            return fused([tensor, *second], origin.fusion, rows, columns)
         if len(self.shape(name)) > 1:
             return floats(self._rows(name, rows), tensor.kind)[:, columns]
         vector = floats(tensor.data, tensor.kind)[0]
@@ -93,6 +100,8 @@ class GgufCheckpoint:
         self, name: str, rows: slice = slice(None), columns: slice = slice(None)
     ) -> QuantizedMatrix | None:
         kind = self._tensor(name).kind
+        if self._origins[name].fusion is not None:
+            return None
         begin, end, _ = columns.indices(self.shape(name)[1])
         weights, size = GGML_QUANT_SIZES[kind]
         if begin % weights or end % weights:

@@ -194,6 +194,26 @@ def _granite(fields: Fields) -> dict[str, Any]:
     }
 
 
+def _granite_moe(fields: Fields) -> dict[str, Any]:
+    return _granite(fields) | _mixtral(fields)
+
+
+def _granite_moe_shared(fields: Fields) -> dict[str, Any]:
+    return _granite_moe(fields) | {"shared_intermediate_size": fields.integer("expert_shared_feed_forward_length")}
+
+
+def _gpt_oss(fields: Fields) -> dict[str, Any]:
+    rope = read_rope(fields)
+    return {
+        **_window(fields),
+        **_mixtral(fields),
+        "attention_bias": _attention_bias(fields),
+        "intermediate_size": fields.integer("expert_feed_forward_length", fields.integer("feed_forward_length", 0)),
+        # As the models were trained, which llama.cpp does not write down.
+        "rope_parameters": rope | ({"truncate": False} if rope["rope_type"] == "yarn" else {}),
+    }
+
+
 def _cohere(fields: Fields) -> dict[str, Any]:
     return {"logit_scale": fields.number("logit_scale"), "use_qk_norm": fields.has("blk.0.attn_q_norm.weight")}
 
@@ -262,6 +282,8 @@ KINDS: Mapping[str, Kind] = {
     "phi2": Kind("phi", eps="layer_norm_eps", partial=True),
     "phi3": Kind("phi3", _phi3, partial=True),
     "granite": Kind("granite", _granite),
+    "granitemoe": Kind("granitemoe", _granite_moe),
+    "gpt-oss": Kind("gpt_oss", _gpt_oss),
     "command-r": Kind("cohere", _cohere, eps="layer_norm_eps"),
     "cohere2": Kind("cohere2", _cohere2, eps="layer_norm_eps"),
     "starcoder2": Kind("starcoder2", _starcoder2, eps="norm_epsilon"),
@@ -278,5 +300,6 @@ KINDS: Mapping[str, Kind] = {
 # Of one architecture, files with this metadata are another one of transformers'.
 VARIANTS: Mapping[str, Mapping[str, Kind]] = {
     "llama": {"expert_count": Kind("mixtral", _mixtral)},
+    "granitemoe": {"expert_shared_feed_forward_length": Kind("granitemoeshared", _granite_moe_shared)},
     "olmo2": {"attention.sliding_window": Kind("olmo3", _olmo3)},
 }
