@@ -23,20 +23,19 @@ float mean(const T* x, long n) {
     return sum(sums) / float(n);
 }
 
-// hidden += scale * delta (if there is one), out = (hidden - its mean, if centered) / root mean square * weight + bias.
-template <class T>
+// hidden += scale * delta (if there is one), out = (hidden - its mean, if CENTERED) / root mean square * weight + bias.
+template <bool CENTERED, class T>
 void add_norm(int threads, long rows, long n, T* hidden, const T* delta, float scale, const float* weight,
-              const float* bias, float eps, bool centered, T* out) {
+              const float* bias, float eps, T* out) {
     parallel_for(rows * n > SMALL ? threads : 1, rows, [&](long row) {
-        T* x = hidden + row * n;
-        Floats squares = zeros();
+        T *x = hidden + row * n, *y = out + row * n;
+        Floats squares = zeros(), center = zeros();
         for (long i = 0; i < n; i += LANES) {
             int count = lanes_at(i, n);
             Floats v = delta ? add_at(x + i, delta + row * n + i, scale, count) : load_first(x + i, count);
             squares = fma(v, v, squares);
         }
-        Floats center = zeros();
-        if (centered) {
+        if constexpr (CENTERED) {
             center = splat(mean(x, n));
             squares = zeros();
             for (long i = 0; i < n; i += LANES) {
@@ -49,8 +48,10 @@ void add_norm(int threads, long rows, long n, T* hidden, const T* delta, float s
         Floats factor = splat(1 / std::sqrt(sum(squares) / float(n) + eps));
         for (long i = 0; i < n; i += LANES) {
             int count = lanes_at(i, n);
-            Floats normed = (load_first(x + i, count) - center) * factor * load_first(weight + i, count);
-            store_first(out + row * n + i, bias ? normed + load_first(bias + i, count) : normed, count);
+            Floats v = load_first(x + i, count);
+            if constexpr (CENTERED) v = v - center;
+            v = v * factor * load_first(weight + i, count);
+            store_first(y + i, bias ? v + load_first(bias + i, count) : v, count);
         }
     });
 }
@@ -119,15 +120,17 @@ Floats up_of(Floats x) {
         return x;
 }
 
-// up: times what, or null.
+// What is active is multiplied by `up`, unless that is null.
 template <class Function, class T>
 void activate_row(const T* x, const T* up, long n, T* out) {
-    for (long i = 0; i < n; i += LANES) {
-        int count = lanes_at(i, n);
+    auto at = [&](long i, int count) {
         Floats active = Function::of(load_first(x + i, count));
         if (up) active = active * up_of<Function>(load_first(up + i, count));
         store_first(out + i, active, count);
-    }
+    };
+    long whole = n / LANES * LANES;
+    for (long i = 0; i < whole; i += LANES) at(i, LANES);
+    if (whole < n) at(whole, int(n - whole));
 }
 
 template <class T>
@@ -168,7 +171,9 @@ EXPORT void add_norm(int threads, int kind, long rows, long n, void* hidden, con
                      const float* weight, const float* bias, float eps, int centered, void* out) {
     with_type(kind, [&](auto* t) {
         using T = decltype(t);
-        loraplex::add_norm(threads, rows, n, (T)hidden, (T)delta, scale, weight, bias, eps, centered, (T)out);
+        auto run = centered ? loraplex::add_norm<true, std::remove_pointer_t<T>>
+                            : loraplex::add_norm<false, std::remove_pointer_t<T>>;
+        run(threads, rows, n, (T)hidden, (T)delta, scale, weight, bias, eps, (T)out);
     });
 }
 
