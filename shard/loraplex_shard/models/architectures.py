@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from loraplex_shard.checkpoint.base import CheckpointError
 from loraplex_shard.layers.experts import ExpertsTensor
@@ -45,16 +46,29 @@ PHI = replace(GLM, qkv=("self_attn.qkv_proj",))
 
 def read_spec(architecture: str, config: PreTrainedConfig) -> DecoderSpec:
     """Raises CheckpointError for an architecture or a variant of one that is not served."""
+    if architecture in _TEXT_PARTS:
+        return _text_part(architecture, config)
     read = _ARCHITECTURES.get(architecture)
     if read is None:
         served = ", ".join(sorted(_ARCHITECTURES))
         raise CheckpointError(f"architecture {architecture!r} is not served; these are: {served}")
     spec = read(config)
+    if getattr(config, "use_bidirectional_attention", None):
+        raise CheckpointError("config.json: use_bidirectional_attention is not served")
     if spec.heads % spec.kv_heads:
         raise CheckpointError(
             f"config.json: num_attention_heads {spec.heads} is not a multiple of num_key_value_heads {spec.kv_heads}"
         )
     return spec
+
+
+def _text_part(architecture: str, config: PreTrainedConfig) -> DecoderSpec:
+    """Of the text model in one that reads pictures as well: the spec of the same model alone, under other names."""
+    text = config.get_text_config(decoder=True)
+    alone = _TEXT_TYPES.get(text.model_type) or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(text.model_type, text.model_type)
+    spec = read_spec(str(alone), text)
+    names = replace(spec.names, backbone=_TEXT_PARTS[architecture])
+    return replace(spec, tied=config.tie_word_embeddings, names=names)
 
 
 def _llama(config: PreTrainedConfig) -> DecoderSpec:
@@ -327,7 +341,7 @@ def _spec(
         "heads": config.num_attention_heads,
         "kv_heads": config.num_key_value_heads,
         "head_dim": head_dim,
-        "tied": config.tie_word_embeddings,
+        "tied": getattr(config, "tie_word_embeddings", False),  # a text part does not know
         "windows": _windows(config),
         "rotary": tuple(each if rotated is None or rotated[layer] else None for layer, each in enumerate(rotary)),
     }
@@ -388,4 +402,30 @@ _ARCHITECTURES: dict[str, Callable[[PreTrainedConfig], DecoderSpec]] = {
     "SeedOssForCausalLM": _seed_oss,
     "SmolLM3ForCausalLM": _smollm3,
     "Starcoder2ForCausalLM": _starcoder2,
+}
+
+# What transformers calls the text model in those that read pictures as well.
+_TEXT_PARTS = dict.fromkeys(
+    (
+        "AyaVisionForConditionalGeneration",
+        "Cohere2VisionForConditionalGeneration",
+        "Gemma3ForConditionalGeneration",
+        "InternVLForConditionalGeneration",
+        "LlavaForConditionalGeneration",
+        "LlavaNextForConditionalGeneration",
+        "LlavaOnevisionForConditionalGeneration",
+        "Mistral3ForConditionalGeneration",
+        "Qwen2VLForConditionalGeneration",
+        "Qwen2_5_VLForConditionalGeneration",
+        "Qwen3VLForConditionalGeneration",
+    ),
+    "model.language_model",
+) | dict.fromkeys(("Idefics3ForConditionalGeneration", "SmolVLMForConditionalGeneration"), "model.text_model")
+
+# Text models that transformers has in no class of their own, by their model_type: of text alone, their positions are
+# plain ones.
+_TEXT_TYPES = {
+    "qwen2_vl_text": "Qwen2ForCausalLM",
+    "qwen2_5_vl_text": "Qwen2ForCausalLM",
+    "qwen3_vl_text": "Qwen3ForCausalLM",
 }

@@ -25,8 +25,6 @@ from loraplex_shard.shapes.cache import KVCache, LayerCache
 from loraplex_shard.shapes.heads import Heads
 from loraplex_shard.shapes.layout import LinearLayout
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # as checkpoints call them
-
 
 class Attention(nn.Module):
     def __init__(self, index: int, build: Build) -> None:
@@ -42,7 +40,7 @@ class Attention(nn.Module):
         )
         self.heads = replace(whole, query=partition.heads, kv=partition.kv_heads)
         self.norm: HeadNorm | WidthNorm | None = None
-        prefix = f"model.layers.{index}.self_attn"
+        prefix = f"{spec.names.layer(index)}.self_attn"
         if spec.qk_norm == "head":
             self.norm = HeadNorm(prefix, self.heads, spec.norm, self.ops)
         elif spec.qk_norm == "width":
@@ -69,7 +67,7 @@ class DecoderLayer(nn.Module):
         self.spec, self.ops = spec, build.ops
 
         def norm(module: str | None) -> HiddenNorm | None:
-            return None if module is None else build.norm(f"model.layers.{index}.{module}")
+            return None if module is None else build.norm(f"{names.layer(index)}.{module}")
 
         self.before_attention = norm(names.before_attention)
         self.attention = Attention(index, build)
@@ -109,7 +107,7 @@ class Decoder(nn.Module):
         rotary: Mapping[RotarySpec, Rotary],
         device: torch.device,
         dtype: torch.dtype,
-        embedding: str = EMBEDDING,
+        embedding: str,
     ) -> None:
         """`rotary` has the angles of each of the spec's; `embedding` names the tensor that is the embedding."""
         super().__init__()
@@ -121,7 +119,7 @@ class Decoder(nn.Module):
         scale = float(torch.tensor(spec.embedding_scale, dtype=dtype))  # as transformers rounds it
         self.embedding = Embedding(embedding, spec.vocab_size, spec.hidden_size, scale, ops)
         self.layers = nn.ModuleList(DecoderLayer(index, build) for index in range(spec.layers))
-        self.norm = build.norm("model.norm")
+        self.norm = build.norm(f"{spec.names.backbone}.norm")
         self.lm_head = ColumnLinear(partition.lm_head(), bias=False, ops=ops, least_bits=8)
 
     @property

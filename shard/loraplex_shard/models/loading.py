@@ -11,14 +11,18 @@ from loraplex_shard.checkpoint.base import Checkpoint, CheckpointError
 from loraplex_shard.device.parallel import Group
 from loraplex_shard.layers.sources import ParameterForm, Source, SourcedLayer
 from loraplex_shard.models.architectures import read_spec
-from loraplex_shard.models.decoder import EMBEDDING, HEAD, Decoder
+from loraplex_shard.models.decoder import Decoder
 from loraplex_shard.models.rope import rotary
+from loraplex_shard.models.text_part import TextPart
 from loraplex_shard.ops.base import Operations
 
 logger = logging.getLogger(__name__)
 
+HEAD = "lm_head.weight"
 NAMES_IN_MESSAGE = 10
 ROWS_AT_A_TIME = 4096
+
+Tensors = Checkpoint | TextPart
 
 
 def load_decoder(
@@ -35,16 +39,21 @@ def load_decoder(
     that of a served model, naming the tensors that are missing, left over or of an unexpected shape; GroupSizeError
     if it cannot be cut into that many ranks.
     """
-    spec = read_spec(checkpoint.architecture, checkpoint.config)
-    if spec.tied and _has_own_head(checkpoint, form.dtype):
+    spec, config = (
+        read_spec(checkpoint.architecture, checkpoint.config),
+        checkpoint.config.get_text_config(decoder=True),
+    )
+    tensors = checkpoint if config is checkpoint.config else TextPart(checkpoint, spec.names.backbone)
+    embedding = f"{spec.names.embedding}.weight"
+    if spec.tied and _differ(tensors, embedding, HEAD, form.dtype):
         logger.warning(
             "%s: config.json says tie_word_embeddings, but %s differs from %s: both are served as they are",
-            *(checkpoint.model_id, HEAD, EMBEDDING),
+            *(checkpoint.model_id, HEAD, embedding),
         )
         spec = replace(spec, tied=False)
-    # Which of two tied tensors a checkpoint holds is up to whoever saved it.
-    embedding = HEAD if spec.tied and EMBEDDING not in checkpoint.names else EMBEDDING
-    tables = {each: rotary(checkpoint.config, each, max_model_len).to(form.device) for each in set(spec.rotary) if each}
+    if spec.tied and embedding not in tensors.names:
+        embedding = HEAD  # which of two tied tensors a checkpoint holds is up to whoever saved it
+    tables = {each: rotary(config, each, max_model_len).to(form.device) for each in set(spec.rotary) if each}
     with init_empty_weights(include_buffers=False):
         decoder = Decoder(spec, group, ops, tables, form.device, form.dtype, embedding)
     layers = [module for module in decoder.modules() if isinstance(module, SourcedLayer)]
@@ -53,10 +62,10 @@ def load_decoder(
     for layer in layers:
         layer.choose_sources(checkpoint.names)
     sources = [source for layer in layers for source in layer.all_sources]
-    _check(checkpoint, sources, spec.tied)
+    _check(checkpoint, tensors, sources, spec.tied)
     loaded = 0
     for layer in layers:
-        for _ in layer.load(checkpoint, form):
+        for _ in layer.load(tensors, form):
             loaded += 1
             if progress is not None:
                 progress(loaded, len(sources))
@@ -65,42 +74,41 @@ def load_decoder(
     return decoder.eval()
 
 
-def _has_own_head(checkpoint: Checkpoint, dtype: torch.dtype) -> bool:
-    """Whether the checkpoint holds an lm head beside the embedding that is not the same in this dtype, which is when
-    transformers does not tie them either."""
-    if not {EMBEDDING, HEAD} <= checkpoint.names:
+def _differ(tensors: Tensors, one: str, other: str, dtype: torch.dtype) -> bool:
+    """Whether there are two matrices that are not the same in this dtype, which is when transformers does not tie them
+    either."""
+    if not {one, other} <= tensors.names:
         return False
-    if checkpoint.shape(EMBEDDING) != checkpoint.shape(HEAD):
+    if tensors.shape(one) != tensors.shape(other):
         return True
-    starts = range(0, checkpoint.shape(HEAD)[0], ROWS_AT_A_TIME)
+    starts = range(0, tensors.shape(one)[0], ROWS_AT_A_TIME)
     parts = (slice(start, start + ROWS_AT_A_TIME) for start in starts)
-    return not all(
-        torch.equal(*(checkpoint.read(name, rows).to(dtype) for name in (EMBEDDING, HEAD))) for rows in parts
-    )
+    return not all(torch.equal(*(tensors.read(name, rows).to(dtype) for name in (one, other))) for rows in parts)
 
 
-def _check(checkpoint: Checkpoint, sources: Iterable[Source], tied: bool) -> None:
+def _check(checkpoint: Checkpoint, tensors: Tensors, sources: Iterable[Source], tied: bool) -> None:
+    """`tensors`: those of the checkpoint that are the decoder's."""
     shapes = {source.tensor: source.shape for source in sources}
-    missing = shapes.keys() - checkpoint.names
+    missing = shapes.keys() - tensors.names
     if missing:
         hint = "" if missing != {HEAD} else ": if it is the embedding, set tie_word_embeddings in config.json to true"
         raise CheckpointError(f"{checkpoint.model_id}: missing {_listed(missing)}{hint}")
-    extra = {name for name in checkpoint.names - shapes.keys() if not _is_redundant(checkpoint, name, tied)}
+    extra = {name for name in tensors.names - shapes.keys() if not _is_redundant(tensors, name, tied)}
     if extra:
         raise CheckpointError(f"{checkpoint.model_id}: {checkpoint.architecture} has no {_listed(extra)}")
     for name, shape in shapes.items():
-        if checkpoint.shape(name) != shape:
+        if tensors.shape(name) != shape:
             raise CheckpointError(
-                f"{checkpoint.model_id}: tensor {name} has shape {list(checkpoint.shape(name))}, "
+                f"{checkpoint.model_id}: tensor {name} has shape {list(tensors.shape(name))}, "
                 f"but the configuration asks for {list(shape)}"
             )
 
 
-def _is_redundant(checkpoint: Checkpoint, name: str, tied: bool) -> bool:
+def _is_redundant(tensors: Tensors, name: str, tied: bool) -> bool:
     """Old checkpoints hold RoPE's constants, some a copy of the embedding as their tied lm head (`tied` says that it is
     one); GPTQ's tools give every layer a bias, of zeros if the model has none."""
     if name.endswith(".bias"):
-        return not checkpoint.read(name).any()
+        return not tensors.read(name).any()
     return name.endswith(".rotary_emb.inv_freq") or (tied and name == HEAD)
 
 

@@ -117,7 +117,7 @@ class DecoderPartition:
         self, name: str, layer: int, place: int, names: Sequence[str], features: Sequence[int], runs: Sequence[slice]
     ) -> LinearLayout:
         """A layer's projections, each with all of its features and the run of them that is this rank's."""
-        modules = [f"model.layers.{layer}.{module}" for module in names]
+        modules = [f"{self._spec.names.layer(layer)}.{module}" for module in names]
         if len(modules) == len(features):
             parts = [LinearPart(name, size, (run,)) for name, size, run in zip(modules, features, runs, strict=True)]
         else:
@@ -129,7 +129,7 @@ class DecoderPartition:
         return LinearLayout(f"layers.{layer}.{name}", index, tuple(parts), size, self._hidden)
 
     def _row(self, name: str, layer: int, place: int, module: str, in_features: int, columns: slice) -> LinearLayout:
-        part = LinearPart(f"model.layers.{layer}.{module}", self._spec.hidden_size, (self._hidden,))
+        part = LinearPart(f"{self._spec.names.layer(layer)}.{module}", self._spec.hidden_size, (self._hidden,))
         return LinearLayout(f"layers.{layer}.{name}", self._linears * layer + place, (part,), in_features, columns)
 
     def _whole(self, name: str, layer: int, place: int, module: str, out_features: int) -> LinearLayout:

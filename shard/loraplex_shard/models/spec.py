@@ -20,9 +20,10 @@ class RotarySpec:
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """What a checkpoint calls a layer's modules, below model.layers.N. One name in place of several: it holds the
-    projections one after the other. None: there is no such norm."""
+    """What transformers calls the decoder (`backbone`), and a layer's modules. One name in place of several: it holds
+    the projections one after the other. None: there is no such norm."""
 
+    backbone: str = "model"
     qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     o: str = "self_attn.o_proj"
     gate_up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
@@ -31,6 +32,13 @@ class Names:
     behind_attention: str | None = None
     before_mlp: str | None = "post_attention_layernorm"
     behind_mlp: str | None = None
+
+    def layer(self, index: int) -> str:
+        return f"{self.backbone}.layers.{index}"
+
+    @property
+    def embedding(self) -> str:
+        return f"{self.backbone}.embed_tokens"
 
 
 GATE_UP, DOWN = ExpertsTensor("mlp.experts.gate_up_proj"), ExpertsTensor("mlp.experts.down_proj")
