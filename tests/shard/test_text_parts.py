@@ -1,11 +1,14 @@
 """The text model of checkpoints that read pictures as well, against transformers and PEFT, under all names that they
 were saved with."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForImageTextToText,
     Gemma3Config,
@@ -20,8 +23,13 @@ from transformers import (
     SmolVLMConfig,
 )
 
+from loraplex_shard.lora.peft.base import BaseModel
+from loraplex_shard.lora.peft.reading import read_adapter
+from loraplex_shard.lora.sources.files import TENSORS
+from loraplex_shard.shapes.batch import Segment
 from tests.shard.decoders import Sequences, load
 from tests.shard.families import SIZES, rope
+from tests.shard.lora_models import edit_config, read
 
 TEXT = {key: value for key, value in SIZES.items() if not key.endswith("token_id")}
 TOKENS = [5, 80, 3, 3, 41, 7, 66, 0, 90, 12, 30]
@@ -102,3 +110,69 @@ def test_text_alone_has_the_logits_of_transformers(name: str, tmp_path: Path) ->
     driver = Sequences(load(tmp_path))
     actual = torch.cat([driver.step({"a": chunk})["a"] for chunk in (TOKENS[:6], TOKENS[6:7], TOKENS[7:])])
     torch.testing.assert_close(actual, logits(model), rtol=1e-4, atol=1e-4)
+
+
+CURRENT = re.compile(
+    r"model\.(?:language_model|text_model)\.|language_model\.model\.|model\.(?=layers|norm|embed_tokens)"
+)
+FORMER = {"language_model.model": "language_model.lm_head", "model": "lm_head"}  # the backbone, and the head with it
+
+
+def renamed(tensors: dict[str, torch.Tensor], backbone: str, head: str) -> dict[str, torch.Tensor]:
+    """Tensors by the names that they had when the backbone and the head were called so."""
+    by_backbone = {CURRENT.sub(f"{backbone}.", name): tensor for name, tensor in tensors.items()}
+    return {re.sub(r"(?:language_model\.)?lm_head", head, name): tensor for name, tensor in by_backbone.items()}
+
+
+@pytest.mark.parametrize("backbone", FORMER)
+@pytest.mark.parametrize("name", ["gemma3", "qwen2.5 vl", "qwen3 vl", "llava"])
+def test_tensors_are_known_by_the_names_of_other_versions(name: str, backbone: str, tmp_path: Path) -> None:
+    model = make(MODELS[name])
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    before = load_file(file)
+    after = renamed(before, backbone, FORMER[backbone])
+    save_file(after, file)
+    assert f"{backbone}.norm.weight" in after
+    torch.testing.assert_close(Sequences(load(tmp_path)).step({"a": TOKENS})["a"], logits(model), rtol=1e-4, atol=1e-4)
+
+
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "targets", [PROJECTIONS, rf".*(language|text).*({'|'.join(PROJECTIONS)})"], ids=["list", "pattern"]
+)
+def test_an_adapter_of_the_whole_model_under_any_of_its_names(name: str, targets: Any, tmp_path: Path) -> None:
+    """What reads pictures may be adapted, too: it does not matter to text."""
+    model = make(MODELS[name])
+    model.save_pretrained(tmp_path / "base")
+    decoder, plain = load(tmp_path / "base"), logits(model)
+    options = {"r": 3, "task_type": "CAUSAL_LM", "init_lora_weights": False}
+    adapted = get_peft_model(model, LoraConfig(target_modules=targets, **options))
+    adapted.save_pretrained(tmp_path / "adapter")
+    expected = logits(adapted)
+    assert (expected - plain).abs().max() > 0.01
+    base = BaseModel("any", embedding=decoder.embedding_name, head=decoder.head_name)
+    tensors = load_file(tmp_path / "adapter" / TENSORS)
+    for backbone, head in [(decoder.spec.names.backbone, "lm_head"), *FORMER.items()]:
+        save_file(renamed(tensors, backbone, head), tmp_path / "adapter" / TENSORS)
+        adapter = read_adapter(read(tmp_path / "adapter"), decoder.layouts, base, torch.float32)
+        sees_pictures = any("vision" in tensor or "visual" in tensor for tensor in tensors)
+        assert any("pictures" in warning for warning in adapter.warnings) == sees_pictures
+        actual = Sequences(decoder).step({"a": TOKENS}, (Segment(0, len(TOKENS), adapter.weights),))["a"]
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_pattern_of_the_names_that_modules_had_before_means_them_still(tmp_path: Path) -> None:
+    model = make(MODELS["gemma3"])
+    model.save_pretrained(tmp_path / "base")
+    decoder = load(tmp_path / "base")
+    now = r"model\.language_model\.layers\.\d\.self_attn\.q_proj"
+    get_peft_model(model, LoraConfig(target_modules=now, init_lora_weights=False)).save_pretrained(tmp_path / "adapter")
+    base = BaseModel("any", embedding=decoder.embedding_name, head=decoder.head_name)
+    expected = read_adapter(read(tmp_path / "adapter"), decoder.layouts, base, torch.float32).weights
+    edit_config(tmp_path / "adapter", target_modules=r"language_model\.model\.layers\.\d\.self_attn\.q_proj")
+    actual = read_adapter(read(tmp_path / "adapter"), decoder.layouts, base, torch.float32).weights
+    assert actual.layers.keys() == expected.layers.keys() == {f"layers.{layer}.qkv" for layer in range(3)}

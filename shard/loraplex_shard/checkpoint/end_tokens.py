@@ -17,8 +17,8 @@ def end_token_ids(tokenizer: Any, generation: dict[str, Any], config: PreTrained
     learnt that one, though it may still be configured as its base was. Raises CheckpointError for what is no id.
     """
     named = generation.get("eos_token_id")
-    if named is None:
-        named = config.eos_token_id
+    for part in (config, config.get_text_config(decoder=True)):
+        named = getattr(part, "eos_token_id", None) if named is None else named
     named = named if isinstance(named, list) else [] if named is None else [named]
     if not all(type(id) is int for id in named):
         raise CheckpointError("eos_token_id is neither a token's id nor a list of them")

@@ -15,6 +15,7 @@ from loraplex_shard.layers.embedding import Embedding
 from loraplex_shard.layers.linear import ColumnLinear, Linear, RowLinear
 from loraplex_shard.layers.norm import HeadNorm, HiddenNorm, WidthNorm
 from loraplex_shard.layers.sinks import Sinks
+from loraplex_shard.lora.peft.base import StoredTensors
 from loraplex_shard.models.build import Build
 from loraplex_shard.models.mlp import MixtureOfExperts, Mlp
 from loraplex_shard.models.partition import DecoderPartition
@@ -99,6 +100,8 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """One rank's part of the model. `load_decoder` makes it; its parameters are on the meta device until then."""
 
+    tensors: StoredTensors  # that it is loaded from
+
     def __init__(
         self,
         spec: DecoderSpec,
@@ -112,6 +115,7 @@ class Decoder(nn.Module):
         """`rotary` has the angles of each of the spec's; `embedding` names the tensor that is the embedding."""
         super().__init__()
         partition = DecoderPartition(spec, group.rank, group.size)
+        self.embedding_name, self.head_name = spec.names.embedding, "lm_head"  # as PEFT calls these modules
         self.vocab_size = spec.vocab_size
         self.spec, self.group, self.ops, self.partition = spec, group, ops, partition
         self.device, self.dtype = device, dtype

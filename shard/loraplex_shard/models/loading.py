@@ -71,6 +71,7 @@ def load_decoder(
                 progress(loaded, len(sources))
     if spec.tied:
         decoder.lm_head.tie(decoder.embedding.weight)
+    decoder.tensors = tensors
     return decoder.eval()
 
 

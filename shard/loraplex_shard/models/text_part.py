@@ -1,20 +1,10 @@
-"""The text model of a checkpoint that reads pictures as well: its tensors, as transformers calls them.
-
-Versions of transformers have saved the same model under several names: language_model.model.layers, model.layers,
-model.language_model.layers.
-"""
-
-import re
+"""The text model of a checkpoint that reads pictures as well: its tensors, as transformers calls them now."""
 
 import torch
 
 from loraplex_shard.checkpoint.base import Checkpoint
 from loraplex_shard.ops.quantized import QuantizedMatrix
-
-HEAD = "lm_head"
-_TEXT = re.compile(
-    r"^(?:model\.)?(?:language_model|text_model)\.(?:model\.)?|^model\.(?=(?:layers|embed_tokens|norm)\.)"
-)
+from loraplex_shard.shapes.names import current_name
 
 
 class TextPart:
@@ -41,10 +31,5 @@ class TextPart:
     ) -> QuantizedMatrix | None:
         return self._checkpoint.read_quantized(self._stored[name], rows, columns)
 
-
-def current_name(stored: str, backbone: str) -> str | None:
-    """What transformers calls a tensor or module now; None: it belongs to no text model."""
-    rest = _TEXT.sub("", stored)
-    if rest.split(".")[0] == HEAD:
-        return rest
-    return None if rest == stored else f"{backbone}.{rest}"
+    def is_rounded(self, name: str) -> bool:
+        return self._checkpoint.is_rounded(self._stored[name])

@@ -62,9 +62,11 @@ def pick_dtype(dtype: Dtype, config: PreTrainedConfig, device: torch.device) -> 
     """The dtype to compute in; auto is resolved as the setting's description says."""
     if dtype != "auto":
         return _dtype(dtype)
+    text = config.get_text_config(decoder=True)
+    stored = _dtype(getattr(config, "dtype", None) or getattr(text, "dtype", None) or "bfloat16")
     if device.type == "cuda":
-        return _dtype(getattr(config, "dtype", None) or "bfloat16")
-    return torch.float32 if _dtype(getattr(config, "dtype", None) or "bfloat16") == torch.float32 else torch.bfloat16
+        return stored
+    return torch.float32 if stored == torch.float32 else torch.bfloat16
 
 
 def pick_quantize(quantize: Quantize, checkpoint: Checkpoint) -> Quantize:
@@ -74,10 +76,18 @@ def pick_quantize(quantize: Quantize, checkpoint: Checkpoint) -> Quantize:
 
 def longest_context(settings: ModelSettings, config: PreTrainedConfig) -> int:
     """The setting max_model_len, or the most that the model was made for; never more than that."""
-    made_for = int(config.max_position_embeddings)
-    rope = config.rope_parameters or {}
-    scaled = rope.get("factor", 1) * rope.get("original_max_position_embeddings", made_for)
-    limit = max(made_for, int(scaled))
+    text = config.get_text_config(decoder=True)
+    made_for = int(getattr(text, "max_position_embeddings", 0) or settings.max_model_len)
+    if not made_for:
+        raise SettingsError("max_model_len: config.json does not say how long sequences may be: set it")
+    ropes = getattr(text, "rope_parameters", None) or {}
+    by_layer_type = [rope for rope in ropes.values() if isinstance(rope, dict)]  # else one for all layers
+    scaled = [
+        rope["factor"] * rope.get("original_max_position_embeddings", made_for)
+        for rope in (by_layer_type or [ropes])
+        if rope.get("factor")
+    ]
+    limit = max([made_for, *map(int, scaled)])
     if settings.max_model_len > limit:
         raise SettingsError(f"max_model_len: {settings.max_model_len} is more than the {limit} the model was made for")
     return settings.max_model_len or limit

@@ -185,9 +185,11 @@ def _load(
         checkpoint.architecture,
         (checkpoint.model_id, *checkpoint.known_as),
         settings.revision or "",
-        checkpoint,
+        decoder.tensors,
         decoder.vocab_size,
         tokenizer,
+        decoder.embedding_name,
+        decoder.head_name,
     )
     listing = LocalListing(settings.adapters, partial(find_doubts, base=base, modules=modules_of(decoder.layouts)))
     sources = open_sources(settings)

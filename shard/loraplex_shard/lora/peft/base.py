@@ -6,7 +6,7 @@ from typing import Protocol
 import torch
 from tokenizers import Tokenizer
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EMBEDDING, HEAD = "model.embed_tokens", "lm_head"  # as most models call them
 ROWS_AT_A_TIME = 4096
 # More than rounding to 2 bits moves a matrix by, as a fraction of its length. What training did is lost in that; the
 # matrix of another model is three times as far away.
@@ -36,6 +36,13 @@ class BaseModel:
     tensors: StoredTensors | None = None  # None: not to be compared
     vocab_size: int = 0
     tokenizer: Tokenizer | None = None  # None: no text is known to be a token
+    embedding: str = EMBEDDING  # the module's name, as PEFT has it
+    head: str = HEAD
+
+    @property
+    def backbone(self) -> str:
+        """The module that holds the layers."""
+        return self.embedding.rpartition(".")[0]
 
     def token_id(self, text: str) -> int | None:
         """The token that stands for exactly this text."""
@@ -45,7 +52,7 @@ class BaseModel:
     def holds(self, name: str, tensor: torch.Tensor) -> bool:
         """Whether the tensor is the base's own of this name: in the coarser of their dtypes, or, if the base's is
         rounded to small integers, as near to it as rounding leaves it."""
-        if self.tensors is None or (stored := _stored_name(self.tensors, name)) is None:
+        if self.tensors is None or (stored := self._stored_name(name)) is None:
             return False
         shape = self.tensors.shape(stored)
         if tuple(tensor.shape) != shape:
@@ -61,8 +68,9 @@ class BaseModel:
             length += float(ours.float().square().sum())
         return difference <= length * ROUNDING**2 if self.tensors.is_rounded(stored) else difference == 0
 
-
-def _stored_name(tensors: StoredTensors, name: str) -> str | None:
-    """Of two tied tensors a checkpoint may hold only one."""
-    names = (name, {HEAD: EMBEDDING, EMBEDDING: HEAD}.get(name, name))
-    return next((each for each in names if each in tensors.names), None)
+    def _stored_name(self, name: str) -> str | None:
+        """Of two tied tensors a checkpoint may hold only one."""
+        embedding, head = f"{self.embedding}.weight", f"{self.head}.weight"
+        names = (name, {head: embedding, embedding: head}.get(name, name))
+        held = () if self.tensors is None else self.tensors.names
+        return next((each for each in names if each in held), None)

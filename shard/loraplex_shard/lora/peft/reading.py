@@ -5,6 +5,7 @@ Every rank checks the whole adapter and then keeps its cut, so that all ranks ag
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
@@ -16,7 +17,7 @@ from loraplex_shard.lora.peft.doubts import find_doubts
 from loraplex_shard.lora.peft.experts import Parameter, absent, by_expert, find_parameters
 from loraplex_shard.lora.peft.special_tokens import end_tokens, foreign_tokens
 from loraplex_shard.lora.peft.targets import Target, find_targets, is_named
-from loraplex_shard.lora.peft.tensor_names import PREFIX, as_saved_by_peft
+from loraplex_shard.lora.peft.tensor_names import PREFIX, as_saved_by_peft, former_names, is_of_another_part
 from loraplex_shard.lora.peft.tensors import read_tensors
 from loraplex_shard.lora.sources.files import TENSORS, AdapterFiles
 from loraplex_shard.lora.weights.deltas import Delta, HostAdapter, name_of_a, name_of_b, partition_adapter
@@ -42,6 +43,8 @@ def read_adapter(
     adapter = partition_adapter(_read_deltas(config, files, layouts, base), layouts, dtype)
     ends, wrong = end_tokens(files.text, base)
     warnings = (*find_doubts(config, base, modules_of(layouts)), *foreign_tokens(files.text, base), *wrong)
+    if any(is_of_another_part(name, base.backbone) for name in as_saved_by_peft(read_tensors(files.tensors))):
+        warnings = (*warnings, "what it adds to the part that reads pictures is not used: text alone is served")
     if files.text.error:
         warnings = (*warnings, f"conversations with it are refused: {files.text.error}")
     return replace(adapter, text=replace(files.text, end_token_ids=ends, added_tokens={}), warnings=warnings)
@@ -61,9 +64,10 @@ def _read_deltas(
     parts = {part.module: (layout, part) for layout in layouts for part in layout.parts}
     parameters = find_parameters(layouts)
     named = _named(config, parameters)
-    targets = find_targets(config, tuple(parts), {name: each.modules for name, each in named.items()})
+    targets = _find_targets(config, tuple(parts), {name: each.modules for name, each in named.items()}, base)
     stored = read_tensors(files.tensors)
-    as_stored = {name: stored[own] for name, own in as_saved_by_peft(stored).items()}
+    found = as_saved_by_peft(stored, base.backbone)
+    as_stored = {name: stored[own] for name, own in found.items() if not is_of_another_part(name, base.backbone)}
     tensors = by_expert(as_stored, parameters, named.values())
     untouched = absent([each for each in parameters if each not in named.values()], tensors)
     targets = {module: target for module, target in targets.items() if module not in untouched} or targets
@@ -85,6 +89,19 @@ def _named(config: AdapterConfig, parameters: Sequence[Parameter]) -> dict[str, 
             f"experts and their router are served so, and this model has {'no such ones' if parameters else 'none'}"
         )
     return found
+
+
+def _find_targets(
+    config: AdapterConfig, modules: Sequence[str], parameters: Mapping[str, Sequence[str]], base: BaseModel
+) -> dict[str, Target]:
+    """By the names that the modules have or, if the configuration means none of these, by those that they have had."""
+    try:
+        return find_targets(config, modules, parameters, base.embedding, base.head)
+    except AdapterInvalidError:
+        for former in former_names(modules, base.backbone):
+            with suppress(AdapterInvalidError):
+                return {former[name]: target for name, target in find_targets(config, tuple(former)).items()}
+        raise
 
 
 def modules_of(layouts: Sequence[LinearLayout]) -> tuple[str, ...]:

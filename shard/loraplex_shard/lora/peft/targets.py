@@ -9,11 +9,10 @@ from types import MappingProxyType
 from typing import TypeVar
 
 from loraplex_protos.errors import AdapterInvalidError
+from loraplex_shard.lora.peft.base import EMBEDDING, HEAD
 from loraplex_shard.lora.peft.config import DEFAULT_TARGETS, AdapterConfig
 from loraplex_shard.lora.peft.patterns import matching_names
 
-_EMBEDDING = "model.embed_tokens"
-LM_HEAD = "lm_head"
 _PLAIN_NAME = re.compile(r"[\w.]+", re.ASCII)
 
 Value = TypeVar("Value", int, float)
@@ -28,18 +27,22 @@ class Target:
 
 
 def find_targets(
-    config: AdapterConfig, modules: Sequence[str], parameters: Mapping[str, Sequence[str]] = MappingProxyType({})
+    config: AdapterConfig,
+    modules: Sequence[str],
+    parameters: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    embedding: str = EMBEDDING,
+    head: str = HEAD,
 ) -> dict[str, Target]:
-    """The targets among the model's linear modules, by name.
+    """The targets among the model's linear modules, by name; `embedding` and `head` are names, too.
 
     `parameters`: those that target_parameters names, and the modules that each of them stands for. Raises
     AdapterInvalidError if there are no targets, or if the embedding is one.
     """
-    names = (*modules, _EMBEDDING)
-    targeted = _targeted(config, names) - _excluded(config, names)
-    if _EMBEDDING in targeted:
+    names = (*modules, embedding)
+    targeted = _targeted(config, names, {embedding, head}) - _excluded(config, names)
+    if embedding in targeted:
         raise AdapterInvalidError(
-            f"adapter_config.json: target_modules: not supported: an adapted embedding ({_EMBEDDING})"
+            f"adapter_config.json: target_modules: not supported: an adapted embedding ({embedding})"
         )
     if not targeted and not parameters:
         raise AdapterInvalidError(
@@ -77,7 +80,8 @@ def _target(config: AdapterConfig, lora_rank: int, alpha: float) -> Target:
     return Target(lora_rank, alpha / (math.sqrt(lora_rank) if config.use_rslora else lora_rank))
 
 
-def _targeted(config: AdapterConfig, names: Sequence[str]) -> frozenset[str]:
+def _targeted(config: AdapterConfig, names: Sequence[str], ends: set[str]) -> frozenset[str]:
+    """`ends`: the embedding and the lm head."""
     modules = config.target_modules
     if modules is None:
         modules = [] if config.target_parameters else list(DEFAULT_TARGETS)
@@ -86,7 +90,7 @@ def _targeted(config: AdapterConfig, names: Sequence[str]) -> frozenset[str]:
         ending = frozenset(name for name in names if _is_listed(name, listed) and _is_transformed(config, name))
         return ending | listed.intersection(names)
     if modules.lower() == "all-linear":
-        return frozenset(names) - {_EMBEDDING, LM_HEAD}
+        return frozenset(names) - ends
     return matching_names("target_modules", [modules], names)[0]
 
 

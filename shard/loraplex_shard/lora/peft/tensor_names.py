@@ -2,30 +2,36 @@
 that was saved as it was in training."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 
 from loraplex_protos.errors import AdapterInvalidError
+from loraplex_shard.shapes.names import current_name
 
 PREFIX = "base_model.model."
 _WRAPPERS = re.compile(r"(^|\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)|^module(?=\.)")
 _PREFIXES = re.compile(r"^\.?(?:base_model\.model\.)*")
-_BACKBONE = re.compile(
-    r"^(?=(?:layers|embed_tokens|norm)\.)"
-)  # of a model without a head, as embedding models are trained
 _NAMED = re.compile(r"\.lora_([AB])\.[^.]+\.weight$")  # the adapter's own name, which PEFT leaves out
 
 
-def as_saved_by_peft(names: Iterable[str]) -> dict[str, str]:
+# The model in a model that reads pictures as well, and its other parts.
+_TEXT_MODELS = "model.language_model", "language_model.model", "model.text_model", "model"
+_OTHER_PARTS = re.compile(
+    rf"^{re.escape(PREFIX)}(?:model\.)?"
+    r"(?:visual|vision_tower|vision_model|image_tower|multi_modal_projector|connector|aligner|audio_tower)\."
+)
+
+
+def as_saved_by_peft(names: Iterable[str], backbone: str = "model") -> dict[str, str]:
     """For PEFT's name of each tensor the one in the file: without the prefixes that DistributedDataParallel, FSDP and
-    torch.compile put before names, with PEFT's own once, with what a head sets apart, and without an adapter's name
-    behind lora_A and lora_B.
+    torch.compile put before names, with PEFT's own once, with what transformers calls the model that holds the layers
+    now (`backbone`), and without an adapter's name behind lora_A and lora_B.
 
     Raises AdapterInvalidError if two names come to the same.
     """
     found: dict[str, str] = {}
     for name in names:
         bare = _PREFIXES.sub("", _WRAPPERS.sub(r"\1", name).replace("..", "."))
-        plain = PREFIX + _BACKBONE.sub("model.", bare)
+        plain = PREFIX + (current_name(bare, backbone) or bare)
         plain = _NAMED.sub(r".lora_\1.weight", plain)
         if plain in found:
             raise AdapterInvalidError(
@@ -33,3 +39,15 @@ def as_saved_by_peft(names: Iterable[str]) -> dict[str, str]:
             )
         found[plain] = name
     return found
+
+
+def is_of_another_part(name: str, backbone: str) -> bool:
+    """Whether a tensor adapts what reads pictures in a model of which the text model alone is served."""
+    return backbone != "model" and _OTHER_PARTS.match(name) is not None
+
+
+def former_names(modules: Sequence[str], backbone: str) -> Iterator[dict[str, str]]:
+    """The modules by the names that they had in other versions of transformers, or have in the text model alone."""
+    for other in _TEXT_MODELS:
+        if other != backbone:
+            yield {re.sub(rf"^{re.escape(backbone)}(?=\.)", other, module): module for module in modules}
