@@ -42,7 +42,9 @@ class MixtureOfExperts(nn.Module):
         partition = build.partition
         experts, bias = self.experts, self.experts.router_bias
         self.router = ColumnLinear(partition.router(index), bias, self.ops, least_bits=FLOAT)
-        gate_up, down = (_below(index, each) for each in (experts.gate_up_tensor, experts.down_tensor))
+        gate_up, down = (
+            _below(build.spec.names.layer(index), each) for each in (experts.gate_up_tensor, experts.down_tensor)
+        )
         self.gate_up = ExpertsLinear(partition.experts_gate_up(index), gate_up, True, self.ops)
         self.down = ExpertsLinear(partition.experts_down(index), down, self.group.rank == 0, self.ops)
         self.shared: Mlp | None = None
@@ -67,6 +69,6 @@ class MixtureOfExperts(nn.Module):
         return out
 
 
-def _below(layer: int, tensor: ExpertsTensor) -> ExpertsTensor:
-    prefix = f"model.layers.{layer}."
-    return replace(tensor, weight=prefix + tensor.weight, bias=tensor.bias and prefix + tensor.bias)
+def _below(layer: str, tensor: ExpertsTensor) -> ExpertsTensor:
+    bias = tensor.bias and f"{layer}.{tensor.bias}"
+    return replace(tensor, weight=f"{layer}.{tensor.weight}", bias=bias)
