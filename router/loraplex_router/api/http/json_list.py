@@ -21,6 +21,14 @@ async def write_list(values: Iterable[Any], batch: int = BATCH) -> AsyncIterator
     yield b"]"
 
 
+async def write_data(values: Iterable[Any], batch: int = BATCH, **others: Any) -> AsyncIterator[bytes]:
+    """OpenAI's object with a list as its `data`, and others behind it."""
+    yield b'{"object":"list","data":'
+    async for part in write_list(values, batch):
+        yield part
+    yield b"," + orjson.dumps(others)[1:]
+
+
 def _batches(values: Iterable[Any], size: int) -> Iterator[list[Any]]:
     iterator = iter(values)
     while part := list(islice(iterator, size)):

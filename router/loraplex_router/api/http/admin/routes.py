@@ -28,24 +28,24 @@ async def list_adapters(call: Call) -> Response:
 @router.post("/load", responses=ANSWERS)
 async def load_adapter(body: schema.AdapterReference, call: Call) -> Response:
     """Fetches and checks an adapter now. One that was loaded before is read again."""
-    return JSONResponse(write_message(await call.service.adapters.load(body.read(), call.key)))
+    return JSONResponse(write_message(await call.service.adapters.load(body.reference(), call.key)))
 
 
 @router.post("/unload", response_class=Response, responses={**ERRORS, **IN_USE})
 async def unload_adapter(body: schema.Unload, call: Call) -> Response:
     """Frees what an adapter holds on the device and in host memory. While sequences need it, this is refused, or waits
     for them if `wait` is true."""
-    await call.service.adapters.unload(body.read(), body.wait, call.key)
+    await call.service.adapters.unload(body.name(), body.wait, call.key)
     return Response()
 
 
 @router.post("/pin", responses={**ANSWERS, **NO_PINS})
 async def pin_adapter(body: schema.AdapterName, call: Call) -> Response:
     """Brings an adapter to the device and keeps it there. Answers once it is there."""
-    return JSONResponse(write_message(await call.service.adapters.pin(body.read(), call.key)))
+    return JSONResponse(write_message(await call.service.adapters.pin(body.name(), call.key)))
 
 
 @router.post("/unpin", responses=ANSWERS)
 async def unpin_adapter(body: schema.AdapterName, call: Call) -> Response:
     """Lets the adapter leave the device when others need its place."""
-    return JSONResponse(write_message(await call.service.adapters.unpin(body.read(), call.key)))
+    return JSONResponse(write_message(await call.service.adapters.unpin(body.name(), call.key)))

@@ -14,23 +14,20 @@ class AdapterReference(BaseModel):
     revision: str = Field(default="", description="Branch, tag or commit of a hub repository.")
     token: str = Field(default="", description="For a private hub repository. Never logged.")
 
-    def read(self) -> references.AdapterReference:
+    def reference(self) -> references.AdapterReference:
         return references.AdapterReference(self.id, self.source, self.revision, self.token)
 
 
-class AdapterName(BaseModel):
+class AdapterName(AdapterReference):
     """An adapter, named by its source or by its digest. A merged adapter has only its digest."""
 
     id: str = ""
-    source: str = ""
-    revision: str = ""
-    token: str = ""
     digest: str = Field(default="", description="As listed. Give either this or the id.")
 
-    def read(self) -> references.AdapterReference | str:
+    def name(self) -> references.AdapterReference | str:
         if self.digest and self.id:
             raise InvalidRequestError(FieldViolation("digest", "give the digest or the id, not both"))
-        return self.digest or references.AdapterReference(self.id, self.source, self.revision, self.token)
+        return self.digest or self.reference()
 
 
 class Unload(AdapterName):

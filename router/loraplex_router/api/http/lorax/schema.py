@@ -98,12 +98,15 @@ class BestOfSequence(BaseModel):
     tokens: list[Token]
 
 
-class Details(BaseModel):
+class StreamDetails(BaseModel):
     finish_reason: Literal["length", "eos_token", "stop_sequence"]
     prompt_tokens: int
     generated_tokens: int
-    skipped_tokens: int = Field(description="Prompt tokens found in the prefix cache.")
     seed: int | None = Field(description="Sent again, it repeats the answer. null if the answer was not sampled.")
+
+
+class Details(StreamDetails):
+    skipped_tokens: int = Field(description="Prompt tokens found in the prefix cache.")
     prefill: list[InputToken]
     tokens: list[Token]
     best_of_sequences: list[BestOfSequence] | None = None
@@ -112,13 +115,6 @@ class Details(BaseModel):
 class GenerateResponse(BaseModel):
     generated_text: str
     details: Details | None = None
-
-
-class StreamDetails(BaseModel):
-    finish_reason: Literal["length", "eos_token", "stop_sequence"]
-    prompt_tokens: int
-    generated_tokens: int
-    seed: int | None
 
 
 class StreamResponse(BaseModel):

@@ -44,9 +44,7 @@ class VllmTokenize(BaseModel):
 
 class VllmTokenizeChat(Conversation):
     model: str = Field(default="", description="An adapter, whose own chat template is used if it has one.")
-    add_special_tokens: bool | None = Field(
-        default=None, description="Absent: false. The chat template writes its own."
-    )
+    add_special_tokens: bool | None = Field(default=None, description="Absent: false. Chat templates write their own.")
     return_token_strs: bool | None = None
 
 

@@ -2,10 +2,8 @@
 
 import base64
 import struct
-from collections.abc import AsyncIterator, Sequence
 from typing import Literal
 
-import orjson
 from fastapi import APIRouter, Response
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, Field
@@ -15,7 +13,7 @@ from loraplex_router.api.http.call import Call
 from loraplex_router.api.http.disconnects import finish_before_disconnect
 from loraplex_router.api.http.fields import Name, Prompts
 from loraplex_router.api.http.json_body import JsonRoute
-from loraplex_router.api.http.json_list import write_list
+from loraplex_router.api.http.json_list import write_data
 from loraplex_router.api.http.model_names import answered_name, read_model_name
 from loraplex_router.api.http.openai.errors import ERRORS
 from loraplex_router.api.http.openai.reading import read_prompts
@@ -61,22 +59,15 @@ async def openai_embeddings(body: OpenaiRequest, call: Call) -> Response:
     adapter = read_model_name(body.model, names)
     request = EmbedRequest(tuple(read_prompts(body.input)), adapter, body.truncate_prompt_tokens)
     found = await finish_before_disconnect(call.service.embed(request, call.key), call.receive)
-    written = _write(found, body.encoding_format == "base64", answered_name(body.model, names))
-    return StreamingResponse(written, media_type="application/json")
-
-
-async def _write(found: Sequence[Embedding], in_base64: bool, model: str) -> AsyncIterator[bytes]:
-    """A few at a time: a thousand vectors are tens of megabytes."""
+    in_base64, tokens = body.encoding_format == "base64", sum(embedding.prompt_tokens for embedding in found)
     rows = (
         {"object": "embedding", "index": index, "embedding": _encode(embedding, in_base64)}
         for index, embedding in enumerate(found)
     )
-    yield b'{"object":"list","data":'
-    async for part in write_list(rows, max(1, FLOATS // len(found[0].values))):
-        yield part
-    tokens = sum(embedding.prompt_tokens for embedding in found)
+    batch = max(1, FLOATS // len(found[0].values))  # a thousand vectors are tens of megabytes
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-    yield b"," + orjson.dumps({"model": model, "usage": usage})[1:]
+    written = write_data(rows, batch, model=answered_name(body.model, names), usage=usage)
+    return StreamingResponse(written, media_type="application/json")
 
 
 def _encode(found: Embedding, in_base64: bool) -> list[float] | str:

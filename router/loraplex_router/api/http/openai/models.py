@@ -1,10 +1,8 @@
 """The models that clients can name: the base model and adapters, which vLLM's routes load and unload."""
 
 import time
-from collections.abc import AsyncIterator, Sequence
 from typing import Annotated, Any
 
-import orjson
 from fastapi import APIRouter, Query, Response
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from pydantic import BaseModel, Field
@@ -15,7 +13,7 @@ from loraplex_protos.errors import AdapterNotFoundError, FieldViolation, Invalid
 from loraplex_router.api.http.call import Call
 from loraplex_router.api.http.errors import Responses, only
 from loraplex_router.api.http.json_body import JsonRoute
-from loraplex_router.api.http.json_list import write_list
+from loraplex_router.api.http.json_list import write_data
 from loraplex_router.api.http.json_message import enum_names
 from loraplex_router.api.http.openai import answers
 from loraplex_router.api.http.openai.errors import ERRORS
@@ -52,8 +50,10 @@ async def models(call: Call, limit: Limit = None, after: After = "") -> Response
         raise InvalidRequestError(FieldViolation("after", f"must be a listed model, which {quote(after)} is not"))
     rest = list(found)[list(found).index(after) + 1 if after else 0 :]
     page = rest[:limit]
-    listed = write_list(_describe(call.service, id, found[id]) for id in page)
-    return StreamingResponse(_write_page(listed, page, len(page) < len(rest)), media_type="application/json")
+    first, last = (page[0], page[-1]) if page else (None, None)
+    described = (_describe(call.service, id, found[id]) for id in page)
+    written = write_data(described, first_id=first, last_id=last, has_more=len(page) < len(rest))
+    return StreamingResponse(written, media_type="application/json")
 
 
 @router.get(
@@ -107,11 +107,3 @@ def _describe(service: Service, name: str, status: pb.AdapterStatus | None) -> d
         "max_model_len": service.info.max_model_len,
         "tier": TIERS[status.tier] if status and status.tier else None,
     }
-
-
-async def _write_page(listed: AsyncIterator[bytes], ids: Sequence[str], more: bool) -> AsyncIterator[bytes]:
-    yield b'{"object":"list","data":'
-    async for part in listed:
-        yield part
-    first, last = (ids[0], ids[-1]) if ids else (None, None)
-    yield b"," + orjson.dumps({"first_id": first, "last_id": last, "has_more": more})[1:]
