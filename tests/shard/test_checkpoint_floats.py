@@ -9,6 +9,7 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from loraplex_shard.checkpoint import CheckpointError, open_checkpoint
+from loraplex_shard.checkpoint.quantized import stored
 from loraplex_shard.checkpoint.quantized.bitsandbytes import Bitsandbytes
 from loraplex_shard.checkpoint.quantized.floats import Float8, Mxfp4Experts
 from loraplex_shard.checkpoint.quantized.stored import Layout, StoredMatrix
@@ -41,6 +42,12 @@ def test_it_has_the_names_and_shapes_of_the_model_that_was_quantized(saved: Save
     assert {name: checkpoint.shape(name) for name in saved[1]} == {n: tuple(w.shape) for n, w in saved[1].items()}
 
 
+@pytest.fixture(params=[1 << 23, 1000], ids=["whole", "in pieces"])
+def pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stored, "WEIGHTS_AT_A_TIME", request.param)
+
+
+@pytest.mark.usefixtures("pieces")
 @pytest.mark.parametrize("rows", [slice(None), slice(3, 21), slice(7, 8)])
 @pytest.mark.parametrize("columns", [slice(None), slice(64, 128), slice(5, 42)])
 def test_every_slice_of_a_matrix_is_what_it_stands_for(saved: Saved, rows: slice, columns: slice) -> None:

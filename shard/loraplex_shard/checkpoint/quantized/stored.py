@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Protocol
 
 import torch
@@ -10,6 +11,7 @@ from loraplex_shard.checkpoint.base import CheckpointError
 from loraplex_shard.checkpoint.safetensors.files import SafetensorsFiles
 from loraplex_shard.ops.quantized import QuantizedMatrix
 
+WEIGHTS_AT_A_TIME = 1 << 23
 FLOATS = frozenset({"F16", "BF16", "F32"})
 
 
@@ -45,9 +47,24 @@ class StoredMatrix:
     tensors: frozenset[str]  # names of all that it is stored in
     in_integers: bool  # whether its parts are, as a rule, of a form that the operations compute with
     read_part: Callable[[range, range], Part]
+    in_pieces: bool = True  # whether a few rows can be read for less than all
 
     def read(self, rows: slice, columns: slice) -> Part:
         return self.read_part(range(self.shape[0])[rows], range(self.shape[1])[columns])
+
+    def dequantized(self, rows: slice, columns: slice) -> torch.Tensor:
+        """That part, a few rows at a time: what is computed on the way takes several times the outcome's memory."""
+        these, part = range(self.shape[0])[rows], range(self.shape[1])[columns]
+        step = max(1, WEIGHTS_AT_A_TIME // max(1, prod(self.shape[1:]))) if self.in_pieces else len(these)
+        if len(these) <= step:
+            return self.read_part(these, part).dequantized()
+        pieces = (self.read_part(these[start : start + step], part) for start in range(0, len(these), step))
+        first = next(pieces).dequantized()
+        whole = first.new_empty((len(these), *first.shape[1:]))
+        whole[:step] = first
+        for start, piece in enumerate(pieces, start=1):
+            whole[start * step : (start + 1) * step] = piece.dequantized()
+        return whole
 
 
 class Layout(Protocol):

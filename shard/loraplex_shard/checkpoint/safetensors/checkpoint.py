@@ -21,7 +21,7 @@ from loraplex_shard.ops.quantized import QuantizedMatrix
 
 POOLING_CONFIG = "1_Pooling/config.json"  # as sentence-transformers writes it
 LAST_TOKEN = "pooling_mode_lasttoken"
-OLD_QUANTIZATION_CONFIG = "compression_config"  # compressed-tensors' at first
+QUANTIZATION_CONFIGS = "quantization_config", "compression_config"  # the second was compressed-tensors' at first
 GENERATION_CONFIG = "generation_config.json"
 MODELOPT_CONFIG = "hf_quant_config.json"
 # How inputs, outputs, keys and values were rounded where a matrix was quantized: here they are not.
@@ -85,7 +85,7 @@ class SafetensorsCheckpoint:
 
     def read(self, name: str, rows: slice = slice(None), columns: slice = slice(None)) -> torch.Tensor:
         matrix = self._matrices.get(name)
-        part = self._files.read(name, rows, columns) if matrix is None else matrix.read(rows, columns).dequantized()
+        part = self._files.read(name, rows, columns) if matrix is None else matrix.dequantized(rows, columns)
         with errors_of(self.model_id):
             return checked(part, name)
 
@@ -146,8 +146,8 @@ class SafetensorsCheckpoint:
 
     def _find_matrices(self) -> dict[str, StoredMatrix]:
         """Those that are stored in integers or small floats, as config.json says, or ModelOpt's file beside it."""
-        config = self.config
-        quantization = getattr(config, "quantization_config", None) or getattr(config, OLD_QUANTIZATION_CONFIG, None)
+        said = (getattr(self.config, name, None) for name in QUANTIZATION_CONFIGS)
+        quantization = next((each for each in said if each is not None), None)
         if quantization is None and (file := self._directory / MODELOPT_CONFIG).is_file():
             quantization = {"quant_method": "modelopt"} | read_json(file, self.model_id).get("quantization", {})
         with errors_of(self.model_id):
