@@ -3,11 +3,12 @@
 import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
+from hashlib import sha256
 
 import pytest
 
 from loraplex_protos import generation_pb2 as pb
-from loraplex_protos.errors import AdapterInvalidError, GenerationError, UnavailableError
+from loraplex_protos.errors import AdapterInvalidError, GenerationError, OverloadedError, UnavailableError
 from loraplex_router.access.keys import Keys, TenantSettings
 from loraplex_router.adapters.registry import AdapterRegistry
 from loraplex_router.engine.output import Delta, Generation
@@ -192,4 +193,19 @@ async def test_a_generation_that_is_left_counts_as_cancelled(setup: Setup):
     setup.service.close(generation)
     labels = {"outcome": "cancelled", "adapter": "base"}
     assert setup.telemetry.registry.get_sample_value("loraplex_requests_total", labels) == 1
+    assert setup.service.idle
+
+
+async def test_a_full_queue_has_room_for_a_tenant_that_waits_for_less_than_its_share():
+    tenants = {name: TenantSettings(keys=[sha256(name.encode()).hexdigest()]) for name in ("loud", "quiet")}
+    setup = Setup(max_queue=4, tenants=tenants)  # whose engine does not run
+    running = [await setup.service.generate(Request(prompt=(1,)), "loud") for _ in range(4)]
+    with pytest.raises(OverloadedError, match=r"full .4 sequences are waiting"):
+        await setup.service.generate(Request(prompt=(1,)), "loud")
+    running += [await setup.service.generate(Request(prompt=(1,)), "quiet") for _ in range(2)]
+    for name in tenants:
+        with pytest.raises(OverloadedError, match=r"full .6 sequences are waiting"):
+            await setup.service.generate(Request(prompt=(1,)), name)
+    for generation in running:
+        setup.service.close(generation)
     assert setup.service.idle

@@ -43,6 +43,10 @@ class Shares:
     def of(self, sequence: Sequence) -> Share:
         return self._all[sequence.tenant]
 
+    def waiting(self) -> dict[str, int]:
+        """How many sequences of each tenant wait."""
+        return {name: share.waiting for name, share in self._active.items() if share.waiting}
+
     def wait(self, sequence: Sequence) -> None:
         """The sequence starts waiting."""
         name = sequence.tenant

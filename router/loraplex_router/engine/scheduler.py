@@ -69,6 +69,10 @@ class Scheduler:
     def num_running(self) -> int:
         return len(self._running)
 
+    def waiting_by_tenant(self) -> dict[str, int]:
+        """How many sequences wait, by their tenants' names."""
+        return self._shares.waiting()
+
     # ---- sequences come and go -------------------------------------------------------------------------------
 
     def add(self, sequence: Sequence) -> None:

@@ -8,6 +8,7 @@ are found or connected to.
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import Self
@@ -56,6 +57,13 @@ class Replicas:
         """Number of sequences that are queued or without a replica."""
         moving = sum(len(generation.unfinished) for generation in self._moving)
         return moving + sum(replica.scheduler.num_waiting for replica in self)
+
+    def waiting_by_tenant(self) -> Counter[str]:
+        """The same, by the tenants' names."""
+        waiting = Counter(output.sequence.tenant for generation in self._moving for output in generation.unfinished)
+        for replica in self:
+            waiting.update(replica.scheduler.waiting_by_tenant())
+        return waiting
 
     # ---- replicas come and go ----------------------------------------------------------------------------------
 

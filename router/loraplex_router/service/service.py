@@ -4,6 +4,7 @@ engine."""
 import asyncio
 import secrets
 import time
+from collections import Counter
 from contextlib import ExitStack
 
 from loraplex_protos import generation_pb2 as pb
@@ -63,7 +64,7 @@ class Service:
         self.adapters = Adapters(keys, administration, self._suggestions, lambda: self._known_model)
         self._model: Model | None = None
         self._running: dict[str, tuple[Generation, Tenant] | None] = {}  # by request id; None: not queued yet
-        self._preparing = 0  # sequences of requests that are not queued yet
+        self._preparing = Counter[str]()  # sequences of requests that are not queued yet, by tenant
         self._arrivals = 0
 
     def serve(self, model: Model) -> None:
@@ -109,7 +110,7 @@ class Service:
 
     @property
     def idle(self) -> bool:
-        return not self._preparing and self._replicas.idle
+        return not self._preparing.total() and self._replicas.idle
 
     async def generate(self, request: Request, key: str | None = None, volume: Volume | None = None) -> Generation:
         """Admits a request and queues its sequences. The caller reads the generation and must then `close` it. Callers
@@ -151,10 +152,10 @@ class Service:
             tenant.end(sum(generation.num_tokens for generation in started), time.monotonic())
 
     async def _start(self, request: Request, tenant: Tenant, arrived: float, volume: Volume) -> Generation:
-        self._admit(request)
+        self._admit(request, tenant)
         request_id = self._name(request)
         self._running[request_id] = None
-        self._preparing += request.n
+        self._preparing[tenant.name] += request.n
         try:
             with ExitStack() as held:
                 text: Text | Chat = request.prompt
@@ -184,7 +185,7 @@ class Service:
             del self._running[request_id]
             raise
         finally:
-            self._preparing -= request.n
+            self._preparing[tenant.name] -= request.n
             self._replicas.changes.notify()
         self._running[request_id] = generation, tenant
         return generation
@@ -247,11 +248,16 @@ class Service:
         assert running is not None
         return running[1]
 
-    def _admit(self, request: Request) -> None:
+    def _admit(self, request: Request, tenant: Tenant) -> None:
+        """Where the queue is full, a tenant that has less than its share of it may still wait."""
         if self.draining:
             raise UnavailableError("the server is shutting down")
-        if self._replicas.num_waiting + self._preparing + request.n > self.max_queue:
-            raise OverloadedError(f"the queue is full ({self.max_queue} sequences are waiting): try again later")
+        if self._replicas.num_waiting + self._preparing.total() + request.n <= self.max_queue:
+            return
+        waiting = self._replicas.waiting_by_tenant() + self._preparing
+        share = self.max_queue // len({*waiting, tenant.name})
+        if waiting[tenant.name] + request.n > share:
+            raise OverloadedError(f"the queue is full ({waiting.total()} sequences are waiting): try again later")
 
     def _name(self, request: Request) -> str:
         request_id = request.request_id or secrets.token_hex(8)
