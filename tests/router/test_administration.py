@@ -120,6 +120,20 @@ async def test_an_adapter_is_unloaded_from_every_replica_or_from_none(cluster: C
         await cluster.administration.unload(A, wait=False)
 
 
+async def test_a_plan_still_in_flight_delays_an_unload_but_does_not_refuse_it(cluster: Cluster):
+    await cluster.answer(1, adapter="a")
+    adapter = cluster.replica.pool.get("digest of a")
+    assert adapter is not None
+    adapter.plans += 1
+    unloading = asyncio.create_task(cluster.administration.unload(A, wait=False))
+    await asyncio.sleep(0.01)
+    assert cluster.holders("digest of a") and not unloading.done()
+    adapter.plans -= 1
+    await cluster.answer(1, adapter="b")  # its result is a change
+    await unloading
+    assert not cluster.holders("digest of a")
+
+
 async def test_what_was_unloaded_is_resolved_anew(cluster: Cluster):
     await cluster.answer(1, adapter="a")
     await cluster.administration.unload("digest of a", wait=False)

@@ -87,15 +87,15 @@ class Administration:
         another name stays, under that name.
 
         With `wait`, waits until sequences that use it have ended. Raises AdapterNotFoundError if it is not loaded and,
-        without `wait`, AdapterInUseError if it is needed.
+        without `wait`, AdapterInUseError if sequences use it.
         """
         digest = self._digest(name)
         holders = list(self._holders(digest))
         if not holders:
             raise AdapterNotFoundError(f"adapter {_shown(name)} is not loaded")
         shared = name if isinstance(name, AdapterReference) and self._registry.names(digest) != {name.id} else None
-        needed = bool(self._asked_for(shared)) if shared else any(adapter.needed for _, adapter in holders)
-        if needed and not wait:
+        wanted = bool(self._asked_for(shared)) if shared else any(adapter.wanted for _, adapter in holders)
+        if wanted and not wait:
             raise AdapterInUseError(f"adapter {_shown(name)} is in use")
         if shared:
             await self._drop_name(digest, shared)

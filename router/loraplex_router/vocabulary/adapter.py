@@ -67,7 +67,12 @@ class Adapter:
         return bool(self.running or self.plans)
 
     @property
+    def wanted(self) -> bool:
+        """Whether sequences or merges have yet to use it."""
+        return bool(self.running or self.waiting or self.leases)
+
+    @property
     def needed(self) -> bool:
-        """Whether something would break if it left."""
+        """Whether something would break if it left now: plans may still be in flight for sequences that have ended."""
         loading = self.slot is not None and not self.ready
-        return bool(self.in_use or self.waiting or self.leases or loading)
+        return bool(self.wanted or self.plans or loading)
