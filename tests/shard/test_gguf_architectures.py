@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from loraplex_shard.checkpoint import open_checkpoint
-from loraplex_shard.checkpoint.gguf.configuration import KINDS
+from loraplex_shard.checkpoint.gguf.kinds import KINDS
 from loraplex_shard.checkpoint.safetensors.files import SafetensorsFiles
 from tests.shard.decoders import Sequences, load
 from tests.shard.gguf_conversion import CASES, Case, random_model, write

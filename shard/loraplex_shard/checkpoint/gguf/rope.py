@@ -1,23 +1,13 @@
 """How a GGUF file says that the rotary embedding is scaled, as transformers' rope_parameters."""
 
-from typing import Any, Protocol
+from typing import Any
 
 from loraplex_shard.checkpoint.base import CheckpointError
-from loraplex_shard.checkpoint.gguf.file import GgufFile, GgufTensor, floats
+from loraplex_shard.checkpoint.gguf.fields import Fields
+from loraplex_shard.checkpoint.gguf.file import GgufTensor, floats
 
 FACTORS = "rope_freqs.weight"  # what each frequency is divided by, whatever the context: Llama 3's scaling
 SHORT, LONG = "rope_factors_short.weight", "rope_factors_long.weight"  # Phi's
-
-
-class Fields(Protocol):
-    """The part of configuration.Fields that is needed here."""
-
-    file: GgufFile
-    architecture: str
-
-    def get(self, key: str, default: Any = None) -> Any: ...
-    def number(self, key: str, default: float | None = None) -> float: ...
-    def integer(self, key: str, default: int | None = None) -> int: ...
 
 
 def read_rope(fields: Fields) -> dict[str, Any]:
