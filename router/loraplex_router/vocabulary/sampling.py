@@ -16,20 +16,20 @@ LARGEST = 3.4e38  # a finite float
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """What a parameter may be: from `least` to `most`, and `words` for it. NaN is in none."""
+    """The values that a parameter may have, and the words for them in errors. NaN is outside every range."""
 
     least: float
     most: float
     words: str
-    exclusive: bool = False  # the least itself is out
-    narrows: bool = False  # leaves tokens out, which says nothing unless tokens are drawn: temperature is then 1
+    exclusive: bool = False  # `least` itself is not allowed
+    narrows: bool = False  # it excludes tokens, which matters only if tokens are drawn: temperature defaults to 1 then
 
     def __contains__(self, value: float) -> bool:
         return self.least <= value <= self.most and not (self.exclusive and value == self.least)
 
 
 class Sampling(BaseModel):
-    """What the caller set. None leaves a step out; of temperature and seed, it leaves the choice to the server."""
+    """The parameters as the caller set them. None skips the step; for temperature and seed, the server chooses."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -47,7 +47,7 @@ class Sampling(BaseModel):
 
     @property
     def given(self) -> dict[str, Any]:
-        """What is not None, without what else a face's own model has."""
+        """The parameters that are not None. Other fields of a face's model are left out."""
         return self.model_dump(include=set(Sampling.model_fields), exclude_none=True)
 
     def resolve(self, index: int = 0) -> Self:
@@ -58,7 +58,7 @@ class Sampling(BaseModel):
         return self.model_copy(update={"temperature": temperature, "seed": (seed + index) % 2**64})
 
     def check(self, vocab_size: int) -> Iterator[FieldViolation]:
-        """What is wrong."""
+        """Every parameter that is wrong."""
         for name, limits in RANGES.items():
             value = getattr(self, name)
             if value is not None and value not in limits:
