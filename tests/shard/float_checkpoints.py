@@ -145,6 +145,7 @@ FORMATS: dict[str, tuple[dict[str, Any], Store]] = {
         float4("weight_packed", 32, powers_of_two),
     ),
     "ModelOpt NVFP4": ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, float4("weight", 16, nvidia)),
+    "Quark float8": ({"quant_method": "quark"}, float8(None, None, "weight_scale")),
     "HQQ, rows": ({"quant_method": "hqq"}, hqq(axis=1)),
     "HQQ, columns": ({"quant_method": "hqq"}, hqq(axis=0)),
 }

@@ -148,7 +148,7 @@ def test_experts_of_gpt_oss_are_those_of_transformers(tmp_path: Path) -> None:
 
 def test_scales_of_activations_are_left_out(tmp_path: Path) -> None:
     directory, weights = save_stored(*FORMATS["float8, one scale"], tmp_path)
-    for name in ("k_proj.input_scale", "k_proj.k_scale", "attn.v_scale"):
+    for name in ("k_proj.input_scale", "k_proj.k_scale", "attn.v_scale", "kv_scale"):
         edit_tensor(directory, f"model.layers.0.self_attn.{name}", torch.ones(1))
     assert torch.equal(load(directory, quantize="none").layers[0].mlp.down.weight.matrix, weights[DOWN])
 

@@ -13,7 +13,7 @@ from loraplex_shard.checkpoint.quantized.stored import Layout
 
 METHODS = (
     *("gptq", "awq", "auto-round", "intel/auto-round", "compressed-tensors", "bitsandbytes", "hqq"),
-    *("fp8", "fbgemm_fp8", "modelopt", "modelopt_fp4", "mxfp4"),
+    *("fp8", "fbgemm_fp8", "modelopt", "modelopt_fp4", "quark", "mxfp4"),
 )
 FORMATS = (  # of compressed-tensors
     *("dense", "pack-quantized", "int-quantized", "naive-quantized", "float-quantized", "mixed-precision"),

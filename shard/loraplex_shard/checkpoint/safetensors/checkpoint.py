@@ -27,7 +27,7 @@ MODELOPT_CONFIG = "hf_quant_config.json"
 # How inputs, outputs, keys and values were rounded where a matrix was quantized: here they are not.
 OF_ACTIVATIONS = tuple(
     f".{of}_{what}"
-    for of in ("input", "output", "k", "v", "q", "activation")
+    for of in ("input", "output", "k", "v", "kv", "q", "activation")
     for what in ("scale", "zero_point", "global_scale", "scale_ub")
 )
 
