@@ -1,12 +1,13 @@
 """The engine's figures: what is measured, and what is wanted. Each is a ratio of two things of the same rounds."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import cast
 
 import torch
 
+from bench.engine.experts import mixture
+from bench.engine.figure import Figure
 from bench.engine.memory import resident_weights
 from bench.engine.stepping import Stepper, random_adapter
 from bench.engine.timing import in_turns, median_of, ratio, seconds, seconds_per_byte, seconds_per_product
@@ -19,14 +20,6 @@ WANTED: dict[Quantize, dict[int, float]] = {
     "none": {1: 0.72, 8: 0.65, 32: 0.55},
     "int8": {1: 0.60, 8: 0.50, 32: 0.42},
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Figure:
-    name: str
-    wanted: float
-    measured: float
-    detail: str = ""
 
 
 def decoding(steppers: dict[Quantize, Stepper]) -> Iterator[Figure]:
@@ -140,4 +133,5 @@ def in_process() -> Iterator[Figure]:
     yield attention(stepper)
     yield from adapters(stepper)
     yield prefill(stepper)
+    yield from mixture()
     yield from memory()

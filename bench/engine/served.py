@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model
 
-from bench.engine.figures import Figure
+from bench.engine.figure import Figure
 from bench.engine.stepping import Stepper
 from bench.engine.timing import in_turns, ratio, seconds
 from bench.load import Target, Workload, measure

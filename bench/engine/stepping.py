@@ -41,10 +41,10 @@ class Slots:
         return self.adapters[slot - 1]
 
 
-def load_model(quantize: Quantize, dtype: torch.dtype = torch.bfloat16) -> Decoder:
-    """The embedded model in one of its forms."""
+def load_model(quantize: Quantize, dtype: torch.dtype = torch.bfloat16, model: str = "") -> Decoder:
+    """The embedded model, or that of a directory, in one of its forms."""
     return load_decoder(
-        open_checkpoint("", None, None),
+        open_checkpoint(model, None, None),
         Group(0, 1),
         choose_operations(CPU, dtype, load_kernels(CPU, None)),
         ParameterForm(dtype, CPU, quantize),
@@ -55,9 +55,10 @@ def load_model(quantize: Quantize, dtype: torch.dtype = torch.bfloat16) -> Decod
 class Stepper:
     """One model, its cache, and a batch of sequences in it."""
 
-    def __init__(self, quantize: Quantize, dtype: torch.dtype = torch.bfloat16) -> None:
+    def __init__(self, quantize: Quantize, dtype: torch.dtype = torch.bfloat16, decoder: Decoder | None = None) -> None:
+        """Of the embedded model if there is no decoder."""
         checkpoint = open_checkpoint("", None, None)
-        self.decoder = load_model(quantize, dtype)
+        self.decoder = decoder or load_model(quantize, dtype)
         keep_freed()
         blocks = MAX_SEQUENCES * -(-MAX_MODEL_LEN // BLOCK_SIZE)
         self.cache: KVCache = self.decoder.new_cache(blocks, BLOCK_SIZE)

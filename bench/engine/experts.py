@@ -1,0 +1,89 @@
+"""A mixture of experts of Qwen3-MoE's kind, with random weights: how near a decode step comes to the time in which
+memory is read, of which it needs what its tokens choose."""
+
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+
+from bench.engine.figure import Figure
+from bench.engine.stepping import Stepper, load_model, random_adapter
+from bench.engine.timing import in_turns, median_of, ratio, seconds_per_byte
+from loraplex_shard.layers.experts import ExpertLinear
+from loraplex_shard.ops.base import Routing
+
+CONTEXT = 128
+ROUNDS = 9
+WANTED = {1: 0.6, 8: 0.5, 32: 0.4}
+ADAPTERS = 8
+CONFIG: dict[str, Any] = {
+    "vocab_size": 49152,  # the embedded model's, whose tokenizer stands in
+    "hidden_size": 1024,
+    "intermediate_size": 1024,
+    "moe_intermediate_size": 384,
+    "num_hidden_layers": 6,
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "norm_topk_prob": True,
+}
+
+
+class ExpertsStepper(Stepper):
+    """Knows how many experts the tokens of the last step chose."""
+
+    def __init__(self) -> None:
+        with tempfile.TemporaryDirectory() as directory:
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(Qwen3MoeConfig(**CONFIG), dtype=torch.bfloat16)
+            model.save_pretrained(directory)
+            super().__init__("none", decoder=load_model("none", model=str(Path(directory))))
+        for layer in self.cache.layers:
+            layer.values.zero_()  # else all sequences would read the same, and choose the same experts
+        self._starts_by_tokens: dict[int, list[torch.Tensor]] = {}
+        route = self.decoder.ops.route
+
+        def watched(logits: torch.Tensor, chosen: int, normalized: bool) -> Routing:
+            """Called while a step is recorded; what it returns then has the numbers of every such step."""
+            routing = route(logits, chosen, normalized)
+            self._starts_by_tokens.setdefault(len(logits), []).append(routing.starts)
+            return routing
+
+        self.decoder.ops.route = watched  # type: ignore[method-assign]
+
+    def bytes_read(self, batch: int) -> int:
+        """By the last step of so many sequences: all but experts, and the experts that were chosen."""
+        (size,) = {sum(e.weight.nbytes for e in pair) for pair in self._experts()}
+        hit = sum(int((starts.diff() > 0).sum()) for starts in self._starts_by_tokens[batch])
+        return self.weight_bytes + hit * size + self.kv_bytes(batch, CONTEXT)
+
+    def _experts(self) -> Iterator[tuple[Any, ...]]:
+        experts = [m for m in self.decoder.modules() if isinstance(m, ExpertLinear)]
+        half = CONFIG["num_experts"]
+        for layer in range(CONFIG["num_hidden_layers"]):
+            own = experts[2 * half * layer : 2 * half * (layer + 1)]
+            yield from zip(own[:half], own[half:], strict=True)
+
+
+def mixture() -> Iterator[Figure]:
+    stepper = ExpertsStepper()
+    many = [random_adapter(stepper.decoder.layouts, 8, seed) for seed in range(ADAPTERS)]
+    step = partial(stepper.seconds_per_decode, context=CONTEXT)
+    works: dict[Any, Callable[[], float]] = {"byte": seconds_per_byte()}
+    works |= {batch: partial(step, batch) for batch in WANTED}
+    works["adapters"] = partial(step, 32, adapters=many)
+    measured = in_turns(works, ROUNDS)
+    for batch, wanted in WANTED.items():
+        read = stepper.bytes_read(batch)
+        share = median_of(lambda byte, spent, read=read: read * byte / spent, measured["byte"], measured[batch])
+        speed = median_of(lambda spent, batch=batch: batch / spent, measured[batch])
+        name = f"experts, decode step, bf16, batch {batch}: memory floor of what was hit ÷ time"
+        yield Figure(name, wanted, share, f"{speed:.0f} tok/s, {read / 1e6:.0f} MB")
+    gain = ratio(measured[32], measured["adapters"])
+    yield Figure(f"{ADAPTERS} adapters (r=8) of experts, batch 32 ÷ base, tokens/s", 0.7, gain)
