@@ -36,7 +36,7 @@ def test_every_form_is_compared_with_float32_on_the_same_tokens(directory: Path)
     assert all(result.divergence > 0 for name, result in results.items() if name != "float32")
     assert results["bfloat16"].divergence < results["int8"].divergence < results["int4"].divergence
     sizes = [results[name].weight_bytes / results["bfloat16"].weight_bytes for name in ("float32", "int8", "int4")]
-    assert sizes[0] == 2
+    assert sizes[0] == pytest.approx(2, rel=0.01)  # norms are float32 in every form
     assert 0.5 < sizes[1] < 0.53
     assert sizes[2] < sizes[1]
     reference = load_reference(directory)
