@@ -36,10 +36,14 @@ class Face:
 
 def install_faces(app: FastAPI, faces: Sequence[Face]) -> None:
     """Their routes, and their errors: each is answered by the face of the path, also where there is no such route."""
-    for routers in zip_longest(*(face.routers for face in faces)):  # tried in this order: each face's first before all
+    documents = app.router.routes.copy()
+    # Routes are tried in order: what is asked most comes first, the document's pages come last.
+    for routers in zip_longest(*(face.routers for face in faces)):
         for face, router in zip(faces, routers, strict=True):
             if router:
                 app.include_router(router, prefix=face.prefix)
+    del app.router.routes[: len(documents)]
+    app.router.routes += documents
 
     async def answer(request: Request, error: Exception) -> Response:
         return face_of(request.url.path, faces).answer(read_error(error))
