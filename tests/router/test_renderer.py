@@ -51,9 +51,9 @@ async def test_a_template_that_cannot_be_read_says_where_and_costs_chats_alone(c
     with caplog.at_level(logging.WARNING):
         await renderer.check()
     assert "line 2" in caplog.text
-    with pytest.raises(InvalidRequestError, match=r"the model's chat template cannot be read: line 2: Expected"):
+    with pytest.raises(InvalidRequestError, match=r"the model's chat template cannot be parsed: line 2: Expected"):
         await renderer.render(brought("Hi\n{% if %}"), CHAT)
-    with pytest.raises(AdapterInvalidError, match=r"the adapter's chat template cannot be read: line 1: .* 'nope'"):
+    with pytest.raises(AdapterInvalidError, match=r"the adapter's chat template cannot be parsed: line 1: .* 'nope'"):
         await renderer.render(brought("{{ 'x' | nope }}"), CHAT)
     await renderer.aclose()
 

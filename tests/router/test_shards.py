@@ -143,11 +143,11 @@ async def test_ranks_that_are_no_replica_are_refused(tmp_path: Path):
     cases = {
         "answers as rank 0 of 2": [rank(0, 2), rank(0, 2)],
         "serves 'another'": [rank(0, 2), rank(1, 2, model_id="another")],
-        "another router drives it": [rank(0, 1, driven=True)],
-        f"speaks version 0 .* this router version {PROTOCOL_VERSION}: upgrade the shards": [
+        "another router is driving it": [rank(0, 1, driven=True)],
+        f"has version 0 .* this router has version {PROTOCOL_VERSION}: upgrade the shards": [
             rank(0, 1, protocol_version=0)
         ],
-        f"speaks version {PROTOCOL_VERSION + 1} .*: upgrade the router": [
+        f"has version {PROTOCOL_VERSION + 1} .*: upgrade the router": [
             rank(0, 2),
             rank(1, 2, protocol_version=PROTOCOL_VERSION + 1),
         ],

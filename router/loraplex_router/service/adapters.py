@@ -91,5 +91,5 @@ class Adapters:
         names = self._model().names
         if status.id in names:
             name = f"{names[0]}:{status.id}"
-            status.warnings.append(f"on /v1 its name means the base model: ask for it as {name}, or rename it")
+            status.warnings.append(f"on /v1 its name means the base model: request it as {name}, or rename it")
         return status

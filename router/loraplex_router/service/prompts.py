@@ -7,7 +7,7 @@ from loraplex_router.text.model import Model
 from loraplex_router.vocabulary.adapter import Adapter
 from loraplex_router.vocabulary.chat import RenderedChat
 from loraplex_router.vocabulary.request import Request
-from loraplex_router.vocabulary.room import count_kept, most_counted
+from loraplex_router.vocabulary.room import count_kept, max_counted
 from loraplex_router.vocabulary.sequence import Sequence
 
 Text: TypeAlias = str | tuple[int, ...] | RenderedChat  # the input of the tokenizer, unless already token ids
@@ -19,7 +19,7 @@ async def encode(request: Request, text: Text, model: Model) -> list[int]:
     kept = count_kept(request, model.info.max_model_len)
     if isinstance(text, tuple):
         return list(text if kept is None else text[-kept:])
-    most = None if kept else most_counted(model.info.max_model_len)
+    most = None if kept else max_counted(model.info.max_model_len)
     return await model.tokenizer.encode(text, most, kept)
 
 

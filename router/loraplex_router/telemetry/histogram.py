@@ -1,4 +1,4 @@
-"""A histogram that takes many equal observations at once, at the price of one."""
+"""A histogram that records many equal observations at the cost of one."""
 
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
@@ -11,7 +11,7 @@ from prometheus_client.utils import floatToGoString
 
 
 class WeightedHistogram(Collector):
-    """To be written by one thread; `buckets` are the upper bounds but the infinite one, ascending."""
+    """Written by one thread only. `buckets` are the upper bounds except infinity, ascending."""
 
     def __init__(self, name: str, text: str, buckets: Sequence[float], registry: CollectorRegistry) -> None:
         self._name, self._text = name, text

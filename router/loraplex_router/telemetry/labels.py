@@ -1,20 +1,21 @@
-"""Which adapters have time series of their own: as many as there may be, and of all others those asked for most.
+"""Chooses the adapters with their own time series: the most requested ones, up to a limit.
 
-Counts requests by name, halves the counts now and then so that the past fades, and lets a name take the place of the
-least used one once it has more than twice its requests. The second bound keeps names near it from swapping for ever.
+Counts requests by name, and halves the counts periodically, so that the past fades. A name replaces the least used one
+once it has more than twice as many requests; the factor keeps names from swapping back and forth.
 """
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 
-OTHER = "other"  # the label of all adapters without series of their own
+OTHER = "other"  # the label of all adapters without their own series
 MAX_LENGTH = 128  # of a label; hub ids have 96 at most
-CANDIDATES = 10  # names counted without series, for each one with them
+CANDIDATES = 10  # names counted without a series, per name with one
 HALF_LIFE = 4096  # requests
 
 
 class AdapterLabels:
-    """Label values for adapters; never more than `most` and OTHER. `drop` is called with a label that is given up."""
+    """Label values for adapters; never more than `most` and OTHER. `drop` is called with each label that is given
+    up."""
 
     def __init__(self, most: int, drop: Callable[[str], None]) -> None:
         self._most = most
@@ -32,7 +33,7 @@ class AdapterLabels:
         return label if label in self._shown else OTHER
 
     def count(self, name: str) -> str:
-        """One more request for an adapter that exists; answers its label."""
+        """Counts a request for an existing adapter and returns its label."""
         label = _printable(name)
         self._fade()
         if label in self._shown:
@@ -64,5 +65,5 @@ class AdapterLabels:
 
 
 def _printable(name: str) -> str:
-    """What clients send may hold anything, lone surrogates too, which cannot be written as UTF-8."""
+    """Clients' text may contain anything, even lone surrogates, which UTF-8 cannot encode."""
     return "".join(c if c.isprintable() else "?" for c in name[:MAX_LENGTH])

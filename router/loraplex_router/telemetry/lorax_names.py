@@ -1,7 +1,7 @@
-"""LoRAX's metrics under LoRAX's names, for dashboards that were made for it.
+"""LoRAX's metrics under LoRAX's names, for dashboards made for LoRAX.
 
-Its counters have no `_total`, so they are written as untyped samples, which queries do not tell apart. Of its step
-methods, a step that computes any prompt is `prefill` here. https://github.com/predibase/lorax, router/src
+LoRAX's counters have no `_total`, so they are exported as untyped samples, which are the same to queries. A step that
+computes any prompt has the method `prefill`. https://github.com/predibase/lorax, router/src
 """
 
 from collections import Counter
@@ -31,11 +31,11 @@ FAILURES = {
 
 
 class LoraxMetrics(Collector):
-    """To be told of each request and each step."""
+    """Must be told of each request and step."""
 
     def __init__(self, registry: CollectorRegistry, replicas: Mapping[str, ReplicaState]) -> None:
         def histogram(name: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
-            return Histogram(f"lorax_{name}", "As LoRAX has it.", labels, buckets=buckets, registry=registry)
+            return Histogram(f"lorax_{name}", "As in LoRAX.", labels, buckets=buckets, registry=registry)
 
         self._duration = histogram("request_duration", SECONDS)
         self._validation = histogram("request_validation_duration", SECONDS)
@@ -55,7 +55,7 @@ class LoraxMetrics(Collector):
         registry.register(self.gauges)
 
     def ended(self, generation: Generation, outcome: str, now: float) -> None:
-        """A request that was queued is over, at a time of time.monotonic."""
+        """A queued request has ended, at a time from time.monotonic."""
         if outcome != "finished":
             return self.refused(outcome)
         self._successes += 1
@@ -88,7 +88,7 @@ class LoraxMetrics(Collector):
         requests = self._successes + failures.total()
         yield UnknownMetricFamily("lorax_request_count", "Requests.", requests)
         yield UnknownMetricFamily("lorax_request_success", "Requests that were answered.", self._successes)
-        failed = UnknownMetricFamily("lorax_request_failure", "Requests that were not.", labels=["err"])
+        failed = UnknownMetricFamily("lorax_request_failure", "Requests that failed.", labels=["err"])
         for cause, count in failures.items():
             failed.add_metric([cause], count)
         yield failed

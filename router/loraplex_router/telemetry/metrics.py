@@ -1,4 +1,4 @@
-"""The router's counters and histograms, by name. What they count is told by `Telemetry`."""
+"""The router's counters and histograms, by name. `Telemetry` updates them."""
 
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from loraplex_router.telemetry.histogram import WeightedHistogram
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
-WAIT_SECONDS = (0.01, 0.05, 0.1, 0.5, 1, 5, 30)  # one series each per adapter, so few
+WAIT_SECONDS = (0.01, 0.05, 0.1, 0.5, 1, 5, 30)  # few, since each is a series per adapter
 TOKEN_SECONDS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2, 5)
 STEP_SECONDS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 OVERHEAD_SECONDS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1)
@@ -17,13 +17,13 @@ TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536)
 
 
 class Metrics:
-    """Nothing here grows with the number of requests; what has a label `adapter`, only up to a limit."""
+    """Does not grow with the number of requests; series with the label `adapter` are limited."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.requests = self._counter("requests", "Requests that ended, by outcome.", "outcome", "adapter")
         self.queue_wait = self._histogram(
-            "queue_wait_seconds", "From a valid request to its first step.", WAIT_SECONDS, "adapter"
+            "queue_wait_seconds", "From a request's validation to its first step.", WAIT_SECONDS, "adapter"
         )
         self.first_token = self._histogram("time_to_first_token_seconds", "From a request to its first token.", SECONDS)
         self.inter_token = WeightedHistogram(
@@ -38,31 +38,33 @@ class Metrics:
         self.adapter_generated = self._counter("adapter_generated_tokens", "Tokens of ended requests.", "adapter")
 
         self.generated = self._counter("generated_tokens", "Tokens sampled.", "replica")
-        self.step = self._histogram("step_duration_seconds", "Steps, on the shard's clock.", STEP_SECONDS, "replica")
-        self.overhead = self._histogram(
-            "router_step_seconds", "What the router computes for a step.", OVERHEAD_SECONDS, "replica", "phase"
+        self.step = self._histogram(
+            "step_duration_seconds", "Duration of steps, measured by the shard.", STEP_SECONDS, "replica"
         )
-        self.step_tokens = self._counter("step_tokens", "Tokens that steps computed.", "replica", "phase")
+        self.overhead = self._histogram(
+            "router_step_seconds", "The router's own work on a step.", OVERHEAD_SECONDS, "replica", "phase"
+        )
+        self.step_tokens = self._counter("step_tokens", "Tokens computed in steps.", "replica", "phase")
         self.step_sequences = self._histogram("step_sequences", "Sequences in a step.", POWERS_OF_TWO, "replica")
         self.step_adapters = self._histogram(
-            "step_adapters", "Distinct adapters in a step, the base not counted.", POWERS_OF_TWO, "replica"
+            "step_adapters", "Distinct adapters in a step, without the base.", POWERS_OF_TWO, "replica"
         )
         self.rank_latency = self._histogram(
-            "rank_latency_seconds", "What a step takes beyond a rank's own time.", OVERHEAD_SECONDS, "replica", "rank"
+            "rank_latency_seconds", "A step's time beyond the rank's own.", OVERHEAD_SECONDS, "replica", "rank"
         )
 
         self.replica_starts = self._counter("replica_starts", "Replicas that became ready.")
-        self.replica_silences = self._counter("replica_silences", "Times that a replica did not answer for a while.")
-        self.replica_losses = self._counter("replica_losses", "Replicas that left, by reason.", "reason")
+        self.replica_silences = self._counter("replica_silences", "Times that a replica stopped answering for a while.")
+        self.replica_losses = self._counter("replica_losses", "Replicas lost, by reason.", "reason")
 
-        self.loads = self._histogram("adapter_load_seconds", "Adapters brought to a tier.", SECONDS, "tier")
-        self.load_failures = self._counter("adapter_load_failures", "Adapters that no tier got.", "tier", "error")
+        self.loads = self._histogram("adapter_load_seconds", "Time to load an adapter into a tier.", SECONDS, "tier")
+        self.load_failures = self._counter("adapter_load_failures", "Failed loads of adapters.", "tier", "error")
         self.evictions = self._counter("adapter_evictions", "Adapters that left a tier.", "tier")
 
         ProcessCollector(registry=self.registry)
 
     def describe_build(self, model: str) -> None:
-        """Says which version serves which model."""
+        """Exports the version and the model."""
         info = Gauge("loraplex_build_info", "Version and model.", ("version", "model"), registry=self.registry)
         info.labels(version("loraplex"), model).set(1)
 

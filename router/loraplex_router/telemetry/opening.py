@@ -1,4 +1,4 @@
-"""Makes a router's telemetry as its settings say."""
+"""Creates a router's telemetry from its settings."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from loraplex_router.telemetry.telemetry import Telemetry
 
 @contextmanager
 def open_telemetry(settings: EdgeSettings) -> Iterator[Telemetry]:
-    """What is left of traces is sent at the end. Raises LoraplexError if they are wanted without their packages."""
+    """Sends remaining spans at the end. Raises LoraplexError if tracing is on but its packages are missing."""
     telemetry = Telemetry(settings.metrics_adapters, RequestLog(settings.log_prompts))
     if settings.lorax_metrics:
         telemetry.add_lorax_names()

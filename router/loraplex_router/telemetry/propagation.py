@@ -1,6 +1,6 @@
-"""Makes the trace context that a caller sends the current one: W3C's traceparent, in HTTP headers or gRPC metadata.
+"""Activates the caller's trace context: W3C traceparent, in HTTP headers or gRPC metadata.
 
-Imported only where tracing is on.
+Imported only if tracing is on.
 """
 
 from collections.abc import Awaitable, Callable, Iterable
@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from loraplex_protos.tracing import W3C
 
-if TYPE_CHECKING:  # a generic class in its stubs alone
+if TYPE_CHECKING:  # generic only in its stubs
     Handler: TypeAlias = grpc.RpcMethodHandler[Any, Any] | None
 
 NAMES = frozenset(W3C.fields)
@@ -34,7 +34,7 @@ class HttpTraceContext:
 
 
 class GrpcTraceContext(grpc.aio.ServerInterceptor):
-    """Each call runs in a task of its own, whose context ends with it."""
+    """Each call runs in its own task, whose context ends with it."""
 
     async def intercept_service(
         self,

@@ -1,6 +1,6 @@
-"""One log line per request, when it has ended. Says nothing of its text unless told to.
+"""One log line per request, when it has ended. Contains no prompt or answer unless configured.
 
-Each record carries its values in `fields`, which the log's format writes as JSON or as text.
+Each record has its values in `fields`, which the log format writes as JSON or text.
 """
 
 import logging
@@ -14,13 +14,13 @@ logger = logging.getLogger(__name__)
 
 
 class RequestLog:
-    """`prompts` says whether prompts and answers are to be logged, too."""
+    """`prompts`: whether to log prompts and answers, too."""
 
     def __init__(self, prompts: bool) -> None:
         self._prompts = prompts
 
     def ended(self, generation: Generation, outcome: str, now: float) -> None:
-        """A request that was queued is over, at a time of time.monotonic."""
+        """A queued request has ended, at a time from time.monotonic."""
         outputs = generation.outputs
         sequence = outputs[0].sequence
         started, first = generation.started, generation.first_token

@@ -1,4 +1,4 @@
-"""Gauges: what the schedulers, blocks and adapter pools hold now."""
+"""Gauges: the current state of schedulers, blocks and adapter pools."""
 
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -17,7 +17,7 @@ from loraplex_router.telemetry.labels import AdapterLabels
 
 
 class ReplicaState(Protocol):
-    """What there is to see of one replica. Owned by the event loop."""
+    """The observable state of one replica. Owned by the event loop."""
 
     name: str
     scheduler: Scheduler
@@ -29,7 +29,7 @@ class ReplicaState(Protocol):
 
 
 class Snapshot(Collector, ABC):
-    """Answers what `take` saw last, so that only `take` has to run on the event loop."""
+    """Exports what `take` last saw, so that only `take` has to run on the event loop."""
 
     def __init__(self, replicas: Mapping[str, ReplicaState]) -> None:
         self.replicas = replicas
@@ -37,7 +37,7 @@ class Snapshot(Collector, ABC):
 
     @abstractmethod
     def read(self) -> Iterator[Metric]:
-        """What is to be seen now."""
+        """The current values."""
 
     def take(self) -> None:
         self._taken = list(self.read())
@@ -64,7 +64,7 @@ class State(Snapshot):
         yield from self._adapter_gauges()
 
     def _replica_gauges(self) -> Iterator[Metric]:
-        text = "Replicas that take new sequences."
+        text = "Replicas that accept new sequences."
         yield GaugeMetricFamily(
             "loraplex_replicas", text, value=sum(replica.accepting for replica in self.replicas.values())
         )
@@ -91,9 +91,9 @@ class State(Snapshot):
         yield from (sequences, blocks, adapters, slots, preempted, yielded)
 
     def _queue_length(self) -> Metric:
-        """For autoscalers, which want one series."""
+        """A single series, for autoscalers."""
         waiting = sum(replica.scheduler.num_waiting for replica in self.replicas.values())
-        return GaugeMetricFamily("loraplex_queue_length", "Sequences that wait, in all replicas.", value=waiting)
+        return GaugeMetricFamily("loraplex_queue_length", "Sequences waiting, in all replicas.", value=waiting)
 
     def _adapter_gauges(self) -> Iterator[Metric]:
         waiting, running = (Counter(dict.fromkeys(self._labels, 0)) for _ in range(2))

@@ -1,6 +1,6 @@
-"""What the router tells those who watch it: one call per event, none of them per token.
+"""Observes the router: one call per event, none per token.
 
-Hands each event to the metrics, the log and, where they are on, the traces. Runs on the engine's event loop.
+Passes each event to the metrics, the log and, if on, the traces. Runs on the engine's event loop.
 """
 
 import asyncio
@@ -32,7 +32,7 @@ Middleware = Callable[[ASGIApp], ASGIApp]
 
 
 class Telemetry:
-    """Watches one router. `adapters` bounds how many adapters have series of their own."""
+    """Observes one router. `adapters` limits how many adapters have their own series."""
 
     def __init__(self, adapters: int, log: RequestLog) -> None:
         self.metrics = Metrics()
@@ -41,7 +41,7 @@ class Telemetry:
         self._log = log
         self._replicas: dict[str, ReplicaState] = {}
         self.lorax: LoraxMetrics | None = None
-        # Set once, before the servers are made, if requests are to be traced:
+        # Set once, before the servers are created, if tracing is on:
         self.traces: Traces | None = None
         self.interceptors: tuple[grpc.aio.ServerInterceptor, ...] = ()
         self.middleware: tuple[Middleware, ...] = ()
@@ -53,18 +53,19 @@ class Telemetry:
         return self.metrics.registry
 
     async def scrape(self) -> bytes:
-        """All metrics as Prometheus reads them. The text is written on a thread: it takes longer than a step may."""
+        """All metrics in Prometheus' format. The text is generated on a thread, since that takes longer than a step
+        may."""
         for snapshot in self._snapshots:
             snapshot.take()
         return await asyncio.to_thread(generate_latest, self.registry)
 
     def add_lorax_names(self) -> None:
-        """From now on LoRAX's metrics are there, too."""
+        """Adds LoRAX's metrics."""
         self.lorax = LoraxMetrics(self.registry, self._replicas)
         self._snapshots.append(self.lorax.gauges)
 
     def add_gateway_names(self) -> None:
-        """From now on the metrics for Kubernetes' inference gateways are there, too."""
+        """Adds the metrics for Kubernetes' inference gateways."""
         self._add(GatewayNames(self._replicas))
 
     def _add(self, snapshot: Snapshot) -> None:
@@ -75,7 +76,7 @@ class Telemetry:
 
     @contextmanager
     def admission(self, request: Request | EmbedRequest, arrived: float) -> Iterator[None]:
-        """Within it a request is checked and queued, or refused: what is raised is its outcome."""
+        """A context in which a request is checked and queued, or refused: what it raises is the outcome."""
         try:
             yield
         except LoraplexError as error:
@@ -112,7 +113,7 @@ class Telemetry:
             self.traces.first_token(generation)
 
     def ended(self, generation: Generation) -> None:
-        """It is finished, failed or cancelled."""
+        """It finished, failed or was cancelled."""
         self._live.discard(generation)
         metrics, now = self.metrics, time.monotonic()
         label = self._labels.find(generation.adapter_name)
@@ -134,7 +135,7 @@ class Telemetry:
             self.traces.ended(generation, outcome, now)
 
     def _refused(self, request: Request | EmbedRequest, outcome: str, arrived: float) -> None:
-        """Its adapter may be any text, and gets no label."""
+        """Its adapter may be any text, so it gets no label."""
         self.metrics.requests.labels(outcome, OTHER).inc()
         self._log.refused(request, outcome, time.monotonic() - arrived)
         if self.lorax is not None:
@@ -145,7 +146,7 @@ class Telemetry:
     # ---- replicas ------------------------------------------------------------------------------------------------
 
     def replica(self, name: str) -> "ReplicaTelemetry":
-        """The events of a replica; `name` is what its series are labelled with."""
+        """The events of a replica; `name` is the label of its series."""
         return ReplicaTelemetry(self, name)
 
     def watch(self, replica: ReplicaState) -> None:
@@ -175,7 +176,7 @@ class ReplicaTelemetry:
         self.first_token, self.ended = router.first_token, router.ended
         metrics = router.metrics
         self._step = metrics.step.labels(name)
-        self.planned = metrics.overhead.labels(name, "plan").observe  # what the router spent on it, in seconds
+        self.planned = metrics.overhead.labels(name, "plan").observe  # takes the router's time for it, in seconds
         self.applied = metrics.overhead.labels(name, "apply").observe
         self._generated = metrics.generated.labels(name)
         self._prefill_tokens = metrics.step_tokens.labels(name, "prefill")
@@ -187,7 +188,7 @@ class ReplicaTelemetry:
         self._last_result = 0.0
 
     def step(self, plan: Plan, response: pb.StepResponse) -> None:
-        """The result of a step is here."""
+        """A step's result has arrived."""
         now = time.monotonic()
         decodes = [chunk.length for chunk in plan.chunks if chunk.start >= chunk.sequence.prompt_length]
         self._step.observe(response.duration_us / 1e6)
@@ -196,7 +197,7 @@ class ReplicaTelemetry:
         self._prefill_tokens.inc(sum(chunk.length for chunk in plan.chunks) - sum(decodes))
         self._sequences.observe(len(plan.chunks))
         self._adapters.observe(sum(adapter.slot != 0 for adapter in plan.adapters))
-        if decodes:  # their last tokens came with the last result
+        if decodes:  # their previous tokens came with the previous result
             self._inter_token.observe(now - self._last_result, len(decodes))
         self._last_result = now
         if self._router.lorax is not None:
@@ -205,12 +206,12 @@ class ReplicaTelemetry:
             self._router.traces.step(plan)
 
     def rank_latency(self, rank: int, seconds: float) -> None:
-        """What a step took beyond the rank's own time."""
+        """A step's time beyond the rank's own."""
         self._latencies.labels(self._name, str(rank)).observe(seconds)
 
     @contextmanager
     def loading(self, tier: str) -> Iterator[None]:
-        """Within it an adapter is brought to a tier: host or device."""
+        """A context in which an adapter is loaded into a tier: host or device."""
         began = time.monotonic()
         try:
             yield

@@ -1,6 +1,6 @@
-"""A request's spans: validate, queue, prefill and decode, below one that begins where the caller's trace ends.
+"""A request's spans: validate, queue, prefill and decode, under a span that continues the caller's trace.
 
-A request that is not sampled has no entry here. Imported only where tracing is on.
+Requests that are not sampled have no entry here. Imported only if tracing is on.
 """
 
 from collections.abc import MutableMapping
@@ -55,7 +55,7 @@ class Traces:
             self._next(live, "prefill", generation.started)
 
     def started_again(self, generation: Generation, sequence: Sequence) -> None:
-        """It had been preempted, or its replica was lost."""
+        """A sequence restarted after preemption or the loss of its replica."""
         if live := self._live.get(generation):
             live.phase.add_event("started again", {"sequence": sequence.number, "tokens": sequence.output_length})
 
@@ -93,7 +93,7 @@ class Traces:
         live.root.end(nanoseconds(now))
 
     def refused(self, request: Request | EmbedRequest, outcome: str, arrived: float) -> None:
-        """It was not queued."""
+        """A request that was not queued."""
         name = request.request_id if isinstance(request, Request) else ""
         root = self._begin(arrived, name[:128], "")
         root.set_attribute("loraplex.outcome", outcome)
@@ -102,7 +102,7 @@ class Traces:
         root.end()
 
     def close(self) -> None:
-        """Sends what was not sent yet."""
+        """Sends remaining spans."""
         self._provider.shutdown()
 
     def _begin(self, arrived: float, request_id: str, adapter: str) -> Span:
@@ -119,7 +119,7 @@ class Traces:
 
 
 def _traceparent(span: Span) -> str:
-    """How shards are told of it."""
+    """The span's context, for the shards."""
     carrier: MutableMapping[str, str] = {}
     W3C.inject(carrier, trace.set_span_in_context(span))
     return carrier["traceparent"]

@@ -3,25 +3,25 @@
 from typing import Protocol
 
 CONTEXT = 6  # prompt tokens before the first output: some tokenizers drop a leading space without them
-CHARACTER_TOKENS = 4  # the most tokens that one UTF-8 character can be spread over: one per byte
-INCOMPLETE = "\ufffd"  # what the decoder shows for bytes that are no character (yet)
+CHARACTER_TOKENS = 4  # maximum number of tokens per UTF-8 character: one per byte
+INCOMPLETE = "\ufffd"  # shown by decoders for bytes that are not (yet) a character
 
 
 class Decoder(Protocol):
     def decode(self, ids: list[int]) -> str: ...
 
     def token_text(self, token: int) -> str:
-        """One token within a text; a part of a character is shown as U+FFFD."""
+        """The text of one token within a text; a part of a character is shown as U+FFFD."""
         ...
 
     def hidden_text(self, token: int) -> str:
-        """What stands in the vocabulary for a token that `decode` leaves out; empty for others."""
+        """The vocabulary's text for a token that `decode` omits; empty for others."""
         ...
 
 
 def own_length(text: str, token_text: str) -> int:
-    """How much of the text that a token completes is its own: all, unless it shows that those before it never become a
-    character."""
+    """How many characters of the text that a token completes are its own: all, unless it shows that the bytes before it
+    never form a character."""
     return len(token_text) if text.endswith(token_text) and INCOMPLETE not in token_text else len(text)
 
 
@@ -29,7 +29,7 @@ class Detokenizer:
     """The text of a growing sequence of tokens.
 
     A token's text can depend on the tokens before it, so a window is decoded with and without the new tokens, and the
-    difference is the new text. The window begins where the last but one piece of text ended.
+    difference is the new text. The window begins at the end of the last but one piece of text.
     """
 
     def __init__(self, decoder: Decoder, prompt: list[int]) -> None:
@@ -50,7 +50,7 @@ class Detokenizer:
         return self._advance(text)
 
     def flush(self) -> str:
-        """What is left at the end: an incomplete character, shown as U+FFFD."""
+        """The rest at the end: an incomplete character, shown as U+FFFD."""
         if len(self._window) == self._settled:
             return ""
         return self._advance(self._decoder.decode(self._window))
@@ -62,5 +62,5 @@ class Detokenizer:
         return new
 
     def _settle(self) -> None:
-        self._settled = len(self._window)  # tokens of the window whose text is out
+        self._settled = len(self._window)  # tokens of the window whose text was returned
         self._text = self._decoder.decode(self._window)

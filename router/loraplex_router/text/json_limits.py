@@ -1,7 +1,7 @@
-"""Reads JSON that clients sent: how much is in it, and how deep, is known before anything is made of it.
+"""Reads clients' JSON, and limits its size and depth before parsing.
 
-A parser holds the interpreter until it is done, and makes up to a hundred bytes of one: what is refused here would
-hold up all streams, or fill the memory.
+A parser holds the GIL until it is done, and turns one byte into up to a hundred: the JSON refused here would block all
+streams, or fill the memory.
 """
 
 import asyncio
@@ -11,10 +11,10 @@ from typing import Any
 
 from pydantic_core import from_json
 
-MAX_DEPTH = 128  # lists and objects in each other: serde_json's limit, which other servers have
+MAX_DEPTH = 128  # nested lists and objects: serde_json's limit, as in other servers
 MAX_ELEMENTS = 2**18  # commas: a quarter of a million token ids
-MAX_NODES = 2**15  # lists and objects, and the names in objects
-SLICE = 2**16  # bytes looked at in one go
+MAX_NODES = 2**15  # lists, objects and object keys
+SLICE = 2**16  # bytes scanned without a pause
 
 _ESCAPED = re.compile(rb"\\.", re.DOTALL)
 _BRACKETS = b"[]{}"
@@ -23,15 +23,15 @@ _STEPS = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 
 
 class JsonStructure:
-    """Counts what is outside of strings in a text that comes in pieces."""
+    """Counts the structure outside strings, in a text that arrives in pieces."""
 
     def __init__(self) -> None:
         self._in_string = False
-        self._rest = b""  # a backslash whose character is still to come
+        self._rest = b""  # a trailing backslash, before its character has arrived
         self._elements = self._nodes = self._depth = 0
 
     def feed(self, piece: bytes) -> None:
-        """Raises ValueError, with words that can follow the name of what was read, once it is too much."""
+        """Raises ValueError once a limit is exceeded. The message can follow the name of what was read."""
         piece = _ESCAPED.sub(b"", self._rest + piece)
         piece, self._rest = (piece[:-1], piece[-1:]) if piece.endswith(b"\\") else (piece, b"")
         parts = piece.split(b'"')
@@ -43,15 +43,15 @@ class JsonStructure:
         self._nodes += brackets.count(b"[") + brackets.count(b"{") + outside.count(b":")
         self._elements += outside.count(b",")
         if max(depths) > MAX_DEPTH:
-            raise ValueError(f"is nested too deeply: at most {MAX_DEPTH} lists and objects in each other")
+            raise ValueError(f"is nested too deeply: at most {MAX_DEPTH} levels of lists and objects")
         if self._nodes > MAX_NODES or self._elements > MAX_ELEMENTS:
             raise ValueError(
-                f"holds too much: at most {MAX_ELEMENTS} values, and {MAX_NODES} lists, objects and names in them"
+                f"is too large: at most {MAX_ELEMENTS} values, and {MAX_NODES} lists, objects and object keys"
             )
 
 
 async def parse_body(body: bytes) -> Any:
-    """The value of a whole body. Others have their turn while it is looked at. Raises ValueError as `parse` does."""
+    """The value of a whole body. Other tasks run while it is scanned. Raises ValueError as `parse` does."""
     structure = JsonStructure()
     for start in range(0, len(body), SLICE):
         structure.feed(body[start : start + SLICE])
@@ -63,8 +63,8 @@ async def parse_body(body: bytes) -> Any:
 def parse(text: str) -> Any:
     """The value of a JSON text.
 
-    Raises ValueError, with words that can follow the name of what was read, also where the standard library would not:
-    half a surrogate pair is no character, and nothing that takes text takes it.
+    Raises ValueError, with a message that can follow the name of what was read. Also refuses lone surrogates, which the
+    standard library accepts but which are not characters and cannot be encoded.
     """
     encoded = text.encode(errors="surrogatepass")
     JsonStructure().feed(encoded)
@@ -75,4 +75,4 @@ def _parse(encoded: bytes) -> Any:
     try:
         return from_json(encoded)
     except ValueError as error:
-        raise ValueError(f"is not JSON: {error}") from error
+        raise ValueError(f"is not valid JSON: {error}") from error

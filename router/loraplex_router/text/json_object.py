@@ -1,10 +1,10 @@
-"""Where a JSON object ends in a text that arrives in pieces. Knows nothing of what is in it."""
+"""Finds the end of a JSON object in a text that arrives in pieces, whatever its content."""
 
 
 class ObjectEnd:
-    """Finds the bracket that closes an object, or what else was opened first; `depth` of them are open already.
+    """Finds the bracket that closes the outermost object or list; `depth` brackets are open already.
 
-    Looks at each character once, and does not mind text that is no JSON.
+    Scans each character once, and tolerates text that is not JSON.
     """
 
     def __init__(self, depth: int = 0) -> None:
@@ -12,7 +12,8 @@ class ObjectEnd:
         self._in_string = self._escaped = False
 
     def feed(self, text: str) -> int | None:
-        """The place in `text` behind that bracket, or None if it is still to come. Not to be called after that."""
+        """The index in `text` after that bracket, or None if it has not arrived. Must not be called again after it
+        has."""
         for place, character in enumerate(text):
             if self._escaped:
                 self._escaped = False

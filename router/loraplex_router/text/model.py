@@ -1,4 +1,4 @@
-"""What is served, the same by every replica: the model as the faces describe it, its tokenizer and its limits."""
+"""The served model, the same on every replica: its description, tokenizer and limits."""
 
 import logging
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """As the first replica told it."""
+    """The model as described by the first replica."""
 
     info: generation_pb2.GetModelInfoResponse
     tokenizer: Tokenizer
@@ -26,24 +26,24 @@ class Model:
     end_token_ids: tuple[int, ...]
     chat_templates: ChatTemplates
     renderer: Renderer
-    sampling_defaults: Sampling = field(default_factory=Sampling)  # of requests on OpenAI's routes
+    sampling_defaults: Sampling = field(default_factory=Sampling)  # for requests on OpenAI's routes
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What OpenAI's routes call the base model: the first in answers, any in requests."""
+        """The base model's names on OpenAI's routes: answers have the first, requests may use any."""
         return tuple(self.info.served_model_names) or (self.info.model_id,)
 
     def check_fits(self, other: "Model") -> None:
-        """Raises UnavailableError if a replica that serves `other` cannot serve this."""
+        """Raises UnavailableError if a replica with the model `other` cannot serve this one."""
         for name in ("model_id", "architecture", "dtype", "vocab_size"):
             here, there = getattr(self.info, name), getattr(other.info, name)
             if here != there:
-                raise UnavailableError(f"its {name} is {there!r}, that of the replicas before is {here!r}")
+                raise UnavailableError(f"its {name} is {there!r}, but the earlier replicas have {here!r}")
         if self.tokenizer_digest != other.tokenizer_digest or self.end_token_ids != other.end_token_ids:
-            raise UnavailableError("its tokenizer is not that of the replicas before")
+            raise UnavailableError("its tokenizer differs from the earlier replicas'")
         if other.info.max_model_len < self.info.max_model_len:
-            length = f"{other.info.max_model_len}, that of the replicas before {self.info.max_model_len}"
-            raise UnavailableError(f"its max_model_len is {length}: give it as many blocks, or all a --max-model-len")
+            length = f"{other.info.max_model_len}, but the earlier replicas have {self.info.max_model_len}"
+            raise UnavailableError(f"its max_model_len is {length}: give it as many blocks, or set all --max-model-len")
 
 
 def read_model(
@@ -54,7 +54,7 @@ def read_model(
     served_model_names: Sequence[str] = (),
     generation_config: str = "vllm",
 ) -> Model:
-    """What a replica tells of itself."""
+    """A replica's model, from its answers."""
     templates = _read_templates(files)
     return Model(
         generation_pb2.GetModelInfoResponse(
@@ -86,7 +86,7 @@ def _read_defaults(told: generation_pb2.Sampling) -> Sampling:
     named = {field.name: value for field, value in told.ListFields()}
     if named:
         values = ", ".join(f"{name} {value:g}" for name, value in named.items())
-        logger.info("OpenAI's routes sample with %s unless told otherwise, as the model's files say", values)
+        logger.info("default sampling parameters of OpenAI's routes, from the model's files: %s", values)
     return Sampling(**named)
 
 

@@ -1,10 +1,10 @@
-"""Tokenizes a long text piece by piece. Its tokens are those of the whole; its memory is that of a piece, for a
-tokenizer takes more than a hundred bytes for each character.
+"""Tokenizes a long text piece by piece. The tokens are those of the whole text, but the memory is that of a piece: a
+tokenizer takes more than a hundred bytes per character.
 
-Windows on the text overlap. What a tokenizer makes of a place depends on little of the text around it: on the words it
-finds from left to right, and on which pairs of neighbours it merges. So two windows are joined where, away from the
-edges of both, they have the same tokens in the same places, with words that begin in the same places. Where there is
-no such agreement, or a word is longer than the overlap, the windows grow.
+The text is read in overlapping windows. A token depends on little of the text around it: on the words found from left
+to right, and on which neighbours are merged. So two windows are joined where, away from both edges, they have the same
+tokens in the same places, with words that begin in the same places. If there is no such agreement, or a word is longer
+than the overlap, the windows grow.
 """
 
 from array import array
@@ -17,31 +17,31 @@ import tokenizers
 
 WINDOW = 2**13  # characters
 LARGEST = 2**18
-OVERLAPPING = 8  # this part of a window is in the next one, too
-AGREED = 4  # tokens that two windows must have alike at least
+OVERLAPPING = 8  # one such part of a window overlaps the next one
+AGREED = 4  # minimum number of tokens on which two windows must agree
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Tokens of a text, from the character `begin` on."""
+    """Tokens of a text, starting at character `begin`."""
 
     begin: int
     ids: list[int]
-    places: list[tuple[int, int]]  # the characters [start, stop) that became each one, counted from `begin`
+    places: list[tuple[int, int]]  # the characters [start, stop) of each token, relative to `begin`
 
     def flat_places(self) -> "array[int]":
         return array("I", chain.from_iterable(self.places))
 
 
 class IndivisibleError(ValueError):
-    """A part of the text that is too long to be tokenized at once has no place where it could be cut."""
+    """A part of the text is too long to tokenize at once and cannot be split."""
 
 
 def read_pieces(tokenizer: tokenizers.Tokenizer, text: str, window: int = WINDOW) -> Iterator[Piece]:
-    """The text's tokens, in order, without those that the tokenizer adds to a text. Raises IndivisibleError."""
+    """The text's tokens, in order, without added special tokens. Raises IndivisibleError."""
     largest = window * (LARGEST // WINDOW)
-    in_words = isinstance(tokenizer.model, tokenizers.models.BPE)  # it merges neighbours, and sees no word as a whole
-    size, done = window, 0  # done: how many of the window's tokens are out already
+    in_words = isinstance(tokenizer.model, tokenizers.models.BPE)  # it merges, not matches whole words
+    size, done = window, 0  # done: number of the window's tokens already returned
     here = _Window(tokenizer, text, 0, size)
     while (end := here.begin + size) < len(text):
         next_size = max(window, size // 2)
@@ -59,10 +59,10 @@ def read_pieces(tokenizer: tokenizers.Tokenizer, text: str, window: int = WINDOW
 
 
 class _Window:
-    """A part of the text, and its tokens."""
+    """A part of the text with its tokens."""
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, text: str, begin: int, size: int) -> None:
-        # Without the interpreter's lock: `encode` would keep it.
+        # Releases the GIL; `encode` would hold it.
         (found,) = tokenizer.encode_batch([text[begin : begin + size]], add_special_tokens=False)
         self.begin = begin
         self.ids: list[int] = found.ids
@@ -76,18 +76,18 @@ class _Window:
         return at == 0 or self._words[at] != self._words[at - 1]
 
     def first_at(self, place: int) -> int:
-        """The number of the first token that begins at or after this character of the text."""
+        """The index of the first token that begins at or after this character of the text."""
         return bisect_left(self._places, (place - self.begin, 0))
 
     def rows(self, first: int, behind: int) -> list[tuple[int, int, int, bool]]:
-        """All that is known of some tokens."""
+        """All data of these tokens, for comparison."""
         return [
             (self.ids[at], self.begin + start, self.begin + stop, self.begins_word(at))
             for at, (start, stop) in enumerate(self._places[first:behind], first)
         ]
 
     def begin_of_next(self, least: int) -> int:
-        """Where a token begins at or after `least`: soon a word, if there is one."""
+        """The start of a token at or after `least`: of a word, if one begins soon."""
         first, behind = self.first_at(least), len(self.ids)
         soon = range(first, first + (behind - first) // OVERLAPPING)
         at = next((at for at in soon if self.begins_word(at)), first)
@@ -95,8 +95,8 @@ class _Window:
 
 
 def _join(left: _Window, right: _Window, end: int, in_words: bool) -> tuple[int, int] | None:
-    """The numbers of a token in each of two windows, of which one begins where the other ends, up to which the first
-    holds and from which the second does; None if they do not agree. It begins a word, unless it may be `in_words`."""
+    """The indices, in two overlapping windows, of the token at which the second takes over from the first; None if they
+    do not agree. The token begins a word, unless `in_words` allows others."""
     margin = (end - right.begin) // 4
     inner = right.begin + margin, end - margin
     first, second = left.first_at(inner[0]), right.first_at(inner[0])

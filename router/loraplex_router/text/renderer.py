@@ -1,7 +1,7 @@
-"""Renders conversations with chat templates, in processes of their own: see template_process.py.
+"""Renders conversations with chat templates, in separate processes: see template_process.py.
 
-A template is a program, a conversation can be long, and whoever can name an adapter can bring a template: none of this
-may hold up the event loop or fill the router's memory.
+A template is a program, a conversation can be long, and anyone who can name an adapter can provide a template: none of
+this may block the event loop or fill the router's memory.
 """
 
 import asyncio
@@ -20,30 +20,30 @@ from loraplex_router.vocabulary.chat import FIELD, Chat, ChatTemplates, Rendered
 
 logger = logging.getLogger(__name__)
 
-RENDER_SECONDS = 5.0  # of processor time: many times what any template of good will takes, however busy the machine
+RENDER_SECONDS = 5.0  # of CPU time: far more than any legitimate template takes, however busy the machine
 STARTS = 3  # on a machine that is short of memory, a process may end before it is ready
-ANSWER_SECONDS = 60  # by the clock: on a machine that gives the process no time at all
+ANSWER_SECONDS = 60  # of wall-clock time: in case the process gets no CPU time at all
 READY = b"ready\n"
-LONG = 2**18  # bytes; what is longer takes noticeable time
-# numpy comes with transformers, and needs no threads; nobody is told here that there is no torch.
+LONG = 2**18  # bytes; longer conversations take noticeable time
+# transformers imports numpy, which needs no threads here; and the warning about missing torch is silenced.
 QUIET = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
-KEPT = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "TZ")  # of the router's environment; templates ask for the date
+KEPT = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "TZ")  # environment variables; templates ask for the date
 
 Answer: TypeAlias = tuple[str, str, str]  # see template_process.answer
 
 
 class Renderer:
-    """One process each for the model's own templates, for those that adapters bring along, and for long conversations
-    with the model's own: who waits for a slow template waits with others of its kind. A process starts when it is
-    needed first."""
+    """One process each for the model's own templates, for adapters' templates, and for long conversations with the
+    model's own, so that slow templates only delay requests of the same kind. A process starts on first use."""
 
     def __init__(self, own: ChatTemplates, render_seconds: float = RENDER_SECONDS) -> None:
         self._own = own
         self._short, self._long, self._foreign = (_Process(render_seconds) for _ in range(3))
 
     async def render(self, templates: ChatTemplates, chat: Chat) -> RenderedChat:
-        """Raises InvalidRequestError if there is no template, if it refuses the messages, cannot be read or takes too
-        long; AdapterInvalidError if an adapter's cannot be read; UnavailableError if the process does not start."""
+        """Raises InvalidRequestError if there is no template, or if it rejects the messages, cannot be parsed or takes
+        too long; AdapterInvalidError if an adapter's cannot be parsed; UnavailableError if the process does not
+        start."""
         question = _write(templates, chat)
         own = templates == self._own
         process = self._foreign if not own else self._long if len(question) > LONG else self._short
@@ -51,22 +51,22 @@ class Renderer:
         if kind == "text":
             return RenderedChat(text, turn_end)
         if kind == "broken" and not own:
-            raise AdapterInvalidError(f"the adapter's chat template cannot be read: {text}")
-        raise _invalid(f"the model's chat template cannot be read: {text}" if kind == "broken" else text)
+            raise AdapterInvalidError(f"the adapter's chat template cannot be parsed: {text}")
+        raise _invalid(f"the model's chat template cannot be parsed: {text}" if kind == "broken" else text)
 
     async def check(self) -> None:
-        """Logs what is wrong with the model's own templates, if they cannot be read. Also, the first conversation does
-        not wait for a process to start."""
+        """Logs why the model's own templates cannot be parsed, if so. Also starts the process before the first
+        conversation."""
         for name, source in self._own.by_name.items():
             try:
                 kind, text, _ = await self._short.ask(_write_question(source, self._own.special_tokens))
             except UnavailableError:
                 return  # it is logged
             if kind == "broken":
-                logger.warning("chats will be refused: the model's chat template %r cannot be read: %s", name, text)
+                logger.warning("chats will be refused: the model's chat template %r cannot be parsed: %s", name, text)
 
     async def aclose(self) -> None:
-        """Ends the processes. What was asked and is asked now is refused."""
+        """Ends the processes. Pending and later questions are refused."""
         for process in (self._short, self._long, self._foreign):
             await process.aclose()
 
@@ -82,7 +82,7 @@ class _Process:
         self._closed = False
 
     async def ask(self, question: bytes) -> Answer:
-        """A caller that leaves does not end the process for the others."""
+        """Cancelling one caller does not end the process for the others."""
         task = asyncio.create_task(self._answer(question))
         self._asked.add(task)
         task.add_done_callback(self._asked.discard)
@@ -108,11 +108,11 @@ class _Process:
                         return await _exchange(self._process, question)
                 except (TimeoutError, OSError, EOFError):  # EOFError: it died
                     await self._end()
-                    return "refused", "the chat template takes too much time or memory to render them", ""
-            except Exception as error:  # of a system that starts no process, or of an event loop that lost one
-                logger.exception("the process that renders chat templates does not work")
+                    return "refused", "rendering them with the chat template takes too much time or memory", ""
+            except Exception as error:  # the system cannot start a process, or the event loop lost one
+                logger.exception("the process that renders chat templates failed")
                 await self._end()
-                raise UnavailableError("no chat template can be rendered at the moment: try again") from error
+                raise UnavailableError("chat templates cannot be rendered at the moment: try again") from error
 
     def _kill(self) -> None:
         if self._process is not None:
@@ -120,7 +120,7 @@ class _Process:
                 self._process.kill()
 
     async def _end(self) -> None:
-        """Nobody waits for its answer. The next question starts another."""
+        """Ends the process when nobody waits for its answer. The next question starts another."""
         self._kill()
         process, self._process = self._process, None
         if process is not None:
@@ -128,7 +128,7 @@ class _Process:
 
 
 def _is_gone(process: asyncio.subprocess.Process) -> bool:
-    """Whether it ended, or the kernel ended it, since its last answer."""
+    """Whether it exited, or was killed, since its last answer."""
     return process.returncode is not None or (process.stdin is not None and process.stdin.is_closing())
 
 
@@ -142,7 +142,7 @@ async def _exchange(process: asyncio.subprocess.Process, question: bytes) -> Ans
 
 
 async def _start(render_seconds: float) -> asyncio.subprocess.Process:
-    """With no more of the environment than Python needs. Returns once the process is ready."""
+    """Starts the process with a minimal environment. Returns once it is ready."""
     environment = {**{name: os.environ[name] for name in KEPT if name in os.environ}, **QUIET}
     pipe = asyncio.subprocess.PIPE
     command = sys.executable, "-m", "loraplex_router.text.template_process", str(render_seconds)
@@ -155,7 +155,7 @@ async def _start(render_seconds: float) -> asyncio.subprocess.Process:
             if line == READY:
                 return process
         await process.communicate()
-    raise OSError("it ends before it is ready")
+    raise OSError("it exited before it was ready")
 
 
 def _write(templates: ChatTemplates, chat: Chat) -> bytes:
@@ -178,7 +178,7 @@ def _write_question(source: str, special_tokens: Mapping[str, str], **conversati
     question = {"source": source, "special_tokens": special_tokens, **conversation}
     try:
         return orjson.dumps(question)
-    except TypeError:  # it has an integer of more than 64 bits, or is nested deeply
+    except TypeError:  # an integer of more than 64 bits, or deep nesting
         return json.dumps(question).encode()
 
 

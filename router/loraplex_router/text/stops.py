@@ -1,4 +1,4 @@
-"""Stop strings in a text that arrives in pieces, some of which are not shown."""
+"""Finds stop strings in a text that arrives in pieces, some of which are not shown."""
 
 from collections.abc import Iterator, Sequence
 from itertools import compress
@@ -6,19 +6,20 @@ from typing import NamedTuple
 
 
 class Passed(NamedTuple):
-    """How far a text is certain now."""
+    """The part of a text that is certain now."""
 
-    text: str  # what can be shown of it that was not yet
-    length: int  # characters, those included that are not shown
+    text: str  # newly certain text that is shown
+    length: int  # characters, including those that are not shown
     stopped: bool  # a stop string ends it
 
 
 class StopMatcher:
-    """Passes text on up to the first stop string, or with `include` to its end. Text that may be the beginning of one
-    is held back.
+    """Passes text on up to the first stop string or, with `include`, to the end of it. Text that may be the beginning
+    of a stop string is held back.
 
-    A stop string is found in all that is generated, where a piece that is not shown, a special token, is in it whole or
-    not at all; and also in what is shown alone. The first to be complete is the first, however the text was cut.
+    Stop strings are matched against everything generated, where a piece that is not shown (a special token) matches
+    only as a whole; and also against the shown text alone. The first one to be complete wins, however the text was
+    split.
     """
 
     def __init__(self, stops: Sequence[str], include: bool = False) -> None:
@@ -28,12 +29,12 @@ class StopMatcher:
         self._stops = tuple(stops)
         self._longest = max(map(len, stops), default=0)
         self._held = ""
-        self._shown: list[bool] = []  # for each character that is held
-        self._seams: list[bool] = []  # for the same, whether a stop string may begin here, or end before it
-        self._too_early = 0  # characters of what is held in which no stop string may end
+        self._shown: list[bool] = []  # for each held character, whether it is shown
+        self._seams: list[bool] = []  # for each held character, whether a stop string may begin here, or end before it
+        self._too_early = 0  # number of held characters in which no stop string may end
 
     def feed(self, text: str, *, shown: bool = True, too_early: bool = False) -> Passed:
-        """Takes the next piece. One that comes too early can begin a stop string, but not end it. Nothing is to be fed
+        """Takes the next piece. A piece that is `too_early` can begin a stop string, but not end it. Must not be called
         after a stop."""
         if not self._stops:
             return Passed(text if shown else "", len(text), False)
@@ -49,7 +50,7 @@ class StopMatcher:
         return self._pass(self._certain(), False)
 
     def flush(self) -> Passed:
-        """What was held back, once no more text follows."""
+        """The held-back text, once no more text follows."""
         return self._pass(len(self._held), False)
 
     def _pass(self, length: int, stopped: bool) -> Passed:
@@ -59,7 +60,7 @@ class StopMatcher:
         return Passed(text, length, stopped)
 
     def _views(self) -> list[tuple[str, Sequence[int]]]:
-        """Texts in which stop strings are sought, each with the places of its characters in what is held."""
+        """Texts to match stop strings against, each with the positions of its characters in the held text."""
         everything = range(len(self._held))
         if all(self._shown):
             return [(self._held, everything)]
@@ -69,7 +70,7 @@ class StopMatcher:
         ]
 
     def _matches(self) -> Iterator[tuple[int, int, str]]:
-        """(end, start, stop string) of those that do not come too early, each one's first among them."""
+        """(end, start, stop string): the first match of each stop string that does not come too early."""
         for text, places in self._views():
             for stop in self._stops:
                 at = text.find(stop)
@@ -81,7 +82,7 @@ class StopMatcher:
                     at = text.find(stop, at + 1)
 
     def _certain(self) -> int:
-        """The length of what is held and cannot be part of a stop string."""
+        """The length of the held text that cannot be part of a stop string."""
         certain = len(self._held)
         for text, places in self._views():
             if beginning := self._longest_beginning(text):
@@ -89,7 +90,7 @@ class StopMatcher:
         return certain
 
     def _longest_beginning(self, text: str) -> int:
-        """Length of the longest end of `text` that begins a stop string."""
+        """Length of the longest suffix of `text` that is a prefix of a stop string."""
         for length in range(min(self._longest - 1, len(text)), 0, -1):
             if any(stop.startswith(text[-length:]) for stop in self._stops):
                 return length

@@ -1,2 +1,2 @@
-"""The router's vocabulary: requests, references, conversations, sequences, plans. Data and rules about data alone:
-imports nothing of the router."""
+"""The router's vocabulary: requests, references, conversations, sequences, plans. Only data and rules about data:
+imports nothing from the router."""

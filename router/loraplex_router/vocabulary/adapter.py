@@ -5,7 +5,7 @@ from enum import IntEnum
 
 from loraplex_router.vocabulary.chat import AdapterTokenizer
 
-BASE_NAME = "base"  # of the base model, where adapters are shown
+BASE_NAME = "base"  # shown for the base model, where adapters are shown
 
 
 class Nearness(IntEnum):
@@ -27,7 +27,7 @@ class StagedAdapter:
     lora_rank: int
     size_bytes: int  # over all ranks
     tokenizer: AdapterTokenizer = field(default_factory=AdapterTokenizer)
-    warnings: tuple[str, ...] = ()  # what may be wrong with it though it is served
+    warnings: tuple[str, ...] = ()  # possible problems that do not prevent serving
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,32 +35,32 @@ class LocalAdapter:
     """A name in the adapter directory."""
 
     id: str
-    fault: str = ""  # why it cannot be served; empty: nothing is wrong as far as can be seen
+    fault: str = ""  # why it cannot be served; empty if no fault is visible
     warnings: tuple[str, ...] = ()
 
 
 @dataclass(slots=True, eq=False)
 class Adapter:
-    """One adapter, by content. The base model is the adapter with the empty digest, always ready in slot 0."""
+    """One adapter, by content. The base model is the adapter with an empty digest, always ready in slot 0."""
 
     digest: str
     lora_rank: int = 0
     size_bytes: int = 0
     names: set[str] = field(default_factory=set)  # the ids under which it was staged
     tokenizer: AdapterTokenizer = field(default_factory=AdapterTokenizer)
-    warnings: tuple[str, ...] = ()  # what may be wrong with it though it is served
+    warnings: tuple[str, ...] = ()  # possible problems that do not prevent serving
     slot: int | None = None  # held from the start of its load to its eviction
     ready: bool = False  # every rank has it in its slot
     waiting: int = 0  # sequences in its queue
-    running: int = 0  # sequences that hold a row
-    plans: int = 0  # plans in flight that name its slot
+    running: int = 0  # sequences with a row
+    plans: int = 0  # plans in flight that use its slot
     leases: int = 0  # merges and requests in preparation that need it staged
     turn: int = 0  # sequences it may still start before older ones of adapters without a slot; see the scheduler
-    loaded: float = 0.0  # when its slot was filled last, on the clock of time.monotonic
+    loaded: float = 0.0  # when it was last loaded into a slot, by time.monotonic
     pinned: bool = False  # it keeps its slot, or is the next to get one
-    leaving: bool = False  # it is to be unloaded: takes no new sequences
-    requests: int = 0  # that wait or run
-    last_used: float = 0.0  # when a request last came or ended, in seconds since 1970; 0: never
+    leaving: bool = False  # it will be unloaded: accepts no new sequences
+    requests: int = 0  # waiting and running
+    last_used: float = 0.0  # when a request last arrived or ended, in seconds since 1970; 0: never
 
     @property
     def in_use(self) -> bool:

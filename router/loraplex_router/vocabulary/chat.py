@@ -1,4 +1,4 @@
-"""Conversations, and the chat templates that turn them into prompts. See renderer.py for how that is done."""
+"""Conversations, and the chat templates that turn them into prompts. renderer.py renders them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,35 +15,35 @@ Content: TypeAlias = str | Sequence[Mapping[str, Any]] | None  # a text, a list 
 class Message:
     role: str
     content: Content = None
-    fields: Mapping[str, Any] = field(default_factory=dict)  # all others, as the client sent them
+    fields: Mapping[str, Any] = field(default_factory=dict)  # all other fields, as the client sent them
 
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """A conversation. Its text ends with the beginning of the assistant's next message, unless that is unwanted."""
+    """A conversation. Its text ends with the beginning of the assistant's next message, unless disabled."""
 
     messages: tuple[Message, ...]
     tools: tuple[Mapping[str, Any], ...] = ()  # what the model may call, as OpenAI's API describes it
-    documents: Sequence[Mapping[str, Any]] | None = None  # for templates that answer from them
-    variables: Mapping[str, Any] = field(default_factory=dict)  # for the template, for example enable_thinking
+    documents: Sequence[Mapping[str, Any]] | None = None  # for templates that use them
+    variables: Mapping[str, Any] = field(default_factory=dict)  # for the template, such as enable_thinking
     generation_prompt: bool = True
-    continue_final_message: bool = False  # the text ends with the last message as far as it goes, to be continued
+    continue_final_message: bool = False  # the text ends with the last message, to be continued
 
 
 @dataclass(frozen=True, slots=True)
 class RenderedChat:
-    """A conversation as text, which has the special tokens that it needs."""
+    """A conversation as text, including its special tokens."""
 
     text: str
-    turn_end: str = ""  # what the template writes behind an answer
+    turn_end: str = ""  # what the template writes after an answer
 
 
 @dataclass(frozen=True, slots=True)
 class ChatTemplates:
-    """What a tokenizer brings along for conversations."""
+    """A tokenizer's chat templates and special tokens."""
 
     by_name: Mapping[str, str] = field(default_factory=dict)  # Jinja2: "default", and others such as "tool_use"
-    special_tokens: Mapping[str, str] = field(default_factory=dict)  # that templates name: "eos_token" and the like
+    special_tokens: Mapping[str, str] = field(default_factory=dict)  # used by templates: "eos_token" and the like
 
     def choose(self, has_tools: bool) -> str:
         """The template for a conversation, as transformers chooses it. Raises InvalidRequestError if there is none."""
@@ -57,16 +57,16 @@ class ChatTemplates:
 
 @dataclass(frozen=True, slots=True)
 class AdapterTokenizer:
-    """What an adapter's files say of text; the model's tokenizer makes its tokens all the same."""
+    """An adapter's own text settings. Its tokens still come from the model's tokenizer."""
 
-    templates: ChatTemplates = field(default_factory=ChatTemplates)  # a special token is empty where there is none
-    end_token_ids: tuple[int, ...] = ()  # beside the model's
-    error: str = ""  # why the templates cannot be read, if they cannot
+    templates: ChatTemplates = field(default_factory=ChatTemplates)  # an empty special token means none
+    end_token_ids: tuple[int, ...] = ()  # in addition to the model's
+    error: str = ""  # why the templates cannot be parsed, if so
 
     def over(self, model: ChatTemplates) -> ChatTemplates:
-        """What conversations with the adapter are rendered with. Raises AdapterInvalidError if it cannot be read."""
+        """The templates for conversations with the adapter. Raises AdapterInvalidError if they cannot be parsed."""
         if self.error:
-            raise AdapterInvalidError(f"the adapter's chat template cannot be read: {self.error}")
+            raise AdapterInvalidError(f"the adapter's chat template cannot be parsed: {self.error}")
         by_name = self.templates.by_name if "default" in self.templates.by_name else model.by_name
         named = {**model.special_tokens, **self.templates.special_tokens}
         return ChatTemplates(by_name, {name: token for name, token in named.items() if token})

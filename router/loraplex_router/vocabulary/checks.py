@@ -1,4 +1,4 @@
-"""What can be wrong with a request by itself, subject by subject."""
+"""Checks of a request by itself, subject by subject."""
 
 import re
 from collections.abc import Collection
@@ -25,8 +25,8 @@ MAJORITY_SIGN_METHODS = ("total", "frequency")
 
 
 def check_request(request: Request, vocab_size: int, sources: Collection[str]) -> None:
-    """Raises InvalidRequestError naming every wrong field. The prompt's length is not known yet: see `room_for`.
-    `sources` are the names of those that adapters come from."""
+    """Raises InvalidRequestError naming every invalid field. The prompt's length is not known yet: see `room_for`.
+    `sources` are the names of the adapter sources."""
     found = Violations()
     found.check(
         not request.request_id or REQUEST_ID.fullmatch(request.request_id) is not None,
@@ -73,9 +73,9 @@ def check_adapter(
 def check_reference(
     reference: AdapterReference, sources: Collection[str], found: Violations, name: str = "adapter"
 ) -> None:
-    found.check(bool(reference.id), f"{name}.id", "name an adapter, or leave `adapter` out for the base model")
+    found.check(bool(reference.id), f"{name}.id", "name an adapter, or omit `adapter` for the base model")
     right = not reference.id or is_id(reference.id)
-    found.check(right, f"{name}.id", f"{quote(reference.id)} cannot be an adapter's name: {RULE}")
+    found.check(right, f"{name}.id", f"{quote(reference.id)} is not a valid adapter name: {RULE}")
     for field_name in ("revision", "token"):
         short = len(getattr(reference, field_name)) <= MAX_REFERENCE_LENGTH
         found.check(short, f"{name}.{field_name}", f"at most {MAX_REFERENCE_LENGTH} characters")
@@ -106,7 +106,7 @@ def _check_stopping(request: Request, vocab_size: int, found: Violations) -> Non
     found.check(
         wanted is None or least <= wanted,
         "stopping.min_new_tokens",
-        "must not be above the most tokens that are asked for",
+        "must not exceed max_new_tokens",
     )
     found.check(len(request.stop) <= MAX_STOPS, "stopping.stop", f"at most {MAX_STOPS} texts")
     lengths = all(1 <= len(stop) <= MAX_STOP_LENGTH for stop in request.stop)

@@ -1,4 +1,4 @@
-"""What an answer must match, in the few forms that the shards compile. Knows nothing of how that is done."""
+"""What an answer must match, in the few forms that the shards compile."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,11 +31,11 @@ class Grammar:
     kind: GrammarKind
     text: str
     schemas: tuple["EmbeddedSchema", ...] = ()  # what the text calls schema_0, schema_1, ...; it is the server's then
-    field: str = "grammar"  # of the request, from which it came
+    field: str = "grammar"  # of the request that it came from
 
     @classmethod
     def json_schema(cls, schema: str | Mapping[str, Any], field: str = "grammar") -> Self:
-        """What a JSON schema describes, given as its text or as an object."""
+        """The values that a JSON schema describes, given as text or as an object."""
         return cls(GrammarKind.JSON_SCHEMA, _text(schema), field=field)
 
     @classmethod
@@ -52,7 +52,7 @@ class Grammar:
         return cls(GrammarKind.LARK, f"start: {alternatives}", field=field)
 
     def check(self) -> Iterator[FieldViolation]:
-        """What is too long. Whether it can be compiled, the shards say."""
+        """The parts that are too long. Only the shards can tell whether it compiles."""
         if not self.schemas:
             right = 0 < len(self.text) <= MAX_LENGTH[self.kind]
             yield from (
@@ -64,10 +64,10 @@ class Grammar:
             if len(schema.text) > most:
                 yield FieldViolation(schema.field, f"{schema.owner}must have at most {most} characters")
         if sum(len(schema.text) for schema in self.schemas) > MAX_SCHEMAS_LENGTH:
-            yield FieldViolation(self.field, f"can follow schemas of at most {MAX_SCHEMAS_LENGTH} characters together")
+            yield FieldViolation(self.field, f"schemas may have at most {MAX_SCHEMAS_LENGTH} characters in total")
 
     def refusal(self, error: InvalidRequestError) -> InvalidRequestError:
-        """What the compiler found wrong with it, by the names that the request has for the parts."""
+        """The compiler's error, with the request's names for the parts."""
         places = {f"grammar.schemas[{place}]": schema for place, schema in enumerate(self.schemas)}
         found = list[FieldViolation]()
         for violation in error.violations:
@@ -82,8 +82,8 @@ class EmbeddedSchema:
     """A JSON schema in a grammar. Its references start at its own root."""
 
     text: str
-    field: str  # of the request, from which it came
-    owner: str = ""  # whose it is, for errors: precedes what is wrong with it
+    field: str  # of the request that it came from
+    owner: str = ""  # prefix that says whose schema it is, in error messages
 
 
 def _text(schema: str | Mapping[str, Any]) -> str:

@@ -1,5 +1,4 @@
-"""How requests name adapters, and what a reference is called inside: its key, which stands for all of it, and its name,
-which leaves out the token."""
+"""How requests name adapters. A reference has a key, which covers all of it, and a name, which omits the token."""
 
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
@@ -10,7 +9,7 @@ from loraplex_protos.adapter_names import normal
 
 @dataclass(frozen=True, slots=True)
 class AdapterReference:
-    """How a request names an adapter. The registry turns it into content. Its id is in normal form."""
+    """How a request names an adapter. The registry resolves it to content. Its id is in normal form."""
 
     id: str
     source: str = ""
@@ -36,15 +35,15 @@ Reference: TypeAlias = AdapterReference | MergedReference
 
 
 def key_of(reference: Reference) -> str:
-    """Stands for the reference, its token included, so that an adapter which one caller's token opened is not given to
-    callers without it. Holds no token in the clear."""
+    """Identifies the reference, including its token, so that an adapter opened with one caller's token is not served to
+    callers without it. Contains no token in clear text."""
     if isinstance(reference, MergedReference):
         return _hash([key_of(part) for part in reference.adapters], *_settings(reference))
     return _hash(reference.source, reference.id, reference.revision, reference.token)
 
 
 def name_of(reference: Reference | None) -> str:
-    """The same for every caller, and known before anything is of the adapter's content; "" is the base model."""
+    """The same for every caller, and known before the adapter's content is; "" is the base model."""
     if reference is None:
         return ""
     if isinstance(reference, MergedReference):
@@ -60,12 +59,12 @@ def ids_of(reference: Reference | None) -> tuple[str, ...]:
 
 
 def merged_digest(parts: list[str], merged: MergedReference) -> str:
-    """What a merged adapter is follows from its parts' content."""
+    """A merged adapter's digest, which follows from its parts' content and its settings."""
     return _hash(parts, *_settings(merged))
 
 
 def with_weights(merged: MergedReference) -> MergedReference:
-    """The same, with a weight for every part."""
+    """The same reference, with a weight for every part."""
     return replace(merged, weights=merged.weights or (1.0,) * len(merged.adapters))
 
 

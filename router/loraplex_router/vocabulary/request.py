@@ -1,4 +1,4 @@
-"""The one internal request, whichever face it came through. What can be wrong with it, checks.py and room.py say."""
+"""The internal request, common to all faces. checks.py and room.py check it."""
 
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
@@ -9,9 +9,9 @@ from loraplex_router.vocabulary.references import AdapterReference, MergedRefere
 from loraplex_router.vocabulary.sampling import Sampling
 from loraplex_router.vocabulary.sequence import Detail
 
-AS_MANY_AS_FIT = -1  # tokens of a prompt, into the context with the answer
+AS_MANY_AS_FIT = -1  # prompt tokens, next to the answer in the context
 
-# Text, text that gets no special tokens, a conversation, or token ids.
+# Text, text without added special tokens, a conversation, or token ids.
 Prompt: TypeAlias = str | RenderedChat | Chat | tuple[int, ...]
 
 
@@ -27,25 +27,25 @@ class Request:
     min_new_tokens: int = 0
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
-    include_stop: bool = False  # the answer ends with the stop text or token, not before it
-    ignore_eos: bool = False  # with a grammar: go on as long as that allows it
+    include_stop: bool = False  # the answer includes the stop text or token
+    ignore_eos: bool = False  # with a grammar: continue as long as it allows more
     show_special_tokens: bool = False  # in the text
-    truncate: int | None = None  # how many tokens of the prompt to keep, from its end, or AS_MANY_AS_FIT
+    truncate: int | None = None  # number of prompt tokens to keep, from the end, or AS_MANY_AS_FIT
     n: int = 1
     detail: Detail = field(default_factory=Detail)
     grammar: Grammar | None = None
-    cache_salt: str = ""  # known prefixes are reused among requests with the same one
+    cache_salt: str = ""  # cached prefixes are shared by requests with the same salt
 
 
 @dataclass(frozen=True, slots=True)
 class EmbedRequest:
-    """Texts whose embeddings a client asked for."""
+    """A request for the embeddings of texts."""
 
     inputs: tuple[Prompt, ...]
     adapter: AdapterReference | MergedReference | None = None
     truncate: int | None = None  # as in a Request
 
     def parts(self) -> list[Request]:
-        """One request for each input."""
+        """One request per input."""
         pooled = Request("", adapter=self.adapter, truncate=self.truncate, detail=Detail(pool=True))
         return [replace(pooled, prompt=prompt) for prompt in self.inputs]

@@ -1,4 +1,4 @@
-"""Whether prompt and answer fit into the context, once the prompt's tokens are known."""
+"""Checks that prompt and answer fit into the context, once the prompt's tokens are known."""
 
 from collections.abc import Callable, Sequence
 
@@ -9,16 +9,16 @@ from loraplex_router.vocabulary.violations import Violations
 
 
 class ContextLengthError(InvalidRequestError):
-    """The prompt, or the prompt and the answer, do not fit into the context. Clients see an InvalidRequestError."""
+    """The prompt, or prompt and answer together, do not fit into the context. Clients see an InvalidRequestError."""
 
 
-def most_counted(max_model_len: int) -> int:
-    """How many tokens of a prompt are worth counting: so many more than fit need no number."""
+def max_counted(max_model_len: int) -> int:
+    """Maximum number of prompt tokens to count: far beyond the limit, the exact number does not matter."""
     return 2 * max_model_len
 
 
 def count_kept(request: Request, max_model_len: int) -> int | None:
-    """How many of the prompt's last tokens are kept; None: all."""
+    """Number of trailing prompt tokens to keep; None: all."""
     if request.truncate != AS_MANY_AS_FIT:
         return request.truncate
     answer = 0 if request.detail.pool else request.max_new_tokens or 1
@@ -26,18 +26,19 @@ def count_kept(request: Request, max_model_len: int) -> int | None:
 
 
 def room_for(request: Request, prompt_length: int, max_model_len: int) -> int:
-    """How many tokens each sequence may generate.
+    """Maximum number of tokens that each sequence may generate.
 
-    Raises InvalidRequestError if the prompt is empty, ContextLengthError if the two do not fit into the context.
+    Raises InvalidRequestError if the prompt is empty, ContextLengthError if prompt and answer do not fit into the
+    context.
     """
     found = Violations()
     name = _prompt_field(request)
     found.check(prompt_length > 0, name, "is empty: send text, chat messages or token ids")
     found.raise_any()
-    most = most_counted(max_model_len)
+    most = max_counted(max_model_len)
     counted = f"has {prompt_length}" if prompt_length <= most else f"has more than {most}"
     room = max_model_len - prompt_length
-    limit = f"this model's maximum context length is {max_model_len} tokens"  # clients look for these words
+    limit = f"this model's maximum context length is {max_model_len} tokens"  # clients match these words
     if request.detail.pool:
         found.check(room >= 0, name, f"{counted} tokens; the context has room for {max_model_len}")
         found.raise_any(ContextLengthError)
@@ -46,20 +47,20 @@ def room_for(request: Request, prompt_length: int, max_model_len: int) -> int:
     wanted = request.max_new_tokens
     if wanted is not None and room >= 1:
         fits = f"{prompt_length} prompt tokens leave room for {room}"
-        found.check(wanted <= room, "stopping.max_new_tokens", f"{wanted} is too many: {limit}, {fits}")
+        found.check(wanted <= room, "stopping.max_new_tokens", f"{wanted} is too large: {limit}, {fits}")
     least = request.min_new_tokens
-    found.check(least <= max(room, 1), "stopping.min_new_tokens", f"{least} is too many: there is room for {room}")
+    found.check(least <= max(room, 1), "stopping.min_new_tokens", f"{least} is too large: there is room for {room}")
     found.raise_any(ContextLengthError)
     return wanted if wanted is not None else room
 
 
 def check_tokens(request: Request, prompt: Sequence[int], vocab_size: int, text_of: Callable[[int], str]) -> None:
-    """Raises InvalidRequestError if the tokenizer made a token of the prompt that the model has no embedding for, as it
-    does where somebody added tokens to it alone. text_of says what a token stands for."""
+    """Raises InvalidRequestError if the prompt has a token that the model has no embedding for, which happens if
+    someone added tokens only to the tokenizer. `text_of` returns a token's text."""
     largest = max(prompt, default=0)
     if largest >= vocab_size:
         name = FIELD if isinstance(request.prompt, Chat) else _prompt_field(request)
-        lacking = f"the model has embeddings for tokens below {vocab_size} only"
+        lacking = f"the model only has embeddings for tokens below {vocab_size}"
         text = quote(text_of(largest))
         raise InvalidRequestError(FieldViolation(name, f"contains {text}, which is token {largest}: {lacking}"))
 

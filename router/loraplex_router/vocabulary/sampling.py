@@ -1,5 +1,5 @@
-"""How tokens are chosen: each parameter once, by its name in generation.proto, which says what it does. Checks, plans
-and what the faces read follow from the fields of `Sampling`."""
+"""The sampling parameters, named and explained as in generation.proto. Checks, plans and the faces' fields are derived
+from the fields of `Sampling`."""
 
 import secrets
 from collections.abc import Iterator, Mapping
@@ -43,7 +43,7 @@ class Sampling(BaseModel):
     frequency_penalty: Annotated[float | None, Range(-2, 2, "from -2 to 2")] = None
     presence_penalty: Annotated[float | None, Range(-2, 2, "from -2 to 2")] = None
     seed: int | None = None
-    logit_bias: Mapping[int, float] | None = None  # what is added to the logits of tokens
+    logit_bias: Mapping[int, float] | None = None  # added to the logits, by token id
 
     @property
     def given(self) -> dict[str, Any]:
@@ -51,7 +51,7 @@ class Sampling(BaseModel):
         return self.model_dump(include=set(Sampling.model_fields), exclude_none=True)
 
     def resolve(self, index: int = 0) -> Self:
-        """With temperature and seed, for sequence `index` of the request."""
+        """The parameters with temperature and seed set, for sequence `index` of the request."""
         narrowed = any(RANGES[name].narrows for name in self.given.keys() & RANGES.keys())
         temperature = float(narrowed) if self.temperature is None else self.temperature
         seed = secrets.randbits(64) if self.seed is None else self.seed

@@ -1,15 +1,15 @@
-"""What is wrong with a request, while it is looked at."""
+"""Collecting the faults of a request while it is checked."""
 
 from collections.abc import Iterable
 from itertools import islice
 
 from loraplex_protos.errors import FieldViolation, InvalidRequestError
 
-MAX_VIOLATIONS = 16  # told of one request
+MAX_VIOLATIONS = 16  # reported per request
 
 
 class Violations:
-    """Collects what is wrong, so that a caller sees all of it at once, or the first of very much."""
+    """Collects violations, so that a caller sees all of them at once, or the first MAX_VIOLATIONS."""
 
     def __init__(self) -> None:
         self._found: list[FieldViolation] = []
@@ -22,6 +22,6 @@ class Violations:
         self._found += islice(violations, MAX_VIOLATIONS - len(self._found))
 
     def raise_any(self, kind: type[InvalidRequestError] = InvalidRequestError) -> None:
-        """Raises InvalidRequestError, or this kind of it, if anything was wrong."""
+        """Raises an error of this kind if there are any violations."""
         if self._found:
             raise kind(*self._found)

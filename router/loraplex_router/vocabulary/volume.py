@@ -1,25 +1,25 @@
-"""How much one call may make the router keep, over all of its prompts and answers."""
+"""Limits on what the router must keep for one call, over all of its prompts and answers."""
 
 from loraplex_protos.errors import FieldViolation, InvalidRequestError
 from loraplex_router.vocabulary.request import Request
 
-MAX_PROMPT_TOKENS = 2**22  # each one eight bytes for every answer to it
-MAX_LOGPROBS = 2**19  # alternatives included: with what is written of them some 200 bytes each
+MAX_PROMPT_TOKENS = 2**22  # eight bytes each, per answer
+MAX_LOGPROBS = 2**19  # alternatives included: some 200 bytes each, with their text
 
 
 class Volume:
-    """Counts the requests of one call."""
+    """Adds up the requests of one call."""
 
     def __init__(self) -> None:
         self._prompt_tokens = self._logprobs = 0
 
     def add(self, request: Request, prompt_length: int, room: int) -> int:
-        """How many of the tokens that there is `room` for each answer may have: fewer, where the caller left that open
-        and asked for logprobs. Raises InvalidRequestError if it is too much."""
+        """Maximum number of tokens per answer, at most `room`: fewer if the caller set no limit and asked for logprobs.
+        Raises InvalidRequestError if the call exceeds the limits."""
         detail = request.detail
         self._prompt_tokens += request.n * prompt_length
         if self._prompt_tokens > MAX_PROMPT_TOKENS:
-            many = f"have {self._prompt_tokens} tokens together, each counted for every answer to it"
+            many = f"{self._prompt_tokens} tokens in total, each counted once per answer"
             raise InvalidRequestError(FieldViolation("prompt", f"{many}: at most {MAX_PROMPT_TOKENS}"))
         if detail.prompt_logprobs:
             self._logprobs += request.n * prompt_length * (1 + detail.prompt_top_logprobs)
@@ -29,6 +29,6 @@ class Volume:
                 room = max(1, min(room, (MAX_LOGPROBS - self._logprobs) // of_token))
             self._logprobs += room * of_token
         if self._logprobs > MAX_LOGPROBS:
-            many = f"{self._logprobs} are asked for, over all tokens, answers and alternatives: at most {MAX_LOGPROBS}"
+            many = f"{self._logprobs} are requested, over all tokens, answers and alternatives: at most {MAX_LOGPROBS}"
             raise InvalidRequestError(FieldViolation("logprobs", many))
         return room

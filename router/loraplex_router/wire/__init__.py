@@ -1,2 +1,2 @@
-"""The wire to the shards: the seam that the engine knows (`shards.py`), the replica behind it over gRPC
+"""The connection to the shards: the interface for the engine (`shards.py`), its implementation over gRPC
 (`shard_group.py`, `calls.py`), and both messages of a step (`codec.py`)."""

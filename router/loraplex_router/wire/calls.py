@@ -1,4 +1,4 @@
-"""Calls of ranks: their errors are typed, their health is watched, and their answers are held against each other."""
+"""Calls to ranks: typed errors, health checks, and consistency checks of their answers."""
 
 import asyncio
 from collections.abc import Awaitable, Sequence
@@ -21,14 +21,14 @@ def agree(infos: Sequence[pb.GetInfoResponse]) -> pb.GetInfoResponse:
         if info.protocol_version != PROTOCOL_VERSION:
             older = "the shards" if info.protocol_version < PROTOCOL_VERSION else "the router"
             raise UnavailableError(
-                f"rank {rank} speaks version {info.protocol_version} of the protocol between router and shards, this "
-                f"router version {PROTOCOL_VERSION}: upgrade {older}"
+                f"rank {rank} has version {info.protocol_version} of the protocol between router and shards, this "
+                f"router has version {PROTOCOL_VERSION}: upgrade {older}"
             )
         if (info.rank, info.tensor_parallel_size) != (rank, len(infos)):
             place = f"rank {info.rank} of {info.tensor_parallel_size}"
             raise UnavailableError(f"address {rank + 1} of {len(infos)} of the replica answers as {place}")
         if info.driven:
-            raise UnavailableError("another router drives it")
+            raise UnavailableError("another router is driving it")
         if (info.model_id, info.max_model_len) != (infos[0].model_id, infos[0].max_model_len):
             raise UnavailableError(f"rank {rank} serves {info.model_id!r}, rank 0 {infos[0].model_id!r}")
     agreed = pb.GetInfoResponse()
@@ -39,7 +39,7 @@ def agree(infos: Sequence[pb.GetInfoResponse]) -> pb.GetInfoResponse:
 
 
 async def check_health(channel: grpc.aio.Channel) -> None:
-    """Raises UnavailableError if the rank does not want to be given anything."""
+    """Raises UnavailableError if the rank is stopping."""
     stub: Any = HealthStub(channel)
     answer = await typed(stub.Check(HealthCheckRequest()))
     if answer.status != HealthCheckResponse.SERVING:
@@ -47,7 +47,7 @@ async def check_health(channel: grpc.aio.Channel) -> None:
 
 
 async def watch_health(channel: grpc.aio.Channel) -> None:
-    """Returns once the rank does not want to be given anything new."""
+    """Returns once the rank is stopping."""
     stub: Any = HealthStub(channel)
     watch = stub.Watch(HealthCheckRequest())
     try:
@@ -62,15 +62,15 @@ async def watch_health(channel: grpc.aio.Channel) -> None:
 
 
 async def typed(call: Awaitable[T]) -> T:
-    """The call's answer. Raises LoraplexError for what went wrong."""
+    """The call's answer. Raises errors as LoraplexError."""
     try:
         return await call
     except asyncio.CancelledError:
         task = asyncio.current_task()
         if task is None or task.cancelling():
             raise
-        raise UnavailableError("the connection was closed") from None  # under the call, by `close`
+        raise UnavailableError("the connection was closed") from None  # during the call, by `close`
     except grpc.RpcError as error:
-        raise from_rpc_error(error) from None  # the call's own repr may show its metadata
-    except asyncio.InvalidStateError as error:  # a write on a stream that the other side has ended
+        raise from_rpc_error(error) from None  # the call's repr may show its metadata
+    except asyncio.InvalidStateError as error:  # a write to a stream that the other side has ended
         raise UnavailableError("the step stream is closed") from error

@@ -1,4 +1,4 @@
-"""Writes a plan's columns and reads those of its result. Knows the messages, not what becomes of them."""
+"""Encodes plans and decodes their results."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
@@ -11,7 +11,7 @@ from loraplex_router.vocabulary.sequence import Alternatives, Chunk, Plan, Sampl
 
 
 def encode_plan(plan: Plan, step: int) -> pb.StepRequest:
-    """A plan as the shards read it. To be called before the plan's sequences change any further."""
+    """A plan as a message. Must be called before the plan's sequences change."""
     chunks = plan.chunks
     return pb.StepRequest(
         step=step,
@@ -50,7 +50,7 @@ def encode_grammar(grammar: Grammar) -> pb.Grammar:
 
 
 def read_samples(response: pb.StepResponse) -> Iterator[Sequence[Sample]]:
-    """The tokens of each chunk."""
+    """The tokens, per chunk."""
     samples = iter(_read_all_samples(response))
     for count in response.token_counts:
         yield [next(samples)] if count == 1 else list(islice(samples, count))
@@ -66,7 +66,7 @@ def _read_all_samples(response: pb.StepResponse) -> Iterable[Sample]:
 
 
 def read_unscored(response: pb.StepResponse, chunks: int) -> list[Sequence[int]]:
-    """The tokens of each chunk."""
+    """The tokens, per chunk."""
     tokens = iter(response.unscored_tokens)
     counts = response.unscored_counts or [0] * chunks
     return [[next(tokens) for _ in range(count)] for count in counts]
@@ -81,14 +81,14 @@ def _read_alternatives(
 
 
 def read_prompt_logprobs(response: pb.StepResponse, chunks: int) -> list[list[float]]:
-    """Those of each chunk: of the tokens after its positions."""
+    """The logprobs, per chunk: of the tokens after its positions."""
     values = iter(response.prompt_logprobs)
     counts = response.prompt_logprob_counts or [0] * chunks
     return [[next(values) for _ in range(count)] for count in counts]
 
 
 def read_prompt_alternatives(response: pb.StepResponse) -> list[list[Alternatives]]:
-    """Those of the same tokens; empty where they were not asked for."""
+    """The alternatives of the same tokens; empty if not requested."""
     found = _read_alternatives(
         response.prompt_alternative_counts, response.prompt_alternative_tokens, response.prompt_alternative_logprobs
     )
@@ -96,7 +96,7 @@ def read_prompt_alternatives(response: pb.StepResponse) -> list[list[Alternative
 
 
 def read_pooled(response: pb.StepResponse) -> dict[int, Sequence[float]]:
-    """The vectors, by the place of their chunk."""
+    """The vectors, by the index of their chunk."""
     count = len(response.pooled_chunks)
     size = len(response.pooled) // count if count else 0
     return {place: response.pooled[i * size : (i + 1) * size] for i, place in enumerate(response.pooled_chunks)}

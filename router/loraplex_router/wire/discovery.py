@@ -1,6 +1,6 @@
-"""Where the replicas are: the addresses as they are set, and those that a DNS name has now.
+"""The replicas' addresses: those configured, and the current addresses of DNS names.
 
-A replica's other ranks, if only rank 0's address is given, listen on the ports that follow.
+If only rank 0's address is given, a replica's other ranks listen on the ports after it.
 """
 
 import asyncio
@@ -20,10 +20,10 @@ Lookup: TypeAlias = Callable[[str, int], Awaitable[list[str]]]
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where the ranks of one replica are reached."""
+    """The addresses of one replica's ranks."""
 
-    ranks: tuple[str, ...]  # HOST:PORT or unix:PATH; of all ranks, or of rank 0 alone
-    server_name: str = ""  # what the ranks' certificates are for, if it is not in `ranks`
+    ranks: tuple[str, ...]  # HOST:PORT or unix:PATH; of all ranks, or only of rank 0
+    server_name: str = ""  # the name in the ranks' certificates, if it is not in `ranks`
 
     def __str__(self) -> str:
         return self.ranks[0]
@@ -37,7 +37,7 @@ class Address:
 
 
 class Discovery:
-    """The replicas' addresses. `targets` are lists of ranks, "A,B", or names to look up, "dns:///NAME:PORT"."""
+    """The replicas' addresses. `targets` are lists of ranks, "A,B", or DNS names, "dns:///NAME:PORT"."""
 
     def __init__(self, targets: Sequence[str], lookup: Lookup | None = None) -> None:
         names = [target.removeprefix(DNS) for target in targets if target.startswith(DNS)]
@@ -46,7 +46,7 @@ class Discovery:
         self._lookup = lookup or _look_up
 
     async def watch(self) -> AsyncIterator[set[Address]]:
-        """All addresses as of now, again whenever they changed. Does not end if there are names to look up."""
+        """Yields all current addresses, and again when they change. Endless if there are DNS names."""
         last: set[Address] | None = None
         while True:
             for name in self._found:
@@ -63,16 +63,15 @@ class Discovery:
         host, _, port = name.rpartition(":")
         try:
             hosts = await self._lookup(host, int(port))
-        except OSError as error:  # what was there stays: a name server may fail, too
+        except OSError as error:  # keep the previous addresses: a name server may fail
             if self._found[name]:
-                logger.warning("%s cannot be looked up: %s", name, error)
+                logger.warning("cannot look up %s: %s", name, error)
             return
         self._found[name] = [Address((address,), server_name=host) for address in hosts]
 
 
 async def _look_up(host: str, port: int) -> list[str]:
-    """The HOST:PORTs that a name has. Of a name with addresses of both families only IPv4's: they are the same
-    replicas."""
+    """A name's addresses as HOST:PORT. If there are IPv4 and IPv6 addresses, only IPv4: they are the same replicas."""
     found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     by_family: dict[int, list[str]] = {socket.AF_INET: [], socket.AF_INET6: []}
     for family, _, _, _, (address, *_) in found:

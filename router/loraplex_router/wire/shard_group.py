@@ -1,4 +1,4 @@
-"""A tensor-parallel group over gRPC, driven as if it were one shard. Knows the wire, not the policy."""
+"""A tensor-parallel group over gRPC, driven as if it were one shard. Transport only, no policy."""
 
 import asyncio
 import errno
@@ -41,18 +41,18 @@ logger = logging.getLogger(__name__)
 CHANNEL_OPTIONS: tuple[tuple[str, str | int], ...] = (
     ("grpc.max_receive_message_length", 64 << 20),  # a tokenizer.json can have 20 MB
     ("grpc.max_send_message_length", 64 << 20),
-    ("grpc.initial_reconnect_backoff_ms", 100),  # a shard that loads its model is to be found soon after
+    ("grpc.initial_reconnect_backoff_ms", 100),  # to find a shard soon after it has loaded its model
     ("grpc.max_reconnect_backoff_ms", 500),
 )
 
 RETRY_SECONDS = 0.1
-AT_A_TIME = 500  # names of local adapters that are read in one go
-ANSWER_SECONDS = 5.0  # for who a rank is, which its process knows
+AT_A_TIME = 500  # local adapters decoded without a pause
+ANSWER_SECONDS = 5.0  # for GetInfo, which needs no computation
 PING_SECONDS = 0.5  # between an answer and the next ping
-# A rank's port opens once its model is loaded: for so long nothing is said of one that is closed.
+# A rank's port opens once its model is loaded: a closed port is not logged for this long.
 LOADING_SECONDS = 60.0
 CLOSED = os.strerror(errno.ECONNREFUSED), os.strerror(errno.ENOENT)
-MTLS_HINT = "mutual TLS: each side's certificate must be signed by the other's --mtls-ca; see the rank's log, too"
+MTLS_HINT = "mutual TLS: each side's certificate must be signed by the other's --mtls-ca; see also the rank's log"
 
 T = TypeVar("T")
 Stream = grpc.aio.StreamStreamCall[pb.StepRequest, pb.StepResponse]
@@ -73,16 +73,16 @@ class ShardGroup:
         self._channels: list[grpc.aio.Channel] = []
         self._ranks: list[ShardServiceAsyncStub] = []
         self._streams: list[Stream] = []
-        self._sent: deque[float] = deque()  # when each plan left whose result was not read, by time.monotonic
-        self._answered: list[float] = []  # when each rank answered last
-        self._pulse: Pulse | None = None  # once all ranks are in reach
+        self._sent: deque[float] = deque()  # when each plan without a result so far was sent, by time.monotonic
+        self._answered: list[float] = []  # when each rank last answered
+        self._pulse: Pulse | None = None  # set once all ranks are reachable
         self._reached = asyncio.Event()
         self.info = pb.GetInfoResponse()
 
     async def connect(self, max_batch_tokens: int) -> Self:
-        """Waits for all ranks (the log says why one is out of reach), checks that they are one group, warms them up,
-        which makes them forget all adapters, and opens the step streams. Raises UnavailableError, also while another
-        router drives them."""
+        """Waits for all ranks (the log says why one is out of reach), checks that they form one group, warms them up,
+        which makes them forget all adapters, and opens the step streams. Raises UnavailableError, also if another
+        router is driving them."""
         self._open(self._address.ranks[0])
         first = await self._reach(0)
         for rank in self._address.other_ranks(first.tensor_parallel_size):
@@ -92,7 +92,7 @@ class ShardGroup:
         self.info = agree(infos)
         pulse = self._pulse = Pulse(len(infos), self.info.compiles)
         self._reached.set()
-        logger.info("%s is loaded at %s, warming up ...", self.info.model_id, self._address)
+        logger.info("warming up %s at %s ...", self.info.model_id, self._address)
         await self._on_all(lambda rank: rank.Warmup(pb.WarmupRequest(max_batch_tokens=max_batch_tokens)))
         pulse.warmed_up()
         self._streams = [rank.Step() for rank in self._ranks]
@@ -103,14 +103,14 @@ class ShardGroup:
         if self._credentials is None:
             channel = grpc.aio.insecure_channel(rank, options=CHANNEL_OPTIONS)
         else:
-            name = self._address.server_name  # what the certificate is for, if the address was looked up
+            name = self._address.server_name  # the name in the certificate, if the address came from DNS
             override = (("grpc.ssl_target_name_override", name),) if name else ()
             channel = grpc.aio.secure_channel(rank, self._credentials, options=CHANNEL_OPTIONS + override)
         self._channels.append(channel)
         self._ranks.append(ShardServiceStub(channel))
 
     async def _reach(self, rank: int) -> pb.GetInfoResponse:
-        """Tries until the rank answers. Why it does not is logged, each reason once."""
+        """Tries until the rank answers. Logs each reason for failure once."""
         began, told = time.monotonic(), ""
         while True:
             try:
@@ -124,9 +124,9 @@ class ShardGroup:
             await asyncio.sleep(RETRY_SECONDS)
 
     async def watch(self, tell: Callable[[bool], None]) -> None:
-        """Watches the ranks once they are in reach, until it is cancelled. `tell` hears that they are silent, which may
-        pass, and that they answer again. Raises SilentError when it has taken too long, UnavailableError when a rank is
-        gone."""
+        """Watches the ranks once they are reachable, until cancelled. Calls `tell` when they fall silent, which may be
+        temporary, and when they answer again. Raises SilentError after too long a silence, UnavailableError if a rank
+        is gone."""
         await self._reached.wait()
         pulse = self._pulse
         assert pulse is not None
@@ -147,7 +147,7 @@ class ShardGroup:
                     raise SilentError(f"{silence}: the replica is given up")
                 if silence.suspicious != silent:
                     silent = silence.suspicious
-                    meaning = f"{silence}: nothing new goes there" if silent else "it answers again"
+                    meaning = f"{silence}: sending nothing new" if silent else "it answers again"
                     logger.warning("replica %s: %s", self._address, meaning)
                     tell(silent)
         finally:
@@ -163,8 +163,7 @@ class ShardGroup:
             await asyncio.sleep(PING_SECONDS)
 
     async def stopping(self) -> None:
-        """Returns when a rank is about to stop, and is to be given nothing new. Raises UnavailableError when one is
-        gone."""
+        """Returns when a rank is about to stop and should get nothing new. Raises UnavailableError if one is gone."""
         watches = [asyncio.create_task(watch_health(channel)) for channel in self._channels]
         try:
             done, _ = await asyncio.wait(watches, return_when=asyncio.FIRST_COMPLETED)
@@ -185,7 +184,7 @@ class ShardGroup:
         self._pulse.sent(sum(plan.lengths))
 
     async def receive(self) -> pb.StepResponse:
-        """The next plan's result. Every rank answers, so that no rank's failure goes unnoticed; rank 0's counts."""
+        """The next plan's result. Every rank answers, so that no failure goes unnoticed; rank 0's answer is used."""
         assert self._pulse is not None
         sent = self._sent.popleft()
         if len(self._streams) == 1:
@@ -195,14 +194,14 @@ class ShardGroup:
                 first, *others = await asyncio.gather(*(self._read(rank, sent) for rank in range(len(self._streams))))
             except UnavailableError:
                 raise
-            except LoraplexError as error:  # it may have failed because another rank was gone
+            except LoraplexError as error:  # it may have failed because another rank is gone
                 raise UnavailableError(error.message) from error
             assert all(other.step == first.step for other in others)
         self._pulse.stepped()
         return first
 
     async def _read(self, rank: int, sent: float) -> pb.StepResponse:
-        """A rank's answer to the plan that was sent then, which it could begin once the one before was done."""
+        """A rank's answer to the plan sent at `sent`, which it could start once the previous one was done."""
         answer = await typed(self._streams[rank].read())
         if not isinstance(answer, pb.StepResponse):
             raise UnavailableError("a rank ended its step stream")
@@ -212,7 +211,7 @@ class ShardGroup:
         return answer
 
     async def stage(self, reference: AdapterReference) -> StagedAdapter:
-        """Rank 0 resolves the reference; the others then read exactly what it found."""
+        """Rank 0 resolves the reference; the other ranks then read exactly that content."""
         request = pb.StageAdapterRequest(
             id=reference.id, source=reference.source, revision=reference.revision, token=reference.token
         )
@@ -258,7 +257,7 @@ class ShardGroup:
         found: list[LocalAdapter] = []
         for number, adapter in enumerate(answer.adapters):
             if number % AT_A_TIME == 0:
-                await asyncio.sleep(0)  # there may be thousands, and others have their turn
+                await asyncio.sleep(0)  # there may be thousands: let other tasks run
             found.append(LocalAdapter(adapter.id, adapter.fault, tuple(adapter.warnings)))
         return found
 

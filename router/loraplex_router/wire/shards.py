@@ -1,4 +1,4 @@
-"""The seam to a replica's shards, which are driven as if they were one."""
+"""The interface to a replica's shards, which are driven as if they were one."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -11,27 +11,27 @@ from loraplex_router.vocabulary.references import AdapterReference, MergedRefere
 
 
 class ShardsObserver(Protocol):
-    """Whoever watches the calls of one replica's shards."""
+    """An observer of the calls to one replica's shards."""
 
     def rank_latency(self, rank: int, seconds: float) -> None:
         """What a step took beyond the rank's own time."""
 
     def loading(self, tier: str) -> AbstractContextManager[None]:
-        """Within it an adapter is brought to a tier: host or device."""
+        """A context in which an adapter is loaded into a tier: host or device."""
 
     def evicted(self, tier: str) -> None:
         """An adapter has left a tier."""
 
 
 class Steps(Protocol):
-    """Plans and their results. Every call raises LoraplexError, as those below do."""
+    """Plans and their results. Like the calls below, these raise LoraplexError."""
 
     async def send(self, plan: pb.StepRequest) -> None: ...
-    async def receive(self) -> pb.StepResponse: ...  # an error but UnavailableError: it failed on the plan itself
+    async def receive(self) -> pb.StepResponse: ...  # any error but UnavailableError: the plan itself failed
 
 
 class Slots(Protocol):
-    """The places on the device."""
+    """Slots on the device."""
 
     async def load(self, digest: str, slot: int) -> None: ...
     async def unload(self, slot: int) -> None: ...
@@ -50,11 +50,11 @@ class EngineShards(Steps, Slots, Protocol):
 
 
 class AdapterShards(Slots, Staging, Protocol):
-    """What brings adapters to a replica and takes them away."""
+    """Everything needed to load and unload a replica's adapters."""
 
 
 class Shards(Steps, Slots, Staging, Protocol):
-    """All that is asked of a replica's shards."""
+    """All calls to a replica's shards."""
 
     async def local_adapters(self) -> list[LocalAdapter]: ...
     async def compile_grammar(self, grammar: Grammar) -> None: ...
