@@ -20,7 +20,8 @@ from loraplex_protos.errors import LoraplexError
 from loraplex_shard.checkpoint import Checkpoint, open_checkpoint
 from loraplex_shard.device.parallel import Group
 from loraplex_shard.layers.sources import ParameterForm, SourcedLayer
-from loraplex_shard.models import Decoder, load_decoder
+from loraplex_shard.models.decoder import Decoder
+from loraplex_shard.models.loading import load_decoder
 from loraplex_shard.ops.choose import choose_operations, load_kernels
 from loraplex_shard.serving.machine import BLOCK_SIZE
 from loraplex_shard.settings import Quantize

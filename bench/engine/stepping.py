@@ -13,7 +13,8 @@ from loraplex_shard.device.parallel import Group
 from loraplex_shard.layers.linear import ColumnLinear, RowLinear
 from loraplex_shard.layers.sources import ParameterForm
 from loraplex_shard.lora.weights.deltas import Delta, partition_adapter
-from loraplex_shard.models import Decoder, load_decoder
+from loraplex_shard.models.decoder import Decoder
+from loraplex_shard.models.loading import load_decoder
 from loraplex_shard.ops.choose import choose_operations, load_kernels
 from loraplex_shard.sampling.grammars import GrammarCompiler
 from loraplex_shard.serving.machine import BLOCK_SIZE

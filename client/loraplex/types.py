@@ -323,3 +323,5 @@ class ModelInfo:
     """What OpenAI's routes call it: the first in answers, any in requests."""
     adapter_sources: tuple[str, ...]
     """Where adapters come from, in the order in which they are asked."""
+    modeling_code: str
+    """Whose code computes it: "loraplex", which is faster, or "transformers"."""

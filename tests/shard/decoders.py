@@ -11,7 +11,7 @@ from loraplex_shard.checkpoint import open_checkpoint
 from loraplex_shard.device.parallel import Group
 from loraplex_shard.layers.sources import ParameterForm
 from loraplex_shard.lora.weights.arena import in_one_piece
-from loraplex_shard.models import Decoder, load_decoder
+from loraplex_shard.models import Model, load_model
 from loraplex_shard.ops.base import Operations
 from loraplex_shard.ops.reference import ReferenceOperations
 from loraplex_shard.settings import Quantize
@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 class Sequences:
     """Sequences in a paged cache of their own, whose blocks are handed out in shuffled order."""
 
-    def __init__(self, decoder: Decoder, block_size: int = 4, num_blocks: int = 96) -> None:
+    def __init__(self, decoder: Model, block_size: int = 4, num_blocks: int = 96) -> None:
         self.decoder = decoder
         self.cache = decoder.new_cache(num_blocks, block_size)
         self.free_blocks = Random(0).sample(range(num_blocks), num_blocks)
@@ -97,10 +97,10 @@ def load(
     ops: Operations | None = None,
     max_model_len: int = MAX_MODEL_LEN,
     quantize: Quantize = "none",
-) -> Decoder:
+) -> Model:
     """The decoder of a checkpoint, or one rank's part of it, by the reference operations if there are no others."""
     checkpoint, form = open_checkpoint(str(directory)), ParameterForm(dtype, CPU, quantize)
-    return load_decoder(checkpoint, group, ops or ReferenceOperations(), form, max_model_len)
+    return load_model(checkpoint, group, ops or ReferenceOperations(), form, max_model_len)
 
 
 def whole_delta(module: str, out_features: int, in_features: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from loraplex_shard.device.parallel import Group
-from loraplex_shard.models import Decoder
+from loraplex_shard.models.decoder import Decoder
 from loraplex_shard.ops.choose import choose_operations, load_kernels
 from loraplex_shard.shapes.batch import Segment
 from tests.shard.decoders import CPU, Sequences, adapter_for, load

@@ -25,7 +25,7 @@ from loraplex_shard.device.parallel import Group
 from loraplex_shard.lora.peft.base import BaseModel
 from loraplex_shard.lora.sources.local import LocalSource
 from loraplex_shard.lora.store import AdapterStore
-from loraplex_shard.models import Decoder
+from loraplex_shard.models.decoder import Decoder
 from loraplex_shard.sampling.constraints import Constraints
 from loraplex_shard.sampling.grammars import GrammarCompiler
 from loraplex_shard.sampling.vocabulary import compare, keep_known

@@ -15,7 +15,7 @@ from loraplex_protos.generation_pb2 import Sampling
 from loraplex_shard.device.parallel import Group
 from loraplex_shard.lora.store import AdapterStore
 from loraplex_shard.lora.weights.arena import in_one_piece
-from loraplex_shard.models import Decoder
+from loraplex_shard.models.decoder import Decoder
 from loraplex_shard.sampling.grammars import GrammarCompiler
 from loraplex_shard.shapes.adapter import AdapterWeights, Expansion, LayerWeights
 from loraplex_shard.stepping.runner import Runner

@@ -17,7 +17,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from loraplex_shard.models import Decoder
+from loraplex_shard.models.decoder import Decoder
 from tests.shard.decoders import Sequences, load, load_reference, save_checkpoint
 from tests.shard.families import FAMILIES, LONGROPE, MAX_MODEL_LEN, SIZES, VOCABULARY, rope
 

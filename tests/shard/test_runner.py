@@ -14,7 +14,7 @@ from loraplex_shard.lora.peft.base import BaseModel
 from loraplex_shard.lora.sources.local import LocalSource
 from loraplex_shard.lora.store import AdapterStore
 from loraplex_shard.lora.weights.arena import in_one_piece
-from loraplex_shard.models import Decoder
+from loraplex_shard.models.decoder import Decoder
 from loraplex_shard.sampling.grammars import GrammarCompiler
 from loraplex_shard.shapes.adapter import AdapterWeights, Expansion, LayerWeights
 from loraplex_shard.stepping.progress import LOGITS_SLICE

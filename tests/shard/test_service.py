@@ -22,7 +22,7 @@ from loraplex_shard.lora.listing import LocalListing
 from loraplex_shard.lora.peft.base import BaseModel
 from loraplex_shard.lora.sources.local import LocalSource
 from loraplex_shard.lora.store import AdapterStore, StagedAdapter
-from loraplex_shard.models import Decoder
+from loraplex_shard.models.decoder import Decoder
 from loraplex_shard.observation.metrics import ShardMetrics
 from loraplex_shard.observation.telemetry import Telemetry
 from loraplex_shard.sampling.grammars import GrammarCompiler

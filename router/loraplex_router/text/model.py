@@ -72,6 +72,7 @@ def read_model(
             has_chat_template=bool(templates.by_name),
             served_model_names=served_model_names or (info.model_id,),
             adapter_sources=info.adapter_sources,
+            modeling_code=info.modeling_code,
         ),
         Tokenizer(files.tokenizer_json),
         sha256(files.SerializeToString(deterministic=True)).hexdigest(),

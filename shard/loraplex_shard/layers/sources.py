@@ -54,6 +54,8 @@ class Parameter:
 class TensorReader(Protocol):
     """The part of a checkpoint that a layer needs."""
 
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
     def read(self, name: str, rows: slice = ..., columns: slice = ...) -> torch.Tensor: ...
 
     def read_quantized(self, name: str, rows: slice = ..., columns: slice = ...) -> QuantizedMatrix | None:

@@ -1,6 +1,7 @@
-"""The decoder and how it is made from a checkpoint."""
+"""A model, and how it is made from a checkpoint: our own decoder runs the architectures that it knows, transformers'
+modeling code the others."""
 
-from loraplex_shard.models.decoder import Decoder
-from loraplex_shard.models.loading import load_decoder
+from loraplex_shard.models.base import Model
+from loraplex_shard.models.choosing import check_architecture, load_model
 
-__all__ = ["Decoder", "load_decoder"]
+__all__ = ["Model", "check_architecture", "load_model"]

@@ -44,15 +44,18 @@ GLM = Names(gate_up=("mlp.gate_up_proj",))
 PHI = replace(GLM, qkv=("self_attn.qkv_proj",))
 
 
+def is_known(architecture: str) -> bool:
+    """Whether our own decoder computes it."""
+    return architecture in _ARCHITECTURES or architecture in _TEXT_PARTS
+
+
 def read_spec(architecture: str, config: PreTrainedConfig) -> DecoderSpec:
-    """Raises CheckpointError for an architecture or a variant of one that is not served."""
+    """Raises CheckpointError for an architecture that is not known, and for a variant of it that is not served."""
     if architecture in _TEXT_PARTS:
         return _text_part(architecture, config)
-    read = _ARCHITECTURES.get(architecture)
-    if read is None:
-        served = ", ".join(sorted(_ARCHITECTURES))
-        raise CheckpointError(f"architecture {architecture!r} is not served; these are: {served}")
-    spec = read(config)
+    if architecture not in _ARCHITECTURES:
+        raise CheckpointError(f"architecture {architecture!r} is not served")
+    spec = _ARCHITECTURES[architecture](config)
     if getattr(config, "use_bidirectional_attention", None):
         raise CheckpointError("config.json: use_bidirectional_attention is not served")
     if spec.heads % spec.kv_heads:

@@ -115,6 +115,7 @@ class Decoder(nn.Module):
         """`rotary` has the angles of each of the spec's; `embedding` names the tensor that is the embedding."""
         super().__init__()
         partition = DecoderPartition(spec, group.rank, group.size)
+        self.modeling_code = "loraplex"
         self.embedding_name, self.head_name = spec.names.embedding, "lm_head"  # as PEFT calls these modules
         self.vocab_size = spec.vocab_size
         self.spec, self.group, self.ops, self.partition = spec, group, ops, partition

@@ -4,7 +4,6 @@ import logging
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-import torch
 from accelerate import init_empty_weights
 
 from loraplex_shard.checkpoint.base import Checkpoint, CheckpointError
@@ -13,14 +12,13 @@ from loraplex_shard.layers.sources import ParameterForm, Source, SourcedLayer
 from loraplex_shard.models.architectures import read_spec
 from loraplex_shard.models.decoder import Decoder
 from loraplex_shard.models.rope import rotary
+from loraplex_shard.models.tensor_checks import differ, listed
 from loraplex_shard.models.text_part import TextPart
 from loraplex_shard.ops.base import Operations
 
 logger = logging.getLogger(__name__)
 
 HEAD = "lm_head.weight"
-NAMES_IN_MESSAGE = 10
-ROWS_AT_A_TIME = 4096
 
 Tensors = Checkpoint | TextPart
 
@@ -33,19 +31,14 @@ def load_decoder(
     max_model_len: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> Decoder:
-    """This rank's part of the model, in this form and place, for positions below `max_model_len`.
-
-    `progress` is told how many tensors are loaded, and of how many. Raises CheckpointError if the checkpoint is not
-    that of a served model, naming the tensors that are missing, left over or of an unexpected shape; GroupSizeError
-    if it cannot be cut into that many ranks.
-    """
+    """As models.load_model says, for an architecture that is known."""
     spec, config = (
         read_spec(checkpoint.architecture, checkpoint.config),
         checkpoint.config.get_text_config(decoder=True),
     )
     tensors = checkpoint if config is checkpoint.config else TextPart(checkpoint, spec.names.backbone)
     embedding = f"{spec.names.embedding}.weight"
-    if spec.tied and _differ(tensors, embedding, HEAD, form.dtype):
+    if spec.tied and {embedding, HEAD} <= tensors.names and differ(tensors, embedding, HEAD, form.dtype):
         logger.warning(
             "%s: config.json says tie_word_embeddings, but %s differs from %s: both are served as they are",
             *(checkpoint.model_id, HEAD, embedding),
@@ -75,28 +68,16 @@ def load_decoder(
     return decoder.eval()
 
 
-def _differ(tensors: Tensors, one: str, other: str, dtype: torch.dtype) -> bool:
-    """Whether there are two matrices that are not the same in this dtype, which is when transformers does not tie them
-    either."""
-    if not {one, other} <= tensors.names:
-        return False
-    if tensors.shape(one) != tensors.shape(other):
-        return True
-    starts = range(0, tensors.shape(one)[0], ROWS_AT_A_TIME)
-    parts = (slice(start, start + ROWS_AT_A_TIME) for start in starts)
-    return not all(torch.equal(*(tensors.read(name, rows).to(dtype) for name in (one, other))) for rows in parts)
-
-
 def _check(checkpoint: Checkpoint, tensors: Tensors, sources: Iterable[Source], tied: bool) -> None:
     """`tensors`: those of the checkpoint that are the decoder's."""
     shapes = {source.tensor: source.shape for source in sources}
     missing = shapes.keys() - tensors.names
     if missing:
         hint = "" if missing != {HEAD} else ": if it is the embedding, set tie_word_embeddings in config.json to true"
-        raise CheckpointError(f"{checkpoint.model_id}: missing {_listed(missing)}{hint}")
+        raise CheckpointError(f"{checkpoint.model_id}: missing {listed(missing)}{hint}")
     extra = {name for name in tensors.names - shapes.keys() if not _is_redundant(tensors, name, tied)}
     if extra:
-        raise CheckpointError(f"{checkpoint.model_id}: {checkpoint.architecture} has no {_listed(extra)}")
+        raise CheckpointError(f"{checkpoint.model_id}: {checkpoint.architecture} has no {listed(extra)}")
     for name, shape in shapes.items():
         if tensors.shape(name) != shape:
             raise CheckpointError(
@@ -111,10 +92,3 @@ def _is_redundant(tensors: Tensors, name: str, tied: bool) -> bool:
     if name.endswith(".bias"):
         return not tensors.read(name).any()
     return name.endswith(".rotary_emb.inv_freq") or (tied and name == HEAD)
-
-
-def _listed(names: Iterable[str]) -> str:
-    """The first few names, in order."""
-    ordered = sorted(names)
-    more = len(ordered) - NAMES_IN_MESSAGE
-    return "tensor " + ", ".join(ordered[:NAMES_IN_MESSAGE]) + (f" and {more} more" if more > 0 else "")

@@ -35,8 +35,7 @@ from loraplex_shard.lora.sources.local import LocalSource
 from loraplex_shard.lora.sources.object_store import ObjectStoreSource
 from loraplex_shard.lora.sources.protocol import Source
 from loraplex_shard.lora.store import AdapterStore
-from loraplex_shard.models import load_decoder
-from loraplex_shard.models.architectures import read_spec
+from loraplex_shard.models import check_architecture, load_model
 from loraplex_shard.observation.telemetry import Telemetry, open_telemetry
 from loraplex_shard.ops.choose import choose_operations, load_kernels
 from loraplex_shard.sampling.grammars import GrammarCompiler
@@ -82,7 +81,7 @@ def run(settings: ShardSettings, progress: Progress | None = None) -> None:
     soon as no router has a Step stream open, for which it waits at most settings.drain_seconds, or for a second signal.
     Call it from the main thread.
 
-    `progress` is called while loading, as load_decoder says. Raises SettingsError, CheckpointError or GroupSizeError
+    `progress` is called while loading, as load_model says. Raises SettingsError, CheckpointError or GroupSizeError
     before the port opens. Raises GroupLostError once another rank has ended, a step has failed on one of several ranks
     or on CUDA, or one hangs that no router waits for any more; the process ends soon after, whatever it hangs in. So do
     the other ranks, and whoever supervises them starts the group again.
@@ -90,7 +89,7 @@ def run(settings: ShardSettings, progress: Progress | None = None) -> None:
     torch.set_num_threads(settings.threads or max(1, torch.get_num_threads() // settings.tp))
     device = machine.pick_device(settings.device, settings.rank)  # before a model is fetched that it could not use
     checkpoint = open_checkpoint(settings.model, settings.revision, None)
-    read_spec(checkpoint.architecture, checkpoint.config)  # refuses what is not served before anything is waited for
+    check_architecture(checkpoint)  # refuses what is not served before anything is waited for
     machine.use(device)
     kernels = load_kernels(device, settings.kernels)
     group = Group.connect(settings.rank, settings.tp, settings.rendezvous, device, kernels)
@@ -168,42 +167,42 @@ def _load(
     quantize = machine.pick_quantize(settings.quantize, checkpoint)
     machine.check_room_for(checkpoint, dtype, quantize, settings.tp, device)
     form = ParameterForm(dtype, device, quantize)
-    decoder = load_decoder(checkpoint, group, ops, form, max_model_len, progress)
+    model = load_model(checkpoint, group, ops, form, max_model_len, progress)
     kv_dtype = torch.int8 if settings.kv_dtype == "int8" else dtype
     keep_freed()  # what loading freed is given back
-    block_bytes = decoder.cache_block_bytes(machine.BLOCK_SIZE, kv_dtype)
+    block_bytes = model.cache_block_bytes(machine.BLOCK_SIZE, kv_dtype)
     num_blocks = machine.fewest(group, machine.count_blocks(settings, max_model_len, block_bytes, device), device)
     max_model_len = machine.fit_context(settings, max_model_len, num_blocks)
     share = machine.share_for_adapters(settings, num_blocks * block_bytes, device)
     adapter_host_bytes = machine.fewest(group, share, device)
-    cache = decoder.new_cache(num_blocks, machine.BLOCK_SIZE, kv_dtype)
+    cache = model.new_cache(num_blocks, machine.BLOCK_SIZE, kv_dtype)
     adapter_dtype = torch.int8 if settings.adapter_dtype == "int8" else dtype
     files = checkpoint.tokenizer()
     tokenizer = Tokenizer.from_buffer(files.tokenizer_json)
-    compare(tokenizer.get_vocab(), decoder.vocab_size)
+    compare(tokenizer.get_vocab(), model.vocab_size)
     base = BaseModel(
         checkpoint.architecture,
         (checkpoint.model_id, *checkpoint.known_as),
         settings.revision or "",
-        decoder.tensors,
-        decoder.vocab_size,
+        model.tensors,
+        model.vocab_size,
         tokenizer,
-        decoder.embedding_name,
-        decoder.head_name,
+        model.embedding_name,
+        model.head_name,
     )
-    listing = LocalListing(settings.adapters, partial(find_doubts, base=base, modules=modules_of(decoder.layouts)))
+    listing = LocalListing(settings.adapters, partial(find_doubts, base=base, modules=modules_of(model.layouts)))
     sources = open_sources(settings)
     # The router has others leave once it knows how large one is.
     held = adapter_host_bytes * 5 // 4
-    adapters = AdapterStore(decoder.layouts, adapter_dtype, device, base, sources, telemetry.metrics, held)
+    adapters = AdapterStore(model.layouts, adapter_dtype, device, base, sources, telemetry.metrics, held)
     telemetry.metrics.watch_adapters(lambda: {"disk": listing.count(), **adapters.count()}, adapters.count_host_bytes)
-    end_token_ids = keep_known(checkpoint.end_token_ids, decoder.vocab_size)
-    grammars = GrammarCompiler(files.tokenizer_json, decoder.vocab_size, end_token_ids)
+    end_token_ids = keep_known(checkpoint.end_token_ids, model.vocab_size)
+    grammars = GrammarCompiler(files.tokenizer_json, model.vocab_size, end_token_ids)
     info = GetInfoResponse(
         model_id=checkpoint.model_id,
         architecture=checkpoint.architecture,
         dtype=str(dtype).removeprefix("torch."),
-        vocab_size=decoder.vocab_size,
+        vocab_size=model.vocab_size,
         max_model_len=max_model_len,
         rank=settings.rank,
         tensor_parallel_size=settings.tp,
@@ -215,10 +214,11 @@ def _load(
         adapter_host_bytes=adapter_host_bytes,
         sampling_defaults=Sampling(**checkpoint.sampling_defaults),
         adapter_sources=[source.name for source in sources],
+        modeling_code=model.modeling_code,
     )
     telemetry.metrics.describe(info)
     most, pools_last = settings.max_sequences, checkpoint.pools_last_token
-    runner = Runner(decoder, cache, adapters, group, most, max_model_len, device, grammars, pools_last)
+    runner = Runner(model, cache, adapters, group, most, max_model_len, device, grammars, pools_last)
 
     def on_failed_step(error: Exception) -> None:
         if ends_process(error, group.size, device):

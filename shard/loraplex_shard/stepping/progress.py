@@ -18,7 +18,7 @@ from loraplex_protos.shard_pb2 import (
     StepResponse,
 )
 from loraplex_shard.device.parallel import Group
-from loraplex_shard.models import Decoder
+from loraplex_shard.models import Model
 from loraplex_shard.sampling import sampler
 from loraplex_shard.sampling.constraints import Constraints, Masks
 from loraplex_shard.shapes.batch import Segment
@@ -37,7 +37,7 @@ MAX_FAST_FORWARD = 32
 class Parts:
     """What all steps of a rank work with."""
 
-    decoder: Decoder
+    model: Model
     rows: Rows
     constraints: Constraints
     pooling: Pooling
@@ -45,7 +45,7 @@ class Parts:
 
 
 class StepInProgress:
-    """`hidden` [tokens, hidden] is what the decoder made of the chunks, `segments` are their runs of tokens by adapter;
+    """`hidden` [tokens, hidden] is what the model made of the chunks, `segments` are their runs of tokens by adapter;
     `masks`, on rank 0, what grammars allow next. Fills `response`."""
 
     def __init__(
@@ -58,7 +58,7 @@ class StepInProgress:
         response: StepResponse,
     ) -> None:
         self._response = response
-        self._decoder, self._rows, self._group = parts.decoder, parts.rows, parts.group
+        self._model, self._rows, self._group = parts.model, parts.rows, parts.group
         self._constraints, self._pooling = parts.constraints, parts.pooling
         self._chunks = chunks
         self._segments = segments
@@ -86,7 +86,7 @@ class StepInProgress:
         )
         all_of_it = len(tokens) == len(self._hidden)
         hidden = self._hidden if all_of_it else self._hidden[self._rows.on_device(tokens)]
-        return self._decoder.logits(hidden, chosen)
+        return self._model.logits(hidden, chosen)
 
     def _report_prompt(self) -> None:
         """Adds the log probabilities of the prompt tokens that follow the chunks' positions, where asked for."""

@@ -1,4 +1,4 @@
-"""Runs plans: rows, batch, decoder, then what StepInProgress does. One step at a time, on whichever thread calls.
+"""Runs plans: rows, batch, model, then what StepInProgress does. One step at a time, on whichever thread calls.
 
 Every rank of a group runs the same plans. Knows nothing of gRPC streams, of threads or of where weights came from.
 """
@@ -11,7 +11,7 @@ import torch
 from loraplex_protos.shard_pb2 import SequenceStart, StepRequest, StepResponse
 from loraplex_shard.device.parallel import Group
 from loraplex_shard.lora.store import AdapterStore
-from loraplex_shard.models import Decoder
+from loraplex_shard.models import Model
 from loraplex_shard.sampling.constraints import Constraints, Masks
 from loraplex_shard.sampling.grammars import GrammarCompiler
 from loraplex_shard.shapes.batch import Segment
@@ -26,7 +26,7 @@ class Runner:
 
     def __init__(
         self,
-        decoder: Decoder,
+        model: Model,
         cache: KVCache,
         adapters: AdapterStore,
         group: Group,
@@ -36,9 +36,9 @@ class Runner:
         grammars: GrammarCompiler,
         pools_last_token: bool = False,
     ) -> None:
-        rows = Rows(max_sequences, max_model_len, decoder.vocab_size, cache.block_size, cache.num_blocks, device)
-        constraints = Constraints(grammars, decoder.vocab_size)
-        self._parts = Parts(decoder, rows, constraints, Pooling(pools_last_token), group)
+        rows = Rows(max_sequences, max_model_len, model.vocab_size, cache.block_size, cache.num_blocks, device)
+        constraints = Constraints(grammars, model.vocab_size)
+        self._parts = Parts(model, rows, constraints, Pooling(pools_last_token), group)
         self._cache = cache
         self._adapters = adapters
         self._max_sequences = max_sequences
@@ -67,7 +67,7 @@ class Runner:
         if len(chunks):
             segments = self._segments(chunks)
             masks = self._begin_masks(chunks)
-            hidden = self._parts.decoder(self._parts.rows.batch(chunks, segments), self._cache)
+            hidden = self._parts.model(self._parts.rows.batch(chunks, segments), self._cache)
             StepInProgress(self._parts, chunks, segments, masks, hidden, response).report()
         return response
 

@@ -11,7 +11,7 @@ from loraplex_shard.checkpoint.base import CheckpointError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-BACKBONE, HEAD = "model.", "lm_head."  # what the names of all tensors begin with
+BACKBONE, BARE = "model.", ("embed_tokens.", "layers.", "norm.")
 
 
 class SafetensorsFiles:
@@ -24,8 +24,7 @@ class SafetensorsFiles:
         for file in self._file_names():
             self._add(file, self._open(file))
         # Embedding models were saved without a head, and without the names' beginning that sets the head apart.
-        bare = not any(name.startswith(BACKBONE) for name in self._files)
-        self._own = {BACKBONE + name if bare and not name.startswith(HEAD) else name: name for name in self._files}
+        self._own = {BACKBONE + name if name.startswith(BARE) else name: name for name in self._files}
 
     @property
     def names(self) -> frozenset[str]:
@@ -43,7 +42,7 @@ class SafetensorsFiles:
         """That part of a tensor's first two dimensions; no more than that is read from the file."""
         part = self._slice(name)
         dimensions = len(part.get_shape())
-        tensor: torch.Tensor = part[(rows, columns)[:dimensions]]
+        tensor: torch.Tensor = part[(rows, columns)[:dimensions] or ...]
         return tensor
 
     def _slice(self, name: str) -> Any:

@@ -1,0 +1,68 @@
+"""Whose modeling code runs a checkpoint's model. transformers' is imported only for a model that needs it: that takes
+seconds."""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from loraplex_shard.checkpoint.base import Checkpoint, CheckpointError
+from loraplex_shard.device.parallel import Group
+from loraplex_shard.layers.sources import ParameterForm
+from loraplex_shard.models.architectures import is_known, read_spec
+from loraplex_shard.models.base import Model
+from loraplex_shard.models.loading import load_decoder
+from loraplex_shard.ops.base import Operations
+
+logger = logging.getLogger(__name__)
+
+
+def check_architecture(checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError for a model that cannot be served, as far as its configuration and its class say so."""
+    if (refusal := _refusal(checkpoint)) is not None:
+        from loraplex_shard.models.transformers.examination import check_class
+
+        with _both_named(refusal):
+            check_class(checkpoint)
+
+
+def load_model(
+    checkpoint: Checkpoint,
+    group: Group,
+    ops: Operations,
+    form: ParameterForm,
+    max_model_len: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> Model:
+    """This rank's part of the model, in this form and place, for positions below `max_model_len`.
+
+    `progress` is told how many tensors are loaded, and of how many. Raises CheckpointError if the checkpoint is not
+    that of a served model, naming the tensors that are missing, left over or of an unexpected shape; GroupSizeError
+    if it cannot be cut into that many ranks.
+    """
+    if (refusal := _refusal(checkpoint)) is None:
+        return load_decoder(checkpoint, group, ops, form, max_model_len, progress)
+    from loraplex_shard.models.transformers.loading import load_transformers
+
+    logger.info("%s%s runs with transformers' modeling code", checkpoint.architecture, refusal and f" ({refusal})")
+    with _both_named(refusal):
+        return load_transformers(checkpoint, group, ops, form, max_model_len, progress)
+
+
+def _refusal(checkpoint: Checkpoint) -> str | None:
+    """Why our own decoder does not compute this variant of a known architecture; empty for one that is not known, None
+    if it does compute it."""
+    if not is_known(checkpoint.architecture):
+        return ""
+    try:
+        read_spec(checkpoint.architecture, checkpoint.config)
+    except CheckpointError as error:
+        return error.message
+    return None
+
+
+@contextmanager
+def _both_named(refusal: str) -> Iterator[None]:
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{refusal}; {error.message}" if refusal else error.message) from error

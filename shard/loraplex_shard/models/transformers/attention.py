@@ -1,0 +1,103 @@
+"""How transformers' modeling code comes to our attention: it looks its attention function and the function that makes
+masks up by name, and finds ours under IMPLEMENTATION. Whoever runs the code says who answers."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from loraplex_shard.ops.base import Operations, Step
+from loraplex_shard.shapes.cache import KVCache
+from loraplex_shard.shapes.heads import Heads
+
+IMPLEMENTATION = "loraplex"
+
+# Of positions that broadcast: batch, head, query, key -> whether the query sees the key.
+Sees = Callable[[int, int, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class Attending(Protocol):
+    """Answers the attention calls of one forward pass, in which all tokens are one row."""
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        options: Mapping[str, Any],
+    ) -> torch.Tensor:
+        """query, key, value [1, heads, tokens, dim] -> [1, tokens, query heads, value dim]."""
+        ...
+
+    def mask(self, tokens: int, sees: Sees, device: torch.device) -> torch.Tensor:
+        """What the modeling code hands from layer to layer as its mask: [1, 1, tokens, tokens]."""
+        ...
+
+
+_attending: ContextVar[Attending] = ContextVar("attending")
+
+
+@contextmanager
+def attended_by(attending: Attending) -> Iterator[None]:
+    token = _attending.set(attending)
+    try:
+        yield
+    finally:
+        _attending.reset(token)
+
+
+class PagedAttention:
+    """Over a paged cache. The n-th call of a forward pass is the n-th layer of the cache."""
+
+    def __init__(self, layers: tuple[Heads, ...], ops: Operations, step: Step, cache: KVCache) -> None:
+        self._layers = zip(layers, cache.layers, strict=True)
+        self._ops, self._step = ops, step
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        options: Mapping[str, Any],
+    ) -> torch.Tensor:
+        heads, cache = next(self._layers)
+        parts = [part[0].transpose(0, 1).flatten(1) for part in (query, key, value)]
+        qkv, sinks = torch.cat(parts, dim=1), options.get("s_aux")
+        self._ops.rotate_and_write(qkv, heads, None, None, self._step, cache)
+        out = self._ops.attention(qkv, heads, self._step, cache, None if sinks is None else sinks.float().contiguous())
+        return out.view(1, len(qkv), heads.query, heads.value_dim)
+
+    def mask(self, tokens: int, sees: Sees, device: torch.device) -> torch.Tensor:
+        return placeholder(tokens, device)
+
+
+def placeholder(tokens: int, device: torch.device) -> torch.Tensor:
+    """A mask that takes no memory, and that nobody looks into."""
+    return torch.empty((1, 1, 1, 1), dtype=torch.bool, device=device).expand(1, 1, tokens, tokens)
+
+
+def _attend(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    return _attending.get().attend(module, query, key, value, attention_mask, options), None
+
+
+def _mask(*, q_length: int, mask_function: Sees, device: torch.device, **options: Any) -> torch.Tensor:
+    return _attending.get().mask(q_length, mask_function, device)
+
+
+AttentionInterface.register(IMPLEMENTATION, _attend)
+AttentionMaskInterface.register(IMPLEMENTATION, _mask)

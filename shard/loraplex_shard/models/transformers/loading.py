@@ -1,0 +1,111 @@
+"""Loads a model that runs with transformers' modeling code from a checkpoint, tensor by tensor."""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils.loading_report import LoadStateDictInfo
+
+from loraplex_shard.checkpoint.base import Checkpoint, CheckpointError
+from loraplex_shard.device.parallel import Group
+from loraplex_shard.layers.sources import ParameterForm, SourcedLayer
+from loraplex_shard.models.tensor_checks import differ, listed
+from loraplex_shard.models.transformers.examination import build, dtypes, examine, refused_by_name
+from loraplex_shard.models.transformers.linear import InPlace, Now
+from loraplex_shard.models.transformers.model import TransformersModel
+from loraplex_shard.models.transformers.plan import Plan
+from loraplex_shard.models.transformers.replacing import Replacement
+from loraplex_shard.models.transformers.tensors import ModelTensors
+from loraplex_shard.ops.base import Operations
+
+logger = logging.getLogger(__name__)
+
+
+def load_transformers(
+    checkpoint: Checkpoint,
+    group: Group,
+    ops: Operations,
+    form: ParameterForm,
+    max_model_len: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> TransformersModel:
+    """As models.load_model says."""
+    survey = examine(checkpoint, max_model_len, group.rank, group.size)
+    model = build(checkpoint.config, form.dtype, max_model_len)
+    for name in survey.idle:
+        model.set_submodule(name, nn.Module())
+    tensors, tensor_dtypes = ModelTensors(checkpoint, model, survey.idle), dtypes(model, form.dtype)
+    _check(checkpoint, model, tensors)
+    plan, now = Plan(model.tp_plan or {}, checkpoint.architecture, group.rank, group.size), Now(form.device)
+    Replacement(survey, plan, group, ops, now, tensor_dtypes).apply(model)
+    for loaded, _ in enumerate(_load(model, tensors, plan, form, tensor_dtypes), start=1):
+        if progress is not None:
+            progress(loaded, len(tensors.names))
+    built = TransformersModel(model, tensors, survey, now, group, ops, form)
+    with refused_by_name(checkpoint):
+        built.check_positions()
+    return built
+
+
+def _check(checkpoint: Checkpoint, model: PreTrainedModel, tensors: ModelTensors) -> None:
+    """Each tensor that the model has must be there, of its shape, and no other but what transformers ignores."""
+    wanted = model.state_dict()
+    found = LoadStateDictInfo(wanted.keys() - tensors.names, tensors.unused, set(), [], {}, set())
+    model._adjust_missing_and_unexpected_keys(found)
+    if missing := found.missing_keys | (wanted.keys() - tensors.names - dict(model.named_buffers()).keys()):
+        raise CheckpointError(f"{checkpoint.model_id}: missing {listed(missing)}")
+    if extra := {name for name in found.unexpected_keys if not tensors.is_zero_bias(name)}:
+        raise CheckpointError(f"{checkpoint.model_id}: {checkpoint.architecture} has no {listed(extra)}")
+    for name in wanted.keys() & tensors.names:
+        if tensors.stored_shape(name) != tuple(wanted[name].shape):
+            raise CheckpointError(
+                f"{checkpoint.model_id}: tensor {name} has shape {list(tensors.stored_shape(name))}, "
+                f"but the configuration asks for {list(wanted[name].shape)}"
+            )
+
+
+def _load(
+    model: PreTrainedModel, tensors: ModelTensors, plan: Plan, form: ParameterForm, dtypes: Mapping[str, torch.dtype]
+) -> Iterator[str]:
+    """Yields each tensor's name."""
+    tied = _tied(model, tensors, form.dtype)
+    if tied is not None:
+        tied[0].layer.matrix = ()  # its bias, if it has one, is its own
+    for name, module in model.named_modules():
+        prefix = f"{name}." if name else ""
+        if isinstance(module, InPlace):
+            yield from module.layer.load(tensors, replace(form, dtype=dtypes[f"{prefix}weight"]))
+        elif not isinstance(module, SourcedLayer):
+            for own, values in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+                tensor = prefix + own
+                if tensor in dtypes and tensor in tensors.names:
+                    values = plan.cut(tensor, tensors.read(tensor)).to(dtypes[tensor])
+                    yield tensor
+                _set(module, own, values.to(form.device))
+    if tied is not None:
+        head, embedding = tied
+        head.tie(embedding)
+
+
+def _tied(model: PreTrainedModel, tensors: ModelTensors, dtype: torch.dtype) -> tuple[InPlace, InPlace] | None:
+    """The lm head and the embedding, if they are one matrix."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[no-untyped-call]
+    if not isinstance(head, InPlace) or not isinstance(embedding, InPlace):
+        return None
+    own, other = head.layer.matrix[0].tensor, embedding.layer.matrix[0].tensor
+    if model.all_tied_weights_keys.get(own) != other:
+        return None
+    if differ(tensors, own, other, dtype):
+        logger.warning("config.json says tie_word_embeddings, but %s differs from %s: both are used", own, other)
+        return None
+    return head, embedding
+
+
+def _set(module: nn.Module, name: str, values: torch.Tensor) -> None:
+    if name in module._parameters:
+        module.register_parameter(name, nn.Parameter(values, requires_grad=False))
+    else:
+        module._buffers[name] = values

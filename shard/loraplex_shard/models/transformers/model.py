@@ -1,0 +1,134 @@
+"""A model that runs with transformers' modeling code: one rank's part of it, as stepping and serving see it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.utils.generic import ModelOutput
+
+from loraplex_shard.checkpoint.base import CheckpointError
+from loraplex_shard.device.parallel import Group
+from loraplex_shard.layers.sources import ParameterForm
+from loraplex_shard.models.transformers.attention import PagedAttention, attended_by
+from loraplex_shard.models.transformers.linear import LinearInPlace, Now, OnRankZeroAlone
+from loraplex_shard.models.transformers.survey import Survey
+from loraplex_shard.models.transformers.tensors import ModelTensors
+from loraplex_shard.models.transformers.through import ThroughCache
+from loraplex_shard.ops.base import Operations, Segments, Step
+from loraplex_shard.shapes.batch import Batch, Segment
+from loraplex_shard.shapes.cache import KVCache
+from loraplex_shard.shapes.layout import LinearLayout
+
+BLOCK_SIZE = 16  # positions of the one block that a model is tried with
+
+
+class _Reached(Exception):
+    """The backbone has answered: what follows is not wanted now."""
+
+    def __init__(self, hidden: torch.Tensor) -> None:
+        self.hidden = hidden
+
+
+class TransformersModel:
+    """Implements models.base.Model; the docstrings there hold.
+
+    The class's own forward is run, all of it: up to where its backbone has answered for hidden states, and from there
+    on, with a backbone that answers with given ones, for logits. So whatever it does there is done.
+    """
+
+    modeling_code = "transformers"
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tensors: ModelTensors,
+        survey: Survey,
+        now: Now,
+        group: Group,
+        ops: Operations,
+        form: ParameterForm,
+    ) -> None:
+        self._model, self._survey, self._now, self._group, self._ops = model, survey, now, group, ops
+        self._device = form.device
+        self._through = ThroughCache(model.config)
+        self.dtype = form.dtype
+        self.tensors = tensors
+        self.vocab_size = survey.vocab_size
+        self.embedding_name, self.head_name = survey.embedding, survey.head
+        linear = [module for module in model.modules() if isinstance(module, LinearInPlace) and module.adaptable]
+        self.layouts: tuple[LinearLayout, ...] = tuple(module.layout for module in linear)
+        self._given: torch.Tensor | None = None
+        backbone = model.get_submodule(survey.backbone)
+        self._backbone = backbone.forward
+        backbone.forward = self._answer
+
+    @torch.inference_mode()
+    def __call__(self, batch: Batch, cache: KVCache) -> torch.Tensor:
+        return self._hidden(batch, batch.positions, cache)
+
+    @torch.inference_mode()
+    def check_positions(self) -> None:
+        """Raises CheckpointError for a model that would not take them from a batch as they are."""
+        cache, positions = self.new_cache(1, BLOCK_SIZE), torch.arange(BLOCK_SIZE, device=self._device)
+        table = torch.zeros((1, 1), dtype=torch.int64, device=self._device)
+        tokens = torch.full_like(positions, self.vocab_size // 2)
+        batch = Batch(tokens, positions, positions, (0, BLOCK_SIZE), (BLOCK_SIZE,), table, ())
+        counted, reversed_ = (self._hidden(batch, at, cache) for at in (positions, positions.flip(0)))
+        own = self._hidden(batch, None, cache)
+        if not torch.equal(own, counted):
+            raise CheckpointError("it counts positions in a way of its own")
+        if torch.equal(reversed_, counted) and not own.allclose(own[:1], rtol=0.05, atol=0.05 * float(own.std())):
+            raise CheckpointError("it makes nothing of the positions that it is given")
+
+    @torch.inference_mode()
+    def logits(self, hidden: torch.Tensor, segments: tuple[Segment, ...]) -> tuple[torch.Tensor, torch.Tensor] | None:
+        rows = torch.zeros(len(hidden), dtype=torch.int64, device=self._device)
+        with self._at(None, segments):
+            self._given = hidden[None]
+            try:
+                logits: torch.Tensor = self._run(rows, rows).logits[0]
+            except OnRankZeroAlone:
+                return None
+            finally:
+                self._given = None
+        return self._ops.upcast(logits.contiguous()) if self._group.rank == 0 else None
+
+    def new_cache(self, num_blocks: int, block_size: int, dtype: torch.dtype | None = None) -> KVCache:
+        return KVCache(self._survey.attention, num_blocks, block_size, dtype or self.dtype, self._device)
+
+    def cache_block_bytes(self, block_size: int, dtype: torch.dtype | None = None) -> int:
+        return KVCache.block_bytes(self._survey.attention, block_size, dtype or self.dtype)
+
+    def _hidden(self, batch: Batch, positions: torch.Tensor | None, cache: KVCache) -> torch.Tensor:
+        """[tokens, hidden]. positions: None: as the model counts them."""
+        step = self._ops.prepare(batch)
+        attention = PagedAttention(self._survey.attention, self._ops, step, cache)
+        with attended_by(attention), self._at(step, step):
+            try:
+                self._run(batch.token_ids, positions)
+            except _Reached as reached:
+                return reached.hidden[0]
+        raise AssertionError("the backbone was not reached")
+
+    def _run(self, ids: torch.Tensor, positions: torch.Tensor | None) -> Any:
+        return self._model(
+            input_ids=ids[None],
+            position_ids=None if positions is None else positions[None],
+            past_key_values=self._through,
+            use_cache=True,
+        )
+
+    def _answer(self, *args: Any, **kwargs: Any) -> ModelOutput:
+        if self._given is not None:
+            return self._survey.output(last_hidden_state=self._given)
+        raise _Reached(self._backbone(*args, **kwargs).last_hidden_state)
+
+    @contextmanager
+    def _at(self, step: Step, segments: Step | Segments) -> Iterator[None]:
+        self._now.step, self._now.segments = step, segments
+        try:
+            yield
+        finally:
+            self._now.step, self._now.segments = None, ()

@@ -1,0 +1,145 @@
+"""What a model's code does, found out by running it on tensors that have shapes and no values (torch's meta device).
+
+Refuses what our cache or our attention could not do as the code means it.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
+from transformers.utils.generic import ModelOutput
+
+from loraplex_shard.checkpoint.base import CheckpointError
+from loraplex_shard.models.transformers.attention import Sees, attended_by, placeholder
+from loraplex_shard.models.transformers.calls import Calls
+from loraplex_shard.models.transformers.through import ThroughCache
+from loraplex_shard.models.transformers.windows import read_window
+from loraplex_shard.shapes.heads import Heads
+
+TOKENS = 13  # of the run: a number that no model is likely to have as a size of its own
+# What attention functions are told that does not change what they compute here.
+NEUTRAL = {"position_ids", "cache_position", "position_embeddings"}
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    attention: tuple[Heads, ...]  # of each attention call of a forward pass, in order
+    linear: Mapping[str, bool]  # linear layers that are called, and whether their inputs are one row per token
+    embedding: str  # the module that looks the tokens up
+    head: str  # the linear layer that makes logits; none: empty
+    idle: tuple[str, ...]  # models in the model that text alone never reaches
+    backbone: str  # the module whose output is the last hidden states
+    output: type[ModelOutput]  # of the backbone
+    vocab_size: int
+
+
+class NothingChosen(TorchFunctionMode):
+    """Tensors without values cannot say which of them are not zero, as code for experts asks: none is, then."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (torch.nonzero, torch.Tensor.nonzero):
+            return args[0].new_empty((0, args[0].dim()), dtype=torch.int64)
+        return func(*args, **(kwargs or {}))
+
+
+@dataclass
+class Surveyor:
+    """Implements Attending: answers with nothing, and notes what it was asked."""
+
+    positions: int
+    attention: list[Heads] = field(default_factory=list)
+    windows: list[tuple[torch.Tensor | None, int | None]] = field(default_factory=list)  # of masks, by what they view
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        options: Mapping[str, Any],
+    ) -> torch.Tensor:
+        self.attention.append(self._heads(module, query, key, value, mask, options))
+        return query.new_empty((1, query.shape[2], query.shape[1], value.shape[3]))
+
+    def mask(self, tokens: int, sees: Sees, device: torch.device) -> torch.Tensor:
+        mask = placeholder(tokens, device)
+        self.windows.append((mask._base, read_window(sees, self.positions)))
+        return mask
+
+    def _heads(
+        self,
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        options: Mapping[str, Any],
+    ) -> Heads:
+        if key.shape[2] != query.shape[2] or value.shape[2] != query.shape[2]:
+            raise CheckpointError("its attention reads other positions than a token's own")
+        if query.shape[1] % key.shape[1] or key.shape[1] != value.shape[1]:
+            raise CheckpointError(f"its attention has {query.shape[1]} heads on {key.shape[1]} KV heads")
+        extra = {n for n, v in options.items() if isinstance(v, torch.Tensor)} - NEUTRAL - {"s_aux"}
+        if extra:
+            raise CheckpointError(f"its attention depends on {', '.join(sorted(extra))}")
+        if mask is None:
+            causal = options.get("is_causal")
+            if not (getattr(module, "is_causal", True) if causal is None else causal):
+                raise CheckpointError("its attention is bidirectional")
+            window = options.get("sliding_window")
+        else:
+            known = [window for base, window in self.windows if base is mask._base]
+            if not known or mask.shape[-2:] != (TOKENS, TOKENS):
+                raise CheckpointError("it makes attention masks of its own")
+            window = known[0]
+        scale = options.get("scaling")
+        return Heads(
+            query=query.shape[1],
+            kv=key.shape[1],
+            dim=query.shape[3],
+            window=window if window and window < self.positions else None,
+            soft_cap=float(options.get("softcap") or 0),
+            scale=query.shape[3] ** -0.5 if scale is None else float(scale),
+            value_dim=value.shape[3],
+        )
+
+
+def survey(model: PreTrainedModel, positions: int) -> Survey:
+    """Of a model on the meta device, for sequences of at most that many positions. Raises CheckpointError."""
+    noted = Surveyor(positions)
+    calls = Calls(model)
+    with calls.counted(), attended_by(noted), NothingChosen():
+        logits = run(model)
+    if not noted.attention:
+        raise CheckpointError("it has no attention")
+    backbone, output = calls.backbone
+    return Survey(
+        attention=tuple(noted.attention),
+        linear=calls.linear(TOKENS),
+        embedding=_name(model, model.get_input_embeddings()),
+        head=_name(model, model.get_output_embeddings()),  # type: ignore[no-untyped-call]
+        idle=calls.idle,
+        backbone=backbone,
+        output=output,
+        vocab_size=logits.shape[-1],
+    )
+
+
+def _name(model: PreTrainedModel, wanted: nn.Module | None) -> str:
+    return next((name for name, module in model.named_modules() if module is wanted), "")
+
+
+def run(model: PreTrainedModel) -> torch.Tensor:
+    """A forward pass of one row of tokens, without values. Returns its logits."""
+    ids = torch.zeros((1, TOKENS), dtype=torch.long, device="meta")
+    positions = torch.arange(TOKENS, device="meta")[None]
+    options = {"past_key_values": ThroughCache(model.config), "use_cache": True}
+    logits: torch.Tensor = model(input_ids=ids, position_ids=positions, **options).logits
+    return logits

@@ -1,0 +1,36 @@
+"""The cache that transformers' modeling code is given: what it holds lies in ours, so this one hands keys and values
+through as they are. What else a model would keep from step to step has no place in it."""
+
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedConfig
+from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
+
+from loraplex_shard.checkpoint.base import CheckpointError
+
+KEYS_AND_VALUES = DynamicLayer, DynamicSlidingWindowLayer, DummyLayer
+
+
+class ThroughCache(DynamicCache):
+    """Raises CheckpointError for a model that keeps more than keys and values."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config=config)
+        for layer in self.layers:
+            if type(layer) not in KEYS_AND_VALUES:
+                raise CheckpointError(f"it keeps a state beside keys and values ({type(layer).__name__})")
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return key_states, value_states
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return query_length, 0
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+        raise CheckpointError("it keeps a state beside keys and values")
+
+    update_conv_state = get_conv_state = update_recurrent_state = get_recurrent_state = _refuse
+    update_indexer = has_previous_state = _refuse
