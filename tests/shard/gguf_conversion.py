@@ -330,7 +330,6 @@ CASES = {
         permuted=True,
     ),
     "smollm3": Case("smollm3", "smollm3", {"head_dim": 16, "num_hidden_layers": 4}, permuted=True),
-    "stablelm": Case("stablelm", "stablelm", {"use_qkv_bias": True}, _rotated),
     "glm4": Case("glm4", "glm4", {"head_dim": 16, "attention_bias": True}, _rotated),
     "nemotron": Case("nemotron", "nemotron", {"head_dim": 16}, _rotated, norms_plus_one=True),
     "seed_oss": Case("seed_oss", "seed_oss", {"head_dim": 32, "attention_bias": True}),

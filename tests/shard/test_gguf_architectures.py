@@ -65,7 +65,7 @@ def test_a_slice_is_read_as_if_from_the_whole_tensor(path: str) -> None:
         *("llama 3.1", "llama, linear", "qwen2, yarn", "qwen3", "gemma", "gemma2", "gemma3", "phi3", "granite"),
         *("command-r", "cohere2", "starcoder2", "olmo2", "smollm3", "glm4", "seed_oss", "mixtral"),
         *("qwen2moe", "qwen3moe", "olmo3", "olmoe", "exaone4", "exaone4, no window", "ministral3"),
-        *("granitemoe", "granitemoe, shared", "gpt-oss"),
+        *("granitemoe", "granitemoe, shared", "gpt-oss", "phi2", "nemotron"),
     ],
 )
 def test_it_is_served_so(name: str, tmp_path: Path) -> None:

@@ -151,15 +151,6 @@ def _ministral3(fields: Fields) -> dict[str, Any]:
     return {"rope_parameters": read_rope(fields) | {"llama_4_scaling_beta": beta}}
 
 
-def _stablelm(fields: Fields) -> dict[str, Any]:
-    parallel = fields.get("use_parallel_residual", not fields.has("blk.0.ffn_norm.weight"))
-    return {
-        "use_qkv_bias": _attention_bias(fields),
-        "use_parallel_residual": bool(parallel),
-        "qk_layernorm": fields.has("blk.0.attn_q_norm.weight"),
-    }
-
-
 def _seed_oss(fields: Fields) -> dict[str, Any]:
     return {
         "attention_bias": _attention_bias(fields),
@@ -190,7 +181,6 @@ KINDS: Mapping[str, Kind] = {
     "mistral3": Kind("ministral3", _ministral3),
     "exaone4": Kind("exaone4", _exaone4),
     "smollm3": Kind("smollm3", _llama),
-    "stablelm": Kind("stablelm", _stablelm, eps="layer_norm_eps", partial=True),
     "glm4": Kind("glm4", _olmo2, partial=True),
     "nemotron": Kind("nemotron", _llama, eps="norm_eps", partial=True),
     "seed_oss": Kind("seed_oss", _seed_oss),
