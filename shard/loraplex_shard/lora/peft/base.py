@@ -41,8 +41,9 @@ class BaseModel:
 
     @property
     def backbone(self) -> str:
-        """The module that holds the layers."""
-        return self.embedding.rpartition(".")[0]
+        """The module that holds the layers: the one that holds the embedding, where it has the name that most have."""
+        holder, _, name = self.embedding.rpartition(".")
+        return holder if name == "embed_tokens" else "model"
 
     def token_id(self, text: str) -> int | None:
         """The token that stands for exactly this text."""

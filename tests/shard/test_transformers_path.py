@@ -1,0 +1,110 @@
+"""What models that run with transformers' modeling code promise besides their numbers."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import GPT2Config, GPTNeoXConfig, MambaConfig, Phi3Config
+
+from loraplex_shard.checkpoint import open_checkpoint
+from loraplex_shard.checkpoint.base import CheckpointError
+from loraplex_shard.kernels.library import instruction_set
+from loraplex_shard.models.transformers.rotary import freeze_rotary
+from loraplex_shard.models.transformers.windows import read_window
+from loraplex_shard.shapes.batch import Segment
+from tests.shard.decoders import Sequences, adapter_for, load, load_reference, save_checkpoint
+from tests.shard.operations import cpu_operations
+
+TOKENS = [5, 80, 3, 3, 41, 7, 66, 0, 95]
+NEOX = GPTNeoXConfig(
+    vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, hidden_act="gelu"
+)
+GPT2 = GPT2Config(vocab_size=96, n_embd=64, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint(NEOX, tmp_path_factory.mktemp("neox"))
+
+
+@pytest.mark.parametrize("config", [NEOX, GPT2], ids=lambda config: config.model_type)
+@pytest.mark.parametrize(("quantize", "tolerance"), [("int8", 0.1), ("int4", 0.9)])
+def test_linear_layers_are_quantized_as_they_are_loaded(
+    config: GPTNeoXConfig, quantize: str, tolerance: float, tmp_path: Path
+) -> None:
+    folder = save_checkpoint(config, tmp_path)
+    with torch.inference_mode():
+        expected = load_reference(folder)(input_ids=torch.tensor([TOKENS])).logits[0]
+    rounded = Sequences(load(folder, quantize=quantize)).step({"a": TOKENS})["a"]
+    error = float((rounded - expected).norm() / expected.norm())
+    assert 0 < error < tolerance
+
+
+def test_the_kernels_compute_what_the_reference_does(directory: Path) -> None:
+    ours, reference = load(directory, ops=cpu_operations(instruction_set())), load(directory)
+    adapter = adapter_for(ours.layouts)
+    drivers = [Sequences(model, block_size=16) for model in (ours, reference)]
+    for chunks in ({"a": TOKENS, "b": [3, 1]}, {"a": [4], "b": [5]}, {"b": [6], "a": [7]}):
+        end = sum(map(len, chunks.values()))
+        actual, expected = (driver.step(chunks, (Segment(end - 1, end, adapter),)) for driver in drivers)
+        for name in chunks:
+            torch.testing.assert_close(actual[name], expected[name], rtol=1e-3, atol=1e-3)
+
+
+def test_a_model_that_keeps_a_state_is_refused_by_name(tmp_path: Path) -> None:
+    save_checkpoint(MambaConfig(vocab_size=10, hidden_size=8, num_hidden_layers=1), tmp_path)
+    with pytest.raises(CheckpointError, match="MambaForCausalLM is not served: it keeps a state beside keys"):
+        load(tmp_path)
+
+
+def test_a_tensor_that_is_missing_is_named(directory: Path, tmp_path: Path) -> None:
+    model = load_reference(directory)
+    tensors = model.state_dict()
+    del tensors["gpt_neox.layers.1.mlp.dense_h_to_4h.weight"]
+    model.save_pretrained(tmp_path, state_dict=tensors)
+    assert "missing tensor gpt_neox.layers.1.mlp.dense_h_to_4h.weight" in _refusal(tmp_path)
+
+
+def test_windows_are_read_from_masks() -> None:
+    assert read_window(lambda batch, head, query, key: key <= query, 100) is None
+    assert read_window(lambda batch, head, query, key: (key <= query) & (key > query - 7), 100) == 7
+    with pytest.raises(CheckpointError, match="neither causal nor a sliding window"):
+        read_window(lambda batch, head, query, key: (key <= query) & (key // 16 == query // 16), 100)
+    with pytest.raises(CheckpointError, match="neither causal nor a sliding window"):
+        read_window(lambda batch, head, query, key: key >= 0, 100)
+
+
+def test_longrope_has_its_long_factors_where_sequences_may_be_long() -> None:
+    from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
+
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "short_factor": [1.0] * 8,
+        "long_factor": [4.0] * 8,
+        "original_max_position_embeddings": 32,
+    }
+    config = Phi3Config(
+        pad_token_id=0,
+        original_max_position_embeddings=32,
+        hidden_size=64,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        rope_parameters=rope,
+    )
+    short, long = Phi3RotaryEmbedding(config), Phi3RotaryEmbedding(config)
+    freeze_rotary(short, 32)
+    freeze_rotary(long, 128)
+    torch.testing.assert_close(short.inv_freq, 4 * long.inv_freq)
+    x, positions = torch.zeros(1, 1, 16), torch.tensor([[100]])
+    before = long.inv_freq.clone()
+    long(x, torch.tensor([[3]]))
+    short(x, positions)
+    assert torch.equal(long.inv_freq, before) and not torch.equal(short.inv_freq, long.inv_freq)
+
+
+def _refusal(directory: Path) -> str:
+    with pytest.raises(CheckpointError) as refused:
+        load(directory)
+    assert open_checkpoint(str(directory)).architecture == "GPTNeoXForCausalLM"
+    return refused.value.message
