@@ -15,7 +15,7 @@ from loraplex_shard.device.parallel import Group
 from loraplex_shard.kernels.library import instruction_set
 from loraplex_shard.lora.peft.base import BaseModel
 from loraplex_shard.lora.peft.reading import read_adapter
-from loraplex_shard.models import Decoder
+from loraplex_shard.models.decoder import Decoder
 from loraplex_shard.settings import Quantize
 from loraplex_shard.shapes.adapter import AdapterWeights
 from loraplex_shard.shapes.batch import Segment

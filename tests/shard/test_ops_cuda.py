@@ -5,13 +5,13 @@ It cannot multiply bfloat16, so that products are tried in float16 and float32; 
 
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig
+from transformers import LlamaConfig, MixtralConfig, PreTrainedConfig
 
 from loraplex_shard.lora.weights.deltas import Delta, partition_adapter
 from loraplex_shard.ops.base import Activation, HeadNorms, Norm
@@ -244,17 +244,22 @@ def test_lora_deltas_of_mixed_ranks(
     assert_close(actual, expected.to(dtype), factor=4)
 
 
-def test_a_decoder_computes_what_it_computes_with_the_reference(tmp_path: Path) -> None:
+SIZES: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 56,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.mark.parametrize(
+    "config", [LlamaConfig(**SIZES), MixtralConfig(**SIZES, num_local_experts=3)], ids=["llama", "mixtral"]
+)
+def test_a_decoder_computes_what_it_computes_with_the_reference(config: PreTrainedConfig, tmp_path: Path) -> None:
     """All operations together, some layers and tokens on an adapter, the others not."""
-    config = LlamaConfig(
-        vocab_size=97,
-        hidden_size=48,
-        intermediate_size=56,
-        num_hidden_layers=1,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-    )
     directory, results = save_checkpoint(config, tmp_path), []
     for ops in (CUDA, REFERENCE):
         decoder = load(directory, ops=ops, quantize="int8")

@@ -54,17 +54,17 @@ def partition_adapter(deltas: Mapping[str, Delta], layouts: Sequence[LinearLayou
     naming the tensor, for values that are not finite, or not in this dtype.
     """
     layers = {}
-    for layout in layouts:
-        if layer := _cut(layout, deltas, dtype):
-            layers[layout.name] = layer
-    touched = [layout for layout in layouts if layout.name in layers]
+    touched = [layout for layout in layouts if any(part.module in deltas for part in layout.parts)]
+    for layout in touched:
+        layers[layout.name] = _cut(layout, deltas, dtype)
     # A table has the experts' rows, thousands of them, only where it has a use for them.
-    held = [layout for layout in layouts if not layout.of_expert or any(each.of_expert for each in touched)]
+    of_experts = any(layout.of_expert for layout in touched)
+    held = [layout for layout in layouts if of_experts or not layout.of_expert]
     return HostAdapter(in_one_piece(layers, count_indices(held)), max(delta.lora_rank for delta in deltas.values()))
 
 
-def _cut(layout: LinearLayout, deltas: Mapping[str, Delta], dtype: torch.dtype) -> LayerWeights | None:
-    """This rank's part of one layer's delta; None if the adapter does not touch the layer."""
+def _cut(layout: LinearLayout, deltas: Mapping[str, Delta], dtype: torch.dtype) -> LayerWeights:
+    """This rank's part of one layer's delta, of at least one of its parts."""
     shrinks: list[torch.Tensor] = []
     expansions: list[Expansion] = []
     scales: list[torch.Tensor] = []
@@ -84,8 +84,6 @@ def _cut(layout: LinearLayout, deltas: Mapping[str, Delta], dtype: torch.dtype) 
             expansions.append(Expansion(lora_rank, rank_stop, start, stop, b))
             lora_rank = rank_stop
         start = stop
-    if not shrinks:
-        return None
     return LayerWeights(layout.index, torch.cat(shrinks), tuple(expansions), torch.cat(scales) if scales else None)
 
 
