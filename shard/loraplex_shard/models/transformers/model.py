@@ -75,11 +75,16 @@ class TransformersModel:
         table = torch.zeros((1, 1), dtype=torch.int64, device=self._device)
         tokens = torch.full_like(positions, self.vocab_size // 2)
         batch = Batch(tokens, positions, positions, (0, BLOCK_SIZE), (BLOCK_SIZE,), table, ())
-        counted, reversed_ = (self._hidden(batch, at, cache) for at in (positions, positions.flip(0)))
-        own = self._hidden(batch, None, cache)
-        if not torch.equal(own, counted):
+        counted, again, backwards, own = (
+            self._hidden(batch, at, cache).float() for at in (positions, positions, positions.flip(0), None)
+        )
+        noise = 10 * (again - counted).abs().max()  # on a GPU, sums of experts' outputs have no fixed order
+        if (own - counted).abs().max() > noise:
             raise CheckpointError("it counts positions in a way of its own")
-        if torch.equal(reversed_, counted) and not own.allclose(own[:1], rtol=0.05, atol=0.05 * float(own.std())):
+        # Where no position has a say, equal tokens are equal.
+        if (backwards - counted).abs().max() <= noise and not own.allclose(
+            own[:1], rtol=0.05, atol=0.05 * float(own.std())
+        ):
             raise CheckpointError("it makes nothing of the positions that it is given")
 
     @torch.inference_mode()
