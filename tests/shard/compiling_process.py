@@ -69,6 +69,14 @@ def linears(dtype: torch.dtype) -> None:
             CUDA.linear(random(2, tokens, WIDTH, dtype=dtype), packed, weight)
 
 
+def experts(dtype: torch.dtype) -> None:
+    matrices = [CUDA.pack(random(expert, WIDTH, WIDTH, dtype=dtype)) for expert in range(2)]
+    weight = CUDA.stack(matrices, [None, None])
+    for tokens in TOKENS:
+        routing = CUDA.route(random(0, tokens, 2), 1, normalized=True)
+        CUDA.expert_linear(CUDA.dispatch(random(1, tokens, WIDTH, dtype=dtype), routing), routing, weight)
+
+
 def adapters(dtype: torch.dtype, form: torch.dtype) -> None:
     parts = (LinearPart("p", WIDTH, (slice(0, WIDTH),)),)
     layout = LinearLayout("fused", 0, parts, WIDTH, slice(0, WIDTH))
@@ -94,6 +102,7 @@ if __name__ == "__main__":
     for capability in map(int, sys.argv[1:]):
         driver.set_active(AbsentGpu(capability))
         linears(half)
+        experts(half)
         adapters(half, half)
         adapters(half, torch.int8)
         attend(half, torch.int8, Heads(query=9, kv=3, dim=128, window=100), norm=True)

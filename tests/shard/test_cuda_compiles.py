@@ -19,6 +19,7 @@ KERNELS = {
     "_attention",
     "_combine",
     "_expand",
+    "_expert_linear",
     "_linear",
     "_rotate_and_write",
     "_round",

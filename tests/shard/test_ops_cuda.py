@@ -244,6 +244,23 @@ def test_lora_deltas_of_mixed_ranks(
     assert_close(actual, expected.to(dtype), factor=4)
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(("tokens", "experts", "n", "k"), [(1, 5, 70, 33), (9, 3, 64, 128), (70, 2, 30, 90)])
+def test_a_linear_layer_of_each_expert(
+    tokens: int, experts: int, n: int, k: int, biased: bool, dtype: torch.dtype
+) -> None:
+    routing = REFERENCE.route(random(0, tokens, experts), 2, normalized=True)
+    matrices = [random(expert, n, k, dtype=dtype) for expert in range(experts)]
+    biases = [random(9 + expert, n, dtype=dtype) if biased else None for expert in range(experts)]
+    x = CUDA.dispatch(random(7, tokens, k, dtype=dtype), routing)
+    results = []
+    for ops in (CUDA, REFERENCE):
+        weight = ops.stack([ops.pack(matrix) for matrix in matrices], biases)
+        results.append(ops.expert_linear(x, routing, weight))
+    assert_close(*results, factor=4)
+
+
 SIZES: dict[str, Any] = {
     "vocab_size": 97,
     "hidden_size": 48,

@@ -3,16 +3,18 @@
 Tensors are float32, bfloat16 or float16 and contiguous. The calling thread's current device must be theirs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from loraplex_shard.device.parallel import Group
-from loraplex_shard.ops.base import Activation, HeadNorms, Norm, Rotary, Segments
+from loraplex_shard.ops.base import Activation, HeadNorms, Norm, Rotary, Routing, Segments
 from loraplex_shard.ops.cuda import elementwise, quantized
 from loraplex_shard.ops.cuda.attention import attention
+from loraplex_shard.ops.cuda.experts import FloatExperts
 from loraplex_shard.ops.cuda.lora import LoraTiles, add_lora_delta
 from loraplex_shard.ops.cuda.quantized import IntegerWeight
 from loraplex_shard.ops.cuda.rotary import rotate_and_write
@@ -84,6 +86,15 @@ class CudaOperations(ExpertOperations):
         if any(layout.name in run.adapter.layers for run in runs):
             tiles = segments.lora if isinstance(segments, CudaStep) else LoraTiles.of(runs, self._device)
             add_lora_delta(out, x, tiles, layout)
+
+    def stack(self, weights: Sequence[CudaWeight], biases: Sequence[torch.Tensor | None]) -> Any:
+        floats = [weight.matrix for weight in weights if isinstance(weight, FloatWeight)]
+        return FloatExperts(floats, biases) if len(floats) == len(weights) else super().stack(weights, biases)
+
+    def expert_linear(self, x: torch.Tensor, routing: Routing, weight: Any) -> torch.Tensor:
+        return (
+            weight.linear(x, routing) if isinstance(weight, FloatExperts) else super().expert_linear(x, routing, weight)
+        )
 
     def all_reduce_(self, tensor: torch.Tensor, group: Group) -> None:
         group.all_reduce_(tensor)
