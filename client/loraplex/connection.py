@@ -62,7 +62,7 @@ def _explained(error: LoraplexError, server: str) -> LoraplexError:
     """In other words than gRPC's, where it was gRPC itself that failed."""
     message = error.message
     if isinstance(error, DeadlineError) and message == "Deadline Exceeded":
-        return DeadlineError("the timeout passed before the server had answered")
+        return DeadlineError("the server did not answer within the timeout")
     if isinstance(error, UnavailableError):
         if message.startswith(("failed to connect", "errors resolving")):
             return UnavailableError(_why_not_connected(message, server))
@@ -75,8 +75,8 @@ def _why_not_connected(message: str, server: str) -> str:
     if "http1.x server" in message or "parsing HTTP/2" in message:
         return f"{server} answers HTTP, not gRPC: give the address of the server's gRPC port, such as localhost:50051"
     if message.startswith("errors resolving"):
-        return f"{server} is not an address that is known here: write HOST:PORT"
+        return f"{server} cannot be resolved: write HOST:PORT"
     if "Connection refused" in message:
-        port = "" if ":" in server else " (port 443, since it names none)"
+        port = "" if ":" in server else " (port 443, the default)"
         return f"no server answers at {server}{port}"
     return f"no server answers at {server}: {message.rpartition('last error: ')[2]}"

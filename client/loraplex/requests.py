@@ -28,7 +28,7 @@ def generate_request(prompt: Prompt, **options: Unpack[GenerateOptions]) -> pb.G
     for part in parts:
         _fill(part, **{name: given.pop(name) for name in part.DESCRIPTOR.fields_by_name if name in given})
     if given:
-        raise TypeError(f"there is no option {', '.join(given)}")
+        raise TypeError(f"unknown option: {', '.join(given)}")
     if grammar is not None:
         request.grammar.CopyFrom(_grammar(grammar))
     _with_adapter(request, adapter)

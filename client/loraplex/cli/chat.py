@@ -10,11 +10,11 @@ from loraplex.cli.output import Answer
 from loraplex.cli.sampling import Adapter, MaxNewTokens, Seed, System, Temperature, TopP
 from loraplex.types import Message
 
-COMMANDS = """/adapter NAME  answer with it from now on; without NAME, with the base model
-/system TEXT   begin again with this system message, or the model's own
+COMMANDS = """/adapter NAME  use this adapter from now on; without NAME, the base model
+/system TEXT   start over with this system message, or the model's own
 /reset         forget the conversation
-/quit          end, as Ctrl-D does
-//TEXT         say /TEXT
+/quit          quit (also Ctrl-D)
+//TEXT         send /TEXT
 Ctrl-C stops an answer."""
 
 
@@ -28,7 +28,7 @@ def chat(
     server: Server = DEFAULT_SERVER,
     api_key: ApiKey = None,
 ) -> None:
-    """Talk with the model. /help shows what can be said to the chat itself."""
+    """Talk to the model. /help lists the chat's commands."""
     options = GenerateOptions(
         adapter=adapter, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
     )
@@ -46,7 +46,7 @@ class _Conversation:
         self._begin(system)
 
     def run(self) -> None:
-        """Reads lines until the end. A request that fails is forgotten, the conversation goes on."""
+        """Reads lines until the end. A failed request is dropped, and the conversation continues."""
         with suppress(ImportError):  # absent on Windows
             import readline  # noqa: F401  gives input() line editing and a history
 
@@ -74,7 +74,7 @@ class _Conversation:
             case "/reset":
                 self._messages = list(self._opening)
             case _:
-                typer.echo(f"There is no {command}; /help shows what there is.", err=True)
+                typer.echo(f"Unknown command {command}; /help lists the commands.", err=True)
 
     def _say(self, text: str) -> None:
         self._messages.append({"role": "user", "content": text})
@@ -85,7 +85,7 @@ class _Conversation:
             show_error(error)
 
     def _answer(self) -> str:
-        """Shows the answer as it comes. Ctrl-C ends it: what was shown by then is the answer."""
+        """Shows the answer as it arrives. Ctrl-C ends it: the answer is the text shown so far."""
         answer = Answer()
         with closing(self._client.stream(self._messages, **self._options)) as stream, suppress(KeyboardInterrupt):
             answer.show(stream)

@@ -1,4 +1,4 @@
-"""How the client's commands reach a server, and what they say if that fails."""
+"""How the client's commands reach a server, and their error messages."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,15 +14,15 @@ Server = Annotated[
 ]
 ApiKey = Annotated[
     str | None,
-    typer.Option("--api-key", envvar="LORAPLEX_API_KEY", help="For a server that takes API keys."),
+    typer.Option("--api-key", envvar="LORAPLEX_API_KEY", help="For a server with API keys."),
 ]
-Json = Annotated[bool, typer.Option("--json", help="For programs: everything, as JSON.")]
+Json = Annotated[bool, typer.Option("--json", help="Print everything as JSON, for programs.")]
 DEFAULT_SERVER = "localhost:50051"
 
 
 @contextmanager
 def connected(server: str, api_key: str | None) -> Iterator[Client]:
-    """A client of the server; an error that it raises becomes one line on stderr and exit code 1."""
+    """A client of the server. Its errors become one line on stderr and exit code 1."""
     try:
         client = Client(server, api_key=api_key)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Command-line flags from a settings class: one flag and one LORAPLEX_* variable per field, of the field's name."""
+"""Command-line flags from a settings class: one flag and one LORAPLEX_* variable per field, with the field's name."""
 
 import inspect
 from typing import Annotated, Any, TypeVar, get_origin
@@ -15,7 +15,7 @@ Settings = TypeVar("Settings", bound=BaseModel)
 
 
 def parse(kind: type[Settings], arguments: list[str], command: str, text: str, positional: str = "") -> Settings:
-    """The settings that the arguments and the environment give; flags come first.
+    """The settings from the arguments and the environment; flags take precedence.
 
     `positional` names the field that is given without a flag, `text` is the command's help. Raises typer's usage
     errors, and typer.Exit after --help.
@@ -59,7 +59,7 @@ def _parameter(name: str, field: FieldInfo, positional: bool) -> inspect.Paramet
 
 
 def _describe(error: ValidationError, kind: type[BaseModel]) -> str:
-    """Each wrong setting on a line of its own, by its flag."""
+    """Each invalid setting on its own line, by its flag."""
     lines = []
     for detail in error.errors():
         message = detail["msg"].removeprefix("Value error, ")

@@ -1,4 +1,5 @@
-"""The help of a command whose flags come from a settings class: by subject, whole names, wrapped to any width."""
+"""The help of a command whose flags come from a settings class: grouped by subject, with full names, wrapped to any
+width."""
 
 import fnmatch
 import textwrap
@@ -10,8 +11,8 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-WIDEST = 100  # a line that is longer is hard to read
-SUBJECTS = {  # with patterns of a shell
+WIDEST = 100  # longer lines are hard to read
+SUBJECTS = {  # with shell patterns
     "Model": (
         *("model", "revision", "served_model_name", "generation_config"),
         *("device", "dtype", "quantize", "tp", "rank", "rendezvous"),
@@ -32,12 +33,12 @@ OTHERS = "Other"
 
 
 def describe(kind: type[BaseModel], command: str, text: str, positional: str, columns: int) -> str:
-    """The whole help. `positional` names the field that is given without a flag."""
+    """The complete help. `positional` names the field that is given without a flag."""
     columns = min(columns, WIDEST)
     argument = f" [{positional.upper()}]" if positional else ""
     paragraphs = (" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
     lines = [f"Usage: loraplex {command}{argument} [OPTIONS]"]
-    for paragraph in (*paragraphs, "Each setting is also a variable: LORAPLEX_HTTP_PORT for --http-port."):
+    for paragraph in (*paragraphs, "Each setting is also an environment variable: LORAPLEX_HTTP_PORT for --http-port."):
         lines += ["", *textwrap.wrap(paragraph, columns, break_long_words=False)]
     for subject, names in _by_subject(kind):
         lines += ["", f"{subject}:"]
@@ -71,7 +72,7 @@ def _setting(name: str, field: FieldInfo, positional: bool, columns: int) -> lis
 
 
 def _value(annotation: Any) -> str:
-    """What a flag is followed by; a switch by nothing."""
+    """A flag's value in the help; empty for a switch."""
     if get_origin(annotation) is UnionType:
         (annotation,) = (part for part in get_args(annotation) if part is not type(None))
     if get_origin(annotation) is Literal:

@@ -15,7 +15,7 @@ from loraplex.types import Message, Prompt
 def generate(
     prompt: Annotated[
         str,
-        typer.Argument(metavar="PROMPT", help="What to ask; with --raw, the text to continue. -: read from stdin."),
+        typer.Argument(metavar="PROMPT", help="The prompt; with --raw, the text to continue. -: read from stdin."),
     ],
     adapter: Adapter = None,
     max_new_tokens: MaxNewTokens = 256,
@@ -37,7 +37,7 @@ def generate(
     A model that has a chat template gets PROMPT as a user's message.
     """
     if raw and system is not None:
-        raise typer.BadParameter("--raw leaves no place for a system message", param_hint="--system")
+        raise typer.BadParameter("cannot be combined with --raw", param_hint="--system")
     grammar = read_grammar(json_schema, regex, choice, lark)
     if prompt == "-":
         prompt = read_text(typer.get_text_stream("stdin", encoding="utf-8"), "PROMPT").removesuffix("\n")  # echo's

@@ -23,7 +23,7 @@ LarkFile = Annotated[
 def read_grammar(
     json_schema: TextIO | None, regex: str | None, choice: list[str] | None, lark: TextIO | None
 ) -> Grammar | None:
-    """None if any answer will do. Raises typer.BadParameter if more than one of them is given, or a file is no text."""
+    """None if any answer will do. Raises typer.BadParameter if more than one is given, or a file is not UTF-8 text."""
     found = list[Grammar]()
     if json_schema:
         found.append(JsonSchema(read_text(json_schema, "--json-schema")))
@@ -34,7 +34,7 @@ def read_grammar(
     if lark:
         found.append(Lark(read_text(lark, "--lark")))
     if len(found) > 1:
-        raise typer.BadParameter("give one of --json-schema, --regex, --choice and --lark")
+        raise typer.BadParameter("give only one of --json-schema, --regex, --choice and --lark")
     return found[0] if found else None
 
 
@@ -43,4 +43,4 @@ def read_text(file: TextIO, flag: str) -> str:
     try:
         return file.read()
     except UnicodeDecodeError as error:
-        raise typer.BadParameter("this is not UTF-8 text", param_hint=flag) from error
+        raise typer.BadParameter("not UTF-8 text", param_hint=flag) from error

@@ -1,4 +1,4 @@
-"""Flags of other servers, and what they are here: for those who come from vLLM, SGLang, TGI, LoRAX or llama.cpp."""
+"""Flags of vLLM, SGLang, TGI, LoRAX and llama.cpp, and their equivalents here."""
 
 from collections.abc import Iterable
 
@@ -24,9 +24,9 @@ HABITS = {
     "--ctx-size": "--max-model-len",
     "--kv-cache-dtype": "--kv-dtype",
     "--quantization": "--quantize",
-    "--enable-lora": "always so: leave it out",
-    "--enable-prefix-caching": "always so: leave it out",
-    "--enable-chunked-prefill": "always so: leave it out",
+    "--enable-lora": "always on: leave it out",
+    "--enable-prefix-caching": "always on: leave it out",
+    "--enable-chunked-prefill": "always on: leave it out",
     "--lora-modules": "--adapters DIRECTORY, with a folder for each",
     "--lora-paths": "--adapters DIRECTORY, with a folder for each",
     "--lora": "--adapters DIRECTORY, with a folder for each",
@@ -38,9 +38,9 @@ HABITS = {
     "--adapter-memory-fraction": "--adapter-host-gib",
     "--gpu-memory-utilization": "--kv-blocks",
     "--mem-fraction-static": "--kv-blocks",
-    "--api-key": "--api-keys FILE, which has hashes of several",
-    "--trust-remote-code": "not there: code of a model is never run",
-    "--chat-template": "not there: put chat_template.jinja into the model's directory",
+    "--api-key": "--api-keys FILE, which holds hashes of keys",
+    "--trust-remote-code": "not supported: a model's code is never run",
+    "--chat-template": "not supported: put chat_template.jinja into the model's directory",
     "--download-dir": "the variable HF_HOME",
     "--cors-allow-origin": "--cors-origins",
     "--allowed-origins": "--cors-origins",
@@ -49,7 +49,7 @@ HABITS = {
 
 
 def translated(arguments: Iterable[str], flags: Iterable[str]) -> str | None:
-    """What to say of the first argument that is another server's flag and none of these; None if there is none."""
+    """The hint for the first argument that is another server's flag and not one of `flags`; None if there is none."""
     own = set(flags)
     for argument in arguments:
         name = argument.partition("=")[0]

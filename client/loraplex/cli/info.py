@@ -9,7 +9,7 @@ from loraplex.cli.output import as_json
 
 
 def info(json: Json = False, server: Server = DEFAULT_SERVER, api_key: ApiKey = None) -> None:
-    """Show the model that the server runs, and how."""
+    """Show the server's model and its limits."""
     with connected(server, api_key) as client:
         model = asdict(client.info())
     if json:

@@ -1,4 +1,4 @@
-"""What `loraplex serve` tells a user once it serves."""
+"""What `loraplex serve` prints once it is ready."""
 
 import json
 import shlex
@@ -11,7 +11,7 @@ from rich.markup import escape
 
 SHOWN = 3  # adapters
 
-STATEMENT = "Last year Angela Jones left Microsoft and bought a house in Spain."  # what the examples' adapters are for
+STATEMENT = "Last year Angela Jones left Microsoft and bought a house in Spain."  # suits the examples' adapters
 QUESTION = "What is the capital of France?"
 BEGINNING = "The capital of France is"  # for a model without a chat template
 
@@ -19,11 +19,11 @@ BEGINNING = "The capital of France is"  # for a model without a chat template
 def introduction(model: str, server: str, http: str, adapters: Sequence[str], chats: bool = True) -> str:
     """The addresses, and a request to try for each way to call the server, as rich markup.
 
-    server: gRPC's HOST:PORT; http: a URL; adapters: those that can be asked for; chats: whether the model has a chat
+    server: gRPC's HOST:PORT; http: a URL; adapters: the available ones; chats: whether the model has a chat
     template.
     """
     adapter = adapters[0] if adapters else None
-    # A name may hold quotes and blanks, so it is quoted as each language does it, and as the shell does it around that.
+    # A name may contain quotes and spaces, so it is quoted for each language, and the result for the shell.
     flag = f" --adapter {shlex.quote(adapter)}" if adapter else ""
     argument = f", adapter={json.dumps(adapter)}" if adapter else ""
     bin = _bin_folder()
@@ -69,7 +69,7 @@ def _quoted(body: dict[str, object]) -> str:
 
 
 def _bin_folder() -> str:
-    """What goes before a command's name, so that it runs where the user is: nothing if it is on the PATH."""
+    """The prefix for a command to run it from the user's directory: empty if it is on the PATH."""
     folder = Path(sys.executable).parent
     if shutil.which("loraplex") == str(folder / "loraplex"):
         return ""

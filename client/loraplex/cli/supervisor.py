@@ -25,7 +25,7 @@ class ServeSettings(EdgeSettings, ModelSettings):
         0,
         ge=0,
         le=65535,
-        description="Port of rank 0's GET /metrics, at 127.0.0.1; the next ranks have the ports that follow. 0: "
+        description="Port of rank 0's GET /metrics, on 127.0.0.1; further ranks use the ports after it. 0: "
         "none, except the router's at --http-port.",
     )
 

@@ -23,10 +23,10 @@ MOST_ADAPTERS = 20  # rows
 
 Urls = Annotated[
     list[str] | None,
-    typer.Option("--url", metavar="URL", help="The HTTP address of a router; of several, the sum is shown."),
+    typer.Option("--url", metavar="URL", help="A router's HTTP address; repeat it to show the sum of several."),
 ]
-Interval = Annotated[float, typer.Option(min=0.1, help="Seconds between two looks; rates are over them.")]
-Once = Annotated[bool, typer.Option("--once", help="Print one frame and end.")]
+Interval = Annotated[float, typer.Option(min=0.1, help="Seconds between two samples, over which rates are computed.")]
+Once = Annotated[bool, typer.Option("--once", help="Print one frame and exit.")]
 
 
 def top(url: Urls = None, interval: Interval = 2.0, once: Once = False) -> None:
@@ -50,7 +50,7 @@ def top(url: Urls = None, interval: Interval = 2.0, once: Once = False) -> None:
 def _watch(urls: Sequence[str], interval: float, once: bool) -> None:
     console = Console(width=width())
     ascii_only = console.options.ascii_only
-    if once or not console.is_terminal or console.is_dumb_terminal:  # frames follow each other
+    if once or not console.is_terminal or console.is_dumb_terminal:  # frames are printed one after another
         for change in islice(_changes(urls, interval), 1 if once else None):
             typer.echo(frame(change, width(), ascii_only))
     else:
@@ -79,7 +79,7 @@ def _scrape(urls: Sequence[str]) -> Samples:
 
 
 def frame(change: Change, columns: int, ascii_only: bool = False) -> str:
-    """What is shown of the time between two scrapes, in that many columns."""
+    """The display for the time between two scrapes, with this many columns."""
     parts = _summary(change, columns), _replicas(change, columns, ascii_only), _adapters(change, columns)
     return "\n\n".join("\n".join(lines) for lines in parts if lines)
 
