@@ -1,4 +1,4 @@
-"""The client for asyncio; it differs from `loraplex.client` in nothing but the calls."""
+"""The client for asyncio: `loraplex.client` with awaitable calls."""
 
 from collections.abc import AsyncGenerator, Sequence
 from types import TracebackType
@@ -27,7 +27,7 @@ from loraplex_protos.generation_pb2_grpc import GenerationServiceStub
 
 
 class AsyncClient:
-    """`Client` for asyncio: the same methods, to be awaited.
+    """`Client` for asyncio: the same methods, but awaitable.
 
         async with AsyncClient("localhost:50051") as client:
             print((await client.generate("The capital of France is", max_new_tokens=8)).text)
@@ -44,8 +44,8 @@ class AsyncClient:
         api_key: str | None = None,
         credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
-        """`server` is host:port; `api_key` is for a server that takes keys; `credentials`
-        (`grpc.ssl_channel_credentials()`, for example) turn TLS on. Raises ValueError if `server` is a URL."""
+        """`server` is host:port; `api_key` is for a server with keys; `credentials` (`grpc.ssl_channel_credentials()`,
+        for example) turn TLS on. Raises ValueError if `server` is a URL."""
         self._server = check_address(server)
         self._metadata = key_metadata(api_key)
         if credentials is None:
@@ -55,7 +55,7 @@ class AsyncClient:
         self._stub = GenerationServiceStub(self._channel)
 
     async def close(self) -> None:
-        """Ends the connection, and with it the calls that are under way."""
+        """Closes the connection, which ends the calls in progress."""
         await self._channel.close()
 
     async def __aenter__(self) -> Self:
@@ -77,7 +77,7 @@ class AsyncClient:
     def stream(
         self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
     ) -> AsyncGenerator[StreamPiece, None]:
-        """See `Client.stream`; what is `close()` there is `aclose()` here."""
+        """See `Client.stream`; use `aclose()` instead of `close()`."""
         return self._pieces(requests.generate_request(prompt, **options), timeout)
 
     async def _pieces(self, request: pb.GenerateRequest, timeout: float | None) -> AsyncGenerator[StreamPiece, None]:

@@ -34,8 +34,8 @@ class Client:
                 print(piece.text, end="")
 
     All calls take `timeout`, in seconds, and raise `LoraplexError`s: `UnavailableError` if no server answers,
-    `DeadlineError` after the timeout, `InvalidRequestError` for a request that cannot be served. A server that is
-    unavailable is tried a few times, where it has not begun to answer and the call changes nothing.
+    `DeadlineError` after the timeout, `InvalidRequestError` for an invalid request. If the server is unavailable, calls
+    that change nothing are retried a few times, unless the answer has begun.
     """
 
     def __init__(
@@ -45,8 +45,8 @@ class Client:
         api_key: str | None = None,
         credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
-        """`server` is host:port; `api_key` is for a server that takes keys; `credentials`
-        (`grpc.ssl_channel_credentials()`, for example) turn TLS on. Raises ValueError if `server` is a URL."""
+        """`server` is host:port; `api_key` is for a server with keys; `credentials` (`grpc.ssl_channel_credentials()`,
+        for example) turn TLS on. Raises ValueError if `server` is a URL."""
         self._server = check_address(server)
         self._metadata = key_metadata(api_key)
         if credentials is None:
@@ -56,7 +56,7 @@ class Client:
         self._stub = GenerationServiceStub(self._channel)
 
     def close(self) -> None:
-        """Ends the connection, and with it the calls that are under way."""
+        """Closes the connection, which ends the calls in progress."""
         self._channel.close()
 
     def __enter__(self) -> Self:
@@ -70,7 +70,7 @@ class Client:
     def generate(
         self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
     ) -> Generation:
-        """Answers once all sequences are finished. The options are those of `GenerateOptions`."""
+        """Returns once all sequences are finished. For the options see `GenerateOptions`."""
         request = requests.generate_request(prompt, **options)
         with typed_errors(self._server):
             return responses.generation(self._stub.Generate(request, timeout=timeout, metadata=self._metadata))
@@ -78,9 +78,9 @@ class Client:
     def stream(
         self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
     ) -> Generator[StreamPiece, None, None]:
-        """Yields the text as it is generated. The options are those of `GenerateOptions`.
+        """Yields the text as it is generated. For the options see `GenerateOptions`.
 
-        The request is sent when the first piece is asked for. Leaving the loop, or `close()`, cancels it.
+        The request is sent when the first piece is requested. Leaving the loop, or `close()`, cancels it.
         """
         return self._pieces(requests.generate_request(prompt, **options), timeout)
 
@@ -108,7 +108,7 @@ class Client:
         adapter: str | AdapterReference | MergedAdapters | None = None,
         timeout: float | None = None,
     ) -> tuple[Embedding, ...]:
-        """One embedding for each of at most 1024 inputs: texts, token ids or conversations."""
+        """One embedding per input: texts, token ids or conversations, at most 1024."""
         request = requests.embed_request(inputs, adapter)
         with typed_errors(self._server):
             return responses.embeddings(self._stub.Embed(request, timeout=timeout, metadata=self._metadata))
@@ -122,14 +122,14 @@ class Client:
     ) -> tuple[TokenSpan, ...]:
         """The tokens of a text, or of a conversation as `generate` would render it.
 
-        `skip_special_tokens` leaves out those that the tokenizer adds to a text.
+        `skip_special_tokens` omits those that the tokenizer adds to a text.
         """
         with typed_errors(self._server):
             request = requests.tokenize_request(prompt, skip_special_tokens)
             return responses.token_spans(self._stub.Tokenize(request, timeout=timeout, metadata=self._metadata))
 
     def adapters(self, *, timeout: float | None = None) -> tuple[Adapter, ...]:
-        """The adapters that are loaded, and those that lie in the server's adapter directory."""
+        """The loaded adapters, and those in the server's adapter directory."""
         with typed_errors(self._server):
             response = self._stub.ListAdapters(pb.ListAdaptersRequest(), timeout=timeout, metadata=self._metadata)
             return tuple(responses.adapter(status) for status in response.adapters)
@@ -139,9 +139,8 @@ class Client:
     ) -> Adapter:
         """Fetches and checks an adapter before its first request needs it. For the arguments see `AdapterReference`.
 
-        Naming an adapter that was loaded before reads its source again: if the content changed, requests from then
-        on use the new content. Raises AdapterNotFoundError, AdapterForbiddenError, AdapterInvalidError or
-        AdapterSourceError.
+        Loading an adapter again rereads its source: if the content changed, later requests use the new content. Raises
+        AdapterNotFoundError, AdapterForbiddenError, AdapterInvalidError or AdapterSourceError.
         """
         reference = requests.adapter_reference(AdapterReference(id, source, revision, token))
         with typed_errors(self._server):
@@ -160,11 +159,11 @@ class Client:
         wait: bool = False,
         timeout: float | None = None,
     ) -> None:
-        """Frees what an adapter holds on the device and in host memory. Give its id, or its digest, which is the only
-        name of merged adapters.
+        """Frees an adapter's memory on the device and on the host. Give its id or its digest; merged adapters only have
+        a digest.
 
-        With `wait`, the sequences that wait for it or run with it end first; otherwise they are a reason to raise
-        AdapterInUseError.
+        With `wait`, waits until the sequences that need it have ended; otherwise raises AdapterInUseError if there are
+        any.
         """
         request = pb.UnloadAdapterRequest(wait=wait)
         requests.name_adapter(request, AdapterReference(id, source, revision), digest)
@@ -181,10 +180,10 @@ class Client:
         digest: str = "",
         timeout: float | None = None,
     ) -> Adapter:
-        """Brings an adapter to the device of one replica, where it stays until it is unpinned or unloaded.
-        Returns once it is there. A pin by `digest` takes one that is loaded, and is lost with its replica.
+        """Loads an adapter onto one replica's device, where it stays until it is unpinned or unloaded. Returns once it
+        is there. A pin by `digest` needs a loaded adapter, and is lost with its replica.
 
-        Raises AdapterPinsError if only one slot would be left for other adapters, and what `load_adapter` raises.
+        Raises AdapterPinsError if no slot would be left for other adapters, and the errors of `load_adapter`.
         """
         reference = AdapterReference(id, source, revision, token)
         request = requests.name_adapter(pb.PinAdapterRequest(), reference, digest)
@@ -201,14 +200,14 @@ class Client:
         digest: str = "",
         timeout: float | None = None,
     ) -> Adapter:
-        """Lets an adapter leave the device again when others need its slot."""
+        """Lets an adapter leave the device when others need its slot."""
         request = requests.name_adapter(pb.UnpinAdapterRequest(), AdapterReference(id, source, revision), digest)
         with typed_errors(self._server):
             response = self._stub.UnpinAdapter(request, timeout=timeout, metadata=self._metadata)
             return responses.adapter(response.adapter)
 
     def info(self, *, timeout: float | None = None) -> ModelInfo:
-        """The model that the server runs, and how."""
+        """The server's model and its limits."""
         with typed_errors(self._server):
             return responses.model_info(
                 self._stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=timeout, metadata=self._metadata)

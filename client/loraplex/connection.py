@@ -1,4 +1,4 @@
-"""What both clients do around a call: retries, as the channel's options, and typed errors."""
+"""Shared by both clients: retries, set in the channel's options, and typed errors."""
 
 import json
 from collections.abc import Iterator
@@ -10,11 +10,11 @@ from loraplex_protos.errors import DeadlineError, LoraplexError, UnavailableErro
 
 _SERVICE = "loraplex.v1.GenerationService"
 
-# Calls that leave nothing behind on the server.
+# Calls that change nothing on the server.
 _REPEATABLE = ("Generate", "GenerateStream", "Embed", "Tokenize", "ListAdapters", "GetModelInfo")
 
-# gRPC tries again on its own, within the call's deadline, as long as the server has answered nothing: neither
-# initial metadata nor a message (gRFC A6). The backoff doubles, with a jitter of a fifth.
+# gRPC retries by itself, within the call's deadline, until the server has sent anything: initial metadata or a message
+# (gRFC A6). The backoff doubles, with a jitter of a fifth.
 _RETRY = {
     "maxAttempts": 4,
     "initialBackoff": "0.2s",
@@ -31,18 +31,18 @@ _SERVICE_CONFIG = {
 
 CHANNEL_OPTIONS: tuple[tuple[str, str | int], ...] = (
     ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
-    # An answer is as large as what was asked for: with alternatives for every token it can pass gRPC's 4 MiB.
+    # Answers with alternatives for every token can exceed gRPC's default of 4 MiB.
     ("grpc.max_receive_message_length", -1),
 )
 
 
 def key_metadata(api_key: str | None) -> tuple[tuple[str, str], ...]:
-    """What tells the server the API key."""
+    """The metadata with the API key."""
     return (("authorization", f"Bearer {api_key}"),) if api_key else ()
 
 
 def check_address(server: str) -> str:
-    """Raises ValueError for what is not the address of a gRPC port."""
+    """Raises ValueError if this is not the address of a gRPC port."""
     if not server or server.startswith(("http://", "https://")):
         raise ValueError(f"{server!r} is not HOST:PORT, the address of a server's gRPC port, such as localhost:50051")
     return server
@@ -50,7 +50,7 @@ def check_address(server: str) -> str:
 
 @contextmanager
 def typed_errors(server: str) -> Iterator[None]:
-    """Turns what a gRPC call to `server` raises into the LoraplexError that was meant by it."""
+    """Converts the errors of a gRPC call to `server` into LoraplexErrors."""
     try:
         yield
     except grpc.RpcError as error:
@@ -59,7 +59,7 @@ def typed_errors(server: str) -> Iterator[None]:
 
 
 def _explained(error: LoraplexError, server: str) -> LoraplexError:
-    """In other words than gRPC's, where it was gRPC itself that failed."""
+    """Replaces gRPC's own error messages by clearer ones."""
     message = error.message
     if isinstance(error, DeadlineError) and message == "Deadline Exceeded":
         return DeadlineError("the server did not answer within the timeout")

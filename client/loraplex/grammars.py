@@ -1,4 +1,4 @@
-"""What an answer can be made to match. A grammar that the server cannot compile is an `InvalidRequestError`."""
+"""Grammars that an answer must match. A grammar that the server cannot compile is an `InvalidRequestError`."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ class JsonSchema:
     """A document that is valid against the schema."""
 
     schema: str | Mapping[str, object]
-    """As JSON text, or as what `json.loads` makes of it."""
+    """JSON text, or the parsed value."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,7 @@ class JsonObject:
 
 @dataclass(frozen=True, slots=True)
 class Regex:
-    """A match of the whole expression, which is in the syntax of Rust's regex library: without look-around or
+    """A match of the whole expression, in the syntax of Rust's regex library: without look-around or
     back-references."""
 
     pattern: str
@@ -47,7 +47,7 @@ Grammar: TypeAlias = JsonSchema | JsonObject | Regex | Choice | Lark
 
 
 def to_proto(grammar: Grammar) -> pb.Grammar:
-    """Raises TypeError or ValueError if it holds what has no place in the message."""
+    """Raises TypeError or ValueError if a value does not fit the message."""
     match grammar:
         case JsonSchema(schema):
             return pb.Grammar(json_schema=schema if isinstance(schema, str) else json.dumps(schema, ensure_ascii=False))

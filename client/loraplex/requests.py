@@ -1,4 +1,4 @@
-"""Protobuf requests from what callers give. Knows the fields' names and types; what they mean, the server checks."""
+"""Protobuf requests from callers' values. Checks only the fields' names and types; the server checks the rest."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar, Unpack, cast
@@ -17,7 +17,7 @@ A = TypeVar("A", pb.UnloadAdapterRequest, pb.PinAdapterRequest, pb.UnpinAdapterR
 
 
 def generate_request(prompt: Prompt, **options: Unpack[GenerateOptions]) -> pb.GenerateRequest:
-    """Options are known by the names of the messages' fields. Raises TypeError for one that there is not."""
+    """Options have the names of the messages' fields. Raises TypeError for an unknown option."""
     given: dict[str, Any] = dict(options)
     adapter, grammar = given.pop("adapter", None), given.pop("grammar", None)
     if isinstance(stop := given.get("stop"), str):
@@ -69,9 +69,9 @@ def _with_prompt(request: R, prompt: Prompt) -> R:
 
 
 def name_adapter(request: A, reference: AdapterReference, digest: str) -> A:
-    """With the reference or, if one is given, the digest. Raises InvalidRequestError for both, or neither."""
+    """Sets the reference or the digest. Raises InvalidRequestError if both or neither are given."""
     if bool(reference.id) == bool(digest):
-        raise InvalidRequestError(FieldViolation("digest", "give an id or a digest"))
+        raise InvalidRequestError(FieldViolation("digest", "give either an id or a digest"))
     return _fill(request, digest=digest) if digest else _fill(request, adapter=adapter_reference(reference))
 
 
@@ -112,7 +112,8 @@ def _chat(messages: Sequence[Message]) -> pb.Chat:
 
 
 def _fill(proto: P, /, **values: object) -> P:
-    """Sets the fields whose value is not None. One that does not fit is an InvalidRequestError that names it."""
+    """Sets the fields whose value is not None. Raises InvalidRequestError, naming the field, for a value that does not
+    fit."""
     for name, value in values.items():
         if value is not None:
             try:

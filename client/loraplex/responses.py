@@ -1,4 +1,4 @@
-"""What callers get, from protobuf responses."""
+"""Converts protobuf responses to the SDK's types."""
 
 from collections.abc import Iterable
 from dataclasses import fields
@@ -41,7 +41,7 @@ _STATES = _by_number(AdapterState, pb.AdapterState.DESCRIPTOR, "ADAPTER_STATE_")
 
 
 def _read(kind: type[T], message: Proto, **others: object) -> T:
-    """A dataclass from a message with fields of the same names, but for `others`."""
+    """A dataclass from a message with fields of the same names, except `others`."""
     names = [field.name for field in fields(cast(Any, kind)) if field.name not in others]
     return kind(**{name: getattr(message, name) for name in names}, **others)
 

@@ -1,4 +1,4 @@
-"""What callers give and get. Plain data: knows nothing of gRPC or protobuf."""
+"""The SDK's types. Plain data, independent of gRPC and protobuf."""
 
 import builtins
 from collections.abc import Mapping, Sequence
@@ -9,12 +9,12 @@ from typing import TypeAlias, TypedDict
 from loraplex.grammars import Grammar
 
 Message: TypeAlias = Mapping[str, str]
-"""One message of a conversation: {"role": "user", "content": "Hi"}. The roles are those that the model's template
-knows, for example "system", "user" and "assistant"."""
+"""One message of a conversation: {"role": "user", "content": "Hi"}. The model's template determines the roles, such as
+"system", "user" and "assistant"."""
 
 Prompt: TypeAlias = str | Sequence[int] | Sequence[Message]
-"""A text (tokenized with the special tokens that the tokenizer adds), token ids (taken as they are), or a
-conversation (rendered with the model's own chat template)."""
+"""A text (tokenized with the tokenizer's special tokens), token ids (used as they are), or a conversation (rendered
+with the model's chat template)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,11 +24,11 @@ class AdapterReference:
     id: str
     """A name in the server's adapter directory (local) or a repository id such as "org/name" (hub)."""
     source: str = ""
-    """One of ModelInfo.adapter_sources, as "local" or "hub". Empty: the first of them that has the id."""
+    """One of ModelInfo.adapter_sources, such as "local" or "hub". Empty: the first source that has the id."""
     revision: str = ""
     """Branch, tag or commit of a hub repository. Empty: the default branch."""
     token: str = field(default="", repr=False)
-    """Passed to the hub for a private repository."""
+    """Sent to the hub, for private repositories."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,34 +38,35 @@ class MergedAdapters:
     adapters: Sequence[str | AdapterReference]
     """At most 16."""
     weights: Sequence[float] = ()
-    """One per adapter, negative ones subtract. Empty: 1 each."""
+    """One per adapter; negative weights subtract. Empty: 1 each."""
     strategy: str = "linear"
     """"linear", "ties", "dare_linear", "dare_ties" or "magnitude_prune"."""
     density: float = 1.0
-    """The fraction of each adapter's values that all strategies but linear keep; above 0 and at most 1."""
+    """The fraction of each adapter's values that strategies other than linear keep; above 0 and at most 1."""
     majority_sign_method: str = "total"
     """How ties and dare_ties elect a value's sign: "total" (by magnitude) or "frequency"."""
 
 
 class GenerateOptions(TypedDict, total=False):
-    """The keyword arguments of `generate` and `stream`. What is left out, or None, is left to the server."""
+    """The keyword arguments of `generate` and `stream`. Options that are absent or None are left to the server."""
 
     adapter: str | AdapterReference | MergedAdapters | None
-    """Its id, or where it comes from, or several to be merged. None: the base model."""
+    """An adapter's id, an AdapterReference, or several adapters to merge. None: the base model."""
     max_new_tokens: int | None
-    """At least 1. None: as many as the model's context has room for."""
+    """At least 1. None: as many as fit the model's context."""
     stop: str | Sequence[str]
-    """Ends at the first of these texts, which is not part of the answer. At most 16, of at most 256 characters."""
+    """The sequence ends at the first of these texts, which is not part of the answer. At most 16, of at most 256
+    characters."""
     stop_token_ids: Sequence[int]
-    """Ends at any of these tokens, beside the model's own end tokens."""
+    """The sequence ends at any of these tokens, in addition to the model's own end tokens."""
     ignore_eos: bool
-    """Goes on over the model's end tokens. With a grammar: it ends where the grammar allows nothing more."""
+    """Continue past the model's end tokens. With a grammar, the answer ends where the grammar allows nothing more."""
     min_new_tokens: int
-    """The least tokens to generate: before, no end token and none of stop_token_ids is chosen, unless a grammar allows
-    nothing else."""
+    """Minimum number of tokens to generate: end tokens and stop_token_ids are not sampled before, unless a grammar
+    allows nothing else."""
     grammar: Grammar | None
     """What the whole answer must match: `JsonSchema`, `JsonObject`, `Regex`, `Choice` or `Lark`. It ends where the
-    grammar does, with `FinishReason.END_TOKEN`; one that is cut by max_new_tokens is the beginning of a match."""
+    grammar does, with `FinishReason.END_TOKEN`. If max_new_tokens ends it earlier, it is a prefix of a match."""
     temperature: float | None
     """0 is greedy. None: 1 if any of top_k, top_p, typical_p, min_p or top_n_sigma is given, else 0."""
     top_k: int | None
@@ -73,33 +74,34 @@ class GenerateOptions(TypedDict, total=False):
     top_p: float | None
     """Keep the most likely tokens whose probabilities add up to p; in (0, 1]."""
     typical_p: float | None
-    """Keep the tokens of typical surprise (arXiv 2202.00666) whose probabilities add up to p; in (0, 1]."""
+    """Keep the most typical tokens (arXiv 2202.00666) whose probabilities add up to p; in (0, 1]."""
     min_p: float | None
     """Drop tokens less likely than min_p times the most likely one; in [0, 1]."""
     top_n_sigma: float | None
     """Keep the tokens whose logits are at most this many standard deviations below the largest one; above 0."""
     repetition_penalty: float | None
-    """Divide positive and multiply negative logits of tokens in prompt and output (arXiv 1909.05858); above 0."""
+    """Divide positive and multiply negative logits of tokens in the prompt or output by this (arXiv 1909.05858); above
+    0."""
     frequency_penalty: float | None
     """Subtract this times a token's count in the output; in [-2, 2]."""
     presence_penalty: float | None
-    """Subtract this from each token that is in the output; in [-2, 2]."""
+    """Subtract this from the logit of each token in the output; in [-2, 2]."""
     seed: int | None
     """The same seed gives the same tokens. None: random."""
     logit_bias: Mapping[int, float] | None
-    """What to add to the logits of tokens, by their ids: from -100, which all but bans a token, to 100."""
+    """Added to tokens' logits, by token id: from -100, which practically bans a token, to 100."""
     cache_salt: str
-    """Known prefixes are reused among requests with the same salt alone. At most 512 characters."""
+    """Cached prefixes are shared only by requests with the same salt. At most 512 characters."""
     n: int
-    """How many sequences to generate from the prompt. With a seed, sequence i uses seed + i."""
+    """Number of sequences to generate from the prompt. With a seed, sequence i uses seed + i."""
     logprobs: bool
     """Report the log probability of each generated token, before temperature and penalties."""
     top_logprobs: int
-    """Report this many of the most likely alternatives for each generated token, at most 32. Implies logprobs."""
+    """Number of most likely alternatives to report per generated token, at most 32. Implies logprobs."""
     prompt_logprobs: bool
     """Report the log probability of each prompt token given those before it."""
     prompt_top_logprobs: int
-    """Report this many of the most likely alternatives for each prompt token but the first, at most 32. Implies
+    """Number of most likely alternatives to report per prompt token except the first, at most 32. Implies
     prompt_logprobs."""
     request_id: str
     """Names the request in `cancel` and in the server's logs; at most 128 characters of A-Z a-z 0-9 . _ : -
@@ -110,7 +112,7 @@ class FinishReason(StrEnum):
     """Why a sequence ended."""
 
     LENGTH = "length"
-    """max_new_tokens or the model's context was used up."""
+    """max_new_tokens or the model's context length was reached."""
     END_TOKEN = "end_token"
     """The model's end token, or one of stop_token_ids."""
     STOP_TEXT = "stop_text"
@@ -134,13 +136,13 @@ class Token:
 
     id: int
     text: str
-    """What it is within a text; a part of a character is shown as U+FFFD."""
+    """The token as text; a part of a character is shown as U+FFFD."""
     logprob: float | None
-    """None unless asked for."""
+    """None unless requested."""
     alternatives: tuple[TokenLogprob, ...]
-    """The most likely tokens, best first, if asked for."""
+    """The most likely tokens, best first, if requested."""
     bytes: builtins.bytes
-    """The same as `text`, parts of characters included: those of all tokens are the text's."""
+    """The token's bytes, which may be part of a character. All tokens' bytes together are the text's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,9 +150,9 @@ class PromptToken:
     id: int
     text: str
     logprob: float | None
-    """None for the first token, which nothing precedes."""
+    """None for the first token."""
     alternatives: tuple[TokenLogprob, ...]
-    """The most likely tokens in its place, best first, if asked for."""
+    """The most likely tokens at this position, best first, if requested."""
     bytes: builtins.bytes
     """As a Token's."""
 
@@ -159,9 +161,9 @@ class PromptToken:
 class Usage:
     prompt_tokens: int
     cached_tokens: int
-    """Of the prompt's tokens, how many were found in the prefix cache."""
+    """Number of prompt tokens found in the prefix cache."""
     generated_tokens: int
-    """Every token that was sampled for the answer, those of a stop text included."""
+    """Number of tokens generated for the answer, including those of a stop text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +173,7 @@ class GeneratedSequence:
     finish_reason: FinishReason
     usage: Usage
     seed: int | None
-    """The seed that repeats this sequence; None if it was not sampled."""
+    """The seed that reproduces this sequence; None if it was not sampled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +185,7 @@ class Generation:
     prompt: tuple[PromptToken, ...]
     """Empty unless prompt_logprobs or prompt_top_logprobs asked for it."""
     adapter_digest: str
-    """Of the adapter that answered; empty for the base model."""
+    """The digest of the adapter that answered; empty for the base model."""
 
     @property
     def text(self) -> str:
@@ -193,13 +195,13 @@ class Generation:
 
 @dataclass(frozen=True, slots=True)
 class StreamPiece:
-    """What `stream` yields: some more of one sequence."""
+    """What `stream` yields: the next piece of one sequence."""
 
     request_id: str
     index: int
-    """Which of the n sequences this is about."""
+    """Which of the n sequences this piece belongs to."""
     text: str
-    """What follows the pieces before; whole characters only. May be empty."""
+    """The next part of the text, in whole characters. May be empty."""
     tokens: tuple[Token, ...]
     finish_reason: FinishReason | None
     """Set on the last piece of a sequence, as are usage and seed (None if it was not sampled)."""
@@ -208,7 +210,7 @@ class StreamPiece:
     prompt: tuple[PromptToken, ...]
     """On the first piece of sequence 0, if prompt_logprobs or prompt_top_logprobs asked for it."""
     adapter_digest: str
-    """On the first piece of a sequence: of the adapter that answers; empty for the base model."""
+    """On the first piece of a sequence: the digest of the adapter that answers; empty for the base model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,13 +218,13 @@ class Embedding:
     """The mean of the model's last hidden states, after its final norm, over all tokens of an input."""
 
     values: tuple[float, ...]
-    """As many as the model's hidden size; their squares add up to 1."""
+    """One value per hidden dimension of the model; their squares add up to 1."""
     prompt_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
 class TokenSpan:
-    """A token of a given text or conversation, and the characters [start, stop) that became it."""
+    """A token of a text or conversation, with its characters [start, stop)."""
 
     id: int
     text: str
@@ -236,23 +238,23 @@ class AdapterTier(StrEnum):
     DISK = "disk"
     """In the server's adapter directory or download cache."""
     HOST = "host"
-    """Checked and cut for the ranks, in host memory."""
+    """Checked and partitioned for the ranks, in host memory."""
     DEVICE = "device"
     """In a slot on the device: the next request starts at once."""
 
 
 class AdapterState(StrEnum):
-    """What happens to an adapter."""
+    """An adapter's state."""
 
     AVAILABLE = "available"
-    """It lies in the server's adapter directory."""
+    """In the server's adapter directory."""
     FETCHING = "fetching"
-    """It is on its way into host memory."""
+    """Being loaded into host memory."""
     LOADED = "loaded"
     UNLOADING = "unloading"
-    """It is unloaded once the sequences that need it have ended."""
+    """Will be unloaded once the sequences that need it have ended."""
     BROKEN = "broken"
-    """It lies in the server's adapter directory, but cannot be served: `reason` says why."""
+    """In the server's adapter directory, but cannot be served: `reason` says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,7 +275,7 @@ class Adapter:
 
     id: str
     source: str
-    """Where it came from, as "local" or "hub"; "merged" for merged ones."""
+    """Where it came from, such as "local" or "hub"; "merged" for merged adapters."""
     revision: str
     """The commit that a hub adapter was resolved to."""
     digest: str
@@ -281,36 +283,36 @@ class Adapter:
     tier: AdapterTier | None
     """None while it is being fetched."""
     lora_rank: int
-    """The largest among its layers."""
+    """The largest lora_rank of its layers."""
     size_bytes: int
-    """In host memory, over all ranks."""
+    """Bytes in host memory, over all ranks."""
     running_sequences: int
     waiting_sequences: int
     state: AdapterState
     requests: int
-    """That wait or run."""
+    """Number of waiting and running requests."""
     last_used: float | None
-    """When a request last came or ended, in seconds since 1970; None if not since it was loaded."""
+    """When a request last arrived or ended, in seconds since 1970; None if not since it was loaded."""
     pinned: bool
-    """It stays on the device of one replica."""
+    """Whether it stays on one replica's device."""
     residences: tuple[AdapterResidence, ...]
     """The replicas that have it in memory."""
     warnings: tuple[str, ...] = ()
-    """What may be wrong with it though it is served: it was made for another model, for example."""
+    """Possible problems that do not prevent serving, for example that it was made for another model."""
     reason: str = ""
     """Why it is broken."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """The model that the server runs, and how."""
+    """The server's model and its limits."""
 
     model_id: str
     architecture: str
     dtype: str
     vocab_size: int
     max_model_len: int
-    """In tokens, prompt and output together."""
+    """Limit on prompt and output tokens together."""
     tensor_parallel_size: int
     kv_block_size: int
     """Token positions per block."""
@@ -320,8 +322,8 @@ class ModelInfo:
     version: str
     has_chat_template: bool
     served_model_names: tuple[str, ...]
-    """What OpenAI's routes call it: the first in answers, any in requests."""
+    """The model's names on OpenAI's routes: answers have the first, requests may use any."""
     adapter_sources: tuple[str, ...]
-    """Where adapters come from, in the order in which they are asked."""
+    """The names of the adapter sources, in the order in which they are searched."""
     modeling_code: str
     """Whose code computes it: "loraplex", which is faster, or "transformers"."""
