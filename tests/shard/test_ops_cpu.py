@@ -357,6 +357,35 @@ def test_a_row_of_a_run_that_is_not_finite_leaves_the_others_as_they_are(cpu: Cp
     assert torch.equal(actual[others], expected[others])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "experts", "chosen"), [(1, 4, 1), (7, 5, 3), (70, 130, 8)])
+def test_a_mixture_of_experts(cpu: CpuOperations, tokens: int, experts: int, chosen: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    logits = torch.stack([torch.randperm(experts) / 16 for _ in range(tokens)]).to(dtype)  # no two are equal
+    x = random(1, tokens, 33, dtype=dtype)
+    shared, gate = random(2, tokens, 20, dtype=dtype), random(3, tokens, 1, dtype=dtype)
+    matrices = [random(expert, 20, 33, dtype=dtype) for expert in range(experts)]
+    biases = [random(expert, 20, dtype=dtype) for expert in range(experts)]
+    for normalized in (False, True):
+        results = []
+        for ops in (cpu, REFERENCE):
+            routing = ops.route(logits, chosen, normalized)
+            weight = ops.stack([ops.pack(matrix) for matrix in matrices], biases)
+            outputs = ops.expert_linear(ops.dispatch(x, routing), routing, weight)
+            results.append((ops.combine(outputs, routing), ops.combine(outputs, routing, shared, gate)))
+        for actual, expected in zip(*results, strict=True):
+            assert_close(actual, expected, factor=4)
+
+
+def test_a_token_whose_logits_are_not_finite_leaves_the_others_as_they_are(cpu: CpuOperations) -> None:
+    logits, x = random(0, 3, 4), random(1, 3, 16)
+    whole = cpu.combine(cpu.dispatch(x, routing := cpu.route(logits, 2, True)), routing)
+    logits[1] = torch.nan
+    broken = cpu.combine(cpu.dispatch(x, routing := cpu.route(logits, 2, True)), routing)
+    assert broken[1].isnan().all()
+    assert broken[[0, 2]].equal(whole[[0, 2]])
+
+
 def test_a_kernel_takes_its_own_parameters_by_name_and_no_others() -> None:
     kernels = Kernels(build(kernels_directory(), "portable"))
     shape = {"n": 32, "k": 64, "bits": 4, "group": 32}
