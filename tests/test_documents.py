@@ -37,3 +37,21 @@ def test_source_files_that_a_document_names_exist(document: str) -> None:
     named = re.findall(r"`([\w./-]+\.(?:py|proto|cpp|h))`", (ROOT / document).read_text())
     assert named
     assert not [name for name in named if not any(f"/{source}".endswith(f"/{name}") for source in SOURCES)]
+
+
+FOREIGN = {"llama.cpp", "immintrin.h", "fcntl.h", "unistd.h"}  # what looks like a file of ours
+
+
+@pytest.mark.parametrize("package", ["router", "shard", "client", "protos"])
+def test_source_files_that_another_one_names_exist(package: str) -> None:
+    named = {
+        (source, name)
+        for source in SOURCES
+        if source.startswith(f"{package}/")
+        and source.endswith((".py", ".proto", ".cpp", ".h"))
+        and "_pb2" not in source
+        for name in re.findall(r"(?<![\w.<*/-])([a-z][\w/]*\.(?:py|proto|cpp|h))\b", (ROOT / source).read_text())
+    }
+    assert [
+        pair for pair in named if pair[1] not in FOREIGN and not any(f"/{s}".endswith(f"/{pair[1]}") for s in SOURCES)
+    ] == []

@@ -6,8 +6,8 @@ from loraplex_router.access.keys import Tenant
 from loraplex_router.text.model import Model
 from loraplex_router.vocabulary.adapter import Adapter
 from loraplex_router.vocabulary.chat import RenderedChat
+from loraplex_router.vocabulary.context_length import count_kept, max_counted
 from loraplex_router.vocabulary.request import Request
-from loraplex_router.vocabulary.room import count_kept, max_counted
 from loraplex_router.vocabulary.sequence import Sequence
 
 Text: TypeAlias = str | tuple[int, ...] | RenderedChat  # the input of the tokenizer, unless already token ids

@@ -32,10 +32,10 @@ from loraplex_router.text.tokenizer import Spans, Tokenizer
 from loraplex_router.vocabulary.adapter import Adapter
 from loraplex_router.vocabulary.chat import Chat, RenderedChat
 from loraplex_router.vocabulary.checks import check_adapter, check_embed_request, check_request
+from loraplex_router.vocabulary.context_length import check_tokens, room_for
 from loraplex_router.vocabulary.grammar import Grammar
 from loraplex_router.vocabulary.references import AdapterReference, Reference
 from loraplex_router.vocabulary.request import EmbedRequest, Request
-from loraplex_router.vocabulary.room import check_tokens, room_for
 from loraplex_router.vocabulary.sampling import Sampling
 from loraplex_router.vocabulary.sequence import FinishReason
 from loraplex_router.vocabulary.violations import Violations

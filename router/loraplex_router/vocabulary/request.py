@@ -1,4 +1,4 @@
-"""The internal request, common to all faces. checks.py and room.py check it."""
+"""The internal request, common to all faces. checks.py and context_length.py check it."""
 
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias

@@ -1,4 +1,4 @@
-"""Which architectures are served: for each, how its transformers configuration becomes a DecoderSpec.
+"""Which architectures our own decoder computes: for each, how its transformers configuration becomes a DecoderSpec.
 
 A new architecture is one more function here, and a field in DecoderSpec for what is new about it.
 """

@@ -1,1 +1,2 @@
-"""Matrices that a checkpoint stores in few bits: by which method (`config.py`), in which tensors (`layouts.py`)."""
+"""Matrices that a checkpoint stores in few bits: a module for each method, `config.py` finds out which, `stored.py` has
+what they share."""

@@ -11,7 +11,7 @@
 #include <atomic>
 #include <ctime>
 
-struct Place {  // of a rank; collectives.py has the same fields
+struct Place {  // of a rank; device/shared_memory.py has the same fields
     char* memory;
     long rank, size;
     long slot_bytes;

@@ -10,7 +10,7 @@
 namespace loraplex {
 namespace {
 
-struct Expert {  // as ops/cpu/experts.py has them: all numbers are 64 bits wide
+struct Expert {  // as ops/cpu/weights.py has them: all numbers are 64 bits wide
     const void* weight;
     const void* bias;          // or null
     std::int64_t bits, group;  // 0: the weight is of floats

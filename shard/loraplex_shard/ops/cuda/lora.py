@@ -2,7 +2,7 @@
 
 In the manner of Punica (arXiv 2310.18547) and S-LoRA (arXiv 2311.03285): the tokens come sorted by adapter, and a
 program computes a tile of tokens that share one. It finds the adapter's matrices through the adapter's table (see
-lora/weights.py). One kernel computes A x, for all projections that share x, a second adds B's product with it.
+shapes/adapter.py). One kernel computes A x, for all projections that share x, a second adds B's product with it.
 """
 
 from collections.abc import Sequence

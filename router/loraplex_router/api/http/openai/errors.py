@@ -11,7 +11,7 @@ from loraplex_protos.errors import (
 )
 from loraplex_router.api.http.errors import HttpError, describe, document_errors
 from loraplex_router.api.http.openai import answers
-from loraplex_router.vocabulary.room import ContextLengthError
+from loraplex_router.vocabulary.context_length import ContextLengthError
 
 ERRORS = document_errors(answers.OpenaiError, {400: "A field is wrong; `param` names it.", 404: "No such model."})
 
