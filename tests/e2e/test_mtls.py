@@ -45,7 +45,7 @@ def shard(model: Path, certificates: Certificates) -> Iterator[tuple[Shard, str]
     address = f"localhost:{free_port()}"
     flags = certificates.flags("localhost", certificates.trusted)
     with Shard(f"--model={model}", f"--listen={address}", "--kv-blocks=64", "--threads=1", *flags) as running:
-        wait_for_line(running, "serves at")
+        wait_for_line(running, "is serving at")
         yield running, address
 
 

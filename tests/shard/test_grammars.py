@@ -148,7 +148,7 @@ def test_tokens_without_an_embedding_are_named_in_the_log(caplog: pytest.LogCapt
     compare({"a": 0, "b": 1}, 2)
     assert not caplog.records
     compare({"a": 0, "<tool>": 2, "[PAD]": 3}, 2)
-    assert "has 2 tokens that the embedding, of 2 rows, has not: '<tool>' (2), '[PAD]' (3)" in caplog.text
+    assert "has 2 tokens without a row in the embedding (2 rows): '<tool>' (2), '[PAD]' (3)" in caplog.text
 
 
 @pytest.mark.parametrize(

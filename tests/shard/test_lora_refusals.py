@@ -228,7 +228,7 @@ def test_a_value_that_the_models_dtype_cannot_hold_is_refused(directory: Path) -
 def test_a_tensor_of_integers_is_named(directory: Path) -> None:
     name = f"{PREFIX}{O_PROJ}.lora_A.weight"
     edit_tensors(directory, add(name, torch.zeros(4, 24, dtype=torch.int8)))
-    assert f"{name} is of dtype I8" in refusal(directory)
+    assert f"{name} has dtype I8" in refusal(directory)
 
 
 @pytest.mark.parametrize("kept", [0, 5, 8, 100, -1, -5000])

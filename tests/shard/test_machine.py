@@ -23,7 +23,7 @@ BLOCK_BYTES = 1 << 16
 
 def test_ranks_take_the_gpus_in_turn_unless_the_setting_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     assert machine.pick_device("auto", 0) == machine.pick_device("cpu", 0) == CPU
-    with pytest.raises(SettingsError, match=r"device: cuda was asked for, but torch .* is built for CPUs alone"):
+    with pytest.raises(SettingsError, match=r"device: cuda is not available: torch .* is built for CPUs alone"):
         monkeypatch.setattr(torch.version, "cuda", None)
         machine.pick_device("cuda", 0)
     with pytest.raises(SettingsError, match=r"torch .* finds no GPU: .* older than 13\.0"):
@@ -80,7 +80,7 @@ def test_the_context_is_what_the_model_was_made_for(rope: dict[str, object], lon
     config = LlamaConfig(max_position_embeddings=1024, rope_parameters=rope)
     assert machine.longest_context(ModelSettings(), config) == longest
     assert machine.longest_context(ModelSettings(max_model_len=longest), config) == longest
-    with pytest.raises(SettingsError, match=f"max_model_len: {longest + 1} is more than the {longest}"):
+    with pytest.raises(SettingsError, match=f"max_model_len: {longest + 1} exceeds the model.s limit of {longest}"):
         machine.longest_context(ModelSettings(max_model_len=longest + 1), config)
 
 

@@ -129,11 +129,11 @@ class SharedMemory:
     def check(self, result: int) -> None:
         """Raises LostRankError if `result`, a collective's, says so."""
         if result > 0:
-            raise LostRankError(f"rank {result - 1} has left the tensor-parallel group: start all its ranks again")
+            raise LostRankError(f"rank {result - 1} has left the tensor-parallel group: restart all its ranks")
         if result < 0:
             raise LostRankError(
                 f"rank {-result - 1} is more than {self._place.patience:g} s behind rank {self._place.rank} "
-                "of its tensor-parallel group: start all its ranks again"
+                "of its tensor-parallel group: restart all its ranks"
             )
 
 

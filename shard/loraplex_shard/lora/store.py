@@ -214,7 +214,7 @@ class AdapterStore:
         except AdapterSourceError as error:
             raise AdapterSourceError(f"to merge: {error.message}; load the adapter again") from error
         if files.digest() != digest:
-            raise AdapterSourceError("to merge: the adapter's files are not what they were: load it again")
+            raise AdapterSourceError("to merge: the adapter's files have changed: load it again")
         return read_deltas(files, self._layouts, self._base)
 
     def _hold(self, digest: str, make: Callable[[], HostAdapter]) -> None:
@@ -233,7 +233,7 @@ class AdapterStore:
         logger.info("adapter staged", extra={"fields": fields})
 
     def _check_room(self, size: int) -> None:
-        """A process that takes more memory than its container may have is killed, with all that it runs."""
+        """A process that exceeds its container's memory limit is killed, with everything it runs."""
         if size > self._host_bytes:
             raise AdapterInvalidError(
                 f"the adapter takes {size:,} bytes of host memory, but all adapters together may take "
@@ -242,7 +242,7 @@ class AdapterStore:
         free = self._host_bytes - self._held_bytes()
         if size > free:
             raise OverloadedError(
-                f"the adapter takes {size:,} bytes of host memory, of which others leave {free:,}: try again later"
+                f"the adapter needs {size:,} bytes of host memory, but only {free:,} are free: try again later"
             )
 
     def _held_bytes(self) -> int:

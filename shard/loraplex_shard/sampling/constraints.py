@@ -127,7 +127,7 @@ class Constraints:
         try:
             yield
         except BaseException:  # a panic of Rust's is not an Exception
-            logger.exception("a grammar cannot be followed")
+            logger.exception("a grammar cannot be enforced")
             self._matchers.pop(row, None)
             self._broken.add(row)
 

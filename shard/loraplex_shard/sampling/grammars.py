@@ -84,7 +84,7 @@ class GrammarCompiler:
         tokenizer_json, size = truncate_tokenizer(self._tokenizer_json, self._vocab_size)
         ends = [token for token in self._end_token_ids if token < size]
         if not ends:
-            raise ValueError("this model has no end token, with which an answer could end")
+            raise ValueError("this model has no end token, so an answer could not end")
         return LLTokenizer(tokenizer_json, self._vocab_size, ends)
 
 

@@ -47,7 +47,7 @@ def read_schema(text: str) -> Schema:
     schema = name_properties(_tidied(schema))
     endless = endless_references(schema)
     if id(schema) in endless:
-        raise ValueError("no document is deep enough: $ref leads back to itself without end")
+        raise ValueError("no finite document can match: $ref leads back to itself without end")
     return close_objects(_ending(schema, endless))
 
 
@@ -56,7 +56,7 @@ def _check_multiples(schema: Schema) -> None:
     number; conditions on one number are multiplied."""
     given = [node["multipleOf"] for node in nodes(schema) if isinstance(node.get("multipleOf"), int | float)]
     if lcm(*map(_remainders, given)) > MOST_REMAINDERS:
-        raise ValueError(f"multipleOf: what remains without factors of 2 and 5 must be at most {MOST_REMAINDERS}")
+        raise ValueError(f"multipleOf: without its factors of 2 and 5 it must be at most {MOST_REMAINDERS}")
 
 
 def _remainders(multiple: float) -> int:

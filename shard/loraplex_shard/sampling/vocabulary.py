@@ -15,7 +15,7 @@ def keep_known(end_token_ids: Iterable[int], rows: int) -> tuple[int, ...]:
     """The end tokens that a model with `rows` embeddings can sample; what it cannot sample is said in the log."""
     ids = tuple(end_token_ids)
     if unknown := [token for token in ids if not 0 <= token < rows]:
-        logger.warning("end tokens %s end nothing: the model has embeddings for tokens 0 to %d", unknown, rows - 1)
+        logger.warning("ignoring end tokens %s: the model only has embeddings for tokens 0 to %d", unknown, rows - 1)
     return tuple(token for token in ids if 0 <= token < rows)
 
 
@@ -24,7 +24,7 @@ def compare(tokens: Mapping[str, int], rows: int) -> None:
     if beyond := sorted((id, token) for token, id in tokens.items() if id >= rows):
         shown = ", ".join(f"{token!r} ({id})" for id, token in beyond[:SHOWN])
         logger.warning(
-            "the tokenizer has %d tokens that the embedding, of %d rows, has not: %s%s. Requests whose text holds one "
+            "the tokenizer has %d tokens without a row in the embedding (%d rows): %s%s. Requests that contain one "
             "are refused. Is it this model's tokenizer? If so, transformers' resize_token_embeddings makes room",
             *(len(beyond), rows, shown, ", ..." if len(beyond) > SHOWN else ""),
         )

@@ -34,7 +34,7 @@ def pick_device(device: Device, rank: int) -> torch.device:
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         return CPU
     if not torch.cuda.is_available():
-        raise SettingsError(f"device: cuda was asked for, but {_why_no_gpu()}; or set device to cpu")
+        raise SettingsError(f"device: cuda is not available: {_why_no_gpu()}; or set device to cpu")
     own = torch.device("cuda", rank % torch.cuda.device_count())
     if torch.cuda.get_device_capability(own) < OLDEST_GPU:
         needed = ".".join(map(str, OLDEST_GPU))
@@ -79,7 +79,7 @@ def longest_context(settings: ModelSettings, config: PreTrainedConfig) -> int:
     text = config.get_text_config(decoder=True)
     made_for = int(getattr(text, "max_position_embeddings", 0) or settings.max_model_len)
     if not made_for:
-        raise SettingsError("max_model_len: config.json does not say how long sequences may be: set it")
+        raise SettingsError("max_model_len: config.json does not state the maximum sequence length: set it")
     ropes = getattr(text, "rope_parameters", None) or {}
     by_layer_type = [rope for rope in ropes.values() if isinstance(rope, dict)]  # else one for all layers
     scaled = [
@@ -89,7 +89,7 @@ def longest_context(settings: ModelSettings, config: PreTrainedConfig) -> int:
     ]
     limit = max([made_for, *map(int, scaled)])
     if settings.max_model_len > limit:
-        raise SettingsError(f"max_model_len: {settings.max_model_len} is more than the {limit} the model was made for")
+        raise SettingsError(f"max_model_len: {settings.max_model_len} exceeds the model's limit of {limit}")
     return settings.max_model_len or limit
 
 

@@ -108,7 +108,7 @@ def run(settings: ShardSettings, progress: Progress | None = None) -> None:
             service = _load(settings, checkpoint, group, device, kernels, progress, troubles, telemetry)
             gc.freeze()  # what loading made is not looked through again at every collection, which would delay steps
             server, states = start(service, settings.listen, server_credentials(settings), device)
-            logger.info("rank %d of %d serves at %s", settings.rank, settings.tp, settings.listen)
+            logger.info("rank %d of %d is serving at %s", settings.rank, settings.tp, settings.listen)
             try:
                 while (trouble := troubles.wait(POLL_SECONDS)) is None:
                     if service.hangs:
@@ -121,7 +121,7 @@ def run(settings: ShardSettings, progress: Progress | None = None) -> None:
                 server.stop(GRACE).wait()
     finally:
         group.close()
-    raise GroupLostError(f"rank {settings.rank}: {trouble}; start all ranks of the group again")
+    raise GroupLostError(f"rank {settings.rank}: {trouble}; restart all ranks of the group")
 
 
 def start(

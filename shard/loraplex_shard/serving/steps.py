@@ -89,7 +89,7 @@ class StepThread:
 
     def _step(self, stream: object, number: int, plan: StepRequest) -> Step:
         if stream is not self._stream:
-            raise RuntimeError(f"plan {number} came behind one that failed")
+            raise RuntimeError(f"plan {number} follows one that failed")
         began = time.monotonic()
         try:
             assert plan.step == number, f"plan {plan.step} came as plan {number} of its stream"

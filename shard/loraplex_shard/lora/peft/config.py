@@ -137,7 +137,7 @@ def _refuse_contradictions(config: AdapterConfig) -> None:
         for name in ("layers_to_transform", "layers_pattern"):
             if getattr(config, name) is not None:
                 raise AdapterInvalidError(
-                    f"adapter_config.json: {name} has no meaning where target_modules is a string: list the modules"
+                    f"adapter_config.json: {name} cannot be combined with a string in target_modules: list the modules"
                 )
     if config.layers_pattern and config.layers_to_transform is None:
         raise AdapterInvalidError("adapter_config.json: layers_pattern needs layers_to_transform")

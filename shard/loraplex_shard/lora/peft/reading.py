@@ -127,8 +127,8 @@ def _check_names(
         )
     if trained:
         raise AdapterInvalidError(
-            f"{TENSORS}: {_list(trained)}: this is not what the model holds itself: the adapter was made for another"
-            " base, or brings whole tensors of its own, which is not supported"
+            f"{TENSORS}: {_list(trained)}: these differ from the model's own weights: the adapter was made for another"
+            " base, or contains whole tensors, which is not supported"
         )
     if extra := extra - own.keys():
         raise AdapterInvalidError(f"{TENSORS}: adapter_config.json does not call for {_list(extra)}")

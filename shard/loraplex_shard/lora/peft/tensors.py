@@ -58,13 +58,11 @@ def _read_header(file: IO[bytes], size: int) -> tuple[int, dict[str, _Entry]]:
         raise AdapterInvalidError(f"adapter_model.safetensors is cut short: it has {size} bytes")
     beginning = file.read(8)
     if beginning == _POINTER:
-        raise AdapterInvalidError(
-            "adapter_model.safetensors is not the file itself but a Git LFS pointer: run `git lfs pull` there"
-        )
+        raise AdapterInvalidError("adapter_model.safetensors is a Git LFS pointer: run `git lfs pull` there")
     header_size = int.from_bytes(beginning, "little")
     start = 8 + header_size
     if header_size > _MAX_HEADER_BYTES:
-        raise AdapterInvalidError("adapter_model.safetensors is not a safetensors file: its header cannot be so large")
+        raise AdapterInvalidError("adapter_model.safetensors is not a safetensors file: its header would be too large")
     if start > size:
         raise AdapterInvalidError("adapter_model.safetensors is cut short: its header is incomplete")
     entries = _parse_header(file.read(header_size))
@@ -89,10 +87,12 @@ def _check_extents(entries: dict[str, _Entry], size: int) -> None:
     end = 0
     for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
         if entry.dtype not in _DTYPES:
-            raise AdapterInvalidError(f"adapter_model.safetensors: {name} is of dtype {entry.dtype[:20]}, not a float")
+            raise AdapterInvalidError(
+                f"adapter_model.safetensors: {name} has dtype {entry.dtype[:20]}, which is not a float"
+            )
         expected = _numel(entry) * _DTYPES[entry.dtype].itemsize
         if entry.data_offsets != [end, end + expected]:
-            raise AdapterInvalidError(f"adapter_model.safetensors is malformed: {name} is not where its shape puts it")
+            raise AdapterInvalidError(f"adapter_model.safetensors is malformed: {name} does not fit its shape")
         end += expected
     if end > size:
         raise AdapterInvalidError(f"adapter_model.safetensors is cut short: {end - size} bytes are missing at its end")

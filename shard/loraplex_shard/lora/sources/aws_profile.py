@@ -29,7 +29,7 @@ def read_profile() -> dict[str, Any]:
         options = {}
     elif "AWS_PROFILE" in os.environ and "secret_access_key" not in options:
         raise ValueError(
-            f"AWS_PROFILE: the profile {profile!r} has no keys of its own: log in, then set variables with "
+            f"AWS_PROFILE: the profile {profile!r} contains no keys: log in, then set variables with "
             'eval "$(aws configure export-credentials --format env)"'
         )
     if "region" in found and not any(map(os.environ.get, _REGIONS)):

@@ -123,9 +123,9 @@ class HubSource(Source):
 def _check_arguments(revision: str, token: str) -> None:
     """What comes from a client becomes part of a URL, a path or a header. (The library checks the id.)"""
     if revision and (not _REVISION.fullmatch(revision) or ".." in revision):
-        raise AdapterNotFoundError(f"{quote(revision)} cannot be the name of a revision")
+        raise AdapterNotFoundError(f"{quote(revision)} is not a valid revision name")
     if not _TOKEN.fullmatch(token):
-        raise AdapterForbiddenError("the token has characters that no hub token has")
+        raise AdapterForbiddenError("the token has characters that hub tokens cannot have")
 
 
 @contextmanager
@@ -135,20 +135,20 @@ def _typed_errors(id: str, revision: str, token: str) -> Iterator[None]:
     except AdapterError:
         raise
     except HFValidationError:
-        raise AdapterNotFoundError(f"{quote(id)} cannot be the name of an adapter on the hub") from None
+        raise AdapterNotFoundError(f"{quote(id)} is not a valid hub repository id") from None
     except RevisionNotFoundError as error:
-        raise AdapterNotFoundError(f"the hub has {quote(id)}, but no revision {quote(revision)} of it") from error
+        raise AdapterNotFoundError(f"the hub has {quote(id)}, but not its revision {quote(revision)}") from error
     except LocalEntryNotFoundError as error:
         if not constants.HF_HUB_OFFLINE:
-            raise AdapterSourceError(f"the hub cannot be reached for {quote(id)}") from error
-        missing = f"{quote(id)} was not fetched from the hub before, and HF_HUB_OFFLINE is set"
+            raise AdapterSourceError(f"cannot reach the hub for {quote(id)}") from error
+        missing = f"{quote(id)} is not in the hub cache, and HF_HUB_OFFLINE is set"
         raise AdapterNotFoundError(missing) from error
     except HfHubHTTPError as error:
         raise _from_status(id, error.response.status_code, bool(token)) from error
     except Exception as error:
         # No connection, a timeout, an answer that is not the hub's: the library has no common class for these.
         unreachable = any(kind.__name__ in _UNREACHABLE for kind in type(error).__mro__)
-        trouble = "cannot be reached for" if unreachable else "did not hand over"
+        trouble = "cannot be reached for" if unreachable else "did not return"
         reason = getattr(error, "strerror", None) or type(error).__name__  # the disk's, as when it is full
         raise AdapterSourceError(f"the hub {trouble} {quote(id)}: {reason}") from error
 

@@ -29,7 +29,9 @@ class LocalSource(Source):
         if directory is None:
             raise AdapterNotFoundError(self.refusal(id))
         if revision:
-            raise AdapterNotFoundError(f"{quote(id)} is in the adapter directory, where there are no revisions")
+            raise AdapterNotFoundError(
+                f"{quote(id)} is in the adapter directory, which has no revisions: omit the revision"
+            )
         with _typed_errors(id):
             return Origin.of(self, id, {name: _state(path) for name, path in self._files(directory)})
 

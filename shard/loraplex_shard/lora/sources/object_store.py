@@ -97,7 +97,7 @@ class ObjectStoreSource(Source):
         if refusal := self.refusal(id):
             raise AdapterNotFoundError(refusal)
         if revision:
-            raise AdapterNotFoundError(f"{quote(id)} is looked for in {self._kind.title}, where there are no revisions")
+            raise AdapterNotFoundError(f"{self._kind.title} has no revisions: omit the revision of {quote(id)}")
         id = self._named(id)
         with self._typed_errors(id):
             found = self._find(f"{self._prefix}{id}")

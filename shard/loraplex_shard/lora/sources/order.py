@@ -25,5 +25,5 @@ def locate(sources: Sequence[Source], id: str, source: str, revision: str, token
             raise AdapterSourceError("; ".join([*missing, error.message])) from error
     if not asked or len(sources) == 1:
         names = ", ".join(each.name for each in sources)
-        missing.append(f"this server's adapter sources are: {names} (flags that begin with --adapters add others)")
+        missing.append(f"this server's adapter sources are {names} (flags that begin with --adapters add others)")
     raise AdapterNotFoundError("; ".join(missing))

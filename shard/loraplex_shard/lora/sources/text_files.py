@@ -94,7 +94,7 @@ def _configured(given: Any) -> dict[str, str]:
         case list():
             given = {entry.get("name"): entry.get("template") for entry in given if isinstance(entry, dict)}
     if not isinstance(given, dict) or not all(isinstance(text, str) for item in given.items() for text in item):
-        raise ValueError("chat_template is neither a text nor texts by name")
+        raise ValueError("chat_template is neither a string nor a list of named templates")
     return given
 
 
