@@ -24,20 +24,21 @@ def bench(
             metavar="TARGET...", help="One or two of grpc://HOST:PORT, openai+http://HOST:PORT/v1, peft:DIRECTORY."
         ),
     ],
-    concurrency: Annotated[int, typer.Option("--concurrency", "-c", min=1, help="Requests under way at once.")] = 8,
+    concurrency: Annotated[int, typer.Option("--concurrency", "-c", min=1, help="Concurrent requests.")] = 8,
     prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", "-p", min=1, help="Tokens in each prompt.")] = 128,
     output_tokens: Annotated[int, typer.Option("--output-tokens", "-n", min=2, help="Tokens in each answer.")] = 64,
     num_adapters: Annotated[
-        int | None, typer.Option("--num-adapters", "-k", min=0, help="So many of the first target's. 0: the base.")
+        int | None,
+        typer.Option("--num-adapters", "-k", min=0, help="Number of the first target's adapters to use. 0: the base."),
     ] = None,
-    adapters: Annotated[str, typer.Option(help="Their names instead: a,b,c.")] = "",
-    requests: Annotated[int | None, typer.Option(min=1, help="In each run. Default: 4 for each of -c.")] = None,
-    runs: Annotated[int, typer.Option(min=1, help="Of each target, in turn; the medians count.")] = 3,
-    adapter_dir: Annotated[Path | None, typer.Option(help="Where peft: finds adapters.")] = None,
+    adapters: Annotated[str, typer.Option(help="Names of the adapters instead: a,b,c.")] = "",
+    requests: Annotated[int | None, typer.Option(min=1, help="Requests per run. Default: 4 for each of -c.")] = None,
+    runs: Annotated[int, typer.Option(min=1, help="Runs per target, alternating; medians are reported.")] = 3,
+    adapter_dir: Annotated[Path | None, typer.Option(help="Directory of adapters for peft:.")] = None,
     vocab_size: Annotated[int, typer.Option(min=1, help="Prompts are random token ids below this.")] = 10_000,
-    seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
-    json: Annotated[Path | None, typer.Option(help="Where to write all that was measured.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Where to draw it; needs matplotlib.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the prompts.")] = 0,
+    json: Annotated[Path | None, typer.Option(help="File for all measurements.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="File for a plot; needs matplotlib.")] = None,
 ) -> None:
     """Measure TARGETs: output tokens per second, time to the first token, time between tokens."""
     if len(targets) > 2 or len(set(targets)) < len(targets):

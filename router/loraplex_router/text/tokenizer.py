@@ -1,4 +1,4 @@
-"""Text to token ids and back. Knows nothing of requests."""
+"""Text to token ids and back. Independent of requests."""
 
 import asyncio
 from array import array
@@ -72,8 +72,8 @@ class Tokenizer:
 
     async def encode(self, prompt: str | RenderedChat, most: int | None = None, last: int | None = None) -> list[int]:
         """The tokens of a text or a rendered conversation. A text gets the special tokens that the tokenizer adds (a
-        BOS for example); a chat template writes its own. No longer reads on once there are more than `most`. With
-        `last`, only the last so many."""
+        BOS for example); a chat template writes its own. Stops reading once there are more than `most` tokens. With
+        `last`, returns only the last `last` tokens."""
         text, add_special_tokens = (prompt, True) if isinstance(prompt, str) else (prompt.text, False)
         ids = array("I")
         if len(text) < LONG_TEXT:

@@ -1,8 +1,8 @@
-"""What the sequences in the rows may sample next: their grammars' matchers and banned tokens, as masks over them.
+"""What each row's sequence may sample next: grammar matchers and banned tokens, as masks over the vocabulary.
 
-Masks are computed on a thread of their own, in Rust, while the forward pass runs. A row's state follows from its
-SequenceStart and the tokens sampled since. Whatever a grammar's matcher raises breaks its own row alone. Lives on rank
-0 alone, which samples. Not thread-safe.
+Masks are computed on a separate thread, in Rust, while the forward pass runs. A row's state follows from its
+SequenceStart and the tokens sampled since. A matcher's error breaks only its own row. Exists only on rank 0, which
+samples. Not thread-safe.
 """
 
 import logging
@@ -24,13 +24,13 @@ from loraplex_shard.sampling.grammars import GrammarCompiler
 logger = logging.getLogger(__name__)
 
 WORD = 32  # bits of a mask that lie in one integer
-COMPLETE = "NoExtension"  # llguidance's word for a match that cannot go on and was not ended yet
+COMPLETE = "NoExtension"  # llguidance's word for a match that cannot be extended and has not ended yet
 
 
 @dataclass(frozen=True, slots=True)
 class Ban:
-    """None of these tokens before the sequence, its prompt included, has so many; where the grammar allows nothing
-    else, one of them all the same."""
+    """Bans these tokens until the sequence, prompt included, has a given length, unless the grammar allows nothing
+    else."""
 
     length: float
     token_ids: NDArray[np.int64]
@@ -38,9 +38,9 @@ class Ban:
 
 @dataclass(frozen=True, slots=True)
 class Masks:
-    """The masks of one step's constrained rows, maybe still being computed."""
+    """The masks of one step's constrained rows, possibly still being computed."""
 
-    places: NDArray[np.int64]  # of those rows among the rows that were asked about
+    places: NDArray[np.int64]  # indices of these rows among the rows given to `begin`
     allowed: Future[NDArray[np.bool_]]  # [places, vocab]
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
@@ -67,7 +67,7 @@ class Constraints:
         self._broken.clear()
 
     def start(self, start: SequenceStart) -> None:
-        """A sequence takes over its row. Its grammar was compiled before, so this takes no time."""
+        """A sequence takes over its row. Fast, since its grammar is already compiled."""
         self._matchers.pop(start.row, None)
         self._bans.pop(start.row, None)
         self._broken.discard(start.row)
@@ -82,7 +82,8 @@ class Constraints:
             self._bans[start.row] = bans
 
     def begin(self, rows: Sequence[int], lengths: Sequence[int]) -> Masks | None:
-        """Starts to compute what may follow in these rows, of these lengths. None: anything, in all rows."""
+        """Starts computing what may follow in these rows, whose sequences have these lengths. None: anything, in all
+        rows."""
         matchers = [self._matchers.get(row) for row in rows]
         banned = [self._banned(row, length) for row, length in zip(rows, lengths, strict=True)]
         places = [place for place in range(len(rows)) if matchers[place] is not None or len(banned[place])]
@@ -94,15 +95,15 @@ class Constraints:
         return Masks(np.array(places), future)
 
     def accept(self, rows: Sequence[int], tokens: Sequence[int]) -> None:
-        """Takes what was sampled after `begin`."""
+        """Accepts the tokens sampled after `begin`."""
         for row, token in zip(rows, tokens, strict=True):
             if row in self._matchers:
                 with self._alone(row):
                     self._matchers[row].consume_token(token)
 
     def fast_forward(self, row: int, most: int, end: bool) -> list[int]:
-        """Takes, in place of sampling, what can only follow in this row: at most so many tokens, the token that ends
-        the answer only with `end`."""
+        """Accepts and returns the tokens that the grammar forces in this row: at most `most`, and the end token only
+        with `end`."""
         matcher = self._matchers.get(row)
         if matcher is None:
             return []
@@ -115,7 +116,7 @@ class Constraints:
         return tokens
 
     def failed(self, rows: Sequence[int]) -> NDArray[np.bool_]:
-        """Which of these rows' grammars cannot be followed any further: the last masks and tokens are void."""
+        """Which of these rows' grammars have failed: their last masks and tokens are invalid."""
         return np.array([row in self._broken or self._in_error(row) for row in rows], np.bool_)
 
     def _in_error(self, row: int) -> bool:
@@ -123,10 +124,10 @@ class Constraints:
 
     @contextmanager
     def _alone(self, row: int) -> Iterator[None]:
-        """What is raised inside breaks this row."""
+        """A context whose errors break this row."""
         try:
             yield
-        except BaseException:  # a panic of Rust's is not an Exception
+        except BaseException:  # a Rust panic is not an Exception
             logger.exception("a grammar cannot be enforced")
             self._matchers.pop(row, None)
             self._broken.add(row)
@@ -144,13 +145,13 @@ class Constraints:
         if jobs:
             try:
                 fill_next_token_bitmask_par(self._executor, jobs, words)
-            except BaseException:  # which of them it was, they show one by one
+            except BaseException:  # find out one by one which of them it was
                 for matcher, place in jobs:
                     with self._alone(matchers[place][0]):
                         fill_next_token_bitmask(matcher, words, place)
         bits = np.unpackbits(words.view(np.uint8), axis=1, count=self._vocab_size, bitorder="little")
         for matcher, place in jobs:
-            if np.count_nonzero(bits[place]) == 1:  # no choice, and maybe a special token in place of its text
+            if np.count_nonzero(bits[place]) == 1:  # no choice, and possibly a special token instead of its text
                 with self._alone(matchers[place][0]):
                     for token in self._grammars.fast_forward(matcher)[:1]:
                         bits[place] = 0
@@ -160,13 +161,13 @@ class Constraints:
         return bits.view(np.bool_)
 
     def _known(self, tokens: Iterable[int]) -> NDArray[np.int64]:
-        """Those tokens that the model has: others are never sampled."""
+        """The tokens that the model has: others are never sampled."""
         ids = _array(tokens)
         return ids[ids < self._vocab_size]
 
 
 def _ban(bits: NDArray[np.uint8], tokens: NDArray[np.int64]) -> None:
-    """Clears the tokens' bits, unless no other would be left."""
+    """Clears the tokens' bits, unless no others would be left."""
     before = bits[tokens]
     bits[tokens] = 0
     if not bits.any():

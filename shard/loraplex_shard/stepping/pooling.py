@@ -1,4 +1,4 @@
-"""Pools the hidden states of whole sequences, which come in chunks. Knows nothing of plans, ranks or the model."""
+"""Pools the hidden states of whole sequences, which arrive in chunks. Independent of plans, ranks and the model."""
 
 import torch
 from torch import Tensor
@@ -6,8 +6,8 @@ from torch.nn.functional import normalize
 
 
 class Pooling:
-    """The mean over a sequence's positions, or its last one, as a vector of length 1. Holds a vector for each row that
-    is not done."""
+    """The mean over a sequence's positions, or its last one, as a vector of length 1. Holds a vector for each
+    unfinished row."""
 
     def __init__(self, last_token: bool = False) -> None:
         self._last_token = last_token

@@ -1,4 +1,4 @@
-"""Writes the tokens of a step into its StepResponse. Knows the message's columns, not how tokens were chosen."""
+"""Writes the tokens of a step into its StepResponse, independent of how they were chosen."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class Alternatives:
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """Tokens to report, and where asked for what was likely in their places."""
+    """Tokens to report, with logprobs and alternatives if requested."""
 
     places: Ints  # of each token's chunk in the plan
     ids: Ints
@@ -33,7 +33,7 @@ class Tokens:
 
 
 def describe(places: Ints, ids: Tensor, logits: Tensor, detail: NDArray[np.void]) -> Tokens:
-    """Tokens [n] that follow positions with the logits [n, vocab]; detail [n] is what their sequences asked for."""
+    """Tokens [n] that follow positions with the logits [n, vocab]; detail [n] is what their sequences requested."""
     logprobs = alternatives = None
     if detail["logprobs"].any():
         logprobs = sampler.logprobs(logits, ids).cpu().numpy()
@@ -51,8 +51,8 @@ def _alternatives(wanted: Ints, logits: Tensor) -> Alternatives:
 
 
 def add_prompt(response: StepResponse, ids: Tensor, logits: Tensor, alternatives: Ints | None) -> None:
-    """Adds the log probabilities of prompt tokens [n] that follow positions with the logits [n, vocab], and so many
-    alternatives of each; None: of no token in the whole plan."""
+    """Adds the log probabilities of prompt tokens [n] that follow positions with the logits [n, vocab], and
+    `alternatives[i]` alternatives for token i; None if no token in the plan has any."""
     response.prompt_logprobs.extend(sampler.logprobs(logits, ids).tolist())
     if alternatives is not None:
         found = _alternatives(alternatives, logits)
@@ -62,7 +62,7 @@ def add_prompt(response: StepResponse, ids: Tensor, logits: Tensor, alternatives
 
 
 def add_tokens(response: StepResponse, chunks: int, parts: Sequence[Tokens]) -> None:
-    """Adds the tokens of a plan of this many chunks. Of one chunk, the tokens of an earlier part come first."""
+    """Adds the tokens of a plan of this many chunks. Within a chunk, tokens of earlier parts come first."""
     places = np.concatenate([part.places for part in parts]) if parts else np.zeros(0, np.int64)
     order = np.argsort(places, kind="stable")
     response.token_counts.extend(np.bincount(places, minlength=chunks).tolist())

@@ -1,8 +1,8 @@
-"""The rows: what a shard remembers of each live sequence, and how plans change it.
+"""The rows: a shard's state of each live sequence, and how plans change it.
 
-A row is re-creatable from one plan, and only plans change it. Counts and block tables are kept on the host, since
-they follow from the plans alone; token ids are kept on the device, where sampling writes them. Knows nothing of the
-model, of adapters or of what sampling parameters mean.
+A row can be recreated from one plan, and only plans change it. Counts and block tables are kept on the host, since
+they follow from the plans alone; token ids are kept on the device, where sampling writes them. Independent of the
+model, adapters and the meaning of sampling parameters.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from loraplex_shard.shapes.batch import Batch, Segment
 
 Ints = NDArray[np.int64]
 
-# What a sequence wants reported, beside its tokens or (pool) in place of them.
+# What a sequence wants reported in addition to tokens or (pool) instead of them.
 DETAIL = np.dtype(
     [
         ("logprobs", np.bool_),
@@ -73,10 +73,10 @@ class Rows:
         self.prompt_lengths: Ints = np.zeros(max_sequences, np.int64)
         self.sampling = np.zeros(max_sequences, PARAMETERS)
         self._biased = np.zeros(max_sequences, np.bool_)
-        self._biases: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # of those: token ids and what is added
+        self._biases: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by row: token ids and their biases
         self.detail = np.zeros(max_sequences, DETAIL)
         self.void = np.zeros(max_sequences, np.bool_)  # started with a token that is not in the vocabulary
-        self.forceable = np.zeros(max_sequences, np.bool_)  # whose grammars may add tokens that are not sampled
+        self.forceable = np.zeros(max_sequences, np.bool_)  # rows whose grammars may add tokens that are not sampled
         # Tokens whose logprobs need not be reported any more: all but fast-forward tokens of a row which asked for
         # logprobs and still follow positions that are to be computed.
         self._scored: Ints = np.zeros(max_sequences, np.int64)
@@ -89,8 +89,8 @@ class Rows:
         self._known[:] = 0
 
     def start(self, start: SequenceStart) -> None:
-        """Lets a sequence take over its row. One with a token that the model does not have is void: it is computed as
-        if that were token 0, so that the plans with it fit, and what comes of it is to be dropped."""
+        """Lets a sequence take over its row. A sequence with a token that the model does not have is void: it is
+        computed with token 0 instead, so that its plans fit, and its results must be dropped."""
         row, known = start.row, len(start.tokens)
         assert row < len(self._known), f"row {row} of {len(self._known)}"
         assert 0 < start.prompt_length <= known <= self._max_model_len, f"row {row}: {known} tokens"
@@ -117,7 +117,7 @@ class Rows:
         self._block_counts[row] = 0
 
     def advance(self, plan: StepRequest) -> Chunks:
-        """Takes a plan's chunks as computed and what they sample as known; the values follow with the step."""
+        """Marks a plan's chunks as computed and their samples as known; the values follow with the step."""
         rows, lengths = _column(plan.rows), _column(plan.lengths)
         slots, samples, block_counts = _column(plan.slots), _column(plan.samples) != 0, _column(plan.block_counts)
         count = len(rows)
@@ -130,7 +130,7 @@ class Rows:
         known = self._known[rows]
         at_end = ends == known
         assert (at_end | self.forceable[rows])[samples].all(), "sample before the last known token"
-        samples &= at_end  # the router did not know yet what comes without sampling
+        samples &= at_end  # the router did not know the forced tokens yet
         self._append_blocks(rows, block_counts, _column(plan.blocks))
         assert (self._block_counts[rows] * self._block_size >= ends).all(), "chunk past its blocks"
         self._computed[rows] = ends
@@ -161,11 +161,11 @@ class Rows:
         return self._tokens[self.on_device(rows), self.on_device(positions)].long()
 
     def history(self, rows: Ints, lengths: Ints) -> History:
-        """What the sampler may ask of the tokens of these rows, as far as the lengths say."""
+        """The tokens of these rows, up to these lengths, for the sampler."""
         return History(self._tokens, rows, self.prompt_lengths[rows], lengths)
 
     def bias(self, rows: Ints) -> Bias | None:
-        """What is added to the logits of these rows, if anything is."""
+        """The logit biases of these rows, if any."""
         places = np.flatnonzero(self._biased[rows]).tolist()
         if not places:
             return None
@@ -174,11 +174,11 @@ class Rows:
         return Bias(self.on_device(np.repeat(places, counts)), torch.cat(ids), torch.cat(values))
 
     def record(self, rows: Ints, positions: Ints, tokens: torch.Tensor) -> None:
-        """Writes what was sampled, one token [n] int64 per row, behind the tokens that the rows had."""
+        """Appends sampled tokens [n] int64, one per row."""
         self._tokens[self.on_device(rows), self.on_device(positions)] = tokens.int()
 
     def room(self, rows: Ints) -> Ints:
-        """How many more tokens can be known of these rows."""
+        """How many more tokens these rows have room for."""
         return self._max_model_len - self._known[rows]
 
     def scores(self, rows: Ints) -> NDArray[np.bool_]:
@@ -188,9 +188,9 @@ class Rows:
         return scored
 
     def fast_forward(self, rows: Ints, tokens: torch.Tensor) -> None:
-        """Adds fast-forward tokens behind all that is known of these rows: tokens [n, most] int64, padded with -1.
+        """Appends fast-forward tokens [n, most] int64, padded with -1, to these rows.
 
-        Chunks to come score them where logprobs were asked for.
+        Later chunks score them if logprobs were requested.
         """
         counts: Ints = (tokens >= 0).sum(1).cpu().numpy()
         positions = spans(self._known[rows], counts)
@@ -199,7 +199,7 @@ class Rows:
         self._scored[rows] += np.where(self.scores(rows), 0, counts)
 
     def on_device(self, values: Ints) -> torch.Tensor:
-        """A column as a tensor where the model is."""
+        """A column as a tensor on the model's device."""
         return torch.from_numpy(values).to(self._device)
 
     def _append_blocks(self, rows: Ints, counts: Ints, blocks: Ints) -> None:
@@ -210,7 +210,7 @@ class Rows:
         self._block_counts[rows] += counts
 
     def _tables(self, chunks: Chunks) -> Ints:
-        """The chunks' block tables, padded with 0: what lies behind a row's count is a former sequence's."""
+        """The chunks' block tables, padded with 0: entries after a row's count belong to a previous sequence."""
         needed = -(-chunks.ends // self._block_size)
         tables = self._block_tables[chunks.rows, : needed.max()]
         tables[np.arange(tables.shape[1]) >= needed[:, None]] = 0
@@ -218,7 +218,7 @@ class Rows:
 
 
 def spans(firsts: Ints, counts: Ints) -> Ints:
-    """counts[i] numbers from firsts[i] on, for one i after the other."""
+    """For each i in turn, counts[i] numbers starting at firsts[i]."""
     numbers: Ints = np.arange(counts.sum()) + np.repeat(firsts - (np.cumsum(counts) - counts), counts)
     return numbers
 
