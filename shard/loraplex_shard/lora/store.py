@@ -1,7 +1,7 @@
 """This rank's adapters: staged in host memory, by digest, and loaded into slots on the device.
 
 The router decides what is staged and loaded. All methods may be called from any thread; none of them waits for a step,
-and a step never waits for them.
+and no step waits for them.
 """
 
 import logging
@@ -39,26 +39,27 @@ from loraplex_shard.shapes.layout import LinearLayout
 
 logger = logging.getLogger(__name__)
 
-# How often an adapter is in memory while it is staged: its file, its tensors in the dtype, and those cut and laid out.
+# Copies of an adapter in memory while it is staged: its file, its tensors in the dtype, and the same partitioned and
+# laid out.
 COPIES = 3
 
 
 @dataclass(frozen=True, slots=True)
 class StagedAdapter:
-    digest: str  # sha256 over the adapter's files, in hex; of a merged one, what the router named it
+    digest: str  # sha256 over the adapter's files, in hex; for a merged one, the router's name
     source: str  # where it came from; "merged" for a merged one
-    revision: str  # the hub's commit; empty for any other adapter
+    revision: str  # the hub commit; empty for other sources
     lora_rank: int  # the largest of its modules
     size_bytes: int  # of this rank's part
     text: AdapterText = field(default_factory=AdapterText, hash=False)
-    warnings: tuple[str, ...] = ()  # what may be wrong with it though it is served
+    warnings: tuple[str, ...] = ()  # possible problems that do not prevent serving
 
 
 class AdapterStore:
     """Adapters for the linear layers of `layouts`, in `dtype`, in slots on `device`.
 
-    The first of `sources` that has an id is asked for it; `metrics` are told of what is loaded and what leaves. At most
-    `host_bytes` are staged, and half as many on their way, at a time.
+    An id is read from the first of `sources` that has it; `metrics` are told of loads and evictions. At most
+    `host_bytes` are staged at a time, and half as many being staged.
     """
 
     def __init__(
@@ -86,12 +87,12 @@ class AdapterStore:
         self._slots: dict[int, tuple[str, AdapterWeights]] = {}
 
     def stage(self, id: str, source: str, revision: str, token: str) -> StagedAdapter:
-        """Fetches an adapter, checks it, and holds this rank's part in host memory.
+        """Fetches an adapter, checks it, and keeps this rank's part in host memory.
 
-        Files that are held already, and have not changed, are not read again; calls for the same files at the same
-        time do the work once. A changed adapter gets a new digest and leaves the old one staged. Raises
-        AdapterNotFoundError, AdapterForbiddenError, AdapterSourceError or AdapterInvalidError; OverloadedError if there
-        is no room until others are unstaged.
+        Unchanged files of a staged adapter are not read again; concurrent calls for the same files do the work once. A
+        changed adapter gets a new digest and leaves the old one staged. Raises AdapterNotFoundError,
+        AdapterForbiddenError, AdapterSourceError or AdapterInvalidError; OverloadedError if there is no room until
+        others are unstaged.
         """
         origin = locate(self._sources, id, source, revision, token)
         read = False
@@ -105,9 +106,9 @@ class AdapterStore:
     def merge(self, digest: str, parts: Sequence[str], recipe: Recipe) -> StagedAdapter:
         """Merges staged adapters, named by their digests, into one that is staged under `digest`; once.
 
-        The parts' files are read again: what is staged of them is only this rank's cut, in which the values that
-        pruning keeps of a whole tensor are not to be seen. Raises AdapterNotFoundError for a part that is not staged,
-        AdapterSourceError for one whose files are not what they were, InvalidRequestError for unequal lora_ranks.
+        The parts' files are read again: pruning ranks the values of whole tensors, but only this rank's slices are
+        staged. Raises AdapterNotFoundError for a part that is not staged, AdapterSourceError for one whose files have
+        changed, InvalidRequestError for unequal lora_ranks.
         """
         with self._lock:
             sizes = [self._host[part].weights.size_bytes for part in parts if part in self._host]
@@ -204,7 +205,7 @@ class AdapterStore:
         return partition_adapter(merge([self._whole(part) for part in parts], recipe), self._layouts, self._dtype)
 
     def _whole(self, digest: str) -> dict[str, Delta]:
-        """A staged adapter, uncut."""
+        """A staged adapter, unpartitioned."""
         with self._lock:
             origin = next((origin for origin, known in self._digests.items() if known == digest), None)
         if origin is None:

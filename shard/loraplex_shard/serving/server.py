@@ -48,19 +48,19 @@ from loraplex_shard.stepping.runner import Runner
 
 logger = logging.getLogger(__name__)
 
-# One thread sends the results of steps, each slow adapter source keeps one of the others.
+# One thread sends the results of steps; each slow adapter source occupies another.
 WORKERS = 64
-# Seconds that calls may go on once no Step stream is open: what is left then is not worth a wait.
+# Seconds that calls may continue once no Step stream is open: the rest is not worth waiting for.
 GRACE = 1.0
 OPTIONS = (
     ("grpc.max_receive_message_length", 64 << 20),
     ("grpc.max_send_message_length", 64 << 20),
-    # Ranks are silent for as long as nobody asks for anything, so routers may ping them as often as they like.
+    # Connections are idle while there are no requests, so routers may ping as often as they like.
     ("grpc.http2.max_ping_strikes", 0),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.so_reuseport", 0),
 )
-# A router whose host is gone says nothing any more: it is asked whether it is there, so that the next one can drive.
+# A router whose host is gone cannot close its connection: keepalive pings detect it, so that the next router can drive.
 KEEPALIVE = (("grpc.keepalive_time_ms", 10_000), ("grpc.http2.ping_timeout_ms", 10_000))
 POLL_SECONDS = 0.5
 
@@ -68,7 +68,7 @@ Progress = Callable[[int, int], None]
 
 
 class Health(health.HealthServicer):
-    """Is answered on a thread of its own, whatever all the others do: silence means that the process hangs."""
+    """Answered on a separate thread, whatever the others do: silence means that the process hangs."""
 
     def Check(self, request: HealthCheckRequest, context: grpc.ServicerContext) -> HealthCheckResponse:
         return super().Check(request, context)
@@ -81,15 +81,15 @@ def run(settings: ShardSettings, progress: Progress | None = None) -> None:
     soon as no router has a Step stream open, for which it waits at most settings.drain_seconds, or for a second signal.
     Call it from the main thread.
 
-    `progress` is called while loading, as load_model says. Raises SettingsError, CheckpointError or GroupSizeError
+    `progress` is called while loading: see load_model. Raises SettingsError, CheckpointError or GroupSizeError
     before the port opens. Raises GroupLostError once another rank has ended, a step has failed on one of several ranks
-    or on CUDA, or one hangs that no router waits for any more; the process ends soon after, whatever it hangs in. So do
-    the other ranks, and whoever supervises them starts the group again.
+    or on CUDA, or one hangs that no router waits for any more; the process exits soon after, wherever it hangs. So do
+    the other ranks; their supervisor must restart the group.
     """
     torch.set_num_threads(settings.threads or max(1, torch.get_num_threads() // settings.tp))
-    device = machine.pick_device(settings.device, settings.rank)  # before a model is fetched that it could not use
+    device = machine.pick_device(settings.device, settings.rank)  # before fetching a model that it could not use
     checkpoint = open_checkpoint(settings.model, settings.revision, None)
-    check_architecture(checkpoint)  # refuses what is not served before anything is waited for
+    check_architecture(checkpoint)  # refuses unsupported models before any long wait
     machine.use(device)
     kernels = load_kernels(device, settings.kernels)
     group = Group.connect(settings.rank, settings.tp, settings.rendezvous, device, kernels)
@@ -98,7 +98,7 @@ def run(settings: ShardSettings, progress: Progress | None = None) -> None:
         group.let_go()
         sys.exit(0)
 
-    # Only now, since the wait for the other ranks would not be interrupted by a handler.
+    # Only now, since a handler would not interrupt the wait for the other ranks.
     for number in signal.SIGTERM, signal.SIGINT:
         signal.signal(number, stop)
     troubles = Troubles()
@@ -106,14 +106,14 @@ def run(settings: ShardSettings, progress: Progress | None = None) -> None:
     try:
         with open_telemetry(settings) as telemetry:
             service = _load(settings, checkpoint, group, device, kernels, progress, troubles, telemetry)
-            gc.freeze()  # what loading made is not looked through again at every collection, which would delay steps
+            gc.freeze()  # leaves objects from loading out of later collections, which would delay steps
             server, states = start(service, settings.listen, server_credentials(settings), device)
             logger.info("rank %d of %d is serving at %s", settings.rank, settings.tp, settings.listen)
             try:
                 while (trouble := troubles.wait(POLL_SECONDS)) is None:
                     if service.hangs:
                         troubles.report("a step hangs that no router waits for any more")
-            except SystemExit:  # the router is told, finishes what runs here, and leaves
+            except SystemExit:  # the router is told, finishes its sequences here, and leaves
                 states.enter_graceful_shutdown()
                 service.wait_until_left(settings.drain_seconds)
                 raise
@@ -130,8 +130,8 @@ def start(
     credentials: grpc.ServerCredentials | None = None,
     device: torch.device = machine.CPU,
 ) -> tuple[grpc.Server, Health]:
-    """Opens the port and answers there, also for health checks; without credentials, unencrypted. The threads that
-    answer use `device`. SettingsError if the port cannot be opened."""
+    """Opens the port and serves there, including health checks; without credentials, unencrypted. The serving threads
+    use `device`. Raises SettingsError if the port cannot be opened."""
     threads = ThreadPoolExecutor(WORKERS, thread_name_prefix="shard", initializer=machine.use, initargs=(device,))
     options = OPTIONS if listen.startswith("unix:") else OPTIONS + KEEPALIVE
     server = grpc.server(threads, options=options)
@@ -169,7 +169,7 @@ def _load(
     form = ParameterForm(dtype, device, quantize)
     model = load_model(checkpoint, group, ops, form, max_model_len, progress)
     kv_dtype = torch.int8 if settings.kv_dtype == "int8" else dtype
-    keep_freed()  # what loading freed is given back
+    keep_freed()  # memory freed by loading is given back to the system
     block_bytes = model.cache_block_bytes(machine.BLOCK_SIZE, kv_dtype)
     num_blocks = machine.fewest(group, machine.count_blocks(settings, max_model_len, block_bytes, device), device)
     max_model_len = machine.fit_context(settings, max_model_len, num_blocks)
@@ -192,7 +192,7 @@ def _load(
     )
     listing = LocalListing(settings.adapters, partial(find_doubts, base=base, modules=modules_of(model.layouts)))
     sources = open_sources(settings)
-    # The router has others leave once it knows how large one is.
+    # The router evicts others once it knows an adapter's size.
     held = adapter_host_bytes * 5 // 4
     adapters = AdapterStore(model.layouts, adapter_dtype, device, base, sources, telemetry.metrics, held)
     telemetry.metrics.watch_adapters(lambda: {"disk": listing.count(), **adapters.count()}, adapters.count_host_bytes)
@@ -243,14 +243,14 @@ def _load(
 
 
 def ends_process(error: Exception, ranks: int, device: torch.device) -> bool:
-    """Whether a rank is of no use any more once a plan has raised this. A single rank has nobody to be out of step
-    with, and its next stream starts from nothing; of a group, others may have run the plan. On CUDA nothing works after
-    an error, unless it was that memory did not suffice."""
+    """Whether a rank must exit after a plan has raised this error. A single rank cannot be out of step, and its next
+    stream starts afresh; in a group, other ranks may have run the plan. On CUDA nothing works after an error, except
+    after running out of memory."""
     return ranks > 1 or (device.type == "cuda" and not isinstance(error, torch.OutOfMemoryError))
 
 
 def open_sources(settings: ModelSettings) -> list[Source]:
-    """Where adapters come from, in the order in which they are asked."""
+    """The adapter sources, in the order in which they are searched."""
     sources: list[Source] = [LocalSource(settings.adapters)] if settings.adapters else []
     for name in "adapters_s3", "adapters_gcs", "adapters_azure":
         if url := getattr(settings, name):

@@ -1,7 +1,7 @@
 """The shard's gRPC service: one method per call of shard.proto, and the order in which plans run.
 
-All plans run on one thread, that of steps.py; other calls run on gRPC's threads and never wait for it, nor it for
-them. Knows nothing of how the model was loaded or of what is in a plan.
+All plans run on one thread (steps.py). Other calls run on gRPC's threads; they never wait for that thread, nor it for
+them. Independent of how the model was loaded and of the plans' content.
 """
 
 import logging
@@ -29,9 +29,9 @@ logger = logging.getLogger(__name__)
 class ShardService(ShardServiceServicer):
     """Answers for one rank.
 
-    A stream that merely ends, in good order or not, leaves nothing behind: a plan that has arrived is run to its end,
-    and since the ranks wait for each other in every plan, those that are idle have run the same ones. A plan that
-    reached only some of them, or hangs, shows in `hangs`.
+    A stream that ends, cleanly or not, leaves nothing behind: plans that have arrived are run to their end, and since
+    ranks wait for each other in every plan, idle ranks have run the same plans. A plan that reached only some ranks, or
+    hangs, shows in `hangs`.
     """
 
     def __init__(
@@ -52,10 +52,10 @@ class ShardService(ShardServiceServicer):
         self._tokenizer = tokenizer
         self._telemetry = telemetry
         self._steps_in_use = threading.Lock()
-        self._user: object = None  # who uses steps
-        self._user_left: float | None = None  # when it did, if they are still in use, by time.monotonic
+        self._user: object = None  # the current user of steps
+        self._user_left: float | None = None  # when the user left, if steps are still in use, by time.monotonic
         self._driven = False  # a Step stream is open
-        self._left = threading.Condition()  # it has ended
+        self._left = threading.Condition()  # notified when it has ended
 
     def GetInfo(self, request: pb.GetInfoRequest, context: grpc.ServicerContext) -> pb.GetInfoResponse:
         info = pb.GetInfoResponse()
@@ -148,18 +148,18 @@ class ShardService(ShardServiceServicer):
                 yield step.response
 
     def wait_until_left(self, seconds: float) -> bool:
-        """Waits until no Step stream is open, at most so long; answers whether none is."""
+        """Waits until no Step stream is open, at most this long. Returns whether none is open."""
         with self._left:
             return self._left.wait_for(lambda: not self._driven, seconds)
 
     @property
     def hangs(self) -> bool:
-        """Whether something is still computed for a router that left longer ago than that can take."""
+        """Whether a step is still running for a router that left longer ago than it can take."""
         left = self._user_left
         return left is not None and time.monotonic() - left > self._steps.longest_rest
 
     def _leave(self, user: object) -> None:
-        """Its call has ended: before what it asked for, or after."""
+        """A user's call has ended, before or after its work."""
         with self._left:
             if self._user is user:
                 self._user_left = time.monotonic()

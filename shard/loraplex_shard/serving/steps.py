@@ -1,5 +1,5 @@
 """The thread that runs plans. While it computes, other threads send the last result and read the next plan, so that
-the decoder waits for neither. Knows nothing of gRPC's calls or of what is in a plan."""
+the decoder waits for neither. Independent of gRPC calls and of the plans' content."""
 
 import threading
 import time
@@ -15,8 +15,8 @@ from loraplex_protos.shard_pb2 import StepRequest, StepResponse
 from loraplex_shard.serving import machine
 from loraplex_shard.stepping.runner import Runner
 
-# What may be left to compute once a router has left: several times the longest step, but at least so many seconds (on a
-# GPU a kernel may have to be compiled), and before the first step has ended a warm-up's.
+# Limit for what is still computed after a router has left: several times the longest step, with a minimum (on a GPU a
+# kernel may have to be compiled), which before the first step has ended is that of a warm-up.
 FACTOR = 5.0
 LEAST_SECONDS = {"cpu": 5.0, "cuda": 60.0}
 WARMUP_SECONDS = 300.0
@@ -33,35 +33,35 @@ class Step:
 
 
 class StepThread:
-    """Runs all that a runner is asked for, one thing after another.
+    """Runs all of a runner's work, one item after another.
 
-    It is always the same thread, since OpenMP keeps a team of threads for each one that computes. on_failed_step is
-    called there with what a plan raised.
+    It is always the same thread, since OpenMP keeps a team of threads per calling thread. on_failed_step is called
+    there with a plan's error.
     """
 
     def __init__(self, runner: Runner, device: torch.device, on_failed_step: Callable[[Exception], None]) -> None:
         self._runner = runner
         self._on_failed_step = on_failed_step
         self._thread = ThreadPoolExecutor(1, "steps", initializer=machine.use, initargs=(device,))
-        self._stream: object = None  # the one whose plans are run, as the thread alone knows
+        self._stream: object = None  # the one whose plans are run; used only by the thread
         self._least_seconds = LEAST_SECONDS[device.type]
         self._longest = 0.0  # of all steps
 
     def warmup(self, max_batch_tokens: int) -> None:
-        """As Runner.warmup says."""
+        """See Runner.warmup."""
         self._thread.submit(self._runner.warmup, max_batch_tokens).result()
 
     @property
     def longest_rest(self) -> float:
-        """Seconds in which plans that have come are run for certain, unless one hangs."""
+        """Seconds within which the plans received so far are certain to be run, unless one hangs."""
         return max(self._least_seconds, FACTOR * self._longest) if self._longest else WARMUP_SECONDS
 
     def run(self, plans: Iterator[StepRequest]) -> Generator[Step]:
-        """Forgets all sequences, then runs plans as they come, those that came while another ran without a pause.
+        """Forgets all sequences, then runs plans as they arrive, without a pause between plans that are already there.
 
-        `plans` is read on a thread of its own; it ends, or raises grpc.RpcError, once there will be no more. Raises
-        what a plan raised; those behind it are not run. May be closed once there will be no more plans: that waits
-        until those that have arrived are run.
+        `plans` is read on a separate thread; it ends, or raises grpc.RpcError, once no more plans will come. Raises a
+        failed plan's error; later plans are not run. May be closed once no more plans will come: this waits until the
+        plans that have arrived are run.
         """
         stream = object()
         steps = SimpleQueue[Future[Step] | None]()
