@@ -13,6 +13,7 @@ from tokenizers.models import WordLevel
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from loraplex_shard.checkpoint import CheckpointError, open_checkpoint
+from loraplex_shard.checkpoint.base import PoolingMode, PoolingSpec
 from loraplex_shard.device.parallel import Group, GroupSizeError
 from tests.shard.decoders import Sequences, load, load_reference, save_checkpoint
 from tests.stand_in_hub import StandInHub
@@ -122,19 +123,62 @@ def test_a_model_that_was_saved_without_a_head_is_that_of_transformers(
 
 
 @pytest.mark.parametrize(
-    ("modes", "expected"),
-    [({}, False), ({"mean_tokens": True}, False), ({"lasttoken": True, "mean_tokens": False}, True)],
+    ("config", "mode"),
+    [
+        ({}, "mean"),
+        ({"pooling_mode_mean_tokens": True}, "mean"),
+        ({"pooling_mode_lasttoken": True, "pooling_mode_mean_tokens": False, "include_prompt": True}, "last"),
+        ({"pooling_mode_cls_token": True}, "first"),
+        ({"pooling_mode": "lasttoken"}, "last"),
+        ({"pooling_mode": "cls"}, "first"),
+    ],
 )
 def test_how_texts_are_pooled_is_what_sentence_transformers_wrote(
-    modes: dict[str, bool], expected: bool, directory: Path
+    config: dict[str, object], mode: PoolingMode, directory: Path
 ) -> None:
-    assert not open_checkpoint(str(directory)).pools_last_token
+    assert open_checkpoint(str(directory)).pooling == PoolingSpec()
     (directory / "1_Pooling").mkdir()
-    edit_json(directory / "1_Pooling/config.json", **{f"pooling_mode_{mode}": on for mode, on in modes.items()})
-    assert open_checkpoint(str(directory)).pools_last_token is expected
-    edit_json(directory / "1_Pooling/config.json", pooling_mode_max_tokens=True)
-    with pytest.raises(CheckpointError, match=r"pooling_mode_max_tokens.* is not served"):
-        open_checkpoint(str(directory)).pools_last_token  # noqa: B018
+    edit_json(directory / "1_Pooling/config.json", **config)
+    assert open_checkpoint(str(directory)).pooling == PoolingSpec(mode)
+    for kinds in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
+        save_modules(directory, kinds)
+        assert open_checkpoint(str(directory)).pooling == PoolingSpec(mode, normalized="Normalize" in kinds)
+
+
+def save_modules(directory: Path, kinds: list[str]) -> None:
+    modules = [
+        {"idx": place, "name": str(place), "path": f"{place}_{kind}", "type": f"sentence_transformers.models.{kind}"}
+        for place, kind in enumerate(kinds)
+    ]
+    (directory / "modules.json").write_text(json.dumps(modules))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"pooling_mode_max_tokens": True}, "pooling_mode_max_tokens is not served"),
+        ({"pooling_mode": "weightedmean"}, "pooling_mode_weightedmean is not served"),
+        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}, "mode_cls_token, .*_mean_tokens is not"),
+        ({"pooling_mode": ["cls", "mean"]}, "pooling_mode_cls, pooling_mode_mean is not served"),
+        ({"pooling_mode_lasttoken": True, "include_prompt": False}, "include_prompt false is not served"),
+    ],
+)
+def test_pooling_that_is_not_served_is_refused_by_name(
+    config: dict[str, object], message: str, directory: Path
+) -> None:
+    (directory / "1_Pooling").mkdir()
+    edit_json(directory / "1_Pooling/config.json", **config)
+    with pytest.raises(CheckpointError, match=rf"1_Pooling/config\.json: .*{message}"):
+        open_checkpoint(str(directory)).pooling  # noqa: B018
+
+
+def test_modules_behind_pooling_that_are_not_served_are_refused_by_name(directory: Path) -> None:
+    save_modules(directory, ["Transformer", "Pooling", "Dense", "Normalize"])
+    with pytest.raises(CheckpointError, match=r"modules\.json: Dense is not served"):
+        open_checkpoint(str(directory)).pooling  # noqa: B018
+    (directory / "modules.json").write_text('["Pooling"]')
+    with pytest.raises(CheckpointError, match=r"modules\.json is not a list of modules"):
+        open_checkpoint(str(directory)).pooling  # noqa: B018
 
 
 def test_a_head_that_is_missing_is_refused_with_the_way_out(directory: Path) -> None:

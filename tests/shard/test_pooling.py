@@ -1,5 +1,6 @@
 """Pooled sequences through the runner: transformers' hidden states, however they are cut and whatever runs beside."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from torch.nn.functional import normalize
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from loraplex_protos.shard_pb2 import FAILURE_REASON_NOT_FINITE, StepResponse
+from loraplex_shard.checkpoint.base import PoolingMode, PoolingSpec
 from loraplex_shard.device.parallel import Group
 from loraplex_shard.lora.peft.base import BaseModel
 from loraplex_shard.lora.sources.local import LocalSource
@@ -96,19 +98,33 @@ def test_one_chunk_or_many_give_the_normalized_mean_beside_a_neighbour(
     assert planner.rows[2].outputs == greedy(reference, prompts[2], 3)
 
 
-def test_a_model_that_says_so_is_pooled_by_its_last_token(
-    decoder: Decoder, adapters: AdapterStore, reference: PreTrainedModel
+@pytest.mark.parametrize("normalized", [True, False])
+@pytest.mark.parametrize(
+    ("mode", "pool"),
+    [("last", lambda hidden: hidden[-1]), ("first", lambda hidden: hidden[0]), ("mean", lambda hidden: hidden.mean(0))],
+)
+def test_a_model_is_pooled_as_its_files_say(
+    mode: PoolingMode,
+    pool: Callable[[torch.Tensor], torch.Tensor],
+    normalized: bool,
+    decoder: Decoder,
+    adapters: AdapterStore,
+    reference: PreTrainedModel,
 ) -> None:
     grammars = GrammarCompiler(b"{}", decoder.vocab_size, end_token_ids=(2,))
     cache = decoder.new_cache(NUM_BLOCKS, BLOCK_SIZE)
-    runner = Runner(decoder, cache, adapters, Group(0, 1), 8, MAX_MODEL_LEN, CPU, grammars, pools_last_token=True)
+    runner = Runner(
+        decoder, cache, adapters, Group(0, 1), 8, MAX_MODEL_LEN, CPU, grammars, PoolingSpec(mode, normalized)
+    )
     prompt, planner = random_tokens(20, 4), Planner()
     planner.start(0, prompt, pool=True)
     run(planner, runner, {0: 15}, {0})
     (vector,) = vectors(run(planner, runner, {0: 5}, {0}))
     with torch.inference_mode():
-        hidden = reference(input_ids=torch.tensor([prompt]), output_hidden_states=True).hidden_states[-1][0, -1]
-    torch.testing.assert_close(vector, normalize(hidden.float(), dim=0), atol=1e-5, rtol=1e-4)
+        hidden = reference(input_ids=torch.tensor([prompt]), output_hidden_states=True).hidden_states[-1][0]
+    expected = pool(hidden.float())
+    expected = normalize(expected, dim=0) if normalized else expected
+    torch.testing.assert_close(vector, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_a_row_that_is_taken_over_forgets_what_was_summed_up(runner: Runner, reference: PreTrainedModel) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
 from transformers import PreTrainedConfig
@@ -23,6 +23,17 @@ def errors_of(model_id: str) -> Iterator[None]:
         yield
     except CheckpointError as error:
         raise CheckpointError(f"{model_id}: {error.message}") from error
+
+
+PoolingMode: TypeAlias = Literal["mean", "last", "first"]
+
+
+@dataclass(frozen=True, slots=True)
+class PoolingSpec:
+    """The mean over all positions, or the hidden state of the last or the first; scaled to length 1 or as it is."""
+
+    mode: PoolingMode = "mean"
+    normalized: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +80,8 @@ class Checkpoint(Protocol):
         """What its own files call the model, beside `model_id`."""
 
     @property
-    def pools_last_token(self) -> bool:
-        """Whether a text's embedding is made of its last token's hidden state; else it is the mean of all."""
+    def pooling(self) -> PoolingSpec:
+        """How a text's embedding is made of its tokens' hidden states."""
 
     def shape(self, name: str) -> tuple[int, ...]: ...
 

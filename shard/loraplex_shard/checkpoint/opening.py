@@ -38,7 +38,8 @@ HUB_FILES = [
     "merges.txt",
     "chat_template*",
     "additional_chat_templates/*",
-    "1_Pooling/config.json",
+    "modules.json",
+    "*_Pooling/config.json",
 ]
 HUB_GGUF = re.compile(r"(?P<id>[\w.-]+/[\w.-]+):(?P<kind>[\w.-]+)", re.ASCII)
 

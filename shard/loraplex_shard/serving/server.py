@@ -161,6 +161,7 @@ def _load(
     troubles: Troubles,
     telemetry: Telemetry,
 ) -> ShardService:
+    pooling = checkpoint.pooling
     dtype = machine.pick_dtype(settings.dtype, checkpoint.config, device)
     max_model_len = machine.longest_context(settings, checkpoint.config)
     ops = choose_operations(device, dtype, kernels)
@@ -217,8 +218,8 @@ def _load(
         modeling_code=model.modeling_code,
     )
     telemetry.metrics.describe(info)
-    most, pools_last = settings.max_sequences, checkpoint.pools_last_token
-    runner = Runner(model, cache, adapters, group, most, max_model_len, device, grammars, pools_last)
+    most = settings.max_sequences
+    runner = Runner(model, cache, adapters, group, most, max_model_len, device, grammars, pooling)
 
     def on_failed_step(error: Exception) -> None:
         if ends_process(error, group.size, device):

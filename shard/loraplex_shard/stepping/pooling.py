@@ -4,23 +4,30 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from loraplex_shard.checkpoint.base import PoolingSpec
+
 
 class Pooling:
-    """The mean over a sequence's positions, or its last one, as a vector of length 1. Holds a vector for each
-    unfinished row."""
+    """Holds a vector for each unfinished row."""
 
-    def __init__(self, last_token: bool = False) -> None:
-        self._last_token = last_token
-        self._sums: dict[int, Tensor] = {}
+    def __init__(self, spec: PoolingSpec) -> None:
+        self._spec = spec
+        self._vectors: dict[int, Tensor] = {}
 
     def clear(self) -> None:
-        self._sums.clear()
+        self._vectors.clear()
 
     def add(self, row: int, begin: int, hidden: Tensor) -> None:
         """Adds the positions from `begin` on, [tokens, hidden]; a sequence that takes over the row begins at 0."""
-        total = hidden[-1].float() if self._last_token else hidden.sum(0, dtype=torch.float32)
-        self._sums[row] = total if begin == 0 or self._last_token else self._sums[row] + total
+        if self._spec.mode == "mean":
+            total = hidden.sum(0, dtype=torch.float32)
+            self._vectors[row] = total if begin == 0 else self._vectors[row] + total
+        elif self._spec.mode == "last" or begin == 0:
+            self._vectors[row] = hidden[-1 if self._spec.mode == "last" else 0].float()
 
-    def finish(self, row: int) -> Tensor:
-        """[hidden] float32. The mean's length does not depend on how many positions were summed up."""
-        return normalize(self._sums.pop(row), dim=0)
+    def finish(self, row: int, length: int) -> Tensor:
+        """[hidden] float32, of a sequence of that many positions."""
+        vector = self._vectors.pop(row)
+        if self._spec.mode == "mean":
+            vector = vector / length
+        return normalize(vector, dim=0) if self._spec.normalized else vector

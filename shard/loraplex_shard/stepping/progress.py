@@ -196,7 +196,7 @@ class StepInProgress:
             row, begin, end = (int(column[place]) for column in (chunks.rows, chunks.begins, chunks.ends))
             self._pooling.add(row, begin, self._hidden[chunks.starts[place] : chunks.starts[place + 1]])
             if end == self._rows.prompt_lengths[row]:
-                vector = self._pooling.finish(row)
+                vector = self._pooling.finish(row, end)
                 if vector.isfinite().all():
                     self._response.pooled_chunks.append(place)
                     self._response.pooled.extend(vector.tolist())

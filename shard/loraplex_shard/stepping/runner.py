@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from loraplex_protos.shard_pb2 import SequenceStart, StepRequest, StepResponse
+from loraplex_shard.checkpoint.base import PoolingSpec
 from loraplex_shard.device.parallel import Group
 from loraplex_shard.lora.store import AdapterStore
 from loraplex_shard.models import Model
@@ -34,11 +35,11 @@ class Runner:
         max_model_len: int,
         device: torch.device,
         grammars: GrammarCompiler,
-        pools_last_token: bool = False,
+        pooling: PoolingSpec | None = None,
     ) -> None:
         rows = Rows(max_sequences, max_model_len, model.vocab_size, cache.block_size, cache.num_blocks, device)
         constraints = Constraints(grammars, model.vocab_size)
-        self._parts = Parts(model, rows, constraints, Pooling(pools_last_token), group)
+        self._parts = Parts(model, rows, constraints, Pooling(pooling or PoolingSpec()), group)
         self._cache = cache
         self._adapters = adapters
         self._max_sequences = max_sequences

@@ -9,7 +9,7 @@ import torch
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from transformers import PreTrainedConfig
 
-from loraplex_shard.checkpoint.base import TokenizerFiles, errors_of
+from loraplex_shard.checkpoint.base import PoolingSpec, TokenizerFiles, errors_of
 from loraplex_shard.checkpoint.gguf.blocks import read_blocks
 from loraplex_shard.checkpoint.gguf.configuration import read_config
 from loraplex_shard.checkpoint.gguf.file import ByteRows, GgufTensor, floats, read_gguf
@@ -68,8 +68,8 @@ class GgufCheckpoint:
         return tuple(str(name) for name in (metadata.get("general.name"), "-".join(parts)) if name)
 
     @property
-    def pools_last_token(self) -> bool:
-        return False
+    def pooling(self) -> PoolingSpec:
+        return PoolingSpec()
 
     def is_rounded(self, name: str) -> bool:
         return self._tensor(name).kind not in _FLOATS

@@ -9,8 +9,9 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
-from loraplex_shard.checkpoint.base import CheckpointError, TokenizerFiles, errors_of
+from loraplex_shard.checkpoint.base import CheckpointError, PoolingSpec, TokenizerFiles, errors_of
 from loraplex_shard.checkpoint.end_tokens import end_token_ids
+from loraplex_shard.checkpoint.pooling import read_pooling
 from loraplex_shard.checkpoint.quantized.config import read_layouts
 from loraplex_shard.checkpoint.quantized.stored import StoredMatrix
 from loraplex_shard.checkpoint.safetensors.files import SafetensorsFiles, read_json
@@ -19,8 +20,6 @@ from loraplex_shard.checkpoint.tokenizer_files import read_tokenizer
 from loraplex_shard.checkpoint.values import checked
 from loraplex_shard.ops.quantized import QuantizedMatrix
 
-POOLING_CONFIG = "1_Pooling/config.json"  # as sentence-transformers writes it
-LAST_TOKEN = "pooling_mode_lasttoken"
 QUANTIZATION_CONFIGS = "quantization_config", "compression_config"  # the second was compressed-tensors' at first
 GENERATION_CONFIG = "generation_config.json"
 MODELOPT_CONFIG = "hf_quant_config.json"
@@ -68,13 +67,8 @@ class SafetensorsCheckpoint:
         return (str(self._directory.resolve()), *([named] if isinstance(named, str) and named else []))
 
     @cached_property
-    def pools_last_token(self) -> bool:
-        file = self._directory / POOLING_CONFIG
-        config = read_json(file, self.model_id) if file.is_file() else {}
-        modes = {name for name, value in config.items() if name.startswith("pooling_mode_") and value is True}
-        if not modes <= {LAST_TOKEN, "pooling_mode_mean_tokens"} or len(modes) > 1:
-            raise CheckpointError(f"{self.model_id}: {POOLING_CONFIG}: {', '.join(sorted(modes))} is not served")
-        return LAST_TOKEN in modes
+    def pooling(self) -> PoolingSpec:
+        return read_pooling(self._directory, self.model_id)
 
     def is_rounded(self, name: str) -> bool:
         return name in self._matrices

@@ -41,8 +41,8 @@ async def compat_generate(body: schema.CompatGenerateRequest, call: Call) -> Res
 
 @router.post("/embed", responses={200: {"model": schema.EmbedResponse}, **LORAX_ERRORS})
 async def lorax_embed(body: schema.EmbedRequest, call: Call) -> Response:
-    """The input's vector, of length 1: the mean of the last hidden states over all tokens, or that of the last token if
-    the model's configuration says so."""
+    """The input's vector, pooled from the last hidden states as the files of sentence-transformers beside the model
+    say; without such files, their mean over all tokens, scaled to length 1."""
     given = body.parameters or schema.Parameters()
     request = EmbedRequest((body.inputs,), read_adapter(given, adapter_token(call)), given.truncate)
     (found,) = await finish_before_disconnect(call.service.embed(request, call.key), call.receive)

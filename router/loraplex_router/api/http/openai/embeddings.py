@@ -51,8 +51,8 @@ class OpenaiAnswer(BaseModel):
 
 @router.post("/embeddings", responses={200: {"model": OpenaiAnswer}, **ERRORS})
 async def openai_embeddings(body: OpenaiRequest, call: Call) -> Response:
-    """A vector of length 1 for each input: the mean of the last hidden states over all tokens, or that of the last
-    token if the model's configuration says so."""
+    """A vector for each input, pooled from the last hidden states as the files of sentence-transformers beside the
+    model say; without such files, their mean over all tokens, scaled to length 1."""
     if body.dimensions is not None:
         raise InvalidRequestError(FieldViolation("dimensions", "is not supported: leave it out"))
     names = call.service.model_names
