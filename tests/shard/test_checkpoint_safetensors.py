@@ -108,7 +108,7 @@ def test_embedding_and_head_are_those_of_transformers_whatever_the_file_holds(
     assert torch.equal(ours.lm_head.weight.matrix, theirs.lm_head.weight)
 
 
-@pytest.mark.parametrize("architectures", [None, [], ["LlamaModel"], ["LLaMAForCausalLM"]])
+@pytest.mark.parametrize("architectures", [None, [], ["LlamaModel"], ["LLaMAForCausalLM"], ["Llama_ForCausalLM"]])
 def test_a_model_that_was_saved_without_a_head_is_that_of_transformers(
     architectures: list[str] | None, tmp_path: Path
 ) -> None:
@@ -236,6 +236,7 @@ def test_a_tensor_of_another_shape_is_named_with_both_shapes(directory: Path) ->
         ({"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4}}, "rope type 'proportional'"),
         ({"num_key_value_heads": 3}, "num_attention_heads 2 is not a multiple of num_key_value_heads 3"),
         ({"vocab_size": "many"}, "vocab_size"),
+        ({"model_type": "exaone4", "sliding_window": None}, "config.json: integer modulo by zero"),
     ],
 )
 def test_a_configuration_that_is_not_served_is_refused_by_name(

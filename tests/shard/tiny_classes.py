@@ -56,6 +56,7 @@ OWN: dict[str, dict[str, Any] | None] = {  # None: as large as it is
     "granitemoehybrid": {"layer_types": ["attention"] * 4},  # there are models of the family without Mamba's
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "llama4_text": {"floor_scale": 4, "attn_scale": 0.5},  # queries that grow with their positions
     "longcat_flash": {"head_dim": 8},
     "xmod": {"default_language": "en_XX"},
     "youtu": {"pad_token_id": None},  # transformers empties its row of the embedding when it loads it

@@ -118,6 +118,7 @@ class TransformersModel:
         raise AssertionError("the backbone was not reached")
 
     def _run(self, ids: torch.Tensor, positions: torch.Tensor | None) -> Any:
+        self._through.positions = positions
         return self._model(
             input_ids=ids[None],
             position_ids=None if positions is None else positions[None],

@@ -20,11 +20,22 @@ class ThroughCache(DynamicCache):
         for layer in self.layers:
             if type(layer) not in KEYS_AND_VALUES:
                 raise CheckpointError(f"it keeps a state beside keys and values ({type(layer).__name__})")
+        self.positions: torch.Tensor | None = None  # [tokens], of the forward pass; None: as the model counts them
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int | None = None) -> Any:
+        """What attention adds to its count of tokens where it looks at positions itself, as Llama 4's does: a batch's
+        tokens are of many sequences, so each has a length of its own."""
+        if layer_idx is None or self.positions is None:
+            return 0
+        return self.positions - torch.arange(len(self.positions), device=self.positions.device)
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return 0
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         return query_length, 0
