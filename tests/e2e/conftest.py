@@ -23,13 +23,16 @@ def chanting_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def adapters(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight adapters of different lora_ranks, targets and scalings."""
+    """Adapters of different lora_ranks, targets, scalings and kinds."""
     folder = tmp_path_factory.mktemp("adapters")
     for seed, (name, r) in enumerate(LORA_RANKS.items()):
         save_adapter(model, folder / name, r, seed=seed)
     save_adapter(model, folder / "attention", 8, 10, target_modules=["q_proj", "v_proj"], use_rslora=True)
     patterns = {"rank_pattern": {"down_proj": 2}, "alpha_pattern": {"gate_proj": 3}, "layers_to_transform": [1]}
     save_adapter(model, folder / "patterns", 8, 11, **patterns)
+    save_adapter(model, folder / "dora", 4, 12, use_dora=True)
+    save_adapter(model, folder / "bias", 4, 13, lora_bias=True)
+    save_adapter(model, folder / "head", 4, 14, modules_to_save=["lm_head"])
     return folder
 
 

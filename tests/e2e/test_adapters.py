@@ -269,7 +269,7 @@ def as_pickle(adapter: Path) -> None:
     [
         (edit_config(use_dora=True), "use_dora"),
         (edit_config(bias="all"), "bias"),
-        (edit_config(modules_to_save=["lm_head"]), "modules_to_save"),
+        (edit_config(modules_to_save=["lm_head"]), "lm_head.weight"),
         (edit_config(r=16), "r=16|lora_rank|shape|16"),
         (edit_config(peft_type="IA3"), "peft_type"),
         (edit_config(target_modules=["q_proj"]), "does not call for .*down_proj"),

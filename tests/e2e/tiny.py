@@ -1,10 +1,12 @@
 """A tiny random Llama with adapters, and what transformers and PEFT alone make of them: the oracle."""
 
+import warnings
 from pathlib import Path
 
 import tokenizers
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.warning import PeftWarning
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 TURN = "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -48,11 +50,17 @@ def save_adapter(model: Path, folder: Path, r: int, seed: int, **options: object
     torch.manual_seed(seed)
     base = AutoModelForCausalLM.from_pretrained(model)
     options = {"target_modules": ALL_LINEAR, "lora_alpha": 2 * r, **options}
-    adapted = get_peft_model(base, LoraConfig(r=r, task_type="CAUSAL_LM", **options))
-    for name, parameter in adapted.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(parameter, std=0.25 / r**0.5)
-    adapted.save_pretrained(folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PeftWarning)  # its doubts about biases of B
+        adapted = get_peft_model(base, LoraConfig(r=r, task_type="CAUSAL_LM", **options))
+        for name, parameter in adapted.named_parameters():
+            if "magnitude" in name:
+                parameter.data *= torch.rand_like(parameter) + 0.5
+            elif "lora_" in name:
+                torch.nn.init.normal_(parameter, std=0.25 / r**0.5)
+            elif "modules_to_save" in name:
+                parameter.data += torch.randn_like(parameter) * 0.1
+        adapted.save_pretrained(folder)
     return folder
 
 
@@ -84,7 +92,9 @@ class Oracle:
         key = adapter or ""
         if key not in self._loaded:
             model = AutoModelForCausalLM.from_pretrained(self._model, dtype=torch.float32).eval()
-            self._loaded[key] = PeftModel.from_pretrained(model, self._adapters / adapter) if adapter else model
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", PeftWarning)
+                self._loaded[key] = PeftModel.from_pretrained(model, self._adapters / adapter) if adapter else model
         return self._loaded[key]
 
 

@@ -83,7 +83,24 @@ def make_base() -> LlamaForCausalLM:
     )
 
 
-BASE = BaseModel("LlamaForCausalLM", ids=("org/base-7b",), tensors=HeldTensors(make_base()))
+class HeldMatrices:
+    """A model's matrices, served as they are."""
+
+    tied = False
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.tensors = model.state_dict()
+
+    def read(self, module: str, rows: slice) -> torch.Tensor:
+        return self.tensors[f"{module}.weight"][rows]
+
+
+BASE = BaseModel(
+    "LlamaForCausalLM",
+    ids=("org/base-7b",),
+    tensors=HeldTensors(make_base()),
+    served=HeldMatrices(make_base()),
+)
 
 
 def save_adapter(directory: Path, seed: int = 0, dtype: torch.dtype = torch.float32, **config: object) -> PeftModel:

@@ -70,8 +70,16 @@ PUBLISHED: dict[str, tuple[dict[str, object], dict[str, object], list[str]]] = {
     "a wrong task_type": (
         {},
         {"task_type": "SEQ_2_SEQ_LM"},
-        ["task_type is 'SEQ_2_SEQ_LM', but this model has no encoder: ignored"],
+        ["task_type is 'SEQ_2_SEQ_LM', but this model is a causal decoder: ignored"],
     ),
+    "a classifier's task_type without its head": (
+        {},
+        {"task_type": "TOKEN_CLS"},
+        ["task_type is 'TOKEN_CLS', but this model is a causal decoder: ignored"],
+    ),
+    "biases that the model does not have": ({}, {"bias": "all"}, []),
+    "VeLoRA, which only trains otherwise": ({}, {"velora_config": {"num_groups": 4}}, []),
+    "ties that it does not touch": ({}, {"ensure_weight_tying": True}, []),
     "a field of a later PEFT": (
         {},
         {"invented_by_a_later_peft": {"a": 1}, "another": None},

@@ -52,11 +52,7 @@ def test_the_adapter_that_the_refused_ones_are_made_of_is_sound(directory: Path)
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("use_dora", True),
-        ("bias", "all"),
-        ("bias", "lora_only"),
-        ("lora_bias", True),
-        ("modules_to_save", ["lm_head"]),
+        ("bias", "some"),
         ("trainable_token_indices", [1, 2]),
         ("trainable_token_indices", {"embed_tokens": [3]}),
         ("layer_replication", [[0, 2], [1, 3]]),
@@ -66,8 +62,6 @@ def test_the_adapter_that_the_refused_ones_are_made_of_is_sound(directory: Path)
         ("use_bdlora", {"nblocks": 2}),
         ("arrow_config", {"top_k": 3}),
         ("kasa_config", {"beta": 0.1}),
-        ("megatron_config", {"hidden_size": 1}),
-        ("ensure_weight_tying", True),
         ("init_lora_weights", "pissa"),
         ("init_lora_weights", "pissa_niter_4"),
         ("init_lora_weights", "olora"),
@@ -76,7 +70,7 @@ def test_the_adapter_that_the_refused_ones_are_made_of_is_sound(directory: Path)
         ("init_lora_weights", "lora_ga"),
         ("peft_type", "ADALORA"),
         ("peft_type", None),
-        ("task_type", "SEQ_CLS"),
+        ("task_type", "CLS"),
         ("r", 0),
         ("r", 513),
         ("r", "8"),
@@ -108,6 +102,30 @@ def test_a_config_field_that_is_wrong_or_not_supported_is_named(directory: Path,
     message = refusal(directory)
     assert CONFIG in message
     assert field in message or (field in ("exclude_modules", "layers_to_transform") and "target_modules" in message)
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"use_dora": True}, "missing base_model.model.model.layers.0.self_attn.k_proj.lora_magnitude_vector"),
+        ({"lora_bias": True}, "missing base_model.model.model.layers.0.self_attn.k_proj.lora_B.bias"),
+        ({"modules_to_save": ["lm_head"]}, "missing base_model.model.lm_head.weight"),
+        ({"use_dora": True, "lora_bias": True}, "lora_bias has no meaning beside use_dora"),
+        ({"ensure_weight_tying": True, "target_modules": ["q_proj", "lm_head"]}, "ensure_weight_tying"),
+        ({"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight_conversion"),
+    ],
+)
+def test_a_kind_that_the_file_does_not_bear_out_is_named(
+    directory: Path, fields: dict[str, object], reason: str
+) -> None:
+    edit_config(directory, **fields)
+    assert reason in refusal(directory)
+
+
+def test_a_head_that_classifies_is_called_one(directory: Path) -> None:
+    edit_tensors(directory, add(f"{PREFIX}score.weight", torch.zeros(2, 24)))
+    edit_config(directory, task_type="SEQ_CLS", modules_to_save=["score"])
+    assert "score.weight: heads that classify are not served" in refusal(directory)
 
 
 def test_fields_that_ask_for_nothing_are_no_reason_to_refuse(directory: Path) -> None:

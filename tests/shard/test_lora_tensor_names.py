@@ -74,18 +74,16 @@ def test_two_names_for_one_tensor_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        f"{PREFIX}lm_head.base_layer.weight",
-        f"{PREFIX}{HEAD}",
+        f"{PREFIX}model.layers.1.self_attn.k_proj.base_layer.weight",
         f"{PREFIX}{EMBEDDING}",
         f"{PREFIX}lm_head.original_module.weight",
         f"{PREFIX}lm_head.modules_to_save.default.weight",
-        f"{PREFIX}model.layers.1.self_attn.q_proj.base_layer.weight",
         f"{PREFIX}model.norm.weight",
     ],
 )
 def test_a_tensor_of_the_base_is_ignored_if_it_is_the_bases_and_refused_if_it_is_not(name: str, tmp_path: Path) -> None:
     base = make_base().state_dict()
-    save_adapter(tmp_path, target_modules=["q_proj", *["lm_head"] * ("lm_head.base_layer" in name)])
+    save_adapter(tmp_path, target_modules=["q_proj"])
     plain = name.removeprefix(PREFIX)
     for infix in (".base_layer", ".original_module", ".modules_to_save.default"):
         plain = plain.replace(infix, "")
@@ -101,12 +99,33 @@ def test_a_tensor_of_the_base_is_ignored_if_it_is_the_bases_and_refused_if_it_is
             serve(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "name", ["lm_head.base_layer.weight", HEAD, "model.layers.1.self_attn.q_proj.base_layer.weight"]
+)
+def test_what_peft_puts_in_place_of_a_linear_layers_weight_is_served_unless_it_is_the_same(
+    name: str, tmp_path: Path
+) -> None:
+    module = name.removesuffix(".weight").removesuffix(".base_layer")
+    save_adapter(tmp_path, target_modules=["q_proj", *["lm_head"] * ("lm_head.base_layer" in name)])
+    own = make_base().state_dict()[f"{module}.weight"]
+
+    def replaced(weight: torch.Tensor) -> bool:
+        edit_tensors(tmp_path, lambda tensors: tensors.update({f"{PREFIX}{name}": weight.clone()}))
+        layers = serve(tmp_path).weights.layers.values()
+        return any(e.affine is not None for layer in layers for e in layer.expansions)
+
+    assert not replaced(own)
+    assert not replaced(own.bfloat16())
+    assert replaced(own + 0.01)
+    with pytest.raises(AdapterInvalidError, match=f"{name}.*out_features"):
+        replaced(own[:-1])
+
+
 def test_what_a_rounded_base_holds_is_compared_as_closely_as_rounding_allows(tmp_path: Path) -> None:
     save_adapter(tmp_path, target_modules=["lm_head"])
     name, weight = f"{PREFIX}lm_head.base_layer.weight", make_base().state_dict()[HEAD]
     noise = torch.randn(weight.shape) * weight.std()
-    edit_tensors(tmp_path, lambda tensors: tensors.update({name: weight + 0.3 * noise}))
-    serve(tmp_path, rounded=True)
-    edit_tensors(tmp_path, lambda tensors: tensors.update({name: noise}))
-    with pytest.raises(AdapterInvalidError, match=name):
-        serve(tmp_path, rounded=True)
+    for tensor, replaces in (weight + 0.3 * noise, False), (noise, True):
+        edit_tensors(tmp_path, lambda tensors, tensor=tensor: tensors.update({name: tensor}))
+        (expansion,) = serve(tmp_path, rounded=True).weights.layers["lm_head"].expansions
+        assert (expansion.affine is not None) == replaces

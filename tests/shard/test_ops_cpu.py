@@ -292,9 +292,13 @@ def test_rotation_and_what_it_writes_to_the_cache(
         assert_close(actual, expected, factor=2000 if form == torch.int8 else 2)
 
 
+def touches(lora_ranks: tuple[int | None, ...]) -> bool:
+    return any(lora_rank is not None for lora_rank in lora_ranks)
+
+
 @many
 @given(
-    lora_ranks=st.lists(st.tuples(*[st.none() | st.integers(1, 20)] * 3).filter(any), min_size=1, max_size=4),
+    lora_ranks=st.lists(st.tuples(*[st.none() | st.integers(0, 20)] * 3).filter(touches), min_size=1, max_size=4),
     runs=st.lists(st.tuples(st.integers(1, 7) | st.just(70), st.none() | st.integers(0, 3)), min_size=1, max_size=6),
     dtype=dtypes,
     int8=st.booleans(),
@@ -311,6 +315,11 @@ def test_lora_deltas_of_mixed_ranks(
     seed: int,
 ) -> None:
     sizes = (200, 30, 17)
+
+    def affine(lora_rank: int, part: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        own = random(seed + lora_rank, 2, sizes[part])
+        return None if lora_rank % 3 == 2 else own[0], None if lora_rank % 2 else own[1]
+
     parts = tuple(LinearPart(f"p{i}", size, (slice(0, size),)) for i, size in enumerate(sizes))
     layouts = [
         LinearLayout("other", 0, parts[:1], in_features, slice(0, in_features)),
@@ -319,9 +328,9 @@ def test_lora_deltas_of_mixed_ranks(
     adapters = [
         partition_adapter(
             {
-                f"p{i}": Delta(random(seed + i, r, in_features), random(seed + i, sizes[i], r), 0.5)
+                f"p{i}": Delta(random(seed + i, r, in_features), random(seed + i, sizes[i], r), 0.5, *affine(r, i))
                 for i, r in enumerate(ranks)
-                if r
+                if r is not None
             },
             layouts,
             torch.int8 if int8 else dtype,

@@ -227,7 +227,13 @@ def test_lora_deltas_of_mixed_ranks(
     adapters = []
     for i, ranks in enumerate(lora_ranks):
         deltas = {
-            f"p{j}": Delta(random(seed + i, r, in_features), random(seed + j, sizes[j], r), in_features**-0.5)
+            f"p{j}": Delta(
+                random(seed + i, r, in_features),
+                random(seed + j, sizes[j], r),
+                in_features**-0.5,
+                gain=random(seed, sizes[j]) if r % 3 else None,
+                shift=random(seed, sizes[j]) if r % 2 else None,
+            )
             for j, r in enumerate(ranks)
             if r
         }

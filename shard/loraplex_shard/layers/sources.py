@@ -127,26 +127,41 @@ class SourcedLayer(nn.Module):
         if self.matrix:
             yield from self._load_matrix(reader, form)
 
+    def as_served(self, reader: TensorReader, form: ParameterForm, source: Source) -> torch.Tensor:
+        """What this slice of one of the matrix's tensors becomes in that form, as float32."""
+        stored = self._stored_integers(reader, form.quantize, (source,))
+        if stored is not None:
+            return stored.dequantized()
+        matrix = source.read(reader)
+        if self._is_rounded(form):
+            return quantize(matrix.float(), self._bits(form.quantize)).dequantized()
+        return matrix.to(form.dtype).float()
+
     def _load_matrix(self, reader: TensorReader, form: ParameterForm) -> Iterator[str]:
-        stored = self._stored_integers(reader, form.quantize)
+        stored = self._stored_integers(reader, form.quantize, self.matrix)
         if stored is not None:
             self.weight = self.ops.pack(stored)
             yield from (source.tensor for source in self.matrix)
             return
-        rounded = form.quantize in BITS and self.least_bits < FLOAT
+        rounded = self._is_rounded(form)
         data = torch.empty(self.matrix_shape, dtype=torch.float32 if rounded else form.dtype, device=form.device)
         yield from _fill(data, reader, self.matrix)
         self.weight = self.ops.pack(quantize(data, self._bits(form.quantize)) if rounded else data)
 
-    def _stored_integers(self, reader: TensorReader, wanted: Quantize) -> QuantizedMatrix | None:
+    def _stored_integers(
+        self, reader: TensorReader, wanted: Quantize, sources: tuple[Source, ...]
+    ) -> QuantizedMatrix | None:
         """The matrix as the checkpoint holds it, if all of its sources are of one form, and that is the one wanted."""
         if wanted == "none":
             return None
-        parts = [source.read_quantized(reader) for source in self.matrix]
+        parts = [source.read_quantized(reader) for source in sources]
         stored = [part for part in parts if part is not None]
         if len(stored) < len(parts) or len({(part.bits, part.group) for part in stored}) > 1:
             return None
         return joined(stored) if wanted == "auto" or stored[0].bits == self._bits(wanted) else None
+
+    def _is_rounded(self, form: ParameterForm) -> bool:
+        return form.quantize in BITS and self.least_bits < FLOAT
 
     def _bits(self, wanted: Quantize) -> int:
         return max(BITS[wanted], self.least_bits)

@@ -39,6 +39,13 @@ def merge(adapters: Sequence[Mapping[str, Delta]], recipe: Recipe) -> dict[str, 
 
 def _merge_module(module: str, adapters: Sequence[Mapping[str, Delta]], recipe: Recipe, strategy: str) -> Delta:
     found = [(a[module], weight) for a, weight in zip(adapters, recipe.weights, strict=True) if module in a]
+    if not all(delta.is_plain for delta, _ in found):
+        raise InvalidRequestError(
+            FieldViolation(
+                "merged_adapters.adapters",
+                f"{module}: adapters with DoRA, biases or whole matrices cannot be merged: PEFT would drop those",
+            )
+        )
     _check_lora_ranks(module, {delta.lora_rank for delta, _ in found})
     factors = [weight * delta.scale for delta, weight in found]
     roots = [math.sqrt(abs(factor)) for factor in factors]

@@ -4,7 +4,7 @@ from typing import Protocol
 
 import torch
 
-from loraplex_shard.lora.peft.base import StoredTensors
+from loraplex_shard.lora.peft.base import ServedMatrices, StoredTensors
 from loraplex_shard.shapes.batch import Batch, Segment
 from loraplex_shard.shapes.cache import KVCache
 from loraplex_shard.shapes.layout import LinearLayout
@@ -31,6 +31,10 @@ class Model(Protocol):
     @property
     def tensors(self) -> StoredTensors:
         """The checkpoint's, under the names that the model's modules give them."""
+
+    @property
+    def served(self) -> ServedMatrices | None:
+        """Its linear layers' matrices as it computes with them; None if its modules do not hold them as PEFT's do."""
 
     @property
     def layouts(self) -> tuple[LinearLayout, ...]:

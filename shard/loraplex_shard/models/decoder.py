@@ -15,7 +15,7 @@ from loraplex_shard.layers.embedding import Embedding
 from loraplex_shard.layers.linear import ColumnLinear, Linear, RowLinear
 from loraplex_shard.layers.norm import HeadNorm, HiddenNorm, WidthNorm
 from loraplex_shard.layers.sinks import Sinks
-from loraplex_shard.lora.peft.base import StoredTensors
+from loraplex_shard.lora.peft.base import ServedMatrices, StoredTensors
 from loraplex_shard.models.build import Build
 from loraplex_shard.models.mlp import MixtureOfExperts, Mlp
 from loraplex_shard.models.partition import DecoderPartition
@@ -101,6 +101,7 @@ class Decoder(nn.Module):
     """One rank's part of the model. `load_decoder` makes it; its parameters are on the meta device until then."""
 
     tensors: StoredTensors  # that it is loaded from
+    served: ServedMatrices | None  # those again, as it computes with them
 
     def __init__(
         self,

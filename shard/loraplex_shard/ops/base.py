@@ -108,7 +108,7 @@ class Operations(Protocol):
         self, out: torch.Tensor, x: torch.Tensor, segments: Step | Segments, layout: LinearLayout
     ) -> None:
         """Adds scale * B(A x) to the layer's output `out` [tokens, out_features], in place, for a step's own segments
-        or others.
+        or others. Where an adapter has factors and shifts for outputs, they are multiplied and shifted before.
 
         x [tokens, in_features] is the layer's input, never quantized. Tokens outside the segments, and layers that an
         adapter does not touch, stay as they are. Each adapter is computed at its own lora_rank (arXiv 2106.09685).

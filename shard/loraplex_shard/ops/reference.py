@@ -85,7 +85,11 @@ class ReferenceOperations(ExpertOperations):
                 shrunk = shrunk * layer.scales.to(x.dtype)
             expanded = out[segment.start : segment.stop]
             for e in layer.expansions:
-                expanded[:, e.start : e.stop].addmm_(shrunk[:, e.rank_start : e.rank_stop], e.weight.to(x.dtype))
+                own = expanded[:, e.start : e.stop]
+                if e.affine is not None:
+                    factors, shifts = e.affine
+                    own.copy_(own.float() * factors + shifts)
+                own.addmm_(shrunk[:, e.rank_start : e.rank_stop], e.weight.to(x.dtype))
 
     def all_reduce_(self, tensor: torch.Tensor, group: Group) -> None:
         group.all_reduce_(tensor)

@@ -190,6 +190,7 @@ def _load(
         tokenizer,
         model.embedding_name,
         model.head_name,
+        model.served,
     )
     listing = LocalListing(settings.adapters, partial(find_doubts, base=base, modules=modules_of(model.layouts)))
     sources = open_sources(settings)

@@ -6,18 +6,21 @@ from dataclasses import dataclass, field, replace
 import torch
 
 MAX_PARTS = 3  # projections that are fused into one layer
-TABLE_WIDTH = 4 + 5 * MAX_PARTS  # numbers of one layer in an adapter's table
+PART_WIDTH = 6  # numbers of one of them in an adapter's table
+TABLE_WIDTH = 4 + PART_WIDTH * MAX_PARTS  # numbers of one layer in an adapter's table
 
 
 @dataclass(frozen=True, slots=True)
 class Expansion:
-    """B of one projection: takes columns [rank_start, rank_stop) of the shrunk input to outputs [start, stop)."""
+    """What is done to outputs [start, stop), those of one projection: they are multiplied and shifted, if there is an
+    `affine`, then B's product with columns [rank_start, rank_stop) of the shrunk input is added."""
 
     rank_start: int
     rank_stop: int
     start: int  # in the fused layer's output on this rank
     stop: int
-    weight: torch.Tensor  # [lora_rank, stop - start], times the adapter's scale
+    weight: torch.Tensor  # [lora_rank, stop - start], times the adapter's scale; lora_rank may be 0
+    affine: torch.Tensor | None = None  # [2, stop - start] float32: factors of the base's outputs, and what is added
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +37,10 @@ class LayerWeights:
         return replace(
             self,
             shrink=function(self.shrink),
-            expansions=tuple(replace(e, weight=function(e.weight)) for e in self.expansions),
+            expansions=tuple(
+                replace(e, affine=None if e.affine is None else function(e.affine), weight=function(e.weight))
+                for e in self.expansions
+            ),
             scales=None if self.scales is None else function(self.scales),
         )
 
@@ -81,12 +87,13 @@ class AdapterWeights:
 
 def _table(layers: Mapping[str, LayerWeights], layer_count: int) -> torch.Tensor:
     """By layer: lora_rank, parts, addresses of shrink and scales; of each part rank_start, rank_stop, start, stop and
-    the address of its weight. A lora_rank of 0: the adapter does not touch the layer."""
+    the addresses of its weight and its affine. No parts: the adapter does not touch the layer."""
     table = torch.zeros((layer_count, TABLE_WIDTH), dtype=torch.int64)
     for layer in layers.values():
         scales = 0 if layer.scales is None else layer.scales.data_ptr()
         row = [len(layer.shrink), len(layer.expansions), layer.shrink.data_ptr(), scales]
         for e in layer.expansions:
             row += [e.rank_start, e.rank_stop, e.start, e.stop, e.weight.data_ptr()]
+            row.append(0 if e.affine is None else e.affine.data_ptr())
         table[layer.index, : len(row)] = torch.tensor(row)
     return table

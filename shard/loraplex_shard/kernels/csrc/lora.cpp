@@ -4,6 +4,7 @@
 //
 // A projection's A are rows of `shrink` [lora_rank, k]; its B, times the adapter's scale, is stored transposed,
 // [lora_rank, n], so that outputs are lanes. Both may be int8, with one scale per lora_rank for the two together.
+// Where a projection has factors and shifts for its outputs, they are multiplied and shifted first.
 //
 // In a decode step all there is to do is to read the adapters. So their weights are cut into units; each thread has an
 // equal share of them, in the order in which they lie in memory, and asks for one to come while it computes one.
@@ -298,6 +299,9 @@ void expand_unit(const Unit& unit, const H* shrunk, const W* next, long next_wid
         expand_rest(shrunk + m * ranks, count, b + i, width, out + m * stride + i, outputs - i);
 }
 
+// How much of a part is read, in rows as long as its outputs.
+long rows_of(const LoraPart& part) { return part.rank_stop - part.rank_start + (part.affine ? 2 : 0); }
+
 // The units of a run, in order: of A, or of B.
 template <class W, class F>
 void each_unit(const Run& run, bool of_a, long k, F add) {
@@ -309,10 +313,10 @@ void each_unit(const Run& run, bool of_a, long k, F add) {
     }
     for (long p = 0; !of_a && p < layer.parts; p++) {
         const LoraPart& part = layer.part[p];
-        long outputs = part.stop - part.start;
+        long outputs = part.stop - part.start, rows = rows_of(part);
         for (long i = 0; i < outputs; i += OUTPUTS) {
             long end = i + OUTPUTS < outputs ? i + OUTPUTS : outputs;
-            add(Unit{&run, &part, i, end, (const W*)part.expand + i}, (end - i) * (part.rank_stop - part.rank_start));
+            add(Unit{&run, &part, i, end, (const W*)part.expand + i}, (end - i) * rows);
         }
     }
 }
@@ -322,7 +326,7 @@ long cost(const Run& run, long weights) { return weights * (READING + (run.tiles
 long cost(const Run& run, bool of_a, long k) {
     long weights = of_a ? run.layer->lora_rank * k : 0;
     for (const LoraPart* part = run.layer->part; !of_a && part < run.layer->part + run.layer->parts; part++)
-        weights += (part->rank_stop - part->rank_start) * (part->stop - part->start);
+        weights += rows_of(*part) * (part->stop - part->start);
     return cost(run, weights);
 }
 
@@ -352,7 +356,7 @@ std::vector<Run> cut(long segments, const std::int64_t* starts, const std::int64
         const LoraLayer& own = tables[s][layer];
         bool tiles = HAS_TILES && sizeof(T) == 2 && stops[s] - starts[s] >= FEWEST_TILE_ROWS;
         long stride = tiles ? own.lora_rank + TILE_DEPTH : own.lora_rank;
-        for (Runs rows(starts[s], stops[s], tiles ? TILE_RUN : ROWS); own.lora_rank && rows; rows.next()) {
+        for (Runs rows(starts[s], stops[s], tiles ? TILE_RUN : ROWS); own.parts && rows; rows.next()) {
             runs.push_back({rows.begin, rows.count(), &own, tiles, stride, shrunk});
             shrunk += rows.count() * stride;
         }
@@ -416,6 +420,18 @@ void shrink_all(const Unit* unit, const Unit* end, const T* x, long k, Factor<W,
     }
 }
 
+template <class T>
+void scale_and_shift(const Unit& unit, T* out, long stride) {
+    const float* factors = unit.part->affine + unit.begin;
+    const float* shifts = factors + unit.part->stop - unit.part->start;
+    for (long m = 0, outputs = unit.end - unit.begin; m < unit.run->rows; m++, out += stride)
+        for (long i = 0; i < outputs; i += LANES) {
+            int lanes = int(outputs - i < LANES ? outputs - i : LANES);
+            Floats base = load_first(out + i, lanes);
+            store_first(out + i, fma(base, load_first(factors + i, lanes), load_first(shifts + i, lanes)), lanes);
+        }
+}
+
 template <class W, class T>
 void expand_all(const Unit* unit, const Unit* end, const Factor<W, T>* shrunk, T* out, long n) {
     for (; unit < end; unit++) {
@@ -423,6 +439,7 @@ void expand_all(const Unit* unit, const Unit* end, const Factor<W, T>* shrunk, T
         const W* next = (const W*)unit[AHEAD].weights;
         long next_width = unit[AHEAD].part->stop - unit[AHEAD].part->start;
         T* to = out + unit->run->start * n + unit->part->start + unit->begin;
+        if (unit->part->affine) scale_and_shift(*unit, to, n);
 #if defined(__AMX_BF16__)
         if constexpr (sizeof(T) == 2)
             if (unit->run->tiles) {

@@ -26,6 +26,19 @@ class StoredTensors(Protocol):
     def is_rounded(self, name: str) -> bool: ...
 
 
+class ServedMatrices(Protocol):
+    """The base's matrices as it computes with them: rounded, if it is."""
+
+    @property
+    def tied(self) -> bool:
+        """Whether the embedding is the lm head."""
+        ...
+
+    def read(self, module: str, rows: slice) -> torch.Tensor:
+        """Rows of a linear module's whole matrix: [rows, in_features] float32."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class BaseModel:
     """What is known of it."""
@@ -38,6 +51,7 @@ class BaseModel:
     tokenizer: Tokenizer | None = None  # None: no text is known to be a token
     embedding: str = EMBEDDING  # the module's name, as PEFT has it
     head: str = HEAD
+    served: ServedMatrices | None = None  # None: adapters cannot depend on them, or replace them
 
     @property
     def backbone(self) -> str:
@@ -50,9 +64,14 @@ class BaseModel:
         token: int | None = self.tokenizer.token_to_id(text) if self.tokenizer is not None else None
         return token
 
-    def holds(self, name: str, tensor: torch.Tensor) -> bool:
+    def bias(self, module: str) -> torch.Tensor | None:
+        """A linear module's bias, if it has one."""
+        name = f"{module}.bias"
+        return self.tensors.read(name) if self.tensors is not None and name in self.tensors.names else None
+
+    def holds(self, name: str, tensor: torch.Tensor, exactly: bool = False) -> bool:
         """Whether the tensor is the base's own of this name: in the coarser of their dtypes, or, if the base's is
-        rounded to small integers, as near to it as rounding leaves it."""
+        rounded to small integers, and not `exactly` the same is asked for, as near to it as rounding leaves it."""
         if self.tensors is None or (stored := self._stored_name(name)) is None:
             return False
         shape = self.tensors.shape(stored)
@@ -67,7 +86,8 @@ class BaseModel:
             if not torch.equal(ours, theirs):
                 difference += float((ours.float() - theirs.float()).square().sum())
             length += float(ours.float().square().sum())
-        return difference <= length * ROUNDING**2 if self.tensors.is_rounded(stored) else difference == 0
+        near = not exactly and self.tensors.is_rounded(stored)
+        return difference <= length * ROUNDING**2 if near else difference == 0
 
     def _stored_name(self, name: str) -> str | None:
         """Of two tied tensors a checkpoint may hold only one."""

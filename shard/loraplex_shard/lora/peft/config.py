@@ -5,6 +5,7 @@ empty: anything else means a kind of adapter that this shard cannot serve. What 
 """
 
 import json
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -23,10 +24,12 @@ NEUTRAL_FIELDS = frozenset(
         "loftq_config",
         "lora_dropout",
         "lora_ga_config",
+        "megatron_config",
         "megatron_core",
         "peft_version",
         "qalora_group_size",
         "runtime_config",
+        "velora_config",
     }
 )
 UNSUPPORTED_FIELDS = frozenset(
@@ -36,26 +39,27 @@ UNSUPPORTED_FIELDS = frozenset(
         "ensure_weight_tying",
         "kasa_config",
         "layer_replication",
-        "lora_bias",
-        "megatron_config",
-        "modules_to_save",
         "monteclora_config",
         "trainable_token_indices",
         "use_bdlora",
-        "use_dora",
         "use_qalora",
-        "velora_config",
     }
 )
 # What PEFT targets in the models that are served where a config names nothing.
 DEFAULT_TARGETS = ("q_proj", "v_proj")
 _SHOWN_ERRORS = 5
+_CONVERTED = (
+    "init_lora_weights {!r}: the adapter belongs to a base from which its first weights were subtracted. Convert it to"
+    " plain LoRA: save_pretrained(..., path_initial_model_for_weight_conversion=...) in PEFT; or serve the base that"
+    " training saved, and set init_lora_weights to true"
+)
 
 _FEW = Field(max_length=4096)  # a few per module of the largest models
 LoraRank = Annotated[int, Field(ge=1, le=MAX_LORA_RANK)]
 _AnyCase = BeforeValidator(lambda value: value.lower() if isinstance(value, str) else value)
 # Initializations that leave the base as it is; the others subtract something from its weights.
 _Initialization = bool | Literal["gaussian", "eva", "orthogonal", "mica"] | None
+_SUBTRACTING = re.compile(r"pissa(_niter_\d+)?|olora|corda|lora_ga|loftq")
 
 
 class AutoMapping(BaseModel):
@@ -72,17 +76,22 @@ class AdapterConfig(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="allow", allow_inf_nan=False)
 
     peft_type: Literal["LORA"]
-    # The second is of embedding models. The third is a mistake that changes nothing.
-    task_type: Literal["CAUSAL_LM", "FEATURE_EXTRACTION", "SEQ_2_SEQ_LM"] | None = None
+    # The second is of embedding models. The others are mistakes that change nothing, unless the file has a head.
+    task_type: (
+        Literal["CAUSAL_LM", "FEATURE_EXTRACTION", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"] | None
+    ) = None
     auto_mapping: AutoMapping | None = None
     base_model_name_or_path: str | None = None
     revision: str | None = None
-    bias: Literal["none"] = "none"
+    bias: Literal["none", "all", "lora_only"] = "none"
     init_lora_weights: Annotated[_Initialization, _AnyCase] = True
 
     r: LoraRank
     lora_alpha: float
     use_rslora: bool = False
+    use_dora: bool | None = False
+    lora_bias: bool | None = False
+    modules_to_save: Annotated[list[str], _FEW] | None = None
     rank_pattern: Annotated[dict[str, LoraRank], _FEW] | None = None
     alpha_pattern: Annotated[dict[str, float], _FEW] | None = None
 
@@ -117,7 +126,10 @@ def _kind(data: bytes) -> str:
         kind = fields.get("peft_type")
         if kind is None and fields.get("lora_parameters"):
             return "this is an adapter of MLX-LM (lora_parameters), not of PEFT: it has no peft_type"
-        return f"peft_type {kind[:100]!r} is not served, only 'LORA'" if kind.upper() != "LORA" else ""
+        if kind.upper() != "LORA":
+            return f"peft_type {kind[:100]!r} is not served, only 'LORA'"
+        started = str(fields.get("init_lora_weights")).lower()
+        return _CONVERTED.format(started) if _SUBTRACTING.fullmatch(started) else ""
     except (ValueError, AttributeError, TypeError, RecursionError):
         return ""
 
@@ -125,10 +137,21 @@ def _kind(data: bytes) -> str:
 def _refuse_unsupported(config: AdapterConfig) -> None:
     fields = config.model_extra or {}
     refused = sorted(name for name, value in fields.items() if value and name in UNSUPPORTED_FIELDS)
+    if "ensure_weight_tying" in refused and not _touches_tied(config):
+        refused.remove("ensure_weight_tying")
     if refused:
         raise AdapterInvalidError(
             f"adapter_config.json: not supported: {', '.join(refused[:_SHOWN_ERRORS])} (must be absent, null or false)"
         )
+
+
+def _touches_tied(config: AdapterConfig) -> bool:
+    """Whether the adapter may be of the embedding or the lm head, which ensure_weight_tying is about."""
+    targets = config.target_modules
+    if isinstance(targets, str):
+        return targets.lower() != "all-linear" or bool(config.modules_to_save)
+    names = {name.rpartition(".")[2] for name in (*(targets or ()), *(config.modules_to_save or ()))}
+    return not names.isdisjoint(("lm_head", "embed_tokens"))
 
 
 def _refuse_contradictions(config: AdapterConfig) -> None:
@@ -139,6 +162,8 @@ def _refuse_contradictions(config: AdapterConfig) -> None:
                 raise AdapterInvalidError(
                     f"adapter_config.json: {name} cannot be combined with a string in target_modules: list the modules"
                 )
+    if config.use_dora and config.lora_bias:
+        raise AdapterInvalidError("adapter_config.json: lora_bias has no meaning beside use_dora: PEFT refuses both")
     if config.layers_pattern and config.layers_to_transform is None:
         raise AdapterInvalidError("adapter_config.json: layers_pattern needs layers_to_transform")
 

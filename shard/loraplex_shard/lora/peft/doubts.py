@@ -34,8 +34,8 @@ def _about_the_base(config: AdapterConfig, base: BaseModel) -> list[str]:
     backbone = base.architecture.replace("ForCausalLM", "Model")  # the same without its head
     if made_for is not None and made_for not in (base.architecture, backbone):
         found.append(f"it was made for a {made_for[:100]} (auto_mapping), but this is a {base.architecture}")
-    if config.task_type == "SEQ_2_SEQ_LM":
-        found.append("task_type is 'SEQ_2_SEQ_LM', but this model has no encoder: ignored")
+    if config.task_type not in ("CAUSAL_LM", "FEATURE_EXTRACTION", None):
+        found.append(f"task_type is {config.task_type!r}, but this model is a causal decoder: ignored")
     return found
 
 

@@ -4,7 +4,7 @@ Every rank checks the whole adapter and then keeps its cut, so that all ranks ag
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
@@ -15,6 +15,7 @@ from loraplex_shard.lora.peft.base import BaseModel
 from loraplex_shard.lora.peft.config import AdapterConfig, parse_config
 from loraplex_shard.lora.peft.doubts import find_doubts
 from loraplex_shard.lora.peft.experts import Parameter, absent, by_expert, find_parameters
+from loraplex_shard.lora.peft.outputs import Replaced, name_of_bias, name_of_magnitude, nothing, with_outputs
 from loraplex_shard.lora.peft.special_tokens import end_tokens, foreign_tokens
 from loraplex_shard.lora.peft.targets import Target, find_targets, is_named
 from loraplex_shard.lora.peft.tensor_names import PREFIX, as_saved_by_peft, former_names, is_of_another_part
@@ -27,9 +28,10 @@ _SHOWN_NAMES = 3
 # What PEFT puts between a module of the base and its own tensors, which it saves with some adapters.
 _BASE_TENSOR = re.compile(
     re.escape(PREFIX)
-    + r"(?P<module>(?:(?!\.lora_).)+?)(?:\.base_layer|\.original_module|\.modules_to_save(?:\.[^.]+)?)?"
+    + r"(?P<module>(?:(?!\.lora_).)+?)(?P<wrapper>\.base_layer|\.original_module|\.modules_to_save(?:\.[^.]+)?)?"
     r"\.(?P<kind>weight|bias)"
 )
+_CLASSIFIER = re.compile(r"\.(score|classifier|qa_outputs)\.")  # what transformers calls other models' heads
 
 
 def read_adapter(
@@ -71,13 +73,17 @@ def _read_deltas(
     tensors = by_expert(as_stored, parameters, named.values())
     untouched = absent([each for each in parameters if each not in named.values()], tensors)
     targets = {module: target for module, target in targets.items() if module not in untouched} or targets
-    _check_names(tensors, targets, parts.keys(), base)
+    replaced = _check_names(tensors, targets, parts, config, base)
     for module, target in targets.items():
         _check_shapes(tensors, module, target, *parts[module])
-    return {
-        module: Delta(tensors[name_of_a(module)], tensors[name_of_b(module)], target.scale)
-        for module, target in targets.items()
-    }
+    deltas = {}
+    for module in [module for module in parts if module in targets or module in replaced]:
+        layout, part = parts[module]
+        delta = nothing(part.out_features, layout.in_features)
+        if module in targets:
+            delta = Delta(tensors[name_of_a(module)], tensors[name_of_b(module)], targets[module].scale)
+        deltas[module] = with_outputs(module, delta, tensors, replaced.get(module, Replaced()), base)
+    return deltas
 
 
 def _named(config: AdapterConfig, parameters: Sequence[Parameter]) -> dict[str, Parameter]:
@@ -110,16 +116,42 @@ def modules_of(layouts: Sequence[LinearLayout]) -> tuple[str, ...]:
 
 
 def _check_names(
-    tensors: Mapping[str, torch.Tensor], targets: Mapping[str, Target], modules: Iterable[str], base: BaseModel
-) -> None:
-    """There must be an A and a B of each target, and nothing else but what the base holds itself."""
-    expected = {name for module in targets for name in (name_of_a(module), name_of_b(module))}
+    tensors: Mapping[str, torch.Tensor],
+    targets: Mapping[str, Target],
+    parts: Mapping[str, tuple[LinearLayout, LinearPart]],
+    config: AdapterConfig,
+    base: BaseModel,
+) -> dict[str, Replaced]:
+    """There must be an A and a B of each target, and nothing else but what the base holds itself, or what takes the
+    place of that in linear layers, which is returned by module."""
+    kinds = [name_of_a, name_of_b]
+    kinds += [name_of_magnitude] * bool(config.use_dora) + [name_of_bias] * bool(config.lora_bias)
+    expected = {name_of(module) for module in targets for name_of in kinds}
     extra = tensors.keys() - expected
     own = {name: match for name in extra if (match := _BASE_TENSOR.fullmatch(name))}
     # PEFT saves the base's embedding and lm_head with some adapters, and puts them in the base's place when it loads.
-    trained = {n for n, match in own.items() if not base.holds(f"{match['module']}.{match['kind']}", tensors[n])}
-    known = tuple(f"{PREFIX}{module}." for module in modules)
+    trained = {
+        name
+        for name, match in own.items()
+        if not base.holds(
+            f"{match['module']}.{match['kind']}", tensors[name], exactly=_is_saved(match["module"], config)
+        )
+    }
+    replaced: dict[str, Replaced] = {}
+    for name in sorted(trained):
+        module, kind = own[name]["module"], own[name]["kind"]
+        # Other modeling code may hold matrices the other way round.
+        held_alike = kind == "bias" or base.served is not None
+        if module in parts and held_alike and _is_loaded(own[name], targets, config, base):
+            layout, part = parts[module]
+            shape = {"out_features": part.out_features, "in_features": layout.in_features}
+            _check_shape(tensors, name, **(shape if kind == "weight" else {"out_features": part.out_features}))
+            replaced[module] = replace(replaced.get(module, Replaced()), **{kind: tensors[name]})
+            trained.remove(name)
+    known = tuple(f"{PREFIX}{module}." for module in parts)
     foreign = {name for name in extra - own.keys() if not name.startswith(known)}
+    if heads := {name for name in foreign | trained if _CLASSIFIER.search(name)}:
+        raise AdapterInvalidError(f"{TENSORS}: {_list(heads)}: heads that classify are not served")
     if foreign:
         raise AdapterInvalidError(
             f"{TENSORS}: no linear layer of this model fits {_list(foreign)}: the adapter was made for another base,"
@@ -132,8 +164,25 @@ def _check_names(
         )
     if extra := extra - own.keys():
         raise AdapterInvalidError(f"{TENSORS}: adapter_config.json does not call for {_list(extra)}")
+    whole = {match["module"] for match in own.values() if match["kind"] == "weight"}
+    expected |= {f"{PREFIX}{module}.weight" for module in parts if _is_saved(module, config) and module not in whole}
     if missing := expected - tensors.keys():
         raise AdapterInvalidError(f"{TENSORS}: missing {_list(missing)}, which adapter_config.json calls for")
+    return replaced
+
+
+def _is_loaded(name: re.Match[str], targets: Mapping[str, Target], config: AdapterConfig, base: BaseModel) -> bool:
+    """Whether PEFT puts the tensor in place of the base's, and in no other place: an lm head that is the embedding
+    stays so unless modules_to_save has it."""
+    module, wrapper = name["module"], name["wrapper"] or ""
+    if _is_saved(module, config):
+        return wrapper not in (".base_layer", ".original_module")
+    tied = base.served is not None and base.served.tied and module == base.head
+    return wrapper == (".base_layer" if module in targets else "") and not tied
+
+
+def _is_saved(module: str, config: AdapterConfig) -> bool:
+    return any(module.endswith(each) for each in config.modules_to_save or ())
 
 
 def _list(names: set[str]) -> str:
@@ -147,6 +196,9 @@ def _check_shapes(
     lora_rank, inputs, outputs = target.lora_rank, layout.in_features, part.out_features
     _check_shape(tensors, name_of_a(module), lora_rank=lora_rank, in_features=inputs)
     _check_shape(tensors, name_of_b(module), out_features=outputs, lora_rank=lora_rank)
+    for name in name_of_bias(module), name_of_magnitude(module):
+        if name in tensors:
+            _check_shape(tensors, name, out_features=outputs)
 
 
 def _check_shape(tensors: Mapping[str, torch.Tensor], name: str, **dimensions: int) -> None:
@@ -154,7 +206,8 @@ def _check_shape(tensors: Mapping[str, torch.Tensor], name: str, **dimensions: i
     if shape == expected:
         return
     if len(shape) != len(expected):
-        raise AdapterInvalidError(f"{TENSORS}: {name} is {shape}, not a matrix")
+        kind = "a matrix" if len(expected) == 2 else "a vector"
+        raise AdapterInvalidError(f"{TENSORS}: {name} is {shape}, not {kind}")
     wrong = {label: size for (label, size), found in zip(dimensions.items(), shape, strict=True) if size != found}
     reason = "adapter_config.json says so" if "lora_rank" in wrong else "the adapter was made for another base"
     needed = " and ".join(f"{label} {size}" for label, size in wrong.items())

@@ -95,13 +95,15 @@ def _targeted(config: AdapterConfig, names: Sequence[str], ends: set[str]) -> fr
 
 
 def _excluded(config: AdapterConfig, names: Sequence[str]) -> frozenset[str]:
+    saved = [rf"(.*\.)?(?:{module})(\..*)?" for module in config.modules_to_save or ()]
+    whole = frozenset[str]().union(*matching_names("modules_to_save", saved, names))
     modules = config.exclude_modules
     if not modules:
-        return frozenset()
+        return whole
     if isinstance(modules, list):
         listed = frozenset(modules)
-        return frozenset(name for name in names if _is_listed(name, listed))
-    return matching_names("exclude_modules", [modules], names)[0]
+        return whole.union(name for name in names if _is_listed(name, listed))
+    return whole | matching_names("exclude_modules", [modules], names)[0]
 
 
 def _is_listed(name: str, modules: frozenset[str]) -> bool:

@@ -10,7 +10,9 @@ from loraplex_shard.shapes.names import current_name
 PREFIX = "base_model.model."
 _WRAPPERS = re.compile(r"(^|\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)|^module(?=\.)")
 _PREFIXES = re.compile(r"^\.?(?:base_model\.model\.)*")
-_NAMED = re.compile(r"\.lora_([AB])\.[^.]+\.weight$")  # the adapter's own name, which PEFT leaves out
+# The adapter's own name, which PEFT leaves out, and behind DoRA's vectors "weight" as well.
+_NAMED = re.compile(r"(\.lora_[AB])\.[^.]+(?=\.(?:weight|bias)$)")
+_MAGNITUDE = re.compile(r"(\.lora_magnitude_vector)(?:\.[^.]+)?(?:\.weight)?$")
 
 
 # The model in a model that reads pictures as well, and its other parts.
@@ -32,7 +34,7 @@ def as_saved_by_peft(names: Iterable[str], backbone: str = "model") -> dict[str,
     for name in names:
         bare = _PREFIXES.sub("", _WRAPPERS.sub(r"\1", name).replace("..", "."))
         plain = PREFIX + (current_name(bare, backbone) or bare)
-        plain = _NAMED.sub(r".lora_\1.weight", plain)
+        plain = _MAGNITUDE.sub(r"\1", _NAMED.sub(r"\1", plain))
         if plain in found:
             raise AdapterInvalidError(
                 f"adapter_model.safetensors: {found[plain][:200]} and {name[:200]} are both {plain[:200]}"

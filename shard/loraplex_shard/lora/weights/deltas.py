@@ -12,16 +12,24 @@ from loraplex_protos.errors import AdapterInvalidError
 from loraplex_shard.lora.sources.text_files import AdapterText
 from loraplex_shard.lora.weights.arena import in_one_piece
 from loraplex_shard.shapes.adapter import AdapterWeights, Expansion, LayerWeights
-from loraplex_shard.shapes.layout import LinearLayout, count_indices
+from loraplex_shard.shapes.layout import LinearLayout, LinearPart, count_indices
 
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What is added to one module's output: scale * b(a x). Of any float dtype."""
+    """What becomes of one module's output: gain * output + shift + whole(x) + scale * b(a x). Of any float dtype."""
 
     a: torch.Tensor  # [lora_rank, in_features]
     b: torch.Tensor  # [out_features, lora_rank]
     scale: float
+    gain: torch.Tensor | None = None  # [out_features]; None: 1
+    shift: torch.Tensor | None = None  # [out_features]; None: 0
+    whole: torch.Tensor | None = None  # [out_features, in_features], in place of the module's own where gain is 0
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is a product of A and B alone."""
+        return self.gain is None and self.shift is None and self.whole is None
 
     @property
     def lora_rank(self) -> int:
@@ -73,18 +81,42 @@ def _cut(layout: LinearLayout, deltas: Mapping[str, Delta], dtype: torch.dtype) 
     for part in layout.parts:
         stop = start + part.width
         if delta := deltas.get(part.module):
-            a = _converted(name_of_a(part.module), delta.a, 1.0, held)[:, layout.columns]
-            b = _converted(name_of_b(part.module), delta.b, delta.scale, held)
-            b = torch.cat([b[run] for run in part.rows]).T.contiguous()
+            a, b = _matrices(layout, part, delta, held)
             if dtype == torch.int8:
                 (a, a_scales), (b, b_scales) = _rounded(a), _rounded(b)
                 scales.append(a_scales * b_scales)
             shrinks.append(a)
-            rank_stop = lora_rank + delta.lora_rank
-            expansions.append(Expansion(lora_rank, rank_stop, start, stop, b))
+            rank_stop = lora_rank + len(a)
+            expansions.append(Expansion(lora_rank, rank_stop, start, stop, b, _affine(layout, part, delta)))
             lora_rank = rank_stop
         start = stop
     return LayerWeights(layout.index, torch.cat(shrinks), tuple(expansions), torch.cat(scales) if scales else None)
+
+
+def _matrices(
+    layout: LinearLayout, part: LinearPart, delta: Delta, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """This rank's A [lora_rank, columns], and B [lora_rank, outputs] times the scale. A whole matrix is a B, too, whose
+    A leaves the input as it is."""
+    a = _converted(name_of_a(part.module), delta.a, 1.0, dtype)[:, layout.columns]
+    b = _converted(name_of_b(part.module), delta.b, delta.scale, dtype)
+    if delta.whole is not None:
+        whole = _converted(f"{part.module}.weight", delta.whole, 1.0, dtype)[:, layout.columns]
+        a, b = torch.cat((torch.eye(whole.shape[1], dtype=dtype), a)), torch.cat((whole, b), dim=1)
+    return a, torch.cat([b[run] for run in part.rows]).T.contiguous()
+
+
+def _affine(layout: LinearLayout, part: LinearPart, delta: Delta) -> torch.Tensor | None:
+    """The factors and shifts of this rank's outputs. Of ranks whose outputs are summed, the first one shifts them."""
+    if delta.gain is None and delta.shift is None:
+        return None
+    ones = torch.ones(part.out_features)
+    gain = ones if delta.gain is None else delta.gain
+    shift = ones * 0 if delta.shift is None or layout.columns.start else delta.shift
+    affine = torch.stack((gain.float(), shift.float()))
+    if not affine.isfinite().all():
+        raise AdapterInvalidError(f"what the adapter does to outputs of {part.module} is NaN or infinite")
+    return torch.cat([affine[:, run] for run in part.rows], dim=1)
 
 
 def _converted(name: str, tensor: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:

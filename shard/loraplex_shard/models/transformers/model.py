@@ -39,6 +39,7 @@ class TransformersModel:
     """
 
     modeling_code = "transformers"
+    served = None
 
     def __init__(
         self,

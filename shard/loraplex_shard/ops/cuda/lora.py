@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from loraplex_shard.shapes.adapter import TABLE_WIDTH
+from loraplex_shard.shapes.adapter import PART_WIDTH, TABLE_WIDTH
 from loraplex_shard.shapes.batch import Segment
 from loraplex_shard.shapes.layout import LinearLayout
 
@@ -56,7 +56,7 @@ def add_lora_delta(out: torch.Tensor, x: torch.Tensor, runs: LoraTiles, layout: 
     slices = min(SLICES, triton.cdiv(columns, SLICE)) if runs.length == SHORT else 1
     shrunk = x.new_empty((slices, tokens, runs.widest), dtype=torch.float32)
     count = len(runs.tiles)
-    _shrink[(count, triton.cdiv(runs.widest, RANKS), slices)](
+    _shrink[(count, max(1, triton.cdiv(runs.widest, RANKS)), slices)](
         x,
         shrunk,
         runs.tiles,
@@ -82,6 +82,7 @@ def add_lora_delta(out: torch.Tensor, x: torch.Tensor, runs: LoraTiles, layout: 
         INT8=runs.int8,
         ALIGNED=aligned,
         TABLE=TABLE_WIDTH,
+        PART=PART_WIDTH,
         SLICES=slices,
         TOKENS=runs.length,
         RANKS=RANKS,
@@ -145,12 +146,14 @@ def _expand(
     INT8: tl.constexpr,
     ALIGNED: tl.constexpr,
     TABLE: tl.constexpr,
+    PART: tl.constexpr,
     SLICES: tl.constexpr,
     TOKENS: tl.constexpr,
     RANKS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Adds B's product with the slices' sum to some columns of out, projection by projection."""
+    """Adds B's product with the slices' sum to some columns of out, projection by projection, after multiplying and
+    shifting them where the adapter asks for it."""
     dtype = out.dtype.element_ty
     tile = tiles + tl.program_id(0) * 3
     entry = tl.load(tile + 2).to(tl.pointer_type(tl.int64)) + layer * TABLE
@@ -159,7 +162,7 @@ def _expand(
     row = tl.arange(0, TOKENS)
     token, real = tl.load(tile) + row, row < tl.load(tile + 1)
     for number in range(0, tl.load(entry + 1)):
-        part = entry + 4 + 5 * number
+        part = entry + 4 + PART * number
         rank_start, rank_stop = tl.load(part), tl.load(part + 1)
         start, stop = tl.load(part + 2), tl.load(part + 3)
         if ALIGNED:  # else a load of several values at once is not allowed
@@ -180,4 +183,9 @@ def _expand(
                 sums = tl.dot(inputs.to(dtype), weights.to(dtype), sums, input_precision="ieee")
             place = out + token[:, None] * out_features + column[None, :]
             ours = real[:, None] & own[None, :]
-            tl.store(place, (tl.load(place, ours, 0.0).to(tl.float32) + sums).to(dtype), ours)
+            base = tl.load(place, ours, 0.0).to(tl.float32)
+            affine = tl.load(part + 5)
+            if affine != 0:
+                factors = affine.to(tl.pointer_type(tl.float32)) + (column - start)
+                base = base * tl.load(factors, own, 1.0)[None, :] + tl.load(factors + (stop - start), own, 0.0)[None, :]
+            tl.store(place, (base + sums).to(dtype), ours)

@@ -1,0 +1,79 @@
+"""What an adapter does to a module's output beside adding a product of two matrices: biases of B (lora_bias), DoRA's
+magnitudes, and tensors that take the place of the base's (modules_to_save, bias, base_layer)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from loraplex_protos.errors import AdapterInvalidError
+from loraplex_shard.lora.peft.base import BaseModel
+from loraplex_shard.lora.peft.tensor_names import PREFIX
+from loraplex_shard.lora.sources.files import TENSORS
+from loraplex_shard.lora.weights.deltas import Delta
+
+ROWS_AT_A_TIME = 4096
+
+
+def name_of_bias(module: str) -> str:
+    """What PEFT calls the bias of B in an adapter's file."""
+    return f"{PREFIX}{module}.lora_B.bias"
+
+
+def name_of_magnitude(module: str) -> str:
+    """What PEFT calls the lengths that DoRA gives the rows of a matrix (arXiv 2402.09353)."""
+    return f"{PREFIX}{module}.lora_magnitude_vector"
+
+
+@dataclass(frozen=True, slots=True)
+class Replaced:
+    """What takes the place of a module's own tensors."""
+
+    weight: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+
+
+def with_outputs(
+    module: str, delta: Delta, tensors: Mapping[str, torch.Tensor], own: Replaced, base: BaseModel
+) -> Delta:
+    """The delta with all that the adapter's tensors, which have been checked, do to the module's output."""
+    b_bias, magnitude = tensors.get(name_of_bias(module)), tensors.get(name_of_magnitude(module))
+    if b_bias is None and magnitude is None and own == Replaced():
+        return delta
+    old = base.bias(module)
+    shift = _zeros(delta) if old is None else old.float()
+    gain: torch.Tensor | None = None
+    whole = None if own.weight is None else own.weight.float()
+    if magnitude is not None:
+        gain = magnitude.float() / _lengths(module, delta, whole, base)
+        delta = replace(delta, b=delta.b.float() * gain[:, None])
+        whole = None if whole is None else whole * gain[:, None]
+    if whole is not None:
+        gain = _zeros(delta)
+    # The base's output has its own bias in it, which no length applies to.
+    left = shift if gain is None else shift * gain
+    shift = (shift if own.bias is None else own.bias.float()) - left
+    if b_bias is not None:
+        shift = shift + b_bias.float() * delta.scale
+    return replace(delta, gain=gain, shift=shift if shift.any() else None, whole=whole)
+
+
+def nothing(out_features: int, in_features: int) -> Delta:
+    """The delta of a module without A and B."""
+    return Delta(torch.zeros(0, in_features), torch.zeros(out_features, 0), 1.0)
+
+
+def _zeros(delta: Delta) -> torch.Tensor:
+    return torch.zeros(len(delta.b))
+
+
+def _lengths(module: str, delta: Delta, whole: torch.Tensor | None, base: BaseModel) -> torch.Tensor:
+    """Of the rows of what the base's matrix and the delta's add up to; the base's as it is served, rounded if it is."""
+    if base.served is None:
+        raise AdapterInvalidError(f"{TENSORS}: {name_of_magnitude(module)}: DoRA is not served on this architecture")
+    a, b, lengths = delta.a.float(), delta.b.float() * delta.scale, []
+    for start in range(0, len(b), ROWS_AT_A_TIME):
+        rows = slice(start, min(start + ROWS_AT_A_TIME, len(b)))
+        matrix = base.served.read(module, rows) if whole is None else whole[rows]
+        lengths.append(torch.addmm(matrix, b[rows], a).norm(dim=1))
+    return torch.cat(lengths)

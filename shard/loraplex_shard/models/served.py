@@ -1,0 +1,37 @@
+"""A decoder's matrices as it computes with them, read from its checkpoint once more: what layers hold is cut for a rank
+and packed for its device."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import torch
+
+from loraplex_shard.checkpoint.base import Checkpoint
+from loraplex_shard.layers.linear import Linear
+from loraplex_shard.layers.sources import ParameterForm, SourcedLayer
+from loraplex_shard.models.text_part import TextPart
+
+
+class ServedMatrices:
+    """Of layers that were loaded from these tensors in this form. `tied`: the tensor that is the lm head as well."""
+
+    def __init__(
+        self, layers: Iterable[SourcedLayer], tensors: Checkpoint | TextPart, form: ParameterForm, tied: str | None
+    ) -> None:
+        linear = [layer for layer in layers if isinstance(layer, Linear)]
+        self._layers = {part.module: (layer, part) for layer in linear for part in layer.layout.parts}
+        self._tensors, self._form, self._tied = tensors, form, tied
+
+    @property
+    def tied(self) -> bool:
+        return self._tied is not None
+
+    def read(self, module: str, rows: slice) -> torch.Tensor:
+        """Rows of a linear module's whole matrix: [rows, in_features] float32."""
+        layer, part = self._layers[module]
+        source = replace(layer.weight_source(part, rows), columns=slice(None))
+        if source.instead and source.tensor not in self._tensors.names:
+            source = replace(source.instead, columns=slice(None))
+        if self._tied is not None and module == "lm_head":
+            source = replace(source, tensor=self._tied)
+        return layer.as_served(self._tensors, self._form, source)
