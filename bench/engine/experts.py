@@ -58,7 +58,7 @@ class ExpertsStepper(Stepper):
         self.decoder.ops.route = watched  # type: ignore[method-assign]
 
     def bytes_read(self, batch: int) -> int:
-        """By the last step of so many sequences: all but experts, and the experts that were chosen."""
+        """Bytes that the last step of `batch` sequences read: all but experts, and the experts that were chosen."""
         (size,) = {sum(e.weight.nbytes for e in pair) for pair in self._experts()}
         hit = sum(int((starts.diff() > 0).sum()) for starts in self._starts_by_tokens[batch])
         return self.weight_bytes + hit * size + self.kv_bytes(batch, CONTEXT)

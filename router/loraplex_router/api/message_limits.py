@@ -58,8 +58,8 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
 
 
 class MessageLimits(grpc.aio.ServerInterceptor):
-    """Parses one service's requests where their errors can be answered: within `answering`. Those that are being
-    answered may have so many bytes together; others are refused meanwhile."""
+    """Parses one service's requests where their errors can be answered: within `answering`. The requests that
+    are being answered may have `together` bytes in all; others are refused meanwhile."""
 
     def __init__(self, service: ServiceDescriptor, answering: Answering, together: int) -> None:
         self._room = together

@@ -10,5 +10,5 @@ T = TypeVar("T")
 
 
 async def in_turn(size: int, write: Callable[[], T]) -> T:
-    """What `write` answers, which has so many numbers in it: on a thread, if they are many."""
+    """What `write` returns. It is called on a thread if the answer has many numbers; `size` is how many."""
     return await asyncio.to_thread(write) if size > LONG else write()

@@ -23,10 +23,10 @@ class ExpertsTensor:
 
 
 class ExpertLinear(Linear):
-    """One expert's, which is never computed by itself."""
+    """The linear layer of one expert, which is never computed by itself."""
 
     def __init__(self, layout: LinearLayout, number: int, count: int, tensor: ExpertsTensor, ops: Operations) -> None:
-        """The `number`-th of so many experts."""
+        """Expert `number` of `count`."""
         self.number, self.count, self.tensor = number, count, tensor
         super().__init__(layout, bool(tensor.bias), ops)
 

@@ -64,7 +64,7 @@ class LocalListing:
         self._seen: dict[str, tuple[object, LocalAdapter]] = {}
 
     def adapters(self) -> list[LocalAdapter]:
-        """Sorted by id. Of thousands that are new, only so many are looked into as some seconds allow; the others
+        """Sorted by id. New ones are looked into for some seconds at most; of thousands, the others
         appear without a fault until a later call."""
         asked = time.monotonic()
         with self._lock:

@@ -85,7 +85,7 @@ using Word = std::uint32_t;
 }
 #endif
 
-// What each member of a team makes of m rows that are multiplied in runs of at most `most` and have so many pieces
+// What each member of a team makes of m rows that are multiplied in runs of at most `most` and have `pieces` pieces
 // each: f(first_row, rows, first_piece, last_piece) for its part of a run. Words of a run's rows share cache lines, so
 // members take pieces of all its rows, not rows: two that write to one line wait for each other at every word.
 template <class Member, class F>
@@ -107,7 +107,7 @@ class Ahead {
   public:
     static constexpr long LINE = 64;  // bytes
 
-    // A panel of so many bytes, which is read in so many steps.
+    // A panel of `bytes` bytes, which is read in `steps` steps.
     Ahead(const void* panel, long bytes, long steps, const Runs& run)
         : next_((const char*)panel + (run.total == 1 ? DISTANCE : bytes + run.index * bytes / run.total)),
           step_((bytes + steps * run.total - 1) / (steps * run.total)) {}

@@ -25,7 +25,7 @@ constexpr long RANKS = 4;            // rows of A in a unit
 constexpr long OUTPUTS = 2 * WIDTH;  // of B in a unit
 constexpr long AHEAD = 4;            // units: with few rows, one takes less time than memory does to answer
 constexpr long ROWS = 32;            // of x that share a unit's weights while they are in the cache
-constexpr long READING = 4;          // reading a weight costs as much as multiplying it with so many rows
+constexpr long READING = 4;          // in multiplications: what reading a weight costs
 constexpr long TILES_GAIN = 4;       // rows that tiles multiply in the time of one, the weights' packing included
 
 // What is multiplied at once, by the number of registers: rows of A with rows of x, and rows of A x with B.

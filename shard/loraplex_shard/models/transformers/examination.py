@@ -58,7 +58,7 @@ def refused_by_name(checkpoint: Checkpoint) -> Iterator[None]:
         raise CheckpointError(f"{name}: {error.message}") from error
     except (ArithmeticError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:LONGEST_REASON]}"
-        raise CheckpointError(f"{name}: transformers' code for it cannot be followed: {reason}") from error
+        raise CheckpointError(f"{name}: transformers' code for it fails: {reason}") from error
 
 
 def build(config: PreTrainedConfig, dtype: torch.dtype, positions: int) -> PreTrainedModel:
