@@ -267,8 +267,8 @@ def as_pickle(adapter: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (edit_config(use_dora=True), "use_dora"),
-        (edit_config(bias="all"), "bias"),
+        (edit_config(use_dora=True), "lora_magnitude_vector"),
+        (edit_config(lora_bias=True), "lora_B.bias"),
         (edit_config(modules_to_save=["lm_head"]), "lm_head.weight"),
         (edit_config(r=16), "r=16|lora_rank|shape|16"),
         (edit_config(peft_type="IA3"), "peft_type"),
