@@ -266,7 +266,7 @@ def test_an_empty_slot_has_no_adapter(store: AdapterStore) -> None:
 def test_a_refused_adapter_can_be_repaired(store: AdapterStore, directory: Path) -> None:
     edit_config(directory / "adapter-0", use_dora=True)
     for _ in range(2):
-        with pytest.raises(AdapterInvalidError, match="use_dora"):
+        with pytest.raises(AdapterInvalidError, match="lora_magnitude_vector"):
             stage(store, "adapter-0")
     edit_config(directory / "adapter-0", use_dora=False)
     stage(store, "adapter-0")
