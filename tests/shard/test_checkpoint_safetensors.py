@@ -236,6 +236,14 @@ def test_a_tensor_of_another_shape_is_named_with_both_shapes(directory: Path) ->
         ({"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4}}, "rope type 'proportional'"),
         ({"num_key_value_heads": 3}, "num_attention_heads 2 is not a multiple of num_key_value_heads 3"),
         ({"vocab_size": "many"}, "vocab_size"),
+        (
+            {"model_type": "mixtral", "architectures": [], "num_local_experts": 2, "num_experts_per_tok": 4},
+            "num_experts_per_tok 4 is more than the 2 experts",
+        ),
+        (
+            {"model_type": "ministral3", "architectures": [], "rope_parameters": {"rope_type": "default"}},
+            "rope_parameters has no llama_4_scaling_beta",
+        ),
         ({"model_type": "exaone4", "sliding_window": None}, "config.json: integer modulo by zero"),
     ],
 )

@@ -55,7 +55,14 @@ def read_spec(architecture: str, config: PreTrainedConfig) -> DecoderSpec:
         return _text_part(architecture, config)
     if architecture not in _ARCHITECTURES:
         raise CheckpointError(f"architecture {architecture!r} is not served")
-    spec = _ARCHITECTURES[architecture](config)
+    try:
+        spec = _ARCHITECTURES[architecture](config)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(f"config.json: {type(error).__name__}: {error}") from error
+    if spec.experts is not None and spec.experts.chosen > spec.experts.count:
+        raise CheckpointError(
+            f"config.json: num_experts_per_tok {spec.experts.chosen} is more than the {spec.experts.count} experts"
+        )
     if getattr(config, "use_bidirectional_attention", None):
         raise CheckpointError("config.json: use_bidirectional_attention is not served")
     if spec.heads % spec.kv_heads:
@@ -83,6 +90,9 @@ def _mistral(config: PreTrainedConfig) -> DecoderSpec:
 
 
 def _ministral3(config: PreTrainedConfig) -> DecoderSpec:
+    for name in ("llama_4_scaling_beta", "original_max_position_embeddings"):
+        if name not in config.rope_parameters:
+            raise CheckpointError(f"config.json: rope_parameters has no {name}")
     spec = _spec(config)
     return replace(spec, rotary=tuple(each and replace(each, scaled_queries=True) for each in spec.rotary))
 
