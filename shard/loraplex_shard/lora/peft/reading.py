@@ -92,7 +92,7 @@ def _named(config: AdapterConfig, parameters: Sequence[Parameter]) -> dict[str, 
     if config.target_parameters and not found:
         raise AdapterInvalidError(
             f"adapter_config.json: target_parameters: {', '.join(config.target_parameters)[:200]}: not supported: only "
-            f"experts and their router are served so, and this model has {'no such ones' if parameters else 'none'}"
+            f"experts and their router are served so, and loraplex's own decoder computes none of these for this model"
         )
     return found
 
