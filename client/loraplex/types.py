@@ -327,3 +327,5 @@ class ModelInfo:
     """The names of the adapter sources, in the order in which they are searched."""
     modeling_code: str
     """Whose code computes it: "loraplex", which is faster, or "transformers"."""
+    embeds_only: bool
+    """The model has no lm head: it answers `embed`, and refuses `generate`."""

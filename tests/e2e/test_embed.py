@@ -5,14 +5,15 @@ import math
 from pathlib import Path
 
 import pytest
+import requests
 import torch
 from peft import PeftModel
 from torch.nn.functional import normalize
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 from loraplex import AdapterNotFoundError, AsyncClient, Client, InvalidRequestError, MergedAdapters
 from tests.e2e.processes import Server
-from tests.e2e.tiny import Oracle, byte_tokenizer
+from tests.e2e.tiny import Oracle, byte_tokenizer, save_embedding_adapter, save_embedding_model
 
 TEXTS = ["Hello", "A longer text, in many chunks. " * 20, "é€😀"]
 ADAPTERS = [None, "r8", "patterns"]
@@ -92,3 +93,32 @@ def test_inputs_that_cannot_be_embedded_are_refused(server: Server, inputs: list
 def test_an_unknown_adapter_is_never_the_base_model(server: Server) -> None:
     with Client(server.address) as client, pytest.raises(AdapterNotFoundError):
         client.embed("Hi", adapter="unknown-adapter")
+
+
+def test_a_model_saved_without_a_head_embeds_with_adapters_and_refuses_to_generate(tmp_path: Path) -> None:
+    model = save_embedding_model(tmp_path / "model")
+    save_embedding_adapter(model, tmp_path / "adapters" / "tuned")
+    base = AutoModel.from_pretrained(model).eval()
+    ids = torch.tensor([byte_tokenizer().encode("Hello")])
+    with Server(str(model), f"--adapters={tmp_path / 'adapters'}", "--kv-blocks=64", "--threads=1") as server:
+        with Client(server.address) as client:
+            assert client.info().embeds_only
+            found = [client.embed("Hello", adapter=name)[0].values for name in (None, "tuned")]
+            with pytest.raises(InvalidRequestError, match="model: is an embedding model, saved without an lm head"):
+                client.generate("Hello", max_new_tokens=1)
+        for route, body in {
+            "/generate": {"inputs": "Hello"},
+            "/v1/completions": {"model": str(model), "prompt": "Hello"},
+            "/v1/chat/completions": {"model": str(model), "messages": [{"role": "user", "content": "Hello"}]},
+        }.items():
+            answer = requests.post(server.url + route, json=body, timeout=60)
+            assert answer.status_code in (400, 422) and "embedding model" in answer.text
+        assert requests.get(f"{server.url}/startup", timeout=60).status_code == 200
+    expected = []
+    with torch.inference_mode():  # its files say: the last token, as it is
+        expected.append(base(input_ids=ids).last_hidden_state[0, -1])
+        tuned = PeftModel.from_pretrained(base, tmp_path / "adapters" / "tuned").eval()
+        expected.append(tuned(input_ids=ids).last_hidden_state[0, -1])
+    for values, vector in zip(found, expected, strict=True):
+        torch.testing.assert_close(torch.tensor(values), vector, atol=1e-4, rtol=1e-3)
+    assert found[0] != pytest.approx(found[1], abs=1e-2)

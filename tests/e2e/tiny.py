@@ -1,5 +1,6 @@
 """A tiny random Llama with adapters, and what transformers and PEFT alone make of them: the oracle."""
 
+import json
 import warnings
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import tokenizers
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.warning import PeftWarning
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedTokenizerFast
 
 TURN = "{% if add_generation_prompt %}<assistant>{% endif %}"
 CHAT_TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}" + TURN
@@ -32,6 +33,29 @@ def save_model(folder: Path) -> Path:
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+def save_embedding_model(folder: Path) -> Path:
+    """The same without its head, as sentence-transformers saves it: pooled by its last token, of any length."""
+    LlamaModel.from_pretrained(save_model(folder)).save_pretrained(folder)
+    modules = {"": "Transformer", "1_Pooling": "Pooling"}
+    listed = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in modules.items()]
+    (folder / "modules.json").write_text(json.dumps(listed))
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling/config.json").write_text(json.dumps({"pooling_mode_lasttoken": True}))
+    return folder
+
+
+def save_embedding_adapter(model: Path, folder: Path) -> Path:
+    """As PEFT saves one of a model without a head."""
+    torch.manual_seed(1)
+    config = LoraConfig(r=4, target_modules=ALL_LINEAR, task_type="FEATURE_EXTRACTION")
+    adapted = get_peft_model(LlamaModel.from_pretrained(model), config)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    adapted.save_pretrained(folder)
     return folder
 
 

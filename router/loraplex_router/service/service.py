@@ -121,6 +121,9 @@ class Service:
         arrived = time.monotonic()
         with self.telemetry.admission(request, arrived):
             tenant = self.keys.tenant(key)
+            if self.info.embeds_only:
+                lacks = "is an embedding model, saved without an lm head: it cannot generate, ask for embeddings"
+                raise InvalidRequestError(FieldViolation("model", lacks))
             check_request(request, self.info.vocab_size, self.info.adapter_sources)
             tenant.check_adapter(request.adapter)
             tenant.begin(arrived)

@@ -73,6 +73,7 @@ def read_model(
             served_model_names=served_model_names or (info.model_id,),
             adapter_sources=info.adapter_sources,
             modeling_code=info.modeling_code,
+            embeds_only=info.embeds_only,
         ),
         Tokenizer(files.tokenizer_json),
         sha256(files.SerializeToString(deterministic=True)).hexdigest(),

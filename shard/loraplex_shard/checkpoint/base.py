@@ -60,6 +60,10 @@ class Checkpoint(Protocol):
         """The transformers class, for example "LlamaForCausalLM"."""
 
     @property
+    def is_backbone(self) -> bool:
+        """Whether it was saved from the class without a head, as embedding models are."""
+
+    @property
     def names(self) -> frozenset[str]:
         """All tensors."""
 

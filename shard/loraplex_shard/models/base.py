@@ -18,6 +18,10 @@ class Model(Protocol):
         """Whose code computes it: "loraplex" or "transformers"."""
 
     @property
+    def generates(self) -> bool:
+        """Whether it has an lm head; else `logits` must not be called."""
+
+    @property
     def vocab_size(self) -> int: ...
 
     @property

@@ -126,11 +126,13 @@ class Decoder(nn.Module):
         self.embedding = Embedding(embedding, spec.vocab_size, spec.hidden_size, scale, ops)
         self.layers = nn.ModuleList(DecoderLayer(index, build) for index in range(spec.layers))
         self.norm = build.norm(f"{spec.names.backbone}.norm")
-        self.lm_head = ColumnLinear(partition.lm_head(), bias=False, ops=ops, least_bits=8)
+        self.generates = spec.has_head
+        if spec.has_head:
+            self.lm_head = ColumnLinear(partition.lm_head(), bias=False, ops=ops, least_bits=8)
 
     @property
     def layouts(self) -> tuple[LinearLayout, ...]:
-        """All linear layers of this rank, the lm head included."""
+        """All linear layers of this rank, the lm head included if there is one."""
         return tuple(module.layout for module in self.modules() if isinstance(module, Linear))
 
     @torch.inference_mode()

@@ -101,6 +101,7 @@ class DecoderSpec:
     logit_soft_cap: float = 0.0  # 0: none
     names: Names = Names()
     experts: ExpertsSpec | None = None
+    has_head: bool = True  # else it makes hidden states alone
 
     def has_experts(self, layer: int) -> bool:
         return self.experts is not None and self.experts.layers[layer]

@@ -217,6 +217,7 @@ def _load(
         sampling_defaults=Sampling(**checkpoint.sampling_defaults),
         adapter_sources=[source.name for source in sources],
         modeling_code=model.modeling_code,
+        embeds_only=not model.generates,
     )
     telemetry.metrics.describe(info)
     most = settings.max_sequences

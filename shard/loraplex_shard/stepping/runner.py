@@ -90,7 +90,7 @@ class Runner:
             rows=range(len(lengths)),
             lengths=lengths,
             slots=[0] * len(lengths),
-            samples=[True] * len(lengths),
+            samples=[self._parts.model.generates] * len(lengths),
             block_counts=counts,
             blocks=[block % self._cache.num_blocks for block in range(sum(counts))],
         )

@@ -35,6 +35,7 @@ _FLOATS = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationT
 class GgufCheckpoint:
     """Raises CheckpointError for a file that is not GGUF, is cut short, or holds a model of an unknown kind."""
 
+    is_backbone = False
     prequantized = False  # some are of blocks that the operations do not know, so they are dequantized unless asked
 
     def __init__(self, path: Path, model_id: str) -> None:

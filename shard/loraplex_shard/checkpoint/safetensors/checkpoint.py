@@ -38,6 +38,8 @@ class SafetensorsCheckpoint:
         self._directory = directory
         self.config: PreTrainedConfig = self._read_config()
         self.architecture: str = _architecture(self.config)
+        backbone = MODEL_MAPPING_NAMES.get(self.config.model_type)
+        self.is_backbone = backbone in (self.config.architectures or ())
         self._files = SafetensorsFiles(directory, model_id)
         self._matrices = self._find_matrices()
         stored = frozenset(name for matrix in self._matrices.values() for name in matrix.tensors)

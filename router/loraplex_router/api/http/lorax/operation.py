@@ -12,6 +12,7 @@ from loraplex_router.api.http.errors import LORAX_ERRORS, Error, Responses, only
 from loraplex_router.api.http.lorax import schema
 from loraplex_router.api.http.lorax.front_page import FRONT_PAGE_HEADERS, front_page
 from loraplex_router.vocabulary.checks import MAX_N, MAX_STOPS
+from loraplex_router.vocabulary.request import EmbedRequest
 from loraplex_router.vocabulary.request import Request as InternalRequest
 
 UNHEALTHY: Responses = {503: {"model": Error, "description": "A generation would not succeed now."}}
@@ -28,6 +29,7 @@ async def get_info(call: Call) -> Response:
         schema.Info(
             model_id=info.model_id,
             model_dtype=info.dtype,
+            model_pipeline_tag="feature-extraction" if info.embeds_only else "text-generation",
             max_concurrent_requests=call.service.max_queue,
             max_best_of=MAX_N,
             max_stop_sequences=MAX_STOPS,
@@ -59,7 +61,10 @@ async def root(call: Call, http: Request) -> Response:
 
 @router.get("/startup", tags=["LoRAX"], response_class=Response, responses=only(LORAX_ERRORS, 401, 429, 500, 503))
 async def startup(call: Call) -> Response:
-    """200 once a token has been generated for this call."""
+    """200 once a token has been generated for this call, or embedded by an embedding model."""
+    if call.service.info.embeds_only:
+        await call.service.embed(EmbedRequest(((0,),)), call.key)
+        return Response()
     generation = await call.service.generate(InternalRequest(prompt=(0,), max_new_tokens=1), call.key)
     await collect(call.service, [generation], call.receive)
     return Response()
