@@ -10,6 +10,7 @@ Requests without the credentials that a store sets in the environment are refuse
 import hashlib
 import ssl
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
@@ -28,7 +29,7 @@ FOREIGN = (
 )
 
 
-class StandInStore:
+class StandInStore(ABC):
     """Runs while its `with` block does. `requests` lists what was asked, as "METHOD bucket/key", in order."""
 
     scheme = ""
@@ -51,12 +52,13 @@ class StandInStore:
         for name, value in self.environment(url).items():
             monkeypatch.setenv(name, value)
 
+    @abstractmethod
     def environment(self, url: str) -> dict[str, str]:
-        raise NotImplementedError
+        """The variables by which a client finds the store and may read it."""
 
+    @abstractmethod
     def listing(self, objects: Iterable[tuple[str, bytes]]) -> str:
         """As XML."""
-        raise NotImplementedError
 
     def push(self, folder: str, files: dict[str, bytes]) -> None:
         self.objects |= {f"{folder}/{name}": data for name, data in files.items()}

@@ -12,7 +12,7 @@ from loraplex_protos.shard_pb2 import GetInfoResponse
 from loraplex_router.adapters.registry import AdapterRegistry
 from loraplex_router.engine.pool import AdapterPool
 from loraplex_router.engine.scheduler import Limits
-from loraplex_router.replicas.observer import Observer
+from loraplex_router.replicas.observer import Observer, ReplicaObserver
 from loraplex_router.replicas.replica import Replica
 from loraplex_router.replicas.replicas import Replicas
 from loraplex_router.settings import RouterSettings
@@ -81,7 +81,7 @@ class Connections:
             observer = self._observer.replica(str(address))
             shards = ShardGroup(address, observer, channel_credentials(self._settings))
             try:
-                await self._drive(shards, str(address))
+                await self._drive(shards, observer, str(address))
             except LoraplexError as error:
                 if isinstance(error, SilentError) and self._supervisor is not None:
                     self._supervisor.silent()
@@ -96,12 +96,12 @@ class Connections:
             await asyncio.sleep(RETRY_SECONDS)
         self._tasks.pop(address, None)
 
-    async def _drive(self, shards: ShardGroup, name: str) -> None:
+    async def _drive(self, shards: ShardGroup, observer: ReplicaObserver, name: str) -> None:
         """Connects to the replica and drives it until it has stopped. Raises the LoraplexError that ended it
         earlier."""
         watching = asyncio.create_task(shards.watch(partial(self._set_silent, name)))
         try:
-            replica = await _unless(watching, self._take_up(shards, name))
+            replica = await _unless(watching, self._take_up(shards, observer, name))
         except BaseException:
             watching.cancel()
             raise
@@ -117,9 +117,10 @@ class Connections:
             if stopping.done() and not stopping.exception():
                 logger.info("replica %s is stopping", name)
                 self._replicas.drain(replica)
-                idle = asyncio.create_task(self._replicas.changes.until(lambda: replica.engine.idle))
-                await asyncio.wait((engine, watching, idle), return_when=asyncio.FIRST_COMPLETED)
-                idle.cancel()
+                idle = self._replicas.changes.until(lambda: replica.engine.idle or engine.done() or watching.done())
+                for task in (engine, watching):
+                    task.add_done_callback(lambda _: self._replicas.changes.notify())
+                await idle
         finally:
             for task in tasks:
                 task.cancel()
@@ -135,7 +136,7 @@ class Connections:
             self._observer.silent()
         self._replicas.set_silent(name, silent)
 
-    async def _take_up(self, shards: ShardGroup, name: str) -> Replica:
+    async def _take_up(self, shards: ShardGroup, observer: ReplicaObserver, name: str) -> Replica:
         await shards.connect(self._settings.max_batch_tokens)
         info = shards.info
         limits = Limits(
@@ -157,7 +158,7 @@ class Connections:
             info.num_blocks,
             pool,
             self._registry,
-            self._observer.replica(name),
+            observer,
             self._replicas.changes,
         )
 

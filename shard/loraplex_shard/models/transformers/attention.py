@@ -4,6 +4,7 @@ masks up by name, and finds ours under IMPLEMENTATION. Whoever runs the code say
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -20,19 +21,24 @@ IMPLEMENTATION = "loraplex"
 Sees = Callable[[int, int, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
+@dataclass(frozen=True, slots=True)
+class AttentionCall:
+    """What transformers' modeling code asks of its attention function. Queries, keys and values are [1, heads, tokens,
+    dim]; `options` are the keyword arguments."""
+
+    module: nn.Module
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    mask: torch.Tensor | None
+    options: Mapping[str, Any]
+
+
 class Attending(Protocol):
     """Answers the attention calls of one forward pass, in which all tokens are one row."""
 
-    def attend(
-        self,
-        module: nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        mask: torch.Tensor | None,
-        options: Mapping[str, Any],
-    ) -> torch.Tensor:
-        """query, key, value [1, heads, tokens, dim] -> [1, tokens, query heads, value dim]."""
+    def attend(self, call: AttentionCall) -> torch.Tensor:
+        """[1, tokens, query heads, value dim]."""
         ...
 
     def mask(self, tokens: int, sees: Sees, device: torch.device) -> torch.Tensor:
@@ -59,18 +65,10 @@ class PagedAttention:
         self._layers = zip(layers, cache.layers, strict=True)
         self._ops, self._step = ops, step
 
-    def attend(
-        self,
-        module: nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        mask: torch.Tensor | None,
-        options: Mapping[str, Any],
-    ) -> torch.Tensor:
+    def attend(self, call: AttentionCall) -> torch.Tensor:
         heads, cache = next(self._layers)
-        parts = [part[0].transpose(0, 1).flatten(1) for part in (query, key, value)]
-        qkv, sinks = torch.cat(parts, dim=1), options.get("s_aux")
+        parts = [part[0].transpose(0, 1).flatten(1) for part in (call.query, call.key, call.value)]
+        qkv, sinks = torch.cat(parts, dim=1), call.options.get("s_aux")
         self._ops.rotate_and_write(qkv, heads, None, None, self._step, cache)
         out = self._ops.attention(qkv, heads, self._step, cache, None if sinks is None else sinks.float().contiguous())
         return out.view(1, len(qkv), heads.query, heads.value_dim)
@@ -92,7 +90,7 @@ def _attend(
     attention_mask: torch.Tensor | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    return _attending.get().attend(module, query, key, value, attention_mask, options), None
+    return _attending.get().attend(AttentionCall(module, query, key, value, attention_mask, options)), None
 
 
 def _mask(*, q_length: int, mask_function: Sees, device: torch.device, **options: Any) -> torch.Tensor:

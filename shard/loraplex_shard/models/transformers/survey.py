@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from loraplex_shard.checkpoint.base import CheckpointError
-from loraplex_shard.models.transformers.attention import Sees, attended_by, placeholder
+from loraplex_shard.models.transformers.attention import AttentionCall, Sees, attended_by, placeholder
 from loraplex_shard.models.transformers.calls import Calls
 from loraplex_shard.models.transformers.through import ThroughCache
 from loraplex_shard.models.transformers.windows import read_window
@@ -56,32 +56,18 @@ class Surveyor:
     attention: list[Heads] = field(default_factory=list)
     windows: list[tuple[torch.Tensor | None, int | None]] = field(default_factory=list)  # of masks, by what they view
 
-    def attend(
-        self,
-        module: nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        mask: torch.Tensor | None,
-        options: Mapping[str, Any],
-    ) -> torch.Tensor:
-        self.attention.append(self._heads(module, query, key, value, mask, options))
-        return query.new_empty((1, query.shape[2], query.shape[1], value.shape[3]))
+    def attend(self, call: AttentionCall) -> torch.Tensor:
+        self.attention.append(self._heads(call))
+        query = call.query
+        return query.new_empty((1, query.shape[2], query.shape[1], call.value.shape[3]))
 
     def mask(self, tokens: int, sees: Sees, device: torch.device) -> torch.Tensor:
         mask = placeholder(tokens, device)
         self.windows.append((mask._base, read_window(sees, self.positions)))
         return mask
 
-    def _heads(
-        self,
-        module: nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        mask: torch.Tensor | None,
-        options: Mapping[str, Any],
-    ) -> Heads:
+    def _heads(self, call: AttentionCall) -> Heads:
+        query, key, value, mask, options = call.query, call.key, call.value, call.mask, call.options
         if key.shape[2] != query.shape[2] or value.shape[2] != query.shape[2]:
             raise CheckpointError("its attention reads other positions than a token's own")
         if query.shape[1] % key.shape[1] or key.shape[1] != value.shape[1]:
@@ -91,7 +77,7 @@ class Surveyor:
             raise CheckpointError(f"its attention depends on {', '.join(sorted(extra))}")
         if mask is None:
             causal = options.get("is_causal")
-            if not (getattr(module, "is_causal", True) if causal is None else causal):
+            if not (getattr(call.module, "is_causal", True) if causal is None else causal):
                 raise CheckpointError("its attention is bidirectional")
             window = options.get("sliding_window")
         else:
