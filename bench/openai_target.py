@@ -1,10 +1,13 @@
 """An OpenAI-style server: streamed /completions, whose `model` is an adapter's name or the base model's.
 
-Speaks HTTP/1.0, in which an answer is not chunked and ends with the connection: that is all a stream of lines needs.
+Speaks HTTP/1.0 to it: the connection's end is the answer's. Uvicorn chunks its answers even so, but between two chunks
+there are line ends, so that an answer stays what is needed here: a stream of lines, some of which are events.
 """
 
 import asyncio
 import json
+import urllib.error
+import urllib.request
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -36,7 +39,7 @@ class OpenAiTarget:
             "stream_options": {"include_usage": True},
         }
         received = 0
-        async with self._answer("POST", "/completions", json.dumps(body)) as lines:
+        async with self._answer("/completions", json.dumps(body)) as lines:
             async for line in lines:
                 event = line.removeprefix(b"data:").strip()
                 if event == line.strip() or event == b"[DONE]":
@@ -54,20 +57,28 @@ class OpenAiTarget:
 
     async def _list(self) -> list[str]:
         if not self._models:
-            async with self._answer("GET", "/models", "") as lines:
-                answer: dict[str, Any] = json.loads(b"".join([line async for line in lines]))
-            self._models = [model["id"] for model in answer["data"]]
+            self._models = [model["id"] for model in (await asyncio.to_thread(self._read_models))["data"]]
         return self._models
 
+    def _read_models(self) -> dict[str, Any]:
+        try:
+            with urllib.request.urlopen(f"http://{self._host}{self._path}/models") as answer:
+                models: dict[str, Any] = json.load(answer)
+        except urllib.error.HTTPError as error:
+            raise LoadError(f"GET /models: {error.code}: {error.read().decode(errors='replace')}") from None
+        except OSError:
+            raise LoadError("GET /models: the server closed the connection without an answer") from None
+        return models
+
     @asynccontextmanager
-    async def _answer(self, method: str, path: str, body: str) -> AsyncIterator[asyncio.StreamReader]:
+    async def _answer(self, path: str, body: str) -> AsyncIterator[asyncio.StreamReader]:
         """The body's lines. Raises LoadError if the status is not 200."""
         host, _, port = self._host.partition(":")
         reader, writer = await asyncio.open_connection(host, int(port or 80), limit=2**20)
         try:
             content = body.encode()
             head = (
-                f"{method} {self._path}{path} HTTP/1.0\r\nHost: {self._host}\r\n"
+                f"POST {self._path}{path} HTTP/1.0\r\nHost: {self._host}\r\n"
                 f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
             )
             writer.write(head.encode() + content)
@@ -75,9 +86,9 @@ class OpenAiTarget:
             try:
                 status = (await reader.readuntil(b"\r\n\r\n")).split(b" ", 2)[1]
             except EOFError:
-                raise LoadError(f"{method} {path}: the server closed the connection without an answer") from None
+                raise LoadError(f"POST {path}: the server closed the connection without an answer") from None
             if status != b"200":
-                raise LoadError(f"{method} {path}: {int(status)}: {(await reader.read()).decode(errors='replace')}")
+                raise LoadError(f"POST {path}: {int(status)}: {(await reader.read()).decode(errors='replace')}")
             yield reader
         finally:
             writer.close()

@@ -23,7 +23,10 @@ def address(servicer: ScriptedServicer) -> Iterator[str]:
 
 
 class StandInOpenAi:
-    """Streams as many tokens as it is asked for; the second one without text, the last one with the usage."""
+    """Streams as many tokens as it is asked for; the second one without text, the last one with the usage.
+
+    Its answers are chunked even for a client of HTTP/1.0, as uvicorn's are.
+    """
 
     def __init__(self) -> None:
         self.bodies: list[dict[str, object]] = []
@@ -44,7 +47,11 @@ class StandInOpenAi:
             lines = [": a comment", *(f"data: {json.dumps(chunk)}\n" for chunk in chunks), "data: [DONE]\n"]
         else:
             status, lines = "404 Not Found", ["no such path"]
-        writer.write(f"HTTP/1.0 {status}\r\n\r\n".encode() + "\n".join(lines).encode())
+        writer.write(f"HTTP/1.1 {status}\r\nconnection: close\r\ntransfer-encoding: chunked\r\n\r\n".encode())
+        for line in lines:
+            content = f"{line}\n".encode()
+            writer.write(b"%x\r\n%b\r\n" % (len(content), content))
+        writer.write(b"0\r\n\r\n")
         await writer.drain()
         writer.close()
 
