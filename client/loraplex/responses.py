@@ -52,6 +52,7 @@ def generation(response: pb.GenerateResponse) -> Generation:
         sequences=tuple(_sequence(sequence) for sequence in response.sequences),
         prompt=_prompt(response.prompt),
         adapter_digest=response.adapter_digest,
+        warnings=tuple(response.warnings),
     )
 
 
@@ -66,6 +67,7 @@ def stream_piece(response: pb.GenerateStreamResponse) -> StreamPiece:
         seed=response.seed if response.HasField("seed") else None,
         prompt=_prompt(response.prompt),
         adapter_digest=response.adapter_digest,
+        warnings=tuple(response.warnings),
     )
 
 
@@ -86,6 +88,7 @@ def adapter(status: pb.AdapterStatus) -> Adapter:
         last_used=status.last_used if status.HasField("last_used") else None,
         residences=tuple(_read(AdapterResidence, each, tier=_TIERS[each.tier]) for each in status.residences),
         warnings=tuple(status.warnings),
+        invocation_token_ids=tuple(status.invocation_token_ids),
     )
 
 

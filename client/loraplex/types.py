@@ -186,6 +186,8 @@ class Generation:
     """Empty unless prompt_logprobs or prompt_top_logprobs asked for it."""
     adapter_digest: str
     """The digest of the adapter that answered; empty for the base model."""
+    warnings: tuple[str, ...] = ()
+    """What the caller should know, for example that the prompt does not contain what activates the adapter."""
 
     @property
     def text(self) -> str:
@@ -211,6 +213,8 @@ class StreamPiece:
     """On the first piece of sequence 0, if prompt_logprobs or prompt_top_logprobs asked for it."""
     adapter_digest: str
     """On the first piece of a sequence: the digest of the adapter that answers; empty for the base model."""
+    warnings: tuple[str, ...] = ()
+    """On the first piece of a sequence: what the caller should know."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,6 +305,11 @@ class Adapter:
     """Possible problems that do not prevent serving, for example that it was made for another model."""
     reason: str = ""
     """Why it is broken."""
+    invocation: str = ""
+    """What in a prompt activates it (aLoRA): before the last place of it, the base model computes. Empty: it is always
+    active."""
+    invocation_token_ids: tuple[int, ...] = ()
+    """The same as tokens."""
 
 
 @dataclass(frozen=True, slots=True)

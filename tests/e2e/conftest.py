@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.processes import Server
-from tests.e2e.tiny import Oracle, save_adapter, save_chanting_model, save_model
+from tests.e2e.tiny import Oracle, byte_tokenizer, save_adapter, save_chanting_model, save_model
 
+INVOCATION = "brown"
+ACTIVATED = [f"activated{number}" for number in range(1, 6)]
 LORA_RANKS = {"r1": 1, "r4": 4, "r8": 8, "r12": 12, "r16": 16, "r64": 64}
 
 
@@ -33,6 +35,8 @@ def adapters(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_adapter(model, folder / "dora", 4, 12, use_dora=True)
     save_adapter(model, folder / "bias", 4, 13, lora_bias=True)
     save_adapter(model, folder / "head", 4, 14, modules_to_save=["lm_head"])
+    for seed, name in enumerate(ACTIVATED):  # all by the same word
+        save_adapter(model, folder / name, 8, 20 + seed, alora_invocation_tokens=byte_tokenizer().encode(INVOCATION))
     return folder
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from loraplex_protos import shard_pb2 as pb
 from loraplex_protos.errors import AdapterNotFoundError, LoraplexError, UnavailableError
-from loraplex_router.vocabulary.adapter import LocalAdapter, StagedAdapter
+from loraplex_router.vocabulary.adapter import Invocation, LocalAdapter, StagedAdapter
 from loraplex_router.vocabulary.grammar import Grammar
 from loraplex_router.vocabulary.references import AdapterReference, MergedReference
 from loraplex_router.wire.shards import Shards
@@ -34,6 +34,7 @@ class FakeShards:
         self.absent = {"absent"}
         self.local = [LocalAdapter("a"), LocalAdapter("b"), LocalAdapter("broken", "cut short", ())]
         self.warnings: tuple[str, ...] = ()
+        self.invocation: Invocation | None = None
         self.loads_held = asyncio.Event()
         self.loads_held.set()
         self.stages_held = asyncio.Event()
@@ -74,7 +75,9 @@ class FakeShards:
         await self.stages_held.wait()
         self.log.append(f"stage {reference.id}")
         digest = self.digests.get(reference.id, f"digest of {reference.id}")
-        return StagedAdapter(digest, "local", "", lora_rank=8, size_bytes=10, warnings=self.warnings)
+        return StagedAdapter(
+            digest, "local", "", lora_rank=8, size_bytes=10, warnings=self.warnings, invocation=self.invocation
+        )
 
     async def merge(self, digest: str, digests: Sequence[str], merged: MergedReference) -> StagedAdapter:
         self.log.append(f"merge {','.join(digests)}")

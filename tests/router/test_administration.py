@@ -74,7 +74,16 @@ async def test_the_json_of_a_status_has_the_message_s_fields_and_null_for_what_i
     await asking
     counts = {"requests": 0, "running_sequences": 0, "waiting_sequences": 0}
     nothing = dict.fromkeys(("tier", "digest", "lora_rank", "size_bytes", "last_used", "reason"))
-    rest = {"revision": "", "pinned": False, "residences": [], "warnings": [], **nothing, **counts}
+    rest = {
+        "revision": "",
+        "pinned": False,
+        "residences": [],
+        "warnings": [],
+        "invocation": "",
+        "invocation_token_ids": [],
+        **nothing,
+        **counts,
+    }
     assert write_message(statuses["c"]) == {"id": "c", "source": "", "state": "fetching", **rest}
     local = {"source": "local", **rest, "tier": "disk"}
     assert write_message(statuses["b"]) == {"id": "b", "state": "available", **local}

@@ -4,7 +4,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from loraplex_router.engine.blocks import BlockAllocator, next_key, root_key
+from loraplex_router.engine.blocks import BlockAllocator, branch_key, next_key, root_key
 
 NUM_BLOCKS = 6
 
@@ -87,7 +87,9 @@ def test_the_least_recently_released_prefix_gives_way_first_and_from_its_end():
 
 
 def test_keys_differ_by_adapter_by_tokens_and_by_what_came_before():
-    base, other = root_key(""), root_key("digest")
-    keys = {next_key(base, [1, 2]), next_key(other, [1, 2]), next_key(base, [2, 1])}
-    keys |= {next_key(next_key(base, [1, 2]), [1, 2])}
-    assert len(keys) == 4
+    root = root_key("")
+    parents = [branch_key(root, "", 0), branch_key(root, "digest", 0), branch_key(root, "digest", 1), root_key("x")]
+    keys = {next_key(parent, tokens) for parent in parents for tokens in ([1, 2], [2, 1])}
+    keys |= {next_key(next_key(root, [1, 2]), [1, 2])}
+    assert len(keys) == 9
+    assert parents[0] == root

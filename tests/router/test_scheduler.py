@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from loraplex_router.engine.blocks import BlockAllocator
 from loraplex_router.engine.pool import AdapterPool
 from loraplex_router.engine.scheduler import Limits, Scheduler
-from loraplex_router.vocabulary.adapter import Adapter
+from loraplex_router.vocabulary.adapter import NEVER, Adapter
 from loraplex_router.vocabulary.sequence import Chunk, Detail, Plan, Sequence
 
 BLOCK = 4
@@ -21,8 +21,8 @@ class World:
     """A scheduler with its blocks and adapters, and an executor that checks every plan as a shard would. Sequences of
     the adapters in FORCING sometimes get several tokens at once.
 
-    The next token of a sequence is a function of its adapter and all tokens before it, so that a wrong prefix hit, a
-    lost token or a mixed-up block shows in the output.
+    The next token of a sequence is a function of all tokens before it and the adapters that computed them, so that a
+    wrong prefix hit, a lost token or a mixed-up block shows in the output.
     """
 
     def __init__(
@@ -53,6 +53,7 @@ class World:
         tenant: str = "",
         weight: float = 1.0,
         cache_salt: str = "",
+        acts_from: int = 0,
     ) -> Sequence:
         sequence = Sequence(
             number=len(self.sequences),
@@ -65,6 +66,7 @@ class World:
             tenant=tenant,
             weight=weight,
             cache_salt=cache_salt,
+            acts_from=acts_from,
         )
         self.sequences.append(sequence)
         self.scheduler.add(sequence)
@@ -88,7 +90,7 @@ class World:
     def execute(self, plan: Plan) -> list[list[int]]:
         self.steps += 1
         assert sum(chunk.length for chunk in plan.chunks) <= self.budget
-        slots = [chunk.sequence.adapter.slot or 0 for chunk in plan.chunks]
+        slots = [chunk.slot for chunk in plan.chunks]
         assert slots == sorted(slots)
         assert len(plan.chunks) == 1 or not plan.alone
         assert plan.alone or not any(chunk.start < chunk.sequence.alone_until for chunk in plan.chunks)
@@ -96,33 +98,29 @@ class World:
             assert sequence.row is not None
             self.tables[sequence.row], self.known[sequence.row] = [], list(sequence.tokens)
         for chunk in plan.chunks:  # keys and values of all chunks are written before any is read
-            self.write(chunk.sequence.row, chunk.start, chunk.length, chunk.new_blocks, chunk.sequence.adapter)
+            self.write(chunk)
         return [self.sample(chunk) for chunk in plan.chunks]
 
     def sample(self, chunk: Chunk) -> list[int]:
         """A token, and the fast-forward ones after it; none where the chunk ends before what is known."""
-        adapter, end = chunk.sequence.adapter, chunk.start + chunk.length
-        token = self.read(chunk.sequence.row, end, adapter)
-        known = self.known[chunk.sequence.row]
+        sequence, known = chunk.sequence, self.known[chunk.sequence.row]
+        end = chunk.start + chunk.length
+        content = [self.cache[self.tables[sequence.row][p // BLOCK]][p % BLOCK] for p in range(end)]
+        assert content == computed(sequence, known[:end])
         if not chunk.samples or end < len(known):
             return []
-        tokens = [token]
-        while adapter.digest in FORCING and tokens[-1] % 2:
-            tokens.append(next_token(adapter.digest, known + tokens))
+        tokens = [next_token(sequence, known)]
+        while sequence.adapter.digest in FORCING and tokens[-1] % 2:
+            tokens.append(next_token(sequence, known + tokens))
         known += tokens
         return tokens
 
-    def write(self, row: int, start: int, length: int, new_blocks: tuple[int, ...], adapter: Adapter) -> None:
-        assert self.slots[adapter.slot or 0] == adapter.digest
-        self.tables[row] += new_blocks
-        for position in range(start, start + length):
+    def write(self, chunk: Chunk) -> None:
+        row, digest = chunk.sequence.row, self.slots[chunk.slot]
+        self.tables[row] += chunk.new_blocks
+        for position in range(chunk.start, chunk.start + chunk.length):
             block = self.tables[row][position // BLOCK]
-            self.cache[block][position % BLOCK] = (adapter.digest, self.known[row][position])
-
-    def read(self, row: int, context: int, adapter: Adapter) -> int:
-        content = [self.cache[self.tables[row][p // BLOCK]][p % BLOCK] for p in range(context)]
-        assert content == [(adapter.digest, token) for token in self.known[row][:context]]
-        return next_token(adapter.digest, self.known[row][:context])
+            self.cache[block][position % BLOCK] = (digest, self.known[row][position])
 
     def apply(self, plan: Plan, results: list[list[int]]) -> None:
         self.scheduler.complete(plan)
@@ -141,14 +139,19 @@ class World:
         raise AssertionError("the scheduler does not come to an end")
 
 
-def next_token(adapter: str, tokens: list[int]) -> int:
-    return hash((adapter, tuple(tokens))) % 50
+def computed(sequence: Sequence, tokens: list[int]) -> list[tuple[str, int]]:
+    """The tokens, each with the adapter that computes it."""
+    return [("" if at < sequence.acts_from else sequence.adapter.digest, token) for at, token in enumerate(tokens)]
+
+
+def next_token(sequence: Sequence, tokens: list[int]) -> int:
+    return hash(tuple(computed(sequence, tokens))) % 50
 
 
 def expected(sequence: Sequence) -> list[int]:
     tokens = sequence.tokens[: sequence.prompt_length]
     for _ in range(sequence.max_new_tokens):
-        tokens = [*tokens, next_token(sequence.adapter.digest, tokens)]
+        tokens = [*tokens, next_token(sequence, tokens)]
     return tokens
 
 
@@ -161,6 +164,7 @@ requests = st.lists(
         st.one_of(st.none(), st.integers(0, 30)),  # is cancelled after so many turns
         st.sampled_from([0, 0, 0, 1, 7, 40]),  # is computed alone up to there
         st.sampled_from(["", "x", "y"]),  # whose it is
+        st.sampled_from([0, 0, 0, 1, 4, 5, 13, NEVER]),  # where its adapter begins to act
     ),
     max_size=20,
 )
@@ -171,13 +175,16 @@ requests = st.lists(
 def test_every_sequence_ends_with_its_own_tokens_and_no_block_row_or_slot_is_lost(requests, blocks, slots, depth):
     world = World(blocks=blocks, slots=slots, depth=depth)
     cancellations = []
-    for adapter, prompt, max_new_tokens, delay, cancel_after, alone_until, tenant in requests:
+    for adapter, prompt, max_new_tokens, delay, cancel_after, alone_until, tenant, acts_from in requests:
         for _ in range(delay):
             world.step()
             for turn, sequence in cancellations:
                 if world.steps >= turn:
                     world.scheduler.finish(sequence)
-        sequence = world.submit(adapter, prompt, max_new_tokens, alone_until=alone_until, tenant=tenant)
+        begin = acts_from if acts_from == NEVER else min(acts_from, len(prompt) - 1)
+        sequence = world.submit(
+            adapter, prompt, max_new_tokens, alone_until=alone_until, tenant=tenant, acts_from=begin
+        )
         if cancel_after is not None:
             cancellations.append((world.steps + cancel_after, sequence))
     world.run()
@@ -330,6 +337,49 @@ def test_sequences_of_one_prompt_share_its_blocks_within_a_single_step():
     first, second = world.submit("", list(range(17)), 1), world.submit("", list(range(17)), 1)
     world.step()
     assert second.blocks[:4] == first.blocks[:4] and second.blocks[4:] != first.blocks[4:]
+
+
+def test_activated_adapters_share_what_the_base_model_computed_before_they_act():
+    world, document = World(budget=64), list(range(42))
+    base = world.submit("", document, 1)
+    world.run()
+    first, second = (world.submit(name, [*document, 50, 51], 3, acts_from=42) for name in "ab")
+    again, elsewhere = (world.submit("a", [*document, 50, 51] * 2, 3, acts_from=acts_from) for acts_from in (42, 86))
+    world.run()
+    assert base.prefix_hit == 0 and first.prefix_hit == second.prefix_hit == 40  # whole blocks
+    assert again.prefix_hit == elsewhere.prefix_hit == 40  # computed at once with the first, by another adapter
+    assert all(sequence.tokens == expected(sequence) for sequence in world.sequences)
+
+
+def test_an_activated_adapters_blocks_are_known_where_it_begins_to_act_at_the_same_place_alone():
+    world, prompt = World(budget=64), list(range(40))
+    world.submit("a", prompt, 1, acts_from=18)
+    world.run()
+    hits = [world.submit("a", prompt, 1, acts_from=acts_from) for acts_from in (18, 17, 38, 0)]
+    other = world.submit("b", prompt, 1, acts_from=18)
+    world.run()
+    assert [sequence.prefix_hit for sequence in hits] == [36, 16, 16, 0]
+    assert other.prefix_hit == 16
+    assert all(sequence.tokens == expected(sequence) for sequence in world.sequences)
+
+
+def test_a_document_is_computed_once_by_activated_adapters_that_arrive_together():
+    world, document = World(blocks=200, budget=32, slots=5), list(range(100))
+    answers = [world.submit(name, [*document, 50], 2, acts_from=100) for name in ("", *"abcde")]
+    world.run()
+    assert [sequence.prefix_hit for sequence in answers] == [0, 100, 100, 100, 100, 100]
+    assert all(sequence.tokens == expected(sequence) for sequence in answers)
+
+
+def test_a_prompt_that_does_not_activate_its_adapter_is_the_base_models():
+    world, prompt = World(), list(range(20))
+    world.submit("", prompt, 4)
+    never = world.submit("a", prompt, 4, acts_from=NEVER)
+    world.run()
+    assert never.tokens == expected(never)
+    again = world.submit("b", never.tokens, 1, acts_from=NEVER)
+    world.run()
+    assert again.prefix_hit == 20
 
 
 def test_asking_for_prompt_logprobs_computes_the_whole_prompt():

@@ -217,7 +217,8 @@ def sequence(number: int = 0) -> Sequence:
 
 def plan(*chunks: tuple[Sequence, int, int]) -> Plan:
     made = [
-        Chunk(sequence, start, length, samples=True, new_blocks=(), attempt=1) for sequence, start, length in chunks
+        Chunk(sequence, start, length, samples=True, slot=0, new_blocks=(), attempt=1)
+        for sequence, start, length in chunks
     ]
     return Plan((), tuple(made))
 

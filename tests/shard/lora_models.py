@@ -99,6 +99,7 @@ BASE = BaseModel(
     "LlamaForCausalLM",
     ids=("org/base-7b",),
     tensors=HeldTensors(make_base()),
+    vocab_size=VOCAB,
     served=HeldMatrices(make_base()),
 )
 

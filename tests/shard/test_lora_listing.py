@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import unicodedata
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from loraplex_protos.errors import AdapterNotFoundError
 from loraplex_shard.lora import listing
 from loraplex_shard.lora.listing import LocalAdapter, LocalListing
 from loraplex_shard.lora.peft.doubts import find_doubts
+from loraplex_shard.lora.peft.invocation import read_invocation
 from loraplex_shard.lora.peft.reading import modules_of
 from loraplex_shard.lora.sources.files import CONFIG, MLX_TENSORS, PICKLE, TENSORS
 from loraplex_shard.lora.sources.local import LocalSource
@@ -38,7 +40,8 @@ def store_of(root: Path) -> AdapterStore:
 
 
 def listing_of(root: Path | None) -> LocalListing:
-    return LocalListing(root, lambda config: find_doubts(config, BASE, modules_of(layouts())))
+    doubts = partial(find_doubts, base=BASE, modules=modules_of(layouts()))
+    return LocalListing(root, doubts, partial(read_invocation, base=BASE))
 
 
 def listed(root: Path) -> dict[str, LocalAdapter]:

@@ -17,6 +17,7 @@ from loraplex_shard.lora.sources.local import LocalSource
 from tests.shard.lora_models import BASE, edit_config, edit_tensors, layouts, read, save_adapter
 
 PREFIX = "base_model.model."
+ACTIVATED = {"alora_invocation_tokens": [5, 6]}
 O_PROJ = "model.layers.1.self_attn.o_proj"
 Tensors = dict[str, torch.Tensor]
 
@@ -57,7 +58,17 @@ def test_the_adapter_that_the_refused_ones_are_made_of_is_sound(directory: Path)
         ("trainable_token_indices", {"embed_tokens": [3]}),
         ("layer_replication", [[0, 2], [1, 3]]),
         ("target_parameters", ["mlp.experts.gate_up_proj"]),
-        ("alora_invocation_tokens", [5, 6]),
+        ("alora_invocation_tokens", []),
+        ("alora_invocation_tokens", [5, 50]),
+        ("alora_invocation_tokens", [-1]),
+        ("alora_invocation_tokens", [1.5]),
+        ("alora_invocation_tokens", [True]),
+        ("alora_invocation_tokens", ["5"]),
+        ("alora_invocation_tokens", 5),
+        ("alora_invocation_tokens", [1] * 1025),
+        ("invocation_string", ""),
+        ("invocation_string", ["<go>"]),
+        ("invocation_string", "<go>"),  # this base has no tokenizer
         ("use_qalora", True),
         ("use_bdlora", {"nblocks": 2}),
         ("arrow_config", {"top_k": 3}),
@@ -113,6 +124,14 @@ def test_a_config_field_that_is_wrong_or_not_supported_is_named(directory: Path,
         ({"use_dora": True, "lora_bias": True}, "lora_bias has no meaning beside use_dora"),
         ({"ensure_weight_tying": True, "target_modules": ["q_proj", "lm_head"]}, "ensure_weight_tying"),
         ({"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight_conversion"),
+        (
+            {**ACTIVATED, "use_dora": True},
+            "alora_invocation_tokens cannot be combined with use_dora: PEFT refuses both",
+        ),
+        ({**ACTIVATED, "init_lora_weights": "mica"}, "init_lora_weights mica: PEFT refuses both"),
+        ({**ACTIVATED, "target_parameters": ["mlp.experts.down_proj"]}, "target_parameters: PEFT refuses both"),
+        ({**ACTIVATED, "modules_to_save": ["lm_head"]}, "modules_to_save, which would act before the invocation"),
+        ({**ACTIVATED, "bias": "all"}, "bias, which would act before the invocation"),
     ],
 )
 def test_a_kind_that_the_file_does_not_bear_out_is_named(

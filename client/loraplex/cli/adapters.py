@@ -52,7 +52,7 @@ def list_adapters(
         typer.echo("No adapters. Start the server with --adapters DIR, or load one from the hub.")
     else:
         rows = [_row(adapter, digests) for adapter in adapters]
-        remarks = ["; ".join(filter(None, (adapter.reason, *adapter.warnings))) for adapter in adapters]
+        remarks = ["; ".join(_remarks(adapter)) for adapter in adapters]
         typer.echo("\n".join(listing(HEADINGS, rows, width(), NUMBERS, remarks)))
 
 
@@ -68,6 +68,11 @@ def _row(adapter: Adapter, digests: bool) -> tuple[str, ...]:
         _ago(adapter.last_used),
         adapter.digest if digests else adapter.digest[:12],
     )
+
+
+def _remarks(adapter: Adapter) -> list[str]:
+    activated = f"activated by {adapter.invocation!r}" if adapter.invocation else ""
+    return [remark for remark in (adapter.reason, activated, *adapter.warnings) if remark]
 
 
 def _place(adapter: Adapter) -> str:

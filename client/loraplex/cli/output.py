@@ -39,6 +39,8 @@ class Answer:
     def show(self, stream: Iterable[StreamPiece]) -> None:
         try:
             for piece in stream:
+                for warning in piece.warnings:
+                    typer.echo(f"Warning: {warning}", err=True)
                 typer.echo(piece.text, nl=False)
                 self.text += piece.text
         except LoraplexError:

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Callable, Coroutine
 
-from loraplex_protos.errors import OverloadedError
+from loraplex_protos.errors import FieldViolation, InvalidRequestError, OverloadedError, quote
 from loraplex_router.adapters.registry import AdapterRegistry, Entry
 from loraplex_router.engine.changes import Changes
 from loraplex_router.engine.pool import AdapterPool
@@ -112,6 +112,9 @@ class AdapterStaging:
                 part = await self.resolve(reference)
                 part.leases += 1
                 parts.append(part)
+                if part.invocation is not None:
+                    why = f"{quote(reference.id)} is an activated adapter (aLoRA), which cannot be merged"
+                    raise InvalidRequestError(FieldViolation("merged_adapters.adapters", why))
             digests = [part.digest for part in parts]
             digest = merged_digest(digests, merged)
             while unstaging := self._unstaging.get(digest):
@@ -142,6 +145,7 @@ class AdapterStaging:
         adapter.names.add(entry.id)
         adapter.tokenizer = staged.tokenizer
         adapter.warnings = staged.warnings
+        adapter.invocation = staged.invocation
         self._registry.remember(reference, entry)
         for dropped in self._pool.pop_over_budget(keep=adapter):
             self._unstage(dropped)

@@ -119,6 +119,7 @@ class Writer:
         if index not in self._begun:
             self._begun.add(index)
             event.adapter_digest = self._generation.adapter_digest
+            event.warnings.extend(self._generation.warnings)
             if index == 0:
                 event.prompt.extend(self._prompt())
         if delta.finish_reason:
@@ -135,6 +136,7 @@ class Writer:
             sequences=map(self._sequence, self._generation.outputs, deltas),
             prompt=self._prompt(),
             adapter_digest=self._generation.adapter_digest,
+            warnings=self._generation.warnings,
         )
 
     def _sequence(self, output: SequenceOutput, delta: Delta) -> pb.GeneratedSequence:

@@ -1,8 +1,9 @@
 """The KV cache's blocks: who holds them, and which contain a known prefix. Only block ids; the shards have the tensors.
 
-A fully computed block can be cached under a key: a hash chain over the adapter and every token up to the block's end,
-so that equal keys mean equal content. A cached block can be found after its last holder has released it, until it is
-evicted: least recently used first.
+A fully computed block can be cached under a key: a hash chain over every token up to the block's end and the adapter,
+so that equal keys mean equal content. An adapter's chain branches off the base model's where the adapter begins to act:
+at the first block, unless the adapter is activated later. A cached block can be found after its last holder has
+released it, until it is evicted: least recently used first.
 """
 
 from array import array
@@ -12,9 +13,14 @@ from hashlib import blake2b
 
 
 def root_key(*scope: str) -> bytes:
-    """The key at the start of a chain. Chains of different scopes share no key: a scope is an adapter's digest and who
-    may share."""
+    """The key at the start of a chain. Chains of different scopes share no key: a scope is who may share."""
     return blake2b(repr(scope).encode(), digest_size=16).digest()
+
+
+def branch_key(parent: bytes, digest: str, position: int) -> bytes:
+    """The key before the block in which the adapter with this digest begins to act, at this position. The base model,
+    whose digest is empty, stays on the chain."""
+    return blake2b(f"{digest} {position}".encode(), digest_size=16, key=parent).digest() if digest else parent
 
 
 def next_key(parent: bytes, tokens: Sequence[int]) -> bytes:

@@ -214,6 +214,7 @@ class Generation:
         self.started: float | None = None  # when the first step with one of its sequences was sent
         self.first_token: float | None = None  # when its first token arrived
         self.outputs: list[SequenceOutput] = []
+        self.warnings: tuple[str, ...] = ()  # what its reader should know
         self.error: LoraplexError | None = None
         self._wakeup = asyncio.Event()
 

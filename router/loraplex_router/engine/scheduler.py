@@ -14,6 +14,9 @@ stays entitled for a bounded turn of further sequences while others wait for a s
 starts nothing, so it becomes idle and can be evicted: nobody starves, and adapters do not swap places for every
 sequence. Pinned adapters are always entitled; the rest share the remaining slots.
 
+An activated adapter acts from a position in the prompt on. Chunks are cut there: those before are the base model's, as
+are the blocks before, which all of its adapters then share.
+
 Suspects (see suspects.py) are computed in plans of their own, which alternate with the other plans.
 """
 
@@ -23,8 +26,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from math import inf
+from operator import attrgetter
 
-from loraplex_router.engine.blocks import BlockAllocator, next_key, root_key
+from loraplex_router.engine.blocks import BlockAllocator, branch_key, next_key, root_key
 from loraplex_router.engine.fairness import Shares
 from loraplex_router.engine.pool import AdapterPool, SlotClaim
 from loraplex_router.vocabulary.adapter import Adapter
@@ -218,7 +222,7 @@ class Scheduler:
         return self._plan(starts, chunks, alone=True) if chunks else None
 
     def _plan(self, starts: list[Sequence], chunks: dict[Sequence, Chunk], alone: bool = False) -> Plan:
-        ordered = sorted(chunks.values(), key=lambda chunk: chunk.sequence.adapter.slot or 0)
+        ordered = sorted(chunks.values(), key=attrgetter("slot"))
         plan = Plan(tuple(starts), tuple(ordered), alone)
         for adapter in plan.adapters:
             adapter.plans += 1
@@ -228,8 +232,10 @@ class Scheduler:
     def _extend(self, sequence: Sequence, remaining: int, budget: int, chunks: dict[Sequence, Chunk]) -> int:
         """Adds the sequence's next chunk, at most `budget` of its `remaining` tokens, and returns its length: 0 if the
         sequence itself was preempted."""
-        length = min(remaining, budget)
-        start = sequence.computed
+        start, acts_from = sequence.computed, sequence.acts_from
+        length, slot = min(remaining, budget), sequence.adapter.slot or 0
+        if start < acts_from:  # a chunk is the base model's or the adapter's, never both's
+            length, slot = min(length, acts_from - start), 0
         stop = start + length
         while missing := self._count_blocks(stop) - len(sequence.blocks):
             if (new_blocks := self._blocks.allocate(missing)) is not None:
@@ -242,7 +248,7 @@ class Scheduler:
                 return 0
         unsent = tuple(sequence.blocks[sequence.sent_blocks :])
         samples = length == remaining and not sequence.detail.pool and not sequence.full
-        chunks[sequence] = Chunk(sequence, start, length, samples, unsent, sequence.attempts)
+        chunks[sequence] = Chunk(sequence, start, length, samples, slot, unsent, sequence.attempts)
         sequence.sent_blocks = len(sequence.blocks)
         self._shares.charge(sequence, stop)
         sequence.computed = stop
@@ -384,9 +390,11 @@ class Scheduler:
         while len(keys) < count:
             start = len(keys) * size
             parent = keys[-1] if keys else self._root_key(sequence)
+            if start <= sequence.acts_from < start + size:
+                parent = branch_key(parent, sequence.adapter.digest, sequence.acts_from)
             keys.append(next_key(parent, sequence.tokens[start : start + size]))
         return keys[:count]
 
     def _root_key(self, sequence: Sequence) -> bytes:
         tenant = "" if self._limits.shares_prefixes else sequence.tenant
-        return root_key(sequence.adapter.digest, tenant, sequence.cache_salt)
+        return root_key(tenant, sequence.cache_salt)

@@ -27,6 +27,7 @@ def status_in_memory(entry: Entry, holders: Sequence[tuple[str, Adapter]], leavi
         last_used=max(adapter.last_used for adapter in adapters) or None,
         pinned=any(adapter.pinned for adapter in adapters),
         warnings=adapters[0].warnings,
+        invocation_token_ids=_activating(adapters[0]),
         residences=[
             pb.AdapterResidence(
                 replica=replica,
@@ -54,9 +55,14 @@ def status_on_disk(adapter: LocalAdapter) -> pb.AdapterStatus:
         state=pb.ADAPTER_STATE_BROKEN if adapter.fault else pb.ADAPTER_STATE_AVAILABLE,
         tier=pb.ADAPTER_TIER_DISK,
         warnings=adapter.warnings,
+        invocation_token_ids=_activating(adapter),
         reason=adapter.fault or None,
     )
 
 
 def _tier(adapter: Adapter) -> pb.AdapterTier.ValueType:
     return pb.ADAPTER_TIER_DEVICE if adapter.ready else pb.ADAPTER_TIER_HOST
+
+
+def _activating(adapter: Adapter | LocalAdapter) -> tuple[int, ...]:
+    return adapter.invocation.token_ids if adapter.invocation is not None else ()

@@ -58,7 +58,7 @@ class Adapters:
         reference = name if isinstance(name, AdapterReference) else None
         with self._administered("pin", name, key) as tenant:
             async with self._suggestions.for_missing(reference, tenant.may_use):
-                return await self._administration.pin(name)
+                return self._remarked(await self._administration.pin(name))
 
     async def unpin(self, name: AdapterReference | str, key: str | None = None) -> AdapterStatus:
         """Lets it leave the device when others need its slot. For administrators.
@@ -66,7 +66,7 @@ class Adapters:
         Raises AdapterNotFoundError if it is not loaded.
         """
         with self._administered("unpin", name, key):
-            return self._administration.unpin(name)
+            return self._remarked(self._administration.unpin(name))
 
     @contextmanager
     def _administered(self, action: str, name: AdapterReference | str, key: str | None) -> Iterator[Tenant]:
@@ -87,7 +87,9 @@ class Adapters:
         found.raise_any()
 
     def _remarked(self, status: AdapterStatus) -> AdapterStatus:
-        """With a warning if the model has its name."""
+        """With what activates it as text, and a warning if the model has its name."""
+        if status.invocation_token_ids:
+            status.invocation = self._model().tokenizer.verbatim.decode(list(status.invocation_token_ids))
         names = self._model().names
         if status.id in names:
             name = f"{names[0]}:{status.id}"

@@ -31,10 +31,12 @@ def make_sequence(
     room: int,
     text: Text,
     adapter: Adapter,
+    acts_from: int,
     tenant: Tenant,
     model: Model,
 ) -> Sequence:
-    """Answer `index` to a request. `number` is the order of arrival, `room` the maximum number of tokens."""
+    """Answer `index` to a request. `number` is the order of arrival, `room` the maximum number of tokens, `acts_from`
+    the adapter's first position in the prompt."""
     ends = _ends(adapter, text, model)
     ignored = request.ignore_eos and request.grammar is None
     return Sequence(
@@ -43,6 +45,7 @@ def make_sequence(
         tokens=list(prompt),
         adapter=adapter,
         max_new_tokens=room,
+        acts_from=acts_from,
         sampling=request.sampling.resolve(index),
         detail=request.detail,
         end_token_ids=frozenset(request.stop_token_ids) | (frozenset() if ignored else ends),

@@ -29,7 +29,7 @@ from loraplex_router.telemetry.telemetry import Telemetry
 from loraplex_router.text.model import Model
 from loraplex_router.text.stops import StopMatcher
 from loraplex_router.text.tokenizer import Spans, Tokenizer
-from loraplex_router.vocabulary.adapter import Adapter
+from loraplex_router.vocabulary.adapter import NEVER, Adapter
 from loraplex_router.vocabulary.chat import Chat, RenderedChat
 from loraplex_router.vocabulary.checks import check_adapter, check_embed_request, check_request
 from loraplex_router.vocabulary.context_length import check_tokens, room_for
@@ -174,11 +174,14 @@ class Service:
                 if not isinstance(request.prompt, Chat):
                     lease = held.enter_context(await self._place(request.adapter, request.grammar, tenant))
                 generation = Generation(request_id, request.adapter, lease.adapter, arrived, validated, tenant.name)
+                acts_from = lease.adapter.acts_from(prompt)
+                if acts_from == NEVER:
+                    generation.warnings = (self._not_invoked(lease.adapter, generation.adapter_name),)
                 decoder = self.tokenizer.verbatim if request.show_special_tokens else self.tokenizer
                 for index in range(request.n):
                     number = self._next_number()
                     sequence = make_sequence(
-                        request, index, number, prompt, room, text, lease.adapter, tenant, self._known_model
+                        request, index, number, prompt, room, text, lease.adapter, acts_from, tenant, self._known_model
                     )
                     stops = StopMatcher(request.stop, request.include_stop)
                     generation.add(sequence, decoder, stops, request.stop_token_ids)
@@ -243,6 +246,13 @@ class Service:
         """Renders with the adapter's own templates and special tokens, if any."""
         model = self._known_model
         return await model.renderer.render(adapter.tokenizer.over(model.chat_templates), chat)
+
+    def _not_invoked(self, adapter: Adapter, name: str) -> str:
+        assert adapter.invocation is not None
+        wanted = self.tokenizer.verbatim.decode(list(adapter.invocation.token_ids))
+        return (
+            f"the prompt does not contain {quote(wanted)}, which activates {quote(name)}: the base model answers alone"
+        )
 
     def _end(self, generation: Generation) -> Tenant:
         """Whose it was."""

@@ -1,11 +1,15 @@
 """An adapter as the router knows it: what was staged, where it is, and who uses it."""
 
+import sys
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 
 from loraplex_router.vocabulary.chat import AdapterTokenizer
 
 BASE_NAME = "base"  # shown for the base model, where adapters are shown
+NEVER = sys.maxsize  # from no position on
 
 
 class Nearness(IntEnum):
@@ -15,6 +19,26 @@ class Nearness(IntEnum):
     FETCHING = 1
     HOST = 2
     DEVICE = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Invocation:
+    """What in a prompt activates an adapter (aLoRA): it acts from the last place of these tokens, after `lag` of
+    them."""
+
+    token_ids: tuple[int, ...]
+    lag: int = 0
+
+    def find(self, prompt: Sequence[int]) -> int:
+        """The first position where the adapter acts; NEVER, if the prompt does not contain the tokens."""
+        # Backwards, so that the first place found is the last one: bytes.find takes linear time, unlike rfind.
+        wanted, within = (array("I", tokens[::-1]).tobytes() for tokens in (self.token_ids, prompt))
+        place = -1
+        while (place := within.find(wanted, place + 1)) >= 0:
+            behind, rest = divmod(place + len(wanted), array("I").itemsize)
+            if not rest:  # a place of whole tokens
+                return len(prompt) - behind + self.lag
+        return NEVER
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +52,7 @@ class StagedAdapter:
     size_bytes: int  # over all ranks
     tokenizer: AdapterTokenizer = field(default_factory=AdapterTokenizer)
     warnings: tuple[str, ...] = ()  # possible problems that do not prevent serving
+    invocation: Invocation | None = None  # None: it is always active
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +62,7 @@ class LocalAdapter:
     id: str
     fault: str = ""  # why it cannot be served; empty if no fault is visible
     warnings: tuple[str, ...] = ()
+    invocation: Invocation | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -49,6 +75,7 @@ class Adapter:
     names: set[str] = field(default_factory=set)  # the ids under which it was staged
     tokenizer: AdapterTokenizer = field(default_factory=AdapterTokenizer)
     warnings: tuple[str, ...] = ()  # possible problems that do not prevent serving
+    invocation: Invocation | None = None  # None: it is always active
     slot: int | None = None  # held from the start of its load to its eviction
     ready: bool = False  # every rank has it in its slot
     waiting: int = 0  # sequences in its queue
@@ -61,6 +88,10 @@ class Adapter:
     leaving: bool = False  # it will be unloaded: accepts no new sequences
     requests: int = 0  # waiting and running
     last_used: float = 0.0  # when a request last arrived or ended, in seconds since 1970; 0: never
+
+    def acts_from(self, prompt: Sequence[int]) -> int:
+        """The first position where it acts; the base model computes those before."""
+        return self.invocation.find(prompt) if self.invocation is not None else 0
 
     @property
     def in_use(self) -> bool:

@@ -54,6 +54,7 @@ class Sequence:
     tokens: list[int]  # the prompt, then the output so far
     adapter: Adapter
     max_new_tokens: int
+    acts_from: int = 0  # its adapter computes from this position on; positions before it are the base model's
     sampling: Sampling = field(default_factory=Sampling)  # resolved
     detail: Detail = field(default_factory=Detail)
     end_token_ids: frozenset[int] = frozenset()
@@ -122,6 +123,7 @@ class Chunk:
     start: int
     length: int
     samples: bool  # whether to sample a token at its last position
+    slot: int  # the adapter's that computes it
     new_blocks: tuple[int, ...]  # appended to the row's block table
     attempt: int  # of the sequence's attempts
 

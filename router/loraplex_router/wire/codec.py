@@ -18,7 +18,7 @@ def encode_plan(plan: Plan, step: int) -> pb.StepRequest:
         starts=[_encode_start(chunk) for chunk in chunks if chunk.sequence in plan.starts],
         rows=[chunk.sequence.row or 0 for chunk in chunks],
         lengths=[chunk.length for chunk in chunks],
-        slots=[chunk.sequence.adapter.slot or 0 for chunk in chunks],
+        slots=[chunk.slot for chunk in chunks],
         samples=[chunk.samples for chunk in chunks],
         block_counts=[len(chunk.new_blocks) for chunk in chunks],
         blocks=[block for chunk in chunks for block in chunk.new_blocks],

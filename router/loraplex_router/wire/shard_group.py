@@ -23,7 +23,7 @@ from loraplex_protos.errors import (
     quote,
 )
 from loraplex_protos.shard_pb2_grpc import ShardServiceStub
-from loraplex_router.vocabulary.adapter import LocalAdapter, StagedAdapter
+from loraplex_router.vocabulary.adapter import Invocation, LocalAdapter, StagedAdapter
 from loraplex_router.vocabulary.chat import AdapterTokenizer, ChatTemplates
 from loraplex_router.vocabulary.grammar import Grammar
 from loraplex_router.vocabulary.references import AdapterReference, MergedReference
@@ -222,8 +222,16 @@ class ShardGroup:
             if any(other.digest != first.digest for other in others):
                 raise AdapterSourceError(f"adapter {quote(reference.id)}: the ranks read different files")
         size = first.size_bytes + sum(other.size_bytes for other in others)
-        tokenizer, warnings = _read_tokenizer(first), tuple(first.warnings)
-        return StagedAdapter(first.digest, first.source, first.revision, first.lora_rank, size, tokenizer, warnings)
+        return StagedAdapter(
+            first.digest,
+            first.source,
+            first.revision,
+            first.lora_rank,
+            size,
+            _read_tokenizer(first),
+            tuple(first.warnings),
+            _read_invocation(first),
+        )
 
     async def merge(self, digest: str, digests: Sequence[str], merged: MergedReference) -> StagedAdapter:
         """Merges staged adapters into one called `digest`. The reference has been checked and has all weights."""
@@ -258,7 +266,8 @@ class ShardGroup:
         for number, adapter in enumerate(answer.adapters):
             if number % AT_A_TIME == 0:
                 await asyncio.sleep(0)  # there may be thousands: let other tasks run
-            found.append(LocalAdapter(adapter.id, adapter.fault, tuple(adapter.warnings)))
+            invocation = _read_invocation(adapter)
+            found.append(LocalAdapter(adapter.id, adapter.fault, tuple(adapter.warnings), invocation))
         return found
 
     async def compile_grammar(self, grammar: Grammar) -> None:
@@ -281,3 +290,8 @@ def _read_tokenizer(staged: pb.StageAdapterResponse) -> AdapterTokenizer:
     default = {"default": staged.chat_template} if staged.chat_template else {}
     templates = ChatTemplates(default | dict(staged.named_chat_templates), dict(staged.special_tokens))
     return AdapterTokenizer(templates, tuple(staged.end_token_ids), staged.chat_template_error)
+
+
+def _read_invocation(adapter: pb.StageAdapterResponse | pb.LocalAdapter) -> Invocation | None:
+    given = adapter.invocation
+    return Invocation(tuple(given.token_ids), given.lag) if adapter.HasField("invocation") else None

@@ -16,6 +16,7 @@ from loraplex_shard.lora.peft.config import AdapterConfig, parse_config
 from loraplex_shard.lora.peft.tensors import check_header
 from loraplex_shard.lora.sources.files import CONFIG, MLX_TENSORS, PICKLE, TENSORS, check_names, check_size
 from loraplex_shard.lora.sources.folders import CACHED, cached_id, find_snapshot, is_inside
+from loraplex_shard.lora.weights.deltas import Invocation
 
 _TELLING = frozenset({CONFIG, TENSORS, PICKLE, MLX_TENSORS})  # any of them makes a folder an adapter's
 _OUTSIDE = "it is a link that leads out of the adapter directory"
@@ -31,6 +32,7 @@ class LocalAdapter:
     id: str
     fault: str = ""  # why it cannot be served; empty: nothing is wrong as far as can be seen
     warnings: tuple[str, ...] = ()  # what may be wrong with it though it can be served
+    invocation: Invocation | None = None  # None: it is always active
 
 
 class _Found(NamedTuple):
@@ -51,12 +53,19 @@ class _Scanned(NamedTuple):
 class LocalListing:
     """Of an adapter directory, if there is one. Adapters are looked into once, and again when their files have changed.
 
-    `doubts` says what may be wrong with an adapter of that configuration.
+    `doubts` says what may be wrong with an adapter of that configuration, `invocation` what activates it, or raises
+    AdapterInvalidError.
     """
 
-    def __init__(self, root: Path | None, doubts: Callable[[AdapterConfig], tuple[str, ...]]) -> None:
+    def __init__(
+        self,
+        root: Path | None,
+        doubts: Callable[[AdapterConfig], tuple[str, ...]],
+        invocation: Callable[[AdapterConfig], Invocation | None],
+    ) -> None:
         self._root = str(root.resolve()) if root is not None else ""
         self._doubts = doubts
+        self._invocation = invocation
         self._lock = Lock()  # guards all of the following
         self._began = 0.0  # the last listing
         self._listed: list[LocalAdapter] = []
@@ -155,7 +164,7 @@ class LocalListing:
             return LocalAdapter(found.id)
         _yield()
         try:
-            adapter = LocalAdapter(found.id, warnings=self._inspect(found))
+            adapter = self._inspect(found)
         except AdapterInvalidError as error:
             adapter = LocalAdapter(found.id, error.message)
         except OSError as error:
@@ -163,7 +172,7 @@ class LocalListing:
         self._seen[found.id] = state, adapter
         return adapter
 
-    def _inspect(self, found: _Found) -> tuple[str, ...]:
+    def _inspect(self, found: _Found) -> LocalAdapter:
         check_names(found.files)
         config, tensors = Path(found.folder, CONFIG), Path(found.folder, TENSORS)
         for path in (config, tensors):
@@ -171,10 +180,10 @@ class LocalListing:
             if not stat.S_ISREG(status.st_mode):
                 raise AdapterInvalidError(f"{path.name} is not a regular file")
             check_size(path.name, status.st_size)
-        doubts = self._doubts(parse_config(config.read_bytes()))
+        parsed = parse_config(config.read_bytes())
         with tensors.open("rb") as file:
             check_header(file, tensors.stat().st_size)
-        return doubts
+        return LocalAdapter(found.id, warnings=self._doubts(parsed), invocation=self._invocation(parsed))
 
 
 def _yield() -> None:

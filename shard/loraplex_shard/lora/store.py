@@ -31,7 +31,7 @@ from loraplex_shard.lora.sources.files import AdapterFiles
 from loraplex_shard.lora.sources.order import locate
 from loraplex_shard.lora.sources.protocol import Origin, Source
 from loraplex_shard.lora.sources.text_files import AdapterText
-from loraplex_shard.lora.weights.deltas import Delta, HostAdapter, partition_adapter
+from loraplex_shard.lora.weights.deltas import Delta, HostAdapter, Invocation, partition_adapter
 from loraplex_shard.lora.weights.transfer import Transfer
 from loraplex_shard.observation.metrics import ShardMetrics
 from loraplex_shard.shapes.adapter import AdapterWeights
@@ -53,6 +53,7 @@ class StagedAdapter:
     size_bytes: int  # of this rank's part
     text: AdapterText = field(default_factory=AdapterText, hash=False)
     warnings: tuple[str, ...] = ()  # possible problems that do not prevent serving
+    invocation: Invocation | None = None  # None: it is always active
 
 
 class AdapterStore:
@@ -186,6 +187,7 @@ class AdapterStore:
             adapter.weights.size_bytes,
             adapter.text,
             adapter.warnings,
+            adapter.invocation,
         )
 
     def _read(self, origin: Origin) -> None:

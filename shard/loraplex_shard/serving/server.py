@@ -29,6 +29,7 @@ from loraplex_shard.layers.sources import ParameterForm
 from loraplex_shard.lora.listing import LocalListing
 from loraplex_shard.lora.peft.base import BaseModel
 from loraplex_shard.lora.peft.doubts import find_doubts
+from loraplex_shard.lora.peft.invocation import read_invocation
 from loraplex_shard.lora.peft.reading import modules_of
 from loraplex_shard.lora.sources.hub import HubSource
 from loraplex_shard.lora.sources.local import LocalSource
@@ -192,7 +193,8 @@ def _load(
         model.head_name,
         model.served,
     )
-    listing = LocalListing(settings.adapters, partial(find_doubts, base=base, modules=modules_of(model.layouts)))
+    doubts = partial(find_doubts, base=base, modules=modules_of(model.layouts))
+    listing = LocalListing(settings.adapters, doubts, partial(read_invocation, base=base))
     sources = open_sources(settings)
     # The router evicts others once it knows an adapter's size.
     held = adapter_host_bytes * 5 // 4

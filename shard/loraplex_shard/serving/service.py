@@ -19,6 +19,7 @@ from loraplex_protos.shard_pb2_grpc import ShardServiceServicer
 from loraplex_shard.lora.listing import LocalListing
 from loraplex_shard.lora.merge import Recipe
 from loraplex_shard.lora.store import AdapterStore
+from loraplex_shard.lora.weights.deltas import Invocation
 from loraplex_shard.observation.telemetry import Telemetry
 from loraplex_shard.sampling.grammars import GrammarCompiler
 from loraplex_shard.serving.steps import StepThread
@@ -87,6 +88,7 @@ class ShardService(ShardServiceServicer):
                 end_token_ids=staged.text.end_token_ids,
                 chat_template_error=staged.text.error,
                 warnings=staged.warnings,
+                invocation=_write_invocation(staged.invocation),
             )
 
     def MergeAdapters(
@@ -128,7 +130,12 @@ class ShardService(ShardServiceServicer):
     ) -> pb.ListLocalAdaptersResponse:
         with self._errors_answered(context):
             found = [
-                pb.LocalAdapter(id=adapter.id, fault=adapter.fault, warnings=adapter.warnings)
+                pb.LocalAdapter(
+                    id=adapter.id,
+                    fault=adapter.fault,
+                    warnings=adapter.warnings,
+                    invocation=_write_invocation(adapter.invocation),
+                )
                 for adapter in self._listing.adapters()
             ]
             return pb.ListLocalAdaptersResponse(adapters=found)
@@ -201,3 +208,7 @@ class ShardService(ShardServiceServicer):
             logger.exception("rank %d failed", self._info.rank)
             failure = LoraplexError(f"rank {self._info.rank} failed: {type(error).__name__}: {error}")
             context.abort_with_status(to_status(failure))
+
+
+def _write_invocation(invocation: Invocation | None) -> pb.Invocation | None:
+    return None if invocation is None else pb.Invocation(token_ids=invocation.token_ids, lag=invocation.lag)

@@ -34,7 +34,6 @@ NEUTRAL_FIELDS = frozenset(
 )
 UNSUPPORTED_FIELDS = frozenset(
     {
-        "alora_invocation_tokens",
         "arrow_config",
         "ensure_weight_tying",
         "kasa_config",
@@ -55,6 +54,7 @@ _CONVERTED = (
 )
 
 _FEW = Field(max_length=4096)  # a few per module of the largest models
+MAX_INVOCATION = 1024  # tokens, or characters
 LoraRank = Annotated[int, Field(ge=1, le=MAX_LORA_RANK)]
 _AnyCase = BeforeValidator(lambda value: value.lower() if isinstance(value, str) else value)
 # Initializations that leave the base as it is; the others subtract something from its weights.
@@ -100,6 +100,17 @@ class AdapterConfig(BaseModel):
     exclude_modules: Annotated[list[str], _FEW] | str | None = None
     layers_to_transform: Annotated[list[int], _FEW] | int | None = None
     layers_pattern: Annotated[list[str], Field(max_length=16)] | str | None = None
+
+    alora_invocation_tokens: (
+        Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=MAX_INVOCATION)] | None
+    ) = None
+    # Of the library that had activated adapters before PEFT.
+    invocation_string: Annotated[str, Field(min_length=1, max_length=MAX_INVOCATION)] | None = None
+
+    @property
+    def is_activated(self) -> bool:
+        """Whether it acts only from a place in the prompt on: see invocation.py."""
+        return self.alora_invocation_tokens is not None or self.invocation_string is not None
 
     @property
     def unknown_fields(self) -> list[str]:
@@ -166,6 +177,21 @@ def _refuse_contradictions(config: AdapterConfig) -> None:
         raise AdapterInvalidError("adapter_config.json: lora_bias has no meaning beside use_dora: PEFT refuses both")
     if config.layers_pattern and config.layers_to_transform is None:
         raise AdapterInvalidError("adapter_config.json: layers_pattern needs layers_to_transform")
+    if config.is_activated:
+        _refuse_beside_invocation(config)
+
+
+def _refuse_beside_invocation(config: AdapterConfig) -> None:
+    name = "invocation_string" if config.alora_invocation_tokens is None else "alora_invocation_tokens"
+    refused = {"use_dora": config.use_dora, "target_parameters": config.target_parameters}
+    refused["init_lora_weights mica"] = config.init_lora_weights == "mica"
+    for other in (other for other, value in refused.items() if value):
+        raise AdapterInvalidError(f"adapter_config.json: {name} cannot be combined with {other}: PEFT refuses both")
+    everywhere = {"bias": config.bias != "none", "modules_to_save": config.modules_to_save}
+    for other in (other for other, value in everywhere.items() if value):
+        raise AdapterInvalidError(
+            f"adapter_config.json: {name} cannot be combined with {other}, which would act before the invocation, too"
+        )
 
 
 def _describe(error: ValidationError) -> str:

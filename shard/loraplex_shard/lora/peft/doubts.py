@@ -18,6 +18,8 @@ def find_doubts(config: AdapterConfig, base: BaseModel, modules: Sequence[str]) 
     found = _about_the_base(config, base)
     if names := unmatched_targets(config, modules):
         found.append(f"target_modules: this model has no {_listed(names)}")
+    if config.invocation_string is not None and config.alora_invocation_tokens is None:
+        found.append("invocation_string: it acts from the second token of that on, as in the library that wrote it")
     if names := config.unknown_fields:
         found.append(f"adapter_config.json: {_listed(names)}: ignored, as PEFT ignores what it does not know")
     return tuple(found)

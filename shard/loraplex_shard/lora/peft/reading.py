@@ -15,6 +15,7 @@ from loraplex_shard.lora.peft.base import BaseModel
 from loraplex_shard.lora.peft.config import AdapterConfig, parse_config
 from loraplex_shard.lora.peft.doubts import find_doubts
 from loraplex_shard.lora.peft.experts import Parameter, absent, by_expert, find_parameters
+from loraplex_shard.lora.peft.invocation import read_invocation
 from loraplex_shard.lora.peft.outputs import Replaced, name_of_bias, name_of_magnitude, nothing, with_outputs
 from loraplex_shard.lora.peft.special_tokens import end_tokens, foreign_tokens
 from loraplex_shard.lora.peft.targets import Target, find_targets, is_named
@@ -42,6 +43,7 @@ def read_adapter(
     Raises AdapterInvalidError, naming the field or tensor, for one that cannot be served exactly as PEFT would.
     """
     config = parse_config(files.config)
+    invocation = read_invocation(config, base)
     adapter = partition_adapter(_read_deltas(config, files, layouts, base), layouts, dtype)
     ends, wrong = end_tokens(files.text, base)
     warnings = (*find_doubts(config, base, modules_of(layouts)), *foreign_tokens(files.text, base), *wrong)
@@ -49,7 +51,8 @@ def read_adapter(
         warnings = (*warnings, "what it adds to the part that reads pictures is not used: text alone is served")
     if files.text.error:
         warnings = (*warnings, f"conversations with it are refused: {files.text.error}")
-    return replace(adapter, text=replace(files.text, end_token_ids=ends, added_tokens={}), warnings=warnings)
+    text = replace(files.text, end_token_ids=ends, added_tokens={})
+    return replace(adapter, text=text, warnings=warnings, invocation=invocation)
 
 
 def read_deltas(files: AdapterFiles, layouts: Sequence[LinearLayout], base: BaseModel) -> dict[str, Delta]:
@@ -74,6 +77,11 @@ def _read_deltas(
     untouched = absent([each for each in parameters if each not in named.values()], tensors)
     targets = {module: target for module, target in targets.items() if module not in untouched} or targets
     replaced = _check_names(tensors, targets, parts, config, base)
+    if replaced and config.is_activated:
+        raise AdapterInvalidError(
+            f"{TENSORS}: {next(iter(replaced))}: an activated adapter (aLoRA) cannot take the place of the base's own"
+            " tensors, since it would act before its invocation, too"
+        )
     for module, target in targets.items():
         _check_shapes(tensors, module, target, *parts[module])
     deltas = {}

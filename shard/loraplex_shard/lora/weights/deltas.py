@@ -37,6 +37,15 @@ class Delta:
 
 
 @dataclass(frozen=True, slots=True)
+class Invocation:
+    """What activates an adapter (aLoRA): it acts from the last place of these tokens in a prompt, after `lag` of
+    them."""
+
+    token_ids: tuple[int, ...]
+    lag: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class HostAdapter:
     """An adapter in host memory, as far as it is this rank's."""
 
@@ -44,6 +53,7 @@ class HostAdapter:
     lora_rank: int  # the largest of its modules, whether this rank holds a part of them or not
     text: AdapterText = field(default_factory=AdapterText)  # with all that ends its answers
     warnings: tuple[str, ...] = ()  # what may be wrong with it though it is served
+    invocation: Invocation | None = None  # None: it is always active
 
 
 def name_of_a(module: str) -> str:

@@ -67,3 +67,5 @@ class AdapterStatus(BaseModel):
     residences: list[AdapterResidence] = Field(description="The replicas that have it in memory.")
     warnings: list[str] = Field(description="What may be wrong with it. It is served all the same.")
     reason: str | None = Field(description="Why it is broken.")
+    invocation: str = Field(description="What in a prompt activates it (aLoRA). Empty: it is always active.")
+    invocation_token_ids: list[int] = Field(description="The same as tokens.")

@@ -11,6 +11,7 @@ from loraplex_router.api.http.lorax import schema
 from loraplex_router.api.http.lorax.reading import adapter_token, read_adapter, read_request, wants_details
 from loraplex_router.api.http.lorax.writing import LoraxWriter, static_headers, whole_headers
 from loraplex_router.api.http.sse import EventStream, describe_events
+from loraplex_router.api.http.warning_header import warning_header
 from loraplex_router.api.turns import in_turn
 from loraplex_router.vocabulary.request import EmbedRequest
 
@@ -52,7 +53,7 @@ async def lorax_embed(body: schema.EmbedRequest, call: Call) -> Response:
 async def _generate(body: schema.GenerateRequest, call: Call, stream: bool, as_list: bool = False) -> Response:
     request, given = read_request(body, adapter_token(call), stream), body.parameters or schema.Parameters()
     generation = await call.service.generate(request, call.key)
-    headers = static_headers(call.service.info.model_id, body.inputs, request.adapter)
+    headers = static_headers(call.service.info.model_id, body.inputs, request.adapter) | warning_header([generation])
     prefix = body.inputs if given.return_full_text else ""
     writer = LoraxWriter(generation, call.service.tokenizer, wants_details(given), prefix)
     if stream:

@@ -65,6 +65,7 @@ class Model(BaseModel):
     parent: str | None
     max_model_len: int
     tier: str | None
+    invocation: str | None = Field(description="What in a prompt activates it, if it is an activated adapter (aLoRA).")
 
 
 class ModelList(BaseModel):

@@ -106,4 +106,5 @@ def _describe(service: Service, name: str, status: pb.AdapterStatus | None) -> d
         "parent": service.model_names[0] if status else None,
         "max_model_len": service.info.max_model_len,
         "tier": TIERS[status.tier] if status and status.tier else None,
+        "invocation": status.invocation or None if status else None,
     }

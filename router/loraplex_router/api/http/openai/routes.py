@@ -14,6 +14,7 @@ from loraplex_router.api.http.openai.completions import CompletionWriter, read_c
 from loraplex_router.api.http.openai.errors import ERRORS, write_error
 from loraplex_router.api.http.openai.schema import ChatCompletionRequest, CompletionRequest
 from loraplex_router.api.http.sse import EventStream, describe_events
+from loraplex_router.api.http.warning_header import warning_header
 from loraplex_router.api.turns import in_turn
 from loraplex_router.engine.output import Generation
 from loraplex_router.vocabulary.volume import Volume
@@ -51,8 +52,9 @@ async def chat_completions(body: ChatCompletionRequest, call: Call) -> Response:
 
 
 async def _answer(call: Call, generations: Sequence[Generation], writer: CompletionWriter | ChatWriter) -> Response:
+    headers = warning_header(generations)
     if writer.body.stream:
-        return EventStream(call.service, generations, writer.events(), write_error)
+        return EventStream(call.service, generations, writer.events(), write_error, headers)
     deltas = await collect(call.service, generations, call.receive)
     size = sum(generation.num_logprobs for generation in generations)
-    return await in_turn(size, lambda: JsonAnswer(writer.whole(deltas)))
+    return await in_turn(size, lambda: JsonAnswer(writer.whole(deltas), headers=headers))

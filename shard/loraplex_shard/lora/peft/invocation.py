@@ -1,0 +1,31 @@
+"""What in a prompt activates an adapter: activated LoRA (aLoRA, arXiv 2504.12397). The router finds it there."""
+
+from loraplex_protos.errors import AdapterInvalidError
+from loraplex_shard.lora.peft.base import BaseModel
+from loraplex_shard.lora.peft.config import AdapterConfig
+from loraplex_shard.lora.weights.deltas import Invocation
+
+
+def read_invocation(config: AdapterConfig, base: BaseModel) -> Invocation | None:
+    """None: the adapter is always active. Raises AdapterInvalidError for what no prompt can contain.
+
+    PEFT has tokens, and starts with the first. The library that came before it (`pip install alora`) has a text, and
+    starts with the second token. PEFT would ignore that text, and have the adapter act everywhere.
+    """
+    if config.alora_invocation_tokens is not None:
+        name, found = "alora_invocation_tokens", Invocation(tuple(config.alora_invocation_tokens))
+    elif config.invocation_string is not None:
+        if base.tokenizer is None:
+            raise AdapterInvalidError("adapter_config.json: invocation_string: the model has no tokenizer to read it")
+        encoded = base.tokenizer.encode(config.invocation_string, add_special_tokens=False)
+        name, found = "invocation_string", Invocation(tuple(encoded.ids), lag=1)
+    else:
+        return None
+    if unknown := [token for token in found.token_ids if token >= base.vocab_size]:
+        raise AdapterInvalidError(
+            f"adapter_config.json: {name}: the model has no token {unknown[0]}, only those below {base.vocab_size}: the"
+            " adapter was made for another base"
+        )
+    if not found.token_ids:
+        raise AdapterInvalidError(f"adapter_config.json: {name}: it has no tokens, so nothing would activate it")
+    return found
