@@ -1,2 +1,2 @@
-"""The operations of the model: `base.py` says what they take, `reference.py` what they compute, in plain torch.
-`cpu/` and `cuda/` are the fast ones, tested against it; `choose.py` picks by device."""
+"""The operations of the model: `base.py` says what they take, and `reference.py` what they compute, in plain torch.
+`cpu/` and `cuda/` are the fast implementations, tested against the reference; `choose.py` picks one by device."""

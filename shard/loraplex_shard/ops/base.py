@@ -1,5 +1,5 @@
-"""The operations that the decoder is made of, and what they take. Whoever implements them knows the device; the model
-does not. `reference.py` says in plain torch what each of them computes."""
+"""The operations that the decoder is made of, and what they take. An implementation knows its device; the model does
+not. `reference.py` says in plain torch what each of them computes."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,14 +14,14 @@ from loraplex_shard.shapes.cache import KVCache, LayerCache
 from loraplex_shard.shapes.heads import Heads
 from loraplex_shard.shapes.layout import LinearLayout
 
-# What the functions between an MLP's layers are called here; kernels know them by their places in this list.
+# The names of the functions between an MLP's layers. Kernels know a function by its index in this list.
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "quick_gelu", "clamped_swiglu"]
 
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """x over the root of its mean square (arXiv 1910.07467), times weight, plus bias. Of centered ones, the mean is
-    subtracted first (arXiv 1607.06450)."""
+    """RMS norm: x divided by the root of its mean square (arXiv 1910.07467), times weight, plus bias. If `centered`,
+    the mean is subtracted first, as in layer norm (arXiv 1607.06450)."""
 
     weight: torch.Tensor  # [n] float32
     bias: torch.Tensor | None  # [n] float32
@@ -31,22 +31,22 @@ class Norm:
 
 @dataclass(frozen=True, slots=True)
 class HeadNorms:
-    """RMS norm of queries and keys before they are rotated: of each head by itself, or over all heads of a token."""
+    """RMS norm of queries and keys before they are rotated, either per head or over all heads of a token."""
 
     weight: torch.Tensor  # [query + kv heads, dim] float32
     eps: float
-    squares: torch.Tensor | None = None  # [tokens, 2] float32, over all heads: mean square of queries, and of keys
+    squares: torch.Tensor | None = None  # [tokens, 2] float32: mean squares of queries and of keys over all heads
 
 
 @dataclass(frozen=True, slots=True)
 class Rotary:
-    """The angles of a rotary embedding (arXiv 2104.09864), by position. It turns the first dimensions of each head, as
-    many as there are columns; the others stay as they are."""
+    """The angles of a rotary embedding (arXiv 2104.09864), by position. The first dimensions of each head are rotated,
+    one for each column here; the others stay as they are."""
 
-    cos: torch.Tensor  # [positions, rotated dimensions] float32: each pair's numbers where the pair is
-    sin: torch.Tensor  # likewise, negated for the first of each pair
-    interleaved: bool = False  # pairs are neighbours; else the first of them are in one half, the second in the other
-    query_scale: torch.Tensor | None = None  # [positions] float32: what queries are multiplied by
+    cos: torch.Tensor  # [positions, rotated dimensions] float32, in the order of the dimensions
+    sin: torch.Tensor  # like cos, negated for the first dimension of each pair
+    interleaved: bool = False  # a pair is two neighbours; otherwise one from the first half and one from the second
+    query_scale: torch.Tensor | None = None  # [positions] float32: queries are multiplied by this
 
     def to(self, device: torch.device) -> "Rotary":
         scale = None if self.query_scale is None else self.query_scale.to(device)
@@ -55,129 +55,136 @@ class Rotary:
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """Which experts each token has. Pair p is token p // chosen and one of its experts; pairs are computed in the order
-    of their experts, those of one expert in the order of their tokens."""
+    """Which experts each token has. Pair p is token p // chosen with one of its experts. Pairs are computed in the
+    order of their experts, and pairs of the same expert in the order of their tokens."""
 
-    weights: torch.Tensor  # [pairs] float32: what the pair's output is multiplied by
+    weights: torch.Tensor  # [pairs] float32: the pair's output is multiplied by this
     order: torch.Tensor  # [pairs] int64: the pair that is computed at each place
-    places: torch.Tensor  # [pairs] int64: where each pair is computed
-    starts: torch.Tensor  # [experts + 1] int64: the places of each expert's pairs
-    chosen: int  # experts of a token
+    places: torch.Tensor  # [pairs] int64: the place at which each pair is computed
+    starts: torch.Tensor  # [experts + 1] int64: expert e's pairs are at places starts[e] to starts[e + 1]
+    chosen: int  # experts per token
 
 
-# What operations make for themselves; nobody else looks inside. A weight has `nbytes`, and `part(rows)`: some of its
-# rows, without a copy, of which the first must be a multiple of 16.
+# Made by the operations for themselves; nobody else looks inside. A weight has `nbytes`, and `part(rows)` returns some
+# of its rows without a copy. The first of these rows must be a multiple of 16.
 Weight = Any
-# What all layers need of one step's batch, made once.
+# What all layers need to know of one step's batch. It is made once per step.
 Step = Any
 
 Segments = tuple[Segment, ...]
 
 
 class Operations(Protocol):
-    """All tensors are of one float dtype and on one device unless said otherwise; results are new tensors."""
+    """All tensors have the same float dtype and device unless a docstring says otherwise. Results are new tensors."""
 
     def pack(self, matrix: torch.Tensor | QuantizedMatrix) -> Weight:
-        """Matrices [out_features, in_features] as `linear` and `embedding` take them."""
+        """Packs a matrix [out_features, in_features] for `linear` and `embedding`."""
         ...
 
     def prepare(self, batch: Batch) -> Step:
-        """What the operations below take for this batch."""
+        """Returns the step that the operations below take for this batch."""
         ...
 
     def forward(self, step: Step, cache: KVCache, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """What `compute` returns, [tokens, n]; it may be overwritten by the next forward with this cache.
+        """Returns what `compute` returns, [tokens, n]. The next forward with this cache may overwrite it.
 
-        compute may do nothing but call operations, and must call the same ones for every batch of as many tokens: what
-        it did may be done again without it. A group of several ranks must share memory.
+        `compute` may only call operations, and must call the same ones for every batch with the same number of tokens,
+        because its calls may be recorded and repeated without it. The ranks of a group must share memory.
         """
         ...
 
     def embedding(self, step: Step, weight: Weight, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
-        """The weight's rows for the step's tokens, times scale: [tokens, columns], of the model's dtype."""
+        """Returns the weight's rows for the step's tokens, times scale: [tokens, columns] in the model's dtype."""
         ...
 
     def linear(self, x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """x [tokens, in_features] -> [tokens, out_features], sums in float32.
+        """x [tokens, in_features] -> [tokens, out_features], summed in float32.
 
-        Where the weight is quantized, x is rounded to 8 bits in groups of the weight's size, each with its own scale.
+        If the weight is quantized, x is rounded to 8 bits in groups of the weight's group size, each with its own
+        scale.
         """
         ...
 
     def add_lora_delta(
         self, out: torch.Tensor, x: torch.Tensor, segments: Step | Segments, layout: LinearLayout
     ) -> None:
-        """Adds scale * B(A x) to the layer's output `out` [tokens, out_features], in place, for a step's own segments
-        or others. Where an adapter has factors and shifts for outputs, they are multiplied and shifted before.
+        """Adds scale * B(A x) to the layer's output `out` [tokens, out_features] in place, for the step's own segments
+        or for other ones. If an adapter has factors and shifts for its outputs, they are applied to `out` first.
 
-        x [tokens, in_features] is the layer's input, never quantized. Tokens outside the segments, and layers that an
-        adapter does not touch, stay as they are. Each adapter is computed at its own lora_rank (arXiv 2106.09685).
+        x [tokens, in_features] is the layer's input and is never quantized. Tokens outside the segments, and layers
+        that an adapter does not touch, stay as they are. Each adapter is computed at its own lora_rank
+        (arXiv 2106.09685).
         """
         ...
 
     def route(self, logits: torch.Tensor, chosen: int, normalized: bool) -> Routing:
-        """The experts of which each row of logits [tokens, experts] has the largest, weighted by the row's softmax. In
-        normalized ones, a token's weights add up to 1, as if the softmax were of the chosen ones alone."""
+        """Chooses the experts with the largest logits in each row of logits [tokens, experts], weighted by the row's
+        softmax. If `normalized`, a token's weights add up to 1, as if the softmax were over its chosen experts alone.
+        """
         ...
 
     def dispatch(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
-        """The row of x [tokens, n] that each pair reads, in the order in which pairs are computed: [pairs, n]."""
+        """Returns the row of x [tokens, n] that each pair reads: [pairs, n], in the order in which pairs are computed.
+
+        This is the input of `expert_linear`.
+        """
         ...
 
     def stack(self, weights: Sequence[Weight], biases: Sequence[torch.Tensor | None]) -> Weight:
-        """The packed weights and the biases of all experts, as `expert_linear` takes them."""
+        """Combines the packed weights and the biases of all experts for `expert_linear`."""
         ...
 
     def expert_linear(self, x: torch.Tensor, routing: Routing, weight: Weight) -> torch.Tensor:
-        """`linear` of each pair's row of x [pairs, in_features] with its expert's weight: [pairs, out_features]."""
+        """`linear` for each pair's row of x [pairs, in_features] with its expert's weight: [pairs, out_features]."""
         ...
 
     def add_expert_lora_delta(
         self, out: torch.Tensor, x: torch.Tensor, step: Step, routing: Routing, layouts: Sequence[LinearLayout]
     ) -> None:
-        """`add_lora_delta` of each pair's row with what the token's adapter has for the expert, whose layouts these
-        are."""
+        """`add_lora_delta` for each pair's row, with the weights that the token's adapter has for the pair's expert.
+        There is one layout per expert."""
         ...
 
     def combine(
         self, x: torch.Tensor, routing: Routing, shared: torch.Tensor | None = None, gate: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """The sum of each token's pairs, which are rows of x [pairs, n], by their weights: [tokens, n].
+        """Returns the weighted sum of each token's pairs, which are rows of x [pairs, n]: [tokens, n].
 
-        `shared` [tokens, n] is added, times the sigmoid of `gate` [tokens, 1] if there is one.
+        `shared` [tokens, n] is added, times the sigmoid of `gate` [tokens, 1] if there is a gate.
         """
         ...
 
     def all_reduce_(self, tensor: torch.Tensor, group: Group) -> None:
-        """Replaces `tensor` by its sum over the group's ranks. Raises once a rank is lost, as the group does."""
+        """Replaces `tensor` by its sum over the group's ranks. Raises what the group raises when a rank is lost."""
         ...
 
     def norm(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
-        """x [tokens, n], normalized in float32."""
+        """Returns x [tokens, n], normalized in float32."""
         ...
 
     def add_norm(self, hidden: torch.Tensor, delta: torch.Tensor, scale: float, norm: Norm) -> torch.Tensor:
-        """Adds scale * delta to hidden, in place, and returns the norm of that."""
+        """Adds scale * delta to hidden in place, and returns the norm of the sum."""
         ...
 
     def add_(self, hidden: torch.Tensor, delta: torch.Tensor, scale: float) -> None:
-        """Adds scale * delta to hidden [tokens, n]."""
+        """Adds scale * delta to hidden [tokens, n] in place."""
         ...
 
     def activate(self, x: torch.Tensor, function: Activation, gated: bool) -> torch.Tensor:
-        """The function of x [tokens, n]. Gated: of the first half of each row, times the second (arXiv 2002.05202)."""
+        """Applies the function to x [tokens, n]. If `gated`, it is applied to the first half of each row, and the
+        result is multiplied by the second half (arXiv 2002.05202)."""
         ...
 
     def upcast(self, x: torch.Tensor, scale: float = 1.0, soft_cap: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
-        """x [rows, n] times scale in float32, and whether all numbers of a row are finite: [rows] bool.
+        """Returns x [rows, n] times scale in float32, and whether all numbers of a row are finite: [rows] bool.
 
-        With a soft cap they become soft_cap * tanh(number / soft_cap).
+        With a soft cap, each number becomes soft_cap * tanh(number / soft_cap).
         """
         ...
 
     def head_squares(self, qkv: torch.Tensor, heads: Heads, query: float, key: float) -> torch.Tensor:
-        """The sum of squares of each token's query heads, times `query`, and of its key heads, times `key`: [tokens, 2]
-        float32."""
+        """Returns two sums for each token: the squares of its query heads, times `query`, and the squares of its key
+        heads, times `key`. [tokens, 2] float32."""
         ...
 
     def rotate_and_write(
@@ -189,16 +196,17 @@ class Operations(Protocol):
         step: Step,
         cache: LayerCache,
     ) -> None:
-        """Normalizes and rotates queries and keys in place, each if it is asked for; writes keys and values to the
-        cache. qkv is [tokens, heads.width]."""
+        """Normalizes queries and keys in place if there are norms, rotates them if there is a rotary embedding, and
+        writes keys and values to the cache. qkv is [tokens, heads.width]."""
         ...
 
     def attention(
         self, qkv: torch.Tensor, heads: Heads, step: Step, cache: LayerCache, sinks: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Softmax attention of the queries, each token's first numbers in qkv, over the cache: [tokens, out_width].
+        """Softmax attention of the queries over the cache: [tokens, out_width]. A token's queries come first in its row
+        of qkv.
 
-        The cache already holds the step's own tokens; a token sees itself and what is before it, within the window.
-        sinks [query heads] float32 are scores of one more position, which has no value (arXiv 2309.17453).
+        The cache already holds the step's own tokens. A token sees itself and the tokens before it, within the window.
+        sinks [query heads] float32 are the scores of one more position, which has no value (arXiv 2309.17453).
         """
         ...

@@ -1,4 +1,4 @@
-"""Which implementation of the operations this machine gets."""
+"""Chooses the implementation of the operations for this machine."""
 
 import logging
 from functools import partial
@@ -15,9 +15,8 @@ logger = logging.getLogger(__name__)
 
 
 def load_kernels(device: torch.device, directory: Path | None) -> Kernels | None:
-    """The compiled kernels, on a CPU; built into `directory` (see library.build) if they are not there yet.
-
-    They are for the best instruction set that the processor has and the compiler knows."""
+    """The compiled kernels for a CPU; None for another device. They are built into `directory` (see library.build) if
+    they are not there yet, for the best instruction set that the processor has and the compiler knows."""
     if device.type != "cpu":
         return None
     for name in instruction_sets():
@@ -32,9 +31,10 @@ def load_kernels(device: torch.device, directory: Path | None) -> Kernels | None
 
 
 def choose_operations(device: torch.device, dtype: torch.dtype, kernels: Kernels | None) -> Operations:
-    """On a CPU the kernels, on as many threads as torch has now, else plain torch. There are none for float16."""
+    """The operations for a device. A CPU gets the kernels, with the number of threads that torch has now, or plain
+    torch if there are no kernels or the dtype is float16, which they do not have."""
     if device.type == "cuda":
-        # Triton is installed with torch for CUDA, and only there.
+        # Triton is installed only with torch for CUDA.
         from loraplex_shard.ops.cuda.operations import CudaOperations
 
         return CudaOperations(device)

@@ -1,4 +1,4 @@
-"""The operations of a mixture of experts in plain torch, on any device: expert by expert."""
+"""The operations of a mixture of experts in plain torch, on any device, one expert after the other."""
 
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -20,7 +20,8 @@ class _Linears(Protocol):
 
 
 class ExpertOperations:
-    """A part of loraplex_shard.ops.base.Operations, whose docstrings hold, for a class that has its linear layers."""
+    """The expert operations of loraplex_shard.ops.base.Operations, which has the docstrings. They are for a class that
+    implements `linear` and `add_lora_delta`."""
 
     def route(self, logits: torch.Tensor, chosen: int, normalized: bool) -> Routing:
         weights, experts = logits.float().softmax(-1).topk(chosen)

@@ -1,11 +1,11 @@
-"""Matrices of small integers with a scale per group of columns: the one form that all quantized checkpoints come in."""
+"""Matrices of small integers with a scale per group of columns. Every quantized checkpoint is read into this form."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
-GROUPS = (32, 64)  # sizes that the operations know
+GROUPS = (32, 64)  # the group sizes that the operations support
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class QuantizedMatrix:
         assert self.group in GROUPS and (self.bits == 4) == (self.offsets is not None)
 
     def part(self, rows: slice, columns: slice) -> "QuantizedMatrix | None":
-        """Some of it; None if that would cut a group."""
+        """Returns a part of the matrix, or None if the part would cut a group."""
         begin, end, _ = columns.indices(self.values.shape[1])
         if begin % self.group or (end % self.group and end < self.values.shape[1]):
             return None
@@ -47,10 +47,12 @@ class QuantizedMatrix:
 
 
 def quantize(matrix: torch.Tensor, bits: int) -> QuantizedMatrix:
-    """Rounds a float matrix to the nearest: 8 bits symmetric in groups of 64, 4 bits asymmetric in groups of 32."""
+    """Rounds a float matrix to the nearest integers: 8 bits symmetric in groups of 64, 4 bits asymmetric in groups of
+    32.
+    """
     group = 64 if bits == 8 else 32
     rows, columns = matrix.shape
-    # Padded with its own last value, which changes no group's range.
+    # Each row is padded with its last value, so that the range of its last group stays the same.
     last = matrix[:, -1:].expand(-1, -columns % group)
     padded = torch.cat((matrix, last), dim=1).float()
     groups = padded.view(rows, -1, group)
@@ -65,7 +67,7 @@ def quantize(matrix: torch.Tensor, bits: int) -> QuantizedMatrix:
 
 
 def joined(parts: Sequence[QuantizedMatrix]) -> QuantizedMatrix:
-    """The rows of several matrices of one kind, one after the other."""
+    """Returns the rows of several matrices of the same kind, one after the other."""
     first = parts[0]
     assert all((part.bits, part.group) == (first.bits, first.group) for part in parts)
     offsets = [part.offsets for part in parts if part.offsets is not None]
@@ -79,13 +81,14 @@ def joined(parts: Sequence[QuantizedMatrix]) -> QuantizedMatrix:
 
 
 def to_integers(peaks: torch.Tensor) -> torch.Tensor:
-    """What values are multiplied by so that their peak becomes 127; to the last bit as the kernels compute it, so that
-    no value falls on the other side of a half."""
-    return peaks.new_tensor(127) / peaks.where(peaks > 0, 1)  # 127 / peaks would multiply by the reciprocal
+    """Returns the factors by which values are multiplied so that their peak becomes 127. They equal the kernels'
+    factors to the last bit, so that no value rounds to the other side of a half."""
+    return peaks.new_tensor(127) / peaks.where(peaks > 0, 1)  # torch computes 127 / peaks with the reciprocal
 
 
 def rounded_to_int8(x: torch.Tensor, group: int) -> torch.Tensor:
-    """x [tokens, n] as the operations round it before a quantized product: int8 in groups, each with its own scale."""
+    """Returns x [tokens, n] as the operations round it before a quantized product: to int8 in groups, each with its own
+    scale."""
     padded = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % group))
     groups = padded.view(len(x), -1, group)
     peaks = groups.abs().amax(-1, keepdim=True)

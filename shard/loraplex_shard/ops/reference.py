@@ -1,4 +1,5 @@
-"""Each operation in plain torch: what it computes, on any device, as clearly as torch can say it."""
+"""Each operation in plain torch, on any device. It defines what the fast implementations compute, so it is written to
+be read."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from loraplex_shard.shapes.cache import KVCache, LayerCache
 from loraplex_shard.shapes.heads import Heads
 from loraplex_shard.shapes.layout import LinearLayout
 
-LIMIT = 7.0  # of GPT-OSS's gates and ups, to which 1 is added
+LIMIT = 7.0  # GPT-OSS clamps its gates and ups to this, and then adds 1 to the ups
 FUNCTIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
@@ -32,7 +33,7 @@ FUNCTIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
 @dataclass(frozen=True, slots=True)
 class ReferenceWeight:
     matrix: torch.Tensor
-    group: int | None  # of what was quantized: its activations are rounded in groups of this size
+    group: int | None  # for a quantized matrix: activations are rounded in groups of this size
 
     @property
     def nbytes(self) -> int:
@@ -48,7 +49,7 @@ class ReferenceStep:
 
 
 class ReferenceOperations(ExpertOperations):
-    """Implements loraplex_shard.ops.base.Operations; the docstrings there hold."""
+    """Implements loraplex_shard.ops.base.Operations, which has the docstrings."""
 
     def pack(self, matrix: torch.Tensor | QuantizedMatrix) -> ReferenceWeight:
         if isinstance(matrix, QuantizedMatrix):
@@ -117,7 +118,7 @@ class ReferenceOperations(ExpertOperations):
 
     def upcast(self, x: torch.Tensor, scale: float = 1.0, soft_cap: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
         wide = x.float() * scale
-        finite = wide.sum(-1).isfinite()  # of float16, a sum of large logits would not be
+        finite = wide.sum(-1).isfinite()  # in float32: the sum of large float16 logits would overflow
         return (soft_cap * (wide / soft_cap).tanh() if soft_cap else wide), finite
 
     def head_squares(self, qkv: torch.Tensor, heads: Heads, query: float, key: float) -> torch.Tensor:
@@ -176,7 +177,7 @@ class ReferenceOperations(ExpertOperations):
 
 
 def _partners(heads: torch.Tensor, interleaved: bool) -> torch.Tensor:
-    """The other number of each one's pair."""
+    """Exchanges the two numbers of each pair."""
     shape = (*heads.shape[:-1], -1, 2) if interleaved else (*heads.shape[:-1], 2, -1)
     return heads.view(shape).flip(-1 if interleaved else -2).flatten(-2)
 
@@ -184,7 +185,8 @@ def _partners(heads: torch.Tensor, interleaved: bool) -> torch.Tensor:
 def _attend(
     query: torch.Tensor, heads: Heads, batch: Batch, chunk: int, cache: LayerCache, sinks: torch.Tensor | None
 ) -> torch.Tensor:
-    """One chunk's queries [tokens, kv_heads, group, dim] over its sequence's context: likewise, of value_dim."""
+    """Attention of one chunk's queries [tokens, kv_heads, group, dim] over its sequence's context:
+    [tokens, kv_heads, group, value_dim]."""
     context, block_size = batch.context_lengths[chunk], cache.keys.shape[-1]
     positions = torch.arange(context - len(query), context, device=query.device)[:, None]
     first = max(0, context - len(query) - heads.window + 1) // block_size if heads.window else 0
@@ -207,7 +209,7 @@ def _attend(
 
 
 def _as_stored(heads: torch.Tensor, cache: LayerCache) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys or values [tokens, kv_heads, dim] in the cache's dtype, and their scales [tokens, kv_heads]."""
+    """Returns keys or values [tokens, kv_heads, dim] in the cache's dtype, and their scales [tokens, kv_heads]."""
     if cache.key_scales is None:
         return heads, heads.new_ones(heads.shape[:2])
     peaks = heads.float().abs().amax(-1)
@@ -218,7 +220,7 @@ def _as_stored(heads: torch.Tensor, cache: LayerCache) -> tuple[torch.Tensor, to
 def _as_read(
     stored: torch.Tensor, scales: torch.Tensor | None, blocks: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
-    """The positions of these blocks one after the other: [kv_heads, positions, dim]."""
+    """Returns the positions of these blocks one after the other: [kv_heads, positions, dim]."""
     read = stored[blocks].transpose(0, 1).flatten(1, 2)
     if scales is None:
         return read

@@ -1,2 +1,2 @@
-"""The operations on the CPU: each is one call of a kernel (`operations.py`), or a place in a recorded list of calls
-(`program.py`)."""
+"""The operations on the CPU. Each operation is one call of a kernel (`operations.py`), or an entry in a recorded list
+of calls (`program.py`)."""

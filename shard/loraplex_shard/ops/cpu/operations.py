@@ -1,7 +1,7 @@
 """The operations on the CPU, computed by the kernels of kernels/csrc. Every method is one call of a kernel.
 
-Tensors are float32 or bfloat16 and contiguous. Kernels run on the calling thread and as many more as torch has; they
-keep memory for intermediate values from call to call, so that a step allocates only its results.
+Tensors are float32 or bfloat16 and contiguous. Kernels run on as many threads as torch has, the calling one among them.
+They keep the memory of intermediate values from call to call, so that a step allocates only its results.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,14 +23,14 @@ from loraplex_shard.shapes.cache import KVCache, LayerCache
 from loraplex_shard.shapes.heads import Heads
 from loraplex_shard.shapes.layout import LinearLayout
 
-LARGEST_PROGRAM = 64  # tokens: in larger batches, calling the kernels takes no time to speak of
+LARGEST_PROGRAM = 64  # tokens: in larger batches, the time of calling kernels from Python does not matter
 
 
 Ints = np.ndarray[tuple[int], np.dtype[np.int64]]
 
 SEGMENTS = ("segments", "segment_starts", "segment_stops", "segment_adapters", "segment_table_rows")
 
-# The numbers of a step that recorded calls ask for, and their places among them.
+# The numbers that recorded calls take from a step, in the order of CpuStep.numbers.
 STEP = (
     "tokens",
     "positions",
@@ -46,12 +46,12 @@ STEP = (
 
 @dataclass(frozen=True, slots=True)
 class CpuSegments:
-    """Runs of rows that use one adapter each."""
+    """Segments as kernels read them: runs of rows that use the same adapter."""
 
     starts: Ints
     stops: Ints
     tables: Ints  # addresses of the adapters' tables
-    table_rows: Ints  # in each of them
+    table_rows: Ints  # rows of each table
     int8: bool
 
     @classmethod
@@ -71,7 +71,7 @@ class CpuSegments:
 
 
 class CpuStep:
-    """A batch as kernels read it. `numbers` has the values of STEP; the arrays that they point to live as long."""
+    """A batch as kernels read it. `numbers` has the values of STEP. The step keeps the arrays that they point to."""
 
     def __init__(self, batch: Batch) -> None:
         self.batch = batch
@@ -96,7 +96,7 @@ class CpuStep:
 
 
 class CpuOperations:
-    """Implements loraplex_shard.ops.base.Operations; the docstrings there hold. Cache blocks have 16 positions."""
+    """Implements loraplex_shard.ops.base.Operations, which has the docstrings. Cache blocks have 16 positions."""
 
     def __init__(self, kernels: Kernels) -> None:
         self._kernels = kernels
@@ -497,7 +497,7 @@ def _address(tensor: torch.Tensor | None) -> int | None:
 
 
 def _format(weight: CpuWeight) -> dict[str, int]:
-    """What kernels of quantized weights are told in addition."""
+    """The additional arguments of kernels for quantized weights."""
     return {"bits": weight.bits, "group": weight.group} if isinstance(weight, IntegerWeight) else {}
 
 

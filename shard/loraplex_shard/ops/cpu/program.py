@@ -1,6 +1,6 @@
-"""Calls of kernels that were recorded once and run again and again, as long as only a step's own arrays change.
+"""Kernel calls that are recorded once and repeated for every step. Only the step's own numbers change between steps.
 
-For a batch of few tokens, calling the kernels from Python takes as long as they do. A program is run by one call.
+For a batch of few tokens, calling the kernels from Python takes as long as the kernels do. A program is one call.
 """
 
 import struct
@@ -17,7 +17,7 @@ Argument = int | float | None
 
 
 class StepNumber(int):
-    """An argument that is another in every step: its value in this one, and its place among a step's numbers."""
+    """An argument that changes with every step: its value in this step, and its index in a step's numbers."""
 
     place: int
 
@@ -28,20 +28,20 @@ class StepNumber(int):
 
 
 class Program:
-    """The calls of one forward pass, and the memory of its intermediate values and its result."""
+    """The kernel calls of one forward pass, and the memory for its intermediate values and its result."""
 
     def __init__(self, kernels: Kernels) -> None:
         self._kernels = kernels
-        self._width = 1 + kernels.most_parameters  # numbers of a call: which kernel, then its arguments
+        self._width = 1 + kernels.most_parameters  # numbers per call: the kernel's number, then its arguments
         self._calls: list[list[int]] = []
-        self._changing: list[tuple[int, int]] = []  # place in the flattened calls, place among the step's numbers
-        self._free: dict[int, list[torch.Tensor]] = defaultdict(list)  # by bytes
+        self._changing: list[tuple[int, int]] = []  # index in the flattened calls, index in a step's numbers
+        self._free: dict[int, list[torch.Tensor]] = defaultdict(list)  # by size in bytes
         self._memory: list[torch.Tensor] = []
         self._check: Callable[[int], None] | None = None
         self.result: torch.Tensor | None = None
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """A tensor whose memory a later call of the program may have once nobody holds the tensor any more."""
+        """Returns a new tensor. Once nobody holds it any more, a later call of the program may reuse its memory."""
         size = torch.Size(shape).numel() * dtype.itemsize
         free = self._free[size]
         if not free:
@@ -53,10 +53,10 @@ class Program:
         return tensor
 
     def add(self, name: str, arguments: Mapping[str, Argument], check: Callable[[int], None] | None = None) -> None:
-        """Adds a call of the kernel with this name.
+        """Adds a call of the kernel `name`.
 
-        `check` is called with the kernel's result if that is not 0, and raises; no later call is made then. It is the
-        same for all calls of a program that have one.
+        If the kernel's result is not 0, the program stops and calls `check` with the result; `check` raises. All calls
+        of a program that have a check must have the same one.
         """
         self._check = check or self._check
         number, ordered = self._kernels.row(name, arguments)
@@ -68,14 +68,15 @@ class Program:
         self._calls.append(row + [0] * (self._width - len(row)))
 
     def finish(self, result: torch.Tensor) -> None:
-        """No more calls follow; `result` is what the program computes."""
+        """Ends the recording. `result` is the tensor that the program computes."""
         self.result = result
         self._numbers = np.array(self._calls, np.int64).reshape(-1)
         self._places, self._sources = np.array(self._changing, np.int64).reshape(-1, 2).T
         self._count = len(self._calls)
 
     def run(self, step: Sequence[int]) -> torch.Tensor:
-        """Computes the result anew, in the same memory, from a step's numbers. Raises what a check raises."""
+        """Computes the result again, in the same memory, with the numbers of this step. Raises what the check
+        raises."""
         assert self.result is not None
         self._numbers[self._places] = np.array(step, np.int64)[self._sources]
         if failure := self._kernels.call("run", calls=self._numbers.ctypes.data, count=self._count, width=self._width):

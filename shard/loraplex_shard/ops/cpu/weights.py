@@ -1,18 +1,18 @@
-"""Weights as the CPU's kernels read them."""
+"""Weights in the form that the CPU's kernels read."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-PANEL = 16  # rows of a weight that lie together, and positions of a block of the cache
+PANEL = 16  # rows in a panel of a weight, and positions in a block of the cache
 
 
 @dataclass(frozen=True, slots=True)
 class FloatWeight:
     """Panels as linear.cpp describes them."""
 
-    panels: torch.Tensor  # [panels, values of a panel], of the model's dtype
+    panels: torch.Tensor  # [panels, values per panel] in the model's dtype
     rows: int
     columns: int
 
@@ -28,7 +28,7 @@ class FloatWeight:
 class IntegerWeight:
     """Panels as quantized.cpp describes them."""
 
-    panels: torch.Tensor  # [panels, bytes of a panel] uint8
+    panels: torch.Tensor  # [panels, bytes per panel] uint8
     rows: int
     columns: int
     bits: int
@@ -47,7 +47,7 @@ CpuWeight = FloatWeight | IntegerWeight
 
 @dataclass(frozen=True, slots=True)
 class ExpertWeights:
-    """Those of all experts of a layer."""
+    """The weights and biases of all experts of a layer."""
 
     weights: Sequence[CpuWeight]
     biases: Sequence[torch.Tensor | None]
@@ -58,7 +58,7 @@ class ExpertWeights:
 
 
 def _row(weight: CpuWeight, bias: torch.Tensor | None) -> list[int]:
-    """Addresses of the weight and its bias, bits and group; 0 where there is none."""
+    """The address of the weight, the address of its bias, its bits and its group; 0 for what it does not have."""
     form = [weight.bits, weight.group] if isinstance(weight, IntegerWeight) else [0, 0]
     return [weight.panels.data_ptr(), 0 if bias is None else bias.data_ptr(), *form]
 

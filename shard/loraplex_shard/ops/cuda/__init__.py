@@ -1,1 +1,1 @@
-"""The operations on a GPU: torch's own where they are fast, kernels in Triton where they are not."""
+"""The operations on a GPU: torch's own where they are fast, Triton kernels where they are not."""

@@ -1,8 +1,9 @@
-"""Attention over the paged cache: a launch for the chunks of few tokens, and one for the others.
+"""Attention over the paged cache, in one launch for the chunks of few tokens and one for the others.
 
-torch's `varlen_attn` takes block tables too, but of blocks of 256 positions, and knows no soft caps and no int8. Here
-a program computes one tile (see tiles.py) for one KV head, and reads its keys and values once, a softmax running along
-(FlashAttention, arXiv 2205.14135); what is split over several programs is combined by a second kernel.
+torch's `varlen_attn` takes block tables too, but only with blocks of 256 positions, and supports neither soft caps nor
+int8. Here a program computes one tile (see tiles.py) for one KV head. It reads each key and value once and updates the
+softmax as it goes (FlashAttention, arXiv 2205.14135). If a token's positions are split over several programs, a second
+kernel combines their results.
 """
 
 import torch
@@ -15,13 +16,13 @@ from loraplex_shard.shapes.cache import LayerCache
 from loraplex_shard.shapes.heads import Heads
 
 EVERYTHING = 1 << 30  # a window that hides nothing
-KEY_BYTES = 64 * 256  # that a program looks at together
+KEY_BYTES = 64 * 256  # bytes of keys that a program reads at once
 
 
 def attention(
     qkv: torch.Tensor, heads: Heads, batch: Batch, tiles: Tiles, cache: LayerCache, sinks: torch.Tensor | None
 ) -> torch.Tensor:
-    """As Operations.attention says; `tiles` are the batch's for these heads."""
+    """Implements Operations.attention. `tiles` are the tiles of the batch for these heads."""
     out = qkv.new_empty((len(qkv), heads.out_width))
     partials = qkv.new_empty((tiles.partials, heads.query, heads.value_dim), dtype=torch.float32)
     weights = partials.new_empty((tiles.partials, heads.query))
@@ -75,10 +76,10 @@ def attention(
 
 
 def _stages(rows: int, cache: LayerCache) -> int:
-    """How many iterations are in the pipeline, of which the block table's load takes two: with 5, keys and values of
-    two are on their way. Tiles of many rows have no shared memory for that on every GPU."""
+    """The number of pipeline stages. The load of the block table takes two of them, so with 5 stages the keys and
+    values of two iterations are being loaded. Some GPUs lack the shared memory for that if a tile has many rows."""
     if cache.key_scales is not None:
-        return 1  # Triton 3.7 cannot pipeline these loads of bytes
+        return 1  # Triton 3.7 cannot pipeline these byte loads
     return 5 if rows == SHORT else 3
 
 
@@ -126,11 +127,11 @@ def _attention(
     peak = tl.full([ROWS], -1e30, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     if sinks is not None:
-        whole = place < 0  # else _combine adds it
+        whole = place < 0  # otherwise _combine adds the sink
         peak = tl.where(whole, tl.load(sinks + head), peak)
         total += tl.where(whole, 1.0, 0.0)
     sums = tl.zeros([ROWS, VALUE_LANES], tl.float32)
-    # Whole blocks, each read at once. Of the first and the last one, what is not in [first, stop) is never visible.
+    # Blocks are read whole. Positions of the first and the last block outside [first, stop) are masked.
     blocks = tl.cdiv(stop, BLOCK_SIZE)
     for number in range(first // BLOCK_SIZE, blocks, POSITIONS // BLOCK_SIZE):
         seen = number * BLOCK_SIZE + tl.arange(0, POSITIONS)
@@ -154,7 +155,7 @@ def _attention(
         value = tl.load(values + value_place, inside[:, None] & (value_lane < VALUE_DIM)[None, :], 0)
         if value_scales is not None:
             value_scale = tl.load(value_scales + block * BLOCK_SIZE + offset, inside, 0.0)
-            if dtype == tl.float16:  # a small chance times a small scale is less than float16 has
+            if dtype == tl.float16:  # a small probability times a small scale underflows in float16
                 value = value.to(tl.float32) * value_scale[:, None]
             else:
                 chances *= value_scale[None, :]
@@ -162,7 +163,7 @@ def _attention(
         sums = tl.dot(chances.to(dtype), value.to(dtype), sums, input_precision="ieee")
         peak = higher
 
-    total = tl.where(total > 0, total, 1.0)  # 0 where a row saw nothing: its weight will be none
+    total = tl.where(total > 0, total, 1.0)  # it is 0 where a row saw nothing; such a row gets no weight
     result = sums / total[:, None]
     real = (token < count)[:, None] & (value_lane < VALUE_DIM)[None, :]
     if place < 0:
@@ -176,7 +177,7 @@ def _attention(
 
 @triton.jit
 def _combine(partials, weights, sinks, split, out, HEADS: tl.constexpr, DIM: tl.constexpr, LANES: tl.constexpr):
-    """One token's and head's partial results, each weighted by its share of the whole softmax's denominator."""
+    """Sums the partial results of one token and head, each weighted by its share of the softmax's denominator."""
     entry, head = split + tl.program_id(0) * 4, tl.program_id(1)
     token, place = tl.load(entry), tl.load(entry + 1)
     step, count = tl.load(entry + 2), tl.load(entry + 3)

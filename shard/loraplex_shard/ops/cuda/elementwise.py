@@ -1,4 +1,4 @@
-"""What is done to each token by itself: the norm of a sum, and the activation. One program per token."""
+"""Operations on each token by itself: the norm of a sum, with one program per token, and the activation."""
 
 import torch
 import triton
@@ -6,15 +6,15 @@ import triton.language as tl
 
 from loraplex_shard.ops.base import Activation, Norm
 
-LANES = 1024  # values of the activation that one program computes
+LANES = 1024  # activation values per program
 
 
 def add_norm(hidden: torch.Tensor, delta: torch.Tensor | None, scale: float, norm: Norm) -> torch.Tensor:
-    """As Operations.add_norm says; without a delta, as Operations.norm does."""
+    """Implements Operations.add_norm or, without a delta, Operations.norm."""
     tokens, n = hidden.shape
     out = torch.empty_like(hidden)
     lanes = triton.next_power_of_2(n)
-    warps = max(4, min(16, lanes // 512))  # a thread holds sixteen values: its registers bear no more than 64
+    warps = max(4, min(16, lanes // 512))  # 16 values per thread; more than 64 would not fit into its registers
     _add_norm[(tokens,)](
         hidden,
         delta,
@@ -32,7 +32,7 @@ def add_norm(hidden: torch.Tensor, delta: torch.Tensor | None, scale: float, nor
 
 
 def activate(x: torch.Tensor, function: Activation, gated: bool) -> torch.Tensor:
-    """As Operations.activate says."""
+    """Implements Operations.activate."""
     tokens, n = x.shape[0], x.shape[1] // (2 if gated else 1)
     out = x.new_empty((tokens, n))
     _activate[(tokens, triton.cdiv(n, LANES))](x, out, FUNCTION=function, GATED=gated, N=n, LANES=LANES)

@@ -1,8 +1,8 @@
-"""A linear layer of each expert in one launch, for weights of floats: nobody waits for the device to know which experts
-the tokens chose.
+"""A linear layer of all experts in one launch, for float weights. The host does not wait for the device to learn which
+experts the tokens chose.
 
-A program computes a tile of pairs of one expert. As many are launched as there could be; those beyond the last do
-nothing.
+A program computes a tile of pairs of one expert. The largest possible number of programs is launched; those without a
+tile do nothing.
 """
 
 from collections.abc import Sequence
@@ -13,16 +13,16 @@ import triton.language as tl
 
 from loraplex_shard.ops.base import Routing
 
-FEW, MANY = 16, 64  # pairs for one program, where an expert has no more on the average, and else
-ROWS = 64  # of a weight, for one program
-COLUMNS = 64  # of them, at once
+FEW, MANY = 16, 64  # pairs per program: FEW if an expert has no more than FEW on average, else MANY
+ROWS = 64  # rows of a weight per program
+COLUMNS = 64  # columns of a weight per iteration
 
 
 class FloatExperts:
-    """The matrices of all experts, where they lie."""
+    """The matrices of all experts. They are not copied: a table has their addresses."""
 
     def __init__(self, matrices: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> None:
-        self._held = matrices, biases  # what the addresses are of
+        self._held = matrices, biases  # the table has the addresses of these
         addresses = [
             (matrix.data_ptr(), 0 if bias is None else bias.data_ptr())
             for matrix, bias in zip(matrices, biases, strict=True)
@@ -32,7 +32,7 @@ class FloatExperts:
         self.table = torch.tensor(addresses, dtype=torch.int64, device=matrices[0].device)
 
     def linear(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
-        """As Operations.expert_linear says."""
+        """Implements Operations.expert_linear."""
         (pairs, columns), experts = x.shape, len(self.table)
         at_once = FEW if pairs <= FEW * experts else MANY
         ends = ((routing.starts.diff() + (at_once - 1)) // at_once).cumsum(0)

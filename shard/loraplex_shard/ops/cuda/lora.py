@@ -1,8 +1,8 @@
-"""LoRA deltas of many adapters at once, each read once, where it lies and at its own lora_rank.
+"""LoRA deltas of many adapters at once. Each adapter is read once, without being copied, at its own lora_rank.
 
-In the manner of Punica (arXiv 2310.18547) and S-LoRA (arXiv 2311.03285): the tokens come sorted by adapter, and a
-program computes a tile of tokens that share one. It finds the adapter's matrices through the adapter's table (see
-shapes/adapter.py). One kernel computes A x, for all projections that share x, a second adds B's product with it.
+This follows Punica (arXiv 2310.18547) and S-LoRA (arXiv 2311.03285): the tokens come sorted by adapter, and a program
+computes a tile of tokens that share an adapter. It finds the adapter's matrices through the adapter's table (see
+shapes/adapter.py). One kernel computes A x for all projections that share x; a second one adds B (A x).
 """
 
 from collections.abc import Sequence
@@ -16,20 +16,20 @@ from loraplex_shard.shapes.adapter import PART_WIDTH, TABLE_WIDTH
 from loraplex_shard.shapes.batch import Segment
 from loraplex_shard.shapes.layout import LinearLayout
 
-SHORT, LONG = 16, 64  # tokens of a tile, if no segment is longer than that, and else
-RANKS = 16  # of a lora_rank, at once
-COLUMNS = 128  # of A at once, or of B for one program
-ALIGNMENT = 16  # outputs: projections of a layer that begin at multiples of it are read several values at a time
-SLICE, SLICES = 512, 8  # where tiles are short: columns of A for one program, and the most programs for A
+SHORT, LONG = 16, 64  # tokens per tile: SHORT if no segment is longer than SHORT, else LONG
+RANKS = 16  # ranks of an adapter per program or iteration
+COLUMNS = 128  # columns of A per iteration, or columns of B per program
+ALIGNMENT = 16  # outputs: if the projections of a layer begin at multiples of it, several values are loaded at once
+SLICE, SLICES = 512, 8  # with short tiles: columns of A per program, and the largest number of programs for A
 
 
 @dataclass(frozen=True, slots=True)
 class LoraTiles:
-    """Runs of tokens that share an adapter."""
+    """The tokens of a batch in tiles that share an adapter."""
 
     tiles: torch.Tensor  # [tiles, 3] int64: first token, tokens, address of the adapter's table
-    length: int  # tokens that a tile has at most
-    widest: int  # lora_ranks that an adapter has in one layer at most
+    length: int  # the largest number of tokens in a tile
+    widest: int  # the largest lora_rank of an adapter in one layer, summed over the layer's projections
     int8: bool
 
     @classmethod
@@ -50,7 +50,7 @@ class LoraTiles:
 
 
 def add_lora_delta(out: torch.Tensor, x: torch.Tensor, runs: LoraTiles, layout: LinearLayout) -> None:
-    """As Operations.add_lora_delta says."""
+    """Implements Operations.add_lora_delta."""
     tokens, columns = x.shape
     layer, aligned = layout.index, layout.unit % ALIGNMENT == 0
     slices = min(SLICES, triton.cdiv(columns, SLICE)) if runs.length == SHORT else 1
@@ -107,7 +107,7 @@ def _shrink(
     RANKS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """shrunk[slice, token, rank]: the part of A x that one slice of A's columns adds, in float32."""
+    """Computes shrunk[slice, token, rank] in float32: the part of A x that comes from one slice of A's columns."""
     dtype = x.dtype.element_ty
     tile = tiles + tl.program_id(0) * 3
     entry = tl.load(tile + 2).to(tl.pointer_type(tl.int64)) + layer * TABLE
@@ -152,8 +152,8 @@ def _expand(
     RANKS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Adds B's product with the slices' sum to some columns of out, projection by projection, after multiplying and
-    shifting them where the adapter asks for it."""
+    """Adds B's product with the sum of the slices to some columns of out, one projection after the other. If the
+    adapter has factors and shifts for a projection's outputs, they are applied to out first."""
     dtype = out.dtype.element_ty
     tile = tiles + tl.program_id(0) * 3
     entry = tl.load(tile + 2).to(tl.pointer_type(tl.int64)) + layer * TABLE
@@ -165,7 +165,7 @@ def _expand(
         part = entry + 4 + PART * number
         rank_start, rank_stop = tl.load(part), tl.load(part + 1)
         start, stop = tl.load(part + 2), tl.load(part + 3)
-        if ALIGNED:  # else a load of several values at once is not allowed
+        if ALIGNED:  # otherwise several values may not be loaded at once
             start, stop = tl.multiple_of(start, 16), tl.multiple_of(stop, 16)
         if (start < begin + COLUMNS) & (begin < stop):
             b = tl.multiple_of(tl.load(part + 4).to(tl.pointer_type(tl.int8 if INT8 else dtype)), 16)

@@ -1,6 +1,6 @@
 """The operations on a CUDA device: torch's own where it has them, else the Triton kernels of this folder.
 
-Tensors are float32, bfloat16 or float16 and contiguous. The calling thread's current device must be theirs.
+Tensors are float32, bfloat16 or float16 and contiguous. They must be on the calling thread's current device.
 """
 
 from collections.abc import Callable, Sequence
@@ -46,15 +46,15 @@ CudaWeight = FloatWeight | IntegerWeight
 class CudaStep:
     batch: Batch
     lora: LoraTiles
-    tiles: dict[Heads, Tiles] = field(default_factory=dict)  # of the heads that were asked for so far
+    tiles: dict[Heads, Tiles] = field(default_factory=dict)  # made when they are first asked for
 
 
 class CudaOperations(ExpertOperations):
-    """Implements loraplex_shard.ops.base.Operations; the docstrings there hold."""
+    """Implements loraplex_shard.ops.base.Operations, which has the docstrings."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        # Sums are to be in float32.
+        # cuBLAS may otherwise sum in bfloat16; Operations.linear sums in float32.
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
@@ -113,7 +113,7 @@ class CudaOperations(ExpertOperations):
 
     def upcast(self, x: torch.Tensor, scale: float = 1.0, soft_cap: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
         wide = x.float().mul_(scale)
-        finite = wide.sum(-1).isfinite()  # of float16, a sum of large logits would not be
+        finite = wide.sum(-1).isfinite()  # in float32: the sum of large float16 logits would overflow
         return (wide.div_(soft_cap).tanh_().mul_(soft_cap) if soft_cap else wide), finite
 
     def head_squares(self, qkv: torch.Tensor, heads: Heads, query: float, key: float) -> torch.Tensor:

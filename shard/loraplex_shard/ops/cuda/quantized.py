@@ -1,7 +1,7 @@
-"""Linear layers in integers: weights of 8 or 4 bits and inputs rounded to 8, in groups that share a scale.
+"""Linear layers in integers: weights of 8 or 4 bits, and inputs rounded to 8 bits, in groups that share a scale.
 
-The products of a group's integers are summed in integers, on tensor cores, and scaled into a sum in float32. torch's
-own products of integers know one scale per row, not one per group.
+The products of a group are summed in integers on tensor cores, then scaled and added to a sum in float32. torch's own
+integer products support one scale per row, not one per group.
 """
 
 from dataclasses import dataclass
@@ -13,18 +13,19 @@ import triton.language as tl
 
 from loraplex_shard.ops.quantized import QuantizedMatrix
 
-ROWS = 32  # of the weight, for one program
-FEW, MANY = 16, 64  # tokens for one program
-GROUPS = 8  # that one program rounds
+ROWS = 32  # rows of the weight per program
+FEW, MANY = 16, 64  # tokens per program: FEW if there are no more than FEW, else MANY
+GROUPS = 8  # groups that one program rounds
 
 
 @dataclass(frozen=True, slots=True)
 class IntegerWeight:
-    """Two groups of 4 bits share their bytes: the first's values are in the low halves, the second's in the high."""
+    """With 4 bits, two groups share their bytes: the first group's values are in the low halves, the second's in the
+    high halves."""
 
-    values: torch.Tensor  # [rows, bytes]: int8, or uint8 if they are of 4 bits
+    values: torch.Tensor  # [rows, bytes]: int8 for 8 bits, uint8 for 4 bits
     scales: torch.Tensor  # [groups, rows] float16
-    offsets: torch.Tensor | None  # like scales, of 4 bits
+    offsets: torch.Tensor | None  # like scales, for 4 bits only
     columns: int
     group: int
 
@@ -37,7 +38,7 @@ class IntegerWeight:
         return IntegerWeight(self.values[rows], self.scales[:, rows], offsets, self.columns, self.group)
 
     def rows(self, indices: torch.Tensor) -> torch.Tensor:
-        """The matrix's rows as float32: [indices, columns]."""
+        """Returns the matrix's rows as float32: [indices, columns]."""
         values = self.values[indices]
         if self.offsets is not None:
             pairs = values.view(len(values), -1, 1, self.group)
@@ -49,7 +50,7 @@ class IntegerWeight:
 
 
 def pack(matrix: QuantizedMatrix, device: torch.device) -> IntegerWeight:
-    """The matrix in the form that the kernels read, on the device."""
+    """Returns the matrix on the device, in the form that the kernels read."""
     rows, columns = matrix.values.shape
     at_once = matrix.group * (8 // matrix.bits)
     groups = -(-columns // at_once) * at_once // matrix.group
@@ -66,7 +67,7 @@ def pack(matrix: QuantizedMatrix, device: torch.device) -> IntegerWeight:
 
 
 def linear(x: torch.Tensor, weight: IntegerWeight, bias: torch.Tensor | None) -> torch.Tensor:
-    """As Operations.linear says."""
+    """Implements Operations.linear."""
     tokens, (groups, rows) = len(x), weight.scales.shape
     values = x.new_empty((tokens, groups * weight.group), dtype=torch.int8)
     scales, sums = (x.new_empty((tokens, groups), dtype=torch.float32) for _ in range(2))
@@ -98,13 +99,13 @@ def linear(x: torch.Tensor, weight: IntegerWeight, bias: torch.Tensor | None) ->
 
 @triton.jit
 def nearest(x):
-    """The integers nearest to floats below 2^22, halves to even ones: floats from 2^23 on are integers."""
+    """Rounds floats below 2^22 to the nearest integers, halves to even: from 2^23 on, every float is an integer."""
     return x + 12582912.0 - 12582912.0  # 1.5 * 2^23
 
 
 @triton.jit
 def _round(x, values, scales, sums, groups, N: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr):
-    """Each group's integers, their scale, and their sum times the scale."""
+    """Stores each group's integers, their scale, and their sum times the scale."""
     token = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     column = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]

@@ -14,7 +14,7 @@ from loraplex_shard.shapes.heads import Heads
 def rotate_and_write(
     qkv: torch.Tensor, heads: Heads, norms: HeadNorms | None, rotary: Rotary | None, batch: Batch, cache: LayerCache
 ) -> None:
-    """As Operations.rotate_and_write says."""
+    """Implements Operations.rotate_and_write."""
     _rotate_and_write[(len(qkv), heads.query + 2 * heads.kv)](
         qkv,
         None if norms is None else norms.weight,
@@ -71,7 +71,7 @@ def _rotate_and_write(
     is_value = head >= QUERY + KV
     start = tl.where(is_value, (QUERY + KV) * DIM + (head - QUERY - KV) * VALUE_DIM, head * DIM)
     dim = tl.where(is_value, VALUE_DIM, DIM)
-    # Each lane has a pair of numbers, which may turn; what does not turn is in pairs of neighbours.
+    # Each lane has a pair of numbers. Numbers that are not rotated are paired with their neighbours.
     pair = tl.arange(0, LANES)
     turns = pair < ROTATED // 2
     one, other = 2 * pair, 2 * pair + 1

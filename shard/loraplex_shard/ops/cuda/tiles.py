@@ -1,8 +1,9 @@
-"""What a batch's attention is cut into: plain numbers, made once for all layers whose heads and window are the same.
+"""Cuts the attention of a batch into tiles. The tiles are plain numbers, made once for all layers with the same heads
+and window.
 
-A tile is some tokens of one chunk, with all query heads that share a KV head, over a run of positions. Chunks of a few
-tokens make too few tiles to keep a GPU busy; the positions that they see are split, and the results combined. Where
-they are split depends on nothing but the position, so that no sequence's result depends on its neighbours.
+A tile is some tokens of one chunk, with all query heads that share a KV head, over a range of positions. Chunks of few
+tokens make too few tiles to keep a GPU busy, so the positions that they see are split, and the results combined. Where
+they are split depends only on the position, so that a sequence's result does not depend on its neighbours.
 """
 
 from collections.abc import Sequence
@@ -14,27 +15,30 @@ import torch
 from loraplex_shard.shapes.batch import Batch
 from loraplex_shard.shapes.heads import Heads
 
-SHORT, LONG = 16, 64  # rows of a tile, each a token's query head; tensor cores take no fewer than 16
-SPLIT = 512  # positions for one tile, if it is a short one
+SHORT, LONG = 16, 64  # rows per tile; a row is one query head of a token. Tensor cores need at least 16
+SPLIT = 512  # positions per short tile
 
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """All int64. A tile is (chunk, first token, tokens, position of the first, [first, stop) of the positions, place of
-    its partial results or -1); a split token (token, place of its first partial result, from one to the next, count).
+    """The tiles of a batch; all tensors are int64.
+
+    A tile is (chunk, first token, tokens, position of the first token, first position that it sees, stop of these
+    positions, place of its partial results or -1). A split token is (token, place of its first partial result, distance
+    to its next partial result, number of partial results).
     """
 
-    short: torch.Tensor  # [tiles, 7], of at most SHORT rows
-    long: torch.Tensor  # [tiles, 7], of at most `rows` rows
+    short: torch.Tensor  # [tiles, 7]: tiles of at most SHORT rows
+    long: torch.Tensor  # [tiles, 7]: tiles of at most `rows` rows
     rows: int  # a power of 2
     split: torch.Tensor  # [split tokens, 4]
-    partials: int  # results of one token and all heads, over some positions
+    partials: int  # number of partial results; each is of one token and all heads, over some of its positions
 
 
 def make_tiles(batch: Batch, heads: Heads, dtype: torch.dtype, device: torch.device) -> Tiles:
-    """The tiles of a batch, in the order of its tokens, for queries of this dtype."""
+    """Makes the tiles of a batch, in the order of its tokens, for queries of this dtype."""
     group = heads.query // heads.kv
-    # Products in float32 have no tensor cores, and the registers do not hold many rows of them.
+    # Products in float32 do not use tensor cores, and the registers do not hold many rows of them.
     rows = max(SHORT if dtype == torch.float32 else LONG, 1 << (group - 1).bit_length())
     short: list[Sequence[int]] = []
     long: list[Sequence[int]] = []
@@ -66,6 +70,6 @@ def _first_seen(position: int, heads: Heads) -> int:
 
 
 def _runs(first: int, stop: int) -> list[tuple[int, int]]:
-    """[first, stop) split at the multiples of SPLIT."""
+    """Splits [first, stop) at the multiples of SPLIT."""
     cuts = [first, *range((first // SPLIT + 1) * SPLIT, stop, SPLIT), stop]
     return list(pairwise(cuts))
