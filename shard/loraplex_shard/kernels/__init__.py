@@ -1,2 +1,2 @@
-"""The kernels in C++ (`csrc/`), and how they are compiled, loaded and called (`library.py`). What they compute for the
-model is said in `ops/`."""
+"""The kernels in C++ (`csrc/`), and how they are compiled, loaded and called (`library.py`). `ops/` says what they
+compute for the model."""

@@ -1,7 +1,7 @@
-"""Compiles the kernels in csrc/ for this processor, once, and loads them. Knows the compiler, not what kernels compute.
+"""Compiles the kernels in csrc/ for this processor, once, and loads them. It does not know what the kernels compute.
 
-The library has a plain C interface, so that it is compiled in seconds, without torch's headers. Its threads are its own
-(see team.h) and as many as torch's; the two work in turns, since whoever calls one of them waits for it.
+The library has a plain C interface, so it compiles in seconds, without torch's headers. It has threads of its own (see
+team.h), as many as torch has. The two sets of threads work in turns, because a caller of either waits for the result.
 """
 
 import ctypes
@@ -25,7 +25,8 @@ from loraplex_protos.errors import LoraplexError
 SOURCES = Path(__file__).parent / "csrc"
 FLAGS = ("-O3", "-std=c++20", "-pthread", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=fast")
 
-# By instruction set, best first: what the compiler is told, and the processor's capabilities, as torch names them.
+# By instruction set, best first: the compiler's flags, and the capabilities that the processor needs, as torch names
+# them.
 AVX512_FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mfma", "-mf16c")
 AVX512 = ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_vnni")
 INSTRUCTION_SETS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -39,13 +40,13 @@ INSTRUCTION_SETS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "portable": ((), ()),
 }
 
-# Numbers of Linux on x86: the system call, its request (ARCH_REQ_XCOMP_PERM) and the state it is about.
+# Constants of Linux on x86: the system call, the request ARCH_REQ_XCOMP_PERM, and the state that is requested.
 ARCH_PRCTL, REQUEST_PERMISSION, TILE_DATA = 158, 0x1023, 18
 
-# Of what kernels take and give, beside pointers and void.
+# The types of kernels' parameters and results, apart from pointers and void.
 TYPES = {"int": ctypes.c_int, "long": ctypes.c_long, "float": ctypes.c_float}
 
-# The numbers that kernels have for the types of tensors.
+# The kernels' numbers for the dtypes of tensors.
 KINDS = {torch.float32: 0, torch.bfloat16: 1}
 
 
@@ -57,7 +58,8 @@ class KernelsError(LoraplexError):
 
 
 def instruction_sets() -> list[str]:
-    """Those that this process can run, best first. Asks the kernel for the tile registers of AMX, if there are any."""
+    """The instruction sets that this process can run, best first. If the processor has AMX, Linux is asked for
+    permission to use its tile registers."""
     has = torch.cpu.get_capabilities()
     names = [name for name, (_, needed) in INSTRUCTION_SETS.items() if all(has.get(each) for each in needed)]
     if "amx" in names and not _tiles_granted():
@@ -66,23 +68,25 @@ def instruction_sets() -> list[str]:
 
 
 def instruction_set() -> str:
-    """The best one that this process can run."""
+    """The best instruction set that this process can run."""
     return instruction_sets()[0]
 
 
 def compiles(name: str) -> bool:
-    """Whether the compiler knows instruction set `name`: those of other kinds of processors it does not. Raises
-    KernelsError if there is none."""
+    """Whether the compiler knows instruction set `name`; it may not know those of other processors. Raises KernelsError
+    if there is no compiler."""
     flags = INSTRUCTION_SETS[name][0]
     return not flags or _run([_compiler(), *flags, "-fsyntax-only", "-x", "c++", os.devnull]).returncode == 0
 
 
 def build(directory: Path | None, name: str, notify: Callable[[], None] | None = None) -> Path:
-    """The library for instruction set `name`, compiled into `directory` unless it is there. Raises KernelsError.
+    """Returns the library for instruction set `name`, compiled into `directory` unless it is there. The default
+    directory is loraplex/kernels in the user's cache.
 
-    No directory: loraplex/kernels in the user's cache.
-    Its file is named after the sources, the flags and torch's version. Processes that ask at the same time compile it
-    once. `notify` is called before the compiler starts, which takes ten seconds to half a minute.
+    The file's name depends on the sources, the flags and torch's version. Several processes that ask at the same time
+    compile it once. `notify` is called before the compiler starts; it runs for ten seconds to half a minute.
+
+    Raises KernelsError.
     """
     if directory is None:
         directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loraplex" / "kernels"
@@ -103,7 +107,7 @@ def build(directory: Path | None, name: str, notify: Callable[[], None] | None =
 
 
 def _own(path: Path) -> Path:
-    """Code that others could have put there is not loaded."""
+    """Returns the path. Raises KernelsError if another user could have written the library."""
     status = path.stat()
     if status.st_uid not in (0, os.geteuid()) or status.st_mode & stat.S_IWOTH:
         raise KernelsError(f"kernels: other users can write {path}: keep the kernels in a folder of your own")
@@ -111,7 +115,7 @@ def _own(path: Path) -> Path:
 
 
 class Kernels:
-    """The compiled library. A kernel is called by its name, with its parameters' names: what kernels.h calls them.
+    """The compiled library. Kernels are called by name, with keyword arguments. kernels.h has the names.
 
     Arguments are numbers and addresses; None is a null pointer.
     """
@@ -125,17 +129,17 @@ class Kernels:
         self.most_parameters = max(len(kernel.parameters) for kernel in self._kernels.values())
 
     def call(self, name: str, /, **arguments: int | float | None) -> int:
-        """The kernel's result, or 0 if it has none."""
+        """Calls a kernel and returns its result, or 0 if it has none."""
         kernel = self._kernels[name]
         return kernel.function(*kernel.ordered(arguments)) or 0
 
     def row(self, name: str, arguments: Mapping[str, T]) -> tuple[int, tuple[T, ...]]:
-        """A call as the kernel `run` reads it: the kernel's number, and the arguments in order."""
+        """Returns a call as the kernel `run` reads it: the kernel's number, and the arguments in order."""
         kernel = self._kernels[name]
         return kernel.number, kernel.ordered(arguments)
 
     def _read(self, number: int, line: str) -> "Kernel":
-        """A line of kernels.h: `void linear(int threads, ..., void* out)`."""
+        """Reads a line of the library's table: `void linear(int threads, ..., void* out)`."""
         result, name, parameters = re.fullmatch(r"(\w+) (\w+)\((.*)\)", line).groups()  # type: ignore[union-attr]
         types, names = zip(*(parameter.rsplit(" ", 1) for parameter in parameters.split(", ")), strict=True)
         function = getattr(self._library, name)
@@ -148,20 +152,21 @@ class Kernels:
 class Kernel:
     """A function of the library."""
 
-    number: int  # in the list of kernels.h
+    number: int  # its index in the list of kernels.h
     name: str
     parameters: tuple[str, ...]
     function: Callable[..., int | None]
 
     def ordered(self, arguments: Mapping[str, T]) -> tuple[T, ...]:
-        """The arguments in the order of the parameters. TypeError if there is one too many, or one too few."""
+        """Returns the arguments in the order of the parameters. Raises TypeError if one is missing or unknown."""
         if len(arguments) != len(self.parameters) or any(name not in arguments for name in self.parameters):
             raise TypeError(f"{self.name} takes {self.parameters}, not {tuple(arguments)}")
         return tuple([arguments[name] for name in self.parameters])
 
 
 def _tiles_granted() -> bool:
-    """Whether Linux lets this process, all its threads and what they start use AMX, which it has to be asked once."""
+    """Asks Linux to let this process use AMX, and returns whether it does. The answer holds for all threads and for
+    child processes."""
     return bool(ctypes.CDLL(None).syscall(ARCH_PRCTL, REQUEST_PERMISSION, TILE_DATA) == 0)
 
 

@@ -1,9 +1,9 @@
-// Attention over the paged cache, for prefill chunks and decodes alike, with the softmax computed as the context is
-// read (FlashAttention, arXiv 2205.14135; long contexts in parts that are joined afterwards: Flash-Decoding).
+// Attention over the paged cache, for prefill chunks and decodes alike. The softmax is computed as the context is read
+// (FlashAttention, arXiv 2205.14135). Long contexts are read in parts, which are joined afterwards (Flash-Decoding).
 //
-// A block of the cache holds sixteen positions of one KV head, keys transposed: [head_dim][16], values [16][head_dim].
-// So scores of sixteen positions are lanes, and no sum runs over the lanes. Keys and values of 8 bits have a scale per
-// position and head. What lies behind a sequence's last position is never used, whatever it is.
+// A block of the cache holds sixteen positions of one KV head: keys transposed, [head_dim][16], and values
+// [16][head_dim]. So the scores of sixteen positions are lanes, and no sum runs over lanes. 8-bit keys and values have
+// a scale per position and head. Whatever is in a block after a sequence's last position is never used.
 
 #include "attention_tiles.h"
 #include "team.h"
@@ -19,19 +19,19 @@ constexpr int ROWS = 12;
 #else
 constexpr int ROWS = 5;
 #endif
-constexpr int TILE = 48;     // query rows (tokens times heads of a group) that read a block together, where possible
+constexpr int TILE = 48;     // query rows (tokens times heads of a group) that read a block together, if possible
 constexpr long PART = 1024;  // positions of a decode's context that one task reads
 constexpr int SPAN = 4;      // blocks whose scores are turned into weights together
 constexpr float LOWEST = -std::numeric_limits<float>::infinity();
 
 struct Shape {
-    long heads, kv_heads, head_dim, value_dim, window;  // window 0: none
-    float scale, soft_cap;                              // soft cap 0: none
-    const float* sinks;                                 // [heads]: a score each that has no position; null: none
+    long heads, kv_heads, head_dim, value_dim, window;  // window 0: no window
+    float scale, soft_cap;                              // soft cap 0: no cap
+    const float* sinks;                                 // [heads]: a score for each head, without a value; or null
 };
 
 template <class C>
-struct Cache {  // of one layer
+struct Cache {  // the cache of one layer
     const C* keys;
     const C* values;
     const float* key_scales;  // [blocks][kv_heads][16], for 8 bits only
@@ -39,13 +39,13 @@ struct Cache {  // of one layer
 };
 
 struct Task {
-    long chunk, first_token, tokens;  // in the batch
+    long chunk, first_token, tokens;  // indices in the batch
     long kv_head, first_block, last_block;
-    long part, parts;  // of the context, and how many there are
-    long partial;      // where its result goes if there are several
+    long part, parts;  // the task's part of the context, and the number of parts
+    long partial;      // where the result goes if there are several parts
 };
 
-struct Rows {        // what a task computes, in float32
+struct Rows {        // what a task computes with, in float32
     float* query;    // [rows][head_dim], scaled
     float* out;      // [rows][value_dim], relative to `most`
     float* most;     // largest score so far
@@ -53,9 +53,9 @@ struct Rows {        // what a task computes, in float32
     float* weights;  // [rows][SPAN * 16]
 };
 
-// A block's keys, and then its values, are read while what `next` points to is asked for: blocks lie anywhere, so the
-// processor cannot know what follows. Even and odd dimensions in sums of their own would be shorter chains, but with
-// AVX2 three rows of them do not fit its registers: slower.
+// While a block's keys, and then its values, are read, what `next` points to is prefetched: blocks can be anywhere in
+// memory, so the processor cannot know what follows. Separate sums for even and odd dimensions would make shorter
+// dependency chains, but with AVX2 three rows of them do not fit into the registers, and it was slower.
 template <int R, class C>
 [[gnu::always_inline]] inline void scores(const float* query, long head_dim, const C* keys, const C* next,
                                           Floats* sums) {
@@ -84,15 +84,15 @@ template <class C>
 struct Span {    // up to SPAN blocks of one KV head
     long first;  // its first position in the sequence
     int blocks;
-    int positions;  // that the sequence has in it
+    int positions;  // positions of the sequence in the span
     const C* keys[SPAN];
     const C* values[SPAN];
-    const C* next[SPAN];  // keys that will be read after these values, and are asked for meanwhile
+    const C* next[SPAN];  // the keys that are read after these values, to be prefetched
     const float* key_scales[SPAN];
     const float* value_scales[SPAN];
 };
 
-// The weights of one row's positions, relative to its largest score so far, to which what it had is brought down.
+// Turns one row's scores into weights relative to its largest score so far. If that grows, the row's sums are rescaled.
 template <class C>
 void weigh(const Shape& shape, const Span<C>& span, long position, float* lanes, float* out, float* most,
            float* total) {
@@ -124,13 +124,13 @@ void weigh(const Shape& shape, const Span<C>& span, long position, float* lanes,
         store(lanes + j, p);
         sums = sums + p;
     }
-    // exp is never quite 0: what is hidden is taken out exactly.
+    // exp is never exactly 0, so the weights of hidden positions are set to 0.
     for (long j = last + 1 > 0 ? last + 1 : 0; j < count; j++) lanes[j] = 0;
     for (long j = 0; j < first && j < count; j++) lanes[j] = 0;
     *total += sum(sums);
 }
 
-// One span for R rows. Row r belongs to the token at position first_position + r / group.
+// Attends to one span with R rows. Row r belongs to the token at position first_position + r / group.
 template <int R, class C>
 void attend_span(const Shape& shape, Rows rows, long first_row, long first_position, const Span<C>& span) {
     long head_dim = shape.head_dim, value_dim = shape.value_dim, group = shape.heads / shape.kv_heads;
@@ -169,7 +169,7 @@ void rows_of_span(int count, const Shape& shape, Rows rows, long first_row, long
         rows_of_span<R - 1>(count, shape, rows, first_row, first_position, span);
 }
 
-// The blocks that a task reads from `block` on.
+// The span of a task's blocks that begins at `block`.
 template <class C>
 Span<C> span_at(const Shape& shape, const Task& task, const Cache<C>& cache, const std::int64_t* table, long context,
                 long block) {
@@ -203,15 +203,15 @@ void attend(const Shape& shape, const Task& task, const Cache<C>& cache, const s
 
 #if defined(__AVX512BF16__)
 
-// Whether a task is worth packing the blocks that it reads for tiles.
+// Whether a task has enough rows to be worth packing its blocks for tiles.
 bool suits_tiles(const Shape& shape, const Task& task) {
     return task.tokens > 1 && task.tokens * (shape.heads / shape.kv_heads) >= FEWEST_TILE_ROWS &&
            shape.head_dim % TILE_DEPTH == 0 && shape.value_dim % TILE_DEPTH == 0;
 }
 
-// As attend, by tiles. `queries` are as copy_query made them, not scaled; `panels` is room for a span's keys
-// and values, which become bfloat16 there: bytes do so exactly, and their scales are applied to scores and weights. All
-// rows have room up to whole tiles; what the last ones hold does not matter.
+// Does what attend does, with tiles. `queries` come from copy_query and are not scaled. `panels` has room for a span's
+// keys and values as bfloat16; bytes are converted exactly, and their scales are applied to scores and weights. All
+// arrays of rows have room up to whole tiles; what the rows after the last one hold does not matter.
 template <class C>
 void attend_by_tiles(const Shape& shape, const Task& task, const Cache<C>& cache, const std::int64_t* table,
                      long context, long first_position, const bf16* queries, bf16* panels, Rows rows) {
@@ -226,7 +226,7 @@ void attend_by_tiles(const Shape& shape, const Task& task, const Cache<C>& cache
         Span<C> span = span_at(shape, task, cache, table, context, block);
         for (int b = 0; b < SPAN; b++) {
             if (b < span.blocks) pack_keys(span.keys[b], head_dim, panels + b * LANES * head_dim);
-            // The sequence may go on behind the blocks that the task reads.
+            // The sequence may continue after the blocks that the task reads.
             long positions = b < span.blocks ? span.positions - b * LANES : 0;
             pack_values(positions ? span.values[b] : nullptr, value_dim, b, positions, values);
         }
@@ -241,7 +241,7 @@ void attend_by_tiles(const Shape& shape, const Task& task, const Cache<C>& cache
             }
             weigh(shape, span, first_position + row / group, lanes, rows.out + row * value_dim, rows.most + row,
                   rows.total + row);
-            // Rounded in place, to the first half of the row; behind the span's last block nothing has weight.
+            // The weights are rounded in place, to the first half of the row. After the span's last block they are 0.
             for (int b = 0; b < SPAN; b++) {
                 Floats weights = b < span.blocks ? load(lanes + b * LANES) : zeros();
                 if (b < span.blocks && span.value_scales[b])
@@ -257,7 +257,7 @@ void attend_by_tiles(const Shape& shape, const Task& task, const Cache<C>& cache
 
 #endif
 
-// Cuts the batch into tasks. Where the cuts lie depends on a sequence alone, not on its neighbours.
+// Cuts the batch into tasks. Where a sequence is cut depends on the sequence alone, not on its neighbours.
 std::vector<Task> plan(const Shape& shape, long chunks, const std::int64_t* starts, const std::int64_t* contexts,
                        long& partials) {
     std::vector<Task> tasks;
@@ -295,7 +295,7 @@ void write(const Shape& shape, const Task& task, const float* out, const float* 
     }
 }
 
-// Joins the parts of one decode's context: each is relative to its own largest score.
+// Joins the results over the parts of one decode's context. Each is relative to its own largest score.
 template <class T>
 void join(const Shape& shape, const Task& task, float* partials, long partial_size, T* to) {
     long group = shape.heads / shape.kv_heads, value_dim = shape.value_dim;
@@ -333,11 +333,11 @@ void attention(int threads, const Shape& shape, const T* query, long query_strid
     long partial_size = group * (value_dim + 2);
     long row_size = (head_dim + value_dim + 2 + SPAN * LANES) * most_rows;
 #if defined(__AVX512BF16__)
-    row_size += TILE_SPAN * (head_dim + value_dim + 1) / 2;  // panels of bfloat16: a span's keys, and its values
+    row_size += TILE_SPAN * (head_dim + value_dim + 1) / 2;  // bfloat16 panels of a span's keys and values
 #endif
     float* memory = for_rows.get<float>(row_size * threads);
     float* partials = for_partials.get<float>(partial_size * partial_count);
-    std::atomic<std::size_t> next{0}, next_joined{0};  // tasks differ in size: whoever is free takes one
+    std::atomic<std::size_t> next{0}, next_joined{0};  // tasks differ in size: a free thread takes the next one
     parallel(threads, [&](Member me) {
         float* mine = memory + me.index * row_size;
         for (std::size_t i; (i = next++) < tasks.size();) {
@@ -392,8 +392,9 @@ void attention(int threads, const Shape& shape, const T* query, long query_strid
 
 using namespace loraplex;
 
-// query: heads side by side, `query_stride` numbers from token to token. keys and values of the query's kind, or, if
-// there are scales, int8. starts [chunks + 1], contexts [chunks], tables [chunks, table_width] of block numbers.
+// query has the heads of a token side by side, and tokens are `query_stride` numbers apart. keys and values are of the
+// query's kind or, if there are scales, int8. starts [chunks + 1], contexts [chunks], tables [chunks, table_width] of
+// block numbers.
 EXPORT void paged_attention(int threads, int kind, const void* query, long query_stride, long heads, long kv_heads,
                             long head_dim, long value_dim, float scale, float soft_cap, long window, const float* sinks,
                             const void* keys, const void* values, const float* key_scales, const float* value_scales,

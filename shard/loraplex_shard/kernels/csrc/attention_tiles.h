@@ -1,6 +1,6 @@
-// The two products of attention, for sixteen rows of bfloat16 queries and SPAN blocks of the cache, of bfloat16 or
-// int8, at once: by tiles (AMX), or by vectors of pairs (AVX512_BF16). Used by attention.cpp; knows neither masks nor
-// softmax nor scales.
+// The two products of attention, for sixteen rows of bfloat16 queries and SPAN blocks of a bfloat16 or int8 cache at
+// once: with tiles (AMX), or with vectors of pairs (AVX512_BF16). attention.cpp uses them and does the masks, the
+// softmax and the scales.
 #pragma once
 
 #include "common.h"
@@ -10,18 +10,19 @@
 
 namespace loraplex {
 
-constexpr long TILE_BLOCKS = 4;                  // of the cache, whose positions are the columns of four tiles
+constexpr long TILE_BLOCKS = 4;                  // cache blocks; their positions are the columns of four tiles
 constexpr long TILE_SPAN = TILE_BLOCKS * LANES;  // positions
 
-// A block's keys [head_dim][16] as a panel of sixteen columns: [head_dim / 2][16][2].
+// Packs a block's keys [head_dim][16] as a panel of sixteen columns: [head_dim / 2][16][2].
 template <class C>
 void pack_keys(const C* keys, long head_dim, bf16* panel) {
     for (long d = 0; d < head_dim; d += 2)
         pair_up(low_halves(keys + d * LANES), low_halves(keys + (d + 1) * LANES), panel + d * LANES);
 }
 
-// The values [16][head_dim] of a block, of which `positions` are a sequence's, into the panels of a span, one for every
-// sixteen dimensions: [head_dim / 16][TILE_SPAN / 2][16][2]. What is not the sequence's becomes 0, since it may be NaN.
+// Packs a block's values [16][head_dim] into the panels of a span, one for every sixteen dimensions:
+// [head_dim / 16][TILE_SPAN / 2][16][2]. The first `positions` values are the sequence's. The others become 0, since
+// they may be NaN.
 template <class C>
 void pack_values(const C* values, long head_dim, long block, long positions, bf16* panels) {
     auto row = [&](long d, long j) {
@@ -34,7 +35,7 @@ void pack_values(const C* values, long head_dim, long block, long positions, bf1
 
 #if defined(__AMX_BF16__)
 
-// Row `row` of queries [.., head_dim].
+// Copies a query to row `row` of queries [.., head_dim].
 inline void copy_query(const bf16* query, long head_dim, long row, bf16* queries) {
     std::memcpy(queries + row * head_dim, query, head_dim * sizeof(bf16));
 }
@@ -63,8 +64,8 @@ inline void score_tiles(const bf16* query, long head_dim, const bf16* panels, fl
     store_tile<3>(scores + 3 * LANES, TILE_SPAN * 4);
 }
 
-// out [16, head_dim] += weights [16, TILE_SPAN], each row in the first half of a float32 one, times the panels of a
-// span's values.
+// out [16, head_dim] += weights [16, TILE_SPAN] times the panels of a span's values. A row of weights is in the first
+// half of a row of float32 numbers.
 inline void add_value_tiles(const bf16* weights, long head_dim, const bf16* panels, float* out) {
     constexpr long stride = 2 * TILE_SPAN;
     load_tile<4>(weights, stride * 2);
@@ -88,13 +89,14 @@ inline void add_value_tiles(const bf16* weights, long head_dim, const bf16* pane
 
 #else
 
-// Row `row` of queries, sixteen of which lie word by word (see common.h): [.. / 16][head_dim / 2][16][2].
+// Copies a query to row `row` of queries. Sixteen rows are interleaved word by word (see common.h):
+// [.. / 16][head_dim / 2][16][2].
 inline void copy_query(const bf16* query, long head_dim, long row, bf16* queries) {
     Word* words = (Word*)(queries + row / TILE_ROWS * TILE_ROWS * head_dim) + row % TILE_ROWS;
     for (long i = 0; i < head_dim / 2; i++) std::memcpy(words + i * TILE_ROWS, query + 2 * i, sizeof(Word));
 }
 
-// sums [16] += pairs of sixteen rows times a panel. Rows are STRIDE words apart, and their pairs STEP words.
+// sums [16] += pairs of sixteen rows times a panel. Rows are STRIDE words apart, and the pairs of a row STEP words.
 template <long STRIDE, long STEP>
 [[gnu::always_inline]] inline void add_pairs(const Word* x, long pairs, const bf16* panel, __m512* sums) {
     for (long i = 0; i < pairs; i++, x += STEP, panel += 2 * LANES) {

@@ -1,8 +1,9 @@
 // Collectives of processes on one host, over memory that they share. All ranks make the same calls in the same order.
 //
-// Data goes through in rounds. In a round each rank copies a piece of its data into its slot, says so, and waits until
-// all have; then it reads the others' slots. Slots are double: a rank that fills one for round n + 2 has met the others
-// in round n + 1, so all of them are done reading round n. Hence a round needs no second wait.
+// Data is exchanged in rounds. In a round, each rank copies a piece of its data into its slot, announces it, and waits
+// until all ranks have done so. Then it reads the others' slots. There are two sets of slots: a rank that fills a slot
+// for round n + 2 has met the others in round n + 1, so all of them have finished reading round n. So a round needs no
+// second wait.
 
 #include "team.h"
 
@@ -22,10 +23,10 @@ struct Place {  // of a rank; device/shared_memory.py has the same fields
 namespace loraplex {
 namespace {
 
-constexpr useconds_t NAP = 50;  // microseconds of a sleep: another rank is busy, or lost
+constexpr useconds_t NAP = 50;  // microseconds between looks at a rank that is busy or lost
 constexpr long DONE = 0;
 
-struct alignas(128) State {  // of a rank; the memory begins with these, zeroed
+struct alignas(128) State {  // a rank's state; the memory begins with all ranks' states, which are zeroed
     std::atomic<std::uint64_t> round;
     std::atomic<bool> left;
 };
@@ -43,13 +44,13 @@ class Rounds {
           states_((State*)place.memory),
           round_(states_[place.rank].round.load(std::memory_order_relaxed) + 1) {}
 
-    // The slot of a rank in this round: one's own may be filled until `meet`, the others' may be read after it.
+    // The slot of a rank in this round. A rank fills its own slot before `meet` and reads the others' after it.
     char* slot(long rank) const {
         long number = long(round_ % 2) * place_.size + rank;
         return place_.memory + place_.size * long(sizeof(State)) + number * place_.slot_bytes;
     }
 
-    // Waits for all ranks. DONE, 1 + the rank that is gone, or -1 - the rank that is late.
+    // Waits for all ranks. Returns DONE, 1 + a rank that is gone, or -1 - a rank that is late.
     long meet() const {
         states_[place_.rank].round.store(round_, std::memory_order_release);
         for (long rank = 0; rank < place_.size; rank++)
@@ -64,7 +65,7 @@ class Rounds {
         if (soon([&] { return arrived(rank); })) return DONE;
         for (double began = now(); !arrived(rank);) {
             if (gone(rank)) return arrived(rank) ? DONE : 1 + rank;  // it may have left after the round
-            if (gone(place_.rank)) return 1 + place_.rank;           // another thread closes the group
+            if (gone(place_.rank)) return 1 + place_.rank;           // another thread is closing the group
             if (now() - began > place_.patience) return -1 - rank;
             usleep(NAP);
         }
@@ -109,7 +110,7 @@ long all_reduce(const Place& place, long count, T* data) {
     return DONE;
 }
 
-// Copies bytes [begin, end) of a matrix with rows of `width` bytes to one whose rows are `stride` bytes apart.
+// Copies bytes [begin, end) of a matrix with rows of `width` bytes to a matrix whose rows are `stride` bytes apart.
 void copy_to_rows(const char* piece, long begin, long end, long width, char* out, long stride) {
     while (begin < end) {
         long column = begin % width;
@@ -125,14 +126,15 @@ void copy_to_rows(const char* piece, long begin, long end, long width, char* out
 
 using namespace loraplex;
 
-// data [count] becomes its sum over all ranks, added up in float32 in the order of the ranks: the same bits on each.
+// Replaces data [count] by its sum over all ranks. The sum is in float32 and in the order of the ranks, so every rank
+// gets the same bits.
 EXPORT long all_reduce(const Place* place, int kind, long count, void* data) {
     long result = DONE;
     with_type(kind, [&](auto* t) { result = loraplex::all_reduce(*place, count, (decltype(t))data); });
     return result;
 }
 
-// data becomes rank 0's.
+// Replaces data by rank 0's data.
 EXPORT long broadcast(const Place* place, long bytes, char* data) {
     Rounds rounds(*place);
     for (long begin = 0; begin < bytes; begin += place->slot_bytes, rounds.next()) {
@@ -144,7 +146,7 @@ EXPORT long broadcast(const Place* place, long bytes, char* data) {
     return DONE;
 }
 
-// The ranks' matrices, of `rows` rows of widths[rank] bytes, side by side in `out`, which only rank 0 has.
+// Puts the ranks' matrices, of `rows` rows of widths[rank] bytes, side by side in `out`, which only rank 0 has.
 EXPORT long gather(const Place* place, long rows, const long* widths, const char* data, char* out) {
     long widest = 0, stride = 0;
     for (long rank = 0; rank < place->size; rank++) {
@@ -167,7 +169,8 @@ EXPORT long gather(const Place* place, long rows, const long* widths, const char
     return DONE;
 }
 
-// Says to the others that this rank makes no more calls; those that wait for it then fail, as does one under way here.
+// Tells the other ranks that this rank makes no more calls. Their calls that wait for it fail, and so does a call in
+// progress on another thread here.
 EXPORT void leave_group(const Place* place) {
     ((State*)place->memory)[place->rank].left.store(true, std::memory_order_release);
 }

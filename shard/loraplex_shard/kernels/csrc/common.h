@@ -1,4 +1,5 @@
-// What the operations share: the kinds of numbers they take, and memory that lives from call to call.
+// What the kernels share: the kinds of numbers that they take, memory that is kept from call to call, and how rows are
+// divided among threads.
 #pragma once
 
 #include <cstddef>
@@ -12,7 +13,7 @@ namespace loraplex {
 
 enum Kind : int { FLOAT32 = 0, BFLOAT16 = 1 };
 
-// Calls f with a null pointer of the C++ type that `kind` stands for.
+// Calls f with a null pointer to the C++ type that `kind` stands for.
 template <class F>
 inline void with_type(int kind, F f) {
     if (kind == BFLOAT16)
@@ -21,7 +22,7 @@ inline void with_type(int kind, F f) {
         f((float*)nullptr);
 }
 
-// Memory for a call's intermediate values. It grows and is never returned, so that no step allocates.
+// Memory for a call's intermediate values. It grows and is never freed, so that steps do not allocate.
 class Scratch {
   public:
     template <class T>
@@ -42,13 +43,14 @@ class Scratch {
     std::size_t size_ = 0;
 };
 
-// Part `index` of `count` things cut into `parts` runs of near-equal length.
+// Part `index` of [0, count), cut into `parts` parts of nearly equal length.
 struct Range {
     long begin, end;
     Range(long count, long parts, long index) : begin(count * index / parts), end(count * (index + 1) / parts) {}
 };
 
-// [begin, end) in as few runs of at most `most` as there can be, all of near-equal length: 8 by 5 is 4 and 4.
+// Cuts [begin, end) into the fewest runs of at most `most`, all of nearly equal length: 8 in runs of at most 5 is 4
+// and 4.
 class Runs {
   public:
     long begin, index = 0;
@@ -65,19 +67,19 @@ class Runs {
     long end_;
 };
 
-// Rows of x that stay in the cache while all panels are read.
+// The number of rows of x that stay in the cache while all panels are read.
 constexpr long BLOCK = 128;
 
 inline Runs rows_of_block(long block, long m, long most) {
     return Runs(block, block + BLOCK < m ? block + BLOCK : m, most);
 }
 
-// What x is multiplied by at a time: a float32, a pair of bfloat16, or four int8. Rows that are multiplied together lie
-// word by word, as their run reads them: the first words of all of them, then the second ones.
+// The unit in which x is multiplied: one float32, two bfloat16 or four int8. The rows of a run are interleaved word by
+// word, in the order in which they are read: first the first word of every row, then the second word of every row.
 using Word = std::uint32_t;
 
 #if defined(__AVX512BF16__)
-// sums += w times a pair of bfloat16, which is one word.
+// sums += w times a pair of bfloat16 numbers, which is one word.
 [[gnu::always_inline]] inline void add_pair(__m512& sums, __m512bh w, const void* pair) {
     int word;
     std::memcpy(&word, pair, sizeof word);
@@ -85,9 +87,10 @@ using Word = std::uint32_t;
 }
 #endif
 
-// What each member of a team makes of m rows that are multiplied in runs of at most `most` and have `pieces` pieces
-// each: f(first_row, rows, first_piece, last_piece) for its part of a run. Words of a run's rows share cache lines, so
-// members take pieces of all its rows, not rows: two that write to one line wait for each other at every word.
+// Divides m rows, each of `pieces` pieces, among the members of a team. Rows are multiplied in runs of at most `most`.
+// For its part of a run, a member calls f(first_row, rows, first_piece, last_piece). Words of a run's rows share cache
+// lines, so a member takes some pieces of all the run's rows: two members that write to one line would wait for each
+// other at every word.
 template <class Member, class F>
 void each_run(Member me, long m, long most, long pieces, const F& f) {
     long runs = 0, place = 0;
@@ -101,18 +104,18 @@ void each_run(Member me, long m, long most, long pieces, const F& f) {
         }
 }
 
-// What a run of rows asks memory for while it multiplies with a panel, since processors alone ask too late. If it is
-// the only run, that is what comes a little later; of several runs, each asks for its part of the next panel.
+// What a run of rows prefetches while it multiplies with a panel, since the processor's own prefetching is too late. A
+// single run prefetches what it will read a little later. Of several runs, each prefetches its part of the next panel.
 class Ahead {
   public:
     static constexpr long LINE = 64;  // bytes
 
-    // A panel of `bytes` bytes, which is read in `steps` steps.
+    // The panel has `bytes` bytes and is read in `steps` steps.
     Ahead(const void* panel, long bytes, long steps, const Runs& run)
         : next_((const char*)panel + (run.total == 1 ? DISTANCE : bytes + run.index * bytes / run.total)),
           step_((bytes + steps * run.total - 1) / (steps * run.total)) {}
 
-    // One of these is to be called in every step; the second if a step reads no more than one line.
+    // Call one of these in every step: fetch_line if a step reads no more than one cache line, else fetch.
     void fetch() {
         for (long i = 0; i < step_; i += LINE) __builtin_prefetch(next_ + i);
         next_ += step_;

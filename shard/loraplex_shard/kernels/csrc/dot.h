@@ -1,8 +1,8 @@
 // Dot products of small integers: one group of a panel's sixteen rows with M rows of activations.
 //
-// Weights lie in fours of k, [group / 4][16][4] bytes: int8 as they are; int4 unsigned, two to a byte, the fours of the
-// group's first half in the low and those of its second half in the high nibbles. Activations are int8 in [-127, 127],
-// the rows' words side by side (see common.h).
+// Weights are stored in fours of k: [group / 4][16][4] bytes. 8-bit weights are int8. 4-bit weights are unsigned, two
+// to a byte: the group's first half is in the low nibbles, its second half in the high ones. Activations are int8 in
+// [-127, 127], interleaved word by word (see common.h).
 #pragma once
 
 #include "common.h"
@@ -13,19 +13,19 @@ namespace loraplex {
 
 constexpr int DOT_ROWS = 12;
 
-// sums += products of fours: unsigned w in sixteen columns, signed x in one word. Written out, since g++ 12 copies the
-// sums before and after each of its intrinsics.
+// sums += products of fours, of unsigned w in sixteen columns and signed x in one word. This is inline assembly because
+// g++ 12 copies the sums before and after its intrinsic.
 [[gnu::always_inline]] inline void add_dot(__m512i& sums, __m512i w, const std::int8_t* x) {
     asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sums) : "v"(w), "m"(*(const Word*)x));
 }
 
 template <int M>
 inline void dot_int8(const std::uint8_t* w, int group, const std::int8_t* x, const int* x_sums, Floats* sums) {
-    // One factor must be unsigned: w + 128. The part of 128 is taken off beforehand: x_sums are -128 times the rows'
-    // sums.
+    // One factor must be unsigned, so w + 128 is used. What the 128 adds is subtracted beforehand: x_sums are -128
+    // times the rows' sums.
     __m512i totals[M], offset = _mm512_set1_epi8(char(0x80));
     for (int m = 0; m < M; m++) totals[m] = _mm512_set1_epi32(x_sums[m]);
-    if (group < 32) __builtin_unreachable();  // else g++ copies all sums, in case that there is nothing to add
+    if (group < 32) __builtin_unreachable();  // otherwise g++ copies all sums, in case there is nothing to add
     for (int i = 0; i < group; i += 4, w += 64) {
         __m512i weights = _mm512_xor_si512(_mm512_loadu_si512(w), offset);
         for (int m = 0; m < M; m++) add_dot(totals[m], weights, x + i * M + 4 * m);
@@ -69,7 +69,7 @@ inline void dot_int8(const std::uint8_t* w, int group, const std::int8_t* x, con
         __m256i pa = _mm256_abs_epi8(wa), pb = _mm256_abs_epi8(wb);
         for (int m = 0; m < M; m++) {
             __m256i v = four(x + i * M + 4 * m);
-            // Two products of at most 128 * 127 fit into 16 bits.
+            // The sum of two products of at most 128 * 127 fits into 16 bits.
             __m256i da = _mm256_maddubs_epi16(pa, _mm256_sign_epi8(v, wa));
             __m256i db = _mm256_maddubs_epi16(pb, _mm256_sign_epi8(v, wb));
             a[m] = _mm256_add_epi32(a[m], _mm256_madd_epi16(da, ones));
@@ -85,7 +85,7 @@ inline void dot_int4(const std::uint8_t* w, int group, const std::int8_t* x, Flo
     __m256i totals_a[M], totals_b[M];
     for (int m = 0; m < M; m++) totals_a[m] = totals_b[m] = _mm256_setzero_si256();
     for (int begin = 0; begin < group / 2; begin += 16) {
-        // Sixteen products of at most 15 * 127 fit into 16 bits.
+        // The sum of sixteen products of at most 15 * 127 fits into 16 bits.
         __m256i a[M], b[M];
         for (int m = 0; m < M; m++) a[m] = b[m] = _mm256_setzero_si256();
         for (int i = begin; i < begin + 16; i += 4, w += 64) {

@@ -1,15 +1,15 @@
-// Normalization and activation: little arithmetic, each value read and written once.
+// Normalization and activation. There is little arithmetic: each value is read and written once.
 
 #include "team.h"
 
 namespace loraplex {
 namespace {
 
-constexpr long SMALL = 8192;  // numbers below which a second thread costs more than it saves
+constexpr long SMALL = 8192;  // for fewer numbers, a second thread costs more than it saves
 
 inline int lanes_at(long i, long n) { return int(n - i < LANES ? n - i : LANES); }
 
-// hidden += scale * delta, as rounded to T, of one row.
+// hidden += scale * delta, rounded to T, for one row.
 template <class T>
 Floats add_at(T* hidden, const T* delta, float scale, int count) {
     store_first(hidden, fma(load_first(delta, count), splat(scale), load_first(hidden, count)), count);
@@ -23,7 +23,8 @@ float mean(const T* x, long n) {
     return sum(sums) / float(n);
 }
 
-// hidden += scale * delta (if there is one), out = (hidden - its mean, if CENTERED) / root mean square * weight + bias.
+// hidden += scale * delta if there is a delta, then out = hidden / root mean square * weight + bias. If CENTERED, the
+// mean is subtracted from hidden first.
 template <bool CENTERED, class T>
 void add_norm(int threads, long rows, long n, T* hidden, const T* delta, float scale, const float* weight,
               const float* bias, float eps, T* out) {
@@ -62,7 +63,7 @@ struct Silu {
     static Floats of(Floats x) { return x / (splat(1.0f) + exp(min(zeros() - x, splat(80.0f)))); }
 };
 
-struct Gelu {  // x / 2 * (1 + erf(x / sqrt 2)), whose error is below 2e-7 (Abramowitz and Stegun, 7.1.26)
+struct Gelu {  // x / 2 * (1 + erf(x / sqrt 2)); the error of erf is below 2e-7 (Abramowitz and Stegun, 7.1.26)
     static Floats of(Floats x) {
         Floats z = abs(x) * splat(0.70710678f);
         Floats t = splat(1.0f) / fma(z, splat(0.3275911f), splat(1.0f));
@@ -76,7 +77,7 @@ struct Gelu {  // x / 2 * (1 + erf(x / sqrt 2)), whose error is below 2e-7 (Abra
     }
 };
 
-struct GeluTanh {  // x / 2 * (1 + tanh(u)) is x * sigmoid(2 u)
+struct GeluTanh {  // x / 2 * (1 + tanh(u)), which is x * sigmoid(2 u)
     static Floats of(Floats x) { return x * sigmoid(splat(1.59576912f) * fma(splat(0.044715f) * x * x, x, x)); }
 };
 
@@ -92,7 +93,7 @@ struct QuickGelu {
     static Floats of(Floats x) { return x * sigmoid(splat(1.702f) * x); }
 };
 
-struct ClampedSwiglu {  // GPT-OSS's, whose ups are bounded too, and count from -1
+struct ClampedSwiglu {  // of GPT-OSS: the ups are clamped as well, and 1 is added to them
     static constexpr float LIMIT = 7;
     static Floats of(Floats x) { return QuickGelu::of(min(splat(LIMIT), x)); }
     static Floats up(Floats x) { return max(splat(-LIMIT), min(splat(LIMIT), x)) + splat(1.0f); }
@@ -120,7 +121,7 @@ Floats up_of(Floats x) {
         return x;
 }
 
-// What is active is multiplied by `up`, unless that is null.
+// The activation is multiplied by `up`, unless that is null.
 template <class Function, class T>
 void activate_row(const T* x, const T* up, long n, T* out) {
     auto at = [&](long i, int count) {
@@ -136,11 +137,11 @@ void activate_row(const T* x, const T* up, long n, T* out) {
 template <class T>
 void upcast(int threads, long rows, long n, const T* x, float scale, float soft_cap, float* out, std::uint8_t* finite) {
     std::memset(finite, 1, rows);
-    long parts = (n + SMALL - 1) / SMALL;  // of a row, since there may be one row of a whole vocabulary
+    long parts = (n + SMALL - 1) / SMALL;  // parts per row, since there may be a single row as long as the vocabulary
     parallel_for(rows * n > SMALL ? threads : 1, rows * parts, [&](long i) {
         long row = i / parts;
         Range part(n, parts, i % parts);
-        Floats nothing = zeros();  // times an infinity or NaN it is NaN
+        Floats nothing = zeros();  // 0 times an infinity or NaN is NaN
         for (long j = part.begin; j < part.end; j += LANES) {
             int count = lanes_at(j, part.end);
             Floats v = load_first(x + row * n + j, count) * splat(scale);
@@ -166,7 +167,7 @@ float sum_of_squares(const T* x, long n) {
 
 using namespace loraplex;
 
-// hidden, out [rows, n] of one kind; delta like hidden, or null; weight [n]; bias [n] or null.
+// hidden and out [rows, n] are of the same kind; delta is like hidden, or null; weight [n]; bias [n] or null.
 EXPORT void add_norm(int threads, int kind, long rows, long n, void* hidden, const void* delta, float scale,
                      const float* weight, const float* bias, float eps, int centered, void* out) {
     with_type(kind, [&](auto* t) {
@@ -188,7 +189,7 @@ EXPORT void add(int threads, int kind, long rows, long n, void* hidden, const vo
     });
 }
 
-// x [rows, n] -> out [rows, n]; gated: x [rows, 2 n].
+// x [rows, n] -> out [rows, n]. If gated, x is [rows, 2 n].
 EXPORT void activate(int threads, int kind, int function, int gated, long rows, long n, const void* x, void* out) {
     with_type(kind, [&](auto* t) {
         using T = decltype(t);
@@ -201,14 +202,15 @@ EXPORT void activate(int threads, int kind, int function, int gated, long rows, 
     });
 }
 
-// x [rows, n] times scale -> out [rows, n] float32, soft_cap * tanh(out / soft_cap) if that is not 0; finite [rows]: 1
-// where all numbers of a row are, else 0.
+// x [rows, n] times scale -> out [rows, n] float32. If soft_cap is not 0, out becomes soft_cap * tanh(out / soft_cap).
+// finite [rows] is 1 if all numbers of a row are finite, else 0.
 EXPORT void upcast(int threads, int kind, long rows, long n, const void* x, float scale, float soft_cap, float* out,
                    std::uint8_t* finite) {
     with_type(kind, [&](auto* t) { loraplex::upcast(threads, rows, n, (decltype(t))x, scale, soft_cap, out, finite); });
 }
 
-// Of each token, the squares of its first `queries` numbers and of the next `keys`, summed and scaled: out [tokens, 2].
+// For each token, the scaled sums of the squares of its first `queries` numbers and of the next `keys` numbers:
+// out [tokens, 2].
 EXPORT void head_squares(int threads, int kind, long tokens, const void* qkv, long stride, long queries, long keys,
                          float query_scale, float key_scale, float* out) {
     with_type(kind, [&](auto* t) {

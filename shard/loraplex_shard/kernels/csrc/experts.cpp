@@ -1,5 +1,5 @@
-// A mixture of experts: tokens choose experts, pairs of a token and an expert are put in the order of the experts, and
-// each expert's layers are computed for its run of pairs, by the kernels of linear.cpp, quantized.cpp and lora.cpp.
+// A mixture of experts. Tokens choose experts, and the pairs of a token and an expert are sorted by expert. Each
+// expert's layers are then computed for its run of pairs, with the kernels of linear.cpp, quantized.cpp and lora.cpp.
 
 #include <algorithm>
 #include <vector>
@@ -13,13 +13,13 @@ namespace {
 struct Expert {  // as ops/cpu/weights.py has them: all numbers are 64 bits wide
     const void* weight;
     const void* bias;          // or null
-    std::int64_t bits, group;  // 0: the weight is of floats
+    std::int64_t bits, group;  // 0 if the weight has floats
 };
 
 inline float number(float x) { return x; }
 inline float number(bf16 x) { return from_bf16(x); }
 
-// The largest `chosen` of a row of logits, the first of equal ones first, and their weights.
+// Chooses the `chosen` largest of a row of logits, the first of equal ones first, and computes their weights.
 template <class T>
 void choose(const T* logits, long experts, long chosen, bool normalized, std::int64_t* ids, float* weights) {
     static thread_local std::vector<float> left;
@@ -33,7 +33,7 @@ void choose(const T* logits, long experts, long chosen, bool normalized, std::in
     static thread_local std::vector<bool> taken;
     taken.assign(experts, false);
     for (long j = 0; j < chosen; j++) {
-        long best = -1;  // of numbers that are not finite, any will do
+        long best = -1;  // if the logits are not finite, any expert will do
         for (long e = 0; e < experts; e++)
             if (!taken[e] && (best < 0 || left[e] > left[best])) best = e;
         taken[best] = true;
@@ -44,18 +44,18 @@ void choose(const T* logits, long experts, long chosen, bool normalized, std::in
     for (long j = 0; j < chosen; j++) weights[j] /= normalized ? own : all;
 }
 
-constexpr long SMALL = 8192;  // numbers below which a second thread costs more than it saves
+constexpr long SMALL = 8192;  // for fewer numbers, a second thread costs more than it saves
 
 }  // namespace
 }  // namespace loraplex
 
 using namespace loraplex;
 
-// logits [tokens, experts] -> of each pair its weight; order, places [pairs] and starts [experts + 1] as ops/base.py
+// logits [tokens, experts] -> weights, order, places [pairs] and starts [experts + 1], as Routing in ops/base.py
 // describes them.
 EXPORT void route(int kind, long tokens, long experts, long chosen, int normalized, const void* logits, float* weights,
                   std::int64_t* order, std::int64_t* places, std::int64_t* starts) {
-    std::int64_t* ids = order;  // until they are counted
+    std::int64_t* ids = order;  // the experts' ids are kept here until they are counted
     with_type(kind, [&](auto* t) {
         for (long i = 0; i < tokens; i++)
             choose((decltype(t))logits + i * experts, experts, chosen, normalized, ids + i * chosen,
@@ -79,7 +79,7 @@ EXPORT void dispatch(int threads, int kind, long pairs, long chosen, const std::
     });
 }
 
-// out [pairs, n]: each expert's layer of its own run of rows of x [pairs, k].
+// out [pairs, n]: each expert's layer applied to its own run of rows of x [pairs, k].
 EXPORT void expert_linear(int threads, int kind, long count, const std::int64_t* starts, long n, long k, const void* x,
                           const void* experts, void* out) {
     long size = kind == BFLOAT16 ? 2 : 4;
@@ -96,8 +96,8 @@ EXPORT void expert_linear(int threads, int kind, long count, const std::int64_t*
     }
 }
 
-// add_lora_delta of pairs in the order of their experts: expert e's layer is row layer + e of the adapters' tables, of
-// which some, with fewer than table_rows[s] rows, have none for experts. Segments are runs of tokens.
+// add_lora_delta for pairs in the order of their experts. Expert e's layer is row layer + e of an adapter's table. A
+// table that ends before that row, at table_rows[s], has nothing for experts. Segments are runs of tokens.
 EXPORT void add_expert_lora_delta(int threads, int kind, int int8_weights, long segments, const std::int64_t* starts,
                                   const std::int64_t* stops, const std::int64_t* tables, const std::int64_t* table_rows,
                                   long layer, long count, const std::int64_t* expert_starts, const std::int64_t* order,
@@ -121,8 +121,8 @@ EXPORT void add_expert_lora_delta(int threads, int kind, int int8_weights, long 
                        out, n);
 }
 
-// out [tokens, n]: the rows of x of each token's pairs, by their weights; plus shared [tokens, n], if there is one,
-// times the sigmoid of gate [tokens], if there is one.
+// out [tokens, n]: the weighted sum of the rows of x of each token's pairs. If there is a shared [tokens, n], it is
+// added, times the sigmoid of gate [tokens] if there is a gate.
 EXPORT void combine(int threads, int kind, long tokens, long chosen, const float* weights, const std::int64_t* places,
                     long n, const void* x, const void* shared, const void* gate, void* out) {
     with_type(kind, [&](auto* t) {

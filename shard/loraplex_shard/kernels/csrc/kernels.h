@@ -1,6 +1,6 @@
-// Every function that Python calls, said once: KERNEL(result, name, (parameters)). What each of them computes is said
-// where it is defined. From this list follow
-//   - the declarations below, which the compiler holds each definition against;
+// The list of all functions that Python calls: KERNEL(result, name, (parameters)). What a function computes is said at
+// its definition. The list is used for
+//   - the declarations below, against which the compiler checks each definition;
 //   - the numbers by which program.cpp runs recorded calls;
 //   - the text from which kernels/library.py learns each function's parameters, their types and their order.
 #pragma once

@@ -1,9 +1,9 @@
 // out = x W^T for weights in float32 or bfloat16, packed into panels of sixteen rows. Sums are float32.
 //
-// A panel holds sixteen rows of W, one per lane: for float32 [k][16], for bfloat16 [k / 2][16][2], where k is padded
-// to be even. A panel is read once for every run of rows of x, each time by one thread. x becomes words (see common.h):
-// of float32, or of bfloat16 for processors that multiply pairs of them (AVX512_BF16).
-// Processors that multiply tiles do so by linear_tiles.h, over the same panels.
+// A panel holds sixteen rows of W, one per lane: [k][16] for float32, [k / 2][16][2] for bfloat16, where k is padded to
+// be even. A panel is read once for every run of rows of x, each time by one thread. x is converted to words (see
+// common.h): of float32, or of bfloat16 if the processor multiplies pairs of them (AVX512_BF16). Processors with tiles
+// use linear_tiles.h, with the same panels.
 
 #include "linear_tiles.h"
 #include "team.h"
@@ -12,23 +12,23 @@ namespace loraplex {
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int ROWS = 24;  // of x at once: their sums and a few more are all registers
+constexpr int ROWS = 24;  // rows of x at once: their sums and a few more values fill the registers
 #else
 constexpr int ROWS = 5;
 #endif
 
-constexpr long PIECE = 64;  // numbers of a row that one thread makes words of
+constexpr long PIECE = 64;  // numbers of a row that one thread converts to words
 
 #if defined(__AVX512BF16__)
 template <class T>
-using Factor = T;  // what x becomes
+using Factor = T;  // the type that x is converted to
 #else
 template <class T>
 using Factor = float;
 #endif
 
-// Each adds the products of some k, the next words of M rows with the next lines of a panel, and goes on behind them.
-// Loops over rows are unrolled by pragma, since g++ otherwise keeps the sums of many rows in memory.
+// Each of these adds the products of the next words of M rows with the next numbers of a panel, and moves both pointers
+// on. Loops over rows are unrolled by pragma, since g++ otherwise keeps the sums of many rows in memory.
 
 template <int M>
 inline void multiply(const float*& x, const float*& panel, Floats* sums, Floats*) {
@@ -72,7 +72,7 @@ template <int M, class X, class W, class T>
         sums[m] = bias;
         second[m] = zeros();
     }
-    constexpr bool SPLIT = M <= 2;  // one or two sums alone would wait for each other's results
+    constexpr bool SPLIT = M <= 2;  // with only one or two sums, each addition would wait for the one before
     while (panel < end) {
         ahead.fetch_line();
         multiply<M>(x, panel, sums, SPLIT ? second : sums);
@@ -81,7 +81,7 @@ template <int M, class X, class W, class T>
     for (int m = 0; m < M; m++) store_first(out + m * stride, SPLIT ? sums[m] + second[m] : sums[m], columns);
 }
 
-// Calls panel_rows for `rows` rows, fewer than or equal to M.
+// Calls panel_rows for `rows` rows, at most M.
 template <int M, class X, class W, class T>
 void rows_of_panel(int rows, const X* x, const W* panel, const W* end, Ahead ahead, Floats bias, T* out, long stride,
                    int columns) {
@@ -91,7 +91,7 @@ void rows_of_panel(int rows, const X* x, const W* panel, const W* end, Ahead ahe
         rows_of_panel<M - 1>(rows, x, panel, end, ahead, bias, out, stride, columns);
 }
 
-// A row of k numbers as every `stride`-th word.
+// Writes a row of k numbers as every `stride`-th word.
 template <class T>
 void to_words(const T* row, long k, T* words, int stride) {
     constexpr long NUMBERS = sizeof(Word) / sizeof(T);
@@ -117,7 +117,7 @@ void linear(int threads, long m, long n, long k, const T* x, const W* weight, co
     long padded = sizeof(W) == 2 ? (k + 1) / 2 * 2 : k;
     bool are_words = std::is_same_v<X, T> && m == 1 && k == padded;
     X* words = are_words ? (X*)x : scratch.get<X>(m * padded);
-    long panels = (n + LANES - 1) / LANES, size = padded * LANES, bytes = size * long(sizeof(W));  // of a panel
+    long panels = (n + LANES - 1) / LANES, size = padded * LANES, bytes = size * long(sizeof(W));  // sizes of a panel
     Shares shares((m + BLOCK - 1) / BLOCK * panels, threads);
     parallel(threads, [&](Member me) {
         if (!are_words) {
@@ -169,7 +169,7 @@ void unpack_row(long row, long k, const T* packed, T* out) {
 
 using namespace loraplex;
 
-// x [m, k], out [m, n] and bias [n] (or null) of one kind; weight as pack_weight made it.
+// x [m, k], out [m, n] and bias [n] (or null) are of the same kind. weight comes from pack_weight.
 EXPORT void linear(int threads, int kind, long m, long n, long k, const void* x, const void* weight, const void* bias,
                    void* out) {
 #if defined(__AMX_BF16__)
@@ -182,12 +182,13 @@ EXPORT void linear(int threads, int kind, long m, long n, long k, const void* x,
     });
 }
 
-// weight [n, k] to panels: ceil(n / 16) * 16 rows of k values, k rounded up to an even number for bfloat16.
+// Packs weight [n, k] into panels: ceil(n / 16) * 16 rows of k values, with k rounded up to an even number for
+// bfloat16.
 EXPORT void pack_weight(int kind, long n, long k, const void* weight, void* packed) {
     with_type(kind, [&](auto* t) { pack(n, k, (decltype(t))weight, (decltype(t))packed); });
 }
 
-// Row ids[i] of a packed weight of k columns, times scale, to row i of out.
+// Copies row ids[i] of a packed weight of k columns, times scale, to row i of out.
 EXPORT void weight_rows(int threads, int kind, long count, const std::int64_t* ids, long k, const void* packed,
                         float scale, void* out) {
     with_type(kind, [&](auto* t) {

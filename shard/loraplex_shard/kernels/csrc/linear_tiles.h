@@ -1,4 +1,4 @@
-// out = x W^T where x and the panels of W are bfloat16, by tiles (AMX). Sums are float32. Used by linear.cpp.
+// out = x W^T with tiles (AMX), for x and panels of W in bfloat16. Sums are float32. Used by linear.cpp.
 #pragma once
 
 #include "team.h"
@@ -8,12 +8,12 @@
 
 namespace loraplex {
 
-constexpr long BLOCK_TILES = 16;  // row tiles that stay in the cache while all panels are read
+constexpr long BLOCK_TILES = 16;  // row tiles of x that stay in the cache while all panels are read
 
-struct Panels {  // one, or two that follow each other
+struct Panels {  // one panel, or two that follow each other
     const bf16* first;
     const bf16* second;
-    const bf16* tails;  // what is left of them behind the whole tiles of k, filled up with zeros
+    const bf16* tails;  // the rest of the panels after the last whole tile of k, padded with zeros
 };
 
 template <bool TWO_ROWS, bool TWO_PANELS>
@@ -42,8 +42,8 @@ inline void add_bias(const float* sums, long rows, const bf16* bias, bf16* out, 
     for (long row = 0; row < rows; row++) store_first(out + row * n, load(sums + row * LANES) + start, first);
 }
 
-// A block of row tiles of x, whose `stride` is a multiple of a tile's depth, with the panel of columns
-// [column, column + 16) of the n of out, or with that and the next. `k` is the panels' own.
+// Multiplies a block of row tiles of x with one panel, which gives columns [column, column + 16) of out, or with that
+// panel and the next. The `stride` of x is a multiple of a tile's depth; `k` is the depth of the panels.
 template <bool TWO_PANELS>
 void rows_by_tiles(const RowTiles& tiles, long first_tile, const bf16* x, long stride, long k, const bf16* panel,
                    const bf16* bias, bf16* out, long n, long column) {

@@ -1,15 +1,13 @@
-// out += B (A x) for runs of tokens that each have an adapter of their own, at its own lora_rank (LoRA: arXiv
-// 2106.09685; many adapters in one call: Punica, arXiv 2310.18547). Nothing is padded to the largest rank and nothing
-// is gathered.
+// out += B (A x) for runs of tokens, each with its own adapter at its own lora_rank (LoRA: arXiv 2106.09685; many
+// adapters in one call: Punica, arXiv 2310.18547). Nothing is padded to the largest rank, and nothing is gathered.
 //
-// A projection's A are rows of `shrink` [lora_rank, k]; its B, times the adapter's scale, is stored transposed,
-// [lora_rank, n], so that outputs are lanes. Both may be int8, with one scale per lora_rank for the two together.
-// Where a projection has factors and shifts for its outputs, they are multiplied and shifted first.
+// A projection's A is some rows of `shrink` [lora_rank, k]. Its B, times the adapter's scale, is stored transposed,
+// [lora_rank, n], so that outputs are lanes. Both may be int8, with one scale per rank for A and B together. If a
+// projection has factors and shifts for its outputs, they are applied first.
 //
-// In a decode step all there is to do is to read the adapters. So their weights are cut into units; each thread has an
-// equal share of them, in the order in which they lie in memory, and asks for one to come while it computes one.
-// Runs long enough, as those of prefill chunks are, are multiplied by tiles where the processor has them
-// (lora_tiles.h).
+// A decode step spends its time reading the adapters. So their weights are cut into units. Each thread has an equal
+// share of them, in the order in which they are in memory, and prefetches a unit while it computes another. Long runs,
+// such as those of prefill chunks, are multiplied with tiles if the processor has them (lora_tiles.h).
 
 #include "lora_layer.h"
 #include "lora_tiles.h"
@@ -20,15 +18,15 @@
 namespace loraplex {
 namespace {
 
-constexpr int WIDTH = 2 * LANES;     // weights that are read at once
+constexpr int WIDTH = 2 * LANES;     // weights read at once
 constexpr long RANKS = 4;            // rows of A in a unit
-constexpr long OUTPUTS = 2 * WIDTH;  // of B in a unit
-constexpr long AHEAD = 4;            // units: with few rows, one takes less time than memory does to answer
-constexpr long ROWS = 32;            // of x that share a unit's weights while they are in the cache
-constexpr long READING = 4;          // in multiplications: what reading a weight costs
-constexpr long TILES_GAIN = 4;       // rows that tiles multiply in the time of one, the weights' packing included
+constexpr long OUTPUTS = 2 * WIDTH;  // columns of B in a unit
+constexpr long AHEAD = 4;            // units to prefetch: with few rows, computing one is faster than memory
+constexpr long ROWS = 32;            // rows of x that share a unit's weights while they are in the cache
+constexpr long READING = 4;          // the cost of reading a weight, in multiplications
+constexpr long TILES_GAIN = 4;       // rows that tiles multiply in a single row's time, packing included
 
-// What is multiplied at once, by the number of registers: rows of A with rows of x, and rows of A x with B.
+// How much is multiplied at once depends on the number of registers: rows of A with rows of x, and rows of A x with B.
 #if defined(__AVX512F__)
 constexpr int SHRINK_RANKS = 4, SHRINK_ROWS = 4, EXPAND_ROWS = 8;
 #else
@@ -37,7 +35,7 @@ constexpr int SHRINK_RANKS = 2, SHRINK_ROWS = 2, EXPAND_ROWS = 3;
 
 #if defined(__AVX512BF16__)
 template <class W, class T>
-using Factor = std::conditional_t<sizeof(W) == 2 && sizeof(T) == 2, bf16, float>;  // what x and A x are multiplied as
+using Factor = std::conditional_t<sizeof(W) == 2 && sizeof(T) == 2, bf16, float>;  // the type of x and A x in products
 #else
 template <class W, class T>
 using Factor = float;
@@ -48,23 +46,23 @@ inline float number(bf16 x) { return from_bf16(x); }
 inline void store(float& to, float x) { to = x; }
 inline void store(bf16& to, float x) { to = to_bf16(x); }
 
-struct Run {  // up to ROWS rows of one adapter or, by tiles, TILE_RUN
+struct Run {  // up to ROWS rows of one adapter, or up to TILE_RUN with tiles
     long start, rows;
     const LoraLayer* layer;
     bool tiles;
-    long stride;  // of the rows of its A x: lora_rank and, by tiles, a tile's depth of zeros
-    long shrunk;  // where its A x goes, [rows][stride]: Factor or, by tiles, bfloat16
+    long stride;  // of the rows of its A x: lora_rank, plus a tile's depth of zeros with tiles
+    long shrunk;  // where its A x goes: [rows][stride] of Factor, or of bfloat16 with tiles
 };
 
 struct Unit {
     const Run* run;
-    const LoraPart* part;  // null: of A
-    long begin, end;       // rows of A, or outputs of the part
+    const LoraPart* part;  // null for a unit of A
+    long begin, end;       // rows of A, or outputs of the part for a unit of B
     const void* weights;
 };
 
-// WIDTH values as floats. Weights of 16 bits are taken apart into the first and the second of each pair, and so is
-// whatever meets them.
+// Loads WIDTH values as floats. 16-bit weights are split into the first and the second numbers of each pair, and so is
+// what they are multiplied with or added to.
 template <bool PAIRS, class T>
 inline void load_two(const T* p, Floats& first, Floats& second) {
     if constexpr (PAIRS && sizeof(T) == 2) {
@@ -92,8 +90,8 @@ inline void load_first_two(const T* p, long n, Floats& first, Floats& second) {
     load_two<PAIRS>(padded, first, second);
 }
 
-// x [rows, k] as floats in `out`, each row padded with zeros to whole widths, in the order in which weights W are
-// loaded.
+// Writes x [rows, k] to `out` as floats, in the order in which weights of type W are loaded. Each row is padded with
+// zeros to a multiple of WIDTH.
 template <class W, class T>
 const float* convert(const T* x, long rows, long k, float* out) {
     constexpr bool PAIRS = sizeof(W) == 2;
@@ -111,7 +109,7 @@ const float* convert(const T* x, long rows, long k, float* out) {
     return converted;
 }
 
-// Adds the products of WIDTH of a row of A, or of the first n, with those of M rows of x.
+// Adds the products of the next n numbers, at most WIDTH, of a row of A with those of M rows of x.
 template <int M, class W>
 inline void add_products(const float* x, long stride, const W* a, long n, Floats* sums) {
     constexpr bool PAIRS = sizeof(W) == 2;
@@ -136,7 +134,7 @@ inline void add_products(const bf16* x, long stride, const bf16* a, long n, Floa
 }
 #endif
 
-// R rows of A times M rows of x. `next`: what will be read next, as much of it.
+// R rows of A times M rows of x. `next` is what will be read next; the same amount of it is prefetched.
 template <int R, int M, class X, class W>
 inline void shrink(const X* x, long stride, long k, const W* a, const W* next, X* out, long ranks) {
     Floats sums[R][M];
@@ -158,7 +156,7 @@ inline void shrink(const X* x, long stride, long k, const W* a, const W* next, X
     }
 }
 
-// Calls shrink for `rows` rows, fewer than or equal to M.
+// Calls shrink for `rows` rows, at most M.
 template <int R, int M, class X, class W>
 void rows_of_shrink(int rows, const X* x, long stride, long k, const W* a, const W* next, X* out, long ranks) {
     if (rows == M)
@@ -179,7 +177,7 @@ void shrink_unit(const Unit& unit, const X* x, long stride, long k, const W* nex
         } else {
             for (long begin = r; begin < r + R; begin += FEWER) {
                 const W *own = a + begin * k, *ahead = next + begin * k;
-                for (Runs run(0, rows, SHRINK_ROWS); run; run.next(), ahead = own)  // the others ask for nothing new
+                for (Runs run(0, rows, SHRINK_ROWS); run; run.next(), ahead = own)  // only the first run prefetches
                     rows_of_shrink<FEWER, SHRINK_ROWS>(run.count(), x + run.begin * stride, stride, k, own, ahead,
                                                        out + run.begin * ranks + begin, ranks);
             }
@@ -190,7 +188,7 @@ void shrink_unit(const Unit& unit, const X* x, long stride, long k, const W* nex
     while (r < unit.end - unit.begin) all_rows(std::integral_constant<int, 1>());
 }
 
-// P times WIDTH outputs for M rows: `count` ranks of `shrunk`, whose rows are `ranks` apart.
+// Adds to P * WIDTH outputs of M rows: `count` ranks of `shrunk`, whose rows are `ranks` apart, times B.
 template <int P, int M, class T, class W>
 inline void expand(const float* shrunk, long ranks, long count, const W* b, long width, const W* next, long next_width,
                    T* out, long stride) {
@@ -215,8 +213,8 @@ inline void expand(const float* shrunk, long ranks, long count, const W* b, long
 
 #if defined(__AVX512BF16__)
 
-// The same by pairs of ranks. Weights of two ranks are interleaved within 128 bits, and so are the outputs that they
-// add to with zeros, which makes them float32.
+// The same with pairs of ranks. Weights of two ranks are interleaved within 128 bits. The outputs that they are added
+// to are interleaved with zeros, which makes them float32.
 template <int P, int M>
 inline void expand(const bf16* shrunk, long ranks, long count, const bf16* b, long width, const bf16* next,
                    long next_width, bf16* out, long stride) {
@@ -257,7 +255,7 @@ inline void expand(const bf16* shrunk, long ranks, long count, const bf16* b, lo
 
 #endif
 
-// The last outputs of a part, fewer than WIDTH.
+// Adds to the last outputs of a part, which are fewer than WIDTH.
 template <class H, class T, class W>
 void expand_rest(const H* shrunk, long count, const W* b, long width, T* out, long n) {
     for (long i = 0; i < n; i += LANES) {
@@ -269,7 +267,7 @@ void expand_rest(const H* shrunk, long count, const W* b, long width, T* out, lo
     }
 }
 
-// Calls expand for WIDTH outputs of `rows` rows, fewer than or equal to M.
+// Calls expand for WIDTH outputs of `rows` rows, at most M.
 template <int M, class H, class T, class W>
 void rows_of_expand(int rows, const H* shrunk, long ranks, long count, const W* b, long width, const W* next,
                     long next_width, T* out, long stride) {
@@ -299,10 +297,10 @@ void expand_unit(const Unit& unit, const H* shrunk, const W* next, long next_wid
         expand_rest(shrunk + m * ranks, count, b + i, width, out + m * stride + i, outputs - i);
 }
 
-// How much of a part is read, in rows as long as its outputs.
+// The number of rows that are read of a part; each is as long as its outputs.
 long rows_of(const LoraPart& part) { return part.rank_stop - part.rank_start + (part.affine ? 2 : 0); }
 
-// The units of a run, in order: of A, or of B.
+// Calls add(unit, weights) for the units of a run's A, or of its B, in order.
 template <class W, class F>
 void each_unit(const Run& run, bool of_a, long k, F add) {
     const LoraLayer& layer = *run.layer;
@@ -330,7 +328,7 @@ long cost(const Run& run, bool of_a, long k) {
     return cost(run, weights);
 }
 
-// Adds one thread's share of the units of A, or of B: those that begin in its part of what all of them cost.
+// Appends one thread's share of all units of A, or of B: the units that begin in its part of the total cost.
 template <class W>
 void share(const std::vector<Run>& runs, bool of_a, long k, Member me, std::vector<Unit>& units) {
     long total = 0, place = 0;
@@ -392,7 +390,7 @@ template <class W, class T>
 void shrink_all(const Unit* unit, const Unit* end, const T* x, long k, Factor<W, T>* shrunk) {
     static thread_local Scratch scratch;
     using X = Factor<W, T>;
-    constexpr bool AS_IT_IS = std::is_same_v<X, bf16>;  // it then needs no padding either
+    constexpr bool AS_IT_IS = std::is_same_v<X, bf16>;  // bfloat16 rows need neither conversion nor padding
     long stride = AS_IT_IS ? k : (k + WIDTH - 1) / WIDTH * WIDTH;
     const X* rows = nullptr;
     for (const Run* run = nullptr; unit < end; unit++) {
@@ -465,7 +463,7 @@ void add_delta(int threads, long segments, const std::int64_t* starts, const std
         share<W>(runs, true, k, me, units);
         std::size_t of_a = units.size();
         share<W>(runs, false, k, me, units);
-        units.insert(units.end(), AHEAD, units.empty() ? Unit{} : units.back());  // what comes after the last
+        units.insert(units.end(), AHEAD, units.empty() ? Unit{} : units.back());  // for prefetching after the last unit
         const Unit *first = units.data(), *end = first + units.size() - AHEAD;
         shrink_all<W>(first, first + of_a, x, k, shrunk);
         me.barrier();
@@ -478,8 +476,8 @@ void add_delta(int threads, long segments, const std::int64_t* starts, const std
 
 using namespace loraplex;
 
-// Segment s is the rows [starts[s], stops[s]) of x [.., k] and out [.., n]; tables[s] its adapter's layers. The
-// adapters' weights are of the kind of x and out, or int8.
+// Segment s has rows [starts[s], stops[s]) of x [.., k] and out [.., n], and tables[s] has its adapter's layers. The
+// adapters' weights are of the same kind as x and out, or int8.
 EXPORT void add_lora_delta(int threads, int kind, int int8_weights, long segments, const std::int64_t* starts,
                            const std::int64_t* stops, const void* tables, long layer, const void* x, long k, void* out,
                            long n) {

@@ -1,6 +1,6 @@
-// The two products of LoRA by tiles, for a run of rows of bfloat16 of one adapter, whose weights are bfloat16 or int8.
-// Used by lora.cpp; knows neither layers nor units. Weights become right-hand tiles as they are read, once for all
-// rows; `next` is what will be read after them, and is asked for meanwhile.
+// The two products of LoRA with tiles (AMX), for a run of bfloat16 rows of one adapter, whose weights are bfloat16 or
+// int8. Used by lora.cpp. Weights are packed into right-hand tiles as they are read, once for all rows. `next` is what
+// will be read after them; it is prefetched meanwhile.
 #pragma once
 
 #include "common.h"
@@ -8,12 +8,12 @@
 
 namespace loraplex {
 
-constexpr long TILE_RUN = 4 * TILE_ROWS;  // rows of a run: as many as there are tiles of sums for
+constexpr long TILE_RUN = 4 * TILE_ROWS;  // rows per run: there are four tiles for sums
 
 #if defined(__AMX_BF16__)
 
-// Sixteen rows of sixteen numbers of 32 bits: of every square, ever larger, the two halves off the diagonal change
-// places.
+// Transposes sixteen rows of sixteen 32-bit numbers. In squares of growing size, the two quarters off the diagonal are
+// exchanged.
 [[gnu::always_inline]] inline void transpose(__m512i (&rows)[LANES]) {
     const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
 #pragma GCC unroll 4
@@ -33,7 +33,7 @@ constexpr long TILE_RUN = 4 * TILE_ROWS;  // rows of a run: as many as there are
     }
 }
 
-// The first n of a tile's depth of numbers as bfloat16, zeros for the others.
+// Loads n numbers as bfloat16, followed by zeros up to a tile's depth.
 inline __m512i row_of_tile(const bf16* p, long n) {
     return _mm512_maskz_loadu_epi16(n < TILE_DEPTH ? (1u << n) - 1 : ~0u, p);
 }
@@ -44,7 +44,7 @@ inline __m512i row_of_tile(const std::int8_t* p, long n) {
     return (__m512i)_mm512_cvtne2ps_pbh(second, first);
 }
 
-// Up to sixteen rows of A, k apart, as columns of a tile: the first n of what they have from here on, zeros elsewhere.
+// Loads the next n numbers of up to sixteen rows of A, which are k apart, as the columns of a tile. The rest is zeros.
 template <class W>
 void pack_ranks(const W* a, const W* next, long k, long ranks, long n, bf16* tile) {
     __m512i rows[LANES];
@@ -58,7 +58,7 @@ void pack_ranks(const W* a, const W* next, long k, long ranks, long n, bf16* til
     for (long i = 0; i < LANES; i++) _mm512_store_si512(tile + i * 2 * LANES, rows[i]);
 }
 
-// Up to a tile's depth of rows of B, `width` apart, as they lie: up to sixteen columns, zeros elsewhere.
+// Loads up to sixteen columns of up to a tile's depth of rows of B, which are `width` apart. The rest is zeros.
 template <class W>
 void pack_outputs(const W* b, long width, const W* next, long next_width, long ranks, long columns, bf16* tile) {
     auto row = [&](long r) {
@@ -69,7 +69,7 @@ void pack_outputs(const W* b, long width, const W* next, long next_width, long r
     for (long r = 0; r < TILE_DEPTH; r += 2) pair_up(row(r), row(r + 1), tile + r * LANES);
 }
 
-// The sums of up to four tiles of rows, times one right-hand tile after the other.
+// The sums of up to four tiles of rows, which are multiplied with one right-hand tile after the other.
 class RunTiles {
   public:
     explicit RunTiles(long m) : rows_(m), tiles_(rows_.height, TILE_BYTES) { zero(); }
@@ -81,7 +81,7 @@ class RunTiles {
         zero_tile<3>();
     }
 
-    // sums += left right, the rows of left `stride` numbers apart.
+    // sums += left right. The rows of left are `stride` numbers apart.
     void add(const bf16* left, long stride, const bf16* right) {
         load_tile<6>(right, TILE_BYTES);
         multiply<0, 4>(left, stride);
@@ -90,7 +90,7 @@ class RunTiles {
         if (rows_.count > 3) multiply<3, 5>(left, stride);
     }
 
-    // To rows of sixteen sums.
+    // Stores the sums as rows of sixteen.
     void store(float* sums) const {
         store_tile<0>(sums, TILE_BYTES);
         if (rows_.count > 1) store_tile<1>(sums + rows_.begin(1) * LANES, TILE_BYTES);
@@ -109,8 +109,8 @@ class RunTiles {
     Tiles tiles_;
 };
 
-// out [m, ranks], its rows `stride` apart, = x [m, k] times up to sixteen rows of A, times their scales if there are
-// any.
+// out [m, ranks] = x [m, k] times up to sixteen rows of A, times their scales if there are any. The rows of out are
+// `stride` apart.
 template <class W>
 void shrink_by_tiles(long m, const bf16* x, long k, const W* a, const W* next, long ranks, const float* scales,
                      bf16* out, long stride) {
@@ -133,8 +133,8 @@ void shrink_by_tiles(long m, const bf16* x, long k, const W* a, const W* next, l
     for (long row = 0; row < m; row++) store_first(out + row * stride, load(sums + row * LANES) * scale, int(ranks));
 }
 
-// out [m, outputs], its rows `out_stride` apart, += shrunk [m, ranks] times B [ranks, outputs], whose rows are `width`
-// apart. Those of shrunk, `stride` apart, are read as whole tiles: finite numbers must follow.
+// out [m, outputs] += shrunk [m, ranks] times B [ranks, outputs]. The rows of out are `out_stride` apart, those of B
+// `width` and those of shrunk `stride`. shrunk is read as whole tiles, so finite numbers must follow its rows.
 template <class W>
 void expand_by_tiles(long m, const bf16* shrunk, long stride, long ranks, const W* b, long width, const W* next,
                      long next_width, bf16* out, long out_stride, long outputs) {

@@ -1,6 +1,7 @@
 // Runs recorded calls of the other kernels, so that a step costs one call from Python.
 //
-// A call is a row of 64-bit numbers: which kernel, then its arguments; a float lies in the lower half of its number.
+// A call is a row of 64-bit numbers: the kernel's number, then its arguments. A float is in the lower half of its
+// number.
 
 #include <cstring>
 #include <type_traits>
@@ -22,7 +23,7 @@ T number(std::int64_t bits) {
         return T(bits);
 }
 
-// The kernel's result, or 0 if it has none.
+// Calls the kernel and returns its result, or 0 if it has none.
 template <class R, class... A, std::size_t... I>
 long call(R (*kernel)(A...), const std::int64_t* arguments, std::index_sequence<I...>) {
     if constexpr (std::is_void_v<R>) {
@@ -43,7 +44,7 @@ enum Number : std::int64_t { KERNELS(NUMBER) };
 
 }  // namespace
 
-// Each call is `width` numbers. Stops at the first call whose result is not 0, and returns it.
+// Makes the calls, each of `width` numbers. Stops at the first call whose result is not 0, and returns the result.
 EXPORT long run(const std::int64_t* calls, long count, long width) {
     for (const std::int64_t* end = calls + count * width; calls < end; calls += width) {
         long result = 0;

@@ -1,8 +1,8 @@
-// out = x W^T for weights of 8 or 4 bits in groups along k, w = scale * q + offset, and activations that are quantized
-// to 8 bits here, in the same groups: products and sums of a group are exact integers, groups are added in float32.
+// out = x W^T for weights of 8 or 4 bits in groups along k, w = scale * q + offset. Activations are quantized to 8 bits
+// here, in the same groups. Products and sums within a group are exact integers; groups are added in float32.
 //
-// A panel holds sixteen rows of W: first, in float16, each group's scales [16] and, for 4 bits, offsets [16]; then,
-// from a whole cache line on, each group's integers as dot.h wants them.
+// A panel holds sixteen rows of W. It begins with each group's scales [16] and, for 4 bits, offsets [16], in float16.
+// Each group's integers follow from the next cache line on, in the order that dot.h describes.
 
 #include "dot.h"
 #include "team.h"
@@ -15,7 +15,7 @@ namespace {
 
 template <int BITS>
 struct Panels {
-    static constexpr int SCALES = BITS == 4 ? 2 * LANES : LANES;  // of a group, its offsets included
+    static constexpr int SCALES = BITS == 4 ? 2 * LANES : LANES;  // numbers per group: scales, and offsets for 4 bits
     long groups;
     int group;
     long integers() const { return LANES * group * BITS / 8; }                            // bytes of a group
@@ -26,17 +26,18 @@ struct Panels {
 template <int BITS>
 using Sum = std::conditional_t<BITS == 4, float, int>;
 
-// Rows of x as words (see common.h), run by run. Scales and sums of a run's rows lie side by side too, group by group.
+// Rows of x as words (see common.h), run by run. For each group, the scales of a run's rows are neighbours, and so are
+// the sums.
 template <int BITS>
 struct Activations {
     std::int8_t* values;  // [rows][groups * group]
     float* scales;        // [rows][groups]
-    Sum<BITS>* sums;      // [rows][groups], of a group's values; for 4 bits times their scale, for 8 times -128
+    Sum<BITS>* sums;      // [rows][groups]: sums of values, times their scale (4 bits) or -128 (8 bits)
     long groups;
     int group;
 };
 
-// Groups [first, last) of row `row`, which is one of the `count` rows of a run from `begin` on.
+// Quantizes groups [first, last) of row `row`. It belongs to the run of `count` rows that begins with row `begin`.
 template <int BITS, class T>
 void quantize_row(const T* x, long k, const Activations<BITS>& out, long row, long begin, int count, long first,
                   long last) {
@@ -101,7 +102,8 @@ void rows_of_panel(int rows, const Activations<BITS>& x, long row, Panels<BITS> 
 
 #if defined(__AMX_INT8__)
 
-// The tile of a group: fours of k, [group / 4][16][4], as they lie in the panel or, for 4 bits, taken apart into `own`.
+// A group as a tile of fours of k, [group / 4][16][4]. 8-bit groups are tiles in the panel; 4-bit groups are unpacked
+// into `own`.
 template <int BITS>
 const void* group_tile(const std::uint8_t* w, int group, std::int8_t* own) {
     if constexpr (BITS == 8) return w;
@@ -114,12 +116,12 @@ const void* group_tile(const std::uint8_t* w, int group, std::int8_t* own) {
     return own;
 }
 
-// Sixteen rows of x, of which out takes the first `rows`, with one panel: the groups' sums by tiles.
+// Multiplies sixteen rows of x with one panel, with a tile for each group's sums. Only the first `rows` are stored.
 template <int BITS, class T>
 void panel_tile(const Activations<BITS>& x, long row, int rows, Panels<BITS> panels, const std::uint8_t* panel,
                 Floats bias, T* out, long stride, int columns) {
     alignas(64) std::int8_t own[TILE_ROWS * TILE_BYTES];
-    alignas(64) int sums[2][TILE_ROWS * LANES];  // taken in turns: one is written while the other is read
+    alignas(64) int sums[2][TILE_ROWS * LANES];  // used in turn: one is written while the other is read
     Floats totals[TILE_ROWS];
 #pragma GCC unroll 16
     for (int m = 0; m < TILE_ROWS; m++) totals[m] = bias;
@@ -136,7 +138,7 @@ void panel_tile(const Activations<BITS>& x, long row, int rows, Panels<BITS> pan
         multiply_int8<0, 4, 6>();
         store_tile<0>(sums[g % 2], TILE_BYTES);
         Floats scale = load_f16(scales);
-#pragma GCC unroll 16  // the totals then are registers
+#pragma GCC unroll 16  // so that the totals are registers
         for (int m = 0; m < TILE_ROWS; m++) {
             Floats sum{_mm512_cvtepi32_ps(_mm512_load_si512(sums[g % 2] + m * LANES))};
             totals[m] = fma(sum, scale * splat(x_scales[m * x.groups + g]), totals[m]);
@@ -147,7 +149,7 @@ void panel_tile(const Activations<BITS>& x, long row, int rows, Panels<BITS> pan
             for (int m = 0; m < TILE_ROWS; m++) totals[m] = fma(offset, splat(x_sums[m * x.groups + g]), totals[m]);
         }
     }
-    alignas(64) float results[TILE_ROWS * LANES];  // since registers have no index
+    alignas(64) float results[TILE_ROWS * LANES];  // registers cannot be indexed
 #pragma GCC unroll 16
     for (int m = 0; m < TILE_ROWS; m++) store(results + m * LANES, totals[m]);
     for (int m = 0; m < rows; m++) store_first(out + m * stride, load(results + m * LANES), columns);
@@ -161,8 +163,7 @@ void linear(int threads, long m, long n, long k, int group, const T* x, const st
     static thread_local Scratch for_values, for_scales;
     long groups = (k + group - 1) / group;
     Panels<BITS> panels{groups, group};
-    long room =
-        (m + LANES - 1) / LANES * LANES;  // tiles read whole sixteens of rows; what they make of the last is left
+    long room = (m + LANES - 1) / LANES * LANES;  // tiles read sixteen rows; results past the last row are dropped
     Activations<BITS> activations{nullptr, for_scales.get<float>(2 * room * groups), nullptr, groups, group};
     activations.values = for_values.get<std::int8_t>(room * groups * group);
     activations.sums = (Sum<BITS>*)(activations.scales + room * groups);
@@ -250,8 +251,8 @@ void unpack_row(long row, long k, int group, const std::uint8_t* packed, T* out)
 
 using namespace loraplex;
 
-// x [m, k], out [m, n] and bias [n] (or null) of one kind; weight of `bits` 8 or 4 as pack_quantized made it, in groups
-// of 32 or 64.
+// x [m, k], out [m, n] and bias [n] (or null) are of the same kind. weight comes from pack_quantized and has 8 or 4
+// bits in groups of 32 or 64.
 EXPORT void quantized_linear(int threads, int kind, long m, long n, long k, const void* x, int bits, int group,
                              const void* weight, const void* bias, void* out) {
     with_type(kind, [&](auto* t) {
@@ -262,20 +263,21 @@ EXPORT void quantized_linear(int threads, int kind, long m, long n, long k, cons
     });
 }
 
-// Bytes of a packed weight [n, k].
+// The size of a packed weight [n, k] in bytes.
 EXPORT long quantized_bytes(long n, long k, int bits, int group) {
     long groups = (k + group - 1) / group;
     return (n + LANES - 1) / LANES * (bits == 4 ? Panels<4>{groups, group}.bytes() : Panels<8>{groups, group}.bytes());
 }
 
-// values [n, k], one to a byte: int8, or 0 to 15; scales and offsets (4 bits only) [n, groups] float16.
+// values [n, k] are one to a byte: int8, or 0 to 15 for 4 bits. scales and offsets (4 bits only) are [n, groups]
+// float16.
 EXPORT void pack_quantized(long n, long k, int bits, int group, const void* values, const void* scales,
                            const void* offsets, void* packed) {
     auto run = bits == 4 ? pack<4> : pack<8>;
     run(n, k, group, (const std::uint8_t*)values, (const f16*)scales, (const f16*)offsets, (std::uint8_t*)packed);
 }
 
-// Row ids[i] of a packed weight of k columns, times scale, to row i of out.
+// Copies row ids[i] of a packed weight of k columns, times scale, to row i of out.
 EXPORT void quantized_rows(int threads, int kind, long count, const std::int64_t* ids, long k, int bits, int group,
                            const void* packed, float scale, void* out) {
     with_type(kind, [&](auto* t) {

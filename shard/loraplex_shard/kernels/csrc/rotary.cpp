@@ -1,27 +1,27 @@
-// What becomes of a token's heads before attention: queries and keys are normalized and rotated, keys and values are
-// written to the cache, whose blocks attention.cpp describes.
+// What is done to a token's heads before attention: queries and keys are normalized and rotated, and keys and values
+// are written to the cache, whose blocks attention.cpp describes.
 
 #include "team.h"
 
 namespace loraplex {
 namespace {
 
-constexpr long MOST = 1024;  // dimensions of a head
+constexpr long MOST = 1024;  // the largest number of dimensions of a head
 
 inline float number(float x) { return x; }
 inline float number(bf16 x) { return from_bf16(x); }
 inline void assign(float& to, float x) { to = x; }
 inline void assign(bf16& to, float x) { to = to_bf16(x); }
 
-struct Rotary {        // of one layer
+struct Rotary {        // the rotary embedding of one layer
     const float* cos;  // [positions][dim]
     const float* sin;
-    long dim;  // of a head's dimensions, the first ones; 0: nothing is rotated
+    long dim;  // the first dimensions of a head, which are rotated; 0 if none are
     bool interleaved;
     const float* query_scale;  // [positions], or null
 };
 
-// One token's key, whose dimensions are sixteen positions apart.
+// Writes one token's key. Its dimensions are sixteen positions apart.
 template <class T>
 void write_key(const T* key, long dim, T* block, int offset, float*) {
     for (long d = 0; d < dim; d++) block[d * LANES + offset] = key[d];
@@ -32,7 +32,7 @@ void write_value(const T* value, long dim, T* block, int offset, float*) {
     std::memcpy(block + offset * dim, value, dim * sizeof(T));
 }
 
-// To bytes: what to multiply by.
+// The factor that quantizes a head to bytes.
 template <class T>
 float inverse_scale(const T* head, long dim, float* scale) {
     float peak = 0;
@@ -55,7 +55,8 @@ void write_value(const T* value, long dim, std::int8_t* block, int offset, float
     for (long d = 0; d < dim; d++) block[offset * dim + d] = rounded(number(value[d]) * inverse);
 }
 
-// RMS norm (weight may be null) and rotation of one head, in place. square: the mean one, if it is not the head's own.
+// RMS norm (if norm is not null) and rotation of one head, in place. If `square` is not null, it is the mean square to
+// use instead of the head's own.
 template <class T>
 void turn(T* head, long dim, const float* norm, const float* square, float eps, const Rotary& rotary, const float* cos,
           const float* sin) {
@@ -68,7 +69,7 @@ void turn(T* head, long dim, const float* norm, const float* square, float eps, 
     if (norm) {
         float factor = 1 / std::sqrt((square ? *square : squares / dim) + eps);
         for (long d = 0; d < dim; d++) {
-            T normed;  // rounded as the model's own dtype would
+            T normed;  // rounded to the model's dtype
             assign(normed, floats[d] * factor * norm[d]);
             floats[d] = number(normed);
             if (d >= rotary.dim) head[d] = normed;
@@ -117,12 +118,13 @@ void rotate_write(int threads, long tokens, T* qkv, long heads, long kv_heads, l
 
 using namespace loraplex;
 
-// qkv: each token's query, key and value heads side by side. Normalizes (norm [heads + kv_heads, head_dim] or null, by
-// each head's mean square or, if there are any, by squares [tokens, 2], of queries and of keys) and rotates queries and
-// keys in place, and writes keys and values to cache position indices[token]. cos and sin [positions, rotary_dim]
-// float32, the first of each pair's sin negated; rotary_dim 0: no rotation. Queries are multiplied by query_scale
-// [positions], if there is one. Keys and values are of qkv's kind, or, if there are scales, int8. head_dim and
-// value_dim are at most 1024.
+// Normalizes and rotates queries and keys in place, and writes keys and values to cache position indices[token].
+//
+// qkv has each token's query, key and value heads side by side. norm is [heads + kv_heads, head_dim] or null. It uses
+// each head's mean square or, if squares [tokens, 2] is not null, that of all queries and that of all keys. cos and sin
+// are [positions, rotary_dim] float32; sin is negated for the first dimension of each pair. rotary_dim 0 means no
+// rotation. Queries are multiplied by query_scale [positions], if that is not null. Keys and values are of qkv's kind
+// or, if there are scales, int8. head_dim and value_dim are at most 1024.
 EXPORT void rotate_and_write(int threads, int kind, long tokens, void* qkv, long heads, long kv_heads, long head_dim,
                              long value_dim, const float* norm, const float* squares, float eps,
                              const std::int64_t* positions, const float* cos, const float* sin, long rotary_dim,

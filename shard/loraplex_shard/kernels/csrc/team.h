@@ -1,6 +1,6 @@
-// The threads that kernels run on. Between two kernels they look for the next one without going to sleep, which on a
-// virtual machine costs more than most kernels take; but they give their core to whoever else wants it, so that a
-// router or another rank on the machine does not have to wait for them.
+// The threads that kernels run on. Between two kernels they keep looking for the next one instead of sleeping: on a
+// virtual machine, falling asleep and waking up takes longer than most kernels. But they yield their core to any other
+// thread, so that a router or another rank on the machine does not wait for them.
 #pragma once
 
 #include <sched.h>
@@ -13,8 +13,8 @@
 
 namespace loraplex {
 
-constexpr int SPINS = 500;                               // some 10 us
-constexpr auto YIELDING = std::chrono::milliseconds(2);  // longer than what lies between two steps
+constexpr int SPINS = 500;                               // about 10 us
+constexpr auto YIELDING = std::chrono::milliseconds(2);  // longer than the gap between two steps
 
 inline void pause() {
 #if defined(__x86_64__)
@@ -22,7 +22,7 @@ inline void pause() {
 #endif
 }
 
-// Whether `done()` came true in a little while. Whoever it waits for may need this very core.
+// Waits a little while for `done()` and returns whether it came true. The thread that it waits for may need this core.
 template <class Done>
 bool soon(Done done) {
     for (int spin = 0; spin < SPINS; spin++) {
@@ -38,25 +38,25 @@ bool soon(Done done) {
 
 class Team;
 
-// One of the threads that do a piece of work together.
+// One of the threads that work together.
 struct Member {
     int index, count;
     Team* team;
     Range share(long things) const { return Range(things, count, index); }
-    void barrier() const;  // waits for the others to come here
+    void barrier() const;  // waits for all other members
 };
 
 class Team {
   public:
     using Work = void (*)(const void* context, Member);
 
-    // The team of the calling thread. It stays for as long as the process, as the few threads do that call kernels.
+    // The team of the calling thread. It lives as long as the process, and so do the few threads that call kernels.
     static Team& own() {
         static thread_local Team* team = new Team;
         return *team;
     }
 
-    // Has `count` members work at once, the calling thread among them, and returns once all are done.
+    // Runs the work on `count` members at once, the calling thread among them, and returns when all are done.
     void run(int count, Work work, const void* context) {
         for (; members_ < count; members_++)
             std::thread([this, index = members_, seen = round_.load()] { serve(index, seen); }).detach();
@@ -82,7 +82,7 @@ class Team {
     }
 
   private:
-    // Does its part of every round after `seen`.
+    // A member's loop: does its part of every round after `seen`.
     [[noreturn]] void serve(int index, std::uint32_t seen) {
         for (;; seen++) {
             while (!soon([&] { return round_.load() != seen; })) round_.wait(seen);
@@ -103,9 +103,9 @@ inline void Member::barrier() const {
     if (count > 1) team->barrier(count);
 }
 
-// [0, count) for the members of a team, of which there is one at a time for a thread. Each has an equal share and goes
-// through it in order, as memory is read best; whoever is done takes from the end of others' shares, since a core that
-// others use as well takes longer.
+// Divides [0, count) among the members of a team. Each member has an equal share and goes through it in order, which is
+// the fastest way to read memory. A member that is done takes from the end of the others' shares, since a core that
+// other processes use as well takes longer. A thread can have only one of these at a time.
 class Shares {
   public:
     Shares(long count, int members) : members_(members), parts_(room(members)) {
@@ -115,7 +115,7 @@ class Shares {
         }
     }
 
-    // f(i) for each i that falls to this member.
+    // Calls f(i) for each i that this member takes.
     template <class F>
     void each(Member me, const F& f) {
         for (long i; (i = take(parts_[me.index], false)) >= 0;) f(i);
@@ -125,7 +125,7 @@ class Shares {
 
   private:
     struct alignas(64) Part {
-        std::atomic<std::uint64_t> left;  // from begin, in the lower half, to end
+        std::atomic<std::uint64_t> left;  // begin in the lower half, end in the upper half
     };
 
     static std::uint64_t pack(std::uint64_t begin, std::uint64_t end) { return begin | end << 32; }
@@ -135,7 +135,7 @@ class Shares {
         return scratch.get<Part>(members);
     }
 
-    // The first or the last of what is left, -1 if nothing is.
+    // Takes the first or the last of what is left; -1 if nothing is left.
     static long take(Part& part, bool last) {
         for (std::uint64_t left = part.left.load();;) {
             std::uint64_t begin = left & 0xffffffff, end = left >> 32;
@@ -149,14 +149,14 @@ class Shares {
     Part* const parts_;
 };
 
-// work(Member) on `threads` threads.
+// Calls work(Member) on `threads` threads.
 template <class F>
 void parallel(int threads, const F& work) {
     if (threads == 1) return work(Member{0, 1, nullptr});
     Team::own().run(threads, [](const void* context, Member me) { (*(const F*)context)(me); }, &work);
 }
 
-// f(i) for each i of [0, count), an equal share of them on each of `threads` threads.
+// Calls f(i) for each i of [0, count), in equal shares on `threads` threads.
 template <class F>
 void parallel_for(int threads, long count, const F& f) {
     parallel(threads, [&](Member me) {

@@ -1,7 +1,7 @@
-// Products of tiles, by the processor's matrix unit (Intel AMX): sixteen rows of sixty-four bytes at a time.
+// Products of tiles with the processor's matrix unit (Intel AMX): sixteen rows of sixty-four bytes at a time.
 //
-// A panel of a weight is sixteen columns by pairs of bfloat16 (or fours of int8) of k, so a run of it is the right-hand
-// tile as it lies in memory. The instructions are written out, since g++ 12's intrinsics for them do not tell the
+// A panel of a weight has sixteen columns and pairs of bfloat16 (or fours of int8) along k, so a piece of it is a
+// right-hand tile as it is in memory. The instructions are inline assembly because g++ 12's intrinsics do not tell the
 // compiler which memory they read and write.
 #pragma once
 
@@ -10,13 +10,13 @@
 namespace loraplex {
 
 constexpr long TILE_ROWS = 16;
-constexpr long TILE_BYTES = 64;              // of a row
-constexpr long TILE_DEPTH = TILE_BYTES / 2;  // bfloat16 numbers of k in a tile
-constexpr long FEWEST_TILE_ROWS = 8;         // of x: below, products of vectors keep up with the memory
+constexpr long TILE_BYTES = 64;              // bytes per row
+constexpr long TILE_DEPTH = TILE_BYTES / 2;  // bfloat16 numbers along k in a tile
+constexpr long FEWEST_TILE_ROWS = 8;         // rows of x; with fewer, vectors are as fast as memory is read
 
 #if defined(__AVX512BF16__)
 
-// Sixteen numbers, or the first n, as bfloat16 in the lower halves of 32 bits. Bytes become it exactly.
+// Loads n numbers as bfloat16 in the lower halves of 32-bit lanes. Bytes are converted exactly.
 inline __m512i low_halves(const bf16* p, long n = LANES) {
     return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(__mmask16((1 << n) - 1), p));
 }
@@ -25,7 +25,7 @@ inline __m512i low_halves(const std::int8_t* p, long n = LANES) {
     return _mm512_srli_epi32(_mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes))), 16);
 }
 
-// Two rows of low halves as the pairs of a right-hand tile.
+// Interleaves two rows of lower halves as the pairs of a right-hand tile.
 inline void pair_up(__m512i first, __m512i second, bf16* pairs) {
     _mm512_storeu_si512(pairs, _mm512_or_si512(first, _mm512_slli_epi32(second, 16)));
 }
@@ -40,17 +40,17 @@ constexpr bool HAS_TILES = false;
 
 constexpr bool HAS_TILES = true;
 
-// Row tiles of one height, that divides m rows as evenly as can be; the last two may share rows, which are then
-// computed twice. So no tile reads behind the last row of x.
+// Divides m rows into tiles of the same height. The last two tiles may overlap, and compute the shared rows twice, so
+// that no tile reads past the last row of x.
 struct RowTiles {
     long m, count, height;
     explicit RowTiles(long m) : m(m), count((m + TILE_ROWS - 1) / TILE_ROWS), height((m + count - 1) / count) {}
     long begin(long tile) const { return tile * height < m - height ? tile * height : m - height; }
 };
 
-// The tile registers of this thread, for as long as this lives. 0 to 3 are sums: `rows` rows of sixteen numbers of 32
-// bits. 4 and 5 are left-hand sides: `rows` rows of `depth` bytes; 6 and 7 right-hand sides, depth / 4 rows of sixteen
-// columns. The process must have been granted their use (library.py asks).
+// Configures the tile registers of this thread for as long as the object lives. 0 to 3 are sums: `rows` rows of sixteen
+// 32-bit numbers. 4 and 5 are left-hand sides: `rows` rows of `depth` bytes. 6 and 7 are right-hand sides: depth / 4
+// rows of sixteen columns. The process must have permission to use them (library.py asks for it).
 class Tiles {
   public:
     Tiles(long rows, long depth) {
@@ -75,7 +75,7 @@ template <int TILE>
     asm volatile("tilezero %%tmm%c0" ::"i"(TILE));
 }
 
-// `stride` in bytes.
+// `stride` is in bytes.
 template <int TILE>
 [[gnu::always_inline]] inline void load_tile(const void* from, long stride) {
     asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(TILE) : "memory");
@@ -86,19 +86,19 @@ template <int TILE>
     asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride), "i"(TILE) : "memory");
 }
 
-// sums += left right, of pairs of bfloat16.
+// sums += left right, for pairs of bfloat16.
 template <int SUMS, int LEFT, int RIGHT>
 [[gnu::always_inline]] inline void multiply_bf16() {
     asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUMS), "i"(LEFT), "i"(RIGHT));
 }
 
-// sums += left right, of fours of signed bytes.
+// sums += left right, for fours of signed bytes.
 template <int SUMS, int LEFT, int RIGHT>
 [[gnu::always_inline]] inline void multiply_int8() {
     asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUMS), "i"(LEFT), "i"(RIGHT));
 }
 
-// sums += x panels over one tile of k, for two tiles of rows of x (or one) and two panels (or one).
+// sums += x panels over one tile's depth of k, for one or two row tiles of x and one or two panels.
 template <bool TWO_ROWS, bool TWO_PANELS>
 [[gnu::always_inline]] inline void multiply_step(const bf16* x0, const bf16* x1, long stride, const bf16* panel0,
                                                  const bf16* panel1) {

@@ -1,5 +1,5 @@
-// Sixteen float lanes, whatever the instruction set: one register with AVX-512, two with AVX2, an array without either.
-// A panel of a weight and a block of the KV cache are sixteen wide too, so kernels are written once, over these lanes.
+// Sixteen float lanes, with any instruction set: one register with AVX-512, two with AVX2, an array without either. A
+// panel of a weight and a block of the KV cache are sixteen wide too, so kernels are written once, for these lanes.
 #pragma once
 
 #include <cmath>
@@ -78,7 +78,7 @@ inline void store(bf16* p, Floats a) { _mm256_storeu_si256((__m256i*)p, (__m256i
 #else
 inline void store(bf16* p, Floats a) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(upper_halves(a))); }
 #endif
-// Sixteen pairs that lie side by side: the first and the second of each as floats.
+// Loads sixteen pairs of neighbours: the first number and the second number of each pair, as floats.
 inline void load_pairs(const bf16* p, Floats& first, Floats& second) {
     __m512i bits = _mm512_loadu_si512(p);
     first.v = _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
@@ -97,7 +97,7 @@ inline Floats max(Floats a, Floats b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline Floats min(Floats a, Floats b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline Floats abs(Floats a) { return {_mm512_abs_ps(a.v)}; }
 inline float sum(Floats a) { return _mm512_reduce_add_ps(a.v); }
-// The sums of four vectors, in a third of the instructions that one after the other would take.
+// The sums of four vectors, in a third of the instructions that four single sums would take.
 inline __m128 sums(Floats a, Floats b, Floats c, Floats d) {
     auto halves = [](__m512 x, __m512 y) { return _mm512_add_ps(_mm512_unpacklo_ps(x, y), _mm512_unpackhi_ps(x, y)); };
     __m512d ab = _mm512_castps_pd(halves(a.v, b.v)), cd = _mm512_castps_pd(halves(c.v, d.v));
@@ -285,7 +285,7 @@ inline void store_sums(float* p, Floats a, Floats b, Floats c, Floats d) {
 }
 #endif
 
-// The first n lanes, the others 0 (load) or untouched (store).
+// These load and store the first n lanes. Other lanes become 0 (load) or stay as they are (store).
 template <class T>
 [[gnu::always_inline]] inline Floats load_first(const T* p, int n) {
     if (n >= LANES) return load(p);
@@ -302,8 +302,8 @@ template <class T>
     std::memcpy(p, padded, n * sizeof(T));
 }
 
-// e to the power of x, for x <= 88, with a relative error below 2e-7; about 1e-38 below -87. A polynomial of degree 6
-// on [-ln 2 / 2, ln 2 / 2] (Cephes' expf) after x = n ln 2 + r.
+// e to the power of x, for x <= 88, with a relative error below 2e-7; about 1e-38 for x below -87. With
+// x = n ln 2 + r, a polynomial of degree 6 for r in [-ln 2 / 2, ln 2 / 2] (Cephes' expf).
 inline Floats exp(Floats x) {
     x = max(x, splat(-87.3f));
     Floats n = nearest(x * splat(1.44269504f));
