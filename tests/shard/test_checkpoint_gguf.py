@@ -238,7 +238,7 @@ def test_a_gguf_file_of_the_hub_is_asked_for_by_its_quantization(
         assert open_checkpoint("org/tiny-GGUF:Q4_K_M").names == open_checkpoint("org/tiny-GGUF:Q8_0").names
         assert not [request for request in hub.requests if "Q4_K_S" in request or "README" in request]
         with pytest.raises(
-            CheckpointError, match=r"org/tiny-GGUF: the repository has no GGUF file that is called \*Q2_K\.gguf"
+            CheckpointError, match=r"org/tiny-GGUF: the repository has no GGUF file named \*Q2_K\.gguf"
         ):
             open_checkpoint("org/tiny-GGUF:Q2_K")
         with pytest.raises(
@@ -266,5 +266,5 @@ def test_a_quantization_that_cannot_be_undone_is_named(tmp_path: Path) -> None:
     tensors = random_tensors()
     tensors["blk.0.ffn_up.weight"] = np.ones((96, 64), np.int8), gguf.GGMLQuantizationType.I8
     checkpoint = open_checkpoint(str(write_gguf(tmp_path / "model.gguf", tensors)))
-    with pytest.raises(CheckpointError, match=r"model\.gguf: I8 cannot be dequantized: take a file in another"):
+    with pytest.raises(CheckpointError, match=r"model\.gguf: I8 cannot be dequantized: use a file in another"):
         checkpoint.read("model.layers.0.mlp.up_proj.weight")

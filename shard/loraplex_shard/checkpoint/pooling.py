@@ -1,4 +1,4 @@
-"""How texts become embeddings, as the files that sentence-transformers writes beside a model say."""
+"""Reads how texts become embeddings from the files that sentence-transformers writes beside a model."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ MODULES = "modules.json"
 POOLING_FOLDER = "1_Pooling"
 PREFIX = "pooling_mode_"
 
-# By what sentence-transformers calls them, in each of its two forms.
+# By sentence-transformers' names, in both of its formats.
 MODES: dict[str, PoolingMode] = {
     "mean": "mean",
     "mean_tokens": "mean",
@@ -22,7 +22,8 @@ MODES: dict[str, PoolingMode] = {
 
 
 def read_pooling(directory: Path, model_id: str) -> PoolingSpec:
-    """The default if there are no such files. Raises CheckpointError if they ask for what is not served."""
+    """The model's pooling, or the default if there are no such files. Raises CheckpointError if they ask for something
+    that is not served."""
     folder, normalized = POOLING_FOLDER, True
     if (directory / MODULES).is_file():
         kinds = _modules(directory / MODULES, model_id)
@@ -41,7 +42,7 @@ def read_pooling(directory: Path, model_id: str) -> PoolingSpec:
 
 
 def _modules(file: Path, model_id: str) -> dict[str, str]:
-    """The folder of each module, by its class."""
+    """The folder of each module, by the module's class."""
     try:
         modules = json.loads(file.read_bytes())
         return {str(module["type"]).rpartition(".")[2]: str(module["path"]) for module in modules}
@@ -50,7 +51,7 @@ def _modules(file: Path, model_id: str) -> dict[str, str]:
 
 
 def _modes(config: dict[str, Any]) -> set[str]:
-    named = config.get("pooling_mode")  # later versions; earlier ones have a switch for each
+    named = config.get("pooling_mode")  # newer versions; older ones have a flag for each mode
     if named is not None:
         return {named} if isinstance(named, str) else set(map(str, named))
     return {key.removeprefix(PREFIX) for key, value in config.items() if key.startswith(PREFIX) and value is True}

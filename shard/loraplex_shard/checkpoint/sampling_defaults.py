@@ -1,5 +1,5 @@
-"""How a model's files say that it is to be sampled, where a request does not: the parameters that vLLM takes from
-generation_config.json, by their names there."""
+"""A model's own defaults for sampling parameters: those that vLLM takes from generation_config.json, by their names
+there."""
 
 import logging
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-# What each must be: above the first, up to the second.
+# The bounds of each parameter: it must be above the first number, and at most the second.
 LARGEST = 3.0e38
 RANGES = {
     "temperature": (-1e-9, LARGEST),
@@ -19,8 +19,8 @@ RANGES = {
 
 
 def sampling_defaults(named: Mapping[str, Any], file: str) -> dict[str, Any]:
-    """Those of `named` that can be used. Of others, but for a top_k of 0, which means none, a warning names the file: a
-    request would be refused for them, though it did not send them."""
+    """The values of `named` that are within their bounds. Others are left out with a warning that names the file, since
+    a request would be refused for a value that it did not send. A top_k of 0 means none and gives no warning."""
     given = {name: named[name] for name in RANGES if named.get(name) is not None}
     if given.get("top_k") == 0:
         del given["top_k"]

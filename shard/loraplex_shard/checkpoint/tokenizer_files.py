@@ -1,7 +1,7 @@
-"""Reads a checkpoint's tokenizer, whatever files it came in, into one that a tokenizer.json can hold.
+"""Reads a checkpoint's tokenizer, in any format, as a tokenizer that a tokenizer.json can hold.
 
-A tokenizer.json is read as transformers reads it. Other files are converted by transformers, and the outcome is tried
-on a text, for a conversion that does not fit its file gives other tokens without a word.
+A tokenizer.json is read as transformers reads it. Other formats are converted by transformers, and the result is tried
+on a text, because a conversion that does not fit its file silently gives other tokens.
 """
 
 import os
@@ -20,18 +20,19 @@ from transformers.tokenization_utils_tokenizers import TokenizersBackend
 from loraplex_shard.checkpoint.base import CheckpointError
 from loraplex_shard.checkpoint.safetensors.files import read_json
 
-# Of characters that every vocabulary has.
+# A text of characters that every vocabulary has.
 PROBE = "The server reads 12345 names,\nthen it answers:  all (of them)."
-WORDS = 12  # tokens from its end, which reach back over two blanks
+WORDS = 12  # this many tokens at its end contain the two blanks
 NAMES = "tokenizer.json", "tokenizer.model", "tiktoken.model", "tekken.json", "vocab.json", "merges.txt"
 HINT = "Save a tokenizer.json beside config.json: AutoTokenizer.from_pretrained(SOURCE).save_pretrained(DIRECTORY)"
 CACHE = "TIKTOKEN_CACHE_DIR"
 
 
 def read_tokenizer(directory: Path, model_id: str, model_type: str) -> Any:
-    """A tokenizer of transformers that is backed by the `tokenizers` library.
+    """Returns a tokenizer of transformers that is backed by the `tokenizers` library.
 
-    `model_type` is config.json's. Raises CheckpointError if there is none, or if it cannot be converted exactly.
+    `model_type` comes from config.json. Raises CheckpointError if there is no tokenizer, or if it cannot be converted
+    exactly.
     """
     found = [name for name in NAMES if (directory / name).is_file()]
     if not found:
@@ -41,7 +42,7 @@ def read_tokenizer(directory: Path, model_id: str, model_type: str) -> Any:
             tokenizer = _read(directory, model_type)
     except CheckpointError as error:
         raise CheckpointError(f"{model_id}: {error.message}") from error
-    except Exception as error:  # what transformers and tokenizers raise for a file that is not as they expect
+    except Exception as error:  # transformers and tokenizers raise many kinds for unexpected files
         reason = str(error).strip().partition("\n")[0].removesuffix(" from one of: ")
         message = f"{model_id}: no tokenizer can be read from {', '.join(found)}: {reason}. {HINT}"
         raise CheckpointError(message) from error
@@ -57,7 +58,7 @@ def _read(directory: Path, model_type: str) -> Any:
         if (directory / name).is_file():
             processor = _sentencepiece(directory / name)
             return _from_tiktoken(directory, name, model_type) if processor is None else _from_spm(directory, processor)
-    if (directory / "tekken.json").is_file():  # Mistral's; it begins texts with <s>, which the file does not say
+    if (directory / "tekken.json").is_file():  # of Mistral models; texts begin with <s>, which the file does not say
         tokenizer = _load(AutoTokenizer, directory, bos_token="<s>", eos_token="</s>", add_bos_token=True)
     else:
         tokenizer = _load(AutoTokenizer, directory)
@@ -69,14 +70,14 @@ def _load(kind: Any, directory: Path, **options: Any) -> Any:
 
 
 def _tried(tokenizer: Any) -> Any:
-    """Raises CheckpointError if the tokens of a text are not that text."""
+    """Returns the tokenizer. Raises CheckpointError if the tokens of a text do not decode to that text."""
     if tokenizer.decode(tokenizer.encode(PROBE, add_special_tokens=False)) != PROBE:
         raise CheckpointError(f"its tokenizer's files are not what {type(tokenizer).__name__} reads. {HINT}")
     return tokenizer
 
 
 def _sentencepiece(file: Path) -> Any:
-    """The file as the sentencepiece library reads it; None if it has another format."""
+    """Reads the file with the sentencepiece library; None if it has another format."""
     try:
         from sentencepiece import SentencePieceProcessor
     except ModuleNotFoundError as error:
@@ -90,14 +91,14 @@ def _sentencepiece(file: Path) -> Any:
 def _from_spm(directory: Path, processor: Any) -> Any:
     config = directory / "tokenizer_config.json"
     said = read_json(config, config.name) if config.is_file() else {}
-    # The first Llama checkpoints say that their special tokens are empty texts.
+    # In the first Llama checkpoints, the configured special tokens are empty texts.
     ids = {"unk_token": processor.unk_id(), "bos_token": processor.bos_id(), "eos_token": processor.eos_id()}
     options = {key: processor.id_to_piece(id) for key, id in ids.items() if said.get(key) == "" and id >= 0}
-    if said.get("add_bos_token") is None:  # transformers 4 wrote it down only if it was not so
+    if said.get("add_bos_token") is None:  # transformers 4 wrote it only if it was not the default
         options["add_bos_token"] = processor.bos_id() >= 0
     tokenizer = _load(AutoTokenizer, directory, **options)
     if type(tokenizer) is TokenizersBackend or not _agree(tokenizer, processor):
-        # transformers knows no class for it, or not the right one, and leaves out what goes before the vocabulary.
+        # transformers has no class for it, or the wrong one, and leaves out the steps before the vocabulary.
         tokenizer = _load(TokenizersBackend, directory, **options)
         _prepare_as(processor, tokenizer.backend_tokenizer, said)
     if not _agree(tokenizer, processor):
@@ -106,16 +107,17 @@ def _from_spm(directory: Path, processor: Any) -> Any:
 
 
 def _agree(tokenizer: Any, processor: Any) -> bool:
-    """The beginning is left out: whether a blank goes before a text is for tokenizer_config.json to say."""
+    """Whether both give the same tokens. The beginning of the text is left out, since tokenizer_config.json decides
+    whether a blank is put before a text."""
     theirs: list[int] = processor.encode(PROBE)
     ours: list[int] = tokenizer.encode(PROBE, add_special_tokens=False)
     return ours[-WORDS:] == theirs[-WORDS:]
 
 
 def _prepare_as(processor: Any, backend: Tokenizer, said: Mapping[str, Any]) -> None:
-    """Gives a tokenizer what SentencePiece does to a text before it looks for pieces, and undoes after. Where the
-    tokenizer's configuration, `said`, has a false `legacy`, no blank goes before what follows a special token."""
-    messages: Any = import_module("sentencepiece.sentencepiece_model_pb2")  # protobuf's, without types
+    """Makes a tokenizer prepare texts as SentencePiece does before it looks for pieces, and undo it when it decodes. If
+    `legacy` is false in the tokenizer's configuration, `said`, no blank is put before what follows a special token."""
+    messages: Any = import_module("sentencepiece.sentencepiece_model_pb2")  # generated by protobuf, without types
     proto = messages.ModelProto.FromString(processor.serialized_model_proto())
     if proto.trainer_spec.model_type == proto.trainer_spec.BPE:
         backend.model = _merging_by_score(processor)
@@ -137,8 +139,8 @@ def _prepare_as(processor: Any, backend: Tokenizer, said: Mapping[str, Any]) -> 
 
 
 def _merging_by_score(processor: Any) -> BPE:
-    """Pieces merge in the order of their scores. transformers takes that of their numbers, which is another one where
-    runs of blanks come last, as with the first Llamas and Mistrals."""
+    """Builds merges in the order of the pieces' scores. transformers uses the order of their numbers, which differs if
+    runs of blanks come last, as in the first Llama and Mistral models."""
     ids = range(processor.piece_size())
     vocabulary = {processor.id_to_piece(id): id for id in ids}
     merges = generate_merges(vocabulary, {processor.id_to_piece(id): processor.get_score(id) for id in ids})
@@ -147,7 +149,8 @@ def _merging_by_score(processor: Any) -> BPE:
 
 
 def _from_tiktoken(directory: Path, name: str, model_type: str) -> Any:
-    """Its format says neither how a text is cut into words nor what the special tokens are."""
+    """Reads a file in tiktoken's format, which says neither how a text is split into words nor what the special tokens
+    are."""
     if model_type != "llama":
         raise CheckpointError(f"{name} has tiktoken's format, which is read for Llama 3 only. {HINT}")
     tokenizer = _load(AutoTokenizer, directory, add_bos_token=True)
@@ -160,7 +163,7 @@ def _from_tiktoken(directory: Path, name: str, model_type: str) -> Any:
 
 @contextmanager
 def _without_cache() -> Iterator[None]:
-    """tiktoken keeps what it read in a shared folder by the file's path alone, and would read an earlier file again."""
+    """Turns off tiktoken's cache. It is a shared folder, keyed by a file's path alone, and may have an older file."""
     before = os.environ.get(CACHE)
     os.environ[CACHE] = ""
     try:

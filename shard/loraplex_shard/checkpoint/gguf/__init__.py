@@ -1,1 +1,1 @@
-"""Checkpoints in one GGUF file: its header (`file.py`), what it says of the model, its tensors and its tokenizer."""
+"""Checkpoints in a GGUF file: its header (`file.py`), its configuration, its tensors and its tokenizer."""

@@ -1,5 +1,5 @@
-"""GGUF's blocks of 32 weights as matrices of small integers: exactly, but that Q4_K's scales and offsets, which are
-products, are rounded to float16."""
+"""GGUF's blocks of 32 weights as matrices of small integers. The result is exact, except that Q4_K's scales and
+offsets, which are products, are rounded to float16."""
 
 import numpy as np
 import torch
@@ -22,10 +22,11 @@ Blocks = np.ndarray[tuple[int, int, int], np.dtype[np.uint8]]  # [rows, blocks, 
 
 
 def read_blocks(data: ByteRows, kind: GGMLQuantizationType) -> QuantizedMatrix | None:
-    """[rows, bytes of a row] as they lie in the file; None for a kind that is not of this form.
+    """Reads [rows, bytes per row] of the file. Returns None for a kind that does not have this form.
 
-    A block is a float16 scale, a float16 offset in some kinds, and its weights: 32 bytes, or 16 bytes whose low nibbles
-    are the first half of them. Q4_K has 8 of them in one, whose scales and offsets are factors of two float16 in turn.
+    A block is a float16 scale, in some kinds a float16 offset, and the weights: 32 bytes, or 16 bytes whose low nibbles
+    are the first half of the weights. Q4_K puts 8 blocks into one. Their scales and offsets are integers, which are
+    multiplied by two float16 numbers.
     """
     if kind not in BITS:
         return None
@@ -53,7 +54,7 @@ def _k(blocks: Blocks) -> QuantizedMatrix:
     steps, lows = (each.reshape(rows, count, 8) for each in Q4_K.get_scale_min(blocks[:, :, 4:16].reshape(-1, 12)))
     scales = _halves(blocks[:, :, :2])[:, :, None].float() * torch.from_numpy(steps)
     offsets = _halves(blocks[:, :, 2:4])[:, :, None].float() * torch.from_numpy(lows)
-    # The nibbles of 32 bytes are two groups, one after the other.
+    # 32 bytes hold two groups: the first in the low nibbles, the second in the high ones.
     nibbles = _nibbles(blocks[:, :, 16:].reshape(rows, -1, 32))
     return QuantizedMatrix(4, GROUP, _joined(nibbles), scales.flatten(1).half(), -offsets.flatten(1).half())
 

@@ -1,4 +1,5 @@
-"""A checkpoint in one GGUF file, seen as if it were a Hugging Face one; quantized tensors are dequantized as read."""
+"""A GGUF file as a checkpoint with transformers' configuration and names. Quantized tensors are dequantized when they
+are read."""
 
 from functools import cached_property
 from pathlib import Path
@@ -36,7 +37,7 @@ class GgufCheckpoint:
     """Raises CheckpointError for a file that is not GGUF, is cut short, or holds a model of an unknown kind."""
 
     is_backbone = False
-    prequantized = False  # some are of blocks that the operations do not know, so they are dequantized unless asked
+    prequantized = False  # the operations do not support all blocks, so the default is to dequantize
 
     def __init__(self, path: Path, model_id: str) -> None:
         self.model_id = model_id
@@ -106,7 +107,7 @@ class GgufCheckpoint:
         begin, end, _ = columns.indices(self.shape(name)[1])
         weights, size = GGML_QUANT_SIZES[kind]
         if begin % weights or end % weights:
-            return None  # the cut goes through a block
+            return None  # the part would cut a block
         part = read_blocks(self._rows(name, rows)[:, begin // weights * size : end // weights * size], kind)
         if part is not None:
             with errors_of(self.model_id):
@@ -121,7 +122,7 @@ class GgufCheckpoint:
         return self._file.tensors[self._origins[name].tensor]
 
     def _rows(self, name: str, rows: slice) -> ByteRows:
-        """A matrix's rows as they lie in the file, in transformers' order."""
+        """Returns a matrix's rows as bytes of the file, in transformers' order."""
         origin, data = self._origins[name], self._tensor(name).data
         if origin.expert is not None:
             size = self.shape(name)[0]
@@ -129,10 +130,10 @@ class GgufCheckpoint:
         return data[self._deinterleaved(len(data))[rows]] if origin.interleaved else data[rows]
 
     def _deinterleaved(self, rows: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-        """For each row of a q or k projection as transformers has it, its place in the file.
+        """Returns the place in the file of each row of a q or k projection, in transformers' order.
 
-        GGUF pairs the two dimensions that RoPE rotates together, transformers has the first half of them before the
-        second.
+        GGUF puts the two dimensions that RoPE rotates together side by side; transformers puts all first dimensions
+        before all second ones.
         """
         pairs = np.arange(rows).reshape(-1, self.config.head_dim // 2, 2)
         return pairs.swapaxes(1, 2).reshape(rows)

@@ -1,4 +1,4 @@
-"""What a GGUF file says of its model, as the configuration that transformers has for such models."""
+"""Turns a GGUF file's metadata into transformers' configuration for the model."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from loraplex_shard.checkpoint.gguf.file import GgufFile
 from loraplex_shard.checkpoint.gguf.kinds import KINDS, VARIANTS, Kind
 from loraplex_shard.checkpoint.gguf.rope import read_rope
 
-# What changes what is computed: an architecture that does not read one of them is not served with it.
+# Metadata that changes what a model computes. A file with one that its architecture does not read is refused.
 CONSEQUENTIAL = (
     *("attention.scale", "attention.clamp_kqv", "attention.max_alibi_bias", "expert_count"),
     *("attention.temperature_scale", "attention.output_scale"),

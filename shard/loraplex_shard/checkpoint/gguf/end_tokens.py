@@ -1,5 +1,5 @@
-"""Which tokens of a GGUF file end an answer: those that its metadata names, and those that llama.cpp knows by their
-text, for most files name only one of them."""
+"""Finds the tokens of a GGUF file that end an answer: those that its metadata names, and those that llama.cpp
+recognizes by their text, since most files name only one."""
 
 from collections.abc import Mapping, Sequence
 
@@ -8,7 +8,7 @@ from loraplex_shard.checkpoint.gguf.file import MetadataValue
 EOS = "tokenizer.ggml.eos_token_id"
 NAMED = tuple(f"tokenizer.ggml.{name}_token_id" for name in ("eot", "eom", "fim_pad", "fim_rep", "fim_sep"))
 
-# llama.cpp's llama-vocab.cpp: special_eog_ids, and the tokens of NAMED by their texts.
+# From llama.cpp's llama-vocab.cpp: special_eog_ids, and the texts of the tokens in NAMED.
 TEXTS = frozenset(
     {
         "<|eot_id|>",
@@ -46,7 +46,7 @@ TEXTS = frozenset(
         "<|file_sep|>",
     }
 )
-# Where all of these are there, that one is a part of an answer.
+# If all tokens of the set are present, the other token does not end an answer but is a part of it.
 PARTS = (
     (frozenset({"<|return|>", "<|call|>"}), "<|end|>"),
     (frozenset({"<|return|>", "<|calls|>"}), "<|end|>"),
@@ -57,7 +57,7 @@ PARTS = (
 
 
 def end_token_ids(metadata: Mapping[str, MetadataValue], tokens: Sequence[str]) -> tuple[int, ...]:
-    """In ascending order, but for the file's own end token (EOS), which comes first."""
+    """The file's own end token (EOS), then the others in ascending order."""
     named = [metadata.get(key) for key in NAMED]
     ids = {token for token in named if isinstance(token, int) and 0 <= token < len(tokens)}
     ids |= {index for index, token in enumerate(tokens) if token in TEXTS}

@@ -1,4 +1,5 @@
-"""The metadata that a GGUF file has for its architecture (github.com/ggml-org/ggml/blob/master/docs/gguf.md)."""
+"""The metadata of a GGUF file that belongs to its architecture
+(github.com/ggml-org/ggml/blob/master/docs/gguf.md)."""
 
 from typing import Any
 
@@ -7,7 +8,7 @@ from loraplex_shard.checkpoint.gguf.file import GgufFile
 
 
 class Fields:
-    """`read` collects the names of what was asked for."""
+    """Reads an architecture's metadata by key. `read` collects the keys that were asked for."""
 
     def __init__(self, file: GgufFile) -> None:
         self.file = file
@@ -19,7 +20,7 @@ class Fields:
         return self.file.metadata.get(f"{self.architecture}.{key}", default)
 
     def number(self, key: str, default: float | None = None) -> float:
-        """Raises CheckpointError if it is missing, not a number, or several that differ: one for each layer."""
+        """Raises CheckpointError if the value is missing, is not a number, or differs between layers."""
         value = self.get(key, default)
         if isinstance(value, list) and len({*value}) == 1:
             value = value[0]
@@ -38,10 +39,10 @@ class Fields:
         heads = self.integer("attention.head_count")
         head_dim = self.integer("attention.key_length", self.integer("embedding_length") // heads)
         if self.integer("attention.value_length", head_dim) != head_dim:
-            raise CheckpointError(f"metadata {self.architecture}.attention.value_length is not that of keys")
+            raise CheckpointError(f"metadata {self.architecture}.attention.value_length differs from key_length")
         return head_dim
 
     @property
     def rotated_part(self) -> float:
-        """The fraction of each head that is rotated."""
+        """The fraction of each head's dimensions that is rotated."""
         return self.integer("rope.dimension_count", self.head_dim) / self.head_dim

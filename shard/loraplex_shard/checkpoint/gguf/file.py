@@ -1,7 +1,7 @@
-"""Reads a GGUF file's header: metadata, and where each tensor lies. Knows nothing of models.
+"""Reads a GGUF file's header: its metadata, and where each tensor is. Knows nothing about models.
 
-The format: github.com/ggml-org/ggml/blob/master/docs/gguf.md. The `gguf` package supplies its constants; its own reader
-takes seconds for a tokenizer's vocabulary, since it wraps each of the hundred thousand strings in arrays.
+The format: github.com/ggml-org/ggml/blob/master/docs/gguf.md. The constants come from the `gguf` package. Its reader is
+not used: it takes seconds for a tokenizer's vocabulary, since it wraps each of the hundred thousand strings in arrays.
 """
 
 import re
@@ -36,12 +36,12 @@ _SCALARS = {
 }
 _VERSIONS = (2, 3)
 _ROWS_AT_A_TIME = 32
-_PART = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.gguf")  # as llama.cpp's gguf-split calls them
+_PART = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.gguf")  # as llama.cpp's gguf-split names parts
 
 
 @dataclass(frozen=True, slots=True)
 class GgufTensor:
-    """A tensor's place in the file. `data` is mapped, not read: [rows, bytes of a row]."""
+    """A tensor of the file. `data` is mapped, not read: [rows, bytes per row]."""
 
     shape: tuple[int, ...]  # rows first, as in torch
     kind: GGMLQuantizationType
@@ -55,9 +55,10 @@ class GgufFile:
 
 
 def read_gguf(path: Path) -> GgufFile:
-    """A file, or all parts of a model that was split into several, of which `path` is any: the first has the metadata.
+    """Reads a file. If the model was split into several files, `path` may be any of them, and all are read; the first
+    one has the metadata.
 
-    Raises CheckpointError if a file is not GGUF or cut short, or if a part is missing.
+    Raises CheckpointError if a file is not GGUF or is cut short, or if a part is missing.
     """
     split = _PART.fullmatch(path.name)
     if split is None:
@@ -82,14 +83,14 @@ def _read_one(path: Path) -> GgufFile:
 
 
 def floats(data: ByteRows, kind: GGMLQuantizationType) -> torch.Tensor:
-    """[rows, weights of a row] float32."""
+    """Dequantizes rows: [rows, weights per row] float32."""
     rows = data.shape[0]
-    # dequantize() works through a few rows at a time; longer ones, where rows may be joined, are several times faster.
+    # dequantize() does a few rows at a time. Joined rows, which are longer, are several times faster.
     try:
         weights = dequantize(data.reshape(rows // gcd(rows, _ROWS_AT_A_TIME), -1), kind)
     except NotImplementedError as error:
-        raise CheckpointError(f"{kind.name} cannot be dequantized: take a file in another quantization") from error
-    # Float32 tensors come as views of the file, which is mapped read-only.
+        raise CheckpointError(f"{kind.name} cannot be dequantized: use a file in another quantization") from error
+    # Float32 tensors are views of the file, which is mapped read-only, so they are copied.
     return torch.from_numpy(weights if weights.flags.writeable else weights.copy()).reshape(rows, -1)
 
 
@@ -113,12 +114,12 @@ def _tensor(content: Bytes, name: str, shape: tuple[int, ...], kind: GGMLQuantiz
     rows = prod(shape[:-1])
     data = content[: rows * row_bytes]
     if len(data) != rows * row_bytes:
-        raise ValueError(f"tensor {name} ends beyond the end of the file")
+        raise ValueError(f"tensor {name} ends after the end of the file")
     return GgufTensor(shape, kind, data.reshape(rows, row_bytes))
 
 
 class _Header:
-    """A cursor over the file's first part."""
+    """A cursor over the header."""
 
     def __init__(self, content: memoryview) -> None:
         self.content = content

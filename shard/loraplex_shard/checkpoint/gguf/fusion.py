@@ -1,4 +1,4 @@
-"""Tensors of transformers' that are two of llama.cpp's in one."""
+"""Reads tensors of transformers that are made of two tensors of llama.cpp, or that are transposed."""
 
 from collections.abc import Sequence
 
@@ -15,7 +15,8 @@ def fused_shape(first: tuple[int, ...], fusion: Fusion) -> tuple[int, ...]:
 
 
 def fused(tensors: Sequence[GgufTensor], fusion: Fusion, rows: slice, columns: slice) -> torch.Tensor:
-    """That part of its first two dimensions. Of experts, no more than those that are asked for are read."""
+    """Returns a part of the fused tensor's first two dimensions. If the first one is experts, only those that are asked
+    for are read."""
     axis = int(fusion.experts)
     parts = [_part(tensor, rows if fusion.experts else slice(None)) for tensor in tensors]
     whole = torch.stack(parts, axis + 1).flatten(axis, axis + 1) if fusion.in_turns else torch.cat(parts, axis)

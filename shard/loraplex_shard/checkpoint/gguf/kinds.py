@@ -1,5 +1,5 @@
-"""llama.cpp's architectures: which model of transformers' each is, and what else its configuration says. What llama.cpp
-does not write, for its code knows it, is here.
+"""llama.cpp's architectures: the model of transformers that each one is, and how its configuration follows from the
+metadata. What llama.cpp does not write to files, because its code knows it, is here.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,10 +12,10 @@ from loraplex_shard.checkpoint.gguf.rope import read_rope
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    model_type: str  # transformers'
+    model_type: str  # of transformers
     more: Callable[[Fields], Mapping[str, Any]] = lambda fields: {}
-    eps: str = "rms_norm_eps"  # what transformers calls it
-    partial: bool = False  # whether a part of each head may be rotated
+    eps: str = "rms_norm_eps"  # transformers' name for the norms' epsilon
+    partial: bool = False  # whether only a part of each head may be rotated
 
 
 def _attention_bias(fields: Fields) -> bool:
@@ -43,7 +43,7 @@ def _qwen2_moe(fields: Fields) -> dict[str, Any]:
 
 
 def _window(fields: Fields) -> dict[str, Any]:
-    """The window, and which layers have it where the file says so; else it is as transformers' configuration says."""
+    """The sliding window, and which layers have it if the file says so; otherwise transformers' default holds."""
     pattern = fields.get("attention.sliding_window_pattern")
     types = [("full_attention", "sliding_attention")[each] for each in pattern] if isinstance(pattern, list) else None
     return {"sliding_window": fields.integer("attention.sliding_window", 0) or None, "layer_types": types}
@@ -69,7 +69,8 @@ def _gemma3(fields: Fields) -> dict[str, Any]:
 
 
 def _query_scalar(fields: Fields, largest: int) -> int:
-    """The largest of Gemma's models, which has this many layers, scales by the head's share of the hidden size."""
+    """The number whose root divides attention scores. In the largest Gemma model, which has `largest` layers, it is the
+    hidden size divided by the number of heads."""
     if fields.integer("block_count") == largest:
         return fields.integer("embedding_length") // fields.integer("attention.head_count")
     return fields.head_dim
@@ -107,7 +108,7 @@ def _gpt_oss(fields: Fields) -> dict[str, Any]:
         **_mixtral(fields),
         "attention_bias": _attention_bias(fields),
         "intermediate_size": fields.integer("expert_feed_forward_length", fields.integer("feed_forward_length", 0)),
-        # As the models were trained, which llama.cpp does not write down.
+        # This is how the models were trained; llama.cpp does not write it to the file.
         "rope_parameters": rope | ({"truncate": False} if rope["rope_type"] == "yarn" else {}),
     }
 
@@ -185,7 +186,7 @@ KINDS: Mapping[str, Kind] = {
     "nemotron": Kind("nemotron", _llama, eps="norm_eps", partial=True),
     "seed_oss": Kind("seed_oss", _seed_oss),
 }
-# Of one architecture, files with this metadata are another one of transformers'.
+# By architecture: a file that has this metadata is another model of transformers.
 VARIANTS: Mapping[str, Mapping[str, Kind]] = {
     "llama": {"expert_count": Kind("mixtral", _mixtral)},
     "granitemoe": {"expert_shared_feed_forward_length": Kind("granitemoeshared", _granite_moe_shared)},

@@ -1,4 +1,4 @@
-"""Which tensors of a GGUF file are which of the model's, and how llama.cpp's converter changed them."""
+"""Finds the tensor of a GGUF file for each tensor of the model, and how llama.cpp's converter changed it."""
 
 import re
 from collections.abc import Mapping
@@ -11,15 +11,15 @@ from loraplex_shard.checkpoint.gguf.file import GgufFile
 from loraplex_shard.checkpoint.gguf.origins import Origin, of_experts
 from loraplex_shard.checkpoint.gguf.rope import FACTORS, LONG, SHORT
 
-# Read with the configuration.
+# These tensors are read with the configuration.
 CONSUMED = frozenset({FACTORS, LONG, SHORT})
-# Their rows of queries and keys have the two dimensions side by side that are rotated together.
+# Architectures whose query and key rows have the two dimensions that are rotated together side by side.
 INTERLEAVED = frozenset({"llama", "mistral3", "granite", "smollm3", "granitemoe"})
-# Their norms' scales are stored with 1 added.
+# Architectures whose norm weights are stored with 1 added.
 NORMS_PLUS_ONE = frozenset({"gemma", "gemma2", "gemma3", "nemotron"})
 QUERY_OR_KEY = re.compile(r"blk\.\d+\.attn_[qk]\.(weight|bias)")
-EXPERTS = ".experts."  # of whose tensors transformers makes others when it loads them
-# What else transformers calls otherwise on disk.
+EXPERTS = ".experts."  # transformers makes other tensors of these when it loads them
+# By model type: a part of names, and what transformers calls it in files.
 ON_DISK = {
     "mixtral": (".mlp.", ".block_sparse_moe."),
     "granitemoe": (".router.", ".router.layer."),
@@ -28,8 +28,8 @@ ON_DISK = {
 
 
 def find_origins(file: GgufFile, config: PreTrainedConfig) -> dict[str, Origin]:
-    """By the names that the model's tensors have in a checkpoint of transformers'. Those that the model has no use for
-    keep their own."""
+    """The origin of each tensor, by the name that it has in a checkpoint of transformers. Tensors that the model does
+    not use keep their own names."""
     architecture = str(file.metadata["general.architecture"])
     kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     known = gguf.get_tensor_name_map(kind, config.num_hidden_layers)

@@ -1,11 +1,11 @@
-"""Where a model's tensors come from in a GGUF file, and what is to be done to them."""
+"""Where a model's tensors come from in a GGUF file, and how they are changed."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-# llama.cpp's tensors of all experts' gates, ups and downs: [experts, rows, columns].
+# llama.cpp's tensors for the gates, ups and downs of all experts: [experts, rows, columns].
 ALL = GATE, UP, DOWN = "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"
-SHARED = "ffn_gate_shexp", "ffn_up_shexp"  # of one that all tokens have
+SHARED = "ffn_gate_shexp", "ffn_up_shexp"  # of the shared expert
 MIXTRALS_NAMES = "block_sparse_moe", "w1", "w3", "w2"
 NAMES = "mlp", "gate_proj", "up_proj", "down_proj"
 
@@ -13,7 +13,7 @@ NAMES = "mlp", "gate_proj", "up_proj", "down_proj"
 @dataclass(frozen=True, slots=True)
 class Origin:
     tensor: str
-    expert: int | None = None  # whose part of the tensor it is
+    expert: int | None = None  # it is this expert's part of the tensor
     interleaved: bool = False
     minus_one: bool = False
     lacks_dimension: bool = False  # a matrix of one row was stored as a vector
@@ -22,19 +22,20 @@ class Origin:
 
 @dataclass(frozen=True, slots=True)
 class Fusion:
-    """How a tensor of transformers' is made of one or two of llama.cpp's."""
+    """How a tensor of transformers is made of one or two tensors of llama.cpp."""
 
-    second: str = ""  # whose rows are joined to the first one's
-    in_turns: bool = False  # one row of each, else one after the other
-    experts: bool = True  # there is a dimension for them before the rows
-    transposed: bool = False  # each expert's matrix is
+    second: str = ""  # the tensor whose rows are joined to the first one's
+    in_turns: bool = False  # rows alternate; otherwise the second tensor's follow the first one's
+    experts: bool = True  # there is a dimension for experts before the rows
+    transposed: bool = False  # each expert's matrix is transposed
 
 
 def of_experts(model_type: str, layer: str, experts: int) -> Iterator[tuple[str, Origin]]:
-    """By the names that a layer's experts have in a checkpoint of transformers'. `layer` is its number."""
+    """The origins of a layer's experts, by the names that they have in a checkpoint of transformers. `layer` is the
+    layer's number."""
     block, prefix = f"blk.{layer}", f"model.layers.{layer}"
     match model_type:
-        case "gpt_oss":  # gates and ups in turns, and matrices as they are multiplied with
+        case "gpt_oss":  # gates and ups alternate, and matrices are [in_features, out_features]
             for ending, suffix in (("", "weight"), ("_bias", "bias")):
                 gate, up, down = (f"{block}.{each}.{suffix}" for each in (GATE, UP, DOWN))
                 turned, experts_of = suffix == "weight", f"{prefix}.mlp.experts"

@@ -1,7 +1,7 @@
-"""How a text is cut into words before byte-pair encoding, by llama.cpp's names for that (`tokenizer.ggml.pre`).
+"""How a text is split into words before byte-pair encoding, by llama.cpp's names for it (`tokenizer.ggml.pre`).
 
-The cuts are those of the models' own tokenizer.json, which llama.cpp's llama-vocab.cpp quotes; it leaves out that some
-compose characters (NFC) first.
+The expressions are those of the models' own tokenizer.json, which llama.cpp's llama-vocab.cpp quotes. It leaves out
+that some tokenizers compose characters (NFC) first.
 """
 
 from collections.abc import Mapping
@@ -36,10 +36,10 @@ SEED = rf"{_ENGLISH}|{_WORD}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{_BLANKS}"
 
 @dataclass(frozen=True, slots=True)
 class Words:
-    cuts: tuple[str, ...]  # regular expressions: what each matches is a part, and the next one cuts the parts
-    composes: bool = False  # the text is brought to NFC
-    ignore_merges: bool = False  # a word that is a token is that token, whatever its merges
-    add_bos: bool = False  # where the file does not say
+    cuts: tuple[str, ...]  # regular expressions: each splits the text into its matches, and the next one splits these
+    composes: bool = False  # the text is normalized to NFC first
+    ignore_merges: bool = False  # a word that is a token becomes that token, even if merges do not lead to it
+    add_bos: bool = False  # used if the file does not say
 
 
 def _named(names: str, words: Words) -> Mapping[str, Words]:
@@ -69,6 +69,6 @@ WORDS: Mapping[str, Words] = {
     **_named("bloom poro-chat gpt3-finnish", Words((BLOOM,))),
     **_named("viking", Words((BLOOM, DIGIT))),
     **_named("minicpm5", Words((DIGITS, LLAMA_3.replace("{1,3}", "+")))),
-    # What llama.cpp does where a model was added without a name of its own.
+    # llama.cpp's default, for models that were added without a name of their own.
     **_named("default", Words((PUNCTUATION.replace("`", ""), GPT_2, r"\p{N}+", THREE_DIGITS))),
 }

@@ -1,4 +1,4 @@
-"""How a GGUF file says that the rotary embedding is scaled, as transformers' rope_parameters."""
+"""Turns a GGUF file's scaling of the rotary embedding into transformers' rope_parameters."""
 
 from typing import Any
 
@@ -6,12 +6,12 @@ from loraplex_shard.checkpoint.base import CheckpointError
 from loraplex_shard.checkpoint.gguf.fields import Fields
 from loraplex_shard.checkpoint.gguf.file import GgufTensor, floats
 
-FACTORS = "rope_freqs.weight"  # what each frequency is divided by, whatever the context: Llama 3's scaling
-SHORT, LONG = "rope_factors_short.weight", "rope_factors_long.weight"  # Phi's
+FACTORS = "rope_freqs.weight"  # divisors of the frequencies for any context: Llama 3's scaling
+SHORT, LONG = "rope_factors_short.weight", "rope_factors_long.weight"  # of Phi models
 
 
 def read_rope(fields: Fields) -> dict[str, Any]:
-    """Raises CheckpointError for a kind of scaling that is not known."""
+    """Raises CheckpointError for an unknown kind of scaling."""
     theta = {"rope_theta": float(fields.number("rope.freq_base", 10000.0))}
     context = fields.integer("context_length")
     trained = fields.integer("rope.scaling.original_context_length", context)
@@ -26,7 +26,7 @@ def read_rope(fields: Fields) -> dict[str, Any]:
             "attention_factor": fields.number("rope.scaling.attn_factor", 1.0),
         }
     if FACTORS in tensors:
-        # transformers has no name for factors of one's own but this one, with the same ones for short and long texts.
+        # Only this type of transformers takes explicit factors. They are the same for short and long texts.
         factors = _list(tensors[FACTORS])
         return theta | {
             "rope_type": "longrope",

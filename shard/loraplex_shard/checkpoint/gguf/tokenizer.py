@@ -1,4 +1,4 @@
-"""Builds a tokenizer from a GGUF file's metadata, so that it gives the tokens of the model's own tokenizer.json."""
+"""Builds a tokenizer from a GGUF file's metadata. It gives the same tokens as the model's own tokenizer.json."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
@@ -17,8 +17,8 @@ from loraplex_shard.checkpoint.gguf.pre_tokenizers import GPT_2, WORDS, Words
 Metadata = Mapping[str, MetadataValue]
 T = TypeVar("T")
 
-BLANK = "▁"  # SentencePiece's
-# What special tokens of SentencePiece are where the file does not say.
+BLANK = "▁"  # SentencePiece's character for a blank
+# SentencePiece's special tokens, for files that do not say.
 DEFAULT_IDS = {"bos_token": 1, "eos_token": 2, "unk_token": 0}
 
 _ADDED = TokenType.CONTROL, TokenType.USER_DEFINED
@@ -35,7 +35,7 @@ _SPECIAL = {
 
 
 def read_tokenizer(metadata: Metadata) -> TokenizerFiles:
-    """Raises CheckpointError for a kind of tokenizer that is not known to be rebuilt exactly."""
+    """Raises CheckpointError for a kind of tokenizer that cannot be rebuilt exactly."""
     kind = str(metadata.get("tokenizer.ggml.model"))
     tokens = _get(metadata, "tokenizer.ggml.tokens", list)
     defaults: Mapping[str, int] = {}
@@ -61,8 +61,8 @@ def _words(metadata: Metadata) -> Words:
     name = metadata.get("tokenizer.ggml.pre")
     if name is None:
         raise CheckpointError(
-            "GGUF metadata tokenizer.ggml.pre is missing: the file was made before May 2024, and how the model cuts "
-            "texts into words is not known. Take a newer file of the model"
+            "GGUF metadata tokenizer.ggml.pre is missing: the file was made before May 2024, and does not say how the "
+            "model splits texts into words. Use a newer file of the model"
         )
     if name not in WORDS:
         raise _unknown("pre", name, ", ".join(map(repr, sorted(WORDS))))
@@ -82,7 +82,7 @@ def _byte_level(tokens: list[str], merges: list[str], words: Words) -> Tokenizer
     tokenizer = Tokenizer(_bpe(vocabulary, pairs, ignore_merges=words.ignore_merges))
     if words.composes:
         tokenizer.normalizer = normalizers.NFC()
-    by_library = words.cuts[-1] == GPT_2  # which needs no expression of ours
+    by_library = words.cuts[-1] == GPT_2  # then the library's own pre-tokenizer does it
     cuts = [pre_tokenizers.Split(Regex(cut), "isolated") for cut in words.cuts[: -1 if by_library else None]]
     bytes_of = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=by_library)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*cuts, bytes_of])
@@ -93,12 +93,12 @@ def _byte_level(tokens: list[str], merges: list[str], words: Words) -> Tokenizer
 def _bpe(vocabulary: dict[str, int], pairs: list[tuple[str, str]], **options: Any) -> BPE:
     try:
         return BPE(vocabulary, pairs, **options)
-    except Exception as error:  # what the library raises for a merge of tokens that are not there
+    except Exception as error:  # the library raises this for a merge of unknown tokens
         raise CheckpointError(f"GGUF metadata tokenizer.ggml.merges does not fit its tokens: {error}") from error
 
 
 def _pieces(metadata: Metadata, tokens: list[str]) -> list[str]:
-    """As SentencePiece has them. Gemma's runs of blanks are written as such."""
+    """The tokens as SentencePiece's pieces. Gemma's runs of blanks are stored as blanks."""
     runs = _is_gemma(metadata)
     return [BLANK * len(token) if runs and token and not token.strip(" ") else token for token in tokens]
 
@@ -113,7 +113,7 @@ def _sentencepiece(metadata: Metadata, pieces: list[str]) -> Tokenizer:
     if isinstance(merges, list):
         pairs = [_pair(str(merge)) for merge in merges]
     else:
-        # Gemma's merges are in the order of its tokens, others' in that of the scores.
+        # Gemma's merges are in the order of its tokens, those of other models in the order of their scores.
         scores = None if _is_gemma(metadata) else _per_token(metadata, "scores", pieces)
         pairs = generate_merges(vocabulary, None if scores is None else dict(zip(pieces, scores, strict=True)))
     unknown = _id(metadata, "unk_token", DEFAULT_IDS["unk_token"])
@@ -129,11 +129,11 @@ def _sentencepiece(metadata: Metadata, pieces: list[str]) -> Tokenizer:
 
 
 def _added_tokens(metadata: Metadata, tokens: list[str]) -> Iterable[AddedToken]:
-    # Phi-3's swallow the blanks behind them, which llama.cpp, too, knows by the model's name.
+    # Phi-3's special tokens swallow the blanks after them. llama.cpp recognizes this by the model's name, too.
     phi = metadata.get("general.architecture") == "phi3" and metadata.get("tokenizer.ggml.model") == "llama"
     if "tokenizer.ggml.token_type" in metadata:
         types = _per_token(metadata, "token_type", tokens)
-    else:  # llama.cpp does without, too: then those that have a purpose are special
+    else:  # as in llama.cpp, the tokens with a purpose are then the special ones
         purposes = {metadata.get(key) for key in _SPECIAL.values()}
         types = [TokenType.CONTROL if index in purposes else TokenType.NORMAL for index in range(len(tokens))]
     for token, kind in zip(tokens, types, strict=True):
@@ -152,7 +152,7 @@ def _per_token(metadata: Metadata, name: str, tokens: list[str]) -> list[Any]:
 
 
 def _wrap(tokenizer: Tokenizer, special: Mapping[str, str], bos: bool, eos: bool) -> None:
-    """Has a text begin and end with these tokens."""
+    """Makes the tokenizer begin and end texts with these tokens."""
     first = [special["bos_token"]] if bos and "bos_token" in special else []
     last = [special["eos_token"]] if eos and "eos_token" in special else []
     if first or last:
@@ -162,7 +162,7 @@ def _wrap(tokenizer: Tokenizer, special: Mapping[str, str], bos: bool, eos: bool
 
 def _special_tokens(metadata: Metadata, tokens: list[str], defaults: Mapping[str, int]) -> dict[str, str]:
     ids = {name: _id(metadata, name, defaults.get(name, -1)) for name in _SPECIAL}
-    return {name: tokens[id] for name, id in ids.items() if 0 <= id < len(tokens)}  # llama.cpp ignores others, too
+    return {name: tokens[id] for name, id in ids.items() if 0 <= id < len(tokens)}  # llama.cpp ignores other ids, too
 
 
 def _id(metadata: Metadata, name: str, default: int) -> int:
@@ -180,7 +180,7 @@ def _pair(merge: str) -> tuple[str, str]:
 
 
 def _chat_templates(metadata: Metadata) -> dict[str, str]:
-    """The default one, and those for particular uses, whose keys end with their names."""
+    """The default template, and the named ones, whose keys end with their names."""
     default = {"default": str(metadata[_TEMPLATE])} if _TEMPLATE in metadata else {}
     named = {key: value for key, value in metadata.items() if key.startswith(f"{_TEMPLATE}.")}
     return default | {key.removeprefix(f"{_TEMPLATE}."): str(template) for key, template in named.items()}

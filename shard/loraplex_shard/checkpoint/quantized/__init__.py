@@ -1,2 +1,2 @@
-"""Matrices that a checkpoint stores in few bits: a module for each method, `config.py` finds out which, `stored.py` has
-what they share."""
+"""Matrices that a checkpoint stores in few bits. There is a module for each method; `config.py` finds out which one a
+checkpoint has, and `stored.py` has what they share."""

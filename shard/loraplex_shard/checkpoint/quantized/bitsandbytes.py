@@ -1,4 +1,4 @@
-"""bitsandbytes' ways to store a matrix, as its QuantState and Linear8bitLt save them."""
+"""Matrices as bitsandbytes stores them, with its QuantState and its Linear8bitLt."""
 
 import json
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ from loraplex_shard.checkpoint.quantized.stored import (
 from loraplex_shard.checkpoint.safetensors.files import SafetensorsFiles
 
 STATE = ".quant_state.bitsandbytes__"
-ROW_FORMAT = 0  # of its int8 matrices; the others were made for the tensor cores of old GPUs
+ROW_FORMAT = 0  # the format of int8 matrices; the other formats were made for the tensor cores of old GPUs
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +35,9 @@ class Bitsandbytes:
 
 @dataclass(frozen=True, slots=True)
 class _FourBits:
-    """Two weights in a byte, row after row, the first one in the upper half: each an index of `quant_map`, whose value
-    is multiplied by the `absmax` of its block, which may be indices of another map themselves."""
+    """A 4-bit matrix, row after row, with two weights in a byte; the first one is in the upper half. A weight is an
+    index of `quant_map`, and the value there is multiplied by the block's `absmax`. These may be indices of another map
+    themselves."""
 
     files: SafetensorsFiles
     name: str
@@ -47,15 +48,15 @@ class _FourBits:
         first, last, size = rows.start * width, rows.stop * width, int(self.state["blocksize"])
         codes = self._bytes(first, last)
         codes = torch.stack((codes >> 4, codes & 15), dim=-1).flatten()[first % 2 :][: last - first]
-        # Indices of blocks are few until they are spread over their weights.
+        # There are few of these until each is repeated for the weights of its block.
         absmax = self._absmax(groups(range(first, last), size)).repeat_interleave(size)[first % size :][: last - first]
         weights = self.files.read(f"{self.name}.quant_map").float()[codes.int()].mul_(absmax)
-        # It computes in float32 and rounds, whatever the dtype that the model is used in.
+        # bitsandbytes computes in float32 and rounds to this dtype, in whatever dtype the model is used.
         dtype = getattr(torch, self.state["dtype"])
         return Floats(weights.view(len(rows), width)[:, as_slice(columns)].to(dtype))
 
     def _bytes(self, first: int, last: int) -> torch.Tensor:
-        """Those of weights `first` to `last`. They may be saved as numbers of several bytes."""
+        """The bytes of weights `first` to `last`. They may be saved as numbers of several bytes."""
         size = self.files.read(self.name, slice(0, 1), slice(0, 1)).itemsize
         part = groups(range(first, last), 2 * size)
         lies = self.files.shape(self.name)[0] == 1  # early versions saved one row
@@ -95,7 +96,7 @@ def _four_bits(files: SafetensorsFiles, name: str, state_name: str) -> StoredMat
 
 
 def _eight_bits(files: SafetensorsFiles, module: str) -> StoredMatrix:
-    """Symmetric int8 with a scale for each row: SCB, which is the row's largest weight."""
+    """Symmetric int8 with a scale for each row. SCB is the row's largest weight."""
     weight, scale, layout = f"{module}.weight", f"{module}.SCB", f"{module}.weight_format"
     rows, columns = files.shape(weight)
     check(

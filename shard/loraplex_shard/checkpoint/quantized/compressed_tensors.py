@@ -1,4 +1,5 @@
-"""compressed-tensors' ways to store integers. Tensors say which: layers of a model may differ in bits and groups."""
+"""Matrices that compressed-tensors stores in integers. Their bits and groups follow from their tensors, since layers of
+a model may differ."""
 
 from dataclasses import dataclass
 
@@ -29,8 +30,8 @@ from loraplex_shard.checkpoint.safetensors.files import SafetensorsFiles
 
 @dataclass(frozen=True, slots=True)
 class CompressedIntegers:
-    """Signed integers with a scale, and maybe a zero, for each row and group of columns: packed into int32 of the
-    matrix's own order (`weight_packed`), or int8 under the matrix's own name."""
+    """Signed integers with a scale, and maybe a zero, for each row and group of columns. They are packed into int32 in
+    the order of the matrix (`weight_packed`), or are int8 under the matrix's own name."""
 
     def find(self, files: SafetensorsFiles) -> dict[str, StoredMatrix]:
         packed = {module: _packed(files, module) for module in modules(files, "weight_packed", "I32")}
@@ -45,7 +46,7 @@ class _Matrix:
     shape: tuple[int, int]
     bits: int
     packed: bool
-    scales: tuple[int, int]  # the shape of theirs: a row for each of the matrix or one for all, a column for each group
+    scales: tuple[int, int]  # their shape: a row for each row or one for all, a column for each group
 
     def stored(self) -> StoredMatrix:
         suffixes = "weight_packed", "weight", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx"
@@ -80,7 +81,7 @@ class _Matrix:
             return torch.full((1, 1), 1 << (self.bits - 1), dtype=torch.uint8)
         if self.files.dtype(name) != "I32":
             return _unsigned(self._per_group("weight_zero_point", rows, of), self.bits)
-        packed = self.files.read(name, words(rows, self.bits), of)  # along rows
+        packed = self.files.read(name, words(rows, self.bits), of)  # packed along rows
         return unpacked(packed.T, self.bits)[:, within_words(rows)].T
 
     def _per_group(self, suffix: str, rows: range, of: slice) -> torch.Tensor:
@@ -110,7 +111,7 @@ def _plain(files: SafetensorsFiles, module: str) -> _Matrix:
 
 
 def _scales(files: SafetensorsFiles, module: str, rows: int) -> tuple[int, int]:
-    """Their shape as that of a matrix."""
+    """The shape of the scales, as a matrix's."""
     name = f"{module}.weight_scale"
     if name not in files.names:
         raise CheckpointError(f"missing tensor {name}")

@@ -1,4 +1,5 @@
-"""config.json's quantization_config: by which method a checkpoint was quantized. Others are refused by name."""
+"""Reads config.json's quantization_config: the method by which a checkpoint was quantized. Methods that are not served
+are refused by name."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,7 +24,7 @@ Fields = Mapping[str, Any]
 
 
 def read_layouts(config: Fields) -> tuple[Layout, ...]:
-    """How the checkpoint's quantized matrices are stored. Which ones are, their tensors say."""
+    """The ways in which the checkpoint's quantized matrices are stored. Its tensors show which matrices these are."""
     match _served(config, "quant_method", METHODS):
         case "gptq":
             return (_gptq(config),)
@@ -58,7 +59,7 @@ def _awq(config: Fields) -> AwqGemm:
 
 
 def _auto_round(config: Fields) -> Layout:
-    """It stores as others do, and says as which."""
+    """AutoRound uses the formats of other methods, and says which."""
     packing = str(config.get("packing_format", "auto_round:auto_gptq"))
     if packing.endswith("awq"):
         return _awq(config)
@@ -91,7 +92,7 @@ def _block(size: object) -> tuple[int, int] | None:
 
 
 def _group(config: Fields) -> int | None:
-    """Columns; None for -1, which is all of them."""
+    """The group size in columns; None for -1, which stands for all columns."""
     size = config.get("group_size")
     if not isinstance(size, int) or (size != -1 and size <= 0):
         raise CheckpointError(f"config.json: quantization_config: group_size {size!r} is neither positive nor -1")

@@ -1,4 +1,4 @@
-"""Matrices of float8 or float4 with scales. Most are read as floats, for the operations have no such form."""
+"""Matrices of float8 or float4 with scales. Most are read as floats, since the operations do not support them."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -12,19 +12,19 @@ from loraplex_shard.checkpoint.safetensors.files import SafetensorsFiles
 from loraplex_shard.ops.quantized import QuantizedMatrix
 
 FLOAT8 = frozenset({"F8_E4M3", "F8_E5M2"})
-# What a float8 tensor's scales are called. Weights are multiplied by them, whatever the name says of an inverse.
+# The suffixes of a float8 tensor's scales. Weights are multiplied by both, although one is called an inverse.
 SCALES = "_scale_inv", "_scale"
 FLOAT4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])  # E2M1, by its bits
 BYTE = "U8"
-EXPONENT_BIAS = 127  # of scales that are powers of two in a byte (E8M0)
+EXPONENT_BIAS = 127  # of scales that are powers of two, stored in a byte (E8M0)
 
 
 @dataclass(frozen=True, slots=True)
 class Float8:
-    """As DeepSeek, Qwen, FBGEMM, ModelOpt and compressed-tensors store them: float8 under the matrix's own name, with
-    one scale, one for each row, or one for each block of rows and columns."""
+    """float8 as DeepSeek, Qwen, FBGEMM, ModelOpt and compressed-tensors store it: under the matrix's own name, with a
+    single scale, one for each row, or one for each block of rows and columns."""
 
-    block: tuple[int, int] | None = None  # None: as many equal blocks as there are scales
+    block: tuple[int, int] | None = None  # rows and columns; None: blocks of equal size, one for each scale
 
     def find(self, files: SafetensorsFiles) -> dict[str, StoredMatrix]:
         found = {}
@@ -51,8 +51,8 @@ class Float8:
 
 @dataclass(frozen=True, slots=True)
 class Float4:
-    """NVFP4 and MXFP4 of ModelOpt and compressed-tensors: two weights in a byte, a scale for each row and 16 or 32
-    columns, and maybe another for all of the matrix, which the weights are multiplied or divided by."""
+    """NVFP4 and MXFP4 of ModelOpt and compressed-tensors: two weights in a byte, and a scale for each row and 16 or 32
+    columns. There may be one more number for the whole matrix, by which weights are multiplied or divided."""
 
     def find(self, files: SafetensorsFiles) -> dict[str, StoredMatrix]:
         found = {}
@@ -74,8 +74,8 @@ class Float4:
 
 @dataclass(frozen=True, slots=True)
 class Mxfp4Experts:
-    """GPT-OSS's experts: NAME_blocks [experts, rows, groups, 16] and NAME_scales are tensor NAME, which transformers
-    has as [experts, columns, rows]."""
+    """GPT-OSS's experts. NAME_blocks [experts, rows, groups, 16] and NAME_scales store the tensor NAME, which is
+    [experts, columns, rows] in transformers."""
 
     def find(self, files: SafetensorsFiles) -> dict[str, StoredMatrix]:
         found = {}
@@ -93,21 +93,22 @@ class Mxfp4Experts:
 
 @dataclass(frozen=True, slots=True)
 class Mxfp4Part:
-    """Some experts' matrices. Twice a float4 is an integer, and half a power of two a scale: nothing is rounded."""
+    """The matrices of some experts. Twice a float4 is an integer, and half a power of two is a valid scale, so nothing
+    is rounded."""
 
-    weights: torch.Tensor  # [experts, rows, groups, columns of a group] float32, each a float4
+    weights: torch.Tensor  # [experts, rows, groups, columns of a group] float32, with float4 values
     factors: torch.Tensor  # [experts, rows, groups] float32
-    columns: slice  # of the matrices: transformers has them transposed
+    columns: slice  # columns of the matrices, which are transposed in transformers
 
     def dequantized(self) -> torch.Tensor:
         weights = self.weights * self.factors[:, :, :, None]
         return weights.flatten(2)[:, :, self.columns].transpose(1, 2)
 
     def quantized(self) -> QuantizedMatrix | None:
-        """Of one expert: [rows, columns]."""
+        """For a single expert: [rows, columns]."""
         scales, values = (self.factors[0] / 2).half(), (self.weights[0] * 2).to(torch.int8)
         if len(self.weights) > 1 or not torch.equal(scales.float() * 2, self.factors[0]):
-            return None  # a scale is beyond float16's
+            return None  # a scale does not fit into float16
         whole = QuantizedMatrix(8, values.shape[2], values.flatten(1), scales, None)
         return whole.part(slice(None), self.columns)
 
@@ -117,7 +118,7 @@ def _read_float8(
 ) -> Floats:
     weights = files.read(name, as_slice(rows), as_slice(columns)).float()
     scales = _factors(files, scale)
-    if weights.ndim > 2:  # cut from experts and rows, each expert with scales of its own
+    if weights.ndim > 2:  # the part is of experts and rows; each expert has its own scales
         across = torch.arange(weights.shape[-1])
         scales = scales.view(-1, *_as_matrix(files.shape(scale)))[as_slice(rows)]
         return Floats(weights.mul_(scales[:, torch.tensor(columns) // block[0]][:, :, across // block[1]]))
@@ -160,10 +161,10 @@ def _factors(
 
 
 def _float4(packed: torch.Tensor) -> torch.Tensor:
-    """[n, bytes] -> [n, bytes * 2], the low half of a byte first."""
+    """[n, bytes] -> [n, bytes * 2]; the low half of a byte comes first."""
     return FLOAT4[torch.stack((packed & 15, packed >> 4), dim=-1).flatten(1).int()]
 
 
 def _as_matrix(scales: tuple[int, ...]) -> tuple[int, int]:
-    """How many scales there are down and across; those of rows may be a vector."""
+    """The numbers of scales down and across. Scales of rows may be a vector."""
     return (scales[-2], scales[-1]) if len(scales) > 1 else ((*scales, 1)[0], 1)

@@ -1,4 +1,4 @@
-"""GPTQ's and AWQ's ways to store a matrix. Both transpose everything, and pack integers into int32."""
+"""Matrices as GPTQ and AWQ store them. Both transpose everything, and pack integers into int32."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,16 +29,16 @@ from loraplex_shard.checkpoint.safetensors.files import SafetensorsFiles
 
 INTEGERS = frozenset({"I32"})
 
-# Which nibble of an int32 of AWQ's holds each of its eight rows.
+# The nibble of AWQ's int32 that holds each of its eight rows.
 AWQ_NIBBLES = [0, 4, 1, 5, 2, 6, 3, 7]
 
 
 @dataclass(frozen=True, slots=True)
 class Gptq:
-    """Integers packed along columns, zeros along rows. The first version's zeros are 1 less."""
+    """Integers are packed along columns, zeros along rows. The first version of the format stores zeros minus 1."""
 
     bits: int
-    group: int | None  # columns; None: all
+    group: int | None  # columns per group; None: all of them
     zeros_less: int
 
     def find(self, files: SafetensorsFiles) -> dict[str, StoredMatrix]:
@@ -74,7 +74,7 @@ class Gptq:
 
 @dataclass(frozen=True, slots=True)
 class AwqGemm:
-    """Integers and zeros of 4 bits packed along rows, in an order of their own."""
+    """Integers and zeros of 4 bits are packed along rows, in a special order."""
 
     group: int | None
 
@@ -103,13 +103,13 @@ class AwqGemm:
 
 class _Transposed(Protocol):
     def shape(self, qweight: tuple[int, int]) -> tuple[int, int]:
-        """The matrix's, from that of its integers' tensor."""
+        """The matrix's shape, from the shape of the tensor of its integers."""
 
     def tensors(self, rows: int, columns: int) -> Mapping[str, Expected]:
-        """By suffix, all that a matrix of this shape consists of."""
+        """The tensors of a matrix of this shape, by suffix."""
 
     def read(self, files: SafetensorsFiles, module: str, width: int, rows: range, columns: range) -> IntegerMatrix:
-        """`width` is the number of all columns."""
+        """Reads a part of the matrix. `width` is the number of all its columns."""
 
 
 def _find(layout: _Transposed, files: SafetensorsFiles) -> dict[str, StoredMatrix]:
@@ -126,7 +126,7 @@ def _find(layout: _Transposed, files: SafetensorsFiles) -> dict[str, StoredMatri
 
 
 def group_order(files: SafetensorsFiles, name: str, columns: int, group: int) -> torch.Tensor | None:
-    """The group of each column, if tensor `name` says so and they are not one after the other."""
+    """The group of each column, if there is a tensor `name` and it is not simply one group after the other."""
     if name not in files.names:
         return None
     order = files.read(name).long()

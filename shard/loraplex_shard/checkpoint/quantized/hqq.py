@@ -1,5 +1,5 @@
-"""HQQ's way to store a matrix: it is cut into groups, which become the rows or the columns of another matrix, and the
-first, second, ... part of that one's rows share bytes."""
+"""Matrices as HQQ stores them. A matrix is cut into groups, which become the rows or the columns of another matrix. The
+rows of that matrix are cut into parts of equal size, and corresponding rows of these parts share bytes."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from loraplex_shard.checkpoint.safetensors.files import SafetensorsFiles
 
 BITS = {"8bit_u8": 8, "4bit_u8": 4, "3bit_32": 3, "2bit_u8": 2, "1bit_u8": 1}
 MOST_SIGNIFICANT_FIRST = {bits: range(30 - bits if bits == 3 else 8 - bits, -1, -bits) for bits in BITS.values()}
-# How a matrix was made and is computed with, each in a tensor of its own.
+# The suffixes of the tensors that say how a matrix was made and is used.
 FIELDS = (
     *("nbits", "group_size", "shape", "axis", "packing", "unpack_view_dtype", "view_as_float", "compute_dtype"),
     *("quant_scale", "quant_zero", "offload_meta", "encoded_state_dict", "stores_quant_config", "channel_wise"),
@@ -34,10 +34,10 @@ class _Matrix:
     bits: int
     shape: tuple[int, int]
     group: int
-    by_row: bool  # each row's columns are cut into groups; else, columns of a matrix with `group` rows are groups
+    by_row: bool  # a group is a row of the stored matrix; otherwise it is a column, which has `group` rows
 
     def read(self, rows: range, columns: range) -> Part:
-        """Groups lie in the file in an order of their own, so that all are read."""
+        """Reads a part. All groups are read, since they are not in the file in the order of the matrix."""
         values, width = self._values(), self.shape[1]
         scales, zeros = (self.files.read(f"{self.module}.{each}").float() for each in ("scale", "zero"))
         if self.by_row and width % self.group == 0:
@@ -53,7 +53,7 @@ class _Matrix:
         most = (1 << self.bits) - 1
         values = torch.cat([packed >> shift & most for shift in MOST_SIGNIFICANT_FIRST[self.bits]]).to(torch.uint8)
         count = self.shape[0] * self.shape[1] // self.group
-        return values[: count if self.by_row else self.group]  # 3 bits are padded
+        return values[: count if self.by_row else self.group]  # with 3 bits there is padding
 
 
 def _stored(files: SafetensorsFiles, module: str) -> StoredMatrix:

@@ -1,4 +1,5 @@
-"""A part of a matrix as GPTQ, AWQ, compressed-tensors and bitsandbytes store integers, and what can be made of it."""
+"""A part of a matrix in integers, as GPTQ, AWQ, compressed-tensors, bitsandbytes and HQQ store it, and its
+conversion."""
 
 from dataclasses import dataclass
 
@@ -7,7 +8,7 @@ import torch
 
 from loraplex_shard.ops.quantized import GROUPS, QuantizedMatrix
 
-# Scales and offsets may be off by so much once they are float16, of which the spacing is 2 ** -10 of the value.
+# The relative error that scales and offsets may get by rounding to float16, whose spacing is 2 ** -10 of the value.
 FLOAT16_ROUNDING = 2**-10
 WORD = 32
 
@@ -16,8 +17,9 @@ WORD = 32
 class IntegerMatrix:
     """w = scale * (value - zero), with a scale and a zero for each row and `group` columns.
 
-    `first` is the place of the first column in its group: a part of a matrix may begin within one. Where groups are not
-    columns side by side, `order` says which group each column is of, and scales and zeros are those of all groups.
+    `first` is the index of the first column within its group, since a part of a matrix may begin inside a group. If the
+    columns of a group are not neighbours, `order` has the group of each column, and scales and zeros are those of all
+    groups.
     """
 
     bits: int
@@ -34,16 +36,16 @@ class IntegerMatrix:
         return (self.values.float() - self.zeros.float()[:, groups]) * self.scales.float()[:, groups]
 
     def quantized(self) -> QuantizedMatrix | None:
-        """The same weights in the operations' form, but that scales and offsets are rounded to float16.
+        """Returns the weights in the operations' form. Only scales and offsets change: they are rounded to float16.
 
-        None if they have no such form: where a group does not begin at a multiple of 32 columns, where more than
-        4 bits are not symmetric, and where a scale is beyond what float16 holds.
+        Returns None if there is no such form: if a group does not begin at a multiple of 32 columns, if there are more
+        than 4 bits and a zero is not in the middle, or if a scale does not fit into float16.
         """
         group = self._group_of_operations()
         middle = 1 << (self.bits - 1)
         if group is None or (self.bits > 4 and bool((self.zeros != middle).any())):
             return None
-        # A group of theirs is several of ours with equal scales.
+        # A group of the checkpoint is one or more groups of the operations with equal scales.
         groups = self._groups(step=group)
         scales = self.scales.float()[:, groups]
         offsets = -self.zeros.float()[:, groups] * scales
@@ -54,18 +56,18 @@ class IntegerMatrix:
         return QuantizedMatrix(4, group, self.values, scales.half(), offsets.half())
 
     def _groups(self, step: int) -> torch.Tensor:
-        """Of each column, or of each first one of `step`."""
+        """The group of every `step`-th column."""
         return (self.first + torch.arange(0, self.values.shape[1], step)) // self.group
 
     def _group_of_operations(self) -> int | None:
         side_by_side = self.group if self.order is None else 1
         fitting = [size for size in GROUPS if side_by_side % size == 0 and self.first % size == 0]
-        one_scale = self.scales.shape[1] == 1  # then any size does
+        one_scale = self.scales.shape[1] == 1  # then any group size fits
         return max(fitting or GROUPS) if fitting or one_scale else None
 
 
 def unpacked(words: torch.Tensor, bits: int) -> torch.Tensor:
-    """[n, words] int32 -> [n, words * 32 / bits] uint8, the lowest bits of a word first."""
+    """[n, words] int32 -> [n, words * 32 / bits] uint8; the lowest bits of a word come first."""
     data = words.contiguous().view(torch.uint8)
     if 8 % bits == 0:
         most = (1 << bits) - 1
@@ -76,23 +78,23 @@ def unpacked(words: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def word_count(integers: int, bits: int) -> int:
-    """How many int32 words they take."""
+    """The number of int32 words that the integers take."""
     return -(-integers * bits // WORD)
 
 
 def words(part: range, bits: int) -> slice:
-    """The int32 words that hold these integers, and some more: every 32 integers begin a word."""
+    """The int32 words that hold these integers, and some more: only a multiple of 32 integers begins a word."""
     return slice(part.start // WORD * bits, -(-part.stop // WORD) * bits)
 
 
 def within_words(part: range) -> slice:
-    """Where these integers are in what words(part, bits) holds."""
+    """The place of these integers in what words(part, bits) holds."""
     first = part.start % WORD
     return slice(first, first + len(part))
 
 
 def groups(columns: range, group: int) -> slice:
-    """The groups that these columns are in."""
+    """The groups of these columns."""
     return slice(columns.start // group, -(-columns.stop // group))
 
 

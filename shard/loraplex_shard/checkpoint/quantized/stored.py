@@ -1,4 +1,4 @@
-"""A matrix of a checkpoint that is stored in several tensors, and what a part of it can be read as."""
+"""A matrix of a checkpoint that is stored in several tensors, and the forms in which a part of it can be read."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,15 +19,15 @@ class Part(Protocol):
     """Some rows and columns of a matrix."""
 
     def dequantized(self) -> torch.Tensor:
-        """[rows, columns] of a float dtype."""
+        """Returns [rows, columns] in a float dtype."""
 
     def quantized(self) -> QuantizedMatrix | None:
-        """The same in the form that the operations compute with, if it has that form."""
+        """Returns the part in the form that the operations compute with, or None if it does not have that form."""
 
 
 @dataclass(frozen=True, slots=True)
 class Floats:
-    """A part that has no form in integers."""
+    """A part that cannot be had in integers."""
 
     weights: torch.Tensor
 
@@ -40,20 +40,21 @@ class Floats:
 
 @dataclass(frozen=True, slots=True)
 class StoredMatrix:
-    """One matrix, of which parts can be read. Experts that are stored as one tensor have a dimension before the rows;
-    then it is that one and the rows that a part is cut from."""
+    """A matrix that can be read in parts. If experts are stored as one tensor, they are a dimension before the rows; a
+    part is then some experts and some rows."""
 
     shape: tuple[int, ...]
-    tensors: frozenset[str]  # names of all that it is stored in
-    in_integers: bool  # whether its parts are, as a rule, of a form that the operations compute with
+    tensors: frozenset[str]  # the names of all tensors that it is stored in
+    in_integers: bool  # whether most of its parts have a form that the operations compute with
     read_part: Callable[[range, range], Part]
-    in_pieces: bool = True  # whether a few rows can be read for less than all
+    in_pieces: bool = True  # whether reading a few rows costs less than reading all
 
     def read(self, rows: slice, columns: slice) -> Part:
         return self.read_part(range(self.shape[0])[rows], range(self.shape[1])[columns])
 
     def dequantized(self, rows: slice, columns: slice) -> torch.Tensor:
-        """That part, a few rows at a time: what is computed on the way takes several times the outcome's memory."""
+        """Returns a part as floats. It is computed a few rows at a time, since intermediate values take several times
+        the memory of the result."""
         these, part = range(self.shape[0])[rows], range(self.shape[1])[columns]
         step = max(1, WEIGHTS_AT_A_TIME // max(1, prod(self.shape[1:]))) if self.in_pieces else len(these)
         if len(these) <= step:
@@ -68,23 +69,23 @@ class StoredMatrix:
 
 
 class Layout(Protocol):
-    """A way to store matrices."""
+    """A way of storing matrices."""
 
     def find(self, files: SafetensorsFiles) -> dict[str, StoredMatrix]:
-        """The matrices that are stored so, by the names that they have in the model. Raises CheckpointError, naming a
-        tensor, for one that is not whole."""
+        """Finds the matrices that are stored in this way, by the names that they have in the model. Raises
+        CheckpointError, naming a tensor, if one is incomplete."""
 
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """What a tensor of a stored matrix must be."""
+    """The dtypes and the shape that a tensor of a stored matrix must have."""
 
     shape: tuple[int, ...]
     dtypes: frozenset[str]
 
 
 def modules(files: SafetensorsFiles, suffix: str, *dtypes: str) -> Iterator[str]:
-    """What has a tensor of that name and of one of these dtypes."""
+    """The modules that have a tensor with this suffix and one of these dtypes."""
     for name in files.names:
         module, _, last = name.rpartition(".")
         if last == suffix and files.dtype(name) in dtypes:
@@ -99,8 +100,8 @@ def matrix_shape(files: SafetensorsFiles, name: str) -> tuple[int, int]:
 
 
 def check(files: SafetensorsFiles, shape: tuple[int, ...], expected: Mapping[str, Expected]) -> None:
-    """Raises CheckpointError, naming the tensor, if one of those that a matrix of this shape is stored in is missing or
-    not as it must be."""
+    """Raises CheckpointError, naming the tensor, if a tensor of a matrix of this shape is missing or not as
+    expected."""
     for name, must in expected.items():
         if name not in files.names:
             raise CheckpointError(f"missing tensor {name}")

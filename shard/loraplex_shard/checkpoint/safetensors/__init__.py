@@ -1,1 +1,1 @@
-"""Hugging Face checkpoint directories, whose tensors are in safetensors files (`files.py`)."""
+"""Hugging Face checkpoint directories, with tensors in safetensors files (`files.py`)."""

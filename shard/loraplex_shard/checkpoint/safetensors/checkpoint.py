@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint directory. Only safetensors are read: unpickling a file would run what is in it."""
+"""A Hugging Face checkpoint directory. Only safetensors are read: unpickling a file would run code from it."""
 
 from functools import cached_property
 from pathlib import Path
@@ -19,10 +19,10 @@ from loraplex_shard.checkpoint.tokenizer_files import read_tokenizer
 from loraplex_shard.checkpoint.values import checked
 from loraplex_shard.ops.quantized import QuantizedMatrix
 
-QUANTIZATION_CONFIGS = "quantization_config", "compression_config"  # the second was compressed-tensors' at first
+QUANTIZATION_CONFIGS = "quantization_config", "compression_config"  # the second in old compressed-tensors
 GENERATION_CONFIG = "generation_config.json"
 MODELOPT_CONFIG = "hf_quant_config.json"
-# How inputs, outputs, keys and values were rounded where a matrix was quantized: here they are not.
+# Tensors that say how inputs, outputs, keys and values were rounded. They are ignored: nothing of that is rounded here.
 OF_ACTIVATIONS = tuple(
     f".{of}_{what}"
     for of in ("input", "output", "k", "v", "kv", "q", "activation")
@@ -64,7 +64,7 @@ class SafetensorsCheckpoint:
     @cached_property
     def known_as(self) -> tuple[str, ...]:
         named = read_json(self._directory / "config.json", self.model_id).get("_name_or_path")
-        # A snapshot in the hub's cache lies in a folder that says which model it is.
+        # The path of a snapshot in the hub's cache contains the model's name.
         return (str(self._directory.resolve()), *([named] if isinstance(named, str) and named else []))
 
     @cached_property
@@ -104,7 +104,7 @@ class SafetensorsCheckpoint:
         )
 
     def _processor_template(self) -> str:
-        """The chat template of a model that reads more than text, where its tokenizer has none."""
+        """The chat template of a model that reads more than text, if its tokenizer does not have one."""
         file = self._directory / "chat_template.json"
         return str(read_json(file, self.model_id).get("chat_template") or "") if file.is_file() else ""
 
@@ -128,7 +128,7 @@ class SafetensorsCheckpoint:
             raise CheckpointError(f"{self.model_id}: {names} is not served: {known}")
         try:
             config: PreTrainedConfig = AutoConfig.from_pretrained(self._directory, trust_remote_code=False)
-        except Exception as error:  # transformers' classes compute with what the file says, whatever that is
+        except Exception as error:  # transformers' classes compute with values of the file and may raise anything
             raise CheckpointError(f"{self.model_id}: config.json: {error}") from error
         return config
 
@@ -140,7 +140,7 @@ class SafetensorsCheckpoint:
         return "there is no config.json"
 
     def _find_matrices(self) -> dict[str, StoredMatrix]:
-        """Those that are stored in integers or small floats, as config.json says, or ModelOpt's file beside it."""
+        """The matrices in integers or small floats, as config.json or ModelOpt's file beside it says."""
         said = (getattr(self.config, name, None) for name in QUANTIZATION_CONFIGS)
         quantization = next((each for each in said if each is not None), None)
         if quantization is None and (file := self._directory / MODELOPT_CONFIG).is_file():
@@ -151,8 +151,8 @@ class SafetensorsCheckpoint:
 
 
 def _architecture(config: PreTrainedConfig) -> str:
-    """The class that generates, also where config.json names none, or the one without a head that an embedding model
-    was saved from, or writes it otherwise, as the first conversions did (LLaMAForCausalLM, Ernie4_5_ForCausalLM)."""
+    """The class that generates. config.json may name no class, the class without a head, if it is an embedding model,
+    or another spelling, as the first conversions did (LLaMAForCausalLM, Ernie4_5_ForCausalLM)."""
     named: str = (config.architectures or [""])[0]
     generates = str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, named or "(none)"))
     is_meant = named in ("", MODEL_MAPPING_NAMES.get(config.model_type)) or _plain(named) == _plain(generates)

@@ -1,4 +1,4 @@
-"""The safetensors files of a checkpoint directory, as one set of tensors. Knows nothing of models."""
+"""The safetensors files of a checkpoint directory, as one set of tensors. Knows nothing about models."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ BACKBONE, BARE = "model.", ("embed_tokens.", "layers.", "norm.")
 
 
 class SafetensorsFiles:
-    """Raises CheckpointError if there are none, or if one is missing or cut short."""
+    """Raises CheckpointError if there are no such files, or if one is missing or cut short."""
 
     def __init__(self, directory: Path, model_id: str) -> None:
         self._directory = directory
@@ -23,23 +23,23 @@ class SafetensorsFiles:
         self._files: dict[str, Any] = {}
         for file in self._file_names():
             self._add(file, self._open(file))
-        # Embedding models were saved without a head, and without the names' beginning that sets the head apart.
+        # Embedding models were saved without a head, so their names lack the prefix that the head does not have.
         self._own = {BACKBONE + name if name.startswith(BARE) else name: name for name in self._files}
 
     @property
     def names(self) -> frozenset[str]:
-        """As transformers calls them in a model with a head."""
+        """The tensors' names, as transformers has them in a model with a head."""
         return frozenset(self._own)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._slice(name).get_shape())
 
     def dtype(self, name: str) -> str:
-        """As safetensors calls it, for example "BF16" or "I32"."""
+        """safetensors' name for the dtype, for example "BF16" or "I32"."""
         return str(self._slice(name).get_dtype())
 
     def read(self, name: str, rows: slice = slice(None), columns: slice = slice(None)) -> torch.Tensor:
-        """That part of a tensor's first two dimensions; no more than that is read from the file."""
+        """Reads a part of a tensor's first two dimensions, and only that part, from the file."""
         part = self._slice(name)
         dimensions = len(part.get_shape())
         tensor: torch.Tensor = part[(rows, columns)[:dimensions] or ...]
@@ -50,15 +50,15 @@ class SafetensorsFiles:
         return self._files[own].get_slice(own)
 
     def _add(self, name: str, file: Any) -> None:
-        """A tensor may be in several files, but then it must be the same in all of them."""
+        """Adds a file's tensors. A tensor may be in several files if it is the same in all of them."""
         for tensor in file.keys():  # noqa: SIM118
             former = self._files.setdefault(tensor, file)
             if former is not file and not torch.equal(former.get_tensor(tensor), file.get_tensor(tensor)):
-                raise CheckpointError(f"{self._model_id}: {name} has another {tensor} than a file before it")
+                raise CheckpointError(f"{self._model_id}: {tensor} is in several files, and differs in {name}")
 
     def _file_names(self) -> list[str]:
-        """As transformers chooses them: an index counts where there is no single file. Where there is neither, what is
-        named like parts of a model, which vLLM reads as well."""
+        """Chooses the files as transformers does: a single file, or else the files of an index. If there is neither,
+        files that are named like parts of a model are used, as in vLLM."""
         if (self._directory / SINGLE_FILE).is_file():
             return [SINGLE_FILE]
         if (self._directory / INDEX_FILE).is_file():
@@ -73,7 +73,9 @@ class SafetensorsFiles:
 
     def _open(self, file: str) -> Any:
         if Path(file).name != file or not file.endswith(".safetensors"):
-            raise CheckpointError(f"{self._model_id}: {INDEX_FILE} names {file!r}: not a safetensors file beside it")
+            raise CheckpointError(
+                f"{self._model_id}: {INDEX_FILE} names {file!r}: it must be a safetensors file beside it"
+            )
         try:
             return safe_open(self._directory / file, framework="pt")
         except FileNotFoundError as error:
@@ -87,13 +89,13 @@ class SafetensorsFiles:
 
 
 def is_pointer(path: Path) -> bool:
-    """Whether a clone made without Git LFS left a reference here in place of the file."""
+    """Whether this is a Git LFS pointer, which a clone without Git LFS leaves in place of the file."""
     with path.open("rb") as file:
         return file.read(40).startswith(b"version https://git-lfs.github.com/")
 
 
 def read_json(path: Path, model_id: str) -> dict[str, Any]:
-    """Raises CheckpointError if the file is not a JSON object."""
+    """Reads a JSON object. Raises CheckpointError if the file is something else."""
     try:
         content = json.loads(path.read_bytes())
     except OSError as error:
