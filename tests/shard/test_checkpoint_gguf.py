@@ -237,9 +237,7 @@ def test_a_gguf_file_of_the_hub_is_asked_for_by_its_quantization(
         hub.push("org/tiny-GGUF", {"tiny-Q4_K_M.gguf": small, **parts, **others})
         assert open_checkpoint("org/tiny-GGUF:Q4_K_M").names == open_checkpoint("org/tiny-GGUF:Q8_0").names
         assert not [request for request in hub.requests if "Q4_K_S" in request or "README" in request]
-        with pytest.raises(
-            CheckpointError, match=r"org/tiny-GGUF: the repository has no GGUF file named \*Q2_K\.gguf"
-        ):
+        with pytest.raises(CheckpointError, match=r"org/tiny-GGUF: the repository has no GGUF file named \*Q2_K\.gguf"):
             open_checkpoint("org/tiny-GGUF:Q2_K")
         with pytest.raises(
             CheckpointError, match=r"has no config\.json\. If it has GGUF files, .* org/tiny-GGUF:Q4_K_M"

@@ -1,4 +1,4 @@
-"""What lies in the adapter directory, and what can be seen to be wrong with it without reading it whole."""
+"""Lists the adapter directory, with the faults of its adapters that can be found without reading them whole."""
 
 import os
 import stat
@@ -18,43 +18,44 @@ from loraplex_shard.lora.sources.files import CONFIG, MLX_TENSORS, PICKLE, TENSO
 from loraplex_shard.lora.sources.folders import CACHED, cached_id, find_snapshot, is_inside
 from loraplex_shard.lora.weights.deltas import Invocation
 
-_TELLING = frozenset({CONFIG, TENSORS, PICKLE, MLX_TENSORS})  # any of them makes a folder an adapter's
+_TELLING = frozenset({CONFIG, TENSORS, PICKLE, MLX_TENSORS})  # a folder with any of these is an adapter
 _OUTSIDE = "it is a link that leads out of the adapter directory"
 LOOK_SECONDS = 2.0
 FOLDERS_AT_A_TIME = 8
-SETTLED_NS = 2 * 10**9  # a folder's time of change tells nothing before it is so old: clocks of file systems are coarse
+SETTLED_NS = 2 * 10**9  # a folder's modification time is reliable at this age: file system clocks are coarse
 
 
 @dataclass(frozen=True, slots=True)
 class LocalAdapter:
-    """A name in the adapter directory."""
+    """An adapter's name in the adapter directory."""
 
     id: str
-    fault: str = ""  # why it cannot be served; empty: nothing is wrong as far as can be seen
-    warnings: tuple[str, ...] = ()  # what may be wrong with it though it can be served
+    fault: str = ""  # why it cannot be served; empty: no fault was found
+    warnings: tuple[str, ...] = ()  # possible problems that do not prevent serving
     invocation: Invocation | None = None  # None: it is always active
 
 
 class _Found(NamedTuple):
     id: str
-    folder: str  # links followed
+    folder: str  # with links resolved
     files: frozenset[str] = frozenset()
     fault: str = ""
 
 
 class _Scanned(NamedTuple):
-    """What an adapter's folder held when it was last looked through."""
+    """What an adapter's folder held when it was last scanned."""
 
-    changed: int | None  # when it was last changed before; None: that is not to be relied on
+    changed: int | None  # its modification time then; None: not reliable
     files: frozenset[str]
     fault: str
 
 
 class LocalListing:
-    """Of an adapter directory, if there is one. Adapters are looked into once, and again when their files have changed.
+    """The listing of an adapter directory, if there is one. An adapter is inspected once, and again when its files have
+    changed.
 
-    `doubts` says what may be wrong with an adapter of that configuration, `invocation` what activates it, or raises
-    AdapterInvalidError.
+    `doubts` returns possible problems of an adapter with a given configuration. `invocation` returns what activates it,
+    or raises AdapterInvalidError.
     """
 
     def __init__(
@@ -67,17 +68,17 @@ class LocalListing:
         self._doubts = doubts
         self._invocation = invocation
         self._lock = Lock()  # guards all of the following
-        self._began = 0.0  # the last listing
+        self._began = 0.0  # when the last listing began
         self._listed: list[LocalAdapter] = []
         self._scanned: dict[str, _Scanned] = {}  # by folder
         self._seen: dict[str, tuple[object, LocalAdapter]] = {}
 
     def adapters(self) -> list[LocalAdapter]:
-        """Sorted by id. New ones are looked into for some seconds at most; of thousands, the others
-        appear without a fault until a later call."""
+        """The adapters, sorted by id. New ones are inspected for a few seconds at most. If there are thousands, the
+        others are listed without a fault until a later call."""
         asked = time.monotonic()
         with self._lock:
-            if self._began < asked:  # else somebody else had it listed meanwhile
+            if self._began < asked:  # otherwise another thread has listed it meanwhile
                 self._began = time.monotonic()
                 self._listed = self._list()
             return self._listed
@@ -89,7 +90,7 @@ class LocalListing:
     def _list(self) -> list[LocalAdapter]:
         found: dict[str, _Found] = {}
         for adapter in self._found():
-            if adapter.id not in found or adapter.folder.endswith(adapter.id):  # the one that is spelled like its id
+            if adapter.id not in found or adapter.folder.endswith(adapter.id):  # the folder that is spelled like its id
                 found[adapter.id] = adapter
         deadline = time.monotonic() + LOOK_SECONDS
         listed = [self._look(adapter, deadline) for _, adapter in sorted(found.items())]
@@ -128,7 +129,7 @@ class LocalListing:
             yield _Found("/".join(names), folder, held, fault)
             return
         for entry in entries:
-            with suppress(OSError):  # it went away meanwhile, or is a link to itself
+            with suppress(OSError):  # the folder is gone, or is a link to itself
                 yield from self._enter(entry, names)
 
     def _enter(self, entry: os.DirEntry[str], names: tuple[str, ...]) -> Iterator[_Found]:
@@ -141,7 +142,7 @@ class LocalListing:
             if not self._holds(path):
                 yield _Found(id, path, fault=_OUTSIDE)
                 return
-            if Path(entry.path).is_relative_to(path):  # a circle
+            if Path(entry.path).is_relative_to(path):  # links in a circle
                 return
         snapshot = None if names or not entry.name.startswith(CACHED) else find_snapshot(Path(path))
         if snapshot is not None:
@@ -187,12 +188,12 @@ class LocalListing:
 
 
 def _yield() -> None:
-    """Lets a step have the interpreter, if it waits for it."""
+    """Releases the interpreter's lock for a step that waits for it."""
     time.sleep(1e-4)
 
 
 def _state(found: _Found) -> object:
-    """Equal states have equal contents, as far as `stat` can tell."""
+    """The state of an adapter's files. If it is the same, the contents are the same as far as `stat` can tell."""
     try:
         statuses = [os.stat(f"{found.folder}/{name}") for name in (CONFIG, TENSORS) if name in found.files]
     except OSError:
@@ -201,5 +202,5 @@ def _state(found: _Found) -> object:
 
 
 def _shown(name: str) -> str:
-    """As it can be written: a folder's name may be bytes that are no text."""
+    """The name as printable text: a folder's name may be bytes that are not text."""
     return normal(name.encode(errors="surrogateescape").decode(errors="backslashreplace"))

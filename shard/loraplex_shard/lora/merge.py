@@ -1,8 +1,9 @@
-"""Several adapters merged into one, equal to PEFT's `add_weighted_adapter`. Knows no files, ranks or dtypes.
+"""Merges several adapters into one, with the results of PEFT's `add_weighted_adapter`. Knows nothing about files, ranks
+or dtypes.
 
-A and B of a module are merged apart, and each gets the root of an adapter's weight times its scale. The merged
-adapter's own scale is 1. (Where the first adapter is rank-stabilized, PEFT multiplies by the root of lora_rank once
-more, though the scales are in the merged A and B already; that is not done here.)
+A and B of a module are merged separately, each with the square root of the adapter's weight times its scale. The merged
+adapter's own scale is 1. (If the first adapter is rank-stabilized, PEFT multiplies by the root of lora_rank once more,
+although the merged A and B already have the scales in them. That is not done here.)
 """
 
 import hashlib
@@ -19,16 +20,16 @@ from loraplex_shard.lora.weights.deltas import Delta
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How adapters are merged. The router has checked it."""
+    """How adapters are merged. The router has checked the values."""
 
     weights: tuple[float, ...]  # one per adapter
     strategy: str  # a key of STRATEGIES
-    density: float  # of the values of A and of B, the fraction that pruning keeps; in (0, 1]
+    density: float  # the fraction of values of A and of B that pruning keeps; in (0, 1]
     majority_sign_method: str  # "total" or "frequency"
 
 
 def merge(adapters: Sequence[Mapping[str, Delta]], recipe: Recipe) -> dict[str, Delta]:
-    """The merged adapter. A module that only some of the adapters have is merged from those.
+    """Returns the merged adapter. A module that only some of the adapters have is merged from these.
 
     Raises InvalidRequestError if a module's lora_rank is not the same in all of them.
     """
@@ -49,7 +50,7 @@ def _merge_module(module: str, adapters: Sequence[Mapping[str, Delta]], recipe: 
     _check_lora_ranks(module, {delta.lora_rank for delta, _ in found})
     factors = [weight * delta.scale for delta, weight in found]
     roots = [math.sqrt(abs(factor)) for factor in factors]
-    # The sign goes to A alone: in both it would be lost.
+    # Only A gets the sign: if both had it, it would cancel.
     signed = [math.copysign(root, factor) for root, factor in zip(roots, factors, strict=True)]
     prune, combine = STRATEGIES[strategy]
     a = [prune(delta.a.float(), recipe.density) for delta, _ in found]
@@ -69,7 +70,7 @@ def _check_lora_ranks(module: str, lora_ranks: Iterable[int]) -> None:
         )
 
 
-# ---- pruning: tensor [m, n], density -> the same with some values set to 0 -------------------------------------------
+# ---- pruning: tensor [m, n], density -> the tensor with some values set to 0 -----------------------------------------
 
 
 def keep_all(tensor: Tensor, density: float) -> Tensor:
@@ -77,7 +78,7 @@ def keep_all(tensor: Tensor, density: float) -> Tensor:
 
 
 def keep_largest(tensor: Tensor, density: float) -> Tensor:
-    """The fraction `density` of the values that is largest in magnitude."""
+    """Keeps the fraction `density` of the values with the largest magnitudes."""
     if density >= 1:
         return tensor
     flat = tensor.flatten()
@@ -86,9 +87,10 @@ def keep_largest(tensor: Tensor, density: float) -> Tensor:
 
 
 def keep_random(tensor: Tensor, density: float) -> Tensor:
-    """Each value with the probability `density`, divided by it (arXiv 2311.03099).
+    """Keeps each value with probability `density`, divided by it (arXiv 2311.03099).
 
-    What is kept follows from the tensor's content, so that all ranks, and every merge of it, keep the same.
+    The choice depends only on the tensor's content, so all ranks, and all merges of the same adapter, keep the same
+    values.
     """
     if density >= 1:
         return tensor
@@ -98,7 +100,7 @@ def keep_random(tensor: Tensor, density: float) -> Tensor:
     return tensor * kept / density
 
 
-# ---- combining: tensors [m, n] and a factor for each -> one ----------------------------------------------------------
+# ---- combining: tensors [m, n] and a factor for each -> one tensor ---------------------------------------------------
 
 
 def add(tensors: Sequence[Tensor], factors: Sequence[float], recipe: Recipe) -> Tensor:

@@ -1,4 +1,4 @@
-"""Work that many ask for at the same time, and that is done once."""
+"""Work that several callers ask for at the same time, and that is done once."""
 
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future
@@ -13,7 +13,7 @@ class Once:
         self._running: dict[Hashable, Future[None]] = {}
 
     def do(self, key: Hashable, work: Callable[[], object]) -> None:
-        """Does the work, or waits for the call that is doing it and shares its outcome."""
+        """Does the work, or waits for the call that is doing it and shares its result or error."""
         future = Future[None]()
         with self._lock:
             running = self._running.setdefault(key, future)
@@ -28,6 +28,6 @@ class Once:
         finally:
             with self._lock:
                 del self._running[key]
-            # An error knows this frame: if that knew the future, which has the error, both would stay until the next
-            # collection of garbage, and with them what was read.
+            # The error refers to this frame. If the frame referred to the future, which has the error, the cycle would
+            # keep what was read in memory until the next garbage collection.
             del future, running

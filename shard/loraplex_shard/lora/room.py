@@ -1,4 +1,4 @@
-"""Memory for adapters on their way: as many at once as there is room for."""
+"""Limits the memory of adapters that are being staged."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,7 +6,7 @@ from threading import Condition
 
 
 class Room:
-    """So many bytes. May be used from any thread."""
+    """`size` bytes to be shared. May be used from any thread."""
 
     def __init__(self, size: int) -> None:
         self._size = self._free = size
@@ -14,7 +14,7 @@ class Room:
 
     @contextmanager
     def taken(self, size: int) -> Iterator[None]:
-        """Waits until `size` bytes are free; what is larger than the room waits until it has all of it."""
+        """Waits until `size` bytes are free, and takes them. A larger size than the room waits for all of it."""
         size = min(size, self._size)
         with self._changed:
             self._changed.wait_for(lambda: self._free >= size)

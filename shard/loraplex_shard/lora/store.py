@@ -39,8 +39,8 @@ from loraplex_shard.shapes.layout import LinearLayout
 
 logger = logging.getLogger(__name__)
 
-# Copies of an adapter in memory while it is staged: its file, its tensors in the dtype, and the same partitioned and
-# laid out.
+# The copies of an adapter in memory while it is staged: its file, its tensors in the dtype, and this rank's part of
+# them in one piece.
 COPIES = 3
 
 
@@ -50,7 +50,7 @@ class StagedAdapter:
     source: str  # where it came from; "merged" for a merged one
     revision: str  # the hub commit; empty for other sources
     lora_rank: int  # the largest of its modules
-    size_bytes: int  # of this rank's part
+    size_bytes: int  # of this rank's part of it
     text: AdapterText = field(default_factory=AdapterText, hash=False)
     warnings: tuple[str, ...] = ()  # possible problems that do not prevent serving
     invocation: Invocation | None = None  # None: it is always active
@@ -59,8 +59,8 @@ class StagedAdapter:
 class AdapterStore:
     """Adapters for the linear layers of `layouts`, in `dtype`, in slots on `device`.
 
-    An id is read from the first of `sources` that has it; `metrics` are told of loads and evictions. At most
-    `host_bytes` are staged at a time, and half as many being staged.
+    An id is read from the first of `sources` that has it. Loads and evictions are counted in `metrics`. Staged adapters
+    take at most `host_bytes`, and those that are being staged at most half of that.
     """
 
     def __init__(
@@ -82,8 +82,8 @@ class AdapterStore:
         self._sources = tuple(sources)
         self._metrics = metrics or ShardMetrics()
         self._once = Once()
-        self._lock = Lock()  # guards the three below; held for no longer than a look-up
-        self._digests: dict[Origin, str] = {}  # what has been read
+        self._lock = Lock()  # guards the three below; held only for look-ups
+        self._digests: dict[Origin, str] = {}  # of adapters that have been read
         self._host: dict[str, HostAdapter] = {}  # by digest
         self._slots: dict[int, tuple[str, AdapterWeights]] = {}
 
@@ -105,11 +105,11 @@ class AdapterStore:
         return staged
 
     def merge(self, digest: str, parts: Sequence[str], recipe: Recipe) -> StagedAdapter:
-        """Merges staged adapters, named by their digests, into one that is staged under `digest`; once.
+        """Merges staged adapters, named by their digests, into one that is staged under `digest`, unless it is already.
 
-        The parts' files are read again: pruning ranks the values of whole tensors, but only this rank's slices are
-        staged. Raises AdapterNotFoundError for a part that is not staged, AdapterSourceError for one whose files have
-        changed, InvalidRequestError for unequal lora_ranks.
+        The parts' files are read again, because pruning ranks the values of whole tensors, but only this rank's slices
+        are staged. Raises AdapterNotFoundError for a part that is not staged, AdapterSourceError for one whose files
+        have changed, InvalidRequestError for unequal lora_ranks.
         """
         with self._lock:
             sizes = [self._host[part].weights.size_bytes for part in parts if part in self._host]
@@ -120,7 +120,7 @@ class AdapterStore:
         return StagedAdapter(digest, "merged", "", adapter.lora_rank, adapter.weights.size_bytes)
 
     def load(self, digest: str, slot: int) -> None:
-        """Makes a staged adapter available in a slot (from 1). On the CPU, host memory and slot are the same memory.
+        """Makes a staged adapter available in a slot (from 1). On the CPU, slots share the host memory.
 
         Raises AdapterNotFoundError if it is not staged, AdapterInUseError if the slot holds another adapter.
         """
@@ -137,7 +137,7 @@ class AdapterStore:
             raise AdapterInUseError(f"slot {slot} holds another adapter: unload it first")
 
     def unload(self, slot: int) -> None:
-        """Frees a slot, which no plan in flight may use. Does nothing to an empty one."""
+        """Frees a slot. No plan in flight may use it. Does nothing if the slot is empty."""
         with self._lock:
             found = self._slots.pop(slot, None)
         if found is not None:
@@ -154,14 +154,14 @@ class AdapterStore:
             self._metrics.evicted("host")
 
     def clear(self) -> None:
-        """Forgets all adapters and empties all slots, which no plan in flight may use."""
+        """Forgets all adapters and empties all slots. No plan in flight may use them."""
         with self._lock:
             self._slots.clear()
             self._host.clear()
             self._digests.clear()
 
     def count(self) -> dict[str, int]:
-        """Adapters by tier."""
+        """The number of adapters by tier."""
         with self._lock:
             return {"host": len(self._host), "device": len(self._slots)}
 
@@ -207,7 +207,7 @@ class AdapterStore:
         return partition_adapter(merge([self._whole(part) for part in parts], recipe), self._layouts, self._dtype)
 
     def _whole(self, digest: str) -> dict[str, Delta]:
-        """A staged adapter, unpartitioned."""
+        """Reads a staged adapter again, unpartitioned."""
         with self._lock:
             origin = next((origin for origin, known in self._digests.items() if known == digest), None)
         if origin is None:
@@ -236,7 +236,8 @@ class AdapterStore:
         logger.info("adapter staged", extra={"fields": fields})
 
     def _check_room(self, size: int) -> None:
-        """A process that exceeds its container's memory limit is killed, with everything it runs."""
+        """Raises OverloadedError if there is not enough room. A process that exceeds its container's memory limit would
+        be killed."""
         if size > self._host_bytes:
             raise AdapterInvalidError(
                 f"the adapter takes {size:,} bytes of host memory, but all adapters together may take "

@@ -1,4 +1,4 @@
-"""An adapter's weights as the layers use them: cut for this rank, stacked by layer, scale folded into B."""
+"""An adapter's weights as the layers use them: cut for this rank, stacked by layer, with the scale folded into B."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -12,28 +12,29 @@ TABLE_WIDTH = 4 + PART_WIDTH * MAX_PARTS  # numbers of one layer in an adapter's
 
 @dataclass(frozen=True, slots=True)
 class Expansion:
-    """What is done to outputs [start, stop), those of one projection: they are multiplied and shifted, if there is an
-    `affine`, then B's product with columns [rank_start, rank_stop) of the shrunk input is added."""
+    """What is done to the outputs of one projection, [start, stop). If there is an `affine`, they are multiplied and
+    shifted first. Then B's product with columns [rank_start, rank_stop) of the shrunk input is added."""
 
     rank_start: int
     rank_stop: int
-    start: int  # in the fused layer's output on this rank
+    start: int  # within the fused layer's output on this rank
     stop: int
     weight: torch.Tensor  # [lora_rank, stop - start], times the adapter's scale; lora_rank may be 0
-    affine: torch.Tensor | None = None  # [2, stop - start] float32: factors of the base's outputs, and what is added
+    affine: torch.Tensor | None = None  # [2, stop - start] float32: factors and shifts for the base's outputs
 
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """One adapter's delta to one (fused) linear layer: A of the projections stacked, since they share x."""
+    """An adapter's delta to a (fused) linear layer. The A matrices of its projections are stacked, since they share
+    x."""
 
     index: int  # the layer's LinearLayout.index
     shrink: torch.Tensor  # [sum of the projections' lora_ranks, in_features on this rank]
     expansions: tuple[Expansion, ...]
-    scales: torch.Tensor | None = None  # [sum of the lora_ranks] float32: of A and B together, if they are int8
+    scales: torch.Tensor | None = None  # [sum of the lora_ranks] float32: scales for A and B together, if int8
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "LayerWeights":
-        """The same with each tensor replaced, in the order in which a step reads them."""
+        """Returns a copy with the function applied to each tensor, in the order in which a step reads them."""
         return replace(
             self,
             shrink=function(self.shrink),
@@ -58,15 +59,15 @@ class LayerWeights:
 
 @dataclass(frozen=True, slots=True)
 class AdapterWeights:
-    """One adapter on one device. Layers that it does not touch are absent. Its tensors stay where they are."""
+    """An adapter on a device. Layers that it does not touch are absent. Its tensors never move."""
 
     layers: Mapping[str, LayerWeights]  # by LinearLayout.name
     layer_count: int  # linear layers of the model on this rank
-    memory: torch.Tensor  # [bytes] uint8: all of its tensors are views of it
-    table: torch.Tensor = field(init=False)  # [layer_count, TABLE_WIDTH] int64: what kernels read, see below
-    widest: int = field(init=False)  # lora_ranks that are stacked in one layer at most
+    memory: torch.Tensor  # [bytes] uint8: all tensors are views of it
+    table: torch.Tensor = field(init=False)  # [layer_count, TABLE_WIDTH] int64: read by kernels, see below
+    widest: int = field(init=False)  # the largest sum of lora_ranks in one layer
     int8: bool = field(init=False)  # whether A and B are int8
-    size_bytes: int = field(init=False)  # of all tensors
+    size_bytes: int = field(init=False)  # of all tensors together
 
     def __post_init__(self) -> None:
         layers = self.layers.values()
@@ -76,7 +77,7 @@ class AdapterWeights:
         object.__setattr__(self, "size_bytes", sum(tensor.nbytes for layer in layers for tensor in layer.tensors))
 
     def at(self, memory: torch.Tensor) -> "AdapterWeights":
-        """The same adapter in a copy of its memory, which may be on another device."""
+        """Returns the same adapter in a copy of its memory, which may be on another device."""
 
         def view(tensor: torch.Tensor) -> torch.Tensor:
             start = tensor.data_ptr() - self.memory.data_ptr()

@@ -1,4 +1,4 @@
-"""The paged KV cache of one rank: tensors only. Who owns which block is the router's business."""
+"""The paged KV cache of one rank: only its tensors. The router decides which sequence owns which block."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from loraplex_shard.shapes.heads import Heads
 
 @dataclass(frozen=True, slots=True)
 class LayerCache:
-    """One layer's keys and values. Keys are transposed, so that the scores of a block's positions lie side by side."""
+    """One layer's keys and values. Keys are transposed, so that the scores of a block's positions are neighbours."""
 
     keys: torch.Tensor  # [num_blocks, kv_heads, dim, block_size]
     values: torch.Tensor  # [num_blocks, kv_heads, block_size, value_dim]
@@ -22,8 +22,9 @@ class LayerCache:
 class KVCache:
     """Keys and values of all layers, in blocks of `block_size` token positions.
 
-    `layers` are the heads of each layer. `dtype` is that of the model, or torch.int8: then each position's key and
-    value of each head has a scale. Memory that no block has touched yet is only reserved, and holds whatever it held.
+    `layers` are the heads of each layer. `dtype` is the model's dtype, or torch.int8; then the key and the value of
+    each position and head have a scale. Memory that has not been written yet is only reserved, and its content is
+    undefined.
     """
 
     def __init__(
@@ -35,7 +36,7 @@ class KVCache:
 
     @staticmethod
     def block_bytes(layers: Sequence[Heads], block_size: int, dtype: torch.dtype) -> int:
-        """Bytes that one block takes in all layers."""
+        """The size of one block in all layers, in bytes."""
         scales = 2 * torch.float32.itemsize if dtype == torch.int8 else 0
         head = sum(heads.kv * ((heads.dim + heads.value_dim) * dtype.itemsize + scales) for heads in layers)
         return block_size * head

@@ -1,7 +1,8 @@
-"""What transformers calls a text model's modules: its versions have saved the same ones under several names.
+"""The current names of a text model's modules in transformers. Its versions have saved the same modules under several
+names.
 
-In a model that reads pictures as well, those of language_model.model.layers and of model.layers are in
-model.language_model.layers now; an embedding model was saved with bare layers.
+In a model that also reads pictures, language_model.model.layers and model.layers are now model.language_model.layers.
+Embedding models were saved with bare layers.
 """
 
 import re
@@ -13,7 +14,8 @@ _TEXT = re.compile(
 
 
 def current_name(name: str, backbone: str) -> str | None:
-    """Of a module or tensor in a model whose layers are in `backbone`; None: it belongs to no text model."""
+    """The current name of a module or tensor in a model whose layers are in `backbone`; None if it is not in the text
+    model."""
     match = _TEXT.match(name)
     if match is None:
         return None

@@ -1,1 +1,1 @@
-"""What an adapter adds to the linear layers, cut for this rank and laid out for its device."""
+"""An adapter's deltas to the linear layers: cut for this rank, put into one piece of memory, copied to the device."""

@@ -1,5 +1,5 @@
-"""Puts an adapter's tensors into one piece of memory, in the order in which a step reads them, so that kernels read
-front to back and a copy to another device is one copy."""
+"""Puts an adapter's tensors into one piece of memory, in the order in which a step reads them. Kernels then read it
+front to back, and it is copied to another device at once."""
 
 from collections.abc import Mapping
 
@@ -8,11 +8,11 @@ import torch
 from loraplex_shard.device.memory import reserve
 from loraplex_shard.shapes.adapter import AdapterWeights, LayerWeights
 
-ALIGNMENT = 64  # bytes: a line of a processor's cache
+ALIGNMENT = 64  # bytes of a processor's cache line
 
 
 def in_one_piece(layers: Mapping[str, LayerWeights], layer_count: int) -> AdapterWeights:
-    """An adapter of these layers, which are on the CPU, copied into memory of its own."""
+    """Copies these layers, which are on the CPU, into memory of their own."""
     memory = reserve(sum(_aligned(tensor.nbytes) for layer in layers.values() for tensor in layer.tensors))
     end = 0
 

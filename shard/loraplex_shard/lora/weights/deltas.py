@@ -1,6 +1,6 @@
-"""What an adapter adds to the whole model's linear layers, and the part of it that one rank's layers use.
+"""An adapter's deltas to the whole model's linear layers, and the part of them that one rank's layers use.
 
-Knows neither files nor slots.
+Knows nothing about files or slots.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,18 +17,19 @@ from loraplex_shard.shapes.layout import LinearLayout, LinearPart, count_indices
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What becomes of one module's output: gain * output + shift + whole(x) + scale * b(a x). Of any float dtype."""
+    """What a module's output becomes: gain * output + shift + whole(x) + scale * b(a x). Tensors may have any float
+    dtype."""
 
     a: torch.Tensor  # [lora_rank, in_features]
     b: torch.Tensor  # [out_features, lora_rank]
     scale: float
     gain: torch.Tensor | None = None  # [out_features]; None: 1
     shift: torch.Tensor | None = None  # [out_features]; None: 0
-    whole: torch.Tensor | None = None  # [out_features, in_features], in place of the module's own where gain is 0
+    whole: torch.Tensor | None = None  # [out_features, in_features]; gain is then 0, so it replaces the module's own
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is a product of A and B alone."""
+        """Whether the delta is only a product of A and B."""
         return self.gain is None and self.shift is None and self.whole is None
 
     @property
@@ -38,8 +39,8 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class Invocation:
-    """What activates an adapter (aLoRA): it acts from the last place of these tokens in a prompt, after `lag` of
-    them."""
+    """The tokens that activate an adapter (aLoRA). It acts from their last occurrence in a prompt on, after the first
+    `lag` of them."""
 
     token_ids: tuple[int, ...]
     lag: int = 0
@@ -47,17 +48,17 @@ class Invocation:
 
 @dataclass(frozen=True, slots=True)
 class HostAdapter:
-    """An adapter in host memory, as far as it is this rank's."""
+    """This rank's part of an adapter, in host memory."""
 
     weights: AdapterWeights  # on the CPU
-    lora_rank: int  # the largest of its modules, whether this rank holds a part of them or not
-    text: AdapterText = field(default_factory=AdapterText)  # with all that ends its answers
-    warnings: tuple[str, ...] = ()  # what may be wrong with it though it is served
+    lora_rank: int  # the largest of all its modules, including those that this rank has no part of
+    text: AdapterText = field(default_factory=AdapterText)  # with all of its end tokens
+    warnings: tuple[str, ...] = ()  # possible problems that do not prevent serving
     invocation: Invocation | None = None  # None: it is always active
 
 
 def name_of_a(module: str) -> str:
-    """What PEFT calls the tensor in an adapter's file."""
+    """PEFT's name for the tensor in an adapter's file."""
     return f"base_model.model.{module}.lora_A.weight"
 
 
@@ -66,23 +67,24 @@ def name_of_b(module: str) -> str:
 
 
 def partition_adapter(deltas: Mapping[str, Delta], layouts: Sequence[LinearLayout], dtype: torch.dtype) -> HostAdapter:
-    """The deltas, by module, cut to the layouts, in this dtype, in memory of its own.
+    """Cuts the deltas, given by module, to the layouts, converts them to the dtype, and copies them to memory of their
+    own.
 
-    torch.int8: A and B are rounded to it, with one scale for each of their lora_ranks. Raises AdapterInvalidError,
-    naming the tensor, for values that are not finite, or not in this dtype.
+    With torch.int8, A and B are rounded, with one scale for each rank. Raises AdapterInvalidError, naming the tensor,
+    for values that are not finite, or too large for the dtype.
     """
     layers = {}
     touched = [layout for layout in layouts if any(part.module in deltas for part in layout.parts)]
     for layout in touched:
         layers[layout.name] = _cut(layout, deltas, dtype)
-    # A table has the experts' rows, thousands of them, only where it has a use for them.
+    # A table has the thousands of rows of experts' layers only if the adapter touches experts.
     of_experts = any(layout.of_expert for layout in touched)
     held = [layout for layout in layouts if of_experts or not layout.of_expert]
     return HostAdapter(in_one_piece(layers, count_indices(held)), max(delta.lora_rank for delta in deltas.values()))
 
 
 def _cut(layout: LinearLayout, deltas: Mapping[str, Delta], dtype: torch.dtype) -> LayerWeights:
-    """This rank's part of one layer's delta, of at least one of its parts."""
+    """This rank's part of the deltas to a layer. The adapter touches at least one of the layer's parts."""
     shrinks: list[torch.Tensor] = []
     expansions: list[Expansion] = []
     scales: list[torch.Tensor] = []
@@ -106,8 +108,8 @@ def _cut(layout: LinearLayout, deltas: Mapping[str, Delta], dtype: torch.dtype) 
 def _matrices(
     layout: LinearLayout, part: LinearPart, delta: Delta, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """This rank's A [lora_rank, columns], and B [lora_rank, outputs] times the scale. A whole matrix is a B, too, whose
-    A leaves the input as it is."""
+    """This rank's A [lora_rank, columns], and B [lora_rank, outputs] times the scale. A whole matrix becomes a B, with
+    an identity matrix as its A."""
     a = _converted(name_of_a(part.module), delta.a, 1.0, dtype)[:, layout.columns]
     b = _converted(name_of_b(part.module), delta.b, delta.scale, dtype)
     if delta.whole is not None:
@@ -117,7 +119,8 @@ def _matrices(
 
 
 def _affine(layout: LinearLayout, part: LinearPart, delta: Delta) -> torch.Tensor | None:
-    """The factors and shifts of this rank's outputs. Of ranks whose outputs are summed, the first one shifts them."""
+    """The factors and shifts of this rank's outputs. If the outputs of all ranks are summed, only rank 0 shifts
+    them."""
     if delta.gain is None and delta.shift is None:
         return None
     ones = torch.ones(part.out_features)
@@ -125,12 +128,12 @@ def _affine(layout: LinearLayout, part: LinearPart, delta: Delta) -> torch.Tenso
     shift = ones * 0 if delta.shift is None or layout.columns.start else delta.shift
     affine = torch.stack((gain.float(), shift.float()))
     if not affine.isfinite().all():
-        raise AdapterInvalidError(f"what the adapter does to outputs of {part.module} is NaN or infinite")
+        raise AdapterInvalidError(f"the adapter's factors or shifts for {part.module} are NaN or infinite")
     return torch.cat([affine[:, run] for run in part.rows], dim=1)
 
 
 def _converted(name: str, tensor: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
-    """The tensor times the scale, computed in float32 and rounded once."""
+    """Returns the tensor times the scale, computed in float32 and rounded once."""
     tensor = tensor.to(torch.float32)
     if not tensor.isfinite().all():
         raise AdapterInvalidError(f"{name} has values that are NaN or infinite")
@@ -141,6 +144,6 @@ def _converted(name: str, tensor: torch.Tensor, scale: float, dtype: torch.dtype
 
 
 def _rounded(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A matrix as int8, and the scale of each of its rows, float32."""
+    """Rounds a matrix to int8. Returns it with the float32 scale of each row."""
     scales = matrix.abs().amax(-1) / 127
     return (matrix / scales.where(scales > 0, 1)[:, None]).round_().to(torch.int8), scales

@@ -1,4 +1,4 @@
-"""Copies an adapter's weights from host memory to the device, beside the stream on which steps run."""
+"""Copies an adapter's weights from host memory to the device, on another stream than the one of the steps."""
 
 import torch
 
@@ -6,7 +6,7 @@ from loraplex_shard.shapes.adapter import AdapterWeights
 
 
 class Transfer:
-    """To one device. Where that is the CPU, host and device are the same memory and nothing moves."""
+    """Copies to one device. If that is the CPU, nothing is copied."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -14,14 +14,14 @@ class Transfer:
         self._stream = torch.cuda.Stream(device) if cuda else None  # type: ignore[no-untyped-call]
 
     def to_device(self, weights: AdapterWeights) -> AdapterWeights:
-        """Returns when the copy is complete, so that a step may use it from any stream.
+        """Copies the weights. Returns when the copy is complete, so a step may use it from any stream.
 
-        Host memory is not pinned: one copy of pageable memory takes some 10 ms for 80 MB, while pinning it would take
-        the driver's lock, for which the step's launches would wait, and round its size up.
+        Host memory is not pinned. A copy of 80 MB of pageable memory takes about 10 ms. Pinning would round the size up
+        and take the driver's lock, and the step's launches would wait for that.
         """
         if self._stream is None:
             return weights
-        # The memory may have been that of an adapter that left, and which a step under way still reads.
+        # The memory may have belonged to an evicted adapter that a step in progress still reads.
         self._stream.wait_stream(torch.cuda.default_stream(self._device))
         with torch.cuda.stream(self._stream):
             copy = weights.at(weights.memory.to(self._device))
