@@ -226,7 +226,7 @@ def test_without_credentials_it_is_these_that_are_missing(s3: StandInS3, monkeyp
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     monkeypatch.setenv("HOME", "/nonexistent")
     monkeypatch.setenv("AWS_METADATA_ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(AdapterSourceError, match="found no credentials"):
+    with pytest.raises(AdapterSourceError, match="has no credentials"):
         source_of(s3, timeout_s=0.1).locate("sql", "", "")
 
 

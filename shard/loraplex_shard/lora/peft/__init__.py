@@ -1,1 +1,1 @@
-"""What the files of a PEFT adapter mean for the base model that is served, and what is refused by name."""
+"""Interprets the files of a PEFT adapter for the base model that is served, and refuses by name what is not served."""

@@ -1,4 +1,4 @@
-"""The base model, as far as an adapter can be compared with it."""
+"""What adapters are checked against and computed with: the base model."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -6,10 +6,10 @@ from typing import Protocol
 import torch
 from tokenizers import Tokenizer
 
-EMBEDDING, HEAD = "model.embed_tokens", "lm_head"  # as most models call them
+EMBEDDING, HEAD = "model.embed_tokens", "lm_head"  # the names in most models
 ROWS_AT_A_TIME = 4096
-# More than rounding to 2 bits moves a matrix by, as a fraction of its length. What training did is lost in that; the
-# matrix of another model is three times as far away.
+# A fraction of a matrix's length that is larger than the error of rounding to 2 bits. A trained copy of the matrix may
+# be as near as that; the matrix of another model is three times as far away.
 ROUNDING = 0.5
 
 
@@ -27,11 +27,11 @@ class StoredTensors(Protocol):
 
 
 class ServedMatrices(Protocol):
-    """The base's matrices as it computes with them: rounded, if it is."""
+    """The base's matrices as it computes with them: rounded, if the base is quantized."""
 
     @property
     def tied(self) -> bool:
-        """Whether the embedding is the lm head."""
+        """Whether the lm head is the embedding."""
         ...
 
     def read(self, module: str, rows: slice) -> torch.Tensor:
@@ -41,26 +41,26 @@ class ServedMatrices(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class BaseModel:
-    """What is known of it."""
+    """What is known about the base model."""
 
     architecture: str  # the transformers class, e.g. "LlamaForCausalLM"
-    ids: tuple[str, ...] = ()  # what it is called, hub ids or paths: first as it is served, then by its files
-    revision: str = ""  # the hub's, as the server was asked for it
-    tensors: StoredTensors | None = None  # None: not to be compared
+    ids: tuple[str, ...] = ()  # its names, hub ids or paths: first the served one, then those in its files
+    revision: str = ""  # the hub revision that the server was started with
+    tensors: StoredTensors | None = None  # None: tensors are not compared
     vocab_size: int = 0
-    tokenizer: Tokenizer | None = None  # None: no text is known to be a token
-    embedding: str = EMBEDDING  # the module's name, as PEFT has it
+    tokenizer: Tokenizer | None = None  # None: tokens are not compared
+    embedding: str = EMBEDDING  # the module's name in PEFT
     head: str = HEAD
-    served: ServedMatrices | None = None  # None: adapters cannot depend on them, or replace them
+    served: ServedMatrices | None = None  # None: adapters can neither depend on the base's matrices nor replace them
 
     @property
     def backbone(self) -> str:
-        """The module that holds the layers: the one that holds the embedding, where it has the name that most have."""
+        """The module that holds the layers. If the embedding has its usual name, it is the embedding's parent."""
         holder, _, name = self.embedding.rpartition(".")
         return holder if name == "embed_tokens" else "model"
 
     def token_id(self, text: str) -> int | None:
-        """The token that stands for exactly this text."""
+        """The token for exactly this text, if there is one."""
         token: int | None = self.tokenizer.token_to_id(text) if self.tokenizer is not None else None
         return token
 
@@ -70,8 +70,9 @@ class BaseModel:
         return self.tensors.read(name) if self.tensors is not None and name in self.tensors.names else None
 
     def holds(self, name: str, tensor: torch.Tensor, exactly: bool = False) -> bool:
-        """Whether the tensor is the base's own of this name: in the coarser of their dtypes, or, if the base's is
-        rounded to small integers, and not `exactly` the same is asked for, as near to it as rounding leaves it."""
+        """Whether the tensor equals the base's tensor of this name. They are compared in the coarser of their dtypes.
+        If the base's tensor is rounded to small integers, the difference may be as large as rounding makes it, unless
+        `exactly`."""
         if self.tensors is None or (stored := self._stored_name(name)) is None:
             return False
         shape = self.tensors.shape(stored)
@@ -90,7 +91,7 @@ class BaseModel:
         return difference <= length * ROUNDING**2 if near else difference == 0
 
     def _stored_name(self, name: str) -> str | None:
-        """Of two tied tensors a checkpoint may hold only one."""
+        """The tensor's name in the checkpoint, which may hold only one of two tied tensors."""
         embedding, head = f"{self.embedding}.weight", f"{self.head}.weight"
         names = (name, {head: embedding, embedding: head}.get(name, name))
         held = () if self.tensors is None else self.tensors.names

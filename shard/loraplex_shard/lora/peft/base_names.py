@@ -1,6 +1,6 @@
-"""Whether two names of base models can mean the same weights. Mirrors and quantized copies of a model are the model:
-"unsloth/Llama-3-8B-Instruct-bnb-4bit" is "meta-llama/Meta-Llama-3-8B-Instruct". A model that was tuned further, as an
-instruct model is, has other weights and another name.
+"""Whether two names of base models can stand for the same weights. Mirrors and quantized copies count as the same
+model: "unsloth/Llama-3-8B-Instruct-bnb-4bit" is "meta-llama/Meta-Llama-3-8B-Instruct". A model that was trained
+further, such as an instruct model, has other weights and another name.
 """
 
 import re
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 _CACHED = re.compile(r"(?:^|[/\\])models--([^/\\]+)--([^/\\]+)(?=[/\\]|$)")  # the hub's cache
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _SIZE = re.compile(r"(?<![a-z0-9])\d+(\.\d+)?[bm](?![a-z0-9])")  # 7B, 1.5b, 135M
-# What a trainer calls its own folders.
+# Names that trainers give to their own folders.
 _WORK = re.compile(
     r"\W*(adapters?|base|checkpoints?|data|final|hf|llms?|merged|models?|mnt|out|outputs?|results?|runs?|saves?|"
     r"tmp|train(ed|ing)?|weights|work(space)?|checkpoint[-_]\d+)\W*"
@@ -21,13 +21,13 @@ _COPY = re.compile(
 
 
 def differs(name: str, ids: Sequence[str]) -> bool:
-    """Whether the name, of a base as an adapter's trainer knew it, is that of another model than the one of these ids.
-    False where it tells nothing, as the path of a folder that somebody trained in."""
+    """Whether an adapter's name for its base stands for another model than these ids. False if the name says nothing,
+    such as the path of somebody's training folder."""
     return bool(ids) and _tells(name) and all(_key(name) != _key(id) for id in ids)
 
 
 def _tells(name: str) -> bool:
-    """Whether it names a model at all."""
+    """Whether the name is the name of a model."""
     name = _hub_id(name)
     if _SIZE.search(_last(name)):
         return True
@@ -44,7 +44,7 @@ def _last(name: str) -> str:
 
 
 def _key(name: str) -> str:
-    """The same for all copies of a model."""
+    """A key that all copies of a model have in common."""
     key = _last(_hub_id(name)).removeprefix("meta-")
     while (shorter := _COPY.sub("", key)) != key:
         key = shorter

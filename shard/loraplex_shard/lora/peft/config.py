@@ -1,7 +1,8 @@
 """adapter_config.json, as PEFT writes it: what is served, and what is refused by name.
 
-Knows no tensors. Of PEFT's other fields, those that change what an adapter computes must be absent, null, false or
-empty: anything else means a kind of adapter that this shard cannot serve. What PEFT does not know is ignored here too.
+Knows nothing about tensors. PEFT's other fields that change what an adapter computes must be absent, null, false or
+empty, because a value means a kind of adapter that this shard cannot serve. Fields that PEFT does not have are ignored,
+as PEFT ignores them.
 """
 
 import json
@@ -14,7 +15,7 @@ from loraplex_protos.errors import AdapterInvalidError
 
 MAX_LORA_RANK = 512
 
-# Fields that have no say in what the trained adapter computes. fan_in_fan_out has none in linear layers.
+# Fields that do not change what a trained adapter computes. fan_in_fan_out does not in linear layers.
 NEUTRAL_FIELDS = frozenset(
     {
         "corda_config",
@@ -44,7 +45,7 @@ UNSUPPORTED_FIELDS = frozenset(
         "use_qalora",
     }
 )
-# What PEFT targets in the models that are served where a config names nothing.
+# What PEFT targets in the served models if a config names no modules.
 DEFAULT_TARGETS = ("q_proj", "v_proj")
 _SHOWN_ERRORS = 5
 _CONVERTED = (
@@ -57,13 +58,13 @@ _FEW = Field(max_length=4096)  # a few per module of the largest models
 MAX_INVOCATION = 1024  # tokens, or characters
 LoraRank = Annotated[int, Field(ge=1, le=MAX_LORA_RANK)]
 _AnyCase = BeforeValidator(lambda value: value.lower() if isinstance(value, str) else value)
-# Initializations that leave the base as it is; the others subtract something from its weights.
+# Initializations that leave the base as it is. The others subtract something from its weights.
 _Initialization = bool | Literal["gaussian", "eva", "orthogonal", "mica"] | None
 _SUBTRACTING = re.compile(r"pissa(_niter_\d+)?|olora|corda|lora_ga|loftq")
 
 
 class AutoMapping(BaseModel):
-    """Written by PEFT where it has no task_type: which class the adapter was trained on."""
+    """The class that the adapter was trained on. PEFT writes it if there is no task_type."""
 
     model_config = ConfigDict(strict=True, frozen=True)
 
@@ -76,7 +77,7 @@ class AdapterConfig(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="allow", allow_inf_nan=False)
 
     peft_type: Literal["LORA"]
-    # The second is of embedding models. The others are mistakes that change nothing, unless the file has a head.
+    # The second is for embedding models. The others are mistakes that change nothing, unless the file has a head.
     task_type: (
         Literal["CAUSAL_LM", "FEATURE_EXTRACTION", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"] | None
     ) = None
@@ -114,13 +115,14 @@ class AdapterConfig(BaseModel):
 
     @property
     def unknown_fields(self) -> list[str]:
-        """Those that PEFT, as far as this shard knows it, does not have, and that ask for something."""
+        """Fields with a value that PEFT, in the version that this shard knows, does not have."""
         known = NEUTRAL_FIELDS | UNSUPPORTED_FIELDS
         return sorted(name for name, value in (self.model_extra or {}).items() if value and name not in known)
 
 
 def parse_config(data: bytes) -> AdapterConfig:
-    """The validated config. Raises AdapterInvalidError naming the fields that are wrong or not supported."""
+    """Parses and validates the config. Raises AdapterInvalidError, naming the fields that are wrong or not
+    supported."""
     try:
         config = AdapterConfig.model_validate_json(data)
     except ValidationError as error:
@@ -131,7 +133,7 @@ def parse_config(data: bytes) -> AdapterConfig:
 
 
 def _kind(data: bytes) -> str:
-    """Of what other kind the adapter is; empty if that is not the matter with it."""
+    """Says which other kind of adapter it is; empty if it is not of another kind."""
     try:
         fields: Any = json.loads(data)
         kind = fields.get("peft_type")
@@ -157,7 +159,7 @@ def _refuse_unsupported(config: AdapterConfig) -> None:
 
 
 def _touches_tied(config: AdapterConfig) -> bool:
-    """Whether the adapter may be of the embedding or the lm head, which ensure_weight_tying is about."""
+    """Whether the adapter may touch the embedding or the lm head, for which ensure_weight_tying matters."""
     targets = config.target_modules
     if isinstance(targets, str):
         return targets.lower() != "all-linear" or bool(config.modules_to_save)
@@ -166,7 +168,7 @@ def _touches_tied(config: AdapterConfig) -> bool:
 
 
 def _refuse_contradictions(config: AdapterConfig) -> None:
-    """The combinations that PEFT refuses as well."""
+    """Refuses the combinations that PEFT refuses as well."""
     if isinstance(config.target_modules, str):
         for name in ("layers_to_transform", "layers_pattern"):
             if getattr(config, name) is not None:
@@ -195,7 +197,7 @@ def _refuse_beside_invocation(config: AdapterConfig) -> None:
 
 
 def _describe(error: ValidationError) -> str:
-    """The first few errors as "field: reason", without the values, which may be long."""
+    """The first few errors as "field: reason". The values are left out, since they may be long."""
     errors = error.errors(include_url=False, include_context=False, include_input=False)
     lines = [": ".join((*(".".join(map(str, e["loc"]))[:100],) * bool(e["loc"]), e["msg"])) for e in errors]
     return "; ".join(lines[:_SHOWN_ERRORS])

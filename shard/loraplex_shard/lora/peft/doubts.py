@@ -1,4 +1,4 @@
-"""What may be wrong with an adapter though it can be served: most of all, that it was made for another model."""
+"""Possible problems of an adapter that can be served, above all that it was made for another model."""
 
 import re
 from collections.abc import Sequence
@@ -13,8 +13,7 @@ _SHOWN = 10
 
 
 def find_doubts(config: AdapterConfig, base: BaseModel, modules: Sequence[str]) -> tuple[str, ...]:
-    """A sentence for each, to be shown to whoever is responsible for the adapter. `modules` are the base's linear
-    layers."""
+    """A sentence for each problem, to be shown to the adapter's owner. `modules` are the base's linear layers."""
     found = _about_the_base(config, base)
     if names := unmatched_targets(config, modules):
         found.append(f"target_modules: this model has no {_listed(names)}")

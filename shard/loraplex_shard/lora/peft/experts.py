@@ -1,11 +1,11 @@
-"""Adapters of experts, in all layouts that trainers write, as what they mean: an A and a B for each expert's modules.
+"""Adapters of experts: converts all layouts that trainers write to an A and a B for each expert's modules. The layouts:
 
-- by expert, as the base's own file has them: `mlp.experts.3.gate_proj.lora_A.weight`;
-- of a parameter that holds all experts (PEFT's target_parameters): the experts' A [lora_rank, in] one below the other,
-  and a B [out, lora_rank * experts] whose columns are those of all experts for the first of lora_rank, then for the
-  second. `mlp.experts.base_layer` has those of gate_up_proj where `mlp.experts` has those of down_proj;
+- by expert, as in the base's own file: `mlp.experts.3.gate_proj.lora_A.weight`;
+- for a parameter that holds all experts (PEFT's target_parameters): the experts' A [lora_rank, in] one below the other,
+  and a B [out, lora_rank * experts], whose columns are all experts' first ranks, then all experts' second ranks, and so
+  on. If `mlp.experts` has the tensors of down_proj, `mlp.experts.base_layer` has those of gate_up_proj;
 - with a dimension for experts, as SGLang serves them: `mlp.experts.w1.lora_A.weight` [experts, lora_rank, in], or
-  [1, lora_rank, in] where all experts share it.
+  [1, lora_rank, in] if all experts share it.
 """
 
 import re
@@ -22,18 +22,18 @@ from loraplex_shard.shapes.layout import LinearLayout
 Tensors = Mapping[str, torch.Tensor]
 
 _OF_EXPERT = re.compile(r"(?P<experts>.+)\.\d+\.(?P<leaf>\w+)")
-# What trainers call an expert's modules, beside what its file calls them.
+# Trainers' names for an expert's modules that mean the same.
 _ALIASES = ({"w1", "gate_proj"}, {"w3", "up_proj"}, {"w2", "down_proj"})
-# transformers calls some modules otherwise than files do.
+# Some modules have another name in transformers than in files.
 _BLOCK, _RENAMED = ".block_sparse_moe.", ".mlp."
 
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """One that holds a matrix of each expert, or the router's."""
+    """A parameter that holds the matrices of all experts, or the router's matrix."""
 
-    names: tuple[str, ...]  # what it may be called: model.layers.3.mlp.experts.gate_up_proj
-    layouts: tuple[LinearLayout, ...]  # of each expert
+    names: tuple[str, ...]  # its possible names, such as model.layers.3.mlp.experts.gate_up_proj
+    layouts: tuple[LinearLayout, ...]  # one for each expert
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -41,7 +41,7 @@ class Parameter:
 
 
 def find_parameters(layouts: Sequence[LinearLayout]) -> tuple[Parameter, ...]:
-    """All that target_parameters may name."""
+    """The parameters that target_parameters may name."""
     found: dict[str, list[LinearLayout]] = {}
     for layout in layouts:
         module = layout.parts[0].module
@@ -56,10 +56,10 @@ def find_parameters(layouts: Sequence[LinearLayout]) -> tuple[Parameter, ...]:
 def by_expert(
     tensors: Tensors, parameters: Sequence[Parameter], targeted: Iterable[Parameter]
 ) -> dict[str, torch.Tensor]:
-    """The tensors by PEFT's names, with one A and B for each expert's modules in place of what holds those of all.
+    """The tensors by PEFT's names. Tensors of all experts are replaced by an A and a B for each expert's modules.
 
-    `targeted`: what target_parameters names. Raises AdapterInvalidError, naming the tensor, for one that does not have
-    the experts' dimension.
+    `targeted` are the parameters that target_parameters names. Raises AdapterInvalidError, naming the tensor, for one
+    whose shape does not fit the number of experts.
     """
     left, own = dict(tensors), tuple(targeted)
     for parameter in own:
@@ -75,8 +75,9 @@ def by_expert(
 
 
 def absent(parameters: Sequence[Parameter], tensors: Tensors) -> set[str]:
-    """Modules of parameters that the file has nothing of at all. target_modules may call for them all the same: a name
-    such as gate_proj is one of experts for some versions of transformers, and of a shared expert alone for others."""
+    """The modules of parameters for which the file has no tensors at all. They may be missing although target_modules
+    asks for them: in some versions of transformers, a name such as gate_proj stands for modules of experts, in others
+    only for those of a shared expert."""
     return {
         module
         for parameter in parameters
@@ -86,13 +87,14 @@ def absent(parameters: Sequence[Parameter], tensors: Tensors) -> set[str]:
 
 
 def _spellings(name: str) -> list[str]:
-    """The file's own, and those of transformers' modules."""
+    """The name in the base's file, and the names of the module in transformers."""
     others = name.replace(_BLOCK, _RENAMED), name.replace(".router.layer", ".router")
     return [name, *(other for other in others if other != name)]
 
 
 def _names_in_file(parameter: Parameter, targeted: Sequence[Parameter], tensors: Tensors) -> tuple[str, str] | None:
-    """PEFT wraps a module once for each of its parameters: the first of them is innermost."""
+    """The names of a parameter's A and B in the adapter's file. PEFT wraps a module once for each of its parameters,
+    and the first one is innermost."""
     for name in parameter.names:
         module, _, last = name.rpartition(".")
         if last == "gate_up_proj" and any(f"{module}.down_proj" in other.names for other in targeted):
@@ -105,7 +107,7 @@ def _names_in_file(parameter: Parameter, targeted: Sequence[Parameter], tensors:
 def _unrolled(
     parameter: Parameter, names: tuple[str, str], a: torch.Tensor, b: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """[experts, lora_rank, in] and [experts, out, lora_rank]."""
+    """Returns A as [experts, lora_rank, in] and B as [experts, out, lora_rank]."""
     experts = len(parameter.layouts)
     if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1] or a.shape[0] % experts:
         raise AdapterInvalidError(
@@ -115,8 +117,8 @@ def _unrolled(
 
 
 def _natural(parameter: Parameter, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Older versions of PEFT took a parameter's rows for its inputs, whatever the model meant: then A is for the
-    outputs. Where a matrix is square, the newer versions' way is taken."""
+    """Swaps A and B if the adapter was written by an older version of PEFT, which always took a parameter's rows for
+    its inputs, so that A may be for the outputs. Square matrices are read as newer versions write them."""
     layout = parameter.layouts[0]
     swapped = (a.shape[2], b.shape[1]) == (sum(part.out_features for part in layout.parts), layout.in_features)
     if swapped and a.shape[2] != b.shape[1]:
@@ -125,7 +127,9 @@ def _natural(parameter: Parameter, a: torch.Tensor, b: torch.Tensor) -> tuple[to
 
 
 def _split(parameter: Parameter, a: torch.Tensor, b: torch.Tensor) -> dict[str, torch.Tensor]:
-    """A [experts or 1, lora_rank, in] and B [experts or 1, out, lora_rank] by expert and part, under PEFT's names."""
+    """Splits A [experts or 1, lora_rank, in] and B [experts or 1, out, lora_rank] by expert and part, under PEFT's
+    names.
+    """
     found = {}
     for number, layout in enumerate(parameter.layouts):
         own_a, own_b = (each[number if len(each) > 1 else 0] for each in (a, b))
@@ -138,7 +142,7 @@ def _split(parameter: Parameter, a: torch.Tensor, b: torch.Tensor) -> dict[str, 
 
 
 def _expanded(parameter: Parameter, name: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """With tensors of three dimensions, below the experts' own name, by expert."""
+    """Replaces tensors of three dimensions, below the name of the experts, by one tensor for each expert."""
     experts = name.rpartition(".")[0]
     for place, part in enumerate(parameter.layouts[0].parts):
         leaf = part.module.rpartition(".")[2]
@@ -163,7 +167,7 @@ def _expanded(parameter: Parameter, name: str, tensors: dict[str, torch.Tensor])
 
 
 def _renamed(parameter: Parameter, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """With the names of the base's file in place of those that transformers gives its modules."""
+    """Replaces transformers' names of modules by the names in the base's file."""
     for module in parameter.modules:
         for other in _spellings(module)[1:]:
             for rename in (name_of_a, name_of_b):

@@ -1,5 +1,5 @@
-"""What an adapter does to a module's output beside adding a product of two matrices: biases of B (lora_bias), DoRA's
-magnitudes, and tensors that take the place of the base's (modules_to_save, bias, base_layer)."""
+"""What an adapter does to a module's output besides adding a product of two matrices: biases of B (lora_bias), DoRA's
+magnitudes, and tensors that replace the base's (modules_to_save, bias, base_layer)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -16,18 +16,18 @@ ROWS_AT_A_TIME = 4096
 
 
 def name_of_bias(module: str) -> str:
-    """What PEFT calls the bias of B in an adapter's file."""
+    """PEFT's name for the bias of B in an adapter's file."""
     return f"{PREFIX}{module}.lora_B.bias"
 
 
 def name_of_magnitude(module: str) -> str:
-    """What PEFT calls the lengths that DoRA gives the rows of a matrix (arXiv 2402.09353)."""
+    """PEFT's name for the lengths that DoRA gives to the rows of a matrix (arXiv 2402.09353)."""
     return f"{PREFIX}{module}.lora_magnitude_vector"
 
 
 @dataclass(frozen=True, slots=True)
 class Replaced:
-    """What takes the place of a module's own tensors."""
+    """The tensors that replace a module's own."""
 
     weight: torch.Tensor | None = None
     bias: torch.Tensor | None = None
@@ -36,7 +36,8 @@ class Replaced:
 def with_outputs(
     module: str, delta: Delta, tensors: Mapping[str, torch.Tensor], own: Replaced, base: BaseModel
 ) -> Delta:
-    """The delta with all that the adapter's tensors, which have been checked, do to the module's output."""
+    """Returns the delta with everything that the adapter's tensors do to the module's output. They have been
+    checked."""
     b_bias, magnitude = tensors.get(name_of_bias(module)), tensors.get(name_of_magnitude(module))
     if b_bias is None and magnitude is None and own == Replaced():
         return delta
@@ -50,7 +51,7 @@ def with_outputs(
         whole = None if whole is None else whole * gain[:, None]
     if whole is not None:
         gain = _zeros(delta)
-    # The base's output has its own bias in it, which no length applies to.
+    # The base's output contains the base's bias, to which DoRA's lengths do not apply.
     left = shift if gain is None else shift * gain
     shift = (shift if own.bias is None else own.bias.float()) - left
     if b_bias is not None:
@@ -68,7 +69,8 @@ def _zeros(delta: Delta) -> torch.Tensor:
 
 
 def _lengths(module: str, delta: Delta, whole: torch.Tensor | None, base: BaseModel) -> torch.Tensor:
-    """Of the rows of what the base's matrix and the delta's add up to; the base's as it is served, rounded if it is."""
+    """The lengths of the rows of the base's matrix plus the delta's. The base's matrix is taken as it is served, which
+    may be rounded."""
     if base.served is None:
         raise AdapterInvalidError(f"{TENSORS}: {name_of_magnitude(module)}: DoRA is not served on this architecture")
     a, b, lengths = delta.a.float(), delta.b.float() * delta.scale, []

@@ -1,7 +1,8 @@
-"""Matches an adapter's regular expressions against module names, in a process of its own.
+"""Matches an adapter's regular expressions against module names, in a separate process.
 
-An adapter's author chooses the expressions, and Python's matcher can be made to take years while it holds the
-interpreter's lock, which would stop every sequence on this shard. In another process it costs its time limit at most.
+An adapter's author chooses the expressions, and some expressions take years to match. Python's matcher holds the
+interpreter's lock meanwhile, which would stop every sequence on this shard. In another process, it is stopped after its
+time limit.
 """
 
 import json
@@ -13,7 +14,7 @@ from loraplex_protos.errors import AdapterInvalidError
 
 _TIME_LIMIT_S = 10.0
 
-# Reads [patterns, names] and writes, per pattern, the indices of the names that it matches in full, or why it cannot.
+# Reads [patterns, names]. Writes for each pattern the indices of the names that it matches in full, or its error.
 _MATCHER = """
 import json, re, sys
 patterns, names = json.load(sys.stdin)
@@ -28,9 +29,9 @@ json.dump([matches(pattern) for pattern in patterns], sys.stdout)
 
 
 def matching_names(field: str, patterns: Sequence[str], names: Sequence[str]) -> list[frozenset[str]]:
-    """For each regular expression the names that it matches in full.
+    """Returns the names that each regular expression matches in full.
 
-    Raises AdapterInvalidError, naming the config's `field`, for one that is malformed or takes too long.
+    Raises AdapterInvalidError, naming the config's `field`, if an expression is malformed or takes too long.
     """
     if not patterns:
         return []

@@ -1,6 +1,6 @@
-"""An adapter's files -> the weights that this rank's layers use. Knows nothing of sources, slots or devices.
+"""Reads an adapter's files into the weights that this rank's layers use. Knows nothing about sources, slots or devices.
 
-Every rank checks the whole adapter and then keeps its cut, so that all ranks agree on what is refused.
+Every rank checks the whole adapter before it cuts its part, so all ranks refuse the same adapters.
 """
 
 import re
@@ -26,21 +26,21 @@ from loraplex_shard.lora.weights.deltas import Delta, HostAdapter, name_of_a, na
 from loraplex_shard.shapes.layout import LinearLayout, LinearPart
 
 _SHOWN_NAMES = 3
-# What PEFT puts between a module of the base and its own tensors, which it saves with some adapters.
+# The names under which PEFT saves the base's own tensors with some adapters.
 _BASE_TENSOR = re.compile(
     re.escape(PREFIX)
     + r"(?P<module>(?:(?!\.lora_).)+?)(?P<wrapper>\.base_layer|\.original_module|\.modules_to_save(?:\.[^.]+)?)?"
     r"\.(?P<kind>weight|bias)"
 )
-_CLASSIFIER = re.compile(r"\.(score|classifier|qa_outputs)\.")  # what transformers calls other models' heads
+_CLASSIFIER = re.compile(r"\.(score|classifier|qa_outputs)\.")  # transformers' names for other models' heads
 
 
 def read_adapter(
     files: AdapterFiles, layouts: Sequence[LinearLayout], base: BaseModel, dtype: torch.dtype
 ) -> HostAdapter:
-    """Checks a PEFT LoRA adapter and cuts it to the layouts, in this dtype, in memory of its own.
+    """Checks a PEFT LoRA adapter, cuts it to the layouts, converts it to the dtype, and copies it to memory of its own.
 
-    Raises AdapterInvalidError, naming the field or tensor, for one that cannot be served exactly as PEFT would.
+    Raises AdapterInvalidError, naming the field or tensor, if it cannot be served exactly as PEFT would.
     """
     config = parse_config(files.config)
     invocation = read_invocation(config, base)
@@ -56,7 +56,8 @@ def read_adapter(
 
 
 def read_deltas(files: AdapterFiles, layouts: Sequence[LinearLayout], base: BaseModel) -> dict[str, Delta]:
-    """The whole adapter, by module: checked, but for whether its values are finite. Its tensors are views of the file.
+    """Reads the whole adapter, by module. Everything is checked except whether values are finite. Tensors are views of
+    the file.
 
     Raises AdapterInvalidError as read_adapter does.
     """
@@ -95,7 +96,7 @@ def _read_deltas(
 
 
 def _named(config: AdapterConfig, parameters: Sequence[Parameter]) -> dict[str, Parameter]:
-    """What target_parameters names, by the names that transformers has."""
+    """The parameters that target_parameters names, by their names in transformers."""
     found = {each.names[-1]: each for each in parameters if any(is_named(name, config) for name in each.names)}
     if config.target_parameters and not found:
         raise AdapterInvalidError(
@@ -108,7 +109,7 @@ def _named(config: AdapterConfig, parameters: Sequence[Parameter]) -> dict[str, 
 def _find_targets(
     config: AdapterConfig, modules: Sequence[str], parameters: Mapping[str, Sequence[str]], base: BaseModel
 ) -> dict[str, Target]:
-    """By the names that the modules have or, if the configuration means none of these, by those that they have had."""
+    """Finds the targets by the modules' names or, if the configuration matches none of these, by their former names."""
     try:
         return find_targets(config, modules, parameters, base.embedding, base.head)
     except AdapterInvalidError:
@@ -119,7 +120,7 @@ def _find_targets(
 
 
 def modules_of(layouts: Sequence[LinearLayout]) -> tuple[str, ...]:
-    """All that an adapter may target."""
+    """The names of all modules that an adapter may target."""
     return tuple(part.module for layout in layouts for part in layout.parts)
 
 
@@ -130,14 +131,14 @@ def _check_names(
     config: AdapterConfig,
     base: BaseModel,
 ) -> dict[str, Replaced]:
-    """There must be an A and a B of each target, and nothing else but what the base holds itself, or what takes the
-    place of that in linear layers, which is returned by module."""
+    """Checks that there are an A and a B for each target. Other tensors must be equal to the base's own, or replace
+    them in linear layers. Returns the replaced ones by module."""
     kinds = [name_of_a, name_of_b]
     kinds += [name_of_magnitude] * bool(config.use_dora) + [name_of_bias] * bool(config.lora_bias)
     expected = {name_of(module) for module in targets for name_of in kinds}
     extra = tensors.keys() - expected
     own = {name: match for name in extra if (match := _BASE_TENSOR.fullmatch(name))}
-    # PEFT saves the base's embedding and lm_head with some adapters, and puts them in the base's place when it loads.
+    # PEFT saves the base's embedding and lm_head with some adapters, and replaces the base's by them when it loads.
     trained = {
         name
         for name, match in own.items()
@@ -148,7 +149,7 @@ def _check_names(
     replaced: dict[str, Replaced] = {}
     for name in sorted(trained):
         module, kind = own[name]["module"], own[name]["kind"]
-        # Other modeling code may hold matrices the other way round.
+        # In other modeling code, matrices may be transposed.
         held_alike = kind == "bias" or base.served is not None
         if module in parts and held_alike and _is_loaded(own[name], targets, config, base):
             layout, part = parts[module]
@@ -180,8 +181,8 @@ def _check_names(
 
 
 def _is_loaded(name: re.Match[str], targets: Mapping[str, Target], config: AdapterConfig, base: BaseModel) -> bool:
-    """Whether PEFT puts the tensor in place of the base's, and in no other place: an lm head that is the embedding
-    stays so unless modules_to_save has it."""
+    """Whether PEFT replaces the base's tensor by this one, and only that tensor. An lm head that is tied to the
+    embedding stays tied unless modules_to_save has it."""
     module, wrapper = name["module"], name["wrapper"] or ""
     if _is_saved(module, config):
         return wrapper not in (".base_layer", ".original_module")

@@ -1,15 +1,15 @@
-"""What an adapter's special tokens are in the base's vocabulary."""
+"""Finds an adapter's special tokens in the base's vocabulary."""
 
 from collections.abc import Iterable
 
 from loraplex_shard.lora.peft.base import BaseModel
 from loraplex_shard.lora.sources.text_files import GENERATION_CONFIG, AdapterText
 
-SHOWN = 5  # tokens, in a warning
+SHOWN = 5  # tokens in a warning
 
 
 def end_tokens(text: AdapterText, base: BaseModel) -> tuple[tuple[int, ...], list[str]]:
-    """(what ends the adapter's answers, in the base's vocabulary; what is wrong with the rest)"""
+    """Returns the end tokens of the adapter's answers in the base's vocabulary, and warnings about the others."""
     found, wrong = set[int](), list[str]()
     for token in text.end_token_ids:
         if token < base.vocab_size:
@@ -26,10 +26,10 @@ def end_tokens(text: AdapterText, base: BaseModel) -> tuple[tuple[int, ...], lis
 
 
 def foreign_tokens(text: AdapterText, base: BaseModel) -> list[str]:
-    """What is to be said of a tokenizer that is not the model's: prompts become other tokens than in training."""
+    """Warnings about a tokenizer that differs from the model's: prompts become other tokens than in training."""
     if base.tokenizer is None:
         return []
-    padding = text.special_tokens.get("pad_token")  # which many add, and no prompt has
+    padding = text.special_tokens.get("pad_token")  # many trainers add one, but prompts do not contain it
     added = {id: token for id, token in sorted(text.added_tokens.items()) if token != padding}
     missing = [token for token in added.values() if base.token_id(token) is None]
     renamed = [id for id, token in added.items() if token not in missing and base.token_id(token) != id]

@@ -1,4 +1,5 @@
-"""Which modules an adapter's config means, and with what lora_rank and scale, by PEFT's rules. Knows no tensors."""
+"""Finds the modules that an adapter's config targets, with their lora_rank and scale, by PEFT's rules. Knows nothing
+about tensors."""
 
 import math
 import re
@@ -20,7 +21,7 @@ Value = TypeVar("Value", int, float)
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What an adapter does to one module: delta = scale * B(A x), where A is [lora_rank, in_features]."""
+    """What an adapter adds to a module: scale * B(A x), where A is [lora_rank, in_features]."""
 
     lora_rank: int
     scale: float
@@ -33,9 +34,10 @@ def find_targets(
     embedding: str = EMBEDDING,
     head: str = HEAD,
 ) -> dict[str, Target]:
-    """The targets among the model's linear modules, by name; `embedding` and `head` are names, too.
+    """Returns the targets among the model's linear modules, by name. `embedding` and `head` are names of modules as
+    well.
 
-    `parameters`: those that target_parameters names, and the modules that each of them stands for. Raises
+    `parameters` has those that target_parameters names, and the modules that each of them stands for. Raises
     AdapterInvalidError if there are no targets, or if the embedding is one.
     """
     names = (*modules, embedding)
@@ -58,19 +60,19 @@ def find_targets(
 
 
 def is_named(parameter: str, config: AdapterConfig) -> bool:
-    """Whether target_parameters has the name, or what it ends with after a dot."""
+    """Whether target_parameters has the name, or an ending of it that follows a dot."""
     return _is_listed(parameter, frozenset(config.target_parameters or ()))
 
 
 def unmatched_targets(config: AdapterConfig, modules: Sequence[str]) -> list[str]:
-    """The target_modules that no linear layer of the model is meant by. PEFT has no objection to them either."""
+    """The target_modules that match no linear layer of the model. PEFT accepts them, too."""
     listed = config.target_modules if isinstance(config.target_modules, list) else []
     return sorted(set(listed) - _endings(tuple(modules)))
 
 
 @lru_cache(maxsize=4)
 def _endings(names: tuple[str, ...]) -> frozenset[str]:
-    """Each name, and what it ends with after a dot."""
+    """Each name, and every ending of it that follows a dot."""
     parts = [name.split(".") for name in names]
     return frozenset(".".join(each[start:]) for each in parts for start in range(len(each)))
 
@@ -81,12 +83,12 @@ def _target(config: AdapterConfig, lora_rank: int, alpha: float) -> Target:
 
 
 def _targeted(config: AdapterConfig, names: Sequence[str], ends: set[str]) -> frozenset[str]:
-    """`ends`: the embedding and the lm head."""
+    """The names that target_modules matches. `ends` are the embedding and the lm head."""
     modules = config.target_modules
     if modules is None:
         modules = [] if config.target_parameters else list(DEFAULT_TARGETS)
     if isinstance(modules, list):
-        listed = frozenset(modules)  # layers_to_transform has no say in a module that is listed by its full name
+        listed = frozenset(modules)  # layers_to_transform does not apply to a module that is listed by its full name
         ending = frozenset(name for name in names if _is_listed(name, listed) and _is_transformed(config, name))
         return ending | listed.intersection(names)
     if modules.lower() == "all-linear":
@@ -107,13 +109,13 @@ def _excluded(config: AdapterConfig, names: Sequence[str]) -> frozenset[str]:
 
 
 def _is_listed(name: str, modules: frozenset[str]) -> bool:
-    """Whether the list has the name, or what it ends with after a dot."""
+    """Whether the list has the name, or an ending of it that follows a dot."""
     parts = name.split(".")
     return not modules.isdisjoint(".".join(parts[start:]) for start in range(len(parts)))
 
 
 def _is_transformed(config: AdapterConfig, name: str) -> bool:
-    """Whether layers_to_transform, if it is given, has the name's layer index."""
+    """Whether layers_to_transform has the name's layer index, or is not given."""
     layers = config.layers_to_transform
     if layers is None or layers == []:
         return True
@@ -134,7 +136,9 @@ def _layer_patterns(config: AdapterConfig) -> list[str]:
 
 
 def _layer_index(name: str, patterns: list[str]) -> int | None:
-    """The number behind the first of the patterns that the name has; with no patterns, behind the first dotted name."""
+    """The number after the first pattern that the name contains; without patterns, the number after the first dotted
+    name.
+    """
     expressions = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in patterns] or [r".*?\.[^.]*\.(\d+)\."]
     for expression in expressions:
         if match := re.match(expression, name):
@@ -143,7 +147,7 @@ def _layer_index(name: str, patterns: list[str]) -> int | None:
 
 
 def _by_pattern(field: str, patterns: Mapping[str, Value], default: Value, names: Sequence[str]) -> dict[str, Value]:
-    """Each name's value: of the first pattern that matches the name or what it ends with after a dot."""
+    """Each name's value: that of the first pattern that matches the name or an ending of it that follows a dot."""
     matched = matching_names(field, [rf"(.*\.)?({pattern})" for pattern in patterns], names)
     values = dict.fromkeys(names, default)
     for value, matching in reversed(list(zip(patterns.values(), matched, strict=True))):

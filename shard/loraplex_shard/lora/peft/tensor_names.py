@@ -1,5 +1,5 @@
-"""What the tensors in an adapter's file are called, whichever way they came there: PEFT's own names, or a state dict
-that was saved as it was in training."""
+"""The names of the tensors in an adapter's file. They may be PEFT's own names, or those of a state dict that was saved
+as it was in training."""
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,12 +10,12 @@ from loraplex_shard.shapes.names import current_name
 PREFIX = "base_model.model."
 _WRAPPERS = re.compile(r"(^|\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)|^module(?=\.)")
 _PREFIXES = re.compile(r"^\.?(?:base_model\.model\.)*")
-# The adapter's own name, which PEFT leaves out, and behind DoRA's vectors "weight" as well.
+# The adapter's name in a tensor's name, which PEFT leaves out. After DoRA's vectors it leaves out "weight" as well.
 _NAMED = re.compile(r"(\.lora_[AB])\.[^.]+(?=\.(?:weight|bias)$)")
 _MAGNITUDE = re.compile(r"(\.lora_magnitude_vector)(?:\.[^.]+)?(?:\.weight)?$")
 
 
-# The model in a model that reads pictures as well, and its other parts.
+# The text model in a model that also reads pictures, and the other parts of such a model.
 _TEXT_MODELS = "model.language_model", "language_model.model", "model.text_model", "model"
 _OTHER_PARTS = re.compile(
     rf"^{re.escape(PREFIX)}(?:model\.)?"
@@ -24,11 +24,12 @@ _OTHER_PARTS = re.compile(
 
 
 def as_saved_by_peft(names: Iterable[str], backbone: str = "model") -> dict[str, str]:
-    """For PEFT's name of each tensor the one in the file: without the prefixes that DistributedDataParallel, FSDP and
-    torch.compile put before names, with PEFT's own once, with what transformers calls the model that holds the layers
-    now (`backbone`), and without an adapter's name behind lora_A and lora_B.
+    """Maps PEFT's name of each tensor to its name in the file.
 
-    Raises AdapterInvalidError if two names come to the same.
+    PEFT's names have no prefixes of DistributedDataParallel, FSDP and torch.compile, PEFT's own prefix once, the
+    current name of the model that holds the layers (`backbone`), and no adapter's name after lora_A and lora_B.
+
+    Raises AdapterInvalidError if two tensors get the same name.
     """
     found: dict[str, str] = {}
     for name in names:
@@ -44,12 +45,12 @@ def as_saved_by_peft(names: Iterable[str], backbone: str = "model") -> dict[str,
 
 
 def is_of_another_part(name: str, backbone: str) -> bool:
-    """Whether a tensor adapts what reads pictures in a model of which the text model alone is served."""
+    """Whether a tensor adapts a part that reads pictures, in a model of which only the text model is served."""
     return backbone != "model" and _OTHER_PARTS.match(name) is not None
 
 
 def former_names(modules: Sequence[str], backbone: str) -> Iterator[dict[str, str]]:
-    """The modules by the names that they had in other versions of transformers, or have in the text model alone."""
+    """The modules by their names in other versions of transformers, or in the text model by itself."""
     for other in _TEXT_MODELS:
         if other != backbone:
             yield {re.sub(rf"^{re.escape(backbone)}(?=\.)", other, module): module for module in modules}

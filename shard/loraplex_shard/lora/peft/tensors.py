@@ -1,6 +1,6 @@
-"""Reads the tensors of a safetensors file that is in memory already, without copying them.
+"""Reads the tensors of a safetensors file that is already in memory, without copying them.
 
-The library's own readers either map the file, and a file that shrinks under a map kills the process, or copy it while
+The library's own readers either map the file, and the process is killed if a mapped file shrinks; or they copy it while
 they hold the interpreter's lock, which delays the steps of running sequences.
 """
 
@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from loraplex_protos.errors import AdapterInvalidError
 
 _MAX_HEADER_BYTES = 4 * 2**20
-_POINTER = b"version "  # what a clone made without Git LFS left in place of the file begins so
+_POINTER = b"version "  # the beginning of a Git LFS pointer, which a clone without Git LFS leaves in place of the file
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -39,21 +39,21 @@ _HEADER = TypeAdapter(dict[str, _Entry])
 
 
 def read_tensors(data: memoryview) -> dict[str, torch.Tensor]:
-    """The tensors by name; they are views of `data`.
+    """Returns the tensors by name. They are views of `data`.
 
-    Raises AdapterInvalidError if the file is cut short or malformed, or has a tensor that is not of a float dtype.
+    Raises AdapterInvalidError if the file is cut short or malformed, or if a tensor does not have a float dtype.
     """
     start, entries = _read_header(io.BytesIO(data[: 8 + _MAX_HEADER_BYTES]), len(data))
     return {name: _view(data, start, entry) for name, entry in entries.items()}
 
 
 def check_header(file: IO[bytes], size: int) -> None:
-    """Checks as much of a file of that many bytes as can be seen in its header. Raises as read_tensors does."""
+    """Checks a file of `size` bytes as far as its header allows. Raises what read_tensors raises."""
     _read_header(file, size)
 
 
 def _read_header(file: IO[bytes], size: int) -> tuple[int, dict[str, _Entry]]:
-    """Where the header ends, and what it says."""
+    """Returns where the header ends, and its entries."""
     if size < 8:
         raise AdapterInvalidError(f"adapter_model.safetensors is cut short: it has {size} bytes")
     beginning = file.read(8)
@@ -83,7 +83,7 @@ def _parse_header(header: bytes) -> dict[str, _Entry]:
 
 
 def _check_extents(entries: dict[str, _Entry], size: int) -> None:
-    """The tensors must lie one after the other, without gaps, up to the end of the file."""
+    """Checks that the tensors follow one another without gaps, up to the end of the file."""
     end = 0
     for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
         if entry.dtype not in _DTYPES:
@@ -97,12 +97,14 @@ def _check_extents(entries: dict[str, _Entry], size: int) -> None:
     if end > size:
         raise AdapterInvalidError(f"adapter_model.safetensors is cut short: {end - size} bytes are missing at its end")
     if end < size:
-        raise AdapterInvalidError(f"adapter_model.safetensors is malformed: {size - end} bytes belong to no tensor")
+        raise AdapterInvalidError(
+            f"adapter_model.safetensors is malformed: {size - end} bytes do not belong to a tensor"
+        )
 
 
 def _view(data: memoryview, start: int, entry: _Entry) -> torch.Tensor:
     dtype, count = _DTYPES[entry.dtype], _numel(entry)
-    if count == 0:  # torch.frombuffer takes no empty range
+    if count == 0:  # torch.frombuffer does not take an empty range
         return torch.empty(entry.shape, dtype=dtype)
     return torch.frombuffer(data, dtype=dtype, count=count, offset=start + entry.data_offsets[0]).view(entry.shape)
 

@@ -1,2 +1,2 @@
-"""Where adapters come from: a source, as `protocol.py` has it, finds the files of an id and reads them; `order.py` says
-which one is asked."""
+"""Where adapters come from. A source (`protocol.py`) finds the files of an id and reads them; `order.py` decides which
+source is asked."""

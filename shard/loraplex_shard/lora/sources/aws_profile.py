@@ -1,5 +1,5 @@
-"""What `aws configure` wrote, for a server on somebody's own machine: obstore knows variables and roles, but not those
-files."""
+"""Reads the files that `aws configure` writes, for a server on a user's own machine. obstore reads variables and roles,
+but not these files."""
 
 import os
 from configparser import ConfigParser, Error
@@ -16,10 +16,10 @@ _REGIONS = ("AWS_REGION", "AWS_DEFAULT_REGION")
 
 
 def read_profile() -> dict[str, Any]:
-    """What variables leave open of keys and region, from AWS_PROFILE or the default profile, as obstore calls it.
+    """The keys and the region that variables do not set, from AWS_PROFILE or the default profile, by obstore's names.
 
-    Raises ValueError if AWS_PROFILE is set and has no keys, as that of a login or of a role to assume, or if a file
-    cannot be parsed.
+    Raises ValueError if a file cannot be parsed, or if AWS_PROFILE is set and has no keys, because it is for a login or
+    for a role to assume.
     """
     profile = os.environ.get("AWS_PROFILE", "default")
     found = _section("AWS_CONFIG_FILE", "config", profile if profile == "default" else f"profile {profile}")
@@ -38,7 +38,7 @@ def read_profile() -> dict[str, Any]:
 
 
 def _section(variable: str, name: str, section: str) -> dict[str, str]:
-    """Of a file, which need not be there."""
+    """A section of a file. It is empty if the file does not exist."""
     parser = ConfigParser(interpolation=None)
     try:
         parser.read(os.environ.get(variable) or Path.home() / ".aws" / name)

@@ -1,4 +1,4 @@
-"""The files of an adapter, read whole into memory. Knows neither what is in its tensors nor where they come from."""
+"""The files of an adapter, read whole into memory. Knows nothing about their origin or their tensors."""
 
 import hashlib
 import mmap
@@ -16,9 +16,9 @@ TENSORS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 MLX_TENSORS = "adapters.safetensors"
 
-# The largest of each that is read or fetched, in bytes.
+# The largest size of each file that is read or fetched, in bytes.
 SIZE_LIMITS = {CONFIG: 2**20, TENSORS: 4 * 2**30, **TEXT_SIZE_LIMITS}
-# Those that a folder can be asked for by name.
+# The files that can be asked for by name.
 KNOWN = (CONFIG, TENSORS, PICKLE, MLX_TENSORS, *TEXT_SIZE_LIMITS)
 
 _CHUNK = 2**24
@@ -26,15 +26,15 @@ _CHUNK = 2**24
 
 @dataclass(frozen=True, slots=True)
 class AdapterFiles:
-    """What an adapter is: its digest is its identity."""
+    """The content of an adapter's files. Its digest is the adapter's identity."""
 
     config: bytes
-    tensors: memoryview  # views of it become the adapter's tensors without a copy, which takes a mutable buffer
+    tensors: memoryview  # mutable, so that the adapter's tensors can be views of it
     text: AdapterText = field(default_factory=AdapterText)
 
     def digest(self) -> str:
-        """sha256 over the config, the tensors and what there is of text, each after its length (8 bytes, little
-        endian), in hex."""
+        """The sha256, in hex, of the config, the tensors and the text content if there is any, each preceded by its
+        length (8 bytes, little endian)."""
         digest = hashlib.sha256()
         text = self.text.content
         for data in (self.config, self.tensors, text) if text else (self.config, self.tensors):
@@ -44,9 +44,9 @@ class AdapterFiles:
 
 
 def choose(sizes: Mapping[str, int]) -> tuple[str, ...]:
-    """Of the files that an adapter's folder has, by name and in bytes, those that are read.
+    """Chooses the files to be read from an adapter's folder, given by name and size in bytes.
 
-    Raises AdapterInvalidError if they do not make an adapter, or one is too large.
+    Raises AdapterInvalidError if the files are not an adapter, or if one is too large.
     """
     check_names(frozenset(sizes))
     names = (CONFIG, TENSORS, *text_files(sizes))
@@ -56,25 +56,25 @@ def choose(sizes: Mapping[str, int]) -> tuple[str, ...]:
 
 
 def is_telling(name: str) -> bool:
-    """Whether a file of this name has a say in what an adapter is."""
+    """Whether a file with this name matters for an adapter."""
     return name in KNOWN or bool(text_files([name]))
 
 
 def assemble(contents: Mapping[str, memoryview]) -> AdapterFiles:
-    """Of the files' contents, by name."""
+    """Makes an adapter's files from their contents, given by name."""
     text = {name: bytes(data) for name, data in contents.items() if name not in (CONFIG, TENSORS)}
     return AdapterFiles(bytes(contents[CONFIG]), contents[TENSORS], read_text(text))
 
 
 def check_size(name: str, size: int) -> None:
-    """Raises AdapterInvalidError if an adapter's file of this name may not have this many bytes."""
+    """Raises AdapterInvalidError if `size` bytes are too many for an adapter's file with this name."""
     limit = SIZE_LIMITS.get(name, MAX_TEMPLATE)
     if size > limit:
         raise AdapterInvalidError(f"{name} has {size} bytes; the limit is {limit}")
 
 
 def check_names(names: frozenset[str]) -> None:
-    """Raises AdapterInvalidError if these names of files do not make an adapter."""
+    """Raises AdapterInvalidError if files with these names are not an adapter."""
     if MLX_TENSORS in names and TENSORS not in names:
         raise AdapterInvalidError(f"{MLX_TENSORS} is in MLX-LM's format, not in PEFT's: convert the adapter")
     if CONFIG not in names:
@@ -89,7 +89,8 @@ def check_names(names: frozenset[str]) -> None:
 
 
 def read_file(path: Path, name: str) -> memoryview:
-    """Raises AdapterInvalidError if it is too large or not a regular file, else OSError."""
+    """Reads a file. Raises AdapterInvalidError if it is too large or not a regular file, OSError if it cannot be
+    read."""
     # Without O_NONBLOCK, opening a pipe would wait for its writer.
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb", buffering=0) as file:
         status = os.fstat(file.fileno())
@@ -99,10 +100,10 @@ def read_file(path: Path, name: str) -> memoryview:
         data, filled = new_buffer(status.st_size), 0
         while filled < len(data) and (count := file.readinto(data[filled : filled + _CHUNK])):
             filled += count
-        return data[:filled]  # less if the file shrank meanwhile
+        return data[:filled]  # shorter if the file has shrunk meanwhile
 
 
 def new_buffer(size: int) -> memoryview:
-    """Memory for a file. Its pages come as they are written: a bytearray is filled with zeros first, and no step can
-    begin until that is done."""
+    """Memory for a file. Its pages are allocated when they are written. A bytearray would be filled with zeros first,
+    and steps would have to wait for that."""
     return memoryview(mmap.mmap(-1, max(size, 1)))[:size]

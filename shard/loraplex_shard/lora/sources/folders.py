@@ -1,16 +1,16 @@
-"""Folders in the adapter directory: found by their names, and never outside of it."""
+"""Finds folders in the adapter directory by their names, and never outside of it."""
 
 import os
 from pathlib import Path
 
 from loraplex_protos.adapter_names import is_name, normal
 
-CACHED = "models--"  # how the hub's cache calls a repository's folder: models--org--name
+CACHED = "models--"  # the hub's cache has a folder models--org--name for each repository
 
 
 def find_folder(root: Path, id: str) -> Path | None:
-    """Where an adapter's files are, be it sound or not. None if there is nothing of that name, or it leads out of the
-    root, which is resolved."""
+    """The folder of an adapter, which may be faulty. None if there is no such folder, or if it leads out of the root.
+    The root must be resolved."""
     if not is_name(id):
         return None
     folder = _descend(root, id)
@@ -20,7 +20,7 @@ def find_folder(root: Path, id: str) -> Path | None:
 
 
 def find_snapshot(folder: Path) -> Path | None:
-    """Of a repository in the hub's cache, the commit that its default branch is at, else the newest one."""
+    """The snapshot of a repository in the hub's cache: the commit of its default branch, or else the newest one."""
     if not folder.name.startswith(CACHED):
         return None
     try:
@@ -33,17 +33,17 @@ def find_snapshot(folder: Path) -> Path | None:
 
 
 def cached_name(id: str) -> str:
-    """How the hub's cache calls the folder of an id."""
+    """The name of an id's folder in the hub's cache."""
     return CACHED + id.replace("/", "--")
 
 
 def cached_id(name: str) -> str:
-    """The hub's id for the name of a folder in its cache."""
+    """The hub id of a folder in the hub's cache."""
     return name.removeprefix(CACHED).replace("--", "/")
 
 
 def is_inside(path: Path, root: Path) -> bool:
-    """Whether the path exists and leads, links followed, to something below the root, which is resolved."""
+    """Whether the path exists and, with links followed, is below the root. The root must be resolved."""
     try:
         return path.resolve(strict=True).is_relative_to(root)
     except (OSError, RuntimeError):  # RuntimeError: links in a circle
@@ -55,7 +55,7 @@ def _descend(root: Path, id: str) -> Path | None:
     if os.path.lexists(path) or id.isascii():
         return path if os.path.lexists(path) else None
     found = root
-    for part in id.split("/"):  # a file system may keep another Unicode form than the one that is asked for
+    for part in id.split("/"):  # a name on disk may be in another Unicode form
         try:
             names = [name for name in os.listdir(found) if normal(name) == normal(part)]
         except OSError:

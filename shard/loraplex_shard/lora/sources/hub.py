@@ -1,7 +1,7 @@
-"""Adapters on the Hugging Face hub, or on a server that speaks like it.
+"""Adapters on the Hugging Face hub, or on a server with the same protocol.
 
-A request's token decides what the hub shows us on each call, also where the files are on our disk already. The token
-appears in no message; without one, the server's own login is used, if it has any (HF_TOKEN).
+A request's token decides what the hub shows on each call, even if the files are already on this machine's disk. The
+token never appears in a message. Without a token, the server's own login is used, if it has one (HF_TOKEN).
 """
 
 import os
@@ -26,7 +26,7 @@ from loraplex_shard.lora.sources.folders import cached_name, find_snapshot
 from loraplex_shard.lora.sources.protocol import File, Origin, Source
 
 PUBLIC_HUB = "https://huggingface.co"
-_UNREACHABLE = frozenset({"TransportError", "ConnectionError", "TimeoutError"})  # of whichever HTTP library it uses
+_UNREACHABLE = frozenset({"TransportError", "ConnectionError", "TimeoutError"})  # from any HTTP library
 _REPOSITORY = re.compile(r"[^/:]+/[^/]+")
 _REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._/-]{0,199}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -34,7 +34,7 @@ _TOKEN = re.compile(r"[\x21-\x7e]{0,1000}")
 
 
 class _NoProgress(tqdm):
-    """A server has no terminal to draw on."""
+    """A progress bar that shows nothing, since a server has no terminal."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **{**kwargs, "disable": True})  # type: ignore[no-untyped-call]
@@ -43,7 +43,8 @@ class _NoProgress(tqdm):
 class HubSource(Source):
     """The adapters on one hub.
 
-    `endpoint` defaults to HF_ENDPOINT, then to the public hub; `cache` (where files are kept) to the hub library's.
+    `endpoint` defaults to HF_ENDPOINT, then to the public hub. `cache`, where files are kept, defaults to the hub
+    library's cache.
     """
 
     name = "hub"
@@ -57,8 +58,8 @@ class HubSource(Source):
         return "" if _REPOSITORY.fullmatch(self._repository(id)) else "names on the hub have the form org/name"
 
     def locate(self, id: str, revision: str, token: str) -> Origin:
-        """Asks the hub which commit a revision is ("": the default branch) and which files it has; with HF_HUB_OFFLINE,
-        the hub's cache."""
+        """Asks the hub for the commit of a revision ("": the default branch) and for its files. With HF_HUB_OFFLINE,
+        the hub's cache is asked instead."""
         id = self._repository(id)
         _check_arguments(revision, token)
         if constants.HF_HUB_OFFLINE:
@@ -68,7 +69,7 @@ class HubSource(Source):
         files = {name: File(f"{id}/{name}", commit, size or 0) for name, size in sizes.items()}
         origin = Origin.of(self, id, files, commit, token)
         if not _COMMIT.fullmatch(commit):
-            raise AdapterSourceError(f"the hub does not say which commit {quote(id)} is at")
+            raise AdapterSourceError(f"the hub did not return the commit of {quote(id)}")
         return origin
 
     def fetch(self, origin: Origin) -> int:
@@ -80,7 +81,7 @@ class HubSource(Source):
             return {name: read_file(path, name) for name, path in self._fetched(origin).items()}
 
     def _fetched(self, origin: Origin) -> dict[str, Path]:
-        """The files on our disk, fetched if they are not there yet."""
+        """The paths of the files on this machine's disk. They are fetched if they are not there yet."""
         return {name: Path(self._download(origin, name)) for name, _ in origin.files}
 
     def _download(self, origin: Origin, name: str) -> str:
@@ -96,20 +97,20 @@ class HubSource(Source):
         )
 
     def _repository(self, id: str) -> str:
-        """The repository of an id, which may be its page's address."""
+        """The repository of an id, which may be the address of its page."""
         for address in (f"{self._endpoint}/", f"{PUBLIC_HUB}/", "hf://"):
             id = id.removeprefix(address)
         return id
 
     def _ask(self, id: str, revision: str, token: str) -> tuple[dict[str, int | None], str]:
-        """The files' sizes, and the commit."""
+        """Returns the files' sizes, and the commit."""
         with _typed_errors(id, revision, token):
             api = HfApi(endpoint=self._endpoint, token=token or None)
             info = api.model_info(id, revision=revision or None, files_metadata=True, timeout=self._timeout_s)
             return {file.rfilename: file.size for file in info.siblings or ()}, info.sha or ""
 
     def _look_into_cache(self, id: str, revision: str) -> tuple[dict[str, int | None], str]:
-        """The same of what was fetched before. There is nobody to ask whom it may be shown to: all may see it."""
+        """Returns the same for what was fetched before. The hub cannot be asked who may see it, so everybody may."""
         cache = self._cache or Path(constants.HF_HUB_CACHE)
         with _typed_errors(id, revision, ""):
             newest = find_snapshot(cache / cached_name(id)) if revision in ("", "main") else None
@@ -121,7 +122,7 @@ class HubSource(Source):
 
 
 def _check_arguments(revision: str, token: str) -> None:
-    """What comes from a client becomes part of a URL, a path or a header. (The library checks the id.)"""
+    """Checks what comes from a client and becomes a part of a URL, a path or a header. (The library checks the id.)"""
     if revision and (not _REVISION.fullmatch(revision) or ".." in revision):
         raise AdapterNotFoundError(f"{quote(revision)} is not a valid revision name")
     if not _TOKEN.fullmatch(token):
@@ -146,16 +147,16 @@ def _typed_errors(id: str, revision: str, token: str) -> Iterator[None]:
     except HfHubHTTPError as error:
         raise _from_status(id, error.response.status_code, bool(token)) from error
     except Exception as error:
-        # No connection, a timeout, an answer that is not the hub's: the library has no common class for these.
+        # There was no connection, a timeout, or an answer of something else. The library has no common class for these.
         unreachable = any(kind.__name__ in _UNREACHABLE for kind in type(error).__mro__)
         trouble = "cannot be reached for" if unreachable else "did not return"
-        reason = getattr(error, "strerror", None) or type(error).__name__  # the disk's, as when it is full
+        reason = getattr(error, "strerror", None) or type(error).__name__  # an error of the disk, such as a full one
         raise AdapterSourceError(f"the hub {trouble} {quote(id)}: {reason}") from error
 
 
 def _from_status(id: str, status: int, has_token: bool) -> AdapterError:
     match status:
-        case 401 if not has_token:  # the hub's answer to all that it does not show to everyone, existing or not
+        case 401 if not has_token:  # for whatever the hub does not show to everyone, whether it exists or not
             return AdapterNotFoundError(f"the hub has no {quote(id)}; if it is private, pass a token that may read it")
         case 404:
             return AdapterNotFoundError(f"the hub has no {quote(id)}, or hides it from this token")

@@ -1,4 +1,4 @@
-"""Adapters in the operator's directory: an id is a name under it, and never leads out of it."""
+"""Adapters in the operator's directory. An id is a path below the directory and never leads out of it."""
 
 import os
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ class LocalSource(Source):
         self._root = directory.resolve()
 
     def refusal(self, id: str) -> str:
-        """Empty for what there is, be it a sound adapter or not."""
+        """Empty if there is such a folder, even if its adapter is faulty."""
         return "" if self._find(id) is not None else f"the adapter directory has no {quote(id)}"
 
     def locate(self, id: str, revision: str, token: str) -> Origin:
@@ -43,12 +43,12 @@ class LocalSource(Source):
         return contents
 
     def _find(self, id: str) -> Path | None:
-        """The folder of an id, which may be its path."""
+        """The folder of an id, which may be the folder's path."""
         root = f"{self._root}/"
         return find_folder(self._root, id.removeprefix(root).removesuffix("/") if id.startswith(root) else id)
 
     def _files(self, directory: Path) -> Iterator[tuple[str, Path]]:
-        """Where an adapter's files are, by name: links are followed, but not out of the directory."""
+        """The paths of an adapter's files, by name. Links are followed, but not out of the directory."""
         names = os.listdir(directory)
         if (directory / NAMED_TEMPLATES).is_dir() and is_inside(directory / NAMED_TEMPLATES, self._root):
             names += [f"{NAMED_TEMPLATES}/{name}" for name in os.listdir(directory / NAMED_TEMPLATES)]

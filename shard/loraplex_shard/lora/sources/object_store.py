@@ -1,8 +1,8 @@
-"""Adapters in S3, Google Cloud Storage or Azure Blob Storage, or in a store that speaks like one of them: an id is a
-folder's name under one bucket and prefix, or the whole address of such a folder.
+"""Adapters in S3, Google Cloud Storage or Azure Blob Storage, or in a store with the same protocol. An id is the name
+of a folder below a bucket and prefix, or the whole address of such a folder.
 
-Credentials, region and endpoint are the server's: variables, a pod's identity or a machine's role, as obstore finds
-them. They appear in no message.
+Credentials, region and endpoint are the server's. obstore finds them in variables, a pod's identity or a machine's
+role. They never appear in a message.
 """
 
 import os
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 class _Kind(NamedTuple):
     name: str
     title: str
-    schemes: tuple[str, ...]  # of addresses, the one that settings use first
+    schemes: tuple[str, ...]  # of addresses; the first one is used in settings
 
 
 KINDS = (
@@ -46,14 +46,14 @@ KINDS = (
     _Kind("gcs", "Google Cloud Storage", ("gs",)),
     _Kind("azure", "Azure Blob Storage", ("az", "azure", "abfs", "abfss")),
 )
-CHUNK = 2**22  # bytes: copied at a time
+CHUNK = 2**22  # bytes copied at a time
 PAGE, MOST_LISTED = 1000, 10_000  # objects
 LONGEST_READ = timedelta(hours=1)
 
-# What obstore's errors say of a request that failed.
+# Parts of obstore's error messages.
 _STATUS = re.compile(r"non-2xx status code: (\d{3})")
 _ASKED = re.compile(r"Error performing [A-Z]+ (http\S+)")
-_LOGIN = re.compile(r"Error performing P|token re(quest|sponse)")  # nothing of ours is a POST or PUT
+_LOGIN = re.compile(r"Error performing P|token re(quest|sponse)")  # sources never send a POST or PUT
 _CODE = re.compile(r"<Code>(\w{1,60})</Code>")
 _TROUBLES = {
     "kind: Connect": "it cannot be reached",
@@ -65,8 +65,8 @@ _TROUBLES = {
 class ObjectStoreSource(Source):
     """The adapters under `url`, s3://BUCKET or s3://BUCKET/PREFIX, and so on.
 
-    It is waited `timeout_s` for a connection, and as long for more of an answer. Raises ValueError for settings in the
-    environment that are wrong or do not suffice.
+    `timeout_s` is the limit for a connection, and for each next piece of an answer. Raises ValueError for settings in
+    the environment that are wrong or insufficient.
     """
 
     def __init__(self, url: str, timeout_s: float = 10.0) -> None:
@@ -119,14 +119,14 @@ class ObjectStoreSource(Source):
         return data
 
     def _named(self, id: str) -> str:
-        """The adapter's name, of an id that may be its address; as it is, if that is not one of here."""
+        """The adapter's name. The id may be its address; an address of another place stays as it is."""
         scheme, _, path = id.partition("://")
         root = f"{self._bucket}/{self._prefix}"
         ours = scheme in self._kind.schemes and path.startswith(root)
         return path.removeprefix(root).removesuffix("/") if ours else id
 
     def _find(self, folder: str) -> dict[str, File]:
-        """The objects of an adapter's folder that have a say in what it is, by name."""
+        """The objects of an adapter's folder that matter for the adapter, by name."""
         try:
             return self._list(folder)
         except BaseError as error:
@@ -135,7 +135,7 @@ class ObjectStoreSource(Source):
             try:
                 return self._ask(folder)
             except PermissionDeniedError:
-                raise error from None  # it says more
+                raise error from None  # the first error says more
 
     def _list(self, folder: str) -> dict[str, File]:
         found, listed = dict[str, File](), 0
@@ -148,8 +148,8 @@ class ObjectStoreSource(Source):
         return found
 
     def _ask(self, folder: str) -> dict[str, File]:
-        """Where the server may read the bucket, but not list it: then nothing is known of named templates, and what is
-        not there cannot be told from what it may not read."""
+        """Asks for each file by its name, if the server may read the bucket but not list it. Named templates are not
+        found in this way, and a missing file looks like one that may not be read."""
         found = dict[str, File]()
         for name in KNOWN:
             try:
@@ -161,7 +161,7 @@ class ObjectStoreSource(Source):
 
     @contextmanager
     def _typed_errors(self, id: str) -> Iterator[None]:
-        """What obstore's own errors say may have more in it than is to be shown, so they are not passed on."""
+        """Turns obstore's errors into ours. Their messages are not passed on, since they may contain secrets."""
         try:
             yield
         except (BaseError, FileNotFoundError, ValueError) as error:
@@ -171,13 +171,13 @@ class ObjectStoreSource(Source):
         title, text = self._kind.title, str(error)
         asked = _ASKED.search(text)
         if isinstance(error, GenericError) and (_LOGIN.search(text) or (asked and self._bucket not in asked[1])):
-            return AdapterSourceError(f"{title} was not asked for {quote(id)}: this server found no credentials for it")
+            return AdapterSourceError(f"cannot ask {title} for {quote(id)}: this server has no credentials for it")
         code = f" ({found[1]})" if (found := _CODE.search(text)) else ""
         match _status(error):
             case 401 | 403:
                 return AdapterForbiddenError(
-                    f"{title} does not let this server read {quote(id)}{code}; without the right to list the bucket it"
-                    " says so of what is not there, too"
+                    f"{title} does not let this server read {quote(id)}{code}; without the right to list the bucket,"
+                    " this may also mean that it does not exist"
                 )
             case 404:
                 return AdapterNotFoundError(f"{title} has no adapter {quote(id)}, or no such bucket")
@@ -191,18 +191,18 @@ class ObjectStoreSource(Source):
 
 
 def _authorities() -> bytes:
-    """Certificates to trust beside the system's, as PEM."""
+    """Certificates to trust in addition to the system's, as PEM."""
     file = os.environ.get("AWS_CA_BUNDLE") or os.environ.get("SSL_CERT_FILE")
     return Path(file).read_bytes() if file else b""
 
 
 def _file(object: "ObjectMeta") -> File:
     etag = object["e_tag"] or ""
-    return File(object["path"], etag if '"' in etag else f'"{etag}"', object["size"])  # Azure lists it without quotes
+    return File(object["path"], etag if '"' in etag else f'"{etag}"', object["size"])  # Azure lists tags without quotes
 
 
 def _status(error: Exception) -> int:
-    """Of HTTP; 0: there was no answer, or none that makes sense."""
+    """The HTTP status of an error; 0 if there was no answer, or none that makes sense."""
     match error:
         case FileNotFoundError():
             return 404

@@ -1,4 +1,4 @@
-"""Which source is asked for an adapter: the one that a request names, or all of them in turn."""
+"""Decides which source is asked for an adapter: the one that a request names, or all of them in turn."""
 
 from collections.abc import Sequence
 
@@ -7,9 +7,9 @@ from loraplex_shard.lora.sources.protocol import Origin, Source
 
 
 def locate(sources: Sequence[Source], id: str, source: str, revision: str, token: str) -> Origin:
-    """The adapter's files. `source` is the name of one, or empty: the first that has the id.
+    """Finds the adapter's files. `source` is the name of a source, or empty for the first one that has the id.
 
-    Raises the AdapterErrors of the sources; AdapterNotFoundError says what each of them had to say.
+    Raises the AdapterErrors of the sources. An AdapterNotFoundError has the reasons of all of them.
     """
     asked = [each for each in sources if source in ("", each.name)]
     missing = [] if asked else [f"this server has no adapter source {quote(source)}"]

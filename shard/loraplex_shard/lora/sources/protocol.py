@@ -1,5 +1,5 @@
-"""The seam to a place that adapters come from. `order.py` asks one source after the other; whatever holds for all of
-them, such as which of an adapter's files are read and how large they may be, is here and in `files.py`."""
+"""The interface of a source. `order.py` asks one source after the other. What is common to all sources, such as which
+files of an adapter are read and how large they may be, is here and in `files.py`."""
 
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -11,26 +11,27 @@ from loraplex_shard.lora.sources.files import AdapterFiles, assemble, choose
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """A file as it was when its source was asked. Equal places and versions have equal contents."""
+    """A file as it was when its source was asked. If place and version are the same, the content is the same."""
 
-    place: str  # where the source has it
+    place: str  # where it is in the source
     version: str
     size: int  # bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """The files of one adapter in one state. Equal origins have equal contents."""
+    """The files of an adapter in one state. Equal origins have equal contents."""
 
     source: "Source"
     id: str = field(compare=False)
-    files: tuple[tuple[str, File], ...]  # those that are read, by name
-    revision: str = ""  # empty: its source has none
-    token: str = field(default="", repr=False, compare=False)  # of whoever asked
+    files: tuple[tuple[str, File], ...]  # the files to be read, by name
+    revision: str = ""  # empty: its source has no revisions
+    token: str = field(default="", repr=False, compare=False)  # of the request
 
     @classmethod
     def of(cls, source: "Source", id: str, files: Mapping[str, File], revision: str = "", token: str = "") -> Self:
-        """Of all that there is of an adapter, by name. Raises AdapterInvalidError if files are missing or too large."""
+        """Makes an origin of all files of an adapter, given by name. Raises AdapterInvalidError if files are missing or
+        too large."""
         chosen = choose({name: file.size for name, file in files.items()})
         return cls(source, id, tuple((name, files[name]) for name in chosen), revision, token)
 
@@ -44,28 +45,28 @@ class Origin:
 
 
 class Source(Protocol):
-    """Where adapters come from. Ids, revisions and tokens are a client's: nothing about them has been checked."""
+    """A place that adapters come from. Ids, revisions and tokens come from clients and have not been checked."""
 
-    name: str  # what requests call it
+    name: str  # its name in requests
 
     @abstractmethod
     def refusal(self, id: str) -> str:
-        """Why a request that names no source need not be looked up here; empty if the id may be one of this source.
-        Found out without asking anybody."""
+        """Why an id need not be looked up here for a request that names no source; empty if this source may have the
+        id. It does not ask over the network."""
 
     @abstractmethod
     def locate(self, id: str, revision: str, token: str) -> Origin:
-        """Finds an adapter's files, and reads nothing of them. An empty revision is the newest.
+        """Finds an adapter's files without reading them. An empty revision stands for the newest one.
 
         Raises AdapterNotFoundError if there is no such adapter, AdapterForbiddenError if the source does not show it,
-        AdapterSourceError if the source does not answer, and as Origin.of does.
+        AdapterSourceError if the source does not answer, and what Origin.of raises.
         """
 
     def fetch(self, origin: Origin) -> int:
-        """Brings the files to this machine's disk, if the source has a place for them there; answers their size in
+        """Brings the files to this machine's disk, if the source has a place for them there. Returns their size in
         bytes. Raises AdapterErrors."""
         return sum(file.size for _, file in origin.files)
 
     @abstractmethod
     def read(self, origin: Origin) -> dict[str, memoryview]:
-        """What is in the files, by name. Raises AdapterErrors, also if the files are not what they were."""
+        """Returns the files' contents, by name. Raises AdapterErrors, also if the files have changed."""

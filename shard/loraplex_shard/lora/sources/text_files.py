@@ -1,7 +1,7 @@
-"""What the files beside an adapter say of text: its chat templates, its special tokens and what ends its answers.
+"""Reads the text files beside an adapter: its chat templates, its special tokens and its end tokens.
 
-The files are those that transformers saves with a tokenizer, read by its rules. Knows nothing of what a template means:
-the router renders it.
+The files are those that transformers saves with a tokenizer, and are read by its rules. Templates are not interpreted
+here: the router renders them.
 """
 
 import json
@@ -27,7 +27,7 @@ TEXT_SIZE_LIMITS = {
     GENERATION_CONFIG: 2**20,
 }
 
-# Those that every tokenizer of transformers has a place for.
+# The special tokens that every tokenizer of transformers may have.
 ATTRIBUTES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _NAMED = re.compile(rf"{NAMED_TEMPLATES}/([A-Za-z0-9_.-]{{1,96}})\.jinja")
 
@@ -35,26 +35,26 @@ _NAMED = re.compile(rf"{NAMED_TEMPLATES}/([A-Za-z0-9_.-]{{1,96}})\.jinja")
 @dataclass(frozen=True, slots=True)
 class AdapterText:
     chat_templates: Mapping[str, str] = field(default_factory=dict)  # by name: "default", "tool_use"
-    special_tokens: Mapping[str, str] = field(default_factory=dict)  # empty: it says that there is none
+    special_tokens: Mapping[str, str] = field(default_factory=dict)  # an empty text: the tokenizer has no such token
     end_token_ids: tuple[int, ...] = ()
-    added_tokens: Mapping[int, str] = field(default_factory=dict)  # those of its tokenizer that have names of their own
-    error: str = ""  # why the files cannot be read; then there is nothing else
+    added_tokens: Mapping[int, str] = field(default_factory=dict)  # added to its tokenizer, by id
+    error: str = ""  # why the files cannot be read; then everything else is empty
 
     @property
     def content(self) -> bytes:
-        """The same for the same text; empty if there is none."""
+        """Bytes that are the same for the same text; empty if there is no text."""
         return json.dumps(asdict(self), sort_keys=True).encode() if self != AdapterText() else b""
 
 
 def text_files(names: Iterable[str]) -> tuple[str, ...]:
-    """Of the names of an adapter's files, those that are read."""
+    """Chooses the text files to be read from the names of an adapter's files."""
     names = frozenset(names)
     named = sorted(name for name in names if _NAMED.fullmatch(name))[:MAX_NAMED]
     return (*(name for name in TEXT_SIZE_LIMITS if name in names), *named)
 
 
 def read_text(files: Mapping[str, bytes]) -> AdapterText:
-    """By name. What cannot be read costs conversations, not the adapter."""
+    """Reads the files, given by name. If they cannot be read, only conversations with the adapter are refused."""
     name = ""
     try:
         contents = dict[str, Any]()
@@ -73,7 +73,7 @@ def read_text(files: Mapping[str, bytes]) -> AdapterText:
 
 
 def _templates(contents: Mapping[str, Any]) -> dict[str, str]:
-    """Files of their own stand before what a configuration says, all together."""
+    """The templates. If there are template files, those in a configuration are ignored."""
     own = {"default": contents[TEMPLATE]} if TEMPLATE in contents else {}
     own |= {match[1]: text for name, text in contents.items() if (match := _NAMED.fullmatch(name))}
     for name in (TOKENIZER_CONFIG, PROCESSOR_TEMPLATE):
@@ -85,7 +85,7 @@ def _templates(contents: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _configured(given: Any) -> dict[str, str]:
-    """One template, or several: a list as transformers writes it, or by name."""
+    """The templates in a configuration: one, a list as transformers writes it, or several by name."""
     match given:
         case None | "":
             return {}
@@ -101,11 +101,11 @@ def _configured(given: Any) -> dict[str, str]:
 def _special_tokens(contents: Mapping[str, Any]) -> dict[str, str]:
     config, mapped = contents.get(TOKENIZER_CONFIG, {}), contents.get(SPECIAL_TOKENS, {})
     named = dict(config)
-    if "added_tokens_decoder" not in config:  # as transformers wrote them down before
+    if "added_tokens_decoder" not in config:  # the format of older versions of transformers
         named |= mapped
     for name in ("extra_special_tokens", "model_specific_special_tokens"):
         named |= named[name] if isinstance(named.get(name), dict) else {}
-    # A tokenizer that was saved whole says of each token that it has what it is.
+    # If the tokenizer was saved whole, a token that is not listed does not exist.
     tokens = dict.fromkeys(ATTRIBUTES, "") if "tokenizer_class" in config else {}
     for name, token in named.items():
         text = token.get("content") if isinstance(token, dict) else token
