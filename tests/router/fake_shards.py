@@ -18,7 +18,7 @@ VOCABULARY = 1000
 class FakeShards:
     """Keeps rows as the real ones do. `failing_token` fails the sequence that would feed it, a plan with one that has
     the `deadly_token` is answered with `death`; `load_error` and `step_error` are raised by the next load and
-    result."""
+    result. A step takes `step_seconds`."""
 
     def __init__(self) -> None:
         self.known: dict[int, list[int]] = {}
@@ -30,6 +30,7 @@ class FakeShards:
         self.gone = asyncio.Event()  # the process has ended
         self.load_error: LoraplexError | None = None
         self.step_error: Exception | None = None
+        self.step_seconds = 0.0
         self.digests: dict[str, str] = {}  # of ids whose content is another one here
         self.absent = {"absent"}
         self.local = [LocalAdapter("a"), LocalAdapter("b"), LocalAdapter("broken", "cut short", ())]
@@ -42,7 +43,7 @@ class FakeShards:
 
     async def send(self, plan: pb.StepRequest) -> None:
         self.log.append(f"plan {plan.step}")
-        response = pb.StepResponse(step=plan.step)
+        response = pb.StepResponse(step=plan.step, duration_us=round(self.step_seconds * 1e6))
         for start in plan.starts:
             self.known[start.row] = list(start.tokens)
         if any(self.deadly_token in self.known[row] for row in plan.rows):
@@ -60,7 +61,7 @@ class FakeShards:
         self.results.append(response)
 
     async def receive(self) -> pb.StepResponse:
-        await asyncio.sleep(0)
+        await asyncio.sleep(self.step_seconds)
         if self.step_error is not None:
             raise self.step_error
         response = self.results.popleft()

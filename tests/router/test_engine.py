@@ -104,6 +104,20 @@ async def test_plan_n_plus_one_leaves_before_the_result_of_plan_n_is_read(setup:
         assert log.index(f"plan {step + 1}") < log.index(f"result {step}")
 
 
+async def test_a_request_that_arrives_while_a_plan_runs_is_in_the_next_one(setup: Setup):
+    setup.shards.step_seconds = 0.2
+    running = asyncio.create_task(setup.answer(10, tokens=6))
+    while "result 1" not in setup.shards.log:
+        await asyncio.sleep(0.01)
+    assert "plan 3" not in setup.shards.log  # plan 2 runs
+    newcomer = asyncio.create_task(setup.answer(500, tokens=1))
+    while "plan 3" not in setup.shards.log:
+        await asyncio.sleep(0.01)
+    assert "result 2" not in setup.shards.log
+    assert [500, 501] in setup.shards.known.values()
+    assert await newcomer == [501] and await running == list(range(11, 17))
+
+
 async def test_requests_of_several_adapters_are_answered_together(setup: Setup):
     answers = await asyncio.gather(setup.answer(0), setup.answer(0, adapter="a"), setup.answer(0, adapter="b"))
     assert answers[0] == [1, 2, 3, 4, 5]

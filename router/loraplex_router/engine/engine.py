@@ -1,8 +1,9 @@
 """The engine of one replica: a task that schedules, sends plans, reads results and distributes tokens. Only it changes
 the scheduler's state.
 
-Plan n + 1 is sent before the result of plan n is read, so that the shards never wait for the router. Tokens for a
-sequence that has already ended are dropped.
+Plan n + 1 is sent before the result of plan n is there, so that the shards never wait for the router; but not much
+sooner, so that a request that arrives while plan n runs is in plan n + 1. Tokens for a sequence that has already ended
+are dropped.
 """
 
 import asyncio
@@ -10,6 +11,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from loraplex_protos import shard_pb2 as pb
 from loraplex_protos.errors import GenerationError, LoraplexError, UnavailableError
@@ -34,12 +36,23 @@ from loraplex_router.wire.shards import EngineShards
 logger = logging.getLogger(__name__)
 
 DEPTH = 2  # plans in flight
+# The next plan leaves when this share of the running one's time is over, and at least this many seconds before its end.
+LEAVES_AT = 0.7
+LEAST_LEAD = 0.005
 
 FAILURES = {
     pb.FAILURE_REASON_NOT_FINITE: "the model's output for this sequence held NaN or Inf",
     pb.FAILURE_REASON_GRAMMAR: "the grammar became too complex to enforce: make it simpler or less ambiguous",
     pb.FAILURE_REASON_UNKNOWN_TOKEN: "the model has no embedding for one of the tokens",
 }
+
+
+class Applied(NamedTuple):
+    """A plan whose result was applied."""
+
+    tokens: int
+    seconds: float  # on the shard
+    received: float  # by time.monotonic
 
 
 class Engine:
@@ -59,6 +72,8 @@ class Engine:
         self._loads: dict[Adapter, asyncio.Task[None]] = {}
         self._steps = 0
         self._in_flight: deque[Plan] = deque()
+        self._result: asyncio.Task[pb.StepResponse] | None = None  # of the first plan in flight
+        self._last = Applied(0, 0.0, 0.0)
         self._lost: UnavailableError | None = None  # set if a load found that the replica is lost
         self._failed = False
 
@@ -126,12 +141,15 @@ class Engine:
         finally:
             for task in self._loads.values():
                 task.cancel()
+            if self._result is not None:
+                self._result.cancel()
 
     async def _loop(self) -> None:
         while self._lost is None:
+            self._claim_slots()
+            await self._until_next_plan_is_due()
             began = time.perf_counter()
-            for claim in self._scheduler.claim_slots():
-                self._loads[claim.adapter] = asyncio.create_task(self._load(claim))
+            self._claim_slots()
             plan = self._scheduler.schedule()
             if plan is not None:
                 self._mark_started(plan)
@@ -149,6 +167,24 @@ class Engine:
             self._wakeup.clear()
         raise self._lost
 
+    async def _until_next_plan_is_due(self) -> None:
+        """While a plan runs that has as many tokens as the last one or more, it is taken to run as long."""
+        if self._in_flight and self._in_flight[0].tokens >= self._last.tokens:
+            seconds = min(LEAVES_AT * self._last.seconds, self._last.seconds - LEAST_LEAD)
+            seconds -= time.monotonic() - self._last.received
+            if seconds > 0:
+                await asyncio.wait([self._receiving()], timeout=seconds)
+
+    def _receiving(self) -> asyncio.Task[pb.StepResponse]:
+        if self._result is None:
+            self._result = asyncio.create_task(self._shards.receive())
+            self._result.add_done_callback(lambda task: task.cancelled() or task.exception())  # sending may fail first
+        return self._result
+
+    def _claim_slots(self) -> None:
+        for claim in self._scheduler.claim_slots():
+            self._loads[claim.adapter] = asyncio.create_task(self._load(claim))
+
     def _mark_started(self, plan: Plan) -> None:
         for sequence in plan.starts:
             generation, _ = self._owners[sequence]
@@ -161,8 +197,13 @@ class Engine:
     # ---- results ---------------------------------------------------------------------------------------------
 
     async def _apply_next(self) -> None:
-        response = await self._shards.receive()
-        self._apply(self._in_flight.popleft(), response)
+        try:
+            response = await self._receiving()
+        finally:
+            self._result = None
+        plan = self._in_flight.popleft()
+        self._last = Applied(plan.tokens, response.duration_us / 1e6, time.monotonic())
+        self._apply(plan, response)
 
     def _apply(self, plan: Plan, response: pb.StepResponse) -> None:
         began = time.perf_counter()

@@ -137,5 +137,9 @@ class Plan:
     alone: bool = False  # no other plan may be in flight with it
 
     @property
+    def tokens(self) -> int:
+        return sum(chunk.length for chunk in self.chunks)
+
+    @property
     def adapters(self) -> set[Adapter]:
         return {chunk.sequence.adapter for chunk in self.chunks}
