@@ -29,16 +29,18 @@ def bench(
     output_tokens: Annotated[int, typer.Option("--output-tokens", "-n", min=2, help="Tokens in each answer.")] = 64,
     num_adapters: Annotated[
         int | None,
-        typer.Option("--num-adapters", "-k", min=0, help="Number of the first target's adapters to use. 0: the base."),
+        typer.Option(
+            "--num-adapters", "-k", min=0, help="How many of the first target's adapters to use. 0: the base model."
+        ),
     ] = None,
-    adapters: Annotated[str, typer.Option(help="Names of the adapters instead: a,b,c.")] = "",
-    requests: Annotated[int | None, typer.Option(min=1, help="Requests per run. Default: 4 for each of -c.")] = None,
+    adapters: Annotated[str, typer.Option(help="The adapters' names instead of their number: a,b,c.")] = "",
+    requests: Annotated[int | None, typer.Option(min=1, help="Requests per run. Default: 4 times -c.")] = None,
     runs: Annotated[int, typer.Option(min=1, help="Runs per target, alternating; medians are reported.")] = 3,
     adapter_dir: Annotated[Path | None, typer.Option(help="Directory of adapters for peft:.")] = None,
     vocab_size: Annotated[int, typer.Option(min=1, help="Prompts are random token ids below this.")] = 10_000,
     seed: Annotated[int, typer.Option(help="Seed of the prompts.")] = 0,
-    json: Annotated[Path | None, typer.Option(help="File for all measurements.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="File for a plot; needs matplotlib.")] = None,
+    json: Annotated[Path | None, typer.Option(help="JSON file to write all measurements to.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Image file to draw a plot to; needs matplotlib.")] = None,
 ) -> None:
     """Measure TARGETs: output tokens per second, time to the first token, time between tokens."""
     if len(targets) > 2 or len(set(targets)) < len(targets):
@@ -74,15 +76,16 @@ def bench(
 
 
 async def choose_adapters(target: Target, names: str, count: int | None) -> tuple[str, ...]:
-    """The first `count` of the names, or of the target's own if there are none. No count: all names, or the base."""
+    """The first `count` of `names`, or of the target's adapters if no names are given. Without a count: all of `names`,
+    or none, for the base model."""
     chosen = tuple(names.split(",")) if names else tuple(await target.adapters()) if count else ()
     if count is not None and len(chosen) < count:
-        raise LoadError(f"{count} adapters are asked for, there are {len(chosen)}")
+        raise LoadError(f"-k {count}: there are only {len(chosen)} adapters")
     return chosen[:count]
 
 
 async def compare(targets: dict[str, Target], workload: Workload, runs: int) -> dict[str, list[Run]]:
-    """Runs the targets in turn, so that what else the machine does falls on both."""
+    """Runs the targets in turn, so that other load on the machine affects both."""
     results: dict[str, list[Run]] = {name: [] for name in targets}
     for number in range(runs):
         for name, target in targets.items():

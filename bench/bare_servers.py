@@ -1,7 +1,7 @@
-"""`python -m bench.bare_servers SECONDS`: the floor under what the router costs.
+"""`python -m bench.bare_servers SECONDS`: servers whose cost is the least that the router's can be.
 
-A bare grpc.aio server and a bare uvicorn application: where the router sends tokens, they send a message of the same
-size at a fixed interval, and do nothing else.
+A bare grpc.aio server and a bare uvicorn application. Instead of tokens, they send messages of the same size at a
+fixed interval, and do nothing else.
 """
 
 import asyncio

@@ -1,7 +1,7 @@
 """`python -m bench.faces`: what the router costs per token and per request over each face, and what grammars cost.
 
-The router is a real process with real clients; behind it is a shard without a model. What counts is the processor time
-of the router's process alone. A grammar's cost is measured on a whole server, beside which nothing else should run.
+The router is a real process with real clients, in front of a shard without a model. Only the processor time of the
+router's process counts. The cost of a grammar is measured on a whole server; nothing else should run at the same time.
 """
 
 import asyncio
@@ -21,12 +21,12 @@ from loraplex import AsyncClient, Regex
 
 STREAMS, RUNS = 32, 5
 STEP_SECONDS = 0.02
-SHORT, LONG = 2, 130  # tokens of an answer: what the second costs more than the first is what its tokens cost
-FACES = {"grpc": (OVER_GRPC, 40), "SSE": (OVER_HTTP, 60)}  # and the microseconds wanted per token
+SHORT, LONG = 2, 130  # tokens of an answer: the difference in cost is the cost of the additional tokens
+FACES = {"grpc": (OVER_GRPC, 40), "SSE": (OVER_HTTP, 60)}  # and the target, in microseconds per token
 
 
 class GrammarTarget:
-    """A server over gRPC, every answer of which follows the grammar, if there is one."""
+    """A server over gRPC. All answers follow the grammar, if there is one."""
 
     def __init__(self, address: str, grammar: Regex | None) -> None:
         self._client = AsyncClient(address)
@@ -39,7 +39,8 @@ class GrammarTarget:
         pieces = self._client.stream(
             request.prompt,
             max_new_tokens=request.output_tokens,
-            ignore_eos=self._grammar is None,  # an answer to a grammar ends where that does, which is later
+            ignore_eos=self._grammar
+            is None,  # with a grammar, an answer ends where the grammar does, which is after `output_tokens`
             grammar=self._grammar,
         )
         async for piece in pieces:
@@ -51,15 +52,15 @@ class GrammarTarget:
 
 @asynccontextmanager
 async def running(command: Loraplex) -> AsyncIterator[tuple[psutil.Process, dict[str, str]]]:
-    """The command, ready: its process and its addresses."""
+    """Waits until the command is ready, and gives its process and its addresses."""
     with command as server:
         while not (addresses := server.addresses()):
-            await asyncio.sleep(0.1)  # in which the stand-in answers
+            await asyncio.sleep(0.1)  # not time.sleep: the stand-in answers in this loop
         yield psutil.Process(server.process.pid), addresses
 
 
 async def router_seconds(router: psutil.Process, target: Target, output_tokens: int) -> float:
-    """Processor time of the router per request, while 32 streams run: the median of several runs."""
+    """The router's processor time per request while 32 streams run: the median of several runs."""
     workload = Workload(STREAMS, 4 * STREAMS, 16, output_tokens, (), 1000, 0)
     spent = []
     for number in range(RUNS):
@@ -80,13 +81,13 @@ async def router_costs(console: Console) -> None:
                 token, rest = await costs(form, *ours)
                 least, _ = await costs(form, *floor)
                 console.print(
-                    f"router, {STREAMS} streams over {face}: {token * 1e6:.0f} us a token (wanted: {wanted}; "
-                    f"a bare server's message of that size: {least * 1e6:.0f}), {rest * 1e3:.2f} ms a request"
+                    f"router, {STREAMS} streams over {face}: {token * 1e6:.0f} us per token (target: {wanted}; "
+                    f"a bare server needs {least * 1e6:.0f}), {rest * 1e3:.2f} ms per request"
                 )
 
 
 async def costs(form: str, process: psutil.Process, addresses: dict[str, str]) -> tuple[float, float]:
-    """Processor time for each token, and for the rest of a request."""
+    """Processor time per token, and for the rest of a request."""
     target = open_target(form.format(**addresses), None)
     short, long = [await router_seconds(process, target, tokens) for tokens in (SHORT, LONG)]
     await target.close()
@@ -105,7 +106,7 @@ async def grammar_cost(console: Console) -> None:
         free, bound = map(statistics.median, speeds)
         for target in targets:
             await target.close()
-    console.print(f"structured ÷ free output, {STREAMS} streams, tokens/s: {bound / free:.2f} (wanted: 0.90)")
+    console.print(f"structured ÷ free output, {STREAMS} streams, tokens/s: {bound / free:.2f} (target: 0.90)")
 
 
 async def main() -> None:

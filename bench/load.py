@@ -1,4 +1,4 @@
-"""A closed loop of requests against a target, and what is measured of it. Knows nothing of how a target is reached."""
+"""A closed loop of requests against a target, and its measurements. Does not know how a target is reached."""
 
 import asyncio
 import math
@@ -10,7 +10,7 @@ from typing import Protocol
 
 
 class LoadError(Exception):
-    """The target did not do what was asked of it, so that measuring it would mean nothing."""
+    """The target did not do what it was asked to do, so a measurement would mean nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,11 +24,11 @@ class Target(Protocol):
     """What is measured. All prompts of a workload have the same length."""
 
     async def adapters(self) -> list[str]:
-        """The names of those it has."""
+        """The names of its adapters."""
         ...
 
     def generate(self, request: Request) -> AsyncIterator[int]:
-        """Yields, each time some tokens arrive, how many. End tokens are generated over."""
+        """Yields the number of tokens each time some arrive. Generation continues past end tokens."""
         ...
 
     async def close(self) -> None: ...
@@ -36,10 +36,11 @@ class Target(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """`concurrency` workers, each of which sends its next request when its last one is answered.
+    """`concurrency` workers, which each send the next request once the last one is answered.
 
-    Requests take the adapters in turn; no adapters: the base model. Prompts are random token ids below `vocab_size`,
-    different in each request, so that no prefix cache helps; the same for every target.
+    Requests use the adapters in turn; without adapters, the base model. Prompts are random token ids below
+    `vocab_size`. They are different in each request, so that a prefix cache does not help, and the same for every
+    target.
     """
 
     concurrency: int
@@ -68,11 +69,11 @@ class Workload:
 
 @dataclass(slots=True)
 class Run:
-    """What one run measured; times in seconds."""
+    """The measurements of one run; times are in seconds."""
 
     duration: float = 0.0
     output_tokens: int = 0
-    first_tokens: list[float] = field(default_factory=list)  # one per request: from sending it to its first token
+    first_tokens: list[float] = field(default_factory=list)  # one per request, from sending it to its first token
     gaps: list[float] = field(default_factory=list)  # one per further token; tokens that arrive together share one
 
     @property
@@ -81,13 +82,13 @@ class Run:
 
 
 async def measure(target: Target, workload: Workload, run: int) -> Run:
-    """Warms the target up, then measures. Raises LoadError if an answer is not as long as was asked for."""
+    """Warms the target up, then measures. Raises LoadError if an answer does not have the requested length."""
     await _drive(target, workload.warm_up(run), workload.concurrency)
     return await _drive(target, workload.measured(run), workload.concurrency)
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """The smallest value that at least this percentage of the values do not exceed (nearest rank)."""
+    """The smallest value that is not exceeded by at least this percentage of the values (nearest rank)."""
     return sorted(values)[max(0, math.ceil(len(values) * percent / 100) - 1)]
 
 
@@ -123,5 +124,7 @@ async def _time(target: Target, request: Request, run: Run) -> None:
                 run.gaps += [0.0] * (count - 1)
             received += count
     if received != request.output_tokens:
-        raise LoadError(f"{received} tokens arrived where {request.output_tokens} were asked for, end tokens ignored")
+        raise LoadError(
+            f"{received} tokens arrived instead of {request.output_tokens}, although end tokens should be ignored"
+        )
     run.output_tokens += received

@@ -1,7 +1,7 @@
 """An OpenAI-style server: streamed /completions, whose `model` is an adapter's name or the base model's.
 
-Speaks HTTP/1.0 to it: the connection's end is the answer's. Uvicorn chunks its answers even so, but between two chunks
-there are line ends, so that an answer stays what is needed here: a stream of lines, some of which are events.
+Speaks HTTP/1.0, so the connection's end is the answer's. Uvicorn still chunks its answers, but there are line ends
+between two chunks, so an answer is a stream of lines, some of which are events.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ from bench.load import LoadError, Request
 
 
 class OpenAiTarget:
-    """`ignore_eos`, and prompts of token ids, as vLLM and SGLang read them, are beyond OpenAI's own interface."""
+    """Uses two extensions of OpenAI's API that vLLM and SGLang have too: `ignore_eos`, and token ids as prompts."""
 
     def __init__(self, address: str) -> None:
         """`address` is host:port/path."""
@@ -25,7 +25,7 @@ class OpenAiTarget:
         self._models: list[str] = []
 
     async def adapters(self) -> list[str]:
-        """The models that the server lists after its first, which is the base model."""
+        """The server's models except the first, which is the base model."""
         return (await self._list())[1:]
 
     async def generate(self, request: Request) -> AsyncIterator[int]:
@@ -49,7 +49,7 @@ class OpenAiTarget:
                     received += 1
                     yield 1
                 if chunk.get("usage") and chunk["usage"]["completion_tokens"] > received:
-                    yield chunk["usage"]["completion_tokens"] - received  # came with others, or without text
+                    yield chunk["usage"]["completion_tokens"] - received  # these had no text of their own
                     received = chunk["usage"]["completion_tokens"]
 
     async def close(self) -> None:

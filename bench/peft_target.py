@@ -1,7 +1,7 @@
-"""transformers and PEFT in this process: what one has without a server.
+"""transformers and PEFT in this process: how one generates without a server.
 
-Static batches, the best that `generate` offers to many at once: what waits when a batch ends is the next batch, each
-of its rows with its own adapter.
+It uses static batches, the best that `generate` offers for many requests at once: the requests that are waiting when a
+batch ends form the next batch, in which each row has its own adapter.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteri
 
 from bench.load import LoadError, Request
 
-# Seconds in which the requests that follow on the last batch's end come together.
+# Seconds to wait after a batch has ended, so that the clients' next requests come into one batch.
 GATHER = 0.005
 
 
@@ -98,7 +98,7 @@ class PeftTarget:
 
 
 class Report(StoppingCriteria):
-    """Stops nothing: `generate` calls it after each step, when each row has one more token."""
+    """Reports tokens, and never stops: `generate` calls it after each step, when each row has one more token."""
 
     def __init__(self, batch: list[Waiting], loop: asyncio.AbstractEventLoop) -> None:
         self._batch = batch

@@ -1,4 +1,4 @@
-"""A measurement as a plot."""
+"""Draws a measurement."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from bench.report import Results, summarize
 
 
 def write_plot(path: Path, workload: Workload, results: Results) -> None:
-    """Throughput as bars with a dot per run; both latencies as the share of tokens that came within a time."""
+    """Throughput as bars with a dot per run; both latencies as cumulative distributions."""
     figure = Figure(figsize=(13, 4), layout="constrained")
     throughput, first_token, gap = figure.subplots(1, 3)
     for place, (target, runs) in enumerate(results.items()):

@@ -1,4 +1,4 @@
-"""Real loraplex processes on this machine, started for a measurement and stopped after it."""
+"""Real loraplex processes on this machine, which are started for a measurement and stopped afterwards."""
 
 import re
 import subprocess
@@ -21,7 +21,7 @@ class Loraplex:
 
     @classmethod
     def bare(cls, seconds: float) -> Self:
-        """In its place: servers that do nothing but send a message at a fixed interval."""
+        """Runs `bench.bare_servers` instead, which only send a message at a fixed interval."""
         bare = cls("bare")
         bare._arguments = [sys.executable, "-m", "bench.bare_servers", str(seconds)]
         return bare
@@ -37,7 +37,8 @@ class Loraplex:
         self._log.close()
 
     def addresses(self) -> dict[str, str]:
-        """HOST:PORT of "grpc" and "http"; empty while it is not ready. Raises LoadError, with its log, if it ended."""
+        """HOST:PORT of "grpc" and "http"; empty until the process is ready. Raises LoadError with its log if it has
+        ended."""
         self._log.seek(0)
         log = self._log.read()
         if self.process.poll() is not None:

@@ -1,7 +1,7 @@
 """`python -m bench.quality [MODEL]`: what quantization costs in quality and saves in memory.
 
-Every form of the model reads the same text and is compared with float32, token by token. The text, prose of this
-project's documentation, is younger than the models, so none of them has learnt it.
+Every form of the model reads the same text and is compared with float32, token by token. The text is from this
+project's documentation, and newer than the models, so they cannot have learnt it.
 """
 
 import math
@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """What the model is loaded as."""
+    """How the model is loaded."""
 
     name: str
     dtype: torch.dtype
@@ -54,18 +54,20 @@ FORMS = (
 @dataclass(frozen=True, slots=True)
 class Quality:
     perplexity: float
-    divergence: float  # mean KL of the form's next-token distribution from float32's, in nats
-    agreement: float  # share of tokens after which both have the same most likely one
+    divergence: float  # mean KL divergence of the next-token distribution from float32's, in nats
+    agreement: float  # share of positions at which both have the same most likely token
     weight_bytes: int
 
 
 def quality(
-    model: Annotated[str, typer.Argument(help="As `loraplex serve` takes it. Default: the embedded model.")] = "",
-    text: Annotated[Path, typer.Option(help="What is read.", exists=True, dir_okay=False)] = TEXT,
-    tokens: Annotated[int, typer.Option(min=2, help="How much of it.")] = 2048,
-    window: Annotated[int, typer.Option(min=2, help="Tokens that are read as one, from nothing.")] = 512,
+    model: Annotated[str, typer.Argument(help="A model, as for `loraplex serve`. Default: the embedded model.")] = "",
+    text: Annotated[Path, typer.Option(help="The text to read.", exists=True, dir_okay=False)] = TEXT,
+    tokens: Annotated[int, typer.Option(min=2, help="How many of its tokens to read.")] = 2048,
+    window: Annotated[
+        int, typer.Option(min=2, help="Tokens per window; each window is read without the text before it.")
+    ] = 512,
 ) -> None:
-    """Compare MODEL in bfloat16, int8, int4 and with an int8 KV cache with the same in float32."""
+    """Compare MODEL in bfloat16, int8, int4 and with an int8 KV cache with MODEL in float32."""
     try:
         checkpoint = open_checkpoint(model)
         tokenizer = Tokenizer.from_str(checkpoint.tokenizer().tokenizer_json.decode())
@@ -78,7 +80,7 @@ def quality(
 
 
 def measure(checkpoint: Checkpoint, windows: Sequence[torch.Tensor]) -> dict[str, Quality]:
-    """Each form's, by name. One of them is in memory at a time, and float32's distributions."""
+    """The quality of each form, by name. Only one form and float32's distributions are in memory at a time."""
     exact: list[torch.Tensor] = []
     results = {}
     for form in FORMS:
@@ -101,7 +103,7 @@ def measure(checkpoint: Checkpoint, windows: Sequence[torch.Tensor]) -> dict[str
 
 
 def weight_bytes(decoder: Decoder) -> int:
-    """Bytes that the weights take, a tied head none."""
+    """Bytes of the weights; a tied head does not count again."""
     layers = [module for module in decoder.modules() if isinstance(module, SourcedLayer) and module.matrix]
     matrices = [layer.weight.nbytes for layer in layers if not (decoder.spec.tied and layer is decoder.lm_head)]
     return sum(matrices) + sum(parameter.nbytes for parameter in decoder.parameters())
@@ -131,7 +133,7 @@ def _load(checkpoint: Checkpoint, form: Form, length: int) -> Decoder:
 
 
 def _log_probabilities(decoder: Decoder, form: Form, windows: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """After each token of a window, those of the next one: [tokens, vocab_size] float32."""
+    """For each window, the log probabilities of the token after each of its tokens: [tokens, vocab_size] float32."""
     for window in windows:
         blocks = -(-len(window) // BLOCK_SIZE)
         places = torch.arange(len(window))

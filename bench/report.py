@@ -1,4 +1,4 @@
-"""What a measurement says: a table and a JSON file."""
+"""Reports a measurement: a table and a JSON file."""
 
 import json
 import statistics
@@ -15,10 +15,10 @@ Results = Mapping[str, Sequence[Run]]  # target -> its runs
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """Medians over the runs of a target."""
+    """Medians over a target's runs; times are in seconds."""
 
     output_tokens_per_second: float
-    ttft_p50: float  # seconds, as are the others
+    ttft_p50: float
     ttft_p95: float
     inter_token_p50: float
     inter_token_p95: float
@@ -44,7 +44,7 @@ def summarize(runs: Sequence[Run]) -> Summary:
 
 
 def ratios(results: Results) -> dict[str, float]:
-    """Each figure of the second target over the first's; empty if there is one target."""
+    """Each figure of the second target divided by the first target's; empty if there is only one target."""
     first, *others = (asdict(summarize(runs)) for runs in results.values())
     return {name: others[0][name] / value for name, value in first.items()} if others else {}
 

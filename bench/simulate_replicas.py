@@ -1,7 +1,8 @@
-"""`python -m bench.simulate_replicas`: what adapter affinity saves, with many replicas and adapters on one machine.
+"""`python -m bench.simulate_replicas`: how much adapter affinity saves, with many replicas and adapters on one machine.
 
-The router's own placement, scheduling and adapter handling, over stand-in shards behind real gRPC. Adapters are asked
-for by a Zipf law; requests arrive at random times (Poisson). Round robin is the same router with another choice.
+It runs the router's own placement, scheduling and adapter handling over stand-in shards behind real gRPC. The adapters'
+popularity follows Zipf's law; requests arrive at random times (a Poisson process). Round robin is the same router with
+another placement.
 """
 
 import asyncio
@@ -33,30 +34,30 @@ from loraplex_router.vocabulary.references import AdapterReference, Reference
 from loraplex_router.vocabulary.request import Request
 
 TIMING = Timing(step=0.02, stage=0.05, load=0.05)
-MAX_LATE = 0.2  # seconds; a machine that stalls for longer measures itself
+MAX_LATE = 0.2  # seconds; a machine that stalls for longer than this makes the waits meaningless
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
     replicas: int = 10
     adapters: int = 5000
-    slots: int = 32  # on each replica's device
-    host_mib: int = 200  # of each replica, for adapters of 1 MiB
+    slots: int = 32  # per replica
+    host_mib: int = 200  # per replica; an adapter has 1 MiB
     requests_per_second: float = 60
     warm_up_seconds: float = 15
     seconds: float = 30
     tokens: int = 16
-    exponent: float = 1.0  # of the Zipf law
+    exponent: float = 1.0  # of Zipf's law
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Of the requests that count. `waits` is from a valid request to its first step, in seconds."""
+    """The results after the warm-up. `waits` has the seconds from each valid request to its first step."""
 
-    staged: float  # adapters that had to be brought to host memory, per request
-    loaded: float  # and from there to a device
+    staged: float  # adapters staged to host memory, per request
+    loaded: float  # adapters loaded from there to a device, per request
     waits: list[float]
-    late: float  # the most seconds that a request was sent after its time: what the machine had no time for
+    late: float  # the longest delay of a request's sending, in seconds, because the machine was busy
 
     @property
     def p99(self) -> float:
@@ -64,7 +65,7 @@ class Outcome:
 
 
 class RoundRobin(Replicas):
-    """One replica after the other, whatever they have."""
+    """Chooses one replica after the other, whatever adapters they have."""
 
     def __init__(self, telemetry: Telemetry, move_seconds: float) -> None:
         super().__init__(telemetry, move_seconds)
@@ -76,7 +77,7 @@ class RoundRobin(Replicas):
 
 
 async def simulate(kind: type[Replicas], load: Load) -> Outcome:
-    """Runs a load's requests on a router of their own."""
+    """Runs the load on its own router."""
     async with AsyncExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         shards = [StandInShard(TIMING) for _ in range(load.replicas)]
@@ -102,7 +103,8 @@ async def simulate(kind: type[Replicas], load: Load) -> Outcome:
 
 
 async def _send(service: Service, load: Load, seconds: float, seed: int) -> tuple[list[float], float]:
-    """Requests for so long; their waits once all are answered, and how late the latest was sent."""
+    """Sends requests for this many seconds. Returns their waits once all are answered, and the longest delay in sending
+    one."""
     chance, loop = random.Random(seed), asyncio.get_running_loop()
     weights = list(accumulate(rank**-load.exponent for rank in range(1, load.adapters + 1)))
     requests: list[asyncio.Task[float]] = []
@@ -139,7 +141,7 @@ def draw(outcomes: dict[str, Outcome], path: Path) -> None:
     loads.set(xticks=range(2), xticklabels=["on the device", "in host memory"], ylim=(0, 110))
     loads.set_title("Requests whose adapter is in place, %", fontsize=10)
     waits.set(xscale="log", xlabel="ms", ylim=(0, 101))
-    waits.set_title("Requests that wait no longer for their first step, %", fontsize=10)
+    waits.set_title("Requests that wait at most this long for their first step, %", fontsize=10)
     for axes in (loads, waits):
         axes.legend(fontsize=8, loc="upper left")
         axes.spines[["top", "right"]].set_visible(False)
@@ -147,10 +149,10 @@ def draw(outcomes: dict[str, Outcome], path: Path) -> None:
 
 
 def main(
-    seconds: Annotated[float, typer.Option(help="How long each of the two is measured.")] = 30,
-    plot: Annotated[Path, typer.Option(help="Where to draw it.")] = Path("docs/affinity.svg"),
+    seconds: Annotated[float, typer.Option(help="How long to measure each of the two.")] = 30,
+    plot: Annotated[Path, typer.Option(help="Image file to draw the plot to.")] = Path("docs/affinity.svg"),
 ) -> None:
-    """Compare affinity with round robin."""
+    """Compare adapter affinity with round robin."""
     load = Load(seconds=seconds)
     kinds = {"affinity": Replicas, "round robin": RoundRobin}
     outcomes = {name: asyncio.run(simulate(kind, load)) for name, kind in kinds.items()}
@@ -158,7 +160,7 @@ def main(
         in_place = f"{1 - outcome.loaded:.1%} on the device, {1 - outcome.staged:.1%} in host memory"
         typer.echo(f"{name}: {in_place}, p99 wait {1000 * outcome.p99:.0f} ms, {len(outcome.waits)} requests")
         if outcome.late > MAX_LATE:
-            typer.echo(f"its waits mean nothing: the machine was busy with something else for {outcome.late:.1f} s")
+            typer.echo(f"ignore its waits: the machine was busy with something else for {outcome.late:.1f} s")
     draw(outcomes, plot)
 
 

@@ -1,8 +1,7 @@
-"""One rank of a replica without a model, behind the real protocol: what a router does is measured without a model's
-cost.
+"""One rank of a replica without a model, behind the real protocol, to measure a router without the cost of a model.
 
-The next token is the last one plus the adapter's slot, plus one. Steps, staging and loading take as long as they are
-told to.
+The next token is the last one plus the adapter's slot, plus one. The durations of steps, staging and loading are
+settings.
 """
 
 import asyncio
@@ -47,7 +46,7 @@ class Timing:
 
 
 class StandInShard(ShardServiceServicer):
-    """Answers for one rank. `stages` and `loads` count what it was asked for."""
+    """Answers for one rank. `stages` and `loads` count the calls."""
 
     def __init__(self, timing: Timing, info: pb.GetInfoResponse | None = None) -> None:
         self.stages = self.loads = 0
@@ -111,7 +110,7 @@ class StandInShard(ShardServiceServicer):
 
 
 class StandInServer:
-    """A stand-in that listens, and its health. `credentials`: without, unencrypted."""
+    """A server for a stand-in, with its health service. Without `credentials` it is not encrypted."""
 
     def __init__(self, shard: StandInShard, listen: str, credentials: grpc.ServerCredentials | None = None) -> None:
         self._server = grpc.aio.server()

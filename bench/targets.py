@@ -1,4 +1,4 @@
-"""The targets, by their names on the command line."""
+"""Opens targets by their names on the command line."""
 
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -7,7 +7,7 @@ from bench.load import LoadError, Request, Target
 from bench.openai_target import OpenAiTarget
 from loraplex import AsyncClient
 
-# The targets that a server of bench.processes is, by its addresses.
+# The names of a target that runs as a process of bench.processes, to be filled in with its addresses.
 OVER_GRPC, OVER_HTTP = "grpc://{grpc}", "openai+http://{http}/v1"
 
 

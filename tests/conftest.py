@@ -1,5 +1,4 @@
-"""Clients that need an environment of their own, because they pin old dependencies; where Triton's kernels run; which
-tests are slow."""
+"""Sets up an environment for clients that pin old dependencies, Triton's interpreter, and the marks of slow tests."""
 
 import atexit
 import os
@@ -12,15 +11,15 @@ from hypothesis import settings
 
 from tests.tools import describe_skipped
 
-# Before anything imports Triton: there is no GPU, so its kernels are interpreted.
+# Must be set before anything imports Triton: without a GPU, its kernels are interpreted.
 os.environ["TRITON_INTERPRET"] = "1"
 
-# No time limit per example: a machine that stalls would fail it.
+# There is no time limit per example, because a machine that stalls would exceed it.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
-# Folders whose tests start processes, or render the chart hundreds of times; `make test-fast` leaves them out. Single
-# files mark themselves.
+# Folders whose tests start processes, or render the chart hundreds of times; `make test-fast` leaves them out. Other
+# slow files mark themselves.
 SLOW_FOLDERS = ("bench", "charts", "contract", "e2e", "examples", "operate")
 
 OLD_CLIENTS = ("lorax-client==0.6.3", "text-generation==0.7.0")
@@ -41,11 +40,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """Ends the process here, as `loraplex shard` does: threads of the kernels and of gRPC may still run while Python
-    takes apart what they use, and a crash after the last test would count as a failure."""
+    """Ends the process here, as `loraplex shard` does. Threads of the kernels and of gRPC may still run while Python
+    finalizes, and a crash after the last test would count as a failure."""
     status = config.stash.get(EXIT_STATUS, None)
     if status is not None:
-        atexit._run_exitfuncs()  # pytest's removal of old temporary folders is one of them
+        atexit._run_exitfuncs()  # such as pytest's removal of old temporary folders
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
@@ -53,7 +52,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def old_python(pytestconfig: pytest.Config) -> Path:
-    """A Python with the old clients; kept between runs."""
+    """A Python with the old clients, which is kept between runs."""
     folder = pytestconfig.cache.mkdir("old-clients")
     python = folder / "bin" / "python"
     complete = folder / "complete"

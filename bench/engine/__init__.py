@@ -1,1 +1,1 @@
-"""What the shard's engine reaches on this machine, as ratios: `python -m bench.engine`, or `make bench`."""
+"""How fast the shard's engine is on this machine, as ratios: `python -m bench.engine`, or `make bench`."""

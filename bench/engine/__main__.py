@@ -1,4 +1,4 @@
-"""`python -m bench.engine`: prints each figure as soon as it is measured. Nothing else should run meanwhile."""
+"""`python -m bench.engine`: prints each figure as soon as it is measured. Nothing else should run at the same time."""
 
 import json
 from collections.abc import Iterator
@@ -15,11 +15,11 @@ from bench.engine.plot import draw
 
 
 def engine(
-    with_servers: Annotated[bool, typer.Option("--served/--in-process", help="Also what needs servers.")] = True,
-    output: Annotated[Path, typer.Option("--json", help="Where to write the figures.")] = Path("engine.json"),
-    plot: Annotated[Path, typer.Option(help="Where to draw tokens per second over concurrency.")] = Path("engine.svg"),
+    with_servers: Annotated[bool, typer.Option("--served/--in-process", help="Also measure with real servers.")] = True,
+    output: Annotated[Path, typer.Option("--json", help="JSON file to write the figures to.")] = Path("engine.json"),
+    plot: Annotated[Path, typer.Option(help="Image file for a plot of tokens per second.")] = Path("engine.svg"),
 ) -> None:
-    """Measure what the engine reaches here, beside what is wanted of it."""
+    """Measure the engine on this machine, and compare each figure with its target."""
     console = Console()
     figures = []
     for figure in chain(in_process(), _served() if with_servers else ()):

@@ -1,5 +1,5 @@
-"""A mixture of experts of Qwen3-MoE's kind, with random weights: how near a decode step comes to the time in which
-memory is read, of which it needs what its tokens choose."""
+"""A mixture of experts like Qwen3-MoE, with random weights: how close a decode step comes to the time that it takes to
+read the weights that it needs, which include only the experts that its tokens choose."""
 
 import tempfile
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ ROUNDS = 9
 WANTED = {1: 0.6, 8: 0.5, 32: 0.4}
 ADAPTERS = 8
 CONFIG: dict[str, Any] = {
-    "vocab_size": 49152,  # the embedded model's, whose tokenizer stands in
+    "vocab_size": 49152,  # as in the embedded model, whose tokenizer is used
     "hidden_size": 1024,
     "intermediate_size": 1024,
     "moe_intermediate_size": 384,
@@ -36,7 +36,7 @@ CONFIG: dict[str, Any] = {
 
 
 class ExpertsStepper(Stepper):
-    """Knows how many experts the tokens of the last step chose."""
+    """A stepper that counts the experts that the tokens of the last step chose."""
 
     def __init__(self) -> None:
         with tempfile.TemporaryDirectory() as directory:
@@ -45,12 +45,12 @@ class ExpertsStepper(Stepper):
             model.save_pretrained(directory)
             super().__init__("none", decoder=load_model("none", model=str(Path(directory))))
         for layer in self.cache.layers:
-            layer.values.zero_()  # else all sequences would read the same, and choose the same experts
+            layer.values.zero_()  # otherwise all sequences would choose the same experts
         self._starts_by_tokens: dict[int, list[torch.Tensor]] = {}
         route = self.decoder.ops.route
 
         def watched(logits: torch.Tensor, chosen: int, normalized: bool) -> Routing:
-            """Called while a step is recorded; what it returns then has the numbers of every such step."""
+            """Called while a step is recorded. The tensors that it returns are then updated by every such step."""
             routing = route(logits, chosen, normalized)
             self._starts_by_tokens.setdefault(len(logits), []).append(routing.starts)
             return routing
@@ -58,7 +58,7 @@ class ExpertsStepper(Stepper):
         self.decoder.ops.route = watched  # type: ignore[method-assign]
 
     def bytes_read(self, batch: int) -> int:
-        """Bytes that the last step of `batch` sequences read: all but experts, and the experts that were chosen."""
+        """Bytes that the last step of `batch` sequences read: all weights except the experts that were not chosen."""
         (size,) = {sum(e.weight.nbytes for e in pair) for pair in self._experts()}
         hit = sum(int((starts.diff() > 0).sum()) for starts in self._starts_by_tokens[batch])
         return self.weight_bytes + hit * size + self.kv_bytes(batch, CONTEXT)

@@ -1,4 +1,4 @@
-"""The engine's figures: what is measured, and what is wanted. Each is a ratio of two things of the same rounds."""
+"""The engine's figures, with their targets. Each is a ratio of two measurements from the same rounds."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -23,8 +23,9 @@ WANTED: dict[Quantize, dict[int, float]] = {
 
 
 def decoding(steppers: dict[Quantize, Stepper]) -> Iterator[Figure]:
-    """How near a decode step comes to the time in which memory is read, and what quantizing brings. Beside it, how near
-    it comes to the time in which this processor multiplies as much in a large matrix product of torch's."""
+    """How close a decode step comes to the time that it takes to read the weights, and how much quantization saves. The
+    detail says how close it comes to the time that a large matrix product of torch needs for the same
+    multiplications."""
     works: dict[tuple[str, int], Callable[[], float]] = {
         ("byte", 0): seconds_per_byte(),
         ("product", 0): seconds_per_product(),
@@ -56,7 +57,7 @@ def decoding(steppers: dict[Quantize, Stepper]) -> Iterator[Figure]:
 
 
 def memory() -> Iterator[Figure]:
-    """What the weights take, as the operating system sees it: bf16's share over that of each form."""
+    """The memory of the weights, as the operating system reports it: bf16's divided by each form's."""
     plain = resident_weights("none")
     for quantize, wanted in cast(tuple[tuple[Quantize, float], ...], (("int8", 0.55), ("int4", 0.35))):
         taken = resident_weights(quantize)
@@ -91,7 +92,7 @@ def prefill(stepper: Stepper) -> Figure:
 
 
 def adapters(stepper: Stepper) -> Iterator[Figure]:
-    """What adapters add to a step of 32 sequences."""
+    """How much adapters add to a step of 32 sequences."""
     layouts, batch = stepper.decoder.layouts, 32
     many = [random_adapter(layouts, 16, seed) for seed in range(batch)]
     small = [random_adapter(layouts, 8, seed) for seed in range(batch)]
@@ -116,7 +117,7 @@ def adapters(stepper: Stepper) -> Iterator[Figure]:
     for count in (8, 32):
         size, spent = sum(adapter.size_bytes for adapter in many[:count]), measured[str(count)]
         added = median_of(lambda own, base: own - base, spent, measured["base"])
-        # A ratio to each round's difference would be one to its noise.
+        # The difference of one round is mostly noise, so the median goes into the ratio.
         floor = median_of(lambda byte, size=size: size * byte, measured["byte"])
         name = f"{count} adapters (r=16), batch 32: memory floor ÷ time added"
         detail = f"{added * 1e3:.1f} ms added; {speed(str(count), 'base'):.2f} of the base's tokens/s"
@@ -125,7 +126,7 @@ def adapters(stepper: Stepper) -> Iterator[Figure]:
 
 
 def in_process() -> Iterator[Figure]:
-    """All figures that need no server."""
+    """All figures that do not need a server."""
     steppers = {quantize: Stepper(quantize) for quantize in cast(tuple[Quantize, ...], ("none", "int8", "int4"))}
     yield from decoding(steppers)
     stepper = steppers.pop("none")

@@ -1,4 +1,4 @@
-"""How much memory a process takes for the model's weights, each form in a process of its own."""
+"""How much memory a process needs for the model's weights. Each form is loaded in its own process."""
 
 import ctypes
 from concurrent.futures import ProcessPoolExecutor
@@ -11,13 +11,13 @@ from loraplex_shard.settings import Quantize
 
 
 def resident_weights(quantize: Quantize) -> int:
-    """Bytes that a fresh process has more in memory once it holds the model."""
+    """The bytes by which a fresh process grows when it loads the model."""
     with ProcessPoolExecutor(1, get_context("spawn")) as process:
         return process.submit(_resident_weights, quantize).result()
 
 
 def _resident_weights(quantize: Quantize) -> int:
-    load_model("none")  # what the libraries take when they are first used is not the weights'
+    load_model("none")  # first use of the libraries, whose memory should not count
     before = _resident()
     model = load_model(quantize)
     taken = _resident() - before
@@ -26,5 +26,5 @@ def _resident_weights(quantize: Quantize) -> int:
 
 
 def _resident() -> int:
-    ctypes.CDLL(None).malloc_trim(0)  # gives back what was freed
+    ctypes.CDLL(None).malloc_trim(0)  # returns freed memory to the system
     return int(psutil.Process().memory_full_info().uss)

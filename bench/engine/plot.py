@@ -1,4 +1,5 @@
-"""Tokens per second over the sequences in a step, for the base model and for adapters, below their rooflines."""
+"""Plots tokens per second over the number of sequences in a step, for the base model and for adapters, with their
+rooflines."""
 
 from collections.abc import Callable
 from functools import partial
@@ -16,8 +17,8 @@ ROUNDS = 5
 
 
 def draw(path: Path) -> None:
-    """Measures decode steps in bfloat16 and writes the plot. A roofline is what the memory's bandwidth allows if
-    weights, cache and adapters are read once per step."""
+    """Measures decode steps in bfloat16 and writes the plot. A roofline is the speed at which memory bandwidth allows
+    the weights, the cache and the adapters to be read once per step."""
     stepper = Stepper("none")
     adapters = [random_adapter(stepper.decoder.layouts, 16, seed) for seed in range(max(ADAPTERS))]
     works: dict[tuple[int, int], Callable[[], float]] = {(0, 0): seconds_per_byte()}

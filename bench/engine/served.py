@@ -1,4 +1,4 @@
-"""The figures that need servers: real `loraplex serve` processes on this machine, and transformers in this process."""
+"""The figures that need servers: real `loraplex serve` processes, and transformers in this process for comparison."""
 
 import asyncio
 import statistics
@@ -25,14 +25,14 @@ from bench.targets import OVER_GRPC, OVER_HTTP, open_target
 PROMPT, OUTPUT = 64, 64
 VOCABULARY = 10_000
 ROUNDS = 5
-# Blocks of the cache, hardly more than 32 streams take: as in process, none is in memory that was never used before.
+# Blocks of the cache: hardly more than 32 streams need, so that all have been used before, as in the runs in process.
 BLOCKS = 320
 FACES = {"HTTP": OVER_HTTP, "gRPC": OVER_GRPC}
 
 
 @contextmanager
 def serving(*flags: str) -> Iterator[dict[str, str]]:
-    """The addresses of a server with these flags."""
+    """Runs a server with these flags, and gives its addresses."""
     with Loraplex("serve", f"--kv-blocks={BLOCKS}", *flags) as server:
         while not (addresses := server.addresses()):
             time.sleep(0.2)
@@ -42,7 +42,8 @@ def serving(*flags: str) -> Iterator[dict[str, str]]:
 def tokens_per_second(
     server: dict[str, str], concurrency: int, adapters: tuple[str, ...] = (), face: str = "HTTP", turns: int = 1
 ) -> float:
-    """Of streams that all start together, once the server is warm, and start anew so many times."""
+    """Tokens per second of `concurrency` streams that start together on a warm server. Each worker sends `turns`
+    requests."""
 
     async def run() -> float:
         target: Target = open_target(FACES[face].format(**server), None)
@@ -57,7 +58,7 @@ def tokens_per_second(
 
 
 def step_seconds(server: dict[str, str]) -> float:
-    """How long the server's shard has computed steps."""
+    """Total seconds that the server's shard has spent in steps."""
     with urllib.request.urlopen(f"http://{server['http']}/metrics") as metrics:
         lines = metrics.read().decode().splitlines()
     return sum(float(line.split()[-1]) for line in lines if line.startswith("loraplex_step_duration_seconds_sum"))
@@ -79,7 +80,7 @@ def save_adapters(directory: Path, count: int) -> tuple[str, ...]:
 
 
 def served() -> Iterator[Figure]:
-    """All figures that need a server. Those of one server are measured in turns."""
+    """All figures that need a server. Figures from the same server are measured in turns."""
     with tempfile.TemporaryDirectory() as name:
         names = save_adapters(Path(name), 32)
         with serving("--adapters", name) as server:
@@ -133,7 +134,7 @@ def served() -> Iterator[Figure]:
 
 
 def stepped_in_process(batch: int) -> Callable[[], float]:
-    """Tokens per second of the same work without a server: prompts one after the other, then a token for each."""
+    """Tokens per second of the same work without a server: one prompt after the other, then decode steps for all."""
     stepper = Stepper("none")
 
     def speed() -> float:
@@ -150,7 +151,7 @@ def stepped_in_process(batch: int) -> Callable[[], float]:
 
 
 def single_stream() -> Callable[[], float]:
-    """Tokens per second of transformers' own generate, in bfloat16."""
+    """Tokens per second of transformers' `generate`, in bfloat16."""
     model = load_model("default").to(torch.bfloat16).eval()
     prompt = torch.arange(1000, 1000 + PROMPT)[None]
 

@@ -33,7 +33,7 @@ CHUNK = 512  # tokens of a prefill step
 
 
 class Slots:
-    """Adapters by slot, from 1: the part of an AdapterStore that a runner uses."""
+    """Adapters by slot, starting at 1: the part of an AdapterStore that a runner uses."""
 
     def __init__(self) -> None:
         self.adapters: Sequence[AdapterWeights] = ()
@@ -43,7 +43,7 @@ class Slots:
 
 
 def load_model(quantize: Quantize, dtype: torch.dtype = torch.bfloat16, model: str = "") -> Decoder:
-    """The embedded model, or that of a directory, in one of its forms."""
+    """The embedded model, or the one in a directory, quantized or not."""
     return load_decoder(
         open_checkpoint(model, None, None),
         Group(0, 1),
@@ -54,17 +54,17 @@ def load_model(quantize: Quantize, dtype: torch.dtype = torch.bfloat16, model: s
 
 
 class Stepper:
-    """One model, its cache, and a batch of sequences in it."""
+    """A model, its cache, and a batch of sequences."""
 
     def __init__(self, quantize: Quantize, dtype: torch.dtype = torch.bfloat16, decoder: Decoder | None = None) -> None:
-        """Of the embedded model if there is no decoder."""
+        """`decoder` replaces the embedded model."""
         checkpoint = open_checkpoint("", None, None)
         self.decoder = decoder or load_model(quantize, dtype)
         keep_freed()
         blocks = MAX_SEQUENCES * -(-MAX_MODEL_LEN // BLOCK_SIZE)
         self.cache: KVCache = self.decoder.new_cache(blocks, BLOCK_SIZE)
         for layer in self.cache.layers:
-            layer.keys.fill_(0.5)  # memory that nobody has written is not read
+            layer.keys.fill_(0.5)  # memory that was never written does not cost a read
             layer.values.fill_(0.5)
         self._slots = Slots()
         self.runner = Runner(
@@ -80,12 +80,12 @@ class Stepper:
 
     @property
     def weight_bytes(self) -> int:
-        """What a decode step reads of the model: all matrices, the tied head once."""
+        """Bytes of the model that a decode step reads: all matrices, a tied head once."""
         return sum(linear.weight.nbytes for linear in self._linears())
 
     @property
     def weights(self) -> int:
-        """How many numbers those matrices have."""
+        """The number of elements in those matrices."""
         return sum(linear.weight.rows * linear.weight.columns for linear in self._linears())
 
     def _linears(self) -> list[ColumnLinear | RowLinear]:
@@ -95,8 +95,8 @@ class Stepper:
         return batch * context * self.decoder.cache_block_bytes(BLOCK_SIZE) // BLOCK_SIZE
 
     def start(self, batch: int, context: int, adapters: Sequence[AdapterWeights] = (), used: int | None = None) -> None:
-        """Starts `batch` sequences as if all but the last of their `context` tokens were in the cache. The first `used`
-        of the adapters, or all of them, are used by as many sequences each."""
+        """Starts `batch` sequences as if all but the last of their `context` tokens were in the cache. The sequences
+        are divided evenly between the first `used` adapters; None: all adapters."""
         assert batch <= MAX_SEQUENCES and context < MAX_MODEL_LEN
         self.runner.clear()
         self._slots.adapters = adapters
@@ -107,7 +107,7 @@ class Stepper:
         self._starts = [_start(row, context, context - 1) for row in range(batch)]
 
     def decode(self) -> None:
-        """One token for each sequence."""
+        """Computes one token for each sequence."""
         plan, counts = self._plan, []
         for row, length in enumerate(self._lengths):
             had = 0 if self._starts else -(-length // BLOCK_SIZE)
@@ -123,13 +123,13 @@ class Stepper:
     def seconds_per_decode(
         self, batch: int, context: int, adapters: Sequence[AdapterWeights] = (), used: int | None = None
     ) -> float:
-        """Of a step with these sequences, after one like it."""
+        """Seconds of one step with these sequences, after a step to warm up."""
         self.start(batch, context - 1, adapters, used)
         self.decode()
         return seconds(self.decode)
 
     def prefill(self, batch: int, tokens: int) -> None:
-        """Computes prompts of `tokens` tokens one after the other, in chunks. They share blocks: nobody reads them."""
+        """Computes prompts of `tokens` tokens one after the other, in chunks. They share blocks, which nobody reads."""
         self.runner.clear()
         for row in range(batch):
             for begin in range(0, tokens, CHUNK):
@@ -148,8 +148,8 @@ class Stepper:
                 )
 
     def attention(self, batch: int, context: int) -> Callable[[], None]:
-        """The operation alone, of one token of each sequence, in all layers one after the other: no processor cache
-        holds that much."""
+        """Only the attention of one token of each sequence, in one layer after the other: too much for the processor's
+        cache."""
         spec, cut, blocks = self.decoder.spec, self.decoder.partition, -(-context // BLOCK_SIZE)
         tables = torch.randperm(batch * blocks).view(batch, blocks)
         last = torch.full((batch,), context - 1)
@@ -177,7 +177,7 @@ def _start(row: int, tokens: int, computed: int) -> SequenceStart:
 
 
 def random_adapter(layouts: Sequence[LinearLayout], lora_rank: int, seed: int) -> AdapterWeights:
-    """One on all linear layers but the head, small enough not to turn answers into noise."""
+    """An adapter on all linear layers except the head, small enough not to turn answers into noise."""
     generator = torch.Generator().manual_seed(seed)
     deltas = {
         part.module: Delta(

@@ -1,5 +1,5 @@
-"""Measuring in turns. A virtual machine is faster in one minute than in the next, so whatever is compared is measured
-in the same rounds, one after the other, and a figure is the median of the rounds' own ratios."""
+"""Measuring in turns. A virtual machine's speed changes from minute to minute, so things that are compared are measured
+one after the other in the same rounds, and a figure is the median of the ratios within each round."""
 
 import operator
 import statistics
@@ -19,7 +19,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def in_turns(works: Mapping[Key, Callable[[], float]], rounds: int, *, warm_up: bool = True) -> dict[Key, list[float]]:
-    """What each work returns in each round. One more round that warms up goes before them."""
+    """What each work returns in each round. With `warm_up`, a round that does not count goes first."""
     for work in works.values() if warm_up else ():
         work()
     measured: dict[Key, list[float]] = {key: [] for key in works}
@@ -30,24 +30,24 @@ def in_turns(works: Mapping[Key, Callable[[], float]], rounds: int, *, warm_up: 
 
 
 def median_of(formula: Callable[..., float], *measured: list[float]) -> float:
-    """The median of the formula's value in each round."""
+    """The formula's median over the rounds."""
     return statistics.median(map(formula, *measured))
 
 
 def ratio(of: list[float], to: list[float]) -> float:
-    """The median of the rounds' own ratios."""
+    """The median of the ratios within each round."""
     return median_of(operator.truediv, of, to)
 
 
 def seconds_per_byte() -> Callable[[], float]:
-    """Measures what all threads together need to read a byte from memory: a sum over 512 MiB."""
+    """Measures the time for all threads together to read a byte from memory, by a sum over 512 MiB."""
     numbers = torch.ones(512 << 18)  # float32
     return lambda: seconds(numbers.sum) / numbers.nbytes
 
 
 def seconds_per_product() -> Callable[[], float]:
-    """Measures what all threads together need for a product and its sum in a large matrix product of torch's, by the
-    better of bfloat16 and float32."""
+    """Measures the time for all threads together to do one multiply-add in a large matrix product of torch, in bfloat16
+    or float32, whichever is faster."""
     size = 1024
     matrices: list[Any] = [torch.ones(size, size, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)]
     return lambda: min(seconds(lambda m=m: m @ m) for m in matrices) / size**3

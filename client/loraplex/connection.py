@@ -67,7 +67,7 @@ def _explained(error: LoraplexError, server: str) -> LoraplexError:
         if message.startswith(("failed to connect", "errors resolving")):
             return UnavailableError(_why_not_connected(message, server))
         if "Socket closed" in message or "Connection reset" in message:
-            return UnavailableError(f"the connection to {server} was lost: the server ended, or something between")
+            return UnavailableError(f"the connection to {server} was lost: the server stopped, or a proxy closed it")
     return error
 
 

@@ -48,7 +48,7 @@ def test_adapters_come_from_the_server_s_list(address: str, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        (["-k", "9"], "error: 9 adapters are asked for, there are 2"),
+        (["-k", "9"], "error: -k 9: there are only 2 adapters"),
         (["ftp://x"], "error: ftp://x: a target is"),
     ],
 )

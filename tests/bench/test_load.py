@@ -59,7 +59,7 @@ async def test_tokens_that_come_with_the_first_have_no_gap() -> None:
 
 
 async def test_an_answer_of_another_length_is_an_error() -> None:
-    with pytest.raises(LoadError, match="5 tokens arrived where 6 were asked for"):
+    with pytest.raises(LoadError, match="5 tokens arrived instead of 6"):
         await measure(Recorder(5), workload(), 0)
 
 

@@ -1,4 +1,4 @@
-"""A generation service that says what a test wrote down for it, over a real gRPC server."""
+"""A generation service with scripted answers, behind a real gRPC server."""
 
 import threading
 import time
@@ -17,7 +17,7 @@ ENDLESS = "endless"
 
 
 class ScriptedServicer(GenerationServiceServicer):
-    """Answers with `words`, one token each, over and over until max_new_tokens; to ENDLESS, until cancelled."""
+    """Repeats `words`, one token each, until max_new_tokens; for the prompt ENDLESS, until it is cancelled."""
 
     def __init__(self) -> None:
         self.words = [" one", " two", " three"]
@@ -39,9 +39,9 @@ class ScriptedServicer(GenerationServiceServicer):
             ),
         ]
         self.requests: list[object] = []
-        self.failures: list[LoraplexError] = []  # raised by the next calls, one each
+        self.failures: list[LoraplexError] = []  # each is raised by one of the next calls
         self.failure_after_first_piece: LoraplexError | None = None
-        self.left = threading.Event()  # an endless call is over
+        self.left = threading.Event()  # set when an endless call ends
 
     def Generate(self, request: pb.GenerateRequest, context: grpc.ServicerContext) -> pb.GenerateResponse:
         self._begin(request, context)
@@ -155,13 +155,13 @@ class ScriptedServicer(GenerationServiceServicer):
         return islice(cycle(self.words), request.stopping.max_new_tokens or len(self.words))
 
     def _watch(self, context: grpc.ServicerContext) -> None:
-        if not context.add_callback(self.left.set):  # over already
+        if not context.add_callback(self.left.set):  # it has already ended
             self.left.set()
 
 
 @contextmanager
 def serving(servicer: ScriptedServicer) -> Iterator[str]:
-    """Gives the address of a server that runs `servicer`."""
+    """Runs a server with `servicer`, and gives its address."""
     server = grpc.server(ThreadPoolExecutor(8))
     add_GenerationServiceServicer_to_server(servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")

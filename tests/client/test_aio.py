@@ -101,12 +101,12 @@ async def test_the_timeout_is_a_deadline_for_a_stream(async_client: AsyncClient)
             pass
 
 
-async def test_a_bad_value_is_refused_before_a_stream_is_begun(async_client: AsyncClient) -> None:
+async def test_a_bad_value_is_refused_before_a_stream_begins(async_client: AsyncClient) -> None:
     with pytest.raises(InvalidRequestError, match="top_k"):
         async_client.stream("Count", top_k=-1)
 
 
-async def test_the_server_s_error_is_raised(async_client: AsyncClient, servicer: ScriptedServicer) -> None:
+async def test_the_servers_error_is_raised(async_client: AsyncClient, servicer: ScriptedServicer) -> None:
     servicer.failures = [LoraplexError("a bug")]
     with pytest.raises(LoraplexError, match="a bug"):
         await async_client.generate("Hi")
@@ -117,7 +117,9 @@ async def test_the_server_s_error_is_raised(async_client: AsyncClient, servicer:
         await anext(stream)
 
 
-async def test_an_unavailable_server_is_tried_again(async_client: AsyncClient, servicer: ScriptedServicer) -> None:
+async def test_calls_to_an_unavailable_server_are_retried(
+    async_client: AsyncClient, servicer: ScriptedServicer
+) -> None:
     servicer.failures = [UnavailableError("starting")]
     assert (await async_client.info()).model_id == "tiny"
     servicer.failures = [UnavailableError("starting")]
@@ -125,7 +127,7 @@ async def test_an_unavailable_server_is_tried_again(async_client: AsyncClient, s
     assert len(servicer.requests) == 4
 
 
-async def test_a_call_that_may_have_had_effect_is_not_tried_again(
+async def test_a_call_that_may_have_had_an_effect_is_not_retried(
     async_client: AsyncClient, servicer: ScriptedServicer
 ) -> None:
     servicer.failures = [UnavailableError("draining")]
@@ -134,13 +136,13 @@ async def test_a_call_that_may_have_had_effect_is_not_tried_again(
     assert len(servicer.requests) == 1
 
 
-async def test_no_server_is_an_unavailable_error() -> None:
+async def test_a_missing_server_is_an_unavailable_error() -> None:
     async with AsyncClient("127.0.0.1:1") as client:
         with pytest.raises(UnavailableError, match=r"no server answers at 127\.0\.0\.1:1$"):
             await client.info()
 
 
-async def test_the_other_calls_answer_as_those_of_the_client_do(
+async def test_the_other_calls_return_the_same_as_the_clients(
     async_client: AsyncClient, client: Client, servicer: ScriptedServicer
 ) -> None:
     assert await async_client.tokenize("hi") == client.tokenize("hi")

@@ -72,7 +72,7 @@ def test_generate_raw_continues_the_text_itself(address: str, servicer: Scripted
     assert generations(servicer)[0].text == "Count"
 
 
-def test_generate_raw_has_no_place_for_a_system_message(address: str) -> None:
+def test_generate_raw_refuses_a_system_message(address: str) -> None:
     result = run("generate", "Count", "--raw", "--system", "Be brief", server=address)
     assert result.exit_code == 2
     assert "--system" in result.stderr
@@ -90,7 +90,7 @@ def test_a_refused_option_is_named(address: str, servicer: ScriptedServicer) -> 
     assert (result.exit_code, result.stderr) == (1, "error: sampling.top_p: must be in (0, 1]\n")
 
 
-def test_an_error_in_mid_answer_begins_a_line_of_its_own(address: str, servicer: ScriptedServicer) -> None:
+def test_an_error_in_mid_answer_begins_a_new_line(address: str, servicer: ScriptedServicer) -> None:
     servicer.failure_after_first_piece = GenerationError("not finite")
     result = run("generate", "Count", server=address)
     assert (result.exit_code, result.output) == (1, " one\nerror: not finite\n")
@@ -141,7 +141,7 @@ def test_a_chat_changes_its_adapter_and_its_system_message(address: str, service
     assert roles_and_texts(third)[-1] == ("user", "/etc is a folder?")
 
 
-def test_a_chat_explains_itself_and_says_what_it_does_not_know(address: str, servicer: ScriptedServicer) -> None:
+def test_a_chat_shows_its_help_and_names_unknown_commands(address: str, servicer: ScriptedServicer) -> None:
     result = run("chat", input="/help\n/adpater sql\n", server=address)
     assert "/adapter NAME" in result.stderr and "Unknown command /adpater; /help lists the commands." in result.stderr
     assert generations(servicer) == []
@@ -151,7 +151,7 @@ def test_chat_ends_with_its_input(address: str) -> None:
     assert run("chat", input="Hi\n", server=address).exit_code == 0
 
 
-def test_chat_goes_on_after_an_error_without_the_message_that_caused_it(
+def test_chat_continues_after_an_error_without_the_message_that_caused_it(
     address: str, servicer: ScriptedServicer
 ) -> None:
     servicer.failure_after_first_piece = GenerationError("not finite")
@@ -162,7 +162,7 @@ def test_chat_goes_on_after_an_error_without_the_message_that_caused_it(
 
 
 def test_an_interrupt_in_a_chat_ends_the_answer_and_not_the_chat(address: str, servicer: ScriptedServicer) -> None:
-    servicer.words = ["a "] * 100_000  # more than is read before the interrupt
+    servicer.words = ["a "] * 100_000  # more than what is read before the interrupt
     command = [sys.executable, "-m", "loraplex.cli.main", "chat", "-m", "1000000", "--server", address]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
@@ -186,12 +186,12 @@ def test_adapters_list_shows_what_the_server_has(address: str) -> None:
     assert "d1" * 32 in run("adapters", "list", "--digests", server=address).stdout
 
 
-def test_adapters_list_says_how_to_get_some(address: str, servicer: ScriptedServicer) -> None:
+def test_adapters_list_says_how_to_get_adapters(address: str, servicer: ScriptedServicer) -> None:
     servicer.adapters = []
     assert "--adapters DIR" in run("adapters", "list", server=address).stdout
 
 
-def test_adapters_load_and_unload_pass_on_where_it_is(address: str, servicer: ScriptedServicer) -> None:
+def test_adapters_load_and_unload_send_the_reference(address: str, servicer: ScriptedServicer) -> None:
     result = run(
         "adapters", "load", "org/poet", "--source", "hub", "--revision", "v2", "--token", "secret", server=address
     )
@@ -241,14 +241,16 @@ def test_listings_have_no_colours(address: str, terminal: dict[str, str]) -> Non
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
-def test_text_that_the_terminal_lacks_is_no_error(address: str, servicer: ScriptedServicer, encoding: str) -> None:
+def test_characters_that_the_terminal_lacks_are_not_an_error(
+    address: str, servicer: ScriptedServicer, encoding: str
+) -> None:
     servicer.adapters[0].id = "größe"
     servicer.words = ["日"]
     narrow = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": encoding}
     assert command("adapters", "list", "--server", address, **narrow).returncode == 0
     answered = command("generate", "Hi", "-m", "1", "--server", address, **narrow)
     assert answered.returncode == 0, answered.stderr
-    assert answered.stdout == {"ascii": "日\n".encode(), "latin-1": b"\\u65e5\n"}[encoding]  # typer takes C for UTF-8
+    assert answered.stdout == {"ascii": "日\n".encode(), "latin-1": b"\\u65e5\n"}[encoding]  # typer treats C as UTF-8
 
 
 def test_programs_read_json(address: str) -> None:
@@ -257,7 +259,7 @@ def test_programs_read_json(address: str) -> None:
     assert json.loads(run("info", "--json", server=address).stdout)["max_model_len"] == 64
 
 
-def test_the_version_is_that_of_the_package() -> None:
+def test_the_version_is_the_packages() -> None:
     assert run("--version", server="").stdout == f"loraplex {version('loraplex')}\n"
 
 

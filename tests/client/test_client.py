@@ -48,7 +48,7 @@ def test_generate_gives_the_answer(client: Client) -> None:
     assert sequence.tokens[1] == Token(id=1, text=" two", logprob=None, alternatives=(), bytes=b" two")
 
 
-def test_generate_gives_all_that_is_asked_for(client: Client) -> None:
+def test_generate_returns_everything_that_was_requested(client: Client) -> None:
     generation = client.generate(
         "Count", adapter="sql", n=2, seed=7, logprobs=True, top_logprobs=1, prompt_logprobs=True, prompt_top_logprobs=1
     )
@@ -88,12 +88,12 @@ def test_stream_gives_the_same_text_piece_by_piece(client: Client) -> None:
     assert [len(piece.prompt) for piece in pieces] == [2, 0, 0, 0, 0, 0, 0, 0]
 
 
-def test_a_stream_that_is_never_begun_sends_nothing(client: Client, servicer: ScriptedServicer) -> None:
+def test_a_stream_that_never_begins_sends_nothing(client: Client, servicer: ScriptedServicer) -> None:
     client.stream("Count")
     assert servicer.requests == []
 
 
-def test_a_bad_value_is_refused_before_a_stream_is_begun(client: Client) -> None:
+def test_a_bad_value_is_refused_before_a_stream_begins(client: Client) -> None:
     with pytest.raises(InvalidRequestError, match="top_k"):
         client.stream("Count", top_k=-1)
 
@@ -131,7 +131,7 @@ def test_the_timeout_is_a_deadline(call: Callable[..., object], client: Client) 
         call(client, ENDLESS, timeout=0.1)
 
 
-def test_the_server_s_error_is_raised(client: Client, servicer: ScriptedServicer) -> None:
+def test_the_servers_error_is_raised(client: Client, servicer: ScriptedServicer) -> None:
     servicer.failures = [AdapterNotFoundError("no adapter 'x'"), OverloadedError("queue full")]
     with pytest.raises(AdapterNotFoundError, match="no adapter 'x'"):
         client.generate("Hi", adapter="x")
@@ -167,7 +167,7 @@ def test_an_error_in_mid_stream_is_raised_after_the_pieces_before_it(
         lambda client: client.info(),
     ],
 )
-def test_an_unavailable_server_is_tried_again(
+def test_calls_to_an_unavailable_server_are_retried(
     call: Callable[[Client], object], client: Client, servicer: ScriptedServicer
 ) -> None:
     servicer.failures = [UnavailableError("starting")]
@@ -183,7 +183,7 @@ def test_an_unavailable_server_is_tried_again(
         lambda client: client.cancel("r-1"),
     ],
 )
-def test_a_call_that_may_have_had_effect_is_not_tried_again(
+def test_a_call_that_may_have_had_an_effect_is_not_retried(
     call: Callable[[Client], object], client: Client, servicer: ScriptedServicer
 ) -> None:
     servicer.failures = [UnavailableError("draining")]
@@ -192,28 +192,28 @@ def test_a_call_that_may_have_had_effect_is_not_tried_again(
     assert len(servicer.requests) == 1
 
 
-def test_a_stream_that_has_begun_is_not_tried_again(client: Client, servicer: ScriptedServicer) -> None:
+def test_a_stream_that_has_begun_is_not_retried(client: Client, servicer: ScriptedServicer) -> None:
     servicer.failure_after_first_piece = UnavailableError("a shard is lost")
     with pytest.raises(UnavailableError, match="a shard is lost"):
         list(client.stream("Count"))
     assert len(servicer.requests) == 1
 
 
-def test_other_errors_are_not_tried_again(client: Client, servicer: ScriptedServicer) -> None:
+def test_other_errors_are_not_retried(client: Client, servicer: ScriptedServicer) -> None:
     servicer.failures = [LoraplexError("a bug")]
     with pytest.raises(LoraplexError, match="a bug"):
         client.generate("Hi")
     assert len(servicer.requests) == 1
 
 
-def test_a_server_that_stays_unavailable_is_given_up(client: Client, servicer: ScriptedServicer) -> None:
+def test_retries_end_if_the_server_stays_unavailable(client: Client, servicer: ScriptedServicer) -> None:
     servicer.failures = [UnavailableError("starting")] * 10
     with pytest.raises(UnavailableError, match="starting"):
         client.info()
     assert len(servicer.requests) == 4
 
 
-def test_no_server_is_an_unavailable_error() -> None:
+def test_a_missing_server_is_an_unavailable_error() -> None:
     with (
         Client("127.0.0.1:1") as client,
         pytest.raises(UnavailableError, match=r"no server answers at 127\.0\.0\.1:1$"),
@@ -226,7 +226,7 @@ def test_cancel_names_the_request(client: Client, servicer: ScriptedServicer) ->
     assert servicer.requests == [pb.CancelGenerationRequest(request_id="r-9")]
 
 
-def test_tokenize_gives_the_tokens_and_where_they_were(client: Client, servicer: ScriptedServicer) -> None:
+def test_tokenize_returns_tokens_and_their_positions(client: Client, servicer: ScriptedServicer) -> None:
     assert client.tokenize("hi", skip_special_tokens=True) == (TokenSpan(104, "h", 0, 1), TokenSpan(105, "i", 1, 2))
     assert servicer.requests == [pb.TokenizeRequest(text="hi", skip_special_tokens=True)]
 
@@ -243,7 +243,7 @@ def test_an_adapter_that_is_being_fetched_has_no_tier(client: Client, servicer: 
     assert client.adapters()[0].tier is None
 
 
-def test_load_and_unload_pass_on_where_the_adapter_is(client: Client, servicer: ScriptedServicer) -> None:
+def test_load_and_unload_send_the_reference(client: Client, servicer: ScriptedServicer) -> None:
     adapter = client.load_adapter("org/poet", source="hub", revision="main", token="secret")
     assert (adapter.id, adapter.tier) == ("org/poet", AdapterTier.HOST)
     client.unload_adapter("org/poet", source="hub", revision="main")
@@ -255,7 +255,7 @@ def test_load_and_unload_pass_on_where_the_adapter_is(client: Client, servicer: 
     ]
 
 
-def test_pins_pass_on_a_name_or_a_digest(client: Client, servicer: ScriptedServicer) -> None:
+def test_pins_send_a_name_or_a_digest(client: Client, servicer: ScriptedServicer) -> None:
     pinned = client.pin_adapter("sql", token="secret")
     assert pinned.pinned and pinned.last_used == 1.5
     assert [(residence.tier, residence.pinned) for residence in pinned.residences] == [(AdapterTier.DEVICE, True)]
@@ -282,7 +282,7 @@ def test_info_describes_the_model(client: Client) -> None:
     assert (info.model_id, info.max_model_len, info.has_chat_template) == ("tiny", 64, True)
 
 
-def test_an_answer_may_be_larger_than_grpc_s_default_limit(client: Client, servicer: ScriptedServicer) -> None:
+def test_an_answer_may_be_larger_than_grpcs_default_limit(client: Client, servicer: ScriptedServicer) -> None:
     servicer.words = ["x" * 5_000_000]
     assert len(client.generate("Hi").text) == 5_000_000
 
@@ -307,10 +307,10 @@ def test_a_client_can_be_shared_between_threads(client: Client) -> None:
 
 class _Silent(BaseHTTPRequestHandler):
     def log_message(self, format: str, *arguments: object) -> None:
-        """Into no test's output."""
+        """Keeps the requests out of the tests' output."""
 
 
-def test_an_http_port_is_called_one() -> None:
+def test_the_error_says_that_a_port_speaks_http() -> None:
     with HTTPServer(("127.0.0.1", 0), _Silent) as server:
         Thread(target=server.serve_forever, daemon=True).start()
         with (
@@ -322,12 +322,12 @@ def test_an_http_port_is_called_one() -> None:
 
 
 @pytest.mark.parametrize("server", ["", "http://localhost:3000"])
-def test_what_is_not_an_address_is_refused_at_once(server: str) -> None:
+def test_an_invalid_address_is_refused_at_once(server: str) -> None:
     with pytest.raises(ValueError, match="is not HOST:PORT"):
         Client(server)
 
 
-def test_a_name_that_nobody_knows_is_named() -> None:
+def test_a_host_that_cannot_be_resolved_is_named() -> None:
     with (
         Client("no-such-host.invalid:50051") as client,
         pytest.raises(UnavailableError, match="cannot be resolved"),
@@ -335,6 +335,6 @@ def test_a_name_that_nobody_knows_is_named() -> None:
         client.info(timeout=10)
 
 
-def test_a_timeout_says_that_it_passed(client: Client) -> None:
+def test_the_error_says_that_the_timeout_passed(client: Client) -> None:
     with pytest.raises(DeadlineError, match="the server did not answer within the timeout"):
         client.generate(ENDLESS, timeout=0.3)

@@ -1,4 +1,4 @@
-"""The first lines of `loraplex serve`."""
+"""What `loraplex serve` prints once it is ready."""
 
 import json
 import shlex
@@ -18,7 +18,7 @@ def test_a_few_of_many_adapters_are_named() -> None:
     assert line.startswith("  adapters  a0000, a0001, a0002 and 1,002 more: ")
 
 
-def test_examples_are_what_a_shell_reads_whatever_an_adapter_is_called() -> None:
+def test_examples_are_quoted_for_the_shell_whatever_the_adapters_name() -> None:
     name = "it's a 'new' one: \"sql\""
     shown = lines(name)
     commands = [shlex.split(line) for line in shown[shown.index("Try it:") + 1 :]]
@@ -28,7 +28,7 @@ def test_examples_are_what_a_shell_reads_whatever_an_adapter_is_called() -> None
     assert bodies[0]["adapter"]["id"] == name
 
 
-def test_without_adapters_there_is_no_word_of_them() -> None:
+def test_without_adapters_none_are_mentioned() -> None:
     assert not [line for line in lines() if "adapter" in line]
 
 

@@ -1,4 +1,4 @@
-"""The services' log lines: text for people, JSON for machines, one line whatever a client sent."""
+"""The services' log lines: text for people or JSON for programs, and always one line, whatever a client sent."""
 
 import json
 import logging
@@ -42,7 +42,7 @@ def test_an_exception_is_part_of_the_json():
     assert "ValueError: broken" in json.loads(JsonFormatter().format(made))["exception"]
 
 
-def test_values_of_every_record_stand_beside_its_own():
+def test_values_for_every_record_are_added_to_its_own():
     plain = logging.LogRecord("shard", logging.INFO, __file__, 1, "ready", None, None)
     staged = record("staged", lora_rank=4)
     for made in (plain, staged):
@@ -51,7 +51,7 @@ def test_values_of_every_record_stand_beside_its_own():
     assert TextFormatter().format(staged).endswith(" staged rank=1 lora_rank=4")
 
 
-def test_libraries_are_heard_when_something_is_wrong_alone():
+def test_libraries_only_log_when_something_is_wrong():
     code = """if True:
         import logging, warnings
         from loraplex.cli.logs import configure

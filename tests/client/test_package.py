@@ -19,7 +19,7 @@ def test_every_error_that_the_server_can_raise_is_exported() -> None:
         assert getattr(loraplex, error.__name__) is error
 
 
-def test_importing_the_sdk_brings_in_nothing_of_the_server() -> None:
+def test_importing_the_sdk_imports_nothing_of_the_server() -> None:
     code = "import sys, loraplex; print(*{name.partition('.')[0] for name in sys.modules})"
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     heavy = {"torch", "transformers", "numpy", "pydantic", "fastapi", "loraplex_router", "loraplex_shard", "typer"}

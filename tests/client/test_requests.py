@@ -24,11 +24,11 @@ def test_a_text_becomes_a_text_prompt() -> None:
     )
 
 
-def test_numbers_become_token_ids_that_are_taken_as_they_are() -> None:
+def test_numbers_become_token_ids() -> None:
     assert list(generate_request([1, 2, 3]).token_ids.ids) == [1, 2, 3]
 
 
-def test_no_tokens_at_all_are_an_empty_prompt_for_the_server_to_refuse() -> None:
+def test_an_empty_list_of_tokens_is_sent_for_the_server_to_refuse() -> None:
     assert generate_request([]).WhichOneof("prompt") == "token_ids"
 
 
@@ -49,11 +49,11 @@ def test_an_adapter_is_an_id_or_a_reference() -> None:
     )
 
 
-def test_an_adapter_s_token_is_not_shown() -> None:
+def test_an_adapters_token_is_not_shown() -> None:
     assert "secret" not in repr(AdapterReference("org/poet", token="secret"))
 
 
-def test_a_grammar_is_sent_as_what_it_is() -> None:
+def test_each_kind_of_grammar_is_sent() -> None:
     def sent(grammar: Grammar) -> pb.Grammar:
         return generate_request("Hi", grammar=grammar).grammar
 
@@ -66,13 +66,13 @@ def test_a_grammar_is_sent_as_what_it_is() -> None:
     assert not generate_request("Hi").HasField("grammar")
 
 
-def test_a_grammar_that_is_no_text_is_refused_by_name() -> None:
+def test_a_grammar_that_is_not_text_is_refused_by_name() -> None:
     with pytest.raises(InvalidRequestError) as refused:
         generate_request("Hi", grammar=JsonSchema({"const": object()}))
     assert refused.value.violations[0].field == "grammar"
 
 
-def test_a_single_stop_text_is_not_taken_apart() -> None:
+def test_a_single_stop_text_is_not_split_into_characters() -> None:
     assert list(generate_request("Hi", stop="END").stopping.stop) == ["END"]
     assert list(generate_request("Hi", stop=["a", "b"]).stopping.stop) == ["a", "b"]
 
@@ -82,7 +82,7 @@ def test_a_single_stop_text_is_not_taken_apart() -> None:
     top_k=st.none() | st.integers(0, 2**32 - 1),
     seed=st.none() | st.integers(0, 2**64 - 1),
 )
-def test_sampling_fields_are_present_exactly_if_they_are_given(
+def test_sampling_fields_are_set_only_if_they_are_given(
     temperature: float | None, top_k: int | None, seed: int | None
 ) -> None:
     sampling = generate_request("Hi", temperature=temperature, top_k=top_k, seed=seed).sampling
@@ -104,19 +104,19 @@ def test_sampling_fields_are_present_exactly_if_they_are_given(
         ("request_id", 7),
     ],
 )
-def test_a_value_that_does_not_fit_is_refused_by_its_name(field: str, value: object) -> None:
+def test_a_value_that_does_not_fit_is_refused_by_name(field: str, value: object) -> None:
     with pytest.raises(InvalidRequestError) as raised:
         generate_request("Hi", **{field: value})  # type: ignore[arg-type]
     assert [violation.field for violation in raised.value.violations] == [field]
 
 
 @pytest.mark.parametrize("option", ["temperatur", "text", "sampling"])
-def test_an_option_that_there_is_not_is_a_type_error(option: str) -> None:
+def test_an_unknown_option_is_a_type_error(option: str) -> None:
     with pytest.raises(TypeError, match=option):
         generate_request("Hi", **{option: "x"})  # type: ignore[arg-type]
 
 
-def test_every_option_is_the_field_of_a_message() -> None:
+def test_every_option_is_a_field_of_a_message() -> None:
     names = set(GenerateOptions.__annotations__)
     options: dict[str, object] = {
         "request_id": "r",
@@ -134,12 +134,12 @@ def test_every_option_is_the_field_of_a_message() -> None:
     assert {name for part in parts for name in part.DESCRIPTOR.fields_by_name} <= names
 
 
-def test_a_misspelt_part_of_a_message_is_refused_by_its_name() -> None:
+def test_a_misspelt_part_of_a_message_is_refused_by_name() -> None:
     with pytest.raises(InvalidRequestError, match="contents"):
         generate_request([{"role": "user", "contents": "Hi"}])
 
 
-def test_an_adapter_id_that_is_no_text_is_refused() -> None:
+def test_an_adapter_id_that_is_not_text_is_refused() -> None:
     with pytest.raises(InvalidRequestError, match="id"):
         adapter_reference(AdapterReference(7))  # type: ignore[arg-type]
 
@@ -157,7 +157,7 @@ def test_merged_adapters_are_ids_or_references() -> None:
     )
 
 
-def test_what_is_embedded_is_one_text_or_many_prompts() -> None:
+def test_embed_takes_one_text_or_many_prompts() -> None:
     assert embed_request("Hi", None) == pb.EmbedRequest(inputs=[pb.EmbedInput(text="Hi")])
     many = embed_request(["Hi", [1, 2], [{"role": "user", "content": "Yo"}]], "sql")
     assert many == pb.EmbedRequest(

@@ -1,4 +1,4 @@
-"""What `loraplex serve` tells the ranks that it starts."""
+"""The flags of `loraplex serve`, and the flags with which it starts the ranks."""
 
 import fnmatch
 from pathlib import Path
@@ -21,7 +21,7 @@ def started_with(settings: ServeSettings, rank: int) -> ShardSettings:
     return parse(ShardSettings, flags, "shard", "")
 
 
-def test_a_rank_gets_all_that_is_said_about_the_model():
+def test_a_rank_gets_all_settings_of_the_model():
     settings = ServeSettings(model="org/name", dtype="bfloat16", tp=2, kv_blocks=7, otlp_endpoint="http://collector")
     rank = started_with(settings, 1)
     assert {name: getattr(rank, name) for name in ModelSettings.model_fields} == {
@@ -30,20 +30,20 @@ def test_a_rank_gets_all_that_is_said_about_the_model():
     assert (rank.rank, rank.listen, rank.rendezvous) == (1, "unix:/run/1", "file:///run/rendezvous")
 
 
-def test_ranks_have_their_metrics_on_ports_that_follow_each_other():
+def test_ranks_serve_metrics_on_consecutive_ports():
     settings = ServeSettings(tp=3, metrics_port=9400)
     assert [started_with(settings, rank).metrics_port for rank in range(3)] == [9400, 9401, 9402]
     assert started_with(ServeSettings(tp=3), 2).metrics_port == 0
 
 
-def test_a_port_with_too_few_above_it_is_refused():
-    with pytest.raises(ValidationError, match="metrics_port: above 65534 there are no ports for 3 ranks"):
+def test_a_metrics_port_with_too_few_ports_above_it_is_refused():
+    with pytest.raises(ValidationError, match="metrics_port: 3 ranks need the ports 65534 to 65536"):
         ServeSettings(tp=3, metrics_port=65534)
 
 
 @pytest.mark.parametrize("columns", [40, 60, 80, 200])
 @pytest.mark.parametrize("kind", [ServeSettings, RouterSettings, ShardSettings])
-def test_the_help_has_every_flag_whole_and_fits(kind: type[BaseModel], columns: int):
+def test_the_help_shows_every_flag_in_full_and_fits(kind: type[BaseModel], columns: int):
     text = describe(kind, "serve", "Serves.", "", columns)
     for name in kind.model_fields:
         assert f"  --{name.replace('_', '-')}" in text
@@ -70,7 +70,10 @@ def test_each_setting_of_a_subject_exists():
     [
         (["--tp=0"], "--tp: Input should be greater than or equal to 1"),
         (["--adapters=/nowhere"], "--adapters: /nowhere is not a directory"),
-        (["--metrics-port=65535", "--tp=2"], "--metrics-port: above 65535 there are no ports for 2 ranks"),
+        (
+            ["--metrics-port=65535", "--tp=2"],
+            "--metrics-port: 2 ranks need the ports 65535 to 65536; the highest port is 65535",
+        ),
     ],
 )
 def test_a_wrong_setting_is_named_by_its_flag(flags: list[str], message: str):
@@ -97,7 +100,7 @@ def test_what_flags_are_translated_to_exists():
     assert named <= known and not known & HABITS.keys()
 
 
-def test_an_adapter_in_place_of_the_directory_of_adapters_is_refused(tmp_path: Path):
+def test_an_adapter_instead_of_a_directory_of_adapters_is_refused(tmp_path: Path):
     (tmp_path / "adapter_config.json").touch()
     with pytest.raises(ValidationError, match="is itself an adapter: give its parent directory"):
         ServeSettings(adapters=tmp_path)

@@ -65,7 +65,7 @@ def test_a_frame_fits_and_cuts_nothing(columns: int):
         assert columns == 200 or any(pair in line for line in lines)
 
 
-def test_a_bar_is_ascii_where_the_terminal_knows_no_more():
+def test_a_bar_is_ascii_if_the_terminal_supports_nothing_else():
     change = Change(Samples(0.0, BEFORE), Samples(2.0, NOW))
     assert "######======............ 25%" in frame(change, 80, ascii_only=True)
 

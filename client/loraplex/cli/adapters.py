@@ -23,7 +23,9 @@ Id = Annotated[
         metavar="ADAPTER", help="A name in the server's adapter directory, or a hub repository such as org/name."
     ),
 ]
-Name = Annotated[str, typer.Argument(metavar="ADAPTER", help="As in the listing.", show_default=False)]
+Name = Annotated[
+    str, typer.Argument(metavar="ADAPTER", help="Its name in `loraplex adapters list`.", show_default=False)
+]
 Digest = Annotated[
     str, typer.Option(help="As shown by `list --digests`, instead of ADAPTER: for merged adapters.", show_default=False)
 ]
@@ -76,7 +78,7 @@ def _remarks(adapter: Adapter) -> list[str]:
 
 
 def _place(adapter: Adapter) -> str:
-    """Where it is, and its problems, if any."""
+    """Where the adapter is, and its problems, if any."""
     words = [adapter.tier or ""] if adapter.state is not AdapterState.FETCHING else []
     if adapter.state in (AdapterState.FETCHING, AdapterState.UNLOADING, AdapterState.BROKEN):
         words.append(adapter.state)

@@ -39,7 +39,7 @@ def read_grammar(
 
 
 def read_text(file: TextIO, flag: str) -> str:
-    """Raises typer.BadParameter for what is not UTF-8."""
+    """Raises typer.BadParameter if the file is not UTF-8."""
     try:
         return file.read()
     except UnicodeDecodeError as error:

@@ -49,7 +49,7 @@ HABITS = {
 
 
 def translated(arguments: Iterable[str], flags: Iterable[str]) -> str | None:
-    """The hint for the first argument that is another server's flag and not one of `flags`; None if there is none."""
+    """A hint for the first argument that is another server's flag and not in `flags`; None if there is none."""
     own = set(flags)
     for argument in arguments:
         name = argument.partition("=")[0]

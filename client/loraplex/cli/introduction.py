@@ -17,7 +17,7 @@ BEGINNING = "The capital of France is"  # for a model without a chat template
 
 
 def introduction(model: str, server: str, http: str, adapters: Sequence[str], chats: bool = True) -> str:
-    """The addresses, and a request to try for each way to call the server, as rich markup.
+    """The addresses, and one request to try for each way to call the server, as rich markup.
 
     server: gRPC's HOST:PORT; http: a URL; adapters: the available ones; chats: whether the model has a chat
     template.
@@ -35,7 +35,7 @@ def introduction(model: str, server: str, http: str, adapters: Sequence[str], ch
     grpc = _quoted({**over_grpc, **named, "stopping": {"max_new_tokens": 64}})
     openai = _quoted({"model": adapter or "", **over_http, "max_tokens": 64, "temperature": 0})
     route = "chat/completions" if chats else "completions"
-    # LoRAX's route continues a text as it is, without the chat template that adapters of a chat model are made for.
+    # LoRAX's route continues a text as it is, without the chat template that a chat model's adapters were trained with.
     lorax = _quoted({"inputs": BEGINNING, "parameters": {"max_new_tokens": 8}})
     call = f'Client("{server}").generate({json.dumps(messages if chats else prompt)}, max_new_tokens=64{argument})'
     script = shlex.quote(f"from loraplex import Client; print({call}.text)")

@@ -7,12 +7,12 @@ import typer
 
 from loraplex_protos.errors import LoraplexError
 
-app = typer.Typer(help="The compiled CPU kernels.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(help="Compile the CPU kernels.", no_args_is_help=True, rich_markup_mode=None)
 
 
 @app.callback()
 def kernels() -> None:
-    """Without a callback, typer would take the one command for the replica itself."""
+    """Without a callback, typer would merge the only command into its parent."""
 
 
 @app.command()
@@ -29,7 +29,7 @@ def build(
     try:
         from loraplex_shard.kernels import library
     except ModuleNotFoundError as error:
-        typer.echo(f"error: no {error.name}: pip install 'loraplex[shard]'", err=True)
+        typer.echo(f"error: {error.name} is not installed: pip install 'loraplex[shard]'", err=True)
         raise typer.Exit(1) from None
     try:
         for name in library.INSTRUCTION_SETS if every else library.instruction_sets():
@@ -38,7 +38,7 @@ def build(
                 continue
             typer.echo(library.build(directory, name))
             if not every:
-                break  # they are those of the best that the processor has, as at a shard's start
+                break  # the first are the best for this processor; a shard uses them too
     except LoraplexError as error:
         typer.echo(f"error: {error.message}", err=True)
         raise typer.Exit(1) from None

@@ -1,6 +1,6 @@
 """How the services write their logs: one line per record on stderr, as text or as JSON.
 
-A record may carry values of its own, as `logger.info("text", extra={"fields": {...}})`; what is None is left out.
+A record may have its own values, as in `logger.info("text", extra={"fields": {...}})`; None is left out.
 """
 
 import json
@@ -8,13 +8,13 @@ import logging
 import warnings
 from datetime import UTC, datetime
 
-# Who may remark on what goes well. Others do it often, and with all that is in an address, signatures too.
+# The packages that may log below WARNING. Libraries do it often, and log whole URLs, signatures included.
 OURS = "loraplex", "loraplex_protos", "loraplex_router", "loraplex_shard"
 
 
 def configure(log_format: str, **everywhere: object) -> None:
-    """To be called once, when a service starts. `log_format` is text or json; every record has the values
-    `everywhere`."""
+    """Call this once, when a service starts. `log_format` is text or json; the values `everywhere` are added to each
+    record."""
     handler = logging.StreamHandler()
     handler.addFilter(Always(everywhere))
     handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
@@ -25,7 +25,7 @@ def configure(log_format: str, **everywhere: object) -> None:
 
 
 def _log_warning(message: Warning | str, *_: object, **__: object) -> None:
-    """A warning of a library is a record like any other, not two lines of its source."""
+    """Logs a library's warning as a record, instead of printing it with its line of source."""
     logging.getLogger("py.warnings").warning("%s", message)
 
 
@@ -74,7 +74,7 @@ def _fields(record: logging.LogRecord) -> dict[str, object]:
 
 
 def _text(value: object) -> str:
-    """On one line, and readable back: a text that is no plain word is quoted."""
+    """The value on one line, so that programs can read it: a text is quoted if it is not a single plain word."""
     if isinstance(value, list):
         return ",".join(map(_text, value))
     if isinstance(value, str) and not (value.isascii() and value.isprintable() and value and " " not in value):

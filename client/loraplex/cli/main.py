@@ -1,4 +1,4 @@
-"""The `loraplex` command: talks to a server, or is one."""
+"""The `loraplex` command: it talks to a server, or runs one."""
 
 from importlib.metadata import version as version_of
 from typing import Annotated
@@ -24,17 +24,17 @@ app = typer.Typer(
     help="One base language model, and any number of LoRA adapters on it. Begin with `loraplex serve`.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # rich's tables cut names where the terminal is narrow
+    rich_markup_mode=None,  # rich's tables cut off names if the terminal is narrow
 )
 
 
 @app.callback()
 def loraplex(
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and end.")
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """What goes before a command."""
+    """The options that come before the command."""
 
 
 app.command()(generate)

@@ -1,4 +1,4 @@
-"""How commands show what they know: names whole at any width, one line per row through a pipe, JSON for programs."""
+"""How commands print results: names are never cut, a pipe gets one line per row, and programs get JSON."""
 
 import io
 import json
@@ -13,25 +13,26 @@ from rich.cells import cell_len
 
 from loraplex import LoraplexError, StreamPiece
 
-PIPE = 10_000  # columns: through a pipe nothing is wrapped, unless COLUMNS says so
+PIPE = 10_000  # columns: output to a pipe is not wrapped, unless COLUMNS is set
 GAP = "  "
-KEPT = "\0"  # a blank where no line ends
+KEPT = "\0"  # a blank at which no line is broken
 
 
 def width() -> int:
-    """Columns of the terminal, or what COLUMNS says."""
+    """The terminal's columns, or COLUMNS if it is set."""
     return shutil.get_terminal_size(fallback=(PIPE, 24)).columns
 
 
 def print_whatever_the_encoding() -> None:
-    """Lets the process print any text: what the terminal's encoding lacks is shown as an escape, not an error."""
+    """Lets the process print any text: characters that the terminal's encoding lacks become escapes instead of
+    errors."""
     for stream in sys.stdout, sys.stderr:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 class Answer:
-    """A stream, shown as it comes; what follows it begins a line of its own. `text` is what was shown so far."""
+    """Shows a stream as it arrives, and ends with a newline. `text` is what has been shown so far."""
 
     def __init__(self) -> None:
         self.text = ""
@@ -54,7 +55,7 @@ class Answer:
 
 
 def as_json(value: object) -> str:
-    """`value` of plain data and enumerations of strings."""
+    """`value` consists of plain data and string enumerations."""
     return json.dumps(value, indent=2, ensure_ascii=False)
 
 
@@ -65,9 +66,10 @@ def listing(
     right: frozenset[str] = frozenset(),
     remarks: Sequence[str] = (),
 ) -> list[str]:
-    """Lines with the rows as a table if `columns` have room for it, at first without the columns that are empty, else
-    each row as its first cell and, below it, what else is known of it. `right` are the headings of columns of numbers;
-    `remarks`, one for each row, follow it, on lines of their own where they need them."""
+    """The rows as lines of text, at most `columns` wide. If they fit, they are a table, from which empty columns are
+    dropped first. Otherwise each row is its first cell, with the other cells below it. `right` has the headings of the
+    columns that are aligned to the right. `remarks` has one text per row, which goes to the end of the row's line or,
+    if it does not fit, below it."""
     cells = [tuple(headings), *map(tuple, rows)]
     filled = [index for index in range(len(headings)) if any(row[index] for row in rows)]
     for table in cells, [tuple(row[index] for index in filled) for row in cells]:
@@ -102,7 +104,7 @@ def _with_remark(lines: list[str], remark: str, columns: int) -> list[str]:
 
 
 def pairs_in_lines(pairs: Iterable[str], columns: int, indent: str = "") -> list[str]:
-    """As many of them in a line as `columns` have room for; none is divided."""
+    """Puts as many pairs into each line as fit into `columns`; a pair is never divided."""
     kept = (GAP + " ").join(pair.replace(" ", KEPT) for pair in pairs)
     return [line.replace(KEPT, " ") for line in _wrapped(kept, columns, indent)]
 

@@ -1,5 +1,5 @@
-"""The processes of one replica's ranks on this machine. They can only begin together, so they end together, too: if one
-dies, or the router says that the replica is silent, all of them are killed and started again."""
+"""The processes of one replica's ranks on this machine. Ranks can only start together, so they also end together: if
+one dies, or the router reports that the replica is silent, all are killed and restarted."""
 
 import asyncio
 import ctypes
@@ -14,18 +14,20 @@ from loraplex.cli.restarts import Restarts
 from loraplex_protos.errors import UnavailableError
 from loraplex_shard.settings import ModelSettings
 
-STOP_SECONDS = 10  # for a shard after SIGTERM
-LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # opened before any fork, where threads may hold locks
+STOP_SECONDS = 10  # how long a shard has to stop after SIGTERM
+LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # opened before any fork: a child may inherit held locks
 SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
 
 logger = logging.getLogger(__name__)
 
 
 class Ranks:
-    """Is told by the router what it sees of the replica: it is the router's `Supervisor`."""
+    """Starts and restarts the ranks. This is the router's `Supervisor`: the router tells it how the replica is
+    doing."""
 
     def __init__(self, settings: ModelSettings, metrics_port: int, folder: str) -> None:
-        """`metrics_port`: rank 0's, those of the others follow; 0: none. `folder` is theirs alone."""
+        """`metrics_port` is the port for rank 0, and the other ranks use the ports after it; 0: none. `folder` is for
+        these ranks only."""
         self._settings = settings
         self._metrics_port = metrics_port
         self._folder = folder
@@ -37,15 +39,15 @@ class Ranks:
         self._starts = 0
 
     def ready(self) -> None:
-        """The router has taken the replica up."""
+        """The router has connected to the replica, which is ready."""
         self._ready_since = time.monotonic()
 
     def silent(self) -> None:
-        """The router has given the replica up, since it does not answer any more."""
+        """The router has given up on the replica, which has stopped answering."""
         self._silence.set()
 
     async def start(self) -> None:
-        """Starts all ranks. Their rendezvous is a file of its own at each start, which nobody has been at."""
+        """Starts all ranks. Each start uses a new rendezvous file."""
         self._processes.clear()
         self._silence.clear()
         self._ready_since = None
@@ -55,7 +57,7 @@ class Ranks:
             self._processes.append(await _start_shard(flags))
 
     async def keep(self) -> None:
-        """Starts them again whenever they end. Raises UnavailableError when they are not to be."""
+        """Restarts the ranks whenever they end. Raises UnavailableError when they should not be restarted."""
         while True:
             end = await self._end()
             served = None if self._ready_since is None else time.monotonic() - self._ready_since
@@ -63,16 +65,16 @@ class Ranks:
             delay = self._restarts.delay(served)
             if delay is None:
                 raise UnavailableError(f"{end} {self._restarts.reason}; see above")
-            logger.warning("%s; the ranks are started again%s", end, f" in {delay:g} s" if delay else "")
+            logger.warning("%s; restarting the ranks%s", end, f" in {delay:g} s" if delay else "")
             await asyncio.sleep(delay)
             await self.start()
 
     async def stop(self) -> None:
-        """Lets them stop in good order, and kills what does not."""
+        """Asks the ranks to stop, and kills any that do not."""
         await asyncio.gather(*map(_stop_shard, self._processes))
 
     async def _end(self) -> str:
-        """How the replica ended."""
+        """Waits for the replica to end, and says how it ended."""
         ends = [asyncio.create_task(process.wait()) for process in self._processes]
         silence = asyncio.create_task(self._silence.wait())
         try:
@@ -80,13 +82,13 @@ class Ranks:
             for rank, end in enumerate(ends):
                 if end.done():
                     return f"rank {rank} {describe_end(end.result())}"
-            return "the ranks did not answer any more"
+            return "the ranks stopped answering"
         finally:
             for task in (*ends, silence):
                 task.cancel()
 
     async def _kill(self) -> None:
-        """What one of them holds is free for the next start once it is gone."""
+        """Returns once all processes have ended, so that their memory and ports are free for the next start."""
         for process in self._processes:
             if process.returncode is None:
                 process.kill()
@@ -94,7 +96,7 @@ class Ranks:
 
 
 def describe_end(status: int) -> str:
-    """Of a process, from what it returned."""
+    """How a process ended, from its return code."""
     if status >= 0:
         return f"ended with status {status}"
     hint = " (out of memory?)" if status == -signal.SIGKILL else ""
@@ -102,7 +104,8 @@ def describe_end(status: int) -> str:
 
 
 def shard_flags(settings: ModelSettings, metrics_port: int, rank: int, address: str, rendezvous: str) -> list[str]:
-    """What `loraplex shard` is told as one of the ranks, which listens at `address`; all of them meet at a file."""
+    """The arguments of `loraplex shard` for one rank, which listens at `address`. All ranks meet at the file
+    `rendezvous`."""
     flags = settings.model_dump(mode="json", include=set(ModelSettings.model_fields), exclude_none=True)
     flags |= {"rank": rank, "listen": address, "rendezvous": f"file://{rendezvous}"}
     if metrics_port:
@@ -112,9 +115,9 @@ def shard_flags(settings: ModelSettings, metrics_port: int, rank: int, address: 
 
 async def _start_shard(flags: list[str]) -> asyncio.subprocess.Process:
     command = [sys.executable, "-m", "loraplex.cli.main", "shard", *flags]
-    # The flags say all: variables are this process's settings.
+    # The flags are complete; the variables are the settings of this process.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("LORAPLEX_")}
-    # A session of its own: Ctrl-C reaches the router alone, which drains before it stops the shards.
+    # In a session of its own, so that Ctrl-C only reaches the router, which drains before it stops the shards.
     return await asyncio.create_subprocess_exec(
         *command, env=environment, start_new_session=True, preexec_fn=partial(_end_with_parent, os.getpid())
     )
@@ -124,7 +127,7 @@ def _end_with_parent(parent: int) -> None:
     """Lets the kernel stop a shard whose supervisor was killed (Linux only)."""
     if LIBC is not None:
         LIBC.prctl(SET_DEATH_SIGNAL, signal.SIGTERM)
-        if os.getppid() != parent:  # it was killed before this
+        if os.getppid() != parent:  # the supervisor was killed before prctl
             os._exit(0)
 
 

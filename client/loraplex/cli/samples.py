@@ -1,4 +1,4 @@
-"""Prometheus' text format, read: samples by name and labels, sums of them, and what changed between two scrapes."""
+"""Reads Prometheus' text format: samples by name and labels, their sums, and the changes between two scrapes."""
 
 import re
 from collections import defaultdict
@@ -16,7 +16,7 @@ class Sample:
 
 
 class Samples:
-    """One scrape, of one or several texts, at a time in seconds. ValueError if a line cannot be read."""
+    """One scrape of one or several servers, at a time in seconds. Raises ValueError for a line that cannot be read."""
 
     def __init__(self, time: float, *texts: str) -> None:
         self.time = time
@@ -27,26 +27,26 @@ class Samples:
                 self._by_name[name].append(sample)
 
     def find(self, name: str, **labels: str) -> list[Sample]:
-        """Those that have these labels, among others."""
+        """The samples that have these labels; they may have more."""
         return [sample for sample in self._by_name.get(name, ()) if labels.items() <= sample.labels.items()]
 
     def sum(self, name: str, **labels: str) -> float:
         return sum(sample.value for sample in self.find(name, **labels))
 
     def values(self, name: str, label: str) -> list[str]:
-        """The values that a label has, sorted."""
+        """The values of a label, sorted."""
         return sorted({sample.labels[label] for sample in self.find(name) if label in sample.labels})
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """From one scrape to a later one."""
+    """What changed from one scrape to a later one."""
 
     before: Samples
     now: Samples
 
     def growth(self, name: str, **labels: str) -> float:
-        """Of a counter; one that was reset in between has not grown."""
+        """How much a counter grew; 0 if it was reset in between."""
         return max(0.0, self.now.sum(name, **labels) - self.before.sum(name, **labels))
 
     def rate(self, name: str, **labels: str) -> float:
@@ -54,7 +54,7 @@ class Change:
         return self.growth(name, **labels) / max(1e-9, self.now.time - self.before.time)
 
     def mean(self, histogram: str, **labels: str) -> float | None:
-        """Of what was observed in between, if anything was."""
+        """The mean of the values observed in between; None if there are none."""
         count = self.growth(f"{histogram}_count", **labels)
         return self.growth(f"{histogram}_sum", **labels) / count if count else None
 

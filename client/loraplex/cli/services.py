@@ -63,8 +63,8 @@ def router(context: typer.Context) -> None:
 
 
 def shard(context: typer.Context) -> None:
-    # Both are read when torch is loaded. A thread that waits gives up its core soon, so that the router and other
-    # ranks on the machine can have it; weights lie in huge pages, which halves the time to load them.
+    # torch reads both when it is imported. The first lets a waiting thread give up its core soon, so that the router
+    # and other ranks can use it; the second puts weights into huge pages, which halves the time to load them.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     _begin("shard", "torch")
@@ -95,8 +95,8 @@ def _begin(extra: str, *modules: str) -> None:
 
 
 def _leave_forks_alone() -> None:
-    """Begins again, as the same process, with what gRPC reads from the environment when it is loaded. Every program
-    that is started is a fork at first: gRPC's handlers for those end some, hang others, and remark on all."""
+    """Restarts this process with gRPC's fork handlers turned off, which gRPC reads from the environment when it is
+    imported. Starting a program begins with a fork, in which the handlers may crash, hang or print remarks."""
     if not NO_FORK_HANDLERS.keys() <= os.environ.keys():
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**NO_FORK_HANDLERS, **os.environ})
 
@@ -109,7 +109,7 @@ def _run_on_uvloop(main: Coroutine[None, None, None]) -> None:
 
 @contextmanager
 def _errors_shown() -> Iterator[None]:
-    """Shows an error that a user can do something about as one line, and ends the process with status 1."""
+    """Shows an error that the user can fix as one line, and exits with status 1."""
     try:
         yield
     except (LoraplexError, OSError) as error:
@@ -119,7 +119,7 @@ def _errors_shown() -> Iterator[None]:
 
 @contextmanager
 def _not_waiting_for_threads() -> Iterator[None]:
-    """Ends the process when the block wants it to end: a thread may be in a download, which nobody waits for."""
+    """Ends the process as soon as the block exits, without waiting for threads, which may be in a download."""
     try:
         yield
     except SystemExit:

@@ -1,5 +1,5 @@
-"""`loraplex serve`: starts the ranks of one replica, runs a router in this process, and stops when the router ends or
-the ranks do for good."""
+"""`loraplex serve`: starts the ranks of one replica, runs a router in this process, and stops when the router stops or
+the ranks cannot be restarted."""
 
 import asyncio
 import tempfile
@@ -13,13 +13,13 @@ from loraplex.cli.ranks import Ranks
 from loraplex_router.settings import EdgeSettings, RouterSettings
 from loraplex_shard.settings import ModelSettings
 
-# How long requests wait for ranks that are started again: a large model loads for minutes. If the ranks are given up,
-# the server ends, and nobody waits on.
+# How long requests wait while the ranks restart: loading a large model takes minutes. If the ranks are given up, the
+# server stops, so requests do not wait any longer.
 MOVE_SECONDS = 600.0
 
 
 class ServeSettings(EdgeSettings, ModelSettings):
-    """Everything about one model on one machine."""
+    """All settings to serve one model on one machine."""
 
     metrics_port: int = Field(
         0,
@@ -31,17 +31,20 @@ class ServeSettings(EdgeSettings, ModelSettings):
 
     @model_validator(mode="after")
     def _metrics_ports_exist(self) -> Self:
-        if self.metrics_port + self.tp - 1 > 65535:
-            raise ValueError(f"metrics_port: above {self.metrics_port} there are no ports for {self.tp} ranks")
+        last = self.metrics_port + self.tp - 1
+        if last > 65535:
+            raise ValueError(
+                f"metrics_port: {self.tp} ranks need the ports {self.metrics_port} to {last}; the highest port is 65535"
+            )
         return self
 
 
 async def run(settings: ServeSettings, console: Console) -> None:
-    """Serves until SIGTERM or SIGINT. Raises UnavailableError if the ranks end and are not to be started again."""
+    """Serves until SIGTERM or SIGINT. Raises UnavailableError if the ranks end and should not be restarted."""
     with tempfile.TemporaryDirectory(prefix="loraplex-") as folder:
         ranks = Ranks(settings, settings.metrics_port, folder)
         await ranks.start()
-        from loraplex_router import app  # takes a second, in which the shards have begun to start
+        from loraplex_router import app  # takes a second, during which the shards are starting
 
         edge = settings.model_dump(include=set(EdgeSettings.model_fields))
         router_settings = RouterSettings(**edge, shards=(",".join(ranks.addresses),), move_seconds=MOVE_SECONDS)

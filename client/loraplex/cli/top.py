@@ -1,4 +1,5 @@
-"""`loraplex top`: what a server does right now, from its metrics. Knows their names, and nothing else of the server."""
+"""`loraplex top`: what a server is doing right now, from its metrics. It knows the metrics' names and nothing else
+about the server."""
 
 import http.client
 import textwrap
@@ -19,7 +20,7 @@ from loraplex.cli.samples import Change, Samples
 
 BAR = 24  # characters
 BLOCKS, BLOCKS_ASCII = "█▒░", "#=."  # in use, kept, free
-MOST_ADAPTERS = 20  # rows
+MAX_ADAPTERS = 20  # rows
 
 Urls = Annotated[
     list[str] | None,
@@ -39,7 +40,7 @@ def top(url: Urls = None, interval: Interval = 2.0, once: Once = False) -> None:
         if isinstance(reason, OSError):
             reason = reason.strerror or reason
         if isinstance(error, http.client.HTTPException):
-            reason = "it does not answer HTTP"
+            reason = "it does not speak HTTP"
         hint = "Start a server with `loraplex serve`, or name its HTTP address with --url."
         typer.echo(f"error: {', '.join(urls)}: {reason}. {hint}", err=True)
         raise typer.Exit(1) from None
@@ -72,14 +73,14 @@ def _scrape(urls: Sequence[str]) -> Samples:
     texts = []
     for url in urls:
         if not url.startswith(("http://", "https://")):
-            raise ValueError("a URL begins with http:// or https://")
+            raise ValueError("a URL must begin with http:// or https://")
         with urllib.request.urlopen(f"{url.rstrip('/')}/metrics", timeout=10) as response:
             texts.append(response.read().decode())
     return Samples(time.monotonic(), *texts)
 
 
 def frame(change: Change, columns: int, ascii_only: bool = False) -> str:
-    """The display for the time between two scrapes, with this many columns."""
+    """The display for the time between two scrapes, for a terminal of this width."""
     parts = _summary(change, columns), _replicas(change, columns, ascii_only), _adapters(change, columns)
     return "\n\n".join("\n".join(lines) for lines in parts if lines)
 
@@ -139,7 +140,7 @@ def _replica(change: Change, replica: str, ascii_only: bool) -> tuple[str, ...]:
 
 
 def _cache_bar(now: Samples, replica: str, blocks: str) -> str:
-    """Blocks in use, then those that keep prefixes, then free ones."""
+    """Blocks in use, then blocks that cache prefixes, then free blocks."""
     used, cached, free = (now.sum("loraplex_kv_blocks", replica=replica, state=s) for s in ("used", "cached", "free"))
     total = max(1.0, used + cached + free)
     full, kept = round(BAR * used / total), round(BAR * (used + cached) / total)
@@ -160,10 +161,10 @@ def _adapters(change: Change, columns: int) -> list[str]:
         return []
     found.sort(key=lambda row: (-sum(row[1]), -row[2][2], -row[2][0], row[0]))
     rows = []
-    for adapter, states, rates in found[:MOST_ADAPTERS]:
+    for adapter, states, rates in found[:MAX_ADAPTERS]:
         wait = _milliseconds(change.mean("loraplex_queue_wait_seconds", adapter=adapter))
         rows.append((adapter, *(f"{state:.0f}" for state in states), *(f"{rate:.1f}" for rate in rates), wait))
-    more = [f"and {len(found) - MOST_ADAPTERS} more"] if len(found) > MOST_ADAPTERS else []
+    more = [f"and {len(found) - MAX_ADAPTERS} more"] if len(found) > MAX_ADAPTERS else []
     return [*listing(headings, rows, columns, frozenset(headings[1:])), *more]
 
 
