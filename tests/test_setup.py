@@ -1,4 +1,4 @@
-"""setup.sh: which Python the virtual environment gets, and what is said if there is none."""
+"""setup.sh: which Python the virtual environment gets, and the error message if there is none."""
 
 import os
 import subprocess
@@ -25,7 +25,7 @@ esac
 
 @pytest.fixture
 def programs(tmp_path: Path) -> Path:
-    """What the PATH has before /usr/bin and /bin."""
+    """A folder on the PATH before /usr/bin and /bin."""
     folder = tmp_path / "programs"
     folder.mkdir()
     program(folder / "python3", OLD)
@@ -38,7 +38,7 @@ def program(path: Path, text: str) -> None:
 
 
 def setup(programs: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    for name in ("python3.11", "python3.12", "python3.13", "python3.14"):  # none but those that a test makes
+    for name in ("python3.11", "python3.12", "python3.13", "python3.14"):  # only those that a test creates should exist
         if not (programs / name).exists():
             program(programs / name, "#!/bin/sh\nexit 127\n")
     environment = {**os.environ, "PATH": f"{programs}:/usr/bin:/bin"}
@@ -46,21 +46,21 @@ def setup(programs: Path, *arguments: str | Path) -> subprocess.CompletedProcess
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
-def test_a_python_that_is_too_old_is_answered_with_one_sentence(programs: Path, tmp_path: Path):
+def test_a_python_that_is_too_old_is_reported_in_one_line(programs: Path, tmp_path: Path):
     result = setup(programs, tmp_path / "venv")
     assert result.returncode == 1
-    assert result.stderr.startswith("error: loraplex needs Python 3.11 or newer, and python3 is 3.10.13.")
+    assert result.stderr.startswith("error: loraplex needs Python 3.11 or newer, but python3 is 3.10.13.")
     assert result.stderr.count("\n") == 1 and "make serve PYTHON=" in result.stderr
     assert not (tmp_path / "venv").exists()
 
 
-def test_a_newer_python_beside_it_is_found(programs: Path, tmp_path: Path):
+def test_a_newer_python_is_found(programs: Path, tmp_path: Path):
     program(programs / "python3.12", NEW.format(ensurepip=0))
     assert setup(programs, tmp_path / "venv").returncode == 0
     assert (tmp_path / "venv" / "bin" / "made-by-new").exists()
 
 
-def test_what_an_old_python_left_is_made_again(programs: Path, tmp_path: Path):
+def test_an_environment_of_an_old_python_is_replaced(programs: Path, tmp_path: Path):
     (tmp_path / "venv" / "bin").mkdir(parents=True)
     program(tmp_path / "venv" / "bin" / "python", OLD)
     setup(programs, tmp_path / "venv", sys.executable)
@@ -73,12 +73,10 @@ def test_a_python_without_venv_is_named_with_its_package(programs: Path, tmp_pat
     program(programs / "python3.12", NEW.format(ensurepip=1))
     result = setup(programs, tmp_path / "venv")
     assert result.returncode == 1
-    assert (
-        "python3.12 cannot make virtual environments here. Debian, Ubuntu: apt install python3.12-venv" in result.stderr
-    )
+    assert "python3.12 cannot create virtual environments. Debian, Ubuntu: apt install python3.12-venv" in result.stderr
 
 
-def test_the_python_that_is_named_is_the_only_one_tried(programs: Path, tmp_path: Path):
+def test_only_the_named_python_is_tried(programs: Path, tmp_path: Path):
     program(programs / "python3.12", NEW.format(ensurepip=0))
     result = setup(programs, tmp_path / "venv", "python3")
     assert "python3 is 3.10.13" in result.stderr

@@ -15,7 +15,7 @@ def needs(program: str) -> pytest.MarkDecorator:
 
 
 def describe_skipped(reports: list[pytest.TestReport]) -> str | None:
-    """What was not tested for the want of a program, of all that was skipped."""
+    """Which tests were skipped because a program is missing."""
     reasons = [report.longrepr[2].removeprefix("Skipped: ") for report in reports if isinstance(report.longrepr, tuple)]
     found = [reason for reason in reasons if reason.endswith(ABSENT)]
     return f"{len(found)} tests were skipped: {', '.join(sorted(set(found)))}" if found else None

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Builds both images with buildah, which needs no daemon, and generates a text with their commands.
+# Builds both images with buildah, which does not need a daemon, and generates a text with containers of them.
 #
 #   charts/images/build.sh                            localhost/loraplex/{router,shard}:0.1.0
-#   TAG=... BASE=... BUILD_BASE=... TORCH_INDEX=...   as the Dockerfile explains them
-#   OFFLINE=1                                         fetches all packages first: the build reaches no network
+#   TAG=... BASE=... BUILD_BASE=... TORCH_INDEX=...   see the Dockerfile
+#   OFFLINE=1                                         downloads all packages first, and builds without a network
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -12,9 +12,9 @@ TAG=${TAG:-0.1.0}
 PYTHON=${PYTHON:-python3}
 ROUTER=localhost/loraplex/router:$TAG
 SHARD=localhost/loraplex/shard:$TAG
-LIMIT=250  # MB that the router's image may add to its base
+LIMIT=250  # maximum MB that the router's image may add to its base
 
-# Puts packages into build/wheels, where the Dockerfile looks for them.
+# Downloads packages into build/wheels, where the Dockerfile looks for them.
 fetch_packages() {
     mkdir -p build
     "$PYTHON" - > build/requirements.txt <<'LIST'
@@ -38,19 +38,19 @@ build() {  # TARGET IMAGE
     buildah build --target "$1" --tag "$2" "${arguments[@]}" .
 }
 
-# CONTAINER COMMAND...: its process id goes to $state/COMMAND, since buildah passes no signals on.
+# CONTAINER COMMAND...: writes the process id to $state/COMMAND, because buildah does not pass signals on.
 start() {
     # shellcheck disable=SC2016
     buildah run --volume "$state:/state" "$1" -- sh -c 'echo $$ > "/state/$1"; exec dumb-init -- loraplex "$@"' sh "${@:2}" &
 }
 
-stop() {  # COMMAND: SIGTERM; its exit status
+stop() {  # COMMAND JOB: sends SIGTERM; returns the exit status
     kill -TERM "$(cat "$state/$1")"
     wait "$2"
     rm "$state/$1"
 }
 
-generate() {  # CONTAINER: until it succeeds
+generate() {  # CONTAINER: tries until it succeeds
     local tries
     for tries in $(seq 60 -1 0); do
         buildah run "$1" -- loraplex generate "The capital of France is" --raw --max-new-tokens=8 --server=127.0.0.1:23001 \
@@ -61,7 +61,7 @@ generate() {  # CONTAINER: until it succeeds
     return 1
 }
 
-# CONTAINER: whether it wrote to its file system, apart from /tmp, which a read-only one must not notice.
+# CONTAINER: whether it wrote nothing outside /tmp, so that a read-only file system works.
 wrote_nothing() {
     [ -z "$(buildah run --user 0 "$1" -- find / -xdev -user 10001 -not -path '/tmp*' -not -path '/proc*')" ]
 }
@@ -86,7 +86,7 @@ try() {
     stop shard "$shard_job"
     wrote_nothing "$router"
     wrote_nothing "$shard"
-    echo "both generated, ended with status 0 on SIGTERM, and wrote to /tmp alone"
+    echo "both worked, exited with status 0 on SIGTERM, and only wrote to /tmp"
 }
 
 if [ -n "${OFFLINE:-}" ]; then

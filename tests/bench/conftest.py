@@ -23,9 +23,9 @@ def address(servicer: ScriptedServicer) -> Iterator[str]:
 
 
 class StandInOpenAi:
-    """Streams as many tokens as it is asked for; the second one without text, the last one with the usage.
+    """Streams the requested number of tokens: the second without text, the last with the usage.
 
-    Its answers are chunked even for a client of HTTP/1.0, as uvicorn's are.
+    Its answers are chunked even for an HTTP/1.0 client, like uvicorn's.
     """
 
     def __init__(self) -> None:
@@ -68,7 +68,7 @@ async def openai() -> AsyncIterator[StandInOpenAi]:
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random Llama of 50 tokens."""
+    """A tiny random Llama with a vocabulary of 50 tokens."""
     directory = tmp_path_factory.mktemp("checkpoint")
     tiny_llama().save_pretrained(directory)
     return directory
@@ -76,7 +76,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def adapter_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Holds the adapters "one" and "two"."""
+    """A directory with the adapters "one" and "two"."""
     directory = tmp_path_factory.mktemp("adapters")
     for name in ("one", "two"):
         model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))

@@ -38,7 +38,7 @@ def test_two_targets_run_in_turn_and_are_reported_as_ratios(
     assert len(servicer.requests) == 2 * (2 + 4)
 
 
-def test_adapters_come_from_the_server_s_list(address: str, tmp_path: Path) -> None:
+def test_adapters_come_from_the_servers_list(address: str, tmp_path: Path) -> None:
     result = run(tmp_path, f"grpc://{address}", *["-c", "1", "-n", "3", "--requests", "1", "--runs", "1", "-k", "1"])
     assert (result.exit_code, result.exception) == (0, None)
     assert "second / first" not in result.stdout
@@ -52,7 +52,7 @@ def test_adapters_come_from_the_server_s_list(address: str, tmp_path: Path) -> N
         (["ftp://x"], "error: ftp://x: a target is"),
     ],
 )
-def test_what_cannot_be_measured_is_one_line(arguments: list[str], error: str, address: str, tmp_path: Path) -> None:
+def test_an_error_is_one_line(arguments: list[str], error: str, address: str, tmp_path: Path) -> None:
     result = run(tmp_path, f"grpc://{address}", *arguments)
     assert result.exit_code == 1
     assert result.stderr.startswith(error)
@@ -67,7 +67,7 @@ def test_without_a_plot_nothing_draws(address: str) -> None:
     assert "output tok/s" in result.stdout
 
 
-def test_what_a_plot_needs_is_said_before_anything_is_measured(
+def test_a_missing_matplotlib_is_reported_before_anything_is_measured(
     address: str, servicer: ScriptedServicer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("bench.__main__.find_spec", lambda name: None)

@@ -1,4 +1,4 @@
-"""The engine's own load: real steps of the real model."""
+"""The engine's benchmark runs real steps of the real model."""
 
 from collections.abc import Iterator
 from itertools import count

@@ -9,7 +9,7 @@ from bench.load import LoadError, Request, Workload, measure, percentile
 
 
 class Recorder:
-    """A target that remembers its requests, and answers each in the given pieces."""
+    """A target that records its requests, and answers each in the given pieces."""
 
     def __init__(self, *pieces: int) -> None:
         self.pieces = pieces
@@ -54,7 +54,7 @@ async def test_only_what_follows_the_warm_up_is_measured() -> None:
     assert run.duration > 0
 
 
-async def test_tokens_that_come_with_the_first_have_no_gap() -> None:
+async def test_tokens_that_arrive_with_the_first_have_no_gap() -> None:
     assert (await measure(Recorder(6), workload(), 0)).gaps == [0.0] * 50
 
 
@@ -83,7 +83,7 @@ def test_prompts_are_repeatable_and_all_different() -> None:
 
 
 @given(st.lists(st.floats(0, 1), min_size=1), st.integers(1, 100))
-def test_a_percentile_is_a_value_that_enough_values_do_not_exceed(values: list[float], percent: int) -> None:
+def test_a_percentile_is_a_value_that_few_enough_values_exceed(values: list[float], percent: int) -> None:
     result = percentile(values, percent)
     assert result in values
     assert sum(value <= result for value in values) * 100 >= percent * len(values)

@@ -1,4 +1,4 @@
-"""The script that measures quantization, on a tiny random model."""
+"""The script that measures quantization, with a tiny random model."""
 
 from pathlib import Path
 
@@ -51,11 +51,11 @@ def test_every_form_is_compared_with_float32_on_the_same_tokens(directory: Path)
     assert table(results, 57).row_count == len(FORMS)
 
 
-def test_a_model_that_cannot_be_opened_is_one_line(tmp_path: Path) -> None:
+def test_an_error_for_a_model_that_cannot_be_opened_is_one_line(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, [str(tmp_path)])
     assert result.exit_code == 1
     assert result.stderr.startswith("error: ")
 
 
-def test_the_text_is_long_enough_to_be_read_by_default() -> None:
+def test_the_text_is_long_enough_for_the_default() -> None:
     assert len(TEXT.read_text()) > 10_000

@@ -1,4 +1,4 @@
-"""The simulation of many replicas, made small: real connections, and fewer loads with affinity than without."""
+"""A small simulation of many replicas: real connections, and fewer loads with affinity than without."""
 
 from pathlib import Path
 

@@ -14,7 +14,7 @@ async def arrivals(target: Target, adapter: str | None = None, tokens: int = 5) 
     return [count async for count in target.generate(Request([3, 4, 5], tokens, adapter))]
 
 
-async def test_grpc_asks_for_exactly_so_many_tokens(address: str, servicer: ScriptedServicer) -> None:
+async def test_grpc_requests_exactly_this_number_of_tokens(address: str, servicer: ScriptedServicer) -> None:
     target = open_target(f"grpc://{address}", None)
     assert sum(await arrivals(target, "sql")) == 5
     assert servicer.requests == [
@@ -31,7 +31,7 @@ async def test_grpc_asks_for_exactly_so_many_tokens(address: str, servicer: Scri
     await target.close()
 
 
-async def test_openai_counts_tokens_without_text_as_well(openai: StandInOpenAi) -> None:
+async def test_openai_also_counts_tokens_without_text(openai: StandInOpenAi) -> None:
     target = open_target(f"openai+http://{openai.address}", None)
     assert await arrivals(target, "sql") == [1, 1, 1, 1, 1]
     assert sum(await arrivals(target)) == 5
@@ -47,7 +47,7 @@ async def test_openai_says_what_went_wrong(openai: StandInOpenAi) -> None:
         await target.adapters()
 
 
-async def test_openai_says_that_it_was_left_without_an_answer() -> None:
+async def test_openai_says_that_the_connection_was_closed() -> None:
     server = await asyncio.start_server(lambda _, writer: writer.close(), "127.0.0.1", 0)
     host, port = server.sockets[0].getsockname()
     async with server:

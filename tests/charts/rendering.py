@@ -1,4 +1,4 @@
-"""The chart as Helm renders it, for values that between them use every template."""
+"""The chart as Helm renders it. Together, the cases use every template."""
 
 import json
 from collections.abc import Iterator
@@ -18,7 +18,8 @@ Object = dict[str, Any]
 
 @dataclass(frozen=True)
 class Case:
-    """Values, what they presume to be in the cluster, and the first Kubernetes version (1.N) that they are for."""
+    """Values, the objects that they expect in the cluster, and the first Kubernetes version (1.N) that they work
+    with."""
 
     values: Object
     external: dict[str, set[str]] = field(default_factory=dict)
@@ -42,11 +43,11 @@ CASES = {
             }
         }
     ),
-    "a new replica before an old one goes": Case(
+    "a new replica before an old one stops": Case(
         {"router": {"replicas": 2}, "shard": {"workload": "Deployment", "settings": {"tp": 2}}}
     ),
-    "a replica that spans no nodes": Case({"shard": {"workload": "LeaderWorkerSet"}}),
-    "secrets and claims of the user's": Case(
+    "a replica on one node, as a LeaderWorkerSet": Case({"shard": {"workload": "LeaderWorkerSet"}}),
+    "the user's secrets and claims": Case(
         {
             "imagePullSecrets": [{"name": "registry"}],
             "router": {"apiKeys": {"existingSecret": "keys"}},
@@ -104,13 +105,13 @@ CASES = {
             "keda": {"enabled": True, "serverAddress": "http://prometheus:9090", "spec": {"cooldownPeriod": 60}},
         }
     ),
-    "IPv6, and images from a registry of one's own": Case(
+    "IPv6, and images from a private registry": Case(
         {"listen": "::", "global": {"imageRegistry": "mirror.example:5000/all"}, "shard": {"settings": {"tp": 2}}}
     ),
-    "user ids that the cluster gives": Case(
+    "user ids that the cluster assigns": Case(
         {"podSecurityContext": {"runAsUser": None, "runAsGroup": None, "fsGroup": None}}
     ),
-    "a pool of somebody else's": Case(
+    "an existing pool": Case(
         {
             "gateway": {
                 "httpRoute": {"enabled": True, "parentRefs": [{"name": "gw"}]},
@@ -135,7 +136,7 @@ CASES = {
             }
         }
     ),
-    "everything around it": Case(
+    "all optional objects": Case(
         {
             "commonLabels": {"team": "nlp"},
             "fullnameOverride": "lp",
@@ -186,7 +187,7 @@ CASES = {
         },
         {"Secret": {"cert", "more"}},
     ),
-    "nothing around it": Case(
+    "no optional objects": Case(
         {
             "serviceAccount": {"create": False},
             "networkPolicy": {"enabled": False},
@@ -199,8 +200,8 @@ CASES = {
 
 
 def render(values: Object, release: str = RELEASE, namespace: str = NAMESPACE) -> list[Object]:
-    """The objects that values make. Raises HelmValuesError for values against the schema, HelmRenderError for those
-    that a template refuses."""
+    """The objects rendered from values. Raises HelmValuesError for values that the schema refuses, and HelmRenderError
+    for values that a template refuses."""
     with helm_python.Chart.load(str(CHART)) as chart:
         files = chart.render(values, name=release, namespace=namespace)
     manifests = [text for path, text in files.items() if path.endswith(".yaml")]
@@ -216,7 +217,7 @@ def notes(values: Object) -> str:
 
 @cache
 def rendered(case: str) -> tuple[Object, ...]:
-    """The objects of a case, which nobody changes."""
+    """The objects of a case. Callers must not change them."""
     return tuple(render(CASES[case].values))
 
 
@@ -225,8 +226,8 @@ def of_kind(objects: tuple[Object, ...] | list[Object], *kinds: str) -> list[Obj
 
 
 def pods(objects: tuple[Object, ...] | list[Object], component: str = "") -> Iterator[Object]:
-    """The pods as their controllers will make them (metadata and spec), each router, and one for each workload of
-    shards; of one component, or of all, the test too."""
+    """The pods as their controllers create them (metadata and spec): each router, and one pod for each workload of
+    shards. For one component, or for all, including the test."""
     for document in objects:
         spec = document.get("spec", {})
         template = spec.get("template") or spec.get("leaderWorkerTemplate", {}).get("workerTemplate")
@@ -240,23 +241,23 @@ def pods(objects: tuple[Object, ...] | list[Object], component: str = "") -> Ite
 
 
 def _numbered(pod: Object, number: int) -> Object:
-    """A pod of a StatefulSet, which labels it with its number; the kubelet puts that into the arguments."""
+    """A pod of a StatefulSet, which labels it with its number. The kubelet inserts the number into the arguments."""
     made: Object = json.loads(json.dumps(pod).replace("$(ROUTER)", str(number)))
     made["metadata"]["labels"]["apps.kubernetes.io/pod-index"] = str(number)
     return made
 
 
 def claims(document: Object) -> list[Object]:
-    """The templates of claims of a workload."""
+    """A workload's claim templates."""
     spec = document.get("spec", {})
     found: list[Object] = {**spec, **spec.get("leaderWorkerTemplate", {})}.get("volumeClaimTemplates", [])
     return found
 
 
 class UniqueKeys(yaml.SafeLoader):
-    """As Kubernetes reads YAML: a key that is given twice is an error."""
+    """Reads YAML as Kubernetes does: a duplicate key is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
-        assert len(keys) == len(set(keys)), f"{node.start_mark}: a key is given twice in {keys}"
+        assert len(keys) == len(set(keys)), f"{node.start_mark}: duplicate key in {keys}"
         return super().construct_mapping(node, deep)

@@ -1,4 +1,4 @@
-"""What the chart starts is what the commands take, and the times that it gives them suffice."""
+"""The commands accept what the chart passes to them, and the chart's timeouts are long enough."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ every_case = pytest.mark.parametrize("case", CASES)
 
 @pytest.fixture(scope="module")
 def mounts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Stands in for the containers' file systems, since settings look whether files are there."""
+    """Replaces the containers' file systems, because settings check whether files exist."""
     folder = tmp_path_factory.mktemp("mounts")
     (folder / "adapters").mkdir()
     (folder / "etc/loraplex/mtls").mkdir(parents=True)
@@ -34,7 +34,7 @@ def router_settings(pod: Object, mounts: Path) -> RouterSettings:
 
 
 def shard_settings(pod: Object, mounts: Path) -> list[ShardSettings]:
-    """Of all ranks in the pod; for a LeaderWorkerSet, of the leader."""
+    """The settings of all ranks in the pod; for a LeaderWorkerSet, of the leader."""
     found = []
     for container in pod["spec"]["containers"]:
         command, *flags = (argument.replace("=/", f"={mounts}/") for argument in container["args"])
@@ -49,7 +49,7 @@ def host(case: str) -> str:
 
 
 @every_case
-def test_routers_are_given_settings_that_they_take(case: str, mounts: Path):
+def test_the_flags_of_routers_are_valid_settings(case: str, mounts: Path):
     for pod in pods(rendered(case), "router"):
         settings = router_settings(pod, mounts)
         ports = {port["name"]: port["containerPort"] for port in pod["spec"]["containers"][0]["ports"]}
@@ -57,7 +57,7 @@ def test_routers_are_given_settings_that_they_take(case: str, mounts: Path):
 
 
 @every_case
-def test_ranks_are_given_settings_that_they_take(case: str, mounts: Path):
+def test_the_flags_of_ranks_are_valid_settings(case: str, mounts: Path):
     for pod in pods(rendered(case), "shard"):
         settings = shard_settings(pod, mounts)
         assert [one.rank for one in settings] == list(range(len(settings)))
@@ -69,8 +69,8 @@ def test_ranks_are_given_settings_that_they_take(case: str, mounts: Path):
             assert len(settings) == settings[0].tp and len({one.rendezvous for one in settings}) == 1
 
 
-def test_values_arrive_as_they_were_given(mounts: Path):
-    case = "secrets and claims of the user's"
+def test_values_reach_the_settings_unchanged(mounts: Path):
+    case = "the user's secrets and claims"
     (settings,) = shard_settings(next(pods(rendered(case), "shard")), mounts)
     assert (settings.model, settings.revision, settings.adapters) == ("org/name", "main", mounts / "adapters")
     assert (settings.max_model_len, settings.kv_blocks) == (1_000_000, 2_000_000)
@@ -82,7 +82,7 @@ def test_values_arrive_as_they_were_given(mounts: Path):
 
 
 @every_case
-def test_variables_of_ours_are_settings(case: str):
+def test_environment_variables_of_ours_are_settings(case: str):
     known = {f"LORAPLEX_{name.upper()}" for name in (*RouterSettings.model_fields, *ShardSettings.model_fields)}
     for pod in [*pods(rendered(case), "router"), *pods(rendered(case), "shard")]:
         for container in pod["spec"]["containers"]:
@@ -91,7 +91,7 @@ def test_variables_of_ours_are_settings(case: str):
 
 
 @every_case
-def test_each_router_is_told_where_its_own_replicas_are(case: str):
+def test_each_router_gets_the_addresses_of_its_own_replicas(case: str):
     objects = rendered(case)
     selectors = [(service, service["spec"]["selector"]) for service in of_kind(objects, "Service")]
     own = {selector["loraplex/router"]: service for service, selector in selectors if "loraplex/router" in selector}
@@ -119,7 +119,7 @@ def test_a_rank_that_hangs_is_restarted_and_takes_the_others_with_it(case: str):
         for container in containers:
             ports = [port["containerPort"] for port in container["ports"]]
             assert probed_port(container["startupProbe"]) == ports[0]
-            # An open port says nothing of a process that hangs.
+            # The port of a process that hangs is still open.
             assert "tcpSocket" not in container["livenessProbe"] and probed_port(container["livenessProbe"]) in ports
 
 
@@ -128,7 +128,7 @@ def probed_port(probe: Object) -> int:
 
 
 @every_case
-def test_probes_ask_for_services_that_exist(case: str):
+def test_probes_call_services_that_exist(case: str):
     served = {
         "router": f"loraplex.v1.{generation_pb2.DESCRIPTOR.services_by_name['GenerationService'].name}",
         "shard": shard_pb2.DESCRIPTOR.services_by_name["ShardService"].full_name,
@@ -138,7 +138,7 @@ def test_probes_ask_for_services_that_exist(case: str):
             for container in pod["spec"]["containers"]:
                 probe = container["readinessProbe"]
                 if component == "shard" and case == "mutual TLS":
-                    assert "tcpSocket" in probe  # the kubelet's gRPC probes know no TLS
+                    assert "tcpSocket" in probe  # the kubelet's gRPC probes do not support TLS
                 else:
                     assert probe["grpc"]["service"] == service
 
@@ -152,7 +152,7 @@ def test_with_mutual_tls_both_sides_have_their_own_certificate(mounts: Path):
         assert settings.mtls_ca == mounts / "etc/loraplex/mtls/ca.crt"
 
 
-def test_shards_are_told_where_adapters_are_in_object_stores(mounts: Path):
+def test_shards_get_the_urls_of_object_stores(mounts: Path):
     (pod,) = pods(rendered("adapters in object stores"), "shard")
     (settings,) = shard_settings(pod, mounts)
     assert settings.adapters_s3 == "s3://bucket/adapters"
@@ -171,13 +171,13 @@ def test_shards_are_told_where_adapters_are_in_object_stores(mounts: Path):
 
 
 def test_routers_in_a_pool_export_what_its_picker_reads(mounts: Path):
-    (pooled,) = pods(rendered("everything around it"), "router")
+    (pooled,) = pods(rendered("all optional objects"), "router")
     (alone,) = pods(rendered("defaults"), "router")
     assert router_settings(pooled, mounts).gateway_metrics and not router_settings(alone, mounts).gateway_metrics
 
 
 @pytest.mark.parametrize("drain", [0, 0.5, 30, 600])
-def test_pods_are_given_more_time_to_end_than_they_take(drain: float, mounts: Path):
+def test_pods_have_more_time_to_stop_than_they_need(drain: float, mounts: Path):
     settings = {"drain-seconds": drain}
     objects = render({"router": {"settings": settings, "preStopSeconds": 20}, "shard": {"settings": settings}})
     (router,) = pods(objects, "router")
@@ -189,13 +189,13 @@ def test_pods_are_given_more_time_to_end_than_they_take(drain: float, mounts: Pa
     assert shard["spec"]["terminationGracePeriodSeconds"] >= drain + 5
 
 
-def test_loading_may_take_as_long_as_is_said():
+def test_loading_may_take_startup_seconds():
     (shard,) = pods(render({"shard": {"startupSeconds": 3601}}), "shard")
     probe = shard["spec"]["containers"][0]["startupProbe"]
     assert 3601 <= probe["periodSeconds"] * probe["failureThreshold"] <= 3601 + 5
 
 
-def test_a_limit_of_cpus_is_the_number_of_threads_unless_that_is_set():
+def test_the_cpu_limit_is_the_number_of_threads_unless_threads_is_set():
     def threads(values: Object) -> list[Object]:
         (shard,) = pods(render({"shard": values}), "shard")
         return [v for v in shard["spec"]["containers"][0]["env"] if v["name"] == "LORAPLEX_THREADS"]
@@ -220,7 +220,7 @@ def test_helm_test_runs_a_command_that_the_client_has(case: str):
     assert parameters["prompt"] and parameters["raw"]
 
 
-def test_the_notes_lead_to_the_service():
+def test_the_notes_show_how_to_reach_the_service():
     text = notes({"router": {"service": {"grpcPort": 443}}})
     assert f"kubectl --namespace {NAMESPACE} port-forward service/demo-loraplex 50051:443 3000:3000" in text
     assert text.count("kubectl") == 2 and 'loraplex generate "' in text

@@ -1,4 +1,4 @@
-"""What the chart renders is what Kubernetes takes, and is consistent in itself."""
+"""The chart renders objects that Kubernetes accepts and that are consistent with each other."""
 
 import json
 import re
@@ -24,19 +24,19 @@ every_case = pytest.mark.parametrize("case", CASES)
 
 
 @pytest.mark.parametrize("minor", range(29, 35))
-def test_manifests_are_valid_to_the_letter(minor: int):
+def test_manifests_are_strictly_valid(minor: int):
     documents = [d for name, case in CASES.items() if case.since <= minor for d in rendered(name)]
     different = {json.dumps(document): document for document in documents if document["kind"] not in CUSTOM}
     for document in different.values():
         kubernetes_validate.validate(document, f"1.{minor}", strict=True)
 
 
-def test_between_them_the_cases_render_every_kind():
+def test_together_the_cases_render_every_kind():
     kinds = {document["kind"] for case in CASES for document in rendered(case)}
     assert kinds >= CUSTOM
 
 
-def test_helm_finds_nothing_to_complain_about():
+def test_helm_lint_finds_nothing():
     messages = helm_python.lint(str(CHART), strict=True)["messages"]
     assert [message for message in messages if message["severity"] > 1] == []
 
@@ -52,7 +52,7 @@ def test_every_selector_matches_pods_and_only_those_of_its_component(case: str):
 
 
 def _selectors(document: Object) -> list[Object]:
-    """The pod selectors that name the chart's own labels."""
+    """The pod selectors that use the chart's own labels."""
     found = []
     stack = [document["spec"]] if "spec" in document and document["kind"] != "Pod" else []
     while stack:
@@ -66,14 +66,14 @@ def _selectors(document: Object) -> list[Object]:
 
 
 @every_case
-def test_each_router_has_shards_of_its_own(case: str):
+def test_each_router_has_its_own_shards(case: str):
     routers = {pod["metadata"]["labels"]["apps.kubernetes.io/pod-index"] for pod in pods(rendered(case), "router")}
     shards = [pod["metadata"]["labels"]["loraplex/router"] for pod in pods(rendered(case), "shard")]
     assert routers == set(shards) and len(shards) == len(routers)
 
 
 @every_case
-def test_ports_are_those_of_containers(case: str):
+def test_service_ports_exist_in_containers(case: str):
     by_component = {}
     for component in ("router", "shard"):
         pod = next(pods(rendered(case), component))
@@ -133,7 +133,7 @@ def test_a_route_without_a_pool_leads_to_the_service():
 
 
 @every_case
-def test_what_pods_refer_to_exists_or_is_the_users(case: str):
+def test_objects_that_pods_refer_to_exist_or_are_the_users(case: str):
     existing = {kind: set(names) for kind, names in CASES[case].external.items()}
     for document in rendered(case):
         existing.setdefault(document["kind"], set()).add(document["metadata"]["name"])
@@ -224,10 +224,10 @@ def test_only_a_replicas_router_reaches_its_shards():
         assert [port["port"] for port in rule["ports"]] == [50060, 50061, 50062]
 
 
-def test_where_clients_are_limited_prometheus_still_reaches_the_routers_metrics():
+def test_prometheus_reaches_the_routers_metrics_even_if_clients_are_limited():
     (policy,) = (
         policy
-        for policy in of_kind(rendered("everything around it"), "NetworkPolicy")
+        for policy in of_kind(rendered("all optional objects"), "NetworkPolicy")
         if policy["spec"]["podSelector"]["matchLabels"]["app.kubernetes.io/component"] == "router"
     )
     clients, prometheus = policy["spec"]["ingress"]
@@ -246,7 +246,7 @@ def test_scalers_scale_the_replicas_and_nothing_else_sets_their_number():
         assert all("replicas" not in document["spec"] for document in sets.values())
 
 
-async def test_scalers_read_a_metric_that_routers_have_by_labels_that_the_monitor_gives():
+async def test_scalers_read_the_routers_metric_by_the_monitors_labels():
     exported = await router_names()
     (scaler, _) = of_kind(rendered("an autoscaler"), "HorizontalPodAutoscaler")
     metric = scaler["spec"]["metrics"][0]["external"]["metric"]
@@ -254,7 +254,7 @@ async def test_scalers_read_a_metric_that_routers_have_by_labels_that_the_monito
     (keda,) = of_kind(rendered("KEDA"), "ScaledObject")
     query = keda["spec"]["triggers"][0]["metadata"]["query"]
     assert query.startswith(f"sum({metric['name']}{{")
-    (monitor,) = of_kind(rendered("everything around it"), "ServiceMonitor")
+    (monitor,) = of_kind(rendered("all optional objects"), "ServiceMonitor")
     labels = {re.sub(r"[^a-z]", "_", label) for label in monitor["spec"]["podTargetLabels"]}
     for label in labels:
         assert label in metric["selector"]["matchLabels"] and f"{label}=" in query

@@ -1,4 +1,4 @@
-"""Dashboards, alerts and scrapes of several releases, and of one and the same cluster, do not meet."""
+"""Dashboards, alerts and scrapes of several releases in one cluster do not conflict."""
 
 import json
 import re
@@ -21,7 +21,7 @@ def objects(release: str = "demo", namespace: str = "serving", **more: object) -
 
 
 def dashboards(made: list[Object]) -> dict[str, Object]:
-    """By file name."""
+    """Dashboards by file name."""
     maps = [d for d in of_kind(made, "ConfigMap") if d["metadata"]["labels"].get("grafana_dashboard")]
     return {name: json.loads(text) for config in maps for name, text in config["data"].items()}
 
@@ -49,7 +49,7 @@ def selectors(query: str) -> list[dict[str, str]]:
     return found
 
 
-def test_dashboards_of_releases_have_identities_titles_and_files_of_their_own():
+def test_each_releases_dashboards_have_their_own_identities_titles_and_files():
     made = [dashboards(objects(*release)) for release in RELEASES]
     files = [name for one in made for name in one]
     assert len(set(files)) == len(files) == 2 * len(RELEASES)
@@ -61,7 +61,7 @@ def test_dashboards_of_releases_have_identities_titles_and_files_of_their_own():
 
 
 @pytest.mark.parametrize(("release", "namespace"), RELEASES)
-def test_every_query_selects_the_releases_series_by_the_labels_that_its_monitors_give(release: str, namespace: str):
+def test_every_query_selects_the_releases_series_by_its_monitors_labels(release: str, namespace: str):
     made = objects(release, namespace)
     (monitor,) = of_kind(made, "ServiceMonitor")
     services = [
@@ -70,7 +70,8 @@ def test_every_query_selects_the_releases_series_by_the_labels_that_its_monitors
         if monitor["spec"]["selector"]["matchLabels"].items() <= service["metadata"]["labels"].items()
         and monitor["spec"]["endpoints"][0]["port"] in {port["name"] for port in service["spec"]["ports"]}
     ]
-    (router_job,) = services  # the operator calls the job as the Service, and a PodMonitor's by namespace and name
+    # The operator names the job after the Service, and a PodMonitor's job by namespace and name.
+    (router_job,) = services
     (pod_monitor,) = of_kind(made, "PodMonitor")
     jobs = {router_job, f"{namespace}/{pod_monitor['metadata']['name']}"}
     asked = queries(made)
@@ -83,27 +84,27 @@ def test_every_query_selects_the_releases_series_by_the_labels_that_its_monitors
             assert (matchers["namespace"], matchers["job"]) == (namespace, router_job)
 
 
-def test_no_variable_is_left_that_chooses_other_releases():
+def test_no_dashboard_variable_can_select_other_releases():
     for dashboard in dashboards(objects()).values():
         assert [variable["name"] for variable in dashboard["templating"]["list"]] == ["datasource"]
         assert set(re.findall(r"\$\{?(\w+)", json.dumps(dashboard))) == {"datasource"}
 
 
-def test_whose_prometheus_gives_other_labels_says_which():
+def test_the_labels_can_be_set_for_a_prometheus_with_other_labels():
     made = objects(selector='cluster="a", job="llm"')
     for query in [*queries(made), *(alert["expr"] for alert in alerts(made))]:
         for matchers in selectors(query):
             assert (matchers["cluster"], matchers["job"]) == ("a", "llm") and "namespace" not in matchers
 
 
-def test_alerts_of_releases_are_not_taken_for_one_another():
+def test_alerts_of_different_releases_are_distinct():
     for alert in alerts(objects()):
         grouped = re.findall(r"by \(([^)]*)\)", alert["expr"])
         assert all("namespace, job" in labels for labels in grouped)
 
 
 @needs_promtool
-def test_one_release_is_missed_while_another_answers(tmp_path: Path):
+def test_the_absence_of_one_release_is_noticed_while_another_answers(tmp_path: Path):
     (rule,) = of_kind(objects("7b-chat"), "PrometheusRule")
     (tmp_path / "rules.yaml").write_text(yaml.safe_dump(rule["spec"]))
     there = {"series": 'loraplex_build_info{namespace="serving", job="demo-loraplex"}', "values": "1x60"}
@@ -117,7 +118,7 @@ def test_one_release_is_missed_while_another_answers(tmp_path: Path):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_series_that_only_endpoint_pickers_read_are_not_kept():
+def test_series_that_only_endpoint_pickers_read_are_dropped():
     endpoint = {"relabelings": [{"targetLabel": "cluster", "replacement": "a"}], "scrapeTimeout": "10s"}
     (monitor,) = of_kind(objects(serviceMonitor={"enabled": True, "endpoint": endpoint}), "ServiceMonitor")
     (scraped,) = monitor["spec"]["endpoints"]

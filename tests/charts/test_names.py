@@ -10,11 +10,11 @@ every_case = pytest.mark.parametrize("case", CASES)
 
 
 @every_case
-def test_no_two_objects_have_one_name_and_none_is_too_long(case: str):
+def test_names_of_objects_are_distinct_and_not_too_long(case: str):
     names = [(document["kind"], document["metadata"]["name"]) for document in rendered(case)]
     assert len(names) == len(set(names))
     for _, name in names:
-        assert len(name) <= 52  # 63 for labels that controllers make of it, less their suffixes
+        assert len(name) <= 52  # 63 characters for the labels that controllers build from it, less their suffixes
 
 
 @pytest.mark.parametrize(
@@ -31,8 +31,8 @@ def test_no_two_objects_have_one_name_and_none_is_too_long(case: str):
         (f"{'9' * 30}.{'a' * 22}", "loraplex-9{22}-[0-9a-f]{8}"),
     ],
 )
-def test_whatever_a_release_is_called_its_objects_have_names_that_services_may_have(release: str, name: str):
-    values = {**CASES["everything around it"].values, "fullnameOverride": "", "router": {"replicas": 12}}
+def test_objects_have_valid_service_names_whatever_the_release_is_called(release: str, name: str):
+    values = {**CASES["all optional objects"].values, "fullnameOverride": "", "router": {"replicas": 12}}
     objects = render(values, release)
     names = [document["metadata"]["name"] for document in objects if document["metadata"]["name"] != "runner"]
     made = [other for other in names if not other.startswith(f"{release}-more") and other != f"{release}-secret"]
@@ -47,13 +47,13 @@ def test_whatever_a_release_is_called_its_objects_have_names_that_services_may_h
         assert f"{base}-shard-{number}" in services
 
 
-def test_two_long_release_names_do_not_meet():
+def test_two_long_release_names_do_not_collide():
     first, second = ({d["metadata"]["name"] for d in render({}, f"{'r' * 50}{end}")} for end in ("a", "b"))
     assert not first & second
 
 
 @every_case
-def test_every_object_is_in_the_releases_namespace_with_the_labels_and_annotations_of_all(case: str):
+def test_every_object_has_the_releases_namespace_and_the_common_labels_and_annotations(case: str):
     values = {**CASES[case].values, "commonLabels": {"team": "a"}, "commonAnnotations": {"b": "c"}, "extraObjects": []}
     for document in render(values):
         metadata = document["metadata"]
@@ -62,5 +62,5 @@ def test_every_object_is_in_the_releases_namespace_with_the_labels_and_annotatio
 
 
 @every_case
-def test_a_release_is_rendered_the_same_each_time(case: str):
+def test_rendering_is_deterministic(case: str):
     assert render(CASES[case].values) == list(rendered(case))

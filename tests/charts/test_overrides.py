@@ -1,4 +1,4 @@
-"""Fields of Kubernetes' own objects come to where they belong, beside what the chart makes."""
+"""Fields of Kubernetes' objects in the values are merged into the chart's objects."""
 
 import helm_python
 import kubernetes_validate
@@ -6,7 +6,7 @@ import pytest
 
 from tests.charts.rendering import CHART, Object, of_kind, pods, render
 
-# Fields of Kubernetes' own objects that people bring along from other charts.
+# Fields of Kubernetes' objects that people use in other charts.
 OVER: Object = {
     "commonAnnotations": {"owner": "nlp"},
     "router": {
@@ -65,13 +65,13 @@ def objects() -> list[Object]:
 
 
 @pytest.mark.parametrize("minor", range(29, 38))
-def test_what_comes_of_them_is_valid_to_the_letter(minor: int, objects: list[Object]):
+def test_overridden_manifests_are_strictly_valid(minor: int, objects: list[Object]):
     for document in objects:
-        if minor >= 34 or document["metadata"]["name"] != "demo-loraplex-shard-0":  # resource claims are that young
+        if minor >= 34 or document["metadata"]["name"] != "demo-loraplex-shard-0":  # it has resource claims
             kubernetes_validate.validate(document, f"1.{minor}", strict=True)
 
 
-def test_a_pod_has_init_containers_sidecars_and_whatever_pods_have(objects: list[Object]):
+def test_a_pod_takes_init_containers_sidecars_and_all_other_fields(objects: list[Object]):
     (router,), (shard,) = pods(objects, "router"), pods(objects, "shard")
     assert [container["name"] for container in router["spec"]["initContainers"]] == ["wait"]
     assert [container["name"] for container in router["spec"]["containers"]] == ["router", "proxy"]
@@ -82,7 +82,7 @@ def test_a_pod_has_init_containers_sidecars_and_whatever_pods_have(objects: list
     assert router["spec"]["securityContext"]["runAsNonRoot"] and router["spec"]["serviceAccountName"] == "demo-loraplex"
 
 
-def test_things_with_names_are_merged_by_name(objects: list[Object]):
+def test_named_items_are_merged_by_name(objects: list[Object]):
     (router,), (shard,) = pods(objects, "router"), pods(objects, "shard")
     assert router["spec"]["volumes"] == OVER["router"]["podSpec"]["volumes"]
     container = named(router["spec"]["containers"], "router")
@@ -112,7 +112,7 @@ def test_maps_are_merged_and_null_takes_a_field_away(objects: list[Object]):
     assert router_set["spec"]["minReadySeconds"] == 30 and shard_set["spec"]["revisionHistoryLimit"] == 2
 
 
-def test_large_numbers_and_texts_that_look_like_others_stay_what_they_are():
+def test_large_numbers_and_ambiguous_texts_stay_unchanged():
     spec = {"env": [{"name": "A", "value": "1e6"}, {"name": "B", "value": "yes"}], "ports": [{"containerPort": 9000}]}
     (router,) = pods(
         render({"router": {"containerSpec": spec, "podSpec": {"activeDeadlineSeconds": 100_000_000}}}), "router"
@@ -124,7 +124,7 @@ def test_large_numbers_and_texts_that_look_like_others_stay_what_they_are():
         "B": "yes",
     }
     assert router["spec"]["activeDeadlineSeconds"] == 100_000_000
-    assert container["ports"] == [{"containerPort": 9000}]  # not all have names: the list is replaced
+    assert container["ports"] == [{"containerPort": 9000}]  # not all items have names, so the list is replaced
 
 
 @pytest.mark.parametrize(
@@ -136,11 +136,11 @@ def test_large_numbers_and_texts_that_look_like_others_stay_what_they_are():
         {"router": {"workloadSpec": {"strategy": {"type": "Recreate"}}}},
     ],
 )
-def test_names_of_fields_that_kubernetes_does_not_have_are_refused(values: Object):
+def test_unknown_kubernetes_fields_are_refused(values: Object):
     with pytest.raises(helm_python.HelmValuesError):
         render(values)
 
 
-def test_the_linter_takes_them():
+def test_helm_lint_accepts_them():
     messages = helm_python.lint(str(CHART), values=OVER, strict=True)["messages"]
     assert [message for message in messages if message["severity"] > 1] == []

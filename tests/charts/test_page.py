@@ -1,4 +1,4 @@
-"""docs/kubernetes.md: its helm commands, run as far as they go without a cluster, and its other files and names."""
+"""docs/kubernetes.md: its helm commands, as far as they run without a cluster, and its other files and names."""
 
 import argparse
 import re
@@ -20,7 +20,7 @@ HELM = [command for command in COMMANDS if re.match(r"helm (install|upgrade) ", 
 
 
 def values_of(command: str) -> Object:
-    """What a `helm install` or `helm upgrade` sets, files before flags, as Helm does."""
+    """The values that a `helm install` or `helm upgrade` sets: files before flags, as Helm does."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--install", action="store_true")
     parser.add_argument("--namespace")
@@ -45,7 +45,7 @@ def merged(base: Object, over: Object) -> Object:
 
 
 @pytest.mark.parametrize("command", HELM)
-def test_a_helm_command_makes_what_kubernetes_can_run(command: str):
+def test_a_helm_command_renders_valid_manifests(command: str):
     objects = render(values_of(command))
     for component in ("router", "shard"):
         for pod in pods(objects, component):
@@ -58,13 +58,13 @@ def test_the_page_shows_each_way_to_scale():
     assert {"ScaledObject", "LeaderWorkerSet", "HTTPRoute", "GRPCRoute", "InferencePool", "PodMonitor"} <= kinds
 
 
-async def test_the_metrics_adapter_is_told_of_metrics_that_routers_have():
+async def test_the_metrics_adapter_uses_metrics_that_routers_export():
     queries = [rule["seriesQuery"] for rule in yaml.safe_load(FILES["prometheus-adapter.yaml"])["rules"]["external"]]
     assert {query.partition("{")[0] for query in queries} < await router_names()
     assert yaml.safe_load((CHART / "values.yaml").read_text())["autoscaling"]["metric"] in queries[0]
 
 
-def test_the_certificates_are_for_the_names_that_routers_check():
+def test_the_certificates_are_for_the_names_that_routers_verify():
     certificates = list(yaml.safe_load_all(FILES["certificates.yaml"]))
     secrets = {certificate["spec"]["secretName"]: certificate["spec"]["dnsNames"] for certificate in certificates}
     (command,) = (command for command in HELM if "mtls" in command)
@@ -75,7 +75,7 @@ def test_the_certificates_are_for_the_names_that_routers_check():
     assert secrets[values["mtls"]["shardSecret"]] == [f"{service['metadata']['name']}.serving.svc"]
 
 
-def test_the_pool_and_the_secrets_have_the_names_that_the_page_gives_them():
+def test_the_pool_and_the_secrets_have_the_pages_names():
     (pool,) = of_kind(
         render(values_of(next(command for command in HELM if "inference.yaml" in command))), "InferencePool"
     )

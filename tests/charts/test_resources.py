@@ -1,4 +1,4 @@
-"""GPUs and memory: what a rank asks for is what it uses, and no more is promised than there is."""
+"""GPUs and memory: a rank uses what it requests, and limits are not exceeded."""
 
 import helm_python
 import pytest
@@ -22,7 +22,7 @@ def flags(shard: Object) -> list[str]:
     ],
 )
 @pytest.mark.parametrize("count", [1, "1"])
-def test_who_asks_for_a_gpu_does_not_compute_on_the_cpu(name: str, kind: str, count: object):
+def test_a_rank_that_requests_a_gpu_does_not_fall_back_to_the_cpu(name: str, kind: str, count: object):
     resources = {kind: {name: count}}
     assert flags({"resources": resources}) == ["--device=cuda"]
     assert flags({"resources": resources, "settings": {"device": "auto"}}) == ["--device=cuda"]
@@ -31,7 +31,7 @@ def test_who_asks_for_a_gpu_does_not_compute_on_the_cpu(name: str, kind: str, co
 
 
 @pytest.mark.parametrize("resources", [{}, {"limits": {"nvidia.com/gpu": 0}}, {"limits": {"nvidia.com/gpumem": 4000}}])
-def test_who_asks_for_none_computes_on_what_there_is(resources: Object):
+def test_a_rank_without_a_gpu_request_uses_any_device(resources: Object):
     assert flags({"resources": resources}) == []
     assert flags({"resources": resources, "settings": {"device": "cpu"}}) == ["--device=cpu"]
 
@@ -85,7 +85,7 @@ def test_a_persistent_cache_is_a_claim_of_the_pod(workload: str):
     assert claim["spec"]["resources"] == {"requests": {"storage": "7Gi"}}
 
 
-def test_a_deployment_has_none():
+def test_a_deployment_cannot_have_a_persistent_cache():
     values = {"workload": "Deployment", "modelCache": {"persistent": True}}
     with pytest.raises(helm_python.HelmRenderError, match="cannot have claims of their own"):
         render({"shard": values})

@@ -1,15 +1,15 @@
-"""An update replaces one thing at a time, and nothing goes before what comes after it is ready."""
+"""An update replaces one pod at a time, and waits until the new one is ready."""
 
 import pytest
 
 from tests.charts.rendering import CASES, Object, of_kind, pods, render, rendered
 
 every_case = pytest.mark.parametrize("case", CASES)
-LOOK_UP_SECONDS = 30 + 5  # a name server's memory, and the router's own interval
+LOOK_UP_SECONDS = 30 + 5  # the time for which name servers cache, and the router's own interval
 
 
 @every_case
-def test_routers_go_one_after_the_other_and_drain_before(case: str):
+def test_routers_are_replaced_one_at_a_time_and_drain_first(case: str):
     (routers,) = (d for d in of_kind(rendered(case), "StatefulSet") if d["metadata"]["name"].endswith("-router"))
     spec = routers["spec"]
     assert spec["updateStrategy"] == {"type": "RollingUpdate"} and spec["minReadySeconds"] > 0
@@ -19,7 +19,7 @@ def test_routers_go_one_after_the_other_and_drain_before(case: str):
 
 
 @every_case
-def test_replicas_go_one_after_the_other_once_the_router_has_found_the_one_before(case: str):
+def test_replicas_are_replaced_one_at_a_time_once_the_router_has_found_the_previous_one(case: str):
     for document in of_kind(rendered(case), "StatefulSet", "Deployment"):
         if document["metadata"]["labels"]["app.kubernetes.io/component"] == "shard":
             assert document["spec"]["minReadySeconds"] > LOOK_UP_SECONDS
@@ -28,8 +28,8 @@ def test_replicas_go_one_after_the_other_once_the_router_has_found_the_one_befor
         assert rolling == {"maxUnavailable": 1, "maxSurge": 0}
 
 
-def test_a_deployments_new_replica_is_there_before_an_old_one_goes():
-    for document in of_kind(rendered("a new replica before an old one goes"), "Deployment"):
+def test_a_deployments_new_replica_starts_before_an_old_one_stops():
+    for document in of_kind(rendered("a new replica before an old one stops"), "Deployment"):
         assert document["spec"]["strategy"] == {
             "type": "RollingUpdate",
             "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0},
@@ -57,7 +57,7 @@ def test_routers_know_the_replicas_that_an_update_adds_for_a_while():
         {"shard": {"image": {"tag": "0.2.0"}}, "router": {"image": {"tag": "0.2.0"}}},
     ],
 )
-def test_an_update_changes_nothing_that_kubernetes_does_not_let_change(changed: Object):
+def test_an_update_changes_no_immutable_fields(changed: Object):
     before, after = (
         {
             (document["kind"], document["metadata"]["name"]): [

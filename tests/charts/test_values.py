@@ -1,4 +1,4 @@
-"""Values that make no sense are refused, those that are taken are documented."""
+"""Invalid values are refused, and all valid ones are documented."""
 
 import json
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from tests.charts.rendering import CHART, Object, pods, render
 VALUES = yaml.safe_load((CHART / "values.yaml").read_text())
 
 
-def test_the_readme_and_the_schema_are_what_the_generator_writes():
+def test_the_readme_and_the_schema_are_up_to_date():
     values = read_values(CHART / "values.yaml")
     outdated = "run `python -m charts.generate`"
     assert (CHART / "values.schema.json").read_text() == schema(values), outdated
@@ -54,7 +54,7 @@ def objects_in(node: Any, path: str = "") -> Iterator[tuple[str, Object]]:
             yield from objects_in(child, f"{path}/{name}")
 
 
-def test_no_section_takes_unknown_keys():
+def test_sections_refuse_unknown_keys():
     whole = json.loads((CHART / "values.schema.json").read_text())
     for path, node in objects_in(whole):
         assert ("properties" in node) == (node.get("additionalProperties") is False), path
@@ -121,7 +121,7 @@ def test_values_that_contradict_each_other_are_refused_with_the_reason(values: O
         render(values)
 
 
-def test_helms_own_globals_and_numbers_from_the_command_line_are_taken():
+def test_helms_globals_and_numbers_from_the_command_line_are_accepted():
     given = helm_python.parse_set_json('shard.settings={"kv-blocks": 100000000}')
     (shard,) = pods(render({"global": {"region": "eu"}, **given}), "shard")
     assert "--kv-blocks=100000000" in shard["spec"]["containers"][0]["args"]

@@ -1,4 +1,4 @@
-"""A real server of the tiny model, and scripts that call it with unmodified clients."""
+"""A real server with the tiny model, and scripts that call it with unmodified clients."""
 
 import shutil
 import subprocess
@@ -30,7 +30,7 @@ def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
 
 @pytest.fixture
 def run_script(old_python: Path, server: Server) -> Callable[[str], None]:
-    """Runs a Python script with the old clients; it is given the server's URL, and fails by raising."""
+    """Runs a Python script with the old clients. The server's URL is its argument; it fails by raising."""
 
     def run(script: str) -> None:
         command = [str(old_python), "-c", script, server.url]

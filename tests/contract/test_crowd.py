@@ -1,4 +1,4 @@
-"""Many streams over all faces at once, a third of them left midway."""
+"""Many streams over all faces at once, a third of which are closed midway."""
 
 import asyncio
 import json
@@ -13,7 +13,7 @@ TOKENS = 24
 ADAPTERS = (None, "first", "second")
 
 
-async def test_sixty_four_mixed_streams_a_third_of_which_leave_lose_no_request_and_no_block(server: Server):
+async def test_many_mixed_streams_of_which_a_third_leave_lose_no_request_and_no_block(server: Server):
     async with (
         AsyncClient(server.address) as grpc,
         AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as openai,

@@ -1,4 +1,4 @@
-"""Embeddings as the unmodified clients ask for them; that they are right is tested over gRPC."""
+"""Embeddings through the unmodified clients; their values are tested over gRPC."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +20,7 @@ def client(server: Server) -> Iterator[OpenAI]:
 def test_openais_client_embeds_texts_and_token_ids(client: OpenAI, server: Server, model: Path):
     with Client(server.address) as grpc_client:
         expected = grpc_client.embed(["Hello", [1, 2, 3]])
-    for encoding in (openai.NOT_GIVEN, "float", "base64"):  # left out, the client itself asks for base64
+    for encoding in (openai.NOT_GIVEN, "float", "base64"):  # without this field, the client requests base64
         hello = client.embeddings.create(model=str(model), input="Hello", encoding_format=encoding)
         values = hello.data[0].embedding
         if encoding == "base64":
@@ -55,7 +55,9 @@ def test_the_model_names_the_adapter(client: OpenAI, server: Server, model: Path
         ({"input": "Hi", "dimensions": 8}, "dimensions"),
     ],
 )
-def test_what_cannot_be_embedded_is_a_bad_request(client: OpenAI, model: Path, fields: dict[str, object], wrong: str):
+def test_input_that_cannot_be_embedded_is_a_bad_request(
+    client: OpenAI, model: Path, fields: dict[str, object], wrong: str
+):
     with pytest.raises(openai.BadRequestError) as caught:
         client.embeddings.create(model=str(model), **fields)
     assert caught.value.param == wrong

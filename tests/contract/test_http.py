@@ -1,4 +1,4 @@
-"""What no client shows: headers, events on the wire, administration, health, and the OpenAPI document."""
+"""What clients hide: headers, events on the wire, administration, health, and the OpenAPI document."""
 
 import json
 import re
@@ -15,7 +15,7 @@ from tests.e2e.processes import Server
 
 
 def call(server: Server, path: str, body: object | bytes | None = None) -> tuple[int, Message, str]:
-    """The status, the headers and the text of a POST, or without a body of a GET."""
+    """The status, the headers and the text of a POST, or of a GET if there is no body."""
     data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
     request = urllib.request.Request(server.url + path, data, {"Content-Type": "application/json"})
     try:
@@ -45,7 +45,7 @@ def test_whole_answers_have_lorax_headers(server: Server):
     assert headers["x-adapter-id"] == "first" and headers["x-model-id"]
 
 
-def test_streams_are_events_without_a_done_on_lorax_routes_and_with_one_on_openais(server: Server):
+def test_streams_end_with_done_on_openais_routes_and_without_on_loraxs(server: Server):
     _, headers, text = call(server, "/generate_stream", {"inputs": "Hi", "parameters": {"max_new_tokens": 3}})
     events = [json.loads(event.removeprefix("data: ")) for event in text.strip().split("\n\n")]
     assert len(events) == 3 and headers["content-type"].startswith("text/event-stream")
@@ -54,7 +54,7 @@ def test_streams_are_events_without_a_done_on_lorax_routes_and_with_one_on_opena
     assert call(server, "/v1/chat/completions", chat)[2].endswith("data: [DONE]\n\n")
 
 
-def test_the_texts_of_loraxs_tokens_make_up_the_prompt_and_the_answer(server: Server):
+def test_the_texts_of_loraxs_tokens_add_up_to_the_prompt_and_the_answer(server: Server):
     asked = {"max_new_tokens": 30, "temperature": 2.0, "seed": 5, "details": True, "decoder_input_details": True}
     answer = read(server, "/generate", {"inputs": "aé😀", "parameters": asked})
     assert [token["text"] for token in answer["details"]["prefill"]] == ["a", "", "é", "", "", "", "😀"]
@@ -89,7 +89,7 @@ def test_nulls_and_unknown_fields_are_accepted(server: Server):
     assert len(read(server, "/invocations", {"inputs": "Hi", "parameters": {"max_new_tokens": 1}})) == 1
 
 
-def test_a_body_too_large_is_refused(server: Server):
+def test_a_body_that_is_too_large_is_refused(server: Server):
     assert call(server, "/generate", b" " * (16 << 20) + b"{}")[0] == 413
 
 
@@ -100,7 +100,7 @@ def test_info_tokenize_and_health(server: Server):
     assert call(server, "/absent")[0] == 404 and call(server, "/generate")[0] == 405
 
 
-def test_head_asks_what_get_does(server: Server):
+def test_head_is_answered_like_get(server: Server):
     for path, status in (("/health", 200), ("/v1/models", 200), ("/generate", 405), ("/absent", 404)):
         head = urllib.request.Request(server.url + path, method="HEAD")
         try:
@@ -112,7 +112,7 @@ def test_head_asks_what_get_does(server: Server):
         assert (found, body) == (status, b"")
 
 
-def test_any_web_page_may_call_and_send_its_key(server: Server):
+def test_any_web_page_may_send_requests_with_a_key(server: Server):
     asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,x-stainless-os"}
     preflight = {"Origin": "https://app.example", **asked}
     url = server.url + "/v1/chat/completions"
@@ -134,7 +134,7 @@ def test_an_omitted_model_is_the_base(server: Server, model: Path):
         assert read(server, path, body)["model"] == str(model)
 
 
-def test_loraxs_fields_of_openais_routes_say_where_the_adapter_is(server: Server):
+def test_loraxs_fields_on_openais_routes_say_where_the_adapter_is(server: Server):
     chat = {"model": "first", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3}
     extra = {"adapter_source": "local", "api_token": "secret", "ignore_eos_token": True}
     assert read(server, "/v1/chat/completions", {**chat, **extra})["usage"]["completion_tokens"] == 3
@@ -154,7 +154,7 @@ def test_vllms_tokenize_detokenize_and_version(server: Server):
     assert read(server, "/version")["version"]
 
 
-def test_vllms_tokenize_renders_conversations_as_chat_completions_do(server: Server):
+def test_vllms_tokenize_renders_conversations_like_chat_completions(server: Server):
     chat = {"model": "first", "messages": [{"role": "user", "content": [{"type": "text", "text": "ß?"}]}]}
     found = read(server, "/tokenize", {**chat, "return_token_strs": True})
     answered = read(server, "/v1/chat/completions", {**chat, "max_tokens": 1})
@@ -173,12 +173,12 @@ def test_vllms_tokenize_renders_conversations_as_chat_completions_do(server: Ser
     assert call(server, "/tokenize", {**continued, "add_generation_prompt": True})[0] == 422
 
 
-def test_adapters_are_loaded_listed_and_unloaded_by_either_name_of_the_routes(server: Server):
+def test_adapters_are_loaded_listed_and_unloaded_under_both_routes_names(server: Server):
     def tier() -> str:
         return next(adapter["tier"] for adapter in read(server, "/adapters") if adapter["id"] == "second")
 
     server.assert_nothing_is_held()
-    call(server, "/adapters/unload", {"id": "second"})  # where other tests loaded it
+    call(server, "/adapters/unload", {"id": "second"})  # other tests may have loaded it
     assert tier() == "disk"
     assert read(server, "/adapters/load", {"id": "second"})["lora_rank"] == 8
     assert tier() == "host"
@@ -201,7 +201,7 @@ def test_the_openapi_document_has_every_route_and_the_statuses_of_its_errors(ser
     assert {"200", "404", "422", "429"} <= set(paths["/generate"]["post"]["responses"])
 
 
-def test_the_documentation_needs_nothing_from_elsewhere(server: Server):
+def test_the_documentation_loads_nothing_from_elsewhere(server: Server):
     for page in "/docs", "/redoc":
         status, headers, body = call(server, page)
         assert status == 200 and "text/html" in headers["content-type"]
@@ -210,7 +210,7 @@ def test_the_documentation_needs_nothing_from_elsewhere(server: Server):
         assert all(call(server, address)[0] == 200 for address in fetched if address.startswith("/"))
 
 
-def test_the_front_page_leads_to_what_there_is(server: Server):
+def test_the_front_page_links_to_everything(server: Server):
     status, headers, page = call(server, "/")
     model = read(server, "/info")["model_id"]
     assert status == 200 and "text/html" in headers["content-type"]
@@ -221,7 +221,7 @@ def test_the_front_page_leads_to_what_there_is(server: Server):
 
 
 @pytest.mark.parametrize("model", ["", "<script>"])
-def test_the_front_page_says_what_it_may_and_runs_nothing(model: str):
+def test_the_front_page_has_a_policy_and_runs_no_scripts(model: str):
     page = front_page(model, "http://x/?<script>")
     assert "<script>" not in page
     assert ("Authorization: Bearer KEY" in page) == (not model)

@@ -1,4 +1,4 @@
-"""`lorax-client` 0.6.3, as it comes from PyPI."""
+"""`lorax-client` 0.6.3 from PyPI, unmodified."""
 
 from collections.abc import Callable
 
@@ -38,7 +38,7 @@ assert stopped.generated_text == stop and stopped.details.finish_reason.value ==
     )
 
 
-def test_sampling_repeats_with_its_seed_and_best_of_returns_the_others(run_script: Callable[[str], None]):
+def test_sampling_is_repeatable_by_its_seed_and_best_of_returns_the_others(run_script: Callable[[str], None]):
     run_script(
         IMPORTS
         + """
@@ -53,7 +53,7 @@ assert mean(best.details.tokens) >= max(mean(other.tokens) for other in best.det
     )
 
 
-def test_a_stream_has_one_event_for_each_token_and_the_whole_in_its_last(run_script: Callable[[str], None]):
+def test_a_stream_has_one_event_per_token_and_the_whole_text_in_the_last(run_script: Callable[[str], None]):
     run_script(
         IMPORTS
         + """

@@ -1,4 +1,4 @@
-"""The `openai` client, as it comes from PyPI."""
+"""The `openai` client from PyPI, unmodified."""
 
 import asyncio
 import json
@@ -43,7 +43,7 @@ def test_models_are_the_base_and_its_adapters(client: OpenAI, base: str):
             client.models.retrieve(name)
 
 
-def test_models_come_in_pages_if_they_are_asked_for(client: OpenAI, base: str):
+def test_models_are_listed_in_pages_if_requested(client: OpenAI, base: str):
     def page(**query: object) -> tuple[list[str], bool]:
         got = client.models.list(extra_query=query)
         return [model.id for model in got], got.has_more
@@ -69,7 +69,7 @@ def test_the_model_names_the_adapter_alone_or_after_the_base(client: OpenAI, bas
         assert caught.value.code == "model_not_found"
 
 
-def test_completions_of_several_prompts_are_numbered_through_streamed_or_not(client: OpenAI, base: str):
+def test_choices_of_several_prompts_are_numbered_consecutively_streamed_or_not(client: OpenAI, base: str):
     options = {"model": base, "prompt": ["Hello", "Good day"], "n": 2, "max_tokens": 5, "temperature": 0}
     whole = client.completions.create(**options)
     assert [choice.index for choice in whole.choices] == [0, 1, 2, 3]
@@ -91,7 +91,7 @@ def test_echo_scores_the_prompt_without_an_answer(client: OpenAI, base: str):
     assert scored.logprobs.text_offset == list(range(10))
 
 
-def test_what_was_likely_in_the_place_of_a_prompts_tokens_is_reported(client: OpenAI, base: str):
+def test_alternatives_to_a_prompts_tokens_are_reported(client: OpenAI, base: str):
     tokens = list(range(30, 40))
     options = {"model": base, "prompt": tokens, "max_tokens": 1, "temperature": 0}
     echoed = client.completions.create(**options, echo=True, logprobs=3).choices[0].logprobs
@@ -107,7 +107,7 @@ def test_what_was_likely_in_the_place_of_a_prompts_tokens_is_reported(client: Op
     assert [list(found) for found in alone[1:]] == [[str(token)] for token in tokens[1:]]
 
 
-def test_logprobs_are_of_the_text_and_best_of_keeps_the_likeliest(client: OpenAI, base: str):
+def test_logprobs_belong_to_the_text_and_best_of_keeps_the_likeliest(client: OpenAI, base: str):
     choice = client.completions.create(model=base, prompt="Hello", max_tokens=6, temperature=0, logprobs=3).choices[0]
     assert len(choice.logprobs.tokens) == 6
     assert all(
@@ -117,7 +117,7 @@ def test_logprobs_are_of_the_text_and_best_of_keeps_the_likeliest(client: OpenAI
     assert len(client.completions.create(model=base, prompt="Hello", max_tokens=3, n=2, best_of=4).choices) == 2
 
 
-def test_a_chat_streams_what_it_answers_whole(client: OpenAI, base: str):
+def test_a_streamed_chat_is_the_same_as_a_whole_one(client: OpenAI, base: str):
     options = {"model": "second", "messages": HELLO, "max_completion_tokens": 8, "seed": 5, "temperature": 0.8}
     whole = client.chat.completions.create(**options, logprobs=True, top_logprobs=2)
     message = whole.choices[0]
@@ -140,7 +140,7 @@ async def test_many_asynchronous_streams_at_once(server: Server, base: str):
                 async for _ in stream:
                     count += 1
                     if model == "first" and count > 2:
-                        break  # leaves midway
+                        break  # closes the stream midway
                 return count
 
         counts = await asyncio.gather(*(read(model) for model in [base, "first", "second"] * 4))
@@ -167,12 +167,12 @@ async def test_many_asynchronous_streams_at_once(server: Server, base: str):
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "odd"}}}}, "response_format"),
-        ({"response_format": {"type": "json_schema", "json_schema": SCHEMA}}, "response_format"),  # no schema in it
+        ({"response_format": {"type": "json_schema", "json_schema": SCHEMA}}, "response_format"),  # it has no schema
         ({"extra_body": {"regex": "(a"}}, "regex"),
         ({"extra_body": {"json_schema": {"type": "odd"}}}, "json_schema"),
     ],
 )
-def test_a_wrong_field_is_a_bad_request_that_names_it(
+def test_an_invalid_field_is_a_bad_request_that_names_it(
     client: OpenAI, base: str, wrong: dict[str, object], param: str, stream: bool
 ):
     with pytest.raises(openai.BadRequestError) as caught:
@@ -180,7 +180,7 @@ def test_a_wrong_field_is_a_bad_request_that_names_it(
     assert caught.value.param == param and caught.value.type == "invalid_request_error"
 
 
-def test_what_does_not_fit_the_context_says_so(client: OpenAI, base: str):
+def test_a_prompt_that_exceeds_the_context_is_refused_with_the_limit(client: OpenAI, base: str):
     for options in ({"messages": [{"role": "user", "content": "x" * 9000}]}, {"max_tokens": 10**6}):
         with pytest.raises(openai.BadRequestError) as caught:
             client.chat.completions.create(**{"model": base, "messages": HELLO, **options})
@@ -188,7 +188,7 @@ def test_what_does_not_fit_the_context_says_so(client: OpenAI, base: str):
         assert "this model's maximum context length is 4096 tokens" in caught.value.message
 
 
-def test_tokens_of_logprobs_are_ids_where_vllms_option_asks_for_them(client: OpenAI, base: str):
+def test_tokens_of_logprobs_are_ids_if_vllms_option_is_set(client: OpenAI, base: str):
     common = {"model": base, "max_tokens": 5, "temperature": 0}
     as_ids = {"extra_body": {"return_tokens_as_token_ids": True}}
     completion = {**common, "prompt": "Hi", "logprobs": 2, "echo": True}
@@ -207,7 +207,7 @@ def test_tokens_of_logprobs_are_ids_where_vllms_option_asks_for_them(client: Ope
     assert [token for piece in pieces if piece for token in piece.content] == whole
 
 
-def test_tokens_are_known_by_their_bytes_where_they_are_parts_of_characters(client: OpenAI, base: str):
+def test_tokens_that_are_parts_of_characters_are_identified_by_their_bytes(client: OpenAI, base: str):
     options = {"model": base, "max_tokens": 40, "temperature": 1.5, "seed": 3}
     for stream in (False, True):
         answer = client.completions.create(**options, prompt="é😀x:", echo=True, logprobs=5, stream=stream)
@@ -219,7 +219,7 @@ def test_tokens_are_known_by_their_bytes_where_they_are_parts_of_characters(clie
         assert tokens[:8] == [*(f"bytes:\\x{byte:02x}" for byte in "é😀".encode()), "x", ":"]
         assert offsets[:8] == [0, 0, 1, 1, 1, 1, 2, 3] and offsets == sorted(offsets)
         assert all(text[at] == token for token, at in zip(tokens, offsets, strict=True) if len(token) == 1)
-        assert all(len(found) in (5, 6) for found in top[1:])  # none of them collapse; the token's own may be one more
+        assert all(len(found) in (5, 6) for found in top[1:])  # they stay distinct; the token's own may be added
     chat = {**options, "messages": HELLO, "logprobs": True, "top_logprobs": 5}
     for entry in client.chat.completions.create(**chat).choices[0].logprobs.content:
         for token in (entry, *entry.top_logprobs):
@@ -227,7 +227,7 @@ def test_tokens_are_known_by_their_bytes_where_they_are_parts_of_characters(clie
             assert bytes(token.bytes) == (b"</s>" if token.token == "</s>" else name.encode("latin-1"))
 
 
-def test_a_bias_chooses_tokens_and_leaves_the_logprobs_as_the_models(client: OpenAI, base: str):
+def test_a_bias_chooses_tokens_but_does_not_change_the_logprobs(client: OpenAI, base: str):
     q, r = byte_tokenizer().encode("qr")
     options = {"model": base, "prompt": "Hello", "max_tokens": 4, "temperature": 0, "logprobs": 1}
     plain = client.completions.create(**options).choices[0]
@@ -236,7 +236,7 @@ def test_a_bias_chooses_tokens_and_leaves_the_logprobs_as_the_models(client: Ope
     assert client.completions.create(**options, logit_bias={str(q): -100, str(r): 100}).choices[0].text == "rrrr"
 
 
-def test_special_tokens_are_shown_where_asked_for(client: OpenAI, base: str):
+def test_special_tokens_are_shown_if_requested(client: OpenAI, base: str):
     end = byte_tokenizer().eos_token_id
     options = {"model": base, "prompt": "Hello", "max_tokens": 2, "logit_bias": {str(end): 100}}
     for skip, text in ((None, ""), (False, "</s></s>")):
@@ -249,7 +249,7 @@ def test_special_tokens_are_shown_where_asked_for(client: OpenAI, base: str):
         assert [at for piece in pieces for at in piece.text_offset] == whole.text_offset == [0, len(text) // 2]
 
 
-def test_stop_strings_are_sought_in_what_was_generated_once_there_is_enough_of_it(client: OpenAI, base: str):
+def test_stop_strings_are_matched_in_the_output_after_min_tokens(client: OpenAI, base: str):
     (q,), end = byte_tokenizer().encode("q"), byte_tokenizer().eos_token_id
     options = {"model": base, "prompt": "Hello", "max_tokens": 12, "logit_bias": {str(q): 100}}
     for extra, text, reason, tokens in (
@@ -317,13 +317,13 @@ def test_forced_tool_calls_are_calls_streamed_or_not(client: OpenAI, base: str, 
 
 
 def forced(schema: dict[str, object]) -> dict[str, object]:
-    """Options that force a call of a tool with this schema, which is the second one."""
+    """Options that force a call of the second tool, which has this schema."""
     tools = [{"type": "function", "function": {"name": name}} for name in ("read_clock", "read_sky")]
     tools[1]["function"] |= {"parameters": schema}
     return {"tools": tools, "tool_choice": "required", "parallel_tool_calls": False}
 
 
-def test_a_forced_tools_schema_refers_to_itself_alone(client: OpenAI, base: str):
+def test_a_forced_tools_schema_resolves_its_own_references(client: OpenAI, base: str):
     tree = {"type": "object", "properties": {"kid": {"anyOf": [{"type": "null"}, {"$ref": "#"}]}}, "required": ["kid"]}
     size = {
         "properties": {"size": {"$ref": "#/definitions/a"}},
@@ -348,7 +348,7 @@ def test_a_forced_tools_schema_refers_to_itself_alone(client: OpenAI, base: str)
         ({"extra_body": {"structured_outputs": {"regex": "(a"}}}, "structured_outputs.regex"),
     ],
 )
-def test_what_cannot_be_enforced_is_refused_by_the_field_that_asked_for_it(
+def test_formats_that_cannot_be_enforced_are_refused_by_field(
     client: OpenAI, base: str, options: dict[str, object], param: str
 ):
     with pytest.raises(openai.BadRequestError) as caught:
@@ -364,9 +364,9 @@ def test_a_tool_without_parameters_is_called_without_arguments(client: OpenAI, b
     assert json.loads(call.function.arguments) == {}
 
 
-def test_every_chunk_has_the_usage_so_far_where_vllms_option_asks_for_it(client: OpenAI, base: str):
+def test_every_chunk_has_the_usage_so_far_if_vllms_option_is_set(client: OpenAI, base: str):
     asked = {"include_usage": True, "continuous_usage_stats": True}
-    # Tokens that come faster than they are sent share a chunk, but not so many.
+    # Tokens that arrive faster than they are sent share a chunk, but not all of them.
     common = {
         "model": base,
         "max_tokens": 40,

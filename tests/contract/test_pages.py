@@ -1,4 +1,4 @@
-"""The code on the two pages about clients, as it stands there but for the server's address."""
+"""The code on the two pages about clients, unchanged except for the server's address."""
 
 import os
 import re
@@ -23,7 +23,7 @@ def blocks(page: str, language: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def shown(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server with adapters of the names on the pages."""
+    """A server whose adapters have the names on the pages."""
     adapters = tmp_path_factory.mktemp("shown")
     for name in ("sentiment", "entities"):
         save_adapter(model, adapters / name, 4, seed=1)
@@ -42,7 +42,7 @@ def run(command: list[str], script: str, server: Server) -> str:
 
 
 @pytest.mark.parametrize("script", blocks("coming-from-lorax.md", "python"))
-def test_lorax_clients_code_works(shown: Server, old_python: Path, script: str):
+def test_the_code_for_lorax_clients_works(shown: Server, old_python: Path, script: str):
     assert "FinishReason" in run([str(old_python), "-c"], script, shown)
 
 
@@ -53,5 +53,5 @@ def test_the_plain_routes_answer(shown: Server, script: str):
 
 
 @pytest.mark.parametrize("script", blocks("openai.md", "python"))
-def test_openais_code_works(shown: Server, script: str):
+def test_the_code_for_openai_clients_works(shown: Server, script: str):
     assert run([sys.executable, "-c"], script, shown).strip()

@@ -1,4 +1,4 @@
-"""What generation_config.json says about sampling holds on OpenAI's routes, unless a request says otherwise."""
+"""Sampling defaults on OpenAI's routes come from generation_config.json; requests take precedence."""
 
 import json
 import shutil
@@ -39,11 +39,11 @@ def generated(server: Server, **parameters: Any) -> str:
     return str(call(server, "/generate", body)[1]["generated_text"])
 
 
-def test_what_a_request_leaves_out_is_as_the_model_says(opinionated: Server) -> None:
+def test_omitted_parameters_have_the_models_defaults(opinionated: Server) -> None:
     assert completed(opinionated) == completed(opinionated, temperature=0)
 
 
-def test_what_a_request_says_counts(opinionated: Server) -> None:
+def test_a_requests_parameters_take_precedence(opinionated: Server) -> None:
     likeliest = completed(opinionated)
     assert completed(opinionated, top_k=-1) != likeliest
     assert completed(opinionated, top_k=0) != likeliest
@@ -56,7 +56,7 @@ def test_other_faces_keep_their_own_defaults(opinionated: Server) -> None:
     assert generated(opinionated, do_sample=True) == sampled != completed(opinionated)
 
 
-def test_it_can_be_left_out_of_account(model: Path) -> None:
+def test_generation_config_can_be_ignored(model: Path) -> None:
     files = GetTokenizerResponse(tokenizer_json=(model / "tokenizer.json").read_bytes())
     info = GetInfoResponse(sampling_defaults=generation_pb2.Sampling(top_k=20, top_p=0.5))
     read = {setting: read_model(info, files, 1, 1, (), setting).sampling_defaults for setting in ("auto", "vllm")}

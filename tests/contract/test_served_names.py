@@ -1,4 +1,4 @@
-"""--served-model-name: what OpenAI's routes call the base model."""
+"""--served-model-name: the base model's names on OpenAI's routes."""
 
 import json
 import urllib.error
@@ -19,7 +19,7 @@ def named(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
     adapters = tmp_path_factory.mktemp("named")
     for name in ("sql", "chat"):
         save_adapter(model, adapters / name, 4, seed=1)
-    names = "--served-model-name=prod, chat"  # one of them is an adapter's, too
+    names = "--served-model-name=prod, chat"  # the second is also an adapter's name
     with Server(str(model), names, f"--adapters={adapters}", "--kv-blocks=64", "--threads=1") as running:
         yield running
 
@@ -36,13 +36,13 @@ def call(server: Server, path: str, body: object = None) -> tuple[int, Any]:
 
 
 def asked_for(server: Server, model: str) -> tuple[int, str, str]:
-    """The status, what the answer says that it is from, and its text."""
+    """The status, the answer's `model`, and its text."""
     body = {"model": model, "prompt": "Hi", "max_tokens": 8, "temperature": 0}
     status, answer = call(server, "/v1/completions", body)
     return status, answer.get("model", ""), answer["choices"][0]["text"] if status == 200 else ""
 
 
-def test_any_name_is_the_base_and_the_first_is_in_answers(named: Server):
+def test_all_names_mean_the_base_and_answers_have_the_first(named: Server):
     base = asked_for(named, "prod")
     assert base[:2] == (200, "prod")
     assert [asked_for(named, name) for name in ("", "chat")] == [base, base]
@@ -51,7 +51,7 @@ def test_any_name_is_the_base_and_the_first_is_in_answers(named: Server):
     assert len({text for _, _, text in adapters}) == 1 and adapters[0][2] != base[2]
 
 
-def test_an_adapter_of_a_models_name_is_asked_for_behind_it(named: Server):
+def test_an_adapter_with_a_models_name_is_requested_after_a_colon(named: Server):
     assert asked_for(named, "prod:chat")[:2] == (200, "prod:chat")
     assert asked_for(named, "prod:chat")[2] != asked_for(named, "chat")[2]
 
@@ -71,7 +71,7 @@ def test_the_names_are_listed_before_the_adapters(named: Server, model: Path):
     assert call(named, "/v1/models/chat")[1]["parent"] is None
 
 
-def test_other_routes_know_the_names(named: Server):
+def test_other_routes_use_the_names(named: Server):
     assert call(named, "/v1/embeddings", {"model": "chat", "input": "Hi"})[1]["model"] == "prod"
     assert call(named, "/tokenize", {"model": "chat", "messages": [{"role": "user", "content": "Hi"}]})[0] == 200
     with Client(named.address) as client:

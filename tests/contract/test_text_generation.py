@@ -1,4 +1,4 @@
-"""`text-generation` 0.7.0, as it comes from PyPI."""
+"""`text-generation` 0.7.0 from PyPI, unmodified."""
 
 from collections.abc import Callable
 

@@ -1,5 +1,5 @@
-"""Values that stand for something: nulls, zeros, -1 and the like mean what they mean to OpenAI, vLLM and LoRAX, or are
-refused by the field's name."""
+"""Special values: null, 0, -1 and the like mean the same as in OpenAI's API, vLLM and LoRAX, or are refused by
+field."""
 
 import json
 from typing import Any
@@ -26,7 +26,7 @@ def ask(server: Server, path: str, **fields: object) -> tuple[int, Any]:
 
 
 def said(answer: Any) -> Any:
-    """All but what is new each time."""
+    """The answer without the fields that change each time."""
     if "choices" in answer:
         return answer["choices"], answer["usage"]["completion_tokens"]
     return {**answer, "details": {**answer["details"], "skipped_tokens": 0}}
@@ -38,7 +38,7 @@ ABSENT: dict[str, tuple[object, ...]] = {
     "min_p": (None, 0),
     "top_n_sigma": (None, 0, -1),
     "typical_p": (None, 1),
-    "seed": (None, -1, 0, 2**63, 2**70, -(2**63)),  # greedy: it changes nothing
+    "seed": (None, -1, 0, 2**63, 2**70, -(2**63)),  # decoding is greedy, so a seed changes nothing
     "frequency_penalty": (None, 0),
     "presence_penalty": (None, 0),
     "repetition_penalty": (None, 1),
@@ -110,7 +110,7 @@ AS_ABSENT = [
 ]
 
 
-def test_values_that_are_as_good_as_absent(server: Server):
+def test_values_that_are_treated_as_absent(server: Server):
     plain = {path: said(ask(server, path)[1]) for path in BODIES}
     for path, field, value in AS_ABSENT:
         status, answer = ask(server, path, **{field: value})
@@ -160,7 +160,7 @@ AS_REFUSED = [
 ]
 
 
-def test_values_that_mean_nothing_are_refused_by_the_field_s_name(server: Server):
+def test_meaningless_values_are_refused_by_field(server: Server):
     for path, field, value in AS_REFUSED:
         status, answer = ask(server, path, **{field: value})
         if path == "/generate":
@@ -175,7 +175,7 @@ def test_a_model_that_is_null_is_the_base(server: Server):
     assert read(server, "/v1/embeddings", {"model": None, "input": "Hi"})["data"]
 
 
-def test_a_prompt_is_cut_to_as_much_as_fits(server: Server):
+def test_a_prompt_is_truncated_to_the_context(server: Server):
     long = {
         "/v1/completions": {"prompt": "x" * 9000},
         "/v1/chat/completions": {"messages": [{"role": "user", "content": "x" * 9000}]},
@@ -189,7 +189,7 @@ def test_a_prompt_is_cut_to_as_much_as_fits(server: Server):
 
 
 @pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens"])
-def test_minus_one_token_is_as_many_as_fit(server: Server, field: str):
+def test_minus_one_means_as_many_tokens_as_fit(server: Server, field: str):
     path = "/v1/completions" if field == "max_tokens" else "/v1/chat/completions"
     (q,) = byte_tokenizer().encode("q")
     answer = ask(

@@ -1,4 +1,4 @@
-"""Checkpoints and adapters that the end-to-end tests serve, made once."""
+"""Checkpoints and adapters for the end-to-end tests, which are created once."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,7 +47,7 @@ def oracle(model: Path, adapters: Path) -> Oracle:
 
 @pytest.fixture(scope="module")
 def server(model: Path, adapters: Path) -> Iterator[Server]:
-    """A server of the tiny model on one rank, with room for everything."""
+    """A server with the tiny model on one rank, and room for everything."""
     with Server(str(model), f"--adapters={adapters}", "--kv-blocks=512", "--threads=1") as running:
         yield running
         running.assert_nothing_is_held()

@@ -1,5 +1,5 @@
-"""`loraplex shard`, but some tokens kill it, and it is there again at once: the process that is told to start it has
-imported all that it needs, and forks."""
+"""`loraplex shard`, but some tokens kill it, and it restarts at once: the process has imported all modules and
+forks."""
 
 import ctypes
 import os
@@ -10,13 +10,13 @@ from loraplex.cli.main import main
 from loraplex_protos.shard_pb2 import StepRequest, StepResponse
 from loraplex_shard.serving import server
 
-KILLING, RAISING = 1, 2  # token ids: of bytes that no other prompt has
+KILLING, RAISING = 1, 2  # token ids of bytes that no other prompt has
 DIED = "the shard died"
 SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
 
 
 class MortalRunner(server.Runner):
-    """Ends with the process, or raises, on a plan that starts a sequence with one of the tokens."""
+    """Kills the process, or raises, when a plan starts a sequence with one of the tokens."""
 
     def step(self, plan: StepRequest) -> StepResponse:
         for start in plan.starts:
@@ -34,5 +34,5 @@ if __name__ == "__main__":
         if not os.WIFSIGNALED(status):
             sys.exit(os.waitstatus_to_exitcode(status))
         print(DIED, file=sys.stderr, flush=True)
-    ctypes.CDLL(None).prctl(SET_DEATH_SIGNAL, signal.SIGKILL)  # with the process that forked it
+    ctypes.CDLL(None).prctl(SET_DEATH_SIGNAL, signal.SIGKILL)  # the child dies with its parent
     main()

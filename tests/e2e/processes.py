@@ -1,4 +1,4 @@
-"""Starts the real thing: `loraplex serve`, or a router and shards apart."""
+"""Starts real processes: `loraplex serve`, or a router and shards."""
 
 import os
 import re
@@ -12,11 +12,11 @@ import urllib.error
 import urllib.request
 from typing import Any, Self
 
-START_SECONDS = 120  # a loaded machine is slow
+START_SECONDS = 120  # a busy machine is slow
 
 
 class Process:
-    """A running `loraplex` command. Its log is kept."""
+    """A running `loraplex` command and its log."""
 
     module = "loraplex.cli.main"
 
@@ -30,7 +30,7 @@ class Process:
         self._reader.start()
 
     def terminate(self) -> int:
-        """SIGTERM; answers the exit status."""
+        """Sends SIGTERM, and returns the exit status."""
         self.process.send_signal(signal.SIGTERM)
         return self._end()
 
@@ -68,11 +68,11 @@ class Process:
 
 
 class Edge(Process):
-    """One that clients can reach, once it shows where; what it says is found by the two patterns."""
+    """A command with ports. It is ready once it has printed its addresses, which the two patterns find."""
 
     def __init__(self, *arguments: str, address: str, url: str, **options: Any) -> None:
         command, *flags = arguments
-        super().__init__(command, "--http-port=0", "--grpc-port=0", *flags, **options)  # the last of a flag counts
+        super().__init__(command, "--http-port=0", "--grpc-port=0", *flags, **options)  # a later flag overrides these
         try:
             self.address = self._find(address)
             self.url = self._find(url)
@@ -88,7 +88,7 @@ class Edge(Process):
             return error.code
 
     def metric(self, name: str) -> float:
-        """The sum of the samples that have a label, or all of them: `loraplex_kv_blocks{state="used"}` for example."""
+        """The sum of a metric's samples, all or with certain labels: `loraplex_kv_blocks{state="used"}` for example."""
         with urllib.request.urlopen(f"{self.url}/metrics", timeout=60) as response:
             text = response.read().decode()
         sample, _, label = name.rstrip("}").partition("{")
@@ -104,7 +104,7 @@ class Edge(Process):
             time.sleep(0.02)
 
     def assert_nothing_is_held(self) -> None:
-        """No sequence runs or waits, and no block is in use."""
+        """Asserts that no sequence runs or waits, and no block is in use."""
         for name in ('loraplex_sequences{state="running"}', 'loraplex_sequences{state="waiting"}'):
             self.wait_until(name, 0)
         self.wait_until('loraplex_kv_blocks{state="used"}', 0)
@@ -118,7 +118,7 @@ class Server(Edge):
 
 
 class Router(Edge):
-    """`loraplex router`, which listens before any shards are there."""
+    """`loraplex router`, which listens before any shards run."""
 
     def __init__(self, *flags: str) -> None:
         super().__init__("router", *flags, address=r"port (\d+) \(gRPC\)", url=r"port (\d+) \(HTTP\)")
@@ -133,20 +133,20 @@ class Shard(Process):
 
 
 class MortalShard(Shard):
-    """One that dies of some tokens, and is there again then."""
+    """A shard that some tokens kill, and that restarts then."""
 
     module = "tests.e2e.mortal_shard"
 
 
 def free_port() -> int:
-    """A port that nobody listens on, for a process that must be told one."""
+    """A free port, for a process that needs a fixed one."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port: int = listener.getsockname()[1]
         return port
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """A `loraplex` command, to its end."""
+    """Runs a `loraplex` command until it ends."""
     command = [sys.executable, "-m", "loraplex.cli.main", *arguments]
     environment = {**os.environ, "COLUMNS": "200"}
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)

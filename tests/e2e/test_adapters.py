@@ -1,4 +1,5 @@
-"""Adapters through a running server: sources, refusals, residency, and what a slow or bad one does to others."""
+"""Adapters through a running server: sources, refusals, where they reside, and effects of slow or bad ones on
+others."""
 
 import asyncio
 import json
@@ -45,7 +46,7 @@ def hub() -> Iterator[StandInHub]:
 
 @pytest.fixture(scope="module")
 def folder(adapters: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the adapters that tests may change, the first of which is broken."""
+    """A copy of the adapters that tests may change; the first one is broken."""
     folder = Path(shutil.copytree(adapters, tmp_path_factory.mktemp("served") / "adapters"))
     shutil.copytree(folder / "r8", folder / "a-cut")
     (folder / "a-cut" / "adapter_model.safetensors").write_bytes(b"")
@@ -86,7 +87,7 @@ def test_a_hub_adapter_is_loaded_on_first_use(client: Client, hub: StandInHub, a
     assert answer(client, "org/r8") == expected(oracle, "r8")
 
 
-def test_a_revision_is_pinned_and_the_default_branch_followed_when_loaded_again(
+def test_a_revision_is_pinned_and_the_default_branch_is_followed_on_reload(
     client: Client, hub: StandInHub, adapters: Path, oracle: Oracle
 ):
     first = hub.push("org/moving", files_of(adapters / "r4"))
@@ -98,7 +99,7 @@ def test_a_revision_is_pinned_and_the_default_branch_followed_when_loaded_again(
     assert answer(client, AdapterReference("org/moving", revision=first)) == expected(oracle, "r4")
 
 
-def test_a_private_adapter_is_served_to_its_token_alone_and_the_token_is_nowhere_in_the_log(
+def test_a_private_adapter_is_served_only_with_its_token_which_is_never_logged(
     client: Client, hub: StandInHub, adapters: Path, oracle: Oracle
 ):
     hub.push("org/private", files_of(adapters / "r64"), tokens=frozenset({SECRET}))
@@ -130,10 +131,10 @@ def test_an_adapters_own_end_tokens_end_its_answers(client: Client, hub: StandIn
     hub.push("org/ending", files)
     (ended,) = client.generate(PROMPT, adapter="org/ending", max_new_tokens=8).sequences
     assert [token.id for token in ended.tokens] == tokens[: tokens.index(end) + 1]
-    assert answer(client, "org/ending") == tokens  # which ignores them
+    assert answer(client, "org/ending") == tokens  # the oracle ignores end tokens
 
 
-async def test_a_slow_source_delays_its_own_requests_alone(
+async def test_a_slow_source_only_delays_its_own_requests(
     serving: Server, hub: StandInHub, adapters: Path, oracle: Oracle
 ):
     hub.push("org/slow", files_of(adapters / "r16"))
@@ -149,7 +150,7 @@ async def test_a_slow_source_delays_its_own_requests_alone(
         assert [token.id for token in (await slow).sequences[0].tokens] == expected(oracle, "r16")
 
 
-def test_changed_content_is_served_after_loading_again_and_shares_no_cache_with_the_old(
+def test_changed_content_is_served_after_reloading_and_shares_no_cache_with_the_old(
     client: Client, folder: Path, model: Path, oracle: Oracle
 ):
     save_adapter(model, folder / "changing", 8, seed=50)
@@ -168,13 +169,13 @@ def test_the_listing_tells_where_each_adapter_is(client: Client, serving: Server
         answer(client, name)
     listed = {adapter.id: adapter for adapter in client.adapters() if adapter.source == "local"}
     assert listed["r8"].tier is AdapterTier.DEVICE and listed["r8"].lora_rank == 8 and listed["r8"].size_bytes > 0
-    assert listed["r1"].tier is AdapterTier.HOST  # two slots, three adapters
+    assert listed["r1"].tier is AdapterTier.HOST  # there are two slots for three adapters
     assert listed["attention"].tier is AdapterTier.DISK
     assert serving.metric('loraplex_adapters{tier="device"}') == 2
 
 
 def unload_once_unused(client: Client, adapter: str) -> None:
-    """Once the server has noticed that a stream was closed."""
+    """Waits until the server has noticed that a stream was closed."""
     deadline = time.monotonic() + 60
     while True:
         try:
@@ -185,7 +186,7 @@ def unload_once_unused(client: Client, adapter: str) -> None:
             time.sleep(0.01)
 
 
-def test_an_adapter_is_unloaded_unless_it_is_in_use_and_comes_back_when_asked_for(client: Client, oracle: Oracle):
+def test_an_adapter_is_unloaded_unless_it_is_in_use_and_reloaded_on_request(client: Client, oracle: Oracle):
     stream = client.stream(PROMPT, adapter="r12", max_new_tokens=4000, ignore_eos=True)
     next(stream)
     with pytest.raises(AdapterInUseError):
@@ -198,7 +199,7 @@ def test_an_adapter_is_unloaded_unless_it_is_in_use_and_comes_back_when_asked_fo
     assert answer(client, "r12") == expected(oracle, "r12")
 
 
-def test_unloading_waits_for_running_sequences_if_asked_to(client: Client, oracle: Oracle):
+def test_unloading_waits_for_running_sequences_if_requested(client: Client, oracle: Oracle):
     stream = client.stream(PROMPT, adapter="r16", max_new_tokens=1000, ignore_eos=True)
     first = next(stream)
     with pytest.raises(AdapterInUseError):
@@ -242,7 +243,7 @@ def test_a_merged_adapter_is_unloaded_by_its_digest(client: Client):
 
 
 @pytest.mark.parametrize("name", ["absent", "../model", "/etc", "r8/../r4", "a" * 100])
-def test_a_name_that_is_no_adapter_is_not_found_and_never_answered_by_the_base(client: Client, name: str):
+def test_an_unknown_name_is_not_found_and_never_answered_by_the_base(client: Client, name: str):
     with pytest.raises((AdapterNotFoundError, AdapterInvalidError, InvalidRequestError)):
         answer(client, AdapterReference(name, source="local"))
 
@@ -277,7 +278,7 @@ def as_pickle(adapter: Path) -> None:
         (as_pickle, "safetensors"),
     ],
 )
-def test_a_malformed_adapter_is_refused_by_name_and_its_neighbours_are_answered(
+def test_a_malformed_adapter_is_refused_by_name_and_its_neighbours_are_served(
     client: Client, folder: Path, adapters: Path, oracle: Oracle, spoil, message: str, request: pytest.FixtureRequest
 ):
     bad = folder / f"bad-{abs(hash(request.node.name))}"
@@ -288,7 +289,7 @@ def test_a_malformed_adapter_is_refused_by_name_and_its_neighbours_are_answered(
     assert answer(client, "r8") == expected(oracle, "r8")
 
 
-def test_an_adapter_of_another_base_is_refused_saying_so(client: Client, folder: Path, tmp_path: Path):
+def test_an_adapter_with_the_shapes_of_another_base_is_refused(client: Client, folder: Path, tmp_path: Path):
     other = LlamaConfig(
         vocab_size=257, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=3
     )
@@ -298,7 +299,7 @@ def test_an_adapter_of_another_base_is_refused_saying_so(client: Client, folder:
         answer(client, "other-base")
 
 
-def test_an_adapter_made_for_another_base_is_served_with_a_warning_wherever_it_is_shown(
+def test_an_adapter_made_for_another_base_is_served_with_warnings(
     serving: Server, client: Client, folder: Path, oracle: Oracle
 ):
     shutil.copytree(folder / "r8", folder / "foreign")
@@ -318,7 +319,7 @@ def test_an_adapter_made_for_another_base_is_served_with_a_warning_wherever_it_i
 
 
 @pytest.mark.parametrize("name", ["Müller & Söhne/SQL v2 (neu)", "a=b@c%20d"])
-def test_a_name_of_any_script_is_the_same_on_every_face(
+def test_names_in_any_script_work_on_every_face(
     serving: Server, client: Client, folder: Path, oracle: Oracle, name: str
 ):
     shutil.copytree(folder / "r8", folder / name)
@@ -332,13 +333,13 @@ def test_a_name_of_any_script_is_the_same_on_every_face(
         client.generate(PROMPT, adapter=name[:-1], **OPTIONS)
 
 
-def test_what_is_broken_is_listed_with_its_reason_and_refused_with_it(client: Client):
+def test_broken_adapters_are_listed_and_refused_with_the_reason(client: Client):
     status = {adapter.id: adapter for adapter in client.adapters()}["a-cut"]
     assert (status.state, "cut short" in status.reason) == (AdapterState.BROKEN, True)
     with pytest.raises(AdapterInvalidError, match="cut short"):
         client.generate(PROMPT, adapter="a-cut", **OPTIONS)
 
 
-def test_a_server_is_introduced_with_adapters_that_can_be_asked_for(serving: Server):
-    # As far as a listing sees: that the files of `bias` and `dora` lack a tensor is found when they are loaded.
+def test_the_first_lines_of_a_server_only_name_adapters_that_can_be_requested(serving: Server):
+    # A listing cannot see that the files of `bias` and `dora` lack a tensor; loading them does.
     assert "adapters  attention, bias, dora and 8 more" in serving.log

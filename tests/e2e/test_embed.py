@@ -1,4 +1,4 @@
-"""Embeddings through a running server: transformers' and PEFT's hidden states, in chunks, beside generations."""
+"""Embeddings through a running server equal transformers' and PEFT's hidden states, in chunks, beside generations."""
 
 import asyncio
 import math
@@ -38,11 +38,11 @@ def expected(model: Path, adapters: Path) -> dict[tuple[str | None, str], torch.
 async def test_embeddings_equal_pooled_hidden_states_beside_generations(
     tp: int, model: Path, adapters: Path, expected: dict[tuple[str | None, str], torch.Tensor], oracle: Oracle
 ) -> None:
-    # 64 blocks are too few for all at once, and 32 tokens a step cut the long text into many chunks.
+    # 64 blocks are too few for all texts at once, and 32 tokens per step divide the long text into many chunks.
     limits = "--kv-blocks=64", "--max-batch-tokens=32", "--max-sequences=16"
     with Server(str(model), f"--adapters={adapters}", *limits, "--threads=1", f"--tp={tp}") as server:
         async with AsyncClient(server.address) as client:
-            for _ in range(2):  # the second time with the texts' blocks in the prefix cache
+            for _ in range(2):  # the second time, the texts' blocks are in the prefix cache
                 generating = client.generate(TEXTS[1], adapter="r8", max_new_tokens=8, ignore_eos=True)
                 answer, *found = await asyncio.gather(
                     generating, *(client.embed(TEXTS, adapter=name) for name in ADAPTERS)
@@ -76,7 +76,7 @@ def test_merged_adapters_embed_too(server: Server) -> None:
     assert other.values != pytest.approx(alone.values, abs=1e-2)
 
 
-def test_a_text_that_fills_the_whole_context_is_embedded_and_a_longer_one_refused(server: Server) -> None:
+def test_a_text_that_fills_the_context_is_embedded_and_a_longer_one_is_refused(server: Server) -> None:
     with Client(server.address) as client:
         limit = client.info().max_model_len
         assert client.embed("x" * limit)[0].prompt_tokens == limit
@@ -115,7 +115,7 @@ def test_a_model_saved_without_a_head_embeds_with_adapters_and_refuses_to_genera
             assert answer.status_code in (400, 422) and "embedding model" in answer.text
         assert requests.get(f"{server.url}/startup", timeout=60).status_code == 200
     expected = []
-    with torch.inference_mode():  # its files say: the last token, as it is
+    with torch.inference_mode():  # its files select the last token, without normalization
         expected.append(base(input_ids=ids).last_hidden_state[0, -1])
         tuned = PeftModel.from_pretrained(base, tmp_path / "adapters" / "tuned").eval()
         expected.append(tuned(input_ids=ids).last_hidden_state[0, -1])

@@ -1,5 +1,4 @@
-"""Answers equal those of transformers and PEFT run alone: mixed in one batch, on any number of ranks, after eviction
-and reload."""
+"""Answers equal transformers' and PEFT's: mixed in one batch, on any number of ranks, after eviction and reload."""
 
 import asyncio
 from pathlib import Path
@@ -16,7 +15,7 @@ TOKENS = 12
 
 
 async def ask_all_at_once(server: Server) -> dict[tuple[str | None, str], Generation]:
-    """All adapters and the base, two prompts each."""
+    """Requests for all adapters and the base, with two prompts each."""
     questions = [(name, prompt) for prompt in PROMPTS for name in NAMES]
     async with AsyncClient(server.address) as client:
         answers = await asyncio.gather(
@@ -36,13 +35,13 @@ def assert_equal_to_oracle(answers: dict[tuple[str | None, str], Generation], or
 
 
 @pytest.mark.parametrize("tp", [1, 2, 3, 4])
-async def test_a_mixed_batch_equals_peft_also_after_eviction_and_reload(
+async def test_a_mixed_batch_equals_peft_even_after_eviction_and_reload(
     tp: int, model: Path, adapters: Path, oracle: Oracle
 ):
     flags = f"--adapters={adapters}", "--kv-blocks=512", "--max-adapters-on-device=3", "--threads=1", f"--tp={tp}"
     with Server(str(model), *flags) as server:
         assert_equal_to_oracle(await ask_all_at_once(server), oracle)
-        assert_equal_to_oracle(await ask_all_at_once(server), oracle)  # most were evicted meanwhile
+        assert_equal_to_oracle(await ask_all_at_once(server), oracle)  # most have been evicted in the meantime
         server.assert_nothing_is_held()
 
 

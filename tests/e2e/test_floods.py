@@ -1,4 +1,4 @@
-"""The worst that one request can hold: it is refused, nothing else ends, and little memory was taken."""
+"""Huge requests are refused, other requests continue, and the router needs little memory."""
 
 import http.client
 import json
@@ -13,12 +13,12 @@ from loraplex_protos import generation_pb2 as pb
 from loraplex_protos.generation_pb2_grpc import GenerationServiceStub
 from tests.e2e.processes import Server
 
-MOST_MIB = 200  # that the router may take beyond what it had
+MAX_MIB = 200  # by which the router's memory may grow
 MIB = 2**20
 
 
 def memory(server: Server, name: str) -> int:
-    """Of the router, in MiB: VmRSS is now, VmHWM was the most."""
+    """The router's memory in MiB: VmRSS is the current value, VmHWM the peak."""
     status = Path(f"/proc/{server.process.pid}/status").read_text()
     found = re.search(rf"{name}:\s+(\d+) kB", status)
     assert found
@@ -31,7 +31,7 @@ def server(model: Path) -> Iterator[Server]:
         post(running, "/v1/chat/completions", chat([{"role": "user", "content": "Hi"}]))
         before = memory(running, "VmRSS")
         yield running
-        assert memory(running, "VmHWM") - before < MOST_MIB
+        assert memory(running, "VmHWM") - before < MAX_MIB
         status, answer = post(running, "/generate", json.dumps({"inputs": "Hi", "parameters": {"max_new_tokens": 2}}))
         assert status == 200 and json.loads(answer)["generated_text"]
         running.assert_nothing_is_held()
@@ -112,7 +112,7 @@ FLOODS = {
 
 
 @pytest.mark.parametrize("flood", FLOODS)
-def test_what_is_too_much_is_refused_in_a_few_words(server: Server, flood: str):
+def test_too_large_requests_are_refused_with_short_errors(server: Server, flood: str):
     status, answer = post(server, *FLOODS[flood])
     assert status in (400, 404, 413, 422)
     assert len(answer) < 4000
@@ -141,7 +141,7 @@ GRPC_FLOODS = {
 
 
 @pytest.mark.parametrize("flood", GRPC_FLOODS)
-def test_what_is_too_much_over_grpc_is_refused_in_a_few_words(server: Server, flood: str):
+def test_too_large_grpc_requests_are_refused_with_short_errors(server: Server, flood: str):
     with grpc.insecure_channel(server.address) as channel, pytest.raises(grpc.RpcError) as caught:
         GenerationServiceStub(channel).Generate(GRPC_FLOODS[flood], timeout=120)
     codes = grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.RESOURCE_EXHAUSTED

@@ -1,4 +1,4 @@
-"""Structured output through a running server: what is answered, what is refused, and who is not disturbed."""
+"""Structured output through a running server: answers, refusals, and other requests that are not affected."""
 
 import asyncio
 import json
@@ -56,7 +56,7 @@ def test_json_answers_are_valid_and_end_by_themselves(client: Client) -> None:
         jsonschema.validate(json.loads(whole.text), SCHEMA)
 
 
-def test_any_object_can_be_asked_for(client: Client) -> None:
+def test_any_json_object_can_be_requested(client: Client) -> None:
     cut = answer(client, JsonObject(), seed=1, max_new_tokens=60)
     assert cut.text.startswith("{")
     if cut.finish_reason is FinishReason.END_TOKEN:
@@ -95,7 +95,7 @@ def test_a_grammar_that_cannot_be_compiled_is_refused_before_the_stream_begins(c
         (None, {"min_new_tokens": 1_000_000}, "stopping.min_new_tokens"),
     ],
 )
-def test_what_does_not_fit_together_is_refused_by_field(
+def test_conflicting_fields_are_refused_by_field(
     client: Client, grammar: Grammar | None, options: dict[str, object], field: str
 ) -> None:
     with pytest.raises(InvalidRequestError) as refused:
@@ -123,7 +123,7 @@ async def test_constrained_and_plain_sequences_run_together_and_do_not_change_ea
     assert [task.result().text for task in again] == [generation.text for generation in plain]
 
 
-def test_no_end_token_is_chosen_before_the_least_length(client: Client) -> None:
+def test_no_end_token_is_chosen_before_the_minimum_length(client: Client) -> None:
     ends = list(range(64))
     whole = client.generate("Hi", temperature=1.0, seed=1, stop_token_ids=ends, min_new_tokens=30, max_new_tokens=90)
     tokens = [token.id for token in whole.sequences[0].tokens]
@@ -131,7 +131,7 @@ def test_no_end_token_is_chosen_before_the_least_length(client: Client) -> None:
 
 
 @pytest.mark.parametrize("options", [{"ignore_eos": True}, {"min_new_tokens": 30}, {"ignore_eos": True, "seed": 1}])
-def test_a_grammar_s_end_ends_an_answer_that_is_to_go_on(client: Client, options: dict[str, object]) -> None:
+def test_the_end_of_a_grammar_ends_an_answer_despite_ignore_eos(client: Client, options: dict[str, object]) -> None:
     document = answer(client, JsonSchema(SCHEMA), **options)
     jsonschema.validate(json.loads(document.text), SCHEMA)
     assert document.finish_reason is FinishReason.END_TOKEN
@@ -140,7 +140,7 @@ def test_a_grammar_s_end_ends_an_answer_that_is_to_go_on(client: Client, options
     assert "ignore_eos" not in options or {found.text for found in longest} == {"a" * 40}
 
 
-def test_preempted_sequences_and_two_ranks_answer_the_same_with_logprobs_or_without(
+def test_preempted_sequences_and_two_ranks_give_the_same_answers_with_or_without_logprobs(
     model: Path, adapters: Path, client: Client
 ) -> None:
     expected = [answer(client, JsonSchema(SCHEMA), seed=seed) for seed in range(8)]
@@ -168,7 +168,7 @@ def test_preempted_sequences_and_two_ranks_answer_the_same_with_logprobs_or_with
         small.assert_nothing_is_held()
 
 
-def test_an_answer_with_logprobs_is_cut_where_it_would_be_without(client: Client) -> None:
+def test_an_answer_with_logprobs_ends_at_the_same_token_as_without(client: Client) -> None:
     for limit in range(1, 14):
         plain = answer(client, JsonSchema(SCHEMA), seed=3, max_new_tokens=limit)
         scored = answer(client, JsonSchema(SCHEMA), seed=3, max_new_tokens=limit, logprobs=True)

@@ -15,7 +15,7 @@ COUNT, STREAMS = 200, 32
 
 
 async def ask(client: AsyncClient, seed: int, limit: asyncio.Semaphore) -> bool:
-    """Whether the document came to an end; it is valid then."""
+    """Whether the document is complete; if it is, it must be valid."""
     schema = random_document_schema(Random(seed))
     async with limit:
         whole = await client.generate(
@@ -42,7 +42,7 @@ async def run(address: str) -> None:
     assert all(document.result() for document in documents)
 
 
-def test_every_schema_gives_a_valid_document_on_the_real_model_beside_plain_requests() -> None:
+def test_the_real_model_gives_a_valid_document_for_every_schema_beside_plain_requests() -> None:
     with Server("--kv-blocks=1024") as server:
         asyncio.run(run(server.address))
         server.assert_nothing_is_held()

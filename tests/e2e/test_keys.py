@@ -90,7 +90,7 @@ def test_only_an_administrator_loads_and_unloads(guarded: Server) -> None:
         admin.unload_adapter("r1")
 
 
-def test_requests_in_flight_are_limited_and_belong_to_their_tenant(guarded: Server) -> None:
+def test_requests_in_flight_are_limited_and_only_their_tenant_can_cancel_them(guarded: Server) -> None:
     with client_of(guarded, "busy") as busy, client_of(guarded, "plain") as plain, client_of(guarded, "admin") as admin:
         stream = busy.stream("Hi", max_new_tokens=4000, ignore_eos=True, request_id="long")
         next(stream)
@@ -105,7 +105,7 @@ def test_requests_in_flight_are_limited_and_belong_to_their_tenant(guarded: Serv
         assert len(busy.embed(["one request", "however many inputs"])) == 2
 
 
-def test_tokens_are_limited_by_what_was_used(guarded: Server) -> None:
+def test_tokens_are_limited_by_their_actual_use(guarded: Server) -> None:
     with client_of(guarded, "chatty") as client:
         client.generate("x" * 60, **OPTIONS)
         with pytest.raises(RateLimitedError, match="20 tokens a minute") as refusal:
@@ -124,10 +124,10 @@ def post(server: Server, key: str | None) -> tuple[int, dict[str, str], dict[str
         return error.code, dict(error.headers), json.load(error)
 
 
-def test_keys_hold_over_http(guarded: Server) -> None:
+def test_keys_are_checked_over_http(guarded: Server) -> None:
     status, headers, body = post(guarded, None)
     assert (status, body["error_type"], headers["www-authenticate"]) == (401, "unauthenticated", "Bearer")
-    assert post(guarded, KEYS["plain"])[0] == 200  # and was not taken for the adapter's token
+    assert post(guarded, KEYS["plain"])[0] == 200  # and the key was not taken for the adapter's token
     assert guarded.health() == 200
 
 
@@ -140,14 +140,14 @@ def get(server: Server, path: str, key: str | None) -> tuple[int, dict[str, obje
         return error.code, json.load(error)
 
 
-def test_openais_routes_list_what_a_key_may_use(guarded: Server, model: Path) -> None:
+def test_openais_routes_list_the_models_that_a_key_may_use(guarded: Server, model: Path) -> None:
     status, body = get(guarded, "/v1/models", "wrong")
     assert (status, body["error"]["code"]) == (401, "unauthenticated")
     names = {entry["id"] for entry in get(guarded, "/v1/models", KEYS["plain"])[1]["data"]}
     assert names == {str(model), "r1", "r4", "r8", "r12", "r16", "r64"}
 
 
-def test_a_limit_over_http_says_when_to_try_again(guarded: Server) -> None:
+def test_a_limit_over_http_says_when_to_retry(guarded: Server) -> None:
     with client_of(guarded, "busy") as busy:
         stream = busy.stream("Hi", max_new_tokens=4000, ignore_eos=True)
         next(stream)
@@ -165,7 +165,7 @@ def test_commands_take_the_key_as_a_flag_or_a_variable(guarded: Server, monkeypa
     assert run("adapters", "list", server).returncode == 0
 
 
-def test_a_key_file_that_cannot_be_used_ends_the_start(model: Path, tmp_path: Path) -> None:
+def test_an_invalid_key_file_prevents_the_start(model: Path, tmp_path: Path) -> None:
     file = tmp_path / "keys.yaml"
     file.write_text("tenants: {acme: {keys: [plain text]}}")
     with pytest.raises(AssertionError, match=r"--api-keys: .*tenants.acme.keys.0"):

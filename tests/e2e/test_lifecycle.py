@@ -1,4 +1,4 @@
-"""Requests that end early, queues that are full, blocks that run out, servers that stop: nothing is leaked or lost."""
+"""Requests that end early, full queues, too few blocks, servers that stop: nothing is leaked or lost."""
 
 import asyncio
 import contextlib
@@ -39,7 +39,7 @@ from tests.e2e.tiny import Oracle, byte_tokenizer
 FOREVER = {"max_new_tokens": 6000, "ignore_eos": True}
 
 
-async def test_cancelled_disconnected_and_late_requests_leave_no_block_in_use(server: Server):
+async def test_cancelled_disconnected_and_late_requests_free_all_blocks(server: Server):
     async with AsyncClient(server.address) as client:
 
         async def leaves_the_loop():
@@ -73,9 +73,9 @@ async def test_cancelled_disconnected_and_late_requests_leave_no_block_in_use(se
     server.assert_nothing_is_held()
 
 
-def test_a_client_whose_process_is_gone_leaves_no_block_in_use(server: Server):
+def test_requests_of_a_client_that_died_free_all_blocks(server: Server):
     with Client(server.address) as client:
-        next(client.stream("gone", **FOREVER))  # the channel closes with the call open
+        next(client.stream("gone", **FOREVER))  # the channel closes during the call
     server.assert_nothing_is_held()
 
 
@@ -97,11 +97,11 @@ async def test_a_long_prompt_does_not_stop_other_streams(server: Server):
         while not long.done():
             tokens_meanwhile += len((await anext(stream)).tokens)
         assert long.result().sequences[0].usage.prompt_tokens == 7500
-        assert tokens_meanwhile >= 7500 // 256  # one for each chunk of the prompt, at least
+        assert tokens_meanwhile >= 7500 // 256  # at least one for each chunk of the prompt
         await stream.aclose()
 
 
-async def test_sequences_that_outgrow_the_cache_are_preempted_and_lose_no_token(
+async def test_sequences_that_outgrow_the_cache_are_preempted_without_losing_tokens(
     model: Path, adapters: Path, oracle: Oracle
 ):
     prompts = [f"{index} sequences compete for few blocks" for index in range(6)]
@@ -121,7 +121,7 @@ async def test_sequences_that_outgrow_the_cache_are_preempted_and_lose_no_token(
         server.assert_nothing_is_held()
 
 
-async def test_a_full_queue_is_refused_at_once_and_those_in_it_are_served(model: Path):
+async def test_a_full_queue_refuses_at_once_and_serves_what_it_holds(model: Path):
     flags = "--max-queue=4", "--max-sequences=1", "--kv-blocks=64", "--max-model-len=1024", "--threads=1"
     with Server(str(model), *flags) as server:
         async with AsyncClient(server.address) as client:
@@ -165,7 +165,7 @@ async def test_requests_that_outlast_the_drain_are_cancelled(model: Path):
         assert server.process.wait(60) == 0
 
 
-async def test_two_ranks_have_metrics_of_their_own_and_end_with_the_server_whatever_they_run(model: Path):
+async def test_two_ranks_have_their_own_metrics_and_end_with_the_server(model: Path):
     port = free_port()
     flags = "--tp=2", "--kv-blocks=512", "--threads=1", "--drain-seconds=0.5", f"--metrics-port={port}"
     with Server(str(model), *flags) as server:
@@ -173,7 +173,7 @@ async def test_two_ranks_have_metrics_of_their_own_and_end_with_the_server_whate
             with urllib.request.urlopen(f"http://127.0.0.1:{port + rank}/metrics", timeout=60) as response:
                 assert f'loraplex_shard_build_info{{model="{model}",rank="{rank}"' in response.read().decode()
         children = psutil.Process(server.process.pid).children()
-        ranks = [child for child in children if "shard" in child.cmdline()]  # the others render templates
+        ranks = [child for child in children if "shard" in child.cmdline()]  # the other processes render templates
         assert len(ranks) == 2
         async with AsyncClient(server.address) as client:
             streams = [client.stream(f"{i}", **FOREVER) for i in range(4)]
@@ -186,15 +186,15 @@ async def test_two_ranks_have_metrics_of_their_own_and_end_with_the_server_whate
         assert not any(child.is_running() for child in children)
 
 
-def test_ranks_that_still_load_end_with_the_server(model: Path):
+def test_ranks_that_are_still_loading_end_with_the_server(model: Path):
     with Process("serve", str(model), "--http-port=0", "--grpc-port=0", "--tp=2", "--kv-blocks=64") as serve:
         while len(ranks := psutil.Process(serve.process.pid).children()) < 2:
             threading.Event().wait(0.01)
-        assert serve.terminate() in (0, -signal.SIGTERM)  # the latter if it had not come to handling it
+        assert serve.terminate() in (0, -signal.SIGTERM)  # the latter if its handler was not installed yet
     assert psutil.wait_procs(ranks, timeout=30)[1] == []
 
 
-def test_a_shard_does_not_wait_for_a_download_that_does_not_end(model: Path):
+def test_a_shard_that_stops_does_not_wait_for_a_download(model: Path):
     address = f"127.0.0.1:{free_port()}"
     asked = threading.Event()
     with EndlessHub(asked) as hub:
@@ -208,7 +208,7 @@ def test_a_shard_does_not_wait_for_a_download_that_does_not_end(model: Path):
 
 
 class EndlessHub(socketserver.ThreadingTCPServer):
-    """Begins an answer to each call, and goes on with it byte by byte."""
+    """Begins to answer each call, and continues byte by byte."""
 
     daemon_threads = True
 
@@ -244,7 +244,7 @@ def wait_for_health(server: Server, status: int) -> None:
     raise AssertionError(f"health is {server.health()}")
 
 
-async def test_ranks_that_die_or_hang_are_started_again_and_streams_go_on_from_their_last_token(
+async def test_ranks_that_die_or_hang_are_restarted_and_streams_continue_from_their_last_token(
     model: Path, adapters: Path
 ):
     with Server(str(model), f"--adapters={adapters}", "--kv-blocks=512", "--threads=1", "--tp=2") as server:
@@ -256,7 +256,7 @@ async def test_ranks_that_die_or_hang_are_started_again_and_streams_go_on_from_t
             for rank, number in enumerate((signal.SIGKILL, signal.SIGSTOP)):
                 rank_of(server, rank).send_signal(number)
                 await asyncio.to_thread(wait_for_health, server, 503)
-                # What comes meanwhile waits, too.
+                # Requests that arrive in the meantime wait too.
                 assert (await client.generate("meanwhile", max_new_tokens=2, timeout=120)).text
                 assert server.health() == 200
             for answer, stream, seen in zip(whole, streams, pieces, strict=True):
@@ -276,7 +276,7 @@ def check_health(server: Server) -> int:
         return HealthStub(channel).Check(HealthCheckRequest(), timeout=60).status
 
 
-def test_nothing_that_clients_say_is_logged_whether_it_is_served_or_refused(server: Server):
+def test_prompts_and_answers_are_not_logged_whether_requests_are_served_or_refused(server: Server):
     said = "between-us"
     with Client(server.address, api_key=said) as client:
         assert client.generate(said, max_new_tokens=2).text
@@ -298,7 +298,7 @@ def test_nothing_that_clients_say_is_logged_whether_it_is_served_or_refused(serv
     assert said not in server.log
 
 
-def test_the_standard_health_and_reflection_services_answer(server: Server):
+def test_the_standard_health_and_reflection_services_work(server: Server):
     with grpc.insecure_channel(server.address) as channel:
         for name in ("", "loraplex.v1.GenerationService"):
             answer = HealthStub(channel).Check(HealthCheckRequest(service=name), timeout=60)
@@ -318,13 +318,13 @@ def test_a_model_that_cannot_be_served_is_an_error_before_any_port_opens(tmp_pat
     assert reason in " ".join(result.stderr.split()) and "gRPC " not in result.stderr
 
 
-def test_a_taken_port_is_an_error_that_names_it(server: Server, model: Path):
+def test_a_port_in_use_is_an_error_that_names_it(server: Server, model: Path):
     port = server.address.rsplit(":", 1)[1]
     result = run("serve", str(model), "--http-port=0", f"--grpc-port={port}", "--kv-blocks=64")
     assert result.returncode == 1 and port in result.stderr
 
 
-def test_grpc_is_told_to_leave_forks_alone_before_it_is_loaded(server: Server):
+def test_grpcs_fork_handlers_are_turned_off_before_it_is_imported(server: Server):
     environment = psutil.Process(server.process.pid).environ()
     assert environment["GRPC_ENABLE_FORK_SUPPORT"] == "0"
     assert "fork" not in server.log

@@ -1,4 +1,4 @@
-"""Merged adapters through a running server answer as PEFT's add_weighted_adapter does, beside their parts."""
+"""Merged adapters through a running server equal PEFT's add_weighted_adapter, also beside their parts."""
 
 import asyncio
 from pathlib import Path
@@ -49,7 +49,7 @@ def continued(model: PeftModel, adapter: str) -> list[int]:
 
 
 @pytest.mark.parametrize("tp", [1, 2])
-async def test_merged_adapters_answer_as_pefts_do_beside_their_parts(
+async def test_merged_adapters_equal_pefts_beside_their_parts(
     tp: int, model: Path, adapters: Path, expected: dict[str, list[int]], oracle: Oracle
 ) -> None:
     options = {"max_new_tokens": TOKENS, "ignore_eos": True}
@@ -86,6 +86,8 @@ async def test_merged_adapters_answer_as_pefts_do_beside_their_parts(
         (MergedAdapters(["r8", "r4"]), "merged_adapters.adapters: the lora_rank"),
     ],
 )
-def test_what_cannot_be_merged_is_refused_by_the_field(server: Server, merged: MergedAdapters, field: str) -> None:
+def test_adapters_that_cannot_be_merged_are_refused_by_field(
+    server: Server, merged: MergedAdapters, field: str
+) -> None:
     with Client(server.address) as client, pytest.raises(InvalidRequestError, match=field):
         client.generate(PROMPT, adapter=merged, max_new_tokens=1)

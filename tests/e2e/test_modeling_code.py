@@ -1,4 +1,4 @@
-"""Models that our own decoder does not know, over real processes: transformers' modeling code, our kernels."""
+"""Models that our own decoder does not support, in real processes: transformers' modeling code with our kernels."""
 
 import asyncio
 from pathlib import Path

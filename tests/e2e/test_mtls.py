@@ -1,4 +1,4 @@
-"""Mutual TLS between a real router and a real shard: who has no certificate of the authority gets nothing."""
+"""Mutual TLS between a real router and a real shard: both refuse peers without a certificate from the authority."""
 
 import time
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from tests.e2e.tiny import Oracle, byte_tokenizer
 
 @dataclass(frozen=True)
 class Certificates:
-    """Issues certificates, all of which trust one authority, whoever signed them."""
+    """Issues certificates of any authority, together with the trusted authority's."""
 
     folder: Path
     trusted: trustme.CA
@@ -41,7 +41,7 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
 
 @pytest.fixture(scope="module")
 def shard(model: Path, certificates: Certificates) -> Iterator[tuple[Shard, str]]:
-    """One rank, and its address."""
+    """A shard with one rank, and its address."""
     address = f"localhost:{free_port()}"
     flags = certificates.flags("localhost", certificates.trusted)
     with Shard(f"--model={model}", f"--listen={address}", "--kv-blocks=64", "--threads=1", *flags) as running:
@@ -69,7 +69,9 @@ def test_a_router_with_a_certificate_of_the_shards_authority_drives_it(
         assert router.terminate() == 0
 
 
-def test_routers_without_one_are_refused_and_their_logs_say_so(shard: tuple[Shard, str], certificates: Certificates):
+def test_routers_without_such_a_certificate_are_refused_and_log_it(
+    shard: tuple[Shard, str], certificates: Certificates
+):
     refusing, address = shard
     with (
         Router(f"--shards={address}") as without,
@@ -82,7 +84,7 @@ def test_routers_without_one_are_refused_and_their_logs_say_so(shard: tuple[Shar
     wait_for_line(refusing, "CERTIFICATE_VERIFY_FAILED")
 
 
-def test_a_client_that_shows_no_certificate_is_refused(shard: tuple[Shard, str], certificates: Certificates):
+def test_a_client_without_a_certificate_is_refused(shard: tuple[Shard, str], certificates: Certificates):
     refusing, address = shard
     credentials = grpc.ssl_channel_credentials(certificates.trusted.cert_pem.bytes())
     with grpc.secure_channel(address, credentials) as channel, pytest.raises(grpc.RpcError) as refused:

@@ -1,4 +1,4 @@
-"""The README's commands, run as they stand there against the server that `make serve` starts."""
+"""The README's commands, unchanged, against the server that `make serve` starts."""
 
 import os
 import re
@@ -24,9 +24,9 @@ def blocks(language: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[Server]:
-    """What `make serve` runs, on its usual ports, with the adapters that it offers."""
+    """The server that `make serve` runs, on its default ports and with its adapters."""
     make = ["make", "--dry-run", "--always-make", "--no-print-directory", "serve"]
-    callers = {"ARGS", "MAKEFLAGS", "MAKELEVEL", "MAKEOVERRIDES"}  # of the make that runs the tests
+    callers = {"ARGS", "MAKEFLAGS", "MAKELEVEL", "MAKEOVERRIDES"}  # from the make that runs the tests
     environment = {name: value for name, value in os.environ.items() if name not in callers}
     recipe = subprocess.run(make, cwd=ROOT, env=environment, capture_output=True, text=True)
     command, *flags = shlex.split(recipe.stdout.strip().splitlines()[-1])
@@ -36,7 +36,7 @@ def served() -> Iterator[Server]:
 
 
 @pytest.mark.parametrize("script", blocks("sh"))
-def test_a_shell_command_works_as_it_stands(served: Server, script: str):
+def test_a_shell_command_works_as_written(served: Server, script: str):
     bin_folder = str(Path(sys.executable).parent)
     environment = {**os.environ, "PATH": f"{bin_folder}:{os.environ['PATH']}"}
     script = script.replace(".venv/bin/", f"{bin_folder}/")
@@ -46,7 +46,7 @@ def test_a_shell_command_works_as_it_stands(served: Server, script: str):
 
 
 @pytest.mark.parametrize("script", blocks("python"))
-def test_a_python_example_works_as_it_stands(served: Server, script: str):
+def test_a_python_example_works_as_written(served: Server, script: str):
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "Paris" in result.stdout and "Angela Jones" in result.stdout
@@ -63,7 +63,7 @@ def test_every_setting_that_the_readme_names_exists(served: Server):
     assert named and all(flag in help_text for flag in named)
 
 
-def test_what_the_server_prints_to_try_works(served: Server):
+def test_the_requests_that_the_server_prints_work(served: Server):
     tries = served.log.split("Try it:\n")[1].splitlines()
     commands = [Path(line.split()[0]).name for line in tries[:6]]
     assert commands == ["loraplex", "loraplex", "python", "buf", "curl", "curl"]

@@ -1,4 +1,4 @@
-"""Two real replicas behind one router: affinity, one that stops, one that is killed, and one that comes later."""
+"""Two real replicas behind one router: affinity, one that stops, one that hangs, and one that is killed."""
 
 import asyncio
 import signal
@@ -29,10 +29,10 @@ def start(model: Path, adapters: Path, folder: Path, number: int) -> Shard:
     return Shard(f"--model={model}", f"--adapters={adapters}", f"--listen=unix:{folder}/{number}", *FLAGS)
 
 
-async def test_replicas_come_and_go_and_no_request_is_lost(
+async def test_replicas_come_and_go_without_losing_requests(
     router: Router, model: Path, adapters: Path, folder: Path, oracle: Oracle
 ):
-    # A router without replicas is there, and says that it is not ready.
+    # A router without replicas runs, but is not ready.
     assert router.health() == 503
     with Client(router.address) as client, pytest.raises(UnavailableError, match="no replica"):
         client.generate("too early", max_new_tokens=1, timeout=60)
@@ -57,11 +57,11 @@ async def each_adapter_is_on_one_replica(router: Router, client: AsyncClient) ->
     names = "r1", "r4", "r8", "r16"
     for _ in range(3):
         await asyncio.gather(*(client.generate("Hi", adapter=name, max_new_tokens=4) for name in names))
-    assert router.metric('loraplex_adapters{tier="device"}') == len(names)  # over both replicas
+    assert router.metric('loraplex_adapters{tier="device"}') == len(names)  # the sum over both replicas
 
 
 async def one_replica_stops(router: Router, client: AsyncClient, stopping: Shard, oracle: Oracle) -> None:
-    """SIGTERM: what runs there ends there, what comes goes to the other replica, and the shard exits with 0."""
+    """SIGTERM: running requests finish there, new ones go to the other replica, and the shard exits with 0."""
     streams = [client.stream(f"{i}", max_new_tokens=100, ignore_eos=True) for i in range(4)]
     pieces = [[await anext(stream)] for stream in streams]
     stopping.process.send_signal(signal.SIGTERM)
@@ -76,7 +76,7 @@ async def one_replica_stops(router: Router, client: AsyncClient, stopping: Shard
 
 
 async def one_replica_hangs(router: Router, client: AsyncClient, stopped: Shard, oracle: Oracle) -> None:
-    """SIGSTOP: what ran there goes on in the other replica. The shard is taken up again when it goes on."""
+    """SIGSTOP: running requests continue in the other replica. The shard is used again once it continues."""
     streams = [client.stream(f"{i}", max_new_tokens=100, ignore_eos=True) for i in range(4)]
     pieces = [[await anext(stream)] for stream in streams]
     stopped.process.send_signal(signal.SIGSTOP)
@@ -91,7 +91,7 @@ async def one_replica_hangs(router: Router, client: AsyncClient, stopped: Shard,
 
 
 async def one_replica_is_killed(router: Router, client: AsyncClient, killed: Shard, oracle: Oracle) -> None:
-    """SIGKILL: what ran there goes on in the other replica, from the token it had reached."""
+    """SIGKILL: running requests continue in the other replica, from their last token."""
     names = [None, "r8"] * 2
     streams = [client.stream(f"{i}", adapter=name, max_new_tokens=100, ignore_eos=True) for i, name in enumerate(names)]
     pieces = [[await anext(stream)] for stream in streams]

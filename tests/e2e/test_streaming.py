@@ -1,4 +1,4 @@
-"""What clients see of a stream: whole characters, stop strings, seeds, logprobs, several sequences."""
+"""What clients see in a stream: whole characters, stop strings, seeds, logprobs, several sequences."""
 
 import asyncio
 from collections.abc import Iterator
@@ -44,7 +44,7 @@ def test_a_character_cut_by_the_token_limit_is_shown_as_replacement(chant: Clien
 
 
 @pytest.mark.parametrize(("stop", "shown"), [("€😀", "aé"), ("é", "a"), ("a", ""), ("za", "aé€😀"), ("€x", CHANT * 2)])
-def test_text_ends_before_a_stop_string_and_nothing_of_it_leaks(chant: Client, stop: str, shown: str):
+def test_text_ends_before_a_stop_string_and_no_part_of_it_is_sent(chant: Client, stop: str, shown: str):
     pieces = list(chant.stream(CHANT, max_new_tokens=22, stop=[stop]))
     assert "".join(piece.text for piece in pieces) == shown
     assert "".join(byte_tokenizer().decode([t.id for piece in pieces for t in piece.tokens])) == shown
@@ -73,7 +73,7 @@ async def test_the_same_seed_gives_the_same_tokens_whatever_else_is_in_the_batch
     assert alone.sequences[0].seed == 7
 
 
-def test_n_sequences_of_one_prompt_are_those_of_consecutive_seeds(client: Client):
+def test_n_sequences_of_one_prompt_use_consecutive_seeds(client: Client):
     options = {"max_new_tokens": 8, "temperature": 1.0, "ignore_eos": True}
     together = client.generate("several " * 10, n=3, seed=20, **options)
     for index, sequence in enumerate(together.sequences):
@@ -82,7 +82,7 @@ def test_n_sequences_of_one_prompt_are_those_of_consecutive_seeds(client: Client
     assert len({sequence.text for sequence in together.sequences}) == 3
 
 
-def test_logprobs_alternatives_and_prompt_logprobs_equal_the_oracles(client: Client, oracle: Oracle):
+def test_logprobs_alternatives_and_prompt_logprobs_equal_the_references(client: Client, oracle: Oracle):
     prompt = byte_tokenizer().encode("Logprobs, please: " * 20)
     answer = client.generate(
         prompt, adapter="r12", max_new_tokens=4, ignore_eos=True, top_logprobs=3, prompt_top_logprobs=2
@@ -104,7 +104,7 @@ def test_logprobs_alternatives_and_prompt_logprobs_equal_the_oracles(client: Cli
         assert token.id != best.id or token.logprob == best.logprob
 
 
-def test_a_repeated_prompt_is_found_in_the_cache_and_answered_alike_but_not_across_adapters(client: Client):
+def test_a_repeated_prompt_hits_the_cache_with_the_same_answer_but_not_across_adapters(client: Client):
     prompt = "A long prompt that fills several blocks of the cache. " * 4
     options = {"max_new_tokens": 8, "ignore_eos": True}
     first = client.generate(prompt, adapter="r16", **options)
@@ -116,19 +116,19 @@ def test_a_repeated_prompt_is_found_in_the_cache_and_answered_alike_but_not_acro
     assert other.sequences[0].usage.cached_tokens == 0
 
 
-def test_a_prompt_of_token_ids_is_taken_as_it_is_and_a_chat_is_rendered(client: Client):
+def test_token_ids_are_used_as_they_are_and_a_chat_is_rendered(client: Client):
     text = client.generate("<user>hi<assistant>", max_new_tokens=5)
     ids = client.generate(byte_tokenizer().encode("<user>hi<assistant>"), max_new_tokens=5)
     chat = client.generate([{"role": "user", "content": "hi"}], max_new_tokens=5)
     assert text.text == ids.text == chat.text
 
 
-def test_tokenize_tells_each_tokens_place(client: Client):
+def test_tokenize_returns_each_tokens_position(client: Client):
     spans = client.tokenize("aé")
     assert [(span.text, span.start, span.stop) for span in spans] == [("a", 0, 1), ("é", 1, 2), ("é", 1, 2)]
 
 
-def test_every_wrong_field_is_named_before_anything_starts(client: Client):
+def test_every_invalid_field_is_named_before_anything_starts(client: Client):
     with pytest.raises(InvalidRequestError) as caught:
         next(client.stream("x", top_p=1.5, repetition_penalty=0.0, n=1000, stop=[""], top_logprobs=100))
     fields = {violation.field for violation in caught.value.violations}
@@ -153,6 +153,6 @@ def test_a_request_that_cannot_be_served_is_refused_with_its_field(client: Clien
     assert [violation.field for violation in caught.value.violations] == [field]
 
 
-def test_without_max_new_tokens_a_sequence_goes_on_to_the_end_of_the_context(chant: Client):
+def test_without_max_new_tokens_a_sequence_continues_to_the_end_of_the_context(chant: Client):
     usage = chant.generate("a" * 2000).sequences[0].usage
     assert usage.prompt_tokens + usage.generated_tokens == 2048

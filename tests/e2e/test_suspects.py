@@ -1,4 +1,4 @@
-"""A request that a real shard dies of ends alone, and its neighbours get all of their tokens."""
+"""A request that kills real shards fails alone, and its neighbours get all of their tokens."""
 
 import asyncio
 from pathlib import Path
@@ -12,7 +12,7 @@ from tests.e2e.processes import MortalShard, Router
 from tests.e2e.tiny import Oracle, byte_tokenizer
 
 
-async def test_a_request_that_shards_die_of_ends_alone(model: Path, oracle: Oracle, tmp_path: Path):
+async def test_a_request_that_kills_shards_is_the_only_one_that_fails(model: Path, oracle: Oracle, tmp_path: Path):
     listen = f"unix:{tmp_path}/shard"
     with (
         Router(f"--shards={listen}", "--move-seconds=120") as router,

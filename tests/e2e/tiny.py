@@ -1,4 +1,4 @@
-"""A tiny random Llama with adapters, and what transformers and PEFT alone make of them: the oracle."""
+"""A tiny random Llama with adapters, and an oracle: the answers of transformers and PEFT."""
 
 import json
 import warnings
@@ -16,7 +16,7 @@ ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "d
 
 
 def save_model(folder: Path) -> Path:
-    """Nine heads over three KV heads, as SmolLM2 has; one token per byte."""
+    """A model with nine heads and three KV heads, like SmolLM2; one token per byte."""
     torch.manual_seed(0)
     tokenizer = byte_tokenizer()
     config = LlamaConfig(
@@ -37,7 +37,7 @@ def save_model(folder: Path) -> Path:
 
 
 def save_embedding_model(folder: Path) -> Path:
-    """The same without its head, as sentence-transformers saves it: pooled by its last token, of any length."""
+    """The same model without its head, as sentence-transformers saves it: pooled by its last token, not normalized."""
     LlamaModel.from_pretrained(save_model(folder)).save_pretrained(folder)
     modules = {"": "Transformer", "1_Pooling": "Pooling"}
     listed = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in modules.items()]
@@ -48,7 +48,7 @@ def save_embedding_model(folder: Path) -> Path:
 
 
 def save_embedding_adapter(model: Path, folder: Path) -> Path:
-    """As PEFT saves one of a model without a head."""
+    """An adapter as PEFT saves it for a model without a head."""
     torch.manual_seed(1)
     config = LoraConfig(r=4, target_modules=ALL_LINEAR, task_type="FEATURE_EXTRACTION")
     adapted = get_peft_model(LlamaModel.from_pretrained(model), config)
@@ -75,7 +75,7 @@ def save_adapter(model: Path, folder: Path, r: int, seed: int, **options: object
     base = AutoModelForCausalLM.from_pretrained(model)
     options = {"target_modules": ALL_LINEAR, "lora_alpha": 2 * r, **options}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", PeftWarning)  # its doubts about biases of B
+        warnings.simplefilter("ignore", PeftWarning)  # about biases of B
         adapted = get_peft_model(base, LoraConfig(r=r, task_type="CAUSAL_LM", **options))
         for name, parameter in adapted.named_parameters():
             if "magnitude" in name:
@@ -96,7 +96,7 @@ class Oracle:
         self._loaded: dict[str, torch.nn.Module] = {}
 
     def generate(self, prompt: list[int], adapter: str | None, tokens: int) -> tuple[list[int], list[float]]:
-        """Token ids and their log probabilities; the model's end token ends nothing."""
+        """Token ids and their log probabilities. Generation continues past the model's end token."""
         model = self._load(adapter)
         ids, logprobs = torch.tensor([prompt]), []
         with torch.inference_mode():
@@ -126,7 +126,7 @@ CHANT = "aé€😀z"
 
 
 def save_chanting_model(folder: Path) -> Path:
-    """A model that says CHANT again and again: each byte leads to the next, whatever came before."""
+    """A model that repeats CHANT: each byte determines the next, whatever came before."""
     tokenizer = byte_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),

@@ -1,4 +1,4 @@
-"""The base model with its three committed adapters, loaded once by PEFT."""
+"""The base model with the three committed adapters, which PEFT loads once."""
 
 import pytest
 from peft import PeftModel

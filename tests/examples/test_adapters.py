@@ -1,4 +1,4 @@
-"""The committed adapters say what their README shows."""
+"""The committed adapters give the answers in their README."""
 
 import json
 import re
@@ -14,7 +14,7 @@ EVERY_ADAPTER = pytest.mark.parametrize("name", TASKS)
 
 
 def documented() -> dict[str, dict[str, str]]:
-    """Of each prompt of the README (a line that starts with >), what it shows each model to say ("name: answer")."""
+    """For each prompt in the README (a line that starts with >), the answer of each model ("name: answer")."""
     shown: dict[str, dict[str, str]] = {}
     for block in re.findall(r"```\n(> .*?)```", (FOLDER / "README.md").read_text(), re.DOTALL):
         message, *answers = block.splitlines()

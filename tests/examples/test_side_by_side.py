@@ -1,4 +1,4 @@
-"""examples/side_by_side.py fits the terminal that it is in."""
+"""examples/side_by_side.py fits the terminal's width."""
 
 import importlib.util
 from io import StringIO
@@ -11,7 +11,7 @@ SCRIPT = Path(__file__).parents[2] / "examples" / "side_by_side.py"
 
 
 @pytest.mark.parametrize(("columns", "beside"), [(40, 1), (60, 2), (80, 2), (100, 4), (200, 4)])
-def test_answers_stand_beside_each_other_where_there_is_room(columns: int, beside: int):
+def test_answers_are_shown_side_by_side_if_the_terminal_is_wide_enough(columns: int, beside: int):
     spec = importlib.util.spec_from_file_location("side_by_side", SCRIPT)
     assert spec and spec.loader
     script = importlib.util.module_from_spec(spec)

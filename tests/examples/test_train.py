@@ -1,4 +1,4 @@
-"""A little training of a tiny random model: what is learned, what loss it is measured by, what is saved."""
+"""A short training of a tiny random model: its effect, its loss, and the saved adapter."""
 
 import copy
 import json
@@ -47,7 +47,7 @@ def test_training_lowers_the_loss_and_leaves_the_base_as_it_was(
     assert all(torch.equal(weight, after[name]) for name, weight in before.items())
 
 
-def test_the_loss_is_that_of_transformers_on_the_answers_alone(
+def test_the_loss_equals_transformers_loss_on_the_answers_only(
     tiny: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     task = train.TASKS["entities"]
@@ -66,7 +66,7 @@ def test_labels_are_the_answer_and_its_end_of_turn(tokenizer: PreTrainedTokenize
         assert str(tokenizer.decode(row[kept == 1])).endswith(f"<|im_start|>assistant\n{example.answer}<|im_end|>")
 
 
-def test_what_is_saved_is_plain_peft_in_bfloat16(
+def test_the_saved_adapter_is_plain_peft_in_bfloat16(
     tiny: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     trained = train.train(tiny, tokenizer, train.TASKS["sql"], steps=1, batch_size=2)
@@ -77,5 +77,5 @@ def test_what_is_saved_is_plain_peft_in_bfloat16(
     assert config["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert (config["r"], config["bias"], config["use_dora"], config["modules_to_save"]) == (4, "none", False, None)
     weights = load_file(tmp_path / "adapter_model.safetensors")
-    assert len(weights) == 2 * 3 * 2  # A and B of three projections in two layers
+    assert len(weights) == 2 * 3 * 2  # A and B for three projections in two layers
     assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}

@@ -1,4 +1,4 @@
-"""The dashboards and alerts ask for metrics that exist, and say what they mean to say."""
+"""The dashboards and alerts use metrics that exist, and alerts fire when they should."""
 
 import json
 import subprocess
@@ -39,22 +39,22 @@ def asked(query: str) -> set[str]:
 
 
 @pytest.mark.parametrize("query", sorted(set(queries())))
-async def test_a_query_asks_for_metrics_that_exist(query: str):
+async def test_queries_use_metrics_that_exist(query: str):
     names = asked(query)
     assert names and names <= await router_names() | shard_names()
 
 
 @pytest.mark.parametrize("name", DASHBOARDS)
-def test_a_dashboards_file_is_what_its_source_writes(name: str):
+def test_the_dashboard_files_are_up_to_date(name: str):
     assert (FOLDER / f"{name}.json").read_text() == write(name), "run: python -m charts.dashboards"
 
 
-def test_there_is_a_file_for_each_dashboard_and_no_other():
+def test_there_is_one_file_per_dashboard():
     assert {path.stem for path in FOLDER.glob("*.json")} == set(DASHBOARDS)
 
 
 @pytest.mark.parametrize("name", DASHBOARDS)
-def test_panels_have_ids_of_their_own_and_do_not_overlap(name: str):
+def test_panels_have_distinct_ids_and_do_not_overlap(name: str):
     panels = json.loads(write(name))["panels"]
     assert len({panel["id"] for panel in panels}) == len(panels)
     cells = [
@@ -66,7 +66,7 @@ def test_panels_have_ids_of_their_own_and_do_not_overlap(name: str):
     assert len(cells) == len(set(cells)) and max(x for x, _ in cells) < 24
 
 
-def test_every_alert_is_tried():
+def test_every_alert_is_tested():
     cases = yaml.safe_load((HERE / "alerts_test.yaml").read_text())["tests"]
     tried = {case["alertname"] for test in cases for case in test["alert_rule_test"] if case.get("exp_alerts")}
     assert tried == {alert["alert"] for alert in ALERTS}

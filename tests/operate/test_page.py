@@ -1,4 +1,4 @@
-"""docs/operating.md names what is exported, all of it and nothing else."""
+"""docs/operating.md names all exported metrics and nothing else."""
 
 import re
 from pathlib import Path

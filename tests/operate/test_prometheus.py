@@ -1,4 +1,4 @@
-"""A real Prometheus scrapes a real router and its shard under load, and answers what the dashboards ask."""
+"""A real Prometheus scrapes a real router and its shard under load, and answers the dashboards' queries."""
 
 import json
 import subprocess
@@ -21,17 +21,17 @@ from tests.tools import needs_prometheus, needs_promtool
 pytestmark = [needs_prometheus, needs_promtool]
 
 REQUESTS, TOKENS = 24, 30
-# In queries for what did not happen.
+# Queries with these have no results here.
 EMPTY = "failures", "evictions", "outcome!=", "absent", " == 0", " > "
 
 
 class Prometheus:
-    """Scrapes each second, and evaluates the chart's rules."""
+    """A Prometheus that scrapes each second, and evaluates the chart's rules."""
 
     def __init__(self, folder: Path, *targets: str) -> None:
         scrape = {"job_name": "loraplex", "scrape_interval": "1s", "static_configs": [{"targets": targets}]}
         config = {"rule_files": [str(RULES)], "scrape_configs": [scrape], "global": {"evaluation_interval": "1s"}}
-        (folder / "prometheus.yml").write_text(json.dumps(config))  # YAML, too
+        (folder / "prometheus.yml").write_text(json.dumps(config))  # JSON is also YAML
         self.url = f"http://127.0.0.1:{free_port()}"
         flags = (f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data", "--log.level=error")
         self.process = subprocess.Popen(["prometheus", *flags, f"--web.listen-address={self.url[7:]}"])
@@ -43,7 +43,7 @@ class Prometheus:
         return answer["data"]
 
     def value(self, query: str) -> float:
-        """The sum of what a query answers."""
+        """The sum of a query's results."""
         return sum(float(sample["value"][1]) for sample in self.ask("query", query=query)["result"])
 
     def wait_until(self, query: str, value: float, seconds: float = 60) -> None:
@@ -52,7 +52,7 @@ class Prometheus:
             try:
                 if (now := self.value(query)) == value:
                     return
-            except OSError:  # not listening yet
+            except OSError:  # it does not listen yet
                 now = -1.0
             assert time.monotonic() < deadline, f"{query} is {now}, not {value}"
             time.sleep(0.2)
@@ -73,7 +73,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, i
 
 @pytest.fixture(scope="module")
 def prometheus(server: tuple[Server, int], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
-    """One that has scraped the server before, while and after it worked."""
+    """A Prometheus that has scraped the server before, during and after its work."""
     router, shard_port = server
     made = Prometheus(tmp_path_factory.mktemp("prometheus"), router.url[7:], f"127.0.0.1:{shard_port}")
     try:
@@ -86,7 +86,7 @@ def prometheus(server: tuple[Server, int], tmp_path_factory: pytest.TempPathFact
 
             list(pool.map(work, range(REQUESTS)))
         made.wait_until('sum(loraplex_requests_total{outcome="finished"})', REQUESTS)
-        made.wait_until("count(rate(loraplex_adapter_generated_tokens_total[5m]))", 3)  # base, other, and one adapter
+        made.wait_until("count(rate(loraplex_adapter_generated_tokens_total[5m]))", 3)  # base, other, one adapter
         made.wait_until('count(rate(loraplex_shard_adapter_load_seconds_count{tier="device"}[5m]))', 1)
         yield made
     finally:
@@ -94,16 +94,16 @@ def prometheus(server: tuple[Server, int], tmp_path_factory: pytest.TempPathFact
         made.process.wait(30)
 
 
-def test_it_has_the_requests_and_tokens_by_adapter(prometheus: Prometheus):
+def test_prometheus_has_the_requests_and_tokens_by_adapter(prometheus: Prometheus):
     assert prometheus.value('loraplex_requests_total{adapter="base"}') == REQUESTS / 3
     assert prometheus.value("sum(loraplex_requests_total)") == REQUESTS
-    assert prometheus.value('loraplex_requests_total{adapter="other"}') == REQUESTS / 3  # two have series of their own
+    assert prometheus.value('loraplex_requests_total{adapter="other"}') == REQUESTS / 3  # two have their own series
     assert prometheus.value("loraplex_generated_tokens_total") >= REQUESTS * TOKENS
     assert prometheus.value("sum(loraplex_adapter_generated_tokens_total)") == REQUESTS * TOKENS
     assert prometheus.value("lorax_request_count") == REQUESTS
 
 
-def test_it_has_what_router_and_shard_say_of_the_same_steps(prometheus: Prometheus):
+def test_prometheus_has_the_routers_and_the_shards_metrics_of_the_same_steps(prometheus: Prometheus):
     steps = prometheus.value("loraplex_step_duration_seconds_count")
     prometheus.wait_until("loraplex_shard_step_duration_seconds_count", steps)
     computed = prometheus.value("sum(loraplex_step_tokens_total)")
@@ -116,7 +116,7 @@ def test_it_has_what_router_and_shard_say_of_the_same_steps(prometheus: Promethe
 
 
 @pytest.mark.parametrize("query", sorted(set(queries())))
-def test_a_dashboards_query_is_answered(prometheus: Prometheus, query: str):
+def test_a_dashboards_queries_have_results(prometheus: Prometheus, query: str):
     found = prometheus.ask("query", query=query.replace("$job", "loraplex"))["result"]
     assert found or any(word in query for word in EMPTY)
 
@@ -128,12 +128,12 @@ def test_the_rules_are_healthy_and_nothing_fires(prometheus: Prometheus):
     assert {rule["name"] for rule in rules if rule["state"] == "firing"} == set()
 
 
-def test_promtool_finds_nothing_to_complain_about(server: tuple[Server, int], prometheus: Prometheus):
+def test_promtool_finds_no_problems(server: tuple[Server, int], prometheus: Prometheus):
     router, shard_port = server
     for url in (router.url, f"http://127.0.0.1:{shard_port}"):
         with urllib.request.urlopen(f"{url}/metrics") as response:
             lines = response.read().decode().splitlines(keepends=True)
-        own = "".join(line for line in lines if "lorax_" not in line)  # LoRAX's names are as they are
+        own = "".join(line for line in lines if "lorax_" not in line)  # LoRAX's names cannot be changed
         done = subprocess.run(["promtool", "check", "metrics"], input=own, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
 
@@ -144,7 +144,7 @@ def test_top_shows_the_server(server: tuple[Server, int], prometheus: Prometheus
     assert done.returncode == 0, done.stderr
     for text in ("running 0", "2/64", "base"):
         assert text in done.stdout
-    # Two adapters have rows of their own: the base, and whichever other was asked for first.
+    # Two rows have names: the base, and the adapter that was requested first.
     assert ("sql" in done.stdout) != ("sentiment" in done.stdout)
 
 

@@ -51,7 +51,7 @@ class Collector(TraceServiceServicer):
 
 @pytest.fixture(scope="module")
 def collected(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Collector]:
-    """What a collector got of three requests, by the time the server had stopped."""
+    """The spans of three requests that a collector has received once the server has stopped."""
     model = save_model(tmp_path_factory.mktemp("model"))
     adapters = tmp_path_factory.mktemp("adapters")
     save_adapter(model, adapters / "sql", 4, seed=1)
@@ -111,7 +111,7 @@ def test_phases_follow_each_other_within_the_request(collected: Collector):
     root = spans["generate"]
     phases = [spans[name] for name in ("validate", "queue", "prefill", "decode")]
     times = [time for phase in phases for time in (phase.start_time_unix_nano, phase.end_time_unix_nano)]
-    millisecond = 1_000_000  # clocks are read apart
+    millisecond = 1_000_000  # the clocks are read separately
     assert all(later - earlier > -millisecond for earlier, later in pairwise(times))
     assert abs(times[0] - root.start_time_unix_nano) < millisecond
     assert abs(times[-1] - root.end_time_unix_nano) < millisecond
@@ -130,11 +130,11 @@ def test_waiting_for_an_adapter_and_decoding_are_events(collected: Collector):
     assert attributes["gen_ai.usage.output_tokens"].int_value == TOKENS
 
 
-def test_http_headers_carry_the_context_too(collected: Collector):
+def test_http_headers_also_carry_the_context(collected: Collector):
     assert named(collected.traces["12" * 16])["generate"].parent_span_id.hex() == "cd" * 8
 
 
-def test_a_request_that_is_not_sampled_leaves_no_span_anywhere(collected: Collector):
+def test_a_request_that_is_not_sampled_has_no_spans(collected: Collector):
     assert set(collected.traces) == {"ab" * 16, "12" * 16}
 
 

@@ -123,7 +123,7 @@ async def test_an_endpoint_picker_finds_its_metrics(setup: Setup):
 
 
 @needs_promtool
-async def test_promtool_finds_nothing_to_complain_about(setup: Setup):
+async def test_promtool_finds_no_problems(setup: Setup):
     await setup.answer(1, adapter="a")
     setup.telemetry.lorax = None
     lines = (await setup.telemetry.scrape()).decode().splitlines(keepends=True)

@@ -1,7 +1,7 @@
-{{/* How values that are fields of Kubernetes' own objects come into what the chart makes. */}}
+{{/* Merges values that are fields of Kubernetes' objects into the chart's objects. */}}
 
-{{/* (list MADE OVER): MADE with OVER's fields, as YAML. Maps are merged; so are lists of things that have names (or, as
-     mounts, paths), by name; other lists and single values are replaced, and null takes a field away. */}}
+{{/* (list MADE OVER): MADE with OVER's fields, as YAML. Maps are merged. Lists of named items are merged by name, and
+     lists of mounts by path. Other lists and single values are replaced; null removes a field. */}}
 {{- define "loraplex.merged" -}}
 {{- (include "loraplex.mergedJson" . | fromJson).value | toYaml }}
 {{- end }}
@@ -41,7 +41,7 @@
 {{- dict "value" $merged | toJson }}
 {{- end }}
 
-{{/* LIST: the key that all its items have and are known by; empty if there is none */}}
+{{/* LIST: the key that identifies its items; empty if there is none */}}
 {{- define "loraplex.mergeKey" -}}
 {{- $known := "" }}
 {{- range $key := list "name" "mountPath" }}

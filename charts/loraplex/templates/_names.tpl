@@ -1,11 +1,11 @@
-{{/* Names and labels. Those that take (list $ N ...) belong to the router of number N and to its replicas. */}}
+{{/* Names and labels. Those with the argument (list $ N ...) belong to router N and its replicas. */}}
 
 {{- define "loraplex.name" -}}
 {{- default .Chart.Name .Values.nameOverride }}
 {{- end }}
 
-{{/* Begins with a letter and has no dots, as Services need it, whatever the release is called. One that is too long for
-     what is made of it ends in a digest of what it was. */}}
+{{/* Begins with a letter and has no dots, as a Service's name must, whatever the release's name is. A name that is too
+     long for the names built from it is cut off, and ends with a digest of the whole. */}}
 {{- define "loraplex.fullname" -}}
 {{- $name := include "loraplex.name" . }}
 {{- $release := .Release.Name | lower | replace "." "-" }}
@@ -27,12 +27,12 @@
 {{ include "loraplex.fullname" . }}-router
 {{- end }}
 
-{{/* (list $ N): of the replicas of router N. N may be a variable of the router's pod. */}}
+{{/* (list $ N): the name of router N's replicas. N may be a variable of the router's pod. */}}
 {{- define "loraplex.shardName" -}}
 {{ include "loraplex.fullname" (index . 0) }}-shard-{{ index . 1 }}
 {{- end }}
 
-{{/* (list $ component): what pods of a component are selected by */}}
+{{/* (list $ component): the labels that select a component's pods */}}
 {{- define "loraplex.selector" -}}
 {{- $root := index . 0 -}}
 app.kubernetes.io/name: {{ include "loraplex.name" $root | quote }}
@@ -40,19 +40,19 @@ app.kubernetes.io/instance: {{ $root.Release.Name | quote }}
 app.kubernetes.io/component: {{ index . 1 }}
 {{- end }}
 
-{{/* (list $ N): router N's pod, which Kubernetes labels with its number */}}
+{{/* (list $ N): selects router N's pod, which Kubernetes labels with its number */}}
 {{- define "loraplex.routerSelector" -}}
 {{ include "loraplex.selector" (list (index . 0) "router") }}
 apps.kubernetes.io/pod-index: {{ index . 1 | quote }}
 {{- end }}
 
-{{/* (list $ N): the pods of router N's replicas */}}
+{{/* (list $ N): selects the pods of router N's replicas */}}
 {{- define "loraplex.shardSelector" -}}
 {{ include "loraplex.selector" (list (index . 0) "shard") }}
 loraplex/router: {{ index . 1 | quote }}
 {{- end }}
 
-{{/* (dict "root" $ "component" ... "name" ...), maybe with "labels" and "annotations" of its own: an object's metadata */}}
+{{/* (dict "root" $ "component" ... "name" ...), optionally with "labels" and "annotations": an object's metadata */}}
 {{- define "loraplex.metadata" -}}
 name: {{ .name | quote }}
 namespace: {{ .root.Release.Namespace | quote }}

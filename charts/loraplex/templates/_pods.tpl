@@ -1,4 +1,4 @@
-{{/* What the pods of both components have in common. `component` is "router" or "shard". */}}
+{{/* The common parts of both components' pods. `component` is "router" or "shard". */}}
 
 {{/* (list $ component selector): a pod's metadata */}}
 {{- define "loraplex.podMetadata" -}}
@@ -21,7 +21,7 @@ labels:
   {{- end }}
 {{- end }}
 
-{{/* (list $ component SPEC): a pod's spec, given what the component makes of it */}}
+{{/* (list $ component SPEC): a pod's spec, from the component's own SPEC */}}
 {{- define "loraplex.podSpec" -}}
 {{- $root := index . 0 }}
 {{- $component := index $root.Values (index . 1) }}
@@ -34,7 +34,7 @@ labels:
 {{- $component := index $root.Values (index . 1) -}}
 serviceAccountName: {{ include "loraplex.serviceAccountName" $root | quote }}
 automountServiceAccountToken: false
-{{/* Links would put LORAPLEX_* variables of addresses where the settings look for theirs. */ -}}
+{{/* Service links would set LORAPLEX_* variables, which would be taken for settings. */ -}}
 enableServiceLinks: false
 {{- with $root.Values.imagePullSecrets }}
 imagePullSecrets:
@@ -66,7 +66,7 @@ topologySpreadConstraints:
 {{- end }}
 {{- end }}
 
-{{/* (list $ component CONTAINER): the component's container, given what only it has */}}
+{{/* (list $ component CONTAINER): a container, from the component's own CONTAINER */}}
 {{- define "loraplex.container" -}}
 {{- $root := index . 0 }}
 {{- $component := index $root.Values (index . 1) }}
@@ -89,7 +89,7 @@ envFrom:
 {{- end }}
 {{- end }}
 
-{{/* (list $ image). The registry of `global`, if it is given, takes the place of the image's own. */}}
+{{/* (list $ image). The registry in `global`, if there is one, replaces the image's own. */}}
 {{- define "loraplex.image" -}}
 {{- $root := index . 0 }}
 {{- $image := index . 1 }}
@@ -104,11 +104,11 @@ envFrom:
 {{- end }}
 {{- end }}
 
-{{/* SETTINGS: their flags */}}
+{{/* SETTINGS: the command's flags */}}
 {{- define "loraplex.flags" -}}
 {{- range $name, $value := . }}
 {{- if not (kindIs "bool" $value) }}
-{{- /* Numbers that come from files are floats, which would be written as 1e+06. */}}
+{{- /* Numbers from files are floats, which would be written as 1e+06. */}}
 - {{ kindIs "float64" $value | ternary (toJson $value) (toString $value) | printf "--%s=%s" $name | quote }}
 {{- else if $value }}
 - --{{ $name }}
@@ -116,7 +116,7 @@ envFrom:
 {{- end }}
 {{- end }}
 
-{{/* PORT: an address on which the pod is reached */}}
+{{/* (list $ PORT): the address to listen on */}}
 {{- define "loraplex.listen" -}}
 {{ contains ":" (index . 0).Values.listen | ternary (printf "[%s]" (index . 0).Values.listen) (index . 0).Values.listen }}:{{ index . 1 }}
 {{- end }}

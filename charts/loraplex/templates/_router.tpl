@@ -89,7 +89,7 @@ volumeMounts:
   {{- end }}
 {{- end }}
 
-{{/* What endpoint pickers know a model server by; the model's name as a label can have it */}}
+{{/* The labels by which endpoint pickers find model servers. The model's name is shortened to fit a label. */}}
 {{- define "loraplex.poolLabels" -}}
 {{- $model := .Values.shard.settings.model | default "SmolLM2-135M-Instruct" | base -}}
 llm-d.ai/inference-serving: "true"

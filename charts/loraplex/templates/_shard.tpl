@@ -1,11 +1,11 @@
-{{/* The shards' pods, and where a router finds them. */}}
+{{/* The shards' pods and their addresses. */}}
 
 {{- define "loraplex.tp" -}}
 {{ int (default 1 .Values.shard.settings.tp) }}
 {{- end }}
 
-{{/* A router's --shards: the same for all, since each puts its own number into it. A LeaderWorkerSet's replicas have no
-     name in common, but their pods have names, also those that an update adds for a while. */}}
+{{/* A router's --shards. It is the same text for all routers, because each inserts its own number. A LeaderWorkerSet's
+     replicas have no common name, so their pods are named, including those that an update adds for a while. */}}
 {{- define "loraplex.shardAddresses" -}}
 {{- $name := include "loraplex.shardName" (list . "$(ROUTER)") }}
 {{- $domain := printf "%s.%s.svc:50060" $name .Release.Namespace }}
@@ -25,14 +25,14 @@ dns:///{{ $domain }}
 {{- end }}
 {{- end }}
 
-{{/* The GPU that a rank asks for, as nodes count it; empty: none */}}
+{{/* The GPU resource that a rank requests; empty if there is none */}}
 {{- define "loraplex.gpu" -}}
 {{- range $name, $count := merge (dict) (.Values.shard.resources.limits | default dict) (.Values.shard.resources.requests | default dict) }}
 {{- if and (regexMatch "^(nvidia|amd)[.]com/(gpu([.].+)?|mig-.+)$" $name) (ne (toString $count) "0") }}{{ $name }}{{ end }}
 {{- end }}
 {{- end }}
 
-{{/* Flags of `shard.settings`. Who asks for a GPU does not want to compute on the CPU where none is found. */}}
+{{/* Flags from `shard.settings`. A rank that requests a GPU must not fall back to the CPU if it finds none. */}}
 {{- define "loraplex.shardFlags" -}}
 {{- $settings := deepCopy .Values.shard.settings }}
 {{- if and (include "loraplex.gpu" .) (eq (get $settings "device" | default "auto") "auto") }}
@@ -41,7 +41,7 @@ dns:///{{ $domain }}
 {{- include "loraplex.flags" $settings }}
 {{- end }}
 
-{{/* (list $ "R"): the container of a rank, of several in a pod; (list $ ""): of the only one in its pod */}}
+{{/* (list $ "R"): the container of rank R in a pod with all ranks; (list $ ""): the container of a pod with one rank */}}
 {{- define "loraplex.rank" -}}
 {{- $root := index . 0 }}
 {{- $shard := $root.Values.shard }}
@@ -104,7 +104,7 @@ volumeMounts:
   {{- include "loraplex.shardVolumeMounts" $root | nindent 2 }}
 {{- end }}
 
-{{/* (list $ port more): the kubelet cannot ask over mutual TLS */}}
+{{/* (list $ port more): the kubelet cannot call the health service over mutual TLS */}}
 {{- define "loraplex.shardProbe" -}}
 {{- if (index . 0).Values.mtls.shardSecret -}}
 tcpSocket: {port: {{ index . 1 }}}
@@ -238,7 +238,7 @@ volumes:
 {{- if eq .Values.shard.workload "LeaderWorkerSet" }}1{{ else }}{{ include "loraplex.tp" . }}{{ end }}
 {{- end }}
 
-{{/* A claim for each pod, if the model cache is to be persistent */}}
+{{/* A claim for each pod, if the model cache is persistent */}}
 {{- define "loraplex.claims" -}}
 {{- $cache := .Values.shard.modelCache }}
 {{- if and $cache.persistent (not $cache.existingClaim) -}}
@@ -258,8 +258,8 @@ volumeClaimTemplates:
 {{- end }}
 {{- end }}
 
-{{/* (list $ N): the spec of each kind of workload. A replica is found and warmed up within a minute of its pod's being
-     ready; until then the next one stays. */}}
+{{/* (list $ N): the spec of each kind of workload. The router finds a replica and warms it up within a minute after its
+     pod is ready; until then, the next pod is not replaced. */}}
 {{- define "loraplex.shardStatefulSet" -}}
 {{- $root := index . 0 -}}
 serviceName: {{ include "loraplex.shardName" . }}
@@ -302,12 +302,12 @@ leaderWorkerTemplate:
   {{- include "loraplex.claims" $root | nindent 2 }}
 {{- end }}
 
-{{/* An autoscaler's number is not the chart's to set. */}}
+{{/* With an autoscaler, the chart must not set the number. */}}
 {{- define "loraplex.shardReplicas" -}}
 {{- if not (or .Values.autoscaling.enabled .Values.keda.enabled) }}replicas: {{ .Values.shard.replicas }}{{ end }}
 {{- end }}
 
-{{/* KIND: the version of its API */}}
+{{/* KIND: its API version */}}
 {{- define "loraplex.workloadApi" -}}
 {{ eq . "LeaderWorkerSet" | ternary "leaderworkerset.x-k8s.io/v1" "apps/v1" }}
 {{- end }}
