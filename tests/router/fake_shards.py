@@ -27,7 +27,7 @@ class FakeShards:
         self.failing_token: int | None = None
         self.deadly_token: int | None = None
         self.death: LoraplexError = UnavailableError("rank 1 is gone")
-        self.gone = asyncio.Event()  # the process has ended
+        self.gone = asyncio.Event()  # set when the process has ended
         self.load_error: LoraplexError | None = None
         self.step_error: Exception | None = None
         self.step_seconds = 0.0

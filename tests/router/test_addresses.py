@@ -1,4 +1,4 @@
-"""Where a router listens, and what it talks to, in networks of either family."""
+"""The addresses that a router listens on and connects to, for IPv4 and IPv6."""
 
 import asyncio
 import socket

@@ -43,7 +43,7 @@ async def listed(cluster: Cluster) -> dict[str, AdapterStatus]:
 
 
 async def on_both(cluster: Cluster) -> None:
-    """Makes `a` so busy that two replicas have it."""
+    """Sends so many requests for `a` that two replicas have it."""
     await cluster.answer(1, adapter="a")
     await asyncio.gather(*(cluster.answer(1, tokens=20, adapter="a") for _ in range(30)))
 
@@ -62,7 +62,7 @@ async def test_an_adapter_is_listed_once_with_all_the_replicas_that_have_it(clus
     assert (await listed(cluster))["b"].state == AVAILABLE
 
 
-async def test_the_json_of_a_status_has_the_message_s_fields_and_null_for_what_is_absent(cluster: Cluster):
+async def test_the_json_of_a_status_has_the_messages_fields_and_null_for_absent_ones(cluster: Cluster):
     fields = [field.name for field in AdapterStatus.DESCRIPTOR.fields]
     assert set(fields) == set(schema.AdapterStatus.model_fields)
     assert {field.name for field in AdapterResidence.DESCRIPTOR.fields} == set(schema.AdapterResidence.model_fields)
@@ -94,7 +94,7 @@ async def test_the_json_of_a_status_has_the_message_s_fields_and_null_for_what_i
     schema.AdapterStatus.model_validate(found)
 
 
-async def test_what_is_broken_is_listed_with_the_reason_and_what_is_doubtful_with_warnings(cluster: Cluster):
+async def test_broken_adapters_are_listed_with_the_reason_and_doubtful_ones_with_warnings(cluster: Cluster):
     cluster.replica.shards.warnings = ("made for another model",)
     await cluster.answer(1, adapter="a")
     statuses = await listed(cluster)
@@ -102,7 +102,7 @@ async def test_what_is_broken_is_listed_with_the_reason_and_what_is_doubtful_wit
     assert (statuses["a"].state, [*statuses["a"].warnings]) == (LOADED, ["made for another model"])
 
 
-async def test_what_is_on_its_way_is_listed_as_such(cluster: Cluster):
+async def test_adapters_that_are_being_fetched_are_listed(cluster: Cluster):
     cluster.replica.shards.stages_held.clear()
     asking = asyncio.create_task(cluster.answer(1, adapter="c"))
     await asyncio.sleep(0.01)
@@ -138,12 +138,12 @@ async def test_a_plan_still_in_flight_delays_an_unload_but_does_not_refuse_it(cl
     await asyncio.sleep(0.01)
     assert cluster.holders("digest of a") and not unloading.done()
     adapter.plans -= 1
-    await cluster.answer(1, adapter="b")  # its result is a change
+    await cluster.answer(1, adapter="b")  # the plan's result notifies the waiting call
     await unloading
     assert not cluster.holders("digest of a")
 
 
-async def test_what_was_unloaded_is_resolved_anew(cluster: Cluster):
+async def test_an_unloaded_adapter_is_resolved_again(cluster: Cluster):
     await cluster.answer(1, adapter="a")
     await cluster.administration.unload("digest of a", wait=False)
     cluster.replica.shards.digests["a"] = "new digest"
@@ -171,7 +171,7 @@ async def test_a_pin_that_is_unloaded_is_gone(cluster: Cluster):
     assert not cluster.holders("digest of a")
 
 
-async def test_what_was_pinned_on_a_lost_replica_is_pinned_on_another(cluster: Cluster):
+async def test_pins_of_a_lost_replica_move_to_another(cluster: Cluster):
     await cluster.administration.pin(A)
     second = cluster.join("second")
     cluster.lose(cluster.replica)
@@ -185,7 +185,7 @@ async def test_what_was_pinned_on_a_lost_replica_is_pinned_on_another(cluster: C
     assert adapter is not None and adapter.pinned and adapter.ready
 
 
-async def test_what_is_not_loaded_cannot_be_pinned_by_digest_or_unpinned(cluster: Cluster):
+async def test_an_adapter_that_is_not_loaded_cannot_be_pinned_by_digest_or_unpinned(cluster: Cluster):
     with pytest.raises(AdapterNotFoundError):
         await cluster.administration.pin("digest of a")
     with pytest.raises(AdapterNotFoundError):
@@ -199,7 +199,7 @@ async def same_content(cluster: Cluster) -> None:
     await cluster.answer(1, adapter="c")
 
 
-async def test_one_content_under_two_names_answers_by_the_name_that_was_asked_for(cluster: Cluster):
+async def test_content_with_two_names_answers_under_the_requested_name(cluster: Cluster):
     await same_content(cluster)
     statuses = await listed(cluster)
     assert statuses["a"].digest == statuses["c"].digest == "same"
@@ -212,7 +212,7 @@ async def test_one_content_under_two_names_answers_by_the_name_that_was_asked_fo
     cluster.service.close(generation)
 
 
-async def test_unloading_a_name_frees_that_name_and_the_content_goes_with_its_last_one(cluster: Cluster):
+async def test_unloading_a_name_frees_that_name_and_the_last_name_frees_the_content(cluster: Cluster):
     await same_content(cluster)
     await cluster.administration.pin(C)
     running = await cluster.service.generate(request(1, 100, "c"))
@@ -229,7 +229,7 @@ async def test_unloading_a_name_frees_that_name_and_the_content_goes_with_its_la
     assert not cluster.holders("same")
 
 
-async def test_a_name_that_sequences_asked_for_is_in_use_though_the_content_has_another(cluster: Cluster):
+async def test_a_name_that_sequences_requested_is_in_use_even_if_the_content_has_another(cluster: Cluster):
     await same_content(cluster)
     running = await cluster.service.generate(request(1, 100, "a"))
     with pytest.raises(AdapterInUseError):
@@ -242,16 +242,16 @@ async def test_a_name_that_sequences_asked_for_is_in_use_though_the_content_has_
     assert (statuses["a"].state, statuses["c"].state) == (AVAILABLE, LOADED)
 
 
-async def test_content_that_comes_back_has_the_names_that_it_is_asked_for_by(cluster: Cluster):
+async def test_content_that_is_loaded_again_has_the_names_that_are_requested(cluster: Cluster):
     await same_content(cluster)
     adapter = cluster.replica.pool.get("same")
-    await cluster.replica.adapters.unload(adapter)  # as eviction does: its names stay known
+    await cluster.replica.adapters.unload(adapter)  # like an eviction: its names stay known
     for name in "ac":
         await cluster.answer(1, adapter=name)
     assert cluster.replica.pool.get("same").names == {"a", "c"}
 
 
-async def test_a_pin_goes_with_the_name_that_it_was_asked_for_by(cluster: Cluster):
+async def test_a_pin_belongs_to_the_name_that_was_pinned(cluster: Cluster):
     await same_content(cluster)
     await cluster.administration.pin(A)
     await cluster.administration.unload(A, wait=False)
@@ -259,9 +259,7 @@ async def test_a_pin_goes_with_the_name_that_it_was_asked_for_by(cluster: Cluste
 
 
 @pytest.mark.parametrize(("asked", "meant"), [("poets", "poet"), ("Poet", "poet"), ("org/poet", "poet"), ("xyz", None)])
-async def test_a_name_that_is_not_there_is_answered_with_what_may_be_meant(
-    cluster: Cluster, asked: str, meant: str | None
-):
+async def test_an_unknown_name_is_answered_with_a_suggestion(cluster: Cluster, asked: str, meant: str | None):
     cluster.replica.shards.absent.add(asked)
     cluster.replica.shards.local = [LocalAdapter("poet"), LocalAdapter("sql"), LocalAdapter("poetry", "cut short")]
     with pytest.raises(AdapterNotFoundError) as missing:
@@ -279,7 +277,7 @@ async def test_only_names_that_the_caller_may_use_are_suggested(cluster: Cluster
 
 
 @pytest.mark.parametrize("name", ["a,b", ".hidden", "../a", "a/b/c/d/e", "tab\there", " a", "x" * 300])
-async def test_what_cannot_be_a_name_is_refused_with_the_rule(cluster: Cluster, name: str):
+async def test_an_invalid_name_is_refused_with_the_rule(cluster: Cluster, name: str):
     with pytest.raises(InvalidRequestError, match="a name has 1 to 4 parts separated by /"):
         await cluster.answer(1, adapter=name)
 
@@ -290,20 +288,20 @@ async def test_an_adapter_with_the_models_own_name_is_listed_with_a_warning(clus
     assert "means the base model" in status.warnings[0]
 
 
-def test_thousands_of_names_are_compared_in_no_time() -> None:
+def test_suggestions_are_fast_among_thousands_of_names() -> None:
     names = [f"customer-{number:05}" for number in range(10_000)]
     for asked in ("customr-00042", "CUSTOMER-00042", "customer-00042x", "custmer-00042"):
         assert similar(asked, names)[0] == "customer-00042"
 
 
-def test_umlauts_in_either_form_are_one_name() -> None:
+def test_composed_and_decomposed_umlauts_are_the_same_name() -> None:
     nfc, nfd = (unicodedata.normalize(form, "Müller") for form in ("NFC", "NFD"))
     assert AdapterReference(nfd) == AdapterReference(nfc)
     tenant = Tenant("acme", Allowance(adapters=[f"{nfd}*"]))
     assert tenant.may_use(AdapterReference(nfc).id)
 
 
-async def test_a_listing_without_a_replica_is_not_an_empty_one(cluster: Cluster):
+async def test_a_listing_without_a_replica_is_an_error(cluster: Cluster):
     cluster.replica.stopping = True
     with pytest.raises(UnavailableError, match="no replica is ready"):
         await cluster.administration.list()

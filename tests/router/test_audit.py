@@ -39,7 +39,7 @@ def lines(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
     return [record.__dict__["fields"] for record in caplog.records if record.message == "audit"]
 
 
-async def test_what_an_administrator_does_is_logged_a_line_each(cluster: Cluster, caplog: pytest.LogCaptureFixture):
+async def test_each_call_of_an_administrator_is_logged_in_one_line(cluster: Cluster, caplog: pytest.LogCaptureFixture):
     service, key = cluster.service, "key-of-operators"
     await service.adapters.load(A, key)
     await service.adapters.pin(A, key)
@@ -55,7 +55,7 @@ async def test_what_an_administrator_does_is_logged_a_line_each(cluster: Cluster
     assert found[4]["request_id"] == generation.request_id
 
 
-async def test_what_is_refused_is_logged_with_the_reason(cluster: Cluster, caplog: pytest.LogCaptureFixture):
+async def test_refusals_are_logged_with_the_reason(cluster: Cluster, caplog: pytest.LogCaptureFixture):
     service = cluster.service
     with pytest.raises(ForbiddenError):
         await service.adapters.load(A, "key-of-customers")
@@ -78,7 +78,7 @@ async def test_what_is_refused_is_logged_with_the_reason(cluster: Cluster, caplo
     assert lines(caplog)[2]["error"] == "adapter 'a' is not loaded"
 
 
-async def test_no_key_and_no_token_is_in_a_line(cluster: Cluster, caplog: pytest.LogCaptureFixture):
+async def test_keys_and_tokens_are_never_logged(cluster: Cluster, caplog: pytest.LogCaptureFixture):
     await cluster.service.adapters.load(A, "key-of-operators")
     (record,) = (record for record in caplog.records if record.message == "audit")
     written = json.loads(JsonFormatter().format(record)), TextFormatter().format(record)

@@ -1,4 +1,4 @@
-"""The block allocator against a plain model of it: what is held, by how many, and what a cached block holds."""
+"""The block allocator against a simple model of it: which blocks are held, by how many holders, and cached content."""
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -10,7 +10,7 @@ NUM_BLOCKS = 6
 
 
 class Blocks(RuleBasedStateMachine):
-    """Holders take, share, cache and give back blocks in any order."""
+    """Holders allocate, share, cache and release blocks in any order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ Blocks.TestCase.settings = settings(max_examples=150, stateful_step_count=30, de
 test_no_block_is_leaked_or_owned_twice_and_a_found_block_holds_its_key = Blocks.TestCase
 
 
-def test_the_least_recently_released_prefix_gives_way_first_and_from_its_end():
+def test_the_least_recently_released_prefix_is_evicted_first_and_from_its_end():
     allocator = BlockAllocator(4)
     for name in ("old", "new"):
         chain = allocator.allocate(2)

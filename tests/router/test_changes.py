@@ -1,11 +1,11 @@
-"""Waiting for a state: woken by whoever changes it, and only once it is there."""
+"""Waiting for a condition: each change wakes the waiters, which continue once it holds."""
 
 import asyncio
 
 from loraplex_router.engine.changes import Changes
 
 
-async def test_whoever_waits_goes_on_once_the_condition_holds() -> None:
+async def test_a_waiter_continues_once_the_condition_holds() -> None:
     changes, known = Changes(), {0}
     waiting = asyncio.create_task(changes.until(lambda: 1 in known))
     await asyncio.sleep(0)
@@ -17,7 +17,7 @@ async def test_whoever_waits_goes_on_once_the_condition_holds() -> None:
     await waiting
 
 
-async def test_a_condition_that_has_ceased_to_hold_is_waited_for_again() -> None:
+async def test_a_condition_that_no_longer_holds_is_waited_for_again() -> None:
     changes, known = Changes(), {1}
     known.clear()
     waiting = asyncio.create_task(changes.until(lambda: 1 in known))
@@ -33,7 +33,7 @@ async def test_a_condition_that_has_ceased_to_hold_is_waited_for_again() -> None
     await waiting
 
 
-async def test_a_value_is_told_when_it_is_another_one() -> None:
+async def test_a_value_is_reported_when_it_changes() -> None:
     changes, values = Changes(), [1]
     waiting = asyncio.create_task(changes.unlike(lambda: values[-1], 1))
     await asyncio.sleep(0)

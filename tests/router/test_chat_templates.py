@@ -1,4 +1,4 @@
-"""Prompts that chat templates of many shapes make of OpenAI's messages; transformers is the oracle."""
+"""Prompts that many kinds of chat templates render from OpenAI's messages, compared with transformers."""
 
 import json
 import re
@@ -18,7 +18,7 @@ TOOL = {"type": "function", "function": {"strict": True, "name": "add", "paramet
 USER = {"role": "user", "content": "Weather?"}
 RESULT = {"role": "tool", "tool_call_id": "call12345", "content": "rain"}
 
-# How templates write calls. The tails of Hermes', Qwen3's, DeepSeek's, GLM's and Gemma's.
+# How templates write calls: the relevant parts of Hermes', Qwen3's, DeepSeek's, GLM's and Gemma's.
 WRITE_CALLS = (
     "{% for m in messages %}{% for c in m.tool_calls or [] %}<call>{{ c.function.name }} ARGUMENTS{% endfor %}"
 )
@@ -69,7 +69,7 @@ def calls(arguments: Any, content: Any = None) -> list[dict[str, Any]]:
         "{{ messages[1].content is defined }}{{ messages[1].refusal }}",
     ],
 )
-def test_a_template_has_what_transformers_offers(source: str):
+def test_templates_have_the_features_of_transformers(source: str):
     messages = [
         {"role": "user", "content": "Wörd <b>", "name": "Ann", "x": {"y": 5}},
         {"role": "assistant", "content": None, "refusal": "No.", "reasoning": "Hm."},
@@ -91,7 +91,7 @@ def test_variables_are_set_as_transformers_sets_them():
     "content", ["It is", "It is ", [{"type": "text", "text": "It"}, {"type": "text", "text": " is"}]]
 )
 @pytest.mark.parametrize("written", ["{{ m.content }}", "{{ m.content | trim }}"])
-def test_the_last_message_is_continued_as_transformers_does_it(written: str, content: Any):
+def test_the_last_message_is_continued_as_transformers_does(written: str, content: Any):
     source = (
         "{% for m in messages %}<{{ m.role }}>"
         + written
@@ -124,7 +124,7 @@ def test_a_template_cannot_reach_outside_its_sandbox():
     ],
 )
 @pytest.mark.parametrize("content", [None, ""])
-def test_arguments_are_text_or_an_object_as_the_template_wants_them(form: str, written: str, content: str | None):
+def test_arguments_are_text_or_an_object_as_the_template_expects(form: str, written: str, content: str | None):
     source = WRITE_CALLS.replace("ARGUMENTS", ARGUMENTS[form])
     expected = f"Weather?;<call>{written.replace(chr(39), chr(34))};rain;"
     assert render(source, calls('{"a": 1}', content)) == expected
@@ -133,7 +133,7 @@ def test_arguments_are_text_or_an_object_as_the_template_wants_them(form: str, w
 
 
 @pytest.mark.parametrize("empty", ["{}", "", " \n", "null", None, {}])
-def test_no_arguments_are_an_empty_object_however_they_are_written(empty: Any):
+def test_missing_arguments_are_an_empty_object_in_every_notation(empty: Any):
     for form in ("object", "either", "printed"):
         assert "<call>add {};" in render(WRITE_CALLS.replace("ARGUMENTS", ARGUMENTS[form]), calls(empty))
     assert "<call>add ({});" in render(WRITE_CALLS.replace("ARGUMENTS", ARGUMENTS["text"]), calls(empty))
@@ -156,7 +156,7 @@ DESCRIBED = {  # how templates write tools: gpt-oss', Qwen3-Coder's, Command R's
 
 
 @pytest.mark.parametrize(("written", "expected"), DESCRIBED.values(), ids=DESCRIBED)
-def test_a_tool_may_lack_what_the_template_cannot_do_without(written: str, expected: str):
+def test_a_tool_may_lack_fields_that_the_template_needs(written: str, expected: str):
     source = "{% for t in tools or [] %}{% set f = t.function %}" + written + "{% endfor %}{{ messages[0].content }}"
     for lacking in ({}, {"description": None, "parameters": None}):
         tool = {"type": "function", "function": {"name": "add", **lacking}}
@@ -168,14 +168,14 @@ def test_a_tool_may_lack_what_the_template_cannot_do_without(written: str, expec
         assert render(source, [USER], [tool]) == "addWeather?"
 
 
-CALLS_IF_NONE = (  # as DeepSeek-R1-Distill: a message has calls if its content is none
+CALLS_IF_NONE = (  # like DeepSeek-R1-Distill: a message only has calls if its content is none
     "{% for m in messages %}{% if m.role == 'assistant' and m.content is none %}{% for c in m.tool_calls %}"
     "<call>{{ c.function.name + c.function.arguments }}{% endfor %}{% else %}{{ m.content }};{% endif %}{% endfor %}"
 )
 
 
 @pytest.mark.parametrize("content", [None, ""])
-def test_calls_are_not_lost_where_the_content_must_be_none(content: str | None):
+def test_calls_are_not_lost_if_the_content_must_be_none(content: str | None):
     assert render(CALLS_IF_NONE, calls("{}", content)) == "Weather?;<call>add{}rain;"
 
 
@@ -188,7 +188,7 @@ def test_calls_are_not_lost_where_the_content_must_be_none(content: str | None):
         "{% for m in messages %}{{ m['content'] }};{% endfor %}",
     ],
 )
-def test_no_content_is_no_text(source: str):
+def test_missing_content_is_rendered_as_empty_text(source: str):
     assert render(source, [USER, {"role": "assistant", "content": None}, USER]) == "Weather?;;Weather?;"
 
 
@@ -208,7 +208,7 @@ READ_PARTS = "{% for p in m.content %}{% if p.type == 'text' %}[{{ p.text }}]{% 
             "one two",
             "[one][two]",
         ),
-        ("{{ m.content if m.content is string else m.content[0].text }}", "one two", "one\ntwo"),  # reads one alone
+        ("{{ m.content if m.content is string else m.content[0].text }}", "one two", "one\ntwo"),  # only reads one
     ],
 )
 def test_a_list_of_parts_is_read_as_parts_or_as_their_text(content: str, of_text: str, of_parts: str):
@@ -218,19 +218,19 @@ def test_a_list_of_parts_is_read_as_parts_or_as_their_text(content: str, of_text
         assert render(source, [{"role": role, "content": PARTS}]) == f"<{role}>{of_parts}"
 
 
-def test_parts_are_read_only_where_a_role_has_them():
+def test_parts_are_only_passed_to_roles_that_read_them():
     source = "{% for m in messages %}{% if m.role == 'user' and m.content is not string %}" + READ_PARTS
     source += "{% else %}{{ m.content }}{% endif %};{% endfor %}"
     assert render(source, [{"role": role, "content": PARTS} for role in ("system", "user")]) == "one\ntwo;[one][two];"
 
 
-def test_a_developer_is_the_system_unless_the_template_knows_better():
+def test_developer_messages_are_system_messages_unless_the_template_knows_developers():
     messages = [{"role": "developer", "content": "Be brief."}]
     assert render(PLAIN, messages) == "<system>Be brief."
     assert render(PLAIN + "{# developer #}", messages) == "<developer>Be brief."
 
 
-def test_tools_are_as_the_client_sent_them():
+def test_tools_are_passed_on_as_the_client_sent_them():
     assert render("{{ tools[0] | tojson }}", [USER], [TOOL]) == json.dumps(TOOL)
 
 
@@ -243,7 +243,7 @@ def test_a_template_that_reads_no_tools_gets_them_in_the_system_message():
     assert prompt.count("<system>") == 1
 
 
-def test_calls_that_a_template_does_not_show_become_text_without_tools_too():
+def test_calls_that_a_template_does_not_show_become_text_even_without_tools():
     assert f"<assistant><tool_call>\n{CALL}\n</tool_call><tool>rain" in render(PLAIN, calls('{"a": 1}'))
 
 
@@ -257,7 +257,7 @@ def test_results_that_a_template_refuses_become_text():
     assert prompt.startswith("<user>You may call") and prompt.endswith("\n\nWeather?")
 
 
-def test_a_template_may_write_a_calls_id_and_no_name():
+def test_a_template_may_write_a_calls_id_but_not_its_name():
     source = "{% for m in messages %}<{{ m.role }}>{{ m.content or '' }}{% for c in m.tool_calls or [] %}"
     source += "{{ c.id }}({{ c.function.arguments }}){% endfor %}{% endfor %}"
     assert render(source, calls("{}")) == "<user>Weather?<assistant>call12345({})<tool>rain"
@@ -270,7 +270,7 @@ def test_a_template_may_write_a_calls_id_and_no_name():
         ("'functions.' + c.function.name + ':' not in c.id", r"functions\.add:0"),
     ],
 )
-def test_ids_of_calls_are_such_as_the_template_takes(check: str, form: str):
+def test_ids_of_calls_have_the_form_that_the_template_accepts(check: str, form: str):
     source = (
         "{% for m in messages %}{% for c in m.tool_calls or [] %}{% if CHECK %}{{ raise_exception('id') }}{% endif %}"
     )
@@ -285,19 +285,19 @@ def test_ids_of_calls_are_such_as_the_template_takes(check: str, form: str):
     assert render(source, messages) == f";add {kept};;{kept};"
 
 
-def test_a_template_for_tools_alone_is_known_by_rendering_with_tools():
+def test_a_template_that_needs_tools_is_tested_with_tools():
     source = "{% for t in tools %}{{ t.function.name }};{% endfor %}" + WRITE_CALLS.replace(
         "ARGUMENTS", ARGUMENTS["text"]
     )
     assert render(source, calls({"a": 1}), [TOOL]) == 'add;Weather?;<call>add ({"a": 1});rain;'
 
 
-def test_without_tools_a_conversation_is_as_it_was():
+def test_without_tools_a_conversation_is_unchanged():
     messages = [USER, USER, {"role": "narrator", "content": "Night falls."}, {"role": "system", "content": "Sing!"}]
     assert render(PLAIN, messages) == reference(PLAIN, messages)
 
 
-def test_what_a_template_says_against_the_messages_is_told():
+def test_a_templates_own_errors_are_passed_on():
     source = "{% if messages[0].role == 'user' %}{{ raise_exception('roles must alternate') }}{% endif %}"
     with pytest.raises(jinja2.TemplateError, match="roles must alternate"):
         render(source, [USER])

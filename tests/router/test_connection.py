@@ -1,4 +1,4 @@
-"""What a client can do on a connection before, and after, there is a request to answer."""
+"""Misuse of a connection before and after its request, such as too large or too slow bodies."""
 
 import asyncio
 import contextlib
@@ -35,7 +35,7 @@ async def ignore(request: Request) -> PlainTextResponse:
 
 @pytest.fixture
 async def port(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[int]:
-    """Of a server that answers with the length of a body, and does not wait long."""
+    """The address of a server that answers with the length of a body, and does not wait long."""
     for name in ("HEADER_SECONDS", "REST_SECONDS"):
         monkeypatch.setattr(connection, name, 0.2)
     app = Starlette(routes=[Route("/", count, methods=["POST"]), Route("/ignored", ignore, methods=["POST"])])
@@ -50,7 +50,7 @@ async def port(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[int]:
 
 
 async def send(port: int, *parts: bytes) -> bytes:
-    """What the server answers until it closes the connection."""
+    """All that the server sends until it closes the connection."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     for part in parts:
         writer.write(part)
@@ -95,11 +95,11 @@ async def test_bodies_that_are_too_large_too_slow_or_compressed_are_refused(port
     assert (await send(port, request_)).startswith(b"HTTP/1.1 " + status)
 
 
-async def test_a_body_that_nobody_reads_is_not_waited_for(port: int):
+async def test_the_server_does_not_wait_for_a_body_that_nobody_reads(port: int):
     assert b"ignored" in await send(port, ENDLESS.replace(b"/ ", b"/ignored ", 1))
 
 
-async def test_bodies_that_are_too_much_together_are_refused():
+async def test_bodies_that_are_too_large_together_are_refused():
     held, release = asyncio.Event(), asyncio.Event()
 
     async def app(scope, receive, send):

@@ -1,4 +1,4 @@
-"""Conversations as OpenAI's clients send them: what chat templates get to see of them."""
+"""Conversations from OpenAI's clients, and what chat templates receive."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ def test_fields_that_the_server_does_not_know_are_passed_on():
     assert read({"role": "user", "content": "Hi"}, documents=documents).documents == documents
 
 
-def test_how_much_is_thought_is_said_to_templates_in_both_ways():
+def test_templates_get_the_reasoning_effort_in_both_forms():
     def variables(**options: Any) -> Any:
         return read({"role": "user", "content": "Hi"}, **options).variables
 
@@ -35,7 +35,7 @@ def test_how_much_is_thought_is_said_to_templates_in_both_ways():
     assert variables(reasoning_effort=None) == {}
 
 
-def test_tools_and_calls_keep_the_order_and_the_words_of_the_client():
+def test_tools_and_calls_keep_the_clients_order_and_text():
     tool = {"function": {"strict": True, "parameters": {"b": 1, "a": None}, "name": "add"}, "type": "function", "x": 1}
     (found,) = read({"role": "user", "content": "Hi"}, tools=[tool]).tools
     assert str(found) == str(tool)
@@ -54,11 +54,11 @@ def test_arguments_may_be_text_an_object_or_absent(arguments: Any):
     }
 
 
-def test_a_list_of_no_calls_is_none_at_all():
+def test_an_empty_list_of_calls_is_the_same_as_none():
     assert read({"role": "assistant", "content": "Hi", "tool_calls": []}).messages == (Message("assistant", "Hi"),)
 
 
-def test_parts_that_are_text_are_text_whatever_they_are_called():
+def test_all_text_parts_are_text_whatever_their_type():
     parts = [
         {"type": "text", "text": "one", "cache_control": {"type": "ephemeral"}},
         {"type": "input_text", "text": "two"},

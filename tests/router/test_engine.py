@@ -1,4 +1,4 @@
-"""The engine's loop over shards without a model: pipelining, failures, adapters that load meanwhile."""
+"""The engine's loop over shards without a model: pipelining, failures, adapters that load at the same time."""
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
@@ -43,7 +43,7 @@ MODEL = Model(
 
 
 class Setup:
-    """A service over fake shards, its engine running."""
+    """A service over fake shards, with its engine running."""
 
     def __init__(
         self,
@@ -128,7 +128,7 @@ async def test_an_end_token_ends_a_sequence_and_the_token_computed_beyond_it_is_
     assert await setup.answer(996, tokens=50) == [997, 998, 999]
 
 
-async def test_a_sequence_that_fails_ends_alone(setup: Setup):
+async def test_a_sequence_that_fails_does_not_affect_others(setup: Setup):
     setup.shards.failing_token = 105
     good, bad = await asyncio.gather(setup.answer(1, tokens=20), setup.answer(100, tokens=20), return_exceptions=True)
     assert good == list(range(2, 22))
@@ -136,10 +136,12 @@ async def test_a_sequence_that_fails_ends_alone(setup: Setup):
 
 
 class PanicError(BaseException):
-    """As a panic in Rust reaches Python."""
+    """An error like a panic in Rust, which is not an Exception."""
 
 
-async def test_a_sequence_whose_tokens_cannot_be_read_ends_alone(setup: Setup, monkeypatch: pytest.MonkeyPatch):
+async def test_a_sequence_whose_tokens_cannot_be_read_does_not_affect_others(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+):
     push = Detokenizer.push
 
     def panic(self: Detokenizer, token: int) -> str:
@@ -153,7 +155,7 @@ async def test_a_sequence_whose_tokens_cannot_be_read_ends_alone(setup: Setup, m
     assert isinstance(bad, GenerationError)
 
 
-async def test_an_adapter_that_cannot_be_loaded_fails_its_own_requests_and_gives_its_slot_back(setup: Setup):
+async def test_an_adapter_that_cannot_be_loaded_only_fails_its_own_requests_and_frees_its_slot(setup: Setup):
     setup.shards.load_error = AdapterInvalidError("does not fit")
     base, bad = await asyncio.gather(setup.answer(1), setup.answer(1, adapter="a"), return_exceptions=True)
     assert base == [2, 3, 4, 5, 6] and isinstance(bad, AdapterInvalidError)
@@ -161,7 +163,7 @@ async def test_an_adapter_that_cannot_be_loaded_fails_its_own_requests_and_gives
     assert len(await setup.answer(1, adapter="a")) == 5
 
 
-async def test_requests_go_on_while_an_adapter_loads(setup: Setup):
+async def test_requests_continue_while_an_adapter_loads(setup: Setup):
     setup.shards.loads_held.clear()
     waiting = asyncio.create_task(setup.answer(1, adapter="a"))
     for _ in range(3):
@@ -187,12 +189,12 @@ async def test_an_adapter_is_unloaded_before_its_slot_is_given_to_another():
     ]
 
 
-async def test_a_request_that_many_wait_for_is_staged_once(setup: Setup):
+async def test_an_adapter_that_many_requests_wait_for_is_staged_once(setup: Setup):
     await asyncio.gather(*(setup.answer(1, adapter="a") for _ in range(8)))
     assert setup.shards.log.count("stage a") == 1
 
 
-async def test_a_slow_reader_finds_what_came_meanwhile_as_one_delta(setup: Setup):
+async def test_a_slow_reader_gets_missed_tokens_as_one_delta(setup: Setup):
     generation = await setup.service.generate(Request(prompt=(40,), max_new_tokens=30))
     while generation.outputs[0].finish_reason is None:
         await asyncio.sleep(0)
@@ -202,7 +204,7 @@ async def test_a_slow_reader_finds_what_came_meanwhile_as_one_delta(setup: Setup
     assert deltas[0].finish_reason is FinishReason.LENGTH
 
 
-async def test_a_generation_that_is_left_counts_as_cancelled(setup: Setup):
+async def test_an_abandoned_generation_counts_as_cancelled(setup: Setup):
     generation: Generation = await setup.service.generate(Request(prompt=(1,), max_new_tokens=150))
     setup.service.close(generation)
     labels = {"outcome": "cancelled", "adapter": "base"}
@@ -212,7 +214,7 @@ async def test_a_generation_that_is_left_counts_as_cancelled(setup: Setup):
 
 async def test_a_full_queue_has_room_for_a_tenant_that_waits_for_less_than_its_share():
     tenants = {name: TenantSettings(keys=[sha256(name.encode()).hexdigest()]) for name in ("loud", "quiet")}
-    setup = Setup(max_queue=4, tenants=tenants)  # whose engine does not run
+    setup = Setup(max_queue=4, tenants=tenants)  # its engine does not run
     running = [await setup.service.generate(Request(prompt=(1,)), "loud") for _ in range(4)]
     with pytest.raises(OverloadedError, match=r"full .4 sequences are waiting"):
         await setup.service.generate(Request(prompt=(1,)), "loud")

@@ -1,4 +1,4 @@
-"""Each path has one face, which also answers the errors that come before a route is found."""
+"""Each path belongs to one face, which also answers errors that occur before a route is found."""
 
 import json
 
@@ -34,7 +34,7 @@ def test_a_path_belongs_to_the_face_with_the_longest_prefix(path: str, face: Fac
 
 
 @pytest.mark.parametrize("path", ["/nowhere", "/v1/nowhere", "/adapters/nowhere", "/health", "/v1/models", "/adapters"])
-async def test_what_no_route_takes_is_answered_in_the_form_of_the_path(path: str):
+async def test_requests_without_a_route_are_answered_in_the_form_of_the_path(path: str):
     client = Client(Setup(), path, {})
     await client.run()
     status, said = (404, "Not Found") if "nowhere" in path else (405, "Method Not Allowed")
@@ -54,7 +54,7 @@ async def test_what_no_route_takes_is_answered_in_the_form_of_the_path(path: str
         ("/adapters/load", [], "body"),
     ],
 )
-async def test_an_error_has_the_name_that_the_field_has_on_this_face(path: str, body: object, field: str):
+async def test_errors_name_fields_as_this_face_does(path: str, body: object, field: str):
     client = Client(Setup(), path, body)
     await client.run()
     assert client.status == (400 if path.startswith("/v1") else 422) and f"`{field}` " in client.bodies[0]

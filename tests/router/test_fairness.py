@@ -1,4 +1,4 @@
-"""Tenants get fair shares of a replica, and a newcomer need not wait for a flood to ebb."""
+"""Tenants get fair shares of a replica, and a new tenant does not have to wait until a flood is over."""
 
 import pytest
 from hypothesis import given, settings
@@ -13,7 +13,7 @@ LONGEST = 20  # tokens of a prompt
 
 
 def served(world: World, tenant: str) -> float:
-    """What was computed for a tenant, by the costs of its tokens; what is computed again does not count."""
+    """The cost of the tokens that were computed for a tenant; recomputed tokens do not count."""
     prompts = outputs = 0
     for sequence in world.sequences:
         if sequence.tenant == tenant:
@@ -35,10 +35,10 @@ lengths = st.lists(st.tuples(st.integers(1, LONGEST), st.integers(1, 12)), min_s
 
 @settings(deadline=None, max_examples=25)
 @given(one=lengths, other=lengths, blocks=st.integers(24, 64))
-def test_the_service_of_two_backlogged_tenants_differs_by_no_more_than_the_papers_constant(one, other, blocks):
+def test_the_service_of_two_backlogged_tenants_differs_by_at_most_the_papers_constant(one, other, blocks):
     world = World(blocks=blocks, rows=ROWS)
     for tenant, requests in (("one", one), ("other", other)):
-        for number, (prompt, answer) in enumerate(requests):  # no two share a block
+        for number, (prompt, answer) in enumerate(requests):  # no two prompts share a block
             world.submit("", [number, tenant == "one", *range(prompt)], answer, tenant=tenant)
     bound = 2 * max(PREFILL * (LONGEST + 2), DECODE * blocks * BLOCK)
     waiting = {"one": True, "other": True}
@@ -55,7 +55,7 @@ def test_the_service_of_two_backlogged_tenants_differs_by_no_more_than_the_paper
 
 @pytest.mark.parametrize(("flooded", "asked"), [("a", "b"), ("a", "a"), ("", "")])
 @pytest.mark.parametrize("prompt", [6, 100])
-def test_a_newcomer_waits_for_no_more_than_a_step_although_another_tenant_floods(
+def test_a_newcomer_waits_for_at_most_one_step_while_another_tenant_floods(
     flooded: str, asked: str, prompt: int
 ) -> None:
     alone = World(blocks=1000, rows=ROWS)
@@ -74,7 +74,7 @@ def test_a_newcomer_waits_for_no_more_than_a_step_although_another_tenant_floods
     assert all(sequence.tokens == expected(sequence) for sequence in world.sequences)
 
 
-def test_an_adapter_without_a_running_sequence_gets_a_place_although_another_one_of_its_tenant_has_them_all() -> None:
+def test_an_adapter_without_running_sequences_gets_a_row_even_if_another_one_of_its_tenant_has_them_all() -> None:
     world = World(blocks=1000, rows=ROWS)
     for number in range(50):
         world.submit("a", [number] * 6, 40)
@@ -83,7 +83,7 @@ def test_an_adapter_without_a_running_sequence_gets_a_place_although_another_one
     assert steps_to_first_token(world, world.submit("b", [1] * 5, 4)) <= 3
 
 
-def test_places_go_over_to_a_newcomer_up_to_its_share_and_no_further() -> None:
+def test_a_newcomer_gets_rows_up_to_its_share() -> None:
     world = World(blocks=1000, rows=ROWS, budget=64)
     for tenant in ("early", "late"):
         for number in range(40):
@@ -108,7 +108,7 @@ def test_a_tenant_with_twice_the_weight_gets_twice_the_service() -> None:
     assert served(world, "heavy") == pytest.approx(2 * served(world, "light"), rel=0.15)
 
 
-def test_nobody_saves_up_service_while_there_is_nothing_to_do() -> None:
+def test_idle_tenants_do_not_accumulate_service() -> None:
     world = World(blocks=1000, rows=ROWS)
     for number in range(60):
         world.submit("", [number] * 6, 20, tenant="steady")

@@ -1,5 +1,5 @@
-"""The HTTP faces over an engine without a model: clients that leave or lag, and errors before and after the first
-byte."""
+"""The HTTP faces over an engine without a model: clients that leave or are slow, and errors before and after the
+first byte."""
 
 import asyncio
 import json
@@ -21,11 +21,11 @@ WHOLE = {
     "/generate": {"inputs": "A", "parameters": {"max_new_tokens": 40}},
     "/v1/completions": {"model": "base", "prompt": ["A", "B"], "max_tokens": 40, "temperature": 0},
 }
-MANY = 150  # tokens: more than are generated before a client that leaves is noticed
+MANY = 150  # tokens: more than are generated before the server notices that a client has left
 
 
 class Client:
-    """Makes one request to the application, as uvicorn would."""
+    """Sends one request to the application, as uvicorn would."""
 
     def __init__(self, setup: Setup, path: str, body: object) -> None:
         self._app = create_app(setup.service)
@@ -40,7 +40,7 @@ class Client:
         self._body = json.dumps(body).encode()
         self._gone = asyncio.Event()
         self._read = False
-        self.reads = asyncio.Event()  # cleared: it lags
+        self.reads = asyncio.Event()  # cleared while the client is slow
         self.reads.set()
         self.messages: list[dict[str, Any]] = []
 
@@ -99,7 +99,7 @@ async def until(reached: Any) -> None:
 
 
 @pytest.mark.parametrize("path", STREAMS)
-async def test_a_client_that_leaves_its_stream_ends_its_sequence(setup: Setup, path: str):
+async def test_closing_a_stream_ends_its_sequence(setup: Setup, path: str):
     body = {**STREAMS[path], "max_tokens": MANY, "parameters": {"max_new_tokens": MANY}}
     client = Client(setup, path, body)
     running = asyncio.create_task(client.run())
@@ -110,7 +110,7 @@ async def test_a_client_that_leaves_its_stream_ends_its_sequence(setup: Setup, p
 
 
 @pytest.mark.parametrize("path", WHOLE)
-async def test_a_client_that_leaves_before_its_whole_answer_ends_its_sequences(setup: Setup, path: str):
+async def test_leaving_before_a_whole_answer_ends_its_sequences(setup: Setup, path: str):
     setup.shards.loads_held.clear()
     body = {**WHOLE[path], "model": "a"} if path.startswith("/v1") else {**WHOLE[path]}
     if not path.startswith("/v1"):
@@ -119,12 +119,12 @@ async def test_a_client_that_leaves_before_its_whole_answer_ends_its_sequences(s
     running = asyncio.create_task(client.run())
     await until(lambda: not setup.engine.idle)
     client.leave()
-    await running  # though the adapter never comes
+    await running  # although the adapter is never loaded
     setup.shards.loads_held.set()
     assert client.status == 499
 
 
-async def test_a_reader_that_lags_gets_what_it_missed_in_one_event_and_holds_up_nobody(setup: Setup):
+async def test_a_slow_reader_gets_what_it_missed_in_one_event_and_delays_nobody(setup: Setup):
     client = Client(setup, "/v1/completions", STREAMS["/v1/completions"])
     running = asyncio.create_task(client.run())
     await until(lambda: len(client.messages) > 2)
@@ -137,7 +137,7 @@ async def test_a_reader_that_lags_gets_what_it_missed_in_one_event_and_holds_up_
     assert client.events[-1]["choices"][0]["finish_reason"] == "length"
 
 
-async def test_a_lorax_stream_that_lags_still_has_one_event_for_each_token(setup: Setup):
+async def test_a_slow_lorax_stream_still_has_one_event_per_token(setup: Setup):
     client = Client(setup, "/generate_stream", STREAMS["/generate_stream"])
     running = asyncio.create_task(client.run())
     await until(lambda: client.messages)
@@ -151,7 +151,7 @@ async def test_a_lorax_stream_that_lags_still_has_one_event_for_each_token(setup
 
 
 @pytest.mark.parametrize("path", STREAMS)
-async def test_a_full_queue_is_a_429_that_says_when_to_come_again_before_any_stream(setup: Setup, path: str):
+async def test_a_full_queue_is_a_429_with_retry_after_before_the_stream_begins(setup: Setup, path: str):
     setup.shards.loads_held.clear()
     held = [asyncio.create_task(setup.answer(1, adapter="a")) for _ in range(4)]
     await until(lambda: sum(adapter.waiting for adapter in setup.pool) == 4)
@@ -181,21 +181,21 @@ async def test_a_failure_of_a_whole_answer_is_a_500(setup: Setup, path: str):
 
 
 @pytest.mark.parametrize("path", STREAMS)
-async def test_a_server_that_drains_answers_503(setup: Setup, path: str):
+async def test_a_draining_server_answers_503(setup: Setup, path: str):
     setup.service.draining = True
     client = Client(setup, path, STREAMS[path])
     await client.run()
     assert client.status == 503
 
 
-async def test_one_prompt_of_several_that_cannot_be_admitted_ends_the_others(setup: Setup):
+async def test_a_prompt_that_cannot_be_admitted_ends_the_requests_other_prompts(setup: Setup):
     body = {**WHOLE["/v1/completions"], "prompt": ["A"] * 5}
     client = Client(setup, "/v1/completions", body)
     await client.run()
     assert client.status == 429 and setup.service.idle
 
 
-async def test_a_request_cancelled_by_name_ends_with_an_error(setup: Setup):
+async def test_a_request_that_is_cancelled_by_name_ends_with_an_error(setup: Setup):
     setup.shards.loads_held.clear()
     client = Client(setup, "/generate", {"inputs": "A", "parameters": {"adapter_id": "a"}})
     running = asyncio.create_task(client.run())
@@ -207,7 +207,7 @@ async def test_a_request_cancelled_by_name_ends_with_an_error(setup: Setup):
 
 
 @pytest.mark.parametrize("path", STREAMS)
-async def test_a_stream_with_nothing_to_send_has_comments(setup: Setup, path: str, monkeypatch: pytest.MonkeyPatch):
+async def test_a_stream_with_nothing_to_send_sends_comments(setup: Setup, path: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sse, "KEEP_ALIVE_SECONDS", 0.01)
     setup.shards.loads_held.clear()
     body = {**STREAMS[path], "model": "a", "parameters": {"adapter_id": "a", "max_new_tokens": 40}}

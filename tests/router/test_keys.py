@@ -1,4 +1,4 @@
-"""API keys: who is who, what they may use, and limits that hold whatever happens."""
+"""API keys: tenants, what they may use, and limits that always hold."""
 
 import asyncio
 import hashlib
@@ -39,13 +39,13 @@ def test_all_keys_of_a_tenant_are_the_same_tenant(keys: Keys) -> None:
 
 
 @pytest.mark.parametrize("key", [None, "", "wrong", hashed(OLD_KEY), "é€"])
-def test_no_other_key_is_anybodys(keys: Keys, key: str | None) -> None:
+def test_unknown_keys_are_refused(keys: Keys, key: str | None) -> None:
     with pytest.raises(UnauthenticatedError):
         keys.tenant(key)
 
 
 @given(st.text())
-def test_a_refusal_does_not_repeat_the_key(key: str) -> None:
+def test_a_refusal_does_not_contain_the_key(key: str) -> None:
     keys = Keys({"acme": TenantSettings(keys=[hashed(OLD_KEY)])})
     with pytest.raises(UnauthenticatedError) as refusal:
         keys.tenant("prefix " + key)
@@ -86,7 +86,7 @@ def test_a_merge_needs_every_part_allowed(keys: Keys) -> None:
         tenant.check_adapter(MergedReference((AdapterReference("sql"), AdapterReference("other/x"))))
 
 
-def test_so_many_requests_run_at_the_same_time() -> None:
+def test_the_number_of_concurrent_requests_is_limited() -> None:
     tenant = Tenant("acme", Allowance(max_requests=2))
     tenant.begin(0.0)
     tenant.begin(0.0)
@@ -96,10 +96,10 @@ def test_so_many_requests_run_at_the_same_time() -> None:
     tenant.begin(0.0)
 
 
-def test_tokens_are_paid_back_at_the_tenants_rate() -> None:
+def test_used_tokens_are_restored_at_the_tenants_rate() -> None:
     tenant = Tenant("acme", Allowance(tokens_per_minute=60))
     tenant.begin(100.0)
-    tenant.end(69, 100.0)  # nine more than it had
+    tenant.end(69, 100.0)  # nine more than were left
     with pytest.raises(RateLimitedError) as refusal:
         tenant.begin(100.0)
     assert refusal.value.retry_after == pytest.approx(10)
@@ -108,7 +108,7 @@ def test_tokens_are_paid_back_at_the_tenants_rate() -> None:
     tenant.begin(110.1)
 
 
-def test_a_quiet_hour_saves_up_no_more_than_a_minute() -> None:
+def test_at_most_one_minute_of_tokens_accumulates() -> None:
     tenant = Tenant("acme", Allowance(tokens_per_minute=60))
     tenant.begin(3600.0)
     tenant.end(60, 3600.0)
@@ -117,7 +117,7 @@ def test_a_quiet_hour_saves_up_no_more_than_a_minute() -> None:
 
 
 @given(st.lists(st.tuples(st.floats(0, 5), st.integers(1, 50)), min_size=1, max_size=60))
-def test_no_more_than_the_rate_and_one_request_beyond_it_is_ever_used(steps: list[tuple[float, int]]) -> None:
+def test_use_never_exceeds_the_rate_by_more_than_one_request(steps: list[tuple[float, int]]) -> None:
     tenant, now, used = Tenant("acme", Allowance(tokens_per_minute=120)), 0.0, 0
     for pause, tokens in steps:
         now += pause
@@ -184,9 +184,7 @@ def test_a_key_file_is_yaml_or_json(tmp_path: Path) -> None:
         ("\x00SECRET", "neither YAML nor JSON"),
     ],
 )
-def test_a_wrong_key_file_is_refused_by_place_without_showing_its_content(
-    tmp_path: Path, text: str, fault: str
-) -> None:
+def test_errors_of_key_files_name_the_place_without_showing_the_content(tmp_path: Path, text: str, fault: str) -> None:
     path = tmp_path / "keys.yaml"
     path.write_text(text)
     with pytest.raises(KeyFileError) as refusal:
@@ -200,7 +198,7 @@ def test_a_missing_key_file_is_named(tmp_path: Path) -> None:
         read_tenants(tmp_path / "missing.yaml")
 
 
-async def test_a_key_file_is_read_again_when_it_changes_and_kept_while_it_is_wrong(
+async def test_a_key_file_is_reread_when_it_changes_and_ignored_while_it_is_invalid(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(key_file, "LOOK_SECONDS", 0.001)
@@ -239,7 +237,7 @@ async def test_a_key_file_is_read_again_when_it_changes_and_kept_while_it_is_wro
     following.cancel()
 
 
-def test_the_page_about_keys_shows_a_file_that_works_and_how_to_hash_a_key(tmp_path: Path):
+def test_the_key_file_and_the_hash_command_in_the_docs_work(tmp_path: Path):
     page = Path("docs/api-keys.md").read_text()
     (example,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
     (command,) = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)

@@ -1,4 +1,4 @@
-"""What one request may hold: JSON is looked at before it is parsed, and errors quote little of it."""
+"""Limits on one request's content: JSON is checked before it is parsed, and errors quote little of it."""
 
 import json
 
@@ -31,7 +31,7 @@ VALUES = st.recursive(
 
 
 def count(value: object) -> tuple[int, int, int]:
-    """Commas, then lists, objects and names, and the depth, of a value as JSON."""
+    """The number of commas; of lists, objects and names; and the depth of a value as JSON."""
     if not isinstance(value, (list, dict)):
         return 0, 0, 0
     parts = [count(part) for part in (value.values() if isinstance(value, dict) else value)]
@@ -41,7 +41,7 @@ def count(value: object) -> tuple[int, int, int]:
 
 
 @given(value=VALUES, cuts=st.lists(st.integers(1, 5), max_size=60))
-def test_structure_is_counted_outside_of_strings_however_a_text_is_cut(value, cuts):
+def test_structure_is_only_counted_outside_strings_however_the_text_is_divided(value, cuts):
     rest = json.dumps(value, ensure_ascii=False).encode()
     structure = JsonStructure()
     for cut in [*cuts, len(rest) + 1]:
@@ -52,7 +52,7 @@ def test_structure_is_counted_outside_of_strings_however_a_text_is_cut(value, cu
 
 
 @given(value=VALUES)
-async def test_what_is_within_the_limits_is_read_as_it_is(value):
+async def test_json_within_the_limits_is_read_unchanged(value):
     text = json.dumps(value)
     assert parse(text) == await parse_body(text.encode()) == value
 
@@ -71,14 +71,14 @@ async def test_what_is_within_the_limits_is_read_as_it_is(value):
         ("\ud800", "is not valid JSON"),
     ],
 )
-async def test_too_much_is_refused_before_it_is_parsed(text, reason):
+async def test_json_beyond_the_limits_is_refused_before_it_is_parsed(text, reason):
     with pytest.raises(ValueError, match=f"^.*{reason}"):
         parse(text)
     with pytest.raises(ValueError, match=reason):
         await parse_body(text.encode(errors="surrogatepass"))
 
 
-def test_the_deepest_that_is_taken_can_be_written_again():
+def test_the_deepest_accepted_json_can_be_serialized():
     text = "[" * MAX_DEPTH + "]" * MAX_DEPTH
     assert json.dumps(parse(text)) == text
 
@@ -93,7 +93,7 @@ def test_the_deepest_that_is_taken_can_be_written_again():
         (Items[TokenId], [2**32] * 1000, 0),
     ],
 )
-def test_a_long_list_is_refused_for_the_first_thing_that_is_wrong_with_it(kind, given, place):
+def test_a_long_list_is_refused_for_its_first_error(kind, given, place):
     with pytest.raises(ValidationError) as caught:
         TypeAdapter(kind).validate_python(given)
     (error,) = caught.value.errors()
@@ -101,12 +101,12 @@ def test_a_long_list_is_refused_for_the_first_thing_that_is_wrong_with_it(kind, 
 
 
 @pytest.mark.parametrize("given", ["", "text", [], ["a", "b"], [1, 2], [[1, 2], [3]], [[]]])
-def test_prompts_are_read_as_what_they_are(given):
+def test_each_kind_of_prompt_is_read(given):
     assert TypeAdapter(Prompts).validate_python(given) == given
 
 
 @pytest.mark.parametrize("given", [1, None, {"a": 1}, [None], [{}]])
-def test_what_is_no_prompt_is_refused(given):
+def test_invalid_prompts_are_refused(given):
     with pytest.raises(ValidationError):
         TypeAdapter(Prompts).validate_python(given)
 
@@ -123,7 +123,7 @@ def test_a_quote_is_one_line_and_short(text):
 
 
 class _Call(Exception):
-    """A gRPC call that failed with a status, as its client sees it."""
+    """A failed gRPC call as its client sees it."""
 
     def __init__(self, status):
         self._status = status
@@ -139,7 +139,7 @@ class _Call(Exception):
 
 
 @pytest.mark.parametrize("letter", ["x", "é", "😀", "\n"])
-def test_an_error_fits_into_the_trailers_that_grpc_clients_take(letter):
+def test_errors_fit_into_the_trailers_that_grpc_clients_accept(letter):
     long = letter * 100_000
     for error in (LoraplexError(long), InvalidRequestError(*[FieldViolation(long, long)] * 100)):
         status = to_status(error)
@@ -151,7 +151,7 @@ def test_an_error_fits_into_the_trailers_that_grpc_clients_take(letter):
 LOGPROBS = Detail(logprobs=True, top_logprobs=19)
 
 
-def test_an_answer_of_open_length_is_as_long_as_its_logprobs_may_be():
+def test_an_answer_without_max_tokens_is_limited_by_its_logprobs():
     assert Volume().add(Request("Hi", n=4), 10, 10**6) == 10**6
     assert Volume().add(Request("Hi", n=4, detail=LOGPROBS), 10, 10**6) == MAX_LOGPROBS // 80
     assert Volume().add(Request("Hi", detail=LOGPROBS), 10, 100) == 100
@@ -165,12 +165,12 @@ def test_an_answer_of_open_length_is_as_long_as_its_logprobs_may_be():
         (Request("Hi", n=64), 100_000),
     ],
 )
-def test_more_than_can_be_kept_is_refused(request_, prompt_length):
+def test_requests_that_would_need_too_much_memory_are_refused(request_, prompt_length):
     with pytest.raises(InvalidRequestError, match="at most"):
         Volume().add(request_, prompt_length, 10**6)
 
 
-def test_all_requests_of_a_call_count_together():
+def test_all_prompts_of_a_call_count_together():
     volume, request = Volume(), Request("Hi", max_new_tokens=100, detail=LOGPROBS)
     for _ in range(MAX_LOGPROBS // 2000):
         assert volume.add(request, 10, 100) == 100
@@ -201,5 +201,5 @@ def test_long_texts_and_ids_are_one_part_of_a_grpc_request():
 
 
 @given(data=st.binary(max_size=60))
-def test_whatever_is_no_grpc_request_is_left_to_the_parser(data):
+def test_invalid_grpc_requests_are_left_to_the_parser(data):
     check_message(data, pb.GenerateRequest.DESCRIPTOR)

@@ -1,4 +1,4 @@
-"""A port that cannot be opened: what the user is told."""
+"""Error messages for a port that cannot be opened."""
 
 import resource
 import socket
@@ -8,7 +8,7 @@ import pytest
 from loraplex_router.app import listen, raise_file_limit
 
 
-def test_a_taken_port_is_named_with_its_flag():
+def test_a_port_in_use_is_named_with_its_flag():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(OSError, match=rf"port {port} is in use: .* choose another --grpc-port"):
@@ -21,12 +21,12 @@ def test_an_address_of_another_machine_is_named(host: str):
         listen(host, 0, "--http-port")
 
 
-def test_an_address_of_ipv6_is_listened_at():
+def test_the_server_can_listen_on_an_ipv6_address():
     with listen("::1", 0, "--http-port") as opened:
         assert opened.family is socket.AF_INET6
 
 
-def test_as_many_files_may_be_open_as_the_system_allows():
+def test_the_limit_of_open_files_is_raised_to_the_maximum():
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, hard), hard))
     try:

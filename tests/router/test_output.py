@@ -1,4 +1,4 @@
-"""What is shown of a sequence while its tokens arrive: text, tokens, and why it ends."""
+"""A sequence's output while its tokens arrive: text, tokens, and the reason why it ends."""
 
 import asyncio
 from collections.abc import Iterable
@@ -33,8 +33,8 @@ def generate(
     stop_token_ids: tuple[int, ...] = (),
     reads: Iterable[bool] = (),
 ) -> tuple[Delta, SequenceOutput]:
-    """The answer of a sequence that samples these tokens, put together from what is taken after each that `reads` is
-    true for."""
+    """The answer of a sequence that samples these tokens. It is the concatenation of the deltas, which are read after
+    each token for which `reads` is true."""
     sequence = Sequence(
         number=1,
         prompt_length=1,
@@ -65,11 +65,11 @@ def generate(
         (["<|start|>"], {"include": True}, "OK", 3),
         (["<|start|>"], {"shown": True}, "OK", 3),
         (["<|start|>"], {"shown": True, "include": True}, "OK<|start|>", 3),
-        (["s"], {}, "OKu", 5),  # and not within a special token
+        (["s"], {}, "OKu", 5),  # and it is not within a special token
         (["K<|sta"], {}, "OKuser€x", 12),
         (["K<|start|>"], {}, "O", 3),
         (["<|start|>us"], {"include": True}, "OKus", 5),
-        (["Kus"], {}, "O", 5),  # of what is shown
+        (["Kus"], {}, "O", 5),  # of the visible text
         (["er", "s"], {}, "OKu", 5),
         (["K", "OK"], {}, "", 2),
         (["user", "<|start|>"], {}, "OK", 3),
@@ -81,7 +81,7 @@ def generate(
         ([], {"least": 4, "stop_token_ids": (OTHER,)}, "OKuser€x", 12),
     ],
 )
-async def test_stop_strings_are_sought_in_what_was_generated(
+async def test_stop_strings_are_matched_in_the_generated_text(
     stops: list[str], options: dict[str, object], text: str, tokens: int
 ):
     sampled = [*await ids("OK"), START, *await ids("user€x"), OTHER]
@@ -91,7 +91,7 @@ async def test_stop_strings_are_sought_in_what_was_generated(
         assert output.finish_reason is (FinishReason.STOP_TEXT if tokens < 12 else output.finish_reason)
 
 
-async def test_a_stop_token_is_part_of_the_answer_where_stops_are():
+async def test_a_stop_token_is_part_of_the_answer_if_stop_strings_are():
     sampled = [*await ids("OKu"), START]
     (u,) = await ids("u")
     for token, options, text in (
@@ -103,11 +103,11 @@ async def test_a_stop_token_is_part_of_the_answer_where_stops_are():
         whole, output = generate(sampled, ["x"], stop_token_ids=(token,), **options)
         assert (whole.text, output.stop_reason) == (text, token)
         assert whole.ends[-1] == len(text)
-        kept = whole.finish_reason is FinishReason.STOP_TEXT  # else the last token is not told of
+        kept = whole.finish_reason is FinishReason.STOP_TEXT  # otherwise the last token is not reported
         assert kept is bool(options) and len(whole.samples) == output.generated
 
 
-async def test_an_answer_says_what_of_the_request_ended_it():
+async def test_an_answer_says_which_stop_ended_it():
     sampled = [*await ids("OK"), START, END]
     for options, reason in (
         ({"stops": ["K", "<|start|>"]}, "K"),
@@ -132,7 +132,7 @@ async def test_an_answer_says_what_of_the_request_ended_it():
     shown=st.booleans(),
     reads=st.lists(st.booleans(), max_size=20),
 )
-def test_streamed_or_not_an_answer_is_the_same(tokens, stops, include, least, shown, reads):
+def test_an_answer_is_the_same_streamed_or_not(tokens, stops, include, least, shown, reads):
     sampled = [*tokens, END]
     options = {"include": include, "least": least, "shown": shown}
     whole, output = generate(sampled, stops, **options)

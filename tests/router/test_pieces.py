@@ -1,4 +1,4 @@
-"""A text that is tokenized in pieces has the tokens of the whole, whatever the kind of tokenizer."""
+"""A text that is tokenized in pieces has the same tokens as the whole text, with every kind of tokenizer."""
 
 from collections.abc import Callable
 
@@ -70,7 +70,7 @@ def smollm() -> tokenizers.Tokenizer:
 
 
 def llama2() -> tokenizers.Tokenizer:
-    """No words at all: SentencePiece's merges, over the whole text."""
+    """A tokenizer without words: SentencePiece's merges over the whole text."""
     tokenizer = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer = trained(tokenizer, trainers.BpeTrainer(vocab_size=200, special_tokens=["<unk>"]))
@@ -95,7 +95,7 @@ def bert() -> tokenizers.Tokenizer:
 
 
 @pytest.mark.parametrize("make", [gpt2, llama3, smollm, llama2, metaspace, bert])
-def test_the_tokens_are_those_of_the_whole_text(make: Callable[[], tokenizers.Tokenizer]):
+def test_the_tokens_are_the_same_as_the_whole_texts(make: Callable[[], tokenizers.Tokenizer]):
     tokenizer, cuts = make(), 0
 
     @given(text=TEXTS)
@@ -113,10 +113,10 @@ def test_the_tokens_are_those_of_the_whole_text(make: Callable[[], tokenizers.To
         assert places == whole.offsets
 
     are_those()
-    assert cuts > 10  # else it would say little; examples are drawn at random
+    assert cuts > 10  # otherwise the test would check little; examples are random
 
 
-def test_prose_is_cut_where_windows_end():
+def test_prose_is_divided_at_the_ends_of_windows():
     text = " ".join(CORPUS * 50)
     assert len(list(read_pieces(gpt2(), text, window=512))) > len(text) / 512
 

@@ -1,4 +1,4 @@
-"""Placement: affinity within bounds, the least busy replica for the cold, and the same choice by every router."""
+"""Placement: affinity within bounds, the least busy replica for cold adapters, and the same choice by all routers."""
 
 from dataclasses import replace
 
@@ -19,12 +19,12 @@ def replicas(draw: st.DrawFn) -> list[Candidate]:
 
 
 @given(adapter=NAMES, replicas=replicas())
-def test_nobody_is_sent_to_a_replica_that_is_much_busier_than_another(adapter: str, replicas: list[Candidate]):
+def test_no_request_goes_to_a_replica_that_is_much_busier_than_another(adapter: str, replicas: list[Candidate]):
     assert choose(adapter, replicas).load <= max_load(min(replica.load for replica in replicas))
 
 
 @given(adapter=NAMES, replicas=replicas())
-def test_an_adapter_goes_where_it_is_unless_everybody_who_has_it_is_much_busier(
+def test_a_request_goes_to_a_replica_with_its_adapter_unless_all_of_them_are_much_busier(
     adapter: str, replicas: list[Candidate]
 ):
     chosen = choose(adapter, replicas)
@@ -36,7 +36,7 @@ def test_an_adapter_goes_where_it_is_unless_everybody_who_has_it_is_much_busier(
 
 
 @given(adapter=NAMES, replicas=replicas())
-def test_a_cold_adapter_goes_to_the_least_busy_replica_with_a_slot_to_spare(adapter: str, replicas: list[Candidate]):
+def test_a_cold_adapter_goes_to_the_least_busy_replica_with_a_free_slot(adapter: str, replicas: list[Candidate]):
     cold = [replace(replica, nearness=Nearness.ABSENT) for replica in replicas]
     chosen = choose(adapter, cold)
     bound = max_load(min(replica.load for replica in cold))
@@ -46,16 +46,12 @@ def test_a_cold_adapter_goes_to_the_least_busy_replica_with_a_slot_to_spare(adap
 
 
 @given(adapter=NAMES, replicas=replicas(), data=st.data())
-def test_the_order_in_which_replicas_are_known_does_not_matter(
-    adapter: str, replicas: list[Candidate], data: st.DataObject
-):
+def test_the_order_of_the_replicas_does_not_matter(adapter: str, replicas: list[Candidate], data: st.DataObject):
     assert choose(adapter, data.draw(st.permutations(replicas))) == choose(adapter, replicas)
 
 
 @given(adapter=NAMES, names=st.lists(NAMES, min_size=2, max_size=8, unique=True), data=st.data())
-def test_among_idle_replicas_one_that_goes_moves_no_adapter_but_its_own(
-    adapter: str, names: list[str], data: st.DataObject
-):
+def test_when_an_idle_replica_leaves_only_its_own_adapters_move(adapter: str, names: list[str], data: st.DataObject):
     idle = [Candidate(name, 0, True, Nearness.ABSENT) for name in names]
     chosen = choose(adapter, idle)
     gone = data.draw(st.sampled_from(idle))

@@ -1,4 +1,4 @@
-"""The adapter pool: slots within their number, one owner each, and nothing dropped that somebody needs."""
+"""The adapter pool: no more slots than exist, one owner each, and no eviction of adapters in use."""
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -81,7 +81,7 @@ Pool.TestCase.settings = settings(max_examples=150, stateful_step_count=30, dead
 test_slots_stay_within_their_number_and_what_is_needed_stays = Pool.TestCase
 
 
-def test_the_least_recently_used_idle_adapter_gives_up_its_slot():
+def test_the_least_recently_used_idle_adapter_is_evicted():
     pool = AdapterPool(slots=2, host_bytes=1000)
     first, second, third = (pool.add(name, 8, 1) for name in "abc")
     for adapter in (first, second):

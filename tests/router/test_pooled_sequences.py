@@ -1,4 +1,4 @@
-"""Sequences that only compute: scheduled in chunks beside others, whole, and gone once their last chunk is."""
+"""Pooled sequences: scheduled in chunks beside others, computed completely, and finished with their last chunk."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,7 +10,7 @@ POOL = Detail(pool=True)
 
 
 class PoolingWorld(World):
-    """Counts the positions that each pooled sequence computed since it last began, as a shard sums them up."""
+    """Counts the positions that each pooled sequence has computed since its last start, as a shard accumulates them."""
 
     def __init__(self, **limits: int) -> None:
         super().__init__(**limits)
@@ -32,7 +32,7 @@ class PoolingWorld(World):
                 self.scheduler.finish(sequence)
 
 
-def test_a_pooled_sequence_reads_nothing_from_the_prefix_cache_and_leaves_its_blocks_there():
+def test_a_pooled_sequence_does_not_read_the_prefix_cache_but_fills_it():
     world = PoolingWorld()
     world.submit("", list(range(17)), 1)
     world.run()
@@ -51,15 +51,15 @@ def test_a_pooled_sequence_reads_nothing_from_the_prefix_cache_and_leaves_its_bl
         st.tuples(
             st.sampled_from(["", "a", "b", "c"]),
             st.lists(st.integers(0, 2), min_size=1, max_size=30),
-            st.integers(0, 6),  # tokens; 0: pooled
-            st.integers(0, 4),  # arrives this many turns after the last
+            st.integers(0, 6),  # output tokens; 0: pooled
+            st.integers(0, 4),  # turns between the last arrival and this one
         ),
         max_size=16,
     ),
     blocks=st.integers(11, 30),
     depth=st.integers(1, 2),
 )
-def test_pooled_and_generating_sequences_all_end_and_every_pooled_position_counts_once(requests, blocks, depth):
+def test_all_sequences_end_and_every_pooled_position_counts_once(requests, blocks, depth):
     world = PoolingWorld(blocks=blocks, depth=depth)
     for adapter, prompt, tokens, pause in requests:
         for _ in range(pause):

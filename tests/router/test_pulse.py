@@ -33,7 +33,7 @@ def step(pulse: Pulse, tokens: int, seconds: float) -> None:
 
 
 def warm(warmup: float = 0.5, ranks: int = 1, compiles: bool = False, steps: int = FIRST_STEPS) -> Pulse:
-    """A replica that has warmed up, and then has run steps of 8 tokens of a tick each."""
+    """A replica that has warmed up, and has then run steps of 8 tokens, each of which took one tick."""
     pulse = Pulse(ranks, compiles)
     pass_time(pulse, warmup)
     pulse.warmed_up()
@@ -61,7 +61,7 @@ def test_an_idle_replica_whose_ranks_answer_is_never_silent() -> None:
         assert not pass_time(pulse, 10).suspicious
 
 
-def test_a_rank_that_does_not_answer_is_suspicious_first_and_then_given_up() -> None:
+def test_a_rank_that_does_not_answer_is_suspected_first_and_then_given_up() -> None:
     pulse = warm(ranks=2)
     for rank in (0, 1):
         pulse.pinged(rank)
@@ -82,21 +82,21 @@ def test_a_rank_whose_answers_take_longer_on_a_busy_machine_gets_more_time() -> 
     assert seconds_until_final(pulse) == pytest.approx(GRACE_SECONDS + FACTOR * 0.8, abs=TOLERANCE)
 
 
-def test_a_rank_that_answers_plans_is_alive_whatever_becomes_of_its_ping() -> None:
+def test_a_rank_that_answers_plans_is_alive_even_if_its_ping_is_lost() -> None:
     pulse = warm()
     pulse.pinged(0)
     for _ in range(100):
         step(pulse, 8, 0.5)
 
 
-def test_during_the_warm_up_a_rank_may_be_silent_for_long() -> None:
+def test_a_rank_may_be_silent_for_long_during_the_warm_up() -> None:
     pulse = Pulse(1, compiles=False)
     pulse.pinged(0)
     assert seconds_until_final(pulse) == pytest.approx(WARMUP_SECONDS, abs=TOLERANCE)
 
 
 @given(seconds=st.floats(0.1, 5), steps=st.integers(FIRST_STEPS, 200))
-def test_a_step_may_take_several_times_as_long_as_the_longest_of_late(seconds: float, steps: int) -> None:
+def test_a_step_may_take_several_times_as_long_as_the_longest_recent_one(seconds: float, steps: int) -> None:
     pulse = warm(warmup=0.1, steps=0)
     for _ in range(steps):
         pulse.sent(8)
@@ -106,29 +106,27 @@ def test_a_step_may_take_several_times_as_long_as_the_longest_of_late(seconds: f
     assert seconds_until_final(pulse) == pytest.approx(GRACE_SECONDS + FACTOR * seconds, abs=FACTOR * TOLERANCE)
 
 
-def test_a_step_of_more_tokens_than_any_so_far_may_take_as_long_as_the_warm_up_several_times() -> None:
+def test_the_largest_step_so_far_may_take_several_times_as_long_as_the_warm_up() -> None:
     pulse = warm(warmup=20)
     pulse.sent(256)
     assert seconds_until_final(pulse) == pytest.approx(GRACE_SECONDS + FACTOR * 20, abs=TOLERANCE)
 
 
-def test_so_may_the_first_steps_of_any_size_and_later_ones_may_not() -> None:
+def test_only_the_first_steps_may_take_several_times_as_long_as_the_warm_up() -> None:
     early, late = warm(warmup=20, steps=FIRST_STEPS - 1), warm(warmup=20)
     for pulse, limit in ((early, FACTOR * 20), (late, FACTOR * TICK_SECONDS)):
         pulse.sent(8)
         assert seconds_until_final(pulse) == pytest.approx(GRACE_SECONDS + limit, abs=TOLERANCE)
 
 
-def test_a_step_that_is_smaller_than_others_may_take_as_long_as_they_and_a_larger_one_says_nothing_of_a_smaller() -> (
-    None
-):
+def test_a_step_may_take_as_long_as_larger_ones() -> None:
     pulse = warm()
     step(pulse, 256, 3)
     pulse.sent(8)
     assert seconds_until_final(pulse) == pytest.approx(GRACE_SECONDS + FACTOR * 3, abs=TOLERANCE)
 
 
-def test_a_plan_that_waits_behind_another_has_its_time_from_the_others_end() -> None:
+def test_the_time_of_a_queued_plan_begins_when_the_previous_one_ends() -> None:
     pulse = warm()
     for _ in range(20):
         pulse.sent(8)
@@ -137,7 +135,7 @@ def test_a_plan_that_waits_behind_another_has_its_time_from_the_others_end() -> 
         pulse.stepped()
 
 
-def test_where_kernels_are_compiled_a_step_has_time_for_that_and_a_ping_has_not() -> None:
+def test_a_step_has_time_to_compile_kernels_but_a_ping_does_not() -> None:
     pulse = warm(compiles=True)
     pulse.sent(8)
     assert seconds_until_final(pulse) >= COMPILE_SECONDS
@@ -154,7 +152,7 @@ def test_the_first_step_after_idle_minutes_may_take_long() -> None:
     assert seconds_until_final(pulse) == pytest.approx(GRACE_SECONDS + FACTOR * TICK_SECONDS, abs=TOLERANCE)
 
 
-def test_time_in_which_the_router_itself_stood_still_does_not_count() -> None:
+def test_time_in_which_the_router_was_suspended_does_not_count() -> None:
     pulse = warm()
     pulse.pinged(0)
     pulse.sent(8)

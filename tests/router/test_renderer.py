@@ -1,4 +1,4 @@
-"""Chat templates rendered in processes of their own: what a bad one can do to others, and what is said of it."""
+"""Chat templates are rendered in separate processes: bad ones do not affect others, and have clear errors."""
 
 import asyncio
 import logging
@@ -34,19 +34,21 @@ async def renderer() -> AsyncIterator[Renderer]:
     await running.aclose()
 
 
-async def test_an_adapters_template_renders_as_the_models_own_does(renderer: Renderer):
+async def test_an_adapters_template_renders_like_the_models(renderer: Renderer):
     assert await renderer.render(OWN, CHAT) == RENDERED
     assert await renderer.render(ChatTemplates({"default": GOOD, "rag": ""}, TOKENS), CHAT) == RENDERED
     with pytest.raises(InvalidRequestError, match="no tools here"):
         await renderer.render(brought("{{ raise_exception('no tools here') }}"), CHAT)
 
 
-async def test_what_a_template_writes_behind_an_answer_is_known(renderer: Renderer):
+async def test_the_text_that_a_template_writes_after_an_answer_is_known(renderer: Renderer):
     template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|end|>\n{% endfor %}"
     assert (await renderer.render(brought(template), CHAT)).turn_end == "<|end|>\n"
 
 
-async def test_a_template_that_cannot_be_read_says_where_and_costs_chats_alone(caplog: pytest.LogCaptureFixture):
+async def test_a_template_that_cannot_be_parsed_names_the_line_and_only_prevents_chats(
+    caplog: pytest.LogCaptureFixture,
+):
     renderer = Renderer(brought("Hi\n{% if %}"))
     with caplog.at_level(logging.WARNING):
         await renderer.check()
@@ -59,7 +61,7 @@ async def test_a_template_that_cannot_be_read_says_where_and_costs_chats_alone(c
 
 
 @pytest.mark.parametrize("bad", [FOREVER, TOO_MUCH, "{{ 'x' * 10 ** 8 }}", "{{ ''.__class__.__mro__ }}", "{{ 1 / 0 }}"])
-async def test_a_bad_template_hurts_itself_alone(renderer: Renderer, bad: str):
+async def test_a_bad_template_does_not_affect_others(renderer: Renderer, bad: str):
     with pytest.raises(InvalidRequestError, match=r"chat\.messages"):
         await renderer.render(brought(bad), CHAT)
     assert await renderer.render(brought(GOOD), CHAT) == RENDERED
@@ -75,7 +77,7 @@ async def test_the_models_own_conversations_do_not_wait_for_an_adapters_template
         await slow
 
 
-async def test_a_caller_that_leaves_takes_no_answer_from_the_next(renderer: Renderer):
+async def test_the_next_caller_does_not_get_the_answer_of_one_that_left(renderer: Renderer):
     left = asyncio.create_task(renderer.render(OWN, Chat((Message("user", "gone", {"name": "Bob"}),))))
     await asyncio.sleep(0.01)
     left.cancel()
@@ -86,7 +88,7 @@ PRINTS = "print('a library has something to say')\n"
 ENDS = "import os, sys\nif 'loraplex_router.text.template_process' in sys.orig_argv: os._exit(1)\n"
 
 
-async def test_what_a_library_prints_is_not_taken_for_an_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+async def test_a_librarys_output_is_not_taken_for_an_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "sitecustomize.py").write_text(PRINTS)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
     renderer = Renderer(OWN)
@@ -94,7 +96,7 @@ async def test_what_a_library_prints_is_not_taken_for_an_answer(tmp_path: Path, 
     await renderer.aclose()
 
 
-async def test_that_no_process_starts_is_the_servers_fault_and_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+async def test_a_process_that_cannot_start_is_a_temporary_server_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "sitecustomize.py").write_text(ENDS)
     renderer = Renderer(OWN)
     with monkeypatch.context() as broken, pytest.raises(UnavailableError, match="at the moment: try again"):
@@ -105,13 +107,13 @@ async def test_that_no_process_starts_is_the_servers_fault_and_passes(tmp_path: 
     await renderer.aclose()
 
 
-async def test_a_long_conversation_is_rendered_whole(renderer: Renderer):
+async def test_a_long_conversation_is_rendered_completely(renderer: Renderer):
     text = "wörd " * LONG
     rendered = await renderer.render(OWN, Chat((Message("user", text, {"name": "Ann"}),)))
     assert rendered.text == f"<s>Ann: {text} </s>"
 
 
-async def test_what_is_nested_too_deeply_is_refused(renderer: Renderer):
+async def test_too_deep_nesting_is_refused(renderer: Renderer):
     nested: list[object] = []
     for _ in range(100_000):
         nested = [nested]
@@ -119,13 +121,13 @@ async def test_what_is_nested_too_deeply_is_refused(renderer: Renderer):
         await renderer.render(OWN, Chat((Message("user", "Hi", {"name": nested}),)))
 
 
-async def test_integers_of_any_size_may_be_in_a_tools_schema(renderer: Renderer):
+async def test_a_tools_schema_may_contain_integers_of_any_size(renderer: Renderer):
     tool = {"type": "function", "function": {"name": "pay", "parameters": {"maximum": 2**256}}}
     rendered = await renderer.render(brought("{{ tools[0] | tojson }}"), Chat(CHAT.messages, (tool,)))
     assert str(2**256) in rendered.text
 
 
-async def test_without_a_default_template_the_error_says_which_there_are():
+async def test_without_a_default_template_the_error_lists_the_others():
     renderer = Renderer(ChatTemplates({"tool_use": "{{ tools }}"}))
     with pytest.raises(InvalidRequestError, match="no chat template, only tool_use: send a text prompt"):
         await renderer.render(ChatTemplates({"tool_use": "{{ tools }}"}), CHAT)
@@ -136,17 +138,17 @@ async def test_without_a_default_template_the_error_says_which_there_are():
 @pytest.mark.parametrize(
     ("module", "absent"), [("loraplex_router.text.template_process", "torch"), ("loraplex_router.app", "transformers")]
 )
-def test_what_is_slow_to_import_is_imported_only_where_it_is_needed(module: str, absent: str):
+def test_slow_imports_only_happen_where_they_are_needed(module: str, absent: str):
     subprocess.run([sys.executable, "-c", f"import sys, {module}; assert {absent!r} not in sys.modules"], check=True)
 
 
-def test_an_adapters_special_tokens_stand_before_the_models():
+def test_an_adapters_special_tokens_override_the_models():
     adapter = AdapterTokenizer(ChatTemplates({}, {"eos_token": "<|end|>", "bos_token": ""}))
     assert adapter.over(OWN) == ChatTemplates(OWN.by_name, {"eos_token": "<|end|>"})
     with pytest.raises(AdapterInvalidError, match="torn"):
         AdapterTokenizer(error="torn").over(OWN)
 
 
-def test_an_adapter_without_a_default_template_has_the_models():
+def test_an_adapter_without_a_default_template_uses_the_models():
     adapter = AdapterTokenizer(ChatTemplates({"rag": "mine"}))
     assert adapter.over(OWN) == OWN

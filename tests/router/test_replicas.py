@@ -1,4 +1,5 @@
-"""Several replicas behind one router: affinity, replicas that stop or are lost, and requests that go on elsewhere."""
+"""Several replicas behind one router: affinity, replicas that stop or are lost, and requests that continue
+elsewhere."""
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
@@ -17,7 +18,7 @@ from tests.router.test_engine import Setup
 
 
 class Cluster(Setup):
-    """A service over replicas whose shards can be lost; each has an engine that runs."""
+    """A service over replicas whose shards can be lost; each has a running engine."""
 
     def __init__(self, tenants: Mapping[str, TenantSettings] | None = None) -> None:
         super().__init__(tenants=tenants)
@@ -33,7 +34,7 @@ class Cluster(Setup):
         return replica
 
     async def drive(self, replica: Replica) -> None:
-        """As the connections do."""
+        """Adds a replica, as `Connections` does."""
         with suppress(UnavailableError):
             await replica.engine.run()
         self.replicas.remove(replica)
@@ -76,7 +77,7 @@ async def test_requests_that_come_while_an_adapter_is_staged_go_to_the_same_repl
     assert len(cluster.holders("digest of a")) == 1
 
 
-async def test_an_adapter_that_overwhelms_its_replica_is_served_by_another_as_well(cluster: Cluster):
+async def test_an_adapter_that_overloads_its_replica_is_also_served_by_another(cluster: Cluster):
     cluster.join("second")
     await cluster.answer(1, adapter="a")
     await asyncio.gather(*(cluster.answer(1, tokens=20, adapter="a") for _ in range(30)))
@@ -92,7 +93,7 @@ async def test_the_base_models_requests_go_to_the_less_busy_replica(cluster: Clu
         cluster.service.close(generation)
 
 
-async def test_what_a_lost_replica_ran_goes_on_in_another_and_loses_no_token(cluster: Cluster):
+async def test_requests_of_a_lost_replica_continue_in_another_without_losing_tokens(cluster: Cluster):
     generations = [await cluster.service.generate(request(i, 100, "a" if i % 2 else None)) for i in range(6)]
     while not all(generation.outputs[0].generated > 5 for generation in generations):
         await asyncio.sleep(0)
@@ -106,7 +107,7 @@ async def test_what_a_lost_replica_ran_goes_on_in_another_and_loses_no_token(clu
     assert cluster.service.idle and list(cluster.replicas) != [cluster.replica]
 
 
-async def test_a_lost_replicas_requests_and_those_that_come_meanwhile_wait_for_one_that_comes_back(cluster: Cluster):
+async def test_requests_of_the_only_replica_and_new_ones_wait_for_a_replacement(cluster: Cluster):
     generation = await cluster.service.generate(request(0, 50))
     cluster.lose(cluster.replica)
     await cluster.tasks[cluster.replica]
@@ -121,7 +122,7 @@ async def test_a_lost_replicas_requests_and_those_that_come_meanwhile_wait_for_o
     cluster.service.close(generation)
 
 
-async def test_requests_wait_for_a_lost_replica_no_longer_than_its_own_do(cluster: Cluster):
+async def test_new_requests_do_not_wait_longer_than_those_of_the_lost_replica(cluster: Cluster):
     cluster.lose(cluster.replica)
     with pytest.raises(UnavailableError, match="no replacement became ready in time"):
         await cluster.answer(1)
@@ -129,7 +130,7 @@ async def test_requests_wait_for_a_lost_replica_no_longer_than_its_own_do(cluste
         await cluster.answer(1)
 
 
-async def test_a_lost_replicas_requests_fail_if_no_other_comes_in_time(cluster: Cluster):
+async def test_a_lost_replicas_requests_fail_if_no_replacement_is_ready_in_time(cluster: Cluster):
     generation = await cluster.service.generate(request(0, 100))
     cluster.lose(cluster.replica)
     with pytest.raises(UnavailableError, match="no replacement became ready in time"):
@@ -152,7 +153,7 @@ async def test_a_request_can_be_cancelled_while_it_has_no_replica(cluster: Clust
     cluster.service.close(generation)
 
 
-async def test_a_request_does_not_go_on_with_an_adapter_that_changed(cluster: Cluster):
+async def test_a_request_does_not_continue_with_an_adapter_that_has_changed(cluster: Cluster):
     generation = await cluster.service.generate(request(0, 100, "a"))
     second = cluster.join("second")
     second.shards.digests["a"] = "another digest"
@@ -162,8 +163,8 @@ async def test_a_request_does_not_go_on_with_an_adapter_that_changed(cluster: Cl
     cluster.service.close(generation)
 
 
-async def test_a_replica_that_stops_finishes_what_it_began_and_gives_away_what_waits(cluster: Cluster):
-    started = [await cluster.service.generate(request(i, 100)) for i in range(8)]  # as many as it has rows
+async def test_a_stopping_replica_finishes_running_requests_and_hands_over_waiting_ones(cluster: Cluster):
+    started = [await cluster.service.generate(request(i, 100)) for i in range(8)]  # as many as there are rows
     while not all(generation.outputs[0].generated for generation in started):
         await asyncio.sleep(0)
     waiting = await cluster.service.generate(request(50, 5))
@@ -181,8 +182,10 @@ async def test_a_replica_that_stops_finishes_what_it_began_and_gives_away_what_w
         cluster.service.close(generation)
 
 
-async def test_a_silent_replica_gets_nothing_new_gives_away_what_waits_and_goes_on_when_it_answers(cluster: Cluster):
-    started = [await cluster.service.generate(request(i, 100)) for i in range(8)]  # as many as it has rows
+async def test_a_silent_replica_gets_no_requests_hands_over_waiting_ones_and_continues_when_it_answers(
+    cluster: Cluster,
+):
+    started = [await cluster.service.generate(request(i, 100)) for i in range(8)]  # as many as there are rows
     while not all(generation.outputs[0].generated for generation in started):
         await asyncio.sleep(0)
     waiting = await cluster.service.generate(request(50, 5))
@@ -202,7 +205,7 @@ async def test_a_silent_replica_gets_nothing_new_gives_away_what_waits_and_goes_
         cluster.service.close(generation)
 
 
-async def test_the_only_replica_keeps_what_it_has_while_it_is_silent(cluster: Cluster):
+async def test_the_only_replica_keeps_its_requests_while_it_is_silent(cluster: Cluster):
     generation = await cluster.service.generate(request(0, 30))
     cluster.replicas.set_silent("0", True)
     assert not cluster.service.healthy
@@ -214,7 +217,7 @@ async def test_the_only_replica_keeps_what_it_has_while_it_is_silent(cluster: Cl
     cluster.service.close(generation)
 
 
-async def test_the_last_replica_keeps_what_waits_when_it_stops(cluster: Cluster):
+async def test_the_last_replica_keeps_waiting_requests_when_it_stops(cluster: Cluster):
     generations = [await cluster.service.generate(request(i, 30)) for i in range(12)]
     cluster.replicas.drain(cluster.replica)
     for generation in generations:
@@ -222,7 +225,7 @@ async def test_the_last_replica_keeps_what_waits_when_it_stops(cluster: Cluster)
         cluster.service.close(generation)
 
 
-async def test_a_failure_of_the_routers_own_loop_is_not_carried_to_other_replicas(cluster: Cluster):
+async def test_a_failure_of_the_routers_own_loop_does_not_spread_to_other_replicas(cluster: Cluster):
     generation = await cluster.service.generate(request(0, 100))
     cluster.join("second")
     cluster.replica.shards.step_error = ZeroDivisionError()
@@ -231,7 +234,7 @@ async def test_a_failure_of_the_routers_own_loop_is_not_carried_to_other_replica
     cluster.service.close(generation)
 
 
-async def test_a_place_is_seen_by_others_and_keeps_its_adapter_until_it_is_closed(cluster: Cluster) -> None:
+async def test_a_placement_is_counted_and_keeps_its_adapter_until_it_is_closed(cluster: Cluster) -> None:
     cluster.join("1")
     with await cluster.replicas.place(AdapterReference("a")) as lease:
         assert lease.replica.candidate(None).load == 1
@@ -243,7 +246,7 @@ async def test_a_place_is_seen_by_others_and_keeps_its_adapter_until_it_is_close
     assert lease.replica.pool.get(lease.adapter.digest) is None
 
 
-async def test_a_request_whose_replica_is_lost_before_it_is_submitted_goes_on_in_another(cluster: Cluster) -> None:
+async def test_a_request_whose_replica_is_lost_before_submission_continues_in_another(cluster: Cluster) -> None:
     place, other = cluster.replicas.place, cluster.join("1")
 
     async def place_on_one_that_is_lost(*options: object) -> Lease:

@@ -1,4 +1,4 @@
-"""What is refused before any work starts: values that no shard can take, and tokens that no embedding is there for."""
+"""Requests that are refused before any work starts: values that shards cannot take, and tokens without an embedding."""
 
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -18,12 +18,12 @@ from loraplex_router.vocabulary.sampling import Sampling
 from tests.e2e.tiny import CHAT_TEMPLATE, byte_tokenizer
 from tests.router.test_engine import MODEL, Setup
 
-LETTERS = 256  # one token each; then comes [PAD], which the model lacks
+LETTERS = 256  # one token each; the next token, [PAD], is missing in the model
 
 
 @pytest.fixture
 async def service() -> AsyncIterator[Service]:
-    """Of a model whose tokenizer has a token more than the embedding has rows."""
+    """The service of a model whose tokenizer has one token more than its embedding has rows."""
     made = byte_tokenizer()
     made.add_tokens(["[PAD]"], special_tokens=True)
     templates = ChatTemplates({"default": CHAT_TEMPLATE})
@@ -41,7 +41,7 @@ async def service() -> AsyncIterator[Service]:
         (Chat((Message("user", "[PAD]"),)), "chat.messages"),
     ],
 )
-async def test_a_text_with_a_token_that_the_model_lacks_is_refused_by_its_name(
+async def test_a_text_with_a_token_that_the_model_lacks_is_refused_by_name(
     service: Service, prompt: Prompt, field: str
 ):
     with pytest.raises(InvalidRequestError, match=r"'\[PAD\]', which is token 257") as refused:
@@ -52,7 +52,7 @@ async def test_a_text_with_a_token_that_the_model_lacks_is_refused_by_its_name(
     assert service.idle
 
 
-async def test_what_is_cut_off_is_not_looked_at(service: Service):
+async def test_truncated_tokens_are_not_checked(service: Service):
     generation = await service.generate(Request("[PAD] Hi", truncate=2))
     assert generation.outputs[0].sequence.tokens == await service.tokenizer.encode("Hi")
     service.close(generation)
@@ -60,7 +60,7 @@ async def test_what_is_cut_off_is_not_looked_at(service: Service):
 
 @pytest.mark.parametrize("token", [-1, 1000, 2**32, 2**64])
 @pytest.mark.parametrize("field", ["token_ids", "stop_token_ids", "logit_bias"])
-def test_ids_that_the_model_lacks_are_refused_wherever_they_are_written(field: str, token: int):
+def test_token_ids_that_the_model_lacks_are_refused_in_every_field(field: str, token: int):
     request = {
         "token_ids": Request((1, token)),
         "stop_token_ids": Request((1,), stop_token_ids=(1, token)),
@@ -75,7 +75,7 @@ def test_ids_that_the_model_lacks_are_refused_wherever_they_are_written(field: s
     [{"top_k": 2**32}, {"temperature": float("inf")}, {"temperature": float("nan")}, {"repetition_penalty": 1e39}],
     ids=str,
 )
-def test_values_that_no_plan_can_carry_are_refused(options: dict[str, float]):
+def test_values_that_do_not_fit_into_a_plan_are_refused(options: dict[str, float]):
     with pytest.raises(InvalidRequestError, match=next(iter(options))):
         check_request(Request((1,), sampling=Sampling(**options)), vocab_size=10, sources=())
 
@@ -85,7 +85,7 @@ def test_every_sampling_parameter_of_the_protocol_is_known():
 
 
 @pytest.mark.parametrize("source", ["gcs", "pbase", "Hub", " hub"])
-def test_an_unknown_source_is_refused_with_those_that_the_server_has(source: str):
+def test_an_unknown_source_is_refused_with_a_list_of_the_servers(source: str):
     merged = MergedReference((AdapterReference("sql", "hub"), AdapterReference("sql", source)))
     for adapter, field in (
         (AdapterReference("sql", source), "adapter.source"),
@@ -100,13 +100,13 @@ def test_an_unknown_source_is_refused_with_those_that_the_server_has(source: str
     "id",
     ["sql", "a/b/c/d", "s3://bucket/a/b/c/d/sql", "az://container/sql/", "/srv/adapters/team/sql", "hf://org/name"],
 )
-def test_an_adapter_is_named_by_its_name_or_its_address(id: str):
+def test_an_adapter_is_requested_by_name_or_url(id: str):
     check_request(Request((1,), adapter=AdapterReference(id)), 10, [])
 
 
 @pytest.mark.parametrize(
     "id", ["a/b/c/d/e", "s3://", "s3://b//x", "s3://b/../x", "/", "/../etc", "//x", "s3:///x", "file://" + "a/" * 17]
 )
-def test_an_address_leads_nowhere_else(id: str):
+def test_a_url_cannot_point_elsewhere(id: str):
     with pytest.raises(InvalidRequestError, match=r"adapter\.id"):
         check_request(Request((1,), adapter=AdapterReference(id)), 10, [])

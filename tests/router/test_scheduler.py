@@ -1,4 +1,4 @@
-"""The scheduler's promises, checked step by step against a stand-in that executes plans like the shards do."""
+"""The scheduler's guarantees, checked step by step with a stand-in that executes plans as shards do."""
 
 from collections import deque
 from itertools import pairwise
@@ -73,7 +73,7 @@ class World:
         return sequence
 
     def step(self) -> bool:
-        """One turn of the engine's loop; False when there was nothing to do."""
+        """Runs one turn of the engine's loop; returns False if there was nothing to do."""
         for claim in self.scheduler.claim_slots():
             used = {chunk.sequence.adapter.slot for plan, _ in self.in_flight for chunk in plan.chunks}
             assert claim.slot not in used
@@ -136,7 +136,7 @@ class World:
         for _ in range(limit):
             if not self.step():
                 return
-        raise AssertionError("the scheduler does not come to an end")
+        raise AssertionError("the scheduler does not finish")
 
 
 def computed(sequence: Sequence, tokens: list[int]) -> list[tuple[str, int]]:
@@ -158,7 +158,7 @@ def expected(sequence: Sequence) -> list[int]:
 requests = st.lists(
     st.tuples(
         st.sampled_from(["", "a", "b", "c", "d"]),
-        st.lists(st.integers(0, 2), min_size=1, max_size=30),  # few tokens, so that prefixes repeat
+        st.lists(st.integers(0, 2), min_size=1, max_size=30),  # few distinct tokens, so that prefixes repeat
         st.integers(1, 12),
         st.integers(0, 6),  # arrives this many turns after the last
         st.one_of(st.none(), st.integers(0, 30)),  # is cancelled after so many turns
@@ -172,7 +172,7 @@ requests = st.lists(
 
 @settings(deadline=None, max_examples=150)
 @given(requests=requests, blocks=st.integers(11, 40), slots=st.integers(1, 3), depth=st.integers(1, 2))
-def test_every_sequence_ends_with_its_own_tokens_and_no_block_row_or_slot_is_lost(requests, blocks, slots, depth):
+def test_every_sequence_ends_with_its_own_tokens_without_losing_blocks_rows_or_slots(requests, blocks, slots, depth):
     world = World(blocks=blocks, slots=slots, depth=depth)
     cancellations = []
     for adapter, prompt, max_new_tokens, delay, cancel_after, alone_until, tenant, acts_from in requests:
@@ -200,7 +200,7 @@ def test_every_sequence_ends_with_its_own_tokens_and_no_block_row_or_slot_is_los
     assert not any(adapter.in_use or adapter.waiting for adapter in world.pool)
 
 
-def test_decodes_go_on_while_a_long_prompt_is_computed_in_chunks():
+def test_decoding_continues_while_a_long_prompt_is_computed_in_chunks():
     world = World(blocks=200, budget=16)
     short = world.submit("", [1], 50)
     world.step()
@@ -212,7 +212,7 @@ def test_decodes_go_on_while_a_long_prompt_is_computed_in_chunks():
     assert all(later > earlier for earlier, later in pairwise(lengths))
 
 
-def test_suspects_are_computed_alone_the_youngest_first_and_take_turns_with_everybody_else():
+def test_suspects_are_computed_alone_youngest_first_in_turns_with_all_others():
     world = World(blocks=200)
     others = [world.submit("", [1], 50) for _ in range(3)]
     suspects = [world.submit("a", [number], 10, alone_until=3) for number in range(3)]
@@ -227,12 +227,12 @@ def test_suspects_are_computed_alone_the_youngest_first_and_take_turns_with_ever
     assert all(sequence.tokens == expected(sequence) for sequence in world.sequences)
 
 
-def test_what_starts_in_one_plan_fits_into_its_message(monkeypatch: pytest.MonkeyPatch):
+def test_sequences_that_start_in_one_plan_fit_into_its_message(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("loraplex_router.engine.scheduler.MAX_STARTED", 30)
     world = World(blocks=200)
     world.submit("", [1] * 20, 1)
     world.run()
-    for _ in range(6):  # whose prefix is cached
+    for _ in range(6):  # its prefix is cached
         world.submit("", [1] * 20, 5)
     plan = world.scheduler.schedule()
     assert plan and len(plan.starts) == 2
@@ -241,19 +241,19 @@ def test_what_starts_in_one_plan_fits_into_its_message(monkeypatch: pytest.Monke
     assert all(sequence.tokens == expected(sequence) for sequence in world.sequences)
 
 
-def test_an_adapter_that_is_not_loaded_yet_does_not_block_those_behind_it():
+def test_an_adapter_that_is_not_loaded_yet_does_not_block_later_ones():
     world = World(slots=2)
     cold = world.submit("cold", [1, 2, 3], 4)
     warm = world.submit("warm", [1, 2, 3], 4)
     base = world.submit("", [1, 2, 3], 4)
     for claim in world.scheduler.claim_slots():
-        claim.adapter.ready = claim.adapter.digest == "warm"  # the other one's load takes forever
+        claim.adapter.ready = claim.adapter.digest == "warm"  # the other adapter's load never ends
         world.slots[claim.slot] = claim.adapter.digest
     world.run()
     assert warm.finished and base.finished and not cold.finished
 
 
-def test_an_adapter_in_constant_use_gives_up_its_slot_to_one_that_waits():
+def test_an_adapter_in_constant_use_yields_its_slot_to_a_waiting_one():
     world = World(slots=1, rows=4, budget=16)
     newest = world.submit("popular", [1, 2], 6)
     world.step()
@@ -262,12 +262,12 @@ def test_an_adapter_in_constant_use_gives_up_its_slot_to_one_that_waits():
         world.step()
         if lonely.finished:
             break
-        if newest.computed:  # there is always one popular sequence running and one waiting
+        if newest.computed:  # one popular sequence always runs, and one waits
             newest = world.submit("popular", [1, 2, len(world.sequences)], 6)
     assert lonely.finished
 
 
-def test_adapters_that_compete_for_a_slot_take_bounded_turns_instead_of_swapping_for_every_sequence():
+def test_adapters_that_compete_for_a_slot_take_turns_instead_of_swapping_for_every_sequence():
     world = World(slots=1, rows=4, blocks=200)
     for index in range(64):
         world.submit("ab"[index % 2], [index], 2)
@@ -294,7 +294,7 @@ def test_an_adapter_with_many_requests_does_not_take_all_rows_from_one_with_few(
     assert sum(sequence.finished for sequence in many) <= 8
 
 
-def test_when_blocks_run_out_the_youngest_is_preempted_and_loses_no_token():
+def test_when_blocks_run_out_the_youngest_is_preempted_without_losing_tokens():
     world = World(blocks=10, rows=4)
     old = world.submit("", [1] * 8, 20)
     young = world.submit("", [2] * 8, 20)
@@ -303,7 +303,7 @@ def test_when_blocks_run_out_the_youngest_is_preempted_and_loses_no_token():
     assert old.tokens == expected(old) and young.tokens == expected(young)
 
 
-def test_a_known_prefix_is_not_computed_again():
+def test_a_cached_prefix_is_not_recomputed():
     world = World()
     prompt = list(range(17))
     world.submit("a", prompt, 1)
@@ -323,7 +323,7 @@ def test_a_known_prefix_is_not_computed_again():
         (True, {"tenant": "a", "cache_salt": "s"}, 0),
     ],
 )
-def test_a_prefix_is_known_to_its_own_tenant_and_to_the_same_salt(shared: bool, other: dict[str, str], hit: int):
+def test_a_prefix_is_only_shared_within_its_tenant_and_salt(shared: bool, other: dict[str, str], hit: int):
     world, prompt = World(shared=shared), list(range(17))
     world.submit("a", prompt, 1, tenant="a")
     world.run()

@@ -1,4 +1,4 @@
-"""Connections to shards that speak the real protocol: mutual TLS, several ranks, what is refused and what is lost."""
+"""Connections to shards that speak the real protocol: mutual TLS, several ranks, refusals and losses."""
 
 import asyncio
 from contextlib import AsyncExitStack, suppress
@@ -24,13 +24,13 @@ from loraplex_router.wire.shard_group import ShardGroup
 
 @dataclass
 class Files:
-    """Certificates of one authority, as settings name them."""
+    """Settings with certificates of one authority."""
 
     folder: Path
     authority: trustme.CA
 
     def issue(self, name: str, authority: trustme.CA | None = None) -> MtlsSettings:
-        """A certificate for a host, by this authority or another; this one is trusted."""
+        """Settings with a certificate for a host, signed by this authority or another; only this one is trusted."""
         leaf = (authority or self.authority).issue_cert(name)
         cert, key, ca = (self.folder / f"{name}-{id(leaf)}.{kind}" for kind in ("crt", "key", "ca"))
         leaf.cert_chain_pems[0].write_to_path(cert)
@@ -50,7 +50,7 @@ async def tls_server(files: Files) -> StandInServer:
 
 
 async def connect(address: Address, settings: MtlsSettings, seconds: float = 60) -> ShardGroup:
-    """Within `seconds`, or TimeoutError: a channel that is refused is tried again."""
+    """Connects within `seconds`, or raises TimeoutError, because a refused channel retries."""
     with open_telemetry(RouterSettings(shards=("stand-in:1",))) as telemetry:
         replica = ShardGroup(address, telemetry.replica(str(address)), channel_credentials(settings))
     try:
@@ -70,9 +70,7 @@ async def test_router_and_shard_that_trust_each_other_talk(files: Files, tls_ser
         await replica.close()
 
 
-async def test_an_address_that_was_looked_up_is_held_against_the_name_it_was_looked_up_by(
-    files: Files, tls_server: StandInServer
-):
+async def test_certificates_are_verified_against_the_name_that_was_looked_up(files: Files, tls_server: StandInServer):
     async with tls_server:
         looked_up = f"127.0.0.1:{tls_server.port}"
         with pytest.raises(TimeoutError):
@@ -89,14 +87,14 @@ async def test_a_router_without_a_certificate_of_the_authority_is_refused(files:
                 await connect(address, settings, seconds=1)
 
 
-async def test_a_shard_of_another_authority_is_not_talked_to(files: Files):
+async def test_a_shard_with_another_authoritys_certificate_is_refused(files: Files):
     credentials = server_credentials(files.issue("localhost", trustme.CA()))
     async with StandInServer(StandInShard(Timing()), "localhost:0", credentials) as server:
         with pytest.raises((TimeoutError, UnavailableError)):
             await connect(Address((f"localhost:{server.port}",)), files.issue("router"), seconds=1)
 
 
-def test_all_three_files_are_given_or_none(files: Files):
+def test_either_all_three_files_are_given_or_none(files: Files):
     with pytest.raises(ValidationError, match="mtls_ca: set all of"):
         MtlsSettings(mtls_cert=files.folder, mtls_key=files.folder)
     with pytest.raises(ValidationError, match="mtls_key: file not found"):
@@ -126,7 +124,7 @@ class FailingShard(StandInShard):
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-async def test_a_shard_that_fails_on_a_plan_is_told_from_one_that_may_have_lost_another(tmp_path: Path, ranks: int):
+async def test_a_failed_plan_is_distinguished_from_one_that_may_be_lost(tmp_path: Path, ranks: int):
     async with AsyncExitStack() as stack:
         shards = [FailingShard(Timing(), rank(number, ranks)) for number in range(ranks)]
         for number, shard in enumerate(shards):
@@ -139,7 +137,7 @@ async def test_a_shard_that_fails_on_a_plan_is_told_from_one_that_may_have_lost_
         await replica.close()
 
 
-async def test_ranks_that_are_no_replica_are_refused(tmp_path: Path):
+async def test_ranks_that_do_not_form_a_replica_are_refused(tmp_path: Path):
     cases = {
         "answers as rank 0 of 2": [rank(0, 2), rank(0, 2)],
         "serves 'another'": [rank(0, 2), rank(1, 2, model_id="another")],
@@ -160,7 +158,7 @@ async def test_ranks_that_are_no_replica_are_refused(tmp_path: Path):
                 await connect(await start(stack, folder, infos), MtlsSettings())
 
 
-async def test_a_replica_whose_model_is_not_the_first_ones_is_refused_with_a_log_line(
+async def test_a_replica_with_a_different_model_is_refused_with_a_log_line(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     async with AsyncExitStack() as stack:
@@ -184,7 +182,7 @@ async def test_a_replica_whose_model_is_not_the_first_ones_is_refused_with_a_log
     ("asked_gib", "there", "taken", "warned"),
     [(0.0, 3 << 29, 3 << 30, False), (1.0, 3 << 29, 1 << 30, False), (8.0, 3 << 29, 3 << 30, True)],
 )
-async def test_adapters_have_the_memory_that_was_asked_for_if_the_ranks_have_it(
+async def test_adapters_get_the_requested_memory_if_the_ranks_have_it(
     asked_gib: float, there: int, taken: int, warned: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     ranks = [rank(0, 2, adapter_host_bytes=there), rank(1, 2, adapter_host_bytes=there + 1)]

@@ -1,4 +1,4 @@
-"""What is staged: merged adapters once, by content, their parts kept meanwhile; what leaves and comes back."""
+"""Staging adapters: merged ones once, by content, while their parts are kept; eviction and staging again."""
 
 import asyncio
 from hashlib import sha256
@@ -17,7 +17,7 @@ A, B = AdapterReference("a"), AdapterReference("b")
 
 
 class Shards:
-    """Stages whatever is named, by a digest of its name and version, and remembers what it was asked for."""
+    """Stages any adapter, with a digest of its name and version, and records the calls."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []
@@ -67,7 +67,7 @@ def shards() -> Shards:
 
 
 class Staging(AdapterStaging):
-    """With its pool in sight."""
+    """A staging whose pool tests can see."""
 
     def __init__(self, shards: Shards, host_bytes: int = 1000, registry: AdapterRegistry | None = None) -> None:
         self.pool = AdapterPool(4, host_bytes)
@@ -75,7 +75,7 @@ class Staging(AdapterStaging):
         super().__init__(shards, self.pool, registry or AdapterRegistry(), self.changes)
 
 
-async def test_adapters_are_merged_once_however_many_ask(shards: Shards) -> None:
+async def test_adapters_are_merged_once_for_all_requests(shards: Shards) -> None:
     staging = Staging(shards)
     found = await asyncio.gather(*(staging.resolve(MergedReference((A, B))) for _ in range(5)))
     found.append(await staging.resolve(MergedReference((A, B), weights=(1.0, 1.0))))
@@ -83,7 +83,7 @@ async def test_adapters_are_merged_once_however_many_ask(shards: Shards) -> None
     assert sorted(shards.calls) == ["merge a,b (1.0, 1.0)", "stage a", "stage b"]
 
 
-async def test_every_setting_makes_another_adapter(shards: Shards) -> None:
+async def test_every_setting_makes_a_different_adapter(shards: Shards) -> None:
     staging = Staging(shards)
     merges = [
         MergedReference((A, B)),
@@ -97,7 +97,7 @@ async def test_every_setting_makes_another_adapter(shards: Shards) -> None:
     assert len(digests) == len(merges)
 
 
-async def test_a_part_that_changed_makes_another_adapter(shards: Shards) -> None:
+async def test_a_changed_part_makes_a_different_adapter(shards: Shards) -> None:
     staging = Staging(shards)
     before = await staging.resolve(MergedReference((A, B)))
     shards.versions["a"] = 2
@@ -106,7 +106,7 @@ async def test_a_part_that_changed_makes_another_adapter(shards: Shards) -> None
     assert await staging.resolve(MergedReference((A, B))) is not before
 
 
-async def test_a_part_that_is_not_found_leaves_the_others_free(shards: Shards) -> None:
+async def test_a_missing_part_frees_the_others(shards: Shards) -> None:
     staging = Staging(shards)
     with pytest.raises(AdapterNotFoundError):
         await staging.resolve(MergedReference((A, AdapterReference("missing"))))
@@ -129,7 +129,7 @@ async def test_parts_stay_staged_while_they_are_merged(shards: Shards) -> None:
     assert [adapter.digest for adapter in staging.pool] == [merged.digest]
 
 
-async def test_adapters_that_nobody_needs_make_room_even_on_the_device_and_no_others(shards: Shards) -> None:
+async def test_only_unused_adapters_are_evicted_even_from_the_device(shards: Shards) -> None:
     staging = Staging(shards)
     shards.room = 2
     first, second = await staging.resolve(A), await staging.resolve(B)
@@ -159,7 +159,7 @@ async def test_idle_adapters_leave_their_slots_when_host_memory_is_full(shards: 
     assert staging.pool.on_device() == [second]
 
 
-async def test_an_adapter_that_is_to_leave_waits_for_its_sequences_and_newcomers_wait_for_it(shards: Shards) -> None:
+async def test_unloading_waits_for_an_adapters_sequences_and_new_requests_wait_for_the_unload(shards: Shards) -> None:
     staging = Staging(shards)
     adapter = await staging.resolve(A)
     adapter.waiting = 1
@@ -176,7 +176,7 @@ async def test_an_adapter_that_is_to_leave_waits_for_its_sequences_and_newcomers
     assert shards.staged == {again.digest}
 
 
-async def test_an_adapter_of_a_lost_replica_is_waited_for_no_longer(shards: Shards) -> None:
+async def test_waiting_ends_for_an_adapter_of_a_lost_replica(shards: Shards) -> None:
     staging = Staging(shards)
     adapter = await staging.resolve(A)
     adapter.running = 1

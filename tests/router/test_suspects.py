@@ -1,4 +1,4 @@
-"""Requests that replicas die of are found out, and cost nobody else a token."""
+"""Requests that kill replicas are identified, and other requests do not lose tokens."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -26,7 +26,7 @@ GONE, FAILED = UnavailableError("rank 0 is gone"), LoraplexError("rank 0 failed:
 
 
 class Cluster(Setup):
-    """A service over replicas that are started again whenever they die, of one token among other things."""
+    """A service over replicas that restart whenever they die; one token, among other things, kills them."""
 
     def __init__(self, replicas: int, death: LoraplexError) -> None:
         self.death = death
@@ -42,7 +42,7 @@ class Cluster(Setup):
         self.tasks.add(asyncio.create_task(self.keep(replica)))
 
     async def keep(self, replica: Replica) -> None:
-        """As the connections and whoever supervises the shards do."""
+        """Runs a replica and replaces it when it is lost, as `Connections` and a supervisor do."""
         while True:
             replica.shards.deadly_token, replica.shards.death = DEADLY, self.death
             tasks = [asyncio.create_task(replica.engine.run()), asyncio.create_task(replica.shards.gone.wait())]
@@ -67,7 +67,7 @@ class Cluster(Setup):
             replicas[number % len(replicas)].shards.gone.set()
 
     async def ask(self, first: int, tokens: int, adapter: bool = False, n: int = 1) -> list[list[int]] | LoraplexError:
-        """The tokens of each sequence, or the error."""
+        """Each sequence's tokens, or the error."""
         reference = AdapterReference("a") if adapter else None
         generation = await self.service.generate(
             Request(prompt=(first - 1, first), adapter=reference, max_new_tokens=tokens, n=n)
@@ -108,7 +108,7 @@ culprit = st.integers(0, 30)  # tokens before the deadly one
     kills=st.lists(st.tuples(st.integers(0, 60), st.integers(0, 2)), max_size=1),
 )
 @settings(max_examples=60, deadline=None)
-async def test_what_replicas_die_of_is_ended_and_nothing_else_is(
+async def test_only_the_request_that_kills_replicas_is_ended(
     replicas: int,
     death: LoraplexError,
     innocents: list[tuple[int, int, bool]],
@@ -129,7 +129,7 @@ async def test_what_replicas_die_of_is_ended_and_nothing_else_is(
             assert isinstance(answer, GenerationError) and "so it was ended" in answer.message
         for (first, tokens, adapter), answer in zip(innocents, await asyncio.gather(*asked), strict=True):
             assert answer == [follow(first, tokens, 2 if adapter else 1)]
-        # Once one is convicted, another one's losses do not count any more.
+        # Once a request is convicted, earlier losses no longer count against the others.
         most = sum((CONVICTING_LOSSES + 1) * (number + 1) for number in range(len(culprits)))
         assert made.lost <= most + len(kills)
 
@@ -140,7 +140,7 @@ async def test_what_replicas_die_of_is_ended_and_nothing_else_is(
     replicas=st.integers(1, 2),
 )
 @settings(max_examples=40, deadline=None)
-async def test_any_number_of_kills_ends_nobody_who_gets_a_token_in_between(
+async def test_requests_that_get_tokens_in_between_survive_any_number_of_kills(
     innocents: list[tuple[int, int, bool]], pauses: list[int], replicas: int
 ):
     async with cluster(replicas) as made:
@@ -155,7 +155,7 @@ async def test_any_number_of_kills_ends_nobody_who_gets_a_token_in_between(
             assert answer == [follow(first, tokens, 2 if adapter else 1)]
 
 
-async def test_a_shard_that_fails_on_a_plan_convicts_at_the_second_time():
+async def test_a_request_is_convicted_when_a_shard_fails_on_it_for_the_second_time():
     async with cluster(death=FAILED) as made:
         asked = [asyncio.create_task(made.ask(first, 60)) for first in range(1, 7)]
         assert isinstance(await made.ask(DEADLY - 5, 50), GenerationError)
@@ -163,7 +163,7 @@ async def test_a_shard_that_fails_on_a_plan_convicts_at_the_second_time():
         assert await asyncio.gather(*asked) == [[follow(first, 60)] for first in range(1, 7)]
 
 
-async def test_each_answer_of_a_request_is_a_suspect_of_its_own():
+async def test_each_sequence_of_a_request_is_a_separate_suspect():
     async with cluster() as made:
         asked = asyncio.create_task(made.ask(1, 60))
         assert isinstance(await made.ask(DEADLY - 5, 50, n=3), GenerationError)
@@ -171,7 +171,7 @@ async def test_each_answer_of_a_request_is_a_suspect_of_its_own():
         assert made.lost == CONVICTING_LOSSES
 
 
-async def test_who_comes_while_suspects_are_computed_alone_does_not_wait_for_them():
+async def test_new_requests_do_not_wait_for_suspects():
     async with cluster(death=FAILED) as made:
         suspects = [asyncio.create_task(made.ask(first, 60)) for first in range(1, 4)]
         guilty = asyncio.create_task(made.ask(DEADLY - 20, 50))
@@ -183,7 +183,7 @@ async def test_who_comes_while_suspects_are_computed_alone_does_not_wait_for_the
         assert await asyncio.gather(*suspects) == [[follow(first, 60)] for first in range(1, 4)]
 
 
-async def test_a_request_whose_preparation_costs_replicas_is_given_up_and_nobody_else_is_blamed():
+async def test_a_request_whose_preparation_kills_replicas_is_given_up_without_blaming_others():
     async with cluster(replicas=2) as made:
         asked = asyncio.create_task(made.ask(1, 150))
         grammar = Grammar(GrammarKind.REGEX, "deadly")
@@ -193,7 +193,7 @@ async def test_a_request_whose_preparation_costs_replicas_is_given_up_and_nobody
         assert await asked == [follow(1, 150)]
 
 
-async def test_what_waits_for_an_adapter_goes_on_elsewhere_if_the_replica_is_lost_meanwhile():
+async def test_requests_that_wait_for_an_adapter_continue_elsewhere_if_the_replica_is_lost():
     async with cluster() as made:
         made.shards.load_error = GONE
         assert await made.ask(1, 5, adapter=True) == [follow(1, 5, 2)]
@@ -201,7 +201,7 @@ async def test_what_waits_for_an_adapter_goes_on_elsewhere_if_the_replica_is_los
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/generate"])
-def test_clients_that_send_again_what_failed_are_told_not_to(path: str):
+def test_clients_are_told_not_to_retry_a_deadly_request(path: str):
     face = face_of(path, FACES)
     answer = face.answer(GenerationError("3 replicas were lost"))
     assert (answer.status_code, answer.headers["x-should-retry"]) == (500, "false")  # as OpenAI's clients read it
@@ -223,17 +223,17 @@ def plan(*chunks: tuple[Sequence, int, int]) -> Plan:
     return Plan((), tuple(made))
 
 
-def test_a_machine_that_kills_takes_as_many_losses_at_one_place_as_a_request_that_does():
+def test_a_conviction_takes_several_losses_at_the_same_token():
     alone = sequence()
     for number in range(1, CONVICTING_LOSSES + 1):
         guilty = Loss((plan((alone, 0, 10)), plan((alone, 10, 1)))).accuse()
         assert guilty is (alone if number == CONVICTING_LOSSES else None)
     alone = sequence()
-    for start in (0, 2, 4, 30, 6, 50, 10, 20, 2):  # each time it is past the place, or not there yet
+    for start in (0, 2, 4, 30, 6, 50, 10, 20, 2):  # each time, it is before or after the position
         assert not Loss((plan((alone, start, 1)), plan((alone, start + 1, 1)))).accuse()
 
 
-def test_the_place_is_what_all_losses_have_in_common():
+def test_the_position_is_the_one_that_all_losses_share():
     alone = sequence()
     starts = (0, 8, 4, 9, 8)
     assert [Loss((plan((alone, start, 10)),)).accuse() for start in starts] == [None] * 4 + [alone]
@@ -241,13 +241,13 @@ def test_the_place_is_what_all_losses_have_in_common():
     assert alone.alone_until == 10
 
 
-def test_nobody_is_convicted_next_to_others():
+def test_nobody_is_convicted_while_others_run_too():
     first, second = sequence(1), sequence(2)
     for _ in range(10):
         assert not Loss((plan((first, 0, 10), (second, 0, 10)),), failed=True).accuse()
 
 
-def test_what_the_replica_did_besides_calls_for_one_loss_more():
+def test_other_work_of_the_replica_requires_one_more_loss():
     alone = sequence()
     for _ in range(CONVICTING_LOSSES):
         assert not Loss((plan((alone, 0, 10)),), busy=True).accuse()
@@ -257,7 +257,7 @@ def test_what_the_replica_did_besides_calls_for_one_loss_more():
 def test_suspects_are_alone_up_to_where_the_replica_was_lost():
     suspect = sequence()
     Loss((plan((suspect, 0, 10)),)).accuse()
-    assert not suspect.suspect  # all go on together at first
+    assert not suspect.suspect  # at first, all continue together
     Loss((plan((suspect, 0, 10)),)).accuse()
     assert suspect.suspect
     suspect.computed = 10

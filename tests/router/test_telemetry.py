@@ -1,4 +1,4 @@
-"""What the router counts, under which labels, and what it says of prompts."""
+"""What the router counts, under which labels, and what it logs about requests."""
 
 import asyncio
 import logging
@@ -33,7 +33,7 @@ async def setup() -> AsyncIterator[Setup]:
 
 
 async def reader(setup: Setup) -> Callable[..., float | None]:
-    """Samples by name and labels, as of now."""
+    """The current samples by name and labels."""
     await setup.telemetry.scrape()
     return lambda name, **labels: setup.telemetry.registry.get_sample_value(name, labels)
 
@@ -54,7 +54,7 @@ async def test_requests_are_counted_by_outcome_and_adapter(setup: Setup):
     assert value("lorax_request_failure", err="validation") == 1
 
 
-async def test_one_content_under_two_names_is_counted_by_name(setup: Setup):
+async def test_content_with_two_names_is_counted_by_name(setup: Setup):
     setup.shards.digests = {"a": "same", "c": "same"}
     setup.shards.loads_held.clear()
     waiting = [asyncio.create_task(setup.answer(1, adapter=name)) for name in "aac"]
@@ -103,7 +103,7 @@ async def test_gauges_show_what_is_queued_and_held(setup: Setup):
     assert value("loraplex_adapters", replica="0", tier="device") == 1
 
 
-async def test_a_replica_that_is_gone_has_no_series(setup: Setup):
+async def test_a_removed_replica_has_no_series(setup: Setup):
     await setup.answer(1)
     setup.replicas.remove(setup.replica)
     assert b'replica="0"' not in await setup.telemetry.scrape()
@@ -127,12 +127,12 @@ async def test_promtool_finds_no_problems(setup: Setup):
     await setup.answer(1, adapter="a")
     setup.telemetry.lorax = None
     lines = (await setup.telemetry.scrape()).decode().splitlines(keepends=True)
-    own = "".join(line for line in lines if "lorax_" not in line)  # LoRAX's names are as they are
+    own = "".join(line for line in lines if "lorax_" not in line)  # LoRAX's names cannot be changed
     done = subprocess.run(["promtool", "check", "metrics"], input=own, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
-async def test_a_log_line_says_what_a_request_did_and_not_what_it_said(setup: Setup, caplog: pytest.LogCaptureFixture):
+async def test_a_log_line_describes_a_request_without_its_text(setup: Setup, caplog: pytest.LogCaptureFixture):
     caplog.set_level(logging.INFO)
     await setup.answer(65, tokens=3, adapter="a", request_id="mine")
     (record,) = [record for record in caplog.records if record.message == "request"]
@@ -143,7 +143,7 @@ async def test_a_log_line_says_what_a_request_did_and_not_what_it_said(setup: Se
     assert "prompt" not in fields and "answers" not in fields
 
 
-async def test_a_refused_request_has_a_log_line_too(setup: Setup, caplog: pytest.LogCaptureFixture):
+async def test_a_refused_request_is_also_logged(setup: Setup, caplog: pytest.LogCaptureFixture):
     caplog.set_level(logging.INFO)
     with pytest.raises(AdapterNotFoundError):
         await setup.service.generate(Request(prompt=(1,), adapter=AdapterReference("absent"), max_new_tokens=1))
@@ -152,7 +152,7 @@ async def test_a_refused_request_has_a_log_line_too(setup: Setup, caplog: pytest
     assert record.__dict__["fields"]["adapter"] == "absent"
 
 
-async def test_prompts_and_answers_are_logged_if_asked_for(setup: Setup, caplog: pytest.LogCaptureFixture):
+async def test_prompts_and_answers_are_logged_if_enabled(setup: Setup, caplog: pytest.LogCaptureFixture):
     generation = await setup.service.generate(Request(prompt=(40, 50), max_new_tokens=2))
     await generation.collect()
     setup.service.close(generation)
@@ -167,7 +167,7 @@ async def test_prompts_and_answers_are_logged_if_asked_for(setup: Setup, caplog:
 
 
 @given(st.lists(st.integers(0, 30).map(str)), st.integers(0, 5))
-def test_labels_are_never_more_than_allowed_and_every_one_given_up_is_dropped(names: list[str], most: int):
+def test_the_number_of_labels_is_limited_and_replaced_labels_are_dropped(names: list[str], most: int):
     dropped: list[str] = []
     labels = AdapterLabels(most, dropped.append)
     shown: set[str] = set()
@@ -179,7 +179,7 @@ def test_labels_are_never_more_than_allowed_and_every_one_given_up_is_dropped(na
         assert set(labels) | set(dropped) == shown
 
 
-def test_an_adapter_that_is_asked_for_often_gets_a_label_late():
+def test_a_popular_adapter_gets_a_label_later():
     dropped: list[str] = []
     labels = AdapterLabels(2, dropped.append)
     for name in ("a", "a", "b"):
@@ -188,7 +188,7 @@ def test_an_adapter_that_is_asked_for_often_gets_a_label_late():
     assert dropped == ["b"] and labels.find("b") == OTHER
 
 
-def test_what_was_asked_for_long_ago_fades():
+def test_old_requests_count_less():
     labels = AdapterLabels(1, lambda _: None)
     for _ in range(1000):
         labels.count("old")
@@ -197,7 +197,7 @@ def test_what_was_asked_for_long_ago_fades():
     assert labels.find("old") == OTHER
 
 
-def test_a_label_is_short_and_can_be_written():
+def test_labels_are_short_and_printable():
     labels = AdapterLabels(1, lambda _: None)
     label = labels.count("a\n\ud800" + "x" * 1000)
     assert label.startswith("a??xx") and len(label) == 128

@@ -1,4 +1,4 @@
-"""Detokenizing and stop strings, on a byte-level tokenizer made here."""
+"""Detokenizing and stop strings, with a byte-level tokenizer that is made here."""
 
 from collections.abc import Iterable
 from itertools import accumulate
@@ -28,14 +28,14 @@ async def test_pieces_are_whole_characters_and_add_up_to_the_text(prompt, text):
     assert "".join(pieces) + detokenizer.flush() == text
 
 
-async def test_a_character_cut_off_at_the_end_is_shown_as_replacement():
+async def test_an_incomplete_character_at_the_end_is_shown_as_replacement():
     detokenizer = Detokenizer(TOKENIZER, [])
     pieces = [detokenizer.push(token) for token in (await ids("a€"))[:-1]]
     assert "".join(pieces) == "a"
     assert detokenizer.flush() == "\ufffd"
 
 
-async def test_bytes_that_never_become_a_character_do_not_hold_up_the_stream():
+async def test_bytes_that_never_become_a_character_do_not_delay_the_stream():
     detokenizer = Detokenizer(TOKENIZER, [])
     lone_continuation = (await ids("€"))[-1]
     assert "\ufffd" in "".join(detokenizer.push(lone_continuation) for _ in range(8))
@@ -54,7 +54,7 @@ STOPS = st.lists(st.text("ab€", min_size=1, max_size=4), max_size=3)
 
 
 def feed(matcher: StopMatcher, pieces: Iterable[tuple[str, bool]], too_early: int = 0) -> tuple[str, int, str | None]:
-    """What is shown of pieces of text that are shown or not, how much of them passed, and what stopped it."""
+    """Passes pieces, each visible or hidden. Returns the visible text, the length that passed, and the stop string."""
     shown, length = "", 0
     for place, (piece, is_shown) in enumerate(pieces):
         passed = matcher.feed(piece, shown=is_shown, too_early=place < too_early)
@@ -66,7 +66,7 @@ def feed(matcher: StopMatcher, pieces: Iterable[tuple[str, bool]], too_early: in
 
 
 @given(pieces=PIECES, stops=STOPS, include=st.booleans())
-def test_text_up_to_the_first_stop_string_is_shown_however_it_is_cut_and_whatever_is_not_shown(pieces, stops, include):
+def test_text_up_to_the_first_stop_string_is_shown_however_it_is_divided_or_hidden(pieces, stops, include):
     letters = [(letter, shown) for piece, shown, _ in pieces for letter in piece]
     seams = (
         {at for at, (_, shown) in enumerate(letters) if shown}
@@ -88,7 +88,7 @@ def test_text_up_to_the_first_stop_string_is_shown_however_it_is_cut_and_whateve
 
 
 @given(pieces=PIECES, stops=STOPS.filter(bool), early=st.integers(0, 12))
-def test_a_stop_string_may_begin_too_early_but_not_end(pieces, stops, early):
+def test_a_stop_string_may_begin_before_the_minimum_but_not_end_before_it(pieces, stops, early):
     text, before = "".join(piece for piece, *_ in pieces), sum(len(piece) for piece, *_ in pieces[:early])
     places = [
         (at + len(s), at) for s in stops for at in range(len(text)) if text.startswith(s, at) and at + len(s) > before
@@ -116,7 +116,7 @@ def test_a_special_token_at_the_beginning_of_a_text_is_found():
     assert TOKENIZER.special_token_at("x</s>") is TOKENIZER.special_token_at("") is None
 
 
-async def test_every_token_knows_its_place_in_the_text():
+async def test_every_token_has_its_position_in_the_text():
     spans = await TOKENIZER.spans("aé")
     assert [(span.text, span.start, span.stop) for span in spans] == [("a", 0, 1), ("é", 1, 2), ("é", 1, 2)]
 

@@ -1,4 +1,4 @@
-"""Tokens as bytes: those of a text's tokens are the text's, for every kind of tokenizer."""
+"""Tokens as bytes: the bytes of a text's tokens add up to the text, for every kind of tokenizer."""
 
 import asyncio
 
@@ -30,7 +30,7 @@ TEXTS = st.lists(st.sampled_from(["a", "b", "hello", " ", "é", "😀", "日", "
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(text=TEXTS)
-def test_the_bytes_of_a_text_s_tokens_are_the_text_s(kind: str, text: str):
+def test_the_bytes_of_a_texts_tokens_add_up_to_the_text(kind: str, text: str):
     tokenizer = KINDS[kind]
     tokens = asyncio.run(tokenizer.encode(text))
     found = b"".join(map(tokenizer.token_bytes, tokens)).decode()
@@ -40,7 +40,7 @@ def test_the_bytes_of_a_text_s_tokens_are_the_text_s(kind: str, text: str):
     assert "".join(tokenizer.token_texts(tokens, False)) == tokenizer.decode(tokens)
 
 
-def test_a_token_is_its_bytes_wherever_it_stands():
+def test_a_tokens_bytes_do_not_depend_on_its_position():
     for kind, text, tokens in (
         ("bytes", "é", [b"\xc3", b"\xa9"]),
         ("SentencePiece", "hello é日", [b" hello", b" ", "é".encode(), b"\xe6", b"\x97", b"\xa5"]),
@@ -58,7 +58,7 @@ def test_a_token_is_its_bytes_wherever_it_stands():
     assert parts == [b"\xc3", b"\xa9", b"\xe2", b"\x82", b"\xac", b""]
 
 
-def test_each_token_adds_a_piece_and_a_character_comes_with_its_last():
+def test_each_token_adds_a_piece_and_a_characters_last_token_completes_it():
     tokenizer = KINDS["SentencePiece"]
     tokens = [*asyncio.run(tokenizer.encode("<s>hello é日!")), asyncio.run(tokenizer.encode("日"))[-1]]
     shown = ["<s>", " hello", " ", "é", "", "", "日", "!", "\ufffd"]

@@ -1,4 +1,4 @@
-"""Tool calls found in answers, however these arrive in pieces."""
+"""Tool calls are found in answers, however these are divided into pieces."""
 
 import itertools
 
@@ -13,7 +13,7 @@ ADD = ToolCall("add"), Arguments('{"a": 1}')
 
 
 def parse(pieces: list[str]) -> list[Piece]:
-    """What the parser finds, with adjacent content or arguments put together."""
+    """The parser's results, with adjacent content or arguments joined."""
     parser = ToolCallParser({"add"})
     found: list[Piece] = []
     for piece in [*(part for text in pieces for part in parser.feed(text)), *parser.flush()]:
@@ -28,13 +28,13 @@ def parse(pieces: list[str]) -> list[Piece]:
 
 
 @pytest.mark.parametrize("end", range(2 * len(CALL) + 5))
-def test_an_answer_that_must_be_calls_has_no_content_wherever_it_is_cut(end: int) -> None:
+def test_an_answer_that_must_be_calls_has_no_content_wherever_it_is_divided(end: int) -> None:
     parser = ToolCallParser({"add"}, calls_alone=True)
     text = f"[{CALL}, {CALL}]"[:end]
     assert not [piece for piece in [*parser.feed(text), *parser.flush()] if isinstance(piece, str)]
 
 
-def test_white_space_in_the_text_after_a_call_is_kept_however_it_arrives():
+def test_white_space_after_a_call_is_kept_however_it_arrives():
     call = '<tool_call>{"name": "add", "arguments": {}}</tool_call>'
     assert parse([call, "\n", "and", " ", "more"])[2:] == ["and more"]
 
@@ -48,8 +48,8 @@ def test_white_space_in_the_text_after_a_call_is_kept_however_it_arrives():
         (CALL, [*ADD]),
         (f" [{CALL}, {CALL}]", [*ADD, *ADD]),
         ('{"name": "add", "parameters": {"a": 1}}', [*ADD]),
-        (f"<tool_call>{CALL}", [*ADD]),  # cut after the call
-        (CALL[:-4], [ToolCall("add"), Arguments('{"a":')]),  # cut in the call
+        (f"<tool_call>{CALL}", [*ADD]),  # the answer ends after the call
+        (CALL[:-4], [ToolCall("add"), Arguments('{"a":')]),  # the answer ends within the call
         (f"<tool_call>{CALL} and no tag", [*ADD, "and no tag"]),
         ('{"type": "function", "name": "add", "parameters": {"a": 1}}', [*ADD]),
         ('{"arguments": {"a": "}"}, "name": "add"}', [ToolCall("add"), Arguments('{"a": "}"}')]),
@@ -65,13 +65,13 @@ def test_white_space_in_the_text_after_a_call_is_kept_however_it_arrives():
     ],
 )
 @given(data=st.data())
-def test_calls_are_found_wherever_the_text_is_cut(text: str, found: list[Piece], data: st.DataObject):
+def test_calls_are_found_wherever_the_text_is_divided(text: str, found: list[Piece], data: st.DataObject):
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=5)))
     places = [0, *cuts, len(text)]
     assert parse([text[start:stop] for start, stop in itertools.pairwise(places)]) == found
 
 
-def test_content_is_not_held_back_longer_than_it_may_begin_a_call():
+def test_content_is_only_held_back_while_it_may_begin_a_call():
     parser = ToolCallParser({"add"})
     assert parser.feed("Hello") == ["Hello"]
     assert parser.feed(" <tool") == [" "]
@@ -80,7 +80,7 @@ def test_content_is_not_held_back_longer_than_it_may_begin_a_call():
     assert parser.feed('{"answer":') == ['{"answer":']
 
 
-def test_arguments_are_passed_on_as_they_come():
+def test_arguments_are_passed_on_as_they_arrive():
     parser = ToolCallParser({"add"})
     assert parser.feed('{"name": "add", "arguments": {"a"') == [ToolCall("add"), Arguments('{"a"')]
     assert parser.feed(": [1, ") == [Arguments(": [1, ")]

@@ -1,4 +1,4 @@
-"""Tokenizers of the kinds that models have, made here."""
+"""Small tokenizers of the kinds that models have."""
 
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
@@ -7,8 +7,7 @@ from loraplex_router.text.tokenizer import Tokenizer
 
 
 def byte_tokenizer(*special: str) -> Tokenizer:
-    """One token per byte, so that every character beyond ASCII is spread over several; then </s> and others that are
-    not shown."""
+    """One token per byte, so that characters beyond ASCII have several tokens; then </s> and other special tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = tokenizers.Tokenizer(models.BPE(vocab={letter: at for at, letter in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -21,7 +20,7 @@ WORDS = ["▁", "a", "b", "e", "l", "o", "é", "▁h", "el", "lo", "▁hel", "�
 
 
 def sentencepiece_tokenizer(*special: str) -> Tokenizer:
-    """As Llama 2 has it: words begin with a space, the first as well, where it is not shown. The rest are bytes."""
+    """Like Llama 2's: words begin with a space, also the first one, whose space is not shown. The rest are bytes."""
     pieces = [f"<0x{byte:02X}>" for byte in range(256)] + WORDS + ["h"]
     merges = [("▁", "h"), ("e", "l"), ("l", "o"), ("▁h", "el"), ("▁hel", "lo"), ("▁", "a"), ("▁", "▁")]
     model = models.BPE({piece: at for at, piece in enumerate(pieces)}, merges, byte_fallback=True, fuse_unk=True)
@@ -35,7 +34,7 @@ def sentencepiece_tokenizer(*special: str) -> Tokenizer:
 
 
 def metaspace_tokenizer(*special: str) -> Tokenizer:
-    """As T5 has it: words begin with a space, the first as well, where it is not shown."""
+    """Like T5's: words begin with a space, also the first one, whose space is not shown."""
     tokenizer = tokenizers.Tokenizer(models.Unigram([(piece, -1.0) for piece in [*WORDS, "h"]], unk_id=1))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
@@ -44,7 +43,7 @@ def metaspace_tokenizer(*special: str) -> Tokenizer:
 
 
 def wordpiece_tokenizer() -> Tokenizer:
-    """As BERT has it: what does not begin a word is marked."""
+    """Like BERT's: tokens that do not begin a word are marked."""
     pieces = ["[UNK]", "hello", "a", "b", "##b", "##lo", "hel", "é"]
     tokenizer = tokenizers.Tokenizer(
         models.WordPiece({piece: at for at, piece in enumerate(pieces)}, unk_token="[UNK]")
