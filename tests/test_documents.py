@@ -23,7 +23,7 @@ def headings(text: str) -> set[str]:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_links_of_a_document_lead_somewhere(document: Path) -> None:
+def test_links_in_a_document_work(document: Path) -> None:
     for link in re.findall(r"\]\(([^)]+)\)", document.read_text()):
         if not re.match(r"\w+:", link):
             name, _, heading = link.partition("#")
@@ -43,7 +43,7 @@ FOREIGN = {"llama.cpp", "immintrin.h", "fcntl.h", "unistd.h"}  # what looks like
 
 
 @pytest.mark.parametrize("package", ["router", "shard", "client", "protos"])
-def test_source_files_that_another_one_names_exist(package: str) -> None:
+def test_source_files_named_in_other_source_files_exist(package: str) -> None:
     named = {
         (source, name)
         for source in SOURCES

@@ -130,7 +130,7 @@ def _ours(module: str) -> bool:
 
 
 @pytest.mark.parametrize("package", MAY_IMPORT)
-def test_a_package_imports_nothing_above_it(package: str) -> None:
+def test_packages_only_import_from_below(package: str) -> None:
     stricter = {other for other in MAY_IMPORT if other != package and _within(other, {package})}
     allowed = MAY_IMPORT[package] | {package}
     wrong = {
@@ -148,21 +148,21 @@ def _importers(package: str) -> set[str]:
 
 
 @pytest.mark.parametrize("package", IMPORTED_BY)
-def test_a_top_floor_is_entered_from_above_alone(package: str) -> None:
+def test_top_floors_are_only_imported_from_above(package: str) -> None:
     allowed = IMPORTED_BY[package] | {package}
     wrong = {module for module in _importers(package) if not _within(module, allowed)}
     assert not wrong
 
 
 @pytest.mark.parametrize("face", FACES)
-def test_a_face_is_known_to_the_application_alone(face: str) -> None:
+def test_only_the_application_imports_a_face(face: str) -> None:
     package = f"loraplex_router.api.http.{face}"
     wrong = {module for module in _importers(package) if not _within(module, {package, "loraplex_router.api.http.app"})}
     assert not wrong
 
 
 @pytest.mark.parametrize("package", FLOORS)
-def test_a_room_imports_from_the_floors_below_it_alone(package: str) -> None:
+def test_modules_only_import_from_the_floors_below(package: str) -> None:
     floor_of = {room: floor for floor, rooms in enumerate(FLOORS[package]) for room in rooms}
     ours = {module: imports for module, imports in IMPORTS.items() if module.startswith(f"{package}.")}
     assert {module.split(".")[1] for module in ours} == floor_of.keys()
@@ -178,7 +178,7 @@ def test_a_room_imports_from_the_floors_below_it_alone(package: str) -> None:
 
 
 @pytest.mark.parametrize("library", FOREIGN)
-def test_a_heavy_library_stays_where_it_is_needed(library: str) -> None:
+def test_heavy_libraries_are_only_imported_where_they_are_needed(library: str) -> None:
     wrong = {module for module in _importers(library) if not _within(module, FOREIGN[library])}
     assert not wrong
 

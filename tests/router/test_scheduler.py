@@ -402,7 +402,7 @@ def test_a_failed_sequence_leaves_nothing_in_the_prefix_cache():
     assert retry.prefix_hit == 0 and world.blocks.used == 0
 
 
-def test_sequences_with_forced_tokens_preempt_each_other_and_keep_their_tokens():
+def test_sequences_with_fast_forward_tokens_preempt_each_other_and_keep_their_tokens():
     for first in range(30):
         world = World(blocks=12, rows=4)
         sequences = [world.submit("c", [first, number] * 4, 20) for number in range(4)]

@@ -35,7 +35,7 @@ def find(layout: Layout, directory: Path, tensors: dict[str, torch.Tensor]) -> d
     return layout.find(SafetensorsFiles(directory, "model"))
 
 
-def test_it_has_the_names_and_shapes_of_the_model_that_was_quantized(saved: Saved) -> None:
+def test_a_checkpoint_has_the_names_and_shapes_of_the_original_model(saved: Saved) -> None:
     checkpoint = open_checkpoint(str(saved[0]))
     assert saved[1].keys() < checkpoint.names
     assert not [name for name in checkpoint.names if not name.endswith((".weight", ".bias"))]
@@ -50,7 +50,7 @@ def pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.usefixtures("pieces")
 @pytest.mark.parametrize("rows", [slice(None), slice(3, 21), slice(7, 8)])
 @pytest.mark.parametrize("columns", [slice(None), slice(64, 128), slice(5, 42)])
-def test_every_slice_of_a_matrix_is_what_it_stands_for(saved: Saved, rows: slice, columns: slice) -> None:
+def test_every_slice_of_a_matrix_is_dequantized_exactly(saved: Saved, rows: slice, columns: slice) -> None:
     checkpoint = open_checkpoint(str(saved[0]))
     for name in (K, DOWN):
         torch.testing.assert_close(
@@ -58,7 +58,7 @@ def test_every_slice_of_a_matrix_is_what_it_stands_for(saved: Saved, rows: slice
         )
 
 
-def test_auto_computes_what_transformers_does_with_the_same_weights(saved: Saved, tmp_path: Path) -> None:
+def test_auto_computes_the_same_as_transformers_with_the_same_weights(saved: Saved, tmp_path: Path) -> None:
     directory, weights = saved
     plain = save_dequantized(weights, directory, tmp_path / "plain")
     expected = load_reference(plain)(torch.tensor([TOKENS])).logits[0]
@@ -66,7 +66,7 @@ def test_auto_computes_what_transformers_does_with_the_same_weights(saved: Saved
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_it_is_rounded_again_where_that_is_asked_for(saved: Saved) -> None:
+def test_int8_requantizes_it(saved: Saved) -> None:
     exact, rounded = (load(saved[0], quantize=quantize).layers[0].mlp.down.weight for quantize in ("none", "int8"))
     assert rounded.group is not None
     torch.testing.assert_close(rounded.matrix, exact.matrix, rtol=0, atol=float(exact.matrix.abs().max()) / 127)
@@ -79,7 +79,7 @@ def test_the_ranks_of_a_group_hold_its_parts(saved: Saved) -> None:
     assert torch.equal(down, whole.mlp.down.weight.matrix)
 
 
-def test_what_bitsandbytes_itself_saved_is_read_to_the_bit(tmp_path: Path) -> None:
+def test_a_matrix_saved_by_bitsandbytes_is_read_exactly(tmp_path: Path) -> None:
     """Recorded with bitsandbytes 0.50 from a random bfloat16 matrix of 2 by 64."""
     packed = (
         "3552754258566d8953a8a85ab6137547d78585787867e4c54976a9bd8a65c405"
@@ -108,7 +108,7 @@ def test_what_bitsandbytes_itself_saved_is_read_to_the_bit(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("scales", [(3, 2), (3, 5)])
-def test_blocks_of_float8_are_those_of_transformers(scales: tuple[int, int], tmp_path: Path) -> None:
+def test_float8_blocks_equal_transformers(scales: tuple[int, int], tmp_path: Path) -> None:
     weights = torch.randn(96, 160 if scales[1] == 5 else 64).to(torch.float8_e4m3fn)
     factors = torch.rand(scales)
     expected = Fp8Dequantize(None)._dequantize_one(weights, factors, torch.float32)
@@ -116,7 +116,7 @@ def test_blocks_of_float8_are_those_of_transformers(scales: tuple[int, int], tmp
     torch.testing.assert_close(found["model.a.weight"].read(slice(None), slice(None)).dequantized(), expected)
 
 
-def test_blocks_at_the_edge_may_be_short(tmp_path: Path) -> None:
+def test_blocks_at_the_edge_may_be_smaller(tmp_path: Path) -> None:
     weights, factors = torch.randn(40, 50).to(torch.float8_e4m3fn), torch.rand(2, 2)
     found = find(Float8((32, 32)), tmp_path, {"model.a.weight": weights, "model.a.weight_scale_inv": factors})[
         "model.a.weight"
@@ -127,7 +127,7 @@ def test_blocks_at_the_edge_may_be_short(tmp_path: Path) -> None:
     )
 
 
-def test_experts_of_float8_have_scales_of_their_own(tmp_path: Path) -> None:
+def test_float8_experts_have_separate_scales(tmp_path: Path) -> None:
     weights, factors = torch.randn(4, 64, 96).to(torch.float8_e4m3fn), torch.rand(4, 2, 3)
     found = find(Float8((32, 32)), tmp_path, {"model.experts.up": weights, "model.experts.up_scale_inv": factors})[
         "model.experts.up"
@@ -136,7 +136,7 @@ def test_experts_of_float8_have_scales_of_their_own(tmp_path: Path) -> None:
     torch.testing.assert_close(found.read(slice(1, 3), slice(10, 40)).dequantized(), expected[1:3, 10:40])
 
 
-def test_experts_of_gpt_oss_are_those_of_transformers(tmp_path: Path) -> None:
+def test_gpt_oss_experts_equal_transformers(tmp_path: Path) -> None:
     blocks = torch.randint(0, 256, (4, 6, 3, 16), dtype=torch.uint8)
     scales = torch.randint(120, 134, (4, 6, 3), dtype=torch.uint8)
     expected = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
@@ -146,14 +146,14 @@ def test_experts_of_gpt_oss_are_those_of_transformers(tmp_path: Path) -> None:
     assert torch.equal(experts.read(slice(1, 3), slice(None)).dequantized(), expected[1:3])
 
 
-def test_scales_of_activations_are_left_out(tmp_path: Path) -> None:
+def test_scales_of_activations_are_ignored(tmp_path: Path) -> None:
     directory, weights = save_stored(*FORMATS["float8, one scale"], tmp_path)
     for name in ("k_proj.input_scale", "k_proj.k_scale", "attn.v_scale", "kv_scale"):
         edit_tensor(directory, f"model.layers.0.self_attn.{name}", torch.ones(1))
     assert torch.equal(load(directory, quantize="none").layers[0].mlp.down.weight.matrix, weights[DOWN])
 
 
-def test_the_file_that_modelopt_writes_beside_the_configuration_is_read(tmp_path: Path) -> None:
+def test_modelopts_separate_configuration_file_is_read(tmp_path: Path) -> None:
     directory, weights = save_stored(*FORMATS["ModelOpt NVFP4"], tmp_path)
     edit_config(directory, quantization_config=None)
     (directory / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "NVFP4"}}')
@@ -168,7 +168,7 @@ def test_the_file_that_modelopt_writes_beside_the_configuration_is_read(tmp_path
         ("quant_state.bitsandbytes__nf4", torch.ones(3, dtype=torch.uint8), "is not a state of bitsandbytes"),
     ],
 )
-def test_a_matrix_that_is_not_whole_is_refused_with_the_name_of_its_tensor(
+def test_an_incomplete_matrix_is_refused_with_the_tensors_name(
     suffix: str, tensor: torch.Tensor | None, message: str, tmp_path: Path
 ) -> None:
     directory, _ = save_stored(BITSANDBYTES, bitsandbytes_4_bits("nf4", nested=False), tmp_path)
@@ -184,7 +184,7 @@ def test_float8_without_scales_is_refused(tmp_path: Path) -> None:
         open_checkpoint(str(directory))
 
 
-def test_floats_whose_configuration_speaks_of_bitsandbytes_are_floats(tmp_path: Path) -> None:
+def test_unquantized_floats_with_a_bitsandbytes_configuration_are_read_as_floats(tmp_path: Path) -> None:
     """As those are saved who load a model in 4 bits by its configuration."""
     directory, weights = save_stored(BITSANDBYTES, lambda matrix: ({"weight": matrix}, matrix), tmp_path)
     checkpoint = open_checkpoint(str(directory))
@@ -192,7 +192,7 @@ def test_floats_whose_configuration_speaks_of_bitsandbytes_are_floats(tmp_path: 
     assert torch.equal(checkpoint.read(K), weights[K])
 
 
-def test_compressed_tensors_first_name_for_its_configuration_is_known(tmp_path: Path) -> None:
+def test_the_former_name_of_compressed_tensors_configuration_is_supported(tmp_path: Path) -> None:
     config, store = FORMATS["compressed-tensors float8, by row"]
     directory, weights = save_stored(config, store, tmp_path)
     edit_config(directory, quantization_config=None, compression_config=config)

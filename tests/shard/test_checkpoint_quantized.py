@@ -50,7 +50,7 @@ def rounding(weights: torch.Tensor, method: Method) -> float:
     return 0.0 if method.symmetric else float(weights.abs().amax()) * 2 * 2**-11
 
 
-def test_it_has_the_names_and_shapes_of_the_model_that_was_quantized(saved: Saved) -> None:
+def test_a_checkpoint_has_the_names_and_shapes_of_the_original_model(saved: Saved) -> None:
     checkpoint, plain = open_checkpoint(str(saved[0])), llama()
     assert checkpoint.prequantized
     assert {name for name in checkpoint.names if not name.endswith("bias")} > saved[1].keys()
@@ -71,7 +71,7 @@ def test_every_slice_of_a_matrix_is_dequantized_exactly(saved: Saved, rows: slic
 
 
 @pytest.mark.parametrize("columns", [slice(None), slice(64, None), slice(64, 96)])
-def test_its_integers_stay_as_they_are(saved: Saved, method: Method, columns: slice) -> None:
+def test_the_integers_are_kept(saved: Saved, method: Method, columns: slice) -> None:
     checkpoint = open_checkpoint(str(saved[0]))
     for name, weights in saved[1].items():
         matrix = checkpoint.read_quantized(name, slice(8, 24), columns)
@@ -85,12 +85,12 @@ def test_its_integers_stay_as_they_are(saved: Saved, method: Method, columns: sl
         assert float(difference) <= rounding(expected, method) + 1e-6
 
 
-def test_a_cut_through_a_group_has_the_dtype(saved: Saved, method: Method) -> None:
+def test_a_partition_through_a_group_uses_the_dtype(saved: Saved, method: Method) -> None:
     kept = method.group == -1 and method not in NO_SUCH_FORM
     assert (open_checkpoint(str(saved[0])).read_quantized(DOWN, columns=slice(8, 136)) is not None) == kept
 
 
-def test_none_computes_what_transformers_does_with_the_same_weights(saved: Saved, tmp_path: Path) -> None:
+def test_none_computes_the_same_as_transformers_with_the_same_weights(saved: Saved, tmp_path: Path) -> None:
     directory, weights = saved
     plain = save_dequantized(weights, directory, tmp_path / "plain")
     expected = load_reference(plain)(torch.tensor([TOKENS])).logits[0]
@@ -98,7 +98,7 @@ def test_none_computes_what_transformers_does_with_the_same_weights(saved: Saved
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_auto_differs_from_none_by_the_rounding_of_activations_alone(saved: Saved) -> None:
+def test_auto_differs_from_none_only_by_the_rounding_of_activations(saved: Saved) -> None:
     expected = Sequences(load(saved[0], quantize="none")).step({"a": TOKENS})["a"]
     kernels = cpu_operations(instruction_set())
     decoder = load(saved[0], quantize="auto", ops=kernels)
@@ -106,7 +106,7 @@ def test_auto_differs_from_none_by_the_rounding_of_activations_alone(saved: Save
     assert float((actual - expected).norm() / expected.norm()) < 0.03
 
 
-def test_auto_keeps_the_integers_of_layers_and_the_dtype_of_the_rest(saved: Saved, method: Method) -> None:
+def test_auto_keeps_the_integers_of_layers_and_uses_the_dtype_for_the_rest(saved: Saved, method: Method) -> None:
     decoder, exact = load(saved[0], quantize="auto"), load(saved[0], quantize="none")
     layer, exact_layer = decoder.layers[0], exact.layers[0]
     kept = method not in NO_SUCH_FORM
@@ -127,7 +127,7 @@ def test_the_ranks_of_a_group_hold_its_parts(saved: Saved, method: Method) -> No
     torch.testing.assert_close(o, whole.attention.o.weight.matrix, rtol=0, atol=1e-6)
 
 
-def test_auto_leaves_all_other_checkpoints_as_they_are(tmp_path: Path) -> None:
+def test_auto_does_not_quantize_other_checkpoints(tmp_path: Path) -> None:
     quantized, _ = save_quantized(METHODS["AWQ, 64"], tmp_path / "quantized")
     plain = save_checkpoint(llama(), tmp_path / "plain")
     settings = {str(quantized): "auto", str(plain): "none", "": "none"}
@@ -171,9 +171,7 @@ PACKED = {"num_bits": 4, "group_size": 32, "strategy": "group", "symmetric": Tru
         ({"quant_method": "fp8", "weight_block_size": [128]}, r"\[128\] is not a block's rows and columns"),
     ],
 )
-def test_what_is_not_served_is_refused_with_the_name_of_the_field(
-    config: dict[str, Any], message: str, tmp_path: Path
-) -> None:
+def test_unsupported_quantization_is_refused_by_field(config: dict[str, Any], message: str, tmp_path: Path) -> None:
     directory = save_checkpoint(llama(), tmp_path / "model")
     edit_config(directory, quantization_config=config)
     with pytest.raises(CheckpointError, match=rf"model: config\.json: quantization_config: {message}"):
@@ -194,7 +192,7 @@ def test_what_is_not_served_is_refused_with_the_name_of_the_field(
         ("bias", torch.ones(256), r"has no tensor model\.layers\.0\.mlp\.up_proj\.bias"),
     ],
 )
-def test_a_matrix_that_is_not_whole_is_refused_with_the_name_of_its_tensor(
+def test_an_incomplete_matrix_is_refused_with_the_tensors_name(
     suffix: str, tensor: torch.Tensor | None, message: str, tmp_path: Path
 ) -> None:
     directory, _ = save_quantized(METHODS["GPTQ, asymmetric, 32"], tmp_path)
@@ -206,7 +204,7 @@ def test_a_matrix_that_is_not_whole_is_refused_with_the_name_of_its_tensor(
 @pytest.mark.parametrize(
     ("name", "suffix"), [("GPTQ, asymmetric, 32", "g_idx"), ("compressed-tensors W4A16, 32", "weight_g_idx")]
 )
-def test_columns_may_be_of_any_group(name: str, suffix: str, tmp_path: Path) -> None:
+def test_columns_may_belong_to_any_group(name: str, suffix: str, tmp_path: Path) -> None:
     method = METHODS[name]
 
     def store(matrix: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
@@ -222,7 +220,7 @@ def test_columns_may_be_of_any_group(name: str, suffix: str, tmp_path: Path) -> 
         torch.testing.assert_close(checkpoint.read(DOWN, columns=part), weights[DOWN][:, part], rtol=1e-6, atol=0)
 
 
-def test_scales_beyond_float16_leave_the_matrix_in_the_dtype(tmp_path: Path) -> None:
+def test_a_matrix_with_scales_beyond_float16_uses_the_dtype(tmp_path: Path) -> None:
     directory, weights = save_quantized(METHODS["compressed-tensors W8A8"], tmp_path)
     scales = torch.full((len(weights[K]), 1), 1e-9)
     edit_tensor(directory, K.replace("weight", "weight_scale"), scales)
@@ -233,7 +231,7 @@ def test_scales_beyond_float16_leave_the_matrix_in_the_dtype(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("name", ["GPTQ, asymmetric, 32", "AWQ, 64", "compressed-tensors W8A8"])
-def test_a_head_in_integers_is_the_head_though_the_configuration_says_tied(name: str, tmp_path: Path) -> None:
+def test_a_quantized_head_is_used_even_if_the_configuration_says_tied(name: str, tmp_path: Path) -> None:
     directory, _ = save_quantized(METHODS[name], tmp_path)
     tensors = load_file(directory / WEIGHTS)
     integers = rounded(tensors.pop("lm_head.weight").float(), METHODS[name])

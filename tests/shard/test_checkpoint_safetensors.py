@@ -52,7 +52,7 @@ def edit_json(path: Path, **fields: object) -> None:
     path.write_text(json.dumps(content | fields))
 
 
-def test_a_slice_is_read_as_if_from_the_whole_tensor(directory: Path) -> None:
+def test_a_slice_equals_the_slice_of_the_whole_tensor(directory: Path) -> None:
     checkpoint, tensors = open_checkpoint(str(directory)), load_file(directory / WEIGHTS)
     assert checkpoint.names == tensors.keys()
     for name, whole in tensors.items():
@@ -63,14 +63,14 @@ def test_a_slice_is_read_as_if_from_the_whole_tensor(directory: Path) -> None:
     assert torch.equal(checkpoint.read(matrix, slice(1, 3), slice(4, 9)), tensors[matrix][1:3, 4:9])
 
 
-def test_missing_tensors_are_named_all_in_one_error(directory: Path) -> None:
+def test_all_missing_tensors_are_named_in_one_error(directory: Path) -> None:
     missing = ["model.layers.0.mlp.up_proj.weight", "model.norm.weight"]
     edit_tensors(directory, lambda tensors: [tensors.pop(name) for name in missing])
     with pytest.raises(CheckpointError, match="missing tensor " + ", ".join(missing)):
         load(directory)
 
 
-def test_a_tensor_that_the_model_has_no_use_for_is_named(directory: Path) -> None:
+def test_an_unused_tensor_is_named(directory: Path) -> None:
     edit_tensors(directory, lambda tensors: tensors.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(8)}))
     with pytest.raises(
         CheckpointError, match=r"LlamaForCausalLM has no tensor model\.layers\.0\.self_attn\.q_proj\.bias"
@@ -78,7 +78,7 @@ def test_a_tensor_that_the_model_has_no_use_for_is_named(directory: Path) -> Non
         load(directory)
 
 
-def test_redundant_tensors_do_no_harm(tmp_path: Path) -> None:
+def test_redundant_tensors_are_ignored(tmp_path: Path) -> None:
     directory = save_checkpoint(config(tied=True), tmp_path)
     embedding = load_file(directory / WEIGHTS)[EMBEDDING]
     redundant = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2), HEAD: embedding.clone()}
@@ -98,7 +98,7 @@ HEADS: dict[str, tuple[bool, Callable[[dict[str, torch.Tensor]], object]]] = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("tied", "edit"), HEADS.values(), ids=HEADS.keys())
-def test_embedding_and_head_are_those_of_transformers_whatever_the_file_holds(
+def test_embedding_and_head_equal_transformers_whatever_the_file_holds(
     tied: bool, edit: Callable[[dict[str, torch.Tensor]], object], dtype: torch.dtype, tmp_path: Path
 ) -> None:
     directory = save_checkpoint(config(tied=tied), tmp_path)
@@ -109,9 +109,7 @@ def test_embedding_and_head_are_those_of_transformers_whatever_the_file_holds(
 
 
 @pytest.mark.parametrize("architectures", [None, [], ["LlamaModel"], ["LLaMAForCausalLM"], ["Llama_ForCausalLM"]])
-def test_a_model_that_was_saved_without_a_head_is_that_of_transformers(
-    architectures: list[str] | None, tmp_path: Path
-) -> None:
+def test_a_model_saved_without_a_head_equals_transformers(architectures: list[str] | None, tmp_path: Path) -> None:
     """As embedding models are: names lack their first part, and config.json may name another class, or none."""
     directory = save_checkpoint(config(tied=True), tmp_path / "model")
     tensors = {name.removeprefix("model."): tensor for name, tensor in load_file(directory / WEIGHTS).items()}
@@ -133,7 +131,7 @@ def test_a_model_that_was_saved_without_a_head_is_that_of_transformers(
         ({"pooling_mode": "cls"}, "first"),
     ],
 )
-def test_how_texts_are_pooled_is_what_sentence_transformers_wrote(
+def test_pooling_follows_the_files_of_sentence_transformers(
     config: dict[str, object], mode: PoolingMode, directory: Path
 ) -> None:
     assert open_checkpoint(str(directory)).pooling == PoolingSpec()
@@ -163,16 +161,14 @@ def save_modules(directory: Path, kinds: list[str]) -> None:
         ({"pooling_mode_lasttoken": True, "include_prompt": False}, "include_prompt false is not served"),
     ],
 )
-def test_pooling_that_is_not_served_is_refused_by_name(
-    config: dict[str, object], message: str, directory: Path
-) -> None:
+def test_unsupported_pooling_is_refused_by_name(config: dict[str, object], message: str, directory: Path) -> None:
     (directory / "1_Pooling").mkdir()
     edit_json(directory / "1_Pooling/config.json", **config)
     with pytest.raises(CheckpointError, match=rf"1_Pooling/config\.json: .*{message}"):
         open_checkpoint(str(directory)).pooling  # noqa: B018
 
 
-def test_modules_behind_pooling_that_are_not_served_are_refused_by_name(directory: Path) -> None:
+def test_unsupported_modules_after_pooling_are_refused_by_name(directory: Path) -> None:
     save_modules(directory, ["Transformer", "Pooling", "Dense", "Normalize"])
     with pytest.raises(CheckpointError, match=r"modules\.json: Dense is not served"):
         open_checkpoint(str(directory)).pooling  # noqa: B018
@@ -181,7 +177,7 @@ def test_modules_behind_pooling_that_are_not_served_are_refused_by_name(director
         open_checkpoint(str(directory)).pooling  # noqa: B018
 
 
-def test_a_head_that_is_missing_is_refused_with_the_way_out(directory: Path) -> None:
+def test_a_missing_head_is_refused_with_the_remedy(directory: Path) -> None:
     edit_tensors(directory, lambda tensors: tensors.pop(HEAD))
     with pytest.raises(CheckpointError, match=r"missing tensor lm_head\.weight: .* set tie_word_embeddings .* true"):
         load(directory)
@@ -200,12 +196,12 @@ def test_a_tensor_in_two_files_must_be_the_same_in_both(directory: Path) -> None
         load(directory)
 
 
-def test_a_single_file_counts_before_an_index_as_with_transformers(directory: Path) -> None:
+def test_a_single_file_takes_precedence_over_an_index_as_in_transformers(directory: Path) -> None:
     edit_json(directory / INDEX, weight_map={"a": "model-00001-of-00002.safetensors"})
     assert torch.equal(load(directory).lm_head.weight.matrix, load_reference(directory).lm_head.weight)
 
 
-def test_parts_without_an_index_are_read_all(directory: Path) -> None:
+def test_all_files_are_read_if_there_is_no_index(directory: Path) -> None:
     tensors = load_file(directory / WEIGHTS)
     (directory / WEIGHTS).unlink()
     first = {HEAD: tensors.pop(HEAD)}
@@ -217,7 +213,7 @@ def test_parts_without_an_index_are_read_all(directory: Path) -> None:
         load(directory)
 
 
-def test_a_tensor_of_another_shape_is_named_with_both_shapes(directory: Path) -> None:
+def test_a_tensor_with_a_wrong_shape_is_named_with_both_shapes(directory: Path) -> None:
     edit_tensors(directory, lambda tensors: tensors.update({"model.norm.weight": torch.ones(9)}))
     with pytest.raises(CheckpointError, match=r"model\.norm\.weight has shape \[9\].*asks for \[8\]"):
         load(directory)
@@ -247,7 +243,7 @@ def test_a_tensor_of_another_shape_is_named_with_both_shapes(directory: Path) ->
         ({"model_type": "exaone4", "sliding_window": None}, "config.json: integer modulo by zero"),
     ],
 )
-def test_a_configuration_that_is_not_served_is_refused_by_name(
+def test_an_unsupported_configuration_is_refused_by_name(
     fields: dict[str, object], message: str, directory: Path
 ) -> None:
     edit_json(directory / "config.json", **fields)
@@ -260,7 +256,7 @@ def test_more_ranks_than_query_heads_are_refused(directory: Path) -> None:
         load(directory, group=Group(0, 3))
 
 
-def test_pickled_weights_are_refused_with_the_way_out(directory: Path) -> None:
+def test_pickled_weights_are_refused_with_the_remedy(directory: Path) -> None:
     torch.save(load_file(directory / WEIGHTS), directory / "pytorch_model.bin")
     (directory / WEIGHTS).unlink()
     with pytest.raises(CheckpointError, match=r"(?s)Pickled weights.*are not read.*save_pretrained"):
@@ -268,14 +264,14 @@ def test_pickled_weights_are_refused_with_the_way_out(directory: Path) -> None:
 
 
 @pytest.mark.parametrize("length", [0, 5, 100, -1])
-def test_a_safetensors_file_cut_short_is_named(length: int, directory: Path) -> None:
+def test_a_truncated_safetensors_file_is_named(length: int, directory: Path) -> None:
     content = (directory / WEIGHTS).read_bytes()
     (directory / WEIGHTS).write_bytes(content[:length])
     with pytest.raises(CheckpointError, match=r"model\.safetensors is not a readable safetensors file"):
         open_checkpoint(str(directory))
 
 
-def test_an_index_names_only_files_beside_it_that_exist(directory: Path) -> None:
+def test_an_index_may_only_name_existing_files_in_its_folder(directory: Path) -> None:
     (directory / WEIGHTS).unlink()
     edit_json(directory / INDEX, weight_map={"a": "../model.safetensors"})
     with pytest.raises(CheckpointError, match=r"names '\.\./model\.safetensors'"):
@@ -302,7 +298,7 @@ def save_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
     return fast
 
 
-def test_the_tokenizer_is_that_of_the_directory(directory: Path) -> None:
+def test_the_tokenizer_is_read_from_the_directory(directory: Path) -> None:
     fast = save_tokenizer(directory)
     files = open_checkpoint(str(directory)).tokenizer()
     assert Tokenizer.from_str(files.tokenizer_json.decode()).encode("hello").ids == fast("hello")["input_ids"] == [3]
@@ -319,7 +315,7 @@ def test_without_tokenizer_files_the_error_says_so(directory: Path) -> None:
     ("generation", "expected"),
     [([7, 9], (2, 7, 9)), (7, (2, 7)), (None, (2, 3)), ([], (2,))],
 )
-def test_a_sequence_ends_at_the_tokens_of_the_generation_config_else_of_the_config(
+def test_end_tokens_come_from_the_generation_config_or_the_config(
     generation: object, expected: tuple[int, ...], directory: Path
 ) -> None:
     save_tokenizer(directory)
@@ -327,7 +323,7 @@ def test_a_sequence_ends_at_the_tokens_of_the_generation_config_else_of_the_conf
     assert open_checkpoint(str(directory)).end_token_ids == expected
 
 
-def test_what_is_no_token_id_is_refused(directory: Path) -> None:
+def test_invalid_token_ids_are_refused(directory: Path) -> None:
     save_tokenizer(directory)
     edit_json(directory / "generation_config.json", eos_token_id="</s>")
     with pytest.raises(CheckpointError, match="eos_token_id is neither a token's id nor a list of them"):
@@ -348,7 +344,7 @@ TEMPLATE = "{% for m in messages %}{{ '<|start|>' + m.role + ': ' + m.content + 
         (None, (2, 7)),
     ],
 )
-def test_a_sequence_ends_at_the_token_that_its_chat_template_writes_behind_an_answer(
+def test_a_sequence_ends_at_the_token_that_its_chat_template_writes_after_an_answer(
     template: str | None, expected: tuple[int, ...], directory: Path
 ) -> None:
     tokenizer = save_tokenizer(directory)
@@ -361,7 +357,7 @@ def test_a_sequence_ends_at_the_token_that_its_chat_template_writes_behind_an_an
 
 
 @pytest.mark.parametrize("name", ["../elsewhere", "a/b/c", "no such thing"])
-def test_what_is_neither_a_path_nor_a_hub_id_is_refused_before_anything_is_asked_for(name: str) -> None:
+def test_a_name_that_is_neither_a_path_nor_a_hub_id_is_refused_before_any_request(name: str) -> None:
     with pytest.raises(CheckpointError, match=r"name a model's directory, a \.gguf file, or a hub id"):
         open_checkpoint(name)
 
@@ -374,7 +370,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandInHub]
         yield stand_in
 
 
-def test_a_model_of_the_hub_is_fetched_without_what_is_not_needed(directory: Path, hub: StandInHub) -> None:
+def test_only_the_needed_files_of_a_hub_model_are_downloaded(directory: Path, hub: StandInHub) -> None:
     files = {path.name: path.read_bytes() for path in directory.iterdir()}
     unneeded = {"pytorch_model.bin": b"pickle", "consolidated.safetensors": b"twice", "modeling_llama.py": b"code"}
     hub.push("org/tiny", files | unneeded)
@@ -384,7 +380,7 @@ def test_a_model_of_the_hub_is_fetched_without_what_is_not_needed(directory: Pat
     assert not [request for request in hub.requests if any(name in request for name in unneeded)]
 
 
-def test_a_revision_of_the_hub_is_what_is_served(directory: Path, hub: StandInHub) -> None:
+def test_the_requested_revision_is_served(directory: Path, hub: StandInHub) -> None:
     commit = hub.push("org/tiny", {path.name: path.read_bytes() for path in directory.iterdir()})
     hub.push("org/tiny", {"config.json": b"{}"})
     assert open_checkpoint("org/tiny", revision=commit).architecture == "LlamaForCausalLM"
@@ -401,7 +397,7 @@ def test_a_private_model_needs_its_token_and_no_message_repeats_one(directory: P
     assert open_checkpoint("org/private", token="hf_right").names
 
 
-def test_a_hub_that_fails_is_reported_as_such(hub: StandInHub) -> None:
+def test_errors_of_the_hub_are_reported(hub: StandInHub) -> None:
     with pytest.raises(CheckpointError, match="org/absent: no such directory, and no such model on the hub"):
         open_checkpoint("org/absent")
     hub.failure = 500
@@ -423,7 +419,7 @@ def test_a_hub_that_fails_is_reported_as_such(hub: StandInHub) -> None:
         ({"config.json": "{}"}, "its architecture is not served: transformers knows no model_type None"),
     ],
 )
-def test_a_directory_that_is_not_a_model_is_called_what_it_is(
+def test_the_error_says_what_a_directory_without_a_model_is(
     tmp_path: Path, files: dict[str, str], message: str
 ) -> None:
     for name, content in files.items():
@@ -432,7 +428,7 @@ def test_a_directory_that_is_not_a_model_is_called_what_it_is(
         open_checkpoint(str(tmp_path))
 
 
-def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(tmp_path: Path) -> None:
+def test_a_missing_path_is_not_looked_up_on_the_hub(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="does not exist: name a model's directory"):
         open_checkpoint(str(tmp_path / "model"))
     (tmp_path / "model.txt").touch()
@@ -440,13 +436,13 @@ def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(tmp_path: Path) -
         open_checkpoint(str(tmp_path / "model.txt"))
 
 
-def test_a_hub_that_cannot_be_reached_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_hub_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(CheckpointError, match=r"the hub at http://127\.0\.0\.1:9 cannot be reached\. Name a directory"):
         open_checkpoint("org/name")
 
 
-def test_sampling_is_as_generation_config_says(directory: Path) -> None:
+def test_sampling_defaults_come_from_generation_config(directory: Path) -> None:
     said = {
         "do_sample": True,
         "temperature": 0.7,
@@ -460,7 +456,7 @@ def test_sampling_is_as_generation_config_says(directory: Path) -> None:
     assert open_checkpoint(str(directory)).sampling_defaults == expected
 
 
-def test_sampling_that_would_be_refused_is_left_out_with_a_warning(
+def test_invalid_sampling_defaults_are_ignored_with_a_warning(
     directory: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     said = {"temperature": "hot", "top_k": 0, "top_p": 0.0, "min_p": 2, "repetition_penalty": None}
@@ -485,7 +481,7 @@ K = "model.layers.0.self_attn.k_proj.weight"
         (lambda k: k.to(torch.float8_e4m3fn), r"tensor .*k_proj\.weight holds float8_e4m3fn, and config\.json has no"),
     ],
 )
-def test_a_tensor_that_cannot_be_computed_with_is_named(
+def test_an_unusable_tensor_is_named(
     change: Callable[[torch.Tensor], torch.Tensor], message: str, directory: Path
 ) -> None:
     tensors = load_file(directory / "model.safetensors")
@@ -494,7 +490,7 @@ def test_a_tensor_that_cannot_be_computed_with_is_named(
         load(directory)
 
 
-def test_every_tensor_may_have_a_dtype_of_its_own(directory: Path) -> None:
+def test_every_tensor_may_have_its_own_dtype(directory: Path) -> None:
     tensors = load_file(directory / "model.safetensors")
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     mixed = {name: tensor.to(dtypes[index % 3]) for index, (name, tensor) in enumerate(sorted(tensors.items()))}

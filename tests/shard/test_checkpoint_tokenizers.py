@@ -75,7 +75,7 @@ def ids(tokenizer: Tokenizer, text: str) -> list[int]:
 
 @pytest.mark.parametrize("kind", [LlamaConfig, MistralConfig])
 @pytest.mark.parametrize("settings", [None, LLAMA, LLAMA | {"tokenizer_class": "LLaMATokenizer", "bos_token": ""}])
-def test_a_sentencepiece_model_alone_gives_the_ids_of_sentencepiece(
+def test_a_sentencepiece_model_gives_the_ids_of_sentencepiece(
     tmp_path: Path, kind: type[PreTrainedConfig], settings: dict[str, str] | None
 ) -> None:
     directory = checkpoint(tmp_path, kind, settings)
@@ -90,7 +90,7 @@ def test_a_sentencepiece_model_alone_gives_the_ids_of_sentencepiece(
 
 @pytest.mark.parametrize("kind", [LlamaConfig, MistralConfig])
 @pytest.mark.parametrize("settings", [None, LLAMA])
-def test_pieces_merge_by_their_scores_whatever_their_numbers(
+def test_pieces_merge_by_their_scores_and_not_their_ids(
     tmp_path: Path, kind: type[PreTrainedConfig], settings: dict[str, str] | None
 ) -> None:
     """As in the first Llama's and Mistral's own files, whose runs of blanks come first and merge last."""
@@ -108,14 +108,14 @@ def test_pieces_merge_by_their_scores_whatever_their_numbers(
         assert ids(tokenizer, text) == processor.encode(text)
 
 
-def test_a_model_that_sets_no_blank_before_a_text_keeps_it_so(tmp_path: Path) -> None:
+def test_a_model_that_adds_no_space_before_a_text_still_adds_none(tmp_path: Path) -> None:
     directory = checkpoint(tmp_path, MistralConfig)
     processor = train(directory / "tokenizer.model", add_dummy_prefix=False)
     assert [ids(read(directory), text) for text in TEXTS] == [processor.encode(text) for text in TEXTS]
 
 
 @pytest.mark.parametrize("legacy", [True, False])
-def test_what_follows_a_special_token_is_as_the_configuration_says(tmp_path: Path, legacy: bool) -> None:
+def test_text_after_a_special_token_follows_the_configuration(tmp_path: Path, legacy: bool) -> None:
     directory = checkpoint(tmp_path, MistralConfig, {**LLAMA, "legacy": legacy})
     processor = train(directory / "tokenizer.model")
     with_blank, without = processor.encode("in"), processor.encode("\nin")[2:]
@@ -123,7 +123,7 @@ def test_what_follows_a_special_token_is_as_the_configuration_says(tmp_path: Pat
     assert [ids(read(directory), text) for text in TEXTS] == [processor.encode(text) for text in TEXTS]
 
 
-def test_tokens_added_beside_a_sentencepiece_model_follow_it(tmp_path: Path) -> None:
+def test_tokens_added_to_a_sentencepiece_model_have_the_next_ids(tmp_path: Path) -> None:
     added = {"600": {"content": "<|im_end|>", "special": True}}
     directory = checkpoint(tmp_path, LlamaConfig, {**LLAMA, "eos_token": "<|im_end|>", "added_tokens_decoder": added})
     train(directory / "tokenizer.model")
@@ -133,7 +133,7 @@ def test_tokens_added_beside_a_sentencepiece_model_follow_it(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("kind", [LlamaConfig, MistralConfig, Qwen2Config])
 @pytest.mark.parametrize("bytes_known", [True, False])
-def test_a_unigram_model_that_changes_its_text_gives_the_ids_of_sentencepiece(
+def test_a_unigram_model_that_normalizes_text_gives_the_ids_of_sentencepiece(
     tmp_path: Path, kind: type[PreTrainedConfig], bytes_known: bool
 ) -> None:
     directory = checkpoint(tmp_path, kind, LLAMA)
@@ -166,7 +166,7 @@ def special(first: int, *tokens: str) -> dict[str, object]:
     return {"bos_token": tokens[0], "eos_token": tokens[1], "added_tokens_decoder": decoder}
 
 
-def test_tiktokens_format_is_read_as_llama_3_means_it(tmp_path: Path) -> None:
+def test_tiktokens_format_is_read_as_llama_3s(tmp_path: Path) -> None:
     directory = checkpoint(tmp_path, LlamaConfig, special(264, "<|begin_of_text|>", "<|end_of_text|>"))
     for _ in "a file", "another at the same path":
         ranks = save_ranks(directory / "tokenizer.model")
@@ -190,7 +190,7 @@ def test_tiktokens_format_without_special_tokens_is_refused(tmp_path: Path) -> N
         open_checkpoint(str(directory)).tokenizer()
 
 
-def test_mistrals_tekken_begins_texts_with_its_bos(tmp_path: Path) -> None:
+def test_mistrals_tekken_begins_texts_with_the_bos_token(tmp_path: Path) -> None:
     directory = checkpoint(tmp_path, MistralConfig)
     names = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]"]
     tekken = {
@@ -236,7 +236,7 @@ def test_a_vocabulary_with_merges_gives_the_ids_of_transformers(
     ]
 
 
-def test_a_vocabulary_that_is_read_as_another_kind_is_refused(tmp_path: Path) -> None:
+def test_a_vocabulary_that_would_be_misread_is_refused(tmp_path: Path) -> None:
     directory = checkpoint(tmp_path, LlamaConfig, {"tokenizer_class": "LlamaTokenizer"})
     save_vocabulary(directory)
     with pytest.raises(CheckpointError, match="its tokenizer's files are not what LlamaTokenizer reads"):
@@ -244,21 +244,21 @@ def test_a_vocabulary_that_is_read_as_another_kind_is_refused(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("kind", [LlamaConfig, Qwen2Config])
-def test_without_any_file_those_that_are_read_are_named(tmp_path: Path, kind: type[PreTrainedConfig]) -> None:
+def test_without_any_tokenizer_file_the_supported_ones_are_named(tmp_path: Path, kind: type[PreTrainedConfig]) -> None:
     directory = checkpoint(tmp_path, kind)
     (directory / "qwen.tiktoken").touch()
     with pytest.raises(CheckpointError, match=r"there is none of tokenizer\.json, tokenizer\.model, .*tekken\.json"):
         open_checkpoint(str(directory)).tokenizer()
 
 
-def test_a_tokenizer_json_that_is_cut_short_is_named(tmp_path: Path) -> None:
+def test_a_truncated_tokenizer_json_is_named(tmp_path: Path) -> None:
     directory = checkpoint(tmp_path, LlamaConfig)
     (directory / "tokenizer.json").write_text('{"version": "1.0"')
     with pytest.raises(CheckpointError, match=r"no tokenizer can be read from tokenizer\.json"):
         open_checkpoint(str(directory)).tokenizer()
 
 
-def test_a_pointer_of_git_lfs_is_called_what_it_is(tmp_path: Path) -> None:
+def test_a_git_lfs_pointer_is_recognized(tmp_path: Path) -> None:
     directory = checkpoint(tmp_path, LlamaConfig)
     (directory / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     with pytest.raises(CheckpointError, match=r"model\.safetensors is not the file itself .* `git lfs pull`"):

@@ -38,11 +38,11 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
     return [json.loads((directory / f"{rank}.json").read_text()) for rank in range(SIZE)]
 
 
-def test_all_ranks_have_the_same_bits_of_a_sum_whatever_its_size(seen: Seen) -> None:
+def test_all_ranks_get_bitwise_equal_sums_of_any_size(seen: Seen) -> None:
     assert [rank["wrong sums"] for rank in seen] == [[]] * SIZE
 
 
-def test_a_broadcast_brings_what_rank_0_has(seen: Seen) -> None:
+def test_a_broadcast_sends_rank_0s_values(seen: Seen) -> None:
     assert all(rank["broadcast"] for rank in seen)
 
 
@@ -50,7 +50,7 @@ def test_a_gather_puts_columns_side_by_side(seen: Seen) -> None:
     assert all(rank["gather"] for rank in seen)
 
 
-def test_a_program_sums_as_often_as_it_says(seen: Seen) -> None:
+def test_a_program_runs_all_of_its_sums(seen: Seen) -> None:
     assert [rank["sum of a program"] for rank in seen] == [SIZE**2] * SIZE
 
 
@@ -63,7 +63,7 @@ def test_ranks_on_two_hosts_do_not_share(seen: Seen) -> None:
     assert [rank["two hosts share"] for rank in seen] == [False] * SIZE
 
 
-def test_nobody_shares_if_one_rank_has_no_kernels(seen: Seen) -> None:
+def test_no_rank_shares_memory_if_one_has_no_kernels(seen: Seen) -> None:
     assert [rank["without kernels on rank 1"] for rank in seen] == [False] * SIZE
 
 
@@ -76,5 +76,5 @@ def test_nobody_shares_if_one_rank_has_no_kernels(seen: Seen) -> None:
         ("died in a program", "rank 2 has left"),
     ],
 )
-def test_the_others_fail_when_a_rank_does_not_come(how: str, message: str, seen: Seen) -> None:
+def test_the_others_fail_if_a_rank_does_not_arrive(how: str, message: str, seen: Seen) -> None:
     assert all(message in rank[how] for rank in seen[:LAST])

@@ -27,7 +27,7 @@ KERNELS = {
 }
 
 
-def test_all_kernels_compile_fit_into_shared_memory_and_read_adapters_sixteen_bytes_at_a_time() -> None:
+def test_all_kernels_compile_fit_into_shared_memory_and_read_16_bytes_of_adapters_at_a_time() -> None:
     command = [sys.executable, "-m", "tests.shard.compiling_process", *CAPABILITIES]
     env = {**os.environ, "TRITON_CACHE_DIR": str(cache_directory("triton"))}
     root = Path(__file__).parents[2]

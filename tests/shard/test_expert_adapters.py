@@ -157,7 +157,7 @@ def test_an_adapter_of_experts_has_the_logits_of_peft(
     assert (expected - plain).abs().max() > 0.1
 
 
-def test_what_experts_share_is_written_once(base: Path, tmp_path: Path) -> None:
+def test_shared_matrices_of_experts_are_stored_once(base: Path, tmp_path: Path) -> None:
     """The A of what reads the hidden states, and the B of what writes them: SGLang's layout."""
     torch.manual_seed(3)
     experts, modules, count, size = names(base)
@@ -183,7 +183,7 @@ def test_what_experts_share_is_written_once(base: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
-def test_experts_in_integers_take_adapters_of_experts(base: Path, quantization: Quantize, tmp_path: Path) -> None:
+def test_quantized_experts_take_adapters(base: Path, quantization: Quantize, tmp_path: Path) -> None:
     torch.manual_seed(4)
     adapter = by_expert(base, tmp_path / "adapter")
     expected, actual = (
@@ -192,7 +192,7 @@ def test_experts_in_integers_take_adapters_of_experts(base: Path, quantization: 
     assert float((actual - expected).norm() / expected.norm()) < 0.05
 
 
-def test_ranks_hold_their_units_of_every_expert(base: Path, tmp_path: Path) -> None:
+def test_each_rank_holds_its_units_of_every_expert(base: Path, tmp_path: Path) -> None:
     torch.manual_seed(5)
     adapter = by_expert(base, tmp_path / "adapter")
     whole = load(base)
@@ -208,7 +208,7 @@ def test_ranks_hold_their_units_of_every_expert(base: Path, tmp_path: Path) -> N
     assert torch.cat(stored, dim=1).equal(original.weight.matrix)
 
 
-def test_an_adapter_of_attention_alone_has_no_table_of_experts(base: Path, tmp_path: Path) -> None:
+def test_an_adapter_of_only_attention_has_no_table_of_experts(base: Path, tmp_path: Path) -> None:
     decoder = load(base)
     attention, experts = (
         weights_for(decoder, make(base, tmp_path / make.__name__)) for make in (_attention, one_parameter)
@@ -224,7 +224,7 @@ def _attention(base: Path, directory: Path) -> Path:
     return save(directory, tensors, target_modules=["k_proj"])
 
 
-def test_parameters_that_are_no_experts_are_refused_by_name(base: Path, tmp_path: Path) -> None:
+def test_parameters_that_are_not_experts_are_refused_by_name(base: Path, tmp_path: Path) -> None:
     adapter = save(tmp_path / "adapter", {}, target_modules=[], target_parameters=["self_attn.sinks"])
     with pytest.raises(AdapterInvalidError, match=r"target_parameters: self_attn\.sinks"):
         weights_for(load(base), adapter)
@@ -233,7 +233,7 @@ def test_parameters_that_are_no_experts_are_refused_by_name(base: Path, tmp_path
         weights_for(load(base), adapter)
 
 
-def test_experts_that_are_one_tensor_in_the_checkpoint_are_the_same(base: Path, tmp_path: Path) -> None:
+def test_experts_stored_as_one_tensor_are_the_same(base: Path, tmp_path: Path) -> None:
     """As transformers has them in memory, and GGUF files."""
     model = load_reference(base)
     save_file({name: tensor.clone() for name, tensor in model.state_dict().items()}, tmp_path / "model.safetensors")

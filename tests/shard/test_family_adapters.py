@@ -46,7 +46,7 @@ def test_an_adapter_on_all_linear_layers_has_the_logits_of_peft(family: str, tmp
 
 
 @pytest.mark.parametrize("family", ["phi3", "glm4", "granite 4"])
-def test_ranks_hold_their_rows_of_a_fused_module(family: str, tmp_path: Path) -> None:
+def test_each_rank_holds_its_rows_of_a_fused_module(family: str, tmp_path: Path) -> None:
     base = save_checkpoint(FAMILIES[family], tmp_path / "base")
     save_adapter(base, tmp_path / "adapter")
     files = read(tmp_path / "adapter")

@@ -30,7 +30,7 @@ def path(case: Case, model: PreTrainedModel, tmp_path_factory: pytest.TempPathFa
     return str(write(case, model, tmp_path_factory.mktemp("converted") / "model.gguf"))
 
 
-def test_its_tensors_are_those_that_transformers_saves(path: str, model: PreTrainedModel, tmp_path: Path) -> None:
+def test_the_tensors_equal_those_that_transformers_saves(path: str, model: PreTrainedModel, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     saved, checkpoint = SafetensorsFiles(tmp_path, "model"), open_checkpoint(path)
     assert checkpoint.names == saved.names
@@ -39,7 +39,7 @@ def test_its_tensors_are_those_that_transformers_saves(path: str, model: PreTrai
         torch.testing.assert_close(checkpoint.read(name), saved.read(name), rtol=0, atol=1e-6)
 
 
-def test_its_configuration_computes_the_same(path: str, model: PreTrainedModel) -> None:
+def test_the_configuration_computes_the_same(path: str, model: PreTrainedModel) -> None:
     checkpoint = open_checkpoint(path)
     assert checkpoint.architecture == type(model).__name__
     read = AutoModelForCausalLM.from_config(checkpoint.config, dtype=torch.float32).eval()
@@ -47,7 +47,7 @@ def test_its_configuration_computes_the_same(path: str, model: PreTrainedModel) 
     torch.testing.assert_close(read(TOKENS).logits, model(TOKENS).logits, rtol=1e-5, atol=1e-5)
 
 
-def test_a_slice_is_read_as_if_from_the_whole_tensor(path: str) -> None:
+def test_a_slice_equals_the_slice_of_the_whole_tensor(path: str) -> None:
     checkpoint = open_checkpoint(path)
     for name in checkpoint.names:
         whole = checkpoint.read(name)
@@ -68,12 +68,12 @@ def test_a_slice_is_read_as_if_from_the_whole_tensor(path: str) -> None:
         *("granitemoe", "granitemoe, shared", "gpt-oss", "phi2", "nemotron"),
     ],
 )
-def test_it_is_served_so(name: str, tmp_path: Path) -> None:
+def test_the_file_has_the_logits_of_transformers(name: str, tmp_path: Path) -> None:
     model = random_model(CASES[name])
     decoder = load(write(CASES[name], model, tmp_path / "model.gguf"), quantize="none")
     actual = Sequences(decoder).step({"a": TOKENS[0].tolist()})["a"]
     torch.testing.assert_close(actual, model(TOKENS).logits[0], rtol=1e-3, atol=1e-3)
 
 
-def test_every_architecture_is_tried() -> None:
+def test_every_architecture_is_tested() -> None:
     assert {case.architecture for case in CASES.values()} == KINDS.keys()

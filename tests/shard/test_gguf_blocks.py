@@ -49,9 +49,7 @@ def random_blocks(shape: tuple[int, ...], kind: Kind, scale: float, seed: int) -
     scale=st.sampled_from([0.0, 1e-3, 1.0, 300.0]),
     seed=st.integers(0, 99),
 )
-def test_blocks_are_the_weights_that_gguf_itself_reads(
-    kind: Kind, rows: int, blocks: int, scale: float, seed: int
-) -> None:
+def test_blocks_equal_the_weights_that_gguf_reads(kind: Kind, rows: int, blocks: int, scale: float, seed: int) -> None:
     data = quantized((rows, blocks * gguf.GGML_QUANT_SIZES[kind][0]), kind, scale, seed)
     matrix = read_blocks(data, kind)
     assert matrix is not None
@@ -66,7 +64,7 @@ def test_blocks_are_the_weights_that_gguf_itself_reads(
 
 
 @pytest.mark.parametrize("kind", [Kind.Q5_1, Kind.F16, Kind.F32])
-def test_other_kinds_have_no_such_form(kind: Kind) -> None:
+def test_other_kinds_are_not_integer_blocks(kind: Kind) -> None:
     assert read_blocks(quantized((2, 64), kind, 1.0, 0).view(np.uint8), kind) is None
 
 
@@ -91,7 +89,7 @@ def checkpoint(path: Path) -> Checkpoint:
 @pytest.mark.parametrize("name", [Q, DOWN])
 @pytest.mark.parametrize("rows", [slice(None), slice(16, 48)])
 @pytest.mark.parametrize("columns", [slice(None), slice(32, 64), slice(32, None)])
-def test_a_slice_of_the_blocks_is_that_slice_of_the_matrix(
+def test_a_slice_of_the_blocks_equals_the_slice_of_the_matrix(
     checkpoint: Checkpoint, name: str, rows: slice, columns: slice
 ) -> None:
     matrix = checkpoint.read_quantized(name, rows, columns)
@@ -100,11 +98,11 @@ def test_a_slice_of_the_blocks_is_that_slice_of_the_matrix(
 
 
 @pytest.mark.parametrize("columns", [slice(16, 64), slice(0, 33)])
-def test_a_cut_through_a_block_has_no_such_form(checkpoint: Checkpoint, columns: slice) -> None:
+def test_a_slice_through_a_block_is_not_integer_blocks(checkpoint: Checkpoint, columns: slice) -> None:
     assert checkpoint.read_quantized(DOWN, columns=columns) is None
 
 
-def test_a_model_quantized_to_the_bits_of_its_file_has_exactly_the_file_s_weights(path: Path) -> None:
+def test_a_model_quantized_to_its_files_bits_has_exactly_the_files_weights(path: Path) -> None:
     bits = open_checkpoint(str(path)).read_quantized(Q).bits
     exact, kept = load(path, max_model_len=32), load(path, max_model_len=32, quantize=f"int{bits}")
     for name in ("qkv", "o"):
@@ -115,7 +113,7 @@ def test_a_model_quantized_to_the_bits_of_its_file_has_exactly_the_file_s_weight
     assert kept.embedding.weight.group == 32
 
 
-def test_over_ranks_it_still_has_the_file_s_weights_unless_a_cut_goes_through_a_block(path: Path) -> None:
+def test_ranks_have_exactly_the_files_weights_unless_a_partition_divides_a_block(path: Path) -> None:
     bits = open_checkpoint(str(path)).read_quantized(Q).bits
     ranks = [load(path, group=Group(rank, 2), max_model_len=32, quantize=f"int{bits}") for rank in range(2)]
     exact = load(path, max_model_len=32).layers[0]

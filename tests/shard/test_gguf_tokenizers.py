@@ -92,13 +92,13 @@ def assert_same(ours: Tokenizer, theirs: Tokenizer) -> None:
 @pytest.mark.parametrize(
     ("pre", "kind"), [("qwen2", Qwen2Tokenizer), ("command-r", CohereTokenizer), ("gpt-2", GPT2Tokenizer)]
 )
-def test_words_are_those_of_transformers_class(pre: str, kind: type[PreTrainedTokenizerBase]) -> None:
+def test_words_equal_those_of_transformers_class(pre: str, kind: type[PreTrainedTokenizerBase]) -> None:
     written = byte_level_metadata(pre)
     assert_same(rebuilt(written), of_class(kind, written))
 
 
 @pytest.mark.parametrize("pre", sorted(WORDS.keys() & {n for n in GGUF_PRE_TOKENIZER_SPLITS if "qwen" not in n}))
-def test_words_are_those_of_transformers_gguf_reader(pre: str) -> None:
+def test_words_equal_those_of_transformers_gguf_reader(pre: str) -> None:
     written = byte_level_metadata(pre)
     named = {"tokenizer_type": "gpt2", "pre_tokenizer_type": pre}
     named |= {name: written[f"tokenizer.ggml.{name}"] for name in ("tokens", "merges", "token_type")}
@@ -110,7 +110,7 @@ def test_words_are_those_of_transformers_gguf_reader(pre: str) -> None:
 
 
 @pytest.mark.parametrize("pre", WORDS)
-def test_every_text_comes_back(pre: str) -> None:
+def test_every_text_survives_the_round_trip(pre: str) -> None:
     ours = rebuilt(byte_level_metadata(pre))
     for text in NASTY:
         if not (WORDS[pre].composes and "\u0301" in text):
@@ -144,7 +144,7 @@ def same_pieces(ours: Tokenizer, processor: sentencepiece.SentencePieceProcessor
             assert ours.decode(ids) == processor.decode(ids)
 
 
-def test_pieces_are_those_of_sentencepiece(tmp_path: Path) -> None:
+def test_pieces_equal_sentencepieces(tmp_path: Path) -> None:
     processor = train(tmp_path / "tokenizer.model")
     ours = rebuilt(sentencepiece_metadata(processor))
     same_pieces(ours, processor)
@@ -152,12 +152,12 @@ def test_pieces_are_those_of_sentencepiece(tmp_path: Path) -> None:
     assert ours.encode("<|end|>").ids[1:] == [processor.piece_size()]
 
 
-def test_no_blank_is_set_before_a_text_where_the_file_says_so(tmp_path: Path) -> None:
+def test_no_space_is_added_before_a_text_if_the_file_says_so(tmp_path: Path) -> None:
     processor = train(tmp_path / "tokenizer.model", add_dummy_prefix=False)
     same_pieces(rebuilt(sentencepiece_metadata(processor, add_space_prefix=False)), processor)
 
 
-def test_gemmas_runs_of_blanks_are_tokens(tmp_path: Path) -> None:
+def test_gemmas_runs_of_spaces_are_tokens(tmp_path: Path) -> None:
     runs = ["▁" * length for length in range(2, 6)]
     processor = train(
         tmp_path / "tokenizer.model", add_dummy_prefix=False, user_defined_symbols=runs, split_by_whitespace=False
@@ -175,7 +175,7 @@ def test_gemmas_runs_of_blanks_are_tokens(tmp_path: Path) -> None:
         assert ours.encode(text, add_special_tokens=False).ids == theirs.encode(text, add_special_tokens=False).ids
 
 
-def test_phi_3s_special_tokens_take_the_blanks_behind_them(tmp_path: Path) -> None:
+def test_phi_3s_special_tokens_include_the_spaces_after_them(tmp_path: Path) -> None:
     processor = train(tmp_path / "tokenizer.model")
     phi = rebuilt(sentencepiece_metadata(processor) | {"general.architecture": "phi3"})
     end = processor.piece_size()
@@ -186,7 +186,7 @@ def test_phi_3s_special_tokens_take_the_blanks_behind_them(tmp_path: Path) -> No
     ("fields", "expected"),
     [({}, (True, False)), ({"add_bos_token": False}, (False, False)), ({"add_eos_token": True}, (True, True))],
 )
-def test_texts_begin_and_end_as_the_file_says(fields: dict[str, bool], expected: tuple[bool, bool]) -> None:
+def test_the_file_determines_how_texts_begin_and_end(fields: dict[str, bool], expected: tuple[bool, bool]) -> None:
     written = byte_level_metadata("llama-bpe") | {f"tokenizer.ggml.{name}": value for name, value in fields.items()}
     written["tokenizer.ggml.bos_token_id"] = written["tokenizer.ggml.eos_token_id"] + 1
     ids = rebuilt(written).encode("Hi").ids
@@ -204,13 +204,13 @@ def test_texts_begin_and_end_as_the_file_says(fields: dict[str, bool], expected:
         ({"merges": ["nowhere found"]}, r"tokenizer\.ggml\.merges does not fit its tokens"),
     ],
 )
-def test_what_cannot_be_rebuilt_is_refused_with_the_name_of_its_field(change: dict[str, Any], message: str) -> None:
+def test_a_tokenizer_that_cannot_be_rebuilt_is_refused_by_field(change: dict[str, Any], message: str) -> None:
     written = byte_level_metadata("llama-bpe") | {f"tokenizer.ggml.{name}": value for name, value in change.items()}
     with pytest.raises(CheckpointError, match=message):
         read_tokenizer(written)
 
 
-def test_without_types_the_tokens_that_have_a_purpose_are_special() -> None:
+def test_without_token_types_the_tokens_with_a_purpose_are_special() -> None:
     written = dict(byte_level_metadata("qwen2"))
     del written["tokenizer.ggml.token_type"]
     end = written["tokenizer.ggml.eos_token_id"]

@@ -79,14 +79,14 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_compiled_is_refused_with_the_reason(compiler: GrammarCompiler, case: str) -> None:
+def test_a_grammar_that_cannot_be_compiled_is_refused_with_the_reason(compiler: GrammarCompiler, case: str) -> None:
     grammar, reason = REFUSED[case]
     with pytest.raises(InvalidRequestError, match=re.escape(reason)) as refused:
         compiler.matcher(grammar)
     assert refused.value.violations[0].field == "grammar"
 
 
-def test_a_model_without_end_token_or_with_a_tokenizer_of_another_kind_takes_no_grammar() -> None:
+def test_a_model_without_an_end_token_or_with_an_unsupported_tokenizer_refuses_grammars() -> None:
     with pytest.raises(InvalidRequestError, match="end token"):
         GrammarCompiler(TOKENIZER_JSON, VOCAB, ()).matcher(DATE)
     with pytest.raises(InvalidRequestError, match="cannot be compiled"):
@@ -94,7 +94,7 @@ def test_a_model_without_end_token_or_with_a_tokenizer_of_another_kind_takes_no_
 
 
 @pytest.mark.parametrize("rows", [VOCAB - 2, VOCAB, VOCAB + 7])
-def test_a_match_holds_tokens_with_an_embedding_only_whatever_the_tokenizer_knows(rows: int) -> None:
+def test_a_match_only_has_tokens_with_an_embedding(rows: int) -> None:
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens(["[PAD]", "yes"])  # the grammar could force either
     ends = END if rows > END else 0, rows - 1  # the tokenizer need not know both
@@ -120,7 +120,7 @@ def one_of_allowed(constraints: Constraints, length: int, rows: int) -> int:
 
 @pytest.mark.parametrize("text", ["</s>", "<|end|>", "x<|end|>y</s>", "<|end|><|end|>"])
 @pytest.mark.parametrize("most", [1, 2, 32])
-def test_a_text_that_reads_like_a_special_token_is_spelled_out(text: str, most: int) -> None:
+def test_a_text_that_looks_like_a_special_token_is_spelled_out(text: str, most: int) -> None:
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens(["<|end|>"], special_tokens=True)
     compiler = GrammarCompiler(tokenizer.backend_tokenizer.to_str().encode(), VOCAB + 1, (END,))
@@ -134,7 +134,7 @@ def test_a_text_that_reads_like_a_special_token_is_spelled_out(text: str, most: 
     assert tokenizer.decode(tokens[:-1], skip_special_tokens=True) == f"{text}y"
 
 
-def test_end_tokens_that_the_model_lacks_end_nothing() -> None:
+def test_end_tokens_that_the_model_lacks_are_ignored() -> None:
     assert keep_known((-1, 3, 2, 300), 300) == (3, 2)
     constraints = Constraints(GrammarCompiler(TOKENIZER_JSON, VOCAB, (END,)), VOCAB)
     banned = [VOCAB, END, 2**32 - 1]
@@ -144,7 +144,7 @@ def test_end_tokens_that_the_model_lacks_end_nothing() -> None:
     assert np.flatnonzero(masks.apply(torch.zeros(1, VOCAB))[0].isneginf()).tolist() == [END]
 
 
-def test_tokens_without_an_embedding_are_named_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+def test_tokens_without_an_embedding_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     compare({"a": 0, "b": 1}, 2)
     assert not caplog.records
     compare({"a": 0, "<tool>": 2, "[PAD]": 3}, 2)
@@ -173,7 +173,9 @@ def test_tokens_without_an_embedding_are_named_in_the_log(caplog: pytest.LogCapt
     ],
     ids=["regex", "regex with slashes", "choice", "lark", "gbnf", "lark for parsers", "gbnf with escapes"],
 )
-def test_what_is_sampled_matches(compiler: GrammarCompiler, grammar: Grammar, matches: Callable[[str], object]) -> None:
+def test_sampled_texts_match_the_grammar(
+    compiler: GrammarCompiler, grammar: Grammar, matches: Callable[[str], object]
+) -> None:
     answers = {sample(constrained(compiler, grammar), Random(seed)) for seed in range(20)}
     assert len(answers) > 1
     assert all(answer is not None and matches(answer) for answer in answers)
@@ -196,14 +198,14 @@ def test_two_hundred_schemas_each_give_a_valid_document(compiler: GrammarCompile
         {"oneOf": [{"$ref": "#/$defs/a"}, {"$ref": "#/$defs/b"}], "$defs": {"a": PERSON_NAME, "b": PERSON_AGE}},
     ],
 )
-def test_schemas_as_programs_write_them_are_followed(compiler: GrammarCompiler, content: dict[str, object]) -> None:
+def test_schemas_as_programs_write_them_are_enforced(compiler: GrammarCompiler, content: dict[str, object]) -> None:
     answers = {sample(constrained(compiler, schema(**content)), Random(seed)) for seed in range(10)}
     for answer in answers:
         assert answer is not None
         jsonschema.validate(json.loads(answer), content)
 
 
-def test_the_least_length_forbids_the_end_tokens_until_it_is_reached(compiler: GrammarCompiler) -> None:
+def test_the_minimum_length_forbids_the_end_tokens_until_it_is_reached(compiler: GrammarCompiler) -> None:
     constraints = Constraints(compiler, VOCAB)
     constraints.start(SequenceStart(row=4, tokens=[1, 2, 3], prompt_length=2, min_new_tokens=3, end_token_ids=[END, 7]))
     constraints.start(SequenceStart(row=5, tokens=[1, 2], prompt_length=2, grammar=DATE))
@@ -219,14 +221,14 @@ def test_the_least_length_forbids_the_end_tokens_until_it_is_reached(compiler: G
     assert constraints.begin([4, 1], [5, 4]) is None
 
 
-def test_end_tokens_are_banned_only_where_the_grammar_allows_something_else(compiler: GrammarCompiler) -> None:
+def test_end_tokens_are_only_banned_where_the_grammar_allows_something_else(compiler: GrammarCompiler) -> None:
     short_or_long = Grammar(kind=GRAMMAR_KIND_REGEX, text="a(bc)?")
     for options in ({"min_new_tokens": 9, "end_token_ids": [END]}, {"unwanted_token_ids": [END]}):
         answers = {sample(constrained(compiler, short_or_long, **options), Random(seed)) for seed in range(9)}
         assert answers == {"abc"}
 
 
-def test_a_row_forgets_its_former_sequence_s_constraints(compiler: GrammarCompiler) -> None:
+def test_a_row_forgets_its_former_sequences_constraints(compiler: GrammarCompiler) -> None:
     constraints = constrained(compiler, DATE, min_new_tokens=9, end_token_ids=[END])
     constraints.start(SequenceStart(row=0, tokens=[1], prompt_length=1))
     assert constraints.begin([0], [1]) is None
@@ -269,7 +271,7 @@ def test_constrained_sequences_match_and_their_neighbours_do_not_change(runner: 
     assert mixed.rows[1].outputs == alone.rows[1].outputs
 
 
-def test_what_a_grammar_forces_comes_with_the_sampled_token_and_is_computed_as_one_chunk(runner: Runner) -> None:
+def test_fast_forward_tokens_come_with_the_sampled_token_and_are_computed_as_one_chunk(runner: Runner) -> None:
     prompt = TOKENIZER.encode("Who?")
     planner = Planner()
     planner.start(0, prompt, sampling=RANDOM, grammar=PERSON)
@@ -283,7 +285,7 @@ def test_what_a_grammar_forces_comes_with_the_sampled_token_and_is_computed_as_o
     assert len(planner.rows[0].outputs) == len('{"name": "') + 1
 
 
-def test_forced_tokens_that_the_next_plan_did_not_know_of_change_nothing(runner: Runner) -> None:
+def test_fast_forward_tokens_that_the_next_plan_did_not_know_change_nothing(runner: Runner) -> None:
     prompt = TOKENIZER.encode("Who?")
     told, ahead = Planner(), Planner()
     told.start(0, prompt, sampling=RANDOM, grammar=PERSON)
@@ -302,7 +304,7 @@ def test_forced_tokens_that_the_next_plan_did_not_know_of_change_nothing(runner:
 
 
 @pytest.mark.parametrize("ahead", [0, 1])
-def test_forced_tokens_come_with_their_logprobs_where_these_are_asked_for(runner: Runner, ahead: int) -> None:
+def test_fast_forward_tokens_come_with_logprobs_if_requested(runner: Runner, ahead: int) -> None:
     prompt = TOKENIZER.encode("Who?")
     plain, scored, whole = Planner(), Planner(), Planner()
     plain.start(0, prompt, sampling=RANDOM, grammar=PERSON)
@@ -344,13 +346,13 @@ def test_a_preempted_sequence_gets_the_logprobs_that_were_announced(runner: Runn
     assert len(response.logprobs) == len(response.tokens) and all(value < 0 for value in response.logprobs)
 
 
-def test_forced_tokens_stay_within_the_context(runner: Runner) -> None:
+def test_fast_forward_tokens_stay_within_the_context(runner: Runner) -> None:
     planner = Planner()
     planner.start(0, [1] * 508, grammar=PERSON)
     assert list(planner.run(runner.step, {0: 508}).token_counts) == [4]
 
 
-def test_a_preempted_sequence_goes_on_in_its_grammar(runner: Runner) -> None:
+def test_a_preempted_sequence_continues_in_its_grammar(runner: Runner) -> None:
     prompt = TOKENIZER.encode("Who?")
     undisturbed, preempted = Planner(), Planner()
     undisturbed.start(0, prompt, sampling=RANDOM, grammar=PERSON)
@@ -368,7 +370,7 @@ def test_a_preempted_sequence_goes_on_in_its_grammar(runner: Runner) -> None:
     assert text_of(preempted, 6) == text_of(undisturbed, 0)
 
 
-def test_a_sequence_whose_output_does_not_fit_its_grammar_fails_alone(runner: Runner) -> None:
+def test_a_sequence_whose_output_violates_its_grammar_is_the_only_one_that_fails(runner: Runner) -> None:
     planner = Planner()
     planner.start(0, [1, 2], outputs=[3, 4], grammar=DATE)
     planner.start(1, [1, 2])

@@ -149,7 +149,7 @@ def run(
     calls=st.integers(0, 4),
 )
 @settings(max_examples=40, deadline=None)
-def test_neighbours_of_a_sequence_that_fails_get_the_tokens_that_they_get_without_it(
+def test_a_failing_sequence_does_not_change_its_neighbours_tokens(
     make_runner: Callable[[], Runner],
     neighbours: list[dict[str, Any]],
     fault: str,

@@ -23,7 +23,7 @@ CLOSED = {**NAMED, "additionalProperties": False}
         ({"allOf": [NAMED], "title": "described"}, {"allOf": [CLOSED], "title": "described"}),
     ],
 )
-def test_objects_get_no_other_properties_than_they_name(schema: dict[str, object], closed: object) -> None:
+def test_objects_have_only_the_properties_that_they_name(schema: dict[str, object], closed: object) -> None:
     assert close_objects(schema) == closed
 
 
@@ -42,7 +42,7 @@ def test_objects_get_no_other_properties_than_they_name(schema: dict[str, object
         {"enum": [NAMED]},
     ],
 )
-def test_what_says_more_or_is_combined_is_left_as_it_is(schema: dict[str, object]) -> None:
+def test_schemas_that_say_more_or_are_combined_are_unchanged(schema: dict[str, object]) -> None:
     assert close_objects(schema) == schema
 
 
@@ -69,7 +69,7 @@ def test_what_says_more_or_is_combined_is_left_as_it_is(schema: dict[str, object
         ),
     ],
 )
-def test_usual_slips_are_mended(written: dict[str, object], read: dict[str, object]) -> None:
+def test_common_mistakes_are_corrected(written: dict[str, object], read: dict[str, object]) -> None:
     assert read_schema(json.dumps(written)) == read
 
 
@@ -88,12 +88,12 @@ INTEGER = {"type": "integer"}
         ({"$ref": "#/$defs/color"}, {"properties": {"red": INTEGER, "dark.blue": INTEGER}}),
     ],
 )
-def test_names_of_properties_are_enforced(names: dict[str, object], enforced: dict[str, object]) -> None:
+def test_property_names_are_enforced(names: dict[str, object], enforced: dict[str, object]) -> None:
     read = read_schema(json.dumps({**NUMBERS, **COLORS, "propertyNames": names}))
     assert read == {**NUMBERS, **COLORS, **enforced, "additionalProperties": False}
 
 
-def test_that_names_of_properties_are_strings_goes_without_saying() -> None:
+def test_property_names_of_type_string_need_no_enforcement() -> None:
     assert read_schema(json.dumps({**NUMBERS, "propertyNames": {"type": "string"}})) == NUMBERS
     assert read_schema(json.dumps({**NAMED, "propertyNames": {}})) == CLOSED
 
@@ -101,13 +101,13 @@ def test_that_names_of_properties_are_strings_goes_without_saying() -> None:
 @pytest.mark.parametrize(
     "names", [{"maxLength": 3}, {"pattern": "^a", "maxLength": 3}, {"$ref": "#/none"}, {"enum": []}, False]
 )
-def test_names_of_properties_that_are_not_understood_are_left_to_the_compiler(names: object) -> None:
+def test_unsupported_property_names_are_left_to_the_compiler(names: object) -> None:
     assert read_schema(json.dumps({**NUMBERS, "propertyNames": names})) == {**NUMBERS, "propertyNames": names}
     named = {**NAMED, "propertyNames": {"pattern": "^a"}}
     assert read_schema(json.dumps(named)) == named
 
 
-def test_names_of_properties_are_listed_up_to_a_length() -> None:
+def test_property_names_are_listed_up_to_a_length() -> None:
     read = read_schema(json.dumps(nested_names(12)))
     assert len(json.dumps(read)) < 200_000 and read["propertyNames"]  # for the compiler to refuse
 
@@ -131,13 +131,13 @@ ENDLESS = [
 
 
 @pytest.mark.parametrize("schema", ENDLESS)
-def test_what_leads_to_itself_without_end_is_refused(schema: dict[str, object]) -> None:
+def test_infinite_recursion_is_refused(schema: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="without end"):
         read_schema(json.dumps(schema))
 
 
 @pytest.mark.parametrize("endless", ENDLESS[1:])
-def test_what_may_be_absent_is_left_out_where_it_leads_to_itself_without_end(endless: dict[str, object]) -> None:
+def test_optional_parts_with_infinite_recursion_are_left_out(endless: dict[str, object]) -> None:
     inner = {**endless, "$id": "http://inner/schema"}
     schema = {"type": "object", "properties": {"a": {"anyOf": [inner, {"type": "null"}]}, "b": inner}}
     read = read_schema(json.dumps(schema).replace("http://a/b", "http://inner/schema"))
@@ -161,12 +161,12 @@ def test_what_may_be_absent_is_left_out_where_it_leads_to_itself_without_end(end
         {"$id": "urn:a:b", "$ref": "#/$defs/c", "$defs": {"c": {"$id": "d", "$ref": "#/$defs/e", "$defs": {"e": {}}}}},
     ],
 )
-def test_recursion_that_comes_to_an_end_is_kept(schema: dict[str, object]) -> None:
+def test_finite_recursion_is_kept(schema: dict[str, object]) -> None:
     assert {**read_schema(json.dumps(schema)), "additionalProperties": 0} == {**schema, "additionalProperties": 0}
 
 
 @pytest.mark.parametrize("text", ['{"type": "str', "[]", "true", '"object"'])
-def test_what_is_no_json_object_is_refused(text: str) -> None:
+def test_a_schema_that_is_not_a_json_object_is_refused(text: str) -> None:
     with pytest.raises(ValueError):
         read_schema(text)
 
@@ -185,5 +185,5 @@ def test_multiples_of_one_number_count_together() -> None:
 
 
 @pytest.mark.parametrize("multiple", [1, 5, 0.01, 0.25, 60, 3600, 86400, 1024, 10**9, 2**40, 0, True, 1e300])
-def test_usual_multiples_are_compiled(multiple: float) -> None:
+def test_common_multiples_are_compiled(multiple: float) -> None:
     assert read_schema(json.dumps({"type": "number", "multipleOf": multiple}))["multipleOf"] == multiple

@@ -37,7 +37,7 @@ def build(*flags: str) -> tuple[int, str, str]:
     return result.exit_code, result.stdout, result.stderr
 
 
-def test_all_kernels_are_those_that_the_compiler_knows_and_the_others_are_named(compiler: Path, tmp_path: Path):
+def test_all_builds_what_the_compiler_supports_and_names_the_rest(compiler: Path, tmp_path: Path):
     status, paths, skipped = build("--all", f"--directory={tmp_path}/kernels")
     assert status == 0
     (path,) = map(Path, paths.split())
@@ -47,7 +47,7 @@ def test_all_kernels_are_those_that_the_compiler_knows_and_the_others_are_named(
     ]
 
 
-def test_what_others_can_write_is_not_loaded(compiler: Path, tmp_path: Path):
+def test_a_folder_that_others_can_write_to_is_not_loaded_from(compiler: Path, tmp_path: Path):
     path = library.build(tmp_path / "kernels", "portable")
     assert path.parent.stat().st_mode & 0o777 == 0o700 and library.build(path.parent, "portable") == path
     path.chmod(0o777)
@@ -55,7 +55,7 @@ def test_what_others_can_write_is_not_loaded(compiler: Path, tmp_path: Path):
         library.build(path.parent, "portable")
 
 
-def test_a_compiler_that_makes_nothing_is_an_error(compiler: Path, tmp_path: Path):
+def test_a_compiler_that_fails_is_an_error(compiler: Path, tmp_path: Path):
     compiler.write_text("#!/bin/sh\necho it is broken >&2; exit 1")
     status, paths, errors = build("--all", f"--directory={tmp_path}/kernels")
     assert (status, paths) == (1, "") and "it is broken" in errors
@@ -67,7 +67,7 @@ def test_a_missing_compiler_is_an_error_that_names_it(monkeypatch: pytest.Monkey
     assert status == 1 and "/nowhere/c++" in errors
 
 
-def test_a_compiler_that_does_not_know_this_processors_best_instructions_is_asked_for_the_next_best(
+def test_a_compiler_without_this_processors_best_instructions_builds_the_next_best(
     compiler: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     monkeypatch.setattr(choose, "instruction_sets", lambda: ["amx", "portable"])
@@ -78,7 +78,7 @@ def test_a_compiler_that_does_not_know_this_processors_best_instructions_is_aske
     assert "no CPU kernels for amx" in warning and "unrecognized option" in warning
 
 
-def test_those_built_for_this_machine_are_the_best_that_the_compiler_knows(
+def test_the_kernels_for_this_machine_are_the_best_that_the_compiler_supports(
     compiler: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(library, "instruction_sets", lambda: ["amx", "portable"])
@@ -88,7 +88,7 @@ def test_those_built_for_this_machine_are_the_best_that_the_compiler_knows(
     assert path.name.startswith("portable-") and path.exists()
 
 
-def test_a_process_that_is_refused_the_tile_registers_does_without(monkeypatch: pytest.MonkeyPatch):
+def test_a_process_that_may_not_use_the_tile_registers_works_without_them(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(INSTRUCTION_SETS["amx"][1], True))
     monkeypatch.setattr(library, "_tiles_granted", lambda: False)
     assert library.instruction_sets() == ["avx512_bf16", "avx512", "portable"]

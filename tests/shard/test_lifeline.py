@@ -9,7 +9,7 @@ TOKEN = bytes(range(TOKEN_BYTES))
 TIMEOUT = 30
 
 
-def test_whoever_does_not_know_the_token_is_sent_away() -> None:
+def test_connections_without_the_token_are_refused() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         stranger, rank = (socket.create_connection(listener.getsockname(), TIMEOUT) for _ in range(2))
         with stranger, rank:
@@ -20,7 +20,7 @@ def test_whoever_does_not_know_the_token_is_sent_away() -> None:
                 assert accepted.getpeername() == rank.getsockname()
 
 
-def test_the_end_of_the_other_side_is_noticed_unless_it_was_let_go() -> None:
+def test_the_end_of_the_other_side_is_noticed_unless_it_was_released() -> None:
     for let_go in (False, True):
         own, other = socket.socketpair()
         lost = threading.Event()

@@ -47,7 +47,7 @@ def dense_delta(adapter: AdapterWeights) -> torch.Tensor:
     runs=st.lists(st.tuples(st.integers(1, 6), st.none() | st.integers(0, 3)), min_size=1, max_size=6),
     seed=st.integers(0, 2**32),
 )
-def test_each_run_of_tokens_gets_its_own_adapters_delta_and_base_rows_none(
+def test_each_run_of_tokens_gets_its_adapters_delta_and_base_rows_get_none(
     adapters: list[LoraRanks], runs: list[tuple[int, int | None]], seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -73,14 +73,14 @@ def test_each_run_of_tokens_gets_its_own_adapters_delta_and_base_rows_none(
     assert out[untouched].equal(base[untouched])
 
 
-def test_other_layers_are_left_alone() -> None:
+def test_other_layers_are_unchanged() -> None:
     adapter = adapter_of((4, None, 4), torch.Generator().manual_seed(0))
     out = torch.ones(3, sum(PARTS))
     OPS.add_lora_delta(out, torch.ones(3, IN_FEATURES), (Segment(0, 3, adapter),), ANOTHER)
     assert out.equal(torch.ones(3, sum(PARTS)))
 
 
-def test_an_adapter_in_a_copy_of_its_memory_is_the_same() -> None:
+def test_a_copy_of_an_adapters_memory_is_the_same_adapter() -> None:
     adapter = adapter_of((4, None, 2), torch.Generator().manual_seed(0))
     moved = adapter.at(adapter.memory.clone())
     adapter.memory.zero_()

@@ -109,12 +109,12 @@ def test_a_published_adapter_is_served_as_peft_loads_it(
     assert list(adapter.warnings) == warnings
 
 
-def test_every_field_of_peft_has_a_meaning_here() -> None:
+def test_every_field_of_peft_is_handled() -> None:
     known = NEUTRAL_FIELDS | UNSUPPORTED_FIELDS | AdapterConfig.model_fields.keys()
     assert {field.name for field in dataclasses.fields(LoraConfig)} <= known
 
 
-def test_what_peft_targets_by_default_is_what_is_targeted_here() -> None:
+def test_the_default_targets_are_pefts() -> None:
     for model_type in ("llama", "mistral", "qwen2", "qwen3"):
         assert sorted(PEFT_TARGETS[model_type]) == sorted(DEFAULT_TARGETS)
 
@@ -138,7 +138,7 @@ def test_what_peft_targets_by_default_is_what_is_targeted_here() -> None:
         ("", "Qwen/Qwen3-8B"),
     ],
 )
-def test_copies_of_a_model_are_the_model_and_a_folder_tells_nothing(name: str, served: str) -> None:
+def test_copies_of_a_model_count_as_the_model_and_folders_as_unknown(name: str, served: str) -> None:
     assert not differs(name, (served,))
 
 
@@ -153,10 +153,10 @@ def test_copies_of_a_model_are_the_model_and_a_folder_tells_nothing(name: str, s
         ("org/tuned", "/models/base"),
     ],
 )
-def test_another_model_is_another_model(name: str, served: str) -> None:
+def test_other_models_are_recognized(name: str, served: str) -> None:
     assert differs(name, (served,))
 
 
-def test_of_several_names_of_the_base_any_will_do() -> None:
+def test_any_of_the_bases_names_is_accepted() -> None:
     assert not differs("org/base-7b", ("/models/production", "org/base-7b"))
     assert not differs("org/base-7b", BaseModel("LlamaForCausalLM").ids)

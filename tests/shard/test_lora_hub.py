@@ -69,7 +69,9 @@ def test_only_the_two_files_are_fetched_and_the_commit_is_reported(
     store.load(staged.digest, 1)
 
 
-def test_the_address_of_a_repository_is_its_name(hub: StandInHub, store: AdapterStore, files: dict[str, bytes]) -> None:
+def test_the_url_of_a_repository_is_accepted_as_its_name(
+    hub: StandInHub, store: AdapterStore, files: dict[str, bytes]
+) -> None:
     hub.push("org/adapter", files)
     for address in (f"{hub.url}/org/adapter", "https://huggingface.co/org/adapter", "hf://org/adapter"):
         assert store.stage(address, "", "", "") == stage(store)
@@ -87,7 +89,7 @@ def test_a_chat_template_is_fetched_with_its_adapter(
     assert downloads(hub) == sorted([CONFIG, TENSORS, "tokenizer_config.json", "chat_template.jinja", "rag.jinja"])
 
 
-def test_staging_again_asks_for_the_commit_but_fetches_nothing(
+def test_staging_again_only_requests_the_commit(
     hub: StandInHub, store: AdapterStore, new_store: NewStore, files: dict[str, bytes]
 ) -> None:
     hub.push("org/adapter", files)
@@ -98,7 +100,7 @@ def test_staging_again_asks_for_the_commit_but_fetches_nothing(
     assert hub.requests == ["GET /api/models/org/adapter"] * 2
 
 
-def test_a_branch_that_moved_gives_a_new_digest_and_a_commit_is_pinned(
+def test_a_moved_branch_gives_a_new_digest_and_a_commit_stays_the_same(
     hub: StandInHub, store: AdapterStore, files: dict[str, bytes], retrained: dict[str, bytes]
 ) -> None:
     first_commit = hub.push("org/adapter", files)
@@ -110,7 +112,7 @@ def test_a_branch_that_moved_gives_a_new_digest_and_a_commit_is_pinned(
     assert stage(store, revision=first_commit) == first
 
 
-def test_a_branch_can_be_named(
+def test_a_branch_can_be_requested(
     hub: StandInHub, store: AdapterStore, files: dict[str, bytes], retrained: dict[str, bytes]
 ) -> None:
     hub.push("org/adapter", files)
@@ -118,7 +120,7 @@ def test_a_branch_can_be_named(
     assert stage(store, revision="feature/v2").revision == commit
 
 
-def test_the_same_files_have_the_same_digest_from_either_source(
+def test_the_same_files_have_the_same_digest_from_both_sources(
     hub: StandInHub, new_store: NewStore, files: dict[str, bytes], tmp_path: Path
 ) -> None:
     (tmp_path / "adapters" / "mine").mkdir(parents=True)
@@ -129,7 +131,7 @@ def test_the_same_files_have_the_same_digest_from_either_source(
     assert stage(store).digest == store.stage("mine", "local", "", "").digest
 
 
-def test_an_empty_source_means_local_if_the_directory_has_the_name_else_hub(
+def test_an_empty_source_means_local_if_the_directory_has_the_name_and_otherwise_the_hub(
     hub: StandInHub, new_store: NewStore, files: dict[str, bytes], tmp_path: Path
 ) -> None:
     (tmp_path / "adapters" / "org" / "both").mkdir(parents=True)
@@ -182,7 +184,9 @@ def test_no_token_appears_in_an_error_or_a_log(
     assert not any(token in caplog.text for token in ("hf_madeUp", TOKEN))
 
 
-def test_what_the_hub_does_not_have_is_not_found(hub: StandInHub, store: AdapterStore, files: dict[str, bytes]) -> None:
+def test_adapters_that_the_hub_does_not_have_are_not_found(
+    hub: StandInHub, store: AdapterStore, files: dict[str, bytes]
+) -> None:
     with pytest.raises(AdapterNotFoundError, match="org/adapter"):
         stage(store)
     hub.push("org/adapter", files)
@@ -191,14 +195,14 @@ def test_what_the_hub_does_not_have_is_not_found(hub: StandInHub, store: Adapter
 
 
 @pytest.mark.parametrize("id", ["", "a/b/c", "../etc/passwd", "org/..", "org/a?x=1", "org/a#b", "org/a b", "x" * 200])
-def test_an_id_that_no_adapter_can_have_is_not_asked_for(hub: StandInHub, store: AdapterStore, id: str) -> None:
+def test_the_hub_is_not_asked_for_an_invalid_id(hub: StandInHub, store: AdapterStore, id: str) -> None:
     with pytest.raises(AdapterNotFoundError):
         stage(store, id=id)
     assert hub.requests == []
 
 
 @pytest.mark.parametrize("revision", ["../main", "a/../b", "main?x", "a b", "-x", "é", "x" * 300, "a\nb"])
-def test_a_revision_that_nothing_can_have_is_not_asked_for(hub: StandInHub, store: AdapterStore, revision: str) -> None:
+def test_the_hub_is_not_asked_for_an_invalid_revision(hub: StandInHub, store: AdapterStore, revision: str) -> None:
     with pytest.raises(AdapterNotFoundError, match="revision"):
         stage(store, revision=revision)
     assert hub.requests == []
@@ -212,7 +216,7 @@ def test_a_revision_that_nothing_can_have_is_not_asked_for(hub: StandInHub, stor
         ([CONFIG, PICKLE], f"{PICKLE} is a pickle file"),
     ],
 )
-def test_a_repository_that_is_no_adapter_is_refused_before_any_download(
+def test_a_repository_that_is_not_an_adapter_is_refused_before_any_download(
     hub: StandInHub, store: AdapterStore, names: list[str], message: str
 ) -> None:
     hub.push("org/adapter", dict.fromkeys(names, b"x"))
@@ -249,7 +253,7 @@ def test_a_hub_that_does_not_answer_in_time_is_a_source_error(
     stage(new_store())
 
 
-def test_a_hub_that_is_not_there_is_a_source_error(tmp_path: Path) -> None:
+def test_an_unreachable_hub_is_a_source_error(tmp_path: Path) -> None:
     with StandInHub() as hub:
         source = HubSource(hub.url, tmp_path)
     store = AdapterStore(layouts(), torch.float32, torch.device("cpu"), BASE, [source])
@@ -257,7 +261,7 @@ def test_a_hub_that_is_not_there_is_a_source_error(tmp_path: Path) -> None:
         stage(store)
 
 
-def test_offline_what_was_fetched_before_is_served(
+def test_adapters_that_were_downloaded_before_are_served_offline(
     hub: StandInHub,
     store: AdapterStore,
     new_store: NewStore,
@@ -287,7 +291,7 @@ def test_the_endpoint_comes_from_the_environment(
     assert HubSource().locate("org/adapter", "", "").revision == commit
 
 
-def test_concurrent_calls_for_one_adapter_fetch_it_once(
+def test_concurrent_calls_download_an_adapter_once(
     hub: StandInHub, store: AdapterStore, files: dict[str, bytes]
 ) -> None:
     hub.push("org/adapter", files)
@@ -298,7 +302,7 @@ def test_concurrent_calls_for_one_adapter_fetch_it_once(
     assert downloads(hub) == sorted([CONFIG, TENSORS])
 
 
-def test_a_slow_hub_keeps_no_other_call_waiting(
+def test_a_slow_hub_does_not_delay_other_calls(
     hub: StandInHub, new_store: NewStore, files: dict[str, bytes], tmp_path: Path
 ) -> None:
     (tmp_path / "adapters" / "mine").mkdir(parents=True)
@@ -322,7 +326,7 @@ def test_a_slow_hub_keeps_no_other_call_waiting(
         assert slow.result().source == "hub"
 
 
-def test_what_the_disk_says_is_part_of_the_error(
+def test_the_disks_error_is_part_of_the_message(
     hub: StandInHub, store: AdapterStore, files: dict[str, bytes], tmp_path: Path
 ) -> None:
     hub.push("org/adapter", files)

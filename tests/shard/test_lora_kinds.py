@@ -74,7 +74,7 @@ def base_of(decoder: Decoder) -> BaseModel:
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("kernels", [False, True], ids=["reference", "kernels"])
-def test_logits_are_those_of_peft(kind: str, base: str, kernels: bool, tmp_path: Path) -> None:
+def test_logits_equal_pefts(kind: str, base: str, kernels: bool, tmp_path: Path) -> None:
     directory = save_checkpoint(BASES[base], tmp_path / "base")
     save_adapter(directory, tmp_path / "adapter", **KINDS[kind])
     save_adapter(directory, tmp_path / "plain")
@@ -94,9 +94,7 @@ def test_logits_are_those_of_peft(kind: str, base: str, kernels: bool, tmp_path:
 
 
 @pytest.mark.parametrize("quantization", ["none", "int8", "int4"])
-def test_the_norms_that_dora_takes_are_those_of_the_base_as_it_is_served(
-    quantization: Quantize, tmp_path: Path
-) -> None:
+def test_dora_uses_the_norms_of_the_base_as_it_is_served(quantization: Quantize, tmp_path: Path) -> None:
     directory = save_checkpoint(BASES["no biases, tied"], tmp_path / "base")
     decoder = load(directory, quantize=quantization)
     served = base_of(decoder).served
@@ -109,7 +107,7 @@ def test_the_norms_that_dora_takes_are_those_of_the_base_as_it_is_served(
         torch.testing.assert_close(served.read(module, slice(0, 7)), matrix[:7])
 
 
-def test_ranks_hold_their_outputs_and_one_of_them_shifts_a_sum(tmp_path: Path) -> None:
+def test_each_rank_holds_its_outputs_and_only_one_adds_the_bias_of_a_sum(tmp_path: Path) -> None:
     directory = save_checkpoint(BASES["biases"], tmp_path / "base")
     save_adapter(directory, tmp_path / "adapter", lora_bias=True)
     files, whole = read(tmp_path / "adapter"), load(directory)
@@ -125,7 +123,7 @@ def test_ranks_hold_their_outputs_and_one_of_them_shifts_a_sum(tmp_path: Path) -
         torch.testing.assert_close(together, alone[name].expansions[0].affine[1:])
 
 
-def test_what_peft_would_drop_in_a_merge_is_not_merged(tmp_path: Path) -> None:
+def test_adapters_with_parts_that_peft_would_drop_are_not_merged(tmp_path: Path) -> None:
     directory = save_checkpoint(BASES["biases"], tmp_path / "base")
     save_adapter(directory, tmp_path / "adapter", use_dora=True)
     decoder = load(directory)
@@ -134,7 +132,7 @@ def test_what_peft_would_drop_in_a_merge_is_not_merged(tmp_path: Path) -> None:
         merge([deltas, deltas], Recipe((0.5, 0.5), "linear", 1.0, "total"))
 
 
-def test_a_head_that_is_the_embedding_is_not_replaced_alone_unless_it_is_saved(tmp_path: Path) -> None:
+def test_a_tied_head_can_only_be_replaced_if_it_is_saved(tmp_path: Path) -> None:
     directory = save_checkpoint(BASES["no biases, tied"], tmp_path / "base")
     save_adapter(directory, tmp_path / "adapter", modules_to_save=["lm_head"])
     decoder = load(directory)

@@ -56,20 +56,20 @@ def test_a_sound_adapter_is_listed_and_found_by_its_name(name: str, sound: Path,
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_what_cannot_be_asked_for_by_its_name_is_listed_with_the_rule(name: str, sound: Path, tmp_path: Path) -> None:
+def test_folders_with_invalid_names_are_listed_with_the_rule(name: str, sound: Path, tmp_path: Path) -> None:
     shutil.copytree(sound, tmp_path / name)
     assert "a name has 1 to 4 parts" in listed(tmp_path)[name].fault
     with pytest.raises(AdapterNotFoundError):
         store_of(tmp_path).stage(name, "local", "", "")
 
 
-def test_a_folders_name_that_is_no_text_is_listed_as_it_can_be_written(sound: Path, tmp_path: Path) -> None:
+def test_a_folder_name_that_is_not_text_is_listed_escaped(sound: Path, tmp_path: Path) -> None:
     shutil.copytree(sound, os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
     assert "a name has" in listed(tmp_path)["caf\\xe9"].fault
 
 
 @pytest.mark.parametrize("on_disk", [NFC, NFD])
-def test_both_forms_of_an_umlaut_are_one_name(on_disk: str, sound: Path, tmp_path: Path) -> None:
+def test_both_forms_of_an_umlaut_are_the_same_name(on_disk: str, sound: Path, tmp_path: Path) -> None:
     shutil.copytree(sound, tmp_path / "org" / on_disk)
     assert list(listed(tmp_path)) == [f"org/{NFC}"]
     assert store_of(tmp_path).stage(f"org/{NFC}", "", "", "").source == "local"
@@ -116,7 +116,7 @@ def spoil(folder: Path, kind: str) -> None:
         ("tensors elsewhere", "a link that leads out of the adapter directory"),
     ],
 )
-def test_a_broken_adapter_is_listed_with_its_reason_until_it_is_mended(
+def test_a_broken_adapter_is_listed_with_its_reason_until_it_is_repaired(
     kind: str, reason: str, sound: Path, tmp_path: Path
 ) -> None:
     root = tmp_path / "adapters"
@@ -129,14 +129,12 @@ def test_a_broken_adapter_is_listed_with_its_reason_until_it_is_mended(
     assert names.adapters() == [LocalAdapter("a")]
 
 
-def test_doubts_are_listed_before_anything_is_loaded(sound: Path, tmp_path: Path) -> None:
+def test_warnings_are_listed_before_anything_is_loaded(sound: Path, tmp_path: Path) -> None:
     edit_config(shutil.copytree(sound, tmp_path / "a"), base_model_name_or_path="org/other-3b")
     assert "org/other-3b" in listed(tmp_path)["a"].warnings[0]
 
 
-def test_what_has_not_changed_is_not_looked_into_again(
-    sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unchanged_folders_are_not_read_again(sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[object] = []
     parse = listing.parse_config
     monkeypatch.setattr(listing, "parse_config", lambda data: read.append(data) or parse(data))
@@ -150,7 +148,7 @@ def test_what_has_not_changed_is_not_looked_into_again(
     assert len(read) == 4
 
 
-def test_thousands_of_new_adapters_are_listed_at_once_and_looked_into_later(
+def test_thousands_of_new_adapters_are_listed_at_once_and_checked_later(
     sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for number in range(3):
@@ -163,7 +161,7 @@ def test_thousands_of_new_adapters_are_listed_at_once_and_looked_into_later(
     assert [bool(adapter.fault) for adapter in names.adapters()] == [False, False, True]
 
 
-def test_links_are_followed_within_the_directory_alone(sound: Path, tmp_path: Path) -> None:
+def test_links_are_only_followed_within_the_directory(sound: Path, tmp_path: Path) -> None:
     root = tmp_path / "adapters"
     shutil.copytree(sound, root / "a")
     (root / "link").symlink_to("a")
@@ -196,7 +194,7 @@ def test_a_copy_of_the_hubs_cache_holds_adapters_by_their_hub_ids(sound: Path, t
     assert store.stage("org/sql", "", "", "").digest != first.digest
 
 
-def test_folders_appear_and_go_while_the_server_runs(sound: Path, tmp_path: Path) -> None:
+def test_folders_may_appear_and_disappear_while_the_server_runs(sound: Path, tmp_path: Path) -> None:
     names = listing_of(tmp_path / "adapters")
     assert names.adapters() == []
     shutil.copytree(sound, tmp_path / "adapters" / "late")
@@ -207,9 +205,9 @@ def test_folders_appear_and_go_while_the_server_runs(sound: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("name", ["", "/", "a//b", "../a", "a/../b", "a/.", "x" * 256, "/".join("abcde"), "a\x00b"])
-def test_a_name_leads_nowhere_else(name: str) -> None:
+def test_a_name_cannot_point_outside_the_directory(name: str) -> None:
     assert not is_name(name)
 
 
-def test_without_a_directory_there_are_none() -> None:
+def test_without_a_directory_the_list_is_empty() -> None:
     assert (listing_of(None).adapters(), listing_of(None).count()) == ([], 0)

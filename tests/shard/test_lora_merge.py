@@ -113,7 +113,7 @@ def test_random_pruning_keeps_the_fraction_and_the_mean_and_is_repeatable() -> N
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_one_adapter_alone_is_only_weighted(directory: Path, strategy: str) -> None:
+def test_a_single_adapter_is_only_weighted(directory: Path, strategy: str) -> None:
     once = merged_on(1, directory, Recipe((1.0,), strategy, 0.1, "total"), ("first",))
     twice = merged_on(1, directory, Recipe((2.0,), strategy, 0.1, "total"), ("first",))
     for module, delta in once.items():
@@ -131,7 +131,7 @@ def test_adapters_of_different_lora_ranks_are_refused_by_the_field(directory: Pa
         merged_on(1, directory, Recipe((1.0, 1.0), "linear", 1.0, "total"), ("first", "other-rank"))
 
 
-def test_what_is_not_staged_cannot_be_merged(directory: Path) -> None:
+def test_adapters_that_are_not_staged_cannot_be_merged(directory: Path) -> None:
     store = AdapterStore(layouts(), torch.float32, torch.device("cpu"), BASE, [LocalSource(directory)])
     with pytest.raises(AdapterNotFoundError, match="not-staged"):
         store.merge(DIGEST, ["not-staged"], Recipe((1.0,), "linear", 1.0, "total"))

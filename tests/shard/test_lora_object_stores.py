@@ -69,7 +69,7 @@ def test_an_adapter_is_read_once_and_again_when_its_files_change(
     assert adapters.stage("nlp/sql", "", "", "").digest != first.digest
 
 
-def test_it_is_the_same_adapter_as_in_a_directory_and_brings_its_texts(
+def test_an_adapter_is_the_same_as_in_a_directory_including_its_texts(
     store: StandInStore, files: dict[str, bytes], tmp_path: Path
 ):
     text = {
@@ -91,12 +91,12 @@ def test_it_is_the_same_adapter_as_in_a_directory_and_brings_its_texts(
 
 
 @pytest.mark.parametrize("id", ["sql v2", "a=b&c", "Müller-Straße", "100%", "a%20b", "it's #1 (new)", "a+b"])
-def test_a_name_is_what_it_is(store: StandInStore, files: dict[str, bytes], id: str):
+def test_names_may_contain_special_characters(store: StandInStore, files: dict[str, bytes], id: str):
     store.push(f"bucket/team/a/{id}", files)
     assert stage(store, id).lora_rank == 4
 
 
-def test_an_address_under_the_servers_own_is_a_name(store: StandInStore, files: dict[str, bytes]):
+def test_a_url_under_the_servers_own_is_a_name(store: StandInStore, files: dict[str, bytes]):
     store.push("bucket/team/a/sql", files)
     store.push("bucket/team/b/sql", files)
     store.push("other/team/a/sql", files)
@@ -118,7 +118,9 @@ def test_a_bucket_that_may_be_read_but_not_listed_is_enough(store: StandInStore,
         stage(store, "other")
 
 
-def test_what_it_does_not_have_is_looked_for_on_the_hub(store: StandInStore, files: dict[str, bytes], tmp_path: Path):
+def test_adapters_that_a_store_does_not_have_are_looked_up_on_the_hub(
+    store: StandInStore, files: dict[str, bytes], tmp_path: Path
+):
     with StandInHub() as hub:
         hub.push("org/adapter", files)
         sources = [source_of(store), HubSource(hub.url, tmp_path)]
@@ -129,13 +131,13 @@ def test_what_it_does_not_have_is_looked_for_on_the_hub(store: StandInStore, fil
 
 
 @pytest.mark.parametrize("id", ["", "/", "../other", "a/../b", "a//b", ".hidden", "a/b/c/d/e", "sql?versionId=1"])
-def test_an_id_leads_nowhere_but_under_the_prefix(store: StandInStore, id: str):
+def test_an_id_cannot_point_outside_the_prefix(store: StandInStore, id: str):
     with pytest.raises(AdapterNotFoundError):
         stage(store, id)
     assert store.requests == []
 
 
-def test_what_cannot_be_had_has_a_typed_reason(store: StandInStore, files: dict[str, bytes]):
+def test_failures_have_typed_errors(store: StandInStore, files: dict[str, bytes]):
     store.push("bucket/team/a/sql", files)
     with pytest.raises(AdapterNotFoundError, match="no revisions"):
         source_of(store).locate("sql", "v1", "")
@@ -160,16 +162,14 @@ def test_what_cannot_be_had_has_a_typed_reason(store: StandInStore, files: dict[
             stage(store, "sql")
 
 
-def test_keys_that_are_refused_are_told_from_a_bucket_that_is_not_the_servers(
-    store: StandInStore, files: dict[str, bytes]
-):
+def test_refused_credentials_are_distinguished_from_a_foreign_bucket(store: StandInStore, files: dict[str, bytes]):
     store.push("bucket/team/a/sql", files)
     store.authorization = "of somebody else"
     with pytest.raises(AdapterForbiddenError, match=r"\(AuthenticationFailed\)"):
         stage(store, "sql")
 
 
-def test_files_that_change_between_look_and_read_are_not_mixed(
+def test_files_that_change_between_listing_and_reading_are_not_mixed(
     store: StandInStore, files: dict[str, bytes], retrained: dict[str, bytes]
 ):
     store.push("bucket/team/a/sql", files)
@@ -179,14 +179,14 @@ def test_files_that_change_between_look_and_read_are_not_mixed(
         origin.read()
 
 
-def test_a_download_that_is_cut_off_goes_on_where_it_was(store: StandInStore, files: dict[str, bytes]):
+def test_an_interrupted_download_resumes(store: StandInStore, files: dict[str, bytes]):
     store.push("bucket/team/a/sql", files)
     whole = source_of(store).locate("sql", "", "").read()
     store.cut = 10
     assert source_of(store).locate("sql", "", "").read() == whole
 
 
-def test_a_file_that_is_too_large_is_not_fetched(
+def test_a_file_that_is_too_large_is_not_downloaded(
     store: StandInStore, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setitem(limits.SIZE_LIMITS, TENSORS, 10)
@@ -196,7 +196,7 @@ def test_a_file_that_is_too_large_is_not_fetched(
     assert not any(request.startswith("GET") for request in store.requests)
 
 
-def test_a_folder_of_too_many_objects_is_not_listed_to_its_end(
+def test_the_listing_of_a_folder_with_too_many_objects_stops(
     store: StandInStore, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(object_store, "MOST_LISTED", 1)
@@ -206,7 +206,7 @@ def test_a_folder_of_too_many_objects_is_not_listed_to_its_end(
 
 
 @pytest.mark.parametrize("listens", [True, False])
-def test_a_store_that_is_silent_or_gone_is_given_up_and_no_message_shows_credentials(
+def test_a_silent_or_unreachable_store_is_given_up_without_showing_credentials(
     s3: StandInS3, monkeypatch: pytest.MonkeyPatch, listens: bool
 ):
     with socket.socket() as silent:
@@ -221,7 +221,7 @@ def test_a_store_that_is_silent_or_gone_is_given_up_and_no_message_shows_credent
     assert SECRET not in str(error)
 
 
-def test_without_credentials_it_is_these_that_are_missing(s3: StandInS3, monkeypatch: pytest.MonkeyPatch):
+def test_missing_credentials_are_reported(s3: StandInS3, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     monkeypatch.setenv("HOME", "/nonexistent")
@@ -230,7 +230,7 @@ def test_without_credentials_it_is_these_that_are_missing(s3: StandInS3, monkeyp
         source_of(s3, timeout_s=0.1).locate("sql", "", "")
 
 
-def test_the_files_of_the_aws_command_are_read(
+def test_the_aws_commands_files_are_read(
     s3: StandInS3, files: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION"):
@@ -248,7 +248,7 @@ def test_the_files_of_the_aws_command_are_read(
         open_sources(ModelSettings(adapters_s3="s3://bucket/team/a"))
 
 
-def test_a_certificate_authority_of_ones_own_is_trusted(
+def test_a_custom_certificate_authority_is_trusted(
     files: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     authority, tls = trustme.CA(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -262,7 +262,7 @@ def test_a_certificate_authority_of_ones_own_is_trusted(
         assert stage(store, "sql").source == "s3"
 
 
-def test_settings_are_sources_in_the_order_in_which_they_are_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_sources_have_the_order_in_which_they_are_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     settings = ModelSettings(
         adapters=tmp_path,
         adapters_s3="s3://bucket",
@@ -282,6 +282,6 @@ def test_settings_are_sources_in_the_order_in_which_they_are_asked(tmp_path: Pat
 @pytest.mark.parametrize(
     "url", ["bucket", "s3://", "s3://UPPER/x", "https://bucket/x", "s3://bucket/a b", "gs://bucket"]
 )
-def test_a_setting_that_is_no_address_is_refused(url: str):
+def test_a_setting_that_is_not_a_url_is_refused(url: str):
     with pytest.raises(ValueError, match="adapters_s3"):
         ModelSettings(adapters_s3=url)

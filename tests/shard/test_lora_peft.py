@@ -97,7 +97,7 @@ def test_any_float_dtype_is_converted_with_the_scale_applied_before_rounding(
     assert layer.expansions[0].weight.equal((b.to(torch.float32) * (7 / 3)).to(torch.bfloat16).T)
 
 
-def test_weights_lie_in_one_piece_of_memory_and_report_its_size(tmp_path: Path) -> None:
+def test_weights_are_in_one_piece_of_memory_and_report_its_size(tmp_path: Path) -> None:
     save_adapter(tmp_path, target_modules=ALL_MODULES)
     for cut in read_partitions(tmp_path, 2):
         tensors = [

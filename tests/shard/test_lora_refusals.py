@@ -46,7 +46,7 @@ def refusal(directory: Path, dtype: torch.dtype = torch.float32) -> str:
     return message
 
 
-def test_the_adapter_that_the_refused_ones_are_made_of_is_sound(directory: Path) -> None:
+def test_the_unmodified_adapter_is_accepted(directory: Path) -> None:
     read_adapter(read(directory), layouts(), BASE, torch.float32)
 
 
@@ -108,7 +108,7 @@ def test_the_adapter_that_the_refused_ones_are_made_of_is_sound(directory: Path)
         ("layers_pattern", "layers"),
     ],
 )
-def test_a_config_field_that_is_wrong_or_not_supported_is_named(directory: Path, field: str, value: object) -> None:
+def test_an_invalid_or_unsupported_config_field_is_named(directory: Path, field: str, value: object) -> None:
     edit_config(directory, **{field: value})
     message = refusal(directory)
     assert CONFIG in message
@@ -134,20 +134,18 @@ def test_a_config_field_that_is_wrong_or_not_supported_is_named(directory: Path,
         ({**ACTIVATED, "bias": "all"}, "bias, which would act before the invocation"),
     ],
 )
-def test_a_kind_that_the_file_does_not_bear_out_is_named(
-    directory: Path, fields: dict[str, object], reason: str
-) -> None:
+def test_a_kind_without_its_tensors_is_named(directory: Path, fields: dict[str, object], reason: str) -> None:
     edit_config(directory, **fields)
     assert reason in refusal(directory)
 
 
-def test_a_head_that_classifies_is_called_one(directory: Path) -> None:
+def test_a_classification_head_is_recognized(directory: Path) -> None:
     edit_tensors(directory, add(f"{PREFIX}score.weight", torch.zeros(2, 24)))
     edit_config(directory, task_type="SEQ_CLS", modules_to_save=["score"])
     assert "score.weight: heads that classify are not served" in refusal(directory)
 
 
-def test_fields_that_ask_for_nothing_are_no_reason_to_refuse(directory: Path) -> None:
+def test_fields_without_effect_are_accepted(directory: Path) -> None:
     edit_config(
         directory, invented_by_a_later_peft=None, another={}, use_dora=False, modules_to_save=[], loftq_config={}
     )
@@ -167,7 +165,7 @@ def test_a_config_without_a_lora_rank_is_refused(directory: Path) -> None:
     assert f"{CONFIG}: r: " in refusal(directory)
 
 
-def test_an_adapter_of_mlx_is_refused_as_such(directory: Path) -> None:
+def test_an_mlx_adapter_is_recognized_and_refused(directory: Path) -> None:
     (directory / CONFIG).write_text(json.dumps({"model": "org/x", "lora_parameters": {"rank": 16, "scale": 20.0}}))
     assert "MLX-LM" in refusal(directory)
 
@@ -177,7 +175,7 @@ def test_another_kind_of_adapter_is_named(directory: Path) -> None:
     assert "peft_type 'ALORA' is not served" in refusal(directory)
 
 
-def test_a_regular_expression_that_would_run_for_years_is_refused(
+def test_a_regular_expression_with_catastrophic_backtracking_is_refused(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(patterns, "_TIME_LIMIT_S", 0.5)
@@ -246,7 +244,7 @@ def test_a_wrong_shape_is_named_with_its_dimension(
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("part", ["lora_A", "lora_B"])
-def test_a_tensor_with_a_value_that_is_not_finite_is_named(directory: Path, part: str, value: float) -> None:
+def test_a_tensor_with_infinite_or_nan_values_is_named(directory: Path, part: str, value: float) -> None:
     name = f"{PREFIX}{O_PROJ}.{part}.weight"
 
     def poison(tensors: Tensors) -> None:
@@ -269,13 +267,13 @@ def test_a_tensor_of_integers_is_named(directory: Path) -> None:
 
 
 @pytest.mark.parametrize("kept", [0, 5, 8, 100, -1, -5000])
-def test_a_file_cut_short_is_refused(directory: Path, kept: int) -> None:
+def test_a_truncated_adapter_file_is_refused(directory: Path, kept: int) -> None:
     data = (directory / TENSORS).read_bytes()
     (directory / TENSORS).write_bytes(data[:kept])
     assert f"{TENSORS} is cut short" in refusal(directory)
 
 
-def test_what_a_clone_without_git_lfs_leaves_is_called_what_it_is(directory: Path) -> None:
+def test_a_git_lfs_pointer_of_an_adapter_is_recognized(directory: Path) -> None:
     (directory / TENSORS).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 123\n")
     assert "Git LFS pointer: run `git lfs pull`" in refusal(directory)
 

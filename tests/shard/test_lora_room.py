@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from loraplex_shard.lora.room import Room
 
 
-def test_as_many_are_in_it_as_there_is_room_for() -> None:
+def test_the_total_size_is_limited() -> None:
     room, lock = Room(10), threading.Lock()
     inside: list[int] = []
     most = []
@@ -24,7 +24,7 @@ def test_as_many_are_in_it_as_there_is_room_for() -> None:
     assert max(most) <= 10 and inside == []
 
 
-def test_what_is_larger_than_the_room_goes_alone() -> None:
+def test_an_oversized_item_enters_alone() -> None:
     room = Room(10)
     entered = threading.Event()
 
@@ -40,7 +40,7 @@ def test_what_is_larger_than_the_room_goes_alone() -> None:
     assert entered.is_set()
 
 
-def test_an_error_leaves_it_as_it_was() -> None:
+def test_an_error_releases_the_room() -> None:
     room = Room(1)
     for _ in range(2):
         try:

@@ -126,7 +126,7 @@ def test_on_the_cpu_slots_share_the_staged_tensors(store: AdapterStore) -> None:
     assert store.adapter_in(1) is store.adapter_in(2)
 
 
-def test_no_more_is_staged_than_there_is_memory_for(directory: Path) -> None:
+def test_staging_is_limited_by_the_memory(directory: Path) -> None:
     small, large = (store_of(directory).stage(f"adapter-{n}", "", "", "").size_bytes for n in (0, 2))
     store = store_of(directory, host_bytes=large + small - 1)
     first = store.stage("adapter-0", "", "", "")
@@ -138,7 +138,7 @@ def test_no_more_is_staged_than_there_is_memory_for(directory: Path) -> None:
         store_of(directory, host_bytes=large - 1).stage("adapter-2", "", "", "")
 
 
-def test_a_reload_reads_no_file(store: AdapterStore, directory: Path) -> None:
+def test_a_reload_does_not_read_files(store: AdapterStore, directory: Path) -> None:
     digest = stage(store, "adapter-0").digest
     store.load(digest, 1)
     before = store.adapter_in(1)
@@ -148,7 +148,7 @@ def test_a_reload_reads_no_file(store: AdapterStore, directory: Path) -> None:
     assert store.adapter_in(1) is before
 
 
-def test_a_local_adapter_is_known_by_the_status_of_its_files(directory: Path) -> None:
+def test_a_local_adapter_is_identified_by_the_status_of_its_files(directory: Path) -> None:
     source = LocalSource(directory)
     for name in (CONFIG, TENSORS):
         before = source.locate("adapter-0", "", "")
@@ -164,7 +164,7 @@ def test_files_that_change_while_they_are_read_are_not_staged(directory: Path) -
         origin.read()
 
 
-def test_what_is_staged_is_not_read_again(saved: Path) -> None:
+def test_a_staged_adapter_is_not_read_again(saved: Path) -> None:
     hub = CountingHub(saved)
     store = store_of(None, hub)
     staged = store.stage("adapter-0", "hub", "", "")
@@ -197,7 +197,7 @@ def test_the_same_content_under_two_names_is_held_once(store: AdapterStore, dire
         store.load(second.digest, 1)
 
 
-def test_what_an_adapter_says_of_text_is_reported_and_part_of_its_content(store: AdapterStore, directory: Path) -> None:
+def test_an_adapters_text_files_are_reported_and_part_of_its_content(store: AdapterStore, directory: Path) -> None:
     plain = stage(store, "adapter-0")
     config = directory / "adapter-0" / "tokenizer_config.json"
     config.write_text('{"chat_template": "one", "eos_token": "<|end|>"}')
@@ -209,7 +209,7 @@ def test_what_an_adapter_says_of_text_is_reported_and_part_of_its_content(store:
     assert "no '<|end|>', which is its eos_token" in staged.warnings[-1]
 
 
-def test_text_that_cannot_be_read_costs_conversations_alone(store: AdapterStore, directory: Path) -> None:
+def test_unreadable_text_files_only_prevent_conversations(store: AdapterStore, directory: Path) -> None:
     (directory / "adapter-0" / "tokenizer_config.json").write_text("{")
     staged = stage(store, "adapter-0")
     assert staged.text.error.startswith("tokenizer_config.json: ")
@@ -250,7 +250,7 @@ def test_an_adapter_in_a_slot_cannot_be_unstaged(store: AdapterStore) -> None:
     store.unstage(digest)
 
 
-def test_a_taken_slot_is_not_given_away(store: AdapterStore) -> None:
+def test_a_slot_in_use_is_not_overwritten(store: AdapterStore) -> None:
     first, second = stage(store, "adapter-0").digest, stage(store, "adapter-1").digest
     store.load(first, 1)
     store.load(first, 1)
@@ -328,7 +328,7 @@ def test_staging_loading_and_reading_from_many_threads_keeps_each_slot_whole(sto
 
 
 @pytest.mark.parametrize("source", ["", "local", "gcs"])
-def test_what_is_in_no_source_is_refused_with_those_that_there_are(source: str) -> None:
+def test_an_adapter_in_no_source_is_refused_with_a_list_of_the_sources(source: str) -> None:
     with pytest.raises(AdapterNotFoundError, match=r"sources are hub .*--adapters"):
         store_of(None).stage("adapter-0", source, "", "")
 
@@ -362,7 +362,9 @@ def test_what_is_in_no_source_is_refused_with_those_that_there_are(source: str) 
         "loop",
     ],
 )
-def test_an_id_never_leads_out_of_the_directory(store: AdapterStore, directory: Path, tmp_path: Path, id: str) -> None:
+def test_an_id_cannot_point_outside_the_directory(
+    store: AdapterStore, directory: Path, tmp_path: Path, id: str
+) -> None:
     shutil.copytree(directory / "adapter-0", tmp_path / "outside" / "deeper")
     shutil.copytree(directory / "adapter-0", directory / ".hidden")
     (directory / "org").mkdir()
@@ -374,7 +376,7 @@ def test_an_id_never_leads_out_of_the_directory(store: AdapterStore, directory: 
 
 
 @pytest.mark.parametrize("name", [CONFIG, TENSORS])
-def test_a_file_that_is_a_link_out_of_the_directory_is_not_read(
+def test_a_link_out_of_the_directory_is_not_read(
     store: AdapterStore, directory: Path, tmp_path: Path, name: str
 ) -> None:
     file = directory / "adapter-0" / name
@@ -396,7 +398,7 @@ def test_a_path_under_the_directory_is_a_name(store: AdapterStore, directory: Pa
             stage(store, path)
 
 
-def test_a_pipe_in_place_of_a_file_is_refused_at_once(store: AdapterStore, directory: Path) -> None:
+def test_a_pipe_instead_of_a_file_is_refused_at_once(store: AdapterStore, directory: Path) -> None:
     file = directory / "adapter-0" / TENSORS
     file.unlink()
     os.mkfifo(file)

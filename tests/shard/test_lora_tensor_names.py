@@ -49,7 +49,7 @@ def serve(directory: Path, rounded: bool = False) -> HostAdapter:
 
 
 @pytest.mark.parametrize("rename", RENAMINGS.values(), ids=RENAMINGS.keys())
-def test_tensors_are_found_under_the_names_that_trainers_save_them(rename: Rename, tmp_path: Path) -> None:
+def test_tensors_are_found_under_all_names_that_trainers_write(rename: Rename, tmp_path: Path) -> None:
     model = save_adapter(tmp_path, target_modules=["q_proj", "down_proj"])
 
     def rename_all(tensors: dict[str, torch.Tensor]) -> None:
@@ -81,7 +81,7 @@ def test_two_names_for_one_tensor_are_refused(tmp_path: Path) -> None:
         f"{PREFIX}model.norm.weight",
     ],
 )
-def test_a_tensor_of_the_base_is_ignored_if_it_is_the_bases_and_refused_if_it_is_not(name: str, tmp_path: Path) -> None:
+def test_a_base_tensor_is_ignored_if_it_equals_the_bases_and_refused_otherwise(name: str, tmp_path: Path) -> None:
     base = make_base().state_dict()
     save_adapter(tmp_path, target_modules=["q_proj"])
     plain = name.removeprefix(PREFIX)
@@ -102,9 +102,7 @@ def test_a_tensor_of_the_base_is_ignored_if_it_is_the_bases_and_refused_if_it_is
 @pytest.mark.parametrize(
     "name", ["lm_head.base_layer.weight", HEAD, "model.layers.1.self_attn.q_proj.base_layer.weight"]
 )
-def test_what_peft_puts_in_place_of_a_linear_layers_weight_is_served_unless_it_is_the_same(
-    name: str, tmp_path: Path
-) -> None:
+def test_a_replaced_weight_of_a_linear_layer_is_served_unless_it_is_the_same(name: str, tmp_path: Path) -> None:
     module = name.removesuffix(".weight").removesuffix(".base_layer")
     save_adapter(tmp_path, target_modules=["q_proj", *["lm_head"] * ("lm_head.base_layer" in name)])
     own = make_base().state_dict()[f"{module}.weight"]
@@ -121,7 +119,7 @@ def test_what_peft_puts_in_place_of_a_linear_layers_weight_is_served_unless_it_i
         replaced(own[:-1])
 
 
-def test_what_a_rounded_base_holds_is_compared_as_closely_as_rounding_allows(tmp_path: Path) -> None:
+def test_a_quantized_bases_weights_are_compared_as_closely_as_rounding_allows(tmp_path: Path) -> None:
     save_adapter(tmp_path, target_modules=["lm_head"])
     name, weight = f"{PREFIX}lm_head.base_layer.weight", make_base().state_dict()[HEAD]
     noise = torch.randn(weight.shape) * weight.std()

@@ -67,7 +67,7 @@ def test_configurations_are_read_as_transformers_reads_them(config: Any, mapped:
     check_as_transformers(tmp_path)
 
 
-def test_files_stand_before_what_a_configuration_says(tmp_path: Path):
+def test_files_take_precedence_over_the_configuration(tmp_path: Path):
     save(tmp_path, chat_template={"default": "one", "rag": "two"})
     config = json.loads((tmp_path / CONFIG).read_text())
     (tmp_path / CONFIG).write_text(json.dumps({**config, "chat_template": "of the configuration"}))
@@ -75,13 +75,13 @@ def test_files_stand_before_what_a_configuration_says(tmp_path: Path):
     assert read(tmp_path).chat_templates == {"default": "one", "rag": "two"}
 
 
-def test_a_processors_template_counts_where_there_is_no_other():
+def test_a_processors_template_is_used_if_there_is_no_other():
     files = {"chat_template.json": b'{"chat_template": "one"}'}
     assert read_text(files).chat_templates == {"default": "one"}
     assert read_text({**files, "chat_template.jinja": b"two"}).chat_templates == {"default": "two"}
 
 
-def test_a_configuration_by_hand_leaves_the_models_tokens_as_they_are():
+def test_a_handwritten_configuration_does_not_change_the_models_tokens():
     assert read_text({CONFIG: b'{"chat_template": "one"}'}).special_tokens == {}
 
 
@@ -100,12 +100,12 @@ def test_a_configuration_by_hand_leaves_the_models_tokens_as_they_are():
         ("generation_config.json", b'{"eos_token_id": -1}'),
     ],
 )
-def test_what_cannot_be_read_has_a_reason(name: str, content: bytes):
+def test_unreadable_files_have_a_reason(name: str, content: bytes):
     text = read_text({name: content})
     assert text == AdapterText(error=text.error) and text.error.startswith(f"{name}: ")
 
 
-def test_end_tokens_are_the_adapters_own_as_far_as_the_model_knows_them():
+def test_end_tokens_are_the_adapters_own_if_the_model_has_them():
     base = BaseModel("Any", vocab_size=3, tokenizer=Tokenizer(BPE(VOCABULARY, [])))
     generation = b'{"eos_token_id": [1, 7]}'
     text = read_text({CONFIG: b'{"eos_token": "<|end|>"}', "generation_config.json": generation})
@@ -116,13 +116,13 @@ def test_end_tokens_are_the_adapters_own_as_far_as_the_model_knows_them():
         assert ids == () and unknown.decode() in wrong[0]
 
 
-def test_only_files_of_a_tokenizer_are_read():
+def test_only_tokenizer_files_are_read():
     names = ["chat_template.jinja", "additional_chat_templates/a.jinja", "additional_chat_templates/../../b.jinja"]
     names += ["tokenizer.json", "additional_chat_templates/x/y.jinja", "checkpoint-1/chat_template.jinja"]
     assert text_files(names) == ("chat_template.jinja", "additional_chat_templates/a.jinja")
 
 
-def test_a_tokenizer_that_is_not_the_models_is_doubtful():
+def test_a_tokenizer_that_differs_from_the_models_has_a_warning():
     plain = Tokenizer(WordLevel({"a": 0, "b": 1, "<s>": 2, "</s>": 3}, unk_token="a"))
     plain.add_special_tokens(["<s>", "</s>"])
     base = BaseModel("LlamaForCausalLM", vocab_size=4, tokenizer=plain)

@@ -21,7 +21,7 @@ CUDA = torch.device("cuda")
 BLOCK_BYTES = 1 << 16
 
 
-def test_ranks_take_the_gpus_in_turn_unless_the_setting_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_use_the_gpus_in_turn_unless_the_setting_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     assert machine.pick_device("auto", 0) == machine.pick_device("cpu", 0) == CPU
     with pytest.raises(SettingsError, match=r"device: cuda is not available: torch .* is built for CPUs alone"):
         monkeypatch.setattr(torch.version, "cuda", None)
@@ -45,16 +45,16 @@ def test_a_gpu_that_is_too_old_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
         machine.pick_device("auto", 0)
 
 
-def test_the_device_decides_which_operations_there_are() -> None:
+def test_the_device_determines_the_operations() -> None:
     assert isinstance(choose_operations(CUDA, torch.float16, None), CudaOperations)
     assert isinstance(choose_operations(CPU, torch.float16, None), ReferenceOperations)
 
 
-def test_a_dtype_that_was_asked_for_is_used() -> None:
+def test_a_requested_dtype_is_used() -> None:
     assert machine.pick_dtype("float16", LlamaConfig(dtype="float32"), CPU) == torch.float16
 
 
-def test_auto_is_the_dtype_of_the_checkpoint_on_a_gpu() -> None:
+def test_auto_is_the_checkpoints_dtype_on_a_gpu() -> None:
     assert machine.pick_dtype("auto", LlamaConfig(dtype="float16"), CUDA) == torch.float16
     assert machine.pick_dtype("auto", LlamaConfig(), CUDA) == torch.bfloat16
 
@@ -62,9 +62,7 @@ def test_auto_is_the_dtype_of_the_checkpoint_on_a_gpu() -> None:
 @pytest.mark.parametrize(
     ("stored", "computed"), [("float32", torch.float32), ("float16", torch.bfloat16), (None, torch.bfloat16)]
 )
-def test_auto_on_a_cpu_is_bfloat16_unless_the_checkpoint_holds_float32(
-    stored: str | None, computed: torch.dtype
-) -> None:
+def test_auto_on_a_cpu_is_bfloat16_unless_the_checkpoint_has_float32(stored: str | None, computed: torch.dtype) -> None:
     assert machine.pick_dtype("auto", LlamaConfig(dtype=stored), CPU) == computed
 
 
@@ -76,7 +74,7 @@ def test_auto_on_a_cpu_is_bfloat16_unless_the_checkpoint_holds_float32(
         ({"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 512}, 2048),
     ],
 )
-def test_the_context_is_what_the_model_was_made_for(rope: dict[str, object], longest: int) -> None:
+def test_the_default_context_is_the_models(rope: dict[str, object], longest: int) -> None:
     config = LlamaConfig(max_position_embeddings=1024, rope_parameters=rope)
     assert machine.longest_context(ModelSettings(), config) == longest
     assert machine.longest_context(ModelSettings(max_model_len=longest), config) == longest
@@ -88,7 +86,7 @@ def test_the_number_of_blocks_can_be_set() -> None:
     assert machine.count_blocks(ModelSettings(kv_blocks=7), 1024, BLOCK_BYTES, CPU) == 7
 
 
-def test_no_more_blocks_than_the_sequences_can_fill() -> None:
+def test_there_are_no_more_blocks_than_the_sequences_can_fill() -> None:
     settings = ModelSettings(max_sequences=2)
     assert machine.count_blocks(settings, 33, 1, CPU) == 2 * 3
     assert machine.count_blocks(settings.model_copy(update={"kv_blocks": 100}), 33, 1, CPU) == 2 * 3
@@ -105,7 +103,7 @@ def test_too_little_memory_for_one_block_is_an_error() -> None:
         machine.count_blocks(ModelSettings(), 1024, 1 << 60, CPU)
 
 
-def test_more_blocks_than_there_is_memory_for_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_blocks_than_fit_into_memory_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "available_memory", lambda cgroup: 10 * BLOCK_BYTES)
     assert machine.count_blocks(ModelSettings(kv_blocks=10), 1024, BLOCK_BYTES, CPU) == 10
     with pytest.raises(SettingsError, match=r"kv_blocks: 11 blocks take .* set kv_blocks to at most 10"):
@@ -131,7 +129,7 @@ def test_the_container_limits_the_memory(tmp_path: Path) -> None:
     assert machine.available_memory(tmp_path) == 0
 
 
-def test_a_container_of_cgroup_version_1_limits_it_too(tmp_path: Path) -> None:
+def test_a_container_with_cgroup_version_1_limits_the_memory_too(tmp_path: Path) -> None:
     (tmp_path / "memory").mkdir()
     (tmp_path / "memory" / "memory.limit_in_bytes").write_text("12288\n")
     (tmp_path / "memory" / "memory.usage_in_bytes").write_text("4096\n")
@@ -140,7 +138,7 @@ def test_a_container_of_cgroup_version_1_limits_it_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("device", [CPU, CUDA])
-def test_cache_adapters_and_steps_share_what_the_container_has_left(
+def test_cache_adapters_and_steps_share_the_containers_free_memory(
     device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(machine, "CGROUP", tmp_path)
@@ -160,7 +158,7 @@ def test_a_group_of_one_agrees_with_itself() -> None:
     assert machine.fewest(Group(0, 1), 42, CPU) == 42
 
 
-def test_the_context_shrinks_to_the_cache_unless_it_was_asked_for() -> None:
+def test_the_context_shrinks_to_the_cache_unless_it_was_requested() -> None:
     assert machine.fit_context(ModelSettings(), 1024, 4) == 4 * machine.BLOCK_SIZE
     assert machine.fit_context(ModelSettings(), 1024, 1024) == 1024
     with pytest.raises(SettingsError, match="max_model_len: the KV cache has 4 blocks"):

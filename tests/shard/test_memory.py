@@ -16,21 +16,21 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
-def test_memory_is_zero_and_starts_where_a_huge_page_may() -> None:
+def test_memory_is_zero_and_aligned_to_huge_pages() -> None:
     memory = reserve(3 * HUGE_PAGE + 5)
     assert memory.shape == (3 * HUGE_PAGE + 5,)
     assert memory.data_ptr() % HUGE_PAGE == 0
     assert not memory.any()
 
 
-def test_memory_that_nobody_touched_is_not_resident() -> None:
+def test_untouched_memory_is_not_resident() -> None:
     before = resident_bytes()
     memory = reserve(1 << 30)
     memory[:: 1 << 29] = 1
     assert resident_bytes() - before < 64 << 20
 
 
-def test_no_bytes_can_be_reserved() -> None:
+def test_zero_bytes_can_be_reserved() -> None:
     assert reserve(0).shape == (0,)
 
 

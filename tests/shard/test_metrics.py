@@ -41,7 +41,7 @@ def test_steps_loads_and_evictions_are_counted(metrics: ShardMetrics):
     assert value("adapter_evictions_total", tier="device") == 1
 
 
-def test_a_scrape_shows_what_is_held_now(metrics: ShardMetrics):
+def test_a_scrape_shows_the_current_state(metrics: ShardMetrics):
     port = metrics.serve("127.0.0.1", 0)
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as response:
         text = response.read().decode()
@@ -54,5 +54,5 @@ def test_a_scrape_shows_what_is_held_now(metrics: ShardMetrics):
 @pytest.mark.parametrize(
     ("listen", "host"), [("unix:/tmp/s", "127.0.0.1"), ("0.0.0.0:50060", "0.0.0.0"), ("[::1]:50060", "::1")]
 )
-def test_metrics_are_at_the_host_that_the_shard_listens_on(listen: str, host: str):
+def test_metrics_are_served_on_the_host_that_the_shard_listens_on(listen: str, host: str):
     assert ShardSettings(listen=listen).metrics_host == host

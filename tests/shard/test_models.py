@@ -123,7 +123,7 @@ def test_uneven_chunks_have_the_logits_of_transformers(pair: Pair) -> None:
     assert_equal_within_rounding(actual, pair.expected(tokens))
 
 
-def test_chunks_and_decodes_of_many_sequences_in_one_batch_do_not_touch_each_other(pair: Pair) -> None:
+def test_chunks_and_decodes_of_many_sequences_in_one_batch_are_independent(pair: Pair) -> None:
     driver, random = Sequences(pair.ours), Random(3)
     tokens = {name: random_tokens(length, seed=length) for name, length in (("a", 5), ("b", 23), ("c", 48), ("d", 33))}
     actual: dict[str, list[torch.Tensor]] = {name: [] for name in tokens}
@@ -138,7 +138,7 @@ def test_chunks_and_decodes_of_many_sequences_in_one_batch_do_not_touch_each_oth
         assert_equal_within_rounding(torch.cat(logits), pair.expected(tokens[name]))
 
 
-def test_greedy_tokens_are_those_of_transformers(pair: Pair) -> None:
+def test_greedy_tokens_equal_transformers(pair: Pair) -> None:
     prompt = random_tokens(12, seed=4)
     ours = Sequences(pair.ours).greedy(prompt, 16)
     logits = pair.expected(prompt + ours[:-1])[len(prompt) - 1 :]
@@ -146,7 +146,7 @@ def test_greedy_tokens_are_those_of_transformers(pair: Pair) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_as_near_to_float32_as_that_of_transformers(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_half_precision_is_as_close_to_float32_as_transformers(dtype: torch.dtype, tmp_path: Path) -> None:
     directory = save_checkpoint(VARIANTS["qwen3"], tmp_path)
     tokens = random_tokens(30, seed=5)
     exact = Pair(load(directory), load_reference(directory)).expected(tokens)

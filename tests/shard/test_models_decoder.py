@@ -42,7 +42,7 @@ def test_a_sharded_checkpoint_is_the_same_model(directory: Path, tmp_path: Path)
     assert actual.equal(expected)
 
 
-def test_a_tied_lm_head_is_no_copy_of_the_embedding(tmp_path: Path) -> None:
+def test_a_tied_lm_head_is_not_a_copy_of_the_embedding(tmp_path: Path) -> None:
     decoder = load(save_checkpoint(config(tied=True), tmp_path))
     assert decoder.lm_head.weight.matrix.data_ptr() == decoder.embedding.weight.matrix.data_ptr()
 
@@ -55,7 +55,7 @@ def test_progress_counts_every_tensor(directory: Path) -> None:
     assert seen == [(done, total) for done in range(1, total + 1)]
 
 
-def test_an_adapter_on_all_layers_is_the_model_with_its_delta_merged(directory: Path, tmp_path: Path) -> None:
+def test_an_adapter_on_all_layers_equals_the_model_with_its_delta_merged(directory: Path, tmp_path: Path) -> None:
     model = load_reference(directory)
     modules = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     for name, module in modules.items():
@@ -72,7 +72,7 @@ def test_an_adapter_on_all_layers_is_the_model_with_its_delta_merged(directory: 
     torch.testing.assert_close(mixed["after"], base["after"])
 
 
-def test_what_a_block_held_before_does_not_matter(directory: Path) -> None:
+def test_a_blocks_former_content_does_not_matter(directory: Path) -> None:
     decoder = load(directory)
     clean, dirty = Sequences(decoder), Sequences(decoder)
     for layer in dirty.cache.layers:
@@ -82,7 +82,7 @@ def test_what_a_block_held_before_does_not_matter(directory: Path) -> None:
         assert torch.equal(dirty.step({"a": chunk})["a"], clean.step({"a": chunk})["a"])
 
 
-def test_a_sequence_that_is_not_finite_leaves_the_others_of_its_batch_alone(directory: Path) -> None:
+def test_a_sequence_that_is_not_finite_does_not_change_others_in_its_batch(directory: Path) -> None:
     decoder = load(directory)
     broken = adapter_for(decoder.layouts)
     for layer in broken.layers.values():
@@ -95,7 +95,7 @@ def test_a_sequence_that_is_not_finite_leaves_the_others_of_its_batch_alone(dire
     torch.testing.assert_close(together["a"], alone.step({"a": [2]})["a"])
 
 
-def test_the_cache_has_the_size_that_was_announced(directory: Path) -> None:
+def test_the_cache_has_the_announced_size(directory: Path) -> None:
     decoder = load(directory, torch.bfloat16)
     cache = decoder.new_cache(num_blocks=5, block_size=4)
     total = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
@@ -114,7 +114,7 @@ def test_the_layouts_name_every_linear_layer(directory: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_kernels_recorded_and_run_again_compute_what_the_reference_does(directory: Path, dtype: torch.dtype) -> None:
+def test_recorded_kernels_compute_the_same_as_the_reference(directory: Path, dtype: torch.dtype) -> None:
     kernels = cpu_operations(instruction_set())
     ours, reference = load(directory, dtype, ops=kernels), load(directory, dtype)
     adapter, tolerance = adapter_for(ours.layouts, dtype), 2e-4 if dtype == torch.float32 else 0.25

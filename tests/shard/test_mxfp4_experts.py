@@ -49,7 +49,7 @@ def directory(floats: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_experts_stay_as_they_are_stored(directory: Path, floats: Path, size: int) -> None:
+def test_experts_are_kept_as_they_are_stored(directory: Path, floats: Path, size: int) -> None:
     assert open_checkpoint(str(directory)).prequantized
     for rank in range(size):
         stored, exact = (
@@ -63,7 +63,7 @@ def test_experts_stay_as_they_are_stored(directory: Path, floats: Path, size: in
                 assert rounded == [32] * EXPERTS or (name == "down" and size > 1)  # the cut may go through a group
 
 
-def test_kernels_compute_what_the_reference_does(directory: Path, floats: Path) -> None:
+def test_kernels_compute_the_same_as_the_reference(directory: Path, floats: Path) -> None:
     stored, kernels, exact = (
         Sequences(decoder, BLOCK_SIZE)
         for decoder in (

@@ -62,7 +62,7 @@ chunks = st.lists(st.tuples(st.integers(0, 70), st.one_of(st.just(1), st.integer
     seed=st.integers(0, 100),
 )
 @settings(deadline=None, max_examples=60)
-def test_attention_over_any_mix_of_chunks_is_that_of_the_formula(
+def test_attention_over_any_mix_of_chunks_equals_the_formula(
     chunks: list[tuple[int, int]],
     window: int | None,
     heads: tuple[int, int],
@@ -83,7 +83,7 @@ def test_attention_over_any_mix_of_chunks_is_that_of_the_formula(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
-def test_keys_and_values_land_where_the_indices_say_and_nowhere_else(dtype: torch.dtype) -> None:
+def test_keys_and_values_are_only_written_to_their_indices(dtype: torch.dtype) -> None:
     batch, num_blocks = paged_batch([(4, 1), (18, 2)], seed=0)
     heads = Heads(query=2, kv=1, dim=HEAD_DIM)
     (cache,) = filled_cache(num_blocks, heads, dtype, 0).layers
@@ -117,7 +117,7 @@ def test_norms_are_computed_in_float32(dtype: torch.dtype, centered: bool) -> No
         torch.testing.assert_close(actual.float(), expected + (0 if each is None else each), rtol=1e-2, atol=1e-2)
 
 
-def test_add_norm_leaves_the_sum_behind() -> None:
+def test_add_norm_also_writes_the_sum() -> None:
     hidden, delta, weight = torch.randn(3, 2, 8)
     total, norm = hidden + 0.5 * delta, Norm(weight[0], None, 1e-6, centered=False)
     assert OPS.add_norm(hidden, delta, 0.5, norm).equal(OPS.norm(total, norm))
@@ -125,21 +125,21 @@ def test_add_norm_leaves_the_sum_behind() -> None:
 
 
 @pytest.mark.parametrize("function", [each for each in get_args(Activation) if each != "clamped_swiglu"])
-def test_activations_are_those_of_transformers(function: Activation) -> None:
+def test_activations_equal_transformers(function: Activation) -> None:
     x = torch.randn(3, 10) * 3
     theirs = ACT2FN[{"gelu_tanh": "gelu_pytorch_tanh"}.get(function, function)]
     torch.testing.assert_close(OPS.activate(x, function, gated=False), theirs(x))
     torch.testing.assert_close(OPS.activate(x, function, gated=True), theirs(x[:, :5]) * x[:, 5:])
 
 
-def test_gates_and_ups_of_gpt_oss_are_bounded() -> None:
+def test_gates_and_ups_of_gpt_oss_are_clamped() -> None:
     experts = GptOssExperts(GptOssConfig(hidden_size=8, intermediate_size=8, num_local_experts=1))
     x = torch.randn(20, 10) * 9
     expected = experts._apply_gate(torch.stack((x[:, :5], x[:, 5:]), dim=-1).flatten(1))
     torch.testing.assert_close(OPS.activate(x, "clamped_swiglu", gated=True), expected)
 
 
-def test_logits_are_scaled_and_capped_and_those_that_are_not_finite_told() -> None:
+def test_logits_are_scaled_and_capped_and_infinite_ones_are_reported() -> None:
     x = torch.tensor([[1.0, -30.0], [torch.inf, 0.0]])
     logits, finite = OPS.upcast(x, 2.0, soft_cap=10.0)
     torch.testing.assert_close(logits, 10 * torch.tanh(x * 2 / 10))
@@ -148,7 +148,7 @@ def test_logits_are_scaled_and_capped_and_those_that_are_not_finite_told() -> No
 
 @pytest.mark.parametrize("dim", [HEAD_DIM, HEAD_DIM // 2])
 @pytest.mark.parametrize(("modeling", "interleaved"), [(modeling_glm, True), (modeling_phi3, False)])
-def test_queries_and_keys_are_normalized_and_rotated_as_transformers_does(
+def test_queries_and_keys_are_normalized_and_rotated_as_in_transformers(
     modeling: ModuleType, interleaved: bool, dim: int
 ) -> None:
     batch, num_blocks = paged_batch([(7, 5)], seed=0)
@@ -178,7 +178,7 @@ def test_queries_and_keys_are_normalized_over_all_heads_of_a_token() -> None:
     torch.testing.assert_close(qkv[:, : 4 * HEAD_DIM], torch.cat(expected, dim=1))
 
 
-def test_keys_that_are_rotated_already_are_written_as_they_are() -> None:
+def test_rotated_keys_are_written_unchanged() -> None:
     batch, num_blocks = paged_batch([(7, 1)], seed=0)
     heads = Heads(query=3, kv=1, dim=HEAD_DIM, value_dim=5)
     (cache,) = filled_cache(num_blocks, heads, torch.float32, 0).layers
@@ -192,7 +192,7 @@ def test_keys_that_are_rotated_already_are_written_as_they_are() -> None:
 
 @given(bits=st.sampled_from([8, 4]), rows=st.integers(1, 5), columns=st.integers(1, 150), offset=st.floats(-3, 3))
 @settings(deadline=None)
-def test_quantizing_a_matrix_moves_no_weight_by_more_than_half_a_step(
+def test_quantizing_a_matrix_changes_weights_by_at_most_half_a_step(
     bits: int, rows: int, columns: int, offset: float
 ) -> None:
     matrix = torch.randn(rows, columns, generator=torch.Generator().manual_seed(columns)) + offset

@@ -82,7 +82,7 @@ def test_a_quantized_linear_layer_of_any_shape(
 
 @many
 @given(rows=st.integers(1, 50), columns=st.integers(1, 70), form=st.sampled_from([8, 4, *DTYPES]), dtype=dtypes)
-def test_an_embedding_is_the_rows_of_the_matrix(
+def test_an_embedding_returns_rows_of_the_matrix(
     cpu: CpuOperations, rows: int, columns: int, form: int | torch.dtype, dtype: torch.dtype
 ) -> None:
     matrix = random(0, rows, columns)
@@ -94,7 +94,7 @@ def test_an_embedding_is_the_rows_of_the_matrix(
         assert_close(actual, REFERENCE.embedding(REFERENCE.prepare(batch), REFERENCE.pack(weight), dtype, scale))
 
 
-def test_a_part_of_a_weight_is_those_rows_of_the_layer(cpu: CpuOperations) -> None:
+def test_a_part_of_a_weight_is_the_same_rows_of_the_layer(cpu: CpuOperations) -> None:
     x, matrix = random(0, 3, 40), random(1, 50, 40)
     for weight in (matrix, quantize(matrix, 8), quantize(matrix, 4)):
         packed = cpu.pack(weight)
@@ -164,7 +164,7 @@ def test_squares_of_heads(cpu: CpuOperations, heads: Heads, dtype: torch.dtype) 
     dtype=dtypes,
     broken=st.none() | st.tuples(st.integers(0, 3), st.integers(0, 20_000), st.sampled_from([inf, -inf, nan])),
 )
-def test_widening_and_which_rows_are_finite(
+def test_upcasting_and_finding_finite_rows(
     cpu: CpuOperations, rows: int, n: int, dtype: torch.dtype, broken: tuple[int, int, float] | None
 ) -> None:
     x = random(0, rows, n, dtype=dtype)
@@ -179,7 +179,7 @@ def test_widening_and_which_rows_are_finite(
     assert finite.equal(expected_finite)
 
 
-def test_a_large_negative_gate_closes_and_a_large_positive_one_opens(cpu: CpuOperations) -> None:
+def test_large_negative_gates_close_and_large_positive_ones_open(cpu: CpuOperations) -> None:
     gates = torch.tensor([[-1e4, 1e4, 2.0, 3.0]])
     for function in get_args(Activation):
         expected = [0.0, {"relu2": 3e8, "clamped_swiglu": 7.0 * 4}.get(function, 3e4)]
@@ -229,7 +229,7 @@ def test_attention_of_long_decodes_beside_a_long_chunk(
     assert_close(actual, REFERENCE.attention(qkv, heads, REFERENCE.prepare(batch), layer, sinks), factor=2)
 
 
-def test_what_lies_behind_a_sequences_last_position_is_never_used(cpu: CpuOperations) -> None:
+def test_memory_after_a_sequences_last_position_is_never_used(cpu: CpuOperations) -> None:
     heads = Heads(query=2, kv=1, dim=16)
     batch, num_blocks = paged_batch([(5, 1), (16, 3)], seed=0)
     (layer,) = filled_cache(num_blocks, heads, torch.float32, 0).layers
@@ -263,7 +263,7 @@ def test_a_sequences_attention_does_not_depend_on_its_neighbours(cpu: CpuOperati
     form=cache_dtypes,
     seed=st.integers(0, 99),
 )
-def test_rotation_and_what_it_writes_to_the_cache(
+def test_rotation_and_writing_to_the_cache(
     cpu: CpuOperations,
     chunks: list[tuple[int, int]],
     heads: Heads,
@@ -352,7 +352,7 @@ def test_lora_deltas_of_mixed_ranks(
 
 
 @pytest.mark.parametrize("int8", [False, True])
-def test_a_row_of_a_run_that_is_not_finite_leaves_the_others_as_they_are(cpu: CpuOperations, int8: bool) -> None:
+def test_a_row_that_is_not_finite_does_not_change_the_others_of_its_run(cpu: CpuOperations, int8: bool) -> None:
     layout = LinearLayout("one", 0, (LinearPart("p", 40, (slice(0, 40),)),), 70, slice(0, 70))
     deltas = {"p": Delta(random(1, 5, 70), random(2, 40, 5), 0.5)}
     adapter = partition_adapter(deltas, [layout], torch.int8 if int8 else torch.bfloat16).weights
@@ -386,7 +386,7 @@ def test_a_mixture_of_experts(cpu: CpuOperations, tokens: int, experts: int, cho
             assert_close(actual, expected, factor=4)
 
 
-def test_a_token_whose_logits_are_not_finite_leaves_the_others_as_they_are(cpu: CpuOperations) -> None:
+def test_a_token_whose_logits_are_not_finite_does_not_change_the_others(cpu: CpuOperations) -> None:
     logits, x = random(0, 3, 4), random(1, 3, 16)
     whole = cpu.combine(cpu.dispatch(x, routing := cpu.route(logits, 2, True)), routing)
     logits[1] = torch.nan
@@ -395,7 +395,7 @@ def test_a_token_whose_logits_are_not_finite_leaves_the_others_as_they_are(cpu: 
     assert broken[[0, 2]].equal(whole[[0, 2]])
 
 
-def test_a_kernel_takes_its_own_parameters_by_name_and_no_others() -> None:
+def test_a_kernel_takes_only_its_own_parameters_by_name() -> None:
     kernels = Kernels(build(kernels_directory(), "portable"))
     shape = {"n": 32, "k": 64, "bits": 4, "group": 32}
     reordered = dict(reversed(shape.items()))

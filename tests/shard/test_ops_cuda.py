@@ -80,7 +80,7 @@ def test_a_quantized_linear_layer_of_any_shape(
 
 
 @pytest.mark.parametrize("bits", [None, 8, 4])
-def test_a_part_of_a_weight_is_those_rows_of_the_layer_and_the_embedding_its_rows(bits: int | None) -> None:
+def test_a_part_of_a_weight_is_the_same_rows_of_the_layer_and_of_the_embedding(bits: int | None) -> None:
     x, matrix = random(0, 3, 100), random(1, 50, 100)
     weight = matrix if bits is None else quantize(matrix, bits)
     packed = CUDA.pack(weight)
@@ -127,7 +127,7 @@ def test_attention_over_any_mix_of_chunks(heads: Heads, chunks: list[tuple[int, 
         assert_close(actual, REFERENCE.attention(qkv, heads, REFERENCE.prepare(batch), layer, sinks), factor=2)
 
 
-def test_small_chances_times_small_scales_are_not_lost_in_float16() -> None:
+def test_small_probabilities_times_small_scales_do_not_underflow_in_float16() -> None:
     """A cache of int8 whose values are small: each position's chance is far from the peak's."""
     heads = Heads(query=1, kv=1, dim=16)
     batch, num_blocks = paged_batch([(400, 1)], seed=0)
@@ -141,7 +141,7 @@ def test_small_chances_times_small_scales_are_not_lost_in_float16() -> None:
     assert error < 0.02
 
 
-def test_what_lies_behind_a_sequence_in_its_last_block_is_never_looked_at() -> None:
+def test_memory_after_a_sequence_in_its_last_block_is_never_read() -> None:
     heads = Heads(query=2, kv=1, dim=16)
     batch, num_blocks = paged_batch([(5, 1), (16, 3)], seed=0)
     (layer,) = filled_cache(num_blocks, heads, torch.float32, 0).layers
@@ -177,7 +177,7 @@ def test_a_sequences_attention_does_not_depend_on_its_neighbours() -> None:
         (Heads(query=2, kv=1, dim=24, value_dim=40), True, 0, False),
     ],
 )
-def test_rotation_and_what_it_writes_to_the_cache(
+def test_rotation_and_writing_to_the_cache(
     heads: Heads, norm: bool, rotary_dim: int, interleaved: bool, form: torch.dtype
 ) -> None:
     dtype = torch.float32 if form == torch.int8 else form
@@ -281,7 +281,7 @@ SIZES: dict[str, Any] = {
 @pytest.mark.parametrize(
     "config", [LlamaConfig(**SIZES), MixtralConfig(**SIZES, num_local_experts=3)], ids=["llama", "mixtral"]
 )
-def test_a_decoder_computes_what_it_computes_with_the_reference(config: PreTrainedConfig, tmp_path: Path) -> None:
+def test_a_decoder_computes_the_same_as_with_the_reference(config: PreTrainedConfig, tmp_path: Path) -> None:
     """All operations together, some layers and tokens on an adapter, the others not."""
     directory, results = save_checkpoint(config, tmp_path), []
     for ops in (CUDA, REFERENCE):

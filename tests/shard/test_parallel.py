@@ -105,7 +105,7 @@ def test_nine_heads_in_three_groups_over_four_ranks() -> None:
 
 
 @given(total=st.integers(1, 300), size=st.integers(1, 20))
-def test_even_cuts_are_adjacent_cover_all_and_differ_by_at_most_one(total: int, size: int) -> None:
+def test_even_partitions_are_adjacent_complete_and_differ_by_at_most_one(total: int, size: int) -> None:
     if size > total:
         with pytest.raises(GroupSizeError, match=f"at most {total}"):
             partition_evenly(total, 0, size)
@@ -133,7 +133,7 @@ def test_every_query_head_is_on_one_rank_together_with_its_kv_head(kv_heads: int
 
 
 @given(total=st.integers(1, 40_000) | st.integers(1, 700).map(lambda units: units * 64), size=st.integers(1, 8))
-def test_mlp_units_are_cut_by_64_where_that_is_even_enough(total: int, size: int) -> None:
+def test_mlp_units_are_partitioned_in_multiples_of_64_if_that_is_balanced(total: int, size: int) -> None:
     if size > total:
         return
     cuts = [partition_units(total, rank, size) for rank in range(size)]

@@ -81,7 +81,7 @@ def expected(model: torch.nn.Module, prompt: list[int]) -> torch.Tensor:
     return normalize(hidden.float().mean(0), dim=0)
 
 
-def test_one_chunk_or_many_give_the_normalized_mean_beside_a_neighbour(
+def test_one_or_many_chunks_give_the_normalized_mean_beside_a_neighbour(
     runner: Runner, reference: PreTrainedModel
 ) -> None:
     prompts = {row: random_tokens(length, row) for row, length in ((0, 40), (1, 7), (2, 20))}
@@ -103,7 +103,7 @@ def test_one_chunk_or_many_give_the_normalized_mean_beside_a_neighbour(
     ("mode", "pool"),
     [("last", lambda hidden: hidden[-1]), ("first", lambda hidden: hidden[0]), ("mean", lambda hidden: hidden.mean(0))],
 )
-def test_a_model_is_pooled_as_its_files_say(
+def test_pooling_follows_the_models_files(
     mode: PoolingMode,
     pool: Callable[[torch.Tensor], torch.Tensor],
     normalized: bool,
@@ -127,7 +127,7 @@ def test_a_model_is_pooled_as_its_files_say(
     torch.testing.assert_close(vector, expected, atol=1e-5, rtol=1e-4)
 
 
-def test_a_row_that_is_taken_over_forgets_what_was_summed_up(runner: Runner, reference: PreTrainedModel) -> None:
+def test_a_reused_row_forgets_its_former_sum(runner: Runner, reference: PreTrainedModel) -> None:
     planner = Planner()
     planner.start(0, random_tokens(30, 1), pool=True)
     run(planner, runner, {0: 20}, {0})
@@ -137,7 +137,7 @@ def test_a_row_that_is_taken_over_forgets_what_was_summed_up(runner: Runner, ref
     torch.testing.assert_close(vectors(response)[0], expected(reference, prompt), atol=1e-5, rtol=1e-4)
 
 
-def test_an_adapter_changes_the_vector_as_it_does_in_peft(
+def test_an_adapter_changes_the_vector_as_in_peft(
     runner: Runner, adapters: AdapterStore, checkpoint: Path, tmp_path: Path, reference: PreTrainedModel
 ) -> None:
     model, prompt = save_adapter(checkpoint, tmp_path / "a", seed=1, lora_rank=4), random_tokens(9, 3)
@@ -152,7 +152,7 @@ def test_an_adapter_changes_the_vector_as_it_does_in_peft(
     assert (adapted - base).norm() > 0.01
 
 
-def test_a_vector_that_is_not_finite_fails_its_sequence_alone(checkpoint: Path, adapters: AdapterStore) -> None:
+def test_a_vector_that_is_not_finite_only_fails_its_sequence(checkpoint: Path, adapters: AdapterStore) -> None:
     broken = load(checkpoint, max_model_len=MAX_MODEL_LEN)
     broken.embedding.weight.matrix[5] = torch.nan
     grammars = GrammarCompiler(b"{}", broken.vocab_size, end_token_ids=(2,))

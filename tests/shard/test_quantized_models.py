@@ -40,9 +40,7 @@ def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 
 @quantizations
-def test_matrices_are_rounded_and_embedding_and_head_are_kept_at_8_bits(
-    quantization: Quantize, directory: Path
-) -> None:
+def test_matrices_are_quantized_and_embedding_and_head_stay_at_8_bits(quantization: Quantize, directory: Path) -> None:
     decoder, checkpoint = load(directory, quantize=quantization), open_checkpoint(str(directory))
     bits = BITS[quantization]
     down = quantize(checkpoint.read("model.layers.0.mlp.down_proj.weight"), bits)
@@ -59,14 +57,16 @@ def test_matrices_are_rounded_and_embedding_and_head_are_kept_at_8_bits(
 
 
 @quantizations
-def test_what_is_not_a_matrix_is_not_rounded(quantization: Quantize, directory: Path) -> None:
+def test_parameters_that_are_not_matrices_are_not_quantized(quantization: Quantize, directory: Path) -> None:
     exact, rounded = load(directory), load(directory, quantize=quantization)
     for (name, expected), (_, actual) in zip(exact.named_parameters(), rounded.named_parameters(), strict=True):
         assert torch.equal(actual, expected), name
 
 
 @quantizations
-def test_ranks_have_the_rows_of_the_whole_and_round_their_own_columns(quantization: Quantize, directory: Path) -> None:
+def test_ranks_have_the_rows_of_the_whole_and_quantize_their_own_columns(
+    quantization: Quantize, directory: Path
+) -> None:
     whole = load(directory, quantize=quantization)
     ranks = [load(directory, group=Group(rank, 2), quantize=quantization) for rank in range(2)]
     up = [rank.layers[0].mlp.gate_up.weight.matrix[96:] for rank in ranks]
@@ -81,7 +81,7 @@ def test_ranks_have_the_rows_of_the_whole_and_round_their_own_columns(quantizati
 
 @pytest.mark.parametrize("quantization", ["none", *BITS])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_kernels_compute_every_architecture_as_the_reference_does(
+def test_the_kernels_compute_every_architecture_like_the_reference(
     variant: str, quantization: Quantize, tmp_path: Path
 ) -> None:
     directory = save_checkpoint(VARIANTS[variant], tmp_path)

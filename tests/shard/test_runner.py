@@ -106,7 +106,7 @@ def test_adapters_and_the_base_in_one_batch_give_the_tokens_of_peft(
     assert greedy(models[1], prompts[0], 10) != greedy(models[2], prompts[0], 10)
 
 
-def test_a_prefix_of_another_sequence_is_not_computed_again(runner: Runner, reference: PreTrainedModel) -> None:
+def test_a_prefix_of_another_sequence_is_not_recomputed(runner: Runner, reference: PreTrainedModel) -> None:
     first, second = random_tokens(48, 1), [*random_tokens(48, 1)[:32], *random_tokens(5, 9)]
     planner = Planner()
     planner.start(0, first)
@@ -135,7 +135,7 @@ def test_a_row_forgets_its_former_sequence(runner: Runner) -> None:
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, RANDOM], ids=["greedy", "sampled"])
-def test_a_preempted_sequence_goes_on_as_if_nothing_had_happened(runner: Runner, sampling: Sampling) -> None:
+def test_a_preempted_sequence_continues_as_if_nothing_had_happened(runner: Runner, sampling: Sampling) -> None:
     prompt = random_tokens(30, 4)
     undisturbed, preempted = Planner(), Planner()
     undisturbed.start(0, prompt, sampling=sampling)
@@ -154,7 +154,7 @@ def test_a_preempted_sequence_goes_on_as_if_nothing_had_happened(runner: Runner,
     assert preempted.rows[6].outputs == undisturbed.rows[0].outputs
 
 
-def test_what_a_seed_gives_does_not_depend_on_the_neighbours(runner: Runner) -> None:
+def test_a_seeds_tokens_do_not_depend_on_the_neighbours(runner: Runner) -> None:
     prompt = random_tokens(20, 5)
     alone, together = Planner(), Planner()
     alone.start(0, prompt, sampling=RANDOM)
@@ -169,7 +169,7 @@ def test_what_a_seed_gives_does_not_depend_on_the_neighbours(runner: Runner) -> 
     assert together.rows[7].outputs == alone.rows[0].outputs
 
 
-def test_prompt_logprobs_are_those_of_transformers(runner: Runner, reference: PreTrainedModel) -> None:
+def test_prompt_logprobs_equal_transformers(runner: Runner, reference: PreTrainedModel) -> None:
     prompt = random_tokens(LOGITS_SLICE + 40, 6)
     planner = Planner()
     planner.start(1, prompt, prompt_logprobs=True)
@@ -184,9 +184,7 @@ def test_prompt_logprobs_are_those_of_transformers(runner: Runner, reference: Pr
     torch.testing.assert_close(actual, expected[range(len(prompt) - 1), prompt[1:]], atol=1e-4, rtol=1e-4)
 
 
-def test_prompt_alternatives_are_those_of_transformers_where_asked_for(
-    runner: Runner, reference: PreTrainedModel
-) -> None:
+def test_requested_prompt_alternatives_equal_transformers(runner: Runner, reference: PreTrainedModel) -> None:
     prompts = random_tokens(LOGITS_SLICE + 9, 6), random_tokens(12, 7), random_tokens(10, 8)
     planner = Planner()
     for row, (prompt, count) in enumerate(zip(prompts, (0, 3, 1), strict=True)):
@@ -207,7 +205,7 @@ def test_a_restarted_sequence_reports_no_output_as_prompt(runner: Runner) -> Non
     assert list(planner.run(runner.step, {0: 13}).prompt_logprob_counts) == [7]
 
 
-def test_logprobs_are_those_before_temperature_and_penalties(runner: Runner, reference: PreTrainedModel) -> None:
+def test_logprobs_are_computed_before_temperature_and_penalties(runner: Runner, reference: PreTrainedModel) -> None:
     prompts = random_tokens(12, 1), random_tokens(15, 2), random_tokens(9, 3)
     planner = Planner()
     planner.start(0, prompts[0], sampling=RANDOM, logprobs=True, top_logprobs=4)
@@ -225,7 +223,7 @@ def test_logprobs_are_those_before_temperature_and_penalties(runner: Runner, ref
     torch.testing.assert_close(torch.tensor(response.alternative_logprobs), best, atol=1e-4, rtol=1e-4)
 
 
-def test_nothing_is_reported_that_nobody_asked_for(runner: Runner) -> None:
+def test_nothing_is_reported_without_a_request(runner: Runner) -> None:
     planner = Planner()
     planner.start(0, random_tokens(5, 1))
     response = planner.run(runner.step, {0: 5})
@@ -245,7 +243,7 @@ class Poison:
         return in_one_piece({"layers.0.qkv": nan}, layer_count=9)
 
 
-def test_a_sequence_that_is_not_finite_fails_alone(decoder: Decoder, reference: PreTrainedModel) -> None:
+def test_a_sequence_that_is_not_finite_is_the_only_one_that_fails(decoder: Decoder, reference: PreTrainedModel) -> None:
     runner = make_runner(decoder, Poison())  # type: ignore[arg-type]
     prompts = random_tokens(18, 1), random_tokens(20, 2)
     planner = Planner()
@@ -278,7 +276,9 @@ def test_the_last_position_of_the_context_can_be_computed(runner: Runner, refere
 
 
 @pytest.mark.parametrize("max_batch_tokens", [1, 30, MAX_MODEL_LEN + 100, 20 * MAX_MODEL_LEN])
-def test_a_warm_runner_answers_the_same(runner: Runner, reference: PreTrainedModel, max_batch_tokens: int) -> None:
+def test_a_warmed_up_runner_gives_the_same_answers(
+    runner: Runner, reference: PreTrainedModel, max_batch_tokens: int
+) -> None:
     runner.warmup(max_batch_tokens)
     planner = Planner()
     planner.start(0, random_tokens(20, 1))

@@ -110,7 +110,7 @@ def test_each_row_is_warped_by_its_own_parameters() -> None:
 )
 @pytest.mark.parametrize("scale", [0.1, 3, 20])
 @pytest.mark.parametrize("vocab", [HEAD - 1, VOCAB + 5, 40 * HEAD])
-def test_the_head_is_what_warping_leaves_or_says_that_it_is_not(
+def test_the_head_has_all_tokens_that_warping_keeps_or_reports_that_it_does_not(
     values: dict[str, float], scale: float, vocab: int
 ) -> None:
     # Rounded, so that many tokens equal the last one that is in.
@@ -124,7 +124,7 @@ def test_the_head_is_what_warping_leaves_or_says_that_it_is_not(
 
 
 @given(vocab=st.integers(1, 100), seed=st.integers(0, 99))
-def test_greedy_and_the_likeliest_are_argmax_and_topk_of_a_vocabulary_of_any_size(vocab: int, seed: int) -> None:
+def test_greedy_and_likeliest_equal_argmax_and_topk_for_any_vocabulary(vocab: int, seed: int) -> None:
     logits = random_logits(3, vocab, seed=seed).round()  # with ties
     assert torch.equal(sample(logits, parameters(*[GREEDY] * 3), history(*[([0], 1)] * 3)), logits.argmax(-1))
     count = 1 + seed % vocab
@@ -164,7 +164,7 @@ def test_frequency_and_presence_penalties_count_the_output_only() -> None:
     assert sample(logits, parameters({**GREEDY, "presence_penalty": -1.1}), history(([0, 1], 1))).item() == 1
 
 
-def test_top_n_sigma_counts_deviations_from_the_largest_over_what_is_allowed() -> None:
+def test_top_n_sigma_uses_the_deviation_of_the_allowed_tokens() -> None:
     logits = random_logits(3)
     logits[1, 5:] = -torch.inf
     each = parameters({"top_n_sigma": 1.5}, {"top_n_sigma": 0.7}, {})
@@ -178,13 +178,13 @@ def test_top_n_sigma_counts_deviations_from_the_largest_over_what_is_allowed() -
     assert sample(logits, each, history(*[([0], 1)] * 3)).tolist() == logits.argmax(-1).tolist()
 
 
-def test_penalties_of_some_do_not_touch_the_others() -> None:
+def test_penalties_of_some_rows_do_not_change_the_others() -> None:
     logits = torch.tensor([[3.0, 2.0]]).repeat(3, 1)
     each = parameters(GREEDY, {**GREEDY, "repetition_penalty": 5}, GREEDY)
     assert sample(logits, each, history(([0], 1), ([0], 1), ([0], 1))).tolist() == [0, 1, 0]
 
 
-def test_logits_stay_as_they_are() -> None:
+def test_sampling_does_not_change_the_logits() -> None:
     logits = random_logits(2)
     before = logits.clone()
     everything = {"temperature": 0.5, "top_k": 4, "top_p": 0.5, "typical_p": 0.5, "min_p": 0.1, "seed": 3}
@@ -193,7 +193,7 @@ def test_logits_stay_as_they_are() -> None:
     assert torch.equal(logits, before)
 
 
-def test_greedy_takes_the_first_of_equals() -> None:
+def test_greedy_takes_the_first_of_equal_logits() -> None:
     logits = torch.zeros(1, VOCAB)
     logits[0, [700, 40, 1000]] = 1
     assert sample(logits, parameters(GREEDY), history(([0], 1))).item() == 40
@@ -205,7 +205,7 @@ def test_a_tiny_temperature_takes_the_likeliest() -> None:
     assert torch.equal(tokens, logits.argmax(-1))
 
 
-def test_every_parameter_of_the_protocol_is_known_and_absent_ones_leave_their_stage_out() -> None:
+def test_every_parameter_of_the_protocol_is_known_and_absent_ones_skip_their_stage() -> None:
     assert {*NEUTRAL, "logit_bias"} == set(Sampling.DESCRIPTOR.fields_by_name)
     absent = np.array([read_parameters(Sampling())], PARAMETERS)
     assert not any(stage.needed(absent).any() for stage in STAGES)
@@ -237,7 +237,7 @@ LIMITS = {
     scale=st.sampled_from([1.0, 1e4, 1e30]),
 )
 @settings(max_examples=150, deadline=None)
-def test_at_the_limits_of_all_parameters_an_allowed_token_is_chosen(
+def test_an_allowed_token_is_chosen_at_the_limits_of_all_parameters(
     sequences: list[dict[str, float]], seed: int, scale: float
 ) -> None:
     count = len(sequences)
@@ -264,7 +264,7 @@ def test_a_row_with_nan_yields_a_valid_token_and_spares_the_others() -> None:
 
 @pytest.mark.parametrize("values", [{}, {"temperature": 0.5}, {"top_k": 4}, {"top_p": 0.7}, {"typical_p": 0.5}])
 @pytest.mark.parametrize("vocab", [8, 40])
-def test_tokens_come_as_often_as_their_probability_says(values: dict[str, float], vocab: int) -> None:
+def test_tokens_are_sampled_with_their_probability(values: dict[str, float], vocab: int) -> None:
     draws = 20_000
     logits = random_logits(1, vocab=vocab, scale=1.5, seed=2)
     each = np.repeat(parameters({**RANDOM, **values}), draws)
@@ -297,7 +297,7 @@ def test_neighbouring_seeds_draw_unrelated_numbers() -> None:
     assert abs(first.mean() - 0.5) < 0.02
 
 
-def test_the_largest_seed_is_taken() -> None:
+def test_the_largest_seed_is_accepted() -> None:
     assert 0 <= uniforms(np.array([2**64 - 1], np.uint64), np.array([2**31]))[0] < 1
 
 
@@ -323,7 +323,7 @@ sequences = st.fixed_dictionaries(
     scale=st.sampled_from([0.5, 3]),
     data=st.data(),
 )
-def test_what_is_chosen_does_not_depend_on_the_batch(
+def test_the_chosen_token_does_not_depend_on_the_batch(
     chosen: list[tuple[dict[str, float], list[int]]], scale: float, data: st.DataObject
 ) -> None:
     logits = random_logits(len(chosen), scale=scale)
@@ -337,7 +337,7 @@ def test_what_is_chosen_does_not_depend_on_the_batch(
     assert torch.equal(together[order], others)
 
 
-def test_logprobs_are_those_of_the_raw_logits() -> None:
+def test_logprobs_are_computed_from_the_raw_logits() -> None:
     logits = random_logits(3)
     tokens = torch.tensor([4, 0, VOCAB - 1])
     expected = logits.log_softmax(-1)

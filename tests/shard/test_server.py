@@ -91,7 +91,7 @@ def connected(settings: ShardSettings) -> Iterator[ShardServiceStub]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_shard_stops_cleanly_even_in_the_middle_of_a_stream(
+def test_a_shard_stops_cleanly_even_during_a_stream(
     checkpoint: Path, reference: PreTrainedModel, tmp_path: Path, number: signal.Signals
 ) -> None:
     settings = ShardSettings(
@@ -121,7 +121,7 @@ def test_a_shard_stops_cleanly_even_in_the_middle_of_a_stream(
         assert planner.rows[0].outputs == greedy(reference, PROMPT, 4)
 
 
-def test_a_shard_that_is_told_to_stop_says_so_and_goes_on_until_its_router_leaves(
+def test_a_stopping_shard_reports_it_and_continues_until_its_router_leaves(
     checkpoint: Path, reference: PreTrainedModel, tmp_path: Path
 ) -> None:
     settings = ShardSettings(
@@ -220,14 +220,14 @@ def two_ranks(checkpoint: Path, reference: PreTrainedModel, tmp_path: Path) -> I
         yield TwoRanks(processes, shards)
 
 
-def test_a_rank_ends_when_the_other_one_is_killed_though_nothing_runs(two_ranks: TwoRanks) -> None:
+def test_an_idle_rank_ends_when_the_other_one_is_killed(two_ranks: TwoRanks) -> None:
     killed, other = two_ranks.processes
     killed.kill()
     assert other.wait(TIMEOUT) == 1
     assert other.stderr is not None and "rank 1: another rank has ended" in other.stderr.read()
 
 
-def test_both_ranks_end_if_one_stood_still_in_a_step_until_the_router_had_left(two_ranks: TwoRanks) -> None:
+def test_both_ranks_end_if_one_was_suspended_in_a_step_until_the_router_left(two_ranks: TwoRanks) -> None:
     stopped, other = two_ranks.processes
     planner = Planner()
     planner.start(0, PROMPT)

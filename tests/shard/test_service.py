@@ -184,7 +184,7 @@ def test_a_new_stream_starts_without_rows(
     assert failed_step.wait(TIMEOUT)
 
 
-def test_an_unforeseen_failure_is_logged_with_its_traceback_and_the_next_stream_works(
+def test_an_unexpected_error_is_logged_with_its_traceback_and_the_next_stream_works(
     shard: ShardServiceStub, caplog: pytest.LogCaptureFixture
 ) -> None:
     plan = first_plan()
@@ -207,7 +207,7 @@ def test_plans_are_numbered_from_zero_on_each_stream(shard: ShardServiceStub) ->
         stream.step(plan)
 
 
-def test_a_router_that_is_lost_makes_room_for_the_next(shard: ShardServiceStub, failed_step: threading.Event) -> None:
+def test_a_lost_router_makes_room_for_the_next(shard: ShardServiceStub, failed_step: threading.Event) -> None:
     with Stream(shard) as stream:
         stream.step(first_plan())
         stream.send(pb.StepRequest(step=1, rows=[0], lengths=[1], slots=[0], samples=[True], block_counts=[0]))
@@ -217,7 +217,7 @@ def test_a_router_that_is_lost_makes_room_for_the_next(shard: ShardServiceStub, 
     assert not failed_step.is_set()
 
 
-def test_nothing_hangs_once_what_a_router_asked_for_has_ended_however_its_call_did(
+def test_the_shard_is_not_hanging_once_all_work_of_a_router_has_ended(
     shard: ShardServiceStub, service: ShardService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shard.Warmup(pb.WarmupRequest(max_batch_tokens=8))
@@ -231,7 +231,7 @@ def test_nothing_hangs_once_what_a_router_asked_for_has_ended_however_its_call_d
     assert not service.hangs
 
 
-def test_what_goes_on_for_a_router_that_has_left_hangs_after_a_while(
+def test_the_shard_counts_as_hanging_if_work_for_a_lost_router_continues_too_long(
     shard: ShardServiceStub, service: ShardService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     running, may_go_on = threading.Event(), threading.Event()
@@ -253,7 +253,7 @@ def test_what_goes_on_for_a_router_that_has_left_hangs_after_a_while(
         time.sleep(0.01)
 
 
-def test_long_prompts_are_more_than_grpc_takes_by_default(shard: ShardServiceStub) -> None:
+def test_prompts_may_exceed_grpcs_default_message_size(shard: ShardServiceStub) -> None:
     plan = first_plan()
     plan.starts[0].tokens.extend([1] * (5 << 20))
     with Stream(shard) as stream, pytest.raises(grpc.RpcError, match="AssertionError") as failed:
@@ -290,7 +290,7 @@ def test_adapters_are_staged_loaded_used_and_forgotten(
     assert isinstance(from_rpc_error(refused.value), AdapterNotFoundError)
 
 
-def test_what_is_wrong_with_an_adapter_crosses_the_wire_as_its_type(shard: ShardServiceStub) -> None:
+def test_errors_of_adapters_keep_their_type_across_the_wire(shard: ShardServiceStub) -> None:
     with pytest.raises(grpc.RpcError) as refused:
         shard.StageAdapter(pb.StageAdapterRequest(id="missing", source="local", token="secret"))
     error = from_rpc_error(refused.value)
@@ -298,7 +298,9 @@ def test_what_is_wrong_with_an_adapter_crosses_the_wire_as_its_type(shard: Shard
     assert "missing" in error.message and "secret" not in error.message
 
 
-def test_a_slow_adapter_source_delays_no_step(decoder: Decoder, address: str, failed_step: threading.Event) -> None:
+def test_a_slow_adapter_source_does_not_delay_steps(
+    decoder: Decoder, address: str, failed_step: threading.Event
+) -> None:
     adapters: Any = SlowAdapters()
     server, _ = start(service_with(adapters, decoder, failed_step), address)
     with grpc.insecure_channel(address) as channel, Stream(ShardServiceStub(channel)) as stream:
@@ -312,7 +314,7 @@ def test_a_slow_adapter_source_delays_no_step(decoder: Decoder, address: str, fa
     server.stop(None).wait()
 
 
-def test_health_is_answered_while_slow_adapter_sources_keep_all_threads_busy(
+def test_the_health_service_answers_while_slow_adapter_sources_occupy_all_threads(
     decoder: Decoder, address: str, failed_step: threading.Event
 ) -> None:
     adapters: Any = SlowAdapters()

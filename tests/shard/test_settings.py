@@ -53,7 +53,7 @@ def test_a_bad_value_is_refused_by_name(field: str, value: object) -> None:
         ShardSettings.model_validate({field: value})
 
 
-def test_a_file_is_no_adapter_directory(tmp_path: Path) -> None:
+def test_a_file_is_not_an_adapter_directory(tmp_path: Path) -> None:
     file = tmp_path / "adapter"
     file.touch()
     with pytest.raises(ValidationError, match=r"adapters: .* is not a directory"):
@@ -71,10 +71,10 @@ def test_ranks_need_a_rendezvous() -> None:
 
 
 @pytest.mark.parametrize("listen", ["127.0.0.1:50060", "[::]:0", "shard-0.shards:50060", "unix:/run/rank-0.sock"])
-def test_addresses_of_both_kinds_are_taken(listen: str) -> None:
+def test_both_kinds_of_addresses_are_accepted(listen: str) -> None:
     assert ShardSettings(listen=listen).listen == listen
 
 
-def test_settings_do_not_change() -> None:
+def test_settings_are_immutable() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         ShardSettings().rank = 1  # type: ignore[misc]

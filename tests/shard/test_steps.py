@@ -83,7 +83,7 @@ def plan(number: int, row: int = 0) -> StepRequest:
     return StepRequest(step=number, rows=[row])
 
 
-def test_plans_that_have_come_run_though_nobody_has_taken_a_result(steps: StepThread, recorder: Recorder) -> None:
+def test_plans_run_even_if_nobody_has_read_a_result(steps: StepThread, recorder: Recorder) -> None:
     plans = Plans(plan(0), plan(1), plan(2), plan(3))
     with closing(steps.run(iter(plans))) as results:
         assert next(results).response.step == 0
@@ -94,9 +94,7 @@ def test_plans_that_have_come_run_though_nobody_has_taken_a_result(steps: StepTh
         assert [step.response.step for step in results] == [1, 2, 3]
 
 
-def test_the_next_plan_is_read_and_the_last_result_taken_while_a_plan_runs(
-    steps: StepThread, recorder: Recorder
-) -> None:
+def test_plans_are_read_and_results_are_sent_while_a_plan_runs(steps: StepThread, recorder: Recorder) -> None:
     plans = Plans(plan(0))
     with closing(steps.run(iter(plans))) as results:
         first = next(results)
@@ -126,7 +124,7 @@ def test_everything_runs_on_one_thread(steps: StepThread, recorder: Recorder) ->
     assert threading.get_ident() not in recorder.threads
 
 
-def test_plans_behind_one_that_failed_are_not_run(
+def test_plans_after_a_failed_one_do_not_run(
     steps: StepThread, recorder: Recorder, failed_step: threading.Event
 ) -> None:
     failing = Plans(plan(0), plan(1, row=9), plan(2))
@@ -147,7 +145,7 @@ def test_plans_behind_one_that_failed_are_not_run(
     failing.plans.put(None)
 
 
-def test_a_stream_is_left_once_the_plans_that_have_come_are_run(steps: StepThread, recorder: Recorder) -> None:
+def test_a_stream_ends_once_its_plans_have_run(steps: StepThread, recorder: Recorder) -> None:
     plans = Plans(plan(0))
     results = steps.run(iter(plans))
     next(results)
@@ -181,7 +179,7 @@ def test_a_lost_router_ends_the_stream(steps: StepThread) -> None:
         (RuntimeError("CUDA error: device-side assert triggered"), 1, "cuda", True),
     ],
 )
-def test_a_rank_ends_after_a_failed_step_where_it_could_not_run_another(
+def test_a_rank_ends_after_a_failed_step_if_it_cannot_run_another(
     error: Exception, ranks: int, device: str, ends: bool
 ) -> None:
     assert ends_process(error, ranks, torch.device(device)) == ends

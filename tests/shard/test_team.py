@@ -65,13 +65,13 @@ def expected() -> list[torch.Tensor]:
     return alone
 
 
-def test_several_threads_compute_what_one_does(on_three_threads: CpuOperations) -> None:
+def test_several_threads_compute_the_same_as_one(on_three_threads: CpuOperations) -> None:
     for _ in range(20):
         for work, alone in zip(WORK, expected(), strict=True):
             assert work(on_three_threads).equal(alone)
 
 
-def test_threads_that_call_kernels_at_the_same_time_have_teams_of_their_own(on_three_threads: CpuOperations) -> None:
+def test_threads_that_call_kernels_at_the_same_time_have_separate_teams(on_three_threads: CpuOperations) -> None:
     alone = expected()
 
     def compute(number: int) -> bool:

@@ -104,7 +104,7 @@ def logits(model: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_text_alone_has_the_logits_of_transformers(name: str, tmp_path: Path) -> None:
+def test_the_logits_for_text_equal_transformers(name: str, tmp_path: Path) -> None:
     model = make(MODELS[name])
     model.save_pretrained(tmp_path)
     driver = Sequences(load(tmp_path))
@@ -126,7 +126,7 @@ def renamed(tensors: dict[str, torch.Tensor], backbone: str, head: str) -> dict[
 
 @pytest.mark.parametrize("backbone", FORMER)
 @pytest.mark.parametrize("name", ["gemma3", "qwen2.5 vl", "qwen3 vl", "llava"])
-def test_tensors_are_known_by_the_names_of_other_versions(name: str, backbone: str, tmp_path: Path) -> None:
+def test_tensors_are_found_under_the_names_of_other_versions(name: str, backbone: str, tmp_path: Path) -> None:
     model = make(MODELS[name])
     model.save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
@@ -144,7 +144,7 @@ PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 @pytest.mark.parametrize(
     "targets", [PROJECTIONS, rf".*(language|text).*({'|'.join(PROJECTIONS)})"], ids=["list", "pattern"]
 )
-def test_an_adapter_of_the_whole_model_under_any_of_its_names(name: str, targets: Any, tmp_path: Path) -> None:
+def test_an_adapter_of_the_whole_model_is_found_under_any_of_its_names(name: str, targets: Any, tmp_path: Path) -> None:
     """What reads pictures may be adapted, too: it does not matter to text."""
     model = make(MODELS[name])
     model.save_pretrained(tmp_path / "base")
@@ -165,7 +165,7 @@ def test_an_adapter_of_the_whole_model_under_any_of_its_names(name: str, targets
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_pattern_of_the_names_that_modules_had_before_means_them_still(tmp_path: Path) -> None:
+def test_a_pattern_with_former_module_names_still_matches(tmp_path: Path) -> None:
     model = make(MODELS["gemma3"])
     model.save_pretrained(tmp_path / "base")
     decoder = load(tmp_path / "base")

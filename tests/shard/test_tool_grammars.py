@@ -51,7 +51,7 @@ def read_calls(text: str, tools: Tools) -> list[tuple[str, Any]]:
     return [(name, json.loads(arguments)) for name, arguments in calls]
 
 
-def test_arguments_fit_the_schema_of_the_tool_that_is_called_whatever_the_others_define(
+def test_arguments_fit_the_called_tools_schema_whatever_the_others_define(
     compiler: GrammarCompiler,
 ) -> None:
     called = list[str]()
@@ -99,7 +99,7 @@ NODE = {"type": "object", "properties": {"next": {"anyOf": [{"$ref": "#/$defs/No
         ),
     ],
 )
-def test_what_a_tool_takes_is_an_object(
+def test_a_tools_arguments_are_an_object(
     compiler: GrammarCompiler, parameters: dict[str, Any] | None, arguments: str
 ) -> None:
     for seed in range(5):
@@ -131,7 +131,7 @@ def test_a_refusal_names_the_tool_and_the_keyword(
     assert violation.field == "tools[1]" and "'bad'" in violation.description and reason in violation.description
 
 
-def test_schemas_that_are_too_long_are_refused_by_their_tools() -> None:
+def test_too_long_schemas_are_refused_by_their_tools_names() -> None:
     long, short = {"description": "x" * 40_000}, {"description": "x" * 30_000}
     (found,) = forced({"good": {}, "bad": long}, several=True).check()
     assert found.field == "tools[1]" and "'bad'" in found.description

@@ -40,7 +40,7 @@ def test_linear_layers_are_quantized_as_they_are_loaded(
     assert 0 < error < tolerance
 
 
-def test_the_kernels_compute_what_the_reference_does(directory: Path) -> None:
+def test_the_kernels_compute_the_same_as_the_reference(directory: Path) -> None:
     ours, reference = load(directory, ops=cpu_operations(instruction_set())), load(directory)
     adapter = adapter_for(ours.layouts)
     drivers = [Sequences(model, block_size=16) for model in (ours, reference)]
@@ -57,7 +57,7 @@ def test_a_model_that_keeps_a_state_is_refused_by_name(tmp_path: Path) -> None:
         load(tmp_path)
 
 
-def test_a_tensor_that_is_missing_is_named(directory: Path, tmp_path: Path) -> None:
+def test_a_missing_tensor_of_transformers_model_is_named(directory: Path, tmp_path: Path) -> None:
     model = load_reference(directory)
     tensors = model.state_dict()
     del tensors["gpt_neox.layers.1.mlp.dense_h_to_4h.weight"]
@@ -74,7 +74,7 @@ def test_windows_are_read_from_masks() -> None:
         read_window(lambda batch, head, query, key: key >= 0, 100)
 
 
-def test_longrope_has_its_long_factors_where_sequences_may_be_long() -> None:
+def test_longrope_uses_its_long_factors_if_sequences_may_be_long() -> None:
     from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
     rope = {
