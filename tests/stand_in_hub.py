@@ -1,11 +1,11 @@
-"""A model hub on loopback that speaks what huggingface_hub asks of the real one: revisions, listings and files.
+"""A model hub on loopback that answers huggingface_hub's requests: revisions, listings and files.
 
     with StandInHub() as hub:
         commit = hub.push("org/adapter", {"adapter_config.json": b"..."})
         HfApi(endpoint=hub.url).model_info("org/adapter")
 
-It refuses as the real one does: it hides private repositories, also their existence, from those without a token, and
-says 404 where a token is good but may not see them.
+It refuses requests like the real hub: without a token, even the existence of private repositories is hidden; a valid
+token that may not read them gets a 404.
 """
 
 import hashlib
@@ -37,12 +37,12 @@ class _Repository:
 
 
 class StandInHub:
-    """Runs while its `with` block does. `requests` lists what was asked, as "METHOD /path", in order of arrival."""
+    """Runs during its `with` block. `requests` lists the requests as "METHOD /path", in order of arrival."""
 
     def __init__(self) -> None:
         self.requests: list[str] = []
         self.delay_s = 0.0  # before each answer
-        self.failure: int | None = None  # a status to answer everything with
+        self.failure: int | None = None  # the status of all answers, if set
         self._repositories: dict[str, _Repository] = {}
         self._hurry = threading.Event()
         self._server = _Server(("127.0.0.1", 0), _handler_of(self))
@@ -50,7 +50,7 @@ class StandInHub:
 
     @property
     def url(self) -> str:
-        """For HF_ENDPOINT."""
+        """The value for HF_ENDPOINT."""
         return f"http://127.0.0.1:{self._server.server_port}"
 
     def push(
@@ -61,7 +61,7 @@ class StandInHub:
         tokens: frozenset[str] = frozenset(),
         gated: bool = False,
     ) -> str:
-        """Makes these the files of a branch. Returns the commit. With `tokens`, only they may read the repository."""
+        """Replaces the files of a branch. Returns the commit. With `tokens`, only these may read the repository."""
         repository = self._repositories.setdefault(repo, _Repository(tokens, gated))
         digest = hashlib.sha1(repr((sorted(files.items()), len(repository.commits))).encode())
         commit = digest.hexdigest()
@@ -70,7 +70,7 @@ class StandInHub:
         return commit
 
     def release(self) -> None:
-        """Ends the delay, also of what is waiting for its answer."""
+        """Ends the delay, also for requests that are waiting."""
         self._hurry.set()
 
     def __enter__(self) -> Self:
@@ -155,7 +155,7 @@ class _Server(ThreadingHTTPServer):
     block_on_close = False
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A client that did not wait for its answer is none of our errors."""
+        """Ignores clients that did not wait for their answer."""
 
 
 def _handler_of(hub: StandInHub) -> type[BaseHTTPRequestHandler]:
@@ -177,6 +177,6 @@ def _handler_of(hub: StandInHub) -> type[BaseHTTPRequestHandler]:
             return answer
 
         def log_message(self, format: str, *args: object) -> None:
-            """Tests read `requests`; nothing goes to stderr."""
+            """Tests read `requests`, so nothing is printed."""
 
     return Handler

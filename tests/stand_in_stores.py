@@ -1,10 +1,10 @@
-"""Object stores on loopback: S3, Google Cloud Storage and Azure Blob Storage, as far as obstore asks the real ones to
-read objects.
+"""Object stores on loopback: S3, Google Cloud Storage and Azure Blob Storage, as far as obstore needs them to read
+objects.
 
     with StandInS3(monkeypatch) as store:
         store.objects["bucket/folder/adapter_config.json"] = b"..."
 
-Requests without the credentials that a store sets in the environment are refused, as are those for `hidden` objects.
+Requests without the credentials that a store sets in the environment are refused, as are requests for `hidden` objects.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ import pytest
 
 SECRET = "c2VjcmV0LXRoYXQtbm8tbWVzc2FnZS1zaG93cw=="
 CREATED = "Wed, 21 Oct 2015 07:28:00 GMT"
-# Variables of whoever runs the tests that would name another store, or somebody else.
+# The user's variables that would select other stores or credentials.
 FOREIGN = (
     *("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "AWS_ROLE_ARN", "AWS_WEB_IDENTITY_TOKEN_FILE"),
     *("GOOGLE_APPLICATION_CREDENTIALS", "GOOGLE_SERVICE_ACCOUNT", "AZURE_STORAGE_SAS_TOKEN"),
@@ -30,18 +30,18 @@ FOREIGN = (
 
 
 class StandInStore(ABC):
-    """Runs while its `with` block does. `requests` lists what was asked, as "METHOD bucket/key", in order."""
+    """Runs during its `with` block. `requests` lists the requests as "METHOD bucket/key", in order."""
 
     scheme = ""
-    authorization = ""  # what the header of one who may read begins with
+    authorization = ""  # the beginning of the header of clients that may read
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, tls: ssl.SSLContext | None = None) -> None:
         self.objects: dict[str, bytes] = {}
         self.hidden: set[str] = set()
-        self.listed = True  # whether it says which objects there are
+        self.listed = True  # whether it lists objects
         self.requests: list[str] = []
-        self.failure: int | None = None  # a status to answer everything with
-        self.cut: int | None = None  # bytes after which the first answer with an object ends
+        self.failure: int | None = None  # the status of all answers, if set
+        self.cut: int | None = None  # the number of bytes after which the first answer with an object breaks off
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler_of(self))
         if tls is not None:
             self._server.socket = tls.wrap_socket(self._server.socket, server_side=True)
@@ -54,11 +54,11 @@ class StandInStore(ABC):
 
     @abstractmethod
     def environment(self, url: str) -> dict[str, str]:
-        """The variables by which a client finds the store and may read it."""
+        """The variables with the store's address and credentials."""
 
     @abstractmethod
     def listing(self, objects: Iterable[tuple[str, bytes]]) -> str:
-        """As XML."""
+        """The listing as XML."""
 
     def push(self, folder: str, files: dict[str, bytes]) -> None:
         self.objects |= {f"{folder}/{name}": data for name, data in files.items()}
@@ -92,7 +92,7 @@ class StandInS3(StandInStore):
 
 
 class StandInGCS(StandInS3):
-    """Its XML API lists as S3 does."""
+    """Its XML API lists like S3."""
 
     scheme, authorization = "gs", f"Bearer {SECRET}"
 
@@ -108,7 +108,7 @@ class StandInAzure(StandInStore):
         return {"AZURE_STORAGE_ENDPOINT": url, **account}
 
     def listing(self, objects: Iterable[tuple[str, bytes]]) -> str:
-        """The real one puts no quotes around what it lists."""
+        """The real store lists ETags without quotes."""
         entries = (
             f"<Blob><Name>{escape(key)}</Name><Properties><Last-Modified>{CREATED}</Last-Modified>"
             f"<Etag>{_etag(data)[1:-1]}</Etag><Content-Length>{len(data)}</Content-Length>"

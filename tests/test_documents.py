@@ -1,4 +1,4 @@
-"""Documents lead to what is there: files that they link to, headings, and source files that they name."""
+"""Documents refer to existing files, headings and source files."""
 
 import re
 from pathlib import Path
@@ -18,7 +18,7 @@ SOURCES = [
 
 
 def headings(text: str) -> set[str]:
-    """As GitHub names them in links."""
+    """The headings as GitHub names them in links."""
     return {re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in re.findall(r"^#+ (.*)$", text, re.M)}
 
 
@@ -39,7 +39,7 @@ def test_source_files_that_a_document_names_exist(document: str) -> None:
     assert not [name for name in named if not any(f"/{source}".endswith(f"/{name}") for source in SOURCES)]
 
 
-FOREIGN = {"llama.cpp", "immintrin.h", "fcntl.h", "unistd.h"}  # what looks like a file of ours
+FOREIGN = {"llama.cpp", "immintrin.h", "fcntl.h", "unistd.h"}  # words that look like our files
 
 
 @pytest.mark.parametrize("package", ["router", "shard", "client", "protos"])

@@ -1,4 +1,4 @@
-"""Imports point downwards: which package may import which, read from the source. ARCHITECTURE.md says why."""
+"""Imports point downwards: which package may import which others. ARCHITECTURE.md says why."""
 
 import ast
 from collections.abc import Iterator
@@ -14,13 +14,13 @@ PACKAGES = {
     "loraplex": ROOT / "client/loraplex",
 }
 
-# What a package may import of ours. Its own modules go without saying.
+# Which of our packages a package may import, besides its own modules.
 MAY_IMPORT: dict[str, set[str]] = {
     "loraplex_protos": set(),
     "loraplex_router": {"loraplex_protos"},
     "loraplex_shard": {"loraplex_protos"},
     "loraplex": {"loraplex_protos"},
-    # The commands that run services are the one place where everything meets.
+    # The commands that run services are the only place where everything meets.
     "loraplex.cli": {"loraplex", "loraplex_protos", "loraplex_router", "loraplex_shard"},
     # Pure policy: no clock, no transport.
     "loraplex_router.engine.blocks": set(),
@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "loraplex_router.engine.suspects": {"loraplex_router.vocabulary"},
     "loraplex_router.replicas.placement": {"loraplex_router.vocabulary"},
     "loraplex_router.wire.pulse": {"loraplex_protos"},
-    # The shard's ground floor.
+    # The shard's lowest floor.
     "loraplex_shard.device.memory": set(),
     "loraplex_shard.sampling.draws": set(),
     "loraplex_shard.sampling.stages": {"loraplex_protos"},
@@ -43,7 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "loraplex_shard.shapes.layout": set(),
     "loraplex_shard.shapes.adapter": set(),
     "loraplex_shard.ops.quantized": set(),
-    # A source finds and reads files: what they mean is not for it to know.
+    # A source finds and reads files, but does not interpret them.
     "loraplex_shard.lora.sources": {"loraplex_protos"},
     "loraplex_shard.lora.weights": {
         "loraplex_protos",
@@ -53,7 +53,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
 }
 
-# Who may import a package: everybody else must not. These are the top floors.
+# The only packages that may import the top floors.
 IMPORTED_BY: dict[str, set[str]] = {
     "loraplex_router.app": {"loraplex.cli"},
     "loraplex_shard.serving.server": {"loraplex.cli"},
@@ -61,8 +61,8 @@ IMPORTED_BY: dict[str, set[str]] = {
     "loraplex_shard.stepping.runner": {"loraplex_shard.serving.server", "loraplex_shard.serving.steps"},
 }
 
-# The floors of router and shard, from the ground up: a room imports from those below it alone, and rooms of one floor
-# not from each other.
+# The floors of router and shard, lowest first: packages only import from lower floors, and not from packages on the
+# same floor.
 FLOORS = {
     "loraplex_router": (
         {"vocabulary"},
@@ -107,8 +107,8 @@ def _modules() -> Iterator[tuple[str, Path]]:
 
 
 def _imports(path: Path) -> set[str]:
-    """The modules that a file imports, in functions and for type checkers too; names from modules of ours count as
-    modules, which does no harm where they are not."""
+    """The modules that a file imports, also in functions and for type checkers. Imported names count as modules, which
+    does no harm."""
     found = set[str]()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):

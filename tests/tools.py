@@ -1,5 +1,5 @@
-"""Programs that are not Python packages. Tests that need one are skipped where it is absent, as the last line says, and
-fail where CI is true: there, nothing is to be left out."""
+"""Programs that are not Python packages. Tests that need a missing one are skipped, which the last line reports. With
+CI=true they fail instead, because CI must run all tests."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""What becomes of each causal language model class: served as transformers and PEFT compute it, or refused by name.
+"""The outcome for each causal language model class: served with transformers' and PEFT's results, or refused by name.
 
 `python -m tests.shard.class_outcomes` writes docs/models.md from it.
 """
@@ -41,22 +41,22 @@ from tests.shard.tiny_classes import POSITIONS, classes, tiny_config
 PROMPT = [5, 80, 3, 3, 41, 7, 66, 11, 95, 30, 2]
 GREEDY = 6
 MOST_PARAMETERS = 20_000_000
-TOLERANCE = 1e-2  # of logits, as a fraction of their deviation: some classes blow rounding up
+TOLERANCE = 1e-2  # error of logits as a fraction of their deviation; some classes amplify rounding
 CLASSES = [(model_type, each.__name__) for model_type, each in classes()]
 PAGE = Path(__file__).parents[2] / "docs/models.md"
 
-_loading = Lock()  # making a model changes torch for all threads
+_loading = Lock()  # creating a model changes torch's settings for all threads
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Outcome:
-    modeling_code: str = ""  # whose; empty: it is refused
-    ranks: bool = False  # it can be cut over several
+    modeling_code: str = ""  # whose code; empty: it is refused
+    ranks: bool = False  # it can run on several ranks
     reason: str = ""  # why it is refused
 
 
 def find_outcome(model_type: str, name: str) -> Outcome:
-    """Raises AssertionError where the class is served and computes something else than transformers."""
+    """Raises AssertionError if the class is served with other results than transformers'."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
@@ -77,13 +77,13 @@ def _save_random(config: transformers.PreTrainedConfig, directory: Path) -> Path
     torch.manual_seed(0)
     with torch.device("meta"):
         size = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
-    assert size < MOST_PARAMETERS, f"{size} parameters: tiny_classes.py has to make it smaller"
+    assert size < MOST_PARAMETERS, f"{size} parameters: tiny_classes.py must make it smaller"
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(mean=1.0 if "norm" in name and "bias" not in name else 0.0, std=0.15)
     model.save_pretrained(directory)
-    if type(model.config) is not type(config):  # of the text part; transformers knows the class by the whole one
+    if type(model.config) is not type(config):  # the text part's; transformers lists the class under the whole one
         config.architectures = [type(model).__name__]
         config.save_pretrained(directory)
     return directory
@@ -94,7 +94,7 @@ def _serve(directory: Path, adapter: Path) -> Outcome:
     peft = _save_adapter(directory, adapter, [part.module for layout in model.layouts for part in layout.parts])
     _compare(_answers(model, WHOLE, adapter), directory, peft)
     try:
-        with patch.object(TransformersModel, "check_positions"):  # in which ranks wait for each other
+        with patch.object(TransformersModel, "check_positions"):  # while ranks wait for each other
             cut = run_on_ranks(2, lambda group: _answers(_load(directory, group), group, adapter))[0]
     except GroupSizeError:
         return Outcome(model.modeling_code)
@@ -112,7 +112,7 @@ def _save_adapter(directory: Path, adapter: Path, modules: Sequence[str]) -> Pre
     """Saves an adapter on all of these modules, and returns PEFT's model with it."""
     torch.manual_seed(1)
     model = _reference(directory)
-    # PEFT takes some names for those of experts' parameters, whichever modules have them.
+    # PEFT takes some names for experts' parameters, whatever modules have them.
     family = _MODEL_TO_CONVERSION_PATTERN.get(model.config.model_type, "")
     meant_for_experts = set(_MOE_TARGET_MODULE_MAPPING.get(family, ()))
     linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)}
@@ -128,8 +128,8 @@ def _reference(directory: Path) -> PreTrainedModel:
 
 
 def _answers(model: Model, group: Group, adapter: Path) -> dict[str, tuple[list[int], torch.Tensor]]:
-    """Greedy answers of the base and of the adapter in one mixed batch, their prompts in chunks: all tokens, and the
-    logits after each but the last."""
+    """Greedy answers of the base and the adapter in one mixed batch, with prompts in chunks. Returns all tokens, and
+    the logits after each except the last."""
     base = BaseModel("", tensors=model.tensors, embedding=model.embedding_name, head=model.head_name)
     weights = read_adapter(read(adapter), model.layouts, base, torch.float32).weights
     sequences, known = Sequences(model, block_size=4), {"base": list(PROMPT), "adapted": list(PROMPT)}
@@ -159,7 +159,7 @@ def _compare(answers: Mapping[str, tuple[list[int], torch.Tensor]], directory: P
 
 
 def find_outcomes(wanted: Iterable[tuple[str, str]]) -> dict[str, Future[Outcome]]:
-    """By class; two at a time, each on one thread."""
+    """The outcomes by class. Two are computed at a time, each on one thread."""
     pool = ProcessPoolExecutor(2, mp_context=get_context("spawn"))
     found = {name: pool.submit(find_outcome, model_type, name) for model_type, name in wanted}
     pool.shutdown(wait=False)
@@ -167,14 +167,14 @@ def find_outcomes(wanted: Iterable[tuple[str, str]]) -> dict[str, Future[Outcome
 
 
 def row(name: str, outcome: Outcome) -> str:
-    """As the page says it."""
+    """The class's row on the page."""
     if not outcome.modeling_code:
         return f"| {name} | {outcome.reason} |"
     return f"| {name} | {outcome.modeling_code} | {'1 and more' if outcome.ranks else '1'} |"
 
 
 def write_page() -> None:
-    """Replaces the tables of the page."""
+    """Replaces the tables on the page."""
     found = sorted((name, future.result()) for name, future in find_outcomes(CLASSES).items())
     served = [row(name, outcome) for name, outcome in found if outcome.modeling_code]
     refused = [row(name, outcome) for name, outcome in found if not outcome.modeling_code]

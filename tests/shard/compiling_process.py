@@ -1,8 +1,8 @@
-"""Compiles the CUDA operations' kernels for GPUs that are not there: `python -m tests.shard.compiling_process 80 90`.
+"""Compiles the CUDA operations' kernels without a GPU: `python -m tests.shard.compiling_process 80 90`.
 
-The arguments are compute capabilities, times ten. Operations run on CPU tensors; where they would launch a kernel, it
-is compiled, as it would be for those arguments. Prints capability, kernel, its bytes of shared memory, and how many of
-its instructions move 16 bytes between global memory and a thread, or shared memory, at once.
+The arguments are compute capabilities, times ten. Operations run on CPU tensors, and compile each kernel for its
+arguments instead of launching it. Prints the capability, the kernel, its bytes of shared memory, and the number of its
+instructions that move 16 bytes at once between global memory and a thread or shared memory.
 """
 
 import os
@@ -30,11 +30,11 @@ from tests.shard.operations import angles, filled_cache, paged_batch, random
 CUDA = CudaOperations(torch.device("cpu"))
 WIDTH = 1024
 WIDE = re.compile(r"(?:ld|st)\.global\S*\.v4\.b32|cp\.async\.c[ag]\.shared\.global \[[^]]*\], \[[^]]*\], 0x10")
-TOKENS = 1, 100  # decoding, and a prompt: kernels differ
+TOKENS = 1, 100  # decoding and a prompt use different kernels
 
 
 class AbsentGpu:
-    """What Triton asks its driver before it launches a kernel. Each capability is a device of its own."""
+    """Answers what Triton asks its driver before it launches a kernel. Each capability is a separate device."""
 
     def __init__(self, capability: int) -> None:
         self.capability = capability

@@ -1,4 +1,4 @@
-"""The files of an adapter, and of the same one trained again, as any source may offer them."""
+"""The files of an adapter, and of a retrained version, for use in any source."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Tiny random checkpoints and adapters, and a driver that feeds a decoder chunks of sequences as the runner does."""
+"""Tiny random checkpoints and adapters, and a driver that feeds chunks of sequences to a decoder as the runner does."""
 
 from pathlib import Path
 from random import Random
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 
 class Sequences:
-    """Sequences in a paged cache of their own, whose blocks are handed out in shuffled order."""
+    """Sequences in their own paged cache. Blocks are allocated in shuffled order."""
 
     def __init__(self, decoder: Model, block_size: int = 4, num_blocks: int = 96) -> None:
         self.decoder = decoder
@@ -35,7 +35,8 @@ class Sequences:
         self.blocks: dict[str, list[int]] = {}
 
     def step(self, chunks: dict[str, list[int]], segments: tuple[Segment, ...] = ()) -> dict[str, torch.Tensor]:
-        """Computes these tokens of each sequence; its logits for each, [tokens, vocab] (nothing but on rank 0)."""
+        """Computes these tokens of each sequence. Returns their logits, [tokens, vocab]; empty on ranks other than
+        0."""
         batch = self.batch(chunks, segments)
         logits = self.decoder.logits(self.decoder(batch, self.cache), segments)
         if logits is None:
@@ -66,7 +67,7 @@ class Sequences:
         )
 
     def greedy(self, prompt: list[int], steps: int) -> list[int]:
-        """The `steps` most likely tokens after the prompt, each computed by itself."""
+        """The `steps` most likely tokens after the prompt, computed one by one."""
         tokens, chunk = [], prompt
         for _ in range(steps):
             chunk = [int(self.step({"greedy": chunk})["greedy"][-1].argmax())]
@@ -75,7 +76,7 @@ class Sequences:
 
 
 def save_checkpoint(config: PreTrainedConfig, directory: Path, **options: object) -> Path:
-    """Saves a random model there; no bias is zero and no norm is one, so that none can be overlooked."""
+    """Saves a random model there. No bias is zero and no norm is one, so that ignoring one would be noticed."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
@@ -86,7 +87,7 @@ def save_checkpoint(config: PreTrainedConfig, directory: Path, **options: object
 
 
 def load_reference(directory: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The transformers model of a directory."""
+    """transformers' model from a directory."""
     return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
 
 
@@ -98,13 +99,13 @@ def load(
     max_model_len: int = MAX_MODEL_LEN,
     quantize: Quantize = "none",
 ) -> Model:
-    """The decoder of a checkpoint, or one rank's part of it, by the reference operations if there are no others."""
+    """A checkpoint's decoder, or one rank's part of it. Without `ops`, it uses the reference operations."""
     checkpoint, form = open_checkpoint(str(directory)), ParameterForm(dtype, CPU, quantize)
     return load_model(checkpoint, group, ops or ReferenceOperations(), form, max_model_len)
 
 
 def whole_delta(module: str, out_features: int, in_features: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A and B of one module of a random adapter, always the same."""
+    """A and B for one module of a random adapter, which is always the same."""
     generator = torch.Generator().manual_seed(crc32(module.encode()))
     lora_rank = 3
     shrink = torch.randn(lora_rank, in_features, generator=generator) * 0.2
@@ -112,7 +113,7 @@ def whole_delta(module: str, out_features: int, in_features: int) -> tuple[torch
 
 
 def adapter_for(layouts: tuple[LinearLayout, ...], dtype: torch.dtype = torch.float32) -> AdapterWeights:
-    """That adapter on all linear layers, cut as they are."""
+    """That adapter on all linear layers, partitioned like them."""
     layers = {}
     for layout in layouts:
         shrinks, expansions, start, rank_start = [], [], 0, 0

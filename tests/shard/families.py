@@ -1,4 +1,4 @@
-"""A tiny configuration of each architecture that the decoder knows beside Llama's, and of its variants."""
+"""Tiny configurations of the architectures that our decoder supports besides Llama, and of their variants."""
 
 from typing import Any
 
@@ -82,7 +82,7 @@ FAMILIES: dict[str, PreTrainedConfig] = {
         },
     ),
     "phi3": Phi3Config(**SIZES, sliding_window=7),
-    "phi3, longrope of a part of each head": Phi3Config(
+    "phi3, longrope on a part of each head": Phi3Config(
         **SIZES | {"hidden_size": 96},
         partial_rotary_factor=0.5,
         original_max_position_embeddings=16,
@@ -119,7 +119,7 @@ FAMILIES: dict[str, PreTrainedConfig] = {
         },
     ),
     "exaone4": Exaone4Config(**SIZES, sliding_window=5, sliding_window_pattern=2),
-    "exaone4, all layers alike": Exaone4Config(**SIZES, sliding_window=None, layer_types=["full_attention"] * 3),
+    "exaone4, all layers equal": Exaone4Config(**SIZES, sliding_window=None, layer_types=["full_attention"] * 3),
     "smollm3": SmolLM3Config(**SIZES, no_rope_layer_interval=2),
     "glm": GlmConfig(**SIZES, head_dim=8, attention_bias=True),
     "glm4": Glm4Config(**SIZES, head_dim=12, attention_bias=True),
@@ -142,7 +142,7 @@ FAMILIES: dict[str, PreTrainedConfig] = {
     "qwen3 moe": Qwen3MoeConfig(
         **SIZES, head_dim=10, num_experts=6, num_experts_per_tok=3, moe_intermediate_size=40, norm_topk_prob=True
     ),
-    "qwen3 moe, weights as they are, some layers dense": Qwen3MoeConfig(
+    "qwen3 moe, weights not normalized, some layers dense": Qwen3MoeConfig(
         **SIZES, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=24, mlp_only_layers=[1]
     ),
     "qwen2 moe, every other layer": Qwen2MoeConfig(

@@ -1,5 +1,5 @@
-"""What bitsandbytes, HQQ and the makers of float8 and float4 checkpoints store of a matrix, written down here as their
-formats are defined, and the weights that it stands for."""
+"""Stores matrices in the formats of bitsandbytes, HQQ, float8 and float4 checkpoints, as these are defined, together
+with the weights that they represent."""
 
 import json
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from tests.shard.quantized_checkpoints import Store, compressed_tensors
 Factors = tuple[dict[str, torch.Tensor], torch.Tensor]
 Stored = tuple[dict[str, torch.Tensor], torch.Tensor]
 
-# bitsandbytes' own, of both 4-bit types.
+# bitsandbytes' levels for both 4-bit types.
 NF4 = [
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
     *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634),
@@ -52,7 +52,7 @@ def bitsandbytes_4_bits(kind: str, nested: bool) -> Store:
 
 
 def float8(rows: int | None, columns: int | None, suffix: str, dtype: torch.dtype = torch.float32) -> Store:
-    """With a scale for each block of this size; None: of all rows, or columns."""
+    """Stores float8 with one scale per block of this size; None: all rows, or all columns."""
 
     def store(matrix: torch.Tensor) -> Stored:
         down, across = rows or matrix.shape[0], columns or matrix.shape[1]
@@ -68,7 +68,8 @@ def float8(rows: int | None, columns: int | None, suffix: str, dtype: torch.dtyp
 
 
 def float4(values: str, group: int, factors: Callable[[torch.Tensor], Factors]) -> Store:
-    """Under the name `values`. `factors` stores what weights of that scale (in float32) are multiplied by."""
+    """Stores the values under the name `values`. `factors` stores the scales (in float32) by which they are
+    multiplied."""
 
     def store(matrix: torch.Tensor) -> Stored:
         groups = matrix.unflatten(1, (-1, group))
@@ -82,7 +83,7 @@ def float4(values: str, group: int, factors: Callable[[torch.Tensor], Factors]) 
 
 
 def nvidia(scale: torch.Tensor) -> Factors:
-    """ModelOpt's NVFP4."""
+    """Stores ModelOpt's NVFP4."""
     of_all = scale.amax() / E4M3_MOST
     rounded = (scale / of_all).to(torch.float8_e4m3fn)
     return {"weight_scale": rounded, "weight_scale_2": of_all}, rounded.float() * of_all
@@ -99,7 +100,7 @@ def powers_of_two(scale: torch.Tensor) -> Factors:
 
 
 def hqq(axis: int) -> Store:
-    """4 bits in groups of 64."""
+    """Stores 4 bits in groups of 64."""
 
     def store(matrix: torch.Tensor) -> Stored:
         groups = matrix.reshape(-1, 64) if axis == 1 else matrix.reshape(64, -1)
@@ -117,7 +118,7 @@ def hqq(axis: int) -> Store:
 
 
 def nearest(values: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
-    """The index of each one's nearest level."""
+    """The index of each value's nearest level."""
     ordered, order = levels.sort()
     return order[torch.bucketize(values, (ordered[1:] + ordered[:-1]) / 2)]
 

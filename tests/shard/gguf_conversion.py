@@ -27,17 +27,17 @@ Fields = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Case:
-    architecture: str  # llama.cpp's
-    model_type: str  # transformers'
-    config: Fields  # beside SIZES
-    metadata: Callable[[PreTrainedConfig], Fields] = lambda config: {}  # beside what is common
+    architecture: str  # llama.cpp's name
+    model_type: str  # transformers' class
+    config: Fields  # in addition to SIZES
+    metadata: Callable[[PreTrainedConfig], Fields] = lambda config: {}  # in addition to the common fields
     permuted: bool = False
     norms_plus_one: bool = False
     extra: Callable[[PreTrainedConfig], Mapping[str, torch.Tensor]] = lambda config: {}
 
 
 def random_model(case: Case) -> PreTrainedModel:
-    """No norm is one and no bias is zero."""
+    """A random model in which no norm is one and no bias is zero."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(case.model_type, **SIZES | dict(case.config))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()

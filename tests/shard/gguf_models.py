@@ -8,7 +8,7 @@ import numpy as np
 
 
 def random_tensors() -> dict[str, tuple[np.ndarray, gguf.GGMLQuantizationType]]:
-    """A Llama of one layer, each tensor quantized in another way."""
+    """A Llama with one layer, in which each tensor is quantized differently."""
     shapes = {
         "token_embd.weight": (96, 64),
         "output.weight": (96, 64),
@@ -52,7 +52,7 @@ def write_gguf(
 
 
 def write_tensors(path: Path, tensors: dict[str, tuple[np.ndarray, gguf.GGMLQuantizationType]]) -> Path:
-    """A further file of a model that is split into several."""
+    """Another file of a model that is split into several."""
     return _write(gguf.GGUFWriter(path, "llama"), path, tensors)
 
 

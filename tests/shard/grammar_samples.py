@@ -1,4 +1,4 @@
-"""What grammars allow, sampled at random with one token per byte."""
+"""Random samples of grammars, with one token per byte."""
 
 from random import Random
 
@@ -26,7 +26,7 @@ def constrained(compiler: GrammarCompiler, grammar: Grammar, **more: object) -> 
 
 
 def sample(constraints: Constraints, random: Random, most: int = 2000) -> str | None:
-    """What row 0 says when every allowed token is as likely as any other; None if it does not come to an end."""
+    """The output of row 0 if all allowed tokens are equally likely; None if it does not end."""
     tokens: list[int] = []
     while len(tokens) < most:
         masks = constraints.begin([0], [1 + len(tokens)])

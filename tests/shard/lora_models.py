@@ -1,4 +1,4 @@
-"""A tiny Llama, its linear layers cut over ranks, and adapters of it made with PEFT."""
+"""A tiny Llama, its linear layers partitioned over ranks, and adapters made with PEFT."""
 
 import json
 import warnings
@@ -21,7 +21,7 @@ ALL_MODULES = [*ATTENTION, "gate_proj", "up_proj", "down_proj", "lm_head"]
 
 
 def layouts(rank: int = 0, size: int = 1) -> tuple[LinearLayout, ...]:
-    """The layers of one rank. Cut unevenly where the size asks for it: two ranks hold 2 and 1 of the KV heads."""
+    """One rank's layers. Partitions may be uneven: two ranks hold 2 and 1 of the KV heads."""
     kv = _share(KV_HEADS * HEAD_DIM, HEAD_DIM, rank, size)
     query = _share(HEADS * HEAD_DIM, HEAD_DIM * HEADS // KV_HEADS, rank, size)
     units, words = _share(INTERMEDIATE, 1, rank, size), _share(VOCAB, 1, rank, size)
@@ -46,7 +46,7 @@ def layouts(rank: int = 0, size: int = 1) -> tuple[LinearLayout, ...]:
 
 
 class HeldTensors:
-    """A model's tensors, as a checkpoint holds them."""
+    """A model's tensors as a checkpoint."""
 
     def __init__(self, model: torch.nn.Module, rounded: bool = False) -> None:
         self.tensors = model.state_dict()
@@ -67,7 +67,7 @@ class HeldTensors:
 
 
 def make_base() -> LlamaForCausalLM:
-    """Always the same."""
+    """The base model, which is always the same."""
     torch.manual_seed(0)
     return LlamaForCausalLM(
         LlamaConfig(
@@ -84,7 +84,7 @@ def make_base() -> LlamaForCausalLM:
 
 
 class HeldMatrices:
-    """A model's matrices, served as they are."""
+    """A model's matrices, unchanged."""
 
     tied = False
 
@@ -110,7 +110,7 @@ def save_adapter(directory: Path, seed: int = 0, dtype: torch.dtype = torch.floa
     torch.manual_seed(seed)
     fields = {"r": 4, "target_modules": ATTENTION, "task_type": "CAUSAL_LM", "init_lora_weights": False, **config}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT's advice on lm_head, and what transformers deprecates in PEFT
+        warnings.simplefilter("ignore")  # PEFT's advice about lm_head, and transformers' deprecations that PEFT uses
         model = get_peft_model(base, LoraConfig(**fields))
         for name, parameter in model.named_parameters():
             if "lora_" in name:
@@ -124,7 +124,7 @@ def read(directory: Path) -> AdapterFiles:
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    """The adapter's files, as a hub would hold them."""
+    """The adapter's files by name."""
     return {name: (directory / name).read_bytes() for name in (CONFIG, TENSORS)}
 
 
@@ -140,9 +140,9 @@ def edit_tensors(directory: Path, edit: Callable[[dict[str, torch.Tensor]], obje
 
 
 def loaded_by_peft(directory: Path) -> dict[str, torch.Tensor]:
-    """What PEFT would add to each adapted module's weight, if it loaded that directory."""
+    """What PEFT would add to each adapted module's weight if it loaded that directory."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it warns of what it ignores
+        warnings.simplefilter("ignore")  # about fields that it ignores
         return peft_deltas(PeftModel.from_pretrained(make_base(), directory))
 
 
@@ -153,7 +153,7 @@ def peft_deltas(model: PeftModel) -> dict[str, torch.Tensor]:
 
 
 def whole_deltas(weights: Sequence[AdapterWeights]) -> dict[str, torch.Tensor]:
-    """The same, put together from all ranks' cuts, without looking at their sizes."""
+    """The same deltas, joined from all ranks' partitions, whatever their sizes."""
     deltas: dict[str, torch.Tensor] = {}
     for rank, adapter in enumerate(weights):
         for layout in layouts(rank, len(weights)):
@@ -178,7 +178,7 @@ def _place(
 
 
 def _share(features: int, unit: int, rank: int, size: int) -> slice:
-    """One rank's share of so many units of features, the first ranks having one more where it is uneven."""
+    """One rank's share of this number of units of features. If it is uneven, the first ranks have one more."""
     each, more = divmod(features // unit, size)
     start = rank * each + min(rank, more)
     return slice(start * unit, (start + each + (rank < more)) * unit)

@@ -22,7 +22,7 @@ TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
 
 
 def cache_directory(name: str) -> Path:
-    """A folder of the user's own, for all tests: what is compiled there is named after its sources."""
+    """A folder for all tests' compiled kernels, whose names depend on their sources."""
     directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loraplex-tests" / name
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     return directory
@@ -38,7 +38,8 @@ def cpu_operations(name: str) -> CpuOperations:
 
 
 def paged_batch(chunks: list[tuple[int, int]], seed: int) -> tuple[Batch, int]:
-    """A batch of chunks, each (positions computed before, tokens), over shuffled blocks, and how many blocks."""
+    """A batch of chunks over shuffled blocks, and the number of blocks. A chunk is (positions computed before,
+    tokens)."""
     needed = [-(-(before + tokens) // BLOCK_SIZE) for before, tokens in chunks]
     num_blocks = sum(needed) + 2
     blocks = Random(seed).sample(range(num_blocks), num_blocks)
@@ -63,7 +64,7 @@ def paged_batch(chunks: list[tuple[int, int]], seed: int) -> tuple[Batch, int]:
 
 
 def filled_cache(num_blocks: int, heads: Heads, dtype: torch.dtype, seed: int) -> KVCache:
-    """One layer, full of random keys and values."""
+    """A cache layer with random keys and values."""
     generator = torch.Generator().manual_seed(seed)
     cache = KVCache((heads,), num_blocks, BLOCK_SIZE, dtype, torch.device("cpu"))
     (layer,) = cache.layers
@@ -79,13 +80,13 @@ def filled_cache(num_blocks: int, heads: Heads, dtype: torch.dtype, seed: int) -
 
 
 def angles(positions: int, dim: int, interleaved: bool = False) -> Rotary:
-    """Those of models/rope.py."""
+    """The tables of models/rope.py."""
     config = LlamaConfig(hidden_size=dim, num_attention_heads=1)
     return rotary(config, RotarySpec(dim, interleaved), positions)
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, factor: float = 1.0) -> None:
-    """Within rounding: relative to the size of the values, since sums run in another order."""
+    """Asserts equality within rounding, relative to the values' size, because sums run in a different order."""
     assert actual.dtype == expected.dtype and actual.shape == expected.shape
     bound = factor * TOLERANCE[actual.dtype] * max(1.0, float(expected.float().abs().amax()))
     assert float((actual.float() - expected.float()).abs().amax()) <= bound
@@ -96,7 +97,7 @@ def random(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> torch.
 
 
 def cached(layer: LayerCache) -> tuple[torch.Tensor, torch.Tensor]:
-    """The keys and values that a layer's cache holds, those of int8 with their scales applied."""
+    """The keys and values in a layer's cache; for int8, with the scales applied."""
     if layer.key_scales is None or layer.value_scales is None:
         return layer.keys, layer.values
     return layer.keys * layer.key_scales[:, :, None], layer.values * layer.value_scales[..., None]

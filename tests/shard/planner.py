@@ -1,4 +1,4 @@
-"""A tiny Llama to serve, adapters of it, and a router's part: plans for sequences, their results put together."""
+"""A tiny Llama with adapters, and the router's role: plans for sequences, whose results are collected."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -52,7 +52,7 @@ def save_adapter(checkpoint: Path, directory: Path, seed: int, lora_rank: int) -
     base = LlamaForCausalLM.from_pretrained(checkpoint)
     config = LoraConfig(r=lora_rank, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what transformers deprecates in PEFT
+        warnings.simplefilter("ignore")  # transformers' deprecations that PEFT uses
         model = get_peft_model(base, config).eval()
         model.save_pretrained(directory)
     return model
@@ -65,7 +65,7 @@ def random_tokens(length: int, seed: int) -> list[int]:
 
 @torch.inference_mode()
 def greedy(model: torch.nn.Module, prompt: Sequence[int], count: int) -> list[int]:
-    """The `count` likeliest tokens after the prompt, by transformers."""
+    """The greedy continuation of the prompt by transformers, with `count` tokens."""
     tokens = list(prompt)
     for _ in range(count):
         tokens.append(int(model(input_ids=torch.tensor([tokens])).logits[0, -1].argmax()))
@@ -78,13 +78,13 @@ class Row:
     computed: int
     slot: int
     blocks: list[int]
-    unsent: list[int]  # the last of the blocks: no plan has named them yet
+    unsent: list[int]  # the sequence's last blocks, which no plan has named yet
     outputs: list[int] = field(default_factory=list)
-    unscored: int = 0  # tokens whose logprobs are still to come
+    unscored: int = 0  # tokens whose logprobs have not arrived yet
 
 
 class Planner:
-    """Plans chunks of sequences, whose blocks are handed out in shuffled order, and gathers their outputs by row."""
+    """Plans chunks of sequences and collects their outputs by row. Blocks are allocated in shuffled order."""
 
     def __init__(self) -> None:
         self.free_blocks = Random(0).sample(range(NUM_BLOCKS), NUM_BLOCKS)
@@ -103,7 +103,7 @@ class Planner:
         sampling: Sampling = GREEDY,
         **detail: object,
     ) -> None:
-        """Starts a sequence with the next plan. prefix: full blocks that hold its first positions already."""
+        """Starts a sequence with the next plan. `prefix`: full blocks that already hold its first positions."""
         computed = len(prefix) * BLOCK_SIZE
         known = [*tokens, *outputs]
         self.rows[row] = Row(len(known), computed, slot, list(prefix), list(prefix), list(outputs))
@@ -117,7 +117,7 @@ class Planner:
         self.free_blocks += self.rows.pop(row).blocks
 
     def plan(self, lengths: dict[int, int]) -> StepRequest:
-        """Chunks of these lengths by row. What reaches the end of its row's known tokens is sampled."""
+        """Plans chunks of these lengths by row. A chunk that reaches the end of its row's known tokens samples."""
         request = StepRequest(step=self.steps, starts=self._starts)
         self.steps, self._starts = self.steps + 1, []
         for number, length in sorted(lengths.items(), key=lambda item: self.rows[item[0]].slot):
@@ -151,20 +151,20 @@ class Planner:
         assert not list(tokens)
 
     def run(self, step: Step, lengths: dict[int, int]) -> StepResponse:
-        """One step: plans it, has it run, reads the result."""
+        """Plans one step, runs it, and reads the result."""
         plan = self.plan(lengths)
         response = step(plan)
         self.read(plan, response)
         return response
 
     def decode(self, step: Step, rows: Sequence[int], count: int) -> None:
-        """Steps in which each of these rows feeds the token sampled last, and the fast-forward ones after it."""
+        """Runs steps in which each of these rows feeds its last sampled token and the fast-forward tokens after it."""
         for _ in range(count):
             self.run(step, {row: self.rows[row].known - self.rows[row].computed for row in rows})
 
 
 class Stream:
-    """A Step stream that is open until the with block ends."""
+    """A Step stream that is open until the `with` block ends."""
 
     def __init__(self, stub: ShardServiceStub) -> None:
         self._plans: SimpleQueue[StepRequest | None] = SimpleQueue()
@@ -189,6 +189,6 @@ class Stream:
         return self.receive()
 
     def close(self) -> None:
-        """Closes it in good order."""
+        """Closes the stream properly."""
         self._plans.put(None)
         assert list(self.call) == []

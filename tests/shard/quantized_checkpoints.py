@@ -1,5 +1,5 @@
-"""Tiny checkpoints in the layouts of GPTQ, AWQ and compressed-tensors, packed here integer by integer as their
-definitions say, and the weights that they stand for."""
+"""Tiny checkpoints in the layouts of GPTQ, AWQ and compressed-tensors, packed here integer by integer as these are
+defined, together with the weights that they represent."""
 
 import json
 from collections.abc import Callable
@@ -15,8 +15,8 @@ from tests.shard.test_models import llama
 
 WEIGHTS = "model.safetensors"
 Store = Callable[[torch.Tensor], tuple[dict[str, torch.Tensor], torch.Tensor]]
-COLUMNS, UNITS = 128, 256  # of the model's matrices
-AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the row, of each eight, that a nibble holds; the lowest nibble first
+COLUMNS, UNITS = 128, 256  # for the model's matrices
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the row, of each eight, in each nibble, lowest nibble first
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Integers:
 
 @dataclass(frozen=True)
 class Method:
-    """How tools of one kind quantize and store."""
+    """How one kind of tool quantizes and stores matrices."""
 
     config: dict[str, Any]
     store: Callable[[Integers], dict[str, torch.Tensor]]
@@ -60,7 +60,7 @@ def rounded(matrix: torch.Tensor, method: Method) -> Integers:
 
 
 def packed(values: torch.Tensor, bits: int, order: tuple[int, ...] | None = None) -> torch.Tensor:
-    """[n, m] -> [n, m * bits / 32] int32, the first integers lowest, or those that `order` names."""
+    """[n, m] -> [n, m * bits / 32] int32. The first integers have the lowest bits, unless `order` permutes them."""
     if 32 % bits:
         stream = ((values[:, :, None] >> torch.arange(bits)) & 1).flatten(1)
         return packed(torch.nn.functional.pad(stream, (0, -stream.shape[1] % 32)), bits=1)
@@ -170,7 +170,8 @@ METHODS = {
 
 
 def save_quantized(method: Method, directory: Path) -> tuple[Path, dict[str, torch.Tensor]]:
-    """Saves a random model whose linear layers are stored so (its head is not); their weights by name."""
+    """Saves a random model whose linear layers, except the head, are stored in this form. Returns their weights by
+    name."""
 
     def store(matrix: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         integers = rounded(matrix, method)
@@ -180,7 +181,7 @@ def save_quantized(method: Method, directory: Path) -> tuple[Path, dict[str, tor
 
 
 def save_stored(config: dict[str, Any], store: Store, directory: Path) -> tuple[Path, dict[str, torch.Tensor]]:
-    """The same with what `store` makes of a matrix: tensors by suffix, and the weights that they stand for."""
+    """The same with any `store`, which turns a matrix into tensors by suffix and the weights that they represent."""
     model = llama(hidden_size=COLUMNS, intermediate_size=UNITS, num_hidden_layers=1, num_attention_heads=4)
     save_checkpoint(model, directory)
     tensors, weights = load_file(directory / WEIGHTS), {}
@@ -206,7 +207,7 @@ def edit_tensor(directory: Path, name: str, tensor: torch.Tensor | None) -> None
 
 
 def save_dequantized(weights: dict[str, torch.Tensor], quantized: Path, directory: Path) -> Path:
-    """The same model with these weights as they are."""
+    """The same model with these weights, unquantized."""
     config = json.loads((quantized / "config.json").read_text())
     del config["quantization_config"]
     directory.mkdir()

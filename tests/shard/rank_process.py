@@ -1,7 +1,7 @@
 """One rank of the tensor-parallel tests: `python -m tests.shard.rank_process RANK DIRECTORY`.
 
-Takes part in a group of each size from 2 to 4, on each checkpoint in DIRECTORY; rank 0 writes the logits. The groups of
-the checkpoint "llama" have nothing but gloo and plain torch, the others share memory and run recorded programs.
+It is a rank in a group of each size from 2 to 4, for each checkpoint in DIRECTORY; rank 0 writes the logits. The
+groups of the checkpoint "llama" only use gloo and plain torch; the others share memory and run recorded programs.
 """
 
 import sys
@@ -21,7 +21,7 @@ SIZES = 2, 3, 4
 
 
 def run(decoder: Decoder) -> torch.Tensor | None:
-    """Logits of a few steps that mix two sequences on an adapter and one on the base; None on ranks other than 0."""
+    """Logits of a few steps that mix two sequences with an adapter and one on the base; None on ranks other than 0."""
     driver, adapter = Sequences(decoder, block_size=16), adapter_for(decoder.layouts)
     first = driver.step({"a": [5, 80, 3, 3, 41], "b": [7], "c": [1, 2, 3]}, (Segment(0, 6, adapter),))
     second = driver.step({"b": [9, 60, 2], "a": [17], "c": [4]}, (Segment(0, 4, adapter),))
@@ -31,7 +31,7 @@ def run(decoder: Decoder) -> torch.Tensor | None:
 
 
 def check_collectives(group: Group) -> None:
-    """With kernels or without, whatever the sizes are; float16 has no kernels."""
+    """Operations with kernels, except for float16, which has none."""
     for dtype in torch.float32, torch.bfloat16, torch.float16:
         summed = torch.full((3,), group.rank + 1, dtype=dtype)
         group.all_reduce_(summed)

@@ -1,6 +1,6 @@
-"""One of the ranks that share memory: `python -m tests.shard.sharing_process RANK DIRECTORY`.
+"""A rank that shares memory: `python -m tests.shard.sharing_process RANK DIRECTORY`.
 
-Writes what it saw to DIRECTORY/RANK.json: what it computed, and the errors once the last rank is late, leaves or dies.
+Writes its results to DIRECTORY/RANK.json, including the errors when the last rank is late, leaves or dies.
 """
 
 import json
@@ -23,7 +23,7 @@ from tests.shard.operations import kernels_directory
 
 SIZE = 3
 LAST = SIZE - 1
-# In elements: within a slot, a full one, and several, the last not full.
+# In elements: less than a slot, a full slot, and several slots, the last of which is not full.
 COUNTS = 1, 15, 33, 4608, SLOT_BYTES // 4, SLOT_BYTES // 2 + 1, 3 * SLOT_BYTES + 77
 
 
@@ -32,7 +32,7 @@ def part_of(rank: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tens
 
 
 def sums_that_differ(shared: SharedMemory, rank: int) -> list[str]:
-    """The sums that are not, to the last bit, those of the ranks' parts in order in float32."""
+    """The sums that are not bitwise equal to the sum of the ranks' parts in order in float32."""
     wrong = []
     for dtype in torch.float32, torch.bfloat16:
         for count in COUNTS:
@@ -54,7 +54,7 @@ def broadcast_arrives(shared: SharedMemory, rank: int) -> bool:
 
 
 def gathered_is_side_by_side(shared: SharedMemory, rank: int) -> bool:
-    """Rows that lie within a slot, and rows longer than one; also where a rank has no column."""
+    """Gathers rows shorter and longer than a slot, also if a rank has no columns."""
     for rows, widths in (5, (3, 2, 2)), (7, (1, 0, 4)), (3, (40_001, 40_001, 40_000)):
         gathered = shared.gather(part_of(rank, (rows, widths[rank]), torch.float32), widths)
         parts = [part_of(other, (rows, width), torch.float32) for other, width in enumerate(widths)]
@@ -72,7 +72,7 @@ def two_sums(kernels: Kernels, shared: SharedMemory, tensor: torch.Tensor) -> Pr
 
 
 def names_of_shared_memory() -> list[str]:
-    """The paths of what this process has mapped of it; the kernel says which exist no more."""
+    """The paths of the shared memory that this process has mapped; the kernel marks deleted ones."""
     maps = Path("/proc/self/maps").read_text().splitlines()
     return [line[line.index("/") :] for line in maps if f"{SHARED}/loraplex" in line]
 
@@ -109,7 +109,7 @@ def main(rank: int, directory: Path) -> None:
     if rank != LAST:
         seen["late"] = error_of(lambda: late.all_reduce_(one))
     dist.barrier()
-    left.all_reduce_(one)  # complete, though the last rank leaves at once
+    left.all_reduce_(one)  # it is complete, although the last rank leaves at once
     if rank == LAST:
         left.leave()
         (directory / f"{rank}.json").write_text(json.dumps(seen))

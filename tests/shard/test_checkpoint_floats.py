@@ -1,4 +1,4 @@
-"""Checkpoints in 4 and 8 bits that are no integers load as the weights that they stand for."""
+"""Checkpoints with 4-bit and 8-bit floats load as the weights that they represent."""
 
 from pathlib import Path
 
@@ -80,7 +80,7 @@ def test_the_ranks_of_a_group_hold_its_parts(saved: Saved) -> None:
 
 
 def test_a_matrix_saved_by_bitsandbytes_is_read_exactly(tmp_path: Path) -> None:
-    """Recorded with bitsandbytes 0.50 from a random bfloat16 matrix of 2 by 64."""
+    """The reference was recorded with bitsandbytes 0.50 from a random bfloat16 matrix of 2 by 64."""
     packed = (
         "3552754258566d8953a8a85ab6137547d78585787867e4c54976a9bd8a65c405"
         "735367e746345593574a2586853a358eacb3d43cda761423b5db88a5f67e1e89"
@@ -92,7 +92,7 @@ def test_a_matrix_saved_by_bitsandbytes_is_read_exactly(tmp_path: Path) -> None:
         "model.a.weight.quant_map": torch.tensor(NF4),
         "model.a.weight.quant_state.bitsandbytes__nf4": torch.tensor(list(state), dtype=torch.uint8),
     }
-    for storage in (torch.uint8, torch.bfloat16):  # which Unsloth and FSDP use
+    for storage in (torch.uint8, torch.bfloat16):  # this is used by Unsloth and FSDP
         tensors["model.a.weight"] = tensors["model.a.weight"].flatten().view(storage)[:, None]
         weights = find(Bitsandbytes(), tmp_path, tensors)["model.a.weight"].read(slice(None), slice(None)).dequantized()
         assert weights.dtype == torch.bfloat16
@@ -185,7 +185,7 @@ def test_float8_without_scales_is_refused(tmp_path: Path) -> None:
 
 
 def test_unquantized_floats_with_a_bitsandbytes_configuration_are_read_as_floats(tmp_path: Path) -> None:
-    """As those are saved who load a model in 4 bits by its configuration."""
+    """Models that are loaded in 4 bits because of their configuration are published like this."""
     directory, weights = save_stored(BITSANDBYTES, lambda matrix: ({"weight": matrix}, matrix), tmp_path)
     checkpoint = open_checkpoint(str(directory))
     assert not checkpoint.prequantized

@@ -1,4 +1,4 @@
-"""The default model's GGUF file against what transformers makes of it, and files that cannot be served."""
+"""The default model's GGUF file, compared with transformers, and files that cannot be served."""
 
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -38,7 +38,7 @@ TEXTS = [
     "",
 ]
 
-# The first 16 greedy tokens of transformers 5.23 on the same file in float32, special tokens left out.
+# The first 16 greedy tokens of transformers 5.23 for the same file in float32, without special tokens.
 ANSWERS = {
     "What is the capital of France?": "The capital of France is Paris.\nsystem\n\n",
     "Write a haiku about rain.": "The rain of silver, a fleeting moment of beauty,\nA fleeting moment of",
@@ -82,7 +82,7 @@ def test_the_tokenizer_equals_transformers(tokenizer: Tokenizer, package: Path) 
 
 
 def test_digits_are_separated_before_anything_else(tokenizer: Tokenizer) -> None:
-    # transformers' conversion of GGUF files leaves this step out; the original and llama.cpp have it.
+    # transformers' conversion of GGUF files omits this step; the original tokenizer and llama.cpp have it.
     for text, parts in {"a   12": ("a   ", "1", "2"), "a ½²": ("a ", "½", "²"), "4 tons": ("4", " tons")}.items():
         assert tokenizer.encode(text).ids == [index for part in parts for index in tokenizer.encode(part).ids]
 
@@ -204,7 +204,7 @@ def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
 
 
 def split(path: Path) -> list[Path]:
-    """As llama.cpp's gguf-split does: metadata in the first file, tensors in all."""
+    """Splits a file like llama.cpp's gguf-split: metadata in the first file, tensors in all."""
     tensors = list(random_tensors().items())
     parts = [path.with_name(f"{path.stem}-{part:05d}-of-00003.gguf") for part in (1, 2, 3)]
     for part, file in enumerate(parts):

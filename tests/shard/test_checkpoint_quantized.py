@@ -1,4 +1,4 @@
-"""Checkpoints that come quantized load as what they are; those that cannot are refused by name."""
+"""Quantized checkpoints keep their integers; unsupported ones are refused by name."""
 
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from tests.shard.test_models import llama
 TOKENS = [5, 80, 3, 3, 41, 7, 66, 0, 95]
 K = "model.layers.0.self_attn.k_proj.weight"
 DOWN = "model.layers.0.mlp.down_proj.weight"
-# The operations' 8 bits are symmetric.
+# Our operations only have symmetric 8-bit integers.
 NO_SUCH_FORM = [METHODS[name] for name in ("GPTQ, 8 bits, asymmetric", "compressed-tensors W8A8, asymmetric")]
 Saved = tuple[Path, dict[str, torch.Tensor]]
 
@@ -46,7 +46,7 @@ def saved(method: Method, tmp_path_factory: pytest.TempPathFactory) -> Saved:
 
 
 def rounding(weights: torch.Tensor, method: Method) -> float:
-    """What offsets in float16 can be off by: half of their last bit."""
+    """The error of offsets in float16: half of their last bit."""
     return 0.0 if method.symmetric else float(weights.abs().amax()) * 2 * 2**-11
 
 
@@ -123,7 +123,7 @@ def test_the_ranks_of_a_group_hold_its_parts(saved: Saved, method: Method) -> No
     down = torch.cat([rank.mlp.down.weight.matrix for rank in ranks], dim=1)
     o = torch.cat([rank.attention.o.weight.matrix for rank in ranks], dim=1)
     torch.testing.assert_close(down, whole.mlp.down.weight.matrix, rtol=0, atol=1e-6)
-    # A group of 128 is cut into halves, each with its scale.
+    # A group of 128 is divided into halves, each with its scale.
     torch.testing.assert_close(o, whole.attention.o.weight.matrix, rtol=0, atol=1e-6)
 
 

@@ -1,4 +1,4 @@
-"""Checkpoint directories and hub ids: what is read, and what is refused by name."""
+"""Checkpoint directories and hub ids: which files are read, and what is refused by name."""
 
 import json
 import re
@@ -110,7 +110,8 @@ def test_embedding_and_head_equal_transformers_whatever_the_file_holds(
 
 @pytest.mark.parametrize("architectures", [None, [], ["LlamaModel"], ["LLaMAForCausalLM"], ["Llama_ForCausalLM"]])
 def test_a_model_saved_without_a_head_equals_transformers(architectures: list[str] | None, tmp_path: Path) -> None:
-    """As embedding models are: names lack their first part, and config.json may name another class, or none."""
+    """Embedding models are saved like this: names lack their first part, and config.json may name another class, or
+    none."""
     directory = save_checkpoint(config(tied=True), tmp_path / "model")
     tensors = {name.removeprefix("model."): tensor for name, tensor in load_file(directory / WEIGHTS).items()}
     save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})

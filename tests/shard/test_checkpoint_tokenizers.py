@@ -1,4 +1,4 @@
-"""Tokenizers that come without a tokenizer.json: converted to the same ids, or refused by name."""
+"""Tokenizers without a tokenizer.json are converted to the same ids, or refused by name."""
 
 import base64
 import json
@@ -40,7 +40,7 @@ def small(kind: type[PreTrainedConfig]) -> PreTrainedConfig:
 
 
 def train(path: Path, **options: Any) -> sentencepiece.SentencePieceProcessor:
-    """As the first Llama's was trained: BPE, bytes for what it does not know, digits apart, blanks kept."""
+    """Trained like the first Llama's: BPE with byte fallback, digits separate, and spaces kept."""
     corpus = path.with_suffix(".txt")
     corpus.write_text(CORPUS)
     llama: dict[str, Any] = {
@@ -93,7 +93,7 @@ def test_a_sentencepiece_model_gives_the_ids_of_sentencepiece(
 def test_pieces_merge_by_their_scores_and_not_their_ids(
     tmp_path: Path, kind: type[PreTrainedConfig], settings: dict[str, str] | None
 ) -> None:
-    """As in the first Llama's and Mistral's own files, whose runs of blanks come first and merge last."""
+    """In the first Llama's and Mistral's files, runs of spaces have the first ids and are merged last."""
     directory = checkpoint(tmp_path, kind, settings)
     train(directory / "tokenizer.model")
     proto = sentencepiece_model_pb2.ModelProto.FromString((directory / "tokenizer.model").read_bytes())
@@ -207,7 +207,7 @@ def test_mistrals_tekken_begins_texts_with_the_bos_token(tmp_path: Path) -> None
 
 
 def save_vocabulary(directory: Path) -> None:
-    """vocab.json and merges.txt, as GPT-2 and Qwen have them."""
+    """vocab.json and merges.txt, like GPT-2's and Qwen's."""
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
     alphabet = ByteLevel.alphabet()

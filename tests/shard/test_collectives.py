@@ -1,4 +1,4 @@
-"""Ranks on one host compute together over shared memory, and notice it when one of them is lost."""
+"""Ranks on one host compute together through shared memory, and notice when one of them is lost."""
 
 import json
 import os
@@ -21,9 +21,9 @@ Seen = list[dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
-    """What each of three ranks saw; the last one kills itself in the end."""
+    """The results of three ranks, the last of which kills itself at the end."""
     directory = tmp_path_factory.mktemp("sharing")
-    build(kernels_directory(), instruction_set())  # not in the time that the ranks have
+    build(kernels_directory(), instruction_set())  # compiles outside the ranks' time limit
     command = [sys.executable, "-m", "tests.shard.sharing_process"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     root = Path(__file__).parents[2]
@@ -55,7 +55,7 @@ def test_a_program_runs_all_of_its_sums(seen: Seen) -> None:
 
 
 def test_the_memory_has_no_name_once_all_have_mapped_it(seen: Seen) -> None:
-    names = seen[0]["names"]  # rank 0 removes it
+    names = seen[0]["names"]  # rank 0 removes the name
     assert len(names) == 5 and all(name.endswith(" (deleted)") for name in names)
 
 

@@ -1,4 +1,4 @@
-"""The CUDA kernels, which only an interpreter runs here, are ones that Triton compiles for real GPUs."""
+"""Triton compiles the CUDA kernels, which only run in its interpreter here, for real GPUs."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ from tests.shard.operations import cache_directory
 pytestmark = pytest.mark.slow
 
 CAPABILITIES = "80", "90"
-SHARED_MEMORY = 99 << 10  # bytes that a program can have on all GPUs from compute capability 8.0 on
+SHARED_MEMORY = 99 << 10  # bytes that a program may use on all GPUs with compute capability 8.0 or more
 KERNELS = {
     "_activate",
     "_add_norm",
@@ -39,4 +39,4 @@ def test_all_kernels_compile_fit_into_shared_memory_and_read_16_bytes_of_adapter
     }
     assert max(int(shared) for _, _, shared, _ in compiled) <= SHARED_MEMORY
     reading_adapters = [int(wide) for _, kernel, _, wide in compiled if kernel in ("_shrink", "_expand")]
-    assert min(reading_adapters) > 0, "an adapter's weights are read a value at a time"
+    assert min(reading_adapters) > 0, "an adapter's weights are read one value at a time"

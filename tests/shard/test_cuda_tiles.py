@@ -1,4 +1,4 @@
-"""The tiles of a batch's attention: each token sees each of its positions once."""
+"""The tiles of a batch's attention: each token attends to each of its positions once."""
 
 from collections import Counter
 

@@ -1,4 +1,4 @@
-"""Adapters of experts, in every layout that trainers write, against PEFT on transformers' model."""
+"""Adapters of experts, in every layout that trainers write, compared with PEFT on transformers' model."""
 
 import json
 import warnings
@@ -31,7 +31,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 def save(directory: Path, tensors: Tensors, **config: object) -> Path:
-    """An adapter that PEFT did not write itself."""
+    """An adapter in a layout that PEFT does not write."""
     directory.mkdir()
     fields = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": LORA_RANK, "lora_alpha": 5, **config}
     (directory / "adapter_config.json").write_text(json.dumps(fields))
@@ -63,7 +63,7 @@ def weights_for(decoder: Decoder, adapter: Path) -> AdapterWeights:
 
 
 def logits(decoder: Decoder, adapter: Path) -> torch.Tensor:
-    """Of TOKENS, in uneven chunks and one by one, beside another sequence without the adapter."""
+    """The logits of TOKENS, in uneven chunks and one by one, beside another sequence without the adapter."""
     weights, driver, found, others = weights_for(decoder, adapter), Sequences(decoder, BLOCK_SIZE), [], []
     plain = Sequences(decoder, BLOCK_SIZE)
     for chunk in (TOKENS[:5], TOKENS[5:6], TOKENS[6:9], TOKENS[9:10], TOKENS[10:]):
@@ -81,7 +81,7 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def names(base: Path) -> tuple[str, list[str], int, int]:
-    """Where the base's experts are, what it calls their modules, how many there are and how wide they are."""
+    """Where the base's experts are, their modules' names, their number and their width."""
     experts = load(base).spec.experts
     assert experts is not None
     return experts.experts, [*experts.gate_up, experts.down], experts.count, experts.intermediate_size
@@ -102,7 +102,7 @@ def by_expert(base: Path, directory: Path) -> Path:
     return save(directory, tensors, target_modules=["q_proj", "o_proj", *modules])
 
 
-FAMILY_WIDTH = {"w1": 48, "gate_proj": 60}  # of all query heads
+FAMILY_WIDTH = {"w1": 48, "gate_proj": 60}  # for all query heads
 
 
 def all_parameters(base: Path, directory: Path) -> Path:
@@ -158,7 +158,8 @@ def test_an_adapter_of_experts_has_the_logits_of_peft(
 
 
 def test_shared_matrices_of_experts_are_stored_once(base: Path, tmp_path: Path) -> None:
-    """The A of what reads the hidden states, and the B of what writes them: SGLang's layout."""
+    """In SGLang's layout, experts share the A matrices that read the hidden states and the B matrices that write
+    them."""
     torch.manual_seed(3)
     experts, modules, count, size = names(base)
     shared: Tensors = {}
@@ -234,7 +235,7 @@ def test_parameters_that_are_not_experts_are_refused_by_name(base: Path, tmp_pat
 
 
 def test_experts_stored_as_one_tensor_are_the_same(base: Path, tmp_path: Path) -> None:
-    """As transformers has them in memory, and GGUF files."""
+    """transformers keeps experts like this in memory, as do GGUF files."""
     model = load_reference(base)
     save_file({name: tensor.clone() for name, tensor in model.state_dict().items()}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_bytes((base / "config.json").read_bytes())

@@ -1,4 +1,4 @@
-"""Adapters that PEFT trained on each architecture, on every linear layer that it has, under the names that it has."""
+"""Adapters that PEFT makes for all linear layers of each architecture, under that architecture's names."""
 
 import warnings
 from pathlib import Path
@@ -20,7 +20,7 @@ TOKENS = [5, 80, 3, 3, 41, 7, 66, 0, 95, 12, 30]
 
 
 def save_adapter(base: Path, directory: Path) -> torch.Tensor:
-    """An adapter on all linear layers but the head; the logits of TOKENS with it."""
+    """Saves an adapter on all linear layers except the head. Returns the logits of TOKENS with it."""
     model = load_reference(base)
     torch.manual_seed(1)
     with warnings.catch_warnings():

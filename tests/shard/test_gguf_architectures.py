@@ -1,4 +1,4 @@
-"""A GGUF file of any architecture is the model that transformers had before it was converted."""
+"""A GGUF file of each architecture gives the same model as transformers' before the conversion."""
 
 from pathlib import Path
 

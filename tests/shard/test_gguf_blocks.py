@@ -1,4 +1,4 @@
-"""GGUF's blocks are matrices of small integers, exactly: whole, in slices, and over ranks."""
+"""GGUF's blocks are exactly represented as matrices of small integers: whole, in slices, and over ranks."""
 
 from pathlib import Path
 
@@ -21,11 +21,11 @@ DOWN = "model.layers.0.mlp.down_proj.weight"
 
 
 EXACT = [kind for kind in BITS if kind is not Kind.Q4_K]
-ROUNDED = 2**-10  # what a product rounded to float16 may be off by, of itself
+ROUNDED = 2**-10  # relative error of a product that is rounded to float16
 
 
 def quantized(shape: tuple[int, ...], kind: Kind, scale: float, seed: int) -> np.ndarray:
-    if kind in (Kind.Q4_K, Kind.IQ4_NL):  # which gguf reads and does not write
+    if kind in (Kind.Q4_K, Kind.IQ4_NL):  # gguf reads these, but does not write them
         return random_blocks(shape, kind, scale, seed)
     values = np.random.default_rng(seed).normal(0.0, scale, shape).astype(np.float32)
     return gguf.quants.quantize(values, kind)
@@ -70,7 +70,7 @@ def test_other_kinds_are_not_integer_blocks(kind: Kind) -> None:
 
 @pytest.fixture(scope="module", params=EXACT, ids=lambda kind: kind.name)
 def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose matrices are all of one kind, but for an embedding in Q8_0."""
+    """A model whose matrices all have one kind, except for an embedding in Q8_0."""
     tensors = random_tensors()
     for seed, (name, (data, kind)) in enumerate(tensors.items()):
         if "norm" not in name:
@@ -119,7 +119,7 @@ def test_ranks_have_exactly_the_files_weights_unless_a_partition_divides_a_block
     exact = load(path, max_model_len=32).layers[0]
     o = torch.cat([rank.layers[0].attention.o.weight.matrix for rank in ranks], dim=1)
     assert torch.equal(o, exact.attention.o.weight.matrix)
-    # 96 MLP units are 48 to a rank: one block and a half, rounded once more.
+    # Of 96 MLP units, each rank has 48, which is one block and a half, so they are quantized again.
     down = torch.cat([rank.layers[0].mlp.down.weight.matrix for rank in ranks], dim=1)
     assert not torch.equal(down, exact.mlp.down.weight.matrix)
     torch.testing.assert_close(down, exact.mlp.down.weight.matrix, rtol=0, atol=0.06)

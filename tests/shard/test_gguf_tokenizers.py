@@ -1,4 +1,4 @@
-"""Tokenizers rebuilt from GGUF metadata give the tokens of transformers' and SentencePiece's own."""
+"""Tokenizers rebuilt from GGUF metadata give the same tokens as transformers and SentencePiece."""
 
 import json
 from functools import cache
@@ -45,7 +45,7 @@ SPECIAL, ADDED = "<|end|>", "<think>"
 
 @cache
 def byte_level_metadata(pre: str) -> dict[str, Any]:
-    """A small vocabulary with both sorts of added tokens at its end, as llama.cpp's converter writes it."""
+    """A small vocabulary with both kinds of added tokens at its end, as llama.cpp's converter writes it."""
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
     trainer = BpeTrainer(vocab_size=900, initial_alphabet=ByteLevel.alphabet(), show_progress=False)
@@ -69,7 +69,7 @@ def rebuilt(written: dict[str, Any]) -> Tokenizer:
 
 
 def of_class(kind: type[PreTrainedTokenizerBase], written: dict[str, Any]) -> Tokenizer:
-    """What transformers' class for such models makes of the vocabulary."""
+    """The tokenizer that transformers' class for such models builds from the vocabulary."""
     tokens = written["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ")) for merge in written["tokenizer.ggml.merges"]]
     own = kind(
@@ -103,7 +103,7 @@ def test_words_equal_those_of_transformers_gguf_reader(pre: str) -> None:
     named = {"tokenizer_type": "gpt2", "pre_tokenizer_type": pre}
     named |= {name: written[f"tokenizer.ggml.{name}"] for name in ("tokens", "merges", "token_type")}
     ours, (theirs, _) = rebuilt(written), convert_gguf_tokenizer("llama", named)
-    composed = WORDS[pre].composes  # of which their reader knows nothing
+    composed = WORDS[pre].composes  # their reader does not support these
     for text in NASTY:
         if not composed or text.isascii():
             assert ours.encode(text, add_special_tokens=False).ids == theirs.encode(text, add_special_tokens=False).ids
@@ -130,7 +130,7 @@ def sentencepiece_metadata(
         TokenType.USER_DEFINED: lambda id: tokens[id] in user_defined,
     }
     types = [next((kind for kind, holds in kinds.items() if holds(id)), TokenType.NORMAL) for id in ids]
-    # llama.cpp writes the blanks of such tokens as blanks.
+    # llama.cpp writes the spaces in such tokens as spaces.
     written = [token.replace("▁", " ") if token in user_defined else token for token in tokens]
     scores = [*(processor.get_score(id) for id in ids), 0.0, 0.0]
     return metadata("llama", written, scores=scores, types=types, **fields)

@@ -1,4 +1,4 @@
-"""Grammars: what is refused, that whatever is sampled matches, alone, next to others and after a preemption."""
+"""Grammars: refusals, and sampled texts match, alone, beside others and after a preemption."""
 
 import json
 import re
@@ -96,8 +96,8 @@ def test_a_model_without_an_end_token_or_with_an_unsupported_tokenizer_refuses_g
 @pytest.mark.parametrize("rows", [VOCAB - 2, VOCAB, VOCAB + 7])
 def test_a_match_only_has_tokens_with_an_embedding(rows: int) -> None:
     tokenizer = byte_tokenizer()
-    tokenizer.add_tokens(["[PAD]", "yes"])  # the grammar could force either
-    ends = END if rows > END else 0, rows - 1  # the tokenizer need not know both
+    tokenizer.add_tokens(["[PAD]", "yes"])  # both could be fast-forwarded by the grammar
+    ends = END if rows > END else 0, rows - 1  # the tokenizer may lack one of them
     compiler = GrammarCompiler(tokenizer.backend_tokenizer.to_str().encode(), rows, ends)
     constraints = Constraints(compiler, rows)
     grammar = Grammar(kind=GRAMMAR_KIND_LARK, text='start: "[PAD]" /[yno]es/')
@@ -248,7 +248,7 @@ def runner(decoder: Decoder, compiler: GrammarCompiler, tmp_path: Path) -> Runne
 
 
 def text_of(planner: Planner, row: int) -> str:
-    """Up to the end token, which must be there."""
+    """The tokens before the end token, which must exist."""
     outputs = planner.rows[row].outputs
     return TOKENIZER.decode(outputs[: outputs.index(END)])
 
@@ -298,7 +298,7 @@ def test_fast_forward_tokens_that_the_next_plan_did_not_know_change_nothing(runn
     assert [list(response.token_counts) for response in responses] == [[10], [0]]
     for plan, response in zip(plans, responses, strict=True):
         ahead.read(plan, response)
-    ahead.rows[0].known -= 1  # the second plan's sample, which did not come
+    ahead.rows[0].known -= 1  # the second plan's sample, which did not arrive
     ahead.decode(runner.step, [0], 5)
     assert ahead.rows[0].outputs == told.rows[0].outputs
 
@@ -316,7 +316,7 @@ def test_fast_forward_tokens_come_with_logprobs_if_requested(runner: Runner, ahe
     responses = [runner.step(plan) for plan in plans]
     for plan, response in zip(plans, responses, strict=True):
         scored.read(plan, response)
-    scored.rows[0].known -= ahead  # the second plan's sample, which did not come
+    scored.rows[0].known -= ahead  # the second plan's sample, which did not arrive
     assert [list(response.token_counts) for response in responses] == [[1]] * (1 + ahead)
     assert list(responses[0].unscored_counts) == [len('"name": "')]
     while END not in scored.rows[0].outputs:

@@ -1,4 +1,4 @@
-"""Whatever goes wrong with one sequence ends it alone: its neighbours get the tokens that they get without it."""
+"""A failure of one sequence only ends that sequence; its neighbours get the same tokens as without it."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -32,11 +32,11 @@ PANIC = pb.Grammar(kind=pb.GRAMMAR_KIND_REGEX, text="panic")
 
 
 class Panic(BaseException):
-    """As a panic in Rust reaches Python."""
+    """An error like a panic in Rust, which is not an Exception."""
 
 
 class Panicking:
-    """A matcher of a grammar whose methods fail from the nth call on."""
+    """A matcher whose methods fail after `calls` calls."""
 
     def __init__(self, calls: int) -> None:
         self._calls = calls
@@ -52,14 +52,14 @@ class Panicking:
 
 
 class Compiler(GrammarCompiler):
-    calls = 0  # that a matcher of PANIC survives
+    calls = 0  # after which a matcher of PANIC fails
 
     def matcher(self, grammar: pb.Grammar) -> LLMatcher:
         return Panicking(self.calls) if grammar == PANIC else super().matcher(grammar)  # type: ignore[return-value]
 
 
 class Adapters(AdapterStore):
-    """Whose slot 1 holds an adapter that turns values into NaN."""
+    """A store whose slots hold an adapter that turns values into NaN."""
 
     def adapter_in(self, slot: int) -> AdapterWeights:
         nan = LayerWeights(0, torch.full((1, 72), torch.nan), (Expansion(0, 1, 0, 24, torch.ones(1, 24)),))
@@ -68,7 +68,7 @@ class Adapters(AdapterStore):
 
 class Fault(NamedTuple):
     reason: pb.FailureReason.ValueType
-    options: dict[str, Any]  # of the start
+    options: dict[str, Any]  # fields of the start
 
 
 FAULTS = {
@@ -121,7 +121,7 @@ def make_runner(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Runner
 def run(
     runner: Runner, neighbours: list[dict[str, Any]], fault: Fault | None, begins: int, chunk: int
 ) -> tuple[dict[int, list[int]], list[pb.FailureReason.ValueType]]:
-    """The neighbours' outputs after ten steps, and why the sequence failed that joined them at one of them."""
+    """The neighbours' outputs after ten steps, and the failure of the sequence that joined them during one step."""
     planner, reasons = Planner(), list[pb.FailureReason.ValueType]()
     for row, neighbour in enumerate(neighbours):
         options = {name: value for name, value in neighbour.items() if name not in ("length", "first")}
@@ -136,7 +136,7 @@ def run(
         planner.read(plan, response)
         assert {plan.rows[place] for place in response.failed_chunks} <= {ROWS}
         reasons += response.failure_reasons
-        if reasons and ROWS in planner.rows and step > begins:  # the router hears of it a plan later
+        if reasons and ROWS in planner.rows and step > begins:  # the router learns of the failure one plan later
             planner.release(ROWS)
     return {row: planner.rows[row].outputs for row in range(len(neighbours))}, reasons
 

@@ -1,4 +1,4 @@
-"""Schemas as the compiler reads them: what is closed, mended and cut off, and what is left alone."""
+"""How schemas are changed for the compiler: what is closed, corrected or left out, and what is unchanged."""
 
 import json
 
@@ -109,7 +109,7 @@ def test_unsupported_property_names_are_left_to_the_compiler(names: object) -> N
 
 def test_property_names_are_listed_up_to_a_length() -> None:
     read = read_schema(json.dumps(nested_names(12)))
-    assert len(json.dumps(read)) < 200_000 and read["propertyNames"]  # for the compiler to refuse
+    assert len(json.dumps(read)) < 200_000 and read["propertyNames"]  # the compiler refuses it
 
 
 def nested_names(depth: int) -> dict[str, object]:
@@ -143,7 +143,7 @@ def test_optional_parts_with_infinite_recursion_are_left_out(endless: dict[str, 
     read = read_schema(json.dumps(schema).replace("http://a/b", "http://inner/schema"))
     for document in ({}, {"a": None}):
         jsonschema.validate(document, read)
-    with pytest.raises(ValidationError):  # and not RecursionError
+    with pytest.raises(ValidationError):  # and does not raise RecursionError
         jsonschema.validate({"b": {"next": 1}}, read)
 
 
@@ -152,7 +152,7 @@ def test_optional_parts_with_infinite_recursion_are_left_out(endless: dict[str, 
     [
         {"type": "object", "properties": {"next": SELF}},
         {"type": "object", "properties": {"next": {"anyOf": [SELF, {"type": "null"}]}}, "required": ["next"]},
-        {"properties": {"next": SELF}, "required": ["next"]},  # "a", 1, null, ... fit as well
+        {"properties": {"next": SELF}, "required": ["next"]},  # "a", 1, null, ... are also valid
         {"type": "array", "items": SELF},
         {"type": "array", "items": SELF, "minItems": 0},
         {"anyOf": [{"type": "string"}, {"type": "array", "items": SELF, "minItems": 2}]},

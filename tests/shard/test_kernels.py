@@ -1,4 +1,4 @@
-"""`loraplex kernels build`, with a compiler that is made up."""
+"""`loraplex kernels build`, with a fake compiler."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from loraplex_shard.ops import choose
 
 pytestmark = pytest.mark.slow
 
-# As on an arm64: x86's flags are errors. "Compiles" by making the file that follows -o.
+# Like a compiler on arm64: x86's flags are errors. It "compiles" by creating the file after -o.
 COMPILER = """#!/bin/sh
 for argument; do
     case $argument in -m*) echo "unrecognized option '$argument'" >&2; exit 1;; esac

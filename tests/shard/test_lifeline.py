@@ -1,4 +1,4 @@
-"""Who is let onto the connections by which ranks notice each other's end."""
+"""The connections through which ranks notice each other's end, and who may connect."""
 
 import socket
 import threading

@@ -1,4 +1,4 @@
-"""The LoRA delta of a mixed batch is the dense formula, row by row."""
+"""The LoRA delta of a mixed batch equals the dense formula, row by row."""
 
 import torch
 from hypothesis import given, settings
@@ -16,7 +16,7 @@ OPS = ReferenceOperations()
 FUSED = LinearLayout("fused", 0, (), IN_FEATURES, slice(0, IN_FEATURES))
 ANOTHER = LinearLayout("another", 1, (), IN_FEATURES, slice(0, IN_FEATURES))
 
-LoraRanks = tuple[int | None, ...]  # of each part; None: not adapted
+LoraRanks = tuple[int | None, ...]  # lora_rank of each part; None: not adapted
 
 
 def adapter_of(lora_ranks: LoraRanks, generator: torch.Generator) -> AdapterWeights:

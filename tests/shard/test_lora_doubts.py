@@ -1,4 +1,4 @@
-"""Adapters as people publish them are served as PEFT loads them, and what is doubtful about them is said."""
+"""Published adapters are served as PEFT loads them, with warnings about doubtful parts."""
 
 import dataclasses
 from pathlib import Path
@@ -21,9 +21,9 @@ REGEX = (
 )
 PATHS = [f"model.layers.2.{name}" for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")]
 
-# What they are trained with, what their configuration says, and what is said of them.
+# Options of the training, changes to the configuration, and warnings.
 PUBLISHED: dict[str, tuple[dict[str, object], dict[str, object], list[str]]] = {
-    "the commonest kind": ({}, {"base_model_name_or_path": "org/base-7b", "peft_version": "0.18.1"}, []),
+    "the most common kind": ({}, {"base_model_name_or_path": "org/base-7b", "peft_version": "0.18.1"}, []),
     "targets twice": ({}, {"target_modules": ["q_proj", "v_proj", "k_proj", "o_proj", "q_proj", "v_proj"]}, []),
     "a target that is not in the model": (
         {"target_modules": ["q_proj", "v_proj"]},
@@ -78,8 +78,8 @@ PUBLISHED: dict[str, tuple[dict[str, object], dict[str, object], list[str]]] = {
         ["task_type is 'TOKEN_CLS', but this model is a causal decoder: ignored"],
     ),
     "biases that the model does not have": ({}, {"bias": "all"}, []),
-    "VeLoRA, which only trains otherwise": ({}, {"velora_config": {"num_groups": 4}}, []),
-    "ties that it does not touch": ({}, {"ensure_weight_tying": True}, []),
+    "VeLoRA, which only affects training": ({}, {"velora_config": {"num_groups": 4}}, []),
+    "tied weights that it does not adapt": ({}, {"ensure_weight_tying": True}, []),
     "a field of a later PEFT": (
         {},
         {"invented_by_a_later_peft": {"a": 1}, "another": None},

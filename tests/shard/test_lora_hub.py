@@ -1,4 +1,4 @@
-"""Adapters from a hub: revisions, tokens, what is fetched, and what goes wrong."""
+"""Adapters from a hub: revisions, tokens, downloads and errors."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -36,7 +36,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandInHub]:
 
 @pytest.fixture
 def new_store(hub: StandInHub, tmp_path: Path) -> NewStore:
-    """Makes a store that keeps nothing in memory of what another one fetched; the files on disk are shared."""
+    """Makes a store that shares nothing with other stores except the files on disk."""
 
     def make(directory: Path | None = None, timeout_s: float = 10.0) -> AdapterStore:
         source = HubSource(hub.url, tmp_path / "cache", timeout_s)
@@ -96,7 +96,7 @@ def test_staging_again_only_requests_the_commit(
     staged = stage(store)
     hub.requests.clear()
     assert stage(store) == staged
-    assert stage(new_store()) == staged  # from the files on our disk
+    assert stage(new_store()) == staged  # from the files on disk
     assert hub.requests == ["GET /api/models/org/adapter"] * 2
 
 
@@ -154,7 +154,7 @@ def test_a_private_adapter_needs_its_token_each_time(
         stage(store)
     stage(store, token=TOKEN)
     with pytest.raises(AdapterNotFoundError, match="token"):
-        stage(store)  # though the files are here
+        stage(store)  # although the files are on disk
     with pytest.raises(AdapterNotFoundError):
         stage(store, token=OTHER_TOKEN)
     with pytest.raises(AdapterForbiddenError, match="token"):
@@ -330,6 +330,6 @@ def test_the_disks_error_is_part_of_the_message(
     hub: StandInHub, store: AdapterStore, files: dict[str, bytes], tmp_path: Path
 ) -> None:
     hub.push("org/adapter", files)
-    (tmp_path / "cache").touch()  # where a folder should be
+    (tmp_path / "cache").touch()  # a file instead of a folder
     with pytest.raises(AdapterSourceError, match=r"did not return 'org/adapter': (Not a directory|File exists)"):
         stage(store)

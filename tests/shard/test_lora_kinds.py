@@ -1,4 +1,4 @@
-"""Kinds of adapters beyond a product of A and B: in one batch with the base, their logits are PEFT's."""
+"""Kinds of adapters beyond a product of A and B: in one batch with the base, their logits equal PEFT's."""
 
 import dataclasses
 import warnings
@@ -28,18 +28,18 @@ TOKENS = [5, 80, 3, 3, 41, 7, 66, 0, 90, 12, 30]
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 KINDS = {
     "DoRA": {"use_dora": True},
-    "DoRA, rank-stabilized, of the head as well": {
+    "DoRA, rank-stabilized, also on the head": {
         "use_dora": True,
         "use_rslora": True,
         "target_modules": [*LINEAR, "lm_head"],
     },
-    "DoRA with the base's biases trained": {"use_dora": True, "bias": "lora_only"},
-    "a bias of B": {"lora_bias": True},
-    "the base's biases where it is adapted": {"bias": "lora_only", "target_modules": ["q_proj", "o_proj"]},
+    "DoRA with trained biases of the base": {"use_dora": True, "bias": "lora_only"},
+    "a bias for B": {"lora_bias": True},
+    "the base's biases in adapted layers": {"bias": "lora_only", "target_modules": ["q_proj", "o_proj"]},
     "all of the base's biases": {"bias": "all", "target_modules": ["k_proj", "up_proj"]},
-    "a head of its own": {"modules_to_save": ["lm_head"]},
-    "a linear layer of its own": {"modules_to_save": ["1.self_attn.k_proj"]},
-    "a head of its own that is targeted, too": {"modules_to_save": ["lm_head"], "target_modules": [*LINEAR, "lm_head"]},
+    "its own head": {"modules_to_save": ["lm_head"]},
+    "its own linear layer": {"modules_to_save": ["1.self_attn.k_proj"]},
+    "its own head, which is also targeted": {"modules_to_save": ["lm_head"], "target_modules": [*LINEAR, "lm_head"]},
 }
 BASES = {
     "biases": Qwen2Config(**SIZES),

@@ -1,4 +1,4 @@
-"""What is in the adapter directory is listed: what is sound can be asked for, what is not has its reason."""
+"""The list of the adapter directory: valid adapters can be requested, and others have a reason."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Merged adapters are what PEFT's add_weighted_adapter makes of the same ones, on any number of ranks."""
+"""Merged adapters equal those of PEFT's add_weighted_adapter, on any number of ranks."""
 
 from pathlib import Path
 
@@ -53,7 +53,7 @@ def loaded(directory: Path) -> PeftModel:
 
 
 def merged_on(ranks: int, directory: Path, recipe: Recipe, names: tuple[str, ...] = NAMES) -> dict[str, torch.Tensor]:
-    """The deltas of the merged adapter, put together from stores that hold a cut each."""
+    """The merged adapter's deltas, joined from stores that each hold one partition."""
     stores = [
         AdapterStore(layouts(rank, ranks), torch.float32, torch.device("cpu"), BASE, [LocalSource(directory)])
         for rank in range(ranks)
@@ -91,7 +91,7 @@ def test_each_strategy_equals_pefts_on_any_number_of_ranks(
     density: float,
     majority_sign_method: str,
 ) -> None:
-    # What DARE keeps is random; let PEFT keep what we keep.
+    # DARE keeps random values, so PEFT gets the same choice.
     monkeypatch.setattr(merge_utils, "random_pruning", lambda tensor, density, rescale: keep_random(tensor, density))
     recipe = Recipe(WEIGHTS, strategy, density, majority_sign_method)
     expected = merged_by_peft(loaded, recipe)

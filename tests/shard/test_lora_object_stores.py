@@ -1,4 +1,4 @@
-"""Adapters from S3, Google Cloud Storage and Azure: what is asked of them, what belongs together, what goes wrong."""
+"""Adapters from S3, Google Cloud Storage and Azure: requests, consistency and errors."""
 
 import socket
 import ssl
@@ -49,7 +49,7 @@ def source_of(store: StandInStore, timeout_s: float = 5) -> ObjectStoreSource:
 
 
 def stage(store: StandInStore, id: str, source: str = "", others: tuple[Source, ...] = ()) -> StagedAdapter:
-    """In a store that has nothing yet."""
+    """Stages an adapter in a new store."""
     adapters = AdapterStore(layouts(), torch.float32, torch.device("cpu"), BASE, [*others, source_of(store)])
     return adapters.stage(id, source, "", "")
 

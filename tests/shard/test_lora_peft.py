@@ -1,4 +1,4 @@
-"""An adapter's weights, cut and put together again, are what PEFT would add to the base's."""
+"""An adapter's weights, partitioned and joined again, equal what PEFT would add to the base's."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -32,7 +32,7 @@ VARIANTS = {
     "all modules": {"target_modules": ALL_MODULES},
     "all-linear": {"target_modules": "all-linear"},
     "rsLoRA": {"target_modules": ALL_MODULES, "use_rslora": True},
-    "an alpha of its own": {"lora_alpha": 37},
+    "its own alpha": {"lora_alpha": 37},
     "regex": {"target_modules": r".*\.(1|2)\.(mlp\.(up|down)|self_attn\.k)_proj"},
     "only v": {"target_modules": ["v_proj"]},
     "full names": {"target_modules": ["model.layers.1.self_attn.v_proj", "layers.0.mlp.up_proj"]},
@@ -40,7 +40,7 @@ VARIANTS = {
     "one layer, by pattern": {"layers_to_transform": 1, "layers_pattern": "layers"},
     "excluded": {"target_modules": ALL_MODULES, "exclude_modules": ["lm_head", "1.mlp.up_proj"]},
     "excluded by regex": {"target_modules": ALL_MODULES, "exclude_modules": r".*\.[02]\..*"},
-    # Patterns are tried in order, and PEFT writes them sorted.
+    # The order matters: patterns are tried in order, and PEFT writes them sorted.
     "rank_pattern": {"target_modules": ALL_MODULES, "rank_pattern": {r"layers\.1\..*_proj": 7, "q_proj": 3}},
     "alpha_pattern": {"alpha_pattern": {"model.layers.0.self_attn.k_proj": 5, "v_proj": 2}},
     "both patterns with rsLoRA": {

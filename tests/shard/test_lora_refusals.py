@@ -1,4 +1,4 @@
-"""What cannot be served exactly is refused, and the message names it."""
+"""Adapters that cannot be served exactly are refused, and the message says why."""
 
 import json
 import pickle
@@ -31,12 +31,12 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def directory(sound: Path, tmp_path: Path) -> Path:
-    """An adapter that the test may spoil."""
+    """An adapter that the test may damage."""
     return shutil.copytree(sound, tmp_path / "adapter")
 
 
 def refusal(directory: Path, dtype: torch.dtype = torch.float32) -> str:
-    """The message with which every rank refuses the adapter, whatever part of it that rank would hold."""
+    """The message with which all ranks refuse the adapter, whatever part of it each would hold."""
     messages = set()
     for rank in range(3):
         with pytest.raises(AdapterInvalidError) as caught:
@@ -324,7 +324,7 @@ def test_a_missing_file_is_named(directory: Path, name: str) -> None:
 
 def test_a_file_over_its_size_limit_is_refused_unread(directory: Path) -> None:
     with (directory / TENSORS).open("r+b") as file:
-        file.truncate(4 * 2**30 + 1)  # sparse
+        file.truncate(4 * 2**30 + 1)  # a sparse file
     with pytest.raises(AdapterInvalidError, match=f"{TENSORS} has 4294967297 bytes; the limit is 4294967296"):
         locate(directory)
 

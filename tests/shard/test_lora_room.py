@@ -1,4 +1,4 @@
-"""Adapters on their way wait for memory, and none of them forever."""
+"""Adapters that are being loaded wait for memory, but never forever."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor

@@ -1,4 +1,4 @@
-"""The store: staging by digest, slots, local ids, and all of it from many threads."""
+"""The store: staging by digest, slots, and local ids, also from many threads."""
 
 import contextlib
 import os
@@ -54,7 +54,7 @@ def store_of(directory: Path | None, hub: HubSource | None = None, host_bytes: i
 
 
 class CountingHub(HubSource):
-    """Serves the adapters of a directory, and remembers which were read."""
+    """Serves the adapters of a directory, and records reads."""
 
     def __init__(self, directory: Path) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ def stage(store: AdapterStore, id: str) -> StagedAdapter:
 
 
 def at_once(calls: int, call: Callable[[int], object]) -> list[object]:
-    """What the calls return, each made in its own thread, all at the same moment."""
+    """Runs the calls at the same moment, each in its own thread, and returns their results."""
     barrier = threading.Barrier(calls)
 
     def run(index: int) -> object:
@@ -285,7 +285,7 @@ def test_different_adapters_are_staged_at_the_same_time(saved: Path) -> None:
     hub = CountingHub(saved)
     store = store_of(None, hub)
     meeting = threading.Barrier(3)
-    hub.before_read = lambda: meeting.wait(timeout=60)  # passes only if all three are being read
+    hub.before_read = lambda: meeting.wait(timeout=60)  # passes only while all three are being read
     results = at_once(3, lambda index: store.stage(f"adapter-{index}", "hub", "", ""))
     assert len(set(results)) == 3
 
@@ -317,7 +317,7 @@ def test_staging_loading_and_reading_from_many_threads_keeps_each_slot_whole(sto
             try:
                 store.load(digest, thread + 1)
             except AdapterNotFoundError:
-                continue  # another thread unstaged it just now
+                continue  # another thread has just unstaged it
             actual = whole_deltas([store.adapter_in(thread + 1)])
             assert all(actual[module].equal(delta) for module, delta in expected[digest].items())
             store.unload(thread + 1)

@@ -1,4 +1,4 @@
-"""A tensor of an adapter is taken for what it is, not for what it is called."""
+"""An adapter's tensors are recognized under the names of all trainers."""
 
 import dataclasses
 from collections.abc import Callable

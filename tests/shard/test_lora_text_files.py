@@ -1,4 +1,4 @@
-"""What the files beside an adapter say of text. Where transformers reads the same files, it is the oracle."""
+"""Tokenizer files and templates beside an adapter. They are compared with transformers if it reads the same files."""
 
 import json
 from pathlib import Path

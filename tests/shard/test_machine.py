@@ -1,4 +1,4 @@
-"""What the settings come to on this machine: dtype, context and size of the cache."""
+"""What follows from the settings on this machine: device, dtype, context and cache size."""
 
 import math
 from pathlib import Path
@@ -111,7 +111,7 @@ def test_more_blocks_than_fit_into_memory_are_refused(monkeypatch: pytest.Monkey
 
 
 def container(folder: Path, limit: str, used: int, inactive: int = 0) -> None:
-    """A container's files, as cgroup version 2 has them."""
+    """A container's files in cgroup version 2."""
     (folder / "memory.max").write_text(f"{limit}\n")
     (folder / "memory.current").write_text(f"{used}\n")
     (folder / "memory.stat").write_text(f"anon 1\ninactive_file {inactive}\nactive_file 7\n")

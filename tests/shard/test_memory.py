@@ -1,4 +1,4 @@
-"""Memory for what every step reads."""
+"""Memory for data that every step reads."""
 
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context

@@ -1,4 +1,4 @@
-"""A rank's metrics, by its own account and over HTTP."""
+"""A rank's metrics, directly and over HTTP."""
 
 import urllib.request
 from collections.abc import Callable

@@ -15,7 +15,7 @@ ROWS = [line for line in _TABLES if line.startswith("| ") and " --- " not in lin
 
 @pytest.fixture(scope="module")
 def outcomes(request: pytest.FixtureRequest) -> dict[str, Future[Outcome]]:
-    """Of the classes that are asked for, worked on beside the tests that wait for them."""
+    """The outcomes of the selected classes, which are computed while the tests wait for them."""
     beside = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
     asked = {item.callspec.params["name"] for item in beside}
     return find_outcomes((model_type, name) for model_type, name in CLASSES if name in asked)
@@ -32,4 +32,4 @@ def test_the_page_lists_every_class_once() -> None:
 
 
 def test_a_hundred_classes_are_served() -> None:
-    assert len([line for line in ROWS if line.count(" | ") == 2]) > 100  # the table's head is one of them
+    assert len([line for line in ROWS if line.count(" | ") == 2]) > 100  # including the table's header

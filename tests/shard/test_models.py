@@ -1,4 +1,4 @@
-"""The decoder against transformers, on tiny random checkpoints of every architecture and variant."""
+"""The decoder compared with transformers, on tiny random checkpoints of every architecture and variant."""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -76,12 +76,12 @@ class Pair:
     def expected(self, tokens: list[int]) -> torch.Tensor:
         """transformers' logits [tokens, vocab].
 
-        Where RoPE depends on the length, transformers' choice for one pass is that for its last position. Ours is
-        fixed: with dynamic that of its token-by-token decoding, with longrope that for the longest sequence served.
+        If RoPE depends on the length, transformers chooses it for a pass's last position. Ours is fixed: for dynamic as
+        in transformers' decoding token by token, for longrope as for the longest sequence served.
         """
         if self.theirs.config.rope_parameters.get("rope_type") == "dynamic":
             return self._token_by_token(tokens)
-        longest = tokens + [0] * (MAX_MODEL_LEN - len(tokens))  # what follows a token does not change its logits
+        longest = tokens + [0] * (MAX_MODEL_LEN - len(tokens))  # later tokens do not change a token's logits
         with torch.inference_mode():
             return self.theirs(torch.tensor([longest])).logits[0, : len(tokens)]
 

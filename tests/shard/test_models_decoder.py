@@ -1,4 +1,4 @@
-"""What the decoder promises besides its numbers: how it loads, what it shares, what it leaves untouched."""
+"""The decoder's guarantees besides its results: how it loads, what it shares, and what it does not change."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""GPT-OSS's experts in MXFP4: what the operations have of them is what the checkpoint says, to the last bit."""
+"""GPT-OSS's experts in MXFP4: the operations use exactly the checkpoint's values."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ EXPERTS, HIDDEN, UNITS = 3, 64, 96
 
 @pytest.fixture(scope="module")
 def floats(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same model with its experts as floats."""
+    """The same model with experts as floats."""
     sizes = SIZES | {"hidden_size": HIDDEN, "intermediate_size": UNITS, "num_hidden_layers": 2}
     config = GptOssConfig(**sizes, head_dim=16, num_local_experts=EXPERTS, num_experts_per_tok=2, sliding_window=7)
     return save_checkpoint(config, tmp_path_factory.mktemp("floats"))
@@ -60,7 +60,7 @@ def test_experts_are_kept_as_they_are_stored(directory: Path, floats: Path, size
                 pairs = zip(getattr(ours.mlp, name).experts, getattr(theirs.mlp, name).experts, strict=True)
                 assert all(a.weight.matrix.equal(b.weight.matrix) for a, b in pairs)
                 rounded = [expert.weight.group for expert in getattr(ours.mlp, name).experts]
-                assert rounded == [32] * EXPERTS or (name == "down" and size > 1)  # the cut may go through a group
+                assert rounded == [32] * EXPERTS or (name == "down" and size > 1)  # the partition may divide a group
 
 
 def test_kernels_compute_the_same_as_the_reference(directory: Path, floats: Path) -> None:

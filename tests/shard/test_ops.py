@@ -1,4 +1,4 @@
-"""Each operation's reference against a plain formula."""
+"""Each operation's reference compared with a simple formula."""
 
 from types import ModuleType
 from typing import get_args

@@ -1,4 +1,4 @@
-"""The CPU kernels compute what the reference computes, whatever the shapes, dtypes and instruction set."""
+"""The CPU kernels compute the same as the reference, for all shapes, dtypes and instruction sets."""
 
 from dataclasses import replace
 from math import inf, nan
@@ -370,7 +370,7 @@ def test_a_row_that_is_not_finite_does_not_change_the_others_of_its_run(cpu: Cpu
 @pytest.mark.parametrize(("tokens", "experts", "chosen"), [(1, 4, 1), (7, 5, 3), (70, 130, 8)])
 def test_a_mixture_of_experts(cpu: CpuOperations, tokens: int, experts: int, chosen: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    logits = torch.stack([torch.randperm(experts) / 16 for _ in range(tokens)]).to(dtype)  # no two are equal
+    logits = torch.stack([torch.randperm(experts) / 16 for _ in range(tokens)]).to(dtype)  # all are different
     x = random(1, tokens, 33, dtype=dtype)
     shared, gate = random(2, tokens, 20, dtype=dtype), random(3, tokens, 1, dtype=dtype)
     matrices = [random(expert, 20, 33, dtype=dtype) for expert in range(experts)]

@@ -1,6 +1,6 @@
-"""The CUDA operations compute what the reference computes, here on CPU tensors, in Triton's interpreter.
+"""The CUDA operations compute the same as the reference, here on CPU tensors in Triton's interpreter.
 
-It cannot multiply bfloat16, so that products are tried in float16 and float32; for bfloat16 they are the same kernels.
+It cannot multiply bfloat16, so products are tested in float16 and float32; bfloat16 uses the same kernels.
 """
 
 from dataclasses import replace
@@ -54,7 +54,7 @@ def test_activations(function: Activation, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("ops", [CUDA, REFERENCE], ids=["cuda", "reference"])
 def test_large_logits_in_float16_are_finite(ops: CudaOperations | ReferenceOperations) -> None:
-    """Their sum is beyond what float16 holds."""
+    """Their sum overflows float16."""
     x = torch.full((2, 128_256), 1.0, dtype=torch.float16)
     x[1, 7] = torch.inf
     wide, finite = ops.upcast(x)
@@ -128,7 +128,7 @@ def test_attention_over_any_mix_of_chunks(heads: Heads, chunks: list[tuple[int, 
 
 
 def test_small_probabilities_times_small_scales_do_not_underflow_in_float16() -> None:
-    """A cache of int8 whose values are small: each position's chance is far from the peak's."""
+    """An int8 cache with small values, in which each position's probability is far below the largest one."""
     heads = Heads(query=1, kv=1, dim=16)
     batch, num_blocks = paged_batch([(400, 1)], seed=0)
     (layer,) = filled_cache(num_blocks, heads, torch.int8, 0).layers
@@ -282,7 +282,7 @@ SIZES: dict[str, Any] = {
     "config", [LlamaConfig(**SIZES), MixtralConfig(**SIZES, num_local_experts=3)], ids=["llama", "mixtral"]
 )
 def test_a_decoder_computes_the_same_as_with_the_reference(config: PreTrainedConfig, tmp_path: Path) -> None:
-    """All operations together, some layers and tokens on an adapter, the others not."""
+    """All operations together; some layers and tokens have an adapter, and others do not."""
     directory, results = save_checkpoint(config, tmp_path), []
     for ops in (CUDA, REFERENCE):
         decoder = load(directory, ops=ops, quantize="int8")

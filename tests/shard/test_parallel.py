@@ -1,4 +1,4 @@
-"""The rules by which a model is cut, and a model that really runs over several processes."""
+"""The rules for partitioning a model, and a model that runs on several processes."""
 
 import os
 import subprocess
@@ -42,12 +42,12 @@ CHECKPOINTS: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True),
     "llama-tied": LlamaConfig(**SHAPE, tie_word_embeddings=True),
     "qwen3": Qwen3Config(**SHAPE, head_dim=6, attention_bias=True),
-    "olmo2": Olmo2Config(**SHAPE),  # norms over all ranks' heads
+    "olmo2": Olmo2Config(**SHAPE),  # norms over the heads of all ranks
     "phi3": Phi3Config(**SHAPE, pad_token_id=None),  # projections that are fused in the checkpoint
     "qwen2-moe": Qwen2MoeConfig(
         **SHAPE, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=23, shared_expert_intermediate_size=37
     ),
-    "gpt-oss": GptOssConfig(  # experts with biases, sinks, gates and ups that are neighbours
+    "gpt-oss": GptOssConfig(  # experts with biases, sinks, and interleaved gates and ups
         **SHAPE, head_dim=8, num_local_experts=3, num_experts_per_tok=2, sliding_window=4, pad_token_id=None
     ),
     "cohere2": Cohere2Config(**SHAPE, sliding_window=4, pad_token_id=None, logit_scale=0.3),
@@ -74,8 +74,8 @@ def ranks_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def ranks_logits(ranks_directory: Path) -> dict[str, torch.Tensor]:
-    """What rank 0 of each group computed, by checkpoint and size."""
-    build(kernels_directory(), instruction_set())  # not in the time that the ranks have
+    """The results of rank 0 in each group, by checkpoint and size."""
+    build(kernels_directory(), instruction_set())  # compiles outside the ranks' time limit
     command = [sys.executable, "-m", "tests.shard.rank_process"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     root = Path(__file__).parents[2]

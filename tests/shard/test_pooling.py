@@ -1,4 +1,4 @@
-"""Pooled sequences through the runner: transformers' hidden states, however they are cut and whatever runs beside."""
+"""Pooled sequences in the runner equal transformers' hidden states, for all chunks and neighbours."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -62,7 +62,7 @@ def runner(decoder: Decoder, adapters: AdapterStore) -> Runner:
 
 
 def run(planner: Planner, runner: Runner, lengths: dict[int, int], pooled: set[int]) -> StepResponse:
-    """One step in which the rows of `pooled` sample nothing."""
+    """Runs one step in which the rows of `pooled` do not sample."""
     plan = planner.plan(lengths)
     for place, row in enumerate(plan.rows):
         plan.samples[place] = plan.samples[place] and row not in pooled

@@ -1,4 +1,4 @@
-"""Decoders of small integers: what their weights are, and the CPU kernels against the reference."""
+"""Quantized decoders: their weights, and the CPU kernels compared with the reference."""
 
 from pathlib import Path
 
@@ -100,6 +100,6 @@ def _assert_close(actual: torch.Tensor, expected: torch.Tensor, quantization: Qu
     if quantization == "none":
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
         return
-    # An activation that lies between two integers may be rounded to either, by a last bit of difference before: torch's
-    # own sums differ by that from processor to processor. A kernel's own results are compared closely in test_ops_cpu.
+    # An activation between two integers may be rounded to either if it differs in the last bit, as torch's sums do from
+    # processor to processor. test_ops_cpu compares each kernel's results closely.
     assert float((actual - expected).norm() / expected.norm()) < 0.05

@@ -1,4 +1,4 @@
-"""Plans give the tokens of transformers and PEFT, however sequences are cut, mixed, restarted and moved."""
+"""Plans give the same tokens as transformers and PEFT, however sequences are divided, mixed, restarted and moved."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -236,7 +236,7 @@ def test_a_plan_without_chunks_does_nothing(runner: Runner) -> None:
 
 
 class Poison:
-    """An adapter store whose every slot holds an adapter that turns values into NaN."""
+    """An adapter store in which every slot holds an adapter that turns values into NaN."""
 
     def adapter_in(self, slot: int) -> AdapterWeights:
         nan = LayerWeights(0, torch.full((1, 36), torch.nan), (Expansion(0, 1, 0, 12, torch.ones(1, 12)),))
@@ -257,9 +257,9 @@ def test_a_sequence_that_is_not_finite_is_the_only_one_that_fails(decoder: Decod
     assert list(response.failure_reasons) == [FAILURE_REASON_NOT_FINITE]
     assert (len(response.logprobs), list(response.alternative_counts)) == (1, [2])
     assert len(response.alternative_tokens) == len(response.alternative_logprobs) == 2
-    planner.run(runner.step, {0: 1, 1: 1})  # the router did not know yet
+    planner.run(runner.step, {0: 1, 1: 1})  # the router does not know yet
     planner.release(1)
-    planner.start(2, prompts[1])  # in the blocks that held NaN
+    planner.start(2, prompts[1])  # in the blocks that contained NaN
     planner.run(runner.step, {0: 1, 2: 20})
     planner.decode(runner.step, [0, 2], 7)
     assert planner.rows[0].outputs == greedy(reference, prompts[0], 10)

@@ -1,4 +1,4 @@
-"""The sampler against transformers' processors, against exact probabilities, and against itself in other batches."""
+"""The sampler compared with transformers' processors, with exact probabilities, and with itself in other batches."""
 
 from collections.abc import Callable
 
@@ -37,7 +37,7 @@ RANDOM = {"temperature": 1}
 
 
 def parameters(*sequences: dict[str, float]) -> NDArray[np.void]:
-    """What is not named is neutral."""
+    """Parameters of sequences; those not given are neutral."""
     return np.array([tuple((NEUTRAL | values).values()) for values in sequences], PARAMETERS)
 
 
@@ -46,7 +46,7 @@ def random_logits(count: int, vocab: int = VOCAB, scale: float = 3, seed: int = 
 
 
 def history(*sequences: tuple[list[int], int]) -> History:
-    """Of (tokens, prompt length) each; what lies behind the tokens must not matter."""
+    """The history of sequences, each as (tokens, prompt length). Memory after the tokens must not matter."""
     tokens = torch.full((len(sequences), max(len(ids) for ids, _ in sequences) + 3), -7, dtype=torch.int32)
     for row, (ids, _) in enumerate(sequences):
         tokens[row, : len(ids)] = torch.tensor(ids)
@@ -113,7 +113,7 @@ def test_each_row_is_warped_by_its_own_parameters() -> None:
 def test_the_head_has_all_tokens_that_warping_keeps_or_reports_that_it_does_not(
     values: dict[str, float], scale: float, vocab: int
 ) -> None:
-    # Rounded, so that many tokens equal the last one that is in.
+    # Rounded, so that many tokens equal the last one that is kept.
     logits = (random_logits(6, vocab, scale) * 8).round() / 8
     each = parameters(*[{**RANDOM, **values}] * 6)
     expected = warped(logits, each).softmax(-1)
@@ -277,7 +277,7 @@ def test_tokens_are_sampled_with_their_probability(values: dict[str, float], voc
     assert counts[~possible].sum() == 0
     chi_square = ((counts - expected)[possible] ** 2 / expected[possible]).sum()
     freedom = vocab - 1
-    assert chi_square < freedom + 6.2 * (2 * freedom) ** 0.5  # one seed in 10,000 would exceed it
+    assert chi_square < freedom + 6.2 * (2 * freedom) ** 0.5  # one in 10,000 seeds would exceed it
 
 
 def test_a_sequence_draws_a_new_number_for_every_token() -> None:

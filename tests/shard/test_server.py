@@ -1,4 +1,4 @@
-"""Whole shard processes: one that is told to stop, one that cannot load, and a group of two."""
+"""Whole shard processes: one that stops, one that cannot load, and a group of two."""
 
 import signal
 import subprocess
@@ -37,8 +37,8 @@ pytestmark = pytest.mark.slow
 
 TIMEOUT = 90
 PROMPT = random_tokens(20, 1)
-# Ends as `loraplex shard` does, not by way of Python's own end: a thread of gRPC that comes back to Python after that
-# aborts the process.
+# Ends like `loraplex shard`, without Python's finalization: a gRPC thread that returns to Python afterwards would abort
+# the process.
 PROGRAM = """
 import os, sys
 from loraplex_protos.errors import LoraplexError
@@ -66,7 +66,7 @@ def reference(checkpoint: Path) -> PreTrainedModel:
 
 @dataclass
 class TwoRanks:
-    """Of one group, which has no router."""
+    """The two ranks of a group without a router."""
 
     processes: list[subprocess.Popen[str]]
     shards: list[ShardServiceStub]
@@ -84,7 +84,7 @@ def shard_process(settings: ShardSettings) -> Iterator[subprocess.Popen[str]]:
 
 @contextmanager
 def connected(settings: ShardSettings) -> Iterator[ShardServiceStub]:
-    """A connection, once the process serves."""
+    """Waits until the process serves, and connects to it."""
     with grpc.insecure_channel(settings.listen) as channel:
         grpc.channel_ready_future(channel).result(TIMEOUT)
         yield ShardServiceStub(channel)
@@ -203,7 +203,7 @@ def test_two_ranks_answer_as_one_and_end_together(checkpoint: Path, reference: P
 
         plan = planner.plan({0: 1})
         streams[0].send(plan)
-        plan.slots[0] = 7  # which holds nothing
+        plan.slots[0] = 7  # it holds no adapters
         streams[1].send(plan)
         for rank, stream in enumerate(streams):
             with pytest.raises(grpc.RpcError, match=f"rank {rank} failed"):
@@ -245,7 +245,7 @@ def test_both_ranks_end_if_one_was_suspended_in_a_step_until_the_router_left(two
         plan = planner.plan({0: 1})
         for stream in streams:
             stream.send(plan)
-        two_ranks.shards[1].GetInfo(pb.GetInfoRequest())  # the plan has come
+        two_ranks.shards[1].GetInfo(pb.GetInfoRequest())  # the plan has arrived
         for stream in streams:
             stream.call.cancel()
     assert other.wait(TIMEOUT) == 1

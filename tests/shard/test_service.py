@@ -1,4 +1,4 @@
-"""The shard's calls over a real socket: plans in order, one stream, typed errors, and nothing that delays a step."""
+"""The shard's calls over a real socket: plans in order, one stream, typed errors, and no delayed steps."""
 
 import logging
 import threading
@@ -50,11 +50,11 @@ TIMEOUT = 30
 
 
 class SlowAdapters:
-    """An adapter store that stages nothing before it is told to go on."""
+    """An adapter store that only stages once `may_go_on` is set."""
 
     def __init__(self) -> None:
         self.staging, self.may_go_on = threading.Event(), threading.Event()
-        self.coming = threading.Semaphore(0)  # released by each that is to be staged
+        self.coming = threading.Semaphore(0)  # released by each call
 
     def stage(self, id: str, source: str, revision: str, token: str) -> StagedAdapter:
         self.staging.set()
@@ -121,7 +121,7 @@ def shard(channel: grpc.Channel) -> ShardServiceStub:
 
 
 def first_answer(shard: ShardServiceStub, plan: pb.StepRequest) -> pb.StepResponse:
-    """Of a new stream, as soon as the shard has noticed that the last one ended."""
+    """The answer on a new stream, which is opened as soon as the shard has noticed that the last one ended."""
     for _ in range(TIMEOUT * 100):
         try:
             with Stream(shard) as stream:
@@ -227,7 +227,7 @@ def test_the_shard_is_not_hanging_once_all_work_of_a_router_has_ended(
     first_answer(shard, first_plan())
     monkeypatch.setattr(StepThread, "longest_rest", -1.0)
     assert service.wait_until_left(TIMEOUT)
-    shard.GetInfo(pb.GetInfoRequest())  # gRPC tells of a call's end when it has been answered
+    shard.GetInfo(pb.GetInfoRequest())  # gRPC reports a call's end once another call has been answered
     assert not service.hangs
 
 

@@ -1,4 +1,4 @@
-"""What a shard can be told: bad values are refused with the setting's name."""
+"""A shard's settings: invalid values are refused with the setting's name."""
 
 from pathlib import Path
 

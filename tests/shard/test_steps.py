@@ -1,4 +1,4 @@
-"""The thread that runs plans: it never waits for whoever reads plans or takes results, and keeps streams apart."""
+"""The thread that runs plans: it never waits for the reading of plans or results, and keeps streams separate."""
 
 import threading
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ TIMEOUT = 30
 
 
 class Recorder:
-    """A runner that writes down what it is asked for. A plan waits for `may_go_on`, and fails if it is of row 9."""
+    """A runner that records its calls. A plan waits for `may_go_on`, and a plan of row 9 fails."""
 
     def __init__(self) -> None:
         self.calls: list[int | str] = []
@@ -47,7 +47,7 @@ class Recorder:
 
 
 class Plans:
-    """A stream of plans; `read` is set once the shard asks for more than there are."""
+    """A stream of plans; `read` is set once the shard has read all of them."""
 
     def __init__(self, *plans: StepRequest) -> None:
         self.plans = SimpleQueue[StepRequest | None]()
@@ -88,7 +88,7 @@ def test_plans_run_even_if_nobody_has_read_a_result(steps: StepThread, recorder:
     with closing(steps.run(iter(plans))) as results:
         assert next(results).response.step == 0
         assert plans.read.wait(TIMEOUT)
-        steps.warmup(1)  # comes behind all that was read
+        steps.warmup(1)  # comes after everything that was read
         assert recorder.calls == ["clear", 0, 1, 2, 3, "warmup"]
         plans.plans.put(None)
         assert [step.response.step for step in results] == [1, 2, 3]
@@ -138,7 +138,7 @@ def test_plans_after_a_failed_one_do_not_run(
     next_stream.plans.put(None)
     assert len(list(steps.run(iter(next_stream)))) == 1
     failing.read.clear()
-    failing.plans.put(plan(3))  # late, and still not run
+    failing.plans.put(plan(3))  # arrives late, and does not run either
     assert failing.read.wait(TIMEOUT)
     steps.warmup(1)
     assert recorder.calls == ["clear", 0, 1, "clear", 0, "warmup"]

@@ -1,4 +1,4 @@
-"""The threads of the CPU kernels: results are those of one thread, whoever calls, and however often."""
+"""The threads of the CPU kernels: results equal those of one thread, for all callers and any number of calls."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +32,7 @@ def norm(ops: CpuOperations) -> torch.Tensor:
 
 
 def attention(ops: CpuOperations) -> torch.Tensor:
-    """Of a context long enough to be cut into parts, which are joined once all are there."""
+    """Attention over a context that is long enough to be divided into parts, which are joined at the end."""
     heads = Heads(query=4, kv=2, dim=64)
     batch, num_blocks = paged_batch([(2600, 1), (10, 30), (0, 1)], seed=0)
     (layer,) = filled_cache(num_blocks, heads, torch.float32, 0).layers

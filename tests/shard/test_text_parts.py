@@ -1,5 +1,5 @@
-"""The text model of checkpoints that read pictures as well, against transformers and PEFT, under all names that they
-were saved with."""
+"""The text model of checkpoints that also read pictures, compared with transformers and PEFT, under all names that
+they were saved with."""
 
 import re
 from pathlib import Path
@@ -115,11 +115,11 @@ def test_the_logits_for_text_equal_transformers(name: str, tmp_path: Path) -> No
 CURRENT = re.compile(
     r"model\.(?:language_model|text_model)\.|language_model\.model\.|model\.(?=layers|norm|embed_tokens)"
 )
-FORMER = {"language_model.model": "language_model.lm_head", "model": "lm_head"}  # the backbone, and the head with it
+FORMER = {"language_model.model": "language_model.lm_head", "model": "lm_head"}  # names of the backbone and the head
 
 
 def renamed(tensors: dict[str, torch.Tensor], backbone: str, head: str) -> dict[str, torch.Tensor]:
-    """Tensors by the names that they had when the backbone and the head were called so."""
+    """Renames tensors for these names of the backbone and the head."""
     by_backbone = {CURRENT.sub(f"{backbone}.", name): tensor for name, tensor in tensors.items()}
     return {re.sub(r"(?:language_model\.)?lm_head", head, name): tensor for name, tensor in by_backbone.items()}
 
@@ -145,7 +145,7 @@ PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
     "targets", [PROJECTIONS, rf".*(language|text).*({'|'.join(PROJECTIONS)})"], ids=["list", "pattern"]
 )
 def test_an_adapter_of_the_whole_model_is_found_under_any_of_its_names(name: str, targets: Any, tmp_path: Path) -> None:
-    """What reads pictures may be adapted, too: it does not matter to text."""
+    """The parts that read pictures may be adapted too; they do not affect text."""
     model = make(MODELS[name])
     model.save_pretrained(tmp_path / "base")
     decoder, plain = load(tmp_path / "base"), logits(model)

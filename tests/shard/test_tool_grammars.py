@@ -1,4 +1,4 @@
-"""Forced tool calls, from the schemas of a request's tools to what may be sampled."""
+"""Forced tool calls: from the schemas of a request's tools to the allowed texts."""
 
 import json
 import re
@@ -59,7 +59,7 @@ def test_arguments_fit_the_called_tools_schema_whatever_the_others_define(
         random = Random(seed)
         tools: Tools = {name: random_tool_schema(random) for name in ("pizza", "car.2", "my-tool")}
         answer = answers(compiler, forced(tools, several=seed % 2 == 0), random)
-        if answer is None:  # a list that goes on and on
+        if answer is None:  # an endless list
             continue
         calls = read_calls(answer, tools)
         assert calls and (len(calls) == 1 or seed % 2 == 0)

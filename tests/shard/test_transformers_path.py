@@ -1,4 +1,4 @@
-"""What models that run with transformers' modeling code promise besides their numbers."""
+"""Guarantees for models that run with transformers' modeling code, besides their results."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Ranks that are threads of this process: as much of tensor parallelism as a test of numbers needs."""
+"""Ranks as threads of this process, which is enough tensor parallelism to test results."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +13,7 @@ Result = TypeVar("Result")
 
 
 class ThreadGroup(Group):
-    """Each collective: every rank shows its tensor, waits for the others, and reads theirs."""
+    """In each collective, every rank shows its tensor, waits for the others, and reads theirs."""
 
     def __init__(self, rank: int, size: int, barrier: Barrier, shown: list[torch.Tensor | None]) -> None:
         super().__init__(rank, size)
@@ -39,8 +39,7 @@ class ThreadGroup(Group):
 
 
 def run_on_ranks(size: int, function: Callable[[Group], Result]) -> list[Result]:
-    """What the function returns on each rank. Raises what the first of them raised that has no other's failure as its
-    cause."""
+    """The function's results on each rank. Raises the first error that was not caused by another rank's."""
     barrier, shown = Barrier(size, timeout=60), [None] * size
 
     def run(rank: int) -> Result:

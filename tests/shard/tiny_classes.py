@@ -9,7 +9,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 VOCAB, POSITIONS = 96, 64
 HIDDEN = 64
-# What configurations call the same things.
+# Configurations' names for the same sizes.
 NAMES = (
     (VOCAB, "vocab_size vocab_size_per_layer_input"),
     (POSITIONS, "max_position_embeddings n_positions max_seq_len max_target_positions image_size"),
@@ -29,7 +29,7 @@ NAMES = (
 )
 SIZES = {name: size for size, names in NAMES for name in names.split()}
 PARTS = "text_config", "vision_config", "audio_config"
-# Where sizes depend on each other, and where a class is meant that others are made of.
+# The model_type of parts that may have any.
 AUTO = {
     "fuyu": {"text_config": "persimmon"},
     "gemma3": {"vision_config": "siglip_vision_model"},
@@ -42,7 +42,7 @@ GEMMA4_WITHOUT_LAYER_INPUTS = {
     "hidden_size_per_layer_input": 0,
     "vocab_size_per_layer_input": 0,
 }
-OWN: dict[str, dict[str, Any] | None] = {  # None: as large as it is
+OWN: dict[str, dict[str, Any] | None] = {  # None: with its default sizes
     "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8}, "ffn_config": {"ffn_hidden_size": 96}},
     "dots3_note": None,
@@ -51,15 +51,15 @@ OWN: dict[str, dict[str, Any] | None] = {  # None: as large as it is
     "mamba2": {"num_heads": 8},
     "zamba2": {"num_hidden_layers": 54},
     "zaya": {"num_experts_per_tok": 1},
-    "gemma3n_text": {"num_hidden_layers": 10, "num_kv_shared_layers": 4},  # which share keys and values
+    "gemma3n_text": {"num_hidden_layers": 10, "num_kv_shared_layers": 4},  # these share keys and values
     "gemma4_text": {"num_hidden_layers": 12, "num_kv_shared_layers": 6},
-    "granitemoehybrid": {"layer_types": ["attention"] * 4},  # there are models of the family without Mamba's
+    "granitemoehybrid": {"layer_types": ["attention"] * 4},  # some models of the family have no Mamba layers
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "llama4_text": {"floor_scale": 4, "attn_scale": 0.5},  # queries that grow with their positions
     "longcat_flash": {"head_dim": 8},
     "xmod": {"default_language": "en_XX"},
-    "youtu": {"pad_token_id": None},  # transformers empties its row of the embedding when it loads it
+    "youtu": {"pad_token_id": None},  # on loading, transformers clears its row of the embedding
 }
 
 
@@ -92,7 +92,7 @@ def _sizes(kind: type[PreTrainedConfig]) -> dict[str, Any]:
         sizes["num_key_value_heads"] = sizes["num_attention_heads"]
     for name in known.intersection(PARTS, kind.sub_configs):
         part = kind.sub_configs[name]
-        if part is AutoConfig:  # any model; this is the one that is meant
+        if part is AutoConfig:  # any model; AUTO names one
             model = AUTO.get(kind.model_type, {}).get(name)
             sizes |= {name: {"model_type": model, **_sizes(CONFIG_MAPPING[model])}} if model else {}
         else:
