@@ -86,7 +86,7 @@ def test_the_least_recently_released_prefix_is_evicted_first_and_from_its_end():
     assert len(allocator.find([b"new0", b"new1"])) == 2
 
 
-def test_keys_differ_by_adapter_by_tokens_and_by_what_came_before():
+def test_keys_differ_by_adapter_tokens_and_preceding_blocks():
     root = root_key("")
     parents = [branch_key(root, "", 0), branch_key(root, "digest", 0), branch_key(root, "digest", 1), root_key("x")]
     keys = {next_key(parent, tokens) for parent in parents for tokens in ([1, 2], [2, 1])}

@@ -97,12 +97,12 @@ class World:
         for sequence in plan.starts:
             assert sequence.row is not None
             self.tables[sequence.row], self.known[sequence.row] = [], list(sequence.tokens)
-        for chunk in plan.chunks:  # keys and values of all chunks are written before any is read
+        for chunk in plan.chunks:  # all chunks' keys and values are written before any are read
             self.write(chunk)
         return [self.sample(chunk) for chunk in plan.chunks]
 
     def sample(self, chunk: Chunk) -> list[int]:
-        """A token, and the fast-forward ones after it; none where the chunk ends before what is known."""
+        """A token and its fast-forward tokens; none if the chunk ends before the sequence's known tokens do."""
         sequence, known = chunk.sequence, self.known[chunk.sequence.row]
         end = chunk.start + chunk.length
         content = [self.cache[self.tables[sequence.row][p // BLOCK]][p % BLOCK] for p in range(end)]
@@ -160,10 +160,10 @@ requests = st.lists(
         st.sampled_from(["", "a", "b", "c", "d"]),
         st.lists(st.integers(0, 2), min_size=1, max_size=30),  # few distinct tokens, so that prefixes repeat
         st.integers(1, 12),
-        st.integers(0, 6),  # arrives this many turns after the last
-        st.one_of(st.none(), st.integers(0, 30)),  # is cancelled after so many turns
-        st.sampled_from([0, 0, 0, 1, 7, 40]),  # is computed alone up to there
-        st.sampled_from(["", "x", "y"]),  # whose it is
+        st.integers(0, 6),  # turns between the last arrival and this one
+        st.one_of(st.none(), st.integers(0, 30)),  # turns until it is cancelled
+        st.sampled_from([0, 0, 0, 1, 7, 40]),  # computed alone up to this position
+        st.sampled_from(["", "x", "y"]),  # its tenant
         st.sampled_from([0, 0, 0, 1, 4, 5, 13, NEVER]),  # where its adapter begins to act
     ),
     max_size=20,
@@ -382,7 +382,7 @@ def test_a_prompt_that_does_not_activate_its_adapter_is_the_base_models():
     assert again.prefix_hit == 20
 
 
-def test_asking_for_prompt_logprobs_computes_the_whole_prompt():
+def test_prompt_logprobs_require_the_whole_prompt():
     world = World()
     world.submit("", list(range(17)), 1)
     world.run()
