@@ -16,9 +16,9 @@ VOCABULARY = 1000
 
 
 class FakeShards:
-    """Keeps rows as the real ones do. `failing_token` fails the sequence that would feed it, a plan with one that has
-    the `deadly_token` is answered with `death`; `load_error` and `step_error` are raised by the next load and
-    result. A step takes `step_seconds`."""
+    """Keeps rows like real shards. A sequence whose next input is `failing_token` fails; a plan with a sequence that
+    has the `deadly_token` is answered with `death`; the next load raises `load_error`, and the next result
+    `step_error`. A step takes `step_seconds`."""
 
     def __init__(self) -> None:
         self.known: dict[int, list[int]] = {}
