@@ -19,7 +19,7 @@ A = TypeVar("A", pb.UnloadAdapterRequest, pb.PinAdapterRequest, pb.UnpinAdapterR
 def generate_request(prompt: Prompt, **options: Unpack[GenerateOptions]) -> pb.GenerateRequest:
     """Options have the names of the messages' fields. Raises TypeError for an unknown option."""
     given: dict[str, Any] = dict(options)
-    adapter, grammar = given.pop("adapter", None), given.pop("grammar", None)
+    adapter, grammar, adapters = (given.pop(name, None) for name in ("adapter", "grammar", "adapters"))
     if isinstance(stop := given.get("stop"), str):
         given["stop"] = [stop]
     request = pb.GenerateRequest(sampling=pb.Sampling(), stopping=pb.Stopping(), detail=pb.Detail())
@@ -32,6 +32,9 @@ def generate_request(prompt: Prompt, **options: Unpack[GenerateOptions]) -> pb.G
     if grammar is not None:
         request.grammar.CopyFrom(_grammar(grammar))
     _with_adapter(request, adapter)
+    if adapters is not None:
+        named = [adapters] if isinstance(adapters, str) else adapters
+        _fill(request, adapters=[adapter_reference("" if each is None else each) for each in named])
     return _with_prompt(request, prompt)
 
 

@@ -68,6 +68,7 @@ def stream_piece(response: pb.GenerateStreamResponse) -> StreamPiece:
         prompt=_prompt(response.prompt),
         adapter_digest=response.adapter_digest,
         warnings=tuple(response.warnings),
+        adapter=response.adapter,
     )
 
 
@@ -104,6 +105,8 @@ def _sequence(sequence: pb.GeneratedSequence) -> GeneratedSequence:
         finish_reason=_FINISH_REASONS[sequence.finish_reason],
         usage=_usage(sequence.usage),
         seed=sequence.seed if sequence.HasField("seed") else None,
+        adapter=sequence.adapter,
+        adapter_digest=sequence.adapter_digest,
     )
 
 

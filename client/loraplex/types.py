@@ -52,6 +52,9 @@ class GenerateOptions(TypedDict, total=False):
 
     adapter: str | AdapterReference | MergedAdapters | None
     """An adapter's id, an AdapterReference, or several adapters to merge. None: the base model."""
+    adapters: Sequence[str | AdapterReference | None] | None
+    """Several adapters that all answer, in place of `adapter`: n sequences of the first, then n of the second, and so
+    on; None is the base model. At most 16, and 64 sequences together."""
     max_new_tokens: int | None
     """At least 1. None: as many as fit the model's context."""
     stop: str | Sequence[str]
@@ -174,6 +177,9 @@ class GeneratedSequence:
     usage: Usage
     seed: int | None
     """The seed that reproduces this sequence; None if it was not sampled."""
+    adapter: str = ""
+    """The adapter that answered, as the request named it; empty for the base model."""
+    adapter_digest: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +191,7 @@ class Generation:
     prompt: tuple[PromptToken, ...]
     """Empty unless prompt_logprobs or prompt_top_logprobs asked for it."""
     adapter_digest: str
-    """The digest of the adapter that answered; empty for the base model."""
+    """The digest of the adapter that answered, of several the first one's; empty for the base model."""
     warnings: tuple[str, ...] = ()
     """What the caller should know, for example that the prompt does not contain what activates the adapter."""
 
@@ -215,6 +221,8 @@ class StreamPiece:
     """On the first piece of a sequence: the digest of the adapter that answers; empty for the base model."""
     warnings: tuple[str, ...] = ()
     """On the first piece of a sequence: what the caller should know."""
+    adapter: str = ""
+    """The adapter that answers, as the request named it; empty for the base model."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -122,6 +122,7 @@ def test_every_option_is_a_field_of_a_message() -> None:
         "request_id": "r",
         "cache_salt": "s",
         "adapter": "sql",
+        "adapters": ["sql", None, AdapterReference("org/poet", token="t")],
         "grammar": Regex("a"),
         "stop": "END",
         "logit_bias": {1: 2.0},
@@ -131,6 +132,7 @@ def test_every_option_is_a_field_of_a_message() -> None:
     parts = (request.sampling, request.stopping, request.detail)
     present = {field.name for part in (request, *parts) for field, _ in part.ListFields()}
     assert names <= present
+    assert [(each.id, each.token) for each in request.adapters] == [("sql", ""), ("", ""), ("org/poet", "t")]
     assert {name for part in parts for name in part.DESCRIPTOR.fields_by_name} <= names
 
 

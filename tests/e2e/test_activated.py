@@ -80,6 +80,18 @@ def test_a_prompt_without_the_invocation_is_answered_by_the_base_model_with_a_wa
             assert response.headers["X-Loraplex-Warning"] == warning
 
 
+def test_a_conversation_can_end_with_an_invocation_that_is_a_role(server: Server, oracle: Oracle):
+    messages = [{"role": "user", "content": "Hi"}, {"role": INVOCATION, "content": ""}]
+    body = {"model": "activated3", "messages": messages, "max_tokens": 3, "temperature": 0, "ignore_eos": True}
+    data = json.dumps({**body, "add_generation_prompt": False, "continue_final_message": True}).encode()
+    asked = urllib.request.Request(f"{server.url}/v1/chat/completions", data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(asked, timeout=60) as response:
+        assert "X-Loraplex-Warning" not in response.headers
+        text = json.load(response)["choices"][0]["message"]["content"]
+    tokens, _ = oracle.generate(byte_tokenizer().encode(f"<user>Hi<{INVOCATION}>"), "activated3", 3)
+    assert text == byte_tokenizer().decode(tokens)
+
+
 def test_the_listings_say_what_activates_an_adapter(server: Server):
     with Client(server.address) as client:
         listed = {adapter.id: adapter for adapter in client.adapters()}

@@ -19,6 +19,7 @@ from loraplex_protos.generation_pb2_grpc import (
 )
 from loraplex_router.access.keys import read_bearer
 from loraplex_router.api.message_limits import MessageLimits
+from loraplex_router.api.readers import read_each
 from loraplex_router.api.translation import (
     Writer,
     read_adapter_name,
@@ -30,6 +31,7 @@ from loraplex_router.api.translation import (
     write_spans,
 )
 from loraplex_router.api.turns import in_turn
+from loraplex_router.engine.output import Generation
 from loraplex_router.replicas.administration import AT_A_TIME
 from loraplex_router.service.service import Service
 
@@ -57,25 +59,29 @@ class GenerationApi(GenerationServiceServicer):
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
         async with _answering(context):
-            generation = await self._service.generate(read_request(request), _key(context))
+            generations = await self._service.generate_each(read_request(request), _key(context))
             try:
                 await context.send_initial_metadata(())  # from here on clients' gRPC does not try again
-                writer, deltas = Writer(generation, self._service.tokenizer), await generation.collect()
-                return await in_turn(generation.num_logprobs, lambda: writer.response(deltas))
+                writer = Writer(generations, self._service.tokenizer)
+                deltas = [delta for generation in generations for delta in await generation.collect()]
+                size = sum(generation.num_logprobs for generation in generations)
+                return await in_turn(size, lambda: writer.response(deltas))
             finally:
-                self._service.close(generation)
+                for generation in generations:
+                    self._service.close(generation)
 
     async def GenerateStream(
         self, request: pb.GenerateRequest, context: Context
     ) -> AsyncIterator[pb.GenerateStreamResponse]:
         async with _answering(context):
-            generation = await self._service.generate(read_request(request), _key(context))
+            generations = await self._service.generate_each(read_request(request), _key(context))
             try:
-                writer = Writer(generation, self._service.tokenizer)
-                async for index, delta in generation.deltas():
+                writer = Writer(generations, self._service.tokenizer)
+                async for index, delta in read_each(generations, Generation.deltas):
                     yield await in_turn(writer.num_logprobs(index, delta), partial(writer.event, index, delta))
             finally:
-                self._service.close(generation)
+                for generation in generations:
+                    self._service.close(generation)
 
     async def CancelGeneration(
         self, request: pb.CancelGenerationRequest, context: Context

@@ -1,6 +1,6 @@
 """Between generation.proto and the router's own types."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from loraplex_protos import generation_pb2 as pb
 from loraplex_protos.errors import FieldViolation, InvalidRequestError
@@ -8,7 +8,7 @@ from loraplex_router.engine.output import Delta, Embedding, Generation, Sequence
 from loraplex_router.text.tokenizer import Spans, Tokenizer
 from loraplex_router.vocabulary.chat import Chat, Message
 from loraplex_router.vocabulary.grammar import Grammar, GrammarKind
-from loraplex_router.vocabulary.references import AdapterReference, MergedReference
+from loraplex_router.vocabulary.references import AdapterReference, MergedReference, ids_of
 from loraplex_router.vocabulary.request import EmbedRequest, Request
 from loraplex_router.vocabulary.sampling import Sampling
 from loraplex_router.vocabulary.sequence import Alternatives, Detail, Sample
@@ -23,6 +23,7 @@ def read_request(message: pb.GenerateRequest) -> Request:
         prompt=_read_prompt(message),
         request_id=message.request_id,
         adapter=_read_adapter(message),
+        adapters=tuple(read_reference(each) if each.ByteSize() else None for each in message.adapters),
         sampling=Sampling(**sampling),
         max_new_tokens=stopping.max_new_tokens if stopping.HasField("max_new_tokens") else None,
         min_new_tokens=stopping.min_new_tokens,
@@ -100,26 +101,28 @@ def _read_adapter(message: pb.GenerateRequest | pb.EmbedRequest) -> AdapterRefer
 
 
 class Writer:
-    """Writes one generation's answers."""
+    """Writes the answers of a request's generations, whose sequences are numbered through."""
 
-    def __init__(self, generation: Generation, tokenizer: Tokenizer) -> None:
-        self._generation = generation
+    def __init__(self, generations: Sequence[Generation], tokenizer: Tokenizer) -> None:
+        self._answers = [(generation, output) for generation in generations for output in generation.outputs]
         self._tokenizer = tokenizer
         self._begun: set[int] = set()  # indexes of sequences that something was written of
 
     def num_logprobs(self, index: int, delta: Delta) -> int:
         """In the next event."""
-        prompt = 0 if self._begun else self._generation.outputs[0].num_prompt_logprobs
+        prompt = 0 if self._begun else self._answers[0][1].num_prompt_logprobs
         return prompt + delta.num_logprobs
 
     def event(self, index: int, delta: Delta) -> pb.GenerateStreamResponse:
-        output = self._generation.outputs[index]
-        event = pb.GenerateStreamResponse(request_id=self._generation.request_id, index=index, text=delta.text)
+        generation, output = self._answers[index]
+        event = pb.GenerateStreamResponse(
+            request_id=generation.request_id, index=index, text=delta.text, adapter=_adapter(generation)
+        )
         self._write_tokens(delta.samples, event)
         if index not in self._begun:
             self._begun.add(index)
-            event.adapter_digest = self._generation.adapter_digest
-            event.warnings.extend(self._generation.warnings)
+            event.adapter_digest = generation.adapter_digest
+            event.warnings.extend(generation.warnings)
             if index == 0:
                 event.prompt.extend(self._prompt())
         if delta.finish_reason:
@@ -131,20 +134,24 @@ class Writer:
 
     def response(self, deltas: Iterable[Delta]) -> pb.GenerateResponse:
         """The whole answer, from one delta per sequence."""
+        first, _ = self._answers[0]
         return pb.GenerateResponse(
-            request_id=self._generation.request_id,
-            sequences=map(self._sequence, self._generation.outputs, deltas),
+            request_id=first.request_id,
+            sequences=map(self._sequence, self._answers, deltas),
             prompt=self._prompt(),
-            adapter_digest=self._generation.adapter_digest,
-            warnings=self._generation.warnings,
+            adapter_digest=first.adapter_digest,
+            warnings=dict.fromkeys(warning for generation, _ in self._answers for warning in generation.warnings),
         )
 
-    def _sequence(self, output: SequenceOutput, delta: Delta) -> pb.GeneratedSequence:
+    def _sequence(self, answer: tuple[Generation, SequenceOutput], delta: Delta) -> pb.GeneratedSequence:
+        generation, output = answer
         sequence = pb.GeneratedSequence(
             text=delta.text,
             finish_reason=_finish_reason(delta),
             usage=_usage(output),
             seed=output.seed,
+            adapter=_adapter(generation),
+            adapter_digest=generation.adapter_digest,
         )
         self._write_tokens(delta.samples, sequence)
         return sequence
@@ -159,7 +166,7 @@ class Writer:
 
     def _prompt(self) -> list[pb.PromptToken]:
         """The prompt's tokens with their logprobs; none if not asked for, or cancelled before they were known."""
-        output = self._generation.outputs[0]
+        _, output = self._answers[0]
         sequence = output.sequence
         if not sequence.detail.prompt_logprobs or len(output.prompt_logprobs) < sequence.prompt_length - 1:
             return []
@@ -183,6 +190,10 @@ class Writer:
             pb.TokenLogprob(id=token, text=text(token), logprob=logprob, partial=partial(token))
             for token, logprob in alternatives
         )
+
+
+def _adapter(generation: Generation) -> str:
+    return ",".join(ids_of(generation.reference))
 
 
 def _finish_reason(delta: Delta) -> pb.FinishReason.ValueType:

@@ -127,8 +127,11 @@ class Replicas:
             raise UnavailableError("no replica is ready: try again later")
         return self._replicas[choose(name_of(reference), [replica.candidate(reference) for replica in replicas]).name]
 
-    async def place(self, reference: Reference | None, grammar: Grammar | None = None) -> "Lease":
+    async def place(
+        self, reference: Reference | None, grammar: Grammar | None = None, beside: "Lease | None" = None
+    ) -> "Lease":
         """Reserves a place for a request, with the adapter staged and the grammar compiled. The caller must close it.
+        With `beside`, on the same replica if possible.
 
         If the last replica was just lost, waits for one as long as its generations do. Raises
         UnavailableError if no replica can take it, AdapterError with the reason if the adapter cannot be served,
@@ -137,7 +140,7 @@ class Replicas:
         began, lost = time.monotonic(), list[Replica]()
         while True:
             try:
-                return await self._place_now(reference, grammar, lost)
+                return await self._place_now(reference, grammar, lost, beside)
             except UnavailableError:
                 since = began if self.ready.is_set() else self._last_lost
                 if since is None or since + self._move_seconds < time.monotonic():
@@ -147,10 +150,13 @@ class Replicas:
                     await asyncio.sleep(RETRY_SECONDS)
                     await self.ready.wait()
 
-    async def _place_now(self, reference: Reference | None, grammar: Grammar | None, lost: list[Replica]) -> "Lease":
+    async def _place_now(
+        self, reference: Reference | None, grammar: Grammar | None, lost: list[Replica], beside: "Lease | None" = None
+    ) -> "Lease":
         """Appends to `lost` the replicas lost meanwhile, possibly because of the adapter or the grammar."""
         while True:
-            replica = self.choose(reference, without=lost)
+            together = beside is not None and beside.replica.accepting and beside.replica not in lost
+            replica = beside.replica if beside and together else self.choose(reference, without=lost)
             try:
                 with replica.preparing():
                     if grammar is not None:

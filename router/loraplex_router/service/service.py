@@ -2,9 +2,9 @@
 engine."""
 
 import asyncio
-import secrets
 import time
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import ExitStack
 
 from loraplex_protos import generation_pb2 as pb
@@ -22,19 +22,16 @@ from loraplex_router.access.keys import Keys, Tenant
 from loraplex_router.adapters.suggestions import Suggestions
 from loraplex_router.engine.output import Embedding, Generation
 from loraplex_router.replicas.administration import Administration
-from loraplex_router.replicas.replicas import Lease, Replicas
+from loraplex_router.replicas.replicas import Replicas
 from loraplex_router.service.adapters import Adapters
-from loraplex_router.service.prompts import Text, encode, make_sequence
+from loraplex_router.service.preparation import Arrival, Preparation
+from loraplex_router.service.running import RunningRequests
 from loraplex_router.telemetry.telemetry import Telemetry
 from loraplex_router.text.model import Model
-from loraplex_router.text.stops import StopMatcher
 from loraplex_router.text.tokenizer import Spans, Tokenizer
-from loraplex_router.vocabulary.adapter import NEVER, Adapter
-from loraplex_router.vocabulary.chat import Chat, RenderedChat
+from loraplex_router.vocabulary.chat import Chat
 from loraplex_router.vocabulary.checks import check_adapter, check_embed_request, check_request
-from loraplex_router.vocabulary.context_length import check_tokens, room_for
-from loraplex_router.vocabulary.grammar import Grammar
-from loraplex_router.vocabulary.references import AdapterReference, Reference
+from loraplex_router.vocabulary.references import AdapterReference
 from loraplex_router.vocabulary.request import EmbedRequest, Request
 from loraplex_router.vocabulary.sampling import Sampling
 from loraplex_router.vocabulary.sequence import FinishReason
@@ -42,7 +39,6 @@ from loraplex_router.vocabulary.violations import Violations
 from loraplex_router.vocabulary.volume import Volume
 
 FEW_INPUTS = 32  # to embed before other tasks get a turn
-LONG_PROMPT = 1000  # tokens: between two such prompts of a call, other tasks get a turn
 
 
 class Service:
@@ -60,12 +56,12 @@ class Service:
         self.max_queue = max_queue
         self.draining = False
         self._replicas = replicas
-        self._suggestions = Suggestions(administration.names)
-        self.adapters = Adapters(keys, administration, self._suggestions, lambda: self._known_model)
+        suggestions = Suggestions(administration.names)
+        self.adapters = Adapters(keys, administration, suggestions, lambda: self._known_model)
+        self._preparation = Preparation(replicas, suggestions, lambda: self._known_model)
         self._model: Model | None = None
-        self._running: dict[str, tuple[Generation, Tenant] | None] = {}  # by request id; None: not queued yet
+        self._running = RunningRequests()
         self._preparing = Counter[str]()  # sequences of requests that are not queued yet, by tenant
-        self._arrivals = 0
 
     def serve(self, model: Model) -> None:
         """Sets the model that a new replica serves. Raises UnavailableError if another model is already served."""
@@ -113,11 +109,19 @@ class Service:
         return not self._preparing.total() and self._replicas.idle
 
     async def generate(self, request: Request, key: str | None = None, volume: Volume | None = None) -> Generation:
-        """Admits a request and queues its sequences. The caller reads the generation and must then `close` it. Callers
-        that make several requests count them in one `volume`.
+        """Admits a request of one adapter and queues its sequences. The caller reads the generation and must then
+        `close` it. Callers that make several requests count them in one `volume`.
 
         All errors in the request are raised here, before anything is generated.
         """
+        (generation,) = await self.generate_each(request, key, volume)
+        return generation
+
+    async def generate_each(
+        self, request: Request, key: str | None = None, volume: Volume | None = None
+    ) -> list[Generation]:
+        """The same for a request that may name several adapters: one generation for each, all on one replica if
+        possible. They count as one request for a key's limits, and as that many sequences for the queue."""
         arrived = time.monotonic()
         with self.telemetry.admission(request, arrived):
             tenant = self.keys.tenant(key)
@@ -125,10 +129,12 @@ class Service:
                 lacks = "is an embedding model, saved without an lm head: it cannot generate, ask for embeddings"
                 raise InvalidRequestError(FieldViolation("model", lacks))
             check_request(request, self.info.vocab_size, self.info.adapter_sources)
-            tenant.check_adapter(request.adapter)
+            parts = request.parts()
+            for part in parts:
+                tenant.check_adapter(part.adapter)
             tenant.begin(arrived)
             try:
-                return await self._start(request, tenant, arrived, volume or Volume())
+                return await self._start(parts, tenant, arrived, volume or Volume())
             except BaseException:
                 tenant.end(0, time.monotonic())
                 raise
@@ -145,61 +151,47 @@ class Service:
         try:
             for part in request.parts():
                 with self.telemetry.admission(part, arrived):
-                    started.append(await self._start(part, tenant, arrived, volume))
+                    started += await self._start([part], tenant, arrived, volume)
                 if len(started) % FEW_INPUTS == 0:
                     await asyncio.sleep(0)
             return [await _read_embedding(generation) for generation in started]
         finally:
             for generation in started:
-                self._end(generation)
+                self.cancel(generation)
+                self._running.end(generation)
             tenant.end(sum(generation.num_tokens for generation in started), time.monotonic())
 
-    async def _start(self, request: Request, tenant: Tenant, arrived: float, volume: Volume) -> Generation:
-        self._admit(request, tenant)
-        request_id = self._name(request)
-        self._running[request_id] = None
-        self._preparing[tenant.name] += request.n
+    async def _start(
+        self, parts: Sequence[Request], tenant: Tenant, arrived: float, volume: Volume
+    ) -> list[Generation]:
+        """Queues the parts of a request together, once all of them can be."""
+        total = sum(part.n for part in parts)
+        self._admit(total, tenant)
+        request_id = self._running.reserve(parts[0].request_id)
+        self._preparing[tenant.name] += total
         try:
             with ExitStack() as held:
-                text: Text | Chat = request.prompt
-                if isinstance(text, Chat):  # its template may be the adapter's
-                    lease = held.enter_context(await self._place(request.adapter, request.grammar, tenant))
-                    text = await self._render(text, lease.adapter)
-                prompt = await encode(request, text, self._known_model)
-                room = volume.add(request, len(prompt), room_for(request, len(prompt), self.info.max_model_len))
-                check_tokens(request, prompt, self.info.vocab_size, self.tokenizer.token_text)
-                if len(prompt) > LONG_PROMPT:
-                    await asyncio.sleep(0)
-                validated = time.monotonic()
-                if not isinstance(request.prompt, Chat):
-                    lease = held.enter_context(await self._place(request.adapter, request.grammar, tenant))
-                generation = Generation(request_id, request.adapter, lease.adapter, arrived, validated, tenant.name)
-                acts_from = lease.adapter.acts_from(prompt)
-                if acts_from == NEVER:
-                    generation.warnings = (self._not_invoked(lease.adapter, generation.adapter_name),)
-                decoder = self.tokenizer.verbatim if request.show_special_tokens else self.tokenizer
-                for index in range(request.n):
-                    number = self._next_number()
-                    sequence = make_sequence(
-                        request, index, number, prompt, room, text, lease.adapter, acts_from, tenant, self._known_model
-                    )
-                    stops = StopMatcher(request.stop, request.include_stop)
-                    generation.add(sequence, decoder, stops, request.stop_token_ids)
-                self.telemetry.queued(generation)
-                lease.submit(generation)
+                arrival = Arrival(request_id, tenant, arrived, volume, held, names_adapters=len(parts) > 1)
+                placed = [await self._preparation.prepare(part, arrival) for part in parts]
+                for generation, lease in placed:
+                    self.telemetry.queued(generation)
+                    lease.submit(generation)
         except BaseException:
-            del self._running[request_id]
+            self._running.forget(request_id)
             raise
         finally:
-            self._preparing[tenant.name] -= request.n
+            self._preparing[tenant.name] -= total
             self._replicas.changes.notify()
-        self._running[request_id] = generation, tenant
-        return generation
+        generations = [generation for generation, _ in placed]
+        self._running.begin(request_id, tenant, generations)
+        return generations
 
     def close(self, generation: Generation) -> None:
         """The reader is done, or gone: ends unfinished sequences."""
-        tenant = self._end(generation)
-        tenant.end(generation.num_tokens, time.monotonic())
+        self.cancel(generation)
+        request = self._running.end(generation)
+        if not request.generations:
+            request.tenant.end(request.tokens, time.monotonic())
 
     def cancel_request(self, request_id: str, key: str | None = None) -> None:
         """Ends a request; its reader sees it finish as cancelled.
@@ -209,9 +201,10 @@ class Service:
         with audited("cancel", self.keys, key, request_id=request_id):
             tenant = self.keys.tenant(key)
             running = self._running.get(request_id)
-            if running is None or not (tenant.admin or running[1] is tenant):
+            if running is None or not (tenant.admin or running.tenant is tenant):
                 raise RequestNotFoundError(f"no request {quote(request_id)} is running")
-            self._replicas.cancel(running[0])
+            for generation in running.generations:
+                self.cancel(generation)
 
     def cancel(self, generation: Generation) -> None:
         """Ends the unfinished sequences of a generation whose client is gone. Its reader sees it finish as cancelled,
@@ -219,9 +212,8 @@ class Service:
         self._replicas.cancel(generation)
 
     def cancel_all(self) -> None:
-        for running in list(self._running.values()):
-            if running is not None:
-                self._replicas.cancel(running[0])
+        for generation in self._running:
+            self.cancel(generation)
 
     async def tokenize(
         self, prompt: str | Chat, add_special_tokens: bool, adapter: AdapterReference | None, key: str | None = None
@@ -234,53 +226,20 @@ class Service:
             check_adapter(adapter, self.info.adapter_sources, found)
             found.raise_any()
             tenant.check_adapter(adapter)
-            with await self._place(adapter, None, tenant) as lease:
-                prompt = (await self._render(prompt, lease.adapter)).text
+            with await self._preparation.place(adapter, tenant) as lease:
+                prompt = (await self._preparation.render(prompt, lease.adapter)).text
         return await self.tokenizer.spans(prompt, add_special_tokens)
 
-    async def _place(self, reference: Reference | None, grammar: Grammar | None, tenant: Tenant) -> Lease:
-        async with self._suggestions.for_missing(reference, tenant.may_use):
-            return await self._replicas.place(reference, grammar)
-
-    async def _render(self, chat: Chat, adapter: Adapter) -> RenderedChat:
-        """Renders with the adapter's own templates and special tokens, if any."""
-        model = self._known_model
-        return await model.renderer.render(adapter.tokenizer.over(model.chat_templates), chat)
-
-    def _not_invoked(self, adapter: Adapter, name: str) -> str:
-        assert adapter.invocation is not None
-        wanted = self.tokenizer.verbatim.decode(list(adapter.invocation.token_ids))
-        return (
-            f"the prompt does not contain {quote(wanted)}, which activates {quote(name)}: the base model answers alone"
-        )
-
-    def _end(self, generation: Generation) -> Tenant:
-        """Whose it was."""
-        self._replicas.cancel(generation)
-        running = self._running.pop(generation.request_id)
-        assert running is not None
-        return running[1]
-
-    def _admit(self, request: Request, tenant: Tenant) -> None:
+    def _admit(self, sequences: int, tenant: Tenant) -> None:
         """Where the queue is full, a tenant that has less than its share of it may still wait."""
         if self.draining:
             raise UnavailableError("the server is shutting down")
-        if self._replicas.num_waiting + self._preparing.total() + request.n <= self.max_queue:
+        if self._replicas.num_waiting + self._preparing.total() + sequences <= self.max_queue:
             return
         waiting = self._replicas.waiting_by_tenant() + self._preparing
         share = self.max_queue // len({*waiting, tenant.name})
-        if waiting[tenant.name] + request.n > share:
+        if waiting[tenant.name] + sequences > share:
             raise OverloadedError(f"the queue is full ({waiting.total()} sequences are waiting): try again later")
-
-    def _name(self, request: Request) -> str:
-        request_id = request.request_id or secrets.token_hex(8)
-        if request_id in self._running:
-            raise InvalidRequestError(FieldViolation("request_id", "a request with this id is already running"))
-        return request_id
-
-    def _next_number(self) -> int:
-        self._arrivals += 1
-        return self._arrivals
 
 
 async def _read_embedding(generation: Generation) -> Embedding:

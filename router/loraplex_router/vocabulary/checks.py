@@ -20,6 +20,7 @@ MAX_INPUTS = 1024
 MAX_SALT_LENGTH = 512
 MAX_REFERENCE_LENGTH = 512
 MAX_MERGED = 16
+MAX_ADAPTERS = 16
 MERGE_STRATEGIES = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 MAJORITY_SIGN_METHODS = ("total", "frequency")
 
@@ -36,6 +37,7 @@ def check_request(request: Request, vocab_size: int, sources: Collection[str]) -
     salted = len(request.cache_salt) <= MAX_SALT_LENGTH
     found.check(salted, "cache_salt", f"at most {MAX_SALT_LENGTH} characters")
     found.check(1 <= request.n <= MAX_N, "n", f"must be from 1 to {MAX_N}")
+    _check_adapters(request, sources, found)
     kept = request.truncate in (None, AS_MANY_AS_FIT) or request.truncate >= 1
     found.check(kept, "truncate", "must be at least 1, or absent")
     if isinstance(request.prompt, tuple):
@@ -81,6 +83,21 @@ def check_reference(
         found.check(short, f"{name}.{field_name}", f"at most {MAX_REFERENCE_LENGTH} characters")
     known = reference.source in ("", *sources)
     found.check(known, f"{name}.source", f"must be one of this server's ({', '.join(sources)}), or empty")
+
+
+def _check_adapters(request: Request, sources: Collection[str], found: Violations) -> None:
+    """Those that all answer."""
+    count = len(request.adapters)
+    if not count:
+        return
+    found.check(request.adapter is None, "adapters", "cannot be combined with another adapter: name it here, too")
+    fits = count <= MAX_ADAPTERS and count * request.n <= MAX_N
+    found.check(fits, "adapters", f"at most {MAX_ADAPTERS}, and {MAX_N} answers of all of them together")
+    detail = request.detail.prompt_logprobs
+    found.check(not detail, "detail.prompt_logprobs", "cannot be combined with adapters: ask them one by one")
+    for place, reference in enumerate(request.adapters[:MAX_ADAPTERS]):
+        if reference is not None:
+            check_reference(reference, sources, found, f"adapters[{place}]")
 
 
 def _check_merged(merged: MergedReference, sources: Collection[str], found: Violations) -> None:

@@ -22,6 +22,7 @@ class Request:
     prompt: Prompt
     request_id: str = ""
     adapter: AdapterReference | MergedReference | None = None
+    adapters: tuple[AdapterReference | None, ...] = ()  # in place of `adapter`: each answers; None is the base model
     sampling: Sampling = field(default_factory=Sampling)
     max_new_tokens: int | None = None
     min_new_tokens: int = 0
@@ -35,6 +36,10 @@ class Request:
     detail: Detail = field(default_factory=Detail)
     grammar: Grammar | None = None
     cache_salt: str = ""  # cached prefixes are shared by requests with the same salt
+
+    def parts(self) -> list["Request"]:
+        """One request per adapter."""
+        return [replace(self, adapter=adapter, adapters=()) for adapter in self.adapters] or [self]
 
 
 @dataclass(frozen=True, slots=True)

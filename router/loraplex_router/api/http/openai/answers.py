@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
+ADAPTER = "Whose answer it is, if the request named several adapters; null is the base model's."
 STOP_REASON = "vLLM's: which of the request's `stop` and `stop_token_ids` ended it."
 
 
@@ -20,6 +21,7 @@ class CompletionChoice(BaseModel):
     logprobs: dict[str, Any] | None
     finish_reason: Literal["stop", "length"]
     stop_reason: str | int | None = Field(description=STOP_REASON)
+    adapter: str | None = Field(default=None, description=ADAPTER)
 
 
 class Completion(BaseModel):
@@ -44,6 +46,7 @@ class ChatChoice(BaseModel):
     logprobs: dict[str, Any] | None
     finish_reason: Literal["stop", "length", "tool_calls"]
     stop_reason: str | int | None = Field(description=STOP_REASON)
+    adapter: str | None = Field(default=None, description=ADAPTER)
 
 
 class ChatCompletion(BaseModel):

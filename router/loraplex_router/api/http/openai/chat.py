@@ -9,13 +9,14 @@ from typing import Any
 from loraplex_router.api.http.conversation import read_conversation
 from loraplex_router.api.http.disconnects import read
 from loraplex_router.api.http.openai.logprobs import TokenNames, chat_logprobs, prompt_logprobs
-from loraplex_router.api.http.openai.reading import read_model, read_most, read_options
+from loraplex_router.api.http.openai.reading import read_adapters, read_model, read_most, read_options
 from loraplex_router.api.http.openai.schema import ChatCompletionRequest
 from loraplex_router.api.http.openai.tools import check_tools, create_parser, may_call, write_call
-from loraplex_router.api.http.openai.writing import FINISH_REASONS, common_fields, usage, usage_so_far
+from loraplex_router.api.http.openai.writing import FINISH_REASONS, common_fields, usage, usage_so_far, whose
 from loraplex_router.api.http.sse import DONE, event
+from loraplex_router.api.readers import read_each
 from loraplex_router.api.turns import in_turn
-from loraplex_router.engine.output import Delta, Generation
+from loraplex_router.engine.output import Delta, Generation, SequenceOutput
 from loraplex_router.text.tokenizer import Tokenizer
 from loraplex_router.text.tool_calls import Arguments, Piece, ToolCall
 from loraplex_router.vocabulary.request import Request
@@ -36,6 +37,7 @@ def read_chat(body: ChatCompletionRequest, base: Sequence[str], defaults: Sampli
     return Request(
         prompt=chat if may_call(body) else replace(chat, tools=()),
         adapter=read_model(body, base),
+        adapters=read_adapters(body, base),
         max_new_tokens=read_most(body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens),
         n=body.n or 1,
         detail=Detail(
@@ -47,19 +49,24 @@ def read_chat(body: ChatCompletionRequest, base: Sequence[str], defaults: Sampli
 
 @dataclass(frozen=True, slots=True)
 class ChatWriter:
-    """Writes the answer of a chat completion's generation."""
+    """Writes the answers of a chat completion's generations: one for each adapter."""
 
     body: ChatCompletionRequest
-    generation: Generation
+    generations: Sequence[Generation]
     tokenizer: Tokenizer
     version: str
 
     def whole(self, answers: Sequence[Sequence[Delta]]) -> dict[str, Any]:
-        (deltas,) = answers
-        choices = [self._whole_choice(index, delta) for index, delta in enumerate(deltas)]
-        return {**self._common_fields("chat.completion"), "choices": choices, "usage": usage([self.generation])}
+        deltas = [delta for answer in answers for delta in answer]
+        given = zip(range(len(deltas)), self._answers(), deltas, strict=True)
+        choices = [self._whole_choice(index, *answer, delta) for index, answer, delta in given]
+        return {**self._common_fields("chat.completion"), "choices": choices, "usage": usage(self.generations)}
 
-    def _whole_choice(self, index: int, delta: Delta) -> dict[str, Any]:
+    def _answers(self) -> list[tuple[Generation, SequenceOutput]]:
+        """By the choices' indexes."""
+        return [(generation, output) for generation in self.generations for output in generation.outputs]
+
+    def _whole_choice(self, index: int, generation: Generation, output: SequenceOutput, delta: Delta) -> dict[str, Any]:
         writer = _ChoiceWriter(self.body)
         content, calls = "", list[dict[str, Any]]()
         for piece in writer.pieces(delta):
@@ -76,37 +83,50 @@ class ChatWriter:
             "message": message,
             "logprobs": self._logprobs(delta) if self.body.logprobs else None,
             "finish_reason": writer.finish_reason(delta),
-            "stop_reason": self.generation.outputs[index].stop_reason,
+            "stop_reason": output.stop_reason,
+            **whose(generation, self.body),
         }
         if calls:
             message["tool_calls"] = calls
         if self.body.prompt_logprobs is not None:
-            choice["prompt_logprobs"] = prompt_logprobs(self.generation.outputs[index], self.tokenizer)
+            choice["prompt_logprobs"] = prompt_logprobs(output, self.tokenizer)
         return choice
 
     async def events(self) -> AsyncIterator[bytes]:
         with_usage = bool(self.body.stream_options and self.body.stream_options.include_usage)
         first = self._common_fields("chat.completion.chunk")
-        writers = [_ChoiceWriter(self.body) for _ in self.generation.outputs]
-        async for index, delta in read(self.generation):
-            last = usage_so_far(self.body.stream_options, [self.generation])
-            write = partial(self._events, {**first, **last}, index, writers[index], delta)
+        answers = self._answers()
+        writers = [_ChoiceWriter(self.body) for _ in answers]
+        async for index, delta in read_each(self.generations, read):
+            last = usage_so_far(self.body.stream_options, self.generations)
+            write = partial(self._events, {**first, **last}, index, *answers[index], writers[index], delta)
             yield await in_turn(delta.num_logprobs, write)
         if with_usage:
-            yield event({**first, "choices": [], "usage": usage([self.generation])})
+            yield event({**first, "choices": [], "usage": usage(self.generations)})
         yield DONE
 
-    def _events(self, first: dict[str, Any], index: int, writer: "_ChoiceWriter", delta: Delta) -> bytes:
-        return b"".join(event({**first, "choices": [choice]}) for choice in self._chunks(index, writer, delta))
+    def _events(
+        self,
+        first: dict[str, Any],
+        index: int,
+        generation: Generation,
+        output: SequenceOutput,
+        writer: "_ChoiceWriter",
+        delta: Delta,
+    ) -> bytes:
+        own = {"index": index, **whose(generation, self.body)}
+        chunks = self._chunks(own, output, writer, delta)
+        return b"".join(event({**first, "choices": [choice]}) for choice in chunks)
 
-    def _chunks(self, index: int, writer: "_ChoiceWriter", delta: Delta) -> Iterator[dict[str, Any]]:
+    def _chunks(
+        self, own: dict[str, Any], output: SequenceOutput, writer: "_ChoiceWriter", delta: Delta
+    ) -> Iterator[dict[str, Any]]:
         """The role comes first, and the reason for the end last; a delta's logprobs are in the first of its chunks."""
         logprobs = self._logprobs(delta) if self.body.logprobs and delta.samples else None
 
         def chunk(content: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
-            stop_reason = self.generation.outputs[index].stop_reason if reason else None
-            ended = {"finish_reason": reason, "stop_reason": stop_reason}
-            return {"index": index, "delta": content, "logprobs": logprobs, **ended}
+            ended = {"finish_reason": reason, "stop_reason": output.stop_reason if reason else None}
+            return {**own, "delta": content, "logprobs": logprobs, **ended}
 
         if not writer.begun:
             writer.begun = True
@@ -129,7 +149,7 @@ class ChatWriter:
         return chat_logprobs(delta, TokenNames(self.tokenizer, bool(self.body.return_tokens_as_token_ids)))
 
     def _common_fields(self, kind: str) -> dict[str, Any]:
-        return common_fields(kind, "chatcmpl", self.generation, self.body.model, self.version)
+        return common_fields(kind, "chatcmpl", self.generations[0], self.body.model, self.version)
 
 
 class _ChoiceWriter:

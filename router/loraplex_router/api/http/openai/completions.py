@@ -5,11 +5,19 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from loraplex_router.api.http.disconnects import read
 from loraplex_router.api.http.openai.logprobs import CompletionLogprobs, TokenNames, prompt_logprobs
-from loraplex_router.api.http.openai.reading import read_model, read_most, read_options, read_prompts
+from loraplex_router.api.http.openai.reading import (
+    read_adapters,
+    read_model,
+    read_most,
+    read_options,
+    read_prompts,
+)
 from loraplex_router.api.http.openai.schema import CompletionRequest
-from loraplex_router.api.http.openai.writing import FINISH_REASONS, common_fields, read_all, usage, usage_so_far
+from loraplex_router.api.http.openai.writing import FINISH_REASONS, common_fields, usage, usage_so_far, whose
 from loraplex_router.api.http.sse import DONE, event
+from loraplex_router.api.readers import read_each
 from loraplex_router.api.turns import in_turn
 from loraplex_router.engine.output import Delta, Generation, SequenceOutput
 from loraplex_router.text.tokenizer import Tokenizer
@@ -27,7 +35,7 @@ def read_completions(body: CompletionRequest, base: Sequence[str], defaults: Sam
     prompts = read_prompts(body.prompt, body.add_special_tokens is not False)
     _check(body, len(prompts))
     options = read_options(body, defaults)
-    adapter = read_model(body, base)
+    adapter, adapters = read_model(body, base), read_adapters(body, base)
     scored = body.logprobs is not None or _candidates(body) > (body.n or 1)
     detail = Detail(
         logprobs=scored,
@@ -40,6 +48,7 @@ def read_completions(body: CompletionRequest, base: Sequence[str], defaults: Sam
         Request(
             prompt=prompt,
             adapter=adapter,
+            adapters=adapters,
             max_new_tokens=1 if _scores_only(body) else read_most(max_tokens),
             n=_candidates(body),
             detail=detail,
@@ -71,7 +80,7 @@ def _check(body: CompletionRequest, num_prompts: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class CompletionWriter:
-    """Writes the answers of a completion's generations, one for each prompt."""
+    """Writes the answers of a completion's generations: one for each prompt and adapter."""
 
     body: CompletionRequest
     generations: Sequence[Generation]
@@ -84,7 +93,8 @@ class CompletionWriter:
             pairs = list(zip(generation.outputs, deltas, strict=True))
             if len(pairs) > (self.body.n or 1):
                 pairs = sorted(pairs, key=lambda pair: pair[1].mean_logprob, reverse=True)[: self.body.n or 1]
-            choices += [self._whole_choice(len(choices) + at, *pair) for at, pair in enumerate(pairs)]
+            own = whose(generation, self.body)
+            choices += [{**self._whole_choice(len(choices) + at, *pair), **own} for at, pair in enumerate(pairs)]
         return {**self._common_fields(), "choices": choices, "usage": usage(self.generations)}
 
     def _whole_choice(self, index: int, output: SequenceOutput, delta: Delta) -> dict[str, Any]:
@@ -96,15 +106,17 @@ class CompletionWriter:
         return choice
 
     async def events(self) -> AsyncIterator[bytes]:
-        outputs = [output for generation in self.generations for output in generation.outputs]
-        writers = [_ChoiceWriter(self, index, output) for index, output in enumerate(outputs)]
+        answers = [(generation, output) for generation in self.generations for output in generation.outputs]
+        writers = [_ChoiceWriter(self, index, output) for index, (_, output) in enumerate(answers)]
         with_usage = bool(self.body.stream_options and self.body.stream_options.include_usage)
         first = self._common_fields()
-        async for index, delta in read_all(self.generations):
-            writer, prompt = writers[index], 0 if writers[index].begun else outputs[index].num_prompt_logprobs
+        async for index, delta in read_each(self.generations, read):
+            writer, (generation, output) = writers[index], answers[index]
+            prompt = 0 if writer.begun else output.num_prompt_logprobs
             if writer.has_news(delta):
                 last = usage_so_far(self.body.stream_options, self.generations)
-                yield await in_turn(delta.num_logprobs + prompt, partial(_event, first, writer, delta, last))
+                write = partial(_event, first, writer, delta, whose(generation, self.body), last)
+                yield await in_turn(delta.num_logprobs + prompt, write)
         if with_usage:
             yield event({**first, "choices": [], "usage": usage(self.generations)})
         yield DONE
@@ -113,8 +125,10 @@ class CompletionWriter:
         return common_fields("text_completion", "cmpl", self.generations[0], self.body.model, self.version)
 
 
-def _event(first: dict[str, Any], writer: "_ChoiceWriter", delta: Delta, last: dict[str, Any]) -> bytes:
-    return event({**first, "choices": [writer.write(delta)], **last})
+def _event(
+    first: dict[str, Any], writer: "_ChoiceWriter", delta: Delta, own: dict[str, str | None], last: dict[str, Any]
+) -> bytes:
+    return event({**first, "choices": [{**writer.write(delta), **own}], **last})
 
 
 class _ChoiceWriter:

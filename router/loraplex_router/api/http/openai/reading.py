@@ -17,7 +17,16 @@ LEAST_TOP_P = 1e-6  # what OpenAI's 0 means: the likeliest token alone
 
 def read_model(body: GenerationRequest, base: Sequence[str]) -> AdapterReference | None:
     """The adapter that the model's name means, with where LoRAX's fields say that it is; None is the base."""
-    named = read_model_name(body.model, base)
+    return _read_name(body.model, body, base)
+
+
+def read_adapters(body: GenerationRequest, base: Sequence[str]) -> tuple[AdapterReference | None, ...]:
+    """Those that are to answer in place of the model."""
+    return tuple(_read_name(name, body, base) for name in body.adapters or ())
+
+
+def _read_name(name: str, body: GenerationRequest, base: Sequence[str]) -> AdapterReference | None:
+    named = read_model_name(name, base)
     return named and AdapterReference(named.id, body.adapter_source or "", token=body.api_token or "")
 
 

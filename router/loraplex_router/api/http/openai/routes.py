@@ -32,7 +32,7 @@ async def completions(body: CompletionRequest, call: Call) -> Response:
     body = body.model_copy(update={"model": answered_name(body.model, service.model_names)})
     try:
         for request in requests:
-            generations.append(await service.generate(request, call.key, volume))
+            generations += await service.generate_each(request, call.key, volume)
     except BaseException:
         for generation in generations:
             service.close(generation)
@@ -46,9 +46,9 @@ async def chat_completions(body: ChatCompletionRequest, call: Call) -> Response:
     """Answers a conversation, with the model's own chat template."""
     service = call.service
     request = read_chat(body, service.model_names, service.sampling_defaults)
-    generation = await service.generate(request, call.key)
+    generations = await service.generate_each(request, call.key)
     body = body.model_copy(update={"model": answered_name(body.model, service.model_names)})
-    return await _answer(call, [generation], ChatWriter(body, generation, service.tokenizer, service.info.version))
+    return await _answer(call, generations, ChatWriter(body, generations, service.tokenizer, service.info.version))
 
 
 async def _answer(call: Call, generations: Sequence[Generation], writer: CompletionWriter | ChatWriter) -> Response:

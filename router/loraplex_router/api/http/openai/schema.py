@@ -44,6 +44,12 @@ class GenerationRequest(Sampling):
     max_tokens: CountOrAll | None = Field(default=None, description="-1: as many as the context has room for.")
     logit_bias: Bias | None = Field(default=None, description=BIAS)
     response_format: ResponseFormat | None = None
+    # loraplex's own
+    adapters: Items[Name] | None = Field(
+        default=None,
+        description="Several adapters that all answer, with n choices each, which say whose they are. They are named "
+        "as in `model`, which then is the base model or absent. The base model can be one of them.",
+    )
     # LoRAX's
     adapter_source: str | None = Field(
         default=None, description="Where the adapter is, for example local or hub. Absent: the first that has it."

@@ -1,13 +1,12 @@
-"""What completions and chat completions write alike: identity, usage, and the pace of a stream."""
+"""What completions and chat completions write alike: identity and usage."""
 
-import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from loraplex_router.api.http.disconnects import read
-from loraplex_router.api.http.openai.schema import StreamOptions
-from loraplex_router.engine.output import Delta, Generation
+from loraplex_router.api.http.openai.schema import GenerationRequest, StreamOptions
+from loraplex_router.engine.output import Generation
+from loraplex_router.vocabulary.references import ids_of
 from loraplex_router.vocabulary.sequence import FinishReason
 
 FINISH_REASONS = {
@@ -29,6 +28,11 @@ def common_fields(kind: str, prefix: str, generation: Generation, model: str, ve
     }
 
 
+def whose(generation: Generation, body: GenerationRequest) -> dict[str, str | None]:
+    """Which adapter a choice is of, if several were asked; null is the base model."""
+    return {"adapter": ",".join(ids_of(generation.reference)) or None} if body.adapters else {}
+
+
 def usage(generations: Sequence[Generation]) -> dict[str, Any]:
     """Each prompt counts once, however many sequences it has."""
     prompts = [generation.outputs[0].sequence for generation in generations]
@@ -47,46 +51,3 @@ def usage_so_far(options: StreamOptions | None, generations: Sequence[Generation
     if not options or not options.include_usage:
         return {}
     return {"usage": usage(generations) if options.continuous_usage_stats else None}
-
-
-async def read_all(generations: Sequence[Generation]) -> AsyncIterator[tuple[int, Delta]]:
-    """(index of the choice, what is new of it) from several generations at once. Choices are numbered through. Nothing
-    more is taken from a generation while its last delta was not read."""
-    if len(generations) == 1:
-        async for index, delta in read(generations[0]):
-            yield index, delta
-        return
-    queue: asyncio.Queue[tuple[int, Delta] | BaseException | None] = asyncio.Queue(1)
-    readers = [asyncio.create_task(_feed(queue, *numbered)) for numbered in _numbered(generations)]
-    try:
-        ended = 0
-        while ended < len(readers):
-            item = await queue.get()
-            if isinstance(item, BaseException):
-                raise item
-            if item is None:
-                ended += 1
-            else:
-                yield item
-    finally:
-        for reader in readers:
-            reader.cancel()
-
-
-def _numbered(generations: Sequence[Generation]) -> Iterator[tuple[int, Generation]]:
-    """Each generation with the index of its first choice."""
-    first = 0
-    for generation in generations:
-        yield first, generation
-        first += len(generation.outputs)
-
-
-async def _feed(
-    queue: asyncio.Queue[tuple[int, Delta] | BaseException | None], first: int, generation: Generation
-) -> None:
-    try:
-        async for index, delta in read(generation):
-            await queue.put((first + index, delta))
-        await queue.put(None)
-    except Exception as error:
-        await queue.put(error)

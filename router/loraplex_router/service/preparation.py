@@ -1,0 +1,123 @@
+"""Everything that a request needs before it is queued: its text, its tokens, its adapter's place, its sequences."""
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+
+from loraplex_protos.errors import AdapterError, quote
+from loraplex_router.access.keys import Tenant
+from loraplex_router.adapters.suggestions import Suggestions
+from loraplex_router.engine.output import Generation
+from loraplex_router.replicas.replicas import Lease, Replicas
+from loraplex_router.service.prompts import Text, encode, make_sequence
+from loraplex_router.text.model import Model
+from loraplex_router.text.stops import StopMatcher
+from loraplex_router.vocabulary.adapter import NEVER, Adapter
+from loraplex_router.vocabulary.chat import Chat, RenderedChat
+from loraplex_router.vocabulary.context_length import check_tokens, room_for
+from loraplex_router.vocabulary.grammar import Grammar
+from loraplex_router.vocabulary.references import Reference, ids_of
+from loraplex_router.vocabulary.request import Request
+from loraplex_router.vocabulary.volume import Volume
+
+LONG_PROMPT = 1000  # tokens: between two such prompts of a call, other tasks get a turn
+
+
+@dataclass(slots=True)
+class Arrival:
+    """What the parts of a request have in common. Their leases are closed with `held`."""
+
+    request_id: str
+    tenant: Tenant
+    arrived: float
+    volume: Volume
+    held: ExitStack
+    names_adapters: bool = False  # there are several: errors say which one is meant
+    first: Lease | None = None  # the others go to the same replica, if possible
+    prompts: dict[Text, list[int]] = field(default_factory=dict)
+
+
+class Preparation:
+    """`model` returns the served model, or raises UnavailableError until it is known."""
+
+    def __init__(self, replicas: Replicas, suggestions: Suggestions, model: Callable[[], Model]) -> None:
+        self._replicas = replicas
+        self._suggestions = suggestions
+        self._model = model
+        self._arrivals = 0
+
+    async def prepare(self, request: Request, arrival: Arrival) -> tuple[Generation, Lease]:
+        """A request of one adapter, ready to be submitted with its lease."""
+        with _naming(request.adapter) if arrival.names_adapters else nullcontext():
+            return await self._prepare(request, arrival)
+
+    async def place(self, reference: Reference | None, tenant: Tenant) -> Lease:
+        """A place for what needs no more than the adapter's files."""
+        return await self._place(reference, None, tenant, None)
+
+    async def render(self, chat: Chat, adapter: Adapter) -> RenderedChat:
+        """Renders with the adapter's own templates and special tokens, if any."""
+        model = self._model()
+        return await model.renderer.render(adapter.tokenizer.over(model.chat_templates), chat)
+
+    async def _prepare(self, request: Request, arrival: Arrival) -> tuple[Generation, Lease]:
+        model, tenant, text = self._model(), arrival.tenant, request.prompt
+        if isinstance(text, Chat):  # its template may be the adapter's
+            lease = await self._lease(request, arrival)
+            text = await self.render(text, lease.adapter)
+        prompt = arrival.prompts.get(text)
+        if prompt is None:
+            prompt = arrival.prompts[text] = await encode(request, text, model)
+        room = room_for(request, len(prompt), model.info.max_model_len)
+        room = arrival.volume.add(request, len(prompt), room)
+        check_tokens(request, prompt, model.info.vocab_size, model.tokenizer.token_text)
+        if len(prompt) > LONG_PROMPT:
+            await asyncio.sleep(0)
+        validated = time.monotonic()
+        if not isinstance(request.prompt, Chat):
+            lease = await self._lease(request, arrival)
+        adapter = lease.adapter
+        generation = Generation(arrival.request_id, request.adapter, adapter, arrival.arrived, validated, tenant.name)
+        acts_from = adapter.acts_from(prompt)
+        if acts_from == NEVER:
+            generation.warnings = (_not_invoked(adapter, generation.adapter_name, model),)
+        decoder = model.tokenizer.verbatim if request.show_special_tokens else model.tokenizer
+        for index in range(request.n):
+            self._arrivals += 1
+            sequence = make_sequence(
+                request, index, self._arrivals, prompt, room, text, adapter, acts_from, tenant, model
+            )
+            stops = StopMatcher(request.stop, request.include_stop)
+            generation.add(sequence, decoder, stops, request.stop_token_ids)
+        return generation, lease
+
+    async def _lease(self, request: Request, arrival: Arrival) -> Lease:
+        lease = await self._place(request.adapter, request.grammar, arrival.tenant, arrival.first)
+        arrival.first = arrival.first or lease
+        return arrival.held.enter_context(lease)
+
+    async def _place(
+        self, reference: Reference | None, grammar: Grammar | None, tenant: Tenant, beside: Lease | None
+    ) -> Lease:
+        async with self._suggestions.for_missing(reference, tenant.may_use):
+            return await self._replicas.place(reference, grammar, beside)
+
+
+def _not_invoked(adapter: Adapter, name: str, model: Model) -> str:
+    assert adapter.invocation is not None
+    wanted = model.tokenizer.verbatim.decode(list(adapter.invocation.token_ids))
+    return f"the prompt does not contain {quote(wanted)}, which activates {quote(name)}: the base model answers alone"
+
+
+@contextmanager
+def _naming(reference: Reference | None) -> Iterator[None]:
+    """A context whose errors about the adapter name it."""
+    try:
+        yield
+    except AdapterError as error:
+        name = quote(",".join(ids_of(reference)))
+        if name in error.message:
+            raise
+        raise type(error)(f"adapter {name}: {error.message}") from error

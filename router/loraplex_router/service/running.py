@@ -1,0 +1,54 @@
+"""The requests that run, by their ids. A request has one generation, or one for each of its adapters."""
+
+import secrets
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from loraplex_protos.errors import FieldViolation, InvalidRequestError
+from loraplex_router.access.keys import Tenant
+from loraplex_router.engine.output import Generation
+
+
+@dataclass(slots=True)
+class RunningRequest:
+    tenant: Tenant
+    generations: list[Generation]  # those that are not closed yet
+    tokens: int = 0  # of those that are closed
+
+
+class RunningRequests:
+    def __init__(self) -> None:
+        self._by_id: dict[str, RunningRequest | None] = {}  # None: not queued yet
+
+    def __iter__(self) -> Iterator[Generation]:
+        for request in list(self._by_id.values()):
+            yield from request.generations if request is not None else ()
+
+    def get(self, request_id: str) -> RunningRequest | None:
+        """None: there is none, or it is not queued yet."""
+        return self._by_id.get(request_id)
+
+    def reserve(self, request_id: str) -> str:
+        """The id, or one of our own instead of none. Raises InvalidRequestError if it is taken."""
+        request_id = request_id or secrets.token_hex(8)
+        if request_id in self._by_id:
+            raise InvalidRequestError(FieldViolation("request_id", "a request with this id is already running"))
+        self._by_id[request_id] = None
+        return request_id
+
+    def begin(self, request_id: str, tenant: Tenant, generations: Sequence[Generation]) -> None:
+        self._by_id[request_id] = RunningRequest(tenant, list(generations))
+
+    def forget(self, request_id: str) -> None:
+        """It was not queued."""
+        del self._by_id[request_id]
+
+    def end(self, generation: Generation) -> RunningRequest:
+        """One of a request's generations is closed. Returns the request."""
+        request = self._by_id[generation.request_id]
+        assert request is not None
+        request.generations.remove(generation)
+        request.tokens += generation.num_tokens
+        if not request.generations:
+            del self._by_id[generation.request_id]
+        return request
