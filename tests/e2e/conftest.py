@@ -4,9 +4,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from peft import IA3Config, LoHaConfig, VeraConfig
 
 from tests.e2e.processes import Server
-from tests.e2e.tiny import Oracle, byte_tokenizer, save_adapter, save_chanting_model, save_model
+from tests.e2e.tiny import (
+    ALL_LINEAR,
+    Oracle,
+    byte_tokenizer,
+    save_adapter,
+    save_chanting_model,
+    save_model,
+    save_other_adapter,
+)
 
 INVOCATION = "brown"
 ACTIVATED = [f"activated{number}" for number in range(1, 6)]
@@ -37,6 +46,10 @@ def adapters(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_adapter(model, folder / "head", 4, 14, modules_to_save=["lm_head"])
     for seed, name in enumerate(ACTIVATED):  # all by the same word
         save_adapter(model, folder / name, 8, 20 + seed, alora_invocation_tokens=byte_tokenizer().encode(INVOCATION))
+    save_other_adapter(model, folder / "loha", LoHaConfig(r=4, target_modules=ALL_LINEAR, task_type="CAUSAL_LM"))
+    save_other_adapter(model, folder / "vera", VeraConfig(r=16, target_modules=ALL_LINEAR, task_type="CAUSAL_LM"))
+    factors = {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
+    save_other_adapter(model, folder / "ia3", IA3Config(task_type="CAUSAL_LM", **factors))
     return folder
 
 

@@ -9,7 +9,8 @@ from loraplex import AsyncClient, Generation
 from tests.e2e.processes import Server
 from tests.e2e.tiny import Oracle, byte_tokenizer
 
-NAMES = [None, "r1", "r4", "r8", "r12", "r16", "r64", "attention", "patterns", "dora", "bias", "head", "activated1"]
+PLAIN = ["r1", "r4", "r8", "r12", "r16", "r64", "attention", "patterns"]
+NAMES = [None, *PLAIN, "dora", "bias", "head", "loha", "vera", "ia3", "activated1"]
 PROMPTS = ["The quick brown fox", "ABC " * 30]  # only the first one activates the last adapter
 TOKENS = 12
 

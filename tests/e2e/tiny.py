@@ -6,7 +6,7 @@ from pathlib import Path
 
 import tokenizers
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils.warning import PeftWarning
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedTokenizerFast
 
@@ -85,6 +85,17 @@ def save_adapter(model: Path, folder: Path, r: int, seed: int, **options: object
             elif "modules_to_save" in name:
                 parameter.data += torch.randn_like(parameter) * 0.1
         adapted.save_pretrained(folder)
+    return folder
+
+
+def save_other_adapter(model: Path, folder: Path, config: PeftConfig) -> Path:
+    """One of another kind, with random weights as well."""
+    torch.manual_seed(7)
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(model), config)
+    for name, parameter in adapted.named_parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, mean=float("ia3" in name), std=0.3)
+    adapted.save_pretrained(folder)
     return folder
 
 

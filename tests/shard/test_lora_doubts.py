@@ -1,16 +1,19 @@
 """Published adapters are served as PEFT loads them, with warnings about doubtful parts."""
 
 import dataclasses
+import inspect
+import re
 from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_TARGETS
 
 from loraplex_shard.lora.peft.base import BaseModel
 from loraplex_shard.lora.peft.base_names import differs
-from loraplex_shard.lora.peft.config import DEFAULT_TARGETS, NEUTRAL_FIELDS, UNSUPPORTED_FIELDS, AdapterConfig
+from loraplex_shard.lora.peft.config import DEFAULT_TARGETS, TO_MODEL, UNSUPPORTED_FIELDS
+from loraplex_shard.lora.peft.kinds import KINDS, TO_LORA, way_out
 from loraplex_shard.lora.peft.reading import read_adapter
 from tests.shard.lora_models import BASE, edit_config, layouts, loaded_by_peft, read, save_adapter, whole_deltas
 
@@ -109,9 +112,21 @@ def test_a_published_adapter_is_served_as_peft_loads_it(
     assert list(adapter.warnings) == warnings
 
 
-def test_every_field_of_peft_is_handled() -> None:
-    known = NEUTRAL_FIELDS | UNSUPPORTED_FIELDS | AdapterConfig.model_fields.keys()
-    assert {field.name for field in dataclasses.fields(LoraConfig)} <= known
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_field_of_peft_is_handled(kind: str) -> None:
+    ours = KINDS[kind]
+    read = {each.validation_alias or name for name, each in ours.model_fields.items()}
+    theirs = {field.name for field in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[kind])}
+    assert theirs <= read | ours.NEUTRAL | UNSUPPORTED_FIELDS
+
+
+@pytest.mark.parametrize("kind", sorted(PEFT_TYPE_TO_TUNER_MAPPING.keys() - KINDS.keys()))
+def test_the_way_out_that_a_refusal_names_is_one_of_pefts(kind: str) -> None:
+    layer = getattr(PEFT_TYPE_TO_TUNER_MAPPING[kind], "tuner_layer_cls", None)
+    sources = "".join(map(inspect.getsource, {layer, *layer.__subclasses__()})) if layer else ""
+    merges = "def merge" in sources and "NotImplementedError" not in sources.partition("def merge")[2][:1000]
+    converts = re.search(r"def supports_lora_conversion.*\n( *#.*\n)* *return (True|not isinstance)", sources)
+    assert way_out(kind) == (TO_LORA if converts else TO_MODEL if merges else way_out("PREFIX_TUNING"))
 
 
 def test_the_default_targets_are_pefts() -> None:

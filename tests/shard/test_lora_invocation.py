@@ -8,9 +8,9 @@ import torch
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from loraplex_protos.errors import AdapterInvalidError
-from loraplex_shard.lora.peft.config import parse_config
 from loraplex_shard.lora.peft.doubts import find_doubts
 from loraplex_shard.lora.peft.invocation import read_invocation
+from loraplex_shard.lora.peft.parsing import parse_config
 from loraplex_shard.lora.peft.reading import read_adapter
 from loraplex_shard.lora.weights.deltas import Invocation
 from tests.shard.lora_models import BASE, edit_config, edit_tensors, layouts, read, save_adapter

@@ -3,10 +3,24 @@
 import dataclasses
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    BdLoraConfig,
+    IA3Config,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    MissConfig,
+    MontecloraConfig,
+    PeftModel,
+    VeraConfig,
+    get_peft_model,
+)
+from peft.tuners.lora.variants import QALoraLinearVariant
 from transformers import LlamaConfig, Qwen2Config
 
 from loraplex_protos.errors import InvalidRequestError
@@ -14,9 +28,14 @@ from loraplex_shard.device.parallel import Group
 from loraplex_shard.kernels.library import instruction_set
 from loraplex_shard.lora.merge import Recipe, merge
 from loraplex_shard.lora.peft.base import BaseModel
-from loraplex_shard.lora.peft.reading import read_adapter, read_deltas
+from loraplex_shard.lora.peft.config import AdapterConfig
+from loraplex_shard.lora.peft.products import as_lora
+from loraplex_shard.lora.peft.reading import modules_of, read_adapter, read_deltas
+from loraplex_shard.lora.peft.targets import Target
+from loraplex_shard.lora.weights.deltas import name_of_a, name_of_b
 from loraplex_shard.models.decoder import Decoder
 from loraplex_shard.ops.base import Operations
+from loraplex_shard.ops.quantized import quantize
 from loraplex_shard.settings import Quantize
 from loraplex_shard.shapes.batch import Segment
 from tests.shard.decoders import Sequences, load, load_reference, save_checkpoint
@@ -40,6 +59,45 @@ KINDS = {
     "its own head": {"modules_to_save": ["lm_head"]},
     "its own linear layer": {"modules_to_save": ["1.self_attn.k_proj"]},
     "its own head, which is also targeted": {"modules_to_save": ["lm_head"], "target_modules": [*LINEAR, "lm_head"]},
+    "BD-LoRA": {
+        "r": 4,
+        "use_bdlora": BdLoraConfig(
+            target_modules_bd_a=["o_proj", "down_proj"], target_modules_bd_b=["q_proj"], nblocks=2, match_strict=False
+        ),
+    },
+    "MonteCLoRA, which samples in training alone": {"monteclora_config": MontecloraConfig()},
+    "LoHa": {"kind": LoHaConfig, "r": 3, "alpha": 2, "init_weights": False, "rank_pattern": {"up_proj": 2}},
+    "LoKr": {"kind": LoKrConfig, "r": 2, "alpha": 3, "init_weights": False},
+    "LoKr of two products": {"kind": LoKrConfig, "r": 1, "decompose_both": True, "init_weights": False},
+    "LoKr by 4": {"kind": LoKrConfig, "r": 2, "decompose_factor": 4, "init_weights": False},
+    "VeRA": {"kind": VeraConfig, "r": 6, "init_weights": False},
+    "VeRA whose projections are not saved": {
+        "kind": VeraConfig,
+        "r": 6,
+        "init_weights": False,
+        "save_projection": False,
+        "projection_prng_key": 5,
+    },
+    "MiSS": {"kind": MissConfig, "r": 5, "init_weights": False},
+    "MiSS, mini": {"kind": MissConfig, "r": 5, "mini_r": 2, "init_weights": "mini"},
+    "AdaLoRA": {"kind": AdaLoraConfig, "init_r": 3, "lora_alpha": 5, "total_step": 9, "init_lora_weights": False},
+    "AdaLoRA that has dropped ranks": {
+        "kind": AdaLoraConfig,
+        "init_r": 3,
+        "total_step": 9,
+        "init_lora_weights": False,
+        "rank_pattern": {
+            "model.layers.0.self_attn.q_proj.lora_E": [True, False, True],
+            "model.layers.1.mlp.up_proj.lora_E": [False, False, False],
+        },
+    },
+    "(IA)3": {"kind": IA3Config, "feedforward_modules": ["down_proj"], "init_ia3_weights": False},
+    "(IA)3 of a part": {
+        "kind": IA3Config,
+        "target_modules": ["k_proj", "v_proj", "down_proj"],
+        "feedforward_modules": r".*\.down_proj",
+        "init_ia3_weights": False,
+    },
 }
 BASES = {
     "biases": Qwen2Config(**SIZES),
@@ -50,12 +108,19 @@ BASES = {
 def save_adapter(base: Path, directory: Path, **options: object) -> None:
     model = load_reference(base)
     torch.manual_seed(1)
-    fields = {"r": 3, "target_modules": LINEAR, "task_type": "CAUSAL_LM", "init_lora_weights": False, **options}
+    kind = options.pop("kind", LoraConfig)
+    fields = {"target_modules": LINEAR, "task_type": "CAUSAL_LM", **options}
+    if kind is LoraConfig:
+        fields = {"r": 3, "init_lora_weights": False, **fields}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's advice
-        adapted = get_peft_model(model, LoraConfig(**fields))
+        adapted = get_peft_model(model, kind(**fields))
         for name, parameter in adapted.named_parameters():
-            if parameter.requires_grad and "lora_A" not in name and "lora_B.default.weight" not in name:
+            if not parameter.requires_grad:
+                continue
+            if kind is not LoraConfig:
+                parameter.data = 0.4 * torch.randn_like(parameter) + ("ia3_l" in name)
+            elif "lora_A" not in name and "lora_B.default.weight" not in name:
                 parameter.data *= 1 + torch.rand_like(parameter)
         adapted.save_pretrained(directory)
 
@@ -107,6 +172,32 @@ def test_dora_uses_the_norms_of_the_base_as_it_is_served(quantization: Quantize,
         torch.testing.assert_close(served.read(module, slice(0, 7)), matrix[:7])
 
 
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+@pytest.mark.parametrize("kind", ["DoRA", "VeRA", "LoHa", "(IA)3"])
+def test_on_a_rounded_base_logits_change_as_pefts_do_on_the_same_base(
+    kind: str, quantization: Quantize, tmp_path: Path
+) -> None:
+    directory = save_checkpoint(BASES["biases"], tmp_path / "base")
+    save_adapter(directory, tmp_path / "adapter", **KINDS[kind])
+    decoder = load(directory, quantize=quantization)
+    base = base_of(decoder)
+    own = read_adapter(read(tmp_path / "adapter"), decoder.layouts, base, torch.float32).weights
+    reference = load_reference(directory)
+    for module in modules_of(decoder.layouts):
+        reference.get_submodule(module).weight.data = base.served.read(module, slice(None)).clone()
+    embedding = reference.model.embed_tokens.weight
+    embedding.data = quantize(embedding.data, 8).dequantized()
+    with warnings.catch_warnings(), torch.inference_mode():
+        warnings.simplefilter("ignore")
+        without = reference(torch.tensor([TOKENS])).logits[0]
+        adapted = PeftModel.from_pretrained(reference, tmp_path / "adapter")
+        expected = adapted(torch.tensor([TOKENS])).logits[0] - without
+    batch = {"base": TOKENS, "own": TOKENS}
+    actual = Sequences(decoder, 4).step(batch, (Segment(len(TOKENS), 2 * len(TOKENS), own),))
+    # What is multiplied with rounded matrices is rounded as well.
+    assert torch.cosine_similarity((actual["own"] - actual["base"]).flatten(), expected.flatten(), dim=0) > 0.99
+
+
 def test_each_rank_holds_its_outputs_and_only_one_adds_the_bias_of_a_sum(tmp_path: Path) -> None:
     directory = save_checkpoint(BASES["biases"], tmp_path / "base")
     save_adapter(directory, tmp_path / "adapter", lora_bias=True)
@@ -130,6 +221,50 @@ def test_adapters_with_parts_that_peft_would_drop_are_not_merged(tmp_path: Path)
     deltas = read_deltas(read(tmp_path / "adapter"), decoder.layouts, base_of(decoder))
     with pytest.raises(InvalidRequestError, match="cannot be merged"):
         merge([deltas, deltas], Recipe((0.5, 0.5), "linear", 1.0, "total"))
+
+
+@pytest.mark.parametrize("kind", ["BD-LoRA", "LoHa", "VeRA"])
+def test_kinds_that_peft_does_not_merge_are_not_merged(kind: str, tmp_path: Path) -> None:
+    directory = save_checkpoint(BASES["biases"], tmp_path / "base")
+    save_adapter(directory, tmp_path / "adapter", **KINDS[kind])
+    decoder = load(directory)
+    with pytest.raises(InvalidRequestError, match=rf"one of these is of (?i:{kind})"):
+        read_deltas(read(tmp_path / "adapter"), decoder.layouts, base_of(decoder))
+
+
+def test_factors_of_outputs_are_merged_as_peft_merges_them(tmp_path: Path) -> None:
+    directory = save_checkpoint(BASES["biases"], tmp_path / "base")
+    fields = KINDS["(IA)3 of a part"]
+    save_adapter(directory, tmp_path / "a", **fields)
+    save_adapter(directory, tmp_path / "b", **{**fields, "target_modules": ["k_proj"]})
+    decoder = load(directory)
+    base = base_of(decoder)
+    deltas = [read_deltas(read(tmp_path / name), decoder.layouts, base) for name in "ab"]
+    merged = merge(deltas, Recipe((0.7, 0.4), "linear", 1.0, "total"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = PeftModel.from_pretrained(load_reference(directory), tmp_path / "a", "a")
+        model.load_adapter(tmp_path / "b", "b")
+        model.base_model.add_weighted_adapter(["a", "b"], [0.7, 0.4], "merged")
+    for name, ours in ("self_attn.k_proj", "self_attn.k_proj"), ("mlp.down_proj", "mlp.up_proj"):
+        theirs = model.get_submodule(f"base_model.model.model.layers.1.{name}").ia3_l["merged"].flatten()
+        torch.testing.assert_close(merged[f"model.layers.1.{ours}"].gain, theirs)
+    with pytest.raises(InvalidRequestError, match="by the strategy linear"):
+        merge(deltas, Recipe((0.7, 0.4), "ties", 0.5, "total"))
+
+
+def test_columns_of_qalora_are_for_the_means_of_groups_of_inputs() -> None:
+    config = AdapterConfig(peft_type="LORA", use_qalora=True, qalora_group_size=4)
+    a, b, x = torch.randn(3, 6), torch.randn(10, 3), torch.randn(5, 24)
+    tensors = {name_of_a("m"): a, name_of_b("m"): b}
+    plain, targets = as_lora(config, tensors, {"m": Target(3, 2.0)}, {"m": (24, 10)})
+    matrices = {name: {"x": SimpleNamespace(weight=matrix)} for name, matrix in (("lora_A", a), ("lora_B", b))}
+    layer = SimpleNamespace(  # PEFT has it for layers of GPTQ alone
+        **matrices, lora_dropout={"x": None}, scaling={"x": 2.0}, qalora_group_size={"x": 4}, training=False,
+        in_features=24,
+    )  # fmt: skip
+    expected = QALoraLinearVariant.forward(layer, "x", x, torch.zeros(5, 10))
+    torch.testing.assert_close(targets["m"].scale * x @ plain[name_of_a("m")].T @ plain[name_of_b("m")].T, expected)
 
 
 def test_a_tied_head_can_only_be_replaced_if_it_is_saved(tmp_path: Path) -> None:

@@ -88,8 +88,8 @@ def spoil(folder: Path, kind: str) -> None:
             tensors.rename(folder / MLX_TENSORS)
         case "a config that is not JSON":
             (folder / CONFIG).write_text("{")
-        case "QALoRA":
-            edit_config(folder, use_qalora=True)
+        case "KaSA":
+            edit_config(folder, kasa_config={"beta": 0.1})
         case "cut short":
             tensors.write_bytes(tensors.read_bytes()[:-10])
         case "empty":
@@ -109,7 +109,7 @@ def spoil(folder: Path, kind: str) -> None:
         ("a pickle", "is a pickle file"),
         ("MLX", "MLX-LM's format"),
         ("a config that is not JSON", CONFIG),
-        ("QALoRA", "use_qalora"),
+        ("KaSA", "kasa_config"),
         ("cut short", "cut short: 10 bytes are missing"),
         ("empty", "cut short: it has 0 bytes"),
         ("a pointer of git lfs", "a Git LFS pointer"),

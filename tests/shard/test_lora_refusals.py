@@ -71,6 +71,8 @@ def test_the_unmodified_adapter_is_accepted(directory: Path) -> None:
         ("invocation_string", "<go>"),  # this base has no tokenizer
         ("use_qalora", True),
         ("use_bdlora", {"nblocks": 2}),
+        ("use_bdlora", {"nblocks": 2, "target_modules_bd_a": ["proj"], "target_modules_bd_b": ["q_proj"]}),
+        ("use_hidden_states", True),
         ("arrow_config", {"top_k": 3}),
         ("kasa_config", {"beta": 0.1}),
         ("init_lora_weights", "pissa"),
@@ -79,7 +81,7 @@ def test_the_unmodified_adapter_is_accepted(directory: Path) -> None:
         ("init_lora_weights", "corda"),
         ("init_lora_weights", "loftq"),
         ("init_lora_weights", "lora_ga"),
-        ("peft_type", "ADALORA"),
+        ("peft_type", "ALORA"),
         ("peft_type", None),
         ("task_type", "CLS"),
         ("r", 0),
@@ -132,6 +134,20 @@ def test_an_invalid_or_unsupported_config_field_is_named(directory: Path, field:
         ({**ACTIVATED, "target_parameters": ["mlp.experts.down_proj"]}, "target_parameters: PEFT refuses both"),
         ({**ACTIVATED, "modules_to_save": ["lm_head"]}, "modules_to_save, which would act before the invocation"),
         ({**ACTIVATED, "bias": "all"}, "bias, which would act before the invocation"),
+        ({"init_lora_weights": "olora"}, "merge_and_unload() in PEFT"),
+        ({"init_lora_weights": "loftq"}, "PEFT has no conversion: serve the base that training saved"),
+        ({"use_dora": True, "use_bdlora": {"nblocks": 2}}, "PEFT refuses these together"),
+        ({"kasa_config": {"beta": 0.1}}, "KaSA takes a part of the base's matrices away: merge_and_unload()"),
+        ({"layer_replication": [[0, 2], [1, 3]]}, "the base would have more layers: merge_and_unload()"),
+        ({"peft_version": "0.22.0", "foo_config": {"a": 1}}, "foo_config: not known here, and may change"),
+        ({"peft_type": "OFT"}, "merge_and_unload() in PEFT makes a model of base and adapter"),
+        ({"peft_type": "RANDLORA"}, "convert it to LoRA with PEFT's save_as_lora"),
+        ({"peft_type": "PREFIX_TUNING"}, "it changes more than weights"),
+        ({"peft_type": "MISS", "init_weights": "bat"}, "its product depends on the base's matrix"),
+        ({"peft_type": "LOHA", "alpha": 4}, "missing base_model.model.model.layers.0.self_attn.q_proj.hada_w1_a"),
+        ({"peft_type": "VERA"}, "missing base_model.model.base_model.vera_A"),
+        ({"peft_type": "LOKR", "alpha": "4"}, "alpha: "),
+        ({"peft_type": "IA3"}, "feedforward_modules: Field required"),
     ],
 )
 def test_a_kind_without_its_tensors_is_named(directory: Path, fields: dict[str, object], reason: str) -> None:
@@ -158,11 +174,11 @@ def test_a_config_that_is_not_a_json_object_is_refused(directory: Path, data: by
     assert CONFIG in refusal(directory)
 
 
-def test_a_config_without_a_lora_rank_is_refused(directory: Path) -> None:
+def test_a_config_without_a_lora_rank_has_pefts_default(directory: Path) -> None:
     fields = json.loads((directory / CONFIG).read_text())
     del fields["r"]
     (directory / CONFIG).write_text(json.dumps(fields))
-    assert f"{CONFIG}: r: " in refusal(directory)
+    assert "needs lora_rank 8: adapter_config.json says so" in refusal(directory)
 
 
 def test_an_mlx_adapter_is_recognized_and_refused(directory: Path) -> None:

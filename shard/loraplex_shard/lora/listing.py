@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 from loraplex_protos.adapter_names import MAX_PARTS, RULE, is_part, normal
 from loraplex_protos.errors import AdapterInvalidError
-from loraplex_shard.lora.peft.config import AdapterConfig, parse_config
+from loraplex_shard.lora.peft.config import AdapterConfig
+from loraplex_shard.lora.peft.parsing import parse_config
 from loraplex_shard.lora.peft.tensors import check_header
 from loraplex_shard.lora.sources.files import CONFIG, MLX_TENSORS, PICKLE, TENSORS, check_names, check_size
 from loraplex_shard.lora.sources.folders import CACHED, cached_id, find_snapshot, is_inside

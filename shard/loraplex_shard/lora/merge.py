@@ -9,7 +9,7 @@ although the merged A and B already have the scales in them. That is not done he
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -40,11 +40,15 @@ def merge(adapters: Sequence[Mapping[str, Delta]], recipe: Recipe) -> dict[str, 
 
 def _merge_module(module: str, adapters: Sequence[Mapping[str, Delta]], recipe: Recipe, strategy: str) -> Delta:
     found = [(a[module], weight) for a, weight in zip(adapters, recipe.weights, strict=True) if module in a]
+    if strategy == "linear" and all(delta.is_gain for delta, _ in found):  # as PEFT merges (IA)3
+        gains = [weight * delta.gain.float() for delta, weight in found if delta.gain is not None]
+        return replace(found[0][0], gain=torch.stack(gains).sum(0))
     if not all(delta.is_plain for delta, _ in found):
         raise InvalidRequestError(
             FieldViolation(
                 "merged_adapters.adapters",
-                f"{module}: adapters with DoRA, biases or whole matrices cannot be merged: PEFT would drop those",
+                f"{module}: adapters with DoRA, biases or whole matrices cannot be merged: PEFT would drop those; and"
+                " those of (IA)3 by the strategy linear and with each other alone",
             )
         )
     _check_lora_ranks(module, {delta.lora_rank for delta, _ in found})

@@ -2,18 +2,19 @@
 
 Knows nothing about tensors. PEFT's other fields that change what an adapter computes must be absent, null, false or
 empty, because a value means a kind of adapter that this shard cannot serve. Fields that PEFT does not have are ignored,
-as PEFT ignores them.
+as PEFT ignores them, unless a later PEFT may have written them.
 """
 
-import json
+import math
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from loraplex_protos.errors import AdapterInvalidError
 
 MAX_LORA_RANK = 512
+TO_MODEL = "merge_and_unload() in PEFT makes a model of base and adapter, which can be served as a base"
 
 # Fields that do not change what a trained adapter computes. fan_in_fan_out does not in linear layers.
 NEUTRAL_FIELDS = frozenset(
@@ -27,8 +28,7 @@ NEUTRAL_FIELDS = frozenset(
         "lora_ga_config",
         "megatron_config",
         "megatron_core",
-        "peft_version",
-        "qalora_group_size",
+        "monteclora_config",
         "runtime_config",
         "velora_config",
     }
@@ -39,28 +39,27 @@ UNSUPPORTED_FIELDS = frozenset(
         "ensure_weight_tying",
         "kasa_config",
         "layer_replication",
-        "monteclora_config",
         "trainable_token_indices",
-        "use_bdlora",
-        "use_qalora",
     }
 )
+# What can be done with an adapter that has one of these.
+_WAYS_OUT = {
+    "arrow_config": "Arrow chooses among several adapters for each token: ask for one of them",
+    "kasa_config": f"KaSA takes a part of the base's matrices away: {TO_MODEL}",
+    "layer_replication": f"the base would have more layers: {TO_MODEL}",
+}
 # What PEFT targets in the served models if a config names no modules.
 DEFAULT_TARGETS = ("q_proj", "v_proj")
-_SHOWN_ERRORS = 5
-_CONVERTED = (
-    "init_lora_weights {!r}: the adapter belongs to a base from which its first weights were subtracted. Convert it to"
-    " plain LoRA: save_pretrained(..., path_initial_model_for_weight_conversion=...) in PEFT; or serve the base that"
-    " training saved, and set init_lora_weights to true"
-)
+_SHOWN = 5
+_NEWEST_KNOWN = (0, 21, 2)  # of PEFT's versions
 
-_FEW = Field(max_length=4096)  # a few per module of the largest models
+FEW = Field(max_length=4096)  # a few per module of the largest models
 MAX_INVOCATION = 1024  # tokens, or characters
 LoraRank = Annotated[int, Field(ge=1, le=MAX_LORA_RANK)]
 _AnyCase = BeforeValidator(lambda value: value.lower() if isinstance(value, str) else value)
+Modules = Annotated[list[str], FEW] | str | None
 # Initializations that leave the base as it is. The others subtract something from its weights.
 _Initialization = bool | Literal["gaussian", "eva", "orthogonal", "mica"] | None
-_SUBTRACTING = re.compile(r"pissa(_niter_\d+)?|olora|corda|lora_ga|loftq")
 
 
 class AutoMapping(BaseModel):
@@ -71,12 +70,27 @@ class AutoMapping(BaseModel):
     base_model_class: str | None = None
 
 
+class BlockDiagonal(BaseModel):
+    """BD-LoRA: of which modules A or B has blocks on its diagonal alone. Names contain these."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    target_modules_bd_a: Annotated[list[str], FEW] | None = None
+    target_modules_bd_b: Annotated[list[str], FEW] | None = None
+    nblocks: Annotated[int, Field(ge=1, le=MAX_LORA_RANK)] = 1
+    match_strict: bool = True
+
+
 class AdapterConfig(BaseModel):
-    """The fields that decide which modules an adapter changes and by how much. Names and meanings are PEFT's."""
+    """The fields that decide which modules an adapter changes and by how much. Names, meanings and defaults are PEFT's;
+    kinds.py has what other kinds than LoRA have beside them."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="allow", allow_inf_nan=False)
 
-    peft_type: Literal["LORA"]
+    NEUTRAL: ClassVar[frozenset[str]] = NEUTRAL_FIELDS
+
+    peft_type: str
+    peft_version: str | None = None
     # The second is for embedding models. The others are mistakes that change nothing, unless the file has a head.
     task_type: (
         Literal["CAUSAL_LM", "FEATURE_EXTRACTION", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"] | None
@@ -84,22 +98,25 @@ class AdapterConfig(BaseModel):
     auto_mapping: AutoMapping | None = None
     base_model_name_or_path: str | None = None
     revision: str | None = None
-    bias: Literal["none", "all", "lora_only"] = "none"
+    bias: Literal["none", "all", "lora_only", "vera_only", "MiSS_only"] = "none"
     init_lora_weights: Annotated[_Initialization, _AnyCase] = True
 
-    r: LoraRank
-    lora_alpha: float
+    r: LoraRank = 8
+    lora_alpha: float = 8.0
     use_rslora: bool = False
     use_dora: bool | None = False
     lora_bias: bool | None = False
-    modules_to_save: Annotated[list[str], _FEW] | None = None
-    rank_pattern: Annotated[dict[str, LoraRank], _FEW] | None = None
-    alpha_pattern: Annotated[dict[str, float], _FEW] | None = None
+    use_bdlora: BlockDiagonal | None = None
+    use_qalora: bool | None = False
+    qalora_group_size: Annotated[int, Field(ge=1)] = 16
+    modules_to_save: Annotated[list[str], FEW] | None = None
+    rank_pattern: Annotated[dict[str, LoraRank], FEW] | None = None
+    alpha_pattern: Annotated[dict[str, float], FEW] | None = None
 
-    target_modules: Annotated[list[str], _FEW] | str | None = None
-    target_parameters: Annotated[list[str], _FEW] | None = None
-    exclude_modules: Annotated[list[str], _FEW] | str | None = None
-    layers_to_transform: Annotated[list[int], _FEW] | int | None = None
+    target_modules: Modules = None
+    target_parameters: Annotated[list[str], FEW] | None = None
+    exclude_modules: Modules = None
+    layers_to_transform: Annotated[list[int], FEW] | int | None = None
     layers_pattern: Annotated[list[str], Field(max_length=16)] | str | None = None
 
     alora_invocation_tokens: (
@@ -116,35 +133,20 @@ class AdapterConfig(BaseModel):
     @property
     def unknown_fields(self) -> list[str]:
         """Fields with a value that PEFT, in the version that this shard knows, does not have."""
-        known = NEUTRAL_FIELDS | UNSUPPORTED_FIELDS
+        known = self.NEUTRAL | UNSUPPORTED_FIELDS
         return sorted(name for name, value in (self.model_extra or {}).items() if value and name not in known)
 
+    def scale(self, lora_rank: int, alpha: float) -> float:
+        """What the product of A and B is multiplied by."""
+        # Rank-stabilized LoRA: arXiv 2312.03732.
+        return alpha / (math.sqrt(lora_rank) if self.use_rslora else lora_rank)
 
-def parse_config(data: bytes) -> AdapterConfig:
-    """Parses and validates the config. Raises AdapterInvalidError, naming the fields that are wrong or not
-    supported."""
-    try:
-        config = AdapterConfig.model_validate_json(data)
-    except ValidationError as error:
-        raise AdapterInvalidError(f"adapter_config.json: {_kind(data) or _describe(error)}") from None
+
+def check_config(config: AdapterConfig) -> None:
+    """Raises AdapterInvalidError naming the fields that are not supported, or contradict each other."""
     _refuse_unsupported(config)
+    _refuse_unknown(config)
     _refuse_contradictions(config)
-    return config
-
-
-def _kind(data: bytes) -> str:
-    """Says which other kind of adapter it is; empty if it is not of another kind."""
-    try:
-        fields: Any = json.loads(data)
-        kind = fields.get("peft_type")
-        if kind is None and fields.get("lora_parameters"):
-            return "this is an adapter of MLX-LM (lora_parameters), not of PEFT: it has no peft_type"
-        if kind.upper() != "LORA":
-            return f"peft_type {kind[:100]!r} is not served, only 'LORA'"
-        started = str(fields.get("init_lora_weights")).lower()
-        return _CONVERTED.format(started) if _SUBTRACTING.fullmatch(started) else ""
-    except (ValueError, AttributeError, TypeError, RecursionError):
-        return ""
 
 
 def _refuse_unsupported(config: AdapterConfig) -> None:
@@ -154,8 +156,25 @@ def _refuse_unsupported(config: AdapterConfig) -> None:
         refused.remove("ensure_weight_tying")
     if refused:
         raise AdapterInvalidError(
-            f"adapter_config.json: not supported: {', '.join(refused[:_SHOWN_ERRORS])} (must be absent, null or false)"
+            f"adapter_config.json: not supported: {', '.join(refused[:_SHOWN])} (must be absent, null or false)"
+            + "".join(f": {_WAYS_OUT[name]}" for name in refused[:1] if name in _WAYS_OUT)
         )
+
+
+def _refuse_unknown(config: AdapterConfig) -> None:
+    """What a later PEFT has written may change what the adapter computes. So may what is said to be used."""
+    later = _version(config.peft_version) > _NEWEST_KNOWN
+    refused = [name for name in config.unknown_fields if later or name.startswith("use_")]
+    if refused:
+        raise AdapterInvalidError(
+            f"adapter_config.json: {', '.join(name[:100] for name in refused[:_SHOWN])}: not known here, and may change"
+            " what the adapter computes: remove it if it does not"
+        )
+
+
+def _version(text: str | None) -> tuple[int, ...]:
+    """0.21.2.dev0@abc -> (0, 21, 2)"""
+    return tuple(map(int, re.findall(r"(?:^|\.)(\d{1,9})", text or "")[:3]))
 
 
 def _touches_tied(config: AdapterConfig) -> bool:
@@ -175,6 +194,9 @@ def _refuse_contradictions(config: AdapterConfig) -> None:
                 raise AdapterInvalidError(
                     f"adapter_config.json: {name} cannot be combined with a string in target_modules: list the modules"
                 )
+    variants = "use_dora", "use_bdlora", "use_qalora"
+    if len(used := [name for name in variants if getattr(config, name)]) > 1:
+        raise AdapterInvalidError(f"adapter_config.json: {' and '.join(used)}: PEFT refuses these together")
     if config.use_dora and config.lora_bias:
         raise AdapterInvalidError("adapter_config.json: lora_bias has no meaning beside use_dora: PEFT refuses both")
     if config.layers_pattern and config.layers_to_transform is None:
@@ -187,17 +209,12 @@ def _refuse_beside_invocation(config: AdapterConfig) -> None:
     name = "invocation_string" if config.alora_invocation_tokens is None else "alora_invocation_tokens"
     refused = {"use_dora": config.use_dora, "target_parameters": config.target_parameters}
     refused["init_lora_weights mica"] = config.init_lora_weights == "mica"
+    refused["use_bdlora"] = config.use_bdlora is not None
     for other in (other for other, value in refused.items() if value):
         raise AdapterInvalidError(f"adapter_config.json: {name} cannot be combined with {other}: PEFT refuses both")
     everywhere = {"bias": config.bias != "none", "modules_to_save": config.modules_to_save}
+    everywhere[f"peft_type {config.peft_type}"] = config.peft_type != "LORA"
     for other in (other for other, value in everywhere.items() if value):
         raise AdapterInvalidError(
             f"adapter_config.json: {name} cannot be combined with {other}, which would act before the invocation, too"
         )
-
-
-def _describe(error: ValidationError) -> str:
-    """The first few errors as "field: reason". The values are left out, since they may be long."""
-    errors = error.errors(include_url=False, include_context=False, include_input=False)
-    lines = [": ".join((*(".".join(map(str, e["loc"]))[:100],) * bool(e["loc"]), e["msg"])) for e in errors]
-    return "; ".join(lines[:_SHOWN_ERRORS])

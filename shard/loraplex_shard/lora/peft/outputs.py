@@ -25,6 +25,11 @@ def name_of_magnitude(module: str) -> str:
     return f"{PREFIX}{module}.lora_magnitude_vector"
 
 
+def name_of_factors(module: str) -> str:
+    """What the factors of a module's outputs are called once they are known: (IA)3's name for them."""
+    return f"{PREFIX}{module}.ia3_l"
+
+
 @dataclass(frozen=True, slots=True)
 class Replaced:
     """The tensors that replace a module's own."""
@@ -39,6 +44,11 @@ def with_outputs(
     """Returns the delta with everything that the adapter's tensors do to the module's output. They have been
     checked."""
     b_bias, magnitude = tensors.get(name_of_bias(module)), tensors.get(name_of_magnitude(module))
+    factors = tensors.get(name_of_factors(module))
+    if factors is not None:
+        if own != Replaced():
+            raise AdapterInvalidError(f"{TENSORS}: {PREFIX}{module}: (IA)3 of a matrix of its own is not served")
+        return replace(delta, gain=factors)
     if b_bias is None and magnitude is None and own == Replaced():
         return delta
     old = base.bias(module)

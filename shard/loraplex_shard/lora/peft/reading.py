@@ -10,13 +10,23 @@ from dataclasses import replace
 
 import torch
 
-from loraplex_protos.errors import AdapterInvalidError
+from loraplex_protos.errors import AdapterInvalidError, FieldViolation, InvalidRequestError
 from loraplex_shard.lora.peft.base import BaseModel
-from loraplex_shard.lora.peft.config import AdapterConfig, parse_config
+from loraplex_shard.lora.peft.config import AdapterConfig
 from loraplex_shard.lora.peft.doubts import find_doubts
 from loraplex_shard.lora.peft.experts import Parameter, absent, by_expert, find_parameters
 from loraplex_shard.lora.peft.invocation import read_invocation
-from loraplex_shard.lora.peft.outputs import Replaced, name_of_bias, name_of_magnitude, nothing, with_outputs
+from loraplex_shard.lora.peft.kinds import Ia3Config
+from loraplex_shard.lora.peft.outputs import (
+    Replaced,
+    name_of_bias,
+    name_of_factors,
+    name_of_magnitude,
+    nothing,
+    with_outputs,
+)
+from loraplex_shard.lora.peft.parsing import parse_config
+from loraplex_shard.lora.peft.products import in_plain_terms
 from loraplex_shard.lora.peft.special_tokens import end_tokens, foreign_tokens
 from loraplex_shard.lora.peft.targets import Target, find_targets, is_named
 from loraplex_shard.lora.peft.tensor_names import PREFIX, as_saved_by_peft, former_names, is_of_another_part
@@ -26,6 +36,7 @@ from loraplex_shard.lora.weights.deltas import Delta, HostAdapter, name_of_a, na
 from loraplex_shard.shapes.layout import LinearLayout, LinearPart
 
 _SHOWN_NAMES = 3
+_MERGED = frozenset({"LORA", "IA3"})
 # The names under which PEFT saves the base's own tensors with some adapters.
 _BASE_TENSOR = re.compile(
     re.escape(PREFIX)
@@ -56,12 +67,16 @@ def read_adapter(
 
 
 def read_deltas(files: AdapterFiles, layouts: Sequence[LinearLayout], base: BaseModel) -> dict[str, Delta]:
-    """Reads the whole adapter, by module. Everything is checked except whether values are finite. Tensors are views of
-    the file.
+    """Reads the whole adapter, by module, to merge it. Everything is checked except whether values are finite.
 
-    Raises AdapterInvalidError as read_adapter does.
+    Raises AdapterInvalidError as read_adapter does, and InvalidRequestError for a kind that PEFT does not merge.
     """
-    return _read_deltas(parse_config(files.config), files, layouts, base)
+    config = parse_config(files.config)
+    if config.peft_type not in _MERGED or config.use_bdlora or config.use_qalora:
+        kind = "BD-LoRA" if config.use_bdlora else "QALoRA" if config.use_qalora else config.peft_type
+        reason = f"only adapters of plain LoRA and (IA)3 can be merged, and one of these is of {kind}"
+        raise InvalidRequestError(FieldViolation("merged_adapters.adapters", reason))
+    return _read_deltas(config, files, layouts, base)
 
 
 def _read_deltas(
@@ -73,10 +88,13 @@ def _read_deltas(
     targets = _find_targets(config, tuple(parts), {name: each.modules for name, each in named.items()}, base)
     stored = read_tensors(files.tensors)
     found = as_saved_by_peft(stored, base.backbone)
+    if config.model_extra and config.model_extra.get("monteclora_config"):  # its samplers have a say in training alone
+        found = {name: own for name, own in found.items() if ".lora_monteclora_sampler." not in name}
     as_stored = {name: stored[own] for name, own in found.items() if not is_of_another_part(name, base.backbone)}
     tensors = by_expert(as_stored, parameters, named.values())
     untouched = absent([each for each in parameters if each not in named.values()], tensors)
     targets = {module: target for module, target in targets.items() if module not in untouched} or targets
+    tensors, targets = in_plain_terms(config, tensors, targets, parts, base)
     replaced = _check_names(tensors, targets, parts, config, base)
     if replaced and config.is_activated:
         raise AdapterInvalidError(
@@ -135,6 +153,7 @@ def _check_names(
     them in linear layers. Returns the replaced ones by module."""
     kinds = [name_of_a, name_of_b]
     kinds += [name_of_magnitude] * bool(config.use_dora) + [name_of_bias] * bool(config.lora_bias)
+    kinds += [name_of_factors] * isinstance(config, Ia3Config)
     expected = {name_of(module) for module in targets for name_of in kinds}
     extra = tensors.keys() - expected
     own = {name: match for name in extra if (match := _BASE_TENSOR.fullmatch(name))}

@@ -1,7 +1,6 @@
 """Finds the modules that an adapter's config targets, with their lora_rank and scale, by PEFT's rules. Knows nothing
 about tensors."""
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -55,7 +54,7 @@ def find_targets(
     found = [*(module for module in modules if module in targeted and module not in whole), *parameters]
     lora_ranks = _by_pattern("rank_pattern", config.rank_pattern or {}, config.r, found)
     alphas = _by_pattern("alpha_pattern", config.alpha_pattern or {}, config.lora_alpha, found)
-    targets = {name: _target(config, lora_ranks[name], alphas[name]) for name in found}
+    targets = {name: Target(lora_ranks[name], config.scale(lora_ranks[name], alphas[name])) for name in found}
     return {module: target for name, target in targets.items() for module in parameters.get(name, (name,))}
 
 
@@ -75,11 +74,6 @@ def _endings(names: tuple[str, ...]) -> frozenset[str]:
     """Each name, and every ending of it that follows a dot."""
     parts = [name.split(".") for name in names]
     return frozenset(".".join(each[start:]) for each in parts for start in range(len(each)))
-
-
-def _target(config: AdapterConfig, lora_rank: int, alpha: float) -> Target:
-    # Rank-stabilized LoRA: arXiv 2312.03732.
-    return Target(lora_rank, alpha / (math.sqrt(lora_rank) if config.use_rslora else lora_rank))
 
 
 def _targeted(config: AdapterConfig, names: Sequence[str], ends: set[str]) -> frozenset[str]:

@@ -33,6 +33,11 @@ class Delta:
         return self.gain is None and self.shift is None and self.whole is None
 
     @property
+    def is_gain(self) -> bool:
+        """Whether it multiplies outputs, and does nothing else."""
+        return self.gain is not None and self.shift is None and self.whole is None and self.lora_rank == 0
+
+    @property
     def lora_rank(self) -> int:
         return self.a.shape[0]
 

@@ -1,0 +1,69 @@
+"""The bytes of adapter_config.json -> the configuration of one of the kinds that are served."""
+
+import json
+import re
+from typing import Any
+
+from pydantic import ValidationError
+
+from loraplex_protos.errors import AdapterInvalidError
+from loraplex_shard.lora.peft.config import TO_MODEL, AdapterConfig, check_config
+from loraplex_shard.lora.peft.kinds import KINDS, way_out
+
+_SHOWN_ERRORS = 5
+_FITTING = "or serve the base that training saved, and set init_lora_weights to true"
+_SUBTRACTED = (
+    "init_lora_weights {!r}: the adapter belongs to a base from which its first weights were subtracted. With the"
+    " adapter as it was before training, save_pretrained(..., path_initial_model_for_weight_conversion=...) in PEFT"
+    " makes plain LoRA of it; "
+)
+# PEFT subtracts the same again when it loads these on the original base; the others start from chance, or from data.
+_AGAIN = f"without it, {TO_MODEL}; "
+_LOFTQ = (
+    "init_lora_weights 'loftq': the adapter makes up for what rounding did to its base, and PEFT has no conversion:"
+    " serve the base that training saved, and set init_lora_weights to true"
+)
+
+
+def parse_config(data: bytes) -> AdapterConfig:
+    """The validated config. Raises AdapterInvalidError naming the fields that are wrong or not supported."""
+    try:
+        fields: Any = json.loads(data)
+    except (ValueError, RecursionError):
+        fields = None
+    if not isinstance(fields, dict):
+        raise AdapterInvalidError("adapter_config.json: it is not a JSON object")
+    if refusal := _refusal(fields):
+        raise AdapterInvalidError(f"adapter_config.json: {refusal}")
+    try:
+        config = KINDS.get(str(fields.get("peft_type")), AdapterConfig).model_validate_json(data)
+    except ValidationError as error:
+        raise AdapterInvalidError(f"adapter_config.json: {_describe(error)}") from None
+    check_config(config)
+    return config
+
+
+def _refusal(fields: dict[str, Any]) -> str:
+    """Why adapters of this kind are not served; empty: they are."""
+    kind, started = fields.get("peft_type"), fields.get("init_lora_weights")
+    if kind is None and fields.get("lora_parameters"):
+        return "this is an adapter of MLX-LM (lora_parameters), not of PEFT: it has no peft_type"
+    if isinstance(kind, str) and kind not in KINDS:
+        return f"peft_type {kind[:100]!r} is not served: {way_out(kind)}"
+    if kind == "MISS" and fields.get("init_weights") == "bat":
+        return f"init_weights 'bat': its product depends on the base's matrix: {way_out(kind)}"
+    if not isinstance(started, str):
+        return ""
+    if started.lower() == "loftq":
+        return _LOFTQ
+    if re.fullmatch(r"pissa(_niter_\d+)?|olora|corda|lora_ga", started.lower()):
+        again = _AGAIN if started.lower() in ("pissa", "olora") else ""
+        return _SUBTRACTED.format(started) + again + _FITTING
+    return ""
+
+
+def _describe(error: ValidationError) -> str:
+    """The first few errors as "field: reason", without the values, which may be long."""
+    errors = error.errors(include_url=False, include_context=False, include_input=False)
+    lines = [": ".join((*(".".join(map(str, e["loc"]))[:100],) * bool(e["loc"]), e["msg"])) for e in errors]
+    return "; ".join(lines[:_SHOWN_ERRORS])
