@@ -314,7 +314,7 @@ def test_a_model_that_cannot_be_served_is_an_error_before_any_port_opens(tmp_pat
     MambaForCausalLM(MambaConfig(vocab_size=10, hidden_size=8, num_hidden_layers=1)).save_pretrained(tmp_path)
     result = run("serve", str(tmp_path), "--http-port=0", "--grpc-port=0")
     assert result.returncode == 1
-    reason = "MambaForCausalLM is not served: it keeps a state beside keys and values"
+    reason = "MambaForCausalLM is not served: it keeps state besides keys and values"
     assert reason in " ".join(result.stderr.split()) and "gRPC " not in result.stderr
 
 

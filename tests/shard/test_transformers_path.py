@@ -53,7 +53,7 @@ def test_the_kernels_compute_the_same_as_the_reference(directory: Path) -> None:
 
 def test_a_model_that_keeps_a_state_is_refused_by_name(tmp_path: Path) -> None:
     save_checkpoint(MambaConfig(vocab_size=10, hidden_size=8, num_hidden_layers=1), tmp_path)
-    with pytest.raises(CheckpointError, match="MambaForCausalLM is not served: it keeps a state beside keys"):
+    with pytest.raises(CheckpointError, match="MambaForCausalLM is not served: it keeps state besides keys"):
         load(tmp_path)
 
 

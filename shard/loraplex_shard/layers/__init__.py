@@ -1,2 +1,2 @@
-"""What a decoder is made of: linear layers, embedding, norms. A layer knows how it was cut for its rank, how it is
-quantized and that adapters add to it; it does not know the device."""
+"""The layers of a decoder: linear layers, embedding, norms. A layer knows how it is cut for its rank, how it is
+quantized and that adapters add to it. It does not know the device."""

@@ -1,4 +1,4 @@
-"""The token embedding. Whole on every rank, so that looking tokens up needs no collective."""
+"""The token embedding. Every rank has all of it, so looking up tokens needs no collective."""
 
 import torch
 
@@ -8,11 +8,11 @@ from loraplex_shard.ops.base import Operations, Step
 
 class Embedding(SourcedLayer):
     def __init__(self, tensor: str, vocab_size: int, hidden_size: int, scale: float, ops: Operations) -> None:
-        """`scale`: what embeddings are multiplied by."""
+        """Embeddings are multiplied by `scale`."""
         super().__init__(ops)
         self.scale = scale
         self.declare_matrix((vocab_size, hidden_size), Source(tensor, (vocab_size, hidden_size)), least_bits=8)
 
     def forward(self, step: Step, dtype: torch.dtype) -> torch.Tensor:
-        """Of the step's tokens: [tokens, hidden]."""
+        """The embeddings of the step's tokens: [tokens, hidden]."""
         return self.ops.embedding(step, self.weight, dtype, self.scale)

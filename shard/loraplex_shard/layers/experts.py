@@ -1,4 +1,4 @@
-"""A linear layer of each expert of a mixture."""
+"""The linear layers of a mixture's experts, computed together."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,15 +15,15 @@ from loraplex_shard.shapes.layout import LinearLayout, LinearPart
 
 @dataclass(frozen=True, slots=True)
 class ExpertsTensor:
-    """What a checkpoint calls the tensor of all experts' matrices, if it does not have them one by one."""
+    """The name of the tensor with all experts' matrices, for checkpoints that do not have a tensor for each expert."""
 
     weight: str
-    bias: str = ""  # [experts, out_features]; empty: there is none
-    transposed: bool = False  # [experts, in_features, out_features]
+    bias: str = ""  # [experts, out_features]; empty: there is no bias
+    transposed: bool = False  # the weight is [experts, in_features, out_features]
 
 
 class ExpertLinear(Linear):
-    """The linear layer of one expert, which is never computed by itself."""
+    """The linear layer of one expert. It has parameters, but is never computed by itself."""
 
     def __init__(self, layout: LinearLayout, number: int, count: int, tensor: ExpertsTensor, ops: Operations) -> None:
         """Expert `number` of `count`."""
@@ -47,19 +47,21 @@ class ExpertLinear(Linear):
         return Source(self.tensor.bias, (self.count, rows), self._shifted(part, run), expert=self.number)
 
     def _shifted(self, part: LinearPart, run: slice) -> slice:
-        """Rows of a part as rows of the tensor of all parts."""
+        """Converts rows of a part to rows of the tensor of all parts."""
         before = sum(each.out_features for each in self.layout.parts[: self.layout.parts.index(part)])
         return slice(before + run.start, before + run.stop, run.step)
 
 
 class ExpertsLinear(nn.Module):
-    """Reads the inputs of all pairs of a token and one of its experts, in the order of the experts."""
+    """The linear layers of all experts. Inputs are pairs of a token and one of its experts, in the order of the
+    experts.
+    """
 
     def __init__(
         self, layouts: Sequence[LinearLayout], tensor: ExpertsTensor, adds_bias: bool, ops: Operations
     ) -> None:
-        """`layouts`: of each expert; their indices follow each other. `adds_bias`: whether this rank does, if there is
-        one."""
+        """`layouts` has one layout for each expert, with consecutive indices. If there is a bias, this rank adds it if
+        `adds_bias`."""
         super().__init__()
         self.ops, self.layouts, self.adds_bias = ops, tuple(layouts), adds_bias
         self.experts = nn.ModuleList(
@@ -74,7 +76,7 @@ class ExpertsLinear(nn.Module):
 
     @cached_property
     def _weight(self) -> Weight:
-        """Of all experts; they have their own once they are loaded."""
+        """The weights of all experts, stacked when they are first needed, after loading."""
         experts = [expert for expert in self.experts if isinstance(expert, Linear)]
         biases = [expert.bias if self.adds_bias else None for expert in experts]
         return self.ops.stack([expert.weight for expert in experts], biases)

@@ -1,4 +1,4 @@
-"""Linear layers that know how they were cut over the ranks and that adapters add to them."""
+"""Linear layers. They know how they are cut for the ranks, and that adapters add to them."""
 
 from dataclasses import replace
 
@@ -10,12 +10,12 @@ from loraplex_shard.layers.sources import Source, SourcedLayer
 from loraplex_shard.ops.base import Operations, Segments, Step, Weight
 from loraplex_shard.shapes.layout import LinearLayout, LinearPart
 
-# transformers renames a part of some checkpoints' names when it loads them.
+# transformers renames this part of names in some checkpoints when it loads them.
 BLOCK, RENAMED = ".block_sparse_moe.", ".mlp."
 
 
 class Linear(SourcedLayer):
-    """A weight, and maybe a bias, cut as its layout says."""
+    """A weight, and maybe a bias, cut according to its layout."""
 
     bias: nn.Parameter | None
 
@@ -34,7 +34,7 @@ class Linear(SourcedLayer):
             self.declare("bias", (rows,), *(self.bias_source(part, run) for part in parts for run in part.rows))
 
     def weight_source(self, part: LinearPart, run: slice) -> Source:
-        """Of those rows of a part."""
+        """Where these rows of a part come from."""
         shape = part.out_features, self.layout.in_features
         source = Source(f"{part.module}.weight", shape, run, self.layout.columns)
         renamed = replace(source, tensor=source.tensor.replace(BLOCK, RENAMED))
@@ -45,7 +45,7 @@ class Linear(SourcedLayer):
 
 
 class ColumnLinear(Linear):
-    """Column-parallel: reads the whole input, computes this rank's rows of each part."""
+    """A column-parallel layer: it reads the whole input and computes this rank's rows of each part."""
 
     def forward(self, x: torch.Tensor, segments: Step | Segments) -> torch.Tensor:
         """x [tokens, in_features] -> [tokens, this rank's outputs of all parts, side by side]."""
@@ -54,14 +54,14 @@ class ColumnLinear(Linear):
         return out
 
     def tie(self, weight: Weight) -> None:
-        """Takes its rows of `weight` [out_features, in_features] as its own, without a copy."""
+        """Uses this rank's rows of `weight` [out_features, in_features] without a copy."""
         (part,) = self.layout.parts
         (rows,) = part.rows
         self.weight = weight.part(rows)
 
 
 class RowLinear(Linear):
-    """Row-parallel: reads this rank's columns of the input, and sums the ranks' partial outputs."""
+    """A row-parallel layer: it reads this rank's columns of the input, and the ranks' partial outputs are summed."""
 
     def __init__(self, layout: LinearLayout, bias: bool, ops: Operations, group: Group) -> None:
         super().__init__(layout, bias, ops)
@@ -74,7 +74,7 @@ class RowLinear(Linear):
         return out
 
     def partial(self, x: torch.Tensor, segments: Step | Segments) -> torch.Tensor:
-        """What this rank adds to that sum."""
+        """This rank's summand of the output."""
         out = self.ops.linear(x, self.weight, self.bias if self.group.rank == 0 else None)
         self.ops.add_lora_delta(out, x, segments, self.layout)
         return out

@@ -1,4 +1,4 @@
-"""Normalization layers, whole on every rank. Their parameters are float32 in every model."""
+"""Normalization layers. Every rank has all of them. Their parameters are float32 in every model."""
 
 from dataclasses import dataclass, replace
 
@@ -13,22 +13,22 @@ from loraplex_shard.shapes.heads import Heads
 
 @dataclass(frozen=True, slots=True)
 class NormSpec:
-    """How a model normalizes: over the root of the mean square or, if `centered`, as LayerNorm does."""
+    """How a model normalizes: with RMS norm or, if `centered`, with layer norm."""
 
     eps: float
     centered: bool = False
     bias: bool = False
-    plus: float = 0.0  # is added to each weight of the checkpoint
+    plus: float = 0.0  # added to each weight of the checkpoint
 
 
 class HiddenNorm(SourcedLayer):
-    """Of hidden states, once what a layer adds to them is added."""
+    """The norm of hidden states, after a layer's delta is added to them."""
 
     scale: nn.Parameter  # [hidden]
     bias: nn.Parameter | None
 
     def __init__(self, module: str, hidden_size: int, spec: NormSpec, delta_scale: float, ops: Operations) -> None:
-        """`delta_scale`: what deltas are multiplied by."""
+        """Deltas are multiplied by `delta_scale`."""
         super().__init__(ops)
         self.spec, self.delta_scale, shape = spec, delta_scale, (hidden_size,)
         self.declare("scale", shape, Source(f"{module}.weight", shape), dtype=torch.float32, plus=spec.plus)
@@ -37,7 +37,7 @@ class HiddenNorm(SourcedLayer):
             self.declare("bias", shape, Source(f"{module}.bias", shape), dtype=torch.float32)
 
     def forward(self, hidden: torch.Tensor, delta: torch.Tensor | None = None) -> torch.Tensor:
-        """Adds delta, if there is one, to hidden [tokens, hidden], in place; returns the norm of that."""
+        """Adds delta, if there is one, to hidden [tokens, hidden] in place. Returns the norm of hidden."""
         norm = Norm(self.scale, self.bias, self.spec.eps, self.spec.centered)
         if delta is None:
             return self.ops.norm(hidden, norm)
@@ -45,9 +45,9 @@ class HiddenNorm(SourcedLayer):
 
 
 class HeadNorm(SourcedLayer):
-    """Of each query and key head by itself."""
+    """The norm of queries and keys, for each head by itself."""
 
-    scale: nn.Parameter  # [query + KV heads, dim]: one row per head, so that one operation does both
+    scale: nn.Parameter  # [query + KV heads, dim]: one row per head, so that one operation does queries and keys
 
     def __init__(self, attention: str, heads: Heads, spec: NormSpec, ops: Operations) -> None:
         super().__init__(ops)
@@ -66,19 +66,19 @@ class HeadNorm(SourcedLayer):
 
 
 class WidthNorm(SourcedLayer):
-    """Of all query heads of a token together, and of all key heads, on whichever ranks they are."""
+    """The norm of queries over all query heads of a token, and of keys over all key heads, including other ranks'."""
 
     scale: nn.Parameter  # [query + KV heads, dim]
 
     def __init__(
         self, attention: str, whole: Heads, part: HeadPartition, spec: NormSpec, group: Group, ops: Operations
     ) -> None:
-        """`whole`: the model's heads, of which `part` is this rank's."""
+        """`whole` are the model's heads, and `part` is this rank's part of them."""
         super().__init__(ops)
         query, kv, dim = part.query, part.kv, whole.dim
         self.eps, self.group = spec.eps, group
         self.heads = replace(whole, query=query.stop - query.start, kv=kv.stop - kv.start)
-        # Ranks that hold the same keys count them once together.
+        # Keys that several ranks hold are counted once: each of these ranks adds its fraction.
         self.means = 1 / (whole.query * dim), 1 / (whole.kv * dim * part.kv_copies)
         self.declare(
             "scale",

@@ -1,4 +1,4 @@
-"""Scores of attention for no position at all, one for each query head (arXiv 2309.17453)."""
+"""Attention sinks: for each query head, a score that does not belong to a position (arXiv 2309.17453)."""
 
 import torch
 from torch import nn
@@ -11,7 +11,7 @@ class Sinks(SourcedLayer):
     scores: nn.Parameter  # [query heads of this rank] float32
 
     def __init__(self, attention: str, heads: int, own: slice, ops: Operations) -> None:
-        """`heads`: the model's, of which `own` are this rank's."""
+        """`heads` is the model's number of query heads, and `own` are this rank's."""
         super().__init__(ops)
         source = Source(f"{attention}.sinks", (heads,), own)
         self.declare("scores", (own.stop - own.start,), source, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""Where a layer's parameters come from: which slices of which checkpoint tensors, so that a layer loads itself."""
+"""Layers that load themselves: each parameter names the slices of checkpoint tensors that it is made of."""
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
@@ -17,16 +17,16 @@ FLOAT = 16  # bits of a matrix that is never rounded
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A slice of one checkpoint tensor. A parameter is its sources' rows one after the other."""
+    """A slice of a checkpoint's tensor. The rows of a parameter are those of its slices, one slice after the other."""
 
     tensor: str
-    shape: tuple[int, ...]  # that the whole tensor must have
+    shape: tuple[int, ...]  # the shape that the whole tensor must have
     rows: slice = field(default_factory=lambda: slice(None))
     columns: slice = field(default_factory=lambda: slice(None))
-    repeat: int | None = None  # how many equal rows a vector becomes; None: rows one after the other
-    expert: int | None = None  # of a tensor that holds those of all experts: whose matrix or vector it is
-    transposed: bool = False  # the tensor has a matrix's columns before its rows
-    instead: "Source | None" = None  # of what other checkpoints have in place of this tensor
+    repeat: int | None = None  # a vector becomes this many equal rows; None: it is cut into rows
+    expert: int | None = None  # if the tensor holds those of all experts: the expert whose matrix or vector it is
+    transposed: bool = False  # in the tensor, the matrix's columns come before its rows
+    instead: "Source | None" = None  # what to read from checkpoints without this tensor
 
     def read(self, reader: "TensorReader") -> torch.Tensor:
         if self.expert is None:
@@ -44,11 +44,11 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """One that a layer declared."""
+    """A parameter that a layer declared."""
 
     sources: tuple[Source, ...]
     dtype: torch.dtype | None  # None: the model's
-    plus: float  # is added to each number
+    plus: float  # added to each number
 
 
 class TensorReader(Protocol):
@@ -59,22 +59,23 @@ class TensorReader(Protocol):
     def read(self, name: str, rows: slice = ..., columns: slice = ...) -> torch.Tensor: ...
 
     def read_quantized(self, name: str, rows: slice = ..., columns: slice = ...) -> QuantizedMatrix | None:
-        """Of a tensor of experts: the one expert's matrix that `rows` asks for, [out_features, in_features]."""
+        """For a tensor of experts, `rows` is a single expert, and its matrix [out_features, in_features] is
+        returned."""
 
 
 @dataclass(frozen=True, slots=True)
 class ParameterForm:
-    """What parameters become when they are loaded."""
+    """The form that parameters get when they are loaded."""
 
     dtype: torch.dtype
     device: torch.device
-    quantize: Quantize  # what becomes of matrices; auto: they stay in integers if they are stored so
+    quantize: Quantize  # how matrices are quantized; auto: they stay in integers if they are stored in integers
 
 
 class SourcedLayer(nn.Module):
-    """A layer that says where its parameters come from. They are on the meta device until it loads them."""
+    """A layer that loads its own parameters. Until then, they are on the meta device."""
 
-    weight: Weight  # of those that have a matrix, once it is loaded
+    weight: Weight  # for layers with a matrix, once it is loaded
 
     def __init__(self, ops: Operations) -> None:
         super().__init__()
@@ -90,15 +91,15 @@ class SourcedLayer(nn.Module):
         dtype: torch.dtype | None = None,
         plus: float = 0.0,
     ) -> None:
-        """Registers parameter `name`, to be filled from `sources`: of this dtype, or the model's; with `plus` added to
-        each number."""
+        """Registers parameter `name`, to be filled from `sources`. It has this dtype, or the model's if that is None,
+        and `plus` is added to each number."""
         self.register_parameter(name, nn.Parameter(torch.empty(shape), requires_grad=False))
         self.declared[name] = Parameter(sources, dtype, plus)
 
     def declare_matrix(self, shape: tuple[int, int], *sources: Source, least_bits: int = 4) -> None:
-        """Has `weight` made from `sources`, its rows, in the form that the layer's operation takes.
+        """Registers the matrix that becomes `weight`. Its rows come from `sources`.
 
-        However coarsely the model is rounded, this matrix is to `least_bits` at least.
+        If the model is quantized, this matrix is quantized to at least `least_bits`.
         """
         self.matrix_shape = shape
         self.matrix = sources
@@ -109,7 +110,7 @@ class SourcedLayer(nn.Module):
         return (*self.matrix, *(source for parameter in self.declared.values() for source in parameter.sources))
 
     def choose_sources(self, names: Collection[str]) -> None:
-        """Takes those that a checkpoint with tensors of these names has."""
+        """Replaces slices of tensors that are not in `names`, a checkpoint's, by what to read instead."""
 
         def chosen(sources: tuple[Source, ...]) -> tuple[Source, ...]:
             return tuple(s.instead if s.instead and s.tensor not in names else s for s in sources)
@@ -118,7 +119,7 @@ class SourcedLayer(nn.Module):
         self.declared = {name: replace(each, sources=chosen(each.sources)) for name, each in self.declared.items()}
 
     def load(self, reader: TensorReader, form: ParameterForm) -> Iterator[str]:
-        """Fills the parameters in their final form and place, tensor by tensor; yields each tensor's name."""
+        """Fills the parameters, in their final form and place, tensor by tensor. Yields each tensor's name."""
         for name, declared in self.declared.items():
             shape, dtype = self.get_parameter(name).shape, declared.dtype or form.dtype
             data = torch.empty(shape, dtype=dtype, device=form.device)
@@ -128,7 +129,7 @@ class SourcedLayer(nn.Module):
             yield from self._load_matrix(reader, form)
 
     def as_served(self, reader: TensorReader, form: ParameterForm, source: Source) -> torch.Tensor:
-        """What this slice of one of the matrix's tensors becomes in that form, as float32."""
+        """Returns a slice of one of the matrix's tensors as the layer computes with it in this form, in float32."""
         stored = self._stored_integers(reader, form.quantize, (source,))
         if stored is not None:
             return stored.dequantized()
@@ -151,7 +152,8 @@ class SourcedLayer(nn.Module):
     def _stored_integers(
         self, reader: TensorReader, wanted: Quantize, sources: tuple[Source, ...]
     ) -> QuantizedMatrix | None:
-        """The matrix as the checkpoint holds it, if all of its sources are of one form, and that is the one wanted."""
+        """The matrix in the checkpoint's integers, if all of it is stored in the same form, and that is the wanted
+        one."""
         if wanted == "none":
             return None
         parts = [source.read_quantized(reader) for source in sources]

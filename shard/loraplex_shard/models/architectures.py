@@ -1,4 +1,5 @@
-"""Which architectures our own decoder computes: for each, how its transformers configuration becomes a DecoderSpec.
+"""The architectures that our own decoder computes. For each of them, a function turns transformers' configuration into
+a DecoderSpec.
 
 A new architecture is one more function here, and a field in DecoderSpec for what is new about it.
 """
@@ -16,7 +17,7 @@ from loraplex_shard.layers.norm import NormSpec
 from loraplex_shard.models.spec import DecoderSpec, ExpertsSpec, Names, RotarySpec
 from loraplex_shard.ops.base import Activation
 
-# By transformers' names for them, of which some functions have several.
+# By transformers' names. Some functions have several names.
 ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
     "swish": "silu",
@@ -45,12 +46,12 @@ PHI = replace(GLM, qkv=("self_attn.qkv_proj",))
 
 
 def is_known(architecture: str) -> bool:
-    """Whether our own decoder computes it."""
+    """Whether our own decoder computes this architecture."""
     return architecture in _ARCHITECTURES or architecture in _TEXT_PARTS
 
 
 def read_spec(architecture: str, config: PreTrainedConfig) -> DecoderSpec:
-    """Raises CheckpointError for an architecture that is not known, and for a variant of it that is not served."""
+    """Raises CheckpointError for an unknown architecture, and for a variant that is not served."""
     if architecture in _TEXT_PARTS:
         return _text_part(architecture, config)
     if architecture not in _ARCHITECTURES:
@@ -73,7 +74,9 @@ def read_spec(architecture: str, config: PreTrainedConfig) -> DecoderSpec:
 
 
 def _text_part(architecture: str, config: PreTrainedConfig) -> DecoderSpec:
-    """Of the text model in one that reads pictures as well: the spec of the same model alone, under other names."""
+    """The spec of the text model in a model that also reads pictures: that of the text model by itself, with other
+    names.
+    """
     text = config.get_text_config(decoder=True)
     alone = _TEXT_TYPES.get(text.model_type) or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(text.model_type, text.model_type)
     spec = read_spec(str(alone), text)
@@ -154,7 +157,7 @@ def _granite_dense(config: PreTrainedConfig) -> DecoderSpec:
 
 
 def _granite_hybrid(config: PreTrainedConfig) -> DecoderSpec:
-    """Granite 4's configuration, of those models that have no state spaces."""
+    """Granite 4's configuration. Only models without state spaces are served."""
     return _granite(
         config,
         intermediate_size=config.shared_intermediate_size,
@@ -336,9 +339,10 @@ def _spec(
     rotated: list[bool] | None = None,
     **fields: Any,
 ) -> DecoderSpec:
-    """What most configurations say alike; `fields` are DecoderSpec's, where a configuration says something else.
+    """The spec of a configuration with the usual fields. `fields` replaces or adds fields of DecoderSpec.
 
-    partial: the rotary embedding may turn a part of each head; rotated: which layers have one, if not all.
+    partial: the rotary embedding may rotate only a part of each head. rotated: which layers have a rotary embedding, if
+    not all.
     """
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     rotary = [_rotary(config, layer, head_dim, partial, interleaved) for layer in range(config.num_hidden_layers)]
@@ -354,7 +358,7 @@ def _spec(
         "heads": config.num_attention_heads,
         "kv_heads": config.num_key_value_heads,
         "head_dim": head_dim,
-        "tied": getattr(config, "tie_word_embeddings", False),  # a text part does not know
+        "tied": getattr(config, "tie_word_embeddings", False),  # a text part may lack it
         "windows": _windows(config),
         "rotary": tuple(each if rotated is None or rotated[layer] else None for layer, each in enumerate(rotary)),
     }
@@ -368,7 +372,7 @@ def _activation(name: str) -> Activation:
 
 
 def _windows(config: PreTrainedConfig) -> tuple[int | None, ...]:
-    """Of each layer: how many positions a token sees; None: all."""
+    """For each layer, the number of positions that a token sees; None: all."""
     window: int | None = getattr(config, "sliding_window", None)
     types: Sequence[str] = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
     if unknown := set(types) - {"full_attention", "sliding_attention"}:
@@ -417,7 +421,7 @@ _ARCHITECTURES: dict[str, Callable[[PreTrainedConfig], DecoderSpec]] = {
     "Starcoder2ForCausalLM": _starcoder2,
 }
 
-# What transformers calls the text model in those that read pictures as well.
+# The name of the text model in models that also read pictures.
 _TEXT_PARTS = dict.fromkeys(
     (
         "AyaVisionForConditionalGeneration",
@@ -435,8 +439,8 @@ _TEXT_PARTS = dict.fromkeys(
     "model.language_model",
 ) | dict.fromkeys(("Idefics3ForConditionalGeneration", "SmolVLMForConditionalGeneration"), "model.text_model")
 
-# Text models that transformers has in no class of their own, by their model_type: of text alone, their positions are
-# plain ones.
+# Text models for which transformers has no class of their own, by model_type. For text alone, their positions are
+# ordinary ones.
 _TEXT_TYPES = {
     "qwen2_vl_text": "Qwen2ForCausalLM",
     "qwen2_5_vl_text": "Qwen2ForCausalLM",

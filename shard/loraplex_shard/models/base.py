@@ -1,4 +1,4 @@
-"""What a model offers to those who run it, whichever way it is computed."""
+"""What a model offers to the code that runs it, whether our own decoder or transformers' code computes it."""
 
 from typing import Protocol
 
@@ -11,51 +11,55 @@ from loraplex_shard.shapes.layout import LinearLayout
 
 
 class Model(Protocol):
-    """One rank's part of a model."""
+    """A rank's part of a model."""
 
     @property
     def modeling_code(self) -> str:
-        """Whose code computes it: "loraplex" or "transformers"."""
+        """Whose code computes the model: "loraplex" or "transformers"."""
 
     @property
     def generates(self) -> bool:
-        """Whether it has an lm head; else `logits` must not be called."""
+        """Whether the model has an lm head. If not, `logits` must not be called."""
 
     @property
     def vocab_size(self) -> int: ...
 
     @property
     def embedding_name(self) -> str:
-        """The module that looks tokens up, as PEFT calls it."""
+        """PEFT's name for the module that looks up tokens."""
 
     @property
     def head_name(self) -> str:
-        """The lm head, likewise."""
+        """PEFT's name for the lm head."""
 
     @property
     def tensors(self) -> StoredTensors:
-        """The checkpoint's, under the names that the model's modules give them."""
+        """The checkpoint's tensors, by the names that they have in the model."""
 
     @property
     def served(self) -> ServedMatrices | None:
-        """Its linear layers' matrices as it computes with them; None if its modules do not hold them as PEFT's do."""
+        """The linear layers' matrices as the model computes with them; None if its modules differ from those that PEFT
+        adapts."""
 
     @property
     def layouts(self) -> tuple[LinearLayout, ...]:
         """All linear layers of this rank that adapters may touch, the lm head included."""
 
     def __call__(self, batch: Batch, cache: KVCache) -> torch.Tensor:
-        """Computes the batch's tokens and writes their keys and values: [tokens, hidden], as the lm head takes them."""
+        """Computes the batch's tokens and writes their keys and values to the cache. Returns [tokens, hidden], the
+        input of the lm head."""
 
     def logits(self, hidden: torch.Tensor, segments: tuple[Segment, ...]) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """hidden [n, hidden] -> logits [n, vocab_size] float32, and whether all of each row are finite [n] bool, on
-        rank 0; None on the others, which must call it as well.
+        """hidden [n, hidden] -> logits [n, vocab_size] float32, and whether all numbers of a row are finite, [n] bool.
+        The result is on rank 0. The other ranks must call it as well, and get None.
 
         `segments` are runs of rows of `hidden`, for adapters that touch the lm head.
         """
 
     def new_cache(self, num_blocks: int, block_size: int, dtype: torch.dtype | None = None) -> KVCache:
-        """An empty cache of this rank's KV heads, on the model's device; of its dtype, or of torch.int8."""
+        """An empty cache of this rank's KV heads, on the model's device. `dtype` is the model's by default, or
+        torch.int8.
+        """
 
     def cache_block_bytes(self, block_size: int, dtype: torch.dtype | None = None) -> int:
-        """Bytes that one block of such a cache takes on this rank."""
+        """The size of a block of such a cache on this rank, in bytes."""

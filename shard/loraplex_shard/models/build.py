@@ -1,4 +1,4 @@
-"""What every layer of a decoder is made from."""
+"""What the constructors of a decoder's layers need."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,5 +1,5 @@
-"""Whose modeling code runs a checkpoint's model. transformers' is imported only for a model that needs it: that takes
-seconds."""
+"""Chooses whose modeling code runs a checkpoint's model. transformers' modeling code is imported only for a model that
+needs it, since the import takes seconds."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_architecture(checkpoint: Checkpoint) -> None:
-    """Raises CheckpointError for a model that cannot be served, as far as its configuration and its class say so."""
+    """Raises CheckpointError if the model's configuration or class shows that it cannot be served."""
     if (refusal := _refusal(checkpoint)) is not None:
         from loraplex_shard.models.transformers.examination import check_class
 
@@ -33,11 +33,11 @@ def load_model(
     max_model_len: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> Model:
-    """This rank's part of the model, in this form and place, for positions below `max_model_len`.
+    """Loads this rank's part of the model, in this form, for positions below `max_model_len`.
 
-    `progress` is told how many tensors are loaded, and of how many. Raises CheckpointError if the checkpoint is not
-    that of a served model, naming the tensors that are missing, left over or of an unexpected shape; GroupSizeError
-    if it cannot be cut into that many ranks.
+    `progress` is called with the number of loaded tensors and the number of all tensors. Raises CheckpointError if the
+    model is not served, or if tensors are missing, left over or have an unexpected shape, naming them; GroupSizeError
+    if it cannot be cut for this number of ranks.
     """
     if (refusal := _refusal(checkpoint)) is None:
         return load_decoder(checkpoint, group, ops, form, max_model_len, progress)
@@ -49,8 +49,8 @@ def load_model(
 
 
 def _refusal(checkpoint: Checkpoint) -> str | None:
-    """Why our own decoder does not compute this variant of a known architecture; empty for one that is not known, None
-    if it does compute it."""
+    """Why our own decoder does not compute this variant of a known architecture. Empty if the architecture is unknown;
+    None if the decoder computes it."""
     if not is_known(checkpoint.architecture):
         return ""
     try:

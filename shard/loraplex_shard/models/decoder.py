@@ -1,7 +1,7 @@
-"""The decoder: embedding, layers of attention and MLP, final norm, lm head. What differs by model is in its spec.
+"""The decoder: embedding, layers of attention and MLP, final norm, lm head. What differs between models is in the spec.
 
-It says what is computed. How a layer is cut over ranks and what adapters add is the layers' business; how it is
-computed on this device, the operations'.
+The decoder says what is computed. Layers know how they are cut for ranks and what adapters add; operations know how
+something is computed on this device.
 """
 
 from collections.abc import Mapping
@@ -78,7 +78,8 @@ class DecoderLayer(nn.Module):
         self.behind_mlp = norm(names.behind_mlp)
 
     def forward(self, hidden: torch.Tensor, delta: torch.Tensor | None, step: Step, cache: LayerCache) -> torch.Tensor:
-        """Adds delta and its own attention to hidden, in place. Returns what its MLP adds: the next layer's delta."""
+        """Adds delta and the attention's output to hidden, in place. Returns the MLP's output: the next layer's
+        delta."""
         x = self._added(hidden, delta, self.before_attention)
         delta = _normed(self.attention(x, step, cache), self.behind_attention)
         if self.spec.parallel:
@@ -88,7 +89,7 @@ class DecoderLayer(nn.Module):
         return _normed(self.mlp(x, step), self.behind_mlp)
 
     def _added(self, hidden: torch.Tensor, delta: torch.Tensor | None, norm: HiddenNorm | None) -> torch.Tensor:
-        """Adds delta to hidden; returns the norm of that, or hidden itself if there is none."""
+        """Adds delta to hidden. Returns the norm of hidden, or hidden itself if there is no norm."""
         if norm is not None:
             normed: torch.Tensor = norm(hidden, delta)
             return normed
@@ -98,10 +99,10 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """One rank's part of the model. `load_decoder` makes it; its parameters are on the meta device until then."""
+    """A rank's part of the model. `load_decoder` makes it; its parameters are on the meta device until then."""
 
-    tensors: StoredTensors  # that it is loaded from
-    served: ServedMatrices | None  # those again, as it computes with them
+    tensors: StoredTensors  # what it is loaded from
+    served: ServedMatrices | None  # its matrices as it computes with them
 
     def __init__(
         self,
@@ -113,7 +114,8 @@ class Decoder(nn.Module):
         dtype: torch.dtype,
         embedding: str,
     ) -> None:
-        """`rotary` has the angles of each of the spec's; `embedding` names the tensor that is the embedding."""
+        """`rotary` has the angles of each of the spec's rotary embeddings; `embedding` is the name of the embedding's
+        tensor."""
         super().__init__()
         partition = DecoderPartition(spec, group.rank, group.size)
         self.modeling_code = "loraplex"
@@ -132,12 +134,13 @@ class Decoder(nn.Module):
 
     @property
     def layouts(self) -> tuple[LinearLayout, ...]:
-        """All linear layers of this rank, the lm head included if there is one."""
+        """The layouts of all linear layers of this rank, including the lm head if there is one."""
         return tuple(module.layout for module in self.modules() if isinstance(module, Linear))
 
     @torch.inference_mode()
     def forward(self, batch: Batch, cache: KVCache) -> torch.Tensor:
-        """Computes the batch's tokens and writes their keys and values: [tokens, hidden], after the final norm."""
+        """Computes the batch's tokens and writes their keys and values to the cache. Returns [tokens, hidden], after
+        the final norm."""
         step = self.ops.prepare(batch)
         if self.group.size > 1 and self.group.shared is None:
             return self._compute(step, cache)
@@ -145,8 +148,8 @@ class Decoder(nn.Module):
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor, segments: tuple[Segment, ...]) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """hidden [n, hidden] -> logits [n, vocab_size] float32, and whether all of each row are finite [n] bool, on
-        rank 0; None on the others, which must call it as well.
+        """hidden [n, hidden] -> logits [n, vocab_size] float32, and whether all numbers of a row are finite, [n] bool.
+        The result is on rank 0. The other ranks must call it as well, and get None.
 
         `segments` are runs of rows of `hidden`, for adapters that touch the lm head.
         """
@@ -154,11 +157,12 @@ class Decoder(nn.Module):
         return None if logits is None else self.ops.upcast(logits, self.spec.logit_scale, self.spec.logit_soft_cap)
 
     def new_cache(self, num_blocks: int, block_size: int, dtype: torch.dtype | None = None) -> KVCache:
-        """An empty cache of this rank's KV heads, on the decoder's device; of its dtype, or of torch.int8."""
+        """An empty cache of this rank's KV heads, on the decoder's device. `dtype` is the decoder's by default, or
+        torch.int8."""
         return KVCache(self._heads, num_blocks, block_size, dtype or self.dtype, self.device)
 
     def cache_block_bytes(self, block_size: int, dtype: torch.dtype | None = None) -> int:
-        """Bytes that one block of such a cache takes on this rank."""
+        """The size of a block of such a cache on this rank, in bytes."""
         return KVCache.block_bytes(self._heads, block_size, dtype or self.dtype)
 
     @property

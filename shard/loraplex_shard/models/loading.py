@@ -1,4 +1,4 @@
-"""Builds a decoder from a checkpoint, tensor by tensor, so that no more than one tensor is ever held twice."""
+"""Builds a decoder from a checkpoint, tensor by tensor, so that at most one tensor is in memory twice."""
 
 import logging
 from collections.abc import Callable, Iterable
@@ -32,7 +32,7 @@ def load_decoder(
     max_model_len: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> Decoder:
-    """As models.load_model says, for an architecture that is known."""
+    """Does what choosing.load_model says, for a known architecture."""
     spec, config = (
         read_spec(checkpoint.architecture, checkpoint.config),
         checkpoint.config.get_text_config(decoder=True),
@@ -48,7 +48,7 @@ def load_decoder(
     if checkpoint.is_backbone and not spec.tied and HEAD not in tensors.names:
         spec = replace(spec, has_head=False)
     if spec.tied and embedding not in tensors.names:
-        embedding = HEAD  # which of two tied tensors a checkpoint holds is up to whoever saved it
+        embedding = HEAD  # a checkpoint may hold either of two tied tensors
     tables = {each: rotary(config, each, max_model_len).to(form.device) for each in set(spec.rotary) if each}
     with init_empty_weights(include_buffers=False):
         decoder = Decoder(spec, group, ops, tables, form.device, form.dtype, embedding)
@@ -73,7 +73,7 @@ def load_decoder(
 
 
 def _check(checkpoint: Checkpoint, tensors: Tensors, sources: Iterable[Source], tied: bool) -> None:
-    """`tensors`: those of the checkpoint that are the decoder's."""
+    """Checks the decoder's tensors: there must be all of them, with their shapes, and no others."""
     shapes = {source.tensor: source.shape for source in sources}
     missing = shapes.keys() - tensors.names
     if missing:
@@ -91,8 +91,8 @@ def _check(checkpoint: Checkpoint, tensors: Tensors, sources: Iterable[Source], 
 
 
 def _is_redundant(tensors: Tensors, name: str, tied: bool) -> bool:
-    """Old checkpoints hold RoPE's constants, some a copy of the embedding as their tied lm head (`tied` says that it is
-    one); GPTQ's tools give every layer a bias, of zeros if the model has none."""
+    """Whether a tensor can be ignored. Old checkpoints have RoPE's constants, and some have a copy of the embedding as
+    their tied lm head. GPTQ's tools give every layer a bias, which is zeros if the model has none."""
     if name.endswith(".bias"):
         return not tensors.read(name).any()
     return name.endswith(".rotary_emb.inv_freq") or (tied and name == HEAD)

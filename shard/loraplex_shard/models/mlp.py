@@ -1,4 +1,4 @@
-"""What a decoder's layers compute beside attention: an MLP, or a mixture of experts."""
+"""The part of a decoder's layer that follows attention: an MLP, or a mixture of experts."""
 
 from dataclasses import replace
 
@@ -24,7 +24,7 @@ class Mlp(nn.Module):
         return out
 
     def partial(self, hidden: torch.Tensor, step: Step) -> torch.Tensor:
-        """What this rank adds to the sum that is the MLP's output."""
+        """This rank's summand of the MLP's output."""
         return self.down.partial(self._active(hidden, step), step)
 
     def _active(self, hidden: torch.Tensor, step: Step) -> torch.Tensor:
@@ -32,8 +32,8 @@ class Mlp(nn.Module):
 
 
 class MixtureOfExperts(nn.Module):
-    """Every rank has a part of each expert, of the same units as of an MLP: then all have the same to do, whichever
-    experts the tokens choose, and one sum over the ranks is all that is needed, as for an MLP."""
+    """A router and experts. Every rank has a part of each expert, cut by units like an MLP. So all ranks have the same
+    amount of work for any choice of experts, and one sum over the ranks is enough, as for an MLP."""
 
     def __init__(self, index: int, build: Build) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""How each linear layer of a decoder is cut for one rank: by attention head, by MLP unit, by vocabulary entry."""
+"""How each linear layer of a decoder is cut for a rank: by attention head, by MLP unit, by vocabulary entry."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -8,12 +8,12 @@ from loraplex_shard.device.parallel import partition_heads, partition_panels, pa
 from loraplex_shard.models.spec import DecoderSpec, ExpertsSpec
 from loraplex_shard.shapes.layout import LinearLayout, LinearPart
 
-LINEARS = 4  # linear layers of one decoder layer
-OF_ROUTING = 2  # of one with experts, beside the experts' own
+LINEARS = 4  # linear layers of a decoder layer
+OF_ROUTING = 2  # additional linear layers of a decoder layer with experts, without the experts' own
 
 
 class DecoderPartition:
-    """The layouts of one rank's linear layers. Raises GroupSizeError if the model cannot be cut into `size` ranks."""
+    """The layouts of a rank's linear layers. Raises GroupSizeError if the model cannot be cut for `size` ranks."""
 
     def __init__(self, spec: DecoderSpec, rank: int, size: int) -> None:
         self.head_partition = partition_heads(spec.heads, spec.kv_heads, rank, size)
@@ -90,7 +90,7 @@ class DecoderPartition:
         return self._experts.shared_size if self._spec.has_experts(layer) else self._spec.intermediate_size
 
     def _mlp(self, layer: int, names: Sequence[str]) -> tuple[str, ...]:
-        """What the layer's MLP, which may be its shared expert, calls its modules."""
+        """The names of the modules of the layer's MLP, which may be its shared expert."""
         if not self._spec.has_experts(layer):
             return tuple(names)
         return tuple(f"{self._experts.shared}.{name.rpartition('.')[2]}" for name in names)
@@ -99,7 +99,8 @@ class DecoderPartition:
         return tuple(f"{self._experts.experts}.{number}.{name}" for name in names)
 
     def _of_experts(self, layer: int, place: int, layouts: Sequence[LinearLayout]) -> list[LinearLayout]:
-        """The same layouts, behind all that are no expert's."""
+        """The same layouts with names and indices of experts' layers. Their indices follow those of all other
+        layers."""
         first = self._linears * self._spec.layers + 1 + (2 * layer + place) * len(layouts)
         return [
             replace(each, name=f"{each.name}.{number}", index=first + number, of_expert=True)
@@ -116,7 +117,7 @@ class DecoderPartition:
     def _column(
         self, name: str, layer: int, place: int, names: Sequence[str], features: Sequence[int], runs: Sequence[slice]
     ) -> LinearLayout:
-        """A layer's projections, each with all of its features and the run of them that is this rank's."""
+        """The layout of fused projections. Each has its number of features, and the run of them that is this rank's."""
         modules = [f"{self._spec.names.layer(layer)}.{module}" for module in names]
         if len(modules) == len(features):
             parts = [LinearPart(name, size, (run,)) for name, size, run in zip(modules, features, runs, strict=True)]
@@ -133,12 +134,12 @@ class DecoderPartition:
         return LinearLayout(f"layers.{layer}.{name}", self._linears * layer + place, (part,), in_features, columns)
 
     def _whole(self, name: str, layer: int, place: int, module: str, out_features: int) -> LinearLayout:
-        """A layer that every rank has all of."""
+        """The layout of a layer that is whole on every rank."""
         return self._column(name, layer, place, (module,), (out_features,), (slice(0, out_features),))
 
 
 def _joined(runs: Sequence[slice]) -> tuple[slice, ...]:
-    """The same, with runs that follow each other as one."""
+    """Joins runs that follow each other."""
     joined = [runs[0]]
     for run in runs[1:]:
         if run.start == joined[-1].stop:

@@ -1,4 +1,4 @@
-"""The rotary embedding's angles, for every position at once; transformers supplies the scaled frequencies."""
+"""The rotary embedding's angles for all positions. The scaled frequencies come from transformers."""
 
 import torch
 from transformers import PreTrainedConfig
@@ -12,18 +12,19 @@ from loraplex_shard.ops.base import Rotary
 def rotary(config: PreTrainedConfig, spec: RotarySpec, max_model_len: int) -> Rotary:
     """The angles for positions below `max_model_len`.
 
-    A position's angles never change during a sequence, so that cached keys stay valid and chunks may be of any
-    length. Where the frequencies depend on the sequence's length:
-      * dynamic: position p has those of length max(p + 1, the original maximum), which is what transformers uses
-        when it decodes token by token;
-      * longrope: all positions have the long factors if max_model_len exceeds the original maximum, else the short.
+    The angles of a position never change during a sequence, so cached keys stay valid and chunks may have any length.
+    For types whose frequencies depend on the sequence's length:
+      * dynamic: position p has the frequencies of length max(p + 1, the original maximum), as in transformers when it
+        decodes token by token;
+      * longrope: all positions have the long factors if max_model_len exceeds the original maximum, else the short
+      ones.
 
     Raises CheckpointError for an unknown rope type.
     """
     positions = torch.arange(max_model_len)
     frequencies, scale = _frequencies(config, spec, positions)
     if frequencies.shape[-1] * 2 != spec.dim:
-        raise CheckpointError("config.json: rotary embedding of a part of each head is not served here")
+        raise CheckpointError("config.json: a rotary embedding of only a part of each head is not served")
     angles = positions[:, None].float() * frequencies
     cos, sin = angles.cos() * scale, angles.sin() * scale
     place = -1 if spec.interleaved else -2
@@ -32,7 +33,7 @@ def rotary(config: PreTrainedConfig, spec: RotarySpec, max_model_len: int) -> Ro
 
 
 def _query_scale(config: PreTrainedConfig, positions: torch.Tensor) -> torch.Tensor:
-    """As Llama 4 and Ministral 3 have it, with their names for its parameters."""
+    """The scale of queries by position, as in Llama 4 and Ministral 3, with their names for its parameters."""
     parameters = config.rope_parameters
     lengths = torch.floor(positions / parameters["original_max_position_embeddings"])
     scale: torch.Tensor = 1 + parameters["llama_4_scaling_beta"] * torch.log(1 + lengths)
@@ -40,7 +41,7 @@ def _query_scale(config: PreTrainedConfig, positions: torch.Tensor) -> torch.Ten
 
 
 def _frequencies(config: PreTrainedConfig, spec: RotarySpec, positions: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """Inverse frequencies, [dim / 2] or one such row per position, and what cos and sin are scaled by."""
+    """Inverse frequencies, [dim / 2] or one such row per position, and the scale of cos and sin."""
     parameters = config.rope_parameters
     if spec.layer_type is not None:
         parameters = parameters[spec.layer_type]

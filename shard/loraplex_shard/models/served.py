@@ -1,5 +1,5 @@
-"""A decoder's matrices as it computes with them, read from its checkpoint once more: what layers hold is cut for a rank
-and packed for its device."""
+"""A decoder's matrices as it computes with them. They are read from the checkpoint again, since the layers' own
+matrices are cut for a rank and packed for its device."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -13,7 +13,8 @@ from loraplex_shard.models.text_part import TextPart
 
 
 class ServedMatrices:
-    """Of layers that were loaded from these tensors in this form. `tied`: the tensor that is the lm head as well."""
+    """The matrices of layers that were loaded from these tensors in this form. `tied` is the name of the embedding's
+    tensor if it is also the lm head."""
 
     def __init__(
         self, layers: Iterable[SourcedLayer], tensors: Checkpoint | TextPart, form: ParameterForm, tied: str | None
@@ -27,7 +28,7 @@ class ServedMatrices:
         return self._tied is not None
 
     def read(self, module: str, rows: slice) -> torch.Tensor:
-        """Rows of a linear module's whole matrix: [rows, in_features] float32."""
+        """Reads rows of a linear module's whole matrix: [rows, in_features] float32."""
         layer, part = self._layers[module]
         source = replace(layer.weight_source(part, rows), columns=slice(None))
         if source.instead and source.tensor not in self._tensors.names:

@@ -1,4 +1,4 @@
-"""What the decoder needs to know of a model: its architecture as data."""
+"""What the decoder needs to know about a model: its architecture as data."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -10,18 +10,18 @@ from loraplex_shard.ops.base import Activation
 
 @dataclass(frozen=True, slots=True)
 class RotarySpec:
-    """A rotary embedding, one of those that the configuration describes."""
+    """One of the rotary embeddings of a configuration."""
 
-    dim: int  # how many of a head's dimensions turn
-    interleaved: bool = False  # pairs are neighbours, else halves
-    layer_type: str | None = None  # of the layers that it is for, where the configuration tells types apart
-    scaled_queries: bool = False  # queries grow with their positions, as the configuration says
+    dim: int  # the number of a head's dimensions that are rotated
+    interleaved: bool = False  # a pair is two neighbours, not one from each half
+    layer_type: str | None = None  # the layers that it is for, if the configuration has several types
+    scaled_queries: bool = False  # queries are scaled by position, with the configuration's parameters
 
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """What transformers calls the decoder (`backbone`), and a layer's modules. One name in place of several: it holds
-    the projections one after the other. None: there is no such norm."""
+    """transformers' names of the decoder (`backbone`) and of a layer's modules. If there is one name for several
+    projections, the module holds them one after the other. None: there is no such norm."""
 
     backbone: str = "model"
     qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -46,28 +46,29 @@ GATE_UP, DOWN = ExpertsTensor("mlp.experts.gate_up_proj"), ExpertsTensor("mlp.ex
 
 @dataclass(frozen=True, slots=True)
 class ExpertsSpec:
-    """A mixture of experts in place of an MLP (arXiv 1701.06538): each token has the experts that a router gives most.
+    """A mixture of experts instead of an MLP (arXiv 1701.06538): each token has the experts with its largest router
+    scores.
 
     Module names are below model.layers.N; an expert's own, below EXPERTS.NUMBER.
     """
 
     count: int
-    chosen: int  # by each token
-    intermediate_size: int  # of one
+    chosen: int  # experts per token
+    intermediate_size: int  # of one expert
     layers: tuple[bool, ...]  # which have experts; the others have an MLP
     normalized: bool = True  # the weights of a token's experts add up to 1
-    shared_size: int = 0  # intermediate size of one more expert, which all tokens have; 0: there is none
+    shared_size: int = 0  # intermediate size of the shared expert, which all tokens have; 0: there is none
     router: str = "mlp.gate"
     router_bias: bool = False
     experts: str = "mlp.experts"
     gate_up: tuple[str, ...] = ("gate_proj", "up_proj")
     down: str = "down_proj"
-    interleaved: bool = False  # gates and ups are neighbours where they are one tensor
-    # Below model.layers.N: the tensors of all experts, where they are not one by one.
+    interleaved: bool = False  # gates and ups alternate if they are one tensor
+    # Below model.layers.N: tensors of all experts, for checkpoints that do not have one for each expert.
     gate_up_tensor: ExpertsTensor = GATE_UP
     down_tensor: ExpertsTensor = DOWN
     shared: str = "mlp.shared_expert"
-    shared_gate: str | None = "mlp.shared_expert_gate"  # None: it is always open
+    shared_gate: str | None = "mlp.shared_expert_gate"  # None: the shared expert has no gate
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,25 +84,25 @@ class DecoderSpec:
     head_dim: int
     norm: NormSpec
     tied: bool  # the lm head is the embedding
-    windows: tuple[int | None, ...]  # per layer: how many positions a token sees, itself included; None: all
+    windows: tuple[int | None, ...]  # per layer: number of positions that a token sees, itself included; None: all
     rotary: tuple[RotarySpec | None, ...]  # per layer; None: queries and keys are not rotated
     qkv_bias: bool = False
     o_bias: bool = False
-    sinks: bool = False  # attention has a score for no position at all
-    qk_norm: Literal["head", "width"] | None = None  # before they are rotated: each head by itself, or all together
-    attention_scale: float = 0.0  # of scores; 0: 1 / sqrt(head_dim)
-    attention_soft_cap: float = 0.0  # 0: none
+    sinks: bool = False  # attention has one more score for each head, without a position
+    qk_norm: Literal["head", "width"] | None = None  # before rotation: over each head, or over all heads together
+    attention_scale: float = 0.0  # scores are multiplied by this; 0: 1 / sqrt(head_dim)
+    attention_soft_cap: float = 0.0  # 0: no cap
     activation: Activation = "silu"
     gated: bool = True
     mlp_bias: bool = False
-    parallel: bool = False  # the MLP reads what attention reads
+    parallel: bool = False  # the MLP has the same input as attention
     embedding_scale: float = 1.0
-    residual_scale: float = 1.0  # of what attention and MLP add
+    residual_scale: float = 1.0  # the outputs of attention and MLP are multiplied by this
     logit_scale: float = 1.0
-    logit_soft_cap: float = 0.0  # 0: none
+    logit_soft_cap: float = 0.0  # 0: no cap
     names: Names = Names()
     experts: ExpertsSpec | None = None
-    has_head: bool = True  # else it makes hidden states alone
+    has_head: bool = True  # otherwise it only computes hidden states
 
     def has_experts(self, layer: int) -> bool:
         return self.experts is not None and self.experts.layers[layer]

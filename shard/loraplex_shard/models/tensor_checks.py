@@ -1,4 +1,4 @@
-"""What is asked of a checkpoint's tensors before they are loaded."""
+"""Checks of a checkpoint's tensors before they are loaded."""
 
 from collections.abc import Iterable
 
@@ -11,15 +11,16 @@ ROWS_AT_A_TIME = 4096
 
 
 def listed(names: Iterable[str]) -> str:
-    """The first few names, in order."""
+    """The first few names in order, for a message."""
     ordered = sorted(names)
     more = len(ordered) - NAMES_IN_MESSAGE
     return "tensor " + ", ".join(ordered[:NAMES_IN_MESSAGE]) + (f" and {more} more" if more > 0 else "")
 
 
 def differ(reader: TensorReader, first: str, second: str, dtype: torch.dtype) -> bool:
-    """Whether two matrices are not the same in this dtype: transformers does not tie them then, whatever config.json
-    says."""
+    """Whether two matrices differ in this dtype. transformers does not tie such matrices, even if config.json asks for
+    it.
+    """
     if reader.shape(first) != reader.shape(second):
         return True
     starts = range(0, reader.shape(first)[0], ROWS_AT_A_TIME)

@@ -1,4 +1,5 @@
-"""The text model of a checkpoint that reads pictures as well: its tensors, as transformers calls them now."""
+"""The text model of a checkpoint whose model also reads pictures: its tensors, by their current names in
+transformers."""
 
 import torch
 
@@ -8,10 +9,10 @@ from loraplex_shard.shapes.names import current_name
 
 
 class TextPart:
-    """Implements layers.sources.TensorReader. The tensors of other parts are left alone."""
+    """Implements layers.sources.TensorReader. Tensors of other parts are ignored."""
 
     def __init__(self, checkpoint: Checkpoint, backbone: str) -> None:
-        """`backbone`: the text model's name in the whole one, such as model.language_model."""
+        """`backbone` is the text model's name in the whole model, such as model.language_model."""
         self._checkpoint = checkpoint
         named = ((current_name(stored, backbone), stored) for stored in checkpoint.names)
         self._stored = {name: stored for name, stored in named if name is not None}

@@ -1,2 +1,2 @@
-"""Models that run with transformers' own modeling code, on our attention, linear layers and cache: those that our own
-decoder does not know. Importing this loads transformers' modeling code, which takes a while: only on demand."""
+"""Models that our own decoder does not know. They run with transformers' modeling code, on our attention, linear layers
+and cache. Importing this package loads that modeling code, which takes a while, so it is imported only on demand."""

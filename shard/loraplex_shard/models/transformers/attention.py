@@ -1,5 +1,5 @@
-"""How transformers' modeling code comes to our attention: it looks its attention function and the function that makes
-masks up by name, and finds ours under IMPLEMENTATION. Whoever runs the code says who answers."""
+"""Connects transformers' modeling code to our attention. The code looks up its attention function and its mask function
+by name, and finds ours under IMPLEMENTATION. The caller of a forward pass decides who answers them."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,14 +17,14 @@ from loraplex_shard.shapes.heads import Heads
 
 IMPLEMENTATION = "loraplex"
 
-# Of positions that broadcast: batch, head, query, key -> whether the query sees the key.
+# batch, head, query, key -> whether the query sees the key; the arguments are indices that broadcast.
 Sees = Callable[[int, int, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionCall:
-    """What transformers' modeling code asks of its attention function. Queries, keys and values are [1, heads, tokens,
-    dim]; `options` are the keyword arguments."""
+    """The arguments of an attention call of transformers' modeling code. Queries, keys and values are
+    [1, heads, tokens, dim]; `options` are the keyword arguments."""
 
     module: nn.Module
     query: torch.Tensor
@@ -35,14 +35,14 @@ class AttentionCall:
 
 
 class Attending(Protocol):
-    """Answers the attention calls of one forward pass, in which all tokens are one row."""
+    """Answers the attention calls of a forward pass. All tokens are in one row."""
 
     def attend(self, call: AttentionCall) -> torch.Tensor:
-        """[1, tokens, query heads, value dim]."""
+        """Returns [1, tokens, query heads, value dim]."""
         ...
 
     def mask(self, tokens: int, sees: Sees, device: torch.device) -> torch.Tensor:
-        """What the modeling code hands from layer to layer as its mask: [1, 1, tokens, tokens]."""
+        """Returns the mask that the modeling code passes to all layers: [1, 1, tokens, tokens]."""
         ...
 
 
@@ -59,7 +59,7 @@ def attended_by(attending: Attending) -> Iterator[None]:
 
 
 class PagedAttention:
-    """Over a paged cache. The n-th call of a forward pass is the n-th layer of the cache."""
+    """Attention over a paged cache. The n-th call of a forward pass uses the n-th layer of the cache."""
 
     def __init__(self, layers: tuple[Heads, ...], ops: Operations, step: Step, cache: KVCache) -> None:
         self._layers = zip(layers, cache.layers, strict=True)
@@ -78,7 +78,7 @@ class PagedAttention:
 
 
 def placeholder(tokens: int, device: torch.device) -> torch.Tensor:
-    """A mask that takes no memory, and that nobody looks into."""
+    """A mask that takes no memory. Nobody reads its values."""
     return torch.empty((1, 1, 1, 1), dtype=torch.bool, device=device).expand(1, 1, tokens, tokens)
 
 

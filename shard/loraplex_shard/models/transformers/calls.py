@@ -1,4 +1,4 @@
-"""Which modules a forward pass calls."""
+"""Records which modules a forward pass calls."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,14 +14,14 @@ from loraplex_shard.checkpoint.base import CheckpointError
 
 
 class Calls:
-    """Of the passes that are run while they are counted."""
+    """The module calls of the forward passes that run within `counted`."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
         self._depth = 0
         self._called: set[str] = set()
-        self._top: list[tuple[str, object]] = []  # what the model's own forward calls, and what comes back
-        self._shapes: dict[str, list[tuple[int, ...]]] = {}  # by linear layer: of its inputs
+        self._top: list[tuple[str, object]] = []  # what the model's own forward calls, and the results
+        self._shapes: dict[str, list[tuple[int, ...]]] = {}  # the shapes of inputs, by linear layer
 
     @contextmanager
     def counted(self) -> Iterator[None]:
@@ -48,12 +48,12 @@ class Calls:
         return leave
 
     def linear(self, tokens: int) -> dict[str, bool]:
-        """The linear layers, and whether all that they were given had one row per token."""
+        """The linear layers, and whether all of their inputs had one row per token."""
         return {n: all(prod(shape[:-1]) == tokens for shape in shapes) for n, shapes in self._shapes.items()}
 
     @property
     def idle(self) -> tuple[str, ...]:
-        """Models in the model of which nothing was called, as one that reads images."""
+        """Models within the model that were not called at all, such as one that reads images."""
         models = (name for name, module in self._model.named_modules() if isinstance(module, PreTrainedModel))
         return tuple(
             name for name in models if name and not any(f"{called}.".startswith(f"{name}.") for called in self._called)
@@ -61,7 +61,7 @@ class Calls:
 
     @property
     def backbone(self) -> tuple[str, type[ModelOutput]]:
-        """The module whose output is the last hidden states, and the type of its output."""
+        """The module that returns the last hidden states, and the type of its output."""
         for name, output in self._top:
             if isinstance(output, ModelOutput) and "last_hidden_state" in output:
                 return name, type(output)

@@ -1,4 +1,4 @@
-"""Whether transformers' code for a checkpoint can be run here, found out before anything is loaded."""
+"""Checks, before anything is loaded, whether transformers' code for a checkpoint can run here."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from loraplex_shard.checkpoint.base import Checkpoint, CheckpointError
 from loraplex_shard.device.parallel import Group, GroupSizeError
-from loraplex_shard.models.transformers import experts  # noqa: F401  # registers ours
+from loraplex_shard.models.transformers import experts  # noqa: F401  # registers our experts
 from loraplex_shard.models.transformers.attention import IMPLEMENTATION
 from loraplex_shard.models.transformers.linear import Now
 from loraplex_shard.models.transformers.plan import Plan
@@ -23,14 +23,14 @@ from loraplex_shard.models.transformers.survey import Survey, survey
 from loraplex_shard.ops.reference import ReferenceOperations
 
 META = torch.device("meta")
-LONGEST_REASON = 120  # characters of what transformers' code raised
+LONGEST_REASON = 120  # characters of an error of transformers' code
 
 
 def examine(checkpoint: Checkpoint, positions: int, rank: int = 0, size: int = 1) -> Survey:
-    """Of one rank's part of the model, for sequences of at most that many positions.
+    """Returns what a rank's part of the model does, for sequences of at most `positions` positions.
 
-    Raises CheckpointError, saying what its code does that our cache or our attention cannot; GroupSizeError if it
-    cannot be cut into that many ranks.
+    Raises CheckpointError, with what the code does that our cache or our attention cannot; GroupSizeError if the model
+    cannot be cut for `size` ranks.
     """
     check_class(checkpoint)
     with refused_by_name(checkpoint):
@@ -50,7 +50,7 @@ def examine(checkpoint: Checkpoint, positions: int, rank: int = 0, size: int = 1
 
 @contextmanager
 def refused_by_name(checkpoint: Checkpoint) -> Iterator[None]:
-    """Whatever transformers' code raises is a CheckpointError that names the model."""
+    """Turns whatever transformers' code raises into a CheckpointError that names the model."""
     name = f"{checkpoint.model_id}: {checkpoint.architecture} is not served"
     try:
         yield
@@ -62,14 +62,14 @@ def refused_by_name(checkpoint: Checkpoint) -> Iterator[None]:
 
 
 def build(config: PreTrainedConfig, dtype: torch.dtype, positions: int) -> PreTrainedModel:
-    """The model for sequences of at most that many positions, its parameters on the meta device; what is no parameter
-    is where torch puts it."""
+    """Builds the model for sequences of at most `positions` positions. Its parameters are on the meta device, its
+    buffers on torch's default device."""
     make: Any = AutoModelForCausalLM.from_config
     options = {"attn_implementation": IMPLEMENTATION, "experts_implementation": IMPLEMENTATION}
     with init_empty_weights(include_buffers=False):
         model: Any = make(config, dtype=dtype, trust_remote_code=False, **options)
     for module in model.modules():
-        if isinstance(module, PreTrainedModel):  # it would look through each batch
+        if isinstance(module, PreTrainedModel):  # the original looks through each batch
             module.warn_if_padding_and_no_attention_mask = lambda *_: None  # type: ignore[method-assign]
     freeze_rotary(model, positions)
     built: PreTrainedModel = model.eval()
@@ -77,7 +77,7 @@ def build(config: PreTrainedConfig, dtype: torch.dtype, positions: int) -> PreTr
 
 
 def dtypes(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """Of each tensor, as transformers loads it: some classes keep some of theirs in float32."""
+    """The dtype of each tensor, as transformers loads it. Some classes keep some tensors in float32."""
     found = {name: tensor.dtype for name, tensor in model.state_dict().items()}
     kept = model._get_dtype_plan(dtype)
     if kept:
@@ -90,7 +90,7 @@ def dtypes(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]
 
 
 def check_class(checkpoint: Checkpoint) -> None:
-    """Raises CheckpointError for a class whose attention is not to be had, or that needs more than a KV cache."""
+    """Raises CheckpointError for a class whose attention cannot be replaced, or that needs more than a KV cache."""
     with refused_by_name(checkpoint):
         _check(checkpoint)
 
@@ -105,5 +105,5 @@ def _check(checkpoint: Checkpoint) -> None:
     own = classes[checkpoint.architecture]
     if not own._supports_attention_backend:
         if own._is_stateful:
-            raise CheckpointError("it keeps a state beside keys and values")
-        raise CheckpointError("transformers' code for it lets nobody else compute its attention")
+            raise CheckpointError("it keeps state besides keys and values")
+        raise CheckpointError("transformers' code for it does not let other code compute its attention")

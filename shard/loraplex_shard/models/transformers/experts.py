@@ -1,4 +1,5 @@
-"""Fused experts: transformers' own code for them, found under our name, so that a model can be run without values."""
+"""Fused experts. transformers' own code computes them. It is registered under our name, so that a model can also run on
+tensors without values."""
 
 from typing import Any
 

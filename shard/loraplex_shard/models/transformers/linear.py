@@ -1,5 +1,5 @@
-"""Our linear layers and embedding in the places of transformers'. They take what modeling code hands them, tensors of
-any leading dimensions, and know which step is computed."""
+"""Modules that replace transformers' linear layers and embedding by ours. They take tensors with any leading
+dimensions, as modeling code passes them, and know the current step."""
 
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ from loraplex_shard.shapes.layout import LinearLayout
 
 @dataclass
 class Now:
-    """What the layers are told of the forward pass that they are in."""
+    """What the replaced layers need to know about the current forward pass."""
 
     device: torch.device
     step: Step = None
@@ -23,11 +23,11 @@ class Now:
 
 
 class OnRankZeroAlone(Exception):
-    """Ends the forward pass of a rank that has no part in what follows."""
+    """Ends the forward pass on a rank that does not take part in the rest of it."""
 
 
 class InPlace(nn.Module):
-    """Where one of transformers' modules was."""
+    """A module in the place of one of transformers' modules."""
 
     def __init__(self, layer: ColumnLinear | RowLinear | Embedding, dtype: torch.dtype, now: Now) -> None:
         super().__init__()
@@ -35,11 +35,11 @@ class InPlace(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """Modeling code asks for its dtype and its device."""
+        """An empty tensor: modeling code only asks for the weight's dtype and device."""
         return torch.empty(0, dtype=self.dtype, device=self.now.device)
 
     def tie(self, other: "InPlace") -> None:
-        """Takes the other's matrix, or its own rows of it, without a copy."""
+        """Uses the other's matrix, or this rank's rows of it, without a copy."""
         assert isinstance(self.layer, ColumnLinear)
         self.layer.tie(other.layer.weight)
 
@@ -66,7 +66,7 @@ class LinearInPlace(InPlace):
 
     @property
     def width(self) -> int:
-        """Outputs on this rank."""
+        """The number of outputs on this rank."""
         return self.layout.parts[0].width
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -80,14 +80,14 @@ class LinearInPlace(InPlace):
 
 
 class SplitLinear(LinearInPlace):
-    """Row-parallel, but every rank has the inputs of all."""
+    """A row-parallel layer, but every rank gets all inputs."""
 
     def compute(self, rows: torch.Tensor) -> torch.Tensor:
         return super().compute(rows[:, self.layout.columns])
 
 
 class GatheredLinear(LinearInPlace):
-    """Column-parallel, but every rank has the outputs of all."""
+    """A column-parallel layer, but every rank returns all outputs."""
 
     group: Group
 
@@ -104,9 +104,9 @@ class GatheredLinear(LinearInPlace):
 
 
 class GatheredHead(GatheredLinear):
-    """The lm head: rank 0 alone goes on with the outputs of all."""
+    """The lm head. Only rank 0 gets all outputs and continues."""
 
-    widths: list[int]  # of the ranks' outputs
+    widths: list[int]  # the number of outputs of each rank
 
     def compute(self, rows: torch.Tensor) -> torch.Tensor:
         gathered = self.group.gather(LinearInPlace.compute(self, rows), self.widths)

@@ -32,7 +32,7 @@ def load_transformers(
     max_model_len: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> TransformersModel:
-    """As models.load_model says."""
+    """Does what choosing.load_model says."""
     survey = examine(checkpoint, max_model_len, group.rank, group.size)
     model = build(checkpoint.config, form.dtype, max_model_len)
     for name in survey.idle:
@@ -51,7 +51,8 @@ def load_transformers(
 
 
 def _check(checkpoint: Checkpoint, model: PreTrainedModel, tensors: ModelTensors) -> None:
-    """Each tensor that the model has must be there, of its shape, and no other but what transformers ignores."""
+    """Checks the model's tensors: there must be all of them, with their shapes, and no others but those that
+    transformers ignores."""
     wanted = model.state_dict()
     found = LoadStateDictInfo(wanted.keys() - tensors.names, tensors.unused, set(), [], {}, set())
     model._adjust_missing_and_unexpected_keys(found)
@@ -70,10 +71,10 @@ def _check(checkpoint: Checkpoint, model: PreTrainedModel, tensors: ModelTensors
 def _load(
     model: PreTrainedModel, tensors: ModelTensors, plan: Plan, form: ParameterForm, dtypes: Mapping[str, torch.dtype]
 ) -> Iterator[str]:
-    """Yields each tensor's name."""
+    """Loads the model's tensors, and yields the name of each."""
     tied = _tied(model, tensors, form.dtype)
     if tied is not None:
-        tied[0].layer.matrix = ()  # its bias, if it has one, is its own
+        tied[0].layer.matrix = ()  # if it has a bias, that is not tied
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
         if isinstance(module, InPlace):
@@ -91,7 +92,7 @@ def _load(
 
 
 def _tied(model: PreTrainedModel, tensors: ModelTensors, dtype: torch.dtype) -> tuple[InPlace, InPlace] | None:
-    """The lm head and the embedding, if they are one matrix."""
+    """The lm head and the embedding, if they are the same matrix."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[no-untyped-call]
     if not isinstance(head, InPlace) or not isinstance(embedding, InPlace):
         return None

@@ -1,4 +1,4 @@
-"""A model that runs with transformers' modeling code: one rank's part of it, as stepping and serving see it."""
+"""A model that runs with transformers' modeling code: a rank's part of it, as stepping and serving see it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,21 +21,21 @@ from loraplex_shard.shapes.batch import Batch, Segment
 from loraplex_shard.shapes.cache import KVCache
 from loraplex_shard.shapes.layout import LinearLayout
 
-BLOCK_SIZE = 16  # positions of the one block that a model is tried with
+BLOCK_SIZE = 16  # positions in the single block with which a model is tried
 
 
 class _Reached(Exception):
-    """The backbone has answered: what follows is not wanted now."""
+    """Ends a forward pass once the backbone has returned, since only its hidden states are wanted."""
 
     def __init__(self, hidden: torch.Tensor) -> None:
         self.hidden = hidden
 
 
 class TransformersModel:
-    """Implements models.base.Model; the docstrings there hold.
+    """Implements models.base.Model, which has the docstrings.
 
-    The class's own forward is run, all of it: up to where its backbone has answered for hidden states, and from there
-    on, with a backbone that answers with given ones, for logits. So whatever it does there is done.
+    The class's own forward runs, so everything that it does is done. For hidden states, it runs until its backbone has
+    returned. For logits, it runs with a backbone that returns given hidden states.
     """
 
     modeling_code = "transformers"
@@ -71,7 +71,7 @@ class TransformersModel:
 
     @torch.inference_mode()
     def check_positions(self) -> None:
-        """Raises CheckpointError for a model that would not take them from a batch as they are."""
+        """Raises CheckpointError if the model does not use a batch's positions as they are."""
         cache, positions = self.new_cache(1, BLOCK_SIZE), torch.arange(BLOCK_SIZE, device=self._device)
         table = torch.zeros((1, 1), dtype=torch.int64, device=self._device)
         tokens = torch.full_like(positions, self.vocab_size // 2)
@@ -81,12 +81,12 @@ class TransformersModel:
         )
         noise = 10 * (again - counted).abs().max()  # on a GPU, sums of experts' outputs have no fixed order
         if (own - counted).abs().max() > noise:
-            raise CheckpointError("it counts positions in a way of its own")
-        # Where no position has a say, equal tokens are equal.
+            raise CheckpointError("it counts positions in its own way")
+        # If positions do not matter to the model, equal tokens have equal results.
         if (backwards - counted).abs().max() <= noise and not own.allclose(
             own[:1], rtol=0.05, atol=0.05 * float(own.std())
         ):
-            raise CheckpointError("it makes nothing of the positions that it is given")
+            raise CheckpointError("it ignores the positions that it is given")
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor, segments: tuple[Segment, ...]) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -108,7 +108,7 @@ class TransformersModel:
         return KVCache.block_bytes(self._survey.attention, block_size, dtype or self.dtype)
 
     def _hidden(self, batch: Batch, positions: torch.Tensor | None, cache: KVCache) -> torch.Tensor:
-        """[tokens, hidden]. positions: None: as the model counts them."""
+        """Returns [tokens, hidden]. If `positions` is None, the model counts them."""
         step = self._ops.prepare(batch)
         attention = PagedAttention(self._survey.attention, self._ops, step, cache)
         with attended_by(attention), self._at(step, step):

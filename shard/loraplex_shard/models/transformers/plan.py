@@ -1,4 +1,4 @@
-"""How transformers' tensor-parallel plan of a class cuts its modules and parameters for one rank."""
+"""Cuts the modules and parameters of a class for a rank, by transformers' tensor-parallel rules for that class."""
 
 import re
 from collections.abc import Mapping
@@ -8,14 +8,14 @@ import torch
 from loraplex_shard.device.parallel import GroupSizeError, partition_panels
 
 WHOLE = "replicate"
-# What a linear layer may be told, and other modules.
+# The rules of linear layers and of other modules.
 COLUMN = {"colwise", "colwise_gather_output", "colwise_rep"}
 ROW = {"rowwise", "rowwise_split_input", "rowwise_rep"}
-GATHERED = {"colwise_gather_output", "colwise_rep"}  # every rank goes on with the outputs of all
-SPLIT = {"rowwise_split_input", "rowwise_rep"}  # every rank has the inputs of all
-SUMMED = {"moe_tp_experts", "all_reduce"}  # a module's output is the sum of the ranks'
-SHARED = {"moe_identity_expert"}  # a module's input is divided by the ranks, since it is summed with what they cut
-# Whole on every rank: here, embeddings are as well.
+GATHERED = {"colwise_gather_output", "colwise_rep"}  # every rank continues with all outputs
+SPLIT = {"rowwise_split_input", "rowwise_rep"}  # every rank gets all inputs
+SUMMED = {"moe_tp_experts", "all_reduce"}  # the module's output is the sum over the ranks
+SHARED = {"moe_identity_expert"}  # a module's input is divided by the ranks: its output is added to a sum
+# Whole on every rank. Here, embeddings are whole as well.
 UNCUT = {
     WHOLE,
     "replicated_with_grad_allreduce",
@@ -30,15 +30,15 @@ _NUMBER = re.compile(r"\d+")
 
 
 class Plan:
-    """Of one rank. Empty for a single one. Raises GroupSizeError for a class that has none, or with rules that are not
-    known here."""
+    """The rules for one rank. There are none for a single rank. Raises GroupSizeError for a class that has no rules, or
+    has unknown ones."""
 
     def __init__(self, rules: Mapping[str, str], architecture: str, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
         self._rules = rules if size > 1 else {}
         unknown = set(self._rules.values()) - MODULES - PARAMETERS
         if size > 1 and (not set(rules.values()) - UNCUT or unknown):
-            why = f"knows rules that are not served ({', '.join(sorted(unknown))})" if unknown else "has none"
+            why = f"has rules that are not served ({', '.join(sorted(unknown))})" if unknown else "is empty"
             raise GroupSizeError(f"{architecture} cannot be cut into ranks: its tensor-parallel plan {why}: use tp 1")
 
     def style(self, name: str) -> str:
@@ -46,7 +46,7 @@ class Plan:
         return self._rules.get(_NUMBER.sub("*", name), WHOLE)
 
     def parts(self, name: str, total: int) -> list[slice]:
-        """The ranks' shares of a layer's outputs or inputs."""
+        """Each rank's share of a layer's outputs or inputs."""
         if self.style(name) in GATHERED:
             return [partition_panels(total, rank, self.size) for rank in range(self.size)]
         if total % self.size:
@@ -55,7 +55,7 @@ class Plan:
         return [slice(rank * each, (rank + 1) * each) for rank in range(self.size)]
 
     def cut(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """This rank's part of a parameter that no linear layer has."""
+        """This rank's part of a parameter that does not belong to a linear layer."""
         style = self.style(name)
         by_row = style in ("rowwise", "packed_rowwise")
         if style in UNCUT or (by_row and tensor.dim() == 1):

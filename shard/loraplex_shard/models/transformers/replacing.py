@@ -1,4 +1,4 @@
-"""Puts our layers in the places of transformers'."""
+"""Replaces transformers' layers by ours."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ from loraplex_shard.shapes.layout import LinearLayout, LinearPart
 
 @dataclass(frozen=True, slots=True)
 class Replacement:
-    """What all replaced layers are made with. Their parameters are still to be loaded."""
+    """What the replaced layers are made with. Their parameters are loaded later."""
 
     survey: Survey
     plan: Plan
@@ -38,7 +38,7 @@ class Replacement:
     dtypes: Mapping[str, torch.dtype]  # of all tensors
 
     def apply(self, model: PreTrainedModel) -> None:
-        """Replaces linear layers, cut as the plan says, and the embedding."""
+        """Replaces the embedding and the linear layers, which are cut by the rules."""
         size, index = self.group.size, 0
         for name, module in list(model.named_modules()):
             if name in self.survey.linear:

@@ -1,6 +1,6 @@
-"""Rotary embeddings whose frequencies depend on how long a sequence is. transformers makes them anew from the longest
-position of each batch, which would give a sequence other angles for its neighbours' sake, and cached keys outdated
-ones."""
+"""Fixes rotary embeddings whose frequencies depend on a sequence's length. transformers computes them again from the
+largest position of each batch. A sequence's angles would then depend on its neighbours, and cached keys would have
+outdated ones."""
 
 from typing import Any
 
@@ -11,9 +11,9 @@ from loraplex_shard.checkpoint.base import CheckpointError
 
 
 def freeze_rotary(model: nn.Module, positions: int) -> None:
-    """Gives every position the frequencies of sequences that are that long, as models/rope.py does.
+    """Gives every position the frequencies for sequences of `positions` positions, as models/rope.py does.
 
-    Raises CheckpointError where longer and shorter sequences would need others.
+    Raises CheckpointError for dynamic scaling beyond the original length, where each length has its own frequencies.
     """
     modules: list[Any] = list(model.modules())
     for module in modules:
@@ -25,7 +25,7 @@ def freeze_rotary(model: nn.Module, positions: int) -> None:
 
 
 def _freeze(module: Any, kind: str, layer_type: str | None, positions: int) -> str:
-    """The kind that the module is to take itself for."""
+    """Fixes a module's frequencies. Returns the rope type that the module gets."""
     if "dynamic" in kind and positions > module.original_max_seq_len:
         raise CheckpointError(
             f"rope type {kind!r} has other frequencies for each length beyond {module.original_max_seq_len} positions: "

@@ -1,6 +1,6 @@
-"""What a model's code does, found out by running it on tensors that have shapes and no values (torch's meta device).
+"""Finds out what a model's code does, by running it on tensors with shapes but no values (torch's meta device).
 
-Refuses what our cache or our attention could not do as the code means it.
+What our cache or our attention cannot do is refused.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,25 +20,25 @@ from loraplex_shard.models.transformers.through import ThroughCache
 from loraplex_shard.models.transformers.windows import read_window
 from loraplex_shard.shapes.heads import Heads
 
-TOKENS = 13  # of the run: a number that no model is likely to have as a size of its own
-# What attention functions are told that does not change what they compute here.
+TOKENS = 13  # tokens of the run: a number that is unlikely to be one of a model's own sizes
+# Arguments of attention functions that do not change what is computed here.
 NEUTRAL = {"position_ids", "cache_position", "position_embeddings"}
 
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    attention: tuple[Heads, ...]  # of each attention call of a forward pass, in order
-    linear: Mapping[str, bool]  # linear layers that are called, and whether their inputs are one row per token
-    embedding: str  # the module that looks the tokens up
-    head: str  # the linear layer that makes logits; none: empty
-    idle: tuple[str, ...]  # models in the model that text alone never reaches
-    backbone: str  # the module whose output is the last hidden states
-    output: type[ModelOutput]  # of the backbone
+    attention: tuple[Heads, ...]  # the heads of each attention call of a forward pass, in order
+    linear: Mapping[str, bool]  # linear layers that are called, and whether their inputs have one row per token
+    embedding: str  # the module that looks up tokens
+    head: str  # the linear layer that computes logits; empty: there is none
+    idle: tuple[str, ...]  # models within the model that are not called for text
+    backbone: str  # the module that returns the last hidden states
+    output: type[ModelOutput]  # the type of the backbone's output
     vocab_size: int
 
 
 class NothingChosen(TorchFunctionMode):
-    """Tensors without values cannot say which of them are not zero, as code for experts asks: none is, then."""
+    """Answers which values are not zero, as code for experts asks. Tensors without values cannot say, so none is."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -50,11 +50,11 @@ class NothingChosen(TorchFunctionMode):
 
 @dataclass
 class Surveyor:
-    """Implements Attending: answers with nothing, and notes what it was asked."""
+    """Implements Attending: records the calls, and answers with tensors without values."""
 
     positions: int
     attention: list[Heads] = field(default_factory=list)
-    windows: list[tuple[torch.Tensor | None, int | None]] = field(default_factory=list)  # of masks, by what they view
+    windows: list[tuple[torch.Tensor | None, int | None]] = field(default_factory=list)  # of masks, by their bases
 
     def attend(self, call: AttentionCall) -> torch.Tensor:
         self.attention.append(self._heads(call))
@@ -83,7 +83,7 @@ class Surveyor:
         else:
             known = [window for base, window in self.windows if base is mask._base]
             if not known or mask.shape[-2:] != (TOKENS, TOKENS):
-                raise CheckpointError("it makes attention masks of its own")
+                raise CheckpointError("it makes its own attention masks")
             window = known[0]
         scale = options.get("scaling")
         return Heads(
@@ -98,7 +98,8 @@ class Surveyor:
 
 
 def survey(model: PreTrainedModel, positions: int) -> Survey:
-    """Of a model on the meta device, for sequences of at most that many positions. Raises CheckpointError."""
+    """Runs a model that is on the meta device, for sequences of at most `positions` positions. Raises
+    CheckpointError."""
     noted = Surveyor(positions)
     calls = Calls(model)
     with calls.counted(), attended_by(noted), NothingChosen():
@@ -123,7 +124,7 @@ def _name(model: PreTrainedModel, wanted: nn.Module | None) -> str:
 
 
 def run(model: PreTrainedModel) -> torch.Tensor:
-    """A forward pass of one row of tokens, without values. Returns its logits."""
+    """Runs a forward pass of one row of tokens, without values. Returns the logits."""
     ids = torch.zeros((1, TOKENS), dtype=torch.long, device="meta")
     positions = torch.arange(TOKENS, device="meta")[None]
     options = {"past_key_values": ThroughCache(model.config), "use_cache": True}

@@ -1,5 +1,5 @@
-"""A checkpoint's tensors under the names of the model's parameters. transformers renames what older versions saved, and
-makes some parameters of several tensors, as those of fused experts: its own conversions say how."""
+"""A checkpoint's tensors by the names of the model's parameters. transformers renames what older versions saved, and
+makes some parameters, such as those of fused experts, from several tensors. Its own conversions are used."""
 
 from collections.abc import Callable
 from copy import deepcopy
@@ -26,11 +26,11 @@ class ModelTensors:
     """Implements layers.sources.TensorReader and lora.peft.base.StoredTensors."""
 
     def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel, idle: tuple[str, ...] = ()) -> None:
-        """Tensors of `idle` modules are neither wanted nor missed."""
+        """Tensors of `idle` modules are ignored."""
         self._checkpoint, self._model = checkpoint, model
         self._idle = tuple(f"{name}." for name in idle)
-        self._stored: dict[str, str] = {}  # by parameter: the checkpoint's name of it
-        self._made: dict[str, tuple[WeightConverter, list[tuple[str, str]]]] = {}  # of several: (name, pattern)
+        self._stored: dict[str, str] = {}  # the checkpoint's name of each parameter
+        self._made: dict[str, tuple[WeightConverter, list[tuple[str, str]]]] = {}  # from several: (name, pattern)
         self.unused: set[str] = set()
         self._transposed = {f"{n}.weight" for n, module in model.named_modules() if isinstance(module, Conv1D)}
         self._read_ahead: dict[str, torch.Tensor] = {}
@@ -41,7 +41,7 @@ class ModelTensors:
         return frozenset(self._stored.keys() | self._makers.keys())
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """As it is read: of Conv1D, which holds its matrix the other way round, as of any linear layer."""
+        """The shape of what `read` returns. Conv1D holds its matrix transposed; it is read like any linear layer's."""
         return self.stored_shape(name)[:: -1 if name in self._transposed else 1]
 
     def stored_shape(self, name: str) -> tuple[int, ...]:
@@ -70,7 +70,7 @@ class ModelTensors:
         return self._checkpoint.read_quantized(stored, rows, columns)
 
     def is_zero_bias(self, stored: str) -> bool:
-        """GPTQ's tools give every layer a bias, of zeros if the model has none."""
+        """Whether the tensor is a bias of zeros. GPTQ's tools give every layer a bias."""
         return stored.endswith(".bias") and not self._checkpoint.read(stored).any()
 
     def _sort(self) -> None:
@@ -98,7 +98,9 @@ class ModelTensors:
 
     @cached_property
     def _makers(self) -> dict[str, tuple[str, torch.Tensor]]:
-        """For each parameter that is made of others: under which name, and its shape as a tensor without values."""
+        """For each parameter that is made of several tensors: its name in `_made`, and a tensor of its shape without
+        values.
+        """
         makers = {}
         for first in self._made:
             for name, tensor in self._convert(first, values=False).items():

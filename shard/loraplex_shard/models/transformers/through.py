@@ -1,5 +1,5 @@
-"""The cache that transformers' modeling code is given: what it holds lies in ours, so this one hands keys and values
-through as they are. What else a model would keep from step to step has no place in it."""
+"""The cache object for transformers' modeling code. Keys and values are kept in our cache, so this one passes them
+through. It cannot keep anything else from step to step."""
 
 from typing import Any
 
@@ -19,8 +19,8 @@ class ThroughCache(DynamicCache):
         super().__init__(config=config)
         for layer in self.layers:
             if type(layer) not in KEYS_AND_VALUES:
-                raise CheckpointError(f"it keeps a state beside keys and values ({type(layer).__name__})")
-        self.positions: torch.Tensor | None = None  # [tokens], of the forward pass; None: as the model counts them
+                raise CheckpointError(f"it keeps state besides keys and values ({type(layer).__name__})")
+        self.positions: torch.Tensor | None = None  # [tokens] of the forward pass; None: the model counts them
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -28,8 +28,8 @@ class ThroughCache(DynamicCache):
         return key_states, value_states
 
     def get_seq_length(self, layer_idx: int | None = None) -> Any:
-        """What attention adds to its count of tokens where it looks at positions itself, as Llama 4's does: a batch's
-        tokens are of many sequences, so each has a length of its own."""
+        """What attention adds to a token's index if it looks at positions itself, as Llama 4's does. The tokens of a
+        batch belong to many sequences, so there is a length for each token."""
         if layer_idx is None or self.positions is None:
             return 0
         return self.positions - torch.arange(len(self.positions), device=self.positions.device)
@@ -41,7 +41,7 @@ class ThroughCache(DynamicCache):
         return query_length, 0
 
     def _refuse(self, *args: Any, **kwargs: Any) -> Any:
-        raise CheckpointError("it keeps a state beside keys and values")
+        raise CheckpointError("it keeps state besides keys and values")
 
     update_conv_state = get_conv_state = update_recurrent_state = get_recurrent_state = _refuse
     update_indexer = has_previous_state = _refuse

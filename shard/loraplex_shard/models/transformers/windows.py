@@ -1,4 +1,4 @@
-"""What a mask of transformers' lets a token see: everything before it, or a window of it."""
+"""Finds out what a mask function of transformers lets a token see: everything before it, or a window."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +13,7 @@ SAMPLES = 64
 
 
 class Zeros(TorchFunctionMode):
-    """Tensors without values are taken for zeros: what a mask knows of a batch is how long its rows' padding is."""
+    """Treats tensors without values as zeros. A mask function may look at a batch's padding, which is zero here."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -23,7 +23,8 @@ class Zeros(TorchFunctionMode):
 
 
 def read_window(sees: Sees, positions: int) -> int | None:
-    """How many positions a token sees, itself included, in sequences of that many positions; None: all before it.
+    """The number of positions that a token sees, itself included, in sequences of `positions` positions; None: all
+    before it.
 
     Raises CheckpointError for masks of any other form.
     """
