@@ -12,6 +12,7 @@ from loraplex.connection import CHANNEL_OPTIONS, check_address, key_metadata, ty
 from loraplex.types import (
     Adapter,
     AdapterReference,
+    Classification,
     Embedding,
     GenerateOptions,
     Generation,
@@ -107,6 +108,20 @@ class AsyncClient:
         request = requests.embed_request(inputs, adapter)
         with typed_errors(self._server):
             return responses.embeddings(await self._stub.Embed(request, timeout=timeout, metadata=self._metadata))
+
+    async def classify(
+        self,
+        inputs: str | Sequence[Prompt],
+        *,
+        adapter: str | AdapterReference | MergedAdapters | None = None,
+        raw_logits: bool = False,
+        timeout: float | None = None,
+    ) -> tuple[Classification, ...]:
+        """See `Client.classify`."""
+        request = requests.classify_request(inputs, adapter, raw_logits)
+        with typed_errors(self._server):
+            answer = await self._stub.Classify(request, timeout=timeout, metadata=self._metadata)
+            return responses.classifications(answer)
 
     async def tokenize(
         self,

@@ -11,6 +11,7 @@ from loraplex.connection import CHANNEL_OPTIONS, check_address, key_metadata, ty
 from loraplex.types import (
     Adapter,
     AdapterReference,
+    Classification,
     Embedding,
     GenerateOptions,
     Generation,
@@ -112,6 +113,24 @@ class Client:
         request = requests.embed_request(inputs, adapter)
         with typed_errors(self._server):
             return responses.embeddings(self._stub.Embed(request, timeout=timeout, metadata=self._metadata))
+
+    def classify(
+        self,
+        inputs: str | Sequence[Prompt],
+        *,
+        adapter: str | AdapterReference | MergedAdapters | None = None,
+        raw_logits: bool = False,
+        timeout: float | None = None,
+    ) -> tuple[Classification, ...]:
+        """The labels that the model's or the adapter's classifier gives to each input, or to each token of it, with
+        their scores: texts, token ids or conversations, at most 1024.
+
+        With `raw_logits` the scores are the classifier's logits. Raises InvalidRequestError if there is no classifier.
+        """
+        request = requests.classify_request(inputs, adapter, raw_logits)
+        with typed_errors(self._server):
+            answer = self._stub.Classify(request, timeout=timeout, metadata=self._metadata)
+            return responses.classifications(answer)
 
     def tokenize(
         self,

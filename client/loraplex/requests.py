@@ -12,7 +12,7 @@ from loraplex_protos.errors import FieldViolation, InvalidRequestError
 
 P = TypeVar("P", bound=Proto)
 R = TypeVar("R", pb.GenerateRequest, pb.EmbedInput)
-S = TypeVar("S", pb.GenerateRequest, pb.EmbedRequest)
+S = TypeVar("S", pb.GenerateRequest, pb.EmbedRequest, pb.ClassifyRequest)
 A = TypeVar("A", pb.UnloadAdapterRequest, pb.PinAdapterRequest, pb.UnpinAdapterRequest)
 
 
@@ -41,9 +41,13 @@ def generate_request(prompt: Prompt, **options: Unpack[GenerateOptions]) -> pb.G
 def embed_request(
     inputs: str | Sequence[Prompt], adapter: str | AdapterReference | MergedAdapters | None
 ) -> pb.EmbedRequest:
-    given = [inputs] if isinstance(inputs, str) else inputs
-    request = pb.EmbedRequest(inputs=[_with_prompt(pb.EmbedInput(), prompt) for prompt in given])
-    return _with_adapter(request, adapter)
+    return _with_adapter(pb.EmbedRequest(inputs=_inputs(inputs)), adapter)
+
+
+def classify_request(
+    inputs: str | Sequence[Prompt], adapter: str | AdapterReference | MergedAdapters | None, raw_logits: bool
+) -> pb.ClassifyRequest:
+    return _with_adapter(pb.ClassifyRequest(inputs=_inputs(inputs), raw_logits=raw_logits), adapter)
 
 
 def tokenize_request(prompt: str | Sequence[Message], skip_special_tokens: bool) -> pb.TokenizeRequest:
@@ -61,6 +65,10 @@ def adapter_reference(adapter: str | AdapterReference) -> pb.AdapterReference:
         revision=adapter.revision,
         token=adapter.token,
     )
+
+
+def _inputs(inputs: str | Sequence[Prompt]) -> list[pb.EmbedInput]:
+    return [_with_prompt(pb.EmbedInput(), prompt) for prompt in ([inputs] if isinstance(inputs, str) else inputs)]
 
 
 def _with_prompt(request: R, prompt: Prompt) -> R:

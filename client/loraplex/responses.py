@@ -13,6 +13,9 @@ from loraplex.types import (
     AdapterResidence,
     AdapterState,
     AdapterTier,
+    Classification,
+    ClassifiedToken,
+    Classifier,
     Embedding,
     FinishReason,
     GeneratedSequence,
@@ -76,6 +79,28 @@ def embeddings(response: pb.EmbedResponse) -> tuple[Embedding, ...]:
     return tuple(Embedding(tuple(given.values), given.prompt_tokens) for given in response.embeddings)
 
 
+def classifications(response: pb.ClassifyResponse) -> tuple[Classification, ...]:
+    labels = tuple(response.classifier.labels)
+    return tuple(
+        Classification(
+            label=given.label,
+            scores=dict(zip(labels, given.scores, strict=False)),
+            tokens=tuple(
+                _read(ClassifiedToken, token, scores=dict(zip(labels, token.scores, strict=True)))
+                for token in given.tokens
+            ),
+            prompt_tokens=given.prompt_tokens,
+        )
+        for given in response.classifications
+    )
+
+
+def _classifier(message: pb.AdapterStatus | pb.GetModelInfoResponse) -> Classifier | None:
+    if not message.HasField("classifier"):
+        return None
+    return _read(Classifier, message.classifier, labels=tuple(message.classifier.labels))
+
+
 def token_spans(response: pb.TokenizeResponse) -> tuple[TokenSpan, ...]:
     return tuple(TokenSpan(token.id, token.text, token.start, token.stop) for token in response.tokens)
 
@@ -90,12 +115,15 @@ def adapter(status: pb.AdapterStatus) -> Adapter:
         residences=tuple(_read(AdapterResidence, each, tier=_TIERS[each.tier]) for each in status.residences),
         warnings=tuple(status.warnings),
         invocation_token_ids=tuple(status.invocation_token_ids),
+        classifier=_classifier(status),
     )
 
 
 def model_info(response: pb.GetModelInfoResponse) -> ModelInfo:
     names, sources = tuple(response.served_model_names), tuple(response.adapter_sources)
-    return _read(ModelInfo, response, served_model_names=names, adapter_sources=sources)
+    return _read(
+        ModelInfo, response, served_model_names=names, adapter_sources=sources, classifier=_classifier(response)
+    )
 
 
 def _sequence(sequence: pb.GeneratedSequence) -> GeneratedSequence:

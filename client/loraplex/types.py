@@ -235,6 +235,43 @@ class Embedding:
 
 
 @dataclass(frozen=True, slots=True)
+class Classifier:
+    """The linear layer on the last hidden states that classifies, of the model or of an adapter."""
+
+    of_tokens: bool
+    """It classifies each token by itself, not the input as a whole."""
+    labels: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ClassifiedToken:
+    """A token with the labels that a classifier of tokens gives it. In an input that is a text, it stands for the
+    characters [start, stop)."""
+
+    id: int
+    text: str
+    start: int
+    stop: int
+    label: str
+    """The one with the highest score."""
+    scores: dict[str, float]
+    """By label."""
+
+
+@dataclass(frozen=True, slots=True)
+class Classification:
+    """What a classifier makes of an input."""
+
+    label: str
+    """The one with the highest score; empty if tokens are classified."""
+    scores: dict[str, float]
+    """By label."""
+    tokens: tuple[ClassifiedToken, ...]
+    """All tokens of the input, if these are classified."""
+    prompt_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class TokenSpan:
     """A token of a text or conversation, with its characters [start, stop)."""
 
@@ -318,6 +355,8 @@ class Adapter:
     active."""
     invocation_token_ids: tuple[int, ...] = ()
     """The same as tokens."""
+    classifier: Classifier | None = None
+    """Its own, if it was trained to classify; known once it is loaded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -345,4 +384,6 @@ class ModelInfo:
     modeling_code: str
     """Whose code computes it: "loraplex", which is faster, or "transformers"."""
     embeds_only: bool
-    """The model has no lm head: it answers `embed`, and refuses `generate`."""
+    """The model has no lm head: it answers `embed`, and `classify` if it has a classifier; it refuses `generate`."""
+    classifier: Classifier | None = None
+    """The model's, if it was trained to classify."""

@@ -2,13 +2,22 @@
 
 import json
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import tokenizers
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils.warning import PeftWarning
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+    PreTrainedTokenizerFast,
+)
 
 TURN = "{% if add_generation_prompt %}<assistant>{% endif %}"
 CHAT_TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}" + TURN
@@ -56,6 +65,34 @@ def save_embedding_adapter(model: Path, folder: Path) -> Path:
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     adapted.save_pretrained(folder)
+    return folder
+
+
+def save_classifier(folder: Path, of_tokens: bool = False, **config: object) -> Path:
+    """The same with a classifier in place of its head, whose tokenizer's end token is padding, too."""
+    save_model(folder)
+    auto = AutoModelForTokenClassification if of_tokens else AutoModelForSequenceClassification
+    loaded = auto.from_pretrained(folder, pad_token_id=byte_tokenizer().eos_token_id, **config)
+    torch.nn.init.normal_(loaded.score.weight)
+    loaded.save_pretrained(folder)
+    return folder
+
+
+def save_classifying_adapter(model: Path, folder: Path, labels: Sequence[str], of_tokens: bool = False) -> Path:
+    """As PEFT saves one of a model that classifies. The names of its labels lie beside it, as Trainer leaves them."""
+    auto = AutoModelForTokenClassification if of_tokens else AutoModelForSequenceClassification
+    named = dict(enumerate(labels))
+    loaded = auto.from_pretrained(model, id2label=named, label2id={}, ignore_mismatched_sizes=True)
+    task_type = "TOKEN_CLS" if of_tokens else "SEQ_CLS"
+    torch.manual_seed(len(labels))
+    adapted = get_peft_model(loaded, LoraConfig(r=4, target_modules=ALL_LINEAR, task_type=task_type))
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+        elif "modules_to_save" in name:
+            torch.nn.init.normal_(parameter)
+    adapted.save_pretrained(folder)
+    loaded.config.save_pretrained(folder)
     return folder
 
 

@@ -101,6 +101,7 @@ BASE = BaseModel(
     tensors=HeldTensors(make_base()),
     vocab_size=VOCAB,
     served=HeldMatrices(make_base()),
+    hidden_size=HIDDEN,
 )
 
 

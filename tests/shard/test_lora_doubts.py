@@ -78,7 +78,7 @@ PUBLISHED: dict[str, tuple[dict[str, object], dict[str, object], list[str]]] = {
     "a classifier's task_type without its head": (
         {},
         {"task_type": "TOKEN_CLS"},
-        ["task_type is 'TOKEN_CLS', but this model is a causal decoder: ignored"],
+        ["task_type is 'TOKEN_CLS', but neither the file nor this model has a classifier: ignored"],
     ),
     "biases that the model does not have": ({}, {"bias": "all"}, []),
     "VeLoRA, which only affects training": ({}, {"velora_config": {"num_groups": 4}}, []),

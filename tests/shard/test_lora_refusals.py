@@ -155,12 +155,6 @@ def test_a_kind_without_its_tensors_is_named(directory: Path, fields: dict[str, 
     assert reason in refusal(directory)
 
 
-def test_a_classification_head_is_recognized(directory: Path) -> None:
-    edit_tensors(directory, add(f"{PREFIX}score.weight", torch.zeros(2, 24)))
-    edit_config(directory, task_type="SEQ_CLS", modules_to_save=["score"])
-    assert "score.weight: heads that classify are not served" in refusal(directory)
-
-
 def test_fields_without_effect_are_accepted(directory: Path) -> None:
     edit_config(
         directory, invented_by_a_later_peft=None, another={}, use_dora=False, modules_to_save=[], loftq_config={}

@@ -20,4 +20,6 @@ def info(json: Json = False, server: Server = DEFAULT_SERVER, api_key: ApiKey = 
 
 
 def _text(value: object) -> str:
+    if isinstance(value, dict):
+        return "; ".join(f"{name} {_text(part)}" for name, part in value.items())
     return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)

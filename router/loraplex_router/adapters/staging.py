@@ -146,6 +146,7 @@ class AdapterStaging:
         adapter.tokenizer = staged.tokenizer
         adapter.warnings = staged.warnings
         adapter.invocation = staged.invocation
+        adapter.classifier = staged.classifier
         self._registry.remember(reference, entry)
         for dropped in self._pool.pop_over_budget(keep=adapter):
             self._unstage(dropped)

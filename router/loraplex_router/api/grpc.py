@@ -24,9 +24,11 @@ from loraplex_router.api.translation import (
     Writer,
     read_adapter_name,
     read_chat,
+    read_classify_request,
     read_embed_request,
     read_reference,
     read_request,
+    write_classifications,
     write_embeddings,
     write_spans,
 )
@@ -94,6 +96,14 @@ class GenerationApi(GenerationServiceServicer):
         async with _answering(context):
             embeddings = await self._service.embed(read_embed_request(request), _key(context))
             return await in_turn(sum(len(e.values) for e in embeddings), lambda: write_embeddings(embeddings))
+
+    async def Classify(self, request: pb.ClassifyRequest, context: Context) -> pb.ClassifyResponse:
+        async with _answering(context):
+            asked = read_classify_request(request)
+            found = await self._service.classify(asked, _key(context))
+            places = [await self._service.places(*each) for each in zip(asked.inputs, found, strict=True)]
+            size = sum(len(each.logits) for each in found)
+            return await in_turn(size, lambda: write_classifications(found, places, request.raw_logits))
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
         async with _answering(context):

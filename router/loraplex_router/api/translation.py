@@ -4,12 +4,13 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from loraplex_protos import generation_pb2 as pb
 from loraplex_protos.errors import FieldViolation, InvalidRequestError
-from loraplex_router.engine.output import Delta, Embedding, Generation, SequenceOutput
-from loraplex_router.text.tokenizer import Spans, Tokenizer
+from loraplex_router.engine.output import Classification, Delta, Embedding, Generation, SequenceOutput
+from loraplex_router.text.tokenizer import Spans, Tokenizer, TokenSpan
 from loraplex_router.vocabulary.chat import Chat, Message
+from loraplex_router.vocabulary.classification import best, by_token, scores
 from loraplex_router.vocabulary.grammar import Grammar, GrammarKind
 from loraplex_router.vocabulary.references import AdapterReference, MergedReference, ids_of
-from loraplex_router.vocabulary.request import EmbedRequest, Request
+from loraplex_router.vocabulary.request import ClassifyRequest, EmbedRequest, Request
 from loraplex_router.vocabulary.sampling import Sampling
 from loraplex_router.vocabulary.sequence import Alternatives, Detail, Sample
 
@@ -45,6 +46,11 @@ def read_request(message: pb.GenerateRequest) -> Request:
 def read_embed_request(message: pb.EmbedRequest) -> EmbedRequest:
     """Raises InvalidRequestError if an input has no prompt; everything else is checked by the service."""
     return EmbedRequest(tuple(map(_read_prompt, message.inputs)), _read_adapter(message))
+
+
+def read_classify_request(message: pb.ClassifyRequest) -> ClassifyRequest:
+    """As read_embed_request."""
+    return ClassifyRequest(tuple(map(_read_prompt, message.inputs)), _read_adapter(message))
 
 
 def _read_prompt(message: pb.GenerateRequest | pb.EmbedInput) -> str | Chat | tuple[int, ...]:
@@ -83,7 +89,9 @@ def read_reference(reference: pb.AdapterReference) -> AdapterReference:
     return AdapterReference(reference.id, reference.source, reference.revision, reference.token)
 
 
-def _read_adapter(message: pb.GenerateRequest | pb.EmbedRequest) -> AdapterReference | MergedReference | None:
+def _read_adapter(
+    message: pb.GenerateRequest | pb.EmbedRequest | pb.ClassifyRequest,
+) -> AdapterReference | MergedReference | None:
     match message.WhichOneof("weights"):
         case "adapter":
             return read_reference(message.adapter)
@@ -213,6 +221,29 @@ def write_embeddings(embeddings: Iterable[Embedding]) -> pb.EmbedResponse:
     return pb.EmbedResponse(
         embeddings=[pb.Embedding(values=found.values, prompt_tokens=found.prompt_tokens) for found in embeddings]
     )
+
+
+def write_classifications(
+    found: Sequence[Classification], places: Sequence[Sequence[TokenSpan]], raw_logits: bool
+) -> pb.ClassifyResponse:
+    """`places`: of each one's tokens."""
+    return pb.ClassifyResponse(
+        classifications=[_classification(each, spans, raw_logits) for each, spans in zip(found, places, strict=True)],
+        classifier=found[0].classifier,
+    )
+
+
+def _classification(found: Classification, spans: Sequence[TokenSpan], raw_logits: bool) -> pb.Classification:
+    message, classifier = pb.Classification(prompt_tokens=len(found.tokens)), found.classifier
+    if not classifier.of_tokens:
+        message.scores.extend(found.logits if raw_logits else scores(classifier, found.logits))
+        message.label = classifier.labels[best(found.logits)]
+        return message
+    for span, logits in zip(spans, by_token(classifier, found.logits), strict=True):
+        token = message.tokens.add(id=span.id, text=span.text, start=span.start, stop=span.stop)
+        token.scores.extend(logits if raw_logits else scores(classifier, logits))
+        token.label = classifier.labels[best(logits)]
+    return message
 
 
 def write_spans(spans: Spans) -> pb.TokenizeResponse:

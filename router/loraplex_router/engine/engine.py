@@ -226,8 +226,10 @@ class Engine:
                 output.prompt_logprobs[chunk.start :] = prompt_logprobs[place]
                 output.prompt_alternatives[chunk.start :] = prompt_alternatives[place]
             if place in pooled:
-                output.pool(pooled[place])
-                self._scheduler.finish(chunk.sequence)
+                last = chunk.start + chunk.length == chunk.sequence.prompt_length
+                output.pool(pooled[place], chunk.start, last)
+                if last:
+                    self._scheduler.finish(chunk.sequence)
             if samples and generation.first_token is None:
                 generation.first_token = time.monotonic()
                 self._observer.first_token(generation)

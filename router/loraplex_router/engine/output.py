@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Collection, Iterable
 from dataclasses import dataclass, field
 
 from loraplex_protos.errors import LoraplexError
+from loraplex_protos.generation_pb2 import Classifier
 from loraplex_router.text.detokenizer import Decoder, Detokenizer, own_length
 from loraplex_router.text.stops import Passed, StopMatcher
 from loraplex_router.vocabulary.adapter import BASE_NAME, Adapter
@@ -45,10 +46,19 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class Embedding:
-    """The mean of the last hidden states over all positions of an input, scaled to length 1."""
+    """A vector of the last hidden states of an input."""
 
     values: "array[float]"
     prompt_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Classification:
+    """What a classifier makes of an input: one logit per label or, if it classifies tokens, per token and label."""
+
+    classifier: Classifier
+    logits: "array[float]"
+    tokens: list[int]  # of the input
 
 
 class SequenceOutput:
@@ -114,10 +124,13 @@ class SequenceOutput:
             self.finish(FinishReason.LENGTH)
         return self.finish_reason
 
-    def pool(self, vector: Iterable[float]) -> None:
-        """Takes a pooled sequence's vector, which ends the sequence."""
-        self.pooled = array("f", vector)
-        self.finish(FinishReason.LENGTH)
+    def pool(self, vector: Iterable[float], begin: int, last: bool) -> None:
+        """Takes a pooled sequence's vector, or its part from position `begin` on. The last one ends the sequence."""
+        if begin == 0:  # also of one that was preempted, and begins again
+            del self.pooled[:]
+        self.pooled.extend(vector)
+        if last:
+            self.finish(FinishReason.LENGTH)
 
     def finish(self, reason: FinishReason) -> None:
         """Ends the output; held-back text is not shown."""

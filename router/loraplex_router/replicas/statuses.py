@@ -28,6 +28,7 @@ def status_in_memory(entry: Entry, holders: Sequence[tuple[str, Adapter]], leavi
         pinned=any(adapter.pinned for adapter in adapters),
         warnings=adapters[0].warnings,
         invocation_token_ids=_activating(adapters[0]),
+        classifier=adapters[0].classifier,
         residences=[
             pb.AdapterResidence(
                 replica=replica,

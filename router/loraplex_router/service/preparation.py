@@ -11,6 +11,7 @@ from loraplex_router.access.keys import Tenant
 from loraplex_router.adapters.suggestions import Suggestions
 from loraplex_router.engine.output import Generation
 from loraplex_router.replicas.replicas import Lease, Replicas
+from loraplex_router.service.abilities import check_adapter_fits
 from loraplex_router.service.prompts import Text, encode, make_sequence
 from loraplex_router.text.model import Model
 from loraplex_router.text.stops import StopMatcher
@@ -79,6 +80,9 @@ class Preparation:
         if not isinstance(request.prompt, Chat):
             lease = await self._lease(request, arrival)
         adapter = lease.adapter
+        classifier = check_adapter_fits(request, adapter, model.info)
+        if classifier is not None and classifier.of_tokens:
+            arrival.volume.add_token_scores(len(classifier.labels) * len(prompt))
         generation = Generation(arrival.request_id, request.adapter, adapter, arrival.arrived, validated, tenant.name)
         acts_from = adapter.acts_from(prompt)
         if acts_from == NEVER:

@@ -9,8 +9,6 @@ from contextlib import ExitStack
 
 from loraplex_protos import generation_pb2 as pb
 from loraplex_protos.errors import (
-    FieldViolation,
-    InvalidRequestError,
     OverloadedError,
     RequestCancelledError,
     RequestNotFoundError,
@@ -20,19 +18,20 @@ from loraplex_protos.errors import (
 from loraplex_router.access.audit import audited
 from loraplex_router.access.keys import Keys, Tenant
 from loraplex_router.adapters.suggestions import Suggestions
-from loraplex_router.engine.output import Embedding, Generation
+from loraplex_router.engine.output import Classification, Embedding, Generation, SequenceOutput
 from loraplex_router.replicas.administration import Administration
 from loraplex_router.replicas.replicas import Replicas
+from loraplex_router.service.abilities import check_generates
 from loraplex_router.service.adapters import Adapters
 from loraplex_router.service.preparation import Arrival, Preparation
 from loraplex_router.service.running import RunningRequests
 from loraplex_router.telemetry.telemetry import Telemetry
 from loraplex_router.text.model import Model
-from loraplex_router.text.tokenizer import Spans, Tokenizer
+from loraplex_router.text.tokenizer import Spans, Tokenizer, TokenSpan
 from loraplex_router.vocabulary.chat import Chat
 from loraplex_router.vocabulary.checks import check_adapter, check_embed_request, check_request
 from loraplex_router.vocabulary.references import AdapterReference
-from loraplex_router.vocabulary.request import EmbedRequest, Request
+from loraplex_router.vocabulary.request import ClassifyRequest, EmbedRequest, Prompt, Request
 from loraplex_router.vocabulary.sampling import Sampling
 from loraplex_router.vocabulary.sequence import FinishReason
 from loraplex_router.vocabulary.violations import Violations
@@ -125,9 +124,7 @@ class Service:
         arrived = time.monotonic()
         with self.telemetry.admission(request, arrived):
             tenant = self.keys.tenant(key)
-            if self.info.embeds_only:
-                lacks = "is an embedding model, saved without an lm head: it cannot generate, ask for embeddings"
-                raise InvalidRequestError(FieldViolation("model", lacks))
+            check_generates(self.info)
             check_request(request, self.info.vocab_size, self.info.adapter_sources)
             parts = request.parts()
             for part in parts:
@@ -141,6 +138,26 @@ class Service:
 
     async def embed(self, request: EmbedRequest, key: str | None = None) -> list[Embedding]:
         """One embedding per input. They count as one request for a key's limits."""
+        outputs = await self._pool(request, key)
+        return [Embedding(output.pooled, output.sequence.prompt_length) for output in outputs]
+
+    async def classify(self, request: ClassifyRequest, key: str | None = None) -> list[Classification]:
+        """What the adapter's classifier, or else the model's, makes of each input. Raises InvalidRequestError if there
+        is none. They count as one request for a key's limits."""
+        found = []
+        for output in await self._pool(request, key):
+            classifier = output.sequence.adapter.classifier or self._known_model.classifier
+            assert classifier is not None
+            found.append(Classification(classifier, output.pooled, output.sequence.tokens))
+        return found
+
+    async def places(self, prompt: Prompt, found: Classification) -> list[TokenSpan]:
+        """The input's tokens. If it is a text, each with its place in it; of others, nothing but their ids is known."""
+        if found.classifier.of_tokens and isinstance(prompt, str):
+            return list(await self.tokenizer.spans(prompt))[-len(found.tokens) :]
+        return [TokenSpan(token, "", 0, 0) for token in found.tokens]
+
+    async def _pool(self, request: EmbedRequest, key: str | None) -> list[SequenceOutput]:
         arrived = time.monotonic()
         with self.telemetry.admission(request, arrived):
             tenant = self.keys.tenant(key)
@@ -154,7 +171,7 @@ class Service:
                     started += await self._start([part], tenant, arrived, volume)
                 if len(started) % FEW_INPUTS == 0:
                     await asyncio.sleep(0)
-            return [await _read_embedding(generation) for generation in started]
+            return [await _read_pooled(generation) for generation in started]
         finally:
             for generation in started:
                 self.cancel(generation)
@@ -242,9 +259,9 @@ class Service:
             raise OverloadedError(f"the queue is full ({waiting.total()} sequences are waiting): try again later")
 
 
-async def _read_embedding(generation: Generation) -> Embedding:
+async def _read_pooled(generation: Generation) -> SequenceOutput:
     await generation.collect()
     (output,) = generation.outputs
     if output.finish_reason is FinishReason.CANCELLED:
         raise RequestCancelledError("the request was cancelled")
-    return Embedding(output.pooled, output.sequence.prompt_length)
+    return output

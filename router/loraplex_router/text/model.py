@@ -33,6 +33,10 @@ class Model:
         """The base model's names on OpenAI's routes: answers have the first, requests may use any."""
         return tuple(self.info.served_model_names) or (self.info.model_id,)
 
+    @property
+    def classifier(self) -> generation_pb2.Classifier | None:
+        return self.info.classifier if self.info.HasField("classifier") else None
+
     def check_fits(self, other: "Model") -> None:
         """Raises UnavailableError if a replica with the model `other` cannot serve this one."""
         for name in ("model_id", "architecture", "dtype", "vocab_size"):
@@ -74,6 +78,7 @@ def read_model(
             adapter_sources=info.adapter_sources,
             modeling_code=info.modeling_code,
             embeds_only=info.embeds_only,
+            classifier=info.classifier if info.HasField("classifier") else None,
         ),
         Tokenizer(files.tokenizer_json),
         sha256(files.SerializeToString(deterministic=True)).hexdigest(),

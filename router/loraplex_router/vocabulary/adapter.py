@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 
+from loraplex_protos.generation_pb2 import Classifier
 from loraplex_router.vocabulary.chat import AdapterTokenizer
 
 BASE_NAME = "base"  # shown for the base model, where adapters are shown
@@ -53,6 +54,7 @@ class StagedAdapter:
     tokenizer: AdapterTokenizer = field(default_factory=AdapterTokenizer)
     warnings: tuple[str, ...] = ()  # possible problems that do not prevent serving
     invocation: Invocation | None = None  # None: it is always active
+    classifier: Classifier | None = None  # its own, if it has one
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,7 @@ class Adapter:
     tokenizer: AdapterTokenizer = field(default_factory=AdapterTokenizer)
     warnings: tuple[str, ...] = ()  # possible problems that do not prevent serving
     invocation: Invocation | None = None  # None: it is always active
+    classifier: Classifier | None = None  # its own, if it has one
     slot: int | None = None  # held from the start of its load to its eviction
     ready: bool = False  # every rank has it in its slot
     waiting: int = 0  # sequences in its queue

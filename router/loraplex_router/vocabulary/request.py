@@ -50,7 +50,20 @@ class EmbedRequest:
     adapter: AdapterReference | MergedReference | None = None
     truncate: int | None = None  # as in a Request
 
+    @property
+    def detail(self) -> Detail:
+        return Detail(pool=True)
+
     def parts(self) -> list[Request]:
         """One request per input."""
-        pooled = Request("", adapter=self.adapter, truncate=self.truncate, detail=Detail(pool=True))
+        pooled = Request("", adapter=self.adapter, truncate=self.truncate, detail=self.detail)
         return [replace(pooled, prompt=prompt) for prompt in self.inputs]
+
+
+@dataclass(frozen=True, slots=True)
+class ClassifyRequest(EmbedRequest):
+    """A request for what a classifier makes of texts."""
+
+    @property
+    def detail(self) -> Detail:
+        return Detail(pool=True, classify=True)

@@ -17,7 +17,8 @@ class Detail:
     top_logprobs: int = 0
     prompt_logprobs: bool = False
     prompt_top_logprobs: int = 0
-    pool: bool = False  # the mean of the last hidden states, instead of tokens
+    pool: bool = False  # a vector of the last hidden states, instead of tokens
+    classify: bool = False  # with pool: what the classifier makes of them
 
 
 Alternatives: TypeAlias = tuple[tuple[int, float], ...]  # (token, logprob), best first

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
-from itertools import chain, islice, repeat
+from itertools import accumulate, chain, islice, pairwise, repeat
 
 from loraplex_protos import shard_pb2 as pb
 from loraplex_protos.generation_pb2 import Sampling
@@ -97,6 +97,6 @@ def read_prompt_alternatives(response: pb.StepResponse) -> list[list[Alternative
 
 def read_pooled(response: pb.StepResponse) -> dict[int, Sequence[float]]:
     """The vectors, by the index of their chunk."""
-    count = len(response.pooled_chunks)
-    size = len(response.pooled) // count if count else 0
-    return {place: response.pooled[i * size : (i + 1) * size] for i, place in enumerate(response.pooled_chunks)}
+    ends = list(accumulate(response.pooled_lengths, initial=0))
+    vectors = (response.pooled[start:end] for start, end in pairwise(ends))
+    return dict(zip(response.pooled_chunks, vectors, strict=True))

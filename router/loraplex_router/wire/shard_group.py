@@ -231,6 +231,7 @@ class ShardGroup:
             _read_tokenizer(first),
             tuple(first.warnings),
             _read_invocation(first),
+            first.classifier if first.HasField("classifier") else None,
         )
 
     async def merge(self, digest: str, digests: Sequence[str], merged: MergedReference) -> StagedAdapter:

@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 
 from loraplex_protos.errors import LoraplexError
 from loraplex_shard.ops.quantized import QuantizedMatrix
+from loraplex_shard.shapes.classifier import Classifier
 
 
 class CheckpointError(LoraplexError):
@@ -64,6 +65,10 @@ class Checkpoint(Protocol):
         """Whether the checkpoint was saved from the class without a head, as embedding models are."""
 
     @property
+    def classifies(self) -> bool:
+        """Whether it was saved from a class that has a classifier in place of the lm head."""
+
+    @property
     def names(self) -> frozenset[str]:
         """The names of all tensors."""
 
@@ -102,3 +107,6 @@ class Checkpoint(Protocol):
         ops/quantized.py."""
 
     def tokenizer(self) -> TokenizerFiles: ...
+
+    def classifier(self) -> Classifier | None:
+        """Of a model that classifies. Its tensors are not among `names`."""

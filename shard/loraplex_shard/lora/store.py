@@ -35,6 +35,7 @@ from loraplex_shard.lora.weights.deltas import Delta, HostAdapter, Invocation, p
 from loraplex_shard.lora.weights.transfer import Transfer
 from loraplex_shard.observation.metrics import ShardMetrics
 from loraplex_shard.shapes.adapter import AdapterWeights
+from loraplex_shard.shapes.classifier import Classes
 from loraplex_shard.shapes.layout import LinearLayout
 
 logger = logging.getLogger(__name__)
@@ -54,6 +55,7 @@ class StagedAdapter:
     text: AdapterText = field(default_factory=AdapterText, hash=False)
     warnings: tuple[str, ...] = ()  # possible problems that do not prevent serving
     invocation: Invocation | None = None  # None: it is always active
+    classes: Classes | None = None  # of its own classifier
 
 
 class AdapterStore:
@@ -188,6 +190,7 @@ class AdapterStore:
             adapter.text,
             adapter.warnings,
             adapter.invocation,
+            None if adapter.weights.classifier is None else adapter.weights.classifier.classes,
         )
 
     def _read(self, origin: Origin) -> None:

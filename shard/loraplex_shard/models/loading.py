@@ -45,6 +45,8 @@ def load_decoder(
             *(checkpoint.model_id, HEAD, embedding),
         )
         spec = replace(spec, tied=False)
+    if checkpoint.classifies:
+        spec = replace(spec, has_head=False, tied=False)
     if checkpoint.is_backbone and not spec.tied and HEAD not in tensors.names:
         spec = replace(spec, has_head=False)
     if spec.tied and embedding not in tensors.names:

@@ -42,7 +42,7 @@ from loraplex_shard.ops.choose import choose_operations, load_kernels
 from loraplex_shard.sampling.grammars import GrammarCompiler
 from loraplex_shard.sampling.vocabulary import compare, keep_known
 from loraplex_shard.serving import machine
-from loraplex_shard.serving.service import ShardService
+from loraplex_shard.serving.service import ShardService, describe
 from loraplex_shard.serving.steps import StepThread
 from loraplex_shard.settings import ModelSettings, SettingsError, ShardSettings
 from loraplex_shard.stepping.runner import Runner
@@ -162,7 +162,7 @@ def _load(
     troubles: Troubles,
     telemetry: Telemetry,
 ) -> ShardService:
-    pooling = checkpoint.pooling
+    pooling, classifier = checkpoint.pooling, checkpoint.classifier()
     dtype = machine.pick_dtype(settings.dtype, checkpoint.config, device)
     max_model_len = machine.longest_context(settings, checkpoint.config)
     ops = choose_operations(device, dtype, kernels)
@@ -192,6 +192,9 @@ def _load(
         model.embedding_name,
         model.head_name,
         model.served,
+        checkpoint.config.get_text_config(decoder=True).hidden_size,
+        checkpoint.config.get_text_config(decoder=True).pad_token_id,
+        None if classifier is None else classifier.classes,
     )
     doubts = partial(find_doubts, base=base, modules=modules_of(model.layouts))
     listing = LocalListing(settings.adapters, doubts, partial(read_invocation, base=base))
@@ -220,10 +223,13 @@ def _load(
         adapter_sources=[source.name for source in sources],
         modeling_code=model.modeling_code,
         embeds_only=not model.generates,
+        classifier=describe(base.classes),
     )
     telemetry.metrics.describe(info)
     most = settings.max_sequences
-    runner = Runner(model, cache, adapters, group, most, max_model_len, device, grammars, pooling)
+    if classifier is not None:
+        classifier = classifier.map(lambda tensor: tensor.to(device))
+    runner = Runner(model, cache, adapters, group, most, max_model_len, device, grammars, pooling, classifier)
 
     def on_failed_step(error: Exception) -> None:
         if ends_process(error, group.size, device):

@@ -15,6 +15,7 @@ import grpc
 
 from loraplex_protos import shard_pb2 as pb
 from loraplex_protos.errors import LoraplexError, to_status
+from loraplex_protos.generation_pb2 import Classifier as ClassifierMessage
 from loraplex_protos.shard_pb2_grpc import ShardServiceServicer
 from loraplex_shard.lora.listing import LocalListing
 from loraplex_shard.lora.merge import Recipe
@@ -23,8 +24,19 @@ from loraplex_shard.lora.weights.deltas import Invocation
 from loraplex_shard.observation.telemetry import Telemetry
 from loraplex_shard.sampling.grammars import GrammarCompiler
 from loraplex_shard.serving.steps import StepThread
+from loraplex_shard.shapes.classifier import Classes
 
 logger = logging.getLogger(__name__)
+
+
+def describe(classes: Classes | None) -> ClassifierMessage | None:
+    if classes is None:
+        return None
+    return ClassifierMessage(
+        of_tokens=classes.of_tokens,
+        labels=classes.labels,
+        activation=ClassifierMessage.Activation.ValueType(classes.activation.value),
+    )
 
 
 class ShardService(ShardServiceServicer):
@@ -89,6 +101,7 @@ class ShardService(ShardServiceServicer):
                 chat_template_error=staged.text.error,
                 warnings=staged.warnings,
                 invocation=_write_invocation(staged.invocation),
+                classifier=describe(staged.classes),
             )
 
     def MergeAdapters(

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from loraplex_shard.shapes.classifier import Classifier
+
 MAX_PARTS = 3  # projections that are fused into one layer
 PART_WIDTH = 6  # numbers of one of them in an adapter's table
 TABLE_WIDTH = 4 + PART_WIDTH * MAX_PARTS  # numbers of one layer in an adapter's table
@@ -64,6 +66,7 @@ class AdapterWeights:
     layers: Mapping[str, LayerWeights]  # by LinearLayout.name
     layer_count: int  # linear layers of the model on this rank
     memory: torch.Tensor  # [bytes] uint8: all tensors are views of it
+    classifier: Classifier | None = None  # replaces the model's
     table: torch.Tensor = field(init=False)  # [layer_count, TABLE_WIDTH] int64: read by kernels, see below
     widest: int = field(init=False)  # the largest sum of lora_ranks in one layer
     int8: bool = field(init=False)  # whether A and B are int8
@@ -74,7 +77,9 @@ class AdapterWeights:
         object.__setattr__(self, "table", _table(self.layers, self.layer_count).to(self.memory.device))
         object.__setattr__(self, "int8", any(layer.scales is not None for layer in layers))
         object.__setattr__(self, "widest", max((len(layer.shrink) for layer in layers), default=0))
-        object.__setattr__(self, "size_bytes", sum(tensor.nbytes for layer in layers for tensor in layer.tensors))
+        own = () if self.classifier is None else self.classifier.tensors
+        size = sum(tensor.nbytes for layer in layers for tensor in layer.tensors) + sum(each.nbytes for each in own)
+        object.__setattr__(self, "size_bytes", size)
 
     def at(self, memory: torch.Tensor) -> "AdapterWeights":
         """Returns the same adapter in a copy of its memory, which may be on another device."""
@@ -83,7 +88,9 @@ class AdapterWeights:
             start = tensor.data_ptr() - self.memory.data_ptr()
             return memory[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
 
-        return AdapterWeights({name: layer.map(view) for name, layer in self.layers.items()}, self.layer_count, memory)
+        layers = {name: layer.map(view) for name, layer in self.layers.items()}
+        classifier = None if self.classifier is None else self.classifier.map(view)
+        return AdapterWeights(layers, self.layer_count, memory, classifier)
 
 
 def _table(layers: Mapping[str, LayerWeights], layer_count: int) -> torch.Tensor:

@@ -22,8 +22,9 @@ from loraplex_shard.models import Model
 from loraplex_shard.sampling import sampler
 from loraplex_shard.sampling.constraints import Constraints, Masks
 from loraplex_shard.shapes.batch import Segment
+from loraplex_shard.shapes.classifier import Classifier
 from loraplex_shard.stepping.failures import Failures
-from loraplex_shard.stepping.pooling import Pooling
+from loraplex_shard.stepping.pooling import PooledChunk, Pooling
 from loraplex_shard.stepping.results import Tokens, add_prompt, add_tokens, describe
 from loraplex_shard.stepping.rows import Chunks, Ints, Rows, spans
 
@@ -41,6 +42,7 @@ class Parts:
     rows: Rows
     constraints: Constraints
     pooling: Pooling
+    classifier: Classifier | None  # the model's
     group: Group
 
 
@@ -59,7 +61,7 @@ class StepInProgress:
     ) -> None:
         self._response = response
         self._model, self._rows, self._group = parts.model, parts.rows, parts.group
-        self._constraints, self._pooling = parts.constraints, parts.pooling
+        self._constraints, self._pooling, self._classifier = parts.constraints, parts.pooling, parts.classifier
         self._chunks = chunks
         self._segments = segments
         self._masks = masks
@@ -190,15 +192,30 @@ class StepInProgress:
         return [Tokens(np.repeat(places, now.sum(1)), fast_forward[now])] if now.any() else []
 
     def _report_pooled(self) -> None:
-        """Adds the vectors of the sequences that are pooled and whose last token was computed."""
+        """Adds the vectors of pooled sequences whose last token was computed, and what classifiers make of tokens."""
+        for place in np.flatnonzero(self._rows.detail["pool"][self._chunks.rows]).tolist():
+            vector = self._pooling.add(self._pooled_chunk(place))
+            if vector is None:
+                continue
+            if vector.isfinite().all():
+                self._response.pooled_chunks.append(place)
+                self._response.pooled_lengths.append(len(vector))
+                self._response.pooled.extend(vector.tolist())
+            else:
+                self._failures.add(np.array([place]), FAILURE_REASON_NOT_FINITE)
+
+    def _pooled_chunk(self, place: int) -> PooledChunk:
         chunks = self._chunks
-        for place in np.flatnonzero(self._rows.detail["pool"][chunks.rows]).tolist():
-            row, begin, end = (int(column[place]) for column in (chunks.rows, chunks.begins, chunks.ends))
-            self._pooling.add(row, begin, self._hidden[chunks.starts[place] : chunks.starts[place + 1]])
-            if end == self._rows.prompt_lengths[row]:
-                vector = self._pooling.finish(row, end)
-                if vector.isfinite().all():
-                    self._response.pooled_chunks.append(place)
-                    self._response.pooled.extend(vector.tolist())
-                else:
-                    self._failures.add(np.array([place]), FAILURE_REASON_NOT_FINITE)
+        row, begin, end, start = (int(c[place]) for c in (chunks.rows, chunks.begins, chunks.ends, chunks.starts))
+        tokens = self._rows.tokens_at(np.full(end - begin, row), np.arange(begin, end))
+        last = end == self._rows.prompt_lengths[row]
+        classifier = self._classifier_of(start) if self._rows.detail["classify"][row] else None
+        return PooledChunk(row, begin, self._hidden[start : start + end - begin], tokens, bool(last), classifier)
+
+    def _classifier_of(self, token: int) -> Classifier:
+        """Of the adapter of this token of the batch, or the model's."""
+        adapters = (segment.adapter for segment in self._segments if segment.start <= token < segment.stop)
+        own = next((adapter.classifier for adapter in adapters), None)
+        classifier = own or self._classifier
+        assert classifier is not None, "nothing classifies"
+        return classifier

@@ -27,6 +27,7 @@ DETAIL = np.dtype(
         ("prompt_logprobs", np.bool_),
         ("prompt_top_logprobs", np.int64),
         ("pool", np.bool_),
+        ("classify", np.bool_),
     ]
 )
 

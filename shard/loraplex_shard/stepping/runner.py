@@ -17,6 +17,7 @@ from loraplex_shard.sampling.constraints import Constraints, Masks
 from loraplex_shard.sampling.grammars import GrammarCompiler
 from loraplex_shard.shapes.batch import Segment
 from loraplex_shard.shapes.cache import KVCache
+from loraplex_shard.shapes.classifier import Classifier
 from loraplex_shard.stepping.pooling import Pooling
 from loraplex_shard.stepping.progress import Parts, StepInProgress
 from loraplex_shard.stepping.rows import Chunks, Rows
@@ -36,10 +37,12 @@ class Runner:
         device: torch.device,
         grammars: GrammarCompiler,
         pooling: PoolingSpec | None = None,
+        classifier: Classifier | None = None,
     ) -> None:
+        """`classifier`: the model's."""
         rows = Rows(max_sequences, max_model_len, model.vocab_size, cache.block_size, cache.num_blocks, device)
         constraints = Constraints(grammars, model.vocab_size)
-        self._parts = Parts(model, rows, constraints, Pooling(pooling or PoolingSpec()), group)
+        self._parts = Parts(model, rows, constraints, Pooling(pooling or PoolingSpec()), classifier, group)
         self._cache = cache
         self._adapters = adapters
         self._max_sequences = max_sequences

@@ -1,9 +1,11 @@
 """Fields that clients can make long. Nothing is looked at behind the first thing that is wrong with one of them."""
 
-from typing import Annotated, Any, TypeAlias, TypeVar
+from typing import Annotated, Any, TypeAlias, TypeVar, cast
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
+from loraplex_router.vocabulary.chat import RenderedChat
+from loraplex_router.vocabulary.request import Prompt
 from loraplex_router.vocabulary.sampling import MAX_BIASED
 
 MAX_MESSAGES = 4096  # of a conversation: OpenAI takes 2048
@@ -12,6 +14,7 @@ MAX_TOOLS = 1024  # OpenAI takes 128
 T = TypeVar("T")
 
 TokenId = Annotated[int, Field(ge=0, lt=2**32)]
+CountOrAll = Annotated[int, Field(ge=-1, lt=2**32)]
 Name = Annotated[str, BeforeValidator(lambda given: "" if given is None else given)]
 Items: TypeAlias = Annotated[list[T], Field(fail_fast=True)]
 
@@ -40,6 +43,16 @@ Prompts = Annotated[
         custom_error_message="must be a text, a list of texts, a list of token ids, or a list of such lists",
     ),
 ]
+
+
+def read_prompts(given: str | list[str] | list[int] | list[list[int]], add_special_tokens: bool = True) -> list[Prompt]:
+    """One text, several, the token ids of one, or those of several."""
+    kind = str if add_special_tokens else RenderedChat
+    if isinstance(given, str):
+        return [kind(given)]
+    if given and isinstance(given[0], int):
+        return [tuple(given)]
+    return [kind(part) if isinstance(part, str) else tuple(part) for part in cast(list[str] | list[list[int]], given)]
 
 
 def _few(given: Any) -> Any:

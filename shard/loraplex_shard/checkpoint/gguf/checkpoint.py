@@ -36,7 +36,7 @@ _FLOATS = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationT
 class GgufCheckpoint:
     """Raises CheckpointError for a file that is not GGUF, is cut short, or holds a model of an unknown kind."""
 
-    is_backbone = False
+    is_backbone = classifies = False
     prequantized = False  # the operations do not support all blocks, so the default is to dequantize
 
     def __init__(self, path: Path, model_id: str) -> None:
@@ -117,6 +117,9 @@ class GgufCheckpoint:
     def tokenizer(self) -> TokenizerFiles:
         with errors_of(self.model_id):
             return read_tokenizer(self._file.metadata)
+
+    def classifier(self) -> None:
+        return None
 
     def _tensor(self, name: str) -> GgufTensor:
         return self._file.tensors[self._origins[name].tensor]

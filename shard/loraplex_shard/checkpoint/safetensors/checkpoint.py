@@ -9,6 +9,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
 from loraplex_shard.checkpoint.base import CheckpointError, PoolingSpec, TokenizerFiles, errors_of
+from loraplex_shard.checkpoint.classifier import classifies, read_classifier, tensors_of_classifier
 from loraplex_shard.checkpoint.end_tokens import end_token_ids
 from loraplex_shard.checkpoint.pooling import read_pooling
 from loraplex_shard.checkpoint.quantized.config import read_layouts
@@ -18,6 +19,7 @@ from loraplex_shard.checkpoint.sampling_defaults import sampling_defaults
 from loraplex_shard.checkpoint.tokenizer_files import read_tokenizer
 from loraplex_shard.checkpoint.values import checked
 from loraplex_shard.ops.quantized import QuantizedMatrix
+from loraplex_shard.shapes.classifier import Classifier
 
 QUANTIZATION_CONFIGS = "quantization_config", "compression_config"  # the second in old compressed-tensors
 GENERATION_CONFIG = "generation_config.json"
@@ -40,12 +42,15 @@ class SafetensorsCheckpoint:
         self.architecture: str = _architecture(self.config)
         backbone = MODEL_MAPPING_NAMES.get(self.config.model_type)
         self.is_backbone = backbone in (self.config.architectures or ())
+        self.classifies = classifies(self.config)
         self._files = SafetensorsFiles(directory, model_id)
         self._matrices = self._find_matrices()
         stored = frozenset(name for matrix in self._matrices.values() for name in matrix.tensors)
         if self._matrices:
             stored |= {name for name in self._files.names if name.endswith(OF_ACTIVATIONS)}
-        self.names = (self._files.names - stored) | self._matrices.keys()
+        names = (self._files.names - stored) | self._matrices.keys()
+        self._classifier = tensors_of_classifier(names) if self.classifies else frozenset()
+        self.names = names - self._classifier
 
     @property
     def prequantized(self) -> bool:
@@ -103,6 +108,10 @@ class SafetensorsCheckpoint:
             special_tokens=tokenizer.special_tokens_map,
         )
 
+    def classifier(self) -> Classifier | None:
+        with errors_of(self.model_id):
+            return read_classifier(self, self._classifier, self.config) if self.classifies else None
+
     def _processor_template(self) -> str:
         """The chat template of a model that reads more than text, if its tokenizer does not have one."""
         file = self._directory / "chat_template.json"
@@ -152,11 +161,12 @@ class SafetensorsCheckpoint:
 
 def _architecture(config: PreTrainedConfig) -> str:
     """The class that generates. config.json may name no class, the class without a head, if it is an embedding model,
-    or another spelling, as the first conversions did (LLaMAForCausalLM, Ernie4_5_ForCausalLM)."""
+    a class that classifies, or another spelling, as the first conversions did (LLaMAForCausalLM,
+    Ernie4_5_ForCausalLM)."""
     named: str = (config.architectures or [""])[0]
     generates = str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, named or "(none)"))
     is_meant = named in ("", MODEL_MAPPING_NAMES.get(config.model_type)) or _plain(named) == _plain(generates)
-    return generates if is_meant else named
+    return generates if is_meant or classifies(config) else named
 
 
 def _plain(name: str) -> str:

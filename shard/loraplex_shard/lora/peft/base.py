@@ -6,6 +6,8 @@ from typing import Protocol
 import torch
 from tokenizers import Tokenizer
 
+from loraplex_shard.shapes.classifier import Classes
+
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"  # the names in most models
 ROWS_AT_A_TIME = 4096
 # A fraction of a matrix's length that is larger than the error of rounding to 2 bits. A trained copy of the matrix may
@@ -52,6 +54,9 @@ class BaseModel:
     embedding: str = EMBEDDING  # the module's name in PEFT
     head: str = HEAD
     served: ServedMatrices | None = None  # None: adapters can neither depend on the base's matrices nor replace them
+    hidden_size: int = 0
+    pad_token_id: int | None = None
+    classes: Classes | None = None  # of its classifier
 
     @property
     def backbone(self) -> str:

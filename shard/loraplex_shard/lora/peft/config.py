@@ -12,6 +12,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from loraplex_protos.errors import AdapterInvalidError
+from loraplex_shard.lora.sources.model_config import read_labels
 
 MAX_LORA_RANK = 512
 TO_MODEL = "merge_and_unload() in PEFT makes a model of base and adapter, which can be served as a base"
@@ -33,6 +34,7 @@ NEUTRAL_FIELDS = frozenset(
         "velora_config",
     }
 )
+LABEL_FIELDS = frozenset({"id2label", "label2id", "num_labels"})
 UNSUPPORTED_FIELDS = frozenset(
     {
         "arrow_config",
@@ -91,7 +93,7 @@ class AdapterConfig(BaseModel):
 
     peft_type: str
     peft_version: str | None = None
-    # The second is for embedding models. The others are mistakes that change nothing, unless the file has a head.
+    # Values for other tasks than generation, embedding and classification are mistakes that change nothing.
     task_type: (
         Literal["CAUSAL_LM", "FEATURE_EXTRACTION", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"] | None
     ) = None
@@ -131,9 +133,14 @@ class AdapterConfig(BaseModel):
         return self.alora_invocation_tokens is not None or self.invocation_string is not None
 
     @property
+    def labels(self) -> tuple[str, ...]:
+        """Of its classifier, if somebody has written them down here; PEFT does not."""
+        return read_labels(self.model_extra or {})
+
+    @property
     def unknown_fields(self) -> list[str]:
         """Fields with a value that PEFT, in the version that this shard knows, does not have."""
-        known = self.NEUTRAL | UNSUPPORTED_FIELDS
+        known = self.NEUTRAL | LABEL_FIELDS | UNSUPPORTED_FIELDS
         return sorted(name for name, value in (self.model_extra or {}).items() if value and name not in known)
 
     def scale(self, lora_rank: int, alpha: float) -> float:

@@ -8,6 +8,7 @@ from loraplex_shard.lora.peft.base import BaseModel
 from loraplex_shard.lora.peft.config import AdapterConfig
 from loraplex_shard.lora.peft.targets import unmatched_targets
 
+CLASSIFYING = ("SEQ_CLS", "TOKEN_CLS")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHOWN = 10
 
@@ -32,10 +33,11 @@ def _about_the_base(config: AdapterConfig, base: BaseModel) -> list[str]:
     elif name and _COMMIT.fullmatch(revision) and _COMMIT.fullmatch(base.revision) and revision != base.revision:
         found.append(f"it was made for revision {revision} of the base model, but this is {base.revision}")
     made_for = config.auto_mapping.base_model_class if config.auto_mapping else None
-    backbone = base.architecture.replace("ForCausalLM", "Model")  # the same without its head
-    if made_for is not None and made_for not in (base.architecture, backbone):
+    others = ("Model", "ForSequenceClassification", "ForTokenClassification")  # the same without its head, or another
+    alike = {base.architecture, *(base.architecture.replace("ForCausalLM", other) for other in others)}
+    if made_for is not None and made_for not in alike:
         found.append(f"it was made for a {made_for[:100]} (auto_mapping), but this is a {base.architecture}")
-    if config.task_type not in ("CAUSAL_LM", "FEATURE_EXTRACTION", None):
+    if config.task_type not in ("CAUSAL_LM", "FEATURE_EXTRACTION", *CLASSIFYING, None):
         found.append(f"task_type is {config.task_type!r}, but this model is a causal decoder: ignored")
     return found
 

@@ -12,6 +12,7 @@ import torch
 
 from loraplex_protos.errors import AdapterInvalidError, FieldViolation, InvalidRequestError
 from loraplex_shard.lora.peft.base import BaseModel
+from loraplex_shard.lora.peft.classifiers import is_of_classifier, read_classifier
 from loraplex_shard.lora.peft.config import AdapterConfig
 from loraplex_shard.lora.peft.doubts import find_doubts
 from loraplex_shard.lora.peft.experts import Parameter, absent, by_expert, find_parameters
@@ -33,6 +34,7 @@ from loraplex_shard.lora.peft.tensor_names import PREFIX, as_saved_by_peft, form
 from loraplex_shard.lora.peft.tensors import read_tensors
 from loraplex_shard.lora.sources.files import TENSORS, AdapterFiles
 from loraplex_shard.lora.weights.deltas import Delta, HostAdapter, name_of_a, name_of_b, partition_adapter
+from loraplex_shard.shapes.classifier import Classifier
 from loraplex_shard.shapes.layout import LinearLayout, LinearPart
 
 _SHOWN_NAMES = 3
@@ -43,7 +45,7 @@ _BASE_TENSOR = re.compile(
     + r"(?P<module>(?:(?!\.lora_).)+?)(?P<wrapper>\.base_layer|\.original_module|\.modules_to_save(?:\.[^.]+)?)?"
     r"\.(?P<kind>weight|bias)"
 )
-_CLASSIFIER = re.compile(r"\.(score|classifier|qa_outputs)\.")  # transformers' names for other models' heads
+_CLASSIFIER = re.compile(r"\.(score|classifier|qa_outputs)\.")  # transformers' names for other heads
 
 
 def read_adapter(
@@ -55,9 +57,12 @@ def read_adapter(
     """
     config = parse_config(files.config)
     invocation = read_invocation(config, base)
-    adapter = partition_adapter(_read_deltas(config, files, layouts, base), layouts, dtype)
+    deltas, classifier, doubts = _read(config, files, layouts, base)
+    if classifier is not None and invocation is not None:
+        raise AdapterInvalidError(f"{TENSORS}: an activated adapter (aLoRA) with a classifier is not served")
+    adapter = partition_adapter(deltas, layouts, dtype, classifier)
     ends, wrong = end_tokens(files.text, base)
-    warnings = (*find_doubts(config, base, modules_of(layouts)), *foreign_tokens(files.text, base), *wrong)
+    warnings = (*find_doubts(config, base, modules_of(layouts)), *doubts, *foreign_tokens(files.text, base), *wrong)
     if any(is_of_another_part(name, base.backbone) for name in as_saved_by_peft(read_tensors(files.tensors))):
         warnings = (*warnings, "what it adds to the part that reads pictures is not used: text alone is served")
     if files.text.error:
@@ -76,12 +81,17 @@ def read_deltas(files: AdapterFiles, layouts: Sequence[LinearLayout], base: Base
         kind = "BD-LoRA" if config.use_bdlora else "QALoRA" if config.use_qalora else config.peft_type
         reason = f"only adapters of plain LoRA and (IA)3 can be merged, and one of these is of {kind}"
         raise InvalidRequestError(FieldViolation("merged_adapters.adapters", reason))
-    return _read_deltas(config, files, layouts, base)
+    deltas, classifier, _ = _read(config, files, layouts, base)
+    if classifier is not None:
+        reason = "adapters with a classifier cannot be merged: PEFT refuses modules_to_save, too"
+        raise InvalidRequestError(FieldViolation("merged_adapters.adapters", reason))
+    return deltas
 
 
-def _read_deltas(
+def _read(
     config: AdapterConfig, files: AdapterFiles, layouts: Sequence[LinearLayout], base: BaseModel
-) -> dict[str, Delta]:
+) -> tuple[dict[str, Delta], Classifier | None, tuple[str, ...]]:
+    """The deltas, the classifier and what may be wrong with it."""
     parts = {part.module: (layout, part) for layout in layouts for part in layout.parts}
     parameters = find_parameters(layouts)
     named = _named(config, parameters)
@@ -91,6 +101,8 @@ def _read_deltas(
     if config.model_extra and config.model_extra.get("monteclora_config"):  # its samplers have a say in training alone
         found = {name: own for name, own in found.items() if ".lora_monteclora_sampler." not in name}
     as_stored = {name: stored[own] for name, own in found.items() if not is_of_another_part(name, base.backbone)}
+    classifier, doubts = read_classifier(config, as_stored, files.model_config, base)
+    as_stored = {name: tensor for name, tensor in as_stored.items() if not is_of_classifier(name)}
     tensors = by_expert(as_stored, parameters, named.values())
     untouched = absent([each for each in parameters if each not in named.values()], tensors)
     targets = {module: target for module, target in targets.items() if module not in untouched} or targets
@@ -110,7 +122,7 @@ def _read_deltas(
         if module in targets:
             delta = Delta(tensors[name_of_a(module)], tensors[name_of_b(module)], targets[module].scale)
         deltas[module] = with_outputs(module, delta, tensors, replaced.get(module, Replaced()), base)
-    return deltas
+    return deltas, classifier, doubts
 
 
 def _named(config: AdapterConfig, parameters: Sequence[Parameter]) -> dict[str, Parameter]:
@@ -179,7 +191,10 @@ def _check_names(
     known = tuple(f"{PREFIX}{module}." for module in parts)
     foreign = {name for name in extra - own.keys() if not name.startswith(known)}
     if heads := {name for name in foreign | trained if _CLASSIFIER.search(name)}:
-        raise AdapterInvalidError(f"{TENSORS}: {_list(heads)}: heads that classify are not served")
+        raise AdapterInvalidError(
+            f"{TENSORS}: {_list(heads)}: a classifier is served that was trained whole (modules_to_save: score or "
+            "classifier), no LoRA on one and no head that answers questions"
+        )
     if foreign:
         raise AdapterInvalidError(
             f"{TENSORS}: no linear layer of this model fits {_list(foreign)}: the adapter was made for another base,"

@@ -64,9 +64,10 @@ def is_named(parameter: str, config: AdapterConfig) -> bool:
 
 
 def unmatched_targets(config: AdapterConfig, modules: Sequence[str]) -> list[str]:
-    """The target_modules that match no linear layer of the model. PEFT accepts them, too."""
+    """The target_modules that match neither a linear layer of the model nor a module that is trained whole. PEFT
+    accepts them, too."""
     listed = config.target_modules if isinstance(config.target_modules, list) else []
-    return sorted(set(listed) - _endings(tuple(modules)))
+    return sorted(set(listed) - _endings(tuple(modules)) - set(config.modules_to_save or ()))
 
 
 @lru_cache(maxsize=4)

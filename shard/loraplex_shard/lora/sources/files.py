@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from loraplex_protos.errors import AdapterInvalidError
+from loraplex_shard.lora.sources.model_config import MAX_MODEL_CONFIG, MODEL_CONFIG, ModelConfig, read_model_config
 from loraplex_shard.lora.sources.text_files import MAX_TEMPLATE, TEXT_SIZE_LIMITS, AdapterText, read_text, text_files
 
 CONFIG = "adapter_config.json"
@@ -17,9 +18,9 @@ PICKLE = "adapter_model.bin"
 MLX_TENSORS = "adapters.safetensors"
 
 # The largest size of each file that is read or fetched, in bytes.
-SIZE_LIMITS = {CONFIG: 2**20, TENSORS: 4 * 2**30, **TEXT_SIZE_LIMITS}
+SIZE_LIMITS = {CONFIG: 2**20, TENSORS: 4 * 2**30, MODEL_CONFIG: MAX_MODEL_CONFIG, **TEXT_SIZE_LIMITS}
 # The files that can be asked for by name.
-KNOWN = (CONFIG, TENSORS, PICKLE, MLX_TENSORS, *TEXT_SIZE_LIMITS)
+KNOWN = (CONFIG, TENSORS, PICKLE, MLX_TENSORS, MODEL_CONFIG, *TEXT_SIZE_LIMITS)
 
 _CHUNK = 2**24
 
@@ -31,13 +32,15 @@ class AdapterFiles:
     config: bytes
     tensors: memoryview  # mutable, so that the adapter's tensors can be views of it
     text: AdapterText = field(default_factory=AdapterText)
+    model_config: ModelConfig = field(default_factory=ModelConfig)
 
     def digest(self) -> str:
-        """The sha256, in hex, of the config, the tensors and the text content if there is any, each preceded by its
-        length (8 bytes, little endian)."""
+        """The sha256, in hex, of the config, the tensors, the text content and what a model's config says, if there are
+        any, each preceded by its length (8 bytes, little endian)."""
         digest = hashlib.sha256()
-        text = self.text.content
-        for data in (self.config, self.tensors, text) if text else (self.config, self.tensors):
+        parts: list[bytes | memoryview] = [self.config, self.tensors]
+        parts += [content for content in (self.text.content, self.model_config.content) if content]
+        for data in parts:
             digest.update(len(data).to_bytes(8, "little"))
             digest.update(data)
         return digest.hexdigest()
@@ -49,7 +52,7 @@ def choose(sizes: Mapping[str, int]) -> tuple[str, ...]:
     Raises AdapterInvalidError if the files are not an adapter, or if one is too large.
     """
     check_names(frozenset(sizes))
-    names = (CONFIG, TENSORS, *text_files(sizes))
+    names = (CONFIG, TENSORS, *({MODEL_CONFIG} & sizes.keys()), *text_files(sizes))
     for name in names:
         check_size(name, sizes[name])
     return names
@@ -62,8 +65,9 @@ def is_telling(name: str) -> bool:
 
 def assemble(contents: Mapping[str, memoryview]) -> AdapterFiles:
     """Makes an adapter's files from their contents, given by name."""
-    text = {name: bytes(data) for name, data in contents.items() if name not in (CONFIG, TENSORS)}
-    return AdapterFiles(bytes(contents[CONFIG]), contents[TENSORS], read_text(text))
+    text = {name: bytes(data) for name, data in contents.items() if name not in (CONFIG, TENSORS, MODEL_CONFIG)}
+    said = read_model_config(bytes(contents.get(MODEL_CONFIG, b"{}")))
+    return AdapterFiles(bytes(contents[CONFIG]), contents[TENSORS], read_text(text), said)
 
 
 def check_size(name: str, size: int) -> None:

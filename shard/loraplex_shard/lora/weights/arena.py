@@ -7,13 +7,18 @@ import torch
 
 from loraplex_shard.device.memory import reserve
 from loraplex_shard.shapes.adapter import AdapterWeights, LayerWeights
+from loraplex_shard.shapes.classifier import Classifier
 
 ALIGNMENT = 64  # bytes of a processor's cache line
 
 
-def in_one_piece(layers: Mapping[str, LayerWeights], layer_count: int) -> AdapterWeights:
-    """Copies these layers, which are on the CPU, into memory of their own."""
-    memory = reserve(sum(_aligned(tensor.nbytes) for layer in layers.values() for tensor in layer.tensors))
+def in_one_piece(
+    layers: Mapping[str, LayerWeights], layer_count: int, classifier: Classifier | None = None
+) -> AdapterWeights:
+    """Copies these layers and the classifier, which are on the CPU, into memory of their own."""
+    tensors = [tensor for layer in layers.values() for tensor in layer.tensors]
+    tensors += [] if classifier is None else classifier.tensors
+    memory = reserve(sum(_aligned(tensor.nbytes) for tensor in tensors))
     end = 0
 
     def copy(tensor: torch.Tensor) -> torch.Tensor:
@@ -21,7 +26,8 @@ def in_one_piece(layers: Mapping[str, LayerWeights], layer_count: int) -> Adapte
         start, end = end, end + _aligned(tensor.nbytes)
         return memory[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
-    return AdapterWeights({name: layer.map(copy) for name, layer in layers.items()}, layer_count, memory)
+    held = {name: layer.map(copy) for name, layer in layers.items()}
+    return AdapterWeights(held, layer_count, memory, None if classifier is None else classifier.map(copy))
 
 
 def _aligned(size: int) -> int:

@@ -12,6 +12,7 @@ from loraplex_protos.errors import AdapterInvalidError
 from loraplex_shard.lora.sources.text_files import AdapterText
 from loraplex_shard.lora.weights.arena import in_one_piece
 from loraplex_shard.shapes.adapter import AdapterWeights, Expansion, LayerWeights
+from loraplex_shard.shapes.classifier import Classifier
 from loraplex_shard.shapes.layout import LinearLayout, LinearPart, count_indices
 
 
@@ -71,9 +72,14 @@ def name_of_b(module: str) -> str:
     return f"base_model.model.{module}.lora_B.weight"
 
 
-def partition_adapter(deltas: Mapping[str, Delta], layouts: Sequence[LinearLayout], dtype: torch.dtype) -> HostAdapter:
-    """Cuts the deltas, given by module, to the layouts, converts them to the dtype, and copies them to memory of their
-    own.
+def partition_adapter(
+    deltas: Mapping[str, Delta],
+    layouts: Sequence[LinearLayout],
+    dtype: torch.dtype,
+    classifier: Classifier | None = None,
+) -> HostAdapter:
+    """Cuts the deltas, given by module, to the layouts, converts them to the dtype, and copies them, with the
+    classifier, to memory of their own.
 
     With torch.int8, A and B are rounded, with one scale for each rank. Raises AdapterInvalidError, naming the tensor,
     for values that are not finite, or too large for the dtype.
@@ -85,7 +91,8 @@ def partition_adapter(deltas: Mapping[str, Delta], layouts: Sequence[LinearLayou
     # A table has the thousands of rows of experts' layers only if the adapter touches experts.
     of_experts = any(layout.of_expert for layout in touched)
     held = [layout for layout in layouts if of_experts or not layout.of_expert]
-    return HostAdapter(in_one_piece(layers, count_indices(held)), max(delta.lora_rank for delta in deltas.values()))
+    weights = in_one_piece(layers, count_indices(held), classifier)
+    return HostAdapter(weights, max(delta.lora_rank for delta in deltas.values()))
 
 
 def _cut(layout: LinearLayout, deltas: Mapping[str, Delta], dtype: torch.dtype) -> LayerWeights:

@@ -35,6 +35,8 @@ def load_transformers(
     """Does what choosing.load_model says."""
     survey = examine(checkpoint, max_model_len, group.rank, group.size)
     model = build(checkpoint.config, form.dtype, max_model_len)
+    if checkpoint.classifies:
+        survey = survey.without_head()
     for name in survey.idle:
         model.set_submodule(name, nn.Module())
     tensors, tensor_dtypes = ModelTensors(checkpoint, model, survey.idle), dtypes(model, form.dtype)

@@ -57,7 +57,7 @@ class TransformersModel:
         self.dtype = form.dtype
         self.tensors = tensors
         self.vocab_size = survey.vocab_size
-        self.embedding_name, self.head_name, self.generates = survey.embedding, survey.head, True
+        self.embedding_name, self.head_name, self.generates = survey.embedding, survey.head, survey.generates
         linear = [module for module in model.modules() if isinstance(module, LinearInPlace) and module.adaptable]
         self.layouts: tuple[LinearLayout, ...] = tuple(module.layout for module in linear)
         self._given: torch.Tensor | None = None

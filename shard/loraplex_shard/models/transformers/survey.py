@@ -4,7 +4,7 @@ What our cache or our attention cannot do is refused.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -35,6 +35,13 @@ class Survey:
     backbone: str  # the module that returns the last hidden states
     output: type[ModelOutput]  # the type of the backbone's output
     vocab_size: int
+    generates: bool = True  # else its head is not there
+
+    def without_head(self) -> "Survey":
+        """Of a model that makes hidden states alone."""
+        linear = {name: fed for name, fed in self.linear.items() if name != self.head}
+        idle = (*self.idle, self.head) if self.head else self.idle
+        return replace(self, linear=linear, head="", idle=idle, generates=False)
 
 
 class NothingChosen(TorchFunctionMode):

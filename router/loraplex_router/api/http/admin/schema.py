@@ -47,6 +47,14 @@ class AdapterResidence(BaseModel):
     pinned: bool
 
 
+class Classifier(BaseModel):
+    """The linear layer on the last hidden states that classifies."""
+
+    of_tokens: bool = Field(description="It classifies each token, not the text as a whole.")
+    labels: list[str]
+    activation: str = Field(description="What makes scores of its logits: softmax, sigmoid or none.")
+
+
 class AdapterStatus(BaseModel):
     id: str = Field(description="For a merged adapter, the ids of its parts, separated by commas.")
     source: str
@@ -69,3 +77,4 @@ class AdapterStatus(BaseModel):
     reason: str | None = Field(description="Why it is broken.")
     invocation: str = Field(description="What in a prompt activates it (aLoRA). Empty: it is always active.")
     invocation_token_ids: list[int] = Field(description="The same as tokens.")
+    classifier: Classifier | None = Field(description="Its own, if it was trained to classify; known once loaded.")

@@ -2,11 +2,11 @@
 
 from loraplex_router.api.http.errors import write_lorax_error
 from loraplex_router.api.http.face import Face
-from loraplex_router.api.http.lorax import operation, routes, tokenizing
+from loraplex_router.api.http.lorax import classifying, operation, routes, tokenizing
 
 FACE = Face(
     prefix="",
-    routers=(routes.router, operation.router, tokenizing.router),
+    routers=(routes.router, operation.router, tokenizing.router, classifying.router),
     write_error=write_lorax_error,
     field_names={
         "prompt": "inputs",

@@ -6,6 +6,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from loraplex_protos.generation_pb2 import GetModelInfoResponse
 from loraplex_router.api.http.call import Call
 from loraplex_router.api.http.disconnects import collect
 from loraplex_router.api.http.errors import LORAX_ERRORS, Error, Responses, only
@@ -29,7 +30,7 @@ async def get_info(call: Call) -> Response:
         schema.Info(
             model_id=info.model_id,
             model_dtype=info.dtype,
-            model_pipeline_tag="feature-extraction" if info.embeds_only else "text-generation",
+            model_pipeline_tag=_pipeline_tag(info),
             max_concurrent_requests=call.service.max_queue,
             max_best_of=MAX_N,
             max_stop_sequences=MAX_STOPS,
@@ -39,6 +40,13 @@ async def get_info(call: Call) -> Response:
             version=info.version,
         ).model_dump()
     )
+
+
+def _pipeline_tag(info: GetModelInfoResponse) -> str:
+    """As the hub has it."""
+    if info.HasField("classifier"):
+        return "token-classification" if info.classifier.of_tokens else "text-classification"
+    return "feature-extraction" if info.embeds_only else "text-generation"
 
 
 @router.get("/health", tags=["LoRAX"], response_class=Response, responses=UNHEALTHY)

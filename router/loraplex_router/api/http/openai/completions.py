@@ -6,13 +6,13 @@ from functools import partial
 from typing import Any
 
 from loraplex_router.api.http.disconnects import read
+from loraplex_router.api.http.fields import read_prompts
 from loraplex_router.api.http.openai.logprobs import CompletionLogprobs, TokenNames, prompt_logprobs
 from loraplex_router.api.http.openai.reading import (
     read_adapters,
     read_model,
     read_most,
     read_options,
-    read_prompts,
 )
 from loraplex_router.api.http.openai.schema import CompletionRequest
 from loraplex_router.api.http.openai.writing import FINISH_REASONS, common_fields, usage, usage_so_far, whose

@@ -11,13 +11,11 @@ from pydantic import BaseModel, Field
 from loraplex_protos.errors import FieldViolation, InvalidRequestError
 from loraplex_router.api.http.call import Call
 from loraplex_router.api.http.disconnects import finish_before_disconnect
-from loraplex_router.api.http.fields import Name, Prompts
+from loraplex_router.api.http.fields import CountOrAll, Name, Prompts, read_prompts
 from loraplex_router.api.http.json_body import JsonRoute
 from loraplex_router.api.http.json_list import write_data
 from loraplex_router.api.http.model_names import answered_name, read_model_name
 from loraplex_router.api.http.openai.errors import ERRORS
-from loraplex_router.api.http.openai.reading import read_prompts
-from loraplex_router.api.http.openai.schema import CountOrAll
 from loraplex_router.engine.output import Embedding
 from loraplex_router.vocabulary.request import EmbedRequest
 

@@ -1,14 +1,12 @@
 """What completions and chat completions read alike: the model's name, sampling, stopping."""
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 from loraplex_router.api.http.model_names import read_model_name
 from loraplex_router.api.http.openai.formats import read_format
 from loraplex_router.api.http.openai.schema import GenerationRequest
-from loraplex_router.vocabulary.chat import RenderedChat
 from loraplex_router.vocabulary.references import AdapterReference
-from loraplex_router.vocabulary.request import Prompt
 from loraplex_router.vocabulary.sampling import Sampling
 from loraplex_router.vocabulary.violations import Violations
 
@@ -28,16 +26,6 @@ def read_adapters(body: GenerationRequest, base: Sequence[str]) -> tuple[Adapter
 def _read_name(name: str, body: GenerationRequest, base: Sequence[str]) -> AdapterReference | None:
     named = read_model_name(name, base)
     return named and AdapterReference(named.id, body.adapter_source or "", token=body.api_token or "")
-
-
-def read_prompts(given: str | list[str] | list[int] | list[list[int]], add_special_tokens: bool = True) -> list[Prompt]:
-    """One text, several, the token ids of one, or those of several."""
-    kind = str if add_special_tokens else RenderedChat
-    if isinstance(given, str):
-        return [kind(given)]
-    if given and isinstance(given[0], int):
-        return [tuple(given)]
-    return [kind(part) if isinstance(part, str) else tuple(part) for part in cast(list[str] | list[list[int]], given)]
 
 
 def read_most(given: int | None) -> int | None:

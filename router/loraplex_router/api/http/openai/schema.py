@@ -9,12 +9,11 @@ from pydantic import (
 )
 
 from loraplex_router.api.http.conversation import Conversation
-from loraplex_router.api.http.fields import BIAS, Bias, Items, Name, Prompts, TokenId
+from loraplex_router.api.http.fields import BIAS, Bias, CountOrAll, Items, Name, Prompts, TokenId
 from loraplex_router.api.http.response_format import ResponseFormat
 from loraplex_router.vocabulary.sampling import Sampling
 
 Count = Annotated[int, Field(ge=0, lt=2**32)]
-CountOrAll = Annotated[int, Field(ge=-1, lt=2**32)]
 
 
 class StreamOptions(BaseModel):

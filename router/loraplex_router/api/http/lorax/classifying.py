@@ -1,0 +1,196 @@
+"""Classification as LoRAX's clients and vLLM's ask for it. Both call /classify: LoRAX's bodies have `inputs`, vLLM's
+have `input` or `messages`."""
+
+import secrets
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import APIRouter, Response
+from pydantic import BaseModel, Field
+
+from loraplex_protos.errors import FieldViolation, InvalidRequestError
+from loraplex_router.api.http.call import Call
+from loraplex_router.api.http.conversation import Conversation, read_conversation
+from loraplex_router.api.http.disconnects import finish_before_disconnect
+from loraplex_router.api.http.errors import LORAX_ERRORS
+from loraplex_router.api.http.fields import CountOrAll, Items, Name, Prompts, read_prompts
+from loraplex_router.api.http.json_body import JsonAnswer, JsonRoute
+from loraplex_router.api.http.lorax.reading import adapter_token, read_adapter
+from loraplex_router.api.http.lorax.schema import Parameters
+from loraplex_router.api.http.model_names import answered_name, read_model_name
+from loraplex_router.api.turns import in_turn
+from loraplex_router.engine.output import Classification
+from loraplex_router.text.tokenizer import TokenSpan
+from loraplex_router.vocabulary.classification import LabelledToken, best, by_token, group_entities, scores
+from loraplex_router.vocabulary.request import ClassifyRequest, Prompt
+from loraplex_router.vocabulary.violations import Violations
+
+NAMES_ADAPTER = "`truncate`, and those that name an adapter."
+
+
+class LoraxClassify(BaseModel):
+    inputs: str
+    parameters: Parameters | None = Field(default=None, description=NAMES_ADAPTER)
+
+
+class LoraxClassifyBatch(BaseModel):
+    inputs: Items[str]
+    parameters: Parameters | None = Field(default=None, description=NAMES_ADAPTER)
+
+
+class LoraxEntity(BaseModel):
+    """Of a classifier of tokens: tokens whose labels make up one entity, as transformers' pipeline groups them."""
+
+    entity_group: str = Field(description="The label, without B- or I-. Tokens labelled O are in no entity.")
+    entity: str = Field(description="The same, as older versions called it.")
+    score: float = Field(description="The mean over the entity's tokens.")
+    index: int = Field(description="Of the entity's first token, among all of the input.")
+    word: str
+    start: int = Field(description="The word is the input's characters from this one to `end`.")
+    end: int
+
+
+class LoraxLabel(BaseModel):
+    """Of a classifier of whole texts: each label, the highest score first."""
+
+    label: str
+    score: float
+
+
+class VllmOptions(BaseModel):
+    model: Name = Field(default="", description="The base model (also: empty), an adapter, or base:adapter.")
+    use_activation: bool | None = Field(default=None, description="false: the logits in place of probabilities.")
+    truncate_prompt_tokens: CountOrAll | None = Field(
+        default=None, description="How many tokens of each input to keep, from its end; -1: as many as fit."
+    )
+
+
+class VllmClassify(VllmOptions):
+    input: Prompts
+    add_special_tokens: bool | None = None
+
+
+class VllmClassifyChat(VllmOptions, Conversation):
+    pass
+
+
+class VllmClass(BaseModel):
+    index: int
+    label: str
+    probs: list[float]
+    num_classes: int
+
+
+class VllmClasses(BaseModel):
+    id: str
+    object: str
+    created: int
+    model: str
+    data: list[VllmClass]
+    usage: dict[str, int | None]
+
+
+Found = list[LoraxEntity] | list[LoraxLabel]
+
+router = APIRouter(route_class=JsonRoute)
+
+
+@router.post("/classify", tags=["LoRAX"], responses={200: {"model": Found | VllmClasses}, **LORAX_ERRORS})
+async def classify(body: LoraxClassify | VllmClassify | VllmClassifyChat, call: Call) -> Response:
+    """The labels that the model's or the adapter's classifier gives. LoRAX's `inputs` are answered with entities if the
+    classifier is one of tokens, else with all labels; vLLM's `input` or `messages` with the probabilities of each."""
+    if not isinstance(body, LoraxClassify):
+        return await _classify_vllm(body, call)
+    (found,) = await _classify_lorax([body.inputs], body.parameters, call)
+    return JsonAnswer(found)
+
+
+@router.post("/classify_batch", tags=["LoRAX"], responses={200: {"model": list[Found]}, **LORAX_ERRORS})
+async def classify_batch(body: LoraxClassifyBatch, call: Call) -> Response:
+    """The same of several texts."""
+    return JsonAnswer(await _classify_lorax(body.inputs, body.parameters, call))
+
+
+async def _classify_lorax(texts: Sequence[str], given: Parameters | None, call: Call) -> list[list[dict[str, Any]]]:
+    given = given or Parameters()
+    request = ClassifyRequest(tuple(texts), read_adapter(given, adapter_token(call)), given.truncate)
+    found = await finish_before_disconnect(call.service.classify(request, call.key), call.receive)
+    places = [await call.service.places(text, each) for text, each in zip(texts, found, strict=True)]
+    size = sum(len(each.logits) for each in found)
+    return await in_turn(size, lambda: list(map(_write_lorax, texts, found, places)))
+
+
+def _write_lorax(text: str, found: Classification, places: Sequence[TokenSpan]) -> list[dict[str, Any]]:
+    if not found.classifier.of_tokens:
+        pairs = zip(found.classifier.labels, scores(found.classifier, found.logits), strict=True)
+        ranked = sorted(pairs, key=lambda pair: pair[1], reverse=True)
+        return [{"label": label, "score": score} for label, score in ranked]
+    return [
+        {
+            "entity_group": entity.group,
+            "entity": entity.group,
+            "score": entity.score,
+            "index": entity.index,
+            "word": text[entity.start : entity.stop],
+            "start": entity.start,
+            "end": entity.stop,
+        }
+        for entity in group_entities(_labelled(found, places))
+    ]
+
+
+def _labelled(found: Classification, places: Sequence[TokenSpan]) -> list[LabelledToken]:
+    """The tokens that stand for a part of the text, each with its likeliest label."""
+    tokens, classifier = [], found.classifier
+    for index, (span, logits) in enumerate(zip(places, by_token(classifier, found.logits), strict=True)):
+        if span.start < span.stop:
+            place = best(logits)
+            label, score = classifier.labels[place], scores(classifier, logits)[place]
+            tokens.append(LabelledToken(label, score, index, span.start, span.stop))
+    return tokens
+
+
+async def _classify_vllm(body: VllmClassify | VllmClassifyChat, call: Call) -> Response:
+    names = call.service.model_names
+    request = ClassifyRequest(_read_vllm(body), read_model_name(body.model, names), body.truncate_prompt_tokens)
+    found = await finish_before_disconnect(call.service.classify(request, call.key), call.receive)
+    if found[0].classifier.of_tokens:
+        reason = "is for classifiers of whole texts, but this one classifies tokens: send LoRAX's `inputs`"
+        raise InvalidRequestError(FieldViolation("input", reason))
+    tokens = sum(len(each.tokens) for each in found)
+    answer = {
+        "id": f"classify-{secrets.token_hex(16)}",
+        "object": "list",
+        "created": int(time.time()),
+        "model": answered_name(body.model, names),
+        "data": [_write_vllm(index, each, body.use_activation is not False) for index, each in enumerate(found)],
+        "usage": {
+            "prompt_tokens": tokens,
+            "total_tokens": tokens,
+            "completion_tokens": 0,
+            "prompt_tokens_details": None,
+        },
+    }
+    return JsonAnswer(answer)
+
+
+def _read_vllm(body: VllmClassify | VllmClassifyChat) -> tuple[Prompt, ...]:
+    if isinstance(body, VllmClassify):
+        return tuple(read_prompts(body.input, body.add_special_tokens is not False))
+    found = Violations()
+    # vLLM's conversations to be classified do not begin an answer, unless they are told to.
+    body.add_generation_prompt = bool(body.add_generation_prompt)
+    chat = read_conversation(body, found)
+    found.raise_any()
+    return (chat,)
+
+
+def _write_vllm(index: int, found: Classification, activated: bool) -> dict[str, Any]:
+    classifier = found.classifier
+    return {
+        "index": index,
+        "label": classifier.labels[best(found.logits)],
+        "probs": scores(classifier, found.logits) if activated else found.logits.tolist(),
+        "num_classes": len(classifier.labels),
+    }

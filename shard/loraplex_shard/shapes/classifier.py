@@ -1,0 +1,55 @@
+"""The linear layer that gives labels to a sequence or to each of its tokens. Whole on every rank, and never rounded."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from enum import Enum
+
+import torch
+from torch.nn.functional import linear
+
+MAX_TOKEN_LABELS = 1024  # what a step answers for all of its tokens must fit into one message
+
+
+class Activation(Enum):
+    """What makes scores of logits. The values are those of generation.proto."""
+
+    SOFTMAX = 1  # the scores of all labels add up to 1
+    SIGMOID = 2  # each label's by itself
+    NONE = 3
+
+
+_OF_PROBLEMS = {"regression": Activation.NONE, "multi_label_classification": Activation.SIGMOID}
+
+
+def activation_of(labels: int, problem_type: str | None = None) -> Activation:
+    """As vLLM has it. `problem_type` is transformers'."""
+    return _OF_PROBLEMS.get(problem_type or "", Activation.SOFTMAX if labels > 1 else Activation.SIGMOID)
+
+
+@dataclass(frozen=True, slots=True)
+class Classes:
+    """What a classifier tells apart."""
+
+    of_tokens: bool  # each token is classified by itself, else the sequence
+    labels: tuple[str, ...]  # in the order of the logits
+    activation: Activation
+    pad_token_id: int | None = None  # a sequence is classified at its last token that is not this one
+
+
+@dataclass(frozen=True, slots=True)
+class Classifier:
+    weight: torch.Tensor  # [labels, hidden] float32
+    bias: torch.Tensor | None  # [labels] float32
+    classes: Classes
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[..., hidden] as the lm head takes them -> [..., labels] float32."""
+        return linear(hidden.float(), self.weight, self.bias)
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return (self.weight,) if self.bias is None else (self.weight, self.bias)
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Classifier":
+        """The same with each tensor replaced."""
+        return replace(self, weight=function(self.weight), bias=None if self.bias is None else function(self.bias))
