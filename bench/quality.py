@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from loraplex_protos.errors import LoraplexError
 from loraplex_shard.checkpoint import Checkpoint, open_checkpoint
 from loraplex_shard.device.parallel import Group
-from loraplex_shard.layers.sources import ParameterForm, SourcedLayer
+from loraplex_shard.layers.parameters import LoadableLayer, ParameterForm
 from loraplex_shard.models.decoder import Decoder
 from loraplex_shard.models.loading import load_decoder
 from loraplex_shard.ops.choose import choose_operations, load_kernels
@@ -104,7 +104,7 @@ def measure(checkpoint: Checkpoint, windows: Sequence[torch.Tensor]) -> dict[str
 
 def weight_bytes(decoder: Decoder) -> int:
     """Bytes of the weights; a tied head does not count again."""
-    layers = [module for module in decoder.modules() if isinstance(module, SourcedLayer) and module.matrix]
+    layers = [module for module in decoder.modules() if isinstance(module, LoadableLayer) and module.matrix]
     matrices = [layer.weight.nbytes for layer in layers if not (decoder.spec.tied and layer is decoder.lm_head)]
     return sum(matrices) + sum(parameter.nbytes for parameter in decoder.parameters())
 

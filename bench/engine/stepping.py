@@ -11,7 +11,7 @@ from loraplex_shard.checkpoint import open_checkpoint
 from loraplex_shard.device.memory import keep_freed
 from loraplex_shard.device.parallel import Group
 from loraplex_shard.layers.linear import ColumnLinear, RowLinear
-from loraplex_shard.layers.sources import ParameterForm
+from loraplex_shard.layers.parameters import ParameterForm
 from loraplex_shard.lora.weights.deltas import Delta, partition_adapter
 from loraplex_shard.models.decoder import Decoder
 from loraplex_shard.models.loading import load_decoder

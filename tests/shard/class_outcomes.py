@@ -24,12 +24,12 @@ from transformers.pytorch_utils import Conv1D
 from loraplex_shard.checkpoint import open_checkpoint
 from loraplex_shard.checkpoint.base import CheckpointError
 from loraplex_shard.device.parallel import Group, GroupSizeError
-from loraplex_shard.layers.sources import ParameterForm
+from loraplex_shard.layers.parameters import ParameterForm
 from loraplex_shard.lora.peft.base import BaseModel
 from loraplex_shard.lora.peft.reading import read_adapter
 from loraplex_shard.models import Model, check_architecture, load_model
 from loraplex_shard.models.architectures import is_known
-from loraplex_shard.models.transformers.examination import examine
+from loraplex_shard.models.transformers.checking import check_model
 from loraplex_shard.models.transformers.model import TransformersModel
 from loraplex_shard.ops.reference import ReferenceOperations
 from loraplex_shard.shapes.batch import Segment
@@ -66,7 +66,7 @@ def find_outcome(model_type: str, name: str) -> Outcome:
         told = SimpleNamespace(model_id="", architecture=name, config=config)
         check_architecture(told)
         if not is_known(name):
-            examine(told, POSITIONS)
+            check_model(told, POSITIONS)
         with tempfile.TemporaryDirectory() as folder:
             return _serve(_save_random(config, Path(folder, "model")), Path(folder, "adapter"))
     except CheckpointError as error:

@@ -12,7 +12,7 @@ from transformers import (
 
 from loraplex_shard.checkpoint import open_checkpoint
 from loraplex_shard.device.parallel import Group
-from loraplex_shard.layers.sources import ParameterForm
+from loraplex_shard.layers.parameters import ParameterForm
 from loraplex_shard.lora.peft.base import BaseModel
 from loraplex_shard.lora.sources.local import LocalSource
 from loraplex_shard.lora.store import AdapterStore

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from loraplex_shard.checkpoint import open_checkpoint
 from loraplex_shard.device.parallel import Group
-from loraplex_shard.layers.sources import ParameterForm
+from loraplex_shard.layers.parameters import ParameterForm
 from loraplex_shard.lora.weights.arena import in_one_piece
 from loraplex_shard.models import Model, load_model
 from loraplex_shard.ops.base import Operations

@@ -16,7 +16,7 @@ from loraplex_shard.checkpoint.gguf.end_tokens import end_token_ids
 from loraplex_shard.checkpoint.gguf.file import read_gguf
 from loraplex_shard.checkpoint.gguf.tokenizer import read_end_token_ids, read_tokenizer
 from loraplex_shard.checkpoint.opening import DEFAULT_FILE, DEFAULT_PACKAGE
-from loraplex_shard.layers.sources import ParameterForm
+from loraplex_shard.layers.parameters import ParameterForm
 from loraplex_shard.models.loading import load_decoder
 from loraplex_shard.ops.reference import ReferenceOperations
 from tests.shard.decoders import CPU, WHOLE, Sequences

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from loraplex_shard.checkpoint import open_checkpoint
 from loraplex_shard.kernels.library import instruction_set
-from loraplex_shard.layers.sources import ParameterForm
+from loraplex_shard.layers.parameters import ParameterForm
 from loraplex_shard.models.loading import load_decoder
 from loraplex_shard.ops.reference import ReferenceOperations
 from loraplex_shard.shapes.batch import Segment

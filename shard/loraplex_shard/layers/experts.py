@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from loraplex_shard.layers.linear import Linear
-from loraplex_shard.layers.sources import Source
+from loraplex_shard.layers.parameters import TensorSlice
 from loraplex_shard.ops.base import Operations, Routing, Step, Weight
 from loraplex_shard.shapes.layout import LinearLayout, LinearPart
 
@@ -30,9 +30,9 @@ class ExpertLinear(Linear):
         self.number, self.count, self.tensor = number, count, tensor
         super().__init__(layout, bool(tensor.bias), ops)
 
-    def weight_source(self, part: LinearPart, run: slice) -> Source:
+    def weight_slice(self, part: LinearPart, run: slice) -> TensorSlice:
         rows, columns = sum(each.out_features for each in self.layout.parts), self.layout.in_features
-        of_all = Source(
+        of_all = TensorSlice(
             self.tensor.weight,
             (self.count, *((columns, rows) if self.tensor.transposed else (rows, columns))),
             self._shifted(part, run),
@@ -40,11 +40,11 @@ class ExpertLinear(Linear):
             expert=self.number,
             transposed=self.tensor.transposed,
         )
-        return replace(super().weight_source(part, run), instead=of_all)
+        return replace(super().weight_slice(part, run), instead=of_all)
 
-    def bias_source(self, part: LinearPart, run: slice) -> Source:
+    def bias_slice(self, part: LinearPart, run: slice) -> TensorSlice:
         rows = sum(each.out_features for each in self.layout.parts)
-        return Source(self.tensor.bias, (self.count, rows), self._shifted(part, run), expert=self.number)
+        return TensorSlice(self.tensor.bias, (self.count, rows), self._shifted(part, run), expert=self.number)
 
     def _shifted(self, part: LinearPart, run: slice) -> slice:
         """Converts rows of a part to rows of the tensor of all parts."""

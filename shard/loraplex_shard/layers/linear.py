@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from loraplex_shard.device.parallel import Group
-from loraplex_shard.layers.sources import Source, SourcedLayer
+from loraplex_shard.layers.parameters import LoadableLayer, TensorSlice
 from loraplex_shard.ops.base import Operations, Segments, Step, Weight
 from loraplex_shard.shapes.layout import LinearLayout, LinearPart
 
@@ -14,7 +14,7 @@ from loraplex_shard.shapes.layout import LinearLayout, LinearPart
 BLOCK, RENAMED = ".block_sparse_moe.", ".mlp."
 
 
-class Linear(SourcedLayer):
+class Linear(LoadableLayer):
     """A weight, and maybe a bias, cut according to its layout."""
 
     bias: nn.Parameter | None
@@ -26,22 +26,22 @@ class Linear(SourcedLayer):
         rows = sum(part.width for part in parts)
         self.declare_matrix(
             (rows, columns.stop - columns.start),
-            *(self.weight_source(part, run) for part in parts for run in part.rows),
+            *(self.weight_slice(part, run) for part in parts for run in part.rows),
             least_bits=least_bits,
         )
         self.register_parameter("bias", None)
         if bias:
-            self.declare("bias", (rows,), *(self.bias_source(part, run) for part in parts for run in part.rows))
+            self.declare("bias", (rows,), *(self.bias_slice(part, run) for part in parts for run in part.rows))
 
-    def weight_source(self, part: LinearPart, run: slice) -> Source:
+    def weight_slice(self, part: LinearPart, run: slice) -> TensorSlice:
         """Where these rows of a part come from."""
         shape = part.out_features, self.layout.in_features
-        source = Source(f"{part.module}.weight", shape, run, self.layout.columns)
-        renamed = replace(source, tensor=source.tensor.replace(BLOCK, RENAMED))
-        return source if renamed == source else replace(source, instead=renamed)
+        tensor_slice = TensorSlice(f"{part.module}.weight", shape, run, self.layout.columns)
+        renamed = replace(tensor_slice, tensor=tensor_slice.tensor.replace(BLOCK, RENAMED))
+        return tensor_slice if renamed == tensor_slice else replace(tensor_slice, instead=renamed)
 
-    def bias_source(self, part: LinearPart, run: slice) -> Source:
-        return Source(f"{part.module}.bias", (part.out_features,), run)
+    def bias_slice(self, part: LinearPart, run: slice) -> TensorSlice:
+        return TensorSlice(f"{part.module}.bias", (part.out_features,), run)
 
 
 class ColumnLinear(Linear):

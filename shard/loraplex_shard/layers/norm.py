@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from loraplex_shard.device.parallel import Group, HeadPartition
-from loraplex_shard.layers.sources import Source, SourcedLayer
+from loraplex_shard.layers.parameters import LoadableLayer, TensorSlice
 from loraplex_shard.ops.base import HeadNorms, Norm, Operations
 from loraplex_shard.shapes.heads import Heads
 
@@ -21,7 +21,7 @@ class NormSpec:
     plus: float = 0.0  # added to each weight of the checkpoint
 
 
-class HiddenNorm(SourcedLayer):
+class HiddenNorm(LoadableLayer):
     """The norm of hidden states, after a layer's delta is added to them."""
 
     scale: nn.Parameter  # [hidden]
@@ -31,10 +31,10 @@ class HiddenNorm(SourcedLayer):
         """Deltas are multiplied by `delta_scale`."""
         super().__init__(ops)
         self.spec, self.delta_scale, shape = spec, delta_scale, (hidden_size,)
-        self.declare("scale", shape, Source(f"{module}.weight", shape), dtype=torch.float32, plus=spec.plus)
+        self.declare("scale", shape, TensorSlice(f"{module}.weight", shape), dtype=torch.float32, plus=spec.plus)
         self.register_parameter("bias", None)
         if spec.bias:
-            self.declare("bias", shape, Source(f"{module}.bias", shape), dtype=torch.float32)
+            self.declare("bias", shape, TensorSlice(f"{module}.bias", shape), dtype=torch.float32)
 
     def forward(self, hidden: torch.Tensor, delta: torch.Tensor | None = None) -> torch.Tensor:
         """Adds delta, if there is one, to hidden [tokens, hidden] in place. Returns the norm of hidden."""
@@ -44,7 +44,7 @@ class HiddenNorm(SourcedLayer):
         return self.ops.add_norm(hidden, delta, self.delta_scale, norm)
 
 
-class HeadNorm(SourcedLayer):
+class HeadNorm(LoadableLayer):
     """The norm of queries and keys, for each head by itself."""
 
     scale: nn.Parameter  # [query + KV heads, dim]: one row per head, so that one operation does queries and keys
@@ -55,8 +55,8 @@ class HeadNorm(SourcedLayer):
         self.declare(
             "scale",
             (heads.query + heads.kv, heads.dim),
-            Source(f"{attention}.q_norm.weight", shape, repeat=heads.query),
-            Source(f"{attention}.k_norm.weight", shape, repeat=heads.kv),
+            TensorSlice(f"{attention}.q_norm.weight", shape, repeat=heads.query),
+            TensorSlice(f"{attention}.k_norm.weight", shape, repeat=heads.kv),
             dtype=torch.float32,
             plus=spec.plus,
         )
@@ -65,7 +65,7 @@ class HeadNorm(SourcedLayer):
         return HeadNorms(self.scale, self.eps)
 
 
-class WidthNorm(SourcedLayer):
+class WidthNorm(LoadableLayer):
     """The norm of queries over all query heads of a token, and of keys over all key heads, including other ranks'."""
 
     scale: nn.Parameter  # [query + KV heads, dim]
@@ -83,8 +83,8 @@ class WidthNorm(SourcedLayer):
         self.declare(
             "scale",
             (self.heads.query + self.heads.kv, dim),
-            Source(f"{attention}.q_norm.weight", (whole.query * dim,), slice(query.start * dim, query.stop * dim)),
-            Source(f"{attention}.k_norm.weight", (whole.kv * dim,), slice(kv.start * dim, kv.stop * dim)),
+            TensorSlice(f"{attention}.q_norm.weight", (whole.query * dim,), slice(query.start * dim, query.stop * dim)),
+            TensorSlice(f"{attention}.k_norm.weight", (whole.kv * dim,), slice(kv.start * dim, kv.stop * dim)),
             dtype=torch.float32,
             plus=spec.plus,
         )

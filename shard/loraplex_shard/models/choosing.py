@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from loraplex_shard.checkpoint.base import Checkpoint, CheckpointError
 from loraplex_shard.device.parallel import Group
-from loraplex_shard.layers.sources import ParameterForm
+from loraplex_shard.layers.parameters import ParameterForm
 from loraplex_shard.models.architectures import is_known, read_spec
 from loraplex_shard.models.base import Model
 from loraplex_shard.models.loading import load_decoder
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 def check_architecture(checkpoint: Checkpoint) -> None:
     """Raises CheckpointError if the model's configuration or class shows that it cannot be served."""
     if (refusal := _refusal(checkpoint)) is not None:
-        from loraplex_shard.models.transformers.examination import check_class
+        from loraplex_shard.models.transformers.checking import check_class
 
         with _both_named(refusal):
             check_class(checkpoint)

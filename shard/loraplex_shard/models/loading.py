@@ -8,7 +8,7 @@ from accelerate import init_empty_weights
 
 from loraplex_shard.checkpoint.base import Checkpoint, CheckpointError
 from loraplex_shard.device.parallel import Group
-from loraplex_shard.layers.sources import ParameterForm, Source, SourcedLayer
+from loraplex_shard.layers.parameters import LoadableLayer, ParameterForm, TensorSlice
 from loraplex_shard.models.architectures import read_spec
 from loraplex_shard.models.decoder import Decoder
 from loraplex_shard.models.rope import rotary
@@ -54,29 +54,29 @@ def load_decoder(
     tables = {each: rotary(config, each, max_model_len).to(form.device) for each in set(spec.rotary) if each}
     with init_empty_weights(include_buffers=False):
         decoder = Decoder(spec, group, ops, tables, form.device, form.dtype, embedding)
-    layers = [module for module in decoder.modules() if isinstance(module, SourcedLayer)]
+    layers = [module for module in decoder.modules() if isinstance(module, LoadableLayer)]
     decoder.served = ServedMatrices(layers, tensors, form, embedding if spec.tied else None)
     if spec.tied:
         layers.remove(decoder.lm_head)
     for layer in layers:
-        layer.choose_sources(checkpoint.names)
-    sources = [source for layer in layers for source in layer.all_sources]
-    _check(checkpoint, tensors, sources, spec.tied)
+        layer.choose_slices(checkpoint.names)
+    slices = [tensor_slice for layer in layers for tensor_slice in layer.all_slices]
+    _check(checkpoint, tensors, slices, spec.tied)
     loaded = 0
     for layer in layers:
         for _ in layer.load(tensors, form):
             loaded += 1
             if progress is not None:
-                progress(loaded, len(sources))
+                progress(loaded, len(slices))
     if spec.tied:
         decoder.lm_head.tie(decoder.embedding.weight)
     decoder.tensors = tensors
     return decoder.eval()
 
 
-def _check(checkpoint: Checkpoint, tensors: Tensors, sources: Iterable[Source], tied: bool) -> None:
+def _check(checkpoint: Checkpoint, tensors: Tensors, slices: Iterable[TensorSlice], tied: bool) -> None:
     """Checks the decoder's tensors: there must be all of them, with their shapes, and no others."""
-    shapes = {source.tensor: source.shape for source in sources}
+    shapes = {tensor_slice.tensor: tensor_slice.shape for tensor_slice in slices}
     missing = shapes.keys() - tensors.names
     if missing:
         hint = "" if missing != {HEAD} else ": if it is the embedding, set tie_word_embeddings in config.json to true"

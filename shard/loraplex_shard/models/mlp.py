@@ -7,7 +7,7 @@ from torch import nn
 
 from loraplex_shard.layers.experts import ExpertsLinear, ExpertsTensor
 from loraplex_shard.layers.linear import ColumnLinear, RowLinear
-from loraplex_shard.layers.sources import FLOAT
+from loraplex_shard.layers.parameters import FLOAT
 from loraplex_shard.models.build import Build
 from loraplex_shard.ops.base import Step
 

@@ -8,7 +8,7 @@ import torch
 
 from loraplex_shard.checkpoint.base import Checkpoint
 from loraplex_shard.layers.linear import Linear
-from loraplex_shard.layers.sources import ParameterForm, SourcedLayer
+from loraplex_shard.layers.parameters import LoadableLayer, ParameterForm
 from loraplex_shard.models.text_part import TextPart
 
 
@@ -17,7 +17,7 @@ class ServedMatrices:
     tensor if it is also the lm head."""
 
     def __init__(
-        self, layers: Iterable[SourcedLayer], tensors: Checkpoint | TextPart, form: ParameterForm, tied: str | None
+        self, layers: Iterable[LoadableLayer], tensors: Checkpoint | TextPart, form: ParameterForm, tied: str | None
     ) -> None:
         linear = [layer for layer in layers if isinstance(layer, Linear)]
         self._layers = {part.module: (layer, part) for layer in linear for part in layer.layout.parts}
@@ -30,9 +30,9 @@ class ServedMatrices:
     def read(self, module: str, rows: slice) -> torch.Tensor:
         """Reads rows of a linear module's whole matrix: [rows, in_features] float32."""
         layer, part = self._layers[module]
-        source = replace(layer.weight_source(part, rows), columns=slice(None))
-        if source.instead and source.tensor not in self._tensors.names:
-            source = replace(source.instead, columns=slice(None))
+        tensor_slice = replace(layer.weight_slice(part, rows), columns=slice(None))
+        if tensor_slice.instead and tensor_slice.tensor not in self._tensors.names:
+            tensor_slice = replace(tensor_slice.instead, columns=slice(None))
         if self._tied is not None and module == "lm_head":
-            source = replace(source, tensor=self._tied)
-        return layer.as_served(self._tensors, self._form, source)
+            tensor_slice = replace(tensor_slice, tensor=self._tied)
+        return layer.as_served(self._tensors, self._form, tensor_slice)

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import torch
 
-from loraplex_shard.layers.sources import TensorReader
+from loraplex_shard.layers.parameters import TensorReader
 
 NAMES_IN_MESSAGE = 10
 ROWS_AT_A_TIME = 4096

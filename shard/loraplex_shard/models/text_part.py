@@ -9,7 +9,7 @@ from loraplex_shard.shapes.names import current_name
 
 
 class TextPart:
-    """Implements layers.sources.TensorReader. Tensors of other parts are ignored."""
+    """Implements layers.parameters.TensorReader. Tensors of other parts are ignored."""
 
     def __init__(self, checkpoint: Checkpoint, backbone: str) -> None:
         """`backbone` is the text model's name in the whole model, such as model.language_model."""

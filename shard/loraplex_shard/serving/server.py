@@ -25,7 +25,7 @@ from loraplex_shard.device.memory import keep_freed
 from loraplex_shard.device.parallel import Group
 from loraplex_shard.device.troubles import GroupLostError, Troubles
 from loraplex_shard.kernels.library import Kernels
-from loraplex_shard.layers.sources import ParameterForm
+from loraplex_shard.layers.parameters import ParameterForm
 from loraplex_shard.lora.listing import LocalListing
 from loraplex_shard.lora.peft.base import BaseModel
 from loraplex_shard.lora.peft.doubts import find_doubts

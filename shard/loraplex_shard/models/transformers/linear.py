@@ -14,7 +14,7 @@ from loraplex_shard.shapes.layout import LinearLayout
 
 
 @dataclass
-class Now:
+class ForwardContext:
     """What the replaced layers need to know about the current forward pass."""
 
     device: torch.device
@@ -29,14 +29,16 @@ class OnRankZeroAlone(Exception):
 class InPlace(nn.Module):
     """A module in the place of one of transformers' modules."""
 
-    def __init__(self, layer: ColumnLinear | RowLinear | Embedding, dtype: torch.dtype, now: Now) -> None:
+    def __init__(
+        self, layer: ColumnLinear | RowLinear | Embedding, dtype: torch.dtype, context: ForwardContext
+    ) -> None:
         super().__init__()
-        self.layer, self.dtype, self.now = layer, dtype, now
+        self.layer, self.dtype, self.context = layer, dtype, context
 
     @property
     def weight(self) -> torch.Tensor:
         """An empty tensor: modeling code only asks for the weight's dtype and device."""
-        return torch.empty(0, dtype=self.dtype, device=self.now.device)
+        return torch.empty(0, dtype=self.dtype, device=self.context.device)
 
     def tie(self, other: "InPlace") -> None:
         """Uses the other's matrix, or this rank's rows of it, without a copy."""
@@ -48,15 +50,17 @@ class EmbeddingInPlace(InPlace):
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         if ids.is_meta:
             return torch.empty((*ids.shape, self.layer.matrix_shape[1]), dtype=self.dtype, device="meta")
-        out: torch.Tensor = self.layer(self.now.step, self.dtype)
+        out: torch.Tensor = self.layer(self.context.step, self.dtype)
         return out.view(*ids.shape, -1)
 
 
 class LinearInPlace(InPlace):
     layer: ColumnLinear | RowLinear
 
-    def __init__(self, layer: ColumnLinear | RowLinear, dtype: torch.dtype, now: Now, adaptable: bool) -> None:
-        super().__init__(layer, dtype, now)
+    def __init__(
+        self, layer: ColumnLinear | RowLinear, dtype: torch.dtype, context: ForwardContext, adaptable: bool
+    ) -> None:
+        super().__init__(layer, dtype, context)
         self.adaptable = adaptable
         self.in_features, self.out_features = self.layout.in_features, self.layout.parts[0].out_features
 
@@ -75,7 +79,7 @@ class LinearInPlace(InPlace):
         return self.compute(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
 
     def compute(self, rows: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self.layer(rows.contiguous(), self.now.segments if self.adaptable else ())
+        out: torch.Tensor = self.layer(rows.contiguous(), self.context.segments if self.adaptable else ())
         return out
 
 

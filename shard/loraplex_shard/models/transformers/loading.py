@@ -11,12 +11,13 @@ from transformers.utils.loading_report import LoadStateDictInfo
 
 from loraplex_shard.checkpoint.base import Checkpoint, CheckpointError
 from loraplex_shard.device.parallel import Group
-from loraplex_shard.layers.sources import ParameterForm, SourcedLayer
+from loraplex_shard.layers.parameters import LoadableLayer, ParameterForm
 from loraplex_shard.models.tensor_checks import differ, listed
-from loraplex_shard.models.transformers.examination import build, dtypes, examine, refused_by_name
-from loraplex_shard.models.transformers.linear import InPlace, Now
+from loraplex_shard.models.transformers.building import build, dtypes
+from loraplex_shard.models.transformers.checking import check_model, refused_by_name
+from loraplex_shard.models.transformers.linear import ForwardContext, InPlace
 from loraplex_shard.models.transformers.model import TransformersModel
-from loraplex_shard.models.transformers.plan import Plan
+from loraplex_shard.models.transformers.parallel_rules import ParallelRules
 from loraplex_shard.models.transformers.replacing import Replacement
 from loraplex_shard.models.transformers.tensors import ModelTensors
 from loraplex_shard.ops.base import Operations
@@ -33,20 +34,21 @@ def load_transformers(
     progress: Callable[[int, int], None] | None = None,
 ) -> TransformersModel:
     """Does what choosing.load_model says."""
-    survey = examine(checkpoint, max_model_len, group.rank, group.size)
+    traits = check_model(checkpoint, max_model_len, group.rank, group.size)
     model = build(checkpoint.config, form.dtype, max_model_len)
     if checkpoint.classifies:
-        survey = survey.without_head()
-    for name in survey.idle:
+        traits = traits.without_head()
+    for name in traits.idle:
         model.set_submodule(name, nn.Module())
-    tensors, tensor_dtypes = ModelTensors(checkpoint, model, survey.idle), dtypes(model, form.dtype)
+    tensors, tensor_dtypes = ModelTensors(checkpoint, model, traits.idle), dtypes(model, form.dtype)
     _check(checkpoint, model, tensors)
-    plan, now = Plan(model.tp_plan or {}, checkpoint.architecture, group.rank, group.size), Now(form.device)
-    Replacement(survey, plan, group, ops, now, tensor_dtypes).apply(model)
-    for loaded, _ in enumerate(_load(model, tensors, plan, form, tensor_dtypes), start=1):
+    rules = ParallelRules(model.tp_plan or {}, checkpoint.architecture, group.rank, group.size)
+    context = ForwardContext(form.device)
+    Replacement(traits, rules, group, ops, context, tensor_dtypes).apply(model)
+    for loaded, _ in enumerate(_load(model, tensors, rules, form, tensor_dtypes), start=1):
         if progress is not None:
             progress(loaded, len(tensors.names))
-    built = TransformersModel(model, tensors, survey, now, group, ops, form)
+    built = TransformersModel(model, tensors, traits, context, group, ops, form)
     with refused_by_name(checkpoint):
         built.check_positions()
     return built
@@ -71,7 +73,11 @@ def _check(checkpoint: Checkpoint, model: PreTrainedModel, tensors: ModelTensors
 
 
 def _load(
-    model: PreTrainedModel, tensors: ModelTensors, plan: Plan, form: ParameterForm, dtypes: Mapping[str, torch.dtype]
+    model: PreTrainedModel,
+    tensors: ModelTensors,
+    rules: ParallelRules,
+    form: ParameterForm,
+    dtypes: Mapping[str, torch.dtype],
 ) -> Iterator[str]:
     """Loads the model's tensors, and yields the name of each."""
     tied = _tied(model, tensors, form.dtype)
@@ -81,11 +87,11 @@ def _load(
         prefix = f"{name}." if name else ""
         if isinstance(module, InPlace):
             yield from module.layer.load(tensors, replace(form, dtype=dtypes[f"{prefix}weight"]))
-        elif not isinstance(module, SourcedLayer):
+        elif not isinstance(module, LoadableLayer):
             for own, values in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
                 tensor = prefix + own
                 if tensor in dtypes and tensor in tensors.names:
-                    values = plan.cut(tensor, tensors.read(tensor)).to(dtypes[tensor])
+                    values = rules.cut(tensor, tensors.read(tensor)).to(dtypes[tensor])
                     yield tensor
                 _set(module, own, values.to(form.device))
     if tied is not None:

@@ -10,12 +10,12 @@ from transformers.utils.generic import ModelOutput
 
 from loraplex_shard.checkpoint.base import CheckpointError
 from loraplex_shard.device.parallel import Group
-from loraplex_shard.layers.sources import ParameterForm
+from loraplex_shard.layers.parameters import ParameterForm
 from loraplex_shard.models.transformers.attention import PagedAttention, attended_by
-from loraplex_shard.models.transformers.linear import LinearInPlace, Now, OnRankZeroAlone
-from loraplex_shard.models.transformers.survey import Survey
+from loraplex_shard.models.transformers.linear import ForwardContext, LinearInPlace, OnRankZeroAlone
+from loraplex_shard.models.transformers.pass_through_cache import PassThroughCache
 from loraplex_shard.models.transformers.tensors import ModelTensors
-from loraplex_shard.models.transformers.through import ThroughCache
+from loraplex_shard.models.transformers.traits import ModelTraits
 from loraplex_shard.ops.base import Operations, Segments, Step
 from loraplex_shard.shapes.batch import Batch, Segment
 from loraplex_shard.shapes.cache import KVCache
@@ -45,23 +45,23 @@ class TransformersModel:
         self,
         model: PreTrainedModel,
         tensors: ModelTensors,
-        survey: Survey,
-        now: Now,
+        traits: ModelTraits,
+        context: ForwardContext,
         group: Group,
         ops: Operations,
         form: ParameterForm,
     ) -> None:
-        self._model, self._survey, self._now, self._group, self._ops = model, survey, now, group, ops
+        self._model, self._traits, self._context, self._group, self._ops = model, traits, context, group, ops
         self._device = form.device
-        self._through = ThroughCache(model.config)
+        self._cache = PassThroughCache(model.config)
         self.dtype = form.dtype
         self.tensors = tensors
-        self.vocab_size = survey.vocab_size
-        self.embedding_name, self.head_name, self.generates = survey.embedding, survey.head, survey.generates
+        self.vocab_size = traits.vocab_size
+        self.embedding_name, self.head_name, self.generates = traits.embedding, traits.head, traits.generates
         linear = [module for module in model.modules() if isinstance(module, LinearInPlace) and module.adaptable]
         self.layouts: tuple[LinearLayout, ...] = tuple(module.layout for module in linear)
         self._given: torch.Tensor | None = None
-        backbone = model.get_submodule(survey.backbone)
+        backbone = model.get_submodule(traits.backbone)
         self._backbone = backbone.forward
         backbone.forward = self._answer
 
@@ -102,15 +102,15 @@ class TransformersModel:
         return self._ops.upcast(logits.contiguous()) if self._group.rank == 0 else None
 
     def new_cache(self, num_blocks: int, block_size: int, dtype: torch.dtype | None = None) -> KVCache:
-        return KVCache(self._survey.attention, num_blocks, block_size, dtype or self.dtype, self._device)
+        return KVCache(self._traits.attention, num_blocks, block_size, dtype or self.dtype, self._device)
 
     def cache_block_bytes(self, block_size: int, dtype: torch.dtype | None = None) -> int:
-        return KVCache.block_bytes(self._survey.attention, block_size, dtype or self.dtype)
+        return KVCache.block_bytes(self._traits.attention, block_size, dtype or self.dtype)
 
     def _hidden(self, batch: Batch, positions: torch.Tensor | None, cache: KVCache) -> torch.Tensor:
         """Returns [tokens, hidden]. If `positions` is None, the model counts them."""
         step = self._ops.prepare(batch)
-        attention = PagedAttention(self._survey.attention, self._ops, step, cache)
+        attention = PagedAttention(self._traits.attention, self._ops, step, cache)
         with attended_by(attention), self._at(step, step):
             try:
                 self._run(batch.token_ids, positions)
@@ -119,23 +119,23 @@ class TransformersModel:
         raise AssertionError("the backbone was not reached")
 
     def _run(self, ids: torch.Tensor, positions: torch.Tensor | None) -> Any:
-        self._through.positions = positions
+        self._cache.positions = positions
         return self._model(
             input_ids=ids[None],
             position_ids=None if positions is None else positions[None],
-            past_key_values=self._through,
+            past_key_values=self._cache,
             use_cache=True,
         )
 
     def _answer(self, *args: Any, **kwargs: Any) -> ModelOutput:
         if self._given is not None:
-            return self._survey.output(last_hidden_state=self._given)
+            return self._traits.output(last_hidden_state=self._given)
         raise _Reached(self._backbone(*args, **kwargs).last_hidden_state)
 
     @contextmanager
     def _at(self, step: Step, segments: Step | Segments) -> Iterator[None]:
-        self._now.step, self._now.segments = step, segments
+        self._context.step, self._context.segments = step, segments
         try:
             yield
         finally:
-            self._now.step, self._now.segments = None, ()
+            self._context.step, self._context.segments = None, ()

@@ -14,14 +14,22 @@ from loraplex_shard.layers.embedding import Embedding
 from loraplex_shard.layers.linear import ColumnLinear, RowLinear
 from loraplex_shard.models.transformers.linear import (
     EmbeddingInPlace,
+    ForwardContext,
     GatheredHead,
     GatheredLinear,
     LinearInPlace,
-    Now,
     SplitLinear,
 )
-from loraplex_shard.models.transformers.plan import COLUMN, GATHERED, ROW, SHARED, SPLIT, SUMMED, Plan
-from loraplex_shard.models.transformers.survey import Survey
+from loraplex_shard.models.transformers.parallel_rules import (
+    COLUMN,
+    GATHERED,
+    ROW,
+    SHARED,
+    SPLIT,
+    SUMMED,
+    ParallelRules,
+)
+from loraplex_shard.models.transformers.traits import ModelTraits
 from loraplex_shard.ops.base import Operations
 from loraplex_shard.shapes.layout import LinearLayout, LinearPart
 
@@ -30,51 +38,51 @@ from loraplex_shard.shapes.layout import LinearLayout, LinearPart
 class Replacement:
     """What the replaced layers are made with. Their parameters are loaded later."""
 
-    survey: Survey
-    plan: Plan
+    traits: ModelTraits
+    rules: ParallelRules
     group: Group
     ops: Operations
-    now: Now
+    context: ForwardContext
     dtypes: Mapping[str, torch.dtype]  # of all tensors
 
     def apply(self, model: PreTrainedModel) -> None:
         """Replaces the embedding and the linear layers, which are cut by the rules."""
         size, index = self.group.size, 0
         for name, module in list(model.named_modules()):
-            if name in self.survey.linear:
-                layer = self._linear(name, module, index, name == self.survey.head)
+            if name in self.traits.linear:
+                layer = self._linear(name, module, index, name == self.traits.head)
                 model.set_submodule(name, layer)
                 index += layer.adaptable
-            elif type(module) is nn.Embedding and name == self.survey.embedding:
+            elif type(module) is nn.Embedding and name == self.traits.embedding:
                 embedding = Embedding(f"{name}.weight", module.num_embeddings, module.embedding_dim, 1.0, self.ops)
-                model.set_submodule(name, EmbeddingInPlace(embedding, self.dtypes[f"{name}.weight"], self.now))
-            elif self.plan.style(name) in SUMMED:
+                model.set_submodule(name, EmbeddingInPlace(embedding, self.dtypes[f"{name}.weight"], self.context))
+            elif self.rules.style(name) in SUMMED:
                 module.register_forward_hook(self._sum)
-            elif self.plan.style(name) in SHARED:
+            elif self.rules.style(name) in SHARED:
                 module.register_forward_pre_hook(lambda module, inputs: (inputs[0] / size, *inputs[1:]))
 
     def _linear(self, name: str, module: Any, index: int, is_head: bool) -> LinearInPlace:
         conv = isinstance(module, Conv1D)
         in_features, out_features = (module.nx, module.nf) if conv else (module.in_features, module.out_features)
-        style, rows, columns = self.plan.style(name), slice(0, out_features), slice(0, in_features)
+        style, rows, columns = self.rules.style(name), slice(0, out_features), slice(0, in_features)
         if style in COLUMN:
-            rows = self.plan.parts(name, out_features)[self.group.rank]
+            rows = self.rules.parts(name, out_features)[self.group.rank]
         if style in ROW:
-            columns = self.plan.parts(name, in_features)[self.group.rank]
+            columns = self.rules.parts(name, in_features)[self.group.rank]
         dtype = self.dtypes[f"{name}.weight"]
-        adaptable = self.survey.linear[name] and dtype == self.dtypes[f"{self.survey.embedding}.weight"]
+        adaptable = self.traits.linear[name] and dtype == self.dtypes[f"{self.traits.embedding}.weight"]
         part = LinearPart(name, out_features, (rows,))
         layout = LinearLayout(name, index if adaptable else 0, (part,), in_features, columns)
         if style in ROW:
             row = RowLinear(layout, module.bias is not None, self.ops, self.group)
-            return (SplitLinear if style in SPLIT else LinearInPlace)(row, dtype, self.now, adaptable)
+            return (SplitLinear if style in SPLIT else LinearInPlace)(row, dtype, self.context, adaptable)
         column = ColumnLinear(layout, module.bias is not None, self.ops, least_bits=8 if is_head else 4)
         if style not in GATHERED:
-            return LinearInPlace(column, dtype, self.now, adaptable)
-        gathered = (GatheredHead if is_head else GatheredLinear)(column, dtype, self.now, adaptable)
+            return LinearInPlace(column, dtype, self.context, adaptable)
+        gathered = (GatheredHead if is_head else GatheredLinear)(column, dtype, self.context, adaptable)
         gathered.group = self.group
         if isinstance(gathered, GatheredHead):
-            gathered.widths = [each.stop - each.start for each in self.plan.parts(name, out_features)]
+            gathered.widths = [each.stop - each.start for each in self.rules.parts(name, out_features)]
         return gathered
 
     def _sum(self, module: nn.Module, inputs: object, out: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,7 @@ from loraplex_shard.ops.quantized import QuantizedMatrix
 
 
 class ModelTensors:
-    """Implements layers.sources.TensorReader and lora.peft.base.StoredTensors."""
+    """Implements layers.parameters.TensorReader and lora.peft.base.StoredTensors."""
 
     def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel, idle: tuple[str, ...] = ()) -> None:
         """Tensors of `idle` modules are ignored."""

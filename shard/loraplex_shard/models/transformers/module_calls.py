@@ -13,7 +13,7 @@ from transformers.utils.generic import ModelOutput
 from loraplex_shard.checkpoint.base import CheckpointError
 
 
-class Calls:
+class ModuleCalls:
     """The module calls of the forward passes that run within `counted`."""
 
     def __init__(self, model: PreTrainedModel) -> None:

@@ -15,8 +15,8 @@ from transformers.utils.generic import ModelOutput
 
 from loraplex_shard.checkpoint.base import CheckpointError
 from loraplex_shard.models.transformers.attention import AttentionCall, Sees, attended_by, placeholder
-from loraplex_shard.models.transformers.calls import Calls
-from loraplex_shard.models.transformers.through import ThroughCache
+from loraplex_shard.models.transformers.module_calls import ModuleCalls
+from loraplex_shard.models.transformers.pass_through_cache import PassThroughCache
 from loraplex_shard.models.transformers.windows import read_window
 from loraplex_shard.shapes.heads import Heads
 
@@ -26,7 +26,7 @@ NEUTRAL = {"position_ids", "cache_position", "position_embeddings"}
 
 
 @dataclass(frozen=True, slots=True)
-class Survey:
+class ModelTraits:
     attention: tuple[Heads, ...]  # the heads of each attention call of a forward pass, in order
     linear: Mapping[str, bool]  # linear layers that are called, and whether their inputs have one row per token
     embedding: str  # the module that looks up tokens
@@ -37,7 +37,7 @@ class Survey:
     vocab_size: int
     generates: bool = True  # else its head is not there
 
-    def without_head(self) -> "Survey":
+    def without_head(self) -> "ModelTraits":
         """Of a model that makes hidden states alone."""
         linear = {name: fed for name, fed in self.linear.items() if name != self.head}
         idle = (*self.idle, self.head) if self.head else self.idle
@@ -56,7 +56,7 @@ class NothingChosen(TorchFunctionMode):
 
 
 @dataclass
-class Surveyor:
+class AttentionRecorder:
     """Implements Attending: records the calls, and answers with tensors without values."""
 
     positions: int
@@ -104,18 +104,18 @@ class Surveyor:
         )
 
 
-def survey(model: PreTrainedModel, positions: int) -> Survey:
+def read_traits(model: PreTrainedModel, positions: int) -> ModelTraits:
     """Runs a model that is on the meta device, for sequences of at most `positions` positions. Raises
     CheckpointError."""
-    noted = Surveyor(positions)
-    calls = Calls(model)
-    with calls.counted(), attended_by(noted), NothingChosen():
+    recorder = AttentionRecorder(positions)
+    calls = ModuleCalls(model)
+    with calls.counted(), attended_by(recorder), NothingChosen():
         logits = run(model)
-    if not noted.attention:
+    if not recorder.attention:
         raise CheckpointError("it has no attention")
     backbone, output = calls.backbone
-    return Survey(
-        attention=tuple(noted.attention),
+    return ModelTraits(
+        attention=tuple(recorder.attention),
         linear=calls.linear(TOKENS),
         embedding=_name(model, model.get_input_embeddings()),
         head=_name(model, model.get_output_embeddings()),  # type: ignore[no-untyped-call]
@@ -134,6 +134,6 @@ def run(model: PreTrainedModel) -> torch.Tensor:
     """Runs a forward pass of one row of tokens, without values. Returns the logits."""
     ids = torch.zeros((1, TOKENS), dtype=torch.long, device="meta")
     positions = torch.arange(TOKENS, device="meta")[None]
-    options = {"past_key_values": ThroughCache(model.config), "use_cache": True}
+    options = {"past_key_values": PassThroughCache(model.config), "use_cache": True}
     logits: torch.Tensor = model(input_ids=ids, position_ids=positions, **options).logits
     return logits

@@ -29,7 +29,7 @@ PARAMETERS = {"colwise", "rowwise", "packed_colwise", "packed_rowwise"} | UNCUT
 _NUMBER = re.compile(r"\d+")
 
 
-class Plan:
+class ParallelRules:
     """The rules for one rank. There are none for a single rank. Raises GroupSizeError for a class that has no rules, or
     has unknown ones."""
 

@@ -16,7 +16,7 @@ FLOAT = 16  # bits of a matrix that is never rounded
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class TensorSlice:
     """A slice of a checkpoint's tensor. The rows of a parameter are those of its slices, one slice after the other."""
 
     tensor: str
@@ -26,7 +26,7 @@ class Source:
     repeat: int | None = None  # a vector becomes this many equal rows; None: it is cut into rows
     expert: int | None = None  # if the tensor holds those of all experts: the expert whose matrix or vector it is
     transposed: bool = False  # in the tensor, the matrix's columns come before its rows
-    instead: "Source | None" = None  # what to read from checkpoints without this tensor
+    instead: "TensorSlice | None" = None  # what to read from checkpoints without this tensor
 
     def read(self, reader: "TensorReader") -> torch.Tensor:
         if self.expert is None:
@@ -46,7 +46,7 @@ class Source:
 class Parameter:
     """A parameter that a layer declared."""
 
-    sources: tuple[Source, ...]
+    slices: tuple[TensorSlice, ...]
     dtype: torch.dtype | None  # None: the model's
     plus: float  # added to each number
 
@@ -72,7 +72,7 @@ class ParameterForm:
     quantize: Quantize  # how matrices are quantized; auto: they stay in integers if they are stored in integers
 
 
-class SourcedLayer(nn.Module):
+class LoadableLayer(nn.Module):
     """A layer that loads its own parameters. Until then, they are on the meta device."""
 
     weight: Weight  # for layers with a matrix, once it is loaded
@@ -81,59 +81,62 @@ class SourcedLayer(nn.Module):
         super().__init__()
         self.ops = ops
         self.declared: dict[str, Parameter] = {}
-        self.matrix: tuple[Source, ...] = ()
+        self.matrix: tuple[TensorSlice, ...] = ()
 
     def declare(
         self,
         name: str,
         shape: tuple[int, ...],
-        *sources: Source,
+        *slices: TensorSlice,
         dtype: torch.dtype | None = None,
         plus: float = 0.0,
     ) -> None:
-        """Registers parameter `name`, to be filled from `sources`. It has this dtype, or the model's if that is None,
+        """Registers parameter `name`, to be filled from `slices`. It has this dtype, or the model's if that is None,
         and `plus` is added to each number."""
         self.register_parameter(name, nn.Parameter(torch.empty(shape), requires_grad=False))
-        self.declared[name] = Parameter(sources, dtype, plus)
+        self.declared[name] = Parameter(slices, dtype, plus)
 
-    def declare_matrix(self, shape: tuple[int, int], *sources: Source, least_bits: int = 4) -> None:
-        """Registers the matrix that becomes `weight`. Its rows come from `sources`.
+    def declare_matrix(self, shape: tuple[int, int], *slices: TensorSlice, least_bits: int = 4) -> None:
+        """Registers the matrix that becomes `weight`. Its rows come from `slices`.
 
         If the model is quantized, this matrix is quantized to at least `least_bits`.
         """
         self.matrix_shape = shape
-        self.matrix = sources
+        self.matrix = slices
         self.least_bits = least_bits
 
     @property
-    def all_sources(self) -> tuple[Source, ...]:
-        return (*self.matrix, *(source for parameter in self.declared.values() for source in parameter.sources))
+    def all_slices(self) -> tuple[TensorSlice, ...]:
+        return (
+            *self.matrix,
+            *(tensor_slice for parameter in self.declared.values() for tensor_slice in parameter.slices),
+        )
 
-    def choose_sources(self, names: Collection[str]) -> None:
+    def choose_slices(self, names: Collection[str]) -> None:
         """Replaces slices of tensors that are not in `names`, a checkpoint's, by what to read instead."""
 
-        def chosen(sources: tuple[Source, ...]) -> tuple[Source, ...]:
-            return tuple(s.instead if s.instead and s.tensor not in names else s for s in sources)
+        def chosen(slices: tuple[TensorSlice, ...]) -> tuple[TensorSlice, ...]:
+            return tuple(s.instead if s.instead and s.tensor not in names else s for s in slices)
 
         self.matrix = chosen(self.matrix)
-        self.declared = {name: replace(each, sources=chosen(each.sources)) for name, each in self.declared.items()}
+        self.declared = {name: replace(each, slices=chosen(each.slices)) for name, each in self.declared.items()}
 
     def load(self, reader: TensorReader, form: ParameterForm) -> Iterator[str]:
         """Fills the parameters, in their final form and place, tensor by tensor. Yields each tensor's name."""
         for name, declared in self.declared.items():
             shape, dtype = self.get_parameter(name).shape, declared.dtype or form.dtype
             data = torch.empty(shape, dtype=dtype, device=form.device)
-            yield from _fill(data, reader, declared.sources)
+            yield from _fill(data, reader, declared.slices)
             self.register_parameter(name, nn.Parameter(data.add_(declared.plus), requires_grad=False))
         if self.matrix:
             yield from self._load_matrix(reader, form)
 
-    def as_served(self, reader: TensorReader, form: ParameterForm, source: Source) -> torch.Tensor:
+    def as_served(self, reader: TensorReader, form: ParameterForm, tensor_slice: TensorSlice) -> torch.Tensor:
         """Returns a slice of one of the matrix's tensors as the layer computes with it in this form, in float32."""
-        stored = self._stored_integers(reader, form.quantize, (source,))
+        stored = self._stored_integers(reader, form.quantize, (tensor_slice,))
         if stored is not None:
             return stored.dequantized()
-        matrix = source.read(reader)
+        matrix = tensor_slice.read(reader)
         if self._is_rounded(form):
             return quantize(matrix.float(), self._bits(form.quantize)).dequantized()
         return matrix.to(form.dtype).float()
@@ -142,7 +145,7 @@ class SourcedLayer(nn.Module):
         stored = self._stored_integers(reader, form.quantize, self.matrix)
         if stored is not None:
             self.weight = self.ops.pack(stored)
-            yield from (source.tensor for source in self.matrix)
+            yield from (tensor_slice.tensor for tensor_slice in self.matrix)
             return
         rounded = self._is_rounded(form)
         data = torch.empty(self.matrix_shape, dtype=torch.float32 if rounded else form.dtype, device=form.device)
@@ -150,13 +153,13 @@ class SourcedLayer(nn.Module):
         self.weight = self.ops.pack(quantize(data, self._bits(form.quantize)) if rounded else data)
 
     def _stored_integers(
-        self, reader: TensorReader, wanted: Quantize, sources: tuple[Source, ...]
+        self, reader: TensorReader, wanted: Quantize, slices: tuple[TensorSlice, ...]
     ) -> QuantizedMatrix | None:
         """The matrix in the checkpoint's integers, if all of it is stored in the same form, and that is the wanted
         one."""
         if wanted == "none":
             return None
-        parts = [source.read_quantized(reader) for source in sources]
+        parts = [tensor_slice.read_quantized(reader) for tensor_slice in slices]
         stored = [part for part in parts if part is not None]
         if len(stored) < len(parts) or len({(part.bits, part.group) for part in stored}) > 1:
             return None
@@ -169,13 +172,13 @@ class SourcedLayer(nn.Module):
         return max(BITS[wanted], self.least_bits)
 
 
-def _fill(data: torch.Tensor, reader: TensorReader, sources: tuple[Source, ...]) -> Iterator[str]:
+def _fill(data: torch.Tensor, reader: TensorReader, slices: tuple[TensorSlice, ...]) -> Iterator[str]:
     row = 0
-    for source in sources:
-        piece = source.read(reader)
+    for tensor_slice in slices:
+        piece = tensor_slice.read(reader)
         if piece.dim() < data.dim():
-            piece = piece.view(-1, data.shape[1]).expand(source.repeat or -1, -1)
+            piece = piece.view(-1, data.shape[1]).expand(tensor_slice.repeat or -1, -1)
         data[row : row + piece.shape[0]].copy_(piece)
         row += piece.shape[0]
-        yield source.tensor
+        yield tensor_slice.tensor
     assert row == data.shape[0]

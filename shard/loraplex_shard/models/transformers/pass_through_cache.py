@@ -12,7 +12,7 @@ from loraplex_shard.checkpoint.base import CheckpointError
 KEYS_AND_VALUES = DynamicLayer, DynamicSlidingWindowLayer, DummyLayer
 
 
-class ThroughCache(DynamicCache):
+class PassThroughCache(DynamicCache):
     """Raises CheckpointError for a model that keeps more than keys and values."""
 
     def __init__(self, config: PreTrainedConfig) -> None:

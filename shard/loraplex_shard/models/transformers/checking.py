@@ -6,27 +6,22 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.core_model_loading import build_glob_alternation
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from loraplex_shard.checkpoint.base import Checkpoint, CheckpointError
 from loraplex_shard.device.parallel import Group, GroupSizeError
-from loraplex_shard.models.transformers import experts  # noqa: F401  # registers our experts
-from loraplex_shard.models.transformers.attention import IMPLEMENTATION
-from loraplex_shard.models.transformers.linear import Now
-from loraplex_shard.models.transformers.plan import Plan
+from loraplex_shard.models.transformers.building import build, dtypes
+from loraplex_shard.models.transformers.linear import ForwardContext
+from loraplex_shard.models.transformers.parallel_rules import ParallelRules
 from loraplex_shard.models.transformers.replacing import Replacement
-from loraplex_shard.models.transformers.rotary import freeze_rotary
-from loraplex_shard.models.transformers.survey import Survey, survey
+from loraplex_shard.models.transformers.traits import ModelTraits, read_traits
 from loraplex_shard.ops.reference import ReferenceOperations
 
 META = torch.device("meta")
 LONGEST_REASON = 120  # characters of an error of transformers' code
 
 
-def examine(checkpoint: Checkpoint, positions: int, rank: int = 0, size: int = 1) -> Survey:
+def check_model(checkpoint: Checkpoint, positions: int, rank: int = 0, size: int = 1) -> ModelTraits:
     """Returns what a rank's part of the model does, for sequences of at most `positions` positions.
 
     Raises CheckpointError, with what the code does that our cache or our attention cannot; GroupSizeError if the model
@@ -36,14 +31,16 @@ def examine(checkpoint: Checkpoint, positions: int, rank: int = 0, size: int = 1
     with refused_by_name(checkpoint):
         with META:
             model = build(checkpoint.config, torch.float32, positions)
-        whole = survey(model, positions)
+        whole = read_traits(model, positions)
     if size == 1:
         return whole
-    plan = Plan(model.tp_plan or {}, checkpoint.architecture, rank, size)
-    parts = Replacement(whole, plan, Group(rank, size), ReferenceOperations(), Now(META), dtypes(model, torch.float32))
+    rules = ParallelRules(model.tp_plan or {}, checkpoint.architecture, rank, size)
+    parts = Replacement(
+        whole, rules, Group(rank, size), ReferenceOperations(), ForwardContext(META), dtypes(model, torch.float32)
+    )
     try:
         parts.apply(model)
-        return replace(whole, attention=survey(model, positions).attention)
+        return replace(whole, attention=read_traits(model, positions).attention)
     except (CheckpointError, ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise GroupSizeError(f"{checkpoint.architecture} cannot be cut into {size} ranks: {error}") from error
 
@@ -59,34 +56,6 @@ def refused_by_name(checkpoint: Checkpoint) -> Iterator[None]:
     except (ArithmeticError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:LONGEST_REASON]}"
         raise CheckpointError(f"{name}: transformers' code for it fails: {reason}") from error
-
-
-def build(config: PreTrainedConfig, dtype: torch.dtype, positions: int) -> PreTrainedModel:
-    """Builds the model for sequences of at most `positions` positions. Its parameters are on the meta device, its
-    buffers on torch's default device."""
-    make: Any = AutoModelForCausalLM.from_config
-    options = {"attn_implementation": IMPLEMENTATION, "experts_implementation": IMPLEMENTATION}
-    with init_empty_weights(include_buffers=False):
-        model: Any = make(config, dtype=dtype, trust_remote_code=False, **options)
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):  # the original looks through each batch
-            module.warn_if_padding_and_no_attention_mask = lambda *_: None  # type: ignore[method-assign]
-    freeze_rotary(model, positions)
-    built: PreTrainedModel = model.eval()
-    return built
-
-
-def dtypes(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """The dtype of each tensor, as transformers loads it. Some classes keep some tensors in float32."""
-    found = {name: tensor.dtype for name, tensor in model.state_dict().items()}
-    kept = model._get_dtype_plan(dtype)
-    if kept:
-        pattern, names, _ = build_glob_alternation(list(kept))
-        for name in found:
-            match = pattern.search(name)
-            if match is not None and match.lastgroup is not None:
-                found[name] = kept[names[match.lastgroup]]
-    return found
 
 
 def check_class(checkpoint: Checkpoint) -> None:
