@@ -4,7 +4,7 @@
     python -m examples.adapters.train sql --steps 20
 
 The user's message goes through the model's own chat template and nothing else says what to do: it is the adapter that
-knows. Loss is taken on the answer and its end-of-turn token alone, so that generation stops where the answer does.
+knows. The loss only counts the answer and its end-of-turn token, so that generation stops where the answer does.
 """
 
 import argparse

@@ -49,7 +49,10 @@ class EdgeSettings(BaseModel):
         description="Largest request, over HTTP and gRPC, in MiB; handling it can take ten times that memory.",
     )
     max_adapters_on_device: int = Field(
-        64, ge=1, le=65535, description="Adapters on a replica's device, and so in use at the same time."
+        64,
+        ge=1,
+        le=65535,
+        description="Maximum number of adapters on a replica's device, and so in use at the same time.",
     )
     adapter_host_gib: float = Field(
         0.0,
@@ -82,7 +85,7 @@ class EdgeSettings(BaseModel):
         "Empty: no traces.",
     )
     trace_sampling: float = Field(
-        1.0, ge=0, le=1, description="Fraction of requests to trace, of those without a trace of their own."
+        1.0, ge=0, le=1, description="Fraction of requests to trace, among those that arrive without a trace."
     )
     log_format: Literal["text", "json"] = Field("text", description="Format of log lines.")
     log_prompts: bool = Field(False, description="Log prompts and answers with each request.")

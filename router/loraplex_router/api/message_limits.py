@@ -1,5 +1,5 @@
-"""Looks at gRPC requests before they become messages: a part of two bytes takes fifty times as much in one, and parsing
-millions of them holds up all streams."""
+"""Checks gRPC requests before they are parsed: a part of two bytes takes fifty times as much memory in a message, and
+parsing millions of parts delays all streams."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, contextmanager
@@ -22,7 +22,7 @@ Answering = Callable[[Context], AbstractAsyncContextManager[None]]
 
 
 def check_message(data: bytes, kind: Descriptor) -> None:
-    """Raises InvalidRequestError if too much is in a message of this kind. What is not one passes."""
+    """Raises InvalidRequestError if a message of this kind has too many parts. Data that is not a message passes."""
     fields, numbers, parts = 0, 0, [(0, len(data), kind)]
     try:
         while parts:
@@ -43,12 +43,12 @@ def check_message(data: bytes, kind: Descriptor) -> None:
                     numbers += value
                     if numbers > MAX_NUMBERS:
                         raise InvalidRequestError(FieldViolation("request", "has too many token ids"))
-    except (IndexError, KeyError):  # the parser says so
+    except (IndexError, KeyError):  # the parser reports it
         return
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
-    """A number, and where it ends."""
+    """A number, and the position after it."""
     value = shift = 0
     while (byte := data[at]) & 0x80:
         value |= (byte & 0x7F) << shift
@@ -58,8 +58,8 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
 
 
 class MessageLimits(grpc.aio.ServerInterceptor):
-    """Parses one service's requests where their errors can be answered: within `answering`. The requests that
-    are being answered may have `together` bytes in all; others are refused meanwhile."""
+    """Parses a service's requests within `answering`, where errors can be answered. The requests in progress may have
+    `together` bytes in all; beyond that, requests are refused."""
 
     def __init__(self, service: ServiceDescriptor, answering: Answering, together: int) -> None:
         self._room = together

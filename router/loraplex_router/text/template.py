@@ -1,6 +1,6 @@
 """One chat template, rendered as transformers does it, with messages in the form that it reads.
 
-Imports transformers, and so belongs to the process that renders (template_process.py), not to the router's own.
+Imports transformers, so it belongs to the process that renders (template_process.py), not to the router's process.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from transformers.utils.chat_template_utils import _compile_jinja_template, rend
 from loraplex_router.text.template_messages import adapt, complete
 from loraplex_router.text.template_traits import Row, find_traits
 
-# What render_jinja_template takes beside a template's variables, and what it sets itself.
+# Arguments of render_jinja_template that are not the template's variables, and variables that it sets itself.
 RESERVED = frozenset(
     ("conversations", "messages", "tools", "chat_template", "return_assistant_tokens_mask", "continue_final_message")
 )
@@ -40,7 +40,7 @@ class Template:
         """The prompt. With `continue_final_message`, nothing follows the last message's text. `variables` may stand in
         for special tokens, documents and add_generation_prompt.
 
-        Raises whatever the template raises, ValueError for variables that cannot be set.
+        Raises whatever the template raises, and ValueError for variables that cannot be set.
         """
         variables = variables or {}
         if taken := RESERVED & variables.keys():

@@ -1,4 +1,4 @@
-"""Messages as clients write them -> as a template reads them."""
+"""Converts messages from the clients' form to the form that a template reads."""
 
 import json
 import re
@@ -14,8 +14,8 @@ _FORMS = {CallIds.SHORT: re.compile(r"[A-Za-z0-9]{9}"), CallIds.NUMBERED: re.com
 
 
 def adapt(messages: Sequence[Row], tools: Sequence[Mapping[str, Any]] | None, traits: Traits) -> list[Row]:
-    """Nothing is changed that the template reads as it is. Tools, calls and their results that it would not show become
-    text. Fields that are null are left out, as transformers does it."""
+    """Only changes what the template does not read as it is. Tools, calls and results that it would not show become
+    text. Null fields are left out, as in transformers."""
     rows = [{name: value for name, value in row.items() if value is not None} for row in messages]
     if not traits.knows_developer:
         rows = [{**row, "role": "system"} if row["role"] == "developer" else row for row in rows]
@@ -35,7 +35,7 @@ def adapt(messages: Sequence[Row], tools: Sequence[Mapping[str, Any]] | None, tr
 
 
 def complete(tools: Sequence[Row], traits: Traits) -> list[Row]:
-    """Tools with what clients may leave out, or write as null, and this template must have."""
+    """The tools, with the fields that this template needs, but clients may leave out or set to null."""
     return [{**tool, "function": _complete(tool["function"], traits.tool_needs)} for tool in tools]
 
 
@@ -50,7 +50,7 @@ def _complete(function: Row, needs: frozenset[str]) -> Row:
 
 
 def _with_ids(rows: list[Row], form: CallIds) -> list[Row]:
-    """Ids of calls come from clients, and from other servers; some templates take only those of their model."""
+    """Ids of calls come from clients and other servers; some templates only accept their model's form."""
     if form is CallIds.ANY:
         return rows
     renamed, count, changed = dict[object, str](), 0, list[Row]()
@@ -81,7 +81,7 @@ def _with_arguments(row: Row, as_text: bool) -> Row:
 
 
 def _read(arguments: Any, as_text: bool) -> Any:
-    """Clients send a call without arguments back in many ways."""
+    """Clients return calls without arguments in many forms."""
     if arguments is None or (isinstance(arguments, str) and arguments.strip() in ("", "null")):
         arguments = {}
     if as_text:
@@ -89,7 +89,7 @@ def _read(arguments: Any, as_text: bool) -> Any:
     try:
         return parse(arguments) if isinstance(arguments, str) else arguments
     except ValueError:
-        return arguments  # as the model wrote it
+        return arguments  # the model's own text
 
 
 def _with_content(row: Row, traits: Traits) -> Row:

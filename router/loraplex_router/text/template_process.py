@@ -1,7 +1,7 @@
-"""The process that renders chat templates: a line of JSON in; a line of JSON and a text out.
+"""The process that renders chat templates. It reads lines of JSON, and answers each with a line of JSON and a text.
 
-The sandbox does not keep a template from running forever or filling the memory, so this process is short of memory, and
-of processor time for each conversation. renderer.py starts it.
+The sandbox does not keep a template from running forever or filling the memory, so this process has little memory, and
+little processor time for each conversation. renderer.py starts it.
 """
 
 import json
@@ -19,16 +19,16 @@ MEMORY_BYTES = 2**30
 MAX_RENDERED = 2**24  # characters
 MAX_TURN_END = 200
 MAX_REASON = 200  # characters: it may quote the conversation
-KEPT = 256  # templates, with what was found out about them
+KEPT = 256  # number of templates that are kept, with their traits
 
 
 def main() -> None:
-    """Says that it is ready, and answers. A template that uses up its time ends the process, also when no router is
-    left to wait for it."""
+    """Reports that it is ready, and answers. A template that uses up its time ends the process, even if its router has
+    ended."""
     render_seconds = float(sys.argv[1])
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library prints is not taken for an answer
+    os.dup2(2, 1)  # so that a library's output is not taken for an answer
     answers.write(b"ready\n")
     answers.flush()
     for line in sys.stdin.buffer:
@@ -42,10 +42,10 @@ def main() -> None:
 
 
 def answer(line: bytes) -> tuple[str, str, str]:
-    """("text", the prompt, what the template writes behind an answer), ("refused", why there is none, "") or ("broken",
-    what is wrong with the template, "").
+    """("text", the prompt, the text that the template writes after an answer), ("refused", the reason, "") or
+    ("broken", the template's error, "").
 
-    A question without messages asks whether the template can be read.
+    A question without messages asks whether the template can be parsed.
     """
     try:
         question = json.loads(line)
@@ -53,7 +53,7 @@ def answer(line: bytes) -> tuple[str, str, str]:
         return "refused", "they are nested too deeply", ""
     try:
         template = _template(question.pop("source"), tuple(sorted(question.pop("special_tokens").items())))
-    except Exception as error:  # a template can be too deep for the parser
+    except Exception as error:  # a template may be nested too deeply for the parser
         return "broken", describe(error), ""
     if "messages" not in question:
         return "text", "", template.turn_end
@@ -67,7 +67,7 @@ def answer(line: bytes) -> tuple[str, str, str]:
 
 
 def describe(error: Exception) -> str:
-    """What a template says itself is told as it is."""
+    """A template's own error is passed on unchanged."""
     reason = str(error) if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: {error}"
     line = getattr(error, "lineno", None)
     return (f"line {line}: {reason}" if line else reason)[:MAX_REASON]

@@ -1,8 +1,7 @@
-"""What a chat template makes of messages, found out by rendering small conversations with it.
+"""What a chat template does with messages, found out by rendering small conversations with it.
 
-Clients write messages in one form, OpenAI's, and templates read several; which of them is left to those who call
-transformers. Whether a form is right shows in the prompt: nothing that was said is missing, and nothing is written as
-a program writes its data.
+Clients write messages in OpenAI's form, but templates read several forms, and transformers leaves the choice to its
+caller. A form is right if the prompt lacks none of the content, and contains nothing in the notation of Python or JSON.
 """
 
 import json
@@ -23,66 +22,66 @@ WRITTEN_ARGUMENTS = json.dumps(ARGUMENTS)
 PARAMETERS = {"type": "object", "properties": {"probekey": {"type": "string"}}, "required": []}
 FUNCTION = {"name": "probetool", "description": "Probes.", "parameters": PARAMETERS}
 TOOL = {"type": "function", "function": FUNCTION}
-# A dict, a list of parts, or a JSON text in a JSON text, printed as such.
+# Signs that a dict, a list of parts, or a JSON text within a JSON text was printed.
 DATA = "'probekey'", '\\"probekey', "'type': 'text'", '"type": "text"', '"type":"text"'
 
 
 class CallIds(Enum):
-    """What the ids of calls must look like, by an example. There is one call, of `probecall`."""
+    """The form of calls' ids, by an example. There is one call, of `probecall`."""
 
     ANY = "call_0123456789abcdef"
-    SHORT = "probe1234"  # nine letters and digits, as Mistral's templates want them
-    NUMBERED = "functions.probecall:0"  # as some of Kimi's do
+    SHORT = "probe1234"  # nine letters and digits, which Mistral's templates require
+    NUMBERED = "functions.probecall:0"  # for some of Kimi's templates
 
 
 class Blank(Enum):
     """How a message without content is written."""
 
-    ABSENT = "absent"  # as transformers writes it
+    ABSENT = "absent"  # transformers' form
     NULL = "null"
     EMPTY = "empty"
 
 
 @dataclass(frozen=True, slots=True)
 class Traits:
-    reads_tools: bool  # it has use for the tools that there are
-    tool_needs: frozenset[str]  # of a function's fields and its parameters' properties, what it refuses tools without
-    hides_calls: bool  # what an assistant says is shown, but not what it calls
-    hides_results: bool  # what a user says is shown, but not what came of a call
+    reads_tools: bool  # it shows the available tools
+    tool_needs: frozenset[str]  # fields of functions and of their parameters' properties that it needs
+    hides_calls: bool  # an assistant's text is shown, but not its calls
+    hides_results: bool  # a user's text is shown, but not a call's result
     takes_system: bool  # a system message is shown
     call_ids: CallIds
     knows_developer: bool  # OpenAI's newer name for the role "system"
-    arguments_as_text: bool  # those of calls are the client's text; else the object that it stands for
+    arguments_as_text: bool  # calls' arguments are the client's text; otherwise the parsed object
     blank: Blank  # a message without content
-    blank_call: Blank  # one that has calls instead
+    blank_call: Blank  # a message that has calls instead
     empty_hides_calls: bool  # calls beside an empty text are not shown
     takes_parts: frozenset[str]  # roles whose content may be a list of parts
     needs_parts: frozenset[str]  # roles whose content must be one
-    turn_end: str  # what is written behind an answer
+    turn_end: str  # the text after an answer
 
 
 def find_traits(source: str, variables: Collection[str], render: Render) -> Traits:
-    """`variables` are those that the template reads; what `render` raises is what it makes of a conversation."""
+    """`variables` are the ones that the template reads. If `render` raises, the template refuses the conversation."""
 
     def attempt(rows: list[Row], tools: list[Row] | None = None) -> str | None:
         try:
             return render(rows, tools)
         except Exception:  # it is a program
-            return None if tools else attempt(rows, [TOOL])  # one that is for tools alone
+            return None if tools else attempt(rows, [TOOL])  # a template that needs tools
 
     def called(arguments: Any, blank: Blank, ids: CallIds) -> str | None:
-        """With calls; some templates write them only where there are tools."""
+        """Renders messages with calls; some templates only write calls if there are tools."""
         rows = _called(arguments, blank, ids)
         without = attempt(rows)
         return without if without is not None and _names_call(without) else attempt(rows, [TOOL])
 
     def rank(ids: CallIds, blank: Blank) -> int:
-        """How good this is for a message that has calls."""
+        """How well this form suits a message with calls."""
         texts = called(ARGUMENTS, blank, ids), called(WRITTEN_ARGUMENTS, blank, ids)
         shown = [text for text in texts if text is not None]
         return max((1 + (_names_call(text) and "None" not in text) for text in shown), default=0)
 
-    ids, blank_call = max(product(CallIds, Blank), key=lambda forms: rank(*forms))  # the first of the best
+    ids, blank_call = max(product(CallIds, Blank), key=lambda forms: rank(*forms))  # the first of the best forms
     as_object, as_text = called(ARGUMENTS, blank_call, ids), called(WRITTEN_ARGUMENTS, blank_call, ids)
     text_is_right = _shows(as_text, *ARGUMENTS, *ARGUMENTS.values())
     object_is_right = _shows(as_object, *ARGUMENTS, *ARGUMENTS.values())
@@ -92,7 +91,7 @@ def find_traits(source: str, variables: Collection[str], render: Render) -> Trai
     def said(role: str, content: Any) -> str | None:
         return attempt(_said(role, content, _called(arguments, blank_call, ids)))
 
-    knows_calls = "tool_calls" in source  # if it refuses some nevertheless, it has its reasons
+    knows_calls = "tool_calls" in source  # if it still refuses some, it has its reasons
     takes_parts = frozenset(role for role in ROLES if _shows(said(role, PARTS), *TEXT.split()))
     takes_text = frozenset(role for role in ROLES if _shows(said(role, TEXT), TEXT))
     _, answered, behind = (attempt(_said("assistant", TEXT, [])[:2]) or "").rpartition(TEXT)
@@ -126,12 +125,12 @@ def _tool_needs(attempt: Callable[[list[Row], list[Row] | None], str | None]) ->
 
 
 def _names_call(text: str) -> bool:
-    """Some templates write a call's name, some its id."""
+    """Some templates write a call's name, others its id."""
     return any(piece in text for piece in ("probecall", *(ids.value for ids in CallIds), *ARGUMENTS.values()))
 
 
 def _shows(text: str | None, *pieces: str) -> bool:
-    """Whether all of this is in the prompt, and in no wrong form."""
+    """Whether the prompt contains all of this, and in the right form."""
     return text is not None and all(piece in text for piece in pieces) and not any(data in text for data in DATA)
 
 
@@ -146,7 +145,7 @@ def _called(arguments: Any, blank: Blank, ids: CallIds) -> list[Row]:
 
 
 def _said(role: str, content: Any, called: list[Row]) -> list[Row]:
-    """A conversation in which this role says that, if anything."""
+    """A conversation in which this role has this content."""
     said = {"role": role} if content is None else {"role": role, "content": content}
     asked = {"role": "user", "content": "Hi"}
     match role:

@@ -1,4 +1,4 @@
-"""What tokens are: bytes. One alone need not be text, for a character can be spread over several."""
+"""Tokens as bytes. A token may not be text by itself, because a character can be divided over several tokens."""
 
 import json
 import re
@@ -8,12 +8,12 @@ from typing import Any
 
 import tokenizers
 
-BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # how SentencePiece writes one
+BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # SentencePiece's notation of a byte
 
 
 class TokenBytes:
-    """The bytes of each token of a vocabulary: those of all tokens of a text are the text's. Only a tokenizer that
-    leaves out a space before the text's first word has one more."""
+    """The bytes of each token in a vocabulary. The bytes of a text's tokens add up to the text, except that a tokenizer
+    that removes a space before the first word has one more."""
 
     def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -22,7 +22,7 @@ class TokenBytes:
         self._found: dict[int, bytes] = {}
 
     def of(self, token: int) -> bytes:
-        """Of an id that the vocabulary does not have: none."""
+        """The token's bytes; none for an id that the vocabulary does not have."""
         found = self._found.get(token)
         if found is None:
             found = self._found[token] = self._read(token)
@@ -45,7 +45,7 @@ class TokenBytes:
 
     @cached_property
     def _word(self) -> list[int]:
-        """A token that is a word: many decoders write the next one otherwise than the first of a text."""
+        """A token that is a word, because many decoders write a text's first word differently from later ones."""
         for token in range(self._tokenizer.get_vocab_size()):
             written = self._tokenizer.id_to_token(token)
             if token not in self._added and written and written.isascii() and written.isalnum():
@@ -60,8 +60,8 @@ def _kinds(decoder: dict[str, Any]) -> Iterator[str]:
 
 
 def _alphabet() -> dict[str, int]:
-    """The letters in which byte-level vocabularies are written, as GPT-2 introduced them: bytes that can be printed
-    stand for themselves, the others for the letters from 256 on, in their order."""
+    """The characters of byte-level vocabularies, as introduced by GPT-2: printable bytes are written as themselves, and
+    the others as the characters from 256 on, in their order."""
     plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in plain]
     return {chr(byte): byte for byte in plain} | {chr(256 + at): byte for at, byte in enumerate(others)}

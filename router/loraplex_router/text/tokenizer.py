@@ -16,15 +16,15 @@ from loraplex_router.text.pieces import LARGEST, IndivisibleError, Piece, read_p
 from loraplex_router.text.token_bytes import TokenBytes
 from loraplex_router.vocabulary.chat import RenderedChat
 
-LONG_TEXT = 2000  # characters; tokenizing more than this would hold up other streams
-MANY_TOKENS = 2000  # decoding more than these would, too
+LONG_TEXT = 2000  # characters; tokenizing more than this at once would delay other streams
+MANY_TOKENS = 2000  # decoding more than this at once would also delay them
 
-_THREADS = ThreadPoolExecutor(2, "tokenizer")  # for long texts: a piece of each at a time, in turn
+_THREADS = ThreadPoolExecutor(2, "tokenizer")  # for long texts: one piece of each in turn
 
 
 @dataclass(frozen=True, slots=True)
 class TokenSpan:
-    """One token of an input text, and the part of the text that became it: characters [start, stop)."""
+    """A token of an input text, with its characters [start, stop)."""
 
     id: int
     text: str
@@ -33,7 +33,7 @@ class TokenSpan:
 
 
 class Spans:
-    """The tokens of a text, each with its place in it. They take 12 bytes each, however many there are."""
+    """The tokens of a text, each with its position. A token takes 12 bytes."""
 
     def __init__(self, text: str) -> None:
         self.ids = array("I")
@@ -86,14 +86,14 @@ class Tokenizer:
         return (ids if last is None else ids[-last:]).tolist()
 
     async def spans(self, text: str, add_special_tokens: bool = True) -> Spans:
-        """The tokens of a text, each with its place in it."""
+        """The tokens of a text, each with its position."""
         spans = Spans(text)
         async for piece in self._read(text, add_special_tokens):
             spans.add(piece)
         return spans
 
     async def _read(self, text: str, add_special_tokens: bool) -> AsyncIterator[Piece]:
-        """A text's pieces, each made on a thread, without the interpreter's lock."""
+        """A text's pieces. Each is tokenized on a thread, without the interpreter's lock."""
         before, behind = self._added if add_special_tokens else ([], [])
         yield _nowhere(before)
         pieces = read_pieces(self._tokenizer, text)
@@ -108,14 +108,14 @@ class Tokenizer:
 
     @cached_property
     def _added(self) -> tuple[list[int], list[int]]:
-        """The special tokens that the tokenizer adds before and behind a text."""
+        """The special tokens that the tokenizer adds before and after a text."""
         encoding = self._tokenizer.encode("a", add_special_tokens=True)
         ids: list[int] = encoding.ids
         inner = [at for at, special in enumerate(encoding.special_tokens_mask) if not special]
         return (ids[: inner[0]], ids[inner[-1] + 1 :]) if inner else (ids, [])
 
     def decode(self, ids: list[int]) -> str:
-        """The text of token ids, special tokens left out."""
+        """The text of token ids, without special tokens."""
         return self._tokenizer.decode(ids, skip_special_tokens=True)
 
     def hidden_text(self, token: int) -> str:
@@ -123,7 +123,7 @@ class Tokenizer:
         return self.token_text(token) if token in self._special_tokens else ""
 
     async def decode_verbatim(self, ids: list[int]) -> str:
-        """The text of as many token ids as there may be, special tokens shown."""
+        """The text of any number of token ids, with special tokens."""
         if len(ids) < MANY_TOKENS:
             return self.verbatim.decode(ids)
         decode = partial(self._tokenizer.decode_batch, skip_special_tokens=False)
@@ -132,20 +132,20 @@ class Tokenizer:
 
     @property
     def verbatim(self) -> Decoder:
-        """Decodes with the special tokens shown."""
+        """Decodes with special tokens."""
         return _Verbatim(self._tokenizer, self.token_text)
 
     def special_token_at(self, text: str) -> int | None:
-        """The special token that a short text begins with, but for white space."""
+        """The special token that a short text begins with, apart from white space."""
         first = self._tokenizer.encode(text.lstrip(), add_special_tokens=False).ids[:1]
         return first[0] if first and first[0] in self._special_tokens else None
 
     def is_special(self, token: int) -> bool:
-        """Whether the token is left out of the text."""
+        """Whether the token is omitted from the text."""
         return token in self._special_tokens
 
     def token_bytes(self, token: int) -> bytes:
-        """What one token is within a text; special tokens are shown."""
+        """A token's bytes within a text; special tokens are included."""
         return self._bytes.of(token)
 
     def token_text(self, token: int) -> str:
@@ -156,19 +156,19 @@ class Tokenizer:
         return text
 
     def partial_bytes(self, token: int) -> bytes:
-        """The bytes of a token that is no text, since it begins or ends within a character; of others, none."""
+        """The bytes of a token that begins or ends within a character; none for other tokens."""
         text = self.token_text(token)
         return self._bytes.of(token) if INCOMPLETE in text and text.encode() != self._bytes.of(token) else b""
 
     def token_texts(self, tokens: Sequence[int], show_special_tokens: bool) -> list[str]:
-        """What each token adds to a text that they make from its beginning on. Of those that make up a character, the
-        last has it."""
+        """The text that each token adds, from the text's beginning on. If several tokens form a character, the last one
+        has it."""
         decode = getincrementaldecoder("utf-8")("replace").decode
         hidden = frozenset[int]() if show_special_tokens else self._special_tokens
         texts = list[str]()
         for token in tokens:
             text = "" if token in hidden else decode(self._bytes.of(token))
-            if before := len(text) - own_length(text, self.token_text(token)):  # of what never became a character
+            if before := len(text) - own_length(text, self.token_text(token)):  # bytes that never became a character
                 texts[-1] += text[:before]
             texts.append(text[before:])
         if texts:
@@ -193,5 +193,5 @@ class _Verbatim:
 
 
 def _nowhere(ids: list[int]) -> Piece:
-    """Tokens that stand for no part of the text."""
+    """The tokens that represent no part of the text."""
     return Piece(0, ids, [(0, 0)] * len(ids))

@@ -1,8 +1,8 @@
 """Finds the tool calls in an answer while it arrives.
 
-Two forms are known. Hermes, Qwen and others write {"name": ..., "arguments": {...}} between <tool_call> tags, with any
-text around. Llama 3 and others answer with nothing but such an object, or a list of them, where "parameters" may stand
-for "arguments"; a grammar that forces a call makes a model answer like that, too.
+Two forms are supported. Hermes, Qwen and others write {"name": ..., "arguments": {...}} between <tool_call> tags, with
+any text around them. Llama 3 and others only answer with such an object, or a list of them, in which "parameters" may
+replace "arguments"; a grammar that forces a call makes a model answer like that too.
 """
 
 import json
@@ -14,11 +14,11 @@ from typing import TypeAlias
 from loraplex_router.text.json_object import ObjectEnd
 from loraplex_router.text.tool_prompt import CALL_BEGIN, CALL_END
 
-BETWEEN = " \t\r\n,;[]"  # what may stand around and between the objects of an answer that is calls alone
-# The usual order, in which the arguments can be passed on as they come.
+BETWEEN = " \t\r\n,;[]"  # the characters that may be around the objects of an answer that only consists of calls
+# The usual order, in which the arguments can be passed on as they arrive.
 CALL_HEAD = re.compile(r'\{\s*"name"\s*:\s*"([^"\\]*)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
 FIRST_KEY = re.compile(r'\{\s*"([^"\\]*)"\s*:')
-KEYS = ("name", "arguments", "parameters", "type", "id")  # that a call may begin with
+KEYS = ("name", "arguments", "parameters", "type", "id")  # the text that a call may begin with
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,18 +39,18 @@ Piece: TypeAlias = str | ToolCall | Arguments
 
 
 class ToolCallParser:
-    """Text in; content, calls and their arguments out, in order. What looks like a call but is none, or of no tool in
-    `names`, comes out as content. A call is one from where its arguments begin: whether they are well-formed, and go on
-    to their end, is up to the model. Of an answer that is `calls_alone`, whatever its length, nothing is content."""
+    """Turns text into content, calls and their arguments, in order. Text that resembles a call but is not a call of a
+    tool in `names` becomes content. A call is certain once its arguments begin; whether these are well-formed and
+    complete is up to the model. With `calls_alone`, no part of the answer becomes content, whatever its length."""
 
     def __init__(self, names: Collection[str], calls_alone: bool = False) -> None:
         self._names = names
         self._calls_alone = calls_alone
-        self._held = ""  # not decided yet
-        self._scanned = 0  # how much of it the object's end was sought in
+        self._held = ""  # undecided text
+        self._scanned = 0  # how much of it has been searched for the object's end
         self._end = ObjectEnd()
         self._tagged = self._called = False
-        self._after_call = False  # with nothing but white space since
+        self._after_call = False  # followed only by white space so far
         self._state = self._begin
 
     def feed(self, text: str) -> list[Piece]:
@@ -62,13 +62,13 @@ class ToolCallParser:
         return found
 
     def flush(self) -> list[Piece]:
-        """What is left at the end."""
+        """The undecided text at the end of the answer."""
         undecided = self._state in (self._begin, self._read_text, self._seek_object, self._read_object)
         if self._calls_alone or not undecided or (self._called and not self._held.strip(BETWEEN)):
             return []
         return self._content(CALL_BEGIN * self._tagged + self._held)
 
-    # ---- one method for each state: takes what it can of the held text, and may set the next ------------------
+    # ---- one method per state: it consumes what it can of the held text, and may set the next state -----------
 
     def _begin(self) -> list[Piece]:
         if start := self._held.lstrip():
@@ -82,7 +82,7 @@ class ToolCallParser:
         return self._content(before)
 
     def _seek_object(self) -> list[Piece]:
-        """A call may begin with the next brace, if nothing but what may stand before it does."""
+        """A call may begin with the next brace, if only allowed characters are before it."""
         start = self._held.lstrip(None if self._tagged else BETWEEN)
         if start and start[0] != "{":
             return self._refuse()
@@ -92,7 +92,7 @@ class ToolCallParser:
         return []
 
     def _read_object(self) -> list[Piece]:
-        """Until it is known whether this is a call."""
+        """Waits until it is certain whether this is a call."""
         start = self._held.index("{")
         head, first = CALL_HEAD.match(self._held, start), FIRST_KEY.match(self._held, start)
         if head and head[1] in self._names:
@@ -121,7 +121,7 @@ class ToolCallParser:
         return [Arguments(text)] if text else []
 
     def _skip_to_end(self) -> list[Piece]:
-        """Of the call's object, whose arguments are known."""
+        """The rest of the call's object after its arguments."""
         end = self._end.feed(self._held)
         self._held = "" if end is None else self._held[end:]
         if end is not None:
@@ -142,13 +142,13 @@ class ToolCallParser:
         self._state = self._seek_end_tag if self._tagged else self._seek_object
 
     def _refuse(self) -> list[Piece]:
-        """What is held is no call."""
+        """The held text is not a call."""
         tag = CALL_BEGIN * self._tagged
         self._tagged, self._state = False, self._read_text
         return self._content(tag)
 
     def _cut_at_tag(self) -> tuple[str, bool, str]:
-        """(text before the tag, whether the tag is there, what is behind it or may be the tag's beginning)"""
+        """(text before the tag, whether the tag was found, text after it or a possible beginning of the tag)"""
         before, tag, after = self._held.partition(CALL_BEGIN)
         if tag:
             return before, True, after
@@ -163,7 +163,7 @@ class ToolCallParser:
         return [text]
 
     def _read_whole(self, text: str) -> tuple[ToolCall, Arguments] | None:
-        """A call with its fields in any order; None if it is none."""
+        """A call with its fields in any order; None if it is not a call."""
         try:
             found = json.loads(text)
         except (ValueError, RecursionError):

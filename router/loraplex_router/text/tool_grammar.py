@@ -1,4 +1,4 @@
-"""What an answer that must call tools has to look like: what text/tool_calls.py reads, and nothing around it."""
+"""The grammar of an answer that must call tools: the form that text/tool_calls.py reads, with nothing around it."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -8,11 +8,11 @@ from loraplex_protos.errors import FieldViolation, InvalidRequestError
 from loraplex_router.vocabulary.grammar import EmbeddedSchema, Grammar, GrammarKind
 
 NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
-DESCRIBED = {"type", "$ref", "allOf", "anyOf", "oneOf", "enum", "const"}  # with one of these it is clear what fits
+DESCRIBED = {"type", "$ref", "allOf", "anyOf", "oneOf", "enum", "const"}  # one of these says what a value may be
 
 
 def read_parameters(parameters: Mapping[str, Any] | None, name: str, field: str) -> EmbeddedSchema:
-    """What a call of the tool `name` takes: an object. Raises InvalidRequestError if that cannot be."""
+    """The schema of the arguments of the tool `name`: an object. Raises InvalidRequestError if it cannot be one."""
     given = {**(parameters or NO_PARAMETERS)}
     if not DESCRIBED & given.keys():
         given = {"type": "object", **given}
@@ -30,7 +30,7 @@ def one_call(name: str, parameters: EmbeddedSchema, field: str) -> Grammar:
 
 
 def list_of_calls(tools: Sequence[tuple[str, EmbeddedSchema]], several: bool, field: str) -> Grammar:
-    """A list of a call or, if there may be, several, each of one of these tools."""
+    """A list of one call or, if allowed, several calls of these tools."""
     start = 'start: "[" call (", " call)* "]"' if several else 'start: "[" call "]"'
     calls = [_call(name, place) for place, (name, _) in enumerate(tools)]
     rules = [f"call_{place}: {call}" for place, call in enumerate(calls)]

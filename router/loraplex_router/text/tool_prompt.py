@@ -1,5 +1,5 @@
-"""Tools for models whose chat template knows nothing of them, in the form that Hermes made common: they are described
-in the system message, calls stand between <tool_call> tags, and results between <tool_response> tags."""
+"""Tools for models whose chat template does not support them, in the common form of Hermes: they are described in the
+system message, calls are between <tool_call> tags, and results between <tool_response> tags."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ Row = dict[str, Any]
 
 
 def describe_tools(rows: Sequence[Row], tools: Sequence[Mapping[str, Any]], role: str = "system") -> list[Row]:
-    """Messages whose content is text, the first of which, of this role, now says which tools there are."""
+    """Messages with text content. The first one, with this role, describes the tools."""
     text = INSTRUCTIONS.format(signatures="\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools))
     if rows and rows[0]["role"] == role:
         first, *rows = rows
@@ -30,7 +30,7 @@ def describe_tools(rows: Sequence[Row], tools: Sequence[Mapping[str, Any]], role
 
 
 def without_tool_fields(row: Row) -> Row:
-    """A message whose content is text, and says what was called, or what came of it."""
+    """A message with text content, which includes its calls or their results."""
     if row["role"] == "tool":
         return {"role": "user", "content": f"<tool_response>\n{row['content']}\n</tool_response>"}
     calls = [_write_call(call["function"]) for call in row.get("tool_calls", ())]

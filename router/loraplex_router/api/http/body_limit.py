@@ -1,4 +1,4 @@
-"""Bounds what bodies of requests take: each one's size, before it is in memory, its time, and all of them together."""
+"""Limits request bodies: the size of each, before it is in memory, the time it takes, and the size of all together."""
 
 import asyncio
 
@@ -6,13 +6,13 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 BODY_SECONDS = 60.0  # from a request's headers to the end of its body
-MOST_BODIES = 8  # of the largest size that may be in memory together; smaller ones are as many more
-MOST_DISCARDED = 8  # times the largest size: read of a body that is refused, for many clients first send all
+MOST_BODIES = 8  # bodies of the largest size that may be in memory together, or more smaller ones
+MOST_DISCARDED = 8  # times the largest size is read of a refused body, because many clients send all of it first
 
 
 class BodyLimit:
-    """An ASGI middleware. A body is counted as it arrives, whatever its length was said to be, until its request is
-    answered. One that comes while there is no room is refused."""
+    """An ASGI middleware. Counts a body as it arrives, whatever its Content-Length, until its request is answered. A
+    body is refused if there is no room for it."""
 
     def __init__(self, app: ASGIApp, limit: int, seconds: float = BODY_SECONDS) -> None:
         self._app = app
@@ -25,7 +25,7 @@ class BodyLimit:
         received, complete = 0, False
 
         async def read() -> tuple[Message, int]:
-            """A part of the body, and how long it is."""
+            """A part of the body, and its length."""
             nonlocal complete
             try:
                 async with asyncio.timeout_at(deadline):

@@ -1,4 +1,4 @@
-"""What routes ask FastAPI for."""
+"""The dependencies that routes get from FastAPI."""
 
 from dataclasses import dataclass
 from typing import Annotated, TypeAlias
@@ -13,8 +13,8 @@ from loraplex_router.service.service import Service
 @dataclass(frozen=True, slots=True)
 class RouteCall:
     service: Service  # that is called
-    key: str | None  # the API key. Where the server has no keys, LoRAX's clients send a token for the hub in its place
-    receive: Receive  # tells of the client's disconnect once the body was read
+    key: str | None  # the API key; if the server has no keys, LoRAX's clients send a token for the hub instead
+    receive: Receive  # reports the client's disconnect once the body has been read
 
 
 async def _read_call(http: Request) -> RouteCall:

@@ -1,5 +1,5 @@
-"""Uvicorn's HTTP connection, with limits on what it leaves open: a request's headers, in time and size, and what still
-comes of a body after its request was answered."""
+"""Uvicorn's HTTP connection, with limits that it lacks: on the time and size of a request's headers, and on the rest of
+a body after its request was answered."""
 
 import asyncio
 
@@ -7,13 +7,13 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 HEADER_SECONDS = 20.0  # from a connection's or a request's first byte to the end of its headers
 MAX_HEADERS = 2**16  # bytes, the URL included
-REST_SECONDS = 60.0  # for a body that nobody reads
+REST_SECONDS = 60.0  # for the rest of a body that nobody reads
 MAX_REST = 2**26  # bytes of it
 TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 
 
 class Connection(HttpToolsProtocol):
-    """A connection is closed that takes too long, or sends too much."""
+    """Closes connections that take too long or send too much."""
 
     _late: asyncio.TimerHandle | None = None
     _in_headers = True

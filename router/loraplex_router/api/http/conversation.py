@@ -12,8 +12,7 @@ TEXT_PARTS = {"text": "text", "refusal": "refusal", "input_text": "text", "outpu
 
 
 class AsSent(BaseModel):
-    """Checked, and still known in the client's own words: chat templates see all fields that there are, in their
-    order."""
+    """Validates a value, but keeps the client's own: chat templates see all fields, in the client's order."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -72,7 +71,7 @@ class Tool(AsSent):
 
 
 class Conversation(BaseModel):
-    """What a chat template makes a text of."""
+    """The input of a chat template."""
 
     messages: Items[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
     tools: Items[Tool] | None = Field(default=None, max_length=MAX_TOOLS)
@@ -89,7 +88,7 @@ class Conversation(BaseModel):
 
 
 def read_conversation(body: Conversation, found: Violations) -> Chat:
-    """With all tools that are given."""
+    """The conversation with all given tools."""
     found.check(not body.chat_template, "chat_template", "is not supported: leave it out")
     continued = bool(body.continue_final_message)
     both = continued and bool(body.add_generation_prompt)
@@ -105,14 +104,14 @@ def read_conversation(body: Conversation, found: Violations) -> Chat:
 
 
 def _variables(body: Conversation) -> dict[str, Any]:
-    """How much is thought is said to templates as vLLM says it; what is written to the template itself counts more."""
+    """The reasoning effort as vLLM passes it to templates; `chat_template_kwargs` take precedence."""
     effort = body.reasoning_effort
     said = {} if effort is None else {"reasoning_effort": effort, "enable_thinking": effort != "none"}
     return said | (body.chat_template_kwargs or {})
 
 
 def _read_message(message: ChatMessage, place: int, found: Violations) -> Message:
-    """Its fields are left as they are: what a template makes of them is found out where it is rendered."""
+    """The message with unchanged fields: the renderer finds out which form the template needs."""
     fields = {name: value for name, value in message.sent.items() if name not in ("role", "content", "tool_calls")}
     if message.tool_calls:
         fields["tool_calls"] = [{"type": call.type, **call.sent} for call in message.tool_calls]

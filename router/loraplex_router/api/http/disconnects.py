@@ -1,4 +1,4 @@
-"""Ends what an HTTP client asked for once it disconnects."""
+"""Ends an HTTP client's work when it disconnects."""
 
 import asyncio
 from collections.abc import AsyncIterator, Coroutine, Sequence
@@ -17,9 +17,10 @@ T = TypeVar("T")
 
 @asynccontextmanager
 async def while_connected(service: Service, generations: Sequence[Generation], receive: Receive) -> AsyncIterator[None]:
-    """Closes the generations at the end. A client that disconnects before cancels them, which ends their deltas.
+    """Closes the generations at the end. If the client disconnects earlier, they are cancelled, which ends their
+    deltas.
 
-    `receive` is that of a request whose body was read.
+    `receive` belongs to a request whose body has been read.
     """
     watch = asyncio.create_task(_cancel_when_disconnected(service, generations, receive))
     try:
@@ -37,14 +38,14 @@ async def _cancel_when_disconnected(service: Service, generations: Sequence[Gene
 
 
 async def read(generation: Generation) -> AsyncIterator[tuple[int, Delta]]:
-    """The generation's deltas. Raises RequestCancelledError where it was cancelled: HTTP has no such end."""
+    """The generation's deltas. Raises RequestCancelledError if it was cancelled, because HTTP has no such end."""
     async for index, delta in generation.deltas():
         _refuse_cancelled(delta)
         yield index, delta
 
 
 async def collect(service: Service, generations: Sequence[Generation], receive: Receive) -> list[list[Delta]]:
-    """The whole answers: one delta per sequence, for each generation. Closes them. Raises what ended one of them."""
+    """The whole answers: one delta per sequence, for each generation. Closes them. Raises the error that ended one."""
     async with while_connected(service, generations, receive):
         answers = [await generation.collect() for generation in generations]
     for delta in (delta for answer in answers for delta in answer):
@@ -58,7 +59,7 @@ def _refuse_cancelled(delta: Delta) -> None:
 
 
 async def finish_before_disconnect(work: Coroutine[None, None, T], receive: Receive) -> T:
-    """What the work returns. A client that disconnects before cancels it, which is a RequestCancelledError."""
+    """The work's result. If the client disconnects earlier, cancels the work and raises RequestCancelledError."""
     working, gone = asyncio.create_task(work), asyncio.create_task(_disconnected(receive))
     try:
         await asyncio.wait((working, gone), return_when=asyncio.FIRST_COMPLETED)

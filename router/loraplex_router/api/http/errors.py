@@ -1,4 +1,4 @@
-"""Errors over HTTP, as far as faces share them: which there are, what they say, and how the document describes them."""
+"""Errors over HTTP, as far as the faces share them: their kinds, their texts, and their description in the document."""
 
 import logging
 from collections.abc import Iterable, Mapping
@@ -26,9 +26,9 @@ logger = logging.getLogger(__name__)
 
 Responses: TypeAlias = dict[int | str, dict[str, Any]]  # of a route, for the OpenAPI document
 
-TYPES = ("str", "int", "float", "bool", "dict")  # as pydantic names them
+TYPES = ("str", "int", "float", "bool", "dict")  # pydantic's names
 
-MESSAGES = ("sampling", "stopping", "detail", "adapter", "merged_adapters")  # what the router groups fields in
+MESSAGES = ("sampling", "stopping", "detail", "adapter", "merged_adapters")  # the router's groups of fields
 
 STATUSES = {
     401: "No API key, or an unknown one.",
@@ -46,7 +46,7 @@ STATUSES = {
 
 
 class HttpError(LoraplexError):
-    """What HTTP itself refuses, before a face reads anything: there is no such path, or the body is too large."""
+    """HTTP's own errors, before a face reads anything: an unknown path, or a body that is too large."""
 
     error_type = "http"
 
@@ -57,13 +57,13 @@ class HttpError(LoraplexError):
 
 
 def internal_error() -> LoraplexError:
-    """Stands for an exception that was not foreseen. To be called where that exception is handled."""
+    """The error for an unexpected exception. Call this in the exception's handler."""
     logger.exception("a call failed")
     return LoraplexError("internal error; the server's log has the details")
 
 
 def read_error(error: Exception) -> LoraplexError:
-    """What a route, FastAPI or a middleware raised. To be called where that is handled."""
+    """The error for whatever a route, FastAPI or a middleware raised. Call this in the exception's handler."""
     match error:
         case LoraplexError():
             return error
@@ -85,7 +85,7 @@ def error_headers(error: LoraplexError) -> dict[str, str]:
             return error.headers
         case OverloadedError():
             return {"Retry-After": str(ceil(error.retry_after))}
-        case GenerationError():  # it would fail again; OpenAI's clients send any other 500 three times
+        case GenerationError():  # it would fail again; OpenAI's clients retry all other 500s
             return {"x-should-retry": "false"}
         case UnauthenticatedError():
             return {"WWW-Authenticate": "Bearer"}
@@ -94,8 +94,8 @@ def error_headers(error: LoraplexError) -> dict[str, str]:
 
 
 def rename_fields(error: LoraplexError, names: Mapping[str, str]) -> LoraplexError:
-    """The error in a face's words. `names`: what the face calls a field of the router's, where that is not the last
-    part of its name."""
+    """The error with a face's field names. `names` has the face's name for each of the router's fields, unless it is
+    the last part of the router's name."""
     if not isinstance(error, InvalidRequestError):
         return error
     return type(error)(*(FieldViolation(_name(found, names), found.description) for found in error.violations))
@@ -113,15 +113,15 @@ class Error(BaseModel):
 
 
 def write_lorax_error(error: LoraplexError) -> dict[str, Any]:
-    """LoRAX's form, an `Error`, which administration shares. An adapter that cannot be served is a `generation` error
-    to LoRAX's clients; one that is not there is a 404."""
+    """LoRAX's form, an `Error`, which administration shares. For LoRAX's clients, an adapter that cannot be served is a
+    `generation` error, and a missing one is a 404."""
     refused = isinstance(error, AdapterError) and not isinstance(error, AdapterNotFoundError)
     prefix = "Input validation error: " if isinstance(error, InvalidRequestError) else ""
     return {"error": prefix + describe(error), "error_type": "generation" if refused else error.error_type}
 
 
 def document_errors(model: type[BaseModel], own: Mapping[int, str]) -> Responses:
-    """Of a route that fails. `own`: what a face says in its own words."""
+    """The error responses of a route, for the document. `own`: those that a face describes itself."""
     return {status: {"model": model, "description": text} for status, text in sorted({**STATUSES, **own}.items())}
 
 
@@ -139,23 +139,24 @@ def _name(found: FieldViolation, names: Mapping[str, str]) -> str:
 
 
 def _violation(found: Mapping[str, Any]) -> FieldViolation:
-    """What pydantic found. `body, messages, 0, role` becomes messages[0][role]: dots are the router's own."""
+    """pydantic's violations. `body, messages, 0, role` becomes messages[0][role]; dots only occur in the router's
+    names."""
     if found["type"] == "json_invalid":
         return FieldViolation("body", found["ctx"]["error"])
     if found["loc"] == ("body",) and found["type"] == "model_attributes_type":
         return FieldViolation("body", "must be a JSON object, sent with Content-Type: application/json")
     first, *rest = [part for part in found["loc"] if part != "body" and not _is_type(part)] or ["body"]
-    field = str(first) + "".join(f"[{part}]" for part in rest)  # a part can be a name that the client chose
+    field = str(first) + "".join(f"[{part}]" for part in rest)  # a part may be a name that the client chose
     return FieldViolation(field[:MAX_QUOTED], str(found["msg"])[:MAX_QUOTED])
 
 
 def _is_type(part: str | int) -> bool:
-    """Whether this part of a place names one of the types that a field may have, and no field."""
+    """Whether this part of a path names one of a field's possible types, and not a field."""
     return isinstance(part, str) and (part in TYPES or not part.isidentifier() or part[0].isupper())
 
 
 def _merged(violations: Iterable[FieldViolation]) -> list[FieldViolation]:
-    """One for each field: one of several types was wanted, and it has none of them."""
+    """Merges pydantic's errors for a field that may have several types and has none of them."""
     descriptions = dict[str, list[str]]()
     for found in violations:
         descriptions.setdefault(found.field, []).append(found.description)

@@ -1,4 +1,4 @@
-"""What a face is, and which face answers an error."""
+"""Faces, and which face answers an error."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,8 +18,8 @@ from loraplex_router.api.http.errors import error_headers, read_error, rename_fi
 class Face:
     """An API that clients speak over HTTP: a folder beside this file. `app.py` lists them all."""
 
-    prefix: str  # of all its paths; "" is the face of the paths that no other has
-    routers: Sequence[APIRouter]  # whose paths follow the prefix; what is asked most comes first
+    prefix: str  # of all its paths; "" is the face for all other paths
+    routers: Sequence[APIRouter]  # with paths after the prefix; the most frequent come first
     write_error: Callable[[LoraplexError], Mapping[str, Any]]  # an error's body
     field_names: Mapping[str, str] = field(default_factory=dict)  # see `rename_fields`
     invalid_status: int = InvalidRequestError.http_status
@@ -28,16 +28,16 @@ class Face:
         return not self.prefix or f"{path}/".startswith(f"{self.prefix}/")
 
     def answer(self, error: LoraplexError) -> Response:
-        """To a request that failed before anything was sent."""
+        """The response to a request that failed before anything was sent."""
         status = self.invalid_status if isinstance(error, InvalidRequestError) else error.http_status
         body = self.write_error(rename_fields(error, self.field_names))
         return JSONResponse(body, status, error_headers(error))
 
 
 def install_faces(app: FastAPI, faces: Sequence[Face]) -> None:
-    """Their routes, and their errors: each is answered by the face of the path, also where there is no such route."""
+    """Adds the faces' routes and error handlers. The path's face answers an error, even if there is no such route."""
     documents = app.router.routes.copy()
-    # Routes are tried in order: what is asked most comes first, the document's pages come last.
+    # Routes are tried in order: the most frequent come first, the document's pages last.
     for routers in zip_longest(*(face.routers for face in faces)):
         for face, router in zip(faces, routers, strict=True):
             if router:
@@ -53,5 +53,5 @@ def install_faces(app: FastAPI, faces: Sequence[Face]) -> None:
 
 
 def face_of(path: str, faces: Sequence[Face]) -> Face:
-    """The one with the longest prefix that the path has."""
+    """The face with the longest prefix of the path."""
     return max((face for face in faces if face.has(path)), key=lambda face: len(face.prefix))

@@ -1,4 +1,4 @@
-"""Fields that clients can make long. Nothing is looked at behind the first thing that is wrong with one of them."""
+"""Fields that clients can make long. Validation stops at the first error in one of them."""
 
 from typing import Annotated, Any, TypeAlias, TypeVar, cast
 
@@ -8,8 +8,8 @@ from loraplex_router.vocabulary.chat import RenderedChat
 from loraplex_router.vocabulary.request import Prompt
 from loraplex_router.vocabulary.sampling import MAX_BIASED
 
-MAX_MESSAGES = 4096  # of a conversation: OpenAI takes 2048
-MAX_TOOLS = 1024  # OpenAI takes 128
+MAX_MESSAGES = 4096  # in a conversation; OpenAI accepts 2048
+MAX_TOOLS = 1024  # OpenAI accepts 128
 
 T = TypeVar("T")
 
@@ -20,8 +20,8 @@ Items: TypeAlias = Annotated[list[T], Field(fail_fast=True)]
 
 
 def _kind(given: Any) -> str | None:
-    """What the first element says that the whole must be: trying one kind after the other would take as many times as
-    long, and report every element."""
+    """The first element determines the kind of the whole list. Trying each kind would take several times as long, and
+    report every element."""
     if isinstance(given, str):
         return "str"
     if not isinstance(given, list):

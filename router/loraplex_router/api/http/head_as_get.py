@@ -1,10 +1,10 @@
-"""HEAD wherever there is a GET: load balancers ask so."""
+"""Answers HEAD wherever there is a GET, because load balancers send it."""
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 
 class HeadAsGet:
-    """An ASGI middleware. The server that called it leaves out the body: it knows what was asked."""
+    """An ASGI middleware. The HTTP server omits the body, because it knows that the method is HEAD."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

@@ -1,4 +1,4 @@
-"""Reads requests' bodies as JSON, within limits, whose every string is text."""
+"""Reads request bodies as JSON, within limits and without invalid text."""
 
 import json
 from collections.abc import Callable, Coroutine
@@ -14,7 +14,7 @@ from loraplex_router.text.json_limits import parse_body
 
 class JsonRequest(Request):
     async def json(self) -> Any:
-        """Raises json.JSONDecodeError, which FastAPI looks for. Its message says what is wrong with the body."""
+        """Raises json.JSONDecodeError, which FastAPI expects. Its message says what is wrong with the body."""
         try:
             return await parse_body(await self.body())
         except ValueError as error:
@@ -22,14 +22,14 @@ class JsonRequest(Request):
 
 
 class JsonAnswer(JSONResponse):
-    """Written several times as fast as by the standard library, which holds the interpreter as long."""
+    """Serializes several times as fast as the standard library, which holds the interpreter's lock meanwhile."""
 
     def render(self, content: Any) -> bytes:
         return orjson.dumps(content)
 
 
 class JsonRoute(APIRoute):
-    """A route whose body is read so."""
+    """A route that reads its body with these limits."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()

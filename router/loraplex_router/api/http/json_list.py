@@ -1,4 +1,4 @@
-"""Long lists as JSON, written a part at a time."""
+"""Writes long lists as JSON, part by part."""
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Iterator
@@ -7,11 +7,11 @@ from typing import Any
 
 import orjson
 
-BATCH = 1000  # values written in one go
+BATCH = 1000  # values per part
 
 
 async def write_list(values: Iterable[Any], batch: int = BATCH) -> AsyncIterator[bytes]:
-    """As JSON, some values at a time: others have their turn between two parts."""
+    """The list as JSON, some values at a time; other tasks run between two parts."""
     yield b"["
     begun = False
     for part in _batches(values, batch):
@@ -22,7 +22,7 @@ async def write_list(values: Iterable[Any], batch: int = BATCH) -> AsyncIterator
 
 
 async def write_data(values: Iterable[Any], batch: int = BATCH, **others: Any) -> AsyncIterator[bytes]:
-    """OpenAI's object with a list as its `data`, and others behind it."""
+    """OpenAI's object with a list as its `data`, followed by other fields."""
     yield b'{"object":"list","data":'
     async for part in write_list(values, batch):
         yield part

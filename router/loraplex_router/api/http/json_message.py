@@ -1,5 +1,5 @@
-"""Messages of generation.proto as JSON: their fields by name, null for what is absent, and values of an enum in small
-letters, without the enum's name."""
+"""Messages of generation.proto as JSON: fields by name, null for absent ones, and enum values in lower case without the
+enum's name."""
 
 import re
 from collections.abc import Callable
@@ -28,7 +28,7 @@ def enum_names(enum: EnumDescriptor) -> dict[int, str]:
 
 @cache
 def _fields(kind: Descriptor) -> list[tuple[str, bool, Write]]:
-    """Their names, whether they can be absent, and what writes them."""
+    """The fields' names, whether they can be absent, and the functions that write them."""
     return [(field.name, field.has_presence, _writer(field)) for field in kind.fields]
 
 

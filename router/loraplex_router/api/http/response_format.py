@@ -1,4 +1,4 @@
-"""response_format: OpenAI's, LoRAX's and text-generation-inference's, on all routes alike."""
+"""response_format in OpenAI's, LoRAX's and text-generation-inference's form, for all routes."""
 
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ class ResponseFormat(BaseModel):
 
 
 def read_response_format(wanted: ResponseFormat, field: str) -> Grammar | None:
-    """None if any text will do. Raises InvalidRequestError if what the type needs is not there."""
+    """None if any text will do. Raises InvalidRequestError if a field that the type needs is missing."""
     if wanted.type == "text":
         return None
     if wanted.type == "regex":

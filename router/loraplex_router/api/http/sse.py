@@ -14,13 +14,13 @@ from loraplex_router.api.http.errors import internal_error
 from loraplex_router.engine.output import Generation
 from loraplex_router.service.service import Service
 
-KEEP_ALIVE_SECONDS = 15.0  # as LoRAX
+KEEP_ALIVE_SECONDS = 15.0  # as in LoRAX
 COMMENT = b":\n\n"
 DONE = b"data: [DONE]\n\n"
 
 
 def describe_events(description: str) -> dict[str, Any]:
-    """A streamed answer in the OpenAPI document, by what the data of its events are."""
+    """A streamed answer in the OpenAPI document, from the schema of its events' data."""
     data = {"type": "string", "description": description}
     return {"text/event-stream": {"schema": {"type": "object", "properties": {"data": data}}}}
 
@@ -30,10 +30,10 @@ def event(data: Mapping[str, Any]) -> bytes:
 
 
 class EventStream(Response):
-    """Streams generations that are admitted already, and closes them. `write_error` makes an error the last event.
+    """Streams admitted generations, and closes them. `write_error` turns an error into the last event.
 
-    While the client does not read, nothing is taken from the generations, whose deltas merge meanwhile. While there is
-    nothing to send, a comment now and then keeps whoever stands between from taking the stream for dead.
+    While the client does not read, the generations' deltas are merged. While there is nothing to send, occasional
+    comments keep proxies from taking the stream for dead.
     """
 
     media_type = "text/event-stream"
@@ -48,13 +48,13 @@ class EventStream(Response):
         write_event: Callable[[Mapping[str, Any]], bytes] = event,
     ) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **(headers or {})})
-        del self.headers["content-length"]  # not known
+        del self.headers["content-length"]  # unknown
         self._service = service
         self._generations = generations
         self._events = events
         self._write_error = write_error
         self._write_event = write_event
-        self._quiet = True  # nothing was sent since the last look
+        self._quiet = True  # nothing has been sent since the last check
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with while_connected(self._service, self._generations, receive):

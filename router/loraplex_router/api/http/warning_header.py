@@ -1,4 +1,4 @@
-"""What a client should know of its answer, in a header: it is known before the answer is."""
+"""Warnings about an answer, in a header: they are known before the answer."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ from loraplex_router.engine.output import Generation
 
 
 def warning_header(generations: Sequence[Generation]) -> dict[str, str]:
-    """Each warning once. Characters that no header may hold are escaped."""
+    """Each warning once. Characters that headers may not contain are escaped."""
     found = dict.fromkeys(warning for generation in generations for warning in generation.warnings)
     text = "; ".join(found).encode("ascii", "backslashreplace").decode()
     return {"X-Loraplex-Warning": text} if text else {}

@@ -1,4 +1,4 @@
-"""GET /: what a browser shows of a server. Fetches nothing from anywhere."""
+"""GET /: the server's page for a browser. It loads nothing from elsewhere."""
 
 from html import escape
 from string import Template
@@ -55,8 +55,8 @@ KEY = "\n  -H 'Authorization: Bearer KEY' \\"
 
 
 def front_page(model: str, url: str) -> str:
-    """`model` is empty for a server that takes API keys, which says nothing about itself without one; `url` is the
-    server's, as the browser has it, with a slash at its end."""
+    """`model` is empty for a server with API keys, which says nothing about itself without one. `url` is the server's
+    URL in the browser, with a slash at the end."""
     return PAGE.substitute(
         serves=f"Serves <b>{escape(model)}</b> and LoRA adapters on it." if model else "This server requires API keys.",
         links="\n".join(f'<dt><a href="{path}">/{path}</a></dt><dd>{text}</dd>' for path, text in LINKS),

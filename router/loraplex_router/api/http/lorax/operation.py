@@ -1,4 +1,4 @@
-"""What operators and their tools ask for: health, the model, the limits, metrics, this API's description."""
+"""Routes for operators and their tools: health, the model, the limits, metrics, and this API's description."""
 
 from typing import Any
 
@@ -80,7 +80,7 @@ async def startup(call: Call) -> Response:
 
 @router.get("/api-doc/openapi.json", include_in_schema=False)
 async def document(http: Request) -> dict[str, Any]:
-    """Where LoRAX has it."""
+    """The document at LoRAX's path."""
     described: dict[str, Any] = http.app.openapi()
     return described
 

@@ -67,8 +67,8 @@ def _read_format(given: Parameters) -> Grammar | None:
 
 
 def _read_sampling(given: Parameters) -> Sampling:
-    """As LoRAX: greedy unless do_sample or an option that only means something to sampling is set. A share of 1 keeps
-    all tokens, so it is as good as absent."""
+    """As in LoRAX, decoding is greedy unless do_sample or an option that only affects sampling is set. A top_p or
+    typical_p of 1 keeps all tokens, so it counts as absent."""
     defaults = {"temperature": 1.0} if given.do_sample else {}
     sampling = defaults | given.given
     for name in ("top_p", "typical_p"):
@@ -78,7 +78,7 @@ def _read_sampling(given: Parameters) -> Sampling:
 
 
 def _check(body: GenerateRequest, given: Parameters, stream: bool) -> None:
-    """What LoRAX alone promises to refuse; the rest is checked for all faces alike."""
+    """Refuses what only LoRAX refuses; the rest is checked for all faces."""
     found = Violations()
     found.check(bool(body.inputs), "inputs", "cannot be empty")
     both = given.adapter_id and given.merged_adapters

@@ -1,4 +1,4 @@
-"""Text to tokens as LoRAX's clients and vLLM's ask for it, and back."""
+"""Text to tokens and back, for LoRAX's and vLLM's clients."""
 
 from collections.abc import AsyncIterator
 
@@ -18,7 +18,7 @@ from loraplex_router.api.http.model_names import read_model_name
 from loraplex_router.text.tokenizer import Spans, Tokenizer
 from loraplex_router.vocabulary.violations import Violations
 
-# An adapter can be asked for its chat template.
+# An adapter may be named to use its chat template.
 ERRORS = only(LORAX_ERRORS, 401, 403, 404, 413, 422, 424, 502, 503)
 
 JSON = "application/json"
@@ -68,7 +68,7 @@ router = APIRouter(route_class=JsonRoute)
 
 @router.post("/tokenize", tags=["LoRAX"], responses={200: {"model": list[LoraxToken] | VllmTokens}, **ERRORS})
 async def tokenize(body: LoraxTokenize | VllmTokenize | VllmTokenizeChat, call: Call) -> Response:
-    """The tokens of a text or of a conversation: with LoRAX's `inputs` each with its place in the text, with vLLM's
+    """The tokens of a text or conversation: for LoRAX's `inputs` each with its position in the text, for vLLM's
     `prompt` or `messages` their ids."""
     spans = await _spans(body, call)
     if isinstance(body, LoraxTokenize):

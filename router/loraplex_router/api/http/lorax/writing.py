@@ -22,7 +22,7 @@ FINISH_REASONS: Mapping[FinishReason | None, str] = {
 
 
 def static_headers(model_id: str, inputs: str, adapter: AdapterReference | MergedReference | None) -> dict[str, str]:
-    """Those that are known before the answer is. Characters that no header may hold are percent-encoded."""
+    """The headers that are known before the answer. Characters that headers may not contain are percent-encoded."""
     headers = {"x-model-id": quote(model_id, safe="/:@,+ "), "x-compute-characters": str(len(inputs))}
     if adapter is not None:
         parts = adapter.adapters if isinstance(adapter, MergedReference) else (adapter,)
@@ -69,7 +69,7 @@ class LoraxWriter:
         self._prefix = prefix
 
     def whole(self, deltas: Sequence[Delta]) -> dict[str, Any]:
-        """The likeliest of the sequences, and the others with it if details were asked for."""
+        """The likeliest sequence, together with the others if details were requested."""
         order = sorted(range(len(deltas)), key=lambda index: deltas[index].mean_logprob, reverse=True)
         sequences = [self._sequence(self._generation.outputs[index], deltas[index]) for index in order]
         best, *others = sequences
@@ -81,8 +81,8 @@ class LoraxWriter:
         return answer
 
     async def events(self) -> AsyncIterator[bytes]:
-        """One event per token, those of one delta together. The texts add up to the whole; of the tokens that
-        make up one character, the last has it."""
+        """One event per token; a delta's events are written together. The texts add up to the whole text. If several
+        tokens form one character, the last one has it."""
         text, at = "", 0
         async for _, delta in read(self._generation):
             text += delta.text
@@ -90,7 +90,7 @@ class LoraxWriter:
             at = delta.ends[-1] if delta.ends else at
 
     def _events(self, delta: Delta, text: str, at: int) -> bytes:
-        """`text`: the whole so far; of it, what is new begins `at`."""
+        """`text` is the whole text so far; the new part begins `at`."""
         output, written = self._generation.outputs[0], []
         last = len(delta.samples) - 1 if delta.finish_reason else None
         for place, (sample, end) in enumerate(zip(delta.samples, delta.ends, strict=True)):

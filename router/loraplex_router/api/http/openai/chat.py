@@ -158,12 +158,12 @@ class _ChoiceWriter:
     def __init__(self, body: ChatCompletionRequest) -> None:
         self._parser = create_parser(body)
         self._most_calls = 1 if body.parallel_tool_calls is False else inf
-        self._found = 0  # calls, those beyond the most included
+        self._found = 0  # number of calls, including those beyond the limit
         self.begun = False
 
     @property
     def calls(self) -> int:
-        """How many were shown."""
+        """The number of calls shown."""
         return int(min(self._found, self._most_calls))
 
     def pieces(self, delta: Delta) -> Iterator[Piece]:

@@ -1,4 +1,4 @@
-"""/v1/completions: text after text."""
+"""/v1/completions: the continuation of a text."""
 
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
@@ -63,7 +63,7 @@ def _candidates(body: CompletionRequest) -> int:
 
 
 def _scores_only(body: CompletionRequest) -> bool:
-    """No text is wanted, but the prompt with its logprobs: a token is generated all the same, and not shown."""
+    """Whether only the prompt and its logprobs are requested. A token is generated anyway, but not shown."""
     return bool(body.echo) and body.max_tokens == 0
 
 
@@ -132,7 +132,7 @@ def _event(
 
 
 class _ChoiceWriter:
-    """Writes one choice, whole or in pieces. The first piece begins with the prompt if it is to be echoed."""
+    """Writes one choice, whole or in pieces. With `echo`, the first piece begins with the prompt."""
 
     def __init__(self, parent: CompletionWriter, index: int, output: SequenceOutput) -> None:
         self._index, self._output, self._tokenizer = index, output, parent.tokenizer
@@ -144,7 +144,7 @@ class _ChoiceWriter:
         self.begun = False
 
     def has_news(self, delta: Delta) -> bool:
-        """Whether a stream is to tell of it."""
+        """Whether a stream must send it."""
         return not self.begun or bool(delta.text or delta.finish_reason or (self._logprobs and delta.samples))
 
     def write(self, delta: Delta) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from loraplex_router.api.http.openai.errors import ERRORS
 from loraplex_router.engine.output import Embedding
 from loraplex_router.vocabulary.request import EmbedRequest
 
-FLOATS = 8192  # written in one go
+FLOATS = 8192  # per part
 
 router = APIRouter(tags=["OpenAI"], route_class=JsonRoute)
 

@@ -14,11 +14,11 @@ from loraplex_router.api.http.response_format import read_response_format
 from loraplex_router.text.tool_grammar import list_of_calls, one_call, read_parameters
 from loraplex_router.vocabulary.grammar import EmbeddedSchema, Grammar, GrammarKind
 
-OTHER_TEXTS = {"regex": GrammarKind.REGEX, "grammar": GrammarKind.LARK, "ebnf": GrammarKind.LARK}  # empty is absent
+OTHER_TEXTS = {"regex": GrammarKind.REGEX, "grammar": GrammarKind.LARK, "ebnf": GrammarKind.LARK}  # "" is absent
 
 
 def read_format(body: GenerationRequest) -> Grammar | None:
-    """None if any answer will do. Raises InvalidRequestError if more than one format is asked for."""
+    """None if any answer will do. Raises InvalidRequestError if more than one format is given."""
     found = list(_formats(body))
     if len(found) > 1:
         raise InvalidRequestError(FieldViolation(found[1].field, f"cannot be given together with {found[0].field}"))
@@ -57,7 +57,7 @@ def _structured(given: StructuredOutputs, prefix: str) -> Iterator[Grammar]:
 
 
 def _forced_call(body: ChatCompletionRequest) -> Grammar | None:
-    """A call of the named tool, or a list of calls of any; see text/tool_calls.py for who reads them."""
+    """A call of the named tool, or a list of calls of any tools; text/tool_calls.py parses them."""
     if not must_call(body):
         return None
     chosen = forced_tool(body)

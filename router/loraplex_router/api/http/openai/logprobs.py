@@ -1,5 +1,5 @@
-"""Log probabilities in the shapes of OpenAI's two interfaces and of vLLM's prompt_logprobs. The token that ended an
-answer is not part of its text, and not of its logprobs."""
+"""Log probabilities in the form of OpenAI's two interfaces and of vLLM's prompt_logprobs. The token that ends an answer
+is neither part of its text nor of its logprobs."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -8,12 +8,12 @@ from loraplex_router.engine.output import Delta, SequenceOutput
 from loraplex_router.text.tokenizer import Tokenizer
 from loraplex_router.vocabulary.sequence import Alternatives, FinishReason, Sample
 
-LOWEST = -9999.0  # OpenAI's for what cannot be: JSON has no -Inf
+LOWEST = -9999.0  # OpenAI's value for impossible tokens, because JSON has no -Inf
 
 
 class TokenNames:
-    """What a token is called in logprobs: its text or, as_ids, `token_id:` and its id. One that is no text, but a part
-    of a character, is called as OpenAI does: `\\xe2\\x82`, which completions precede by `bytes:`."""
+    """Tokens' names in logprobs: the text or, as_ids, `token_id:` and the id. A token that is a part of a character is
+    written as by OpenAI: `\\xe2\\x82`, with `bytes:` before it in completions."""
 
     def __init__(self, tokenizer: Tokenizer, as_ids: bool, before_bytes: str = "") -> None:
         self._tokenizer = tokenizer
@@ -54,7 +54,7 @@ class CompletionLogprobs:
         self._echoed = self._at = 0  # characters of the prompt, and of the answer so far
 
     def add_prompt(self, output: SequenceOutput, pieces: list[str]) -> None:
-        """The prompt comes first, each of its tokens with a piece of text."""
+        """The prompt comes first; each of its tokens has a piece of text."""
         self._pieces = pieces
         first, *others = output.sequence.tokens[: output.sequence.prompt_length]
         self._prompt.append((first, None, None))
@@ -82,13 +82,13 @@ class CompletionLogprobs:
         return {"tokens": tokens, "token_logprobs": logprobs, "top_logprobs": top, "text_offset": offsets}
 
     def _top(self, alternatives: Alternatives) -> dict[str, float]:
-        """Of tokens that look alike, the best."""
+        """For tokens with the same name, the best."""
         return {self._names.name(token): _clamp(logprob) for token, logprob in reversed(alternatives)}
 
 
 def prompt_logprobs(output: SequenceOutput, tokenizer: Tokenizer) -> list[dict[str, Any] | None]:
-    """As vLLM reports them: each of the prompt's tokens, then its alternatives. The rank of a token that is not among
-    those is null."""
+    """As in vLLM: each of the prompt's tokens, followed by its alternatives. The rank of a token that is not among the
+    alternatives is null."""
 
     def entry(token: int, logprob: float, rank: int | None) -> dict[str, Any]:
         return {"logprob": _clamp(logprob), "rank": rank, "decoded_token": tokenizer.token_text(token)}
@@ -102,12 +102,12 @@ def prompt_logprobs(output: SequenceOutput, tokenizer: Tokenizer) -> list[dict[s
 
 
 def _scored_prompt(tokens: Sequence[int], output: SequenceOutput) -> Iterator[tuple[int, float, Alternatives]]:
-    """The prompt's tokens but the first, with their logprobs and what was likely in their places."""
+    """The prompt's tokens except the first, with their logprobs and alternatives."""
     return zip(tokens, output.prompt_logprobs, output.prompt_alternatives, strict=True)
 
 
 def _with_text(delta: Delta) -> Iterator[tuple[Sample, int]]:
-    """The tokens that have text, each with the length of the whole text up to its end."""
+    """The tokens with text, each with the length of the whole text up to its end."""
     samples = list(zip(delta.samples, delta.ends, strict=True))
     yield from samples[:-1] if delta.finish_reason is FinishReason.END_TOKEN else samples
 

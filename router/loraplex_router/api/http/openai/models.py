@@ -86,8 +86,8 @@ async def vllm_unload(body: VllmUnload, call: Call) -> Response:
 
 
 async def _list_models(call: Call) -> dict[str, pb.AdapterStatus | None]:
-    """By id, in the order of the listing. The base model, which has no status, comes first, under all its names; an
-    adapter that has one of them is listed as it can be asked for, behind the model's."""
+    """Statuses by id, in the order of the listing. The base model, which has no status, comes first, under all its
+    names. An adapter with one of these names is listed with the prefix that requests need."""
     names = call.service.model_names
     found: dict[str, pb.AdapterStatus | None] = dict.fromkeys(names)
     for status in await call.service.adapters.list(call.key):

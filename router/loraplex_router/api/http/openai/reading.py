@@ -1,4 +1,4 @@
-"""What completions and chat completions read alike: the model's name, sampling, stopping."""
+"""Reads what completions and chat completions share: the model's name, sampling, stopping."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from loraplex_router.vocabulary.references import AdapterReference
 from loraplex_router.vocabulary.sampling import Sampling
 from loraplex_router.vocabulary.violations import Violations
 
-LEAST_TOP_P = 1e-6  # what OpenAI's 0 means: the likeliest token alone
+LEAST_TOP_P = 1e-6  # OpenAI's 0 means only the likeliest token
 
 
 def read_model(body: GenerationRequest, base: Sequence[str]) -> AdapterReference | None:
@@ -29,13 +29,13 @@ def _read_name(name: str, body: GenerationRequest, base: Sequence[str]) -> Adapt
 
 
 def read_most(given: int | None) -> int | None:
-    """llama.cpp's -1 for max_tokens is as good as absent where nothing else stands for absent."""
+    """Treats llama.cpp's max_tokens of -1 as absent."""
     return None if given == -1 else given
 
 
 def read_options(body: GenerationRequest, defaults: Sampling) -> dict[str, Any]:
-    """Arguments of the router's Request that are read alike, with the model's own defaults. Raises InvalidRequestError
-    for what is not supported."""
+    """The shared arguments of the router's Request, with the model's own defaults. Raises InvalidRequestError for
+    unsupported ones."""
     found = Violations()
     for name in ("allowed_token_ids", "bad_words", "use_beam_search"):
         found.check(not getattr(body, name), name, "is not supported: leave it out")

@@ -32,7 +32,7 @@ class StructuredOutputs(BaseModel):
 
 
 class GenerationRequest(Sampling):
-    """What completions and chat completions have in common. Fields that are refused are here for that."""
+    """The common fields of completions and chat completions. Unsupported fields are declared to be refused by name."""
 
     model: Name = Field(default="", description="The base model (also: empty), an adapter, or base:adapter.")
     temperature: float | None = Field(default=None, description="Absent: as the model's files say, or 1.")
@@ -69,7 +69,7 @@ class GenerationRequest(Sampling):
     # vLLM's
     min_tokens: Count | None = None
     cache_salt: str | None = Field(
-        default=None, description="Known prefixes are reused among requests with the same salt alone."
+        default=None, description="Cached prefixes are shared only by requests with the same salt."
     )
     top_k: Annotated[int, Field(ge=-1, lt=2**32)] | None = Field(default=None, description="0 or -1: off.")
     ignore_eos: bool | None = None

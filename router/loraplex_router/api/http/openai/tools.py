@@ -1,4 +1,4 @@
-"""Tools of a chat completion: what the prompt says of them, and what the answer may call."""
+"""Tools of a chat completion: which ones the prompt describes, and which ones the answer may call."""
 
 import secrets
 from typing import Any
@@ -12,12 +12,12 @@ CHOICES = (None, "none", "auto", "required")  # any other text names a tool, as 
 
 
 def may_call(body: ChatCompletionRequest) -> bool:
-    """Whether the answer can hold calls. If not, the model is told of no tools."""
+    """Whether the answer may contain calls. If not, the prompt does not mention tools."""
     return bool(body.tools) and body.tool_choice != "none"
 
 
 def must_call(body: ChatCompletionRequest) -> bool:
-    """Whether the answer is nothing but calls."""
+    """Whether the answer only consists of calls."""
     return body.tool_choice == "required" or forced_tool(body) is not None
 
 
@@ -30,7 +30,7 @@ def check_tools(body: ChatCompletionRequest, found: Violations) -> None:
 
 
 def forced_tool(body: ChatCompletionRequest) -> str | None:
-    """The name of the one tool that is to be called."""
+    """The name of the only tool that must be called."""
     choice = body.tool_choice
     if isinstance(choice, NamedTool):
         return choice.function.name
@@ -38,11 +38,11 @@ def forced_tool(body: ChatCompletionRequest) -> str | None:
 
 
 def create_parser(body: ChatCompletionRequest) -> ToolCallParser | None:
-    """None if the answer can hold no calls."""
+    """None if the answer cannot contain calls."""
     names = {tool.function.name for tool in body.tools or ()}
     return ToolCallParser(names, calls_alone=must_call(body)) if may_call(body) else None
 
 
 def write_call(name: str) -> dict[str, Any]:
-    """A call whose arguments are still to come."""
+    """A call whose arguments have not arrived yet."""
     return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": {"name": name, "arguments": ""}}

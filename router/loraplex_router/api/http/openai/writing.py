@@ -47,7 +47,7 @@ def usage(generations: Sequence[Generation]) -> dict[str, Any]:
 
 
 def usage_so_far(options: StreamOptions | None, generations: Sequence[Generation]) -> dict[str, Any]:
-    """What a chunk of a stream has of it: nothing, unless it was asked for; null, unless it was for every chunk."""
+    """The usage field of a stream's chunk: none unless requested, and null unless requested for every chunk."""
     if not options or not options.include_usage:
         return {}
     return {"usage": usage(generations) if options.continuous_usage_stats else None}
