@@ -121,7 +121,8 @@ class ChatWriter:
     def _chunks(
         self, own: dict[str, Any], output: SequenceOutput, writer: "_ChoiceWriter", delta: Delta
     ) -> Iterator[dict[str, Any]]:
-        """The role comes first, and the reason for the end last; a delta's logprobs are in the first of its chunks."""
+        """The first chunk has the role, and the last one the finish reason; a delta's logprobs are in its first
+        chunk."""
         logprobs = self._logprobs(delta) if self.body.logprobs and delta.samples else None
 
         def chunk(content: dict[str, Any], reason: str | None = None) -> dict[str, Any]:

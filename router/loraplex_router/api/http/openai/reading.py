@@ -14,7 +14,7 @@ LEAST_TOP_P = 1e-6  # OpenAI's 0 means only the likeliest token
 
 
 def read_model(body: GenerationRequest, base: Sequence[str]) -> AdapterReference | None:
-    """The adapter that the model's name means, with where LoRAX's fields say that it is; None is the base."""
+    """The adapter that the model's name refers to, with its source from LoRAX's fields; None is the base."""
     return _read_name(body.model, body, base)
 
 
