@@ -84,8 +84,9 @@ def spoil(folder: Path, kind: str) -> None:
             (folder / CONFIG).unlink()
         case "a pickle":
             tensors.rename(folder / PICKLE)
-        case "MLX":
+        case "MLX's whole model":
             tensors.rename(folder / MLX_TENSORS)
+            (folder / CONFIG).write_text('{"fine_tune_type": "full"}')
         case "a config that is not JSON":
             (folder / CONFIG).write_text("{")
         case "KaSA":
@@ -107,7 +108,7 @@ def spoil(folder: Path, kind: str) -> None:
         ("no tensors", f"{TENSORS} is missing"),
         ("no config", f"{CONFIG} is missing"),
         ("a pickle", "is a pickle file"),
-        ("MLX", "MLX-LM's format"),
+        ("MLX's whole model", "fine_tune_type 'full'"),
         ("a config that is not JSON", CONFIG),
         ("KaSA", "kasa_config"),
         ("cut short", "cut short: 10 bytes are missing"),

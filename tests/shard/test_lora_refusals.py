@@ -175,11 +175,6 @@ def test_a_config_without_a_lora_rank_has_pefts_default(directory: Path) -> None
     assert "needs lora_rank 8: adapter_config.json says so" in refusal(directory)
 
 
-def test_an_mlx_adapter_is_recognized_and_refused(directory: Path) -> None:
-    (directory / CONFIG).write_text(json.dumps({"model": "org/x", "lora_parameters": {"rank": 16, "scale": 20.0}}))
-    assert "MLX-LM" in refusal(directory)
-
-
 def test_another_kind_of_adapter_is_named(directory: Path) -> None:
     (directory / CONFIG).write_text(json.dumps({"peft_type": "ALORA", "r": 8, "alora_invocation_tokens": [1]}))
     assert "peft_type 'ALORA' is not served" in refusal(directory)

@@ -175,8 +175,7 @@ class LocalListing:
         return adapter
 
     def _inspect(self, found: _Found) -> LocalAdapter:
-        check_names(found.files)
-        config, tensors = Path(found.folder, CONFIG), Path(found.folder, TENSORS)
+        config, tensors = Path(found.folder, CONFIG), Path(found.folder, check_names(found.files))
         for path in (config, tensors):
             status = path.stat()
             if not stat.S_ISREG(status.st_mode):
@@ -196,7 +195,7 @@ def _yield() -> None:
 def _state(found: _Found) -> object:
     """The state of an adapter's files. If it is the same, the contents are the same as far as `stat` can tell."""
     try:
-        statuses = [os.stat(f"{found.folder}/{name}") for name in (CONFIG, TENSORS) if name in found.files]
+        statuses = [os.stat(f"{found.folder}/{name}") for name in (CONFIG, TENSORS, MLX_TENSORS) if name in found.files]
     except OSError:
         return None
     return found.files, *((s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for s in statuses)

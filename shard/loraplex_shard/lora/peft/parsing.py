@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from loraplex_protos.errors import AdapterInvalidError
 from loraplex_shard.lora.peft.config import TO_MODEL, AdapterConfig, check_config
 from loraplex_shard.lora.peft.kinds import KINDS, way_out
+from loraplex_shard.lora.peft.mlx import is_mlx, mlx_config
 
 _SHOWN_ERRORS = 5
 _FITTING = "or serve the base that training saved, and set init_lora_weights to true"
@@ -36,6 +37,8 @@ def parse_config(data: bytes) -> AdapterConfig:
     if refusal := _refusal(fields):
         raise AdapterInvalidError(f"adapter_config.json: {refusal}")
     try:
+        if is_mlx(fields):
+            return mlx_config(fields)
         config = KINDS.get(str(fields.get("peft_type")), AdapterConfig).model_validate_json(data)
     except ValidationError as error:
         raise AdapterInvalidError(f"adapter_config.json: {_describe(error)}") from None
@@ -46,8 +49,6 @@ def parse_config(data: bytes) -> AdapterConfig:
 def _refusal(fields: dict[str, Any]) -> str:
     """Why adapters of this kind are not served; empty: they are."""
     kind, started = fields.get("peft_type"), fields.get("init_lora_weights")
-    if kind is None and fields.get("lora_parameters"):
-        return "this is an adapter of MLX-LM (lora_parameters), not of PEFT: it has no peft_type"
     if isinstance(kind, str) and kind not in KINDS:
         return f"peft_type {kind[:100]!r} is not served: {way_out(kind)}"
     if kind == "MISS" and fields.get("init_weights") == "bat":

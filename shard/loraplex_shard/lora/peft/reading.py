@@ -18,6 +18,7 @@ from loraplex_shard.lora.peft.doubts import find_doubts
 from loraplex_shard.lora.peft.experts import Parameter, absent, by_expert, find_parameters
 from loraplex_shard.lora.peft.invocation import read_invocation
 from loraplex_shard.lora.peft.kinds import Ia3Config
+from loraplex_shard.lora.peft.mlx import MlxConfig, in_pefts_terms, targets_in_file
 from loraplex_shard.lora.peft.outputs import (
     Replaced,
     name_of_bias,
@@ -38,7 +39,7 @@ from loraplex_shard.shapes.classifier import Classifier
 from loraplex_shard.shapes.layout import LinearLayout, LinearPart
 
 _SHOWN_NAMES = 3
-_MERGED = frozenset({"LORA", "IA3"})
+_MERGED = frozenset({"LORA", "IA3", "MLX-LM"})
 # The names under which PEFT saves the base's own tensors with some adapters.
 _BASE_TENSOR = re.compile(
     re.escape(PREFIX)
@@ -95,8 +96,9 @@ def _read(
     parts = {part.module: (layout, part) for layout in layouts for part in layout.parts}
     parameters = find_parameters(layouts)
     named = _named(config, parameters)
-    targets = _find_targets(config, tuple(parts), {name: each.modules for name, each in named.items()}, base)
     stored = read_tensors(files.tensors)
+    if isinstance(config, MlxConfig):
+        stored = in_pefts_terms(stored)
     found = as_saved_by_peft(stored, base.backbone)
     if config.model_extra and config.model_extra.get("monteclora_config"):  # its samplers have a say in training alone
         found = {name: own for name, own in found.items() if ".lora_monteclora_sampler." not in name}
@@ -104,8 +106,12 @@ def _read(
     classifier, doubts = read_classifier(config, as_stored, files.model_config, base)
     as_stored = {name: tensor for name, tensor in as_stored.items() if not is_of_classifier(name)}
     tensors = by_expert(as_stored, parameters, named.values())
-    untouched = absent([each for each in parameters if each not in named.values()], tensors)
-    targets = {module: target for module, target in targets.items() if module not in untouched} or targets
+    if isinstance(config, MlxConfig):
+        targets = targets_in_file(config, tensors, parts)
+    else:
+        targets = _find_targets(config, tuple(parts), {name: each.modules for name, each in named.items()}, base)
+        untouched = absent([each for each in parameters if each not in named.values()], tensors)
+        targets = {module: target for module, target in targets.items() if module not in untouched} or targets
     tensors, targets = in_plain_terms(config, tensors, targets, parts, base)
     replaced = _check_names(tensors, targets, parts, config, base)
     if replaced and config.is_activated:

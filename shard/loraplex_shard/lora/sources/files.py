@@ -18,11 +18,21 @@ PICKLE = "adapter_model.bin"
 MLX_TENSORS = "adapters.safetensors"
 
 # The largest size of each file that is read or fetched, in bytes.
-SIZE_LIMITS = {CONFIG: 2**20, TENSORS: 4 * 2**30, MODEL_CONFIG: MAX_MODEL_CONFIG, **TEXT_SIZE_LIMITS}
+SIZE_LIMITS = {
+    CONFIG: 2**20,
+    TENSORS: 4 * 2**30,
+    MLX_TENSORS: 4 * 2**30,
+    MODEL_CONFIG: MAX_MODEL_CONFIG,
+    **TEXT_SIZE_LIMITS,
+}
 # The files that can be asked for by name.
 KNOWN = (CONFIG, TENSORS, PICKLE, MLX_TENSORS, MODEL_CONFIG, *TEXT_SIZE_LIMITS)
 
 _CHUNK = 2**24
+_CONVERT = (
+    f"""python -c "import torch, safetensors.torch as s; s.save_file({{n: t.contiguous().clone() for n, t in"""
+    f""" torch.load('{PICKLE}', map_location='cpu', weights_only=True).items()}}, '{TENSORS}')\""""
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +61,8 @@ def choose(sizes: Mapping[str, int]) -> tuple[str, ...]:
 
     Raises AdapterInvalidError if the files are not an adapter, or if one is too large.
     """
-    check_names(frozenset(sizes))
-    names = (CONFIG, TENSORS, *({MODEL_CONFIG} & sizes.keys()), *text_files(sizes))
+    tensors = check_names(frozenset(sizes))
+    names = (CONFIG, tensors, *({MODEL_CONFIG} & sizes.keys()), *text_files(sizes))
     for name in names:
         check_size(name, sizes[name])
     return names
@@ -65,9 +75,10 @@ def is_telling(name: str) -> bool:
 
 def assemble(contents: Mapping[str, memoryview]) -> AdapterFiles:
     """Makes an adapter's files from their contents, given by name."""
-    text = {name: bytes(data) for name, data in contents.items() if name not in (CONFIG, TENSORS, MODEL_CONFIG)}
+    tensors = next(name for name in (TENSORS, MLX_TENSORS) if name in contents)
+    text = {name: bytes(data) for name, data in contents.items() if name not in (CONFIG, tensors, MODEL_CONFIG)}
     said = read_model_config(bytes(contents.get(MODEL_CONFIG, b"{}")))
-    return AdapterFiles(bytes(contents[CONFIG]), contents[TENSORS], read_text(text), said)
+    return AdapterFiles(bytes(contents[CONFIG]), contents[tensors], read_text(text), said)
 
 
 def check_size(name: str, size: int) -> None:
@@ -77,19 +88,16 @@ def check_size(name: str, size: int) -> None:
         raise AdapterInvalidError(f"{name} has {size} bytes; the limit is {limit}")
 
 
-def check_names(names: frozenset[str]) -> None:
-    """Raises AdapterInvalidError if files with these names are not an adapter."""
-    if MLX_TENSORS in names and TENSORS not in names:
-        raise AdapterInvalidError(f"{MLX_TENSORS} is in MLX-LM's format, not in PEFT's: convert the adapter")
+def check_names(names: frozenset[str]) -> str:
+    """Returns which of these files has the tensors. Raises AdapterInvalidError if they are not an adapter."""
     if CONFIG not in names:
-        raise AdapterInvalidError(f"{CONFIG} is missing: this is not a PEFT adapter")
-    if TENSORS not in names and PICKLE in names:
-        raise AdapterInvalidError(
-            f"{PICKLE} is a pickle file, which could run any code: save the adapter with safetensors instead"
-            " (PEFT: save_pretrained(..., safe_serialization=True))"
-        )
-    if TENSORS not in names:
-        raise AdapterInvalidError(f"{TENSORS} is missing")
+        raise AdapterInvalidError(f"{CONFIG} is missing: this is neither an adapter of PEFT nor of MLX-LM")
+    for name in TENSORS, MLX_TENSORS:
+        if name in names:
+            return name
+    if PICKLE in names:
+        raise AdapterInvalidError(f"{PICKLE} is a pickle file, which could run any code. This converts it: {_CONVERT}")
+    raise AdapterInvalidError(f"{TENSORS} is missing")
 
 
 def read_file(path: Path, name: str) -> memoryview:
