@@ -81,7 +81,7 @@ def find_traits(source: str, variables: Collection[str], render: Render) -> Trai
         shown = [text for text in texts if text is not None]
         return max((1 + (_names_call(text) and "None" not in text) for text in shown), default=0)
 
-    ids, blank_call = max(product(CallIds, Blank), key=lambda forms: rank(*forms))  # the first of the best forms forms
+    ids, blank_call = max(product(CallIds, Blank), key=lambda forms: rank(*forms))  # the first of the best
     as_object, as_text = called(ARGUMENTS, blank_call, ids), called(WRITTEN_ARGUMENTS, blank_call, ids)
     text_is_right = _shows(as_text, *ARGUMENTS, *ARGUMENTS.values())
     object_is_right = _shows(as_object, *ARGUMENTS, *ARGUMENTS.values())
