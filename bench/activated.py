@@ -1,8 +1,8 @@
-"""`python -m bench.activated`: what activated adapters (aLoRA) spare a pipeline that asks the base model about a long
-document, and then five adapters, one after the other: their time to the first token, beside plain adapters'.
+"""`python -m bench.activated`: how much activated adapters (aLoRA) save in a pipeline that asks the base model about a
+long document, and then five adapters one after the other: their time to the first token compared with plain adapters.
 
-Both kinds have the same weights and get the same prompts, documents that nobody has asked about before. Nothing else
-should run meanwhile.
+Both kinds have the same weights and get the same prompts, whose documents are new. Nothing else should run at the same
+time.
 """
 
 import statistics
@@ -20,14 +20,14 @@ from bench.peft_target import load_model
 from loraplex import Client
 
 DOCUMENT, ADAPTERS, ROUNDS = 4000, 5, 5
-ANSWER = 32  # tokens of the base model's, which the adapters then read as well
-INVOCATION = (7, 8, 9)  # tokens that no document has
+ANSWER = 32  # tokens of the base model's answer, which the adapters also read
+INVOCATION = (7, 8, 9)  # tokens that do not occur in documents
 LEAST, VOCABULARY = 10, 10_000
 WANTED = 3.0
 
 
 def save_adapters(directory: Path) -> dict[str, list[str]]:
-    """The names of plain and of activated adapters: r 32 on the attention's inputs, as IBM's are."""
+    """The names of plain and activated adapters: r=32 on the attention's inputs, like IBM's."""
     names: dict[str, list[str]] = {"plain": [], "activated": []}
     base = load_model("default")
     for number in range(ADAPTERS):
@@ -45,7 +45,7 @@ def save_adapters(directory: Path) -> dict[str, list[str]]:
 
 
 def seconds_to_first_tokens(client: Client, adapters: Sequence[str], seed: int) -> float:
-    """Until the first tokens of all adapters, added up, after the base model has answered."""
+    """The sum of the times to the first token of all adapters, after the base model has answered."""
     document = Random(seed).choices(range(LEAST, VOCABULARY), k=DOCUMENT)
     answer = client.generate(document, max_new_tokens=ANSWER, ignore_eos=True)
     question = [*document, *(token.id for token in answer.sequences[0].tokens), *INVOCATION]
@@ -67,7 +67,7 @@ def main() -> None:
         flags = f"--kv-blocks={8 * DOCUMENT // 16}", f"--max-adapters-on-device={2 * ADAPTERS}"
         with serving("--adapters", directory, *flags) as addresses, Client(addresses["grpc"]) as client:
             spent: dict[str, list[float]] = {kind: [] for kind in names}
-            for number in range(-1, ROUNDS):  # the first round loads the adapters, and does not count
+            for number in range(-1, ROUNDS):  # the first round loads the adapters and does not count
                 for kind, adapters in names.items():
                     seconds = seconds_to_first_tokens(client, adapters, number)
                     if number >= 0:

@@ -10,8 +10,8 @@ Read: TypeAlias = Callable[[Generation], AsyncIterator[tuple[int, Delta]]]
 
 
 async def read_each(generations: Sequence[Generation], read: Read) -> AsyncIterator[tuple[int, Delta]]:
-    """(index of the answer, what is new of it), read from each of them with `read`. Answers are numbered through.
-    Nothing more is taken from a generation while its last delta was not read."""
+    """(index of the answer, its delta), read from each generation with `read`. Answers are numbered consecutively. A
+    generation's next delta is only taken once its last one has been read."""
     if len(generations) == 1:
         async for index, delta in read(generations[0]):
             yield index, delta

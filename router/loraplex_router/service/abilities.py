@@ -1,4 +1,4 @@
-"""What a model and an adapter can be asked for: text, if it has an lm head; labels, if it has a classifier."""
+"""What a model and an adapter can do: generate, with an lm head; classify, with a classifier."""
 
 from typing import NoReturn
 
@@ -11,14 +11,14 @@ from loraplex_router.vocabulary.request import Request
 def check_generates(info: GetModelInfoResponse) -> None:
     """Raises InvalidRequestError for a model without an lm head."""
     if info.HasField("classifier"):
-        _refuse("is a classification model, which has no lm head: it cannot generate, ask for classification")
+        _refuse("is a classification model, which has no lm head: it cannot generate; request classification")
     if info.embeds_only:
-        _refuse("is an embedding model, saved without an lm head: it cannot generate, ask for embeddings")
+        _refuse("is an embedding model, saved without an lm head: it cannot generate; request embeddings")
 
 
 def check_adapter_fits(request: Request, adapter: Adapter, info: GetModelInfoResponse) -> Classifier | None:
-    """What classifies, if the request asks for that. Raises InvalidRequestError if nothing does, or if it asks an
-    adapter for text that was trained to classify."""
+    """The classifier for a request to classify. Raises InvalidRequestError if there is none, or if a request to
+    generate names an adapter that was trained to classify."""
     if request.detail.classify:
         if adapter.classifier is not None:
             return adapter.classifier
@@ -28,7 +28,7 @@ def check_adapter_fits(request: Request, adapter: Adapter, info: GetModelInfoRes
         return info.classifier
     if not request.detail.pool and adapter.classifier is not None:
         raise InvalidRequestError(
-            FieldViolation("adapter.id", "was trained to classify: it cannot generate, ask for classification")
+            FieldViolation("adapter.id", "was trained to classify: it cannot generate; request classification")
         )
     return None
 

@@ -28,14 +28,14 @@ LONG_PROMPT = 1000  # tokens: between two such prompts of a call, other tasks ge
 
 @dataclass(slots=True)
 class Arrival:
-    """What the parts of a request have in common. Their leases are closed with `held`."""
+    """What the parts of a request share. Their leases are closed with `held`."""
 
     request_id: str
     tenant: Tenant
     arrived: float
     volume: Volume
     held: ExitStack
-    names_adapters: bool = False  # there are several: errors say which one is meant
+    names_adapters: bool = False  # there are several, so errors name the adapter
     first: Lease | None = None  # the others go to the same replica, if possible
     prompts: dict[Text, list[int]] = field(default_factory=dict)
 
@@ -50,12 +50,12 @@ class Preparation:
         self._arrivals = 0
 
     async def prepare(self, request: Request, arrival: Arrival) -> tuple[Generation, Lease]:
-        """A request of one adapter, ready to be submitted with its lease."""
+        """A request with one adapter, ready to be submitted with its lease."""
         with _naming(request.adapter) if arrival.names_adapters else nullcontext():
             return await self._prepare(request, arrival)
 
     async def place(self, reference: Reference | None, tenant: Tenant) -> Lease:
-        """A place for what needs no more than the adapter's files."""
+        """A placement for work that only needs the adapter's files."""
         return await self._place(reference, None, tenant, None)
 
     async def render(self, chat: Chat, adapter: Adapter) -> RenderedChat:

@@ -1,4 +1,4 @@
-"""The requests that run, by their ids. A request has one generation, or one for each of its adapters."""
+"""The running requests by id. A request has one generation, or one for each of its adapters."""
 
 import secrets
 from collections.abc import Iterator, Sequence
@@ -12,8 +12,8 @@ from loraplex_router.engine.output import Generation
 @dataclass(slots=True)
 class RunningRequest:
     tenant: Tenant
-    generations: list[Generation]  # those that are not closed yet
-    tokens: int = 0  # of those that are closed
+    generations: list[Generation]  # generations that are not closed yet
+    tokens: int = 0  # of closed generations
 
 
 class RunningRequests:
@@ -29,7 +29,7 @@ class RunningRequests:
         return self._by_id.get(request_id)
 
     def reserve(self, request_id: str) -> str:
-        """The id, or one of our own instead of none. Raises InvalidRequestError if it is taken."""
+        """The id, or a new one if there is none. Raises InvalidRequestError if it is in use."""
         request_id = request_id or secrets.token_hex(8)
         if request_id in self._by_id:
             raise InvalidRequestError(FieldViolation("request_id", "a request with this id is already running"))
@@ -44,7 +44,7 @@ class RunningRequests:
         del self._by_id[request_id]
 
     def end(self, generation: Generation) -> RunningRequest:
-        """One of a request's generations is closed. Returns the request."""
+        """Closes one of a request's generations. Returns the request."""
         request = self._by_id[generation.request_id]
         assert request is not None
         request.generations.remove(generation)

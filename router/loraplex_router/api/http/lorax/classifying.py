@@ -1,5 +1,5 @@
-"""Classification as LoRAX's clients and vLLM's ask for it. Both call /classify: LoRAX's bodies have `inputs`, vLLM's
-have `input` or `messages`."""
+"""Classification for LoRAX's and vLLM's clients. Both call /classify: LoRAX's bodies have `inputs`, vLLM's have `input`
+or `messages`."""
 
 import secrets
 import time
@@ -43,7 +43,7 @@ class LoraxEntity(BaseModel):
     """Of a classifier of tokens: tokens whose labels make up one entity, as transformers' pipeline groups them."""
 
     entity_group: str = Field(description="The label, without B- or I-. Tokens labelled O are in no entity.")
-    entity: str = Field(description="The same, as older versions called it.")
+    entity: str = Field(description="The name of `entity_group` in older versions.")
     score: float = Field(description="The mean over the entity's tokens.")
     index: int = Field(description="Of the entity's first token, among all of the input.")
     word: str
@@ -60,7 +60,7 @@ class LoraxLabel(BaseModel):
 
 class VllmOptions(BaseModel):
     model: Name = Field(default="", description="The base model (also: empty), an adapter, or base:adapter.")
-    use_activation: bool | None = Field(default=None, description="false: the logits in place of probabilities.")
+    use_activation: bool | None = Field(default=None, description="false: logits instead of probabilities.")
     truncate_prompt_tokens: CountOrAll | None = Field(
         default=None, description="How many tokens of each input to keep, from its end; -1: as many as fit."
     )
@@ -98,8 +98,8 @@ router = APIRouter(route_class=JsonRoute)
 
 @router.post("/classify", tags=["LoRAX"], responses={200: {"model": Found | VllmClasses}, **LORAX_ERRORS})
 async def classify(body: LoraxClassify | VllmClassify | VllmClassifyChat, call: Call) -> Response:
-    """The labels that the model's or the adapter's classifier gives. LoRAX's `inputs` are answered with entities if the
-    classifier is one of tokens, else with all labels; vLLM's `input` or `messages` with the probabilities of each."""
+    """The labels from the model's or the adapter's classifier. LoRAX's `inputs` are answered with entities if the
+    classifier labels tokens, else with all labels; vLLM's `input` or `messages` with the probability of each label."""
     if not isinstance(body, LoraxClassify):
         return await _classify_vllm(body, call)
     (found,) = await _classify_lorax([body.inputs], body.parameters, call)
@@ -108,7 +108,7 @@ async def classify(body: LoraxClassify | VllmClassify | VllmClassifyChat, call: 
 
 @router.post("/classify_batch", tags=["LoRAX"], responses={200: {"model": list[Found]}, **LORAX_ERRORS})
 async def classify_batch(body: LoraxClassifyBatch, call: Call) -> Response:
-    """The same of several texts."""
+    """Classifies several texts."""
     return JsonAnswer(await _classify_lorax(body.inputs, body.parameters, call))
 
 
@@ -141,7 +141,7 @@ def _write_lorax(text: str, found: Classification, places: Sequence[TokenSpan]) 
 
 
 def _labelled(found: Classification, places: Sequence[TokenSpan]) -> list[LabelledToken]:
-    """The tokens that stand for a part of the text, each with its likeliest label."""
+    """The tokens that represent a part of the text, each with its likeliest label."""
     tokens, classifier = [], found.classifier
     for index, (span, logits) in enumerate(zip(places, by_token(classifier, found.logits), strict=True)):
         if span.start < span.stop:
@@ -179,7 +179,7 @@ def _read_vllm(body: VllmClassify | VllmClassifyChat) -> tuple[Prompt, ...]:
     if isinstance(body, VllmClassify):
         return tuple(read_prompts(body.input, body.add_special_tokens is not False))
     found = Violations()
-    # vLLM's conversations to be classified do not begin an answer, unless they are told to.
+    # In vLLM, a conversation to classify does not begin an answer, unless requested.
     body.add_generation_prompt = bool(body.add_generation_prompt)
     chat = read_conversation(body, found)
     found.raise_any()
