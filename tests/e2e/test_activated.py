@@ -1,4 +1,4 @@
-"""Activated adapters (aLoRA): PEFT's answers from the invocation on, and before it the base model's, computed once for
+"""Activated adapters (aLoRA): answers equal PEFT's, and the base model computes the text before the invocation once for
 all of them."""
 
 import asyncio
@@ -42,7 +42,9 @@ def test_a_document_is_computed_once_by_the_base_and_five_activated_adapters(
         server.assert_nothing_is_held()
 
 
-async def test_they_compute_a_document_once_even_if_all_ask_at_the_same_time(server: Server, oracle: Oracle):
+async def test_activated_adapters_compute_a_document_once_even_if_all_arrive_at_the_same_time(
+    server: Server, oracle: Oracle
+):
     question = f"At once. {DOCUMENT}{INVOCATION}!"
     before = server.metric('loraplex_step_tokens_total{phase="prefill"}')
     async with AsyncClient(server.address) as client:

@@ -1,4 +1,4 @@
-"""Classification through a running server: transformers' and PEFT's, by gRPC, and in LoRAX's and vLLM's words."""
+"""Classification through a running server equals transformers' and PEFT's, over gRPC and in LoRAX's and vLLM's form."""
 
 import asyncio
 from collections.abc import Iterator
@@ -40,7 +40,7 @@ def logits(model: torch.nn.Module, text: str) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def classifying(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Adapters of a causal model."""
+    """Adapters for a causal model."""
     folder = tmp_path_factory.mktemp("classifying")
     save_classifying_adapter(model, folder / "sentiment", SENTIMENT)
     save_classifying_adapter(model, folder / "entities", ENTITIES, of_tokens=True)
@@ -96,7 +96,7 @@ async def test_adapters_classify_as_in_peft_beside_generations_on_two_ranks(
         assert [token.label for token in found.tokens] == [ENTITIES[place] for place in scores.argmax(-1).tolist()]
 
 
-def test_loraxs_entities_are_those_of_transformers_pipeline(causal: Server, entities: PeftModel) -> None:
+def test_loraxs_entities_equal_transformers_pipelines(causal: Server, entities: PeftModel) -> None:
     oracle = pipeline(
         "token-classification",
         model=entities.merge_and_unload(),
@@ -116,7 +116,7 @@ def test_loraxs_entities_are_those_of_transformers_pipeline(causal: Server, enti
         assert all(e["word"] == text[e["start"] : e["end"]] for e in ours)
 
 
-def test_whole_texts_are_answered_in_loraxs_and_in_vllms_words(causal: Server, sentiment: PeftModel) -> None:
+def test_whole_texts_are_answered_in_loraxs_and_in_vllms_form(causal: Server, sentiment: PeftModel) -> None:
     scores = logits(sentiment, "Hello").softmax(-1).tolist()
     ranked = post(causal, "/classify", inputs="Hello", parameters={"adapter_id": "sentiment"})
     by_score = sorted(SENTIMENT, key=lambda label: scores[SENTIMENT.index(label)], reverse=True)
@@ -136,7 +136,7 @@ def test_whole_texts_are_answered_in_loraxs_and_in_vllms_words(causal: Server, s
     assert chat == pytest.approx(text, abs=1e-5)
 
 
-def test_what_cannot_be_asked_of_a_model_or_an_adapter_is_refused_by_name(causal: Server) -> None:
+def test_requests_that_a_model_or_an_adapter_cannot_answer_are_refused_by_name(causal: Server) -> None:
     assert "has no classifier: name an adapter" in refusal(causal, "/classify", inputs="Hello")
     assert "has no classifier, nor has the adapter" in refusal(causal, "/classify", input="Hello", model="plain")
     assert "classifies tokens: send LoRAX's `inputs`" in refusal(causal, "/classify", input="Hello", model="entities")
@@ -164,7 +164,7 @@ def test_what_cannot_be_asked_of_a_model_or_an_adapter_is_refused_by_name(causal
     ],
     ids=["any of several", "regression"],
 )
-def test_a_model_that_classifies_does_so_and_refuses_to_generate(config: Any, scored: Any, tmp_path: Path) -> None:
+def test_a_classification_model_classifies_and_refuses_to_generate(config: Any, scored: Any, tmp_path: Path) -> None:
     folder = save_classifier(tmp_path / "model", **config)
     oracle = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     with Server(str(folder), "--kv-blocks=64", "--threads=1") as server, Client(server.address) as client:

@@ -19,7 +19,7 @@ def text_of(oracle: Oracle, prompt: str, adapter: str | None, tokens: int) -> st
     return byte_tokenizer().decode(ids)
 
 
-def test_a_stream_has_the_answers_of_all_each_piece_with_its_adapter(server: Server, oracle: Oracle):
+def test_a_stream_has_all_answers_and_each_piece_names_its_adapter(server: Server, oracle: Oracle):
     prompt = f"The quick {INVOCATION} fox"
     with Client(server.address) as client:
         whole = client.generate(prompt, adapters=NAMES, n=2, max_new_tokens=6, ignore_eos=True)
@@ -45,7 +45,7 @@ def test_activated_adapters_and_the_base_compute_the_document_once(server: Serve
     assert cached[0] == 0 and min(cached[1:]) > len(document) - 16
 
 
-def test_one_that_does_not_exist_is_named_and_nobody_answers(server: Server):
+def test_a_missing_adapter_is_named_and_none_answers(server: Server):
     before = server.metric("loraplex_generated_tokens_total")
     with Client(server.address) as client, pytest.raises(AdapterNotFoundError, match="'missing'"):
         client.generate("Hi", adapters=["r8", "missing"])
@@ -58,7 +58,7 @@ def ask(server: Server, path: str, body: dict[str, Any]) -> str:
         return response.read().decode()
 
 
-def test_choices_of_openais_routes_say_whose_they_are(server: Server, oracle: Oracle):
+def test_choices_on_openais_routes_name_their_adapter(server: Server, oracle: Oracle):
     base = json.loads(ask(server, "/v1/completions", {"prompt": "Hi", "max_tokens": 1}))["model"]
     body = {"adapters": ["r8", base, "r4"], "max_tokens": 4, "temperature": 0, "ignore_eos": True}
     given = json.loads(ask(server, "/v1/completions", {**body, "prompt": ["Hi", "Ho"]}))

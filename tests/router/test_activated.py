@@ -1,4 +1,4 @@
-"""Activated adapters in the router: where they begin to act, and what is said where they do not."""
+"""Activated adapters in the router: where they begin to act, and the warning if they do not."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -8,17 +8,17 @@ from loraplex_router.vocabulary.references import AdapterReference
 from loraplex_router.vocabulary.request import Request
 from tests.router.test_engine import Setup, setup  # noqa: F401
 
-# Tokens whose bytes repeat, so that there are places that are not places of tokens.
+# The tokens' bytes repeat, so the bytes also occur at positions where no token begins.
 TOKENS = st.sampled_from([1, 256, 257, 0x01010101, 0x02010101, 0x01010102])
 
 
 @given(wanted=st.lists(TOKENS, min_size=1, max_size=4), prompt=st.lists(TOKENS, max_size=30), lag=st.integers(0, 1))
-def test_an_adapter_acts_from_the_last_place_of_its_invocation_on(wanted: list[int], prompt: list[int], lag: int):
+def test_an_adapter_acts_from_the_last_occurrence_of_its_invocation(wanted: list[int], prompt: list[int], lag: int):
     places = [at for at in range(len(prompt)) if prompt[at : at + len(wanted)] == wanted]
     assert Invocation(tuple(wanted), lag).find(prompt) == (places[-1] + lag if places else NEVER)
 
 
-async def test_a_sequence_is_the_bases_up_to_the_invocation_and_the_adapters_from_there_on(setup: Setup):  # noqa: F811
+async def test_the_base_computes_a_sequence_up_to_the_invocation_and_the_adapter_the_rest(setup: Setup):  # noqa: F811
     setup.shards.invocation = Invocation((7, 8))
     for prompt, acts_from in {(7, 8, 1, 7, 8, 9): 3, (1, 2, 3): NEVER}.items():
         generation = await setup.service.generate(Request(prompt, adapter=AdapterReference("a"), max_new_tokens=2))

@@ -1,4 +1,4 @@
-"""Scores and entities of classifiers' logits; transformers' pipeline is compared end to end."""
+"""Scores and entities from classifiers' logits; an end-to-end test compares them with transformers' pipeline."""
 
 from math import exp
 
@@ -28,11 +28,11 @@ def test_each_sigmoid_is_between_zero_and_one_by_itself(logits: list[float]) -> 
     assert found == pytest.approx([1 / (1 + exp(min(-logit, 700))) for logit in logits])
 
 
-def test_regression_leaves_logits_as_they_are() -> None:
+def test_regression_returns_the_logits() -> None:
     assert scores(classifier(Classifier.ACTIVATION_NONE), [3.5, -2.0]) == [3.5, -2.0]
 
 
-def test_logits_are_cut_by_token() -> None:
+def test_logits_are_split_by_token() -> None:
     assert list(by_token(classifier(Classifier.ACTIVATION_SOFTMAX, labels=3), range(6))) == [range(3), range(3, 6)]
 
 

@@ -339,7 +339,7 @@ def test_sequences_of_one_prompt_share_its_blocks_within_a_single_step():
     assert second.blocks[:4] == first.blocks[:4] and second.blocks[4:] != first.blocks[4:]
 
 
-def test_activated_adapters_share_what_the_base_model_computed_before_they_act():
+def test_activated_adapters_share_the_base_models_blocks_before_they_act():
     world, document = World(budget=64), list(range(42))
     base = world.submit("", document, 1)
     world.run()
@@ -351,7 +351,7 @@ def test_activated_adapters_share_what_the_base_model_computed_before_they_act()
     assert all(sequence.tokens == expected(sequence) for sequence in world.sequences)
 
 
-def test_an_activated_adapters_blocks_are_known_where_it_begins_to_act_at_the_same_place_alone():
+def test_an_activated_adapters_blocks_are_only_shared_if_it_begins_to_act_at_the_same_position():
     world, prompt = World(budget=64), list(range(40))
     world.submit("a", prompt, 1, acts_from=18)
     world.run()

@@ -60,13 +60,13 @@ async def test_more_adapters_than_slots_take_turns(setup: Setup):  # noqa: F811
         (asking(A, B, detail=Detail(prompt_logprobs=True)), r"detail\.prompt_logprobs: cannot be combined"),
     ],
 )
-async def test_what_cannot_be_asked_of_several_is_refused(setup: Setup, request_: Request, message: str):  # noqa: F811
+async def test_requests_that_several_adapters_cannot_answer_are_refused(setup: Setup, request_: Request, message: str):  # noqa: F811
     with pytest.raises(InvalidRequestError, match=message):
         await setup.service.generate_each(request_)
     assert setup.shards.log == []
 
 
-async def test_one_that_cannot_be_served_is_named_before_any_of_them_answers(setup: Setup):  # noqa: F811
+async def test_an_adapter_that_cannot_be_served_is_named_before_any_answers(setup: Setup):  # noqa: F811
     with pytest.raises(AdapterNotFoundError, match="absent"):
         await setup.service.generate_each(asking(A, AdapterReference("absent"), None))
 
@@ -80,7 +80,7 @@ async def test_one_that_cannot_be_served_is_named_before_any_of_them_answers(set
     assert setup.service.idle and not any(adapter.leases or adapter.requests for adapter in setup.pool)
 
 
-async def test_they_are_one_request_of_a_key_and_each_of_them_must_be_allowed():
+async def test_several_adapters_are_one_request_of_a_key_and_each_must_be_allowed():
     settings = TenantSettings(
         keys=[sha256(b"k").hexdigest()], adapters=["a", "b"], max_requests=1, tokens_per_minute=100
     )
@@ -98,14 +98,14 @@ async def test_they_are_one_request_of_a_key_and_each_of_them_must_be_allowed():
         await setup.service.generate_each(asking(A), "k")
 
 
-async def test_the_queue_counts_all_of_their_answers():
+async def test_the_queue_counts_all_answers():
     setup = Setup(max_queue=5)  # noqa: F811
     with pytest.raises(OverloadedError):
         await setup.service.generate_each(asking(A, B, n=3))
     assert len(await setup.service.generate_each(asking(A, B, n=2))) == 2
 
 
-async def test_they_go_to_one_replica_and_are_cancelled_together():
+async def test_several_adapters_run_on_one_replica_and_are_cancelled_together():
     setup = Setup()  # noqa: F811
     second = setup.add_replica("1")
     await second.adapters.resolve(B)

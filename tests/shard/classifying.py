@@ -1,4 +1,4 @@
-"""Tiny classifiers, transformers' and PEFT's logits, and ours: whatever is computed beside them, cut into chunks."""
+"""Tiny classifiers, transformers' and PEFT's logits, and ours, which are computed in chunks beside other sequences."""
 
 from pathlib import Path
 
@@ -29,7 +29,7 @@ CHUNK = 7
 
 
 def save_classifier(config: PreTrainedConfig, directory: Path, of_tokens: bool = False) -> PreTrainedModel:
-    """Saves a random one there; no bias is zero and no norm is one, so that none can be overlooked."""
+    """Saves a random classifier there. No bias is zero and no norm is one, so that ignoring one would be noticed."""
     torch.manual_seed(0)
     auto = AutoModelForTokenClassification if of_tokens else AutoModelForSequenceClassification
     model = auto.from_config(config, dtype=torch.float32).eval()
@@ -43,7 +43,7 @@ def save_classifier(config: PreTrainedConfig, directory: Path, of_tokens: bool =
 def open_runner(
     directory: Path, adapters: Path | None = None, group: Group = WHOLE, quantize: Quantize = "none"
 ) -> tuple[Runner, AdapterStore]:
-    """One rank of the model in this directory, with a place for adapters."""
+    """One rank of the model in this directory, with slots for adapters."""
     checkpoint = open_checkpoint(str(directory))
     form = ParameterForm(torch.float32, CPU, quantize)
     model = load_model(checkpoint, group, ReferenceOperations(), form, MODEL_LEN)
@@ -65,7 +65,7 @@ def open_runner(
 
 
 def classify(runner: Runner, prompts: list[list[int]], slots: list[int] | None = None) -> list[torch.Tensor]:
-    """Each prompt's logits, all of them in the same steps, some positions at a time."""
+    """Each prompt's logits. All prompts are computed in the same steps, some positions at a time."""
     planner, found = Planner(), [list[float]() for _ in prompts]
     for row, (prompt, slot) in enumerate(zip(prompts, slots or [0] * len(prompts), strict=True)):
         planner.start(row, prompt, slot=slot, pool=True, classify=True)

@@ -1,4 +1,4 @@
-"""Models that classify: transformers' logits, of our decoder and of transformers' modeling code."""
+"""Classification models have transformers' logits, with our decoder and with transformers' modeling code."""
 
 import json
 from collections.abc import Callable
@@ -47,7 +47,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "qwen3 moe": Qwen3MoeConfig(**SIZES, **LABELS, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24),
     "gemma2": Gemma2Config(**SIZES, **LABELS, head_dim=10, sliding_window=9),
     "phi3": Phi3Config(**SIZES, **LABELS),
-    # by transformers' modeling code, under names of their own
+    # with transformers' modeling code, under their own names
     "gpt2": GPT2Config(**GPT2_SIZES, **LABELS, eos_token_id=None),
     "gpt neox": GPTNeoXConfig(**SIZES, **LABELS),
 }
@@ -65,7 +65,7 @@ PROMPTS = [random_tokens(40, 1), random_tokens(3, 2), random_tokens(17, 3)]
     [(config, of_tokens) for _, config, of_tokens in CASES],
     ids=[f"{name}, {'tokens' if of_tokens else 'sequences'}" for name, _, of_tokens in CASES],
 )
-def test_logits_are_transformers_however_the_texts_are_cut(
+def test_logits_equal_transformers_however_the_texts_are_divided(
     config: PreTrainedConfig, of_tokens: bool, tmp_path: Path
 ) -> None:
     model = save_classifier(config, tmp_path, of_tokens)
@@ -83,7 +83,7 @@ def test_two_ranks_classify_as_one(name: str, of_tokens: bool, tmp_path: Path) -
             runner, _ = open_runner(tmp_path, group=group)
         return classify(runner, PROMPTS)
 
-    with patch.object(TransformersModel, "check_positions"):  # in which ranks wait for each other
+    with patch.object(TransformersModel, "check_positions"):  # while ranks wait for each other
         first, _ = run_on_ranks(2, run)
     for ours, theirs in zip(first, expected(model, PROMPTS), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)
@@ -101,7 +101,7 @@ def test_a_sequence_is_classified_at_its_last_token_that_is_not_padding(ending: 
 
 
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
-def test_the_classifier_of_a_rounded_model_is_not_rounded(quantize: str, tmp_path: Path) -> None:
+def test_the_classifier_of_a_quantized_model_is_not_quantized(quantize: str, tmp_path: Path) -> None:
     save_classifier(CONFIGS["llama"], tmp_path)
     runner, _ = open_runner(tmp_path, quantize=quantize)
     before = classify(runner, PROMPTS)
@@ -114,7 +114,7 @@ def test_the_classifier_of_a_rounded_model_is_not_rounded(quantize: str, tmp_pat
         assert not torch.equal(ours, theirs)
 
 
-def test_a_checkpoint_tells_its_labels_and_the_token_that_pads(tmp_path: Path) -> None:
+def test_labels_and_the_padding_token_come_from_the_checkpoint(tmp_path: Path) -> None:
     save_classifier(LlamaConfig(**SIZES | {"pad_token_id": 3}, **LABELS), tmp_path)
     checkpoint = open_checkpoint(str(tmp_path))
     classifier = checkpoint.classifier()
@@ -136,7 +136,7 @@ def test_a_checkpoint_tells_its_labels_and_the_token_that_pads(tmp_path: Path) -
         ({"sbert_ce_default_activation_function": "torch.nn.modules.linear.Identity"}, 1, Activation.NONE),
     ],
 )
-def test_scores_are_made_of_logits_as_vllm_makes_them(
+def test_scores_are_computed_from_logits_as_in_vllm(
     config: dict[str, object], labels: int, activation: Activation
 ) -> None:
     assert read_activation(config, labels) is activation

@@ -1,5 +1,5 @@
-"""Adapters that classify: PEFT's logits, beside each other, beside generation and embeddings, on bases with and without
-a classifier of their own."""
+"""Adapters that classify have PEFT's logits, beside each other, generation and embeddings, on bases with and without a
+classifier."""
 
 import json
 import shutil
@@ -40,7 +40,7 @@ def save_base(directory: Path) -> Path:
 
 
 def save_adapter(base: Path, directory: Path, labels: int, task_type: str = "SEQ_CLS", **options: object) -> PeftModel:
-    """With random weights, and a random classifier. Returns the model with the adapter on it."""
+    """Saves an adapter with random weights and a random classifier. Returns the model with the adapter on it."""
     auto = AutoModelForTokenClassification if task_type == "TOKEN_CLS" else AutoModelForSequenceClassification
     model = auto.from_pretrained(base, num_labels=labels, dtype=torch.float32, ignore_mismatched_sizes=True)
     torch.manual_seed(labels)
@@ -76,13 +76,13 @@ def adapted(base: Path, folder: Path) -> dict[str, PeftModel]:
 
 
 def stage(store: object, *names: str) -> None:
-    """Into slots 1, 2, ..."""
+    """Loads the adapters into slots 1, 2, ..."""
     for slot, name in enumerate(names, start=1):
         store.load(store.stage(name, "local", "", "").digest, slot)
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_classifiers_of_several_adapters_are_peft_s_in_one_batch(
+def test_classifiers_of_several_adapters_in_one_batch_equal_pefts(
     size: int, base: Path, folder: Path, adapted: dict[str, PeftModel]
 ) -> None:
     names, one_at_a_time = list(adapted), Lock()
@@ -101,7 +101,7 @@ def test_classifiers_of_several_adapters_are_peft_s_in_one_batch(
         torch.testing.assert_close(ours, wanted, atol=1e-4, rtol=1e-3)
 
 
-def test_they_are_classified_beside_generation_and_embeddings(
+def test_texts_are_classified_beside_generation_and_embeddings(
     base: Path, folder: Path, adapted: dict[str, PeftModel]
 ) -> None:
     runner, store = open_runner(base, folder)
@@ -125,14 +125,14 @@ def test_they_are_classified_beside_generation_and_embeddings(
 
 
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
-def test_on_a_rounded_base_the_classifier_is_as_it_is(
+def test_the_classifier_on_a_quantized_base_is_not_quantized(
     quantize: str, base: Path, folder: Path, adapted: dict[str, PeftModel]
 ) -> None:
     runner, store = open_runner(base, folder, quantize=quantize)
     stage(store, "two", "tokens")
     (of_sequence, of_tokens) = classify(runner, [PROMPTS[0]] * 2, [1, 2])
     score = adapted["tokens"].base_model.model.score
-    # The same hidden states, by a classifier of tokens that leaves them as they are.
+    # The same hidden states, from a token classifier that does not change them.
     shutil.copytree(folder / "tokens", folder / quantize)
     hidden = SMALL["hidden_size"]
     weight, bias = torch.eye(hidden), torch.zeros(hidden)
@@ -145,7 +145,7 @@ def test_on_a_rounded_base_the_classifier_is_as_it_is(
 
 
 @pytest.mark.parametrize("of_tokens", [False, True])
-def test_a_base_that_classifies_lends_its_classifier_to_adapters_without_one(of_tokens: bool, tmp_path: Path) -> None:
+def test_adapters_without_a_classifier_use_the_bases(of_tokens: bool, tmp_path: Path) -> None:
     labels = {"id2label": {0: "a", 1: "b", 2: "c"}}
     save_classifier(LlamaConfig(**SMALL, **labels), tmp_path / "base", of_tokens)
     task_type = "TOKEN_CLS" if of_tokens else "SEQ_CLS"
@@ -179,7 +179,7 @@ OTHERS = {"id2label": {"0": "bad", "1": "good"}}
         ({}, {"hidden_size": 5}, ("LABEL_0", "LABEL_1")),
     ],
 )
-def test_labels_have_the_names_that_the_files_give_them(
+def test_labels_have_the_names_in_the_files(
     in_adapter: dict[str, object],
     beside: dict[str, object] | None,
     labels: tuple[str, ...],
@@ -196,7 +196,7 @@ def test_labels_have_the_names_that_the_files_give_them(
     assert staged.classes == Classes(False, labels, Activation.SOFTMAX, 7) and not staged.warnings
 
 
-def test_a_config_beside_the_adapter_says_what_is_padding_and_what_scores_are(
+def test_a_config_beside_the_adapter_sets_the_padding_token_and_the_scores(
     base: Path, folder: Path, adapted: dict[str, PeftModel], tmp_path: Path
 ) -> None:
     shutil.copytree(folder / "two", tmp_path / "a")
@@ -241,7 +241,7 @@ def change(name: str, tensor: torch.Tensor | None, **config: object) -> Callable
         (change("score.weight", torch.zeros(1025, 48), task_type="TOKEN_CLS"), "gives 1025 labels to each token"),
     ],
 )
-def test_what_cannot_be_served_as_peft_would_is_refused_by_name(
+def test_classifiers_that_cannot_be_served_like_pefts_are_refused_by_name(
     spoil: Callable[[Path], None],
     reason: str,
     base: Path,
@@ -269,7 +269,7 @@ def test_adapters_that_classify_are_not_merged(base: Path, folder: Path, adapted
 
 
 @pytest.mark.parametrize("task_type", [None, "FEATURE_EXTRACTION"])
-def test_the_class_that_it_was_made_for_says_what_it_classifies(
+def test_the_class_that_it_was_made_for_determines_what_it_classifies(
     task_type: str | None, base: Path, folder: Path, adapted: dict[str, PeftModel], tmp_path: Path
 ) -> None:
     shutil.copytree(folder / "tokens", tmp_path / "a")

@@ -1,4 +1,4 @@
-"""What activates an adapter, as the configurations of PEFT and of the library before it say it."""
+"""What activates an adapter, from the configurations of PEFT and of the library before it."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +25,7 @@ def tokenizer() -> Tokenizer:
     return made
 
 
-def test_pefts_tokens_are_read_and_the_adapter_acts_from_their_first_on(tmp_path: Path) -> None:
+def test_pefts_tokens_are_read_and_the_adapter_acts_from_the_first(tmp_path: Path) -> None:
     save_adapter(tmp_path, alora_invocation_tokens=[3, 0, 1, 2, 4])
     adapter = read_adapter(read(tmp_path), layouts(), BASE, torch.float32)
     assert adapter.invocation == Invocation((3, 0, 1, 2, 4), lag=0)
@@ -43,7 +43,7 @@ def test_a_text_of_the_library_before_peft_is_read_with_the_models_tokenizer(tmp
     assert any("second token" in warning for warning in adapter.warnings)
     edit_config(tmp_path, alora_invocation_tokens=[7])
     config = parse_config(read(tmp_path).config)
-    assert read_invocation(config, base) == Invocation((7,), lag=0)  # PEFT's own goes first
+    assert read_invocation(config, base) == Invocation((7,), lag=0)  # PEFT's own takes precedence
     assert not any("second token" in doubt for doubt in find_doubts(config, base, ()))
     edit_config(tmp_path, alora_invocation_tokens=None, invocation_string=None)
     assert read_invocation(parse_config(read(tmp_path).config), base) is None

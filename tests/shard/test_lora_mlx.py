@@ -1,4 +1,4 @@
-"""An adapter in MLX-LM's format is served as the same one in PEFT's."""
+"""An adapter in MLX-LM's format is served like the same adapter in PEFT's."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ from loraplex_shard.lora.weights.deltas import HostAdapter
 from tests.shard.lora_models import ALL_MODULES, BASE, edit_config, layouts, save_adapter, whole_deltas
 
 PREFIX = "base_model.model."
-# What MLX-LM writes down of a training.
+# What MLX-LM records about a training.
 ARGUMENTS = {
     "adapter_path": "adapters",
     "batch_size": 4,
@@ -60,7 +60,9 @@ def serve(folder: Path) -> HostAdapter:
     ],
     ids=["LoRA", "LoRA of the last layers", "DoRA"],
 )
-def test_it_is_the_same_adapter(trained: dict[str, object], arguments: dict[str, object], tmp_path: Path) -> None:
+def test_an_mlx_adapter_is_the_same_as_pefts(
+    trained: dict[str, object], arguments: dict[str, object], tmp_path: Path
+) -> None:
     save_adapter(tmp_path / "peft", **trained)
     edit_config(tmp_path / "peft", lora_alpha=20.0 * 4)
     ours, theirs = serve(as_mlx(tmp_path / "peft", **arguments)), serve(tmp_path / "peft")
@@ -88,7 +90,9 @@ def test_it_is_the_same_adapter(trained: dict[str, object], arguments: dict[str,
         ({"fine_tune_type": "dora"}, "missing .*lora_magnitude_vector"),
     ],
 )
-def test_what_cannot_be_served_is_named(arguments: dict[str, object], reason: str, tmp_path: Path) -> None:
+def test_mlx_adapters_that_cannot_be_served_are_named(
+    arguments: dict[str, object], reason: str, tmp_path: Path
+) -> None:
     save_adapter(tmp_path / "peft", target_modules=["q_proj"])
     with pytest.raises(AdapterInvalidError, match=reason):
         serve(as_mlx(tmp_path / "peft", **arguments))
