@@ -76,7 +76,9 @@ def stream_piece(response: pb.GenerateStreamResponse) -> StreamPiece:
 
 
 def embeddings(response: pb.EmbedResponse) -> tuple[Embedding, ...]:
-    return tuple(Embedding(tuple(given.values), given.prompt_tokens) for given in response.embeddings)
+    return tuple(
+        Embedding(tuple(given.values), given.prompt_tokens, tuple(given.warnings)) for given in response.embeddings
+    )
 
 
 def classifications(response: pb.ClassifyResponse) -> tuple[Classification, ...]:

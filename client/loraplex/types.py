@@ -232,6 +232,8 @@ class Embedding:
     values: tuple[float, ...]
     """One value per hidden dimension of the model; their squares add up to 1."""
     prompt_tokens: int
+    warnings: tuple[str, ...] = ()
+    """What the caller should know, as a Generation's."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,8 @@ from loraplex import AdapterNotFoundError, AsyncClient, Client, InvalidRequestEr
 from tests.e2e.processes import Server
 from tests.e2e.tiny import Oracle, byte_tokenizer, save_embedding_adapter, save_embedding_model
 
-TEXTS = ["Hello", "A longer text, in many chunks. " * 20, "é€😀"]
-ADAPTERS = [None, "r8", "patterns"]
+TEXTS = ["Hello", "A longer brown text, in many chunks. " * 20, "é€😀"]
+ADAPTERS = [None, "r8", "patterns", "activated1"]  # the last one by the second text alone
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +54,7 @@ async def test_embeddings_equal_pooled_hidden_states_beside_generations(
                         actual = torch.tensor(embedding.values)
                         torch.testing.assert_close(actual, expected[name, text], atol=1e-4, rtol=1e-3)
                         assert embedding.prompt_tokens == len(text.encode())
+                        assert bool(embedding.warnings) is (name == "activated1" and "brown" not in text)
         server.assert_nothing_is_held()
 
 

@@ -219,7 +219,10 @@ def _usage(output: SequenceOutput) -> pb.Usage:
 
 def write_embeddings(embeddings: Iterable[Embedding]) -> pb.EmbedResponse:
     return pb.EmbedResponse(
-        embeddings=[pb.Embedding(values=found.values, prompt_tokens=found.prompt_tokens) for found in embeddings]
+        embeddings=[
+            pb.Embedding(values=found.values, prompt_tokens=found.prompt_tokens, warnings=found.warnings)
+            for found in embeddings
+        ]
     )
 
 

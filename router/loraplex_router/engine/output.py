@@ -50,6 +50,7 @@ class Embedding:
 
     values: "array[float]"
     prompt_tokens: int
+    warnings: tuple[str, ...] = ()  # what its reader should know
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,2 +1,2 @@
-"""The operations behind all faces: a request is checked, made into sequences (`prompts.py`), placed and submitted
-(`service.py`)."""
+"""The operations behind all faces: a request is checked and submitted (`service.py`) after it was placed and made into
+sequences (`preparation.py`, `prompts.py`)."""

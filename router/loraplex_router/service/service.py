@@ -18,7 +18,7 @@ from loraplex_protos.errors import (
 from loraplex_router.access.audit import audited
 from loraplex_router.access.keys import Keys, Tenant
 from loraplex_router.adapters.suggestions import Suggestions
-from loraplex_router.engine.output import Classification, Embedding, Generation, SequenceOutput
+from loraplex_router.engine.output import Classification, Embedding, Generation
 from loraplex_router.replicas.administration import Administration
 from loraplex_router.replicas.replicas import Replicas
 from loraplex_router.service.abilities import check_generates
@@ -138,14 +138,18 @@ class Service:
 
     async def embed(self, request: EmbedRequest, key: str | None = None) -> list[Embedding]:
         """One embedding per input. They count as one request for a key's limits."""
-        outputs = await self._pool(request, key)
-        return [Embedding(output.pooled, output.sequence.prompt_length) for output in outputs]
+        found = []
+        for generation in await self._pool(request, key):
+            (output,) = generation.outputs
+            found.append(Embedding(output.pooled, output.sequence.prompt_length, generation.warnings))
+        return found
 
     async def classify(self, request: ClassifyRequest, key: str | None = None) -> list[Classification]:
         """What the adapter's classifier, or else the model's, makes of each input. Raises InvalidRequestError if there
         is none. They count as one request for a key's limits."""
         found = []
-        for output in await self._pool(request, key):
+        for generation in await self._pool(request, key):
+            (output,) = generation.outputs
             classifier = output.sequence.adapter.classifier or self._known_model.classifier
             assert classifier is not None
             found.append(Classification(classifier, output.pooled, output.sequence.tokens))
@@ -157,7 +161,8 @@ class Service:
             return list(await self.tokenizer.spans(prompt))[-len(found.tokens) :]
         return [TokenSpan(token, "", 0, 0) for token in found.tokens]
 
-    async def _pool(self, request: EmbedRequest, key: str | None) -> list[SequenceOutput]:
+    async def _pool(self, request: EmbedRequest, key: str | None) -> list[Generation]:
+        """Generations whose only sequence is pooled."""
         arrived = time.monotonic()
         with self.telemetry.admission(request, arrived):
             tenant = self.keys.tenant(key)
@@ -171,7 +176,9 @@ class Service:
                     started += await self._start([part], tenant, arrived, volume)
                 if len(started) % FEW_INPUTS == 0:
                     await asyncio.sleep(0)
-            return [await _read_pooled(generation) for generation in started]
+            for generation in started:
+                await _finish_pooling(generation)
+            return started
         finally:
             for generation in started:
                 self.cancel(generation)
@@ -259,9 +266,8 @@ class Service:
             raise OverloadedError(f"the queue is full ({waiting.total()} sequences are waiting): try again later")
 
 
-async def _read_pooled(generation: Generation) -> SequenceOutput:
+async def _finish_pooling(generation: Generation) -> None:
     await generation.collect()
     (output,) = generation.outputs
     if output.finish_reason is FinishReason.CANCELLED:
         raise RequestCancelledError("the request was cancelled")
-    return output

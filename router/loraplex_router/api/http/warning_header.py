@@ -1,12 +1,12 @@
 """Warnings about an answer, in a header: they are known before the answer."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
-from loraplex_router.engine.output import Generation
+from loraplex_router.engine.output import Embedding, Generation
 
 
-def warning_header(generations: Sequence[Generation]) -> dict[str, str]:
+def warning_header(answers: Iterable[Generation | Embedding]) -> dict[str, str]:
     """Each warning once. Characters that headers may not contain are escaped."""
-    found = dict.fromkeys(warning for generation in generations for warning in generation.warnings)
+    found = dict.fromkeys(warning for answer in answers for warning in answer.warnings)
     text = "; ".join(found).encode("ascii", "backslashreplace").decode()
     return {"X-Loraplex-Warning": text} if text else {}

@@ -50,6 +50,8 @@ _WAYS_OUT = {
     "kasa_config": f"KaSA takes a part of the base's matrices away: {TO_MODEL}",
     "layer_replication": f"the base would have more layers: {TO_MODEL}",
 }
+# What acts on every position, so that an activated adapter cannot have it.
+_EVERYWHERE = ("modules_to_save", "trainable_token_indices", "layer_replication")
 # What PEFT targets in the served models if a config names no modules.
 DEFAULT_TARGETS = ("q_proj", "v_proj")
 _SHOWN = 5
@@ -219,7 +221,8 @@ def _refuse_beside_invocation(config: AdapterConfig) -> None:
     refused["use_bdlora"] = config.use_bdlora is not None
     for other in (other for other, value in refused.items() if value):
         raise AdapterInvalidError(f"adapter_config.json: {name} cannot be combined with {other}: PEFT refuses both")
-    everywhere = {"bias": config.bias != "none", "modules_to_save": config.modules_to_save}
+    everywhere = {other: getattr(config, other, None) for other in _EVERYWHERE}
+    everywhere["bias"] = config.bias != "none"
     everywhere[f"peft_type {config.peft_type}"] = config.peft_type != "LORA"
     for other in (other for other, value in everywhere.items() if value):
         raise AdapterInvalidError(

@@ -47,7 +47,7 @@ async def lorax_embed(body: schema.EmbedRequest, call: Call) -> Response:
     given = body.parameters or schema.Parameters()
     request = EmbedRequest((body.inputs,), read_adapter(given, adapter_token(call)), given.truncate)
     (found,) = await finish_before_disconnect(call.service.embed(request, call.key), call.receive)
-    return JSONResponse({"embeddings": found.values.tolist()})
+    return JSONResponse({"embeddings": found.values.tolist()}, headers=warning_header([found]))
 
 
 async def _generate(body: schema.GenerateRequest, call: Call, stream: bool, as_list: bool = False) -> Response:

@@ -16,6 +16,7 @@ from loraplex_router.api.http.json_body import JsonRoute
 from loraplex_router.api.http.json_list import write_data
 from loraplex_router.api.http.model_names import answered_name, read_model_name
 from loraplex_router.api.http.openai.errors import ERRORS
+from loraplex_router.api.http.warning_header import warning_header
 from loraplex_router.engine.output import Embedding
 from loraplex_router.vocabulary.request import EmbedRequest
 
@@ -65,7 +66,7 @@ async def openai_embeddings(body: OpenaiRequest, call: Call) -> Response:
     batch = max(1, FLOATS // len(found[0].values))  # a thousand vectors are tens of megabytes
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
     written = write_data(rows, batch, model=answered_name(body.model, names), usage=usage)
-    return StreamingResponse(written, media_type="application/json")
+    return StreamingResponse(written, media_type="application/json", headers=warning_header(found))
 
 
 def _encode(found: Embedding, in_base64: bool) -> list[float] | str:

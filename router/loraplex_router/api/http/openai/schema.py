@@ -11,6 +11,7 @@ from pydantic import (
 from loraplex_router.api.http.conversation import Conversation
 from loraplex_router.api.http.fields import BIAS, Bias, CountOrAll, Items, Name, Prompts, TokenId
 from loraplex_router.api.http.response_format import ResponseFormat
+from loraplex_router.vocabulary.checks import MAX_ADAPTERS
 from loraplex_router.vocabulary.sampling import Sampling
 
 Count = Annotated[int, Field(ge=0, lt=2**32)]
@@ -44,7 +45,7 @@ class GenerationRequest(Sampling):
     logit_bias: Bias | None = Field(default=None, description=BIAS)
     response_format: ResponseFormat | None = None
     # loraplex's own
-    adapters: Items[Name] | None = Field(
+    adapters: Annotated[Items[Name], Field(max_length=MAX_ADAPTERS)] | None = Field(
         default=None,
         description="Several adapters that all answer, with n choices each, which say whose they are. They are named "
         "as in `model`, which then is the base model or absent. The base model can be one of them.",
