@@ -23,8 +23,6 @@ from loraplex_shard.kernels.library import KINDS, Kernels
 
 SHARED = Path("/dev/shm")
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-# Of the state of a rank, which kernels/csrc/collectives.cpp keeps before all slots.
-STATE_BYTES = 128
 # What a rank hands to the others at once: small enough to stay in a processor's cache.
 SLOT_BYTES = 128 << 10
 # Seconds that a rank may come later to a collective than another. Ranks that are lost are noticed at once; this is for
@@ -36,19 +34,6 @@ class LostRankError(LoraplexError):
     """A rank did not come to a collective. The group cannot go on."""
 
 
-class Place(ctypes.Structure):
-    """A rank's place in the memory. kernels/csrc/collectives.cpp has the same fields."""
-
-    _fields_ = (
-        ("memory", ctypes.c_void_p),
-        ("rank", ctypes.c_long),
-        ("size", ctypes.c_long),
-        ("slot_bytes", ctypes.c_long),
-        ("fd", ctypes.c_long),
-        ("patience", ctypes.c_double),
-    )
-
-
 class SharedMemory:
     """One rank's end of it. Tensors are contiguous and on the CPU.
 
@@ -57,13 +42,14 @@ class SharedMemory:
     """
 
     def __init__(self, rank: int, size: int, fd: int, kernels: Kernels, patience: float) -> None:
-        """`fd`: a file of `memory_bytes(size)` zeros that all ranks have opened, each for itself. It is owned here."""
+        """`fd` is a file of `memory_bytes(kernels, size)` zeros, opened by each rank for itself. It is owned here."""
         fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank)  # held until this process ends: the others see it live
-        self._memory = mmap.mmap(fd, memory_bytes(size))  # not unmapped while a call on another thread may be in it
+        # It is not unmapped while a call on another thread may still use it.
+        self._memory = mmap.mmap(fd, memory_bytes(kernels, size))
         address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
-        self._place = Place(address, rank, size, SLOT_BYTES, fd, patience)
-        self._at = ctypes.addressof(self._place)
-        self._kernels = kernels
+        self._kernels, self._rank, self._patience = kernels, rank, patience
+        self._place = {"memory": address, "rank": rank}
+        self._group = self._place | {"size": size, "slot_bytes": SLOT_BYTES, "fd": fd, "patience": float(patience)}
 
     @classmethod
     def connect(cls, rank: int, size: int, kernels: Kernels | None, patience: float = PATIENCE) -> Self | None:
@@ -73,7 +59,7 @@ class SharedMemory:
             return None
         assert kernels is not None
         name = torch.frombuffer(bytearray(secrets.token_bytes(16)), dtype=torch.uint8)
-        created = _create(_path(name), memory_bytes(size)) if rank == 0 else None
+        created = _create(_path(name), memory_bytes(kernels, size)) if rank == 0 else None
         try:
             dist.broadcast(name, src=0)
             shared = None
@@ -91,11 +77,11 @@ class SharedMemory:
         """Replaces `tensor`, float32 or bfloat16, by its sum over all ranks: the same bits on all of them."""
         self.check(self._kernels.call("all_reduce", **self.all_reduce_arguments(tensor)))
 
-    def all_reduce_arguments(self, tensor: torch.Tensor) -> dict[str, int]:
+    def all_reduce_arguments(self, tensor: torch.Tensor) -> dict[str, int | float]:
         """Of the kernel, for `tensor`; they hold as long as this object and the tensor. Its result is for `check`."""
         assert tensor.is_contiguous()
         return {
-            "place": self._at,
+            **self._group,
             "kind": KINDS[tensor.dtype],
             "count": tensor.numel(),
             "data": tensor.data_ptr(),
@@ -104,16 +90,16 @@ class SharedMemory:
     def broadcast_(self, tensor: torch.Tensor) -> None:
         """Replaces `tensor` by rank 0's."""
         assert tensor.is_contiguous()
-        self.check(self._kernels.call("broadcast", place=self._at, bytes=tensor.nbytes, data=tensor.data_ptr()))
+        self.check(self._kernels.call("broadcast", **self._group, bytes=tensor.nbytes, data=tensor.data_ptr()))
 
     def gather(self, tensor: torch.Tensor, widths: Sequence[int]) -> torch.Tensor | None:
         """The ranks' tensors [n, widths[rank]] side by side on rank 0, None on the others."""
         assert tensor.is_contiguous()
         width_bytes = (ctypes.c_long * len(widths))(*(width * tensor.itemsize for width in widths))
-        gathered = tensor.new_empty((len(tensor), sum(widths))) if self._place.rank == 0 else None
+        gathered = tensor.new_empty((len(tensor), sum(widths))) if self._rank == 0 else None
         result = self._kernels.call(
             "gather",
-            place=self._at,
+            **self._group,
             rows=len(tensor),
             widths=ctypes.addressof(width_bytes),
             data=tensor.data_ptr(),
@@ -124,7 +110,7 @@ class SharedMemory:
 
     def leave(self) -> None:
         """Lets a collective that is under way fail, on all ranks. There must be no other one after it."""
-        self._kernels.call("leave_group", place=self._at)
+        self._kernels.call("leave_group", **self._place)
 
     def check(self, result: int) -> None:
         """Raises LostRankError if `result`, a collective's, says so."""
@@ -132,14 +118,14 @@ class SharedMemory:
             raise LostRankError(f"rank {result - 1} has left the tensor-parallel group: restart all its ranks")
         if result < 0:
             raise LostRankError(
-                f"rank {-result - 1} is more than {self._place.patience:g} s behind rank {self._place.rank} "
+                f"rank {-result - 1} is more than {self._patience:g} s behind rank {self._rank} "
                 "of its tensor-parallel group: restart all its ranks"
             )
 
 
-def memory_bytes(size: int) -> int:
-    """What a group of `size` ranks shares: their states and two slots of each."""
-    return size * (STATE_BYTES + 2 * SLOT_BYTES)
+def memory_bytes(kernels: Kernels, size: int) -> int:
+    """The size of the memory that a group of `size` ranks shares."""
+    return kernels.call("shared_bytes", size=size, slot_bytes=SLOT_BYTES)
 
 
 def _path(name: torch.Tensor) -> Path:

@@ -5,11 +5,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from loraplex_shard.kernels.tables import row, width
 from loraplex_shard.shapes.classifier import Classifier
-
-MAX_PARTS = 3  # projections that are fused into one layer
-PART_WIDTH = 6  # numbers of one of them in an adapter's table
-TABLE_WIDTH = 4 + PART_WIDTH * MAX_PARTS  # numbers of one layer in an adapter's table
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +64,7 @@ class AdapterWeights:
     layer_count: int  # linear layers of the model on this rank
     memory: torch.Tensor  # [bytes] uint8: all tensors are views of it
     classifier: Classifier | None = None  # replaces the model's
-    table: torch.Tensor = field(init=False)  # [layer_count, TABLE_WIDTH] int64: read by kernels, see below
+    table: torch.Tensor = field(init=False)  # [layer_count, numbers of a LoraLayer] int64: read by kernels
     widest: int = field(init=False)  # the largest sum of lora_ranks in one layer
     int8: bool = field(init=False)  # whether A and B are int8
     size_bytes: int = field(init=False)  # of all tensors together
@@ -94,14 +91,30 @@ class AdapterWeights:
 
 
 def _table(layers: Mapping[str, LayerWeights], layer_count: int) -> torch.Tensor:
-    """By layer: lora_rank, parts, addresses of shrink and scales; of each part rank_start, rank_stop, start, stop and
-    the addresses of its weight and its affine. No parts: the adapter does not touch the layer."""
-    table = torch.zeros((layer_count, TABLE_WIDTH), dtype=torch.int64)
+    """A LoraLayer (see kernels/csrc/tables.h) for each layer of the model. Layers that the adapter does not touch are
+    zeros."""
+    table = torch.zeros((layer_count, width("LoraLayer")), dtype=torch.int64)
     for layer in layers.values():
-        scales = 0 if layer.scales is None else layer.scales.data_ptr()
-        row = [len(layer.shrink), len(layer.expansions), layer.shrink.data_ptr(), scales]
-        for e in layer.expansions:
-            row += [e.rank_start, e.rank_stop, e.start, e.stop, e.weight.data_ptr()]
-            row.append(0 if e.affine is None else e.affine.data_ptr())
-        table[layer.index, : len(row)] = torch.tensor(row)
+        parts = [number for expansion in layer.expansions for number in _part(expansion)]
+        numbers = row(
+            "LoraLayer",
+            lora_rank=len(layer.shrink),
+            parts=len(layer.expansions),
+            shrink=layer.shrink.data_ptr(),
+            scales=0 if layer.scales is None else layer.scales.data_ptr(),
+            part=parts,
+        )
+        table[layer.index] = torch.tensor(numbers)
     return table
+
+
+def _part(expansion: Expansion) -> list[int]:
+    return row(
+        "LoraPart",
+        rank_start=expansion.rank_start,
+        rank_stop=expansion.rank_stop,
+        start=expansion.start,
+        stop=expansion.stop,
+        expand=expansion.weight.data_ptr(),
+        affine=0 if expansion.affine is None else expansion.affine.data_ptr(),
+    )

@@ -12,16 +12,16 @@
 #include <atomic>
 #include <ctime>
 
-struct Place {  // of a rank; device/shared_memory.py has the same fields
+namespace loraplex {
+namespace {
+
+struct Place {  // of this rank in the group
     char* memory;
     long rank, size;
     long slot_bytes;
-    long fd;          // of the memory's file; each rank holds a lock on the byte of its number for as long as it lives
-    double patience;  // seconds that a rank may be behind this one
+    long fd;         // of the memory's file; each rank holds a lock on the byte of its number for as long as it lives
+    float patience;  // seconds that a rank may be behind this one
 };
-
-namespace loraplex {
-namespace {
 
 constexpr useconds_t NAP = 50;  // microseconds between looks at a rank that is busy or lost
 constexpr long DONE = 0;
@@ -126,51 +126,58 @@ void copy_to_rows(const char* piece, long begin, long end, long width, char* out
 
 using namespace loraplex;
 
+// The size of the memory that a group shares: all ranks' states, and two slots of each.
+EXPORT long shared_bytes(long size, long slot_bytes) { return size * (long(sizeof(State)) + 2 * slot_bytes); }
+
 // Replaces data [count] by its sum over all ranks. The sum is in float32 and in the order of the ranks, so every rank
 // gets the same bits.
-EXPORT long all_reduce(const Place* place, int kind, long count, void* data) {
+EXPORT long all_reduce(char* memory, long rank, long size, long slot_bytes, long fd, float patience, int kind,
+                       long count, void* data) {
+    const Place place{memory, rank, size, slot_bytes, fd, patience};
     long result = DONE;
-    with_type(kind, [&](auto* t) { result = loraplex::all_reduce(*place, count, (decltype(t))data); });
+    with_type(kind, [&](auto* t) { result = loraplex::all_reduce(place, count, (decltype(t))data); });
     return result;
 }
 
 // Replaces data by rank 0's data.
-EXPORT long broadcast(const Place* place, long bytes, char* data) {
-    Rounds rounds(*place);
-    for (long begin = 0; begin < bytes; begin += place->slot_bytes, rounds.next()) {
-        long length = bytes - begin < place->slot_bytes ? bytes - begin : place->slot_bytes;
-        if (place->rank == 0) std::memcpy(rounds.slot(0), data + begin, length);
+EXPORT long broadcast(char* memory, long rank, long size, long slot_bytes, long fd, float patience, long bytes,
+                      char* data) {
+    const Place place{memory, rank, size, slot_bytes, fd, patience};
+    Rounds rounds(place);
+    for (long begin = 0; begin < bytes; begin += slot_bytes, rounds.next()) {
+        long length = bytes - begin < slot_bytes ? bytes - begin : slot_bytes;
+        if (rank == 0) std::memcpy(rounds.slot(0), data + begin, length);
         if (long lost = rounds.meet()) return lost;
-        if (place->rank != 0) std::memcpy(data + begin, rounds.slot(0), length);
+        if (rank != 0) std::memcpy(data + begin, rounds.slot(0), length);
     }
     return DONE;
 }
 
 // Puts the ranks' matrices, of `rows` rows of widths[rank] bytes, side by side in `out`, which only rank 0 has.
-EXPORT long gather(const Place* place, long rows, const long* widths, const char* data, char* out) {
+EXPORT long gather(char* memory, long rank, long size, long slot_bytes, long fd, float patience, long rows,
+                   const long* widths, const char* data, char* out) {
+    const Place place{memory, rank, size, slot_bytes, fd, patience};
     long widest = 0, stride = 0;
-    for (long rank = 0; rank < place->size; rank++) {
-        widest = widths[rank] > widest ? widths[rank] : widest;
-        stride += widths[rank];
+    for (long each = 0; each < size; each++) {
+        widest = widths[each] > widest ? widths[each] : widest;
+        stride += widths[each];
     }
-    auto end = [&](long begin, long rank) {
-        long whole = rows * widths[rank], piece = begin + place->slot_bytes;
+    auto end = [&](long begin, long each) {
+        long whole = rows * widths[each], piece = begin + slot_bytes;
         return piece < whole ? piece : whole;
     };
-    Rounds rounds(*place);
-    for (long begin = 0; begin < rows * widest; begin += place->slot_bytes, rounds.next()) {
-        long length = end(begin, place->rank) - begin;
-        if (length > 0) std::memcpy(rounds.slot(place->rank), data + begin, length);
+    Rounds rounds(place);
+    for (long begin = 0; begin < rows * widest; begin += slot_bytes, rounds.next()) {
+        long length = end(begin, rank) - begin;
+        if (length > 0) std::memcpy(rounds.slot(rank), data + begin, length);
         if (long lost = rounds.meet()) return lost;
         char* column = out;
-        for (long rank = 0; place->rank == 0 && rank < place->size; column += widths[rank++])
-            copy_to_rows(rounds.slot(rank), begin, end(begin, rank), widths[rank], column, stride);
+        for (long each = 0; rank == 0 && each < size; column += widths[each++])
+            copy_to_rows(rounds.slot(each), begin, end(begin, each), widths[each], column, stride);
     }
     return DONE;
 }
 
 // Tells the other ranks that this rank makes no more calls. Their calls that wait for it fail, and so does a call in
 // progress on another thread here.
-EXPORT void leave_group(const Place* place) {
-    ((State*)place->memory)[place->rank].left.store(true, std::memory_order_release);
-}
+EXPORT void leave_group(char* memory, long rank) { ((State*)memory)[rank].left.store(true, std::memory_order_release); }

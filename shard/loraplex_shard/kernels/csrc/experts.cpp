@@ -4,17 +4,11 @@
 #include <algorithm>
 #include <vector>
 
-#include "lora_layer.h"
+#include "tables.h"
 #include "team.h"
 
 namespace loraplex {
 namespace {
-
-struct Expert {  // as ops/cpu/weights.py has them: all numbers are 64 bits wide
-    const void* weight;
-    const void* bias;          // or null
-    std::int64_t bits, group;  // 0 if the weight has floats
-};
 
 inline float number(float x) { return x; }
 inline float number(bf16 x) { return from_bf16(x); }

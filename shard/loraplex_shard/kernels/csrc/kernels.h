@@ -9,8 +9,6 @@
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-struct Place;  // a rank's place in shared memory: see collectives.cpp
-
 // clang-format off
 #define KERNELS(KERNEL)                                                                                                \
     KERNEL(void, linear,                                                                                               \
@@ -73,10 +71,16 @@ struct Place;  // a rank's place in shared memory: see collectives.cpp
     KERNEL(void, combine,                                                                                              \
            (int threads, int kind, long tokens, long chosen, const float* weights, const std::int64_t* places, long n, \
             const void* x, const void* shared, const void* gate, void* out))                                           \
-    KERNEL(long, all_reduce, (const Place* place, int kind, long count, void* data))                                   \
-    KERNEL(long, broadcast, (const Place* place, long bytes, char* data))                                              \
-    KERNEL(long, gather, (const Place* place, long rows, const long* widths, const char* data, char* out))             \
-    KERNEL(void, leave_group, (const Place* place))                                                                    \
+    KERNEL(long, shared_bytes, (long size, long slot_bytes))                                                           \
+    KERNEL(long, all_reduce,                                                                                           \
+           (char* memory, long rank, long size, long slot_bytes, long fd, float patience, int kind, long count,        \
+            void* data))                                                                                               \
+    KERNEL(long, broadcast,                                                                                            \
+           (char* memory, long rank, long size, long slot_bytes, long fd, float patience, long bytes, char* data))     \
+    KERNEL(long, gather,                                                                                               \
+           (char* memory, long rank, long size, long slot_bytes, long fd, float patience, long rows,                   \
+            const long* widths, const char* data, char* out))                                                          \
+    KERNEL(void, leave_group, (char* memory, long rank))                                                               \
     KERNEL(long, run, (const std::int64_t* calls, long count, long width))
 // clang-format on
 

@@ -9,8 +9,8 @@
 // share of them, in the order in which they are in memory, and prefetches a unit while it computes another. Long runs,
 // such as those of prefill chunks, are multiplied with tiles if the processor has them (lora_tiles.h).
 
-#include "lora_layer.h"
 #include "lora_tiles.h"
+#include "tables.h"
 #include "team.h"
 
 #include <vector>

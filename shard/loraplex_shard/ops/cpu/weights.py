@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from loraplex_shard.kernels.tables import row
+
 PANEL = 16  # rows in a panel of a weight, and positions in a block of the cache
 
 
@@ -51,16 +53,21 @@ class ExpertWeights:
 
     weights: Sequence[CpuWeight]
     biases: Sequence[torch.Tensor | None]
-    table: torch.Tensor = field(init=False)  # [experts, 4] int64, as experts.cpp reads it
+    table: torch.Tensor = field(init=False)  # int64: an Expert (see kernels/csrc/tables.h) for each
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "table", torch.tensor(list(map(_row, self.weights, self.biases))))
 
 
 def _row(weight: CpuWeight, bias: torch.Tensor | None) -> list[int]:
-    """The address of the weight, the address of its bias, its bits and its group; 0 for what it does not have."""
-    form = [weight.bits, weight.group] if isinstance(weight, IntegerWeight) else [0, 0]
-    return [weight.panels.data_ptr(), 0 if bias is None else bias.data_ptr(), *form]
+    bits, group = (weight.bits, weight.group) if isinstance(weight, IntegerWeight) else (0, 0)
+    return row(
+        "Expert",
+        weight=weight.panels.data_ptr(),
+        bias=0 if bias is None else bias.data_ptr(),
+        bits=bits,
+        group=group,
+    )
 
 
 def _panels(panels: torch.Tensor, rows: slice) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 This follows Punica (arXiv 2310.18547) and S-LoRA (arXiv 2311.03285): the tokens come sorted by adapter, and a program
 computes a tile of tokens that share an adapter. It finds the adapter's matrices through the adapter's table (see
-shapes/adapter.py). One kernel computes A x for all projections that share x; a second one adds B (A x).
+kernels/csrc/tables.h). One kernel computes A x for all projections that share x; a second one adds B (A x).
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from loraplex_shard.shapes.adapter import PART_WIDTH, TABLE_WIDTH
+from loraplex_shard.kernels.tables import places, width
 from loraplex_shard.shapes.batch import Segment
 from loraplex_shard.shapes.layout import LinearLayout
 
@@ -21,6 +21,16 @@ RANKS = 16  # ranks of an adapter per program or iteration
 COLUMNS = 128  # columns of A per iteration, or columns of B per program
 ALIGNMENT = 16  # outputs: if the projections of a layer begin at multiples of it, several values are loaded at once
 SLICE, SLICES = 512, 8  # with short tiles: columns of A per program, and the largest number of programs for A
+
+# The places of fields in an adapter's table.
+LAYER_WIDTH, PART_WIDTH = tl.constexpr(width("LoraLayer")), tl.constexpr(width("LoraPart"))
+LORA_RANK, PARTS, SHRINK, SCALES, FIRST_PART = (
+    tl.constexpr(places("LoraLayer")[field]) for field in ("lora_rank", "parts", "shrink", "scales", "part")
+)
+RANK_START, RANK_STOP, START, STOP, EXPAND, AFFINE = (
+    tl.constexpr(places("LoraPart")[field])
+    for field in ("rank_start", "rank_stop", "start", "stop", "expand", "affine")
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +76,6 @@ def add_lora_delta(out: torch.Tensor, x: torch.Tensor, runs: LoraTiles, layout: 
         columns,
         triton.cdiv(columns, slices * COLUMNS) * COLUMNS,
         INT8=runs.int8,
-        TABLE=TABLE_WIDTH,
         TOKENS=runs.length,
         RANKS=RANKS,
         COLUMNS=COLUMNS,
@@ -81,8 +90,6 @@ def add_lora_delta(out: torch.Tensor, x: torch.Tensor, runs: LoraTiles, layout: 
         out.shape[1],
         INT8=runs.int8,
         ALIGNED=aligned,
-        TABLE=TABLE_WIDTH,
-        PART=PART_WIDTH,
         SLICES=slices,
         TOKENS=runs.length,
         RANKS=RANKS,
@@ -102,7 +109,6 @@ def _shrink(
     columns,
     slice_length,
     INT8: tl.constexpr,
-    TABLE: tl.constexpr,
     TOKENS: tl.constexpr,
     RANKS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -110,12 +116,12 @@ def _shrink(
     """Computes shrunk[slice, token, rank] in float32: the part of A x that comes from one slice of A's columns."""
     dtype = x.dtype.element_ty
     tile = tiles + tl.program_id(0) * 3
-    entry = tl.load(tile + 2).to(tl.pointer_type(tl.int64)) + layer * TABLE
+    entry = tl.load(tile + 2).to(tl.pointer_type(tl.int64)) + layer * LAYER_WIDTH
     rank = tl.program_id(1) * RANKS + tl.arange(0, RANKS)
-    lora_rank = tl.load(entry)
+    lora_rank = tl.load(entry + LORA_RANK)
     if tl.program_id(1) * RANKS >= lora_rank:
         return
-    a = tl.multiple_of(tl.load(entry + 2).to(tl.pointer_type(tl.int8 if INT8 else dtype)), 16)
+    a = tl.multiple_of(tl.load(entry + SHRINK).to(tl.pointer_type(tl.int8 if INT8 else dtype)), 16)
     row = tl.arange(0, TOKENS)
     token, real = tl.load(tile) + row, row < tl.load(tile + 1)
     sums = tl.zeros([TOKENS, RANKS], tl.float32)
@@ -128,7 +134,7 @@ def _shrink(
         weights = tl.load(a + rank[None, :] * columns + column[:, None], wanted, 0)
         sums = tl.dot(inputs, weights.to(dtype), sums, input_precision="ieee")
     if INT8:
-        scales = tl.load(entry + 3).to(tl.pointer_type(tl.float32))
+        scales = tl.load(entry + SCALES).to(tl.pointer_type(tl.float32))
         sums *= tl.load(scales + rank, rank < lora_rank, 0.0)[None, :]
     place = (tl.program_id(2).to(tl.int64) * tokens + token)[:, None] * widest + rank[None, :]
     tl.store(shrunk + place, sums, real[:, None] & (rank < lora_rank)[None, :])
@@ -145,8 +151,6 @@ def _expand(
     out_features,
     INT8: tl.constexpr,
     ALIGNED: tl.constexpr,
-    TABLE: tl.constexpr,
-    PART: tl.constexpr,
     SLICES: tl.constexpr,
     TOKENS: tl.constexpr,
     RANKS: tl.constexpr,
@@ -156,19 +160,19 @@ def _expand(
     adapter has factors and shifts for a projection's outputs, they are applied to out first."""
     dtype = out.dtype.element_ty
     tile = tiles + tl.program_id(0) * 3
-    entry = tl.load(tile + 2).to(tl.pointer_type(tl.int64)) + layer * TABLE
+    entry = tl.load(tile + 2).to(tl.pointer_type(tl.int64)) + layer * LAYER_WIDTH
     begin = tl.program_id(1) * COLUMNS
     column = begin + tl.arange(0, COLUMNS)
     row = tl.arange(0, TOKENS)
     token, real = tl.load(tile) + row, row < tl.load(tile + 1)
-    for number in range(0, tl.load(entry + 1)):
-        part = entry + 4 + PART * number
-        rank_start, rank_stop = tl.load(part), tl.load(part + 1)
-        start, stop = tl.load(part + 2), tl.load(part + 3)
+    for number in range(0, tl.load(entry + PARTS)):
+        part = entry + FIRST_PART + PART_WIDTH * number
+        rank_start, rank_stop = tl.load(part + RANK_START), tl.load(part + RANK_STOP)
+        start, stop = tl.load(part + START), tl.load(part + STOP)
         if ALIGNED:  # otherwise several values may not be loaded at once
             start, stop = tl.multiple_of(start, 16), tl.multiple_of(stop, 16)
         if (start < begin + COLUMNS) & (begin < stop):
-            b = tl.multiple_of(tl.load(part + 4).to(tl.pointer_type(tl.int8 if INT8 else dtype)), 16)
+            b = tl.multiple_of(tl.load(part + EXPAND).to(tl.pointer_type(tl.int8 if INT8 else dtype)), 16)
             own = (column >= start) & (column < stop)
             sums = tl.zeros([TOKENS, COLUMNS], tl.float32)
             for first in range(rank_start, rank_stop, RANKS):
@@ -184,7 +188,7 @@ def _expand(
             place = out + token[:, None] * out_features + column[None, :]
             ours = real[:, None] & own[None, :]
             base = tl.load(place, ours, 0.0).to(tl.float32)
-            affine = tl.load(part + 5)
+            affine = tl.load(part + AFFINE)
             if affine != 0:
                 factors = affine.to(tl.pointer_type(tl.float32)) + (column - start)
                 base = base * tl.load(factors, own, 1.0)[None, :] + tl.load(factors + (stop - start), own, 0.0)[None, :]
