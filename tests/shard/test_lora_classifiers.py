@@ -193,7 +193,7 @@ def test_labels_have_the_names_in_the_files(
     if beside is not None:
         (tmp_path / "a/config.json").write_text(json.dumps(beside))
     staged = open_runner(base, tmp_path)[1].stage("a", "local", "", "")
-    assert staged.classes == Classes(False, labels, Activation.SOFTMAX, 7) and not staged.warnings
+    assert staged.classes == Classes(False, labels, Activation.SOFTMAX, pad_token_id=7) and not staged.warnings
 
 
 def test_a_config_beside_the_adapter_sets_the_padding_token_and_the_scores(
@@ -205,7 +205,7 @@ def test_a_config_beside_the_adapter_sets_the_padding_token_and_the_scores(
     config = {"pad_token_id": 9, "problem_type": "multi_label_classification", "id2label": {"0": "one", "2": "two"}}
     (tmp_path / "a/config.json").write_text(json.dumps(config))
     staged = store.stage("a", "local", "", "")
-    assert staged.classes == Classes(False, ("LABEL_0", "LABEL_1"), Activation.SIGMOID, 9)
+    assert staged.classes == Classes(False, ("LABEL_0", "LABEL_1"), Activation.SIGMOID, pad_token_id=9)
     assert staged.digest != before
     (tmp_path / "a/config.json").write_text(json.dumps({"id2label": {"0": "1", "1": "2", "2": "3"}}))
     (doubt,) = store.stage("a", "local", "", "").warnings

@@ -16,7 +16,7 @@ from loraplex_router.service.prompts import Text, encode, make_sequence
 from loraplex_router.text.model import Model
 from loraplex_router.text.stops import StopMatcher
 from loraplex_router.vocabulary.adapter import NEVER, Adapter
-from loraplex_router.vocabulary.chat import Chat, RenderedChat
+from loraplex_router.vocabulary.chat import Chat, RenderedChat, TextPair
 from loraplex_router.vocabulary.context_length import check_tokens, room_for
 from loraplex_router.vocabulary.grammar import Grammar
 from loraplex_router.vocabulary.references import Reference, ids_of
@@ -65,9 +65,9 @@ class Preparation:
 
     async def _prepare(self, request: Request, arrival: Arrival) -> tuple[Generation, Lease]:
         model, tenant, text = self._model(), arrival.tenant, request.prompt
-        if isinstance(text, Chat):  # its template may be the adapter's
+        if isinstance(text, Chat | TextPair):  # the template may be the adapter's
             lease = await self._lease(request, arrival)
-            text = await self.render(text, lease.adapter)
+            text = await self._as_text(text, lease.adapter)
         prompt = arrival.prompts.get(text)
         if prompt is None:
             prompt = arrival.prompts[text] = await encode(request, text, model)
@@ -77,7 +77,7 @@ class Preparation:
         if len(prompt) > LONG_PROMPT:
             await asyncio.sleep(0)
         validated = time.monotonic()
-        if not isinstance(request.prompt, Chat):
+        if not isinstance(request.prompt, Chat | TextPair):
             lease = await self._lease(request, arrival)
         adapter = lease.adapter
         classifier = check_adapter_fits(request, adapter, model.info)
@@ -96,6 +96,15 @@ class Preparation:
             stops = StopMatcher(request.stop, request.include_stop)
             generation.add(sequence, decoder, stops, request.stop_token_ids)
         return generation, lease
+
+    async def _as_text(self, prompt: Chat | TextPair, adapter: Adapter) -> Text:
+        """A pair is left as it is, unless the template is made for pairs. That text gets the special tokens that the
+        tokenizer adds."""
+        if isinstance(prompt, Chat):
+            return await self.render(prompt, adapter)
+        if not adapter.tokenizer.over(self._model().chat_templates).takes_pairs:
+            return prompt
+        return (await self.render(prompt.as_chat(), adapter)).text
 
     async def _lease(self, request: Request, arrival: Arrival) -> Lease:
         lease = await self._place(request.adapter, request.grammar, arrival.tenant, arrival.first)

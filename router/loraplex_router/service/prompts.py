@@ -5,12 +5,12 @@ from typing import TypeAlias
 from loraplex_router.access.keys import Tenant
 from loraplex_router.text.model import Model
 from loraplex_router.vocabulary.adapter import Adapter
-from loraplex_router.vocabulary.chat import RenderedChat
+from loraplex_router.vocabulary.chat import RenderedChat, TextPair
 from loraplex_router.vocabulary.context_length import count_kept, max_counted
 from loraplex_router.vocabulary.request import Request
 from loraplex_router.vocabulary.sequence import Sequence
 
-Text: TypeAlias = str | tuple[int, ...] | RenderedChat  # the input of the tokenizer, unless already token ids
+Text: TypeAlias = str | tuple[int, ...] | RenderedChat | TextPair  # the input of the tokenizer, or token ids
 
 
 async def encode(request: Request, text: Text, model: Model) -> list[int]:
@@ -20,6 +20,8 @@ async def encode(request: Request, text: Text, model: Model) -> list[int]:
     if isinstance(text, tuple):
         return list(text if kept is None else text[-kept:])
     most = None if kept else max_counted(model.info.max_model_len)
+    if isinstance(text, TextPair):
+        return await model.tokenizer.encode_pair(text, most, kept)
     return await model.tokenizer.encode(text, most, kept)
 
 

@@ -155,6 +155,16 @@ class Service:
             found.append(Classification(classifier, output.pooled, output.sequence.tokens))
         return found
 
+    async def classifier(self, adapter: AdapterReference | None, key: str | None = None) -> pb.Classifier | None:
+        """What classifies for the adapter: its own classifier, or else the model's, if there is one."""
+        tenant = self.keys.tenant(key)
+        found = Violations()
+        check_adapter(adapter, self.info.adapter_sources, found)
+        found.raise_any()
+        tenant.check_adapter(adapter)
+        with await self._preparation.place(adapter, tenant) as lease:
+            return lease.adapter.classifier or self._known_model.classifier
+
     async def places(self, prompt: Prompt, found: Classification) -> list[TokenSpan]:
         """The input's tokens. If it is a text, each with its place in it; of others, nothing but their ids is known."""
         if found.classifier.of_tokens and isinstance(prompt, str):

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import islice
 
 import tokenizers
 
@@ -14,7 +15,7 @@ from loraplex_protos.errors import FieldViolation, InvalidRequestError
 from loraplex_router.text.detokenizer import INCOMPLETE, Decoder, own_length
 from loraplex_router.text.pieces import LARGEST, IndivisibleError, Piece, read_pieces
 from loraplex_router.text.token_bytes import TokenBytes
-from loraplex_router.vocabulary.chat import RenderedChat
+from loraplex_router.vocabulary.chat import RenderedChat, TextPair
 
 LONG_TEXT = 2000  # characters; tokenizing more than this at once would delay other streams
 MANY_TOKENS = 2000  # decoding more than this at once would also delay them
@@ -85,6 +86,26 @@ class Tokenizer:
                     break
         return (ids if last is None else ids[-last:]).tolist()
 
+    async def encode_pair(self, pair: TextPair, most: int | None = None, last: int | None = None) -> list[int]:
+        """The tokens of a pair, with the special tokens that the tokenizer adds to pairs. Stops reading a text once
+        there are more than `most` tokens. If there are more than `last`, the longer text or both are cut at the end, as
+        in transformers."""
+        if pair.joined and not (pair.max_query or pair.max_document):
+            return (await self.encode(pair.query + pair.document, most))[:last]
+        query = (await self.encode(RenderedChat(pair.query), most))[: pair.max_query or None]
+        document = (await self.encode(RenderedChat(pair.document), most))[: pair.max_document or None]
+        before, between, behind = ([], [], []) if pair.joined else self._added_to_pair
+        if last is not None:
+            room = max(0, last - len(before) - len(between) - len(behind))
+            kept_of_query, kept_of_document = _longest_first(len(query), len(document), room)
+            query, document = query[:kept_of_query], document[:kept_of_document]
+        return [*before, *query, *between, *document, *behind]
+
+    async def beginning(self, text: str, most: int) -> str:
+        """The text up to the end of its first `most` tokens."""
+        spans = await self.spans(text, add_special_tokens=False)
+        return text if len(spans) <= most else text[: next(islice(spans, most - 1, None)).stop]
+
     async def spans(self, text: str, add_special_tokens: bool = True) -> Spans:
         """The tokens of a text, each with its position."""
         spans = Spans(text)
@@ -105,6 +126,14 @@ class Tokenizer:
             reason = f"has {LARGEST} characters in a row that cannot be tokenized apart from each other"
             raise InvalidRequestError(FieldViolation("prompt", reason)) from None
         yield _nowhere(behind)
+
+    @cached_property
+    def _added_to_pair(self) -> tuple[list[int], list[int], list[int]]:
+        """The special tokens that the tokenizer adds before, between and behind the texts of a pair."""
+        encoding = self._tokenizer.encode("a", "a", add_special_tokens=True)
+        ids: list[int] = encoding.ids
+        first, second = ([at for at, text in enumerate(encoding.sequence_ids) if text == part] for part in (0, 1))
+        return ids[: first[0]], ids[first[-1] + 1 : second[0]], ids[second[-1] + 1 :]
 
     @cached_property
     def _added(self) -> tuple[list[int], list[int]]:
@@ -178,6 +207,18 @@ class Tokenizer:
             first = next(place for place, text in enumerate(texts) if text)
             texts[first] = texts[first][1:]
         return texts
+
+
+def _longest_first(first: int, second: int, room: int) -> tuple[int, int]:
+    """How many tokens of each text are kept, by the rule of the `tokenizers` library: the longer text is cut to what
+    the other leaves or, if that is less than half of the room, both are cut to half."""
+    if first + second <= room:
+        return first, second
+    shorter, longer = min(first, second), max(first, second)
+    longer = max(shorter, room - shorter)
+    if shorter + longer > room:
+        shorter, longer = room // 2, room // 2 + room % 2
+    return (shorter, longer) if first <= second else (longer, shorter)
 
 
 class _Verbatim:

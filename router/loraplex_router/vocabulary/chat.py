@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 from loraplex_protos.errors import AdapterInvalidError, FieldViolation, InvalidRequestError
 
 FIELD = "chat.messages"
+QUERY, DOCUMENT = "query", "document"  # roles in templates for pairs
 
 Content: TypeAlias = str | Sequence[Mapping[str, Any]] | None  # a text, a list of parts {"type": "text", ...}, or none
 
@@ -39,11 +40,32 @@ class RenderedChat:
 
 
 @dataclass(frozen=True, slots=True)
+class TextPair:
+    """A query and a document, to be judged together."""
+
+    query: str
+    document: str
+    max_query: int = 0  # tokens that are kept of the query, from its beginning; 0: all
+    max_document: int = 0
+    joined: bool = False  # one text directly behind the other, else as the tokenizer joins pairs
+
+    def as_chat(self) -> Chat:
+        """For chat templates that are made for pairs."""
+        return Chat((Message(QUERY, self.query), Message(DOCUMENT, self.document)), generation_prompt=False)
+
+
+@dataclass(frozen=True, slots=True)
 class ChatTemplates:
     """A tokenizer's chat templates and special tokens."""
 
     by_name: Mapping[str, str] = field(default_factory=dict)  # Jinja2: "default", and others such as "tool_use"
     special_tokens: Mapping[str, str] = field(default_factory=dict)  # used by templates: "eos_token" and the like
+
+    @property
+    def takes_pairs(self) -> bool:
+        """Whether the default template is made for a query and a document: it names both roles, as vLLM's do."""
+        template = self.by_name.get("default", "")
+        return all(f"'{role}'" in template or f'"{role}"' in template for role in (QUERY, DOCUMENT))
 
     def choose(self, has_tools: bool) -> str:
         """The template for a conversation, as transformers chooses it. Raises InvalidRequestError if there is none."""

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
-from loraplex_router.vocabulary.chat import Chat, RenderedChat
+from loraplex_router.vocabulary.chat import Chat, RenderedChat, TextPair
 from loraplex_router.vocabulary.grammar import Grammar
 from loraplex_router.vocabulary.references import AdapterReference, MergedReference
 from loraplex_router.vocabulary.sampling import Sampling
@@ -11,8 +11,8 @@ from loraplex_router.vocabulary.sequence import Detail
 
 AS_MANY_AS_FIT = -1  # prompt tokens, next to the answer in the context
 
-# Text, text without added special tokens, a conversation, or token ids.
-Prompt: TypeAlias = str | RenderedChat | Chat | tuple[int, ...]
+# Text, text without added special tokens, a pair of texts, a conversation, or token ids.
+Prompt: TypeAlias = str | RenderedChat | TextPair | Chat | tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)

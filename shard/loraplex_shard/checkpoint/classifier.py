@@ -60,6 +60,7 @@ def read_classifier(tensors: Tensors, names: frozenset[str], config: PreTrainedC
         of_tokens=of_tokens,
         labels=tuple(str(named.get(index, f"LABEL_{index}")) for index in range(labels)),
         activation=read_activation(config.to_dict(), labels),
+        joins_pairs=not all(getattr(config, name, True) for name in ("use_sep_token", "use_pad_token")),  # vLLM's
         pad_token_id=config.get_text_config(decoder=True).pad_token_id,
     )
     return Classifier(tensors.read(weight).float(), tensors.read(bias).float() if bias in names else None, classes)

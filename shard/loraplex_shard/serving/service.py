@@ -36,6 +36,7 @@ def describe(classes: Classes | None) -> ClassifierMessage | None:
         of_tokens=classes.of_tokens,
         labels=classes.labels,
         activation=ClassifierMessage.Activation.ValueType(classes.activation.value),
+        joins_pairs=classes.joins_pairs,
     )
 
 

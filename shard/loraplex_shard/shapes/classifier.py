@@ -33,6 +33,7 @@ class Classes:
     of_tokens: bool  # each token is classified by itself, else the sequence
     labels: tuple[str, ...]  # in the order of the logits
     activation: Activation
+    joins_pairs: bool = False  # of two texts, the second is directly behind the first
     pad_token_id: int | None = None  # a sequence is classified at its last token that is not this one
 
 

@@ -62,7 +62,7 @@ def read_classifier(
         if not tensor.float().isfinite().all():
             raise AdapterInvalidError(f"{TENSORS}: {own_name} has values that are NaN or infinite")
     names, doubts = _labels(config, said, base, labels)
-    classes = Classes(of_tokens, names, _activation(said, base, labels), base.pad_token_id)
+    classes = Classes(of_tokens, names, _activation(said, base, labels), pad_token_id=base.pad_token_id)
     if said.pad_token_id is not None:
         classes = replace(classes, pad_token_id=said.pad_token_id)
     return Classifier(weight.float(), None if bias is None else bias.float(), classes), doubts

@@ -53,6 +53,7 @@ class Classifier(BaseModel):
     of_tokens: bool = Field(description="It classifies each token, not the text as a whole.")
     labels: list[str]
     activation: str = Field(description="What makes scores of its logits: softmax, sigmoid or none.")
+    joins_pairs: bool = Field(description="It reads a pair of texts as one, the second directly behind the first.")
 
 
 class AdapterStatus(BaseModel):

@@ -9,16 +9,18 @@ from typing import Any
 from fastapi import APIRouter, Response
 from pydantic import BaseModel, Field
 
-from loraplex_protos.errors import FieldViolation, InvalidRequestError
+from loraplex_protos.errors import FieldViolation, InvalidRequestError, LoraplexError
 from loraplex_router.api.http.call import Call
 from loraplex_router.api.http.conversation import Conversation, read_conversation
 from loraplex_router.api.http.disconnects import finish_before_disconnect
 from loraplex_router.api.http.errors import LORAX_ERRORS
+from loraplex_router.api.http.face import Face
 from loraplex_router.api.http.fields import CountOrAll, Items, Name, Prompts, read_prompts
 from loraplex_router.api.http.json_body import JsonAnswer, JsonRoute
 from loraplex_router.api.http.lorax.reading import adapter_token, read_adapter
 from loraplex_router.api.http.lorax.schema import Parameters
 from loraplex_router.api.http.model_names import answered_name, read_model_name
+from loraplex_router.api.http.openai_errors import write_error
 from loraplex_router.api.turns import in_turn
 from loraplex_router.engine.output import Classification
 from loraplex_router.text.tokenizer import TokenSpan
@@ -93,6 +95,8 @@ class VllmClasses(BaseModel):
 
 Found = list[LoraxEntity] | list[LoraxLabel]
 
+VLLM = Face("", (), write_error, {"inputs": "input", "adapter.id": "model"}, invalid_status=400)  # answers its bodies
+
 router = APIRouter(route_class=JsonRoute)
 
 
@@ -101,7 +105,10 @@ async def classify(body: LoraxClassify | VllmClassify | VllmClassifyChat, call: 
     """The labels from the model's or the adapter's classifier. LoRAX's `inputs` are answered with entities if the
     classifier labels tokens, else with all labels; vLLM's `input` or `messages` with the probability of each label."""
     if not isinstance(body, LoraxClassify):
-        return await _classify_vllm(body, call)
+        try:
+            return await _classify_vllm(body, call)
+        except LoraplexError as error:
+            return VLLM.answer(error)
     (found,) = await _classify_lorax([body.inputs], body.parameters, call)
     return JsonAnswer(found)
 

@@ -2,7 +2,7 @@
 
 from loraplex_router.api.http.face import Face
 from loraplex_router.api.http.openai import embeddings, models, routes
-from loraplex_router.api.http.openai.errors import write_error
+from loraplex_router.api.http.openai_errors import write_error
 
 FACE = Face(
     prefix="/v1",

@@ -77,14 +77,3 @@ class ModelList(BaseModel):
     first_id: str | None
     last_id: str | None = Field(description="The `after` of the next page.")
     has_more: bool
-
-
-class ErrorDetail(BaseModel):
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class OpenaiError(BaseModel):
-    error: ErrorDetail

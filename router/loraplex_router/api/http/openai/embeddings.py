@@ -15,7 +15,7 @@ from loraplex_router.api.http.fields import CountOrAll, Name, Prompts, read_prom
 from loraplex_router.api.http.json_body import JsonRoute
 from loraplex_router.api.http.json_list import write_data
 from loraplex_router.api.http.model_names import answered_name, read_model_name
-from loraplex_router.api.http.openai.errors import ERRORS
+from loraplex_router.api.http.openai_errors import ERRORS
 from loraplex_router.api.http.warning_header import warning_header
 from loraplex_router.engine.output import Embedding
 from loraplex_router.vocabulary.request import EmbedRequest

@@ -16,7 +16,7 @@ from loraplex_router.api.http.json_body import JsonRoute
 from loraplex_router.api.http.json_list import write_data
 from loraplex_router.api.http.json_message import enum_names
 from loraplex_router.api.http.openai import answers
-from loraplex_router.api.http.openai.errors import ERRORS
+from loraplex_router.api.http.openai_errors import ERRORS, OpenaiError
 from loraplex_router.service.service import Service
 from loraplex_router.vocabulary.references import AdapterReference
 
@@ -28,7 +28,7 @@ Limit = Annotated[int | None, Query(ge=1, description="The most models to list. 
 After = Annotated[str, Query(description="List the models after this one: the `last_id` of the page before.")]
 
 ANSWERS: Responses = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, **ERRORS}
-IN_USE: Responses = {409: {"model": answers.OpenaiError, "description": "Sequences still need the adapter."}}
+IN_USE: Responses = {409: {"model": OpenaiError, "description": "Sequences still need the adapter."}}
 
 router = APIRouter(route_class=JsonRoute)
 

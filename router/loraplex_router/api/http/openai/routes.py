@@ -11,8 +11,8 @@ from loraplex_router.api.http.model_names import answered_name
 from loraplex_router.api.http.openai import answers
 from loraplex_router.api.http.openai.chat import ChatWriter, read_chat
 from loraplex_router.api.http.openai.completions import CompletionWriter, read_completions
-from loraplex_router.api.http.openai.errors import ERRORS, write_error
 from loraplex_router.api.http.openai.schema import ChatCompletionRequest, CompletionRequest
+from loraplex_router.api.http.openai_errors import ERRORS, write_error
 from loraplex_router.api.http.sse import EventStream, describe_events
 from loraplex_router.api.http.warning_header import warning_header
 from loraplex_router.api.turns import in_turn

@@ -1,6 +1,8 @@
-"""OpenAI's errors: {"error": {"message", "type", "param", "code"}}."""
+"""OpenAI's errors, which vLLM's clients read as well: {"error": {"message", "type", "param", "code"}}."""
 
 from typing import Any
+
+from pydantic import BaseModel
 
 from loraplex_protos.errors import (
     AdapterError,
@@ -10,10 +12,21 @@ from loraplex_protos.errors import (
     OverloadedError,
 )
 from loraplex_router.api.http.errors import HttpError, describe, document_errors
-from loraplex_router.api.http.openai import answers
 from loraplex_router.vocabulary.context_length import ContextLengthError
 
-ERRORS = document_errors(answers.OpenaiError, {400: "A field is wrong; `param` names it.", 404: "No such model."})
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class OpenaiError(BaseModel):
+    error: ErrorDetail
+
+
+ERRORS = document_errors(OpenaiError, {400: "A field is wrong; `param` names it.", 404: "No such model."})
 
 
 def write_error(error: LoraplexError) -> dict[str, Any]:
