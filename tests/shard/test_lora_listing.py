@@ -15,8 +15,8 @@ from loraplex_protos.errors import AdapterNotFoundError
 from loraplex_shard.lora import listing
 from loraplex_shard.lora.listing import LocalAdapter, LocalListing
 from loraplex_shard.lora.peft.doubts import find_doubts
+from loraplex_shard.lora.peft.forms import modules_in_any_form
 from loraplex_shard.lora.peft.invocation import read_invocation
-from loraplex_shard.lora.peft.reading import modules_of
 from loraplex_shard.lora.sources.files import CONFIG, MLX_TENSORS, PICKLE, TENSORS
 from loraplex_shard.lora.sources.local import LocalSource
 from loraplex_shard.lora.store import AdapterStore
@@ -40,7 +40,7 @@ def store_of(root: Path) -> AdapterStore:
 
 
 def listing_of(root: Path | None) -> LocalListing:
-    doubts = partial(find_doubts, base=BASE, modules=modules_of(layouts()))
+    doubts = partial(find_doubts, base=BASE, modules=modules_in_any_form(layouts(), BASE.architecture))
     return LocalListing(root, doubts, partial(read_invocation, base=BASE))
 
 

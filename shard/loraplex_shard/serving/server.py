@@ -29,8 +29,8 @@ from loraplex_shard.layers.parameters import ParameterForm
 from loraplex_shard.lora.listing import LocalListing
 from loraplex_shard.lora.peft.base import BaseModel
 from loraplex_shard.lora.peft.doubts import find_doubts
+from loraplex_shard.lora.peft.forms import modules_in_any_form
 from loraplex_shard.lora.peft.invocation import read_invocation
-from loraplex_shard.lora.peft.reading import modules_of
 from loraplex_shard.lora.sources.hub import HubSource
 from loraplex_shard.lora.sources.local import LocalSource
 from loraplex_shard.lora.sources.object_store import ObjectStoreSource
@@ -195,8 +195,9 @@ def _load(
         checkpoint.config.get_text_config(decoder=True).hidden_size,
         checkpoint.config.get_text_config(decoder=True).pad_token_id,
         None if classifier is None else classifier.classes,
+        checkpoint.config.get_text_config(decoder=True) is not checkpoint.config,
     )
-    doubts = partial(find_doubts, base=base, modules=modules_of(model.layouts))
+    doubts = partial(find_doubts, base=base, modules=modules_in_any_form(model.layouts, base.architecture))
     listing = LocalListing(settings.adapters, doubts, partial(read_invocation, base=base))
     sources = open_sources(settings)
     # The router evicts others once it knows an adapter's size.

@@ -16,6 +16,7 @@ from loraplex_shard.lora.peft.classifiers import is_of_classifier, read_classifi
 from loraplex_shard.lora.peft.config import AdapterConfig
 from loraplex_shard.lora.peft.doubts import find_doubts
 from loraplex_shard.lora.peft.experts import Parameter, absent, by_expert, find_parameters
+from loraplex_shard.lora.peft.forms import as_served, as_trained, modules_in_any_form
 from loraplex_shard.lora.peft.invocation import read_invocation
 from loraplex_shard.lora.peft.kinds import Ia3Config
 from loraplex_shard.lora.peft.mlx import MlxConfig, in_pefts_terms, targets_in_file
@@ -63,8 +64,9 @@ def read_adapter(
         raise AdapterInvalidError(f"{TENSORS}: an activated adapter (aLoRA) with a classifier is not served")
     adapter = partition_adapter(deltas, layouts, dtype, classifier)
     ends, wrong = end_tokens(files.text, base)
-    warnings = (*find_doubts(config, base, modules_of(layouts)), *doubts, *foreign_tokens(files.text, base), *wrong)
-    if any(is_of_another_part(name, base.backbone) for name in as_saved_by_peft(read_tensors(files.tensors))):
+    modules = modules_in_any_form(layouts, base.architecture)
+    warnings = (*find_doubts(config, base, modules), *doubts, *foreign_tokens(files.text, base), *wrong)
+    if base.is_text_part and any(map(is_of_another_part, as_saved_by_peft(read_tensors(files.tensors)))):
         warnings = (*warnings, "what it adds to the part that reads pictures is not used: text alone is served")
     if files.text.error:
         warnings = (*warnings, f"conversations with it are refused: {files.text.error}")
@@ -93,16 +95,23 @@ def _read(
     config: AdapterConfig, files: AdapterFiles, layouts: Sequence[LinearLayout], base: BaseModel
 ) -> tuple[dict[str, Delta], Classifier | None, tuple[str, ...]]:
     """The deltas, the classifier and what may be wrong with it."""
-    parts = {part.module: (layout, part) for layout in layouts for part in layout.parts}
-    parameters = find_parameters(layouts)
-    named = _named(config, parameters)
     stored = read_tensors(files.tensors)
     if isinstance(config, MlxConfig):
         stored = in_pefts_terms(stored)
     found = as_saved_by_peft(stored, base.backbone)
     if config.model_extra and config.model_extra.get("monteclora_config"):  # its samplers have a say in training alone
         found = {name: own for name, own in found.items() if ".lora_monteclora_sampler." not in name}
-    as_stored = {name: stored[own] for name, own in found.items() if not is_of_another_part(name, base.backbone)}
+    trained = as_trained(layouts, base.architecture, found)
+    if config.use_dora and any(own is not layout for own, layout in zip(trained, layouts, strict=True)):
+        raise AdapterInvalidError(
+            f"adapter_config.json: use_dora: not supported for modules that this base has joined or divided: it has "
+            f"{', '.join(sorted({part.module.rpartition('.')[2] for layout in layouts for part in layout.parts}))}"
+        )
+    parts = {part.module: (layout, part) for layout in trained for part in layout.parts}
+    parameters = find_parameters(trained)
+    named = _named(config, parameters)
+    served = {name for name in found if not (base.is_text_part and is_of_another_part(name))}
+    as_stored = {name: stored[own] for name, own in found.items() if name in served}
     classifier, doubts = read_classifier(config, as_stored, files.model_config, base)
     as_stored = {name: tensor for name, tensor in as_stored.items() if not is_of_classifier(name)}
     tensors = by_expert(as_stored, parameters, named.values())
@@ -128,7 +137,7 @@ def _read(
         if module in targets:
             delta = Delta(tensors[name_of_a(module)], tensors[name_of_b(module)], targets[module].scale)
         deltas[module] = with_outputs(module, delta, tensors, replaced.get(module, Replaced()), base)
-    return deltas, classifier, doubts
+    return as_served(deltas, trained, layouts), classifier, doubts
 
 
 def _named(config: AdapterConfig, parameters: Sequence[Parameter]) -> dict[str, Parameter]:
@@ -153,11 +162,6 @@ def _find_targets(
             with suppress(AdapterInvalidError):
                 return {former[name]: target for name, target in find_targets(config, tuple(former)).items()}
         raise
-
-
-def modules_of(layouts: Sequence[LinearLayout]) -> tuple[str, ...]:
-    """The names of all modules that an adapter may target."""
-    return tuple(part.module for layout in layouts for part in layout.parts)
 
 
 def _check_names(

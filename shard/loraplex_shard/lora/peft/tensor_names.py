@@ -19,7 +19,7 @@ _MAGNITUDE = re.compile(r"(\.lora_magnitude_vector)(?:\.[^.]+)?(?:\.weight)?$")
 _TEXT_MODELS = "model.language_model", "language_model.model", "model.text_model", "model"
 _OTHER_PARTS = re.compile(
     rf"^{re.escape(PREFIX)}(?:model\.)?"
-    r"(?:visual|vision_tower|vision_model|image_tower|multi_modal_projector|connector|aligner|audio_tower)\."
+    r"(?:visual|vision_tower|vision_model|image_tower|multi_modal_projector|connector|aligner|vision_adapter|embed_vision|vision_encoder|vision_projection|audio_tower|embed_audio)\."
 )
 
 
@@ -44,9 +44,9 @@ def as_saved_by_peft(names: Iterable[str], backbone: str = "model") -> dict[str,
     return found
 
 
-def is_of_another_part(name: str, backbone: str) -> bool:
-    """Whether a tensor adapts a part that reads pictures, in a model of which only the text model is served."""
-    return backbone != "model" and _OTHER_PARTS.match(name) is not None
+def is_of_another_part(name: str) -> bool:
+    """Whether a tensor, of PEFT's name, adapts what reads pictures, or hears, in a model that has text as well."""
+    return _OTHER_PARTS.match(name) is not None
 
 
 def former_names(modules: Sequence[str], backbone: str) -> Iterator[dict[str, str]]:
