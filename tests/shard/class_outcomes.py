@@ -3,6 +3,7 @@
 `python -m tests.shard.class_outcomes` writes docs/models.md from it.
 """
 
+import re
 import tempfile
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,7 +19,8 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.transformers_weight_conversion import _MODEL_TO_CONVERSION_PATTERN, _MOE_TARGET_MODULE_MAPPING
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from loraplex_shard.checkpoint import open_checkpoint
@@ -28,7 +30,8 @@ from loraplex_shard.layers.parameters import ParameterForm
 from loraplex_shard.lora.peft.base import BaseModel
 from loraplex_shard.lora.peft.reading import read_adapter
 from loraplex_shard.models import Model, check_architecture, load_model
-from loraplex_shard.models.architectures import is_known
+from loraplex_shard.models.architectures import is_known, is_text_served_alone
+from loraplex_shard.models.text_part import TextModel
 from loraplex_shard.models.transformers.checking import check_model
 from loraplex_shard.models.transformers.model import TransformersModel
 from loraplex_shard.ops.reference import ReferenceOperations
@@ -63,30 +66,41 @@ def find_outcome(model_type: str, name: str) -> Outcome:
     transformers.logging.disable_progress_bar()
     config = tiny_config(model_type)
     try:
-        told = SimpleNamespace(model_id="", architecture=name, config=config)
+        told = SimpleNamespace(model_id="", architecture=name, config=config, names=(), classifies=False)
         check_architecture(told)
         if not is_known(name):
-            check_model(told, POSITIONS)
+            check_model(TextModel(told) if is_text_served_alone(name) else told, POSITIONS)
         with tempfile.TemporaryDirectory() as folder:
-            return _serve(_save_random(config, Path(folder, "model")), Path(folder, "adapter"))
+            return _serve(_save_random(name, config, Path(folder, "model")), Path(folder, "adapter"))
     except CheckpointError as error:
         return Outcome(reason=error.message.partition(" is not served: ")[2])
 
 
-def _save_random(config: transformers.PreTrainedConfig, directory: Path) -> Path:
+def _save_random(architecture: str, config: transformers.PreTrainedConfig, directory: Path) -> Path:
     torch.manual_seed(0)
+    made = _alone(config, architecture)
     with torch.device("meta"):
-        size = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
+        size = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(made).parameters())
     assert size < MOST_PARAMETERS, f"{size} parameters: tiny_classes.py must make it smaller"
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(made, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(mean=1.0 if "norm" in name and "bias" not in name else 0.0, std=0.15)
     model.save_pretrained(directory)
+    if made is not config:
+        file = directory / "model.safetensors"
+        tensors = {re.sub("^model", "model.language_model", name): tensor for name, tensor in load_file(file).items()}
+        save_file(tensors, file, {"format": "pt"})
     if type(model.config) is not type(config):  # the text part's; transformers lists the class under the whole one
-        config.architectures = [type(model).__name__]
+        config.architectures = [type(model).__name__ if made is config else architecture]
         config.save_pretrained(directory)
     return directory
+
+
+def _alone(config: transformers.PreTrainedConfig, architecture: str) -> transformers.PreTrainedConfig:
+    """Of the text model, where that is what is served and the whole one needs what is not installed."""
+    alone = is_text_served_alone(architecture) and not is_known(architecture)
+    return config.get_text_config(decoder=True) if alone else config
 
 
 def _serve(directory: Path, adapter: Path) -> Outcome:
@@ -124,7 +138,13 @@ def _save_adapter(directory: Path, adapter: Path, modules: Sequence[str]) -> Pre
 
 
 def _reference(directory: Path) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()
+    config = AutoConfig.from_pretrained(directory)
+    options = {
+        "dtype": torch.float32,
+        "attn_implementation": "eager",
+        "config": _alone(config, config.architectures[0]),
+    }
+    return AutoModelForCausalLM.from_pretrained(directory, **options).eval()
 
 
 def _answers(model: Model, group: Group, adapter: Path) -> dict[str, tuple[list[int], torch.Tensor]]:

@@ -332,5 +332,24 @@ CASES = {
     "smollm3": Case("smollm3", "smollm3", {"head_dim": 16, "num_hidden_layers": 4}, permuted=True),
     "glm4": Case("glm4", "glm4", {"head_dim": 16, "attention_bias": True}, _rotated),
     "nemotron": Case("nemotron", "nemotron", {"head_dim": 16}, _rotated, norms_plus_one=True),
+    "stablelm": Case(
+        "stablelm",
+        "stablelm",
+        {"partial_rotary_factor": 0.25, "use_qkv_bias": True, "num_attention_heads": 2},
+        _rotated,
+    ),
+    "stablelm, parallel": Case(
+        "stablelm", "stablelm", {"partial_rotary_factor": 0.5, "use_parallel_residual": True}, _rotated
+    ),
+    "arcee": Case("arcee", "arcee", {"head_dim": 16}, permuted=True),
+    "ernie4_5": Case("ernie4_5", "ernie4_5", {"head_dim": 16}),
+    "qwen2vl": Case("qwen2vl", "qwen2", {}, lambda config: {"rope.dimension_sections": [2, 3, 3, 0]}),
+    "qwen3vl": Case("qwen3vl", "qwen3", {"head_dim": 32}, lambda config: {"n_deepstack_layers": 3}),
+    "qwen3vlmoe": Case(
+        "qwen3vlmoe",
+        "qwen3_moe",
+        {"head_dim": 32, "norm_topk_prob": True, **EXPERTS},
+        lambda config: {"expert_feed_forward_length": config.moe_intermediate_size},
+    ),
     "seed_oss": Case("seed_oss", "seed_oss", {"head_dim": 32, "attention_bias": True}),
 }

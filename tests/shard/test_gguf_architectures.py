@@ -65,7 +65,8 @@ def test_a_slice_equals_the_slice_of_the_whole_tensor(path: str) -> None:
         *("llama 3.1", "llama, linear", "qwen2, yarn", "qwen3", "gemma", "gemma2", "gemma3", "phi3", "granite"),
         *("command-r", "cohere2", "starcoder2", "olmo2", "smollm3", "glm4", "seed_oss", "mixtral"),
         *("qwen2moe", "qwen3moe", "olmo3", "olmoe", "exaone4", "exaone4, no window", "ministral3"),
-        *("granitemoe", "granitemoe, shared", "gpt-oss", "phi2", "nemotron"),
+        *("granitemoe", "granitemoe, shared", "gpt-oss", "phi2", "nemotron", "stablelm", "stablelm, parallel", "arcee"),
+        *("ernie4_5", "qwen2vl", "qwen3vl", "qwen3vlmoe"),
     ],
 )
 def test_the_file_has_the_logits_of_transformers(name: str, tmp_path: Path) -> None:

@@ -79,7 +79,8 @@ class Pair:
         If RoPE depends on the length, transformers chooses it for a pass's last position. Ours is fixed: for dynamic as
         in transformers' decoding token by token, for longrope as for the longest sequence served.
         """
-        if self.theirs.config.rope_parameters.get("rope_type") == "dynamic":
+        rope = getattr(self.theirs.config, "rope_parameters", {})  # GPT-J has none
+        if rope.get("rope_type") == "dynamic":
             return self._token_by_token(tokens)
         longest = tokens + [0] * (MAX_MODEL_LEN - len(tokens))  # later tokens do not change a token's logits
         with torch.inference_mode():

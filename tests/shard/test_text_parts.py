@@ -10,17 +10,29 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
-    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AyaVisionConfig,
+    Cohere2VisionConfig,
     Gemma3Config,
+    Glm4vConfig,
+    GotOcr2Config,
     Idefics3Config,
+    InternVLConfig,
+    LightOnOcrConfig,
     LlavaConfig,
+    LlavaNextConfig,
+    LlavaNextVideoConfig,
+    LlavaOnevisionConfig,
     Mistral3Config,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2_5_VLConfig,
     Qwen2VLConfig,
     Qwen3VLConfig,
+    Qwen3VLMoeConfig,
     SmolVLMConfig,
+    VipLlavaConfig,
+    VoxtralConfig,
 )
 
 from loraplex_shard.lora.peft.base import BaseModel
@@ -28,7 +40,7 @@ from loraplex_shard.lora.peft.reading import read_adapter
 from loraplex_shard.lora.sources.files import TENSORS
 from loraplex_shard.shapes.batch import Segment
 from tests.shard.decoders import Sequences, load
-from tests.shard.families import SIZES, rope
+from tests.shard.families import MIXED, SIZES, rope
 from tests.shard.lora_models import edit_config, read
 
 TEXT = {key: value for key, value in SIZES.items() if not key.endswith("token_id")}
@@ -58,6 +70,8 @@ QWEN = {
     "num_position_embeddings": 4,
 }
 IDEFICS = SIGLIP | {"model_type": "idefics3_vision"}
+INTERNVL = SIGLIP | {"model_type": "internvl_vision", "image_size": [8, 8], "patch_size": [4, 4]}
+COHERE = TEXT | {"model_type": "cohere2", "logit_scale": 0.3, "sliding_window": 5, "layer_types": MIXED}
 MODELS: dict[str, PreTrainedConfig] = {
     "gemma3": Gemma3Config(
         text_config=TEXT | {"head_dim": 10, "sliding_window": 5, "sliding_window_pattern": 2},
@@ -81,6 +95,62 @@ MODELS: dict[str, PreTrainedConfig] = {
         vision_config=PIXTRAL,
         **IDS,
     ),
+    "llava next": LlavaNextConfig(text_config=MISTRAL, vision_config=SIGLIP, **IDS),
+    "llava next video": LlavaNextVideoConfig(text_config=TEXT | {"model_type": "llama"}, vision_config=SIGLIP, **IDS),
+    "llava onevision": LlavaOnevisionConfig(text_config=TEXT | {"model_type": "qwen2"}, vision_config=SIGLIP, **IDS),
+    "vipllava": VipLlavaConfig(
+        text_config=TEXT | {"model_type": "llama"}, vision_config=SIGLIP, vision_feature_layer=[-1], **IDS
+    ),
+    "internvl": InternVLConfig(
+        text_config=TEXT | {"model_type": "qwen2"}, vision_config=INTERNVL, tie_word_embeddings=False, **IDS
+    ),
+    "internvl 3.5": InternVLConfig(
+        text_config=TEXT | {"model_type": "qwen3"}, vision_config=INTERNVL, tie_word_embeddings=False, **IDS
+    ),
+    "aya vision": AyaVisionConfig(text_config=COHERE, vision_config=SIGLIP, **IDS),
+    "cohere2 vision": Cohere2VisionConfig(text_config=COHERE, vision_config=SIGLIP, **IDS),
+    "got ocr 2": GotOcr2Config(
+        text_config=TEXT | {"model_type": "qwen2"},
+        vision_config={
+            "hidden_size": 8,
+            "output_channels": 8,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 1,
+            "image_size": 64,
+            "mlp_dim": 8,
+            "global_attn_indexes": [0],
+        },
+        **IDS,
+    ),
+    "lighton ocr": LightOnOcrConfig(
+        text_config=TEXT | {"model_type": "qwen3", "head_dim": 8}, vision_config=PIXTRAL, **IDS
+    ),
+    "glm 4.1 v": Glm4vConfig(
+        text_config=TEXT | {"rope_parameters": rope("default", mrope_section=[1, 1], partial_rotary_factor=0.5)},
+        vision_config=QWEN | {"image_size": 8, "patch_size": 4},
+        image_start_token_id=93,
+        **IDS,
+    ),
+    "qwen3 vl, experts": Qwen3VLMoeConfig(
+        text_config=TEXT
+        | {"head_dim": 8, "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
+        | MROPE,
+        vision_config=QWEN,
+        vision_start_token_id=93,
+        **IDS,
+    ),
+    "voxtral": VoxtralConfig(
+        text_config=TEXT | {"model_type": "llama"},
+        audio_config={
+            "hidden_size": 8,
+            "intermediate_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 1,
+            "num_mel_bins": 4,
+            "max_source_positions": 8,
+        },
+        audio_token_id=95,
+    ),
     "idefics3": Idefics3Config(text_config=TEXT | {"model_type": "llama"}, vision_config=IDEFICS, **IDS),
     "smolvlm": SmolVLMConfig(
         text_config=TEXT | {"model_type": "llama"}, vision_config=IDEFICS | {"model_type": "smolvlm_vision"}, **IDS
@@ -90,7 +160,7 @@ MODELS: dict[str, PreTrainedConfig] = {
 
 def make(config: PreTrainedConfig) -> PreTrainedModel:
     torch.manual_seed(0)
-    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
+    model = AutoModelForMultimodalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(mean=1.0 if "norm" in name else 0.0, std=0.2)
@@ -100,7 +170,8 @@ def make(config: PreTrainedConfig) -> PreTrainedModel:
 def logits(model: Any) -> torch.Tensor:
     with torch.inference_mode():
         found: torch.Tensor = model(input_ids=torch.tensor([TOKENS])).logits[0]
-    return found
+    # Cohere's text models scale them, as vLLM does here; transformers' whole classes have forgotten to.
+    return found * getattr(model.config.get_text_config(), "logit_scale", 1.0)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -154,12 +225,12 @@ def test_an_adapter_of_the_whole_model_is_found_under_any_of_its_names(name: str
     adapted.save_pretrained(tmp_path / "adapter")
     expected = logits(adapted)
     assert (expected - plain).abs().max() > 0.01
-    base = BaseModel("any", embedding=decoder.embedding_name, head=decoder.head_name)
+    base = BaseModel("any", embedding=decoder.embedding_name, head=decoder.head_name, is_text_part=True)
     tensors = load_file(tmp_path / "adapter" / TENSORS)
     for backbone, head in [(decoder.spec.names.backbone, "lm_head"), *FORMER.items()]:
         save_file(renamed(tensors, backbone, head), tmp_path / "adapter" / TENSORS)
         adapter = read_adapter(read(tmp_path / "adapter"), decoder.layouts, base, torch.float32)
-        sees_pictures = any("vision" in tensor or "visual" in tensor for tensor in tensors)
+        sees_pictures = any(part in tensor for tensor in tensors for part in ("vision", "visual", "audio"))
         assert any("pictures" in warning for warning in adapter.warnings) == sees_pictures
         actual = Sequences(decoder).step({"a": TOKENS}, (Segment(0, len(TOKENS), adapter.weights),))["a"]
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
@@ -171,7 +242,7 @@ def test_a_pattern_with_former_module_names_still_matches(tmp_path: Path) -> Non
     decoder = load(tmp_path / "base")
     now = r"model\.language_model\.layers\.\d\.self_attn\.q_proj"
     get_peft_model(model, LoraConfig(target_modules=now, init_lora_weights=False)).save_pretrained(tmp_path / "adapter")
-    base = BaseModel("any", embedding=decoder.embedding_name, head=decoder.head_name)
+    base = BaseModel("any", embedding=decoder.embedding_name, head=decoder.head_name, is_text_part=True)
     expected = read_adapter(read(tmp_path / "adapter"), decoder.layouts, base, torch.float32).weights
     edit_config(tmp_path / "adapter", target_modules=r"language_model\.model\.layers\.\d\.self_attn\.q_proj")
     actual = read_adapter(read(tmp_path / "adapter"), decoder.layouts, base, torch.float32).weights

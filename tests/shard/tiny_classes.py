@@ -45,6 +45,7 @@ GEMMA4_WITHOUT_LAYER_INPUTS = {
 OWN: dict[str, dict[str, Any] | None] = {  # None: with its default sizes
     "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8}, "ffn_config": {"ffn_hidden_size": 96}},
+    "codegen": {"rotary_dim": 8},
     "dots3_note": None,
     "gemma4_assistant": {"text_config": GEMMA4_WITHOUT_LAYER_INPUTS},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
@@ -53,6 +54,7 @@ OWN: dict[str, dict[str, Any] | None] = {  # None: with its default sizes
     "zaya": {"num_experts_per_tok": 1},
     "gemma3n_text": {"num_hidden_layers": 10, "num_kv_shared_layers": 4},  # these share keys and values
     "gemma4_text": {"num_hidden_layers": 12, "num_kv_shared_layers": 6},
+    "gptj": {"rotary_dim": 8},
     "granitemoehybrid": {"layer_types": ["attention"] * 4},  # some models of the family have no Mamba layers
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},

@@ -19,7 +19,7 @@ class ExpertsTensor:
 
     weight: str
     bias: str = ""  # [experts, out_features]; empty: there is no bias
-    transposed: bool = False  # the weight is [experts, in_features, out_features]
+    transposed: bool | None = False  # the weight is [experts, in_features, out_features]; None: either way
 
 
 class ExpertLinear(Linear):
@@ -34,12 +34,14 @@ class ExpertLinear(Linear):
         rows, columns = sum(each.out_features for each in self.layout.parts), self.layout.in_features
         of_all = TensorSlice(
             self.tensor.weight,
-            (self.count, *((columns, rows) if self.tensor.transposed else (rows, columns))),
+            (self.count, rows, columns),
             self._shifted(part, run),
             self.layout.columns,
             expert=self.number,
-            transposed=self.tensor.transposed,
         )
+        if self.tensor.transposed is not False:
+            other = replace(of_all, shape=(self.count, columns, rows), transposed=True)
+            of_all = other if self.tensor.transposed else replace(of_all, instead=other)
         return replace(super().weight_slice(part, run), instead=of_all)
 
     def bias_slice(self, part: LinearPart, run: slice) -> TensorSlice:

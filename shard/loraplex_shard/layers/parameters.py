@@ -26,7 +26,16 @@ class TensorSlice:
     repeat: int | None = None  # a vector becomes this many equal rows; None: it is cut into rows
     expert: int | None = None  # if the tensor holds those of all experts: the expert whose matrix or vector it is
     transposed: bool = False  # in the tensor, the matrix's columns come before its rows
-    instead: "TensorSlice | None" = None  # what to read from checkpoints without this tensor
+    instead: "TensorSlice | None" = None  # what to read if this tensor is missing or has another shape
+
+    def chosen(self, reader: "TensorReader") -> "TensorSlice":
+        """Returns this slice or, if the checkpoint does not have its tensor in its shape, what to read instead."""
+        options = [self]
+        while (other := options[-1].instead) is not None:
+            options.append(other)
+        there = [each for each in options if each.tensor in reader.names]
+        fitting = [each for each in there if reader.shape(each.tensor) == each.shape]
+        return (fitting or there or options[-1:])[0]
 
     def read(self, reader: "TensorReader") -> torch.Tensor:
         if self.expert is None:
@@ -53,6 +62,9 @@ class Parameter:
 
 class TensorReader(Protocol):
     """The part of a checkpoint that a layer needs."""
+
+    @property
+    def names(self) -> Collection[str]: ...
 
     def shape(self, name: str) -> tuple[int, ...]: ...
 
@@ -112,14 +124,12 @@ class LoadableLayer(nn.Module):
             *(tensor_slice for parameter in self.declared.values() for tensor_slice in parameter.slices),
         )
 
-    def choose_slices(self, names: Collection[str]) -> None:
-        """Replaces slices of tensors that are not in `names`, a checkpoint's, by what to read instead."""
-
-        def chosen(slices: tuple[TensorSlice, ...]) -> tuple[TensorSlice, ...]:
-            return tuple(s.instead if s.instead and s.tensor not in names else s for s in slices)
-
-        self.matrix = chosen(self.matrix)
-        self.declared = {name: replace(each, slices=chosen(each.slices)) for name, each in self.declared.items()}
+    def choose_slices(self, reader: "TensorReader") -> None:
+        """Replaces slices of tensors that the checkpoint does not have by what to read instead."""
+        self.matrix = tuple(each.chosen(reader) for each in self.matrix)
+        for name, declared in self.declared.items():
+            chosen = tuple(each.chosen(reader) for each in declared.slices)
+            self.declared[name] = replace(declared, slices=chosen)
 
     def load(self, reader: TensorReader, form: ParameterForm) -> Iterator[str]:
         """Fills the parameters, in their final form and place, tensor by tensor. Yields each tensor's name."""

@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from loraplex_shard.checkpoint.base import Checkpoint, CheckpointError
 from loraplex_shard.device.parallel import Group
 from loraplex_shard.layers.parameters import ParameterForm
-from loraplex_shard.models.architectures import is_known, read_spec
+from loraplex_shard.models.architectures import is_known, is_text_served_alone, read_spec
 from loraplex_shard.models.base import Model
 from loraplex_shard.models.loading import load_decoder
+from loraplex_shard.models.text_part import TextModel
 from loraplex_shard.ops.base import Operations
 
 logger = logging.getLogger(__name__)
@@ -22,7 +23,7 @@ def check_architecture(checkpoint: Checkpoint) -> None:
         from loraplex_shard.models.transformers.checking import check_class
 
         with _both_named(refusal):
-            check_class(checkpoint)
+            check_class(_alone(checkpoint))
 
 
 def load_model(
@@ -45,7 +46,7 @@ def load_model(
 
     logger.info("%s%s runs with transformers' modeling code", checkpoint.architecture, refusal and f" ({refusal})")
     with _both_named(refusal):
-        return load_transformers(checkpoint, group, ops, form, max_model_len, progress)
+        return load_transformers(_alone(checkpoint), group, ops, form, max_model_len, progress)
 
 
 def _refusal(checkpoint: Checkpoint) -> str | None:
@@ -58,6 +59,10 @@ def _refusal(checkpoint: Checkpoint) -> str | None:
     except CheckpointError as error:
         return error.message
     return None
+
+
+def _alone(checkpoint: Checkpoint) -> Checkpoint | TextModel:
+    return TextModel(checkpoint) if is_text_served_alone(checkpoint.architecture) else checkpoint
 
 
 @contextmanager

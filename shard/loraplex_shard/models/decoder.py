@@ -81,12 +81,16 @@ class DecoderLayer(nn.Module):
         """Adds delta and the attention's output to hidden, in place. Returns the MLP's output: the next layer's
         delta."""
         x = self._added(hidden, delta, self.before_attention)
-        delta = _normed(self.attention(x, step, cache), self.behind_attention)
         if self.spec.parallel:
-            self._added(hidden, delta, None)
+            beside = x if self.before_mlp is None else self.before_mlp(hidden)
+            self._added(hidden, self._attended(x, step, cache), None)
+            x = beside
         else:
-            x = self._added(hidden, delta, self.before_mlp)
+            x = self._added(hidden, self._attended(x, step, cache), self.before_mlp)
         return _normed(self.mlp(x, step), self.behind_mlp)
+
+    def _attended(self, x: torch.Tensor, step: Step, cache: LayerCache) -> torch.Tensor:
+        return _normed(self.attention(x, step, cache), self.behind_attention)
 
     def _added(self, hidden: torch.Tensor, delta: torch.Tensor | None, norm: HiddenNorm | None) -> torch.Tensor:
         """Adds delta to hidden. Returns the norm of hidden, or hidden itself if there is no norm."""
@@ -127,10 +131,10 @@ class Decoder(nn.Module):
         scale = float(torch.tensor(spec.embedding_scale, dtype=dtype))  # as transformers rounds it
         self.embedding = Embedding(embedding, spec.vocab_size, spec.hidden_size, scale, ops)
         self.layers = nn.ModuleList(DecoderLayer(index, build) for index in range(spec.layers))
-        self.norm = build.norm(f"{spec.names.backbone}.norm")
+        self.norm = build.norm(f"{spec.names.backbone}.{spec.names.final_norm}")
         self.generates = spec.has_head
         if spec.has_head:
-            self.lm_head = ColumnLinear(partition.lm_head(), bias=False, ops=ops, least_bits=8)
+            self.lm_head = ColumnLinear(partition.lm_head(), spec.head_bias, ops=ops, least_bits=8)
 
     @property
     def layouts(self) -> tuple[LinearLayout, ...]:

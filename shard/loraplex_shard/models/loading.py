@@ -57,9 +57,9 @@ def load_decoder(
     layers = [module for module in decoder.modules() if isinstance(module, LoadableLayer)]
     decoder.served = ServedMatrices(layers, tensors, form, embedding if spec.tied else None)
     if spec.tied:
-        layers.remove(decoder.lm_head)
+        decoder.lm_head.matrix = ()  # its bias, if it has one, is its own
     for layer in layers:
-        layer.choose_slices(checkpoint.names)
+        layer.choose_slices(tensors)
     slices = [tensor_slice for layer in layers for tensor_slice in layer.all_slices]
     _check(checkpoint, tensors, slices, spec.tied)
     loaded = 0
@@ -93,8 +93,10 @@ def _check(checkpoint: Checkpoint, tensors: Tensors, slices: Iterable[TensorSlic
 
 
 def _is_redundant(tensors: Tensors, name: str, tied: bool) -> bool:
-    """Whether a tensor can be ignored. Old checkpoints have RoPE's constants, and some have a copy of the embedding as
-    their tied lm head. GPTQ's tools give every layer a bias, which is zeros if the model has none."""
+    """Whether a tensor can be ignored. Old checkpoints have RoPE's constants and causal masks, and some have a copy of
+    the embedding as their tied lm head. GPTQ's tools give every layer a bias, which is zeros if the model has none."""
+    if name.endswith((".attn.bias", ".attn.masked_bias")):
+        return True
     if name.endswith(".bias"):
         return not tensors.read(name).any()
     return name.endswith(".rotary_emb.inv_freq") or (tied and name == HEAD)

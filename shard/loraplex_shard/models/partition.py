@@ -29,9 +29,23 @@ class DecoderPartition:
 
     def qkv(self, index: int) -> LinearLayout:
         spec = self._spec
+        if spec.qkv_by_group:
+            return self._qkv_by_group(index)
         kv_features = spec.kv_heads * spec.head_dim
         features, runs = (spec.heads * spec.head_dim, kv_features, kv_features), (self._query, self._kv, self._kv)
         return self._column("qkv", index, 0, spec.names.qkv, features, runs)
+
+    def _qkv_by_group(self, index: int) -> LinearLayout:
+        """Where one module has each KV head's key and value behind the query heads that read it."""
+        spec, (module,) = self._spec, self._spec.names.qkv
+        readers = spec.heads // spec.kv_heads
+        query, kv = self.head_partition.query, range(self.head_partition.kv.start, self.head_partition.kv.stop)
+        places = [each + 2 * (each // readers) for each in range(query.start, query.stop)]
+        places += [each * (readers + 2) + readers for each in kv]
+        places += [each * (readers + 2) + readers + 1 for each in kv]
+        runs = _joined([_scaled(slice(place, place + 1), spec.head_dim) for place in places])
+        part = LinearPart(f"{spec.names.layer(index)}.{module}", spec.kv_heads * (readers + 2) * spec.head_dim, runs)
+        return LinearLayout(f"layers.{index}.qkv", self._linears * index, (part,), spec.hidden_size, self._hidden)
 
     def o(self, index: int) -> LinearLayout:
         return self._row("o", index, 1, self._spec.names.o, self._spec.heads * self._spec.head_dim, self._query)

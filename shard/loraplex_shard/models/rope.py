@@ -1,5 +1,7 @@
 """The rotary embedding's angles for all positions. The scaled frequencies come from transformers."""
 
+from typing import Any
+
 import torch
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -7,6 +9,11 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from loraplex_shard.checkpoint.base import CheckpointError
 from loraplex_shard.models.spec import RotarySpec
 from loraplex_shard.ops.base import Rotary
+
+PLAIN: dict[str, Any] = {
+    "rope_type": "default",
+    "rope_theta": 10000.0,
+}  # of configurations that do not describe it, such as GPT-J's
 
 
 def rotary(config: PreTrainedConfig, spec: RotarySpec, max_model_len: int) -> Rotary:
@@ -42,7 +49,7 @@ def _query_scale(config: PreTrainedConfig, positions: torch.Tensor) -> torch.Ten
 
 def _frequencies(config: PreTrainedConfig, spec: RotarySpec, positions: torch.Tensor) -> tuple[torch.Tensor, float]:
     """Inverse frequencies, [dim / 2] or one such row per position, and the scale of cos and sin."""
-    parameters = config.rope_parameters
+    parameters = getattr(config, "rope_parameters", None) or PLAIN
     if spec.layer_type is not None:
         parameters = parameters[spec.layer_type]
     kind = parameters["rope_type"]

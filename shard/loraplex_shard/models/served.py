@@ -30,9 +30,7 @@ class ServedMatrices:
     def read(self, module: str, rows: slice) -> torch.Tensor:
         """Reads rows of a linear module's whole matrix: [rows, in_features] float32."""
         layer, part = self._layers[module]
-        tensor_slice = replace(layer.weight_slice(part, rows), columns=slice(None))
-        if tensor_slice.instead and tensor_slice.tensor not in self._tensors.names:
-            tensor_slice = replace(tensor_slice.instead, columns=slice(None))
+        tensor_slice = replace(layer.weight_slice(part, rows).chosen(self._tensors), columns=slice(None))
         if self._tied is not None and module == "lm_head":
             tensor_slice = replace(tensor_slice, tensor=self._tied)
         return layer.as_served(self._tensors, self._form, tensor_slice)

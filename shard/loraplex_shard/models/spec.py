@@ -20,10 +20,13 @@ class RotarySpec:
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """transformers' names of the decoder (`backbone`) and of a layer's modules. If there is one name for several
-    projections, the module holds them one after the other. None: there is no such norm."""
+    """transformers' names of the decoder (`backbone`), its modules, and a layer's modules. If there is one name for
+    several projections, the module holds them one after the other. None: there is no such norm."""
 
     backbone: str = "model"
+    layers: str = "layers"
+    embed: str = "embed_tokens"
+    final_norm: str = "norm"
     qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     o: str = "self_attn.o_proj"
     gate_up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
@@ -34,11 +37,11 @@ class Names:
     behind_mlp: str | None = None
 
     def layer(self, index: int) -> str:
-        return f"{self.backbone}.layers.{index}"
+        return f"{self.backbone}.{self.layers}.{index}"
 
     @property
     def embedding(self) -> str:
-        return f"{self.backbone}.embed_tokens"
+        return f"{self.backbone}.{self.embed}"
 
 
 GATE_UP, DOWN = ExpertsTensor("mlp.experts.gate_up_proj"), ExpertsTensor("mlp.experts.down_proj")
@@ -87,6 +90,7 @@ class DecoderSpec:
     windows: tuple[int | None, ...]  # per layer: number of positions that a token sees, itself included; None: all
     rotary: tuple[RotarySpec | None, ...]  # per layer; None: queries and keys are not rotated
     qkv_bias: bool = False
+    qkv_by_group: bool = False  # a fused projection has each KV head behind the query heads that read it
     o_bias: bool = False
     sinks: bool = False  # attention has one more score for each head, without a position
     qk_norm: Literal["head", "width"] | None = None  # before rotation: over each head, or over all heads together
@@ -95,7 +99,8 @@ class DecoderSpec:
     activation: Activation = "silu"
     gated: bool = True
     mlp_bias: bool = False
-    parallel: bool = False  # the MLP has the same input as attention
+    head_bias: bool = False
+    parallel: bool = False  # the MLP has the same hidden states as attention
     embedding_scale: float = 1.0
     residual_scale: float = 1.0  # the outputs of attention and MLP are multiplied by this
     logit_scale: float = 1.0

@@ -2,6 +2,8 @@
 transformers."""
 
 import torch
+from transformers import PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from loraplex_shard.checkpoint.base import Checkpoint
 from loraplex_shard.ops.quantized import QuantizedMatrix
@@ -34,3 +36,17 @@ class TextPart:
 
     def is_rounded(self, name: str) -> bool:
         return self._checkpoint.is_rounded(self._stored[name])
+
+
+class TextModel(TextPart):
+    """The text part as a checkpoint by itself, of the class that transformers has for the text model alone."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        super().__init__(checkpoint, "model")
+        self.model_id, self.classifies = checkpoint.model_id, checkpoint.classifies
+        self.config: PreTrainedConfig = checkpoint.config.get_text_config(decoder=True)
+        tied = getattr(checkpoint.config, "tie_word_embeddings", None)
+        if tied is not None:
+            self.config.tie_word_embeddings = tied
+        alone = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(self.config.model_type)
+        self.architecture = checkpoint.architecture if alone is None else str(alone)

@@ -9,7 +9,7 @@ import re
 
 HEAD = "lm_head"
 _TEXT = re.compile(
-    r"^(?:model\.)?(?:(?:language_model|text_model)\.)?(?:model\.)?(?=(?:layers|embed_tokens|norm|lm_head)\.)"
+    r"^(?:model\.)?(?:(?:language_model|text_model)\.(?:model\.)?|(?:model\.)?(?=(?:layers|embed_tokens|norm|lm_head)\.))"
 )
 
 

@@ -152,6 +152,18 @@ def _ministral3(fields: Fields) -> dict[str, Any]:
     return {"rope_parameters": read_rope(fields) | {"llama_4_scaling_beta": beta}}
 
 
+def _stablelm(fields: Fields) -> dict[str, Any]:
+    return {
+        "use_qkv_bias": _attention_bias(fields),
+        "use_parallel_residual": not fields.has("blk.0.ffn_norm.weight"),
+        "qk_layernorm": fields.has("blk.0.attn_q_norm.weight"),
+    }
+
+
+def _ernie(fields: Fields) -> dict[str, Any]:
+    return {"use_bias": _attention_bias(fields)}
+
+
 def _seed_oss(fields: Fields) -> dict[str, Any]:
     return {
         "attention_bias": _attention_bias(fields),
@@ -185,6 +197,13 @@ KINDS: Mapping[str, Kind] = {
     "glm4": Kind("glm4", _olmo2, partial=True),
     "nemotron": Kind("nemotron", _llama, eps="norm_eps", partial=True),
     "seed_oss": Kind("seed_oss", _seed_oss),
+    "stablelm": Kind("stablelm", _stablelm, eps="layer_norm_eps", partial=True),
+    "arcee": Kind("arcee", _llama),
+    "ernie4_5": Kind("ernie4_5", _ernie),
+    # The text models of those that read pictures, which are in a file of their own.
+    "qwen2vl": Kind("qwen2"),
+    "qwen3vl": Kind("qwen3", _olmo2),
+    "qwen3vlmoe": Kind("qwen3_moe", lambda fields: _experts(fields) | {"norm_topk_prob": True}),
 }
 # By architecture: a file that has this metadata is another model of transformers.
 VARIANTS: Mapping[str, Mapping[str, Kind]] = {

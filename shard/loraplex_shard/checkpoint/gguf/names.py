@@ -14,7 +14,7 @@ from loraplex_shard.checkpoint.gguf.rope import FACTORS, LONG, SHORT
 # These tensors are read with the configuration.
 CONSUMED = frozenset({FACTORS, LONG, SHORT})
 # Architectures whose query and key rows have the two dimensions that are rotated together side by side.
-INTERLEAVED = frozenset({"llama", "mistral3", "granite", "smollm3", "granitemoe"})
+INTERLEAVED = frozenset({"llama", "mistral3", "granite", "smollm3", "granitemoe", "arcee"})
 # Architectures whose norm weights are stored with 1 added.
 NORMS_PLUS_ONE = frozenset({"gemma", "gemma2", "gemma3", "nemotron"})
 QUERY_OR_KEY = re.compile(r"blk\.\d+\.attn_[qk]\.(weight|bias)")

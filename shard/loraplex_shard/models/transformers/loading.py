@@ -13,6 +13,7 @@ from loraplex_shard.checkpoint.base import Checkpoint, CheckpointError
 from loraplex_shard.device.parallel import Group
 from loraplex_shard.layers.parameters import LoadableLayer, ParameterForm
 from loraplex_shard.models.tensor_checks import differ, listed
+from loraplex_shard.models.text_part import TextModel
 from loraplex_shard.models.transformers.building import build, dtypes
 from loraplex_shard.models.transformers.checking import check_model, refused_by_name
 from loraplex_shard.models.transformers.linear import ForwardContext, InPlace
@@ -26,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 def load_transformers(
-    checkpoint: Checkpoint,
+    checkpoint: Checkpoint | TextModel,
     group: Group,
     ops: Operations,
     form: ParameterForm,
@@ -54,7 +55,7 @@ def load_transformers(
     return built
 
 
-def _check(checkpoint: Checkpoint, model: PreTrainedModel, tensors: ModelTensors) -> None:
+def _check(checkpoint: Checkpoint | TextModel, model: PreTrainedModel, tensors: ModelTensors) -> None:
     """Checks the model's tensors: there must be all of them, with their shapes, and no others but those that
     transformers ignores."""
     wanted = model.state_dict()

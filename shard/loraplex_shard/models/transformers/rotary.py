@@ -2,8 +2,10 @@
 largest position of each batch. A sequence's angles would then depend on its neighbours, and cached keys would have
 outdated ones."""
 
+from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -37,4 +39,15 @@ def _freeze(module: Any, kind: str, layer_type: str | None, positions: int) -> s
         device = getattr(module, name).device
         frequencies, _ = ROPE_INIT_FUNCTIONS[kind](module.config, device, seq_len=positions, **options)
         module.register_buffer(name, frequencies, persistent=False)
+        if "long_mscale" in module.config.rope_parameters:
+            _freeze_scale(module, frequencies, positions)
     return "default" if "dynamic" in kind or kind == "longrope" else kind
+
+
+def _freeze_scale(module: Any, frequencies: torch.Tensor, positions: int) -> None:
+    """Of Phi 3.5 with experts, which asks its configuration in every pass."""
+    parameters = module.config.rope_parameters
+    is_long = positions > parameters["original_max_position_embeddings"]
+    scale = parameters["long_mscale" if is_long else "short_mscale"]
+    module.config = SimpleNamespace(rope_parameters={"rope_type": "default"})
+    module.rope_init_fn = lambda config: (frequencies, scale)

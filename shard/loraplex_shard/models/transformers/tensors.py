@@ -19,13 +19,14 @@ from transformers.core_model_loading import (
 from transformers.pytorch_utils import Conv1D
 
 from loraplex_shard.checkpoint.base import Checkpoint, CheckpointError
+from loraplex_shard.models.text_part import TextModel
 from loraplex_shard.ops.quantized import QuantizedMatrix
 
 
 class ModelTensors:
     """Implements layers.parameters.TensorReader and lora.peft.base.StoredTensors."""
 
-    def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel, idle: tuple[str, ...] = ()) -> None:
+    def __init__(self, checkpoint: Checkpoint | TextModel, model: PreTrainedModel, idle: tuple[str, ...] = ()) -> None:
         """Tensors of `idle` modules are ignored."""
         self._checkpoint, self._model = checkpoint, model
         self._idle = tuple(f"{name}." for name in idle)

@@ -21,6 +21,7 @@ from loraplex_shard.models.transformers.windows import read_window
 from loraplex_shard.shapes.heads import Heads
 
 TOKENS = 13  # tokens of the run: a number that is unlikely to be one of a model's own sizes
+CLOSED = "transformers' code for it does not let other code compute its attention"
 # Arguments of attention functions that do not change what is computed here.
 NEUTRAL = {"position_ids", "cache_position", "position_embeddings"}
 
@@ -112,7 +113,7 @@ def read_traits(model: PreTrainedModel, positions: int) -> ModelTraits:
     with calls.counted(), attended_by(recorder), NothingChosen():
         logits = run(model)
     if not recorder.attention:
-        raise CheckpointError("it has no attention")
+        raise CheckpointError(CLOSED)
     backbone, output = calls.backbone
     return ModelTraits(
         attention=tuple(recorder.attention),

@@ -1,0 +1,1 @@
+"""How the configurations of transformers' architectures become DecoderSpecs."""
