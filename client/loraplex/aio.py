@@ -138,8 +138,13 @@ class AsyncClient:
     async def adapters(self, *, timeout: float | None = None) -> tuple[Adapter, ...]:
         """See `Client.adapters`."""
         with typed_errors(self._server):
-            response = await self._stub.ListAdapters(pb.ListAdaptersRequest(), timeout=timeout, metadata=self._metadata)
-            return tuple(responses.adapter(status) for status in response.adapters)
+            request, found = pb.ListAdaptersRequest(page_size=requests.ADAPTERS_AT_A_TIME), list[Adapter]()
+            while True:
+                page = await self._stub.ListAdapters(request, timeout=timeout, metadata=self._metadata)
+                found += map(responses.adapter, page.adapters)
+                if not page.next_page_token:
+                    return tuple(found)
+                request.page_token = page.next_page_token
 
     async def load_adapter(
         self, id: str, *, source: str = "", revision: str = "", token: str = "", timeout: float | None = None

@@ -148,10 +148,16 @@ class Client:
             return responses.token_spans(self._stub.Tokenize(request, timeout=timeout, metadata=self._metadata))
 
     def adapters(self, *, timeout: float | None = None) -> tuple[Adapter, ...]:
-        """The loaded adapters, and those in the server's adapter directory."""
+        """The loaded adapters, and those in the server's adapter directory, sorted by id. `timeout` is for each
+        thousand of them."""
         with typed_errors(self._server):
-            response = self._stub.ListAdapters(pb.ListAdaptersRequest(), timeout=timeout, metadata=self._metadata)
-            return tuple(responses.adapter(status) for status in response.adapters)
+            request, found = pb.ListAdaptersRequest(page_size=requests.ADAPTERS_AT_A_TIME), list[Adapter]()
+            while True:
+                page = self._stub.ListAdapters(request, timeout=timeout, metadata=self._metadata)
+                found += map(responses.adapter, page.adapters)
+                if not page.next_page_token:
+                    return tuple(found)
+                request.page_token = page.next_page_token
 
     def load_adapter(
         self, id: str, *, source: str = "", revision: str = "", token: str = "", timeout: float | None = None

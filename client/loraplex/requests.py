@@ -10,6 +10,8 @@ from loraplex.types import AdapterReference, GenerateOptions, MergedAdapters, Me
 from loraplex_protos import generation_pb2 as pb
 from loraplex_protos.errors import FieldViolation, InvalidRequestError
 
+ADAPTERS_AT_A_TIME = 1000  # of a listing
+
 P = TypeVar("P", bound=Proto)
 R = TypeVar("R", pb.GenerateRequest, pb.EmbedInput)
 S = TypeVar("S", pb.GenerateRequest, pb.EmbedRequest, pb.ClassifyRequest)

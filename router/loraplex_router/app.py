@@ -15,7 +15,6 @@ from typing import TypeAlias
 import uvicorn
 
 from loraplex_protos.errors import LoraplexError, UnavailableError
-from loraplex_protos.generation_pb2 import ADAPTER_STATE_BROKEN
 from loraplex_router.access.key_file import KeyFile
 from loraplex_router.access.keys import Keys
 from loraplex_router.adapters.registry import AdapterRegistry
@@ -102,10 +101,10 @@ class Router:
         await self._replicas.ready.wait()
         gc.freeze()  # objects from start-up are left out of later collections
         try:
-            listed = await self._administration.list()
+            names = await self._administration.names()
         except LoraplexError:  # the replica has left again
-            listed = []
-        ready([status.id for status in listed if status.state != ADAPTER_STATE_BROKEN])
+            names = frozenset()
+        ready(sorted(names))
 
     async def _tell_health(self) -> None:
         healthy = False

@@ -108,7 +108,10 @@ class ScriptedServicer(GenerationServiceServicer):
 
     def ListAdapters(self, request: pb.ListAdaptersRequest, context: grpc.ServicerContext) -> pb.ListAdaptersResponse:
         self._begin(request, context)
-        return pb.ListAdaptersResponse(adapters=self.adapters)
+        start = int(request.page_token or 0)
+        end = start + (request.page_size or len(self.adapters))
+        token = str(end) if end < len(self.adapters) else ""
+        return pb.ListAdaptersResponse(adapters=self.adapters[start:end], next_page_token=token)
 
     def LoadAdapter(self, request: pb.LoadAdapterRequest, context: grpc.ServicerContext) -> pb.LoadAdapterResponse:
         self._begin(request, context)

@@ -238,6 +238,12 @@ def test_adapters_lists_what_the_server_has(client: Client) -> None:
     assert (poet.running_sequences, poet.waiting_sequences) == (2, 1)
 
 
+def test_thousands_of_adapters_are_listed_in_pages(client: Client, servicer: ScriptedServicer) -> None:
+    servicer.adapters = [pb.AdapterStatus(id=f"a{number}", source="local") for number in range(2500)]
+    assert [adapter.id for adapter in client.adapters()] == [f"a{number}" for number in range(2500)]
+    assert [request.page_token for request in servicer.requests] == ["", "1000", "2000"]
+
+
 def test_an_adapter_that_is_being_fetched_has_no_tier(client: Client, servicer: ScriptedServicer) -> None:
     servicer.adapters = [pb.AdapterStatus(id="org/new", source="hub")]
     assert client.adapters()[0].tier is None

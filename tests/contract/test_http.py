@@ -7,6 +7,7 @@ import urllib.request
 from email.message import Message
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 
@@ -192,6 +193,15 @@ def test_adapters_are_loaded_listed_and_unloaded_under_both_routes_names(server:
     assert call(server, "/adapters/unload", {"id": "second", "digest": pinned["digest"]})[0] == 422
     assert call(server, "/adapters/unload", {"id": "second", "wait": True})[0] == 200
     assert call(server, "/adapters/unload", {"digest": pinned["digest"]})[0] == 404
+
+
+def test_adapters_are_listed_in_pages_if_requested(server: Server):
+    everything = [adapter["id"] for adapter in read(server, "/adapters")]
+    found = list[str]()
+    while page := read(server, f"/adapters?limit=1&after={quote(found[-1] if found else '')}"):
+        found += [adapter["id"] for adapter in page]
+    assert found == everything and len(found) > 2
+    assert call(server, "/adapters?limit=0")[0] == 422
 
 
 def test_the_openapi_document_has_every_route_and_the_statuses_of_its_errors(server: Server):

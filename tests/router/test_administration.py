@@ -39,7 +39,7 @@ async def cluster() -> AsyncIterator[Cluster]:
 
 
 async def listed(cluster: Cluster) -> dict[str, AdapterStatus]:
-    return {status.id: status for status in await cluster.administration.list()}
+    return {status.id: status for status in (await cluster.administration.list()).adapters}
 
 
 async def on_both(cluster: Cluster) -> None:
@@ -284,7 +284,7 @@ async def test_an_invalid_name_is_refused_with_the_rule(cluster: Cluster, name: 
 
 async def test_an_adapter_with_the_models_own_name_is_listed_with_a_warning(cluster: Cluster):
     cluster.replica.shards.local = [LocalAdapter(cluster.service.info.model_id)]
-    (status,) = await cluster.service.adapters.list()
+    ((status,), _) = await cluster.service.adapters.list()
     assert "means the base model" in status.warnings[0]
 
 
@@ -299,6 +299,41 @@ def test_composed_and_decomposed_umlauts_are_the_same_name() -> None:
     assert AdapterReference(nfd) == AdapterReference(nfc)
     tenant = Tenant("acme", Allowance(adapters=[f"{nfd}*"]))
     assert tenant.may_use(AdapterReference(nfc).id)
+
+
+async def test_pages_together_are_the_whole_listing(cluster: Cluster):
+    names = [f"adapter-{number:05}" for number in range(2000)]
+    shards = cluster.replica.shards
+    shards.local = [LocalAdapter(name) for name in names]
+    await cluster.answer(1, adapter=names[1])
+    await cluster.administration.load(AdapterReference(names[1], "local"))  # the same id again
+    whole, more = await cluster.administration.list()
+    assert (len(whole), more) == (2001, False)
+    for limit in 1, 2, 700, 2000, 2001, 5000:
+        found, after, pages = [], "", 0
+        while True:
+            page, more = await cluster.administration.list(after=after, limit=limit)
+            found, pages = [*found, *page], pages + 1
+            if not more:
+                break
+            assert len(page) >= limit
+            after = page[-1].id
+            if pages == 3 and limit < 3:  # enough of those
+                break
+        assert [(each.id, each.source) for each in found] == [(each.id, each.source) for each in whole[: len(found)]]
+    assert not (await cluster.administration.list(after="zzz", limit=5)).adapters
+    only = await cluster.administration.list(lambda id: id.endswith("7"), after="adapter-00100", limit=2)
+    assert [each.id for each in only.adapters] == ["adapter-00107", "adapter-00117"]
+
+
+async def test_later_pages_do_not_ask_the_shards_again(cluster: Cluster):
+    shards = cluster.replica.shards
+    shards.local = [LocalAdapter("a"), LocalAdapter("c")]
+    first = await cluster.administration.list(limit=1)
+    shards.local = [LocalAdapter("a"), LocalAdapter("b"), LocalAdapter("c")]
+    second = await cluster.administration.list(after="a", limit=1)
+    assert [each.id for each in (*first.adapters, *second.adapters)] == ["a", "c"]
+    assert [each.id for each in (await cluster.administration.list()).adapters] == ["a", "b", "c"]
 
 
 async def test_a_listing_without_a_replica_is_an_error(cluster: Cluster):

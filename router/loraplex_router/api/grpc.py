@@ -121,8 +121,10 @@ class GenerationApi(GenerationServiceServicer):
 
     async def ListAdapters(self, request: pb.ListAdaptersRequest, context: Context) -> pb.ListAdaptersResponse:
         async with _answering(context):
-            statuses = await self._service.adapters.list(_key(context))
-            response = pb.ListAdaptersResponse()
+            if request.page_size < 0:
+                raise InvalidRequestError(FieldViolation("page_size", "must not be negative"))
+            statuses, more = await self._service.adapters.list(_key(context), request.page_token, request.page_size)
+            response = pb.ListAdaptersResponse(next_page_token=statuses[-1].id if more else "")
             for start in range(0, len(statuses), AT_A_TIME):
                 response.adapters.extend(statuses[start : start + AT_A_TIME])
                 await asyncio.sleep(0)  # others have their turn

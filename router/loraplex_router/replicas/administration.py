@@ -4,9 +4,15 @@ A listing has each adapter once, with its state in every replica that has it.
 """
 
 import asyncio
+import heapq
 import logging
 import time
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import islice
+from operator import itemgetter
+from typing import NamedTuple
 
 from loraplex_protos import generation_pb2 as pb
 from loraplex_protos.errors import (
@@ -22,13 +28,23 @@ from loraplex_router.engine.output import Generation
 from loraplex_router.replicas.replica import Replica
 from loraplex_router.replicas.replicas import Replicas
 from loraplex_router.replicas.statuses import status_in_memory, status_on_disk, status_while_fetched
-from loraplex_router.vocabulary.adapter import Adapter
+from loraplex_router.vocabulary.adapter import Adapter, LocalAdapter
 from loraplex_router.vocabulary.references import AdapterReference, ids_of
 
 NAMES_KEPT = 20  # times as long as listing them took, which is slow if there are thousands
 AT_A_TIME = 500  # lines of a listing computed without a pause
+LISTING_KEPT = 60.0  # seconds, for the pages after the first one
+
+Line = tuple[tuple[str, str, str], Callable[[], pb.AdapterStatus | None]]  # (id, source, revision), and its status
 
 logger = logging.getLogger(__name__)
+
+
+class AdapterPage(NamedTuple):
+    """A part of the listing."""
+
+    adapters: list[pb.AdapterStatus]  # sorted by id
+    more: bool  # whether there are others after it
 
 
 class Administration:
@@ -37,34 +53,63 @@ class Administration:
     def __init__(self, registry: AdapterRegistry, replicas: Replicas) -> None:
         self._registry = registry
         self._replicas = replicas
+        self._listed: Sequence[LocalAdapter] = ()
+        self._listed_at = -LISTING_KEPT
         self._names = frozenset[str]()
         self._named_until = 0.0
         self._dropping: set[tuple[str, str]] = set()  # (digest, id) pairs to forget once nothing needs them
         self._pins: dict[str, AdapterReference] = {}  # by digest; outlives the replica that holds the adapter
 
-    async def list(self) -> list[pb.AdapterStatus]:
-        """Staged adapters under each requested name, adapters being staged, and the names in the adapter directory.
-        Raises UnavailableError if no replica can list the directory."""
-        loaded = [status for entry in self._registry if (status := self._status(entry))]
+    async def list(
+        self, visible: Callable[[str], bool] = lambda id: True, after: str = "", limit: int = 0
+    ) -> AdapterPage:
+        """Staged adapters under each requested name, adapters being staged, and the names in the adapter directory: the
+        `visible` ids after the id `after`, and at least `limit`, if there are so many. 0: all of them.
+
+        Adapters with the same id are never on two pages. Pages after the first one are of the same adapter directory.
+        Raises UnavailableError if no replica can list the directory.
+        """
+        local = await self._local(kept=bool(after))
+        lines = [*self._loaded(), *self._fetching()]
+        known = {id for (id, source, _), _ in lines if source in ("", "local")}
+        lines = [(key, make) for key, make in lines if key[0] > after and visible(key[0])]
+        on_disk: Iterator[Line] = (
+            ((adapter.id, "local", ""), partial(status_on_disk, adapter))
+            for adapter in islice(local, bisect_right(local, after, key=lambda adapter: adapter.id), None)
+            if adapter.id not in known and visible(adapter.id)
+        )
+        page: list[pb.AdapterStatus] = []
+        for key, make in heapq.merge(sorted(lines, key=itemgetter(0)), on_disk, key=itemgetter(0)):
+            if limit and len(page) >= limit and page[-1].id != key[0]:
+                return AdapterPage(page, True)
+            if (status := make()) is not None:  # None: no replica holds it any more
+                page.append(status)
+            if len(page) % AT_A_TIME == 0:
+                await asyncio.sleep(0)  # let other tasks run
+        return AdapterPage(page, False)
+
+    def _loaded(self) -> Iterator[Line]:
+        for entry in self._registry:
+            if any(self._holders(entry.digest)):
+                yield (entry.id, entry.source, entry.revision), partial(self._status, entry)
+
+    def _fetching(self) -> Iterator[Line]:
         fetched = {reference for replica in self._replicas for reference in replica.adapters.fetching()}
-        fetching = [
-            status_while_fetched(reference)
-            for reference in fetched
-            if isinstance(reference, AdapterReference) and not self._registry.digest(reference)
-        ]
-        known = {status.id for status in (*loaded, *fetching) if status.source in ("", "local")}
+        for reference in fetched:
+            if isinstance(reference, AdapterReference) and not self._registry.digest(reference):
+                key = reference.id, reference.source, reference.revision
+                yield key, partial(status_while_fetched, reference)
+
+    async def _local(self, kept: bool = False) -> Sequence[LocalAdapter]:
+        """The names in the adapter directory, sorted; with `kept`, as they were a short while ago."""
+        if kept and time.monotonic() - self._listed_at < LISTING_KEPT:
+            return self._listed
         replica = next((replica for replica in self._replicas if replica.accepting), None)
         if replica is None:
             raise UnavailableError("no replica is ready: try again later")
-        local = await replica.shards.local_adapters()
-        on_disk: list[pb.AdapterStatus] = []
-        for start in range(0, len(local), AT_A_TIME):
-            await asyncio.sleep(0)  # let other tasks run
-            on_disk += [
-                status_on_disk(adapter) for adapter in local[start : start + AT_A_TIME] if adapter.id not in known
-            ]
-        listed = [*loaded, *fetching, *on_disk]
-        return sorted(listed, key=lambda status: (status.id, status.source, status.revision))
+        self._listed = await replica.shards.local_adapters()
+        self._listed_at = time.monotonic()
+        return self._listed
 
     async def load(self, reference: AdapterReference) -> pb.AdapterStatus:
         """Rereads the source and stages its current content, on one replica."""
@@ -76,8 +121,9 @@ class Administration:
         be some seconds old, or older if there are many."""
         began = time.monotonic()
         if began >= self._named_until:
-            listed = await self.list()
-            self._names = frozenset(status.id for status in listed if status.state != pb.ADAPTER_STATE_BROKEN)
+            local = await self._local()
+            in_memory = {id for (id, _, _), _ in (*self._loaded(), *self._fetching())}
+            self._names = frozenset(in_memory.union(adapter.id for adapter in local if not adapter.fault))
             now = time.monotonic()
             self._named_until = now + NAMES_KEPT * (now - began)
         return self._names

@@ -8,7 +8,7 @@ from loraplex_protos.generation_pb2 import AdapterStatus
 from loraplex_router.access.audit import audited
 from loraplex_router.access.keys import Keys, Tenant
 from loraplex_router.adapters.suggestions import Suggestions
-from loraplex_router.replicas.administration import Administration
+from loraplex_router.replicas.administration import AdapterPage, Administration
 from loraplex_router.text.model import Model
 from loraplex_router.vocabulary.checks import check_reference
 from loraplex_router.vocabulary.references import AdapterReference
@@ -29,11 +29,12 @@ class Adapters:
         self._suggestions = suggestions
         self._model = model
 
-    async def list(self, key: str | None = None) -> list[AdapterStatus]:
-        """Adapters that are staged or in the adapter directory, as far as the caller may use them."""
+    async def list(self, key: str | None = None, after: str = "", limit: int = 0) -> AdapterPage:
+        """Adapters that are staged or in the adapter directory, as far as the caller may use them: those after the id
+        `after`, and at most `limit`, but for those with the same id. 0: all of them."""
         tenant = self._keys.tenant(key)
-        listed = await self._administration.list()
-        return [self._remarked(status) for status in listed if all(map(tenant.may_use, status.id.split(",")))]
+        page = await self._administration.list(lambda id: all(map(tenant.may_use, id.split(","))), after, limit)
+        return AdapterPage([self._remarked(status) for status in page.adapters], page.more)
 
     async def load(self, reference: AdapterReference, key: str | None = None) -> AdapterStatus:
         """Rereads the adapter's source and stages its current content. For administrators."""

@@ -1,6 +1,8 @@
 """Adapter administration over HTTP, as over gRPC: adapters are listed, loaded, unloaded and pinned."""
 
-from fastapi import APIRouter, Response
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from loraplex_router.api.http.admin import schema
@@ -15,14 +17,20 @@ ANSWERS: Responses = {200: {"model": schema.AdapterStatus}, **ERRORS}
 IN_USE: Responses = {409: {"model": Error, "description": "Sequences still need the adapter."}}
 NO_PINS: Responses = {409: {"model": Error, "description": "No more adapters can be pinned."}}
 
+Limit = Annotated[
+    int, Query(ge=1, description="The most adapters to list, but for those with the same id. Absent: all of them.")
+]
+After = Annotated[str, Query(description="List the adapters after this id: the last one of the page before.")]
+
 router = APIRouter(tags=["Adapters"], route_class=JsonRoute)
 
 
-@router.get("", responses={200: {"model": list[schema.AdapterStatus]}, **only(ERRORS, 401, 503)})
-async def list_adapters(call: Call) -> Response:
-    """The adapters that are loaded, and those in the adapter directory."""
-    statuses = await call.service.adapters.list(call.key)
-    return StreamingResponse(write_list(map(write_message, statuses)), media_type="application/json")
+@router.get("", responses={200: {"model": list[schema.AdapterStatus]}, **only(ERRORS, 401, 422, 503)})
+async def list_adapters(call: Call, limit: Limit = 0, after: After = "") -> Response:
+    """The adapters that are loaded, and those in the adapter directory, sorted by id. In pages, if there is a limit: a
+    page that has fewer is the last one."""
+    page = await call.service.adapters.list(call.key, after, limit)
+    return StreamingResponse(write_list(map(write_message, page.adapters)), media_type="application/json")
 
 
 @router.post("/load", responses=ANSWERS)

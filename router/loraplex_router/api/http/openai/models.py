@@ -90,7 +90,7 @@ async def _list_models(call: Call) -> dict[str, pb.AdapterStatus | None]:
     names. An adapter with one of these names is listed with the prefix that requests need."""
     names = call.service.model_names
     found: dict[str, pb.AdapterStatus | None] = dict.fromkeys(names)
-    for status in await call.service.adapters.list(call.key):
+    for status in (await call.service.adapters.list(call.key)).adapters:
         if status.state != pb.ADAPTER_STATE_BROKEN:
             found.setdefault(f"{names[0]}:{status.id}" if status.id in names else status.id, status)
     return found
