@@ -1,5 +1,6 @@
 """Checkpoints and adapters for the end-to-end tests, which are created once."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from tests.e2e.tiny import (
     save_model,
     save_other_adapter,
 )
+from tests.shard.lora_models import edit_config
 
 INVOCATION = "brown"
 ACTIVATED = [f"activated{number}" for number in range(1, 6)]
@@ -46,6 +48,8 @@ def adapters(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_adapter(model, folder / "head", 4, 14, modules_to_save=["lm_head"])
     for seed, name in enumerate(ACTIVATED):  # all by the same word
         save_adapter(model, folder / name, 8, 20 + seed, alora_invocation_tokens=byte_tokenizer().encode(INVOCATION))
+    older = shutil.copytree(folder / ACTIVATED[0], folder / "older")  # the same, as the library before PEFT saves it
+    edit_config(older, alora_invocation_tokens=None, invocation_string=INVOCATION)
     save_other_adapter(model, folder / "loha", LoHaConfig(r=4, target_modules=ALL_LINEAR, task_type="CAUSAL_LM"))
     save_other_adapter(model, folder / "vera", VeraConfig(r=16, target_modules=ALL_LINEAR, task_type="CAUSAL_LM"))
     factors = {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}

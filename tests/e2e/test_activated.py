@@ -3,6 +3,7 @@ all of them."""
 
 import asyncio
 import json
+import shutil
 import urllib.request
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from loraplex import AsyncClient, Client, Generation, InvalidRequestError, Merge
 from tests.e2e.conftest import ACTIVATED, INVOCATION
 from tests.e2e.processes import Server
 from tests.e2e.tiny import Oracle, byte_tokenizer
+from tests.shard.lora_models import edit_config
 
 DOCUMENT = "".join(f"{number}: what {number % 7} brown foxes do. " for number in range(160))[:4000]
 BLOCK = 16
@@ -82,6 +84,22 @@ def test_a_prompt_without_the_invocation_is_answered_by_the_base_model_with_a_wa
         asked = urllib.request.Request(server.url + path, data, {"Content-Type": "application/json"})
         with urllib.request.urlopen(asked, timeout=60) as response:
             assert response.headers["X-Loraplex-Warning"] == warning
+
+
+def test_an_adapter_of_the_library_before_peft_acts_from_the_second_token_of_its_invocation_on(
+    server: Server, model: Path, adapters: Path, oracle: Oracle, tmp_path: Path
+):
+    edit_config(
+        shutil.copytree(adapters / "activated1", tmp_path / "same"),
+        alora_invocation_tokens=byte_tokenizer().encode(INVOCATION[1:]),
+    )
+    prompt = f"The quick {INVOCATION} fox"
+    with Client(server.address) as client:
+        answer, younger = (
+            client.generate(prompt, adapter=name, max_new_tokens=8, ignore_eos=True) for name in ("older", "activated1")
+        )
+    assert_greedy(answer, prompt, "same", Oracle(model, tmp_path))
+    assert answer.text != younger.text
 
 
 def test_a_conversation_can_end_with_an_invocation_that_is_a_role(server: Server, oracle: Oracle):

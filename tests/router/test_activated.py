@@ -1,5 +1,8 @@
 """Activated adapters in the router: where they begin to act, and the warning if they do not."""
 
+import logging
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,7 +21,11 @@ def test_an_adapter_acts_from_the_last_occurrence_of_its_invocation(wanted: list
     assert Invocation(tuple(wanted), lag).find(prompt) == (places[-1] + lag if places else NEVER)
 
 
-async def test_the_base_computes_a_sequence_up_to_the_invocation_and_the_adapter_the_rest(setup: Setup):  # noqa: F811
+async def test_the_base_computes_a_sequence_up_to_the_invocation_and_the_adapter_the_rest(
+    setup: Setup,  # noqa: F811
+    caplog: pytest.LogCaptureFixture,
+):
+    caplog.set_level(logging.INFO)
     setup.shards.invocation = Invocation((7, 8))
     for prompt, acts_from in {(7, 8, 1, 7, 8, 9): 3, (1, 2, 3): NEVER}.items():
         generation = await setup.service.generate(Request(prompt, adapter=AdapterReference("a"), max_new_tokens=2))
@@ -28,3 +35,6 @@ async def test_the_base_computes_a_sequence_up_to_the_invocation_and_the_adapter
         assert generation.outputs[0].sequence.acts_from == acts_from
         assert [sample.token for sample in delta.samples] == [prompt[-1] + 1 + slot, prompt[-1] + 2 + 2 * slot]
         assert bool(generation.warnings) is (acts_from == NEVER)
+        (fields,) = (record.__dict__["fields"] for record in caplog.records if record.message == "request")
+        assert fields["warnings"] == (list(generation.warnings) or None)
+        caplog.clear()

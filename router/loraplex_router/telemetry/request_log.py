@@ -7,7 +7,9 @@ import logging
 
 from loraplex_protos.errors import MAX_QUOTED
 from loraplex_router.engine.output import Generation
-from loraplex_router.vocabulary.references import MergedReference
+from loraplex_router.vocabulary.adapter import BASE_NAME
+from loraplex_router.vocabulary.checks import MAX_ADAPTERS
+from loraplex_router.vocabulary.references import ids_of
 from loraplex_router.vocabulary.request import EmbedRequest, Request
 
 logger = logging.getLogger(__name__)
@@ -31,6 +33,7 @@ class RequestLog:
             "digest": generation.adapter_digest[:12] or None,
             "outcome": outcome,
             "error": generation.error.message if generation.error is not None else None,
+            "warnings": list(generation.warnings) or None,
             "finish": [output.finish_reason.name.lower() for output in outputs if output.finish_reason],
             "prompt_tokens": sequence.prompt_length,
             "prefix_hit_tokens": sum(output.sequence.prefix_hit for output in outputs),
@@ -57,11 +60,8 @@ class RequestLog:
 
 
 def _describe(request: Request | EmbedRequest) -> str:
-    adapter = request.adapter
-    if adapter is None:
-        return "base"
-    parts = adapter.adapters if isinstance(adapter, MergedReference) else (adapter,)
-    return ",".join(part.id for part in parts)
+    named = request.adapters[:MAX_ADAPTERS] if isinstance(request, Request) and request.adapters else (request.adapter,)
+    return ",".join(",".join(ids_of(adapter)) or BASE_NAME for adapter in named)
 
 
 def _milliseconds(seconds: float) -> float:
