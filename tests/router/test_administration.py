@@ -258,6 +258,44 @@ async def test_a_pin_belongs_to_the_name_that_was_pinned(cluster: Cluster):
     assert not (await listed(cluster))["c"].pinned
 
 
+async def test_two_names_of_one_content_are_pinned_each_by_itself(cluster: Cluster):
+    async def pinned() -> tuple[bool, bool, bool]:
+        statuses = await listed(cluster)
+        return statuses["a"].pinned, statuses["c"].pinned, cluster.replica.pool.get("same").pinned
+
+    await same_content(cluster)
+    await cluster.administration.pin(A)
+    assert await pinned() == (True, False, True)
+    await cluster.administration.pin(C)
+    cluster.administration.unpin(A)
+    assert await pinned() == (False, True, True)
+    await cluster.administration.pin(A)
+    await cluster.administration.unload(C, wait=False)
+    assert ((await listed(cluster))["a"].pinned, cluster.replica.pool.get("same").pinned) == (True, True)
+    await cluster.answer(1, adapter="c")
+    cluster.administration.unpin(A)
+    await cluster.administration.pin("same")  # by its content: under all of its names
+    assert await pinned() == (True, True, True)
+    await cluster.administration.unload(C, wait=False)
+    assert (await listed(cluster))["a"].pinned
+    await cluster.answer(1, adapter="c")
+    cluster.administration.unpin("same")
+    assert await pinned() == (False, False, False)
+
+
+async def test_two_names_of_one_content_are_counted_each_by_itself(cluster: Cluster):
+    await same_content(cluster)
+    running = [await cluster.service.generate(request(1, 100, name)) for name in "aac"]
+    statuses = await listed(cluster)
+    for name, count in ("a", 2), ("c", 1):
+        status = statuses[name]
+        (residence,) = status.residences
+        assert status.requests == status.running_sequences + status.waiting_sequences == count
+        assert residence.running_sequences + residence.waiting_sequences == count
+    for generation in running:
+        cluster.service.close(generation)
+
+
 @pytest.mark.parametrize(("asked", "meant"), [("poets", "poet"), ("Poet", "poet"), ("org/poet", "poet"), ("xyz", None)])
 async def test_an_unknown_name_is_answered_with_a_suggestion(cluster: Cluster, asked: str, meant: str | None):
     cluster.replica.shards.absent.add(asked)

@@ -25,9 +25,10 @@ from loraplex_protos.errors import (
 )
 from loraplex_router.adapters.registry import AdapterRegistry, Entry
 from loraplex_router.engine.output import Generation
+from loraplex_router.replicas.pins import Pins
 from loraplex_router.replicas.replica import Replica
 from loraplex_router.replicas.replicas import Replicas
-from loraplex_router.replicas.statuses import status_in_memory, status_on_disk, status_while_fetched
+from loraplex_router.replicas.statuses import hold, status_in_memory, status_on_disk, status_while_fetched
 from loraplex_router.vocabulary.adapter import Adapter, LocalAdapter
 from loraplex_router.vocabulary.references import AdapterReference, ids_of
 
@@ -58,7 +59,7 @@ class Administration:
         self._names = frozenset[str]()
         self._named_until = 0.0
         self._dropping: set[tuple[str, str]] = set()  # (digest, id) pairs to forget once nothing needs them
-        self._pins: dict[str, AdapterReference] = {}  # by digest; outlives the replica that holds the adapter
+        self._pins = Pins()
 
     async def list(
         self, visible: Callable[[str], bool] = lambda id: True, after: str = "", limit: int = 0
@@ -89,9 +90,13 @@ class Administration:
         return AdapterPage(page, False)
 
     def _loaded(self) -> Iterator[Line]:
+        names: dict[str, set[str]] = {}
+        for entry in self._registry:
+            names.setdefault(entry.digest, set()).add(entry.id)
         for entry in self._registry:
             if any(self._holders(entry.digest)):
-                yield (entry.id, entry.source, entry.revision), partial(self._status, entry)
+                shared = len(names[entry.digest]) > 1
+                yield (entry.id, entry.source, entry.revision), partial(self._status, entry, shared)
 
     def _fetching(self) -> Iterator[Line]:
         fetched = {reference for replica in self._replicas for reference in replica.adapters.fetching()}
@@ -146,7 +151,7 @@ class Administration:
         if shared:
             await self._drop_name(digest, shared)
             return
-        self._pins.pop(digest, None)
+        self._pins.remove(digest)
         await asyncio.gather(*(replica.adapters.unload(adapter) for replica, adapter in holders))
         if not any(self._holders(digest)):
             self._registry.forget(digest)
@@ -168,8 +173,7 @@ class Administration:
             replica, adapter = max(holders, key=lambda holder: (holder[1].pinned, holder[1].ready))
         if not replica.pool.pin(adapter):
             raise AdapterPinsError(f"{replica.pool.slots - 1} adapters are pinned already; unpin one first")
-        if isinstance(name, AdapterReference):
-            self._pins[adapter.digest] = name
+        self._pins.add(adapter.digest, name)
         replica.engine.wake()
         await self._replicas.changes.until(lambda: adapter.ready or not (adapter.pinned and replica.accepting))
         if adapter.pinned and not adapter.ready:
@@ -177,17 +181,21 @@ class Administration:
         return self._status_of(name)
 
     def unpin(self, name: AdapterReference | str) -> pb.AdapterStatus:
-        """Raises AdapterNotFoundError if it is not loaded."""
+        """Content that is pinned under another name as well stays pinned under that. Raises AdapterNotFoundError if it
+        is not loaded."""
         digest = self._digest(name)
-        self._pins.pop(digest, None)
-        for replica, adapter in self._holders(digest):
-            replica.pool.unpin(adapter)
+        self._unpin(digest, *((name.id, "") if isinstance(name, AdapterReference) else ()))
         self._replicas.changes.notify()
         return self._status_of(name)
 
+    def _unpin(self, digest: str, *ids: str) -> None:
+        if self._pins.remove(digest, *ids):
+            for replica, adapter in self._holders(digest):
+                replica.pool.unpin(adapter)
+
     async def restore_pins(self) -> None:
         """Pins the adapters of lost replicas again, on others."""
-        for digest, reference in list(self._pins.items()):
+        for digest, reference in list(self._pins):
             if not any(adapter.pinned for _, adapter in self._holders(digest)):
                 try:
                     await self.pin(reference)
@@ -210,7 +218,7 @@ class Administration:
             entry = self._registry.entry(name)
         else:
             entry = next((entry for entry in self._registry if entry.digest == name), None)
-        status = self._status(entry) if entry else None
+        status = self._status(entry, len(self._registry.names(entry.digest)) > 1) if entry else None
         if status is None:
             raise AdapterNotFoundError(f"adapter {_shown(name)} is not loaded")
         return status
@@ -220,9 +228,10 @@ class Administration:
         generations = (generation for replica in self._replicas for generation in replica.engine.generations)
         return tuple(each for each in generations if ids_of(each.reference) == (reference.id,))
 
-    def _status(self, entry: Entry) -> pb.AdapterStatus | None:
-        """None if no replica holds it any more."""
-        holders = [(replica.name, adapter) for replica, adapter in self._holders(entry.digest)]
+    def _status(self, entry: Entry, shared: bool) -> pb.AdapterStatus | None:
+        """None if no replica holds it any more. `shared`: its content has other names, too."""
+        pinned, name = self._pins.has(entry.digest, entry.id), entry.id if shared else None
+        holders = [hold(replica, adapter, name, pinned) for replica, adapter in self._holders(entry.digest)]
         return status_in_memory(entry, holders, (entry.digest, entry.id) in self._dropping) if holders else None
 
     async def _drop_name(self, digest: str, reference: AdapterReference) -> None:
@@ -234,13 +243,9 @@ class Administration:
         finally:
             self._dropping.discard((digest, id))
         self._registry.forget(digest, id)
-        pinned = self._pins.get(digest)
-        for replica, adapter in self._holders(digest):
+        for _, adapter in self._holders(digest):
             adapter.names.discard(id)
-            if pinned is not None and pinned.id == id:
-                replica.pool.unpin(adapter)
-        if pinned is not None and pinned.id == id:
-            del self._pins[digest]
+        self._unpin(digest, id)
 
 
 def _shown(name: AdapterReference | str) -> str:

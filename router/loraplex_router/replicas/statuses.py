@@ -1,16 +1,40 @@
 """What a listing says of an adapter: AdapterStatus, as generation.proto has it."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from loraplex_protos import generation_pb2 as pb
 from loraplex_router.adapters.registry import Entry
+from loraplex_router.replicas.replica import Replica
 from loraplex_router.vocabulary.adapter import Adapter, LocalAdapter
 from loraplex_router.vocabulary.references import AdapterReference
 
 
-def status_in_memory(entry: Entry, holders: Sequence[tuple[str, Adapter]], leaving: bool) -> pb.AdapterStatus:
-    """Of one that replicas hold: their names, and what it is to each. `leaving`: its name is to be forgotten."""
-    adapters = [adapter for _, adapter in holders]
+class Holder(NamedTuple):
+    """A replica that has an adapter in memory, and what the adapter does there under one of its names."""
+
+    replica: str
+    adapter: Adapter
+    pinned: bool
+    requests: int
+    running: int  # sequences
+    waiting: int
+
+
+def hold(replica: Replica, adapter: Adapter, name: str | None, pinned: bool) -> Holder:
+    """`name`: only the requests that have this name for it count; None: all of them."""
+    pinned = pinned and adapter.pinned
+    if name is None:
+        return Holder(replica.name, adapter, pinned, adapter.requests, adapter.running, adapter.waiting)
+    own = [each for each in replica.engine.generations if each.adapter is adapter and each.adapter_name == name]
+    sequences = [output.sequence for generation in own for output in generation.unfinished]
+    running = sum(sequence.row is not None for sequence in sequences)
+    return Holder(replica.name, adapter, pinned, len(own), running, len(sequences) - running)
+
+
+def status_in_memory(entry: Entry, holders: Sequence[Holder], leaving: bool) -> pb.AdapterStatus:
+    """Of one that replicas hold. `leaving`: its name is to be forgotten."""
+    adapters = [holder.adapter for holder in holders]
     leaving = leaving or all(adapter.leaving for adapter in adapters)
     return pb.AdapterStatus(
         id=entry.id,
@@ -21,23 +45,23 @@ def status_in_memory(entry: Entry, holders: Sequence[tuple[str, Adapter]], leavi
         tier=max(map(_tier, adapters)),
         lora_rank=max(adapter.lora_rank for adapter in adapters),
         size_bytes=max(adapter.size_bytes for adapter in adapters),
-        requests=sum(adapter.requests for adapter in adapters),
-        running_sequences=sum(adapter.running for adapter in adapters),
-        waiting_sequences=sum(adapter.waiting for adapter in adapters),
+        requests=sum(holder.requests for holder in holders),
+        running_sequences=sum(holder.running for holder in holders),
+        waiting_sequences=sum(holder.waiting for holder in holders),
         last_used=max(adapter.last_used for adapter in adapters) or None,
-        pinned=any(adapter.pinned for adapter in adapters),
+        pinned=any(holder.pinned for holder in holders),
         warnings=adapters[0].warnings,
         invocation_token_ids=_activating(adapters[0]),
         classifier=adapters[0].classifier,
         residences=[
             pb.AdapterResidence(
-                replica=replica,
-                tier=_tier(adapter),
-                running_sequences=adapter.running,
-                waiting_sequences=adapter.waiting,
-                pinned=adapter.pinned,
+                replica=holder.replica,
+                tier=_tier(holder.adapter),
+                running_sequences=holder.running,
+                waiting_sequences=holder.waiting,
+                pinned=holder.pinned,
             )
-            for replica, adapter in holders
+            for holder in holders
         ],
     )
 
