@@ -143,3 +143,13 @@ def test_an_answer_is_the_same_streamed_or_not(tokens, stops, include, least, sh
         assert whole.text == (TOKENIZER.verbatim if shown else TOKENIZER).decode(tokens)
     if not include and not least:
         assert not any(stop in whole.text for stop in stops)
+
+
+def test_a_pooled_answer_is_what_its_last_start_has_sent():
+    sequence = Sequence(number=1, prompt_length=4, tokens=[0] * 4, adapter=Adapter(""), max_new_tokens=0)
+    output = SequenceOutput(sequence, TOKENIZER, StopMatcher(()), asyncio.Event())
+    output.pool([1, 2], begin=0, last=False)
+    output.pool([3, 4], begin=2, last=False)
+    output.pool([5], begin=0, last=False)  # it was preempted
+    output.pool([6, 7, 8], begin=1, last=True)
+    assert list(output.pooled) == [5, 6, 7, 8] and output.finish_reason is FinishReason.LENGTH

@@ -158,6 +158,14 @@ def spoil(tensors: dict[str, torch.Tensor], config: dict[str, object]) -> None:
     tensors["score.weight"][0, 0] = torch.nan
 
 
+def shift(tensors: dict[str, torch.Tensor], config: dict[str, object]) -> None:
+    tensors["score.bias"] = torch.ones(3)
+
+
+def unshift(tensors: dict[str, torch.Tensor], config: dict[str, object]) -> None:
+    config["architectures"] = ["LlamaForTokenClassification"]
+
+
 def tanh(tensors: dict[str, torch.Tensor], config: dict[str, object]) -> None:
     config["sbert_ce_default_activation_function"] = "torch.nn.modules.activation.Tanh"
 
@@ -169,6 +177,8 @@ def tanh(tensors: dict[str, torch.Tensor], config: dict[str, object]) -> None:
         (cut, r"tensor score.weight has shape \[2, 48\], but the configuration .* asks for \[3, 48\]"),
         (add, "LlamaForCausalLM has no tensor score.dense.weight"),
         (spoil, "score.weight"),
+        (shift, "LlamaForSequenceClassification has no tensor score.bias"),
+        (unshift, "missing tensor score.bias"),
         (tanh, "the activation function torch.nn.modules.activation.Tanh is not served"),
     ],
 )
@@ -182,6 +192,14 @@ def test_a_classifier_that_does_not_fit_is_refused_by_name(
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=reason):
         open_runner(tmp_path)
+
+
+def test_an_lm_head_beside_the_classifier_is_ignored_as_transformers_ignores_it(tmp_path: Path) -> None:
+    model = save_classifier(CONFIGS["llama"], tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors") | {"lm_head.weight": torch.ones(96, 48)}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    for ours, theirs in zip(classify(open_runner(tmp_path)[0], PROMPTS), expected(model, PROMPTS), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)
 
 
 def test_an_encoder_that_classifies_is_refused_by_name(tmp_path: Path) -> None:

@@ -239,6 +239,7 @@ def change(name: str, tensor: torch.Tensor | None, **config: object) -> Callable
         (change("score.lora_A.weight", torch.zeros(3, 48)), "score.lora_A.weight: a classifier is served that was tr"),
         (change("qa_outputs.weight", torch.zeros(2, 48)), "no head that answers questions"),
         (change("score.weight", torch.zeros(1025, 48), task_type="TOKEN_CLS"), "gives 1025 labels to each token"),
+        (change("score.weight", torch.zeros(16385, 48)), "gives 16385 labels to a text: at most 16384"),
     ],
 )
 def test_classifiers_that_cannot_be_served_like_pefts_are_refused_by_name(

@@ -81,8 +81,8 @@ class Preparation:
             lease = await self._lease(request, arrival)
         adapter = lease.adapter
         classifier = check_adapter_fits(request, adapter, model.info)
-        if classifier is not None and classifier.of_tokens:
-            arrival.volume.add_token_scores(len(classifier.labels) * len(prompt))
+        if classifier is not None:
+            arrival.volume.add_scores(len(classifier.labels) * (len(prompt) if classifier.of_tokens else 1))
         generation = Generation(arrival.request_id, request.adapter, adapter, arrival.arrived, validated, tenant.name)
         acts_from = adapter.acts_from(prompt)
         if acts_from == NEVER:

@@ -5,20 +5,20 @@ from loraplex_router.vocabulary.request import Request
 
 MAX_PROMPT_TOKENS = 2**22  # eight bytes each, per answer
 MAX_LOGPROBS = 2**19  # alternatives included: some 200 bytes each, with their text
-MAX_TOKEN_SCORES = 2**22  # of classifiers of tokens: one per token and label
+MAX_SCORES = 2**22  # of classifiers: one per label, of each text or token
 
 
 class Volume:
     """Adds up the requests of one call."""
 
     def __init__(self) -> None:
-        self._prompt_tokens = self._logprobs = self._token_scores = 0
+        self._prompt_tokens = self._logprobs = self._scores = 0
 
-    def add_token_scores(self, count: int) -> None:
+    def add_scores(self, count: int) -> None:
         """Raises InvalidRequestError if the call exceeds the limit."""
-        self._token_scores += count
-        if self._token_scores > MAX_TOKEN_SCORES:
-            many = f"{self._token_scores} scores of tokens are requested: at most {MAX_TOKEN_SCORES}, send fewer inputs"
+        self._scores += count
+        if self._scores > MAX_SCORES:
+            many = f"{self._scores} scores are requested: at most {MAX_SCORES}, send fewer inputs"
             raise InvalidRequestError(FieldViolation("inputs", many))
 
     def add(self, request: Request, prompt_length: int, room: int) -> int:

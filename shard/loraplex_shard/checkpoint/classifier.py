@@ -13,7 +13,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from loraplex_shard.checkpoint.base import CheckpointError
-from loraplex_shard.shapes.classifier import MAX_TOKEN_LABELS, Activation, Classes, Classifier, activation_of
+from loraplex_shard.shapes.classifier import Activation, Classes, Classifier, activation_of, most_labels
 
 NAMES = ("score", "classifier")  # what transformers' classes call the layer
 _ACTIVATION = re.compile(r"torch\.nn\.modules\.(?:activation|linear)\.(\w+)")
@@ -54,8 +54,9 @@ def read_classifier(tensors: Tensors, names: frozenset[str], config: PreTrainedC
     of_tokens = architecture.endswith("ForTokenClassification")
     if not labels:
         raise CheckpointError("config.json: id2label has no labels")
-    if of_tokens and labels > MAX_TOKEN_LABELS:
-        raise CheckpointError(f"{labels} labels for each token are not served, at most {MAX_TOKEN_LABELS}")
+    if labels > (most := most_labels(of_tokens)):
+        raise CheckpointError(f"config.json: {labels} labels are not served, at most {most}")
+    _check_bias(tensors, names, bias, of_tokens and getattr(config, "token_classification_bias", True), architecture)
     classes = Classes(
         of_tokens=of_tokens,
         labels=tuple(str(named.get(index, f"LABEL_{index}")) for index in range(labels)),
@@ -64,6 +65,14 @@ def read_classifier(tensors: Tensors, names: frozenset[str], config: PreTrainedC
         pad_token_id=config.get_text_config(decoder=True).pad_token_id,
     )
     return Classifier(tensors.read(weight).float(), tensors.read(bias).float() if bias in names else None, classes)
+
+
+def _check_bias(tensors: Tensors, names: frozenset[str], bias: str, wanted: bool, architecture: str) -> None:
+    """transformers would ignore one that its class does not have, and make one up that is missing."""
+    if wanted and bias not in names:
+        raise CheckpointError(f"missing tensor {bias}")
+    if not wanted and bias in names and tensors.read(bias).any():
+        raise CheckpointError(f"{architecture} has no tensor {bias}")
 
 
 def read_activation(config: Mapping[str, Any], labels: int) -> Activation:

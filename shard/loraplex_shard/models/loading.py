@@ -61,7 +61,7 @@ def load_decoder(
     for layer in layers:
         layer.choose_slices(tensors)
     slices = [tensor_slice for layer in layers for tensor_slice in layer.all_slices]
-    _check(checkpoint, tensors, slices, spec.tied)
+    _check(checkpoint, tensors, slices, spec.tied or not spec.has_head)
     loaded = 0
     for layer in layers:
         for _ in layer.load(tensors, form):
@@ -74,14 +74,15 @@ def load_decoder(
     return decoder.eval()
 
 
-def _check(checkpoint: Checkpoint, tensors: Tensors, slices: Iterable[TensorSlice], tied: bool) -> None:
-    """Checks the decoder's tensors: there must be all of them, with their shapes, and no others."""
+def _check(checkpoint: Checkpoint, tensors: Tensors, slices: Iterable[TensorSlice], spare_head: bool) -> None:
+    """Checks the decoder's tensors: there must be all of them, with their shapes, and no others. `spare_head`: a tensor
+    of the lm head has no use, and is ignored."""
     shapes = {tensor_slice.tensor: tensor_slice.shape for tensor_slice in slices}
     missing = shapes.keys() - tensors.names
     if missing:
         hint = "" if missing != {HEAD} else ": if it is the embedding, set tie_word_embeddings in config.json to true"
         raise CheckpointError(f"{checkpoint.model_id}: missing {listed(missing)}{hint}")
-    extra = {name for name in tensors.names - shapes.keys() if not _is_redundant(tensors, name, tied)}
+    extra = {name for name in tensors.names - shapes.keys() if not _is_redundant(tensors, name, spare_head)}
     if extra:
         raise CheckpointError(f"{checkpoint.model_id}: {checkpoint.architecture} has no {listed(extra)}")
     for name, shape in shapes.items():
@@ -92,11 +93,12 @@ def _check(checkpoint: Checkpoint, tensors: Tensors, slices: Iterable[TensorSlic
             )
 
 
-def _is_redundant(tensors: Tensors, name: str, tied: bool) -> bool:
-    """Whether a tensor can be ignored. Old checkpoints have RoPE's constants and causal masks, and some have a copy of
-    the embedding as their tied lm head. GPTQ's tools give every layer a bias, which is zeros if the model has none."""
+def _is_redundant(tensors: Tensors, name: str, spare_head: bool) -> bool:
+    """Whether a tensor can be ignored. Old checkpoints have RoPE's constants and causal masks. Some have a copy of the
+    embedding as their tied lm head, or an lm head beside their classifier. GPTQ's tools give every layer a bias, which
+    is zeros if the model has none."""
     if name.endswith((".attn.bias", ".attn.masked_bias")):
         return True
     if name.endswith(".bias"):
         return not tensors.read(name).any()
-    return name.endswith(".rotary_emb.inv_freq") or (tied and name == HEAD)
+    return name.endswith(".rotary_emb.inv_freq") or (spare_head and name == HEAD)

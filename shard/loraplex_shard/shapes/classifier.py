@@ -7,7 +7,8 @@ from enum import Enum
 import torch
 from torch.nn.functional import linear
 
-MAX_TOKEN_LABELS = 1024  # what a step answers for all of its tokens must fit into one message
+# What a step answers, for all of its texts or for all of their tokens, must fit into one message.
+MAX_LABELS, MAX_TOKEN_LABELS = 2**14, 2**10
 
 
 class Activation(Enum):
@@ -24,6 +25,10 @@ _OF_PROBLEMS = {"regression": Activation.NONE, "multi_label_classification": Act
 def activation_of(labels: int, problem_type: str | None = None) -> Activation:
     """As vLLM has it. `problem_type` is transformers'."""
     return _OF_PROBLEMS.get(problem_type or "", Activation.SOFTMAX if labels > 1 else Activation.SIGMOID)
+
+
+def most_labels(of_tokens: bool) -> int:
+    return MAX_TOKEN_LABELS if of_tokens else MAX_LABELS
 
 
 @dataclass(frozen=True, slots=True)

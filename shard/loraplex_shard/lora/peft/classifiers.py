@@ -13,7 +13,7 @@ from loraplex_shard.lora.peft.config import AdapterConfig
 from loraplex_shard.lora.peft.tensor_names import PREFIX
 from loraplex_shard.lora.sources.files import CONFIG, TENSORS
 from loraplex_shard.lora.sources.model_config import ModelConfig
-from loraplex_shard.shapes.classifier import MAX_TOKEN_LABELS, Activation, Classes, Classifier, activation_of
+from loraplex_shard.shapes.classifier import Activation, Classes, Classifier, activation_of, most_labels
 
 _TENSOR = re.compile(
     re.escape(PREFIX)
@@ -53,8 +53,9 @@ def read_classifier(
             f"{TENSORS}: {name} is {list(weight.shape)}, not [labels, {base.hidden_size}]: the adapter was made for "
             "another base"
         )
-    if of_tokens and labels > MAX_TOKEN_LABELS:
-        raise AdapterInvalidError(f"{TENSORS}: {name} gives {labels} labels to each token: at most {MAX_TOKEN_LABELS}")
+    if labels > (most := most_labels(of_tokens)):
+        what = "each token" if of_tokens else "a text"
+        raise AdapterInvalidError(f"{TENSORS}: {name} gives {labels} labels to {what}: at most {most} are served")
     bias = parts.get("bias", ("", None))[1]
     if bias is not None and list(bias.shape) != [labels]:
         raise AdapterInvalidError(f"{TENSORS}: {parts['bias'][0]} is {list(bias.shape)}, not [{labels}]")

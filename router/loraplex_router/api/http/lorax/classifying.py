@@ -166,12 +166,17 @@ async def _classify_vllm(body: VllmClassify | VllmClassifyChat, call: Call) -> R
         reason = "is for classifiers of whole texts, but this one classifies tokens: send LoRAX's `inputs`"
         raise InvalidRequestError(FieldViolation("input", reason))
     tokens = sum(len(each.tokens) for each in found)
+    activated = body.use_activation is not False
+    data = await in_turn(
+        sum(len(each.logits) for each in found),
+        lambda: [_write_vllm(index, each, activated) for index, each in enumerate(found)],
+    )
     answer = {
         "id": f"classify-{secrets.token_hex(16)}",
         "object": "list",
         "created": int(time.time()),
         "model": answered_name(body.model, names),
-        "data": [_write_vllm(index, each, body.use_activation is not False) for index, each in enumerate(found)],
+        "data": data,
         "usage": {
             "prompt_tokens": tokens,
             "total_tokens": tokens,
