@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from loraplex_router.adapters.registry import AdapterRegistry
 from matplotlib.figure import Figure
 
 from bench.stand_in_shard import StandInServer, StandInShard, Timing
 from loraplex_router.access.keys import Keys
-from loraplex_router.adapters.registry import AdapterRegistry
 from loraplex_router.replicas.administration import Administration
 from loraplex_router.replicas.connections import Connections
 from loraplex_router.replicas.replica import Replica

@@ -17,7 +17,7 @@ import uvicorn
 from loraplex_protos.errors import LoraplexError, UnavailableError
 from loraplex_router.access.key_file import KeyFile
 from loraplex_router.access.keys import Keys
-from loraplex_router.adapters.registry import AdapterRegistry
+from loraplex_router.adapters.resolutions import Resolutions
 from loraplex_router.api.grpc import GenerationApi, GrpcServer
 from loraplex_router.api.http.app import create_app
 from loraplex_router.api.http.connection import Connection
@@ -49,13 +49,15 @@ class Router:
         supervisor: Supervisor | None = None,
     ) -> None:
         self._settings = settings
-        registry = AdapterRegistry()
+        resolutions = Resolutions()
         self._replicas = Replicas(telemetry, settings.move_seconds)
-        self._administration = Administration(registry, self._replicas)
+        self._administration = Administration(resolutions, self._replicas)
         self._key_file = key_file
         keys = key_file.keys if key_file else Keys({})
         self._service = Service(self._replicas, self._administration, keys, settings.max_queue, telemetry)
-        self._connections = Connections(settings, self._replicas, registry, self._service.serve, telemetry, supervisor)
+        self._connections = Connections(
+            settings, self._replicas, resolutions, self._service.serve, telemetry, supervisor
+        )
         max_body = settings.max_body_mib << 20
         self._grpc = GrpcServer(GenerationApi(self._service), max_body, telemetry.interceptors)
         self._app = create_app(self._service, settings.cors_origins.split(), max_body)

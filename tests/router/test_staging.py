@@ -6,7 +6,7 @@ from hashlib import sha256
 import pytest
 
 from loraplex_protos.errors import AdapterNotFoundError, OverloadedError
-from loraplex_router.adapters.registry import AdapterRegistry
+from loraplex_router.adapters.resolutions import Resolutions
 from loraplex_router.adapters.staging import AdapterStaging
 from loraplex_router.engine.changes import Changes
 from loraplex_router.engine.pool import AdapterPool
@@ -69,10 +69,10 @@ def shards() -> Shards:
 class Staging(AdapterStaging):
     """A staging whose pool tests can see."""
 
-    def __init__(self, shards: Shards, host_bytes: int = 1000, registry: AdapterRegistry | None = None) -> None:
+    def __init__(self, shards: Shards, host_bytes: int = 1000, resolutions: Resolutions | None = None) -> None:
         self.pool = AdapterPool(4, host_bytes)
         self.changes = Changes()
-        super().__init__(shards, self.pool, registry or AdapterRegistry(), self.changes)
+        super().__init__(shards, self.pool, resolutions or Resolutions(), self.changes)
 
 
 async def test_adapters_are_merged_once_for_all_requests(shards: Shards) -> None:
@@ -187,8 +187,8 @@ async def test_waiting_ends_for_an_adapter_of_a_lost_replica(shards: Shards) -> 
 
 
 async def test_another_replica_stages_the_revision_that_was_resolved(shards: Shards) -> None:
-    registry = AdapterRegistry()
-    first, second = Staging(shards, registry=registry), Staging(shards, registry=registry)
+    resolutions = Resolutions()
+    first, second = Staging(shards, resolutions=resolutions), Staging(shards, resolutions=resolutions)
     await first.resolve(A)
     shards.revision = "later"
     await second.resolve(A)

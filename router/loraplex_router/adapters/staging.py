@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable, Coroutine
 
 from loraplex_protos.errors import FieldViolation, InvalidRequestError, OverloadedError, quote
-from loraplex_router.adapters.registry import AdapterRegistry, Entry
+from loraplex_router.adapters.resolutions import Entry, Resolutions
 from loraplex_router.engine.changes import Changes
 from loraplex_router.engine.pool import AdapterPool
 from loraplex_router.vocabulary.adapter import Adapter, Nearness, StagedAdapter
@@ -23,10 +23,10 @@ from loraplex_router.wire.shards import AdapterShards
 class AdapterStaging:
     """Stages requested adapters: each once at a time, any number concurrently."""
 
-    def __init__(self, shards: AdapterShards, pool: AdapterPool, registry: AdapterRegistry, changes: Changes) -> None:
+    def __init__(self, shards: AdapterShards, pool: AdapterPool, resolutions: Resolutions, changes: Changes) -> None:
         self._shards = shards
         self._pool = pool
-        self._registry = registry
+        self._resolutions = resolutions
         self._changes = changes
         self._staging: dict[str, tuple[Reference, asyncio.Task[Adapter]]] = {}  # by the reference's key
         self._unstaging: dict[str, asyncio.Task[None]] = {}  # by digest
@@ -38,7 +38,7 @@ class AdapterStaging:
 
     def nearness(self, reference: Reference) -> Nearness:
         """How close the adapter is to this replica's device."""
-        digest = self._registry.digest(reference)
+        digest = self._resolutions.digest(reference)
         adapter = self._staged(digest) if digest else None
         if adapter is not None:
             return Nearness.HOST if adapter.slot is None else Nearness.DEVICE
@@ -53,7 +53,7 @@ class AdapterStaging:
         if reference is None:
             return self._pool.base
         while True:
-            digest = self._registry.digest(reference)
+            digest = self._resolutions.digest(reference)
             adapter = self._staged(digest) if digest else None
             if adapter is not None:
                 adapter.names.add(",".join(ids_of(reference)))
@@ -96,7 +96,7 @@ class AdapterStaging:
     async def _bring(self, reference: Reference) -> Adapter:
         if isinstance(reference, MergedReference):
             return await self._merge(with_weights(reference))
-        return await self._stage(reference, self._registry.fixed(reference))
+        return await self._stage(reference, self._resolutions.fixed(reference))
 
     async def _stage(self, reference: AdapterReference, source: AdapterReference) -> Adapter:
         staged = await self._with_room(lambda: self._shards.stage(source))
@@ -147,7 +147,7 @@ class AdapterStaging:
         adapter.warnings = staged.warnings
         adapter.invocation = staged.invocation
         adapter.classifier = staged.classifier
-        self._registry.remember(reference, entry)
+        self._resolutions.remember(reference, entry)
         for dropped in self._pool.pop_over_budget(keep=adapter):
             self._unstage(dropped)
         return adapter

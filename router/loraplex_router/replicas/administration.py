@@ -23,7 +23,7 @@ from loraplex_protos.errors import (
     UnavailableError,
     quote,
 )
-from loraplex_router.adapters.registry import AdapterRegistry, Entry
+from loraplex_router.adapters.resolutions import Entry, Resolutions
 from loraplex_router.engine.output import Generation
 from loraplex_router.replicas.pins import Pins
 from loraplex_router.replicas.replica import Replica
@@ -51,8 +51,8 @@ class AdapterPage(NamedTuple):
 class Administration:
     """Adapters are named by reference or by digest: merged ones have no reference."""
 
-    def __init__(self, registry: AdapterRegistry, replicas: Replicas) -> None:
-        self._registry = registry
+    def __init__(self, resolutions: Resolutions, replicas: Replicas) -> None:
+        self._resolutions = resolutions
         self._replicas = replicas
         self._listed: Sequence[LocalAdapter] = ()
         self._listed_at = -LISTING_KEPT
@@ -91,9 +91,9 @@ class Administration:
 
     def _loaded(self) -> Iterator[Line]:
         names: dict[str, set[str]] = {}
-        for entry in self._registry:
+        for entry in self._resolutions:
             names.setdefault(entry.digest, set()).add(entry.id)
-        for entry in self._registry:
+        for entry in self._resolutions:
             if any(self._holders(entry.digest)):
                 shared = len(names[entry.digest]) > 1
                 yield (entry.id, entry.source, entry.revision), partial(self._status, entry, shared)
@@ -101,7 +101,7 @@ class Administration:
     def _fetching(self) -> Iterator[Line]:
         fetched = {reference for replica in self._replicas for reference in replica.adapters.fetching()}
         for reference in fetched:
-            if isinstance(reference, AdapterReference) and not self._registry.digest(reference):
+            if isinstance(reference, AdapterReference) and not self._resolutions.digest(reference):
                 key = reference.id, reference.source, reference.revision
                 yield key, partial(status_while_fetched, reference)
 
@@ -144,7 +144,7 @@ class Administration:
         holders = list(self._holders(digest))
         if not holders:
             raise AdapterNotFoundError(f"adapter {_shown(name)} is not loaded")
-        shared = name if isinstance(name, AdapterReference) and self._registry.names(digest) != {name.id} else None
+        shared = name if isinstance(name, AdapterReference) and self._resolutions.names(digest) != {name.id} else None
         wanted = bool(self._asked_for(shared)) if shared else any(adapter.wanted for _, adapter in holders)
         if wanted and not wait:
             raise AdapterInUseError(f"adapter {_shown(name)} is in use")
@@ -154,7 +154,7 @@ class Administration:
         self._pins.remove(digest)
         await asyncio.gather(*(replica.adapters.unload(adapter) for replica, adapter in holders))
         if not any(self._holders(digest)):
-            self._registry.forget(digest)
+            self._resolutions.forget(digest)
 
     async def pin(self, name: AdapterReference | str) -> pb.AdapterStatus:
         """Loads it onto one replica's device and keeps it there. Returns once it is there. If named by reference, it is
@@ -203,7 +203,7 @@ class Administration:
                     logger.warning("cannot reload the pinned adapter %s: %s", digest, error)
 
     def _digest(self, name: AdapterReference | str) -> str:
-        digest = name if isinstance(name, str) else self._registry.digest(name)
+        digest = name if isinstance(name, str) else self._resolutions.digest(name)
         if digest is None:
             raise AdapterNotFoundError(f"adapter {_shown(name)} is not loaded")
         return digest
@@ -215,10 +215,10 @@ class Administration:
 
     def _status_of(self, name: AdapterReference | str) -> pb.AdapterStatus:
         if isinstance(name, AdapterReference):
-            entry = self._registry.entry(name)
+            entry = self._resolutions.entry(name)
         else:
-            entry = next((entry for entry in self._registry if entry.digest == name), None)
-        status = self._status(entry, len(self._registry.names(entry.digest)) > 1) if entry else None
+            entry = next((entry for entry in self._resolutions if entry.digest == name), None)
+        status = self._status(entry, len(self._resolutions.names(entry.digest)) > 1) if entry else None
         if status is None:
             raise AdapterNotFoundError(f"adapter {_shown(name)} is not loaded")
         return status
@@ -242,7 +242,7 @@ class Administration:
             await self._replicas.changes.until(lambda: all(generation.finished for generation in asked))
         finally:
             self._dropping.discard((digest, id))
-        self._registry.forget(digest, id)
+        self._resolutions.forget(digest, id)
         for _, adapter in self._holders(digest):
             adapter.names.discard(id)
         self._unpin(digest, id)

@@ -9,7 +9,7 @@ from typing import Protocol, TypeVar
 from loraplex_protos.errors import LoraplexError
 from loraplex_protos.mtls import channel_credentials
 from loraplex_protos.shard_pb2 import GetInfoResponse
-from loraplex_router.adapters.registry import AdapterRegistry
+from loraplex_router.adapters.resolutions import Resolutions
 from loraplex_router.engine.pool import AdapterPool
 from loraplex_router.engine.scheduler import Limits
 from loraplex_router.replicas.observer import Observer, ReplicaObserver
@@ -46,7 +46,7 @@ class Connections:
         self,
         settings: RouterSettings,
         replicas: Replicas,
-        registry: AdapterRegistry,
+        resolutions: Resolutions,
         serve: Callable[[Model], None],
         observer: Observer,
         supervisor: Supervisor | None = None,
@@ -54,7 +54,7 @@ class Connections:
         self._supervisor = supervisor
         self._settings = settings
         self._replicas = replicas
-        self._registry = registry
+        self._resolutions = resolutions
         self._serve = serve
         self._observer = observer
         self._tasks: dict[Address, asyncio.Task[None]] = {}
@@ -157,7 +157,7 @@ class Connections:
             limits,
             info.num_blocks,
             pool,
-            self._registry,
+            self._resolutions,
             observer,
             self._replicas.changes,
         )

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from loraplex_protos.errors import UnavailableError
-from loraplex_router.adapters.registry import AdapterRegistry
+from loraplex_router.adapters.resolutions import Resolutions
 from loraplex_router.adapters.staging import AdapterStaging
 from loraplex_router.engine.blocks import BlockAllocator
 from loraplex_router.engine.changes import Changes
@@ -28,7 +28,7 @@ class Replica:
         limits: Limits,
         num_blocks: int,
         pool: AdapterPool,
-        registry: AdapterRegistry,
+        resolutions: Resolutions,
         observer: EngineObserver,
         changes: Changes,
     ) -> None:
@@ -39,7 +39,7 @@ class Replica:
         self.pool = pool
         self.blocks = BlockAllocator(num_blocks)
         self.scheduler = Scheduler(limits, self.blocks, pool)
-        self.adapters = AdapterStaging(shards, pool, registry, changes)
+        self.adapters = AdapterStaging(shards, pool, resolutions, changes)
         self.engine = Engine(self.scheduler, pool, shards, observer, changes)
         self.leases = 0  # requests placed here but not submitted yet
         self._preparing = 0  # requests whose adapter is being staged or whose grammar is being compiled

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from loraplex_protos import generation_pb2 as pb
-from loraplex_router.adapters.registry import Entry
+from loraplex_router.adapters.resolutions import Entry
 from loraplex_router.replicas.replica import Replica
 from loraplex_router.vocabulary.adapter import Adapter, LocalAdapter
 from loraplex_router.vocabulary.references import AdapterReference

@@ -9,7 +9,7 @@ from loraplex_protos.adapter_names import normal
 
 @dataclass(frozen=True, slots=True)
 class AdapterReference:
-    """How a request names an adapter. The registry resolves it to content. Its id is in normal form."""
+    """How a request names an adapter. It is resolved to content. Its id is in normal form."""
 
     id: str
     source: str = ""

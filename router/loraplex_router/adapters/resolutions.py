@@ -23,7 +23,7 @@ class Entry:
     digest: str
 
 
-class AdapterRegistry:
+class Resolutions:
     """The entries by the keys of their references, least recently used first."""
 
     def __init__(self) -> None:
