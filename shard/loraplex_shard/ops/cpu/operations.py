@@ -5,20 +5,21 @@ They keep the memory of intermediate values from call to call, so that a step al
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import get_args
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
 
 from loraplex_shard.device.parallel import Group
 from loraplex_shard.kernels.library import KINDS, Kernels
-from loraplex_shard.ops.base import Activation, HeadNorms, Norm, Rotary, Routing, Segments
-from loraplex_shard.ops.cpu.program import Program, StepNumber
-from loraplex_shard.ops.cpu.weights import PANEL, CpuWeight, ExpertWeights, FloatWeight, IntegerWeight
+from loraplex_shard.ops.base import Activation, HeadNorms, Norm, Rotary, Segments
+from loraplex_shard.ops.cpu.experts import CpuExpertOperations
+from loraplex_shard.ops.cpu.kernel_calls import address_of
+from loraplex_shard.ops.cpu.program import Program
+from loraplex_shard.ops.cpu.step import SEGMENTS, CpuSegments, CpuStep
+from loraplex_shard.ops.cpu.weights import CpuWeight, IntegerWeight, pack
 from loraplex_shard.ops.quantized import QuantizedMatrix
-from loraplex_shard.shapes.batch import Batch, Segment
+from loraplex_shard.shapes.batch import Batch
 from loraplex_shard.shapes.cache import KVCache, LayerCache
 from loraplex_shard.shapes.heads import Heads
 from loraplex_shard.shapes.layout import LinearLayout
@@ -26,99 +27,15 @@ from loraplex_shard.shapes.layout import LinearLayout
 LARGEST_PROGRAM = 64  # tokens: in larger batches, the time of calling kernels from Python does not matter
 
 
-Ints = np.ndarray[tuple[int], np.dtype[np.int64]]
-
-SEGMENTS = ("segments", "segment_starts", "segment_stops", "segment_adapters", "segment_table_rows")
-
-# The numbers that recorded calls take from a step, in the order of CpuStep.numbers.
-STEP = (
-    "tokens",
-    "positions",
-    "indices",
-    "chunks",
-    "starts",
-    "contexts",
-    "tables",
-    "table_width",
-    *SEGMENTS,
-)
-
-
-@dataclass(frozen=True, slots=True)
-class CpuSegments:
-    """Segments as kernels read them: runs of rows that use the same adapter."""
-
-    starts: Ints
-    stops: Ints
-    tables: Ints  # addresses of the adapters' tables
-    table_rows: Ints  # rows of each table
-    int8: bool
-
-    @classmethod
-    def of(cls, segments: tuple[Segment, ...]) -> "CpuSegments":
-        return cls(
-            np.array([segment.start for segment in segments], np.int64),
-            np.array([segment.stop for segment in segments], np.int64),
-            np.array([segment.adapter.table.data_ptr() for segment in segments], np.int64),
-            np.array([len(segment.adapter.table) for segment in segments], np.int64),
-            any(segment.adapter.int8 for segment in segments),
-        )
-
-    @property
-    def numbers(self) -> tuple[int, ...]:
-        columns = self.starts, self.stops, self.tables, self.table_rows
-        return len(self.starts), *(column.ctypes.data for column in columns)
-
-
-class CpuStep:
-    """A batch as kernels read it. `numbers` has the values of STEP. The step keeps the arrays that they point to."""
-
-    def __init__(self, batch: Batch) -> None:
-        self.batch = batch
-        self.starts = np.array(batch.starts, np.int64)
-        self.contexts = np.array(batch.context_lengths, np.int64)
-        self.segments = CpuSegments.of(batch.segments)
-        self.numbers = (
-            batch.token_ids.data_ptr(),
-            batch.positions.data_ptr(),
-            batch.cache_indices.data_ptr(),
-            len(self.contexts),
-            self.starts.ctypes.data,
-            self.contexts.ctypes.data,
-            batch.block_tables.data_ptr(),
-            batch.block_tables.shape[1],
-            *self.segments.numbers,
-        )
-
-    def __getitem__(self, name: str) -> StepNumber:
-        place = STEP.index(name)
-        return StepNumber(self.numbers[place], place)
-
-
-class CpuOperations:
+class CpuOperations(CpuExpertOperations):
     """Implements loraplex_shard.ops.base.Operations, which has the docstrings. Cache blocks have 16 positions."""
 
     def __init__(self, kernels: Kernels) -> None:
-        self._kernels = kernels
-        self._threads = torch.get_num_threads()
+        super().__init__(kernels)
         self._programs: WeakKeyDictionary[KVCache, dict[tuple[int, bool], Program]] = WeakKeyDictionary()
-        self._recording: Program | None = None
 
     def pack(self, matrix: torch.Tensor | QuantizedMatrix) -> CpuWeight:
-        if isinstance(matrix, QuantizedMatrix):
-            return self._pack_integers(matrix)
-        rows, columns = matrix.shape
-        matrix = matrix.contiguous()
-        panels = matrix.new_empty((-(-rows // PANEL), PANEL * (columns + columns % 2 * (matrix.itemsize == 2))))
-        self._kernels.call(
-            "pack_weight",
-            kind=KINDS[matrix.dtype],
-            n=rows,
-            k=columns,
-            weight=matrix.data_ptr(),
-            packed=panels.data_ptr(),
-        )
-        return FloatWeight(panels, rows, columns)
+        return pack(self._kernels, matrix)
 
     def prepare(self, batch: Batch) -> CpuStep:
         return CpuStep(batch)
@@ -162,7 +79,7 @@ class CpuOperations:
             k=weight.columns,
             x=x.data_ptr(),
             weight=weight.panels.data_ptr(),
-            bias=_address(bias),
+            bias=address_of(bias),
             out=out.data_ptr(),
             **_format(weight),
         )
@@ -283,14 +200,14 @@ class CpuOperations:
             head_dim=heads.dim,
             value_dim=heads.value_dim,
             norm=None if norms is None else norms.weight.data_ptr(),
-            squares=None if norms is None else _address(norms.squares),
+            squares=None if norms is None else address_of(norms.squares),
             eps=0.0 if norms is None else norms.eps,
             positions=step["positions"],
             cos=None if rotary is None else rotary.cos.data_ptr(),
             sin=None if rotary is None else rotary.sin.data_ptr(),
             rotary_dim=0 if rotary is None else rotary.cos.shape[1],
             interleaved=rotary is not None and rotary.interleaved,
-            query_scale=None if rotary is None else _address(rotary.query_scale),
+            query_scale=None if rotary is None else address_of(rotary.query_scale),
             indices=step["indices"],
             **_addresses(cache),
         )
@@ -312,7 +229,7 @@ class CpuOperations:
             scale=heads.scale,
             soft_cap=heads.soft_cap,
             window=heads.window or 0,
-            sinks=_address(sinks),
+            sinks=address_of(sinks),
             chunks=step["chunks"],
             starts=step["starts"],
             contexts=step["contexts"],
@@ -320,110 +237,6 @@ class CpuOperations:
             table_width=step["table_width"],
             out=out.data_ptr(),
             **_addresses(cache),
-        )
-        return out
-
-    def route(self, logits: torch.Tensor, chosen: int, normalized: bool) -> Routing:
-        tokens, experts = logits.shape
-        weights = self._empty((tokens * chosen,), torch.float32)
-        order, places = (self._empty((tokens * chosen,), torch.int64) for _ in range(2))
-        starts = self._empty((experts + 1,), torch.int64)
-        self._call(
-            "route",
-            kind=KINDS[logits.dtype],
-            tokens=tokens,
-            experts=experts,
-            chosen=chosen,
-            normalized=normalized,
-            logits=logits.data_ptr(),
-            weights=weights.data_ptr(),
-            order=order.data_ptr(),
-            places=places.data_ptr(),
-            starts=starts.data_ptr(),
-        )
-        return Routing(weights, order, places, starts, chosen)
-
-    def dispatch(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
-        pairs, n = len(routing.order), x.shape[1]
-        out = self._empty((pairs, n), x.dtype)
-        self._call(
-            "dispatch",
-            threads=self._threads,
-            kind=KINDS[x.dtype],
-            pairs=pairs,
-            chosen=routing.chosen,
-            places=routing.places.data_ptr(),
-            n=n,
-            x=x.data_ptr(),
-            out=out.data_ptr(),
-        )
-        return out
-
-    def stack(self, weights: Sequence[CpuWeight], biases: Sequence[torch.Tensor | None]) -> ExpertWeights:
-        return ExpertWeights(weights, biases)
-
-    def expert_linear(self, x: torch.Tensor, routing: Routing, weight: ExpertWeights) -> torch.Tensor:
-        n = weight.weights[0].rows
-        out = self._empty((x.shape[0], n), x.dtype)
-        self._call(
-            "expert_linear",
-            threads=self._threads,
-            kind=KINDS[x.dtype],
-            count=len(weight.weights),
-            starts=routing.starts.data_ptr(),
-            n=n,
-            k=x.shape[1],
-            x=x.data_ptr(),
-            experts=weight.table.data_ptr(),
-            out=out.data_ptr(),
-        )
-        return out
-
-    def add_expert_lora_delta(
-        self, out: torch.Tensor, x: torch.Tensor, step: CpuStep, routing: Routing, layouts: Sequence[LinearLayout]
-    ) -> None:
-        if not len(step.segments.starts) and self._recording is None:
-            return
-        count, starts, stops, tables, table_rows = (step[name] for name in SEGMENTS)
-        self._call(
-            "add_expert_lora_delta",
-            threads=self._threads,
-            kind=KINDS[x.dtype],
-            int8_weights=step.segments.int8,
-            segments=count,
-            starts=starts,
-            stops=stops,
-            tables=tables,
-            table_rows=table_rows,
-            layer=layouts[0].index,
-            count=len(layouts),
-            expert_starts=routing.starts.data_ptr(),
-            order=routing.order.data_ptr(),
-            chosen=routing.chosen,
-            x=x.data_ptr(),
-            k=x.shape[1],
-            out=out.data_ptr(),
-            n=out.shape[1],
-        )
-
-    def combine(
-        self, x: torch.Tensor, routing: Routing, shared: torch.Tensor | None = None, gate: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        tokens, n = x.shape[0] // routing.chosen, x.shape[1]
-        out = self._empty((tokens, n), x.dtype)
-        self._call(
-            "combine",
-            threads=self._threads,
-            kind=KINDS[x.dtype],
-            tokens=tokens,
-            chosen=routing.chosen,
-            weights=routing.weights.data_ptr(),
-            places=routing.places.data_ptr(),
-            n=n,
-            x=x.data_ptr(),
-            shared=_address(shared),
-            gate=_address(gate),
-            out=out.data_ptr(),
         )
         return out
 
@@ -443,57 +256,15 @@ class CpuOperations:
             rows=x.shape[0],
             n=x.shape[1],
             hidden=x.data_ptr(),
-            delta=_address(delta),
+            delta=address_of(delta),
             scale=scale,
             weight=norm.weight.data_ptr(),
-            bias=_address(norm.bias),
+            bias=address_of(norm.bias),
             eps=norm.eps,
             centered=norm.centered,
             out=out.data_ptr(),
         )
         return out
-
-    def _record(self, compute: Callable[[], torch.Tensor]) -> Program:
-        program = self._recording = Program(self._kernels)
-        try:
-            program.finish(compute())
-        finally:
-            self._recording = None
-        return program
-
-    def _call(self, kernel: str, **arguments: int | float | None) -> None:
-        if self._recording is None:
-            self._kernels.call(kernel, **arguments)
-        else:
-            self._recording.add(kernel, arguments)
-
-    def _empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        if self._recording is None:
-            return torch.empty(shape, dtype=dtype)
-        return self._recording.empty(shape, dtype)
-
-    def _pack_integers(self, matrix: QuantizedMatrix) -> IntegerWeight:
-        rows, columns = matrix.values.shape
-        form = {"bits": matrix.bits, "group": matrix.group}
-        size = self._kernels.call("quantized_bytes", n=rows, k=columns, **form)
-        panels = torch.empty((-(-rows // PANEL), size // -(-rows // PANEL)), dtype=torch.uint8)
-        offsets = None if matrix.offsets is None else matrix.offsets.contiguous()
-        values, scales = matrix.values.contiguous(), matrix.scales.contiguous()
-        self._kernels.call(
-            "pack_quantized",
-            n=rows,
-            k=columns,
-            values=values.data_ptr(),
-            scales=scales.data_ptr(),
-            offsets=_address(offsets),
-            packed=panels.data_ptr(),
-            **form,
-        )
-        return IntegerWeight(panels, rows, columns, matrix.bits, matrix.group)
-
-
-def _address(tensor: torch.Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
 
 
 def _format(weight: CpuWeight) -> dict[str, int]:
@@ -505,6 +276,6 @@ def _addresses(cache: LayerCache) -> dict[str, int | None]:
     return {
         "keys": cache.keys.data_ptr(),
         "values": cache.values.data_ptr(),
-        "key_scales": _address(cache.key_scales),
-        "value_scales": _address(cache.value_scales),
+        "key_scales": address_of(cache.key_scales),
+        "value_scales": address_of(cache.value_scales),
     }

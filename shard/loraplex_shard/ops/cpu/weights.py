@@ -5,7 +5,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from loraplex_shard.kernels.library import KINDS, Kernels
 from loraplex_shard.kernels.tables import row
+from loraplex_shard.ops.quantized import QuantizedMatrix
 
 PANEL = 16  # rows in a panel of a weight, and positions in a block of the cache
 
@@ -73,3 +75,41 @@ def _row(weight: CpuWeight, bias: torch.Tensor | None) -> list[int]:
 def _panels(panels: torch.Tensor, rows: slice) -> torch.Tensor:
     assert rows.start % PANEL == 0
     return panels[rows.start // PANEL : -(-rows.stop // PANEL)]
+
+
+def pack(kernels: Kernels, matrix: torch.Tensor | QuantizedMatrix) -> CpuWeight:
+    """Packs a matrix [out_features, in_features] into panels."""
+    if isinstance(matrix, QuantizedMatrix):
+        return _pack_integers(kernels, matrix)
+    rows, columns = matrix.shape
+    matrix = matrix.contiguous()
+    panels = matrix.new_empty((-(-rows // PANEL), PANEL * (columns + columns % 2 * (matrix.itemsize == 2))))
+    kernels.call(
+        "pack_weight",
+        kind=KINDS[matrix.dtype],
+        n=rows,
+        k=columns,
+        weight=matrix.data_ptr(),
+        packed=panels.data_ptr(),
+    )
+    return FloatWeight(panels, rows, columns)
+
+
+def _pack_integers(kernels: Kernels, matrix: QuantizedMatrix) -> IntegerWeight:
+    rows, columns = matrix.values.shape
+    form = {"bits": matrix.bits, "group": matrix.group}
+    size = kernels.call("quantized_bytes", n=rows, k=columns, **form)
+    panels = torch.empty((-(-rows // PANEL), size // -(-rows // PANEL)), dtype=torch.uint8)
+    offsets = None if matrix.offsets is None else matrix.offsets.contiguous()
+    values, scales = matrix.values.contiguous(), matrix.scales.contiguous()
+    kernels.call(
+        "pack_quantized",
+        n=rows,
+        k=columns,
+        values=values.data_ptr(),
+        scales=scales.data_ptr(),
+        offsets=None if offsets is None else offsets.data_ptr(),
+        packed=panels.data_ptr(),
+        **form,
+    )
+    return IntegerWeight(panels, rows, columns, matrix.bits, matrix.group)

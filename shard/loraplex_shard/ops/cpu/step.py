@@ -1,0 +1,76 @@
+"""A step's batch as the CPU's kernels read it."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from loraplex_shard.ops.cpu.program import StepNumber
+from loraplex_shard.shapes.batch import Batch, Segment
+
+Ints = np.ndarray[tuple[int], np.dtype[np.int64]]
+
+SEGMENTS = ("segments", "segment_starts", "segment_stops", "segment_adapters", "segment_table_rows")
+
+# The numbers that recorded calls take from a step, in the order of CpuStep.numbers.
+STEP = (
+    "tokens",
+    "positions",
+    "indices",
+    "chunks",
+    "starts",
+    "contexts",
+    "tables",
+    "table_width",
+    *SEGMENTS,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class CpuSegments:
+    """Segments as kernels read them: runs of rows that use the same adapter."""
+
+    starts: Ints
+    stops: Ints
+    tables: Ints  # addresses of the adapters' tables
+    table_rows: Ints  # rows of each table
+    int8: bool
+
+    @classmethod
+    def of(cls, segments: tuple[Segment, ...]) -> "CpuSegments":
+        return cls(
+            np.array([segment.start for segment in segments], np.int64),
+            np.array([segment.stop for segment in segments], np.int64),
+            np.array([segment.adapter.table.data_ptr() for segment in segments], np.int64),
+            np.array([len(segment.adapter.table) for segment in segments], np.int64),
+            any(segment.adapter.int8 for segment in segments),
+        )
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        columns = self.starts, self.stops, self.tables, self.table_rows
+        return len(self.starts), *(column.ctypes.data for column in columns)
+
+
+class CpuStep:
+    """A batch as kernels read it. `numbers` has the values of STEP. The step keeps the arrays that they point to."""
+
+    def __init__(self, batch: Batch) -> None:
+        self.batch = batch
+        self.starts = np.array(batch.starts, np.int64)
+        self.contexts = np.array(batch.context_lengths, np.int64)
+        self.segments = CpuSegments.of(batch.segments)
+        self.numbers = (
+            batch.token_ids.data_ptr(),
+            batch.positions.data_ptr(),
+            batch.cache_indices.data_ptr(),
+            len(self.contexts),
+            self.starts.ctypes.data,
+            self.contexts.ctypes.data,
+            batch.block_tables.data_ptr(),
+            batch.block_tables.shape[1],
+            *self.segments.numbers,
+        )
+
+    def __getitem__(self, name: str) -> StepNumber:
+        place = STEP.index(name)
+        return StepNumber(self.numbers[place], place)
