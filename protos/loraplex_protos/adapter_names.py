@@ -32,6 +32,25 @@ def is_name(name: str) -> bool:
     return len(parts) <= MAX_PARTS and _size(name) <= MAX_BYTES and all(map(is_part, parts))
 
 
+def why_not(name: str) -> str:
+    """What is wrong with a name that is not valid, and the rule."""
+    parts = name.split("/")
+    character = next((c for c in name if c in FORBIDDEN or not c.isprintable()), None)
+    if character is not None:
+        wrong = f"it has {character!r}" if character.isprintable() else f"it has the character U+{ord(character):04X}"
+    elif not all(parts):
+        wrong = "a part is empty"
+    elif any(part.startswith(".") for part in parts):
+        wrong = "a part begins with a dot"
+    elif any(part != part.strip(" ") for part in parts):
+        wrong = "a part begins or ends with a space"
+    elif len(parts) > MAX_PARTS:
+        wrong = f"it has {len(parts)} parts"
+    else:
+        wrong = f"it has {_size(name)} bytes, or a part more than {MAX_PART_BYTES}"
+    return f"{wrong}: {RULE}"
+
+
 def is_id(id: str) -> bool:
     """Whether a request may use this id: a name, or an address such as s3://bucket/folder or /srv/adapters/name. Each
     source interprets its own addresses."""

@@ -24,7 +24,19 @@ from tests.shard.lora_models import BASE, edit_config, layouts, save_adapter
 
 NFC, NFD = (unicodedata.normalize(form, "Müller-Straße") for form in ("NFC", "NFD"))
 GOOD = ["sql v2", "a=b", "team@2024-01", "naïve", NFC, "日本語", "100%", "a%20b", "it's (new)", "-x", "a:b", "_+~#&!"]
-BAD = ["a,b", "a*", "what?", "[x]", "back\\slash", " leading", "trailing ", ".hidden", "tab\there", "line\nbreak"]
+BAD = {
+    "a,b": "it has ','",
+    "a*": "it has '*'",
+    "what?": "it has '?'",
+    "[x]": "it has '['",
+    "back\\slash": r"it has '\\'",
+    " leading": "begins or ends with a space",
+    "trailing ": "begins or ends with a space",
+    ".hidden": "a part begins with a dot",
+    "tab\there": "it has the character U+0009",
+    "line\nbreak": "it has the character U+000A",
+    "a/b/c/d/e": "it has 5 parts",
+}
 
 
 @pytest.fixture(scope="module")
@@ -58,14 +70,15 @@ def test_a_sound_adapter_is_listed_and_found_by_its_name(name: str, sound: Path,
 @pytest.mark.parametrize("name", BAD)
 def test_folders_with_invalid_names_are_listed_with_the_rule(name: str, sound: Path, tmp_path: Path) -> None:
     shutil.copytree(sound, tmp_path / name)
-    assert "a name has 1 to 4 parts" in listed(tmp_path)[name].fault
+    fault = listed(tmp_path)[name].fault
+    assert f"{BAD[name]}: a name has 1 to 4 parts" in fault
     with pytest.raises(AdapterNotFoundError):
         store_of(tmp_path).stage(name, "local", "", "")
 
 
 def test_a_folder_name_that_is_not_text_is_listed_escaped(sound: Path, tmp_path: Path) -> None:
     shutil.copytree(sound, os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
-    assert "a name has" in listed(tmp_path)["caf\\xe9"].fault
+    assert "it is not UTF-8: a name has" in listed(tmp_path)["caf\\xe9"].fault
 
 
 @pytest.mark.parametrize("on_disk", [NFC, NFD])

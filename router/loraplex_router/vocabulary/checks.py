@@ -4,7 +4,7 @@ import re
 from collections.abc import Collection
 from math import isfinite
 
-from loraplex_protos.adapter_names import RULE, is_id
+from loraplex_protos.adapter_names import is_id, why_not
 from loraplex_protos.errors import quote
 from loraplex_router.vocabulary.references import AdapterReference, MergedReference
 from loraplex_router.vocabulary.request import AS_MANY_AS_FIT, EmbedRequest, Request
@@ -77,7 +77,7 @@ def check_reference(
 ) -> None:
     found.check(bool(reference.id), f"{name}.id", "name an adapter, or omit `adapter` for the base model")
     right = not reference.id or is_id(reference.id)
-    found.check(right, f"{name}.id", f"{quote(reference.id)} is not a valid adapter name: {RULE}")
+    found.check(right, f"{name}.id", f"{quote(reference.id)} is not a valid adapter name: {why_not(reference.id)}")
     for field_name in ("revision", "token"):
         short = len(getattr(reference, field_name)) <= MAX_REFERENCE_LENGTH
         found.check(short, f"{name}.{field_name}", f"at most {MAX_REFERENCE_LENGTH} characters")

@@ -10,7 +10,7 @@ from pathlib import Path
 from threading import Lock
 from typing import NamedTuple
 
-from loraplex_protos.adapter_names import MAX_PARTS, RULE, is_part, normal
+from loraplex_protos.adapter_names import MAX_PARTS, RULE, is_part, normal, why_not
 from loraplex_protos.errors import AdapterInvalidError
 from loraplex_shard.lora.peft.config import AdapterConfig
 from loraplex_shard.lora.peft.parsing import parse_config
@@ -151,7 +151,8 @@ class LocalListing:
         elif is_part(part) and len(names) < MAX_PARTS:
             yield from self._walk(path, (*names, part))
         elif os.path.isfile(os.path.join(path, CONFIG)):
-            yield _Found(id, path, fault=f"it cannot be asked for by this name: {RULE}")
+            reason = why_not(id) if _is_text(entry.name) else f"it is not UTF-8: {RULE}"
+            yield _Found(id, path, fault=f"it cannot be asked for by this name: {reason}")
 
     def _holds(self, path: str) -> bool:
         return is_inside(Path(path), Path(self._root))
@@ -199,6 +200,11 @@ def _state(found: _Found) -> object:
     except OSError:
         return None
     return found.files, *((s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for s in statuses)
+
+
+def _is_text(name: str) -> bool:
+    """Whether a folder's name is not just bytes."""
+    return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def _shown(name: str) -> str:
