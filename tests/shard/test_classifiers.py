@@ -9,6 +9,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
 from transformers import (
     AutoConfig,
     Gemma2Config,
@@ -16,10 +17,13 @@ from transformers import (
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
+    LlamaForCausalLM,
     MistralConfig,
     OPTConfig,
     Phi3Config,
     PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
@@ -207,3 +211,53 @@ def test_an_encoder_that_classifies_is_refused_by_name(tmp_path: Path) -> None:
     save_classifier(config, tmp_path)
     with pytest.raises(CheckpointError, match="BertLMHeadModel is not served"):
         open_runner(tmp_path)
+
+
+def save_reranker(directory: Path, tied: bool, **fields: object) -> PreTrainedModel:
+    """A language model that answers with tokens, whose configuration has what makes a classifier of it in vLLM."""
+    model = LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=tied, initializer_range=0.3)).eval()
+    model.save_pretrained(directory)
+    words = models.WordLevel({f"w{token}": token for token in range(96)}, unk_token="w0")
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words)).save_pretrained(directory)
+    config = json.loads((directory / "config.json").read_text())
+    config |= {"architectures": ["LlamaForSequenceClassification"], "classifier_from_token": ["w5", "w9"], **fields}
+    (directory / "config.json").write_text(json.dumps(config))
+    return model
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("fields", [{"method": "from_2_way_softmax"}, {"is_original_qwen3_reranker": True}])
+def test_a_language_model_that_answers_no_or_yes_is_a_classifier_of_its_answers(
+    fields: dict[str, object], tied: bool, tmp_path: Path
+) -> None:
+    model = save_reranker(tmp_path, tied, **fields)
+    runner, _ = open_runner(tmp_path)
+    for prompt, ours in zip(PROMPTS, classify(runner, PROMPTS), strict=True):
+        answers = model(input_ids=torch.tensor([prompt])).logits[0, -1, [5, 9]]
+        torch.testing.assert_close(ours.sigmoid(), answers.softmax(-1)[1:].detach(), atol=1e-5, rtol=1e-3)
+    classifier = open_checkpoint(str(tmp_path)).classifier()
+    assert classifier is not None and classifier.classes.joins_pairs and classifier.classes.labels == ("w9",)
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"method": "from_2_way_softmax", "classifier_from_token": ["w5", "yes"]}, "the tokenizer has no token 'yes'"),
+        ({"method": "from_2_way_softmax", "classifier_from_token": ["w5"]}, "takes two tokens, not 1"),
+        ({"method": "another"}, "method 'another' is not served, only from_2_way_softmax and no_post_processing"),
+        ({"method": "from_2_way_softmax", "classifier_from_token": "w5"}, "is not a list of tokens"),
+    ],
+)
+def test_answers_that_make_no_classifier_are_refused_by_name(
+    fields: dict[str, object], reason: str, tmp_path: Path
+) -> None:
+    save_reranker(tmp_path, False, **fields)
+    with pytest.raises(CheckpointError, match=reason):
+        open_runner(tmp_path)
+
+
+def test_answers_may_be_labels_as_they_are(tmp_path: Path) -> None:
+    model = save_reranker(tmp_path, False, method="no_post_processing", classifier_from_token=["w5", "w9", "w2"])
+    (ours,) = classify(open_runner(tmp_path)[0], PROMPTS[:1])
+    theirs = model(input_ids=torch.tensor(PROMPTS[:1])).logits[0, -1, [5, 9, 2]].detach()
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)

@@ -41,6 +41,8 @@ HABITS = {
     "--api-key": "--api-keys FILE, which holds hashes of keys",
     "--trust-remote-code": "not supported: a model's code is never run",
     "--chat-template": "not supported: put chat_template.jinja into the model's directory",
+    "--hf-overrides": "not supported: change config.json in a copy of the model",
+    "--hf_overrides": "not supported: change config.json in a copy of the model",
     "--download-dir": "the variable HF_HOME",
     "--cors-allow-origin": "--cors-origins",
     "--allowed-origins": "--cors-origins",

@@ -8,6 +8,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
+from loraplex_shard.checkpoint.answers import is_of_answers, read_answers
 from loraplex_shard.checkpoint.base import CheckpointError, PoolingSpec, TokenizerFiles, errors_of
 from loraplex_shard.checkpoint.classifier import classifies, read_classifier, tensors_of_classifier
 from loraplex_shard.checkpoint.end_tokens import end_token_ids
@@ -110,6 +111,8 @@ class SafetensorsCheckpoint:
 
     def classifier(self) -> Classifier | None:
         with errors_of(self.model_id):
+            if self.classifies and is_of_answers(self.config):
+                return read_answers(self, self.names, self.config, self._tokenizer)
             return read_classifier(self, self._classifier, self.config) if self.classifies else None
 
     def _processor_template(self) -> str:
