@@ -78,6 +78,7 @@ def test_a_prompt_without_the_invocation_is_answered_by_the_base_model_with_a_wa
         "/v1/chat/completions": {"model": "activated1", "messages": [{"role": "user", "content": "Hi"}]},
         "/v1/embeddings": {"model": "activated1", "input": "A fox"},
         "/embed": {"inputs": "A fox", "parameters": {"adapter_id": "activated1"}},
+        "/score": {"model": "activated1", "text_1": "A fox", "text_2": "A dog"},
         "/generate_stream": {"inputs": "A fox", "parameters": {"adapter_id": "activated1"}},
     }.items():
         data = json.dumps({**body, "max_tokens": 2}).encode()

@@ -39,6 +39,7 @@ class ScoreRequest:
 class Scores:
     values: list[float]  # one per pair
     prompt_tokens: int  # of all of them together
+    warnings: tuple[str, ...] = ()  # what its reader should know
 
 
 async def score(service: Service, request: ScoreRequest, key: str | None = None) -> Scores:
@@ -75,7 +76,8 @@ async def _compare(service: Service, request: ScoreRequest, key: str | None) -> 
     count = len(request.queries)
     queries = vectors[:count] * (len(request.documents) if count == 1 else 1)
     values = [_cosine(query, document) for query, document in zip(queries, vectors[count:], strict=True)]
-    return Scores(values, sum(each.prompt_tokens for each in found))
+    warnings = dict.fromkeys(warning for each in found for warning in each.warnings)
+    return Scores(values, sum(each.prompt_tokens for each in found), tuple(warnings))
 
 
 async def _shortened(service: Service, texts: Sequence[str], most: int) -> list[str]:

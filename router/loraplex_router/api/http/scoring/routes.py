@@ -13,6 +13,7 @@ from loraplex_router.api.http.json_body import JsonAnswer, JsonRoute
 from loraplex_router.api.http.model_names import answered_name, read_model_name
 from loraplex_router.api.http.openai_errors import ERRORS
 from loraplex_router.api.http.scoring.schema import Options, RerankAnswer, RerankBody, ScoreAnswer, ScoreBody
+from loraplex_router.api.http.warning_header import warning_header
 from loraplex_router.service.scoring import ScoreRequest, Scores, score
 
 NAMES = (("queries", "documents"), ("queries", "items"), ("data_1", "data_2"), ("text_1", "text_2"))
@@ -35,7 +36,7 @@ async def score_pairs(body: ScoreBody, call: Call) -> Response:
         "data": [{"index": index, "object": "score", "score": value} for index, value in enumerate(found.values)],
         "usage": usage,
     }
-    return JsonAnswer(answer)
+    return JsonAnswer(answer, headers=warning_header([found]))
 
 
 @reranking.post("", responses={200: {"model": RerankAnswer}, **ERRORS}, response_model_exclude_none=True)
@@ -54,7 +55,7 @@ async def rerank(body: RerankBody, call: Call) -> Response:
         "usage": _usage(found),
         "results": results,
     }
-    return JsonAnswer(answer)
+    return JsonAnswer(answer, headers=warning_header([found]))
 
 
 def _read_pairs(body: ScoreBody) -> tuple[list[str], list[str]]:
