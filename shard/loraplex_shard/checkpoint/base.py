@@ -66,7 +66,7 @@ class Checkpoint(Protocol):
 
     @property
     def classifies(self) -> bool:
-        """Whether it was saved from a class that has a classifier in place of the lm head."""
+        """Whether the checkpoint was saved from a class with a classifier instead of the lm head."""
 
     @property
     def names(self) -> frozenset[str]:
@@ -109,4 +109,4 @@ class Checkpoint(Protocol):
     def tokenizer(self) -> TokenizerFiles: ...
 
     def classifier(self) -> Classifier | None:
-        """Of a model that classifies. Its tensors are not among `names`."""
+        """The classifier of a model that classifies. Its tensors are not in `names`."""

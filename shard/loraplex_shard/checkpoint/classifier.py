@@ -1,5 +1,5 @@
 """Models that classify: transformers' ...ForSequenceClassification and ...ForTokenClassification of a decoder. They are
-the decoder with a linear layer on its last hidden states."""
+a decoder with a linear layer on its last hidden states."""
 
 import re
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import (
 from loraplex_shard.checkpoint.base import CheckpointError
 from loraplex_shard.shapes.classifier import Activation, Classes, Classifier, activation_of, most_labels
 
-NAMES = ("score", "classifier")  # what transformers' classes call the layer
+NAMES = ("score", "classifier")  # the layer's names in transformers' classes
 _ACTIVATION = re.compile(r"torch\.nn\.modules\.(?:activation|linear)\.(\w+)")
 
 
@@ -25,14 +25,14 @@ class Tensors(Protocol):
 
 
 def classifies(config: PreTrainedConfig) -> bool:
-    """Whether the class that config.json names is one that classifies."""
+    """Whether the class named in config.json classifies."""
     kinds = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES
     named = {names.get(config.model_type) for names in kinds} - {None}
     return not named.isdisjoint(config.architectures or ())
 
 
 def tensors_of_classifier(names: frozenset[str]) -> frozenset[str]:
-    """Those of a checkpoint's tensors that are the classifier's."""
+    """The tensors of a checkpoint that belong to the classifier."""
     return names.intersection(f"{module}.{kind}" for module in NAMES for kind in ("weight", "bias"))
 
 
@@ -68,7 +68,8 @@ def read_classifier(tensors: Tensors, names: frozenset[str], config: PreTrainedC
 
 
 def _check_bias(tensors: Tensors, names: frozenset[str], bias: str, wanted: bool, architecture: str) -> None:
-    """transformers would ignore one that its class does not have, and make one up that is missing."""
+    """Checks the bias: transformers would ignore one that its class does not have, and initialize one that is
+    missing."""
     if wanted and bias not in names:
         raise CheckpointError(f"missing tensor {bias}")
     if not wanted and bias in names and tensors.read(bias).any():
@@ -76,8 +77,8 @@ def _check_bias(tensors: Tensors, names: frozenset[str], bias: str, wanted: bool
 
 
 def read_activation(config: Mapping[str, Any], labels: int) -> Activation:
-    """Of a classifier with this config.json: what its problem_type says or, in cross-encoders without one, the function
-    that sentence-transformers has stored. Raises CheckpointError for a function that is not served."""
+    """The function of a classifier with this config.json. It follows from problem_type or, for cross-encoders without
+    one, is the function that sentence-transformers stored. Raises CheckpointError for a function that is not served."""
     usual = activation_of(labels, config.get("problem_type"))
     if config.get("problem_type") is not None:
         return usual

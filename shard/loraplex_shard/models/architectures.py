@@ -21,7 +21,7 @@ def is_known(architecture: str) -> bool:
 
 
 def is_text_served_alone(architecture: str) -> bool:
-    """Whether only the text model of this architecture is served, which also reads pictures or sound."""
+    """Whether this architecture also reads pictures or sound, so that only its text model is served."""
     return architecture in _TEXT_PARTS or architecture in _TEXT_PARTS_ELSEWHERE
 
 
@@ -131,7 +131,8 @@ _TEXT_PARTS = dict.fromkeys(
     "model.language_model",
 ) | dict.fromkeys(("Idefics3ForConditionalGeneration", "SmolVLMForConditionalGeneration"), "model.text_model")
 
-# Models whose text model only transformers' code computes, by itself: the whole model cannot be built or run here.
+# Models whose text model is computed by transformers' code. It is built by itself, since the whole model cannot be
+# built or run here.
 _TEXT_PARTS_ELSEWHERE = frozenset({"Gemma3nForConditionalGeneration", "Llama4ForConditionalGeneration"})
 
 # Text models for which transformers has no class of their own, by model_type. For text alone, their positions are

@@ -57,7 +57,7 @@ def load_decoder(
     layers = [module for module in decoder.modules() if isinstance(module, LoadableLayer)]
     decoder.served = ServedMatrices(layers, tensors, form, embedding if spec.tied else None)
     if spec.tied:
-        decoder.lm_head.matrix = ()  # its bias, if it has one, is its own
+        decoder.lm_head.matrix = ()  # if it has a bias, that is not tied
     for layer in layers:
         layer.choose_slices(tensors)
     slices = [tensor_slice for layer in layers for tensor_slice in layer.all_slices]
@@ -76,7 +76,7 @@ def load_decoder(
 
 def _check(checkpoint: Checkpoint, tensors: Tensors, slices: Iterable[TensorSlice], spare_head: bool) -> None:
     """Checks the decoder's tensors: there must be all of them, with their shapes, and no others. `spare_head`: a tensor
-    of the lm head has no use, and is ignored."""
+    of the lm head is not used, and is ignored."""
     shapes = {tensor_slice.tensor: tensor_slice.shape for tensor_slice in slices}
     missing = shapes.keys() - tensors.names
     if missing:
@@ -95,8 +95,8 @@ def _check(checkpoint: Checkpoint, tensors: Tensors, slices: Iterable[TensorSlic
 
 def _is_redundant(tensors: Tensors, name: str, spare_head: bool) -> bool:
     """Whether a tensor can be ignored. Old checkpoints have RoPE's constants and causal masks. Some have a copy of the
-    embedding as their tied lm head, or an lm head beside their classifier. GPTQ's tools give every layer a bias, which
-    is zeros if the model has none."""
+    embedding as their tied lm head, or an lm head in addition to their classifier. GPTQ's tools give every layer a
+    bias, which is zeros if the model has none."""
     if name.endswith((".attn.bias", ".attn.masked_bias")):
         return True
     if name.endswith(".bias"):

@@ -36,7 +36,7 @@ class DecoderPartition:
         return self._column("qkv", index, 0, spec.names.qkv, features, runs)
 
     def _qkv_by_group(self, index: int) -> LinearLayout:
-        """Where one module has each KV head's key and value behind the query heads that read it."""
+        """The layout for a module in which each KV head's key and value follow the query heads that read it."""
         spec, (module,) = self._spec, self._spec.names.qkv
         readers = spec.heads // spec.kv_heads
         query, kv = self.head_partition.query, range(self.head_partition.kv.start, self.head_partition.kv.stop)

@@ -13,7 +13,7 @@ from loraplex_shard.ops.base import Rotary
 PLAIN: dict[str, Any] = {
     "rope_type": "default",
     "rope_theta": 10000.0,
-}  # of configurations that do not describe it, such as GPT-J's
+}  # for configurations that do not describe it, such as GPT-J's
 
 
 def rotary(config: PreTrainedConfig, spec: RotarySpec, max_model_len: int) -> Rotary:

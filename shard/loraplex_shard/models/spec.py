@@ -90,7 +90,7 @@ class DecoderSpec:
     windows: tuple[int | None, ...]  # per layer: number of positions that a token sees, itself included; None: all
     rotary: tuple[RotarySpec | None, ...]  # per layer; None: queries and keys are not rotated
     qkv_bias: bool = False
-    qkv_by_group: bool = False  # a fused projection has each KV head behind the query heads that read it
+    qkv_by_group: bool = False  # in a fused projection, each KV head follows the query heads that read it
     o_bias: bool = False
     sinks: bool = False  # attention has one more score for each head, without a position
     qk_norm: Literal["head", "width"] | None = None  # before rotation: over each head, or over all heads together

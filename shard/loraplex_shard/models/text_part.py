@@ -39,7 +39,7 @@ class TextPart:
 
 
 class TextModel(TextPart):
-    """The text part as a checkpoint by itself, of the class that transformers has for the text model alone."""
+    """The text part as a checkpoint by itself, with transformers' class for the text model."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__(checkpoint, "model")

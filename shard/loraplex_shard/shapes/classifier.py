@@ -1,4 +1,4 @@
-"""The linear layer that gives labels to a sequence or to each of its tokens. Whole on every rank, and never rounded."""
+"""The linear layer that classifies a sequence or each of its tokens. It is whole on every rank, and never quantized."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -7,15 +7,15 @@ from enum import Enum
 import torch
 from torch.nn.functional import linear
 
-# What a step answers, for all of its texts or for all of their tokens, must fit into one message.
+# The answer of a step, for all of its texts or for all of their tokens, must fit into one message.
 MAX_LABELS, MAX_TOKEN_LABELS = 2**14, 2**10
 
 
 class Activation(Enum):
-    """What makes scores of logits. The values are those of generation.proto."""
+    """The function that turns logits into scores. The values are those of generation.proto."""
 
     SOFTMAX = 1  # the scores of all labels add up to 1
-    SIGMOID = 2  # each label's by itself
+    SIGMOID = 2  # each label's score is independent of the others
     NONE = 3
 
 
@@ -23,7 +23,7 @@ _OF_PROBLEMS = {"regression": Activation.NONE, "multi_label_classification": Act
 
 
 def activation_of(labels: int, problem_type: str | None = None) -> Activation:
-    """As vLLM has it. `problem_type` is transformers'."""
+    """The function for a problem type, as in vLLM. `problem_type` is transformers'."""
     return _OF_PROBLEMS.get(problem_type or "", Activation.SOFTMAX if labels > 1 else Activation.SIGMOID)
 
 
@@ -33,12 +33,12 @@ def most_labels(of_tokens: bool) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Classes:
-    """What a classifier tells apart."""
+    """The classes of a classifier."""
 
-    of_tokens: bool  # each token is classified by itself, else the sequence
+    of_tokens: bool  # each token is classified, not the sequence
     labels: tuple[str, ...]  # in the order of the logits
     activation: Activation
-    joins_pairs: bool = False  # of two texts, the second is directly behind the first
+    joins_pairs: bool = False  # the second of two texts follows the first one directly
     pad_token_id: int | None = None  # a sequence is classified at its last token that is not this one
 
 
@@ -49,7 +49,7 @@ class Classifier:
     classes: Classes
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[..., hidden] as the lm head takes them -> [..., labels] float32."""
+        """[..., hidden], the input of the lm head -> [..., labels] float32."""
         return linear(hidden.float(), self.weight, self.bias)
 
     @property
@@ -57,5 +57,5 @@ class Classifier:
         return (self.weight,) if self.bias is None else (self.weight, self.bias)
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Classifier":
-        """The same with each tensor replaced."""
+        """Returns a copy with the function applied to each tensor."""
         return replace(self, weight=function(self.weight), bias=None if self.bias is None else function(self.bias))

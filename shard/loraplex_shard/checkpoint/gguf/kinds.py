@@ -200,7 +200,7 @@ KINDS: Mapping[str, Kind] = {
     "stablelm": Kind("stablelm", _stablelm, eps="layer_norm_eps", partial=True),
     "arcee": Kind("arcee", _llama),
     "ernie4_5": Kind("ernie4_5", _ernie),
-    # The text models of those that read pictures, which are in a file of their own.
+    # The text models of models that read pictures. They are in separate files.
     "qwen2vl": Kind("qwen2"),
     "qwen3vl": Kind("qwen3", _olmo2),
     "qwen3vlmoe": Kind("qwen3_moe", lambda fields: _experts(fields) | {"norm_topk_prob": True}),

@@ -57,7 +57,7 @@ class BaseModel:
     hidden_size: int = 0
     pad_token_id: int | None = None
     classes: Classes | None = None  # of its classifier
-    is_text_part: bool = False  # of a model that reads pictures as well
+    is_text_part: bool = False  # it is the text part of a model that also reads pictures
 
     @property
     def backbone(self) -> str:

@@ -1,5 +1,5 @@
 """The classifier of an adapter: the linear layer on the last hidden states that PEFT trains and saves whole
-(modules_to_save) for sequence and token classification. What its labels mean is said beside it, if anywhere."""
+(modules_to_save) for sequence and token classification. The meaning of its labels may be in another file beside it."""
 
 import re
 from collections.abc import Mapping
@@ -32,12 +32,12 @@ def is_of_classifier(name: str) -> bool:
 def read_classifier(
     config: AdapterConfig, tensors: Mapping[str, torch.Tensor], said: ModelConfig, base: BaseModel
 ) -> tuple[Classifier | None, tuple[str, ...]]:
-    """The classifier among an adapter's tensors, by PEFT's names, if there is one, and what may be wrong with it.
+    """The classifier among an adapter's tensors, by PEFT's names, if there is one, and its possible problems.
 
-    `said`: by a config.json beside the adapter. Raises AdapterInvalidError for one that does not fit.
+    `said` is what a config.json beside the adapter says. Raises AdapterInvalidError for a classifier that does not fit.
     """
     found = {name: match for name in tensors if (match := _TENSOR.fullmatch(name))}
-    # PEFT keeps what the base had beside what it trains.
+    # PEFT keeps the base's own classifier in addition to the trained one.
     own = {name: m for name, m in found.items() if m["wrapper"] not in (".original_module", ".base_layer")}
     if not own:
         return None, _missed(config, base)
@@ -92,8 +92,8 @@ def _of_tokens(config: AdapterConfig, base: BaseModel) -> bool:
 def _labels(
     config: AdapterConfig, said: ModelConfig, base: BaseModel, count: int
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Their names, as transformers has them if nobody has given them any; and what may be wrong with those that
-    somebody has."""
+    """The labels' names, and possible problems with them. Without given names, they have transformers' default
+    names."""
     named = {CONFIG: config.labels, "config.json": said.labels}
     doubts = tuple(
         f"{file}: id2label has {len(labels)} labels, but the classifier {count}: ignored"
@@ -106,7 +106,8 @@ def _labels(
 
 
 def _activation(said: ModelConfig, base: BaseModel, count: int) -> Activation:
-    """PEFT's classifiers are those of a model with the base's configuration, unless another lies beside."""
+    """The classifier's function. PEFT's classifiers belong to a model with the base's configuration, unless there is
+    another config.json beside the adapter."""
     if said.problem_type:
         return activation_of(count, said.problem_type)
     if base.classes is not None and len(base.classes.labels) == count:

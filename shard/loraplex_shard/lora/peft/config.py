@@ -44,21 +44,21 @@ UNSUPPORTED_FIELDS = frozenset(
         "trainable_token_indices",
     }
 )
-# What can be done with an adapter that has one of these.
+# What a user can do with an adapter that has one of these fields.
 _WAYS_OUT = {
     "arrow_config": "Arrow chooses among several adapters for each token: ask for one of them",
     "kasa_config": f"KaSA takes a part of the base's matrices away: {TO_MODEL}",
     "layer_replication": f"the base would have more layers: {TO_MODEL}",
 }
-# What acts on every position, so that an activated adapter cannot have it.
+# Fields whose effect is on every position, so an activated adapter cannot have them.
 _EVERYWHERE = ("modules_to_save", "trainable_token_indices", "layer_replication")
 # What PEFT targets in the served models if a config names no modules.
 DEFAULT_TARGETS = ("q_proj", "v_proj")
 _SHOWN = 5
-_NEWEST_KNOWN = (0, 21, 2)  # of PEFT's versions
+_NEWEST_KNOWN = (0, 21, 2)  # the newest version of PEFT that is known here
 
 FEW = Field(max_length=4096)  # a few per module of the largest models
-MAX_INVOCATION = 1024  # tokens, or characters
+MAX_INVOCATION = 1024  # tokens or characters
 LoraRank = Annotated[int, Field(ge=1, le=MAX_LORA_RANK)]
 _AnyCase = BeforeValidator(lambda value: value.lower() if isinstance(value, str) else value)
 Modules = Annotated[list[str], FEW] | str | None
@@ -75,7 +75,7 @@ class AutoMapping(BaseModel):
 
 
 class BlockDiagonal(BaseModel):
-    """BD-LoRA: of which modules A or B has blocks on its diagonal alone. Names contain these."""
+    """BD-LoRA: the modules whose A or B is block-diagonal. A module matches if its name contains one of these."""
 
     model_config = ConfigDict(strict=True, frozen=True)
 
@@ -86,8 +86,8 @@ class BlockDiagonal(BaseModel):
 
 
 class AdapterConfig(BaseModel):
-    """The fields that decide which modules an adapter changes and by how much. Names, meanings and defaults are PEFT's;
-    kinds.py has what other kinds than LoRA have beside them."""
+    """The fields that decide which modules an adapter changes and by how much. Names, meanings and defaults are PEFT's.
+    kinds.py has the additional fields of other kinds than LoRA."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="allow", allow_inf_nan=False)
 
@@ -126,17 +126,17 @@ class AdapterConfig(BaseModel):
     alora_invocation_tokens: (
         Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=MAX_INVOCATION)] | None
     ) = None
-    # Of the library that had activated adapters before PEFT.
+    # This field is from the library that had activated adapters before PEFT.
     invocation_string: Annotated[str, Field(min_length=1, max_length=MAX_INVOCATION)] | None = None
 
     @property
     def is_activated(self) -> bool:
-        """Whether it acts only from a place in the prompt on: see invocation.py."""
+        """Whether the adapter acts only from some place in the prompt on: see invocation.py."""
         return self.alora_invocation_tokens is not None or self.invocation_string is not None
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """Of its classifier, if somebody has written them down here; PEFT does not."""
+        """The labels of its classifier, if somebody has written them here. PEFT does not."""
         return read_labels(self.model_extra or {})
 
     @property
@@ -146,13 +146,13 @@ class AdapterConfig(BaseModel):
         return sorted(name for name, value in (self.model_extra or {}).items() if value and name not in known)
 
     def scale(self, lora_rank: int, alpha: float) -> float:
-        """What the product of A and B is multiplied by."""
+        """The factor of the product of A and B."""
         # Rank-stabilized LoRA: arXiv 2312.03732.
         return alpha / (math.sqrt(lora_rank) if self.use_rslora else lora_rank)
 
 
 def check_config(config: AdapterConfig) -> None:
-    """Raises AdapterInvalidError naming the fields that are not supported, or contradict each other."""
+    """Raises AdapterInvalidError, naming the fields that are not supported or contradict each other."""
     _refuse_unsupported(config)
     _refuse_unknown(config)
     _refuse_contradictions(config)
@@ -171,7 +171,8 @@ def _refuse_unsupported(config: AdapterConfig) -> None:
 
 
 def _refuse_unknown(config: AdapterConfig) -> None:
-    """What a later PEFT has written may change what the adapter computes. So may what is said to be used."""
+    """Refuses unknown fields that a later version of PEFT has written, and those that are said to be used: they may
+    change what the adapter computes."""
     later = _version(config.peft_version) > _NEWEST_KNOWN
     refused = [name for name in config.unknown_fields if later or name.startswith("use_")]
     if refused:

@@ -33,7 +33,11 @@ def _about_the_base(config: AdapterConfig, base: BaseModel) -> list[str]:
     elif name and _COMMIT.fullmatch(revision) and _COMMIT.fullmatch(base.revision) and revision != base.revision:
         found.append(f"it was made for revision {revision} of the base model, but this is {base.revision}")
     made_for = config.auto_mapping.base_model_class if config.auto_mapping else None
-    others = ("Model", "ForSequenceClassification", "ForTokenClassification")  # the same without its head, or another
+    others = (
+        "Model",
+        "ForSequenceClassification",
+        "ForTokenClassification",
+    )  # the same with another head, or none
     alike = {base.architecture, *(base.architecture.replace("ForCausalLM", other) for other in others)}
     if made_for is not None and made_for not in alike:
         found.append(f"it was made for a {made_for[:100]} (auto_mapping), but this is a {base.architecture}")

@@ -1,6 +1,5 @@
-"""Adapters whose base was published in another form: with one qkv_proj where this one has q_proj, k_proj and v_proj, or
-the other way round, as there are both of Phi 3 and 4; or with ChatGLM's names, as there are both of GLM 4. What was
-trained is the same.
+"""Converts adapters that were trained on another form of the base. Phi 3 and 4 exist with one qkv_proj and with q_proj,
+k_proj and v_proj, and GLM 4 also exists with ChatGLM's names. The trained weights are the same.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -14,7 +13,7 @@ from loraplex_shard.lora.sources.files import TENSORS
 from loraplex_shard.lora.weights.deltas import Delta, name_of_a
 from loraplex_shard.shapes.layout import LinearLayout, LinearPart
 
-# By kind of layer: what its modules may be called, below what holds them.
+# By kind of layer: the possible names of its modules, below the module that holds them.
 _FORMS = {
     "qkv": (("q_proj", "k_proj", "v_proj"), ("qkv_proj",)),
     "gate_up": (("gate_proj", "up_proj"), ("gate_up_proj",)),
@@ -30,7 +29,7 @@ _CHATGLM = {
 def forms(
     layouts: Sequence[LinearLayout], architecture: str
 ) -> Iterator[tuple[LinearLayout, tuple[LinearLayout, ...]]]:
-    """Each layer, and as what else a trainer may have had it. The others are not cut for a rank."""
+    """Each layer, and the other forms in which a trainer may have had it. The other forms are not cut for a rank."""
     by_name = {layout.name: layout for layout in layouts}
     for layout in layouts:
         layer, _, kind = layout.name.rpartition(".")
@@ -49,7 +48,7 @@ def modules_in_any_form(layouts: Sequence[LinearLayout], architecture: str) -> t
 
 
 def as_trained(layouts: Sequence[LinearLayout], architecture: str, tensors: Collection[str]) -> list[LinearLayout]:
-    """Of each layer the form that an adapter's tensors, of PEFT's names, are of."""
+    """For each layer, the form to which an adapter's tensors belong, by PEFT's names."""
     return [
         next((other for other in others if not _is_in(layout, tensors) and _is_in(other, tensors)), layout)
         for layout, others in forms(layouts, architecture)
@@ -59,8 +58,8 @@ def as_trained(layouts: Sequence[LinearLayout], architecture: str, tensors: Coll
 def as_served(
     deltas: Mapping[str, Delta], trained: Sequence[LinearLayout], layouts: Sequence[LinearLayout]
 ) -> dict[str, Delta]:
-    """What was trained in one form of the layers, in the other. Raises AdapterInvalidError for what is more than A and
-    B in another form."""
+    """Converts deltas from the layers' trained form to the base's. Raises AdapterInvalidError for deltas in another
+    form that are more than A and B."""
     found: dict[str, Delta] = {}
     for own, layout in zip(trained, layouts, strict=True):
         of_layer = {part.module: deltas[part.module] for part in own.parts if part.module in deltas}
@@ -76,7 +75,7 @@ def _other_names(layout: LinearLayout, kind: str) -> list[tuple[str, ...]]:
 
 
 def _named(layout: LinearLayout, names: tuple[str, ...], query: int) -> LinearLayout:
-    """`query`: the outputs that are queries, if there are any."""
+    """`query` is the range of outputs that are queries, if there are any."""
     total = sum(part.out_features for part in layout.parts)
     sizes = {1: (total,), 2: (total // 2,) * 2, 3: (query, *((total - query) // 2,) * 2)}[len(names)]
     parts = tuple(LinearPart(name, size, ()) for name, size in zip(names, sizes, strict=True))
@@ -102,7 +101,7 @@ def _converted(deltas: Mapping[str, Delta], own: LinearLayout, layout: LinearLay
 
 
 def _expansions(deltas: Mapping[str, Delta], own: LinearLayout) -> Iterator[torch.Tensor]:
-    """B of each part, times its scale; of a part that is not adapted, rows without columns."""
+    """B of each part, times its scale. For a part that is not adapted, it has rows but no columns."""
     for part in own.parts:
         delta = deltas.get(part.module)
         yield torch.zeros(part.out_features, 0) if delta is None else delta.b.float() * delta.scale

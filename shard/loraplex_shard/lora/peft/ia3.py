@@ -1,7 +1,7 @@
-"""(IA)3: a factor for each output of a module, or for each input of those that are called feedforward.
+"""(IA)3: a factor for each output of a module, or for each input of a feedforward module.
 
-The inputs of a gated MLP's last module are products with the outputs of another one, so factors of the ones are factors
-of the others.
+The inputs of a gated MLP's last module are products with the outputs of another module, so a factor for such an input
+is the same as a factor for that output.
 """
 
 from collections.abc import Mapping, Sequence
@@ -54,7 +54,7 @@ def as_output_factors(
 
 
 def gated_mlps(layouts: Sequence[LinearLayout]) -> dict[str, str]:
-    """The last module of each gated MLP, and the one whose outputs are factors of its inputs."""
+    """The last module of each gated MLP, with the module whose outputs are factors of its inputs."""
     first = {layout.name: layout.parts for layout in layouts if layout.name.endswith(".gate_up")}
     found = {}
     for layout in layouts:

@@ -1,4 +1,4 @@
-"""What in a prompt activates an adapter: activated LoRA (aLoRA, arXiv 2504.12397). The router finds it there."""
+"""The tokens in a prompt that activate an adapter (aLoRA, arXiv 2504.12397). The router looks for them."""
 
 from loraplex_protos.errors import AdapterInvalidError
 from loraplex_shard.lora.peft.base import BaseModel
@@ -7,10 +7,11 @@ from loraplex_shard.lora.weights.deltas import Invocation
 
 
 def read_invocation(config: AdapterConfig, base: BaseModel) -> Invocation | None:
-    """None: the adapter is always active. Raises AdapterInvalidError for what no prompt can contain.
+    """Returns what activates the adapter; None if it is always active. Raises AdapterInvalidError if no prompt can
+    contain it.
 
-    PEFT has tokens, and starts with the first. The library that came before it (`pip install alora`) has a text, and
-    starts with the second token. PEFT would ignore that text, and have the adapter act everywhere.
+    PEFT's adapters have tokens, and act from the first of them on. The library before PEFT (`pip install alora`) has a
+    text, and its adapters act from the second token on. PEFT ignores that text, so the adapter acts everywhere.
     """
     if config.alora_invocation_tokens is not None:
         name, found = "alora_invocation_tokens", Invocation(tuple(config.alora_invocation_tokens))

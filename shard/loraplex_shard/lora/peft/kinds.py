@@ -12,14 +12,14 @@ _KEPT = re.compile(r"\.lora_E(\..*)?$")
 
 
 def _count_kept(masks: Any) -> Any:
-    """The lora_ranks that AdaLoRA's masks leave, by patterns of modules' names."""
+    """The lora_ranks that remain after AdaLoRA's masks, by patterns of module names."""
     if not isinstance(masks, dict):
         return masks
     return {re.escape(_KEPT.sub("", name)): sum(mask) for name, mask in masks.items() if isinstance(mask, list)}
 
 
 class AdaLoraConfig(AdapterConfig):
-    """A, B and a diagonal between them."""
+    """AdaLoRA: A, B and a diagonal matrix between them."""
 
     NEUTRAL: ClassVar[frozenset[str]] = AdapterConfig.NEUTRAL | {
         "beta1", "beta2", "deltaT", "orth_reg_weight", "r", "target_r", "tfinal", "tinit", "total_step",
@@ -32,7 +32,7 @@ class AdaLoraConfig(AdapterConfig):
     ] = None
 
     def scale(self, lora_rank: int, alpha: float) -> float:
-        return (alpha if alpha > 0 else lora_rank) / (self.r + 1e-5)  # whatever is left of that rank
+        return (alpha if alpha > 0 else lora_rank) / (self.r + 1e-5)  # with any number of remaining ranks
 
 
 class _LycorisConfig(AdapterConfig):
@@ -52,7 +52,7 @@ class LoHaConfig(_LycorisConfig):
 class LoKrConfig(_LycorisConfig):
     """The Kronecker product of two matrices, each of which may be a product."""
 
-    # What these come to is seen from the tensors' shapes.
+    # The effect of these fields shows in the tensors' shapes.
     NEUTRAL: ClassVar[frozenset[str]] = _LycorisConfig.NEUTRAL | {
         "decompose_both", "decompose_factor", "rank_dropout_scale",
     }  # fmt: skip
@@ -61,7 +61,7 @@ class LoKrConfig(_LycorisConfig):
 
 
 class VeraConfig(AdapterConfig):
-    """A and B that all modules share, random and untrained, and a vector beside each."""
+    """A and B are shared by all modules, random and untrained. Each module has a vector for each of them."""
 
     NEUTRAL: ClassVar[frozenset[str]] = AdapterConfig.NEUTRAL | {"d_initial", "init_weights", "vera_dropout"}
 
@@ -75,7 +75,7 @@ class VeraConfig(AdapterConfig):
 
 
 class MissConfig(AdapterConfig):
-    """B, and an A that sums the inputs by their places' remainders."""
+    """A trained B, with an A that sums the inputs whose indices have the same remainder."""
 
     NEUTRAL: ClassVar[frozenset[str]] = AdapterConfig.NEUTRAL | {"mini_r", "miss_dropout"}
 
@@ -88,7 +88,7 @@ class MissConfig(AdapterConfig):
 
 
 class Ia3Config(AdapterConfig):
-    """A factor for each output, or for each input of the modules that are called feedforward."""
+    """A factor for each output, or for each input of feedforward modules."""
 
     NEUTRAL: ClassVar[frozenset[str]] = AdapterConfig.NEUTRAL | {"init_ia3_weights"}
 
@@ -113,7 +113,7 @@ _NO_WEIGHTS = frozenset(
         "PROMPT_TUNING", "P_TUNING", "SHADOW", "XLORA",
     }
 )  # fmt: skip
-# PEFT's save_as_lora finds the LoRA that is nearest to these.
+# For these kinds, PEFT's save_as_lora finds the nearest LoRA.
 _CONVERTIBLE = frozenset(
     {
         "C3A", "DELORA", "FOURIERFT", "GRALORA", "MISS", "PSOFT", "RANDLORA", "TINYLORA", "UNILORA", "VBLORA", "WAVEFT",
@@ -123,7 +123,7 @@ TO_LORA = "convert it to LoRA with PEFT's save_as_lora(path, model, rank)"
 
 
 def way_out(kind: str) -> str:
-    """What can be done with an adapter of a kind that is not served."""
+    """What a user can do with an adapter of a kind that is not served."""
     if kind in _NO_WEIGHTS:
         return "it changes more than weights, so there is no LoRA like it"
     return TO_LORA if kind in _CONVERTIBLE else TO_MODEL

@@ -1,7 +1,7 @@
-"""Adapters as MLX-LM saves them, in PEFT's terms: `lora_a` [in_features, lora_rank], `lora_b` [lora_rank,
-out_features] and, for DoRA, `m`; for experts with a first dimension for these, and then the other way round.
+"""Converts adapters of MLX-LM to PEFT's form. They have `lora_a` [in_features, lora_rank], `lora_b` [lora_rank,
+out_features] and, for DoRA, `m`. For experts, they have a first dimension for these, and the other two are swapped.
 
-Its adapter_config.json has the arguments of the training. Which modules are adapted is seen from the tensors alone.
+Their adapter_config.json has the arguments of the training. Only the tensors show which modules are adapted.
 """
 
 import re
@@ -38,12 +38,12 @@ class _Arguments(BaseModel):
 
 
 class MlxConfig(AdapterConfig):
-    """What such an adapter's arguments say in PEFT's terms."""
+    """The adapter's arguments in PEFT's terms."""
 
     peft_type: Literal["MLX-LM"]
 
     def scale(self, lora_rank: int, alpha: float) -> float:
-        return alpha  # what MLX-LM calls the scale is the factor itself
+        return alpha  # MLX-LM's scale is the whole factor
 
 
 def is_mlx(fields: Mapping[str, Any]) -> bool:
@@ -52,7 +52,7 @@ def is_mlx(fields: Mapping[str, Any]) -> bool:
 
 
 def mlx_config(fields: Mapping[str, Any]) -> MlxConfig:
-    """Raises AdapterInvalidError for what cannot be served, pydantic's ValidationError for fields that are wrong."""
+    """Raises AdapterInvalidError if the adapter cannot be served, pydantic's ValidationError if fields are wrong."""
     if fields.get("fine_tune_type") == "full":
         raise AdapterInvalidError(
             "adapter_config.json: fine_tune_type 'full': this is a model, not an adapter: `mlx_lm.fuse` makes a"
@@ -75,7 +75,7 @@ def mlx_config(fields: Mapping[str, Any]) -> MlxConfig:
 
 
 def in_pefts_terms(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors with the names and dimensions that PEFT would have given them. Others stay as they are."""
+    """The tensors with PEFT's names and dimensions. Other tensors stay as they are."""
     found = {}
     for name, tensor in tensors.items():
         match = _NAME.fullmatch(name)

@@ -26,7 +26,7 @@ def name_of_magnitude(module: str) -> str:
 
 
 def name_of_factors(module: str) -> str:
-    """What the factors of a module's outputs are called once they are known: (IA)3's name for them."""
+    """The name of the factors for a module's outputs, which is (IA)3's name for them."""
     return f"{PREFIX}{module}.ia3_l"
 
 

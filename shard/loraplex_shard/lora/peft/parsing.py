@@ -1,4 +1,4 @@
-"""The bytes of adapter_config.json -> the configuration of one of the kinds that are served."""
+"""Parses adapter_config.json into the configuration of one of the kinds that are served."""
 
 import json
 import re
@@ -18,7 +18,8 @@ _SUBTRACTED = (
     " adapter as it was before training, save_pretrained(..., path_initial_model_for_weight_conversion=...) in PEFT"
     " makes plain LoRA of it; "
 )
-# PEFT subtracts the same again when it loads these on the original base; the others start from chance, or from data.
+# For these, PEFT subtracts the same again when it loads them on the original base. The others start from random numbers
+# or from data.
 _AGAIN = f"without it, {TO_MODEL}; "
 _LOFTQ = (
     "init_lora_weights 'loftq': the adapter makes up for what rounding did to its base, and PEFT has no conversion:"
@@ -27,7 +28,8 @@ _LOFTQ = (
 
 
 def parse_config(data: bytes) -> AdapterConfig:
-    """The validated config. Raises AdapterInvalidError naming the fields that are wrong or not supported."""
+    """Parses and validates the config. Raises AdapterInvalidError, naming the fields that are wrong or not
+    supported."""
     try:
         fields: Any = json.loads(data)
     except (ValueError, RecursionError):
@@ -64,7 +66,7 @@ def _refusal(fields: dict[str, Any]) -> str:
 
 
 def _describe(error: ValidationError) -> str:
-    """The first few errors as "field: reason", without the values, which may be long."""
+    """The first few errors as "field: reason". The values are left out, since they may be long."""
     errors = error.errors(include_url=False, include_context=False, include_input=False)
     lines = [": ".join((*(".".join(map(str, e["loc"]))[:100],) * bool(e["loc"]), e["msg"])) for e in errors]
     return "; ".join(lines[:_SHOWN_ERRORS])

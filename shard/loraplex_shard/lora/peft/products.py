@@ -1,5 +1,5 @@
-"""What the tensors of PEFT's other kinds of adapters come to: an A and a B for each module, whose product is theirs
-exactly, or a factor for each output. Everything after this knows LoRA alone.
+"""Converts PEFT's other kinds of adapters to an A and a B for each module, with exactly the same product, or to a
+factor for each output. All later code only knows LoRA.
 """
 
 from collections.abc import Callable, Mapping
@@ -32,12 +32,12 @@ Factors = tuple[torch.Tensor, torch.Tensor]  # A [lora_rank, in_features] and B 
 
 @dataclass(frozen=True, slots=True)
 class Module:
-    """One that is targeted."""
+    """A targeted module."""
 
     name: str
     in_features: int
     out_features: int
-    lora_rank: int  # as the configuration has it
+    lora_rank: int  # from the configuration
 
 
 def in_plain_terms(
@@ -47,10 +47,10 @@ def in_plain_terms(
     parts: Mapping[str, tuple[LinearLayout, LinearPart]],
     base: BaseModel,
 ) -> tuple[dict[str, torch.Tensor], dict[str, Target]]:
-    """The tensors by PEFT's names, with those of LoRA, or factors of outputs, in place of what stands for them, and the
-    targets with the lora_ranks that these have. `parts`: all modules of the base.
+    """Replaces the tensors of other kinds by those of LoRA or by factors for outputs. Returns all tensors by PEFT's
+    names, and the targets with the resulting lora_ranks. `parts` are all modules of the base.
 
-    Raises AdapterInvalidError, naming the tensor, for those that are missing, misshapen or not finite.
+    Raises AdapterInvalidError, naming the tensor, if one is missing, has a wrong shape or is not finite.
     """
     shapes = {module: (layout.in_features, part.out_features) for module, (layout, part) in parts.items()}
     if isinstance(config, Ia3Config):
@@ -65,7 +65,7 @@ def as_lora(
     targets: Mapping[str, Target],
     shapes: Mapping[str, tuple[int, int]],
 ) -> tuple[dict[str, torch.Tensor], dict[str, Target]]:
-    """The same for all kinds whose modules have an A and a B. `shapes`: in_features and out_features."""
+    """Does this for all kinds whose modules get an A and a B. `shapes` has in_features and out_features."""
     taken = Taken(tensors)
     factors = _factors(config, taken, [shapes[module] for module in targets])
     if factors is None:
@@ -87,7 +87,7 @@ def as_lora(
 
 
 def _factors(config: AdapterConfig, taken: Taken, shapes: list[tuple[int, int]]) -> Callable[[Module], Factors] | None:
-    """How a module's A and B are found. None: they are in the file as they are."""
+    """The function that computes a module's A and B. None: they are in the file."""
     match config:
         case AdaLoraConfig():
             return lambda module: _with_diagonal(taken, module)
@@ -114,7 +114,8 @@ def _with_diagonal(taken: Taken, module: Module) -> Factors:
 
 
 def _hadamard(taken: Taken, module: Module) -> Factors:
-    """(B A) * (D C) has for its rows and columns the products of those of both."""
+    """The elementwise product (B A) * (D C) as a product of two matrices: their columns and rows are elementwise
+    products of columns of B and D, and of rows of A and C."""
     r, name = module.lora_rank, f"{module.name}.hada_w"
     b, a = taken.take(f"{name}1_a", module.out_features, r), taken.take(f"{name}1_b", r, module.in_features)
     d, c = taken.take(f"{name}2_a", module.out_features, r), taken.take(f"{name}2_b", r, module.in_features)
@@ -135,7 +136,7 @@ def _kronecker(taken: Taken, module: Module) -> Factors:
 
 
 def _product(taken: Taken, name: str, lora_rank: int) -> Factors:
-    """A matrix, stored whole or as a product, as one."""
+    """Returns a matrix that is stored whole or as a product."""
     if not taken.has(name):
         b = taken.take(f"{name}_a", None, lora_rank)
         return taken.take(f"{name}_b", lora_rank, None), b
@@ -145,7 +146,7 @@ def _product(taken: Taken, name: str, lora_rank: int) -> Factors:
 
 
 def _projections(config: VeraConfig, taken: Taken, shapes: list[tuple[int, int]]) -> Factors:
-    """What all modules share: as large as the largest of them."""
+    """The matrices that all modules share. They are as large as the largest module needs."""
     if config.save_projection:
         return (
             taken.take("base_model.vera_A", config.r, None, shared=True),
@@ -154,7 +155,7 @@ def _projections(config: VeraConfig, taken: Taken, shapes: list[tuple[int, int]]
     inputs, outputs = (max(sizes) for sizes in zip(*shapes, strict=True))
     generator = torch.Generator().manual_seed(config.projection_prng_key)
     a, b = torch.empty(config.r, inputs), torch.empty(outputs, config.r)
-    for matrix in a, b:  # in this order, by He's initialization, as PEFT does it
+    for matrix in a, b:  # in this order and with He's initialization, as in PEFT
         bound = (6 / matrix.shape[1]) ** 0.5
         matrix.uniform_(-bound, bound, generator=generator)
     return a, b
@@ -172,7 +173,7 @@ def _between_vectors(taken: Taken, module: Module, a: torch.Tensor, b: torch.Ten
 
 
 def _summed(taken: Taken, module: Module, repeated: bool) -> Factors:
-    """Input i is added to those of the same remainder."""
+    """Inputs whose indices have the same remainder are summed."""
     lora_rank, outputs = module.lora_rank, module.out_features
     block = taken.take(f"{module.name}.miss_block", lora_rank, None if repeated else outputs)
     if outputs % max(block.shape[1], 1):
@@ -204,7 +205,8 @@ def _diagonal(stacked: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def _of_groups(taken: Taken, module: Module, group_size: int) -> Factors:
-    """Each column of A is for the mean of a group of inputs, times the number of groups."""
+    """Each column of A is for the mean of a group of inputs, times the number of groups. It is repeated for each
+    input."""
     groups, rest = divmod(module.in_features, group_size)
     if rest:
         raise AdapterInvalidError(

@@ -94,12 +94,12 @@ def read_deltas(files: AdapterFiles, layouts: Sequence[LinearLayout], base: Base
 def _read(
     config: AdapterConfig, files: AdapterFiles, layouts: Sequence[LinearLayout], base: BaseModel
 ) -> tuple[dict[str, Delta], Classifier | None, tuple[str, ...]]:
-    """The deltas, the classifier and what may be wrong with it."""
+    """Returns the deltas, the classifier and its possible problems."""
     stored = read_tensors(files.tensors)
     if isinstance(config, MlxConfig):
         stored = in_pefts_terms(stored)
     found = as_saved_by_peft(stored, base.backbone)
-    if config.model_extra and config.model_extra.get("monteclora_config"):  # its samplers have a say in training alone
+    if config.model_extra and config.model_extra.get("monteclora_config"):  # its samplers only matter in training
         found = {name: own for name, own in found.items() if ".lora_monteclora_sampler." not in name}
     trained = as_trained(layouts, base.architecture, found)
     if config.use_dora and any(own is not layout for own, layout in zip(trained, layouts, strict=True)):

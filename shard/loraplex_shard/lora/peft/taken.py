@@ -1,4 +1,4 @@
-"""The tensors of an adapter's file, taken one by one for what they are."""
+"""Takes the tensors out of an adapter's file one by one, so that unknown ones remain."""
 
 from collections.abc import Mapping
 
@@ -10,7 +10,7 @@ from loraplex_shard.lora.sources.files import TENSORS
 
 
 class Taken:
-    """Tensors of which some are taken: what is left is nobody's."""
+    """Tensors to be taken. Those that are left at the end are unknown."""
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
         self.left = dict(tensors)
@@ -19,8 +19,8 @@ class Taken:
         return PREFIX + name in self.left
 
     def take(self, name: str, *shape: int | None, shared: bool = False) -> torch.Tensor:
-        """A tensor of this shape, in float32; None: of any size. Raises AdapterInvalidError with its name, if it is
-        missing or another one."""
+        """Takes a tensor of this shape, in float32. A dimension of None may have any size. Raises AdapterInvalidError,
+        naming the tensor, if it is missing or has another shape."""
         name = PREFIX + name
         if name not in self.left:
             raise AdapterInvalidError(f"{TENSORS}: missing {name}, which adapter_config.json calls for")

@@ -45,7 +45,7 @@ def as_saved_by_peft(names: Iterable[str], backbone: str = "model") -> dict[str,
 
 
 def is_of_another_part(name: str) -> bool:
-    """Whether a tensor, of PEFT's name, adapts what reads pictures, or hears, in a model that has text as well."""
+    """Whether a tensor, by PEFT's name, adapts the part of a model that reads pictures or sound."""
     return _OTHER_PARTS.match(name) is not None
 
 

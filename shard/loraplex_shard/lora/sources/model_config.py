@@ -1,4 +1,5 @@
-"""What a config.json that lies beside an adapter says of a classifier: trainers leave one of the model there."""
+"""Reads what a config.json beside an adapter says about a classifier. Trainers may leave the model's config.json
+there."""
 
 import json
 from collections.abc import Mapping
@@ -12,18 +13,18 @@ MAX_LABEL = 512  # characters
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    labels: tuple[str, ...] = ()  # in the order of the classifier's outputs; empty: not said
-    problem_type: str = ""  # transformers' name of it; empty: not said
+    labels: tuple[str, ...] = ()  # in the order of the classifier's outputs; empty: unknown
+    problem_type: str = ""  # transformers' name for it; empty: unknown
     pad_token_id: int | None = None
 
     @property
     def content(self) -> bytes:
-        """The same for the same; empty if nothing is said."""
+        """Bytes that are the same for the same values; empty if there are none."""
         return json.dumps(asdict(self), sort_keys=True).encode() if self != ModelConfig() else b""
 
 
 def read_model_config(data: bytes) -> ModelConfig:
-    """What is not there, or is not understood, is not said: the file is not the adapter's own."""
+    """Reads the file. Missing and malformed values are ignored, since the file is not the adapter's own."""
     try:
         content = json.loads(data)
     except (ValueError, RecursionError):
@@ -39,7 +40,7 @@ def read_model_config(data: bytes) -> ModelConfig:
 
 
 def read_labels(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """id2label in the order of its numbers, if it names all of them."""
+    """The labels of id2label in the order of their numbers, if it names all of them."""
     named = config.get("id2label")
     if not isinstance(named, dict) or not all(isinstance(label, str) for label in named.values()):
         return ()

@@ -35,7 +35,7 @@ class Delta:
 
     @property
     def is_gain(self) -> bool:
-        """Whether it multiplies outputs, and does nothing else."""
+        """Whether the delta only multiplies outputs."""
         return self.gain is not None and self.shift is None and self.whole is None and self.lora_rank == 0
 
     @property

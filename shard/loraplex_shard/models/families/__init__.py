@@ -1,1 +1,1 @@
-"""How the configurations of transformers' architectures become DecoderSpecs."""
+"""Turns the configurations of transformers' architectures into DecoderSpecs."""

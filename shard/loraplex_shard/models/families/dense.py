@@ -160,7 +160,7 @@ def glm4(config: PreTrainedConfig) -> DecoderSpec:
 
 
 def glm4v(config: PreTrainedConfig) -> DecoderSpec:
-    """The text model of those that read pictures."""
+    """The text model of models that read pictures."""
     return decoder_spec(config, qkv_bias=True, partial=True, interleaved=True, names=GLM4)
 
 

@@ -1,4 +1,4 @@
-"""Architectures in the tradition of GPT: LayerNorm, an MLP beside attention instead of behind it, their own names."""
+"""Architectures in the tradition of GPT: with layer norm, an MLP parallel to attention, and their own names."""
 
 from transformers import PreTrainedConfig
 
@@ -76,7 +76,7 @@ def gptj(config: PreTrainedConfig) -> DecoderSpec:
 
 
 def falcon(config: PreTrainedConfig) -> DecoderSpec:
-    """Of both ages: 7B, and 40B with its `new_decoder_architecture`. Falcon 3 is a Llama."""
+    """Both generations of Falcon: 7B, and 40B with its `new_decoder_architecture`. Falcon 3 is a Llama."""
     if config.alibi:
         raise CheckpointError("config.json: alibi is not served")
     new = config.new_decoder_architecture

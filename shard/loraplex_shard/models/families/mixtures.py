@@ -106,7 +106,7 @@ def qwen3_moe(config: PreTrainedConfig) -> DecoderSpec:
 
 
 def qwen3_vl_moe(config: PreTrainedConfig) -> DecoderSpec:
-    """Its first files have the matrices of all experts as they are multiplied with, which later ones do not."""
+    """In the first files, the matrices of all experts are [in_features, out_features]; in later ones they are not."""
     experts = replace(
         _qwen_experts(config, normalized=True),
         gate_up_tensor=replace(GATE_UP, transposed=None),

@@ -45,7 +45,7 @@ def _freeze(module: Any, kind: str, layer_type: str | None, positions: int) -> s
 
 
 def _freeze_scale(module: Any, frequencies: torch.Tensor, positions: int) -> None:
-    """Of Phi 3.5 with experts, which asks its configuration in every pass."""
+    """Fixes Phi 3.5 with experts, which reads its configuration in every pass."""
     parameters = module.config.rope_parameters
     is_long = positions > parameters["original_max_position_embeddings"]
     scale = parameters["long_mscale" if is_long else "short_mscale"]

@@ -36,10 +36,10 @@ class ModelTraits:
     backbone: str  # the module that returns the last hidden states
     output: type[ModelOutput]  # the type of the backbone's output
     vocab_size: int
-    generates: bool = True  # else its head is not there
+    generates: bool = True  # if not, it has no head
 
     def without_head(self) -> "ModelTraits":
-        """Of a model that makes hidden states alone."""
+        """The traits of the same model without its head, which only computes hidden states."""
         linear = {name: fed for name, fed in self.linear.items() if name != self.head}
         idle = (*self.idle, self.head) if self.head else self.idle
         return replace(self, linear=linear, head="", idle=idle, generates=False)
