@@ -20,7 +20,7 @@ from loraplex_router.api.http.json_body import JsonAnswer, JsonRoute
 from loraplex_router.api.http.lorax.reading import adapter_token, read_adapter
 from loraplex_router.api.http.lorax.schema import Parameters
 from loraplex_router.api.http.model_names import answered_name, read_model_name
-from loraplex_router.api.http.openai_errors import write_error
+from loraplex_router.api.http.openai_errors import ERRORS, write_error
 from loraplex_router.api.turns import in_turn
 from loraplex_router.engine.output import Classification
 from loraplex_router.text.tokenizer import TokenSpan
@@ -100,7 +100,9 @@ VLLM = Face("", (), write_error, {"inputs": "input", "adapter.id": "model"}, inv
 router = APIRouter(route_class=JsonRoute)
 
 
-@router.post("/classify", tags=["LoRAX"], responses={200: {"model": Found | VllmClasses}, **LORAX_ERRORS})
+@router.post(
+    "/classify", tags=["LoRAX"], responses={200: {"model": Found | VllmClasses}, 400: ERRORS[400], **LORAX_ERRORS}
+)
 async def classify(body: LoraxClassify | VllmClassify | VllmClassifyChat, call: Call) -> Response:
     """The labels from the model's or the adapter's classifier. LoRAX's `inputs` are answered with entities if the
     classifier labels tokens, else with all labels; vLLM's `input` or `messages` with the probability of each label."""
