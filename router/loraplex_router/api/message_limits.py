@@ -34,6 +34,8 @@ def check_message(data: bytes, kind: Descriptor) -> None:
                 key, at = _varint(data, at)
                 value, begin = _varint(data, at) if key & 7 in (VARINT, DELIMITED) else (0, at)
                 at = begin + {VARINT: 0, FIXED64: 8, DELIMITED: value, FIXED32: 4}[key & 7]
+                if at > end:  # cut short: the parser reports it
+                    return
                 field = kind.fields_by_number.get(key >> 3)
                 if key & 7 != DELIMITED or field is None:
                     continue
