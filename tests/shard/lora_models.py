@@ -130,8 +130,10 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 
 def edit_config(directory: Path, **fields: object) -> None:
+    """`...` removes a field."""
     path = directory / CONFIG
-    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+    edited = {**json.loads(path.read_text()), **fields}
+    path.write_text(json.dumps({name: value for name, value in edited.items() if value is not ...}))
 
 
 def edit_tensors(directory: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:

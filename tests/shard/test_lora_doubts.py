@@ -89,6 +89,18 @@ PUBLISHED: dict[str, tuple[dict[str, object], dict[str, object], list[str]]] = {
         ["adapter_config.json: invented_by_a_later_peft: ignored, as PEFT ignores what it does not know"],
     ),
     "MiCA": ({}, {"init_lora_weights": "mica"}, []),
+    "an initialization that subtracts, next to what it was not": (
+        {},
+        {"eva_config": {"rho": 2.0}, "corda_config": {"corda_method": "kpm"}, "loftq_config": {"loftq_bits": 4}},
+        [],
+    ),
+    "nulls": ({}, {"use_rslora": None, "use_dora": None, "qalora_group_size": None}, []),
+    "no lora_alpha": ({"lora_alpha": 8}, {"lora_alpha": ...}, []),
+    "what each adapter of a later PEFT has": (
+        {},
+        {"peft_version": "0.29.0", "some_group_size": 16, "some_core": "x", "other": False, "use_other": False},
+        ["adapter_config.json: some_core, some_group_size: ignored, as PEFT ignores what it does not know"],
+    ),
     "Gaussian, in capitals": ({}, {"init_lora_weights": "Gaussian"}, []),
     "fan_in_fan_out": ({}, {"fan_in_fan_out": True}, []),
     "alpha below the rank": ({"r": 16, "lora_alpha": 2}, {}, []),

@@ -107,12 +107,12 @@ class AdapterConfig(BaseModel):
 
     r: LoraRank = 8
     lora_alpha: float = 8.0
-    use_rslora: bool = False
+    use_rslora: bool | None = False
     use_dora: bool | None = False
     lora_bias: bool | None = False
-    use_bdlora: BlockDiagonal | None = None
+    use_bdlora: BlockDiagonal | Literal[False] | None = None
     use_qalora: bool | None = False
-    qalora_group_size: Annotated[int, Field(ge=1)] = 16
+    qalora_group_size: Annotated[int, Field(ge=1)] | None = 16
     modules_to_save: Annotated[list[str], FEW] | None = None
     rank_pattern: Annotated[dict[str, LoraRank], FEW] | None = None
     alpha_pattern: Annotated[dict[str, float], FEW] | None = None
@@ -171,10 +171,14 @@ def _refuse_unsupported(config: AdapterConfig) -> None:
 
 
 def _refuse_unknown(config: AdapterConfig) -> None:
-    """Refuses unknown fields that a later version of PEFT has written, and those that are said to be used: they may
-    change what the adapter computes."""
-    later = _version(config.peft_version) > _NEWEST_KNOWN
-    refused = [name for name in config.unknown_fields if later or name.startswith("use_")]
+    """Refuses unknown fields that switch something on, if a later version of PEFT has written them or they are called
+    `use_`: they may change what the adapter computes. Numbers and names switch nothing on."""
+    later, fields = _version(config.peft_version) > _NEWEST_KNOWN, config.model_extra or {}
+    refused = [
+        name
+        for name in config.unknown_fields
+        if (later or name.startswith("use_")) and (fields[name] is True or isinstance(fields[name], dict | list))
+    ]
     if refused:
         raise AdapterInvalidError(
             f"adapter_config.json: {', '.join(name[:100] for name in refused[:_SHOWN])}: not known here, and may change"
@@ -207,6 +211,8 @@ def _refuse_contradictions(config: AdapterConfig) -> None:
     variants = "use_dora", "use_bdlora", "use_qalora"
     if len(used := [name for name in variants if getattr(config, name)]) > 1:
         raise AdapterInvalidError(f"adapter_config.json: {' and '.join(used)}: PEFT refuses these together")
+    if config.use_qalora and config.qalora_group_size is None:
+        raise AdapterInvalidError("adapter_config.json: use_qalora needs qalora_group_size")
     if config.use_dora and config.lora_bias:
         raise AdapterInvalidError("adapter_config.json: lora_bias has no meaning beside use_dora: PEFT refuses both")
     if config.layers_pattern and config.layers_to_transform is None:
@@ -219,7 +225,7 @@ def _refuse_beside_invocation(config: AdapterConfig) -> None:
     name = "invocation_string" if config.alora_invocation_tokens is None else "alora_invocation_tokens"
     refused = {"use_dora": config.use_dora, "target_parameters": config.target_parameters}
     refused["init_lora_weights mica"] = config.init_lora_weights == "mica"
-    refused["use_bdlora"] = config.use_bdlora is not None
+    refused["use_bdlora"] = bool(config.use_bdlora)
     for other in (other for other, value in refused.items() if value):
         raise AdapterInvalidError(f"adapter_config.json: {name} cannot be combined with {other}: PEFT refuses both")
     everywhere = {other: getattr(config, other, None) for other in _EVERYWHERE}

@@ -102,8 +102,8 @@ def _factors(config: AdapterConfig, taken: Taken, shapes: list[tuple[int, int]])
             return lambda module: _summed(taken, module, config.init_weights == "mini")
         case AdapterConfig(use_bdlora=BlockDiagonal() as blocks):
             return lambda module: _of_blocks(taken, module, blocks)
-        case AdapterConfig(use_qalora=True):
-            return lambda module: _of_groups(taken, module, config.qalora_group_size)
+        case AdapterConfig(use_qalora=True, qalora_group_size=int(size)):
+            return lambda module: _of_groups(taken, module, size)
     return None
 
 
