@@ -387,5 +387,8 @@ class ModelInfo:
     """Whose code computes it: "loraplex", which is faster, or "transformers"."""
     embeds_only: bool
     """The model has no lm head: it answers `embed`, and `classify` if it has a classifier; it refuses `generate`."""
+    state_bytes: int
+    """Size of what the model keeps for each sequence besides its blocks, on each rank. If it is not 0, no prefixes are
+    reused."""
     classifier: Classifier | None = None
     """The model's, if it was trained to classify."""

@@ -26,11 +26,18 @@ class World:
     """
 
     def __init__(
-        self, blocks: int = 64, slots: int = 2, budget: int = 16, rows: int = 8, depth: int = 2, shared: bool = False
+        self,
+        blocks: int = 64,
+        slots: int = 2,
+        budget: int = 16,
+        rows: int = 8,
+        depth: int = 2,
+        shared: bool = False,
+        reuses: bool = True,
     ) -> None:
         self.blocks = BlockAllocator(blocks)
         self.pool = AdapterPool(slots, host_bytes=1 << 40)
-        self.scheduler = Scheduler(Limits(budget, rows, BLOCK, shared), self.blocks, self.pool)
+        self.scheduler = Scheduler(Limits(budget, rows, BLOCK, shared, reuses), self.blocks, self.pool)
         self.budget, self.depth = budget, depth
         self.cache: dict[int, list[tuple[str, int] | None]] = {b: [None] * BLOCK for b in range(blocks)}
         self.tables: dict[int, list[int]] = {}
@@ -330,6 +337,23 @@ def test_a_prefix_is_only_shared_within_its_tenant_and_salt(shared: bool, other:
     again = world.submit("a", prompt, 1, **other)
     world.run()
     assert again.prefix_hit == hit
+
+
+def test_a_model_that_keeps_states_computes_every_sequence_from_its_first_token_on():
+    world, prompt = World(blocks=10, rows=4, reuses=False), list(range(8))
+    first, second = world.submit("", prompt, 20), world.submit("", prompt, 20)
+    begun: list[int] = []
+    execute = world.execute
+
+    def note(plan: Plan) -> list[list[int]]:
+        begun.extend(chunk.start for chunk in plan.chunks if chunk.sequence in plan.starts)
+        return execute(plan)
+
+    world.execute = note
+    world.run()
+    assert world.scheduler.num_preemptions > 0 and len(begun) > 2
+    assert not any(begun) and world.blocks.cached == 0
+    assert first.tokens == expected(first) and second.tokens == expected(second)
 
 
 def test_sequences_of_one_prompt_share_its_blocks_within_a_single_step():

@@ -45,6 +45,7 @@ PROMPT = [5, 80, 3, 3, 41, 7, 66, 11, 95, 30, 2]
 GREEDY = 6
 MOST_PARAMETERS = 20_000_000
 TOLERANCE = 1e-2  # error of logits as a fraction of their deviation; some classes amplify rounding
+REFUSED_BY_PEFT = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}  # their out_proj
 CLASSES = [(model_type, each.__name__) for model_type, each in classes()]
 PAGE = Path(__file__).parents[2] / "docs/models.md"
 
@@ -130,7 +131,8 @@ def _save_adapter(directory: Path, adapter: Path, modules: Sequence[str]) -> Pre
     family = _MODEL_TO_CONVERSION_PATTERN.get(model.config.model_type, "")
     meant_for_experts = set(_MOE_TARGET_MODULE_MAPPING.get(family, ()))
     linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)}
-    targets = [name for name in modules if name in linear and name.rpartition(".")[2] not in meant_for_experts]
+    left_out = meant_for_experts | ({"out_proj"} if model.config.model_type in REFUSED_BY_PEFT else set())
+    targets = [name for name in modules if name in linear and name.rpartition(".")[2] not in left_out]
     config = LoraConfig(r=3, target_modules=targets, task_type="CAUSAL_LM", init_lora_weights=False)
     model = get_peft_model(model, config)
     model.save_pretrained(adapter)

@@ -22,6 +22,7 @@ from tests.shard.families import MAX_MODEL_LEN
 
 WHOLE = Group(0, 1)
 CPU = torch.device("cpu")
+ROWS = 8
 
 
 class Sequences:
@@ -29,10 +30,12 @@ class Sequences:
 
     def __init__(self, decoder: Model, block_size: int = 4, num_blocks: int = 96) -> None:
         self.decoder = decoder
-        self.cache = decoder.new_cache(num_blocks, block_size)
+        self.cache = decoder.new_cache(num_blocks, block_size, sequences=ROWS)
         self.free_blocks = Random(0).sample(range(num_blocks), num_blocks)
         self.computed: dict[str, int] = {}
         self.blocks: dict[str, list[int]] = {}
+        self.rows: dict[str, int] = {}
+        self.free_rows = list(range(ROWS))
 
     def step(self, chunks: dict[str, list[int]], segments: tuple[Segment, ...] = ()) -> dict[str, torch.Tensor]:
         """Computes these tokens of each sequence. Returns their logits, [tokens, vocab]; empty on ranks other than
@@ -47,6 +50,8 @@ class Sequences:
         block_size, positions, indices, starts = self.cache.block_size, [], [], [0]
         for name, tokens in chunks.items():
             first = self.computed.get(name, 0)
+            if name not in self.rows:
+                self.rows[name] = self.free_rows.pop()
             self.computed[name] = first + len(tokens)
             blocks = self.blocks.setdefault(name, [])
             while len(blocks) * block_size < self.computed[name]:
@@ -64,7 +69,12 @@ class Sequences:
             context_lengths=tuple(self.computed[name] for name in chunks),
             block_tables=torch.tensor([self.blocks[n] + [0] * (longest - len(self.blocks[n])) for n in chunks]),
             segments=segments,
+            rows=tuple(self.rows[name] for name in chunks),
         )
+
+    def end(self, name: str) -> None:
+        """The next sequence takes over its row."""
+        self.free_rows.append(self.rows.pop(name))
 
     def greedy(self, prompt: list[int], steps: int) -> list[int]:
         """The `steps` most likely tokens after the prompt, computed one by one."""

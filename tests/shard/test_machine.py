@@ -110,6 +110,22 @@ def test_more_blocks_than_fit_into_memory_are_refused(monkeypatch: pytest.Monkey
         machine.count_blocks(ModelSettings(kv_blocks=11), 1024, BLOCK_BYTES, CPU)
 
 
+def test_as_many_sequences_run_as_have_room_for_their_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "available_memory", lambda cgroup: 4 * 1000)
+    assert machine.fit_sequences(ModelSettings(max_sequences=8), 0, CPU) == 8
+    assert machine.fit_sequences(ModelSettings(max_sequences=8), 50, CPU) == 8
+    assert machine.fit_sequences(ModelSettings(max_sequences=8), 100, CPU) == 5  # half of what the cache may have
+    with pytest.raises(SettingsError, match="it keeps 501 bytes for each sequence"):
+        machine.fit_sequences(ModelSettings(max_sequences=8), 501, CPU)
+
+
+def test_states_take_their_memory_from_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "available_memory", lambda cgroup: 4 * 1000)
+    assert machine.count_blocks(ModelSettings(), 1024, 100, CPU) == 10
+    assert machine.count_blocks(ModelSettings(), 1024, 100, CPU, states=500) == 5
+    assert machine.count_blocks(ModelSettings(max_sequences=2), 1024, 0, CPU, states=500) == 2 * 64  # no attention
+
+
 def container(folder: Path, limit: str, used: int, inactive: int = 0) -> None:
     """A container's files in cgroup version 2."""
     (folder / "memory.max").write_text(f"{limit}\n")

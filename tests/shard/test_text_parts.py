@@ -18,6 +18,7 @@ from transformers import (
     GotOcr2Config,
     Idefics3Config,
     InternVLConfig,
+    Lfm2VlConfig,
     LightOnOcrConfig,
     LlavaConfig,
     LlavaNextConfig,
@@ -28,6 +29,8 @@ from transformers import (
     PreTrainedModel,
     Qwen2_5_VLConfig,
     Qwen2VLConfig,
+    Qwen3_5Config,
+    Qwen3_5MoeConfig,
     Qwen3VLConfig,
     Qwen3VLMoeConfig,
     SmolVLMConfig,
@@ -42,6 +45,7 @@ from loraplex_shard.shapes.batch import Segment
 from tests.shard.decoders import Sequences, load
 from tests.shard.families import MIXED, SIZES, rope
 from tests.shard.lora_models import edit_config, read
+from tests.shard.tiny_classes import LINEAR
 
 TEXT = {key: value for key, value in SIZES.items() if not key.endswith("token_id")}
 TOKENS = [5, 80, 3, 3, 41, 7, 66, 0, 90, 12, 30]
@@ -72,7 +76,22 @@ QWEN = {
 IDEFICS = SIGLIP | {"model_type": "idefics3_vision"}
 INTERNVL = SIGLIP | {"model_type": "internvl_vision", "image_size": [8, 8], "patch_size": [4, 4]}
 COHERE = TEXT | {"model_type": "cohere2", "logit_scale": 0.3, "sliding_window": 5, "layer_types": MIXED}
+HYBRID = TEXT | LINEAR | {"head_dim": 8, "num_hidden_layers": 4} | MROPE
+EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+}
+CONVOLUTIONS = {"model_type": "lfm2", "layer_types": ["conv", "full_attention"] * 2, "num_hidden_layers": 4}
 MODELS: dict[str, PreTrainedConfig] = {
+    "qwen3.5": Qwen3_5Config(text_config=HYBRID, vision_config=QWEN, vision_start_token_id=93, **IDS),
+    "qwen3.5 moe": Qwen3_5MoeConfig(text_config=HYBRID | EXPERTS, vision_config=QWEN, vision_start_token_id=93, **IDS),
+    "lfm2 vl": Lfm2VlConfig(
+        text_config=TEXT | CONVOLUTIONS,
+        vision_config=SIGLIP | {"model_type": "siglip2_vision_model", "num_patches": 4},
+        image_token_id=95,
+    ),
     "gemma3": Gemma3Config(
         text_config=TEXT | {"head_dim": 10, "sliding_window": 5, "sliding_window_pattern": 2},
         vision_config=SIGLIP,
@@ -209,6 +228,7 @@ def test_tensors_are_found_under_the_names_of_other_versions(name: str, backbone
 
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+PROJECTIONS += ["in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "in_proj", "out_proj", "w1"]  # of hybrids
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -227,7 +247,7 @@ def test_an_adapter_of_the_whole_model_is_found_under_any_of_its_names(name: str
     assert (expected - plain).abs().max() > 0.01
     base = BaseModel("any", embedding=decoder.embedding_name, head=decoder.head_name, is_text_part=True)
     tensors = load_file(tmp_path / "adapter" / TENSORS)
-    for backbone, head in [(decoder.spec.names.backbone, "lm_head"), *FORMER.items()]:
+    for backbone, head in [("model.language_model", "lm_head"), *FORMER.items()]:
         save_file(renamed(tensors, backbone, head), tmp_path / "adapter" / TENSORS)
         adapter = read_adapter(read(tmp_path / "adapter"), decoder.layouts, base, torch.float32)
         sees_pictures = any(part in tensor for tensor in tensors for part in ("vision", "visual", "audio"))

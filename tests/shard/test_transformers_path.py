@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import GPT2Config, GPTNeoXConfig, MambaConfig, Phi3Config
+from transformers import GPT2Config, GPTNeoXConfig, Phi3Config, RwkvConfig
 
 from loraplex_shard.checkpoint import open_checkpoint
 from loraplex_shard.checkpoint.base import CheckpointError
@@ -51,9 +51,9 @@ def test_the_kernels_compute_the_same_as_the_reference(directory: Path) -> None:
             torch.testing.assert_close(actual[name], expected[name], rtol=1e-3, atol=1e-3)
 
 
-def test_a_model_that_keeps_a_state_is_refused_by_name(tmp_path: Path) -> None:
-    save_checkpoint(MambaConfig(vocab_size=10, hidden_size=8, num_hidden_layers=1), tmp_path)
-    with pytest.raises(CheckpointError, match="MambaForCausalLM is not served: it keeps state besides keys"):
+def test_a_model_that_keeps_state_outside_of_transformers_cache_is_refused_by_name(tmp_path: Path) -> None:
+    save_checkpoint(RwkvConfig(vocab_size=10, hidden_size=8, num_hidden_layers=2), tmp_path)
+    with pytest.raises(CheckpointError, match="RwkvForCausalLM is not served: it keeps state besides keys"):
         load(tmp_path)
 
 

@@ -42,15 +42,41 @@ GEMMA4_WITHOUT_LAYER_INPUTS = {
     "hidden_size_per_layer_input": 0,
     "vocab_size_per_layer_input": 0,
 }
+LINEAR = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+}
+MAMBA = {"mamba_n_heads": 8, "mamba_d_state": 16, "mamba_chunk_size": 4}
+SHARED = {"layers_block_type": ["linear_attention", "linear_attention", "hybrid", "linear_attention", "hybrid"]}
 OWN: dict[str, dict[str, Any] | None] = {  # None: with its default sizes
+    "bailing_hybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
+    "bamba": MAMBA | {"attn_layer_indices": [1, 3]},
+    "falcon_h1": MAMBA | {"mamba_d_ssm": 128},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "kimi_linear": {"linear_head_dim": 16, "linear_num_heads": 4, "layer_types": LINEAR["layer_types"]},
+    "nemotron_h": {
+        "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp", "linear_attention"],
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 16,
+        "ssm_state_size": 16,
+        "chunk_size": 4,
+    },
+    "olmo_hybrid": LINEAR | {"linear_num_key_heads": 4},
+    "qwen3_5_text": LINEAR,
+    "qwen3_5_moe_text": LINEAR,
+    "qwen3_next": LINEAR,
+    "zamba": SHARED | {"num_hidden_layers": 5},
+    "zamba2": SHARED | {"num_hidden_layers": 5, "mamba_d_state": 16, "chunk_size": 4},
     "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8}, "ffn_config": {"ffn_hidden_size": 96}},
     "codegen": {"rotary_dim": 8},
     "dots3_note": None,
     "gemma4_assistant": {"text_config": GEMMA4_WITHOUT_LAYER_INPUTS},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
-    "mamba2": {"num_heads": 8},
-    "zamba2": {"num_hidden_layers": 54},
+    "mamba2": {"num_heads": 8, "head_dim": 16, "state_size": 16, "chunk_size": 4},
     "zaya": {"num_experts_per_tok": 1},
     "gemma3n_text": {"num_hidden_layers": 10, "num_kv_shared_layers": 4},  # these share keys and values
     "gemma4_text": {"num_hidden_layers": 12, "num_kv_shared_layers": 6},
@@ -76,9 +102,9 @@ def classes() -> Iterator[tuple[str, type]]:
                 yield model_type, each
 
 
-def tiny_config(model_type: str) -> PreTrainedConfig:
+def tiny_config(model_type: str, **own: Any) -> PreTrainedConfig:
     kind = CONFIG_MAPPING[model_type]
-    config = kind(**_sizes(kind))
+    config = kind(**_sizes(kind) | own)
     if hasattr(config, "is_decoder"):
         config.is_decoder = True
     return config

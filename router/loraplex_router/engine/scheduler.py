@@ -44,6 +44,7 @@ class Limits:
     max_sequences: int
     block_size: int
     shares_prefixes: bool = False  # among tenants
+    reuses_prefixes: bool = True  # else every sequence is computed from its first token on
 
 
 class Scheduler:
@@ -371,14 +372,14 @@ class Scheduler:
     def _find_prefix(self, sequence: Sequence) -> list[int]:
         """The cached blocks that the sequence can start with. At least one position is left to compute, for sampling;
         all are left if every position's result is needed."""
-        if sequence.detail.prompt_logprobs or sequence.detail.pool:
+        if sequence.detail.prompt_logprobs or sequence.detail.pool or not self._limits.reuses_prefixes:
             return []
         full = (len(sequence.tokens) - 1 - sequence.unscored) // self._limits.block_size
         return self._blocks.find(self._keys(sequence, full))
 
     def _cache_full_blocks(self, sequence: Sequence) -> None:
         full = min(sequence.computed, len(sequence.tokens)) // self._limits.block_size
-        if full > sequence.cached_blocks:
+        if full > sequence.cached_blocks and self._limits.reuses_prefixes:
             keys = self._keys(sequence, full)
             for index in range(sequence.cached_blocks, full):
                 self._blocks.cache(sequence.blocks[index], keys[index])

@@ -144,6 +144,7 @@ class Connections:
             info.max_sequences,
             info.block_size,
             shares_prefixes=self._settings.prefix_cache == "shared",
+            reuses_prefixes=not info.state_bytes,
         )
         slots = self._settings.max_adapters_on_device
         names, files = self._settings.served_model_names, await shards.tokenizer()

@@ -78,6 +78,7 @@ def read_model(
             adapter_sources=info.adapter_sources,
             modeling_code=info.modeling_code,
             embeds_only=info.embeds_only,
+            state_bytes=info.state_bytes,
             classifier=info.classifier if info.HasField("classifier") else None,
         ),
         Tokenizer(files.tokenizer_json),

@@ -131,9 +131,16 @@ _TEXT_PARTS = dict.fromkeys(
     "model.language_model",
 ) | dict.fromkeys(("Idefics3ForConditionalGeneration", "SmolVLMForConditionalGeneration"), "model.text_model")
 
-# Models whose text model is computed by transformers' code. It is built by itself, since the whole model cannot be
-# built or run here.
-_TEXT_PARTS_ELSEWHERE = frozenset({"Gemma3nForConditionalGeneration", "Llama4ForConditionalGeneration"})
+# Models whose text model is computed by transformers' code. It is built by itself.
+_TEXT_PARTS_ELSEWHERE = frozenset(
+    {
+        "Gemma3nForConditionalGeneration",
+        "Lfm2VlForConditionalGeneration",
+        "Llama4ForConditionalGeneration",
+        "Qwen3_5ForConditionalGeneration",
+        "Qwen3_5MoeForConditionalGeneration",
+    }
+)
 
 # Text models for which transformers has no class of their own, by model_type. For text alone, their positions are
 # ordinary ones.

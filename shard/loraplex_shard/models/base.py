@@ -56,9 +56,16 @@ class Model(Protocol):
         `segments` are runs of rows of `hidden`, for adapters that touch the lm head.
         """
 
-    def new_cache(self, num_blocks: int, block_size: int, dtype: torch.dtype | None = None) -> KVCache:
+    @property
+    def state_bytes(self) -> int:
+        """Size of what the model keeps for each sequence besides its blocks. If it is not 0, every sequence must be
+        computed from its first token on, whatever the cache has of others."""
+
+    def new_cache(
+        self, num_blocks: int, block_size: int, dtype: torch.dtype | None = None, sequences: int = 0
+    ) -> KVCache:
         """An empty cache of this rank's KV heads, on the model's device. `dtype` is the model's by default, or
-        torch.int8.
+        torch.int8. If the model keeps states, the cache has rows for the states of `sequences` sequences.
         """
 
     def cache_block_bytes(self, block_size: int, dtype: torch.dtype | None = None) -> int:

@@ -122,7 +122,7 @@ class Decoder(nn.Module):
         tensor."""
         super().__init__()
         partition = DecoderPartition(spec, group.rank, group.size)
-        self.modeling_code = "loraplex"
+        self.modeling_code, self.state_bytes = "loraplex", 0
         self.embedding_name, self.head_name = spec.names.embedding, "lm_head"  # as PEFT calls these modules
         self.vocab_size = spec.vocab_size
         self.spec, self.group, self.ops, self.partition = spec, group, ops, partition
@@ -160,7 +160,9 @@ class Decoder(nn.Module):
         logits = self.group.gather(self.lm_head(hidden, segments), self.partition.lm_head_widths)
         return None if logits is None else self.ops.upcast(logits, self.spec.logit_scale, self.spec.logit_soft_cap)
 
-    def new_cache(self, num_blocks: int, block_size: int, dtype: torch.dtype | None = None) -> KVCache:
+    def new_cache(
+        self, num_blocks: int, block_size: int, dtype: torch.dtype | None = None, sequences: int = 0
+    ) -> KVCache:
         """An empty cache of this rank's KV heads, on the decoder's device. `dtype` is the decoder's by default, or
         torch.int8."""
         return KVCache(self._heads, num_blocks, block_size, dtype or self.dtype, self.device)

@@ -1,5 +1,6 @@
 """What the machine that a rank runs on offers, and what the settings make of it."""
 
+import logging
 import math
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from transformers import PreTrainedConfig
 from loraplex_shard.checkpoint import Checkpoint
 from loraplex_shard.device.parallel import Group
 from loraplex_shard.settings import Device, Dtype, ModelSettings, Quantize, SettingsError
+
+logger = logging.getLogger(__name__)
 
 BLOCK_SIZE = 16  # token positions per block of KV cache
 
@@ -101,7 +104,7 @@ def check_room_for(
     bits = {"int8": 8, "int4": 4}.get(quantize, 4 if checkpoint.prequantized else 8 * dtype.itemsize)
     weights = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names)
     needed = weights * bits // 8 // tp
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory(CGROUP)
+    free = _free_memory(device)
     if needed > free:
         raise SettingsError(
             f"model: {weights:,} weights take at least {needed / 2**30:.1f} GiB on each rank, but only "
@@ -109,30 +112,61 @@ def check_room_for(
         )
 
 
-def count_blocks(settings: ModelSettings, max_model_len: int, block_bytes: int, device: torch.device) -> int:
-    """The setting kv_blocks, or how many blocks of this rank fit into free memory; never more than can be used.
+def fit_sequences(settings: ModelSettings, state_bytes: int, device: torch.device) -> int:
+    """How many sequences can run at once: the setting, or as many as have room for their states, `state_bytes` each, in
+    half of the memory that the KV cache may have. Raises SettingsError if there is no room for one."""
+    if not state_bytes:
+        return settings.max_sequences
+    budget = _cache_budget(settings, _free_memory(device), device)
+    sequences = min(settings.max_sequences, budget // 2 // state_bytes)
+    if sequences == 0:
+        raise SettingsError(
+            f"model: it keeps {state_bytes:,} bytes for each sequence, more than half of the {budget:,} bytes that the "
+            "KV cache may have of the free memory; free some"
+        )
+    if sequences < settings.max_sequences:
+        logger.warning(
+            "max_sequences is %d, but the model keeps %.1f MiB for each sequence: running at most %d at once",
+            *(settings.max_sequences, state_bytes / 2**20, sequences),
+        )
+    return sequences
+
+
+def count_blocks(
+    settings: ModelSettings, max_model_len: int, block_bytes: int, device: torch.device, states: int = 0
+) -> int:
+    """The setting kv_blocks, or how many blocks of this rank fit into free memory beside that many bytes of states;
+    never more than can be used.
 
     On a CPU a quarter of what is available, divided by the ranks, since each of them counts it; on a GPU 0.9 of what
     the weights left. Raises SettingsError if not one fits, or fewer than were asked for.
     """
     usable = settings.max_sequences * -(-max_model_len // BLOCK_SIZE)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory(CGROUP)
+    free = _free_memory(device)
+    budget = _cache_budget(settings, free, device) - states
     if settings.kv_blocks:
         blocks = min(settings.kv_blocks, usable)
-        if blocks * block_bytes > free:
+        if blocks * block_bytes > free - states:
             raise SettingsError(
-                f"kv_blocks: {blocks} blocks take {blocks * block_bytes:,} bytes, but {free:,} are free; free some, or "
-                f"set kv_blocks to at most {free // block_bytes}, or to 0: as many as fit"
+                f"kv_blocks: {blocks} blocks take {blocks * block_bytes:,} bytes, but {free - states:,} are free; free "
+                f"some, or set kv_blocks to at most {(free - states) // block_bytes}, or to 0: as many as fit"
             )
         return blocks
-    budget = free * 9 // 10 if device.type == "cuda" else free // 4 // settings.tp
-    blocks = min(budget // block_bytes, usable)
+    blocks = min(budget // block_bytes, usable) if block_bytes else usable
     if blocks == 0:
         raise SettingsError(
             f"kv_blocks: not one block of {block_bytes:,} bytes fits into the {budget:,} bytes that the KV cache may "
             "have of the free memory; free some, or set kv_blocks"
         )
     return int(blocks)
+
+
+def _free_memory(device: torch.device) -> int:
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else available_memory(CGROUP)
+
+
+def _cache_budget(settings: ModelSettings, free: int, device: torch.device) -> int:
+    return free * 9 // 10 if device.type == "cuda" else free // 4 // settings.tp
 
 
 def share_for_adapters(settings: ModelSettings, cache_bytes: int, device: torch.device) -> int:

@@ -173,11 +173,14 @@ def _load(
     kv_dtype = torch.int8 if settings.kv_dtype == "int8" else dtype
     keep_freed()  # memory freed by loading is given back to the system
     block_bytes = model.cache_block_bytes(machine.BLOCK_SIZE, kv_dtype)
-    num_blocks = machine.fewest(group, machine.count_blocks(settings, max_model_len, block_bytes, device), device)
+    most = machine.fit_sequences(settings, model.state_bytes, device)
+    settings, states = settings.model_copy(update={"max_sequences": most}), most * model.state_bytes
+    blocks = machine.count_blocks(settings, max_model_len, block_bytes, device, states)
+    num_blocks = machine.fewest(group, blocks, device)
     max_model_len = machine.fit_context(settings, max_model_len, num_blocks)
-    share = machine.share_for_adapters(settings, num_blocks * block_bytes, device)
+    share = machine.share_for_adapters(settings, num_blocks * block_bytes + states, device)
     adapter_host_bytes = machine.fewest(group, share, device)
-    cache = model.new_cache(num_blocks, machine.BLOCK_SIZE, kv_dtype)
+    cache = model.new_cache(num_blocks, machine.BLOCK_SIZE, kv_dtype, most)
     adapter_dtype = torch.int8 if settings.adapter_dtype == "int8" else dtype
     files = checkpoint.tokenizer()
     tokenizer = Tokenizer.from_buffer(files.tokenizer_json)
@@ -216,7 +219,7 @@ def _load(
         tensor_parallel_size=settings.tp,
         block_size=machine.BLOCK_SIZE,
         num_blocks=num_blocks,
-        max_sequences=settings.max_sequences,
+        max_sequences=most,
         end_token_ids=end_token_ids,
         protocol_version=PROTOCOL_VERSION,
         adapter_host_bytes=adapter_host_bytes,
@@ -225,9 +228,9 @@ def _load(
         modeling_code=model.modeling_code,
         embeds_only=not model.generates,
         classifier=describe(base.classes),
+        state_bytes=model.state_bytes,
     )
     telemetry.metrics.describe(info)
-    most = settings.max_sequences
     if classifier is not None:
         classifier = classifier.map(lambda tensor: tensor.to(device))
     runner = Runner(model, cache, adapters, group, most, max_model_len, device, grammars, pooling, classifier)

@@ -31,3 +31,4 @@ class Batch:
     context_lengths: tuple[int, ...]  # [chunks]
     block_tables: torch.Tensor  # [chunks, blocks of the longest context] int64, padded with 0
     segments: tuple[Segment, ...]
+    rows: tuple[int, ...] = ()  # chunks: where their sequences' states are; empty if the model keeps none

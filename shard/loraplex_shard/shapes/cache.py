@@ -1,5 +1,7 @@
-"""The paged KV cache of one rank: only its tensors. The router decides which sequence owns which block."""
+"""The paged KV cache of one rank, with the states of recurrent layers: only tensors. The router decides which sequence
+owns which block and which row."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,8 +21,21 @@ class LayerCache:
     value_scales: torch.Tensor | None
 
 
+@dataclass(frozen=True, slots=True)
+class StateForm:
+    """A tensor that a recurrent layer keeps for each sequence, whatever the sequence's length."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def size_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
 class KVCache:
-    """Keys and values of all layers, in blocks of `block_size` token positions.
+    """Keys and values of all layers, in blocks of `block_size` token positions, and the states of recurrent layers, in
+    `sequences` rows.
 
     `layers` are the heads of each layer. `dtype` is the model's dtype, or torch.int8; then the key and the value of
     each position and head have a scale. Memory that has not been written yet is only reserved, and its content is
@@ -28,11 +43,19 @@ class KVCache:
     """
 
     def __init__(
-        self, layers: Sequence[Heads], num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+        self,
+        layers: Sequence[Heads],
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        states: Sequence[StateForm] = (),
+        sequences: int = 0,
     ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.layers = tuple(_layer(heads, num_blocks, block_size, dtype, device) for heads in layers)
+        self.states = tuple(_empty((sequences, *form.shape), form.dtype, device) for form in states)
 
     @staticmethod
     def block_bytes(layers: Sequence[Heads], block_size: int, dtype: torch.dtype) -> int:

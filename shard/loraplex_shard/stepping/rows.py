@@ -155,6 +155,7 @@ class Rows:
             context_lengths=tuple(chunks.ends.tolist()),
             block_tables=self.on_device(self._tables(chunks)),
             segments=segments,
+            rows=tuple(chunks.rows.tolist()),
         )
 
     def tokens_at(self, rows: Ints, positions: Ints) -> torch.Tensor:

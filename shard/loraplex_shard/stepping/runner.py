@@ -63,6 +63,7 @@ class Runner:
         the rows are not to be trusted.
         """
         for start in plan.starts:
+            assert not (start.computed and self._cache.states), f"row {start.row}: a model with states begins at 0"
             self._parts.rows.start(start)
             if self._parts.group.rank == 0:
                 self._parts.constraints.start(start)

@@ -14,6 +14,7 @@ from loraplex_shard.models.text_part import TextModel
 from loraplex_shard.models.transformers.building import build, dtypes
 from loraplex_shard.models.transformers.linear import ForwardContext
 from loraplex_shard.models.transformers.parallel_rules import ParallelRules
+from loraplex_shard.models.transformers.pass_through_cache import PassThroughCache
 from loraplex_shard.models.transformers.replacing import Replacement
 from loraplex_shard.models.transformers.traits import CLOSED, ModelTraits, read_traits
 from loraplex_shard.ops.reference import ReferenceOperations
@@ -24,8 +25,15 @@ FAILURES = ArithmeticError, AttributeError, ImportError, LookupError, RuntimeErr
 LONGEST_REASON = 120  # characters of an error of transformers' code
 
 
-def check_model(checkpoint: Checkpoint | TextModel, positions: int, rank: int = 0, size: int = 1) -> ModelTraits:
-    """Returns what a rank's part of the model does, for sequences of at most `positions` positions.
+def check_model(
+    checkpoint: Checkpoint | TextModel,
+    positions: int,
+    rank: int = 0,
+    size: int = 1,
+    dtype: torch.dtype = torch.float32,
+) -> ModelTraits:
+    """Returns what a rank's part of the model does, for sequences of at most `positions` positions, computed in
+    `dtype`.
 
     Raises CheckpointError, with what the code does that our cache or our attention cannot; GroupSizeError if the model
     cannot be cut for `size` ranks.
@@ -34,7 +42,7 @@ def check_model(checkpoint: Checkpoint | TextModel, positions: int, rank: int = 
     with refused_by_name(checkpoint):
         try:
             with META:
-                model = build(checkpoint.config, torch.float32, positions)
+                model = build(checkpoint.config, dtype, positions)
             whole = read_traits(model, positions)
         except FAILURES as error:
             if _class(checkpoint)._supports_attention_backend:
@@ -42,9 +50,11 @@ def check_model(checkpoint: Checkpoint | TextModel, positions: int, rank: int = 
             raise CheckpointError(CLOSED) from error
     if size == 1:
         return whole
+    if whole.recurrent:
+        raise GroupSizeError(f"{checkpoint.architecture} keeps states, which are not cut for ranks: use tp 1")
     rules = ParallelRules(model.tp_plan or {}, checkpoint.architecture, rank, size)
     parts = Replacement(
-        whole, rules, Group(rank, size), ReferenceOperations(), ForwardContext(META), dtypes(model, torch.float32)
+        whole, rules, Group(rank, size), ReferenceOperations(), ForwardContext(META), dtypes(model, dtype)
     )
     try:
         parts.apply(model)
@@ -76,7 +86,7 @@ def _check(checkpoint: Checkpoint | TextModel) -> None:
     own = _class(checkpoint)
     if checkpoint.config.is_encoder_decoder or getattr(checkpoint.config, "add_cross_attention", False):
         raise CheckpointError("it needs an encoder")
-    if own._is_stateful:
+    if own._is_stateful and not PassThroughCache(checkpoint.config).recurrent_layers:
         raise CheckpointError("it keeps state besides keys and values")
 
 

@@ -35,7 +35,7 @@ def load_transformers(
     progress: Callable[[int, int], None] | None = None,
 ) -> TransformersModel:
     """Does what choosing.load_model says."""
-    traits = check_model(checkpoint, max_model_len, group.rank, group.size)
+    traits = check_model(checkpoint, max_model_len, group.rank, group.size, form.dtype)
     model = build(checkpoint.config, form.dtype, max_model_len)
     if checkpoint.classifies:
         traits = traits.without_head()

@@ -13,7 +13,8 @@ from loraplex_shard.device.parallel import Group
 from loraplex_shard.layers.parameters import ParameterForm
 from loraplex_shard.models.transformers.attention import PagedAttention, attended_by
 from loraplex_shard.models.transformers.linear import ForwardContext, LinearInPlace, OnRankZeroAlone
-from loraplex_shard.models.transformers.pass_through_cache import PassThroughCache
+from loraplex_shard.models.transformers.pass_through_cache import PassThroughCache, cache_argument
+from loraplex_shard.models.transformers.recurrent import RecurrentLayers
 from loraplex_shard.models.transformers.tensors import ModelTensors
 from loraplex_shard.models.transformers.traits import ModelTraits
 from loraplex_shard.ops.base import Operations, Segments, Step
@@ -54,6 +55,8 @@ class TransformersModel:
         self._model, self._traits, self._context, self._group, self._ops = model, traits, context, group, ops
         self._device = form.device
         self._cache = PassThroughCache(model.config)
+        self._cache_argument = cache_argument(model)
+        self._recurrent = RecurrentLayers(model, traits.recurrent, self._cache, context)
         self.dtype = form.dtype
         self.tensors = tensors
         self.vocab_size = traits.vocab_size
@@ -72,21 +75,25 @@ class TransformersModel:
     @torch.inference_mode()
     def check_positions(self) -> None:
         """Raises CheckpointError if the model does not use a batch's positions as they are."""
-        cache, positions = self.new_cache(1, BLOCK_SIZE), torch.arange(BLOCK_SIZE, device=self._device)
+        cache, positions = self.new_cache(1, BLOCK_SIZE, sequences=1), torch.arange(BLOCK_SIZE, device=self._device)
         table = torch.zeros((1, 1), dtype=torch.int64, device=self._device)
         tokens = torch.full_like(positions, self.vocab_size // 2)
-        batch = Batch(tokens, positions, positions, (0, BLOCK_SIZE), (BLOCK_SIZE,), table, ())
+        batch = Batch(tokens, positions, positions, (0, BLOCK_SIZE), (BLOCK_SIZE,), table, (), rows=(0,))
         counted, again, backwards, own = (
             self._hidden(batch, at, cache).float() for at in (positions, positions, positions.flip(0), None)
         )
         noise = 10 * (again - counted).abs().max()  # on a GPU, sums of experts' outputs have no fixed order
         if (own - counted).abs().max() > noise:
             raise CheckpointError("it counts positions in its own way")
-        # If positions do not matter to the model, equal tokens have equal results.
-        if (backwards - counted).abs().max() <= noise and not own.allclose(
-            own[:1], rtol=0.05, atol=0.05 * float(own.std())
-        ):
+        if (backwards - counted).abs().max() <= noise and self._depends_on_positions(own):
             raise CheckpointError("it ignores the positions that it is given")
+
+    def _depends_on_positions(self, hidden: torch.Tensor) -> bool:
+        """Whether positions matter to the model, which computed these hidden states of equal tokens, [tokens, hidden].
+        If they do not, equal tokens have equal results, unless recurrent layers make them differ."""
+        if self._traits.recurrent:
+            return bool(self._traits.attention) and self._traits.rotates
+        return not hidden.allclose(hidden[:1], rtol=0.05, atol=0.05 * float(hidden.std()))
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor, segments: tuple[Segment, ...]) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -101,8 +108,15 @@ class TransformersModel:
                 self._given = None
         return self._ops.upcast(logits.contiguous()) if self._group.rank == 0 else None
 
-    def new_cache(self, num_blocks: int, block_size: int, dtype: torch.dtype | None = None) -> KVCache:
-        return KVCache(self._traits.attention, num_blocks, block_size, dtype or self.dtype, self._device)
+    @property
+    def state_bytes(self) -> int:
+        return sum(form.size_bytes for form in self._recurrent.forms)
+
+    def new_cache(
+        self, num_blocks: int, block_size: int, dtype: torch.dtype | None = None, sequences: int = 0
+    ) -> KVCache:
+        heads, states = self._traits.attention, self._recurrent.forms
+        return KVCache(heads, num_blocks, block_size, dtype or self.dtype, self._device, states, sequences)
 
     def cache_block_bytes(self, block_size: int, dtype: torch.dtype | None = None) -> int:
         return KVCache.block_bytes(self._traits.attention, block_size, dtype or self.dtype)
@@ -111,7 +125,7 @@ class TransformersModel:
         """Returns [tokens, hidden]. If `positions` is None, the model counts them."""
         step = self._ops.prepare(batch)
         attention = PagedAttention(self._traits.attention, self._ops, step, cache)
-        with attended_by(attention), self._at(step, step):
+        with attended_by(attention), self._recurrent.over(batch, cache), self._at(step, step):
             try:
                 self._run(batch.token_ids, positions)
             except _Reached as reached:
@@ -123,8 +137,8 @@ class TransformersModel:
         return self._model(
             input_ids=ids[None],
             position_ids=None if positions is None else positions[None],
-            past_key_values=self._cache,
             use_cache=True,
+            **{self._cache_argument: self._cache},
         )
 
     def _answer(self, *args: Any, **kwargs: Any) -> ModelOutput:

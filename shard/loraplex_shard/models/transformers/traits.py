@@ -16,7 +16,9 @@ from transformers.utils.generic import ModelOutput
 from loraplex_shard.checkpoint.base import CheckpointError
 from loraplex_shard.models.transformers.attention import AttentionCall, Sees, attended_by, placeholder
 from loraplex_shard.models.transformers.module_calls import ModuleCalls
-from loraplex_shard.models.transformers.pass_through_cache import PassThroughCache
+from loraplex_shard.models.transformers.pass_through_cache import PassThroughCache, cache_argument
+from loraplex_shard.models.transformers.probing import StateRecorder, probe
+from loraplex_shard.models.transformers.recurrent import RecurrentLayer
 from loraplex_shard.models.transformers.windows import read_window
 from loraplex_shard.shapes.heads import Heads
 
@@ -36,6 +38,8 @@ class ModelTraits:
     backbone: str  # the module that returns the last hidden states
     output: type[ModelOutput]  # the type of the backbone's output
     vocab_size: int
+    recurrent: tuple[RecurrentLayer, ...]  # the layers that keep states
+    rotates: bool  # it has a rotary embedding
     generates: bool = True  # if not, it has no head
 
     def without_head(self) -> "ModelTraits":
@@ -108,12 +112,16 @@ class AttentionRecorder:
 def read_traits(model: PreTrainedModel, positions: int) -> ModelTraits:
     """Runs a model that is on the meta device, for sequences of at most `positions` positions. Raises
     CheckpointError."""
-    recorder = AttentionRecorder(positions)
-    calls = ModuleCalls(model)
-    with calls.counted(), attended_by(recorder), NothingChosen():
-        logits = run(model)
-    if not recorder.attention:
+    recorder, calls, cache = AttentionRecorder(positions), ModuleCalls(model), PassThroughCache(model.config)
+    states = StateRecorder(calls)
+    with calls.counted(), attended_by(recorder), NothingChosen(), cache.holding(states):
+        logits = run(model, cache)
+    if cache.updates > len(recorder.attention) or not (states or recorder.attention):
         raise CheckpointError(CLOSED)
+    if set(cache.recurrent_layers) - {key.layer for key in states}:
+        raise CheckpointError("it keeps state outside of its cache")
+    with attended_by(AttentionRecorder(positions)), NothingChosen():
+        recurrent = probe(model, states.modules, cache, TOKENS, lambda: run(model, cache))
     backbone, output = calls.backbone
     return ModelTraits(
         attention=tuple(recorder.attention),
@@ -124,6 +132,8 @@ def read_traits(model: PreTrainedModel, positions: int) -> ModelTraits:
         backbone=backbone,
         output=output,
         vocab_size=logits.shape[-1],
+        recurrent=recurrent,
+        rotates=any(hasattr(model.get_submodule(name), "rope_type") for name in calls.called),
     )
 
 
@@ -131,10 +141,10 @@ def _name(model: PreTrainedModel, wanted: nn.Module | None) -> str:
     return next((name for name, module in model.named_modules() if module is wanted), "")
 
 
-def run(model: PreTrainedModel) -> torch.Tensor:
+def run(model: PreTrainedModel, cache: PassThroughCache) -> torch.Tensor:
     """Runs a forward pass of one row of tokens, without values. Returns the logits."""
     ids = torch.zeros((1, TOKENS), dtype=torch.long, device="meta")
     positions = torch.arange(TOKENS, device="meta")[None]
-    options = {"past_key_values": PassThroughCache(model.config), "use_cache": True}
+    options = {cache_argument(model): cache, "use_cache": True}
     logits: torch.Tensor = model(input_ids=ids, position_ids=positions, **options).logits
     return logits

@@ -1,0 +1,111 @@
+"""Layers that keep a state of each sequence: however sequences are cut, mixed and moved from row to row, they are
+computed as transformers computes each of them alone."""
+
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from loraplex_shard.device.parallel import Group, GroupSizeError
+from loraplex_shard.kernels.library import instruction_set
+from loraplex_shard.models import Model
+from loraplex_shard.ops.base import Operations
+from loraplex_shard.ops.reference import ReferenceOperations
+from loraplex_shard.shapes.batch import Segment
+from tests.shard.decoders import ROWS, Sequences, adapter_for, load, load_reference, save_checkpoint, whole_delta
+from tests.shard.operations import cpu_operations
+from tests.shard.tiny_classes import MAMBA, VOCAB, tiny_config
+
+MIXED = ["linear_attention", "full_attention"]
+FAMILIES: dict[str, PreTrainedConfig] = {
+    "gated delta net": tiny_config("qwen3_5_text"),
+    "gated delta net and experts": tiny_config("qwen3_next"),
+    "Mamba 2": tiny_config("granitemoehybrid", layer_types=MIXED, num_hidden_layers=2, **MAMBA),
+    "Mamba 2 beside attention": tiny_config("falcon_h1"),
+    "Mamba 2 alone": tiny_config("mamba2"),
+    "Mamba, which goes on token by token": tiny_config("jamba"),
+    "short convolutions": tiny_config("lfm2"),
+}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint(FAMILIES[request.param], tmp_path_factory.mktemp("model"))
+
+
+@pytest.mark.parametrize("ops", [ReferenceOperations(), cpu_operations(instruction_set())], ids=["reference", "cpu"])
+def test_sequences_in_any_chunks_beside_each_other_are_computed_as_each_alone(directory: Path, ops: Operations) -> None:
+    model, random = load(directory, ops=ops), Random(0)
+    lengths = [1, 40, 7, 23, 2, 31, 12, 5, 17, 3, 9, 28]
+    texts = {str(number): [random.randrange(VOCAB) for _ in range(length)] for number, length in enumerate(lengths)}
+    adapted = set(list(texts)[::2])
+    found = compute(model, texts, adapted, random)
+    plain, merged = load_reference(directory), merge(load_reference(directory), model)
+    for name, tokens in texts.items():
+        with torch.inference_mode():
+            expected = (merged if name in adapted else plain)(input_ids=torch.tensor([tokens])).logits[0]
+        torch.testing.assert_close(found[name], expected, rtol=1e-3, atol=2e-3 * float(expected.std()))
+
+
+def compute(model: Model, texts: dict[str, list[int]], adapted: set[str], random: Random) -> dict[str, torch.Tensor]:
+    """The logits of all texts: in chunks of any lengths, of any of those that have a row, in an order of their own in
+    each step. Who is done leaves the row to the next."""
+    driver, adapter, done = Sequences(model, block_size=16), adapter_for(model.layouts), dict.fromkeys(texts, 0)
+    logits: dict[str, list[torch.Tensor]] = {name: [] for name in texts}
+    while unfinished := [name for name in texts if done[name] < len(texts[name])][:ROWS]:
+        chosen = random.sample(unfinished, random.randint(1, len(unfinished)))
+        chosen.sort(key=adapted.__contains__)  # tokens of one adapter are side by side
+        chunks = {name: texts[name][done[name] :][: random.choice([1, 1, 2, 3, 9])] for name in chosen}
+        first, last = (sum(len(c) for n, c in chunks.items() if n not in others) for others in (adapted, set()))
+        for name, found in driver.step(chunks, (Segment(first, last, adapter),) * (first < last)).items():
+            logits[name].append(found)
+            done[name] += len(found)
+            if done[name] == len(texts[name]):
+                driver.end(name)
+    return {name: torch.cat(found) for name, found in logits.items()}
+
+
+def merge(reference: PreTrainedModel, model: Model) -> PreTrainedModel:
+    """With that adapter in its weights."""
+    for layout in model.layouts:
+        for part in layout.parts:
+            module = reference.get_submodule(part.module)
+            a, b = whole_delta(part.module, part.out_features, layout.in_features)
+            module.weight = torch.nn.Parameter(module.weight + b @ a)
+    return reference
+
+
+def test_all_linear_layers_around_a_state_take_adapters(directory: Path) -> None:
+    adapted = {part.module for layout in load(directory).layouts for part in layout.parts}
+    linear = {name for name, module in load_reference(directory).named_modules() if type(module) is torch.nn.Linear}
+    assert {name.rpartition(".")[2] for name in linear - adapted} <= {
+        "dt_proj"
+    }  # of which Mamba's code reads the weight
+
+
+def test_states_are_counted(directory: Path) -> None:
+    model = load(directory)
+    cache = model.new_cache(1, 16, sequences=3)
+    assert model.state_bytes > 0
+    assert sum(state.nbytes for state in cache.states) == 3 * model.state_bytes
+
+
+def test_states_are_not_cut_into_ranks(directory: Path) -> None:
+    with pytest.raises(GroupSizeError, match="keeps states, which are not cut for ranks: use tp 1"):
+        load(directory, group=Group(0, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linear_layers_around_a_state_are_quantized(directory: Path, dtype: torch.dtype) -> None:
+    tokens, ops = list(range(20)), cpu_operations(instruction_set())
+    plain, rounded = (
+        torch.cat([driver.step({"a": chunk})["a"] for chunk in (tokens[:9], tokens[9:18], tokens[18:19], tokens[19:])])
+        for driver in (
+            Sequences(load(directory, dtype, ops=ops, quantize=quantize), block_size=16)
+            for quantize in ("none", "int8")
+        )
+    )
+    error = float((rounded - plain).norm() / plain.norm())
+    assert 0 < error < 0.5  # some tokens come to other experts
