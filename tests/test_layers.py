@@ -41,7 +41,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "loraplex_shard.sampling.stages": {"loraplex_protos"},
     "loraplex_shard.sampling.sampler": {"loraplex_shard.sampling.draws", "loraplex_shard.sampling.stages"},
     "loraplex_shard.shapes.layout": set(),
-    "loraplex_shard.shapes.adapter": {"loraplex_shard.kernels.tables", "loraplex_shard.shapes.classifier"},
+    "loraplex_shard.shapes.adapter": {
+        "loraplex_shard.kernels.tables",
+        "loraplex_shard.shapes.classifier",
+        "loraplex_shard.shapes.own_weights",
+    },
+    "loraplex_shard.shapes.own_weights": {"loraplex_shard.kernels.tables"},
     "loraplex_shard.shapes.classifier": set(),
     "loraplex_shard.ops.quantized": set(),
     # A source finds and reads files, but does not interpret them.

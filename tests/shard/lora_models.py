@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from loraplex_shard.lora.peft.base import BaseModel
 from loraplex_shard.lora.sources.files import CONFIG, TENSORS, AdapterFiles, assemble
 from loraplex_shard.shapes.adapter import AdapterWeights
-from loraplex_shard.shapes.layout import LinearLayout, LinearPart
+from loraplex_shard.shapes.layout import LinearLayout, LinearPart, VocabularyLayout
 
 HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 24, 40, 3, 6, 3, 4, 50
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -83,10 +83,12 @@ def make_base() -> LlamaForCausalLM:
     )
 
 
-class HeldMatrices:
-    """A model's matrices, unchanged."""
+class HeldWeights:
+    """A model's weights, unchanged."""
 
     tied = False
+    vocabulary = VocabularyLayout("model.embed_tokens", "lm_head", VOCAB, HIDDEN, 1.0, torch.float32, norms=2)
+    norms: Mapping[str, tuple[int, ...]] = {"model.norm.weight": (HIDDEN,)}
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.tensors = model.state_dict()
@@ -94,13 +96,16 @@ class HeldMatrices:
     def read(self, module: str, rows: slice) -> torch.Tensor:
         return self.tensors[f"{module}.weight"][rows]
 
+    def read_norms(self, own: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor | None, ...]:
+        return own["model.norm.weight"].float(), None
+
 
 BASE = BaseModel(
     "LlamaForCausalLM",
     ids=("org/base-7b",),
     tensors=HeldTensors(make_base()),
     vocab_size=VOCAB,
-    served=HeldMatrices(make_base()),
+    served=HeldWeights(make_base()),
     hidden_size=HIDDEN,
 )
 

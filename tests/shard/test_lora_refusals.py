@@ -54,8 +54,9 @@ def test_the_unmodified_adapter_is_accepted(directory: Path) -> None:
     ("field", "value"),
     [
         ("bias", "some"),
-        ("trainable_token_indices", [1, 2]),
-        ("trainable_token_indices", {"embed_tokens": [3]}),
+        ("trainable_token_indices", [1, -2]),
+        ("trainable_token_indices", {"embed_tokens": 3}),
+        ("trainable_token_indices", {"q_proj": [3]}),
         ("layer_replication", [[0, 2], [1, 3]]),
         ("target_parameters", ["mlp.experts.gate_up_proj"]),
         ("alora_invocation_tokens", []),
@@ -101,8 +102,6 @@ def test_the_unmodified_adapter_is_accepted(directory: Path) -> None:
         ("target_modules", ["query_key_value"]),
         ("target_modules", "q_proj"),
         ("target_modules", r"(.*q_proj"),
-        ("target_modules", ["q_proj", "embed_tokens"]),
-        ("target_modules", r".*(q_proj|embed_tokens)"),
         ("exclude_modules", r"*"),
         ("exclude_modules", r".*"),
         ("layers_to_transform", "1"),
@@ -124,7 +123,20 @@ def test_an_invalid_or_unsupported_config_field_is_named(directory: Path, field:
         ({"lora_bias": True}, "missing base_model.model.model.layers.0.self_attn.k_proj.lora_B.bias"),
         ({"modules_to_save": ["lm_head"]}, "missing base_model.model.lm_head.weight"),
         ({"use_dora": True, "lora_bias": True}, "lora_bias has no meaning beside use_dora"),
-        ({"ensure_weight_tying": True, "target_modules": ["q_proj", "lm_head"]}, "ensure_weight_tying"),
+        (
+            {"target_modules": ["q_proj", "embed_tokens"]},
+            f"missing {PREFIX}model.embed_tokens.lora_embedding_A",
+        ),
+        ({"modules_to_save": ["embed_tokens"]}, f"missing {PREFIX}model.embed_tokens.weight"),
+        ({"modules_to_save": ["norm"]}, f"missing {PREFIX}model.norm.weight"),
+        (
+            {"trainable_token_indices": [3]},
+            f"missing {PREFIX}model.embed_tokens.token_adapter.trainable",
+        ),
+        (
+            {"trainable_token_indices": {"lm_head": [3]}, "modules_to_save": ["lm_head"]},
+            "trainable_token_indices: lm_head is adapted as a whole, too",
+        ),
         ({"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight_conversion"),
         (
             {**ACTIVATED, "use_dora": True},

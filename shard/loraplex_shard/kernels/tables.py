@@ -9,7 +9,7 @@ from loraplex_shard.kernels.library import SOURCES
 
 _HEADER = re.sub(r"//.*", "", (SOURCES / "tables.h").read_text())
 _STRUCTS = dict(re.findall(r"struct (\w+) {(.*?)};", _HEADER, re.DOTALL))
-_FIELD = re.compile(r"(?:std::int64_t|const \w+\*) (\w+)|(\w+) (\w+)\[(\d+)\]")
+_FIELD = re.compile(r"(?:std::int64_t|const [\w:]+\*) (\w+)|(\w+) (\w+)\[(\d+)\]")
 
 
 @cache

@@ -7,7 +7,7 @@ from torch import nn
 
 from loraplex_shard.device.parallel import Group, HeadPartition
 from loraplex_shard.layers.parameters import LoadableLayer, TensorSlice
-from loraplex_shard.ops.base import HeadNorms, Norm, Operations
+from loraplex_shard.ops.base import HeadNorms, Norm, Operations, Step
 from loraplex_shard.shapes.heads import Heads
 
 
@@ -21,7 +21,13 @@ class NormSpec:
     plus: float = 0.0  # added to each weight of the checkpoint
 
 
-class HiddenNorm(LoadableLayer):
+class NormLayer(LoadableLayer):
+    """A norm, in whose place an adapter may have one of its own."""
+
+    index = 0  # the model's number for its first parameter; each norm has two numbers
+
+
+class HiddenNorm(NormLayer):
     """The norm of hidden states, after a layer's delta is added to them."""
 
     scale: nn.Parameter  # [hidden]
@@ -36,15 +42,15 @@ class HiddenNorm(LoadableLayer):
         if spec.bias:
             self.declare("bias", shape, TensorSlice(f"{module}.bias", shape), dtype=torch.float32)
 
-    def forward(self, hidden: torch.Tensor, delta: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, step: Step, delta: torch.Tensor | None = None) -> torch.Tensor:
         """Adds delta, if there is one, to hidden [tokens, hidden] in place. Returns the norm of hidden."""
-        norm = Norm(self.scale, self.bias, self.spec.eps, self.spec.centered)
+        norm = Norm(self.scale, self.bias, self.spec.eps, self.spec.centered, self.index)
         if delta is None:
-            return self.ops.norm(hidden, norm)
-        return self.ops.add_norm(hidden, delta, self.delta_scale, norm)
+            return self.ops.norm(hidden, norm, step)
+        return self.ops.add_norm(hidden, delta, self.delta_scale, norm, step)
 
 
-class HeadNorm(LoadableLayer):
+class HeadNorm(NormLayer):
     """The norm of queries and keys, for each head by itself."""
 
     scale: nn.Parameter  # [query + KV heads, dim]: one row per head, so that one operation does queries and keys
@@ -62,10 +68,10 @@ class HeadNorm(LoadableLayer):
         )
 
     def forward(self, qkv: torch.Tensor) -> HeadNorms:
-        return HeadNorms(self.scale, self.eps)
+        return HeadNorms(self.scale, self.eps, index=self.index)
 
 
-class WidthNorm(LoadableLayer):
+class WidthNorm(NormLayer):
     """The norm of queries over all query heads of a token, and of keys over all key heads, including other ranks'."""
 
     scale: nn.Parameter  # [query + KV heads, dim]
@@ -92,4 +98,4 @@ class WidthNorm(LoadableLayer):
     def forward(self, qkv: torch.Tensor) -> HeadNorms:
         squares = self.ops.head_squares(qkv, self.heads, *self.means)
         self.ops.all_reduce_(squares, self.group)
-        return HeadNorms(self.scale, self.eps, squares)
+        return HeadNorms(self.scale, self.eps, squares, self.index)

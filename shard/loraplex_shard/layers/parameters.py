@@ -134,12 +134,19 @@ class LoadableLayer(nn.Module):
     def load(self, reader: TensorReader, form: ParameterForm) -> Iterator[str]:
         """Fills the parameters, in their final form and place, tensor by tensor. Yields each tensor's name."""
         for name, declared in self.declared.items():
-            shape, dtype = self.get_parameter(name).shape, declared.dtype or form.dtype
-            data = torch.empty(shape, dtype=dtype, device=form.device)
-            yield from _fill(data, reader, declared.slices)
-            self.register_parameter(name, nn.Parameter(data.add_(declared.plus), requires_grad=False))
+            self.register_parameter(name, nn.Parameter(self.read_parameter(name, reader, form), requires_grad=False))
+            yield from (tensor_slice.tensor for tensor_slice in declared.slices)
         if self.matrix:
             yield from self._load_matrix(reader, form)
+
+    def read_parameter(self, name: str, reader: TensorReader, form: ParameterForm) -> torch.Tensor:
+        """Returns a declared parameter in its final form and place."""
+        declared = self.declared[name]
+        shape, dtype = self.get_parameter(name).shape, declared.dtype or form.dtype
+        data = torch.empty(shape, dtype=dtype, device=form.device)
+        for _ in _fill(data, reader, declared.slices):
+            pass
+        return data.add_(declared.plus)
 
     def as_served(self, reader: TensorReader, form: ParameterForm, tensor_slice: TensorSlice) -> torch.Tensor:
         """Returns a slice of one of the matrix's tensors as the layer computes with it in this form, in float32."""

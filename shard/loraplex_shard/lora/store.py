@@ -25,13 +25,13 @@ from loraplex_protos.errors import (
 from loraplex_shard.lora.merge import Recipe, merge
 from loraplex_shard.lora.once import Once
 from loraplex_shard.lora.peft.base import BaseModel
-from loraplex_shard.lora.peft.reading import read_adapter, read_deltas
+from loraplex_shard.lora.peft.reading import WholeAdapter, cut_adapter, read_adapter, read_deltas
 from loraplex_shard.lora.room import Room
 from loraplex_shard.lora.sources.files import AdapterFiles
 from loraplex_shard.lora.sources.order import locate
 from loraplex_shard.lora.sources.protocol import Origin, Source
 from loraplex_shard.lora.sources.text_files import AdapterText
-from loraplex_shard.lora.weights.deltas import Delta, HostAdapter, Invocation, partition_adapter
+from loraplex_shard.lora.weights.deltas import Delta, HostAdapter, Invocation
 from loraplex_shard.lora.weights.transfer import Transfer
 from loraplex_shard.observation.metrics import ShardMetrics
 from loraplex_shard.shapes.adapter import AdapterWeights
@@ -204,10 +204,18 @@ class AdapterStore:
             self._digests[origin] = digest
 
     def _cut(self, files: AdapterFiles) -> HostAdapter:
-        return read_adapter(files, self._layouts, self._base, self._dtype)
+        adapter = read_adapter(files, self._layouts, self._base, self._dtype)
+        head = adapter.weights.own.head
+        if head is not None and head.vocab_size != self._base.vocab_size:
+            raise AdapterInvalidError(
+                f"adapter_model.safetensors: it has {head.vocab_size} tokens, the model {self._base.vocab_size}:"
+                " vocabularies of another size are not served"
+            )
+        return adapter
 
     def _merged(self, parts: Sequence[str], recipe: Recipe) -> HostAdapter:
-        return partition_adapter(merge([self._whole(part) for part in parts], recipe), self._layouts, self._dtype)
+        merged = merge([self._whole(part) for part in parts], recipe)
+        return cut_adapter(WholeAdapter(merged), self._layouts, self._base, self._dtype)
 
     def _whole(self, digest: str) -> dict[str, Delta]:
         """Reads a staged adapter again, unpartitioned."""

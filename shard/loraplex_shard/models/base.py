@@ -4,7 +4,7 @@ from typing import Protocol
 
 import torch
 
-from loraplex_shard.lora.peft.base import ServedMatrices, StoredTensors
+from loraplex_shard.lora.peft.base import ServedWeights, StoredTensors
 from loraplex_shard.shapes.batch import Batch, Segment
 from loraplex_shard.shapes.cache import KVCache
 from loraplex_shard.shapes.layout import LinearLayout
@@ -37,9 +37,8 @@ class Model(Protocol):
         """The checkpoint's tensors, by the names that they have in the model."""
 
     @property
-    def served(self) -> ServedMatrices | None:
-        """The linear layers' matrices as the model computes with them; None if its modules differ from those that PEFT
-        adapts."""
+    def served(self) -> ServedWeights | None:
+        """The weights as the model computes with them; None if its modules differ from those that PEFT adapts."""
 
     @property
     def layouts(self) -> tuple[LinearLayout, ...]:

@@ -13,9 +13,10 @@ from torch import nn
 from loraplex_shard.device.parallel import Group
 from loraplex_shard.layers.embedding import Embedding
 from loraplex_shard.layers.linear import ColumnLinear, Linear, RowLinear
-from loraplex_shard.layers.norm import HeadNorm, HiddenNorm, WidthNorm
+from loraplex_shard.layers.norm import HeadNorm, HiddenNorm, NormLayer, WidthNorm
+from loraplex_shard.layers.own_head import put_own_logits, with_vocabularies
 from loraplex_shard.layers.sinks import Sinks
-from loraplex_shard.lora.peft.base import ServedMatrices, StoredTensors
+from loraplex_shard.lora.peft.base import ServedWeights, StoredTensors
 from loraplex_shard.models.build import Build
 from loraplex_shard.models.mlp import MixtureOfExperts, Mlp
 from loraplex_shard.models.partition import DecoderPartition
@@ -24,7 +25,7 @@ from loraplex_shard.ops.base import Operations, Rotary, Step
 from loraplex_shard.shapes.batch import Batch, Segment
 from loraplex_shard.shapes.cache import KVCache, LayerCache
 from loraplex_shard.shapes.heads import Heads
-from loraplex_shard.shapes.layout import LinearLayout
+from loraplex_shard.shapes.layout import LinearLayout, VocabularyLayout
 
 
 class Attention(nn.Module):
@@ -80,22 +81,24 @@ class DecoderLayer(nn.Module):
     def forward(self, hidden: torch.Tensor, delta: torch.Tensor | None, step: Step, cache: LayerCache) -> torch.Tensor:
         """Adds delta and the attention's output to hidden, in place. Returns the MLP's output: the next layer's
         delta."""
-        x = self._added(hidden, delta, self.before_attention)
+        x = self._added(hidden, delta, self.before_attention, step)
         if self.spec.parallel:
-            beside = x if self.before_mlp is None else self.before_mlp(hidden)
-            self._added(hidden, self._attended(x, step, cache), None)
+            beside = x if self.before_mlp is None else self.before_mlp(hidden, step)
+            self._added(hidden, self._attended(x, step, cache), None, step)
             x = beside
         else:
-            x = self._added(hidden, self._attended(x, step, cache), self.before_mlp)
-        return _normed(self.mlp(x, step), self.behind_mlp)
+            x = self._added(hidden, self._attended(x, step, cache), self.before_mlp, step)
+        return _normed(self.mlp(x, step), self.behind_mlp, step)
 
     def _attended(self, x: torch.Tensor, step: Step, cache: LayerCache) -> torch.Tensor:
-        return _normed(self.attention(x, step, cache), self.behind_attention)
+        return _normed(self.attention(x, step, cache), self.behind_attention, step)
 
-    def _added(self, hidden: torch.Tensor, delta: torch.Tensor | None, norm: HiddenNorm | None) -> torch.Tensor:
+    def _added(
+        self, hidden: torch.Tensor, delta: torch.Tensor | None, norm: HiddenNorm | None, step: Step
+    ) -> torch.Tensor:
         """Adds delta to hidden. Returns the norm of hidden, or hidden itself if there is no norm."""
         if norm is not None:
-            normed: torch.Tensor = norm(hidden, delta)
+            normed: torch.Tensor = norm(hidden, step, delta)
             return normed
         if delta is not None:
             self.ops.add_(hidden, delta, self.spec.residual_scale)
@@ -106,7 +109,7 @@ class Decoder(nn.Module):
     """A rank's part of the model. `load_decoder` makes it; its parameters are on the meta device until then."""
 
     tensors: StoredTensors  # what it is loaded from
-    served: ServedMatrices | None  # its matrices as it computes with them
+    served: ServedWeights | None  # its weights as it computes with them
 
     def __init__(
         self,
@@ -135,11 +138,21 @@ class Decoder(nn.Module):
         self.generates = spec.has_head
         if spec.has_head:
             self.lm_head = ColumnLinear(partition.lm_head(), spec.head_bias, ops=ops, least_bits=8)
+        for number, layer in enumerate(module for module in self.modules() if isinstance(module, NormLayer)):
+            layer.index = 2 * number
 
     @property
     def layouts(self) -> tuple[LinearLayout, ...]:
         """The layouts of all linear layers of this rank, including the lm head if there is one."""
         return tuple(module.layout for module in self.modules() if isinstance(module, Linear))
+
+    @property
+    def vocabulary(self) -> VocabularyLayout:
+        spec = self.spec
+        norms = 2 * sum(isinstance(module, NormLayer) for module in self.modules())
+        scale = self.embedding.scale
+        names = self.embedding_name, self.head_name
+        return VocabularyLayout(*names, spec.vocab_size, spec.hidden_size, scale, self.dtype, norms)
 
     @torch.inference_mode()
     def forward(self, batch: Batch, cache: KVCache) -> torch.Tensor:
@@ -155,10 +168,18 @@ class Decoder(nn.Module):
         """hidden [n, hidden] -> logits [n, vocab_size] float32, and whether all numbers of a row are finite, [n] bool.
         The result is on rank 0. The other ranks must call it as well, and get None.
 
-        `segments` are runs of rows of `hidden`, for adapters that touch the lm head.
+        `segments` are runs of rows of `hidden`, for adapters that touch the lm head. The largest vocabulary among them
+        counts; tokens that a row does not have are -inf.
         """
-        logits = self.group.gather(self.lm_head(hidden, segments), self.partition.lm_head_widths)
-        return None if logits is None else self.ops.upcast(logits, self.spec.logit_scale, self.spec.logit_soft_cap)
+        out = self.lm_head(hidden, segments)
+        put_own_logits(out, hidden, segments)
+        logits = self.group.gather(out, self.partition.lm_head_widths)
+        if logits is None:
+            return None
+        scale, cap = self.spec.logit_scale, self.spec.logit_soft_cap
+        return with_vocabularies(
+            self.ops.upcast(logits, scale, cap), hidden, segments, lambda added: self.ops.upcast(added, scale, cap)
+        )
 
     def new_cache(
         self, num_blocks: int, block_size: int, dtype: torch.dtype | None = None, sequences: int = 0
@@ -179,9 +200,9 @@ class Decoder(nn.Module):
         hidden, delta = self.embedding(step, self.dtype), None
         for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
             delta = layer(hidden, delta, step, layer_cache)
-        normed: torch.Tensor = self.norm(hidden, delta)
+        normed: torch.Tensor = self.norm(hidden, step, delta)
         return normed
 
 
-def _normed(out: torch.Tensor, norm: HiddenNorm | None) -> torch.Tensor:
-    return out if norm is None else norm(out)
+def _normed(out: torch.Tensor, norm: HiddenNorm | None, step: Step) -> torch.Tensor:
+    return out if norm is None else norm(out, step)

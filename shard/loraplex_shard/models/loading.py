@@ -12,7 +12,7 @@ from loraplex_shard.layers.parameters import LoadableLayer, ParameterForm, Tenso
 from loraplex_shard.models.architectures import read_spec
 from loraplex_shard.models.decoder import Decoder
 from loraplex_shard.models.rope import rotary
-from loraplex_shard.models.served import ServedMatrices
+from loraplex_shard.models.served import ServedWeights
 from loraplex_shard.models.tensor_checks import differ, listed
 from loraplex_shard.models.text_part import TextPart
 from loraplex_shard.ops.base import Operations
@@ -55,7 +55,7 @@ def load_decoder(
     with init_empty_weights(include_buffers=False):
         decoder = Decoder(spec, group, ops, tables, form.device, form.dtype, embedding)
     layers = [module for module in decoder.modules() if isinstance(module, LoadableLayer)]
-    decoder.served = ServedMatrices(layers, tensors, form, embedding if spec.tied else None)
+    decoder.served = ServedWeights(layers, tensors, form, embedding if spec.tied else None, decoder.vocabulary)
     if spec.tied:
         decoder.lm_head.matrix = ()  # if it has a bias, that is not tied
     for layer in layers:

@@ -27,6 +27,7 @@ class Norm:
     bias: torch.Tensor | None  # [n] float32
     eps: float
     centered: bool
+    index: int = 0  # of the weight among the parameters of all norms; the bias has the next one
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,7 @@ class HeadNorms:
     weight: torch.Tensor  # [query + kv heads, dim] float32
     eps: float
     squares: torch.Tensor | None = None  # [tokens, 2] float32: mean squares of queries and of keys over all heads
+    index: int = 0  # the weight's number among the parameters of all norms
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +96,8 @@ class Operations(Protocol):
         ...
 
     def embedding(self, step: Step, weight: Weight, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
-        """Returns the weight's rows for the step's tokens, times scale: [tokens, columns] in the model's dtype."""
+        """Returns the weight's rows for the step's tokens, times scale: [tokens, columns] in the model's dtype. Where
+        a token's adapter has embeddings of its own, returns those."""
         ...
 
     def linear(self, x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -158,11 +161,14 @@ class Operations(Protocol):
         """Replaces `tensor` by its sum over the group's ranks. Raises what the group raises when a rank is lost."""
         ...
 
-    def norm(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
-        """Returns x [tokens, n], normalized in float32."""
+    def norm(self, x: torch.Tensor, norm: Norm, step: Step | None = None) -> torch.Tensor:
+        """Returns x [tokens, n], normalized in float32. With a step, parameters that a token's adapter has of its own
+        replace the norm's."""
         ...
 
-    def add_norm(self, hidden: torch.Tensor, delta: torch.Tensor, scale: float, norm: Norm) -> torch.Tensor:
+    def add_norm(
+        self, hidden: torch.Tensor, delta: torch.Tensor, scale: float, norm: Norm, step: Step | None = None
+    ) -> torch.Tensor:
         """Adds scale * delta to hidden in place, and returns the norm of the sum."""
         ...
 
@@ -196,8 +202,8 @@ class Operations(Protocol):
         step: Step,
         cache: LayerCache,
     ) -> None:
-        """Normalizes queries and keys in place if there are norms, rotates them if there is a rotary embedding, and
-        writes keys and values to the cache. qkv is [tokens, heads.width]."""
+        """Normalizes queries and keys in place if there are norms, which adapters may replace; rotates them if there is
+        a rotary embedding, and writes keys and values to the cache. qkv is [tokens, heads.width]."""
         ...
 
     def attention(

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from loraplex_shard.device.parallel import Group
 from loraplex_shard.ops.base import Activation, HeadNorms, Norm, Rotary, Segments
 from loraplex_shard.ops.experts import ExpertOperations
+from loraplex_shard.ops.own_weights import norm_runs, put_own_embeddings, put_own_norms
 from loraplex_shard.ops.quantized import QuantizedMatrix, rounded_to_int8, to_integers
 from loraplex_shard.shapes.batch import Batch
 from loraplex_shard.shapes.cache import KVCache, LayerCache
@@ -65,7 +66,10 @@ class ReferenceOperations(ExpertOperations):
     def embedding(
         self, step: ReferenceStep, weight: ReferenceWeight, dtype: torch.dtype, scale: float = 1.0
     ) -> torch.Tensor:
-        return F.embedding(step.batch.token_ids, weight.matrix).to(dtype) * scale
+        known = step.batch.token_ids.clamp(max=len(weight.matrix) - 1)
+        out = F.embedding(known, weight.matrix).to(dtype) * scale
+        put_own_embeddings(out, step.batch)
+        return out
 
     def linear(self, x: torch.Tensor, weight: ReferenceWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
         if weight.group is None:
@@ -95,15 +99,13 @@ class ReferenceOperations(ExpertOperations):
     def all_reduce_(self, tensor: torch.Tensor, group: Group) -> None:
         group.all_reduce_(tensor)
 
-    def norm(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
-        wide = x.float()
-        if norm.centered:
-            wide = wide - wide.mean(-1, keepdim=True)
-        normed = wide * (wide.square().mean(-1, keepdim=True) + norm.eps).rsqrt() * norm.weight
-        return (normed if norm.bias is None else normed + norm.bias).to(x.dtype)
+    def norm(self, x: torch.Tensor, norm: Norm, step: ReferenceStep | None = None) -> torch.Tensor:
+        return put_own_norms(_norm, _norm(x, norm), x, norm, step.batch.segments if step else ())
 
-    def add_norm(self, hidden: torch.Tensor, delta: torch.Tensor, scale: float, norm: Norm) -> torch.Tensor:
-        return self.norm(hidden.add_(delta, alpha=scale), norm)
+    def add_norm(
+        self, hidden: torch.Tensor, delta: torch.Tensor, scale: float, norm: Norm, step: ReferenceStep | None = None
+    ) -> torch.Tensor:
+        return self.norm(hidden.add_(delta, alpha=scale), norm, step)
 
     def add_(self, hidden: torch.Tensor, delta: torch.Tensor, scale: float) -> None:
         hidden.add_(delta, alpha=scale)
@@ -143,7 +145,9 @@ class ReferenceOperations(ExpertOperations):
                 squares = query_key.float().square().mean(-1)
             else:
                 squares = norms.squares.repeat_interleave(torch.tensor((heads.query, heads.kv)), dim=1)
-            query_key.copy_(query_key.float() * (squares[..., None] + norms.eps).rsqrt() * norms.weight)
+            normed = query_key.float() * (squares[..., None] + norms.eps).rsqrt()
+            for run, own in norm_runs(norms, step.batch.segments, len(qkv)):
+                query_key[run] = (normed[run] * own.weight).to(qkv.dtype)
         if rotary is not None:
             rotated = query_key[:, :, : rotary.cos.shape[1]]
             cos, sin = (angles[step.batch.positions, None] for angles in (rotary.cos, rotary.sin))
@@ -174,6 +178,14 @@ class ReferenceOperations(ExpertOperations):
         for chunk, (start, stop) in enumerate(pairwise(step.batch.starts)):
             out[start:stop] = _attend(query[start:stop], heads, step.batch, chunk, cache, sinks)
         return out.view(len(qkv), -1)
+
+
+def _norm(x: torch.Tensor, norm: Norm) -> torch.Tensor:
+    wide = x.float()
+    if norm.centered:
+        wide = wide - wide.mean(-1, keepdim=True)
+    normed = wide * (wide.square().mean(-1, keepdim=True) + norm.eps).rsqrt() * norm.weight
+    return (normed if norm.bias is None else normed + norm.bias).to(x.dtype)
 
 
 def _partners(heads: torch.Tensor, interleaved: bool) -> torch.Tensor:

@@ -7,6 +7,7 @@ import torch
 
 from loraplex_shard.kernels.tables import row, width
 from loraplex_shard.shapes.classifier import Classifier
+from loraplex_shard.shapes.own_weights import NOTHING, OwnWeights
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,7 @@ class AdapterWeights:
     layer_count: int  # linear layers of the model on this rank
     memory: torch.Tensor  # [bytes] uint8: all tensors are views of it
     classifier: Classifier | None = None  # replaces the model's
+    own: OwnWeights = NOTHING  # outside the linear layers
     table: torch.Tensor = field(init=False)  # [layer_count, numbers of a LoraLayer] int64: read by kernels
     widest: int = field(init=False)  # the largest sum of lora_ranks in one layer
     int8: bool = field(init=False)  # whether A and B are int8
@@ -74,9 +76,9 @@ class AdapterWeights:
         object.__setattr__(self, "table", _table(self.layers, self.layer_count).to(self.memory.device))
         object.__setattr__(self, "int8", any(layer.scales is not None for layer in layers))
         object.__setattr__(self, "widest", max((len(layer.shrink) for layer in layers), default=0))
-        own = () if self.classifier is None else self.classifier.tensors
-        size = sum(tensor.nbytes for layer in layers for tensor in layer.tensors) + sum(each.nbytes for each in own)
-        object.__setattr__(self, "size_bytes", size)
+        tensors = [*(tensor for layer in layers for tensor in layer.tensors), *self.own.tensors]
+        tensors += [] if self.classifier is None else self.classifier.tensors
+        object.__setattr__(self, "size_bytes", sum(tensor.nbytes for tensor in tensors))
 
     def at(self, memory: torch.Tensor) -> "AdapterWeights":
         """Returns the same adapter in a copy of its memory, which may be on another device."""
@@ -87,7 +89,7 @@ class AdapterWeights:
 
         layers = {name: layer.map(view) for name, layer in self.layers.items()}
         classifier = None if self.classifier is None else self.classifier.map(view)
-        return AdapterWeights(layers, self.layer_count, memory, classifier)
+        return AdapterWeights(layers, self.layer_count, memory, classifier, self.own.map(view))
 
 
 def _table(layers: Mapping[str, LayerWeights], layer_count: int) -> torch.Tensor:

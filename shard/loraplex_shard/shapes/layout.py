@@ -4,6 +4,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import gcd
 
+import torch
+
 
 @dataclass(frozen=True, slots=True)
 class LinearPart:
@@ -37,6 +39,19 @@ class LinearLayout:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "unit", gcd(*(part.width for part in self.parts)))
+
+
+@dataclass(frozen=True, slots=True)
+class VocabularyLayout:
+    """The embedding and the lm head of the whole model, as far as adapters have rows of their own there."""
+
+    embedding: str  # the modules' names
+    head: str
+    vocab_size: int
+    hidden_size: int
+    scale: float  # what embeddings are multiplied by
+    dtype: torch.dtype  # the model's
+    norms: int  # parameters of all norms
 
 
 def count_indices(layouts: Iterable[LinearLayout]) -> int:

@@ -1,5 +1,6 @@
 // Normalization and activation. There is little arithmetic: each value is read and written once.
 
+#include "own_weights.h"
 #include "team.h"
 
 namespace loraplex {
@@ -26,9 +27,11 @@ float mean(const T* x, long n) {
 // hidden += scale * delta if there is a delta, then out = hidden / root mean square * weight + bias. If CENTERED, the
 // mean is subtracted from hidden first.
 template <bool CENTERED, class T>
-void add_norm(int threads, long rows, long n, T* hidden, const T* delta, float scale, const float* weight,
-              const float* bias, float eps, T* out) {
+void add_norm(int threads, long rows, long n, T* hidden, const T* delta, float scale, const float* base_weight,
+              const float* base_bias, float eps, const std::int64_t* own, long index, T* out) {
     parallel_for(rows * n > SMALL ? threads : 1, rows, [&](long row) {
+        const float *weight = own_or(base_weight, own, index * rows + row),
+                    *bias = own_or(base_bias, own, (index + 1) * rows + row);
         T *x = hidden + row * n, *y = out + row * n;
         Floats squares = zeros(), center = zeros();
         for (long i = 0; i < n; i += LANES) {
@@ -168,13 +171,17 @@ float sum_of_squares(const T* x, long n) {
 using namespace loraplex;
 
 // hidden and out [rows, n] are of the same kind; delta is like hidden, or null; weight [n]; bias [n] or null.
+//
+// own [parameters, rows] has the addresses of what the rows' adapters have in place of parameter `index`, the weight,
+// and of the next one, the bias; 0 where they have nothing. It is null if no row's adapter has anything.
 EXPORT void add_norm(int threads, int kind, long rows, long n, void* hidden, const void* delta, float scale,
-                     const float* weight, const float* bias, float eps, int centered, void* out) {
+                     const float* weight, const float* bias, float eps, int centered, const std::int64_t* own,
+                     long index, void* out) {
     with_type(kind, [&](auto* t) {
         using T = decltype(t);
         auto run = centered ? loraplex::add_norm<true, std::remove_pointer_t<T>>
                             : loraplex::add_norm<false, std::remove_pointer_t<T>>;
-        run(threads, rows, n, (T)hidden, (T)delta, scale, weight, bias, eps, (T)out);
+        run(threads, rows, n, (T)hidden, (T)delta, scale, weight, bias, eps, own, index, (T)out);
     });
 }
 

@@ -16,8 +16,8 @@
             void* out))                                                                                                \
     KERNEL(void, pack_weight, (int kind, long n, long k, const void* weight, void* packed))                            \
     KERNEL(void, weight_rows,                                                                                          \
-           (int threads, int kind, long count, const std::int64_t* ids, long k, const void* packed, float scale,       \
-            void* out))                                                                                                \
+           (int threads, int kind, long count, const std::int64_t* ids, long n, long k, const void* packed,            \
+            float scale, void* out))                                                                                   \
     KERNEL(void, quantized_linear,                                                                                     \
            (int threads, int kind, long m, long n, long k, const void* x, int bits, int group, const void* weight,     \
             const void* bias, void* out))                                                                              \
@@ -26,14 +26,17 @@
            (long n, long k, int bits, int group, const void* values, const void* scales, const void* offsets,          \
             void* packed))                                                                                             \
     KERNEL(void, quantized_rows,                                                                                       \
-           (int threads, int kind, long count, const std::int64_t* ids, long k, int bits, int group,                   \
+           (int threads, int kind, long count, const std::int64_t* ids, long n, long k, int bits, int group,           \
             const void* packed, float scale, void* out))                                                               \
+    KERNEL(void, own_embeddings,                                                                                       \
+           (int threads, int kind, long count, const std::int64_t* ids, long k, const std::int64_t* own, void* out))   \
     KERNEL(void, add_lora_delta,                                                                                       \
            (int threads, int kind, int int8_weights, long segments, const std::int64_t* starts,                        \
             const std::int64_t* stops, const void* tables, long layer, const void* x, long k, void* out, long n))      \
     KERNEL(void, add_norm,                                                                                             \
            (int threads, int kind, long rows, long n, void* hidden, const void* delta, float scale,                    \
-            const float* weight, const float* bias, float eps, int centered, void* out))                               \
+            const float* weight, const float* bias, float eps, int centered, const std::int64_t* own, long index,      \
+            void* out))                                                                                                \
     KERNEL(void, add, (int threads, int kind, long rows, long n, void* hidden, const void* delta, float scale))        \
     KERNEL(void, activate,                                                                                             \
            (int threads, int kind, int function, int gated, long rows, long n, const void* x, void* out))              \
@@ -45,9 +48,10 @@
             float query_scale, float key_scale, float* out))                                                           \
     KERNEL(void, rotate_and_write,                                                                                     \
            (int threads, int kind, long tokens, void* qkv, long heads, long kv_heads, long head_dim, long value_dim,   \
-            const float* norm, const float* squares, float eps, const std::int64_t* positions, const float* cos,       \
-            const float* sin, long rotary_dim, int interleaved, const float* query_scale,                              \
-            const std::int64_t* indices, void* keys, void* values, float* key_scales, float* value_scales))            \
+            const float* norm, const float* squares, float eps, const std::int64_t* own, long index,                   \
+            const std::int64_t* positions, const float* cos, const float* sin, long rotary_dim, int interleaved,       \
+            const float* query_scale, const std::int64_t* indices, void* keys, void* values, float* key_scales,        \
+            float* value_scales))                                                                                      \
     KERNEL(void, paged_attention,                                                                                      \
            (int threads, int kind, const void* query, long query_stride, long heads, long kv_heads, long head_dim,     \
             long value_dim, float scale, float soft_cap, long window, const float* sinks, const void* keys,            \

@@ -188,14 +188,14 @@ EXPORT void pack_weight(int kind, long n, long k, const void* weight, void* pack
     with_type(kind, [&](auto* t) { pack(n, k, (decltype(t))weight, (decltype(t))packed); });
 }
 
-// Copies row ids[i] of a packed weight of k columns, times scale, to row i of out.
-EXPORT void weight_rows(int threads, int kind, long count, const std::int64_t* ids, long k, const void* packed,
+// Copies row ids[i] of a packed weight [n, k], times scale, to row i of out; row 0 if the weight does not have it.
+EXPORT void weight_rows(int threads, int kind, long count, const std::int64_t* ids, long n, long k, const void* packed,
                         float scale, void* out) {
     with_type(kind, [&](auto* t) {
         using T = decltype(t);
         parallel_for(count > 1 ? threads : 1, count, [&](long i) {
             T row = (T)out + i * k;
-            unpack_row(ids[i], k, (T)packed, row);
+            unpack_row(ids[i] < n ? ids[i] : 0, k, (T)packed, row);
             multiply(row, k, scale);
         });
     });

@@ -277,17 +277,18 @@ EXPORT void pack_quantized(long n, long k, int bits, int group, const void* valu
     run(n, k, group, (const std::uint8_t*)values, (const f16*)scales, (const f16*)offsets, (std::uint8_t*)packed);
 }
 
-// Copies row ids[i] of a packed weight of k columns, times scale, to row i of out.
-EXPORT void quantized_rows(int threads, int kind, long count, const std::int64_t* ids, long k, int bits, int group,
-                           const void* packed, float scale, void* out) {
+// Copies row ids[i] of a packed weight [n, k], times scale, to row i of out; row 0 if the weight does not have it.
+EXPORT void quantized_rows(int threads, int kind, long count, const std::int64_t* ids, long n, long k, int bits,
+                           int group, const void* packed, float scale, void* out) {
     with_type(kind, [&](auto* t) {
         using T = decltype(t);
         parallel_for(count > 1 ? threads : 1, count, [&](long i) {
             T row = (T)out + i * k;
+            long id = ids[i] < n ? ids[i] : 0;
             if (bits == 4)
-                unpack_row<4>(ids[i], k, group, (const std::uint8_t*)packed, row);
+                unpack_row<4>(id, k, group, (const std::uint8_t*)packed, row);
             else
-                unpack_row<8>(ids[i], k, group, (const std::uint8_t*)packed, row);
+                unpack_row<8>(id, k, group, (const std::uint8_t*)packed, row);
             multiply(row, k, scale);
         });
     });

@@ -1,6 +1,7 @@
 // What is done to a token's heads before attention: queries and keys are normalized and rotated, and keys and values
 // are written to the cache, whose blocks attention.cpp describes.
 
+#include "own_weights.h"
 #include "team.h"
 
 namespace loraplex {
@@ -89,12 +90,13 @@ void turn(T* head, long dim, const float* norm, const float* square, float eps, 
 
 template <class T, class C>
 void rotate_write(int threads, long tokens, T* qkv, long heads, long kv_heads, long head_dim, long value_dim,
-                  const float* norm, const float* squares, float eps, const std::int64_t* positions,
-                  const Rotary& rotary, const std::int64_t* indices, C* keys, C* values, float* key_scales,
-                  float* value_scales) {
+                  const float* base_norm, const float* squares, float eps, const std::int64_t* own, long index,
+                  const std::int64_t* positions, const Rotary& rotary, const std::int64_t* indices, C* keys, C* values,
+                  float* key_scales, float* value_scales) {
     long width = (heads + kv_heads) * head_dim + kv_heads * value_dim;
     parallel_for(tokens > 1 ? threads : 1, tokens, [&](long i) {
         T* token = qkv + i * width;
+        const float* norm = base_norm ? own_or(base_norm, own, index * tokens + i) : nullptr;
         const float* cos = rotary.cos + positions[i] * rotary.dim;
         const float* sin = rotary.sin + positions[i] * rotary.dim;
         if (norm || rotary.dim)
@@ -124,18 +126,19 @@ using namespace loraplex;
 // each head's mean square or, if squares [tokens, 2] is not null, that of all queries and that of all keys. cos and sin
 // are [positions, rotary_dim] float32; sin is negated for the first dimension of each pair. rotary_dim 0 means no
 // rotation. Queries are multiplied by query_scale [positions], if that is not null. Keys and values are of qkv's kind
-// or, if there are scales, int8. head_dim and value_dim are at most 1024.
+// or, if there are scales, int8. head_dim and value_dim are at most 1024. own is as in add_norm, of the norm.
 EXPORT void rotate_and_write(int threads, int kind, long tokens, void* qkv, long heads, long kv_heads, long head_dim,
                              long value_dim, const float* norm, const float* squares, float eps,
-                             const std::int64_t* positions, const float* cos, const float* sin, long rotary_dim,
-                             int interleaved, const float* query_scale, const std::int64_t* indices, void* keys,
-                             void* values, float* key_scales, float* value_scales) {
+                             const std::int64_t* own, long index, const std::int64_t* positions, const float* cos,
+                             const float* sin, long rotary_dim, int interleaved, const float* query_scale,
+                             const std::int64_t* indices, void* keys, void* values, float* key_scales,
+                             float* value_scales) {
     Rotary rotary{cos, sin, rotary_dim, bool(interleaved), query_scale};
     with_type(kind, [&](auto* t) {
         using T = decltype(t);
         auto write = [&](auto* k, auto* v) {
-            rotate_write(threads, tokens, (T)qkv, heads, kv_heads, head_dim, value_dim, norm, squares, eps, positions,
-                         rotary, indices, k, v, key_scales, value_scales);
+            rotate_write(threads, tokens, (T)qkv, heads, kv_heads, head_dim, value_dim, norm, squares, eps, own, index,
+                         positions, rotary, indices, k, v, key_scales, value_scales);
         };
         if (key_scales)
             write((std::int8_t*)keys, (std::int8_t*)values);

@@ -23,6 +23,17 @@ struct LoraLayer {           // what an adapter adds to a linear layer
     LoraPart part[3];
 };
 
+struct OwnEmbedding {     // the embeddings of an adapter's tokens
+    std::int64_t count;   // tokens with a row of their own
+    std::int64_t tokens;  // rows of shrink
+    std::int64_t lora_rank;
+    const std::int64_t* ids;  // [count], ascending
+    const void* rows;         // [count, hidden]
+    const void* shrink;       // [tokens, lora_rank]
+    const void* expand;       // [lora_rank, hidden]
+    const float* factors;     // [hidden] for the base's embedding; or null
+};
+
 struct Expert {  // a linear layer of an expert
     const void* weight;
     const void* bias;   // or null

@@ -1,5 +1,6 @@
 """What adapters are checked against and computed with: the base model."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -7,6 +8,7 @@ import torch
 from tokenizers import Tokenizer
 
 from loraplex_shard.shapes.classifier import Classes
+from loraplex_shard.shapes.layout import VocabularyLayout
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"  # the names in most models
 ROWS_AT_A_TIME = 4096
@@ -28,8 +30,8 @@ class StoredTensors(Protocol):
     def is_rounded(self, name: str) -> bool: ...
 
 
-class ServedMatrices(Protocol):
-    """The base's matrices as it computes with them: rounded, if the base is quantized."""
+class ServedWeights(Protocol):
+    """The base's weights as it computes with them. Matrices are rounded if the base is quantized."""
 
     @property
     def tied(self) -> bool:
@@ -37,7 +39,19 @@ class ServedMatrices(Protocol):
         ...
 
     def read(self, module: str, rows: slice) -> torch.Tensor:
-        """Rows of a linear module's whole matrix: [rows, in_features] float32."""
+        """Rows of a linear module's, or the embedding's, whole matrix: [rows, in_features] float32."""
+        ...
+
+    @property
+    def vocabulary(self) -> VocabularyLayout: ...
+
+    @property
+    def norms(self) -> Mapping[str, tuple[int, ...]]:
+        """The shapes of the tensors that are norms' parameters, by name."""
+        ...
+
+    def read_norms(self, own: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor | None, ...]:
+        """This rank's parameters of all norms, with an adapter's own tensors in place of the base's: see OwnWeights."""
         ...
 
 
@@ -53,7 +67,7 @@ class BaseModel:
     tokenizer: Tokenizer | None = None  # None: tokens are not compared
     embedding: str = EMBEDDING  # the module's name in PEFT
     head: str = HEAD
-    served: ServedMatrices | None = None  # None: adapters can neither depend on the base's matrices nor replace them
+    served: ServedWeights | None = None  # None: adapters can neither depend on the base's weights nor replace them
     hidden_size: int = 0
     pad_token_id: int | None = None
     classes: Classes | None = None  # of its classifier
@@ -75,6 +89,24 @@ class BaseModel:
         name = f"{module}.bias"
         return self.tensors.read(name) if self.tensors is not None and name in self.tensors.names else None
 
+    def differing_rows(self, name: str, tensor: torch.Tensor, exactly: bool = False) -> torch.Tensor:
+        """The rows [n] int64 of a matrix that are not the base's own of this name, as `holds` compares them; of one
+        with more rows than the base's, the others too."""
+        rows = torch.arange(len(tensor))
+        if self.tensors is None or (stored := self._stored_name(name)) is None:
+            return rows
+        common = min(len(tensor), self.tensors.shape(stored)[0])
+        own = torch.ones(len(tensor), dtype=torch.bool)
+        near = not exactly and self.tensors.is_rounded(stored)
+        for start in range(0, common, ROWS_AT_A_TIME):
+            part = slice(start, min(start + ROWS_AT_A_TIME, common))
+            ours, theirs = _in_the_coarser_dtype(self.tensors.read(stored, part), tensor[part])
+            own[part] = (ours != theirs).any(1)
+            if near:
+                differences = (ours.float() - theirs.float()).square().sum(1)
+                own[part] = differences > ours.float().square().sum(1) * ROUNDING**2
+        return rows[own]
+
     def holds(self, name: str, tensor: torch.Tensor, exactly: bool = False) -> bool:
         """Whether the tensor equals the base's tensor of this name. They are compared in the coarser of their dtypes.
         If the base's tensor is rounded to small integers, the difference may be as large as rounding makes it, unless
@@ -87,9 +119,7 @@ class BaseModel:
         difference = length = 0.0
         for start in range(0, shape[0], ROWS_AT_A_TIME):
             rows = slice(start, start + ROWS_AT_A_TIME)
-            ours, theirs = self.tensors.read(stored, rows), tensor[rows]
-            coarser = min((ours.dtype, theirs.dtype), key=lambda dtype: -torch.finfo(dtype).eps)
-            ours, theirs = ours.to(coarser), theirs.to(coarser)
+            ours, theirs = _in_the_coarser_dtype(self.tensors.read(stored, rows), tensor[rows])
             if not torch.equal(ours, theirs):
                 difference += float((ours.float() - theirs.float()).square().sum())
             length += float(ours.float().square().sum())
@@ -102,3 +132,8 @@ class BaseModel:
         names = (name, {head: embedding, embedding: head}.get(name, name))
         held = () if self.tensors is None else self.tensors.names
         return next((each for each in names if each in held), None)
+
+
+def _in_the_coarser_dtype(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    coarser = min((ours.dtype, theirs.dtype), key=lambda dtype: -torch.finfo(dtype).eps)
+    return ours.to(coarser), theirs.to(coarser)

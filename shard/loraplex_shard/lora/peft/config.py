@@ -38,10 +38,8 @@ LABEL_FIELDS = frozenset({"id2label", "label2id", "num_labels"})
 UNSUPPORTED_FIELDS = frozenset(
     {
         "arrow_config",
-        "ensure_weight_tying",
         "kasa_config",
         "layer_replication",
-        "trainable_token_indices",
     }
 )
 # What a user can do with an adapter that has one of these fields.
@@ -60,6 +58,7 @@ _NEWEST_KNOWN = (0, 21, 2)  # the newest version of PEFT that is known here
 FEW = Field(max_length=4096)  # a few per module of the largest models
 MAX_INVOCATION = 1024  # tokens or characters
 LoraRank = Annotated[int, Field(ge=1, le=MAX_LORA_RANK)]
+_Tokens = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=2**18)]
 _AnyCase = BeforeValidator(lambda value: value.lower() if isinstance(value, str) else value)
 Modules = Annotated[list[str], FEW] | str | None
 # Initializations that leave the base as it is. The others subtract something from its weights.
@@ -114,6 +113,8 @@ class AdapterConfig(BaseModel):
     use_qalora: bool | None = False
     qalora_group_size: Annotated[int, Field(ge=1)] | None = 16
     modules_to_save: Annotated[list[str], FEW] | None = None
+    trainable_token_indices: _Tokens | dict[str, _Tokens] | None = None
+    ensure_weight_tying: bool | None = False
     rank_pattern: Annotated[dict[str, LoraRank], FEW] | None = None
     alpha_pattern: Annotated[dict[str, float], FEW] | None = None
 
@@ -161,8 +162,6 @@ def check_config(config: AdapterConfig) -> None:
 def _refuse_unsupported(config: AdapterConfig) -> None:
     fields = config.model_extra or {}
     refused = sorted(name for name, value in fields.items() if value and name in UNSUPPORTED_FIELDS)
-    if "ensure_weight_tying" in refused and not _touches_tied(config):
-        refused.remove("ensure_weight_tying")
     if refused:
         raise AdapterInvalidError(
             f"adapter_config.json: not supported: {', '.join(refused[:_SHOWN])} (must be absent, null or false)"
@@ -189,15 +188,6 @@ def _refuse_unknown(config: AdapterConfig) -> None:
 def _version(text: str | None) -> tuple[int, ...]:
     """0.21.2.dev0@abc -> (0, 21, 2)"""
     return tuple(map(int, re.findall(r"(?:^|\.)(\d{1,9})", text or "")[:3]))
-
-
-def _touches_tied(config: AdapterConfig) -> bool:
-    """Whether the adapter may touch the embedding or the lm head, for which ensure_weight_tying matters."""
-    targets = config.target_modules
-    if isinstance(targets, str):
-        return targets.lower() != "all-linear" or bool(config.modules_to_save)
-    names = {name.rpartition(".")[2] for name in (*(targets or ()), *(config.modules_to_save or ()))}
-    return not names.isdisjoint(("lm_head", "embed_tokens"))
 
 
 def _refuse_contradictions(config: AdapterConfig) -> None:

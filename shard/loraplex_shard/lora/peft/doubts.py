@@ -16,7 +16,7 @@ _SHOWN = 10
 def find_doubts(config: AdapterConfig, base: BaseModel, modules: Sequence[str]) -> tuple[str, ...]:
     """A sentence for each problem, to be shown to the adapter's owner. `modules` are the base's linear layers."""
     found = _about_the_base(config, base)
-    if names := unmatched_targets(config, modules):
+    if names := unmatched_targets(config, (*modules, base.embedding)):
         found.append(f"target_modules: this model has no {_listed(names)}")
     if config.invocation_string is not None and config.alora_invocation_tokens is None:
         found.append("invocation_string: it acts from the second token of that on, as in the library that wrote it")

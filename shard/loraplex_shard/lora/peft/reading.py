@@ -6,7 +6,7 @@ Every rank checks the whole adapter before it cuts its part, so all ranks refuse
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -30,16 +30,19 @@ from loraplex_shard.lora.peft.outputs import (
 )
 from loraplex_shard.lora.peft.parsing import parse_config
 from loraplex_shard.lora.peft.products import in_plain_terms
+from loraplex_shard.lora.peft.shapes import check_shape, listed
 from loraplex_shard.lora.peft.special_tokens import end_tokens, foreign_tokens
 from loraplex_shard.lora.peft.targets import Target, find_targets, is_named
 from loraplex_shard.lora.peft.tensor_names import PREFIX, as_saved_by_peft, former_names, is_of_another_part
 from loraplex_shard.lora.peft.tensors import read_tensors
+from loraplex_shard.lora.peft.tying import tie, token_indices
+from loraplex_shard.lora.peft.vocabulary import read_vocabulary
 from loraplex_shard.lora.sources.files import TENSORS, AdapterFiles
 from loraplex_shard.lora.weights.deltas import Delta, HostAdapter, name_of_a, name_of_b, partition_adapter
+from loraplex_shard.lora.weights.own import own_weights
 from loraplex_shard.shapes.classifier import Classifier
 from loraplex_shard.shapes.layout import LinearLayout, LinearPart
 
-_SHOWN_NAMES = 3
 _MERGED = frozenset({"LORA", "IA3", "MLX-LM"})
 # The names under which PEFT saves the base's own tensors with some adapters.
 _BASE_TENSOR = re.compile(
@@ -59,13 +62,13 @@ def read_adapter(
     """
     config = parse_config(files.config)
     invocation = read_invocation(config, base)
-    deltas, classifier, doubts = _read(config, files, layouts, base)
-    if classifier is not None and invocation is not None:
+    whole = _read(config, files, layouts, base)
+    if whole.classifier is not None and invocation is not None:
         raise AdapterInvalidError(f"{TENSORS}: an activated adapter (aLoRA) with a classifier is not served")
-    adapter = partition_adapter(deltas, layouts, dtype, classifier)
+    adapter = cut_adapter(whole, layouts, base, dtype)
     ends, wrong = end_tokens(files.text, base)
     modules = modules_in_any_form(layouts, base.architecture)
-    warnings = (*find_doubts(config, base, modules), *doubts, *foreign_tokens(files.text, base), *wrong)
+    warnings = (*find_doubts(config, base, modules), *whole.doubts, *foreign_tokens(files.text, base), *wrong)
     if base.is_text_part and any(map(is_of_another_part, as_saved_by_peft(read_tensors(files.tensors)))):
         warnings = (*warnings, "what it adds to the part that reads pictures is not used: text alone is served")
     if files.text.error:
@@ -84,17 +87,39 @@ def read_deltas(files: AdapterFiles, layouts: Sequence[LinearLayout], base: Base
         kind = "BD-LoRA" if config.use_bdlora else "QALoRA" if config.use_qalora else config.peft_type
         reason = f"only adapters of plain LoRA and (IA)3 can be merged, and one of these is of {kind}"
         raise InvalidRequestError(FieldViolation("merged_adapters.adapters", reason))
-    deltas, classifier, _ = _read(config, files, layouts, base)
-    if classifier is not None:
-        reason = "adapters with a classifier cannot be merged: PEFT refuses modules_to_save, too"
+    whole = _read(config, files, layouts, base)
+    if whole.classifier is not None or whole.norms:
+        reason = f"adapters with {'norms' if whole.norms else 'a classifier'} cannot be merged: PEFT refuses"
+        reason += " modules_to_save, too"
         raise InvalidRequestError(FieldViolation("merged_adapters.adapters", reason))
-    return deltas
+    return whole.deltas
 
 
-def _read(
-    config: AdapterConfig, files: AdapterFiles, layouts: Sequence[LinearLayout], base: BaseModel
-) -> tuple[dict[str, Delta], Classifier | None, tuple[str, ...]]:
-    """Returns the deltas, the classifier and its possible problems."""
+@dataclass(frozen=True, slots=True)
+class WholeAdapter:
+    """An adapter before it is cut for a rank."""
+
+    deltas: dict[str, Delta]  # by module
+    norms: Mapping[str, torch.Tensor] = field(default_factory=dict)  # in place of the base's, by name
+    classifier: Classifier | None = None
+    doubts: tuple[str, ...] = ()  # what may be wrong with it
+
+
+def cut_adapter(
+    whole: WholeAdapter, layouts: Sequence[LinearLayout], base: BaseModel, dtype: torch.dtype
+) -> HostAdapter:
+    """Cuts an adapter to the layouts, with what it has outside them. Raises AdapterInvalidError as partition_adapter
+    does."""
+    if base.served is None:
+        return partition_adapter(whole.deltas, layouts, dtype, whole.classifier)
+    norms = base.served.read_norms(whole.norms) if whole.norms else ()
+    own = own_weights(whole.deltas, norms, layouts, base.served.vocabulary)
+    return partition_adapter(whole.deltas, layouts, dtype, whole.classifier, own)
+
+
+def _read(config: AdapterConfig, files: AdapterFiles, layouts: Sequence[LinearLayout], base: BaseModel) -> WholeAdapter:
+    tying = tie(config, base)
+    config, tokens = tying.config, token_indices(config, base)
     stored = read_tensors(files.tensors)
     if isinstance(config, MlxConfig):
         stored = in_pefts_terms(stored)
@@ -121,23 +146,52 @@ def _read(
         targets = _find_targets(config, tuple(parts), {name: each.modules for name, each in named.items()}, base)
         untouched = absent([each for each in parameters if each not in named.values()], tensors)
         targets = {module: target for module, target in targets.items() if module not in untouched} or targets
+    if base.embedding in targets and (refusal := _embedding_refusal(config, base)):
+        raise AdapterInvalidError(f"adapter_config.json: target_modules: {base.embedding}: {refusal}")
+    of_embedding = {module: targets.pop(module) for module in (base.embedding,) if module in targets}
     tensors, targets = in_plain_terms(config, tensors, targets, parts, base)
-    replaced = _check_names(tensors, targets, parts, config, base)
-    if replaced and config.is_activated:
+    deltas = dict[str, Delta]()
+    if base.served is None and tokens:
+        raise AdapterInvalidError("adapter_config.json: trainable_token_indices: not served on this architecture")
+    if base.served is not None:
+        ends = [base.embedding]
+        if base.head in parts and not isinstance(config, Ia3Config):
+            ends.append(base.head)
+            of_embedding |= {module: targets.pop(module) for module in (base.head,) if module in targets}
+            parts.pop(base.head)
+        starts = tuple(f"{PREFIX}{module}." for module in ends)
+        of_ends = {name: tensor for name, tensor in tensors.items() if name.startswith(starts)}
+        deltas = read_vocabulary(of_ends, of_embedding, tokens, tying, base, base.head in ends)
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in of_ends}
+    replaced, norms = _check_names(tensors, targets, parts, config, base)
+    own = [module for module, delta in deltas.items() if delta.own is not None or module == base.embedding]
+    if config.is_activated and (everywhere := [*replaced, *norms, *own]):
         raise AdapterInvalidError(
-            f"{TENSORS}: {next(iter(replaced))}: an activated adapter (aLoRA) cannot take the place of the base's own"
+            f"{TENSORS}: {everywhere[0]}: an activated adapter (aLoRA) cannot take the place of the base's own"
             " tensors, since it would act before its invocation, too"
         )
     for module, target in targets.items():
         _check_shapes(tensors, module, target, *parts[module])
-    deltas = {}
     for module in [module for module in parts if module in targets or module in replaced]:
         layout, part = parts[module]
         delta = nothing(part.out_features, layout.in_features)
         if module in targets:
             delta = Delta(tensors[name_of_a(module)], tensors[name_of_b(module)], targets[module].scale)
         deltas[module] = with_outputs(module, delta, tensors, replaced.get(module, Replaced()), base)
-    return as_served(deltas, trained, layouts), classifier, doubts
+    of_layers = as_served(deltas, trained, layouts)
+    of_layers |= {module: delta for module, delta in deltas.items() if module == base.embedding}
+    return WholeAdapter(of_layers, norms, classifier, doubts)
+
+
+def _embedding_refusal(config: AdapterConfig, base: BaseModel) -> str:
+    """Why an adapted embedding is not served; empty if it is."""
+    if base.served is None:
+        return "an adapted embedding is not served on this architecture"
+    if config.lora_bias:
+        return "PEFT has no lora_bias for embeddings"
+    if config.peft_type != "LORA" or config.use_bdlora or config.use_qalora:
+        return "an embedding can only be adapted by plain LoRA or DoRA"
+    return ""
 
 
 def _named(config: AdapterConfig, parameters: Sequence[Parameter]) -> dict[str, Parameter]:
@@ -170,9 +224,9 @@ def _check_names(
     parts: Mapping[str, tuple[LinearLayout, LinearPart]],
     config: AdapterConfig,
     base: BaseModel,
-) -> dict[str, Replaced]:
+) -> tuple[dict[str, Replaced], dict[str, torch.Tensor]]:
     """Checks that there are an A and a B for each target. Other tensors must be equal to the base's own, or replace
-    them in linear layers. Returns the replaced ones by module."""
+    them. Returns the replaced ones of linear layers by module, and those of norms by name."""
     kinds = [name_of_a, name_of_b]
     kinds += [name_of_magnitude] * bool(config.use_dora) + [name_of_bias] * bool(config.lora_bias)
     kinds += [name_of_factors] * isinstance(config, Ia3Config)
@@ -188,80 +242,70 @@ def _check_names(
         )
     }
     replaced: dict[str, Replaced] = {}
+    norms: dict[str, torch.Tensor] = {}
+    shapes = {} if base.served is None else base.served.norms
     for name in sorted(trained):
         module, kind = own[name]["module"], own[name]["kind"]
         # In other modeling code, matrices may be transposed.
         held_alike = kind == "bias" or base.served is not None
-        if module in parts and held_alike and _is_loaded(own[name], targets, config, base):
+        if module in parts and held_alike and _is_loaded(own[name], targets, config):
             layout, part = parts[module]
             shape = {"out_features": part.out_features, "in_features": layout.in_features}
-            _check_shape(tensors, name, **(shape if kind == "weight" else {"out_features": part.out_features}))
+            check_shape(tensors, name, **(shape if kind == "weight" else {"out_features": part.out_features}))
             replaced[module] = replace(replaced.get(module, Replaced()), **{kind: tensors[name]})
+            trained.remove(name)
+        elif (tensor := f"{module}.{kind}") in shapes and _is_loaded(own[name], targets, config):
+            check_shape(tensors, name, **{f"dimension {place}": size for place, size in enumerate(shapes[tensor])})
+            norms[tensor] = tensors[name]
             trained.remove(name)
     known = tuple(f"{PREFIX}{module}." for module in parts)
     foreign = {name for name in extra - own.keys() if not name.startswith(known)}
     if heads := {name for name in foreign | trained if _CLASSIFIER.search(name)}:
         raise AdapterInvalidError(
-            f"{TENSORS}: {_list(heads)}: a classifier is served that was trained whole (modules_to_save: score or "
+            f"{TENSORS}: {listed(heads)}: a classifier is served that was trained whole (modules_to_save: score or "
             "classifier), no LoRA on one and no head that answers questions"
         )
     if foreign:
         raise AdapterInvalidError(
-            f"{TENSORS}: no linear layer of this model fits {_list(foreign)}: the adapter was made for another base,"
+            f"{TENSORS}: no linear layer of this model fits {listed(foreign)}: the adapter was made for another base,"
             " or adapts more than linear layers"
         )
     if trained:
         raise AdapterInvalidError(
-            f"{TENSORS}: {_list(trained)}: these differ from the model's own weights: the adapter was made for another"
+            f"{TENSORS}: {listed(trained)}: these differ from the model's own weights: the adapter was made for another"
             " base, or contains whole tensors, which is not supported"
         )
     if extra := extra - own.keys():
-        raise AdapterInvalidError(f"{TENSORS}: adapter_config.json does not call for {_list(extra)}")
-    whole = {match["module"] for match in own.values() if match["kind"] == "weight"}
-    expected |= {f"{PREFIX}{module}.weight" for module in parts if _is_saved(module, config) and module not in whole}
+        raise AdapterInvalidError(f"{TENSORS}: adapter_config.json does not call for {listed(extra)}")
+    whole = {f"{match['module']}.{match['kind']}" for match in own.values()}
+    called = {f"{module}.weight" for module in parts} | shapes.keys()
+    expected |= {f"{PREFIX}{name}" for name in called - whole if _is_saved(name.rpartition(".")[0], config)}
     if missing := expected - tensors.keys():
-        raise AdapterInvalidError(f"{TENSORS}: missing {_list(missing)}, which adapter_config.json calls for")
-    return replaced
+        raise AdapterInvalidError(f"{TENSORS}: missing {listed(missing)}, which adapter_config.json calls for")
+    return replaced, norms
 
 
-def _is_loaded(name: re.Match[str], targets: Mapping[str, Target], config: AdapterConfig, base: BaseModel) -> bool:
-    """Whether PEFT replaces the base's tensor by this one, and only that tensor. An lm head that is tied to the
-    embedding stays tied unless modules_to_save has it."""
+def _is_loaded(name: re.Match[str], targets: Mapping[str, Target], config: AdapterConfig) -> bool:
+    """Whether PEFT replaces the base's tensor by this one."""
     module, wrapper = name["module"], name["wrapper"] or ""
     if _is_saved(module, config):
         return wrapper not in (".base_layer", ".original_module")
-    tied = base.served is not None and base.served.tied and module == base.head
-    return wrapper == (".base_layer" if module in targets else "") and not tied
+    return wrapper == (".base_layer" if module in targets else "")
 
 
 def _is_saved(module: str, config: AdapterConfig) -> bool:
-    return any(module.endswith(each) for each in config.modules_to_save or ())
-
-
-def _list(names: set[str]) -> str:
-    shown = ", ".join(name[:200] for name in sorted(names)[:_SHOWN_NAMES])
-    return f"{shown} and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else shown
+    """Whether modules_to_save has it, or a module that it is a part of."""
+    parts = module.split(".")
+    holders = [".".join(parts[: length + 1]) for length in range(len(parts))]
+    return any(holder.endswith(each) for each in config.modules_to_save or () for holder in holders)
 
 
 def _check_shapes(
     tensors: Mapping[str, torch.Tensor], module: str, target: Target, layout: LinearLayout, part: LinearPart
 ) -> None:
     lora_rank, inputs, outputs = target.lora_rank, layout.in_features, part.out_features
-    _check_shape(tensors, name_of_a(module), lora_rank=lora_rank, in_features=inputs)
-    _check_shape(tensors, name_of_b(module), out_features=outputs, lora_rank=lora_rank)
+    check_shape(tensors, name_of_a(module), lora_rank=lora_rank, in_features=inputs)
+    check_shape(tensors, name_of_b(module), out_features=outputs, lora_rank=lora_rank)
     for name in name_of_bias(module), name_of_magnitude(module):
         if name in tensors:
-            _check_shape(tensors, name, out_features=outputs)
-
-
-def _check_shape(tensors: Mapping[str, torch.Tensor], name: str, **dimensions: int) -> None:
-    shape, expected = list(tensors[name].shape), list(dimensions.values())
-    if shape == expected:
-        return
-    if len(shape) != len(expected):
-        kind = "a matrix" if len(expected) == 2 else "a vector"
-        raise AdapterInvalidError(f"{TENSORS}: {name} is {shape}, not {kind}")
-    wrong = {label: size for (label, size), found in zip(dimensions.items(), shape, strict=True) if size != found}
-    reason = "adapter_config.json says so" if "lora_rank" in wrong else "the adapter was made for another base"
-    needed = " and ".join(f"{label} {size}" for label, size in wrong.items())
-    raise AdapterInvalidError(f"{TENSORS}: {name} is {shape}, not {expected}: it needs {needed}: {reason}")
+            check_shape(tensors, name, out_features=outputs)

@@ -33,25 +33,21 @@ def find_targets(
     embedding: str = EMBEDDING,
     head: str = HEAD,
 ) -> dict[str, Target]:
-    """Returns the targets among the model's linear modules, by name. `embedding` and `head` are names of modules as
-    well.
+    """Returns the targets among the model's linear modules and its embedding, by name. `embedding` and `head` are
+    names of modules as well.
 
     `parameters` has those that target_parameters names, and the modules that each of them stands for. Raises
-    AdapterInvalidError if there are no targets, or if the embedding is one.
+    AdapterInvalidError if there are no targets.
     """
     names = (*modules, embedding)
     targeted = _targeted(config, names, {embedding, head}) - _excluded(config, names)
-    if embedding in targeted:
-        raise AdapterInvalidError(
-            f"adapter_config.json: target_modules: not supported: an adapted embedding ({embedding})"
-        )
     if not targeted and not parameters:
         raise AdapterInvalidError(
             "adapter_config.json: target_modules matches no linear layer of this model: the adapter was made for"
             f" another base (this one has {', '.join(sorted({name.rpartition('.')[2] for name in modules}))})"
         )
     whole = {module for own in parameters.values() for module in own}
-    found = [*(module for module in modules if module in targeted and module not in whole), *parameters]
+    found = [*(module for module in names if module in targeted and module not in whole), *parameters]
     lora_ranks = _by_pattern("rank_pattern", config.rank_pattern or {}, config.r, found)
     alphas = _by_pattern("alpha_pattern", config.alpha_pattern or {}, config.lora_alpha, found)
     targets = {name: Target(lora_ranks[name], config.scale(lora_ranks[name], alphas[name])) for name in found}

@@ -11,7 +11,9 @@ PREFIX = "base_model.model."
 _WRAPPERS = re.compile(r"(^|\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)|^module(?=\.)")
 _PREFIXES = re.compile(r"^\.?(?:base_model\.model\.)*")
 # The adapter's name in a tensor's name, which PEFT leaves out. After DoRA's vectors it leaves out "weight" as well.
-_NAMED = re.compile(r"(\.lora_[AB])\.[^.]+(?=\.(?:weight|bias)$)")
+_NAMED = re.compile(
+    r"(\.lora_[AB])\.[^.]+(?=\.(?:weight|bias)$)|(\.(?:lora_embedding_[AB]|trainable_tokens_delta))\.[^.]+$"
+)
 _MAGNITUDE = re.compile(r"(\.lora_magnitude_vector)(?:\.[^.]+)?(?:\.weight)?$")
 
 
@@ -35,7 +37,7 @@ def as_saved_by_peft(names: Iterable[str], backbone: str = "model") -> dict[str,
     for name in names:
         bare = _PREFIXES.sub("", _WRAPPERS.sub(r"\1", name).replace("..", "."))
         plain = PREFIX + (current_name(bare, backbone) or bare)
-        plain = _MAGNITUDE.sub(r"\1", _NAMED.sub(r"\1", plain))
+        plain = _MAGNITUDE.sub(r"\1", _NAMED.sub(r"\1\2", plain))
         if plain in found:
             raise AdapterInvalidError(
                 f"adapter_model.safetensors: {found[plain][:200]} and {name[:200]} are both {plain[:200]}"

@@ -8,15 +8,20 @@ import torch
 from loraplex_shard.device.memory import reserve
 from loraplex_shard.shapes.adapter import AdapterWeights, LayerWeights
 from loraplex_shard.shapes.classifier import Classifier
+from loraplex_shard.shapes.own_weights import NOTHING, OwnWeights
 
 ALIGNMENT = 64  # bytes of a processor's cache line
 
 
 def in_one_piece(
-    layers: Mapping[str, LayerWeights], layer_count: int, classifier: Classifier | None = None
+    layers: Mapping[str, LayerWeights],
+    layer_count: int,
+    classifier: Classifier | None = None,
+    own: OwnWeights = NOTHING,
 ) -> AdapterWeights:
-    """Copies these layers and the classifier, which are on the CPU, into memory of their own."""
-    tensors = [tensor for layer in layers.values() for tensor in layer.tensors]
+    """Copies these layers, the classifier and what else the adapter has, all of which are on the CPU, into memory of
+    their own."""
+    tensors = [*(tensor for layer in layers.values() for tensor in layer.tensors), *own.tensors]
     tensors += [] if classifier is None else classifier.tensors
     memory = reserve(sum(_aligned(tensor.nbytes) for tensor in tensors))
     end = 0
@@ -27,7 +32,8 @@ def in_one_piece(
         return memory[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
     held = {name: layer.map(copy) for name, layer in layers.items()}
-    return AdapterWeights(held, layer_count, memory, None if classifier is None else classifier.map(copy))
+    kept = own.map(copy)
+    return AdapterWeights(held, layer_count, memory, None if classifier is None else classifier.map(copy), kept)
 
 
 def _aligned(size: int) -> int:

@@ -4,7 +4,7 @@ Knows nothing about files or slots.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -14,12 +14,23 @@ from loraplex_shard.lora.weights.arena import in_one_piece
 from loraplex_shard.shapes.adapter import AdapterWeights, Expansion, LayerWeights
 from loraplex_shard.shapes.classifier import Classifier
 from loraplex_shard.shapes.layout import LinearLayout, LinearPart, count_indices
+from loraplex_shard.shapes.own_weights import NOTHING, OwnWeights
+
+
+@dataclass(frozen=True, slots=True)
+class OwnRows:
+    """Rows of a matrix of tokens that are the adapter's own. Nothing is added to them."""
+
+    count: int  # tokens of the whole matrix, which may be more or fewer than the model has
+    ids: torch.Tensor  # [n] int64, ascending
+    rows: torch.Tensor  # [n, hidden]
+    biases: torch.Tensor | None = None  # [n], for an lm head that has biases
 
 
 @dataclass(frozen=True, slots=True)
 class Delta:
     """What a module's output becomes: gain * output + shift + whole(x) + scale * b(a x). Tensors may have any float
-    dtype."""
+    dtype. The embedding is a module that reads tokens: its in_features are the vocabulary."""
 
     a: torch.Tensor  # [lora_rank, in_features]
     b: torch.Tensor  # [out_features, lora_rank]
@@ -27,11 +38,16 @@ class Delta:
     gain: torch.Tensor | None = None  # [out_features]; None: 1
     shift: torch.Tensor | None = None  # [out_features]; None: 0
     whole: torch.Tensor | None = None  # [out_features, in_features]; gain is then 0, so it replaces the module's own
+    own: OwnRows | None = None  # for the embedding and the lm head
 
     @property
     def is_plain(self) -> bool:
         """Whether the delta is only a product of A and B."""
-        return self.gain is None and self.shift is None and self.whole is None
+        return self.gain is None and self.shift is None and self.whole is None and self.own is None
+
+    @property
+    def has_own_rows_alone(self) -> bool:
+        return self.own is not None and not self.lora_rank and replace(self, own=None).is_plain
 
     @property
     def is_gain(self) -> bool:
@@ -77,22 +93,24 @@ def partition_adapter(
     layouts: Sequence[LinearLayout],
     dtype: torch.dtype,
     classifier: Classifier | None = None,
+    own: OwnWeights = NOTHING,
 ) -> HostAdapter:
     """Cuts the deltas, given by module, to the layouts, converts them to the dtype, and copies them, with the
-    classifier, to memory of their own.
+    classifier and the weights outside the linear layers, to memory of their own.
 
     With torch.int8, A and B are rounded, with one scale for each rank. Raises AdapterInvalidError, naming the tensor,
     for values that are not finite, or too large for the dtype.
     """
     layers = {}
+    largest = max((delta.lora_rank for delta in deltas.values()), default=0)
+    deltas = {module: delta for module, delta in deltas.items() if not delta.has_own_rows_alone}
     touched = [layout for layout in layouts if any(part.module in deltas for part in layout.parts)]
     for layout in touched:
         layers[layout.name] = _cut(layout, deltas, dtype)
     # A table has the thousands of rows of experts' layers only if the adapter touches experts.
     of_experts = any(layout.of_expert for layout in touched)
     held = [layout for layout in layouts if of_experts or not layout.of_expert]
-    weights = in_one_piece(layers, count_indices(held), classifier)
-    return HostAdapter(weights, max(delta.lora_rank for delta in deltas.values()))
+    return HostAdapter(in_one_piece(layers, count_indices(held), classifier, own), largest)
 
 
 def _cut(layout: LinearLayout, deltas: Mapping[str, Delta], dtype: torch.dtype) -> LayerWeights:
@@ -122,10 +140,10 @@ def _matrices(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """This rank's A [lora_rank, columns], and B [lora_rank, outputs] times the scale. A whole matrix becomes a B, with
     an identity matrix as its A."""
-    a = _converted(name_of_a(part.module), delta.a, 1.0, dtype)[:, layout.columns]
-    b = _converted(name_of_b(part.module), delta.b, delta.scale, dtype)
+    a = converted(name_of_a(part.module), delta.a, 1.0, dtype)[:, layout.columns]
+    b = converted(name_of_b(part.module), delta.b, delta.scale, dtype)
     if delta.whole is not None:
-        whole = _converted(f"{part.module}.weight", delta.whole, 1.0, dtype)[:, layout.columns]
+        whole = converted(f"{part.module}.weight", delta.whole, 1.0, dtype)[:, layout.columns]
         a, b = torch.cat((torch.eye(whole.shape[1], dtype=dtype), a)), torch.cat((whole, b), dim=1)
     return a, torch.cat([b[run] for run in part.rows]).T.contiguous()
 
@@ -144,7 +162,7 @@ def _affine(layout: LinearLayout, part: LinearPart, delta: Delta) -> torch.Tenso
     return torch.cat([affine[:, run] for run in part.rows], dim=1)
 
 
-def _converted(name: str, tensor: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
+def converted(name: str, tensor: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
     """Returns the tensor times the scale, computed in float32 and rounded once."""
     tensor = tensor.to(torch.float32)
     if not tensor.isfinite().all():

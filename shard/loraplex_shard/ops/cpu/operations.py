@@ -59,11 +59,22 @@ class CpuOperations(CpuExpertOperations):
             kind=KINDS[dtype],
             count=tokens,
             ids=step["tokens"],
+            n=weight.rows,
             k=weight.columns,
             packed=weight.panels.data_ptr(),
             scale=scale,
             out=out.data_ptr(),
             **_format(weight),
+        )
+        self._call(
+            "own_embeddings",
+            threads=self._threads,
+            kind=KINDS[dtype],
+            count=tokens,
+            ids=step["tokens"],
+            k=weight.columns,
+            own=step["own_embeddings"],
+            out=out.data_ptr(),
         )
         return out
 
@@ -112,11 +123,13 @@ class CpuOperations(CpuExpertOperations):
                 n=out.shape[1],
             )
 
-    def norm(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
-        return self._norm(x, None, 1.0, norm)
+    def norm(self, x: torch.Tensor, norm: Norm, step: CpuStep | None = None) -> torch.Tensor:
+        return self._norm(x, None, 1.0, norm, step)
 
-    def add_norm(self, hidden: torch.Tensor, delta: torch.Tensor, scale: float, norm: Norm) -> torch.Tensor:
-        return self._norm(hidden, delta, scale, norm)
+    def add_norm(
+        self, hidden: torch.Tensor, delta: torch.Tensor, scale: float, norm: Norm, step: CpuStep | None = None
+    ) -> torch.Tensor:
+        return self._norm(hidden, delta, scale, norm, step)
 
     def add_(self, hidden: torch.Tensor, delta: torch.Tensor, scale: float) -> None:
         self._call(
@@ -202,6 +215,8 @@ class CpuOperations(CpuExpertOperations):
             norm=None if norms is None else norms.weight.data_ptr(),
             squares=None if norms is None else address_of(norms.squares),
             eps=0.0 if norms is None else norms.eps,
+            own=step["own_norms"],
+            index=0 if norms is None else norms.index,
             positions=step["positions"],
             cos=None if rotary is None else rotary.cos.data_ptr(),
             sin=None if rotary is None else rotary.sin.data_ptr(),
@@ -247,7 +262,9 @@ class CpuOperations(CpuExpertOperations):
             assert group.shared is not None
             self._recording.add("all_reduce", group.shared.all_reduce_arguments(tensor), group.shared.check)
 
-    def _norm(self, x: torch.Tensor, delta: torch.Tensor | None, scale: float, norm: Norm) -> torch.Tensor:
+    def _norm(
+        self, x: torch.Tensor, delta: torch.Tensor | None, scale: float, norm: Norm, step: CpuStep | None
+    ) -> torch.Tensor:
         out = self._empty(x.shape, x.dtype)
         self._call(
             "add_norm",
@@ -262,6 +279,8 @@ class CpuOperations(CpuExpertOperations):
             bias=address_of(norm.bias),
             eps=norm.eps,
             centered=norm.centered,
+            own=None if step is None else step["own_norms"],
+            index=norm.index,
             out=out.data_ptr(),
         )
         return out

@@ -4,10 +4,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from loraplex_shard.ops.cpu.kernel_calls import address_of
 from loraplex_shard.ops.cpu.program import StepNumber
 from loraplex_shard.shapes.batch import Batch, Segment
 
 Ints = np.ndarray[tuple[int], np.dtype[np.int64]]
+Table = np.ndarray[tuple[int, int], np.dtype[np.int64]]
 
 SEGMENTS = ("segments", "segment_starts", "segment_stops", "segment_adapters", "segment_table_rows")
 
@@ -22,6 +24,8 @@ STEP = (
     "tables",
     "table_width",
     *SEGMENTS,
+    "own_norms",
+    "own_embeddings",
 )
 
 
@@ -59,6 +63,7 @@ class CpuStep:
         self.starts = np.array(batch.starts, np.int64)
         self.contexts = np.array(batch.context_lengths, np.int64)
         self.segments = CpuSegments.of(batch.segments)
+        self.own_norms, self.own_embeddings = _own_weights(batch)
         self.numbers = (
             batch.token_ids.data_ptr(),
             batch.positions.data_ptr(),
@@ -69,8 +74,25 @@ class CpuStep:
             batch.block_tables.data_ptr(),
             batch.block_tables.shape[1],
             *self.segments.numbers,
+            0 if self.own_norms is None else self.own_norms.ctypes.data,
+            0 if self.own_embeddings is None else self.own_embeddings.ctypes.data,
         )
 
     def __getitem__(self, name: str) -> StepNumber:
         place = STEP.index(name)
         return StepNumber(self.numbers[place], place)
+
+
+def _own_weights(batch: Batch) -> tuple[Table | None, Ints | None]:
+    """The addresses of what the tokens' adapters have of their own: parameters of norms [parameters, tokens] and
+    embeddings [tokens]. 0 stands for nothing, None for nothing in any adapter."""
+    norms, embeddings, tokens = None, None, len(batch.token_ids)
+    for segment in batch.segments:
+        own = segment.adapter.own
+        if own.norms:
+            norms = np.zeros((len(own.norms), tokens), np.int64) if norms is None else norms
+            norms[:, segment.start : segment.stop] = [[address_of(each) or 0] for each in own.norms]
+        if own.embedding is not None:
+            embeddings = np.zeros(tokens, np.int64) if embeddings is None else embeddings
+            embeddings[segment.start : segment.stop] = own.embedding.table.data_ptr()
+    return norms, embeddings

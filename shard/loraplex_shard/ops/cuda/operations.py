@@ -20,6 +20,7 @@ from loraplex_shard.ops.cuda.quantized import IntegerWeight
 from loraplex_shard.ops.cuda.rotary import rotate_and_write
 from loraplex_shard.ops.cuda.tiles import Tiles, make_tiles
 from loraplex_shard.ops.experts import ExpertOperations
+from loraplex_shard.ops.own_weights import norm_runs, part_of, put_own_embeddings, put_own_norms
 from loraplex_shard.ops.quantized import QuantizedMatrix
 from loraplex_shard.shapes.batch import Batch
 from loraplex_shard.shapes.cache import KVCache, LayerCache
@@ -40,6 +41,10 @@ class FloatWeight:
 
 
 CudaWeight = FloatWeight | IntegerWeight
+
+
+def _norm(x: torch.Tensor, norm: Norm) -> torch.Tensor:
+    return elementwise.add_norm(x, None, 1.0, norm)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +75,15 @@ class CudaOperations(ExpertOperations):
         return compute()
 
     def embedding(self, step: CudaStep, weight: CudaWeight, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
-        if isinstance(weight, IntegerWeight):
-            return weight.rows(step.batch.token_ids).to(dtype) * scale
-        return F.embedding(step.batch.token_ids, weight.matrix).to(dtype) * scale
+        ids = step.batch.token_ids
+        own = any(segment.adapter.own.embedding for segment in step.batch.segments)
+        if own:
+            ids = ids.clamp(max=len(weight.values if isinstance(weight, IntegerWeight) else weight.matrix) - 1)
+        rows = weight.rows(ids) if isinstance(weight, IntegerWeight) else F.embedding(ids, weight.matrix)
+        out = rows.to(dtype) * scale
+        if own:
+            put_own_embeddings(out, step.batch)
+        return out
 
     def linear(self, x: torch.Tensor, weight: CudaWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
         if isinstance(weight, IntegerWeight):
@@ -99,11 +110,15 @@ class CudaOperations(ExpertOperations):
     def all_reduce_(self, tensor: torch.Tensor, group: Group) -> None:
         group.all_reduce_(tensor)
 
-    def norm(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
-        return elementwise.add_norm(x, None, 1.0, norm)
+    def norm(self, x: torch.Tensor, norm: Norm, step: CudaStep | None = None) -> torch.Tensor:
+        return put_own_norms(_norm, _norm(x, norm), x, norm, step.batch.segments if step else ())
 
-    def add_norm(self, hidden: torch.Tensor, delta: torch.Tensor, scale: float, norm: Norm) -> torch.Tensor:
-        return elementwise.add_norm(hidden, delta, scale, norm)
+    def add_norm(
+        self, hidden: torch.Tensor, delta: torch.Tensor, scale: float, norm: Norm, step: CudaStep | None = None
+    ) -> torch.Tensor:
+        segments = step.batch.segments if step else ()
+        out = elementwise.add_norm(hidden, delta, scale, norm)
+        return put_own_norms(_norm, out, hidden, norm, segments)
 
     def add_(self, hidden: torch.Tensor, delta: torch.Tensor, scale: float) -> None:
         hidden.add_(delta, alpha=scale)
@@ -130,7 +145,10 @@ class CudaOperations(ExpertOperations):
         step: CudaStep,
         cache: LayerCache,
     ) -> None:
-        rotate_and_write(qkv, heads, norms, rotary, step.batch, cache)
+        if norms is None:
+            return rotate_and_write(qkv, heads, None, rotary, step.batch, cache)
+        for run, own in norm_runs(norms, step.batch.segments, len(qkv)):
+            rotate_and_write(qkv[run], heads, own, rotary, part_of(step.batch, run), cache)
 
     def attention(
         self, qkv: torch.Tensor, heads: Heads, step: CudaStep, cache: LayerCache, sinks: torch.Tensor | None = None

@@ -1,0 +1,190 @@
+"""Adapters of the embedding, the lm head, single tokens and norms, with as many tokens as the model or not: all of them
+in one batch with the base, their logits are PEFT's."""
+
+import warnings
+from pathlib import Path
+from threading import Lock
+from typing import NamedTuple
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import Gemma2Config, LlamaConfig, Olmo2Config, PreTrainedConfig, Qwen3Config, Starcoder2Config
+
+from loraplex_shard.device.parallel import Group
+from loraplex_shard.kernels.library import instruction_set
+from loraplex_shard.lora.peft.base import BaseModel
+from loraplex_shard.lora.peft.reading import read_adapter
+from loraplex_shard.models.decoder import Decoder
+from loraplex_shard.settings import Quantize
+from loraplex_shard.shapes.batch import Segment
+from tests.shard.decoders import Sequences, load, load_reference, save_checkpoint
+from tests.shard.families import SIZES
+from tests.shard.lora_models import read
+from tests.shard.operations import BLOCK_SIZE, cpu_operations
+from tests.shard.thread_ranks import run_on_ranks
+
+VOCAB = SIZES["vocab_size"]
+TOKENS = [5, 80, 3, 3, 41, 7, 66, 0, 90, 12, 30]
+LINEAR = ["q_proj", "v_proj", "down_proj"]
+BOTH = ["embed_tokens", "lm_head"]
+KINDS: dict[str, dict[str, object]] = {
+    "plain": {},
+    "LoRA of the embedding": {"target_modules": [*LINEAR, "embed_tokens"]},
+    "of the embedding alone, rank-stabilized": {"target_modules": ["embed_tokens"], "use_rslora": True},
+    "of the embedding and the head": {"target_modules": [*LINEAR, *BOTH]},
+    "of both, tied": {"target_modules": [*LINEAR, *BOTH], "ensure_weight_tying": True},
+    "of the head, which is tied": {"target_modules": ["lm_head"], "ensure_weight_tying": True},
+    "by a regex, tied": {"target_modules": r"embed_tokens|.*q_proj", "ensure_weight_tying": True},
+    "DoRA of the embedding": {"target_modules": [*LINEAR, "embed_tokens"], "use_dora": True},
+    "DoRA of both": {"target_modules": BOTH, "use_dora": True},
+    "an embedding of its own": {"modules_to_save": ["embed_tokens"]},
+    "a head and an embedding of its own": {"modules_to_save": BOTH},
+    "both of its own, tied": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    "some tokens": {"trainable_token_indices": [3, 80, 2]},
+    "some tokens of the embedding, by name": {"trainable_token_indices": {"embed_tokens": [90, 5]}},
+    "some tokens of the head": {"trainable_token_indices": {"lm_head": [7, 3]}},
+    "the same tokens of both": {"trainable_token_indices": {"embed_tokens": [41, 5], "lm_head": [41, 5]}},
+    "other tokens of both": {"trainable_token_indices": {"embed_tokens": [41, 5], "lm_head": [7, 41, 3]}},
+    "norms": {"modules_to_save": ["input_layernorm", "1.post_attention_layernorm"]},
+    "all norms": {"modules_to_save": ["norm"]},
+    "norms and the head": {"modules_to_save": ["norm", "lm_head"], "target_modules": "all-linear"},
+    "a layer's MLP": {"modules_to_save": ["1.mlp"], "target_modules": ["q_proj", "up_proj"]},
+}
+# The same with a vocabulary of another size.
+RESIZED: dict[str, tuple[int, dict[str, object]]] = {
+    "added tokens": (VOCAB + 5, {}),
+    "added tokens, LoRA of the embedding": (VOCAB + 5, {"target_modules": [*LINEAR, "embed_tokens"]}),
+    "added tokens, DoRA of both": (VOCAB + 5, {"target_modules": BOTH, "use_dora": True}),
+    "added tokens, LoRA of both, tied": (VOCAB + 5, {"target_modules": BOTH, "ensure_weight_tying": True}),
+    "added tokens, both trained": (VOCAB + 2, {"modules_to_save": BOTH}),
+    "added tokens, of which some are trained": (VOCAB + 3, {"trainable_token_indices": [VOCAB + 1, 3]}),
+    "fewer tokens": (VOCAB - 3, {}),
+    "fewer tokens, LoRA of the head": (VOCAB - 3, {"target_modules": ["lm_head"]}),
+}
+BASES: dict[str, PreTrainedConfig] = {
+    "untied": LlamaConfig(**SIZES),
+    "tied": LlamaConfig(**{**SIZES, "tie_word_embeddings": True}),
+    "Qwen 3, norms of heads": Qwen3Config(**{**SIZES, "tie_word_embeddings": True}),
+    "OLMo 2, norms of all heads together": Olmo2Config(**SIZES),
+    "Gemma 2, norms above 1, scaled embeddings": Gemma2Config(**SIZES),
+    "StarCoder 2, norms with biases": Starcoder2Config(**SIZES),
+}
+
+
+class Adapter(NamedTuple):
+    directory: Path
+    tokens: list[int]
+    expected: torch.Tensor  # PEFT's logits
+
+
+def make_adapter(base: Path, directory: Path, vocab_size: int, options: dict[str, object]) -> Adapter:
+    """With PEFT, trained to be other than it was."""
+    model = load_reference(base)
+    torch.manual_seed(1)
+    fields = {"r": 3, "target_modules": LINEAR, "task_type": "CAUSAL_LM", "init_lora_weights": False, **options}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's advice
+        if vocab_size != VOCAB:
+            model.resize_token_embeddings(vocab_size, mean_resizing=False)
+        adapted = get_peft_model(model, LoraConfig(**fields))
+        for name, parameter in adapted.named_parameters():
+            if parameter.requires_grad and "lora_A" not in name and "lora_B.default.weight" not in name:
+                parameter.data = parameter.data * (1 + torch.rand_like(parameter))
+        adapted.save_pretrained(directory, save_embedding_layers=vocab_size != VOCAB or "auto")
+        tokens = [token for token in [*TOKENS, vocab_size - 1] if token < vocab_size]
+        return Adapter(directory, tokens, logits_of_peft(base, directory, vocab_size, tokens))
+
+
+def logits_of_peft(base: Path, directory: Path, vocab_size: int, tokens: list[int]) -> torch.Tensor:
+    model = load_reference(base)
+    if vocab_size != VOCAB:
+        model.resize_token_embeddings(vocab_size, mean_resizing=False)
+    with torch.inference_mode():
+        logits: torch.Tensor = PeftModel.from_pretrained(model, directory)(torch.tensor([tokens])).logits
+    return logits[0]
+
+
+def base_of(decoder: Decoder) -> BaseModel:
+    return BaseModel("any", tensors=decoder.tensors, served=decoder.served, vocab_size=decoder.vocab_size)
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_logits_are_those_of_peft(base: str, tmp_path: Path) -> None:
+    directory = save_checkpoint(BASES[base], tmp_path / "base")
+    of_norms = {"plain", "norms", "all norms", "DoRA of both", "a head and an embedding of its own"}
+    kinds = {name: (VOCAB, options) for name, options in KINDS.items()} | RESIZED
+    if base not in ("untied", "tied"):
+        kinds = {name: kind for name, kind in kinds.items() if name in of_norms}
+        kinds["biases"] = VOCAB, {"bias": "all"}
+    if base == "untied":  # PEFT does not save the head then
+        del kinds["added tokens, LoRA of the embedding"]
+    adapters = {
+        name: make_adapter(directory, tmp_path / name, vocab_size, options)
+        for name, (vocab_size, options) in kinds.items()
+    }
+    with torch.inference_mode():
+        of_base = load_reference(directory)(torch.tensor([TOKENS])).logits[0]
+    kernels = load(directory, ops=cpu_operations(instruction_set()))
+    computed = {"reference": compute(load(directory), adapters, 4), "kernels": compute(kernels, adapters, BLOCK_SIZE)}
+    computed["two ranks"], _ = run_on_ranks(2, lambda group: compute(load_rank(directory, group), adapters, 4))
+    for way, actual in computed.items():
+        for name, expected in {"base": of_base, **{name: each.expected for name, each in adapters.items()}}.items():
+            vocab_size = expected.shape[1]
+            error = (actual[name][:, :vocab_size] - expected).abs().max()
+            assert error < 1e-3 * (1 + expected.abs().max()), (way, name)
+            assert actual[name][:, vocab_size:].isneginf().all(), (way, name)  # tokens that the row does not have
+    for name, adapter in adapters.items():
+        assert (adapter.expected[1:4, : VOCAB - 3] - of_base[1:4, : VOCAB - 3]).abs().max() > 0.01, name
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_on_a_rounded_base_logits_are_those_of_peft_on_the_same_matrices(
+    quantization: Quantize, tmp_path: Path
+) -> None:
+    """But for what is rounded of the layers' inputs."""
+    directory = save_checkpoint(BASES["tied"], tmp_path / "base")
+    decoder = load(directory, ops=cpu_operations(instruction_set()), quantize=quantization)
+    rounded = load_reference(directory)
+    for name, module in rounded.named_modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
+            module.weight.data.copy_(decoder.served.read(name, slice(None)))
+    rounded.save_pretrained(tmp_path / "rounded")
+    adapters = {
+        name: make_adapter(tmp_path / "rounded", tmp_path / name, vocab_size, options)
+        for name, (vocab_size, options) in {
+            "tokens": (VOCAB + 5, {"trainable_token_indices": [3, VOCAB]}),
+            "DoRA": (VOCAB, {"target_modules": BOTH, "use_dora": True}),
+            "norms": (VOCAB, {"modules_to_save": ["norm"]}),
+        }.items()
+    }
+    actual = compute(decoder, adapters, BLOCK_SIZE)
+    for name, adapter in adapters.items():
+        difference = actual[name][:, : adapter.expected.shape[1]] - adapter.expected
+        assert difference.norm() / adapter.expected.norm() < 0.15, name
+
+
+LOADING = Lock()  # accelerate patches torch while a model is made
+
+
+def load_rank(directory: Path, group: Group) -> Decoder:
+    with LOADING:
+        return load(directory, group=group)
+
+
+def compute(decoder: Decoder, adapters: dict[str, Adapter], block_size: int) -> dict[str, torch.Tensor]:
+    """Logits of all sequences: all but their last tokens are in one step, those in another, which is recorded."""
+    weights = {
+        name: read_adapter(read(adapter.directory), decoder.layouts, base_of(decoder), torch.float32).weights
+        for name, adapter in adapters.items()
+    }
+    sequences = Sequences(decoder, block_size, num_blocks=4 * len(adapters) + 8)
+    steps = []
+    for part in slice(0, -1), slice(-1, None):
+        chunks = {"base": TOKENS[part]} | {name: adapter.tokens[part] for name, adapter in adapters.items()}
+        segments, stop = [], len(chunks["base"])
+        for name in adapters:
+            start, stop = stop, stop + len(chunks[name])
+            segments.append(Segment(start, stop, weights[name]))
+        steps.append(sequences.step(chunks, tuple(segments)))
+    return {name: torch.cat([step[name] for step in steps]) for name in steps[0]}
