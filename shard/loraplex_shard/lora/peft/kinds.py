@@ -124,6 +124,8 @@ TO_LORA = "convert it to LoRA with PEFT's save_as_lora(path, model, rank)"
 
 def way_out(kind: str) -> str:
     """What a user can do with an adapter of a kind that is not served."""
+    if kind == "ALORA":
+        return "PEFT calls an activated adapter LORA, with alora_invocation_tokens: set peft_type to LORA"
     if kind in _NO_WEIGHTS:
         return "it changes more than weights, so there is no LoRA like it"
     return TO_LORA if kind in _CONVERTIBLE else TO_MODEL

@@ -29,6 +29,12 @@ SIZE_LIMITS = {
 KNOWN = (CONFIG, TENSORS, PICKLE, MLX_TENSORS, MODEL_CONFIG, *TEXT_SIZE_LIMITS)
 
 _CHUNK = 2**24
+# What else trainers save, by the ends of files' names, and what can be done with it.
+_OTHER_FORMATS = {
+    ".gguf": "llama.cpp's format (GGUF) is not read: use the adapter that the file was converted from",
+    ".nemo": "NeMo's format is not read: llm.export_ckpt(..., target='hf-peft') in NeMo converts it",
+    ".distcp": "NeMo's format is not read: llm.export_ckpt(..., target='hf-peft') in NeMo converts it",
+}
 _CONVERT = (
     f"""python -c "import torch, safetensors.torch as s; s.save_file({{n: t.contiguous().clone() for n, t in"""
     f""" torch.load('{PICKLE}', map_location='cpu', weights_only=True).items()}}, '{TENSORS}')\""""
@@ -70,7 +76,7 @@ def choose(sizes: Mapping[str, int]) -> tuple[str, ...]:
 
 def is_telling(name: str) -> bool:
     """Whether a file with this name matters for an adapter."""
-    return name in KNOWN or bool(text_files([name]))
+    return name in KNOWN or name.endswith(tuple(_OTHER_FORMATS)) or bool(text_files([name]))
 
 
 def assemble(contents: Mapping[str, memoryview]) -> AdapterFiles:
@@ -91,7 +97,9 @@ def check_size(name: str, size: int) -> None:
 def check_names(names: frozenset[str]) -> str:
     """Returns which of these files has the tensors. Raises AdapterInvalidError if they are not an adapter."""
     if CONFIG not in names:
-        raise AdapterInvalidError(f"{CONFIG} is missing: this is neither an adapter of PEFT nor of MLX-LM")
+        others = [said for ending, said in _OTHER_FORMATS.items() if any(name.endswith(ending) for name in names)]
+        reason = others[0] if others else "this is neither an adapter of PEFT nor of MLX-LM"
+        raise AdapterInvalidError(f"{CONFIG} is missing: {reason}")
     for name in TENSORS, MLX_TENSORS:
         if name in names:
             return name

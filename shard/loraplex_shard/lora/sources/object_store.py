@@ -27,7 +27,7 @@ from loraplex_protos.errors import (
     quote,
 )
 from loraplex_shard.lora.sources.aws_profile import read_profile
-from loraplex_shard.lora.sources.files import CONFIG, KNOWN, TENSORS, check_size, is_telling, new_buffer
+from loraplex_shard.lora.sources.files import CONFIG, KNOWN, MLX_TENSORS, TENSORS, check_size, is_telling, new_buffer
 from loraplex_shard.lora.sources.protocol import File, Origin, Source
 
 if TYPE_CHECKING:
@@ -150,13 +150,16 @@ class ObjectStoreSource(Source):
     def _ask(self, folder: str) -> dict[str, File]:
         """Asks for each file by its name, if the server may read the bucket but not list it. Named templates are not
         found in this way, and a missing file looks like one that may not be read."""
-        found = dict[str, File]()
+        found, refused = dict[str, File](), None
         for name in KNOWN:
             try:
                 found[name] = _file(obstore.head(self._store, f"{folder}/{name}"))
             except (BaseError, FileNotFoundError) as error:
-                if _status(error) != 404 and not (name not in (CONFIG, TENSORS) and _status(error) == 403):
+                if _status(error) not in (403, 404):
                     raise
+                refused = error if _status(error) == 403 else refused
+        if refused and (CONFIG not in found or found.keys().isdisjoint((TENSORS, MLX_TENSORS))):
+            raise refused
         return found
 
     @contextmanager
