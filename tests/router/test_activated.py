@@ -1,15 +1,18 @@
 """Activated adapters in the router: where they begin to act, and the warning if they do not."""
 
+import asyncio
 import logging
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loraplex_protos import shard_pb2 as pb
 from loraplex_router.vocabulary.adapter import NEVER, Invocation
 from loraplex_router.vocabulary.references import AdapterReference
 from loraplex_router.vocabulary.request import Request
 from tests.router.test_engine import Setup, setup  # noqa: F401
+from tests.router.test_replicas import Cluster
 
 # The tokens' bytes repeat, so the bytes also occur at positions where no token begins.
 TOKENS = st.sampled_from([1, 256, 257, 0x01010101, 0x02010101, 0x01010102])
@@ -38,3 +41,28 @@ async def test_the_base_computes_a_sequence_up_to_the_invocation_and_the_adapter
         (fields,) = (record.__dict__["fields"] for record in caplog.records if record.message == "request")
         assert fields["warnings"] == (list(generation.warnings) or None)
         caplog.clear()
+
+
+async def test_a_sequence_that_moves_to_another_replica_is_the_bases_up_to_the_same_position():
+    cluster = Cluster()
+    cluster.shards.invocation = Invocation((7, 8))
+    prompt = (1,) * 37 + (7, 8, 9)
+    generation = await cluster.service.generate(Request(prompt, adapter=AdapterReference("a"), max_new_tokens=60))
+    while generation.outputs[0].generated < 5:
+        await asyncio.sleep(0)
+    second = cluster.join("second")
+    second.shards.invocation = cluster.shards.invocation
+    plans, send = list[tuple[int, int]](), second.shards.send
+
+    async def record(plan: pb.StepRequest) -> None:
+        plans.extend(zip(plan.slots, plan.lengths, strict=True))
+        await send(plan)
+
+    second.shards.send = record
+    cluster.lose(cluster.replica)
+    (delta,) = await generation.collect()
+    cluster.service.close(generation)
+    await cluster.close()
+    assert [sample.token for sample in delta.samples] == [9 + 2 * step for step in range(1, 61)]
+    slots = [slot for slot, length in plans for _ in range(length)]
+    assert slots[:38] == [0] * 37 + [1] and all(slots[37:])
