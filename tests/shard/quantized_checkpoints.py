@@ -137,6 +137,7 @@ def _packed(bits: int, group: int, symmetric: bool) -> Method:
 
 
 INT8 = compressed_tensors("int-quantized", num_bits=8, strategy="channel", group_size=None, symmetric=True)
+INT8_WITH_ZEROS = compressed_tensors("int-quantized", num_bits=8, strategy="channel", group_size=None, symmetric=False)
 METHODS = {
     "GPTQ, symmetric, 64": Method(_gptq_config(4, 64, sym=True), gptq(4, 1), group=64, symmetric=True),
     "GPTQ, asymmetric, 32": Method(_gptq_config(4, 32, sym=False), gptq(4, 1)),
@@ -164,7 +165,7 @@ METHODS = {
     "bitsandbytes, 8 bits": Method(
         {"quant_method": "bitsandbytes", "load_in_8bit": True}, bitsandbytes_8_bits, bits=8, group=-1, symmetric=True
     ),
-    "compressed-tensors W8A8, asymmetric": Method(INT8, with_zero_points, bits=8, group=-1),
+    "compressed-tensors W8A8, asymmetric": Method(INT8_WITH_ZEROS, with_zero_points, bits=8, group=-1),
     "compressed-tensors W8A8": Method(INT8, int_quantized, bits=8, group=-1, symmetric=True),
 }
 

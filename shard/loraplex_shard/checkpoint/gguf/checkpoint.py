@@ -84,7 +84,7 @@ class GgufCheckpoint:
 
     def read(self, name: str, rows: slice = slice(None), columns: slice = slice(None)) -> torch.Tensor:
         with errors_of(self.model_id):
-            return checked(self._read(name, rows, columns), name)
+            return checked(self._read(name, rows, columns), self._origins[name].tensor)
 
     def _read(self, name: str, rows: slice, columns: slice) -> torch.Tensor:
         origin, tensor = self._origins[name], self._tensor(name)
@@ -111,7 +111,7 @@ class GgufCheckpoint:
         part = read_blocks(self._rows(name, rows)[:, begin // weights * size : end // weights * size], kind)
         if part is not None:
             with errors_of(self.model_id):
-                checked(part.scales, name)
+                checked(part.scales, self._origins[name].tensor)
         return part
 
     def tokenizer(self) -> TokenizerFiles:

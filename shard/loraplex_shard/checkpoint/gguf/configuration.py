@@ -22,6 +22,8 @@ CONSEQUENTIAL = (
 def read_config(file: GgufFile) -> PreTrainedConfig:
     """Raises CheckpointError for an architecture that is not served, and for metadata that is missing."""
     fields = Fields(file)
+    if (held := file.metadata.get("general.type", "model")) != "model":
+        raise CheckpointError(f"metadata general.type: it holds {held!r} and not a model: serve the model's own file")
     kind = KINDS.get(fields.architecture)
     if kind is None:
         raise CheckpointError(
@@ -31,6 +33,10 @@ def read_config(file: GgufFile) -> PreTrainedConfig:
     for key, other in VARIANTS.get(fields.architecture, {}).items():
         kind = other if fields.get(key) else kind
     values = _common(fields, kind) | dict(kind.more(fields))
+    if "attention.sliding_window" not in fields.read:
+        window = fields.integer("attention.sliding_window", 0)
+        if 0 < window < fields.integer("context_length", 0):
+            raise CheckpointError(f"metadata {fields.architecture}.attention.sliding_window {window} is not served")
     for key in CONSEQUENTIAL:
         if key not in fields.read and fields.get(key):
             raise CheckpointError(f"metadata {fields.architecture}.{key} {fields.get(key)!r} is not served")
@@ -38,10 +44,16 @@ def read_config(file: GgufFile) -> PreTrainedConfig:
         raise CheckpointError(f"metadata {fields.architecture}.attention.causal: only models that generate are served")
     tokens = {f"{name}_token_id": file.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
     values |= {"architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind.model_type]], "pad_token_id": None, **tokens}
-    return CONFIG_MAPPING[kind.model_type](**values)
+    try:
+        return CONFIG_MAPPING[kind.model_type](**values)
+    except Exception as error:  # transformers' classes compute with what the file says, whatever that is
+        raise CheckpointError(f"metadata: {error}") from error
 
 
 def _common(fields: Fields, kind: Kind) -> dict[str, Any]:
+    for key in ("attention.head_count", "attention.head_count_kv", "embedding_length", "block_count"):
+        if fields.integer(key, 1) < 1:
+            raise CheckpointError(f"metadata {fields.architecture}.{key} {fields.integer(key)} must be at least 1")
     if not kind.partial and fields.rotated_part != 1:
         part = fields.integer("rope.dimension_count")
         raise CheckpointError(

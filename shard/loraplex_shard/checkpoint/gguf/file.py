@@ -103,7 +103,8 @@ def _read(content: Bytes) -> GgufFile:
     metadata = {header.string(): header.value() for _ in range(pairs)}
     places = [header.place() for _ in range(tensors)]
     alignment = metadata.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)
-    assert isinstance(alignment, int)
+    if not isinstance(alignment, int) or alignment < 1:
+        raise ValueError(f"general.alignment {alignment!r}")
     data = content[-(-header.offset // alignment) * alignment :]
     return GgufFile(metadata, {name: _tensor(data[offset:], name, shape, kind) for name, shape, kind, offset in places})
 

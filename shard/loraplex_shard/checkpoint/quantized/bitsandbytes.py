@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -16,11 +17,13 @@ from loraplex_shard.checkpoint.quantized.stored import (
     StoredMatrix,
     as_slice,
     check,
+    matrix_shape,
     modules,
 )
 from loraplex_shard.checkpoint.safetensors.files import SafetensorsFiles
 
 STATE = ".quant_state.bitsandbytes__"
+BYTES = {"U8": 1, "I8": 1, "F16": 2, "BF16": 2, "F32": 4}  # that 4-bit matrices may be saved as
 ROW_FORMAT = 0  # the format of int8 matrices; the other formats were made for the tensor cores of old GPUs
 
 
@@ -91,6 +94,11 @@ def _four_bits(files: SafetensorsFiles, name: str, state_name: str) -> StoredMat
         expected |= {"nested_absmax": Expected((count,), FLOATS), "nested_quant_map": Expected((256,), FLOATS)}
     tensors = {f"{name}.{suffix}": tensor for suffix, tensor in expected.items()}
     check(files, (rows, columns), tensors)
+    stored = prod(files.shape(name)) * BYTES.get(files.dtype(name), 0) if name in files.names else 0
+    if stored != -(-rows * columns // 2):
+        raise CheckpointError(
+            f"tensor {name} has {stored} bytes, but a 4-bit matrix of {rows} by {columns} has {-(-rows * columns // 2)}"
+        )
     names = frozenset(tensors) | {name, state_name}
     return StoredMatrix((rows, columns), names, in_integers=False, read_part=_FourBits(files, name, state).read)
 
@@ -98,7 +106,9 @@ def _four_bits(files: SafetensorsFiles, name: str, state_name: str) -> StoredMat
 def _eight_bits(files: SafetensorsFiles, module: str) -> StoredMatrix:
     """Symmetric int8 with a scale for each row. SCB is the row's largest weight."""
     weight, scale, layout = f"{module}.weight", f"{module}.SCB", f"{module}.weight_format"
-    rows, columns = files.shape(weight)
+    if weight not in files.names:
+        raise CheckpointError(f"missing tensor {weight}")
+    rows, columns = matrix_shape(files, weight)
     check(
         files, (rows, columns), {weight: Expected((rows, columns), frozenset({"I8"})), scale: Expected((rows,), FLOATS)}
     )

@@ -2,6 +2,7 @@
 a model may differ."""
 
 from dataclasses import dataclass
+from math import prod
 
 import torch
 
@@ -33,9 +34,22 @@ class CompressedIntegers:
     """Signed integers with a scale, and maybe a zero, for each row and group of columns. They are packed into int32 in
     the order of the matrix (`weight_packed`), or are int8 under the matrix's own name."""
 
+    asymmetric: bool = False  # each matrix must have zeros
+    groups: frozenset[int | None] = frozenset()  # columns of the groups that there may be; None: all. Empty: any
+
     def find(self, files: SafetensorsFiles) -> dict[str, StoredMatrix]:
         packed = {module: _packed(files, module) for module in modules(files, "weight_packed", "I32")}
         plain = {module: _plain(files, module) for module in modules(files, "weight", "I8")}
+        for module in packed | plain if self.asymmetric else ():
+            if (zeros := f"{module}.weight_zero_point") not in files.names:
+                raise CheckpointError(f"missing tensor {zeros}: config.json says that weights are not symmetric")
+        for module, matrix in (packed | plain).items() if self.groups else ():
+            (_, columns), (_, count) = matrix.shape, matrix.scales
+            if self.groups.isdisjoint((columns // count, *([None] if count == 1 else []))):
+                raise CheckpointError(
+                    f"tensor {module}.weight_scale has {count} groups of {columns} columns, but config.json says that "
+                    f"groups have {' or '.join(str(each or 'all') for each in self.groups)}"
+                )
         return {f"{module}.weight": matrix.stored() for module, matrix in (packed | plain).items()}
 
 
@@ -96,30 +110,43 @@ def _packed(files: SafetensorsFiles, module: str) -> _Matrix:
     bits = WORD * matrix_shape(files, name)[1] // max(1, columns)
     if not 1 <= bits <= 8:
         raise CheckpointError(f"tensor {name} {list(files.shape(name))} and {columns} columns in {module}.weight_shape")
-    scales = _scales(files, module, rows)
+    scales = _scales(files, module, rows, columns)
     expected = {name: Expected((rows, word_count(columns, bits)), INTEGERS)}
     zeros = f"{module}.weight_zero_point"
     if zeros in files.names and files.dtype(zeros) == "I32":
         expected[zeros] = Expected((word_count(rows, bits), scales[1]), INTEGERS)
+    else:
+        _check_plain_zeros(files, zeros, scales)
     check(files, (rows, columns), expected)
     return _Matrix(files, module, (rows, columns), bits, True, scales)
 
 
 def _plain(files: SafetensorsFiles, module: str) -> _Matrix:
     shape = matrix_shape(files, f"{module}.weight")
-    return _Matrix(files, module, shape, 8, False, _scales(files, module, shape[0]))
+    scales = _scales(files, module, *shape)
+    _check_plain_zeros(files, f"{module}.weight_zero_point", scales)
+    return _Matrix(files, module, shape, 8, False, scales)
 
 
-def _scales(files: SafetensorsFiles, module: str, rows: int) -> tuple[int, int]:
+def _check_plain_zeros(files: SafetensorsFiles, name: str, scales: tuple[int, int]) -> None:
+    """Checks zeros that are not packed, if there are any."""
+    if name in files.names and (files.dtype(name) != "I8" or prod(files.shape(name)) != prod(scales)):
+        raise CheckpointError(
+            f"tensor {name} is {files.dtype(name)} {list(files.shape(name))}, but it must be I8 {list(scales)}"
+        )
+
+
+def _scales(files: SafetensorsFiles, module: str, rows: int, columns: int) -> tuple[int, int]:
     """The shape of the scales, as a matrix's."""
     name = f"{module}.weight_scale"
     if name not in files.names:
         raise CheckpointError(f"missing tensor {name}")
     shape = (*files.shape(name), 1, 1)[:2]
-    if files.dtype(name) not in FLOATS or shape[0] not in (1, rows):
+    fits = shape == (1, 1) or (shape[0] == rows and shape[1] > 0 and columns % shape[1] == 0)
+    if files.dtype(name) not in FLOATS or not fits:
         raise CheckpointError(
             f"tensor {name} is {files.dtype(name)} {list(files.shape(name))}, but it must be "
-            f"{' or '.join(sorted(FLOATS))} with {rows} rows or one"
+            f"{' or '.join(sorted(FLOATS))} with {rows} rows and a number for each group of columns, or one number"
         )
     return shape[0], shape[1]
 

@@ -78,7 +78,19 @@ def _compressed_tensors(config: Fields) -> tuple[Layout, ...]:
     groups = config.get("config_groups") or {}
     schemes = [group.get("weights") or {} for group in groups.values()]
     blocks = [scheme["block_structure"] for scheme in schemes if scheme.get("block_structure")]
-    return CompressedIntegers(), Float8(_block(blocks[0] if blocks else None)), Float4()
+    asymmetric = bool(schemes) and all(scheme.get("symmetric") is False for scheme in schemes)
+    return (
+        CompressedIntegers(asymmetric, frozenset(map(_columns_of_group, schemes))),
+        Float8(_block(blocks[0] if blocks else None)),
+        Float4(),
+    )
+
+
+def _columns_of_group(scheme: Fields) -> int | None:
+    """None: all columns."""
+    size = scheme.get("group_size")
+    has_groups = isinstance(size, int) and size > 0 and scheme.get("strategy") not in ("channel", "tensor")
+    return size if has_groups else None
 
 
 def _block(size: object) -> tuple[int, int] | None:

@@ -41,11 +41,13 @@ class Float8:
         return found
 
     def _block(self, shape: tuple[int, ...], scales: tuple[int, ...], scale: str) -> tuple[int, int]:
-        counts = _as_matrix(scales)
-        equal = -(-shape[-2] // max(1, counts[0])), -(-shape[-1] // max(1, counts[1]))
-        for size in (self.block or equal, equal):
-            if counts == (-(-shape[-2] // size[0]), -(-shape[-1] // size[1])):
-                return size
+        counts, (rows, columns) = _as_matrix(scales), shape[-2:]
+        if self.block and counts == (-(-rows // self.block[0]), -(-columns // self.block[1])):
+            return self.block
+        divisible = 0 not in counts and rows % counts[0] == columns % counts[1] == 0
+        # One for all, or for each row or groups of its columns; other blocks have the size that config.json says.
+        if divisible and (counts == (1, 1) or counts[0] == rows or (self.block is None and counts[0] > 1)):
+            return rows // counts[0], columns // counts[1]
         raise CheckpointError(f"tensor {scale} {list(scales)} does not have the scales of a matrix {list(shape)}")
 
 
@@ -66,6 +68,8 @@ class Float4:
             if len(counts) != 2 or counts[0] != rows or columns % counts[1]:
                 raise CheckpointError(f"tensor {scale} {list(counts)} does not have the scales of {rows} by {columns}")
             others = f"{module}.weight_scale_2", f"{module}.weight_global_scale"
+            if files.dtype(scale) != BYTE and files.names.isdisjoint(others):  # NVFP4
+                raise CheckpointError(f"missing tensor {others[0]} or {others[1]}, the scale of {name} as a whole")
             tensors = frozenset({name, scale, *others})
             read = partial(_read_float4, files, name, scale, columns // counts[1], *others)
             found[f"{module}.weight"] = StoredMatrix((rows, columns), tensors, in_integers=False, read_part=read)
@@ -83,6 +87,8 @@ class Mxfp4Experts:
             name = blocks.removesuffix("_blocks")
             if name == blocks:
                 continue
+            if len(files.shape(blocks)) != 4:
+                raise CheckpointError(f"tensor {blocks} {list(files.shape(blocks))} does not have experts' blocks")
             scales, (experts, rows, count, size) = f"{name}_scales", files.shape(blocks)
             if scales not in files.names or files.shape(scales) != (experts, rows, count):
                 raise CheckpointError(f"tensor {scales} is missing or not {[experts, rows, count]}")

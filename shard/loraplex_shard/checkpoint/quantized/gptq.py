@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 
+from loraplex_shard.checkpoint.base import CheckpointError
 from loraplex_shard.checkpoint.quantized.integers import (
     WORD,
     IntegerMatrix,
@@ -28,6 +29,7 @@ from loraplex_shard.checkpoint.quantized.stored import (
 from loraplex_shard.checkpoint.safetensors.files import SafetensorsFiles
 
 INTEGERS = frozenset({"I32"})
+UNSET = -1  # what compressed-tensors initializes the group of each column with
 
 # The nibble of AWQ's int32 that holds each of its eight rows.
 AWQ_NIBBLES = [0, 4, 1, 5, 2, 6, 3, 7]
@@ -126,10 +128,17 @@ def _find(layout: _Transposed, files: SafetensorsFiles) -> dict[str, StoredMatri
 
 
 def group_order(files: SafetensorsFiles, name: str, columns: int, group: int) -> torch.Tensor | None:
-    """The group of each column, if there is a tensor `name` and it is not simply one group after the other."""
+    """The group of each column, if there is a tensor `name` and it is not simply one group after the other. Raises
+    CheckpointError if it does not have a group of the matrix for each column."""
     if name not in files.names:
         return None
-    order = files.read(name).long()
+    order, count = files.read(name).long(), -(-columns // group)
+    if bool((order == UNSET).all()):
+        return None
+    if order.shape != (columns,) or int(order.min()) < 0 or int(order.max()) >= count:
+        raise CheckpointError(
+            f"tensor {name} {list(order.shape)} does not have the numbers of {count} groups for {columns} columns"
+        )
     return None if torch.equal(order, torch.arange(columns) // group) else order
 
 

@@ -7,7 +7,7 @@ import torch
 
 from loraplex_shard.checkpoint.base import CheckpointError
 from loraplex_shard.checkpoint.quantized.integers import IntegerMatrix, groups
-from loraplex_shard.checkpoint.quantized.stored import Floats, Part, StoredMatrix, as_slice, modules
+from loraplex_shard.checkpoint.quantized.stored import Expected, Floats, Part, StoredMatrix, as_slice, check, modules
 from loraplex_shard.checkpoint.safetensors.files import SafetensorsFiles
 
 BITS = {"8bit_u8": 8, "4bit_u8": 4, "3bit_32": 3, "2bit_u8": 2, "1bit_u8": 1}
@@ -48,6 +48,16 @@ class _Matrix:
         weights = (values.float() - zeros).mul_(scales).reshape(self.shape)
         return Floats(weights[as_slice(rows), as_slice(columns)])
 
+    def check_shapes(self) -> None:
+        """Raises CheckpointError, naming the tensor, if one does not have the shape that the others say."""
+        count = self.shape[0] * self.shape[1] // self.group
+        of_groups = (count, 1) if self.by_row else (1, count)
+        down, across = (count, self.group) if self.by_row else (self.group, count)
+        packed = -(-down // len(MOST_SIGNIFICANT_FIRST[self.bits])), across
+        for name, shape in {"W_q": packed, "scale": of_groups, "zero": of_groups}.items():
+            if (found := self.files.shape(f"{self.module}.{name}")) != shape:
+                raise CheckpointError(f"tensor {self.module}.{name} has shape {list(found)}, not {list(shape)}")
+
     def _values(self) -> torch.Tensor:
         packed = self.files.read(f"{self.module}.W_q").view(torch.int32 if self.bits == 3 else torch.uint8)
         most = (1 << self.bits) - 1
@@ -61,10 +71,12 @@ def _stored(files: SafetensorsFiles, module: str) -> StoredMatrix:
     if missing := sorted({*named.values()} - files.names):
         raise CheckpointError(f"missing tensor {missing[0]}: only HQQ as transformers saves it is served")
     packing = bytes(files.read(named["packing"]).numpy()).decode(errors="replace")
+    check(files, (), {named["shape"]: Expected((2,), frozenset({"I64", "I32"}))})
     rows, columns = map(int, files.read(named["shape"]))
     group, by_row = int(files.read(named["group_size"])), int(files.read(named["axis"])) == 1
     if packing not in BITS or group < 1 or rows * columns % group:
         raise CheckpointError(f"tensor {named['packing']}: {packing!r} in groups of {group} is not served")
     matrix = _Matrix(files, module, BITS[packing], (rows, columns), group, by_row)
+    matrix.check_shapes()
     tensors = frozenset(named.values()) | {f"{module}.{field}" for field in FIELDS}
     return StoredMatrix((rows, columns), tensors, in_integers=by_row, read_part=matrix.read, in_pieces=False)

@@ -25,6 +25,7 @@ from loraplex_shard.shapes.classifier import Classifier
 QUANTIZATION_CONFIGS = "quantization_config", "compression_config"  # the second in old compressed-tensors
 GENERATION_CONFIG = "generation_config.json"
 MODELOPT_CONFIG = "hf_quant_config.json"
+SIZES = frozenset({"hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size"})
 # Tensors that say how inputs, outputs, keys and values were rounded. They are ignored: nothing of that is rounded here.
 OF_ACTIVATIONS = tuple(
     f".{of}_{what}"
@@ -138,6 +139,10 @@ class SafetensorsCheckpoint:
             known = f"transformers knows no model_type {content.get('model_type')!r}"
             names = ", ".join(content.get("architectures") or ["its architecture"])
             raise CheckpointError(f"{self.model_id}: {names} is not served: {known}")
+        for part in (content, content.get("text_config") or {}):
+            for name in sorted(SIZES.intersection(part)):
+                if isinstance(part[name], int) and part[name] < 1:
+                    raise CheckpointError(f"{self.model_id}: config.json: {name} {part[name]} must be at least 1")
         try:
             config: PreTrainedConfig = AutoConfig.from_pretrained(self._directory, trust_remote_code=False)
         except Exception as error:  # transformers' classes compute with values of the file and may raise anything
