@@ -3,8 +3,13 @@
 from collections.abc import Iterator
 from itertools import count
 
+import pytest
+from transformers import Qwen3Config
+
+from bench import paths
 from bench.engine.stepping import Stepper, random_adapter
 from bench.engine.timing import in_turns, median_of, seconds_per_byte
+from bench.paths import VOCABULARY
 
 
 def test_a_stepper_decodes_a_batch_with_and_without_adapters() -> None:
@@ -36,3 +41,15 @@ def test_works_are_measured_in_turns_after_a_round_that_does_not_count() -> None
     assert measured == {"a": [11, 12, 13], "b": [-2, -4, -6]}
     assert median_of(lambda a, b: a / b, measured["a"], measured["b"]) == 12 / -4
     assert seconds_per_byte()() > 0
+
+
+def test_both_ways_to_compute_a_model_are_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 16}
+    tiny = Qwen3Config(vocab_size=VOCABULARY, num_attention_heads=2, num_key_value_heads=2, **sizes)
+    monkeypatch.setattr(paths, "MODELS", {"tiny": tiny})
+    paths.paths(rounds=1)
+    head, _, row = capsys.readouterr().out.splitlines()
+    assert head.count(" | ") == row.count(" | ") == 4
+    assert all(float(ratio) > 0 for ratio in row.strip("| ").split(" | ")[1:])
