@@ -15,6 +15,7 @@ from typing import TypeAlias
 import uvicorn
 
 from loraplex_protos.errors import LoraplexError, UnavailableError
+from loraplex_protos.generation_pb2 import GetModelInfoResponse
 from loraplex_router.access.key_file import KeyFile
 from loraplex_router.access.keys import Keys
 from loraplex_router.adapters.resolutions import Resolutions
@@ -35,7 +36,7 @@ SWITCH_SECONDS = 0.001  # how long a tokenizing or rendering thread may hold the
 STOP_SECONDS = 4  # for each of the two faces after the drain: the chart's grace period leaves ten in all
 
 # Called with the HTTP port, the gRPC port, whether the model has a chat template, and the available adapters.
-Ready: TypeAlias = Callable[[int, int, bool, list[str]], None]
+Ready: TypeAlias = Callable[[int, int, GetModelInfoResponse, list[str]], None]
 
 
 class Router:
@@ -73,9 +74,7 @@ class Router:
             listen(self._settings.host, self._settings.grpc_port, "--grpc-port").close()  # gRPC reports no reason
             grpc_port = await self._grpc.start(self._settings.host, self._settings.grpc_port)
             logger.info("listening on port %d (gRPC) and port %d (HTTP)", grpc_port, http_port)
-            work = asyncio.create_task(
-                self._work(lambda names: ready(http_port, grpc_port, self._service.info.has_chat_template, names))
-            )
+            work = asyncio.create_task(self._work(lambda names: ready(http_port, grpc_port, self._service.info, names)))
             stop = asyncio.create_task(self._stopped())
             try:
                 await asyncio.wait([work, stop], return_when=asyncio.FIRST_COMPLETED)

@@ -3,9 +3,10 @@
 import json
 import shlex
 
+import pytest
 from rich.text import Text
 
-from loraplex.cli.introduction import introduction
+from loraplex.cli.introduction import Pooled, introduction
 
 
 def lines(*adapters: str) -> list[str]:
@@ -38,3 +39,17 @@ def test_a_model_without_a_chat_template_is_not_asked_to_chat() -> None:
     commands = [shlex.split(line) for line in text.split("Try it:\n")[1].splitlines()]
     bodies = [json.loads(command[command.index("-d") + 1]) for command in commands if "-d" in command]
     assert ["text" in bodies[0], "prompt" in bodies[1], "inputs" in bodies[2]] == [True] * 3
+
+
+@pytest.mark.parametrize(
+    ("pooled", "routes"),
+    [("embed", {"v1/embeddings": {"model", "input"}, "embed": {"inputs"}}), ("classify", {"classify": {"inputs"}})],
+)
+def test_a_model_that_cannot_generate_is_asked_for_what_it_can(pooled: Pooled, routes: dict[str, set[str]]) -> None:
+    text = introduction("org/model", "127.0.0.1:50051", "http://127.0.0.1:3000", (), chats=True, pooled=pooled)
+    assert "generate" not in text and "loraplex chat" not in text
+    script, grpc, *over_http = [shlex.split(line) for line in text.split("Try it:\n")[1].splitlines()]
+    assert f").{pooled}(" in script[-1] and grpc[-1].endswith(f"/loraplex.v1.GenerationService/{pooled.capitalize()}")
+    assert [command[1] for command in over_http] == [f"http://127.0.0.1:3000/{route}" for route in routes]
+    bodies = [json.loads(command[command.index("-d") + 1]) for command in (grpc, *over_http)]
+    assert [set(body) for body in bodies] == [{"inputs"}, *routes.values()]

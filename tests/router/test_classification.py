@@ -1,13 +1,16 @@
 """Scores and entities from classifiers' logits; an end-to-end test compares them with transformers' pipeline."""
 
+from dataclasses import replace
 from math import exp
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loraplex_protos.generation_pb2 import Classifier
+from loraplex_protos.errors import UnavailableError
+from loraplex_protos.generation_pb2 import Classifier, GetModelInfoResponse
 from loraplex_router.vocabulary.classification import LabelledToken, best, by_token, group_entities, scores
+from tests.router.test_engine import MODEL
 
 LOGITS = st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=8)
 
@@ -52,3 +55,18 @@ def test_logits_are_split_by_token() -> None:
 def test_entities_are_tokens_of_one_group(labels: str, groups: list[tuple[str, int, int]]) -> None:
     tokens = [LabelledToken(label, 0.5, at, at, at + 1) for at, label in enumerate(labels.split())]
     assert [(each.group, each.start, each.stop - 1) for each in group_entities(tokens)] == groups
+
+
+def test_replicas_with_other_classifiers_do_not_serve_the_same_model() -> None:
+    infos = MODEL.info, classifies("a"), classifies("b")
+    plain, one, other = (replace(MODEL, info=info) for info in infos)
+    for earlier, later in ((plain, one), (one, plain), (one, other)):
+        earlier.check_fits(earlier)
+        with pytest.raises(UnavailableError, match="its classifier differs"):
+            earlier.check_fits(later)
+
+
+def classifies(label: str) -> GetModelInfoResponse:
+    info = GetModelInfoResponse(classifier=Classifier(labels=[label]))
+    info.MergeFrom(MODEL.info)
+    return info

@@ -6,8 +6,11 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 from rich.markup import escape
+
+Pooled: TypeAlias = Literal["embed", "classify"]
 
 SHOWN = 3  # adapters
 
@@ -16,12 +19,39 @@ QUESTION = "What is the capital of France?"
 BEGINNING = "The capital of France is"  # for a model without a chat template
 
 
-def introduction(model: str, server: str, http: str, adapters: Sequence[str], chats: bool = True) -> str:
+def introduction(
+    model: str, server: str, http: str, adapters: Sequence[str], chats: bool = True, pooled: Pooled | None = None
+) -> str:
     """The addresses, and one request to try for each way to call the server, as rich markup.
 
     server: gRPC's HOST:PORT; http: a URL; adapters: the available ones; chats: whether the model has a chat
-    template.
+    template; pooled: what to ask of a model without an lm head.
     """
+    lines = (
+        f"loraplex serves [bold]{model or 'SmolLM2-135M-Instruct'}[/]",
+        f"  gRPC  {server}",
+        f"  HTTP  {http}  (OpenAI at /v1, LoRAX at /{pooled or 'generate'}, /docs, /health, /metrics)",
+        f"  adapters  {_listed(adapters)}" if adapters else "",
+        "",
+        "Try it:",
+        *(_to_pool(pooled, server, http) if pooled else _to_generate(server, http, adapters, chats)),
+    )
+    return "\n".join(line if line.startswith("loraplex") else escape(line) for line in lines)
+
+
+def _to_pool(pooled: Pooled, server: str, http: str) -> Sequence[str]:
+    over_grpc = _quoted({"inputs": [{"text": STATEMENT}]})
+    script = shlex.quote(f'from loraplex import Client; print(Client("{server}").{pooled}({json.dumps(STATEMENT)})[0])')
+    openai = [_curl(f"{http}/v1/embeddings", _quoted({"model": "", "input": STATEMENT}))] if pooled == "embed" else []
+    return (
+        f"  {_bin_folder()}python -c {script}",
+        _grpc_call(server, pooled.capitalize(), over_grpc),
+        *openai,
+        _curl(f"{http}/{pooled}", _quoted({"inputs": STATEMENT})),
+    )
+
+
+def _to_generate(server: str, http: str, adapters: Sequence[str], chats: bool) -> Sequence[str]:
     adapter = adapters[0] if adapters else None
     # A name may contain quotes and spaces, so it is quoted for each language, and the result for the shell.
     flag = f" --adapter {shlex.quote(adapter)}" if adapter else ""
@@ -39,22 +69,23 @@ def introduction(model: str, server: str, http: str, adapters: Sequence[str], ch
     lorax = _quoted({"inputs": BEGINNING, "parameters": {"max_new_tokens": 8}})
     call = f'Client("{server}").generate({json.dumps(messages if chats else prompt)}, max_new_tokens=64{argument})'
     script = shlex.quote(f"from loraplex import Client; print({call}.text)")
-    method = "loraplex.v1.GenerationService/GenerateStream"
-    lines = (
-        f"loraplex serves [bold]{model or 'SmolLM2-135M-Instruct'}[/]",
-        f"  gRPC  {server}",
-        f"  HTTP  {http}  (OpenAI at /v1, LoRAX at /generate, /docs, /health, /metrics)",
-        f"  adapters  {_listed(adapters)}" if adapter else "",
-        "",
-        "Try it:",
+    return (
         f'  {bin}loraplex generate "{prompt}"{flag} --server {server}',
         *([f"  {bin}loraplex chat{flag} --server {server}"] if chats else []),
         f"  {bin}python -c {script}",
-        f"  {bin}buf curl --protocol grpc --http2-prior-knowledge -d {grpc} http://{server}/{method}",
-        f"  curl {http}/v1/{route} -H 'Content-Type: application/json' -d {openai}",
-        f"  curl {http}/generate -H 'Content-Type: application/json' -d {lorax}",
+        _grpc_call(server, "GenerateStream", grpc),
+        _curl(f"{http}/v1/{route}", openai),
+        _curl(f"{http}/generate", lorax),
     )
-    return "\n".join(line if line.startswith("loraplex") else escape(line) for line in lines)
+
+
+def _grpc_call(server: str, method: str, body: str) -> str:
+    path = f"{server}/loraplex.v1.GenerationService/{method}"
+    return f"  {_bin_folder()}buf curl --protocol grpc --http2-prior-knowledge -d {body} http://{path}"
+
+
+def _curl(url: str, body: str) -> str:
+    return f"  curl {url} -H 'Content-Type: application/json' -d {body}"
 
 
 def _listed(adapters: Sequence[str]) -> str:

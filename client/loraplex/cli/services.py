@@ -49,13 +49,14 @@ def router(context: typer.Context) -> None:
     _leave_forks_alone()
     _begin("router", "uvloop")
     from loraplex.cli.flags import parse
+    from loraplex_protos.generation_pb2 import GetModelInfoResponse
     from loraplex_router import app
     from loraplex_router.settings import RouterSettings
 
     settings = parse(RouterSettings, context.args, "router", ROUTER_TEXT)
     configure(settings.log_format)
 
-    def ready(http_port: int, grpc_port: int, chats: bool, adapters: list[str]) -> None:
+    def ready(http_port: int, grpc_port: int, info: GetModelInfoResponse, adapters: list[str]) -> None:
         print(f"gRPC {settings.url_host}:{grpc_port}  HTTP {settings.url_host}:{http_port}", flush=True)
 
     with _errors_shown():

@@ -8,8 +8,9 @@ from typing import Self
 from pydantic import Field, model_validator
 from rich.console import Console
 
-from loraplex.cli.introduction import introduction
+from loraplex.cli.introduction import Pooled, introduction
 from loraplex.cli.ranks import Ranks
+from loraplex_protos.generation_pb2 import GetModelInfoResponse
 from loraplex_router.settings import EdgeSettings, RouterSettings
 from loraplex_shard.settings import ModelSettings
 
@@ -49,9 +50,9 @@ async def run(settings: ServeSettings, console: Console) -> None:
         edge = settings.model_dump(include=set(EdgeSettings.model_fields))
         router_settings = RouterSettings(**edge, shards=(",".join(ranks.addresses),), move_seconds=MOVE_SECONDS)
 
-        def ready(http_port: int, grpc_port: int, chats: bool, adapters: list[str]) -> None:
+        def ready(http_port: int, grpc_port: int, info: GetModelInfoResponse, adapters: list[str]) -> None:
             server, http = f"{settings.url_host}:{grpc_port}", f"http://{settings.url_host}:{http_port}"
-            text = introduction(settings.model, server, http, adapters, chats)
+            text = introduction(settings.model, server, http, adapters, info.has_chat_template, _pools(info))
             console.print(text, highlight=False, soft_wrap=True)
 
         router = asyncio.create_task(app.run(router_settings, ready, ranks))
@@ -64,3 +65,10 @@ async def run(settings: ServeSettings, console: Console) -> None:
             keeping.cancel()
             await asyncio.gather(router, keeping, return_exceptions=True)
             await ranks.stop()
+
+
+def _pools(info: GetModelInfoResponse) -> Pooled | None:
+    """What a model that does not generate is asked for."""
+    if not info.embeds_only:
+        return None
+    return "classify" if info.HasField("classifier") else "embed"

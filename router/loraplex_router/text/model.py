@@ -45,6 +45,8 @@ class Model:
                 raise UnavailableError(f"its {name} is {there!r}, but the earlier replicas have {here!r}")
         if self.tokenizer_digest != other.tokenizer_digest or self.end_token_ids != other.end_token_ids:
             raise UnavailableError("its tokenizer differs from the earlier replicas'")
+        if other.classifier != self.classifier:
+            raise UnavailableError("its classifier differs from the earlier replicas'")
         if other.info.max_model_len < self.info.max_model_len:
             length = f"{other.info.max_model_len}, but the earlier replicas have {self.info.max_model_len}"
             raise UnavailableError(f"its max_model_len is {length}: give it as many blocks, or set all --max-model-len")

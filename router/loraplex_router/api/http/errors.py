@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterable, Mapping
 from math import ceil
+from types import UnionType
 from typing import Any, TypeAlias
 
 from fastapi.exceptions import RequestValidationError
@@ -120,7 +121,7 @@ def write_lorax_error(error: LoraplexError) -> dict[str, Any]:
     return {"error": prefix + describe(error), "error_type": "generation" if refused else error.error_type}
 
 
-def document_errors(model: type[BaseModel], own: Mapping[int, str]) -> Responses:
+def document_errors(model: type[BaseModel] | UnionType, own: Mapping[int, str]) -> Responses:
     """The error responses of a route, for the document. `own`: those that a face describes itself."""
     return {status: {"model": model, "description": text} for status, text in sorted({**STATUSES, **own}.items())}
 

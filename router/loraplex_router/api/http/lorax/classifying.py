@@ -13,14 +13,14 @@ from loraplex_protos.errors import FieldViolation, InvalidRequestError, Loraplex
 from loraplex_router.api.http.call import Call
 from loraplex_router.api.http.conversation import Conversation, read_conversation
 from loraplex_router.api.http.disconnects import finish_before_disconnect
-from loraplex_router.api.http.errors import LORAX_ERRORS
+from loraplex_router.api.http.errors import LORAX_ERRORS, Error, document_errors
 from loraplex_router.api.http.face import Face
 from loraplex_router.api.http.fields import CountOrAll, Items, Name, Prompts, read_prompts
 from loraplex_router.api.http.json_body import JsonAnswer, JsonRoute
 from loraplex_router.api.http.lorax.reading import adapter_token, read_adapter
 from loraplex_router.api.http.lorax.schema import Parameters
 from loraplex_router.api.http.model_names import answered_name, read_model_name
-from loraplex_router.api.http.openai_errors import ERRORS, write_error
+from loraplex_router.api.http.openai_errors import ERRORS, OpenaiError, write_error
 from loraplex_router.api.turns import in_turn
 from loraplex_router.engine.output import Classification
 from loraplex_router.text.tokenizer import TokenSpan
@@ -97,12 +97,15 @@ Found = list[LoraxEntity] | list[LoraxLabel]
 
 VLLM = Face("", (), write_error, {"inputs": "input", "adapter.id": "model"}, invalid_status=400)  # answers its bodies
 
+EITHER_ERRORS = {
+    **document_errors(Error | OpenaiError, {404: "No such model or adapter.", 422: LORAX_ERRORS[422]["description"]}),
+    400: ERRORS[400],
+}
+
 router = APIRouter(route_class=JsonRoute)
 
 
-@router.post(
-    "/classify", tags=["LoRAX"], responses={200: {"model": Found | VllmClasses}, 400: ERRORS[400], **LORAX_ERRORS}
-)
+@router.post("/classify", tags=["LoRAX"], responses={200: {"model": Found | VllmClasses}, **EITHER_ERRORS})
 async def classify(body: LoraxClassify | VllmClassify | VllmClassifyChat, call: Call) -> Response:
     """The labels from the model's or the adapter's classifier. LoRAX's `inputs` are answered with entities if the
     classifier labels tokens, else with all labels; vLLM's `input` or `messages` with the probability of each label."""
