@@ -42,7 +42,7 @@ def read_answers(tensors: Tensors, names: frozenset[str], config: PreTrainedConf
 
 
 def _head(names: frozenset[str]) -> str:
-    """The lm head's tensor or, if it is tied, the embedding's."""
+    """The tensor of the lm head or, if it is tied, that of the embedding."""
     found = [name for ending in ("lm_head.weight", "embed_tokens.weight") for name in names if name.endswith(ending)]
     if not found:
         raise CheckpointError(f"{TOKENS}: the checkpoint has neither lm_head.weight nor embed_tokens.weight")

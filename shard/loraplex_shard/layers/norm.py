@@ -22,7 +22,7 @@ class NormSpec:
 
 
 class NormLayer(LoadableLayer):
-    """A norm, in whose place an adapter may have one of its own."""
+    """A norm. An adapter may replace it by one of its own."""
 
     index = 0  # the model's number for its first parameter; each norm has two numbers
 

@@ -1,4 +1,4 @@
-"""Logits of adapters that have rows of the lm head of their own, and maybe another vocabulary than the model."""
+"""Logits of adapters with their own rows of the lm head, and maybe with another vocabulary than the model's."""
 
 from collections.abc import Callable, Sequence
 
@@ -11,7 +11,8 @@ Scored = tuple[torch.Tensor, torch.Tensor]
 
 
 def put_own_logits(out: torch.Tensor, hidden: torch.Tensor, segments: Sequence[Segment]) -> None:
-    """out [n, this rank's outputs of the lm head], of hidden [n, hidden], with what adapters have in their place."""
+    """Returns out [n, this rank's outputs of the lm head] of hidden [n, hidden], with adapters' own outputs in place of
+    the base's."""
     for segment in segments:
         own = segment.adapter.own.head
         if own is not None and len(own.ids):
@@ -22,9 +23,9 @@ def put_own_logits(out: torch.Tensor, hidden: torch.Tensor, segments: Sequence[S
 def with_vocabularies(
     scored: Scored, hidden: torch.Tensor, segments: Sequence[Segment], upcast: Callable[[torch.Tensor], Scored]
 ) -> Scored:
-    """The logits [n, vocab_size] of hidden [n, hidden], and whether they are finite [n], for as many tokens as the
-    largest of the adapters' vocabularies has; -inf for tokens that a row's adapter does not have. `upcast` makes logits
-    of what comes of rows of the lm head."""
+    """The logits [n, vocab_size] of hidden [n, hidden], and whether they are finite [n]. The vocabulary is the largest
+    one of the adapters; tokens that a row's adapter does not have get -inf. `upcast` turns outputs of the lm head into
+    logits."""
     owned = [segment for segment in segments if segment.adapter.own.head is not None]
     if not owned:
         return scored

@@ -1,4 +1,4 @@
-"""What adapters have of their own outside the linear layers, in plain torch, on any device: adapter by adapter."""
+"""Adapters' own weights outside the linear layers, in plain torch, on any device, one adapter after the other."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -11,7 +11,7 @@ from loraplex_shard.shapes.own_weights import OwnEmbedding
 
 
 def put_own_embeddings(out: torch.Tensor, batch: Batch) -> None:
-    """Makes the base's embeddings [tokens, hidden] those of the tokens' adapters, in place."""
+    """Replaces the base's embeddings [tokens, hidden] by those of the tokens' adapters, in place."""
     for segment in batch.segments:
         if own := segment.adapter.own.embedding:
             run = slice(segment.start, segment.stop)
@@ -36,7 +36,8 @@ def put_own_norms(
     norm: Norm,
     segments: Sequence[Segment],
 ) -> torch.Tensor:
-    """out [tokens, n], the function of x with the base's norm, with that of the norms of the tokens' adapters."""
+    """`out` [tokens, n] is the function of x with the base's norm. Replaces, in place, the tokens whose adapters have
+    their own norms, and returns it."""
     for segment in segments:
         if own := segment.adapter.own.norms:
             weight, bias = own[norm.index], own[norm.index + 1]
@@ -48,7 +49,7 @@ def put_own_norms(
 
 
 def norm_runs(norms: HeadNorms, segments: Sequence[Segment], tokens: int) -> Iterator[tuple[slice, HeadNorms]]:
-    """A batch's tokens as runs, of which each is normalized in one way."""
+    """A batch's tokens as runs; each run is normalized in the same way."""
     begin = 0
     for segment in segments:
         own = segment.adapter.own.norms
@@ -67,5 +68,5 @@ def _of_run(norms: HeadNorms, weight: torch.Tensor, run: slice) -> tuple[slice, 
 
 
 def part_of(batch: Batch, run: slice) -> Batch:
-    """A run of a batch's tokens, for what is done to each of them by itself."""
+    """A run of a batch's tokens, for operations on each token by itself."""
     return replace(batch, positions=batch.positions[run], cache_indices=batch.cache_indices[run])

@@ -1,4 +1,4 @@
-"""What an adapter has in place of the base's outside the linear layers: embeddings, rows of the lm head, norms."""
+"""An adapter's own weights outside the linear layers, instead of the base's: embeddings, rows of the lm head, norms."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace

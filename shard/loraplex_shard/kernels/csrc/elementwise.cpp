@@ -172,8 +172,9 @@ using namespace loraplex;
 
 // hidden and out [rows, n] are of the same kind; delta is like hidden, or null; weight [n]; bias [n] or null.
 //
-// own [parameters, rows] has the addresses of what the rows' adapters have in place of parameter `index`, the weight,
-// and of the next one, the bias; 0 where they have nothing. It is null if no row's adapter has anything.
+// own [parameters, rows] has the addresses of parameters of the rows' adapters. Parameter `index` replaces the weight,
+// and the next one replaces the bias. An address is 0 if the adapter has no parameter of its own; own is null if none
+// has.
 EXPORT void add_norm(int threads, int kind, long rows, long n, void* hidden, const void* delta, float scale,
                      const float* weight, const float* bias, float eps, int centered, const std::int64_t* own,
                      long index, void* out) {

@@ -1,5 +1,5 @@
-// Embeddings of tokens whose adapters have some of their own: a row in place of the base's, or the base's with the
-// product of the token's row of A and B (LoRA: arXiv 2106.09685; DoRA's factors: arXiv 2402.09353).
+// Embeddings of tokens whose adapters have embeddings of their own: a row that replaces the base's, or the base's plus
+// the product of the token's row of A with B (LoRA: arXiv 2106.09685; DoRA's factors: arXiv 2402.09353).
 
 #include "own_weights.h"
 #include "team.h"
@@ -12,7 +12,7 @@ namespace {
 inline float number(float x) { return x; }
 inline float number(bf16 x) { return from_bf16(x); }
 
-// The base's embedding in `out` becomes the adapter's.
+// Replaces the base's embedding in `out` by the adapter's.
 template <class T>
 void embed(const OwnEmbedding& own, std::int64_t id, long k, T* out) {
     const std::int64_t *end = own.ids + own.count, *found = std::lower_bound(own.ids, end, id);
@@ -37,8 +37,8 @@ void embed(const OwnEmbedding& own, std::int64_t id, long k, T* out) {
 
 using namespace loraplex;
 
-// out [count, k], the base's embeddings of ids, as the tokens' adapters have them. own [count]: addresses of each
-// token's OwnEmbedding, or 0 where it has none; null: no token has one.
+// Replaces out [count, k], the base's embeddings of ids, by those of the tokens' adapters. own [count] has the address
+// of each token's OwnEmbedding, or 0 if it has none; own is null if no token has one.
 EXPORT void own_embeddings(int threads, int kind, long count, const std::int64_t* ids, long k, const std::int64_t* own,
                            void* out) {
     if (!own) return;
