@@ -18,6 +18,7 @@ from loraplex_shard.shapes.batch import Segment
 from tests.shard.decoders import Sequences, load, load_reference, save_checkpoint
 from tests.shard.families import FAMILIES, SIZES
 from tests.shard.lora_models import edit_config, read
+from tests.shard.tiny_classes import tiny_config
 
 TOKENS = [5, 80, 3, 3, 41, 7, 66, 0, 95, 12, 30]
 
@@ -143,3 +144,22 @@ def test_glm_has_chatglms_names_as_well(tmp_path: Path) -> None:
     edit_config(tmp_path / "theirs", r=4)
     with pytest.raises(AdapterInvalidError, match="query_key_value"):
         serve(decoder, tmp_path / "theirs", "GlmForCausalLM")
+
+
+def test_an_adapter_of_divided_projections_of_a_gated_delta_net(tmp_path: Path) -> None:
+    """As trainers write it that have queries, keys and values apart."""
+    config = tiny_config("qwen3_5_text")
+    save_checkpoint(config, tmp_path / "base")
+    model, torch_random, tensors = load_reference(tmp_path / "base"), torch.Generator().manual_seed(1), {}
+    for name, module in model.named_modules():
+        if name.endswith("in_proj_qkv"):
+            for part, rows in zip("qkv", module.weight.data.split([32, 32, 64]), strict=True):
+                a, b = torch.randn(3, 64, generator=torch_random), torch.randn(len(rows), 3, generator=torch_random)
+                rows += 2 * (b @ a)
+                own = f"base_model.model.{name.removesuffix('qkv')}{part}"
+                tensors |= {f"{own}.lora_A.weight": a, f"{own}.lora_B.weight": b}
+    LoraConfig(r=3, lora_alpha=6, target_modules=["in_proj_q", "in_proj_k", "in_proj_v"]).save_pretrained(tmp_path)
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with torch.inference_mode():
+        expected = model(torch.tensor([TOKENS])).logits[0]
+    torch.testing.assert_close(serve(load(tmp_path / "base"), tmp_path), expected, rtol=1e-3, atol=1e-3)

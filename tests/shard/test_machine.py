@@ -110,11 +110,14 @@ def test_more_blocks_than_fit_into_memory_are_refused(monkeypatch: pytest.Monkey
         machine.count_blocks(ModelSettings(kv_blocks=11), 1024, BLOCK_BYTES, CPU)
 
 
-def test_as_many_sequences_run_as_have_room_for_their_states(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_as_many_sequences_run_as_have_room_for_their_states(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(machine, "available_memory", lambda cgroup: 4 * 1000)
     assert machine.fit_sequences(ModelSettings(max_sequences=8), 0, CPU) == 8
     assert machine.fit_sequences(ModelSettings(max_sequences=8), 50, CPU) == 8
     assert machine.fit_sequences(ModelSettings(max_sequences=8), 100, CPU) == 5  # half of what the cache may have
+    assert "so prefixes are not reused; at most 5 sequences run at once, not 8" in caplog.text
     with pytest.raises(SettingsError, match="it keeps 501 bytes for each sequence"):
         machine.fit_sequences(ModelSettings(max_sequences=8), 501, CPU)
 

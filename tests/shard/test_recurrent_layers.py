@@ -1,18 +1,22 @@
 """Layers that keep a state of each sequence: however sequences are cut, mixed and moved from row to row, they are
 computed as transformers computes each of them alone."""
 
+import sys
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.integrations.hub_kernels import use_kernel_func_from_hub_with_fallback
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from loraplex_shard.device.parallel import Group, GroupSizeError
 from loraplex_shard.kernels.library import instruction_set
 from loraplex_shard.models import Model
-from loraplex_shard.ops.base import Operations
-from loraplex_shard.ops.reference import ReferenceOperations
+from loraplex_shard.models.transformers.checking import check_model
+from loraplex_shard.models.transformers.probing import without_kernels
 from loraplex_shard.shapes.batch import Segment
 from tests.shard.decoders import ROWS, Sequences, adapter_for, load, load_reference, save_checkpoint, whole_delta
 from tests.shard.operations import cpu_operations
@@ -35,9 +39,8 @@ def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     return save_checkpoint(FAMILIES[request.param], tmp_path_factory.mktemp("model"))
 
 
-@pytest.mark.parametrize("ops", [ReferenceOperations(), cpu_operations(instruction_set())], ids=["reference", "cpu"])
-def test_sequences_in_any_chunks_beside_each_other_are_computed_as_each_alone(directory: Path, ops: Operations) -> None:
-    model, random = load(directory, ops=ops), Random(0)
+def test_sequences_in_any_chunks_beside_each_other_are_computed_as_each_alone(directory: Path) -> None:
+    model, random = load(directory, ops=cpu_operations(instruction_set())), Random(0)
     lengths = [1, 40, 7, 23, 2, 31, 12, 5, 17, 3, 9, 28]
     texts = {str(number): [random.randrange(VOCAB) for _ in range(length)] for number, length in enumerate(lengths)}
     adapted = set(list(texts)[::2])
@@ -83,6 +86,25 @@ def test_all_linear_layers_around_a_state_take_adapters(directory: Path) -> None
     assert {name.rpartition(".")[2] for name in linear - adapted} <= {
         "dt_proj"
     }  # of which Mamba's code reads the weight
+
+
+def test_packages_with_kernels_are_left_out_where_tensors_have_no_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Installing flash-linear-attention or mamba_ssm does not get a model refused."""
+    package = SimpleNamespace(scan=lambda states: "a kernel")
+    monkeypatch.setitem(sys.modules, "kernels_of_another", package)
+    scan = use_kernel_func_from_hub_with_fallback("scan", "kernels_of_another")(lambda states: "plain torch")
+    with without_kernels():
+        assert scan(None) == "plain torch"
+    assert scan(None) == "a kernel"
+
+
+def test_layers_whose_code_would_forget_their_state_go_on_token_by_token() -> None:
+    for name, config in FAMILIES.items():
+        told = SimpleNamespace(
+            model_id="", architecture=MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type], config=config
+        )
+        for layer in check_model(told, 64).recurrent:
+            assert layer.continues == ("token by token" not in name)
 
 
 def test_states_are_counted(directory: Path) -> None:

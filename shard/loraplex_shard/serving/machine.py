@@ -124,11 +124,11 @@ def fit_sequences(settings: ModelSettings, state_bytes: int, device: torch.devic
             f"model: it keeps {state_bytes:,} bytes for each sequence, more than half of the {budget:,} bytes that the "
             "KV cache may have of the free memory; free some"
         )
+    kept = f"the model keeps states, {state_bytes / 2**20:.2f} MiB for each sequence, so prefixes are not reused"
     if sequences < settings.max_sequences:
-        logger.warning(
-            "max_sequences is %d, but the model keeps %.1f MiB for each sequence: running at most %d at once",
-            *(settings.max_sequences, state_bytes / 2**20, sequences),
-        )
+        logger.warning("%s; at most %d sequences run at once, not %d", kept, sequences, settings.max_sequences)
+    else:
+        logger.info("%s", kept)
     return sequences
 
 

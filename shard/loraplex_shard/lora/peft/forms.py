@@ -1,5 +1,6 @@
 """Converts adapters that were trained on another form of the base. Phi 3 and 4 exist with one qkv_proj and with q_proj,
-k_proj and v_proj, and GLM 4 also exists with ChatGLM's names. The trained weights are the same.
+k_proj and v_proj, GLM 4 also exists with ChatGLM's names, and some trainers divide Qwen3.5's in_proj_qkv. The trained
+weights are the same.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from loraplex_shard.shapes.layout import LinearLayout, LinearPart
 _FORMS = {
     "qkv": (("q_proj", "k_proj", "v_proj"), ("qkv_proj",)),
     "gate_up": (("gate_proj", "up_proj"), ("gate_up_proj",)),
+    "in_proj_qkv": (("in_proj_q", "in_proj_k", "in_proj_v"), ("in_proj_qkv",)),
 }
 _CHATGLM = {
     "qkv": "self_attention.query_key_value",
@@ -36,9 +38,9 @@ def forms(
         names = [] if layout.of_expert else _other_names(layout, kind)
         if architecture == "GlmForCausalLM" and kind in _CHATGLM:
             names.append((f"transformer.encoder.{layer}.{_CHATGLM[kind]}",))
-        rows = by_name.get(f"{layer}.o")
-        query = rows.in_features if kind == "qkv" and rows is not None else 0
-        yield layout, tuple(_named(layout, own, query) for own in names)
+        of_heads = by_name.get(f"{layer}.{'out_proj' if kind == 'in_proj_qkv' else 'o'}")
+        width = 0 if of_heads is None else of_heads.in_features
+        yield layout, tuple(_named(layout, own, kind, width) for own in names)
 
 
 def modules_in_any_form(layouts: Sequence[LinearLayout], architecture: str) -> tuple[str, ...]:
@@ -74,10 +76,13 @@ def _other_names(layout: LinearLayout, kind: str) -> list[tuple[str, ...]]:
     return [names for names in named if names != own] if own in named else []
 
 
-def _named(layout: LinearLayout, names: tuple[str, ...], query: int) -> LinearLayout:
-    """`query` is the range of outputs that are queries, if there are any."""
+def _named(layout: LinearLayout, names: tuple[str, ...], kind: str, width: int) -> LinearLayout:
+    """`width` is the number of inputs of the layer after the attention: that of queries, or, in a gated delta net, of
+    values."""
     total = sum(part.out_features for part in layout.parts)
-    sizes = {1: (total,), 2: (total // 2,) * 2, 3: (query, *((total - query) // 2,) * 2)}[len(names)]
+    others = ((total - width) // 2,) * 2
+    three = (*others, width) if kind == "in_proj_qkv" else (width, *others)
+    sizes = {1: (total,), 2: (total // 2,) * 2, 3: three}[len(names)]
     parts = tuple(LinearPart(name, size, ()) for name, size in zip(names, sizes, strict=True))
     return replace(layout, parts=parts)
 

@@ -1,12 +1,14 @@
 """What recurrent layers do with the states that they are given, found out by running a model on tensors that have
 shapes and no values."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
+from transformers.integrations import hub_kernels
 
 from loraplex_shard.checkpoint.base import CheckpointError
 from loraplex_shard.models.transformers.attention import AttentionCall, Sees, attended_by
@@ -90,6 +92,18 @@ class Probe:
                 raise CheckpointError(f"{self._name} has states of several sizes")
         reached = _reached(leaf for leaf in tree_leaves(answer) if isinstance(leaf, torch.Tensor))
         return all(id(state) in reached for state in before.values() if state.requires_grad)
+
+
+@contextmanager
+def without_kernels() -> Iterator[None]:
+    """Has transformers' own code used in place of packages with kernels, as it is for an export of the model. Kernels
+    do not take tensors without values."""
+    module: Any = hub_kernels
+    exporting, module.is_torchdynamo_exporting = module.is_torchdynamo_exporting, lambda: True
+    try:
+        yield
+    finally:
+        module.is_torchdynamo_exporting = exporting
 
 
 class NoAttention:

@@ -17,7 +17,7 @@ from loraplex_shard.checkpoint.base import CheckpointError
 from loraplex_shard.models.transformers.attention import AttentionCall, Sees, attended_by, placeholder
 from loraplex_shard.models.transformers.module_calls import ModuleCalls
 from loraplex_shard.models.transformers.pass_through_cache import PassThroughCache, cache_argument
-from loraplex_shard.models.transformers.probing import StateRecorder, probe
+from loraplex_shard.models.transformers.probing import StateRecorder, probe, without_kernels
 from loraplex_shard.models.transformers.recurrent import RecurrentLayer
 from loraplex_shard.models.transformers.windows import read_window
 from loraplex_shard.shapes.heads import Heads
@@ -114,13 +114,13 @@ def read_traits(model: PreTrainedModel, positions: int) -> ModelTraits:
     CheckpointError."""
     recorder, calls, cache = AttentionRecorder(positions), ModuleCalls(model), PassThroughCache(model.config)
     states = StateRecorder(calls)
-    with calls.counted(), attended_by(recorder), NothingChosen(), cache.holding(states):
+    with calls.counted(), attended_by(recorder), NothingChosen(), without_kernels(), cache.holding(states):
         logits = run(model, cache)
     if cache.updates > len(recorder.attention) or not (states or recorder.attention):
         raise CheckpointError(CLOSED)
     if set(cache.recurrent_layers) - {key.layer for key in states}:
         raise CheckpointError("it keeps state outside of its cache")
-    with attended_by(AttentionRecorder(positions)), NothingChosen():
+    with attended_by(AttentionRecorder(positions)), NothingChosen(), without_kernels():
         recurrent = probe(model, states.modules, cache, TOKENS, lambda: run(model, cache))
     backbone, output = calls.backbone
     return ModelTraits(
