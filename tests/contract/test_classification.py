@@ -1,9 +1,11 @@
-"""A model that classifies tokens, through the unmodified lorax-client: it names no adapters when it classifies."""
+"""Classification through the unmodified lorax-client, and which client's errors a malformed body gets."""
 
 import json
 import subprocess
 from pathlib import Path
 
+import pytest
+import requests
 import torch
 from transformers import AutoModelForTokenClassification, pipeline
 
@@ -13,6 +15,7 @@ from tests.e2e.tiny import byte_tokenizer, save_classifier
 TEXTS = ["John Smith lives in Paris, as does Jane.", "Nobody"]
 LABELS = ["O", "B-PER", "I-PER"]
 
+# lorax-client names no adapter when it classifies: the model itself must.
 SCRIPT = """
 import json, sys
 from lorax import Client
@@ -43,3 +46,25 @@ def test_lorax_client_finds_the_entities_of_transformers_pipeline(old_python: Pa
         assert [(each["entity"], each["start"], each["end"]) for each in ours] == [
             (each["entity_group"], each["start"], each["end"]) for each in theirs
         ]
+
+
+@pytest.mark.parametrize("body", [{}, [], {"inputs": 5}, {"inputs": 5, "input": "Hello"}, {"text": "Hello"}])
+def test_errors_have_loraxs_form(server: Server, body: object) -> None:
+    answer = requests.post(f"{server.url}/classify", json=body, timeout=60)
+    assert answer.status_code == 422 and answer.json()["error_type"] == "validation"
+
+
+@pytest.mark.parametrize(
+    ("body", "wrong"),
+    [
+        ({"input": 5}, "input"),
+        ({"input": []}, "input"),
+        ({"model": "first"}, "input"),
+        ({"input": "Hello", "truncate_prompt_tokens": "all"}, "truncate_prompt_tokens"),
+        ({"messages": 5}, "messages"),
+        ({"input": "Hello"}, "model"),
+    ],
+)
+def test_errors_of_vllms_bodies_have_vllms_form(server: Server, body: object, wrong: str) -> None:
+    answer = requests.post(f"{server.url}/classify", json=body, timeout=60)
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == wrong

@@ -144,9 +144,10 @@ def _violation(found: Mapping[str, Any]) -> FieldViolation:
     names."""
     if found["type"] == "json_invalid":
         return FieldViolation("body", found["ctx"]["error"])
-    if found["loc"] == ("body",) and found["type"] == "model_attributes_type":
+    parts = [part for part in found["loc"] if part != "body" and not _is_type(part)]
+    if not parts and found["type"] == "model_attributes_type":
         return FieldViolation("body", "must be a JSON object, sent with Content-Type: application/json")
-    first, *rest = [part for part in found["loc"] if part != "body" and not _is_type(part)] or ["body"]
+    first, *rest = parts or ["body"]
     field = str(first) + "".join(f"[{part}]" for part in rest)  # a part may be a name that the client chose
     return FieldViolation(field[:MAX_QUOTED], str(found["msg"])[:MAX_QUOTED])
 

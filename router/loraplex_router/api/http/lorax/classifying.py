@@ -3,17 +3,18 @@ or `messages`."""
 
 import secrets
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Annotated, Any, TypeAlias
 
-from fastapi import APIRouter, Response
-from pydantic import BaseModel, Field
+from fastapi import APIRouter, Request, Response
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, Discriminator, Field, Tag
 
 from loraplex_protos.errors import FieldViolation, InvalidRequestError, LoraplexError
 from loraplex_router.api.http.call import Call
 from loraplex_router.api.http.conversation import Conversation, read_conversation
 from loraplex_router.api.http.disconnects import finish_before_disconnect
-from loraplex_router.api.http.errors import LORAX_ERRORS, Error, document_errors
+from loraplex_router.api.http.errors import LORAX_ERRORS, Error, document_errors, read_error
 from loraplex_router.api.http.face import Face
 from loraplex_router.api.http.fields import CountOrAll, Items, Name, Prompts, read_prompts
 from loraplex_router.api.http.json_body import JsonAnswer, JsonRoute
@@ -77,6 +78,21 @@ class VllmClassifyChat(VllmOptions, Conversation):
     pass
 
 
+def _kind(body: object) -> str:
+    """Which of the three a body is meant to be."""
+    if not isinstance(body, dict) or "inputs" in body:
+        return "Lorax"
+    return "VllmChat" if "messages" in body else "Vllm" if "input" in body or "model" in body else "Lorax"
+
+
+Classify: TypeAlias = Annotated[
+    Annotated[LoraxClassify, Tag("Lorax")]
+    | Annotated[VllmClassify, Tag("Vllm")]
+    | Annotated[VllmClassifyChat, Tag("VllmChat")],
+    Discriminator(_kind),
+]
+
+
 class VllmClass(BaseModel):
     index: int
     label: str
@@ -105,8 +121,28 @@ EITHER_ERRORS = {
 router = APIRouter(route_class=JsonRoute)
 
 
-@router.post("/classify", tags=["LoRAX"], responses={200: {"model": Found | VllmClasses}, **EITHER_ERRORS})
-async def classify(body: LoraxClassify | VllmClassify | VllmClassifyChat, call: Call) -> Response:
+class EitherRoute(JsonRoute):
+    """Answers vLLM's bodies that are malformed in vLLM's form, too."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def answer(request: Request) -> Response:
+            try:
+                return await handle(request)
+            except RequestValidationError as error:
+                if _kind(error.body) == "Lorax":
+                    raise
+                return VLLM.answer(read_error(error))
+
+        return answer
+
+
+either = APIRouter(route_class=EitherRoute)
+
+
+@either.post("/classify", tags=["LoRAX"], responses={200: {"model": Found | VllmClasses}, **EITHER_ERRORS})
+async def classify(body: Classify, call: Call) -> Response:
     """The labels from the model's or the adapter's classifier. LoRAX's `inputs` are answered with entities if the
     classifier labels tokens, else with all labels; vLLM's `input` or `messages` with the probability of each label."""
     if not isinstance(body, LoraxClassify):
@@ -116,6 +152,9 @@ async def classify(body: LoraxClassify | VllmClassify | VllmClassifyChat, call: 
             return VLLM.answer(error)
     (found,) = await _classify_lorax([body.inputs], body.parameters, call)
     return JsonAnswer(found)
+
+
+router.include_router(either)
 
 
 @router.post("/classify_batch", tags=["LoRAX"], responses={200: {"model": list[Found]}, **LORAX_ERRORS})
