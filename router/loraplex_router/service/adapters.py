@@ -1,5 +1,6 @@
 """Operations on adapters: a listing for everyone, the rest for administrators, each with a line in the audit log."""
 
+import asyncio
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,7 +9,7 @@ from loraplex_protos.generation_pb2 import AdapterStatus
 from loraplex_router.access.audit import audited
 from loraplex_router.access.keys import Keys, Tenant
 from loraplex_router.adapters.suggestions import Suggestions
-from loraplex_router.replicas.administration import AdapterPage, Administration
+from loraplex_router.replicas.administration import AT_A_TIME, AdapterPage, Administration
 from loraplex_router.text.model import Model
 from loraplex_router.vocabulary.checks import check_reference
 from loraplex_router.vocabulary.references import AdapterReference
@@ -34,7 +35,11 @@ class Adapters:
         `after`, and at most `limit`, but for those with the same id. 0: all of them."""
         tenant = self._keys.tenant(key)
         page = await self._administration.list(lambda id: all(map(tenant.may_use, id.split(","))), after, limit)
-        return AdapterPage([self._remarked(status) for status in page.adapters], page.more)
+        for number, status in enumerate(page.adapters):
+            self._remarked(status)
+            if number % AT_A_TIME == 0:
+                await asyncio.sleep(0)  # let other tasks run
+        return page
 
     async def load(self, reference: AdapterReference, key: str | None = None) -> AdapterStatus:
         """Rereads the adapter's source and stages its current content. For administrators."""
