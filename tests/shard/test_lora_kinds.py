@@ -22,13 +22,14 @@ from peft import (
 from peft.tuners.lora.variants import QALoraLinearVariant
 from transformers import LlamaConfig, Qwen2Config
 
-from loraplex_protos.errors import InvalidRequestError
+from loraplex_protos.errors import AdapterInvalidError, InvalidRequestError
 from loraplex_shard.device.parallel import Group
 from loraplex_shard.kernels.library import instruction_set
 from loraplex_shard.lora.merge import Recipe, merge
 from loraplex_shard.lora.peft.base import BaseModel
 from loraplex_shard.lora.peft.config import AdapterConfig
-from loraplex_shard.lora.peft.products import as_lora
+from loraplex_shard.lora.peft.parsing import parse_config
+from loraplex_shard.lora.peft.products import as_lora, most_bytes
 from loraplex_shard.lora.peft.reading import read_adapter, read_deltas
 from loraplex_shard.lora.peft.targets import Target
 from loraplex_shard.lora.weights.deltas import name_of_a, name_of_b
@@ -220,6 +221,21 @@ def test_adapters_with_parts_that_peft_would_drop_are_not_merged(tmp_path: Path)
     deltas = read_deltas(read(tmp_path / "adapter"), decoder.layouts, base_of(decoder))
     with pytest.raises(InvalidRequestError, match="cannot be merged"):
         merge([deltas, deltas], Recipe((0.5, 0.5), "linear", 1.0, "total"))
+
+
+def test_what_would_take_too_much_as_lora_is_refused_before_it_is_computed(tmp_path: Path) -> None:
+    directory = save_checkpoint(BASES["biases"], tmp_path / "base")
+    for name, kind in {"loha": {**KINDS["LoHa"], "r": 23}, "vera": KINDS["VeRA"]}.items():
+        save_adapter(directory, tmp_path / name, **kind)
+    decoder = load(directory)
+    with pytest.raises(AdapterInvalidError, match="as LoRA it has lora_rank 529, but at most 512 is served: convert"):
+        read_adapter(read(tmp_path / "loha"), decoder.layouts, base_of(decoder), torch.float32)
+    whole = read_adapter(read(tmp_path / "vera"), decoder.layouts, base_of(decoder), torch.float32).weights.size_bytes
+    with pytest.raises(AdapterInvalidError, match=f"takes more than {whole - 1:,} bytes"):
+        read_adapter(read(tmp_path / "vera"), decoder.layouts, base_of(decoder), torch.float32, limit=whole - 1)
+    files = read(tmp_path / "vera")
+    read_adapter(files, decoder.layouts, base_of(decoder), torch.float32, limit=whole)
+    assert whole <= most_bytes(parse_config(files.config), decoder.layouts)
 
 
 @pytest.mark.parametrize("kind", ["BD-LoRA", "LoHa", "VeRA"])

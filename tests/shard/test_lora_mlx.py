@@ -103,7 +103,7 @@ def test_tensors_of_another_model_are_named(tmp_path: Path) -> None:
     folder = as_mlx(tmp_path / "peft")
     tensors = load_file(folder / MLX_TENSORS)
     save_file({**tensors, "model.embed_tokens.lora_a": torch.zeros(50, 4)}, folder / MLX_TENSORS)
-    with pytest.raises(AdapterInvalidError, match=r"no linear layer of this model fits .*embed_tokens\.lora_A"):
+    with pytest.raises(AdapterInvalidError, match=r"embed_tokens\.lora_A"):
         serve(folder)
     save_file({name.replace("layers", "h"): tensor for name, tensor in tensors.items()}, folder / MLX_TENSORS)
     with pytest.raises(AdapterInvalidError, match="none of its tensors adapts a linear layer"):

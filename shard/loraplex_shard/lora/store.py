@@ -25,6 +25,8 @@ from loraplex_protos.errors import (
 from loraplex_shard.lora.merge import Recipe, merge
 from loraplex_shard.lora.once import Once
 from loraplex_shard.lora.peft.base import BaseModel
+from loraplex_shard.lora.peft.parsing import parse_config
+from loraplex_shard.lora.peft.products import most_bytes
 from loraplex_shard.lora.peft.reading import WholeAdapter, cut_adapter, read_adapter, read_deltas
 from loraplex_shard.lora.room import Room
 from loraplex_shard.lora.sources.files import AdapterFiles
@@ -196,15 +198,19 @@ class AdapterStore:
     def _read(self, origin: Origin) -> None:
         with ExitStack() as stack:
             with self._metrics.loading("disk"):
-                stack.enter_context(self._room.taken(origin.fetch() * COPIES))
+                size = origin.fetch()
+                stack.enter_context(self._room.taken(size * COPIES))
                 files = origin.read()
+            if more := most_bytes(parse_config(files.config), self._layouts):
+                stack.close()
+                stack.enter_context(self._room.taken((size + more) * COPIES))
             digest = files.digest()
             self._once.do(digest, lambda: self._hold(digest, lambda: self._cut(files)))
         with self._lock:
             self._digests[origin] = digest
 
     def _cut(self, files: AdapterFiles) -> HostAdapter:
-        adapter = read_adapter(files, self._layouts, self._base, self._dtype)
+        adapter = read_adapter(files, self._layouts, self._base, self._dtype, self._host_bytes)
         head = adapter.weights.own.head
         if head is not None and head.vocab_size != self._base.vocab_size:
             raise AdapterInvalidError(

@@ -2,7 +2,8 @@
 factor for each output. All later code only knows LoRA.
 """
 
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,17 +47,35 @@ def in_plain_terms(
     targets: Mapping[str, Target],
     parts: Mapping[str, tuple[LinearLayout, LinearPart]],
     base: BaseModel,
+    limit: int = sys.maxsize,
 ) -> tuple[dict[str, torch.Tensor], dict[str, Target]]:
     """Replaces the tensors of other kinds by those of LoRA or by factors for outputs. Returns all tensors by PEFT's
     names, and the targets with the resulting lora_ranks. `parts` are all modules of the base.
 
-    Raises AdapterInvalidError, naming the tensor, if one is missing, has a wrong shape or is not finite.
+    Raises AdapterInvalidError, naming the tensor, if one is missing, has a wrong shape or is not finite, or if A and B
+    take more than `limit` bytes: a small file can mean large ones.
     """
     shapes = {module: (layout.in_features, part.out_features) for module, (layout, part) in parts.items()}
     if isinstance(config, Ia3Config):
         gated = gated_mlps([layout for layout, _ in parts.values()]) if base.served is not None else {}
         return as_output_factors(config, tensors, targets, shapes, gated)
-    return as_lora(config, tensors, targets, shapes)
+    return as_lora(config, tensors, targets, shapes, limit)
+
+
+def most_bytes(config: AdapterConfig, layouts: Sequence[LinearLayout]) -> int:
+    """The most that as_lora makes of a file; 0 if the file has A and B itself."""
+    lora_rank = max(config.r, *(config.rank_pattern or {}).values(), 0)
+    match config:
+        case LoHaConfig():
+            lora_rank = lora_rank**2
+        case LoKrConfig():
+            lora_rank = MAX_LORA_RANK
+        case VeraConfig() | MissConfig() | AdapterConfig(use_bdlora=BlockDiagonal()) | AdapterConfig(use_qalora=True):
+            pass
+        case _:
+            return 0
+    sides = sum(layout.in_features + part.out_features for layout in layouts for part in layout.parts)
+    return min(lora_rank, MAX_LORA_RANK) * sides * torch.float32.itemsize
 
 
 def as_lora(
@@ -64,19 +83,21 @@ def as_lora(
     tensors: Mapping[str, torch.Tensor],
     targets: Mapping[str, Target],
     shapes: Mapping[str, tuple[int, int]],
+    limit: int = sys.maxsize,
 ) -> tuple[dict[str, torch.Tensor], dict[str, Target]]:
     """Does this for all kinds whose modules get an A and a B. `shapes` has in_features and out_features."""
     taken = Taken(tensors)
     factors = _factors(config, taken, [shapes[module] for module in targets])
     if factors is None:
         return taken.left, dict(targets)
-    found = {}
+    found, size = {}, 0
     for name, target in targets.items():
         a, b = factors(Module(name, *shapes[name], target.lora_rank))
-        if len(a) > MAX_LORA_RANK:
+        size += a.nbytes + b.nbytes
+        if size > limit:
             raise AdapterInvalidError(
-                f"{TENSORS}: {PREFIX}{name}: as LoRA it has lora_rank {len(a)}, but at most {MAX_LORA_RANK} is served:"
-                f" {TO_LORA}"
+                f"{TENSORS}: as LoRA the adapter takes more than {limit:,} bytes, which is all that adapters may take"
+                f" together: give the shards more memory, or {TO_LORA}"
             )
         taken.left |= {name_of_a(name): a, name_of_b(name): b}
         found[name] = Target(len(a), target.scale)
@@ -117,6 +138,7 @@ def _hadamard(taken: Taken, module: Module) -> Factors:
     """The elementwise product (B A) * (D C) as a product of two matrices: their columns and rows are elementwise
     products of columns of B and D, and of rows of A and C."""
     r, name = module.lora_rank, f"{module.name}.hada_w"
+    _check_rank(module, r * r)
     b, a = taken.take(f"{name}1_a", module.out_features, r), taken.take(f"{name}1_b", r, module.in_features)
     d, c = taken.take(f"{name}2_a", module.out_features, r), taken.take(f"{name}2_b", r, module.in_features)
     return (a[:, None] * c[None]).flatten(0, 1), (b[:, :, None] * d[:, None]).flatten(1)
@@ -132,7 +154,16 @@ def _kronecker(taken: Taken, module: Module) -> Factors:
             f"{TENSORS}: {PREFIX}{module.name}.lokr_w1 and lokr_w2 make [{outputs}, {inputs}], not"
             f" [{module.out_features}, {module.in_features}]: the adapter was made for another base"
         )
+    _check_rank(module, len(a) * len(c))
     return torch.kron(a, c), torch.kron(b, d)
+
+
+def _check_rank(module: Module, lora_rank: int) -> None:
+    if lora_rank > MAX_LORA_RANK:
+        raise AdapterInvalidError(
+            f"{TENSORS}: {PREFIX}{module.name}: as LoRA it has lora_rank {lora_rank}, but at most {MAX_LORA_RANK} is"
+            f" served: {TO_LORA}"
+        )
 
 
 def _product(taken: Taken, name: str, lora_rank: int) -> Factors:

@@ -4,6 +4,7 @@ Every rank checks the whole adapter before it cuts its part, so all ranks refuse
 """
 
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -54,15 +55,20 @@ _CLASSIFIER = re.compile(r"\.(score|classifier|qa_outputs)\.")  # transformers' 
 
 
 def read_adapter(
-    files: AdapterFiles, layouts: Sequence[LinearLayout], base: BaseModel, dtype: torch.dtype
+    files: AdapterFiles,
+    layouts: Sequence[LinearLayout],
+    base: BaseModel,
+    dtype: torch.dtype,
+    limit: int = sys.maxsize,
 ) -> HostAdapter:
     """Checks a PEFT LoRA adapter, cuts it to the layouts, converts it to the dtype, and copies it to memory of its own.
 
-    Raises AdapterInvalidError, naming the field or tensor, if it cannot be served exactly as PEFT would.
+    Raises AdapterInvalidError, naming the field or tensor, if it cannot be served exactly as PEFT would, or if it takes
+    more than `limit` bytes as LoRA.
     """
     config = parse_config(files.config)
     invocation = read_invocation(config, base)
-    whole = _read(config, files, layouts, base)
+    whole = _read(config, files, layouts, base, limit)
     if whole.classifier is not None and invocation is not None:
         raise AdapterInvalidError(f"{TENSORS}: an activated adapter (aLoRA) with a classifier is not served")
     adapter = cut_adapter(whole, layouts, base, dtype)
@@ -117,7 +123,13 @@ def cut_adapter(
     return partition_adapter(whole.deltas, layouts, dtype, whole.classifier, own)
 
 
-def _read(config: AdapterConfig, files: AdapterFiles, layouts: Sequence[LinearLayout], base: BaseModel) -> WholeAdapter:
+def _read(
+    config: AdapterConfig,
+    files: AdapterFiles,
+    layouts: Sequence[LinearLayout],
+    base: BaseModel,
+    limit: int = sys.maxsize,
+) -> WholeAdapter:
     tying = tie(config, base)
     config, tokens = tying.config, token_indices(config, base)
     stored = read_tensors(files.tensors)
@@ -149,7 +161,7 @@ def _read(config: AdapterConfig, files: AdapterFiles, layouts: Sequence[LinearLa
     if base.embedding in targets and (refusal := _embedding_refusal(config, base)):
         raise AdapterInvalidError(f"adapter_config.json: target_modules: {base.embedding}: {refusal}")
     of_embedding = {module: targets.pop(module) for module in (base.embedding,) if module in targets}
-    tensors, targets = in_plain_terms(config, tensors, targets, parts, base)
+    tensors, targets = in_plain_terms(config, tensors, targets, parts, base, limit)
     deltas = dict[str, Delta]()
     if base.served is None and tokens:
         raise AdapterInvalidError("adapter_config.json: trainable_token_indices: not served on this architecture")
