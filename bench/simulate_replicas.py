@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from loraplex_router.adapters.registry import AdapterRegistry
 from matplotlib.figure import Figure
 
 from bench.stand_in_shard import StandInServer, StandInShard, Timing
 from loraplex_router.access.keys import Keys
+from loraplex_router.adapters.registry import Registry
+from loraplex_router.adapters.resolutions import Resolutions
 from loraplex_router.replicas.administration import Administration
 from loraplex_router.replicas.connections import Connections
 from loraplex_router.replicas.replica import Replica
@@ -88,9 +89,9 @@ async def simulate(kind: type[Replicas], load: Load) -> Outcome:
             shards=addresses, max_adapters_on_device=load.slots, adapter_host_gib=load.host_mib / 1024
         )
         telemetry = stack.enter_context(open_telemetry(settings))
-        registry, replicas = AdapterRegistry(), kind(telemetry, move_seconds=1)
-        service = Service(replicas, Administration(registry, replicas), Keys({}), 100_000, telemetry)
-        connections = asyncio.create_task(Connections(settings, replicas, registry, service.serve, telemetry).run())
+        resolutions, replicas = Resolutions(), kind(telemetry, move_seconds=1)
+        service = Service(replicas, Administration(resolutions, replicas, Registry()), Keys({}), 100_000, telemetry)
+        connections = asyncio.create_task(Connections(settings, replicas, resolutions, service.serve, telemetry).run())
         while len(list(replicas)) < load.replicas:
             await asyncio.sleep(0.01)
         await _send(service, load, load.warm_up_seconds, seed=0)

@@ -27,7 +27,7 @@ MTLS = {"mtls_cert", "mtls_key", "mtls_ca"}
 STORES = {"adapters_s3", "adapters_gcs", "adapters_azure"}
 # What the chart passes itself.
 PASSED = {
-    "router": {"host", "http_port", "grpc_port", "shards", "api_keys", *MTLS},
+    "router": {"host", "http_port", "grpc_port", "shards", "api_keys", "adapter_registry", *MTLS},
     "shard": {"rank", "listen", "rendezvous", "adapters", *STORES, "metrics_port", *MTLS},
 }
 KEPT = {"type", "enum", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "pattern", "anyOf"}

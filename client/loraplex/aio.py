@@ -102,10 +102,11 @@ class AsyncClient:
         inputs: str | Sequence[Prompt],
         *,
         adapter: str | AdapterReference | MergedAdapters | None = None,
+        session: str = "",
         timeout: float | None = None,
     ) -> tuple[Embedding, ...]:
         """See `Client.embed`."""
-        request = requests.embed_request(inputs, adapter)
+        request = requests.embed_request(inputs, adapter, session)
         with typed_errors(self._server):
             return responses.embeddings(await self._stub.Embed(request, timeout=timeout, metadata=self._metadata))
 
@@ -114,11 +115,12 @@ class AsyncClient:
         inputs: str | Sequence[Prompt],
         *,
         adapter: str | AdapterReference | MergedAdapters | None = None,
+        session: str = "",
         raw_logits: bool = False,
         timeout: float | None = None,
     ) -> tuple[Classification, ...]:
         """See `Client.classify`."""
-        request = requests.classify_request(inputs, adapter, raw_logits)
+        request = requests.classify_request(inputs, adapter, raw_logits, session)
         with typed_errors(self._server):
             answer = await self._stub.Classify(request, timeout=timeout, metadata=self._metadata)
             return responses.classifications(answer)

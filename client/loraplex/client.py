@@ -107,10 +107,11 @@ class Client:
         inputs: str | Sequence[Prompt],
         *,
         adapter: str | AdapterReference | MergedAdapters | None = None,
+        session: str = "",
         timeout: float | None = None,
     ) -> tuple[Embedding, ...]:
         """One embedding per input: texts, token ids or conversations, at most 1024."""
-        request = requests.embed_request(inputs, adapter)
+        request = requests.embed_request(inputs, adapter, session)
         with typed_errors(self._server):
             return responses.embeddings(self._stub.Embed(request, timeout=timeout, metadata=self._metadata))
 
@@ -119,6 +120,7 @@ class Client:
         inputs: str | Sequence[Prompt],
         *,
         adapter: str | AdapterReference | MergedAdapters | None = None,
+        session: str = "",
         raw_logits: bool = False,
         timeout: float | None = None,
     ) -> tuple[Classification, ...]:
@@ -127,7 +129,7 @@ class Client:
 
         With `raw_logits` the scores are the classifier's logits. Raises InvalidRequestError if there is no classifier.
         """
-        request = requests.classify_request(inputs, adapter, raw_logits)
+        request = requests.classify_request(inputs, adapter, raw_logits, session)
         with typed_errors(self._server):
             answer = self._stub.Classify(request, timeout=timeout, metadata=self._metadata)
             return responses.classifications(answer)

@@ -25,7 +25,8 @@ def generate_request(prompt: Prompt, **options: Unpack[GenerateOptions]) -> pb.G
     if isinstance(stop := given.get("stop"), str):
         given["stop"] = [stop]
     request = pb.GenerateRequest(sampling=pb.Sampling(), stopping=pb.Stopping(), detail=pb.Detail())
-    _fill(request, request_id=given.pop("request_id", ""), n=given.pop("n", 1), cache_salt=given.pop("cache_salt", ""))
+    _fill(request, n=given.pop("n", 1))
+    _fill(request, **{name: given.pop(name, "") for name in ("request_id", "cache_salt", "session")})
     parts: tuple[Proto, ...] = (request.sampling, request.stopping, request.detail)
     for part in parts:
         _fill(part, **{name: given.pop(name) for name in part.DESCRIPTOR.fields_by_name if name in given})
@@ -41,15 +42,19 @@ def generate_request(prompt: Prompt, **options: Unpack[GenerateOptions]) -> pb.G
 
 
 def embed_request(
-    inputs: str | Sequence[Prompt], adapter: str | AdapterReference | MergedAdapters | None
+    inputs: str | Sequence[Prompt], adapter: str | AdapterReference | MergedAdapters | None, session: str = ""
 ) -> pb.EmbedRequest:
-    return _with_adapter(pb.EmbedRequest(inputs=_inputs(inputs)), adapter)
+    return _with_adapter(_fill(pb.EmbedRequest(inputs=_inputs(inputs)), session=session), adapter)
 
 
 def classify_request(
-    inputs: str | Sequence[Prompt], adapter: str | AdapterReference | MergedAdapters | None, raw_logits: bool
+    inputs: str | Sequence[Prompt],
+    adapter: str | AdapterReference | MergedAdapters | None,
+    raw_logits: bool,
+    session: str = "",
 ) -> pb.ClassifyRequest:
-    return _with_adapter(pb.ClassifyRequest(inputs=_inputs(inputs), raw_logits=raw_logits), adapter)
+    request = pb.ClassifyRequest(inputs=_inputs(inputs), raw_logits=raw_logits)
+    return _with_adapter(_fill(request, session=session), adapter)
 
 
 def tokenize_request(prompt: str | Sequence[Message], skip_special_tokens: bool) -> pb.TokenizeRequest:

@@ -55,6 +55,7 @@ def generation(response: pb.GenerateResponse) -> Generation:
         sequences=tuple(_sequence(sequence) for sequence in response.sequences),
         prompt=_prompt(response.prompt),
         adapter_digest=response.adapter_digest,
+        adapter_version=response.adapter_version,
         warnings=tuple(response.warnings),
     )
 
@@ -70,6 +71,7 @@ def stream_piece(response: pb.GenerateStreamResponse) -> StreamPiece:
         seed=response.seed if response.HasField("seed") else None,
         prompt=_prompt(response.prompt),
         adapter_digest=response.adapter_digest,
+        adapter_version=response.adapter_version,
         warnings=tuple(response.warnings),
         adapter=response.adapter,
     )
@@ -77,7 +79,8 @@ def stream_piece(response: pb.GenerateStreamResponse) -> StreamPiece:
 
 def embeddings(response: pb.EmbedResponse) -> tuple[Embedding, ...]:
     return tuple(
-        Embedding(tuple(given.values), given.prompt_tokens, tuple(given.warnings)) for given in response.embeddings
+        _read(Embedding, given, values=tuple(given.values), warnings=tuple(given.warnings))
+        for given in response.embeddings
     )
 
 
@@ -118,6 +121,7 @@ def adapter(status: pb.AdapterStatus) -> Adapter:
         warnings=tuple(status.warnings),
         invocation_token_ids=tuple(status.invocation_token_ids),
         classifier=_classifier(status),
+        targets={target.adapter: target.percent for target in status.targets},
     )
 
 
@@ -137,6 +141,7 @@ def _sequence(sequence: pb.GeneratedSequence) -> GeneratedSequence:
         seed=sequence.seed if sequence.HasField("seed") else None,
         adapter=sequence.adapter,
         adapter_digest=sequence.adapter_digest,
+        adapter_version=sequence.adapter_version,
     )
 
 

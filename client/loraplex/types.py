@@ -22,7 +22,8 @@ class AdapterReference:
     """Where an adapter comes from."""
 
     id: str
-    """A name in the server's adapter directory (local) or a repository id such as "org/name" (hub)."""
+    """A name in the server's registry, or "name@version" for one version of it; a name in the server's adapter
+    directory (local) or a repository id such as "org/name" (hub)."""
     source: str = ""
     """One of ModelInfo.adapter_sources, such as "local" or "hub". Empty: the first source that has the id."""
     revision: str = ""
@@ -93,6 +94,8 @@ class GenerateOptions(TypedDict, total=False):
     """The same seed gives the same tokens. None: random."""
     logit_bias: Mapping[int, float] | None
     """Added to tokens' logits, by token id: from -100, which practically bans a token, to 100."""
+    session: str
+    """Requests of the same session get the same adapter from an alias with weights. At most 512 characters."""
     cache_salt: str
     """Cached prefixes are shared only by requests with the same salt. At most 512 characters."""
     n: int
@@ -180,6 +183,8 @@ class GeneratedSequence:
     adapter: str = ""
     """The adapter that answered, as the request named it; empty for the base model."""
     adapter_digest: str = ""
+    adapter_version: str = ""
+    """The version that a name or an alias in the server's registry led to, as "name@version"."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +199,8 @@ class Generation:
     """The digest of the adapter that answered, of several the first one's; empty for the base model."""
     warnings: tuple[str, ...] = ()
     """What the caller should know, for example that the prompt does not contain what activates the adapter."""
+    adapter_version: str = ""
+    """Of several adapters, the first one's."""
 
     @property
     def text(self) -> str:
@@ -223,6 +230,8 @@ class StreamPiece:
     """On the first piece of a sequence: what the caller should know."""
     adapter: str = ""
     """The adapter that answers, as the request named it; empty for the base model."""
+    adapter_version: str = ""
+    """On the first piece of a sequence: as in GeneratedSequence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,6 +243,8 @@ class Embedding:
     prompt_tokens: int
     warnings: tuple[str, ...] = ()
     """What the caller should know, as a Generation's."""
+    adapter_digest: str = ""
+    adapter_version: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,6 +317,10 @@ class AdapterState(StrEnum):
     """Will be unloaded once the sequences that need it have ended."""
     BROKEN = "broken"
     """In the server's adapter directory, but cannot be served: `reason` says why."""
+    REGISTERED = "registered"
+    """A version in the server's registry that is not loaded."""
+    ALIAS = "alias"
+    """A name in the server's registry that stands for `targets`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -359,6 +374,8 @@ class Adapter:
     """The same as tokens."""
     classifier: Classifier | None = None
     """Its own, if it was trained to classify; known once it is loaded."""
+    targets: Mapping[str, float] = field(default_factory=dict)
+    """Of an alias: what it stands for, and the share of sessions that get it, in per cent."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,8 @@ from loraplex_protos.errors import LoraplexError, UnavailableError
 from loraplex_protos.generation_pb2 import GetModelInfoResponse
 from loraplex_router.access.key_file import KeyFile
 from loraplex_router.access.keys import Keys
+from loraplex_router.adapters.registry import Registry
+from loraplex_router.adapters.registry_file import RegistryFile
 from loraplex_router.adapters.resolutions import Resolutions
 from loraplex_router.api.grpc import GenerationApi, GrpcServer
 from loraplex_router.api.http.app import create_app
@@ -50,9 +52,15 @@ class Router:
         supervisor: Supervisor | None = None,
     ) -> None:
         self._settings = settings
-        resolutions = Resolutions()
+        resolutions, self._registry = Resolutions(), Registry()
         self._replicas = Replicas(telemetry, settings.move_seconds)
-        self._administration = Administration(resolutions, self._replicas)
+        self._administration = Administration(resolutions, self._replicas, self._registry)
+        self._registry_file = (
+            RegistryFile(settings.adapter_registry, self._registry, self._administration.retire)
+            if settings.adapter_registry
+            else None
+        )
+        telemetry.metrics.watch_registry(lambda: bool(self._registry.fault))
         self._key_file = key_file
         keys = key_file.keys if key_file else Keys({})
         self._service = Service(self._replicas, self._administration, keys, settings.max_queue, telemetry)
@@ -90,9 +98,9 @@ class Router:
                 await self._service.aclose()
 
     async def _work(self, ready: Callable[[list[str]], None]) -> None:
-        keys = [self._key_file.follow()] if self._key_file else []
+        followed = [file.follow() for file in (self._key_file, self._registry_file) if file]
         await asyncio.gather(
-            self._connections.run(), self._tell_health(), self._restore_pins(), self._announce(ready), *keys
+            self._connections.run(), self._tell_health(), self._restore_pins(), self._announce(ready), *followed
         )
 
     async def _stopped(self) -> None:
@@ -185,7 +193,7 @@ class HttpServer(uvicorn.Server):
 async def run(settings: RouterSettings, ready: Ready, supervisor: Supervisor | None = None) -> None:
     """Serves the shards' model. `supervisor`: restarts the only replica's ranks, if this process started them.
 
-    Raises KeyFileError for an invalid key file, OSError for a port in use."""
+    Raises KeyFileError or RegistryFileError for an invalid file, OSError for a port in use."""
     key_file = KeyFile(settings.api_keys) if settings.api_keys else None
     sys.setswitchinterval(SWITCH_SECONDS)
     raise_file_limit()

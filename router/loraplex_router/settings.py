@@ -71,6 +71,11 @@ class EdgeSettings(BaseModel):
         description="A YAML or JSON file of (hashed) API keys and what each may do; changes are picked up."
         " Absent: anyone may do anything.",
     )
+    adapter_registry: Path | None = Field(
+        None,
+        description="A YAML or JSON file that gives adapters names, versions and aliases; changes are picked up."
+        " Absent: adapters have the names that their sources give them.",
+    )
     metrics_adapters: int = Field(
         100, ge=0, le=10_000, description="Adapters with their own time series; the others share the label `other`."
     )

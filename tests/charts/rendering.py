@@ -47,6 +47,9 @@ CASES = {
         {"router": {"replicas": 2}, "shard": {"workload": "Deployment", "settings": {"tp": 2}}}
     ),
     "a replica on one node, as a LeaderWorkerSet": Case({"shard": {"workload": "LeaderWorkerSet"}}),
+    "a registry of adapters": Case(
+        {"router": {"adapterRegistry": {"existingConfigMap": "names"}}}, {"ConfigMap": {"names"}}
+    ),
     "the user's secrets and claims": Case(
         {
             "imagePullSecrets": [{"name": "registry"}],

@@ -121,6 +121,7 @@ def test_every_option_is_a_field_of_a_message() -> None:
     options: dict[str, object] = {
         "request_id": "r",
         "cache_salt": "s",
+        "session": "me",
         "adapter": "sql",
         "adapters": ["sql", None, AdapterReference("org/poet", token="t")],
         "grammar": Regex("a"),

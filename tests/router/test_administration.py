@@ -81,6 +81,7 @@ async def test_the_json_of_a_status_has_the_messages_fields_and_null_for_absent_
         "warnings": [],
         "invocation": "",
         "invocation_token_ids": [],
+        "targets": [],
         **nothing,
         **counts,
     }

@@ -10,6 +10,7 @@ import pytest
 from loraplex_protos import generation_pb2 as pb
 from loraplex_protos.errors import AdapterInvalidError, GenerationError, OverloadedError, UnavailableError
 from loraplex_router.access.keys import Keys, TenantSettings
+from loraplex_router.adapters.registry import Registry
 from loraplex_router.adapters.resolutions import Resolutions
 from loraplex_router.engine.output import Delta, Generation
 from loraplex_router.engine.pool import AdapterPool
@@ -54,9 +55,9 @@ class Setup:
         tenants: Mapping[str, TenantSettings] | None = None,
     ) -> None:
         self.telemetry = Telemetry(adapters=10, log=RequestLog(prompts=False))
-        self.resolutions = Resolutions()
+        self.resolutions, self.registry = Resolutions(), Registry()
         self.replicas = Replicas(self.telemetry, move_seconds)
-        self.administration = Administration(self.resolutions, self.replicas)
+        self.administration = Administration(self.resolutions, self.replicas, self.registry)
         self.service = Service(self.replicas, self.administration, Keys(tenants or {}), max_queue, self.telemetry)
         self.service.serve(model)
         self.replica = self.add_replica("0", slots)
@@ -208,7 +209,7 @@ async def test_an_abandoned_generation_counts_as_cancelled(setup: Setup):
     generation: Generation = await setup.service.generate(Request(prompt=(1,), max_new_tokens=150))
     setup.service.close(generation)
     labels = {"outcome": "cancelled", "adapter": "base"}
-    assert setup.telemetry.resolutions.get_sample_value("loraplex_requests_total", labels) == 1
+    assert setup.telemetry.registry.get_sample_value("loraplex_requests_total", labels) == 1
     assert setup.service.idle
 
 

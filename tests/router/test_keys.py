@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loraplex_protos.errors import ForbiddenError, RateLimitedError, UnauthenticatedError
-from loraplex_router.access import key_file
+from loraplex_router.access import followed_file
 from loraplex_router.access.key_file import KeyFile, KeyFileError, read_tenants
 from loraplex_router.access.keys import Allowance, Keys, Tenant, TenantSettings, read_bearer
 from loraplex_router.vocabulary.references import AdapterReference, MergedReference
@@ -201,7 +201,7 @@ def test_a_missing_key_file_is_named(tmp_path: Path) -> None:
 async def test_a_key_file_is_reread_when_it_changes_and_ignored_while_it_is_invalid(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(key_file, "LOOK_SECONDS", 0.001)
+    monkeypatch.setattr(followed_file, "LOOK_SECONDS", 0.001)
     path = tmp_path / "keys.json"
 
     def write(text: str) -> None:

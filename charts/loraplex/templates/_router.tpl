@@ -27,6 +27,9 @@ volumes:
   {{- with .Values.router.apiKeys.existingSecret }}
   - {name: api-keys, secret: {secretName: {{ . | quote }}}}
   {{- end }}
+  {{- with .Values.router.adapterRegistry.existingConfigMap }}
+  - {name: adapter-registry, configMap: {name: {{ . | quote }}}}
+  {{- end }}
   {{- include "loraplex.mtlsVolume" (list . "routerSecret") | trim | nindent 2 }}
   {{- with .Values.router.extraVolumes }}
   {{- toYaml . | nindent 2 }}
@@ -44,6 +47,9 @@ args:
   - --shards={{ include "loraplex.shardAddresses" . }}
   {{- if .Values.router.apiKeys.existingSecret }}
   - {{ printf "--api-keys=/etc/loraplex/api-keys/%s" .Values.router.apiKeys.key | quote }}
+  {{- end }}
+  {{- if .Values.router.adapterRegistry.existingConfigMap }}
+  - {{ printf "--adapter-registry=/etc/loraplex/adapter-registry/%s" .Values.router.adapterRegistry.key | quote }}
   {{- end }}
   {{- if and .Values.gateway.inferencePool.enabled (not (hasKey $settings "gateway-metrics")) }}
   - --gateway-metrics
@@ -82,6 +88,9 @@ volumeMounts:
   - {name: tmp, mountPath: /tmp}
   {{- if .Values.router.apiKeys.existingSecret }}
   - {name: api-keys, mountPath: /etc/loraplex/api-keys, readOnly: true}
+  {{- end }}
+  {{- if .Values.router.adapterRegistry.existingConfigMap }}
+  - {name: adapter-registry, mountPath: /etc/loraplex/adapter-registry, readOnly: true}
   {{- end }}
   {{- include "loraplex.mtlsMount" (list . "routerSecret") | trim | nindent 2 }}
   {{- with .Values.router.extraVolumeMounts }}

@@ -15,6 +15,13 @@ from loraplex.cli.output import as_json, listing, width
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="List, load, pin and unload adapters.")
 HEADINGS = "adapter", "source", "revision", "tier", "lora_rank", "size", "requests", "used", "digest"
+NAMED_STATES = (
+    AdapterState.FETCHING,
+    AdapterState.UNLOADING,
+    AdapterState.BROKEN,
+    AdapterState.REGISTERED,
+    AdapterState.ALIAS,
+)
 NUMBERS = frozenset({"lora_rank", "size", "requests", "used"})
 
 Id = Annotated[
@@ -74,13 +81,15 @@ def _row(adapter: Adapter, digests: bool) -> tuple[str, ...]:
 
 def _remarks(adapter: Adapter) -> list[str]:
     activated = f"activated by {adapter.invocation!r}" if adapter.invocation else ""
-    return [remark for remark in (adapter.reason, activated, *adapter.warnings) if remark]
+    shares = " or ".join(f"{to} ({percent:g} %)" for to, percent in adapter.targets.items())
+    stands = f"stands for {shares}" if shares else ""
+    return [remark for remark in (adapter.reason, stands, activated, *adapter.warnings) if remark]
 
 
 def _place(adapter: Adapter) -> str:
     """Where the adapter is, and its problems, if any."""
-    words = [adapter.tier or ""] if adapter.state is not AdapterState.FETCHING else []
-    if adapter.state in (AdapterState.FETCHING, AdapterState.UNLOADING, AdapterState.BROKEN):
+    words = [str(adapter.tier)] if adapter.tier else []
+    if adapter.state in NAMED_STATES:
         words.append(adapter.state)
     if adapter.pinned:
         words.append("pinned")

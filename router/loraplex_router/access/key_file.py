@@ -11,9 +11,7 @@ tenants:
     admin: true
 """
 
-import asyncio
 import logging
-import os
 from collections import Counter
 from pathlib import Path
 from typing import Annotated
@@ -22,11 +20,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from loraplex_protos.errors import LoraplexError
+from loraplex_router.access.followed_file import FollowedFile
 from loraplex_router.access.keys import Keys, TenantSettings
 
 logger = logging.getLogger(__name__)
-
-LOOK_SECONDS = 5.0
 
 
 class KeyFileError(LoraplexError):
@@ -44,16 +41,13 @@ class KeyFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._state = _state(path)
+        self._file = FollowedFile(path)
         self.keys = Keys(read_tenants(path))
 
     async def follow(self) -> None:
         """Checks the file periodically, until cancelled. Keeps the old keys while the file is invalid."""
-        while True:
-            await asyncio.sleep(LOOK_SECONDS)
-            if (state := _state(self._path)) != self._state:
-                self._state = state
-                self._reload()
+        async for _ in self._file.changes():
+            self._reload()
 
     def _reload(self) -> None:
         try:
@@ -62,14 +56,6 @@ class KeyFile:
             logger.error("keeping the previous API keys: %s", error)
         else:
             logger.info("reloaded the API keys")
-
-
-def _state(path: Path) -> tuple[int, ...] | None:
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def read_tenants(path: Path) -> dict[str, TenantSettings]:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from loraplex_protos.adapter_names import normal
 from loraplex_protos.errors import ForbiddenError, RateLimitedError, UnauthenticatedError, quote
-from loraplex_router.vocabulary.references import AdapterReference, MergedReference
+from loraplex_router.vocabulary.references import AdapterReference, MergedReference, parts_of
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -65,7 +65,7 @@ class Tenant:
 
     def check_adapter(self, adapter: AdapterReference | MergedReference | None) -> None:
         """Raises ForbiddenError if this tenant may not use the adapter, or one of those to be merged."""
-        for reference in _references(adapter):
+        for reference in parts_of(adapter):
             if not self.may_use(reference.id):
                 raise ForbiddenError(f"this API key does not allow adapter {quote(reference.id)}")
 
@@ -141,9 +141,3 @@ def read_bearer(authorization: str | None) -> str | None:
     """The key, or token, in an Authorization header; None if there is none."""
     scheme, _, value = (authorization or "").partition(" ")
     return value.strip() or None if scheme.lower() == "bearer" else None
-
-
-def _references(adapter: AdapterReference | MergedReference | None) -> tuple[AdapterReference, ...]:
-    if isinstance(adapter, MergedReference):
-        return adapter.adapters
-    return () if adapter is None else (adapter,)

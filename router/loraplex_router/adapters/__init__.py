@@ -1,1 +1,2 @@
-"""Adapters by name: resolving references, staging adapters on the shards, and suggestions for unknown names."""
+"""Adapters by name: the registry, resolving references, staging adapters on the shards, and suggestions for unknown
+names."""

@@ -49,9 +49,10 @@ class Resolutions:
         return entry.digest
 
     def fixed(self, reference: AdapterReference) -> AdapterReference:
-        """The reference with its resolved source and revision, so that another replica stages the same content."""
-        entry = self._entries.get(key_of(reference))
-        return replace(reference, source=entry.source, revision=entry.revision) if entry else reference
+        """What to stage for it: with its resolved source and revision, so that another replica stages the same
+        content."""
+        entry, origin = self._entries.get(key_of(reference)), reference.origin
+        return replace(origin, source=entry.source, revision=entry.revision) if entry else origin
 
     def remember(self, reference: Reference, entry: Entry) -> None:
         # A merged adapter is found through its parts; its entry only names it in listings.

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Callable, Coroutine
 
-from loraplex_protos.errors import FieldViolation, InvalidRequestError, OverloadedError, quote
+from loraplex_protos.errors import AdapterSourceError, FieldViolation, InvalidRequestError, OverloadedError, quote
 from loraplex_router.adapters.resolutions import Entry, Resolutions
 from loraplex_router.engine.changes import Changes
 from loraplex_router.engine.pool import AdapterPool
@@ -64,7 +64,9 @@ class AdapterStaging:
 
     async def read_again(self, reference: AdapterReference) -> Adapter:
         """Rereads the source and stages its current content."""
-        return await self._once(f"{key_of(reference)} again", reference, lambda: self._stage(reference, reference))
+        return await self._once(
+            f"{key_of(reference)} again", reference, lambda: self._stage(reference, reference.origin)
+        )
 
     async def unload(self, adapter: Adapter) -> None:
         """Frees its slot and host memory once nothing needs it. A request for it that arrives meanwhile waits, and
@@ -103,6 +105,12 @@ class AdapterStaging:
         while unstaging := self._unstaging.get(staged.digest):  # it leaves, or was dropped meanwhile
             await asyncio.wait([unstaging])
             staged = await self._with_room(lambda: self._shards.stage(source))
+        if reference.version is not None and reference.version.digest not in ("", staged.digest):
+            self._add(source, Entry(source.id, staged.source, staged.revision, staged.digest), staged)
+            raise AdapterSourceError(
+                f"the registry says that {reference.id} has the digest {reference.version.digest}, but the content of "
+                f"{quote(source.id)} now has {staged.digest}"
+            )
         return self._add(reference, Entry(reference.id, staged.source, staged.revision, staged.digest), staged)
 
     async def _merge(self, merged: MergedReference) -> Adapter:

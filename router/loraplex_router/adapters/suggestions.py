@@ -12,7 +12,7 @@ from loraplex_protos.errors import (
     AdapterSourceError,
     LoraplexError,
 )
-from loraplex_router.vocabulary.references import Reference, ids_of
+from loraplex_router.vocabulary.references import AdapterReference, Reference, ids_of
 
 MOST = 3
 COMPARED = 200  # names at most: comparing is slow
@@ -50,6 +50,8 @@ class Suggestions:
         try:
             yield
         except (AdapterNotFoundError, AdapterSourceError, AdapterForbiddenError) as error:
+            if isinstance(reference, AdapterReference) and reference.version is not None:  # not the caller's mistake
+                raise type(error)(f"adapter {reference.id} of the registry: {error.message}") from error
             found = await self._similar(ids_of(reference), may_use)
             raise type(error)(error.message + asking(found)) from error
 

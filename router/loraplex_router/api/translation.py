@@ -9,7 +9,7 @@ from loraplex_router.text.tokenizer import Spans, Tokenizer, TokenSpan
 from loraplex_router.vocabulary.chat import Chat, Message
 from loraplex_router.vocabulary.classification import best, by_token, scores
 from loraplex_router.vocabulary.grammar import Grammar, GrammarKind
-from loraplex_router.vocabulary.references import AdapterReference, MergedReference, ids_of
+from loraplex_router.vocabulary.references import AdapterReference, MergedReference, asked_of
 from loraplex_router.vocabulary.request import ClassifyRequest, EmbedRequest, Request
 from loraplex_router.vocabulary.sampling import Sampling
 from loraplex_router.vocabulary.sequence import Alternatives, Detail, Sample
@@ -40,17 +40,18 @@ def read_request(message: pb.GenerateRequest) -> Request:
         ),
         grammar=_read_grammar(message.grammar) if message.HasField("grammar") else None,
         cache_salt=message.cache_salt,
+        session=message.session,
     )
 
 
 def read_embed_request(message: pb.EmbedRequest) -> EmbedRequest:
     """Raises InvalidRequestError if an input has no prompt; everything else is checked by the service."""
-    return EmbedRequest(tuple(map(_read_prompt, message.inputs)), _read_adapter(message))
+    return EmbedRequest(tuple(map(_read_prompt, message.inputs)), _read_adapter(message), session=message.session)
 
 
 def read_classify_request(message: pb.ClassifyRequest) -> ClassifyRequest:
     """As read_embed_request."""
-    return ClassifyRequest(tuple(map(_read_prompt, message.inputs)), _read_adapter(message))
+    return ClassifyRequest(tuple(map(_read_prompt, message.inputs)), _read_adapter(message), session=message.session)
 
 
 def _read_prompt(message: pb.GenerateRequest | pb.EmbedInput) -> str | Chat | tuple[int, ...]:
@@ -130,6 +131,7 @@ class Writer:
         if index not in self._begun:
             self._begun.add(index)
             event.adapter_digest = generation.adapter_digest
+            event.adapter_version = generation.adapter_version
             event.warnings.extend(generation.warnings)
             if index == 0:
                 event.prompt.extend(self._prompt())
@@ -148,6 +150,7 @@ class Writer:
             sequences=map(self._sequence, self._answers, deltas),
             prompt=self._prompt(),
             adapter_digest=first.adapter_digest,
+            adapter_version=first.adapter_version,
             warnings=dict.fromkeys(warning for generation, _ in self._answers for warning in generation.warnings),
         )
 
@@ -160,6 +163,7 @@ class Writer:
             seed=output.seed,
             adapter=_adapter(generation),
             adapter_digest=generation.adapter_digest,
+            adapter_version=generation.adapter_version,
         )
         self._write_tokens(delta.samples, sequence)
         return sequence
@@ -201,7 +205,7 @@ class Writer:
 
 
 def _adapter(generation: Generation) -> str:
-    return ",".join(ids_of(generation.reference))
+    return ",".join(asked_of(generation.reference))
 
 
 def _finish_reason(delta: Delta) -> pb.FinishReason.ValueType:
@@ -220,7 +224,13 @@ def _usage(output: SequenceOutput) -> pb.Usage:
 def write_embeddings(embeddings: Iterable[Embedding]) -> pb.EmbedResponse:
     return pb.EmbedResponse(
         embeddings=[
-            pb.Embedding(values=found.values, prompt_tokens=found.prompt_tokens, warnings=found.warnings)
+            pb.Embedding(
+                values=found.values,
+                prompt_tokens=found.prompt_tokens,
+                warnings=found.warnings,
+                adapter_digest=found.adapter_digest,
+                adapter_version=found.adapter_version,
+            )
             for found in embeddings
         ]
     )
@@ -233,6 +243,8 @@ def write_classifications(
     return pb.ClassifyResponse(
         classifications=[_classification(each, spans, raw_logits) for each, spans in zip(found, places, strict=True)],
         classifier=found[0].classifier,
+        adapter_digest=found[0].adapter_digest,
+        adapter_version=found[0].adapter_version,
     )
 
 

@@ -11,7 +11,7 @@ from loraplex_protos.generation_pb2 import Classifier
 from loraplex_router.text.detokenizer import Decoder, Detokenizer, own_length
 from loraplex_router.text.stops import Passed, StopMatcher
 from loraplex_router.vocabulary.adapter import BASE_NAME, Adapter
-from loraplex_router.vocabulary.references import Reference, ids_of
+from loraplex_router.vocabulary.references import Reference, ids_of, version_of
 from loraplex_router.vocabulary.sequence import Alternatives, FinishReason, Sample, Sequence
 
 
@@ -51,6 +51,8 @@ class Embedding:
     values: "array[float]"
     prompt_tokens: int
     warnings: tuple[str, ...] = ()  # what its reader should know
+    adapter_digest: str = ""
+    adapter_version: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,9 @@ class Classification:
     classifier: Classifier
     logits: "array[float]"
     tokens: list[int]  # of the input
+    warnings: tuple[str, ...] = ()
+    adapter_digest: str = ""
+    adapter_version: str = ""
 
 
 class SequenceOutput:
@@ -246,6 +251,11 @@ class Generation:
     @property
     def adapter_digest(self) -> str:
         return self.adapter.digest
+
+    @property
+    def adapter_version(self) -> str:
+        """The registry's version that answers; empty if the adapter is not one."""
+        return version_of(self.reference)
 
     @property
     def unfinished(self) -> list[SequenceOutput]:

@@ -9,6 +9,7 @@ import logging
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import islice
 from operator import itemgetter
@@ -23,12 +24,20 @@ from loraplex_protos.errors import (
     UnavailableError,
     quote,
 )
+from loraplex_router.adapters.registry import Registry
 from loraplex_router.adapters.resolutions import Entry, Resolutions
 from loraplex_router.engine.output import Generation
 from loraplex_router.replicas.pins import Pins
 from loraplex_router.replicas.replica import Replica
 from loraplex_router.replicas.replicas import Replicas
-from loraplex_router.replicas.statuses import hold, status_in_memory, status_on_disk, status_while_fetched
+from loraplex_router.replicas.statuses import (
+    hold,
+    status_in_memory,
+    status_of_alias,
+    status_on_disk,
+    status_registered,
+    status_while_fetched,
+)
 from loraplex_router.vocabulary.adapter import Adapter, LocalAdapter
 from loraplex_router.vocabulary.references import AdapterReference, ids_of
 
@@ -51,9 +60,11 @@ class AdapterPage(NamedTuple):
 class Administration:
     """Adapters are named by reference or by digest: merged ones have no reference."""
 
-    def __init__(self, resolutions: Resolutions, replicas: Replicas) -> None:
+    def __init__(self, resolutions: Resolutions, replicas: Replicas, registry: Registry) -> None:
+        self.registry = registry
         self._resolutions = resolutions
         self._replicas = replicas
+        self._retiring = set[asyncio.Task[None]]()
         self._listed: Sequence[LocalAdapter] = ()
         self._listed_at = -LISTING_KEPT
         self._names = frozenset[str]()
@@ -64,7 +75,8 @@ class Administration:
     async def list(
         self, visible: Callable[[str], bool] = lambda id: True, after: str = "", limit: int = 0
     ) -> AdapterPage:
-        """Staged adapters under each requested name, adapters being staged, and the names in the adapter directory: the
+        """Staged adapters under each requested name, adapters being staged, the registry, and the names in the adapter
+        directory: the
         `visible` ids after the id `after`, and at least `limit`, if there are so many. 0: all of them.
 
         Adapters with the same id are never on two pages. Pages after the first one are of the same adapter directory.
@@ -73,9 +85,10 @@ class Administration:
         local = await self._local(kept=bool(after))
         lines = [*self._loaded(), *self._fetching()]
         known = {id for (id, source, _), _ in lines if source in ("", "local")}
-        lines = [(key, make) for key, make in lines if key[0] > after and visible(key[0])]
+        lines += self._registered()
+        lines = [(key, make) for key, make in lines if key[0] > after and visible(self.registry.bare(key[0]))]
         on_disk: Iterator[Line] = (
-            ((adapter.id, "local", ""), partial(status_on_disk, adapter))
+            ((adapter.id, "local", ""), partial(status_on_disk, adapter, self.registry.has(adapter.id)))
             for adapter in islice(local, bisect_right(local, after, key=lambda adapter: adapter.id), None)
             if adapter.id not in known and visible(adapter.id)
         )
@@ -105,6 +118,14 @@ class Administration:
                 key = reference.id, reference.source, reference.revision
                 yield key, partial(status_while_fetched, reference)
 
+    def _registered(self) -> Iterator[Line]:
+        for version in self.registry.versions():
+            digest = self._resolutions.digest(version)
+            if digest is None or not any(self._holders(digest)):
+                yield (version.id, version.origin.source, ""), partial(status_registered, version)
+        for name, targets in self.registry.aliases():
+            yield (name, "", ""), partial(status_of_alias, name, targets)
+
     async def _local(self, kept: bool = False) -> Sequence[LocalAdapter]:
         """The names in the adapter directory, sorted; with `kept`, as they were a short while ago."""
         if kept and time.monotonic() - self._listed_at < LISTING_KEPT:
@@ -127,8 +148,8 @@ class Administration:
         began = time.monotonic()
         if began >= self._named_until:
             local = await self._local()
-            in_memory = {id for (id, _, _), _ in (*self._loaded(), *self._fetching())}
-            self._names = frozenset(in_memory.union(adapter.id for adapter in local if not adapter.fault))
+            known = {id for (id, _, _), _ in (*self._loaded(), *self._fetching(), *self._registered())}
+            self._names = frozenset(known.union(adapter.id for adapter in local if not adapter.fault))
             now = time.monotonic()
             self._named_until = now + NAMES_KEPT * (now - began)
         return self._names
@@ -155,6 +176,18 @@ class Administration:
         await asyncio.gather(*(replica.adapters.unload(adapter) for replica, adapter in holders))
         if not any(self._holders(digest)):
             self._resolutions.forget(digest)
+
+    def retire(self, version: AdapterReference) -> None:
+        """Has a version that the registry no longer has leave memory, once the sequences that use it have ended."""
+        task = asyncio.create_task(self._retire(version))
+        self._retiring.add(task)
+        task.add_done_callback(self._retiring.discard)
+
+    async def _retire(self, version: AdapterReference) -> None:
+        if (digest := self._resolutions.digest(version)) is not None:
+            with suppress(AdapterNotFoundError):  # it has left by itself
+                await self.unload(version, wait=True)
+            self._resolutions.forget(digest, version.id)
 
     async def pin(self, name: AdapterReference | str) -> pb.AdapterStatus:
         """Loads it onto one replica's device and keeps it there. Returns once it is there. If named by reference, it is

@@ -1,6 +1,6 @@
 """What a listing says of an adapter: AdapterStatus, as generation.proto has it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from loraplex_protos import generation_pb2 as pb
@@ -72,14 +72,33 @@ def status_while_fetched(reference: AdapterReference) -> pb.AdapterStatus:
     return pb.AdapterStatus(id=reference.id, source=reference.source, revision=reference.revision, state=state)
 
 
-def status_on_disk(adapter: LocalAdapter) -> pb.AdapterStatus:
-    """Of one that lies in the adapter directory, and is not loaded."""
+def status_registered(version: AdapterReference) -> pb.AdapterStatus:
+    """Of a version in the registry that is not loaded."""
+    assert version.version is not None
+    return pb.AdapterStatus(
+        id=version.id,
+        source=version.origin.source,
+        revision=version.origin.revision,
+        digest=version.version.digest or None,
+        state=pb.ADAPTER_STATE_REGISTERED,
+    )
+
+
+def status_of_alias(name: str, targets: Mapping[str, float]) -> pb.AdapterStatus:
+    """Of an alias, or of a registered name, which stands for its newest version."""
+    parts = [pb.AliasTarget(adapter=target, percent=percent) for target, percent in targets.items()]
+    return pb.AdapterStatus(id=name, state=pb.ADAPTER_STATE_ALIAS, targets=parts)
+
+
+def status_on_disk(adapter: LocalAdapter, hidden: bool) -> pb.AdapterStatus:
+    """Of one that lies in the adapter directory, and is not loaded. `hidden`: the registry has its name, too."""
+    hiding = ("the registry has this name: request this one with the source local",) if hidden else ()
     return pb.AdapterStatus(
         id=adapter.id,
         source="local",
         state=pb.ADAPTER_STATE_BROKEN if adapter.fault else pb.ADAPTER_STATE_AVAILABLE,
         tier=pb.ADAPTER_TIER_DISK,
-        warnings=adapter.warnings,
+        warnings=(*hiding, *adapter.warnings),
         invocation_token_ids=_activating(adapter),
         reason=adapter.fault or None,
     )

@@ -4,7 +4,10 @@ import asyncio
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
+from loraplex_protos.generation_pb2 import ADAPTER_STATE_ALIAS as ALIAS
+from loraplex_protos.generation_pb2 import ADAPTER_STATE_REGISTERED as REGISTERED
 from loraplex_protos.generation_pb2 import AdapterStatus
 from loraplex_router.access.audit import audited
 from loraplex_router.access.keys import Keys, Tenant
@@ -14,6 +17,8 @@ from loraplex_router.text.model import Model
 from loraplex_router.vocabulary.checks import check_reference
 from loraplex_router.vocabulary.references import AdapterReference
 from loraplex_router.vocabulary.violations import Violations
+
+N = TypeVar("N", AdapterReference, AdapterReference | str)
 
 DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -27,6 +32,7 @@ class Adapters:
     ) -> None:
         self._keys = keys
         self._administration = administration
+        self._registry = administration.registry
         self._suggestions = suggestions
         self._model = model
 
@@ -37,6 +43,9 @@ class Adapters:
         page = await self._administration.list(lambda id: all(map(tenant.may_use, id.split(","))), after, limit)
         for number, status in enumerate(page.adapters):
             self._remarked(status)
+            if status.state in (REGISTERED, ALIAS) and self._registry.fault:
+                why = self._registry.fault if tenant.admin else "the server's log says why"
+                status.warnings.append(f"the registry file has changed since, and was refused: {why}")
             if number % AT_A_TIME == 0:
                 await asyncio.sleep(0)  # let other tasks run
         return page
@@ -45,7 +54,7 @@ class Adapters:
         """Rereads the adapter's source and stages its current content. For administrators."""
         with self._administered("load", reference, key) as tenant:
             async with self._suggestions.for_missing(reference, tenant.may_use):
-                return self._remarked(await self._administration.load(reference))
+                return self._remarked(await self._administration.load(self._resolved(reference)))
 
     async def unload(self, name: AdapterReference | str, wait: bool = False, key: str | None = None) -> None:
         """Frees its memory on every replica. For administrators. `name` is a reference or a digest.
@@ -53,7 +62,7 @@ class Adapters:
         Raises AdapterNotFoundError if it is not loaded and, without `wait`, AdapterInUseError while sequences need it.
         """
         with self._administered("unload", name, key):
-            await self._administration.unload(name, wait)
+            await self._administration.unload(self._resolved(name), wait)
 
     async def pin(self, name: AdapterReference | str, key: str | None = None) -> AdapterStatus:
         """Loads an adapter onto one replica's device, where it stays until it is unpinned or unloaded. Returns
@@ -64,7 +73,7 @@ class Adapters:
         reference = name if isinstance(name, AdapterReference) else None
         with self._administered("pin", name, key) as tenant:
             async with self._suggestions.for_missing(reference, tenant.may_use):
-                return self._remarked(await self._administration.pin(name))
+                return self._remarked(await self._administration.pin(self._resolved(name)))
 
     async def unpin(self, name: AdapterReference | str, key: str | None = None) -> AdapterStatus:
         """Lets it leave the device when others need its slot. For administrators.
@@ -72,7 +81,7 @@ class Adapters:
         Raises AdapterNotFoundError if it is not loaded.
         """
         with self._administered("unpin", name, key):
-            return self._remarked(self._administration.unpin(name))
+            return self._remarked(self._administration.unpin(self._resolved(name)))
 
     @contextmanager
     def _administered(self, action: str, name: AdapterReference | str, key: str | None) -> Iterator[Tenant]:
@@ -82,6 +91,10 @@ class Adapters:
             tenant = self._keys.administrator(key)
             self._check_named(name)
             yield tenant
+
+    def _resolved(self, name: N) -> N:
+        """The version that a registered name stands for; a digest as it is."""
+        return self._registry.resolve_one(name, None) if isinstance(name, AdapterReference) else name
 
     def _check_named(self, name: AdapterReference | str) -> None:
         found = Violations()

@@ -7,6 +7,7 @@ from operator import mul
 
 from loraplex_protos.errors import FieldViolation, InvalidRequestError
 from loraplex_protos.generation_pb2 import Classifier
+from loraplex_router.engine.output import Classification, Embedding
 from loraplex_router.service.service import Service
 from loraplex_router.vocabulary.chat import TextPair
 from loraplex_router.vocabulary.classification import scores
@@ -25,6 +26,7 @@ class ScoreRequest:
     max_query: int = 0  # tokens of each that are kept, from its beginning; 0: all
     max_document: int = 0
     raw_logits: bool = False  # of a classifier
+    session: str = ""  # as in a Request
 
     def pairs(self, classifier: Classifier) -> tuple[TextPair, ...]:
         queries = self.queries * (len(self.documents) if len(self.queries) == 1 else 1)
@@ -39,22 +41,24 @@ class ScoreRequest:
 class Scores:
     values: list[float]  # one per pair
     prompt_tokens: int  # of all of them together
-    warnings: tuple[str, ...] = ()  # what its reader should know
+    answers: Sequence[Classification | Embedding]  # that they were made of
 
 
 async def score(service: Service, request: ScoreRequest, key: str | None = None) -> Scores:
     """By the adapter's classifier, or else the model's, which must have one label, as vLLM's cross-encoders have; if
     neither has one, by the cosine of embeddings. Raises LoraplexError."""
     _check(request)
-    classifier = await service.classifier(request.adapter, key)
+    classifier = await service.classifier(request.adapter, key, request.session)
     if classifier is None:
         return await _compare(service, request, key)
     if classifier.of_tokens or len(classifier.labels) != 1:
         what = "classifies tokens" if classifier.of_tokens else f"has {len(classifier.labels)} labels"
         raise InvalidRequestError(FieldViolation("model", f"{what}: only a classifier with one label scores pairs"))
-    found = await service.classify(ClassifyRequest(request.pairs(classifier), request.adapter, request.truncate), key)
+    found = await service.classify(
+        ClassifyRequest(request.pairs(classifier), request.adapter, request.truncate, request.session), key
+    )
     values = [(each.logits if request.raw_logits else scores(each.classifier, each.logits))[0] for each in found]
-    return Scores(values, sum(len(each.tokens) for each in found))
+    return Scores(values, sum(len(each.tokens) for each in found), found)
 
 
 def _check(request: ScoreRequest) -> None:
@@ -71,13 +75,12 @@ def _check(request: ScoreRequest) -> None:
 async def _compare(service: Service, request: ScoreRequest, key: str | None) -> Scores:
     texts = [*(await _shortened(service, request.queries, request.max_query))]
     texts += await _shortened(service, request.documents, request.max_document)
-    found = await service.embed(EmbedRequest(tuple(texts), request.adapter, request.truncate), key)
+    found = await service.embed(EmbedRequest(tuple(texts), request.adapter, request.truncate, request.session), key)
     vectors = [each.values for each in found]
     count = len(request.queries)
     queries = vectors[:count] * (len(request.documents) if count == 1 else 1)
     values = [_cosine(query, document) for query, document in zip(queries, vectors[count:], strict=True)]
-    warnings = dict.fromkeys(warning for each in found for warning in each.warnings)
-    return Scores(values, sum(each.prompt_tokens for each in found), tuple(warnings))
+    return Scores(values, sum(each.prompt_tokens for each in found), found)
 
 
 async def _shortened(service: Service, texts: Sequence[str], most: int) -> list[str]:

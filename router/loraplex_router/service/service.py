@@ -2,10 +2,12 @@
 engine."""
 
 import asyncio
+import secrets
 import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 
 from loraplex_protos import generation_pb2 as pb
 from loraplex_protos.errors import (
@@ -30,7 +32,7 @@ from loraplex_router.text.model import Model
 from loraplex_router.text.tokenizer import Spans, Tokenizer, TokenSpan
 from loraplex_router.vocabulary.chat import Chat
 from loraplex_router.vocabulary.checks import check_adapter, check_embed_request, check_request
-from loraplex_router.vocabulary.references import AdapterReference
+from loraplex_router.vocabulary.references import AdapterReference, Reference
 from loraplex_router.vocabulary.request import ClassifyRequest, EmbedRequest, Prompt, Request
 from loraplex_router.vocabulary.sampling import Sampling
 from loraplex_router.vocabulary.sequence import FinishReason
@@ -55,6 +57,7 @@ class Service:
         self.max_queue = max_queue
         self.draining = False
         self._replicas = replicas
+        self._registry = administration.registry
         suggestions = Suggestions(administration.names)
         self.adapters = Adapters(keys, administration, suggestions, lambda: self._known_model)
         self._preparation = Preparation(replicas, suggestions, lambda: self._known_model)
@@ -126,9 +129,8 @@ class Service:
             tenant = self.keys.tenant(key)
             check_generates(self.info)
             check_request(request, self.info.vocab_size, self.info.adapter_sources)
-            parts = request.parts()
-            for part in parts:
-                tenant.check_adapter(part.adapter)
+            session = request.session or request.request_id or _new_session()
+            parts = [replace(part, adapter=self._resolved(part.adapter, tenant, session)) for part in request.parts()]
             tenant.begin(arrived)
             try:
                 return await self._start(parts, tenant, arrived, volume or Volume())
@@ -141,7 +143,15 @@ class Service:
         found = []
         for generation in await self._pool(request, key):
             (output,) = generation.outputs
-            found.append(Embedding(output.pooled, output.sequence.prompt_length, generation.warnings))
+            found.append(
+                Embedding(
+                    output.pooled,
+                    output.sequence.prompt_length,
+                    generation.warnings,
+                    generation.adapter_digest,
+                    generation.adapter_version,
+                )
+            )
         return found
 
     async def classify(self, request: ClassifyRequest, key: str | None = None) -> list[Classification]:
@@ -152,17 +162,28 @@ class Service:
             (output,) = generation.outputs
             classifier = output.sequence.adapter.classifier or self._known_model.classifier
             assert classifier is not None
-            found.append(Classification(classifier, output.pooled, output.sequence.tokens))
+            found.append(
+                Classification(
+                    classifier,
+                    output.pooled,
+                    output.sequence.tokens,
+                    generation.warnings,
+                    generation.adapter_digest,
+                    generation.adapter_version,
+                )
+            )
         return found
 
-    async def classifier(self, adapter: AdapterReference | None, key: str | None = None) -> pb.Classifier | None:
+    async def classifier(
+        self, adapter: AdapterReference | None, key: str | None = None, session: str = ""
+    ) -> pb.Classifier | None:
         """What classifies for the adapter: its own classifier, or else the model's, if there is one."""
         tenant = self.keys.tenant(key)
         found = Violations()
         check_adapter(adapter, self.info.adapter_sources, found)
         found.raise_any()
-        tenant.check_adapter(adapter)
-        with await self._preparation.place(adapter, tenant) as lease:
+        resolved = self._resolved(adapter, tenant, session or _new_session())
+        with await self._preparation.place(resolved, tenant) as lease:
             return lease.adapter.classifier or self._known_model.classifier
 
     async def places(self, prompt: Prompt, found: Classification) -> list[TokenSpan]:
@@ -177,7 +198,8 @@ class Service:
         with self.telemetry.admission(request, arrived):
             tenant = self.keys.tenant(key)
             check_embed_request(request, self.info.vocab_size, self.info.adapter_sources)
-            tenant.check_adapter(request.adapter)
+            session = request.session or _new_session()
+            request = replace(request, adapter=self._resolved(request.adapter, tenant, session))
             tenant.begin(arrived)
         started, volume = list[Generation](), Volume()
         try:
@@ -250,7 +272,12 @@ class Service:
             self.cancel(generation)
 
     async def tokenize(
-        self, prompt: str | Chat, add_special_tokens: bool, adapter: AdapterReference | None, key: str | None = None
+        self,
+        prompt: str | Chat,
+        add_special_tokens: bool,
+        adapter: AdapterReference | None,
+        key: str | None = None,
+        session: str = "",
     ) -> Spans:
         """The tokens of a text or a rendered conversation, each with its position. A conversation is rendered with the
         adapter's chat template, if it has one; a text ignores the adapter."""
@@ -259,10 +286,15 @@ class Service:
             found = Violations()
             check_adapter(adapter, self.info.adapter_sources, found)
             found.raise_any()
-            tenant.check_adapter(adapter)
-            with await self._preparation.place(adapter, tenant) as lease:
+            resolved = self._resolved(adapter, tenant, session or _new_session())
+            with await self._preparation.place(resolved, tenant) as lease:
                 prompt = (await self._preparation.render(prompt, lease.adapter)).text
         return await self.tokenizer.spans(prompt, add_special_tokens)
+
+    def _resolved(self, adapter: Reference | None, tenant: Tenant, session: str) -> Reference | None:
+        """What the registry says that the name stands for. Raises ForbiddenError if the tenant may not use the name."""
+        tenant.check_adapter(self._registry.named(adapter))
+        return self._registry.resolve(adapter, session)
 
     def _admit(self, sequences: int, tenant: Tenant) -> None:
         """Where the queue is full, a tenant that has less than its share of it may still wait."""
@@ -274,6 +306,10 @@ class Service:
         share = self.max_queue // len({*waiting, tenant.name})
         if waiting[tenant.name] + sequences > share:
             raise OverloadedError(f"the queue is full ({waiting.total()} sequences are waiting): try again later")
+
+
+def _new_session() -> str:
+    return secrets.token_hex(8)
 
 
 async def _finish_pooling(generation: Generation) -> None:

@@ -1,6 +1,6 @@
 """The router's counters and histograms, by name. `Telemetry` updates them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
@@ -67,6 +67,15 @@ class Metrics:
         """Exports the version and the model."""
         info = Gauge("loraplex_build_info", "Version and model.", ("version", "model"), registry=self.registry)
         info.labels(version("loraplex"), model).set(1)
+
+    def watch_registry(self, refused: Callable[[], bool]) -> None:
+        """Exports whether the registry's file is refused."""
+        gauge = Gauge(
+            "loraplex_adapter_registry_refused",
+            "1 while the adapter registry's file is invalid, and its previous content is served.",
+            registry=self.registry,
+        )
+        gauge.set_function(refused)
 
     def forget_adapter(self, label: str) -> None:
         """Drops an adapter's series."""

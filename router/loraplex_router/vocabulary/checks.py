@@ -18,6 +18,7 @@ MAX_STOP_TOKENS = 64
 MAX_TOP_LOGPROBS = 32
 MAX_INPUTS = 1024
 MAX_SALT_LENGTH = 512
+MAX_SESSION_LENGTH = 512
 MAX_REFERENCE_LENGTH = 512
 MAX_MERGED = 16
 MAX_ADAPTERS = 16
@@ -36,6 +37,7 @@ def check_request(request: Request, vocab_size: int, sources: Collection[str]) -
     )
     salted = len(request.cache_salt) <= MAX_SALT_LENGTH
     found.check(salted, "cache_salt", f"at most {MAX_SALT_LENGTH} characters")
+    check_session(request.session, found)
     found.check(1 <= request.n <= MAX_N, "n", f"must be from 1 to {MAX_N}")
     _check_adapters(request, sources, found)
     kept = request.truncate in (None, AS_MANY_AS_FIT) or request.truncate >= 1
@@ -57,10 +59,15 @@ def check_request(request: Request, vocab_size: int, sources: Collection[str]) -
 def check_embed_request(request: EmbedRequest, vocab_size: int, sources: Collection[str]) -> None:
     """Raises InvalidRequestError, as check_request does."""
     found = Violations()
+    check_session(request.session, found)
     found.check(1 <= len(request.inputs) <= MAX_INPUTS, "inputs", f"send 1 to {MAX_INPUTS} inputs")
     found.raise_any()
     for part in request.parts():
         check_request(part, vocab_size, sources)
+
+
+def check_session(session: str, found: Violations) -> None:
+    found.check(len(session) <= MAX_SESSION_LENGTH, "session", f"at most {MAX_SESSION_LENGTH} characters")
 
 
 def check_adapter(

@@ -15,9 +15,29 @@ class AdapterReference:
     source: str = ""
     revision: str = ""
     token: str = field(default="", repr=False)
+    version: "Version | None" = None  # of a name in the registry: its id is the version's
+    asked: str = field(default="", compare=False)  # the name or alias in the request that led to the version
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "id", normal(self.id))
+
+    @property
+    def origin(self) -> "AdapterReference":
+        """Where its content comes from: of a version, what the registry says."""
+        return self if self.version is None else replace(self.version.origin, token=self.token)
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """What the registry says about one version of a name."""
+
+    name: str
+    number: int
+    origin: AdapterReference
+    digest: str = ""  # of its content; empty: any
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.number}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +59,8 @@ def key_of(reference: Reference) -> str:
     callers without it. Contains no token in clear text."""
     if isinstance(reference, MergedReference):
         return _hash([key_of(part) for part in reference.adapters], *_settings(reference))
-    return _hash(reference.source, reference.id, reference.revision, reference.token)
+    key = _hash(reference.source, reference.id, reference.revision, reference.token)
+    return key if reference.version is None else _hash(key, key_of(reference.version.origin), reference.version.digest)
 
 
 def name_of(reference: Reference | None) -> str:
@@ -53,9 +74,23 @@ def name_of(reference: Reference | None) -> str:
 
 def ids_of(reference: Reference | None) -> tuple[str, ...]:
     """The ids of the adapters that it names."""
-    if reference is None:
-        return ()
-    return tuple(part.id for part in reference.adapters) if isinstance(reference, MergedReference) else (reference.id,)
+    return tuple(part.id for part in parts_of(reference))
+
+
+def asked_of(reference: Reference | None) -> tuple[str, ...]:
+    """The same as the request named them."""
+    return tuple(part.asked or part.id for part in parts_of(reference))
+
+
+def version_of(reference: Reference | None) -> str:
+    """The registry's versions among the adapters that it names."""
+    return ",".join(part.id for part in parts_of(reference) if part.version is not None)
+
+
+def parts_of(reference: Reference | None) -> tuple[AdapterReference, ...]:
+    if isinstance(reference, MergedReference):
+        return reference.adapters
+    return () if reference is None else (reference,)
 
 
 def merged_digest(parts: list[str], merged: MergedReference) -> str:

@@ -36,6 +36,7 @@ class Request:
     detail: Detail = field(default_factory=Detail)
     grammar: Grammar | None = None
     cache_salt: str = ""  # cached prefixes are shared by requests with the same salt
+    session: str = ""  # requests with the same one get the same version of an alias with weights
 
     def parts(self) -> list["Request"]:
         """One request per adapter."""
@@ -49,6 +50,7 @@ class EmbedRequest:
     inputs: tuple[Prompt, ...]
     adapter: AdapterReference | MergedReference | None = None
     truncate: int | None = None  # as in a Request
+    session: str = ""
 
     @property
     def detail(self) -> Detail:

@@ -1,5 +1,6 @@
 """The dependencies that routes get from FastAPI."""
 
+import secrets
 from dataclasses import dataclass
 from typing import Annotated, TypeAlias
 
@@ -14,11 +15,14 @@ from loraplex_router.service.service import Service
 class RouteCall:
     service: Service  # that is called
     key: str | None  # the API key; if the server has no keys, LoRAX's clients send a token for the hub instead
+    session: str  # the same for all requests that the call makes
     receive: Receive  # reports the client's disconnect once the body has been read
 
 
 async def _read_call(http: Request) -> RouteCall:
-    return RouteCall(http.app.state.service, read_bearer(http.headers.get("authorization")), http.receive)
+    key = read_bearer(http.headers.get("authorization"))
+    session = http.headers.get("x-session-id") or secrets.token_hex(8)
+    return RouteCall(http.app.state.service, key, session, http.receive)
 
 
 Call: TypeAlias = Annotated[RouteCall, Depends(_read_call)]

@@ -56,13 +56,19 @@ class Classifier(BaseModel):
     joins_pairs: bool = Field(description="It reads a pair of texts as one, the second directly behind the first.")
 
 
+class AliasTarget(BaseModel):
+    adapter: str = Field(description="A version (name@version), a registered name, or another alias.")
+    percent: float = Field(description="The share of sessions that get it.")
+
+
 class AdapterStatus(BaseModel):
     id: str = Field(description="For a merged adapter, the ids of its parts, separated by commas.")
     source: str
     revision: str
     state: str = Field(
         description="available (in the adapter directory), fetching, loaded, unloading, or broken (in the adapter "
-        "directory, but it cannot be served)"
+        "directory, but it cannot be served); of the registry: registered (a version that is not loaded) or alias (a "
+        "name for `targets`)"
     )
     tier: str | None = Field(description="The fastest place that has it: disk, host or device. null: being fetched.")
     digest: str | None = Field(description="null while it is only on disk or being fetched, like the next two.")
@@ -79,3 +85,4 @@ class AdapterStatus(BaseModel):
     invocation: str = Field(description="What in a prompt activates it (aLoRA). Empty: it is always active.")
     invocation_token_ids: list[int] = Field(description="The same as tokens.")
     classifier: Classifier | None = Field(description="Its own, if it was trained to classify; known once loaded.")
+    targets: list[AliasTarget] = Field(description="Of an alias: what it stands for.")

@@ -11,6 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, Discriminator, Field, Tag
 
 from loraplex_protos.errors import FieldViolation, InvalidRequestError, LoraplexError
+from loraplex_router.api.http.answer_headers import answer_headers
 from loraplex_router.api.http.call import Call
 from loraplex_router.api.http.conversation import Conversation, read_conversation
 from loraplex_router.api.http.disconnects import finish_before_disconnect
@@ -150,8 +151,8 @@ async def classify(body: Classify, call: Call) -> Response:
             return await _classify_vllm(body, call)
         except LoraplexError as error:
             return VLLM.answer(error)
-    (found,) = await _classify_lorax([body.inputs], body.parameters, call)
-    return JsonAnswer(found)
+    (found,), headers = await _classify_lorax([body.inputs], body.parameters, call)
+    return JsonAnswer(found, headers=headers)
 
 
 router.include_router(either)
@@ -160,16 +161,20 @@ router.include_router(either)
 @router.post("/classify_batch", tags=["LoRAX"], responses={200: {"model": list[Found]}, **LORAX_ERRORS})
 async def classify_batch(body: LoraxClassifyBatch, call: Call) -> Response:
     """Classifies several texts."""
-    return JsonAnswer(await _classify_lorax(body.inputs, body.parameters, call))
+    found, headers = await _classify_lorax(body.inputs, body.parameters, call)
+    return JsonAnswer(found, headers=headers)
 
 
-async def _classify_lorax(texts: Sequence[str], given: Parameters | None, call: Call) -> list[list[dict[str, Any]]]:
+async def _classify_lorax(
+    texts: Sequence[str], given: Parameters | None, call: Call
+) -> tuple[list[list[dict[str, Any]]], dict[str, str]]:
+    """What is found in each text, and the answer's headers."""
     given = given or Parameters()
-    request = ClassifyRequest(tuple(texts), read_adapter(given, adapter_token(call)), given.truncate)
+    request = ClassifyRequest(tuple(texts), read_adapter(given, adapter_token(call)), given.truncate, call.session)
     found = await finish_before_disconnect(call.service.classify(request, call.key), call.receive)
     places = [await call.service.places(text, each) for text, each in zip(texts, found, strict=True)]
     size = sum(len(each.logits) for each in found)
-    return await in_turn(size, lambda: list(map(_write_lorax, texts, found, places)))
+    return await in_turn(size, lambda: list(map(_write_lorax, texts, found, places))), answer_headers(found)
 
 
 def _write_lorax(text: str, found: Classification, places: Sequence[TokenSpan]) -> list[dict[str, Any]]:
@@ -204,7 +209,9 @@ def _labelled(found: Classification, places: Sequence[TokenSpan]) -> list[Labell
 
 async def _classify_vllm(body: VllmClassify | VllmClassifyChat, call: Call) -> Response:
     names = call.service.model_names
-    request = ClassifyRequest(_read_vllm(body), read_model_name(body.model, names), body.truncate_prompt_tokens)
+    request = ClassifyRequest(
+        _read_vllm(body), read_model_name(body.model, names), body.truncate_prompt_tokens, call.session
+    )
     found = await finish_before_disconnect(call.service.classify(request, call.key), call.receive)
     if found[0].classifier.of_tokens:
         reason = "is for classifiers of whole texts, but this one classifies tokens: send LoRAX's `inputs`"
@@ -228,7 +235,7 @@ async def _classify_vllm(body: VllmClassify | VllmClassifyChat, call: Call) -> R
             "prompt_tokens_details": None,
         },
     }
-    return JsonAnswer(answer)
+    return JsonAnswer(answer, headers=answer_headers(found))
 
 
 def _read_vllm(body: VllmClassify | VllmClassifyChat) -> tuple[Prompt, ...]:

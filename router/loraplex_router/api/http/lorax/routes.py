@@ -1,8 +1,11 @@
 """LoRAX's generation and embedding."""
 
+from dataclasses import replace
+
 from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse
 
+from loraplex_router.api.http.answer_headers import answer_headers
 from loraplex_router.api.http.call import Call
 from loraplex_router.api.http.disconnects import collect, finish_before_disconnect
 from loraplex_router.api.http.errors import LORAX_ERRORS, Responses, write_lorax_error
@@ -11,7 +14,6 @@ from loraplex_router.api.http.lorax import schema
 from loraplex_router.api.http.lorax.reading import adapter_token, read_adapter, read_request, wants_details
 from loraplex_router.api.http.lorax.writing import LoraxWriter, static_headers, whole_headers
 from loraplex_router.api.http.sse import EventStream, describe_events
-from loraplex_router.api.http.warning_header import warning_header
 from loraplex_router.api.turns import in_turn
 from loraplex_router.vocabulary.request import EmbedRequest
 
@@ -45,15 +47,15 @@ async def lorax_embed(body: schema.EmbedRequest, call: Call) -> Response:
     """The input's vector, pooled from the last hidden states as the files of sentence-transformers beside the model
     say; without such files, their mean over all tokens, scaled to length 1."""
     given = body.parameters or schema.Parameters()
-    request = EmbedRequest((body.inputs,), read_adapter(given, adapter_token(call)), given.truncate)
+    request = EmbedRequest((body.inputs,), read_adapter(given, adapter_token(call)), given.truncate, call.session)
     (found,) = await finish_before_disconnect(call.service.embed(request, call.key), call.receive)
-    return JSONResponse({"embeddings": found.values.tolist()}, headers=warning_header([found]))
+    return JSONResponse({"embeddings": found.values.tolist()}, headers=answer_headers([found]))
 
 
 async def _generate(body: schema.GenerateRequest, call: Call, stream: bool, as_list: bool = False) -> Response:
     request, given = read_request(body, adapter_token(call), stream), body.parameters or schema.Parameters()
-    generation = await call.service.generate(request, call.key)
-    headers = static_headers(call.service.info.model_id, body.inputs, request.adapter) | warning_header([generation])
+    generation = await call.service.generate(replace(request, session=call.session), call.key)
+    headers = static_headers(call.service.info.model_id, body.inputs, request.adapter) | answer_headers([generation])
     prefix = body.inputs if given.return_full_text else ""
     writer = LoraxWriter(generation, call.service.tokenizer, wants_details(given), prefix)
     if stream:

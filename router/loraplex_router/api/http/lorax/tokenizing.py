@@ -96,7 +96,7 @@ async def _spans(body: LoraxTokenize | VllmTokenize | VllmTokenizeChat, call: Ca
     chat = read_conversation(body, found)
     found.raise_any()
     adapter = read_model_name(body.model, call.service.model_names)
-    return await call.service.tokenize(chat, bool(body.add_special_tokens), adapter, call.key)
+    return await call.service.tokenize(chat, bool(body.add_special_tokens), adapter, call.key, call.session)
 
 
 async def _write_vllm(spans: Spans, max_model_len: int, names: Tokenizer | None) -> AsyncIterator[bytes]:

@@ -9,6 +9,7 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, Field
 
 from loraplex_protos.errors import FieldViolation, InvalidRequestError
+from loraplex_router.api.http.answer_headers import answer_headers
 from loraplex_router.api.http.call import Call
 from loraplex_router.api.http.disconnects import finish_before_disconnect
 from loraplex_router.api.http.fields import CountOrAll, Name, Prompts, read_prompts
@@ -16,7 +17,6 @@ from loraplex_router.api.http.json_body import JsonRoute
 from loraplex_router.api.http.json_list import write_data
 from loraplex_router.api.http.model_names import answered_name, read_model_name
 from loraplex_router.api.http.openai_errors import ERRORS
-from loraplex_router.api.http.warning_header import warning_header
 from loraplex_router.engine.output import Embedding
 from loraplex_router.vocabulary.request import EmbedRequest
 
@@ -56,7 +56,7 @@ async def openai_embeddings(body: OpenaiRequest, call: Call) -> Response:
         raise InvalidRequestError(FieldViolation("dimensions", "is not supported: leave it out"))
     names = call.service.model_names
     adapter = read_model_name(body.model, names)
-    request = EmbedRequest(tuple(read_prompts(body.input)), adapter, body.truncate_prompt_tokens)
+    request = EmbedRequest(tuple(read_prompts(body.input)), adapter, body.truncate_prompt_tokens, call.session)
     found = await finish_before_disconnect(call.service.embed(request, call.key), call.receive)
     in_base64, tokens = body.encoding_format == "base64", sum(embedding.prompt_tokens for embedding in found)
     rows = (
@@ -66,7 +66,7 @@ async def openai_embeddings(body: OpenaiRequest, call: Call) -> Response:
     batch = max(1, FLOATS // len(found[0].values))  # a thousand vectors are tens of megabytes
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
     written = write_data(rows, batch, model=answered_name(body.model, names), usage=usage)
-    return StreamingResponse(written, media_type="application/json", headers=warning_header(found))
+    return StreamingResponse(written, media_type="application/json", headers=answer_headers(found))
 
 
 def _encode(found: Embedding, in_base64: bool) -> list[float] | str:

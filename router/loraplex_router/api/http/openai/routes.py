@@ -1,9 +1,11 @@
 """OpenAI's generation."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from fastapi import APIRouter, Response
 
+from loraplex_router.api.http.answer_headers import answer_headers
 from loraplex_router.api.http.call import Call
 from loraplex_router.api.http.disconnects import collect
 from loraplex_router.api.http.json_body import JsonAnswer, JsonRoute
@@ -14,7 +16,6 @@ from loraplex_router.api.http.openai.completions import CompletionWriter, read_c
 from loraplex_router.api.http.openai.schema import ChatCompletionRequest, CompletionRequest
 from loraplex_router.api.http.openai_errors import ERRORS, write_error
 from loraplex_router.api.http.sse import EventStream, describe_events
-from loraplex_router.api.http.warning_header import warning_header
 from loraplex_router.api.turns import in_turn
 from loraplex_router.engine.output import Generation
 from loraplex_router.vocabulary.volume import Volume
@@ -32,7 +33,7 @@ async def completions(body: CompletionRequest, call: Call) -> Response:
     body = body.model_copy(update={"model": answered_name(body.model, service.model_names)})
     try:
         for request in requests:
-            generations += await service.generate_each(request, call.key, volume)
+            generations += await service.generate_each(replace(request, session=call.session), call.key, volume)
     except BaseException:
         for generation in generations:
             service.close(generation)
@@ -46,13 +47,13 @@ async def chat_completions(body: ChatCompletionRequest, call: Call) -> Response:
     """Answers a conversation, with the model's own chat template."""
     service = call.service
     request = read_chat(body, service.model_names, service.sampling_defaults)
-    generations = await service.generate_each(request, call.key)
+    generations = await service.generate_each(replace(request, session=call.session), call.key)
     body = body.model_copy(update={"model": answered_name(body.model, service.model_names)})
     return await _answer(call, generations, ChatWriter(body, generations, service.tokenizer, service.info.version))
 
 
 async def _answer(call: Call, generations: Sequence[Generation], writer: CompletionWriter | ChatWriter) -> Response:
-    headers = warning_header(generations)
+    headers = answer_headers(generations)
     if writer.body.stream:
         return EventStream(call.service, generations, writer.events(), write_error, headers)
     deltas = await collect(call.service, generations, call.receive)

@@ -6,7 +6,7 @@ from typing import Any
 
 from loraplex_router.api.http.openai.schema import GenerationRequest, StreamOptions
 from loraplex_router.engine.output import Generation
-from loraplex_router.vocabulary.references import ids_of
+from loraplex_router.vocabulary.references import asked_of
 from loraplex_router.vocabulary.sequence import FinishReason
 
 FINISH_REASONS = {
@@ -30,7 +30,7 @@ def common_fields(kind: str, prefix: str, generation: Generation, model: str, ve
 
 def whose(generation: Generation, body: GenerationRequest) -> dict[str, str | None]:
     """Which adapter a choice is of, if several were asked; null is the base model."""
-    return {"adapter": ",".join(ids_of(generation.reference)) or None} if body.adapters else {}
+    return {"adapter": ",".join(asked_of(generation.reference)) or None} if body.adapters else {}
 
 
 def usage(generations: Sequence[Generation]) -> dict[str, Any]:

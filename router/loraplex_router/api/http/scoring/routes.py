@@ -7,13 +7,13 @@ from typing import Any
 from fastapi import APIRouter, Response
 
 from loraplex_protos.errors import FieldViolation, InvalidRequestError
+from loraplex_router.api.http.answer_headers import answer_headers
 from loraplex_router.api.http.call import Call
 from loraplex_router.api.http.disconnects import finish_before_disconnect
 from loraplex_router.api.http.json_body import JsonAnswer, JsonRoute
 from loraplex_router.api.http.model_names import answered_name, read_model_name
 from loraplex_router.api.http.openai_errors import ERRORS
 from loraplex_router.api.http.scoring.schema import Options, RerankAnswer, RerankBody, ScoreAnswer, ScoreBody
-from loraplex_router.api.http.warning_header import warning_header
 from loraplex_router.service.scoring import ScoreRequest, Scores, score
 
 NAMES = (("queries", "documents"), ("queries", "items"), ("data_1", "data_2"), ("text_1", "text_2"))
@@ -36,7 +36,7 @@ async def score_pairs(body: ScoreBody, call: Call) -> Response:
         "data": [{"index": index, "object": "score", "score": value} for index, value in enumerate(found.values)],
         "usage": usage,
     }
-    return JsonAnswer(answer, headers=warning_header([found]))
+    return JsonAnswer(answer, headers=answer_headers(found.answers))
 
 
 @reranking.post("", responses={200: {"model": RerankAnswer}, **ERRORS}, response_model_exclude_none=True)
@@ -55,7 +55,7 @@ async def rerank(body: RerankBody, call: Call) -> Response:
         "usage": _usage(found),
         "results": results,
     }
-    return JsonAnswer(answer, headers=warning_header([found]))
+    return JsonAnswer(answer, headers=answer_headers(found.answers))
 
 
 def _read_pairs(body: ScoreBody) -> tuple[list[str], list[str]]:
@@ -75,6 +75,7 @@ async def _score(body: Options, queries: list[str], documents: list[str], call: 
         body.max_tokens_per_query or 0,
         body.max_tokens_per_doc or 0,
         body.use_activation is False,
+        call.session,
     )
     return await finish_before_disconnect(score(call.service, request, call.key), call.receive)
 

@@ -1,0 +1,32 @@
+"""Follows a file of the operator's, such as the key file or one in a Kubernetes ConfigMap."""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+LOOK_SECONDS = 5.0
+
+
+class FollowedFile:
+    """Remembers the file's state when it was made, so that no later change is missed."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._state = _state(path)
+
+    async def changes(self) -> AsyncIterator[None]:
+        """Yields whenever the file has changed. Never ends."""
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            if (state := _state(self._path)) != self._state:
+                self._state = state
+                yield
+
+
+def _state(path: Path) -> tuple[int, ...] | None:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns

@@ -1,0 +1,120 @@
+"""The registry: names that operators declare, each with numbered versions, and aliases of them. Pure: no clock, no
+files.
+
+A request may name an alias, a name (its newest version), or exactly one version, as `name@version`. A registered name
+hides the same name in the sources, unless the request names its source.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from hashlib import blake2b
+
+from loraplex_protos.adapter_names import normal
+from loraplex_protos.errors import AdapterNotFoundError, FieldViolation, InvalidRequestError, quote
+from loraplex_router.vocabulary.references import AdapterReference, MergedReference, Reference, Version
+
+AT = "@"  # between a name and a version; registered names do not contain it
+
+
+@dataclass(frozen=True)
+class Registered:
+    """The content of a registry, which has been checked."""
+
+    names: Mapping[str, Mapping[int, Version]] = field(default_factory=dict)  # at least one version each
+    aliases: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # to names, versions or aliases: per cent
+
+
+class Registry:
+    """The current content. `fault` says why a later one was refused; empty: none was."""
+
+    def __init__(self) -> None:
+        self.content = Registered()
+        self.fault = ""
+
+    def update(self, content: Registered) -> list[AdapterReference]:
+        """Replaces the content. Returns the versions that are not registered any more, or are something else now."""
+        former, self.content, self.fault = list(self.versions()), content, ""
+        kept = set(self.versions())
+        return [version for version in former if version not in kept]
+
+    def versions(self) -> Iterator[AdapterReference]:
+        for versions in self.content.names.values():
+            yield from map(reference_to, versions.values())
+
+    def aliases(self) -> Iterator[tuple[str, Mapping[str, float]]]:
+        """All that stand for versions: aliases, and names for their newest versions."""
+        yield from self.content.aliases.items()
+        for name, versions in self.content.names.items():
+            yield name, {f"{name}{AT}{max(versions)}": 100.0}
+
+    def has(self, id: str) -> bool:
+        return id in self.content.names or id in self.content.aliases
+
+    def bare(self, id: str) -> str:
+        """The registered name in `name@version`; any other id is returned as it is. Permissions are for names."""
+        name, at, _ = normal(id).partition(AT)
+        return name if at and name in self.content.names else id
+
+    def named(self, reference: Reference | None) -> Reference | None:
+        """The reference with the names that a tenant must be allowed to use."""
+        if isinstance(reference, MergedReference):
+            return replace(reference, adapters=tuple(self._named(part) for part in reference.adapters))
+        return reference and self._named(reference)
+
+    def resolve(self, reference: Reference | None, session: str) -> Reference | None:
+        """The reference to the version that it names, or to the source that it names. Of an alias with weights, the
+        session decides; equal sessions get the same version from every router.
+
+        Raises AdapterNotFoundError for a version that a registered name does not have, InvalidRequestError for a
+        revision of a registered name.
+        """
+        if isinstance(reference, MergedReference):
+            return replace(reference, adapters=tuple(self.resolve_one(part, session) for part in reference.adapters))
+        return reference and self.resolve_one(reference, session)
+
+    def _named(self, reference: AdapterReference) -> AdapterReference:
+        return reference if reference.source else replace(reference, id=self.bare(reference.id))
+
+    def resolve_one(self, reference: AdapterReference, session: str | None) -> AdapterReference:
+        """As resolve. Without a session, an alias of several adapters is refused."""
+        asked = target = reference.id
+        if reference.source or not self.has(self.bare(asked)):
+            return reference
+        if reference.revision:
+            why = f"{quote(asked)} is a name in the registry: request a version as NAME@VERSION, or name the source"
+            raise InvalidRequestError(FieldViolation("adapter.revision", why))
+        while targets := self.content.aliases.get(target):
+            if session is None and len(targets) > 1:
+                why = f"{quote(target)} is an alias of several adapters: name one of {', '.join(targets)}"
+                raise InvalidRequestError(FieldViolation("adapter.id", why))
+            target = _choose(target, targets, session or "")
+        version = self.find(target)
+        if version is None:
+            raise AdapterNotFoundError(f"the registry has no {quote(target)}; its versions: {self._versions(target)}")
+        return replace(reference_to(version), token=reference.token, asked=asked)
+
+    def find(self, target: str) -> Version | None:
+        """The version that `name` or `name@version` names."""
+        name, at, number = target.partition(AT)
+        versions = self.content.names.get(name, {})
+        if not at:
+            return versions[max(versions)] if versions else None
+        return versions.get(int(number)) if number.isascii() and number.isdecimal() and len(number) < 20 else None
+
+    def _versions(self, target: str) -> str:
+        return ", ".join(map(str, sorted(self.content.names[self.bare(target)])))
+
+
+def reference_to(version: Version) -> AdapterReference:
+    return AdapterReference(str(version), version=version)
+
+
+def _choose(alias: str, targets: Mapping[str, float], session: str) -> str:
+    """Each target gets a share of all hashes. A share that grows keeps the sessions that it had, for two targets."""
+    digest = blake2b(f"{alias}\0{session}".encode(errors="replace"), digest_size=8).digest()
+    place = int.from_bytes(digest) / 2**64 * sum(targets.values())
+    for target, weight in sorted(targets.items()):
+        place -= weight
+        if place < 0:
+            return target
+    return max(targets)

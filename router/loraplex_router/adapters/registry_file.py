@@ -1,0 +1,160 @@
+"""Reads the file (YAML or JSON) of --adapter-registry, and rereads it when it changes.
+
+adapters:
+  sql:
+    1: {id: acme/sql-lora, source: hub, revision: 5f3c2d1}
+    2: {id: acme/sql-lora, source: hub, revision: 9ab07e4}
+aliases:
+  sql-stable: sql@1
+  sql-canary: {sql@1: 95, sql@2: 5}  # per cent
+"""
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
+from math import isclose
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from loraplex_protos.adapter_names import RULE, is_id, is_name, normal
+from loraplex_protos.errors import LoraplexError, quote
+from loraplex_router.access.followed_file import FollowedFile
+from loraplex_router.adapters.registry import AT, Registered, Registry
+from loraplex_router.vocabulary.references import AdapterReference, Version
+
+logger = logging.getLogger(__name__)
+
+Number = Annotated[int, Field(ge=1, lt=2**63, strict=False)]  # of a version; JSON's keys are texts
+Weight = Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)]
+
+
+class RegistryFileError(LoraplexError):
+    """The registry file cannot be used. The message says where the fault is."""
+
+
+class _Origin(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    id: str  # in its source
+    source: str = ""
+    revision: str = ""
+    digest: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")] = ""  # that its content must have
+
+
+class _RegistryFile(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    adapters: dict[str, Annotated[dict[Number, _Origin], Field(min_length=1)]] = {}
+    aliases: dict[str, str | Annotated[dict[str, Weight], Field(min_length=1)]] = {}
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is there twice, of which YAML would take the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        for key, count in keys.items():
+            if count > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{quote(key)} is there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+class RegistryFile:
+    """Keeps a registry as its file says. Raises RegistryFileError if the file is invalid at the start."""
+
+    def __init__(self, path: Path, registry: Registry, gone: Callable[[AdapterReference], None]) -> None:
+        """`gone` is called with each version that leaves the registry."""
+        self._path = path
+        self._file = FollowedFile(path)
+        self._registry = registry
+        self._gone = gone
+        registry.update(read_registry(path))
+
+    async def follow(self) -> None:
+        """Checks the file periodically, until cancelled. Keeps the old content while the file is invalid."""
+        async for _ in self._file.changes():
+            try:
+                content = await asyncio.to_thread(read_registry, self._path)
+            except RegistryFileError as error:
+                self._registry.fault = error.message
+                logger.error("keeping the previous adapter registry: %s", error)
+                continue
+            for version in self._registry.update(content):
+                self._gone(version)
+            logger.info("reloaded the adapter registry: %d names", len(content.names))
+
+
+def read_registry(path: Path) -> Registered:
+    """Raises RegistryFileError."""
+    try:
+        content = yaml.load(path.read_bytes(), _Loader)
+        file = _RegistryFile.model_validate({} if content is None else content)
+        registered = Registered(
+            {name: dict(_versions(name, versions)) for name, versions in file.adapters.items()},
+            {alias: {to: 100.0} if isinstance(to, str) else to for alias, to in file.aliases.items()},
+        )
+        check(registered)
+    except OSError as error:
+        raise RegistryFileError(f"--adapter-registry: {path} cannot be read: {error.strerror}") from error
+    except ValidationError as error:
+        raise RegistryFileError(f"--adapter-registry: {path}: {_describe(error)}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        place = f" in line {mark.line + 1}" if mark else ""
+        raise RegistryFileError(f"--adapter-registry: {path} is not YAML{place}: {problem or error}") from None
+    except ValueError as error:
+        raise RegistryFileError(f"--adapter-registry: {path}: {error}") from None
+    return registered
+
+
+def check(content: Registered) -> None:
+    """Raises ValueError, with the place, for content that would not be clear to a request."""
+    for name, versions in content.names.items():
+        _check_name(f"adapters.{name}", name)
+        for number, version in versions.items():
+            if not is_id(version.origin.id):
+                raise ValueError(f"adapters.{name}.{number}.id: {quote(version.origin.id)} is not a valid id: {RULE}")
+    for alias, targets in content.aliases.items():
+        place = f"aliases.{alias}"
+        _check_name(place, alias)
+        if alias in content.names:
+            raise ValueError(f"{place}: is a name in `adapters`, too: give the alias another name")
+        for target in targets:
+            _check_target(place, target, content)
+        total = sum(targets.values())
+        if not isclose(total, 100, abs_tol=1e-6):
+            raise ValueError(f"{place}: the weights add up to {total:g}, not to 100")
+    try:
+        TopologicalSorter(content.aliases).prepare()
+    except CycleError as error:
+        raise ValueError(f"aliases: they lead in a circle: {' -> '.join(reversed(error.args[1]))}") from None
+
+
+def _check_name(place: str, name: str) -> None:
+    if not is_name(name) or AT in name or name != normal(name):
+        raise ValueError(f"{place}: is not a valid name: {RULE}; a registered one does not contain {AT}")
+
+
+def _check_target(place: str, target: str, content: Registered) -> None:
+    name, at, number = target.partition(AT)
+    versions = content.names.get(name)
+    if versions is None and (at or target not in content.aliases):
+        raise ValueError(f"{place}: the registry has no {quote(name)}")
+    if versions is not None and at and number not in map(str, versions):
+        raise ValueError(f"{place}: {quote(name)} has no version {quote(number)}")
+
+
+def _versions(name: str, versions: Mapping[int, _Origin]) -> Iterator[tuple[int, Version]]:
+    for number, origin in versions.items():
+        reference = AdapterReference(origin.id, origin.source, origin.revision)
+        yield number, Version(name, number, reference, origin.digest)
+
+
+def _describe(error: ValidationError) -> str:
+    faults = error.errors(include_url=False, include_context=False, include_input=False)
+    return "; ".join(f"{'.'.join(map(str, fault['loc'])) or 'the file'}: {fault['msg']}" for fault in faults)

@@ -1,0 +1,302 @@
+"""The registry: names with versions and aliases, from a file that is followed, in requests, answers and listings."""
+
+import asyncio
+import json
+import tempfile
+from collections import Counter
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loraplex_protos.errors import (
+    AdapterNotFoundError,
+    AdapterSourceError,
+    ForbiddenError,
+    InvalidRequestError,
+)
+from loraplex_protos.generation_pb2 import ADAPTER_STATE_ALIAS as ALIAS
+from loraplex_protos.generation_pb2 import ADAPTER_STATE_AVAILABLE as AVAILABLE
+from loraplex_protos.generation_pb2 import ADAPTER_STATE_LOADED as LOADED
+from loraplex_protos.generation_pb2 import ADAPTER_STATE_REGISTERED as REGISTERED
+from loraplex_protos.generation_pb2 import AdapterStatus
+from loraplex_router.access import followed_file
+from loraplex_router.access.keys import TenantSettings
+from loraplex_router.adapters.registry import Registry
+from loraplex_router.adapters.registry_file import RegistryFile, RegistryFileError, read_registry
+from loraplex_router.vocabulary.references import AdapterReference, MergedReference
+from loraplex_router.vocabulary.request import Request
+from tests.router.test_keys import ADMIN_KEY, OLD_KEY, hashed
+from tests.router.test_replicas import Cluster, request
+
+FILE = """
+adapters:
+  sql:
+    1: {id: a, source: local}
+    2: {id: acme/sql, source: hub, revision: 9ab07e4}
+  a:
+    7: {id: b}
+aliases:
+  stable: sql@1
+  canary: {sql@1: 95, sql: 5}
+  nested: {canary: 50, a: 50}
+"""
+
+
+def write(path: Path, text: str = FILE) -> Path:
+    new = path / "new"
+    new.write_text(text)
+    return new.replace(path / "registry.yaml")
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Registry:
+    made = Registry()
+    made.update(read_registry(write(tmp_path)))
+    return made
+
+
+@pytest.fixture
+async def cluster(registry: Registry) -> AsyncIterator[Cluster]:
+    made = Cluster(
+        {
+            "acme": TenantSettings(keys=[hashed(OLD_KEY)], adapters=["sql", "canary"]),
+            "operator": TenantSettings(keys=[hashed(ADMIN_KEY)], admin=True),
+        }
+    )
+    made.registry.update(registry.content)
+    yield made
+    await made.close()
+
+
+async def listed(cluster: Cluster, key: str = ADMIN_KEY) -> dict[str, list[AdapterStatus]]:
+    found: dict[str, list[AdapterStatus]] = {}
+    for status in (await cluster.service.adapters.list(key)).adapters:
+        found.setdefault(status.id, []).append(status)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("asked", "version", "origin"),
+    [
+        ("sql", "sql@2", AdapterReference("acme/sql", "hub", "9ab07e4", "secret")),
+        ("sql@1", "sql@1", AdapterReference("a", "local", token="secret")),
+        ("stable", "sql@1", AdapterReference("a", "local", token="secret")),
+        ("a", "a@7", AdapterReference("b", token="secret")),
+    ],
+)
+def test_a_name_an_alias_or_a_version_stands_for_one_version(
+    registry: Registry, asked: str, version: str, origin: AdapterReference
+) -> None:
+    found = registry.resolve_one(AdapterReference(asked, token="secret"), "me")
+    assert (found.id, found.asked, found.origin) == (version, asked, origin)
+
+
+@pytest.mark.parametrize("id", ["b", "org/name", "b@2", "unknown@1"])
+def test_what_is_not_registered_is_left_to_the_sources(registry: Registry, id: str) -> None:
+    assert registry.resolve_one(AdapterReference(id), "me") == AdapterReference(id)
+
+
+def test_a_request_that_names_a_source_passes_by_the_registry(registry: Registry) -> None:
+    assert registry.resolve_one(AdapterReference("a", "local"), "me") == AdapterReference("a", "local")
+
+
+@pytest.mark.parametrize("id", ["sql@3", "sql@", "sql@1@1", "sql@x", "sql@²", "sql@" + "9" * 30])
+def test_a_version_that_a_name_does_not_have_is_refused_with_those_it_has(registry: Registry, id: str) -> None:
+    with pytest.raises(AdapterNotFoundError, match="its versions: 1, 2"):
+        registry.resolve_one(AdapterReference(id), "me")
+
+
+def test_a_revision_of_a_registered_name_is_refused(registry: Registry) -> None:
+    with pytest.raises(InvalidRequestError, match="NAME@VERSION"):
+        registry.resolve_one(AdapterReference("sql", revision="main"), "me")
+
+
+def test_weights_are_shares_of_sessions(registry: Registry) -> None:
+    chosen = Counter(registry.resolve_one(AdapterReference("canary"), f"session {i}").id for i in range(4000))
+    assert chosen.keys() == {"sql@1", "sql@2"}
+    assert 0.03 < chosen["sql@2"] / chosen.total() < 0.07
+
+
+@given(st.text())
+def test_a_session_keeps_its_version_on_every_router_and_while_the_other_share_shrinks(session: str) -> None:
+    def chosen(share: int) -> str:
+        registry = Registry()
+        registry.update(registry_of({"x@1": 100 - share, "x@2": share}))
+        return registry.resolve_one(AdapterReference("alias"), session).id
+
+    first, again, later = chosen(10), chosen(10), chosen(30)
+    assert first == again
+    assert first == "x@1" or later == "x@2"
+
+
+def test_the_parts_of_a_merged_adapter_are_resolved_each(registry: Registry) -> None:
+    merged = registry.resolve(MergedReference((AdapterReference("sql"), AdapterReference("b"))), "me")
+    assert [part.id for part in merged.adapters] == ["sql@2", "b"]
+
+
+def registry_of(targets: dict[str, float]):
+    versions = {1: {"id": "a"}, 2: {"id": "b"}}
+    return _read({"adapters": {"x": versions}, "aliases": {"alias": targets}})
+
+
+def _read(content: object):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "registry.json")
+        path.write_text(json.dumps(content))
+        return read_registry(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("adapters: {x: {1: {id: a}}}\naliases: {y: z}", r"aliases\.y: the registry has no 'z'"),
+        ("adapters: {x: {1: {id: a}}}\naliases: {y: x@2}", r"aliases\.y: 'x' has no version '2'"),
+        ("adapters: {x: {1: {id: a}}}\naliases: {y: x@01}", r"aliases\.y: 'x' has no version '01'"),
+        ("aliases: {y: y}", "aliases: they lead in a circle: y -> y"),
+        ("aliases: {y: z, z: {y: 100}}", "aliases: they lead in a circle"),
+        ("adapters: {x: {1: {id: a}}}\naliases: {y: {x@1: 60, x: 30}}", r"aliases\.y: the weights add up to 90"),
+        ("adapters: {x: {1: {id: a}}}\naliases: {y: {x: 0}}", r"aliases\.y"),
+        ("adapters: {x: {1: {id: a}}}\naliases: {y: {x: .nan}}", r"aliases\.y"),
+        ("adapters: {x: {1: {id: a}}}\naliases: {y: {}}", r"aliases\.y"),
+        ("adapters: {x: {1: {id: a}}}\naliases: {x: x@1}", r"aliases\.x: is a name in `adapters`, too"),
+        ("adapters: {x: {}}", r"adapters\.x"),
+        ("adapters: {x: {0: {id: a}}}", r"adapters\.x\.0"),
+        ("adapters: {x: {latest: {id: a}}}", r"adapters\.x\.latest"),
+        ("adapters: {x: {1: {}}}", r"adapters\.x\.1\.id: Field required"),
+        ("adapters: {x: {1: {id: a, revison: b}}}", r"adapters\.x\.1\.revison: Extra inputs"),
+        ("adapters: {x: {1: {id: a, revision: 1234567}}}", r"adapters\.x\.1\.revision: Input should be a valid string"),
+        ("adapters: {x: {1: {id: a, digest: abc}}}", r"adapters\.x\.1\.digest"),
+        ("adapters: {x: {1: {id: ../a}}}", r"adapters\.x\.1\.id: '\.\./a' is not a valid id"),
+        ("adapters: {x@1: {1: {id: a}}}", r"adapters\.x@1: is not a valid name"),
+        ("adapters: {'x,y': {1: {id: a}}}", r"adapters\.x,y: is not a valid name"),
+        ("adapters:\n  x: {1: {id: a}}\n  x: {1: {id: b}}", "line 2: 'x' is there twice"),
+        ("adapters: {x: {1: {id: a}, 1: {id: b}}}", "'1' is there twice"),
+        ("adapters: [", "is not YAML in line"),
+        ("adapters: !!python/object/apply:os.system [ls]", "is not YAML in line 1"),
+        ("- x", "the file: "),
+    ],
+)
+def test_a_wrong_file_is_refused_with_the_place(tmp_path: Path, text: str, fault: str) -> None:
+    with pytest.raises(RegistryFileError, match=fault):
+        read_registry(write(tmp_path, text))
+
+
+def test_an_empty_file_is_an_empty_registry(tmp_path: Path) -> None:
+    assert not read_registry(write(tmp_path, "# nothing yet\n")).names
+
+
+async def test_answers_say_which_version_they_came_from(cluster: Cluster):
+    generation = await cluster.service.generate(request(1, 3, "stable"), ADMIN_KEY)
+    await generation.collect()
+    cluster.service.close(generation)
+    assert (generation.adapter_version, generation.adapter_digest) == ("sql@1", "digest of a")
+    assert generation.reference.asked == "stable"
+
+
+async def test_permissions_are_for_names_whatever_the_version(cluster: Cluster):
+    for name in ("sql", "sql@1", "canary"):
+        generation = await cluster.service.generate(request(1, 1, name), OLD_KEY)
+        await generation.collect()
+        cluster.service.close(generation)
+    for name in ("a", "a@7", "a@8", "stable"):
+        with pytest.raises(ForbiddenError):
+            await cluster.service.generate(request(1, 1, name), OLD_KEY)
+    assert set(await listed(cluster, OLD_KEY)) == {"sql", "sql@1", "sql@2", "canary"}
+
+
+async def test_all_that_one_call_asks_for_gets_the_same_version(cluster: Cluster):
+    asked = request(1, 1, "nested", n=8, session="one")
+    generation = await cluster.service.generate(asked, ADMIN_KEY)
+    await generation.collect()
+    cluster.service.close(generation)
+    again = await cluster.service.generate(asked, ADMIN_KEY)
+    await again.collect()
+    cluster.service.close(again)
+    assert again.adapter_version == generation.adapter_version
+
+
+async def test_the_listing_has_versions_aliases_and_what_they_hide(cluster: Cluster):
+    found = await listed(cluster)
+    assert [status.state for status in found["a"]] == [ALIAS, AVAILABLE]
+    assert "request this one with the source local" in found["a"][1].warnings[0]
+    assert {target.adapter: target.percent for target in found["canary"][0].targets} == {"sql@1": 95, "sql": 5}
+    assert (found["sql@2"][0].state, found["sql@2"][0].revision) == (REGISTERED, "9ab07e4")
+    status = await cluster.service.adapters.load(AdapterReference("stable"), ADMIN_KEY)
+    assert (status.id, status.state, status.digest) == ("sql@1", LOADED, "digest of a")
+    assert [status.state for status in (await listed(cluster))["sql@1"]] == [LOADED]
+    await cluster.service.adapters.unload(AdapterReference("sql@1"), key=ADMIN_KEY)
+    assert [status.state for status in (await listed(cluster))["sql@1"]] == [REGISTERED]
+
+
+async def test_an_administrator_must_say_which_of_an_aliass_adapters_is_meant(cluster: Cluster):
+    with pytest.raises(InvalidRequestError, match="name one of sql@1, sql"):
+        await cluster.service.adapters.load(AdapterReference("canary"), ADMIN_KEY)
+
+
+async def test_content_that_is_not_the_registrys_is_refused(cluster: Cluster):
+    digest = "0" * 64
+    cluster.registry.update(_read({"adapters": {"x": {1: {"id": "a", "digest": digest}}}}))
+    with pytest.raises(AdapterSourceError, match=f"the registry says that x@1 has the digest {digest}"):
+        await cluster.service.generate(request(1, 1, "x"), ADMIN_KEY)
+    assert [status.digest for status in (await listed(cluster))["x@1"]] == [digest]
+
+
+async def test_a_version_whose_source_lacks_it_is_the_operators_mistake(cluster: Cluster):
+    cluster.registry.update(_read({"adapters": {"x": {1: {"id": "absent"}}}}))
+    with pytest.raises(AdapterNotFoundError, match=r"^adapter x@1 of the registry: no absent$"):
+        await cluster.service.generate(request(1, 1, "x"), ADMIN_KEY)
+
+
+async def test_running_sequences_keep_a_version_that_leaves_the_registry(cluster: Cluster):
+    running = await cluster.service.generate(request(1, 150, "sql@1"), ADMIN_KEY)
+    gone = cluster.registry.update(_read({"adapters": {"sql": {2: {"id": "acme/sql"}}}}))
+    assert [version.id for version in gone] == ["sql@1", "sql@2", "a@7"]  # version 2 has another origin
+    for version in gone:
+        cluster.administration.retire(version)
+    with pytest.raises(AdapterNotFoundError):
+        await cluster.service.generate(request(1, 1, "sql@1"), ADMIN_KEY)
+    (delta,) = await running.collect()
+    assert len(delta.samples) == 150
+    cluster.service.close(running)
+    async with asyncio.timeout(5):
+        while cluster.holders("digest of a"):
+            await asyncio.sleep(0)
+
+
+async def test_a_changed_file_is_taken_up_and_a_wrong_one_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cluster: Cluster, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(followed_file, "LOOK_SECONDS", 0.001)
+    cluster.telemetry.metrics.watch_registry(lambda: bool(cluster.registry.fault))
+    file = RegistryFile(write(tmp_path), cluster.registry, cluster.administration.retire)
+    following = asyncio.create_task(file.follow())
+
+    async def until(fault: bool) -> None:
+        async with asyncio.timeout(10):
+            while bool(cluster.registry.fault) is not fault:
+                await asyncio.sleep(0.001)
+
+    write(tmp_path, "adapters: {sql: {3: {id: b}}}\naliases: {gone: nowhere}")
+    await until(fault=True)
+    assert cluster.registry.find("sql").number == 2
+    assert "aliases.gone: the registry has no 'nowhere'" in caplog.text
+    assert b"loraplex_adapter_registry_refused 1.0" in await cluster.telemetry.scrape()
+    assert "aliases.gone" in (await listed(cluster))["sql"][0].warnings[0]
+    assert "aliases.gone" not in (await listed(cluster, OLD_KEY))["sql"][0].warnings[0]
+    write(tmp_path, "adapters: {sql: {3: {id: b}}}")
+    await until(fault=False)
+    assert cluster.registry.find("sql").number == 3
+    assert b"loraplex_adapter_registry_refused 0.0" in await cluster.telemetry.scrape()
+    following.cancel()
+
+
+async def test_a_request_of_several_adapters_names_them_as_asked(cluster: Cluster):
+    asked = Request((1,), adapters=(AdapterReference("stable"), None), max_new_tokens=1)
+    generations = await cluster.service.generate_each(asked, ADMIN_KEY)
+    assert [generation.adapter_version for generation in generations] == ["sql@1", ""]
+    for generation in generations:
+        await generation.collect()
+        cluster.service.close(generation)
