@@ -3,7 +3,6 @@
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from math import inf
 from typing import Any
 
 from loraplex_router.api.http.conversation import read_conversation
@@ -11,7 +10,7 @@ from loraplex_router.api.http.disconnects import read
 from loraplex_router.api.http.openai.logprobs import TokenNames, chat_logprobs, prompt_logprobs
 from loraplex_router.api.http.openai.reading import read_adapters, read_model, read_most, read_options
 from loraplex_router.api.http.openai.schema import ChatCompletionRequest
-from loraplex_router.api.http.openai.tools import check_tools, create_parser, may_call, write_call
+from loraplex_router.api.http.openai.tools import check_tools, create_reader, may_call, write_call
 from loraplex_router.api.http.openai.writing import FINISH_REASONS, common_fields, usage, usage_so_far, whose
 from loraplex_router.api.http.sse import DONE, event
 from loraplex_router.api.readers import read_each
@@ -157,30 +156,17 @@ class _ChoiceWriter:
     """What has been found in one choice's text."""
 
     def __init__(self, body: ChatCompletionRequest) -> None:
-        self._parser = create_parser(body)
-        self._most_calls = 1 if body.parallel_tool_calls is False else inf
-        self._found = 0  # number of calls, including those beyond the limit
+        self._reader = create_reader(body)
         self.begun = False
 
     @property
     def calls(self) -> int:
         """The number of calls shown."""
-        return int(min(self._found, self._most_calls))
+        return self._reader.calls
 
     def pieces(self, delta: Delta) -> Iterator[Piece]:
-        if self._parser is None:
-            yield from [delta.text] if delta.text else []
-            return
-        yield from self._count(self._parser.feed(delta.text))
-        if delta.finish_reason:
-            yield from self._count(self._parser.flush())
+        return self._reader.pieces(delta)
 
     def finish_reason(self, delta: Delta) -> str | None:
         reason = FINISH_REASONS[delta.finish_reason]
         return "tool_calls" if reason == "stop" and self.calls else reason
-
-    def _count(self, pieces: list[Piece]) -> Iterator[Piece]:
-        for piece in pieces:
-            self._found += isinstance(piece, ToolCall)
-            if isinstance(piece, str) or self._found <= self._most_calls:
-                yield piece

@@ -4,6 +4,7 @@ and grammar, SGLang's regex and ebnf, forced tool calls."""
 from collections.abc import Iterator
 
 from loraplex_protos.errors import FieldViolation, InvalidRequestError
+from loraplex_router.api.http.calls import DeclaredTool, forced_calls
 from loraplex_router.api.http.openai.schema import (
     ChatCompletionRequest,
     GenerationRequest,
@@ -11,8 +12,7 @@ from loraplex_router.api.http.openai.schema import (
 )
 from loraplex_router.api.http.openai.tools import forced_tool, must_call
 from loraplex_router.api.http.response_format import read_response_format
-from loraplex_router.text.tool_grammar import list_of_calls, one_call, read_parameters
-from loraplex_router.vocabulary.grammar import EmbeddedSchema, Grammar, GrammarKind
+from loraplex_router.vocabulary.grammar import Grammar, GrammarKind
 
 OTHER_TEXTS = {"regex": GrammarKind.REGEX, "grammar": GrammarKind.LARK, "ebnf": GrammarKind.LARK}  # "" is absent
 
@@ -57,15 +57,10 @@ def _structured(given: StructuredOutputs, prefix: str) -> Iterator[Grammar]:
 
 
 def _forced_call(body: ChatCompletionRequest) -> Grammar | None:
-    """A call of the named tool, or a list of calls of any tools; text/tool_calls.py parses them."""
     if not must_call(body):
         return None
-    chosen = forced_tool(body)
-    tools = list[tuple[str, EmbeddedSchema]]()
-    for place, tool in enumerate(body.tools or ()):
-        name, field = tool.function.name, f"tools[{place}].function.parameters"
-        if chosen in (None, name):
-            tools.append((name, read_parameters(tool.function.parameters, name, field)))
-    if chosen is not None:
-        return one_call(*tools[0], "tool_choice")
-    return list_of_calls(tools, body.parallel_tool_calls is not False, "tool_choice")
+    tools = [
+        DeclaredTool(tool.function.name, tool.function.parameters, f"tools[{place}].function.parameters")
+        for place, tool in enumerate(body.tools or ())
+    ]
+    return forced_calls(tools, forced_tool(body), body.parallel_tool_calls is not False)

@@ -4,8 +4,8 @@ import secrets
 from typing import Any
 
 from loraplex_protos.errors import quote
+from loraplex_router.api.http.calls import AnswerReader
 from loraplex_router.api.http.openai.schema import ChatCompletionRequest, NamedTool
-from loraplex_router.text.tool_calls import ToolCallParser
 from loraplex_router.vocabulary.violations import Violations
 
 CHOICES = (None, "none", "auto", "required")  # any other text names a tool, as in LoRAX
@@ -37,10 +37,9 @@ def forced_tool(body: ChatCompletionRequest) -> str | None:
     return None if choice in CHOICES else choice
 
 
-def create_parser(body: ChatCompletionRequest) -> ToolCallParser | None:
-    """None if the answer cannot contain calls."""
-    names = {tool.function.name for tool in body.tools or ()}
-    return ToolCallParser(names, calls_alone=must_call(body)) if may_call(body) else None
+def create_reader(body: ChatCompletionRequest) -> AnswerReader:
+    names = {tool.function.name for tool in body.tools or ()} if may_call(body) else set[str]()
+    return AnswerReader(names, must_call(body), body.parallel_tool_calls is not False)
 
 
 def write_call(name: str) -> dict[str, Any]:

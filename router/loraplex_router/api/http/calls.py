@@ -1,0 +1,60 @@
+"""Calls of tools: the grammar of an answer that must have some, and those that are found in an answer."""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import inf
+from typing import Any
+
+from loraplex_router.engine.output import Delta
+from loraplex_router.text.tool_calls import Piece, ToolCall, ToolCallParser
+from loraplex_router.text.tool_grammar import list_of_calls, one_call, read_parameters
+from loraplex_router.vocabulary.grammar import EmbeddedSchema, Grammar
+
+
+@dataclass(frozen=True, slots=True)
+class DeclaredTool:
+    """A tool that the answer may call."""
+
+    name: str
+    parameters: Mapping[str, Any] | None  # the schema of its arguments
+    field: str  # of the request that the schema is from
+
+
+def forced_calls(tools: Sequence[DeclaredTool], chosen: str | None, several: bool) -> Grammar:
+    """A call of the tool `chosen`; without it, a list of calls of any tools. text/tool_calls.py parses them."""
+    wanted = list[tuple[str, EmbeddedSchema]]()
+    for tool in tools:
+        if chosen in (None, tool.name):
+            wanted.append((tool.name, read_parameters(tool.parameters, tool.name, tool.field)))
+    if chosen is not None:
+        return one_call(*wanted[0], "tool_choice")
+    return list_of_calls(wanted, several, "tool_choice")
+
+
+class AnswerReader:
+    """Finds the calls in one answer while it arrives. `names`: the tools that it may call. `calls_alone`: the grammar
+    forces it to call. Without `several`, calls after the first are left out."""
+
+    def __init__(self, names: Collection[str], calls_alone: bool = False, several: bool = True) -> None:
+        self._parser = ToolCallParser(names, calls_alone) if names else None
+        self._most_calls = inf if several else 1
+        self._found = 0  # number of calls, including those beyond the limit
+
+    @property
+    def calls(self) -> int:
+        """The number of calls shown."""
+        return int(min(self._found, self._most_calls))
+
+    def pieces(self, delta: Delta) -> Iterator[Piece]:
+        if self._parser is None:
+            yield from [delta.text] if delta.text else []
+            return
+        yield from self._count(self._parser.feed(delta.text))
+        if delta.finish_reason:
+            yield from self._count(self._parser.flush())
+
+    def _count(self, pieces: list[Piece]) -> Iterator[Piece]:
+        for piece in pieces:
+            self._found += isinstance(piece, ToolCall)
+            if isinstance(piece, str) or self._found <= self._most_calls:
+                yield piece
