@@ -212,7 +212,7 @@ def _named(config: AdapterConfig, parameters: Sequence[Parameter]) -> dict[str, 
     if config.target_parameters and not found:
         raise AdapterInvalidError(
             f"adapter_config.json: target_parameters: {', '.join(config.target_parameters)[:200]}: not supported: only "
-            f"experts and their router are served so, and loraplex's own decoder computes none of these for this model"
+            f"experts and their router are served so, and this model has none of these in a form that can be adapted"
         )
     return found
 

@@ -16,6 +16,7 @@ from loraplex_shard.models.tensor_checks import differ, listed
 from loraplex_shard.models.text_part import TextModel
 from loraplex_shard.models.transformers.building import build, dtypes
 from loraplex_shard.models.transformers.checking import check_model, refused_by_name
+from loraplex_shard.models.transformers.experts import ExpertsInPlace
 from loraplex_shard.models.transformers.linear import ForwardContext, InPlace
 from loraplex_shard.models.transformers.model import TransformersModel
 from loraplex_shard.models.transformers.parallel_rules import ParallelRules
@@ -49,6 +50,7 @@ def load_transformers(
     for loaded, _ in enumerate(_load(model, tensors, rules, form, tensor_dtypes), start=1):
         if progress is not None:
             progress(loaded, len(tensors.names))
+    tensors.release()
     built = TransformersModel(model, tensors, traits, context, group, ops, form)
     with refused_by_name(checkpoint):
         built.check_positions()
@@ -88,6 +90,8 @@ def _load(
         prefix = f"{name}." if name else ""
         if isinstance(module, InPlace):
             yield from module.layer.load(tensors, replace(form, dtype=dtypes[f"{prefix}weight"]))
+        elif isinstance(module, ExpertsInPlace):
+            yield from module.load(tensors, form)
         elif not isinstance(module, LoadableLayer):
             for own, values in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
                 tensor = prefix + own

@@ -12,6 +12,7 @@ from loraplex_shard.checkpoint.base import CheckpointError
 from loraplex_shard.device.parallel import Group
 from loraplex_shard.layers.parameters import ParameterForm
 from loraplex_shard.models.transformers.attention import PagedAttention, attended_by
+from loraplex_shard.models.transformers.experts import ExpertsInPlace
 from loraplex_shard.models.transformers.linear import ForwardContext, LinearInPlace, OnRankZeroAlone
 from loraplex_shard.models.transformers.pass_through_cache import PassThroughCache, cache_argument
 from loraplex_shard.models.transformers.recurrent import RecurrentLayers
@@ -62,7 +63,9 @@ class TransformersModel:
         self.vocab_size = traits.vocab_size
         self.embedding_name, self.head_name, self.generates = traits.embedding, traits.head, traits.generates
         linear = [module for module in model.modules() if isinstance(module, LinearInPlace) and module.adaptable]
-        self.layouts: tuple[LinearLayout, ...] = tuple(module.layout for module in linear)
+        experts = [module for module in model.modules() if isinstance(module, ExpertsInPlace)]
+        of_experts = [layout for module in experts for layout in module.layouts]
+        self.layouts: tuple[LinearLayout, ...] = (*(module.layout for module in linear), *of_experts)
         self._given: torch.Tensor | None = None
         backbone = model.get_submodule(traits.backbone)
         self._backbone = backbone.forward

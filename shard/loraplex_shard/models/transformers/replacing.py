@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from loraplex_shard.device.parallel import Group
 from loraplex_shard.layers.embedding import Embedding
 from loraplex_shard.layers.linear import ColumnLinear, RowLinear
+from loraplex_shard.models.transformers.experts import DOWN, GATE_UP, ExpertsInPlace, are_usual
 from loraplex_shard.models.transformers.linear import (
     EmbeddingInPlace,
     ForwardContext,
@@ -27,6 +28,7 @@ from loraplex_shard.models.transformers.parallel_rules import (
     SHARED,
     SPLIT,
     SUMMED,
+    UNCUT,
     ParallelRules,
 )
 from loraplex_shard.models.transformers.traits import ModelTraits
@@ -60,6 +62,26 @@ class Replacement:
                 module.register_forward_hook(self._sum)
             elif self.rules.style(name) in SHARED:
                 module.register_forward_pre_hook(lambda module, inputs: (inputs[0] / size, *inputs[1:]))
+        self._replace_experts(model, index)
+
+    def _replace_experts(self, model: PreTrainedModel, index: int) -> None:
+        """Puts ours into transformers' modules. Their layouts come behind all others, from `index` on."""
+        for name, module in list(model.named_modules()):
+            if not are_usual(module) or self.dtypes[f"{name}.{GATE_UP}"] != self._dtype:
+                continue
+            experts: Any = module
+            size = experts.gate_up_proj.shape[1] // 2
+            cut = self.rules.style(f"{name}.{GATE_UP}") not in UNCUT
+            units = self.rules.parts(name, size)[self.group.rank] if cut else slice(0, size)
+            experts.ours = ExpertsInPlace(name, module, units, index, self.ops, self.context)
+            for parameter in (GATE_UP, DOWN):
+                del module._parameters[parameter]
+            index += len(experts.ours.layouts)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """The hidden states'."""
+        return self.dtypes[f"{self.traits.embedding}.weight"]
 
     def _linear(self, name: str, module: Any, index: int, is_head: bool) -> LinearInPlace:
         conv = isinstance(module, Conv1D)
@@ -70,7 +92,7 @@ class Replacement:
         if style in ROW:
             columns = self.rules.parts(name, in_features)[self.group.rank]
         dtype = self.dtypes[f"{name}.weight"]
-        adaptable = self.traits.linear[name] and dtype == self.dtypes[f"{self.traits.embedding}.weight"]
+        adaptable = self.traits.linear[name] and dtype == self._dtype
         part = LinearPart(name, out_features, (rows,))
         layout = LinearLayout(name, index if adaptable else 0, (part,), in_features, columns)
         if style in ROW:

@@ -35,6 +35,7 @@ class ModelTensors:
         self.unused: set[str] = set()
         self._transposed = {f"{n}.weight" for n, module in model.named_modules() if isinstance(module, Conv1D)}
         self._read_ahead: dict[str, torch.Tensor] = {}
+        self._last = "", torch.empty(0)
         self._sort()
 
     @property
@@ -108,10 +109,18 @@ class ModelTensors:
                 makers[name] = first, tensor
         return makers
 
+    def release(self) -> None:
+        """Frees what was made last."""
+        self._last = "", torch.empty(0)
+        self._read_ahead = {}
+
     def _make(self, name: str) -> torch.Tensor:
-        if name not in self._read_ahead:
-            self._read_ahead = self._convert(self._makers[name][0], values=True)
-        return self._read_ahead.pop(name)
+        """Keeps what it makes until another one is asked for, since it is read in parts."""
+        if self._last[0] != name:
+            if name not in self._read_ahead:
+                self._read_ahead = self._convert(self._makers[name][0], values=True)
+            self._last = name, self._read_ahead.pop(name)
+        return self._last[1]
 
     def _convert(self, first: str, values: bool) -> dict[str, torch.Tensor]:
         original, sources = self._made[first]
