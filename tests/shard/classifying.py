@@ -26,6 +26,7 @@ from tests.shard.planner import BLOCK_SIZE, NUM_BLOCKS, Planner
 
 MODEL_LEN = 64
 CHUNK = 7
+ROWS = 16
 
 
 def save_classifier(config: PreTrainedConfig, directory: Path, of_tokens: bool = False) -> PreTrainedModel:
@@ -60,8 +61,9 @@ def open_runner(
         classes=None if classifier is None else classifier.classes,
     )
     store = AdapterStore(model.layouts, torch.float32, CPU, base, [LocalSource(adapters)] if adapters else [])
-    cache, grammars = model.new_cache(NUM_BLOCKS, BLOCK_SIZE), GrammarCompiler(b"{}", model.vocab_size, (2,))
-    return Runner(model, cache, store, group, 16, MODEL_LEN, CPU, grammars, classifier=classifier), store
+    cache = model.new_cache(NUM_BLOCKS, BLOCK_SIZE, sequences=ROWS)
+    grammars = GrammarCompiler(b"{}", model.vocab_size, (2,))
+    return Runner(model, cache, store, group, ROWS, MODEL_LEN, CPU, grammars, classifier=classifier), store
 
 
 def classify(runner: Runner, prompts: list[list[int]], slots: list[int] | None = None) -> list[torch.Tensor]:

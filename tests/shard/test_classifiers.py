@@ -39,6 +39,7 @@ from tests.shard.classifying import classify, expected, open_runner, save_classi
 from tests.shard.families import SIZES
 from tests.shard.planner import random_tokens
 from tests.shard.thread_ranks import run_on_ranks
+from tests.shard.tiny_classes import tiny_config
 
 LABELS = {"id2label": {0: "no", 1: "yes", 2: "perhaps"}, "label2id": {"no": 0, "yes": 1, "perhaps": 2}}
 GPT2_SIZES = {"vocab_size": 96, "n_embd": 48, "n_head": 6, "n_layer": 2, "n_positions": 64, "bos_token_id": None}
@@ -58,6 +59,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
 OF_SEQUENCES_ALONE = {
     "gemma3": Gemma3TextConfig(**SIZES, **LABELS, head_dim=10, sliding_window=9),
     "opt": OPTConfig(**SIZES | {"pad_token_id": 1}, **LABELS, ffn_dim=72, word_embed_proj_dim=48, dropout=0.0),
+    "jamba": tiny_config("jamba"),  # some of its layers keep states
 }
 CASES = [(name, config, of_tokens) for name, config in CONFIGS.items() for of_tokens in (False, True)]
 CASES += [(name, config, False) for name, config in OF_SEQUENCES_ALONE.items()]

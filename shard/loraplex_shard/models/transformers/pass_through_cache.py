@@ -45,7 +45,7 @@ States = MutableMapping[StateKey, torch.Tensor]  # [sequences, ...]
 
 def cache_argument(model: PreTrainedModel) -> str:
     """The name of the cache among the arguments of the model's forward function."""
-    return next(n for n in ("cache_params", "past_key_values") if n in signature(model.forward).parameters)
+    return "cache_params" if "cache_params" in signature(model.forward).parameters else "past_key_values"
 
 
 class PassThroughCache(DynamicCache):
