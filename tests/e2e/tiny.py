@@ -125,6 +125,39 @@ def save_adapter(model: Path, folder: Path, r: int, seed: int, **options: object
     return folder
 
 
+CHATML = ["<|im_start|>", "<|im_end|>"]
+CHATML_TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}" + (
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def chatml_tokenizer() -> PreTrainedTokenizerFast:
+    """The model's with two more tokens, of which one ends answers."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": CHATML, "eos_token": CHATML[1]})
+    tokenizer.chat_template = CHATML_TEMPLATE
+    return tokenizer
+
+
+def save_chatml_adapter(model: Path, folder: Path) -> Path:
+    """A chat fine-tune with tokens of its own: the embedding and the head were resized, and are saved with it. It likes
+    to say them."""
+    torch.manual_seed(15)
+    base, tokenizer = AutoModelForCausalLM.from_pretrained(model), chatml_tokenizer()
+    base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    for matrix in (base.get_input_embeddings().weight, base.lm_head.weight):
+        torch.nn.init.normal_(matrix.data[-2:], std=0.6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted = get_peft_model(base, LoraConfig(r=8, target_modules=ALL_LINEAR, task_type="CAUSAL_LM"))
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        adapted.save_pretrained(folder, save_embedding_layers=True)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def save_other_adapter(model: Path, folder: Path, config: PeftConfig) -> Path:
     """One of another kind, with random weights as well."""
     torch.manual_seed(7)
@@ -164,6 +197,8 @@ class Oracle:
         key = adapter or ""
         if key not in self._loaded:
             model = AutoModelForCausalLM.from_pretrained(self._model, dtype=torch.float32).eval()
+            if adapter and (self._adapters / adapter / "tokenizer.json").exists():
+                model.resize_token_embeddings(len(chatml_tokenizer()), mean_resizing=False)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", PeftWarning)
                 self._loaded[key] = PeftModel.from_pretrained(model, self._adapters / adapter) if adapter else model

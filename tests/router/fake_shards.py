@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from loraplex_protos import shard_pb2 as pb
 from loraplex_protos.errors import AdapterNotFoundError, LoraplexError, UnavailableError
-from loraplex_router.vocabulary.adapter import Invocation, LocalAdapter, StagedAdapter
+from loraplex_router.vocabulary.adapter import Adapter, Invocation, LocalAdapter, StagedAdapter
 from loraplex_router.vocabulary.grammar import Grammar
 from loraplex_router.vocabulary.references import AdapterReference, MergedReference
 from loraplex_router.wire.shards import Shards
@@ -96,7 +96,7 @@ class FakeShards:
     async def unstage(self, digest: str) -> None:
         self.log.append(f"unstage {digest}")
 
-    async def compile_grammar(self, grammar: Grammar) -> None:
+    async def compile_grammar(self, grammar: Grammar, adapter: Adapter) -> None:
         await asyncio.sleep(0)
         if grammar.text == "deadly":
             self.gone.set()

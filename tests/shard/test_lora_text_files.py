@@ -10,6 +10,7 @@ from tokenizers.models import BPE, WordLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from loraplex_shard.lora.peft.base import BaseModel
+from loraplex_shard.lora.peft.own_tokens import Vocabulary
 from loraplex_shard.lora.peft.special_tokens import end_tokens, foreign_tokens
 from loraplex_shard.lora.sources.text_files import AdapterText, read_text, text_files
 
@@ -109,16 +110,18 @@ def test_end_tokens_are_the_adapters_own_if_the_model_has_them():
     base = BaseModel("Any", vocab_size=3, tokenizer=Tokenizer(BPE(VOCABULARY, [])))
     generation = b'{"eos_token_id": [1, 7]}'
     text = read_text({CONFIG: b'{"eos_token": "<|end|>"}', "generation_config.json": generation})
-    ids, wrong = end_tokens(text, base)
+    ids, wrong = end_tokens(text, base, Vocabulary(base.vocab_size))
     assert ids == (1, 2) and len(wrong) == 1 and "eos_token_id 7 is beyond" in wrong[0]
     for unknown in (b"<|other|>", b"<pad>"):  # the model has no embedding for <pad>
-        ids, wrong = end_tokens(read_text({CONFIG: b'{"eos_token": "' + unknown + b'"}'}), base)
+        ids, wrong = end_tokens(
+            read_text({CONFIG: b'{"eos_token": "' + unknown + b'"}'}), base, Vocabulary(base.vocab_size)
+        )
         assert ids == () and unknown.decode() in wrong[0]
 
 
 def test_only_tokenizer_files_are_read():
     names = ["chat_template.jinja", "additional_chat_templates/a.jinja", "additional_chat_templates/../../b.jinja"]
-    names += ["tokenizer.json", "additional_chat_templates/x/y.jinja", "checkpoint-1/chat_template.jinja"]
+    names += ["tokenizer.model", "additional_chat_templates/x/y.jinja", "checkpoint-1/chat_template.jinja"]
     assert text_files(names) == ("chat_template.jinja", "additional_chat_templates/a.jinja")
 
 

@@ -64,7 +64,7 @@ class GenerationApi(GenerationServiceServicer):
             generations = await self._service.generate_each(read_request(request), _key(context))
             try:
                 await context.send_initial_metadata(())  # from here on clients' gRPC does not try again
-                writer = Writer(generations, self._service.tokenizer)
+                writer = Writer(generations, self._service.tokenizer_of)
                 deltas = [delta for generation in generations for delta in await generation.collect()]
                 size = sum(generation.num_logprobs for generation in generations)
                 return await in_turn(size, lambda: writer.response(deltas))
@@ -78,7 +78,7 @@ class GenerationApi(GenerationServiceServicer):
         async with _answering(context):
             generations = await self._service.generate_each(read_request(request), _key(context))
             try:
-                writer = Writer(generations, self._service.tokenizer)
+                writer = Writer(generations, self._service.tokenizer_of)
                 async for index, delta in read_each(generations, Generation.deltas):
                     yield await in_turn(writer.num_logprobs(index, delta), partial(writer.event, index, delta))
             finally:

@@ -1,11 +1,12 @@
 """Between generation.proto and the router's own types."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from loraplex_protos import generation_pb2 as pb
 from loraplex_protos.errors import FieldViolation, InvalidRequestError
 from loraplex_router.engine.output import Classification, Delta, Embedding, Generation, SequenceOutput
 from loraplex_router.text.tokenizer import Spans, Tokenizer, TokenSpan
+from loraplex_router.vocabulary.adapter import Adapter
 from loraplex_router.vocabulary.chat import Chat, Message
 from loraplex_router.vocabulary.classification import best, by_token, scores
 from loraplex_router.vocabulary.grammar import Grammar, GrammarKind
@@ -112,9 +113,9 @@ def _read_adapter(
 class Writer:
     """Writes the answers of a request's generations, whose sequences are numbered through."""
 
-    def __init__(self, generations: Sequence[Generation], tokenizer: Tokenizer) -> None:
+    def __init__(self, generations: Sequence[Generation], tokenizer_of: Callable[[Adapter], Tokenizer]) -> None:
         self._answers = [(generation, output) for generation in generations for output in generation.outputs]
-        self._tokenizer = tokenizer
+        self._tokenizer_of = tokenizer_of
         self._begun: set[int] = set()  # indexes of sequences that something was written of
 
     def num_logprobs(self, index: int, delta: Delta) -> int:
@@ -127,7 +128,7 @@ class Writer:
         event = pb.GenerateStreamResponse(
             request_id=generation.request_id, index=index, text=delta.text, adapter=_adapter(generation)
         )
-        self._write_tokens(delta.samples, event)
+        self._write_tokens(generation, delta.samples, event)
         if index not in self._begun:
             self._begun.add(index)
             event.adapter_digest = generation.adapter_digest
@@ -165,25 +166,32 @@ class Writer:
             adapter_digest=generation.adapter_digest,
             adapter_version=generation.adapter_version,
         )
-        self._write_tokens(delta.samples, sequence)
+        self._write_tokens(generation, delta.samples, sequence)
         return sequence
 
-    def _write_tokens(self, samples: Iterable[Sample], to: pb.GenerateStreamResponse | pb.GeneratedSequence) -> None:
-        text, partial = self._tokenizer.token_text, self._tokenizer.partial_bytes
+    def _write_tokens(
+        self,
+        generation: Generation,
+        samples: Iterable[Sample],
+        to: pb.GenerateStreamResponse | pb.GeneratedSequence,
+    ) -> None:
+        tokenizer = self._tokenizer_of(generation.adapter)
+        text, partial = tokenizer.token_text, tokenizer.partial_bytes
         for sample in samples:
             token = to.tokens.add(id=sample.token, text=text(sample.token), partial=partial(sample.token))
             if sample.logprob is not None:
                 token.logprob = sample.logprob
-            token.alternatives.extend(self._alternatives(sample.alternatives))
+            token.alternatives.extend(_alternatives(tokenizer, sample.alternatives))
 
     def _prompt(self) -> list[pb.PromptToken]:
         """The prompt's tokens with their logprobs; none if not asked for, or cancelled before they were known."""
-        _, output = self._answers[0]
+        generation, output = self._answers[0]
         sequence = output.sequence
         if not sequence.detail.prompt_logprobs or len(output.prompt_logprobs) < sequence.prompt_length - 1:
             return []
         tokens = sequence.tokens[: sequence.prompt_length]
-        text, partial = self._tokenizer.token_text, self._tokenizer.partial_bytes
+        tokenizer = self._tokenizer_of(generation.adapter)
+        text, partial = tokenizer.token_text, tokenizer.partial_bytes
         scored = zip(tokens, [None, *output.prompt_logprobs], [(), *output.prompt_alternatives], strict=True)
         return [
             pb.PromptToken(
@@ -191,17 +199,18 @@ class Writer:
                 text=text(token),
                 partial=partial(token),
                 logprob=logprob,
-                alternatives=self._alternatives(alternatives),
+                alternatives=_alternatives(tokenizer, alternatives),
             )
             for token, logprob, alternatives in scored
         ]
 
-    def _alternatives(self, alternatives: Alternatives) -> Iterator[pb.TokenLogprob]:
-        text, partial = self._tokenizer.token_text, self._tokenizer.partial_bytes
-        return (
-            pb.TokenLogprob(id=token, text=text(token), logprob=logprob, partial=partial(token))
-            for token, logprob in alternatives
-        )
+
+def _alternatives(tokenizer: Tokenizer, alternatives: Alternatives) -> Iterator[pb.TokenLogprob]:
+    text, partial = tokenizer.token_text, tokenizer.partial_bytes
+    return (
+        pb.TokenLogprob(id=token, text=text(token), logprob=logprob, partial=partial(token))
+        for token, logprob in alternatives
+    )
 
 
 def _adapter(generation: Generation) -> str:

@@ -159,9 +159,8 @@ class Replicas:
             replica = beside.replica if beside and together else self.choose(reference, without=lost)
             try:
                 with replica.preparing():
-                    if grammar is not None:
-                        await replica.shards.compile_grammar(grammar)
-                    adapter = await replica.adapters.resolve(reference)
+                    lease = Lease(self, replica, await replica.adapters.resolve(reference))
+                    await lease.prepare(grammar)
             except UnavailableError as error:
                 logger.warning("replica %s: %s", replica.name, error)
                 lost.append(replica)
@@ -169,7 +168,8 @@ class Replicas:
                     raise GenerationError(GIVEN_UP.format(len(lost))) from error
                 continue
             if replica.accepting:
-                return Lease(self, replica, adapter)
+                return lease
+            lease.close()
 
     def cancel(self, generation: Generation) -> None:
         """Ends its unfinished sequences; their blocks are free by the next step. Does nothing if it has ended."""
@@ -250,6 +250,15 @@ class Lease:
         self.adapter = adapter
         replica.leases += 1
         adapter.leases += 1
+
+    async def prepare(self, grammar: Grammar | None) -> None:
+        """Has the grammar compiled for the adapter. Closes the lease and raises if that fails."""
+        if grammar is not None:
+            try:
+                await self.replica.shards.compile_grammar(grammar, self.adapter)
+            except BaseException:
+                self.close()
+                raise
 
     def __enter__(self) -> Self:
         return self

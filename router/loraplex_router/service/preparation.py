@@ -15,8 +15,10 @@ from loraplex_router.service.abilities import check_adapter_fits
 from loraplex_router.service.prompts import Text, encode, make_sequence
 from loraplex_router.text.model import Model
 from loraplex_router.text.stops import StopMatcher
+from loraplex_router.text.tokenizer import Tokenizer
 from loraplex_router.vocabulary.adapter import NEVER, Adapter
 from loraplex_router.vocabulary.chat import Chat, RenderedChat, TextPair
+from loraplex_router.vocabulary.checks import check_vocabulary
 from loraplex_router.vocabulary.context_length import check_tokens, room_for
 from loraplex_router.vocabulary.grammar import Grammar
 from loraplex_router.vocabulary.references import Reference, ids_of
@@ -37,7 +39,7 @@ class Arrival:
     held: ExitStack
     names_adapters: bool = False  # there are several, so errors name the adapter
     first: Lease | None = None  # the others go to the same replica, if possible
-    prompts: dict[Text, list[int]] = field(default_factory=dict)
+    prompts: dict[tuple[Text, Tokenizer], list[int]] = field(default_factory=dict)
 
 
 class Preparation:
@@ -65,19 +67,28 @@ class Preparation:
 
     async def _prepare(self, request: Request, arrival: Arrival) -> tuple[Generation, Lease]:
         model, tenant, text = self._model(), arrival.tenant, request.prompt
-        if isinstance(text, Chat | TextPair):  # the template may be the adapter's
+        tokenizer, vocab_size = model.tokenizer, model.info.vocab_size
+        waited, lease = 0.0, None
+        if request.adapter is not None or isinstance(text, Chat | TextPair):  # tokens and template may be the adapter's
+            began = time.monotonic()
             lease = await self._lease(request, arrival)
-            text = await self._as_text(text, lease.adapter)
-        prompt = arrival.prompts.get(text)
+            waited = time.monotonic() - began
+            tokenizer, vocab_size = await model.read_tokenizer(lease.adapter), model.vocab_size(lease.adapter)
+            check_vocabulary(request, vocab_size)
+            if isinstance(text, Chat | TextPair):
+                text = await self._as_text(text, lease.adapter)
+        assert not isinstance(text, Chat)
+        key = text, tokenizer
+        prompt = arrival.prompts.get(key)
         if prompt is None:
-            prompt = arrival.prompts[text] = await encode(request, text, model)
+            prompt = arrival.prompts[key] = await encode(request, text, model, tokenizer)
         room = room_for(request, len(prompt), model.info.max_model_len)
         room = arrival.volume.add(request, len(prompt), room)
-        check_tokens(request, prompt, model.info.vocab_size, model.tokenizer.token_text)
+        check_tokens(request, prompt, vocab_size, tokenizer.token_text)
         if len(prompt) > LONG_PROMPT:
             await asyncio.sleep(0)
-        validated = time.monotonic()
-        if not isinstance(request.prompt, Chat | TextPair):
+        validated = time.monotonic() - waited
+        if lease is None:
             lease = await self._lease(request, arrival)
         adapter = lease.adapter
         classifier = check_adapter_fits(request, adapter, model.info)
@@ -87,7 +98,7 @@ class Preparation:
         acts_from = adapter.acts_from(prompt)
         if acts_from == NEVER:
             generation.warnings = (_not_invoked(adapter, generation.adapter_name, model),)
-        decoder = model.tokenizer.verbatim if request.show_special_tokens else model.tokenizer
+        decoder = tokenizer.verbatim if request.show_special_tokens else tokenizer
         for index in range(request.n):
             self._arrivals += 1
             sequence = make_sequence(
@@ -120,7 +131,7 @@ class Preparation:
 
 def _not_invoked(adapter: Adapter, name: str, model: Model) -> str:
     assert adapter.invocation is not None
-    wanted = model.tokenizer.verbatim.decode(list(adapter.invocation.token_ids))
+    wanted = model.tokenizer_of(adapter).verbatim.decode(list(adapter.invocation.token_ids))
     return f"the prompt does not contain {quote(wanted)}, which activates {quote(name)}: the base model answers alone"
 
 

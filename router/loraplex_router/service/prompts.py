@@ -4,6 +4,7 @@ from typing import TypeAlias
 
 from loraplex_router.access.keys import Tenant
 from loraplex_router.text.model import Model
+from loraplex_router.text.tokenizer import Tokenizer
 from loraplex_router.vocabulary.adapter import Adapter
 from loraplex_router.vocabulary.chat import RenderedChat, TextPair
 from loraplex_router.vocabulary.context_length import count_kept, max_counted
@@ -13,7 +14,7 @@ from loraplex_router.vocabulary.sequence import Sequence
 Text: TypeAlias = str | tuple[int, ...] | RenderedChat | TextPair  # the input of the tokenizer, or token ids
 
 
-async def encode(request: Request, text: Text, model: Model) -> list[int]:
+async def encode(request: Request, text: Text, model: Model, tokenizer: Tokenizer) -> list[int]:
     """The request's prompt in tokens, truncated as the request asks. Of a text that is far too long, only enough tokens
     to show that."""
     kept = count_kept(request, model.info.max_model_len)
@@ -21,8 +22,8 @@ async def encode(request: Request, text: Text, model: Model) -> list[int]:
         return list(text if kept is None else text[-kept:])
     most = None if kept else max_counted(model.info.max_model_len)
     if isinstance(text, TextPair):
-        return await model.tokenizer.encode_pair(text, most, kept)
-    return await model.tokenizer.encode(text, most, kept)
+        return await tokenizer.encode_pair(text, most, kept)
+    return await tokenizer.encode(text, most, kept)
 
 
 def make_sequence(
@@ -64,6 +65,7 @@ def make_sequence(
 def _ends(adapter: Adapter, text: Text, model: Model) -> frozenset[int]:
     """The tokens that end an answer: the model's, the adapter's, and the one that the chat template writes after an
     answer."""
-    turn_end = model.tokenizer.special_token_at(text.turn_end) if isinstance(text, RenderedChat) else None
+    tokenizer = model.tokenizer_of(adapter)
+    turn_end = tokenizer.special_token_at(text.turn_end) if isinstance(text, RenderedChat) else None
     known = (*model.end_token_ids, *adapter.tokenizer.end_token_ids)
     return frozenset(known if turn_end is None else (*known, turn_end))

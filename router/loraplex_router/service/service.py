@@ -22,7 +22,7 @@ from loraplex_router.access.keys import Keys, Tenant
 from loraplex_router.adapters.suggestions import Suggestions
 from loraplex_router.engine.output import Classification, Embedding, Generation
 from loraplex_router.replicas.administration import Administration
-from loraplex_router.replicas.replicas import Replicas
+from loraplex_router.replicas.replicas import Lease, Replicas
 from loraplex_router.service.abilities import check_generates
 from loraplex_router.service.adapters import Adapters
 from loraplex_router.service.preparation import Arrival, Preparation
@@ -30,6 +30,7 @@ from loraplex_router.service.running import RunningRequests
 from loraplex_router.telemetry.telemetry import Telemetry
 from loraplex_router.text.model import Model
 from loraplex_router.text.tokenizer import Spans, Tokenizer, TokenSpan
+from loraplex_router.vocabulary.adapter import Adapter
 from loraplex_router.vocabulary.chat import Chat
 from loraplex_router.vocabulary.checks import check_adapter, check_embed_request, check_request
 from loraplex_router.vocabulary.references import AdapterReference, Reference
@@ -99,6 +100,10 @@ class Service:
     @property
     def tokenizer(self) -> Tokenizer:
         return self._known_model.tokenizer
+
+    def tokenizer_of(self, adapter: Adapter) -> Tokenizer:
+        """The tokenizer of the adapter's answers."""
+        return self._known_model.tokenizer_of(adapter)
 
     @property
     def _known_model(self) -> Model:
@@ -178,12 +183,7 @@ class Service:
         self, adapter: AdapterReference | None, key: str | None = None, session: str = ""
     ) -> pb.Classifier | None:
         """What classifies for the adapter: its own classifier, or else the model's, if there is one."""
-        tenant = self.keys.tenant(key)
-        found = Violations()
-        check_adapter(adapter, self.info.adapter_sources, found)
-        found.raise_any()
-        resolved = self._resolved(adapter, tenant, session or _new_session())
-        with await self._preparation.place(resolved, tenant) as lease:
+        with await self._place(adapter, key, session or _new_session()) as lease:
             return lease.adapter.classifier or self._known_model.classifier
 
     async def places(self, prompt: Prompt, found: Classification) -> list[TokenSpan]:
@@ -280,16 +280,31 @@ class Service:
         session: str = "",
     ) -> Spans:
         """The tokens of a text or a rendered conversation, each with its position. A conversation is rendered with the
-        adapter's chat template, if it has one; a text ignores the adapter."""
-        tenant = self.keys.tenant(key)
+        adapter's chat template, if it has one. An adapter may have tokens of its own."""
+        session = session or _new_session()
         if isinstance(prompt, Chat):
-            found = Violations()
-            check_adapter(adapter, self.info.adapter_sources, found)
-            found.raise_any()
-            resolved = self._resolved(adapter, tenant, session or _new_session())
-            with await self._preparation.place(resolved, tenant) as lease:
+            with await self._place(adapter, key, session) as lease:
                 prompt = (await self._preparation.render(prompt, lease.adapter)).text
-        return await self.tokenizer.spans(prompt, add_special_tokens)
+        tokenizer, _ = await self.tokenizer_for(adapter, key, session)
+        return await tokenizer.spans(prompt, add_special_tokens)
+
+    async def tokenizer_for(
+        self, adapter: AdapterReference | None, key: str | None = None, session: str = ""
+    ) -> tuple[Tokenizer, int]:
+        """The tokenizer for the adapter's prompts and answers, and how many tokens there are."""
+        if adapter is None:
+            self.keys.tenant(key)
+            return self.tokenizer, self.info.vocab_size
+        with await self._place(adapter, key, session or _new_session()) as lease:
+            model = self._known_model
+            return await model.read_tokenizer(lease.adapter), model.vocab_size(lease.adapter)
+
+    async def _place(self, adapter: AdapterReference | None, key: str | None, session: str) -> Lease:
+        """A placement for work that only needs the adapter's files."""
+        tenant, found = self.keys.tenant(key), Violations()
+        check_adapter(adapter, self.info.adapter_sources, found)
+        found.raise_any()
+        return await self._preparation.place(self._resolved(adapter, tenant, session), tenant)
 
     def _resolved(self, adapter: Reference | None, tenant: Tenant, session: str) -> Reference | None:
         """What the registry says that the name stands for. Raises ForbiddenError if the tenant may not use the name."""

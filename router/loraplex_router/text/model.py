@@ -1,8 +1,10 @@
 """The served model, the same on every replica: its description, tokenizer and limits."""
 
+import asyncio
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from hashlib import sha256
 from importlib.metadata import version
 
@@ -10,8 +12,11 @@ from loraplex_protos import generation_pb2, shard_pb2
 from loraplex_protos.errors import UnavailableError
 from loraplex_router.text.renderer import Renderer
 from loraplex_router.text.tokenizer import Tokenizer
+from loraplex_router.vocabulary.adapter import Adapter
 from loraplex_router.vocabulary.chat import ChatTemplates
 from loraplex_router.vocabulary.sampling import Sampling
+
+KEPT_TOKENIZERS = 32  # of adapters with tokens of their own
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +32,18 @@ class Model:
     chat_templates: ChatTemplates
     renderer: Renderer
     sampling_defaults: Sampling = field(default_factory=Sampling)  # for requests on OpenAI's routes
+
+    def vocab_size(self, adapter: Adapter) -> int:
+        """How many tokens there are for answers of the adapter."""
+        return adapter.tokenizer.vocab_size or self.info.vocab_size
+
+    def tokenizer_of(self, adapter: Adapter) -> Tokenizer:
+        """The adapter's own tokenizer, or else the model's."""
+        return _own_tokenizer(adapter.tokenizer.json) if adapter.tokenizer.json else self.tokenizer
+
+    async def read_tokenizer(self, adapter: Adapter) -> Tokenizer:
+        """The same, for its first use: a large tokenizer takes part of a second to read."""
+        return await asyncio.to_thread(self.tokenizer_of, adapter) if adapter.tokenizer.json else self.tokenizer
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -90,6 +107,9 @@ def read_model(
         Renderer(templates),
         _read_defaults(info.sampling_defaults) if generation_config == "auto" else Sampling(),
     )
+
+
+_own_tokenizer = lru_cache(maxsize=KEPT_TOKENIZERS)(Tokenizer)
 
 
 def _read_defaults(told: generation_pb2.Sampling) -> Sampling:

@@ -79,11 +79,18 @@ class ChatTemplates:
 
 @dataclass(frozen=True, slots=True)
 class AdapterTokenizer:
-    """An adapter's own text settings. Its tokens still come from the model's tokenizer."""
+    """An adapter's own text settings."""
 
     templates: ChatTemplates = field(default_factory=ChatTemplates)  # an empty special token means none
     end_token_ids: tuple[int, ...] = ()  # in addition to the model's
     error: str = ""  # why the templates cannot be parsed, if so
+    json: bytes = b""  # a tokenizer.json with tokens of its own; empty: its tokens come from the model's tokenizer
+    vocab_size: int = 0  # how many tokens it has; 0: as many as the model
+
+    @property
+    def differs(self) -> bool:
+        """Whether it has other tokens than the model."""
+        return bool(self.json or self.vocab_size)
 
     def over(self, model: ChatTemplates) -> ChatTemplates:
         """The templates for conversations with the adapter. Raises AdapterInvalidError if they cannot be parsed."""

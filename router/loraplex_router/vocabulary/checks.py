@@ -22,13 +22,14 @@ MAX_SESSION_LENGTH = 512
 MAX_REFERENCE_LENGTH = 512
 MAX_MERGED = 16
 MAX_ADAPTERS = 16
+MAX_VOCABULARY = 2**31
 MERGE_STRATEGIES = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 MAJORITY_SIGN_METHODS = ("total", "frequency")
 
 
 def check_request(request: Request, vocab_size: int, sources: Collection[str]) -> None:
-    """Raises InvalidRequestError naming every invalid field. The prompt's length is not known yet: see `room_for`.
-    `sources` are the names of the adapter sources."""
+    """Raises InvalidRequestError naming every invalid field. The prompt's length is not known yet: see `room_for`. Nor
+    is the vocabulary of an adapter: see `check_vocabulary`. `sources` are the names of the adapter sources."""
     found = Violations()
     found.check(
         not request.request_id or REQUEST_ID.fullmatch(request.request_id) is not None,
@@ -42,17 +43,30 @@ def check_request(request: Request, vocab_size: int, sources: Collection[str]) -
     _check_adapters(request, sources, found)
     kept = request.truncate in (None, AS_MANY_AS_FIT) or request.truncate >= 1
     found.check(kept, "truncate", "must be at least 1, or absent")
+    most = vocab_size if request.adapter is None and not request.adapters else MAX_VOCABULARY
     if isinstance(request.prompt, tuple):
-        known = min(request.prompt, default=0) >= 0 and max(request.prompt, default=0) < vocab_size
-        found.check(known, "token_ids", f"every id must be below {vocab_size}")
-    found.add(request.sampling.check(vocab_size))
-    _check_stopping(request, vocab_size, found)
+        known = min(request.prompt, default=0) >= 0 and max(request.prompt, default=0) < most
+        found.check(known, "token_ids", f"every id must be below {most}")
+    found.add(request.sampling.check(most))
+    _check_stopping(request, most, found)
     if request.grammar is not None:
         found.add(request.grammar.check())
     for name in ("top_logprobs", "prompt_top_logprobs"):
         right = getattr(request.detail, name) <= MAX_TOP_LOGPROBS
         found.check(right, f"detail.{name}", f"must be at most {MAX_TOP_LOGPROBS}")
     check_adapter(request.adapter, sources, found)
+    found.raise_any()
+
+
+def check_vocabulary(request: Request, vocab_size: int) -> None:
+    """Raises InvalidRequestError for ids of tokens that the adapter, which has this many, does not have."""
+    found = Violations()
+    if isinstance(request.prompt, tuple):
+        known = max(request.prompt, default=0) < vocab_size
+        found.check(known, "token_ids", f"every id must be below {vocab_size}")
+    found.add(request.sampling.check(vocab_size))
+    known = all(token < vocab_size for token in request.stop_token_ids)
+    found.check(known, "stopping.stop_token_ids", f"every id must be below {vocab_size}")
     found.raise_any()
 
 

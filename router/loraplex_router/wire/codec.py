@@ -6,6 +6,7 @@ from itertools import accumulate, chain, islice, pairwise, repeat
 
 from loraplex_protos import shard_pb2 as pb
 from loraplex_protos.generation_pb2 import Sampling
+from loraplex_router.vocabulary.adapter import Adapter
 from loraplex_router.vocabulary.grammar import Grammar
 from loraplex_router.vocabulary.sequence import Alternatives, Chunk, Plan, Sample
 
@@ -35,18 +36,22 @@ def _encode_start(chunk: Chunk) -> pb.SequenceStart:
         computed=chunk.start,
         sampling=Sampling(**sequence.sampling.given),
         **asdict(sequence.detail),
-        grammar=encode_grammar(sequence.grammar) if sequence.grammar else None,
+        grammar=encode_grammar(sequence.grammar, sequence.adapter) if sequence.grammar else None,
         unscored=sequence.unscored,
         min_new_tokens=sequence.min_new_tokens,
         end_token_ids=sequence.end_token_ids if sequence.min_new_tokens else (),
         unwanted_token_ids=sequence.unwanted_token_ids,
         traceparent=sequence.traceparent,
+        vocab_size=sequence.adapter.tokenizer.vocab_size,
     )
 
 
-def encode_grammar(grammar: Grammar) -> pb.Grammar:
+def encode_grammar(grammar: Grammar, adapter: Adapter) -> pb.Grammar:
+    """For answers of the adapter, which may have tokens of its own."""
     schemas = [schema.text for schema in grammar.schemas]
-    return pb.Grammar(kind=pb.GrammarKind.ValueType(grammar.kind.value), text=grammar.text, schemas=schemas)
+    kind = pb.GrammarKind.ValueType(grammar.kind.value)
+    whose = adapter.digest if adapter.tokenizer.differs else ""
+    return pb.Grammar(kind=kind, text=grammar.text, schemas=schemas, adapter=whose)
 
 
 def read_samples(response: pb.StepResponse) -> Iterator[Sequence[Sample]]:

@@ -23,7 +23,7 @@ from loraplex_protos.errors import (
     quote,
 )
 from loraplex_protos.shard_pb2_grpc import ShardServiceStub
-from loraplex_router.vocabulary.adapter import Invocation, LocalAdapter, StagedAdapter
+from loraplex_router.vocabulary.adapter import Adapter, Invocation, LocalAdapter, StagedAdapter
 from loraplex_router.vocabulary.chat import AdapterTokenizer, ChatTemplates
 from loraplex_router.vocabulary.grammar import Grammar
 from loraplex_router.vocabulary.references import AdapterReference, MergedReference
@@ -271,10 +271,11 @@ class ShardGroup:
             found.append(LocalAdapter(adapter.id, adapter.fault, tuple(adapter.warnings), invocation))
         return found
 
-    async def compile_grammar(self, grammar: Grammar) -> None:
+    async def compile_grammar(self, grammar: Grammar, adapter: Adapter) -> None:
         """Only rank 0 samples, so it alone needs grammars. Raises InvalidRequestError with the reason."""
+        request = pb.CompileGrammarRequest(grammar=encode_grammar(grammar, adapter))
         try:
-            await typed(self._ranks[0].CompileGrammar(pb.CompileGrammarRequest(grammar=encode_grammar(grammar))))
+            await typed(self._ranks[0].CompileGrammar(request))
         except InvalidRequestError as error:
             raise grammar.refusal(error) from error
 
@@ -290,7 +291,8 @@ class ShardGroup:
 def _read_tokenizer(staged: pb.StageAdapterResponse) -> AdapterTokenizer:
     default = {"default": staged.chat_template} if staged.chat_template else {}
     templates = ChatTemplates(default | dict(staged.named_chat_templates), dict(staged.special_tokens))
-    return AdapterTokenizer(templates, tuple(staged.end_token_ids), staged.chat_template_error)
+    ends, error = tuple(staged.end_token_ids), staged.chat_template_error
+    return AdapterTokenizer(templates, ends, error, staged.tokenizer_json, staged.vocab_size)
 
 
 def _read_invocation(adapter: pb.StageAdapterResponse | pb.LocalAdapter) -> Invocation | None:

@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager
 from typing import Protocol
 
 from loraplex_protos import shard_pb2 as pb
-from loraplex_router.vocabulary.adapter import LocalAdapter, StagedAdapter
+from loraplex_router.vocabulary.adapter import Adapter, LocalAdapter, StagedAdapter
 from loraplex_router.vocabulary.grammar import Grammar
 from loraplex_router.vocabulary.references import AdapterReference, MergedReference
 
@@ -57,4 +57,4 @@ class Shards(Steps, Slots, Staging, Protocol):
     """All calls to a replica's shards."""
 
     async def local_adapters(self) -> list[LocalAdapter]: ...
-    async def compile_grammar(self, grammar: Grammar) -> None: ...
+    async def compile_grammar(self, grammar: Grammar, adapter: Adapter) -> None: ...

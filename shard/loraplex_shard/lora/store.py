@@ -58,6 +58,8 @@ class StagedAdapter:
     warnings: tuple[str, ...] = ()  # possible problems that do not prevent serving
     invocation: Invocation | None = None  # None: it is always active
     classes: Classes | None = None  # of its own classifier
+    tokenizer_json: bytes = b""  # with tokens of its own; empty: the model's
+    vocab_size: int = 0  # tokens that it has embeddings for; 0: as many as the model
 
 
 class AdapterStore:
@@ -173,6 +175,13 @@ class AdapterStore:
         with self._lock:
             return self._held_bytes()
 
+    def vocabulary(self, digest: str) -> tuple[bytes, int, tuple[int, ...]] | None:
+        """A staged adapter's own tokenizer.json (empty: the model's), how many tokens it has (0: as many as the model),
+        and its end tokens. None: it is not staged."""
+        with self._lock:
+            adapter = self._host.get(digest)
+        return None if adapter is None else (adapter.tokenizer_json, adapter.vocab_size, adapter.text.end_token_ids)
+
     def adapter_in(self, slot: int) -> AdapterWeights:
         """The adapter in a slot; KeyError if it is empty."""
         return self._slots[slot][1]
@@ -193,6 +202,8 @@ class AdapterStore:
             adapter.warnings,
             adapter.invocation,
             None if adapter.weights.classifier is None else adapter.weights.classifier.classes,
+            adapter.tokenizer_json,
+            adapter.vocab_size,
         )
 
     def _read(self, origin: Origin) -> None:
@@ -210,14 +221,7 @@ class AdapterStore:
             self._digests[origin] = digest
 
     def _cut(self, files: AdapterFiles) -> HostAdapter:
-        adapter = read_adapter(files, self._layouts, self._base, self._dtype, self._host_bytes)
-        head = adapter.weights.own.head
-        if head is not None and head.vocab_size != self._base.vocab_size:
-            raise AdapterInvalidError(
-                f"adapter_model.safetensors: it has {head.vocab_size} tokens, the model {self._base.vocab_size}:"
-                " vocabularies of another size are not served"
-            )
-        return adapter
+        return read_adapter(files, self._layouts, self._base, self._dtype, self._host_bytes)
 
     def _merged(self, parts: Sequence[str], recipe: Recipe) -> HostAdapter:
         merged = merge([self._whole(part) for part in parts], recipe)

@@ -14,6 +14,7 @@ from math import inf
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from llguidance import LLExecutor, LLMatcher
 from llguidance.numpy import fill_next_token_bitmask, fill_next_token_bitmask_par
 from numpy.typing import NDArray
@@ -44,9 +45,11 @@ class Masks:
     allowed: Future[NDArray[np.bool_]]  # [places, vocab]
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
-        """A copy of the logits [n, vocab] with -inf where a token is not allowed; waits for the masks."""
+        """A copy of the logits [n, vocab] with -inf where a token is not allowed; waits for the masks. Tokens beyond
+        the masks are those of other rows' adapters."""
         index = torch.from_numpy(self.places).to(logits.device)
         allowed = torch.from_numpy(self.allowed.result()).to(logits.device)
+        allowed = F.pad(allowed, (0, logits.shape[1] - allowed.shape[1]))
         return logits.index_copy(0, index, logits[index].masked_fill(~allowed, -torch.inf))
 
 
@@ -55,6 +58,8 @@ class Constraints:
         self._grammars = grammars
         self._vocab_size = vocab_size
         self._matchers: dict[int, LLMatcher] = {}  # by row, as are the others
+        self._compilers: dict[int, GrammarCompiler] = {}
+        self._sizes: dict[int, int] = {}  # of rows whose adapters have another number of tokens than the model
         self._bans: dict[int, list[Ban]] = {}
         self._broken: set[int] = set()  # rows whose matcher raised something
         self._executor = LLExecutor()
@@ -63,6 +68,8 @@ class Constraints:
     def clear(self) -> None:
         """Forgets all sequences."""
         self._matchers.clear()
+        self._compilers.clear()
+        self._sizes.clear()
         self._bans.clear()
         self._broken.clear()
 
@@ -71,13 +78,18 @@ class Constraints:
         self._matchers.pop(start.row, None)
         self._bans.pop(start.row, None)
         self._broken.discard(start.row)
+        self._sizes.pop(start.row, None)
+        if start.vocab_size:
+            self._sizes[start.row] = start.vocab_size
         if start.HasField("grammar"):
             with self._alone(start.row):
-                matcher = self._grammars.matcher(start.grammar)
+                compiler = self._compilers[start.row] = self._grammars.of(start.grammar.adapter)
+                matcher = compiler.matcher(start.grammar)
                 matcher.consume_tokens(start.tokens[start.prompt_length :])
                 self._matchers[start.row] = matcher
         least = start.prompt_length + start.min_new_tokens
-        bans = [Ban(least, self._known(start.end_token_ids)), Ban(inf, self._known(start.unwanted_token_ids))]
+        size = self._size(start.row)
+        bans = [Ban(least, _below(size, start.end_token_ids)), Ban(inf, _below(size, start.unwanted_token_ids))]
         if any(len(ban.token_ids) for ban in bans):
             self._bans[start.row] = bans
 
@@ -109,10 +121,10 @@ class Constraints:
             return []
         tokens: list[int] = []
         with self._alone(row):
-            tokens = self._grammars.fast_forward(matcher)[:most]
+            tokens = self._compilers[row].fast_forward(matcher)[:most]
             matcher.consume_tokens(tokens)
             if end and matcher.stop_reason() == COMPLETE and len(tokens) < most:
-                tokens.append(self._grammars.end_token_id)
+                tokens.append(self._compilers[row].end_token_id)
         return tokens
 
     def failed(self, rows: Sequence[int]) -> NDArray[np.bool_]:
@@ -139,8 +151,26 @@ class Constraints:
     def _allowed(
         self, matchers: Sequence[tuple[int, LLMatcher | None]], banned: Sequence[NDArray[np.int64]]
     ) -> NDArray[np.bool_]:
-        """[matchers, vocab], of these rows' matchers"""
-        words = np.full((len(matchers), -(-self._vocab_size // WORD)), -1, np.int32)
+        """[matchers, the largest vocabulary of theirs], of these rows' matchers"""
+        sizes = [self._size(row) for row, _ in matchers]
+        bits = np.zeros((len(matchers), max(sizes)), np.uint8)
+        for size in set(sizes):
+            places = [place for place, own in enumerate(sizes) if own == size]
+            bits[places, :size] = self._masks([matchers[place] for place in places], size)
+        for place, (row, matcher) in enumerate(matchers):
+            if matcher is not None and np.count_nonzero(bits[place]) == 1:
+                # There is no choice, and possibly a special token instead of its text.
+                with self._alone(row):
+                    for token in self._compilers[row].fast_forward(matcher)[:1]:
+                        bits[place] = 0
+                        bits[place, token] = 1
+        for place, tokens in enumerate(banned):
+            _ban(bits[place], tokens)
+        return bits.view(np.bool_)
+
+    def _masks(self, matchers: Sequence[tuple[int, LLMatcher | None]], size: int) -> NDArray[np.uint8]:
+        """[matchers, size], of rows with so many tokens"""
+        words = np.full((len(matchers), -(-size // WORD)), -1, np.int32)
         jobs = [(matcher, place) for place, (_, matcher) in enumerate(matchers) if matcher is not None]
         if jobs:
             try:
@@ -149,21 +179,16 @@ class Constraints:
                 for matcher, place in jobs:
                     with self._alone(matchers[place][0]):
                         fill_next_token_bitmask(matcher, words, place)
-        bits = np.unpackbits(words.view(np.uint8), axis=1, count=self._vocab_size, bitorder="little")
-        for matcher, place in jobs:
-            if np.count_nonzero(bits[place]) == 1:  # no choice, and possibly a special token instead of its text
-                with self._alone(matchers[place][0]):
-                    for token in self._grammars.fast_forward(matcher)[:1]:
-                        bits[place] = 0
-                        bits[place, token] = 1
-        for place, tokens in enumerate(banned):
-            _ban(bits[place], tokens)
-        return bits.view(np.bool_)
+        return np.unpackbits(words.view(np.uint8), axis=1, count=size, bitorder="little")
 
-    def _known(self, tokens: Iterable[int]) -> NDArray[np.int64]:
-        """The tokens that the model has: others are never sampled."""
-        ids = _array(tokens)
-        return ids[ids < self._vocab_size]
+    def _size(self, row: int) -> int:
+        return self._sizes.get(row, self._vocab_size)
+
+
+def _below(size: int, tokens: Iterable[int]) -> NDArray[np.int64]:
+    """The tokens that there are: others are never sampled."""
+    ids = _array(tokens)
+    return ids[ids < size]
 
 
 def _ban(bits: NDArray[np.uint8], tokens: NDArray[np.int64]) -> None:

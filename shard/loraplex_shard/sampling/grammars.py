@@ -4,7 +4,7 @@ Safe to call from any thread. Knows nothing of sequences or steps.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
@@ -17,6 +17,8 @@ from loraplex_shard.sampling.vocabulary import truncate_tokenizer
 
 LEXER_FUEL = 50_000  # states made anew in one step, which all streams wait for: some 50 ms, and 40 MB
 KEPT = 256  # compiled grammars
+KEPT_TOKENIZERS = 8  # of adapters
+Vocabularies = Callable[[str], tuple[bytes, int, tuple[int, ...]] | None]
 
 # As json.dumps writes: models have seen much of it, and it leaves nothing to choose between values. oneOf is taken for
 # anyOf: that only one of its parts fits cannot be told while a document is written.
@@ -26,13 +28,37 @@ WRITTEN = {"whitespace_flexible": False, "item_separator": ", ", "key_separator"
 class GrammarCompiler:
     """For one model. The tokenizer is read when the first grammar comes, for few models are asked for one at once."""
 
-    def __init__(self, tokenizer_json: bytes, vocab_size: int, end_token_ids: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        tokenizer_json: bytes,
+        vocab_size: int,
+        end_token_ids: tuple[int, ...],
+        vocabulary: Vocabularies = lambda digest: None,
+    ) -> None:
         """tokenizer_json as the `tokenizers` library reads it; end_token_ids, in ascending order, end an answer where a
-        match may end."""
+        match may end. `vocabulary` returns an adapter's own tokenizer.json (empty: the model's), how many tokens it has
+        (0: as many as the model) and its end tokens, given its digest; None: there is no such adapter."""
         self._tokenizer_json = tokenizer_json
-        self._vocab_size = vocab_size
+        self.vocab_size = vocab_size
         self._end_token_ids = end_token_ids
+        self._vocabulary = vocabulary
         self._compile = lru_cache(KEPT)(self._compile_anew)
+        self._of_adapters = lru_cache(KEPT_TOKENIZERS)(GrammarCompiler)
+
+    def of(self, adapter: str) -> "GrammarCompiler":
+        """The compiler for an adapter with tokens of its own, given by its digest; empty: for the model. Raises
+        InvalidRequestError if there is no such adapter."""
+        if not adapter:
+            return self
+        found = self._vocabulary(adapter)
+        if found is None:
+            raise InvalidRequestError(FieldViolation("grammar", "its adapter is not loaded any more: try again"))
+        tokenizer_json, vocab_size, ends = found
+        return self._of_adapters(
+            tokenizer_json or self._tokenizer_json,
+            vocab_size or self.vocab_size,
+            tuple(sorted({*self._end_token_ids, *ends})),
+        )
 
     @property
     def end_token_id(self) -> int:
@@ -81,11 +107,11 @@ class GrammarCompiler:
 
     @cached_property
     def _tokenizer(self) -> LLTokenizer:
-        tokenizer_json, size = truncate_tokenizer(self._tokenizer_json, self._vocab_size)
+        tokenizer_json, size = truncate_tokenizer(self._tokenizer_json, self.vocab_size)
         ends = [token for token in self._end_token_ids if token < size]
         if not ends:
             raise ValueError("this model has no end token, so an answer could not end")
-        return LLTokenizer(tokenizer_json, self._vocab_size, ends)
+        return LLTokenizer(tokenizer_json, self.vocab_size, ends)
 
 
 def _to_llguidance(kind: pb.GrammarKind.ValueType, text: str, schemas: Sequence[str]) -> str:

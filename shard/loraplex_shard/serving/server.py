@@ -208,7 +208,7 @@ def _load(
     adapters = AdapterStore(model.layouts, adapter_dtype, device, base, sources, telemetry.metrics, held)
     telemetry.metrics.watch_adapters(lambda: {"disk": listing.count(), **adapters.count()}, adapters.count_host_bytes)
     end_token_ids = keep_known(checkpoint.end_token_ids, model.vocab_size)
-    grammars = GrammarCompiler(files.tokenizer_json, model.vocab_size, end_token_ids)
+    grammars = GrammarCompiler(files.tokenizer_json, model.vocab_size, end_token_ids, adapters.vocabulary)
     info = GetInfoResponse(
         model_id=checkpoint.model_id,
         architecture=checkpoint.architecture,

@@ -103,6 +103,8 @@ class ShardService(ShardServiceServicer):
                 warnings=staged.warnings,
                 invocation=_write_invocation(staged.invocation),
                 classifier=describe(staged.classes),
+                tokenizer_json=staged.tokenizer_json,
+                vocab_size=staged.vocab_size,
             )
 
     def MergeAdapters(
@@ -136,7 +138,7 @@ class ShardService(ShardServiceServicer):
         self, request: pb.CompileGrammarRequest, context: grpc.ServicerContext
     ) -> pb.CompileGrammarResponse:
         with self._errors_answered(context):
-            self._grammars.matcher(request.grammar)
+            self._grammars.of(request.grammar.adapter).matcher(request.grammar)
             return pb.CompileGrammarResponse()
 
     def ListLocalAdapters(

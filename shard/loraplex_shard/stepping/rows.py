@@ -99,9 +99,10 @@ class Rows:
         tokens = np.fromiter(start.tokens, np.int64, known)
         bias = start.sampling.logit_bias
         biased = np.fromiter(bias.keys(), np.int64, len(bias))
-        self.void[row] = (tokens >= self._vocab_size).any() or (biased >= self._vocab_size).any()
+        size = start.vocab_size or self._vocab_size
+        self.void[row] = (tokens >= size).any() or (biased >= size).any()
         if self.void[row]:
-            tokens[tokens >= self._vocab_size] = biased[biased >= self._vocab_size] = 0
+            tokens[tokens >= size] = biased[biased >= size] = 0
         self._tokens[row, :known] = self.on_device(tokens)
         self._known[row] = known
         self.prompt_lengths[row] = start.prompt_length

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from loraplex_protos.errors import AdapterInvalidError, FieldViolation, InvalidRequestError
+from loraplex_shard.lora.peft import own_tokens
 from loraplex_shard.lora.peft.base import BaseModel
 from loraplex_shard.lora.peft.classifiers import is_of_classifier, read_classifier
 from loraplex_shard.lora.peft.config import AdapterConfig
@@ -72,15 +73,20 @@ def read_adapter(
     if whole.classifier is not None and invocation is not None:
         raise AdapterInvalidError(f"{TENSORS}: an activated adapter (aLoRA) with a classifier is not served")
     adapter = cut_adapter(whole, layouts, base, dtype)
-    ends, wrong = end_tokens(files.text, base)
+    head = adapter.weights.own.head
+    vocabulary = own_tokens.read_vocabulary(files.text, base, base.vocab_size if head is None else head.vocab_size)
+    own = {id for id, _ in vocabulary.own}
+    ends, wrong = end_tokens(files.text, base, vocabulary)
     modules = modules_in_any_form(layouts, base.architecture)
-    warnings = (*find_doubts(config, base, modules), *whole.doubts, *foreign_tokens(files.text, base), *wrong)
+    warnings = (*find_doubts(config, base, modules), *whole.doubts, *foreign_tokens(files.text, base, own), *wrong)
     if base.is_text_part and any(map(is_of_another_part, as_saved_by_peft(read_tensors(files.tensors)))):
         warnings = (*warnings, "what it adds to the part that reads pictures is not used: text alone is served")
     if files.text.error:
         warnings = (*warnings, f"conversations with it are refused: {files.text.error}")
     text = replace(files.text, end_token_ids=ends, added_tokens={})
-    return replace(adapter, text=text, warnings=warnings, invocation=invocation)
+    held = replace(adapter, text=text, warnings=warnings, invocation=invocation)
+    size = 0 if vocabulary.size == base.vocab_size else vocabulary.size
+    return replace(held, tokenizer_json=vocabulary.tokenizer_json, vocab_size=size)
 
 
 def read_deltas(files: AdapterFiles, layouts: Sequence[LinearLayout], base: BaseModel) -> dict[str, Delta]:

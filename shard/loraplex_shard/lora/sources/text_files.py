@@ -7,7 +7,7 @@ here: the router renders them.
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 TEMPLATE = "chat_template.jinja"
@@ -15,6 +15,8 @@ PROCESSOR_TEMPLATE = "chat_template.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS = "special_tokens_map.json"
 GENERATION_CONFIG = "generation_config.json"
+TOKENIZER = "tokenizer.json"
+ADDED_TOKENS = "added_tokens.json"  # of tokenizers without a tokenizer.json
 NAMED_TEMPLATES = "additional_chat_templates"  # a folder
 
 MAX_TEMPLATE = 2**18  # bytes
@@ -25,6 +27,8 @@ TEXT_SIZE_LIMITS = {
     TOKENIZER_CONFIG: 2**24,
     SPECIAL_TOKENS: 2**20,
     GENERATION_CONFIG: 2**20,
+    TOKENIZER: 2**26,
+    ADDED_TOKENS: 2**22,
 }
 
 # The special tokens that every tokenizer of transformers may have.
@@ -32,12 +36,28 @@ ATTRIBUTES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "
 _NAMED = re.compile(rf"{NAMED_TEMPLATES}/([A-Za-z0-9_.-]{{1,96}})\.jinja")
 
 
+_OF_TOKENIZER = re.compile(rb'"added_tokens"\s*:\s*(?=\[)')
+_MOST_ADDED = 2**22  # bytes of a tokenizer.json's list of them
+
+
+@dataclass(frozen=True, slots=True)
+class AddedToken:
+    """As the `tokenizers` library has it."""
+
+    content: str
+    special: bool = False
+    single_word: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+    normalized: bool = True
+
+
 @dataclass(frozen=True, slots=True)
 class AdapterText:
     chat_templates: Mapping[str, str] = field(default_factory=dict)  # by name: "default", "tool_use"
     special_tokens: Mapping[str, str] = field(default_factory=dict)  # an empty text: the tokenizer has no such token
     end_token_ids: tuple[int, ...] = ()
-    added_tokens: Mapping[int, str] = field(default_factory=dict)  # added to its tokenizer, by id
+    added_tokens: Mapping[int, AddedToken] = field(default_factory=dict)  # added to its tokenizer, by id
     error: str = ""  # why the files cannot be read; then everything else is empty
 
     @property
@@ -59,6 +79,8 @@ def read_text(files: Mapping[str, bytes]) -> AdapterText:
     try:
         contents = dict[str, Any]()
         for name, data in files.items():
+            if name == TOKENIZER:
+                continue
             contents[name] = json.loads(data) if name.endswith(".json") else data.decode()
             if name.endswith(".json") and not isinstance(contents[name], dict):
                 raise ValueError("it is not a JSON object")
@@ -66,6 +88,10 @@ def read_text(files: Mapping[str, bytes]) -> AdapterText:
         templates = _templates(contents)
         tokens = _special_tokens(contents)
         added = _added_tokens(contents.get(TOKENIZER_CONFIG, {}))
+        name = ADDED_TOKENS
+        added = _before_tokenizer_json(contents.get(ADDED_TOKENS, {}), set(tokens.values())) | added
+        name = TOKENIZER
+        added = _of_tokenizer_json(files.get(TOKENIZER, b"")) | added
         name = GENERATION_CONFIG
         return AdapterText(templates, tokens, _end_token_ids(contents.get(GENERATION_CONFIG, {})), added)
     except (ValueError, RecursionError) as error:
@@ -117,13 +143,35 @@ def _special_tokens(contents: Mapping[str, Any]) -> dict[str, str]:
     return tokens
 
 
-def _added_tokens(config: Mapping[str, Any]) -> dict[int, str]:
+def _added_tokens(config: Mapping[str, Any]) -> dict[int, AddedToken]:
     given = config.get("added_tokens_decoder")
     given = given if isinstance(given, dict) else {}
-    tokens = {
-        int(id): token.get("content") for id, token in given.items() if isinstance(token, dict) and id.isdecimal()
-    }
-    return {id: token for id, token in tokens.items() if isinstance(token, str)}
+    return {int(id): token for id, entry in given.items() if id.isdecimal() and (token := _added_token(entry))}
+
+
+def _of_tokenizer_json(data: bytes) -> dict[int, AddedToken]:
+    """Those of a tokenizer.json. The rest of it, which may have many megabytes, is not parsed."""
+    match = _OF_TOKENIZER.search(data)
+    if match is None:
+        return {}
+    text = data[match.end() : match.end() + _MOST_ADDED].decode(errors="ignore")
+    entries, _ = json.JSONDecoder().raw_decode(text)
+    named = [(entry.get("id"), _added_token(entry)) for entry in entries if isinstance(entry, dict)]
+    return {id: token for id, token in named if isinstance(id, int) and 0 <= id < 2**31 and token}
+
+
+def _before_tokenizer_json(named: Mapping[str, Any], special: set[str]) -> dict[int, AddedToken]:
+    """Those of an added_tokens.json, which has their ids by their texts."""
+    ids = {id: text for text, id in named.items() if isinstance(id, int) and 0 <= id < 2**31}
+    return {id: AddedToken(text, text in special, normalized=text not in special) for id, text in ids.items()}
+
+
+def _added_token(entry: Any) -> AddedToken | None:
+    if not isinstance(entry, dict) or not isinstance(entry.get("content"), str) or not entry["content"]:
+        return None
+    entry["content"].encode()  # raises UnicodeEncodeError for what is not text
+    given = {f.name: entry[f.name] for f in fields(AddedToken) if isinstance(entry.get(f.name), bool)}
+    return AddedToken(entry["content"], **given)
 
 
 def _end_token_ids(generation: Mapping[str, Any]) -> tuple[int, ...]:

@@ -77,6 +77,8 @@ class HostAdapter:
     text: AdapterText = field(default_factory=AdapterText)  # with all of its end tokens
     warnings: tuple[str, ...] = ()  # possible problems that do not prevent serving
     invocation: Invocation | None = None  # None: it is always active
+    tokenizer_json: bytes = b""  # with tokens of its own; empty: the model's
+    vocab_size: int = 0  # tokens that it has embeddings for; 0: as many as the model
 
 
 def name_of_a(module: str) -> str:

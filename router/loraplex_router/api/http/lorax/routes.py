@@ -57,7 +57,7 @@ async def _generate(body: schema.GenerateRequest, call: Call, stream: bool, as_l
     generation = await call.service.generate(replace(request, session=call.session), call.key)
     headers = static_headers(call.service.info.model_id, body.inputs, request.adapter) | answer_headers([generation])
     prefix = body.inputs if given.return_full_text else ""
-    writer = LoraxWriter(generation, call.service.tokenizer, wants_details(given), prefix)
+    writer = LoraxWriter(generation, call.service.tokenizer_of(generation.adapter), wants_details(given), prefix)
     if stream:
         return EventStream(call.service, [generation], writer.events(), write_lorax_error, headers)
     (deltas,) = await collect(call.service, [generation], call.receive)

@@ -38,6 +38,7 @@ class LoraxToken(BaseModel):
 
 class VllmTokenize(BaseModel):
     prompt: str
+    model: str = Field(default="", description="An adapter, which may have tokens of its own.")
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
 
@@ -57,6 +58,7 @@ class VllmTokens(BaseModel):
 
 class VllmDetokenize(BaseModel):
     tokens: Items[TokenId]
+    model: str = Field(default="", description="An adapter, which may have tokens of its own.")
 
 
 class VllmText(BaseModel):
@@ -74,24 +76,28 @@ async def tokenize(body: LoraxTokenize | VllmTokenize | VllmTokenizeChat, call: 
     if isinstance(body, LoraxTokenize):
         tokens = ({"id": span.id, "text": span.text, "start": span.start, "stop": span.stop} for span in spans)
         return StreamingResponse(write_list(tokens), media_type=JSON)
-    names = call.service.tokenizer if body.return_token_strs else None
+    names = None
+    if body.return_token_strs:
+        adapter = read_model_name(body.model, call.service.model_names)
+        names, _ = await call.service.tokenizer_for(adapter, call.key)
     return StreamingResponse(_write_vllm(spans, call.service.info.max_model_len, names), media_type=JSON)
 
 
 @router.post("/detokenize", tags=["Operation"], responses={200: {"model": VllmText}, **ERRORS})
 async def detokenize(body: VllmDetokenize, call: Call) -> Response:
     """The text of token ids, with special tokens, as vLLM writes it."""
-    call.service.keys.tenant(call.key)
-    vocabulary = call.service.info.vocab_size
+    adapter = read_model_name(body.model, call.service.model_names)
+    tokenizer, vocabulary = await call.service.tokenizer_for(adapter, call.key)
     if max(body.tokens, default=0) >= vocabulary:
         raise InvalidRequestError(FieldViolation("tokens", f"every id must be below {vocabulary}"))
-    return JSONResponse({"prompt": await call.service.tokenizer.decode_verbatim(body.tokens)})
+    return JSONResponse({"prompt": await tokenizer.decode_verbatim(body.tokens)})
 
 
 async def _spans(body: LoraxTokenize | VllmTokenize | VllmTokenizeChat, call: Call) -> Spans:
     if not isinstance(body, VllmTokenizeChat):
-        text = body.inputs if isinstance(body, LoraxTokenize) else body.prompt
-        return await call.service.tokenize(text, body.add_special_tokens is not False, None, call.key)
+        text, model = (body.inputs, "") if isinstance(body, LoraxTokenize) else (body.prompt, body.model)
+        adapter = read_model_name(model, call.service.model_names)
+        return await call.service.tokenize(text, body.add_special_tokens is not False, adapter, call.key)
     found = Violations()
     chat = read_conversation(body, found)
     found.raise_any()

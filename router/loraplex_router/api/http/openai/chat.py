@@ -1,6 +1,6 @@
 """/v1/chat/completions: an answer to a conversation."""
 
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -18,6 +18,7 @@ from loraplex_router.api.turns import in_turn
 from loraplex_router.engine.output import Delta, Generation, SequenceOutput
 from loraplex_router.text.tokenizer import Tokenizer
 from loraplex_router.text.tool_calls import Arguments, Piece, ToolCall
+from loraplex_router.vocabulary.adapter import Adapter
 from loraplex_router.vocabulary.request import Request
 from loraplex_router.vocabulary.sampling import Sampling
 from loraplex_router.vocabulary.sequence import Detail
@@ -52,7 +53,7 @@ class ChatWriter:
 
     body: ChatCompletionRequest
     generations: Sequence[Generation]
-    tokenizer: Tokenizer
+    tokenizer_of: Callable[[Adapter], Tokenizer]
     version: str
 
     def whole(self, answers: Sequence[Sequence[Delta]]) -> dict[str, Any]:
@@ -80,7 +81,7 @@ class ChatWriter:
         choice: dict[str, Any] = {
             "index": index,
             "message": message,
-            "logprobs": self._logprobs(delta) if self.body.logprobs else None,
+            "logprobs": self._logprobs(output, delta) if self.body.logprobs else None,
             "finish_reason": writer.finish_reason(delta),
             "stop_reason": output.stop_reason,
             **whose(generation, self.body),
@@ -88,7 +89,7 @@ class ChatWriter:
         if calls:
             message["tool_calls"] = calls
         if self.body.prompt_logprobs is not None:
-            choice["prompt_logprobs"] = prompt_logprobs(output, self.tokenizer)
+            choice["prompt_logprobs"] = prompt_logprobs(output, self.tokenizer_of(output.sequence.adapter))
         return choice
 
     async def events(self) -> AsyncIterator[bytes]:
@@ -122,7 +123,7 @@ class ChatWriter:
     ) -> Iterator[dict[str, Any]]:
         """The first chunk has the role, and the last one the finish reason; a delta's logprobs are in its first
         chunk."""
-        logprobs = self._logprobs(delta) if self.body.logprobs and delta.samples else None
+        logprobs = self._logprobs(output, delta) if self.body.logprobs and delta.samples else None
 
         def chunk(content: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
             ended = {"finish_reason": reason, "stop_reason": output.stop_reason if reason else None}
@@ -145,8 +146,9 @@ class ChatWriter:
         if delta.finish_reason or logprobs:
             yield chunk({}, writer.finish_reason(delta))
 
-    def _logprobs(self, delta: Delta) -> dict[str, Any]:
-        return chat_logprobs(delta, TokenNames(self.tokenizer, bool(self.body.return_tokens_as_token_ids)))
+    def _logprobs(self, output: SequenceOutput, delta: Delta) -> dict[str, Any]:
+        tokenizer = self.tokenizer_of(output.sequence.adapter)
+        return chat_logprobs(delta, TokenNames(tokenizer, bool(self.body.return_tokens_as_token_ids)))
 
     def _common_fields(self, kind: str) -> dict[str, Any]:
         return common_fields(kind, "chatcmpl", self.generations[0], self.body.model, self.version)

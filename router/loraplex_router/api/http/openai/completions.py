@@ -1,6 +1,6 @@
 """/v1/completions: the continuation of a text."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,6 +21,7 @@ from loraplex_router.api.readers import read_each
 from loraplex_router.api.turns import in_turn
 from loraplex_router.engine.output import Delta, Generation, SequenceOutput
 from loraplex_router.text.tokenizer import Tokenizer
+from loraplex_router.vocabulary.adapter import Adapter
 from loraplex_router.vocabulary.request import Request
 from loraplex_router.vocabulary.sampling import Sampling
 from loraplex_router.vocabulary.sequence import Detail, FinishReason
@@ -84,7 +85,7 @@ class CompletionWriter:
 
     body: CompletionRequest
     generations: Sequence[Generation]
-    tokenizer: Tokenizer
+    tokenizer_of: Callable[[Adapter], Tokenizer]
     version: str
 
     def whole(self, answers: Sequence[Sequence[Delta]]) -> dict[str, Any]:
@@ -102,7 +103,7 @@ class CompletionWriter:
             delta = Delta(finish_reason=FinishReason.LENGTH)
         choice = _ChoiceWriter(self, index, output).write(delta)
         if self.body.prompt_logprobs is not None:
-            choice["prompt_logprobs"] = prompt_logprobs(output, self.tokenizer)
+            choice["prompt_logprobs"] = prompt_logprobs(output, self.tokenizer_of(output.sequence.adapter))
         return choice
 
     async def events(self) -> AsyncIterator[bytes]:
@@ -135,11 +136,12 @@ class _ChoiceWriter:
     """Writes one choice, whole or in pieces. With `echo`, the first piece begins with the prompt."""
 
     def __init__(self, parent: CompletionWriter, index: int, output: SequenceOutput) -> None:
-        self._index, self._output, self._tokenizer = index, output, parent.tokenizer
+        tokenizer = parent.tokenizer_of(output.sequence.adapter)
+        self._index, self._output, self._tokenizer = index, output, tokenizer
         self._echo = bool(parent.body.echo)
         self._shows_special_tokens = parent.body.skip_special_tokens is False
-        self._decoder = parent.tokenizer.verbatim if self._shows_special_tokens else parent.tokenizer
-        names = TokenNames(parent.tokenizer, bool(parent.body.return_tokens_as_token_ids), "bytes:")
+        self._decoder = tokenizer.verbatim if self._shows_special_tokens else tokenizer
+        names = TokenNames(tokenizer, bool(parent.body.return_tokens_as_token_ids), "bytes:")
         self._logprobs = CompletionLogprobs(names) if parent.body.logprobs is not None else None
         self.begun = False
 

@@ -38,7 +38,7 @@ async def completions(body: CompletionRequest, call: Call) -> Response:
         for generation in generations:
             service.close(generation)
         raise
-    writer = CompletionWriter(body, generations, service.tokenizer, service.info.version)
+    writer = CompletionWriter(body, generations, service.tokenizer_of, service.info.version)
     return await _answer(call, generations, writer)
 
 
@@ -49,7 +49,7 @@ async def chat_completions(body: ChatCompletionRequest, call: Call) -> Response:
     request = read_chat(body, service.model_names, service.sampling_defaults)
     generations = await service.generate_each(replace(request, session=call.session), call.key)
     body = body.model_copy(update={"model": answered_name(body.model, service.model_names)})
-    return await _answer(call, generations, ChatWriter(body, generations, service.tokenizer, service.info.version))
+    return await _answer(call, generations, ChatWriter(body, generations, service.tokenizer_of, service.info.version))
 
 
 async def _answer(call: Call, generations: Sequence[Generation], writer: CompletionWriter | ChatWriter) -> Response:
