@@ -80,13 +80,14 @@ def test_the_url_of_a_repository_is_accepted_as_its_name(
             store.stage(address, "", "", "")
 
 
-def test_a_chat_template_is_fetched_with_its_adapter(
+def test_a_chat_template_and_a_tokenizer_are_fetched_with_their_adapter(
     hub: StandInHub, store: AdapterStore, files: dict[str, bytes]
 ) -> None:
     templates = {"chat_template.jinja": b"mine", "additional_chat_templates/rag.jinja": b"other"}
     hub.push("org/adapter", {**files, **templates, "tokenizer_config.json": b"{}", "tokenizer.json": b"x"})
     assert stage(store).text.chat_templates == {"default": "mine", "rag": "other"}
-    assert downloads(hub) == sorted([CONFIG, TENSORS, "tokenizer_config.json", "chat_template.jinja", "rag.jinja"])
+    texts = ["tokenizer_config.json", "tokenizer.json", "chat_template.jinja", "rag.jinja"]
+    assert downloads(hub) == sorted([CONFIG, TENSORS, *texts])
 
 
 def test_staging_again_only_requests_the_commit(
