@@ -79,7 +79,7 @@ async def tokenize(body: LoraxTokenize | VllmTokenize | VllmTokenizeChat, call: 
     names = None
     if body.return_token_strs:
         adapter = read_model_name(body.model, call.service.model_names)
-        names, _ = await call.service.tokenizer_for(adapter, call.key)
+        names, _ = await call.service.tokenizer_for(adapter, call.key, call.session)
     return StreamingResponse(_write_vllm(spans, call.service.info.max_model_len, names), media_type=JSON)
 
 
@@ -87,7 +87,7 @@ async def tokenize(body: LoraxTokenize | VllmTokenize | VllmTokenizeChat, call: 
 async def detokenize(body: VllmDetokenize, call: Call) -> Response:
     """The text of token ids, with special tokens, as vLLM writes it."""
     adapter = read_model_name(body.model, call.service.model_names)
-    tokenizer, vocabulary = await call.service.tokenizer_for(adapter, call.key)
+    tokenizer, vocabulary = await call.service.tokenizer_for(adapter, call.key, call.session)
     if max(body.tokens, default=0) >= vocabulary:
         raise InvalidRequestError(FieldViolation("tokens", f"every id must be below {vocabulary}"))
     return JSONResponse({"prompt": await tokenizer.decode_verbatim(body.tokens)})
@@ -97,7 +97,7 @@ async def _spans(body: LoraxTokenize | VllmTokenize | VllmTokenizeChat, call: Ca
     if not isinstance(body, VllmTokenizeChat):
         text, model = (body.inputs, "") if isinstance(body, LoraxTokenize) else (body.prompt, body.model)
         adapter = read_model_name(model, call.service.model_names)
-        return await call.service.tokenize(text, body.add_special_tokens is not False, adapter, call.key)
+        return await call.service.tokenize(text, body.add_special_tokens is not False, adapter, call.key, call.session)
     found = Violations()
     chat = read_conversation(body, found)
     found.raise_any()
