@@ -249,6 +249,10 @@ class Service:
         if not request.generations:
             request.tenant.end(request.tokens, time.monotonic())
 
+    def is_running(self, request_id: str) -> bool:
+        """Whether a request with this id has begun and not ended."""
+        return request_id in self._running
+
     def cancel_request(self, request_id: str, key: str | None = None) -> None:
         """Ends a request; its reader sees it finish as cancelled.
 

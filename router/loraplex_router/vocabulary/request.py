@@ -37,6 +37,7 @@ class Request:
     grammar: Grammar | None = None
     cache_salt: str = ""  # cached prefixes are shared by requests with the same salt
     session: str = ""  # requests with the same one get the same version of an alias with weights
+    warnings: tuple[str, ...] = ()  # what its sender should know
 
     def parts(self) -> list["Request"]:
         """One request per adapter."""

@@ -9,6 +9,7 @@ from starlette.types import Receive
 
 from loraplex_router.access.keys import read_bearer
 from loraplex_router.service.service import Service
+from loraplex_router.vocabulary.checks import REQUEST_ID
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,12 +18,16 @@ class RouteCall:
     key: str | None  # the API key; if the server has no keys, LoRAX's clients send a token for the hub instead
     session: str  # the same for all requests that the call makes
     receive: Receive  # reports the client's disconnect once the body has been read
+    request_id: str  # the caller's X-Request-Id if it can be the request's id, else empty
 
 
 async def _read_call(http: Request) -> RouteCall:
+    service: Service = http.app.state.service
+    request_id = http.headers.get("x-request-id", "")
+    usable = REQUEST_ID.fullmatch(request_id) is not None and not service.is_running(request_id)
     key = read_bearer(http.headers.get("authorization"))
     session = http.headers.get("x-session-id") or secrets.token_hex(8)
-    return RouteCall(http.app.state.service, key, session, http.receive)
+    return RouteCall(service, key, session, http.receive, request_id if usable else "")
 
 
 Call: TypeAlias = Annotated[RouteCall, Depends(_read_call)]

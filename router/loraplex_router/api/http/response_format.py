@@ -7,6 +7,8 @@ from pydantic import BaseModel, Field
 from loraplex_protos.errors import FieldViolation, InvalidRequestError
 from loraplex_router.vocabulary.grammar import Grammar, GrammarKind
 
+TEXTS = {"regex": GrammarKind.REGEX, "grammar": GrammarKind.LARK}
+
 
 class NamedSchema(BaseModel):
     name: str | None = None
@@ -15,7 +17,7 @@ class NamedSchema(BaseModel):
 
 
 class ResponseFormat(BaseModel):
-    type: Literal["text", "json_object", "json_schema", "json", "regex"]
+    type: Literal["text", "json_object", "json_schema", "json", "regex", "grammar"]
     json_schema: NamedSchema | None = None
     schema_: dict[str, Any] | None = Field(default=None, alias="schema", description="LoRAX's. Absent: any object.")
     value: str | dict[str, Any] | None = Field(default=None, description="text-generation-inference's.")
@@ -25,10 +27,10 @@ def read_response_format(wanted: ResponseFormat, field: str) -> Grammar | None:
     """None if any text will do. Raises InvalidRequestError if a field that the type needs is missing."""
     if wanted.type == "text":
         return None
-    if wanted.type == "regex":
+    if wanted.type in TEXTS:
         if not isinstance(wanted.value, str):
-            raise InvalidRequestError(FieldViolation(field, 'of type "regex" needs a value, the expression'))
-        return Grammar(GrammarKind.REGEX, wanted.value, field=field)
+            raise InvalidRequestError(FieldViolation(field, f'of type "{wanted.type}" needs a value, the text of it'))
+        return Grammar(TEXTS[wanted.type], wanted.value, field=field)
     named = wanted.json_schema.schema_ if wanted.json_schema else None
     for schema in (named, wanted.schema_, wanted.value):
         if schema is not None:

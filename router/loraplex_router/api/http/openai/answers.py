@@ -5,6 +5,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 
 ADAPTER = "Whose answer it is, if the request named several adapters; null is the base model's."
+TOKEN_IDS = "vLLM's: of the answer, with the token that ended it. Absent unless asked for with `return_token_ids`."
+PROMPT_TOKEN_IDS = "vLLM's: of the prompt. Absent unless asked for with `return_token_ids`."
 STOP_REASON = "vLLM's: which of the request's `stop` and `stop_token_ids` ended it."
 
 
@@ -21,6 +23,8 @@ class CompletionChoice(BaseModel):
     logprobs: dict[str, Any] | None
     finish_reason: Literal["stop", "length"]
     stop_reason: str | int | None = Field(description=STOP_REASON)
+    token_ids: list[int] | None = Field(default=None, description=TOKEN_IDS)
+    prompt_token_ids: list[int] | None = Field(default=None, description=PROMPT_TOKEN_IDS)
     adapter: str | None = Field(default=None, description=ADAPTER)
 
 
@@ -46,6 +50,7 @@ class ChatChoice(BaseModel):
     logprobs: dict[str, Any] | None
     finish_reason: Literal["stop", "length", "tool_calls"]
     stop_reason: str | int | None = Field(description=STOP_REASON)
+    token_ids: list[int] | None = Field(default=None, description=TOKEN_IDS)
     adapter: str | None = Field(default=None, description=ADAPTER)
 
 
@@ -55,6 +60,7 @@ class ChatCompletion(BaseModel):
     created: int
     model: str
     system_fingerprint: str
+    prompt_token_ids: list[int] | None = Field(default=None, description=PROMPT_TOKEN_IDS)
     choices: list[ChatChoice]
     usage: Usage
 

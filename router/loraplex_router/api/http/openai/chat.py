@@ -11,7 +11,15 @@ from loraplex_router.api.http.openai.logprobs import TokenNames, chat_logprobs, 
 from loraplex_router.api.http.openai.reading import read_adapters, read_model, read_most, read_options
 from loraplex_router.api.http.openai.schema import ChatCompletionRequest
 from loraplex_router.api.http.openai.tools import check_tools, create_reader, may_call, write_call
-from loraplex_router.api.http.openai.writing import FINISH_REASONS, common_fields, usage, usage_so_far, whose
+from loraplex_router.api.http.openai.writing import (
+    FINISH_REASONS,
+    common_fields,
+    prompt_token_ids,
+    token_ids,
+    usage,
+    usage_so_far,
+    whose,
+)
 from loraplex_router.api.http.sse import DONE, event
 from loraplex_router.api.readers import read_each
 from loraplex_router.api.turns import in_turn
@@ -25,8 +33,8 @@ from loraplex_router.vocabulary.sequence import Detail
 from loraplex_router.vocabulary.violations import Violations
 
 
-def read_chat(body: ChatCompletionRequest, base: Sequence[str], defaults: Sampling) -> Request:
-    """Raises InvalidRequestError, and AdapterNotFoundError for an empty adapter name."""
+def read_chat(body: ChatCompletionRequest, base: Sequence[str], defaults: Sampling, request_id: str) -> Request:
+    """`request_id` is the headers'. Raises InvalidRequestError, and AdapterNotFoundError for an empty adapter name."""
     found = Violations()
     found.check(body.logprobs or not body.top_logprobs, "top_logprobs", "needs logprobs to be true")
     found.check(body.max_completion_tokens != 0, "max_completion_tokens", "must be at least 1, or absent")
@@ -36,6 +44,7 @@ def read_chat(body: ChatCompletionRequest, base: Sequence[str], defaults: Sampli
     found.raise_any()
     return Request(
         prompt=chat if may_call(body) else replace(chat, tools=()),
+        request_id=body.request_id or request_id,
         adapter=read_model(body, base),
         adapters=read_adapters(body, base),
         max_new_tokens=read_most(body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens),
@@ -60,7 +69,8 @@ class ChatWriter:
         deltas = [delta for answer in answers for delta in answer]
         given = zip(range(len(deltas)), self._answers(), deltas, strict=True)
         choices = [self._whole_choice(index, *answer, delta) for index, answer, delta in given]
-        return {**self._common_fields("chat.completion"), "choices": choices, "usage": usage(self.generations)}
+        first = {**self._common_fields("chat.completion"), **prompt_token_ids(self._answers()[0][1], self.body)}
+        return {**first, "choices": choices, "usage": usage(self.generations)}
 
     def _answers(self) -> list[tuple[Generation, SequenceOutput]]:
         """By the choices' indexes."""
@@ -84,6 +94,7 @@ class ChatWriter:
             "logprobs": self._logprobs(output, delta) if self.body.logprobs else None,
             "finish_reason": writer.finish_reason(delta),
             "stop_reason": output.stop_reason,
+            **token_ids(delta, self.body),
             **whose(generation, self.body),
         }
         if calls:
@@ -115,24 +126,37 @@ class ChatWriter:
         delta: Delta,
     ) -> bytes:
         own = {"index": index, **whose(generation, self.body)}
-        chunks = self._chunks(own, output, writer, delta)
-        return b"".join(event({**first, "choices": [choice]}) for choice in chunks)
+        prompt = {} if writer.begun else prompt_token_ids(output, self.body)
+        events = list[bytes]()
+        for choice in self._chunks(own, output, writer, delta):
+            events.append(event({**first, **prompt, "choices": [choice]}))
+            prompt = {}
+        return b"".join(events)
 
     def _chunks(
         self, own: dict[str, Any], output: SequenceOutput, writer: "_ChoiceWriter", delta: Delta
     ) -> Iterator[dict[str, Any]]:
-        """The first chunk has the role, and the last one the finish reason; a delta's logprobs are in its first
-        chunk."""
-        logprobs = self._logprobs(output, delta) if self.body.logprobs and delta.samples else None
+        """The first chunk has the role, and the last one the finish reason; a delta's logprobs and token ids are in its
+        first chunk."""
+        nothing: dict[str, Any] = {"logprobs": None}
+        tokens = nothing
+        if delta.samples:
+            logprobs = self._logprobs(output, delta) if self.body.logprobs else None
+            tokens = {"logprobs": logprobs, **token_ids(delta, self.body)}
 
         def chunk(content: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
             ended = {"finish_reason": reason, "stop_reason": output.stop_reason if reason else None}
-            return {**own, "delta": content, "logprobs": logprobs, **ended}
+            return {**own, "delta": content, **tokens, **ended}
 
         if not writer.begun:
             writer.begun = True
-            role = chunk({"role": "assistant", "content": ""})
-            yield {**role, "logprobs": None}
+            yield {
+                **own,
+                "delta": {"role": "assistant", "content": ""},
+                **nothing,
+                "finish_reason": None,
+                "stop_reason": None,
+            }
         for piece in writer.pieces(delta):
             match piece:
                 case ToolCall():
@@ -142,8 +166,8 @@ class ChatWriter:
                     yield chunk({"tool_calls": [{"index": writer.calls - 1, "function": function}]})
                 case _:
                     yield chunk({"content": piece})
-            logprobs = None
-        if delta.finish_reason or logprobs:
+            tokens = nothing
+        if delta.finish_reason or any(tokens.values()):
             yield chunk({}, writer.finish_reason(delta))
 
     def _logprobs(self, output: SequenceOutput, delta: Delta) -> dict[str, Any]:

@@ -15,7 +15,15 @@ from loraplex_router.api.http.openai.reading import (
     read_options,
 )
 from loraplex_router.api.http.openai.schema import CompletionRequest
-from loraplex_router.api.http.openai.writing import FINISH_REASONS, common_fields, usage, usage_so_far, whose
+from loraplex_router.api.http.openai.writing import (
+    FINISH_REASONS,
+    common_fields,
+    prompt_token_ids,
+    token_ids,
+    usage,
+    usage_so_far,
+    whose,
+)
 from loraplex_router.api.http.sse import DONE, event
 from loraplex_router.api.readers import read_each
 from loraplex_router.api.turns import in_turn
@@ -31,8 +39,11 @@ DEFAULT_MAX_TOKENS = 16  # OpenAI's
 MAX_PROMPTS = 128
 
 
-def read_completions(body: CompletionRequest, base: Sequence[str], defaults: Sampling) -> list[Request]:
-    """One request for each prompt. Raises InvalidRequestError, and AdapterNotFoundError for an empty adapter name."""
+def read_completions(
+    body: CompletionRequest, base: Sequence[str], defaults: Sampling, request_id: str
+) -> list[Request]:
+    """One request for each prompt. `request_id` is the headers'. Raises InvalidRequestError, and AdapterNotFoundError
+    for an empty adapter name."""
     prompts = read_prompts(body.prompt, body.add_special_tokens is not False)
     _check(body, len(prompts))
     options = read_options(body, defaults)
@@ -45,9 +56,12 @@ def read_completions(body: CompletionRequest, base: Sequence[str], defaults: Sam
         prompt_top_logprobs=max(body.prompt_logprobs or 0, (body.logprobs or 0) if body.echo else 0),
     )
     max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+    request_id = body.request_id or request_id
+    numbered = bool(request_id) and len(prompts) > 1
     return [
         Request(
             prompt=prompt,
+            request_id=f"{request_id}-{place}" if numbered else request_id,
             adapter=adapter,
             adapters=adapters,
             max_new_tokens=1 if _scores_only(body) else read_most(max_tokens),
@@ -55,7 +69,7 @@ def read_completions(body: CompletionRequest, base: Sequence[str], defaults: Sam
             detail=detail,
             **options,
         )
-        for prompt in prompts
+        for place, prompt in enumerate(prompts)
     ]
 
 
@@ -138,7 +152,7 @@ class _ChoiceWriter:
     def __init__(self, parent: CompletionWriter, index: int, output: SequenceOutput) -> None:
         tokenizer = parent.tokenizer_of(output.sequence.adapter)
         self._index, self._output, self._tokenizer = index, output, tokenizer
-        self._echo = bool(parent.body.echo)
+        self._body, self._echo = parent.body, bool(parent.body.echo)
         self._shows_special_tokens = parent.body.skip_special_tokens is False
         self._decoder = tokenizer.verbatim if self._shows_special_tokens else tokenizer
         names = TokenNames(tokenizer, bool(parent.body.return_tokens_as_token_ids), "bytes:")
@@ -147,10 +161,12 @@ class _ChoiceWriter:
 
     def has_news(self, delta: Delta) -> bool:
         """Whether a stream must send it."""
-        return not self.begun or bool(delta.text or delta.finish_reason or (self._logprobs and delta.samples))
+        shown = self._logprobs or self._body.return_token_ids
+        return not self.begun or bool(delta.text or delta.finish_reason or (shown and delta.samples))
 
     def write(self, delta: Delta) -> dict[str, Any]:
         text, logprobs = delta.text, None
+        ids = token_ids(delta, self._body) | ({} if self.begun else prompt_token_ids(self._output, self._body))
         if self._echo and not self.begun:
             prompt = self._output.sequence.tokens[: self._output.sequence.prompt_length]
             text = self._decoder.decode(prompt) + text
@@ -161,4 +177,4 @@ class _ChoiceWriter:
             logprobs = self._logprobs.take(delta)
         reason = FINISH_REASONS[delta.finish_reason]
         choice = {"index": self._index, "text": text, "logprobs": logprobs, "finish_reason": reason}
-        return {**choice, "stop_reason": self._output.stop_reason if reason else None}
+        return {**choice, **ids, "stop_reason": self._output.stop_reason if reason else None}

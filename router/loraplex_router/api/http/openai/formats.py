@@ -2,6 +2,7 @@
 and grammar, SGLang's regex and ebnf, forced tool calls."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from loraplex_protos.errors import FieldViolation, InvalidRequestError
 from loraplex_router.api.http.calls import DeclaredTool, forced_calls
@@ -10,7 +11,7 @@ from loraplex_router.api.http.openai.schema import (
     GenerationRequest,
     StructuredOutputs,
 )
-from loraplex_router.api.http.openai.tools import forced_tool, must_call
+from loraplex_router.api.http.openai.tools import callable_tools, forced_tool, must_call
 from loraplex_router.api.http.response_format import read_response_format
 from loraplex_router.vocabulary.grammar import Grammar, GrammarKind
 
@@ -18,10 +19,14 @@ OTHER_TEXTS = {"regex": GrammarKind.REGEX, "grammar": GrammarKind.LARK, "ebnf": 
 
 
 def read_format(body: GenerationRequest) -> Grammar | None:
-    """None if any answer will do. Raises InvalidRequestError if more than one format is given."""
+    """None if any answer will do. A forced call of a tool comes before any other format, as in vLLM. Raises
+    InvalidRequestError if different formats are given."""
+    if isinstance(body, ChatCompletionRequest) and (forced := _forced_call(body)):
+        return forced
     found = list(_formats(body))
-    if len(found) > 1:
-        raise InvalidRequestError(FieldViolation(found[1].field, f"cannot be given together with {found[0].field}"))
+    for other in found[1:]:  # guidance sends the same one under two names
+        if replace(other, field=found[0].field) != found[0]:
+            raise InvalidRequestError(FieldViolation(other.field, f"cannot be given together with {found[0].field}"))
     return found[0] if found else None
 
 
@@ -39,11 +44,11 @@ def _formats(body: GenerationRequest) -> Iterator[Grammar]:
     for field, kind in OTHER_TEXTS.items():
         if text := getattr(body, field):
             yield Grammar(kind, text, field=field)
-    if isinstance(body, ChatCompletionRequest) and (forced := _forced_call(body)):
-        yield forced
 
 
 def _structured(given: StructuredOutputs, prefix: str) -> Iterator[Grammar]:
+    if given.structural_tag is not None:
+        raise InvalidRequestError(FieldViolation(f"{prefix}structural_tag", "is not supported: leave it out"))
     if given.json_ is not None:
         yield Grammar.json_schema(given.json_, f"{prefix}json")
     if given.json_object:
@@ -62,5 +67,6 @@ def _forced_call(body: ChatCompletionRequest) -> Grammar | None:
     tools = [
         DeclaredTool(tool.function.name, tool.function.parameters, f"tools[{place}].function.parameters")
         for place, tool in enumerate(body.tools or ())
+        if tool.function.name in callable_tools(body)
     ]
     return forced_calls(tools, forced_tool(body), body.parallel_tool_calls is not False)

@@ -5,7 +5,8 @@ from typing import Any
 
 from loraplex_router.api.http.model_names import read_model_name
 from loraplex_router.api.http.openai.formats import read_format
-from loraplex_router.api.http.openai.schema import GenerationRequest
+from loraplex_router.api.http.openai.other_fields import check_unsupported, unknown_fields
+from loraplex_router.api.http.openai.schema import ChatCompletionRequest, GenerationRequest
 from loraplex_router.vocabulary.references import AdapterReference
 from loraplex_router.vocabulary.sampling import Sampling
 from loraplex_router.vocabulary.violations import Violations
@@ -15,7 +16,7 @@ LEAST_TOP_P = 1e-6  # OpenAI's 0 means only the likeliest token
 
 def read_model(body: GenerationRequest, base: Sequence[str]) -> AdapterReference | None:
     """The adapter that the model's name refers to, with its source from LoRAX's fields; None is the base."""
-    return _read_name(body.model, body, base)
+    return _read_name(body.model, body, base) or _read_name(body.lora_path, body, base)
 
 
 def read_adapters(body: GenerationRequest, base: Sequence[str]) -> tuple[AdapterReference | None, ...]:
@@ -37,8 +38,8 @@ def read_options(body: GenerationRequest, defaults: Sampling) -> dict[str, Any]:
     """The shared arguments of the router's Request, with the model's own defaults. Raises InvalidRequestError for
     unsupported ones."""
     found = Violations()
-    for name in ("allowed_token_ids", "bad_words", "use_beam_search"):
-        found.check(not getattr(body, name), name, "is not supported: leave it out")
+    others = body.model_extra or {}
+    check_unsupported(others, found, chat=isinstance(body, ChatCompletionRequest))
     found.check(body.n != 0, "n", "must be at least 1")
     found.raise_any()
     return {
@@ -52,6 +53,7 @@ def read_options(body: GenerationRequest, defaults: Sampling) -> dict[str, Any]:
         "cache_salt": body.cache_salt or "",
         "min_new_tokens": body.min_tokens or 0,
         "grammar": read_format(body),
+        "warnings": unknown_fields(others),
     }
 
 

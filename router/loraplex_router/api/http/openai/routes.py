@@ -29,7 +29,7 @@ router = APIRouter(tags=["OpenAI"], route_class=JsonRoute)
 async def completions(body: CompletionRequest, call: Call) -> Response:
     """Continues one prompt or several."""
     service, generations, volume = call.service, list[Generation](), Volume()
-    requests = read_completions(body, service.model_names, service.sampling_defaults)
+    requests = read_completions(body, service.model_names, service.sampling_defaults, call.request_id)
     body = body.model_copy(update={"model": answered_name(body.model, service.model_names)})
     try:
         for request in requests:
@@ -46,14 +46,14 @@ async def completions(body: CompletionRequest, call: Call) -> Response:
 async def chat_completions(body: ChatCompletionRequest, call: Call) -> Response:
     """Answers a conversation, with the model's own chat template."""
     service = call.service
-    request = read_chat(body, service.model_names, service.sampling_defaults)
+    request = read_chat(body, service.model_names, service.sampling_defaults, call.request_id)
     generations = await service.generate_each(replace(request, session=call.session), call.key)
     body = body.model_copy(update={"model": answered_name(body.model, service.model_names)})
     return await _answer(call, generations, ChatWriter(body, generations, service.tokenizer_of, service.info.version))
 
 
 async def _answer(call: Call, generations: Sequence[Generation], writer: CompletionWriter | ChatWriter) -> Response:
-    headers = answer_headers(generations)
+    headers = {"X-Request-Id": generations[0].request_id, **answer_headers(generations)}
     if writer.body.stream:
         return EventStream(call.service, generations, writer.events(), write_error, headers)
     deltas = await collect(call.service, generations, call.receive)

@@ -1,15 +1,13 @@
-"""The JSON of requests to OpenAI's routes. A null stands for an absent field; unknown fields are ignored."""
+"""The JSON of requests to OpenAI's routes. A null stands for an absent field; other_fields.py has what is not declared
+here."""
 
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    Field,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from loraplex_router.api.http.conversation import Conversation
 from loraplex_router.api.http.fields import BIAS, Bias, CountOrAll, Items, Name, Prompts, TokenId
+from loraplex_router.api.http.openai.other_fields import rename
 from loraplex_router.api.http.response_format import ResponseFormat
 from loraplex_router.vocabulary.checks import MAX_ADAPTERS
 from loraplex_router.vocabulary.sampling import Sampling
@@ -30,10 +28,13 @@ class StructuredOutputs(BaseModel):
     regex: str | None = None
     choice: Items[str] | None = None
     grammar: str | None = Field(default=None, description="Lark, or GBNF.")
+    structural_tag: Any = Field(default=None, description="Not supported: refused.")
 
 
 class GenerationRequest(Sampling):
-    """The common fields of completions and chat completions. Unsupported fields are declared to be refused by name."""
+    """The common fields of completions and chat completions. `model_extra` has the others."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
 
     model: Name = Field(default="", description="The base model (also: empty), an adapter, or base:adapter.")
     temperature: float | None = Field(default=None, description="Absent: as the model's files say, or 1.")
@@ -56,6 +57,8 @@ class GenerationRequest(Sampling):
     )
     api_token: str | None = Field(default=None, description="For a private adapter on the hub.")
     ignore_eos_token: bool | None = None
+    # SGLang's
+    lora_path: Name = Field(default="", description="The adapter, if `model` is the base model.")
     # vLLM's
     structured_outputs: StructuredOutputs | None = None
     guided_json: str | dict[str, Any] | None = None
@@ -80,15 +83,19 @@ class GenerationRequest(Sampling):
     truncate_prompt_tokens: CountOrAll | None = Field(
         default=None, description="How many tokens of the prompt to keep, from its end; -1: as many as fit."
     )
-    allowed_token_ids: Items[TokenId] | None = Field(default=None, description="Not supported: refused unless empty.")
-    bad_words: Items[str] | None = Field(default=None, description="Not supported: refused unless empty.")
-    use_beam_search: bool | None = Field(default=None, description="Not supported: refused if true.")
+    request_id: str | None = Field(default=None, description="Absent: the X-Request-Id header, or a new one.")
+    return_token_ids: bool | None = Field(default=None, description="Report the ids of the prompt and of the answer.")
     return_tokens_as_token_ids: bool | None = Field(
         default=None, description='Write each token in logprobs as "token_id:12", which is unambiguous.'
     )
     prompt_logprobs: Count | None = Field(
         default=None, description="Report the prompt's tokens, each with this many alternatives."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rename(cls, sent: Any) -> Any:
+        return rename(sent) if isinstance(sent, dict) else sent
 
 
 class CompletionRequest(GenerationRequest):
@@ -111,12 +118,23 @@ class NamedTool(BaseModel):
     function: NamedFunction
 
 
+class AllowedTools(BaseModel):
+    mode: Literal["auto", "required"]
+    tools: Items[NamedTool] = Field(min_length=1)
+
+
+class AllowedToolsChoice(BaseModel):
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
 class ChatCompletionRequest(GenerationRequest, Conversation):
     max_completion_tokens: CountOrAll | None = None
     logprobs: bool | None = None
     top_logprobs: Count | None = None
-    tool_choice: NamedTool | str | None = Field(
-        default=None, description="none, auto, required, or one tool: OpenAI's object or, as in LoRAX, its name."
+    tool_choice: NamedTool | AllowedToolsChoice | str | None = Field(
+        default=None,
+        description="none, auto, required, one tool (OpenAI's object or, as in LoRAX, its name), or those allowed.",
     )
     parallel_tool_calls: bool | None = None
     functions: Items[dict[str, Any]] | None = Field(default=None, description="Refused unless empty. Send tools.")

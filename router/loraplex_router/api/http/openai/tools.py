@@ -5,7 +5,7 @@ from typing import Any
 
 from loraplex_protos.errors import quote
 from loraplex_router.api.http.calls import AnswerReader
-from loraplex_router.api.http.openai.schema import ChatCompletionRequest, NamedTool
+from loraplex_router.api.http.openai.schema import AllowedToolsChoice, ChatCompletionRequest, NamedTool
 from loraplex_router.vocabulary.violations import Violations
 
 CHOICES = (None, "none", "auto", "required")  # any other text names a tool, as in LoRAX
@@ -18,15 +18,27 @@ def may_call(body: ChatCompletionRequest) -> bool:
 
 def must_call(body: ChatCompletionRequest) -> bool:
     """Whether the answer only consists of calls."""
-    return body.tool_choice == "required" or forced_tool(body) is not None
+    choice = body.tool_choice
+    if isinstance(choice, AllowedToolsChoice):
+        return choice.allowed_tools.mode == "required"
+    return choice == "required" or forced_tool(body) is not None
 
 
 def check_tools(body: ChatCompletionRequest, found: Violations) -> None:
     names = [tool.function.name for tool in body.tools or ()]
     found.check(len(set(names)) == len(names), "tools", "must have different names")
-    chosen = forced_tool(body)
-    found.check(chosen is None or chosen in names, "tool_choice", f"there is no tool {quote(chosen or '')}")
+    for chosen in sorted(callable_tools(body).difference(names)):
+        found.check(False, "tool_choice", f"there is no tool {quote(chosen)}")
     found.check(body.tool_choice != "required" or bool(names), "tool_choice", "needs tools")
+
+
+def callable_tools(body: ChatCompletionRequest) -> set[str]:
+    """The names of the tools that the answer may call, if it may call any."""
+    choice = body.tool_choice
+    if isinstance(choice, AllowedToolsChoice):
+        return {tool.function.name for tool in choice.allowed_tools.tools}
+    chosen = forced_tool(body)
+    return {tool.function.name for tool in body.tools or ()} if chosen is None else {chosen}
 
 
 def forced_tool(body: ChatCompletionRequest) -> str | None:
@@ -34,11 +46,11 @@ def forced_tool(body: ChatCompletionRequest) -> str | None:
     choice = body.tool_choice
     if isinstance(choice, NamedTool):
         return choice.function.name
-    return None if choice in CHOICES else choice
+    return choice if isinstance(choice, str) and choice not in CHOICES else None
 
 
 def create_reader(body: ChatCompletionRequest) -> AnswerReader:
-    names = {tool.function.name for tool in body.tools or ()} if may_call(body) else set[str]()
+    names = callable_tools(body) if may_call(body) else set[str]()
     return AnswerReader(names, must_call(body), body.parallel_tool_calls is not False)
 
 

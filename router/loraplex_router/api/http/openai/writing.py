@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from loraplex_router.api.http.openai.schema import GenerationRequest, StreamOptions
-from loraplex_router.engine.output import Generation
+from loraplex_router.engine.output import Delta, Generation, SequenceOutput
 from loraplex_router.vocabulary.references import asked_of
 from loraplex_router.vocabulary.sequence import FinishReason
 
@@ -31,6 +31,17 @@ def common_fields(kind: str, prefix: str, generation: Generation, model: str, ve
 def whose(generation: Generation, body: GenerationRequest) -> dict[str, str | None]:
     """Which adapter a choice is of, if several were asked; null is the base model."""
     return {"adapter": ",".join(asked_of(generation.reference)) or None} if body.adapters else {}
+
+
+def token_ids(delta: Delta, body: GenerationRequest) -> dict[str, list[int]]:
+    """The answer's new tokens, the one that ends it included, if they were asked for."""
+    return {"token_ids": [sample.token for sample in delta.samples]} if body.return_token_ids else {}
+
+
+def prompt_token_ids(output: SequenceOutput, body: GenerationRequest) -> dict[str, list[int]]:
+    """The prompt's tokens, if they were asked for."""
+    sequence = output.sequence
+    return {"prompt_token_ids": sequence.tokens[: sequence.prompt_length]} if body.return_token_ids else {}
 
 
 def usage(generations: Sequence[Generation]) -> dict[str, Any]:

@@ -1,0 +1,177 @@
+"""What clients of other servers send to OpenAI's routes is honoured, refused by name, or named in a warning."""
+
+import itertools
+import json
+import urllib.request
+from typing import Any
+
+import pytest
+
+from tests.contract.test_http import call
+from tests.e2e.processes import Server
+from tests.e2e.tiny import byte_tokenizer
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+HELLO = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 6, "temperature": 0}
+PROMPT = {"prompt": "Hello", "max_tokens": 6, "temperature": 0}
+SCHEMA = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"], "additionalProperties": False}
+TOOLS = [{"type": "function", "function": {"name": name, "parameters": SCHEMA}} for name in ("read_time", "read_sky")]
+
+
+def ask(server: Server, path: str, body: dict[str, Any], **headers: str) -> tuple[dict[str, Any], Any]:
+    """The answer, and its headers."""
+    sent = {"Content-Type": "application/json", **{name.replace("_", "-"): value for name, value in headers.items()}}
+    request = urllib.request.Request(server.url + path, json.dumps(body).encode(), sent)
+    with urllib.request.urlopen(request, timeout=60) as response:
+        return json.loads(response.read()), response.headers
+
+
+def chunks(server: Server, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
+    events = call(server, path, {**body, "stream": True})[2].strip().split("\n\n")
+    return [json.loads(event.removeprefix("data: ")) for event in events[:-1]]
+
+
+@pytest.mark.parametrize(
+    ("field", "off", "value"),
+    [
+        ("priority", 0, 5),
+        ("length_penalty", 1.0, 2.0),
+        ("allowed_token_ids", [], [5]),
+        ("bad_words", [], ["x"]),
+        ("use_beam_search", False, True),
+        ("thinking_token_budget", None, 5),
+        ("truncation_side", "left", "right"),
+        ("structural_tag", None, "{}"),
+        ("modalities", ["text"], ["text", "audio"]),
+        ("input_ids", None, [5]),
+        ("stop_regex", None, "a+"),
+        ("custom_logit_processor", None, "x"),
+        ("mirostat", 0, 2),
+        ("dry_multiplier", 0.0, 0.8),
+        ("xtc_probability", 0, 0.5),
+        ("dynatemp_range", 0, 0.5),
+        ("lora", [], [{"id": 0, "scale": 1.0}]),
+        ("echo", False, True),
+        ("best_of", 1, 2),
+        ("watermark", False, True),
+    ],
+)
+def test_what_would_change_the_answer_is_refused_by_name_unless_it_is_off(
+    server: Server, field: str, off: object, value: object
+):
+    answer, headers = ask(server, CHAT, {**HELLO, field: off, "max_tokens": 1})
+    assert answer["choices"] and "x-loraplex-warning" not in headers
+    status, _, text = call(server, CHAT, {**HELLO, field: value})
+    assert status == 400 and json.loads(text)["error"]["param"] == field
+
+
+@pytest.mark.parametrize(
+    ("other", "ours"),
+    [
+        ({"repeat_penalty": 1e-3}, {"repetition_penalty": 1e-3}),
+        ({"typ_p": 0.2, "temperature": 1.5, "seed": 4}, {"typical_p": 0.2, "temperature": 1.5, "seed": 4}),
+        ({"random_seed": 7, "temperature": 1.5}, {"seed": 7, "temperature": 1.5}),
+        ({"n_predict": 2, "max_tokens": None}, {"max_tokens": 2}),
+        ({"lora_path": "first"}, {"model": "first"}),
+        ({"model": "second", "lora_path": "first"}, {"model": "second"}),
+    ],
+)
+def test_other_names_of_fields_mean_the_same(server: Server, other: dict[str, Any], ours: dict[str, Any]):
+    for path, body in ((CHAT, HELLO), (COMPLETIONS, PROMPT)):
+        found = [ask(server, path, {**body, **options})[0]["choices"] for options in (other, ours)]
+        assert found[0] == found[1] != ask(server, path, body)[0]["choices"]
+
+
+def test_fields_that_are_not_known_are_ignored_with_a_warning(server: Server):
+    for path, body in ((CHAT, HELLO), (COMPLETIONS, PROMPT)):
+        for stream in (False, True):
+            _, headers, _ = call(
+                server, path, {**body, "samplers": ["top_k"], "é" * 99: 1, "user": "u", "stream": stream}
+            )
+            warning = headers["x-loraplex-warning"]
+            assert "'samplers'" in warning and "\\xe9" in warning and "user" not in warning and len(warning) < 999
+    _, headers, _ = call(server, CHAT, HELLO | dict.fromkeys(map(str, range(500)), 1))
+    assert headers["x-loraplex-warning"].endswith("'15' and 484 more")
+
+
+def test_the_callers_id_names_the_request(server: Server):
+    for path, body, prefix in ((CHAT, HELLO, "chatcmpl"), (COMPLETIONS, PROMPT, "cmpl")):
+        for headers, extra in (
+            ({"X_Request_Id": "mine-1"}, {}),
+            ({"X_Request_Id": "theirs"}, {"request_id": "mine-1"}),
+        ):
+            answer, said = ask(server, path, {**body, **extra}, **headers)
+            assert answer["id"] == f"{prefix}-mine-1" and said["x-request-id"] == "mine-1"
+        answer, said = ask(server, path, body, X_Request_Id="no id at all")
+        assert answer["id"] == f"{prefix}-{said['x-request-id']}" and " " not in answer["id"]
+    assert call(server, CHAT, {**HELLO, "request_id": "no id"})[0] == 400
+    several, _ = ask(server, COMPLETIONS, {**PROMPT, "prompt": ["a", "b"], "request_id": "mine-1"})
+    assert len(several["choices"]) == 2
+
+
+def test_token_ids_are_returned_if_requested(server: Server):
+    body = {**PROMPT, "return_token_ids": True}
+    whole = ask(server, COMPLETIONS, body)[0]["choices"][0]
+    assert whole["prompt_token_ids"] == byte_tokenizer().encode("Hello") and len(whole["token_ids"]) == 6
+    first, *others = (chunk["choices"][0] for chunk in chunks(server, COMPLETIONS, body))
+    assert first["prompt_token_ids"] == whole["prompt_token_ids"]
+    assert [*first["token_ids"], *itertools.chain(*(c["token_ids"] for c in others))] == whole["token_ids"]
+    chat = {**HELLO, "return_token_ids": True}
+    answer = ask(server, CHAT, chat)[0]
+    pieces = chunks(server, CHAT, chat)
+    assert pieces[0]["prompt_token_ids"] == answer["prompt_token_ids"]
+    assert not any("prompt_token_ids" in piece for piece in pieces[1:])
+    ids = [token for piece in pieces for token in piece["choices"][0].get("token_ids", ())]
+    assert ids == answer["choices"][0]["token_ids"] and len(ids) == 6
+
+
+@pytest.mark.parametrize("choice", ["required", "read_sky"])
+def test_a_forced_tool_comes_before_another_format(server: Server, choice: str):
+    wanted = {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "integer"}}}}
+    body = {**HELLO, "max_tokens": 200, "tools": TOOLS, "tool_choice": choice, **wanted, "parallel_tool_calls": False}
+    message = ask(server, CHAT, body)[0]["choices"][0]["message"]
+    assert message["content"] is None and set(json.loads(message["tool_calls"][0]["function"]["arguments"])) == {"a"}
+
+
+def test_only_allowed_tools_are_called(server: Server):
+    def choice(name: str) -> dict[str, Any]:
+        tools = [{"type": "function", "function": {"name": name}}]
+        return {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": tools}}
+
+    options = {**HELLO, "max_tokens": 200, "tools": TOOLS, "parallel_tool_calls": False}
+    for name in ("read_time", "read_sky"):
+        message = ask(server, CHAT, {**options, "tool_choice": choice(name)})[0]["choices"][0]["message"]
+        assert [made["function"]["name"] for made in message["tool_calls"]] == [name]
+    status, _, text = call(server, CHAT, {**options, "tool_choice": choice("absent")})
+    assert status == 400 and json.loads(text)["error"]["param"] == "tool_choice"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"guided_grammar": '?start: "yes" | "no"', "structured_outputs": {"grammar": '?start: "yes" | "no"'}},
+        {"response_format": {"type": "grammar", "value": 'root ::= "yes" | "no"'}},
+        {"response_format": {"type": "regex", "value": "yes|no"}, "regex": "yes|no"},
+    ],
+    ids=str,
+)
+def test_one_format_may_be_given_under_several_names(server: Server, options: dict[str, Any]):
+    answer = ask(server, CHAT, {**HELLO, **options})[0]
+    assert answer["choices"][0]["message"]["content"] in ("yes", "no")
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"regex": "a", "guided_regex": "b"}, "regex"),
+        ({"structured_outputs": {"structural_tag": "{}"}}, "structured_outputs.structural_tag"),
+        ({"response_format": {"type": "structural_tag", "format": {}}}, "response_format[type]"),
+        ({"tools": [{"type": "custom", "custom": {"name": "x"}}]}, "tools[0][type]"),
+    ],
+    ids=str,
+)
+def test_formats_and_tools_that_are_not_supported_are_refused_by_name(
+    server: Server, options: dict[str, Any], field: str
+):
+    status, _, text = call(server, CHAT, {**HELLO, **options})
+    assert status == 400 and json.loads(text)["error"]["param"] == field
