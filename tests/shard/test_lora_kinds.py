@@ -1,5 +1,6 @@
 """Kinds of adapters beyond a product of A and B: in one batch with the base, their logits equal PEFT's."""
 
+import dataclasses
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -236,6 +237,15 @@ def test_what_would_take_too_much_as_lora_is_refused_before_it_is_computed(tmp_p
     files = read(tmp_path / "vera")
     read_adapter(files, decoder.layouts, base_of(decoder), torch.float32, limit=whole)
     assert whole <= most_bytes(parse_config(files.config), decoder.layouts)
+
+
+def test_random_projections_are_not_guessed_for_a_part_of_a_model(tmp_path: Path) -> None:
+    directory = save_checkpoint(BASES["biases"], tmp_path / "base")
+    save_adapter(directory, tmp_path / "adapter", **KINDS["VeRA whose projections are not saved"])
+    decoder = load(directory)
+    base = dataclasses.replace(base_of(decoder), is_text_part=True)
+    with pytest.raises(AdapterInvalidError, match="save_projection"):
+        read_adapter(read(tmp_path / "adapter"), decoder.layouts, base, torch.float32)
 
 
 @pytest.mark.parametrize("kind", ["BD-LoRA", "LoHa", "VeRA"])

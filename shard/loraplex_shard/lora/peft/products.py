@@ -59,6 +59,11 @@ def in_plain_terms(
     if isinstance(config, Ia3Config):
         gated = gated_mlps([layout for layout, _ in parts.values()]) if base.served is not None else {}
         return as_output_factors(config, tensors, targets, shapes, gated)
+    if isinstance(config, VeraConfig) and not config.save_projection and base.is_text_part:
+        raise AdapterInvalidError(
+            "adapter_config.json: save_projection: what all modules share depends on the sizes of the part that reads"
+            " pictures, too, which is not served: save the adapter with save_projection=True"
+        )
     return as_lora(config, tensors, targets, shapes, limit)
 
 
