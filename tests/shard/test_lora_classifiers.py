@@ -71,6 +71,7 @@ def adapted(base: Path, folder: Path) -> dict[str, PeftModel]:
         "two": save_adapter(base, folder / "two", 2),
         "five": save_adapter(base, folder / "five", 5, modules_to_save=["score"]),
         "one": save_adapter(base, folder / "one", 1),
+        "whole": save_adapter(base, folder / "whole", 4, modules_to_save=["score", "embed_tokens", "norm"]),
         "tokens": save_adapter(base, folder / "tokens", 3, "TOKEN_CLS", exclude_modules=["score"]),
     }
 
