@@ -64,9 +64,10 @@ async def test_a_mixed_batch_of_any_class_equals_transformers_and_peft(
     config = kind(vocab_size=len(tokenizer), max_position_embeddings=1024, initializer_range=0.3, **ends, **sizes)
     model, adapters = save(config, tokenizer, tmp_path / "model"), tmp_path / "adapters"
     for seed, name in enumerate(["one", "other"]):
-        save_adapter(
-            model, adapters / name, 4 + seed, seed=seed, target_modules=targets, fan_in_fan_out=kind is GPT2Config
-        )
+        options = {"target_modules": targets, "fan_in_fan_out": kind is GPT2Config}
+        if kind is Ernie4_5_MoeConfig:
+            options |= {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+        save_adapter(model, adapters / name, 4 + seed, seed=seed, **options)
     flags = f"--adapters={adapters}", "--kv-blocks=512", "--threads=1", f"--tp={tp}"
     with Server(str(model), *flags) as server:
         with Client(server.address) as client:
