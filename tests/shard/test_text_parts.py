@@ -20,6 +20,7 @@ from transformers import (
     InternVLConfig,
     Lfm2VlConfig,
     LightOnOcrConfig,
+    Llama4Config,
     LlavaConfig,
     LlavaNextConfig,
     LlavaNextVideoConfig,
@@ -267,3 +268,24 @@ def test_a_pattern_with_former_module_names_still_matches(tmp_path: Path) -> Non
     edit_config(tmp_path / "adapter", target_modules=r"language_model\.model\.layers\.\d\.self_attn\.q_proj")
     actual = read_adapter(read(tmp_path / "adapter"), decoder.layouts, base, torch.float32).weights
     assert actual.layers.keys() == expected.layers.keys() == {f"layers.{layer}.qkv" for layer in range(3)}
+
+
+def test_llama_4_runs_with_the_code_of_its_text_model_alone(tmp_path: Path) -> None:
+    """Under the names that its files have: language_model.model.layers, vision_model and multi_modal_projector."""
+    text = TEXT | {"intermediate_size_mlp": 72, "num_local_experts": 4, "num_experts_per_tok": 1, "head_dim": 8}
+    vision = {"hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes = {"image_size": 28, "patch_size": 14, "pixel_shuffle_ratio": 0.5}
+    sizes |= {"projector_input_dim": 16, "projector_output_dim": 16, "vision_output_dim": 16}
+    model = make(Llama4Config(text_config=text | {"pad_token_id": 0}, vision_config=vision | sizes))
+    model.save_pretrained(tmp_path / "base")
+    served = load(tmp_path / "base")
+    assert served.modeling_code == "transformers"
+    torch.testing.assert_close(Sequences(served).step({"a": TOKENS})["a"], logits(model), rtol=1e-4, atol=1e-4)
+    options = {"r": 3, "task_type": "CAUSAL_LM", "init_lora_weights": False}
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj", "o_proj"], **options))
+    adapted.save_pretrained(tmp_path / "adapter")
+    base = BaseModel("any", embedding=served.embedding_name, head=served.head_name, is_text_part=True)
+    adapter = read_adapter(read(tmp_path / "adapter"), served.layouts, base, torch.float32)
+    assert any("pictures" in warning for warning in adapter.warnings)
+    actual = Sequences(served).step({"a": TOKENS}, (Segment(0, len(TOKENS), adapter.weights),))["a"]
+    torch.testing.assert_close(actual, logits(adapted), rtol=1e-4, atol=1e-4)

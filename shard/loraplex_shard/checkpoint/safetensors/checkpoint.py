@@ -42,8 +42,7 @@ class SafetensorsCheckpoint:
         self._directory = directory
         self.config: PreTrainedConfig = self._read_config()
         self.architecture: str = _architecture(self.config)
-        backbone = MODEL_MAPPING_NAMES.get(self.config.model_type)
-        self.is_backbone = backbone in (self.config.architectures or ())
+        self.is_backbone = _backbone(self.config) in (self.config.architectures or ())
         self.classifies = classifies(self.config)
         self._files = SafetensorsFiles(directory, model_id)
         self._matrices = self._find_matrices()
@@ -173,8 +172,14 @@ def _architecture(config: PreTrainedConfig) -> str:
     Ernie4_5_ForCausalLM)."""
     named: str = (config.architectures or [""])[0]
     generates = str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, named or "(none)"))
-    is_meant = named in ("", MODEL_MAPPING_NAMES.get(config.model_type)) or _plain(named) == _plain(generates)
+    is_meant = named in ("", _backbone(config)) or _plain(named) == _plain(generates)
     return generates if is_meant or classifies(config) else named
+
+
+def _backbone(config: PreTrainedConfig) -> str | None:
+    """The class without a head. transformers names Llama 4's whole class in its place."""
+    name = str(MODEL_MAPPING_NAMES.get(config.model_type))
+    return None if name.endswith("ForConditionalGeneration") else name
 
 
 def _plain(name: str) -> str:
