@@ -17,6 +17,7 @@ from loraplex_shard.lora.listing import LocalAdapter, LocalListing
 from loraplex_shard.lora.peft.doubts import find_doubts
 from loraplex_shard.lora.peft.forms import modules_in_any_form
 from loraplex_shard.lora.peft.invocation import read_invocation
+from loraplex_shard.lora.peft.reading import check_shapes
 from loraplex_shard.lora.sources.files import CONFIG, MLX_TENSORS, PICKLE, TENSORS
 from loraplex_shard.lora.sources.local import LocalSource
 from loraplex_shard.lora.store import AdapterStore
@@ -53,7 +54,8 @@ def store_of(root: Path) -> AdapterStore:
 
 def listing_of(root: Path | None) -> LocalListing:
     doubts = partial(find_doubts, base=BASE, modules=modules_in_any_form(layouts(), BASE.architecture))
-    return LocalListing(root, doubts, partial(read_invocation, base=BASE))
+    check = partial(check_shapes, layouts=layouts(), base=BASE)
+    return LocalListing(root, doubts, partial(read_invocation, base=BASE), check)
 
 
 def listed(root: Path) -> dict[str, LocalAdapter]:
@@ -225,3 +227,39 @@ def test_a_name_cannot_point_outside_the_directory(name: str) -> None:
 
 def test_without_a_directory_the_list_is_empty() -> None:
     assert (listing_of(None).adapters(), listing_of(None).count()) == ([], 0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "fault"),
+    [
+        ({"use_dora": True}, "missing base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector"),
+        ({"lora_bias": True}, "missing base_model.model.model.layers.0.self_attn.q_proj.lora_B.bias"),
+        ({"r": 7}, "lora_rank 7: adapter_config.json says so"),
+        ({"target_modules": ["q_proj", "o_proj"]}, "missing base_model.model.model.layers.0.self_attn.o_proj.lora_A"),
+        ({"modules_to_save": ["embed_tokens"]}, "missing base_model.model.model.embed_tokens.weight"),
+        ({"trainable_token_indices": [99]}, "missing base_model.model.model.embed_tokens.token_adapter"),
+        ({}, ""),
+    ],
+)
+def test_what_a_header_shows_to_be_wrong_is_listed(
+    sound: Path, tmp_path: Path, fields: dict[str, object], fault: str
+) -> None:
+    shutil.copytree(sound, tmp_path / "adapter")
+    edit_config(tmp_path / "adapter", **fields)
+    assert fault in listed(tmp_path)["adapter"].fault
+    assert bool(listed(tmp_path)["adapter"].fault) == bool(fault)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["q_proj", "embed_tokens", "lm_head"], "use_dora": True},
+        {"modules_to_save": ["embed_tokens", "lm_head", "norm"]},
+        {"trainable_token_indices": {"embed_tokens": [3, 4], "lm_head": [2]}},
+        {"rank_pattern": {"k_proj": 2}, "layers_to_transform": [1]},
+    ],
+)
+def test_what_is_served_is_listed_without_a_fault(tmp_path: Path, options: dict[str, object]) -> None:
+    save_adapter(tmp_path / "adapter", **options)
+    assert listed(tmp_path)["adapter"].fault == ""
+    store_of(tmp_path).stage("adapter", "", "", "")

@@ -97,7 +97,7 @@ def service_with(
     info = pb.GetInfoResponse(model_id="tiny", rank=0, num_blocks=NUM_BLOCKS)
     tokenizer = pb.GetTokenizerResponse(tokenizer_json=b"{}")
     steps = StepThread(runner, CPU, lambda error: failed_step.set())
-    listing = LocalListing(directory, lambda config: (), lambda config: None)
+    listing = LocalListing(directory, lambda config: (), lambda config: None, lambda config, shapes: None)
     return ShardService(steps, adapters, listing, grammars, info, tokenizer, Telemetry(ShardMetrics()))
 
 

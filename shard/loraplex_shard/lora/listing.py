@@ -10,11 +10,13 @@ from pathlib import Path
 from threading import Lock
 from typing import NamedTuple
 
+import torch
+
 from loraplex_protos.adapter_names import MAX_PARTS, RULE, is_part, normal, why_not
 from loraplex_protos.errors import AdapterInvalidError
 from loraplex_shard.lora.peft.config import AdapterConfig
 from loraplex_shard.lora.peft.parsing import parse_config
-from loraplex_shard.lora.peft.tensors import check_header
+from loraplex_shard.lora.peft.tensors import read_shapes
 from loraplex_shard.lora.sources.files import CONFIG, MLX_TENSORS, PICKLE, TENSORS, check_names, check_size
 from loraplex_shard.lora.sources.folders import CACHED, cached_id, find_snapshot, is_inside
 from loraplex_shard.lora.weights.deltas import Invocation
@@ -56,7 +58,7 @@ class LocalListing:
     changed.
 
     `doubts` returns possible problems of an adapter with a given configuration. `invocation` returns what activates it,
-    or raises AdapterInvalidError.
+    or raises AdapterInvalidError. So does `check`, for tensors of which only the shapes are known.
     """
 
     def __init__(
@@ -64,10 +66,12 @@ class LocalListing:
         root: Path | None,
         doubts: Callable[[AdapterConfig], tuple[str, ...]],
         invocation: Callable[[AdapterConfig], Invocation | None],
+        check: Callable[[AdapterConfig, dict[str, torch.Tensor]], None],
     ) -> None:
         self._root = str(root.resolve()) if root is not None else ""
         self._doubts = doubts
         self._invocation = invocation
+        self._check = check
         self._lock = Lock()  # guards all of the following
         self._began = 0.0  # when the last listing began
         self._listed: list[LocalAdapter] = []
@@ -184,7 +188,8 @@ class LocalListing:
             check_size(path.name, status.st_size)
         parsed = parse_config(config.read_bytes())
         with tensors.open("rb") as file:
-            check_header(file, tensors.stat().st_size)
+            shapes = read_shapes(file, tensors.stat().st_size)
+        self._check(parsed, shapes)
         return LocalAdapter(found.id, warnings=self._doubts(parsed), invocation=self._invocation(parsed))
 
 

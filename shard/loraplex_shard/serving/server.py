@@ -31,6 +31,7 @@ from loraplex_shard.lora.peft.base import BaseModel
 from loraplex_shard.lora.peft.doubts import find_doubts
 from loraplex_shard.lora.peft.forms import modules_in_any_form
 from loraplex_shard.lora.peft.invocation import read_invocation
+from loraplex_shard.lora.peft.reading import check_shapes
 from loraplex_shard.lora.sources.hub import HubSource
 from loraplex_shard.lora.sources.local import LocalSource
 from loraplex_shard.lora.sources.object_store import ObjectStoreSource
@@ -201,7 +202,8 @@ def _load(
         checkpoint.config.get_text_config(decoder=True) is not checkpoint.config,
     )
     doubts = partial(find_doubts, base=base, modules=modules_in_any_form(model.layouts, base.architecture))
-    listing = LocalListing(settings.adapters, doubts, partial(read_invocation, base=base))
+    check = partial(check_shapes, layouts=model.layouts, base=base)
+    listing = LocalListing(settings.adapters, doubts, partial(read_invocation, base=base), check)
     sources = open_sources(settings)
     # The router evicts others once it knows an adapter's size.
     held = adapter_host_bytes * 5 // 4

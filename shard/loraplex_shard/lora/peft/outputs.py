@@ -43,6 +43,8 @@ def with_outputs(
 ) -> Delta:
     """Returns the delta with everything that the adapter's tensors do to the module's output. They have been
     checked."""
+    if delta.a.is_meta:
+        return delta
     b_bias, magnitude = tensors.get(name_of_bias(module)), tensors.get(name_of_magnitude(module))
     factors = tensors.get(name_of_factors(module))
     if factors is not None:

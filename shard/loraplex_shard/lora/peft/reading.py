@@ -40,6 +40,7 @@ from loraplex_shard.lora.peft.tensors import read_tensors
 from loraplex_shard.lora.peft.tying import tie, token_indices
 from loraplex_shard.lora.peft.vocabulary import read_vocabulary
 from loraplex_shard.lora.sources.files import TENSORS, AdapterFiles
+from loraplex_shard.lora.sources.model_config import ModelConfig
 from loraplex_shard.lora.weights.deltas import Delta, HostAdapter, name_of_a, name_of_b, partition_adapter
 from loraplex_shard.lora.weights.own import own_weights
 from loraplex_shard.shapes.classifier import Classifier
@@ -136,9 +137,29 @@ def _read(
     base: BaseModel,
     limit: int = sys.maxsize,
 ) -> WholeAdapter:
+    return _understand(config, read_tensors(files.tensors), files.model_config, layouts, base, limit)
+
+
+def check_shapes(
+    config: AdapterConfig, shapes: dict[str, torch.Tensor], layouts: Sequence[LinearLayout], base: BaseModel
+) -> None:
+    """Raises AdapterInvalidError for what can be seen to be wrong with an adapter without the values of its tensors,
+    which are on the meta device: those that are missing, too many, or of a wrong shape. Only of plain LoRA and DoRA."""
+    plain = config.peft_type == "LORA" and not (config.use_bdlora or config.use_qalora)
+    if plain and not any(map(is_of_classifier, as_saved_by_peft(shapes, base.backbone))):
+        _understand(config, shapes, ModelConfig(), layouts, base, sys.maxsize)
+
+
+def _understand(
+    config: AdapterConfig,
+    stored: dict[str, torch.Tensor],
+    model_config: ModelConfig,
+    layouts: Sequence[LinearLayout],
+    base: BaseModel,
+    limit: int,
+) -> WholeAdapter:
     tying = tie(config, base)
     config, tokens = tying.config, token_indices(config, base)
-    stored = read_tensors(files.tensors)
     if isinstance(config, MlxConfig):
         stored = in_pefts_terms(stored)
     found = as_saved_by_peft(stored, base.backbone)
@@ -155,7 +176,7 @@ def _read(
     named = _named(config, parameters)
     served = {name for name in found if not (base.is_text_part and is_of_another_part(name))}
     as_stored = {name: stored[own] for name, own in found.items() if name in served}
-    classifier, doubts = read_classifier(config, as_stored, files.model_config, base)
+    classifier, doubts = read_classifier(config, as_stored, model_config, base)
     as_stored = {name: tensor for name, tensor in as_stored.items() if not is_of_classifier(name)}
     tensors = by_expert(as_stored, parameters, named.values())
     if isinstance(config, MlxConfig):

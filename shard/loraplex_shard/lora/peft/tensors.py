@@ -47,9 +47,13 @@ def read_tensors(data: memoryview) -> dict[str, torch.Tensor]:
     return {name: _view(data, start, entry) for name, entry in entries.items()}
 
 
-def check_header(file: IO[bytes], size: int) -> None:
-    """Checks a file of `size` bytes as far as its header allows. Raises what read_tensors raises."""
-    _read_header(file, size)
+def read_shapes(file: IO[bytes], size: int) -> dict[str, torch.Tensor]:
+    """Checks a file of `size` bytes as far as its header allows. Returns its tensors, by name, without their values: on
+    the meta device. Raises what read_tensors raises."""
+    _, entries = _read_header(file, size)
+    return {
+        name: torch.empty(entry.shape, dtype=_DTYPES[entry.dtype], device="meta") for name, entry in entries.items()
+    }
 
 
 def _read_header(file: IO[bytes], size: int) -> tuple[int, dict[str, _Entry]]:

@@ -172,7 +172,9 @@ class _Reading:
         bias = self._find(half.name("bias")) if half.wrapper == "saved" else came
         if bias is not None:
             self._check(half.name("bias"), bias, tokens=self._count)
-        return None if bias is None or (bias.shape == old.shape and bias.equal(old.to(bias.dtype))) else bias
+        if bias is None or bias.is_meta or (bias.shape == old.shape and bias.equal(old.to(bias.dtype))):
+            return None
+        return bias
 
     def refuse_the_rest(self) -> None:
         """Tensors that PEFT has no place for. Those that the base has, too, are no harm."""
@@ -241,7 +243,7 @@ class _Reading:
         if half.wrapper == "tokens":
             trained = self._trained_tokens(half, count)
             kept = ~torch.isin(ids, trained.ids)
-            ids, rows = torch.cat((ids[kept], trained.ids)), torch.cat((rows[kept].float(), trained.rows.float()))
+            ids, rows = torch.cat((ids[kept], trained.ids)), torch.cat((rows[kept].to(trained.rows), trained.rows))
             order = ids.argsort()
             ids, rows = ids[order], rows[order]
         return OwnRows(count, ids, rows) if len(ids) or count != self._layout.vocab_size else None
@@ -287,6 +289,8 @@ class _Reading:
 
     def _column_lengths(self, delta: Delta, own: OwnRows | None) -> torch.Tensor:
         """Of what the embedding's matrix and the delta add up to, over all tokens: [hidden]."""
+        if delta.a.is_meta:
+            return delta.a.new_ones(self._layout.hidden_size)
         squares = torch.zeros(self._layout.hidden_size)
         count = self._count
         for start in range(0, count, ROWS_AT_A_TIME):
