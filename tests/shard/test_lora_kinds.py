@@ -21,6 +21,7 @@ from peft import (
     get_peft_model,
 )
 from peft.tuners.lora.variants import QALoraLinearVariant
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, Qwen2Config
 
 from loraplex_protos.errors import AdapterInvalidError, InvalidRequestError
@@ -33,6 +34,7 @@ from loraplex_shard.lora.peft.parsing import parse_config
 from loraplex_shard.lora.peft.products import as_lora, most_bytes
 from loraplex_shard.lora.peft.reading import read_adapter, read_deltas
 from loraplex_shard.lora.peft.targets import Target
+from loraplex_shard.lora.sources.files import TENSORS
 from loraplex_shard.lora.weights.deltas import name_of_a, name_of_b
 from loraplex_shard.models.decoder import Decoder
 from loraplex_shard.ops.base import Operations
@@ -237,6 +239,28 @@ def test_what_would_take_too_much_as_lora_is_refused_before_it_is_computed(tmp_p
     files = read(tmp_path / "vera")
     read_adapter(files, decoder.layouts, base_of(decoder), torch.float32, limit=whole)
     assert whole <= most_bytes(parse_config(files.config), decoder.layouts)
+
+
+@pytest.mark.parametrize("kind", ["LoHa", "LoKr", "VeRA", "MiSS", "AdaLoRA", "(IA)3"])
+def test_broken_tensors_of_other_kinds_are_named(kind: str, tmp_path: Path) -> None:
+    directory = save_checkpoint(BASES["biases"], tmp_path / "base")
+    save_adapter(directory, tmp_path / "adapter", **{**KINDS[kind], "target_modules": ["q_proj", "down_proj"]})
+    decoder, tensors = load(directory), load_file(tmp_path / "adapter" / TENSORS)
+
+    def refusal(broken: dict[str, torch.Tensor]) -> str:
+        save_file(broken, tmp_path / "adapter" / TENSORS)
+        with pytest.raises(AdapterInvalidError) as caught:
+            read_adapter(read(tmp_path / "adapter"), decoder.layouts, base_of(decoder), torch.float32)
+        return caught.value.message
+
+    for name in [name for name in tensors if "layers.1" not in name]:
+        tensor = tensors[name]
+        assert name in refusal({other: each for other, each in tensors.items() if other != name})
+        assert name in refusal({**tensors, name: torch.full_like(tensor, torch.nan)})
+        assert name in refusal({**tensors, name: torch.zeros(*tensor.shape, 1)})
+        if "layers.0" in name:
+            other = name.replace("layers.0", "layers.7")
+            assert other in refusal({**tensors, other: tensor.clone()})
 
 
 def test_random_projections_are_not_guessed_for_a_part_of_a_model(tmp_path: Path) -> None:
