@@ -186,6 +186,14 @@ def test_adapters_list_shows_what_the_server_has(address: str) -> None:
     assert "d1" * 32 in run("adapters", "list", "--digests", server=address).stdout
 
 
+def test_adapters_list_names_the_labels_of_adapters_that_classify(address: str, servicer: ScriptedServicer) -> None:
+    servicer.adapters[0].classifier.labels.extend(["no", "yes"])
+    servicer.adapters[1].classifier.MergeFrom(pb.Classifier(of_tokens=True, labels=map(str, range(10))))
+    shown = run("adapters", "list", server=address, columns="300").stdout
+    assert "classifies texts: no, yes\n" in shown
+    assert "classifies tokens: 0, 1, 2, 3, 4, 5, 6, 7 and 2 more" in shown
+
+
 def test_adapters_list_says_how_to_get_adapters(address: str, servicer: ScriptedServicer) -> None:
     servicer.adapters = []
     assert "--adapters DIR" in run("adapters", "list", server=address).stdout

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.markup import escape
 
-from loraplex import Adapter, AdapterState
+from loraplex import Adapter, AdapterState, Classifier
 from loraplex.cli.connection import DEFAULT_SERVER, ApiKey, Json, Server, connected
 from loraplex.cli.output import as_json, listing, width
 
@@ -22,6 +22,7 @@ NAMED_STATES = (
     AdapterState.REGISTERED,
     AdapterState.ALIAS,
 )
+SHOWN_LABELS = 8
 NUMBERS = frozenset({"lora_rank", "size", "requests", "used"})
 
 Id = Annotated[
@@ -83,7 +84,15 @@ def _remarks(adapter: Adapter) -> list[str]:
     activated = f"activated by {adapter.invocation!r}" if adapter.invocation else ""
     shares = " or ".join(f"{to} ({percent:g} %)" for to, percent in adapter.targets.items())
     stands = f"stands for {shares}" if shares else ""
-    return [remark for remark in (adapter.reason, stands, activated, *adapter.warnings) if remark]
+    classifies = _described(adapter.classifier) if adapter.classifier else ""
+    return [remark for remark in (adapter.reason, stands, activated, classifies, *adapter.warnings) if remark]
+
+
+def _described(classifier: Classifier) -> str:
+    labels = ", ".join(classifier.labels[:SHOWN_LABELS])
+    more = len(classifier.labels) - SHOWN_LABELS
+    counted = f" and {more:,} more" if more > 0 else ""
+    return f"classifies {'tokens' if classifier.of_tokens else 'texts'}: {labels}{counted}"
 
 
 def _place(adapter: Adapter) -> str:
