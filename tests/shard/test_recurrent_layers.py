@@ -74,10 +74,20 @@ def merge(reference: PreTrainedModel, model: Model) -> PreTrainedModel:
     """With that adapter in its weights."""
     for layout in model.layouts:
         for part in layout.parts:
-            module = reference.get_submodule(part.module)
             a, b = whole_delta(part.module, part.out_features, layout.in_features)
+            holder, of_experts, expert = part.module.partition(".experts.")
+            if of_experts:
+                add_to_expert(reference.get_submodule(f"{holder}.experts"), *expert.split("."), b @ a)
+                continue
+            module = reference.get_submodule(part.module)
             module.weight = torch.nn.Parameter(module.weight + b @ a)
     return reference
+
+
+def add_to_expert(experts: torch.nn.Module, number: str, projection: str, delta: torch.Tensor) -> None:
+    fused = experts.down_proj if projection == "down_proj" else experts.gate_up_proj
+    first = fused.shape[1] // 2 if projection == "up_proj" else 0
+    fused.data[int(number), first : first + len(delta)] += delta
 
 
 def test_all_linear_layers_around_a_state_take_adapters(directory: Path) -> None:
