@@ -27,6 +27,7 @@ from loraplex_router.replicas.administration import Administration
 from loraplex_router.replicas.connections import Connections
 from loraplex_router.replicas.replica import Replica
 from loraplex_router.replicas.replicas import Replicas
+from loraplex_router.replicas.uploads import Uploads
 from loraplex_router.service.service import Service
 from loraplex_router.settings import RouterSettings
 from loraplex_router.telemetry.opening import open_telemetry
@@ -90,7 +91,9 @@ async def simulate(kind: type[Replicas], load: Load) -> Outcome:
         )
         telemetry = stack.enter_context(open_telemetry(settings))
         resolutions, replicas = Resolutions(), kind(telemetry, move_seconds=1)
-        service = Service(replicas, Administration(resolutions, replicas, Registry()), Keys({}), 100_000, telemetry)
+        administration = Administration(resolutions, replicas, Registry())
+        uploads = Uploads(administration, replicas, most_bytes=0)
+        service = Service(replicas, administration, uploads, Keys({}), 100_000, telemetry)
         connections = asyncio.create_task(Connections(settings, replicas, resolutions, service.serve, telemetry).run())
         while len(list(replicas)) < load.replicas:
             await asyncio.sleep(0.01)

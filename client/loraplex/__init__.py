@@ -29,6 +29,7 @@ from loraplex.types import (
     Usage,
 )
 from loraplex_protos.errors import (
+    AdapterConflictError,
     AdapterError,
     AdapterForbiddenError,
     AdapterInUseError,
@@ -52,6 +53,7 @@ from loraplex_protos.errors import (
 
 __all__ = [
     "Adapter",
+    "AdapterConflictError",
     "AdapterError",
     "AdapterForbiddenError",
     "AdapterInUseError",

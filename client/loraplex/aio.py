@@ -1,6 +1,6 @@
 """The client for asyncio: `loraplex.client` with awaitable calls."""
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from types import TracebackType
 from typing import Self, Unpack
 
@@ -158,6 +158,32 @@ class AsyncClient:
                 pb.LoadAdapterRequest(adapter=reference), timeout=timeout, metadata=self._metadata
             )
             return responses.adapter(response.adapter)
+
+    async def upload_adapter(
+        self,
+        name: str,
+        files: Mapping[str, bytes],
+        *,
+        expected_version: int | None = None,
+        timeout: float | None = None,
+    ) -> Adapter:
+        """Uploads an adapter's files, by name: adapter_config.json, adapter_model.safetensors, and what belongs to it.
+        The server keeps them in memory, as the newest version of the name; sequences that run keep the version before.
+
+        Raises AdapterInvalidError, or AdapterConflictError if the name has not `expected_version` (0: none).
+        """
+        parts = requests.upload_parts(name, files, expected_version)
+        with typed_errors(self._server):
+            response = await self._stub.UploadAdapter(parts, timeout=timeout, metadata=self._metadata)
+            return responses.adapter(response.adapter)
+
+    async def remove_adapter(
+        self, name: str, *, expected_version: int | None = None, timeout: float | None = None
+    ) -> None:
+        """Removes an uploaded adapter's name. Sequences that use it run to their end."""
+        request = pb.RemoveAdapterRequest(name=name, expected_version=expected_version)
+        with typed_errors(self._server):
+            await self._stub.RemoveAdapter(request, timeout=timeout, metadata=self._metadata)
 
     async def unload_adapter(
         self,

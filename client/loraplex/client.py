@@ -1,6 +1,6 @@
 """The client for ordinary code; `loraplex.aio` has the one for asyncio."""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from types import TracebackType
 from typing import Self, Unpack
 
@@ -175,6 +175,30 @@ class Client:
                 pb.LoadAdapterRequest(adapter=reference), timeout=timeout, metadata=self._metadata
             )
             return responses.adapter(response.adapter)
+
+    def upload_adapter(
+        self,
+        name: str,
+        files: Mapping[str, bytes],
+        *,
+        expected_version: int | None = None,
+        timeout: float | None = None,
+    ) -> Adapter:
+        """Uploads an adapter's files, by name: adapter_config.json, adapter_model.safetensors, and what belongs to it.
+        The server keeps them in memory, as the newest version of the name; sequences that run keep the version before.
+
+        Raises AdapterInvalidError, or AdapterConflictError if the name has not `expected_version` (0: none).
+        """
+        parts = requests.upload_parts(name, files, expected_version)
+        with typed_errors(self._server):
+            response = self._stub.UploadAdapter(parts, timeout=timeout, metadata=self._metadata)
+            return responses.adapter(response.adapter)
+
+    def remove_adapter(self, name: str, *, expected_version: int | None = None, timeout: float | None = None) -> None:
+        """Removes an uploaded adapter's name. Sequences that use it run to their end."""
+        request = pb.RemoveAdapterRequest(name=name, expected_version=expected_version)
+        with typed_errors(self._server):
+            self._stub.RemoveAdapter(request, timeout=timeout, metadata=self._metadata)
 
     def unload_adapter(
         self,

@@ -1,6 +1,6 @@
 """Protobuf requests from callers' values. Checks only the fields' names and types; the server checks the rest."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar, Unpack, cast
 
 from google.protobuf.message import Message as Proto
@@ -11,6 +11,7 @@ from loraplex_protos import generation_pb2 as pb
 from loraplex_protos.errors import FieldViolation, InvalidRequestError
 
 ADAPTERS_AT_A_TIME = 1000  # of a listing
+UPLOAD_PART = 2**19  # bytes of a message
 
 P = TypeVar("P", bound=Proto)
 R = TypeVar("R", pb.GenerateRequest, pb.EmbedInput)
@@ -84,6 +85,18 @@ def _with_prompt(request: R, prompt: Prompt) -> R:
     if _is_chat(prompt):
         return _fill(request, chat=_chat(cast(Sequence[Message], prompt)))
     return _fill(request, token_ids=_fill(pb.TokenIds(), ids=prompt))
+
+
+def upload_parts(
+    name: str, files: Mapping[str, bytes], expected_version: int | None
+) -> Iterator[pb.UploadAdapterRequest]:
+    """The messages of an upload."""
+    sizes = [pb.UploadedFile(name=file, size_bytes=len(data)) for file, data in files.items()]
+    header = _fill(pb.UploadHeader(name=name, files=sizes), expected_version=expected_version)
+    yield pb.UploadAdapterRequest(header=header)
+    for data in files.values():
+        for start in range(0, len(data), UPLOAD_PART):
+            yield pb.UploadAdapterRequest(data=data[start : start + UPLOAD_PART])
 
 
 def name_adapter(request: A, reference: AdapterReference, digest: str) -> A:

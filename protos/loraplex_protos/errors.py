@@ -10,6 +10,7 @@
     │   ├── AdapterForbiddenError      the source rejects this token
     │   ├── AdapterInvalidError        its files cannot be served: the message says which, and why
     │   ├── AdapterInUseError          sequences still need it
+    │   ├── AdapterConflictError       its name is not as expected: somebody else was faster
     │   ├── AdapterPinsError           no further adapter can be pinned
     │   └── AdapterSourceError         its source did not answer
     ├── OverloadedError                the queue is full: try again later
@@ -120,6 +121,12 @@ class AdapterInUseError(AdapterError):
     http_status = 409
 
 
+class AdapterConflictError(AdapterError):
+    error_type = "adapter_conflict"
+    grpc_status = grpc.StatusCode.ABORTED
+    http_status = 409
+
+
 class AdapterPinsError(AdapterError):
     error_type = "adapter_pins"
     grpc_status = grpc.StatusCode.FAILED_PRECONDITION
@@ -184,6 +191,7 @@ ERROR_TYPES: dict[str, type[LoraplexError]] = {
         AdapterForbiddenError,
         AdapterInvalidError,
         AdapterInUseError,
+        AdapterConflictError,
         AdapterPinsError,
         AdapterSourceError,
         OverloadedError,

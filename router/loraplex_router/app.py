@@ -27,6 +27,7 @@ from loraplex_router.api.http.connection import Connection
 from loraplex_router.replicas.administration import Administration
 from loraplex_router.replicas.connections import Connections, Supervisor
 from loraplex_router.replicas.replicas import Replicas
+from loraplex_router.replicas.uploads import Uploads
 from loraplex_router.service.service import Service
 from loraplex_router.settings import RouterSettings
 from loraplex_router.telemetry.opening import open_telemetry
@@ -63,7 +64,8 @@ class Router:
         telemetry.metrics.watch_registry(lambda: bool(self._registry.fault))
         self._key_file = key_file
         keys = key_file.keys if key_file else Keys({})
-        self._service = Service(self._replicas, self._administration, keys, settings.max_queue, telemetry)
+        uploads = Uploads(self._administration, self._replicas, settings.adapter_uploads_mib << 20)
+        self._service = Service(self._replicas, self._administration, uploads, keys, settings.max_queue, telemetry)
         self._connections = Connections(
             settings, self._replicas, resolutions, self._service.serve, telemetry, supervisor
         )

@@ -76,6 +76,11 @@ class EdgeSettings(BaseModel):
         description="A YAML or JSON file that gives adapters names, versions and aliases; changes are picked up."
         " Absent: adapters have the names that their sources give them.",
     )
+    adapter_uploads_mib: int = Field(
+        1024,
+        ge=0,
+        description="Memory of the router for adapters that administrators upload, in MiB. 0: uploads are refused.",
+    )
     metrics_adapters: int = Field(
         100, ge=0, le=10_000, description="Adapters with their own time series; the others share the label `other`."
     )

@@ -1,14 +1,17 @@
-"""Names, versions and aliases through a running server, whose registry changes."""
+"""Names, versions and aliases through a running server, whose registry changes, and adapters that are uploaded."""
 
 import json
 import time
 from collections.abc import Iterator
+from contextlib import closing
+from http.client import HTTPConnection
 from pathlib import Path
 from urllib.request import Request, urlopen
 
 import pytest
+import requests
 
-from loraplex import AdapterNotFoundError, AdapterState, Client
+from loraplex import AdapterConflictError, AdapterInvalidError, AdapterNotFoundError, AdapterState, Client
 from tests.e2e.processes import Server
 
 OPTIONS = {"max_new_tokens": 6, "ignore_eos": True}
@@ -34,7 +37,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(model: Path, adapters: Path, file: Path) -> Iterator[Server]:
-    with Server(str(model), f"--adapters={adapters}", f"--adapter-registry={file}") as running:
+    with Server(str(model), "--tp=2", f"--adapters={adapters}", f"--adapter-registry={file}") as running:
         yield running
 
 
@@ -76,3 +79,57 @@ def test_a_session_gets_one_version_over_http_and_grpc(server: Server) -> None:
             assert client.embed(["Hi"], adapter="half", session=session)[0].adapter_version == version
         found.add(version)
     assert found == {"sql@1", "sql@2"}
+
+
+def read(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in ("adapter_config.json", "adapter_model.safetensors")}
+
+
+def test_an_upload_answers_as_the_same_adapter_does_from_a_folder(server: Server, adapters: Path) -> None:
+    with Client(server.address) as client:
+        expected = {name: client.generate("Hi", adapter=name, **OPTIONS).text for name in ("r4", "r12", "r16")}
+        first = client.upload_adapter("policy", read(adapters / "r4"), expected_version=0)
+        assert first.id.startswith("policy@")
+        stream = client.stream("Hi", adapter="policy", max_new_tokens=400, ignore_eos=True)
+        piece = next(stream)
+        for name in ("r12", "r16"):
+            client.upload_adapter("policy", read(adapters / name))
+            answer = client.generate("Hi", adapter="policy", **OPTIONS)
+            assert answer.text == expected[name]
+            assert answer.adapter_version != piece.adapter_version == first.id
+        text = piece.text + "".join(later.text for later in stream)
+        assert text.startswith(expected["r4"])
+        with pytest.raises(AdapterConflictError):
+            client.upload_adapter("policy", read(adapters / "r4"), expected_version=int(first.id.partition("@")[2]))
+        with pytest.raises(AdapterConflictError, match="declared"):
+            client.upload_adapter("sql", read(adapters / "r4"))
+        with pytest.raises(AdapterInvalidError, match=r"adapter_config\.json is missing"):
+            client.upload_adapter("other", {"adapter_model.safetensors": b"x"})
+        client.remove_adapter("policy")
+        with pytest.raises(AdapterNotFoundError):
+            client.generate("Hi", adapter="policy", **OPTIONS)
+
+
+def refused_before_it_is_sent(server: Server, size: int) -> int:
+    host, _, port = server.url.removeprefix("http://").partition(":")
+    with closing(HTTPConnection(host, int(port), timeout=60)) as connection:
+        connection.putrequest("POST", "/adapters/upload?name=huge")
+        connection.putheader("Content-Length", str(size))
+        connection.endheaders()
+        with connection.getresponse() as response:
+            return response.status
+
+
+def test_a_form_uploads_an_adapter_over_http(server: Server, adapters: Path) -> None:
+    files = [("files", (name, data)) for name, data in read(adapters / "r4").items()]
+    url = f"{server.url}/adapters/upload?name=formed"
+    answer = requests.post(f"{url}&expected_version=0", files=files, timeout=60)
+    assert (answer.status_code, answer.json()["source"]) == (200, "upload")
+    body = {"model": "formed", "prompt": "Hi", "max_tokens": 2}
+    completion = requests.post(f"{server.url}/v1/completions", json=body, timeout=60)
+    assert completion.headers["x-adapter-version"] == answer.json()["id"]
+    assert requests.post(f"{url}&expected_version=0", files=files, timeout=60).status_code == 409
+    assert requests.post(url, data=iter([b"x"]), timeout=60).status_code == 422  # its size is not known
+    assert refused_before_it_is_sent(server, 2**40) == 422
+    assert requests.post(f"{server.url}/adapters/remove", json={"name": "formed"}, timeout=60).status_code == 200
+    assert requests.post(f"{server.url}/v1/completions", json=body, timeout=60).status_code == 404

@@ -3,13 +3,14 @@
 import asyncio
 from collections import deque
 from collections.abc import Sequence
+from hashlib import sha256
 from typing import TYPE_CHECKING
 
 from loraplex_protos import shard_pb2 as pb
-from loraplex_protos.errors import AdapterNotFoundError, LoraplexError, UnavailableError
+from loraplex_protos.errors import AdapterInvalidError, AdapterNotFoundError, LoraplexError, UnavailableError
 from loraplex_router.vocabulary.adapter import Adapter, Invocation, LocalAdapter, StagedAdapter
 from loraplex_router.vocabulary.grammar import Grammar
-from loraplex_router.vocabulary.references import AdapterReference, MergedReference
+from loraplex_router.vocabulary.references import AdapterReference, MergedReference, Upload
 from loraplex_router.wire.shards import Shards
 
 VOCABULARY = 1000
@@ -79,6 +80,14 @@ class FakeShards:
         return StagedAdapter(
             digest, "local", "", lora_rank=8, size_bytes=10, warnings=self.warnings, invocation=self.invocation
         )
+
+    async def upload(self, upload: Upload) -> StagedAdapter:
+        await self.stages_held.wait()
+        if b"broken" in upload.files.values():
+            raise AdapterInvalidError("adapter_config.json is not valid")
+        self.log.append("upload")
+        digest = sha256(b"".join(upload.files.values())).hexdigest()
+        return StagedAdapter(digest, "upload", "", lora_rank=8, size_bytes=10)
 
     async def merge(self, digest: str, digests: Sequence[str], merged: MergedReference) -> StagedAdapter:
         self.log.append(f"merge {','.join(digests)}")

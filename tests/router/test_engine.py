@@ -18,6 +18,7 @@ from loraplex_router.engine.scheduler import Limits
 from loraplex_router.replicas.administration import Administration
 from loraplex_router.replicas.replica import Replica
 from loraplex_router.replicas.replicas import Replicas
+from loraplex_router.replicas.uploads import Uploads
 from loraplex_router.service.service import Service
 from loraplex_router.telemetry.request_log import RequestLog
 from loraplex_router.telemetry.telemetry import Telemetry
@@ -58,7 +59,10 @@ class Setup:
         self.resolutions, self.registry = Resolutions(), Registry()
         self.replicas = Replicas(self.telemetry, move_seconds)
         self.administration = Administration(self.resolutions, self.replicas, self.registry)
-        self.service = Service(self.replicas, self.administration, Keys(tenants or {}), max_queue, self.telemetry)
+        self.uploads = Uploads(self.administration, self.replicas, most_bytes=1000)
+        self.service = Service(
+            self.replicas, self.administration, self.uploads, Keys(tenants or {}), max_queue, self.telemetry
+        )
         self.service.serve(model)
         self.replica = self.add_replica("0", slots)
         self.shards, self.pool, self.blocks, self.engine = (

@@ -139,10 +139,10 @@ def test_the_parts_of_a_merged_adapter_are_resolved_each(registry: Registry) -> 
 
 def registry_of(targets: dict[str, float]):
     versions = {1: {"id": "a"}, 2: {"id": "b"}}
-    return _read({"adapters": {"x": versions}, "aliases": {"alias": targets}})
+    return read_content({"adapters": {"x": versions}, "aliases": {"alias": targets}})
 
 
-def _read(content: object):
+def read_content(content: object):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "registry.json")
         path.write_text(json.dumps(content))
@@ -238,21 +238,21 @@ async def test_an_administrator_must_say_which_of_an_aliass_adapters_is_meant(cl
 
 async def test_content_that_is_not_the_registrys_is_refused(cluster: Cluster):
     digest = "0" * 64
-    cluster.registry.update(_read({"adapters": {"x": {1: {"id": "a", "digest": digest}}}}))
+    cluster.registry.update(read_content({"adapters": {"x": {1: {"id": "a", "digest": digest}}}}))
     with pytest.raises(AdapterSourceError, match=f"the registry says that x@1 has the digest {digest}"):
         await cluster.service.generate(request(1, 1, "x"), ADMIN_KEY)
     assert [status.digest for status in (await listed(cluster))["x@1"]] == [digest]
 
 
 async def test_a_version_whose_source_lacks_it_is_the_operators_mistake(cluster: Cluster):
-    cluster.registry.update(_read({"adapters": {"x": {1: {"id": "absent"}}}}))
+    cluster.registry.update(read_content({"adapters": {"x": {1: {"id": "absent"}}}}))
     with pytest.raises(AdapterNotFoundError, match=r"^adapter x@1 of the registry: no absent$"):
         await cluster.service.generate(request(1, 1, "x"), ADMIN_KEY)
 
 
 async def test_running_sequences_keep_a_version_that_leaves_the_registry(cluster: Cluster):
     running = await cluster.service.generate(request(1, 150, "sql@1"), ADMIN_KEY)
-    gone = cluster.registry.update(_read({"adapters": {"sql": {2: {"id": "acme/sql"}}}}))
+    gone = cluster.registry.update(read_content({"adapters": {"sql": {2: {"id": "acme/sql"}}}}))
     assert [version.id for version in gone] == ["sql@1", "sql@2", "a@7"]  # version 2 has another origin
     for version in gone:
         cluster.administration.retire(version)

@@ -11,7 +11,7 @@ from loraplex_router.adapters.staging import AdapterStaging
 from loraplex_router.engine.changes import Changes
 from loraplex_router.engine.pool import AdapterPool
 from loraplex_router.vocabulary.adapter import StagedAdapter
-from loraplex_router.vocabulary.references import AdapterReference, MergedReference
+from loraplex_router.vocabulary.references import AdapterReference, MergedReference, Upload
 
 A, B = AdapterReference("a"), AdapterReference("b")
 
@@ -38,6 +38,9 @@ class Shards:
         await asyncio.sleep(0)
         digest = sha256(f"{reference.id}{self.versions.get(reference.id)}".encode()).hexdigest()
         return self._hold(StagedAdapter(digest, "local", reference.revision or self.revision, 8, 10))
+
+    async def upload(self, upload: Upload) -> StagedAdapter:
+        raise NotImplementedError
 
     async def merge(self, digest: str, digests: list[str], merged: MergedReference) -> StagedAdapter:
         await self.may_merge.wait()

@@ -1,7 +1,8 @@
-"""`loraplex adapters`: list, load, pin and unload the server's adapters."""
+"""`loraplex adapters`: list, load, upload, pin and unload the server's adapters."""
 
 import time
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -13,8 +14,21 @@ from loraplex import Adapter, AdapterState, Classifier
 from loraplex.cli.connection import DEFAULT_SERVER, ApiKey, Json, Server, connected
 from loraplex.cli.output import as_json, listing, width
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="List, load, pin and unload adapters.")
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="List, load, upload, pin and unload adapters.")
 HEADINGS = "adapter", "source", "revision", "tier", "lora_rank", "size", "requests", "used", "digest"
+UPLOADED = (  # what an adapter is read from, of its folder
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "adapters.safetensors",
+    "config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "additional_chat_templates/*.jinja",
+)
 NAMED_STATES = (
     AdapterState.FETCHING,
     AdapterState.UNLOADING,
@@ -132,6 +146,41 @@ def load_adapter(
     typer.echo(f"Loaded {adapter.id}: lora_rank {adapter.lora_rank}, {decimal(adapter.size_bytes)}, {adapter.digest}")
     for warning in adapter.warnings:
         typer.echo(f"Warning: {warning}", err=True)
+
+
+@app.command("upload")
+def upload_adapter(
+    name: Annotated[str, typer.Argument(help="The name that requests will use.")],
+    folder: Annotated[Path, typer.Argument(help="The adapter's folder.", exists=True, file_okay=False)],
+    expected_version: Annotated[
+        int | None, typer.Option(min=0, help="The version that the name must have now; 0: none. Default: any.")
+    ] = None,
+    server: Server = DEFAULT_SERVER,
+    api_key: ApiKey = None,
+) -> None:
+    """Upload an adapter into the server's memory, as the newest version of a name."""
+    paths = {path.relative_to(folder).as_posix(): path for pattern in UPLOADED for path in folder.glob(pattern)}
+    files = {file: path.read_bytes() for file, path in paths.items() if path.is_file()}
+    with connected(server, api_key) as client, Console(stderr=True).status(f"Uploading {escape(name)}"):
+        adapter = client.upload_adapter(name, files, expected_version=expected_version)
+    typer.echo(f"Uploaded {adapter.id}: lora_rank {adapter.lora_rank}, {decimal(adapter.size_bytes)}, {adapter.digest}")
+    for warning in adapter.warnings:
+        typer.echo(f"Warning: {warning}", err=True)
+
+
+@app.command("remove")
+def remove_adapter(
+    name: Name,
+    expected_version: Annotated[
+        int | None, typer.Option(min=0, help="The version that it must have now. Default: any.")
+    ] = None,
+    server: Server = DEFAULT_SERVER,
+    api_key: ApiKey = None,
+) -> None:
+    """Remove an uploaded adapter's name."""
+    with connected(server, api_key) as client:
+        client.remove_adapter(name, expected_version=expected_version)
+    typer.echo(f"Removed {name}")
 
 
 @app.command("unload")

@@ -29,31 +29,40 @@ class Registry:
 
     def __init__(self) -> None:
         self.content = Registered()
+        self.uploads: dict[str, Version] = {}  # by name
         self.fault = ""
 
     def update(self, content: Registered) -> list[AdapterReference]:
-        """Replaces the content. Returns the versions that are not registered any more, or are something else now."""
+        """Replaces what is declared; it wins over uploads of the same name. Returns the versions that are not
+        registered any more, or are something else now."""
         former, self.content, self.fault = list(self.versions()), content, ""
+        self.uploads = {name: version for name, version in self.uploads.items() if not self.declares(name)}
         kept = set(self.versions())
         return [version for version in former if version not in kept]
 
     def versions(self) -> Iterator[AdapterReference]:
         for versions in self.content.names.values():
             yield from map(reference_to, versions.values())
+        yield from map(reference_to, self.uploads.values())
 
     def aliases(self) -> Iterator[tuple[str, Mapping[str, float]]]:
         """All that stand for versions: aliases, and names for their newest versions."""
         yield from self.content.aliases.items()
         for name, versions in self.content.names.items():
             yield name, {f"{name}{AT}{max(versions)}": 100.0}
+        for name, version in self.uploads.items():
+            yield name, {str(version): 100.0}
+
+    def declares(self, id: str) -> bool:
+        return id in self.content.names or id in self.content.aliases
 
     def has(self, id: str) -> bool:
-        return id in self.content.names or id in self.content.aliases
+        return self.declares(id) or id in self.uploads
 
     def bare(self, id: str) -> str:
         """The registered name in `name@version`; any other id is returned as it is. Permissions are for names."""
         name, at, _ = normal(id).partition(AT)
-        return name if at and name in self.content.names else id
+        return name if at and (name in self.content.names or name in self.uploads) else id
 
     def named(self, reference: Reference | None) -> Reference | None:
         """The reference with the names that a tenant must be allowed to use."""
@@ -90,19 +99,21 @@ class Registry:
             target = _choose(target, targets, session or "")
         version = self.find(target)
         if version is None:
-            raise AdapterNotFoundError(f"the registry has no {quote(target)}; its versions: {self._versions(target)}")
+            versions = ", ".join(map(str, sorted(self._versions(self.bare(target)))))
+            raise AdapterNotFoundError(f"the registry has no {quote(target)}; its versions: {versions}")
         return replace(reference_to(version), token=reference.token, asked=asked)
 
     def find(self, target: str) -> Version | None:
         """The version that `name` or `name@version` names."""
         name, at, number = target.partition(AT)
-        versions = self.content.names.get(name, {})
+        versions = self._versions(name)
         if not at:
             return versions[max(versions)] if versions else None
         return versions.get(int(number)) if number.isascii() and number.isdecimal() and len(number) < 20 else None
 
-    def _versions(self, target: str) -> str:
-        return ", ".join(map(str, sorted(self.content.names[self.bare(target)])))
+    def _versions(self, name: str) -> Mapping[int, Version]:
+        upload = self.uploads.get(name)
+        return {upload.number: upload} if upload else self.content.names.get(name, {})
 
 
 def reference_to(version: Version) -> AdapterReference:

@@ -8,7 +8,14 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from loraplex_router.vocabulary.references import AdapterReference, MergedReference, Reference, key_of, merged_digest
+from loraplex_router.vocabulary.references import (
+    AdapterReference,
+    MergedReference,
+    Reference,
+    Upload,
+    key_of,
+    merged_digest,
+)
 
 MAX_ENTRIES = 65536  # references remembered; clients choose them
 
@@ -48,11 +55,13 @@ class Resolutions:
         self._entries.move_to_end(key)
         return entry.digest
 
-    def fixed(self, reference: AdapterReference) -> AdapterReference:
+    def fixed(self, reference: AdapterReference) -> AdapterReference | Upload:
         """What to stage for it: with its resolved source and revision, so that another replica stages the same
         content."""
         entry, origin = self._entries.get(key_of(reference)), reference.origin
-        return replace(origin, source=entry.source, revision=entry.revision) if entry else origin
+        if entry is None or isinstance(origin, Upload):
+            return origin
+        return replace(origin, source=entry.source, revision=entry.revision)
 
     def remember(self, reference: Reference, entry: Entry) -> None:
         # A merged adapter is found through its parts; its entry only names it in listings.

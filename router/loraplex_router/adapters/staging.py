@@ -12,6 +12,7 @@ from loraplex_router.vocabulary.references import (
     AdapterReference,
     MergedReference,
     Reference,
+    Upload,
     ids_of,
     key_of,
     merged_digest,
@@ -100,18 +101,24 @@ class AdapterStaging:
             return await self._merge(with_weights(reference))
         return await self._stage(reference, self._resolutions.fixed(reference))
 
-    async def _stage(self, reference: AdapterReference, source: AdapterReference) -> Adapter:
-        staged = await self._with_room(lambda: self._shards.stage(source))
+    async def _stage(self, reference: AdapterReference, source: AdapterReference | Upload) -> Adapter:
+        staged = await self._with_room(lambda: self._fetch(source))
         while unstaging := self._unstaging.get(staged.digest):  # it leaves, or was dropped meanwhile
             await asyncio.wait([unstaging])
-            staged = await self._with_room(lambda: self._shards.stage(source))
+            staged = await self._with_room(lambda: self._fetch(source))
         if reference.version is not None and reference.version.digest not in ("", staged.digest):
+            assert isinstance(source, AdapterReference)
             self._add(source, Entry(source.id, staged.source, staged.revision, staged.digest), staged)
             raise AdapterSourceError(
                 f"the registry says that {reference.id} has the digest {reference.version.digest}, but the content of "
                 f"{quote(source.id)} now has {staged.digest}"
             )
         return self._add(reference, Entry(reference.id, staged.source, staged.revision, staged.digest), staged)
+
+    async def _fetch(self, source: AdapterReference | Upload) -> StagedAdapter:
+        if isinstance(source, Upload):
+            return await self._shards.upload(source)
+        return await self._shards.stage(source)
 
     async def _merge(self, merged: MergedReference) -> Adapter:
         parts: list[Adapter] = []
@@ -120,6 +127,9 @@ class AdapterStaging:
                 part = await self.resolve(reference)
                 part.leases += 1
                 parts.append(part)
+                if isinstance(reference.origin, Upload):
+                    why = f"{quote(reference.id)} was uploaded, and its files are not kept: it cannot be merged"
+                    raise InvalidRequestError(FieldViolation("merged_adapters.adapters", why))
                 if part.invocation is not None:
                     why = f"{quote(reference.id)} is an activated adapter (aLoRA), which cannot be merged"
                     raise InvalidRequestError(FieldViolation("merged_adapters.adapters", why))

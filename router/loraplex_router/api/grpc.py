@@ -33,6 +33,7 @@ from loraplex_router.api.translation import (
     write_spans,
 )
 from loraplex_router.api.turns import in_turn
+from loraplex_router.api.uploads import read_announcement, read_data, receive, split
 from loraplex_router.engine.output import Generation
 from loraplex_router.replicas.administration import AT_A_TIME
 from loraplex_router.service.service import Service
@@ -134,6 +135,24 @@ class GenerationApi(GenerationServiceServicer):
         async with _answering(context):
             status = await self._service.adapters.load(read_reference(request.adapter), _key(context))
             return pb.LoadAdapterResponse(adapter=status)
+
+    async def UploadAdapter(
+        self, request_iterator: AsyncIterator[pb.UploadAdapterRequest], context: Context
+    ) -> pb.UploadAdapterResponse:
+        async with _answering(context):
+            self._service.keys.administrator(_key(context))
+            upload, files = await read_announcement(request_iterator)
+
+            async def read() -> dict[str, memoryview]:
+                return split(await receive(read_data(request_iterator), upload.size), files)
+
+            return pb.UploadAdapterResponse(adapter=await self._service.adapters.upload(upload, read, _key(context)))
+
+    async def RemoveAdapter(self, request: pb.RemoveAdapterRequest, context: Context) -> pb.RemoveAdapterResponse:
+        async with _answering(context):
+            expected = request.expected_version if request.HasField("expected_version") else None
+            self._service.adapters.remove(request.name, expected, _key(context))
+            return pb.RemoveAdapterResponse()
 
     async def UnloadAdapter(self, request: pb.UnloadAdapterRequest, context: Context) -> pb.UnloadAdapterResponse:
         async with _answering(context):

@@ -87,19 +87,32 @@ class MessageLimits(grpc.aio.ServerInterceptor):
                 async for answer in handler.unary_stream(await self._read(data, kind, context), context):
                     yield answer
 
+        async def collect(messages: AsyncIterator[bytes], context: Context) -> Any:
+            async def parsed() -> AsyncIterator[Any]:  # within the handler, which answers errors
+                async for data in messages:
+                    with self._held(data):
+                        yield self._parse(data, kind)
+
+            return await handler.stream_unary(parsed(), context)
+
+        if handler.request_streaming:
+            return grpc.stream_unary_rpc_method_handler(collect, None, handler.response_serializer)
         if handler.response_streaming:
             return grpc.unary_stream_rpc_method_handler(stream, None, handler.response_serializer)
         return grpc.unary_unary_rpc_method_handler(unary, None, handler.response_serializer)
 
     async def _read(self, data: bytes, kind: Descriptor, context: Context) -> Any:
         async with self._answering(context):
-            if self._room < 0:
-                raise OverloadedError("other requests are large: try again later")
-            check_message(data, kind)
-            try:
-                return GetMessageClass(kind).FromString(data)
-            except DecodeError as error:
-                raise InvalidRequestError(FieldViolation("request", "cannot be read")) from error
+            return self._parse(data, kind)
+
+    def _parse(self, data: bytes, kind: Descriptor) -> Any:
+        if self._room < 0:
+            raise OverloadedError("other requests are large: try again later")
+        check_message(data, kind)
+        try:
+            return GetMessageClass(kind).FromString(data)
+        except DecodeError as error:
+            raise InvalidRequestError(FieldViolation("request", "cannot be read")) from error
 
     @contextmanager
     def _held(self, data: bytes) -> Iterator[None]:

@@ -11,7 +11,7 @@ from loraplex_protos.generation_pb2 import Classifier
 from loraplex_router.text.detokenizer import Decoder, Detokenizer, own_length
 from loraplex_router.text.stops import Passed, StopMatcher
 from loraplex_router.vocabulary.adapter import BASE_NAME, Adapter
-from loraplex_router.vocabulary.references import Reference, ids_of, version_of
+from loraplex_router.vocabulary.references import Reference, labels_of, version_of
 from loraplex_router.vocabulary.sequence import Alternatives, FinishReason, Sample, Sequence
 
 
@@ -244,9 +244,9 @@ class Generation:
 
     @property
     def adapter_name(self) -> str:
-        """The name used in the request, whichever others have the same content; parts of merged adapters are separated
-        by commas."""
-        return ",".join(ids_of(self.reference)) or BASE_NAME
+        """The id used in the request, or the version that it stands for, whichever others have the same content; parts
+        of merged adapters are separated by commas."""
+        return ",".join(labels_of(self.reference)) or BASE_NAME
 
     @property
     def adapter_digest(self) -> str:

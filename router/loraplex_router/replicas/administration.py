@@ -7,7 +7,7 @@ import asyncio
 import heapq
 import logging
 import time
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
@@ -137,10 +137,16 @@ class Administration:
         self._listed_at = time.monotonic()
         return self._listed
 
+    async def in_directory(self, id: str) -> bool:
+        """Whether the adapter directory has this name, as of a short while ago."""
+        local = await self._local(kept=True)
+        place = bisect_left(local, id, key=lambda adapter: adapter.id)
+        return place < len(local) and local[place].id == id
+
     async def load(self, reference: AdapterReference) -> pb.AdapterStatus:
         """Rereads the source and stages its current content, on one replica."""
         await self._replicas.choose(reference).adapters.read_again(reference)
-        return self._status_of(reference)
+        return self.status(reference)
 
     async def names(self) -> frozenset[str]:
         """The names of available adapters, except those on the hub and in object stores that were never requested. May
@@ -211,7 +217,7 @@ class Administration:
         await self._replicas.changes.until(lambda: adapter.ready or not (adapter.pinned and replica.accepting))
         if adapter.pinned and not adapter.ready:
             raise UnavailableError("the replica was lost")
-        return self._status_of(name)
+        return self.status(name)
 
     def unpin(self, name: AdapterReference | str) -> pb.AdapterStatus:
         """Content that is pinned under another name as well stays pinned under that. Raises AdapterNotFoundError if it
@@ -219,7 +225,7 @@ class Administration:
         digest = self._digest(name)
         self._unpin(digest, *((name.id, "") if isinstance(name, AdapterReference) else ()))
         self._replicas.changes.notify()
-        return self._status_of(name)
+        return self.status(name)
 
     def _unpin(self, digest: str, *ids: str) -> None:
         if self._pins.remove(digest, *ids):
@@ -246,7 +252,8 @@ class Administration:
             if adapter := replica.pool.get(digest):
                 yield replica, adapter
 
-    def _status_of(self, name: AdapterReference | str) -> pb.AdapterStatus:
+    def status(self, name: AdapterReference | str) -> pb.AdapterStatus:
+        """As listed. Raises AdapterNotFoundError if it is not loaded."""
         if isinstance(name, AdapterReference):
             entry = self._resolutions.entry(name)
         else:

@@ -7,7 +7,7 @@ from loraplex_protos import generation_pb2 as pb
 from loraplex_router.adapters.resolutions import Entry
 from loraplex_router.replicas.replica import Replica
 from loraplex_router.vocabulary.adapter import Adapter, LocalAdapter
-from loraplex_router.vocabulary.references import AdapterReference
+from loraplex_router.vocabulary.references import AdapterReference, ids_of
 
 
 class Holder(NamedTuple):
@@ -26,7 +26,7 @@ def hold(replica: Replica, adapter: Adapter, name: str | None, pinned: bool) -> 
     pinned = pinned and adapter.pinned
     if name is None:
         return Holder(replica.name, adapter, pinned, adapter.requests, adapter.running, adapter.waiting)
-    own = [each for each in replica.engine.generations if each.adapter is adapter and each.adapter_name == name]
+    own = [each for each in replica.engine.generations if each.adapter is adapter and ids_of(each.reference) == (name,)]
     sequences = [output.sequence for generation in own for output in generation.unfinished]
     running = sum(sequence.row is not None for sequence in sequences)
     return Holder(replica.name, adapter, pinned, len(own), running, len(sequences) - running)

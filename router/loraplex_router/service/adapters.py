@@ -2,7 +2,7 @@
 
 import asyncio
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -13,6 +13,7 @@ from loraplex_router.access.audit import audited
 from loraplex_router.access.keys import Keys, Tenant
 from loraplex_router.adapters.suggestions import Suggestions
 from loraplex_router.replicas.administration import AT_A_TIME, AdapterPage, Administration
+from loraplex_router.replicas.uploads import Announcement, Uploads
 from loraplex_router.text.model import Model
 from loraplex_router.vocabulary.checks import check_reference
 from loraplex_router.vocabulary.references import AdapterReference
@@ -28,11 +29,17 @@ class Adapters:
     All calls raise LoraplexError."""
 
     def __init__(
-        self, keys: Keys, administration: Administration, suggestions: Suggestions, model: Callable[[], Model]
+        self,
+        keys: Keys,
+        administration: Administration,
+        uploads: Uploads,
+        suggestions: Suggestions,
+        model: Callable[[], Model],
     ) -> None:
         self._keys = keys
         self._administration = administration
         self._registry = administration.registry
+        self._uploads = uploads
         self._suggestions = suggestions
         self._model = model
 
@@ -55,6 +62,25 @@ class Adapters:
         with self._administered("load", reference, key) as tenant:
             async with self._suggestions.for_missing(reference, tenant.may_use):
                 return self._remarked(await self._administration.load(self._resolved(reference)))
+
+    async def upload(
+        self,
+        upload: Announcement,
+        read: Callable[[], Awaitable[Mapping[str, memoryview]]],
+        key: str | None = None,
+    ) -> AdapterStatus:
+        """Makes uploaded files the newest version of a name. For administrators. `read` is called once the announcement
+        is accepted. Raises AdapterConflictError if the name is not as expected."""
+        with audited("upload", self._keys, key, adapter=AdapterReference(upload.name)):
+            self._keys.administrator(key)
+            with self._uploads.announced(upload):
+                return self._remarked(await self._uploads.put(upload, await read()))
+
+    def remove(self, name: str, expected_version: int | None, key: str | None = None) -> None:
+        """Removes an uploaded name. For administrators."""
+        with audited("remove", self._keys, key, adapter=AdapterReference(name)):
+            self._keys.administrator(key)
+            self._uploads.remove(name, expected_version)
 
     async def unload(self, name: AdapterReference | str, wait: bool = False, key: str | None = None) -> None:
         """Frees its memory on every replica. For administrators. `name` is a reference or a digest.

@@ -23,6 +23,7 @@ from loraplex_router.adapters.suggestions import Suggestions
 from loraplex_router.engine.output import Classification, Embedding, Generation
 from loraplex_router.replicas.administration import Administration
 from loraplex_router.replicas.replicas import Lease, Replicas
+from loraplex_router.replicas.uploads import Uploads
 from loraplex_router.service.abilities import check_generates
 from loraplex_router.service.adapters import Adapters
 from loraplex_router.service.preparation import Arrival, Preparation
@@ -51,7 +52,13 @@ class Service:
     """
 
     def __init__(
-        self, replicas: Replicas, administration: Administration, keys: Keys, max_queue: int, telemetry: Telemetry
+        self,
+        replicas: Replicas,
+        administration: Administration,
+        uploads: Uploads,
+        keys: Keys,
+        max_queue: int,
+        telemetry: Telemetry,
     ) -> None:
         self.keys = keys
         self.telemetry = telemetry
@@ -60,7 +67,7 @@ class Service:
         self._replicas = replicas
         self._registry = administration.registry
         suggestions = Suggestions(administration.names)
-        self.adapters = Adapters(keys, administration, suggestions, lambda: self._known_model)
+        self.adapters = Adapters(keys, administration, uploads, suggestions, lambda: self._known_model)
         self._preparation = Preparation(replicas, suggestions, lambda: self._known_model)
         self._model: Model | None = None
         self._running = RunningRequests()

@@ -1,7 +1,9 @@
 """How requests name adapters. A reference has a key, which covers all of it, and a name, which omits the token."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
+from secrets import token_hex
 from typing import TypeAlias
 
 from loraplex_protos.adapter_names import normal
@@ -22,9 +24,20 @@ class AdapterReference:
         object.__setattr__(self, "id", normal(self.id))
 
     @property
-    def origin(self) -> "AdapterReference":
+    def origin(self) -> "AdapterReference | Upload":
         """Where its content comes from: of a version, what the registry says."""
-        return self if self.version is None else replace(self.version.origin, token=self.token)
+        origin = self if self.version is None else self.version.origin
+        return origin if isinstance(origin, Upload) else replace(origin, token=self.token)
+
+
+@dataclass(frozen=True, eq=False)
+class Upload:
+    """An adapter's files, in memory. Each upload is its own origin, whatever is in it."""
+
+    files: Mapping[str, memoryview]
+    id: str = field(default_factory=lambda: token_hex(16))
+    source: str = "upload"
+    revision: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +46,7 @@ class Version:
 
     name: str
     number: int
-    origin: AdapterReference
+    origin: AdapterReference | Upload
     digest: str = ""  # of its content; empty: any
 
     def __str__(self) -> str:
@@ -54,11 +67,13 @@ class MergedReference:
 Reference: TypeAlias = AdapterReference | MergedReference
 
 
-def key_of(reference: Reference) -> str:
+def key_of(reference: Reference | Upload) -> str:
     """Identifies the reference, including its token, so that an adapter opened with one caller's token is not served to
     callers without it. Contains no token in clear text."""
     if isinstance(reference, MergedReference):
         return _hash([key_of(part) for part in reference.adapters], *_settings(reference))
+    if isinstance(reference, Upload):
+        return reference.id
     key = _hash(reference.source, reference.id, reference.revision, reference.token)
     return key if reference.version is None else _hash(key, key_of(reference.version.origin), reference.version.digest)
 
@@ -80,6 +95,12 @@ def ids_of(reference: Reference | None) -> tuple[str, ...]:
 def asked_of(reference: Reference | None) -> tuple[str, ...]:
     """The same as the request named them."""
     return tuple(part.asked or part.id for part in parts_of(reference))
+
+
+def labels_of(reference: Reference | None) -> tuple[str, ...]:
+    """The same for metrics: all uploads of a name together."""
+    uploads = (part.version if isinstance(part.origin, Upload) else None for part in parts_of(reference))
+    return tuple(upload.name if upload else id for upload, id in zip(uploads, ids_of(reference), strict=True))
 
 
 def version_of(reference: Reference | None) -> str:

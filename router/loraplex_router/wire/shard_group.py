@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import grpc
@@ -22,11 +22,12 @@ from loraplex_protos.errors import (
     UnavailableError,
     quote,
 )
+from loraplex_protos.generation_pb2 import UploadedFile
 from loraplex_protos.shard_pb2_grpc import ShardServiceStub
 from loraplex_router.vocabulary.adapter import Adapter, Invocation, LocalAdapter, StagedAdapter
 from loraplex_router.vocabulary.chat import AdapterTokenizer, ChatTemplates
 from loraplex_router.vocabulary.grammar import Grammar
-from loraplex_router.vocabulary.references import AdapterReference, MergedReference
+from loraplex_router.vocabulary.references import AdapterReference, MergedReference, Upload
 from loraplex_router.wire.calls import agree, check_health, typed, watch_health
 from loraplex_router.wire.codec import encode_grammar
 from loraplex_router.wire.discovery import Address
@@ -47,6 +48,7 @@ CHANNEL_OPTIONS: tuple[tuple[str, str | int], ...] = (
 
 RETRY_SECONDS = 0.1
 AT_A_TIME = 500  # local adapters decoded without a pause
+UPLOAD_PART = 2**20  # bytes of a message
 ANSWER_SECONDS = 5.0  # for GetInfo, which needs no computation
 PING_SECONDS = 0.5  # between an answer and the next ping
 # A rank's port opens once its model is loaded: a closed port is not logged for this long.
@@ -221,18 +223,13 @@ class ShardGroup:
             others = await asyncio.gather(*(typed(rank.StageAdapter(request)) for rank in self._ranks[1:]))
             if any(other.digest != first.digest for other in others):
                 raise AdapterSourceError(f"adapter {quote(reference.id)}: the ranks read different files")
-        size = first.size_bytes + sum(other.size_bytes for other in others)
-        return StagedAdapter(
-            first.digest,
-            first.source,
-            first.revision,
-            first.lora_rank,
-            size,
-            _read_tokenizer(first),
-            tuple(first.warnings),
-            _read_invocation(first),
-            first.classifier if first.HasField("classifier") else None,
-        )
+        return _read_staged([first, *others])
+
+    async def upload(self, upload: Upload) -> StagedAdapter:
+        """Sends the files to all ranks."""
+        with self._observer.loading("host"):
+            answers = await self._on_all(lambda rank: rank.StageUpload(_parts(upload)))
+        return _read_staged([answer.adapter for answer in answers])
 
     async def merge(self, digest: str, digests: Sequence[str], merged: MergedReference) -> StagedAdapter:
         """Merges staged adapters into one called `digest`. The reference has been checked and has all weights."""
@@ -286,6 +283,29 @@ class ShardGroup:
 
     async def _on_all(self, call: Callable[["ShardServiceAsyncStub"], Awaitable[T]]) -> list[T]:
         return await asyncio.gather(*(typed(call(rank)) for rank in self._ranks))
+
+
+async def _parts(upload: Upload) -> AsyncIterator[pb.StageUploadRequest]:
+    sizes = ((name, len(data)) for name, data in upload.files.items())
+    yield pb.StageUploadRequest(files=[UploadedFile(name=name, size_bytes=size) for name, size in sizes])
+    for data in upload.files.values():
+        for start in range(0, len(data), UPLOAD_PART):
+            yield pb.StageUploadRequest(data=bytes(data[start : start + UPLOAD_PART]))
+
+
+def _read_staged(ranks: Sequence[pb.StageAdapterResponse]) -> StagedAdapter:
+    first = ranks[0]
+    return StagedAdapter(
+        first.digest,
+        first.source,
+        first.revision,
+        first.lora_rank,
+        sum(rank.size_bytes for rank in ranks),
+        _read_tokenizer(first),
+        tuple(first.warnings),
+        _read_invocation(first),
+        first.classifier if first.HasField("classifier") else None,
+    )
 
 
 def _read_tokenizer(staged: pb.StageAdapterResponse) -> AdapterTokenizer:

@@ -7,7 +7,7 @@ from typing import Protocol
 from loraplex_protos import shard_pb2 as pb
 from loraplex_router.vocabulary.adapter import Adapter, LocalAdapter, StagedAdapter
 from loraplex_router.vocabulary.grammar import Grammar
-from loraplex_router.vocabulary.references import AdapterReference, MergedReference
+from loraplex_router.vocabulary.references import AdapterReference, MergedReference, Upload
 
 
 class ShardsObserver(Protocol):
@@ -41,6 +41,7 @@ class Staging(Protocol):
     """Adapters in host memory."""
 
     async def stage(self, reference: AdapterReference) -> StagedAdapter: ...
+    async def upload(self, upload: Upload) -> StagedAdapter: ...
     async def merge(self, digest: str, digests: Sequence[str], merged: MergedReference) -> StagedAdapter: ...
     async def unstage(self, digest: str) -> None: ...
 

@@ -7,7 +7,7 @@ and no step waits for them.
 import logging
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from threading import Lock
@@ -29,10 +29,12 @@ from loraplex_shard.lora.peft.parsing import parse_config
 from loraplex_shard.lora.peft.products import most_bytes
 from loraplex_shard.lora.peft.reading import WholeAdapter, cut_adapter, read_adapter, read_deltas
 from loraplex_shard.lora.room import Room
+from loraplex_shard.lora.sources import upload
 from loraplex_shard.lora.sources.files import AdapterFiles
 from loraplex_shard.lora.sources.order import locate
 from loraplex_shard.lora.sources.protocol import Origin, Source
 from loraplex_shard.lora.sources.text_files import AdapterText
+from loraplex_shard.lora.sources.upload import check_upload, receive
 from loraplex_shard.lora.weights.deltas import Delta, HostAdapter, Invocation
 from loraplex_shard.lora.weights.transfer import Transfer
 from loraplex_shard.observation.metrics import ShardMetrics
@@ -109,6 +111,19 @@ class AdapterStore:
         for warning in staged.warnings if read else ():
             logger.warning("adapter %s: %s", quote(id), warning)
         return staged
+
+    def stage_upload(self, sizes: Mapping[str, int], data: Iterator[bytes]) -> StagedAdapter:
+        """The same for files that are sent: their sizes by name, in the order in which `data` has their contents."""
+        check_upload(sizes)
+        with self._room.taken(sum(sizes.values()) * COPIES):
+            files = receive(sizes, data)
+            digest = files.digest()
+            self._once.do(digest, lambda: self._hold(digest, lambda: self._cut(files)))
+        with self._lock:
+            adapter = self._host.get(digest)
+        if adapter is None:
+            raise OverloadedError("the adapter was unstaged meanwhile: try again")
+        return _describe(digest, upload.NAME, "", adapter)
 
     def merge(self, digest: str, parts: Sequence[str], recipe: Recipe) -> StagedAdapter:
         """Merges staged adapters, named by their digests, into one that is staged under `digest`, unless it is already.
@@ -192,19 +207,7 @@ class AdapterStore:
             adapter = self._host.get(digest) if digest is not None else None
         if digest is None or adapter is None:
             return None
-        return StagedAdapter(
-            digest,
-            origin.source.name,
-            origin.revision,
-            adapter.lora_rank,
-            adapter.weights.size_bytes,
-            adapter.text,
-            adapter.warnings,
-            adapter.invocation,
-            None if adapter.weights.classifier is None else adapter.weights.classifier.classes,
-            adapter.tokenizer_json,
-            adapter.vocab_size,
-        )
+        return _describe(digest, origin.source.name, origin.revision, adapter)
 
     def _read(self, origin: Origin) -> None:
         with ExitStack() as stack:
@@ -272,3 +275,19 @@ class AdapterStore:
 
     def _held_bytes(self) -> int:
         return sum(adapter.weights.size_bytes for adapter in self._host.values())
+
+
+def _describe(digest: str, source: str, revision: str, adapter: HostAdapter) -> StagedAdapter:
+    return StagedAdapter(
+        digest,
+        source,
+        revision,
+        adapter.lora_rank,
+        adapter.weights.size_bytes,
+        adapter.text,
+        adapter.warnings,
+        adapter.invocation,
+        None if adapter.weights.classifier is None else adapter.weights.classifier.classes,
+        adapter.tokenizer_json,
+        adapter.vocab_size,
+    )

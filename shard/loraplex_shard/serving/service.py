@@ -19,7 +19,7 @@ from loraplex_protos.generation_pb2 import Classifier as ClassifierMessage
 from loraplex_protos.shard_pb2_grpc import ShardServiceServicer
 from loraplex_shard.lora.listing import LocalListing
 from loraplex_shard.lora.merge import Recipe
-from loraplex_shard.lora.store import AdapterStore
+from loraplex_shard.lora.store import AdapterStore, StagedAdapter
 from loraplex_shard.lora.weights.deltas import Invocation
 from loraplex_shard.observation.telemetry import Telemetry
 from loraplex_shard.sampling.grammars import GrammarCompiler
@@ -89,23 +89,16 @@ class ShardService(ShardServiceServicer):
     def StageAdapter(self, request: pb.StageAdapterRequest, context: grpc.ServicerContext) -> pb.StageAdapterResponse:
         with self._errors_answered(context):
             staged = self._adapters.stage(request.id, request.source, request.revision, request.token)
-            return pb.StageAdapterResponse(
-                digest=staged.digest,
-                source=staged.source,
-                revision=staged.revision,
-                lora_rank=staged.lora_rank,
-                size_bytes=staged.size_bytes,
-                chat_template=staged.text.chat_templates.get("default", ""),
-                named_chat_templates={n: t for n, t in staged.text.chat_templates.items() if n != "default"},
-                special_tokens=staged.text.special_tokens,
-                end_token_ids=staged.text.end_token_ids,
-                chat_template_error=staged.text.error,
-                warnings=staged.warnings,
-                invocation=_write_invocation(staged.invocation),
-                classifier=describe(staged.classes),
-                tokenizer_json=staged.tokenizer_json,
-                vocab_size=staged.vocab_size,
-            )
+            return _write_staged(staged)
+
+    def StageUpload(
+        self, request_iterator: Iterator[pb.StageUploadRequest], context: grpc.ServicerContext
+    ) -> pb.StageUploadResponse:
+        with self._errors_answered(context):
+            first = next(request_iterator)
+            sizes = {file.name: file.size_bytes for file in first.files}
+            staged = self._adapters.stage_upload(sizes, (request.data for request in request_iterator))
+            return pb.StageUploadResponse(adapter=_write_staged(staged))
 
     def MergeAdapters(
         self, request: pb.MergeAdaptersRequest, context: grpc.ServicerContext
@@ -228,3 +221,23 @@ class ShardService(ShardServiceServicer):
 
 def _write_invocation(invocation: Invocation | None) -> pb.Invocation | None:
     return None if invocation is None else pb.Invocation(token_ids=invocation.token_ids, lag=invocation.lag)
+
+
+def _write_staged(staged: StagedAdapter) -> pb.StageAdapterResponse:
+    return pb.StageAdapterResponse(
+        digest=staged.digest,
+        source=staged.source,
+        revision=staged.revision,
+        lora_rank=staged.lora_rank,
+        size_bytes=staged.size_bytes,
+        chat_template=staged.text.chat_templates.get("default", ""),
+        named_chat_templates={n: t for n, t in staged.text.chat_templates.items() if n != "default"},
+        special_tokens=staged.text.special_tokens,
+        end_token_ids=staged.text.end_token_ids,
+        chat_template_error=staged.text.error,
+        warnings=staged.warnings,
+        invocation=_write_invocation(staged.invocation),
+        classifier=describe(staged.classes),
+        tokenizer_json=staged.tokenizer_json,
+        vocab_size=staged.vocab_size,
+    )

@@ -26,7 +26,7 @@ def create_app(service: Service, cors_origins: Sequence[str] = ("*",), max_body:
         favicon_url="data:,",
         swagger_ui_parameters={"validatorUrl": None},
     )
-    app.add_middleware(BodyLimit, limit=max_body)
+    app.add_middleware(BodyLimit, limit=max_body, without=("/adapters/upload",))
     app.add_middleware(HeadAsGet)
     for middleware in service.telemetry.middleware:
         app.add_middleware(middleware)

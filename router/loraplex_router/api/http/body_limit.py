@@ -1,6 +1,7 @@
 """Limits request bodies: the size of each, before it is in memory, the time it takes, and the size of all together."""
 
 import asyncio
+from collections.abc import Collection
 
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -14,13 +15,18 @@ class BodyLimit:
     """An ASGI middleware. Counts a body as it arrives, whatever its Content-Length, until its request is answered. A
     body is refused if there is no room for it."""
 
-    def __init__(self, app: ASGIApp, limit: int, seconds: float = BODY_SECONDS) -> None:
+    def __init__(self, app: ASGIApp, limit: int, seconds: float = BODY_SECONDS, without: Collection[str] = ()) -> None:
+        """`without`: the paths of routes that limit their bodies themselves."""
         self._app = app
         self._limit = limit  # bytes
         self._seconds = seconds
         self._room = limit * MOST_BODIES
+        self._without = frozenset(without)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope.get("path") in self._without:
+            await self._app(scope, receive, send)
+            return
         deadline = asyncio.get_running_loop().time() + self._seconds
         received, complete = 0, False
 

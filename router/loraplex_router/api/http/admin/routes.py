@@ -2,21 +2,38 @@
 
 from typing import Annotated
 
-from fastapi import APIRouter, Query, Response
+from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
+from loraplex_protos.errors import FieldViolation, InvalidRequestError
 from loraplex_router.api.http.admin import schema
 from loraplex_router.api.http.call import Call
 from loraplex_router.api.http.errors import LORAX_ERRORS, Error, Responses, only
 from loraplex_router.api.http.json_body import JsonRoute
 from loraplex_router.api.http.json_list import write_list
 from loraplex_router.api.http.json_message import write_message
+from loraplex_router.api.http.multipart import split_files
+from loraplex_router.api.uploads import receive
+from loraplex_router.replicas.uploads import Announcement
 
 ERRORS: Responses = {status: error for status, error in LORAX_ERRORS.items() if status not in (429, 499)}
 ANSWERS: Responses = {200: {"model": schema.AdapterStatus}, **ERRORS}
 IN_USE: Responses = {409: {"model": Error, "description": "Sequences still need the adapter."}}
 NO_PINS: Responses = {409: {"model": Error, "description": "No more adapters can be pinned."}}
 
+CONFLICT: Responses = {409: {"model": Error, "description": "The name is not as expected."}}
+BINARY = {"type": "string", "format": "binary"}
+FILES = {
+    "requestBody": {
+        "required": True,
+        "content": {"multipart/form-data": {"schema": {"type": "object", "additionalProperties": BINARY}}},
+    }
+}
+
+Name = Annotated[str, Query(description="The name that requests will use.")]
+Expected = Annotated[
+    int | None, Query(ge=0, lt=2**63, description="The version that it must have now; 0: none. Absent: any.")
+]
 Limit = Annotated[
     int, Query(ge=1, description="The most adapters to list, but for those with the same id. Absent: all of them.")
 ]
@@ -37,6 +54,28 @@ async def list_adapters(call: Call, limit: Limit = 0, after: After = "") -> Resp
 async def load_adapter(body: schema.AdapterReference, call: Call) -> Response:
     """Fetches and checks an adapter now. One that was loaded before is read again."""
     return JSONResponse(write_message(await call.service.adapters.load(body.reference(), call.key)))
+
+
+@router.post("/upload", responses={**ANSWERS, **CONFLICT}, openapi_extra=FILES)
+async def upload_adapter(name: Name, request: Request, call: Call, expected_version: Expected = None) -> Response:
+    """Makes an adapter's files, as multipart/form-data, the newest version of a name. They are only kept in memory."""
+    size = request.headers.get("content-length", "")
+    if not size.isdecimal():
+        raise InvalidRequestError(FieldViolation("content-length", "is needed: say how large the body is"))
+    upload = Announcement(name, int(size), expected_version)
+
+    async def read() -> dict[str, memoryview]:
+        body = await receive(request.stream(), upload.size)
+        return split_files(body, request.headers.get("content-type", ""))
+
+    return JSONResponse(write_message(await call.service.adapters.upload(upload, read, call.key)))
+
+
+@router.post("/remove", response_class=Response, responses={**ERRORS, **CONFLICT})
+async def remove_adapter(body: schema.Remove, call: Call) -> Response:
+    """Removes an uploaded adapter's name. Sequences that use it run to their end."""
+    call.service.adapters.remove(body.name, body.expected_version, call.key)
+    return Response()
 
 
 @router.post("/unload", response_class=Response, responses={**ERRORS, **IN_USE})

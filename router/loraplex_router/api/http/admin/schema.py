@@ -37,6 +37,13 @@ class Unload(AdapterName):
     )
 
 
+class Remove(BaseModel):
+    name: str = Field(description="Of an uploaded adapter.")
+    expected_version: int | None = Field(
+        default=None, ge=0, lt=2**63, description="The version that it must have now. Absent: any."
+    )
+
+
 class AdapterResidence(BaseModel):
     """An adapter in one replica."""
 
