@@ -289,3 +289,26 @@ def test_llama_4_runs_with_the_code_of_its_text_model_alone(tmp_path: Path) -> N
     assert any("pictures" in warning for warning in adapter.warnings)
     actual = Sequences(served).step({"a": TOKENS}, (Segment(0, len(TOKENS), adapter.weights),))["a"]
     torch.testing.assert_close(actual, logits(adapted), rtol=1e-4, atol=1e-4)
+
+
+def test_experts_are_the_same_either_way_round_and_take_adapters_under_any_name(tmp_path: Path) -> None:
+    """The first files of Qwen3-VL have experts' matrices as they are multiplied with."""
+    model = make(MODELS["qwen3 vl, experts"])
+    model.save_pretrained(tmp_path / "base")
+    file = tmp_path / "base/model.safetensors"
+    turned = {name: t.transpose(1, 2).contiguous() for name, t in load_file(file).items() if ".mlp.experts." in name}
+    served, plain = load(tmp_path / "base"), logits(model)
+    save_file(load_file(file) | turned, file)
+    for each in (served, load(tmp_path / "base")):
+        torch.testing.assert_close(Sequences(each).step({"a": TOKENS})["a"], plain, rtol=1e-4, atol=1e-4)
+    parameters = ["experts.gate_up_proj", "experts.down_proj", "mlp.gate.weight"]
+    options = {"r": 3, "task_type": "CAUSAL_LM", "init_lora_weights": False}
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], target_parameters=parameters, **options))
+    adapted.save_pretrained(tmp_path / "adapter")
+    expected, tensors = logits(adapted), load_file(tmp_path / "adapter" / TENSORS)
+    base = BaseModel("any", embedding=served.embedding_name, head=served.head_name, is_text_part=True)
+    for backbone, head in [(served.spec.names.backbone, "lm_head"), *FORMER.items()]:
+        save_file(renamed(tensors, backbone, head), tmp_path / "adapter" / TENSORS)
+        adapter = read_adapter(read(tmp_path / "adapter"), served.layouts, base, torch.float32)
+        actual = Sequences(served).step({"a": TOKENS}, (Segment(0, len(TOKENS), adapter.weights),))["a"]
+        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
