@@ -106,7 +106,7 @@ def _alone(config: transformers.PreTrainedConfig, architecture: str) -> transfor
 
 def _serve(directory: Path, adapter: Path) -> Outcome:
     model = _load(directory, WHOLE)
-    peft = _save_adapter(directory, adapter, [part.module for layout in model.layouts for part in layout.parts])
+    peft = save_adapter(directory, adapter, [part.module for layout in model.layouts for part in layout.parts])
     _compare(_answers(model, WHOLE, adapter), directory, peft)
     try:
         with patch.object(TransformersModel, "check_positions"):  # while ranks wait for each other
@@ -123,7 +123,7 @@ def _load(directory: Path, group: Group) -> Model:
         return load_model(checkpoint, group, ReferenceOperations(), form, POSITIONS)
 
 
-def _save_adapter(directory: Path, adapter: Path, modules: Sequence[str]) -> PreTrainedModel:
+def save_adapter(directory: Path, adapter: Path, modules: Sequence[str]) -> PreTrainedModel:
     """Saves an adapter on all of these modules, and returns PEFT's model with it."""
     torch.manual_seed(1)
     model = _reference(directory)

@@ -2,6 +2,7 @@
 computed as transformers computes each of them alone."""
 
 import sys
+import warnings
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
@@ -14,11 +15,15 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from loraplex_shard.device.parallel import Group, GroupSizeError
 from loraplex_shard.kernels.library import instruction_set
+from loraplex_shard.lora.peft.base import BaseModel
+from loraplex_shard.lora.peft.reading import read_adapter
 from loraplex_shard.models import Model
 from loraplex_shard.models.transformers.checking import check_model
 from loraplex_shard.models.transformers.probing import without_kernels
 from loraplex_shard.shapes.batch import Segment
+from tests.shard.class_outcomes import save_adapter
 from tests.shard.decoders import ROWS, Sequences, adapter_for, load, load_reference, save_checkpoint, whole_delta
+from tests.shard.lora_models import read
 from tests.shard.operations import cpu_operations
 from tests.shard.tiny_classes import MAMBA, VOCAB, tiny_config
 
@@ -90,12 +95,21 @@ def add_to_expert(experts: torch.nn.Module, number: str, projection: str, delta:
     fused.data[int(number), first : first + len(delta)] += delta
 
 
-def test_all_linear_layers_around_a_state_take_adapters(directory: Path) -> None:
-    adapted = {part.module for layout in load(directory).layouts for part in layout.parts}
-    linear = {name for name, module in load_reference(directory).named_modules() if type(module) is torch.nn.Linear}
-    assert {name.rpartition(".")[2] for name in linear - adapted} <= {
-        "dt_proj"
-    }  # of which Mamba's code reads the weight
+def test_an_adapter_on_all_linear_layers_has_the_effect_that_it_has_in_peft(directory: Path, tmp_path: Path) -> None:
+    """Mamba's code reads the weight of dt_proj without calling it, so PEFT's delta of it has no effect either."""
+    model, tokens = load(directory), [5, 80, 3, 3, 41, 7, 66]
+    modules = load_reference(directory).named_modules()
+    linear = [name for name, module in modules if type(module) is torch.nn.Linear and name != "lm_head"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted = save_adapter(directory, tmp_path, linear)
+    base = BaseModel("any", embedding=model.embedding_name, head=model.head_name, uncalled=model.uncalled)
+    adapter = read_adapter(read(tmp_path), model.layouts, base, torch.float32)
+    assert any("dt_proj" in warning for warning in adapter.warnings) == any("dt_proj" in name for name in linear)
+    with torch.inference_mode():
+        expected = adapted(input_ids=torch.tensor([tokens])).logits[0]
+    actual = Sequences(model).step({"a": tokens}, (Segment(0, len(tokens), adapter.weights),))["a"]
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_packages_with_kernels_are_left_out_where_tensors_have_no_values(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,6 +33,10 @@ class Model(Protocol):
         """PEFT's name for the lm head."""
 
     @property
+    def uncalled(self) -> tuple[str, ...]:
+        """The linear layers whose weights its code reads without calling them. Adapters have no effect there."""
+
+    @property
     def tensors(self) -> StoredTensors:
         """The checkpoint's tensors, by the names that they have in the model."""
 

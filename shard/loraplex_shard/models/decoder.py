@@ -125,7 +125,7 @@ class Decoder(nn.Module):
         tensor."""
         super().__init__()
         partition = DecoderPartition(spec, group.rank, group.size)
-        self.modeling_code, self.state_bytes = "loraplex", 0
+        self.modeling_code, self.state_bytes, self.uncalled = "loraplex", 0, ()
         self.embedding_name, self.head_name = spec.names.embedding, "lm_head"  # as PEFT calls these modules
         self.vocab_size = spec.vocab_size
         self.spec, self.group, self.ops, self.partition = spec, group, ops, partition

@@ -200,6 +200,7 @@ def _load(
         checkpoint.config.get_text_config(decoder=True).pad_token_id,
         None if classifier is None else classifier.classes,
         checkpoint.config.get_text_config(decoder=True) is not checkpoint.config,
+        model.uncalled,
     )
     doubts = partial(find_doubts, base=base, modules=modules_in_any_form(model.layouts, base.architecture))
     check = partial(check_shapes, layouts=model.layouts, base=base)

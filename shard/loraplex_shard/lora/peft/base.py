@@ -72,6 +72,7 @@ class BaseModel:
     pad_token_id: int | None = None
     classes: Classes | None = None  # of its classifier
     is_text_part: bool = False  # it is the text part of a model that also reads pictures
+    uncalled: tuple[str, ...] = ()  # linear layers whose weights its code reads without calling them, so not PEFT's
 
     @property
     def backbone(self) -> str:

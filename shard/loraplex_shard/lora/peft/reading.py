@@ -82,6 +82,8 @@ def read_adapter(
     warnings = (*find_doubts(config, base, modules), *whole.doubts, *foreign_tokens(files.text, base, own), *wrong)
     if base.is_text_part and any(map(is_of_another_part, as_saved_by_peft(read_tensors(files.tensors)))):
         warnings = (*warnings, "what it adds to the part that reads pictures is not used: text alone is served")
+    if unused := {name for name in as_saved_by_peft(read_tensors(files.tensors)) if _is_unused(name, base)}:
+        warnings = (*warnings, f"{listed(unused)}: not used, as in PEFT: the model's code does not call these layers")
     if files.text.error:
         warnings = (*warnings, f"conversations with it are refused: {files.text.error}")
     text = replace(files.text, end_token_ids=ends, added_tokens={})
@@ -106,6 +108,11 @@ def read_deltas(files: AdapterFiles, layouts: Sequence[LinearLayout], base: Base
         reason += " modules_to_save, too"
         raise InvalidRequestError(FieldViolation("merged_adapters.adapters", reason))
     return whole.deltas
+
+
+def _is_unused(name: str, base: BaseModel) -> bool:
+    """Whether a tensor, by PEFT's name, adds to the output of a layer that is never called."""
+    return any(name.startswith(f"{PREFIX}{module}.lora_") for module in base.uncalled)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +182,7 @@ def _understand(
     parameters = find_parameters(trained)
     named = _named(config, parameters)
     served = {name for name in found if not (base.is_text_part and is_of_another_part(name))}
+    served = {name for name in served if not _is_unused(name, base)}
     as_stored = {name: stored[own] for name, own in found.items() if name in served}
     classifier, doubts = read_classifier(config, as_stored, model_config, base)
     as_stored = {name: tensor for name, tensor in as_stored.items() if not is_of_classifier(name)}

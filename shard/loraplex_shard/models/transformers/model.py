@@ -65,6 +65,7 @@ class TransformersModel:
         linear = [module for module in model.modules() if isinstance(module, LinearInPlace) and module.adaptable]
         experts = [module for module in model.modules() if isinstance(module, ExpertsInPlace)]
         of_experts = [layout for module in experts for layout in module.layouts]
+        self.uncalled = self._recurrent.uncalled
         self.layouts: tuple[LinearLayout, ...] = (*(module.layout for module in linear), *of_experts)
         self._given: torch.Tensor | None = None
         backbone = model.get_submodule(traits.backbone)

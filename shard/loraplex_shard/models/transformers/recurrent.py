@@ -102,8 +102,11 @@ class RecurrentLayers:
         self._layers, self._cache, self._context = layers, cache, context
         self._states: dict[StateKey, torch.Tensor] = {}
         self._calls: dict[bool, SequenceCalls] = {}
+        self.uncalled: tuple[str, ...] = ()  # linear layers whose weights are read without a call, like Mamba's dt_proj
         for layer in layers:
             module: Any = model.get_submodule(layer.name)
+            linear = (name for name, each in module.named_modules() if type(each) is nn.Linear)
+            self.uncalled += tuple(f"{layer.name}.{name}" for name in linear)
             module.forward = self._called_by_sequence(layer, module.forward)
 
     @property
