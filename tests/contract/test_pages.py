@@ -52,6 +52,6 @@ def test_the_plain_routes_answer(shown: Server, script: str):
     assert "generated_text" in answer and "data: " in answer and "swagger" in answer
 
 
-@pytest.mark.parametrize("script", blocks("openai.md", "python"))
-def test_the_code_for_openai_clients_works(shown: Server, script: str):
+@pytest.mark.parametrize("script", [*blocks("openai.md", "python"), *blocks("anthropic.md", "python")])
+def test_the_code_for_openai_and_anthropic_clients_works(shown: Server, script: str):
     assert run([sys.executable, "-c"], script, shown).strip()

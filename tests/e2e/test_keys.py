@@ -131,8 +131,10 @@ def test_keys_are_checked_over_http(guarded: Server) -> None:
     assert guarded.health() == 200
 
 
-def get(server: Server, path: str, key: str | None) -> tuple[int, dict[str, object]]:
-    request = urllib.request.Request(server.url + path, headers={"Authorization": f"Bearer {key}"} if key else {})
+def get(
+    server: Server, path: str, key: str | None, header: str = "Authorization", scheme: str = "Bearer "
+) -> tuple[int, dict[str, object]]:
+    request = urllib.request.Request(server.url + path, headers={header: f"{scheme}{key}"} if key else {})
     try:
         with urllib.request.urlopen(request, timeout=30) as response:
             return response.status, json.load(response)
@@ -145,6 +147,10 @@ def test_openais_routes_list_the_models_that_a_key_may_use(guarded: Server, mode
     assert (status, body["error"]["code"]) == (401, "unauthenticated")
     names = {entry["id"] for entry in get(guarded, "/v1/models", KEYS["plain"])[1]["data"]}
     assert names == {str(model), "r1", "r4", "r8", "r12", "r16", "r64"}
+
+
+def test_keys_may_be_in_the_header_of_anthropics_clients(guarded: Server) -> None:
+    assert [get(guarded, "/v1/models", key, "x-api-key", "")[0] for key in (KEYS["plain"], "wrong")] == [200, 401]
 
 
 def test_a_limit_over_http_says_when_to_retry(guarded: Server) -> None:

@@ -7,13 +7,13 @@ from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi_offline import FastAPIOffline
 
-from loraplex_router.api.http import admin, lorax, openai, scoring
+from loraplex_router.api.http import admin, lorax, messages, openai, scoring
 from loraplex_router.api.http.body_limit import BodyLimit
 from loraplex_router.api.http.face import install_faces
 from loraplex_router.api.http.head_as_get import HeadAsGet
 from loraplex_router.service.service import Service
 
-FACES = (lorax.FACE, openai.FACE, admin.FACE, *scoring.FACES)
+FACES = (lorax.FACE, openai.FACE, messages.FACE, admin.FACE, *scoring.FACES)
 
 
 def create_app(service: Service, cors_origins: Sequence[str] = ("*",), max_body: int = 8 << 20) -> FastAPI:

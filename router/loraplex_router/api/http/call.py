@@ -25,7 +25,7 @@ async def _read_call(http: Request) -> RouteCall:
     service: Service = http.app.state.service
     request_id = http.headers.get("x-request-id", "")
     usable = REQUEST_ID.fullmatch(request_id) is not None and not service.is_running(request_id)
-    key = read_bearer(http.headers.get("authorization"))
+    key = read_bearer(http.headers.get("authorization")) or http.headers.get("x-api-key")  # as Anthropic's clients do
     session = http.headers.get("x-session-id") or secrets.token_hex(8)
     return RouteCall(service, key, session, http.receive, request_id if usable else "")
 

@@ -29,11 +29,16 @@ def event(data: Mapping[str, Any]) -> bytes:
     return b"data: %b\n\n" % orjson.dumps(data)
 
 
+def named_event(data: Mapping[str, Any]) -> bytes:
+    """An event that has its data's type as its name."""
+    return b"event: %b\ndata: %b\n\n" % (data["type"].encode(), orjson.dumps(data))
+
+
 class EventStream(Response):
     """Streams admitted generations, and closes them. `write_error` turns an error into the last event.
 
     While the client does not read, the generations' deltas are merged. While there is nothing to send, occasional
-    comments keep proxies from taking the stream for dead.
+    comments, or what else `keep_alive` is, keep proxies from taking the stream for dead.
     """
 
     media_type = "text/event-stream"
@@ -46,6 +51,7 @@ class EventStream(Response):
         write_error: Callable[[LoraplexError], Mapping[str, Any]],
         headers: Mapping[str, str] | None = None,
         write_event: Callable[[Mapping[str, Any]], bytes] = event,
+        keep_alive: bytes = COMMENT,
     ) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **(headers or {})})
         del self.headers["content-length"]  # unknown
@@ -54,6 +60,7 @@ class EventStream(Response):
         self._events = events
         self._write_error = write_error
         self._write_event = write_event
+        self._idle = keep_alive
         self._quiet = True  # nothing has been sent since the last check
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -76,7 +83,7 @@ class EventStream(Response):
             self._quiet = True
             await asyncio.sleep(KEEP_ALIVE_SECONDS)
             if self._quiet:
-                await self._send(send, COMMENT)
+                await self._send(send, self._idle)
 
     async def _send(self, send: Send, written: bytes) -> None:
         self._quiet = False
