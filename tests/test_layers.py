@@ -50,7 +50,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "loraplex_shard.shapes.classifier": set(),
     "loraplex_shard.ops.quantized": set(),
     # A source finds and reads files, but does not interpret them.
-    "loraplex_shard.lora.sources": {"loraplex_protos"},
+    "loraplex_shard.lora.sources": {"loraplex_protos", "loraplex_shard.sampling.defaults"},
+    "loraplex_shard.sampling.defaults": set(),
     "loraplex_shard.lora.weights": {
         "loraplex_protos",
         "loraplex_shard.device.memory",

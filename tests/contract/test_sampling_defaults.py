@@ -14,6 +14,7 @@ from loraplex_router.text.model import read_model
 from loraplex_router.vocabulary.sampling import Sampling
 from tests.contract.test_served_names import call
 from tests.e2e.processes import Server
+from tests.e2e.tiny import save_adapter
 
 PROMPT = "Once upon"
 LIKELIEST_ALONE = {"do_sample": True, "temperature": 50.0, "top_k": 1}
@@ -21,9 +22,15 @@ LIKELIEST_ALONE = {"do_sample": True, "temperature": 50.0, "top_k": 1}
 
 @pytest.fixture(scope="module")
 def opinionated(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    directory = shutil.copytree(model, tmp_path_factory.mktemp("opinionated") / "model")
+    """The adapter "wild" has defaults of its own."""
+    folder = tmp_path_factory.mktemp("opinionated")
+    directory = shutil.copytree(model, folder / "model")
     (directory / "generation_config.json").write_text(json.dumps(LIKELIEST_ALONE))
-    with Server(str(directory), "--kv-blocks=64", "--threads=1") as running:
+    for name in "mild", "wild":
+        save_adapter(model, folder / "adapters" / name, 2, 1)
+    (folder / "adapters/wild/generation_config.json").write_text(json.dumps({"top_k": 40, "temperature": 2.0}))
+    flags = "--kv-blocks=64", "--threads=1", f"--adapters={folder / 'adapters'}"
+    with Server(str(directory), *flags) as running:
         yield running
 
 
@@ -48,6 +55,15 @@ def test_a_requests_parameters_take_precedence(opinionated: Server) -> None:
     assert completed(opinionated, top_k=-1) != likeliest
     assert completed(opinionated, top_k=0) != likeliest
     assert completed(opinionated, top_k=50) != likeliest
+
+
+def test_an_adapters_own_defaults_come_before_the_models(opinionated: Server) -> None:
+    assert completed(opinionated, model="mild") == completed(opinionated, model="mild", temperature=0)
+    own = completed(opinionated, model="wild")
+    assert (
+        own == completed(opinionated, model="mild", top_k=40, temperature=2.0) != completed(opinionated, model="mild")
+    )
+    assert completed(opinionated, model="wild", temperature=0) == completed(opinionated, model="mild")
 
 
 def test_other_faces_keep_their_own_defaults(opinionated: Server) -> None:

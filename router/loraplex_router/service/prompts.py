@@ -9,6 +9,7 @@ from loraplex_router.vocabulary.adapter import Adapter
 from loraplex_router.vocabulary.chat import RenderedChat, TextPair
 from loraplex_router.vocabulary.context_length import count_kept, max_counted
 from loraplex_router.vocabulary.request import Request
+from loraplex_router.vocabulary.sampling import Sampling
 from loraplex_router.vocabulary.sequence import Sequence
 
 Text: TypeAlias = str | tuple[int, ...] | RenderedChat | TextPair  # the input of the tokenizer, or token ids
@@ -49,7 +50,7 @@ def make_sequence(
         adapter=adapter,
         max_new_tokens=room,
         acts_from=acts_from,
-        sampling=request.sampling.resolve(index),
+        sampling=_sampling(request, adapter, model).resolve(index),
         detail=request.detail,
         end_token_ids=frozenset(request.stop_token_ids) | (frozenset() if ignored else ends),
         min_new_tokens=request.min_new_tokens,
@@ -60,6 +61,13 @@ def make_sequence(
         # After a complete match of a grammar, only an end token can follow, so it is postponed, not ignored.
         unwanted_token_ids=ends if request.ignore_eos and request.grammar is not None else frozenset(),
     )
+
+
+def _sampling(request: Request, adapter: Adapter, model: Model) -> Sampling:
+    """With the adapter's own defaults in place of the model's, for what the request leaves open."""
+    own = adapter.tokenizer.sampling_defaults if model.follows_generation_config else {}
+    update = {name: value for name, value in own.items() if name in request.open_parameters}
+    return request.sampling.model_copy(update=update) if update else request.sampling
 
 
 def _ends(adapter: Adapter, text: Text, model: Model) -> frozenset[int]:

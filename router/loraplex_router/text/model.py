@@ -32,6 +32,7 @@ class Model:
     chat_templates: ChatTemplates
     renderer: Renderer
     sampling_defaults: Sampling = field(default_factory=Sampling)  # for requests on OpenAI's routes
+    follows_generation_config: bool = False  # the model's and adapters' own
 
     def vocab_size(self, adapter: Adapter) -> int:
         """How many tokens there are for answers of the adapter."""
@@ -106,6 +107,7 @@ def read_model(
         templates,
         Renderer(templates),
         _read_defaults(info.sampling_defaults) if generation_config == "auto" else Sampling(),
+        generation_config == "auto",
     )
 
 

@@ -86,6 +86,7 @@ class AdapterTokenizer:
     error: str = ""  # why the templates cannot be parsed, if so
     json: bytes = b""  # a tokenizer.json with tokens of its own; empty: its tokens come from the model's tokenizer
     vocab_size: int = 0  # how many tokens it has; 0: as many as the model
+    sampling_defaults: Mapping[str, Any] = field(default_factory=dict)  # for parameters that a request leaves open
 
     @property
     def differs(self) -> bool:

@@ -24,6 +24,7 @@ class Request:
     adapter: AdapterReference | MergedReference | None = None
     adapters: tuple[AdapterReference | None, ...] = ()  # in place of `adapter`: each answers; None is the base model
     sampling: Sampling = field(default_factory=Sampling)
+    open_parameters: frozenset[str] = frozenset()  # those of sampling that an adapter's own defaults may set
     max_new_tokens: int | None = None
     min_new_tokens: int = 0
     stop: tuple[str, ...] = ()

@@ -312,7 +312,8 @@ def _read_tokenizer(staged: pb.StageAdapterResponse) -> AdapterTokenizer:
     default = {"default": staged.chat_template} if staged.chat_template else {}
     templates = ChatTemplates(default | dict(staged.named_chat_templates), dict(staged.special_tokens))
     ends, error = tuple(staged.end_token_ids), staged.chat_template_error
-    return AdapterTokenizer(templates, ends, error, staged.tokenizer_json, staged.vocab_size)
+    defaults = {field.name: value for field, value in staged.sampling_defaults.ListFields()}
+    return AdapterTokenizer(templates, ends, error, staged.tokenizer_json, staged.vocab_size, defaults)
 
 
 def _read_invocation(adapter: pb.StageAdapterResponse | pb.LocalAdapter) -> Invocation | None:

@@ -16,6 +16,7 @@ import grpc
 from loraplex_protos import shard_pb2 as pb
 from loraplex_protos.errors import LoraplexError, to_status
 from loraplex_protos.generation_pb2 import Classifier as ClassifierMessage
+from loraplex_protos.generation_pb2 import Sampling
 from loraplex_protos.shard_pb2_grpc import ShardServiceServicer
 from loraplex_shard.lora.listing import LocalListing
 from loraplex_shard.lora.merge import Recipe
@@ -240,4 +241,5 @@ def _write_staged(staged: StagedAdapter) -> pb.StageAdapterResponse:
         classifier=describe(staged.classes),
         tokenizer_json=staged.tokenizer_json,
         vocab_size=staged.vocab_size,
+        sampling_defaults=Sampling(**staged.text.sampling_defaults),
     )

@@ -18,9 +18,9 @@ from loraplex_shard.checkpoint.gguf.fusion import fused, fused_shape
 from loraplex_shard.checkpoint.gguf.names import find_origins
 from loraplex_shard.checkpoint.gguf.origins import Origin
 from loraplex_shard.checkpoint.gguf.tokenizer import read_end_token_ids, read_tokenizer
-from loraplex_shard.checkpoint.sampling_defaults import sampling_defaults
 from loraplex_shard.checkpoint.values import checked
 from loraplex_shard.ops.quantized import QuantizedMatrix
+from loraplex_shard.sampling.defaults import sampling_defaults
 
 _NAME_PARTS = tuple(f"general.{part}" for part in ("basename", "size_label", "finetune", "version"))
 _SAMPLING = {

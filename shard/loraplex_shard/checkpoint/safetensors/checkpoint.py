@@ -16,10 +16,10 @@ from loraplex_shard.checkpoint.pooling import read_pooling
 from loraplex_shard.checkpoint.quantized.config import read_layouts
 from loraplex_shard.checkpoint.quantized.stored import StoredMatrix
 from loraplex_shard.checkpoint.safetensors.files import SafetensorsFiles, read_json
-from loraplex_shard.checkpoint.sampling_defaults import sampling_defaults
 from loraplex_shard.checkpoint.tokenizer_files import read_tokenizer
 from loraplex_shard.checkpoint.values import checked
 from loraplex_shard.ops.quantized import QuantizedMatrix
+from loraplex_shard.sampling.defaults import sampling_defaults
 from loraplex_shard.shapes.classifier import Classifier
 
 QUANTIZATION_CONFIGS = "quantization_config", "compression_config"  # the second in old compressed-tensors

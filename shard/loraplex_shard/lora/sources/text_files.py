@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from loraplex_shard.sampling.defaults import sampling_defaults
+
 TEMPLATE = "chat_template.jinja"
 PROCESSOR_TEMPLATE = "chat_template.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -58,6 +60,7 @@ class AdapterText:
     special_tokens: Mapping[str, str] = field(default_factory=dict)  # an empty text: the tokenizer has no such token
     end_token_ids: tuple[int, ...] = ()
     added_tokens: Mapping[int, AddedToken] = field(default_factory=dict)  # added to its tokenizer, by id
+    sampling_defaults: Mapping[str, Any] = field(default_factory=dict)  # for requests that leave them open
     error: str = ""  # why the files cannot be read; then everything else is empty
 
     @property
@@ -93,7 +96,9 @@ def read_text(files: Mapping[str, bytes]) -> AdapterText:
         name = TOKENIZER
         added = _of_tokenizer_json(files.get(TOKENIZER, b"")) | added
         name = GENERATION_CONFIG
-        return AdapterText(templates, tokens, _end_token_ids(contents.get(GENERATION_CONFIG, {})), added)
+        generation = contents.get(GENERATION_CONFIG, {})
+        defaults = sampling_defaults(generation, f"an adapter's {GENERATION_CONFIG}")
+        return AdapterText(templates, tokens, _end_token_ids(generation), added, defaults)
     except (ValueError, RecursionError) as error:
         return AdapterText(error=f"{name}: {error}"[:500])
 

@@ -8,7 +8,7 @@ from loraplex_router.api.http.openai.formats import read_format
 from loraplex_router.api.http.openai.other_fields import check_unsupported, unknown_fields
 from loraplex_router.api.http.openai.schema import ChatCompletionRequest, GenerationRequest
 from loraplex_router.vocabulary.references import AdapterReference
-from loraplex_router.vocabulary.sampling import Sampling
+from loraplex_router.vocabulary.sampling import RANGES, Sampling
 from loraplex_router.vocabulary.violations import Violations
 
 LEAST_TOP_P = 1e-6  # OpenAI's 0 means only the likeliest token
@@ -44,6 +44,7 @@ def read_options(body: GenerationRequest, defaults: Sampling) -> dict[str, Any]:
     found.raise_any()
     return {
         "sampling": _read_sampling(body, defaults),
+        "open_parameters": RANGES.keys() - body.given.keys(),
         "stop": (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ()),
         "include_stop": bool(body.include_stop_str_in_output),
         "stop_token_ids": tuple(body.stop_token_ids or ()),
