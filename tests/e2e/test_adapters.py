@@ -272,7 +272,7 @@ def as_pickle(adapter: Path) -> None:
         (edit_config(lora_bias=True), "lora_B.bias"),
         (edit_config(modules_to_save=["lm_head"]), "lm_head.weight"),
         (edit_config(r=16), "r=16|lora_rank|shape|16"),
-        (edit_config(peft_type="IA3"), "peft_type"),
+        (edit_config(peft_type="IA3"), "feedforward_modules"),
         (edit_config(target_modules=["q_proj"]), "does not call for .*down_proj"),
         (cut_short, "adapter_model.safetensors"),
         (as_pickle, "safetensors"),
@@ -341,5 +341,4 @@ def test_broken_adapters_are_listed_and_refused_with_the_reason(client: Client):
 
 
 def test_the_first_lines_of_a_server_only_name_adapters_that_can_be_requested(serving: Server):
-    # A listing cannot see that the files of `bias` and `dora` lack a tensor; loading them does.
-    assert "adapters  attention, bias, dora and 8 more" in serving.log
+    assert re.search(r"adapters  activated1, activated2, activated3 and \d+ more", serving.log)
