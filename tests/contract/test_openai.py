@@ -340,7 +340,7 @@ def test_a_forced_tools_schema_resolves_its_own_references(client: OpenAI, base:
 @pytest.mark.parametrize(
     ("options", "param"),
     [
-        (forced({"type": "object", "properties": {"a": {"not": {}}}}), "tools[1].function.parameters"),
+        (forced({"type": "object", "properties": {"a": {"type": "odd"}}}), "tools[1].function.parameters"),
         (forced({"type": "string"}), "tools[1].function.parameters"),
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"$ref": "#"}}}}, "response_format"),
         ({"extra_body": {"guided_json": {"not": {}}}}, "guided_json"),

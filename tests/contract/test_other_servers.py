@@ -175,3 +175,19 @@ def test_formats_and_tools_that_are_not_supported_are_refused_by_name(
 ):
     status, _, text = call(server, CHAT, {**HELLO, **options})
     assert status == 400 and json.loads(text)["error"]["param"] == field
+
+
+def test_keywords_that_cannot_be_enforced_are_named_in_a_warning_unless_the_schema_is_strict(server: Server):
+    schema = {**SCHEMA, "not": {"required": ["b"]}}
+    for strict in (None, False, True):
+        function = {"name": "read_sea", "parameters": schema, "strict": strict}
+        calls = {"tools": [*TOOLS, {"type": "function", "function": function}], "tool_choice": "required"}
+        answer = {"response_format": {"type": "json_schema", "json_schema": {"schema": schema, "strict": strict}}}
+        for options, field in ((calls, "tools[2].function.parameters"), (answer, "response_format")):
+            status, headers, text = call(server, CHAT, {**HELLO, **options})
+            if strict:
+                assert status == 400 and json.loads(text)["error"]["param"] == field and "not" in text
+            else:
+                warning = headers["x-loraplex-warning"]
+                assert status == 200 and warning.startswith(field) and warning.endswith("not enforced: not")
+                assert ("'read_sea'" in warning) == ("tools" in options)

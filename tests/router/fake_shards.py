@@ -105,11 +105,12 @@ class FakeShards:
     async def unstage(self, digest: str) -> None:
         self.log.append(f"unstage {digest}")
 
-    async def compile_grammar(self, grammar: Grammar, adapter: Adapter) -> None:
+    async def compile_grammar(self, grammar: Grammar, adapter: Adapter) -> tuple[str, ...]:
         await asyncio.sleep(0)
         if grammar.text == "deadly":
             self.gone.set()
             raise self.death
+        return ()
 
     async def local_adapters(self) -> list[LocalAdapter]:
         return self.local

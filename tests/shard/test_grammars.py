@@ -64,8 +64,7 @@ def compiler() -> GrammarCompiler:
 REFUSED = {
     "not JSON": (Grammar(kind=GRAMMAR_KIND_JSON_SCHEMA, text='{"type": "str'), "not JSON"),
     "unknown type": (schema(type="text"), "text"),
-    "unknown keyword": (schema(type="array", contains={"type": "string"}), "contains"),
-    "names of properties": (schema(type="object", propertyNames={"maxLength": 3}), "propertyNames"),
+    "nothing fits": (schema(**{"not": {}}), "Unsatisfiable"),
     "reference to nowhere": (schema(**{"$ref": "#/$defs/missing"}), "missing"),
     "reference to itself": (schema(**{"$ref": "#"}), "without end"),
     "reference to a server": (schema(**{"$ref": "http://localhost:1/schema.json"}), "http://localhost:1"),

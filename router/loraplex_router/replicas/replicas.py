@@ -248,6 +248,7 @@ class Lease:
         self._replicas = replicas
         self.replica = replica
         self.adapter = adapter
+        self.warnings: tuple[str, ...] = ()  # about the grammar
         replica.leases += 1
         adapter.leases += 1
 
@@ -255,7 +256,7 @@ class Lease:
         """Has the grammar compiled for the adapter. Closes the lease and raises if that fails."""
         if grammar is not None:
             try:
-                await self.replica.shards.compile_grammar(grammar, self.adapter)
+                self.warnings = await self.replica.shards.compile_grammar(grammar, self.adapter)
             except BaseException:
                 self.close()
                 raise

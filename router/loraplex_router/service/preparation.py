@@ -96,7 +96,7 @@ class Preparation:
             arrival.volume.add_scores(len(classifier.labels) * (len(prompt) if classifier.of_tokens else 1))
         generation = Generation(arrival.request_id, request.adapter, adapter, arrival.arrived, validated, tenant.name)
         acts_from = adapter.acts_from(prompt)
-        generation.warnings = request.warnings
+        generation.warnings = request.warnings + lease.warnings
         if acts_from == NEVER:
             generation.warnings += (_not_invoked(adapter, generation.adapter_name, model),)
         decoder = tokenizer.verbatim if request.show_special_tokens else tokenizer

@@ -11,7 +11,9 @@ NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": Fal
 DESCRIBED = {"type", "$ref", "allOf", "anyOf", "oneOf", "enum", "const"}  # one of these says what a value may be
 
 
-def read_parameters(parameters: Mapping[str, Any] | None, name: str, field: str) -> EmbeddedSchema:
+def read_parameters(
+    parameters: Mapping[str, Any] | None, name: str, field: str, strict: bool = False
+) -> EmbeddedSchema:
     """The schema of the arguments of the tool `name`: an object. Raises InvalidRequestError if it cannot be one."""
     given = {**(parameters or NO_PARAMETERS)}
     if not DESCRIBED & given.keys():
@@ -21,7 +23,7 @@ def read_parameters(parameters: Mapping[str, Any] | None, name: str, field: str)
         if not isinstance(kinds, list) or "object" not in kinds:
             raise InvalidRequestError(FieldViolation(field, f'of {name!r} must have the type "object"'))
         given["type"] = "object"
-    return EmbeddedSchema(json.dumps(given, ensure_ascii=False), field, f"of {name!r} ")
+    return EmbeddedSchema(json.dumps(given, ensure_ascii=False), field, f"of {name!r} ", strict)
 
 
 def one_call(name: str, parameters: EmbeddedSchema, field: str) -> Grammar:

@@ -32,11 +32,12 @@ class Grammar:
     text: str
     schemas: tuple["EmbeddedSchema", ...] = ()  # what the text calls schema_0, schema_1, ...; it is the server's then
     field: str = "grammar"  # of the request that it came from
+    strict: bool = False  # refused if a keyword of the schema cannot be enforced
 
     @classmethod
-    def json_schema(cls, schema: str | Mapping[str, Any], field: str = "grammar") -> Self:
+    def json_schema(cls, schema: str | Mapping[str, Any], field: str = "grammar", strict: bool = False) -> Self:
         """The values that a JSON schema describes, given as text or as an object."""
-        return cls(GrammarKind.JSON_SCHEMA, _text(schema), field=field)
+        return cls(GrammarKind.JSON_SCHEMA, _text(schema), field=field, strict=strict)
 
     @classmethod
     def json_object(cls, field: str = "grammar") -> Self:
@@ -68,13 +69,25 @@ class Grammar:
 
     def refusal(self, error: InvalidRequestError) -> InvalidRequestError:
         """The compiler's error, with the request's names for the parts."""
-        places = {f"grammar.schemas[{place}]": schema for place, schema in enumerate(self.schemas)}
         found = list[FieldViolation]()
         for violation in error.violations:
-            schema = places.get(violation.field)
-            field, owner = (schema.field, schema.owner) if schema else (self.field, "")
-            found.append(FieldViolation(field, owner + violation.description))
+            schema = self._part(violation.field)
+            found.append(FieldViolation(schema.field, schema.owner + violation.description))
         return InvalidRequestError(*found)
+
+    def unenforced(self, part: str, keywords: Sequence[str]) -> str:
+        """A warning that keywords of a schema are not enforced; the part as the compiler calls it. Raises
+        InvalidRequestError if the schema is strict."""
+        schema, names = self._part(part), ", ".join(keywords)
+        if schema.strict:
+            said = f"{schema.owner}is strict, and has keywords that cannot be enforced: {names}"
+            raise InvalidRequestError(FieldViolation(schema.field, said))
+        return f"{schema.field} {schema.owner}has keywords that are not enforced: {names}"
+
+    def _part(self, name: str) -> "EmbeddedSchema":
+        """The schema with the compiler's name, or what stands for the whole grammar."""
+        parts = {f"grammar.schemas[{place}]": schema for place, schema in enumerate(self.schemas)}
+        return parts.get(name) or EmbeddedSchema(self.text, self.field, strict=self.strict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +97,7 @@ class EmbeddedSchema:
     text: str
     field: str  # of the request that it came from
     owner: str = ""  # prefix that says whose schema it is, in error messages
+    strict: bool = False  # as in a Grammar
 
 
 def _text(schema: str | Mapping[str, Any]) -> str:

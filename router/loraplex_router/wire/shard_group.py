@@ -268,13 +268,15 @@ class ShardGroup:
             found.append(LocalAdapter(adapter.id, adapter.fault, tuple(adapter.warnings), invocation))
         return found
 
-    async def compile_grammar(self, grammar: Grammar, adapter: Adapter) -> None:
-        """Only rank 0 samples, so it alone needs grammars. Raises InvalidRequestError with the reason."""
+    async def compile_grammar(self, grammar: Grammar, adapter: Adapter) -> tuple[str, ...]:
+        """Only rank 0 samples, so it alone needs grammars. Returns warnings about what is not enforced. Raises
+        InvalidRequestError with the reason."""
         request = pb.CompileGrammarRequest(grammar=encode_grammar(grammar, adapter))
         try:
-            await typed(self._ranks[0].CompileGrammar(request))
+            answer = await typed(self._ranks[0].CompileGrammar(request))
         except InvalidRequestError as error:
             raise grammar.refusal(error) from error
+        return tuple(grammar.unenforced(schema.field, schema.keywords) for schema in answer.unenforced)
 
     async def close(self) -> None:
         for stream in self._streams:

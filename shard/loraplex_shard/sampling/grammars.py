@@ -6,6 +6,7 @@ Safe to call from any thread. Knows nothing of sequences or steps.
 import json
 from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
 
@@ -13,6 +14,8 @@ from loraplex_protos import shard_pb2 as pb
 from loraplex_protos.errors import MAX_QUOTED, FieldViolation, InvalidRequestError
 from loraplex_shard.sampling.grammar_texts import to_lark
 from loraplex_shard.sampling.json_schemas import read_schema
+from loraplex_shard.sampling.relaxed_schemas import relax
+from loraplex_shard.sampling.schema_tree import Schema
 from loraplex_shard.sampling.vocabulary import truncate_tokenizer
 
 LEXER_FUEL = 50_000  # states made anew in one step, which all streams wait for: some 50 ms, and 40 MB
@@ -70,7 +73,14 @@ class GrammarCompiler:
 
         Raises InvalidRequestError with the reason if the grammar cannot be compiled.
         """
-        return self._compile(grammar.kind, grammar.text, tuple(grammar.schemas)).deep_copy()
+        return self._compiled(grammar).matcher.deep_copy()
+
+    def unenforced(self, grammar: pb.Grammar) -> list[pb.UnenforcedSchema]:
+        """Its schemas that are compiled without some of their keywords. Raises as `matcher` does."""
+        return list(self._compiled(grammar).unenforced)
+
+    def _compiled(self, grammar: pb.Grammar) -> "_Compiled":
+        return self._compile(grammar.kind, grammar.text, tuple(grammar.schemas))
 
     def fast_forward(self, matcher: LLMatcher) -> list[int]:
         """The tokens that can only follow. llguidance's tokenizer takes a text that reads like a special token for one:
@@ -85,17 +95,41 @@ class GrammarCompiler:
             return [token]
         return tokenizer.greedy_tokenize(tokenizer.decode_str([token]))
 
-    def _compile_anew(self, kind: pb.GrammarKind.ValueType, text: str, schemas: tuple[str, ...]) -> LLMatcher:
-        for place, schema in enumerate(schemas):
-            self._compile_field(f"grammar.schemas[{place}]", pb.GRAMMAR_KIND_JSON_SCHEMA, schema)
-        return self._compile_field("grammar", kind, text, schemas)
+    def _compile_anew(self, kind: pb.GrammarKind.ValueType, text: str, schemas: tuple[str, ...]) -> "_Compiled":
+        if kind == pb.GRAMMAR_KIND_JSON_SCHEMA:
+            return self._compile_schema("grammar", text)
+        parts = [self._compile_schema(f"grammar.schemas[{place}]", schema) for place, schema in enumerate(schemas)]
+        matcher = self._compile_field("grammar", lambda: _to_llguidance(kind, text, [part.text for part in parts]))
+        return _Compiled(matcher, text, tuple(found for part in parts for found in part.unenforced))
 
-    def _compile_field(
-        self, field: str, kind: pb.GrammarKind.ValueType, text: str, schemas: Sequence[str] = ()
-    ) -> LLMatcher:
+    def _compile_schema(self, field: str, text: str) -> "_Compiled":
+        """Without the keywords that cannot be enforced, if any."""
+        try:
+            schema = read_schema(text)
+        except (ValueError, RecursionError) as error:
+            raise _refusal(field, str(error)) from error
+        try:
+            return _Compiled(self._compile_field(field, lambda: _schema_grammar(schema)), _schema_text(schema))
+        except InvalidRequestError:
+            relaxed, left_out = relax(schema, self._compiles)
+            if relaxed == schema:
+                raise
+        unenforced = (pb.UnenforcedSchema(field=field, keywords=left_out),) if left_out else ()
+        matcher = self._compile_field(field, lambda: _schema_grammar(relaxed))
+        return _Compiled(matcher, _schema_text(relaxed), unenforced)
+
+    def _compiles(self, pattern: str) -> bool:
+        """Whether an expression in a JSON schema can be compiled."""
+        try:
+            self._compile_field("", lambda: _schema_grammar({"type": "string", "pattern": pattern}))
+        except InvalidRequestError:
+            return False
+        return True
+
+    def _compile_field(self, field: str, write: Callable[[], str]) -> LLMatcher:
         try:
             limits = LLParserLimits(verbose_errors=False, initial_lexer_fuel=LEXER_FUEL, step_lexer_fuel=LEXER_FUEL)
-            matcher = LLMatcher(self._tokenizer, _to_llguidance(kind, text, schemas), log_level=0, limits=limits)
+            matcher = LLMatcher(self._tokenizer, write(), log_level=0, limits=limits)
         except Exception as error:  # llguidance has no exception class of its own
             raise _refusal(field, str(error)) from error
         if matcher.is_error():
@@ -114,20 +148,26 @@ class GrammarCompiler:
         return LLTokenizer(tokenizer_json, self.vocab_size, ends)
 
 
+class _Compiled(NamedTuple):
+    matcher: LLMatcher
+    text: str  # as it was compiled
+    unenforced: tuple[pb.UnenforcedSchema, ...] = ()
+
+
 def _to_llguidance(kind: pb.GrammarKind.ValueType, text: str, schemas: Sequence[str]) -> str:
-    match kind:
-        case pb.GRAMMAR_KIND_JSON_SCHEMA:
-            return LLMatcher.grammar_from_json_schema(_schema(text))
-        case pb.GRAMMAR_KIND_REGEX:
-            # \d is [0-9]: other scripts' digits match in Rust, but nobody who writes it means them.
-            return LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(text, use_ascii='d')}/")
-        case _:
-            rules = [f"schema_{place}: %json {_schema(schema)}" for place, schema in enumerate(schemas)]
-            return LLMatcher.grammar_from_lark("\n".join([to_lark(text), *rules]))
+    if kind == pb.GRAMMAR_KIND_REGEX:
+        # \d is [0-9]: other scripts' digits match in Rust, but nobody who writes it means them.
+        return LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(text, use_ascii='d')}/")
+    rules = [f"schema_{place}: %json {schema}" for place, schema in enumerate(schemas)]
+    return LLMatcher.grammar_from_lark("\n".join([to_lark(text), *rules]))
 
 
-def _schema(text: str) -> str:
-    return json.dumps({"x-guidance": WRITTEN, **read_schema(text)}, ensure_ascii=False)
+def _schema_grammar(schema: Schema) -> str:
+    return LLMatcher.grammar_from_json_schema(_schema_text(schema))
+
+
+def _schema_text(schema: Schema) -> str:
+    return json.dumps({"x-guidance": WRITTEN, **schema}, ensure_ascii=False)
 
 
 def _refusal(field: str, reason: str) -> InvalidRequestError:

@@ -132,8 +132,8 @@ class ShardService(ShardServiceServicer):
         self, request: pb.CompileGrammarRequest, context: grpc.ServicerContext
     ) -> pb.CompileGrammarResponse:
         with self._errors_answered(context):
-            self._grammars.of(request.grammar.adapter).matcher(request.grammar)
-            return pb.CompileGrammarResponse()
+            unenforced = self._grammars.of(request.grammar.adapter).unenforced(request.grammar)
+            return pb.CompileGrammarResponse(unenforced=unenforced)
 
     def ListLocalAdapters(
         self, request: pb.ListLocalAdaptersRequest, context: grpc.ServicerContext

@@ -18,6 +18,7 @@ class DeclaredTool:
     name: str
     parameters: Mapping[str, Any] | None  # the schema of its arguments
     field: str  # of the request that the schema is from
+    strict: bool = False  # refused if a keyword of the schema cannot be enforced
 
 
 def forced_calls(tools: Sequence[DeclaredTool], chosen: str | None, several: bool) -> Grammar:
@@ -25,7 +26,7 @@ def forced_calls(tools: Sequence[DeclaredTool], chosen: str | None, several: boo
     wanted = list[tuple[str, EmbeddedSchema]]()
     for tool in tools:
         if chosen in (None, tool.name):
-            wanted.append((tool.name, read_parameters(tool.parameters, tool.name, tool.field)))
+            wanted.append((tool.name, read_parameters(tool.parameters, tool.name, tool.field, tool.strict)))
     if chosen is not None:
         return one_call(*wanted[0], "tool_choice")
     return list_of_calls(wanted, several, "tool_choice")

@@ -4,7 +4,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, PrivateAttr, model_validator
 
-from loraplex_router.api.http.fields import MAX_MESSAGES, MAX_TOOLS, Items
+from loraplex_router.api.http.fields import MAX_MESSAGES, MAX_TOOLS, STRICT, Items
 from loraplex_router.vocabulary.chat import Chat, Content, Message
 from loraplex_router.vocabulary.violations import Violations
 
@@ -63,6 +63,7 @@ class Function(BaseModel):
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")
     description: str | None = None
     parameters: dict[str, Any] | None = None
+    strict: bool | None = Field(default=None, description=STRICT)
 
 
 class Tool(AsSent):

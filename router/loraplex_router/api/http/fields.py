@@ -61,5 +61,6 @@ def _few(given: Any) -> Any:
     return given
 
 
+STRICT = "true: refused if a keyword of the schema cannot be enforced. Otherwise, a warning names the keyword."
 BIAS = "By token id, from -100 to 100."
 Bias = Annotated[dict[TokenId, float], BeforeValidator(_few)]

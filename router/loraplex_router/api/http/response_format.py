@@ -5,6 +5,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 
 from loraplex_protos.errors import FieldViolation, InvalidRequestError
+from loraplex_router.api.http.fields import STRICT
 from loraplex_router.vocabulary.grammar import Grammar, GrammarKind
 
 TEXTS = {"regex": GrammarKind.REGEX, "grammar": GrammarKind.LARK}
@@ -13,7 +14,7 @@ TEXTS = {"regex": GrammarKind.REGEX, "grammar": GrammarKind.LARK}
 class NamedSchema(BaseModel):
     name: str | None = None
     schema_: dict[str, Any] | None = Field(default=None, alias="schema")
-    strict: bool | None = Field(default=None, description="Every schema is followed strictly, whatever this says.")
+    strict: bool | None = Field(default=None, description=STRICT)
 
 
 class ResponseFormat(BaseModel):
@@ -34,7 +35,7 @@ def read_response_format(wanted: ResponseFormat, field: str) -> Grammar | None:
     named = wanted.json_schema.schema_ if wanted.json_schema else None
     for schema in (named, wanted.schema_, wanted.value):
         if schema is not None:
-            return Grammar.json_schema(schema, field)
+            return Grammar.json_schema(schema, field, bool(wanted.json_schema and wanted.json_schema.strict))
     if wanted.type == "json_object":
         return Grammar.json_object(field)
     raise InvalidRequestError(FieldViolation(field, f'of type "{wanted.type}" needs a schema'))

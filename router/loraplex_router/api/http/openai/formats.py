@@ -65,7 +65,12 @@ def _forced_call(body: ChatCompletionRequest) -> Grammar | None:
     if not must_call(body):
         return None
     tools = [
-        DeclaredTool(tool.function.name, tool.function.parameters, f"tools[{place}].function.parameters")
+        DeclaredTool(
+            tool.function.name,
+            tool.function.parameters,
+            f"tools[{place}].function.parameters",
+            bool(tool.function.strict),
+        )
         for place, tool in enumerate(body.tools or ())
         if tool.function.name in callable_tools(body)
     ]
