@@ -191,3 +191,53 @@ def test_keywords_that_cannot_be_enforced_are_named_in_a_warning_unless_the_sche
                 warning = headers["x-loraplex-warning"]
                 assert status == 200 and warning.startswith(field) and warning.endswith("not enforced: not")
                 assert ("'read_sea'" in warning) == ("tools" in options)
+
+
+def test_what_hugging_faces_clients_call_the_model_is_the_base(server: Server):
+    answers = [
+        ask(server, CHAT, {**HELLO, "model": model})[0]["choices"]
+        for model in (None, "", "tgi", "dummy", server.url, f"{server.url}/", f"{server.url}/v1/")
+    ]
+    assert all(answer == answers[0] for answer in answers)
+    assert call(server, CHAT, {**HELLO, "model": f"{server.url}/first"})[0] == 404
+
+
+def test_a_chats_prompt_logprobs_are_beside_its_choices(server: Server):
+    answer, _ = ask(server, CHAT, {**HELLO, "n": 2, "prompt_logprobs": 1})
+    assert len(answer["prompt_logprobs"]) == answer["usage"]["prompt_tokens"] and answer["prompt_logprobs"][0] is None
+    assert not any("prompt_logprobs" in choice for choice in answer["choices"])
+    status, _, text = call(server, CHAT, {**HELLO, "prompt_logprobs": 1, "stream": True})
+    assert status == 400 and json.loads(text)["error"]["param"] == "prompt_logprobs"
+
+
+def test_top_logprobs_have_the_token_itself_and_the_best_first(server: Server):
+    body = {**PROMPT, "temperature": 2.0, "seed": 1, "max_tokens": 20, "return_tokens_as_token_ids": True}
+    for count in (0, 2):
+        logprobs = ask(server, COMPLETIONS, {**body, "logprobs": count})[0]["choices"][0]["logprobs"]
+        for token, own, top in zip(
+            *(logprobs[key] for key in ("tokens", "token_logprobs", "top_logprobs")), strict=True
+        ):
+            assert top[token] == own and count <= len(top) <= count + 1
+            assert [*top.values()] == sorted(top.values(), reverse=True)
+
+
+def test_a_wrong_adapter_is_named_as_the_route_calls_it(server: Server):
+    for body in ({"prompt": "a"}, {"messages": HELLO["messages"]}):
+        status, _, text = call(server, "/tokenize", {**body, "model": "../x"})
+        assert status == 422 and "`model`" in json.loads(text)["error"]
+
+
+def test_routes_of_vllm_and_sagemaker(server: Server):
+    assert call(server, "/ping", {})[0] == 200
+    assert ask_get(server, "/load") == {"server_load": 0}
+    info = ask_get(server, "/tokenizer_info")
+    assert "messages" in info["chat_template"] and info["eos_token"] == "</s>" and info["tokenizer_class"]
+
+
+def ask_get(server: Server, path: str) -> Any:
+    return json.loads(call(server, path)[2])
+
+
+def test_max_tokens_beyond_the_room_are_refused_in_vllms_words(server: Server):
+    text = call(server, COMPLETIONS, {**PROMPT, "max_tokens": 5000})[2]
+    assert "you requested 5000 output tokens and your prompt contains 5 input tokens" in text

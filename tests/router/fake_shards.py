@@ -17,15 +17,16 @@ VOCABULARY = 1000
 
 
 class FakeShards:
-    """Keeps rows like real shards. A sequence whose next input is `failing_token` fails; a plan with a sequence that
-    has the `deadly_token` is answered with `death`; the next load raises `load_error`, and the next result
-    `step_error`. A step takes `step_seconds`."""
+    """Keeps rows like real shards. A sequence whose next input is `failing_token` fails with `failure`; a plan with a
+    sequence that has the `deadly_token` is answered with `death`; the next load raises `load_error`, and the next
+    result `step_error`. A step takes `step_seconds`."""
 
     def __init__(self) -> None:
         self.known: dict[int, list[int]] = {}
         self.results: deque[pb.StepResponse | LoraplexError] = deque()
         self.log: list[str] = []
         self.failing_token: int | None = None
+        self.failure: pb.FailureReason.ValueType = pb.FAILURE_REASON_NOT_FINITE
         self.deadly_token: int | None = None
         self.death: LoraplexError = UnavailableError("rank 1 is gone")
         self.gone = asyncio.Event()  # set when the process has ended
@@ -54,7 +55,7 @@ class FakeShards:
             failed = self.known[row][-1] == self.failing_token
             if failed:
                 response.failed_chunks.append(place)
-                response.failure_reasons.append(pb.FAILURE_REASON_NOT_FINITE)
+                response.failure_reasons.append(self.failure)
             response.token_counts.append(int(samples and not failed))
             if samples:
                 self.known[row].append((self.known[row][-1] + slot + 1) % VOCABULARY)

@@ -8,7 +8,14 @@ from hashlib import sha256
 import pytest
 
 from loraplex_protos import generation_pb2 as pb
-from loraplex_protos.errors import AdapterInvalidError, GenerationError, OverloadedError, UnavailableError
+from loraplex_protos import shard_pb2
+from loraplex_protos.errors import (
+    AdapterInvalidError,
+    GenerationError,
+    InvalidRequestError,
+    OverloadedError,
+    UnavailableError,
+)
 from loraplex_router.access.keys import Keys, TenantSettings
 from loraplex_router.adapters.registry import Registry
 from loraplex_router.adapters.resolutions import Resolutions
@@ -26,6 +33,7 @@ from loraplex_router.text.detokenizer import Detokenizer
 from loraplex_router.text.model import Model
 from loraplex_router.text.renderer import Renderer
 from loraplex_router.vocabulary.chat import ChatTemplates
+from loraplex_router.vocabulary.grammar import Grammar, GrammarKind
 from loraplex_router.vocabulary.references import AdapterReference
 from loraplex_router.vocabulary.request import Request
 from loraplex_router.vocabulary.sequence import FinishReason
@@ -138,6 +146,13 @@ async def test_a_sequence_that_fails_does_not_affect_others(setup: Setup):
     good, bad = await asyncio.gather(setup.answer(1, tokens=20), setup.answer(100, tokens=20), return_exceptions=True)
     assert good == list(range(2, 22))
     assert isinstance(bad, GenerationError)
+
+
+async def test_a_grammar_that_becomes_too_complex_is_the_requests_fault_and_named_as_its_field(setup: Setup):
+    setup.shards.failing_token, setup.shards.failure = 105, shard_pb2.FAILURE_REASON_GRAMMAR
+    grammar = Grammar(GrammarKind.REGEX, "a*", field="guided_regex")
+    with pytest.raises(InvalidRequestError, match="guided_regex: became too complex"):
+        await setup.answer(100, tokens=20, grammar=grammar)
 
 
 class PanicError(BaseException):

@@ -14,7 +14,13 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from loraplex_protos import shard_pb2 as pb
-from loraplex_protos.errors import GenerationError, LoraplexError, UnavailableError
+from loraplex_protos.errors import (
+    FieldViolation,
+    GenerationError,
+    InvalidRequestError,
+    LoraplexError,
+    UnavailableError,
+)
 from loraplex_router.engine.changes import Changes
 from loraplex_router.engine.observer import EngineObserver
 from loraplex_router.engine.output import Generation, SequenceOutput
@@ -22,6 +28,7 @@ from loraplex_router.engine.pool import AdapterPool, SlotClaim
 from loraplex_router.engine.scheduler import Scheduler
 from loraplex_router.engine.suspects import Loss
 from loraplex_router.vocabulary.adapter import Adapter
+from loraplex_router.vocabulary.grammar import Grammar
 from loraplex_router.vocabulary.sequence import Chunk, Plan, Sample
 from loraplex_router.wire.codec import (
     encode_plan,
@@ -42,9 +49,11 @@ LEAST_LEAD = 0.005
 
 FAILURES = {
     pb.FAILURE_REASON_NOT_FINITE: "the model's output for this sequence held NaN or Inf",
-    pb.FAILURE_REASON_GRAMMAR: "the grammar became too complex to enforce: make it simpler or less ambiguous",
     pb.FAILURE_REASON_UNKNOWN_TOKEN: "the model has no embedding for one of the tokens",
 }
+
+
+TOO_COMPLEX = "became too complex to enforce: make it simpler or less ambiguous"
 
 
 class Applied(NamedTuple):
@@ -220,7 +229,7 @@ class Engine:
                 continue
             generation, output = owner
             if place in failures:
-                self._fail(generation, chunk, FAILURES.get(failures[place], "unknown reason"))
+                self._fail(generation, chunk, _failure(chunk.sequence.grammar, failures[place]))
                 continue
             if prompt_logprobs[place]:
                 output.prompt_logprobs[chunk.start :] = prompt_logprobs[place]
@@ -239,7 +248,8 @@ class Engine:
                 raise
             except BaseException:  # a panic in the tokenizer is not an Exception
                 logger.exception("a sequence's tokens cannot be decoded")
-                self._fail(generation, chunk, "its tokens cannot be decoded; the router's log has the details")
+                error = GenerationError("its tokens cannot be decoded; the router's log has the details")
+                self._fail(generation, chunk, error)
                 continue
             if unscored[place] and not chunk.sequence.finished:
                 self._scheduler.add_unscored(chunk.sequence, unscored[place])
@@ -266,9 +276,9 @@ class Engine:
                 self._scheduler.finish(sequence)
                 break
 
-    def _fail(self, generation: Generation, chunk: Chunk, reason: str) -> None:
+    def _fail(self, generation: Generation, chunk: Chunk, error: LoraplexError) -> None:
         self._scheduler.fail(chunk.sequence)
-        self._end(generation, GenerationError(reason))
+        self._end(generation, error)
 
     def _end(self, generation: Generation, error: LoraplexError) -> None:
         generation.fail(error)
@@ -313,3 +323,10 @@ class Engine:
     def _fail_waiting(self, adapter: Adapter, error: LoraplexError) -> None:
         for generation in [g for g in self._generations if g.adapter_digest == adapter.digest]:
             self._end(generation, error)
+
+
+def _failure(grammar: Grammar | None, reason: pb.FailureReason.ValueType) -> LoraplexError:
+    """The error for a shard's reason, in a sequence with this grammar."""
+    if grammar and reason == pb.FAILURE_REASON_GRAMMAR:
+        return InvalidRequestError(FieldViolation(grammar.field, TOO_COMPLEX))
+    return GenerationError(FAILURES.get(reason, "unknown reason"))

@@ -24,6 +24,9 @@ class RunningRequests:
         for request in list(self._by_id.values()):
             yield from request.generations if request is not None else ()
 
+    def __len__(self) -> int:
+        return len(self._by_id)
+
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._by_id
 

@@ -32,7 +32,7 @@ from loraplex_router.telemetry.telemetry import Telemetry
 from loraplex_router.text.model import Model
 from loraplex_router.text.tokenizer import Spans, Tokenizer, TokenSpan
 from loraplex_router.vocabulary.adapter import Adapter
-from loraplex_router.vocabulary.chat import Chat
+from loraplex_router.vocabulary.chat import Chat, ChatTemplates
 from loraplex_router.vocabulary.checks import check_adapter, check_embed_request, check_request
 from loraplex_router.vocabulary.references import AdapterReference, Reference
 from loraplex_router.vocabulary.request import ClassifyRequest, EmbedRequest, Prompt, Request
@@ -98,6 +98,10 @@ class Service:
     @property
     def model_names(self) -> tuple[str, ...]:
         return self._known_model.names
+
+    @property
+    def chat_templates(self) -> ChatTemplates:
+        return self._known_model.chat_templates
 
     @property
     def sampling_defaults(self) -> Sampling:
@@ -255,6 +259,11 @@ class Service:
         request = self._running.end(generation)
         if not request.generations:
             request.tenant.end(request.tokens, time.monotonic())
+
+    @property
+    def num_running(self) -> int:
+        """The number of requests that have begun and not ended."""
+        return len(self._running)
 
     def is_running(self, request_id: str) -> bool:
         """Whether a request with this id has begun and not ended."""

@@ -46,8 +46,10 @@ def room_for(request: Request, prompt_length: int, max_model_len: int) -> int:
     found.check(room >= 1, name, f"{counted} tokens: {limit}, answer included")
     wanted = request.max_new_tokens
     if wanted is not None and room >= 1:
-        fits = f"{prompt_length} prompt tokens leave room for {room}"
-        found.check(wanted <= room, "stopping.max_new_tokens", f"{wanted} is too large: {limit}, {fits}")
+        # vLLM's words: clients read them to ask again for less.
+        asked = f"you requested {wanted} output tokens and your prompt contains {prompt_length} input tokens"
+        said = f"{wanted} is too large: {limit}. However, {asked}, which leave room for {room}"
+        found.check(wanted <= room, "stopping.max_new_tokens", said)
     least = request.min_new_tokens
     found.check(least <= max(room, 1), "stopping.min_new_tokens", f"{least} is too large: there is room for {room}")
     found.raise_any(ContextLengthError)

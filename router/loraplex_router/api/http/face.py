@@ -8,9 +8,10 @@ from typing import Any
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
-from loraplex_protos.errors import InvalidRequestError, LoraplexError
+from loraplex_protos.errors import InvalidRequestError, LoraplexError, quote
 from loraplex_router.api.http.errors import error_headers, read_error, rename_fields
 
 
@@ -45,7 +46,12 @@ def install_faces(app: FastAPI, faces: Sequence[Face]) -> None:
     del app.router.routes[: len(documents)]
     app.router.routes += documents
 
+    routes = [(face, route) for face in faces for router in face.routers for route in router.routes]
+    paths = sorted({face.prefix + route.path for face, route in routes if isinstance(route, APIRoute)})
+
     async def answer(request: Request, error: Exception) -> Response:
+        if isinstance(error, HTTPException) and error.status_code == 404:
+            error = HTTPException(404, f"Not Found: {quote(request.url.path)} is not one of {', '.join(paths)}")
         return face_of(request.url.path, faces).answer(read_error(error))
 
     for kind in (LoraplexError, RequestValidationError, HTTPException, Exception):

@@ -1,16 +1,19 @@
 """What a request's `model` names: the base model, or an adapter."""
 
+import re
 from collections.abc import Sequence
 
 from loraplex_protos.errors import AdapterNotFoundError, quote
 from loraplex_router.vocabulary.references import AdapterReference
 
-BASE_NAMES = ("", "tgi")  # in addition to the model's own name; `text-generation` sends "tgi"
+# In addition to the model's own names: what Hugging Face's clients send, which are given a server and no model.
+BASE_NAMES = ("", "tgi", "dummy")
+SERVER_URL = re.compile(r"https?://[^/]+(/v1)?/?")
 
 
 def read_model_name(model: str, base: Sequence[str]) -> AdapterReference | None:
     """The adapter that `model` names; None is the base, which has the names `base`. The adapter may not exist."""
-    if model in base or model in BASE_NAMES:
+    if model in base or model in BASE_NAMES or SERVER_URL.fullmatch(model):
         return None
     prefix = next((f"{name}:" for name in base if model.startswith(f"{name}:")), "")
     name = model.removeprefix(prefix)

@@ -51,6 +51,7 @@ def _pipeline_tag(info: GetModelInfoResponse) -> str:
 
 @router.get("/health", tags=["LoRAX"], response_class=Response, responses=UNHEALTHY)
 @router.get("/ping", tags=["LoRAX"], response_class=Response, responses=UNHEALTHY)
+@router.post("/ping", tags=["LoRAX"], response_class=Response, responses=UNHEALTHY)
 async def health(call: Call) -> Response:
     """200 if a generation would succeed now."""
     if call.service.healthy:
@@ -89,6 +90,12 @@ async def document(http: Request) -> dict[str, Any]:
 async def show_version(http: Request) -> dict[str, str]:
     """The server's version, as vLLM reports it."""
     return {"version": http.app.version}
+
+
+@router.get("/load", tags=["Operation"])
+async def load(call: Call) -> dict[str, int]:
+    """How many requests are waiting or running, as vLLM reports it."""
+    return {"server_load": call.service.num_running}
 
 
 @router.get("/metrics", response_class=Response, tags=["Operation"])

@@ -1,6 +1,8 @@
 """Text to tokens and back, for LoRAX's and vLLM's clients."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import orjson
 from fastapi import APIRouter, Response
@@ -10,12 +12,13 @@ from pydantic import BaseModel, Field
 from loraplex_protos.errors import FieldViolation, InvalidRequestError
 from loraplex_router.api.http.call import Call
 from loraplex_router.api.http.conversation import Conversation, read_conversation
-from loraplex_router.api.http.errors import LORAX_ERRORS, only
+from loraplex_router.api.http.errors import LORAX_ERRORS, only, rename_fields
 from loraplex_router.api.http.fields import Items, TokenId
 from loraplex_router.api.http.json_body import JsonRoute
 from loraplex_router.api.http.json_list import write_list
 from loraplex_router.api.http.model_names import read_model_name
 from loraplex_router.text.tokenizer import Spans, Tokenizer
+from loraplex_router.vocabulary.chat import Chat
 from loraplex_router.vocabulary.violations import Violations
 
 # An adapter may be named to use its chat template.
@@ -78,31 +81,61 @@ async def tokenize(body: LoraxTokenize | VllmTokenize | VllmTokenizeChat, call: 
         return StreamingResponse(write_list(tokens), media_type=JSON)
     names = None
     if body.return_token_strs:
-        adapter = read_model_name(body.model, call.service.model_names)
-        names, _ = await call.service.tokenizer_for(adapter, call.key, call.session)
+        names, _ = await _tokenizer(body.model, call)
     return StreamingResponse(_write_vllm(spans, call.service.info.max_model_len, names), media_type=JSON)
 
 
 @router.post("/detokenize", tags=["Operation"], responses={200: {"model": VllmText}, **ERRORS})
 async def detokenize(body: VllmDetokenize, call: Call) -> Response:
     """The text of token ids, with special tokens, as vLLM writes it."""
-    adapter = read_model_name(body.model, call.service.model_names)
-    tokenizer, vocabulary = await call.service.tokenizer_for(adapter, call.key, call.session)
+    tokenizer, vocabulary = await _tokenizer(body.model, call)
     if max(body.tokens, default=0) >= vocabulary:
         raise InvalidRequestError(FieldViolation("tokens", f"every id must be below {vocabulary}"))
     return JSONResponse({"prompt": await tokenizer.decode_verbatim(body.tokens)})
 
 
-async def _spans(body: LoraxTokenize | VllmTokenize | VllmTokenizeChat, call: Call) -> Spans:
-    if not isinstance(body, VllmTokenizeChat):
-        text, model = (body.inputs, "") if isinstance(body, LoraxTokenize) else (body.prompt, body.model)
+@router.get("/tokenizer_info", tags=["Operation"], responses={200: {"model": dict[str, Any]}, **only(ERRORS, 401, 503)})
+async def tokenizer_info(call: Call) -> Response:
+    """The tokenizer's chat templates and special tokens under their names in tokenizer_config.json, as vLLM reports
+    them."""
+    call.service.keys.tenant(call.key)
+    templates = call.service.chat_templates
+    found = [{"name": name, "template": template} for name, template in templates.by_name.items()]
+    only_default = templates.by_name.keys() <= {"default"}
+    shown = templates.by_name.get("default") if only_default else found
+    info = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": call.service.info.max_model_len}
+    return JSONResponse({**info, **templates.special_tokens, "chat_template": shown})
+
+
+async def _tokenizer(model: str, call: Call) -> tuple[Tokenizer, int]:
+    with _vllms_names():
         adapter = read_model_name(model, call.service.model_names)
-        return await call.service.tokenize(text, body.add_special_tokens is not False, adapter, call.key, call.session)
-    found = Violations()
-    chat = read_conversation(body, found)
-    found.raise_any()
-    adapter = read_model_name(body.model, call.service.model_names)
-    return await call.service.tokenize(chat, bool(body.add_special_tokens), adapter, call.key, call.session)
+        return await call.service.tokenizer_for(adapter, call.key, call.session)
+
+
+@contextmanager
+def _vllms_names() -> Iterator[None]:
+    """A context whose errors name fields as vLLM does."""
+    try:
+        yield
+    except InvalidRequestError as error:
+        raise rename_fields(error, {"adapter.id": "model"}) from error
+
+
+async def _spans(body: LoraxTokenize | VllmTokenize | VllmTokenizeChat, call: Call) -> Spans:
+    if isinstance(body, LoraxTokenize):
+        return await call.service.tokenize(
+            body.inputs, body.add_special_tokens is not False, None, call.key, call.session
+        )
+    adds = body.add_special_tokens is not False
+    prompt: str | Chat = body.prompt if isinstance(body, VllmTokenize) else ""
+    with _vllms_names():
+        adapter = read_model_name(body.model, call.service.model_names)
+        if isinstance(body, VllmTokenizeChat):
+            found, adds = Violations(), bool(body.add_special_tokens)
+            prompt = read_conversation(body, found)
+            found.raise_any()
+        return await call.service.tokenize(prompt, adds, adapter, call.key, call.session)
 
 
 async def _write_vllm(spans: Spans, max_model_len: int, names: Tokenizer | None) -> AsyncIterator[bytes]:

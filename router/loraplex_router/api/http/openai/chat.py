@@ -70,6 +70,9 @@ class ChatWriter:
         given = zip(range(len(deltas)), self._answers(), deltas, strict=True)
         choices = [self._whole_choice(index, *answer, delta) for index, answer, delta in given]
         first = {**self._common_fields("chat.completion"), **prompt_token_ids(self._answers()[0][1], self.body)}
+        if self.body.prompt_logprobs is not None:
+            output = self._answers()[0][1]
+            first["prompt_logprobs"] = prompt_logprobs(output, self.tokenizer_of(output.sequence.adapter))
         return {**first, "choices": choices, "usage": usage(self.generations)}
 
     def _answers(self) -> list[tuple[Generation, SequenceOutput]]:
@@ -99,8 +102,6 @@ class ChatWriter:
         }
         if calls:
             message["tool_calls"] = calls
-        if self.body.prompt_logprobs is not None:
-            choice["prompt_logprobs"] = prompt_logprobs(output, self.tokenizer_of(output.sequence.adapter))
         return choice
 
     async def events(self) -> AsyncIterator[bytes]:

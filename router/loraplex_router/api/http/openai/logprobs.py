@@ -59,7 +59,7 @@ class CompletionLogprobs:
         first, *others = output.sequence.tokens[: output.sequence.prompt_length]
         self._prompt.append((first, None, None))
         for token, logprob, alternatives in _scored_prompt(others, output):
-            self._prompt.append((token, _clamp(logprob), self._top(alternatives)))
+            self._prompt.append((token, _clamp(logprob), self._top(token, logprob, alternatives)))
 
     def take(self, delta: Delta) -> dict[str, Any]:
         tokens: list[str] = []
@@ -76,14 +76,17 @@ class CompletionLogprobs:
         for sample, end in _with_text(delta):
             tokens.append(self._names.name(sample.token))
             logprobs.append(_clamp(sample.logprob))
-            top.append(self._top(sample.alternatives))
+            top.append(self._top(*sample))
             offsets.append(self._echoed + self._at)
             self._at = end
         return {"tokens": tokens, "token_logprobs": logprobs, "top_logprobs": top, "text_offset": offsets}
 
-    def _top(self, alternatives: Alternatives) -> dict[str, float]:
-        """For tokens with the same name, the best."""
-        return {self._names.name(token): _clamp(logprob) for token, logprob in reversed(alternatives)}
+    def _top(self, token: int, logprob: float | None, alternatives: Alternatives) -> dict[str, float]:
+        """The alternatives, best first, and the token itself. For tokens with the same name, the best."""
+        found = dict[str, float]()
+        for other, value in (*alternatives, (token, logprob)):
+            found.setdefault(self._names.name(other), _clamp(value))
+        return found
 
 
 def prompt_logprobs(output: SequenceOutput, tokenizer: Tokenizer) -> list[dict[str, Any] | None]:

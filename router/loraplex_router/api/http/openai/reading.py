@@ -41,6 +41,8 @@ def read_options(body: GenerationRequest, defaults: Sampling) -> dict[str, Any]:
     others = body.model_extra or {}
     check_unsupported(others, found, chat=isinstance(body, ChatCompletionRequest))
     found.check(body.n != 0, "n", "must be at least 1")
+    both = body.prompt_logprobs is not None and bool(body.stream)
+    found.check(not both, "prompt_logprobs", "cannot be used with stream")
     found.raise_any()
     return {
         "sampling": _read_sampling(body, defaults),
