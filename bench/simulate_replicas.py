@@ -25,6 +25,7 @@ from loraplex_router.adapters.registry import Registry
 from loraplex_router.adapters.resolutions import Resolutions
 from loraplex_router.replicas.administration import Administration
 from loraplex_router.replicas.connections import Connections
+from loraplex_router.replicas.declarations import Declarations
 from loraplex_router.replicas.replica import Replica
 from loraplex_router.replicas.replicas import Replicas
 from loraplex_router.replicas.uploads import Uploads
@@ -93,7 +94,9 @@ async def simulate(kind: type[Replicas], load: Load) -> Outcome:
         resolutions, replicas = Resolutions(), kind(telemetry, move_seconds=1)
         administration = Administration(resolutions, replicas, Registry())
         uploads = Uploads(administration, replicas, most_bytes=0)
-        service = Service(replicas, administration, uploads, Keys({}), 100_000, telemetry)
+        service = Service(
+            replicas, administration, uploads, Declarations(administration, None), Keys({}), 100_000, telemetry
+        )
         connections = asyncio.create_task(Connections(settings, replicas, resolutions, service.serve, telemetry).run())
         while len(list(replicas)) < load.replicas:
             await asyncio.sleep(0.01)

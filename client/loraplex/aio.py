@@ -177,10 +177,49 @@ class AsyncClient:
             response = await self._stub.UploadAdapter(parts, timeout=timeout, metadata=self._metadata)
             return responses.adapter(response.adapter)
 
+    async def register_adapter(
+        self,
+        name: str,
+        id: str,
+        *,
+        source: str = "",
+        revision: str = "",
+        token: str = "",
+        expected_version: int | None = None,
+        timeout: float | None = None,
+    ) -> Adapter:
+        """Makes an adapter the newest version of a name in the server's registry file, with its source, commit and
+        content as they are now. The token is not kept.
+
+        Raises AdapterConflictError if the name has not `expected_version` (0: none), ForbiddenError if the file cannot
+        be written.
+        """
+        reference = requests.adapter_reference(AdapterReference(id, source, revision, token))
+        request = pb.RegisterAdapterRequest(name=name, adapter=reference, expected_version=expected_version)
+        with typed_errors(self._server):
+            response = await self._stub.RegisterAdapter(request, timeout=timeout, metadata=self._metadata)
+            return responses.adapter(response.adapter)
+
+    async def set_alias(
+        self,
+        name: str,
+        targets: Mapping[str, float],
+        *,
+        expected: Mapping[str, float] | None = None,
+        timeout: float | None = None,
+    ) -> Adapter:
+        """Makes a name in the server's registry file stand for other names or versions, with shares that are together
+        100 per cent. Raises AdapterConflictError if it does not stand for `expected` (empty: nothing)."""
+        request = requests.alias_request(name, targets, expected)
+        with typed_errors(self._server):
+            response = await self._stub.SetAlias(request, timeout=timeout, metadata=self._metadata)
+            return responses.adapter(response.adapter)
+
     async def remove_adapter(
         self, name: str, *, expected_version: int | None = None, timeout: float | None = None
     ) -> None:
-        """Removes an uploaded adapter's name. Sequences that use it run to their end."""
+        """Removes an uploaded adapter's name, or from the registry file a name, an alias, or a version (name@version)
+        other than the newest. Sequences that use it run to their end."""
         request = pb.RemoveAdapterRequest(name=name, expected_version=expected_version)
         with typed_errors(self._server):
             await self._stub.RemoveAdapter(request, timeout=timeout, metadata=self._metadata)

@@ -99,6 +99,15 @@ def upload_parts(
             yield pb.UploadAdapterRequest(data=data[start : start + UPLOAD_PART])
 
 
+def alias_request(name: str, targets: Mapping[str, float], expected: Mapping[str, float] | None) -> pb.SetAliasRequest:
+    request = pb.SetAliasRequest(name=name, targets=_targets(targets))
+    return request if expected is None else _fill(request, expected=pb.AliasTargets(targets=_targets(expected)))
+
+
+def _targets(targets: Mapping[str, float]) -> list[pb.AliasTarget]:
+    return [_fill(pb.AliasTarget(adapter=target), percent=percent) for target, percent in targets.items()]
+
+
 def name_adapter(request: A, reference: AdapterReference, digest: str) -> A:
     """Sets the reference or the digest. Raises InvalidRequestError if both or neither are given."""
     if bool(reference.id) == bool(digest):

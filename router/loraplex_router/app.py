@@ -26,6 +26,7 @@ from loraplex_router.api.http.app import create_app
 from loraplex_router.api.http.connection import Connection
 from loraplex_router.replicas.administration import Administration
 from loraplex_router.replicas.connections import Connections, Supervisor
+from loraplex_router.replicas.declarations import Declarations
 from loraplex_router.replicas.replicas import Replicas
 from loraplex_router.replicas.uploads import Uploads
 from loraplex_router.service.service import Service
@@ -64,8 +65,11 @@ class Router:
         telemetry.metrics.watch_registry(lambda: bool(self._registry.fault))
         self._key_file = key_file
         keys = key_file.keys if key_file else Keys({})
+        declarations = Declarations(self._administration, self._registry_file)
         uploads = Uploads(self._administration, self._replicas, settings.adapter_uploads_mib << 20)
-        self._service = Service(self._replicas, self._administration, uploads, keys, settings.max_queue, telemetry)
+        self._service = Service(
+            self._replicas, self._administration, uploads, declarations, keys, settings.max_queue, telemetry
+        )
         self._connections = Connections(
             settings, self._replicas, resolutions, self._service.serve, telemetry, supervisor
         )

@@ -12,6 +12,7 @@ import pytest
 import requests
 
 from loraplex import AdapterConflictError, AdapterInvalidError, AdapterNotFoundError, AdapterState, Client
+from loraplex_router.adapters.registry_file import read_registry
 from tests.e2e.processes import Server
 
 OPTIONS = {"max_new_tokens": 6, "ignore_eos": True}
@@ -133,3 +134,19 @@ def test_a_form_uploads_an_adapter_over_http(server: Server, adapters: Path) -> 
     assert refused_before_it_is_sent(server, 2**40) == 422
     assert requests.post(f"{server.url}/adapters/remove", json={"name": "formed"}, timeout=60).status_code == 200
     assert requests.post(f"{server.url}/v1/completions", json=body, timeout=60).status_code == 404
+
+
+def test_a_version_that_is_registered_through_the_api_is_in_the_file(server: Server, file: Path) -> None:
+    with Client(server.address) as client:
+        registered = client.register_adapter("made", "r1", expected_version=0)
+        assert registered.id == "made@1"
+        with pytest.raises(AdapterConflictError):
+            client.register_adapter("made", "r4", expected_version=0)
+        client.set_alias("now", {"made@1": 100}, expected={})
+        assert client.generate("Hi", adapter="now", **OPTIONS).adapter_digest == registered.digest
+        body = {"name": "made", "id": "r4", "expected_version": 1}
+        answer = requests.post(f"{server.url}/adapters/register", json=body, timeout=60)
+        assert (answer.status_code, answer.json()["id"]) == (200, "made@2")
+        body = {"name": "now", "targets": {"made": 100}, "expected": {"made@2": 100}}
+        assert requests.post(f"{server.url}/adapters/alias", json=body, timeout=60).status_code == 409
+    assert read_registry(file).names["made"][1].digest == registered.digest

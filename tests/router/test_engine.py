@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
 from hashlib import sha256
+from pathlib import Path
 
 import pytest
 
@@ -18,11 +19,13 @@ from loraplex_protos.errors import (
 )
 from loraplex_router.access.keys import Keys, TenantSettings
 from loraplex_router.adapters.registry import Registry
+from loraplex_router.adapters.registry_file import RegistryFile
 from loraplex_router.adapters.resolutions import Resolutions
 from loraplex_router.engine.output import Delta, Generation
 from loraplex_router.engine.pool import AdapterPool
 from loraplex_router.engine.scheduler import Limits
 from loraplex_router.replicas.administration import Administration
+from loraplex_router.replicas.declarations import Declarations
 from loraplex_router.replicas.replica import Replica
 from loraplex_router.replicas.replicas import Replicas
 from loraplex_router.replicas.uploads import Uploads
@@ -62,14 +65,23 @@ class Setup:
         model: Model = MODEL,
         move_seconds: float = 0.5,
         tenants: Mapping[str, TenantSettings] | None = None,
+        registry_file: Path | None = None,
     ) -> None:
         self.telemetry = Telemetry(adapters=10, log=RequestLog(prompts=False))
         self.resolutions, self.registry = Resolutions(), Registry()
         self.replicas = Replicas(self.telemetry, move_seconds)
         self.administration = Administration(self.resolutions, self.replicas, self.registry)
+        retire = self.administration.retire
+        file = RegistryFile(registry_file, self.registry, retire) if registry_file else None
         self.uploads = Uploads(self.administration, self.replicas, most_bytes=1000)
         self.service = Service(
-            self.replicas, self.administration, self.uploads, Keys(tenants or {}), max_queue, self.telemetry
+            self.replicas,
+            self.administration,
+            self.uploads,
+            Declarations(self.administration, file),
+            Keys(tenants or {}),
+            max_queue,
+            self.telemetry,
         )
         self.service.serve(model)
         self.replica = self.add_replica("0", slots)

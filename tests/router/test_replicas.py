@@ -4,6 +4,7 @@ elsewhere."""
 import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
@@ -20,8 +21,8 @@ from tests.router.test_engine import Setup
 class Cluster(Setup):
     """A service over replicas whose shards can be lost; each has a running engine."""
 
-    def __init__(self, tenants: Mapping[str, TenantSettings] | None = None) -> None:
-        super().__init__(tenants=tenants)
+    def __init__(self, tenants: Mapping[str, TenantSettings] | None = None, registry_file: Path | None = None) -> None:
+        super().__init__(tenants=tenants, registry_file=registry_file)
         self.tasks: dict[Replica, asyncio.Task[None]] = {}
         self.start(self.replica)
 

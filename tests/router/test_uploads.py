@@ -205,7 +205,7 @@ async def test_uploads_take_no_more_memory_than_they_may(cluster: Cluster):
         await upload(cluster, bytes(500), "other")
     with pytest.raises(AdapterInvalidError):
         await upload(cluster, b"broken")
-    cluster.service.adapters.remove("policy", None)
+    await cluster.service.adapters.remove("policy", None)
     await settled(cluster, 0)
     gc.collect()
     await upload(cluster, bytes(1000), "other")
@@ -223,13 +223,13 @@ async def test_a_removed_name_is_unknown_and_its_sequences_end_as_they_would(clu
     version = await upload(cluster, b"one")
     running = await cluster.service.generate(request(1, 100, "policy"))
     with pytest.raises(AdapterConflictError):
-        cluster.service.adapters.remove("policy", 7)
-    cluster.service.adapters.remove("policy", version)
+        await cluster.service.adapters.remove("policy", 7)
+    await cluster.service.adapters.remove("policy", version)
     cluster.shards.absent.add("policy")
     with pytest.raises(AdapterNotFoundError):
         await cluster.service.generate(request(1, 1, "policy"))
     with pytest.raises(AdapterNotFoundError, match="no adapter 'policy' has been uploaded"):
-        cluster.service.adapters.remove("policy", None)
+        await cluster.service.adapters.remove("policy", None)
     (delta,) = await running.collect()
     assert len(delta.samples) == 100
     cluster.service.close(running)
@@ -252,7 +252,7 @@ async def test_only_administrators_upload_and_remove():
         await upload(cluster, b"one", key=OLD_KEY)
     await upload(cluster, b"one", key=ADMIN_KEY)
     with pytest.raises(ForbiddenError):
-        cluster.service.adapters.remove("policy", None, OLD_KEY)
+        await cluster.service.adapters.remove("policy", None, OLD_KEY)
     await cluster.close()
 
 

@@ -26,6 +26,7 @@ UPLOADED = (  # what an adapter is read from, of its folder
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "added_tokens.json",
     "generation_config.json",
     "additional_chat_templates/*.jinja",
 )
@@ -168,6 +169,53 @@ def upload_adapter(
         typer.echo(f"Warning: {warning}", err=True)
 
 
+@app.command("register")
+def register_adapter(
+    name: Annotated[str, typer.Argument(help="The name that requests will use.")],
+    id: Id,
+    source: Source = "",
+    revision: Revision = "",
+    token: Token = "",
+    expected_version: Annotated[
+        int | None, typer.Option(min=0, help="The version that the name must have now; 0: none. Default: any.")
+    ] = None,
+    server: Server = DEFAULT_SERVER,
+    api_key: ApiKey = None,
+) -> None:
+    """Make an adapter the newest version of a name in the server's registry file."""
+    with connected(server, api_key) as client, Console(stderr=True).status(f"Loading {escape(id)}"):
+        adapter = client.register_adapter(
+            name, id, source=source, revision=revision, token=token, expected_version=expected_version
+        )
+    typer.echo(f"Registered {adapter.id}: {adapter.digest}")
+    for warning in adapter.warnings:
+        typer.echo(f"Warning: {warning}", err=True)
+
+
+@app.command("alias")
+def set_alias(
+    name: Annotated[str, typer.Argument(help="The alias.")],
+    targets: Annotated[
+        list[str], typer.Argument(help="A name or version that it stands for; of several, each with =PERCENT.")
+    ],
+    server: Server = DEFAULT_SERVER,
+    api_key: ApiKey = None,
+) -> None:
+    """Make a name in the server's registry file stand for others: sql-canary sql@1=95 sql@2=5."""
+    try:
+        shares = dict(map(_share, targets))
+    except ValueError:
+        raise typer.BadParameter("write NAME=PERCENT", param_hint="TARGETS") from None
+    with connected(server, api_key) as client:
+        client.set_alias(name, shares)
+    typer.echo(f"{name} stands for {', '.join(targets)}")
+
+
+def _share(target: str) -> tuple[str, float]:
+    name, given, percent = target.partition("=")
+    return name, float(percent) if given else 100.0
+
+
 @app.command("remove")
 def remove_adapter(
     name: Name,
@@ -177,7 +225,7 @@ def remove_adapter(
     server: Server = DEFAULT_SERVER,
     api_key: ApiKey = None,
 ) -> None:
-    """Remove an uploaded adapter's name."""
+    """Remove an uploaded adapter's name; or a name, an alias or an older version of the registry file."""
     with connected(server, api_key) as client:
         client.remove_adapter(name, expected_version=expected_version)
     typer.echo(f"Removed {name}")

@@ -10,7 +10,10 @@ aliases:
 """
 
 import asyncio
+import fcntl
 import logging
+import os
+import stat
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
@@ -22,7 +25,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from loraplex_protos.adapter_names import RULE, is_id, is_name, normal
-from loraplex_protos.errors import LoraplexError, quote
+from loraplex_protos.errors import AdapterConflictError, ForbiddenError, LoraplexError, quote
 from loraplex_router.access.followed_file import FollowedFile
 from loraplex_router.adapters.registry import AT, Registered, Registry
 from loraplex_router.vocabulary.references import AdapterReference, Version
@@ -73,7 +76,33 @@ class RegistryFile:
         self._file = FollowedFile(path)
         self._registry = registry
         self._gone = gone
+        self._changing = asyncio.Lock()
         registry.update(read_registry(path))
+
+    Edit = Callable[[Registered], Registered]
+
+    async def change(self, edit: Edit) -> list[AdapterReference]:
+        """Changes the file as it is now, which another router may have written, and takes up what it says then. Returns
+        as Registry.update does.
+
+        Raises what `edit` raises, ForbiddenError if the file cannot be written, AdapterConflictError while it is wrong.
+        """
+        async with self._changing:
+            return self._registry.update(await asyncio.to_thread(self._rewrite, edit))
+
+    def _rewrite(self, edit: Edit) -> Registered:
+        path = self._path.resolve()
+        try:
+            with open(path.with_name(f".{path.name}.lock"), "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                changed = edit(read_registry(path))
+                replace_file(path, write_registry(changed))
+        except RegistryFileError as error:
+            raise AdapterConflictError(f"the registry file is wrong, mend it first: {error.message}") from error
+        except OSError as error:
+            why = f"the registry file cannot be written here ({error.strerror}): change it where it comes from"
+            raise ForbiddenError(why) from error
+        return changed
 
     async def follow(self) -> None:
         """Checks the file periodically, until cancelled. Keeps the old content while the file is invalid."""
@@ -112,6 +141,33 @@ def read_registry(path: Path) -> Registered:
     return registered
 
 
+def write_registry(content: Registered) -> str:
+    """The content as a file says it."""
+    adapters = {
+        name: {number: _write_origin(version) for number, version in versions.items()}
+        for name, versions in content.names.items()
+    }
+    aliases = {alias: dict(targets) for alias, targets in content.aliases.items()}
+    return yaml.safe_dump({"adapters": adapters, "aliases": aliases}, sort_keys=False, allow_unicode=True)
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Either the old content or the new one is there, whatever happens."""
+    new = path.with_name(f".{path.name}.new")
+    with open(new, "w") as file:
+        if path.exists():
+            os.fchmod(file.fileno(), stat.S_IMODE(path.stat().st_mode))
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
 def check(content: Registered) -> None:
     """Raises ValueError, with the place, for content that would not be clear to a request."""
     for name, versions in content.names.items():
@@ -126,6 +182,8 @@ def check(content: Registered) -> None:
             raise ValueError(f"{place}: is a name in `adapters`, too: give the alias another name")
         for target in targets:
             _check_target(place, target, content)
+        if not all(0 < percent <= 100 for percent in targets.values()):
+            raise ValueError(f"{place}: every weight must be between 0 and 100")
         total = sum(targets.values())
         if not isclose(total, 100, abs_tol=1e-6):
             raise ValueError(f"{place}: the weights add up to {total:g}, not to 100")
@@ -147,6 +205,13 @@ def _check_target(place: str, target: str, content: Registered) -> None:
         raise ValueError(f"{place}: the registry has no {quote(name)}")
     if versions is not None and at and number not in map(str, versions):
         raise ValueError(f"{place}: {quote(name)} has no version {quote(number)}")
+
+
+def _write_origin(version: Version) -> dict[str, str]:
+    assert isinstance(version.origin, AdapterReference)
+    origin = version.origin
+    fields = {"id": origin.id, "source": origin.source, "revision": origin.revision, "digest": version.digest}
+    return {name: value for name, value in fields.items() if value}
 
 
 def _versions(name: str, versions: Mapping[int, _Origin]) -> Iterator[tuple[int, Version]]:

@@ -28,6 +28,7 @@ from loraplex_router.api.translation import (
     read_embed_request,
     read_reference,
     read_request,
+    read_targets,
     write_classifications,
     write_embeddings,
     write_spans,
@@ -148,10 +149,24 @@ class GenerationApi(GenerationServiceServicer):
 
             return pb.UploadAdapterResponse(adapter=await self._service.adapters.upload(upload, read, _key(context)))
 
+    async def RegisterAdapter(self, request: pb.RegisterAdapterRequest, context: Context) -> pb.RegisterAdapterResponse:
+        async with _answering(context):
+            expected = request.expected_version if request.HasField("expected_version") else None
+            reference = read_reference(request.adapter)
+            status = await self._service.adapters.register(request.name, reference, expected, _key(context))
+            return pb.RegisterAdapterResponse(adapter=status)
+
+    async def SetAlias(self, request: pb.SetAliasRequest, context: Context) -> pb.SetAliasResponse:
+        async with _answering(context):
+            targets = read_targets(request.targets)
+            expected = read_targets(request.expected.targets) if request.HasField("expected") else None
+            status = await self._service.adapters.set_alias(request.name, targets, expected, _key(context))
+            return pb.SetAliasResponse(adapter=status)
+
     async def RemoveAdapter(self, request: pb.RemoveAdapterRequest, context: Context) -> pb.RemoveAdapterResponse:
         async with _answering(context):
             expected = request.expected_version if request.HasField("expected_version") else None
-            self._service.adapters.remove(request.name, expected, _key(context))
+            await self._service.adapters.remove(request.name, expected, _key(context))
             return pb.RemoveAdapterResponse()
 
     async def UnloadAdapter(self, request: pb.UnloadAdapterRequest, context: Context) -> pb.UnloadAdapterResponse:

@@ -91,6 +91,10 @@ def read_reference(reference: pb.AdapterReference) -> AdapterReference:
     return AdapterReference(reference.id, reference.source, reference.revision, reference.token)
 
 
+def read_targets(targets: Iterable[pb.AliasTarget]) -> dict[str, float]:
+    return {target.adapter: target.percent for target in targets}
+
+
 def _read_adapter(
     message: pb.GenerateRequest | pb.EmbedRequest | pb.ClassifyRequest,
 ) -> AdapterReference | MergedReference | None:

@@ -148,6 +148,13 @@ class Administration:
         await self._replicas.choose(reference).adapters.read_again(reference)
         return self.status(reference)
 
+    async def stage(self, reference: AdapterReference) -> Entry:
+        """Stages an adapter on one replica. Returns what it was resolved to."""
+        with await self._replicas.place(reference):
+            entry = self._resolutions.entry(reference)
+        assert entry is not None
+        return entry
+
     async def names(self) -> frozenset[str]:
         """The names of available adapters, except those on the hub and in object stores that were never requested. May
         be some seconds old, or older if there are many."""

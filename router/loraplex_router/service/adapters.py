@@ -13,6 +13,7 @@ from loraplex_router.access.audit import audited
 from loraplex_router.access.keys import Keys, Tenant
 from loraplex_router.adapters.suggestions import Suggestions
 from loraplex_router.replicas.administration import AT_A_TIME, AdapterPage, Administration
+from loraplex_router.replicas.declarations import Declarations
 from loraplex_router.replicas.uploads import Announcement, Uploads
 from loraplex_router.text.model import Model
 from loraplex_router.vocabulary.checks import check_reference
@@ -33,6 +34,7 @@ class Adapters:
         keys: Keys,
         administration: Administration,
         uploads: Uploads,
+        declarations: Declarations,
         suggestions: Suggestions,
         model: Callable[[], Model],
     ) -> None:
@@ -40,6 +42,7 @@ class Adapters:
         self._administration = administration
         self._registry = administration.registry
         self._uploads = uploads
+        self._declarations = declarations
         self._suggestions = suggestions
         self._model = model
 
@@ -76,11 +79,36 @@ class Adapters:
             with self._uploads.announced(upload):
                 return self._remarked(await self._uploads.put(upload, await read()))
 
-    def remove(self, name: str, expected_version: int | None, key: str | None = None) -> None:
-        """Removes an uploaded name. For administrators."""
+    async def register(
+        self, name: str, reference: AdapterReference, expected_version: int | None, key: str | None = None
+    ) -> AdapterStatus:
+        """Makes an adapter the newest version of a name in the registry file. For administrators."""
+        with audited("register", self._keys, key, adapter=AdapterReference(name)):
+            tenant = self._keys.administrator(key)
+            self._check_named(reference)
+            async with self._suggestions.for_missing(reference, tenant.may_use):
+                return self._remarked(await self._declarations.register(name, reference, expected_version))
+
+    async def set_alias(
+        self,
+        name: str,
+        targets: Mapping[str, float],
+        expected: Mapping[str, float] | None,
+        key: str | None = None,
+    ) -> AdapterStatus:
+        """Makes a name in the registry file stand for others. For administrators."""
+        with audited("alias", self._keys, key, adapter=AdapterReference(name)):
+            self._keys.administrator(key)
+            return self._remarked(await self._declarations.set_alias(name, targets, expected))
+
+    async def remove(self, name: str, expected_version: int | None, key: str | None = None) -> None:
+        """Removes an uploaded name, or what the registry file declares. For administrators."""
         with audited("remove", self._keys, key, adapter=AdapterReference(name)):
             self._keys.administrator(key)
-            self._uploads.remove(name, expected_version)
+            if self._registry.declares(self._registry.bare(name)):
+                await self._declarations.remove(name, expected_version)
+            else:
+                self._uploads.remove(name, expected_version)
 
     async def unload(self, name: AdapterReference | str, wait: bool = False, key: str | None = None) -> None:
         """Frees its memory on every replica. For administrators. `name` is a reference or a digest.

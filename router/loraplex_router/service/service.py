@@ -22,6 +22,7 @@ from loraplex_router.access.keys import Keys, Tenant
 from loraplex_router.adapters.suggestions import Suggestions
 from loraplex_router.engine.output import Classification, Embedding, Generation
 from loraplex_router.replicas.administration import Administration
+from loraplex_router.replicas.declarations import Declarations
 from loraplex_router.replicas.replicas import Lease, Replicas
 from loraplex_router.replicas.uploads import Uploads
 from loraplex_router.service.abilities import check_generates
@@ -56,6 +57,7 @@ class Service:
         replicas: Replicas,
         administration: Administration,
         uploads: Uploads,
+        declarations: Declarations,
         keys: Keys,
         max_queue: int,
         telemetry: Telemetry,
@@ -67,7 +69,7 @@ class Service:
         self._replicas = replicas
         self._registry = administration.registry
         suggestions = Suggestions(administration.names)
-        self.adapters = Adapters(keys, administration, uploads, suggestions, lambda: self._known_model)
+        self.adapters = Adapters(keys, administration, uploads, declarations, suggestions, lambda: self._known_model)
         self._preparation = Preparation(replicas, suggestions, lambda: self._known_model)
         self._model: Model | None = None
         self._running = RunningRequests()

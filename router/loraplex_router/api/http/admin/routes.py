@@ -71,10 +71,27 @@ async def upload_adapter(name: Name, request: Request, call: Call, expected_vers
     return JSONResponse(write_message(await call.service.adapters.upload(upload, read, call.key)))
 
 
+@router.post("/register", responses={**ANSWERS, **CONFLICT})
+async def register_adapter(body: schema.Register, call: Call) -> Response:
+    """Makes an adapter the newest version of a name in the registry file, with its source, commit and content as they
+    are now."""
+    status = await call.service.adapters.register(body.name, body.reference(), body.expected_version, call.key)
+    return JSONResponse(write_message(status))
+
+
+@router.post("/alias", responses={**ANSWERS, **CONFLICT})
+async def set_alias(body: schema.Alias, call: Call) -> Response:
+    """Makes a name in the registry file stand for one other name or version, or for several with shares."""
+    return JSONResponse(
+        write_message(await call.service.adapters.set_alias(body.name, body.targets, body.expected, call.key))
+    )
+
+
 @router.post("/remove", response_class=Response, responses={**ERRORS, **CONFLICT})
 async def remove_adapter(body: schema.Remove, call: Call) -> Response:
-    """Removes an uploaded adapter's name. Sequences that use it run to their end."""
-    call.service.adapters.remove(body.name, body.expected_version, call.key)
+    """Removes an uploaded adapter's name, or from the registry file a name, an alias, or a version (name@version) other
+    than the newest. Sequences that use it run to their end."""
+    await call.service.adapters.remove(body.name, body.expected_version, call.key)
     return Response()
 
 

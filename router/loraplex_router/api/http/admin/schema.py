@@ -37,8 +37,23 @@ class Unload(AdapterName):
     )
 
 
+class Register(AdapterReference):
+    name: str = Field(description="The name that requests will use.")
+    expected_version: int | None = Field(
+        default=None, ge=0, lt=2**63, description="The version that it must have now; 0: none. Absent: any."
+    )
+
+
+class Alias(BaseModel):
+    name: str
+    targets: dict[str, float] = Field(description="Names or versions, and their shares, together 100 per cent.")
+    expected: dict[str, float] | None = Field(
+        default=None, description="What it must stand for now; empty: nothing. Absent: anything."
+    )
+
+
 class Remove(BaseModel):
-    name: str = Field(description="Of an uploaded adapter.")
+    name: str = Field(description="Of an uploaded adapter, or in the registry file.")
     expected_version: int | None = Field(
         default=None, ge=0, lt=2**63, description="The version that it must have now. Absent: any."
     )
