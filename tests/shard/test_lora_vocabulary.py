@@ -2,6 +2,7 @@
 in one batch with the base, their logits are PEFT's."""
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from threading import Lock
 from typing import NamedTuple
@@ -9,18 +10,24 @@ from typing import NamedTuple
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from transformers import Gemma2Config, LlamaConfig, Olmo2Config, PreTrainedConfig, Qwen3Config, Starcoder2Config
 
+from loraplex_protos.errors import AdapterInvalidError, InvalidRequestError
 from loraplex_shard.device.parallel import Group
 from loraplex_shard.kernels.library import instruction_set
+from loraplex_shard.lora.merge import Recipe, merge
 from loraplex_shard.lora.peft.base import BaseModel
-from loraplex_shard.lora.peft.reading import read_adapter
+from loraplex_shard.lora.peft.own_tokens import read_vocabulary
+from loraplex_shard.lora.peft.reading import WholeAdapter, cut_adapter, read_adapter, read_deltas
+from loraplex_shard.lora.sources.text_files import AdapterText, AddedToken
 from loraplex_shard.models.decoder import Decoder
 from loraplex_shard.settings import Quantize
 from loraplex_shard.shapes.batch import Segment
 from tests.shard.decoders import Sequences, load, load_reference, save_checkpoint
 from tests.shard.families import SIZES
-from tests.shard.lora_models import read
+from tests.shard.lora_models import edit_config, edit_tensors, read
 from tests.shard.operations import BLOCK_SIZE, cpu_operations
 from tests.shard.thread_ranks import run_on_ranks
 
@@ -188,3 +195,139 @@ def compute(decoder: Decoder, adapters: dict[str, Adapter], block_size: int) -> 
             segments.append(Segment(start, stop, weights[name]))
         steps.append(sequences.step(chunks, tuple(segments)))
     return {name: torch.cat([step[name] for step in steps]) for name in steps[0]}
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint(BASES["tied"], tmp_path_factory.mktemp("tied"))
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint(BASES["untied"], tmp_path_factory.mktemp("untied"))
+
+
+def refusal(base: Path, directory: Path) -> str:
+    decoder = load(base)
+    with pytest.raises(AdapterInvalidError) as caught:
+        read_adapter(read(directory), decoder.layouts, base_of(decoder), torch.float32)
+    return caught.value.message
+
+
+EMBEDDING = "base_model.model.model.embed_tokens"
+
+
+@pytest.mark.parametrize(
+    ("options", "edit", "reason"),
+    [
+        (
+            {"trainable_token_indices": [3, VOCAB + 9]},
+            None,
+            f"trainable_token_indices: {VOCAB + 9} is not a token: model.embed_tokens has {VOCAB}",
+        ),
+        (
+            {"trainable_token_indices": [3, 4]},
+            lambda t: t[f"{EMBEDDING}.token_adapter.trainable_tokens_delta"].fill_(torch.nan),
+            "embed_tokens.weight has values that are NaN",
+        ),
+        (
+            {"trainable_token_indices": [3, 4]},
+            lambda t: t.update({f"{EMBEDDING}.token_adapter.trainable_tokens_delta": torch.zeros(3, 24)}),
+            "trainable_tokens_delta is [3, 24], not [2,",
+        ),
+        (
+            {"target_modules": ["embed_tokens"]},
+            lambda t: t.pop(f"{EMBEDDING}.lora_embedding_B"),
+            f"missing {EMBEDDING}.lora_embedding_B",
+        ),
+        (
+            {"target_modules": ["embed_tokens"]},
+            lambda t: t.update({f"{EMBEDDING}.lora_embedding_A": torch.zeros(3, VOCAB - 1)}),
+            f"lora_embedding_A is [3, {VOCAB - 1}], not [3, {VOCAB}]: it needs tokens {VOCAB}",
+        ),
+        (
+            {"modules_to_save": ["norm"]},
+            lambda t: t["base_model.model.model.norm.weight"].fill_(torch.inf),
+            "in place of norms is NaN or infinite",
+        ),
+        (
+            {"modules_to_save": ["norm"]},
+            lambda t: t.pop("base_model.model.model.layers.1.input_layernorm.weight"),
+            "missing base_model.model.model.layers.1.input_layernorm.weight",
+        ),
+        (
+            {"modules_to_save": ["norm"]},
+            lambda t: t.update({"base_model.model.model.norm.weight": torch.zeros(7)}),
+            "model.norm.weight is [7], not [",
+        ),
+        (
+            {"modules_to_save": ["embed_tokens", "lm_head"]},
+            lambda t: t.update({f"{EMBEDDING}.weight": torch.zeros(VOCAB + 2, SIZES["hidden_size"])}),
+            f"{EMBEDDING}.weight has {VOCAB + 2} tokens, but base_model.model.lm_head.weight has {VOCAB}: save",
+        ),
+    ],
+)
+def test_what_is_wrong_with_one_is_named(
+    untied: Path,
+    tmp_path: Path,
+    options: dict[str, object],
+    edit: Callable[[dict[str, torch.Tensor]], object],
+    reason: str,
+) -> None:
+    fits = {**options, "trainable_token_indices": [3, 4]} if "trainable_token_indices" in options else options
+    make_adapter(untied, tmp_path, VOCAB, fits)
+    edit_config(tmp_path, **{name: value for name, value in options.items() if name == "trainable_token_indices"})
+    edit_tensors(tmp_path, edit or (lambda tensors: None))
+    assert reason in refusal(untied, tmp_path)
+
+
+def test_an_embedding_with_more_tokens_needs_its_head(untied: Path, tmp_path: Path) -> None:
+    make_adapter(untied, tmp_path, VOCAB + 2, {"target_modules": ["embed_tokens"]})
+    message = refusal(untied, tmp_path)
+    assert (
+        f"embed_tokens.base_layer.weight has {VOCAB + 2} tokens, but base_model.model.lm_head.weight is not" in message
+    )
+    assert "save_embedding_layers=True" in message
+
+
+def test_lora_of_the_embedding_is_merged_as_peft_merges_it(tied: Path, tmp_path: Path) -> None:
+    options = {"target_modules": ["q_proj", "embed_tokens"]}
+    for seed, name in enumerate("ab"):
+        make_adapter(tied, tmp_path / name, VOCAB, {**options, "lora_alpha": 4 + seed})
+    decoder = load(tied)
+    deltas = [read_deltas(read(tmp_path / name), decoder.layouts, base_of(decoder)) for name in "ab"]
+    merged = merge(deltas, Recipe((0.7, 0.4), "linear", 1.0, "total"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = PeftModel.from_pretrained(load_reference(tied), tmp_path / "a", "a")
+        model.load_adapter(tmp_path / "b", "b")
+        model.base_model.add_weighted_adapter(["a", "b"], [0.7, 0.4], "merged", combination_type="linear")
+    theirs = model.get_base_model().model.embed_tokens
+    ours = merged["model.embed_tokens"]
+    torch.testing.assert_close(ours.a, theirs.lora_embedding_A["merged"].detach())
+    torch.testing.assert_close(ours.b, theirs.lora_embedding_B["merged"].detach())
+    weights = cut_adapter(WholeAdapter(merged), decoder.layouts, base_of(decoder), torch.float32).weights
+    assert weights.own.embedding is not None and "layers.0.qkv" in weights.layers
+
+
+def test_trained_tokens_are_not_merged(tied: Path, tmp_path: Path) -> None:
+    make_adapter(tied, tmp_path, VOCAB, {"trainable_token_indices": [3]})
+    decoder = load(tied)
+    deltas = read_deltas(read(tmp_path), decoder.layouts, base_of(decoder))
+    with pytest.raises(InvalidRequestError, match="cannot be merged"):
+        merge([deltas, deltas], Recipe((0.5, 0.5), "linear", 1.0, "total"))
+
+
+def test_a_tokenizer_of_another_base_is_refused_where_there_are_more_tokens() -> None:
+    words = Tokenizer(WordLevel({"a": 0, "b": 1, "<s>": 2}, unk_token="a"))
+    words.add_special_tokens(["<s>"])
+    base = BaseModel("LlamaForCausalLM", vocab_size=3, tokenizer=words)
+    added = AdapterText(added_tokens={3: AddedToken("<x>", special=True), 2: AddedToken("<t>", special=True)})
+    vocabulary = read_vocabulary(added, base, 4)
+    own = Tokenizer.from_buffer(vocabulary.tokenizer_json)
+    assert [own.token_to_id(token) for token in ("a", "b", "<t>", "<x>", "<s>")] == [0, 1, 2, 3, None]
+    assert (
+        read_vocabulary(AdapterText(added_tokens={3: AddedToken("<x>")}), base, 3).tokenizer_json == b""
+    )  # no embedding
+    with pytest.raises(AdapterInvalidError, match=r"token 1 is '<x>', but 'b' in the model's vocabulary"):
+        read_vocabulary(AdapterText(added_tokens={1: AddedToken("<x>")}), base, 4)

@@ -8,6 +8,12 @@ from loraplex_protos.errors import AdapterInvalidError
 from loraplex_shard.lora.sources.files import TENSORS
 
 _SHOWN_NAMES = 3
+_REASONS = {
+    "lora_rank": "adapter_config.json says so",
+    "indices": "adapter_config.json says so",
+    "tokens": "the adapter was made for another base, or its embedding and lm head were resized and not saved with it"
+    " (PEFT: save_pretrained(..., save_embedding_layers=True))",
+}
 
 
 def check_shape(tensors: Mapping[str, torch.Tensor], name: str, **dimensions: int) -> None:
@@ -19,7 +25,7 @@ def check_shape(tensors: Mapping[str, torch.Tensor], name: str, **dimensions: in
         kind = "a matrix" if len(expected) == 2 else "a vector"
         raise AdapterInvalidError(f"{TENSORS}: {name} is {shape}, not {kind}")
     wrong = {label: size for (label, size), found in zip(dimensions.items(), shape, strict=True) if size != found}
-    reason = "adapter_config.json says so" if "lora_rank" in wrong else "the adapter was made for another base"
+    reason = next((_REASONS[label] for label in wrong if label in _REASONS), "the adapter was made for another base")
     needed = " and ".join(f"{label} {size}" for label, size in wrong.items())
     raise AdapterInvalidError(f"{TENSORS}: {name} is {shape}, not {expected}: it needs {needed}: {reason}")
 

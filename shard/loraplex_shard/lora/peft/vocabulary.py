@@ -253,7 +253,7 @@ class _Reading:
         name = (self._embedding if shared else half).name(_TOKENS)
         self._unused.discard(half.name(_TOKENS))  # PEFT saves them again with all of a head, and does not read them
         delta = self._take(name)
-        self._check(name, delta, tokens=len(half.tokens), hidden_size=self._layout.hidden_size)
+        self._check(name, delta, indices=len(half.tokens), hidden_size=self._layout.hidden_size)
         if max(half.tokens, default=0) >= count:
             raise AdapterInvalidError(
                 f"adapter_config.json: trainable_token_indices: {max(half.tokens)} is not a token: {half.module} has"
