@@ -1,6 +1,8 @@
 """Names, versions and aliases through a running server, whose registry changes, and adapters that are uploaded."""
 
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -136,7 +138,9 @@ def test_a_form_uploads_an_adapter_over_http(server: Server, adapters: Path) -> 
     assert requests.post(f"{server.url}/v1/completions", json=body, timeout=60).status_code == 404
 
 
-def test_a_version_that_is_registered_through_the_api_is_in_the_file(server: Server, file: Path) -> None:
+def test_a_version_that_is_registered_through_the_api_is_in_the_file(
+    server: Server, adapters: Path, file: Path
+) -> None:
     with Client(server.address) as client:
         registered = client.register_adapter("made", "r1", expected_version=0)
         assert registered.id == "made@1"
@@ -147,6 +151,29 @@ def test_a_version_that_is_registered_through_the_api_is_in_the_file(server: Ser
         body = {"name": "made", "id": "r4", "expected_version": 1}
         answer = requests.post(f"{server.url}/adapters/register", json=body, timeout=60)
         assert (answer.status_code, answer.json()["id"]) == (200, "made@2")
+        load = {"lora_name": "made", "lora_path": str(adapters / "r12")}
+        assert requests.post(f"{server.url}/v1/load_lora_adapter", json=load, timeout=60).status_code == 409
+        load["load_inplace"] = True
+        assert requests.post(f"{server.url}/v1/load_lora_adapter", json=load, timeout=60).status_code == 200
+        assert (
+            client.generate("Hi", adapter="made", **OPTIONS).text
+            == client.generate("Hi", adapter="r12", **OPTIONS).text
+        )
         body = {"name": "now", "targets": {"made": 100}, "expected": {"made@2": 100}}
         assert requests.post(f"{server.url}/adapters/alias", json=body, timeout=60).status_code == 409
     assert read_registry(file).names["made"][1].digest == registered.digest
+
+
+def test_the_command_registers_aliases_uploads_and_removes(server: Server, adapters: Path) -> None:
+    def adapters_command(*arguments: str) -> str:
+        command = [sys.executable, "-m", "loraplex.cli.main", "adapters", *arguments, "--server", server.address]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    assert "Registered typed@1" in adapters_command("register", "typed", "r16")
+    adapters_command("alias", "typed-canary", "typed@1=60", "sql@1=40")
+    assert "Uploaded sent@" in adapters_command("upload", "sent", str(adapters / "dora"))
+    listed = adapters_command("list")
+    assert "stands for typed@1 (60 %) or sql@1 (40 %)" in listed and "sent@" in listed
+    for name in ("typed-canary", "typed", "sent"):
+        adapters_command("remove", name)
+    assert "typed" not in adapters_command("list")

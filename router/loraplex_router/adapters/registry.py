@@ -8,6 +8,7 @@ hides the same name in the sources, unless the request names its source.
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
+from math import log
 
 from loraplex_protos.adapter_names import normal
 from loraplex_protos.errors import AdapterNotFoundError, FieldViolation, InvalidRequestError, quote
@@ -121,11 +122,10 @@ def reference_to(version: Version) -> AdapterReference:
 
 
 def _choose(alias: str, targets: Mapping[str, float], session: str) -> str:
-    """Each target gets a share of all hashes. A share that grows keeps the sessions that it had, for two targets."""
-    digest = blake2b(f"{alias}\0{session}".encode(errors="replace"), digest_size=8).digest()
-    place = int.from_bytes(digest) / 2**64 * sum(targets.values())
-    for target, weight in sorted(targets.items()):
-        place -= weight
-        if place < 0:
-            return target
-    return max(targets)
+    """Weighted rendezvous hashing: while only one target's share grows, its sessions stay."""
+
+    def score(target: str) -> float:
+        digest = blake2b(f"{alias}\0{target}\0{session}".encode(errors="replace"), digest_size=8).digest()
+        return targets[target] / -log(((int.from_bytes(digest) >> 12) + 0.5) / 2**52)
+
+    return max(targets, key=score)

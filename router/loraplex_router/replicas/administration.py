@@ -8,7 +8,7 @@ import heapq
 import logging
 import time
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import islice
@@ -85,7 +85,7 @@ class Administration:
         local = await self._local(kept=bool(after))
         lines = [*self._loaded(), *self._fetching()]
         known = {id for (id, source, _), _ in lines if source in ("", "local")}
-        lines += self._registered()
+        lines += self._registered(listed={id for (id, _, _), _ in lines})
         lines = [(key, make) for key, make in lines if key[0] > after and visible(self.registry.bare(key[0]))]
         on_disk: Iterator[Line] = (
             ((adapter.id, "local", ""), partial(status_on_disk, adapter, self.registry.has(adapter.id)))
@@ -118,10 +118,9 @@ class Administration:
                 key = reference.id, reference.source, reference.revision
                 yield key, partial(status_while_fetched, reference)
 
-    def _registered(self) -> Iterator[Line]:
+    def _registered(self, listed: Container[str] = ()) -> Iterator[Line]:
         for version in self.registry.versions():
-            digest = self._resolutions.digest(version)
-            if digest is None or not any(self._holders(digest)):
+            if version.id not in listed:
                 yield (version.id, version.origin.source, ""), partial(status_registered, version)
         for name, targets in self.registry.aliases():
             yield (name, "", ""), partial(status_of_alias, name, targets)

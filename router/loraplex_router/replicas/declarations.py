@@ -27,6 +27,10 @@ class Declarations:
         self._registry = administration.registry
         self._file = file
 
+    @property
+    def possible(self) -> bool:
+        return self._file is not None
+
     async def register(self, name: str, reference: AdapterReference, expected_version: int | None) -> pb.AdapterStatus:
         """Makes an adapter the newest version of a name. Its source, commit and digest are written down as they are
         now. Raises AdapterErrors if it cannot be served."""

@@ -26,7 +26,11 @@ def hold(replica: Replica, adapter: Adapter, name: str | None, pinned: bool) -> 
     pinned = pinned and adapter.pinned
     if name is None:
         return Holder(replica.name, adapter, pinned, adapter.requests, adapter.running, adapter.waiting)
-    own = [each for each in replica.engine.generations if each.adapter is adapter and ids_of(each.reference) == (name,)]
+    own = [
+        each
+        for each in replica.engine.generations
+        if each.adapter is adapter and ",".join(ids_of(each.reference)) == name
+    ]
     sequences = [output.sequence for generation in own for output in generation.unfinished]
     running = sum(sequence.row is not None for sequence in sequences)
     return Holder(replica.name, adapter, pinned, len(own), running, len(sequences) - running)

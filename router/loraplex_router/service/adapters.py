@@ -46,6 +46,11 @@ class Adapters:
         self._suggestions = suggestions
         self._model = model
 
+    @property
+    def registers(self) -> bool:
+        """Whether there is a registry file."""
+        return self._declarations.possible
+
     async def list(self, key: str | None = None, after: str = "", limit: int = 0) -> AdapterPage:
         """Adapters that are staged or in the adapter directory, as far as the caller may use them: those after the id
         `after`, and at most `limit`, but for those with the same id. 0: all of them."""

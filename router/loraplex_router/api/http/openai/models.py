@@ -28,6 +28,7 @@ Limit = Annotated[int | None, Query(ge=1, description="The most models to list. 
 After = Annotated[str, Query(description="List the models after this one: the `last_id` of the page before.")]
 
 ANSWERS: Responses = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, **ERRORS}
+CONFLICT: Responses = {409: {"model": OpenaiError, "description": "The name is not new: set load_inplace."}}
 IN_USE: Responses = {409: {"model": OpenaiError, "description": "Sequences still need the adapter."}}
 
 router = APIRouter(route_class=JsonRoute)
@@ -35,7 +36,12 @@ router = APIRouter(route_class=JsonRoute)
 
 class VllmLoad(BaseModel):
     lora_name: str
-    lora_path: str | None = Field(default=None, description="The same name, or a path that ends in it.")
+    lora_path: str | None = Field(
+        default=None, description="The same name, or a path that ends in it; with --adapter-registry, any adapter's id."
+    )
+    load_inplace: bool | None = Field(
+        default=None, description="Replace what has a name of the registry. An adapter's own name is always read again."
+    )
 
 
 class VllmUnload(BaseModel):
@@ -67,13 +73,19 @@ async def model(model: str, call: Call) -> Response:
     raise AdapterNotFoundError(f"the model {quote(model)} does not exist")
 
 
-@router.post("/load_lora_adapter", tags=["Adapters"], response_class=Response, responses=ANSWERS)
+@router.post("/load_lora_adapter", tags=["Adapters"], response_class=Response, responses={**ANSWERS, **CONFLICT})
 async def vllm_load(body: VllmLoad, call: Call) -> Response:
-    """Loads an adapter, as vLLM does. An adapter is served under its own name, so name and path must agree."""
-    path = body.lora_path or body.lora_name
-    if path != body.lora_name and not path.endswith(f"/{body.lora_name}"):
-        raise InvalidRequestError(FieldViolation("lora_path", f"must be, or end in, {quote(body.lora_name)}"))
-    status = await call.service.adapters.load(AdapterReference(body.lora_name), call.key)
+    """Loads an adapter, as vLLM does. It is served under its own name, or with --adapter-registry under any: then it is
+    registered as a version of that name."""
+    path, adapters = body.lora_path or body.lora_name, call.service.adapters
+    if path == body.lora_name or path.endswith(f"/{body.lora_name}"):
+        status = await adapters.load(AdapterReference(body.lora_name), call.key)
+    elif adapters.registers:
+        expected = None if body.load_inplace else 0
+        status = await adapters.register(body.lora_name, AdapterReference(path), expected, call.key)
+    else:
+        only = f"must be, or end in, {quote(body.lora_name)}; other names need a server with --adapter-registry"
+        raise InvalidRequestError(FieldViolation("lora_path", only))
     done = f"Success: LoRA adapter '{body.lora_name}' added successfully."
     return PlainTextResponse("\n".join((done, *(f"Warning: {warning}" for warning in status.warnings))))
 
