@@ -75,7 +75,7 @@ class Router:
         )
         max_body = settings.max_body_mib << 20
         self._grpc = GrpcServer(GenerationApi(self._service), max_body, telemetry.interceptors)
-        self._app = create_app(self._service, settings.cors_origins.split(), max_body)
+        self._app = create_app(self._service, settings.cors_origins.split(), max_body, settings.host)
         self._stop = asyncio.Event()
 
     async def run(self, ready: Ready) -> None:

@@ -61,8 +61,8 @@ class EdgeSettings(BaseModel):
         "0: what the shards offer: 3/8 of what model and KV cache leave, within a container's limit.",
     )
     cors_origins: str = Field(
-        "*",
-        pattern=r"^(\*|https?://[^\s*]+( https?://[^\s*]+)*)?$",
+        "",
+        pattern=r"^(\*|[a-z][a-z0-9+.-]*://[^\s*]+( [a-z][a-z0-9+.-]*://[^\s*]+)*)?$",
         description="Origins whose web pages may call the HTTP API from a browser (https://app.example), separated by "
         "spaces. *: all. Empty: none.",
     )

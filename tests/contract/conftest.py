@@ -16,6 +16,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("tiny-llama"))
 
 
+PAGE = "https://app.example"  # an origin whose pages may call the server
+
+
 @pytest.fixture(scope="session")
 def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     adapters = tmp_path_factory.mktemp("adapters")
@@ -23,7 +26,8 @@ def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
         save_adapter(model, adapters / name, 8, seed=seed)
     shutil.copytree(adapters / "first", adapters / "broken")
     (adapters / "broken" / "adapter_model.safetensors").write_bytes(b"")
-    with Server(str(model), f"--adapters={adapters}", "--kv-blocks=256", "--threads=1") as running:
+    flags = f"--adapters={adapters}", "--kv-blocks=256", "--threads=1", f"--cors-origins={PAGE}"
+    with Server(str(model), *flags) as running:
         yield running
         running.assert_nothing_is_held()
 

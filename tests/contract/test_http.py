@@ -12,6 +12,7 @@ from urllib.parse import quote
 import pytest
 
 from loraplex_router.api.http.lorax.front_page import front_page
+from tests.contract.conftest import PAGE
 from tests.e2e.processes import Server
 
 
@@ -113,16 +114,21 @@ def test_head_is_answered_like_get(server: Server):
         assert (found, body) == (status, b"")
 
 
-def test_any_web_page_may_send_requests_with_a_key(server: Server):
+def test_pages_of_a_named_origin_may_send_requests_with_any_header_and_others_may_not(server: Server):
     asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,x-stainless-os"}
-    preflight = {"Origin": "https://app.example", **asked}
     url = server.url + "/v1/chat/completions"
-    with urllib.request.urlopen(urllib.request.Request(url, None, preflight, method="OPTIONS"), timeout=60) as allowed:
-        assert allowed.headers["access-control-allow-origin"] == "*"
+    preflight = urllib.request.Request(url, None, {"Origin": PAGE, **asked}, method="OPTIONS")
+    with urllib.request.urlopen(preflight, timeout=60) as allowed:
+        assert allowed.headers["access-control-allow-origin"] == PAGE
         assert {"authorization", "x-stainless-os"} <= set(allowed.headers["access-control-allow-headers"].split(","))
-    simple = urllib.request.Request(server.url + "/health", None, {"Origin": "https://app.example"})
+    simple = urllib.request.Request(server.url + "/health", None, {"Origin": PAGE})
     with urllib.request.urlopen(simple, timeout=60) as answered:
-        assert answered.headers["access-control-allow-origin"] == "*"
+        assert answered.headers["access-control-allow-origin"] == PAGE
+    foreign = urllib.request.Request(url, b"{}", {"Origin": "https://evil.example"})
+    with pytest.raises(urllib.error.HTTPError) as refused, urllib.request.urlopen(foreign, timeout=60):
+        pass
+    assert refused.value.code == 403
+    assert json.load(refused.value)["error"]["code"] == "forbidden"
 
 
 def test_an_omitted_model_is_the_base(server: Server, model: Path):

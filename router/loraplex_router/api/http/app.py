@@ -9,15 +9,19 @@ from fastapi_offline import FastAPIOffline
 
 from loraplex_router.api.http import admin, lorax, messages, openai, scoring
 from loraplex_router.api.http.body_limit import BodyLimit
-from loraplex_router.api.http.face import install_faces
+from loraplex_router.api.http.face import face_of, install_faces
+from loraplex_router.api.http.foreign_pages import ForeignPages, is_loopback
 from loraplex_router.api.http.head_as_get import HeadAsGet
 from loraplex_router.service.service import Service
 
 FACES = (lorax.FACE, openai.FACE, messages.FACE, admin.FACE, *scoring.FACES)
 
 
-def create_app(service: Service, cors_origins: Sequence[str] = ("*",), max_body: int = 8 << 20) -> FastAPI:
-    """`cors_origins`: whose web pages may call it; "*" is anybody's. `max_body`: the most bytes of a request."""
+def create_app(
+    service: Service, cors_origins: Sequence[str] = (), max_body: int = 8 << 20, host: str = "127.0.0.1"
+) -> FastAPI:
+    """`cors_origins`: whose web pages may call it; "*" is anybody's. `max_body`: the most bytes of a request. `host`:
+    where it listens."""
     app: FastAPI = FastAPIOffline(
         title="loraplex",
         version=version("loraplex"),
@@ -37,6 +41,13 @@ def create_app(service: Service, cors_origins: Sequence[str] = ("*",), max_body:
         allow_headers=["*"],
         expose_headers=["*"],
     )
+    if not service.keys.required and "*" not in cors_origins:
+        app.add_middleware(
+            ForeignPages,
+            origins=cors_origins,
+            loopback=is_loopback(host),
+            refuse=lambda path, error: face_of(path, FACES).answer(error),
+        )
     app.state.service = service
     install_faces(app, FACES)
     return app
