@@ -22,7 +22,7 @@ from tests.shard.families import MAX_MODEL_LEN
 
 WHOLE = Group(0, 1)
 CPU = torch.device("cpu")
-ROWS = 32
+ROWS = 40
 
 
 class Sequences:

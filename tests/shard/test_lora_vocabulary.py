@@ -53,6 +53,7 @@ KINDS: dict[str, dict[str, object]] = {
     "some tokens of the head": {"trainable_token_indices": {"lm_head": [7, 3]}},
     "the same tokens of both": {"trainable_token_indices": {"embed_tokens": [41, 5], "lm_head": [41, 5]}},
     "other tokens of both": {"trainable_token_indices": {"embed_tokens": [41, 5], "lm_head": [7, 41, 3]}},
+    "some tokens, and LoRA of the head": {"trainable_token_indices": [3, 80], "target_modules": [*LINEAR, "lm_head"]},
     "norms": {"modules_to_save": ["input_layernorm", "1.post_attention_layernorm"]},
     "all norms": {"modules_to_save": ["norm"]},
     "norms and the head": {"modules_to_save": ["norm", "lm_head"], "target_modules": "all-linear"},

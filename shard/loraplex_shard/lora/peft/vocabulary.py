@@ -50,9 +50,14 @@ class Half:
         return f"{PREFIX}{self.module}.{suffix}"
 
     @property
+    def base_name(self) -> str:
+        """What a file calls the matrix that the base came with."""
+        return self.name(_BASE[self.wrapper])
+
+    @property
     def weight(self) -> str:
         """What a file calls its matrix."""
-        return self.name("weight" if self.wrapper == "saved" else _BASE[self.wrapper])
+        return self.name("weight") if self.wrapper == "saved" else self.base_name
 
 
 def read_vocabulary(
@@ -89,7 +94,9 @@ class _Reading:
         self._tying, self._config = tying, tying.config
         self._layout: VocabularyLayout = base.served.vocabulary
         saved = {module for module in (base.embedding, base.head) if self._is_saved(module)}
-        if clash := tokens.keys() & (saved | targets.keys()):
+        # PEFT puts the embedding's tokens below LoRA of the head that is tied to it.
+        shared = {base.head} if base.served.tied and tokens.get(base.head) == tokens.get(base.embedding) else set()
+        if clash := tokens.keys() & (saved | (targets.keys() - shared)):
             raise AdapterInvalidError(
                 f"adapter_config.json: trainable_token_indices: {listed(clash)} is adapted as a whole, too: PEFT"
                 " computes one or the other"
@@ -194,7 +201,7 @@ class _Reading:
     def _read_matrices(self) -> dict[str, torch.Tensor | None]:
         """What each half holds in place of the base's matrix."""
         halves = self._embedding, self._head
-        came = {half.module: self._find(half.name(_BASE[half.wrapper])) for half in halves}
+        came = {half.module: self._find(half.base_name) for half in halves}
         if self._served.tied:  # the head's is loaded last
             last = came[self._head.module]
             came = dict.fromkeys(came, came[self._embedding.module] if last is None else last)
@@ -240,7 +247,7 @@ class _Reading:
         if matrix is not None:
             ids = self._base.differing_rows(f"{half.module}.weight", matrix, exactly=half.wrapper == "saved")
             rows = matrix if len(ids) == len(matrix) else matrix[ids]
-        if half.wrapper == "tokens":
+        if half.tokens:
             trained = self._trained_tokens(half, count)
             kept = ~torch.isin(ids, trained.ids)
             ids, rows = torch.cat((ids[kept], trained.ids)), torch.cat((rows[kept].to(trained.rows), trained.rows))
