@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.processes import Server
-from tests.e2e.tiny import save_adapter, save_model
+from tests.e2e.tiny import CHAT_TEMPLATE, save_adapter, save_model
 
 
 @pytest.fixture(scope="session")
@@ -24,6 +24,8 @@ def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
     adapters = tmp_path_factory.mktemp("adapters")
     for seed, name in enumerate(("first", "second")):
         save_adapter(model, adapters / name, 8, seed=seed)
+    shutil.copytree(adapters / "first", adapters / "thinking")
+    (adapters / "thinking" / "chat_template.jinja").write_text(f"{CHAT_TEMPLATE}<think>\n")
     shutil.copytree(adapters / "first", adapters / "broken")
     (adapters / "broken" / "adapter_model.safetensors").write_bytes(b"")
     flags = f"--adapters={adapters}", "--kv-blocks=256", "--threads=1", f"--cors-origins={PAGE}"

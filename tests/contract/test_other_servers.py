@@ -241,3 +241,19 @@ def ask_get(server: Server, path: str) -> Any:
 def test_max_tokens_beyond_the_room_are_refused_in_vllms_words(server: Server):
     text = call(server, COMPLETIONS, {**PROMPT, "max_tokens": 5000})[2]
     assert "you requested 5000 output tokens and your prompt contains 5 input tokens" in text
+
+
+def test_thoughts_are_beside_the_content_streamed_or_not(server: Server):
+    body = {**HELLO, "model": "thinking", "max_tokens": 12}
+    everything = ask(server, CHAT, {**body, "separate_reasoning": False})[0]["choices"][0]["message"]
+    assert everything["content"] and "reasoning" not in everything
+    message = ask(server, CHAT, body)[0]["choices"][0]["message"]  # it ends while the model thinks
+    assert message["content"] is None and message["reasoning_content"] == message["reasoning"]
+    assert message["reasoning"] == everything["content"].lstrip()
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks(server, CHAT, body)]
+    assert "".join(delta.get("reasoning_content", "") for delta in deltas) == message["reasoning"]
+    assert not any(delta.get("content") for delta in deltas)
+    hidden = ask(server, CHAT, {**body, "include_reasoning": False})[0]["choices"][0]["message"]
+    assert not hidden["content"] and "reasoning" not in hidden
+    formatted = ask(server, CHAT, {**body, "regex": "yes|no"})[0]["choices"][0]["message"]
+    assert formatted["content"] in ("yes", "no") and "reasoning" not in formatted

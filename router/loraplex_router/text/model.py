@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import lru_cache
 from hashlib import sha256
@@ -10,12 +10,15 @@ from importlib.metadata import version
 
 from loraplex_protos import generation_pb2, shard_pb2
 from loraplex_protos.errors import UnavailableError
+from loraplex_router.text.reasoning import ReasoningParser, find_tags
 from loraplex_router.text.renderer import Renderer
 from loraplex_router.text.tokenizer import Tokenizer
 from loraplex_router.vocabulary.adapter import Adapter
 from loraplex_router.vocabulary.chat import ChatTemplates
 from loraplex_router.vocabulary.sampling import Sampling
+from loraplex_router.vocabulary.sequence import Sequence
 
+TAG_TOKENS = 32  # more than the tag that a prompt may end with has
 KEPT_TOKENIZERS = 32  # of adapters with tokens of their own
 
 logger = logging.getLogger(__name__)
@@ -46,6 +49,18 @@ class Model:
         """The same, for its first use: a large tokenizer takes part of a second to read."""
         return await asyncio.to_thread(self.tokenizer_of, adapter) if adapter.tokenizer.json else self.tokenizer
 
+    def reasoning_parser(self, sequence: Sequence) -> ReasoningParser | None:
+        """For the answer in a chat. None if it has no thoughts, or none that can be told from the answer: a grammar
+        applies from the first token on, and closing tags that are special tokens are not in the text."""
+        if sequence.grammar is not None:
+            return None
+        tokenizer, end = self.tokenizer_of(sequence.adapter), sequence.prompt_length
+        prompt_end = tokenizer.verbatim.decode(sequence.tokens[max(0, end - TAG_TOKENS) : end])
+        found = find_tags(sequence.adapter.tokenizer.over(self.chat_templates).by_name.values(), prompt_end)
+        if found is None or tokenizer.special_token_at(found[0][1]) is not None:
+            return None
+        return ReasoningParser(*found)
+
     @property
     def names(self) -> tuple[str, ...]:
         """The base model's names on OpenAI's routes: answers have the first, requests may use any."""
@@ -75,7 +90,7 @@ def read_model(
     files: shard_pb2.GetTokenizerResponse,
     max_batch_tokens: int,
     max_adapters_on_device: int,
-    served_model_names: Sequence[str] = (),
+    served_model_names: Collection[str] = (),
     generation_config: str = "vllm",
 ) -> Model:
     """A replica's model, from its answers."""

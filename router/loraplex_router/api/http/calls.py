@@ -6,7 +6,8 @@ from math import inf
 from typing import Any
 
 from loraplex_router.engine.output import Delta
-from loraplex_router.text.tool_calls import Piece, ToolCall, ToolCallParser
+from loraplex_router.text.reasoning import Reasoning, ReasoningParser
+from loraplex_router.text.tool_calls import Arguments, Piece, ToolCall, ToolCallParser
 from loraplex_router.text.tool_grammar import list_of_calls, one_call, read_parameters
 from loraplex_router.vocabulary.grammar import EmbeddedSchema, Grammar
 
@@ -33,10 +34,18 @@ def forced_calls(tools: Sequence[DeclaredTool], chosen: str | None, several: boo
 
 
 class AnswerReader:
-    """Finds the calls in one answer while it arrives. `names`: the tools that it may call. `calls_alone`: the grammar
-    forces it to call. Without `several`, calls after the first are left out."""
+    """Finds the calls in one answer while it arrives, and its thoughts, if it is given a parser of them. `names`: the
+    tools that it may call. `calls_alone`: the grammar forces it to call. Without `several`, calls after the first are
+    left out."""
 
-    def __init__(self, names: Collection[str], calls_alone: bool = False, several: bool = True) -> None:
+    def __init__(
+        self,
+        names: Collection[str],
+        calls_alone: bool = False,
+        several: bool = True,
+        reasoning: ReasoningParser | None = None,
+    ) -> None:
+        self._reasoning = reasoning
         self._parser = ToolCallParser(names, calls_alone) if names else None
         self._most_calls = inf if several else 1
         self._found = 0  # number of calls, including those beyond the limit
@@ -46,16 +55,22 @@ class AnswerReader:
         """The number of calls shown."""
         return int(min(self._found, self._most_calls))
 
-    def pieces(self, delta: Delta) -> Iterator[Piece]:
-        if self._parser is None:
-            yield from [delta.text] if delta.text else []
-            return
-        yield from self._count(self._parser.feed(delta.text))
-        if delta.finish_reason:
+    def pieces(self, delta: Delta) -> Iterator[Piece | Reasoning]:
+        for piece in self._separate(delta):
+            if self._parser is None or isinstance(piece, Reasoning):
+                yield piece
+            else:
+                yield from self._count(self._parser.feed(piece))
+        if delta.finish_reason and self._parser is not None:
             yield from self._count(self._parser.flush())
+
+    def _separate(self, delta: Delta) -> list[Reasoning | str]:
+        if self._reasoning is None:
+            return [delta.text] if delta.text else []
+        return self._reasoning.feed(delta.text) + (self._reasoning.flush() if delta.finish_reason else [])
 
     def _count(self, pieces: list[Piece]) -> Iterator[Piece]:
         for piece in pieces:
             self._found += isinstance(piece, ToolCall)
-            if isinstance(piece, str) or self._found <= self._most_calls:
+            if not isinstance(piece, ToolCall | Arguments) or self._found <= self._most_calls:
                 yield piece

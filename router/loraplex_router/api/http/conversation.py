@@ -114,6 +114,8 @@ def _variables(body: Conversation) -> dict[str, Any]:
 def _read_message(message: ChatMessage, place: int, found: Violations) -> Message:
     """The message with unchanged fields: the renderer finds out which form the template needs."""
     fields = {name: value for name, value in message.sent.items() if name not in ("role", "content", "tool_calls")}
+    if "reasoning" in fields:  # answers have it under both names, and templates read the older one
+        fields.setdefault("reasoning_content", fields["reasoning"])
     if message.tool_calls:
         fields["tool_calls"] = [{"type": call.type, **call.sent} for call in message.tool_calls]
     content: Content = message.content if isinstance(message.content, str) else None

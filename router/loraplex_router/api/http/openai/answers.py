@@ -41,6 +41,8 @@ class Completion(BaseModel):
 class AssistantMessage(BaseModel):
     role: Literal["assistant"]
     content: str | None
+    reasoning_content: str | None = Field(default=None, description="What a thinking model thought; also `reasoning`.")
+    reasoning: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
 
 

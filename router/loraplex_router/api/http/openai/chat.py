@@ -19,11 +19,13 @@ from loraplex_router.api.http.openai.writing import (
     usage,
     usage_so_far,
     whose,
+    write_reasoning,
 )
 from loraplex_router.api.http.sse import DONE, event
 from loraplex_router.api.readers import read_each
 from loraplex_router.api.turns import in_turn
 from loraplex_router.engine.output import Delta, Generation, SequenceOutput
+from loraplex_router.text.reasoning import Reasoning, ReasoningParser
 from loraplex_router.text.tokenizer import Tokenizer
 from loraplex_router.text.tool_calls import Arguments, Piece, ToolCall
 from loraplex_router.vocabulary.adapter import Adapter
@@ -63,6 +65,7 @@ class ChatWriter:
     body: ChatCompletionRequest
     generations: Sequence[Generation]
     tokenizer_of: Callable[[Adapter], Tokenizer]
+    reasoning_parser: Callable[[SequenceOutput], ReasoningParser | None]
     version: str
 
     def whole(self, answers: Sequence[Sequence[Delta]]) -> dict[str, Any]:
@@ -80,17 +83,22 @@ class ChatWriter:
         return [(generation, output) for generation in self.generations for output in generation.outputs]
 
     def _whole_choice(self, index: int, generation: Generation, output: SequenceOutput, delta: Delta) -> dict[str, Any]:
-        writer = _ChoiceWriter(self.body)
-        content, calls = "", list[dict[str, Any]]()
+        writer = self._choice_writer(output)
+        content, thoughts, calls = "", "", list[dict[str, Any]]()
         for piece in writer.pieces(delta):
             match piece:
+                case Reasoning():
+                    thoughts += piece.text
                 case ToolCall():
                     calls.append(write_call(piece.name))
                 case Arguments():
                     calls[-1]["function"]["arguments"] += piece.text
                 case _:
                     content += piece
-        message: dict[str, Any] = {"role": "assistant", "content": content if content or not calls else None}
+        silent = not content and (calls or thoughts)
+        message: dict[str, Any] = {"role": "assistant", "content": None if silent else content}
+        if thoughts:
+            message |= write_reasoning(thoughts)
         choice: dict[str, Any] = {
             "index": index,
             "message": message,
@@ -108,7 +116,7 @@ class ChatWriter:
         with_usage = bool(self.body.stream_options and self.body.stream_options.include_usage)
         first = self._common_fields("chat.completion.chunk")
         answers = self._answers()
-        writers = [_ChoiceWriter(self.body) for _ in answers]
+        writers = [self._choice_writer(output) for _, output in answers]
         async for index, delta in read_each(self.generations, read):
             last = usage_so_far(self.body.stream_options, self.generations)
             write = partial(self._events, {**first, **last}, index, *answers[index], writers[index], delta)
@@ -160,6 +168,8 @@ class ChatWriter:
             }
         for piece in writer.pieces(delta):
             match piece:
+                case Reasoning():
+                    yield chunk(write_reasoning(piece.text))
                 case ToolCall():
                     yield chunk({"tool_calls": [{"index": writer.calls - 1, **write_call(piece.name)}]})
                 case Arguments():
@@ -170,6 +180,9 @@ class ChatWriter:
             tokens = nothing
         if delta.finish_reason or any(tokens.values()):
             yield chunk({}, writer.finish_reason(delta))
+
+    def _choice_writer(self, output: SequenceOutput) -> "_ChoiceWriter":
+        return _ChoiceWriter(self.body, self.reasoning_parser(output))
 
     def _logprobs(self, output: SequenceOutput, delta: Delta) -> dict[str, Any]:
         tokenizer = self.tokenizer_of(output.sequence.adapter)
@@ -182,8 +195,9 @@ class ChatWriter:
 class _ChoiceWriter:
     """What has been found in one choice's text."""
 
-    def __init__(self, body: ChatCompletionRequest) -> None:
-        self._reader = create_reader(body)
+    def __init__(self, body: ChatCompletionRequest, reasoning: ReasoningParser | None) -> None:
+        self._reader = create_reader(body, reasoning)
+        self._hides_reasoning = body.include_reasoning is False
         self.begun = False
 
     @property
@@ -191,8 +205,10 @@ class _ChoiceWriter:
         """The number of calls shown."""
         return self._reader.calls
 
-    def pieces(self, delta: Delta) -> Iterator[Piece]:
-        return self._reader.pieces(delta)
+    def pieces(self, delta: Delta) -> Iterator[Piece | Reasoning]:
+        for piece in self._reader.pieces(delta):
+            if not (self._hides_reasoning and isinstance(piece, Reasoning)):
+                yield piece
 
     def finish_reason(self, delta: Delta) -> str | None:
         reason = FINISH_REASONS[delta.finish_reason]

@@ -137,4 +137,6 @@ class ChatCompletionRequest(GenerationRequest, Conversation):
         description="none, auto, required, one tool (OpenAI's object or, as in LoRAX, its name), or those allowed.",
     )
     parallel_tool_calls: bool | None = None
+    include_reasoning: bool | None = Field(default=None, description="vLLM's. false: a model's thoughts are left out.")
+    separate_reasoning: bool | None = Field(default=None, description="SGLang's. false: thoughts stay in the content.")
     functions: Items[dict[str, Any]] | None = Field(default=None, description="Refused unless empty. Send tools.")

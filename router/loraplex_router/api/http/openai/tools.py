@@ -6,6 +6,7 @@ from typing import Any
 from loraplex_protos.errors import quote
 from loraplex_router.api.http.calls import AnswerReader
 from loraplex_router.api.http.openai.schema import AllowedToolsChoice, ChatCompletionRequest, NamedTool
+from loraplex_router.text.reasoning import ReasoningParser
 from loraplex_router.vocabulary.violations import Violations
 
 CHOICES = (None, "none", "auto", "required")  # any other text names a tool, as in LoRAX
@@ -49,9 +50,10 @@ def forced_tool(body: ChatCompletionRequest) -> str | None:
     return choice if isinstance(choice, str) and choice not in CHOICES else None
 
 
-def create_reader(body: ChatCompletionRequest) -> AnswerReader:
+def create_reader(body: ChatCompletionRequest, reasoning: ReasoningParser | None) -> AnswerReader:
     names = callable_tools(body) if may_call(body) else set[str]()
-    return AnswerReader(names, must_call(body), body.parallel_tool_calls is not False)
+    separated = reasoning if body.separate_reasoning is not False else None
+    return AnswerReader(names, must_call(body), body.parallel_tool_calls is not False, separated)
 
 
 def write_call(name: str) -> dict[str, Any]:

@@ -38,6 +38,11 @@ def token_ids(delta: Delta, body: GenerationRequest) -> dict[str, list[int]]:
     return {"token_ids": [sample.token for sample in delta.samples]} if body.return_token_ids else {}
 
 
+def write_reasoning(text: str) -> dict[str, str]:
+    """Thoughts under the names that clients read: DeepSeek's and SGLang's, and vLLM's newer one."""
+    return {"reasoning_content": text, "reasoning": text}
+
+
 def prompt_token_ids(output: SequenceOutput, body: GenerationRequest) -> dict[str, list[int]]:
     """The prompt's tokens, if they were asked for."""
     sequence = output.sequence
