@@ -165,6 +165,7 @@ def test_one_format_may_be_given_under_several_names(server: Server, options: di
     [
         ({"regex": "a", "guided_regex": "b"}, "regex"),
         ({"structured_outputs": {"structural_tag": "{}"}}, "structured_outputs.structural_tag"),
+        ({"structured_outputs": {"jsn": SCHEMA}}, "structured_outputs[jsn]"),
         ({"response_format": {"type": "structural_tag", "format": {}}}, "response_format[type]"),
         ({"tools": [{"type": "custom", "custom": {"name": "x"}}]}, "tools[0][type]"),
     ],
@@ -257,3 +258,13 @@ def test_thoughts_are_beside_the_content_streamed_or_not(server: Server):
     assert not hidden["content"] and "reasoning" not in hidden
     formatted = ask(server, CHAT, {**body, "regex": "yes|no"})[0]["choices"][0]["message"]
     assert formatted["content"] in ("yes", "no") and "reasoning" not in formatted
+
+
+def test_sagemakers_route_takes_the_bodies_of_openais(server: Server):
+    for path, body in ((CHAT, HELLO), (COMPLETIONS, PROMPT)):
+        assert ask(server, "/invocations", body)[0]["choices"] == ask(server, path, body)[0]["choices"]
+        assert chunks(server, "/invocations", body)[-1]["choices"][0]["finish_reason"] == "length"
+    assert len(ask(server, "/invocations", {"input": "Hello"})[0]["data"]) == 1
+    status, _, text = call(server, "/invocations", {**HELLO, "temperature": -1})
+    assert status == 400 and json.loads(text)["error"]["param"] == "temperature"
+    assert call(server, "/invocations", b" " * (16 << 20))[0] == 413

@@ -12,6 +12,7 @@ from loraplex_router.api.http.body_limit import BodyLimit
 from loraplex_router.api.http.face import face_of, install_faces
 from loraplex_router.api.http.foreign_pages import ForeignPages, is_loopback
 from loraplex_router.api.http.head_as_get import HeadAsGet
+from loraplex_router.api.http.invocations import Invocations
 from loraplex_router.service.service import Service
 
 FACES = (lorax.FACE, openai.FACE, messages.FACE, admin.FACE, *scoring.FACES)
@@ -30,6 +31,7 @@ def create_app(
         favicon_url="data:,",
         swagger_ui_parameters={"validatorUrl": None},
     )
+    app.add_middleware(Invocations)
     app.add_middleware(BodyLimit, limit=max_body, without=("/adapters/upload",))
     app.add_middleware(HeadAsGet)
     for middleware in service.telemetry.middleware:

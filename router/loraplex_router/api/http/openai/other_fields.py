@@ -38,6 +38,8 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "kv_transfer_params": (),
     "vllm_xargs": (),
     "structural_tag": (),
+    "guided_json_object": (False,),
+    "guided_structural_tag": (),
     # SGLang's
     "input_ids": (),
     "input_embeds": (),

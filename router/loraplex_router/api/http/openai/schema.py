@@ -21,7 +21,9 @@ class StreamOptions(BaseModel):
 
 
 class StructuredOutputs(BaseModel):
-    """vLLM's. Set one of these."""
+    """vLLM's. Set one of the formats. Unknown fields are refused: they would be meant to constrain the answer."""
+
+    model_config = ConfigDict(extra="forbid")
 
     json_: str | dict[str, Any] | None = Field(default=None, alias="json")
     json_object: bool | None = None
@@ -29,6 +31,10 @@ class StructuredOutputs(BaseModel):
     choice: Items[str] | None = None
     grammar: str | None = Field(default=None, description="Lark, or GBNF.")
     structural_tag: Any = Field(default=None, description="Not supported: refused.")
+    disable_fallback: bool | None = Field(default=None, description="No effect: there is one compiler.")
+    disable_any_whitespace: bool | None = Field(default=None, description="No effect: there is none to choose.")
+    disable_additional_properties: bool | None = Field(default=None, description="No effect: see the page on OpenAI.")
+    whitespace_pattern: str | None = Field(default=None, description="No effect: white space is as json.dumps has it.")
 
 
 class GenerationRequest(Sampling):
