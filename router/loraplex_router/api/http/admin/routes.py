@@ -60,7 +60,7 @@ async def load_adapter(body: schema.AdapterReference, call: Call) -> Response:
 async def upload_adapter(name: Name, request: Request, call: Call, expected_version: Expected = None) -> Response:
     """Makes an adapter's files, as multipart/form-data, the newest version of a name. They are only kept in memory."""
     size = request.headers.get("content-length", "")
-    if not size.isdecimal():
+    if not size.isdecimal() or len(size) > 18:
         raise InvalidRequestError(FieldViolation("content-length", "is needed: say how large the body is"))
     upload = Announcement(name, int(size), expected_version)
 
