@@ -23,6 +23,7 @@ from loraplex_shard.shapes.heads import Heads
 from loraplex_shard.shapes.layout import LinearLayout, LinearPart
 from tests.shard.decoders import Sequences, adapter_for, load, save_checkpoint
 from tests.shard.operations import angles, assert_close, cached, filled_cache, paged_batch, random
+from tests.shard.test_lora_vocabulary import BASES, VOCAB, compute, make_adapter
 
 CPU = torch.device("cpu")
 REFERENCE = ReferenceOperations()
@@ -291,3 +292,16 @@ def test_a_decoder_computes_the_same_as_with_the_reference(config: PreTrainedCon
         second = driver.step({"b": [9, 60, 2], "a": [17], "c": [4]}, (Segment(0, 4, adapter),))
         results.append(torch.cat([*first.values(), *second.values()]))
     assert_close(*results, factor=500)
+
+
+def test_own_embeddings_heads_and_norms_of_adapters_are_the_references(tmp_path: Path) -> None:
+    directory = save_checkpoint(BASES["Qwen 3, norms of heads"], tmp_path / "base")
+    kinds: dict[str, tuple[int, dict[str, object]]] = {
+        "norms": (VOCAB, {"modules_to_save": ["norm"]}),
+        "tokens": (VOCAB + 3, {"trainable_token_indices": [VOCAB + 1, 3]}),
+        "DoRA": (VOCAB, {"target_modules": ["embed_tokens", "lm_head"], "use_dora": True}),
+    }
+    adapters = {name: make_adapter(directory, tmp_path / name, *kind) for name, kind in kinds.items()}
+    expected, actual = (compute(load(directory, ops=ops), adapters, 16) for ops in (REFERENCE, CUDA))
+    for name, logits in expected.items():
+        torch.testing.assert_close(actual[name], logits, rtol=1e-3, atol=1e-3)
