@@ -17,7 +17,7 @@ from tests.e2e.tiny import save_adapter
 @pytest.fixture(scope="module")
 def named(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     adapters = tmp_path_factory.mktemp("named")
-    for name in ("sql", "chat"):
+    for name in ("sql", "chat", "dummy"):
         save_adapter(model, adapters / name, 4, seed=1)
     names = "--served-model-name=prod, chat"  # the second is also an adapter's name
     with Server(str(model), names, f"--adapters={adapters}", "--kv-blocks=64", "--threads=1") as running:
@@ -45,15 +45,18 @@ def asked_for(server: Server, model: str) -> tuple[int, str, str]:
 def test_all_names_mean_the_base_and_answers_have_the_first(named: Server):
     base = asked_for(named, "prod")
     assert base[:2] == (200, "prod")
-    assert [asked_for(named, name) for name in ("", "chat")] == [base, base]
+    assert [asked_for(named, name) for name in ("", "chat", "dummy", named.url)] == [base] * 4
     adapters = [asked_for(named, name) for name in ("sql", "prod:sql", "chat:sql")]
     assert [status for status, _, _ in adapters] == [200] * 3
     assert len({text for _, _, text in adapters}) == 1 and adapters[0][2] != base[2]
 
 
 def test_an_adapter_with_a_models_name_is_requested_after_a_colon(named: Server):
-    assert asked_for(named, "prod:chat")[:2] == (200, "prod:chat")
-    assert asked_for(named, "prod:chat")[2] != asked_for(named, "chat")[2]
+    for name in ("chat", "dummy"):
+        assert asked_for(named, f"prod:{name}")[:2] == (200, f"prod:{name}")
+        assert asked_for(named, f"prod:{name}")[2] != asked_for(named, name)[2]
+    listed = {adapter["id"]: adapter["warnings"] for adapter in call(named, "/adapters")[1]}
+    assert "request it as prod:dummy" in listed["dummy"][0] and not listed["sql"]
 
 
 def test_the_path_of_the_model_is_not_its_name(named: Server, model: Path):
@@ -66,6 +69,7 @@ def test_the_names_are_listed_before_the_adapters(named: Server, model: Path):
         ("prod", str(model), None),
         ("chat", str(model), None),
         ("prod:chat", "chat", "prod"),
+        ("prod:dummy", "dummy", "prod"),
         ("sql", "sql", "prod"),
     ]
     assert call(named, "/v1/models/chat")[1]["parent"] is None

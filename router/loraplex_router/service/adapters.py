@@ -16,6 +16,7 @@ from loraplex_router.replicas.administration import AT_A_TIME, AdapterPage, Admi
 from loraplex_router.replicas.declarations import Declarations
 from loraplex_router.replicas.uploads import Announcement, Uploads
 from loraplex_router.text.model import Model
+from loraplex_router.vocabulary.adapter import OTHER_BASE_NAMES
 from loraplex_router.vocabulary.checks import check_reference
 from loraplex_router.vocabulary.references import AdapterReference
 from loraplex_router.vocabulary.violations import Violations
@@ -169,7 +170,7 @@ class Adapters:
         if status.invocation_token_ids:
             status.invocation = self._model().tokenizer.verbatim.decode(list(status.invocation_token_ids))
         names = self._model().names
-        if status.id in names:
+        if status.id in (*names, *OTHER_BASE_NAMES):
             name = f"{names[0]}:{status.id}"
             status.warnings.append(f"on /v1 its name means the base model: request it as {name}, or rename it")
         return status

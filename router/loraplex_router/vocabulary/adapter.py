@@ -10,6 +10,8 @@ from loraplex_protos.generation_pb2 import Classifier
 from loraplex_router.vocabulary.chat import AdapterTokenizer
 
 BASE_NAME = "base"  # shown for the base model, where adapters are shown
+# On /v1, the base model has these names besides its own: Hugging Face's clients are given a server and no model.
+OTHER_BASE_NAMES = ("tgi", "dummy")
 NEVER = sys.maxsize  # from no position on
 
 

@@ -18,6 +18,7 @@ from loraplex_router.api.http.json_message import enum_names
 from loraplex_router.api.http.openai import answers
 from loraplex_router.api.http.openai_errors import ERRORS, OpenaiError
 from loraplex_router.service.service import Service
+from loraplex_router.vocabulary.adapter import OTHER_BASE_NAMES
 from loraplex_router.vocabulary.references import AdapterReference
 
 TIERS = enum_names(pb.AdapterTier.DESCRIPTOR)
@@ -104,7 +105,9 @@ async def _list_models(call: Call) -> dict[str, pb.AdapterStatus | None]:
     found: dict[str, pb.AdapterStatus | None] = dict.fromkeys(names)
     for status in (await call.service.adapters.list(call.key)).adapters:
         if status.state != pb.ADAPTER_STATE_BROKEN:
-            found.setdefault(f"{names[0]}:{status.id}" if status.id in names else status.id, status)
+            found.setdefault(
+                f"{names[0]}:{status.id}" if status.id in (*names, *OTHER_BASE_NAMES) else status.id, status
+            )
     return found
 
 
