@@ -63,6 +63,7 @@ def test_errors_have_loraxs_form(server: Server, body: object) -> None:
         ({"input": "Hello", "truncate_prompt_tokens": "all"}, "truncate_prompt_tokens"),
         ({"messages": 5}, "messages"),
         ({"input": "Hello"}, "model"),
+        ({"input": [[1, 999]]}, "input"),
     ],
 )
 def test_errors_of_vllms_bodies_have_vllms_form(server: Server, body: object, wrong: str) -> None:

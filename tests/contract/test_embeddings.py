@@ -53,6 +53,8 @@ def test_the_model_names_the_adapter(client: OpenAI, server: Server, model: Path
         ({"input": ""}, "input"),
         ({"input": ["Hi", "x" * 9000]}, "input"),
         ({"input": "Hi", "dimensions": 8}, "dimensions"),
+        ({"input": [[1, 999]]}, "input"),
+        ({"input": "Hi", "extra_body": {"normalize": False}}, "use_activation"),
     ],
 )
 def test_input_that_cannot_be_embedded_is_a_bad_request(

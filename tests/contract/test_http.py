@@ -91,6 +91,39 @@ def test_nulls_and_unknown_fields_are_accepted(server: Server):
     assert len(read(server, "/invocations", {"inputs": "Hi", "parameters": {"max_new_tokens": 1}})) == 1
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/generate", {"inputs": "Hi", "parameters": {"max_new_tokens": 1}}),
+        ("/embed", {"inputs": "Hi"}),
+        ("/v1/completions", {"prompt": "Hi", "max_tokens": 1}),
+        ("/v1/embeddings", {"input": "Hi"}),
+        ("/score", {"text_1": "Hi", "text_2": "Ho"}),
+        ("/rerank", {"query": "Hi", "documents": ["Ho"]}),
+    ],
+)
+def test_a_misspelt_field_is_named_in_a_warning(server: Server, path: str, body: dict[str, Any]):
+    status, headers, _ = call(server, path, {**body, "adaptor_id": "first", "user": "me"})
+    ignored = "ignored, because it is not a field of this server: 'adaptor_id'"
+    assert status == 200 and headers["X-Loraplex-Warning"] == ignored
+
+
+def test_a_misspelt_parameter_of_loraxs_is_named_in_a_warning(server: Server):
+    body = {"inputs": "Hi", "parameters": {"max_new_tokens": 1, "adapters": ["first"]}}
+    assert call(server, "/generate", body)[1]["X-Loraplex-Warning"].endswith("'adapters'")
+
+
+@pytest.mark.parametrize(
+    ("path", "error"),
+    [
+        ("/v1/models?limit=0", "`limit` Input should be greater than or equal to 1"),
+        ("/adapters?limit=x", "`limit` Input should be a valid integer, unable to parse string as an integer"),
+    ],
+)
+def test_a_wrong_query_parameter_is_named(server: Server, path: str, error: str):
+    assert error in call(server, path)[2]
+
+
 def test_a_body_that_is_too_large_is_refused(server: Server):
     assert call(server, "/generate", b" " * (16 << 20) + b"{}")[0] == 413
 

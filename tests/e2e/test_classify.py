@@ -126,8 +126,9 @@ def test_whole_texts_are_answered_in_loraxs_and_in_vllms_form(causal: Server, se
     (data,) = found["data"]
     assert data["label"] == SENTIMENT[scores.index(max(scores))] and (data["index"], data["num_classes"]) == (0, 3)
     assert data["probs"] == pytest.approx(scores, abs=1e-4)
-    raw = post(causal, "/classify", model="sentiment", input="Hello", use_activation=False)["data"][0]["probs"]
-    assert raw == pytest.approx(logits(sentiment, "Hello").tolist(), abs=1e-3)
+    for name in ("use_activation", "activation", "softmax"):
+        raw = post(causal, "/classify", model="sentiment", input="Hello", **{name: False})["data"][0]["probs"]
+        assert raw == pytest.approx(logits(sentiment, "Hello").tolist(), abs=1e-3)
     said = [{"role": "user", "content": "Hello"}]
     chat, text = (
         post(causal, "/classify", model="sentiment", **body)["data"][0]["probs"]
@@ -154,6 +155,24 @@ def test_requests_that_a_model_or_an_adapter_cannot_answer_are_refused_by_name(c
         listed = {adapter.id: adapter.classifier for adapter in client.adapters()}
         assert listed["plain"] is None and listed["sentiment"] is not None
         assert listed["sentiment"].labels == SENTIMENT and client.info().classifier is None
+
+
+@pytest.mark.parametrize(
+    ("route", "body"),
+    [
+        ("/classify", {"model": "sentiment", "input": "Hello"}),
+        ("/classify", {"inputs": "Hello", "parameters": {"adapter_id": "sentiment"}}),
+        ("/classify_batch", {"inputs": ["Hello"], "parameters": {"adapter_id": "sentiment"}}),
+    ],
+)
+def test_a_misspelt_field_is_named_in_a_warning(causal: Server, route: str, body: dict[str, Any]) -> None:
+    answer = requests.post(causal.url + route, json={**body, "use_activations": False}, timeout=60)
+    assert answer.ok and answer.headers["X-Loraplex-Warning"].endswith("'use_activations'")
+
+
+def test_the_adapter_among_several_that_cannot_generate_is_named(causal: Server) -> None:
+    error = refusal(causal, "/v1/completions", adapters=["plain", "sentiment"], prompt="Hello")
+    assert "`model` names 'sentiment', which was trained to classify: it cannot generate" in error
 
 
 @pytest.mark.parametrize(

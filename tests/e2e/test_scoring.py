@@ -115,7 +115,7 @@ def test_texts_that_are_too_long_are_cut_if_asked(server: Server, reranker: Path
         ("/score", {"queries": "a"}, "send queries and documents"),
         ("/score", {"queries": ["a", "b"], "documents": ["a", "b", "c"]}, "2 cannot be paired with 3 documents"),
         ("/score", {"queries": "a", "documents": []}, "send at least one"),
-        ("/rerank", {"query": "a", "documents": [{"image": "b"}]}, "the model reads text"),
+        ("/rerank", {"query": "a", "documents": [{"image": "b"}]}, "`documents[0]` must be a text, "),
         ("/rerank", {"documents": ["a"]}, "query"),
         ("/rerank", {"query": "a", "documents": ["a"], "model": "moods"}, "has 2 labels: only a classifier with one"),
         ("/v2/rerank", {"query": "a", "documents": ["a"] * 1025}, "1024"),

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
-from loraplex_protos.errors import AdapterError, quote
+from loraplex_protos.errors import AdapterError, FieldViolation, InvalidRequestError, quote
 from loraplex_router.access.keys import Tenant
 from loraplex_router.adapters.suggestions import Suggestions
 from loraplex_router.engine.output import Generation
@@ -21,7 +21,7 @@ from loraplex_router.vocabulary.chat import Chat, RenderedChat, TextPair
 from loraplex_router.vocabulary.checks import check_vocabulary
 from loraplex_router.vocabulary.context_length import check_tokens, room_for
 from loraplex_router.vocabulary.grammar import Grammar
-from loraplex_router.vocabulary.references import Reference, ids_of
+from loraplex_router.vocabulary.references import Reference, asked_of
 from loraplex_router.vocabulary.request import Request
 from loraplex_router.vocabulary.volume import Volume
 
@@ -139,10 +139,16 @@ def _not_invoked(adapter: Adapter, name: str, model: Model) -> str:
 @contextmanager
 def _naming(reference: Reference | None) -> Iterator[None]:
     """A context whose errors about the adapter name it."""
+    name = quote(",".join(asked_of(reference)))
     try:
         yield
+    except InvalidRequestError as error:
+        found = error.violations
+        of_adapter = {each: f"names {name}, which {each.description}" for each in found if each.field == "adapter.id"}
+        raise type(error)(
+            *(FieldViolation(each.field, of_adapter.get(each, each.description)) for each in found)
+        ) from error
     except AdapterError as error:
-        name = quote(",".join(ids_of(reference)))
         if name in error.message:
             raise
         raise type(error)(f"adapter {name}: {error.message}") from error

@@ -27,6 +27,7 @@ class ScoreRequest:
     max_document: int = 0
     raw_logits: bool = False  # of a classifier
     session: str = ""  # as in a Request
+    warnings: tuple[str, ...] = ()  # likewise
 
     def pairs(self, classifier: Classifier) -> tuple[TextPair, ...]:
         queries = self.queries * (len(self.documents) if len(self.queries) == 1 else 1)
@@ -55,7 +56,10 @@ async def score(service: Service, request: ScoreRequest, key: str | None = None)
         what = "classifies tokens" if classifier.of_tokens else f"has {len(classifier.labels)} labels"
         raise InvalidRequestError(FieldViolation("model", f"{what}: only a classifier with one label scores pairs"))
     found = await service.classify(
-        ClassifyRequest(request.pairs(classifier), request.adapter, request.truncate, request.session), key
+        ClassifyRequest(
+            request.pairs(classifier), request.adapter, request.truncate, request.session, request.warnings
+        ),
+        key,
     )
     values = [(each.logits if request.raw_logits else scores(each.classifier, each.logits))[0] for each in found]
     return Scores(values, sum(len(each.tokens) for each in found), found)
@@ -75,7 +79,8 @@ def _check(request: ScoreRequest) -> None:
 async def _compare(service: Service, request: ScoreRequest, key: str | None) -> Scores:
     texts = [*(await _shortened(service, request.queries, request.max_query))]
     texts += await _shortened(service, request.documents, request.max_document)
-    found = await service.embed(EmbedRequest(tuple(texts), request.adapter, request.truncate, request.session), key)
+    asked = EmbedRequest(tuple(texts), request.adapter, request.truncate, request.session, request.warnings)
+    found = await service.embed(asked, key)
     vectors = [each.values for each in found]
     count = len(request.queries)
     queries = vectors[:count] * (len(request.documents) if count == 1 else 1)

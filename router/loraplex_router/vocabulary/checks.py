@@ -46,7 +46,7 @@ def check_request(request: Request, vocab_size: int, sources: Collection[str]) -
     most = vocab_size if request.adapter is None and not request.adapters else MAX_VOCABULARY
     if isinstance(request.prompt, tuple):
         known = min(request.prompt, default=0) >= 0 and max(request.prompt, default=0) < most
-        found.check(known, "token_ids", f"every id must be below {most}")
+        found.check(known, _token_field(request), f"every id must be below {most}")
     found.add(request.sampling.check(most))
     _check_stopping(request, most, found)
     if request.grammar is not None:
@@ -63,11 +63,15 @@ def check_vocabulary(request: Request, vocab_size: int) -> None:
     found = Violations()
     if isinstance(request.prompt, tuple):
         known = max(request.prompt, default=0) < vocab_size
-        found.check(known, "token_ids", f"every id must be below {vocab_size}")
+        found.check(known, _token_field(request), f"every id must be below {vocab_size}")
     found.add(request.sampling.check(vocab_size))
     known = all(token < vocab_size for token in request.stop_token_ids)
     found.check(known, "stopping.stop_token_ids", f"every id must be below {vocab_size}")
     found.raise_any()
+
+
+def _token_field(request: Request) -> str:
+    return "inputs" if request.detail.pool else "token_ids"
 
 
 def check_embed_request(request: EmbedRequest, vocab_size: int, sources: Collection[str]) -> None:

@@ -53,6 +53,7 @@ class EmbedRequest:
     adapter: AdapterReference | MergedReference | None = None
     truncate: int | None = None  # as in a Request
     session: str = ""
+    warnings: tuple[str, ...] = ()
 
     @property
     def detail(self) -> Detail:
@@ -60,7 +61,7 @@ class EmbedRequest:
 
     def parts(self) -> list[Request]:
         """One request per input."""
-        pooled = Request("", adapter=self.adapter, truncate=self.truncate, detail=self.detail)
+        pooled = Request("", adapter=self.adapter, truncate=self.truncate, detail=self.detail, warnings=self.warnings)
         return [replace(pooled, prompt=prompt) for prompt in self.inputs]
 
 

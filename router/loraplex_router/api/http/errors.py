@@ -144,12 +144,13 @@ def _violation(found: Mapping[str, Any]) -> FieldViolation:
     names."""
     if found["type"] == "json_invalid":
         return FieldViolation("body", found["ctx"]["error"])
-    parts = [part for part in found["loc"] if part != "body" and not _is_type(part)]
+    where = found["loc"]
+    parts = [part for part in (where[1:] if where[0] in ("body", "query") else where) if not _is_type(part)]
     if not parts and found["type"] == "model_attributes_type":
         return FieldViolation("body", "must be a JSON object, sent with Content-Type: application/json")
     first, *rest = parts or ["body"]
     field = str(first) + "".join(f"[{part}]" for part in rest)  # a part may be a name that the client chose
-    return FieldViolation(field[:MAX_QUOTED], str(found["msg"])[:MAX_QUOTED])
+    return FieldViolation(field[:MAX_QUOTED], str(found["msg"]).removeprefix("Value error, ")[:MAX_QUOTED])
 
 
 def _is_type(part: str | int) -> bool:

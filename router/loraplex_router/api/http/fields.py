@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, TypeAlias, TypeVar, cast
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag
+from pydantic import AliasChoices, BeforeValidator, Discriminator, Field, Tag
 
 from loraplex_router.vocabulary.chat import RenderedChat
 from loraplex_router.vocabulary.request import Prompt
@@ -16,6 +16,9 @@ T = TypeVar("T")
 TokenId = Annotated[int, Field(ge=0, lt=2**32)]
 CountOrAll = Annotated[int, Field(ge=-1, lt=2**32)]
 Name = Annotated[str, BeforeValidator(lambda given: "" if given is None else given)]
+UseActivation = Annotated[  # vLLM's older names for it are sent as well
+    bool | None, Field(validation_alias=AliasChoices("use_activation", "activation", "softmax"))
+]
 Items: TypeAlias = Annotated[list[T], Field(fail_fast=True)]
 
 

@@ -17,12 +17,13 @@ from loraplex_router.api.http.conversation import Conversation, read_conversatio
 from loraplex_router.api.http.disconnects import finish_before_disconnect
 from loraplex_router.api.http.errors import LORAX_ERRORS, Error, document_errors, read_error
 from loraplex_router.api.http.face import Face
-from loraplex_router.api.http.fields import CountOrAll, Items, Name, Prompts, read_prompts
+from loraplex_router.api.http.fields import CountOrAll, Items, Name, Prompts, UseActivation, read_prompts
 from loraplex_router.api.http.json_body import JsonAnswer, JsonRoute
 from loraplex_router.api.http.lorax.reading import adapter_token, read_adapter
 from loraplex_router.api.http.lorax.schema import Parameters
 from loraplex_router.api.http.model_names import answered_name, read_model_name
 from loraplex_router.api.http.openai_errors import ERRORS, OpenaiError, write_error
+from loraplex_router.api.http.unknown_fields import OpenBody, unknown_fields
 from loraplex_router.api.turns import in_turn
 from loraplex_router.engine.output import Classification
 from loraplex_router.text.tokenizer import TokenSpan
@@ -33,12 +34,12 @@ from loraplex_router.vocabulary.violations import Violations
 NAMES_ADAPTER = "`truncate`, and those that name an adapter."
 
 
-class LoraxClassify(BaseModel):
+class LoraxClassify(OpenBody):
     inputs: str
     parameters: Parameters | None = Field(default=None, description=NAMES_ADAPTER)
 
 
-class LoraxClassifyBatch(BaseModel):
+class LoraxClassifyBatch(OpenBody):
     inputs: Items[str]
     parameters: Parameters | None = Field(default=None, description=NAMES_ADAPTER)
 
@@ -62,9 +63,9 @@ class LoraxLabel(BaseModel):
     score: float
 
 
-class VllmOptions(BaseModel):
+class VllmOptions(OpenBody):
     model: Name = Field(default="", description="The base model (also: empty), an adapter, or base:adapter.")
-    use_activation: bool | None = Field(default=None, description="false: logits instead of probabilities.")
+    use_activation: UseActivation = Field(default=None, description="false: logits instead of probabilities.")
     truncate_prompt_tokens: CountOrAll | None = Field(
         default=None, description="How many tokens of each input to keep, from its end; -1: as many as fit."
     )
@@ -151,7 +152,7 @@ async def classify(body: Classify, call: Call) -> Response:
             return await _classify_vllm(body, call)
         except LoraplexError as error:
             return VLLM.answer(error)
-    (found,), headers = await _classify_lorax([body.inputs], body.parameters, call)
+    (found,), headers = await _classify_lorax([body.inputs], body, call)
     return JsonAnswer(found, headers=headers)
 
 
@@ -161,16 +162,22 @@ router.include_router(either)
 @router.post("/classify_batch", tags=["LoRAX"], responses={200: {"model": list[Found]}, **LORAX_ERRORS})
 async def classify_batch(body: LoraxClassifyBatch, call: Call) -> Response:
     """Classifies several texts."""
-    found, headers = await _classify_lorax(body.inputs, body.parameters, call)
+    found, headers = await _classify_lorax(body.inputs, body, call)
     return JsonAnswer(found, headers=headers)
 
 
 async def _classify_lorax(
-    texts: Sequence[str], given: Parameters | None, call: Call
+    texts: Sequence[str], body: LoraxClassify | LoraxClassifyBatch, call: Call
 ) -> tuple[list[list[dict[str, Any]]], dict[str, str]]:
     """What is found in each text, and the answer's headers."""
-    given = given or Parameters()
-    request = ClassifyRequest(tuple(texts), read_adapter(given, adapter_token(call)), given.truncate, call.session)
+    given = body.parameters or Parameters()
+    request = ClassifyRequest(
+        tuple(texts),
+        read_adapter(given, adapter_token(call)),
+        given.truncate,
+        call.session,
+        unknown_fields(body, given),
+    )
     found = await finish_before_disconnect(call.service.classify(request, call.key), call.receive)
     places = [await call.service.places(text, each) for text, each in zip(texts, found, strict=True)]
     size = sum(len(each.logits) for each in found)
@@ -210,7 +217,11 @@ def _labelled(found: Classification, places: Sequence[TokenSpan]) -> list[Labell
 async def _classify_vllm(body: VllmClassify | VllmClassifyChat, call: Call) -> Response:
     names = call.service.model_names
     request = ClassifyRequest(
-        _read_vllm(body), read_model_name(body.model, names), body.truncate_prompt_tokens, call.session
+        _read_vllm(body),
+        read_model_name(body.model, names),
+        body.truncate_prompt_tokens,
+        call.session,
+        unknown_fields(body),
     )
     found = await finish_before_disconnect(call.service.classify(request, call.key), call.receive)
     if found[0].classifier.of_tokens:

@@ -3,6 +3,7 @@
 from loraplex_router.api.http.call import Call
 from loraplex_router.api.http.lorax.schema import GenerateRequest, Parameters
 from loraplex_router.api.http.response_format import read_response_format
+from loraplex_router.api.http.unknown_fields import unknown_fields
 from loraplex_router.vocabulary.chat import Chat, Message
 from loraplex_router.vocabulary.grammar import Grammar
 from loraplex_router.vocabulary.references import AdapterReference, MergedReference
@@ -28,6 +29,7 @@ def read_request(body: GenerateRequest, bearer: str, stream: bool) -> Request:
         truncate=given.truncate,
         n=given.best_of or 1,
         grammar=_read_format(given),
+        warnings=unknown_fields(body, given),
         detail=Detail(
             logprobs=stream or wants_details(given) or (given.best_of or 1) > 1,
             top_logprobs=alternatives,

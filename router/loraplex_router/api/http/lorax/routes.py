@@ -14,6 +14,7 @@ from loraplex_router.api.http.lorax import schema
 from loraplex_router.api.http.lorax.reading import adapter_token, read_adapter, read_request, wants_details
 from loraplex_router.api.http.lorax.writing import LoraxWriter, static_headers, whole_headers
 from loraplex_router.api.http.sse import EventStream, describe_events
+from loraplex_router.api.http.unknown_fields import unknown_fields
 from loraplex_router.api.turns import in_turn
 from loraplex_router.vocabulary.request import EmbedRequest
 
@@ -47,7 +48,8 @@ async def lorax_embed(body: schema.EmbedRequest, call: Call) -> Response:
     """The input's vector, pooled from the last hidden states as the files of sentence-transformers beside the model
     say; without such files, their mean over all tokens, scaled to length 1."""
     given = body.parameters or schema.Parameters()
-    request = EmbedRequest((body.inputs,), read_adapter(given, adapter_token(call)), given.truncate, call.session)
+    adapter, ignored = read_adapter(given, adapter_token(call)), unknown_fields(body, given)
+    request = EmbedRequest((body.inputs,), adapter, given.truncate, call.session, ignored)
     (found,) = await finish_before_disconnect(call.service.embed(request, call.key), call.receive)
     return JSONResponse({"embeddings": found.values.tolist()}, headers=answer_headers([found]))
 

@@ -1,4 +1,4 @@
-"""The JSON of LoRAX's routes. A null stands for an absent field; fields that are not known are ignored."""
+"""The JSON of LoRAX's routes. A null stands for an absent field."""
 
 from typing import Annotated, Literal
 
@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from loraplex_router.api.http.fields import BIAS, Bias, Items
 from loraplex_router.api.http.response_format import ResponseFormat
+from loraplex_router.api.http.unknown_fields import OpenBody
 from loraplex_router.vocabulary.sampling import Sampling
 
 Uint32 = Annotated[int, Field(ge=0, lt=2**32)]
@@ -25,6 +26,8 @@ class MergedAdapters(BaseModel):
 
 
 class Parameters(Sampling):
+    model_config = ConfigDict(frozen=True, extra="allow")
+
     adapter_id: str | None = Field(default=None, description="An adapter's name; absent: the base model.")
     adapter_source: str | None = Field(
         default=None, description="Where the adapter is, for example local or hub. Absent: the first that has it."
@@ -54,7 +57,7 @@ class Parameters(Sampling):
     grammar: ResponseFormat | None = Field(default=None, description="text-generation's way to ask for a format.")
 
 
-class GenerateRequest(BaseModel):
+class GenerateRequest(OpenBody):
     inputs: str
     parameters: Parameters | None = None
 
@@ -63,7 +66,7 @@ class CompatGenerateRequest(GenerateRequest):
     stream: bool | None = None
 
 
-class EmbedRequest(BaseModel):
+class EmbedRequest(OpenBody):
     inputs: str
     parameters: Parameters | None = Field(default=None, description="`truncate`, and those that name an adapter.")
 

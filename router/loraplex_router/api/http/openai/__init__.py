@@ -17,6 +17,7 @@ FACE = Face(
         "detail.prompt_top_logprobs": "prompt_logprobs",
         "stopping.max_new_tokens": "max_tokens",
         "stopping.min_new_tokens": "min_tokens",
+        "token_ids": "prompt",
         "truncate": "truncate_prompt_tokens",
     },
     invalid_status=400,

@@ -6,7 +6,7 @@ from typing import Literal
 
 from fastapi import APIRouter, Response
 from fastapi.responses import StreamingResponse
-from pydantic import BaseModel, Field
+from pydantic import AliasChoices, BaseModel, Field
 
 from loraplex_protos.errors import FieldViolation, InvalidRequestError
 from loraplex_router.api.http.answer_headers import answer_headers
@@ -17,6 +17,7 @@ from loraplex_router.api.http.json_body import JsonRoute
 from loraplex_router.api.http.json_list import write_data
 from loraplex_router.api.http.model_names import answered_name, read_model_name
 from loraplex_router.api.http.openai_errors import ERRORS
+from loraplex_router.api.http.unknown_fields import OpenBody, unknown_fields
 from loraplex_router.engine.output import Embedding
 from loraplex_router.vocabulary.request import EmbedRequest
 
@@ -25,7 +26,7 @@ FLOATS = 8192  # per part
 router = APIRouter(tags=["OpenAI"], route_class=JsonRoute)
 
 
-class OpenaiRequest(BaseModel):
+class OpenaiRequest(OpenBody):
     model: Name = Field(default="", description="The base model (also: empty), an adapter, or base:adapter.")
     input: Prompts
     truncate_prompt_tokens: CountOrAll | None = Field(
@@ -33,6 +34,11 @@ class OpenaiRequest(BaseModel):
     )
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = Field(default=None, description="Not supported: vectors are of the model's hidden size.")
+    use_activation: bool | None = Field(
+        default=None,
+        validation_alias=AliasChoices("use_activation", "normalize"),
+        description="vLLM's. Refused if false: the model's files say whether vectors are scaled to length 1.",
+    )
 
 
 class OpenaiEmbedding(BaseModel):
@@ -54,9 +60,13 @@ async def openai_embeddings(body: OpenaiRequest, call: Call) -> Response:
     model say; without such files, their mean over all tokens, scaled to length 1."""
     if body.dimensions is not None:
         raise InvalidRequestError(FieldViolation("dimensions", "is not supported: leave it out"))
+    if body.use_activation is False:
+        reason = "is not supported: the model's files say whether vectors are scaled to length 1"
+        raise InvalidRequestError(FieldViolation("use_activation", reason))
     names = call.service.model_names
     adapter = read_model_name(body.model, names)
-    request = EmbedRequest(tuple(read_prompts(body.input)), adapter, body.truncate_prompt_tokens, call.session)
+    inputs, ignored = tuple(read_prompts(body.input)), unknown_fields(body)
+    request = EmbedRequest(inputs, adapter, body.truncate_prompt_tokens, call.session, ignored)
     found = await finish_before_disconnect(call.service.embed(request, call.key), call.receive)
     in_base64, tokens = body.encoding_format == "base64", sum(embedding.prompt_tokens for embedding in found)
     rows = (

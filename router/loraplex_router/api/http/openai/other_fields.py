@@ -4,7 +4,6 @@ warning; those that cannot change an answer are ignored without one."""
 from collections.abc import Mapping
 from typing import Any
 
-from loraplex_protos.errors import quote
 from loraplex_router.vocabulary.violations import Violations
 
 # llama.cpp's, SGLang's and Mistral's names for fields of ours.
@@ -82,7 +81,7 @@ WITHOUT_EFFECT = {
     *("dry_base", "dry_allowed_length", "dry_penalty_last_n", "dry_sequence_breakers", "xtc_threshold"),
     *("mirostat_tau", "mirostat_eta", "dynatemp_exponent", "adaptive_decay", "smoothing_curve"),
 }
-MOST_NAMED, MOST_CHARACTERS = 16, 64  # names, and their characters, in a warning
+NAMED = UNSUPPORTED.keys() | UNSUPPORTED_IN_CHATS.keys() | WITHOUT_EFFECT
 
 
 def rename(sent: Mapping[str, Any]) -> dict[str, Any]:
@@ -97,13 +96,3 @@ def check_unsupported(sent: Mapping[str, Any], found: Violations, chat: bool) ->
         value = sent.get(name)
         off = value is None or value in ([], {}, "") or value in unused
         found.check(off, name, "is not supported: leave it out")
-
-
-def unknown_fields(sent: Mapping[str, Any]) -> tuple[str, ...]:
-    """A warning that names the fields that are ignored, if there are any."""
-    ours = UNSUPPORTED.keys() | UNSUPPORTED_IN_CHATS.keys() | WITHOUT_EFFECT
-    names = [quote(name[:MOST_CHARACTERS]) for name, value in sent.items() if name not in ours and value is not None]
-    if not names:
-        return ()
-    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-    return (f"ignored, because it is not a field of this server: {', '.join(names[:MOST_NAMED])}{more}",)

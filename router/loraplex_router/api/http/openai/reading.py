@@ -5,8 +5,9 @@ from typing import Any
 
 from loraplex_router.api.http.model_names import read_model_name
 from loraplex_router.api.http.openai.formats import read_format
-from loraplex_router.api.http.openai.other_fields import check_unsupported, unknown_fields
+from loraplex_router.api.http.openai.other_fields import NAMED, check_unsupported
 from loraplex_router.api.http.openai.schema import ChatCompletionRequest, GenerationRequest
+from loraplex_router.api.http.unknown_fields import unknown_fields
 from loraplex_router.vocabulary.references import AdapterReference
 from loraplex_router.vocabulary.sampling import RANGES, Sampling
 from loraplex_router.vocabulary.violations import Violations
@@ -56,7 +57,7 @@ def read_options(body: GenerationRequest, defaults: Sampling) -> dict[str, Any]:
         "cache_salt": body.cache_salt or "",
         "min_new_tokens": body.min_tokens or 0,
         "grammar": read_format(body),
-        "warnings": unknown_fields(others),
+        "warnings": unknown_fields(body, harmless=NAMED),
     }
 
 

@@ -14,6 +14,7 @@ from loraplex_router.api.http.json_body import JsonAnswer, JsonRoute
 from loraplex_router.api.http.model_names import answered_name, read_model_name
 from loraplex_router.api.http.openai_errors import ERRORS
 from loraplex_router.api.http.scoring.schema import Options, RerankAnswer, RerankBody, ScoreAnswer, ScoreBody
+from loraplex_router.api.http.unknown_fields import unknown_fields
 from loraplex_router.service.scoring import ScoreRequest, Scores, score
 
 NAMES = (("queries", "documents"), ("queries", "items"), ("data_1", "data_2"), ("text_1", "text_2"))
@@ -76,6 +77,7 @@ async def _score(body: Options, queries: list[str], documents: list[str], call: 
         body.max_tokens_per_doc or 0,
         body.use_activation is False,
         call.session,
+        unknown_fields(body),
     )
     return await finish_before_disconnect(score(call.service, request, call.key), call.receive)
 

@@ -1,10 +1,11 @@
-"""The JSON of /score and /rerank. A null stands for an absent field; unknown fields are ignored."""
+"""The JSON of /score and /rerank. A null stands for an absent field."""
 
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, Field
 
-from loraplex_router.api.http.fields import CountOrAll, Items, Name
+from loraplex_router.api.http.fields import CountOrAll, Items, Name, UseActivation
+from loraplex_router.api.http.unknown_fields import OpenBody
 
 TEXT = 'must be a text, {"text": ...}, or {"content": [{"type": "text", "text": ...}]}: the model reads text'
 
@@ -29,14 +30,14 @@ Texts = Annotated[Items[Text], BeforeValidator(_texts)]
 Count = Annotated[int, Field(ge=0, lt=2**32)]
 
 
-class Options(BaseModel):
+class Options(OpenBody):
     model: Name = Field(default="", description="The base model (also: empty), an adapter, or base:adapter.")
     truncate_prompt_tokens: CountOrAll | None = Field(
         default=None, description="How many tokens to keep of a pair; -1: as many as fit."
     )
     max_tokens_per_query: Count | None = Field(default=None, description="How many to keep of it; 0: all.")
     max_tokens_per_doc: Count | None = Field(default=None, description="How many to keep of each; 0: all.")
-    use_activation: bool | None = Field(default=None, description="false: a classifier's logit in place of its score.")
+    use_activation: UseActivation = Field(default=None, description="false: logits in place of scores.")
 
 
 class ScoreBody(Options):
