@@ -7,6 +7,7 @@ from pathlib import Path
 import anthropic
 import pytest
 from anthropic import Anthropic
+from openai import OpenAI
 
 from tests.e2e.processes import Server
 
@@ -109,6 +110,18 @@ def test_the_answer_continues_a_last_message_of_the_assistants(client: Anthropic
     counts = [client.messages.count_tokens(model=base, messages=given).input_tokens for given in (begun, closed)]
     assert counts[0] + len("Hello") < counts[1]
     assert client.messages.create(model=base, messages=begun, max_tokens=3).usage.output_tokens == 3
+
+
+def test_an_answer_may_fill_the_context(client: Anthropic, server: Server, base: str):
+    def messages(length: int) -> list[dict[str, str]]:
+        return [{"role": "user", "content": "a" * length}]
+
+    with OpenAI(base_url=f"{server.url}/v1", api_key="none") as openai:
+        context = openai.models.retrieve(base).max_model_len
+    around = client.messages.count_tokens(model=base, messages=messages(1)).input_tokens - 1  # a byte is a token
+    asked = {"model": base, "messages": messages(context - around - 3), "max_tokens": 100, "extra_body": {"seed": 1}}
+    message = client.messages.create(**asked)
+    assert (message.stop_reason, message.usage.output_tokens) == ("model_context_window_exceeded", 3)
 
 
 def test_what_is_not_as_asked_is_a_warning(client: Anthropic, base: str):

@@ -49,11 +49,11 @@ def room_for(request: Request, prompt_length: int, max_model_len: int) -> int:
         # vLLM's words: clients read them to ask again for less.
         asked = f"you requested {wanted} output tokens and your prompt contains {prompt_length} input tokens"
         said = f"{wanted} is too large: {limit}. However, {asked}, which leave room for {room}"
-        found.check(wanted <= room, "stopping.max_new_tokens", said)
+        found.check(wanted <= room or request.fewer_if_full, "stopping.max_new_tokens", said)
     least = request.min_new_tokens
     found.check(least <= max(room, 1), "stopping.min_new_tokens", f"{least} is too large: there is room for {room}")
     found.raise_any(ContextLengthError)
-    return wanted if wanted is not None else room
+    return room if wanted is None else min(wanted, room)
 
 
 def check_tokens(request: Request, prompt: Sequence[int], vocab_size: int, text_of: Callable[[int], str]) -> None:

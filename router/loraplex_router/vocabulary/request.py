@@ -26,6 +26,7 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     open_parameters: frozenset[str] = frozenset()  # those of sampling that an adapter's own defaults may set
     max_new_tokens: int | None = None
+    fewer_if_full: bool = False  # where the context has less room than max_new_tokens, the answer ends when it is full
     min_new_tokens: int = 0
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()

@@ -15,7 +15,7 @@ from loraplex_router.api.http.head_as_get import HeadAsGet
 from loraplex_router.api.http.invocations import Invocations
 from loraplex_router.service.service import Service
 
-FACES = (lorax.FACE, openai.FACE, messages.FACE, admin.FACE, *scoring.FACES)
+FACES = (lorax.FACE, *openai.FACES, messages.FACE, admin.FACE, *scoring.FACES)
 
 
 def create_app(

@@ -7,6 +7,7 @@ from loraplex_protos.errors import quote
 from loraplex_router.api.http.calls import AnswerReader, DeclaredTool, forced_calls
 from loraplex_router.api.http.messages.schema import Block, Content, ConversationBody, MessagesBody, Turn
 from loraplex_router.api.http.model_names import read_model_name
+from loraplex_router.text.reasoning import ReasoningParser
 from loraplex_router.vocabulary.chat import Chat, Message
 from loraplex_router.vocabulary.chat import Content as MessageContent
 from loraplex_router.vocabulary.grammar import Grammar
@@ -36,6 +37,7 @@ def read_request(body: MessagesBody, base: Sequence[str], defaults: Sampling, re
         adapter=read_model_name(body.model, base),
         sampling=Sampling(**{"temperature": 1.0, **defaults.given, **body.given}),
         max_new_tokens=body.max_tokens,
+        fewer_if_full=True,
         stop=tuple(body.stop_sequences or ()),
         grammar=_read_grammar(body),
         warnings=_warnings(body),
@@ -64,9 +66,9 @@ def read_chat(body: ConversationBody) -> Chat:
     )
 
 
-def create_reader(body: MessagesBody) -> AnswerReader:
+def create_reader(body: MessagesBody, reasoning: ReasoningParser | None) -> AnswerReader:
     names = {tool.name for tool in body.tools or ()} if _may_call(body) else set[str]()
-    return AnswerReader(names, _must_call(body), _may_call_several(body))
+    return AnswerReader(names, _must_call(body), _may_call_several(body), reasoning)
 
 
 def _warnings(body: MessagesBody) -> tuple[str, ...]:
@@ -184,7 +186,7 @@ def _read_grammar(body: MessagesBody) -> Grammar | None:
     choice, wanted = body.tool_choice, body.output_config and body.output_config.format
     if choice and _must_call(body):
         tools = [
-            DeclaredTool(tool.name, tool.input_schema, f"tools[{place}].input_schema")
+            DeclaredTool(tool.name, tool.input_schema, f"tools[{place}].input_schema", bool(tool.strict))
             for place, tool in enumerate(body.tools or ())
         ]
         return forced_calls(tools, choice.name if choice.type == "tool" else None, _may_call_several(body))

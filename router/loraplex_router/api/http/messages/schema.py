@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from loraplex_router.api.http.fields import BIAS, MAX_MESSAGES, MAX_TOOLS, Bias, Items
+from loraplex_router.api.http.fields import BIAS, MAX_MESSAGES, MAX_TOOLS, STRICT, Bias, Items
 from loraplex_router.vocabulary.sampling import Sampling
 
 
@@ -36,6 +36,7 @@ class Tool(BaseModel):
     type: str | None = Field(default=None, description="custom, or absent; Anthropic's own tools are refused.")
     description: str | None = None
     input_schema: dict[str, Any] | None = None
+    strict: bool | None = Field(default=None, description=STRICT)
 
 
 class ToolChoice(BaseModel):

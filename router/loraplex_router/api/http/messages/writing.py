@@ -11,6 +11,7 @@ from loraplex_router.api.http.messages.reading import create_reader
 from loraplex_router.api.http.messages.schema import MessagesBody
 from loraplex_router.api.http.sse import named_event
 from loraplex_router.engine.output import Delta, Generation
+from loraplex_router.text.reasoning import Reasoning, ReasoningParser
 from loraplex_router.text.tool_calls import Arguments, ToolCall
 from loraplex_router.vocabulary.sequence import FinishReason
 
@@ -22,12 +23,14 @@ Event = dict[str, Any]
 class MessageWriter:
     """Writes one answer, once. `model`: its name there."""
 
-    def __init__(self, body: MessagesBody, generation: Generation, model: str) -> None:
+    def __init__(
+        self, body: MessagesBody, generation: Generation, model: str, reasoning: ReasoningParser | None
+    ) -> None:
         self._generation = generation
         (self._output,) = generation.outputs
         self._model = model
         self._most = body.max_tokens
-        self._reader = create_reader(body)
+        self._reader = create_reader(body, reasoning)
         self._block = -1  # the index of the last content block
         self._open = ""  # its type, while it is open
         self._begun = False
@@ -42,6 +45,10 @@ class MessageWriter:
                     arguments.append("")
                 case Arguments():
                     arguments[-1] += piece.text
+                case Reasoning():
+                    if not content or content[-1]["type"] != "thinking":
+                        content.append(_thinking())
+                    content[-1]["thinking"] += piece.text
                 case _:
                     if not content or content[-1]["type"] != "text":
                         content.append({"type": "text", "text": ""})
@@ -66,6 +73,10 @@ class MessageWriter:
                     yield from self._open_block(_tool_use(piece.name))
                 case Arguments():
                     yield self._block_delta({"type": "input_json_delta", "partial_json": piece.text})
+                case Reasoning():
+                    if self._open != "thinking":
+                        yield from self._open_block(_thinking())
+                    yield self._block_delta({"type": "thinking_delta", "thinking": piece.text})
                 case _:
                     if self._open != "text":
                         yield from self._open_block({"type": "text", "text": ""})
@@ -118,6 +129,11 @@ class MessageWriter:
         if isinstance(found, str):
             return {"stop_reason": "stop_sequence", "stop_sequence": found}
         return {"stop_reason": "tool_use" if self._reader.calls else "end_turn", "stop_sequence": None}
+
+
+def _thinking() -> dict[str, Any]:
+    """Thoughts that have not arrived yet. Nothing is signed."""
+    return {"type": "thinking", "thinking": "", "signature": ""}
 
 
 def _tool_use(name: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """OpenAI's face under /v1, with the fields that vLLM's clients add."""
 
 from loraplex_router.api.http.face import Face
-from loraplex_router.api.http.openai import embeddings, models, routes
+from loraplex_router.api.http.openai import embeddings, models, responses, routes
 from loraplex_router.api.http.openai_errors import write_error
 
 FACE = Face(
@@ -22,3 +22,5 @@ FACE = Face(
     },
     invalid_status=400,
 )
+
+FACES = (FACE, responses.FACE)

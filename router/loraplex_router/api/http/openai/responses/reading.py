@@ -1,0 +1,201 @@
+"""Reads a body of /v1/responses as one of chat completions, which means the same."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
+
+from loraplex_protos.errors import FieldViolation, InvalidRequestError, quote
+from loraplex_router.api.http.openai.chat import read_chat
+from loraplex_router.api.http.openai.responses.schema import Choice, Format, Item, Part, ResponsesBody
+from loraplex_router.api.http.openai.schema import ChatCompletionRequest
+from loraplex_router.vocabulary.grammar import Grammar
+from loraplex_router.vocabulary.request import Request
+from loraplex_router.vocabulary.sampling import Sampling
+from loraplex_router.vocabulary.violations import Violations
+
+TEXTS = {"input_text": "text", "output_text": "text", "text": "text", "refusal": "refusal"}  # type -> its field
+NEEDED = {"message": ("role", "content"), "function_call": ("call_id", "name"), "function_call_output": ("call_id",)}
+LOGPROBS = "message.output_text.logprobs"
+WITHOUT_EFFECT = {"stream_options", "prompt_cache_options"}
+
+# What OpenAI has besides, and what chat completions have, but a response has not.
+UNSUPPORTED = {
+    "previous_response_id": "is not supported: nothing is kept, so send the earlier items as input",
+    **dict.fromkeys(
+        ("background", "conversation", "prompt", "context_management", "moderation"), "is not supported: leave it out"
+    ),
+    **dict.fromkeys(("n", "adapters", "prompt_logprobs", "echo"), "is not supported here, only in chat completions"),
+    "messages": "is not a field of responses: send input",
+    "response_format": "is not a field of responses: send text.format",
+}
+
+Row = dict[str, Any]
+
+
+def read_as_chat(body: ResponsesBody) -> ChatCompletionRequest:
+    """Raises InvalidRequestError and RequestValidationError."""
+    others = {name: value for name, value in (body.model_extra or {}).items() if value not in (None, False)}
+    found = Violations()
+    for name, description in UNSUPPORTED.items():
+        found.check(name not in others, name, description)
+    messages = _read_input(body, found)
+    tools = _read_tools(body, found)
+    found.check(bool(messages), "input", "has no message")
+    found.raise_any()
+    wanted = body.text and body.text.format
+    translated: Row = {
+        **{name: value for name, value in others.items() if name not in WITHOUT_EFFECT},
+        "model": body.model,
+        "messages": messages,
+        "tools": tools or None,
+        "tool_choice": _read_choice(body.tool_choice),
+        "parallel_tool_calls": body.parallel_tool_calls,
+        "max_completion_tokens": body.max_output_tokens,
+        "temperature": body.temperature,
+        "top_p": body.top_p,
+        "logprobs": bool(body.top_logprobs) or LOGPROBS in (body.include or ()),
+        "top_logprobs": body.top_logprobs,
+    }
+    if body.truncation == "auto":
+        translated["truncate_prompt_tokens"] = -1
+    if body.reasoning and body.reasoning.effort:
+        translated["reasoning_effort"] = body.reasoning.effort
+    if wanted:
+        translated["response_format"] = _read_format(wanted)
+    try:
+        return ChatCompletionRequest.model_validate(translated)
+    except ValidationError as error:
+        raise RequestValidationError(error.errors()) from error
+
+
+def read_request(
+    body: ResponsesBody, chat: ChatCompletionRequest, base: Sequence[str], defaults: Sampling, request_id: str
+) -> Request:
+    """`chat` is the same request for chat completions. Raises InvalidRequestError, and AdapterNotFoundError for an
+    empty adapter name."""
+    try:
+        request = read_chat(chat, base, defaults, request_id)
+    except InvalidRequestError as error:
+        found = (FieldViolation(_name_here(each.field), each.description) for each in error.violations)
+        raise InvalidRequestError(*found) from error
+    named = request.grammar and _named_as_here(request.grammar)
+    return replace(request, grammar=named, warnings=request.warnings + _warnings(body))
+
+
+def _warnings(body: ResponsesBody) -> tuple[str, ...]:
+    verbosity = (body.text and body.text.verbosity) or "medium"
+    found = {"store: nothing is kept": body.store, "text.verbosity is not applied": verbosity != "medium"}
+    return tuple(text for text, applies in found.items() if applies)
+
+
+def _named_as_here(grammar: Grammar) -> Grammar:
+    schemas = tuple(replace(schema, field=_name_here(schema.field)) for schema in grammar.schemas)
+    return replace(grammar, field=_name_here(grammar.field), schemas=schemas)
+
+
+def _name_here(field: str) -> str:
+    """What is called `field` in chat completions."""
+    return field.replace("response_format", "text.format").replace(".function.", ".")
+
+
+# ---- the conversation ----------------------------------------------------------------------------------------
+
+
+def _read_input(body: ResponsesBody, found: Violations) -> list[Row]:
+    """Calls belong to the assistant's message before them, as chat templates have it, and so does its reasoning.
+    Instructions come before everything; many templates allow one system message only, so they take in those that
+    follow."""
+    items = [Item(role="user", content=body.input)] if isinstance(body.input, str) else body.input
+    rows: list[Row] = [{"role": "system", "content": body.instructions}] if body.instructions else []
+    thoughts = ""
+    for place, item in enumerate(items):
+        kind, name = item.type or "message", f"input[{place}]"
+        if kind not in (*NEEDED, "reasoning"):
+            found.check(False, name, f"is of type {quote(kind)}, which is not supported")
+            continue
+        missing = [field for field in NEEDED.get(kind, ()) if getattr(item, field) is None]
+        found.check(not missing, name, f"of type {kind} needs {' and '.join(missing)}")
+        match kind:
+            case "reasoning":
+                parts = item.content if isinstance(item.content, list) else []
+                thoughts += "".join(part.text or "" for part in parts)
+            case "function_call":
+                if not rows or rows[-1]["role"] != "assistant":
+                    rows.append({"role": "assistant", "content": None, **_reasoning(thoughts)})
+                    thoughts = ""
+                function = {"name": item.name or "", "arguments": item.arguments or ""}
+                call = {"id": item.call_id, "type": "function", "function": function}
+                rows[-1].setdefault("tool_calls", []).append(call)
+            case "function_call_output":
+                output = _read_parts(item.output or "", f"{name}[output]", found)
+                rows.append({"role": "tool", "tool_call_id": item.call_id, "content": output})
+            case _:
+                content = _read_parts(item.content or "", f"{name}[content]", found)
+                own = _reasoning(thoughts) if item.role == "assistant" else {}
+                thoughts = "" if own else thoughts
+                _add_message(rows, {"role": item.role or "user", "content": content, **own})
+    return rows
+
+
+def _add_message(rows: list[Row], row: Row) -> None:
+    if row["role"] in ("system", "developer") and len(rows) == 1 and rows[0]["role"] in ("system", "developer"):
+        texts = [text for each in (rows[0], row) for text in _texts(each["content"])]
+        rows[0] = {"role": "system", "content": "\n\n".join(texts)}
+    else:
+        rows.append(row)
+
+
+def _texts(content: str | list[Row]) -> list[str]:
+    return [content] if isinstance(content, str) else [part["text"] for part in content]
+
+
+def _reasoning(text: str) -> Row:
+    return {"reasoning_content": text} if text else {}
+
+
+def _read_parts(content: str | list[Part], name: str, found: Violations) -> str | list[Row]:
+    """One text as it is, several as parts, which a chat template reads in its own way."""
+    if isinstance(content, str):
+        return content
+    texts = list[str]()
+    for at, part in enumerate(content):
+        text = getattr(part, TEXTS.get(part.type, ""), None)
+        found.check(part.type in TEXTS, f"{name}[{at}]", f"is of type {quote(part.type)}: the model reads text")
+        found.check(part.type not in TEXTS or text is not None, f"{name}[{at}]", f"has no {TEXTS.get(part.type)}")
+        texts.append(text or "")
+    return texts[0] if len(texts) == 1 else [{"type": "text", "text": text} for text in texts]
+
+
+# ---- tools and formats ---------------------------------------------------------------------------------------
+
+
+def _read_tools(body: ResponsesBody, found: Violations) -> list[Row]:
+    tools = list[Row]()
+    for place, tool in enumerate(body.tools or ()):
+        own = tool.type == "function"
+        found.check(own, f"tools[{place}]", f"is of type {quote(tool.type)}: only functions are supported")
+        found.check(not own or bool(tool.name), f"tools[{place}]", "needs a name")
+        function = {"name": tool.name, "description": tool.description, "parameters": tool.parameters}
+        tools.append({"type": "function", "function": {**function, "strict": tool.strict}})
+    return tools
+
+
+def _read_choice(choice: str | Choice | None) -> str | Row | None:
+    if not isinstance(choice, Choice):
+        return choice
+    if choice.type == "function":
+        return {"type": "function", "function": {"name": choice.name}}
+    tools = [_read_choice(tool) for tool in choice.tools or ()]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": choice.mode or "auto", "tools": tools}}
+
+
+def _read_format(wanted: Format) -> Row:
+    if wanted.type != "json_schema":
+        return {"type": wanted.type}
+    return {
+        "type": "json_schema",
+        "json_schema": {"name": wanted.name, "schema": wanted.schema_, "strict": wanted.strict},
+    }

@@ -1,0 +1,152 @@
+"""/v1/responses, with the `openai` client from PyPI, unmodified."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import pytest
+from openai import OpenAI
+from pydantic import BaseModel, ConfigDict
+
+from tests.e2e.processes import Server
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"], "additionalProperties": False}
+TOOLS = [
+    {"type": "function", "name": name, "description": "Reads.", "parameters": SCHEMA, "strict": True}
+    for name in ("read_time", "read_weather")
+]
+
+
+class Found(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    a: bool
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as connected:
+        yield connected
+
+
+@pytest.fixture
+def base(model: Path) -> str:
+    return str(model)
+
+
+def test_a_streamed_response_is_the_same_as_a_whole_one(client: OpenAI, base: str):
+    for name in (base, "first"):
+        asked = {"model": name, "input": "Hello", "instructions": "Be brief.", "temperature": 0}
+        asked |= {"max_output_tokens": 12, "metadata": {"a": "b"}}
+        whole = client.responses.create(**asked)
+        assert (whole.model, whole.status, whole.incomplete_details.reason) == (name, "incomplete", "max_output_tokens")
+        assert whole.usage.output_tokens == 12 and whole.metadata == {"a": "b"} and whole.temperature == 0
+        with client.responses.stream(**asked) as stream:
+            events = list(stream)
+        kinds = [event.type.removeprefix("response.") for event in events]
+        assert kinds[:4] == ["created", "in_progress", "output_item.added", "content_part.added"]
+        assert set(kinds[4:-4]) == {"output_text.delta"}
+        assert kinds[-4:] == ["output_text.done", "content_part.done", "output_item.done", "incomplete"]
+        assert [event.sequence_number for event in events] == list(range(len(events)))
+        streamed = events[-1].response
+        assert streamed.output_text == whole.output_text and streamed.usage.output_tokens == 12
+
+
+def test_a_response_means_what_a_chat_completion_means(client: OpenAI, base: str):
+    parts = [{"type": "input_text", "text": "Hello"}]
+    said = [{"role": "developer", "content": "Be kind."}, {"type": "message", "role": "user", "content": parts}]
+    response = client.responses.create(
+        model=base, instructions="Be brief.", input=said, max_output_tokens=12, temperature=0
+    )
+    messages = [{"role": "system", "content": "Be brief.\n\nBe kind."}, {"role": "user", "content": "Hello"}]
+    chat = client.chat.completions.create(model=base, messages=messages, max_tokens=12, temperature=0)
+    assert response.output_text == chat.choices[0].message.content
+    assert response.usage.input_tokens == chat.usage.prompt_tokens
+    assert response.usage.input_tokens_details.cached_tokens >= 0
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "name": "read_weather"}])
+def test_forced_functions_are_called_streamed_or_not(client: OpenAI, base: str, choice: object):
+    asked = {"model": base, "input": "Hello", "tools": TOOLS, "tool_choice": choice, "parallel_tool_calls": False}
+    asked |= {"max_output_tokens": 200, "extra_body": {"seed": 3}}
+    whole = client.responses.create(**asked)
+    (call,) = whole.output
+    assert whole.status == "completed" and call.type == "function_call" and call.call_id.startswith("call_")
+    assert set(json.loads(call.arguments)) == {"a"} and (choice == "required" or call.name == "read_weather")
+    with client.responses.stream(**asked) as stream:
+        events = list(stream)
+        (streamed,) = stream.get_final_response().output
+    deltas = [event.delta for event in events if event.type == "response.function_call_arguments.delta"]
+    assert "".join(deltas) == call.arguments == streamed.arguments and len(deltas) > 1
+    assert [event.type.removeprefix("response.") for event in events[-3:]] == [
+        "function_call_arguments.done",
+        "output_item.done",
+        "completed",
+    ]
+
+
+def test_outputs_of_a_response_are_input_of_the_next(client: OpenAI, base: str):
+    said = [{"role": "user", "content": "Hello"}]
+    asked = {"model": base, "tools": TOOLS, "max_output_tokens": 200}
+    first = client.responses.create(input=said, tool_choice="required", **asked)
+    said += first.output
+    said += [{"type": "function_call_output", "call_id": call.call_id, "output": "noon"} for call in first.output]
+    assert client.responses.create(input=said, **asked).usage.input_tokens > first.usage.input_tokens
+
+
+def test_answers_follow_a_format(client: OpenAI, base: str):
+    parsed = client.responses.parse(model=base, input="Hello", text_format=Found, max_output_tokens=200)
+    assert isinstance(parsed.output_parsed, Found)
+    anything = client.responses.create(
+        model=base, input="Hello", text={"format": {"type": "json_object"}}, max_output_tokens=60
+    )
+    assert anything.output_text.startswith("{")
+
+
+def test_logprobs_are_those_of_the_text(client: OpenAI, base: str):
+    asked = {"model": base, "input": "Hello", "max_output_tokens": 5, "top_logprobs": 2, "temperature": 0}
+    (message,) = client.responses.create(**asked, include=["message.output_text.logprobs"]).output
+    entries = message.content[0].logprobs
+    assert len(entries) == 5 and all(len(entry.top_logprobs) == 2 for entry in entries)
+    with client.responses.stream(**asked) as stream:
+        deltas = [event for event in stream if event.type == "response.output_text.delta"]
+    pieces = [entry.token for event in deltas for entry in event.logprobs]
+    assert pieces == [entry.token for entry in entries]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "param"),
+    [
+        ({"previous_response_id": "resp_1"}, "previous_response_id"),
+        ({"background": True}, "background"),
+        ({"n": 2}, "n"),
+        ({"input": []}, "input"),
+        ({"input": [{"type": "item_reference", "id": "a"}]}, "input[0]"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "a"}]}]}, "input[0][content][0]"),
+        ({"tools": [{"type": "web_search"}]}, "tools[0]"),
+        ({"tools": [TOOLS[0], TOOLS[0]]}, "tools"),
+        ({"tools": TOOLS, "tool_choice": {"type": "function", "name": "absent"}}, "tool_choice"),
+        ({"tools": [{**TOOLS[0], "parameters": {"type": "string"}}], "tool_choice": "required"}, "tools[0].parameters"),
+        ({"text": {"format": {"type": "json_schema", "name": "a", "schema": {"$ref": "#"}}}}, "text.format"),
+        ({"max_output_tokens": 0}, "max_output_tokens"),
+        ({"temperature": -1}, "temperature"),
+        ({"top_k": "many"}, "top_k"),
+    ],
+)
+def test_an_invalid_field_is_refused_by_name(client: OpenAI, base: str, wrong: dict[str, object], param: str):
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.responses.create(model=base, input="Hello", extra_body=wrong)
+    assert caught.value.param == param and f"`{param}`" in caught.value.message
+
+
+def test_what_is_not_as_asked_is_a_warning(client: OpenAI, base: str):
+    asked = {"model": base, "input": "Hello", "max_output_tokens": 2, "store": True, "text": {"verbosity": "low"}}
+    answer = client.responses.with_raw_response.create(**asked, extra_body={"sparkle": 1})
+    found = answer.headers["x-loraplex-warning"]
+    assert "store: nothing is kept" in found and "text.verbosity is not applied" in found and "sparkle" in found
+
+
+def test_an_unknown_model_is_not_found(client: OpenAI):
+    with pytest.raises(openai.NotFoundError):
+        client.responses.create(model="absent", input="Hello")
