@@ -46,6 +46,7 @@ async def ask(headers: dict[str, str], *origins: str, host: str = "127.0.0.1", k
         {"Host": "LOCALHOST"},
         {"Host": "host.docker.internal:3000"},
         {"Host": "desk.local"},
+        {"Host": "desk:3000"},
         {"Host": ""},
         {"Origin": "http://localhost:3000"},
         {"Host": "app.example", "Origin": "https://app.example"},

@@ -10,7 +10,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from loraplex_protos.errors import ForbiddenError, LoraplexError, quote
 
-# Names that no page on the internet can have: special-use domains, and what container engines call their host.
+# Domains that no page on the internet can be in: for special use, and what container engines call their host. Nor can
+# such a page have a name without a dot.
 PRIVATE = ("localhost", "local", "internal")
 
 
@@ -46,7 +47,7 @@ class ForeignPages:
         return host if self._loopback and not self._knows(name) else ""
 
     def _knows(self, host: str) -> bool:
-        return not host or host in self._hosts or host.split(".")[-1] in PRIVATE or is_address(host)
+        return "." not in host or host in self._hosts or host.split(".")[-1] in PRIVATE or is_address(host)
 
 
 def is_address(host: str) -> bool:
