@@ -180,7 +180,8 @@ def test_a_key_file_is_yaml_or_json(tmp_path: Path) -> None:
         (YAML.replace("max_requests", "max_request"), "tenants.acme.max_request: "),
         (YAML.replace("60000", "0"), "tenants.acme.tokens_per_minute: "),
         (YAML.replace(hashed(ADMIN_KEY), hashed(OLD_KEY)), "a key is listed twice"),
-        ("tenants:\n  acme: [SECRET", "neither YAML nor JSON in line 2"),
+        ("tenants:\n  acme: [SECRET", "neither YAML nor JSON in line "),
+        (f"{YAML}\n  operator:\n    keys: [SECRET]", "has a name twice in what begins in line "),
         ("\x00SECRET", "neither YAML nor JSON"),
     ],
 )

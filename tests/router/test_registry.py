@@ -179,6 +179,8 @@ def read_content(content: object):
         ("adapters: [", "is not YAML in line"),
         ("adapters: !!python/object/apply:os.system [ls]", "is not YAML in line 1"),
         ("- x", "the file: "),
+        ("adapters: {x: {1: a}}", r"adapters\.x\.1: Input should be a valid dictionary$"),
+        ("\n", "it is empty: write `adapters: {}`"),
     ],
 )
 def test_a_wrong_file_is_refused_with_the_place(tmp_path: Path, text: str, fault: str) -> None:
@@ -186,7 +188,7 @@ def test_a_wrong_file_is_refused_with_the_place(tmp_path: Path, text: str, fault
         read_registry(write(tmp_path, text))
 
 
-def test_an_empty_file_is_an_empty_registry(tmp_path: Path) -> None:
+def test_a_file_of_comments_is_an_empty_registry(tmp_path: Path) -> None:
     assert not read_registry(write(tmp_path, "# nothing yet\n")).names
 
 

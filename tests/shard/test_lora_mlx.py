@@ -81,7 +81,7 @@ def test_an_mlx_adapter_is_the_same_as_pefts(
     [
         ({"fine_tune_type": "full"}, "fine_tune_type 'full': this is a model"),
         ({"fine_tune_type": "other"}, "fine_tune_type: Input should be"),
-        ({"lora_parameters": None}, "lora_parameters: Input should be"),
+        ({"lora_parameters": None}, "lora_parameters: Input should be a valid dictionary$"),
         ({"lora_parameters": {"rank": 4}}, "lora_parameters.scale: Field required"),
         ({"lora_parameters": {"rank": 0, "scale": 1.0}}, "lora_parameters.rank"),
         ({"lora_parameters": {"rank": 4, "scale": float("inf")}}, "lora_parameters.scale"),

@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from loraplex_protos.errors import LoraplexError
 from loraplex_router.access.followed_file import FollowedFile
 from loraplex_router.access.keys import Keys, TenantSettings
+from loraplex_router.access.strict_yaml import DuplicateKeyError, describe, read_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -61,23 +62,19 @@ class KeyFile:
 def read_tenants(path: Path) -> dict[str, TenantSettings]:
     """Raises KeyFileError."""
     try:
-        content = yaml.safe_load(path.read_bytes())
+        content = read_yaml(path.read_bytes())
         file = _KeyFile.model_validate(content)
     except OSError as error:
         raise KeyFileError(f"--api-keys: {path} cannot be read: {error.strerror}") from error
     except ValidationError as error:
-        raise KeyFileError(f"--api-keys: {path}: {_describe(error)}") from None
+        raise KeyFileError(f"--api-keys: {path}: {describe(error)}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f" in line {mark.line + 1}" if mark else ""
-        raise KeyFileError(f"--api-keys: {path} is neither YAML nor JSON{place}") from None
+        twice = isinstance(error, DuplicateKeyError)
+        wrong = "has a name twice in what begins" if twice else "is neither YAML nor JSON"
+        raise KeyFileError(f"--api-keys: {path} {wrong}{place}") from None
     counts = Counter(hashed for tenant in file.tenants.values() for hashed in tenant.keys)
     if counts.total() != len(counts):
         raise KeyFileError(f"--api-keys: {path}: a key is listed twice")
     return file.tenants
-
-
-def _describe(error: ValidationError) -> str:
-    """Each fault and where it is, without the value."""
-    faults = error.errors(include_url=False, include_context=False, include_input=False)
-    return "; ".join(f"{'.'.join(map(str, fault['loc'])) or 'the file'}: {fault['msg']}" for fault in faults)

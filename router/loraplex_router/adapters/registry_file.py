@@ -14,12 +14,11 @@ import fcntl
 import logging
 import os
 import stat
-from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
 from math import isclose
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -27,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from loraplex_protos.adapter_names import RULE, is_id, is_name, normal
 from loraplex_protos.errors import AdapterConflictError, ForbiddenError, LoraplexError, quote
 from loraplex_router.access.followed_file import FollowedFile
+from loraplex_router.access.strict_yaml import describe, read_yaml
 from loraplex_router.adapters.registry import AT, Registered, Registry
 from loraplex_router.vocabulary.references import AdapterReference, Version
 
@@ -54,21 +54,6 @@ class _RegistryFile(BaseModel):
 
     adapters: dict[str, Annotated[dict[Number, _Origin], Field(min_length=1)]] = {}
     aliases: dict[str, str | Annotated[dict[str, Weight], Field(min_length=1)]] = {}
-
-
-_SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C, if PyYAML was built with it: ten times as fast
-
-
-class _Loader(_SafeLoader):  # type: ignore[misc]
-    """Refuses a key that is there twice, of which YAML would take the last one."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
-        for key, count in keys.items():
-            if count > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"{quote(key)} is there twice", node.start_mark)
-        mapping: dict[Hashable, Any] = super().construct_mapping(node, deep)
-        return mapping
 
 
 class RegistryFile:
@@ -125,7 +110,10 @@ class RegistryFile:
 def read_registry(path: Path) -> Registered:
     """Raises RegistryFileError."""
     try:
-        content = yaml.load(path.read_bytes(), _Loader)
+        data = path.read_bytes()
+        if not data.strip():  # it may be about to be written
+            raise ValueError("it is empty: write `adapters: {}` if there are none")
+        content = read_yaml(data)
         file = _RegistryFile.model_validate({} if content is None else content)
         registered = Registered(
             {name: dict(_versions(name, versions)) for name, versions in file.adapters.items()},
@@ -135,7 +123,7 @@ def read_registry(path: Path) -> Registered:
     except OSError as error:
         raise RegistryFileError(f"--adapter-registry: {path} cannot be read: {error.strerror}") from error
     except ValidationError as error:
-        raise RegistryFileError(f"--adapter-registry: {path}: {_describe(error)}") from None
+        raise RegistryFileError(f"--adapter-registry: {path}: {describe(error)}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         place = f" in line {mark.line + 1}" if mark else ""
@@ -222,8 +210,3 @@ def _versions(name: str, versions: Mapping[int, _Origin]) -> Iterator[tuple[int,
     for number, origin in versions.items():
         reference = AdapterReference(origin.id, origin.source, origin.revision)
         yield number, Version(name, number, reference, origin.digest)
-
-
-def _describe(error: ValidationError) -> str:
-    faults = error.errors(include_url=False, include_context=False, include_input=False)
-    return "; ".join(f"{'.'.join(map(str, fault['loc'])) or 'the file'}: {fault['msg']}" for fault in faults)

@@ -68,5 +68,6 @@ def _refusal(fields: dict[str, Any]) -> str:
 def _describe(error: ValidationError) -> str:
     """The first few errors as "field: reason". The values are left out, since they may be long."""
     errors = error.errors(include_url=False, include_context=False, include_input=False)
-    lines = [": ".join((*(".".join(map(str, e["loc"]))[:100],) * bool(e["loc"]), e["msg"])) for e in errors]
+    said = ((".".join(map(str, e["loc"]))[:100], e["msg"].partition(" or instance of ")[0]) for e in errors)
+    lines = [": ".join(filter(None, parts)) for parts in said]
     return "; ".join(lines[:_SHOWN_ERRORS])
