@@ -87,6 +87,11 @@ async def test_thoughts_are_a_block_of_a_message(thinking: Setup):
     deltas = [data["delta"] for data in events if data["type"] == "content_block_delta"]
     assert {delta["type"] for delta in deltas} == {"thinking_delta"}
     assert "".join(delta["thinking"] for delta in deltas) == block["thinking"]
+    hiding = {**MESSAGE, "thinking": {"type": "adaptive", "display": "omitted"}}
+    (hidden,) = json.loads((await ask(thinking, "/v1/messages", hiding)).bodies[0])["content"]
+    assert hidden == {**block, "thinking": ""}
+    events = named(await ask(thinking, "/v1/messages", {**hiding, "stream": True}))
+    assert "content_block_start" in dict(events) and "content_block_delta" not in dict(events)
 
 
 async def test_thoughts_are_an_item_of_a_response(thinking: Setup):

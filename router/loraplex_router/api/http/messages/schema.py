@@ -50,6 +50,9 @@ class Thinking(BaseModel):
         description="enabled or disabled: the chat template's enable_thinking; adaptive: as the template has it."
     )
     budget_tokens: int | None = Field(default=None, description="Not enforced; the answer has a warning.")
+    display: Literal["summarized", "omitted"] | None = Field(
+        default=None, description="omitted: the answer's blocks of thoughts are empty."
+    )
 
 
 class OutputFormat(BaseModel):

@@ -34,6 +34,7 @@ class MessageWriter:
         self._block = -1  # the index of the last content block
         self._open = ""  # its type, while it is open
         self._begun = False
+        self._hides_thoughts = body.thinking is not None and body.thinking.display == "omitted"
 
     def whole(self, delta: Delta) -> dict[str, Any]:
         content = list[dict[str, Any]]()
@@ -48,7 +49,7 @@ class MessageWriter:
                 case Reasoning():
                     if not content or content[-1]["type"] != "thinking":
                         content.append(_thinking())
-                    content[-1]["thinking"] += piece.text
+                    content[-1]["thinking"] += "" if self._hides_thoughts else piece.text
                 case _:
                     if not content or content[-1]["type"] != "text":
                         content.append({"type": "text", "text": ""})
@@ -76,7 +77,8 @@ class MessageWriter:
                 case Reasoning():
                     if self._open != "thinking":
                         yield from self._open_block(_thinking())
-                    yield self._block_delta({"type": "thinking_delta", "thinking": piece.text})
+                    if not self._hides_thoughts:
+                        yield self._block_delta({"type": "thinking_delta", "thinking": piece.text})
                 case _:
                     if self._open != "text":
                         yield from self._open_block({"type": "text", "text": ""})
