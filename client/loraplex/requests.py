@@ -64,8 +64,12 @@ def tokenize_request(prompt: str | Sequence[Message], skip_special_tokens: bool)
 
 
 def adapter_reference(adapter: str | AdapterReference) -> pb.AdapterReference:
+    """Raises InvalidRequestError for anything else."""
     if isinstance(adapter, str):
         adapter = AdapterReference(adapter)
+    if not isinstance(adapter, AdapterReference):
+        reason = "is a name or an AdapterReference; several answer by `adapters`, or merged as MergedAdapters"
+        raise InvalidRequestError(FieldViolation("adapter", reason))
     return _fill(
         pb.AdapterReference(),
         id=adapter.id,

@@ -171,3 +171,9 @@ def test_embed_takes_one_text_or_many_prompts() -> None:
         ],
         adapter=pb.AdapterReference(id="sql"),
     )
+
+
+@pytest.mark.parametrize("options", [{"adapter": ["a", "b"]}, {"adapter": 5}, {"adapters": ["a", 5]}])
+def test_an_adapter_of_another_type_is_refused_with_what_fits(options: dict[str, object]) -> None:
+    with pytest.raises(InvalidRequestError, match="adapter: is a name or an AdapterReference; several answer by"):
+        generate_request("Hi", **options)  # type: ignore[arg-type]
