@@ -148,3 +148,14 @@ def test_experts_of_another_form_are_not_adapted_in_silence(tmp_path: Path) -> N
     of_parameters(base, tmp_path / "adapter")
     with pytest.raises(AdapterInvalidError, match="target_parameters"):
         served(load(base), tmp_path / "adapter")
+
+
+def test_adapters_of_routers_are_refused_with_the_reason(tmp_path: Path) -> None:
+    """PEFT's all-linear has them."""
+    base = save_checkpoint(tiny_config("qwen3_next"), tmp_path / "base")
+    config = LoraConfig(r=3, target_modules="all-linear", task_type="CAUSAL_LM")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        get_peft_model(load_reference(base), config).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(AdapterInvalidError, match=r"mlp\.gate\.lora_A.*routers of experts take no adapter"):
+        served(load(base), tmp_path / "adapter")

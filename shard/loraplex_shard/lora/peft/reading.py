@@ -53,6 +53,7 @@ _BASE_TENSOR = re.compile(
     + r"(?P<module>(?:(?!\.lora_).)+?)(?P<wrapper>\.base_layer|\.original_module|\.modules_to_save(?:\.[^.]+)?)?"
     r"\.(?P<kind>weight|bias)"
 )
+_ROUTER = re.compile(r"\.(gate|router)\.lora_[AB]\b")
 _CLASSIFIER = re.compile(r"\.(score|classifier|qa_outputs)\.")  # transformers' names for other heads
 
 
@@ -311,6 +312,12 @@ def _check_names(
         raise AdapterInvalidError(
             f"{TENSORS}: {listed(heads)}: a classifier is served that was trained whole (modules_to_save: score or "
             "classifier), no LoRA on one and no head that answers questions"
+        )
+    has_experts = any(layout.of_expert for layout, _ in parts.values())
+    if routers := {name for name in foreign if has_experts and _ROUTER.search(name)}:
+        raise AdapterInvalidError(
+            f"{TENSORS}: {listed(routers)}: routers of experts take no adapter where transformers' code computes the "
+            "model: train without them (PEFT's all-linear includes them: name the target_modules)"
         )
     if foreign:
         raise AdapterInvalidError(
