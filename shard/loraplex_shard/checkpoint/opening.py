@@ -17,7 +17,6 @@ from huggingface_hub.errors import (
 )
 
 from loraplex_shard.checkpoint.base import Checkpoint, CheckpointError
-from loraplex_shard.checkpoint.gguf.checkpoint import GgufCheckpoint
 from loraplex_shard.checkpoint.safetensors.checkpoint import SafetensorsCheckpoint
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -52,21 +51,28 @@ def open_checkpoint(model: str, revision: str | None = None, token: str | None =
     """
     path = Path(model)
     if not model:
-        return GgufCheckpoint(_default_file(), DEFAULT_MODEL)
+        return _open_gguf(_default_file(), DEFAULT_MODEL)
     if path.is_dir():
         return SafetensorsCheckpoint(path, model)
     if path.suffix == ".gguf":
         if not path.is_file():
             raise CheckpointError(f"{model}: there is no such file")
-        return GgufCheckpoint(path, model)
+        return _open_gguf(path, model)
     if named := HUB_GGUF.fullmatch(model):
-        return GgufCheckpoint(_download_gguf(named["id"], named["kind"], revision, token), model)
+        return _open_gguf(_download_gguf(named["id"], named["kind"], revision, token), model)
     directory = _download(model, HUB_FILES, revision, token)
     if not (directory / "config.json").is_file():
         raise CheckpointError(
             f"{model}: the repository has no config.json. If it has GGUF files, say which one: {model}:Q4_K_M"
         )
     return SafetensorsCheckpoint(directory, model)
+
+
+def _open_gguf(path: Path, model_id: str) -> Checkpoint:
+    # Imported where it is needed, since it imports transformers' modeling code, which takes more than a second.
+    from loraplex_shard.checkpoint.gguf.checkpoint import GgufCheckpoint
+
+    return GgufCheckpoint(path, model_id)
 
 
 def _download_gguf(model: str, kind: str, revision: str | None, token: str | None) -> Path:
