@@ -20,7 +20,8 @@ from loraplex_shard.kernels.library import instruction_set
 from loraplex_shard.lora.merge import Recipe, merge
 from loraplex_shard.lora.peft.base import BaseModel
 from loraplex_shard.lora.peft.own_tokens import read_vocabulary
-from loraplex_shard.lora.peft.reading import WholeAdapter, cut_adapter, read_adapter, read_deltas
+from loraplex_shard.lora.peft.reading import cut_adapter, read_adapter, read_deltas
+from loraplex_shard.lora.peft.whole import WholeAdapter
 from loraplex_shard.lora.sources.text_files import AdapterText, AddedToken
 from loraplex_shard.models.decoder import Decoder
 from loraplex_shard.settings import Quantize

@@ -27,7 +27,8 @@ from loraplex_shard.lora.once import Once
 from loraplex_shard.lora.peft.base import BaseModel
 from loraplex_shard.lora.peft.parsing import parse_config
 from loraplex_shard.lora.peft.products import most_bytes
-from loraplex_shard.lora.peft.reading import WholeAdapter, cut_adapter, read_adapter, read_deltas
+from loraplex_shard.lora.peft.reading import cut_adapter, read_adapter, read_deltas
+from loraplex_shard.lora.peft.whole import WholeAdapter
 from loraplex_shard.lora.room import Room
 from loraplex_shard.lora.sources import upload
 from loraplex_shard.lora.sources.files import AdapterFiles
