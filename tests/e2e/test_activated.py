@@ -74,14 +74,14 @@ def test_a_prompt_without_the_invocation_is_answered_by_the_base_model_with_a_wa
     warning = "the prompt does not contain 'brown', which activates 'activated1': the base model answers alone"
     assert answer.warnings == first.warnings == (warning,)
     for path, body in {
-        "/v1/completions": {"model": "activated1", "prompt": "A fox"},
+        "/v1/completions": {"model": "activated1", "prompt": "A fox", "max_tokens": 2},
         "/v1/chat/completions": {"model": "activated1", "messages": [{"role": "user", "content": "Hi"}]},
         "/v1/embeddings": {"model": "activated1", "input": "A fox"},
         "/embed": {"inputs": "A fox", "parameters": {"adapter_id": "activated1"}},
         "/score": {"model": "activated1", "text_1": "A fox", "text_2": "A dog"},
         "/generate_stream": {"inputs": "A fox", "parameters": {"adapter_id": "activated1"}},
     }.items():
-        data = json.dumps({**body, "max_tokens": 2}).encode()
+        data = json.dumps(body).encode()
         asked = urllib.request.Request(server.url + path, data, {"Content-Type": "application/json"})
         with urllib.request.urlopen(asked, timeout=60) as response:
             assert response.headers["X-Loraplex-Warning"] == warning

@@ -18,7 +18,7 @@ from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import HealthStub
 from grpc_reflection.v1alpha.reflection_pb2 import ServerReflectionRequest
 from grpc_reflection.v1alpha.reflection_pb2_grpc import ServerReflectionStub
-from transformers import MambaConfig, MambaForCausalLM
+from transformers import RwkvConfig, RwkvForCausalLM
 
 from loraplex import (
     AdapterNotFoundError,
@@ -311,10 +311,10 @@ def test_the_standard_health_and_reflection_services_work(server: Server):
 
 
 def test_a_model_that_cannot_be_served_is_an_error_before_any_port_opens(tmp_path: Path):
-    MambaForCausalLM(MambaConfig(vocab_size=10, hidden_size=8, num_hidden_layers=1)).save_pretrained(tmp_path)
+    RwkvForCausalLM(RwkvConfig(vocab_size=10, hidden_size=8, num_hidden_layers=2)).save_pretrained(tmp_path)
     result = run("serve", str(tmp_path), "--http-port=0", "--grpc-port=0")
     assert result.returncode == 1
-    reason = "MambaForCausalLM is not served: it keeps state besides keys and values"
+    reason = "RwkvForCausalLM is not served: it keeps state besides keys and values"
     assert reason in " ".join(result.stderr.split()) and "gRPC " not in result.stderr
 
 
