@@ -1,6 +1,10 @@
 """`python -m bench.paths`: how much faster our own decoder computes a model than transformers' modeling code does with
 the same operations. Prints the table of docs/models.md. Nothing else should run meanwhile."""
 
+import os
+
+os.environ["GOMP_SPINCOUNT"] = "3000"  # as `loraplex shard` has it; torch reads it when it is imported
+
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
