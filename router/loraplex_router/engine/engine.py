@@ -51,8 +51,6 @@ FAILURES = {
     pb.FAILURE_REASON_NOT_FINITE: "the model's output for this sequence held NaN or Inf",
     pb.FAILURE_REASON_UNKNOWN_TOKEN: "the model has no embedding for one of the tokens",
 }
-
-
 TOO_COMPLEX = "became too complex to enforce: make it simpler or less ambiguous"
 
 
@@ -155,7 +153,6 @@ class Engine:
 
     async def _loop(self) -> None:
         while self._lost is None:
-            self._claim_slots()
             await self._until_next_plan_is_due()
             began = time.perf_counter()
             self._claim_slots()
@@ -182,6 +179,7 @@ class Engine:
             seconds = min(LEAVES_AT * self._last.seconds, self._last.seconds - LEAST_LEAD)
             seconds -= time.monotonic() - self._last.received
             if seconds > 0:
+                self._claim_slots()  # adapters need not wait until then to be loaded
                 await asyncio.wait([self._receiving()], timeout=seconds)
 
     def _receiving(self) -> asyncio.Task[pb.StepResponse]:
