@@ -7,7 +7,7 @@ import torch
 
 from loraplex_shard.kernels.tables import row, width
 from loraplex_shard.shapes.classifier import Classifier
-from loraplex_shard.shapes.own_weights import NOTHING, OwnWeights
+from loraplex_shard.shapes.own_weights import NOTHING, OwnWeights, tensors_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +47,7 @@ class LayerWeights:
 
     @property
     def tensors(self) -> list[torch.Tensor]:
-        found = []
-
-        def keep(tensor: torch.Tensor) -> torch.Tensor:
-            found.append(tensor)
-            return tensor
-
-        self.map(keep)
-        return found
+        return tensors_of(self.map)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,18 @@ from loraplex_shard.kernels.tables import row
 Function = Callable[[torch.Tensor], torch.Tensor]
 
 
+def tensors_of(map_all: Callable[[Function], object]) -> list[torch.Tensor]:
+    """The tensors to which `map_all` applies a function, in its order."""
+    found = list[torch.Tensor]()
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        found.append(tensor)
+        return tensor
+
+    map_all(keep)
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class OwnEmbedding:
     """Tokens in `ids` have an embedding of their own. Others have the base's, times `factors` if there are any, plus
@@ -81,14 +93,7 @@ class OwnWeights:
 
     @property
     def tensors(self) -> list[torch.Tensor]:
-        found = []
-
-        def keep(tensor: torch.Tensor) -> torch.Tensor:
-            found.append(tensor)
-            return tensor
-
-        self.map(keep)
-        return found
+        return tensors_of(self.map)
 
 
 NOTHING = OwnWeights()
