@@ -144,9 +144,7 @@ def load_adapter(
     """Fetch and check an adapter before its first request. An adapter that is already loaded is reread."""
     with connected(server, api_key) as client, Console(stderr=True).status(f"Loading {escape(id)}"):
         adapter = client.load_adapter(id, source=source, revision=revision, token=token)
-    typer.echo(f"Loaded {adapter.id}: lora_rank {adapter.lora_rank}, {decimal(adapter.size_bytes)}, {adapter.digest}")
-    for warning in adapter.warnings:
-        typer.echo(f"Warning: {warning}", err=True)
+    _report("Loaded", adapter, f"lora_rank {adapter.lora_rank}", decimal(adapter.size_bytes))
 
 
 @app.command("upload")
@@ -164,9 +162,7 @@ def upload_adapter(
     files = {file: path.read_bytes() for file, path in paths.items() if path.is_file()}
     with connected(server, api_key) as client, Console(stderr=True).status(f"Uploading {escape(name)}"):
         adapter = client.upload_adapter(name, files, expected_version=expected_version)
-    typer.echo(f"Uploaded {adapter.id}: lora_rank {adapter.lora_rank}, {decimal(adapter.size_bytes)}, {adapter.digest}")
-    for warning in adapter.warnings:
-        typer.echo(f"Warning: {warning}", err=True)
+    _report("Uploaded", adapter, f"lora_rank {adapter.lora_rank}", decimal(adapter.size_bytes))
 
 
 @app.command("register")
@@ -187,9 +183,7 @@ def register_adapter(
         adapter = client.register_adapter(
             name, id, source=source, revision=revision, token=token, expected_version=expected_version
         )
-    typer.echo(f"Registered {adapter.id}: {adapter.digest}")
-    for warning in adapter.warnings:
-        typer.echo(f"Warning: {warning}", err=True)
+    _report("Registered", adapter)
 
 
 @app.command("alias")
@@ -209,6 +203,12 @@ def set_alias(
     with connected(server, api_key) as client:
         client.set_alias(name, shares)
     typer.echo(f"{name} stands for {', '.join(targets)}")
+
+
+def _report(done: str, adapter: Adapter, *facts: str) -> None:
+    typer.echo(f"{done} {adapter.id}: {', '.join((*facts, adapter.digest))}")
+    for warning in adapter.warnings:
+        typer.echo(f"Warning: {warning}", err=True)
 
 
 def _share(target: str) -> tuple[str, float]:
