@@ -1,12 +1,18 @@
-"""Shared by both clients: retries, set in the channel's options, and typed errors."""
+"""Sends calls: retries, set in the channel's options, and typed errors."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager
+from typing import Protocol, TypeVar
 
 import grpc
+import grpc.aio
 
 from loraplex_protos.errors import DeadlineError, LoraplexError, UnavailableError, from_rpc_error
+from loraplex_protos.generation_pb2_grpc import GenerationServiceStub
+
+Q = TypeVar("Q", contravariant=True)
+R = TypeVar("R", covariant=True)
 
 _SERVICE = "loraplex.v1.GenerationService"
 
@@ -36,9 +42,30 @@ CHANNEL_OPTIONS: tuple[tuple[str, str | int], ...] = (
 )
 
 
-def key_metadata(api_key: str | None) -> tuple[tuple[str, str], ...]:
-    """The metadata with the API key."""
-    return (("authorization", f"Bearer {api_key}"),) if api_key else ()
+class Method(Protocol[Q, R]):
+    """A method of the stub that is answered with one message."""
+
+    def __call__(
+        self, request: Q, /, *, timeout: float | None, metadata: tuple[tuple[str, str], ...]
+    ) -> Awaitable[R]: ...
+
+
+class Connection:
+    """What sends the calls of `AsyncClient` and, over a channel that blocks, those of `Client`."""
+
+    def __init__(self, server: str, channel: grpc.aio.Channel, api_key: str | None) -> None:
+        self._server = server
+        self._channel = channel
+        self._metadata = (("authorization", f"Bearer {api_key}"),) if api_key else ()
+        self._stub = GenerationServiceStub(channel)
+
+    async def close(self) -> None:
+        """Closes the connection, which ends the calls in progress."""
+        await self._channel.close()
+
+    async def _send(self, method: Method[Q, R], request: Q, timeout: float | None) -> R:
+        with typed_errors(self._server):
+            return await method(request, timeout=timeout, metadata=self._metadata)
 
 
 def check_address(server: str) -> str:

@@ -31,6 +31,10 @@ def test_both_clients_have_the_same_methods_with_the_same_parameters() -> None:
     assert methods(AsyncClient) == methods(Client)
 
 
+async def test_the_ordinary_client_also_works_where_an_event_loop_runs(client: Client) -> None:
+    assert client.generate("Count").text == "".join(piece.text for piece in client.stream("Count"))
+
+
 async def left(servicer: ScriptedServicer) -> bool:
     return await asyncio.to_thread(servicer.left.wait, 10)
 

@@ -1,0 +1,103 @@
+"""Calls that use the model: generate, embed, classify, tokenize."""
+
+from collections.abc import AsyncGenerator, Sequence
+from typing import Unpack
+
+from loraplex import requests, responses
+from loraplex.connection import Connection, typed_errors
+from loraplex.types import (
+    AdapterReference,
+    Classification,
+    Embedding,
+    GenerateOptions,
+    Generation,
+    MergedAdapters,
+    Message,
+    ModelInfo,
+    Prompt,
+    StreamPiece,
+    TokenSpan,
+)
+from loraplex_protos import generation_pb2 as pb
+
+
+class GenerationCalls(Connection):
+    async def generate(
+        self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
+    ) -> Generation:
+        """Returns once all sequences are finished. For the options see `GenerateOptions`."""
+        request = requests.generate_request(prompt, **options)
+        return responses.generation(await self._send(self._stub.Generate, request, timeout))
+
+    def stream(
+        self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
+    ) -> AsyncGenerator[StreamPiece, None]:
+        """Yields the text as it is generated. For the options see `GenerateOptions`.
+
+        The request is sent when the first piece is requested. Leaving the loop cancels it, as does
+        `close()`, or `aclose()` with asyncio.
+        """
+        return self._pieces(requests.generate_request(prompt, **options), timeout)
+
+    async def _pieces(self, request: pb.GenerateRequest, timeout: float | None) -> AsyncGenerator[StreamPiece, None]:
+        with typed_errors(self._server):
+            call = self._stub.GenerateStream(request, timeout=timeout, metadata=self._metadata)
+            try:
+                async for response in call:
+                    yield responses.stream_piece(response)
+            finally:
+                call.cancel()
+
+    async def cancel(self, request_id: str, *, timeout: float | None = None) -> None:
+        """Ends a request that another call started; its sequences finish with `FinishReason.CANCELLED`.
+
+        Raises RequestNotFoundError if no such request is running.
+        """
+        await self._send(self._stub.CancelGeneration, requests.cancel_request(request_id), timeout)
+
+    async def embed(
+        self,
+        inputs: str | Sequence[Prompt],
+        *,
+        adapter: str | AdapterReference | MergedAdapters | None = None,
+        session: str = "",
+        timeout: float | None = None,
+    ) -> tuple[Embedding, ...]:
+        """One embedding per input: texts, token ids or conversations, at most 1024."""
+        request = requests.embed_request(inputs, adapter, session)
+        return responses.embeddings(await self._send(self._stub.Embed, request, timeout))
+
+    async def classify(
+        self,
+        inputs: str | Sequence[Prompt],
+        *,
+        adapter: str | AdapterReference | MergedAdapters | None = None,
+        session: str = "",
+        raw_logits: bool = False,
+        timeout: float | None = None,
+    ) -> tuple[Classification, ...]:
+        """The labels that the model's or the adapter's classifier gives to each input, or to each token of it, with
+        their scores: texts, token ids or conversations, at most 1024.
+
+        With `raw_logits` the scores are the classifier's logits. Raises InvalidRequestError if there is no classifier.
+        """
+        request = requests.classify_request(inputs, adapter, raw_logits, session)
+        return responses.classifications(await self._send(self._stub.Classify, request, timeout))
+
+    async def tokenize(
+        self,
+        prompt: str | Sequence[Message],
+        *,
+        skip_special_tokens: bool = False,
+        timeout: float | None = None,
+    ) -> tuple[TokenSpan, ...]:
+        """The tokens of a text, or of a conversation as `generate` would render it.
+
+        `skip_special_tokens` omits those that the tokenizer adds to a text.
+        """
+        request = requests.tokenize_request(prompt, skip_special_tokens)
+        return responses.token_spans(await self._send(self._stub.Tokenize, request, timeout))
+
+    async def info(self, *, timeout: float | None = None) -> ModelInfo:
+        """The server's model and its limits."""
+        return responses.model_info(await self._send(self._stub.GetModelInfo, pb.GetModelInfoRequest(), timeout))
