@@ -29,7 +29,7 @@ class AdapterCalls(Connection):
         AdapterNotFoundError, AdapterForbiddenError, AdapterInvalidError or AdapterSourceError.
         """
         reference = requests.adapter_reference(AdapterReference(id, source, revision, token))
-        response = await self._send(self._stub.LoadAdapter, pb.LoadAdapterRequest(adapter=reference), timeout)
+        response = await self._send_once(self._stub.LoadAdapter, pb.LoadAdapterRequest(adapter=reference), timeout)
         return responses.adapter(response.adapter)
 
     async def upload_adapter(
@@ -46,7 +46,7 @@ class AdapterCalls(Connection):
         Raises AdapterInvalidError, or AdapterConflictError if the name has not `expected_version` (0: none).
         """
         parts = requests.upload_parts(name, files, expected_version)
-        response = await self._send(self._stub.UploadAdapter, parts, timeout)
+        response = await self._send_once(self._stub.UploadAdapter, parts, timeout)
         return responses.adapter(response.adapter)
 
     async def register_adapter(
@@ -68,7 +68,7 @@ class AdapterCalls(Connection):
         """
         reference = requests.adapter_reference(AdapterReference(id, source, revision, token))
         request = pb.RegisterAdapterRequest(name=name, adapter=reference, expected_version=expected_version)
-        response = await self._send(self._stub.RegisterAdapter, request, timeout)
+        response = await self._send_once(self._stub.RegisterAdapter, request, timeout)
         return responses.adapter(response.adapter)
 
     async def set_alias(
@@ -82,7 +82,7 @@ class AdapterCalls(Connection):
         """Makes a name in the server's registry file stand for other names or versions, with shares that are together
         100 per cent. Raises AdapterConflictError if it does not stand for `expected` (empty: nothing)."""
         request = requests.alias_request(name, targets, expected)
-        response = await self._send(self._stub.SetAlias, request, timeout)
+        response = await self._send_once(self._stub.SetAlias, request, timeout)
         return responses.adapter(response.adapter)
 
     async def remove_adapter(
@@ -91,7 +91,7 @@ class AdapterCalls(Connection):
         """Removes an uploaded adapter's name, or from the registry file a name, an alias, or a version (name@version)
         other than the newest. Sequences that use it run to their end."""
         request = pb.RemoveAdapterRequest(name=name, expected_version=expected_version)
-        await self._send(self._stub.RemoveAdapter, request, timeout)
+        await self._send_once(self._stub.RemoveAdapter, request, timeout)
 
     async def unload_adapter(
         self,
@@ -111,7 +111,7 @@ class AdapterCalls(Connection):
         """
         request = pb.UnloadAdapterRequest(wait=wait)
         requests.name_adapter(request, AdapterReference(id, source, revision), digest)
-        await self._send(self._stub.UnloadAdapter, request, timeout)
+        await self._send_once(self._stub.UnloadAdapter, request, timeout)
 
     async def pin_adapter(
         self,
@@ -130,7 +130,7 @@ class AdapterCalls(Connection):
         """
         reference = AdapterReference(id, source, revision, token)
         request = requests.name_adapter(pb.PinAdapterRequest(), reference, digest)
-        response = await self._send(self._stub.PinAdapter, request, timeout)
+        response = await self._send_once(self._stub.PinAdapter, request, timeout)
         return responses.adapter(response.adapter)
 
     async def unpin_adapter(
@@ -144,5 +144,5 @@ class AdapterCalls(Connection):
     ) -> Adapter:
         """Lets an adapter leave the device when others need its slot."""
         request = requests.name_adapter(pb.UnpinAdapterRequest(), AdapterReference(id, source, revision), digest)
-        response = await self._send(self._stub.UnpinAdapter, request, timeout)
+        response = await self._send_once(self._stub.UnpinAdapter, request, timeout)
         return responses.adapter(response.adapter)

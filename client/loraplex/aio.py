@@ -1,5 +1,6 @@
 """The client for asyncio."""
 
+import asyncio
 from types import TracebackType
 from typing import Self
 
@@ -7,7 +8,7 @@ import grpc
 import grpc.aio
 
 from loraplex.calls import Calls
-from loraplex.connection import CHANNEL_OPTIONS, check_address
+from loraplex.connection import CHANNEL_OPTIONS
 
 
 class AsyncClient(Calls):
@@ -27,15 +28,16 @@ class AsyncClient(Calls):
         *,
         api_key: str | None = None,
         credentials: grpc.ChannelCredentials | None = None,
+        max_retries: int = 2,
     ) -> None:
         """`server` is host:port; `api_key` is for a server with keys; `credentials` (`grpc.ssl_channel_credentials()`,
-        for example) turn TLS on. Raises ValueError if `server` is a URL."""
-        check_address(server)
+        for example) turn TLS on; `max_retries` is how often a call is tried again. Raises ValueError if `server` is a
+        URL."""
         if credentials is None:
             channel = grpc.aio.insecure_channel(server, options=CHANNEL_OPTIONS)
         else:
             channel = grpc.aio.secure_channel(server, credentials, options=CHANNEL_OPTIONS)
-        super().__init__(server, channel, api_key)
+        super().__init__(server, channel, api_key, max_retries, asyncio.sleep)
 
     async def __aenter__(self) -> Self:
         return self

@@ -5,6 +5,7 @@ instead, it never does, so that its first step is also its last. This is how `Cl
 without a second copy of them.
 """
 
+import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterator
 from functools import wraps
 from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar, cast
@@ -53,6 +54,11 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
     except StopIteration as end:
         return cast(T, end.value)
     raise RuntimeError("a blocking call was suspended")
+
+
+async def sleep(seconds: float) -> None:
+    """Blocks the thread."""
+    time.sleep(seconds)
 
 
 def _each(items: AsyncGenerator[T, None]) -> Generator[T, None, None]:

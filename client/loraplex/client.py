@@ -6,9 +6,9 @@ from typing import Self, cast
 import grpc
 import grpc.aio
 
-from loraplex.blocking import Blocking, BlockingChannel, blocking, blocking_stream
+from loraplex.blocking import Blocking, BlockingChannel, blocking, blocking_stream, sleep
 from loraplex.calls import Calls
-from loraplex.connection import CHANNEL_OPTIONS, check_address
+from loraplex.connection import CHANNEL_OPTIONS
 
 
 class Client(Blocking[Calls]):
@@ -20,8 +20,8 @@ class Client(Blocking[Calls]):
                 print(piece.text, end="")
 
     All calls take `timeout`, in seconds, and raise `LoraplexError`s: `UnavailableError` if no server answers,
-    `DeadlineError` after the timeout, `InvalidRequestError` for an invalid request. If the server is unavailable, calls
-    that change nothing are retried a few times, unless the answer has begun.
+    `DeadlineError` after the timeout, `InvalidRequestError` for an invalid request. If the server is unavailable or has
+    too much to do, calls that change nothing on it are tried again, within their timeout, unless the answer has begun.
     """
 
     def __init__(
@@ -30,15 +30,17 @@ class Client(Blocking[Calls]):
         *,
         api_key: str | None = None,
         credentials: grpc.ChannelCredentials | None = None,
+        max_retries: int = 2,
     ) -> None:
         """`server` is host:port; `api_key` is for a server with keys; `credentials` (`grpc.ssl_channel_credentials()`,
-        for example) turn TLS on. Raises ValueError if `server` is a URL."""
-        check_address(server)
+        for example) turn TLS on; `max_retries` is how often a call is tried again. Raises ValueError if `server` is a
+        URL."""
         if credentials is None:
             channel = grpc.insecure_channel(server, options=CHANNEL_OPTIONS)
         else:
             channel = grpc.secure_channel(server, credentials, options=CHANNEL_OPTIONS)
-        super().__init__(Calls(server, cast(grpc.aio.Channel, BlockingChannel(channel)), api_key))
+        awaitable = cast(grpc.aio.Channel, BlockingChannel(channel))
+        super().__init__(Calls(server, awaitable, api_key, max_retries, sleep))
 
     def __enter__(self) -> Self:
         return self

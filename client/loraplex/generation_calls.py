@@ -1,10 +1,11 @@
 """Calls that use the model: generate, embed, classify, tokenize."""
 
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from typing import Unpack
 
 from loraplex import requests, responses
-from loraplex.connection import Connection, typed_errors
+from loraplex.connection import Connection
 from loraplex.types import (
     AdapterReference,
     Classification,
@@ -40,20 +41,16 @@ class GenerationCalls(Connection):
         return self._pieces(requests.generate_request(prompt, **options), timeout)
 
     async def _pieces(self, request: pb.GenerateRequest, timeout: float | None) -> AsyncGenerator[StreamPiece, None]:
-        with typed_errors(self._server):
-            call = self._stub.GenerateStream(request, timeout=timeout, metadata=self._metadata)
-            try:
-                async for response in call:
-                    yield responses.stream_piece(response)
-            finally:
-                call.cancel()
+        async with aclosing(self._stream(self._stub.GenerateStream, request, timeout)) as stream:
+            async for response in stream:
+                yield responses.stream_piece(response)
 
     async def cancel(self, request_id: str, *, timeout: float | None = None) -> None:
         """Ends a request that another call started; its sequences finish with `FinishReason.CANCELLED`.
 
         Raises RequestNotFoundError if no such request is running.
         """
-        await self._send(self._stub.CancelGeneration, requests.cancel_request(request_id), timeout)
+        await self._send_once(self._stub.CancelGeneration, requests.cancel_request(request_id), timeout)
 
     async def embed(
         self,

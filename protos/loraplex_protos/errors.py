@@ -37,6 +37,7 @@ from grpc_status import rpc_status
 
 DOMAIN = "loraplex"
 MAX_QUOTED = 200  # characters of what a client sent, in any error text or log line
+BEGUN = "x-loraplex-begun"  # initial metadata of Generate: generating has begun
 MAX_STATUS_TEXT = 1000  # bytes of the message on the wire, and of all fields together; a byte can take three there
 
 

@@ -10,7 +10,7 @@ from itertools import count, cycle, islice
 import grpc
 
 from loraplex_protos import generation_pb2 as pb
-from loraplex_protos.errors import LoraplexError, to_status
+from loraplex_protos.errors import BEGUN, LoraplexError, to_status
 from loraplex_protos.generation_pb2_grpc import GenerationServiceServicer, add_GenerationServiceServicer_to_server
 
 ENDLESS = "endless"
@@ -49,6 +49,9 @@ class ScriptedServicer(GenerationServiceServicer):
             self._watch(context)
             self.left.wait(30)
             return pb.GenerateResponse()
+        context.send_initial_metadata(((BEGUN, "1"),))
+        if self.failure_after_first_piece:
+            context.abort_with_status(to_status(self.failure_after_first_piece))
         words = list(self._words(request))
         return pb.GenerateResponse(
             request_id=request.request_id or "r-1",

@@ -121,25 +121,6 @@ async def test_the_servers_error_is_raised(async_client: AsyncClient, servicer: 
         await anext(stream)
 
 
-async def test_calls_to_an_unavailable_server_are_retried(
-    async_client: AsyncClient, servicer: ScriptedServicer
-) -> None:
-    servicer.failures = [UnavailableError("starting")]
-    assert (await async_client.info()).model_id == "tiny"
-    servicer.failures = [UnavailableError("starting")]
-    assert len([piece async for piece in async_client.stream("Count")]) == 4
-    assert len(servicer.requests) == 4
-
-
-async def test_a_call_that_may_have_had_an_effect_is_not_retried(
-    async_client: AsyncClient, servicer: ScriptedServicer
-) -> None:
-    servicer.failures = [UnavailableError("draining")]
-    with pytest.raises(UnavailableError, match="draining"):
-        await async_client.load_adapter("sql")
-    assert len(servicer.requests) == 1
-
-
 async def test_a_missing_server_is_an_unavailable_error() -> None:
     async with AsyncClient("127.0.0.1:1") as client:
         with pytest.raises(UnavailableError, match=r"no server answers at 127\.0\.0\.1:1$"):

@@ -12,7 +12,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from loraplex_protos import generation_pb2 as pb
-from loraplex_protos.errors import FieldViolation, InvalidRequestError, LoraplexError, to_status
+from loraplex_protos.errors import BEGUN, FieldViolation, InvalidRequestError, LoraplexError, to_status
 from loraplex_protos.generation_pb2_grpc import (
     GenerationServiceServicer,
     add_GenerationServiceServicer_to_server,
@@ -65,7 +65,7 @@ class GenerationApi(GenerationServiceServicer):
         async with _answering(context):
             generations = await self._service.generate_each(read_request(request), _key(context))
             try:
-                await context.send_initial_metadata(())  # from here on clients' gRPC does not try again
+                await context.send_initial_metadata(((BEGUN, "1"),))  # from here on clients do not try again
                 writer = Writer(generations, self._service.tokenizer_of)
                 deltas = [delta for generation in generations for delta in await generation.collect()]
                 size = sum(generation.num_logprobs for generation in generations)
