@@ -23,6 +23,7 @@ class FakeShards:
 
     def __init__(self) -> None:
         self.known: dict[int, list[int]] = {}
+        self.scored: set[int] = set()  # rows whose sequences want logprobs
         self.results: deque[pb.StepResponse | LoraplexError] = deque()
         self.log: list[str] = []
         self.failing_token: int | None = None
@@ -48,6 +49,7 @@ class FakeShards:
         response = pb.StepResponse(step=plan.step, duration_us=round(self.step_seconds * 1e6))
         for start in plan.starts:
             self.known[start.row] = list(start.tokens)
+            (self.scored.add if start.logprobs else self.scored.discard)(start.row)
         if any(self.deadly_token in self.known[row] for row in plan.rows):
             self.results.append(self.death)
             return
@@ -60,6 +62,8 @@ class FakeShards:
             if samples:
                 self.known[row].append((self.known[row][-1] + slot + 1) % VOCABULARY)
                 response.tokens.extend([] if failed else self.known[row][-1:])
+        if self.scored.intersection(plan.rows):
+            response.logprobs.extend([-1.0] * len(response.tokens))
         self.results.append(response)
 
     async def receive(self) -> pb.StepResponse:

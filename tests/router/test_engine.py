@@ -39,7 +39,7 @@ from loraplex_router.vocabulary.chat import ChatTemplates
 from loraplex_router.vocabulary.grammar import Grammar, GrammarKind
 from loraplex_router.vocabulary.references import AdapterReference
 from loraplex_router.vocabulary.request import Request
-from loraplex_router.vocabulary.sequence import FinishReason
+from loraplex_router.vocabulary.sequence import Detail, FinishReason
 from tests.router.fake_shards import VOCABULARY, FakeShards
 from tests.router.test_text import TOKENIZER
 
@@ -127,6 +127,14 @@ async def test_plan_n_plus_one_leaves_before_the_result_of_plan_n_is_read(setup:
     log = [entry for entry in setup.shards.log if entry.startswith(("plan", "result"))]
     for step in range(18):
         assert log.index(f"plan {step + 1}") < log.index(f"result {step}")
+
+
+async def test_only_those_who_ask_get_logprobs_although_a_step_has_everyones(setup: Setup):
+    async def logprobs(detail: Detail) -> set[float | None]:
+        generation = await setup.service.generate(Request(prompt=(1,), max_new_tokens=20, detail=detail))
+        return {sample.logprob async for _, delta in generation.deltas() for sample in delta.samples}
+
+    assert await asyncio.gather(logprobs(Detail(logprobs=True)), logprobs(Detail())) == [{-1.0}, {None}]
 
 
 async def test_a_request_that_arrives_while_a_plan_runs_is_in_the_next_one(setup: Setup):

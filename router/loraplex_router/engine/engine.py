@@ -221,7 +221,7 @@ class Engine:
         prompt_alternatives = read_prompt_alternatives(response)
         pooled = read_pooled(response)
         unscored = read_unscored(response, len(plan.chunks))
-        for place, (chunk, samples) in enumerate(zip(plan.chunks, read_samples(response), strict=True)):
+        for place, (chunk, samples) in enumerate(zip(plan.chunks, read_samples(response, plan.chunks), strict=True)):
             owner = self._owners.get(chunk.sequence)
             if owner is None or chunk.sequence.finished:
                 continue

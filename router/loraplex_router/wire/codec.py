@@ -54,11 +54,13 @@ def encode_grammar(grammar: Grammar, adapter: Adapter) -> pb.Grammar:
     return pb.Grammar(kind=kind, text=grammar.text, schemas=schemas, adapter=whose)
 
 
-def read_samples(response: pb.StepResponse) -> Iterator[Sequence[Sample]]:
-    """The tokens, per chunk."""
+def read_samples(response: pb.StepResponse, chunks: Sequence[Chunk]) -> Iterator[Sequence[Sample]]:
+    """The tokens, per chunk. If one of the plan's sequences wants logprobs, the response has everyone's."""
     samples = iter(_read_all_samples(response))
-    for count in response.token_counts:
-        yield [next(samples)] if count == 1 else list(islice(samples, count))
+    for count, chunk in zip(response.token_counts, chunks, strict=True):
+        found = [next(samples)] if count == 1 else list(islice(samples, count))
+        unasked = response.logprobs and not chunk.sequence.detail.logprobs
+        yield [Sample(sample.token) for sample in found] if unasked else found
 
 
 def _read_all_samples(response: pb.StepResponse) -> Iterable[Sample]:
