@@ -13,7 +13,7 @@ import json
 import re
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Self
@@ -43,6 +43,9 @@ class StandInHub:
         self.requests: list[str] = []
         self.delay_s = 0.0  # before each answer
         self.failure: int | None = None  # the status of all answers, if set
+        self.busy = 0  # the number of the next requests that are answered with 503
+        self.retry_after = ""  # what such answers say
+        self.damaged = 0  # the number of the next large files with a wrong byte
         self._repositories: dict[str, _Repository] = {}
         self._hurry = threading.Event()
         self._server = _Server(("127.0.0.1", 0), _handler_of(self))
@@ -89,7 +92,10 @@ class StandInHub:
         self.requests.append(f"{method} {path}")
         self._hurry.wait(self.delay_s)
         if self.failure is not None:
-            return Answer(self.failure)
+            return Answer(self.failure, self._later())
+        if self.busy:
+            self.busy -= 1
+            return Answer(503, self._later())
         match = _FILE.fullmatch(path) or _API.fullmatch(path)
         if match is None:
             return Answer(404)
@@ -103,8 +109,16 @@ class StandInHub:
             return Answer(404, {"X-Error-Code": "RevisionNotFound"})
         commit, files = found
         if "name" in parts:
-            return _file(commit, files.get(unquote(parts["name"])), headers)
+            name = unquote(parts["name"])
+            answer = _file(commit, name, files.get(name), headers)
+            if self.damaged and method == "GET" and _is_large(parts["name"]):
+                self.damaged -= 1
+                return replace(answer, body=answer.body[:-1] + bytes([answer.body[-1] ^ 1]))
+            return answer
         return _listing(parts["repo"], commit, files, parts["kind"])
+
+    def _later(self) -> dict[str, str]:
+        return {"Retry-After": self.retry_after} if self.retry_after else {}
 
     def _refusal(self, repository: _Repository | None, token: str) -> "Answer | None":
         known = {token for repository in self._repositories.values() for token in repository.tokens}
@@ -127,27 +141,34 @@ class Answer:
 def _listing(repo: str, commit: str, files: Mapping[str, bytes], kind: str | None) -> Answer:
     if kind == "tree":
         content: object = [
-            {"type": "file", "path": name, "size": len(data), "oid": _etag(data)} for name, data in files.items()
+            {"type": "file", "path": name, "size": len(data), "oid": _etag(name, data)} for name, data in files.items()
         ]
     else:
-        siblings = [{"rfilename": name, "size": len(data), "blobId": _etag(data)} for name, data in files.items()]
+        siblings = [{"rfilename": name, "size": len(data), "blobId": _etag(name, data)} for name, data in files.items()]
         content = {"id": repo, "modelId": repo, "sha": commit, "private": False, "tags": [], "siblings": siblings}
     return Answer(200, {"Content-Type": "application/json"}, json.dumps(content).encode())
 
 
-def _file(commit: str, data: bytes | None, headers: Mapping[str, str]) -> Answer:
+def _file(commit: str, name: str, data: bytes | None, headers: Mapping[str, str]) -> Answer:
     about = {"X-Repo-Commit": commit}
     if data is None:
         return Answer(404, {**about, "X-Error-Code": "EntryNotFound"})
-    about |= {"ETag": f'"{_etag(data)}"', "Accept-Ranges": "bytes"}
+    about |= {"ETag": f'"{_etag(name, data)}"', "Accept-Ranges": "bytes"}
     if match := _RANGE.fullmatch(headers.get("range", "")):
         start = int(match[1])
         return Answer(206, {**about, "Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"}, data[start:])
     return Answer(200, about, data)
 
 
-def _etag(data: bytes) -> str:
-    return hashlib.sha1(data).hexdigest()
+def _etag(name: str, data: bytes) -> str:
+    """The sha256 of a file in LFS, git's name of any other."""
+    if _is_large(name):
+        return hashlib.sha256(data).hexdigest()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+def _is_large(name: str) -> bool:
+    return name.endswith(".safetensors")
 
 
 class _Server(ThreadingHTTPServer):

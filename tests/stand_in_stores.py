@@ -7,6 +7,7 @@ objects.
 Requests without the credentials that a store sets in the environment are refused, as are requests for `hidden` objects.
 """
 
+import base64
 import hashlib
 import ssl
 import threading
@@ -34,6 +35,7 @@ class StandInStore(ABC):
 
     scheme = ""
     authorization = ""  # the beginning of the header of clients that may read
+    signature = "no signature"  # in the address of clients that may read
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, tls: ssl.SSLContext | None = None) -> None:
         self.objects: dict[str, bytes] = {}
@@ -41,6 +43,10 @@ class StandInStore(ABC):
         self.listed = True  # whether it lists objects
         self.requests: list[str] = []
         self.failure: int | None = None  # the status of all answers, if set
+        self.busy = 0  # the number of the next requests that are answered with 503
+        self.damaged = 0  # the number of the next objects with a wrong byte
+        self.salt = b""  # before the content of an object whose ETag is not the content's MD5
+        self.more_headers: dict[str, str] = {}  # of all objects
         self.cut: int | None = None  # the number of bytes after which the first answer with an object breaks off
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler_of(self))
         if tls is not None:
@@ -60,6 +66,10 @@ class StandInStore(ABC):
     def listing(self, objects: Iterable[tuple[str, bytes]]) -> str:
         """The listing as XML."""
 
+    def tag(self, data: bytes) -> str:
+        """The ETag of an object."""
+        return f'"{hashlib.md5(self.salt + data).hexdigest()}"'
+
     def push(self, folder: str, files: dict[str, bytes]) -> None:
         self.objects |= {f"{folder}/{name}": data for name, data in files.items()}
 
@@ -77,6 +87,7 @@ class StandInStore(ABC):
 
 class StandInS3(StandInStore):
     scheme, authorization = "s3", "AWS4-HMAC-SHA256 Credential=AKIDSTANDIN/"
+    signature = "X-Amz-Credential=AKIDSTANDIN"
 
     def environment(self, url: str) -> dict[str, str]:
         keys = {"AWS_ACCESS_KEY_ID": "AKIDSTANDIN", "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_REGION": "eu-central-1"}
@@ -84,7 +95,7 @@ class StandInS3(StandInStore):
 
     def listing(self, objects: Iterable[tuple[str, bytes]]) -> str:
         entries = (
-            f"<Contents><Key>{escape(key)}</Key><Size>{len(data)}</Size><ETag>{escape(_etag(data))}</ETag>"
+            f"<Contents><Key>{escape(key)}</Key><Size>{len(data)}</Size><ETag>{escape(self.tag(data))}</ETag>"
             "<LastModified>2015-10-21T07:28:00.000Z</LastModified></Contents>"
             for key, data in objects
         )
@@ -94,14 +105,14 @@ class StandInS3(StandInStore):
 class StandInGCS(StandInS3):
     """Its XML API lists like S3."""
 
-    scheme, authorization = "gs", f"Bearer {SECRET}"
+    scheme, authorization, signature = "gs", f"Bearer {SECRET}", "no signature"
 
     def environment(self, url: str) -> dict[str, str]:
         return {"GOOGLE_BASE_URL": url, "GOOGLE_BEARER_TOKEN": SECRET}
 
 
 class StandInAzure(StandInStore):
-    scheme, authorization = "az", "SharedKey standin:"
+    scheme, authorization, signature = "az", "SharedKey standin:", "sig="
 
     def environment(self, url: str) -> dict[str, str]:
         account = {"AZURE_STORAGE_ACCOUNT_NAME": "standin", "AZURE_STORAGE_ACCOUNT_KEY": SECRET}
@@ -111,7 +122,7 @@ class StandInAzure(StandInStore):
         """The real store lists ETags without quotes."""
         entries = (
             f"<Blob><Name>{escape(key)}</Name><Properties><Last-Modified>{CREATED}</Last-Modified>"
-            f"<Etag>{_etag(data)[1:-1]}</Etag><Content-Length>{len(data)}</Content-Length>"
+            f"<Etag>{self.tag(data)[1:-1]}</Etag><Content-Length>{len(data)}</Content-Length>"
             "<Content-Type>application/octet-stream</Content-Type></Properties></Blob>"
             for key, data in objects
         )
@@ -135,7 +146,7 @@ def _handler_of(store: StandInStore) -> type[BaseHTTPRequestHandler]:
                 return self._list(key.rstrip("/"), query["prefix"][0])
             store.requests.append(f"{self.command} {key}")
             status, data = self._find(key)
-            etag, first = _etag(data), 0
+            etag, first = store.tag(data), 0
             if requested := self.headers.get("Range"):
                 first = int(requested.removeprefix("bytes=").partition("-")[0])
                 status = 206
@@ -143,10 +154,17 @@ def _handler_of(store: StandInStore) -> type[BaseHTTPRequestHandler]:
             self.send_header("Content-Length", str(len(data) - first))
             self.send_header("Content-Range", f"bytes {first}-{len(data) - 1}/{len(data)}")
             self.send_header("ETag", etag)
+            if store.scheme == "az":
+                self.send_header("Content-MD5", base64.b64encode(hashlib.md5(data).digest()).decode())
+            for name, value in store.more_headers.items():
+                self.send_header(name, value)
             self.send_header("Last-Modified", CREATED)
             self.end_headers()
             if self.command == "GET":
                 sent, store.cut = store.cut, None
+                if store.damaged and status < 300:
+                    store.damaged -= 1
+                    data = data[:-1] + bytes([data[-1] ^ 1])
                 self.wfile.write(data[first:sent])
                 self.close_connection = sent is not None
 
@@ -163,17 +181,21 @@ def _handler_of(store: StandInStore) -> type[BaseHTTPRequestHandler]:
             self.wfile.write(data)
 
         def _may_read(self) -> bool:
-            return self.headers.get("Authorization", "").startswith(store.authorization)
+            signed = store.signature in unquote(self.path)
+            return signed or self.headers.get("Authorization", "").startswith(store.authorization)
 
         def _find(self, key: str) -> tuple[int, bytes]:
             if store.failure is not None:
                 return store.failure, b""
+            if store.busy:
+                store.busy -= 1
+                return 503, b""
             if key in store.hidden or not self._may_read():
                 return 403, b""
             if key not in store.objects:
                 return 404, b""
             expected = self.headers.get("If-Match")
-            if expected is not None and expected != _etag(store.objects[key]):
+            if expected is not None and expected != store.tag(store.objects[key]):
                 return 412, b""
             return 200, store.objects[key]
 
@@ -181,7 +203,3 @@ def _handler_of(store: StandInStore) -> type[BaseHTTPRequestHandler]:
             pass
 
     return Handler
-
-
-def _etag(data: bytes) -> str:
-    return f'"{hashlib.md5(data).hexdigest()}"'

@@ -1,8 +1,15 @@
-"""The files of an adapter, and of a retrained version, for use in any source."""
+"""The files of an adapter, and of a retrained version, for use in any source; and sources' patience, cut short."""
 
 import pytest
 
+from loraplex_shard.lora.sources import patience
 from tests.shard.lora_models import contents, save_adapter
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Busy sources are tried again at once."""
+    monkeypatch.setattr(patience, "FIRST_WAIT", 0.001)
 
 
 @pytest.fixture(scope="module")

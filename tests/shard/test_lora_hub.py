@@ -10,11 +10,13 @@ import torch
 from huggingface_hub import constants
 
 from loraplex_protos.errors import (
+    AdapterError,
     AdapterForbiddenError,
     AdapterInvalidError,
     AdapterNotFoundError,
     AdapterSourceError,
 )
+from loraplex_shard.lora.sources import patience
 from loraplex_shard.lora.sources.files import CONFIG, PICKLE, TENSORS
 from loraplex_shard.lora.sources.hub import HubSource
 from loraplex_shard.lora.sources.local import LocalSource
@@ -240,6 +242,65 @@ def test_a_hub_that_fails_is_a_source_error(hub: StandInHub, store: AdapterStore
     hub.failure = status
     with pytest.raises(AdapterSourceError, match=str(status)):
         stage(store)
+
+
+def test_a_busy_hub_is_asked_again(
+    hub: StandInHub, store: AdapterStore, files: dict[str, bytes], caplog: pytest.LogCaptureFixture
+) -> None:
+    hub.push("org/adapter", files)
+    hub.busy = 3
+    assert stage(store).lora_rank == 4
+    assert caplog.text.count("the hub answered 503 for 'org/adapter'; trying again in") == 3
+
+
+@pytest.mark.parametrize("header", ["0", "Wed, 21 Oct 2015 07:28:00 GMT"])
+def test_a_hub_may_say_when_to_try_again(
+    hub: StandInHub,
+    store: AdapterStore,
+    files: dict[str, bytes],
+    header: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(patience, "FIRST_WAIT", 3600.0)
+    hub.push("org/adapter", files)
+    hub.busy, hub.retry_after = 1, header
+    assert stage(store).lora_rank == 4
+
+
+def test_a_hub_that_asks_for_too_much_patience_is_not_waited_for(
+    hub: StandInHub, store: AdapterStore, files: dict[str, bytes]
+) -> None:
+    hub.failure, hub.retry_after = 429, "3600"
+    with pytest.raises(AdapterSourceError, match="answered 429 for 'org/adapter' and asks to try again in 3600 s"):
+        stage(store)
+    assert len(hub.requests) == 1
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_what_will_not_change_is_not_asked_again(hub: StandInHub, store: AdapterStore, status: int) -> None:
+    hub.failure = status
+    with pytest.raises(AdapterError):
+        stage(store)
+    assert len(hub.requests) == 1
+
+
+def test_what_arrives_damaged_is_fetched_again_and_then_refused(
+    hub: StandInHub,
+    store: AdapterStore,
+    files: dict[str, bytes],
+    retrained: dict[str, bytes],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    hub.push("org/adapter", files)
+    hub.damaged = 2
+    store.load(stage(store).digest, 1)
+    assert caplog.text.count("arrived damaged: its sha256 is") == 2
+    hub.push("org/adapter", retrained)
+    hub.damaged = 100
+    with pytest.raises(AdapterSourceError, match=f"{TENSORS} of 'org/adapter' arrived damaged: its sha256 is .*, but"):
+        stage(store)
+    hub.damaged = 0
+    assert stage(store).lora_rank == 4
 
 
 def test_a_hub_that_does_not_answer_in_time_is_a_source_error(

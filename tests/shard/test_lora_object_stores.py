@@ -4,19 +4,22 @@ import socket
 import ssl
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import trustme
+from huggingface_hub import constants
 
 from loraplex_protos.errors import (
+    AdapterError,
     AdapterForbiddenError,
     AdapterInvalidError,
     AdapterNotFoundError,
     AdapterSourceError,
 )
+from loraplex_shard.lora.sources import file_cache, object_store
 from loraplex_shard.lora.sources import files as limits
-from loraplex_shard.lora.sources import object_store
 from loraplex_shard.lora.sources.files import CONFIG, PICKLE, TENSORS
 from loraplex_shard.lora.sources.hub import HubSource
 from loraplex_shard.lora.sources.local import LocalSource
@@ -30,6 +33,13 @@ from tests.stand_in_hub import StandInHub
 from tests.stand_in_stores import SECRET, StandInAzure, StandInGCS, StandInS3, StandInStore
 
 NAMES = {"s3": "s3", "gs": "gcs", "az": "azure"}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where downloads are kept."""
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "object-stores"
 
 
 @pytest.fixture(params=[StandInS3, StandInGCS, StandInAzure])
@@ -184,6 +194,83 @@ def test_an_interrupted_download_resumes(store: StandInStore, files: dict[str, b
     whole = source_of(store).locate("sql", "", "").read()
     store.cut = 10
     assert source_of(store).locate("sql", "", "").read() == whole
+
+
+def test_a_busy_store_is_asked_again(store: StandInStore, files: dict[str, bytes], caplog: pytest.LogCaptureFixture):
+    store.push("bucket/team/a/sql", files)
+    store.busy = 3
+    assert stage(store, "sql").lora_rank == 4
+    assert caplog.text.count("answered 503 for 'sql'; trying again in") == 3
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_what_will_not_change_is_not_asked_again(store: StandInStore, files: dict[str, bytes], status: int):
+    store.push("bucket/team/a/sql", files)
+    store.failure = status
+    store.listed = False
+    with pytest.raises(AdapterError):
+        stage(store, "sql")
+    assert len(store.requests) == len(set(store.requests))
+
+
+def test_what_arrives_damaged_is_fetched_again_and_then_refused(
+    store: StandInStore, files: dict[str, bytes], caplog: pytest.LogCaptureFixture
+):
+    store.push("bucket/team/a/sql", files)
+    store.damaged = 2
+    whole = source_of(store).locate("sql", "", "").read()
+    assert bytes(whole.tensors) == files[TENSORS]
+    assert caplog.text.count("arrived damaged: its MD5 is") == 2
+    store.push("bucket/team/a/other", {CONFIG: files[CONFIG], TENSORS: files[TENSORS] + b" "})
+    store.damaged = 100
+    with pytest.raises(AdapterSourceError, match=f"{CONFIG} of 'other' arrived damaged: its MD5 is .*, but .* says"):
+        stage(store, "other")
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"x-amz-server-side-encryption": "aws:kms"},
+        {"x-amz-server-side-encryption-customer-algorithm": "AES256"},
+    ],
+)
+def test_the_etag_of_what_a_users_key_encrypts_is_not_an_md5(
+    s3: StandInS3, files: dict[str, bytes], header: dict[str, str]
+):
+    s3.push("bucket/team/a/sql", files)
+    s3.salt = b"encrypted"
+    with pytest.raises(AdapterSourceError, match="damaged"):
+        stage(s3, "sql")
+    s3.more_headers = header
+    assert stage(s3, "sql").lora_rank == 4
+
+
+def test_downloads_are_kept_on_disk_for_other_processes(store: StandInStore, files: dict[str, bytes], cache: Path):
+    store.push("bucket/team/a/sql", files)
+    first = stage(store, "sql")
+    asked = len(store.requests)
+    assert stage(store, "sql") == first
+    assert [request.partition(" ")[0] for request in store.requests[asked:]] == ["LIST"]
+    assert sorted(path.stat().st_size for path in cache.iterdir()) == sorted(map(len, files.values()))
+
+
+def test_the_least_recently_used_downloads_leave_a_disk_that_fills(
+    store: StandInStore, files: dict[str, bytes], cache: Path, monkeypatch: pytest.MonkeyPatch
+):
+    names, size = ("a", "b", "c"), sum(map(len, files.values()))
+
+    def usage(folder: Path) -> SimpleNamespace:
+        return SimpleNamespace(free=5 * size - sum(path.stat().st_size for path in cache.iterdir()))
+
+    monkeypatch.setattr(file_cache.shutil, "disk_usage", usage)
+    for name in names:
+        store.push(f"bucket/team/a/{name}", files)
+    for name in ("a", "b", "a", "c"):
+        stage(store, name)
+    store.requests.clear()
+    for name in ("a", "c", "b"):
+        stage(store, name)
+    assert {request.split("/")[-2] for request in store.requests if request.startswith("GET")} == {"b"}
 
 
 def test_a_file_that_is_too_large_is_not_downloaded(

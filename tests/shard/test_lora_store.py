@@ -22,6 +22,7 @@ from loraplex_protos.errors import (
 from loraplex_shard.lora.sources.files import CONFIG, TENSORS
 from loraplex_shard.lora.sources.hub import HubSource
 from loraplex_shard.lora.sources.local import LocalSource
+from loraplex_shard.lora.sources.patience import Progress
 from loraplex_shard.lora.sources.protocol import File, Origin
 from loraplex_shard.lora.sources.text_files import AdapterText
 from loraplex_shard.lora.store import AdapterStore, StagedAdapter
@@ -74,8 +75,8 @@ class CountingHub(HubSource):
         with self._called:
             assert self._called.wait_for(lambda: self._calls == count, timeout=60)
 
-    def fetch(self, origin: Origin) -> int:
-        return 0
+    def fetch(self, origin: Origin, progress: Progress) -> dict[str, Path]:
+        return {name: self._directory / origin.id / name for name, _ in origin.files}
 
     def read(self, origin: Origin) -> dict[str, memoryview]:
         self.reads.append(origin.id)

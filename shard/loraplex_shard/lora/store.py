@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from threading import Lock
 
 import torch
@@ -22,17 +23,18 @@ from loraplex_protos.errors import (
     OverloadedError,
     quote,
 )
+from loraplex_shard.lora.fetches import Fetches, check_headers
 from loraplex_shard.lora.merge import Recipe, merge
 from loraplex_shard.lora.once import Once
 from loraplex_shard.lora.peft.base import BaseModel
 from loraplex_shard.lora.peft.parsing import parse_config
 from loraplex_shard.lora.peft.products import most_bytes
-from loraplex_shard.lora.peft.reading import cut_adapter, read_adapter, read_deltas
+from loraplex_shard.lora.peft.reading import check_shapes, cut_adapter, read_adapter, read_deltas
 from loraplex_shard.lora.peft.whole import WholeAdapter
 from loraplex_shard.lora.room import Room
 from loraplex_shard.lora.sources import upload
 from loraplex_shard.lora.sources.files import AdapterFiles
-from loraplex_shard.lora.sources.order import locate
+from loraplex_shard.lora.sources.patience import Progress
 from loraplex_shard.lora.sources.protocol import Origin, Source
 from loraplex_shard.lora.sources.text_files import AdapterText
 from loraplex_shard.lora.sources.upload import check_upload, receive
@@ -88,7 +90,7 @@ class AdapterStore:
         self._base = base
         self._host_bytes = host_bytes
         self._room = Room(host_bytes // 2)
-        self._sources = tuple(sources)
+        self._fetches = Fetches(sources)
         self._metrics = metrics or ShardMetrics()
         self._once = Once()
         self._lock = Lock()  # guards the three below; held only for look-ups
@@ -104,14 +106,28 @@ class AdapterStore:
         AdapterForbiddenError, AdapterSourceError or AdapterInvalidError; OverloadedError if there is no room until
         others are unstaged.
         """
-        origin = locate(self._sources, id, source, revision, token)
         read = False
-        while (staged := self._staged(origin)) is None:
-            self._once.do(origin, lambda: self._read(origin))
-            read = True
+        with self._fetches.started(id, source, revision) as progress:
+            origin = self._fetches.locate(progress, token)
+            while (staged := self._staged(origin)) is None:
+                self._once.do(origin, lambda: self._read(origin, progress))
+                read = True
         for warning in staged.warnings if read else ():
             logger.warning("adapter %s: %s", quote(id), warning)
         return staged
+
+    def fetch(self, id: str, source: str, revision: str, token: str) -> Origin:
+        """Brings an adapter's files to this machine's disk, and checks their headers, so that a later `stage` fetches
+        nothing. Raises the same errors."""
+        with self._fetches.started(id, source, revision) as progress:
+            origin = self._fetches.locate(progress, token)
+            paths = self._fetches.bring(origin, progress)
+            check_headers(paths, partial(check_shapes, layouts=self._layouts, base=self._base))
+        return origin
+
+    def fetches(self) -> list[Progress]:
+        """The fetches that `stage` and `fetch` are busy with, one per id, source and revision."""
+        return self._fetches.current()
 
     def stage_upload(self, sizes: Mapping[str, int], data: Iterator[bytes]) -> StagedAdapter:
         """The same for files that are sent: their sizes by name, in the order in which `data` has their contents."""
@@ -210,10 +226,12 @@ class AdapterStore:
             return None
         return _describe(digest, origin.source.name, origin.revision, adapter)
 
-    def _read(self, origin: Origin) -> None:
+    def _read(self, origin: Origin, progress: Progress) -> None:
         with ExitStack() as stack:
             with self._metrics.loading("disk"):
-                size = origin.fetch()
+                paths = self._fetches.bring(origin, progress)
+                # The hub does not always say a file's size.
+                size = sum(file.size or paths[name].stat().st_size for name, file in origin.files)
                 stack.enter_context(self._room.taken(size * COPIES))
                 files = origin.read()
             if more := most_bytes(parse_config(files.config), self._layouts):

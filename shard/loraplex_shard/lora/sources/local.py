@@ -8,6 +8,7 @@ from pathlib import Path
 from loraplex_protos.errors import AdapterNotFoundError, AdapterSourceError, quote
 from loraplex_shard.lora.sources.files import is_telling, read_file
 from loraplex_shard.lora.sources.folders import find_folder, is_inside
+from loraplex_shard.lora.sources.patience import Progress
 from loraplex_shard.lora.sources.protocol import File, Origin, Source
 from loraplex_shard.lora.sources.text_files import NAMED_TEMPLATES
 
@@ -34,6 +35,10 @@ class LocalSource(Source):
             )
         with _typed_errors(id):
             return Origin.of(self, id, {name: _state(path) for name, path in self._files(directory)})
+
+    def fetch(self, origin: Origin, progress: Progress) -> dict[str, Path]:
+        progress.done = progress.total
+        return {name: Path(file.place) for name, file in origin.files}
 
     def read(self, origin: Origin) -> dict[str, memoryview]:
         with _typed_errors(origin.id):

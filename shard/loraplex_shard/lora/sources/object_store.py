@@ -3,19 +3,28 @@ of a folder below a bucket and prefix, or the whole address of such a folder.
 
 Credentials, region and endpoint are the server's. obstore finds them in variables, a pod's identity or a machine's
 role. They never appear in a message.
+
+What arrives is compared with the checksum that the store says: of S3 and Google Cloud Storage, the ETag where it is an
+MD5; of Azure, Content-MD5. obstore compares nothing. Files are kept on this machine's disk.
 """
 
+import base64
+import hashlib
 import os
 import re
-from collections.abc import Iterator
+import ssl
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import IO, TYPE_CHECKING, NamedTuple
+from urllib.request import Request, urlopen
 
 import obstore
+from huggingface_hub import constants
 from obstore.exceptions import BaseError, GenericError, PermissionDeniedError, PreconditionError, UnauthenticatedError
-from obstore.store import from_url
+from obstore.store import AzureStore, GCSStore, S3Store, from_url
 
 from loraplex_protos.adapter_names import is_name
 from loraplex_protos.errors import (
@@ -27,11 +36,13 @@ from loraplex_protos.errors import (
     quote,
 )
 from loraplex_shard.lora.sources.aws_profile import read_profile
-from loraplex_shard.lora.sources.files import CONFIG, KNOWN, MLX_TENSORS, TENSORS, check_size, is_telling, new_buffer
+from loraplex_shard.lora.sources.file_cache import FileCache
+from loraplex_shard.lora.sources.files import CONFIG, KNOWN, MLX_TENSORS, TENSORS, is_telling
+from loraplex_shard.lora.sources.patience import BUSY, Progress, SourceBusyError
 from loraplex_shard.lora.sources.protocol import File, Origin, Source
 
 if TYPE_CHECKING:
-    from obstore import ObjectMeta
+    from obstore import GetOptions, ObjectMeta
     from obstore.store import ClientConfig, RetryConfig
 
 
@@ -49,6 +60,8 @@ KINDS = (
 CHUNK = 2**22  # bytes copied at a time
 PAGE, MOST_LISTED = 1000, 10_000  # objects
 LONGEST_READ = timedelta(hours=1)
+SIGNED_FOR = timedelta(minutes=1)
+_MD5 = re.compile(r"[0-9a-f]{32}")
 
 # Parts of obstore's error messages.
 _STATUS = re.compile(r"non-2xx status code: (\d{3})")
@@ -65,19 +78,22 @@ _TROUBLES = {
 class ObjectStoreSource(Source):
     """The adapters under `url`, s3://BUCKET or s3://BUCKET/PREFIX, and so on.
 
-    `timeout_s` is the limit for a connection, and for each next piece of an answer. Raises ValueError for settings in
-    the environment that are wrong or insufficient.
+    `cache`, where files are kept, defaults to a folder beside the hub's cache. `timeout_s` is the limit for a
+    connection, and for each next piece of an answer. Raises ValueError for settings in the environment that are wrong
+    or insufficient.
     """
 
-    def __init__(self, url: str, timeout_s: float = 10.0) -> None:
+    def __init__(self, url: str, timeout_s: float = 10.0, cache: Path | None = None) -> None:
         scheme, path = url.split("://")
         self._kind = next(kind for kind in KINDS if scheme in kind.schemes)
         self.name = self._kind.name
         self._bucket, _, prefix = path.partition("/")
         self._prefix = f"{prefix.strip('/')}/".lstrip("/")
+        self._cache = FileCache(cache or Path(constants.HF_HOME) / "object-stores")
+        self._timeout_s = timeout_s
         wait = timedelta(seconds=timeout_s)
         client: ClientConfig = {"allow_http": True, "connect_timeout": wait, "read_timeout": wait}
-        retries: RetryConfig = {"max_retries": 2, "retry_timeout": 3 * wait}
+        retries: RetryConfig = {"max_retries": 0}  # `patience.py` tries again
         options = read_profile() if self.name == "s3" else {}
         address = f"{scheme}://{self._bucket}"
         try:
@@ -105,18 +121,81 @@ class ObjectStoreSource(Source):
             raise AdapterNotFoundError(f"{self._kind.title} has no adapter {quote(id)}")
         return Origin.of(self, id, found)
 
-    def read(self, origin: Origin) -> dict[str, memoryview]:
+    def fetch(self, origin: Origin, progress: Progress) -> dict[str, Path]:
+        paths: dict[str, Path] = {}
+        progress.done = 0
         with self._typed_errors(origin.id):
-            return {name: self._get(name, file) for name, file in origin.files}
+            for name, file in origin.files:
+                before = progress.done
 
-    def _get(self, name: str, file: File) -> memoryview:
-        answer = obstore.get(self._store, file.place, options={"if_match": file.version})
-        check_size(name, answer.meta["size"])
-        data, filled = new_buffer(answer.meta["size"]), 0
-        for chunk in answer.stream(CHUNK):
-            data[filled : filled + len(chunk)] = memoryview(chunk)
-            filled += len(chunk)
-        return data
+                def bring(output: IO[bytes], name: str = name, file: File = file) -> None:
+                    self._download(file, output, progress)
+                    self._compare(f"{name} of {quote(origin.id)}", file, output)
+
+                key = f"{self.name}://{self._bucket}/{file.place} {file.version} {file.size}"
+                paths[name] = self._cache.get(key, file.size, bring)
+                progress.done = before + file.size
+        return paths
+
+    def _download(self, file: File, output: IO[bytes], progress: Progress) -> None:
+        """Continues where the output ends."""
+        arrived = output.tell()
+        progress.done += arrived
+        if arrived >= file.size:
+            return
+        options: GetOptions = {"if_match": file.version}
+        if arrived:
+            options["range"] = {"offset": arrived}
+        for chunk in obstore.get(self._store, file.place, options=options).stream(CHUNK):
+            output.write(chunk)
+            progress.done += len(chunk)
+
+    def _compare(self, name: str, file: File, output: IO[bytes]) -> None:
+        """Compares what has arrived with what the store says about it. Empties the output if it is not the same."""
+        size = output.tell()
+        output.seek(0)
+        got = hashlib.file_digest(output, "md5").hexdigest()  # type: ignore[arg-type]
+        said = self._md5_of(file, got)
+        if size == file.size and said in ("", got):
+            return
+        output.truncate(0)
+        differs = f"its MD5 is {got}, but {self._kind.title} says {said}"
+        if size != file.size:
+            differs = f"it has {size} bytes, but {self._kind.title} says {file.size}"
+        raise SourceBusyError(f"{name} arrived damaged: {differs}")
+
+    def _md5_of(self, file: File, got: str) -> str:
+        """The MD5 of a file as the store says it, in hex; empty if it does not. `got` is what has arrived."""
+        if self.name == "azure":
+            said = self._headers(file.place).get("Content-MD5", "")
+            return base64.b64decode(said).hex()
+        tag = file.version.strip('"').lower()
+        if not _MD5.fullmatch(tag) or self._bucket.endswith("--x-s3"):  # of parts, or in a directory bucket
+            return ""
+        if tag != got and self.name == "s3":
+            headers = self._headers(file.place)
+            by_key = "x-amz-server-side-encryption-customer-algorithm" in headers
+            if by_key or headers.get("x-amz-server-side-encryption", "AES256") != "AES256":
+                return ""  # what is encrypted with the user's own keys has an ETag that only looks like an MD5
+        return tag
+
+    def _headers(self, place: str) -> Mapping[str, str]:
+        """The headers of an object, which obstore does not pass on. Empty if they cannot be asked for, as with
+        credentials that sign no addresses."""
+        assert isinstance(self._store, S3Store | GCSStore | AzureStore)
+        try:
+            address = obstore.sign(self._store, "HEAD", place, SIGNED_FOR)
+            with urlopen(Request(address, method="HEAD"), timeout=self._timeout_s, context=self._trusted) as answer:
+                return dict(answer.headers.items())
+        except (BaseError, OSError, ValueError):
+            return {}
+
+    @cached_property
+    def _trusted(self) -> ssl.SSLContext:
+        context = ssl.create_default_context()
+        if authorities := _authorities():
+            context.load_verify_locations(cadata=authorities.decode())
+        return context
 
     def _named(self, id: str) -> str:
         """The adapter's name. The id may be its address; an address of another place stays as it is."""
@@ -169,6 +248,8 @@ class ObjectStoreSource(Source):
             yield
         except (BaseError, FileNotFoundError, ValueError) as error:
             raise self._typed(error, id) from None
+        except OSError as error:
+            raise AdapterSourceError(f"the files of {quote(id)} cannot be kept on disk: {error.strerror}") from error
 
     def _typed(self, error: Exception, id: str) -> AdapterError:
         title, text = self._kind.title, str(error)
@@ -188,7 +269,10 @@ class ObjectStoreSource(Source):
                 return AdapterSourceError(f"the files of {quote(id)} changed while they were read: try again")
             case 0:
                 reason = next((said for sign, said in _TROUBLES.items() if sign in text), "its answer is malformed")
-                return AdapterSourceError(f"{title} did not hand over {quote(id)}: {reason}")
+                kind = AdapterSourceError if "BareRedirect" in text else SourceBusyError
+                return kind(f"{title} did not hand over {quote(id)}: {reason}")
+            case status if status in BUSY:
+                return SourceBusyError(f"{title} answered {status}{code} for {quote(id)}")
             case status:
                 return AdapterSourceError(f"{title} answered {status}{code} for {quote(id)}")
 

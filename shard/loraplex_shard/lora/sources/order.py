@@ -1,16 +1,20 @@
 """Decides which source is asked for an adapter: the one that a request names, or all of them in turn."""
 
 from collections.abc import Sequence
+from functools import partial
 
 from loraplex_protos.errors import AdapterNotFoundError, AdapterSourceError, quote
+from loraplex_shard.lora.sources.patience import Progress, patiently
 from loraplex_shard.lora.sources.protocol import Origin, Source
 
 
-def locate(sources: Sequence[Source], id: str, source: str, revision: str, token: str) -> Origin:
-    """Finds the adapter's files. `source` is the name of a source, or empty for the first one that has the id.
+def locate(sources: Sequence[Source], wanted: Progress, token: str) -> Origin:
+    """Finds the adapter's files. Its `source` is the name of a source, or empty for the first one that has the id. A
+    busy source is asked several times.
 
     Raises the AdapterErrors of the sources. An AdapterNotFoundError has the reasons of all of them.
     """
+    id, source = wanted.id, wanted.source
     asked = [each for each in sources if source in ("", each.name)]
     missing = [] if asked else [f"this server has no adapter source {quote(source)}"]
     for each in asked:
@@ -18,7 +22,7 @@ def locate(sources: Sequence[Source], id: str, source: str, revision: str, token
             missing.append(refusal)
             continue
         try:
-            return each.locate(id, revision, token)
+            return patiently(partial(each.locate, id, wanted.revision, token), wanted)
         except AdapterNotFoundError as error:
             missing.append(error.message)
         except AdapterSourceError as error:

@@ -1,12 +1,16 @@
 """The interface of a source. `order.py` asks one source after the other. What is common to all sources, such as which
-files of an adapter are read and how large they may be, is here and in `files.py`."""
+files of an adapter are read and how large they may be, is here and in `files.py`; how often they are tried, in
+`patience.py`."""
 
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol, Self
 
-from loraplex_shard.lora.sources.files import AdapterFiles, assemble, choose
+from loraplex_protos.errors import AdapterSourceError, quote
+from loraplex_shard.lora.sources.files import AdapterFiles, assemble, choose, read_file
+from loraplex_shard.lora.sources.patience import Progress, patiently
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +39,15 @@ class Origin:
         chosen = choose({name: file.size for name, file in files.items()})
         return cls(source, id, tuple((name, files[name]) for name in chosen), revision, token)
 
-    def fetch(self) -> int:
-        """See Source.fetch."""
-        return self.source.fetch(self)
+    @property
+    def size(self) -> int:
+        """Of all files, in bytes, as far as the source says it."""
+        return sum(file.size for _, file in self.files)
+
+    def fetch(self, progress: Progress) -> dict[str, Path]:
+        """See Source.fetch. Tries several times if the source is busy."""
+        progress.total = self.size
+        return patiently(lambda: self.source.fetch(self, progress), progress)
 
     def read(self) -> AdapterFiles:
         """Reads the files. Raises the AdapterErrors of the source."""
@@ -62,11 +72,18 @@ class Source(Protocol):
         AdapterSourceError if the source does not answer, and what Origin.of raises.
         """
 
-    def fetch(self, origin: Origin) -> int:
-        """Brings the files to this machine's disk, if the source has a place for them there. Returns their size in
-        bytes. Raises AdapterErrors."""
-        return sum(file.size for _, file in origin.files)
-
     @abstractmethod
+    def fetch(self, origin: Origin, progress: Progress) -> dict[str, Path]:
+        """Brings the files to this machine's disk, unless they are there already. Returns their paths, by name.
+
+        Keeps `progress.done` up to date. What arrives is compared with what the source says about it. Raises
+        AdapterErrors: SourceBusyError if it may succeed later.
+        """
+
     def read(self, origin: Origin) -> dict[str, memoryview]:
         """Returns the files' contents, by name. Raises AdapterErrors, also if the files have changed."""
+        paths = origin.fetch(Progress(origin.id))
+        try:
+            return {name: read_file(path, name) for name, path in paths.items()}
+        except OSError as error:
+            raise AdapterSourceError(f"the files of {quote(origin.id)} cannot be read: {error.strerror}") from error
