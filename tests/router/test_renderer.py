@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from loraplex_protos.errors import AdapterInvalidError, InvalidRequestError, UnavailableError
+from loraplex_protos.errors import AdapterInvalidError, InvalidRequestError, OverloadedError, UnavailableError
 from loraplex_router.text.renderer import LONG, Renderer
 from loraplex_router.vocabulary.chat import AdapterTokenizer, Chat, ChatTemplates, Message, RenderedChat
 
@@ -75,6 +75,33 @@ async def test_the_models_own_conversations_do_not_wait_for_an_adapters_template
     assert not slow.done()
     with pytest.raises(InvalidRequestError, match="too much time"):
         await slow
+
+
+async def test_a_good_template_does_not_wait_for_conversations_with_one_that_never_ends(
+    renderer: Renderer, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("loraplex_router.text.renderer.MOST_SLOW", 1)
+    await renderer.render(brought(GOOD), CHAT)
+    bad = [asyncio.create_task(renderer.render(brought(FOREVER), CHAT)) for _ in range(12)]
+    await asyncio.sleep(0)
+    assert await renderer.render(brought(GOOD), CHAT) == RENDERED
+    assert await renderer.render(brought(GOOD), CHAT, "another tenant") == RENDERED
+    assert not any(task.done() for task in bad)
+    refused, left = await asyncio.wait(bad, return_when=asyncio.FIRST_COMPLETED)
+    with pytest.raises(OverloadedError, match="wait for this chat template"):
+        await refused.pop()
+    for task in left:
+        task.cancel()
+
+
+async def test_a_conversation_whose_client_left_is_not_rendered(renderer: Renderer):
+    await renderer.render(brought(GOOD), CHAT)
+    bad = [asyncio.create_task(renderer.render(brought(f"{FOREVER}{n}"), CHAT)) for n in range(100)]
+    await asyncio.sleep(0)
+    for task in bad:
+        task.cancel()
+    assert await renderer.render(brought(GOOD), CHAT) == RENDERED
+    assert (await asyncio.gather(*bad, return_exceptions=True))[0].__class__ is asyncio.CancelledError
 
 
 async def test_the_next_caller_does_not_get_the_answer_of_one_that_left(renderer: Renderer):

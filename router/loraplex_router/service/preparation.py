@@ -60,10 +60,10 @@ class Preparation:
         """A placement for work that only needs the adapter's files."""
         return await self._place(reference, None, tenant, None)
 
-    async def render(self, chat: Chat, adapter: Adapter) -> RenderedChat:
+    async def render(self, chat: Chat, adapter: Adapter, tenant: Tenant) -> RenderedChat:
         """Renders with the adapter's own templates and special tokens, if any."""
         model = self._model()
-        return await model.renderer.render(adapter.tokenizer.over(model.chat_templates), chat)
+        return await model.renderer.render(adapter.tokenizer.over(model.chat_templates), chat, tenant.name)
 
     async def _prepare(self, request: Request, arrival: Arrival) -> tuple[Generation, Lease]:
         model, tenant, text = self._model(), arrival.tenant, request.prompt
@@ -76,7 +76,7 @@ class Preparation:
             tokenizer, vocab_size = await model.read_tokenizer(lease.adapter), model.vocab_size(lease.adapter)
             check_vocabulary(request, vocab_size)
             if isinstance(text, Chat | TextPair):
-                text = await self._as_text(text, lease.adapter)
+                text = await self._as_text(text, lease.adapter, tenant)
         assert not isinstance(text, Chat)
         key = text, tokenizer
         prompt = arrival.prompts.get(key)
@@ -109,14 +109,14 @@ class Preparation:
             generation.add(sequence, decoder, stops, request.stop_token_ids)
         return generation, lease
 
-    async def _as_text(self, prompt: Chat | TextPair, adapter: Adapter) -> Text:
+    async def _as_text(self, prompt: Chat | TextPair, adapter: Adapter, tenant: Tenant) -> Text:
         """A pair is left as it is, unless the template is made for pairs. That text gets the special tokens that the
         tokenizer adds."""
         if isinstance(prompt, Chat):
-            return await self.render(prompt, adapter)
+            return await self.render(prompt, adapter, tenant)
         if not adapter.tokenizer.over(self._model().chat_templates).takes_pairs:
             return prompt
-        return (await self.render(prompt.as_chat(), adapter)).text
+        return (await self.render(prompt.as_chat(), adapter, tenant)).text
 
     async def _lease(self, request: Request, arrival: Arrival) -> Lease:
         lease = await self._place(request.adapter, request.grammar, arrival.tenant, arrival.first)

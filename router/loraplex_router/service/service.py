@@ -311,7 +311,7 @@ class Service:
         session = session or _new_session()
         if isinstance(prompt, Chat):
             with await self._place(adapter, key, session) as lease:
-                prompt = (await self._preparation.render(prompt, lease.adapter)).text
+                prompt = (await self._preparation.render(prompt, lease.adapter, self.keys.tenant(key))).text
         tokenizer, _ = await self.tokenizer_for(adapter, key, session)
         return await tokenizer.spans(prompt, add_special_tokens)
 

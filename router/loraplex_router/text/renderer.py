@@ -1,7 +1,7 @@
 """Renders conversations with chat templates, in separate processes: see template_process.py.
 
 A template is a program, a conversation can be long, and anyone who can name an adapter can provide a template: none of
-this may block the event loop or fill the router's memory.
+this may block the event loop, fill the router's memory, or let others wait.
 """
 
 import asyncio
@@ -15,12 +15,21 @@ from typing import Any, TypeAlias
 
 import orjson
 
-from loraplex_protos.errors import AdapterInvalidError, FieldViolation, InvalidRequestError, UnavailableError
+from loraplex_protos.errors import (
+    AdapterInvalidError,
+    FieldViolation,
+    InvalidRequestError,
+    OverloadedError,
+    UnavailableError,
+)
+from loraplex_router.text.fair_lock import FairLock, Turn
 from loraplex_router.vocabulary.chat import FIELD, Chat, ChatTemplates, RenderedChat
 
 logger = logging.getLogger(__name__)
 
+QUICK_SECONDS = 0.25  # of CPU time: nearly all conversations take less
 RENDER_SECONDS = 5.0  # of CPU time: far more than any legitimate template takes, however busy the machine
+MOST_SLOW = 8  # slow conversations of a tenant that may wait for the same template
 STARTS = 3  # on a machine that is short of memory, a process may end before it is ready
 ANSWER_SECONDS = 60  # of wall-clock time: in case the process gets no CPU time at all
 READY = b"ready\n"
@@ -30,26 +39,37 @@ QUIET = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERB
 KEPT = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "TZ")  # environment variables; templates ask for the date
 
 Answer: TypeAlias = tuple[str, str, str]  # see template_process.answer
+SLOW: Answer = "slow", "", ""
 
 
 class Renderer:
-    """One process each for the model's own templates, for adapters' templates, and for long conversations with the
-    model's own, so that slow templates only delay requests of the same kind. A process starts on first use."""
+    """Two processes for the model's own templates and two for adapters': a quick one, and one for conversations that
+    are long or that the quick one gave up. Each is shared fairly among tenants and their templates, so others wait for
+    QUICK_SECONDS at most, whatever a template does. A process starts on first use."""
 
     def __init__(self, own: ChatTemplates, render_seconds: float = RENDER_SECONDS) -> None:
         self._own = own
-        self._short, self._long, self._foreign = (_Process(render_seconds) for _ in range(3))
+        self._quick, self._quick_foreign = (_Process(min(QUICK_SECONDS, render_seconds)) for _ in range(2))
+        self._slow, self._slow_foreign = (_Process(render_seconds) for _ in range(2))
 
-    async def render(self, templates: ChatTemplates, chat: Chat) -> RenderedChat:
+    async def render(self, templates: ChatTemplates, chat: Chat, tenant: str = "") -> RenderedChat:
         """Raises InvalidRequestError if there is no template, or if it rejects the messages, cannot be parsed or takes
-        too long; AdapterInvalidError if an adapter's cannot be parsed; UnavailableError if the process does not
-        start."""
-        question = _write(templates, chat)
+        too long; AdapterInvalidError if an adapter's cannot be parsed; OverloadedError if too many slow conversations
+        of the tenant wait for this template; UnavailableError if the process does not start."""
+        question, source = _write(templates, chat), templates.choose(bool(chat.tools))
         own = templates == self._own
-        process = self._foreign if not own else self._long if len(question) > LONG else self._short
-        kind, text, turn_end = await process.ask(question)
+        quick, slow = (self._quick, self._slow) if own else (self._quick_foreign, self._slow_foreign)
+        kind, text, turn_end = SLOW
+        if len(question) <= LONG:
+            kind, text, turn_end = await quick.ask(question, tenant, source)
+            if kind == "slow" and slow.lock.count_waiting(tenant, source) >= MOST_SLOW:
+                raise OverloadedError(f"{MOST_SLOW} conversations wait for this chat template, which takes long")
+        if kind == "slow":
+            kind, text, turn_end = await slow.ask(question, tenant, source)
         if kind == "text":
             return RenderedChat(text, turn_end)
+        if kind == "slow":
+            raise _invalid("rendering them with the chat template takes too much time or memory")
         if kind == "broken" and not own:
             raise AdapterInvalidError(f"the adapter's chat template cannot be parsed: {text}")
         raise _invalid(f"the model's chat template cannot be parsed: {text}" if kind == "broken" else text)
@@ -59,7 +79,7 @@ class Renderer:
         conversation."""
         for name, source in self._own.by_name.items():
             try:
-                kind, text, _ = await self._short.ask(_write_question(source, self._own.special_tokens))
+                kind, text, _ = await self._quick.ask(_write_question(source, self._own.special_tokens), "", source)
             except UnavailableError:
                 return  # it is logged
             if kind == "broken":
@@ -67,8 +87,8 @@ class Renderer:
 
     async def aclose(self) -> None:
         """Ends the processes. Pending and later questions are refused."""
-        for process in (self._short, self._long, self._foreign):
-            await process.aclose()
+        processes = self._quick, self._slow, self._quick_foreign, self._slow_foreign
+        await asyncio.gather(*(process.aclose() for process in processes))
 
 
 class _Process:
@@ -77,42 +97,43 @@ class _Process:
     def __init__(self, render_seconds: float) -> None:
         self._render_seconds = render_seconds
         self._process: asyncio.subprocess.Process | None = None
-        self._turn = asyncio.Lock()
-        self._asked: set[asyncio.Task[Answer]] = set()
+        self._asked: asyncio.Task[Answer] | None = None
         self._closed = False
+        self.lock = FairLock()
 
-    async def ask(self, question: bytes) -> Answer:
-        """Cancelling one caller does not end the process for the others."""
-        task = asyncio.create_task(self._answer(question))
-        self._asked.add(task)
-        task.add_done_callback(self._asked.discard)
-        return await asyncio.shield(task)
+    async def ask(self, question: bytes, tenant: str, source: str) -> Answer:
+        """Asks in turn. `source`: the template. Cancelling one caller does not end the process for the others."""
+        turn = await self.lock.acquire(tenant, source)
+        self._asked = asyncio.create_task(self._answer(question, turn))
+        return await asyncio.shield(self._asked)
 
     async def aclose(self) -> None:
         self._closed = True
         self._kill()
-        await asyncio.gather(*self._asked, return_exceptions=True)
+        if self._asked is not None:
+            await asyncio.gather(self._asked, return_exceptions=True)
         await self._end()
 
-    async def _answer(self, question: bytes) -> Answer:
-        async with self._turn:
+    async def _answer(self, question: bytes, turn: Turn) -> Answer:
+        try:
             if self._closed:
                 return "refused", "the server is shutting down", ""
-            try:
-                if self._process is not None and _is_gone(self._process):
-                    await self._end()
-                if self._process is None:
-                    self._process = await _start(self._render_seconds)
-                try:
-                    async with asyncio.timeout(ANSWER_SECONDS):
-                        return await _exchange(self._process, question)
-                except (TimeoutError, OSError, EOFError):  # EOFError: it died
-                    await self._end()
-                    return "refused", "rendering them with the chat template takes too much time or memory", ""
-            except Exception as error:  # the system cannot start a process, or the event loop lost one
-                logger.exception("the process that renders chat templates failed")
+            if self._process is not None and _is_gone(self._process):
                 await self._end()
-                raise UnavailableError("chat templates cannot be rendered at the moment: try again") from error
+            if self._process is None:
+                self._process = await _start(self._render_seconds)
+            try:
+                async with asyncio.timeout(ANSWER_SECONDS):
+                    return await _exchange(self._process, question)
+            except (TimeoutError, OSError, EOFError):  # EOFError: it died
+                await self._end()
+                return SLOW
+        except Exception as error:  # the system cannot start a process, or the event loop lost one
+            logger.exception("the process that renders chat templates failed")
+            await self._end()
+            raise UnavailableError("chat templates cannot be rendered at the moment: try again") from error
+        finally:
+            self.lock.release(turn)
 
     def _kill(self) -> None:
         if self._process is not None:

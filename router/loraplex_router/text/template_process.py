@@ -20,30 +20,44 @@ MAX_RENDERED = 2**24  # characters
 MAX_TURN_END = 200
 MAX_REASON = 200  # characters: it may quote the conversation
 KEPT = 256  # number of templates that are kept, with their traits
+GRACE_SECONDS = 1.0  # after its time: a template that spends that long in one function of C ends the process
+
+
+class OutOfTime(BaseException):
+    """The conversation has used up its time. Not an Exception, since templates' errors are caught."""
 
 
 def main() -> None:
-    """Reports that it is ready, and answers. A template that uses up its time ends the process, even if its router has
-    ended."""
+    """Reports that it is ready, and answers."""
     render_seconds = float(sys.argv[1])
+    signal.signal(signal.SIGPROF, _stop)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # so that a library's output is not taken for an answer
     answers.write(b"ready\n")
     answers.flush()
     for line in sys.stdin.buffer:
-        signal.setitimer(signal.ITIMER_PROF, render_seconds)
-        kind, text, turn_end = answer(line)
-        signal.setitimer(signal.ITIMER_PROF, 0)
+        try:
+            signal.setitimer(signal.ITIMER_PROF, render_seconds)
+            signal.setitimer(signal.ITIMER_VIRTUAL, render_seconds + GRACE_SECONDS)
+            kind, text, turn_end = answer(line)
+            signal.setitimer(signal.ITIMER_PROF, 0)
+        except OutOfTime:
+            kind, text, turn_end = "slow", "", ""
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         data = text.encode(errors="replace")
         head = {"kind": kind, "bytes": len(data), "turn_end": turn_end[:MAX_TURN_END]}
         answers.write(json.dumps(head).encode() + b"\n" + data)
         answers.flush()
 
 
+def _stop(*_: object) -> None:
+    raise OutOfTime
+
+
 def answer(line: bytes) -> tuple[str, str, str]:
     """("text", the prompt, the text that the template writes after an answer), ("refused", the reason, "") or
-    ("broken", the template's error, "").
+    ("broken", the template's error, ""). `main` adds ("slow", "", "").
 
     A question without messages asks whether the template can be parsed.
     """
