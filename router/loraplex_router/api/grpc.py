@@ -18,24 +18,21 @@ from loraplex_protos.generation_pb2_grpc import (
     add_GenerationServiceServicer_to_server,
 )
 from loraplex_router.access.keys import read_bearer
+from loraplex_router.api.calls import AnswerReader
+from loraplex_router.api.chats import create_reader, read_chat
 from loraplex_router.api.message_limits import MessageLimits
-from loraplex_router.api.readers import read_each
-from loraplex_router.api.translation import (
-    Writer,
-    read_adapter_name,
-    read_chat,
+from loraplex_router.api.pooled import (
     read_classify_request,
     read_embed_request,
-    read_reference,
-    read_request,
-    read_targets,
     write_classifications,
     write_embeddings,
     write_spans,
 )
+from loraplex_router.api.readers import read_each
+from loraplex_router.api.translation import Writer, read_adapter_name, read_reference, read_request, read_targets
 from loraplex_router.api.turns import in_turn
 from loraplex_router.api.uploads import read_announcement, read_data, receive, split
-from loraplex_router.engine.output import Generation
+from loraplex_router.engine.output import Generation, SequenceOutput
 from loraplex_router.replicas.administration import AT_A_TIME
 from loraplex_router.service.service import Service
 
@@ -66,7 +63,7 @@ class GenerationApi(GenerationServiceServicer):
             generations = await self._service.generate_each(read_request(request), _key(context))
             try:
                 await context.send_initial_metadata(((BEGUN, "1"),))  # from here on clients do not try again
-                writer = Writer(generations, self._service.tokenizer_of)
+                writer = self._writer(request, generations)
                 deltas = [delta for generation in generations for delta in await generation.collect()]
                 size = sum(generation.num_logprobs for generation in generations)
                 return await in_turn(size, lambda: writer.response(deltas))
@@ -80,12 +77,18 @@ class GenerationApi(GenerationServiceServicer):
         async with _answering(context):
             generations = await self._service.generate_each(read_request(request), _key(context))
             try:
-                writer = Writer(generations, self._service.tokenizer_of)
+                writer = self._writer(request, generations)
                 async for index, delta in read_each(generations, Generation.deltas):
                     yield await in_turn(writer.num_logprobs(index, delta), partial(writer.event, index, delta))
             finally:
                 for generation in generations:
                     self._service.close(generation)
+
+    def _writer(self, request: pb.GenerateRequest, generations: Sequence[Generation]) -> Writer:
+        def reader_of(output: SequenceOutput) -> AnswerReader | None:
+            return create_reader(request, lambda: self._service.reasoning_parser(output))
+
+        return Writer(generations, self._service.tokenizer_of, reader_of)
 
     async def CancelGeneration(
         self, request: pb.CancelGenerationRequest, context: Context

@@ -1,17 +1,19 @@
 """Between generation.proto and the router's own types."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 
 from loraplex_protos import generation_pb2 as pb
 from loraplex_protos.errors import FieldViolation, InvalidRequestError
-from loraplex_router.engine.output import Classification, Delta, Embedding, Generation, SequenceOutput
-from loraplex_router.text.tokenizer import Spans, Tokenizer, TokenSpan
+from loraplex_router.api.calls import AnswerReader
+from loraplex_router.api.chats import read_chat, read_parts, read_tool_choice
+from loraplex_router.engine.output import Delta, Generation, SequenceOutput
+from loraplex_router.text.tokenizer import Tokenizer
 from loraplex_router.vocabulary.adapter import Adapter
-from loraplex_router.vocabulary.chat import Chat, Message
-from loraplex_router.vocabulary.classification import best, by_token, scores
+from loraplex_router.vocabulary.chat import Chat
 from loraplex_router.vocabulary.grammar import Grammar, GrammarKind
 from loraplex_router.vocabulary.references import AdapterReference, MergedReference, asked_of
-from loraplex_router.vocabulary.request import ClassifyRequest, EmbedRequest, Request
+from loraplex_router.vocabulary.request import Request
 from loraplex_router.vocabulary.sampling import Sampling
 from loraplex_router.vocabulary.sequence import Alternatives, Detail, Sample
 
@@ -20,11 +22,16 @@ def read_request(message: pb.GenerateRequest) -> Request:
     """Raises InvalidRequestError if there is no prompt; everything else is checked by the service."""
     sampling = {field.name: value for field, value in message.sampling.ListFields()}
     sampling["logit_bias"] = dict(message.sampling.logit_bias)
-    stopping = message.stopping
+    stopping, prompt = message.stopping, read_prompt(message)
+    grammar = _read_grammar(message.grammar) if message.HasField("grammar") else None
+    if message.HasField("tool_choice"):
+        grammar = read_tool_choice(message) or grammar
+    if message.tool_choice.mode == pb.ToolChoice.MODE_NONE and isinstance(prompt, Chat):
+        prompt = replace(prompt, tools=())
     return Request(
-        prompt=_read_prompt(message),
+        prompt=prompt,
         request_id=message.request_id,
-        adapter=_read_adapter(message),
+        adapter=read_adapter(message),
         adapters=tuple(read_reference(each) if each.ByteSize() else None for each in message.adapters),
         sampling=Sampling(**sampling),
         max_new_tokens=stopping.max_new_tokens if stopping.HasField("max_new_tokens") else None,
@@ -39,23 +46,13 @@ def read_request(message: pb.GenerateRequest) -> Request:
             prompt_logprobs=message.detail.prompt_logprobs or message.detail.prompt_top_logprobs > 0,
             prompt_top_logprobs=message.detail.prompt_top_logprobs,
         ),
-        grammar=_read_grammar(message.grammar) if message.HasField("grammar") else None,
+        grammar=grammar,
         cache_salt=message.cache_salt,
         session=message.session,
     )
 
 
-def read_embed_request(message: pb.EmbedRequest) -> EmbedRequest:
-    """Raises InvalidRequestError if an input has no prompt; everything else is checked by the service."""
-    return EmbedRequest(tuple(map(_read_prompt, message.inputs)), _read_adapter(message), session=message.session)
-
-
-def read_classify_request(message: pb.ClassifyRequest) -> ClassifyRequest:
-    """As read_embed_request."""
-    return ClassifyRequest(tuple(map(_read_prompt, message.inputs)), _read_adapter(message), session=message.session)
-
-
-def _read_prompt(message: pb.GenerateRequest | pb.EmbedInput) -> str | Chat | tuple[int, ...]:
+def read_prompt(message: pb.GenerateRequest | pb.EmbedInput) -> str | Chat | tuple[int, ...]:
     match message.WhichOneof("prompt"):
         case "text":
             return message.text
@@ -83,10 +80,6 @@ def _read_grammar(message: pb.Grammar) -> Grammar:
             raise InvalidRequestError(FieldViolation("grammar", "set json_schema, json_object, regex, choice or lark"))
 
 
-def read_chat(chat: pb.Chat) -> Chat:
-    return Chat(tuple(Message(message.role, message.content) for message in chat.messages))
-
-
 def read_reference(reference: pb.AdapterReference) -> AdapterReference:
     return AdapterReference(reference.id, reference.source, reference.revision, reference.token)
 
@@ -95,7 +88,7 @@ def read_targets(targets: Iterable[pb.AliasTarget]) -> dict[str, float]:
     return {target.adapter: target.percent for target in targets}
 
 
-def _read_adapter(
+def read_adapter(
     message: pb.GenerateRequest | pb.EmbedRequest | pb.ClassifyRequest,
 ) -> AdapterReference | MergedReference | None:
     match message.WhichOneof("weights"):
@@ -117,9 +110,15 @@ def _read_adapter(
 class Writer:
     """Writes the answers of a request's generations, whose sequences are numbered through."""
 
-    def __init__(self, generations: Sequence[Generation], tokenizer_of: Callable[[Adapter], Tokenizer]) -> None:
+    def __init__(
+        self,
+        generations: Sequence[Generation],
+        tokenizer_of: Callable[[Adapter], Tokenizer],
+        reader_of: Callable[[SequenceOutput], AnswerReader | None],
+    ) -> None:
         self._answers = [(generation, output) for generation in generations for output in generation.outputs]
         self._tokenizer_of = tokenizer_of
+        self._readers = [reader_of(output) for _, output in self._answers]
         self._begun: set[int] = set()  # indexes of sequences that something was written of
 
     def num_logprobs(self, index: int, delta: Delta) -> int:
@@ -129,8 +128,14 @@ class Writer:
 
     def event(self, index: int, delta: Delta) -> pb.GenerateStreamResponse:
         generation, output = self._answers[index]
+        parts = read_parts(self._readers[index], delta)
         event = pb.GenerateStreamResponse(
-            request_id=generation.request_id, index=index, text=delta.text, adapter=_adapter(generation)
+            request_id=generation.request_id,
+            index=index,
+            text=parts.text,
+            reasoning=parts.reasoning,
+            tool_calls=parts.calls,
+            adapter=_adapter(generation),
         )
         self._write_tokens(generation, delta.samples, event)
         if index not in self._begun:
@@ -152,17 +157,22 @@ class Writer:
         first, _ = self._answers[0]
         return pb.GenerateResponse(
             request_id=first.request_id,
-            sequences=map(self._sequence, self._answers, deltas),
+            sequences=map(self._sequence, self._answers, self._readers, deltas),
             prompt=self._prompt(),
             adapter_digest=first.adapter_digest,
             adapter_version=first.adapter_version,
             warnings=dict.fromkeys(warning for generation, _ in self._answers for warning in generation.warnings),
         )
 
-    def _sequence(self, answer: tuple[Generation, SequenceOutput], delta: Delta) -> pb.GeneratedSequence:
+    def _sequence(
+        self, answer: tuple[Generation, SequenceOutput], reader: AnswerReader | None, delta: Delta
+    ) -> pb.GeneratedSequence:
         generation, output = answer
+        parts = read_parts(reader, delta)
         sequence = pb.GeneratedSequence(
-            text=delta.text,
+            text=parts.text,
+            reasoning=parts.reasoning,
+            tool_calls=[part.call for part in parts.calls],
             finish_reason=_finish_reason(delta),
             usage=_usage(output),
             seed=output.seed,
@@ -231,52 +241,6 @@ def _usage(output: SequenceOutput) -> pb.Usage:
         prompt_tokens=output.sequence.prompt_length,
         cached_tokens=output.sequence.prefix_hit,
         generated_tokens=output.generated,
-    )
-
-
-def write_embeddings(embeddings: Iterable[Embedding]) -> pb.EmbedResponse:
-    return pb.EmbedResponse(
-        embeddings=[
-            pb.Embedding(
-                values=found.values,
-                prompt_tokens=found.prompt_tokens,
-                warnings=found.warnings,
-                adapter_digest=found.adapter_digest,
-                adapter_version=found.adapter_version,
-            )
-            for found in embeddings
-        ]
-    )
-
-
-def write_classifications(
-    found: Sequence[Classification], places: Sequence[Sequence[TokenSpan]], raw_logits: bool
-) -> pb.ClassifyResponse:
-    """`places`: of each one's tokens."""
-    return pb.ClassifyResponse(
-        classifications=[_classification(each, spans, raw_logits) for each, spans in zip(found, places, strict=True)],
-        classifier=found[0].classifier,
-        adapter_digest=found[0].adapter_digest,
-        adapter_version=found[0].adapter_version,
-    )
-
-
-def _classification(found: Classification, spans: Sequence[TokenSpan], raw_logits: bool) -> pb.Classification:
-    message, classifier = pb.Classification(prompt_tokens=len(found.tokens)), found.classifier
-    if not classifier.of_tokens:
-        message.scores.extend(found.logits if raw_logits else scores(classifier, found.logits))
-        message.label = classifier.labels[best(found.logits)]
-        return message
-    for span, logits in zip(spans, by_token(classifier, found.logits), strict=True):
-        token = message.tokens.add(id=span.id, text=span.text, start=span.start, stop=span.stop)
-        token.scores.extend(logits if raw_logits else scores(classifier, logits))
-        token.label = classifier.labels[best(logits)]
-    return message
-
-
-def write_spans(spans: Spans) -> pb.TokenizeResponse:
-    return pb.TokenizeResponse(
-        tokens=[pb.TokenSpan(id=span.id, text=span.text, start=span.start, stop=span.stop) for span in spans]
     )
 
 

@@ -4,7 +4,8 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, PrivateAttr, model_validator
 
-from loraplex_router.api.http.fields import MAX_MESSAGES, MAX_TOOLS, STRICT, Items
+from loraplex_router.api.calls import MAX_TOOLS, TOOL_NAME
+from loraplex_router.api.http.fields import MAX_MESSAGES, STRICT, Items
 from loraplex_router.vocabulary.chat import Chat, Content, Message
 from loraplex_router.vocabulary.violations import Violations
 
@@ -60,7 +61,7 @@ class ChatMessage(AsSent):
 class Function(BaseModel):
     model_config = ConfigDict(extra="allow")
 
-    name: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")
+    name: str = Field(pattern=f"^{TOOL_NAME}$")
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = Field(default=None, description=STRICT)

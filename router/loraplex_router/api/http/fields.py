@@ -9,7 +9,6 @@ from loraplex_router.vocabulary.request import Prompt
 from loraplex_router.vocabulary.sampling import MAX_BIASED
 
 MAX_MESSAGES = 4096  # in a conversation; OpenAI accepts 2048
-MAX_TOOLS = 1024  # OpenAI accepts 128
 
 T = TypeVar("T")
 

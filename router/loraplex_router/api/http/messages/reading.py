@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from loraplex_protos.errors import quote
-from loraplex_router.api.http.calls import AnswerReader, DeclaredTool, forced_calls
+from loraplex_router.api.calls import AnswerReader, DeclaredTool, forced_calls
 from loraplex_router.api.http.messages.schema import Block, Content, ConversationBody, MessagesBody, Turn
 from loraplex_router.api.http.model_names import read_model_name
 from loraplex_router.text.reasoning import ReasoningParser

@@ -5,7 +5,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from loraplex_router.api.http.fields import BIAS, MAX_MESSAGES, MAX_TOOLS, STRICT, Bias, Items
+from loraplex_router.api.calls import MAX_TOOLS
+from loraplex_router.api.http.fields import BIAS, MAX_MESSAGES, STRICT, Bias, Items
 from loraplex_router.vocabulary.sampling import Sampling
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from loraplex_protos.errors import FieldViolation, InvalidRequestError
-from loraplex_router.api.http.calls import DeclaredTool, forced_calls
+from loraplex_router.api.calls import DeclaredTool, forced_calls
 from loraplex_router.api.http.openai.schema import (
     ChatCompletionRequest,
     GenerationRequest,

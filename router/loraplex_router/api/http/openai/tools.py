@@ -4,7 +4,7 @@ import secrets
 from typing import Any
 
 from loraplex_protos.errors import quote
-from loraplex_router.api.http.calls import AnswerReader
+from loraplex_router.api.calls import AnswerReader
 from loraplex_router.api.http.openai.schema import AllowedToolsChoice, ChatCompletionRequest, NamedTool
 from loraplex_router.text.reasoning import ReasoningParser
 from loraplex_router.vocabulary.violations import Violations

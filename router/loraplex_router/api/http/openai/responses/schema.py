@@ -5,7 +5,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from loraplex_router.api.http.fields import MAX_MESSAGES, MAX_TOOLS, Items, Name
+from loraplex_router.api.calls import MAX_TOOLS
+from loraplex_router.api.http.fields import MAX_MESSAGES, Items, Name
 
 
 class Part(BaseModel):

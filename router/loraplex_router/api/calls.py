@@ -11,6 +11,9 @@ from loraplex_router.text.tool_calls import Arguments, Piece, ToolCall, ToolCall
 from loraplex_router.text.tool_grammar import list_of_calls, one_call, read_parameters
 from loraplex_router.vocabulary.grammar import EmbeddedSchema, Grammar
 
+MAX_TOOLS = 1024  # OpenAI accepts 128
+TOOL_NAME = r"[A-Za-z0-9_.-]{1,64}"
+
 
 @dataclass(frozen=True, slots=True)
 class DeclaredTool:
