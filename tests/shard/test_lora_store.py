@@ -1,8 +1,10 @@
 """The store: staging by digest, slots, and local ids, also from many threads."""
 
 import contextlib
+import json
 import os
 import shutil
+import socket
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -54,6 +56,11 @@ def store_of(directory: Path | None, hub: HubSource | None = None, host_bytes: i
     return AdapterStore(layouts(), torch.float32, device, BASE, sources, host_bytes=host_bytes)
 
 
+def bind_socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+
+
 class CountingHub(HubSource):
     """Serves the adapters of a directory, and records reads."""
 
@@ -69,7 +76,7 @@ class CountingHub(HubSource):
         with self._called:
             self._calls += 1
             self._called.notify_all()
-        return Origin(self, id, ((TENSORS, File(id, "commit", 0)),), "commit")
+        return Origin(self, id, tuple((name, File(id, "commit", 0)) for name in (CONFIG, TENSORS)), "commit")
 
     def wait_for_calls(self, count: int) -> None:
         with self._called:
@@ -399,12 +406,35 @@ def test_a_path_under_the_directory_is_a_name(store: AdapterStore, directory: Pa
             stage(store, path)
 
 
-def test_a_pipe_instead_of_a_file_is_refused_at_once(store: AdapterStore, directory: Path) -> None:
-    file = directory / "adapter-0" / TENSORS
-    file.unlink()
-    os.mkfifo(file)
-    with pytest.raises(AdapterInvalidError, match="not a regular file"):
+@pytest.mark.parametrize("name", [CONFIG, TENSORS, "tokenizer_config.json"])
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [(os.mkfifo, "not a regular file"), (os.mkdir, "a folder"), (bind_socket, "not a regular file")],
+)
+def test_what_is_not_a_file_is_refused_by_name_and_at_once(
+    store: AdapterStore, directory: Path, name: str, make: Callable[[Path], object], said: str
+) -> None:
+    path = directory / "adapter-0" / name
+    path.unlink(missing_ok=True)
+    make(path)
+    with pytest.raises(AdapterInvalidError, match=f"{name} is {said}"):
         stage(store, "adapter-0")
+
+
+def test_no_byte_of_weights_is_read_if_their_header_shows_a_fault(
+    store: AdapterStore, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Origin, "read", lambda origin: pytest.fail("it was read"))
+    zeros, wrong = directory / "adapter-0" / TENSORS, directory / "adapter-1" / TENSORS
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    header = json.dumps({name: {"dtype": "F32", "shape": [2**14, 2**14], "data_offsets": [0, 2**30]}}).encode()
+    zeros.write_bytes(b"")
+    os.truncate(zeros, 2**30)
+    wrong.write_bytes(len(header).to_bytes(8, "little") + header)
+    os.truncate(wrong, 2**30 + 8 + len(header))
+    for id, reason in ("adapter-0", "header is malformed"), ("adapter-1", "lora_A"):
+        with pytest.raises(AdapterInvalidError, match=reason):
+            stage(store, id)
 
 
 def test_a_local_adapter_has_no_revisions(store: AdapterStore) -> None:

@@ -7,6 +7,7 @@ from threading import Lock
 
 import torch
 
+from loraplex_protos.errors import AdapterSourceError
 from loraplex_shard.lora.once import Once
 from loraplex_shard.lora.peft.config import AdapterConfig
 from loraplex_shard.lora.peft.parsing import parse_config
@@ -58,6 +59,10 @@ def check_headers(paths: Mapping[str, Path], check: Callable[[AdapterConfig, dic
     """Raises AdapterInvalidError for what can be seen to be wrong with an adapter without reading its tensors' values.
     `check` is told their shapes."""
     tensors = paths[check_names(frozenset(paths))]
-    with tensors.open("rb") as file:
-        shapes = read_shapes(file, tensors.stat().st_size)
-    check(parse_config(bytes(read_file(paths[CONFIG], CONFIG))), shapes)
+    try:
+        with tensors.open("rb") as file:
+            shapes = read_shapes(file, tensors.stat().st_size)
+        config = bytes(read_file(paths[CONFIG], CONFIG))
+    except OSError as error:
+        raise AdapterSourceError(f"the adapter's files cannot be read: {error.strerror}: try again") from error
+    check(parse_config(config), shapes)

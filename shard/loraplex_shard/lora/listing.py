@@ -1,7 +1,6 @@
 """Lists the adapter directory, with the faults of its adapters that can be found without reading them whole."""
 
 import os
-import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -17,7 +16,7 @@ from loraplex_protos.errors import AdapterInvalidError
 from loraplex_shard.lora.peft.config import AdapterConfig
 from loraplex_shard.lora.peft.parsing import parse_config
 from loraplex_shard.lora.peft.tensors import read_shapes
-from loraplex_shard.lora.sources.files import CONFIG, MLX_TENSORS, PICKLE, TENSORS, check_names, check_size
+from loraplex_shard.lora.sources.files import CONFIG, MLX_TENSORS, PICKLE, TENSORS, check_kind, check_names, check_size
 from loraplex_shard.lora.sources.folders import CACHED, cached_id, find_snapshot, is_inside
 from loraplex_shard.lora.weights.deltas import Invocation
 
@@ -183,8 +182,7 @@ class LocalListing:
         config, tensors = Path(found.folder, CONFIG), Path(found.folder, check_names(found.files))
         for path in (config, tensors):
             status = path.stat()
-            if not stat.S_ISREG(status.st_mode):
-                raise AdapterInvalidError(f"{path.name} is not a regular file")
+            check_kind(path.name, status.st_mode)
             check_size(path.name, status.st_size)
         parsed = parse_config(config.read_bytes())
         with tensors.open("rb") as file:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from threading import Lock
 
 import torch
@@ -121,8 +122,7 @@ class AdapterStore:
         nothing. Raises the same errors."""
         with self._fetches.started(id, source, revision) as progress:
             origin = self._fetches.locate(progress, token)
-            paths = self._fetches.bring(origin, progress)
-            check_headers(paths, partial(check_shapes, layouts=self._layouts, base=self._base))
+            self._bring(origin, progress)
         return origin
 
     def fetches(self) -> list[Progress]:
@@ -229,7 +229,7 @@ class AdapterStore:
     def _read(self, origin: Origin, progress: Progress) -> None:
         with ExitStack() as stack:
             with self._metrics.loading("disk"):
-                paths = self._fetches.bring(origin, progress)
+                paths = self._bring(origin, progress)
                 # The hub does not always say a file's size.
                 size = sum(file.size or paths[name].stat().st_size for name, file in origin.files)
                 stack.enter_context(self._room.taken(size * COPIES))
@@ -241,6 +241,12 @@ class AdapterStore:
             self._once.do(digest, lambda: self._hold(digest, lambda: self._cut(files)))
         with self._lock:
             self._digests[origin] = digest
+
+    def _bring(self, origin: Origin, progress: Progress) -> dict[str, Path]:
+        """Brings an adapter's files to the disk. What their headers show to be wrong takes no memory."""
+        paths = self._fetches.bring(origin, progress)
+        check_headers(paths, partial(check_shapes, layouts=self._layouts, base=self._base))
+        return paths
 
     def _cut(self, files: AdapterFiles) -> HostAdapter:
         return read_adapter(files, self._layouts, self._base, self._dtype, self._host_bytes)

@@ -108,14 +108,19 @@ def check_names(names: frozenset[str]) -> str:
     raise AdapterInvalidError(f"{TENSORS} is missing")
 
 
+def check_kind(name: str, mode: int) -> None:
+    """Raises AdapterInvalidError unless `mode`, as of os.stat, is a regular file's."""
+    if not stat.S_ISREG(mode):
+        raise AdapterInvalidError(f"{name} is {'a folder' if stat.S_ISDIR(mode) else 'not a regular file'}: replace it")
+
+
 def read_file(path: Path, name: str) -> memoryview:
     """Reads a file. Raises AdapterInvalidError if it is too large or not a regular file, OSError if it cannot be
     read."""
     # Without O_NONBLOCK, opening a pipe would wait for its writer.
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb", buffering=0) as file:
         status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise AdapterInvalidError(f"{name} is not a regular file")
+        check_kind(name, status.st_mode)
         check_size(name, status.st_size)
         data, filled = new_buffer(status.st_size), 0
         while filled < len(data) and (count := file.readinto(data[filled : filled + _CHUNK])):

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from loraplex_protos.errors import AdapterNotFoundError, AdapterSourceError, quote
-from loraplex_shard.lora.sources.files import is_telling, read_file
+from loraplex_shard.lora.sources.files import check_kind, is_telling, read_file
 from loraplex_shard.lora.sources.folders import find_folder, is_inside
 from loraplex_shard.lora.sources.patience import Progress
 from loraplex_shard.lora.sources.protocol import File, Origin, Source
@@ -34,7 +34,10 @@ class LocalSource(Source):
                 f"{quote(id)} is in the adapter directory, which has no revisions: omit the revision"
             )
         with _typed_errors(id):
-            return Origin.of(self, id, {name: _state(path) for name, path in self._files(directory)})
+            origin = Origin.of(self, id, {name: _state(path) for name, path in self._files(directory)})
+            for name, file in origin.files:
+                check_kind(name, os.stat(file.place).st_mode)
+        return origin
 
     def fetch(self, origin: Origin, progress: Progress) -> dict[str, Path]:
         progress.done = progress.total
