@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from loraplex_protos.mtls import MtlsSettings
+from loraplex_router.text.reasoning import AUTO, FAMILIES, NONE
 from loraplex_router.wire.discovery import DNS
 
 
@@ -30,6 +31,11 @@ class EdgeSettings(BaseModel):
         "auto",
         description="Default sampling parameters of OpenAI's routes. auto: those in the model's "
         "generation_config.json, as in vLLM. vllm: temperature 1 and nothing else.",
+    )
+    reasoning_parser: str = Field(
+        AUTO,
+        description="How the model writes its thoughts, by vLLM's names: qwen3, deepseek_r1, granite, mistral, "
+        "openai_gptoss and so on. auto: as the prompt and the chat template show it. none: they stay in the answer.",
     )
     max_batch_tokens: int = Field(
         256, ge=1, le=65536, description="Tokens computed per step: more speeds up long prompts, less smooths streams."
@@ -102,6 +108,14 @@ class EdgeSettings(BaseModel):
     drain_seconds: float = Field(
         30.0, ge=0, description="How long running requests may continue after SIGTERM before they are cancelled."
     )
+
+    @field_validator("reasoning_parser")
+    @classmethod
+    def _is_known(cls, value: str) -> str:
+        name = value.replace("-", "_").lower()
+        if name not in (AUTO, NONE, *FAMILIES):
+            raise ValueError(f"{value!r} is not one of {', '.join((AUTO, NONE, *sorted(FAMILIES)))}")
+        return name
 
     @property
     def url_host(self) -> str:

@@ -10,6 +10,8 @@ import pytest
 from tests.e2e.processes import Server
 from tests.e2e.tiny import CHAT_TEMPLATE, save_adapter, save_model
 
+THINKING = "{{ '<think>\n\n</think>\n' if enable_thinking is false else '<think>\n' }}"  # as in Qwen3's template
+
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -25,7 +27,7 @@ def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
     for seed, name in enumerate(("first", "second")):
         save_adapter(model, adapters / name, 8, seed=seed)
     shutil.copytree(adapters / "first", adapters / "thinking")
-    (adapters / "thinking" / "chat_template.jinja").write_text(f"{CHAT_TEMPLATE}<think>\n")
+    (adapters / "thinking" / "chat_template.jinja").write_text(f"{CHAT_TEMPLATE}{THINKING}")
     shutil.copytree(adapters / "first", adapters / "broken")
     (adapters / "broken" / "adapter_model.safetensors").write_bytes(b"")
     flags = f"--adapters={adapters}", "--kv-blocks=256", "--threads=1", f"--cors-origins={PAGE}"

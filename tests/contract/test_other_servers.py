@@ -256,7 +256,10 @@ def test_thoughts_are_beside_the_content_streamed_or_not(server: Server):
     assert not any(delta.get("content") for delta in deltas)
     hidden = ask(server, CHAT, {**body, "include_reasoning": False})[0]["choices"][0]["message"]
     assert not hidden["content"] and "reasoning" not in hidden
-    formatted = ask(server, CHAT, {**body, "regex": "yes|no"})[0]["choices"][0]["message"]
+    formatted = ask(server, CHAT, {**body, "regex": "yes|no"})[0]["choices"][0]["message"]  # begins after them
+    assert formatted["content"] is None and formatted["reasoning"]
+    without = {**body, "regex": "yes|no", "chat_template_kwargs": {"enable_thinking": False}}
+    formatted = ask(server, CHAT, without)[0]["choices"][0]["message"]
     assert formatted["content"] in ("yes", "no") and "reasoning" not in formatted
 
 

@@ -9,9 +9,9 @@ from loraplex_protos.errors import InvalidRequestError
 from loraplex_router.api.chats import create_reader, read_chat, read_parts
 from loraplex_router.api.translation import read_request
 from loraplex_router.engine.output import Delta
-from loraplex_router.text.reasoning import ReasoningParser
 from loraplex_router.vocabulary.chat import Chat
 from loraplex_router.vocabulary.sequence import FinishReason
+from loraplex_router.vocabulary.thoughts import Thoughts
 
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 WEATHER = pb.Tool(name="weather", description="The weather.", parameters=json.dumps(CITY))
@@ -95,12 +95,12 @@ def test_tools_that_must_not_be_called_are_not_described():
     request = asking(TIME, tool_choice=pb.ToolChoice(mode="MODE_NONE"))
     prompt = read_request(request).prompt
     assert isinstance(prompt, Chat) and prompt.tools == ()
-    assert create_reader(request, lambda: None) is None
+    assert create_reader(request, None) is None
 
 
 def parts(request: pb.GenerateRequest, *texts: str, thinks: bool = False) -> list[tuple[str, str, list[pb.ToolCall]]]:
     """(text, reasoning, parts of calls) of each piece of an answer. Ids are checked and left out."""
-    reader = create_reader(request, lambda: ReasoningParser(("<think>", "</think>"), False) if thinks else None)
+    reader = create_reader(request, Thoughts(("<think>",), ("</think>",)) if thinks else None)
     found = []
     for place, text in enumerate(texts):
         last = place == len(texts) - 1

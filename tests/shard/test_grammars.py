@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
 
@@ -20,6 +20,7 @@ from loraplex_protos.shard_pb2 import (
     GRAMMAR_KIND_REGEX,
     Grammar,
     SequenceStart,
+    Thoughts,
 )
 from loraplex_shard.device.parallel import Group
 from loraplex_shard.lora.peft.base import BaseModel
@@ -108,10 +109,12 @@ def test_a_match_only_has_tokens_with_an_embedding(rows: int) -> None:
     assert re.fullmatch(r"\[PAD\][yno]es", tokenizer.decode(tokens))
 
 
-def one_of_allowed(constraints: Constraints, length: int, rows: int) -> int:
+def one_of_allowed(constraints: Constraints, length: int, rows: int, preferred: Sequence[int] = ()) -> int:
     masks = constraints.begin([0], [1 + length])
     assert masks is not None
-    token = int(masks.apply(torch.arange(float(rows))[None]).argmax())  # the last
+    logits = torch.arange(float(rows))
+    logits[list(preferred)] += rows
+    token = int(masks.apply(logits[None]).argmax())  # the last
     constraints.accept([0], [token])
     assert not constraints.failed([0]).any()
     return token
@@ -178,6 +181,42 @@ def test_sampled_texts_match_the_grammar(
     answers = {sample(constrained(compiler, grammar), Random(seed)) for seed in range(20)}
     assert len(answers) > 1
     assert all(answer is not None and matches(answer) for answer in answers)
+
+
+THINK = Thoughts(openings=["<think>"], closings=["</think>"])
+THINKING = Thoughts(openings=["<think>"], closings=["</think>"], begun=True)
+GRANITE = Thoughts(openings=["Here's my thought:"], closings=["Here is my response:", "Here's my response:"])
+HARMONY = Thoughts(openings=["<|channel|>analysis"], closings=["<|end|>"], before_answer="<|channel|>final")
+
+
+@pytest.mark.parametrize("special", [(), ("<think>", "</think>", "<|channel|>", "<|end|>")])
+@pytest.mark.parametrize(
+    ("thoughts", "begun"),
+    [
+        (THINK, "<think>\nWhat is 1999-01? A date.</think>\n\n"),
+        (THINK, ""),
+        (THINKING, "1999-01 < 2000 </thin </think>"),
+        (THINKING, "\n<think>a</think>"),
+        (GRANITE, "Here's my thought: it is 1/2. Here's my response: "),
+        (HARMONY, "<|channel|>analysis a date<|end|><|channel|>final"),
+        (HARMONY, "<|channel|>fin"),
+    ],
+)
+def test_a_format_begins_after_free_thoughts(special: tuple[str, ...], thoughts: Thoughts, begun: str) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(list(special), special_tokens=True)
+    rows = VOCAB + len(special)
+    constraints = Constraints(GrammarCompiler(tokenizer.backend_tokenizer.to_str().encode(), rows, (END,)), rows)
+    of_answers = tokenizer.encode("0123456789-!")
+    document = Grammar(kind=GRAMMAR_KIND_JSON_SCHEMA, text='{"const": 1}')
+    listed = Grammar(kind=GRAMMAR_KIND_LARK, text='start: schema_0 "!"', schemas=['{"const": 1}'])
+    for answer, pattern in ((DATE, DATE.text), (document, "1"), (listed, "1!")):
+        grammar = Grammar(kind=answer.kind, text=answer.text, schemas=answer.schemas, thoughts=thoughts)
+        tokens = tokenizer.encode(begun)
+        constraints.start(SequenceStart(row=0, tokens=[0, *tokens], prompt_length=1, grammar=grammar))
+        while (token := one_of_allowed(constraints, len(tokens), rows, of_answers)) != END:
+            tokens.append(token)
+        assert re.fullmatch(re.escape(begun) + r"\D*" + pattern, tokenizer.decode(tokens))
 
 
 def test_two_hundred_schemas_each_give_a_valid_document(compiler: GrammarCompiler) -> None:

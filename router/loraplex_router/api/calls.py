@@ -10,6 +10,7 @@ from loraplex_router.text.reasoning import Reasoning, ReasoningParser
 from loraplex_router.text.tool_calls import Arguments, Piece, ToolCall, ToolCallParser
 from loraplex_router.text.tool_grammar import list_of_calls, one_call, read_parameters
 from loraplex_router.vocabulary.grammar import EmbeddedSchema, Grammar
+from loraplex_router.vocabulary.thoughts import Thoughts
 
 MAX_TOOLS = 1024  # OpenAI accepts 128
 TOOL_NAME = r"[A-Za-z0-9_.-]{1,64}"
@@ -37,18 +38,18 @@ def forced_calls(tools: Sequence[DeclaredTool], chosen: str | None, several: boo
 
 
 class AnswerReader:
-    """Finds the calls in one answer while it arrives, and its thoughts, if it is given a parser of them. `names`: the
-    tools that it may call. `calls_alone`: the grammar forces it to call. Without `several`, calls after the first are
-    left out."""
+    """Finds the calls in one answer while it arrives, and the thoughts that it may begin with. `names`: the tools that
+    it may call. `calls_alone`: the grammar forces it to call. Without `several`, calls after the first are left
+    out."""
 
     def __init__(
         self,
         names: Collection[str],
         calls_alone: bool = False,
         several: bool = True,
-        reasoning: ReasoningParser | None = None,
+        thoughts: Thoughts | None = None,
     ) -> None:
-        self._reasoning = reasoning
+        self._reasoning = ReasoningParser(thoughts) if thoughts else None
         self._parser = ToolCallParser(names, calls_alone) if names else None
         self._most_calls = inf if several else 1
         self._found = 0  # number of calls, including those beyond the limit

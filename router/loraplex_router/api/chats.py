@@ -2,7 +2,7 @@
 
 import re
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,10 +11,11 @@ from loraplex_protos.errors import FieldViolation, InvalidRequestError, quote
 from loraplex_router.api.calls import MAX_TOOLS, TOOL_NAME, AnswerReader, DeclaredTool, forced_calls
 from loraplex_router.engine.output import Delta
 from loraplex_router.text.json_limits import parse
-from loraplex_router.text.reasoning import Reasoning, ReasoningParser
+from loraplex_router.text.reasoning import Reasoning
 from loraplex_router.text.tool_calls import Arguments, ToolCall
 from loraplex_router.vocabulary.chat import Chat, Message
 from loraplex_router.vocabulary.grammar import Grammar
+from loraplex_router.vocabulary.thoughts import Thoughts
 from loraplex_router.vocabulary.violations import Violations
 
 
@@ -43,17 +44,24 @@ def read_tool_choice(request: pb.GenerateRequest) -> Grammar | None:
     return forced_calls(declared, choice.name or None, several=not choice.single)
 
 
-def create_reader(
-    request: pb.GenerateRequest, find_thoughts: Callable[[], ReasoningParser | None]
-) -> AnswerReader | None:
-    """What finds calls and thoughts in an answer; None if nothing is to be found. `find_thoughts` gives the parser of
-    thoughts, if the model has any."""
-    choice, called = request.tool_choice, set[str]()
-    if choice.mode != pb.ToolChoice.MODE_NONE:
-        called = {tool.name for tool in request.chat.tools if choice.name in ("", tool.name)}
-    if not request.HasField("chat") or not (called or request.detail.reasoning):
+def separates(request: pb.GenerateRequest) -> bool:
+    """Whether calls and thoughts are separated from an answer's text."""
+    return request.HasField("chat") and bool(_callable_tools(request) or request.detail.reasoning)
+
+
+def create_reader(request: pb.GenerateRequest, thoughts: Thoughts | None) -> AnswerReader | None:
+    """What finds calls, and the thoughts that there may be, in an answer; None if nothing is to be found."""
+    if not separates(request):
         return None
-    return AnswerReader(called, _must_call(choice), not choice.single, find_thoughts())
+    choice = request.tool_choice
+    return AnswerReader(_callable_tools(request), _must_call(choice), not choice.single, thoughts)
+
+
+def _callable_tools(request: pb.GenerateRequest) -> set[str]:
+    choice = request.tool_choice
+    if choice.mode == pb.ToolChoice.MODE_NONE:
+        return set()
+    return {tool.name for tool in request.chat.tools if choice.name in ("", tool.name)}
 
 
 @dataclass(slots=True)

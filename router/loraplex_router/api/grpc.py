@@ -18,7 +18,6 @@ from loraplex_protos.generation_pb2_grpc import (
     add_GenerationServiceServicer_to_server,
 )
 from loraplex_router.access.keys import read_bearer
-from loraplex_router.api.calls import AnswerReader
 from loraplex_router.api.chats import create_reader, read_chat
 from loraplex_router.api.message_limits import MessageLimits
 from loraplex_router.api.pooled import (
@@ -32,7 +31,7 @@ from loraplex_router.api.readers import read_each
 from loraplex_router.api.translation import Writer, read_adapter_name, read_reference, read_request, read_targets
 from loraplex_router.api.turns import in_turn
 from loraplex_router.api.uploads import read_announcement, read_data, receive, split
-from loraplex_router.engine.output import Generation, SequenceOutput
+from loraplex_router.engine.output import Generation
 from loraplex_router.replicas.administration import AT_A_TIME
 from loraplex_router.service.service import Service
 
@@ -85,10 +84,7 @@ class GenerationApi(GenerationServiceServicer):
                     self._service.close(generation)
 
     def _writer(self, request: pb.GenerateRequest, generations: Sequence[Generation]) -> Writer:
-        def reader_of(output: SequenceOutput) -> AnswerReader | None:
-            return create_reader(request, lambda: self._service.reasoning_parser(output))
-
-        return Writer(generations, self._service.tokenizer_of, reader_of)
+        return Writer(generations, self._service.tokenizer_of, lambda output: create_reader(request, output.thoughts))
 
     async def CancelGeneration(
         self, request: pb.CancelGenerationRequest, context: Context

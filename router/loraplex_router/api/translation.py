@@ -6,7 +6,7 @@ from dataclasses import replace
 from loraplex_protos import generation_pb2 as pb
 from loraplex_protos.errors import FieldViolation, InvalidRequestError
 from loraplex_router.api.calls import AnswerReader
-from loraplex_router.api.chats import read_chat, read_parts, read_tool_choice
+from loraplex_router.api.chats import read_chat, read_parts, read_tool_choice, separates
 from loraplex_router.engine.output import Delta, Generation, SequenceOutput
 from loraplex_router.text.tokenizer import Tokenizer
 from loraplex_router.vocabulary.adapter import Adapter
@@ -47,6 +47,7 @@ def read_request(message: pb.GenerateRequest) -> Request:
             prompt_top_logprobs=message.detail.prompt_top_logprobs,
         ),
         grammar=grammar,
+        separates_thoughts=separates(message),
         cache_salt=message.cache_salt,
         session=message.session,
     )

@@ -13,6 +13,7 @@ from loraplex_router.text.stops import Passed, StopMatcher
 from loraplex_router.vocabulary.adapter import BASE_NAME, Adapter
 from loraplex_router.vocabulary.references import Reference, labels_of, version_of
 from loraplex_router.vocabulary.sequence import Alternatives, FinishReason, Sample, Sequence
+from loraplex_router.vocabulary.thoughts import Thoughts
 
 
 @dataclass(slots=True)
@@ -77,9 +78,11 @@ class SequenceOutput:
         stops: StopMatcher,
         wakeup: asyncio.Event,
         stop_token_ids: Collection[int] = (),
+        thoughts: Thoughts | None = None,
     ) -> None:
-        """`stop_token_ids`: the end tokens set by the request."""
+        """`stop_token_ids`: the end tokens set by the request. `thoughts`: those that the text may begin with."""
         self.sequence = sequence
+        self.thoughts = thoughts
         self.finish_reason: FinishReason | None = None
         self.stop_reason: str | int | None = None  # the request's stop text or token that ended it
         self.generated = 0  # tokens, including those of a stop string
@@ -238,9 +241,14 @@ class Generation:
         self._wakeup = asyncio.Event()
 
     def add(
-        self, sequence: Sequence, decoder: Decoder, stops: StopMatcher, stop_token_ids: Collection[int] = ()
+        self,
+        sequence: Sequence,
+        decoder: Decoder,
+        stops: StopMatcher,
+        stop_token_ids: Collection[int] = (),
+        thoughts: Thoughts | None = None,
     ) -> None:
-        self.outputs.append(SequenceOutput(sequence, decoder, stops, self._wakeup, stop_token_ids))
+        self.outputs.append(SequenceOutput(sequence, decoder, stops, self._wakeup, stop_token_ids, thoughts))
 
     @property
     def adapter_name(self) -> str:

@@ -148,8 +148,8 @@ class Connections:
         )
         slots = self._settings.max_adapters_on_device
         names, files = self._settings.served_model_names, await shards.tokenizer()
-        generation_config = self._settings.generation_config
-        model = read_model(info, files, limits.max_batch_tokens, slots, names, generation_config)
+        defaults, parser = self._settings.generation_config, self._settings.reasoning_parser
+        model = read_model(info, files, limits.max_batch_tokens, slots, names, defaults, parser)
         self._serve(model)
         pool = AdapterPool(slots, adapter_bytes(self._settings, info))
         return Replica(

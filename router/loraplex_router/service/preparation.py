@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from loraplex_protos.errors import AdapterError, FieldViolation, InvalidRequestError, quote
 from loraplex_router.access.keys import Tenant
@@ -13,6 +13,7 @@ from loraplex_router.engine.output import Generation
 from loraplex_router.replicas.replicas import Lease, Replicas
 from loraplex_router.service.abilities import check_adapter_fits
 from loraplex_router.service.prompts import Text, encode, make_sequence
+from loraplex_router.text.detokenizer import Decoder
 from loraplex_router.text.model import Model
 from loraplex_router.text.stops import StopMatcher
 from loraplex_router.text.tokenizer import Tokenizer
@@ -23,6 +24,7 @@ from loraplex_router.vocabulary.context_length import check_tokens, room_for
 from loraplex_router.vocabulary.grammar import Grammar
 from loraplex_router.vocabulary.references import Reference, asked_of
 from loraplex_router.vocabulary.request import Request
+from loraplex_router.vocabulary.thoughts import Thoughts
 from loraplex_router.vocabulary.volume import Volume
 
 LONG_PROMPT = 1000  # tokens: between two such prompts of a call, other tasks get a turn
@@ -66,17 +68,23 @@ class Preparation:
         return await model.renderer.render(adapter.tokenizer.over(model.chat_templates), chat, tenant.name)
 
     async def _prepare(self, request: Request, arrival: Arrival) -> tuple[Generation, Lease]:
-        model, tenant, text = self._model(), arrival.tenant, request.prompt
+        model, tenant, text, thoughts = self._model(), arrival.tenant, request.prompt, None
         tokenizer, vocab_size = model.tokenizer, model.info.vocab_size
         waited, lease = 0.0, None
         if request.adapter is not None or isinstance(text, Chat | TextPair):  # tokens and template may be the adapter's
             began = time.monotonic()
-            lease = await self._lease(request, arrival)
+            after_thoughts = request.grammar is not None and request.separates_thoughts
+            lease = await self._lease(replace(request, grammar=None) if after_thoughts else request, arrival)
             waited = time.monotonic() - began
             tokenizer, vocab_size = await model.read_tokenizer(lease.adapter), model.vocab_size(lease.adapter)
             check_vocabulary(request, vocab_size)
             if isinstance(text, Chat | TextPair):
                 text = await self._as_text(text, lease.adapter, tenant)
+            if isinstance(text, RenderedChat) and request.separates_thoughts:
+                thoughts = model.thoughts(text, lease.adapter)
+            if request.grammar is not None and after_thoughts:
+                request = replace(request, grammar=replace(request.grammar, thoughts=thoughts))
+                lease = await self._lease(request, arrival)
         assert not isinstance(text, Chat)
         key = text, tokenizer
         prompt = arrival.prompts.get(key)
@@ -99,14 +107,14 @@ class Preparation:
         generation.warnings = request.warnings + lease.warnings
         if acts_from == NEVER:
             generation.warnings += (_not_invoked(adapter, generation.adapter_name, model),)
-        decoder = tokenizer.verbatim if request.show_special_tokens else tokenizer
+        decoder = _decoder(request, tokenizer, thoughts)
         for index in range(request.n):
             self._arrivals += 1
             sequence = make_sequence(
                 request, index, self._arrivals, prompt, room, text, adapter, acts_from, tenant, model
             )
             stops = StopMatcher(request.stop, request.include_stop)
-            generation.add(sequence, decoder, stops, request.stop_token_ids)
+            generation.add(sequence, decoder, stops, request.stop_token_ids, thoughts)
         return generation, lease
 
     async def _as_text(self, prompt: Chat | TextPair, adapter: Adapter, tenant: Tenant) -> Text:
@@ -128,6 +136,12 @@ class Preparation:
     ) -> Lease:
         async with self._suggestions.for_missing(reference, tenant.may_use):
             return await self._replicas.place(reference, grammar, beside)
+
+
+def _decoder(request: Request, tokenizer: Tokenizer, thoughts: Thoughts | None) -> Decoder:
+    if request.show_special_tokens:
+        return tokenizer.verbatim
+    return tokenizer.showing("".join(thoughts.tags)) if thoughts else tokenizer
 
 
 def _not_invoked(adapter: Adapter, name: str, model: Model) -> str:

@@ -20,7 +20,7 @@ from loraplex_protos.errors import (
 from loraplex_router.access.audit import audited
 from loraplex_router.access.keys import Keys, Tenant
 from loraplex_router.adapters.suggestions import Suggestions
-from loraplex_router.engine.output import Classification, Embedding, Generation, SequenceOutput
+from loraplex_router.engine.output import Classification, Embedding, Generation
 from loraplex_router.replicas.administration import Administration
 from loraplex_router.replicas.declarations import Declarations
 from loraplex_router.replicas.replicas import Lease, Replicas
@@ -31,7 +31,6 @@ from loraplex_router.service.preparation import Arrival, Preparation
 from loraplex_router.service.running import RunningRequests
 from loraplex_router.telemetry.telemetry import Telemetry
 from loraplex_router.text.model import Model
-from loraplex_router.text.reasoning import ReasoningParser
 from loraplex_router.text.tokenizer import Spans, Tokenizer, TokenSpan
 from loraplex_router.vocabulary.adapter import Adapter
 from loraplex_router.vocabulary.chat import Chat, ChatTemplates
@@ -118,10 +117,6 @@ class Service:
     def tokenizer_of(self, adapter: Adapter) -> Tokenizer:
         """The tokenizer of the adapter's answers."""
         return self._known_model.tokenizer_of(adapter)
-
-    def reasoning_parser(self, output: SequenceOutput) -> ReasoningParser | None:
-        """What separates the thoughts from the answer in a chat; None if there is nothing to separate."""
-        return self._known_model.reasoning_parser(output.sequence)
 
     @property
     def _known_model(self) -> Model:

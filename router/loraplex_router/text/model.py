@@ -10,15 +10,14 @@ from importlib.metadata import version
 
 from loraplex_protos import generation_pb2, shard_pb2
 from loraplex_protos.errors import UnavailableError
-from loraplex_router.text.reasoning import ReasoningParser, find_tags
+from loraplex_router.text.reasoning import AUTO, find_thoughts
 from loraplex_router.text.renderer import Renderer
 from loraplex_router.text.tokenizer import Tokenizer
 from loraplex_router.vocabulary.adapter import Adapter
-from loraplex_router.vocabulary.chat import ChatTemplates
+from loraplex_router.vocabulary.chat import ChatTemplates, RenderedChat
 from loraplex_router.vocabulary.sampling import Sampling
-from loraplex_router.vocabulary.sequence import Sequence
+from loraplex_router.vocabulary.thoughts import Thoughts
 
-TAG_TOKENS = 32  # more than the tag that a prompt may end with has
 KEPT_TOKENIZERS = 32  # of adapters with tokens of their own
 
 logger = logging.getLogger(__name__)
@@ -36,6 +35,7 @@ class Model:
     renderer: Renderer
     sampling_defaults: Sampling = field(default_factory=Sampling)  # for requests on OpenAI's routes
     follows_generation_config: bool = False  # the model's and adapters' own
+    reasoning_parser: str = AUTO  # see text/reasoning.py
 
     def vocab_size(self, adapter: Adapter) -> int:
         """How many tokens there are for answers of the adapter."""
@@ -49,17 +49,10 @@ class Model:
         """The same, for its first use: a large tokenizer takes part of a second to read."""
         return await asyncio.to_thread(self.tokenizer_of, adapter) if adapter.tokenizer.json else self.tokenizer
 
-    def reasoning_parser(self, sequence: Sequence) -> ReasoningParser | None:
-        """For the answer in a chat. None if it has no thoughts, or none that can be told from the answer: a grammar
-        applies from the first token on, and closing tags that are special tokens are not in the text."""
-        if sequence.grammar is not None:
-            return None
-        tokenizer, end = self.tokenizer_of(sequence.adapter), sequence.prompt_length
-        prompt_end = tokenizer.verbatim.decode(sequence.tokens[max(0, end - TAG_TOKENS) : end])
-        found = find_tags(sequence.adapter.tokenizer.over(self.chat_templates).by_name.values(), prompt_end)
-        if found is None or tokenizer.special_token_at(found[0][1]) is not None:
-            return None
-        return ReasoningParser(*found)
+    def thoughts(self, prompt: RenderedChat, adapter: Adapter) -> Thoughts | None:
+        """Those that the answer may begin with; None if it has none."""
+        templates = adapter.tokenizer.over(self.chat_templates).by_name.values()
+        return find_thoughts(self.reasoning_parser, templates, prompt.text)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -92,6 +85,7 @@ def read_model(
     max_adapters_on_device: int,
     served_model_names: Collection[str] = (),
     generation_config: str = "vllm",
+    reasoning_parser: str = AUTO,
 ) -> Model:
     """A replica's model, from its answers."""
     templates = _read_templates(files)
@@ -123,6 +117,7 @@ def read_model(
         Renderer(templates),
         _read_defaults(info.sampling_defaults) if generation_config == "auto" else Sampling(),
         generation_config == "auto",
+        reasoning_parser,
     )
 
 

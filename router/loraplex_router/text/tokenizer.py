@@ -164,6 +164,13 @@ class Tokenizer:
         """Decodes with special tokens."""
         return _Verbatim(self._tokenizer, self.token_text)
 
+    def showing(self, tags: str) -> Decoder:
+        """Decodes with the special tokens that are in this text, and without the others."""
+        shown = self._special_tokens.intersection(self._tokenizer.encode(tags, add_special_tokens=False).ids)
+        if not shown:
+            return self
+        return _Verbatim(self._tokenizer, self.token_text, self._special_tokens - shown)
+
     def special_token_at(self, text: str) -> int | None:
         """The special token that a short text begins with, apart from white space."""
         first = self._tokenizer.encode(text.lstrip(), add_special_tokens=False).ids[:1]
@@ -222,15 +229,23 @@ def _longest_first(first: int, second: int, room: int) -> tuple[int, int]:
 
 
 class _Verbatim:
-    def __init__(self, tokenizer: tokenizers.Tokenizer, token_text: Callable[[int], str]) -> None:
+    """Decodes with all special tokens but those that are hidden."""
+
+    def __init__(
+        self,
+        tokenizer: tokenizers.Tokenizer,
+        token_text: Callable[[int], str],
+        hidden: frozenset[int] = frozenset(),
+    ) -> None:
         self._tokenizer = tokenizer
+        self._hidden = hidden
         self.token_text = token_text
 
     def decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=False)
+        return self._tokenizer.decode([id for id in ids if id not in self._hidden], skip_special_tokens=False)
 
     def hidden_text(self, token: int) -> str:
-        return ""
+        return self.token_text(token) if token in self._hidden else ""
 
 
 def _nowhere(ids: list[int]) -> Piece:

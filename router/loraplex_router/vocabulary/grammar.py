@@ -7,6 +7,7 @@ from enum import Enum
 from typing import Any, Self
 
 from loraplex_protos.errors import FieldViolation, InvalidRequestError
+from loraplex_router.vocabulary.thoughts import Thoughts
 
 
 class GrammarKind(Enum):
@@ -33,6 +34,7 @@ class Grammar:
     schemas: tuple["EmbeddedSchema", ...] = ()  # what the text calls schema_0, schema_1, ...; it is the server's then
     field: str = "grammar"  # of the request that it came from
     strict: bool = False  # refused if a keyword of the schema cannot be enforced
+    thoughts: Thoughts | None = None  # they may come before what it describes
 
     @classmethod
     def json_schema(cls, schema: str | Mapping[str, Any], field: str = "grammar", strict: bool = False) -> Self:

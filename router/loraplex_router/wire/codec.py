@@ -51,7 +51,8 @@ def encode_grammar(grammar: Grammar, adapter: Adapter) -> pb.Grammar:
     schemas = [schema.text for schema in grammar.schemas]
     kind = pb.GrammarKind.ValueType(grammar.kind.value)
     whose = adapter.digest if adapter.tokenizer.differs else ""
-    return pb.Grammar(kind=kind, text=grammar.text, schemas=schemas, adapter=whose)
+    thoughts = pb.Thoughts(**asdict(grammar.thoughts)) if grammar.thoughts else None
+    return pb.Grammar(kind=kind, text=grammar.text, schemas=schemas, adapter=whose, thoughts=thoughts)
 
 
 def read_samples(response: pb.StepResponse, chunks: Sequence[Chunk]) -> Iterator[Sequence[Sample]]:

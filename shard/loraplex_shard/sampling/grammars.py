@@ -5,7 +5,7 @@ Safe to call from any thread. Knows nothing of sequences or steps.
 
 import json
 from collections.abc import Callable, Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import NamedTuple
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
@@ -16,6 +16,7 @@ from loraplex_shard.sampling.grammar_texts import to_lark
 from loraplex_shard.sampling.json_schemas import read_schema
 from loraplex_shard.sampling.relaxed_schemas import relax
 from loraplex_shard.sampling.schema_tree import Schema
+from loraplex_shard.sampling.thoughts import after_thoughts
 from loraplex_shard.sampling.vocabulary import truncate_tokenizer
 
 LEXER_FUEL = 50_000  # states made anew in one step, which all streams wait for: some 50 ms, and 40 MB
@@ -80,7 +81,8 @@ class GrammarCompiler:
         return list(self._compiled(grammar).unenforced)
 
     def _compiled(self, grammar: pb.Grammar) -> "_Compiled":
-        return self._compile(grammar.kind, grammar.text, tuple(grammar.schemas))
+        thoughts = grammar.thoughts.SerializeToString(deterministic=True)
+        return self._compile(grammar.kind, grammar.text, tuple(grammar.schemas), thoughts)
 
     def fast_forward(self, matcher: LLMatcher) -> list[int]:
         """The tokens that can only follow. llguidance's tokenizer takes a text that reads like a special token for one:
@@ -95,12 +97,28 @@ class GrammarCompiler:
             return [token]
         return tokenizer.greedy_tokenize(tokenizer.decode_str([token]))
 
-    def _compile_anew(self, kind: pb.GrammarKind.ValueType, text: str, schemas: tuple[str, ...]) -> "_Compiled":
+    def _compile_anew(
+        self, kind: pb.GrammarKind.ValueType, text: str, schemas: tuple[str, ...], thoughts: bytes
+    ) -> "_Compiled":
+        """`thoughts`: the message, if they may come first."""
+        answer = self._compile_answer(kind, text, schemas)
+        if not thoughts:
+            return answer
+        named = (
+            {"json_schema": json.loads(answer.text)}
+            if kind == pb.GRAMMAR_KIND_JSON_SCHEMA
+            else {"lark_grammar": answer.text}
+        )
+        write = partial(after_thoughts, named, pb.Thoughts.FromString(thoughts), self._tokenizer)
+        return answer._replace(matcher=self._compile_field("grammar", write))
+
+    def _compile_answer(self, kind: pb.GrammarKind.ValueType, text: str, schemas: tuple[str, ...]) -> "_Compiled":
         if kind == pb.GRAMMAR_KIND_JSON_SCHEMA:
             return self._compile_schema("grammar", text)
         parts = [self._compile_schema(f"grammar.schemas[{place}]", schema) for place, schema in enumerate(schemas)]
-        matcher = self._compile_field("grammar", lambda: _to_llguidance(kind, text, [part.text for part in parts]))
-        return _Compiled(matcher, text, tuple(found for part in parts for found in part.unenforced))
+        write = partial(_to_llguidance, kind, text, [part.text for part in parts])
+        matcher = self._compile_field("grammar", write)
+        return _Compiled(matcher, write(), tuple(found for part in parts for found in part.unenforced))
 
     def _compile_schema(self, field: str, text: str) -> "_Compiled":
         """Without the keywords that cannot be enforced, if any."""
@@ -150,7 +168,7 @@ class GrammarCompiler:
 
 class _Compiled(NamedTuple):
     matcher: LLMatcher
-    text: str  # as it was compiled
+    text: str  # as it was compiled: a JSON schema or a Lark grammar
     unenforced: tuple[pb.UnenforcedSchema, ...] = ()
 
 

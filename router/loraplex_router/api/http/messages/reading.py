@@ -7,12 +7,12 @@ from loraplex_protos.errors import quote
 from loraplex_router.api.calls import AnswerReader, DeclaredTool, forced_calls
 from loraplex_router.api.http.messages.schema import Block, Content, ConversationBody, MessagesBody, Turn
 from loraplex_router.api.http.model_names import read_model_name
-from loraplex_router.text.reasoning import ReasoningParser
 from loraplex_router.vocabulary.chat import Chat, Message
 from loraplex_router.vocabulary.chat import Content as MessageContent
 from loraplex_router.vocabulary.grammar import Grammar
 from loraplex_router.vocabulary.request import Request
 from loraplex_router.vocabulary.sampling import Sampling
+from loraplex_router.vocabulary.thoughts import Thoughts
 from loraplex_router.vocabulary.violations import Violations
 
 NEEDED = {  # fields, by the type of a block
@@ -40,6 +40,7 @@ def read_request(body: MessagesBody, base: Sequence[str], defaults: Sampling, re
         fewer_if_full=True,
         stop=tuple(body.stop_sequences or ()),
         grammar=_read_grammar(body),
+        separates_thoughts=True,
         warnings=_warnings(body),
     )
 
@@ -66,9 +67,9 @@ def read_chat(body: ConversationBody) -> Chat:
     )
 
 
-def create_reader(body: MessagesBody, reasoning: ReasoningParser | None) -> AnswerReader:
+def create_reader(body: MessagesBody, thoughts: Thoughts | None) -> AnswerReader:
     names = {tool.name for tool in body.tools or ()} if _may_call(body) else set[str]()
-    return AnswerReader(names, _must_call(body), _may_call_several(body), reasoning)
+    return AnswerReader(names, _must_call(body), _may_call_several(body), thoughts)
 
 
 def _warnings(body: MessagesBody) -> tuple[str, ...]:

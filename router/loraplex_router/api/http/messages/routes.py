@@ -29,12 +29,7 @@ async def messages(body: MessagesBody, call: Call) -> Response:
     request = read_request(body, service.model_names, service.sampling_defaults, call.request_id)
     generation = await service.generate(replace(request, session=call.session), call.key)
     headers = {"request-id": generation.request_id, **answer_headers([generation])}
-    writer = MessageWriter(
-        body,
-        generation,
-        answered_name(body.model, service.model_names),
-        service.reasoning_parser(generation.outputs[0]),
-    )
+    writer = MessageWriter(body, generation, answered_name(body.model, service.model_names))
     if body.stream:
         return EventStream(service, [generation], writer.events(), write_error, headers, named_event, named_event(PING))
     ((delta,),) = await collect(service, [generation], call.receive)

@@ -11,7 +11,7 @@ from loraplex_router.api.http.messages.reading import create_reader
 from loraplex_router.api.http.messages.schema import MessagesBody
 from loraplex_router.api.http.sse import named_event
 from loraplex_router.engine.output import Delta, Generation
-from loraplex_router.text.reasoning import Reasoning, ReasoningParser
+from loraplex_router.text.reasoning import Reasoning
 from loraplex_router.text.tool_calls import Arguments, ToolCall
 from loraplex_router.vocabulary.sequence import FinishReason
 
@@ -23,14 +23,12 @@ Event = dict[str, Any]
 class MessageWriter:
     """Writes one answer, once. `model`: its name there."""
 
-    def __init__(
-        self, body: MessagesBody, generation: Generation, model: str, reasoning: ReasoningParser | None
-    ) -> None:
+    def __init__(self, body: MessagesBody, generation: Generation, model: str) -> None:
         self._generation = generation
         (self._output,) = generation.outputs
         self._model = model
         self._most = body.max_tokens
-        self._reader = create_reader(body, reasoning)
+        self._reader = create_reader(body, self._output.thoughts)
         self._block = -1  # the index of the last content block
         self._open = ""  # its type, while it is open
         self._begun = False

@@ -25,13 +25,14 @@ from loraplex_router.api.http.sse import DONE, event
 from loraplex_router.api.readers import read_each
 from loraplex_router.api.turns import in_turn
 from loraplex_router.engine.output import Delta, Generation, SequenceOutput
-from loraplex_router.text.reasoning import Reasoning, ReasoningParser
+from loraplex_router.text.reasoning import Reasoning
 from loraplex_router.text.tokenizer import Tokenizer
 from loraplex_router.text.tool_calls import Arguments, Piece, ToolCall
 from loraplex_router.vocabulary.adapter import Adapter
 from loraplex_router.vocabulary.request import Request
 from loraplex_router.vocabulary.sampling import Sampling
 from loraplex_router.vocabulary.sequence import Detail
+from loraplex_router.vocabulary.thoughts import Thoughts
 from loraplex_router.vocabulary.violations import Violations
 
 
@@ -54,6 +55,7 @@ def read_chat(body: ChatCompletionRequest, base: Sequence[str], defaults: Sampli
         detail=Detail(
             bool(body.logprobs), body.top_logprobs or 0, body.prompt_logprobs is not None, body.prompt_logprobs or 0
         ),
+        separates_thoughts=True,
         **read_options(body, defaults),
     )
 
@@ -65,7 +67,6 @@ class ChatWriter:
     body: ChatCompletionRequest
     generations: Sequence[Generation]
     tokenizer_of: Callable[[Adapter], Tokenizer]
-    reasoning_parser: Callable[[SequenceOutput], ReasoningParser | None]
     version: str
 
     def whole(self, answers: Sequence[Sequence[Delta]]) -> dict[str, Any]:
@@ -182,7 +183,7 @@ class ChatWriter:
             yield chunk({}, writer.finish_reason(delta))
 
     def _choice_writer(self, output: SequenceOutput) -> "_ChoiceWriter":
-        return _ChoiceWriter(self.body, self.reasoning_parser(output))
+        return _ChoiceWriter(self.body, output.thoughts)
 
     def _logprobs(self, output: SequenceOutput, delta: Delta) -> dict[str, Any]:
         tokenizer = self.tokenizer_of(output.sequence.adapter)
@@ -195,8 +196,8 @@ class ChatWriter:
 class _ChoiceWriter:
     """What has been found in one choice's text."""
 
-    def __init__(self, body: ChatCompletionRequest, reasoning: ReasoningParser | None) -> None:
-        self._reader = create_reader(body, reasoning)
+    def __init__(self, body: ChatCompletionRequest, thoughts: Thoughts | None) -> None:
+        self._reader = create_reader(body, thoughts)
         self._hides_reasoning = body.include_reasoning is False
         self.begun = False
 

@@ -49,7 +49,7 @@ async def chat_completions(body: ChatCompletionRequest, call: Call) -> Response:
     request = read_chat(body, service.model_names, service.sampling_defaults, call.request_id)
     generations = await service.generate_each(replace(request, session=call.session), call.key)
     body = body.model_copy(update={"model": answered_name(body.model, service.model_names)})
-    writer = ChatWriter(body, generations, service.tokenizer_of, service.reasoning_parser, service.info.version)
+    writer = ChatWriter(body, generations, service.tokenizer_of, service.info.version)
     return await _answer(call, generations, writer)
 
 

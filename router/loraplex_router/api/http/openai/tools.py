@@ -6,7 +6,7 @@ from typing import Any
 from loraplex_protos.errors import quote
 from loraplex_router.api.calls import AnswerReader
 from loraplex_router.api.http.openai.schema import AllowedToolsChoice, ChatCompletionRequest, NamedTool
-from loraplex_router.text.reasoning import ReasoningParser
+from loraplex_router.vocabulary.thoughts import Thoughts
 from loraplex_router.vocabulary.violations import Violations
 
 CHOICES = (None, "none", "auto", "required")  # any other text names a tool, as in LoRAX
@@ -50,9 +50,9 @@ def forced_tool(body: ChatCompletionRequest) -> str | None:
     return choice if isinstance(choice, str) and choice not in CHOICES else None
 
 
-def create_reader(body: ChatCompletionRequest, reasoning: ReasoningParser | None) -> AnswerReader:
+def create_reader(body: ChatCompletionRequest, thoughts: Thoughts | None) -> AnswerReader:
     names = callable_tools(body) if may_call(body) else set[str]()
-    separated = reasoning if body.separate_reasoning is not False else None
+    separated = thoughts if body.separate_reasoning is not False else None
     return AnswerReader(names, must_call(body), body.parallel_tool_calls is not False, separated)
 
 

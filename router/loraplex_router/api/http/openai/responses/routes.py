@@ -46,8 +46,7 @@ async def responses(body: ResponsesBody, call: Call) -> Response:
     request = read_request(body, chat, service.model_names, service.sampling_defaults, call.request_id)
     generation = await service.generate(replace(request, session=call.session), call.key)
     model, tokenizer = answered_name(body.model, service.model_names), service.tokenizer_of(generation.adapter)
-    reasoning = service.reasoning_parser(generation.outputs[0])
-    writer = ResponseWriter(body, chat, generation, model, tokenizer, reasoning)
+    writer = ResponseWriter(body, chat, generation, model, tokenizer)
     headers = {"X-Request-Id": generation.request_id, **answer_headers([generation])}
     if body.stream:
         return EventStream(service, [generation], writer.events(), writer.failed, headers, named_event)

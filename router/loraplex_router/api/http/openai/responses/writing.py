@@ -16,7 +16,7 @@ from loraplex_router.api.http.openai.tools import create_reader
 from loraplex_router.api.http.sse import named_event
 from loraplex_router.api.turns import in_turn
 from loraplex_router.engine.output import Delta, Generation
-from loraplex_router.text.reasoning import Reasoning, ReasoningParser
+from loraplex_router.text.reasoning import Reasoning
 from loraplex_router.text.tokenizer import Tokenizer
 from loraplex_router.text.tool_calls import Arguments, ToolCall
 from loraplex_router.vocabulary.sequence import FinishReason
@@ -35,11 +35,10 @@ class ResponseWriter:
         generation: Generation,
         model: str,
         tokenizer: Tokenizer,
-        reasoning: ReasoningParser | None,
     ) -> None:
         self._generation = generation
         (self._output,) = generation.outputs
-        self._reader = create_reader(chat, reasoning)
+        self._reader = create_reader(chat, self._output.thoughts)
         self._hides_reasoning = chat.include_reasoning is False
         self._names = TokenNames(tokenizer, False) if chat.logprobs else None
         self._number = 0  # of the next event
