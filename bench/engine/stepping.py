@@ -128,10 +128,13 @@ class Stepper:
         self.decode()
         return seconds(self.decode)
 
-    def prefill(self, batch: int, tokens: int) -> None:
-        """Computes prompts of `tokens` tokens one after the other, in chunks. They share blocks, which nobody reads."""
+    def prefill(self, batch: int, tokens: int, adapters: Sequence[AdapterWeights] = ()) -> None:
+        """Computes prompts of `tokens` tokens one after the other, in chunks, with one adapter after the other. They
+        share blocks, which nobody reads."""
         self.runner.clear()
+        self._slots.adapters = adapters
         for row in range(batch):
+            slot = row % len(adapters) + 1 if adapters else 0
             for begin in range(0, tokens, CHUNK):
                 length = min(CHUNK, tokens - begin)
                 used = range(begin // BLOCK_SIZE, -(-(begin + length) // BLOCK_SIZE))
@@ -140,7 +143,7 @@ class Stepper:
                         starts=[] if begin else [_start(row, tokens, 0)],
                         rows=[row],
                         lengths=[length],
-                        slots=[0],
+                        slots=[slot],
                         samples=[begin + length == tokens],
                         block_counts=[len(used)],
                         blocks=used,

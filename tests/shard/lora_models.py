@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from loraplex_shard.lora.peft.base import BaseModel
 from loraplex_shard.lora.sources.files import CONFIG, TENSORS, AdapterFiles, assemble
+from loraplex_shard.ops.reference import ReferenceWeight
 from loraplex_shard.shapes.adapter import AdapterWeights
 from loraplex_shard.shapes.layout import LinearLayout, LinearPart, VocabularyLayout
 
@@ -95,6 +96,9 @@ class HeldWeights:
 
     def read(self, module: str, rows: slice) -> torch.Tensor:
         return self.tensors[f"{module}.weight"][rows]
+
+    def pack(self, matrix: torch.Tensor) -> ReferenceWeight:
+        return ReferenceWeight(matrix, None)
 
     def read_norms(self, own: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor | None, ...]:
         return own["model.norm.weight"].float(), None

@@ -1,50 +1,51 @@
 """Logits of adapters with their own rows of the lm head, and maybe with another vocabulary than the model's."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 
+from loraplex_shard.ops.base import Operations
 from loraplex_shard.shapes.batch import Segment
 
 Scored = tuple[torch.Tensor, torch.Tensor]
 
 
-def put_own_logits(out: torch.Tensor, hidden: torch.Tensor, segments: Sequence[Segment]) -> None:
-    """Returns out [n, this rank's outputs of the lm head] of hidden [n, hidden], with adapters' own outputs in place of
-    the base's."""
+def put_own_logits(ops: Operations, out: torch.Tensor, hidden: torch.Tensor, segments: Sequence[Segment]) -> None:
+    """Replaces, in out [n, this rank's outputs of the lm head] of hidden [n, hidden], the base's outputs by those that
+    adapters have rows of their own for."""
     for segment in segments:
         own = segment.adapter.own.head
         if own is not None and len(own.ids):
             run = slice(segment.start, segment.stop)
-            out[run] = out[run].index_copy(1, own.ids, F.linear(hidden[run], own.rows, own.biases))
+            outputs = ops.linear(hidden[run], own.rows, own.biases)
+            if len(own.ids) == out.shape[1]:
+                out[run] = outputs
+            else:
+                out[run].index_copy_(1, own.ids, outputs)
 
 
 def with_vocabularies(
-    scored: Scored, hidden: torch.Tensor, segments: Sequence[Segment], upcast: Callable[[torch.Tensor], Scored]
+    ops: Operations,
+    outputs: torch.Tensor,
+    hidden: torch.Tensor,
+    segments: Sequence[Segment],
+    scale: float,
+    soft_cap: float,
 ) -> Scored:
-    """The logits [n, vocab_size] of hidden [n, hidden], and whether they are finite [n]. The vocabulary is the largest
-    one of the adapters; tokens that a row's adapter does not have get -inf. `upcast` turns outputs of the lm head into
-    logits."""
-    owned = [segment for segment in segments if segment.adapter.own.head is not None]
-    if not owned:
-        return scored
-    logits, finite = scored
+    """The logits [n, vocab_size] of outputs of the lm head and of hidden [n, hidden], and whether they are finite [n].
+    The vocabulary is the largest one of the adapters; tokens that a row's adapter does not have get -inf."""
+    logits, finite = ops.upcast(outputs, scale, soft_cap)
     vocab_size = logits.shape[1]
-    widest = max(vocab_size, *(_vocab_size(segment) for segment in owned))
-    wide = logits.new_full((len(logits), widest), -torch.inf)
-    wide[:, :vocab_size] = logits
-    for segment in owned:
-        run, own = slice(segment.start, segment.stop), segment.adapter.own.head
-        assert own is not None
-        if len(own.added):
-            added, their_finite = upcast(F.linear(hidden[run], own.added, own.added_biases))
-            wide[run, vocab_size : vocab_size + len(own.added)] = added
+    owned = [(segment, own) for segment in segments if (own := segment.adapter.own.head) is not None]
+    widest = max((own.vocab_size for _, own in owned), default=0)
+    if widest > vocab_size:
+        logits = F.pad(logits, (0, widest - vocab_size), value=-torch.inf)
+    for segment, own in owned:
+        run = slice(segment.start, segment.stop)
+        if own.added is not None:
+            added, their_finite = ops.upcast(ops.linear(hidden[run], own.added, own.added_biases), scale, soft_cap)
+            logits[run, vocab_size : vocab_size + added.shape[1]] = added
             finite[run] &= their_finite
-        wide[run, own.vocab_size :] = -torch.inf
-    return wide, finite
-
-
-def _vocab_size(segment: Segment) -> int:
-    own = segment.adapter.own.head
-    return 0 if own is None else own.vocab_size
+        logits[run, own.vocab_size :] = -torch.inf
+    return logits, finite

@@ -172,14 +172,12 @@ class Decoder(nn.Module):
         counts; tokens that a row does not have are -inf.
         """
         out = self.lm_head(hidden, segments)
-        put_own_logits(out, hidden, segments)
+        put_own_logits(self.ops, out, hidden, segments)
         logits = self.group.gather(out, self.partition.lm_head_widths)
         if logits is None:
             return None
         scale, cap = self.spec.logit_scale, self.spec.logit_soft_cap
-        return with_vocabularies(
-            self.ops.upcast(logits, scale, cap), hidden, segments, lambda added: self.ops.upcast(added, scale, cap)
-        )
+        return with_vocabularies(self.ops, logits, hidden, segments, scale, cap)
 
     def new_cache(
         self, num_blocks: int, block_size: int, dtype: torch.dtype | None = None, sequences: int = 0

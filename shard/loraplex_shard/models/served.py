@@ -12,6 +12,7 @@ from loraplex_shard.layers.linear import Linear
 from loraplex_shard.layers.norm import NormLayer
 from loraplex_shard.layers.parameters import LoadableLayer, ParameterForm
 from loraplex_shard.models.text_part import TextPart
+from loraplex_shard.ops.base import Weight
 from loraplex_shard.ops.quantized import QuantizedMatrix
 from loraplex_shard.shapes.layout import VocabularyLayout
 
@@ -52,6 +53,10 @@ class ServedWeights:
         if self._tied is not None and module == "lm_head":
             tensor_slice = replace(tensor_slice, tensor=self._tied)
         return layer.as_served(self._tensors, self._form, tensor_slice)
+
+    def pack(self, matrix: torch.Tensor) -> Weight:
+        """Packs a matrix of floats for the operations that compute the model."""
+        return self._embedding.ops.pack(matrix)
 
     @property
     def norms(self) -> Mapping[str, tuple[int, ...]]:

@@ -68,7 +68,8 @@ class Routing:
 
 
 # Made by the operations for themselves; nobody else looks inside. A weight has `nbytes`, and `part(rows)` returns some
-# of its rows without a copy. The first of these rows must be a multiple of 16.
+# of its rows without a copy. The first of these rows must be a multiple of 16. One of floats has `map(function)`, which
+# replaces its tensor.
 Weight = Any
 # What all layers need to know of one step's batch. It is made once per step.
 Step = Any

@@ -43,6 +43,9 @@ class ReferenceWeight:
     def part(self, rows: slice) -> "ReferenceWeight":
         return ReferenceWeight(self.matrix[rows], self.group)
 
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "ReferenceWeight":
+        return ReferenceWeight(function(self.matrix), self.group)
+
 
 @dataclass(frozen=True, slots=True)
 class ReferenceStep:

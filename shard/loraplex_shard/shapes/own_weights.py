@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -60,19 +61,19 @@ class OwnHead:
     """The logits of some tokens come from rows of its own. It may have more tokens than the model, or fewer."""
 
     vocab_size: int
-    ids: torch.Tensor  # [n] int64: of this rank's outputs of the lm head
-    rows: torch.Tensor  # [n, hidden]
+    ids: torch.Tensor  # [n] int64, ascending: of this rank's outputs of the lm head
+    rows: Any  # [n, hidden], packed for operations, as is `added`
     biases: torch.Tensor | None  # [n]
-    added: torch.Tensor  # [tokens beyond the model's vocabulary, hidden]
+    added: Any | None  # [tokens beyond the model's vocabulary, hidden]
     added_biases: torch.Tensor | None
 
     def map(self, function: Function) -> "OwnHead":
         return replace(
             self,
             ids=function(self.ids),
-            rows=function(self.rows),
+            rows=self.rows.map(function),
             biases=None if self.biases is None else function(self.biases),
-            added=function(self.added),
+            added=None if self.added is None else self.added.map(function),
             added_biases=None if self.added_biases is None else function(self.added_biases),
         )
 
@@ -82,6 +83,11 @@ class OwnWeights:
     embedding: OwnEmbedding | None = None
     head: OwnHead | None = None
     norms: tuple[torch.Tensor | None, ...] = ()  # float32: by index of the norms' parameters; None: the base's
+    norm_table: torch.Tensor = field(init=False)  # [norms] int64: their addresses; 0: the base's
+
+    def __post_init__(self) -> None:
+        addresses = [0 if norm is None else norm.data_ptr() for norm in self.norms]
+        object.__setattr__(self, "norm_table", torch.tensor(addresses, dtype=torch.int64))
 
     def map(self, function: Function) -> "OwnWeights":
         """The same with each tensor replaced."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from tokenizers import Tokenizer
@@ -40,6 +40,10 @@ class ServedWeights(Protocol):
 
     def read(self, module: str, rows: slice) -> torch.Tensor:
         """Rows of a linear module's, or the embedding's, whole matrix: [rows, in_features] float32."""
+        ...
+
+    def pack(self, matrix: torch.Tensor) -> Any:
+        """Packs a matrix of floats for the operations that compute the model."""
         ...
 
     @property

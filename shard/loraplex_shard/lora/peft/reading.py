@@ -94,7 +94,7 @@ def cut_adapter(
     if base.served is None:
         return partition_adapter(whole.deltas, layouts, dtype, whole.classifier)
     norms = base.served.read_norms(whole.norms) if whole.norms else ()
-    own = own_weights(whole.deltas, norms, layouts, base.served.vocabulary)
+    own = own_weights(whole.deltas, norms, layouts, base.served.vocabulary, base.served.pack)
     return partition_adapter(whole.deltas, layouts, dtype, whole.classifier, own)
 
 

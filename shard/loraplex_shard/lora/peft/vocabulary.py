@@ -33,7 +33,7 @@ _BASE: dict[Wrapper, str] = {
 }
 _SAVED = re.compile(r"modules_to_save(\.[^.]+)?\.weight")
 _TOKENS = "token_adapter.trainable_tokens_delta"
-FEW = 4  # up to one in so many rows of the head are computed by themselves, more of them as a matrix
+FEW = 4  # where the head has LoRA too: up to one in so many rows are computed by themselves, more of them as a matrix
 ROWS_AT_A_TIME = 4096
 
 
@@ -161,7 +161,7 @@ class _Reading:
         if own is not None:
             rows = self._folded(own, delta, outputs)
             trained = self._matrices[half.module]
-            if trained is not None and (own.ids < size).sum() > size // FEW:
+            if half.target is not None and trained is not None and (own.ids < size).sum() > size // FEW:
                 matrix = _resized(trained, size)
                 beyond = own.ids >= size
                 own, rows = replace(own, ids=own.ids[beyond]), rows[beyond]

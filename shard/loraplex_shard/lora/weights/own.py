@@ -1,7 +1,8 @@
 """What an adapter has of its own outside the linear layers, in the form that operations read, and as far as this rank
 has a use for it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -16,14 +17,18 @@ def own_weights(
     norms: tuple[torch.Tensor | None, ...],
     layouts: Sequence[LinearLayout],
     vocabulary: VocabularyLayout,
+    pack: Callable[[torch.Tensor], Any],
 ) -> OwnWeights:
-    """Raises AdapterInvalidError, naming the module, for values that are not finite, or not in the model's dtype."""
+    """`pack` brings matrices into the form that operations read.
+
+    Raises AdapterInvalidError, naming the module, for values that are not finite, or not in the model's dtype.
+    """
     if not all(norm is None or norm.isfinite().all() for norm in norms):
         raise AdapterInvalidError("what the adapter has in place of norms is NaN or infinite")
     embedding, head = deltas.get(vocabulary.embedding), deltas.get(vocabulary.head)
     return OwnWeights(
         None if embedding is None else _embedding(embedding, vocabulary),
-        None if head is None or head.own is None else _head(head, layouts, vocabulary),
+        None if head is None or head.own is None else _head(head, layouts, vocabulary, pack),
         norms,
     )
 
@@ -41,7 +46,9 @@ def _embedding(delta: Delta, vocabulary: VocabularyLayout) -> OwnEmbedding:
     return OwnEmbedding(ids, rows, shrink.contiguous(), expand.contiguous(), factors)
 
 
-def _head(delta: Delta, layouts: Sequence[LinearLayout], vocabulary: VocabularyLayout) -> OwnHead:
+def _head(
+    delta: Delta, layouts: Sequence[LinearLayout], vocabulary: VocabularyLayout, pack: Callable[[torch.Tensor], Any]
+) -> OwnHead:
     """The first rank has the rows of tokens that the model does not have."""
     assert delta.own is not None
     (run,) = next(part.rows for layout in layouts for part in layout.parts if part.module == vocabulary.head)
@@ -52,4 +59,5 @@ def _head(delta: Delta, layouts: Sequence[LinearLayout], vocabulary: VocabularyL
     if biases is not None:
         biases = converted(f"{vocabulary.head}.bias", biases, 1.0, vocabulary.dtype)
     biases_here, biases_added = (None, None) if biases is None else (biases[here], biases[added])
-    return OwnHead(delta.own.count, ids[here] - run.start, rows[here], biases_here, rows[added], biases_added)
+    rows_added = pack(rows[added]) if added.any() else None
+    return OwnHead(delta.own.count, ids[here] - run.start, pack(rows[here]), biases_here, rows_added, biases_added)

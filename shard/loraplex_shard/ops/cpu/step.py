@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from loraplex_shard.ops.cpu.kernel_calls import address_of
 from loraplex_shard.ops.cpu.program import StepNumber
 from loraplex_shard.shapes.batch import Batch, Segment
 
@@ -91,7 +90,7 @@ def _own_weights(batch: Batch) -> tuple[Table | None, Ints | None]:
         own = segment.adapter.own
         if own.norms:
             norms = np.zeros((len(own.norms), tokens), np.int64) if norms is None else norms
-            norms[:, segment.start : segment.stop] = [[address_of(each) or 0] for each in own.norms]
+            norms[:, segment.start : segment.stop] = own.norm_table.numpy()[:, None]
         if own.embedding is not None:
             embeddings = np.zeros(tokens, np.int64) if embeddings is None else embeddings
             embeddings[segment.start : segment.stop] = own.embedding.table.data_ptr()

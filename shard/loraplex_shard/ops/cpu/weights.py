@@ -1,7 +1,7 @@
 """Weights in the form that the CPU's kernels read."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -26,6 +26,9 @@ class FloatWeight:
 
     def part(self, rows: slice) -> "FloatWeight":
         return FloatWeight(_panels(self.panels, rows), rows.stop - rows.start, self.columns)
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "FloatWeight":
+        return replace(self, panels=function(self.panels))
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,6 +39,9 @@ class FloatWeight:
     def part(self, rows: slice) -> "FloatWeight":
         return FloatWeight(self.matrix[rows])
 
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "FloatWeight":
+        return FloatWeight(function(self.matrix))
+
 
 CudaWeight = FloatWeight | IntegerWeight
 
