@@ -68,7 +68,14 @@ class Router:
         declarations = Declarations(self._administration, self._registry_file)
         uploads = Uploads(self._administration, self._replicas, settings.adapter_uploads_mib << 20)
         self._service = Service(
-            self._replicas, self._administration, uploads, declarations, keys, settings.max_queue, telemetry
+            self._replicas,
+            self._administration,
+            uploads,
+            declarations,
+            keys,
+            settings.max_queue,
+            telemetry,
+            settings.metrics_auth,
         )
         self._connections = Connections(
             settings, self._replicas, resolutions, self._service.serve, telemetry, supervisor

@@ -87,6 +87,11 @@ class EdgeSettings(BaseModel):
         ge=0,
         description="Memory of the router for adapters that administrators upload, in MiB. 0: uploads are refused.",
     )
+    metrics_auth: Literal["names", "all", "none"] = Field(
+        "names",
+        description="With API keys, what GET /metrics shows to administrators' keys alone. names: the names of adapters"
+        " and tenants, which others see added up as `other`. all: everything. none: nothing.",
+    )
     metrics_adapters: int = Field(
         100, ge=0, le=10_000, description="Adapters with their own time series; the others share the label `other`."
     )

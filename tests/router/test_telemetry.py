@@ -11,12 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loraplex_protos.errors import AdapterNotFoundError, InvalidRequestError
+from loraplex_protos.errors import AdapterNotFoundError, ForbiddenError, InvalidRequestError, UnauthenticatedError
+from loraplex_router.access.keys import TenantSettings
 from loraplex_router.telemetry.labels import OTHER, AdapterLabels
 from loraplex_router.telemetry.request_log import RequestLog
 from loraplex_router.vocabulary.references import AdapterReference
 from loraplex_router.vocabulary.request import Request
 from tests.router.test_engine import Setup
+from tests.router.test_keys import hashed
 from tests.router.test_text import TOKENIZER
 from tests.tools import needs_promtool
 
@@ -52,6 +54,54 @@ async def test_requests_are_counted_by_outcome_and_adapter(setup: Setup):
     assert value("lorax_request_count") == 5
     assert value("lorax_request_success") == 3
     assert value("lorax_request_failure", err="validation") == 1
+
+
+@pytest.fixture
+async def guarded() -> AsyncIterator[Setup]:
+    tenants = {"acme": {}, "operator": {"admin": True}}
+    made = Setup(tenants={name: TenantSettings(keys=[hashed(name)], **may) for name, may in tenants.items()})
+    made.telemetry.add_gateway_names()
+    async with asyncio.TaskGroup() as tasks:
+        running = tasks.create_task(made.engine.run())
+        for _ in range(2):
+            for adapter in (None, "acme/secret", "acme/other"):
+                request = Request(prompt=(1,), adapter=adapter and AdapterReference(adapter), max_new_tokens=2)
+                generation = await made.service.generate(request, "acme")
+                await generation.collect()
+                made.service.close(generation)
+        yield made
+        running.cancel()
+
+
+async def test_only_administrators_see_the_names_of_adapters(guarded: Setup):
+    named = (await guarded.service.scrape("operator")).decode()
+    assert 'adapter="acme/secret"' in named and "acme/secret" in named.split("running_lora_adapters")[-1]
+    for key in (None, "acme"):
+        text = (await guarded.service.scrape(key)).decode()
+        assert "acme" not in text
+        assert 'loraplex_requests_total{adapter="other",outcome="finished"} 4.0' in text
+        assert 'loraplex_requests_total{adapter="base",outcome="finished"} 2.0' in text
+        assert 'loraplex_queue_wait_seconds_bucket{adapter="other",le="+Inf"} 4.0' in text
+        assert len(text.splitlines()) < len(named.splitlines())
+    with pytest.raises(UnauthenticatedError):
+        await guarded.service.scrape("wrong")
+
+
+async def test_metrics_may_be_for_administrators_alone_or_for_everybody(guarded: Setup):
+    guarded.service._metrics_auth = "all"
+    with pytest.raises(UnauthenticatedError):
+        await guarded.service.scrape()
+    with pytest.raises(ForbiddenError):
+        await guarded.service.scrape("acme")
+    assert b"acme/secret" in await guarded.service.scrape("operator")
+    guarded.service._metrics_auth = "none"
+    assert b"acme/secret" in await guarded.service.scrape()
+
+
+async def test_without_keys_everybody_sees_the_names(setup: Setup):
+    await setup.answer(1, adapter="a")
+    for key in (None, "a token for the hub"):
+        assert b'adapter="a"' in await setup.service.scrape(key)
 
 
 async def test_content_with_two_names_is_counted_by_name(setup: Setup):

@@ -54,6 +54,9 @@ args:
   {{- if and .Values.gateway.inferencePool.enabled (not (hasKey $settings "gateway-metrics")) }}
   - --gateway-metrics
   {{- end }}
+  {{- if and .Values.gateway.inferencePool.enabled (not (hasKey $settings "metrics-auth")) }}
+  - --metrics-auth=none
+  {{- end }}
   {{- include "loraplex.mtlsFlags" (list . "routerSecret") | trim | nindent 2 }}
   {{- include "loraplex.flags" $settings | trim | nindent 2 }}
 env:
@@ -77,7 +80,7 @@ readinessProbe:
   failureThreshold: 2
 # A router without a replica is alive, so this does not check readiness.
 livenessProbe:
-  httpGet: {path: /metrics, port: http}
+  httpGet: {path: /version, port: http}
   periodSeconds: 20
   timeoutSeconds: 10
   failureThreshold: 6

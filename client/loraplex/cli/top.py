@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from loraplex.cli.connection import ApiKey
 from loraplex.cli.output import listing, pairs_in_lines, width
 from loraplex.cli.samples import Change, Samples
 
@@ -30,17 +31,19 @@ Interval = Annotated[float, typer.Option(min=0.1, help="Seconds between two samp
 Once = Annotated[bool, typer.Option("--once", help="Print one frame and exit.")]
 
 
-def top(url: Urls = None, interval: Interval = 2.0, once: Once = False) -> None:
+def top(url: Urls = None, interval: Interval = 2.0, once: Once = False, api_key: ApiKey = None) -> None:
     """Watch a server: queues, adapters, batches and tokens per second."""
     urls = url or ["http://localhost:3000"]
     try:
-        _watch(urls, interval, once)
+        _watch(urls, interval, once, api_key)
     except (OSError, http.client.HTTPException, ValueError) as error:
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
         if isinstance(reason, OSError):
             reason = reason.strerror or reason
         if isinstance(error, http.client.HTTPException):
             reason = "it does not speak HTTP"
+        if isinstance(error, urllib.error.HTTPError) and error.code in (401, 403):
+            reason = f"{error.reason}: an administrator's --api-key is needed"
         hint = "Start a server with `loraplex serve`, or name its HTTP address with --url."
         typer.echo(f"error: {', '.join(urls)}: {reason}. {hint}", err=True)
         raise typer.Exit(1) from None
@@ -48,33 +51,34 @@ def top(url: Urls = None, interval: Interval = 2.0, once: Once = False) -> None:
         pass
 
 
-def _watch(urls: Sequence[str], interval: float, once: bool) -> None:
+def _watch(urls: Sequence[str], interval: float, once: bool, api_key: str | None) -> None:
     console = Console(width=width())
     ascii_only = console.options.ascii_only
     if once or not console.is_terminal or console.is_dumb_terminal:  # frames are printed one after another
-        for change in islice(_changes(urls, interval), 1 if once else None):
+        for change in islice(_changes(urls, interval, api_key), 1 if once else None):
             typer.echo(frame(change, width(), ascii_only))
     else:
         with Live(console=console, screen=True, auto_refresh=False) as live:
-            for change in _changes(urls, interval):
+            for change in _changes(urls, interval, api_key):
                 live.update(Text(frame(change, width(), ascii_only), overflow="fold"), refresh=True)
 
 
-def _changes(urls: Sequence[str], interval: float) -> Iterator[Change]:
-    before = _scrape(urls)
+def _changes(urls: Sequence[str], interval: float, api_key: str | None) -> Iterator[Change]:
+    before = _scrape(urls, api_key)
     while True:
         time.sleep(interval)
-        now = _scrape(urls)
+        now = _scrape(urls, api_key)
         yield Change(before, now)
         before = now
 
 
-def _scrape(urls: Sequence[str]) -> Samples:
-    texts = []
+def _scrape(urls: Sequence[str], api_key: str | None) -> Samples:
+    texts, headers = [], {"Authorization": f"Bearer {api_key}"} if api_key else {}
     for url in urls:
         if not url.startswith(("http://", "https://")):
             raise ValueError("a URL must begin with http:// or https://")
-        with urllib.request.urlopen(f"{url.rstrip('/')}/metrics", timeout=10) as response:
+        request = urllib.request.Request(f"{url.rstrip('/')}/metrics", headers=headers)
+        with urllib.request.urlopen(request, timeout=10) as response:
             texts.append(response.read().decode())
     return Samples(time.monotonic(), *texts)
 

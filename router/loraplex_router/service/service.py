@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from typing import Literal
 
 from loraplex_protos import generation_pb2 as pb
 from loraplex_protos.errors import (
@@ -61,8 +62,10 @@ class Service:
         keys: Keys,
         max_queue: int,
         telemetry: Telemetry,
+        metrics_auth: Literal["names", "all", "none"] = "names",
     ) -> None:
         self.keys = keys
+        self._metrics_auth = metrics_auth
         self.telemetry = telemetry
         self.max_queue = max_queue
         self.draining = False
@@ -292,6 +295,13 @@ class Service:
     def cancel_all(self) -> None:
         for generation in self._running:
             self.cancel(generation)
+
+    async def scrape(self, key: str | None = None) -> bytes:
+        """The metrics, as far as `metrics_auth` shows them to the caller, in Prometheus' format."""
+        if self._metrics_auth == "all":
+            self.keys.administrator(key)
+        tenant = self.keys.tenant(key) if key or not self.keys.required else None
+        return await self.telemetry.scrape(self._metrics_auth == "none" or (tenant is not None and tenant.admin))
 
     async def tokenize(
         self,

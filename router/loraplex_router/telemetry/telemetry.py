@@ -20,6 +20,7 @@ from loraplex_router.telemetry.gateway import GatewayNames
 from loraplex_router.telemetry.labels import OTHER, AdapterLabels
 from loraplex_router.telemetry.lorax_names import LoraxMetrics
 from loraplex_router.telemetry.metrics import Metrics
+from loraplex_router.telemetry.nameless import Nameless
 from loraplex_router.telemetry.request_log import RequestLog
 from loraplex_router.telemetry.state import ReplicaState, Snapshot, State
 from loraplex_router.vocabulary.request import EmbedRequest, Request
@@ -52,12 +53,12 @@ class Telemetry:
     def registry(self) -> CollectorRegistry:
         return self.metrics.registry
 
-    async def scrape(self) -> bytes:
-        """All metrics in Prometheus' format. The text is generated on a thread, since that takes longer than a step
-        may."""
+    async def scrape(self, names: bool = True) -> bytes:
+        """All metrics in Prometheus' format, with or without the `names` of adapters and tenants. The text is generated
+        on a thread, since that takes longer than a step may."""
         for snapshot in self._snapshots:
             snapshot.take()
-        return await asyncio.to_thread(generate_latest, self.registry)
+        return await asyncio.to_thread(generate_latest, self.registry if names else Nameless(self.registry))
 
     def add_lorax_names(self) -> None:
         """Adds LoRAX's metrics."""

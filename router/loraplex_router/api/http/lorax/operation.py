@@ -98,7 +98,7 @@ async def load(call: Call) -> dict[str, int]:
     return {"server_load": call.service.num_running}
 
 
-@router.get("/metrics", response_class=Response, tags=["Operation"])
+@router.get("/metrics", response_class=Response, tags=["Operation"], responses=only(LORAX_ERRORS, 401, 403))
 async def metrics(call: Call) -> Response:
     """Prometheus metrics."""
-    return Response(await call.service.telemetry.scrape(), media_type=CONTENT_TYPE_LATEST)
+    return Response(await call.service.scrape(call.key), media_type=CONTENT_TYPE_LATEST)
