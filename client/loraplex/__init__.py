@@ -2,10 +2,13 @@
 
 from loraplex.aio import AsyncClient
 from loraplex.client import Client
+from loraplex.conversation import AsyncConversation, Conversation, TooManyRoundsError
 from loraplex.grammars import Choice, Grammar, JsonObject, JsonSchema, Lark, Regex
+from loraplex.options import AdapterReference, GenerateOptions, MergedAdapters, Message, Prompt
+from loraplex.structured import AnswerError, ParsedGeneration, ParsedPiece
+from loraplex.tools import Tool
 from loraplex.types import (
     Adapter,
-    AdapterReference,
     AdapterResidence,
     AdapterState,
     AdapterTier,
@@ -15,17 +18,15 @@ from loraplex.types import (
     Embedding,
     FinishReason,
     GeneratedSequence,
-    GenerateOptions,
     Generation,
-    MergedAdapters,
-    Message,
     ModelInfo,
-    Prompt,
     PromptToken,
     StreamPiece,
     Token,
     TokenLogprob,
     TokenSpan,
+    ToolCall,
+    ToolCallPart,
     Usage,
 )
 from loraplex_protos.errors import (
@@ -65,12 +66,15 @@ __all__ = [
     "AdapterSourceError",
     "AdapterState",
     "AdapterTier",
+    "AnswerError",
     "AsyncClient",
+    "AsyncConversation",
     "Choice",
     "Classification",
     "ClassifiedToken",
     "Classifier",
     "Client",
+    "Conversation",
     "DeadlineError",
     "Embedding",
     "FieldViolation",
@@ -90,6 +94,8 @@ __all__ = [
     "Message",
     "ModelInfo",
     "OverloadedError",
+    "ParsedGeneration",
+    "ParsedPiece",
     "Prompt",
     "PromptToken",
     "RateLimitedError",
@@ -100,6 +106,10 @@ __all__ = [
     "Token",
     "TokenLogprob",
     "TokenSpan",
+    "TooManyRoundsError",
+    "Tool",
+    "ToolCall",
+    "ToolCallPart",
     "UnauthenticatedError",
     "UnavailableError",
     "Usage",

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 
 from loraplex import requests, responses
 from loraplex.connection import Connection
-from loraplex.types import Adapter, AdapterReference
+from loraplex.options import AdapterReference
+from loraplex.types import Adapter
 from loraplex_protos import generation_pb2 as pb
 
 

@@ -1,6 +1,8 @@
 """The client for asyncio."""
 
 import asyncio
+import inspect
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -9,6 +11,24 @@ import grpc.aio
 
 from loraplex.calls import Calls
 from loraplex.connection import CHANNEL_OPTIONS
+
+
+class EventLoop:
+    """Waits without blocking the event loop."""
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+
+    async def all_of(self, calls: Sequence[Callable[[], object]]) -> list[object]:
+        """Ordinary functions run in threads; what coroutine functions return is awaited."""
+        return await asyncio.gather(*map(self._result, calls))
+
+    async def _result(self, call: Callable[[], object]) -> object:
+        try:
+            result = await asyncio.to_thread(call)
+            return await result if inspect.isawaitable(result) else result
+        except Exception as error:
+            return error
 
 
 class AsyncClient(Calls):
@@ -37,7 +57,7 @@ class AsyncClient(Calls):
             channel = grpc.aio.insecure_channel(server, options=CHANNEL_OPTIONS)
         else:
             channel = grpc.aio.secure_channel(server, credentials, options=CHANNEL_OPTIONS)
-        super().__init__(server, channel, api_key, max_retries, asyncio.sleep)
+        super().__init__(server, channel, api_key, max_retries, EventLoop())
 
     async def __aenter__(self) -> Self:
         return self

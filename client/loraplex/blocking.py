@@ -6,7 +6,9 @@ without a second copy of them.
 """
 
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterator
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from functools import wraps
 from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar, cast
 
@@ -56,9 +58,26 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
     raise RuntimeError("a blocking call was suspended")
 
 
-async def sleep(seconds: float) -> None:
-    """Blocks the thread."""
-    time.sleep(seconds)
+class Thread:
+    """Waits by blocking the thread."""
+
+    async def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+    async def all_of(self, calls: Sequence[Callable[[], object]]) -> list[object]:
+        """One call runs in this thread, several in threads of their own."""
+        if len(calls) == 1:
+            return [_result(calls[0])]
+        with ThreadPoolExecutor(len(calls)) as threads:
+            running = [threads.submit(copy_context().run, _result, call) for call in calls]
+            return [each.result() for each in running]
+
+
+def _result(call: Callable[[], object]) -> object:
+    try:
+        return call()
+    except Exception as error:
+        return error
 
 
 def _each(items: AsyncGenerator[T, None]) -> Generator[T, None, None]:

@@ -6,7 +6,7 @@ from typing import Self, cast
 import grpc
 import grpc.aio
 
-from loraplex.blocking import Blocking, BlockingChannel, blocking, blocking_stream, sleep
+from loraplex.blocking import Blocking, BlockingChannel, Thread, blocking, blocking_stream
 from loraplex.calls import Calls
 from loraplex.connection import CHANNEL_OPTIONS
 
@@ -40,7 +40,7 @@ class Client(Blocking[Calls]):
         else:
             channel = grpc.secure_channel(server, credentials, options=CHANNEL_OPTIONS)
         awaitable = cast(grpc.aio.Channel, BlockingChannel(channel))
-        super().__init__(Calls(server, awaitable, api_key, max_retries, sleep))
+        super().__init__(Calls(server, awaitable, api_key, max_retries, Thread()))
 
     def __enter__(self) -> Self:
         return self
@@ -54,6 +54,8 @@ class Client(Blocking[Calls]):
 
     generate = blocking(Calls.generate)
     stream = blocking_stream(Calls.stream)
+    parse = blocking(Calls.parse)
+    stream_parsed = blocking_stream(Calls.stream_parsed)
     cancel = blocking(Calls.cancel)
     embed = blocking(Calls.embed)
     classify = blocking(Calls.classify)

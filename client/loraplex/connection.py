@@ -1,6 +1,6 @@
 """Sends calls, and tries again what can be tried again."""
 
-from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Sequence
 from typing import Protocol, TypeVar
 
 import grpc
@@ -40,6 +40,16 @@ class StreamMethod(Protocol[Q, R]):
     def __call__(self, request: Q, /, *, timeout: float | None, metadata: Metadata) -> Call[R]: ...
 
 
+class Waiting(Protocol):
+    """How coroutines wait: with an event loop, or by blocking the thread."""
+
+    async def sleep(self, seconds: float, /) -> None: ...
+
+    async def all_of(self, calls: Sequence[Callable[[], object]], /) -> list[object]:
+        """What each call returns, or the Exception that it raises. Several run at the same time."""
+        ...
+
+
 class Connection:
     """What sends the calls of `AsyncClient` and, over a channel that blocks, those of `Client`."""
 
@@ -49,7 +59,7 @@ class Connection:
         channel: grpc.aio.Channel,
         api_key: str | None,
         max_retries: int,
-        sleep: Callable[[float], Awaitable[None]],
+        waiting: Waiting,
     ) -> None:
         """Raises ValueError for a wrong address or number."""
         if not server or server.startswith(("http://", "https://")):
@@ -63,7 +73,7 @@ class Connection:
         self._metadata = (("authorization", f"Bearer {api_key}"),) if api_key else ()
         self._stub = GenerationServiceStub(channel)
         self._max_retries = max_retries
-        self._sleep = sleep
+        self._waiting = waiting
 
     async def close(self) -> None:
         """Closes the connection, which ends the calls in progress."""
@@ -83,7 +93,7 @@ class Connection:
                 return await method(request, timeout=attempts.timeout, metadata=self._metadata)
             except grpc.RpcError as failure:
                 pause = attempts.pause(failure)
-            await self._sleep(pause)
+            await self._waiting.sleep(pause)
 
     async def _stream(self, method: StreamMethod[Q, R], request: Q, timeout: float | None) -> AsyncGenerator[R, None]:
         """For calls that change nothing on the server. Once something has arrived, it is not tried again."""
@@ -99,4 +109,4 @@ class Connection:
                 pause = attempts.pause(failure, begun)
             finally:
                 call.cancel()
-            await self._sleep(pause)
+            await self._waiting.sleep(pause)

@@ -2,24 +2,16 @@
 
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import Unpack
+from typing import TypeVar, Unpack
 
 from loraplex import requests, responses
 from loraplex.connection import Connection
-from loraplex.types import (
-    AdapterReference,
-    Classification,
-    Embedding,
-    GenerateOptions,
-    Generation,
-    MergedAdapters,
-    Message,
-    ModelInfo,
-    Prompt,
-    StreamPiece,
-    TokenSpan,
-)
+from loraplex.options import AdapterReference, GenerateOptions, MergedAdapters, Message, ParseOptions, Prompt
+from loraplex.structured import ParsedGeneration, ParsedPiece, PieceParser, grammar_of, parsed_generation
+from loraplex.types import Classification, Embedding, Generation, ModelInfo, StreamPiece, TokenSpan
 from loraplex_protos import generation_pb2 as pb
+
+T = TypeVar("T")
 
 
 class GenerationCalls(Connection):
@@ -44,6 +36,35 @@ class GenerationCalls(Connection):
         async with aclosing(self._stream(self._stub.GenerateStream, request, timeout)) as stream:
             async for response in stream:
                 yield responses.stream_piece(response)
+
+    async def parse(
+        self, prompt: Prompt, kind: type[T], *, timeout: float | None = None, **options: Unpack[ParseOptions]
+    ) -> ParsedGeneration[T]:
+        """Generates JSON that fits a type, such as a pydantic model or a dataclass, and reads it:
+        `parse(prompt, Person).parsed` is a Person. Needs pydantic.
+
+        The schema constrains the answer, but the prompt should say what is wanted. Raises AnswerError if the answer was
+        cut off, or if the type refuses it for a reason that its schema does not have. For the options, see
+        `ParseOptions`.
+        """
+        generation = await self.generate(prompt, timeout=timeout, grammar=grammar_of(kind), **options)
+        return parsed_generation(kind, generation)
+
+    def stream_parsed(
+        self, prompt: Prompt, kind: type[T], *, timeout: float | None = None, **options: Unpack[ParseOptions]
+    ) -> AsyncGenerator[ParsedPiece[T], None]:
+        """Yields the text as it is generated; the last piece of a sequence has the value as `parsed`. Otherwise as
+        `parse` and `stream`."""
+        request = requests.generate_request(prompt, grammar=grammar_of(kind), **options)
+        return self._parsed_pieces(request, kind, timeout)
+
+    async def _parsed_pieces(
+        self, request: pb.GenerateRequest, kind: type[T], timeout: float | None
+    ) -> AsyncGenerator[ParsedPiece[T], None]:
+        parser = PieceParser(kind)
+        async with aclosing(self._pieces(request, timeout)) as pieces:
+            async for piece in pieces:
+                yield parser.read(piece)
 
     async def cancel(self, request_id: str, *, timeout: float | None = None) -> None:
         """Ends a request that another call started; its sequences finish with `FinishReason.CANCELLED`.

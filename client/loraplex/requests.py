@@ -1,17 +1,27 @@
 """Protobuf requests from callers' values. Checks only the fields' names and types; the server checks the rest."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar, Unpack, cast
 
 from google.protobuf.message import Message as Proto
 
 from loraplex.grammars import Grammar, to_proto
-from loraplex.types import AdapterReference, GenerateOptions, MergedAdapters, Message, Prompt
+from loraplex.options import AdapterReference, GenerateOptions, MergedAdapters, Message, Prompt
+from loraplex.tools import Tool, read_tools
+from loraplex.types import ToolCall
 from loraplex_protos import generation_pb2 as pb
 from loraplex_protos.errors import FieldViolation, InvalidRequestError
 
 ADAPTERS_AT_A_TIME = 1000  # of a listing
 UPLOAD_PART = 2**19  # bytes of a message
+
+_TOOL_MODES = {
+    None: pb.ToolChoice.MODE_UNSPECIFIED,
+    "auto": pb.ToolChoice.MODE_UNSPECIFIED,
+    "none": pb.ToolChoice.MODE_NONE,
+    "required": pb.ToolChoice.MODE_REQUIRED,
+}
 
 P = TypeVar("P", bound=Proto)
 R = TypeVar("R", pb.GenerateRequest, pb.EmbedInput)
@@ -23,6 +33,8 @@ def generate_request(prompt: Prompt, **options: Unpack[GenerateOptions]) -> pb.G
     """Options have the names of the messages' fields. Raises TypeError for an unknown option."""
     given: dict[str, Any] = dict(options)
     adapter, grammar, adapters = (given.pop(name, None) for name in ("adapter", "grammar", "adapters"))
+    tools, tool_choice = given.pop("tools", None), given.pop("tool_choice", None)
+    single = given.pop("parallel_tool_calls", True) is False
     if isinstance(stop := given.get("stop"), str):
         given["stop"] = [stop]
     request = pb.GenerateRequest(sampling=pb.Sampling(), stopping=pb.Stopping(), detail=pb.Detail())
@@ -39,7 +51,25 @@ def generate_request(prompt: Prompt, **options: Unpack[GenerateOptions]) -> pb.G
     if adapters is not None:
         named = [adapters] if isinstance(adapters, str) else adapters
         _fill(request, adapters=[adapter_reference("" if each is None else each) for each in named])
-    return _with_prompt(request, prompt)
+    _with_prompt(request, prompt)
+    if tools:
+        if not request.HasField("chat"):
+            raise InvalidRequestError(FieldViolation("tools", "needs a conversation as the prompt"))
+        request.chat.tools.extend(map(_tool, read_tools(tools)))
+    if single or tool_choice not in (None, "auto"):
+        request.tool_choice.CopyFrom(_fill(_tool_choice(tool_choice), single=single))
+    return request
+
+
+def _tool(tool: Tool) -> pb.Tool:
+    parameters = "" if tool.parameters is None else json.dumps(tool.parameters, ensure_ascii=False)
+    description = tool.description or None
+    return _fill(pb.Tool(), name=tool.name, description=description, parameters=parameters, strict=tool.strict)
+
+
+def _tool_choice(choice: str | None) -> pb.ToolChoice:
+    mode = _TOOL_MODES.get(choice)
+    return _fill(pb.ToolChoice(), name=choice) if mode is None else pb.ToolChoice(mode=mode)
 
 
 def embed_request(
@@ -152,7 +182,20 @@ def _is_chat(prompt: Sequence[int] | Sequence[Message]) -> bool:
 
 
 def _chat(messages: Sequence[Message]) -> pb.Chat:
-    return pb.Chat(messages=[_fill(pb.ChatMessage(), **message) for message in messages])
+    return pb.Chat(messages=map(_message, messages))
+
+
+def _message(message: Message) -> pb.ChatMessage:
+    fields = dict(message)
+    calls = fields.pop("tool_calls", None) or ()
+    return _fill(pb.ChatMessage(), **fields, tool_calls=map(_tool_call, calls))
+
+
+def _tool_call(call: ToolCall | Mapping[str, Any]) -> pb.ToolCall:
+    """From OpenAI's form, too."""
+    if isinstance(call, ToolCall):
+        return pb.ToolCall(id=call.id, name=call.name, arguments=call.arguments)
+    return _fill(pb.ToolCall(), id=call.get("id"), **call.get("function", {}))
 
 
 def _fill(proto: P, /, **values: object) -> P:

@@ -26,6 +26,8 @@ from loraplex.types import (
     Token,
     TokenLogprob,
     TokenSpan,
+    ToolCall,
+    ToolCallPart,
     Usage,
 )
 from loraplex_protos import generation_pb2 as pb
@@ -74,6 +76,10 @@ def stream_piece(response: pb.GenerateStreamResponse) -> StreamPiece:
         adapter_version=response.adapter_version,
         warnings=tuple(response.warnings),
         adapter=response.adapter,
+        reasoning=response.reasoning,
+        tool_calls=tuple(
+            ToolCallPart(part.index, part.call.id, part.call.name, part.call.arguments) for part in response.tool_calls
+        ),
     )
 
 
@@ -142,6 +148,8 @@ def _sequence(sequence: pb.GeneratedSequence) -> GeneratedSequence:
         adapter=sequence.adapter,
         adapter_digest=sequence.adapter_digest,
         adapter_version=sequence.adapter_version,
+        reasoning=sequence.reasoning,
+        tool_calls=tuple(_read(ToolCall, call) for call in sequence.tool_calls),
     )
 
 

@@ -38,6 +38,7 @@ class ScriptedServicer(GenerationServiceServicer):
                 last_used=time.time() - 7300,
             ),
         ]
+        self.answers: list[pb.GeneratedSequence] = []  # in place of words: one for each of the next requests
         self.requests: list[object] = []
         self.failures: list[LoraplexError] = []  # each is raised by one of the next calls
         self.failure_after_first_piece: LoraplexError | None = None
@@ -52,6 +53,8 @@ class ScriptedServicer(GenerationServiceServicer):
         context.send_initial_metadata(((BEGUN, "1"),))
         if self.failure_after_first_piece:
             context.abort_with_status(to_status(self.failure_after_first_piece))
+        if self.answers:
+            return pb.GenerateResponse(request_id="r-1", sequences=[self.answers.pop(0)])
         words = list(self._words(request))
         return pb.GenerateResponse(
             request_id=request.request_id or "r-1",
@@ -75,6 +78,9 @@ class ScriptedServicer(GenerationServiceServicer):
         self._begin(request, context)
         if request.text == ENDLESS:
             self._watch(context)
+        if self.answers:
+            yield from _pieces(self.answers.pop(0))
+            return
         for index in range(request.n or 1):
             for position, word in enumerate(self._words(request)):
                 if request.text == ENDLESS and self.left.wait(0.005):
@@ -176,6 +182,22 @@ def serving(servicer: ScriptedServicer) -> Iterator[str]:
         yield f"127.0.0.1:{port}"
     finally:
         server.stop(None).wait()
+
+
+def answer(text: str, *calls: pb.ToolCall, finish_reason: str = "END_TOKEN", **fields: str) -> pb.GeneratedSequence:
+    reason = pb.FinishReason.Value(f"FINISH_REASON_{finish_reason}")
+    return pb.GeneratedSequence(text=text, tool_calls=calls, finish_reason=reason, usage=_usage(7), **fields)
+
+
+def _pieces(answer: pb.GeneratedSequence) -> Iterator[pb.GenerateStreamResponse]:
+    """Letter by letter; of a call, its name first."""
+    yield from (pb.GenerateStreamResponse(reasoning=letter) for letter in answer.reasoning)
+    yield from (pb.GenerateStreamResponse(text=letter) for letter in answer.text)
+    for index, call in enumerate(answer.tool_calls):
+        head = pb.ToolCall(id=call.id, name=call.name)
+        for part in (head, *(pb.ToolCall(arguments=letter) for letter in call.arguments)):
+            yield pb.GenerateStreamResponse(tool_calls=[pb.ToolCallPart(index=index, call=part)])
+    yield pb.GenerateStreamResponse(finish_reason=answer.finish_reason, usage=answer.usage)
 
 
 def _token(request: pb.GenerateRequest, id: int, text: str) -> pb.Token:

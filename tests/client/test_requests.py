@@ -13,6 +13,7 @@ from loraplex import (
     Lark,
     MergedAdapters,
     Regex,
+    Tool,
 )
 from loraplex.requests import adapter_reference, embed_request, generate_request, tokenize_request
 from loraplex_protos import generation_pb2 as pb
@@ -128,11 +129,15 @@ def test_every_option_is_a_field_of_a_message() -> None:
         "stop": "END",
         "logit_bias": {1: 2.0},
         "stop_token_ids": [1],
+        "tools": [Tool("weather")],
+        "tool_choice": "weather",
+        "parallel_tool_calls": False,
     }
-    request = generate_request("Hi", **{name: options.get(name, 1) for name in names})  # type: ignore[arg-type]
+    chat = [{"role": "user", "content": "Hi"}]
+    request = generate_request(chat, **{name: options.get(name, 1) for name in names})  # type: ignore[arg-type]
     parts = (request.sampling, request.stopping, request.detail)
-    present = {field.name for part in (request, *parts) for field, _ in part.ListFields()}
-    assert names <= present
+    present = {field.name for part in (request, request.chat, *parts) for field, _ in part.ListFields()}
+    assert names - {"parallel_tool_calls"} <= present and request.tool_choice.single
     assert [(each.id, each.token) for each in request.adapters] == [("sql", ""), ("", ""), ("org/poet", "t")]
     assert {name for part in parts for name in part.DESCRIPTOR.fields_by_name} <= names
 

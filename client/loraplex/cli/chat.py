@@ -8,7 +8,7 @@ from loraplex import Client, GenerateOptions, LoraplexError
 from loraplex.cli.connection import DEFAULT_SERVER, ApiKey, Server, connected, show_error
 from loraplex.cli.output import Answer
 from loraplex.cli.sampling import Adapter, MaxNewTokens, Seed, System, Temperature, TopP
-from loraplex.types import Message
+from loraplex.options import Message
 
 COMMANDS = """/adapter NAME  use this adapter from now on; without NAME, the base model
 /system TEXT   start over with this system message, or the model's own

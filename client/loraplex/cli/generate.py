@@ -9,7 +9,7 @@ from loraplex.cli.connection import DEFAULT_SERVER, ApiKey, Server, connected
 from loraplex.cli.grammar import Choices, JsonSchemaFile, LarkFile, RegexPattern, read_grammar, read_text
 from loraplex.cli.output import Answer
 from loraplex.cli.sampling import Adapter, MaxNewTokens, Seed, System, Temperature, TopP
-from loraplex.types import Message, Prompt
+from loraplex.options import Message, Prompt
 
 
 def generate(
