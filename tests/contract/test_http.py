@@ -11,7 +11,6 @@ from urllib.parse import quote
 
 import pytest
 
-from loraplex_router.api.http.lorax.front_page import front_page
 from tests.contract.conftest import PAGE
 from tests.e2e.processes import Server
 
@@ -259,18 +258,19 @@ def test_the_documentation_loads_nothing_from_elsewhere(server: Server):
         assert all(call(server, address)[0] == 200 for address in fetched if address.startswith("/"))
 
 
-def test_the_front_page_links_to_everything(server: Server):
+def test_the_playground_loads_its_own_files_and_links_to_everything(server: Server):
     status, headers, page = call(server, "/")
-    model = read(server, "/info")["model_id"]
     assert status == 200 and "text/html" in headers["content-type"]
-    assert f"<b>{model}</b>" in page and f"curl {server.url}/v1/chat/completions" in page
-    for link in re.findall(r'<a href="([^"]+)"', page):
-        assert call(server, f"/{link}")[0] == 200
-    assert not re.findall(r'(?:src|href)="(?:https?:)?//', page)
+    for script in re.findall(r'src="([^"]+)"', page):
+        status, headers, _ = call(server, f"/{script}")
+        assert status == 200 and "text/javascript" in headers["content-type"]
+    for link in re.findall(r'href="([^"#]+)"', page):
+        assert link == "data:," or call(server, f"/{link}")[0] == 200
+    assert call(server, "/playground/routes.py")[0] == 404
 
 
-@pytest.mark.parametrize("model", ["", "<script>"])
-def test_the_front_page_has_a_policy_and_runs_no_scripts(model: str):
-    page = front_page(model, "http://x/?<script>")
-    assert "<script>" not in page
-    assert ("Authorization: Bearer KEY" in page) == (not model)
+def test_the_playground_has_a_strict_policy_and_nothing_inline(server: Server):
+    _, headers, page = call(server, "/")
+    policy = headers["content-security-policy"]
+    assert policy.startswith("default-src 'none'; script-src 'self'; style-src 'self'") and "unsafe" not in policy
+    assert not re.findall(r"<style|<script(?! type=\"module\" src=\"[\w/.]+\"></script>)|\b(?:style|on\w+)=", page)

@@ -7,7 +7,7 @@ from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi_offline import FastAPIOffline
 
-from loraplex_router.api.http import admin, lorax, messages, openai, scoring
+from loraplex_router.api.http import admin, lorax, messages, openai, playground, scoring
 from loraplex_router.api.http.body_limit import BodyLimit
 from loraplex_router.api.http.face import face_of, install_faces
 from loraplex_router.api.http.foreign_pages import ForeignPages, is_loopback
@@ -15,7 +15,7 @@ from loraplex_router.api.http.head_as_get import HeadAsGet
 from loraplex_router.api.http.invocations import Invocations
 from loraplex_router.service.service import Service
 
-FACES = (lorax.FACE, *openai.FACES, messages.FACE, admin.FACE, *scoring.FACES)
+FACES = (lorax.FACE, *openai.FACES, messages.FACE, admin.FACE, *scoring.FACES, playground.FACE)
 
 
 def create_app(

@@ -3,20 +3,18 @@
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from loraplex_protos.generation_pb2 import GetModelInfoResponse
 from loraplex_router.api.http.call import Call
 from loraplex_router.api.http.disconnects import collect
-from loraplex_router.api.http.errors import LORAX_ERRORS, Error, Responses, only
+from loraplex_router.api.http.errors import LORAX_ERRORS, only
+from loraplex_router.api.http.health import UNHEALTHY, answer_health
 from loraplex_router.api.http.lorax import schema
-from loraplex_router.api.http.lorax.front_page import FRONT_PAGE_HEADERS, front_page
 from loraplex_router.vocabulary.checks import MAX_N, MAX_STOPS
 from loraplex_router.vocabulary.request import EmbedRequest
 from loraplex_router.vocabulary.request import Request as InternalRequest
-
-UNHEALTHY: Responses = {503: {"model": Error, "description": "A generation would not succeed now."}}
 
 router = APIRouter()
 
@@ -54,18 +52,7 @@ def _pipeline_tag(info: GetModelInfoResponse) -> str:
 @router.post("/ping", tags=["LoRAX"], response_class=Response, responses=UNHEALTHY)
 async def health(call: Call) -> Response:
     """200 if a generation would succeed now."""
-    if call.service.healthy:
-        return Response()
-    return JSONResponse({"error": "unhealthy", "error_type": "healthcheck"}, 503)
-
-
-@router.get("/", tags=["LoRAX"], response_class=HTMLResponse, responses=UNHEALTHY)
-async def root(call: Call, http: Request) -> Response:
-    """Like /health, with a page of links."""
-    if not call.service.healthy:
-        return await health(call)
-    model = "" if call.service.keys.required else call.service.info.model_id
-    return HTMLResponse(front_page(model, str(http.base_url)), headers=FRONT_PAGE_HEADERS)
+    return answer_health(call.service)
 
 
 @router.get("/startup", tags=["LoRAX"], response_class=Response, responses=only(LORAX_ERRORS, 401, 429, 500, 503))
