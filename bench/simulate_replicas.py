@@ -26,6 +26,7 @@ from loraplex_router.adapters.resolutions import Resolutions
 from loraplex_router.replicas.administration import Administration
 from loraplex_router.replicas.connections import Connections
 from loraplex_router.replicas.declarations import Declarations
+from loraplex_router.replicas.prefetching import Prefetching
 from loraplex_router.replicas.replica import Replica
 from loraplex_router.replicas.replicas import Replicas
 from loraplex_router.replicas.uploads import Uploads
@@ -92,7 +93,8 @@ async def simulate(kind: type[Replicas], load: Load) -> Outcome:
         )
         telemetry = stack.enter_context(open_telemetry(settings))
         resolutions, replicas = Resolutions(), kind(telemetry, move_seconds=1)
-        administration = Administration(resolutions, replicas, Registry())
+        registry = Registry()
+        administration = Administration(resolutions, replicas, registry, Prefetching(registry, replicas, 0))
         uploads = Uploads(administration, replicas, most_bytes=0)
         service = Service(
             replicas, administration, uploads, Declarations(administration, None), Keys({}), 100_000, telemetry

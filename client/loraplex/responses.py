@@ -123,6 +123,8 @@ def adapter(status: pb.AdapterStatus) -> Adapter:
         tier=_TIERS.get(status.tier),
         state=_STATES.get(status.state, AdapterState.LOADED),
         last_used=status.last_used if status.HasField("last_used") else None,
+        fetched_bytes=status.fetched_bytes if status.HasField("fetched_bytes") else None,
+        total_bytes=status.total_bytes if status.HasField("total_bytes") else None,
         residences=tuple(_read(AdapterResidence, each, tier=_TIERS[each.tier]) for each in status.residences),
         warnings=tuple(status.warnings),
         invocation_token_ids=tuple(status.invocation_token_ids),

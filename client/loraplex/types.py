@@ -231,18 +231,20 @@ class AdapterState(StrEnum):
     """An adapter's state."""
 
     AVAILABLE = "available"
-    """In the server's adapter directory."""
+    """On the server's disk: in its adapter directory or, for a version in the registry, fetched."""
     FETCHING = "fetching"
-    """Being loaded into host memory."""
+    """On its way to disk or into host memory."""
     LOADED = "loaded"
     UNLOADING = "unloading"
     """Will be unloaded once the sequences that need it have ended."""
     BROKEN = "broken"
     """In the server's adapter directory, but cannot be served: `reason` says why."""
     REGISTERED = "registered"
-    """A version in the server's registry that is not loaded."""
+    """A version in the server's registry that is neither loaded nor on disk."""
     ALIAS = "alias"
     """A name in the server's registry that stands for `targets`."""
+    FAILED = "failed"
+    """A version in the server's registry that cannot be fetched or served: `reason` says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,7 +290,11 @@ class Adapter:
     warnings: tuple[str, ...] = ()
     """Possible problems that do not prevent serving, for example that it was made for another model."""
     reason: str = ""
-    """Why it is broken."""
+    """Why it is broken, has failed, or is not fetched yet."""
+    fetched_bytes: int | None = None
+    """How much of its files is on disk while it is fetched; None if that is not known."""
+    total_bytes: int | None = None
+    """The size of its files while it is fetched; None if that is not known."""
     invocation: str = ""
     """What in a prompt activates it (aLoRA): before the last place of it, the base model computes. Empty: it is always
     active."""

@@ -27,6 +27,7 @@ from loraplex_router.api.http.connection import Connection
 from loraplex_router.replicas.administration import Administration
 from loraplex_router.replicas.connections import Connections, Supervisor
 from loraplex_router.replicas.declarations import Declarations
+from loraplex_router.replicas.prefetching import Prefetching
 from loraplex_router.replicas.replicas import Replicas
 from loraplex_router.replicas.uploads import Uploads
 from loraplex_router.service.service import Service
@@ -54,9 +55,11 @@ class Router:
         supervisor: Supervisor | None = None,
     ) -> None:
         self._settings = settings
-        resolutions, self._registry = Resolutions(), Registry()
+        resolutions = Resolutions()
         self._replicas = Replicas(telemetry, settings.move_seconds)
-        self._administration = Administration(resolutions, self._replicas, self._registry)
+        self._registry = Registry(self._replicas.changes.notify)
+        self._prefetching = Prefetching(self._registry, self._replicas, int(settings.adapter_prefetch_gib * 2**30))
+        self._administration = Administration(resolutions, self._replicas, self._registry, self._prefetching)
         self._registry_file = (
             RegistryFile(settings.adapter_registry, self._registry, self._administration.retire)
             if settings.adapter_registry
@@ -113,7 +116,12 @@ class Router:
     async def _work(self, ready: Callable[[list[str]], None]) -> None:
         followed = [file.follow() for file in (self._key_file, self._registry_file) if file]
         await asyncio.gather(
-            self._connections.run(), self._tell_health(), self._restore_pins(), self._announce(ready), *followed
+            self._connections.run(),
+            self._prefetching.run(),
+            self._tell_health(),
+            self._restore_pins(),
+            self._announce(ready),
+            *followed,
         )
 
     async def _stopped(self) -> None:

@@ -92,6 +92,12 @@ class EdgeSettings(BaseModel):
         description="With API keys, what GET /metrics shows to administrators' keys alone. names: the names of adapters"
         " and tenants, which others see added up as `other`. all: everything. none: nothing.",
     )
+    adapter_prefetch_gib: float = Field(
+        4.0,
+        ge=0,
+        description="How much of the registry's adapters is fetched to each replica's disk before the first request, "
+        "in GiB. 0: nothing.",
+    )
     metrics_adapters: int = Field(
         100, ge=0, le=10_000, description="Adapters with their own time series; the others share the label `other`."
     )

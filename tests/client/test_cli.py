@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from loraplex import AdapterNotFoundError, FieldViolation, GenerationError, InvalidRequestError
+from loraplex import AdapterNotFoundError, Client, FieldViolation, GenerationError, InvalidRequestError
 from loraplex.cli.main import app
 from loraplex_protos import generation_pb2 as pb
 from tests.client.scripted import ENDLESS, ScriptedServicer
@@ -192,6 +192,20 @@ def test_adapters_list_names_the_labels_of_adapters_that_classify(address: str, 
     shown = run("adapters", "list", server=address, columns="300").stdout
     assert "classifies texts: no, yes\n" in shown
     assert "classifies tokens: 0, 1, 2, 3, 4, 5, 6, 7 and 2 more" in shown
+
+
+def test_adapters_list_says_how_far_a_fetch_is_and_why_one_failed(address: str, servicer: ScriptedServicer) -> None:
+    states = {"fetched_bytes": 1, "total_bytes": 3, "state": pb.ADAPTER_STATE_FETCHING}
+    failed = pb.AdapterStatus(id="sql@2", source="hub", state=pb.ADAPTER_STATE_FAILED, reason="the hub has no 'x'")
+    servicer.adapters = [pb.AdapterStatus(id="sql@1", source="hub", **states), failed]
+    with Client(address) as client:
+        first, second = client.adapters()
+    assert (first.state, first.fetched_bytes, first.total_bytes) == ("fetching", 1, 3)
+    assert (second.state, second.fetched_bytes, second.reason) == ("failed", None, "the hub has no 'x'")
+    shown = run("adapters", "list", server=address, columns="300").stdout
+    assert "fetching 33 %" in shown
+    assert "failed" in shown
+    assert "the hub has no 'x'" in shown
 
 
 def test_adapters_list_says_how_to_get_adapters(address: str, servicer: ScriptedServicer) -> None:

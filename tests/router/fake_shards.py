@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from loraplex_protos import shard_pb2 as pb
 from loraplex_protos.errors import AdapterInvalidError, AdapterNotFoundError, LoraplexError, UnavailableError
-from loraplex_router.vocabulary.adapter import Adapter, Invocation, LocalAdapter, StagedAdapter
+from loraplex_router.vocabulary.adapter import Adapter, Fetch, Invocation, LocalAdapter, StagedAdapter
 from loraplex_router.vocabulary.grammar import Grammar
 from loraplex_router.vocabulary.references import AdapterReference, MergedReference, Upload
 from loraplex_router.wire.shards import Shards
@@ -43,6 +43,10 @@ class FakeShards:
         self.loads_held.set()
         self.stages_held = asyncio.Event()
         self.stages_held.set()
+        self.fetching: list[Fetch] = []
+        self.fetch_error: LoraplexError | None = None
+        self.fetches_held = asyncio.Event()
+        self.fetches_held.set()
 
     async def send(self, plan: pb.StepRequest) -> None:
         self.log.append(f"plan {plan.step}")
@@ -85,6 +89,20 @@ class FakeShards:
         return StagedAdapter(
             digest, "local", "", lora_rank=8, size_bytes=10, warnings=self.warnings, invocation=self.invocation
         )
+
+    async def fetch(self, reference: AdapterReference) -> int:
+        self.log.append(f"fetch {reference.id}")
+        self.fetching.append(Fetch(reference.id, reference.source, reference.revision, 30, 120))
+        await self.fetches_held.wait()
+        self.fetching.pop()
+        if reference.id in self.absent:
+            raise AdapterNotFoundError(f"no {reference.id}")
+        if self.fetch_error is not None:
+            raise self.fetch_error
+        return 10
+
+    async def fetches(self) -> list[Fetch]:
+        return list(self.fetching)
 
     async def upload(self, upload: Upload) -> StagedAdapter:
         await self.stages_held.wait()

@@ -73,7 +73,8 @@ async def test_the_json_of_a_status_has_the_messages_fields_and_null_for_absent_
     cluster.replica.shards.stages_held.set()
     await asking
     counts = {"requests": 0, "running_sequences": 0, "waiting_sequences": 0}
-    nothing = dict.fromkeys(("tier", "digest", "lora_rank", "size_bytes", "last_used", "reason", "classifier"))
+    absent = "tier", "digest", "lora_rank", "size_bytes", "last_used", "reason", "classifier"
+    nothing = dict.fromkeys((*absent, "fetched_bytes", "total_bytes"))
     rest = {
         "revision": "",
         "pinned": False,

@@ -26,6 +26,7 @@ from loraplex_router.engine.pool import AdapterPool
 from loraplex_router.engine.scheduler import Limits
 from loraplex_router.replicas.administration import Administration
 from loraplex_router.replicas.declarations import Declarations
+from loraplex_router.replicas.prefetching import Prefetching
 from loraplex_router.replicas.replica import Replica
 from loraplex_router.replicas.replicas import Replicas
 from loraplex_router.replicas.uploads import Uploads
@@ -68,9 +69,11 @@ class Setup:
         registry_file: Path | None = None,
     ) -> None:
         self.telemetry = Telemetry(adapters=10, log=RequestLog(prompts=False))
-        self.resolutions, self.registry = Resolutions(), Registry()
+        self.resolutions = Resolutions()
         self.replicas = Replicas(self.telemetry, move_seconds)
-        self.administration = Administration(self.resolutions, self.replicas, self.registry)
+        self.registry = Registry(self.replicas.changes.notify)
+        self.prefetching = Prefetching(self.registry, self.replicas, most_bytes=1000)
+        self.administration = Administration(self.resolutions, self.replicas, self.registry, self.prefetching)
         retire = self.administration.retire
         file = RegistryFile(registry_file, self.registry, retire) if registry_file else None
         self.uploads = Uploads(self.administration, self.replicas, most_bytes=1000)

@@ -232,7 +232,7 @@ async def test_the_listing_has_versions_aliases_and_what_they_hide(cluster: Clus
     assert (status.id, status.state, status.digest) == ("sql@1", LOADED, "digest of a")
     assert [status.state for status in (await listed(cluster))["sql@1"]] == [LOADED]
     await cluster.service.adapters.unload(AdapterReference("sql@1"), key=ADMIN_KEY)
-    assert [status.state for status in (await listed(cluster))["sql@1"]] == [REGISTERED]
+    assert [status.state for status in (await listed(cluster))["sql@1"]] == [AVAILABLE]
 
 
 async def test_an_administrator_must_say_which_of_an_aliass_adapters_is_meant(cluster: Cluster):

@@ -20,6 +20,7 @@ from loraplex_shard.lora.sources import patience
 from loraplex_shard.lora.sources.files import CONFIG, PICKLE, TENSORS
 from loraplex_shard.lora.sources.hub import HubSource
 from loraplex_shard.lora.sources.local import LocalSource
+from loraplex_shard.lora.sources.patience import Progress
 from loraplex_shard.lora.store import AdapterStore, StagedAdapter
 from tests.shard.lora_models import BASE, layouts
 from tests.stand_in_hub import StandInHub
@@ -362,6 +363,53 @@ def test_concurrent_calls_download_an_adapter_once(
         staged = set(pool.map(lambda _: stage(store), range(8)))
     assert len(staged) == 1
     assert downloads(hub) == sorted([CONFIG, TENSORS])
+
+
+def test_what_is_fetched_in_advance_is_not_fetched_again(
+    hub: StandInHub, store: AdapterStore, files: dict[str, bytes]
+) -> None:
+    hub.push("org/adapter", files)
+    assert store.fetch("org/adapter", "hub", "").size == sum(map(len, files.values()))
+    assert store.count() == {"host": 0, "device": 0}
+    hub.requests.clear()
+    stage(store)
+    assert downloads(hub) == []
+    hub.push("org/cut", {**files, TENSORS: files[TENSORS][:-1]})
+    with pytest.raises(AdapterInvalidError, match=TENSORS):
+        store.fetch("org/cut", "", "")
+
+
+def test_a_running_fetch_says_how_far_it_is(hub: StandInHub, store: AdapterStore, files: dict[str, bytes]) -> None:
+    hub.push("org/adapter", files)
+    hub.delay_s = 60.0
+    with ThreadPoolExecutor(2) as pool:
+        fetch, both = pool.submit(store.fetch, "org/adapter", "hub", ""), pool.submit(stage, store)
+        try:
+            while len(hub.requests) < 2:
+                time.sleep(0.001)
+            (progress,) = store.fetches()
+            assert (progress.id, progress.source, progress.done, progress.total) == ("org/adapter", "hub", 0, 0)
+        finally:
+            hub.release()
+        fetch.result()
+        both.result()
+    assert store.fetches() == []
+    assert downloads(hub) == sorted([CONFIG, TENSORS])
+
+
+def test_progress_is_counted_in_bytes_and_has_the_trouble_of_the_last_try(
+    hub: StandInHub, files: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.push("org/adapter", files)
+    origin, progress = HubSource(hub.url, tmp_path / "cache").locate("org/adapter", "", ""), Progress("org/adapter")
+    seen: list[tuple[int, str]] = []
+    monkeypatch.setattr(patience.time, "sleep", lambda seconds: seen.append((progress.done, progress.trouble)))
+    hub.damaged = 1
+    origin.fetch(progress)
+    ((done, trouble),) = seen
+    assert done == len(files[CONFIG])
+    assert "arrived damaged" in trouble
+    assert (progress.done, progress.total, progress.trouble) == (origin.size, origin.size, "")
 
 
 def test_a_slow_hub_does_not_delay_other_calls(

@@ -267,6 +267,8 @@ def test_adapters_are_staged_loaded_used_and_forgotten(
     model = save_adapter(checkpoint, tmp_path / "tuned", seed=5, lora_rank=4)
     (listed,) = shard.ListLocalAdapters(pb.ListLocalAdaptersRequest()).adapters
     assert (listed.id, listed.fault) == ("tuned", "")
+    assert shard.FetchAdapter(pb.FetchAdapterRequest(id="tuned")).size_bytes == 0  # it lies there
+    assert not shard.ListFetches(pb.ListFetchesRequest()).fetches
     staged = shard.StageAdapter(pb.StageAdapterRequest(id="tuned"))
     assert (staged.source, staged.lora_rank, len(staged.digest)) == ("local", 4, 64)
     assert staged.size_bytes > 0

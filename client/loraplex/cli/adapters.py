@@ -36,6 +36,7 @@ NAMED_STATES = (
     AdapterState.BROKEN,
     AdapterState.REGISTERED,
     AdapterState.ALIAS,
+    AdapterState.FAILED,
 )
 SHOWN_LABELS = 8
 NUMBERS = frozenset({"lora_rank", "size", "requests", "used"})
@@ -114,7 +115,8 @@ def _place(adapter: Adapter) -> str:
     """Where the adapter is, and its problems, if any."""
     words = [str(adapter.tier)] if adapter.tier else []
     if adapter.state in NAMED_STATES:
-        words.append(adapter.state)
+        percent = 100 * (adapter.fetched_bytes or 0) // adapter.total_bytes if adapter.total_bytes else None
+        words.append(adapter.state if percent is None else f"{adapter.state} {percent} %")
     if adapter.pinned:
         words.append("pinned")
     if len(adapter.residences) > 1:

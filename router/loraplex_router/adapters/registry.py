@@ -5,7 +5,7 @@ A request may name an alias, a name (its newest version), or exactly one version
 hides the same name in the sources, unless the request names its source.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from math import log
@@ -26,9 +26,12 @@ class Registered:
 
 
 class Registry:
-    """The current content. `fault` says why a later one was refused; empty: none was."""
+    """The current content. `fault` says why a later one was refused; empty: none was. `notify` is called when what is
+    declared has changed, and `edition` is another one then."""
 
-    def __init__(self) -> None:
+    def __init__(self, notify: Callable[[], None] = lambda: None) -> None:
+        self._notify = notify
+        self.edition = 0
         self.content = Registered()
         self.uploads: dict[str, Version] = {}  # by name
         self.fault = ""
@@ -38,6 +41,8 @@ class Registry:
         registered any more, or are something else now."""
         former, self.content, self.fault = list(self.versions()), content, ""
         self.uploads = {name: version for name, version in self.uploads.items() if not self.declares(name)}
+        self.edition += 1
+        self._notify()
         kept = set(self.versions())
         return [version for version in former if version not in kept]
 

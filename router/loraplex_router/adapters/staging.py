@@ -94,6 +94,7 @@ class AdapterStaging:
             task = asyncio.create_task(work())
             self._staging[key] = reference, task
             task.add_done_callback(lambda _: self._staging.pop(key))
+            task.add_done_callback(lambda _: self._changes.notify())
         return await asyncio.shield(self._staging[key][1])
 
     async def _bring(self, reference: Reference) -> Adapter:

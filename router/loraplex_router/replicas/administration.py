@@ -8,7 +8,7 @@ import heapq
 import logging
 import time
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import islice
@@ -28,23 +28,27 @@ from loraplex_router.adapters.registry import Registry
 from loraplex_router.adapters.resolutions import Entry, Resolutions
 from loraplex_router.engine.output import Generation
 from loraplex_router.replicas.pins import Pins
+from loraplex_router.replicas.prefetching import Prefetching
 from loraplex_router.replicas.replica import Replica
 from loraplex_router.replicas.replicas import Replicas
 from loraplex_router.replicas.statuses import (
     hold,
+    status_in_directory,
     status_in_memory,
     status_of_alias,
     status_on_disk,
     status_registered,
     status_while_fetched,
 )
-from loraplex_router.vocabulary.adapter import Adapter, LocalAdapter
+from loraplex_router.vocabulary.adapter import Adapter, Fetch, LocalAdapter
 from loraplex_router.vocabulary.references import AdapterReference, ids_of
 
 NAMES_KEPT = 20  # times as long as listing them took, which is slow if there are thousands
 AT_A_TIME = 500  # lines of a listing computed without a pause
 LISTING_KEPT = 60.0  # seconds, for the pages after the first one
 
+Fetches = Mapping[tuple[str, str, str], Fetch]  # by id, source and revision, as requested
+NO_FETCHES: Fetches = {}
 Line = tuple[tuple[str, str, str], Callable[[], pb.AdapterStatus | None]]  # (id, source, revision), and its status
 
 logger = logging.getLogger(__name__)
@@ -60,8 +64,11 @@ class AdapterPage(NamedTuple):
 class Administration:
     """Adapters are named by reference or by digest: merged ones have no reference."""
 
-    def __init__(self, resolutions: Resolutions, replicas: Replicas, registry: Registry) -> None:
+    def __init__(
+        self, resolutions: Resolutions, replicas: Replicas, registry: Registry, prefetching: Prefetching
+    ) -> None:
         self.registry = registry
+        self._prefetching = prefetching
         self._resolutions = resolutions
         self._replicas = replicas
         self._retiring = set[asyncio.Task[None]]()
@@ -76,16 +83,15 @@ class Administration:
         self, visible: Callable[[str], bool] = lambda id: True, after: str = "", limit: int = 0
     ) -> AdapterPage:
         """Staged adapters under each requested name, adapters being staged, the registry, and the names in the adapter
-        directory: the
-        `visible` ids after the id `after`, and at least `limit`, if there are so many. 0: all of them.
+        directory: the `visible` ids after the id `after`, and at least `limit`, if there are so many. 0: all of them.
 
         Adapters with the same id are never on two pages. Pages after the first one are of the same adapter directory.
         Raises UnavailableError if no replica can list the directory.
         """
-        local = await self._local(kept=bool(after))
-        lines = [*self._loaded(), *self._fetching()]
+        local, fetches = await self._local(kept=bool(after)), await self._fetches()
+        lines = [*self._loaded(), *self._fetching(fetches)]
         known = {id for (id, source, _), _ in lines if source in ("", "local")}
-        lines += self._registered(listed={id for (id, _, _), _ in lines})
+        lines += self._registered(local, fetches, listed={id for (id, _, _), _ in lines})
         lines = [(key, make) for key, make in lines if key[0] > after and visible(self.registry.bare(key[0]))]
         on_disk: Iterator[Line] = (
             ((adapter.id, "local", ""), partial(status_on_disk, adapter, self.registry.has(adapter.id)))
@@ -111,17 +117,33 @@ class Administration:
                 shared = len(names[entry.digest]) > 1
                 yield (entry.id, entry.source, entry.revision), partial(self._status, entry, shared)
 
-    def _fetching(self) -> Iterator[Line]:
+    async def _fetches(self) -> Fetches:
+        """How far the fetches of all replicas are; of an adapter that several fetch, one of them."""
+        asked = (replica.shards.fetches() for replica in self._replicas if replica.accepting)
+        lists = await asyncio.gather(*asked, return_exceptions=True)
+        found = [fetch for each in lists if not isinstance(each, BaseException) for fetch in each]
+        return {(fetch.id, fetch.source, fetch.revision): fetch for fetch in found}
+
+    def _fetching(self, fetches: Fetches = NO_FETCHES) -> Iterator[Line]:
         fetched = {reference for replica in self._replicas for reference in replica.adapters.fetching()}
         for reference in fetched:
             if isinstance(reference, AdapterReference) and not self._resolutions.digest(reference):
                 key = reference.id, reference.source, reference.revision
-                yield key, partial(status_while_fetched, reference)
+                yield key, partial(status_while_fetched, reference, _fetch_of(reference, fetches))
 
-    def _registered(self, listed: Container[str] = ()) -> Iterator[Line]:
+    def _registered(
+        self, local: Sequence[LocalAdapter] = (), fetches: Fetches = NO_FETCHES, listed: Container[str] = ()
+    ) -> Iterator[Line]:
+        on_disk = {adapter.id: adapter for adapter in local}
         for version in self.registry.versions():
             if version.id not in listed:
-                yield (version.id, version.origin.source, ""), partial(status_registered, version)
+                key, origin = (version.id, version.origin.source, ""), version.origin
+                if (fetch := _fetch_of(version, fetches)) is not None:
+                    yield key, partial(status_while_fetched, version, fetch)
+                elif origin.source in ("", "local") and origin.id in on_disk:
+                    yield key, partial(status_in_directory, version, on_disk[origin.id])
+                else:
+                    yield key, partial(status_registered, version, self._prefetching.results(version))
         for name, targets in self.registry.aliases():
             yield (name, "", ""), partial(status_of_alias, name, targets)
 
@@ -292,6 +314,11 @@ class Administration:
         for _, adapter in self._holders(digest):
             adapter.names.discard(id)
         self._unpin(digest, id)
+
+
+def _fetch_of(reference: AdapterReference, fetches: Fetches) -> Fetch | None:
+    origin = reference.origin
+    return fetches.get((origin.id, origin.source, origin.revision))
 
 
 def _shown(name: AdapterReference | str) -> str:

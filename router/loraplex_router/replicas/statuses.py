@@ -5,8 +5,9 @@ from typing import NamedTuple
 
 from loraplex_protos import generation_pb2 as pb
 from loraplex_router.adapters.resolutions import Entry
+from loraplex_router.replicas.prefetching import Prefetched
 from loraplex_router.replicas.replica import Replica
-from loraplex_router.vocabulary.adapter import Adapter, LocalAdapter
+from loraplex_router.vocabulary.adapter import Adapter, Fetch, LocalAdapter
 from loraplex_router.vocabulary.references import AdapterReference, ids_of
 
 
@@ -70,21 +71,45 @@ def status_in_memory(entry: Entry, holders: Sequence[Holder], leaving: bool) -> 
     )
 
 
-def status_while_fetched(reference: AdapterReference) -> pb.AdapterStatus:
-    """Of one that is on its way into host memory."""
-    state = pb.ADAPTER_STATE_FETCHING
-    return pb.AdapterStatus(id=reference.id, source=reference.source, revision=reference.revision, state=state)
+def status_while_fetched(reference: AdapterReference, fetch: Fetch | None) -> pb.AdapterStatus:
+    """Of one that is on its way to disk or into host memory. `fetch`: how far its files are, if they are under way."""
+    return pb.AdapterStatus(
+        id=reference.id,
+        source=reference.origin.source,
+        revision=reference.origin.revision,
+        state=pb.ADAPTER_STATE_FETCHING,
+        reason=fetch.trouble or None if fetch else None,
+        fetched_bytes=fetch.done if fetch else None,
+        total_bytes=fetch.total or None if fetch else None,
+    )
 
 
-def status_registered(version: AdapterReference) -> pb.AdapterStatus:
+def status_registered(version: AdapterReference, prefetched: Sequence[Prefetched]) -> pb.AdapterStatus:
     """Of a version in the registry that is not loaded."""
+    failed = next((each.reason for each in prefetched if each.reason), "")
+    status = _version(version, pb.ADAPTER_STATE_REGISTERED)
+    if failed:
+        status.state, status.reason = pb.ADAPTER_STATE_FAILED, failed
+    elif prefetched and all(each.fetched_bytes is not None for each in prefetched):
+        status.state, status.tier = pb.ADAPTER_STATE_AVAILABLE, pb.ADAPTER_TIER_DISK
+    return status
+
+
+def status_in_directory(version: AdapterReference, adapter: LocalAdapter) -> pb.AdapterStatus:
+    """Of a version in the registry that lies in the adapter directory, and is not loaded."""
+    status = status_on_disk(adapter, hidden=False)
+    status.MergeFrom(_version(version, pb.ADAPTER_STATE_FAILED if adapter.fault else pb.ADAPTER_STATE_AVAILABLE))
+    return status
+
+
+def _version(version: AdapterReference, state: pb.AdapterState.ValueType) -> pb.AdapterStatus:
     assert version.version is not None
     return pb.AdapterStatus(
         id=version.id,
         source=version.origin.source,
         revision=version.origin.revision,
         digest=version.version.digest or None,
-        state=pb.ADAPTER_STATE_REGISTERED,
+        state=state,
     )
 
 

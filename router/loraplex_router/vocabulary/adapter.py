@@ -69,6 +69,18 @@ class LocalAdapter:
     invocation: Invocation | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """An adapter on its way from its source to a replica's disk. The first three are as requested."""
+
+    id: str
+    source: str
+    revision: str
+    done: int  # bytes on disk
+    total: int  # 0: not known yet
+    trouble: str = ""  # why the last try failed, while the next one is waited for
+
+
 @dataclass(slots=True, eq=False)
 class Adapter:
     """One adapter, by content. The base model is the adapter with an empty digest, always ready in slot 0."""

@@ -24,7 +24,7 @@ from loraplex_protos.errors import (
 )
 from loraplex_protos.generation_pb2 import UploadedFile
 from loraplex_protos.shard_pb2_grpc import ShardServiceStub
-from loraplex_router.vocabulary.adapter import Adapter, Invocation, LocalAdapter, StagedAdapter
+from loraplex_router.vocabulary.adapter import Adapter, Fetch, Invocation, LocalAdapter, StagedAdapter
 from loraplex_router.vocabulary.chat import AdapterTokenizer, ChatTemplates
 from loraplex_router.vocabulary.grammar import Grammar
 from loraplex_router.vocabulary.references import AdapterReference, MergedReference, Upload
@@ -257,6 +257,19 @@ class ShardGroup:
     async def unload(self, slot: int) -> None:
         await self._on_all(lambda rank: rank.UnloadAdapter(pb.UnloadAdapterRequest(slot=slot)))
         self._observer.evicted("device")
+
+    async def fetch(self, reference: AdapterReference) -> int:
+        """Brings an adapter's files to the disk of every rank. Returns their size in bytes."""
+        request = pb.FetchAdapterRequest(id=reference.id, source=reference.source, revision=reference.revision)
+        return max(answer.size_bytes for answer in await self._on_all(lambda rank: rank.FetchAdapter(request)))
+
+    async def fetches(self) -> list[Fetch]:
+        """What rank 0 is fetching."""
+        answer = await typed(self._ranks[0].ListFetches(pb.ListFetchesRequest(), timeout=ANSWER_SECONDS))
+        return [
+            Fetch(each.id, each.source, each.revision, each.fetched_bytes, each.total_bytes, each.trouble)
+            for each in answer.fetches
+        ]
 
     async def local_adapters(self) -> list[LocalAdapter]:
         answer = await typed(self._ranks[0].ListLocalAdapters(pb.ListLocalAdaptersRequest()))

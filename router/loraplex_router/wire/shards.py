@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager
 from typing import Protocol
 
 from loraplex_protos import shard_pb2 as pb
-from loraplex_router.vocabulary.adapter import Adapter, LocalAdapter, StagedAdapter
+from loraplex_router.vocabulary.adapter import Adapter, Fetch, LocalAdapter, StagedAdapter
 from loraplex_router.vocabulary.grammar import Grammar
 from loraplex_router.vocabulary.references import AdapterReference, MergedReference, Upload
 
@@ -57,5 +57,7 @@ class AdapterShards(Slots, Staging, Protocol):
 class Shards(Steps, Slots, Staging, Protocol):
     """All calls to a replica's shards."""
 
+    async def fetch(self, reference: AdapterReference) -> int: ...  # to the disk of every rank; returns bytes
+    async def fetches(self) -> list[Fetch]: ...
     async def local_adapters(self) -> list[LocalAdapter]: ...
     async def compile_grammar(self, grammar: Grammar, adapter: Adapter) -> tuple[str, ...]: ...

@@ -117,11 +117,11 @@ class AdapterStore:
             logger.warning("adapter %s: %s", quote(id), warning)
         return staged
 
-    def fetch(self, id: str, source: str, revision: str, token: str) -> Origin:
+    def fetch(self, id: str, source: str, revision: str) -> Origin:
         """Brings an adapter's files to this machine's disk, and checks their headers, so that a later `stage` fetches
         nothing. Raises the same errors."""
         with self._fetches.started(id, source, revision) as progress:
-            origin = self._fetches.locate(progress, token)
+            origin = self._fetches.locate(progress, token="")
             self._bring(origin, progress)
         return origin
 

@@ -87,6 +87,26 @@ class ShardService(ShardServiceServicer):
             self._steps.warmup(request.max_batch_tokens)
             return pb.WarmupResponse()
 
+    def FetchAdapter(self, request: pb.FetchAdapterRequest, context: grpc.ServicerContext) -> pb.FetchAdapterResponse:
+        with self._errors_answered(context):
+            origin = self._adapters.fetch(request.id, request.source, request.revision)
+            return pb.FetchAdapterResponse(size_bytes=origin.size if origin.source.remote else 0)
+
+    def ListFetches(self, request: pb.ListFetchesRequest, context: grpc.ServicerContext) -> pb.ListFetchesResponse:
+        with self._errors_answered(context):
+            fetches = [
+                pb.Fetch(
+                    id=each.id,
+                    source=each.source,
+                    revision=each.revision,
+                    fetched_bytes=each.done,
+                    total_bytes=each.total,
+                    trouble=each.trouble,
+                )
+                for each in self._adapters.fetches()
+            ]
+            return pb.ListFetchesResponse(fetches=fetches)
+
     def StageAdapter(self, request: pb.StageAdapterRequest, context: grpc.ServicerContext) -> pb.StageAdapterResponse:
         with self._errors_answered(context):
             staged = self._adapters.stage(request.id, request.source, request.revision, request.token)

@@ -17,6 +17,7 @@ class LocalSource(Source):
     """The adapters under a directory."""
 
     name = "local"
+    remote = False
 
     def __init__(self, directory: Path) -> None:
         self._root = directory.resolve()

@@ -58,6 +58,7 @@ class Source(Protocol):
     """A place that adapters come from. Ids, revisions and tokens come from clients and have not been checked."""
 
     name: str  # its name in requests
+    remote: bool = True  # whether its files have to be fetched
 
     @abstractmethod
     def refusal(self, id: str) -> str:

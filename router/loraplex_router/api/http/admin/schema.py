@@ -88,9 +88,10 @@ class AdapterStatus(BaseModel):
     source: str
     revision: str
     state: str = Field(
-        description="available (in the adapter directory), fetching, loaded, unloading, or broken (in the adapter "
-        "directory, but it cannot be served); of the registry: registered (a version that is not loaded) or alias (a "
-        "name for `targets`)"
+        description="available (in the adapter directory or, of the registry, fetched to disk), fetching, loaded, "
+        "unloading, or broken (in the adapter directory, but it cannot be served); of the registry: registered (a "
+        "version that is not fetched yet), failed (a version that cannot be fetched or served) or alias (a name for "
+        "`targets`)"
     )
     tier: str | None = Field(description="The fastest place that has it: disk, host or device. null: being fetched.")
     digest: str | None = Field(description="null while it is only on disk or being fetched, like the next two.")
@@ -103,7 +104,9 @@ class AdapterStatus(BaseModel):
     pinned: bool = Field(description="Whether it stays on the device of one replica until it is unpinned or unloaded.")
     residences: list[AdapterResidence] = Field(description="The replicas that have it in memory.")
     warnings: list[str] = Field(description="What may be wrong with it. It is served all the same.")
-    reason: str | None = Field(description="Why it is broken.")
+    reason: str | None = Field(description="Why it is broken, has failed, or is not fetched yet.")
+    fetched_bytes: int | None = Field(description="How much of it is on disk while it is fetched. null: not known.")
+    total_bytes: int | None = Field(description="How much of it there is, while it is fetched. null: not known.")
     invocation: str = Field(description="What in a prompt activates it (aLoRA). Empty: it is always active.")
     invocation_token_ids: list[int] = Field(description="The same as tokens.")
     classifier: Classifier | None = Field(description="Its own, if it was trained to classify; known once loaded.")
