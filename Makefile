@@ -31,6 +31,7 @@ lint: $(VENV)/lint
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/mypy
 	$(BIN)/buf lint
 	$(BIN)/buf format --diff --exit-code
+	$(BIN)/buf breaking --against protos/baseline.binpb
 	$(BIN)/hadolint Dockerfile
 	$(BIN)/clang-format --dry-run --Werror shard/loraplex_shard/kernels/csrc/*.cpp shard/loraplex_shard/kernels/csrc/*.h
 
