@@ -17,13 +17,13 @@ TORCH_FLAGS := $(if $(filter cpu,$(TORCH)),--extra-index-url https://download.py
 serve: $(VENV)/serve
 	$(BIN)/loraplex serve --adapters examples/adapters $(ARGS)
 
-# Some tests only: make test ARGS="tests/router -k scheduler"
+# Two processes take files of tests in turns. Some tests only: make test ARGS="tests/router -k scheduler"
 test: $(VENV)/test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 # The tests that do not start processes or compile anything: a minute or two.
 test-fast: $(VENV)/test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
 
 lint: $(VENV)/lint
 	$(BIN)/ruff check .

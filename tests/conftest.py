@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from hypothesis import settings
 
 from tests.tools import describe_skipped
@@ -52,14 +53,15 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def old_python(pytestconfig: pytest.Config) -> Path:
-    """A Python with the old clients, which is kept between runs."""
+    """A Python with the old clients, which is kept between runs. Both processes that run tests use it."""
     folder = pytestconfig.cache.mkdir("old-clients")
     python = folder / "bin" / "python"
     complete = folder / "complete"
-    if not complete.exists():
-        subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
-        subprocess.run([python, "-m", "pip", "install", "-q", *OLD_CLIENTS], check=True)
-        complete.touch()
+    with FileLock(folder / "lock"):
+        if not complete.exists():
+            subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+            subprocess.run([python, "-m", "pip", "install", "-q", *OLD_CLIENTS], check=True)
+            complete.touch()
     return python
 
 
