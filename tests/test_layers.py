@@ -77,7 +77,7 @@ FLOORS = {
         {"engine", "settings"},
         {"adapters"},
         {"replicas"},
-        {"telemetry"},
+        {"telemetry", "journal"},
         {"service"},
         {"api"},
         {"app"},
@@ -102,6 +102,7 @@ FOREIGN = {
     "torch": {"loraplex_shard", "loraplex.cli"},
     "transformers": {"loraplex_shard", "loraplex_router.text.template"},
     "fastapi": {"loraplex_router.api"},
+    "redis": {"loraplex_router.journal.redis_store"},
 }
 
 

@@ -24,6 +24,8 @@ from loraplex_router.adapters.resolutions import Resolutions
 from loraplex_router.api.grpc import GenerationApi, GrpcServer
 from loraplex_router.api.http.app import create_app
 from loraplex_router.api.http.connection import Connection
+from loraplex_router.journal.journal import Journal
+from loraplex_router.journal.stores import open_store
 from loraplex_router.replicas.administration import Administration
 from loraplex_router.replicas.connections import Connections, Supervisor
 from loraplex_router.replicas.declarations import Declarations
@@ -70,6 +72,8 @@ class Router:
         keys = key_file.keys if key_file else Keys({})
         declarations = Declarations(self._administration, self._registry_file)
         uploads = Uploads(self._administration, self._replicas, settings.adapter_uploads_mib << 20)
+        seconds = settings.resume_seconds
+        self._journal = Journal(open_store(settings.resume, seconds), seconds) if settings.resume else None
         self._service = Service(
             self._replicas,
             self._administration,
@@ -79,6 +83,7 @@ class Router:
             settings.max_queue,
             telemetry,
             settings.metrics_auth,
+            self._journal,
         )
         self._connections = Connections(
             settings, self._replicas, resolutions, self._service.serve, telemetry, supervisor
@@ -115,6 +120,7 @@ class Router:
 
     async def _work(self, ready: Callable[[list[str]], None]) -> None:
         followed = [file.follow() for file in (self._key_file, self._registry_file) if file]
+        followed += [self._journal.run()] if self._journal else []
         await asyncio.gather(
             self._connections.run(),
             self._prefetching.run(),
@@ -157,7 +163,7 @@ class Router:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._settings.drain_seconds):
                 await self._replicas.changes.until(lambda: self._service.idle)
-        self._service.cancel_all()
+        await self._service.hand_over()
 
     @contextlib.asynccontextmanager
     async def _http(self) -> AsyncIterator[int]:

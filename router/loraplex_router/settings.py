@@ -116,8 +116,21 @@ class EdgeSettings(BaseModel):
     )
     log_format: Literal["text", "json"] = Field("text", description="Format of log lines.")
     log_prompts: bool = Field(False, description="Log prompts and answers with each request.")
+    resume: str = Field(
+        "",
+        pattern=r"^(memory|rediss?://\S+|unix://\S+)?$",
+        description="Where the progress of streams is kept, so that clients that lose the connection or the router can "
+        "resume them: redis://HOST:PORT/DATABASE (rediss:// with TLS) for all routers that name the same server, "
+        "memory for this router alone. Empty: nowhere.",
+    )
+    resume_seconds: float = Field(
+        60.0, ge=1, le=86400, description="How long a stream can be resumed after its last token."
+    )
     drain_seconds: float = Field(
-        30.0, ge=0, description="How long running requests may continue after SIGTERM before they are cancelled."
+        30.0,
+        ge=0,
+        description="How long running requests may continue after SIGTERM before they are cancelled, or handed over to "
+        "other routers (--resume).",
     )
 
     @field_validator("reasoning_parser")

@@ -24,6 +24,8 @@ class FakeShards:
     def __init__(self) -> None:
         self.known: dict[int, list[int]] = {}
         self.scored: set[int] = set()  # rows whose sequences want logprobs
+        self.computed: dict[int, int] = {}  # positions
+        self.returned: dict[int, int] = {}  # tokens that were returned, or are of the prompt
         self.results: deque[pb.StepResponse | LoraplexError] = deque()
         self.log: list[str] = []
         self.failing_token: int | None = None
@@ -54,16 +56,24 @@ class FakeShards:
         for start in plan.starts:
             self.known[start.row] = list(start.tokens)
             (self.scored.add if start.logprobs else self.scored.discard)(start.row)
+            self.computed[start.row] = start.computed
+            self.returned[start.row] = len(start.tokens) - start.unscored
         if any(self.deadly_token in self.known[row] for row in plan.rows):
             self.results.append(self.death)
             return
-        for place, (row, slot, samples) in enumerate(zip(plan.rows, plan.slots, plan.samples, strict=True)):
+        chunks = zip(plan.rows, plan.slots, plan.samples, plan.lengths, strict=True)
+        for place, (row, slot, samples, length) in enumerate(chunks):
             failed = self.known[row][-1] == self.failing_token
+            self.computed[row] += length
+            unscored = self.known[row][self.returned[row] : self.computed[row] + 1]
+            self.returned[row] += len(unscored)
             if failed:
                 response.failed_chunks.append(place)
                 response.failure_reasons.append(self.failure)
-            response.token_counts.append(int(samples and not failed))
+            response.token_counts.append(len(unscored) + int(samples and not failed))
+            response.tokens.extend(unscored)
             if samples:
+                self.returned[row] += 1
                 self.known[row].append((self.known[row][-1] + slot + 1) % VOCABULARY)
                 response.tokens.extend([] if failed else self.known[row][-1:])
         if self.scored.intersection(plan.rows):

@@ -104,7 +104,8 @@ def parts(request: pb.GenerateRequest, *texts: str, thinks: bool = False) -> lis
     found = []
     for place, text in enumerate(texts):
         last = place == len(texts) - 1
-        read = read_parts(reader, Delta(text, finish_reason=FinishReason.END_TOKEN if last else None))
+        delta = Delta(text, finish_reason=FinishReason.END_TOKEN if last else None)
+        read = read_parts(reader, delta, new_id=str)
         for part in read.calls:
             assert part.call.id.startswith("call_") == bool(part.call.name)
             part.call.ClearField("id")

@@ -3,10 +3,12 @@
 import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 
 import pytest
+from fastapi import FastAPI
 
 from loraplex_protos import generation_pb2 as pb
 from loraplex_protos import shard_pb2
@@ -21,9 +23,11 @@ from loraplex_router.access.keys import Keys, TenantSettings
 from loraplex_router.adapters.registry import Registry
 from loraplex_router.adapters.registry_file import RegistryFile
 from loraplex_router.adapters.resolutions import Resolutions
+from loraplex_router.api.http.app import create_app
 from loraplex_router.engine.output import Delta, Generation
 from loraplex_router.engine.pool import AdapterPool
 from loraplex_router.engine.scheduler import Limits
+from loraplex_router.journal.journal import Journal
 from loraplex_router.replicas.administration import Administration
 from loraplex_router.replicas.declarations import Declarations
 from loraplex_router.replicas.prefetching import Prefetching
@@ -67,6 +71,7 @@ class Setup:
         move_seconds: float = 0.5,
         tenants: Mapping[str, TenantSettings] | None = None,
         registry_file: Path | None = None,
+        journal: Journal | None = None,
     ) -> None:
         self.telemetry = Telemetry(adapters=10, log=RequestLog(prompts=False))
         self.resolutions = Resolutions()
@@ -85,6 +90,7 @@ class Setup:
             Keys(tenants or {}),
             max_queue,
             self.telemetry,
+            journal=journal,
         )
         self.service.serve(model)
         self.replica = self.add_replica("0", slots)
@@ -94,6 +100,11 @@ class Setup:
             self.replica.blocks,
             self.replica.engine,
         )
+
+    @cached_property
+    def app(self) -> FastAPI:
+        """The HTTP application."""
+        return create_app(self.service)
 
     def add_replica(self, name: str, slots: int = 2) -> Replica:
         limits = Limits(max_batch_tokens=32, max_sequences=8, block_size=4)

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from loraplex_router.api.http import sse
-from loraplex_router.api.http.app import create_app
 from tests.router.test_engine import Setup
 
 STREAMS = {
@@ -27,15 +26,18 @@ MANY = 150  # tokens: more than are generated before the server notices that a c
 class Client:
     """Sends one request to the application, as uvicorn would."""
 
-    def __init__(self, setup: Setup, path: str, body: object) -> None:
-        self._app = create_app(setup.service)
+    def __init__(self, setup: Setup, path: str, body: object, **headers: str) -> None:
+        self._app = setup.app
         self._scope = {
             "type": "http",
             "method": "POST",
             "path": path,
             "raw_path": path.encode(),
             "query_string": b"",
-            "headers": [(b"content-type", b"application/json")],
+            "headers": [
+                (b"content-type", b"application/json"),
+                *((name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()),
+            ],
         }
         self._body = json.dumps(body).encode()
         self._gone = asyncio.Event()
@@ -200,7 +202,7 @@ async def test_a_request_that_is_cancelled_by_name_ends_with_an_error(setup: Set
     client = Client(setup, "/generate", {"inputs": "A", "parameters": {"adapter_id": "a"}})
     running = asyncio.create_task(client.run())
     await until(lambda: not setup.engine.idle)
-    setup.service.cancel_all()
+    await setup.service.hand_over()
     await running
     setup.shards.loads_held.set()
     assert client.status == 499 and json.loads(client.bodies[0])["error_type"] == "cancelled"

@@ -1,8 +1,7 @@
 """Chats of generation.proto: their messages and tools, and what answers to them consist of."""
 
 import re
-import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,7 +72,8 @@ class AnswerParts:
     calls: list[pb.ToolCallPart] = field(default_factory=list)  # adjacent parts of a call are one
 
 
-def read_parts(reader: AnswerReader | None, delta: Delta) -> AnswerParts:
+def read_parts(reader: AnswerReader | None, delta: Delta, new_id: Callable[[int], str]) -> AnswerParts:
+    """`new_id` makes an id for the call with this number."""
     if reader is None:
         return AnswerParts(delta.text)
     parts = AnswerParts()
@@ -82,7 +82,7 @@ def read_parts(reader: AnswerReader | None, delta: Delta) -> AnswerParts:
             case Reasoning():
                 parts.reasoning += piece.text
             case ToolCall():
-                call = pb.ToolCall(id=f"call_{secrets.token_hex(12)}", name=piece.name)
+                call = pb.ToolCall(id=f"call_{new_id(reader.calls)}", name=piece.name)
                 parts.calls.append(pb.ToolCallPart(index=reader.calls - 1, call=call))
             case Arguments():
                 if not parts.calls:

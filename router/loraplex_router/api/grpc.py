@@ -59,6 +59,8 @@ class GenerationApi(GenerationServiceServicer):
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
         async with _answering(context):
+            if request.resume_token:
+                raise InvalidRequestError(FieldViolation("resume_token", "only GenerateStream resumes a stream"))
             generations = await self._service.generate_each(read_request(request), _key(context))
             try:
                 await context.send_initial_metadata(((BEGUN, "1"),))  # from here on clients do not try again
@@ -74,11 +76,19 @@ class GenerationApi(GenerationServiceServicer):
         self, request: pb.GenerateRequest, context: Context
     ) -> AsyncIterator[pb.GenerateStreamResponse]:
         async with _answering(context):
-            generations = await self._service.generate_each(read_request(request), _key(context))
+            stream = self._service.stream("resume_token", request.resume_token)
+            generations = await self._service.generate_each(read_request(request), _key(context), stream=stream)
             try:
                 writer = self._writer(request, generations)
+                if stream is not None and not await stream.resumable():
+                    stream = None
                 async for index, delta in read_each(generations, Generation.deltas):
-                    yield await in_turn(writer.num_logprobs(index, delta), partial(writer.event, index, delta))
+                    event = await in_turn(writer.num_logprobs(index, delta), partial(writer.event, index, delta))
+                    if stream is not None:
+                        stream.advance(index, delta)
+                        event.resume_token = stream.position()
+                    if not delta.known:
+                        yield event
             finally:
                 for generation in generations:
                     self._service.close(generation)

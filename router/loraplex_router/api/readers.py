@@ -6,10 +6,11 @@ from typing import TypeAlias
 
 from loraplex_router.engine.output import Delta, Generation
 
-Read: TypeAlias = Callable[[Generation], AsyncIterator[tuple[int, Delta]]]
+Deltas: TypeAlias = AsyncIterator[tuple[int, Delta]]  # with the index of the answer that each is of
+Read: TypeAlias = Callable[[Generation], Deltas]
 
 
-async def read_each(generations: Sequence[Generation], read: Read) -> AsyncIterator[tuple[int, Delta]]:
+async def read_each(generations: Sequence[Generation], read: Read) -> Deltas:
     """(index of the answer, its delta), read from each generation with `read`. Answers are numbered consecutively. A
     generation's next delta is only taken once its last one has been read."""
     if len(generations) == 1:

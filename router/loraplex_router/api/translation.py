@@ -129,7 +129,7 @@ class Writer:
 
     def event(self, index: int, delta: Delta) -> pb.GenerateStreamResponse:
         generation, output = self._answers[index]
-        parts = read_parts(self._readers[index], delta)
+        parts = read_parts(self._readers[index], delta, output.new_id)
         event = pb.GenerateStreamResponse(
             request_id=generation.request_id,
             index=index,
@@ -169,7 +169,7 @@ class Writer:
         self, answer: tuple[Generation, SequenceOutput], reader: AnswerReader | None, delta: Delta
     ) -> pb.GeneratedSequence:
         generation, output = answer
-        parts = read_parts(reader, delta)
+        parts = read_parts(reader, delta, output.new_id)
         sequence = pb.GeneratedSequence(
             text=parts.text,
             reasoning=parts.reasoning,

@@ -131,6 +131,11 @@ class Engine:
             generation.cancel()
             self._retire(generation)
 
+    def fail(self, generation: Generation, error: LoraplexError) -> None:
+        """Ends it with an error. Does nothing if it runs elsewhere."""
+        if generation in self:
+            self._end(generation, error)
+
     async def run(self) -> None:
         """Runs until cancelled. Raises UnavailableError if a shard fails: the generations can then be released to run
         elsewhere. If the loop itself fails, they end with the error, since they may be its cause."""
@@ -244,6 +249,9 @@ class Engine:
                 self._take(chunk, output, samples)
             except (KeyboardInterrupt, SystemExit):
                 raise
+            except GenerationError as diverged:  # it was resumed
+                self._fail(generation, chunk, diverged)
+                continue
             except BaseException:  # a panic in the tokenizer is not an Exception
                 logger.exception("a sequence's tokens cannot be decoded")
                 error = GenerationError("its tokens cannot be decoded; the router's log has the details")

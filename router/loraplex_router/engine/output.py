@@ -1,19 +1,27 @@
 """A generation's output for the client: text and tokens as they become certain, merged while nobody reads."""
 
 import asyncio
+import secrets
+import sys
 import time
 from array import array
+from collections import deque
 from collections.abc import AsyncIterator, Collection, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from hashlib import blake2b
 
-from loraplex_protos.errors import LoraplexError
+from loraplex_protos.errors import GenerationError, LoraplexError
 from loraplex_protos.generation_pb2 import Classifier
 from loraplex_router.text.detokenizer import Decoder, Detokenizer, own_length
 from loraplex_router.text.stops import Passed, StopMatcher
 from loraplex_router.vocabulary.adapter import BASE_NAME, Adapter
+from loraplex_router.vocabulary.position import Reached, checksum
 from loraplex_router.vocabulary.references import Reference, labels_of, version_of
 from loraplex_router.vocabulary.sequence import Alternatives, FinishReason, Sample, Sequence
 from loraplex_router.vocabulary.thoughts import Thoughts
+
+ALL_EVENTS = sys.maxsize
+DIVERGED = "other tokens are generated here than the client has: the stream cannot be resumed. Send a new request"
 
 
 @dataclass(slots=True)
@@ -26,6 +34,8 @@ class Delta:
         default_factory=list
     )  # for each sample, the text's length up to its end, in whole characters
     finish_reason: FinishReason | None = None  # set on the last one
+    generated: int = 0  # tokens of the sequence up to here; the text of some may still be held back
+    known: int = 0  # how many of the events that it is written as the client has already
 
     def add(self, later: "Delta") -> None:
         """Appends the delta that follows this one."""
@@ -33,6 +43,7 @@ class Delta:
         self.samples += later.samples
         self.ends += later.ends
         self.finish_reason = later.finish_reason
+        self.generated = later.generated
 
     @property
     def num_logprobs(self) -> int:
@@ -79,8 +90,10 @@ class SequenceOutput:
         wakeup: asyncio.Event,
         stop_token_ids: Collection[int] = (),
         thoughts: Thoughts | None = None,
+        nonce: str = "",
     ) -> None:
-        """`stop_token_ids`: the end tokens set by the request. `thoughts`: those that the text may begin with."""
+        """`stop_token_ids`: the end tokens set by the request. `thoughts`: those that the text may begin with. `nonce`:
+        what ids are made of."""
         self.sequence = sequence
         self.thoughts = thoughts
         self.finish_reason: FinishReason | None = None
@@ -94,17 +107,26 @@ class SequenceOutput:
         self._stops = stops
         self._stop_token_ids = stop_token_ids
         self._wakeup = wakeup
+        self._nonce = nonce.encode()
         self._pending = Delta()
         self._undecoded: list[Sample] = []  # parts of an incomplete character
         self._held: list[tuple[Sample, int, int]] = []  # with the lengths up to each one's end, generated and decoded
         self._generated = self._decoded = 0  # characters; special tokens that are not shown are generated, not decoded
         self._passed = self._shown = 0  # characters of the two that are certain
+        self.resumed = 0  # the tokens of it that another generation had delivered
+        self._checksum = 0  # theirs
+        self._boundaries = deque[tuple[int, int]]()  # where deltas ended that were delivered, and how much of them was
+        self._delivered = deque[Delta]()  # these deltas
 
     @property
     def seed(self) -> int | None:
         """The seed that reproduces it; None if it was not sampled."""
         sampling = self.sequence.sampling
         return sampling.seed if sampling.temperature else None
+
+    def new_id(self, *of: int | str) -> str:
+        """An id for a part of the answer. Nobody else has it, and it stays the same when the output is resumed."""
+        return blake2b(repr(of).encode(), key=self._nonce, digest_size=12).hexdigest()
 
     def push(self, sample: Sample) -> FinishReason | None:
         """Takes the sequence's next token. Returns why the sequence ends with it, if it does."""
@@ -131,7 +153,49 @@ class SequenceOutput:
             self.finish(FinishReason.END_TOKEN if ended and not stopped else FinishReason.STOP_TEXT)
         elif last:
             self.finish(FinishReason.LENGTH)
+        if self._boundaries:
+            self._deliver_again()
         return self.finish_reason
+
+    def resume(self, tokens: list[int], reached: Reached) -> None:
+        """Continues from the tokens of another output for the same request, whose client has what was `reached`. What
+        it has comes again, in deltas that say so. Raises GenerationError if the tokens are not those it has."""
+        sequence, detail = self.sequence, self.sequence.detail
+        self.resumed, self._checksum = reached.tokens, reached.checksum
+        if reached.before:
+            self._boundaries.append((reached.before, ALL_EVENTS))
+        if reached.tokens:
+            self._boundaries.append((reached.tokens, ALL_EVENTS if reached.events is None else reached.events))
+            if detail.prompt_logprobs:  # the client has these
+                self.prompt_logprobs = [0.0] * (sequence.prompt_length - 1)
+                self.prompt_alternatives = [()] * len(self.prompt_logprobs)
+                sequence.detail = replace(detail, prompt_logprobs=False, prompt_top_logprobs=0)
+        if detail.logprobs:  # the shard computes them again
+            ended = bool(tokens) and tokens[-1] in sequence.end_token_ids
+            sequence.tokens += tokens[:-1] if ended else tokens
+            sequence.unscored = sequence.output_length
+            return
+        for token in tokens:
+            sequence.tokens.append(token)
+            if self.push(Sample(token)):
+                break
+
+    def _deliver_again(self) -> None:
+        """Ends the delta where the one that was delivered ended."""
+        tokens, events = self._boundaries[0]
+        if self.generated < tokens:
+            if self.finish_reason:
+                raise GenerationError(DIVERGED)
+            return
+        sequence = self.sequence
+        answer = sequence.tokens[sequence.prompt_length : sequence.prompt_length + tokens]
+        del self._boundaries[0]
+        if not self._boundaries and checksum(answer) != self._checksum:
+            raise GenerationError(DIVERGED)
+        delta, self._pending = self._pending, Delta()
+        delta.generated, delta.known = tokens, events
+        self._delivered.append(delta)
+        self._wakeup.set()
 
     def pool(self, vector: Iterable[float], begin: int, last: bool) -> None:
         """Takes a pooled sequence's vector, or its part from position `begin` on. The last one ends the sequence."""
@@ -143,6 +207,8 @@ class SequenceOutput:
 
     def finish(self, reason: FinishReason) -> None:
         """Ends the output; held-back text is not shown."""
+        if reason is FinishReason.CANCELLED:
+            self._boundaries.clear()
         self.finish_reason = self._pending.finish_reason = reason
         self._wakeup.set()
 
@@ -163,8 +229,12 @@ class SequenceOutput:
 
     def take(self) -> Delta | None:
         """Everything new since the last call, merged; None if there is nothing."""
+        if self._delivered:
+            self._wakeup.set()  # there may be more
+            return self._delivered.popleft()
         delta = self._pending
-        if not (delta.text or delta.samples or delta.finish_reason):
+        delta.generated = self.generated
+        if self._boundaries or not (delta.text or delta.samples or delta.finish_reason):
             return None
         self._pending = Delta()
         return delta
@@ -225,11 +295,13 @@ class Generation:
         arrived: float,
         validated: float,
         tenant: str = "",
+        nonce: str = "",
     ) -> None:
         self.request_id = request_id
         self.reference = reference  # to the adapter, as requested
         self.adapter = adapter  # on the replica that runs the generation
         self.tenant = tenant  # its name, for the log
+        self.nonce = nonce or secrets.token_hex(16)  # what the ids in its answers are made of
         self.arrived = arrived  # when the request arrived; like the next four, from time.monotonic
         self.validated = validated  # when everything but its adapter was ready
         self.queued = time.monotonic()
@@ -248,7 +320,8 @@ class Generation:
         stop_token_ids: Collection[int] = (),
         thoughts: Thoughts | None = None,
     ) -> None:
-        self.outputs.append(SequenceOutput(sequence, decoder, stops, self._wakeup, stop_token_ids, thoughts))
+        nonce = f"{self.nonce}/{len(self.outputs)}"
+        self.outputs.append(SequenceOutput(sequence, decoder, stops, self._wakeup, stop_token_ids, thoughts, nonce))
 
     @property
     def adapter_name(self) -> str:
@@ -275,13 +348,25 @@ class Generation:
 
     @property
     def num_tokens(self) -> int:
-        """Number of tokens of the prompt and of everything generated so far."""
-        return self.outputs[0].sequence.prompt_length + sum(output.generated for output in self.outputs)
+        """Number of tokens of the prompt and of everything generated so far, except what others had delivered."""
+        if any(output.resumed for output in self.outputs):
+            return self.num_generated
+        return self.outputs[0].sequence.prompt_length + self.num_generated
+
+    @property
+    def num_generated(self) -> int:
+        """Number of tokens generated so far, except those that others had delivered."""
+        return sum(max(0, output.generated - output.resumed) for output in self.outputs)
 
     @property
     def num_logprobs(self) -> int:
         """Number of logprobs reported so far, including alternatives."""
         return sum(output.num_logprobs for output in self.outputs)
+
+    def resume(self, tokens: Iterable[list[int]], reached: Iterable[Reached]) -> None:
+        """Continues from the tokens of another generation for the same request: see SequenceOutput.resume."""
+        for output, known, place in zip(self.outputs, tokens, reached, strict=True):
+            output.resume(known, place)
 
     def restart(self, adapter: Adapter) -> None:
         """Prepares its sequences to continue from where they are, on another replica."""

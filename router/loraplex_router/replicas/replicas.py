@@ -180,6 +180,14 @@ class Replicas:
             generation.cancel()
             self._observer.ended(generation)
 
+    def fail(self, generation: Generation, error: LoraplexError) -> None:
+        """Ends it with an error. Does nothing if it has ended."""
+        for replica in self:
+            replica.engine.fail(generation, error)
+        if task := self._moving.pop(generation, None):
+            task.cancel()
+            self._fail(generation, error)
+
     def fail_all(self, error: LoraplexError) -> None:
         """Ends all waiting and running generations."""
         for replica in self:

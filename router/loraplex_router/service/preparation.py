@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 
-from loraplex_protos.errors import AdapterError, FieldViolation, InvalidRequestError, quote
+from loraplex_protos.errors import AdapterConflictError, AdapterError, FieldViolation, InvalidRequestError, quote
 from loraplex_router.access.keys import Tenant
 from loraplex_router.adapters.suggestions import Suggestions
 from loraplex_router.engine.output import Generation
+from loraplex_router.journal.records import Saved
 from loraplex_router.replicas.replicas import Lease, Replicas
 from loraplex_router.service.abilities import check_adapter_fits
 from loraplex_router.service.prompts import Text, encode, make_sequence
@@ -53,10 +54,10 @@ class Preparation:
         self._model = model
         self._arrivals = 0
 
-    async def prepare(self, request: Request, arrival: Arrival) -> tuple[Generation, Lease]:
-        """A request with one adapter, ready to be submitted with its lease."""
+    async def prepare(self, request: Request, arrival: Arrival, saved: Saved | None = None) -> tuple[Generation, Lease]:
+        """A request with one adapter, ready to be submitted with its lease. It continues what was saved."""
         with _naming(request.adapter) if arrival.names_adapters else nullcontext():
-            return await self._prepare(request, arrival)
+            return await self._prepare(request, arrival, saved)
 
     async def place(self, reference: Reference | None, tenant: Tenant) -> Lease:
         """A placement for work that only needs the adapter's files."""
@@ -67,7 +68,7 @@ class Preparation:
         model = self._model()
         return await model.renderer.render(adapter.tokenizer.over(model.chat_templates), chat, tenant.name)
 
-    async def _prepare(self, request: Request, arrival: Arrival) -> tuple[Generation, Lease]:
+    async def _prepare(self, request: Request, arrival: Arrival, saved: Saved | None) -> tuple[Generation, Lease]:
         model, tenant, text, thoughts = self._model(), arrival.tenant, request.prompt, None
         tokenizer, vocab_size = model.tokenizer, model.info.vocab_size
         waited, lease = 0.0, None
@@ -87,7 +88,8 @@ class Preparation:
                 lease = await self._lease(request, arrival)
         assert not isinstance(text, Chat)
         key = text, tokenizer
-        prompt = arrival.prompts.get(key)
+        # Rendered again, it might differ: templates may write the time.
+        prompt = arrival.prompts.get(key) if saved is None else list(saved.record.prompt)
         if prompt is None:
             prompt = arrival.prompts[key] = await encode(request, text, model, tokenizer)
         room = room_for(request, len(prompt), model.info.max_model_len)
@@ -99,10 +101,15 @@ class Preparation:
         if lease is None:
             lease = await self._lease(request, arrival)
         adapter = lease.adapter
+        if saved is not None and adapter.digest != saved.record.digest:
+            raise AdapterConflictError("the adapter's content has changed since the stream began: send a new request")
         classifier = check_adapter_fits(request, adapter, model.info)
         if classifier is not None:
             arrival.volume.add_scores(len(classifier.labels) * (len(prompt) if classifier.of_tokens else 1))
-        generation = Generation(arrival.request_id, request.adapter, adapter, arrival.arrived, validated, tenant.name)
+        nonce = saved.record.nonce if saved else ""
+        generation = Generation(
+            arrival.request_id, request.adapter, adapter, arrival.arrived, validated, tenant.name, nonce
+        )
         acts_from = adapter.acts_from(prompt)
         generation.warnings = request.warnings + lease.warnings
         if acts_from == NEVER:
@@ -115,6 +122,8 @@ class Preparation:
             )
             stops = StopMatcher(request.stop, request.include_stop)
             generation.add(sequence, decoder, stops, request.stop_token_ids, thoughts)
+        if saved is not None:
+            generation.resume(saved.tokens, saved.reached)
         return generation, lease
 
     async def _as_text(self, prompt: Chat | TextPair, adapter: Adapter, tenant: Tenant) -> Text:

@@ -6,12 +6,15 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
+from itertools import zip_longest
 from typing import Literal
 
 from loraplex_protos import generation_pb2 as pb
 from loraplex_protos.errors import (
+    FieldViolation,
+    InvalidRequestError,
     OverloadedError,
     RequestCancelledError,
     RequestNotFoundError,
@@ -22,6 +25,9 @@ from loraplex_router.access.audit import audited
 from loraplex_router.access.keys import Keys, Tenant
 from loraplex_router.adapters.suggestions import Suggestions
 from loraplex_router.engine.output import Classification, Embedding, Generation
+from loraplex_router.journal.journal import Journal
+from loraplex_router.journal.records import Saved
+from loraplex_router.journal.stream import Stream
 from loraplex_router.replicas.administration import Administration
 from loraplex_router.replicas.declarations import Declarations
 from loraplex_router.replicas.replicas import Lease, Replicas
@@ -36,7 +42,8 @@ from loraplex_router.text.tokenizer import Spans, Tokenizer, TokenSpan
 from loraplex_router.vocabulary.adapter import Adapter
 from loraplex_router.vocabulary.chat import Chat, ChatTemplates
 from loraplex_router.vocabulary.checks import check_adapter, check_embed_request, check_request
-from loraplex_router.vocabulary.references import AdapterReference, Reference
+from loraplex_router.vocabulary.position import Position
+from loraplex_router.vocabulary.references import AdapterReference, Reference, asked_as, replace_ids
 from loraplex_router.vocabulary.request import ClassifyRequest, EmbedRequest, Prompt, Request
 from loraplex_router.vocabulary.sampling import Sampling
 from loraplex_router.vocabulary.sequence import FinishReason
@@ -44,6 +51,8 @@ from loraplex_router.vocabulary.violations import Violations
 from loraplex_router.vocabulary.volume import Volume
 
 FEW_INPUTS = 32  # to embed before other tasks get a turn
+FORMER_SECONDS = 5.0  # how long a request that is resumed may take to end
+HANDED_OVER = "the server is shutting down: resume the stream, which another router continues"
 
 
 class Service:
@@ -63,6 +72,7 @@ class Service:
         max_queue: int,
         telemetry: Telemetry,
         metrics_auth: Literal["names", "all", "none"] = "names",
+        journal: Journal | None = None,
     ) -> None:
         self.keys = keys
         self._metrics_auth = metrics_auth
@@ -71,6 +81,7 @@ class Service:
         self.draining = False
         self._replicas = replicas
         self._registry = administration.registry
+        self._journal = journal
         suggestions = Suggestions(administration.names)
         self.adapters = Adapters(keys, administration, uploads, declarations, suggestions, lambda: self._known_model)
         self._preparation = Preparation(replicas, suggestions, lambda: self._known_model)
@@ -131,17 +142,33 @@ class Service:
     def idle(self) -> bool:
         return not self._preparing.total() and self._replicas.idle
 
-    async def generate(self, request: Request, key: str | None = None, volume: Volume | None = None) -> Generation:
+    def stream(self, field: str, begun: str = "") -> Stream | None:
+        """What a streamed answer is generated with, if streams can be resumed here. `begun`: the id of the last event
+        that the client has of a stream that it wants the rest of, from the request's `field`.
+
+        Raises InvalidRequestError if it is not one, or if no stream can be resumed here."""
+        if self._journal is None:
+            if begun:
+                raise InvalidRequestError(FieldViolation(field, "this server does not keep streams: see --resume"))
+            return None
+        try:
+            return Stream(self._journal, field, Position.read(begun) if begun else None)
+        except ValueError:
+            raise InvalidRequestError(FieldViolation(field, "is not the id of one of this server's events")) from None
+
+    async def generate(
+        self, request: Request, key: str | None = None, volume: Volume | None = None, stream: Stream | None = None
+    ) -> Generation:
         """Admits a request of one adapter and queues its sequences. The caller reads the generation and must then
-        `close` it. Callers that make several requests count them in one `volume`.
+        `close` it. Callers that make several requests count them in one `volume`, and name their `stream`.
 
         All errors in the request are raised here, before anything is generated.
         """
-        (generation,) = await self.generate_each(request, key, volume)
+        (generation,) = await self.generate_each(request, key, volume, stream)
         return generation
 
     async def generate_each(
-        self, request: Request, key: str | None = None, volume: Volume | None = None
+        self, request: Request, key: str | None = None, volume: Volume | None = None, stream: Stream | None = None
     ) -> list[Generation]:
         """The same for a request that may name several adapters: one generation for each, all on one replica if
         possible. They count as one request for a key's limits, and as that many sequences for the queue."""
@@ -150,14 +177,23 @@ class Service:
             tenant = self.keys.tenant(key)
             check_generates(self.info)
             check_request(request, self.info.vocab_size, self.info.adapter_sources)
+            saved = await stream.find(request, self.info.model_id, tenant) if stream else []
             session = request.session or request.request_id or _new_session()
-            parts = [replace(part, adapter=self._resolved(part.adapter, tenant, session)) for part in request.parts()]
+            parts = [
+                self._resumed(part, tenant, each)
+                if each
+                else replace(part, adapter=self._resolved(part.adapter, tenant, session))
+                for part, each in zip_longest(request.parts(), saved)
+            ]
             tenant.begin(arrived)
             try:
-                return await self._start(parts, tenant, arrived, volume or Volume())
+                generations = await self._start(parts, tenant, arrived, volume or Volume(), saved)
             except BaseException:
                 tenant.end(0, time.monotonic())
                 raise
+            if stream:
+                stream.keep(request, self.info.model_id, tenant, generations)
+            return generations
 
     async def embed(self, request: EmbedRequest, key: str | None = None) -> list[Embedding]:
         """One embedding per input. They count as one request for a key's limits."""
@@ -234,20 +270,33 @@ class Service:
             tenant.end(sum(generation.num_tokens for generation in started), time.monotonic())
 
     async def _start(
-        self, parts: Sequence[Request], tenant: Tenant, arrived: float, volume: Volume
+        self,
+        parts: Sequence[Request],
+        tenant: Tenant,
+        arrived: float,
+        volume: Volume,
+        saved: Sequence[Saved] = (),
     ) -> list[Generation]:
-        """Queues the parts of a request together, once all of them can be."""
+        """Queues the parts of a request together, once all of them can be. They continue what was saved of each."""
         total = sum(part.n for part in parts)
         self._admit(total, tenant)
-        request_id = self._running.reserve(parts[0].request_id)
+        request_id = parts[0].request_id
+        if saved and not await self._end_former(request_id, tenant):
+            request_id = ""  # it still has the id
+        request_id = self._running.reserve(request_id)
         self._preparing[tenant.name] += total
         try:
             with ExitStack() as held:
                 arrival = Arrival(request_id, tenant, arrived, volume, held, names_adapters=len(parts) > 1)
-                placed = [await self._preparation.prepare(part, arrival) for part in parts]
+                placed = [
+                    await self._preparation.prepare(part, arrival, each) for part, each in zip_longest(parts, saved)
+                ]
                 for generation, lease in placed:
                     self.telemetry.queued(generation)
-                    lease.submit(generation)
+                    if generation.finished:  # it was resumed behind its end
+                        self.telemetry.ended(generation)
+                    else:
+                        lease.submit(generation)
         except BaseException:
             self._running.forget(request_id)
             raise
@@ -264,6 +313,9 @@ class Service:
         request = self._running.end(generation)
         if not request.generations:
             request.tenant.end(request.tokens, time.monotonic())
+            self._replicas.changes.notify()
+        if self._journal is not None:
+            self._journal.end(generation)
 
     @property
     def num_running(self) -> int:
@@ -292,7 +344,14 @@ class Service:
         and must still close it."""
         self._replicas.cancel(generation)
 
-    def cancel_all(self) -> None:
+    async def hand_over(self) -> None:
+        """Ends all generations: those that another router can continue with an error that says so, the others as
+        cancelled."""
+        if self._journal is not None and self._journal.shared:
+            await self._journal.flush()
+            for generation in self._running:
+                if await self._journal.has(generation):
+                    self._replicas.fail(generation, UnavailableError(HANDED_OVER))
         for generation in self._running:
             self.cancel(generation)
 
@@ -337,6 +396,27 @@ class Service:
         check_adapter(adapter, self.info.adapter_sources, found)
         found.raise_any()
         return await self._preparation.place(self._resolved(adapter, tenant, session), tenant)
+
+    def _resumed(self, part: Request, tenant: Tenant, saved: Saved) -> Request:
+        """The part with what its names and its seed stood for when it began."""
+        tenant.check_adapter(self._registry.named(part.adapter))
+        adapter = self._registry.resolve(replace_ids(part.adapter, saved.record.adapters), "")
+        sampling = part.sampling.model_copy(update={"seed": saved.record.seed})
+        return replace(
+            part, request_id=saved.record.request_id, adapter=asked_as(adapter, part.adapter), sampling=sampling
+        )
+
+    async def _end_former(self, request_id: str, tenant: Tenant) -> bool:
+        """Ends the request that is resumed, if it runs here: its client has lost the connection. Returns whether its id
+        can be used again."""
+        former = self._running.get(request_id)
+        if former is not None and former.tenant is tenant:
+            for generation in former.generations:
+                self.cancel(generation)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(FORMER_SECONDS):
+                    await self._replicas.changes.until(lambda: request_id not in self._running)
+        return request_id not in self._running
 
     def _resolved(self, adapter: Reference | None, tenant: Tenant, session: str) -> Reference | None:
         """What the registry says that the name stands for. Raises ForbiddenError if the tenant may not use the name."""

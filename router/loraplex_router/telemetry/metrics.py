@@ -22,6 +22,7 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.requests = self._counter("requests", "Requests that ended, by outcome.", "outcome", "adapter")
+        self.resumed = self._counter("resumed", "Generations of resumed streams that continue here.")
         self.queue_wait = self._histogram(
             "queue_wait_seconds", "From a request's validation to its first step.", WAIT_SECONDS, "adapter"
         )

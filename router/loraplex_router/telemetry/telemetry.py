@@ -92,6 +92,7 @@ class Telemetry:
 
     def queued(self, generation: Generation) -> None:
         self._live.add(generation)
+        self.metrics.resumed.inc(any(output.resumed for output in generation.outputs))
         self._labels.count(generation.adapter_name)
         if self.traces is not None:
             self.traces.queued(generation)
@@ -120,7 +121,7 @@ class Telemetry:
         label = self._labels.find(generation.adapter_name)
         outcome = _outcome(generation)
         prompt_tokens = generation.outputs[0].sequence.prompt_length
-        generated_tokens = sum(output.generated for output in generation.outputs)
+        generated_tokens = generation.num_generated
         metrics.requests.labels(outcome, label).inc()
         metrics.duration.observe(now - generation.arrived)
         metrics.prompt_length.observe(prompt_tokens)

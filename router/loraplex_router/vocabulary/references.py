@@ -114,6 +114,22 @@ def parts_of(reference: Reference | None) -> tuple[AdapterReference, ...]:
     return () if reference is None else (reference,)
 
 
+def replace_ids(reference: Reference | None, ids: tuple[str, ...]) -> Reference | None:
+    """The reference with other ids of adapters, as many as it names. Raises ValueError if they are not as many."""
+    if isinstance(reference, MergedReference):
+        named = zip(reference.adapters, ids, strict=True)
+        return replace(reference, adapters=tuple(replace(part, id=id) for part, id in named))
+    return reference and replace(reference, id=ids[0])
+
+
+def asked_as(reference: Reference | None, request: Reference | None) -> Reference | None:
+    """The reference with the names that a request has for its adapters."""
+    if isinstance(reference, MergedReference):
+        named = zip(reference.adapters, parts_of(request), strict=True)
+        return replace(reference, adapters=tuple(replace(part, asked=asked.id) for part, asked in named))
+    return replace(reference, asked=request.id) if reference and isinstance(request, AdapterReference) else reference
+
+
 def merged_digest(parts: list[str], merged: MergedReference) -> str:
     """A merged adapter's digest, which follows from its parts' content and its settings."""
     return _hash(parts, *_settings(merged))

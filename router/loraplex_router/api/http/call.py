@@ -7,9 +7,13 @@ from typing import Annotated, TypeAlias
 from fastapi import Depends, Request
 from starlette.types import Receive
 
+from loraplex_protos.errors import FieldViolation, InvalidRequestError
 from loraplex_router.access.keys import read_bearer
+from loraplex_router.journal.stream import Stream
 from loraplex_router.service.service import Service
 from loraplex_router.vocabulary.checks import REQUEST_ID
+
+LAST_EVENT_ID = "Last-Event-ID"
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +23,15 @@ class RouteCall:
     session: str  # the same for all requests that the call makes
     receive: Receive  # reports the client's disconnect once the body has been read
     request_id: str  # the caller's X-Request-Id if it can be the request's id, else empty
+    last_event_id: str  # of a stream of which the caller wants the rest
+
+    def stream(self, streams: bool | None) -> Stream | None:
+        """What an answer is generated with that streams, or not. Raises InvalidRequestError if it cannot be resumed."""
+        if streams:
+            return self.service.stream(LAST_EVENT_ID, self.last_event_id)
+        if self.last_event_id:
+            raise InvalidRequestError(FieldViolation(LAST_EVENT_ID, "only a stream can be resumed"))
+        return None
 
 
 async def _read_call(http: Request) -> RouteCall:
@@ -27,7 +40,8 @@ async def _read_call(http: Request) -> RouteCall:
     usable = REQUEST_ID.fullmatch(request_id) is not None and not service.is_running(request_id)
     key = read_bearer(http.headers.get("authorization")) or http.headers.get("x-api-key")  # as Anthropic's clients do
     session = http.headers.get("x-session-id") or secrets.token_hex(8)
-    return RouteCall(service, key, session, http.receive, request_id if usable else "")
+    last_event_id = http.headers.get(LAST_EVENT_ID, "")
+    return RouteCall(service, key, session, http.receive, request_id if usable else "", last_event_id)
 
 
 Call: TypeAlias = Annotated[RouteCall, Depends(_read_call)]

@@ -56,12 +56,13 @@ async def lorax_embed(body: schema.EmbedRequest, call: Call) -> Response:
 
 async def _generate(body: schema.GenerateRequest, call: Call, stream: bool, as_list: bool = False) -> Response:
     request, given = read_request(body, adapter_token(call), stream), body.parameters or schema.Parameters()
-    generation = await call.service.generate(replace(request, session=call.session), call.key)
+    streamed = call.stream(stream)
+    generation = await call.service.generate(replace(request, session=call.session), call.key, stream=streamed)
     headers = static_headers(call.service.info.model_id, body.inputs, request.adapter) | answer_headers([generation])
     prefix = body.inputs if given.return_full_text else ""
     writer = LoraxWriter(generation, call.service.tokenizer_of(generation.adapter), wants_details(given), prefix)
     if stream:
-        return EventStream(call.service, [generation], writer.events(), write_lorax_error, headers)
+        return EventStream(call.service, [generation], writer.events, write_lorax_error, headers, stream=streamed)
     (deltas,) = await collect(call.service, [generation], call.receive)
     headers |= whole_headers(generation)
 

@@ -6,8 +6,8 @@ from functools import partial
 from typing import Any
 from urllib.parse import quote
 
-from loraplex_router.api.http.disconnects import read
 from loraplex_router.api.http.sse import event
+from loraplex_router.api.readers import Deltas
 from loraplex_router.api.turns import in_turn
 from loraplex_router.engine.output import Delta, Generation, SequenceOutput
 from loraplex_router.text.tokenizer import Tokenizer
@@ -80,11 +80,11 @@ class LoraxWriter:
             answer["details"] = {**best, **counts, **({"best_of_sequences": others} if others else {})}
         return answer
 
-    async def events(self) -> AsyncIterator[bytes]:
+    async def events(self, deltas: Deltas) -> AsyncIterator[bytes]:
         """One event per token; a delta's events are written together. The texts add up to the whole text. If several
         tokens form one character, the last one has it."""
         text, at = "", 0
-        async for _, delta in read(self._generation):
+        async for _, delta in deltas:
             text += delta.text
             yield await in_turn(delta.num_logprobs, partial(self._events, delta, text, at))
             at = delta.ends[-1] if delta.ends else at

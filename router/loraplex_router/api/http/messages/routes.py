@@ -27,11 +27,13 @@ async def messages(body: MessagesBody, call: Call) -> Response:
     """Answers a conversation, with the model's own chat template."""
     service = call.service
     request = read_request(body, service.model_names, service.sampling_defaults, call.request_id)
-    generation = await service.generate(replace(request, session=call.session), call.key)
+    stream = call.stream(body.stream)
+    generation = await service.generate(replace(request, session=call.session), call.key, stream=stream)
     headers = {"request-id": generation.request_id, **answer_headers([generation])}
     writer = MessageWriter(body, generation, answered_name(body.model, service.model_names))
     if body.stream:
-        return EventStream(service, [generation], writer.events(), write_error, headers, named_event, named_event(PING))
+        ping = named_event(PING)
+        return EventStream(service, [generation], writer.events, write_error, headers, named_event, ping, stream=stream)
     ((delta,),) = await collect(service, [generation], call.receive)
     return JsonAnswer(writer.whole(delta), headers=headers)
 

@@ -1,15 +1,14 @@
 """Writes an answer of /v1/messages, whole or as Anthropic's events."""
 
-import secrets
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 from pydantic_core import from_json
 
-from loraplex_router.api.http.disconnects import read
 from loraplex_router.api.http.messages.reading import create_reader
 from loraplex_router.api.http.messages.schema import MessagesBody
 from loraplex_router.api.http.sse import named_event
+from loraplex_router.api.readers import Deltas
 from loraplex_router.engine.output import Delta, Generation
 from loraplex_router.text.reasoning import Reasoning
 from loraplex_router.text.tool_calls import Arguments, ToolCall
@@ -40,7 +39,7 @@ class MessageWriter:
         for piece in self._reader.pieces(delta):
             match piece:
                 case ToolCall():
-                    content.append(_tool_use(piece.name))
+                    content.append(_tool_use(piece.name, self._output.new_id(len(content))))
                     arguments.append("")
                 case Arguments():
                     arguments[-1] += piece.text
@@ -57,8 +56,8 @@ class MessageWriter:
             block["input"] = _read_arguments(text)
         return {**self._message(), "content": content, **self._ending(delta)}
 
-    async def events(self) -> AsyncIterator[bytes]:
-        async for _, delta in read(self._generation):
+    async def events(self, deltas: Deltas) -> AsyncIterator[bytes]:
+        async for _, delta in deltas:
             yield b"".join(map(named_event, self._events(delta)))
 
     def _events(self, delta: Delta) -> Iterator[Event]:
@@ -69,7 +68,7 @@ class MessageWriter:
         for piece in self._reader.pieces(delta):
             match piece:
                 case ToolCall():
-                    yield from self._open_block(_tool_use(piece.name))
+                    yield from self._open_block(_tool_use(piece.name, self._output.new_id(self._block)))
                 case Arguments():
                     yield self._block_delta({"type": "input_json_delta", "partial_json": piece.text})
                 case Reasoning():
@@ -136,9 +135,9 @@ def _thinking() -> dict[str, Any]:
     return {"type": "thinking", "thinking": "", "signature": ""}
 
 
-def _tool_use(name: str) -> dict[str, Any]:
+def _tool_use(name: str, id: str) -> dict[str, Any]:
     """A call whose input has not arrived yet."""
-    return {"type": "tool_use", "id": f"toolu_{secrets.token_hex(12)}", "name": name, "input": {}}
+    return {"type": "tool_use", "id": f"toolu_{id}", "name": name, "input": {}}
 
 
 def _read_arguments(text: str) -> dict[str, Any]:

@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any
 
 from loraplex_router.api.http.conversation import read_conversation
-from loraplex_router.api.http.disconnects import read
 from loraplex_router.api.http.openai.logprobs import TokenNames, chat_logprobs, prompt_logprobs
 from loraplex_router.api.http.openai.reading import read_adapters, read_model, read_most, read_options
 from loraplex_router.api.http.openai.schema import ChatCompletionRequest
@@ -22,7 +21,7 @@ from loraplex_router.api.http.openai.writing import (
     write_reasoning,
 )
 from loraplex_router.api.http.sse import DONE, event
-from loraplex_router.api.readers import read_each
+from loraplex_router.api.readers import Deltas
 from loraplex_router.api.turns import in_turn
 from loraplex_router.engine.output import Delta, Generation, SequenceOutput
 from loraplex_router.text.reasoning import Reasoning
@@ -91,7 +90,7 @@ class ChatWriter:
                 case Reasoning():
                     thoughts += piece.text
                 case ToolCall():
-                    calls.append(write_call(piece.name))
+                    calls.append(write_call(piece.name, output.new_id(writer.calls)))
                 case Arguments():
                     calls[-1]["function"]["arguments"] += piece.text
                 case _:
@@ -113,12 +112,12 @@ class ChatWriter:
             message["tool_calls"] = calls
         return choice
 
-    async def events(self) -> AsyncIterator[bytes]:
+    async def events(self, deltas: Deltas) -> AsyncIterator[bytes]:
         with_usage = bool(self.body.stream_options and self.body.stream_options.include_usage)
         first = self._common_fields("chat.completion.chunk")
         answers = self._answers()
         writers = [self._choice_writer(output) for _, output in answers]
-        async for index, delta in read_each(self.generations, read):
+        async for index, delta in deltas:
             last = usage_so_far(self.body.stream_options, self.generations)
             write = partial(self._events, {**first, **last}, index, *answers[index], writers[index], delta)
             yield await in_turn(delta.num_logprobs, write)
@@ -172,7 +171,8 @@ class ChatWriter:
                 case Reasoning():
                     yield chunk(write_reasoning(piece.text))
                 case ToolCall():
-                    yield chunk({"tool_calls": [{"index": writer.calls - 1, **write_call(piece.name)}]})
+                    call = write_call(piece.name, output.new_id(writer.calls))
+                    yield chunk({"tool_calls": [{"index": writer.calls - 1, **call}]})
                 case Arguments():
                     function = {"arguments": piece.text}
                     yield chunk({"tool_calls": [{"index": writer.calls - 1, "function": function}]})

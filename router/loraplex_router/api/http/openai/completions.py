@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from loraplex_router.api.http.disconnects import read
 from loraplex_router.api.http.fields import read_prompts
 from loraplex_router.api.http.openai.logprobs import CompletionLogprobs, TokenNames, prompt_logprobs
 from loraplex_router.api.http.openai.reading import (
@@ -25,7 +24,7 @@ from loraplex_router.api.http.openai.writing import (
     whose,
 )
 from loraplex_router.api.http.sse import DONE, event
-from loraplex_router.api.readers import read_each
+from loraplex_router.api.readers import Deltas
 from loraplex_router.api.turns import in_turn
 from loraplex_router.engine.output import Delta, Generation, SequenceOutput
 from loraplex_router.text.tokenizer import Tokenizer
@@ -120,12 +119,12 @@ class CompletionWriter:
             choice["prompt_logprobs"] = prompt_logprobs(output, self.tokenizer_of(output.sequence.adapter))
         return choice
 
-    async def events(self) -> AsyncIterator[bytes]:
+    async def events(self, deltas: Deltas) -> AsyncIterator[bytes]:
         answers = [(generation, output) for generation in self.generations for output in generation.outputs]
         writers = [_ChoiceWriter(self, index, output) for index, (_, output) in enumerate(answers)]
         with_usage = bool(self.body.stream_options and self.body.stream_options.include_usage)
         first = self._common_fields()
-        async for index, delta in read_each(self.generations, read):
+        async for index, delta in deltas:
             writer, (generation, output) = writers[index], answers[index]
             prompt = 0 if writer.begun else output.num_prompt_logprobs
             if writer.has_news(delta):

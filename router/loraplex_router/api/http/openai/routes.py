@@ -18,6 +18,7 @@ from loraplex_router.api.http.openai_errors import ERRORS, write_error
 from loraplex_router.api.http.sse import EventStream, describe_events
 from loraplex_router.api.turns import in_turn
 from loraplex_router.engine.output import Generation
+from loraplex_router.journal.stream import Stream
 from loraplex_router.vocabulary.volume import Volume
 
 EVENTS = describe_events("A chunk. The last event is [DONE]. There may be comments between events.")
@@ -29,17 +30,19 @@ router = APIRouter(tags=["OpenAI"], route_class=JsonRoute)
 async def completions(body: CompletionRequest, call: Call) -> Response:
     """Continues one prompt or several."""
     service, generations, volume = call.service, list[Generation](), Volume()
+    stream = call.stream(body.stream)
     requests = read_completions(body, service.model_names, service.sampling_defaults, call.request_id)
     body = body.model_copy(update={"model": answered_name(body.model, service.model_names)})
     try:
         for request in requests:
-            generations += await service.generate_each(replace(request, session=call.session), call.key, volume)
+            own = replace(request, session=call.session)
+            generations += await service.generate_each(own, call.key, volume, stream)
     except BaseException:
         for generation in generations:
             service.close(generation)
         raise
     writer = CompletionWriter(body, generations, service.tokenizer_of, service.info.version)
-    return await _answer(call, generations, writer)
+    return await _answer(call, generations, writer, stream)
 
 
 @router.post("/chat/completions", responses={200: {"model": answers.ChatCompletion, "content": EVENTS}, **ERRORS})
@@ -47,16 +50,19 @@ async def chat_completions(body: ChatCompletionRequest, call: Call) -> Response:
     """Answers a conversation, with the model's own chat template."""
     service = call.service
     request = read_chat(body, service.model_names, service.sampling_defaults, call.request_id)
-    generations = await service.generate_each(replace(request, session=call.session), call.key)
+    stream = call.stream(body.stream)
+    generations = await service.generate_each(replace(request, session=call.session), call.key, stream=stream)
     body = body.model_copy(update={"model": answered_name(body.model, service.model_names)})
     writer = ChatWriter(body, generations, service.tokenizer_of, service.info.version)
-    return await _answer(call, generations, writer)
+    return await _answer(call, generations, writer, stream)
 
 
-async def _answer(call: Call, generations: Sequence[Generation], writer: CompletionWriter | ChatWriter) -> Response:
+async def _answer(
+    call: Call, generations: Sequence[Generation], writer: CompletionWriter | ChatWriter, stream: Stream | None
+) -> Response:
     headers = {"X-Request-Id": generations[0].request_id, **answer_headers(generations)}
     if writer.body.stream:
-        return EventStream(call.service, generations, writer.events(), write_error, headers)
+        return EventStream(call.service, generations, writer.events, write_error, headers, stream=stream)
     deltas = await collect(call.service, generations, call.receive)
     size = sum(generation.num_logprobs for generation in generations)
     return await in_turn(size, lambda: JsonAnswer(writer.whole(deltas), headers=headers))

@@ -1,6 +1,5 @@
 """Tools of a chat completion: which ones the prompt describes, and which ones the answer may call."""
 
-import secrets
 from typing import Any
 
 from loraplex_protos.errors import quote
@@ -56,6 +55,6 @@ def create_reader(body: ChatCompletionRequest, thoughts: Thoughts | None) -> Ans
     return AnswerReader(names, must_call(body), body.parallel_tool_calls is not False, separated)
 
 
-def write_call(name: str) -> dict[str, Any]:
+def write_call(name: str, id: str) -> dict[str, Any]:
     """A call whose arguments have not arrived yet."""
-    return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": {"name": name, "arguments": ""}}
+    return {"id": f"call_{id}", "type": "function", "function": {"name": name, "arguments": ""}}

@@ -44,11 +44,12 @@ async def responses(body: ResponsesBody, call: Call) -> Response:
     service = call.service
     chat = read_as_chat(body)
     request = read_request(body, chat, service.model_names, service.sampling_defaults, call.request_id)
-    generation = await service.generate(replace(request, session=call.session), call.key)
+    stream = call.stream(body.stream)
+    generation = await service.generate(replace(request, session=call.session), call.key, stream=stream)
     model, tokenizer = answered_name(body.model, service.model_names), service.tokenizer_of(generation.adapter)
     writer = ResponseWriter(body, chat, generation, model, tokenizer)
     headers = {"X-Request-Id": generation.request_id, **answer_headers([generation])}
     if body.stream:
-        return EventStream(service, [generation], writer.events(), writer.failed, headers, named_event)
+        return EventStream(service, [generation], writer.events, writer.failed, headers, named_event, stream=stream)
     ((delta,),) = await collect(service, [generation], call.receive)
     return await in_turn(generation.num_logprobs, lambda: JsonAnswer(writer.whole(delta), headers=headers))

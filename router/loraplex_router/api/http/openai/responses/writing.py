@@ -1,19 +1,18 @@
 """Writes a response, whole or as OpenAI's events: a whole one is what the last event has."""
 
-import secrets
 import time
 from collections.abc import AsyncIterator, Iterator
 from functools import partial
 from typing import Any
 
 from loraplex_protos.errors import LoraplexError
-from loraplex_router.api.http.disconnects import read
 from loraplex_router.api.http.errors import describe
 from loraplex_router.api.http.openai.logprobs import TokenNames, chat_logprobs
 from loraplex_router.api.http.openai.responses.schema import ResponsesBody
 from loraplex_router.api.http.openai.schema import ChatCompletionRequest
 from loraplex_router.api.http.openai.tools import create_reader
 from loraplex_router.api.http.sse import named_event
+from loraplex_router.api.readers import Deltas
 from loraplex_router.api.turns import in_turn
 from loraplex_router.engine.output import Delta, Generation
 from loraplex_router.text.reasoning import Reasoning
@@ -54,8 +53,8 @@ class ResponseWriter:
         found: dict[str, Any] = last["response"]
         return found
 
-    async def events(self) -> AsyncIterator[bytes]:
-        async for _, delta in read(self._generation):
+    async def events(self, deltas: Deltas) -> AsyncIterator[bytes]:
+        async for _, delta in deltas:
             yield await in_turn(delta.num_logprobs, partial(self._write, delta))
 
     def failed(self, error: LoraplexError) -> Event:
@@ -76,7 +75,7 @@ class ResponseWriter:
             own: dict[str, Any] = {}
             match piece:
                 case ToolCall():
-                    yield from self._begin(_call(piece.name))
+                    yield from self._begin(_call(piece.name, self._new_id()))
                     continue
                 case Arguments():
                     text = piece.text
@@ -84,11 +83,11 @@ class ResponseWriter:
                     if self._hides_reasoning:
                         continue
                     if self._item is None:
-                        yield from self._begin(_thoughts())
+                        yield from self._begin(_thoughts(self._new_id()))
                     text, own = piece.text, {"content_index": 0}
                 case _:
                     if self._item is None or self._item["type"] != "message":
-                        yield from self._begin(_message())
+                        yield from self._begin(_message(self._new_id()))
                     text, own = piece, {"content_index": 0, "logprobs": logprobs}
                     self._logprobs += logprobs
                     logprobs = []
@@ -97,7 +96,7 @@ class ResponseWriter:
             yield self._of_item(f"response.{TEXTS[self._item['type']]}.delta", delta=text, **own)
         if delta.finish_reason:
             if not self._items and self._item is None:
-                yield from self._begin(_message())
+                yield from self._begin(_message(self._new_id()))
             if delta.finish_reason is FinishReason.LENGTH:
                 yield from self._finish("incomplete")
                 details = {"reason": "max_output_tokens"}
@@ -105,6 +104,10 @@ class ResponseWriter:
             else:
                 yield from self._finish("completed")
                 yield self._of_response("completed", completed_at=int(time.time()), usage=self._usage())
+
+    def _new_id(self) -> str:
+        """For the next item."""
+        return self._output.new_id(len(self._items) + (self._item is not None))
 
     def _begin(self, item: dict[str, Any]) -> Iterator[Event]:
         yield from self._finish("completed")
@@ -194,10 +197,10 @@ def _describe(body: ResponsesBody, generation: Generation, model: str) -> dict[s
     }
 
 
-def _message() -> dict[str, Any]:
+def _message(id: str) -> dict[str, Any]:
     """A message whose text has not arrived yet."""
     return {
-        "id": f"msg_{secrets.token_hex(12)}",
+        "id": f"msg_{id}",
         "type": "message",
         "status": "in_progress",
         "role": "assistant",
@@ -205,16 +208,16 @@ def _message() -> dict[str, Any]:
     }
 
 
-def _call(name: str) -> dict[str, Any]:
+def _call(name: str, id: str) -> dict[str, Any]:
     """A call whose arguments have not arrived yet."""
-    ids = {"id": f"fc_{secrets.token_hex(12)}", "call_id": f"call_{secrets.token_hex(12)}"}
+    ids = {"id": f"fc_{id}", "call_id": f"call_{id}"}
     return {**ids, "type": "function_call", "status": "in_progress", "name": name, "arguments": ""}
 
 
-def _thoughts() -> dict[str, Any]:
+def _thoughts(id: str) -> dict[str, Any]:
     """Reasoning whose text has not arrived yet."""
     return {
-        "id": f"rs_{secrets.token_hex(12)}",
+        "id": f"rs_{id}",
         "type": "reasoning",
         "status": "in_progress",
         "summary": [],

@@ -1,0 +1,52 @@
+"""The journal in a Redis server, or one that speaks its protocol, such as Valkey."""
+
+import asyncio
+from collections.abc import Awaitable, Mapping
+from typing import TypeVar
+
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+
+from loraplex_protos.errors import UnavailableError
+
+PREFIX = "loraplex:stream:"
+TIMEOUT = 1.0  # seconds
+
+T = TypeVar("T")
+
+
+class RedisStore:
+    """`url`: redis://HOST:PORT/DATABASE, rediss:// for TLS, or unix://PATH. What was not written to for `seconds` is
+    forgotten."""
+
+    shared = True
+
+    def __init__(self, url: str, seconds: float) -> None:
+        self._redis = Redis.from_url(url, retry=Retry(NoBackoff(), 0), socket_timeout=TIMEOUT)
+        self._milliseconds = round(seconds * 1000)
+
+    async def append(self, parts: Mapping[str, bytes]) -> None:
+        pipeline = self._redis.pipeline(transaction=False)
+        for key, part in parts.items():
+            if part:
+                pipeline.append(PREFIX + key, part)
+            pipeline.pexpire(PREFIX + key, self._milliseconds)
+        await _answered(pipeline.execute())
+
+    async def read(self, key: str) -> bytes | None:
+        found = await _answered(self._redis.getex(PREFIX + key, px=self._milliseconds))
+        assert not isinstance(found, str)  # nothing is decoded
+        return found
+
+    async def aclose(self) -> None:
+        await self._redis.aclose()
+
+
+async def _answered(answer: Awaitable[T]) -> T:
+    try:
+        async with asyncio.timeout(TIMEOUT):
+            return await answer
+    except (RedisError, OSError, TimeoutError) as error:
+        raise UnavailableError(f"the store of streams does not answer: {error or type(error).__name__}") from error

@@ -1,0 +1,73 @@
+"""Where the journal is: this router's memory, or a Redis server that several routers share."""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+MEMORY = "memory"
+MAX_BYTES = 256 << 20
+
+
+class Store(Protocol):
+    """Bytes by key. What is not written to for some time is forgotten."""
+
+    shared: bool  # with other routers
+
+    async def append(self, parts: Mapping[str, bytes]) -> None:
+        """Adds the parts to what their keys have, which is kept longer now; so a part may be empty. Raises
+        UnavailableError if it may have failed."""
+        ...
+
+    async def read(self, key: str) -> bytes | None:
+        """What a key has, which is kept longer now. Raises UnavailableError."""
+        ...
+
+    async def aclose(self) -> None: ...
+
+
+class MemoryStore:
+    """Beyond MAX_BYTES, what was not written to for longest is forgotten."""
+
+    shared = False
+
+    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._seconds = seconds
+        self._clock = clock
+        self._kept: dict[str, tuple[float, bytearray]] = {}  # with the time of its last use, oldest first
+        self._size = 0
+
+    async def append(self, parts: Mapping[str, bytes]) -> None:
+        for key, part in parts.items():
+            self._use(key, part)
+        self._forget()
+
+    async def read(self, key: str) -> bytes | None:
+        self._forget()
+        return bytes(self._use(key)) if key in self._kept else None
+
+    async def aclose(self) -> None:
+        self._kept.clear()
+
+    def _use(self, key: str, part: bytes = b"") -> bytearray:
+        _, data = self._kept.pop(key, (0.0, bytearray()))
+        data += part
+        self._size += len(part)
+        self._kept[key] = self._clock(), data
+        return data
+
+    def _forget(self) -> None:
+        now = self._clock()
+        for key, (used, data) in list(self._kept.items()):
+            if used + self._seconds > now and self._size <= MAX_BYTES:
+                break
+            self._size -= len(data)
+            del self._kept[key]
+
+
+def open_store(where: str, seconds: float) -> Store:
+    """`where`: "memory", or a Redis server's URL."""
+    if where == MEMORY:
+        return MemoryStore(seconds)
+    from loraplex_router.journal.redis_store import RedisStore  # routers without it start faster
+
+    return RedisStore(where, seconds)

@@ -1,0 +1,229 @@
+"""Streams that are resumed: a client that comes back with its last event's id gets exactly the rest."""
+
+import asyncio
+import json
+import re
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from hashlib import sha256
+from typing import Any
+
+import pytest
+
+from loraplex_protos.errors import UnavailableError
+from loraplex_router.access.keys import TenantSettings
+from loraplex_router.journal import stores
+from loraplex_router.journal.journal import Journal
+from loraplex_router.journal.stores import MemoryStore, Store
+from loraplex_router.text.renderer import Renderer
+from loraplex_router.vocabulary.chat import ChatTemplates
+from tests.router.test_engine import MODEL, Setup
+from tests.router.test_http_streams import Client, until
+
+SAID = [{"role": "user", "content": "A"}]
+GREEDY = {"model": "base", "temperature": 0, "stream": True}
+USAGE = {"stream_options": {"include_usage": True}}
+STREAMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "LoRAX": ("/generate_stream", {"inputs": "A", "parameters": {"max_new_tokens": 20, "details": True}}),
+    "completions": ("/v1/completions", {**GREEDY, **USAGE, "prompt": ["A", "bc"], "max_tokens": 12, "n": 2}),
+    "stop": ("/v1/completions", {**GREEDY, "prompt": "A", "max_tokens": 40, "stop": ["KLM", "Z]"], "echo": True}),
+    "adapters": ("/v1/completions", {**GREEDY, "prompt": "A", "max_tokens": 9, "adapters": ["a", "b"]}),
+    "chat": ("/v1/chat/completions", {**GREEDY, **USAGE, "messages": SAID, "max_tokens": 20, "n": 2}),
+    "messages": ("/v1/messages", {**GREEDY, "messages": SAID, "max_tokens": 12}),
+    "responses": ("/v1/responses", {**GREEDY, "input": "A", "max_output_tokens": 12}),
+}
+
+
+@asynccontextmanager
+async def router(store: Store, tenants: Mapping[str, TenantSettings] | None = None) -> AsyncIterator[Setup]:
+    journal = Journal(store, seconds=60)
+    templates = ChatTemplates({"default": "{{ messages[0]['content'] }}"})
+    renderer = Renderer(templates)
+    made = Setup(model=replace(MODEL, chat_templates=templates, renderer=renderer), tenants=tenants, journal=journal)
+    tasks = [asyncio.create_task(made.engine.run()), asyncio.create_task(journal.run())]
+    yield made
+    assert made.service.idle and not made.service.num_running
+    await journal.flush()
+    assert not journal._entries
+    for task in tasks:
+        task.cancel()
+    await renderer.aclose()
+
+
+async def ask(setup: Setup, path: str, body: object, last: str = "", **headers: str) -> Client:
+    client = Client(setup, path, body, **({"last_event_id": last} if last else {}), **headers)
+    await client.run()
+    return client
+
+
+def events(client: Client) -> list[tuple[str, str]]:
+    """The events' ids, and the events."""
+    found = []
+    for event in "".join(client.bodies).split("\n\n")[:-1]:
+        id, rest = re.fullmatch(r"(?:id: (.*)\n)?((?s:.*))", event).groups()
+        found.append((id, re.sub(r'"(created|created_at|completed_at)":\d+', '"created":0', rest)))
+    return found
+
+
+def told(events: list[tuple[str, str]]) -> dict[object, list[Any]]:
+    """What the events say together, by what each is of: texts in one piece, since tokens that are known already come at
+    once."""
+    found: dict[object, list[Any]] = {}
+
+    def add(of: object, said: Any) -> None:
+        former = found.setdefault(of, [])
+        if isinstance(said, str) and former and isinstance(former[-1], str):
+            former[-1] += said
+        else:
+            former.append(said)
+
+    for _, event in events:
+        *name, data = event.split("\n")
+        body = json.loads(data.removeprefix("data: ")) if "[DONE]" not in data else {"done": True}
+        body.pop("sequence_number", None)
+        for choice in body.pop("choices", ()):
+            text = choice.pop("text", None) or choice.get("delta", {}).pop("content", "")
+            add(choice["index"], text)
+            if any(value for name, value in choice.items() if name not in ("index", "adapter")):
+                add(choice["index"], choice)
+            body = {}
+        if isinstance(text := body.get("delta"), str) or "text" in (text := body.get("delta", {})):
+            add("text", text if isinstance(text, str) else text["text"])
+        elif body:
+            add("others", (name, body))
+    return found
+
+
+@pytest.mark.parametrize("stream", STREAMS)
+async def test_another_router_sends_what_follows_each_event(stream: str):
+    path, body = STREAMS[stream]
+    store = MemoryStore(60)
+    async with router(store) as first, router(store) as second:
+        whole = events(await ask(first, path, body, x_request_id="mine"))
+        assert len({id for id, _ in whole}) == len(whole) > 10
+        for place, (id, _) in enumerate(whole, 1):
+            rest = events(await ask(second, path, body, id))
+            assert told(rest) == told(whole[place:]), (place, id)
+
+
+PATH, BODY = STREAMS["LoRAX"]
+LONG = {"inputs": "A", "parameters": {"max_new_tokens": 100, "details": True}}
+
+
+class SharedStore(MemoryStore):
+    """One that other routers have, too. `failing`: it does not answer. `forgetful`: no tokens arrive in it."""
+
+    shared = True
+    failing = forgetful = False
+
+    async def append(self, parts: Mapping[str, bytes]) -> None:
+        if self.failing:
+            raise UnavailableError("no answer")
+        if self.forgetful:
+            parts = {key: b"".join(part.partition(b"\n")[:2]) for key, part in parts.items()}
+        await super().append(parts)
+
+
+async def test_what_the_store_does_not_have_yet_is_generated_again_and_compared():
+    store = SharedStore(60)
+    store.forgetful = True
+    async with router(store) as first, router(store) as second:
+        whole = events(await ask(first, PATH, BODY))
+        for place, (id, _) in enumerate(whole, 1):
+            assert told(events(await ask(second, PATH, BODY, id))) == told(whole[place:])
+        id, _ = whole[9]
+        tokens, check = id.rpartition("-")[::2]
+        (error,) = (await ask(second, PATH, BODY, f"{tokens}-{int(check, 16) ^ 1:08x}")).events
+        assert error["error_type"] == "generation" and "other tokens are generated here" in error["error"]
+
+
+async def test_a_stream_is_resumed_by_its_own_tenant_with_its_own_request():
+    keys = {name: TenantSettings(keys=[sha256(name.encode()).hexdigest()]) for name in ("ann", "bob")}
+    async with router(SharedStore(60), keys) as only:
+
+        async def refusal(body: object = BODY, last: str = "", key: str = "ann") -> tuple[int, str]:
+            client = await ask(only, PATH, body, last, authorization=f"Bearer {key}")
+            return client.status, client.bodies[0]
+
+        (id, _), *rest = events(await ask(only, PATH, BODY, authorization="Bearer ann"))
+        status, error = await refusal(last=id, key="bob")
+        assert status == 404 and "is not known here" in error
+        status, error = await refusal(last=id.replace(":", "x:"))
+        assert status == 404 and "is not known here" in error
+        status, error = await refusal(LONG, id)
+        assert status == 422 and "`Last-Event-ID` is of a stream with another request" in error
+        status, error = await refusal(last="7")
+        assert status == 422 and "is not the id of one of this server's events" in error
+        whole = await ask(only, "/generate", BODY, id, authorization="Bearer ann")
+        assert whole.status == 422 and "only a stream can be resumed" in whole.bodies[0]
+        client = await ask(only, PATH, BODY, id, authorization="Bearer ann")
+        assert told(events(client)) == told(rest)
+
+
+async def test_a_router_that_keeps_no_streams_says_so_and_gives_no_ids():
+    setup = Setup()
+    engine = asyncio.create_task(setup.engine.run())
+    client = await ask(setup, PATH, BODY, "x:0-00000000")
+    assert client.status == 422 and "does not keep streams: see --resume" in client.bodies[0]
+    assert "id: " not in "".join((await ask(setup, PATH, BODY)).bodies)
+    engine.cancel()
+
+
+async def test_a_client_whose_connection_was_lost_ends_its_former_request():
+    async with router(MemoryStore(60)) as only:
+        former = Client(only, PATH, LONG, x_request_id="mine")
+        running = asyncio.create_task(former.run())
+        await until(lambda: len(former.messages) > 3)
+        former.reads.clear()  # the server does not know yet
+        sent = events(former)
+        resumed = asyncio.create_task(ask(only, PATH, LONG, sent[-1][0]))
+        await until(lambda: only.service._running.get("mine") is None or resumed.done())
+        former.reads.set()
+        rest = events(await resumed)
+        await running
+        assert "the request was cancelled" in former.bodies[-1]
+        texts = [json.loads(event.removeprefix("data: "))["token"]["id"] for _, event in sent + rest]
+        assert texts == list(range(texts[0], texts[0] + 100))
+
+
+async def test_a_router_that_stops_hands_its_streams_over():
+    store = SharedStore(60)
+    async with router(store) as first, router(store) as second:
+        client = Client(first, PATH, LONG)
+        running = asyncio.create_task(client.run())
+        await until(lambda: len(client.messages) > 3)
+        first.service.draining = True
+        await first.service.hand_over()
+        await running
+        *sent, (_, error) = events(client)
+        assert "another router continues" in error and "unavailable" in error
+        rest = events(await ask(second, PATH, LONG, sent[-1][0]))
+        assert len(sent) + len(rest) == 100 and second.telemetry.metrics.resumed._value.get() == 1
+
+
+async def test_a_store_that_fails_costs_streams_nothing_but_their_ids():
+    store = SharedStore(60)
+    async with router(store) as only:
+        store.failing = True
+        for _ in range(2):
+            client = await ask(only, PATH, BODY)
+            assert len(client.events) == 20 and "id: " not in "".join(client.bodies)
+        store.failing = False
+        await only.service._journal.flush()
+        assert all(id for id, _ in events(await ask(only, PATH, BODY)))
+
+
+async def test_the_memory_for_streams_is_limited_in_time_and_bytes(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(stores, "MAX_BYTES", 10)
+    now = 0.0
+    store = MemoryStore(60, lambda: now)
+    await store.append({"a": b"123", "b": b"456"})
+    now = 50.0
+    await store.append({"a": b"4"})
+    now = 70.0
+    assert await store.read("a") == b"1234" and await store.read("b") is None
+    await store.append({"c": b"1234567"})
+    assert await store.read("a") is None and await store.read("c") == b"1234567"
+    await store.append({"d": b"12345678901"})
+    assert await store.read("c") is None and await store.read("d") is None
