@@ -29,7 +29,7 @@ class GrammarTarget:
     """A server over gRPC. All answers follow the grammar, if there is one."""
 
     def __init__(self, address: str, grammar: Regex | None) -> None:
-        self._client = AsyncClient(address)
+        self._client = AsyncClient(address, max_retries=0)
         self._grammar = grammar
 
     async def adapters(self) -> list[str]:

@@ -34,7 +34,7 @@ class GrpcTarget:
     """A loraplex server."""
 
     def __init__(self, server: str) -> None:
-        self._client = AsyncClient(server)
+        self._client = AsyncClient(server, max_retries=0)
 
     async def adapters(self) -> list[str]:
         return [adapter.id for adapter in await self._client.adapters()]

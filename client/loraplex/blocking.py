@@ -15,6 +15,8 @@ from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar, cast
 import grpc
 import grpc.aio
 
+MOST_THREADS = 32  # for calls that run at the same time
+
 P = ParamSpec("P")
 C = TypeVar("C", covariant=True)
 T = TypeVar("T")
@@ -68,7 +70,7 @@ class Thread:
         """One call runs in this thread, several in threads of their own."""
         if len(calls) == 1:
             return [_result(calls[0])]
-        with ThreadPoolExecutor(len(calls)) as threads:
+        with ThreadPoolExecutor(min(len(calls), MOST_THREADS)) as threads:
             running = [threads.submit(copy_context().run, _result, call) for call in calls]
             return [each.result() for each in running]
 

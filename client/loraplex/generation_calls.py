@@ -47,6 +47,7 @@ class GenerationCalls(Connection):
         cut off, or if the type refuses it for a reason that its schema does not have. For the options, see
         `ParseOptions`.
         """
+        options.setdefault("reasoning", True)
         generation = await self.generate(prompt, timeout=timeout, grammar=grammar_of(kind), **options)
         return parsed_generation(kind, generation)
 
@@ -55,6 +56,7 @@ class GenerationCalls(Connection):
     ) -> AsyncGenerator[ParsedPiece[T], None]:
         """Yields the text as it is generated; the last piece of a sequence has the value as `parsed`. Otherwise as
         `parse` and `stream`."""
+        options.setdefault("reasoning", True)
         request = requests.generate_request(prompt, grammar=grammar_of(kind), **options)
         return self._parsed_pieces(request, kind, timeout)
 

@@ -1,11 +1,11 @@
 """What callers give: prompts, adapters, and the options of a generation."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, TypedDict
 
 from loraplex.grammars import Grammar
-from loraplex.tools import Tool
+from loraplex.tools import AnyTool
 
 Message: TypeAlias = Mapping[str, Any]
 """One message of a conversation: {"role": "user", "content": "Hi"}. The model's template determines the roles, such as
@@ -119,8 +119,9 @@ class GenerateOptions(ParseOptions, total=False):
     grammar: Grammar | None
     """What the whole answer must match: `JsonSchema`, `JsonObject`, `Regex`, `Choice` or `Lark`. It ends where the
     grammar does, with `FinishReason.END_TOKEN`. If max_new_tokens ends it earlier, it is a prefix of a match."""
-    tools: Sequence[Tool | Callable[..., object]] | None
-    """What the answer may call, if the prompt is a conversation: Tools or functions. `Conversation` calls them."""
+    tools: Sequence[AnyTool] | None
+    """What the answer may call, if the prompt is a conversation: functions, Tools, or tools in OpenAI's form.
+    `Conversation` calls the functions."""
     tool_choice: str | None
     """"auto" (the model decides), "none", "required", or the name of the tool that must be called."""
     parallel_tool_calls: bool

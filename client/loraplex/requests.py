@@ -17,7 +17,6 @@ ADAPTERS_AT_A_TIME = 1000  # of a listing
 UPLOAD_PART = 2**19  # bytes of a message
 
 _TOOL_MODES = {
-    None: pb.ToolChoice.MODE_UNSPECIFIED,
     "auto": pb.ToolChoice.MODE_UNSPECIFIED,
     "none": pb.ToolChoice.MODE_NONE,
     "required": pb.ToolChoice.MODE_REQUIRED,
@@ -68,8 +67,12 @@ def _tool(tool: Tool) -> pb.Tool:
 
 
 def _tool_choice(choice: str | None) -> pb.ToolChoice:
+    if choice is None:
+        return pb.ToolChoice()
+    if not isinstance(choice, str):
+        raise InvalidRequestError(FieldViolation("tool_choice", "is auto, none, required, or the name of a tool"))
     mode = _TOOL_MODES.get(choice)
-    return _fill(pb.ToolChoice(), name=choice) if mode is None else pb.ToolChoice(mode=mode)
+    return pb.ToolChoice(name=choice) if mode is None else pb.ToolChoice(mode=mode)
 
 
 def embed_request(

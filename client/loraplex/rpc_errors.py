@@ -2,13 +2,23 @@
 
 import grpc
 
-from loraplex_protos.errors import DeadlineError, LoraplexError, UnavailableError, from_rpc_error
+from loraplex_protos.errors import (
+    DeadlineError,
+    FieldViolation,
+    InvalidRequestError,
+    LoraplexError,
+    OverloadedError,
+    UnavailableError,
+    from_rpc_error,
+)
 
 
 def typed_error(failure: grpc.RpcError, server: str) -> LoraplexError:
     """The error that a call to `server` raises. gRPC's own messages are replaced by clearer ones."""
     error = from_rpc_error(failure)
     message = error.message
+    if isinstance(error, OverloadedError) and "larger than max" in message:
+        return InvalidRequestError(FieldViolation("request", "is larger than the server reads at once"))
     if isinstance(error, DeadlineError) and message == "Deadline Exceeded":
         return DeadlineError("the server did not answer within the timeout")
     if isinstance(error, UnavailableError):

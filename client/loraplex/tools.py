@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self, TypeAlias
 
 from loraplex.schemas import explain, schema_of, validator_of
 from loraplex_protos.errors import FieldViolation, InvalidRequestError
@@ -43,9 +43,25 @@ class Tool:
         return validator_of(self.function).validate_json(arguments or "{}")
 
 
-def read_tools(given: Sequence[Tool | Callable[..., object]]) -> tuple[Tool, ...]:
+# A mapping has the form of OpenAI's API: {"type": "function", "function": {"name": ..., "parameters": ...}}.
+AnyTool: TypeAlias = Tool | Callable[..., object] | Mapping[str, Any]
+
+
+def read_tools(given: Sequence[AnyTool]) -> tuple[Tool, ...]:
     """Raises InvalidRequestError for anything else."""
-    return tuple(each if isinstance(each, Tool) else Tool.of(each) for each in given)
+    return tuple(map(_read, given))
+
+
+def _read(given: AnyTool) -> Tool:
+    if isinstance(given, Tool):
+        return given
+    if not isinstance(given, Mapping):
+        return Tool.of(given)
+    try:
+        fields = {name: value for name, value in given["function"].items() if value is not None}
+        return Tool(**fields)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _refusal(f"{given!r} is not a function in the form of OpenAI's API") from error
 
 
 def write_result(result: object) -> str:

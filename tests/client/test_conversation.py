@@ -250,15 +250,20 @@ def test_tools_and_calls_are_sent_and_answered_without_a_conversation(
         {"role": "assistant", "content": None, "tool_calls": [openai]},
         {"role": "tool", "tool_call_id": "c0", "content": "?"},
     ]
-    sequence = client.generate(messages, tools=[Tool("weather", strict=True)], tool_choice="required").sequences[0]
+    tools = [Tool("weather", strict=True), {"type": "function", "function": {"name": "time", "parameters": {}}}]
+    sequence = client.generate(messages, tools=tools, tool_choice="required").sequences[0]
     assert sequence.tool_calls == (ToolCall("c1", "weather", '{"city": "Rome"}'),)
     assert sequence.reasoning == "Rome?"
     (request,) = servicer.requests
     assert request.chat.messages[1].tool_calls == [pb.ToolCall(id="c0", name="weather", arguments="{}")]
-    assert request.chat.tools == [pb.Tool(name="weather", strict=True)]
+    assert request.chat.tools == [pb.Tool(name="weather", strict=True), pb.Tool(name="time", parameters="{}")]
     assert request.tool_choice == pb.ToolChoice(mode="MODE_REQUIRED")
     with pytest.raises(InvalidRequestError, match="tools: needs a conversation"):
         client.generate("Hi", tools=[weather])
+    with pytest.raises(InvalidRequestError, match=r"tools: .* form of OpenAI's API"):
+        client.generate(messages, tools=[{"name": "time"}])
+    with pytest.raises(InvalidRequestError, match="tool_choice: is auto"):
+        client.generate(messages, tools=[weather], tool_choice={"type": "function"})  # type: ignore[arg-type]
 
 
 def test_both_conversations_have_the_same_methods_with_the_same_parameters() -> None:

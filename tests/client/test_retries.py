@@ -8,7 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loraplex import AsyncClient, Client, LoraplexError, OverloadedError, RateLimitedError, UnavailableError
+from loraplex import (
+    AsyncClient,
+    Client,
+    InvalidRequestError,
+    LoraplexError,
+    OverloadedError,
+    RateLimitedError,
+    UnavailableError,
+)
 from loraplex.retries import LONGEST_PAUSE, LONGEST_WISH, Attempts
 from tests.client.scripted import ScriptedServicer
 
@@ -66,15 +74,17 @@ def test_a_call_that_may_have_had_an_effect_is_not_tried_again(
 
 
 @pytest.mark.parametrize("failure", FAILURES)
-def test_an_answer_that_has_begun_is_not_tried_again(
-    failure: LoraplexError, client: Client, servicer: ScriptedServicer
+async def test_an_answer_that_has_begun_is_not_tried_again(
+    failure: LoraplexError, client: Client, async_client: AsyncClient, servicer: ScriptedServicer
 ) -> None:
     servicer.failure_after_first_piece = failure
+    with pytest.raises(type(failure), match=failure.message):
+        await async_client.generate("Count")
     with pytest.raises(type(failure), match=failure.message):
         list(client.stream("Count"))
     with pytest.raises(type(failure), match=failure.message):
         client.generate("Count")
-    assert len(servicer.requests) == 2
+    assert len(servicer.requests) == 3
 
 
 def test_other_errors_are_not_tried_again(client: Client, servicer: ScriptedServicer) -> None:
@@ -82,6 +92,12 @@ def test_other_errors_are_not_tried_again(client: Client, servicer: ScriptedServ
     with pytest.raises(LoraplexError, match="a bug"):
         client.generate("Hi")
     assert len(servicer.requests) == 1
+
+
+def test_a_request_that_is_too_large_is_not_sent_again(client: Client, servicer: ScriptedServicer) -> None:
+    with pytest.raises(InvalidRequestError, match="request: is larger than"):
+        client.generate("x" * 2**23)
+    assert servicer.requests == []
 
 
 @pytest.mark.parametrize("max_retries", [0, 1, 5])
