@@ -107,7 +107,8 @@ class ParseOptions(TypedDict, total=False):
     """Number of most likely alternatives to report per prompt token except the first, at most 32. Implies
     prompt_logprobs."""
     reasoning: bool
-    """Separate what a thinking model thinks from the text of its answer to a conversation. Implied by `tools`."""
+    """Separate what a thinking model thinks from the text of its answer to a conversation; a grammar applies to the
+    text alone. `tools`, `parse` and `Conversation` imply it."""
     request_id: str
     """Names the request in `cancel` and in the server's logs; at most 128 characters of A-Z a-z 0-9 . _ : -
     Empty: the server picks one."""

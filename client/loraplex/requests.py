@@ -191,6 +191,8 @@ def _chat(messages: Sequence[Message]) -> pb.Chat:
 def _message(message: Message) -> pb.ChatMessage:
     fields = dict(message)
     calls = fields.pop("tool_calls", None) or ()
+    if "reasoning_content" in fields:  # its name in other servers' answers
+        fields.setdefault("reasoning", fields.pop("reasoning_content"))
     return _fill(pb.ChatMessage(), **fields, tool_calls=map(_tool_call, calls))
 
 

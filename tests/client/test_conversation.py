@@ -247,7 +247,7 @@ def test_tools_and_calls_are_sent_and_answered_without_a_conversation(
     openai = {"id": "c0", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
     messages = [
         {"role": "user", "content": "Weather?"},
-        {"role": "assistant", "content": None, "tool_calls": [openai]},
+        {"role": "assistant", "content": None, "tool_calls": [openai], "reasoning_content": "Hm"},
         {"role": "tool", "tool_call_id": "c0", "content": "?"},
     ]
     tools = [Tool("weather", strict=True), {"type": "function", "function": {"name": "time", "parameters": {}}}]
@@ -255,6 +255,7 @@ def test_tools_and_calls_are_sent_and_answered_without_a_conversation(
     assert sequence.tool_calls == (ToolCall("c1", "weather", '{"city": "Rome"}'),)
     assert sequence.reasoning == "Rome?"
     (request,) = servicer.requests
+    assert request.chat.messages[1].reasoning == "Hm"
     assert request.chat.messages[1].tool_calls == [pb.ToolCall(id="c0", name="weather", arguments="{}")]
     assert request.chat.tools == [pb.Tool(name="weather", strict=True), pb.Tool(name="time", parameters="{}")]
     assert request.tool_choice == pb.ToolChoice(mode="MODE_REQUIRED")

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from loraplex import Client
 from tests.contract.test_http import call
 from tests.e2e.processes import Server
 from tests.e2e.tiny import byte_tokenizer
@@ -254,6 +255,13 @@ def test_thoughts_are_beside_the_content_streamed_or_not(server: Server):
     deltas = [chunk["choices"][0]["delta"] for chunk in chunks(server, CHAT, body)]
     assert "".join(delta.get("reasoning_content", "") for delta in deltas) == message["reasoning"]
     assert not any(delta.get("content") for delta in deltas)
+    with Client(server.address) as client:
+        options = {"adapter": "thinking", "max_new_tokens": 12, "temperature": 0}
+        over_grpc = client.generate(HELLO["messages"], reasoning=True, **options).sequences[0]
+        assert (over_grpc.text, over_grpc.reasoning) == (
+            "",
+            client.generate(HELLO["messages"], **options).text.lstrip(),
+        )
     hidden = ask(server, CHAT, {**body, "include_reasoning": False})[0]["choices"][0]["message"]
     assert not hidden["content"] and "reasoning" not in hidden
     formatted = ask(server, CHAT, {**body, "regex": "yes|no"})[0]["choices"][0]["message"]  # begins after them
