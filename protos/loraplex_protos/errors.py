@@ -242,6 +242,8 @@ def from_rpc_error(rpc_error: grpc.RpcError) -> LoraplexError:
     for key, value in trailers:
         if key == "grpc-status-details-bin" and isinstance(value, bytes):
             return _from_details(Status.FromString(value), message, code)
+    if code is grpc.StatusCode.CANCELLED and message == code.name:  # gRPC ends so what a server did not begin
+        return UnavailableError("the server is stopping")
     return _BY_STATUS.get(code, LoraplexError)(message)
 
 

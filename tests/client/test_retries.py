@@ -123,12 +123,17 @@ def test_a_negative_number_of_retries_is_refused(address: str) -> None:
         Client(address, max_retries=-1)
 
 
-class Unavailable(grpc.RpcError):
+class Failure(grpc.RpcError):
+    """As gRPC itself raises it. A call that a stopping server has not begun is `CANCELLED`."""
+
+    def __init__(self, code: grpc.StatusCode) -> None:
+        self._code = code
+
     def code(self) -> grpc.StatusCode:
-        return grpc.StatusCode.UNAVAILABLE
+        return self._code
 
     def details(self) -> str:
-        return "starting"
+        return self._code.name
 
     def trailing_metadata(self) -> tuple[()]:
         return ()
@@ -136,13 +141,19 @@ class Unavailable(grpc.RpcError):
     initial_metadata = trailing_metadata
 
 
-@given(timeout=st.none() | st.floats(0, 100), max_retries=st.integers(0, 20))
-def test_pauses_grow_up_to_a_limit_and_end_before_the_timeout(timeout: float | None, max_retries: int) -> None:
+@given(
+    code=st.sampled_from([grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED]),
+    timeout=st.none() | st.floats(0, 100),
+    max_retries=st.integers(0, 20),
+)
+def test_pauses_grow_up_to_a_limit_and_end_before_the_timeout(
+    code: grpc.StatusCode, timeout: float | None, max_retries: int
+) -> None:
     attempts = Attempts("localhost", max_retries, timeout)
     pauses = list[float]()
     with pytest.raises(UnavailableError):
         while True:
-            pauses.append(attempts.pause(Unavailable()))
+            pauses.append(attempts.pause(Failure(code)))
             assert attempts.timeout is None or pauses[-1] < attempts.timeout
     assert timeout is not None or len(pauses) == max_retries
     assert all(0 < pause <= 1.25 * LONGEST_PAUSE <= LONGEST_WISH for pause in pauses)
