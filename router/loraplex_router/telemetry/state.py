@@ -1,5 +1,6 @@
 """Gauges: the current state of schedulers, blocks and adapter pools."""
 
+import asyncio
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
@@ -62,6 +63,8 @@ class State(Snapshot):
     def read(self) -> Iterator[Metric]:
         yield from self._replica_gauges()
         yield from self._adapter_gauges()
+        text = "Tasks of the event loop: connections, requests, and the router's own."
+        yield GaugeMetricFamily("loraplex_tasks", text, value=len(asyncio.all_tasks()))
 
     def _replica_gauges(self) -> Iterator[Metric]:
         text = "Replicas that accept new sequences."
