@@ -21,7 +21,7 @@ settings.load_profile("untimed")
 
 # Folders whose tests start processes, or render the chart hundreds of times; `make test-fast` leaves them out. Other
 # slow files mark themselves.
-SLOW_FOLDERS = ("bench", "charts", "contract", "e2e", "examples", "operate")
+SLOW_FOLDERS = ("bench", "chaos", "charts", "contract", "e2e", "examples", "fuzz", "operate")
 
 OLD_CLIENTS = ("lorax-client==0.6.3", "text-generation==0.7.0")
 

@@ -22,6 +22,7 @@ from urllib.parse import unquote, urlsplit
 _API = re.compile(r"/api/models/(?P<repo>.+?)(?:/(?P<kind>revision|tree)/(?P<revision>[^/]+).*)?")
 _FILE = re.compile(r"/(?P<repo>.+?)/resolve/(?P<revision>[^/]+)/(?P<name>.+)")
 _RANGE = re.compile(r"bytes=(\d+)-")
+HANG_SECONDS = 3600.0
 
 
 @dataclass
@@ -71,6 +72,11 @@ class StandInHub:
         repository.commits[commit] = dict(files)
         repository.branches[branch] = commit
         return commit
+
+    def hang(self) -> None:
+        """Answers nothing until `release`."""
+        self._hurry.clear()
+        self.delay_s = HANG_SECONDS
 
     def release(self) -> None:
         """Ends the delay, also for requests that are waiting."""

@@ -1,5 +1,6 @@
 """Starts real processes: `loraplex serve`, or a router and shards."""
 
+import contextlib
 import os
 import re
 import signal
@@ -56,8 +57,9 @@ class Process:
 
     def _read(self) -> None:
         assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self.log += line
+        with contextlib.suppress(ValueError):  # it is closed, although a child of the process still has it
+            for line in self.process.stderr:
+                self.log += line
 
     def _find(self, pattern: str) -> str:
         deadline = time.monotonic() + START_SECONDS
@@ -87,10 +89,15 @@ class Edge(Process):
         except urllib.error.HTTPError as error:
             return error.code
 
+    def metrics(self) -> str:
+        """All of them, as text."""
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=60) as response:
+            text: str = response.read().decode()
+            return text
+
     def metric(self, name: str) -> float:
         """The sum of a metric's samples, all or with certain labels: `loraplex_kv_blocks{state="used"}` for example."""
-        with urllib.request.urlopen(f"{self.url}/metrics", timeout=60) as response:
-            text = response.read().decode()
+        text = self.metrics()
         sample, _, label = name.rstrip("}").partition("{")
         found = re.findall(rf"^{sample}(?:{{.*}})? (\S+)$", text, re.MULTILINE)
         labelled = re.findall(rf"^{sample}{{.*\b{re.escape(label)}.*}} (\S+)$", text, re.MULTILINE)

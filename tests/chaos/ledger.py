@@ -1,0 +1,98 @@
+"""Asks, and keeps account: each request ends exactly once, with the answer that it had in peace, or with a typed error
+that the cluster's troubles explain."""
+
+import asyncio
+import random
+import time
+from collections import Counter
+
+from loraplex import AdapterSourceError, LoraplexError, UnavailableError
+from tests.chaos.cluster import Cluster, Place
+from tests.chaos.load import CASES, Answer, Broken, Clients
+
+LIMIT_SECONDS = 240  # a request that takes longer never ends
+DOOR_SECONDS = 0.2  # before a request that was refused as unavailable is sent to another router
+LEAVING = 0.05  # the share of clients that do not wait for the end
+FINISHED, LEFT, FAULT = "finished", "left", "fault"
+REFUSED, DIED, NO_SOURCE = "refused as unavailable", "its router died", "its adapter's source failed"
+
+
+class Ledger:
+    """`outcomes`: how many requests ended how; `faults`: what must not happen, in words."""
+
+    def __init__(self, cluster: Cluster, dice: random.Random) -> None:
+        self._cluster, self._dice = cluster, dice
+        self._clients = {place: Clients(cluster, place) for place in cluster.places}
+        self._peaceful: dict[str, Answer] = {}
+        self._sizes: dict[str, float] = {}  # as how many requests a router counts each case
+        self.outcomes: Counter[str] = Counter()
+        self.faults: list[str] = []
+
+    async def learn(self) -> None:
+        """Asks everything in peace, one after the other."""
+        place = self._cluster.places[0]
+        for name, ask in CASES.items():
+            before = await asyncio.to_thread(place.finished)
+            self._peaceful[name] = await ask(self._clients[place])
+            self._sizes[name] = await asyncio.to_thread(place.finished) - before
+            place.outcomes[FINISHED] += self._sizes[name]
+
+    async def ask_all(self) -> None:
+        """Asks everything at all routers, at the same time."""
+        await asyncio.gather(*(self._try(name, place) for place in self._cluster.places for name in CASES))
+
+    async def work(self, over: asyncio.Event) -> None:
+        """Asks one request after the other."""
+        while not over.is_set():
+            await self._ask(self._dice.choice(list(CASES)))
+
+    def audit(self) -> None:
+        """Compares with what the routers have counted, when nothing is asked any more."""
+        for place in self._cluster.places:
+            least, most = place.outcomes[FINISHED], place.outcomes.total()
+            if not least <= place.finished() <= most:
+                self.faults.append(f"a router finished {place.finished()} requests, not {least} to {most}")
+
+    async def close(self) -> None:
+        for clients in self._clients.values():
+            await clients.grpc.close()
+
+    async def _ask(self, name: str) -> None:
+        """Asks until a router takes the request."""
+        leaves = self._dice.random() < LEAVING
+        try:
+            async with asyncio.timeout(self._dice.uniform(0, 2) if leaves else LIMIT_SECONDS):
+                while await self._try(name, self._dice.choice(self._cluster.places)) == REFUSED:
+                    await asyncio.sleep(DOOR_SECONDS)
+        except TimeoutError:
+            if not leaves:
+                self.faults.append(f"{name}: no end after {LIMIT_SECONDS} s")
+
+    async def _try(self, name: str, place: Place) -> str:
+        """Asks a router, and returns the outcome."""
+        outcome = LEFT
+        try:
+            outcome = await self._outcome(name, place)
+        finally:
+            self.outcomes[outcome] += 1
+            place.outcomes[outcome] += self._sizes[name]
+        return outcome
+
+    async def _outcome(self, name: str, place: Place) -> str:
+        """Only its router's death explains a broken stream; starts and stops explain a refusal, too."""
+        deaths, troubles, began = place.deaths, self._cluster.source_troubles, time.monotonic()
+        try:
+            answer = await CASES[name](self._clients[place])
+            told = self._peaceful[name].difference(answer)
+            if not told:
+                return FINISHED
+        except (LoraplexError, Broken, AssertionError) as error:
+            if place.deaths != deaths:
+                return DIED
+            if isinstance(error, AdapterSourceError) and (troubles % 2 or self._cluster.source_troubles != troubles):
+                return NO_SOURCE
+            if isinstance(error, UnavailableError):
+                return REFUSED
+            told = f"{type(error).__name__}: {error}"
+        self.faults.append(f"{name}, after {time.monotonic() - began:.1f} s: {told}")
+        return FAULT

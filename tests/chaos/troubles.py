@@ -1,0 +1,126 @@
+"""What happens to a cluster, and is over after a while."""
+
+import asyncio
+import contextlib
+import os
+import random
+import resource
+import signal
+from collections import Counter
+from collections.abc import Awaitable, Callable
+
+import psutil
+
+from tests.chaos.cluster import RANKS, Cluster
+
+SECONDS = (0.3, 6.0)  # how long a trouble lasts
+PAUSE = (0.5, 3.0)  # between two
+
+
+class Troubles:
+    """`counts`: how often each has happened."""
+
+    def __init__(self, cluster: Cluster, dice: random.Random) -> None:
+        self._cluster, self._dice = cluster, dice
+        self.counts: Counter[str] = Counter()
+        self.kills = 0
+        self._kinds: dict[str, tuple[int, Callable[[], Awaitable[None]]]] = {
+            "a rank is killed": (6, self._kill_rank),
+            "a replica is killed": (4, self._kill_replica),
+            "a replica is restarted": (2, self._restart_replica),
+            "a rank is stopped": (3, self._stop),
+            "a rank is cut off": (2, self._cut_off_rank),
+            "a replica is cut off": (2, self._cut_off_replica),
+            "the disk is full": (1, self._fill_disk),
+            "the hub hangs": (1, self._hang_hub),
+            "a router is killed": (2, self._kill_router),
+            "a router is restarted": (1, self._restart_router),
+        }
+
+    def draw(self) -> str:
+        """The name of a trouble."""
+        weights = [weight for weight, _ in self._kinds.values()]
+        return self._dice.choices(list(self._kinds), weights)[0]
+
+    async def strike(self, name: str) -> None:
+        """One trouble, from its begin to its end, and a pause."""
+        self.counts[name] += 1
+        await self._kinds[name][1]()
+        await asyncio.sleep(self._dice.uniform(*PAUSE))
+
+    async def _wait(self) -> None:
+        await asyncio.sleep(self._dice.uniform(*SECONDS))
+
+    def _replica(self) -> range:
+        """The numbers of a replica's ranks."""
+        replica = self._dice.randrange(len(self._cluster.proxies) // RANKS)
+        return range(replica * RANKS, (replica + 1) * RANKS)
+
+    def _send(self, rank: int, number: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError):  # it is about to be restarted
+            os.kill(self._cluster.ranks.pids()[rank], number)
+            self.kills += number == signal.SIGKILL
+
+    async def _kill_rank(self) -> None:
+        self._send(self._dice.choice(self._replica()), signal.SIGKILL)
+
+    async def _kill_replica(self) -> None:
+        for rank in self._replica():
+            self._send(rank, signal.SIGKILL)
+
+    async def _restart_replica(self) -> None:
+        for rank in self._replica():
+            self._send(rank, signal.SIGTERM)
+
+    async def _stop(self) -> None:
+        rank = self._dice.choice(self._replica())
+        pid = self._cluster.ranks.pids()[rank]
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGSTOP)
+            await self._wait()
+            os.kill(pid, signal.SIGCONT)
+
+    async def _cut_off_rank(self) -> None:
+        await self._cut_off([self._dice.choice(self._replica())])
+
+    async def _cut_off_replica(self) -> None:
+        await self._cut_off(self._replica())
+
+    async def _cut_off(self, ranks: "range | list[int]") -> None:
+        for rank in ranks:
+            self._cluster.proxies[rank].joined.clear()
+        await self._wait()
+        for rank in ranks:
+            self._cluster.proxies[rank].joined.set()
+
+    async def _fill_disk(self) -> None:
+        """No file of the ranks can grow."""
+        processes = [psutil.Process(pid) for pid in self._cluster.ranks.pids()]
+        self._limit_files(processes, 0)
+        with self._cluster.source_trouble():
+            await self._wait()
+        self._limit_files(processes, resource.RLIM_INFINITY)
+
+    def _limit_files(self, processes: list[psutil.Process], size: int) -> None:
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.rlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+    async def _hang_hub(self) -> None:
+        self._cluster.hub.hang()
+        with self._cluster.source_trouble():
+            await self._wait()
+        self._cluster.hub.release()
+
+    async def _kill_router(self) -> None:
+        place = self._dice.choice(self._cluster.places)
+        place.deaths += 1
+        self.kills += 1
+        await asyncio.to_thread(place.router.kill)
+        await self._cluster.start(place)
+
+    async def _restart_router(self) -> None:
+        """It finishes what it has."""
+        place = self._dice.choice(self._cluster.places)
+        assert await asyncio.to_thread(place.router.terminate) == 0
+        await self._cluster.start(place)
