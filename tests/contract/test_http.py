@@ -240,6 +240,9 @@ def test_adapters_are_listed_in_pages_if_requested(server: Server):
         found += [adapter["id"] for adapter in page]
     assert found == everything and len(found) > 2
     assert call(server, "/adapters?limit=0")[0] == 422
+    for query, said in (("after=absent", "must be a listed id"), ("limits=2", "`limits` is not a query parameter")):
+        status, _, answer = call(server, f"/adapters?{query}")
+        assert status == 422 and said in str(answer)
 
 
 def test_the_openapi_document_has_every_route_and_the_statuses_of_its_errors(server: Server):

@@ -108,6 +108,10 @@ def test_the_callers_id_names_the_request(server: Server):
     assert call(server, CHAT, {**HELLO, "request_id": "no id"})[0] == 400
     several, _ = ask(server, COMPLETIONS, {**PROMPT, "prompt": ["a", "b"], "request_id": "mine-1"})
     assert len(several["choices"]) == 2
+    pair = {"text_1": "a", "text_2": "b"}
+    for path, body in (("/v1/embeddings", {"input": ["a", "b"]}), ("/score", pair), ("/generate", {"inputs": "a"})):
+        _, said = ask(server, path, body, X_Request_Id="mine-2")
+        assert said["x-request-id"] == "mine-2"
 
 
 def test_token_ids_are_returned_if_requested(server: Server):

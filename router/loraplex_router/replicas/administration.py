@@ -158,6 +158,11 @@ class Administration:
         self._listed_at = time.monotonic()
         return self._listed
 
+    async def lists(self, id: str) -> bool:
+        """Whether `list` has this id."""
+        named = ((key[0] for key, _ in lines()) for lines in (self._loaded, self._fetching, self._registered))
+        return any(id in ids for ids in named) or await self.in_directory(id)
+
     async def in_directory(self, id: str) -> bool:
         """Whether the adapter directory has this name, as of a short while ago."""
         local = await self._local(kept=True)

@@ -66,6 +66,11 @@ class Adapters:
                 await asyncio.sleep(0)  # let other tasks run
         return page
 
+    async def lists(self, id: str, key: str | None = None) -> bool:
+        """Whether `list` has this id for the caller."""
+        tenant = self._keys.tenant(key)
+        return all(map(tenant.may_use, id.split(","))) and await self._administration.lists(id)
+
     async def load(self, reference: AdapterReference, key: str | None = None) -> AdapterStatus:
         """Rereads the adapter's source and stages its current content. For administrators."""
         with self._administered("load", reference, key) as tenant:

@@ -28,6 +28,7 @@ class ScoreRequest:
     raw_logits: bool = False  # of a classifier
     session: str = ""  # as in a Request
     warnings: tuple[str, ...] = ()  # likewise
+    request_id: str = ""  # likewise
 
     def pairs(self, classifier: Classifier) -> tuple[TextPair, ...]:
         queries = self.queries * (len(self.documents) if len(self.queries) == 1 else 1)
@@ -57,7 +58,12 @@ async def score(service: Service, request: ScoreRequest, key: str | None = None)
         raise InvalidRequestError(FieldViolation("model", f"{what}: only a classifier with one label scores pairs"))
     found = await service.classify(
         ClassifyRequest(
-            request.pairs(classifier), request.adapter, request.truncate, request.session, request.warnings
+            request.pairs(classifier),
+            request.adapter,
+            request.truncate,
+            request.session,
+            request.warnings,
+            request.request_id,
         ),
         key,
     )
@@ -79,7 +85,9 @@ def _check(request: ScoreRequest) -> None:
 async def _compare(service: Service, request: ScoreRequest, key: str | None) -> Scores:
     texts = [*(await _shortened(service, request.queries, request.max_query))]
     texts += await _shortened(service, request.documents, request.max_document)
-    asked = EmbedRequest(tuple(texts), request.adapter, request.truncate, request.session, request.warnings)
+    asked = EmbedRequest(
+        tuple(texts), request.adapter, request.truncate, request.session, request.warnings, request.request_id
+    )
     found = await service.embed(asked, key)
     vectors = [each.values for each in found]
     count = len(request.queries)

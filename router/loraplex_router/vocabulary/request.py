@@ -56,6 +56,7 @@ class EmbedRequest:
     truncate: int | None = None  # as in a Request
     session: str = ""
     warnings: tuple[str, ...] = ()
+    request_id: str = ""
 
     @property
     def detail(self) -> Detail:
@@ -64,7 +65,11 @@ class EmbedRequest:
     def parts(self) -> list[Request]:
         """One request per input."""
         pooled = Request("", adapter=self.adapter, truncate=self.truncate, detail=self.detail, warnings=self.warnings)
-        return [replace(pooled, prompt=prompt) for prompt in self.inputs]
+        numbered = bool(self.request_id) and len(self.inputs) > 1
+        return [
+            replace(pooled, prompt=prompt, request_id=f"{self.request_id}-{place}" if numbered else self.request_id)
+            for place, prompt in enumerate(self.inputs)
+        ]
 
 
 @dataclass(frozen=True, slots=True)

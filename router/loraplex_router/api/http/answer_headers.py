@@ -6,11 +6,12 @@ from urllib.parse import quote
 from loraplex_router.engine.output import Classification, Embedding, Generation
 
 
-def answer_headers(answers: Iterable[Generation | Embedding | Classification]) -> dict[str, str]:
+def answer_headers(answers: Iterable[Generation | Embedding | Classification], request_id: str) -> dict[str, str]:
     """Each warning, digest and version once. Characters that headers may not contain are escaped."""
     answers = list(answers)
     warnings = _once(warning for answer in answers for warning in answer.warnings)
     headers = {
+        "X-Request-Id": request_id,
         "X-Loraplex-Warning": "; ".join(warnings).encode("ascii", "backslashreplace").decode(),
         "X-Adapter-Digest": ",".join(_once(answer.adapter_digest for answer in answers)),
         "X-Adapter-Version": quote(",".join(_once(answer.adapter_version for answer in answers)), safe="/:@,+ "),

@@ -22,7 +22,7 @@ class RouteCall:
     key: str | None  # the API key; if the server has no keys, LoRAX's clients send a token for the hub instead
     session: str  # the same for all requests that the call makes
     receive: Receive  # reports the client's disconnect once the body has been read
-    request_id: str  # the caller's X-Request-Id if it can be the request's id, else empty
+    request_id: str  # the caller's X-Request-Id if it can be the request's id, else a new one
     last_event_id: str  # of a stream of which the caller wants the rest
 
     def stream(self, streams: bool | None) -> Stream | None:
@@ -41,7 +41,7 @@ async def _read_call(http: Request) -> RouteCall:
     key = read_bearer(http.headers.get("authorization")) or http.headers.get("x-api-key")  # as Anthropic's clients do
     session = http.headers.get("x-session-id") or secrets.token_hex(8)
     last_event_id = http.headers.get(LAST_EVENT_ID, "")
-    return RouteCall(service, key, session, http.receive, request_id if usable else "", last_event_id)
+    return RouteCall(service, key, session, http.receive, request_id if usable else secrets.token_hex(8), last_event_id)
 
 
 Call: TypeAlias = Annotated[RouteCall, Depends(_read_call)]

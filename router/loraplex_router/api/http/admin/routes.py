@@ -2,10 +2,10 @@
 
 from typing import Annotated
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
-from loraplex_protos.errors import FieldViolation, InvalidRequestError
+from loraplex_protos.errors import FieldViolation, InvalidRequestError, quote
 from loraplex_router.api.http.admin import schema
 from loraplex_router.api.http.call import Call
 from loraplex_router.api.http.errors import LORAX_ERRORS, Error, Responses, only
@@ -39,13 +39,27 @@ Limit = Annotated[
 ]
 After = Annotated[str, Query(description="List the adapters after this id: the last one of the page before.")]
 
-router = APIRouter(tags=["Adapters"], route_class=JsonRoute)
+
+def _check_query(request: Request) -> None:
+    """Refuses misspelt names."""
+    known = {field.alias for field in request.scope["route"].dependant.query_params}
+    wanted = f"use {', '.join(sorted(known))}" if known else "there is none here"
+    unknown = [name for name in dict.fromkeys(request.query_params) if name not in known]
+    if unknown:
+        raise InvalidRequestError(
+            *(FieldViolation(name[:100], f"is not a query parameter: {wanted}") for name in unknown)
+        )
+
+
+router = APIRouter(tags=["Adapters"], route_class=JsonRoute, dependencies=[Depends(_check_query)])
 
 
 @router.get("", responses={200: {"model": list[schema.AdapterStatus]}, **only(ERRORS, 401, 422, 503)})
 async def list_adapters(call: Call, limit: Limit = 0, after: After = "") -> Response:
     """The adapters that are loaded, and those in the adapter directory, sorted by id. In pages, if there is a limit: a
     page that has fewer is the last one."""
+    if after and not await call.service.adapters.lists(after, call.key):
+        raise InvalidRequestError(FieldViolation("after", f"must be a listed id, which {quote(after)} is not"))
     page = await call.service.adapters.list(call.key, after, limit)
     return StreamingResponse(write_list(map(write_message, page.adapters)), media_type="application/json")
 

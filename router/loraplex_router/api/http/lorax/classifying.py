@@ -177,11 +177,14 @@ async def _classify_lorax(
         given.truncate,
         call.session,
         unknown_fields(body, given),
+        call.request_id,
     )
     found = await finish_before_disconnect(call.service.classify(request, call.key), call.receive)
     places = [await call.service.places(text, each) for text, each in zip(texts, found, strict=True)]
     size = sum(len(each.logits) for each in found)
-    return await in_turn(size, lambda: list(map(_write_lorax, texts, found, places))), answer_headers(found)
+    return await in_turn(size, lambda: list(map(_write_lorax, texts, found, places))), answer_headers(
+        found, call.request_id
+    )
 
 
 def _write_lorax(text: str, found: Classification, places: Sequence[TokenSpan]) -> list[dict[str, Any]]:
@@ -222,6 +225,7 @@ async def _classify_vllm(body: VllmClassify | VllmClassifyChat, call: Call) -> R
         body.truncate_prompt_tokens,
         call.session,
         unknown_fields(body),
+        call.request_id,
     )
     found = await finish_before_disconnect(call.service.classify(request, call.key), call.receive)
     if found[0].classifier.of_tokens:
@@ -246,7 +250,7 @@ async def _classify_vllm(body: VllmClassify | VllmClassifyChat, call: Call) -> R
             "prompt_tokens_details": None,
         },
     }
-    return JsonAnswer(answer, headers=answer_headers(found))
+    return JsonAnswer(answer, headers=answer_headers(found, call.request_id))
 
 
 def _read_vllm(body: VllmClassify | VllmClassifyChat) -> tuple[Prompt, ...]:

@@ -29,7 +29,7 @@ async def messages(body: MessagesBody, call: Call) -> Response:
     request = read_request(body, service.model_names, service.sampling_defaults, call.request_id)
     stream = call.stream(body.stream)
     generation = await service.generate(replace(request, session=call.session), call.key, stream=stream)
-    headers = {"request-id": generation.request_id, **answer_headers([generation])}
+    headers = {"request-id": generation.request_id, **answer_headers([generation], generation.request_id)}
     writer = MessageWriter(body, generation, answered_name(body.model, service.model_names))
     if body.stream:
         ping = named_event(PING)

@@ -66,7 +66,7 @@ async def openai_embeddings(body: OpenaiRequest, call: Call) -> Response:
     names = call.service.model_names
     adapter = read_model_name(body.model, names)
     inputs, ignored = tuple(read_prompts(body.input)), unknown_fields(body)
-    request = EmbedRequest(inputs, adapter, body.truncate_prompt_tokens, call.session, ignored)
+    request = EmbedRequest(inputs, adapter, body.truncate_prompt_tokens, call.session, ignored, call.request_id)
     found = await finish_before_disconnect(call.service.embed(request, call.key), call.receive)
     in_base64, tokens = body.encoding_format == "base64", sum(embedding.prompt_tokens for embedding in found)
     rows = (
@@ -76,7 +76,7 @@ async def openai_embeddings(body: OpenaiRequest, call: Call) -> Response:
     batch = max(1, FLOATS // len(found[0].values))  # a thousand vectors are tens of megabytes
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
     written = write_data(rows, batch, model=answered_name(body.model, names), usage=usage)
-    return StreamingResponse(written, media_type="application/json", headers=answer_headers(found))
+    return StreamingResponse(written, media_type="application/json", headers=answer_headers(found, call.request_id))
 
 
 def _encode(found: Embedding, in_base64: bool) -> list[float] | str:

@@ -60,7 +60,7 @@ async def chat_completions(body: ChatCompletionRequest, call: Call) -> Response:
 async def _answer(
     call: Call, generations: Sequence[Generation], writer: CompletionWriter | ChatWriter, stream: Stream | None
 ) -> Response:
-    headers = {"X-Request-Id": generations[0].request_id, **answer_headers(generations)}
+    headers = answer_headers(generations, generations[0].request_id)
     if writer.body.stream:
         return EventStream(call.service, generations, writer.events, write_error, headers, stream=stream)
     deltas = await collect(call.service, generations, call.receive)

@@ -37,7 +37,7 @@ async def score_pairs(body: ScoreBody, call: Call) -> Response:
         "data": [{"index": index, "object": "score", "score": value} for index, value in enumerate(found.values)],
         "usage": usage,
     }
-    return JsonAnswer(answer, headers=answer_headers(found.answers))
+    return JsonAnswer(answer, headers=answer_headers(found.answers, call.request_id))
 
 
 @reranking.post("", responses={200: {"model": RerankAnswer}, **ERRORS}, response_model_exclude_none=True)
@@ -56,7 +56,7 @@ async def rerank(body: RerankBody, call: Call) -> Response:
         "usage": _usage(found),
         "results": results,
     }
-    return JsonAnswer(answer, headers=answer_headers(found.answers))
+    return JsonAnswer(answer, headers=answer_headers(found.answers, call.request_id))
 
 
 def _read_pairs(body: ScoreBody) -> tuple[list[str], list[str]]:
@@ -78,6 +78,7 @@ async def _score(body: Options, queries: list[str], documents: list[str], call: 
         body.use_activation is False,
         call.session,
         unknown_fields(body),
+        call.request_id,
     )
     return await finish_before_disconnect(score(call.service, request, call.key), call.receive)
 
