@@ -5,6 +5,7 @@
     ├── UnauthenticatedError           no API key, or one that this server does not know
     ├── ForbiddenError                 the API key does not allow this
     ├── RequestNotFoundError           no such request is running
+    ├── ResponseNotFoundError          no such response is kept
     ├── AdapterError
     │   ├── AdapterNotFoundError       no source has it
     │   ├── AdapterForbiddenError      the source rejects this token
@@ -90,6 +91,12 @@ class ForbiddenError(LoraplexError):
 
 class RequestNotFoundError(LoraplexError):
     error_type = "request_not_found"
+    grpc_status = grpc.StatusCode.NOT_FOUND
+    http_status = 404
+
+
+class ResponseNotFoundError(LoraplexError):
+    error_type = "response_not_found"
     grpc_status = grpc.StatusCode.NOT_FOUND
     http_status = 404
 
@@ -188,6 +195,7 @@ ERROR_TYPES: dict[str, type[LoraplexError]] = {
         UnauthenticatedError,
         ForbiddenError,
         RequestNotFoundError,
+        ResponseNotFoundError,
         AdapterNotFoundError,
         AdapterForbiddenError,
         AdapterInvalidError,

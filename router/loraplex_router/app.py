@@ -84,6 +84,7 @@ class Router:
             telemetry,
             settings.metrics_auth,
             self._journal,
+            settings.stored_responses_mib << 20,
         )
         self._connections = Connections(
             settings, self._replicas, resolutions, self._service.serve, telemetry, supervisor

@@ -98,6 +98,12 @@ class EdgeSettings(BaseModel):
         description="How much of the registry's adapters is fetched to each replica's disk before the first request, "
         "in GiB. 0: nothing.",
     )
+    stored_responses_mib: int = Field(
+        64,
+        ge=0,
+        description="Memory of the router for responses that later requests refer to (previous_response_id), in MiB. "
+        "0: none are kept.",
+    )
     metrics_adapters: int = Field(
         100, ge=0, le=10_000, description="Adapters with their own time series; the others share the label `other`."
     )

@@ -95,6 +95,42 @@ def test_outputs_of_a_response_are_input_of_the_next(client: OpenAI, base: str):
     assert client.responses.create(input=said, **asked).usage.input_tokens > first.usage.input_tokens
 
 
+def test_a_kept_response_is_continued_shown_and_deleted(client: OpenAI, base: str):
+    asked = {"model": base, "max_output_tokens": 6, "temperature": 0}
+    first = client.responses.create(input="Hello", instructions="Be brief.", **asked)
+    with client.responses.stream(input="And you?", previous_response_id=first.id, **asked) as stream:
+        second = list(stream)[-1].response
+    assert first.store and second.store and second.previous_response_id == first.id
+    said = [{"role": "user", "content": "Hello"}, *first.output, {"role": "user", "content": "And you?"}]
+    at_once = client.responses.create(input=said, store=False, **asked)  # instructions are not carried over
+    assert at_once.output_text == second.output_text
+    assert at_once.usage.input_tokens == second.usage.input_tokens and not at_once.store
+    shown = client.responses.retrieve(second.id)
+    assert shown.output_text == second.output_text and shown.usage == second.usage
+    listed = list(client.responses.input_items.list(second.id, limit=2, order="asc"))  # two pages
+    assert [item.content[0].text for item in listed] == ["Hello", first.output_text, "And you?"]
+    assert [item.role for item in listed] == ["user", "assistant", "user"]
+    newest = next(iter(client.responses.input_items.list(second.id)))
+    assert newest.id == listed[-1].id
+    client.responses.delete(first.id)
+    for gone in (first.id, at_once.id):
+        for call in (client.responses.retrieve, client.responses.delete, client.responses.input_items.list):
+            with pytest.raises(openai.NotFoundError, match="one router"):
+                call(gone)
+    for previous in (first.id, second.id):  # the second one needs the first
+        with pytest.raises(openai.BadRequestError, match=f"there is no response '{first.id}'") as caught:
+            client.responses.create(input="And?", previous_response_id=previous, **asked)
+        assert caught.value.param == "previous_response_id"
+
+
+def test_calls_of_a_kept_response_are_answered(client: OpenAI, base: str):
+    asked = {"model": base, "tools": TOOLS, "max_output_tokens": 200}
+    first = client.responses.create(input="Hello", tool_choice="required", **asked)
+    results = [{"type": "function_call_output", "call_id": call.call_id, "output": "noon"} for call in first.output]
+    second = client.responses.create(input=results, previous_response_id=first.id, **asked)
+    assert second.usage.input_tokens > first.usage.input_tokens
+
+
 def test_answers_follow_a_format(client: OpenAI, base: str):
     parsed = client.responses.parse(model=base, input="Hello", text_format=Found, max_output_tokens=200)
     assert isinstance(parsed.output_parsed, Found)
@@ -118,7 +154,7 @@ def test_logprobs_are_those_of_the_text(client: OpenAI, base: str):
 @pytest.mark.parametrize(
     ("wrong", "param"),
     [
-        ({"previous_response_id": "resp_1"}, "previous_response_id"),
+        ({"previous_response_id": "resp_1"}, "previous_response_id"),  # it was never there
         ({"background": True}, "background"),
         ({"n": 2}, "n"),
         ({"input": []}, "input"),
@@ -141,10 +177,10 @@ def test_an_invalid_field_is_refused_by_name(client: OpenAI, base: str, wrong: d
 
 
 def test_what_is_not_as_asked_is_a_warning(client: OpenAI, base: str):
-    asked = {"model": base, "input": "Hello", "max_output_tokens": 2, "store": True, "text": {"verbosity": "low"}}
+    asked = {"model": base, "input": "Hello", "max_output_tokens": 2, "text": {"verbosity": "low"}}
     answer = client.responses.with_raw_response.create(**asked, extra_body={"sparkle": 1})
     found = answer.headers["x-loraplex-warning"]
-    assert "store: nothing is kept" in found and "text.verbosity is not applied" in found and "sparkle" in found
+    assert "text.verbosity is not applied" in found and "sparkle" in found
 
 
 def test_an_unknown_model_is_not_found(client: OpenAI):

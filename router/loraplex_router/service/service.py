@@ -35,6 +35,7 @@ from loraplex_router.replicas.uploads import Uploads
 from loraplex_router.service.abilities import check_generates
 from loraplex_router.service.adapters import Adapters
 from loraplex_router.service.preparation import Arrival, Preparation
+from loraplex_router.service.response_store import ResponseStore
 from loraplex_router.service.running import RunningRequests
 from loraplex_router.telemetry.telemetry import Telemetry
 from loraplex_router.text.model import Model
@@ -59,7 +60,8 @@ class Service:
     """The router's operations, shared by all faces. All raise LoraplexError.
 
     `key` is the caller's API key, if any; if the server has keys, it is checked first. Operations that need the model
-    raise UnavailableError until it is known. `max_queue` is how many sequences may wait.
+    raise UnavailableError until it is known. `max_queue` is how many sequences may wait,
+    `stored_responses_bytes` the memory for responses that later requests refer to.
     """
 
     def __init__(
@@ -73,11 +75,13 @@ class Service:
         telemetry: Telemetry,
         metrics_auth: Literal["names", "all", "none"] = "names",
         journal: Journal | None = None,
+        stored_responses_bytes: int = 0,
     ) -> None:
         self.keys = keys
         self._metrics_auth = metrics_auth
         self.telemetry = telemetry
         self.max_queue = max_queue
+        self.responses = ResponseStore(stored_responses_bytes)
         self.draining = False
         self._replicas = replicas
         self._registry = administration.registry
@@ -323,8 +327,8 @@ class Service:
         return len(self._running)
 
     def is_running(self, request_id: str) -> bool:
-        """Whether a request with this id has begun and not ended."""
-        return request_id in self._running
+        """Whether a request with this id, or the first of several, has begun and not ended."""
+        return request_id in self._running or f"{request_id}-0" in self._running
 
     def cancel_request(self, request_id: str, key: str | None = None) -> None:
         """Ends a request; its reader sees it finish as cancelled.

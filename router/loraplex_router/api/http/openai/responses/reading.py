@@ -23,7 +23,6 @@ WITHOUT_EFFECT = {"stream_options", "prompt_cache_options"}
 
 # What OpenAI has besides, and what chat completions have, but a response has not.
 UNSUPPORTED = {
-    "previous_response_id": "is not supported: nothing is kept, so send the earlier items as input",
     **dict.fromkeys(
         ("background", "conversation", "prompt", "context_management", "moderation"), "is not supported: leave it out"
     ),
@@ -35,13 +34,13 @@ UNSUPPORTED = {
 Row = dict[str, Any]
 
 
-def read_as_chat(body: ResponsesBody) -> ChatCompletionRequest:
-    """Raises InvalidRequestError and RequestValidationError."""
+def read_as_chat(body: ResponsesBody, earlier: Sequence[Item]) -> ChatCompletionRequest:
+    """`earlier`: what the input continues. Raises InvalidRequestError and RequestValidationError."""
     others = {name: value for name, value in (body.model_extra or {}).items() if value not in (None, False)}
     found = Violations()
     for name, description in UNSUPPORTED.items():
         found.check(name not in others, name, description)
-    messages = _read_input(body, found)
+    messages = _read_input(body, earlier, found)
     tools = _read_tools(body, found)
     found.check(bool(messages), "input", "has no message")
     found.raise_any()
@@ -72,22 +71,27 @@ def read_as_chat(body: ResponsesBody) -> ChatCompletionRequest:
 
 
 def read_request(
-    body: ResponsesBody, chat: ChatCompletionRequest, base: Sequence[str], defaults: Sampling, request_id: str
+    body: ResponsesBody,
+    chat: ChatCompletionRequest,
+    base: Sequence[str],
+    defaults: Sampling,
+    request_id: str,
+    keeps: bool,
 ) -> Request:
-    """`chat` is the same request for chat completions. Raises InvalidRequestError, and AdapterNotFoundError for an
-    empty adapter name."""
+    """`chat` is the same request for chat completions. `keeps`: responses can be kept. Raises InvalidRequestError, and
+    AdapterNotFoundError for an empty adapter name."""
     try:
         request = read_chat(chat, base, defaults, request_id)
     except InvalidRequestError as error:
         found = (FieldViolation(_name_here(each.field), each.description) for each in error.violations)
         raise InvalidRequestError(*found) from error
     named = request.grammar and _named_as_here(request.grammar)
-    return replace(request, grammar=named, warnings=request.warnings + _warnings(body))
+    return replace(request, grammar=named, warnings=request.warnings + _warnings(body, keeps))
 
 
-def _warnings(body: ResponsesBody) -> tuple[str, ...]:
+def _warnings(body: ResponsesBody, keeps: bool) -> tuple[str, ...]:
     verbosity = (body.text and body.text.verbosity) or "medium"
-    found = {"store: nothing is kept": body.store, "text.verbosity is not applied": verbosity != "medium"}
+    found = {"store: nothing is kept": body.store and not keeps, "text.verbosity is not applied": verbosity != "medium"}
     return tuple(text for text, applies in found.items() if applies)
 
 
@@ -104,14 +108,14 @@ def _name_here(field: str) -> str:
 # ---- the conversation ----------------------------------------------------------------------------------------
 
 
-def _read_input(body: ResponsesBody, found: Violations) -> list[Row]:
+def _read_input(body: ResponsesBody, earlier: Sequence[Item], found: Violations) -> list[Row]:
     """Calls belong to the assistant's message before them, as chat templates have it, and so does its reasoning.
     Instructions come before everything; many templates allow one system message only, so they take in those that
     follow."""
     items = [Item(role="user", content=body.input)] if isinstance(body.input, str) else body.input
     rows: list[Row] = [{"role": "system", "content": body.instructions}] if body.instructions else []
     thoughts = ""
-    for place, item in enumerate(items):
+    for place, item in enumerate((*earlier, *items), -len(earlier)):
         kind, name = item.type or "message", f"input[{place}]"
         if kind not in (*NEEDED, "reasoning"):
             found.check(False, name, f"is of type {quote(kind)}, which is not supported")

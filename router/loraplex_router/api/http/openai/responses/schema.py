@@ -7,18 +7,19 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from loraplex_router.api.calls import MAX_TOOLS
 from loraplex_router.api.http.fields import MAX_MESSAGES, Items, Name
+from loraplex_router.api.http.unknown_fields import OpenBody
 
 
-class Part(BaseModel):
-    """Of a message, or of a tool's output."""
+class Part(OpenBody):
+    """Of a message, or of a tool's output. Other fields are shown in stored responses."""
 
     type: str = Field(description="input_text, output_text, text, refusal or reasoning_text; others are refused.")
     text: str | None = None
     refusal: str | None = None
 
 
-class Item(BaseModel):
-    """Of the input; which fields it needs is up to its type."""
+class Item(OpenBody):
+    """Of the input; which fields it needs is up to its type. Other fields are shown in stored responses."""
 
     type: str | None = Field(
         default=None, description="message (or absent), function_call, function_call_output or reasoning."
@@ -85,6 +86,9 @@ class ResponsesBody(BaseModel):
     include: Items[str] | None = Field(default=None, description="message.output_text.logprobs; nothing else to show.")
     top_logprobs: int | None = Field(default=None, ge=0, lt=2**32)
     metadata: dict[str, Any] | None = Field(default=None, description="Repeated in the answer.")
-    store: bool | None = Field(default=None, description="Nothing is kept; if true, the answer has a warning.")
+    previous_response_id: str | None = Field(
+        default=None, description="A response that this router has kept, and that the input continues."
+    )
+    store: bool | None = Field(default=None, description="false: the response is not kept for later requests.")
     user: str | None = None
     max_tool_calls: int | None = Field(default=None, description="Without effect: it limits OpenAI's own tools.")

@@ -1,7 +1,7 @@
 """Writes a response, whole or as OpenAI's events: a whole one is what the last event has."""
 
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -25,7 +25,8 @@ TEXTS = {"message": "output_text", "reasoning": "reasoning_text", "function_call
 
 
 class ResponseWriter:
-    """Writes one response, once. `chat` is the same request for chat completions; `model`: its name in the answer."""
+    """Writes one response, once. `chat` is the same request for chat completions; `model`: its name in the answer;
+    `keep` takes the whole response, if it is to be kept."""
 
     def __init__(
         self,
@@ -34,6 +35,7 @@ class ResponseWriter:
         generation: Generation,
         model: str,
         tokenizer: Tokenizer,
+        keep: Callable[[Event], None] | None,
     ) -> None:
         self._generation = generation
         (self._output,) = generation.outputs
@@ -46,7 +48,8 @@ class ResponseWriter:
         self._pieces = list[str]()
         self._logprobs = list[Any]()  # of the text that grows
         self._begun = False
-        self._response = _describe(body, generation, model)
+        self._keep = keep
+        self._response = _describe(body, generation, model, stored=keep is not None)
 
     def whole(self, delta: Delta) -> dict[str, Any]:
         *_, last = self._events(delta)
@@ -100,10 +103,13 @@ class ResponseWriter:
             if delta.finish_reason is FinishReason.LENGTH:
                 yield from self._finish("incomplete")
                 details = {"reason": "max_output_tokens"}
-                yield self._of_response("incomplete", incomplete_details=details, usage=self._usage())
+                last = self._of_response("incomplete", incomplete_details=details, usage=self._usage())
             else:
                 yield from self._finish("completed")
-                yield self._of_response("completed", completed_at=int(time.time()), usage=self._usage())
+                last = self._of_response("completed", completed_at=int(time.time()), usage=self._usage())
+            if self._keep:
+                self._keep(last["response"])
+            yield last
 
     def _new_id(self) -> str:
         """For the next item."""
@@ -163,7 +169,7 @@ class ResponseWriter:
         }
 
 
-def _describe(body: ResponsesBody, generation: Generation, model: str) -> dict[str, Any]:
+def _describe(body: ResponsesBody, generation: Generation, model: str, stored: bool) -> dict[str, Any]:
     """What is known before the answer: the request's own fields, with the values that they have."""
     sampling = generation.outputs[0].sequence.sampling
     sent = body.model_dump(mode="json", by_alias=True, exclude_none=True)
@@ -181,9 +187,9 @@ def _describe(body: ResponsesBody, generation: Generation, model: str) -> dict[s
         "model": model,
         "output": [],
         "parallel_tool_calls": body.parallel_tool_calls is not False,
-        "previous_response_id": None,
+        "previous_response_id": body.previous_response_id,
         "reasoning": {"effort": body.reasoning and body.reasoning.effort, "summary": None},
-        "store": False,
+        "store": stored,
         "temperature": sampling.temperature,
         "text": {"format": {"type": "text"}, **sent.get("text", {})},
         "tool_choice": sent.get("tool_choice", "auto"),
