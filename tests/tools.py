@@ -24,4 +24,5 @@ def describe_skipped(reports: list[pytest.TestReport]) -> str | None:
 
 needs_promtool = needs("promtool", "prometheus")
 needs_prometheus = needs("prometheus", "prometheus")
+needs_redis = needs("redis-server", "redis-server")
 needs_chromium = needs("chromium", "chromium")

@@ -7,6 +7,7 @@ import grpc
 import grpc.aio
 
 from loraplex.retries import Attempts
+from loraplex_protos import generation_pb2 as pb
 from loraplex_protos.generation_pb2_grpc import GenerationServiceStub
 
 Q = TypeVar("Q", contravariant=True)
@@ -95,18 +96,26 @@ class Connection:
                 pause = attempts.pause(failure)
             await self._waiting.sleep(pause)
 
-    async def _stream(self, method: StreamMethod[Q, R], request: Q, timeout: float | None) -> AsyncGenerator[R, None]:
-        """For calls that change nothing on the server. Once something has arrived, it is not tried again."""
+    async def _stream(
+        self,
+        method: StreamMethod[pb.GenerateRequest, pb.GenerateStreamResponse],
+        request: pb.GenerateRequest,
+        timeout: float | None,
+    ) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
+        """Once something has arrived, it is not tried again but resumed, if the server can do that."""
         attempts = Attempts(self._server, self._max_retries, timeout)
         while True:
             call, begun = method(request, timeout=attempts.timeout, metadata=self._metadata), False
             try:
                 async for response in call:
                     begun = True
+                    if response.resume_token:
+                        request.resume_token = response.resume_token
+                        attempts.renew()
                     yield response
                 return
             except grpc.RpcError as failure:
-                pause = attempts.pause(failure, begun)
+                pause = attempts.pause(failure, begun and not request.resume_token)
             finally:
                 call.cancel()
             await self._waiting.sleep(pause)

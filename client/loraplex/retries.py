@@ -1,4 +1,5 @@
-"""When a call is tried again: if the server is unavailable or has too much to do, and nothing has been generated."""
+"""When a call is tried again: if the server is unavailable or has too much to do, and nothing has been generated, or
+the server resumes what has been."""
 
 import random
 import time
@@ -18,9 +19,14 @@ class Attempts:
 
     def __init__(self, server: str, max_retries: int, timeout: float | None) -> None:
         self._server = server
-        self._left = max_retries
-        self._pause = FIRST_PAUSE
+        self._max_retries = max_retries
+        self.renew()
         self._deadline = None if timeout is None else time.monotonic() + timeout
+
+    def renew(self) -> None:
+        """The call has made progress: its next failure is like a first one."""
+        self._left = self._max_retries
+        self._pause = FIRST_PAUSE
 
     @property
     def timeout(self) -> float | None:

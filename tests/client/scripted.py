@@ -42,6 +42,7 @@ class ScriptedServicer(GenerationServiceServicer):
         self.requests: list[object] = []
         self.failures: list[LoraplexError] = []  # each is raised by one of the next calls
         self.failure_after_first_piece: LoraplexError | None = None
+        self.resumable = False  # a resume_token is the number of words that have arrived
         self.left = threading.Event()  # set when an endless call ends
 
     def Generate(self, request: pb.GenerateRequest, context: grpc.ServicerContext) -> pb.GenerateResponse:
@@ -83,6 +84,8 @@ class ScriptedServicer(GenerationServiceServicer):
             return
         for index in range(request.n or 1):
             for position, word in enumerate(self._words(request)):
+                if position < int(request.resume_token or 0):
+                    continue
                 if request.text == ENDLESS and self.left.wait(0.005):
                     return
                 yield pb.GenerateStreamResponse(
@@ -92,6 +95,7 @@ class ScriptedServicer(GenerationServiceServicer):
                     tokens=[_token(request, position, word)],
                     prompt=_prompt(request) if not position and not index else [],
                     adapter_digest="" if position else _digest(request),
+                    resume_token=str(position + 1) if self.resumable else "",
                 )
                 if self.failure_after_first_piece:
                     context.abort_with_status(to_status(self.failure_after_first_piece))

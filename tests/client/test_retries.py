@@ -87,6 +87,14 @@ async def test_an_answer_that_has_begun_is_not_tried_again(
     assert len(servicer.requests) == 3
 
 
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_stream_that_has_begun_is_resumed(failure: LoraplexError, client: Client, servicer: ScriptedServicer) -> None:
+    servicer.resumable, servicer.failure_after_first_piece = True, failure
+    pieces = list(client.stream("Count", max_new_tokens=7))
+    assert [piece.text for piece in pieces] == [" one", " two", " three", " one", " two", " three", " one", ""]
+    assert [request.resume_token for request in servicer.requests] == ["", *map(str, range(1, 8))]
+
+
 def test_other_errors_are_not_tried_again(client: Client, servicer: ScriptedServicer) -> None:
     servicer.failures = [LoraplexError("a bug")]
     with pytest.raises(LoraplexError, match="a bug"):
