@@ -111,6 +111,7 @@ BASE = BaseModel(
     vocab_size=VOCAB,
     served=HeldWeights(make_base()),
     hidden_size=HIDDEN,
+    head_dim=HEAD_DIM,
 )
 
 

@@ -152,8 +152,8 @@ def test_warnings_are_listed_before_anything_is_loaded(sound: Path, tmp_path: Pa
 
 def test_unchanged_folders_are_not_read_again(sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[object] = []
-    parse = listing.parse_config
-    monkeypatch.setattr(listing, "parse_config", lambda data: read.append(data) or parse(data))
+    headers = listing.read_headers
+    monkeypatch.setattr(listing, "read_headers", lambda paths: read.append(paths) or headers(paths))
     for number in range(3):
         shutil.copytree(sound, tmp_path / str(number))
     names = listing_of(tmp_path)

@@ -344,7 +344,7 @@ def test_a_missing_file_is_named(directory: Path, name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [("adapter.gguf", "llama.cpp's format"), ("lora.nemo", "target='hf-peft'"), ("readme.md", "neither an adapter")],
+    [("lora.nemo", "target='hf-peft'"), ("readme.md", "this is not an adapter of PEFT, MLX-LM or llama.cpp")],
 )
 def test_another_trainers_format_is_called_what_it_is(directory: Path, name: str, reason: str) -> None:
     (directory / CONFIG).unlink()

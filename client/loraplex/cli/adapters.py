@@ -152,7 +152,7 @@ def load_adapter(
 @app.command("upload")
 def upload_adapter(
     name: Annotated[str, typer.Argument(help="The name that requests will use.")],
-    folder: Annotated[Path, typer.Argument(help="The adapter's folder.", exists=True, file_okay=False)],
+    folder: Annotated[Path, typer.Argument(help="The adapter's folder, or its GGUF file.", exists=True)],
     expected_version: Annotated[
         int | None, typer.Option(min=0, help="The version that the name must have now; 0: none. Default: any.")
     ] = None,
@@ -160,7 +160,10 @@ def upload_adapter(
     api_key: ApiKey = None,
 ) -> None:
     """Upload an adapter into the server's memory, as the newest version of a name."""
-    paths = {path.relative_to(folder).as_posix(): path for pattern in UPLOADED for path in folder.glob(pattern)}
+    # Beside PEFT's files, a GGUF file is what the adapter was converted to.
+    patterns = UPLOADED if (folder / UPLOADED[0]).exists() else (*UPLOADED, "*.gguf")
+    paths = {path.relative_to(folder).as_posix(): path for pattern in patterns for path in folder.glob(pattern)}
+    paths |= {folder.name: folder} if folder.is_file() else {}
     files = {file: path.read_bytes() for file, path in paths.items() if path.is_file()}
     with connected(server, api_key) as client, Console(stderr=True).status(f"Uploading {escape(name)}"):
         adapter = client.upload_adapter(name, files, expected_version=expected_version)

@@ -10,9 +10,7 @@ import torch
 from loraplex_protos.errors import AdapterSourceError
 from loraplex_shard.lora.once import Once
 from loraplex_shard.lora.peft.config import AdapterConfig
-from loraplex_shard.lora.peft.parsing import parse_config
-from loraplex_shard.lora.peft.tensors import read_shapes
-from loraplex_shard.lora.sources.files import CONFIG, check_names, read_file
+from loraplex_shard.lora.peft.headers import read_headers
 from loraplex_shard.lora.sources.order import locate
 from loraplex_shard.lora.sources.patience import Progress
 from loraplex_shard.lora.sources.protocol import Origin, Source
@@ -58,11 +56,8 @@ class Fetches:
 def check_headers(paths: Mapping[str, Path], check: Callable[[AdapterConfig, dict[str, torch.Tensor]], None]) -> None:
     """Raises AdapterInvalidError for what can be seen to be wrong with an adapter without reading its tensors' values.
     `check` is told their shapes."""
-    tensors = paths[check_names(frozenset(paths))]
     try:
-        with tensors.open("rb") as file:
-            shapes = read_shapes(file, tensors.stat().st_size)
-        config = bytes(read_file(paths[CONFIG], CONFIG))
+        config, shapes = read_headers(paths)
     except OSError as error:
         raise AdapterSourceError(f"the adapter's files cannot be read: {error.strerror}: try again") from error
-    check(parse_config(config), shapes)
+    check(config, shapes)

@@ -14,9 +14,17 @@ import torch
 from loraplex_protos.adapter_names import MAX_PARTS, RULE, is_part, normal, why_not
 from loraplex_protos.errors import AdapterInvalidError
 from loraplex_shard.lora.peft.config import AdapterConfig
-from loraplex_shard.lora.peft.parsing import parse_config
-from loraplex_shard.lora.peft.tensors import read_shapes
-from loraplex_shard.lora.sources.files import CONFIG, MLX_TENSORS, PICKLE, TENSORS, check_kind, check_names, check_size
+from loraplex_shard.lora.peft.headers import read_headers
+from loraplex_shard.lora.sources.files import (
+    CONFIG,
+    GGUF,
+    MLX_TENSORS,
+    PICKLE,
+    TENSORS,
+    check_kind,
+    check_names,
+    check_size,
+)
 from loraplex_shard.lora.sources.folders import CACHED, cached_id, find_snapshot, is_inside
 from loraplex_shard.lora.weights.deltas import Invocation
 
@@ -123,7 +131,7 @@ class LocalListing:
             if names and isinstance(error, PermissionError):
                 yield _Found("/".join(names), folder, fault=f"the folder cannot be read: {error.strerror}")
             return
-        files = [entry for entry in entries if entry.name in _TELLING]
+        files = [entry for entry in entries if entry.name in _TELLING or entry.name.endswith(GGUF)]
         if names and files:
             outside = any(entry.is_symlink() and not self._holds(entry.path) for entry in files)
             fault = f"its files: {_OUTSIDE}" if outside else ""
@@ -179,14 +187,12 @@ class LocalListing:
         return adapter
 
     def _inspect(self, found: _Found) -> LocalAdapter:
-        config, tensors = Path(found.folder, CONFIG), Path(found.folder, check_names(found.files))
-        for path in (config, tensors):
-            status = path.stat()
-            check_kind(path.name, status.st_mode)
-            check_size(path.name, status.st_size)
-        parsed = parse_config(config.read_bytes())
-        with tensors.open("rb") as file:
-            shapes = read_shapes(file, tensors.stat().st_size)
+        paths = {name: Path(found.folder, name) for name in found.files}
+        for name in {CONFIG, check_names(found.files)} & paths.keys():
+            status = paths[name].stat()
+            check_kind(name, status.st_mode)
+            check_size(name, status.st_size)
+        parsed, shapes = read_headers(paths)
         self._check(parsed, shapes)
         return LocalAdapter(found.id, warnings=self._doubts(parsed), invocation=self._invocation(parsed))
 
@@ -199,7 +205,7 @@ def _yield() -> None:
 def _state(found: _Found) -> object:
     """The state of an adapter's files. If it is the same, the contents are the same as far as `stat` can tell."""
     try:
-        statuses = [os.stat(f"{found.folder}/{name}") for name in (CONFIG, TENSORS, MLX_TENSORS) if name in found.files]
+        statuses = [os.stat(f"{found.folder}/{name}") for name in sorted(found.files)]
     except OSError:
         return None
     return found.files, *((s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for s in statuses)

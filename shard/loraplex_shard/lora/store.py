@@ -28,7 +28,7 @@ from loraplex_shard.lora.fetches import Fetches, check_headers
 from loraplex_shard.lora.merge import Recipe, merge
 from loraplex_shard.lora.once import Once
 from loraplex_shard.lora.peft.base import BaseModel
-from loraplex_shard.lora.peft.parsing import parse_config
+from loraplex_shard.lora.peft.parsing import config_of
 from loraplex_shard.lora.peft.products import most_bytes
 from loraplex_shard.lora.peft.reading import check_shapes, cut_adapter, read_adapter, read_deltas
 from loraplex_shard.lora.peft.whole import WholeAdapter
@@ -234,7 +234,7 @@ class AdapterStore:
                 size = sum(file.size or paths[name].stat().st_size for name, file in origin.files)
                 stack.enter_context(self._room.taken(size * COPIES))
                 files = origin.read()
-            if more := most_bytes(parse_config(files.config), self._layouts):
+            if more := most_bytes(config_of(files), self._layouts):
                 stack.close()
                 stack.enter_context(self._room.taken((size + more) * COPIES))
             digest = files.digest()

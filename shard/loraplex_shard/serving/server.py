@@ -14,6 +14,7 @@ import torch
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from tokenizers import Tokenizer
+from transformers import PreTrainedConfig
 
 from loraplex_protos.generation_pb2 import Sampling
 from loraplex_protos.mtls import server_credentials
@@ -153,6 +154,12 @@ def start(
     return server, states
 
 
+def _head_dim(config: PreTrainedConfig) -> int:
+    """0 for a model without attention, or whose layers differ."""
+    heads = getattr(config, "num_attention_heads", 0)
+    return getattr(config, "head_dim", None) or (config.hidden_size // heads if isinstance(heads, int) and heads else 0)
+
+
 def _load(
     settings: ShardSettings,
     checkpoint: Checkpoint,
@@ -201,6 +208,7 @@ def _load(
         None if classifier is None else classifier.classes,
         checkpoint.config.get_text_config(decoder=True) is not checkpoint.config,
         model.uncalled,
+        _head_dim(checkpoint.config.get_text_config(decoder=True)),
     )
     doubts = partial(find_doubts, base=base, modules=modules_in_any_form(model.layouts, base.architecture))
     check = partial(check_shapes, layouts=model.layouts, base=base)

@@ -6,6 +6,8 @@ not used: it takes seconds for a tokenizer's vocabulary, since it wraps each of 
 
 import re
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import gcd, prod
 from pathlib import Path
@@ -49,6 +51,32 @@ class GgufTensor:
 
 
 @dataclass(frozen=True, slots=True)
+class Place:
+    """Where a tensor is in a file."""
+
+    name: str
+    shape: tuple[int, ...]  # rows first, as in torch
+    kind: GGMLQuantizationType
+    offset: int  # from where the tensors begin
+
+    @property
+    def row_bytes(self) -> int:
+        weights_per_unit, bytes_per_unit = GGML_QUANT_SIZES[self.kind]
+        return self.shape[-1] // weights_per_unit * bytes_per_unit
+
+    @property
+    def end(self) -> int:
+        return self.offset + prod(self.shape[:-1]) * self.row_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class GgufHeader:
+    metadata: dict[str, MetadataValue]
+    places: tuple[Place, ...]
+    data: int  # where the tensors begin
+
+
+@dataclass(frozen=True, slots=True)
 class GgufFile:
     metadata: dict[str, MetadataValue]
     tensors: dict[str, GgufTensor]
@@ -76,10 +104,29 @@ def _read_one(path: Path) -> GgufFile:
     if path.stat().st_size == 0:
         raise CheckpointError(f"{path.name}: the file is empty")
     content: Bytes = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))  # still mapped, without memmap's overhead
+    return read_content(content, path.name)
+
+
+def read_content(content: Bytes, name: str) -> GgufFile:
+    """The same for the content of a file, whose name is for errors."""
+    with _readable(name):
+        header = read_header(content.data, name)
+        tensors = {each.name: _tensor(content[header.data + each.offset :], each) for each in header.places}
+        return GgufFile(header.metadata, tensors)
+
+
+def read_header(content: memoryview, name: str) -> GgufHeader:
+    """Reads a header from the beginning of a file. Raises CheckpointError as read_gguf does."""
+    with _readable(name):
+        return _read_header(content)
+
+
+@contextmanager
+def _readable(name: str) -> Iterator[None]:
     try:
-        return _read(content)
-    except (struct.error, ValueError, LookupError) as error:
-        raise CheckpointError(f"{path.name}: not a readable GGUF file, or cut short: {error}") from error
+        yield
+    except (struct.error, ValueError, LookupError, RecursionError) as error:
+        raise CheckpointError(f"{name}: not a readable GGUF file, or cut short: {error}") from error
 
 
 def floats(data: ByteRows, kind: GGMLQuantizationType) -> torch.Tensor:
@@ -94,29 +141,26 @@ def floats(data: ByteRows, kind: GGMLQuantizationType) -> torch.Tensor:
     return torch.from_numpy(weights if weights.flags.writeable else weights.copy()).reshape(rows, -1)
 
 
-def _read(content: Bytes) -> GgufFile:
-    header = _Header(content.data)
+def _read_header(content: memoryview) -> GgufHeader:
+    header = _Header(content)
     magic, version = header.unpack("II")
     if magic != GGUF_MAGIC or version not in _VERSIONS:
         raise ValueError(f"magic {magic:#x}, version {version}; expected little-endian GGUF of version 2 or 3")
     tensors, pairs = header.unpack("QQ")
     metadata = {header.string(): header.value() for _ in range(pairs)}
-    places = [header.place() for _ in range(tensors)]
+    places = tuple(header.place() for _ in range(tensors))
     alignment = metadata.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)
     if not isinstance(alignment, int) or alignment < 1:
         raise ValueError(f"general.alignment {alignment!r}")
-    data = content[-(-header.offset // alignment) * alignment :]
-    return GgufFile(metadata, {name: _tensor(data[offset:], name, shape, kind) for name, shape, kind, offset in places})
+    return GgufHeader(metadata, places, -(-header.offset // alignment) * alignment)
 
 
-def _tensor(content: Bytes, name: str, shape: tuple[int, ...], kind: GGMLQuantizationType) -> GgufTensor:
-    weights_per_unit, bytes_per_unit = GGML_QUANT_SIZES[kind]
-    row_bytes = shape[-1] // weights_per_unit * bytes_per_unit
-    rows = prod(shape[:-1])
-    data = content[: rows * row_bytes]
-    if len(data) != rows * row_bytes:
-        raise ValueError(f"tensor {name} ends after the end of the file")
-    return GgufTensor(shape, kind, data.reshape(rows, row_bytes))
+def _tensor(content: Bytes, place: Place) -> GgufTensor:
+    rows = prod(place.shape[:-1])
+    data = content[: rows * place.row_bytes]
+    if len(data) != rows * place.row_bytes:
+        raise ValueError(f"tensor {place.name} ends after the end of the file")
+    return GgufTensor(place.shape, place.kind, data.reshape(rows, place.row_bytes))
 
 
 class _Header:
@@ -148,9 +192,9 @@ class _Header:
             return list(self.unpack(f"{length}{_SCALARS[item]}"))
         return [self._typed(item) for _ in range(length)]
 
-    def place(self) -> tuple[str, tuple[int, ...], GGMLQuantizationType, int]:
+    def place(self) -> Place:
         name = self.string()
         (dimensions,) = self.unpack("I")
         shape = self.unpack(f"{dimensions}Q")[::-1]
         kind, offset = GGMLQuantizationType(self.unpack("I")[0]), self.unpack("Q")[0]
-        return name, shape, kind, offset
+        return Place(name, shape, kind, offset)

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
 from loraplex_shard.checkpoint.gguf.fields import Fields
 from loraplex_shard.checkpoint.gguf.rope import read_rope
 
@@ -211,3 +213,10 @@ VARIANTS: Mapping[str, Mapping[str, Kind]] = {
     "granitemoe": {"expert_shared_feed_forward_length": Kind("granitemoeshared", _granite_moe_shared)},
     "olmo2": {"attention.sliding_window": Kind("olmo3", _olmo3)},
 }
+
+
+def architectures_of(model_class: str) -> frozenset[str]:
+    """llama.cpp's names for a class of transformers."""
+    kinds = [*KINDS.items(), *((name, kind) for name, others in VARIANTS.items() for kind in others.values())]
+    names = {name for name, kind in kinds if MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind.model_type] == model_class}
+    return frozenset(names | ({"llama"} if model_class == "MistralForCausalLM" else set()))

@@ -77,6 +77,7 @@ class BaseModel:
     classes: Classes | None = None  # of its classifier
     is_text_part: bool = False  # it is the text part of a model that also reads pictures
     uncalled: tuple[str, ...] = ()  # linear layers whose weights its code reads without calling them, so not PEFT's
+    head_dim: int = 0  # 0: not known
 
     @property
     def backbone(self) -> str:

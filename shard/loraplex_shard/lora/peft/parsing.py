@@ -8,8 +8,11 @@ from pydantic import ValidationError
 
 from loraplex_protos.errors import AdapterInvalidError
 from loraplex_shard.lora.peft.config import TO_MODEL, AdapterConfig, check_config
+from loraplex_shard.lora.peft.gguf import gguf_config, is_gguf
+from loraplex_shard.lora.peft.gguf_metadata import MAGIC, read_metadata
 from loraplex_shard.lora.peft.kinds import KINDS, way_out
 from loraplex_shard.lora.peft.mlx import is_mlx, mlx_config
+from loraplex_shard.lora.sources.files import AdapterFiles
 
 _SHOWN_ERRORS = 5
 _FITTING = "or serve the base that training saved, and set init_lora_weights to true"
@@ -27,6 +30,12 @@ _LOFTQ = (
 )
 
 
+def config_of(files: AdapterFiles) -> AdapterConfig:
+    """The configuration of an adapter's files. Raises what parse_config raises."""
+    is_gguf_file = files.tensors[: len(MAGIC)] == MAGIC
+    return parse_config(read_metadata(files.tensors) if is_gguf_file else files.config)
+
+
 def parse_config(data: bytes) -> AdapterConfig:
     """Parses and validates the config. Raises AdapterInvalidError, naming the fields that are wrong or not
     supported."""
@@ -41,6 +50,8 @@ def parse_config(data: bytes) -> AdapterConfig:
     try:
         if is_mlx(fields):
             return mlx_config(fields)
+        if is_gguf(fields):
+            return gguf_config(fields)
         config = KINDS.get(str(fields.get("peft_type")), AdapterConfig).model_validate_json(data)
     except ValidationError as error:
         raise AdapterInvalidError(f"adapter_config.json: {_describe(error)}") from None

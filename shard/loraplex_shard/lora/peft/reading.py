@@ -17,7 +17,7 @@ from loraplex_shard.lora.peft.config import AdapterConfig
 from loraplex_shard.lora.peft.doubts import find_doubts
 from loraplex_shard.lora.peft.forms import modules_in_any_form
 from loraplex_shard.lora.peft.invocation import read_invocation
-from loraplex_shard.lora.peft.parsing import parse_config
+from loraplex_shard.lora.peft.parsing import config_of
 from loraplex_shard.lora.peft.shapes import listed
 from loraplex_shard.lora.peft.special_tokens import end_tokens, foreign_tokens
 from loraplex_shard.lora.peft.tensor_names import as_saved_by_peft, is_of_another_part
@@ -29,7 +29,7 @@ from loraplex_shard.lora.weights.deltas import Delta, HostAdapter, partition_ada
 from loraplex_shard.lora.weights.own import own_weights
 from loraplex_shard.shapes.layout import LinearLayout
 
-_MERGED = frozenset({"LORA", "IA3", "MLX-LM"})
+_MERGED = frozenset({"LORA", "IA3", "MLX-LM", "GGUF"})
 
 
 def read_adapter(
@@ -44,7 +44,7 @@ def read_adapter(
     Raises AdapterInvalidError, naming the field or tensor, if it cannot be served exactly as PEFT would, or if it takes
     more than `limit` bytes as LoRA.
     """
-    config = parse_config(files.config)
+    config = config_of(files)
     invocation = read_invocation(config, base)
     whole = _read(config, files, layouts, base, limit)
     if whole.classifier is not None and invocation is not None:
@@ -73,7 +73,7 @@ def read_deltas(files: AdapterFiles, layouts: Sequence[LinearLayout], base: Base
 
     Raises AdapterInvalidError as read_adapter does, and InvalidRequestError for a kind that PEFT does not merge.
     """
-    config = parse_config(files.config)
+    config = config_of(files)
     if config.peft_type not in _MERGED or config.use_bdlora or config.use_qalora:
         kind = "BD-LoRA" if config.use_bdlora else "QALoRA" if config.use_qalora else config.peft_type
         reason = f"only adapters of plain LoRA and (IA)3 can be merged, and one of these is of {kind}"
@@ -113,6 +113,6 @@ def check_shapes(
 ) -> None:
     """Raises AdapterInvalidError for what can be seen to be wrong with an adapter without the values of its tensors,
     which are on the meta device: those that are missing, too many, or of a wrong shape. Only of plain LoRA and DoRA."""
-    plain = config.peft_type == "LORA" and not (config.use_bdlora or config.use_qalora)
+    plain = config.peft_type in ("LORA", "GGUF") and not (config.use_bdlora or config.use_qalora)
     if plain and not any(map(is_of_classifier, as_saved_by_peft(shapes, base.backbone))):
         understand(config, shapes, ModelConfig(), layouts, base, sys.maxsize)

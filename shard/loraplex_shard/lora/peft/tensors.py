@@ -1,4 +1,5 @@
-"""Reads the tensors of a safetensors file that is already in memory, without copying them.
+"""Reads the tensors of a safetensors file that is already in memory, without copying them. GGUF files go to
+gguf_tensors.py.
 
 The library's own readers either map the file, and the process is killed if a mapped file shrinks; or they copy it while
 they hold the interpreter's lock, which delays the steps of running sequences.
@@ -12,6 +13,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from loraplex_protos.errors import AdapterInvalidError
+from loraplex_shard.lora.peft.gguf_metadata import MAGIC, MAX_HEADER_BYTES
 
 _MAX_HEADER_BYTES = 4 * 2**20
 _POINTER = b"version "  # the beginning of a Git LFS pointer, which a clone without Git LFS leaves in place of the file
@@ -43,6 +45,10 @@ def read_tensors(data: memoryview) -> dict[str, torch.Tensor]:
 
     Raises AdapterInvalidError if the file is cut short or malformed, or if a tensor does not have a float dtype.
     """
+    if data[: len(MAGIC)] == MAGIC:
+        from loraplex_shard.lora.peft import gguf_tensors
+
+        return gguf_tensors.read_tensors(data)
     start, entries = _read_header(io.BytesIO(data[: 8 + _MAX_HEADER_BYTES]), len(data))
     return {name: _view(data, start, entry) for name, entry in entries.items()}
 
@@ -50,6 +56,11 @@ def read_tensors(data: memoryview) -> dict[str, torch.Tensor]:
 def read_shapes(file: IO[bytes], size: int) -> dict[str, torch.Tensor]:
     """Checks a file of `size` bytes as far as its header allows. Returns its tensors, by name, without their values: on
     the meta device. Raises what read_tensors raises."""
+    if (beginning := file.read(len(MAGIC))) == MAGIC:
+        from loraplex_shard.lora.peft import gguf_tensors
+
+        return gguf_tensors.read_shapes(memoryview(beginning + file.read(MAX_HEADER_BYTES)), size)
+    file.seek(0)
     _, entries = _read_header(file, size)
     return {
         name: torch.empty(entry.shape, dtype=_DTYPES[entry.dtype], device="meta") for name, entry in entries.items()

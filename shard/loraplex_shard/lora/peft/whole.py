@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 import torch
 
 from loraplex_protos.errors import AdapterInvalidError
+from loraplex_shard.lora.peft import gguf
 from loraplex_shard.lora.peft.base import BaseModel
 from loraplex_shard.lora.peft.classifiers import is_of_classifier, read_classifier
 from loraplex_shard.lora.peft.config import AdapterConfig
 from loraplex_shard.lora.peft.experts import Parameter, absent, by_expert, find_parameters
 from loraplex_shard.lora.peft.forms import as_served, as_trained
+from loraplex_shard.lora.peft.gguf import GgufConfig
 from loraplex_shard.lora.peft.kinds import Ia3Config
 from loraplex_shard.lora.peft.mlx import MlxConfig, in_pefts_terms, targets_in_file
 from loraplex_shard.lora.peft.named_tensors import check_lora_shapes, check_names
@@ -57,6 +59,8 @@ def understand(
     config, tokens = tying.config, token_indices(config, base)
     if isinstance(config, MlxConfig):
         stored = in_pefts_terms(stored)
+    if isinstance(config, GgufConfig):
+        stored = gguf.in_pefts_terms(stored, config, [part.module for own in layouts for part in own.parts], base)
     found = as_saved_by_peft(stored, base.backbone)
     if config.model_extra and config.model_extra.get("monteclora_config"):  # its samplers only matter in training
         found = {name: own for name, own in found.items() if ".lora_monteclora_sampler." not in name}
@@ -77,6 +81,8 @@ def understand(
     tensors = by_expert(as_stored, parameters, named.values())
     if isinstance(config, MlxConfig):
         targets = targets_in_file(config, tensors, parts)
+    elif isinstance(config, GgufConfig):
+        targets = gguf.targets_in_file(config, tensors, (*parts, base.embedding))
     else:
         targets = _find_targets(config, tuple(parts), {name: each.modules for name, each in named.items()}, base)
         untouched = absent([each for each in parameters if each not in named.values()], tensors)
@@ -124,7 +130,7 @@ def _embedding_refusal(config: AdapterConfig, base: BaseModel) -> str:
         return "an adapted embedding is not served on this architecture"
     if config.lora_bias:
         return "PEFT has no lora_bias for embeddings"
-    if config.peft_type != "LORA" or config.use_bdlora or config.use_qalora:
+    if config.peft_type not in ("LORA", "GGUF") or config.use_bdlora or config.use_qalora:
         return "an embedding can only be adapted by plain LoRA or DoRA"
     return ""
 

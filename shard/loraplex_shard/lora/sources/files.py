@@ -16,6 +16,7 @@ CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 MLX_TENSORS = "adapters.safetensors"
+GGUF = ".gguf"  # the end of the name of llama.cpp's file, which has everything
 
 # The largest size of each file that is read or fetched, in bytes.
 SIZE_LIMITS = {
@@ -31,7 +32,6 @@ KNOWN = (CONFIG, TENSORS, PICKLE, MLX_TENSORS, MODEL_CONFIG, *TEXT_SIZE_LIMITS)
 _CHUNK = 2**24
 # What else trainers save, by the ends of files' names, and what can be done with it.
 _OTHER_FORMATS = {
-    ".gguf": "llama.cpp's format (GGUF) is not read: use the adapter that the file was converted from",
     ".nemo": "NeMo's format is not read: llm.export_ckpt(..., target='hf-peft') in NeMo converts it",
     ".distcp": "NeMo's format is not read: llm.export_ckpt(..., target='hf-peft') in NeMo converts it",
 }
@@ -45,7 +45,7 @@ _CONVERT = (
 class AdapterFiles:
     """The content of an adapter's files. Its digest is the adapter's identity."""
 
-    config: bytes
+    config: bytes  # empty beside a GGUF file
     tensors: memoryview  # mutable, so that the adapter's tensors can be views of it
     text: AdapterText = field(default_factory=AdapterText)
     model_config: ModelConfig = field(default_factory=ModelConfig)
@@ -68,7 +68,8 @@ def choose(sizes: Mapping[str, int]) -> tuple[str, ...]:
     Raises AdapterInvalidError if the files are not an adapter, or if one is too large.
     """
     tensors = check_names(frozenset(sizes))
-    names = (CONFIG, tensors, *({MODEL_CONFIG} & sizes.keys()), *text_files(sizes))
+    said = () if tensors.endswith(GGUF) else (CONFIG,)
+    names = (*said, tensors, *({MODEL_CONFIG} & sizes.keys()), *text_files(sizes))
     for name in names:
         check_size(name, sizes[name])
     return names
@@ -76,29 +77,34 @@ def choose(sizes: Mapping[str, int]) -> tuple[str, ...]:
 
 def is_telling(name: str) -> bool:
     """Whether a file with this name matters for an adapter."""
-    return name in KNOWN or name.endswith(tuple(_OTHER_FORMATS)) or bool(text_files([name]))
+    return name in KNOWN or name.endswith((GGUF, *_OTHER_FORMATS)) or bool(text_files([name]))
 
 
 def assemble(contents: Mapping[str, memoryview]) -> AdapterFiles:
     """Makes an adapter's files from their contents, given by name."""
-    tensors = next(name for name in (TENSORS, MLX_TENSORS) if name in contents)
+    tensors = check_names(frozenset(contents))
     text = {name: bytes(data) for name, data in contents.items() if name not in (CONFIG, tensors, MODEL_CONFIG)}
     said = read_model_config(bytes(contents.get(MODEL_CONFIG, b"{}")))
-    return AdapterFiles(bytes(contents[CONFIG]), contents[tensors], read_text(text), said)
+    return AdapterFiles(bytes(contents.get(CONFIG, b"")), contents[tensors], read_text(text), said)
 
 
 def check_size(name: str, size: int) -> None:
     """Raises AdapterInvalidError if `size` bytes are too many for an adapter's file with this name."""
-    limit = SIZE_LIMITS.get(name, MAX_TEMPLATE)
+    limit = SIZE_LIMITS[TENSORS] if name.endswith(GGUF) else SIZE_LIMITS.get(name, MAX_TEMPLATE)
     if size > limit:
         raise AdapterInvalidError(f"{name} has {size} bytes; the limit is {limit}")
 
 
 def check_names(names: frozenset[str]) -> str:
     """Returns which of these files has the tensors. Raises AdapterInvalidError if they are not an adapter."""
+    files = sorted(name for name in names if name.endswith(GGUF))
+    if files and names.isdisjoint((TENSORS, MLX_TENSORS)):
+        if len(files) > 1:
+            raise AdapterInvalidError(f"{files[0]} and {files[1]}: put each GGUF file into a folder of its own")
+        return files[0]
     if CONFIG not in names:
         others = [said for ending, said in _OTHER_FORMATS.items() if any(name.endswith(ending) for name in names)]
-        reason = others[0] if others else "this is neither an adapter of PEFT nor of MLX-LM"
+        reason = others[0] if others else "this is not an adapter of PEFT, MLX-LM or llama.cpp"
         raise AdapterInvalidError(f"{CONFIG} is missing: {reason}")
     for name in TENSORS, MLX_TENSORS:
         if name in names:
