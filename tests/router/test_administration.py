@@ -20,7 +20,8 @@ from loraplex_protos.generation_pb2 import ADAPTER_STATE_FETCHING as FETCHING
 from loraplex_protos.generation_pb2 import ADAPTER_STATE_LOADED as LOADED
 from loraplex_protos.generation_pb2 import ADAPTER_TIER_DEVICE as DEVICE
 from loraplex_protos.generation_pb2 import AdapterResidence, AdapterStatus
-from loraplex_router.access.keys import Allowance, Keys, Tenant, TenantSettings
+from loraplex_router.access.keys import Keys, TenantSettings
+from loraplex_router.access.tenant import Allowance, Tenant
 from loraplex_router.adapters.suggestions import similar
 from loraplex_router.api.http.admin import schema
 from loraplex_router.api.http.json_message import write_message

@@ -26,11 +26,12 @@ MANY = 150  # tokens: more than are generated before the server notices that a c
 class Client:
     """Sends one request to the application, as uvicorn would."""
 
-    def __init__(self, setup: Setup, path: str, body: object, **headers: str) -> None:
+    def __init__(self, setup: Setup, path: str, body: object = None, **headers: str) -> None:
+        """Without a body, it is a GET."""
         self._app = setup.app
         self._scope = {
             "type": "http",
-            "method": "POST",
+            "method": "GET" if body is None else "POST",
             "path": path,
             "raw_path": path.encode(),
             "query_string": b"",

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from loraplex_protos.errors import ForbiddenError, RateLimitedError, UnauthenticatedError
 from loraplex_router.access import followed_file
 from loraplex_router.access.key_file import KeyFile, KeyFileError, read_tenants
-from loraplex_router.access.keys import Allowance, Keys, Tenant, TenantSettings, read_bearer
+from loraplex_router.access.keys import Keys, TenantSettings, read_bearer
+from loraplex_router.access.tenant import Allowance, Remaining, Tenant
 from loraplex_router.vocabulary.references import AdapterReference, MergedReference
 
 OLD_KEY, NEW_KEY, ADMIN_KEY = "old secret", "new secret", "admin secret"
@@ -86,20 +87,62 @@ def test_a_merge_needs_every_part_allowed(keys: Keys) -> None:
         tenant.check_adapter(MergedReference((AdapterReference("sql"), AdapterReference("other/x"))))
 
 
+def use(tenant: Tenant, tokens: int, now: float) -> None:
+    """A call that takes so many tokens, and no time."""
+    visit = tenant.begin(now)
+    visit.spend(tokens, now)
+    visit.end_part()
+
+
 def test_the_number_of_concurrent_requests_is_limited() -> None:
     tenant = Tenant("acme", Allowance(max_requests=2))
-    tenant.begin(0.0)
-    tenant.begin(0.0)
+    first, _ = tenant.begin(0.0), tenant.begin(0.0)
     with pytest.raises(RateLimitedError, match="2 requests"):
         tenant.begin(0.0)
-    tenant.end(10, 0.0)
+    first.end_part()
     tenant.begin(0.0)
+
+
+def test_a_call_of_several_parts_counts_once_and_until_all_have_ended() -> None:
+    tenant = Tenant("acme", Allowance(max_requests=1, requests_per_minute=60))
+    visit = tenant.begin(0.0)
+    visit.begin_part()
+    visit.end_part()
+    with pytest.raises(RateLimitedError):
+        tenant.begin(0.0)
+    visit.end_part()
+    tenant.begin(0.0)
+    assert tenant.remaining(0.0) == [Remaining("requests", 60, 58, 2.0)]
+
+
+def test_the_number_of_adapters_in_use_is_limited() -> None:
+    tenant = Tenant("acme", Allowance(max_adapters=2))
+    visits = [tenant.begin(0.0, names) for names in (["a"], ["a", "b"], ["b"], [])]
+    with pytest.raises(RateLimitedError, match="2 adapters at once"):
+        tenant.begin(0.0, ["c"])
+    visits[0].end_part()
+    with pytest.raises(RateLimitedError):
+        tenant.begin(0.0, ["c"])
+    visits[1].end_part()
+    tenant.begin(0.0, ["c"])
+    with pytest.raises(ForbiddenError, match="name fewer"):
+        tenant.begin(0.0, ["a", "b", "c"])
+
+
+def test_the_rate_of_requests_is_limited() -> None:
+    tenant = Tenant("acme", Allowance(requests_per_minute=6))
+    for _ in range(6):
+        use(tenant, 1000, 100.0)
+    for _ in range(3):  # a refused request costs nothing
+        with pytest.raises(RateLimitedError, match="6 requests a minute") as refusal:
+            tenant.begin(100.0)
+        assert refusal.value.retry_after == pytest.approx(10)
+    use(tenant, 1, 110.1)
 
 
 def test_used_tokens_are_restored_at_the_tenants_rate() -> None:
     tenant = Tenant("acme", Allowance(tokens_per_minute=60))
-    tenant.begin(100.0)
-    tenant.end(69, 100.0)  # nine more than were left
+    use(tenant, 69, 100.0)  # nine more than were left
     with pytest.raises(RateLimitedError) as refusal:
         tenant.begin(100.0)
     assert refusal.value.retry_after == pytest.approx(10)
@@ -108,12 +151,22 @@ def test_used_tokens_are_restored_at_the_tenants_rate() -> None:
     tenant.begin(110.1)
 
 
+def test_a_prompt_counts_when_it_is_queued_so_that_requests_that_come_together_cannot_exceed_the_rate() -> None:
+    tenant = Tenant("acme", Allowance(tokens_per_minute=60))
+    visits = [tenant.begin(100.0) for _ in range(3)]
+    visits[0].spend(100, 100.0)
+    for visit in visits[1:]:
+        with pytest.raises(RateLimitedError):
+            visit.spend(1, 100.0)
+    visits[0].spend(20, 100.0)  # its answer
+
+
 def test_at_most_one_minute_of_tokens_accumulates() -> None:
     tenant = Tenant("acme", Allowance(tokens_per_minute=60))
-    tenant.begin(3600.0)
-    tenant.end(60, 3600.0)
+    use(tenant, 60, 3600.0)
     with pytest.raises(RateLimitedError):
         tenant.begin(3600.5)
+    assert tenant.remaining(3600.5) == [Remaining("tokens", 60, 0, 59.5)]
 
 
 @given(st.lists(st.tuples(st.floats(0, 5), st.integers(1, 50)), min_size=1, max_size=60))
@@ -122,11 +175,10 @@ def test_use_never_exceeds_the_rate_by_more_than_one_request(steps: list[tuple[f
     for pause, tokens in steps:
         now += pause
         try:
-            tenant.begin(now)
+            use(tenant, tokens, now)
         except RateLimitedError as error:
             assert error.retry_after > 0
             continue
-        tenant.end(tokens, now)
         used += tokens
         assert used <= 120 + now * 2 + 50
 

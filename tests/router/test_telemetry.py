@@ -15,6 +15,7 @@ from loraplex_protos.errors import AdapterNotFoundError, ForbiddenError, Invalid
 from loraplex_router.access.keys import TenantSettings
 from loraplex_router.telemetry.labels import OTHER, AdapterLabels
 from loraplex_router.telemetry.request_log import RequestLog
+from loraplex_router.telemetry.usage import Used
 from loraplex_router.vocabulary.references import AdapterReference
 from loraplex_router.vocabulary.request import Request
 from tests.router.test_engine import Setup
@@ -85,6 +86,22 @@ async def test_only_administrators_see_the_names_of_adapters(guarded: Setup):
         assert len(text.splitlines()) < len(named.splitlines())
     with pytest.raises(UnauthenticatedError):
         await guarded.service.scrape("wrong")
+
+
+async def test_tenants_see_their_own_usage_and_administrators_see_everybodys(guarded: Setup):
+    request = Request(prompt=(1, 2, 3), max_new_tokens=4)
+    generation = await guarded.service.generate(request, "operator")
+    await generation.collect()
+    guarded.service.close(generation)
+    left = await guarded.service.generate(request, "acme")
+    guarded.service.close(left)  # before it ran
+    of_acme = [("acme", adapter, Used(2, 2, 0, 4)) for adapter in ("acme/other", "acme/secret", "base")]
+    assert guarded.service.usage("acme")[1] == of_acme
+    assert guarded.service.usage("operator")[1] == [*of_acme, ("operator", "base", Used(1, 3, 0, 4))]
+    text = (await guarded.service.scrape("operator")).decode()
+    assert 'loraplex_tenant_requests_total{tenant="acme"} 6.0' in text
+    assert 'loraplex_tenant_generated_tokens_total{tenant="operator"} 4.0' in text
+    assert b'loraplex_tenant_prompt_tokens_total{tenant="other"} 9.0' in await guarded.service.scrape()
 
 
 async def test_metrics_may_be_for_administrators_alone_or_for_everybody(guarded: Setup):

@@ -5,6 +5,8 @@ tenants:
     keys: [5e884898da28047151d0e56f8dc6292773603d0d6aabbdd62a11ef721d1542d8]  # printf %s KEY | sha256sum
     adapters: ["acme/*", sql]
     max_requests: 8
+    max_adapters: 4
+    requests_per_minute: 600
     tokens_per_minute: 60000
   operator:
     keys: [...]

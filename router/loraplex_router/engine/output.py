@@ -347,11 +347,14 @@ class Generation:
         return self.error is not None or all(output.finish_reason for output in self.outputs)
 
     @property
-    def num_tokens(self) -> int:
-        """Number of tokens of the prompt and of everything generated so far, except what others had delivered."""
-        if any(output.resumed for output in self.outputs):
-            return self.num_generated
-        return self.outputs[0].sequence.prompt_length + self.num_generated
+    def prompt_length(self) -> int:
+        """Number of tokens of the prompt."""
+        return self.outputs[0].sequence.prompt_length
+
+    @property
+    def num_prompt(self) -> int:
+        """The same; 0 if others have begun to answer it."""
+        return 0 if any(output.resumed for output in self.outputs) else self.prompt_length
 
     @property
     def num_generated(self) -> int:

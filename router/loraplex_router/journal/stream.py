@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from loraplex_protos.errors import FieldViolation, InvalidRequestError, RequestNotFoundError
-from loraplex_router.access.keys import Tenant
+from loraplex_router.access.tenant import Tenant
 from loraplex_router.engine.output import Delta, Generation, SequenceOutput
 from loraplex_router.journal.journal import Journal
 from loraplex_router.journal.records import Record, Saved, decode, fingerprint

@@ -10,7 +10,8 @@ from loraplex_protos.generation_pb2 import ADAPTER_STATE_ALIAS as ALIAS
 from loraplex_protos.generation_pb2 import ADAPTER_STATE_REGISTERED as REGISTERED
 from loraplex_protos.generation_pb2 import AdapterStatus
 from loraplex_router.access.audit import audited
-from loraplex_router.access.keys import Keys, Tenant
+from loraplex_router.access.keys import Keys
+from loraplex_router.access.tenant import Tenant
 from loraplex_router.adapters.suggestions import Suggestions
 from loraplex_router.replicas.administration import AT_A_TIME, AdapterPage, Administration
 from loraplex_router.replicas.declarations import Declarations

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 
 from loraplex_protos.errors import AdapterConflictError, AdapterError, FieldViolation, InvalidRequestError, quote
-from loraplex_router.access.keys import Tenant
+from loraplex_router.access.tenant import Tenant
 from loraplex_router.adapters.suggestions import Suggestions
 from loraplex_router.engine.output import Generation
 from loraplex_router.journal.records import Saved

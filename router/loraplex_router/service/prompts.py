@@ -2,7 +2,7 @@
 
 from typing import TypeAlias
 
-from loraplex_router.access.keys import Tenant
+from loraplex_router.access.tenant import Tenant
 from loraplex_router.text.model import Model
 from loraplex_router.text.tokenizer import Tokenizer
 from loraplex_router.vocabulary.adapter import Adapter

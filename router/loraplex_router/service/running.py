@@ -1,19 +1,23 @@
 """The running requests by id. A request has one generation, or one for each of its adapters."""
 
 import secrets
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from loraplex_protos.errors import FieldViolation, InvalidRequestError
-from loraplex_router.access.keys import Tenant
+from loraplex_router.access.tenant import Tenant, Visit
 from loraplex_router.engine.output import Generation
 
 
 @dataclass(slots=True)
 class RunningRequest:
-    tenant: Tenant
+    visit: Visit
     generations: list[Generation]  # generations that are not closed yet
-    tokens: int = 0  # of closed generations
+
+    @property
+    def tenant(self) -> Tenant:
+        return self.visit.tenant
 
 
 class RunningRequests:
@@ -42,19 +46,22 @@ class RunningRequests:
         self._by_id[request_id] = None
         return request_id
 
-    def begin(self, request_id: str, tenant: Tenant, generations: Sequence[Generation]) -> None:
-        self._by_id[request_id] = RunningRequest(tenant, list(generations))
+    def begin(self, request_id: str, visit: Visit, generations: Sequence[Generation]) -> None:
+        visit.begin_part()
+        self._by_id[request_id] = RunningRequest(visit, list(generations))
 
     def forget(self, request_id: str) -> None:
         """It was not queued."""
         del self._by_id[request_id]
 
-    def end(self, generation: Generation) -> RunningRequest:
-        """Closes one of a request's generations. Returns the request."""
+    def end(self, generation: Generation) -> None:
+        """Closes one of a request's generations."""
         request = self._by_id[generation.request_id]
         assert request is not None
         request.generations.remove(generation)
-        request.tokens += generation.num_tokens
+        never_ran = generation.started is None  # then its prompt cost nothing
+        tokens = -generation.num_prompt if never_ran else generation.num_generated
+        request.visit.spend(tokens, time.monotonic())
         if not request.generations:
             del self._by_id[generation.request_id]
-        return request
+            request.visit.end_part()

@@ -5,7 +5,7 @@ import asyncio
 import secrets
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from itertools import zip_longest
@@ -22,7 +22,8 @@ from loraplex_protos.errors import (
     quote,
 )
 from loraplex_router.access.audit import audited
-from loraplex_router.access.keys import Keys, Tenant
+from loraplex_router.access.keys import Keys
+from loraplex_router.access.tenant import Tenant, Visit
 from loraplex_router.adapters.suggestions import Suggestions
 from loraplex_router.engine.output import Classification, Embedding, Generation
 from loraplex_router.journal.journal import Journal
@@ -38,13 +39,14 @@ from loraplex_router.service.preparation import Arrival, Preparation
 from loraplex_router.service.response_store import ResponseStore
 from loraplex_router.service.running import RunningRequests
 from loraplex_router.telemetry.telemetry import Telemetry
+from loraplex_router.telemetry.usage import Used
 from loraplex_router.text.model import Model
 from loraplex_router.text.tokenizer import Spans, Tokenizer, TokenSpan
 from loraplex_router.vocabulary.adapter import Adapter
 from loraplex_router.vocabulary.chat import Chat, ChatTemplates
 from loraplex_router.vocabulary.checks import check_adapter, check_embed_request, check_request
 from loraplex_router.vocabulary.position import Position
-from loraplex_router.vocabulary.references import AdapterReference, Reference, asked_as, replace_ids
+from loraplex_router.vocabulary.references import AdapterReference, Reference, asked_as, ids_of, replace_ids
 from loraplex_router.vocabulary.request import ClassifyRequest, EmbedRequest, Prompt, Request
 from loraplex_router.vocabulary.sampling import Sampling
 from loraplex_router.vocabulary.sequence import FinishReason
@@ -160,44 +162,56 @@ class Service:
         except ValueError:
             raise InvalidRequestError(FieldViolation(field, "is not the id of one of this server's events")) from None
 
-    async def generate(
-        self, request: Request, key: str | None = None, volume: Volume | None = None, stream: Stream | None = None
-    ) -> Generation:
+    async def generate(self, request: Request, key: str | None = None, stream: Stream | None = None) -> Generation:
         """Admits a request of one adapter and queues its sequences. The caller reads the generation and must then
-        `close` it. Callers that make several requests count them in one `volume`, and name their `stream`.
+        `close` it. `stream`: if the answer is streamed.
 
         All errors in the request are raised here, before anything is generated.
         """
-        (generation,) = await self.generate_each(request, key, volume, stream)
+        (generation,) = await self.generate_each(request, key, stream)
         return generation
 
     async def generate_each(
-        self, request: Request, key: str | None = None, volume: Volume | None = None, stream: Stream | None = None
+        self, request: Request, key: str | None = None, stream: Stream | None = None
     ) -> list[Generation]:
         """The same for a request that may name several adapters: one generation for each, all on one replica if
         possible. They count as one request for a key's limits, and as that many sequences for the queue."""
-        arrived = time.monotonic()
-        with self.telemetry.admission(request, arrived):
-            tenant = self.keys.tenant(key)
-            check_generates(self.info)
-            check_request(request, self.info.vocab_size, self.info.adapter_sources)
-            saved = await stream.find(request, self.info.model_id, tenant) if stream else []
-            session = request.session or request.request_id or _new_session()
-            parts = [
-                self._resumed(part, tenant, each)
-                if each
-                else replace(part, adapter=self._resolved(part.adapter, tenant, session))
-                for part, each in zip_longest(request.parts(), saved)
-            ]
-            tenant.begin(arrived)
-            try:
-                generations = await self._start(parts, tenant, arrived, volume or Volume(), saved)
-            except BaseException:
-                tenant.end(0, time.monotonic())
-                raise
-            if stream:
-                stream.keep(request, self.info.model_id, tenant, generations)
-            return generations
+        return await self.generate_all([request], key, stream)
+
+    async def generate_all(
+        self, requests: Sequence[Request], key: str | None = None, stream: Stream | None = None
+    ) -> list[Generation]:
+        """The same for several requests that name the same adapters: all of them are admitted, or none. They, too,
+        count as one request for a key's limits."""
+        arrived, volume = time.monotonic(), Volume()
+        visit, started = None, list[Generation]()
+        try:
+            for request in requests:
+                with self.telemetry.admission(request, arrived):
+                    tenant = self.keys.tenant(key)
+                    check_generates(self.info)
+                    check_request(request, self.info.vocab_size, self.info.adapter_sources)
+                    saved = await stream.find(request, self.info.model_id, tenant) if stream else []
+                    session = request.session or request.request_id or _new_session()
+                    parts = [
+                        self._resumed(part, tenant, each)
+                        if each
+                        else replace(part, adapter=self._resolved(part.adapter, tenant, session))
+                        for part, each in zip_longest(request.parts(), saved)
+                    ]
+                    visit = visit or tenant.begin(arrived, _names(parts))
+                    generations = await self._start(parts, visit, arrived, volume, saved)
+                    started += generations
+                    if stream:
+                        stream.keep(request, self.info.model_id, tenant, generations)
+            return started
+        except BaseException:
+            for generation in started:
+                self.close(generation)
+            raise
+        finally:
+            if visit is not None:
+                visit.end_part()
 
     async def embed(self, request: EmbedRequest, key: str | None = None) -> list[Embedding]:
         """One embedding per input. They count as one request for a key's limits."""
@@ -256,12 +270,12 @@ class Service:
             check_embed_request(request, self.info.vocab_size, self.info.adapter_sources)
             session = request.session or _new_session()
             request = replace(request, adapter=self._resolved(request.adapter, tenant, session))
-            tenant.begin(arrived)
+            visit = tenant.begin(arrived, _names([request]))
         started, volume = list[Generation](), Volume()
         try:
             for part in request.parts():
                 with self.telemetry.admission(part, arrived):
-                    started += await self._start([part], tenant, arrived, volume)
+                    started += await self._start([part], visit, arrived, volume)
                 if len(started) % FEW_INPUTS == 0:
                     await asyncio.sleep(0)
             for generation in started:
@@ -269,20 +283,19 @@ class Service:
             return started
         finally:
             for generation in started:
-                self.cancel(generation)
-                self._running.end(generation)
-            tenant.end(sum(generation.num_tokens for generation in started), time.monotonic())
+                self.close(generation)
+            visit.end_part()
 
     async def _start(
         self,
         parts: Sequence[Request],
-        tenant: Tenant,
+        visit: Visit,
         arrived: float,
         volume: Volume,
         saved: Sequence[Saved] = (),
     ) -> list[Generation]:
         """Queues the parts of a request together, once all of them can be. They continue what was saved of each."""
-        total = sum(part.n for part in parts)
+        tenant, total = visit.tenant, sum(part.n for part in parts)
         self._admit(total, tenant)
         request_id = parts[0].request_id
         if saved and not await self._end_former(request_id, tenant):
@@ -295,6 +308,7 @@ class Service:
                 placed = [
                     await self._preparation.prepare(part, arrival, each) for part, each in zip_longest(parts, saved)
                 ]
+                visit.spend(sum(generation.num_prompt for generation, _ in placed), time.monotonic())
                 for generation, lease in placed:
                     self.telemetry.queued(generation)
                     if generation.finished:  # it was resumed behind its end
@@ -308,16 +322,14 @@ class Service:
             self._preparing[tenant.name] -= total
             self._replicas.changes.notify()
         generations = [generation for generation, _ in placed]
-        self._running.begin(request_id, tenant, generations)
+        self._running.begin(request_id, visit, generations)
         return generations
 
     def close(self, generation: Generation) -> None:
         """The reader is done, or gone: ends unfinished sequences."""
         self.cancel(generation)
-        request = self._running.end(generation)
-        if not request.generations:
-            request.tenant.end(request.tokens, time.monotonic())
-            self._replicas.changes.notify()
+        self._running.end(generation)
+        self._replicas.changes.notify()
         if self._journal is not None:
             self._journal.end(generation)
 
@@ -365,6 +377,12 @@ class Service:
             self.keys.administrator(key)
         tenant = self.keys.tenant(key) if key or not self.keys.required else None
         return await self.telemetry.scrape(self._metrics_auth == "none" or (tenant is not None and tenant.admin))
+
+    def usage(self, key: str | None = None) -> tuple[float, list[tuple[str, str, Used]]]:
+        """Since when (a time.time) usage is counted, and what each tenant used with each adapter: the caller's tenant
+        or, for an administrator, all."""
+        tenant, usage = self.keys.tenant(key), self.telemetry.usage
+        return usage.since, list(usage.of(None if tenant.admin else tenant.name))
 
     async def tokenize(
         self,
@@ -437,6 +455,11 @@ class Service:
         share = self.max_queue // len({*waiting, tenant.name})
         if waiting[tenant.name] + sequences > share:
             raise OverloadedError(f"the queue is full ({waiting.total()} sequences are waiting): try again later")
+
+
+def _names(requests: Iterable[Request | EmbedRequest]) -> frozenset[str]:
+    """The adapters that they name."""
+    return frozenset(id for request in requests for id in ids_of(request.adapter))
 
 
 def _new_session() -> str:

@@ -37,6 +37,9 @@ class Metrics:
         self.hits = self._counter("prefix_hit_tokens", "Prompt tokens found in the prefix cache.")
         self.adapter_prompt = self._counter("adapter_prompt_tokens", "Prompt tokens of ended requests.", "adapter")
         self.adapter_generated = self._counter("adapter_generated_tokens", "Tokens of ended requests.", "adapter")
+        self.tenant_requests = self._counter("tenant_requests", "Requests that ran and ended.", "tenant")
+        self.tenant_prompt = self._counter("tenant_prompt_tokens", "Their prompt tokens.", "tenant")
+        self.tenant_generated = self._counter("tenant_generated_tokens", "Their generated tokens.", "tenant")
 
         self.generated = self._counter("generated_tokens", "Tokens sampled.", "replica")
         self.step = self._histogram(

@@ -23,6 +23,7 @@ from loraplex_router.telemetry.metrics import Metrics
 from loraplex_router.telemetry.nameless import Nameless
 from loraplex_router.telemetry.request_log import RequestLog
 from loraplex_router.telemetry.state import ReplicaState, Snapshot, State
+from loraplex_router.telemetry.usage import Usage
 from loraplex_router.vocabulary.request import EmbedRequest, Request
 from loraplex_router.vocabulary.sequence import FinishReason, Plan, Sequence
 
@@ -37,6 +38,7 @@ class Telemetry:
 
     def __init__(self, adapters: int, log: RequestLog) -> None:
         self.metrics = Metrics()
+        self.usage = Usage()
         self._live: set[Generation] = set()
         self._labels = AdapterLabels(adapters, self.metrics.forget_adapter)
         self._log = log
@@ -120,8 +122,7 @@ class Telemetry:
         metrics, now = self.metrics, time.monotonic()
         label = self._labels.find(generation.adapter_name)
         outcome = _outcome(generation)
-        prompt_tokens = generation.outputs[0].sequence.prompt_length
-        generated_tokens = generation.num_generated
+        prompt_tokens, generated_tokens = generation.prompt_length, generation.num_generated
         metrics.requests.labels(outcome, label).inc()
         metrics.duration.observe(now - generation.arrived)
         metrics.prompt_length.observe(prompt_tokens)
@@ -130,6 +131,11 @@ class Telemetry:
         metrics.hits.inc(sum(output.sequence.prefix_hit for output in generation.outputs))
         metrics.adapter_prompt.labels(label).inc(prompt_tokens)
         metrics.adapter_generated.labels(label).inc(generated_tokens)
+        self.usage.add(generation)
+        if generation.tenant and generation.started is not None:
+            metrics.tenant_requests.labels(generation.tenant).inc()
+            metrics.tenant_prompt.labels(generation.tenant).inc(prompt_tokens)
+            metrics.tenant_generated.labels(generation.tenant).inc(generated_tokens)
         self._log.ended(generation, outcome, now)
         if self.lorax is not None:
             self.lorax.ended(generation, outcome, now)

@@ -13,6 +13,7 @@ from loraplex_router.api.http.face import face_of, install_faces
 from loraplex_router.api.http.foreign_pages import ForeignPages, is_loopback
 from loraplex_router.api.http.head_as_get import HeadAsGet
 from loraplex_router.api.http.invocations import Invocations
+from loraplex_router.api.http.rate_limits import RateLimits
 from loraplex_router.service.service import Service
 
 FACES = (lorax.FACE, *openai.FACES, messages.FACE, admin.FACE, *scoring.FACES, playground.FACE)
@@ -43,7 +44,9 @@ def create_app(
         allow_headers=["*"],
         expose_headers=["*"],
     )
-    if not service.keys.required and "*" not in cors_origins:
+    if service.keys.required:
+        app.add_middleware(RateLimits, keys=service.keys)
+    elif "*" not in cors_origins:
         app.add_middleware(
             ForeignPages,
             origins=cors_origins,

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Annotated, TypeAlias
 
 from fastapi import Depends, Request
+from starlette.datastructures import Headers
 from starlette.types import Receive
 
 from loraplex_protos.errors import FieldViolation, InvalidRequestError
@@ -34,11 +35,16 @@ class RouteCall:
         return None
 
 
+def key_of(headers: Headers) -> str | None:
+    """The API key that the caller sent; Anthropic's clients send it as x-api-key."""
+    return read_bearer(headers.get("authorization")) or headers.get("x-api-key")
+
+
 async def _read_call(http: Request) -> RouteCall:
     service: Service = http.app.state.service
     request_id = http.headers.get("x-request-id", "")
     usable = REQUEST_ID.fullmatch(request_id) is not None and not service.is_running(request_id)
-    key = read_bearer(http.headers.get("authorization")) or http.headers.get("x-api-key")  # as Anthropic's clients do
+    key = key_of(http.headers)
     session = http.headers.get("x-session-id") or secrets.token_hex(8)
     last_event_id = http.headers.get(LAST_EVENT_ID, "")
     return RouteCall(service, key, session, http.receive, request_id if usable else secrets.token_hex(8), last_event_id)

@@ -1,5 +1,7 @@
 """Routes for operators and their tools: health, the model, the limits, metrics, and this API's description."""
 
+from dataclasses import asdict
+from datetime import UTC, datetime
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -83,6 +85,19 @@ async def show_version(http: Request) -> dict[str, str]:
 async def load(call: Call) -> dict[str, int]:
     """How many requests are waiting or running, as vLLM reports it."""
     return {"server_load": call.service.num_running}
+
+
+@router.get("/usage", tags=["Operation"], responses={200: {"model": schema.Usage}, 401: LORAX_ERRORS[401]})
+async def usage(call: Call) -> Response:
+    """What the API key's tenant has used with each adapter since the server started; for an administrator, what all
+    tenants have."""
+    since, rows = call.service.usage(call.key)
+    return JSONResponse(
+        {
+            "since": datetime.fromtimestamp(since, UTC).isoformat(timespec="seconds"),
+            "usage": [{"tenant": tenant or None, "adapter": adapter, **asdict(used)} for tenant, adapter, used in rows],
+        }
+    )
 
 
 @router.get("/metrics", response_class=Response, tags=["Operation"], responses=only(LORAX_ERRORS, 401, 403))

@@ -126,6 +126,22 @@ class StreamResponse(BaseModel):
     details: StreamDetails | None = Field(description="on the last event, if asked for")
 
 
+class Used(BaseModel):
+    tenant: str | None = Field(description="null if the server has no API keys")
+    adapter: str = Field(description="`base` for the base model")
+    requests: int
+    prompt_tokens: int
+    cached_tokens: int = Field(description="of these, found in the prefix cache")
+    generated_tokens: int
+
+
+class Usage(BaseModel):
+    """What ended requests have used."""
+
+    since: str = Field(description="when the server started, in ISO 8601")
+    usage: list[Used]
+
+
 class Info(BaseModel):
     """Fields with a default are constant: their settings mean nothing here."""
 

@@ -19,7 +19,6 @@ from loraplex_router.api.http.sse import EventStream, describe_events
 from loraplex_router.api.turns import in_turn
 from loraplex_router.engine.output import Generation
 from loraplex_router.journal.stream import Stream
-from loraplex_router.vocabulary.volume import Volume
 
 EVENTS = describe_events("A chunk. The last event is [DONE]. There may be comments between events.")
 
@@ -29,18 +28,11 @@ router = APIRouter(tags=["OpenAI"], route_class=JsonRoute)
 @router.post("/completions", responses={200: {"model": answers.Completion, "content": EVENTS}, **ERRORS})
 async def completions(body: CompletionRequest, call: Call) -> Response:
     """Continues one prompt or several."""
-    service, generations, volume = call.service, list[Generation](), Volume()
-    stream = call.stream(body.stream)
+    service, stream = call.service, call.stream(body.stream)
     requests = read_completions(body, service.model_names, service.sampling_defaults, call.request_id)
     body = body.model_copy(update={"model": answered_name(body.model, service.model_names)})
-    try:
-        for request in requests:
-            own = replace(request, session=call.session)
-            generations += await service.generate_each(own, call.key, volume, stream)
-    except BaseException:
-        for generation in generations:
-            service.close(generation)
-        raise
+    requests = [replace(each, session=call.session) for each in requests]
+    generations = await service.generate_all(requests, call.key, stream)
     writer = CompletionWriter(body, generations, service.tokenizer_of, service.info.version)
     return await _answer(call, generations, writer, stream)
 
