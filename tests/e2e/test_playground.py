@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,9 @@ import jsonschema
 import pytest
 from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, expect, sync_playwright
 
+from loraplex.cli.samples import Change, Samples
+from loraplex.cli.top import frame
+from tests.client.scrapes import BEFORE, NOW
 from tests.e2e.processes import Server
 from tests.tools import needs_chromium
 
@@ -134,7 +138,7 @@ def describe(token: dict[str, Any]) -> str:
     """A row of the tooltip."""
     share = math.exp(token["logprob"])
     visible = token["token"].replace("\n", "⏎").replace(" ", "␣")
-    return f"{visible}{100 * share:.{1 if share < 0.1 else 0}f} %"
+    return f"{visible}{100 * share:.{1 if share < 0.1 else 0}f}%"
 
 
 def post(page: Page, served: Server, path: str, body: dict[str, Any]) -> Any:
@@ -188,8 +192,6 @@ def test_the_base_model_and_adapters_answer_side_by_side(page: Page, served: Ser
     ask(page, 'It\'s a "test" of $HOME,\n`quotes` and \\ 🙂.')  # these answers have the first ones as their context
     for code in CODES:
         assert call(page, served, "entities", code) == text_of(page, "entities")
-    for code in ("Python (loraplex)", "gRPC"):
-        assert call(page, served, "base model", code) == text_of(page, "base model")
     assert "Angela Jones" in page.locator("#calls pre").inner_text()
 
     page.get_by_role("button", name="New chat").click()
@@ -250,10 +252,10 @@ def test_tokens_are_found_in_thoughts_and_content(page: Page, chunks: Any, expec
     assert page.evaluate(CHUNKS, sent) == expected
 
 
-def test_a_schema_holds_for_all_and_an_error_is_in_its_own_answer(page: Page) -> None:
+def test_a_schema_holds_for_all_and_an_error_is_in_its_own_answer(page: Page, served: Server) -> None:
     enter(page)
     page.get_by_text("JSON schema").click()
-    set_fields(page, schema='{"type": ', max_tokens="40")
+    set_fields(page, schema='{"type": ', max_tokens="40", temperature="0")
     page.get_by_label("Message", exact=True).fill("Is Maria happy?")
     page.get_by_role("button", name="Send").click()
     expect(page.get_by_role("status")).to_contain_text("The JSON schema is not JSON")
@@ -270,6 +272,8 @@ def test_a_schema_holds_for_all_and_an_error_is_in_its_own_answer(page: Page) ->
     for name in ("base model", "sentiment"):
         jsonschema.validate(json.loads(text_of(page, name)), SCHEMA)
     expect(card(page, "absent/two").get_by_role("alert")).to_contain_text("absent/two")
+    for code in ("Python (loraplex)", "gRPC"):
+        assert call(page, served, "base model", code) == text_of(page, "base model")
 
 
 def test_adapters_and_the_live_picture_are_those_of_the_server(page: Page, served: Server, tmp_path: Path) -> None:
@@ -293,6 +297,28 @@ def test_adapters_and_the_live_picture_are_those_of_the_server(page: Page, serve
     page.get_by_role("link", name="Chat").click()
     page.get_by_role("button", name="Stop").click()
     expect(page.get_by_role("status")).to_have_text("Stopped.")
+
+
+LIVE = """async () => {
+    const { showLive } = await import("/playground/live.js");
+    for (const now of [0, 2000]) {
+        performance.now = () => now;
+        await showLive();
+    }
+    const texts = (parts) => [...parts].map((part) => part.innerText.replace(/\\s+/g, " ").trim());
+    return texts(document.querySelectorAll("#live-view :is(dl > div, th, td, p)"));
+}"""
+
+
+def test_the_live_picture_is_that_of_the_command(page: Page) -> None:
+    enter(page)
+    scrapes = iter((BEFORE, NOW))
+    page.route("**/metrics", lambda route: route.fulfill(body=next(scrapes)))
+    page.evaluate("document.getElementById('live-view').hidden = false")
+    text = frame(Change(Samples(0, BEFORE), Samples(2, NOW)), columns=400)
+    _, *lines = re.sub("[█▒░]+ ", "", text).splitlines()  # the page has the model's name elsewhere
+    cells = [cell for line in lines for cell in re.split(" {2,}", line.strip()) if cell]
+    assert [shown for shown in page.evaluate(LIVE) if shown] == cells
 
 
 def test_it_fits_a_phone_and_works_below_a_path_of_a_proxy(page: Page, served: Server, tmp_path: Path) -> None:

@@ -27,10 +27,11 @@ def introduction(
     server: gRPC's HOST:PORT; http: a URL; adapters: the available ones; chats: whether the model has a chat
     template; pooled: what to ask of a model without an lm head.
     """
+    faces = f"{'' if pooled else 'a playground at /, '}OpenAI at /v1, LoRAX at /{pooled or 'generate'}"
     lines = (
         f"loraplex serves [bold]{model or 'SmolLM2-135M-Instruct'}[/]",
         f"  gRPC  {server}",
-        f"  HTTP  {http}  (OpenAI at /v1, LoRAX at /{pooled or 'generate'}, /docs, /health, /metrics)",
+        f"  HTTP  {http}  ({faces}, /docs, /health, /metrics)",
         f"  adapters  {_listed(adapters)}" if adapters else "",
         "",
         "Try it:",

@@ -1,5 +1,6 @@
 // The adapters: where they are, how they are, and what they cost.
 
+import { choose } from "./chat.js";
 import { fillTable, find, make } from "./elements.js";
 import { read } from "./server.js";
 
@@ -7,34 +8,41 @@ const PAGE = 200; // adapters
 const HEADINGS = ["adapter", "tier", "state", "lora_rank", "size", "running", "waiting", "used", ""];
 const NUMBERS = new Set(["lora_rank", "size", "running", "waiting", "used", ""]);
 let limit = PAGE;
+let shown = "";
 
-/** Shows them as they are now. `compare` takes an adapter's id into the chat. */
-export async function showAdapters(compare) {
+/** Shows them as they are now. */
+export async function showAdapters() {
   const adapters = await read(`adapters?limit=${limit}`);
+  if (JSON.stringify(adapters) === shown) return; // what is selected stays selected
+  shown = JSON.stringify(adapters);
   const focused = document.activeElement?.dataset?.adapter;
-  fillTable(find("adapter-table"), HEADINGS, NUMBERS, adapters.map((adapter) => row(adapter, compare)));
+  fillTable(find("adapter-table"), HEADINGS, NUMBERS, adapters.map(row));
   if (focused) find("adapter-table").querySelector(`[data-adapter="${CSS.escape(focused)}"]`)?.focus();
   find("more").hidden = adapters.length < limit;
 }
 
-function row(adapter, compare) {
-  const remarks = [adapter.reason, ...adapter.warnings, adapter.targets.map(share).join(" or ")].filter(Boolean);
+function row(adapter) {
+  const targets = adapter.targets.map(({ adapter, percent }) => `${adapter} (${percent}%)`).join(" or ");
+  const remarks = [adapter.reason, targets && `stands for ${targets}`, ...adapter.warnings].filter(Boolean);
   const name = make("div", {}, make("strong", {}, adapter.id), ...remarks.map((remark) => make("small", {}, remark)));
-  const button = { type: "button", onclick: () => compare(adapter.id), "data-adapter": adapter.id };
+  const chat = () => {
+    choose(adapter.id);
+    location.hash = "chat";
+  };
   return [
     name,
     (adapter.tier ?? "") + (adapter.pinned ? ", pinned" : ""),
-    adapter.state,
+    adapter.total_bytes ? `${adapter.state} ${percent(adapter.fetched_bytes / adapter.total_bytes)}` : adapter.state,
     String(adapter.lora_rank ?? ""),
     adapter.size_bytes === null ? "" : bytes(adapter.size_bytes),
     String(adapter.running_sequences),
     String(adapter.waiting_sequences),
     adapter.last_used === null ? "" : new Date(adapter.last_used * 1000).toLocaleTimeString(),
-    adapter.state === "broken" ? "" : make("button", button, "Chat"),
+    adapter.state === "broken" ? "" : make("button", { onclick: chat, "data-adapter": adapter.id }, "Chat"),
   ];
 }
 
-const share = ({ adapter, percent }) => `stands for ${adapter} (${percent} %)`;
+const percent = (part) => `${Math.round(100 * part)}%`;
 
 function bytes(size) {
   const units = ["B", "kB", "MB", "GB"];
@@ -44,4 +52,5 @@ function bytes(size) {
 
 find("more").addEventListener("click", () => {
   limit += PAGE;
+  showAdapters().catch(() => {}); // it will be tried again
 });

@@ -13,9 +13,7 @@ export function showCalls(request, adapter) {
   const show = (chosen) => {
     for (const tab of tabs.children) tab.setAttribute("aria-pressed", String(tab.textContent === chosen));
     dialog.querySelector("pre").textContent = LANGUAGES[chosen](request, adapter);
-    dialog.querySelector("p").textContent = LANGUAGES[chosen] === python || LANGUAGES[chosen] === grpc
-      ? "gRPC's port is 50051, unless --grpc-port says otherwise. Fields left empty have no default of the model over gRPC."
-      : "";
+    dialog.querySelector("p").hidden = ![python, grpc].includes(LANGUAGES[chosen]);
   };
   tabs.replaceChildren(...Object.keys(LANGUAGES).map((name) =>
     make("button", { type: "button", onclick: () => show(name) }, name)));
@@ -24,25 +22,26 @@ export function showCalls(request, adapter) {
 }
 
 function curl(request) {
-  const key = hasKey() ? ` \\\n  -H "Authorization: Bearer $LORAPLEX_API_KEY"` : "";
-  return `curl ${quoted(`${BASE}v1/chat/completions`)} \\\n  -H 'Content-Type: application/json'${key} \\\n  -d ${quoted(json(request))}`;
+  return `curl ${quoted(`${BASE}v1/chat/completions`)} \\
+  -H 'Content-Type: application/json' \\${header()}
+  -d ${quoted(json(request))}`;
 }
 
 function openai(request) {
   const own = Object.entries(request).filter(([name]) => OPENAI.includes(name));
   const others = Object.entries(request).filter(([name]) => !OPENAI.includes(name)); // such as top_k
-  const given = others.length ? [...own, ["extra_body", Object.fromEntries(others)]] : own;
+  if (others.length) own.push(["extra_body", Object.fromEntries(others)]);
   return `${imports()}from openai import OpenAI
 
 client = OpenAI(base_url=${literal(`${BASE}v1`)}, api_key=${key() ?? '"none"'})
 answer = client.chat.completions.create(
-${keywords(given)})
+${keywords(own)})
 print(answer.choices[0].message.content)`;
 }
 
 function python(request, adapter) {
   const { model, messages, max_tokens, response_format, ...sampling } = request;
-  const options = Object.entries({ adapter, max_new_tokens: max_tokens, ...sampling }).filter(([, value]) => value != null);
+  const options = Object.entries({ adapter, max_new_tokens: max_tokens, ...sampling });
   const schema = response_format?.json_schema.schema;
   const grammar = schema ? `    grammar=JsonSchema(${literal(schema)}),\n` : "";
   return `${imports()}from loraplex import Client${schema ? ", JsonSchema" : ""}
@@ -58,21 +57,28 @@ function grpc(request, adapter) {
   const { model, messages, max_tokens, stop, response_format, ...sampling } = request;
   const body = {
     chat: { messages },
-    ...(adapter && { adapter: { id: adapter } }),
+    adapter: adapter && { id: adapter },
     sampling,
     stopping: { max_new_tokens: max_tokens, stop },
-    ...(response_format && { grammar: { json_schema: JSON.stringify(response_format.json_schema.schema) } }),
+    grammar: response_format && { json_schema: JSON.stringify(response_format.json_schema.schema) },
   };
-  const header = hasKey() ? ` \\\n  -H "Authorization: Bearer $LORAPLEX_API_KEY"` : "";
-  return `buf curl --protocol grpc --http2-prior-knowledge${header} \\\n  -d ${quoted(json(body))} \\\n` +
-    `  http://${GRPC}/loraplex.v1.GenerationService/Generate`;
+  return `buf curl --protocol grpc --http2-prior-knowledge \\${header()}
+  -d ${quoted(json(body))} \\
+  http://${GRPC}/loraplex.v1.GenerationService/Generate`;
 }
 
 const key = () => (hasKey() ? 'os.environ["LORAPLEX_API_KEY"]' : null);
 const imports = () => (hasKey() ? "import os\n\n" : "");
-const json = (body) => `{\n${Object.entries(body).map((pair) => `  ${pair.map((part) => JSON.stringify(part)).join(": ")}`).join(",\n")}\n}`;
+const header = () => (hasKey() ? '\n  -H "Authorization: Bearer $LORAPLEX_API_KEY" \\' : "");
 const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`; // for the shell
-const keywords = (options) => options.map(([name, value]) => `    ${name}=${literal(value)},\n`).join("");
+const given = (options) => options.filter(([, value]) => value != null);
+const keywords = (options) => given(options).map(([name, value]) => `    ${name}=${literal(value)},\n`).join("");
+
+/** JSON with a line for each field. */
+function json(body) {
+  const fields = given(Object.entries(body)).map(([name, value]) => `  "${name}": ${JSON.stringify(value)}`);
+  return `{\n${fields.join(",\n")}\n}`;
+}
 
 /** Python's literal of a value of JSON. */
 function literal(value) {

@@ -19,9 +19,12 @@ let running = null; // the AbortController of the answers that are arriving
 export async function loadModels() {
   const { data } = await read(`v1/models?limit=${LISTED}`);
   if (!models.size) chosen.add(data[0].id);
+  const others = [...models].filter(([name]) => chosen.has(name) && !data.some(({ id }) => id === name));
+  models.clear();
   for (const { id, root, parent, tier } of data) {
     if (parent || id === data[0].id) models.set(id, { adapter: parent && root, tier }); // not the base's other names
   }
+  for (const [name, { adapter }] of others) models.set(name, { adapter, tier: null });
   find("names").replaceChildren(...[...models.keys()].map((value) => make("option", { value })));
   showChoices();
 }
@@ -48,9 +51,9 @@ function showChoices() {
       showChoices();
     };
     const disabled = !pressed && adapter !== null && isFull();
-    const label = adapter === null ? "base model" : name;
-    return make("button", { type: "button", "aria-pressed": String(pressed), disabled, onclick: toggle, "data-name": name },
-      label, make("small", {}, tier ?? ""));
+    const state = { "aria-pressed": String(pressed), disabled, "data-name": name };
+    const parts = [adapter === null ? "base model" : name, make("small", {}, tier ?? "")];
+    return make("button", { type: "button", onclick: toggle, ...state }, ...parts);
   });
   const focused = document.activeElement?.dataset?.name;
   find("choices").replaceChildren(...buttons);

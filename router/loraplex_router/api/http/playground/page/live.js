@@ -7,8 +7,10 @@ const MOST_ADAPTERS = 20; // rows
 const LINE = /^([A-Za-z_:][\w:]*)(?:\{(.*)\})? (\S+)/;
 const LABEL = /([A-Za-z_]\w*)="((?:[^"\\]|\\.)*)"/g;
 const ESCAPES = { "\\\\": "\\", "\\n": "\n", '\\"': '"' };
-const REPLICA = ["replica", "running", "waiting", "KV cache", "device", "host", "steps/s", "step", "prefill", "decode", "adapters"];
-const ADAPTER = ["adapter", "running", "waiting", "requests/s", "prompt tokens/s", "tokens/s", "wait"];
+const QUEUES = ["running", "waiting"];
+const STEPS = ["steps/s", "step", "prefill", "decode", "adapters"];
+const REPLICA = ["replica", ...QUEUES, "KV cache", "device", "host", ...STEPS];
+const ADAPTER = ["adapter", ...QUEUES, "requests/s", "prompt tokens/s", "tokens/s", "wait"];
 
 /** One reading of /metrics. */
 class Samples {
@@ -19,14 +21,15 @@ class Samples {
     for (const line of text.split("\n")) {
       const [, name, labels, value] = LINE.exec(line) ?? [];
       if (!name) continue; // a comment
-      const pairs = [...(labels ?? "").matchAll(LABEL)].map(([, label, given]) => [label, given.replace(/\\./g, (found) => ESCAPES[found] ?? found)]);
+      const unescape = (text) => text.replace(/\\./g, (found) => ESCAPES[found] ?? found);
+      const pairs = [...(labels ?? "").matchAll(LABEL)].map(([, label, text]) => [label, unescape(text)]);
       this.#found.push({ name, labels: Object.fromEntries(pairs), value: Number(value) });
     }
   }
 
   find(name, labels = {}) {
-    const wanted = Object.entries(labels);
-    return this.#found.filter((sample) => sample.name === name && wanted.every(([label, value]) => sample.labels[label] === value));
+    const has = (sample) => Object.entries(labels).every(([label, value]) => sample.labels[label] === value);
+    return this.#found.filter((sample) => sample.name === name && has(sample));
   }
 
   sum(name, labels) {
@@ -72,7 +75,7 @@ function summary(change) {
     "tokens/s": change.rate("loraplex_generated_tokens_total").toFixed(1),
     "first token": milliseconds(change.mean("loraplex_time_to_first_token_seconds")),
     "between tokens": milliseconds(change.mean("loraplex_inter_token_seconds")),
-    "prefix hits": prompt ? `${Math.round((100 * hits) / prompt)} %` : "-",
+    "prefix hits": prompt ? `${Math.round((100 * hits) / prompt)}%` : "-",
   };
 }
 
@@ -99,21 +102,23 @@ function replicaRow(change, replica) {
 
 /** Blocks in use, blocks that cache prefixes, and free blocks. */
 function cacheBar(now, replica) {
-  const [used, cached, free] = ["used", "cached", "free"].map((state) => now.sum("loraplex_kv_blocks", { replica, state }));
+  const blocks = (state) => now.sum("loraplex_kv_blocks", { replica, state });
+  const [used, cached, free] = ["used", "cached", "free"].map(blocks);
   const total = Math.max(1, used + cached + free);
   const title = `${used} blocks in use, ${cached} cached, ${free} free`;
   const parts = [["used", used / total], ["cached", cached / total]];
-  return make("div", { class: "cache", title }, bar(parts), `${Math.round((100 * used) / total)} %`);
+  return make("div", { class: "cache", title }, bar(parts), `${Math.round((100 * used) / total)}%`);
 }
 
 function adapterRows(change) {
   const found = change.now.values("loraplex_adapter_sequences", "adapter").map((adapter) => {
-    const sequences = ["running", "waiting"].map((state) => change.now.sum("loraplex_adapter_sequences", { adapter, state }));
+    const sequences = QUEUES.map((state) => change.now.sum("loraplex_adapter_sequences", { adapter, state }));
     const names = ["requests", "adapter_prompt_tokens", "adapter_generated_tokens"];
     const rates = names.map((name) => change.rate(`loraplex_${name}_total`, { adapter }));
     return { adapter, sequences, rates, busy: [sequences[0] + sequences[1], rates[2], rates[0]] };
   });
-  found.sort((a, b) => b.busy[0] - a.busy[0] || b.busy[1] - a.busy[1] || b.busy[2] - a.busy[2] || (a.adapter < b.adapter ? -1 : 1));
+  const busier = (a, b) => b.busy.map((value, at) => value - a.busy[at]).find((difference) => difference) ?? 0;
+  found.sort(busier); // adapters that are as busy stay in the order of their names
   const rows = found.slice(0, MOST_ADAPTERS).map(({ adapter, sequences, rates }) => [
     adapter,
     ...sequences.map(String),
@@ -133,11 +138,12 @@ export async function showLive() {
   before = now;
   const [rows, others] = adapterRows(change);
   const [replicas, adapters] = [make("table"), make("table")];
-  fillTable(replicas, REPLICA, new Set(REPLICA.slice(1)), now.values("loraplex_sequences", "replica").map((name) => replicaRow(change, name)));
+  const replicaRows = now.values("loraplex_sequences", "replica").map((name) => replicaRow(change, name));
+  fillTable(replicas, REPLICA, new Set(REPLICA.slice(1)), replicaRows);
   fillTable(adapters, ADAPTER, new Set(ADAPTER.slice(1)), rows);
-  const figures = Object.entries(summary(change)).map(([name, value]) => make("div", {}, make("dt", {}, name), make("dd", {}, String(value))));
+  const figure = ([name, value]) => make("div", {}, make("dt", {}, name), make("dd", {}, String(value)));
   find("live-view").replaceChildren(
-    make("dl", {}, ...figures),
+    make("dl", {}, ...Object.entries(summary(change)).map(figure)),
     make("div", { class: "scroll" }, replicas),
     make("p", {}, "prefill, decode, adapters: tokens and distinct adapters per step"),
     make("div", { class: "scroll" }, adapters),

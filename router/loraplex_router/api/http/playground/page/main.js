@@ -1,20 +1,15 @@
 // Starts the page: its views, the API key, and the model that the server has.
 
 import { showAdapters } from "./adapters.js";
-import { choose, loadModels } from "./chat.js";
+import { loadModels } from "./chat.js";
 import { find } from "./elements.js";
 import { showLive } from "./live.js";
 import { read, useKey } from "./server.js";
 
-const VIEWS = { chat: null, adapters: () => showAdapters(compare), live: showLive };
+const VIEWS = { chat: null, adapters: showAdapters, live: showLive };
 const SECONDS = 2; // between two looks at the server
 
 const view = () => (location.hash.slice(1) in VIEWS ? location.hash.slice(1) : "chat");
-
-function compare(adapter) {
-  choose(adapter);
-  location.hash = "chat";
-}
 
 /** Shows the current view. What it shows of the server is read anew while somebody may be looking. */
 async function refresh() {
@@ -41,9 +36,11 @@ async function start() {
   const info = await read("info");
   find("model").textContent = info.model_id;
   if (info.model_pipeline_tag !== "text-generation") {
-    throw new Error(`This model does not chat: it is for ${info.model_pipeline_tag}. Its routes are below.`);
+    find("hint").textContent = `This model does not chat: it is for ${info.model_pipeline_tag}.`;
+    find("composer").hidden = true;
+  } else {
+    await loadModels();
   }
-  await loadModels();
 }
 
 window.addEventListener("key-needed", () => {

@@ -13,7 +13,10 @@ export async function call(path, body, signal) {
   if (hasKey()) headers.Authorization = `Bearer ${sessionStorage.getItem(KEY)}`;
   if (body) headers["Content-Type"] = "application/json";
   const method = body ? "POST" : "GET";
-  const response = await fetch(new URL(path, BASE), { method, headers, body: body && JSON.stringify(body), signal });
+  const request = { method, headers, body: body && JSON.stringify(body), signal };
+  const response = await fetch(new URL(path, BASE), request).catch((error) => {
+    throw error.name === "AbortError" ? error : new Error("The server does not answer.");
+  });
   if (response.ok) return response;
   if (response.status === 401) window.dispatchEvent(new Event("key-needed"));
   throw new Error(describe(await response.text()) || `${response.status} ${response.statusText}`);

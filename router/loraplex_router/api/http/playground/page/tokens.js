@@ -55,7 +55,7 @@ export class TokenText {
 }
 
 const likelihood = (tokens) => Math.exp(tokens.reduce((sum, token) => sum + token.logprob, 0));
-const percent = (value) => `${(100 * value).toFixed(value < 0.1 ? 1 : 0)} %`;
+const percent = (value) => `${(100 * value).toFixed(value < 0.1 ? 1 : 0)}%`;
 
 /** How unlikely: 0 to 2, for the colour. */
 const level = (tokens) => [0.3, 0.1].filter((limit) => likelihood(tokens) < limit).length;
@@ -74,7 +74,8 @@ export function watchTokens(root, tip) {
     tip.style.left = `${Math.max(0, Math.min(left, innerWidth - tip.offsetWidth - 8))}px`;
     tip.style.top = `${bottom + tip.offsetHeight > innerHeight ? bottom - tip.offsetHeight - 30 : bottom + 4}px`;
   };
-  for (const name of ["pointerover", "click"]) root.addEventListener(name, (event) => show(event.target.closest(".token")));
+  root.addEventListener("pointerover", (event) => show(event.target.closest(".token")));
+  root.addEventListener("click", (event) => show(event.target.closest(".token"))); // a finger is no longer over it
   root.addEventListener("pointerleave", () => show(null));
   root.addEventListener("focusout", () => show(null));
   root.addEventListener("keydown", (event) => {
@@ -96,7 +97,10 @@ function describe(tokens) {
   const rows = tokens.length > 1 ? tokens : first.top_logprobs;
   return [
     make("strong", {}, `${heading}  ${percent(likelihood(tokens))}`),
-    ...rows.map((row) => make("div", { class: row.token === first.token ? "chosen" : null },
-      make("span", {}, visible(row.token)), bar([["used", Math.exp(row.logprob)]]), percent(Math.exp(row.logprob)))),
+    ...rows.map(({ token, logprob }) => {
+      const share = Math.exp(logprob);
+      const cells = [make("span", {}, visible(token)), bar([["used", share]]), percent(share)];
+      return make("div", { class: token === first.token ? "chosen" : null }, ...cells);
+    }),
   ];
 }
