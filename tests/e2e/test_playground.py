@@ -299,14 +299,43 @@ def test_adapters_and_the_live_picture_are_those_of_the_server(page: Page, serve
     expect(page.get_by_role("status")).to_have_text("Stopped.")
 
 
+def test_adapters_say_what_is_with_them(page: Page, served: Server) -> None:
+    enter(page)
+    listed = page.request.get(f"{served.url}/adapters", headers={"Authorization": f"Bearer {KEY}"}).json()
+    changes: list[dict[str, Any]] = [
+        {"id": "<b>", "state": "broken", "tier": None, "reason": "a folder"},
+        {"state": "fetching", "tier": None, "fetched_bytes": 4, "total_bytes": 10},
+        {"state": "alias", "targets": [{"adapter": "x@1", "percent": 90}, {"adapter": "x@2", "percent": 10}]},
+    ]
+    rows = [{**listed[0], **change} for change in changes] * 100
+    page.route("**/adapters?limit=*", lambda route: route.fulfill(json=rows[: int(route.request.url.split("=")[1])]))
+    page.get_by_role("link", name="Adapters", exact=True).click()
+    shown = page.locator("#adapter-table tbody tr")
+    expect(shown).to_have_count(200)
+    page.get_by_role("button", name="More").click()
+    expect(shown).to_have_count(300)
+    for row, text in enumerate(("<b>a folder", "fetching 40%", "stands for x@1 (90%) or x@2 (10%)")):
+        expect(shown.nth(row)).to_contain_text(text)
+
+
+def test_a_model_that_does_not_chat_says_so(page: Page) -> None:
+    enter(page)
+    page.route(
+        "**/info", lambda route: route.fulfill(json={"model_id": "m", "model_pipeline_tag": "feature-extraction"})
+    )
+    page.reload()
+    expect(page.locator("#hint")).to_have_text("This model does not chat: it is for feature-extraction.")
+    expect(page.get_by_role("button", name="Send")).to_be_hidden()
+
+
 LIVE = """async () => {
     const { showLive } = await import("/playground/live.js");
     for (const now of [0, 2000]) {
         performance.now = () => now;
         await showLive();
     }
-    const texts = (parts) => [...parts].map((part) => part.innerText.replace(/\\s+/g, " ").trim());
-    return texts(document.querySelectorAll("#live-view :is(dl > div, th, td, p)"));
+    const words = (part) => [...part.childNodes].map((node) => node.textContent).join(" ").trim();
+    return [...document.querySelectorAll("#live-view :is(dl > div, th, td, p)")].map(words);
 }"""
 
 
@@ -314,7 +343,6 @@ def test_the_live_picture_is_that_of_the_command(page: Page) -> None:
     enter(page)
     scrapes = iter((BEFORE, NOW))
     page.route("**/metrics", lambda route: route.fulfill(body=next(scrapes)))
-    page.evaluate("document.getElementById('live-view').hidden = false")
     text = frame(Change(Samples(0, BEFORE), Samples(2, NOW)), columns=400)
     _, *lines = re.sub("[█▒░]+ ", "", text).splitlines()  # the page has the model's name elsewhere
     cells = [cell for line in lines for cell in re.split(" {2,}", line.strip()) if cell]
