@@ -60,8 +60,8 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
     raise RuntimeError("a blocking call was suspended")
 
 
-class Thread:
-    """Waits by blocking the thread."""
+class CallingThread:
+    """Waits by blocking the thread that calls."""
 
     async def sleep(self, seconds: float) -> None:
         time.sleep(seconds)

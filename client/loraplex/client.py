@@ -6,7 +6,7 @@ from typing import Self, cast
 import grpc
 import grpc.aio
 
-from loraplex.blocking import Blocking, BlockingChannel, Thread, blocking, blocking_stream
+from loraplex.blocking import Blocking, BlockingChannel, CallingThread, blocking, blocking_stream
 from loraplex.calls import Calls
 from loraplex.connection import CHANNEL_OPTIONS
 
@@ -41,7 +41,7 @@ class Client(Blocking[Calls]):
         else:
             channel = grpc.secure_channel(server, credentials, options=CHANNEL_OPTIONS)
         awaitable = cast(grpc.aio.Channel, BlockingChannel(channel))
-        super().__init__(Calls(server, awaitable, api_key, max_retries, Thread()))
+        super().__init__(Calls(server, awaitable, api_key, max_retries, CallingThread()))
 
     def __enter__(self) -> Self:
         return self

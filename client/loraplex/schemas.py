@@ -25,14 +25,18 @@ def schema_of(kind: Any) -> Mapping[str, Any]:
     from pydantic import PydanticUserError
     from pydantic.json_schema import GenerateJsonSchema
 
-    class WithoutTitles(GenerateJsonSchema):
-        """A field's title only repeats its name."""
-
+    class ForModels(GenerateJsonSchema):
         def field_title_should_be_set(self, schema: Any) -> bool:
+            """It only repeats the field's name."""
             return False
 
+        def decimal_schema(self, schema: Any) -> dict[str, Any]:
+            """A number, although pydantic reads texts, too: their pattern cannot be enforced."""
+            found = super().decimal_schema(schema)
+            return next(each for each in found["anyOf"] if each["type"] == "number")
+
     try:
-        return validator_of(kind).json_schema(schema_generator=WithoutTitles)
+        return validator_of(kind).json_schema(schema_generator=ForModels)
     except PydanticUserError as error:
         raise TypeError(f"{kind!r} cannot be described: {error.message.splitlines()[0]}") from error
 

@@ -1,5 +1,6 @@
 """Answers that are values of a Python type."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Generic, TypeVar
 
@@ -50,7 +51,8 @@ def grammar_of(kind: Any) -> JsonSchema:
 
 def parsed_generation(kind: type[T], generation: Generation) -> ParsedGeneration[T]:
     """Raises AnswerError if one of the sequences is not a value of this type."""
-    values = tuple(_parsed(kind, sequence.text, sequence.finish_reason) for sequence in generation.sequences)
+    warnings = generation.warnings
+    values = tuple(_parsed(kind, each.text, each.finish_reason, warnings) for each in generation.sequences)
     return ParsedGeneration(**_fields(generation), values=values)
 
 
@@ -60,21 +62,24 @@ class PieceParser(Generic[T]):
     def __init__(self, kind: type[T]) -> None:
         self._kind = kind
         self._texts = dict[int, str]()
+        self._warnings = dict[int, tuple[str, ...]]()
 
     def read(self, piece: StreamPiece) -> ParsedPiece[T]:
         """Raises AnswerError if this piece ends a sequence that is not a value of the type."""
         text = self._texts[piece.index] = self._texts.get(piece.index, "") + piece.text
-        value = None if piece.finish_reason is None else _parsed(self._kind, text, piece.finish_reason)
+        warnings = self._warnings.setdefault(piece.index, piece.warnings)
+        value = None if piece.finish_reason is None else _parsed(self._kind, text, piece.finish_reason, warnings)
         return ParsedPiece(**_fields(piece), parsed=value)
 
 
-def _parsed(kind: Any, text: str, finish_reason: FinishReason) -> Any:
+def _parsed(kind: Any, text: str, finish_reason: FinishReason, warnings: Sequence[str]) -> Any:
     if finish_reason is not FinishReason.END_TOKEN:
         raise AnswerError(f"the answer was cut off (finish reason {finish_reason.value})", text, finish_reason)
     try:
         return validator_of(kind).validate_json(text)
     except ValueError as error:
-        raise AnswerError(f"the answer is not a {kind.__name__}: {explain(error)}", text, finish_reason) from error
+        reason = "; ".join([f"the answer is not a {kind.__name__}: {explain(error)}", *warnings])
+        raise AnswerError(reason, text, finish_reason) from error
 
 
 def _fields(data: Generation | StreamPiece) -> dict[str, Any]:

@@ -39,6 +39,7 @@ class ScriptedServicer(GenerationServiceServicer):
             ),
         ]
         self.answers: list[pb.GeneratedSequence] = []  # in place of words: one for each of the next requests
+        self.warnings: list[str] = []  # with such answers
         self.requests: list[object] = []
         self.failures: list[LoraplexError] = []  # each is raised by one of the next calls
         self.failure_after_first_piece: LoraplexError | None = None
@@ -55,7 +56,7 @@ class ScriptedServicer(GenerationServiceServicer):
         if self.failure_after_first_piece:
             context.abort_with_status(to_status(self.failure_after_first_piece))
         if self.answers:
-            return pb.GenerateResponse(request_id="r-1", sequences=[self.answers.pop(0)])
+            return pb.GenerateResponse(request_id="r-1", sequences=[self.answers.pop(0)], warnings=self.warnings)
         words = list(self._words(request))
         return pb.GenerateResponse(
             request_id=request.request_id or "r-1",
@@ -80,7 +81,7 @@ class ScriptedServicer(GenerationServiceServicer):
         if request.text == ENDLESS:
             self._watch(context)
         if self.answers:
-            yield from _pieces(self.answers.pop(0))
+            yield from _pieces(self.answers.pop(0), self.warnings)
             return
         for index in range(request.n or 1):
             for position, word in enumerate(self._words(request)):
@@ -193,8 +194,9 @@ def answer(text: str, *calls: pb.ToolCall, finish_reason: str = "END_TOKEN", **f
     return pb.GeneratedSequence(text=text, tool_calls=calls, finish_reason=reason, usage=_usage(7), **fields)
 
 
-def _pieces(answer: pb.GeneratedSequence) -> Iterator[pb.GenerateStreamResponse]:
+def _pieces(answer: pb.GeneratedSequence, warnings: list[str]) -> Iterator[pb.GenerateStreamResponse]:
     """Letter by letter; of a call, its name first."""
+    yield pb.GenerateStreamResponse(warnings=warnings)
     yield from (pb.GenerateStreamResponse(reasoning=letter) for letter in answer.reasoning)
     yield from (pb.GenerateStreamResponse(text=letter) for letter in answer.text)
     for index, call in enumerate(answer.tool_calls):

@@ -228,8 +228,8 @@ def test_a_stream_that_is_left_early_changes_nothing(client: Client, servicer: S
     servicer.answers = [answer("Hello")]
     conversation = Conversation(client)
     for piece in conversation.stream("Hi"):
-        assert piece.text == "H"
-        break
+        if piece.text:
+            break
     assert conversation.messages == []
 
 

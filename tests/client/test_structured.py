@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import dataclass
+from decimal import Decimal
 from threading import Thread
 from typing import Annotated
 
@@ -92,6 +93,23 @@ async def test_asyncio_has_the_same(async_client: AsyncClient, servicer: Scripte
 def test_a_grammar_beside_the_type_is_refused(client: Client) -> None:
     with pytest.raises(TypeError, match="grammar"):
         client.parse("Who?", Person, grammar=None)  # type: ignore[call-arg]
+
+
+def test_the_error_has_what_the_server_warned_of(client: Client, servicer: ScriptedServicer) -> None:
+    servicer.warnings = ["pattern is not enforced"]
+    servicer.answers = [answer('{"name": 7, "age": 36}')] * 2
+    told = r"not a Person: name: Input should be a valid string; pattern is not enforced$"
+    with pytest.raises(AnswerError, match=told):
+        client.parse("Who?", Person)
+    with pytest.raises(AnswerError, match=told):
+        list(client.stream_parsed("Who?", Person))
+
+
+def test_a_decimal_is_a_number(client: Client, servicer: ScriptedServicer) -> None:
+    servicer.answers = [answer("1.50")]
+    assert client.parse("How much?", Decimal).parsed == Decimal("1.5")
+    (request,) = servicer.requests
+    assert request.grammar.json_schema == '{"type": "number"}'
 
 
 def test_a_type_that_json_does_not_have_is_refused(client: Client) -> None:

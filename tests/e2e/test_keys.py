@@ -43,7 +43,7 @@ def guarded(model: Path, adapters: Path, tmp_path_factory: pytest.TempPathFactor
 
 
 def client_of(server: Server, name: str) -> Client:
-    return Client(server.address, api_key=KEYS[name])
+    return Client(server.address, api_key=KEYS[name], max_retries=0)
 
 
 @pytest.mark.parametrize("key", [None, "wrong"])

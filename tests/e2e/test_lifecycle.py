@@ -124,7 +124,7 @@ async def test_sequences_that_outgrow_the_cache_are_preempted_without_losing_tok
 async def test_a_full_queue_refuses_at_once_and_serves_what_it_holds(model: Path):
     flags = "--max-queue=4", "--max-sequences=1", "--kv-blocks=64", "--max-model-len=1024", "--threads=1"
     with Server(str(model), *flags) as server:
-        async with AsyncClient(server.address) as client:
+        async with AsyncClient(server.address, max_retries=0) as client:
             running = client.stream("running", max_new_tokens=600, ignore_eos=True)
             await anext(running)
             queued = [asyncio.create_task(client.generate(f"{i}", max_new_tokens=2)) for i in range(4)]
