@@ -2,8 +2,10 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -34,6 +36,7 @@ from loraplex_router.api.uploads import read_announcement, read_data, receive, s
 from loraplex_router.engine.output import Generation
 from loraplex_router.replicas.administration import AT_A_TIME
 from loraplex_router.service.service import Service
+from loraplex_router.vocabulary.request import Request
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +64,7 @@ class GenerationApi(GenerationServiceServicer):
         async with _answering(context):
             if request.resume_token:
                 raise InvalidRequestError(FieldViolation("resume_token", "only GenerateStream resumes a stream"))
-            generations = await self._service.generate_each(read_request(request), _key(context))
+            generations = await self._service.generate_each(_read(request, context), _key(context))
             try:
                 await context.send_initial_metadata(((BEGUN, "1"),))  # from here on clients do not try again
                 writer = self._writer(request, generations)
@@ -77,7 +80,7 @@ class GenerationApi(GenerationServiceServicer):
     ) -> AsyncIterator[pb.GenerateStreamResponse]:
         async with _answering(context):
             stream = self._service.stream("resume_token", request.resume_token)
-            generations = await self._service.generate_each(read_request(request), _key(context), stream=stream)
+            generations = await self._service.generate_each(_read(request, context), _key(context), stream=stream)
             try:
                 writer = self._writer(request, generations)
                 if stream is not None and not await stream.resumable():
@@ -251,6 +254,11 @@ async def _answering(context: Context) -> AsyncIterator[None]:
     except Exception:
         logger.exception("a call failed")
         await context.abort_with_status(to_status(LoraplexError("internal error; the server's log has the details")))
+
+
+def _read(request: pb.GenerateRequest, context: Context) -> Request:
+    left = context.time_remaining()
+    return replace(read_request(request), deadline=None if left is None else time.monotonic() + left)
 
 
 def _key(context: Context) -> str | None:

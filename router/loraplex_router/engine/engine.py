@@ -95,6 +95,17 @@ class Engine:
     def __contains__(self, generation: Generation) -> bool:
         return generation in self._generations
 
+    def waited(self, generation: Generation) -> float:
+        """How long those before the generation have waited, in seconds: at least so long, it will have to wait. Only
+        those of its tenant and adapter are certain to go first; 0 if there are none, or if the adapter is not on the
+        device."""
+        if generation.adapter.ready:
+            for sequence in self._scheduler.waiting(generation.adapter, generation.tenant):
+                before, _ = self._owners[sequence]
+                if before.started is None:  # otherwise it waits to continue
+                    return time.monotonic() - before.queued
+        return 0.0
+
     def submit(self, generation: Generation) -> None:
         """Queues a generation's sequences, except those that have ended."""
         self._generations[generation] = None

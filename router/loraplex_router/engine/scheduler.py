@@ -78,6 +78,10 @@ class Scheduler:
         """How many sequences wait, by their tenants' names."""
         return self._shares.waiting()
 
+    def waiting(self, adapter: Adapter, tenant: str) -> Iterable[Sequence]:
+        """A tenant's sequences that wait for the adapter, oldest first."""
+        return self._waiting.get(adapter, {}).get(tenant, ())
+
     # ---- sequences come and go -------------------------------------------------------------------------------
 
     def add(self, sequence: Sequence) -> None:

@@ -72,5 +72,5 @@ def fingerprint(request: Request, model: str) -> str:
     """The same for the same request to the same model, whichever call it comes with."""
     bias = sorted((request.sampling.logit_bias or {}).items())
     sampling = request.sampling.model_copy(update={"logit_bias": bias})
-    plain = replace(request, request_id="", session="", open_parameters=frozenset(), sampling=sampling)
+    plain = replace(request, request_id="", session="", deadline=None, open_parameters=frozenset(), sampling=sampling)
     return sha256(repr((model, sorted(request.open_parameters), plain)).encode(errors="backslashreplace")).hexdigest()

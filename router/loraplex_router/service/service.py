@@ -13,6 +13,7 @@ from typing import Literal
 
 from loraplex_protos import generation_pb2 as pb
 from loraplex_protos.errors import (
+    DeadlineError,
     FieldViolation,
     InvalidRequestError,
     OverloadedError,
@@ -308,6 +309,8 @@ class Service:
                 placed = [
                     await self._preparation.prepare(part, arrival, each) for part, each in zip_longest(parts, saved)
                 ]
+                for part, (generation, lease) in zip(parts, placed, strict=True):
+                    _check_deadline(part, lease.replica.engine.waited(generation))
                 visit.spend(sum(generation.num_prompt for generation, _ in placed), time.monotonic())
                 for generation, lease in placed:
                     self.telemetry.queued(generation)
@@ -455,6 +458,15 @@ class Service:
         share = self.max_queue // len({*waiting, tenant.name})
         if waiting[tenant.name] + sequences > share:
             raise OverloadedError(f"the queue is full ({waiting.total()} sequences are waiting): try again later")
+
+
+def _check_deadline(request: Request, waited: float) -> None:
+    """Raises DeadlineError if the request would wait until its deadline, as those before it have."""
+    if request.deadline is not None and waited and waited > (left := request.deadline - time.monotonic()):
+        raise DeadlineError(
+            f"the requests before it have waited for {waited:.1f} s, but its deadline is in {left:.1f} s: allow more"
+            " time, or try again later"
+        )
 
 
 def _names(requests: Iterable[Request | EmbedRequest]) -> frozenset[str]:

@@ -40,6 +40,7 @@ class Request:
     separates_thoughts: bool = False  # of an answer in a chat: a grammar begins after them
     cache_salt: str = ""  # cached prefixes are shared by requests with the same salt
     session: str = ""  # requests with the same one get the same version of an alias with weights
+    deadline: float | None = None  # by time.monotonic: nobody wants the answer later
     warnings: tuple[str, ...] = ()  # what its sender should know
 
     def parts(self) -> list["Request"]:
