@@ -8,6 +8,7 @@ from loraplex import requests, responses
 from loraplex.connection import Connection
 from loraplex.options import AdapterReference, GenerateOptions, MergedAdapters, Message, ParseOptions, Prompt
 from loraplex.structured import ParsedGeneration, ParsedPiece, PieceParser, grammar_of, parsed_generation
+from loraplex.tools import AnyTool
 from loraplex.types import Classification, Embedding, Generation, ModelInfo, StreamPiece, TokenSpan
 from loraplex_protos import generation_pb2 as pb
 
@@ -108,14 +109,15 @@ class GenerationCalls(Connection):
         self,
         prompt: str | Sequence[Message],
         *,
+        tools: Sequence[AnyTool] | None = None,
         skip_special_tokens: bool = False,
         timeout: float | None = None,
     ) -> tuple[TokenSpan, ...]:
-        """The tokens of a text, or of a conversation as `generate` would render it.
+        """The tokens of a text, or of a conversation as `generate` would render it with these tools.
 
         `skip_special_tokens` omits those that the tokenizer adds to a text.
         """
-        request = requests.tokenize_request(prompt, skip_special_tokens)
+        request = requests.tokenize_request(prompt, skip_special_tokens, tools)
         return responses.token_spans(await self._send(self._stub.Tokenize, request, timeout))
 
     async def info(self, *, timeout: float | None = None) -> ModelInfo:

@@ -8,7 +8,7 @@ from google.protobuf.message import Message as Proto
 
 from loraplex.grammars import Grammar, to_proto
 from loraplex.options import AdapterReference, GenerateOptions, MergedAdapters, Message, Prompt
-from loraplex.tools import Tool, read_tools
+from loraplex.tools import AnyTool, Tool, read_tools
 from loraplex.types import ToolCall
 from loraplex_protos import generation_pb2 as pb
 from loraplex_protos.errors import FieldViolation, InvalidRequestError
@@ -51,13 +51,17 @@ def generate_request(prompt: Prompt, **options: Unpack[GenerateOptions]) -> pb.G
         named = [adapters] if isinstance(adapters, str) else adapters
         _fill(request, adapters=[adapter_reference("" if each is None else each) for each in named])
     _with_prompt(request, prompt)
+    _add_tools(request, tools)
+    if single or tool_choice not in (None, "auto"):
+        request.tool_choice.CopyFrom(_fill(_tool_choice(tool_choice), single=single))
+    return request
+
+
+def _add_tools(request: pb.GenerateRequest | pb.TokenizeRequest, tools: Sequence[AnyTool] | None) -> None:
     if tools:
         if not request.HasField("chat"):
             raise InvalidRequestError(FieldViolation("tools", "needs a conversation as the prompt"))
         request.chat.tools.extend(map(_tool, read_tools(tools)))
-    if single or tool_choice not in (None, "auto"):
-        request.tool_choice.CopyFrom(_fill(_tool_choice(tool_choice), single=single))
-    return request
 
 
 def _tool(tool: Tool) -> pb.Tool:
@@ -91,9 +95,13 @@ def classify_request(
     return _with_adapter(_fill(request, session=session), adapter)
 
 
-def tokenize_request(prompt: str | Sequence[Message], skip_special_tokens: bool) -> pb.TokenizeRequest:
+def tokenize_request(
+    prompt: str | Sequence[Message], skip_special_tokens: bool, tools: Sequence[AnyTool] | None = None
+) -> pb.TokenizeRequest:
     request = pb.TokenizeRequest(skip_special_tokens=skip_special_tokens)
-    return _fill(request, text=prompt) if isinstance(prompt, str) else _fill(request, chat=_chat(prompt))
+    request = _fill(request, text=prompt) if isinstance(prompt, str) else _fill(request, chat=_chat(prompt))
+    _add_tools(request, tools)
+    return request
 
 
 def adapter_reference(adapter: str | AdapterReference) -> pb.AdapterReference:

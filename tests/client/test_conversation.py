@@ -259,6 +259,8 @@ def test_tools_and_calls_are_sent_and_answered_without_a_conversation(
     assert request.chat.messages[1].tool_calls == [pb.ToolCall(id="c0", name="weather", arguments="{}")]
     assert request.chat.tools == [pb.Tool(name="weather", strict=True), pb.Tool(name="time", parameters="{}")]
     assert request.tool_choice == pb.ToolChoice(mode="MODE_REQUIRED")
+    client.tokenize(messages, tools=tools)
+    assert servicer.requests[-1] == pb.TokenizeRequest(chat=request.chat)
     with pytest.raises(InvalidRequestError, match="tools: needs a conversation"):
         client.generate("Hi", tools=[weather])
     with pytest.raises(InvalidRequestError, match=r"tools: .* form of OpenAI's API"):
