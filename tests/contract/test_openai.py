@@ -162,7 +162,7 @@ async def test_many_asynchronous_streams_at_once(server: Server, base: str):
         ({"logit_bias": {"x": 1}}, "logit_bias[x]"),
         ({"stop": 5}, "stop"),
         ({"tool_choice": "any"}, "tool_choice"),
-        ({"functions": [{"name": "f"}]}, "functions"),
+        ({"functions": [{"name": "f"}], "tools": [{"type": "function", "function": {"name": "f"}}]}, "functions"),
         ({"extra_body": {"bad_words": ["x"]}}, "bad_words"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"tool_choice": "required"}, "tool_choice"),

@@ -37,8 +37,6 @@ def chunks(server: Server, path: str, body: dict[str, Any]) -> list[dict[str, An
     [
         ("priority", 0, 5),
         ("length_penalty", 1.0, 2.0),
-        ("allowed_token_ids", [], [5]),
-        ("bad_words", [], ["x"]),
         ("use_beam_search", False, True),
         ("thinking_token_budget", None, 5),
         ("truncation_side", "left", "right"),
@@ -273,6 +271,51 @@ def test_thoughts_are_beside_the_content_streamed_or_not(server: Server):
     without = {**body, "regex": "yes|no", "chat_template_kwargs": {"enable_thinking": False}}
     formatted = ask(server, CHAT, without)[0]["choices"][0]["message"]
     assert formatted["content"] in ("yes", "no") and "reasoning" not in formatted
+
+
+def test_functions_of_older_clients_are_called_and_answered(server: Server):
+    functions = [{"name": "read", "parameters": {"type": "object", "properties": {"a": {"type": "boolean"}}}}]
+    body = {**HELLO, "functions": functions, "function_call": {"name": "read"}, "max_tokens": 100, "seed": 1}
+    (choice,) = ask(server, CHAT, body)[0]["choices"]
+    assert choice["finish_reason"] == "function_call" and "tool_calls" not in choice["message"]
+    call = choice["message"]["function_call"]
+    assert call["name"] == "read" and json.loads(call["arguments"]).keys() <= {"a"}
+    deltas = [chunk["choices"][0]["delta"].get("function_call", {}) for chunk in chunks(server, CHAT, body)]
+    assert [delta["name"] for delta in deltas if "name" in delta] == ["read"]
+    assert "".join(delta.get("arguments", "") for delta in deltas) == call["arguments"]
+    said = [*HELLO["messages"], {"role": "assistant", "content": None, "function_call": call}]
+    said += [{"role": "function", "name": "read", "content": "noon"}]
+    in_todays_form = [{"id": "call_1", "type": "function", "function": call}]
+    same = [*HELLO["messages"], {"role": "assistant", "content": None, "tool_calls": in_todays_form}]
+    same += [{"role": "tool", "name": "read", "content": "noon", "tool_call_id": "call_1"}]
+    tools = [{"type": "function", "function": function} for function in functions]
+    old = ask(server, CHAT, {**body, "messages": said, "function_call": "none"})[0]
+    new = ask(server, CHAT, {**HELLO, "messages": same, "tools": tools, "tool_choice": "none", "seed": 1})[0]
+    assert old["usage"]["prompt_tokens"] == new["usage"]["prompt_tokens"]
+    for wrong, field in (({"tools": tools}, "functions"), ({"functions": None}, "function_call")):
+        assert json.loads(call_with(server, {**body, **wrong}))["error"]["param"] == field
+
+
+def call_with(server: Server, body: object) -> str:
+    status, _, text = call(server, CHAT, body)
+    assert status == 400
+    return text
+
+
+def test_only_allowed_tokens_and_no_bad_words_are_generated(server: Server):
+    allowed = ask(server, "/tokenize", {"prompt": "abc"})[0]["tokens"]
+    body = {**PROMPT, "max_tokens": 20, "allowed_token_ids": allowed, "temperature": 2, "seed": 5}
+    text = ask(server, COMPLETIONS, body)[0]["choices"][0]["text"]
+    assert set(text) == set("abc") and len(text) == 20
+    without = ask(server, COMPLETIONS, {**body, "bad_words": ["ab", "c"]})[0]["choices"][0]["text"]
+    assert "ab" not in without and set(without) <= set("ab") and len(without) == 20
+    for wrong, field in (
+        ({"allowed_token_ids": []}, "allowed_token_ids"),
+        ({"allowed_token_ids": [10**6]}, "allowed_token_ids"),
+        ({"bad_words": [""]}, "bad_words"),
+    ):
+        status, _, answer = call(server, COMPLETIONS, {**PROMPT, **wrong})
+        assert status == 400 and json.loads(answer)["error"]["param"] == field
 
 
 def test_sagemakers_route_takes_the_bodies_of_openais(server: Server):

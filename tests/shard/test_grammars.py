@@ -18,6 +18,7 @@ from loraplex_protos.shard_pb2 import (
     GRAMMAR_KIND_JSON_SCHEMA,
     GRAMMAR_KIND_LARK,
     GRAMMAR_KIND_REGEX,
+    BadWord,
     Grammar,
     SequenceStart,
     Thoughts,
@@ -264,6 +265,35 @@ def test_end_tokens_are_only_banned_where_the_grammar_allows_something_else(comp
     for options in ({"min_new_tokens": 9, "end_token_ids": [END]}, {"unwanted_token_ids": [END]}):
         answers = {sample(constrained(compiler, short_or_long, **options), Random(seed)) for seed in range(9)}
         assert answers == {"abc"}
+
+
+def test_only_allowed_tokens_are_sampled_and_bad_words_are_not(compiler: GrammarCompiler) -> None:
+    a, b, c, four = TOKENIZER.encode("abc4")
+    words = [BadWord(tokens=word) for word in ([c], [a, b], [b, b, a], [VOCAB + 5])]
+    constraints = Constraints(compiler, VOCAB)
+    start = SequenceStart(row=0, tokens=[a, b, b], prompt_length=1, allowed_token_ids=[a, b, c, VOCAB + 5])
+    start.bad_words.extend(words)
+    constraints.start(start)
+    found = [b, b]
+    for expected in ([b], [b], [b]):  # a would complete "bba"
+        assert allowed_in(constraints, 0, 1 + len(found)) == expected
+        constraints.accept([0], expected)
+        found += expected
+    constraints.accept([0], [a])
+    assert allowed_in(constraints, 0, 5) == [a]  # neither "ab" nor "c"
+    forced = Grammar(kind=GRAMMAR_KIND_REGEX, text="4(5|6)")
+    start = SequenceStart(row=0, tokens=[a], prompt_length=1, grammar=forced, allowed_token_ids=[b])
+    start.bad_words.append(BadWord(tokens=[four]))
+    constraints.start(start)
+    assert allowed_in(constraints, 0, 1) == [four]  # the grammar allows nothing else
+    constraints.start(SequenceStart(row=0, tokens=[a], prompt_length=1))
+    assert constraints.begin([0], [1]) is None
+
+
+def allowed_in(constraints: Constraints, row: int, length: int) -> list[int]:
+    masks = constraints.begin([row], [length])
+    assert masks is not None
+    return np.flatnonzero(masks.apply(torch.zeros(1, VOCAB)).isfinite().numpy()[0]).tolist()
 
 
 def test_a_row_forgets_its_former_sequences_constraints(compiler: GrammarCompiler) -> None:

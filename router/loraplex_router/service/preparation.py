@@ -114,11 +114,12 @@ class Preparation:
         generation.warnings = request.warnings + lease.warnings
         if acts_from == NEVER:
             generation.warnings += (_not_invoked(adapter, generation.adapter_name, model),)
+        bad_words = [tokens for word in request.bad_words for tokens in await tokenizer.spellings(word)]
         decoder = _decoder(request, tokenizer, thoughts)
         for index in range(request.n):
             self._arrivals += 1
             sequence = make_sequence(
-                request, index, self._arrivals, prompt, room, text, adapter, acts_from, tenant, model
+                request, index, self._arrivals, prompt, room, text, adapter, acts_from, tenant, model, bad_words
             )
             stops = StopMatcher(request.stop, request.include_stop)
             generation.add(sequence, decoder, stops, request.stop_token_ids, thoughts)

@@ -38,6 +38,7 @@ def make_sequence(
     acts_from: int,
     tenant: Tenant,
     model: Model,
+    bad_words: list[list[int]],
 ) -> Sequence:
     """Answer `index` to a request. `number` is the order of arrival, `room` the maximum number of tokens, `acts_from`
     the adapter's first position in the prompt."""
@@ -55,6 +56,8 @@ def make_sequence(
         end_token_ids=frozenset(request.stop_token_ids) | (frozenset() if ignored else ends),
         min_new_tokens=request.min_new_tokens,
         grammar=request.grammar,
+        allowed_token_ids=frozenset(request.allowed_token_ids or ()),
+        bad_words=tuple(map(tuple, bad_words)),
         tenant=tenant.name,
         weight=tenant.weight,
         cache_salt=request.cache_salt,

@@ -101,6 +101,13 @@ class Tokenizer:
             query, document = query[:kept_of_query], document[:kept_of_document]
         return [*before, *query, *between, *document, *behind]
 
+    async def spellings(self, word: str) -> list[list[int]]:
+        """A word's tokens where it begins a text and, if these are as many, where a space is before it: as vLLM has
+        bad words."""
+        plain, spaced = [await self.encode(RenderedChat(space + word.lstrip())) for space in ("", " ")]
+        differs = spaced[:1] != plain[:1] and len(spaced) == len(plain)
+        return [tokens for tokens in ((plain, spaced) if differs else (plain,)) if tokens]
+
     async def beginning(self, text: str, most: int) -> str:
         """The text up to the end of its first `most` tokens."""
         spans = await self.spans(text, add_special_tokens=False)

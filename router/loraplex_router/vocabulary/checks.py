@@ -15,6 +15,7 @@ MAX_N = 64
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 256
 MAX_STOP_TOKENS = 64
+MAX_BAD_WORDS = 1024
 MAX_TOP_LOGPROBS = 32
 MAX_INPUTS = 1024
 MAX_SALT_LENGTH = 512
@@ -49,6 +50,10 @@ def check_request(request: Request, vocab_size: int, sources: Collection[str]) -
         found.check(known, _token_field(request), f"every id must be below {most}")
     found.add(request.sampling.check(most))
     _check_stopping(request, most, found)
+    _check_allowed(request, most, found)
+    found.check(len(request.bad_words) <= MAX_BAD_WORDS, "bad_words", f"at most {MAX_BAD_WORDS} texts")
+    lengths = all(1 <= len(word) <= MAX_STOP_LENGTH for word in request.bad_words)
+    found.check(lengths, "bad_words", f"each text must have 1 to {MAX_STOP_LENGTH} characters")
     if request.grammar is not None:
         found.add(request.grammar.check())
     for name in ("top_logprobs", "prompt_top_logprobs"):
@@ -67,7 +72,14 @@ def check_vocabulary(request: Request, vocab_size: int) -> None:
     found.add(request.sampling.check(vocab_size))
     known = all(token < vocab_size for token in request.stop_token_ids)
     found.check(known, "stopping.stop_token_ids", f"every id must be below {vocab_size}")
+    _check_allowed(request, vocab_size, found)
     found.raise_any()
+
+
+def _check_allowed(request: Request, vocab_size: int, found: Violations) -> None:
+    allowed = request.allowed_token_ids
+    found.check(allowed is None or len(allowed) > 0, "allowed_token_ids", "must have one id at least, or be absent")
+    found.check(max(allowed or (), default=0) < vocab_size, "allowed_token_ids", f"every id must be below {vocab_size}")
 
 
 def _token_field(request: Request) -> str:

@@ -37,6 +37,8 @@ class Request:
     n: int = 1
     detail: Detail = field(default_factory=Detail)
     grammar: Grammar | None = None
+    allowed_token_ids: tuple[int, ...] | None = None  # the only ones that are sampled; None: all
+    bad_words: tuple[str, ...] = ()  # the answer does not contain their tokens
     separates_thoughts: bool = False  # of an answer in a chat: a grammar begins after them
     cache_salt: str = ""  # cached prefixes are shared by requests with the same salt
     session: str = ""  # requests with the same one get the same version of an alias with weights

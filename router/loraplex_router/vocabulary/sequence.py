@@ -62,6 +62,8 @@ class Sequence:
     min_new_tokens: int = 0  # until then no end token is sampled, unless the grammar allows nothing else
     grammar: Grammar | None = None
     unwanted_token_ids: frozenset[int] = frozenset()  # sampled only where the grammar allows nothing else
+    allowed_token_ids: frozenset[int] = frozenset()  # the only ones that are sampled, likewise; none: all
+    bad_words: tuple[tuple[int, ...], ...] = ()  # runs of tokens that are not generated, likewise
     tenant: str = ""  # its tenant and the tenant's weight: see fairness.py
     weight: float = 1.0
     cache_salt: str = ""  # it shares cached prefixes with sequences that have the same salt

@@ -43,6 +43,8 @@ def _encode_start(chunk: Chunk) -> pb.SequenceStart:
         unwanted_token_ids=sequence.unwanted_token_ids,
         traceparent=sequence.traceparent,
         vocab_size=sequence.adapter.tokenizer.vocab_size,
+        allowed_token_ids=sequence.allowed_token_ids,
+        bad_words=[pb.BadWord(tokens=word) for word in sequence.bad_words],
     )
 
 

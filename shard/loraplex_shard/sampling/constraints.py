@@ -1,4 +1,4 @@
-"""What each row's sequence may sample next: grammar matchers and banned tokens, as masks over the vocabulary.
+"""What each row's sequence may sample next: grammar matchers, allowed and banned tokens, as masks over the vocabulary.
 
 Masks are computed on a separate thread, in Rust, while the forward pass runs. A row's state follows from its
 SequenceStart and the tokens sampled since. A matcher's error breaks only its own row. Exists only on rank 0, which
@@ -20,6 +20,7 @@ from llguidance.numpy import fill_next_token_bitmask, fill_next_token_bitmask_pa
 from numpy.typing import NDArray
 
 from loraplex_protos.shard_pb2 import SequenceStart
+from loraplex_shard.sampling.bad_words import BadWords
 from loraplex_shard.sampling.grammars import GrammarCompiler
 
 logger = logging.getLogger(__name__)
@@ -61,6 +62,8 @@ class Constraints:
         self._compilers: dict[int, GrammarCompiler] = {}
         self._sizes: dict[int, int] = {}  # of rows whose adapters have another number of tokens than the model
         self._bans: dict[int, list[Ban]] = {}
+        self._only: dict[int, NDArray[np.uint8]] = {}  # masks of allowed tokens
+        self._bad_words: dict[int, BadWords] = {}
         self._broken: set[int] = set()  # rows whose matcher raised something
         self._executor = LLExecutor()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="masks")
@@ -71,12 +74,16 @@ class Constraints:
         self._compilers.clear()
         self._sizes.clear()
         self._bans.clear()
+        self._only.clear()
+        self._bad_words.clear()
         self._broken.clear()
 
     def start(self, start: SequenceStart) -> None:
         """A sequence takes over its row. Fast, since its grammar is already compiled."""
         self._matchers.pop(start.row, None)
         self._bans.pop(start.row, None)
+        self._only.pop(start.row, None)
+        self._bad_words.pop(start.row, None)
         self._broken.discard(start.row)
         self._sizes.pop(start.row, None)
         if start.vocab_size:
@@ -92,17 +99,27 @@ class Constraints:
         bans = [Ban(least, _below(size, start.end_token_ids)), Ban(inf, _below(size, start.unwanted_token_ids))]
         if any(len(ban.token_ids) for ban in bans):
             self._bans[start.row] = bans
+        if start.allowed_token_ids:
+            only = self._only[start.row] = np.zeros(size, np.uint8)
+            only[_below(size, start.allowed_token_ids)] = 1
+        words = [word.tokens for word in start.bad_words if max(word.tokens) < size]  # others are never sampled
+        if words:
+            self._bad_words[start.row] = BadWords(words, start.tokens[start.prompt_length :])
 
     def begin(self, rows: Sequence[int], lengths: Sequence[int]) -> Masks | None:
         """Starts computing what may follow in these rows, whose sequences have these lengths. None: anything, in all
         rows."""
         matchers = [self._matchers.get(row) for row in rows]
         banned = [self._banned(row, length) for row, length in zip(rows, lengths, strict=True)]
-        places = [place for place in range(len(rows)) if matchers[place] is not None or len(banned[place])]
+        narrowed = [row in self._matchers or row in self._only or row in self._bad_words for row in rows]
+        places = [place for place in range(len(rows)) if narrowed[place] or len(banned[place])]
         if not places:
             return None
         future = self._thread.submit(
-            self._allowed, [(rows[place], matchers[place]) for place in places], [banned[place] for place in places]
+            self._allowed,
+            [(rows[place], matchers[place]) for place in places],
+            [self._only.get(rows[place]) for place in places],
+            [banned[place] for place in places],
         )
         return Masks(np.array(places), future)
 
@@ -112,6 +129,8 @@ class Constraints:
             if row in self._matchers:
                 with self._alone(row):
                     self._matchers[row].consume_token(token)
+            if row in self._bad_words:
+                self._bad_words[row].accept(token)
 
     def fast_forward(self, row: int, most: int, end: bool) -> list[int]:
         """Accepts and returns the tokens that the grammar forces in this row: at most `most`, and the end token only
@@ -125,6 +144,8 @@ class Constraints:
             matcher.consume_tokens(tokens)
             if end and matcher.stop_reason() == COMPLETE and len(tokens) < most:
                 tokens.append(self._compilers[row].end_token_id)
+        for token in tokens if row in self._bad_words else ():
+            self._bad_words[row].accept(token)
         return tokens
 
     def failed(self, rows: Sequence[int]) -> NDArray[np.bool_]:
@@ -146,10 +167,15 @@ class Constraints:
 
     def _banned(self, row: int, length: int) -> NDArray[np.int64]:
         bans = [ban.token_ids for ban in self._bans.get(row, ()) if length < ban.length]
+        if row in self._bad_words:
+            bans += self._bad_words[row].banned()
         return np.concatenate(bans) if bans else _array(())
 
     def _allowed(
-        self, matchers: Sequence[tuple[int, LLMatcher | None]], banned: Sequence[NDArray[np.int64]]
+        self,
+        matchers: Sequence[tuple[int, LLMatcher | None]],
+        only: Sequence[NDArray[np.uint8] | None],
+        banned: Sequence[NDArray[np.int64]],
     ) -> NDArray[np.bool_]:
         """[matchers, the largest vocabulary of theirs], of these rows' matchers"""
         sizes = [self._size(row) for row, _ in matchers]
@@ -164,7 +190,9 @@ class Constraints:
                     for token in self._compilers[row].fast_forward(matcher)[:1]:
                         bits[place] = 0
                         bits[place, token] = 1
-        for place, tokens in enumerate(banned):
+        for place, (mask, tokens) in enumerate(zip(only, banned, strict=True)):
+            if mask is not None and (bits[place, : len(mask)] & mask).any():
+                bits[place, : len(mask)] &= mask
             _ban(bits[place], tokens)
         return bits.view(np.bool_)
 

@@ -55,6 +55,7 @@ class ChatMessage(AsSent):
     content: str | Items[ContentPart] | None = None
     name: str | None = None
     tool_calls: Items[MessageToolCall] | None = None
+    function_call: CalledFunction | None = Field(default=None, description="OpenAI's older form of one call.")
     tool_call_id: str | None = None
 
 
@@ -119,6 +120,11 @@ def _read_message(message: ChatMessage, place: int, found: Violations) -> Messag
         fields.setdefault("reasoning_content", fields["reasoning"])
     if message.tool_calls:
         fields["tool_calls"] = [{"type": call.type, **call.sent} for call in message.tool_calls]
+    role, function = message.role, fields.pop("function_call", None)
+    if function is not None:
+        fields.setdefault("tool_calls", [{"id": f"call_{place}", "type": "function", "function": function}])
+    if role == "function":  # it follows its call
+        role, fields["tool_call_id"] = "tool", f"call_{place - 1}"
     content: Content = message.content if isinstance(message.content, str) else None
     if isinstance(message.content, list):
         for at, part in enumerate(message.content):
@@ -126,7 +132,7 @@ def _read_message(message: ChatMessage, place: int, found: Violations) -> Messag
             found.check(field is not None, name, f"is of type {part.type[:100]!r}: the model reads text")
             found.check(field is None or _text_of(part) is not None, name, f"has no {field}")
         content = [_read_part(part) for part in message.content]
-    return Message(message.role, content, fields)
+    return Message(role, content, fields)
 
 
 def _read_part(part: ContentPart) -> dict[str, Any]:

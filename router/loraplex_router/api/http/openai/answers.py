@@ -44,13 +44,14 @@ class AssistantMessage(BaseModel):
     reasoning_content: str | None = Field(default=None, description="What a thinking model thought; also `reasoning`.")
     reasoning: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
+    function_call: dict[str, str] | None = Field(default=None, description="In place of them, if functions were sent.")
 
 
 class ChatChoice(BaseModel):
     index: int
     message: AssistantMessage
     logprobs: dict[str, Any] | None
-    finish_reason: Literal["stop", "length", "tool_calls"]
+    finish_reason: Literal["stop", "length", "tool_calls", "function_call"]
     stop_reason: str | int | None = Field(description=STOP_REASON)
     token_ids: list[int] | None = Field(default=None, description=TOKEN_IDS)
     adapter: str | None = Field(default=None, description=ADAPTER)

@@ -41,7 +41,6 @@ def read_chat(body: ChatCompletionRequest, base: Sequence[str], defaults: Sampli
     found.check(body.logprobs or not body.top_logprobs, "top_logprobs", "needs logprobs to be true")
     found.check(body.max_completion_tokens != 0, "max_completion_tokens", "must be at least 1, or absent")
     check_tools(body, found)
-    found.check(not body.functions, "functions", "is not supported: send them as tools")
     chat = read_conversation(body, found)
     found.raise_any()
     return Request(
@@ -109,7 +108,7 @@ class ChatWriter:
             **whose(generation, self.body),
         }
         if calls:
-            message["tool_calls"] = calls
+            message |= {"function_call": calls[0]["function"]} if self.body.functions else {"tool_calls": calls}
         return choice
 
     async def events(self, deltas: Deltas) -> AsyncIterator[bytes]:
@@ -172,15 +171,19 @@ class ChatWriter:
                     yield chunk(write_reasoning(piece.text))
                 case ToolCall():
                     call = write_call(piece.name, output.new_id(writer.calls))
-                    yield chunk({"tool_calls": [{"index": writer.calls - 1, **call}]})
+                    yield chunk(self._part_of_call(writer, call))
                 case Arguments():
-                    function = {"arguments": piece.text}
-                    yield chunk({"tool_calls": [{"index": writer.calls - 1, "function": function}]})
+                    yield chunk(self._part_of_call(writer, {"function": {"arguments": piece.text}}))
                 case _:
                     yield chunk({"content": piece})
             tokens = nothing
         if delta.finish_reason or any(tokens.values()):
             yield chunk({}, writer.finish_reason(delta))
+
+    def _part_of_call(self, writer: "_ChoiceWriter", part: dict[str, Any]) -> dict[str, Any]:
+        if self.body.functions:
+            return {"function_call": part["function"]}
+        return {"tool_calls": [{"index": writer.calls - 1, **part}]}
 
     def _choice_writer(self, output: SequenceOutput) -> "_ChoiceWriter":
         return _ChoiceWriter(self.body, output.thoughts)
@@ -199,6 +202,7 @@ class _ChoiceWriter:
     def __init__(self, body: ChatCompletionRequest, thoughts: Thoughts | None) -> None:
         self._reader = create_reader(body, thoughts)
         self._hides_reasoning = body.include_reasoning is False
+        self._reason_of_calls = "function_call" if body.functions else "tool_calls"
         self.begun = False
 
     @property
@@ -213,4 +217,4 @@ class _ChoiceWriter:
 
     def finish_reason(self, delta: Delta) -> str | None:
         reason = FINISH_REASONS[delta.finish_reason]
-        return "tool_calls" if reason == "stop" and self.calls else reason
+        return self._reason_of_calls if reason == "stop" and self.calls else reason

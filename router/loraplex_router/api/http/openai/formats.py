@@ -68,7 +68,7 @@ def _forced_call(body: ChatCompletionRequest) -> Grammar | None:
         DeclaredTool(
             tool.function.name,
             tool.function.parameters,
-            f"tools[{place}].function.parameters",
+            f"functions[{place}].parameters" if body.functions else f"tools[{place}].function.parameters",
             bool(tool.function.strict),
         )
         for place, tool in enumerate(body.tools or ())

@@ -22,10 +22,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "modalities": (["text"],),
     "web_search_options": (),
-    "function_call": ("none", "auto"),
     # vLLM's
-    "allowed_token_ids": (),
-    "bad_words": (),
     "use_beam_search": (False,),
     "length_penalty": (1,),
     "priority": (0,),

@@ -56,6 +56,8 @@ def read_options(body: GenerationRequest, defaults: Sampling) -> dict[str, Any]:
         "truncate": body.truncate_prompt_tokens,
         "cache_salt": body.cache_salt or "",
         "min_new_tokens": body.min_tokens or 0,
+        "allowed_token_ids": None if body.allowed_token_ids is None else tuple(body.allowed_token_ids),
+        "bad_words": tuple(body.bad_words or ()),
         "grammar": read_format(body),
         "warnings": unknown_fields(body, harmless=NAMED),
     }

@@ -14,6 +14,7 @@ from loraplex_router.api.http.openai import answers
 from loraplex_router.api.http.openai.chat import ChatWriter, read_chat
 from loraplex_router.api.http.openai.completions import CompletionWriter, read_completions
 from loraplex_router.api.http.openai.schema import ChatCompletionRequest, CompletionRequest
+from loraplex_router.api.http.openai.tools import with_tools
 from loraplex_router.api.http.openai_errors import ERRORS, write_error
 from loraplex_router.api.http.sse import EventStream, describe_events
 from loraplex_router.api.turns import in_turn
@@ -40,7 +41,7 @@ async def completions(body: CompletionRequest, call: Call) -> Response:
 @router.post("/chat/completions", responses={200: {"model": answers.ChatCompletion, "content": EVENTS}, **ERRORS})
 async def chat_completions(body: ChatCompletionRequest, call: Call) -> Response:
     """Answers a conversation, with the model's own chat template."""
-    service = call.service
+    service, body = call.service, with_tools(body)
     request = read_chat(body, service.model_names, service.sampling_defaults, call.request_id)
     stream = call.stream(body.stream)
     generations = await service.generate_each(replace(request, session=call.session), call.key, stream=stream)

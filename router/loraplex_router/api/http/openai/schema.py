@@ -5,7 +5,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from loraplex_router.api.http.conversation import Conversation
+from loraplex_router.api.calls import MAX_TOOLS
+from loraplex_router.api.http.conversation import Conversation, Function
 from loraplex_router.api.http.fields import BIAS, Bias, CountOrAll, Items, Name, Prompts, TokenId
 from loraplex_router.api.http.openai.other_fields import rename
 from loraplex_router.api.http.response_format import ResponseFormat
@@ -84,6 +85,10 @@ class GenerationRequest(Sampling):
     top_k: Annotated[int, Field(ge=-1, lt=2**32)] | None = Field(default=None, description="0 or -1: off.")
     ignore_eos: bool | None = None
     stop_token_ids: Items[TokenId] | None = None
+    allowed_token_ids: Items[TokenId] | None = Field(default=None, description="The only tokens that are generated.")
+    bad_words: Items[str] | None = Field(
+        default=None, description="Texts that the answer does not contain, as their tokens, with a space before or not."
+    )
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = Field(default=None, description="false: special tokens are shown in the text.")
     truncate_prompt_tokens: CountOrAll | None = Field(
@@ -145,4 +150,7 @@ class ChatCompletionRequest(GenerationRequest, Conversation):
     parallel_tool_calls: bool | None = None
     include_reasoning: bool | None = Field(default=None, description="vLLM's. false: a model's thoughts are left out.")
     separate_reasoning: bool | None = Field(default=None, description="SGLang's. false: thoughts stay in the content.")
-    functions: Items[dict[str, Any]] | None = Field(default=None, description="Refused unless empty. Send tools.")
+    functions: Items[Function] | None = Field(
+        default=None, max_length=MAX_TOOLS, description="OpenAI's older form of tools: the answer has `function_call`."
+    )
+    function_call: NamedFunction | Literal["none", "auto"] | None = None

@@ -4,11 +4,31 @@ from typing import Any
 
 from loraplex_protos.errors import quote
 from loraplex_router.api.calls import AnswerReader
-from loraplex_router.api.http.openai.schema import AllowedToolsChoice, ChatCompletionRequest, NamedTool
+from loraplex_router.api.http.conversation import Tool
+from loraplex_router.api.http.openai.schema import AllowedToolsChoice, ChatCompletionRequest, NamedFunction, NamedTool
 from loraplex_router.vocabulary.thoughts import Thoughts
 from loraplex_router.vocabulary.violations import Violations
 
 CHOICES = (None, "none", "auto", "required")  # any other text names a tool, as in LoRAX
+
+
+def with_tools(body: ChatCompletionRequest) -> ChatCompletionRequest:
+    """The body with OpenAI's older `functions`, if it has any, as tools of which at most one is called. Raises
+    InvalidRequestError."""
+    functions, choice = body.functions, body.function_call
+    found = Violations()
+    found.check(not (functions and body.tools), "functions", "cannot be given together with tools")
+    found.check(bool(functions) or not isinstance(choice, NamedFunction), "function_call", "needs functions")
+    found.raise_any()
+    if not functions:
+        return body
+    sent = [{"type": "function", "function": each.model_dump(exclude_unset=True)} for each in functions]
+    update = {
+        "tools": [Tool.model_validate(tool) for tool in sent],
+        "tool_choice": NamedTool(function=choice) if isinstance(choice, NamedFunction) else choice,
+        "parallel_tool_calls": False,
+    }
+    return body.model_copy(update=update)
 
 
 def may_call(body: ChatCompletionRequest) -> bool:

@@ -28,6 +28,7 @@ UNSUPPORTED = {
     ),
     **dict.fromkeys(("n", "adapters", "prompt_logprobs", "echo"), "is not supported here, only in chat completions"),
     "messages": "is not a field of responses: send input",
+    "functions": "is not a field of responses: send tools",
     "response_format": "is not a field of responses: send text.format",
 }
 
