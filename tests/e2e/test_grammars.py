@@ -4,15 +4,20 @@ import asyncio
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import jsonschema
 import pytest
 
 from loraplex import (
+    AnswerError,
     AsyncClient,
+    AsyncConversation,
     Choice,
     Client,
+    Conversation,
     FinishReason,
     GeneratedSequence,
     Grammar,
@@ -36,6 +41,7 @@ SCHEMA = {
     "required": ["name", "größe", "tags"],
     "additionalProperties": False,
 }
+SAMPLED = {"temperature": 1.0, "max_new_tokens": 120, "adapter": "r8"}
 NESTED = re.compile(r"\(*x\)*")
 
 
@@ -174,3 +180,47 @@ def test_an_answer_with_logprobs_ends_at_the_same_token_as_without(client: Clien
         scored = answer(client, JsonSchema(SCHEMA), seed=3, max_new_tokens=limit, logprobs=True)
         assert (scored.text, scored.finish_reason) == (plain.text, plain.finish_reason)
         assert len(scored.tokens) == limit and all(token.logprob < 0 for token in scored.tokens)
+
+
+@dataclass
+class Verdict:
+    mood: Literal["glad", "sad"]
+    sure: bool
+
+
+def weather(city: Literal["Rome", "Oslo"], days: list[Literal["today", "tomorrow"]]) -> str:
+    """The weather in a city."""
+    return f"sunny in {city}"
+
+
+def test_answers_are_instances_of_types(client: Client) -> None:
+    answered = client.parse("Is Maria glad?", Verdict, n=3, seed=1, **SAMPLED)
+    assert {type(value) for value in answered.values} == {Verdict}
+    *_, last = client.stream_parsed("Is Maria glad?", Verdict, seed=1, **SAMPLED)
+    assert last.parsed == answered.parsed
+    with pytest.raises(AnswerError) as raised:
+        client.parse("Is Maria glad?", Verdict, max_new_tokens=5)
+    assert raised.value.text == '{"moo'
+
+
+def test_functions_are_called(client: Client) -> None:
+    options = {"tools": [weather], "tool_choice": "weather", "seed": 3, **SAMPLED}
+    conversation, streamed = Conversation(client, **options), Conversation(client, **options)
+    assert conversation.say("Weather?").sequences[0].tool_calls == ()
+    _, called, result, _ = conversation.messages
+    assert result["content"] in ("sunny in Rome", "sunny in Oslo")
+    assert result["tool_call_id"] == called["tool_calls"][0].id
+    parts = [part for piece in streamed.stream("Weather?") for part in piece.tool_calls]
+    assert [part.name for part in parts if part.name] == ["weather"]
+    assert "".join(part.arguments for part in parts) == called["tool_calls"][0].arguments
+    assert [each["content"] for each in streamed.messages] == [each["content"] for each in conversation.messages]
+
+
+async def test_coroutine_functions_are_called(server: Server) -> None:
+    async def tomorrow(city: Literal["Rome", "Oslo"]) -> str:
+        return f"rain in {city}"
+
+    async with AsyncClient(server.address) as client:
+        conversation = AsyncConversation(client, tools=[weather, tomorrow], tool_choice="tomorrow", **SAMPLED)
+        await conversation.say("Weather?")
+        assert conversation.messages[2]["content"].startswith("rain in ")
