@@ -163,7 +163,7 @@ async def test_many_asynchronous_streams_at_once(server: Server, base: str):
         ({"stop": 5}, "stop"),
         ({"tool_choice": "any"}, "tool_choice"),
         ({"functions": [{"name": "f"}], "tools": [{"type": "function", "function": {"name": "f"}}]}, "functions"),
-        ({"extra_body": {"bad_words": ["x"]}}, "bad_words"),
+        ({"extra_body": {"bad_words": [""]}}, "bad_words"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "odd"}}}}, "response_format"),
