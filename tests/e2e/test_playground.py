@@ -267,6 +267,9 @@ def test_a_schema_holds_for_all_and_an_error_is_in_its_own_answer(page: Page, se
         page.get_by_label("Another adapter").fill(name)
         page.keyboard.press("Enter")
     expect(page.get_by_label("Another adapter")).to_be_disabled()
+    page.get_by_role("link", name="Adapters", exact=True).click()
+    page.get_by_role("row", name="sql").get_by_role("button", name="Chat").click()
+    expect(page.get_by_role("status")).to_have_text("4 adapters answer already.")
     ask(page, "Is Maria happy?")
     expect(page.get_by_role("article")).to_have_count(5)
     for name in ("base model", "sentiment"):

@@ -34,7 +34,9 @@ export function choose(adapter) {
   const listed = [...models].find(([, model]) => model.adapter === adapter);
   const name = listed ? listed[0] : adapter;
   if (!listed) models.set(name, { adapter, tier: null });
-  if (!isFull()) chosen.add(name);
+  const fits = chosen.has(name) || !isFull();
+  if (fits) chosen.add(name);
+  find("status").textContent = fits ? "" : `${MOST_ADAPTERS} adapters answer already.`;
   showChoices();
 }
 

@@ -9,7 +9,7 @@ import { read, useKey } from "./server.js";
 const VIEWS = { chat: null, adapters: showAdapters, live: showLive };
 const SECONDS = 2; // between two looks at the server
 
-const view = () => (location.hash.slice(1) in VIEWS ? location.hash.slice(1) : "chat");
+const view = () => (Object.hasOwn(VIEWS, location.hash.slice(1)) ? location.hash.slice(1) : "chat");
 
 /** Shows the current view. What it shows of the server is read anew while somebody may be looking. */
 async function refresh() {
