@@ -55,3 +55,13 @@ def test_source_files_named_in_other_source_files_exist(package: str) -> None:
     assert [
         pair for pair in named if pair[1] not in FOREIGN and not any(f"/{s}".endswith(f"/{pair[1]}") for s in SOURCES)
     ] == []
+
+
+def test_each_limit_of_the_security_policy_has_a_test() -> None:
+    rows = re.findall(r"^\| (?!what strangers|---)(.*) \| (.*) \| (.*) \|$", (ROOT / "SECURITY.md").read_text(), re.M)
+    assert rows
+    for what, _, tests in rows:
+        named = re.findall(r"`([\w./]+)::(\w+)`", tests)
+        assert named, what
+        for file, name in named:
+            assert f"def {name}(" in (ROOT / "tests" / file).read_text(), f"{what}: {name}"

@@ -20,6 +20,13 @@ from loraplex_protos.errors import (
 from loraplex_router.api.http.fields import Bias, Items, Prompts, TokenId
 from loraplex_router.api.message_limits import MAX_FIELDS, MAX_NUMBERS, check_message
 from loraplex_router.text.json_limits import MAX_DEPTH, MAX_ELEMENTS, MAX_NODES, JsonStructure, parse, parse_body
+from loraplex_router.vocabulary.grammar import (
+    MAX_LENGTH,
+    MAX_SCHEMAS_LENGTH,
+    EmbeddedSchema,
+    Grammar,
+    GrammarKind,
+)
 from loraplex_router.vocabulary.request import Request
 from loraplex_router.vocabulary.sequence import Detail
 from loraplex_router.vocabulary.volume import MAX_LOGPROBS, Volume
@@ -203,3 +210,14 @@ def test_long_texts_and_ids_are_one_part_of_a_grpc_request():
 @given(data=st.binary(max_size=60))
 def test_invalid_grpc_requests_are_left_to_the_parser(data):
     check_message(data, pb.GenerateRequest.DESCRIPTOR)
+
+
+@pytest.mark.parametrize("kind", GrammarKind)
+def test_grammars_have_a_length(kind: GrammarKind):
+    most = MAX_LENGTH[kind]
+    assert list(Grammar(kind, "x" * most).check()) == []
+    (violation,) = Grammar(kind, "x" * (most + 1)).check()
+    assert str(most) in violation.description
+    schemas = tuple(EmbeddedSchema("x" * most, f"schemas[{place}]") for place in range(MAX_SCHEMAS_LENGTH // most + 1))
+    (violation,) = Grammar(GrammarKind.LARK, "", schemas).check()
+    assert str(MAX_SCHEMAS_LENGTH) in violation.description

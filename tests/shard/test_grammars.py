@@ -28,6 +28,7 @@ from loraplex_shard.lora.peft.base import BaseModel
 from loraplex_shard.lora.sources.local import LocalSource
 from loraplex_shard.lora.store import AdapterStore
 from loraplex_shard.models.decoder import Decoder
+from loraplex_shard.sampling import grammars
 from loraplex_shard.sampling.constraints import Constraints
 from loraplex_shard.sampling.grammars import GrammarCompiler
 from loraplex_shard.sampling.vocabulary import compare, keep_known
@@ -85,6 +86,14 @@ def test_a_grammar_that_cannot_be_compiled_is_refused_with_the_reason(compiler: 
     with pytest.raises(InvalidRequestError, match=re.escape(reason)) as refused:
         compiler.matcher(grammar)
     assert refused.value.violations[0].field == "grammar"
+
+
+def test_the_states_that_a_grammar_may_need_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    many = Grammar(kind=GRAMMAR_KIND_REGEX, text="(a|b)*a(a|b){40}")
+    create_compiler().matcher(many)
+    monkeypatch.setattr(grammars, "LEXER_FUEL", 3)
+    with pytest.raises(InvalidRequestError, match="cannot be compiled"):
+        create_compiler().matcher(many)
 
 
 def test_a_model_without_an_end_token_or_with_an_unsupported_tokenizer_refuses_grammars() -> None:

@@ -9,10 +9,12 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE, WordLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from loraplex_protos.errors import AdapterInvalidError
 from loraplex_shard.lora.peft.base import BaseModel
 from loraplex_shard.lora.peft.own_tokens import Vocabulary
 from loraplex_shard.lora.peft.special_tokens import end_tokens, foreign_tokens
-from loraplex_shard.lora.sources.text_files import AdapterText, read_text, text_files
+from loraplex_shard.lora.sources.files import check_size
+from loraplex_shard.lora.sources.text_files import TEXT_SIZE_LIMITS, AdapterText, read_text, text_files
 
 VOCABULARY = {"<s>": 0, "</s>": 1, "<|end|>": 2, "<pad>": 3}
 CONFIG, SPECIAL = "tokenizer_config.json", "special_tokens_map.json"
@@ -140,3 +142,10 @@ def test_a_tokenizer_that_differs_from_the_models_has_a_warning():
     (renamed,) = doubts({"3": "<s>", "2": "</s>"})
     assert renamed == "its tokenizer numbers tokens in another way than the model's: '</s>', '<s>'"
     assert doubts({"7": "<s>"}) == ["its tokenizer numbers tokens in another way than the model's: '<s>'"]
+
+
+@pytest.mark.parametrize("name", TEXT_SIZE_LIMITS)
+def test_text_files_have_a_size(name: str) -> None:
+    check_size(name, TEXT_SIZE_LIMITS[name])
+    with pytest.raises(AdapterInvalidError, match=f"{name} has .* bytes; the limit is"):
+        check_size(name, TEXT_SIZE_LIMITS[name] + 1)

@@ -10,8 +10,10 @@ from typing import NamedTuple
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tokenizers import Tokenizer
+from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
+from tokenizers.normalizers import Replace
+from tokenizers.pre_tokenizers import Split
 from transformers import Gemma2Config, LlamaConfig, Olmo2Config, PreTrainedConfig, Qwen3Config, Starcoder2Config
 
 from loraplex_protos.errors import AdapterInvalidError, InvalidRequestError
@@ -22,7 +24,7 @@ from loraplex_shard.lora.peft.base import BaseModel
 from loraplex_shard.lora.peft.own_tokens import read_vocabulary
 from loraplex_shard.lora.peft.reading import cut_adapter, read_adapter, read_deltas
 from loraplex_shard.lora.peft.whole import WholeAdapter
-from loraplex_shard.lora.sources.text_files import AdapterText, AddedToken
+from loraplex_shard.lora.sources.text_files import TOKENIZER, AdapterText, AddedToken, read_text
 from loraplex_shard.models.decoder import Decoder
 from loraplex_shard.settings import Quantize
 from loraplex_shard.shapes.batch import Segment
@@ -318,6 +320,19 @@ def test_trained_tokens_are_not_merged(tied: Path, tmp_path: Path) -> None:
     deltas = read_deltas(read(tmp_path), decoder.layouts, base_of(decoder))
     with pytest.raises(InvalidRequestError, match="cannot be merged"):
         merge([deltas, deltas], Recipe((0.5, 0.5), "linear", 1.0, "total"))
+
+
+def test_of_an_adapters_tokenizer_only_the_added_tokens_are_taken() -> None:
+    words = Tokenizer(WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    base = BaseModel("LlamaForCausalLM", vocab_size=2, tokenizer=words)
+    brought = Tokenizer(WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    brought.pre_tokenizer = Split(Regex("(a+)+$"), "isolated")  # takes exponential time
+    brought.normalizer = Replace("a", "a" * 1000)
+    brought.add_tokens(["<x>"])
+    text = read_text({TOKENIZER: brought.to_str().encode()})
+    own = Tokenizer.from_buffer(read_vocabulary(text, base, 3).tokenizer_json)
+    assert own.token_to_id("<x>") == 2
+    assert own.pre_tokenizer is None and own.normalizer is None
 
 
 def test_a_tokenizer_of_another_base_is_refused_where_there_are_more_tokens() -> None:
