@@ -3,7 +3,6 @@
 import asyncio
 import json
 import signal
-import subprocess
 import threading
 import time
 import urllib.error
@@ -16,6 +15,7 @@ import pytest
 
 from loraplex import AsyncClient, Regex, StreamPiece
 from tests.e2e.processes import Router, Shard, free_port
+from tests.redis_server import redis_server
 from tests.tools import needs_redis
 
 pytestmark = needs_redis
@@ -47,13 +47,8 @@ CHAT = {
 
 @pytest.fixture
 def redis(tmp_path: Path) -> Iterator[str]:
-    path, flags = tmp_path / "redis", ("--port", "0", "--save", "", "--loglevel", "warning")
-    with subprocess.Popen(["redis-server", "--unixsocket", str(path), *flags]) as process:
-        deadline = time.monotonic() + 30
-        while not path.exists() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        yield f"unix://{path}"
-        process.terminate()
+    with redis_server(tmp_path) as (url, _):
+        yield url
 
 
 def told(pieces: list[StreamPiece]) -> dict[int, tuple[Any, ...]]:

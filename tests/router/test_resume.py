@@ -3,10 +3,12 @@
 import asyncio
 import json
 import re
+import signal
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,11 +17,14 @@ from loraplex_protos.errors import UnavailableError
 from loraplex_router.access.keys import TenantSettings
 from loraplex_router.journal import stores
 from loraplex_router.journal.journal import Journal
+from loraplex_router.journal.redis_store import RedisStore
 from loraplex_router.journal.stores import MemoryStore, Store
 from loraplex_router.text.renderer import Renderer
 from loraplex_router.vocabulary.chat import ChatTemplates
+from tests.redis_server import redis_server
 from tests.router.test_engine import MODEL, Setup
 from tests.router.test_http_streams import Client, until
+from tests.tools import needs_redis
 
 SAID = [{"role": "user", "content": "A"}]
 GREEDY = {"model": "base", "temperature": 0, "stream": True}
@@ -171,14 +176,16 @@ async def test_a_router_that_keeps_no_streams_says_so_and_gives_no_ids():
 
 
 async def test_a_client_whose_connection_was_lost_ends_its_former_request():
-    async with router(MemoryStore(60)) as only:
-        former = Client(only, PATH, LONG, x_request_id="mine")
+    ann = TenantSettings(keys=[sha256(b"ann").hexdigest()], max_requests=1)
+    key = {"authorization": "Bearer ann"}
+    async with router(MemoryStore(60), {"ann": ann}) as only:
+        former = Client(only, PATH, LONG, x_request_id="mine", **key)
         running = asyncio.create_task(former.run())
         await until(lambda: len(former.messages) > 3)
         former.reads.clear()  # the server does not know yet
         sent = events(former)
-        resumed = asyncio.create_task(ask(only, PATH, LONG, sent[-1][0]))
-        await until(lambda: only.service._running.get("mine") is None or resumed.done())
+        resumed = asyncio.create_task(ask(only, PATH, LONG, sent[-1][0], **key))
+        await until(lambda: all(generation.finished for generation in only.service._running))
         former.reads.set()
         rest = events(await resumed)
         await running
@@ -227,3 +234,27 @@ async def test_the_memory_for_streams_is_limited_in_time_and_bytes(monkeypatch: 
     assert await store.read("a") is None and await store.read("c") == b"1234567"
     await store.append({"d": b"12345678901"})
     assert await store.read("c") is None and await store.read("d") is None
+
+
+@needs_redis
+async def test_a_redis_server_that_hangs_or_dies_is_noticed_and_found_again(tmp_path: Path):
+    with redis_server(tmp_path) as (url, process):
+        store, other = RedisStore(url, 60), RedisStore(url, 0.05)
+        await store.append({"a": b"12", "b": b""})
+        await store.append({"a": b"3"})
+        assert await store.read("a") == b"123" and await store.read("b") is None
+        process.send_signal(signal.SIGSTOP)
+        for call in (lambda: store.append({"a": b"4"}), lambda: store.read("a")):
+            with pytest.raises(UnavailableError, match="does not answer"):
+                await call()
+        process.send_signal(signal.SIGCONT)
+        await store.append({"c": b"5"})
+        assert await store.read("c") == b"5" and (await store.read("a")).startswith(b"123")
+        await other.append({"c": b"6"})
+        while await store.read("c"):
+            await other.append({"c": b""})
+            await asyncio.sleep(0.1)
+    with pytest.raises(UnavailableError, match="the store of streams fails"):
+        await store.read("a")
+    await store.aclose()
+    await other.aclose()

@@ -24,7 +24,7 @@ class RedisStore:
     shared = True
 
     def __init__(self, url: str, seconds: float) -> None:
-        self._redis = Redis.from_url(url, retry=Retry(NoBackoff(), 0), socket_timeout=TIMEOUT)
+        self._redis = Redis.from_url(url, retry=Retry(NoBackoff(), 0))
         self._milliseconds = round(seconds * 1000)
 
     async def append(self, parts: Mapping[str, bytes]) -> None:
@@ -48,5 +48,7 @@ async def _answered(answer: Awaitable[T]) -> T:
     try:
         async with asyncio.timeout(TIMEOUT):
             return await answer
-    except (RedisError, OSError, TimeoutError) as error:
-        raise UnavailableError(f"the store of streams does not answer: {error or type(error).__name__}") from error
+    except TimeoutError as error:
+        raise UnavailableError("the store of streams does not answer") from error
+    except (RedisError, OSError) as error:
+        raise UnavailableError(f"the store of streams fails: {error}") from error

@@ -194,6 +194,8 @@ class Service:
                     check_request(request, self.info.vocab_size, self.info.adapter_sources)
                     saved = await stream.find(request, self.info.model_id, tenant) if stream else []
                     session = request.session or request.request_id or _new_session()
+                    for each in saved[:1]:  # all have one id
+                        await self._end_former(each.record.request_id, tenant)
                     parts = [
                         self._resumed(part, tenant, each)
                         if each
@@ -298,10 +300,7 @@ class Service:
         """Queues the parts of a request together, once all of them can be. They continue what was saved of each."""
         tenant, total = visit.tenant, sum(part.n for part in parts)
         self._admit(total, tenant)
-        request_id = parts[0].request_id
-        if saved and not await self._end_former(request_id, tenant):
-            request_id = ""  # it still has the id
-        request_id = self._running.reserve(request_id)
+        request_id = self._running.reserve(parts[0].request_id)
         self._preparing[tenant.name] += total
         try:
             with ExitStack() as held:
@@ -427,13 +426,13 @@ class Service:
         tenant.check_adapter(self._registry.named(part.adapter))
         adapter = self._registry.resolve(replace_ids(part.adapter, saved.record.adapters), "")
         sampling = part.sampling.model_copy(update={"seed": saved.record.seed})
-        return replace(
-            part, request_id=saved.record.request_id, adapter=asked_as(adapter, part.adapter), sampling=sampling
-        )
+        request_id = saved.record.request_id
+        if request_id in self._running:  # the former request cannot end: it waits for its client to read
+            request_id = ""
+        return replace(part, request_id=request_id, adapter=asked_as(adapter, part.adapter), sampling=sampling)
 
-    async def _end_former(self, request_id: str, tenant: Tenant) -> bool:
-        """Ends the request that is resumed, if it runs here: its client has lost the connection. Returns whether its id
-        can be used again."""
+    async def _end_former(self, request_id: str, tenant: Tenant) -> None:
+        """Ends the request that is resumed, if it runs here: its client has lost the connection."""
         former = self._running.get(request_id)
         if former is not None and former.tenant is tenant:
             for generation in former.generations:
@@ -441,7 +440,6 @@ class Service:
             with suppress(TimeoutError):
                 async with asyncio.timeout(FORMER_SECONDS):
                     await self._replicas.changes.until(lambda: request_id not in self._running)
-        return request_id not in self._running
 
     def _resolved(self, adapter: Reference | None, tenant: Tenant, session: str) -> Reference | None:
         """What the registry says that the name stands for. Raises ForbiddenError if the tenant may not use the name."""
