@@ -221,3 +221,14 @@ async def test_a_stream_with_nothing_to_send_sends_comments(setup: Setup, path: 
     setup.shards.loads_held.set()
     await running
     assert "".join(client.bodies).count("data: ") > 1
+
+
+@pytest.mark.parametrize("path", ["/openapi.json", "/api-doc/openapi.json"])
+async def test_streams_go_on_while_the_document_of_the_api_is_made(setup: Setup, path: str):
+    client, turns = Client(setup, path), 0
+    running = asyncio.create_task(client.run())
+    while not running.done():
+        await asyncio.sleep(0)
+        turns += 1
+    assert turns > 50  # of the event loop, which also runs the streams
+    assert "/generate" in json.loads("".join(client.bodies))["paths"]

@@ -1,10 +1,12 @@
 """Routes for operators and their tools: health, the model, the limits, metrics, and this API's description."""
 
+import asyncio
+import threading
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
@@ -19,6 +21,7 @@ from loraplex_router.vocabulary.request import EmbedRequest
 from loraplex_router.vocabulary.request import Request as InternalRequest
 
 router = APIRouter()
+_describing = threading.Lock()
 
 
 @router.get("/info", tags=["LoRAX"], responses={200: {"model": schema.Info}, 401: LORAX_ERRORS[401]})
@@ -68,11 +71,17 @@ async def startup(call: Call) -> Response:
     return Response()
 
 
+@router.get("/openapi.json", include_in_schema=False)
 @router.get("/api-doc/openapi.json", include_in_schema=False)
-async def document(http: Request) -> dict[str, Any]:
-    """The document at LoRAX's path."""
-    described: dict[str, Any] = http.app.openapi()
-    return described
+async def document(http: Request) -> Response:
+    """The OpenAPI document, at FastAPI's path and at LoRAX's. Making it takes half a second, once: on a thread, so that
+    no stream waits."""
+    return JSONResponse(await asyncio.to_thread(_describe, http.app))
+
+
+def _describe(app: FastAPI) -> dict[str, Any]:
+    with _describing:
+        return app.openapi()
 
 
 @router.get("/version", tags=["Operation"])
