@@ -24,7 +24,7 @@ def odd_value(dice: Random, depth: int = 0) -> Any:
     if kind < 0.72:
         return reduce(lambda inner, _: dice.choice(([inner], {"a": inner})), range(dice.choice((50, 130, 900))), 1)
     if kind < 0.74:
-        return [dice.choice(SCALARS)] * dice.choice((100, 5000))
+        return [dice.choice(("", "a", 1, None, {}, []))] * dice.choice((100, 5000))
     if kind < 0.86:
         return [odd_value(dice, depth + 1) for _ in range(dice.randrange(4))]
     return {dice.choice(NAMES): odd_value(dice, depth + 1) for _ in range(dice.randrange(4))}

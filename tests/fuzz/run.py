@@ -5,8 +5,9 @@ import json
 import random
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from time import monotonic
 
@@ -52,10 +53,11 @@ async def fuzz(folder: Path, seed: int, requests: int) -> Report:
     report = Report()
     with StandInHub() as hub, Server(str(model), *flags, env={"HF_ENDPOINT": hub.url, "HF_TOKEN": ""}) as server:
         over, numbers = asyncio.Event(), iter(range(requests))
+        names = await asyncio.to_thread(field_names, server.url)
         async with AsyncClient(server.address) as client:
             undisturbed = (await client.generate(**CANARY)).text
             watching = asyncio.create_task(watch(client, undisturbed, over, report))
-            await asyncio.gather(*(attack(server, seed, numbers, report) for _ in range(AT_A_TIME)))
+            await asyncio.gather(*(attack(server, names, seed, numbers, report) for _ in range(AT_A_TIME)))
             over.set()
             await watching
         await asyncio.to_thread(server.assert_nothing_is_held)
@@ -66,18 +68,18 @@ async def fuzz(folder: Path, seed: int, requests: int) -> Report:
 async def watch(client: AsyncClient, undisturbed: str, over: asyncio.Event, report: Report) -> None:
     """One canary after the other."""
     while not over.is_set():
-        text, last = "", monotonic()
+        text, times = "", list[float]()
         async for piece in client.stream(**CANARY):
-            report.gaps.append(monotonic() - last)
-            last, text = monotonic(), text + piece.text
+            times.append(monotonic())
+            text += piece.text
+        report.gaps += [later - earlier for earlier, later in pairwise(times)]
         report.canaries += 1
         if text != undisturbed:
             report.faults.append(f"the canary said {text!r}, not {undisturbed!r}")
 
 
-async def attack(server: Server, seed: int, numbers: Iterator[int], report: Report) -> None:
+async def attack(server: Server, names: Sequence[str], seed: int, numbers: Iterator[int], report: Report) -> None:
     """One odd request after the other; its number and the seed make each."""
-    names = await asyncio.to_thread(field_names, server.url)
     async with grpc.aio.insecure_channel(server.address) as channel:
         for number in numbers:
             dice = random.Random(f"{seed} {number}")
