@@ -48,6 +48,7 @@ from loraplex_protos.errors import (
     RateLimitedError,
     RequestCancelledError,
     RequestNotFoundError,
+    ResponseNotFoundError,
     UnauthenticatedError,
     UnavailableError,
 )
@@ -102,6 +103,7 @@ __all__ = [
     "Regex",
     "RequestCancelledError",
     "RequestNotFoundError",
+    "ResponseNotFoundError",
     "StreamPiece",
     "Token",
     "TokenLogprob",
