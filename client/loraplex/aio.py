@@ -10,7 +10,7 @@ import grpc
 import grpc.aio
 
 from loraplex.calls import Calls
-from loraplex.connection import CHANNEL_OPTIONS
+from loraplex.connection import CHANNEL_OPTIONS, read_address
 
 
 class EventLoop:
@@ -50,13 +50,14 @@ class AsyncClient(Calls):
         credentials: grpc.ChannelCredentials | None = None,
         max_retries: int = 2,
     ) -> None:
-        """`server` is host:port; `api_key` is for a server with keys; `credentials` (`grpc.ssl_channel_credentials()`,
-        for example) turn TLS on; `max_retries` is how often a call is tried again. Raises ValueError if `server` is a
-        URL."""
+        """`server` is host:port, or https://host:port for a server with TLS; `api_key` is for a server with keys;
+        `credentials`, such as `grpc.ssl_channel_credentials(root_certificates)`, also turn TLS on; `max_retries` is how
+        often a call is tried again. Raises ValueError if `server` is another URL."""
+        address, credentials = read_address(server, credentials)
         if credentials is None:
-            channel = grpc.aio.insecure_channel(server, options=CHANNEL_OPTIONS)
+            channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
         else:
-            channel = grpc.aio.secure_channel(server, credentials, options=CHANNEL_OPTIONS)
+            channel = grpc.aio.secure_channel(address, credentials, options=CHANNEL_OPTIONS)
         super().__init__(server, channel, api_key, max_retries, EventLoop())
 
     async def __aenter__(self) -> Self:

@@ -8,7 +8,7 @@ import grpc.aio
 
 from loraplex.blocking import Blocking, BlockingChannel, CallingThread, blocking, blocking_stream
 from loraplex.calls import Calls
-from loraplex.connection import CHANNEL_OPTIONS
+from loraplex.connection import CHANNEL_OPTIONS, read_address
 
 
 class Client(Blocking[Calls]):
@@ -33,13 +33,14 @@ class Client(Blocking[Calls]):
         credentials: grpc.ChannelCredentials | None = None,
         max_retries: int = 2,
     ) -> None:
-        """`server` is host:port; `api_key` is for a server with keys; `credentials` (`grpc.ssl_channel_credentials()`,
-        for example) turn TLS on; `max_retries` is how often a call is tried again. Raises ValueError if `server` is a
-        URL."""
+        """`server` is host:port, or https://host:port for a server with TLS; `api_key` is for a server with keys;
+        `credentials`, such as `grpc.ssl_channel_credentials(root_certificates)`, also turn TLS on; `max_retries` is how
+        often a call is tried again. Raises ValueError if `server` is another URL."""
+        address, credentials = read_address(server, credentials)
         if credentials is None:
-            channel = grpc.insecure_channel(server, options=CHANNEL_OPTIONS)
+            channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
         else:
-            channel = grpc.secure_channel(server, credentials, options=CHANNEL_OPTIONS)
+            channel = grpc.secure_channel(address, credentials, options=CHANNEL_OPTIONS)
         awaitable = cast(grpc.aio.Channel, BlockingChannel(channel))
         super().__init__(Calls(server, awaitable, api_key, max_retries, CallingThread()))
 

@@ -20,7 +20,18 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", -1),  # alternatives for every token can exceed gRPC's default of 4 MiB
 )
 
+HTTPS = "https://"
+
 Metadata = tuple[tuple[str, str], ...]
+
+
+def read_address(
+    server: str, credentials: grpc.ChannelCredentials | None
+) -> tuple[str, grpc.ChannelCredentials | None]:
+    """HOST:PORT, and the credentials for it: an address that begins with https:// is one of a server with TLS."""
+    if not server.startswith(HTTPS):
+        return server, credentials
+    return server.removeprefix(HTTPS).rstrip("/"), credentials or grpc.ssl_channel_credentials()
 
 
 class Method(Protocol[Q, R]):
@@ -63,7 +74,7 @@ class Connection:
         waiting: Waiting,
     ) -> None:
         """Raises ValueError for a wrong address or number."""
-        if not server or server.startswith(("http://", "https://")):
+        if not server or server.startswith("http://"):
             raise ValueError(
                 f"{server!r} is not HOST:PORT, the address of a server's gRPC port, such as localhost:50051"
             )

@@ -24,6 +24,7 @@ from loraplex_router.adapters.resolutions import Resolutions
 from loraplex_router.api.grpc import GenerationApi, GrpcServer
 from loraplex_router.api.http.app import create_app
 from loraplex_router.api.http.connection import Connection
+from loraplex_router.api.tls import Tls
 from loraplex_router.journal.journal import Journal
 from loraplex_router.journal.stores import open_store
 from loraplex_router.replicas.administration import Administration
@@ -90,7 +91,9 @@ class Router:
             settings, self._replicas, resolutions, self._service.serve, telemetry, supervisor
         )
         max_body = settings.max_body_mib << 20
-        self._grpc = GrpcServer(GenerationApi(self._service), max_body, telemetry.interceptors)
+        self._tls = Tls(settings.tls_cert, settings.tls_key) if settings.tls_cert and settings.tls_key else None
+        credentials = self._tls.grpc_credentials() if self._tls else None
+        self._grpc = GrpcServer(GenerationApi(self._service), max_body, telemetry.interceptors, credentials)
         self._app = create_app(self._service, settings.cors_origins.split(), max_body, settings.host)
         self._stop = asyncio.Event()
 
@@ -120,7 +123,7 @@ class Router:
                 await self._service.aclose()
 
     async def _work(self, ready: Callable[[list[str]], None]) -> None:
-        followed = [file.follow() for file in (self._key_file, self._registry_file) if file]
+        followed = [file.follow() for file in (self._key_file, self._registry_file, self._tls) if file]
         followed += [self._journal.run()] if self._journal else []
         await asyncio.gather(
             self._connections.run(),
@@ -169,6 +172,7 @@ class Router:
     @contextlib.asynccontextmanager
     async def _http(self) -> AsyncIterator[int]:
         listener = listen(self._settings.host, self._settings.http_port, "--http-port")
+        tls = self._tls
         server = HttpServer(
             uvicorn.Config(
                 self._app,
@@ -177,6 +181,7 @@ class Router:
                 log_config=None,
                 lifespan="off",
                 timeout_graceful_shutdown=STOP_SECONDS,
+                ssl_context_factory=(lambda *_: tls.context) if tls else None,
             )
         )
         serving = asyncio.create_task(server.serve(sockets=[listener]))
@@ -221,7 +226,7 @@ class HttpServer(uvicorn.Server):
 async def run(settings: RouterSettings, ready: Ready, supervisor: Supervisor | None = None) -> None:
     """Serves the shards' model. `supervisor`: restarts the only replica's ranks, if this process started them.
 
-    Raises KeyFileError or RegistryFileError for an invalid file, OSError for a port in use."""
+    Raises KeyFileError or RegistryFileError for an invalid file, OSError for a port in use or a wrong certificate."""
     key_file = KeyFile(settings.api_keys) if settings.api_keys else None
     sys.setswitchinterval(SWITCH_SECONDS)
     raise_file_limit()

@@ -2,9 +2,9 @@
 
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from loraplex_protos.mtls import MtlsSettings
 from loraplex_router.text.reasoning import AUTO, FAMILIES, NONE
@@ -72,6 +72,12 @@ class EdgeSettings(BaseModel):
         description="Origins whose web pages may call the HTTP API from a browser (https://app.example), separated by "
         "spaces. *: all. Empty: none.",
     )
+    tls_cert: Path | None = Field(
+        None,
+        description="Certificate (with its chain, in PEM) of the HTTP and gRPC ports, which then speak TLS alone; a new"
+        " one is picked up.",
+    )
+    tls_key: Path | None = Field(None, description="The private key of --tls-cert, in PEM.")
     api_keys: Path | None = Field(
         None,
         description="A YAML or JSON file of (hashed) API keys and what each may do; changes are picked up."
@@ -146,6 +152,18 @@ class EdgeSettings(BaseModel):
         if name not in (AUTO, NONE, *FAMILIES):
             raise ValueError(f"{value!r} is not one of {', '.join((AUTO, NONE, *sorted(FAMILIES)))}")
         return name
+
+    @model_validator(mode="after")
+    def _has_both_files_of_tls_or_none(self) -> Self:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            absent = "tls_cert" if self.tls_cert is None else "tls_key"
+            raise ValueError(f"{absent}: set both tls_cert and tls_key, or neither")
+        return self
+
+    @property
+    def scheme(self) -> str:
+        """Of the HTTP port's URL."""
+        return "http" if self.tls_cert is None else "https"
 
     @property
     def url_host(self) -> str:

@@ -10,7 +10,12 @@ from loraplex import Client, LoraplexError, UnauthenticatedError, UnavailableErr
 
 Server = Annotated[
     str,
-    typer.Option("--server", envvar="LORAPLEX_SERVER", metavar="HOST:PORT", help="The gRPC address of the server."),
+    typer.Option(
+        "--server",
+        envvar="LORAPLEX_SERVER",
+        metavar="HOST:PORT",
+        help="The gRPC address of the server; https://HOST:PORT if it speaks TLS.",
+    ),
 ]
 ApiKey = Annotated[
     str | None,

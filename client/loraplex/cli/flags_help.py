@@ -23,7 +23,7 @@ SUBJECTS = {  # with shell patterns
         *("threads", "kernels", "move_seconds", "drain_seconds"),
     ),
     "Network": ("host", "http_port", "grpc_port", "listen", "shards"),
-    "Security": ("api_keys", "metrics_auth", "cors_origins", "mtls_cert", "mtls_key", "mtls_ca"),
+    "Security": ("api_keys", "metrics_auth", "cors_origins", "tls_cert", "tls_key", "mtls_cert", "mtls_key", "mtls_ca"),
     "Telemetry": (
         *("log_format", "log_prompts", "metrics_port", "metrics_adapters", "lorax_metrics", "gateway_metrics"),
         *("otlp_endpoint", "trace_sampling"),

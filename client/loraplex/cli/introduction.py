@@ -24,8 +24,8 @@ def introduction(
 ) -> str:
     """The addresses, and one request to try for each way to call the server, as rich markup.
 
-    server: gRPC's HOST:PORT; http: a URL; adapters: the available ones; chats: whether the model has a chat
-    template; pooled: what to ask of a model without an lm head.
+    server: gRPC's HOST:PORT, with https:// before it if it speaks TLS; http: a URL; adapters: the available ones;
+    chats: whether the model has a chat template; pooled: what to ask of a model without an lm head.
     """
     faces = f"{'' if pooled else 'a playground at /, '}OpenAI at /v1, LoRAX at /{pooled or 'generate'}"
     lines = (
@@ -81,8 +81,9 @@ def _to_generate(server: str, http: str, adapters: Sequence[str], chats: bool) -
 
 
 def _grpc_call(server: str, method: str, body: str) -> str:
-    path = f"{server}/loraplex.v1.GenerationService/{method}"
-    return f"  {_bin_folder()}buf curl --protocol grpc --http2-prior-knowledge -d {body} http://{path}"
+    url, flags = (server, "") if server.startswith("https://") else (f"http://{server}", " --http2-prior-knowledge")
+    path = f"{url}/loraplex.v1.GenerationService/{method}"
+    return f"  {_bin_folder()}buf curl --protocol grpc{flags} -d {body} {path}"
 
 
 def _curl(url: str, body: str) -> str:

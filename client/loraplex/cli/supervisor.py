@@ -51,7 +51,9 @@ async def run(settings: ServeSettings, console: Console) -> None:
         router_settings = RouterSettings(**edge, shards=(",".join(ranks.addresses),), move_seconds=MOVE_SECONDS)
 
         def ready(http_port: int, grpc_port: int, info: GetModelInfoResponse, adapters: list[str]) -> None:
-            server, http = f"{settings.url_host}:{grpc_port}", f"http://{settings.url_host}:{http_port}"
+            server, http = f"{settings.url_host}:{grpc_port}", f"{settings.scheme}://{settings.url_host}:{http_port}"
+            if settings.scheme == "https":
+                server = f"https://{server}"
             text = introduction(settings.model, server, http, adapters, info.has_chat_template, _pools(info))
             console.print(text, highlight=False, soft_wrap=True)
 

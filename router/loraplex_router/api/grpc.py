@@ -206,9 +206,14 @@ class GrpcServer:
     """The gRPC port: the API, health and reflection. Healthy while `set_healthy` says so, until `drain`."""
 
     def __init__(
-        self, api: GenerationApi, max_message: int, interceptors: Sequence[grpc.aio.ServerInterceptor] = ()
+        self,
+        api: GenerationApi,
+        max_message: int,
+        interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+        credentials: grpc.ServerCredentials | None = None,
     ) -> None:
-        """`max_message`: the most bytes of a request."""
+        """`max_message`: the most bytes of a request. Without `credentials`, it does not speak TLS."""
+        self._credentials = credentials
         limits = MessageLimits(
             pb.DESCRIPTOR.services_by_name["GenerationService"], _answering, MOST_MESSAGES * max_message
         )
@@ -223,7 +228,11 @@ class GrpcServer:
     async def start(self, host: str, port: int) -> int:
         """Listens; returns the port. Raises OSError if it is taken."""
         try:
-            bound = self._server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+            address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+            if self._credentials is None:
+                bound = self._server.add_insecure_port(address)
+            else:
+                bound = self._server.add_secure_port(address, self._credentials)
         except RuntimeError as error:
             raise OSError(f"cannot listen on {host}:{port}: {error}") from error
         await self.set_healthy(False)
