@@ -93,6 +93,8 @@ class ParseOptions(TypedDict, total=False):
     """Added to tokens' logits, by token id: from -100, which practically bans a token, to 100."""
     session: str
     """Requests of the same session get the same adapter from an alias with weights. At most 512 characters."""
+    background: bool
+    """It is computed while its replica has nothing else to compute."""
     cache_salt: str
     """Cached prefixes are shared only by requests with the same salt. At most 512 characters."""
     n: int

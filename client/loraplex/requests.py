@@ -37,7 +37,7 @@ def generate_request(prompt: Prompt, **options: Unpack[GenerateOptions]) -> pb.G
     if isinstance(stop := given.get("stop"), str):
         given["stop"] = [stop]
     request = pb.GenerateRequest(sampling=pb.Sampling(), stopping=pb.Stopping(), detail=pb.Detail())
-    _fill(request, n=given.pop("n", 1))
+    _fill(request, n=given.pop("n", 1), background=given.pop("background", False))
     _fill(request, **{name: given.pop(name, "") for name in ("request_id", "cache_salt", "session")})
     parts: tuple[Proto, ...] = (request.sampling, request.stopping, request.detail)
     for part in parts:

@@ -279,3 +279,15 @@ async def test_a_full_queue_has_room_for_a_tenant_that_waits_for_less_than_its_s
     for generation in running:
         setup.service.close(generation)
     assert setup.service.idle
+
+
+async def test_background_requests_leave_half_of_the_queue_to_others():
+    setup = Setup(max_queue=4)  # its engine does not run
+    running = [await setup.service.generate(Request(prompt=(1,), background=True)) for _ in range(2)]
+    with pytest.raises(OverloadedError, match="half of the queue"):
+        await setup.service.generate(Request(prompt=(1,), background=True))
+    running += [await setup.service.generate(Request(prompt=(1,))) for _ in range(2)]
+    assert [generation.outputs[0].sequence.background for generation in running] == [True, True, False, False]
+    for generation in running:
+        setup.service.close(generation)
+    assert setup.service.idle

@@ -120,3 +120,36 @@ def test_idle_tenants_do_not_accumulate_service() -> None:
     for _ in range(60):
         world.step()
     assert served(world, "steady") - before >= 0.7 * served(world, "late")
+
+
+@pytest.mark.parametrize("adapter", ["", "a", "b"])
+@pytest.mark.parametrize("prompt", [6, 100])
+def test_background_work_stops_for_a_newcomer_and_continues_after_it(adapter: str, prompt: int) -> None:
+    world = World(blocks=200, rows=ROWS, slots=1, budget=64)
+    flood = [world.submit("a", [7, number], 30, background=True) for number in range(40)]
+    for _ in range(20):
+        world.step()
+    alone = World(blocks=200, rows=ROWS, slots=1, budget=64)
+    steps = steps_to_first_token(alone, alone.submit(adapter, [5] * prompt, 20))
+    newcomer = world.submit(adapter, [5] * prompt, 20)
+    assert steps_to_first_token(world, newcomer) <= steps + world.depth + 2 * (adapter == "b")
+    computed = [sequence.charged for sequence in flood]
+    while not newcomer.finished:
+        assert world.step()
+    assert sum(sequence.charged for sequence in flood) <= sum(computed) + 2 * ROWS
+    world.run()
+    assert all(sequence.tokens == expected(sequence) for sequence in world.sequences)
+
+
+def test_background_work_is_shared_among_tenants_and_takes_nothing_from_their_own_shares() -> None:
+    world = World(blocks=200, rows=ROWS)
+    for tenant in ("one", "other"):
+        for number in range(20):
+            world.submit("", [number, tenant == "one"], 8, tenant=tenant, background=True)
+    for _ in range(30):
+        world.step()
+    assert abs(served(world, "one") - served(world, "other")) <= 2 * DECODE * ROWS * 8
+    first, second = world.submit("", [1], 4, tenant="one"), world.submit("", [2], 4, tenant="new")
+    world.step()
+    assert first.row is not None and second.row is not None
+    world.run()

@@ -165,6 +165,20 @@ async def test_a_full_queue_is_a_429_with_retry_after_before_the_stream_begins(s
     await asyncio.gather(*held)
 
 
+async def test_the_service_tier_flex_is_background_work(setup: Setup):
+    setup.shards.loads_held.clear()
+    body = {**WHOLE["/v1/completions"], "model": "a", "prompt": "A"}
+    clients = [Client(setup, "/v1/completions", {**body, "service_tier": tier}) for tier in ("flex", "auto")]
+    running = [asyncio.create_task(client.run()) for client in clients]
+    await until(lambda: sum(adapter.waiting for adapter in setup.pool) == 2)
+    generations = list(setup.service._running)
+    queued = {output.sequence.background for generation in generations for output in generation.outputs}
+    assert queued == {True, False}
+    setup.shards.loads_held.set()
+    await asyncio.gather(*running)
+    assert [client.status for client in clients] == [200, 200]
+
+
 @pytest.mark.parametrize("path", STREAMS)
 async def test_a_failure_after_the_first_token_is_the_last_event(setup: Setup, path: str):
     setup.shards.failing_token = 45

@@ -59,6 +59,7 @@ class World:
         alone_until: int = 0,
         tenant: str = "",
         weight: float = 1.0,
+        background: bool = False,
         cache_salt: str = "",
         acts_from: int = 0,
     ) -> Sequence:
@@ -72,6 +73,7 @@ class World:
             alone_until=alone_until,
             tenant=tenant,
             weight=weight,
+            background=background,
             cache_salt=cache_salt,
             acts_from=acts_from,
         )
@@ -101,6 +103,10 @@ class World:
         assert slots == sorted(slots)
         assert len(plan.chunks) == 1 or not plan.alone
         assert plan.alone or not any(chunk.start < chunk.sequence.alone_until for chunk in plan.chunks)
+        if not plan.alone and any(chunk.sequence.background for chunk in plan.chunks):
+            assert all(chunk.sequence.background for chunk in plan.chunks)
+            running = [s for s in self.sequences if s.row is not None and not (s.background or s.suspect)]
+            assert not running
         for sequence in plan.starts:
             assert sequence.row is not None
             self.tables[sequence.row], self.known[sequence.row] = [], list(sequence.tokens)
@@ -172,6 +178,7 @@ requests = st.lists(
         st.sampled_from([0, 0, 0, 1, 7, 40]),  # computed alone up to this position
         st.sampled_from(["", "x", "y"]),  # its tenant
         st.sampled_from([0, 0, 0, 1, 4, 5, 13, NEVER]),  # where its adapter begins to act
+        st.booleans(),  # whether it is a background one
     ),
     max_size=20,
 )
@@ -182,7 +189,7 @@ requests = st.lists(
 def test_every_sequence_ends_with_its_own_tokens_without_losing_blocks_rows_or_slots(requests, blocks, slots, depth):
     world = World(blocks=blocks, slots=slots, depth=depth)
     cancellations = []
-    for adapter, prompt, max_new_tokens, delay, cancel_after, alone_until, tenant, acts_from in requests:
+    for adapter, prompt, max_new_tokens, delay, cancel_after, alone_until, tenant, acts_from, background in requests:
         for _ in range(delay):
             world.step()
             for turn, sequence in cancellations:
@@ -190,7 +197,13 @@ def test_every_sequence_ends_with_its_own_tokens_without_losing_blocks_rows_or_s
                     world.scheduler.finish(sequence)
         begin = acts_from if acts_from == NEVER else min(acts_from, len(prompt) - 1)
         sequence = world.submit(
-            adapter, prompt, max_new_tokens, alone_until=alone_until, tenant=tenant, acts_from=begin
+            adapter,
+            prompt,
+            max_new_tokens,
+            alone_until=alone_until,
+            tenant=tenant,
+            acts_from=begin,
+            background=background,
         )
         if cancel_after is not None:
             cancellations.append((world.steps + cancel_after, sequence))

@@ -48,6 +48,7 @@ def read_request(message: pb.GenerateRequest) -> Request:
         ),
         grammar=grammar,
         separates_thoughts=separates(message),
+        background=message.background,
         cache_salt=message.cache_salt,
         session=message.session,
     )

@@ -9,6 +9,8 @@ The paper's server only decides admission: a newcomer waits until a running sequ
 places are taken, a tenant with at least two more than the newcomer's tenant gives one up, and an adapter with two gives
 one up to an adapter of the same tenant that has none. A sequence that yields finds its blocks in the prefix cache when
 it continues.
+
+Background sequences have shares of their own, and take no places from others.
 """
 
 from collections import Counter
@@ -16,7 +18,7 @@ from collections.abc import Set
 from dataclasses import dataclass, field
 
 from loraplex_router.vocabulary.adapter import Adapter
-from loraplex_router.vocabulary.sequence import Sequence
+from loraplex_router.vocabulary.sequence import Payer, Sequence
 
 PREFILL, DECODE = 1.0, 2.0  # what a token costs: the paper's weights
 
@@ -36,32 +38,35 @@ class Shares:
     """The shares of all tenants. Their number is bounded by the key file, so counters are never dropped."""
 
     def __init__(self) -> None:
-        self._all: dict[str, Share] = {}
-        self._active: dict[str, Share] = {}  # tenants that have work
-        self._last = 0.0  # the counter of the last tenant that had work
+        self._all: dict[Payer, Share] = {}
+        self._active: dict[Payer, Share] = {}  # those that have work
+        self._last = 0.0  # the counter of the last one that had work
 
     def of(self, sequence: Sequence) -> Share:
-        return self._all[sequence.tenant]
+        return self._all[sequence.payer]
 
     def waiting(self) -> dict[str, int]:
         """How many sequences of each tenant wait."""
-        return {name: share.waiting for name, share in self._active.items() if share.waiting}
+        found = Counter[str]()
+        for payer, share in self._active.items():
+            found[payer.tenant] += share.waiting
+        return dict(+found)
 
     def wait(self, sequence: Sequence) -> None:
         """The sequence starts waiting."""
-        name = sequence.tenant
-        share = self._all.setdefault(name, Share())
-        if name not in self._active:
+        payer = sequence.payer
+        share = self._all.setdefault(payer, Share())
+        if payer not in self._active:
             lowest = min((other.served for other in self._active.values()), default=self._last)
             share.served = max(share.served, lowest)
-            self._active[name] = share
+            self._active[payer] = share
         share.weight = sequence.weight
         share.waiting += 1
 
     def stop_waiting(self, sequence: Sequence) -> None:
         """The sequence ended before it ran."""
         self.of(sequence).waiting -= 1
-        self._update(sequence.tenant)
+        self._update(sequence.payer)
 
     def run(self, sequence: Sequence) -> None:
         """The sequence stops waiting and runs."""
@@ -76,7 +81,7 @@ class Shares:
         share.running[sequence.adapter] -= 1
         if not share.running[sequence.adapter]:
             del share.running[sequence.adapter]
-        self._update(sequence.tenant)
+        self._update(sequence.payer)
 
     def charge(self, sequence: Sequence, stop: int) -> None:
         """Charges the positions up to `stop` to the tenant, each once, however often it is computed."""
@@ -85,7 +90,7 @@ class Shares:
             begin = sequence.computed
         if begin < stop:  # faster than max, and this runs for every chunk
             prefills = min(stop, prompt_length) - begin if begin < prompt_length else 0
-            share = self._all[sequence.tenant]
+            share = self._all[sequence.payer]
             share.served += (prefills * PREFILL + (stop - begin - prefills) * DECODE) / share.weight
             sequence.charged = stop
 
@@ -96,21 +101,21 @@ class Shares:
         (share,) = self._active.values()
         return waiting <= share.running.keys()
 
-    def gives_way(self, newcomer: Sequence) -> tuple[str, Adapter | None] | None:
-        """Whose youngest sequence yields its place to the newcomer: a tenant, or an adapter of the newcomer's tenant.
+    def gives_way(self, newcomer: Sequence) -> tuple[Payer, Adapter | None] | None:
+        """Whose youngest sequence yields its place to the newcomer: somebody's, or an adapter's of the newcomer's own.
         None if nobody has enough more."""
         own = self.of(newcomer)
-        name, share = max(self._active.items(), key=lambda item: item[1].total / item[1].weight)
+        payer, share = max(self._active.items(), key=lambda item: item[1].total / item[1].weight)
         if share is not own and (share.total - 1) / share.weight >= (own.total + 1) / own.weight:
-            return name, None
+            return payer, None
         if own.running and newcomer.adapter not in own.running:
             adapter, count = own.running.most_common(1)[0]
             if count > 1:
-                return newcomer.tenant, adapter
+                return newcomer.payer, adapter
         return None
 
-    def _update(self, tenant: str) -> None:
-        share = self._all[tenant]
+    def _update(self, payer: Payer) -> None:
+        share = self._all[payer]
         if not (share.waiting or share.total):
             self._last = max(self._last, share.served)
-            del self._active[tenant]
+            del self._active[payer]

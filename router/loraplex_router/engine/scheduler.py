@@ -17,6 +17,9 @@ sequence. Pinned adapters are always entitled; the rest share the remaining slot
 An activated adapter acts from a position in the prompt on. Chunks are cut there: those before are the base model's, as
 are the blocks before, which all of its adapters then share.
 
+Background sequences are computed while there is nothing else to compute, in shorter steps, since a newcomer may have to
+wait for one. In the meantime they wait with their rows and blocks, but give up rows, blocks and slots that others need.
+
 Suspects (see suspects.py) are computed in plans of their own, which alternate with the other plans.
 """
 
@@ -32,9 +35,10 @@ from loraplex_router.engine.blocks import BlockAllocator, branch_key, next_key, 
 from loraplex_router.engine.fairness import Shares
 from loraplex_router.engine.pool import AdapterPool, SlotClaim
 from loraplex_router.vocabulary.adapter import Adapter
-from loraplex_router.vocabulary.sequence import Chunk, Plan, Sequence
+from loraplex_router.vocabulary.sequence import Chunk, Payer, Plan, Sequence
 
 MAX_STARTED = 2_000_000  # tokens, with prefixes, of sequences that start in one plan: what fits into one message
+BACKGROUND_STEP = 4  # a background step has at most one part in so many of the tokens of others
 TURN = 16  # sequences that an adapter may start on its slot while older sequences wait for a slot
 
 
@@ -55,9 +59,10 @@ class Scheduler:
         self._limits = limits
         self._blocks = blocks
         self._adapters = adapters
-        self._waiting: dict[Adapter, dict[str, deque[Sequence]]] = {}  # by tenant
+        self._waiting: dict[Adapter, dict[Payer, deque[Sequence]]] = {}
         self._shares = Shares()
         self._running: list[Sequence] = []  # oldest first
+        self._num_background = 0  # sequences, running or waiting
         self._free_rows = list(range(limits.max_sequences - 1, -1, -1))
         self._contended = False  # an adapter waits for a slot
         self._suspects: set[Sequence] = set()
@@ -87,6 +92,7 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """Puts a sequence into its adapter's queue, by age."""
         self._enqueue(sequence)
+        self._num_background += sequence.background
         self._adapters.touch(sequence.adapter)
         if sequence.suspect:
             self._suspects.add(sequence)
@@ -117,6 +123,7 @@ class Scheduler:
         if sequence.finished:
             return
         sequence.finished = True
+        self._num_background -= sequence.background
         if sequence.row is None:
             self._dequeue(sequence)
             self._shares.stop_waiting(sequence)
@@ -140,10 +147,24 @@ class Scheduler:
         entitled = self._entitled()
         claims = []
         for adapter in [adapter for adapter in self._adapters.pinned if not adapter.waiting] + entitled:
-            if adapter.slot is None and (claim := self._adapters.claim_slot(adapter, keep=entitled)):
+            if adapter.slot is None and (claim := self._claim_slot(adapter, entitled)):
                 adapter.turn = TURN
                 claims.append(claim)
         return claims
+
+    def _claim_slot(self, adapter: Adapter, entitled: list[Adapter]) -> SlotClaim | None:
+        """Background sequences give up slots that others need: now, or when the plans in flight are complete."""
+        claim = self._adapters.claim_slot(adapter, keep=entitled)
+        if claim is None and self._num_background and adapter in self._in_foreground():
+            for sequence in [s for s in self._running if s.background and s.adapter.slot and s.adapter not in entitled]:
+                self._preempt(sequence)
+            claim = self._adapters.claim_slot(adapter, keep=entitled)
+        return claim
+
+    def _in_foreground(self) -> set[Adapter]:
+        """The adapters with sequences that are not background ones."""
+        waiting = {adapter for adapter, queues in self._waiting.items() if any(not key.background for key in queues)}
+        return waiting | {sequence.adapter for sequence in self._running if not sequence.background}
 
     def _entitled(self) -> list[Adapter]:
         """The adapters that may start sequences, in the order of their claim to a slot. The base model needs no
@@ -156,8 +177,13 @@ class Scheduler:
         self._watch_contention(any(adapter.slot is None for adapter in waiting), on_device)
         holders = [adapter for adapter in on_device if adapter.in_use and not adapter.waiting]
         others = [adapter for adapter in waiting + holders if not adapter.pinned]
+        if self._num_background:
+            foreground = self._in_foreground()
+            others.sort(key=lambda adapter: (adapter not in foreground, *self._claim_order(adapter)))
+        else:
+            others.sort(key=self._claim_order)
         room = self._adapters.slots - len(self._adapters.pinned)
-        return [adapter for adapter in waiting if adapter.pinned] + sorted(others, key=self._claim_order)[:room]
+        return [adapter for adapter in waiting if adapter.pinned] + others[:room]
 
     def _claim_order(self, adapter: Adapter) -> tuple[bool, float]:
         keeps_its_turn = adapter.slot is not None and adapter.turn > 0
@@ -187,6 +213,11 @@ class Scheduler:
         starts: list[Sequence] = []
         budget, started_tokens = self._limits.max_batch_tokens, 0
         running = [sequence for sequence in self._running if not sequence.suspect] if self._suspects else self._running
+        foreground = not self._num_background or self._has_foreground(may_start)
+        if not foreground:
+            budget = max(self._limits.max_sequences, budget // BACKGROUND_STEP)
+        elif self._num_background:
+            running = [sequence for sequence in running if not sequence.background]
         work = [(sequence, sequence.remaining) for sequence in running]
         decodes = [item for item in work if item[1] == 1]
         prefills = [item for item in work if item[1] > 1]
@@ -196,7 +227,7 @@ class Scheduler:
         prefills.sort(key=lambda item: self._served(item[0]), reverse=True)
         while budget:
             head = self._next_to_start() if may_start and started_tokens < MAX_STARTED else None
-            if head is None or not self._has_room(head):
+            if head is None or (head.background and foreground) or not self._find_room(head):
                 head, may_start = None, False  # others must not overtake it, or it might wait forever
             if head and not (prefills and self._served(prefills[-1][0]) <= self._served(head)):
                 self._start(head)
@@ -210,6 +241,13 @@ class Scheduler:
             else:
                 break
         return self._plan(starts, chunks) if chunks else None
+
+    def _has_foreground(self, may_start: bool) -> bool:
+        """Whether the next plan is not for background sequences."""
+        if any(not (sequence.background or sequence.suspect) for sequence in self._running):
+            return True
+        head = self._next_to_start() if may_start else None
+        return head is not None and not head.background
 
     def _plan_alone(self) -> Plan | None:
         """Plans the next chunk of one suspect: a running one or else the youngest that can start."""
@@ -246,7 +284,8 @@ class Scheduler:
             if (new_blocks := self._blocks.allocate(missing)) is not None:
                 sequence.blocks += new_blocks
                 break
-            youngest = next(s for s in reversed(self._running) if s not in chunks)
+            others = (running for running in self._running if running not in chunks)
+            youngest = max(others, key=attrgetter("background", "number"))
             self.num_preemptions += 1
             self._preempt(youngest)
             if youngest is sequence:
@@ -280,13 +319,22 @@ class Scheduler:
         heads = [head for head in heads if not head.in_flight]  # preempted, and its last sample not known yet
         return min(heads, key=self._turn, default=None)
 
-    def _turn(self, head: Sequence) -> tuple[float, int, int]:
+    def _turn(self, head: Sequence) -> tuple[bool, float, int, int]:
         """The sort key: lower goes first."""
         share = self._shares.of(head)
-        return share.served, share.running[head.adapter], head.number
+        return head.background, share.served, share.running[head.adapter], head.number
 
     def _has_room(self, head: Sequence) -> bool:
         return bool(self._free_rows) and self._fits(head)
+
+    def _find_room(self, head: Sequence) -> bool:
+        """Background sequences give up their places, as far as another one needs them."""
+        while not self._has_room(head):
+            youngest = next((s for s in reversed(self._running) if s.background), None)
+            if head.background or youngest is None:
+                return False
+            self._preempt(youngest)
+        return True
 
     def _yield_place(self) -> bool:
         """If the next sequence has no place, those with much more yield as much as it needs. Returns whether it can
@@ -294,11 +342,11 @@ class Scheduler:
         if not self._free_rows and self._shares.even(self._waiting.keys()):
             return False
         head = self._next_to_start()
-        while head and not self._has_room(head):
-            if not (richest := self._shares.gives_way(head)):
+        while head and not self._find_room(head):
+            if head.background or not (richest := self._shares.gives_way(head)):
                 return False
-            tenant, adapter = richest
-            theirs = (s for s in reversed(self._running) if s.tenant == tenant and adapter in (None, s.adapter))
+            payer, adapter = richest
+            theirs = (s for s in reversed(self._running) if s.payer == payer and adapter in (None, s.adapter))
             self.num_yields += 1
             self._preempt(next(theirs))
         return head is not None
@@ -349,7 +397,7 @@ class Scheduler:
         sequence.adapter.running -= 1
 
     def _enqueue(self, sequence: Sequence) -> None:
-        queue = self._waiting.setdefault(sequence.adapter, {}).setdefault(sequence.tenant, deque())
+        queue = self._waiting.setdefault(sequence.adapter, {}).setdefault(sequence.payer, deque())
         self._shares.wait(sequence)
         if queue and queue[-1].number > sequence.number:  # it was preempted, or moved from another replica
             queue.insert(bisect(queue, sequence.number, key=lambda waiting: waiting.number), sequence)
@@ -360,9 +408,10 @@ class Scheduler:
 
     def _dequeue(self, sequence: Sequence) -> None:
         queues = self._waiting[sequence.adapter]
-        queues[sequence.tenant].remove(sequence)
-        if not queues[sequence.tenant]:
-            del queues[sequence.tenant]
+        queue = queues[sequence.payer]
+        queue.remove(sequence)
+        if not queue:
+            del queues[sequence.payer]
         if not queues:
             del self._waiting[sequence.adapter]
         sequence.adapter.waiting -= 1

@@ -60,6 +60,7 @@ def make_sequence(
         bad_words=tuple(map(tuple, bad_words)),
         tenant=tenant.name,
         weight=tenant.weight,
+        background=request.background,
         cache_salt=request.cache_salt,
         # After a complete match of a grammar, only an end token can follow, so it is postponed, not ignored.
         unwanted_token_ids=ends if request.ignore_eos and request.grammar is not None else frozenset(),

@@ -299,7 +299,7 @@ class Service:
     ) -> list[Generation]:
         """Queues the parts of a request together, once all of them can be. They continue what was saved of each."""
         tenant, total = visit.tenant, sum(part.n for part in parts)
-        self._admit(total, tenant)
+        self._admit(total, tenant, parts[0].background)
         request_id = self._running.reserve(parts[0].request_id)
         self._preparing[tenant.name] += total
         try:
@@ -446,12 +446,18 @@ class Service:
         tenant.check_adapter(self._registry.named(adapter))
         return self._registry.resolve(adapter, session)
 
-    def _admit(self, sequences: int, tenant: Tenant) -> None:
-        """Where the queue is full, a tenant that has less than its share of it may still wait."""
+    def _admit(self, sequences: int, tenant: Tenant, background: bool) -> None:
+        """Where the queue is full, a tenant that has less than its share of it may still wait. Background requests get
+        half of the queue."""
         if self.draining:
             raise UnavailableError("the server is shutting down")
-        if self._replicas.num_waiting + self._preparing.total() + sequences <= self.max_queue:
+        total = self._replicas.num_waiting + self._preparing.total() + sequences
+        if total <= (self.max_queue // 2 if background else self.max_queue):
             return
+        if background:
+            raise OverloadedError(
+                "half of the queue is full, which is what background requests may use: try again later"
+            )
         waiting = self._replicas.waiting_by_tenant() + self._preparing
         share = self.max_queue // len({*waiting, tenant.name})
         if waiting[tenant.name] + sequences > share:

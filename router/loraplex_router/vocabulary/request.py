@@ -40,6 +40,7 @@ class Request:
     allowed_token_ids: tuple[int, ...] | None = None  # the only ones that are sampled; None: all
     bad_words: tuple[str, ...] = ()  # the answer does not contain their tokens
     separates_thoughts: bool = False  # of an answer in a chat: a grammar begins after them
+    background: bool = False  # computed while the replica has nothing else to compute
     cache_salt: str = ""  # cached prefixes are shared by requests with the same salt
     session: str = ""  # requests with the same one get the same version of an alias with weights
     deadline: float | None = None  # by time.monotonic: nobody wants the answer later

@@ -32,6 +32,13 @@ class Sample(NamedTuple):
     alternatives: Alternatives = ()
 
 
+class Payer(NamedTuple):
+    """Whose share of the service a sequence takes."""
+
+    tenant: str
+    background: bool = False
+
+
 class FinishReason(Enum):
     """The values are those of generation.proto."""
 
@@ -66,6 +73,7 @@ class Sequence:
     bad_words: tuple[tuple[int, ...], ...] = ()  # runs of tokens that are not generated, likewise
     tenant: str = ""  # its tenant and the tenant's weight: see fairness.py
     weight: float = 1.0
+    background: bool = False  # it is computed while nothing else is
     cache_salt: str = ""  # it shares cached prefixes with sequences that have the same salt
     traceparent: str = ""  # the trace context of its spans on the shards, if it is traced
 
@@ -91,6 +99,10 @@ class Sequence:
         self.computed = self.in_flight = self.sent_blocks = self.cached_blocks = 0
         self.row, self.blocks, self.block_keys = None, [], []
         self.finished = False
+
+    @property
+    def payer(self) -> Payer:
+        return Payer(self.tenant, self.background)
 
     @property
     def suspect(self) -> bool:

@@ -72,7 +72,7 @@ UNSUPPORTED_IN_CHATS: dict[str, tuple[Any, ...]] = {
 }
 
 WITHOUT_EFFECT = {
-    *("user", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
+    *("user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
     *("prediction", "stream_interval", "session_id", "guided_decoding_backend", "spaces_between_special_tokens"),
     *("cache_prompt", "id_slot", "timings_per_token", "routed_dp_rank", "data_parallel_rank"),
     *("dry_base", "dry_allowed_length", "dry_penalty_last_n", "dry_sequence_breakers", "xtc_threshold"),

@@ -54,6 +54,7 @@ def read_options(body: GenerationRequest, defaults: Sampling) -> dict[str, Any]:
         "ignore_eos": bool(body.ignore_eos or body.ignore_eos_token),
         "show_special_tokens": body.skip_special_tokens is False,
         "truncate": body.truncate_prompt_tokens,
+        "background": body.service_tier == "flex",
         "cache_salt": body.cache_salt or "",
         "min_new_tokens": body.min_tokens or 0,
         "allowed_token_ids": None if body.allowed_token_ids is None else tuple(body.allowed_token_ids),
