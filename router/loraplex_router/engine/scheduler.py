@@ -84,8 +84,8 @@ class Scheduler:
         return self._shares.waiting()
 
     def waiting(self, adapter: Adapter, tenant: str) -> Iterable[Sequence]:
-        """A tenant's sequences that wait for the adapter, oldest first."""
-        return self._waiting.get(adapter, {}).get(tenant, ())
+        """A tenant's sequences that wait for the adapter, without background ones, oldest first."""
+        return self._waiting.get(adapter, {}).get(Payer(tenant), ())
 
     # ---- sequences come and go -------------------------------------------------------------------------------
 
