@@ -24,10 +24,10 @@ export function bar(parts) {
 
 export const find = (id) => document.getElementById(id);
 
-/** A table's head and rows. A cell is a text or an element; columns with numbers are aligned on the right. */
-export function fillTable(table, headings, numbers, rows) {
+/** A table. A cell is a text or an element; columns with numbers are aligned on the right. */
+export function makeTable(headings, numbers, rows) {
   const cell = (tag, content, column) => make(tag, { class: numbers.has(column) ? "number" : null }, content);
   const head = headings.map((heading) => cell("th", heading, heading));
   const body = rows.map((row) => make("tr", {}, ...row.map((content, at) => cell("td", content, headings[at]))));
-  table.replaceChildren(make("thead", {}, make("tr", {}, ...head)), make("tbody", {}, ...body));
+  return make("table", {}, make("thead", {}, make("tr", {}, ...head)), make("tbody", {}, ...body));
 }

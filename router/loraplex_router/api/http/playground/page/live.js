@@ -1,6 +1,6 @@
 // What the server is doing now, from its metrics: the picture of `loraplex top`.
 
-import { bar, fillTable, find, make } from "./elements.js";
+import { bar, find, make, makeTable } from "./elements.js";
 import { call } from "./server.js";
 
 const MOST_ADAPTERS = 20; // rows
@@ -37,7 +37,8 @@ class Samples {
   }
 
   values(name, label) {
-    return [...new Set(this.find(name).map((sample) => sample.labels[label]))].sort();
+    const found = this.find(name).filter((sample) => label in sample.labels);
+    return [...new Set(found.map((sample) => sample.labels[label]))].sort();
   }
 }
 
@@ -137,16 +138,10 @@ export async function showLive() {
   const change = new Change(before ?? now, now);
   before = now;
   const [rows, others] = adapterRows(change);
-  const [replicas, adapters] = [make("table"), make("table")];
   const replicaRows = now.values("loraplex_sequences", "replica").map((name) => replicaRow(change, name));
-  fillTable(replicas, REPLICA, new Set(REPLICA.slice(1)), replicaRows);
-  fillTable(adapters, ADAPTER, new Set(ADAPTER.slice(1)), rows);
   const figure = ([name, value]) => make("div", {}, make("dt", {}, name), make("dd", {}, String(value)));
-  find("live-view").replaceChildren(
-    make("dl", {}, ...Object.entries(summary(change)).map(figure)),
-    make("div", { class: "scroll" }, replicas),
-    make("p", {}, "prefill, decode, adapters: tokens and distinct adapters per step"),
-    make("div", { class: "scroll" }, adapters),
-    make("p", {}, others > 0 ? `and ${others} more` : ""),
-  );
+  find("figures").replaceChildren(...Object.entries(summary(change)).map(figure));
+  find("replicas").replaceChildren(makeTable(REPLICA, new Set(REPLICA.slice(1)), replicaRows));
+  find("busiest").replaceChildren(makeTable(ADAPTER, new Set(ADAPTER.slice(1)), rows));
+  find("others").textContent = others > 0 ? `and ${others} more` : "";
 }
