@@ -16,7 +16,7 @@ from rich.console import Console
 from bench.load import Request, Target, Workload, measure
 from bench.processes import Loraplex
 from bench.stand_in_shard import StandInServer, StandInShard, Timing
-from bench.targets import OVER_GRPC, OVER_HTTP, open_target
+from bench.targets import OVER_CHAT, OVER_GRPC, OVER_HTTP, OVER_RESPONSES, open_target
 from loraplex import AsyncClient, Regex
 
 STREAMS, RUNS = 32, 5
@@ -84,6 +84,10 @@ async def router_costs(console: Console) -> None:
                     f"router, {STREAMS} streams over {face}: {token * 1e6:.0f} us per token (target: {wanted}; "
                     f"a bare server needs {least * 1e6:.0f}), {rest * 1e3:.2f} ms per request"
                 )
+            chat, responses = [await costs(form, *ours) for form in (OVER_CHAT, OVER_RESPONSES)]
+            for face, (token, rest) in (("chat completions", chat), ("responses", responses)):
+                console.print(f"router, over {face}: {token * 1e6:.0f} us per token, {rest * 1e3:.2f} ms per request")
+            console.print(f"responses ÷ chat completions, per token: {responses[0] / chat[0]:.2f} (target: 1.20)")
 
 
 async def costs(form: str, process: psutil.Process, addresses: dict[str, str]) -> tuple[float, float]:

@@ -1,4 +1,5 @@
-"""An OpenAI-style server: streamed /completions, whose `model` is an adapter's name or the base model's.
+"""An OpenAI-style server: streamed /completions, /chat/completions or /responses, whose `model` is an adapter's name or
+the base model's.
 
 Speaks HTTP/1.0, so the connection's end is the answer's. Uvicorn still chunks its answers, but there are line ends
 between two chunks, so an answer is a stream of lines, some of which are events.
@@ -8,18 +9,65 @@ import asyncio
 import json
 import urllib.error
 import urllib.request
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from bench.load import LoadError, Request
 
+Json = dict[str, Any]
+
+
+class Form(NamedTuple):
+    """One of the routes: how it is asked, and what its events say."""
+
+    path: str
+    body: Callable[[Request], Json]
+    has_text: Callable[[Json], bool]
+    total: Callable[[Json], int | None]  # of the answer's tokens, where it is told
+
+
+def _asked_in_text(request: Request) -> str:
+    return " ".join(map(str, request.prompt))
+
+
+def _total(chunk: Json) -> int | None:
+    usage = chunk.get("usage")
+    return usage["completion_tokens"] if usage else None
+
+
+USAGE = {"stream_options": {"include_usage": True}}
+COMPLETIONS = Form(
+    "/completions",
+    lambda request: {"prompt": request.prompt, "max_tokens": request.output_tokens, **USAGE},
+    lambda chunk: any(choice["text"] for choice in chunk["choices"]),
+    _total,
+)
+CHAT = Form(
+    "/chat/completions",
+    lambda request: {
+        "messages": [{"role": "user", "content": _asked_in_text(request)}],
+        "max_tokens": request.output_tokens,
+        **USAGE,
+    },
+    lambda chunk: any(choice["delta"].get("content") for choice in chunk["choices"]),
+    _total,
+)
+RESPONSES = Form(
+    "/responses",
+    lambda request: {"input": _asked_in_text(request), "max_output_tokens": request.output_tokens},
+    lambda event: event["type"] == "response.output_text.delta",
+    lambda event: ((event.get("response") or {}).get("usage") or {}).get("output_tokens"),
+)
+
 
 class OpenAiTarget:
-    """Uses two extensions of OpenAI's API that vLLM and SGLang have too: `ignore_eos`, and token ids as prompts."""
+    """Uses two extensions of OpenAI's API that vLLM and SGLang have too: `ignore_eos`, and token ids as prompts of
+    completions."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, form: Form = COMPLETIONS) -> None:
         """`address` is host:port/path."""
+        self._form = form
         self._host, _, path = address.partition("/")
         self._path = f"/{path}".rstrip("/")
         self._models: list[str] = []
@@ -31,26 +79,25 @@ class OpenAiTarget:
     async def generate(self, request: Request) -> AsyncIterator[int]:
         body = {
             "model": request.adapter or (await self._list())[0],
-            "prompt": request.prompt,
-            "max_tokens": request.output_tokens,
+            **self._form.body(request),
             "temperature": 0,
             "ignore_eos": True,
             "stream": True,
-            "stream_options": {"include_usage": True},
         }
         received = 0
-        async with self._answer("/completions", json.dumps(body)) as lines:
+        async with self._answer(self._form.path, json.dumps(body)) as lines:
             async for line in lines:
                 event = line.removeprefix(b"data:").strip()
                 if event == line.strip() or event == b"[DONE]":
                     continue
                 chunk = json.loads(event)
-                if any(choice["text"] for choice in chunk["choices"]):
+                if self._form.has_text(chunk):
                     received += 1
                     yield 1
-                if chunk.get("usage") and chunk["usage"]["completion_tokens"] > received:
-                    yield chunk["usage"]["completion_tokens"] - received  # these had no text of their own
-                    received = chunk["usage"]["completion_tokens"]
+                total = self._form.total(chunk)
+                if total is not None and total > received:
+                    yield total - received  # these had no text of their own
+                    received = total
 
     async def close(self) -> None:
         pass

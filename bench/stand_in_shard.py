@@ -61,7 +61,9 @@ class StandInShard(ShardServiceServicer):
     async def GetTokenizer(self, request: pb.GetTokenizerRequest, context: Context) -> pb.GetTokenizerResponse:
         vocabulary = {f"w{number}": number for number in range(VOCABULARY)}
         tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="w0"))
-        return pb.GetTokenizerResponse(tokenizer_json=tokenizer.to_str().encode())
+        return pb.GetTokenizerResponse(
+            tokenizer_json=tokenizer.to_str().encode(), chat_template="{{ messages[-1]['content'] }}"
+        )
 
     async def Warmup(self, request: pb.WarmupRequest, context: Context) -> pb.WarmupResponse:
         return pb.WarmupResponse()

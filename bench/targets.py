@@ -4,15 +4,19 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 from bench.load import LoadError, Request, Target
-from bench.openai_target import OpenAiTarget
+from bench.openai_target import CHAT, COMPLETIONS, RESPONSES, OpenAiTarget
 from loraplex import AsyncClient
 
 # The names of a target that runs as a process of bench.processes, to be filled in with its addresses.
 OVER_GRPC, OVER_HTTP = "grpc://{grpc}", "openai+http://{http}/v1"
+OVER_CHAT, OVER_RESPONSES = "openai-chat+http://{http}/v1", "openai-responses+http://{http}/v1"
+
+FORMS = {"openai+http": COMPLETIONS, "openai-chat+http": CHAT, "openai-responses+http": RESPONSES}
 
 
 def open_target(name: str, adapter_directory: Path | None) -> Target:
-    """`grpc://HOST:PORT`, `openai+http://HOST:PORT/v1`, or `peft:DIRECTORY` (`peft:default`: the embedded model).
+    """`grpc://HOST:PORT`, `openai+http://HOST:PORT/v1` (completions; `openai-chat` and `openai-responses` for chat
+    completions and responses), or `peft:DIRECTORY` (`peft:default`: the embedded model).
 
     `adapter_directory` is where `peft:` finds adapters. Raises LoadError for any other name.
     """
@@ -20,8 +24,8 @@ def open_target(name: str, adapter_directory: Path | None) -> Target:
     match kind:
         case "grpc":
             return GrpcTarget(rest.removeprefix("//"))
-        case "openai+http":
-            return OpenAiTarget(rest.removeprefix("//"))
+        case kind if kind in FORMS:
+            return OpenAiTarget(rest.removeprefix("//"), FORMS[kind])
         case "peft":
             from bench.peft_target import PeftTarget  # imports torch
 

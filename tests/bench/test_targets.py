@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from bench.load import LoadError, Request, Target
+from bench.openai_target import CHAT, RESPONSES
 from bench.targets import open_target
 from loraplex_protos import generation_pb2 as pb
 from tests.bench.conftest import StandInOpenAi
@@ -39,6 +40,18 @@ async def test_openai_also_counts_tokens_without_text(openai: StandInOpenAi) -> 
     assert openai.bodies[0]["prompt"] == [3, 4, 5]
     assert openai.bodies[0]["ignore_eos"] is True
     assert await target.adapters() == ["sql", "poet"]
+
+
+async def test_chats_and_responses_are_counted_by_their_own_events() -> None:
+    delta, text = {"choices": [{"delta": {"content": "a"}}]}, {"type": "response.output_text.delta", "delta": "a"}
+    last = {"type": "response.incomplete", "response": {"usage": {"output_tokens": 3}}}
+    for form, events in (
+        (CHAT, [delta, delta, {"choices": [], "usage": {"completion_tokens": 3}}]),
+        (RESPONSES, [text, text, last]),
+    ):
+        assert [form.has_text(event) for event in events] == [True, True, False]
+        assert [form.total(event) for event in events] == [None, None, 3]
+        assert "3 4 5" in str(form.body(Request([3, 4, 5], 3, None)))
 
 
 async def test_openai_says_what_went_wrong(openai: StandInOpenAi) -> None:
