@@ -124,4 +124,4 @@ def _deinterleaved(b: torch.Tensor, head_dim: int) -> torch.Tensor:
     assert head_dim
     if len(b) % head_dim:  # its shape will be refused
         return b
-    return b.view(-1, head_dim // 2, 2, b.shape[1]).transpose(1, 2).reshape(b.shape)
+    return b.view(len(b) // head_dim, head_dim // 2, 2, b.shape[1]).transpose(1, 2).reshape(b.shape)

@@ -58,7 +58,8 @@ def read_adapter(
     warnings = (*find_doubts(config, base, modules), *whole.doubts, *foreign_tokens(files.text, base, own), *wrong)
     if base.is_text_part and any(map(is_of_another_part, as_saved_by_peft(read_tensors(files.tensors)))):
         warnings = (*warnings, "what it adds to the part that reads pictures is not used: text alone is served")
-    if unused := {name for name in as_saved_by_peft(read_tensors(files.tensors)) if is_unused(name, base)}:
+    names = as_saved_by_peft(read_tensors(files.tensors)) if base.uncalled else ()
+    if unused := {name for name in names if is_unused(name, base)}:
         warnings = (*warnings, f"{listed(unused)}: not used, as in PEFT: the model's code does not call these layers")
     if files.text.error:
         warnings = (*warnings, f"conversations with it are refused: {files.text.error}")

@@ -167,11 +167,13 @@ def _affine(layout: LinearLayout, part: LinearPart, delta: Delta) -> torch.Tenso
 def converted(name: str, tensor: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
     """Returns the tensor times the scale, computed in float32 and rounded once."""
     tensor = tensor.to(torch.float32)
-    if not tensor.isfinite().all():
-        raise AdapterInvalidError(f"{name} has values that are NaN or infinite")
-    converted = (tensor * scale).to(dtype)
-    if not converted.isfinite().all():
-        raise AdapterInvalidError(f"{name}, times its scale {scale:g}, has values too large for {dtype}")
+    converted = (tensor if scale == 1 else tensor * scale).to(dtype)
+    # The sum is quick. It is not finite if one of the values is not, or if they are very large.
+    if not converted.sum(dtype=torch.float32).isfinite():
+        if not tensor.isfinite().all():
+            raise AdapterInvalidError(f"{name} has values that are NaN or infinite")
+        if not converted.isfinite().all():
+            raise AdapterInvalidError(f"{name}, times its scale {scale:g}, has values too large for {dtype}")
     return converted
 
 
