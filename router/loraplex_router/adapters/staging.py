@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Callable, Coroutine
 
 from loraplex_protos.errors import AdapterSourceError, FieldViolation, InvalidRequestError, OverloadedError, quote
+from loraplex_router.adapters.fair_slots import FairSlots
 from loraplex_router.adapters.resolutions import Entry, Resolutions
 from loraplex_router.engine.changes import Changes
 from loraplex_router.engine.pool import AdapterPool
@@ -20,9 +21,13 @@ from loraplex_router.vocabulary.references import (
 )
 from loraplex_router.wire.shards import AdapterShards
 
+# Adapters that are staged at a time. Each occupies a thread of every shard, maybe until a source gives up, and a shard
+# has 64 threads for all calls.
+AT_A_TIME = 48
+
 
 class AdapterStaging:
-    """Stages requested adapters: each once at a time, any number concurrently."""
+    """Stages requested adapters: each once at a time, many concurrently."""
 
     def __init__(self, shards: AdapterShards, pool: AdapterPool, resolutions: Resolutions, changes: Changes) -> None:
         self._shards = shards
@@ -31,6 +36,7 @@ class AdapterStaging:
         self._changes = changes
         self._staging: dict[str, tuple[Reference, asyncio.Task[Adapter]]] = {}  # by the reference's key
         self._unstaging: dict[str, asyncio.Task[None]] = {}  # by digest
+        self._slots = FairSlots(AT_A_TIME)
         self._closed = False
 
     def fetching(self) -> list[Reference]:
@@ -45,8 +51,9 @@ class AdapterStaging:
             return Nearness.HOST if adapter.slot is None else Nearness.DEVICE
         return Nearness.FETCHING if key_of(reference) in self._staging else Nearness.ABSENT
 
-    async def resolve(self, reference: Reference | None) -> Adapter:
-        """Stages the adapter; None is the base model. The caller must use it before awaiting anything else.
+    async def resolve(self, reference: Reference | None, tenant: str = "") -> Adapter:
+        """Stages the adapter for a tenant; None is the base model. The caller must use it before awaiting anything
+        else.
 
         Raises AdapterError with the reason if it cannot be served, InvalidRequestError if adapters cannot be merged,
         OverloadedError if adapters in use leave no room for it in host memory.
@@ -59,14 +66,14 @@ class AdapterStaging:
             if adapter is not None:
                 adapter.names.add(",".join(ids_of(reference)))
                 return adapter
-            staged = await self._once(key_of(reference), reference, lambda: self._bring(reference))
+            staged = await self._once(key_of(reference), reference, lambda: self._bring(reference, tenant))
             if self._staged(staged.digest) is staged:
                 return staged
 
     async def read_again(self, reference: AdapterReference) -> Adapter:
         """Rereads the source and stages its current content."""
         return await self._once(
-            f"{key_of(reference)} again", reference, lambda: self._stage(reference, reference.origin)
+            f"{key_of(reference)} again", reference, lambda: self._stage(reference, reference.origin, "")
         )
 
     async def unload(self, adapter: Adapter) -> None:
@@ -97,16 +104,16 @@ class AdapterStaging:
             task.add_done_callback(lambda _: self._changes.notify())
         return await asyncio.shield(self._staging[key][1])
 
-    async def _bring(self, reference: Reference) -> Adapter:
+    async def _bring(self, reference: Reference, tenant: str) -> Adapter:
         if isinstance(reference, MergedReference):
-            return await self._merge(with_weights(reference))
-        return await self._stage(reference, self._resolutions.fixed(reference))
+            return await self._merge(with_weights(reference), tenant)
+        return await self._stage(reference, self._resolutions.fixed(reference), tenant)
 
-    async def _stage(self, reference: AdapterReference, source: AdapterReference | Upload) -> Adapter:
-        staged = await self._with_room(lambda: self._fetch(source))
+    async def _stage(self, reference: AdapterReference, source: AdapterReference | Upload, tenant: str) -> Adapter:
+        staged = await self._with_room(lambda: self._fetch(source), tenant)
         while unstaging := self._unstaging.get(staged.digest):  # it leaves, or was dropped meanwhile
             await asyncio.wait([unstaging])
-            staged = await self._with_room(lambda: self._fetch(source))
+            staged = await self._with_room(lambda: self._fetch(source), tenant)
         if reference.version is not None and reference.version.digest not in ("", staged.digest):
             assert isinstance(source, AdapterReference)
             self._add(source, Entry(source.id, staged.source, staged.revision, staged.digest), staged)
@@ -121,11 +128,11 @@ class AdapterStaging:
             return await self._shards.upload(source)
         return await self._shards.stage(source)
 
-    async def _merge(self, merged: MergedReference) -> Adapter:
+    async def _merge(self, merged: MergedReference, tenant: str) -> Adapter:
         parts: list[Adapter] = []
         try:
             for reference in merged.adapters:
-                part = await self.resolve(reference)
+                part = await self.resolve(reference, tenant)
                 part.leases += 1
                 parts.append(part)
                 if isinstance(reference.origin, Upload):
@@ -138,18 +145,19 @@ class AdapterStaging:
             digest = merged_digest(digests, merged)
             while unstaging := self._unstaging.get(digest):
                 await asyncio.wait([unstaging])
-            staged = await self._with_room(lambda: self._shards.merge(digest, digests, merged))
+            staged = await self._with_room(lambda: self._shards.merge(digest, digests, merged), tenant)
         finally:
             for part in parts:
                 part.leases -= 1
             self._changes.notify()
         return self._add(merged, Entry(",".join(ids_of(merged)), "merged", "", digest), staged)
 
-    async def _with_room(self, bring: Callable[[], Coroutine[None, None, StagedAdapter]]) -> StagedAdapter:
+    async def _with_room(self, bring: Callable[[], Coroutine[None, None, StagedAdapter]], tenant: str) -> StagedAdapter:
         """Runs `bring`. While the shards have no room for the adapter, unneeded adapters are unstaged, one by one."""
         while True:
             try:
-                return await bring()
+                async with self._slots.taken(tenant):
+                    return await bring()
             except OverloadedError:
                 if adapter := self._pool.least_needed():
                     await self.unload(adapter)

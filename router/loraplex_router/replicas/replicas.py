@@ -128,10 +128,14 @@ class Replicas:
         return self._replicas[choose(name_of(reference), [replica.candidate(reference) for replica in replicas]).name]
 
     async def place(
-        self, reference: Reference | None, grammar: Grammar | None = None, beside: "Lease | None" = None
+        self,
+        reference: Reference | None,
+        grammar: Grammar | None = None,
+        beside: "Lease | None" = None,
+        tenant: str = "",
     ) -> "Lease":
-        """Reserves a place for a request, with the adapter staged and the grammar compiled. The caller must close it.
-        With `beside`, on the same replica if possible.
+        """Reserves a place for a tenant's request, with the adapter staged and the grammar compiled. The caller must
+        close it. With `beside`, on the same replica if possible.
 
         If the last replica was just lost, waits for one as long as its generations do. Raises
         UnavailableError if no replica can take it, AdapterError with the reason if the adapter cannot be served,
@@ -140,7 +144,7 @@ class Replicas:
         began, lost = time.monotonic(), list[Replica]()
         while True:
             try:
-                return await self._place_now(reference, grammar, lost, beside)
+                return await self._place_now(reference, grammar, lost, tenant, beside)
             except UnavailableError:
                 since = began if self.ready.is_set() else self._last_lost
                 if since is None or since + self._move_seconds < time.monotonic():
@@ -151,7 +155,12 @@ class Replicas:
                     await self.ready.wait()
 
     async def _place_now(
-        self, reference: Reference | None, grammar: Grammar | None, lost: list[Replica], beside: "Lease | None" = None
+        self,
+        reference: Reference | None,
+        grammar: Grammar | None,
+        lost: list[Replica],
+        tenant: str,
+        beside: "Lease | None" = None,
     ) -> "Lease":
         """Appends to `lost` the replicas lost meanwhile, possibly because of the adapter or the grammar."""
         while True:
@@ -159,7 +168,7 @@ class Replicas:
             replica = beside.replica if beside and together else self.choose(reference, without=lost)
             try:
                 with replica.preparing():
-                    lease = Lease(self, replica, await replica.adapters.resolve(reference))
+                    lease = Lease(self, replica, await replica.adapters.resolve(reference, tenant))
                     await lease.prepare(grammar)
             except UnavailableError as error:
                 logger.warning("replica %s: %s", replica.name, error)
@@ -234,7 +243,7 @@ class Replicas:
         while True:
             await self.ready.wait()
             try:
-                lease = await self._place_now(generation.reference, grammar, lost)
+                lease = await self._place_now(generation.reference, grammar, lost, generation.tenant)
             except UnavailableError:
                 await asyncio.sleep(RETRY_SECONDS)
                 continue

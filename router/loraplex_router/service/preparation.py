@@ -145,7 +145,7 @@ class Preparation:
         self, reference: Reference | None, grammar: Grammar | None, tenant: Tenant, beside: Lease | None
     ) -> Lease:
         async with self._suggestions.for_missing(reference, tenant.may_use):
-            return await self._replicas.place(reference, grammar, beside)
+            return await self._replicas.place(reference, grammar, beside, tenant.name)
 
 
 def _decoder(request: Request, tokenizer: Tokenizer, thoughts: Thoughts | None) -> Decoder:

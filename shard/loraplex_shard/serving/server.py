@@ -51,7 +51,8 @@ from loraplex_shard.stepping.runner import Runner
 
 logger = logging.getLogger(__name__)
 
-# One thread sends the results of steps; each slow adapter source occupies another.
+# One thread sends the results of steps; each slow adapter source occupies another. For requests, these are at most 48
+# (adapters/staging.py in the router).
 WORKERS = 64
 # Seconds that calls may continue once no Step stream is open: the rest is not worth waiting for.
 GRACE = 1.0

@@ -90,9 +90,10 @@ async def show_version(http: Request) -> dict[str, str]:
     return {"version": http.app.version}
 
 
-@router.get("/load", tags=["Operation"])
+@router.get("/load", tags=["Operation"], responses=only(LORAX_ERRORS, 401))
 async def load(call: Call) -> dict[str, int]:
     """How many requests are waiting or running, as vLLM reports it."""
+    call.service.keys.tenant(call.key)
     return {"server_load": call.service.num_running}
 
 
