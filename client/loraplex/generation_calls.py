@@ -42,7 +42,7 @@ class GenerationCalls(Connection):
         self, prompt: Prompt, kind: type[T], *, timeout: float | None = None, **options: Unpack[ParseOptions]
     ) -> ParsedGeneration[T]:
         """Generates JSON that fits a type, such as a pydantic model or a dataclass, and reads it:
-        `parse(prompt, Person).parsed` is a Person. Needs pydantic.
+        `parse(prompt, Person).parsed` is a Person.
 
         The schema constrains the answer, but the prompt should say what is wanted. Raises AnswerError if the answer was
         cut off, or if the type refuses it for a reason that its schema does not have. For the options, see

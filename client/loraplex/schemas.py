@@ -1,4 +1,5 @@
-"""JSON schemas of Python's types and functions, and their values. Pydantic is only imported where it is needed."""
+"""JSON schemas of Python's types and functions, and their values. Pydantic is imported where it is needed:
+most programs do not need it, and it takes a while."""
 
 from collections.abc import Mapping
 from functools import lru_cache
@@ -21,7 +22,6 @@ def validator_of(kind: Any) -> "TypeAdapter[Any]":
 @lru_cache(MOST_KEPT)
 def schema_of(kind: Any) -> Mapping[str, Any]:
     """The schema of a type's values, or of a function's arguments. Raises TypeError if there is none."""
-    _require_pydantic()
     from pydantic import PydanticUserError
     from pydantic.json_schema import GenerateJsonSchema
 
@@ -50,11 +50,3 @@ def explain(error: Exception) -> str:
     return "; ".join(
         ".".join(map(str, each["loc"])) + ": " * bool(each["loc"]) + each["msg"] for each in error.errors()
     )
-
-
-def _require_pydantic() -> None:
-    try:
-        import pydantic  # noqa: F401
-    except ImportError as error:
-        message = "structured answers and tools that are functions need pydantic: pip install 'loraplex[structured]'"
-        raise ImportError(message) from error

@@ -1,6 +1,5 @@
 """Answers that are values of a Python type."""
 
-import sys
 from dataclasses import dataclass
 from decimal import Decimal
 from threading import Thread
@@ -115,9 +114,3 @@ def test_a_decimal_is_a_number(client: Client, servicer: ScriptedServicer) -> No
 def test_a_type_that_json_does_not_have_is_refused(client: Client) -> None:
     with pytest.raises(TypeError, match=r"Thread.* cannot be described"):
         client.parse("Who?", Thread)
-
-
-def test_pydantic_is_asked_for_where_it_is_missing(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pydantic", None)
-    with pytest.raises(ImportError, match=r"pip install 'loraplex\[structured\]'"):
-        client.parse("Who?", type("New", (), {}))
