@@ -6,7 +6,8 @@ from math import inf
 from typing import Any
 
 from loraplex_router.engine.output import Delta
-from loraplex_router.text.reasoning import Reasoning, ReasoningParser
+from loraplex_router.text.harmony import HarmonyParser
+from loraplex_router.text.reasoning import HARMONY, Reasoning, ReasoningParser
 from loraplex_router.text.tool_calls import Arguments, Piece, ToolCall, ToolCallParser
 from loraplex_router.text.tool_grammar import list_of_calls, one_call, read_parameters
 from loraplex_router.vocabulary.grammar import EmbeddedSchema, Grammar
@@ -49,7 +50,7 @@ class AnswerReader:
         several: bool = True,
         thoughts: Thoughts | None = None,
     ) -> None:
-        self._reasoning = ReasoningParser(thoughts) if thoughts else None
+        self._separator = _separator(thoughts, names)
         self._parser = ToolCallParser(names, calls_alone) if names else None
         self._most_calls = inf if several else 1
         self._found = 0  # number of calls, including those beyond the limit
@@ -61,20 +62,28 @@ class AnswerReader:
 
     def pieces(self, delta: Delta) -> Iterator[Piece | Reasoning]:
         for piece in self._separate(delta):
-            if self._parser is None or isinstance(piece, Reasoning):
+            if isinstance(piece, Reasoning):
                 yield piece
-            else:
+            elif isinstance(piece, str) and self._parser is not None:
                 yield from self._count(self._parser.feed(piece))
+            else:
+                yield from self._count([piece])
         if delta.finish_reason and self._parser is not None:
             yield from self._count(self._parser.flush())
 
-    def _separate(self, delta: Delta) -> list[Reasoning | str]:
-        if self._reasoning is None:
+    def _separate(self, delta: Delta) -> Sequence[Reasoning | Piece]:
+        if self._separator is None:
             return [delta.text] if delta.text else []
-        return self._reasoning.feed(delta.text) + (self._reasoning.flush() if delta.finish_reason else [])
+        return [*self._separator.feed(delta.text), *(self._separator.flush() if delta.finish_reason else ())]
 
     def _count(self, pieces: list[Piece]) -> Iterator[Piece]:
         for piece in pieces:
             self._found += isinstance(piece, ToolCall)
             if not isinstance(piece, ToolCall | Arguments) or self._found <= self._most_calls:
                 yield piece
+
+
+def _separator(thoughts: Thoughts | None, names: Collection[str]) -> ReasoningParser | HarmonyParser | None:
+    if thoughts and thoughts.before_answer == HARMONY.before_answer:
+        return HarmonyParser(names, thoughts.begun)
+    return ReasoningParser(thoughts) if thoughts else None

@@ -16,10 +16,10 @@ _GRANITE = Thoughts(
     ("Here is my thought process:", "Here's my thought process:"), ("Here is my response:", "Here's my response:")
 )
 _COHERE = Thoughts(("<|START_THINKING|>",), ("<|END_THINKING|>",), before_answer="<|START_RESPONSE|>")
-_HARMONY = Thoughts(
+HARMONY = Thoughts(
     ("<|channel|>analysis<|message|>",), ("<|end|><|start|>assistant",), before_answer="<|channel|>final<|message|>"
 )
-_SEEN = (_THINK, _SEED, _KIMI, _MISTRAL, _COHERE, _HARMONY, _GRANITE)  # where templates show them
+_SEEN = (_THINK, _SEED, _KIMI, _MISTRAL, _COHERE, HARMONY, _GRANITE)  # where templates show them
 
 # By the names of vLLM's and SGLang's --reasoning-parser, with _ for -.
 FAMILIES = {
@@ -30,7 +30,7 @@ FAMILIES = {
     "mistral": _MISTRAL,
     "granite": _GRANITE,
     "cohere_command3": _COHERE,
-    **dict.fromkeys(("openai_gptoss", "gpt_oss"), _HARMONY),
+    **dict.fromkeys(("openai_gptoss", "gpt_oss"), HARMONY),
 }
 
 
@@ -86,7 +86,7 @@ class ReasoningParser:
             thoughts, self._held = self._held[:end], self._held[end + len(closing) :]
             self._strips, self._state = True, self._seek_answer
         else:
-            end = len(self._held) - max(_undecided(self._held, closing) for closing in self._tags.closings)
+            end = len(self._held) - max(undecided(self._held, closing) for closing in self._tags.closings)
             thoughts, self._held = self._held[:end], self._held[end:]
         return [Reasoning(thoughts)] if thoughts else []
 
@@ -109,7 +109,7 @@ class ReasoningParser:
             self._strips = not self._held
 
 
-def _undecided(text: str, tag: str) -> int:
+def undecided(text: str, tag: str) -> int:
     """How many characters at the end of the text may begin the tag."""
     return max(n for n in range(len(tag)) if text.endswith(tag[:n]))
 
