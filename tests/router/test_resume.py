@@ -4,7 +4,7 @@ import asyncio
 import json
 import re
 import signal
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from hashlib import sha256
@@ -122,12 +122,13 @@ class SharedStore(MemoryStore):
     shared = True
     failing = forgetful = False
 
-    async def append(self, parts: Mapping[str, bytes]) -> None:
+    async def append(self, parts: Mapping[str, bytes], renewed: Collection[str]) -> None:
         if self.failing:
             raise UnavailableError("no answer")
         if self.forgetful:
-            parts = {key: b"".join(part.partition(b"\n")[:2]) for key, part in parts.items()}
-        await super().append(parts)
+            heads = {key: part.partition(b"\n") for key, part in parts.items() if part.startswith(b"{")}
+            parts = {key: head + line_end for key, (head, line_end, _) in heads.items()}
+        await super().append(parts, renewed)
 
 
 async def test_what_the_store_does_not_have_yet_is_generated_again_and_compared():
@@ -225,14 +226,14 @@ async def test_the_memory_for_streams_is_limited_in_time_and_bytes(monkeypatch: 
     monkeypatch.setattr(stores, "MAX_BYTES", 10)
     now = 0.0
     store = MemoryStore(60, lambda: now)
-    await store.append({"a": b"123", "b": b"456"})
+    await store.append({"a": b"123", "b": b"456"}, "ab")
     now = 50.0
-    await store.append({"a": b"4"})
+    await store.append({"a": b"4"}, "a")
     now = 70.0
     assert await store.read("a") == b"1234" and await store.read("b") is None
-    await store.append({"c": b"1234567"})
+    await store.append({"c": b"1234567"}, "c")
     assert await store.read("a") is None and await store.read("c") == b"1234567"
-    await store.append({"d": b"12345678901"})
+    await store.append({"d": b"12345678901"}, "d")
     assert await store.read("c") is None and await store.read("d") is None
 
 
@@ -240,20 +241,19 @@ async def test_the_memory_for_streams_is_limited_in_time_and_bytes(monkeypatch: 
 async def test_a_redis_server_that_hangs_or_dies_is_noticed_and_found_again(tmp_path: Path):
     with redis_server(tmp_path) as (url, process):
         store, other = RedisStore(url, 60), RedisStore(url, 0.05)
-        await store.append({"a": b"12", "b": b""})
-        await store.append({"a": b"3"})
+        await store.append({"a": b"12"}, "ab")
+        await store.append({"a": b"3"}, "")
         assert await store.read("a") == b"123" and await store.read("b") is None
         process.send_signal(signal.SIGSTOP)
-        for call in (lambda: store.append({"a": b"4"}), lambda: store.read("a")):
+        for call in (lambda: store.append({"a": b"4"}, ""), lambda: store.read("a")):
             with pytest.raises(UnavailableError, match="does not answer"):
                 await call()
         process.send_signal(signal.SIGCONT)
-        await store.append({"c": b"5"})
+        await store.append({"c": b"5"}, "c")
         assert await store.read("c") == b"5" and (await store.read("a")).startswith(b"123")
-        await other.append({"c": b"6"})
-        while await store.read("c"):
-            await other.append({"c": b""})
-            await asyncio.sleep(0.1)
+        await other.append({}, "c")
+        await asyncio.sleep(0.1)
+        assert await store.read("c") is None
     with pytest.raises(UnavailableError, match="the store of streams fails"):
         await store.read("a")
     await store.aclose()

@@ -88,7 +88,7 @@ class GenerationApi(GenerationServiceServicer):
                 async for index, delta in read_each(generations, Generation.deltas):
                     event = await in_turn(writer.num_logprobs(index, delta), partial(writer.event, index, delta))
                     if stream is not None:
-                        stream.advance(index, delta)
+                        await stream.advance(index, delta)
                         event.resume_token = stream.position()
                     if not delta.known:
                         yield event

@@ -1,8 +1,9 @@
-"""Writes down what streams generate, a few times a second and all together, beside the engines."""
+"""Writes down what streams generate: all that is new, for all streams together, before their clients see it."""
 
 import asyncio
 import logging
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from loraplex_protos.errors import UnavailableError
@@ -10,9 +11,9 @@ from loraplex_router.engine.output import Generation
 from loraplex_router.journal.records import Record, encode_tokens
 from loraplex_router.journal.stores import Store
 
-FLUSH_SECONDS = 0.25  # tokens that are not written down when a router dies are generated again
-TRY_AGAIN_SECONDS = 1.0  # after a failure
-TOUCHES = 4  # how often a stream's time in the store is renewed while it has no new tokens, before it is over
+LOOK_SECONDS = 1.0  # between two looks at streams that nobody waits for, and at a store that has failed
+TOUCHES = 4  # how often a stream's time in the store is renewed before it is over
+NOTHING = ""  # a key that nothing has
 
 logger = logging.getLogger(__name__)
 
@@ -24,10 +25,14 @@ class Entry:
     key: str
     generation: Generation
     record: bytes  # not written yet
-    stored: asyncio.Future[bool]  # whether the record is, once that is known
     written: list[int] = field(default_factory=list)  # tokens, of each sequence
-    touched: float = 0.0
+    touched: float = 0.0  # when its time in the store was renewed; 0: it is not written yet
     ended: bool = False
+
+    @property
+    def lengths(self) -> list[int]:
+        """How many tokens each sequence has."""
+        return [output.sequence.output_length for output in self.generation.outputs]
 
     def news(self) -> bytes:
         """What is not written yet."""
@@ -40,8 +45,8 @@ class Entry:
 
 
 class Journal:
-    """Keeps entries in `store` for `seconds` after their last tokens. A store that fails costs streams nothing but that
-    they cannot be resumed."""
+    """Keeps entries in `store`, which forgets what was not renewed for `seconds`. A store that fails costs streams a
+    second, and that they cannot be resumed."""
 
     def __init__(self, store: Store, seconds: float) -> None:
         self._store = store
@@ -49,6 +54,7 @@ class Journal:
         self._entries: dict[Generation, Entry] = {}
         self._news = asyncio.Event()
         self._writing = asyncio.Lock()
+        self._next_write = asyncio.Event()  # set when the write that begins next has ended
         self._failing = False
 
     @property
@@ -58,18 +64,18 @@ class Journal:
 
     def begin(self, key: str, generation: Generation, record: Record) -> None:
         """Writes the generation down from now on, until `end`."""
-        stored = asyncio.get_running_loop().create_future()
-        if self._failing:
-            stored.set_result(False)
-            return
-        written = [0] * len(generation.outputs)
-        self._entries[generation] = Entry(key, generation, record.encode(), stored, written)
-        self._news.set()
+        if not self._failing:
+            self._entries[generation] = Entry(key, generation, record.encode(), [0] * len(generation.outputs))
 
-    async def has(self, generation: Generation) -> bool:
-        """Whether the generation is written down, and so can be continued by others."""
+    async def keep_up(self, generation: Generation) -> bool:
+        """Returns once everything that it has generated is written down, or cannot be now. False: it is not written
+        down at all."""
         entry = self._entries.get(generation)
-        return entry is not None and await entry.stored
+        if entry is not None and not self._failing and (entry.record or entry.written != entry.lengths):
+            written = self._next_write
+            self._news.set()
+            await written.wait()
+        return entry is not None and entry.touched > 0
 
     def end(self, generation: Generation) -> None:
         """The generation is over: its last tokens are still written down."""
@@ -77,55 +83,53 @@ class Journal:
             entry.ended = True
 
     async def read(self, key: str) -> bytes | None:
-        """What an entry's store has. Raises UnavailableError."""
+        """What is written down for an entry. Raises UnavailableError."""
         return await self._store.read(key)
 
     async def run(self) -> None:
         """Runs until cancelled."""
         try:
             while True:
-                if not self._entries and not self._failing:
-                    await self._news.wait()
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(LOOK_SECONDS):
+                        await self._news.wait()
                 self._news.clear()
                 await self.flush()
-                pause = TRY_AGAIN_SECONDS if self._failing else FLUSH_SECONDS
-                try:
-                    async with asyncio.timeout(pause):
-                        await self._news.wait()
-                except TimeoutError:
-                    pass
         finally:
+            self._failing = True
+            self._next_write.set()
             await self._store.aclose()
 
     async def flush(self) -> None:
         """Writes down everything new."""
         async with self._writing:
-            now = time.monotonic()
-            news = {entry: entry.news() for entry in self._entries.values()}
-            due = {e: part for e, part in news.items() if part or e.touched + self._touch_seconds < now}
-            known = {entry: [output.sequence.output_length for output in entry.generation.outputs] for entry in due}
-            ended = [entry for entry in news if entry.ended]
-            if due or self._failing:
-                await self._write(due, known, now)
-            for entry in ended:
-                self._entries.pop(entry.generation, None)
+            ended, self._next_write = self._next_write, asyncio.Event()
+            try:
+                await self._flush()
+            finally:
+                ended.set()
 
-    async def _write(self, due: dict[Entry, bytes], known: dict[Entry, list[int]], now: float) -> None:
+    async def _flush(self) -> None:
+        now, entries = time.monotonic(), list(self._entries.values())
+        parts = {entry.key: part for entry in entries if (part := entry.news())}
+        lengths = [entry.lengths for entry in entries]
+        old = [entry for entry in entries if entry.touched + self._touch_seconds < now]
+        over = [entry for entry in entries if entry.ended]
         try:
-            await self._store.append({entry.key: part for entry, part in due.items()} or {"": b""})
+            if parts or old or self._failing:
+                await self._store.append(parts, [entry.key for entry in old] or [NOTHING])
         except UnavailableError as error:
             if not self._failing:
                 logger.warning("streams cannot be resumed for now: %s", error.message)
             self._failing = True
-            for entry in due:
-                if not entry.stored.done():
-                    entry.stored.set_result(False)
-                    del self._entries[entry.generation]
-            return
-        if self._failing:
-            logger.warning("streams can be resumed again")
-        self._failing = False
-        for entry in due:
-            entry.record, entry.written, entry.touched = b"", known[entry], now
-            if not entry.stored.done():
-                entry.stored.set_result(True)
+            over += [entry for entry in entries if entry.record]
+        else:
+            if self._failing:
+                logger.warning("streams can be resumed again")
+            self._failing = False
+            for entry, written in zip(entries, lengths, strict=True):
+                entry.record, entry.written = b"", written
+            for entry in old:
+                entry.touched = now
+        for entry in over:
+            self._entries.pop(entry.generation, None)

@@ -1,13 +1,12 @@
 """The journal in a Redis server, or one that speaks its protocol, such as Valkey."""
 
 import asyncio
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Collection, Mapping
 from typing import TypeVar
 
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
 
 from loraplex_protos.errors import UnavailableError
 
@@ -27,11 +26,11 @@ class RedisStore:
         self._redis = Redis.from_url(url, retry=Retry(NoBackoff(), 0))
         self._milliseconds = round(seconds * 1000)
 
-    async def append(self, parts: Mapping[str, bytes]) -> None:
+    async def append(self, parts: Mapping[str, bytes], renewed: Collection[str]) -> None:
         pipeline = self._redis.pipeline(transaction=False)
         for key, part in parts.items():
-            if part:
-                pipeline.append(PREFIX + key, part)
+            pipeline.append(PREFIX + key, part)
+        for key in renewed:
             pipeline.pexpire(PREFIX + key, self._milliseconds)
         await _answered(pipeline.execute())
 
@@ -50,5 +49,5 @@ async def _answered(answer: Awaitable[T]) -> T:
             return await answer
     except TimeoutError as error:
         raise UnavailableError("the store of streams does not answer") from error
-    except (RedisError, OSError) as error:
+    except Exception as error:  # whatever the library raises must not end the router
         raise UnavailableError(f"the store of streams fails: {error}") from error

@@ -1,7 +1,7 @@
 """Where the journal is: this router's memory, or a Redis server that several routers share."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Protocol
 
 MEMORY = "memory"
@@ -13,8 +13,8 @@ class Store(Protocol):
 
     shared: bool  # with other routers
 
-    async def append(self, parts: Mapping[str, bytes]) -> None:
-        """Adds the parts to what their keys have, which is kept longer now; so a part may be empty. Raises
+    async def append(self, parts: Mapping[str, bytes], renewed: Collection[str]) -> None:
+        """Adds the parts to what their keys have. What the keys in `renewed` have is kept longer now. Raises
         UnavailableError if it may have failed."""
         ...
 
@@ -36,9 +36,9 @@ class MemoryStore:
         self._kept: dict[str, tuple[float, bytearray]] = {}  # with the time of its last use, oldest first
         self._size = 0
 
-    async def append(self, parts: Mapping[str, bytes]) -> None:
-        for key, part in parts.items():
-            self._use(key, part)
+    async def append(self, parts: Mapping[str, bytes], renewed: Collection[str]) -> None:
+        for key in {**parts, **dict.fromkeys(renewed)}:
+            self._use(key, parts.get(key, b""))
         self._forget()
 
     async def read(self, key: str) -> bytes | None:

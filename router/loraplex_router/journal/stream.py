@@ -30,6 +30,7 @@ class Stream:
         self.begun = position
         self._generations = list[Generation]()
         self._outputs = list[SequenceOutput]()
+        self._owners = list[Generation]()  # of these
         self._kept = True
         self._reached = list[Reached]()  # by the client, in each sequence
         self._last = 0  # the index of the sequence whose delta it got last
@@ -61,6 +62,7 @@ class Stream:
         for generation in generations:
             sequence = generation.outputs[0].sequence
             self._outputs += generation.outputs
+            self._owners += [generation] * len(generation.outputs)
             self._reached += [Reached()] * len(generation.outputs)
             self._kept &= len(self._outputs) <= MAX_SEQUENCES and sequence.prompt_length <= MAX_PROMPT
             if self._kept:
@@ -79,10 +81,11 @@ class Stream:
 
     async def resumable(self) -> bool:
         """Whether others can continue the stream: that its beginning has arrived in the store."""
-        return self._kept and all([await self._journal.has(generation) for generation in self._generations])
+        return self._kept and all([await self._journal.keep_up(generation) for generation in self._generations])
 
-    def advance(self, index: int, delta: Delta) -> None:
-        """The client gets the next delta of a sequence."""
+    async def advance(self, index: int, delta: Delta) -> None:
+        """The client gets the next delta of a sequence. Returns once it is written down."""
+        await self._journal.keep_up(self._owners[index])
         former, sequence = self._reached[index], self._outputs[index].sequence
         start, end = (sequence.prompt_length + length for length in (former.tokens, delta.generated))
         check = checksum(sequence.tokens[start:end], former.checksum)

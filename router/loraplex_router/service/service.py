@@ -368,7 +368,7 @@ class Service:
         if self._journal is not None and self._journal.shared:
             await self._journal.flush()
             for generation in self._running:
-                if await self._journal.has(generation):
+                if await self._journal.keep_up(generation):
                     self._replicas.fail(generation, UnavailableError(HANDED_OVER))
         for generation in self._running:
             self.cancel(generation)

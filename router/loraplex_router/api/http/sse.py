@@ -94,7 +94,7 @@ class EventStream(Response):
         async for index, delta in read_each(self._generations, read):
             self._delta = delta
             if self._stream is not None:
-                self._stream.advance(index, delta)
+                await self._stream.advance(index, delta)
             yield index, delta
         self._delta = None
 
