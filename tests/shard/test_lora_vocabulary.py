@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, TrainableTokensConfig, get_peft_model
 from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.normalizers import Replace
@@ -57,6 +57,7 @@ KINDS: dict[str, dict[str, object]] = {
     "the same tokens of both": {"trainable_token_indices": {"embed_tokens": [41, 5], "lm_head": [41, 5]}},
     "other tokens of both": {"trainable_token_indices": {"embed_tokens": [41, 5], "lm_head": [7, 41, 3]}},
     "some tokens, and LoRA of the head": {"trainable_token_indices": [3, 80], "target_modules": [*LINEAR, "lm_head"]},
+    "tokens, by PEFT's tuner of tokens": {"token_indices": [3, 7, 1]},
     "norms": {"modules_to_save": ["input_layernorm", "1.post_attention_layernorm"]},
     "all norms": {"modules_to_save": ["norm"]},
     "norms and the head": {"modules_to_save": ["norm", "lm_head"], "target_modules": "all-linear"},
@@ -70,6 +71,7 @@ RESIZED: dict[str, tuple[int, dict[str, object]]] = {
     "added tokens, LoRA of both, tied": (VOCAB + 5, {"target_modules": BOTH, "ensure_weight_tying": True}),
     "added tokens, both trained": (VOCAB + 2, {"modules_to_save": BOTH}),
     "added tokens, of which some are trained": (VOCAB + 3, {"trainable_token_indices": [VOCAB + 1, 3]}),
+    "added tokens, by PEFT's tuner of tokens": (VOCAB + 3, {"token_indices": [VOCAB + 1, 3]}),
     "fewer tokens": (VOCAB - 3, {}),
     "fewer tokens, LoRA of the head": (VOCAB - 3, {"target_modules": ["lm_head"]}),
 }
@@ -98,7 +100,8 @@ def make_adapter(base: Path, directory: Path, vocab_size: int, options: dict[str
         warnings.simplefilter("ignore")  # PEFT's advice
         if vocab_size != VOCAB:
             model.resize_token_embeddings(vocab_size, mean_resizing=False)
-        adapted = get_peft_model(model, LoraConfig(**fields))
+        tuner = {key: value for key, value in fields.items() if key == "token_indices"}
+        adapted = get_peft_model(model, TrainableTokensConfig(**tuner) if tuner else LoraConfig(**fields))
         for name, parameter in adapted.named_parameters():
             if parameter.requires_grad and "lora_A" not in name and "lora_B.default.weight" not in name:
                 parameter.data = parameter.data * (1 + torch.rand_like(parameter))
@@ -129,7 +132,7 @@ def test_logits_are_those_of_peft(base: str, tmp_path: Path) -> None:
         kinds = {name: kind for name, kind in kinds.items() if name in of_norms}
         kinds["biases"] = VOCAB, {"bias": "all"}
     if base == "untied":  # PEFT does not save the head then
-        del kinds["added tokens, LoRA of the embedding"]
+        del kinds["added tokens, LoRA of the embedding"], kinds["added tokens, by PEFT's tuner of tokens"]
     adapters = {
         name: make_adapter(directory, tmp_path / name, vocab_size, options)
         for name, (vocab_size, options) in kinds.items()

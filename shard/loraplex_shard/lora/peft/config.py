@@ -58,7 +58,7 @@ _NEWEST_KNOWN = (0, 21, 2)  # the newest version of PEFT that is known here
 FEW = Field(max_length=4096)  # a few per module of the largest models
 MAX_INVOCATION = 1024  # tokens or characters
 LoraRank = Annotated[int, Field(ge=1, le=MAX_LORA_RANK)]
-_Tokens = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=2**18)]
+Tokens = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=2**18)]
 _AnyCase = BeforeValidator(lambda value: value.lower() if isinstance(value, str) else value)
 Modules = Annotated[list[str], FEW] | str | None
 # Initializations that leave the base as it is. The others subtract something from its weights.
@@ -113,7 +113,7 @@ class AdapterConfig(BaseModel):
     use_qalora: bool | None = False
     qalora_group_size: Annotated[int, Field(ge=1)] | None = 16
     modules_to_save: Annotated[list[str], FEW] | None = None
-    trainable_token_indices: _Tokens | dict[str, _Tokens] | None = None
+    trainable_token_indices: Tokens | dict[str, Tokens] | None = None
     ensure_weight_tying: bool | None = False
     rank_pattern: Annotated[dict[str, LoraRank], FEW] | None = None
     alpha_pattern: Annotated[dict[str, float], FEW] | None = None

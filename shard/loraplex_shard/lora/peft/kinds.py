@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
-from loraplex_shard.lora.peft.config import FEW, MAX_LORA_RANK, TO_MODEL, AdapterConfig, LoraRank
+from loraplex_shard.lora.peft.config import FEW, MAX_LORA_RANK, TO_MODEL, AdapterConfig, LoraRank, Tokens
 
 _KEPT = re.compile(r"\.lora_E(\..*)?$")
 
@@ -97,6 +97,15 @@ class Ia3Config(AdapterConfig):
     feedforward_modules: Annotated[list[str], FEW] | str
 
 
+class TrainableTokensConfig(AdapterConfig):
+    """Single tokens of the embedding or of the lm head, and nothing else."""
+
+    NEUTRAL: ClassVar[frozenset[str]] = AdapterConfig.NEUTRAL | {"init_weights"}
+
+    peft_type: Literal["TRAINABLE_TOKENS"]
+    trainable_token_indices: Tokens = Field(validation_alias="token_indices")
+
+
 KINDS: dict[str, type[AdapterConfig]] = {
     "LORA": AdapterConfig,
     "ADALORA": AdaLoraConfig,
@@ -105,6 +114,7 @@ KINDS: dict[str, type[AdapterConfig]] = {
     "VERA": VeraConfig,
     "MISS": MissConfig,
     "IA3": Ia3Config,
+    "TRAINABLE_TOKENS": TrainableTokensConfig,
 }
 
 _NO_WEIGHTS = frozenset(

@@ -2,7 +2,7 @@
 as it was in training."""
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from loraplex_protos.errors import AdapterInvalidError
 from loraplex_shard.shapes.names import current_name
@@ -14,6 +14,7 @@ _PREFIXES = re.compile(r"^\.?(?:base_model\.model\.)*")
 _NAMED = re.compile(
     r"(\.lora_[AB])\.[^.]+(?=\.(?:weight|bias)$)|(\.(?:lora_embedding_[AB]|trainable_tokens_delta))\.[^.]+$"
 )
+_TOKENS = re.compile(r"\.(trainable_tokens_delta|base_layer\.weight)$")
 _MAGNITUDE = re.compile(r"(\.lora_magnitude_vector)(?:\.[^.]+)?(?:\.weight)?$")
 
 
@@ -44,6 +45,11 @@ def as_saved_by_peft(names: Iterable[str], backbone: str = "model") -> dict[str,
             )
         found[plain] = name
     return found
+
+
+def below_adapters_of_tokens(names: Mapping[str, str]) -> dict[str, str]:
+    """The names of PEFT's tuner of single tokens, as they are where LoRA trains tokens, too."""
+    return {_TOKENS.sub(r".token_adapter\g<0>", name): own for name, own in names.items()}
 
 
 def is_of_another_part(name: str) -> bool:

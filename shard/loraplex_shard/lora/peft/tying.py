@@ -2,12 +2,15 @@
 of the two is done to both."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from loraplex_protos.errors import AdapterInvalidError
 from loraplex_shard.lora.peft.base import BaseModel
 from loraplex_shard.lora.peft.config import AdapterConfig
+from loraplex_shard.lora.peft.kinds import TrainableTokensConfig
 from loraplex_shard.lora.peft.patterns import matching_names
+from loraplex_shard.lora.peft.targets import find_targets
 
 _NAMES = ("embed_tokens", "lm_head")  # that PEFT takes for an embedding or its head
 
@@ -44,6 +47,8 @@ def token_indices(config: AdapterConfig, base: BaseModel) -> dict[str, list[int]
     given = config.trainable_token_indices
     if given is None:
         return {}
+    if isinstance(config, TrainableTokensConfig):
+        given = dict.fromkeys(_targets_of(config, base), config.trainable_token_indices)
     found = dict[str, list[int]]()
     for key, tokens in (given if isinstance(given, dict) else {base.embedding: given}).items():
         modules = [module for module in (base.embedding, base.head) if module.endswith(key)]
@@ -62,6 +67,12 @@ def token_indices(config: AdapterConfig, base: BaseModel) -> dict[str, list[int]
             )
         found[base.head] = own
     return found
+
+
+def _targets_of(config: TrainableTokensConfig, base: BaseModel) -> Iterable[str]:
+    if config.target_modules is None:
+        return [base.embedding]
+    return find_targets(config, (base.head,), embedding=base.embedding, head=base.head)
 
 
 def _without_head(names: list[str], base: BaseModel) -> list[str]:

@@ -14,13 +14,19 @@ from loraplex_shard.lora.peft.config import AdapterConfig
 from loraplex_shard.lora.peft.experts import Parameter, absent, by_expert, find_parameters
 from loraplex_shard.lora.peft.forms import as_served, as_trained
 from loraplex_shard.lora.peft.gguf import GgufConfig
-from loraplex_shard.lora.peft.kinds import Ia3Config
+from loraplex_shard.lora.peft.kinds import Ia3Config, TrainableTokensConfig
 from loraplex_shard.lora.peft.mlx import MlxConfig, in_pefts_terms, targets_in_file
 from loraplex_shard.lora.peft.named_tensors import check_lora_shapes, check_names
 from loraplex_shard.lora.peft.outputs import Replaced, nothing, with_outputs
 from loraplex_shard.lora.peft.products import in_plain_terms
 from loraplex_shard.lora.peft.targets import Target, find_targets, is_named
-from loraplex_shard.lora.peft.tensor_names import PREFIX, as_saved_by_peft, former_names, is_of_another_part
+from loraplex_shard.lora.peft.tensor_names import (
+    PREFIX,
+    as_saved_by_peft,
+    below_adapters_of_tokens,
+    former_names,
+    is_of_another_part,
+)
 from loraplex_shard.lora.peft.tying import tie, token_indices
 from loraplex_shard.lora.peft.vocabulary import read_vocabulary
 from loraplex_shard.lora.sources.files import TENSORS
@@ -62,6 +68,8 @@ def understand(
     if isinstance(config, GgufConfig):
         stored = gguf.in_pefts_terms(stored, config, [part.module for own in layouts for part in own.parts], base)
     found = as_saved_by_peft(stored, base.backbone)
+    if isinstance(config, TrainableTokensConfig):
+        found = below_adapters_of_tokens(found)
     if config.model_extra and config.model_extra.get("monteclora_config"):  # its samplers only matter in training
         found = {name: own for name, own in found.items() if ".lora_monteclora_sampler." not in name}
     trained = as_trained(layouts, base.architecture, found)
@@ -81,6 +89,8 @@ def understand(
     tensors = by_expert(as_stored, parameters, named.values())
     if isinstance(config, MlxConfig):
         targets = targets_in_file(config, tensors, parts)
+    elif isinstance(config, TrainableTokensConfig):
+        targets = {}
     elif isinstance(config, GgufConfig):
         targets = gguf.targets_in_file(config, tensors, (*parts, base.embedding))
     else:
