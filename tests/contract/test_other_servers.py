@@ -313,6 +313,7 @@ def test_only_allowed_tokens_and_no_bad_words_are_generated(server: Server):
         ({"allowed_token_ids": []}, "allowed_token_ids"),
         ({"allowed_token_ids": [10**6]}, "allowed_token_ids"),
         ({"bad_words": [""]}, "bad_words"),
+        ({"suffix": "x"}, "suffix"),
     ):
         status, _, answer = call(server, COMPLETIONS, {**PROMPT, **wrong})
         assert status == 400 and json.loads(answer)["error"]["param"] == field

@@ -3,11 +3,14 @@
 from collections.abc import Iterable
 from itertools import accumulate
 
+import pytest
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loraplex_protos.errors import InvalidRequestError
 from loraplex_router.text.detokenizer import Detokenizer
+from loraplex_router.text.fill_in_middle import encode_around
 from loraplex_router.text.stops import StopMatcher
 from loraplex_router.text.tokenizer import LONG_TEXT, Tokenizer
 from loraplex_router.vocabulary.chat import RenderedChat
@@ -26,6 +29,14 @@ async def test_pieces_are_whole_characters_and_add_up_to_the_text(prompt, text):
     pieces = [detokenizer.push(token) for token in await ids(text)]
     assert not any("\ufffd" in piece for piece in pieces) or "\ufffd" in text
     assert "".join(pieces) + detokenizer.flush() == text
+
+
+async def test_a_prompt_for_the_middle_has_the_models_own_tokens_for_it():
+    with_tokens = byte_tokenizer("<fim_prefix>", "<fim_suffix>", "<fim_middle>")
+    prompt = await encode_around("a", "b<fim_middle>", with_tokens, most=None)
+    assert with_tokens.verbatim.decode(prompt) == "<fim_prefix>a<fim_suffix>b<fim_middle><fim_middle>"
+    with pytest.raises(InvalidRequestError, match="suffix"):
+        await encode_around("a", "b", TOKENIZER, most=None)
 
 
 async def test_an_incomplete_character_at_the_end_is_shown_as_replacement():

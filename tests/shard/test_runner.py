@@ -181,7 +181,10 @@ def test_prompt_logprobs_equal_transformers(runner: Runner, reference: PreTraine
     with torch.inference_mode():
         expected = reference(input_ids=torch.tensor([prompt])).logits[0].log_softmax(-1)
     actual = torch.tensor([value for response in responses for value in response.prompt_logprobs])
-    torch.testing.assert_close(actual, expected[range(len(prompt) - 1), prompt[1:]], atol=1e-4, rtol=1e-4)
+    wanted = expected[range(len(prompt) - 1), prompt[1:]]
+    torch.testing.assert_close(actual, wanted, atol=1e-4, rtol=1e-4)
+    ranks = torch.tensor([value for response in responses for value in response.prompt_ranks])
+    torch.testing.assert_close(ranks, (expected[:-1] >= wanted[:, None]).sum(-1), atol=1, rtol=0)  # but for near ties
 
 
 def test_requested_prompt_alternatives_equal_transformers(runner: Runner, reference: PreTrainedModel) -> None:

@@ -35,6 +35,7 @@ from loraplex_router.wire.codec import (
     read_pooled,
     read_prompt_alternatives,
     read_prompt_logprobs,
+    read_prompt_ranks,
     read_samples,
     read_unscored,
 )
@@ -234,7 +235,7 @@ class Engine:
         self._observer.step(plan, response)
         failures = dict(zip(response.failed_chunks, response.failure_reasons, strict=True))
         prompt_logprobs = read_prompt_logprobs(response, len(plan.chunks))
-        prompt_alternatives = read_prompt_alternatives(response)
+        prompt_ranks, prompt_alternatives = read_prompt_ranks(response), read_prompt_alternatives(response)
         pooled = read_pooled(response)
         unscored = read_unscored(response, len(plan.chunks))
         for place, (chunk, samples) in enumerate(zip(plan.chunks, read_samples(response, plan.chunks), strict=True)):
@@ -247,6 +248,7 @@ class Engine:
                 continue
             if prompt_logprobs[place]:
                 output.prompt_logprobs[chunk.start :] = prompt_logprobs[place]
+                output.prompt_ranks[chunk.start :] = prompt_ranks[place]
                 output.prompt_alternatives[chunk.start :] = prompt_alternatives[place]
             if place in pooled:
                 last = chunk.start + chunk.length == chunk.sequence.prompt_length

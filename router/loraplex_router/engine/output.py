@@ -100,6 +100,7 @@ class SequenceOutput:
         self.stop_reason: str | int | None = None  # the request's stop text or token that ended it
         self.generated = 0  # tokens, including those of a stop string
         self.prompt_logprobs: list[float] = []  # of all prompt tokens except the first
+        self.prompt_ranks: list[int] = []  # of the same: 1 is the likeliest
         self.prompt_alternatives: list[Alternatives] = []  # of the same; none if not requested
         self.pooled = array("f")
         self._decoder = decoder
@@ -168,6 +169,7 @@ class SequenceOutput:
             self._boundaries.append((reached.tokens, ALL_EVENTS if reached.events is None else reached.events))
             if detail.prompt_logprobs:  # the client has these
                 self.prompt_logprobs = [0.0] * (sequence.prompt_length - 1)
+                self.prompt_ranks = [0] * len(self.prompt_logprobs)
                 self.prompt_alternatives = [()] * len(self.prompt_logprobs)
                 sequence.detail = replace(detail, prompt_logprobs=False, prompt_top_logprobs=0)
         if detail.logprobs:  # the shard computes them again

@@ -3,6 +3,7 @@
 from typing import TypeAlias
 
 from loraplex_router.access.tenant import Tenant
+from loraplex_router.text.fill_in_middle import encode_around
 from loraplex_router.text.model import Model
 from loraplex_router.text.tokenizer import Tokenizer
 from loraplex_router.vocabulary.adapter import Adapter
@@ -22,6 +23,8 @@ async def encode(request: Request, text: Text, model: Model, tokenizer: Tokenize
     if isinstance(text, tuple):
         return list(text if kept is None else text[-kept:])
     most = None if kept else max_counted(model.info.max_model_len)
+    if request.suffix and not isinstance(text, TextPair):
+        return await encode_around(text, request.suffix, tokenizer, most)
     if isinstance(text, TextPair):
         return await tokenizer.encode_pair(text, most, kept)
     return await tokenizer.encode(text, most, kept)

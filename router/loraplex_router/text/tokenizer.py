@@ -183,6 +183,16 @@ class Tokenizer:
         first = self._tokenizer.encode(text.lstrip(), add_special_tokens=False).ids[:1]
         return first[0] if first and first[0] in self._special_tokens else None
 
+    def token_id(self, text: str) -> int | None:
+        """The token that is written so in the vocabulary."""
+        found: int | None = self._tokenizer.token_to_id(text)
+        return found
+
+    @property
+    def added_before(self) -> list[int]:
+        """The special tokens that the tokenizer adds before a text."""
+        return self._added[0]
+
     def is_special(self, token: int) -> bool:
         """Whether the token is omitted from the text."""
         return token in self._special_tokens

@@ -20,6 +20,7 @@ class Request:
     """A generation as a client asked for it."""
 
     prompt: Prompt
+    suffix: str = ""  # the answer belongs between the prompt and this text
     request_id: str = ""
     adapter: AdapterReference | MergedReference | None = None
     adapters: tuple[AdapterReference | None, ...] = ()  # in place of `adapter`: each answers; None is the base model

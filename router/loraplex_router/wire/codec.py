@@ -97,6 +97,12 @@ def read_prompt_logprobs(response: pb.StepResponse, chunks: int) -> list[list[fl
     return [[next(values) for _ in range(count)] for count in counts]
 
 
+def read_prompt_ranks(response: pb.StepResponse) -> list[list[int]]:
+    """The ranks of the same tokens."""
+    values = iter(response.prompt_ranks)
+    return [[next(values) for _ in range(count)] for count in response.prompt_logprob_counts]
+
+
 def read_prompt_alternatives(response: pb.StepResponse) -> list[list[Alternatives]]:
     """The alternatives of the same tokens; empty if not requested."""
     found = _read_alternatives(

@@ -59,6 +59,11 @@ def logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
     return logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
 
 
+def ranks(logits: Tensor, tokens: Tensor) -> Tensor:
+    """How many tokens of each row are at least as likely as its token [n], which is one of them: [n]."""
+    return (logits >= logits.gather(-1, tokens[:, None])).sum(-1)
+
+
 def likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The `count` likeliest tokens of each row, best first, and their log probabilities: [n, count] each."""
     values, tokens = largest(logits, count)

@@ -51,9 +51,10 @@ def _alternatives(wanted: Ints, logits: Tensor) -> Alternatives:
 
 
 def add_prompt(response: StepResponse, ids: Tensor, logits: Tensor, alternatives: Ints | None) -> None:
-    """Adds the log probabilities of prompt tokens [n] that follow positions with the logits [n, vocab], and
+    """Adds the log probabilities and ranks of prompt tokens [n] that follow positions with the logits [n, vocab], and
     `alternatives[i]` alternatives for token i; None if no token in the plan has any."""
     response.prompt_logprobs.extend(sampler.logprobs(logits, ids).tolist())
+    response.prompt_ranks.extend(sampler.ranks(logits, ids).tolist())
     if alternatives is not None:
         found = _alternatives(alternatives, logits)
         response.prompt_alternative_counts.extend(found.counts.tolist())

@@ -60,6 +60,7 @@ def read_completions(
     return [
         Request(
             prompt=prompt,
+            suffix=body.suffix or "",
             request_id=f"{request_id}-{place}" if numbered else request_id,
             adapter=adapter,
             adapters=adapters,
@@ -83,7 +84,10 @@ def _scores_only(body: CompletionRequest) -> bool:
 
 def _check(body: CompletionRequest, num_prompts: int) -> None:
     found = Violations()
-    found.check(not body.suffix, "suffix", "is not supported: leave it out")
+    texts = isinstance(body.prompt, str) or all(isinstance(prompt, str) for prompt in body.prompt)
+    found.check(not body.suffix or texts, "suffix", "needs a prompt that is a text")
+    alone = not (body.echo or body.truncate_prompt_tokens is not None)
+    found.check(not body.suffix or alone, "suffix", "cannot be used with echo or truncate_prompt_tokens")
     found.check(0 < num_prompts <= MAX_PROMPTS, "prompt", f"must be 1 to {MAX_PROMPTS} prompts")
     best_of = body.best_of
     found.check(best_of is None or best_of >= (body.n or 1), "best_of", "must be at least n")

@@ -90,17 +90,16 @@ class CompletionLogprobs:
 
 
 def prompt_logprobs(output: SequenceOutput, tokenizer: Tokenizer) -> list[dict[str, Any] | None]:
-    """As in vLLM: each of the prompt's tokens, followed by its alternatives. The rank of a token that is not among the
-    alternatives is null."""
+    """As in vLLM: each of the prompt's tokens, followed by its alternatives, with their ranks."""
 
-    def entry(token: int, logprob: float, rank: int | None) -> dict[str, Any]:
+    def entry(token: int, logprob: float, rank: int) -> dict[str, Any]:
         return {"logprob": _clamp(logprob), "rank": rank, "decoded_token": tokenizer.token_text(token)}
 
     found: list[dict[str, Any] | None] = [None]
     tokens = output.sequence.tokens[1 : output.sequence.prompt_length]
-    for token, logprob, alternatives in _scored_prompt(tokens, output):
-        ranked = {str(other): entry(other, value, rank) for rank, (other, value) in enumerate(alternatives, 1)}
-        found.append({str(token): entry(token, logprob, None), **ranked})
+    for rank, (token, logprob, alternatives) in zip(output.prompt_ranks, _scored_prompt(tokens, output), strict=True):
+        ranked = {str(other): entry(other, value, place) for place, (other, value) in enumerate(alternatives, 1)}
+        found.append({str(token): entry(token, logprob, rank), **ranked})
     return found
 
 

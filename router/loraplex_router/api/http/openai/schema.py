@@ -114,7 +114,7 @@ class GenerationRequest(Sampling):
 
 class CompletionRequest(GenerationRequest):
     prompt: Prompts
-    suffix: str | None = Field(default=None, description="Not supported: refused unless empty.")
+    suffix: str | None = Field(default=None, description="What follows the answer, for models that have tokens for it.")
     echo: bool | None = None
     logprobs: Annotated[Count | None, BeforeValidator(lambda given: None if given is False else given)] = Field(
         default=None, description="How many alternatives to report for each token."
