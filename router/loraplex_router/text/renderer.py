@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 QUICK_SECONDS = 0.25  # of CPU time: nearly all conversations take less
 RENDER_SECONDS = 5.0  # of CPU time: far more than any legitimate template takes, however busy the machine
+SLOW_NICENESS = 5  # what takes long leaves most of a busy processor to the shards and to quick conversations
 MOST_SLOW = 8  # slow conversations of a tenant that may wait for the same template
 STARTS = 3  # on a machine that is short of memory, a process may end before it is ready
 ANSWER_SECONDS = 60  # of wall-clock time: in case the process gets no CPU time at all
@@ -50,7 +51,7 @@ class Renderer:
     def __init__(self, own: ChatTemplates, render_seconds: float = RENDER_SECONDS) -> None:
         self._own = own
         self._quick, self._quick_foreign = (_Process(min(QUICK_SECONDS, render_seconds)) for _ in range(2))
-        self._slow, self._slow_foreign = (_Process(render_seconds) for _ in range(2))
+        self._slow, self._slow_foreign = (_Process(render_seconds, SLOW_NICENESS) for _ in range(2))
 
     async def render(self, templates: ChatTemplates, chat: Chat, tenant: str = "") -> RenderedChat:
         """Raises InvalidRequestError if there is no template, or if it rejects the messages, cannot be parsed or takes
@@ -94,8 +95,8 @@ class Renderer:
 class _Process:
     """Answers one question at a time."""
 
-    def __init__(self, render_seconds: float) -> None:
-        self._render_seconds = render_seconds
+    def __init__(self, render_seconds: float, niceness: int = 0) -> None:
+        self._arguments = str(render_seconds), str(niceness)
         self._process: asyncio.subprocess.Process | None = None
         self._asked: asyncio.Task[Answer] | None = None
         self._closed = False
@@ -121,7 +122,7 @@ class _Process:
             if self._process is not None and _is_gone(self._process):
                 await self._end()
             if self._process is None:
-                self._process = await _start(self._render_seconds)
+                self._process = await _start(self._arguments)
             try:
                 async with asyncio.timeout(ANSWER_SECONDS):
                     return await _exchange(self._process, question)
@@ -162,11 +163,11 @@ async def _exchange(process: asyncio.subprocess.Process, question: bytes) -> Ans
     return head["kind"], text, head["turn_end"]
 
 
-async def _start(render_seconds: float) -> asyncio.subprocess.Process:
+async def _start(arguments: tuple[str, ...]) -> asyncio.subprocess.Process:
     """Starts the process with a minimal environment. Returns once it is ready."""
     environment = {**{name: os.environ[name] for name in KEPT if name in os.environ}, **QUIET}
     pipe = asyncio.subprocess.PIPE
-    command = sys.executable, "-m", "loraplex_router.text.template_process", str(render_seconds)
+    command = sys.executable, "-m", "loraplex_router.text.template_process", *arguments
     for _ in range(STARTS):
         process = await asyncio.create_subprocess_exec(
             *command, stdin=pipe, stdout=pipe, env=environment, start_new_session=True

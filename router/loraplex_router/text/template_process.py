@@ -30,6 +30,7 @@ class OutOfTime(BaseException):
 def main() -> None:
     """Reports that it is ready, and answers."""
     render_seconds = float(sys.argv[1])
+    os.nice(int(sys.argv[2]))
     signal.signal(signal.SIGPROF, _stop)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     answers = os.fdopen(os.dup(1), "wb")
