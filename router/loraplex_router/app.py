@@ -153,10 +153,11 @@ class Router:
             await self._grpc.set_healthy(healthy)
 
     async def _restore_pins(self) -> None:
-        version = 0
+        seen = 0, 0
         while True:
-            version = await self._replicas.changes.unlike(lambda: self._replicas.version, version)
+            seen = await self._replicas.changes.unlike(lambda: (self._replicas.version, self._registry.edition), seen)
             if self._replicas.ready.is_set():
+                self._administration.follow_pins()
                 await self._administration.restore_pins()
 
     async def _drain(self) -> None:

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -304,3 +305,20 @@ async def test_a_request_of_several_adapters_names_them_as_asked(cluster: Cluste
     for generation in generations:
         await generation.collect()
         cluster.service.close(generation)
+
+
+async def test_a_pin_moves_with_the_alias_that_was_pinned_and_stays_with_a_version(cluster: Cluster):
+    async def pinned(asked: str) -> list[str]:
+        """What is pinned after `asked` was, and the alias has moved on."""
+        await cluster.administration.pin(cluster.registry.resolve_one(AdapterReference(asked), None))
+        cluster.registry.update(read_content(yaml.safe_load(FILE.replace("stable: sql@1", "stable: sql@2"))))
+        cluster.administration.follow_pins()
+        while cluster.administration._working:
+            await asyncio.sleep(0)
+        found = [status.id for status in (await cluster.administration.list()).adapters if status.pinned]
+        cluster.administration.unpin(cluster.registry.resolve_one(AdapterReference(found[0]), None))
+        return found
+
+    assert await pinned("sql@1") == ["sql@1"]
+    cluster.registry.update(read_content(yaml.safe_load(FILE)))
+    assert await pinned("stable") == ["sql@2"]

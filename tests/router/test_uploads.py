@@ -17,6 +17,7 @@ from loraplex_protos.errors import (
     OverloadedError,
     RateLimitedError,
 )
+from loraplex_protos.generation_pb2 import ADAPTER_TIER_DEVICE as DEVICE
 from loraplex_router.access.keys import TenantSettings
 from loraplex_router.api.http.multipart import split_files
 from loraplex_router.api.uploads import receive
@@ -54,7 +55,7 @@ async def upload(
 async def settled(cluster: Cluster, digests: int) -> None:
     """Waits until what was replaced is gone; each replica then holds this many adapters."""
     async with asyncio.timeout(10):
-        while cluster.administration._retiring:
+        while cluster.administration._working:
             await asyncio.sleep(0)
     assert all(len(list(replica.pool)) == digests for replica in cluster.replicas)
 
@@ -93,6 +94,19 @@ async def test_a_newer_version_answers_new_requests_and_running_ones_keep_theirs
     assert running.adapter_digest != latest.adapter_digest
     cluster.service.close(running)
     await settled(cluster, 1)
+
+
+async def test_a_pinned_name_stays_pinned_when_it_is_replaced(cluster: Cluster):
+    policy = AdapterReference("policy")
+    for content in (b"one", b"two", b"two"):
+        version = await upload(cluster, content)
+        await cluster.service.adapters.pin(policy) if content == b"one" else await settled(cluster, 1)
+        (status,) = [each for each in (await cluster.administration.list()).adapters if "@" in each.id]
+        assert (status.id, status.pinned, status.tier) == (f"policy@{version}", True, DEVICE)
+    await cluster.service.adapters.unpin(policy)
+    await upload(cluster, b"three")
+    await settled(cluster, 1)
+    assert not cluster.pool.pinned
 
 
 async def test_running_sequences_of_a_replaced_version_survive_their_replica(cluster: Cluster):

@@ -8,7 +8,7 @@ import heapq
 import logging
 import time
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Coroutine, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import islice
@@ -20,11 +20,12 @@ from loraplex_protos.errors import (
     AdapterInUseError,
     AdapterNotFoundError,
     AdapterPinsError,
+    InvalidRequestError,
     LoraplexError,
     UnavailableError,
     quote,
 )
-from loraplex_router.adapters.registry import Registry
+from loraplex_router.adapters.registry import AT, Registry
 from loraplex_router.adapters.resolutions import Entry, Resolutions
 from loraplex_router.engine.output import Generation
 from loraplex_router.replicas.pins import Pins
@@ -71,7 +72,7 @@ class Administration:
         self._prefetching = prefetching
         self._resolutions = resolutions
         self._replicas = replicas
-        self._retiring = set[asyncio.Task[None]]()
+        self._working = set[asyncio.Task[None]]()
         self._listed: Sequence[LocalAdapter] = ()
         self._listed_at = -LISTING_KEPT
         self._names = frozenset[str]()
@@ -218,9 +219,30 @@ class Administration:
 
     def retire(self, version: AdapterReference) -> None:
         """Has a version that the registry no longer has leave memory, once the sequences that use it have ended."""
-        task = asyncio.create_task(self._retire(version))
-        self._retiring.add(task)
-        task.add_done_callback(self._retiring.discard)
+        self.follow_pins()
+        self._begin(self._retire(version))
+
+    def follow_pins(self) -> None:
+        """Has pins move with registered names and aliases to the versions that these mean now."""
+        for digest, pinned in self._pins.named():
+            name = pinned.asked
+            if name and AT not in name and self.registry.has(name):
+                with suppress(InvalidRequestError):  # an alias that now stands for several
+                    now = self.registry.resolve_one(AdapterReference(name, token=pinned.token), None)
+                    if now.id != pinned.id:
+                        self._unpin(digest, pinned.id)
+                        self._begin(self._pin_again(now.id, now))
+
+    async def _pin_again(self, shown: str, reference: AdapterReference) -> None:
+        try:
+            await self.pin(reference)
+        except LoraplexError as error:
+            logger.warning("cannot reload the pinned adapter %s: %s", shown, error)
+
+    def _begin(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work)
+        self._working.add(task)
+        task.add_done_callback(self._working.discard)
 
     async def _retire(self, version: AdapterReference) -> None:
         if (digest := self._resolutions.digest(version)) is not None:
@@ -269,10 +291,7 @@ class Administration:
         """Pins the adapters of lost replicas again, on others."""
         for digest, reference in list(self._pins):
             if not any(adapter.pinned for _, adapter in self._holders(digest)):
-                try:
-                    await self.pin(reference)
-                except LoraplexError as error:
-                    logger.warning("cannot reload the pinned adapter %s: %s", digest, error)
+                await self._pin_again(digest, reference)
 
     def _digest(self, name: AdapterReference | str) -> str:
         digest = name if isinstance(name, str) else self._resolutions.digest(name)

@@ -17,6 +17,10 @@ class Pins:
             if reference := next(filter(None, names.values()), None):
                 yield digest, reference
 
+    def named(self) -> list[tuple[str, AdapterReference]]:
+        """All digests and names that are pinned."""
+        return [(digest, name) for digest, names in self._names.items() for name in names.values() if name]
+
     def add(self, digest: str, name: AdapterReference | str) -> None:
         reference = name if isinstance(name, AdapterReference) else None
         self._names.setdefault(digest, {})[reference.id if reference else ""] = reference
