@@ -5,13 +5,14 @@ import contextlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
 from tests.chaos.proxy import Proxy
 from tests.e2e.processes import Process, Router, free_port
 from tests.e2e.tiny import save_adapter, save_model
+from tests.redis_server import redis_server
 from tests.stand_in_hub import StandInHub
 
 RANKS = 2
@@ -50,10 +51,14 @@ class Place:
         """How many requests the router says to have finished."""
         return self.router.metric('loraplex_requests_total{outcome="finished"}')
 
-    def start(self, shards: str) -> None:
+    def kill(self) -> None:
+        if self._router:
+            self._router.kill()
+
+    def start(self, shards: str, resume: str) -> None:
         ports = f"--http-port={self.http_port}", f"--grpc-port={self.grpc_port}"
         self.outcomes.clear()
-        self._router = Router(f"--shards={shards}", *ports, *FLAGS)
+        self._router = Router(f"--shards={shards}", f"--resume={resume}", *ports, *FLAGS)
 
 
 class Cluster:
@@ -67,27 +72,30 @@ class Cluster:
         self._rendezvous = [free_port() for _ in range(sum(layout))]
         self.proxies: list[Proxy] = []
         self.hub = StandInHub()
-        self.source_troubles = 0  # increases when the hub or the disk begins to fail (it is odd then), and ends to
+        self.troubles: Counter[str] = Counter()  # counts when a "source" or the "store" begins to fail, and ends to
 
     async def __aenter__(self) -> Self:
-        self.hub.__enter__()
-        model = save_model(self.folder / "model")
-        for seed, name in enumerate(LOCAL):
-            save_adapter(model, self.folder / "adapters" / name, 8, seed)
-        self.proxies = [await Proxy(port).start() for port in self.ports]
-        env = {"HF_ENDPOINT": self.hub.url, "HF_HOME": str(self.folder / "hub"), "HF_TOKEN": ""}
-        self.ranks = Ranks(json.dumps([self._flags(number) for number in range(len(self.ports))]), env=env)
-        await asyncio.gather(*(self.start(place) for place in self.places))
-        await self.wait_until_ready()
+        async with contextlib.AsyncExitStack() as stack:
+            stack.enter_context(self.hub)
+            self._resume, self.store = stack.enter_context(redis_server(self.folder))
+            model = save_model(self.folder / "model")
+            for seed, name in enumerate(LOCAL):
+                save_adapter(model, self.folder / "adapters" / name, 8, seed)
+            for port in self.ports:
+                self.proxies.append(await Proxy(port).start())
+                stack.push_async_callback(self.proxies[-1].close)
+            env = {"HF_ENDPOINT": self.hub.url, "HF_HOME": str(self.folder / "hub"), "HF_TOKEN": ""}
+            self.ranks = Ranks(json.dumps([self._flags(number) for number in range(len(self.ports))]), env=env)
+            stack.callback(self.ranks.kill)
+            for place in self.places:
+                stack.callback(place.kill)
+            await asyncio.gather(*(self.start(place) for place in self.places))
+            await self.wait_until_ready()
+            self._stack = stack.pop_all()
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        for place in self.places:
-            place.router.kill()
-        self.ranks.kill()
-        for proxy in self.proxies:
-            await proxy.close()
-        self.hub.__exit__(None, None, None)
+        await self._stack.aclose()
 
     def _flags(self, number: int) -> list[str]:
         replica, rank = divmod(number, RANKS)
@@ -104,15 +112,19 @@ class Cluster:
             ",".join(f"127.0.0.1:{self.proxies[replica * RANKS + rank].port}" for rank in range(RANKS))
             for replica in place.replicas
         )
-        await asyncio.to_thread(place.start, shards)
+        await asyncio.to_thread(place.start, shards, self._resume)
 
     async def wait_until_ready(self) -> None:
         for place in self.places:
             await asyncio.to_thread(place.router.wait_until, "loraplex_replicas", len(place.replicas), READY_SECONDS)
 
     @contextlib.contextmanager
-    def source_trouble(self) -> Iterator[None]:
-        """A context in which adapters may be out of reach."""
-        self.source_troubles += 1
+    def trouble(self, what: str) -> Iterator[None]:
+        """A context in which adapters' "source" or the "store" of streams fails."""
+        self.troubles[what] += 1
         yield
-        self.source_troubles += 1
+        self.troubles[what] += 1
+
+    def had_trouble(self, what: str, before: Mapping[str, int]) -> bool:
+        """Whether it failed at any time since `troubles` was as it was before."""
+        return before.get(what, 0) % 2 == 1 or self.troubles[what] != before.get(what, 0)

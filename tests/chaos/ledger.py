@@ -13,8 +13,9 @@ from tests.chaos.load import CASES, Answer, Broken, Clients
 LIMIT_SECONDS = 240  # a request that takes longer never ends
 DOOR_SECONDS = 0.2  # before a request that was refused as unavailable is sent to another router
 LEAVING = 0.05  # the share of clients that do not wait for the end
-FINISHED, LEFT, FAULT = "finished", "left", "fault"
-REFUSED, DIED, NO_SOURCE = "refused as unavailable", "its router died", "its adapter's source failed"
+FINISHED, RESUMED, LEFT, FAULT = "finished", "finished, although its router died", "left", "fault"
+REFUSED, DIED = "refused as unavailable", "its router died before a stream had begun"
+NO_SOURCE, NO_STORE = "its adapter's source failed", "it could not be resumed, since the store failed"
 
 
 class Ledger:
@@ -79,20 +80,19 @@ class Ledger:
         return outcome
 
     async def _outcome(self, name: str, place: Place) -> str:
-        """Only its router's death explains a broken stream; starts and stops explain a refusal, too."""
-        deaths, troubles, began = place.deaths, self._cluster.source_troubles, time.monotonic()
+        """Nothing but a store that fails explains a broken stream. Starts and stops of routers explain refusals."""
+        deaths, troubles, began = place.deaths, self._cluster.troubles.copy(), time.monotonic()
         try:
-            answer = await CASES[name](self._clients[place])
-            told = self._peaceful[name].difference(answer)
+            told = self._peaceful[name].difference(await CASES[name](self._clients[place]))
             if not told:
-                return FINISHED
+                return FINISHED if place.deaths == deaths else RESUMED
         except (LoraplexError, Broken, AssertionError) as error:
-            if place.deaths != deaths:
-                return DIED
-            if isinstance(error, AdapterSourceError) and (troubles % 2 or self._cluster.source_troubles != troubles):
+            if isinstance(error, AdapterSourceError) and self._cluster.had_trouble("source", troubles):
                 return NO_SOURCE
+            if isinstance(error, Broken) and self._cluster.had_trouble("store", troubles) and place.deaths != deaths:
+                return NO_STORE
             if isinstance(error, UnavailableError):
-                return REFUSED
+                return REFUSED if place.deaths == deaths else DIED
             told = f"{type(error).__name__}: {error}"
         self.faults.append(f"{name}, after {time.monotonic() - began:.1f} s: {told}")
         return FAULT

@@ -13,6 +13,7 @@ from tests.chaos.cluster import LOCAL, Cluster, Place
 from tests.chaos.http import post
 
 TOKENS = 160
+RETRIES = 12  # until a router has started again
 CLOSE = 2e-3  # by how much numbers may differ
 RED, GREEN, BLUE = LOCAL
 SCHEMA = {
@@ -24,7 +25,7 @@ SCHEMA = {
 
 
 class Broken(Exception):
-    """A stream ended with an error after its first piece."""
+    """A stream ended with an error after its first piece, and could not be resumed."""
 
 
 @dataclass
@@ -63,7 +64,7 @@ class Clients:
 
     def __init__(self, cluster: Cluster, place: Place) -> None:
         self._cluster, self._http_port = cluster, place.http_port
-        self.grpc = AsyncClient(f"127.0.0.1:{place.grpc_port}")
+        self.grpc = AsyncClient(f"127.0.0.1:{place.grpc_port}", max_retries=RETRIES)
 
     def post(self, path: str, body: object) -> AsyncIterator[dict[str, object]]:
         return post(self._http_port, path, body)

@@ -15,6 +15,7 @@ from tests.chaos.cluster import RANKS, Cluster
 
 SECONDS = (0.3, 6.0)  # how long a trouble lasts
 PAUSE = (0.5, 3.0)  # between two
+NOTICED_SECONDS = 3.0  # until routers know that the store is back
 
 
 class Troubles:
@@ -33,6 +34,7 @@ class Troubles:
             "a replica is cut off": (2, self._cut_off_replica),
             "the disk is full": (1, self._fill_disk),
             "the hub hangs": (1, self._hang_hub),
+            "the store hangs": (1, self._hang_store),
             "a router is killed": (2, self._kill_router),
             "a router is restarted": (1, self._restart_router),
         }
@@ -97,7 +99,7 @@ class Troubles:
         """No file of the ranks can grow."""
         processes = [psutil.Process(pid) for pid in self._cluster.ranks.pids()]
         self._limit_files(processes, 0)
-        with self._cluster.source_trouble():
+        with self._cluster.trouble("source"):
             await self._wait()
         self._limit_files(processes, resource.RLIM_INFINITY)
 
@@ -108,9 +110,16 @@ class Troubles:
 
     async def _hang_hub(self) -> None:
         self._cluster.hub.hang()
-        with self._cluster.source_trouble():
+        with self._cluster.trouble("source"):
             await self._wait()
         self._cluster.hub.release()
+
+    async def _hang_store(self) -> None:
+        self._cluster.store.send_signal(signal.SIGSTOP)
+        with self._cluster.trouble("store"):
+            await self._wait()
+            self._cluster.store.send_signal(signal.SIGCONT)
+            await asyncio.sleep(NOTICED_SECONDS)
 
     async def _kill_router(self) -> None:
         place = self._dice.choice(self._cluster.places)
