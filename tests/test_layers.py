@@ -33,6 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "loraplex_router.engine.fairness": {"loraplex_router.vocabulary"},
     "loraplex_router.engine.suspects": {"loraplex_router.vocabulary"},
+    "loraplex_router.engine.replay": {"loraplex_router.vocabulary", "loraplex_protos"},
     "loraplex_router.replicas.placement": {"loraplex_router.vocabulary"},
     "loraplex_router.wire.pulse": {"loraplex_protos"},
     # The shard's lowest floor.

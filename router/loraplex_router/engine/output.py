@@ -2,7 +2,6 @@
 
 import asyncio
 import secrets
-import sys
 import time
 from array import array
 from collections import deque
@@ -10,18 +9,16 @@ from collections.abc import AsyncIterator, Collection, Iterable
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 
-from loraplex_protos.errors import GenerationError, LoraplexError
+from loraplex_protos.errors import LoraplexError
 from loraplex_protos.generation_pb2 import Classifier
+from loraplex_router.engine.replay import Replay
 from loraplex_router.text.detokenizer import Decoder, Detokenizer, own_length
 from loraplex_router.text.stops import Passed, StopMatcher
 from loraplex_router.vocabulary.adapter import BASE_NAME, Adapter
-from loraplex_router.vocabulary.position import Reached, checksum
+from loraplex_router.vocabulary.position import Reached
 from loraplex_router.vocabulary.references import Reference, labels_of, version_of
 from loraplex_router.vocabulary.sequence import Alternatives, FinishReason, Sample, Sequence
 from loraplex_router.vocabulary.thoughts import Thoughts
-
-ALL_EVENTS = sys.maxsize
-DIVERGED = "other tokens are generated here than the client has: the stream cannot be resumed. Send a new request"
 
 
 @dataclass(slots=True)
@@ -114,10 +111,8 @@ class SequenceOutput:
         self._held: list[tuple[Sample, int, int]] = []  # with the lengths up to each one's end, generated and decoded
         self._generated = self._decoded = 0  # characters; special tokens that are not shown are generated, not decoded
         self._passed = self._shown = 0  # characters of the two that are certain
-        self.resumed = 0  # the tokens of it that another generation had delivered
-        self._checksum = 0  # theirs
-        self._boundaries = deque[tuple[int, int]]()  # where deltas ended that were delivered, and how much of them was
-        self._delivered = deque[Delta]()  # these deltas
+        self._replay = Replay(Reached())
+        self._delivered = deque[Delta]()  # what comes again
 
     @property
     def seed(self) -> int | None:
@@ -128,6 +123,11 @@ class SequenceOutput:
     def new_id(self, *of: int | str) -> str:
         """An id for a part of the answer. Nobody else has it, and it stays the same when the output is resumed."""
         return blake2b(repr(of).encode(), key=self._nonce, digest_size=12).hexdigest()
+
+    @property
+    def resumed(self) -> int:
+        """How many of its tokens another generation had delivered."""
+        return self._replay.tokens
 
     def push(self, sample: Sample) -> FinishReason | None:
         """Takes the sequence's next token. Returns why the sequence ends with it, if it does."""
@@ -154,7 +154,7 @@ class SequenceOutput:
             self.finish(FinishReason.END_TOKEN if ended and not stopped else FinishReason.STOP_TEXT)
         elif last:
             self.finish(FinishReason.LENGTH)
-        if self._boundaries:
+        if self._replay:
             self._deliver_again()
         return self.finish_reason
 
@@ -162,16 +162,12 @@ class SequenceOutput:
         """Continues from the tokens of another output for the same request, whose client has what was `reached`. What
         it has comes again, in deltas that say so. Raises GenerationError if the tokens are not those it has."""
         sequence, detail = self.sequence, self.sequence.detail
-        self.resumed, self._checksum = reached.tokens, reached.checksum
-        if reached.before:
-            self._boundaries.append((reached.before, ALL_EVENTS))
-        if reached.tokens:
-            self._boundaries.append((reached.tokens, ALL_EVENTS if reached.events is None else reached.events))
-            if detail.prompt_logprobs:  # the client has these
-                self.prompt_logprobs = [0.0] * (sequence.prompt_length - 1)
-                self.prompt_ranks = [0] * len(self.prompt_logprobs)
-                self.prompt_alternatives = [()] * len(self.prompt_logprobs)
-                sequence.detail = replace(detail, prompt_logprobs=False, prompt_top_logprobs=0)
+        self._replay = Replay(reached)
+        if reached.tokens and detail.prompt_logprobs:  # the client has these
+            self.prompt_logprobs = [0.0] * (sequence.prompt_length - 1)
+            self.prompt_ranks = [0] * len(self.prompt_logprobs)
+            self.prompt_alternatives = [()] * len(self.prompt_logprobs)
+            sequence.detail = replace(detail, prompt_logprobs=False, prompt_top_logprobs=0)
         if detail.logprobs:  # the shard computes them again
             ended = bool(tokens) and tokens[-1] in sequence.end_token_ids
             sequence.tokens += tokens[:-1] if ended else tokens
@@ -183,21 +179,15 @@ class SequenceOutput:
                 break
 
     def _deliver_again(self) -> None:
-        """Ends the delta where the one that was delivered ended."""
-        tokens, events = self._boundaries[0]
-        if self.generated < tokens:
-            if self.finish_reason:
-                raise GenerationError(DIVERGED)
-            return
+        """Ends the delta where one ended that the client has, if that is here."""
         sequence = self.sequence
-        answer = sequence.tokens[sequence.prompt_length : sequence.prompt_length + tokens]
-        del self._boundaries[0]
-        if not self._boundaries and checksum(answer) != self._checksum:
-            raise GenerationError(DIVERGED)
-        delta, self._pending = self._pending, Delta()
-        delta.generated, delta.known = tokens, events
-        self._delivered.append(delta)
-        self._wakeup.set()
+        answer = sequence.tokens[sequence.prompt_length : sequence.prompt_length + self.generated]
+        known = self._replay.pass_end(answer, finished=self.finish_reason is not None)
+        if known is not None:
+            delta, self._pending = self._pending, Delta()
+            delta.generated, delta.known = self.generated, known
+            self._delivered.append(delta)
+            self._wakeup.set()
 
     def pool(self, vector: Iterable[float], begin: int, last: bool) -> None:
         """Takes a pooled sequence's vector, or its part from position `begin` on. The last one ends the sequence."""
@@ -210,7 +200,7 @@ class SequenceOutput:
     def finish(self, reason: FinishReason) -> None:
         """Ends the output; held-back text is not shown."""
         if reason is FinishReason.CANCELLED:
-            self._boundaries.clear()
+            self._replay.stop()
         self.finish_reason = self._pending.finish_reason = reason
         self._wakeup.set()
 
@@ -236,7 +226,7 @@ class SequenceOutput:
             return self._delivered.popleft()
         delta = self._pending
         delta.generated = self.generated
-        if self._boundaries or not (delta.text or delta.samples or delta.finish_reason):
+        if self._replay or not (delta.text or delta.samples or delta.finish_reason):
             return None
         self._pending = Delta()
         return delta
