@@ -1,5 +1,6 @@
 """A real server with the tiny model, and scripts that call it with unmodified clients."""
 
+import json
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -15,7 +16,10 @@ THINKING = "{{ '<think>\n\n</think>\n' if enable_thinking is false else '<think>
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("tiny-llama"))
+    folder = save_model(tmp_path_factory.mktemp("tiny-llama"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "matryoshka_dimensions": [8, 36]}))
+    return folder
 
 
 PAGE = "https://app.example"  # an origin whose pages may call the server

@@ -1,6 +1,7 @@
 """Embeddings through the unmodified clients; their values are tested over gRPC."""
 
 from collections.abc import Callable, Iterator
+from math import hypot
 from pathlib import Path
 
 import openai
@@ -35,6 +36,13 @@ def test_openais_client_embeds_texts_and_token_ids(client: OpenAI, server: Serve
     assert several[0].embedding == pytest.approx(tokens.embedding, abs=1e-5)
 
 
+def test_vectors_are_shortened_where_the_models_config_allows_it(client: OpenAI, model: Path):
+    (whole,) = client.embeddings.create(model=str(model), input="Hello").data
+    (short,) = client.embeddings.create(model=str(model), input="Hello", dimensions=8).data
+    length = hypot(*whole.embedding[:8])
+    assert short.embedding == pytest.approx([value / length for value in whole.embedding[:8]], abs=1e-5)
+
+
 def test_the_model_names_the_adapter(client: OpenAI, server: Server, model: Path):
     with Client(server.address) as grpc_client:
         (expected,) = grpc_client.embed("Hi", adapter="first")
@@ -52,7 +60,7 @@ def test_the_model_names_the_adapter(client: OpenAI, server: Server, model: Path
         ({"input": []}, "input"),
         ({"input": ""}, "input"),
         ({"input": ["Hi", "x" * 9000]}, "input"),
-        ({"input": "Hi", "dimensions": 8}, "dimensions"),
+        ({"input": "Hi", "dimensions": 9}, "dimensions"),
         ({"input": [[1, 999]]}, "input"),
         ({"input": "Hi", "extra_body": {"normalize": False}}, "use_activation"),
     ],

@@ -79,6 +79,11 @@ async def test_an_unknown_field_of_a_message_is_refused_in_anthropics_form(setup
     assert client.status == 400 and json.loads(client.bodies[0]) == {"type": "error", "error": error}
 
 
+async def test_dimensions_are_refused_for_a_model_of_one_length(setup: Setup):
+    client = await ask(setup, "/v1/embeddings", {"input": "A", "dimensions": 8})
+    assert client.status == 400 and json.loads(client.bodies[0])["error"]["param"] == "dimensions"
+
+
 async def test_thoughts_are_a_block_of_a_message(thinking: Setup):
     whole = json.loads((await ask(thinking, "/v1/messages", MESSAGE)).bodies[0])
     (block,) = whole["content"]

@@ -108,6 +108,8 @@ def read_model(
             modeling_code=info.modeling_code,
             embeds_only=info.embeds_only,
             state_bytes=info.state_bytes,
+            is_matryoshka=info.is_matryoshka,
+            matryoshka_dimensions=info.matryoshka_dimensions,
             classifier=info.classifier if info.HasField("classifier") else None,
         ),
         Tokenizer(files.tokenizer_json),

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedConfig
+
 from loraplex_shard.checkpoint.base import CheckpointError, PoolingMode, PoolingSpec
 from loraplex_shard.checkpoint.safetensors.files import read_json
 
@@ -19,6 +21,16 @@ MODES: dict[str, PoolingMode] = {
     "cls": "first",
     "cls_token": "first",
 }
+
+
+def is_matryoshka(config: PreTrainedConfig) -> bool:
+    """Whether beginnings of its embeddings are embeddings, too, by vLLM's fields of config.json."""
+    return bool(getattr(config, "is_matryoshka", False) or matryoshka_dimensions(config))
+
+
+def matryoshka_dimensions(config: PreTrainedConfig) -> list[int]:
+    """The lengths of such beginnings; none: any."""
+    return list(getattr(config, "matryoshka_dimensions", None) or ())
 
 
 def read_pooling(directory: Path, model_id: str) -> PoolingSpec:

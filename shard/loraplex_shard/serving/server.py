@@ -22,6 +22,7 @@ from loraplex_protos.protocol import PROTOCOL_VERSION
 from loraplex_protos.shard_pb2 import DESCRIPTOR, GetInfoResponse, GetTokenizerResponse
 from loraplex_protos.shard_pb2_grpc import add_ShardServiceServicer_to_server
 from loraplex_shard.checkpoint import Checkpoint, open_checkpoint
+from loraplex_shard.checkpoint.pooling import is_matryoshka, matryoshka_dimensions
 from loraplex_shard.device.memory import keep_freed
 from loraplex_shard.device.parallel import Group
 from loraplex_shard.device.troubles import GroupLostError, Troubles
@@ -241,6 +242,8 @@ def _load(
         embeds_only=not model.generates,
         classifier=describe(base.classes),
         state_bytes=model.state_bytes,
+        is_matryoshka=is_matryoshka(checkpoint.config),
+        matryoshka_dimensions=matryoshka_dimensions(checkpoint.config),
     )
     telemetry.metrics.describe(info)
     if classifier is not None:

@@ -2,12 +2,16 @@
 
 import base64
 import struct
+from array import array
+from dataclasses import replace
+from math import hypot, isclose
 from typing import Literal
 
 from fastapi import APIRouter, Response
 from fastapi.responses import StreamingResponse
 from pydantic import AliasChoices, BaseModel, Field
 
+from loraplex_protos import generation_pb2 as pb
 from loraplex_protos.errors import FieldViolation, InvalidRequestError
 from loraplex_router.api.http.answer_headers import answer_headers
 from loraplex_router.api.http.call import Call
@@ -20,8 +24,10 @@ from loraplex_router.api.http.openai_errors import ERRORS
 from loraplex_router.api.http.unknown_fields import OpenBody, unknown_fields
 from loraplex_router.engine.output import Embedding
 from loraplex_router.vocabulary.request import EmbedRequest
+from loraplex_router.vocabulary.violations import Violations
 
 FLOATS = 8192  # per part
+NEARLY_1 = 1e-3
 
 router = APIRouter(tags=["OpenAI"], route_class=JsonRoute)
 
@@ -33,7 +39,9 @@ class OpenaiRequest(OpenBody):
         default=None, description="vLLM's: how many tokens of each input to keep, from its end; -1: as many as fit."
     )
     encoding_format: Literal["float", "base64"] | None = None
-    dimensions: int | None = Field(default=None, description="Not supported: vectors are of the model's hidden size.")
+    dimensions: int | None = Field(
+        default=None, description="The length of the vectors, for models whose config.json says that they have others."
+    )
     use_activation: bool | None = Field(
         default=None,
         validation_alias=AliasChoices("use_activation", "normalize"),
@@ -58,8 +66,7 @@ class OpenaiAnswer(BaseModel):
 async def openai_embeddings(body: OpenaiRequest, call: Call) -> Response:
     """A vector for each input, pooled from the last hidden states as the files of sentence-transformers beside the
     model say; without such files, their mean over all tokens, scaled to length 1."""
-    if body.dimensions is not None:
-        raise InvalidRequestError(FieldViolation("dimensions", "is not supported: leave it out"))
+    _check_dimensions(body.dimensions, call.service.info)
     if body.use_activation is False:
         reason = "is not supported: the model's files say whether vectors are scaled to length 1"
         raise InvalidRequestError(FieldViolation("use_activation", reason))
@@ -68,6 +75,8 @@ async def openai_embeddings(body: OpenaiRequest, call: Call) -> Response:
     inputs, ignored = tuple(read_prompts(body.input)), unknown_fields(body)
     request = EmbedRequest(inputs, adapter, body.truncate_prompt_tokens, call.session, ignored, call.request_id)
     found = await finish_before_disconnect(call.service.embed(request, call.key), call.receive)
+    if body.dimensions is not None:
+        found = [replace(embedding, values=_beginning(embedding.values, body.dimensions)) for embedding in found]
     in_base64, tokens = body.encoding_format == "base64", sum(embedding.prompt_tokens for embedding in found)
     rows = (
         {"object": "embedding", "index": index, "embedding": _encode(embedding, in_base64)}
@@ -77,6 +86,28 @@ async def openai_embeddings(body: OpenaiRequest, call: Call) -> Response:
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
     written = write_data(rows, batch, model=answered_name(body.model, names), usage=usage)
     return StreamingResponse(written, media_type="application/json", headers=answer_headers(found, call.request_id))
+
+
+def _check_dimensions(wanted: int | None, info: pb.GetModelInfoResponse) -> None:
+    """As vLLM does. Raises InvalidRequestError."""
+    if wanted is None:
+        return
+    found, lengths = Violations(), list(info.matryoshka_dimensions)
+    found.check(info.is_matryoshka, "dimensions", "is not supported by this model's config.json")
+    found.check(not lengths or wanted in lengths, "dimensions", f"must be one of {', '.join(map(str, lengths))}")
+    found.check(wanted >= 1, "dimensions", "must be at least 1")
+    found.raise_any()
+
+
+def _beginning(values: "array[float]", length: int) -> "array[float]":
+    """The first values. Those of a vector of length 1 are scaled to it again."""
+    if length > len(values):
+        raise InvalidRequestError(FieldViolation("dimensions", f"must be at most {len(values)}"))
+    first = values[:length]
+    if not isclose(hypot(*values), 1, abs_tol=NEARLY_1):
+        return first
+    norm = hypot(*first) or 1.0
+    return array("f", (value / norm for value in first))
 
 
 def _encode(found: Embedding, in_base64: bool) -> list[float] | str:
