@@ -54,8 +54,8 @@ class StandInStore(ABC):
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True)
         for name in FOREIGN:
             monkeypatch.delenv(name, raising=False)
-        url = f"{'http' if tls is None else 'https'}://127.0.0.1:{self._server.server_port}"
-        for name, value in self.environment(url).items():
+        self.url = f"{'http' if tls is None else 'https'}://127.0.0.1:{self._server.server_port}"
+        for name, value in self.environment(self.url).items():
             monkeypatch.setenv(name, value)
 
     @abstractmethod

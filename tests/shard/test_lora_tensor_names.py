@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from loraplex_protos.errors import AdapterInvalidError
+from loraplex_shard.lora.peft import tensor_names
 from loraplex_shard.lora.peft.reading import read_adapter
 from loraplex_shard.lora.weights.deltas import HostAdapter
 from tests.shard.lora_models import (
@@ -61,6 +64,23 @@ def test_tensors_are_found_under_all_names_that_trainers_write(rename: Rename, t
     actual, expected = whole_deltas([serve(tmp_path).weights]), peft_deltas(model)
     assert actual.keys() == expected.keys()
     assert all(torch.allclose(actual[module], delta) for module, delta in expected.items())
+
+
+PARTS = ["base_model", "model", "language_model", "layers", "0", "12", "mlp", "up_proj", "lora_A", "lora_B", "default"]
+PARTS += ["weight", "bias", "module", "_orig_mod", "_fsdp_wrapped_module", "lora_magnitude_vector", "", "Wqkv", "w1"]
+
+
+@given(
+    start=st.sampled_from(["", f"{PREFIX}model.layers.0.", f"{PREFIX}model.language_model.layers.3."]),
+    middle=st.lists(st.sampled_from(PARTS), max_size=5),
+    end=st.sampled_from([".lora_A.weight", ".lora_B.default.weight", ".lora_magnitude_vector", ""]),
+    backbone=st.sampled_from(["model", "model.language_model"]),
+)
+def test_names_that_are_seen_to_be_pefts_own_are_as_the_rules_have_them(
+    start: str, middle: list[str], end: str, backbone: str
+) -> None:
+    name = start + ".".join(middle) + end
+    assert tensor_names.as_saved_by_peft([name], backbone) == {tensor_names._plain(name, backbone): name}
 
 
 def test_two_names_for_one_tensor_are_refused(tmp_path: Path) -> None:

@@ -68,6 +68,9 @@ OPTIONS = (
 # A router whose host is gone cannot close its connection: keepalive pings detect it, so that the next router can drive.
 KEEPALIVE = (("grpc.keepalive_time_ms", 10_000), ("grpc.http2.ping_timeout_ms", 10_000))
 POLL_SECONDS = 0.5
+# How long a thread, such as one that reads an adapter, may hold the interpreter's lock while a step waits for it. A
+# step takes the lock after each call of a kernel.
+SWITCH_SECONDS = 1e-4
 
 Progress = Callable[[int, int], None]
 
@@ -91,6 +94,7 @@ def run(settings: ShardSettings, progress: Progress | None = None) -> None:
     or on CUDA, or one hangs that no router waits for any more; the process exits soon after, wherever it hangs. So do
     the other ranks; their supervisor must restart the group.
     """
+    sys.setswitchinterval(SWITCH_SECONDS)
     torch.set_num_threads(settings.threads or max(1, torch.get_num_threads() // settings.tp))
     device = machine.pick_device(settings.device, settings.rank)  # before fetching a model that it could not use
     checkpoint = open_checkpoint(settings.model, settings.revision, None)

@@ -15,6 +15,7 @@ _NAMED = re.compile(
     r"(\.lora_[AB])\.[^.]+(?=\.(?:weight|bias)$)|(\.(?:lora_embedding_[AB]|trainable_tokens_delta))\.[^.]+$"
 )
 _TOKENS = re.compile(r"\.(trainable_tokens_delta|base_layer\.weight)$")
+_OF_A_LAYER = re.compile(r"\d+(?:\.(?!lora_)[a-z]\w*)+\.lora_[AB]\.weight")  # by PEFT's own name
 _MAGNITUDE = re.compile(r"(\.lora_magnitude_vector)(?:\.[^.]+)?(?:\.weight)?$")
 
 
@@ -35,10 +36,10 @@ def as_saved_by_peft(names: Iterable[str], backbone: str = "model") -> dict[str,
     Raises AdapterInvalidError if two tensors get the same name.
     """
     found: dict[str, str] = {}
+    layers = f"{PREFIX}{backbone}.layers."
     for name in names:
-        bare = _PREFIXES.sub("", _WRAPPERS.sub(r"\1", name).replace("..", "."))
-        plain = PREFIX + (current_name(bare, backbone) or bare)
-        plain = _MAGNITUDE.sub(r"\1", _NAMED.sub(r"\1\2", plain))
+        is_plain = name.startswith(layers) and _OF_A_LAYER.fullmatch(name, len(layers))  # as nearly all are
+        plain = name if is_plain else _plain(name, backbone)
         if plain in found:
             raise AdapterInvalidError(
                 f"adapter_model.safetensors: {found[plain][:200]} and {name[:200]} are both {plain[:200]}"
@@ -50,6 +51,12 @@ def as_saved_by_peft(names: Iterable[str], backbone: str = "model") -> dict[str,
 def below_adapters_of_tokens(names: Mapping[str, str]) -> dict[str, str]:
     """The names of PEFT's tuner of single tokens, as they are where LoRA trains tokens, too."""
     return {_TOKENS.sub(r".token_adapter\g<0>", name): own for name, own in names.items()}
+
+
+def _plain(name: str, backbone: str) -> str:
+    bare = _PREFIXES.sub("", _WRAPPERS.sub(r"\1", name).replace("..", "."))
+    plain = PREFIX + (current_name(bare, backbone) or bare)
+    return _MAGNITUDE.sub(r"\1", _NAMED.sub(r"\1\2", plain))
 
 
 def is_of_another_part(name: str) -> bool:
