@@ -10,6 +10,8 @@ from loraplex_protos.mtls import MtlsSettings
 from loraplex_router.text.reasoning import AUTO, FAMILIES, NONE
 from loraplex_router.wire.discovery import DNS
 
+STORE = r"(memory|rediss?://(\S*@)?([^\s/?@:]+|\[[0-9a-fA-F:]+\])(:\d{1,5})?(/\d*)?(\?\S*)?|unix://\S+)?"
+
 
 class EdgeSettings(BaseModel):
     """Where clients reach the router, and its limits."""
@@ -130,7 +132,6 @@ class EdgeSettings(BaseModel):
     log_prompts: bool = Field(False, description="Log prompts and answers with each request.")
     resume: str = Field(
         "",
-        pattern=r"^(memory|rediss?://\S+|unix://\S+)?$",
         description="Where the progress of streams is kept, so that clients that lose the connection or the router can "
         "resume them: redis://HOST:PORT/DATABASE (rediss:// with TLS) for all routers that name the same server, "
         "memory for this router alone. Empty: nowhere.",
@@ -164,6 +165,13 @@ class EdgeSettings(BaseModel):
     def scheme(self) -> str:
         """Of the HTTP port's URL."""
         return "http" if self.tls_cert is None else "https"
+
+    @field_validator("resume")
+    @classmethod
+    def _is_a_store(cls, value: str) -> str:
+        if not re.fullmatch(STORE, value):
+            raise ValueError("must be memory, or the URL of a Redis server: redis://HOST:PORT/DATABASE or unix://PATH")
+        return value
 
     @property
     def url_host(self) -> str:

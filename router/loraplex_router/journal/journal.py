@@ -55,7 +55,7 @@ class Journal:
         self._news = asyncio.Event()
         self._writing = asyncio.Lock()
         self._next_write = asyncio.Event()  # set when the write that begins next has ended
-        self._failing = False
+        self._fails: bool | None = None  # whether the store did when it was asked last; None: it was not
 
     @property
     def shared(self) -> bool:
@@ -64,14 +64,14 @@ class Journal:
 
     def begin(self, key: str, generation: Generation, record: Record) -> None:
         """Writes the generation down from now on, until `end`."""
-        if not self._failing:
+        if not self._fails:
             self._entries[generation] = Entry(key, generation, record.encode(), [0] * len(generation.outputs))
 
     async def keep_up(self, generation: Generation) -> bool:
         """Returns once everything that it has generated is written down, or cannot be now. False: it is not written
         down at all."""
         entry = self._entries.get(generation)
-        if entry is not None and not self._failing and (entry.record or entry.written != entry.lengths):
+        if entry is not None and not self._fails and (entry.record or entry.written != entry.lengths):
             written = self._next_write
             self._news.set()
             await written.wait()
@@ -90,13 +90,13 @@ class Journal:
         """Runs until cancelled."""
         try:
             while True:
+                self._news.clear()
+                await self.flush()
                 with suppress(TimeoutError):
                     async with asyncio.timeout(LOOK_SECONDS):
                         await self._news.wait()
-                self._news.clear()
-                await self.flush()
         finally:
-            self._failing = True
+            self._fails = True
             self._next_write.set()
             await self._store.aclose()
 
@@ -116,17 +116,17 @@ class Journal:
         old = [entry for entry in entries if entry.touched + self._touch_seconds < now]
         over = [entry for entry in entries if entry.ended]
         try:
-            if parts or old or self._failing:
+            if parts or old or self._fails is not False:
                 await self._store.append(parts, [entry.key for entry in old] or [NOTHING])
         except UnavailableError as error:
-            if not self._failing:
+            if not self._fails:
                 logger.warning("streams cannot be resumed for now: %s", error.message)
-            self._failing = True
+            self._fails = True
             over += [entry for entry in entries if entry.record]
         else:
-            if self._failing:
+            if self._fails:
                 logger.warning("streams can be resumed again")
-            self._failing = False
+            self._fails = False
             for entry, written in zip(entries, lengths, strict=True):
                 entry.record, entry.written = b"", written
             for entry in old:
