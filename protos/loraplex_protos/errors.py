@@ -6,6 +6,7 @@
     ├── ForbiddenError                 the API key does not allow this
     ├── RequestNotFoundError           no such request is running
     ├── ResponseNotFoundError          no such response is kept
+    ├── BatchNotFoundError             no such batch or file is kept, or none at all
     ├── AdapterError
     │   ├── AdapterNotFoundError       no source has it
     │   ├── AdapterForbiddenError      the source rejects this token
@@ -97,6 +98,12 @@ class RequestNotFoundError(LoraplexError):
 
 class ResponseNotFoundError(LoraplexError):
     error_type = "response_not_found"
+    grpc_status = grpc.StatusCode.NOT_FOUND
+    http_status = 404
+
+
+class BatchNotFoundError(LoraplexError):
+    error_type = "batch_not_found"
     grpc_status = grpc.StatusCode.NOT_FOUND
     http_status = 404
 
@@ -196,6 +203,7 @@ ERROR_TYPES: dict[str, type[LoraplexError]] = {
         ForbiddenError,
         RequestNotFoundError,
         ResponseNotFoundError,
+        BatchNotFoundError,
         AdapterNotFoundError,
         AdapterForbiddenError,
         AdapterInvalidError,

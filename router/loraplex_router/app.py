@@ -24,7 +24,10 @@ from loraplex_router.adapters.resolutions import Resolutions
 from loraplex_router.api.grpc import GenerationApi, GrpcServer
 from loraplex_router.api.http.app import create_app
 from loraplex_router.api.http.connection import Connection
+from loraplex_router.api.http.inner_calls import InnerCalls
 from loraplex_router.api.tls import Tls
+from loraplex_router.batches.folder import BatchFolder
+from loraplex_router.batches.runner import BatchRunner
 from loraplex_router.journal.journal import Journal
 from loraplex_router.journal.stores import open_store
 from loraplex_router.replicas.administration import Administration
@@ -86,6 +89,7 @@ class Router:
             settings.metrics_auth,
             self._journal,
             settings.stored_responses_mib << 20,
+            BatchFolder(settings.batches, int(settings.batches_gib * 2**30)) if settings.batches else None,
         )
         self._connections = Connections(
             settings, self._replicas, resolutions, self._service.serve, telemetry, supervisor
@@ -95,6 +99,11 @@ class Router:
         credentials = self._tls.grpc_credentials() if self._tls else None
         self._grpc = GrpcServer(GenerationApi(self._service), max_body, telemetry.interceptors, credentials)
         self._app = create_app(self._service, settings.cors_origins.split(), max_body, settings.host)
+        self._batches = (
+            BatchRunner(self._service.batches, InnerCalls(self._app, keys).post, max_body, settings.max_queue)
+            if self._service.batches
+            else None
+        )
         self._stop = asyncio.Event()
 
     async def run(self, ready: Ready) -> None:
@@ -124,7 +133,7 @@ class Router:
 
     async def _work(self, ready: Callable[[list[str]], None]) -> None:
         followed = [file.follow() for file in (self._key_file, self._registry_file, self._tls) if file]
-        followed += [self._journal.run()] if self._journal else []
+        followed += [each.run() for each in (self._journal, self._batches) if each]
         await asyncio.gather(
             self._connections.run(),
             self._prefetching.run(),

@@ -112,6 +112,14 @@ class EdgeSettings(BaseModel):
         description="Memory of the router for responses that later requests refer to (previous_response_id), in MiB. "
         "0: none are kept.",
     )
+    batches: Path | None = Field(
+        None,
+        description="A folder for OpenAI's files and batches, which survive restarts; routers may share it. "
+        "Absent: there are none.",
+    )
+    batches_gib: float = Field(
+        8.0, gt=0, description="Room for the files in --batches, inputs and outputs together, in GiB."
+    )
     metrics_adapters: int = Field(
         100, ge=0, le=10_000, description="Adapters with their own time series; the others share the label `other`."
     )

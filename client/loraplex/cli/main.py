@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from loraplex.cli import adapters, kernels, services
+from loraplex.cli.batch import batch
 from loraplex.cli.chat import chat
 from loraplex.cli.generate import generate
 from loraplex.cli.info import info
@@ -39,6 +40,7 @@ def loraplex(
 
 app.command()(generate)
 app.command()(chat)
+app.command()(batch)
 app.command()(info)
 app.command()(top)
 app.add_typer(adapters.app, name="adapters")

@@ -6,6 +6,7 @@ hashes are stored. A key identifies the caller of this server; an adapter's toke
 
 import hashlib
 import hmac
+import secrets
 from collections.abc import Mapping
 from typing import Annotated
 
@@ -29,6 +30,7 @@ class Keys:
     def __init__(self, tenants: Mapping[str, TenantSettings]) -> None:
         self._tenants: dict[str, Tenant] = {}
         self._everyone = None if tenants else Tenant("", Allowance(admin=True))
+        self._own: dict[str, str] = {}  # keys that this process made, by tenant
         self.update(tenants)
 
     def update(self, tenants: Mapping[str, TenantSettings]) -> None:
@@ -55,9 +57,18 @@ class Keys:
             raise UnauthenticatedError("an API key is required: send it as `Authorization: Bearer KEY`")
         hashed = hashlib.sha256(key.encode()).digest()
         found = [tenant for known, tenant in self._by_hash if hmac.compare_digest(known, hashed)]
+        found += [tenant for tenant in map(self._tenants.get, self._owners(key)) if tenant]
         if not found:
             raise UnauthenticatedError("unknown API key")
         return found[0]
+
+    def key_for(self, tenant: str) -> str | None:
+        """A key with which this process makes requests for the tenant, as long as there is this tenant. None if nobody
+        needs one."""
+        return self._own.setdefault(tenant, secrets.token_urlsafe(32)) if self.required else None
+
+    def _owners(self, key: str) -> list[str]:
+        return [name for name, own in self._own.items() if hmac.compare_digest(own.encode(), key.encode())]
 
     def administrator(self, key: str | None) -> Tenant:
         """Like `tenant`, but raises ForbiddenError if the tenant is not an administrator."""

@@ -29,6 +29,7 @@ class ScoreRequest:
     session: str = ""  # as in a Request
     warnings: tuple[str, ...] = ()  # likewise
     request_id: str = ""  # likewise
+    background: bool = False  # likewise
 
     def pairs(self, classifier: Classifier) -> tuple[TextPair, ...]:
         queries = self.queries * (len(self.documents) if len(self.queries) == 1 else 1)
@@ -64,6 +65,7 @@ async def score(service: Service, request: ScoreRequest, key: str | None = None)
             request.session,
             request.warnings,
             request.request_id,
+            request.background,
         ),
         key,
     )
@@ -86,7 +88,13 @@ async def _compare(service: Service, request: ScoreRequest, key: str | None) -> 
     texts = [*(await _shortened(service, request.queries, request.max_query))]
     texts += await _shortened(service, request.documents, request.max_document)
     asked = EmbedRequest(
-        tuple(texts), request.adapter, request.truncate, request.session, request.warnings, request.request_id
+        tuple(texts),
+        request.adapter,
+        request.truncate,
+        request.session,
+        request.warnings,
+        request.request_id,
+        request.background,
     )
     found = await service.embed(asked, key)
     vectors = [each.values for each in found]

@@ -26,6 +26,7 @@ from loraplex_router.access.audit import audited
 from loraplex_router.access.keys import Keys
 from loraplex_router.access.tenant import Tenant, Visit
 from loraplex_router.adapters.suggestions import Suggestions
+from loraplex_router.batches.folder import BatchFolder
 from loraplex_router.engine.output import Classification, Embedding, Generation
 from loraplex_router.journal.journal import Journal
 from loraplex_router.journal.records import Saved
@@ -64,7 +65,8 @@ class Service:
 
     `key` is the caller's API key, if any; if the server has keys, it is checked first. Operations that need the model
     raise UnavailableError until it is known. `max_queue` is how many sequences may wait,
-    `stored_responses_bytes` the memory for responses that later requests refer to.
+    `stored_responses_bytes` the memory for responses that later requests refer to, `batches` where files
+    and batches are.
     """
 
     def __init__(
@@ -79,12 +81,14 @@ class Service:
         metrics_auth: Literal["names", "all", "none"] = "names",
         journal: Journal | None = None,
         stored_responses_bytes: int = 0,
+        batches: BatchFolder | None = None,
     ) -> None:
         self.keys = keys
         self._metrics_auth = metrics_auth
         self.telemetry = telemetry
         self.max_queue = max_queue
         self.responses = ResponseStore(stored_responses_bytes)
+        self.batches = batches
         self.draining = False
         self._replicas = replicas
         self._registry = administration.registry

@@ -62,6 +62,7 @@ class EmbedRequest:
     session: str = ""
     warnings: tuple[str, ...] = ()
     request_id: str = ""
+    background: bool = False  # as in a Request
 
     @property
     def detail(self) -> Detail:
@@ -69,7 +70,14 @@ class EmbedRequest:
 
     def parts(self) -> list[Request]:
         """One request per input."""
-        pooled = Request("", adapter=self.adapter, truncate=self.truncate, detail=self.detail, warnings=self.warnings)
+        pooled = Request(
+            "",
+            adapter=self.adapter,
+            truncate=self.truncate,
+            detail=self.detail,
+            background=self.background,
+            warnings=self.warnings,
+        )
         numbered = bool(self.request_id) and len(self.inputs) > 1
         return [
             replace(pooled, prompt=prompt, request_id=f"{self.request_id}-{place}" if numbered else self.request_id)

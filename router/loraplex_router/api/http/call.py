@@ -1,8 +1,9 @@
 """The dependencies that routes get from FastAPI."""
 
+import re
 import secrets
-from dataclasses import dataclass
-from typing import Annotated, TypeAlias
+from dataclasses import dataclass, replace
+from typing import Annotated, TypeAlias, TypeVar
 
 from fastapi import Depends, Request
 from starlette.datastructures import Headers
@@ -13,8 +14,12 @@ from loraplex_router.access.keys import read_bearer
 from loraplex_router.journal.stream import Stream
 from loraplex_router.service.service import Service
 from loraplex_router.vocabulary.checks import REQUEST_ID
+from loraplex_router.vocabulary.request import ClassifyRequest, EmbedRequest
+from loraplex_router.vocabulary.request import Request as GenerateRequest
 
 LAST_EVENT_ID = "Last-Event-ID"
+R = TypeVar("R", GenerateRequest, EmbedRequest, ClassifyRequest)
+BACKGROUND = re.compile(r"(^|,)\s*u=7\s*($|[,;])")  # in the header Priority: RFC 9218 reserves this urgency for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +30,11 @@ class RouteCall:
     receive: Receive  # reports the client's disconnect once the body has been read
     request_id: str  # the caller's X-Request-Id if it can be the request's id, else a new one
     last_event_id: str  # of a stream of which the caller wants the rest
+    background: bool  # the caller can wait for what it computes
+
+    def complete(self, request: R) -> R:
+        """The request with what is said outside of its body."""
+        return replace(request, session=self.session, background=request.background or self.background)
 
     def stream(self, streams: bool | None) -> Stream | None:
         """What an answer is generated with that streams, or not. Raises InvalidRequestError if it cannot be resumed."""
@@ -47,7 +57,9 @@ async def _read_call(http: Request) -> RouteCall:
     key = key_of(http.headers)
     session = http.headers.get("x-session-id") or secrets.token_hex(8)
     last_event_id = http.headers.get(LAST_EVENT_ID, "")
-    return RouteCall(service, key, session, http.receive, request_id if usable else secrets.token_hex(8), last_event_id)
+    background = BACKGROUND.search(http.headers.get("priority", "")) is not None
+    request_id = request_id if usable else secrets.token_hex(8)
+    return RouteCall(service, key, session, http.receive, request_id, last_event_id, background)
 
 
 Call: TypeAlias = Annotated[RouteCall, Depends(_read_call)]

@@ -49,15 +49,15 @@ async def lorax_embed(body: schema.EmbedRequest, call: Call) -> Response:
     say; without such files, their mean over all tokens, scaled to length 1."""
     given = body.parameters or schema.Parameters()
     adapter, ignored = read_adapter(given, adapter_token(call)), unknown_fields(body, given)
-    request = EmbedRequest((body.inputs,), adapter, given.truncate, call.session, ignored, call.request_id)
-    (found,) = await finish_before_disconnect(call.service.embed(request, call.key), call.receive)
+    request = EmbedRequest((body.inputs,), adapter, given.truncate, warnings=ignored, request_id=call.request_id)
+    (found,) = await finish_before_disconnect(call.service.embed(call.complete(request), call.key), call.receive)
     return JSONResponse({"embeddings": found.values.tolist()}, headers=answer_headers([found], call.request_id))
 
 
 async def _generate(body: schema.GenerateRequest, call: Call, stream: bool, as_list: bool = False) -> Response:
     request, given = read_request(body, adapter_token(call), stream), body.parameters or schema.Parameters()
     streamed = call.stream(stream)
-    request = replace(request, request_id=call.request_id, session=call.session)
+    request = replace(call.complete(request), request_id=call.request_id)
     generation = await call.service.generate(request, call.key, stream=streamed)
     headers = static_headers(call.service.info.model_id, body.inputs, request.adapter)
     headers |= answer_headers([generation], generation.request_id)

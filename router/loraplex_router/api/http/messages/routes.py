@@ -1,6 +1,5 @@
 """Anthropic's messages, and how many tokens their prompts have."""
 
-from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Response
@@ -28,7 +27,7 @@ async def messages(body: MessagesBody, call: Call) -> Response:
     service = call.service
     request = read_request(body, service.model_names, service.sampling_defaults, call.request_id)
     stream = call.stream(body.stream)
-    generation = await service.generate(replace(request, session=call.session), call.key, stream=stream)
+    generation = await service.generate(call.complete(request), call.key, stream=stream)
     headers = {"request-id": generation.request_id, **answer_headers([generation], generation.request_id)}
     writer = MessageWriter(body, generation, answered_name(body.model, service.model_names))
     if body.stream:

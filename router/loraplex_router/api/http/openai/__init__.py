@@ -1,12 +1,12 @@
 """OpenAI's face under /v1, with the fields that vLLM's clients add."""
 
 from loraplex_router.api.http.face import Face
-from loraplex_router.api.http.openai import embeddings, models, responses, routes
+from loraplex_router.api.http.openai import batches, embeddings, models, responses, routes
 from loraplex_router.api.http.openai_errors import write_error
 
 FACE = Face(
     prefix="/v1",
-    routers=(routes.router, models.router, embeddings.router),
+    routers=(routes.router, models.router, embeddings.router, batches.router),
     write_error=write_error,
     field_names={
         "chat.messages": "messages",

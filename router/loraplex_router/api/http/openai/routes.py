@@ -1,7 +1,6 @@
 """OpenAI's generation."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from fastapi import APIRouter, Response
 
@@ -32,7 +31,7 @@ async def completions(body: CompletionRequest, call: Call) -> Response:
     service, stream = call.service, call.stream(body.stream)
     requests = read_completions(body, service.model_names, service.sampling_defaults, call.request_id)
     body = body.model_copy(update={"model": answered_name(body.model, service.model_names)})
-    requests = [replace(each, session=call.session) for each in requests]
+    requests = [call.complete(each) for each in requests]
     generations = await service.generate_all(requests, call.key, stream)
     writer = CompletionWriter(body, generations, service.tokenizer_of, service.info.version)
     return await _answer(call, generations, writer, stream)
@@ -44,7 +43,7 @@ async def chat_completions(body: ChatCompletionRequest, call: Call) -> Response:
     service, body = call.service, with_tools(body)
     request = read_chat(body, service.model_names, service.sampling_defaults, call.request_id)
     stream = call.stream(body.stream)
-    generations = await service.generate_each(replace(request, session=call.session), call.key, stream=stream)
+    generations = await service.generate_each(call.complete(request), call.key, stream=stream)
     body = body.model_copy(update={"model": answered_name(body.model, service.model_names)})
     writer = ChatWriter(body, generations, service.tokenizer_of, service.info.version)
     return await _answer(call, generations, writer, stream)

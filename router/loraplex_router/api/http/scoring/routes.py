@@ -79,6 +79,7 @@ async def _score(body: Options, queries: list[str], documents: list[str], call: 
         call.session,
         unknown_fields(body),
         call.request_id,
+        call.background,
     )
     return await finish_before_disconnect(score(call.service, request, call.key), call.receive)
 

@@ -1,6 +1,5 @@
 """OpenAI's responses."""
 
-from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -66,7 +65,7 @@ async def responses(body: ResponsesBody, call: Call) -> Response:
     keeps = service.responses.keeps
     request = read_request(body, chat, service.model_names, service.sampling_defaults, call.request_id, keeps)
     stream = call.stream(body.stream)
-    generation = await service.generate(replace(request, session=call.session), call.key, stream=stream)
+    generation = await service.generate(call.complete(request), call.key, stream=stream)
     model, tokenizer = answered_name(body.model, service.model_names), service.tokenizer_of(generation.adapter)
     keep = partial(stored.keep, body) if keeps and body.store is not False else None
     writer = ResponseWriter(body, chat, generation, model, tokenizer, keep)

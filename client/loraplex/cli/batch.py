@@ -1,0 +1,164 @@
+"""`loraplex batch`: answers a file of requests over HTTP, and continues where it stopped."""
+
+import json
+import os
+import secrets
+import threading
+import time
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from itertools import islice
+from pathlib import Path
+from typing import IO, Annotated, Any
+from urllib.error import HTTPError, URLError
+from urllib.request import Request, urlopen
+
+import typer
+
+from loraplex.cli.connection import ApiKey
+
+ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
+BUSY = (429, 503)
+LONGEST_WAIT = 30.0  # seconds before a line that met a busy server is sent again
+SECONDS = 3600.0  # without a byte of an answer, until the server counts as unreachable
+
+Line = dict[str, Any]
+
+
+def batch(
+    requests: Annotated[
+        Path, typer.Argument(metavar="REQUESTS", help="JSON lines as OpenAI's Batch API takes them.", dir_okay=False)
+    ],
+    answers: Annotated[
+        Path, typer.Argument(metavar="ANSWERS", help="Where the answers go. Lines that it has are not sent again.")
+    ],
+    url: Annotated[
+        str, typer.Option("--url", envvar="LORAPLEX_URL", help="The server's HTTP address.")
+    ] = "http://localhost:3000",
+    api_key: ApiKey = None,
+    parallel: Annotated[int, typer.Option("--parallel", min=1, max=1024, help="Lines that are sent at a time.")] = 32,
+) -> None:
+    """Answer a file of requests in the background: everybody else's requests come first.
+
+    A line is {"custom_id": ..., "method": "POST", "url": "/v1/...", "body": {...}}. Called again after an interruption,
+    it continues.
+    """
+    lines = read_requests(requests)
+    with _open(answers) as output:
+        done = {json.loads(line)["custom_id"] for line in output}
+        rest = [line for line in lines if line["custom_id"] not in done]
+        if done:
+            typer.echo(f"{len(lines) - len(rest)} of {len(lines)} lines are answered already", err=True)
+        failed = _run(rest, output, url.rstrip("/"), api_key, parallel)
+    typer.echo(f"{len(rest)} lines answered, {failed} of them with an error", err=True)
+
+
+def read_requests(path: Path) -> list[Line]:
+    """Ends the command with a message that names the first wrong line."""
+    found, seen = list[Line](), set[str]()
+    try:
+        texts = path.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise typer.BadParameter(f"cannot be read: {error}", param_hint="REQUESTS") from error
+    for number, text in enumerate(texts, 1):
+        if not text.strip():
+            continue
+        if fault := _fault(line := _parse(text), seen):
+            raise typer.BadParameter(f"line {number}: {fault}", param_hint="REQUESTS")
+        seen.add(line["custom_id"])
+        found.append(line)
+    if not found:
+        raise typer.BadParameter("has no lines", param_hint="REQUESTS")
+    return found
+
+
+def _parse(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
+
+
+def _fault(line: Any, seen: set[str]) -> str | None:
+    if not isinstance(line, dict):
+        return "is not a JSON object"
+    if not isinstance(line.get("custom_id"), str):
+        return "custom_id must be a text"
+    if line["custom_id"] in seen:
+        return "another line has this custom_id"
+    if line.get("method", "POST") != "POST" or line.get("url") not in ENDPOINTS:
+        return f'the method must be "POST", and the url one of {", ".join(ENDPOINTS)}'
+    if not isinstance(line.get("body"), dict) or line["body"].get("stream"):
+        return "body must be an object, without stream"
+    return None
+
+
+def _open(path: Path) -> IO[bytes]:
+    """Opens the answers at their end. A last line that was not written completely is cut off."""
+    try:
+        file = path.open("a+b")
+    except OSError as error:
+        raise typer.BadParameter(f"cannot be written: {error.strerror}", param_hint="ANSWERS") from error
+    file.seek(0)
+    content = file.read()
+    file.truncate(content.rfind(b"\n") + 1)
+    file.seek(0)
+    return file
+
+
+def _run(lines: list[Line], output: IO[bytes], url: str, api_key: str | None, parallel: int) -> int:
+    """Sends the lines; how many of them failed."""
+    failed, rest, stop = 0, iter(lines), threading.Event()
+    with ThreadPoolExecutor(parallel) as threads:
+        running = {threads.submit(_ask, line, url, api_key, stop) for line in islice(rest, parallel)}
+        try:
+            while running:
+                answered, running = wait(running, return_when=FIRST_COMPLETED)
+                for answer in answered:
+                    failed += _write(answer, output)
+                running |= {threads.submit(_ask, line, url, api_key, stop) for line in islice(rest, len(answered))}
+        except BaseException:
+            stop.set()
+            for answer in running:
+                answer.cancel()
+            raise
+    return failed
+
+
+def _write(answer: Future[Line], output: IO[bytes]) -> bool:
+    try:
+        row = answer.result()
+    except URLError as error:
+        typer.echo(f"error: no server answers: {error.reason}. Give its address with --url.", err=True)
+        raise typer.Exit(1) from None
+    output.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+    output.flush()
+    os.fsync(output.fileno())
+    return bool(row["response"]["status_code"] >= 400)
+
+
+def _ask(line: Line, url: str, api_key: str | None, stop: threading.Event) -> Line:
+    """The answer to a line, however often a busy server refuses it first. Raises URLError if nobody answers."""
+    headers = {"Content-Type": "application/json", "Priority": "u=7"}
+    if api_key:
+        headers["Authorization"] = f"Bearer {api_key}"
+    request, pause = Request(url + line["url"], json.dumps(line["body"]).encode(), headers), 1.0
+    while True:
+        try:
+            with urlopen(request, timeout=SECONDS) as answer:
+                return _row(line, answer.status, answer.headers, answer.read())
+        except HTTPError as error:
+            if error.code not in BUSY or stop.is_set():
+                return _row(line, error.code, error.headers, error.read())
+            after = error.headers.get("Retry-After", "")
+            time.sleep(min(float(after) if after.isdecimal() else pause, LONGEST_WAIT))
+            pause = min(2 * pause, LONGEST_WAIT)
+
+
+def _row(line: Line, status: int, headers: Any, body: bytes) -> Line:
+    try:
+        answer = json.loads(body)
+    except ValueError:
+        answer = {"error": {"message": body.decode(errors="replace")[:1000]}}
+    response = {"status_code": status, "request_id": headers.get("X-Request-Id", ""), "body": answer}
+    id = f"batch_req_{secrets.token_hex(12)}"
+    return {"id": id, "custom_id": line["custom_id"], "response": response, "error": None}

@@ -1,0 +1,189 @@
+"""OpenAI's files and batches. What a batch runs is in `loraplex_router/batches`."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Literal, TypeVar
+
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import FileResponse
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.types import Message
+
+from loraplex_protos.errors import (
+    BatchNotFoundError,
+    DeadlineError,
+    FieldViolation,
+    InvalidRequestError,
+    OverloadedError,
+    quote,
+)
+from loraplex_router.api.http.call import Call, RouteCall
+from loraplex_router.api.http.errors import only
+from loraplex_router.api.http.json_body import JsonRoute
+from loraplex_router.api.http.openai.batches.schema import BatchPage, CreateBatch, Deleted, FilePage
+from loraplex_router.api.http.openai_errors import ERRORS
+from loraplex_router.batches.folder import BatchFolder
+from loraplex_router.batches.records import BatchRecord, FileRecord
+
+MOST_BYTES = 200 << 20  # of a file, as at OpenAI
+MOST_UPLOADS = 4  # at the same time
+SECONDS = 600.0  # for all of an upload
+
+UPLOAD = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["file", "purpose"],
+                    "properties": {"file": {"type": "string", "format": "binary"}, "purpose": {"enum": ["batch"]}},
+                }
+            }
+        },
+    }
+}
+
+T = TypeVar("T", FileRecord, BatchRecord)
+R = TypeVar("R")
+
+Limit = Annotated[int, Query(ge=1, le=10_000)]
+After = Annotated[str, Query(description="The `last_id` of the page before.")]
+Order = Literal["asc", "desc"]
+
+router = APIRouter(tags=["OpenAI"], route_class=JsonRoute)
+uploads = asyncio.Semaphore(MOST_UPLOADS)
+
+
+@router.post("/files", response_model=FileRecord, openapi_extra=UPLOAD, responses=only(ERRORS, 400, 401, 404, 429))
+async def upload_file(request: Request, call: Call) -> FileRecord:
+    """Keeps a file of requests, one per line, for a batch."""
+    folder, tenant = _folder(call)
+    if uploads.locked():
+        raise OverloadedError("others are uploading files: try again later")
+    async with uploads:
+        form = await _read_form(request)
+        try:
+            file, purpose = form.get("file"), form.get("purpose")
+            if not isinstance(file, UploadFile):
+                raise InvalidRequestError(FieldViolation("file", "send a file of JSON lines"))
+            if purpose != "batch":
+                raise InvalidRequestError(FieldViolation("purpose", 'must be "batch"'))
+            name = (file.filename or "batch.jsonl")[:255]
+            return await asyncio.to_thread(folder.add_file, tenant, name, purpose, file.file)
+        finally:
+            await form.close()
+
+
+@router.get("/files", response_model=FilePage, responses=only(ERRORS, 400, 401, 404))
+async def list_files(
+    call: Call, purpose: str = "", limit: Limit = 10_000, after: After = "", order: Order = "desc"
+) -> FilePage:
+    """The files of this key's tenant."""
+    folder, tenant = _folder(call)
+    found = await asyncio.to_thread(folder.files, tenant)
+    found = [each for each in found if purpose in ("", each.purpose)]
+    return FilePage(**_page(found, limit, after, order))
+
+
+@router.get("/files/{file_id}", response_model=FileRecord, responses=only(ERRORS, 401, 404))
+async def retrieve_file(file_id: str, call: Call) -> FileRecord:
+    """One file."""
+    return await _ask(call, lambda folder, tenant: folder.file(tenant, file_id))
+
+
+@router.get("/files/{file_id}/content", response_class=FileResponse, responses=only(ERRORS, 401, 404))
+async def file_content(file_id: str, call: Call) -> FileResponse:
+    """A file's content: the requests of an input, the answers of an output."""
+    found = await _ask(call, lambda folder, tenant: (folder.file(tenant, file_id), folder.content(tenant, file_id)))
+    return FileResponse(found[1], media_type="application/octet-stream", filename=found[0].filename)
+
+
+@router.delete("/files/{file_id}", response_model=Deleted, responses=only(ERRORS, 400, 401, 404))
+async def delete_file(file_id: str, call: Call) -> Deleted:
+    """Deletes a file, unless a batch that has not ended needs it."""
+    await _ask(call, lambda folder, tenant: folder.delete_file(tenant, file_id))
+    return Deleted(id=file_id)
+
+
+@router.post("/batches", response_model=BatchRecord, responses=only(ERRORS, 400, 401, 404))
+async def create_batch(body: CreateBatch, call: Call) -> BatchRecord:
+    """Answers a file's requests in the background, within a day."""
+    return await _ask(
+        call,
+        lambda folder, tenant: folder.add_batch(
+            tenant, body.input_file_id, body.endpoint, body.completion_window, body.metadata
+        ),
+    )
+
+
+@router.get("/batches", response_model=BatchPage, responses=only(ERRORS, 400, 401, 404))
+async def list_batches(call: Call, limit: Annotated[int, Query(ge=1, le=100)] = 20, after: After = "") -> BatchPage:
+    """The batches of this key's tenant, newest first."""
+    found = await _ask(call, lambda folder, tenant: folder.batches(tenant))
+    return BatchPage(**_page(found, limit, after, "desc"))
+
+
+@router.get("/batches/{batch_id}", response_model=BatchRecord, responses=only(ERRORS, 401, 404))
+async def retrieve_batch(batch_id: str, call: Call) -> BatchRecord:
+    """How far a batch is."""
+    return await _ask(call, lambda folder, tenant: folder.batch(tenant, batch_id))
+
+
+@router.post("/batches/{batch_id}/cancel", response_model=BatchRecord, responses=only(ERRORS, 401, 404))
+async def cancel_batch(batch_id: str, call: Call) -> BatchRecord:
+    """Stops a batch within seconds. What it has answered so far can be read."""
+    return await _ask(call, lambda folder, tenant: folder.cancel(tenant, batch_id))
+
+
+def _folder(call: RouteCall) -> tuple[BatchFolder, str]:
+    """The folder, and the name of the caller's tenant. Raises UnauthenticatedError, and BatchNotFoundError if there are
+    no batches here."""
+    tenant = call.service.keys.tenant(call.key)
+    if call.service.batches is None:
+        raise BatchNotFoundError("this server keeps no files and batches: start it with --batches FOLDER")
+    return call.service.batches, tenant.name
+
+
+async def _ask(call: RouteCall, question: Callable[[BatchFolder, str], R]) -> R:
+    folder, tenant = _folder(call)
+    return await asyncio.to_thread(question, folder, tenant)
+
+
+async def _read_form(request: Request) -> Any:
+    """A file beyond a megabyte is on disk from then on. Raises InvalidRequestError if it is too large or cannot be
+    read, DeadlineError if it takes too long."""
+    received = 0
+
+    async def receive() -> Message:
+        nonlocal received
+        message = await request.receive()
+        received += len(message.get("body", b""))
+        if received > MOST_BYTES:
+            raise InvalidRequestError(FieldViolation("file", f"has more than {MOST_BYTES >> 20} MiB"))
+        return message
+
+    try:
+        async with asyncio.timeout(SECONDS):
+            return await Request(request.scope, receive).form(max_files=1, max_fields=8)
+    except TimeoutError:
+        raise DeadlineError(f"the upload was not complete after {SECONDS:g} seconds") from None
+    except HTTPException as error:
+        raise InvalidRequestError(FieldViolation("body", f"is not multipart/form-data: {error.detail}")) from error
+
+
+def _page(found: Sequence[T], limit: int, after: str, order: Order) -> dict[str, Any]:
+    rows = list(found) if order == "desc" else list(reversed(found))
+    if after:
+        places = [place for place, row in enumerate(rows) if row.id == after]
+        if not places:
+            raise InvalidRequestError(FieldViolation("after", f"must be the id of one, which {quote(after)} is not"))
+        rows = rows[places[0] + 1 :]
+    page = rows[:limit]
+    return {
+        "data": page,
+        "first_id": page[0].id if page else None,
+        "last_id": page[-1].id if page else None,
+        "has_more": len(page) < len(rows),
+    }

@@ -1,0 +1,1 @@
+"""Batch jobs: files of requests that are answered in the background, durably, in a folder."""

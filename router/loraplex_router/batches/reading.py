@@ -1,0 +1,62 @@
+"""Reads the lines of a batch's input."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from loraplex_router.batches.records import LineError
+
+MOST_LINES = 50_000  # OpenAI's limit
+MOST_ERRORS = 100  # that are reported
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    custom_id: str
+    url: str
+    body: dict[str, Any]
+
+
+def read_line(text: bytes, endpoint: str) -> Line | LineError:
+    try:
+        sent = orjson.loads(text)
+    except ValueError:
+        return LineError(code="invalid_json_line", message="This line is not valid JSON.")
+    if not isinstance(sent, dict):
+        return LineError(code="invalid_json_line", message="This line is not a JSON object.")
+    custom_id, body = sent.get("custom_id"), sent.get("body")
+    if not isinstance(custom_id, str) or not custom_id:
+        return _wrong("custom_id", "must be a text")
+    if sent.get("method") != "POST":
+        return _wrong("method", 'must be "POST"')
+    if sent.get("url") != endpoint:
+        return LineError(code="mismatched_url", message=f"The url must be {endpoint}, as the batch's.", param="url")
+    if not isinstance(body, dict):
+        return _wrong("body", "must be an object")
+    if body.get("stream"):
+        return _wrong("body.stream", "must be false")
+    return Line(custom_id, endpoint, body)
+
+
+def check_lines(texts: Iterable[bytes], endpoint: str, longest: int) -> tuple[int, list[LineError]]:
+    """How many lines there are, and what is wrong. `longest`: bytes of a line."""
+    errors, seen, count = list[LineError](), set[str](), 0
+    for count, text in enumerate(texts, 1):
+        if count > MOST_LINES:
+            return count, [LineError(code="too_many_tasks", message=f"A batch has at most {MOST_LINES} lines.")]
+        line = read_line(text, endpoint) if len(text) <= longest else _wrong("body", f"has more than {longest} bytes")
+        if isinstance(line, Line) and line.custom_id in seen:
+            line = LineError(code="duplicate_custom_id", message="Another line has this custom_id.", param="custom_id")
+        if isinstance(line, Line):
+            seen.add(line.custom_id)
+        elif len(errors) < MOST_ERRORS:
+            errors.append(line.model_copy(update={"line": count}))
+    if not count:
+        errors.append(LineError(code="empty_file", message="The input file has no lines."))
+    return count, errors
+
+
+def _wrong(field: str, description: str) -> LineError:
+    return LineError(code="invalid_request", message=f"{field} {description}.", param=field)

@@ -1,0 +1,282 @@
+"""OpenAI's files and batches, by its own client over shards without a model: nothing is lost, repeated or mixed up."""
+
+import asyncio
+import io
+import json
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import openai
+import pytest
+from openai import AsyncOpenAI
+from openai.types import Batch
+
+from loraplex_router.access.keys import TenantSettings
+from loraplex_router.api.http.inner_calls import InnerCalls
+from loraplex_router.batches.folder import BatchFolder
+from loraplex_router.batches.runner import BatchRunner
+from tests.router.test_engine import Setup
+
+ENDPOINT = "/v1/completions"
+TENANTS = {name: TenantSettings(keys=[sha256(name.encode()).hexdigest()]) for name in ("one", "two")}
+BODY = {"model": "base", "prompt": "A", "max_tokens": 5, "temperature": 0}
+
+
+def line(number: int, **changes: Any) -> dict[str, Any]:
+    return {"custom_id": f"line {number}", "method": "POST", "url": ENDPOINT, "body": BODY} | changes
+
+
+def text(*lines: dict[str, Any]) -> bytes:
+    return b"".join(json.dumps(each).encode() + b"\n" for each in lines)
+
+
+class World:
+    """A router with a folder for batches, which can be restarted."""
+
+    def __init__(self, path: Path, most_bytes: int = 1 << 20, tenants: dict[str, TenantSettings] | None = None) -> None:
+        self.setup = Setup(tenants=tenants or {})
+        self.folder = self.setup.service.batches = BatchFolder(path, most_bytes)
+        inner = InnerCalls(self.setup.app, self.setup.service.keys)
+        self.runner = BatchRunner(self.folder, inner.post, longest=10_000, max_queue=100)
+
+    def client(self, key: str = "none") -> AsyncOpenAI:
+        transport = httpx2.ASGITransport(self.setup.app, raise_app_exceptions=False)
+        http = httpx2.AsyncClient(transport=transport, base_url="http://localhost")
+        return AsyncOpenAI(base_url="http://localhost/v1", api_key=key, http_client=http, max_retries=0)
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        tasks = [asyncio.create_task(each) for each in (self.setup.engine.run(), self.runner.run())]
+        try:
+            yield
+        finally:
+            for task in reversed(tasks):
+                task.cancel()
+                with suppress(asyncio.CancelledError):
+                    await task
+
+
+async def create(client: AsyncOpenAI, content: bytes, endpoint: Any = ENDPOINT, **options: Any) -> Batch:
+    file = await client.files.create(file=("in.jsonl", io.BytesIO(content)), purpose="batch")
+    return await client.batches.create(input_file_id=file.id, endpoint=endpoint, completion_window="24h", **options)
+
+
+async def ended(client: AsyncOpenAI, batch: Batch) -> Batch:
+    async with asyncio.timeout(30):
+        while (batch := await client.batches.retrieve(batch.id)).status not in ("completed", "failed", "cancelled"):
+            await asyncio.sleep(0.05)
+    return batch
+
+
+async def rows(client: AsyncOpenAI, file_id: str | None) -> list[dict[str, Any]]:
+    assert file_id is not None
+    return [json.loads(each) for each in (await client.files.content(file_id)).text.splitlines()]
+
+
+@pytest.fixture(autouse=True)
+def looks_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loraplex_router.batches.runner.LOOK_SECONDS", 0.05)
+
+
+async def test_every_line_is_answered_once_as_the_route_itself_answers(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    client = world.client()
+    async with world.running():
+        wrong = line(90, body=BODY | {"temperature": -1})
+        chosen = line(92, body=BODY | {"model": "a"})
+        batch = await create(client, text(*map(line, range(20)), wrong, chosen), metadata={"for": "test"})
+        assert batch.status == "validating" and batch.object == "batch"
+        batch = await ended(client, batch)
+        assert batch.status == "completed" and batch.metadata == {"for": "test"}
+        assert batch.request_counts and batch.request_counts.model_dump() == {"total": 22, "completed": 21, "failed": 1}
+        found, failed = await rows(client, batch.output_file_id), await rows(client, batch.error_file_id)
+        alone = await client.completions.create(**BODY)
+    assert sorted(row["custom_id"] for row in found) == sorted([*(f"line {n}" for n in range(20)), "line 92"])
+    assert {row["response"]["body"]["choices"][0]["text"] for row in found if row["custom_id"] != "line 92"} == {
+        alone.choices[0].text
+    }
+    assert all(row["response"]["request_id"] and row["response"]["status_code"] == 200 for row in found)
+    assert {row["custom_id"]: row["response"]["status_code"] for row in failed} == {"line 90": 400}
+    assert failed[0]["response"]["body"]["error"]["message"]
+    assert batch.usage and batch.usage.output_tokens == 21 * 5
+    assert [file.purpose async for file in client.files.list(purpose="batch_output")] == ["batch_output"] * 2
+
+
+async def test_a_batch_continues_after_a_crash_without_answering_a_line_twice(tmp_path: Path) -> None:
+    first = World(tmp_path)
+    client = first.client()
+    batch = await create(client, text(*map(line, range(300))))
+    async with first.running(), asyncio.timeout(30):
+        while not 20 < sum(path.read_bytes().count(b"\n") for path in tmp_path.glob("*/files/*/content")) - 300 < 250:
+            await asyncio.sleep(0)
+    record = first.folder.batch("", batch.id)
+    assert record.status == "in_progress" and record.output_file_id
+    with first.folder.content("", record.output_file_id).open("ab") as file:
+        file.write(b'{"id": "batch_req_1", "custom_id": "line 29')  # the crash came while a line was written
+    second = World(tmp_path)
+    client = second.client()
+    async with second.running():
+        batch = await ended(client, batch)
+        found = await rows(client, batch.output_file_id)
+    assert batch.status == "completed"
+    assert sorted(row["custom_id"] for row in found) == sorted(f"line {n}" for n in range(300))
+    assert batch.request_counts and batch.request_counts.completed == 300
+
+
+async def test_only_one_router_runs_the_batches_of_a_folder_and_another_takes_over(tmp_path: Path) -> None:
+    one, other = World(tmp_path), World(tmp_path)
+    async with one.running():
+        await asyncio.sleep(0.2)
+        assert not other.folder.lock()
+        done = await ended(other.client(), await create(other.client(), text(line(1))))
+        assert done.status == "completed"
+    async with other.running():
+        assert (await ended(other.client(), await create(other.client(), text(line(1))))).status == "completed"
+
+
+@pytest.mark.parametrize(
+    ("content", "codes"),
+    [
+        (b"", [(None, "empty_file")]),
+        (b"\n \n", [(None, "empty_file")]),
+        (b"{not json\n" + text(line(1)), [(1, "invalid_json_line")]),
+        (b"[1]\n", [(1, "invalid_json_line")]),
+        (text(line(1), line(2), line(1)), [(3, "duplicate_custom_id")]),
+        (text(line(1, url="/v1/chat/completions")), [(1, "mismatched_url")]),
+        (text(line(1, method="GET"), line(2, body=None)), [(1, "invalid_request"), (2, "invalid_request")]),
+        (text(line(1, custom_id=7)), [(1, "invalid_request")]),
+        (text(line(1, body=BODY | {"stream": True})), [(1, "invalid_request")]),
+        (text(line(1, body=BODY | {"prompt": "A" * 20_000})), [(1, "invalid_request")]),
+    ],
+)
+async def test_an_input_with_a_wrong_line_fails_as_a_whole_and_names_the_line(
+    content: bytes, codes: list[tuple[int | None, str]], tmp_path: Path
+) -> None:
+    world = World(tmp_path)
+    client = world.client()
+    async with world.running():
+        batch = await ended(client, await create(client, content))
+    assert batch.status == "failed" and batch.errors and batch.errors.data
+    assert [(error.line, error.code) for error in batch.errors.data] == codes
+
+
+async def test_a_cancelled_batch_keeps_what_it_has_answered(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    client = world.client()
+    world.setup.shards.loads_held.clear()  # lines of the adapter wait
+    async with world.running():
+        waiting = [line(n, body=BODY | {"model": "a"}) for n in range(10, 20)]
+        batch = await create(client, text(line(0), *waiting))
+        async with asyncio.timeout(30):
+            while not (batch := await client.batches.retrieve(batch.id)).request_counts.completed:
+                await asyncio.sleep(0.05)
+        assert (await client.batches.cancel(batch.id)).status == "cancelling"
+        batch = await ended(client, batch)
+        assert batch.status == "cancelled" and batch.cancelled_at and batch.cancelling_at
+        assert [row["custom_id"] for row in await rows(client, batch.output_file_id)] == ["line 0"]
+        assert (await client.batches.cancel(batch.id)).status == "cancelled"
+        world.setup.shards.loads_held.set()
+
+
+async def test_what_a_batch_could_not_answer_in_a_day_is_in_its_error_file(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    client = world.client()
+    batch = await create(client, text(line(1)))
+    record = world.folder.batch("", batch.id)
+    record.expires_at = int(time.time()) - 1
+    world.folder.write_batch("", record)
+    world.setup.engine.run = lambda: asyncio.sleep(3600)  # type: ignore[method-assign]
+    async with world.running(), asyncio.timeout(30):
+        while (batch := await client.batches.retrieve(batch.id)).status != "expired":
+            await asyncio.sleep(0.05)
+        (row,) = await rows(client, batch.error_file_id)
+    assert row["custom_id"] == "line 1" and row["response"] is None and row["error"]["code"] == "batch_expired"
+
+
+async def test_tenants_have_files_and_batches_of_their_own_and_their_own_limits(tmp_path: Path) -> None:
+    tenants = TENANTS | {"two": TENANTS["two"].model_copy(update={"adapters": []})}
+    world = World(tmp_path, tenants=tenants)
+    one, two = world.client("one"), world.client("two")
+    async with world.running():
+        batch = await create(one, text(line(1)))
+        for forbidden in (two.batches.retrieve, two.batches.cancel):
+            with pytest.raises(openai.NotFoundError, match="no batch"):
+                await forbidden(batch.id)
+        for forbidden in (two.files.retrieve, two.files.delete, two.files.content):
+            with pytest.raises(openai.NotFoundError, match="no file"):
+                await forbidden(batch.input_file_id)
+        with pytest.raises(openai.NotFoundError, match="no file"):
+            await two.batches.create(input_file_id=batch.input_file_id, endpoint=ENDPOINT, completion_window="24h")
+        assert [each.id async for each in two.batches.list()] == []
+        with pytest.raises(openai.AuthenticationError):
+            await world.client("nobody").batches.list()
+        assert (await ended(one, batch)).status == "completed"
+        refused = await ended(two, await create(two, text(line(1, body=BODY | {"model": "a"}))))
+        (row,) = await rows(two, refused.error_file_id)
+    assert row["response"]["status_code"] == 403
+
+
+@pytest.mark.parametrize("id", ["file-1", "../../etc/passwd", "file-" + "0" * 24, "..%2f..%2fetc"])
+async def test_an_id_that_is_not_one_is_unknown(id: str, tmp_path: Path) -> None:
+    world = World(tmp_path)
+    with pytest.raises(openai.NotFoundError):
+        await world.client().files.retrieve(id)
+
+
+async def test_files_have_limits_and_are_deleted_unless_a_batch_needs_them(tmp_path: Path) -> None:
+    world = World(tmp_path, most_bytes=1000)
+    client = world.client()
+    batch = await create(client, text(line(1)))
+    with pytest.raises(openai.BadRequestError, match="has not ended"):
+        await client.files.delete(batch.input_file_id)
+    with pytest.raises(openai.BadRequestError, match="no room"):
+        await client.files.create(file=b"x" * 1001, purpose="batch")
+    with pytest.raises(openai.BadRequestError, match="purpose"):
+        await client.files.create(file=b"x", purpose="fine-tune")
+    async with world.running():
+        await ended(client, batch)
+    assert (await client.files.delete(batch.input_file_id)).deleted
+    with pytest.raises(openai.NotFoundError):
+        await client.files.retrieve(batch.input_file_id)
+    assert not list(tmp_path.glob(f"*/files/{batch.input_file_id}"))
+
+
+async def test_lists_have_pages(tmp_path: Path) -> None:
+    client = World(tmp_path).client()
+    ids = {(await create(client, text(line(n)))).id for n in range(5)}
+    page = await client.batches.list(limit=2)
+    assert len(page.data) == 2 and page.has_more
+    assert {each.id async for each in client.batches.list(limit=2)} == ids
+    assert len([each async for each in client.files.list(limit=2)]) == 5
+    with pytest.raises(openai.BadRequestError, match="after"):
+        await client.batches.list(after="batch_0")
+
+
+async def test_without_a_folder_the_routes_say_how_to_have_batches() -> None:
+    world = World.__new__(World)
+    world.setup = Setup()
+    with pytest.raises(openai.NotFoundError, match="--batches"):
+        await world.client().batches.list()
+
+
+async def test_a_full_disk_delays_lines_and_loses_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(tmp_path)
+    client, synced, failures = world.client(), __import__("os").fsync, [28, 28]
+
+    def fsync(descriptor: int) -> None:
+        if failures:
+            raise OSError(failures.pop(), "no space left on device")
+        synced(descriptor)
+
+    batch = await create(client, text(*map(line, range(5))))
+    monkeypatch.setattr("loraplex_router.batches.job.os.fsync", fsync)
+    monkeypatch.setattr("loraplex_router.batches.runner.LONGEST_WAIT", 0.1)
+    async with world.running():
+        batch = await ended(client, batch)
+        found = await rows(client, batch.output_file_id)
+    assert sorted(row["custom_id"] for row in found) == [f"line {n}" for n in range(5)]
