@@ -78,7 +78,7 @@ FLOORS = {
         {"engine", "settings"},
         {"adapters"},
         {"replicas"},
-        {"telemetry", "journal"},
+        {"telemetry", "journal", "batches"},
         {"service"},
         {"api"},
         {"app"},
