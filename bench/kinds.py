@@ -22,7 +22,7 @@ from loraplex_shard.models.decoder import Decoder
 from loraplex_shard.shapes.adapter import AdapterWeights
 
 LORA_RANK, ADAPTERS = 16, 8
-STREAMS, CONTEXT, PROMPT = 32, 128, 512
+STREAMS, CONTEXT, PROMPT = 32, 128, 256
 LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TOKENS = [1, 2, 3, 4]
 SPREAD = 0.005  # of the random numbers that are added to what is trained
@@ -37,7 +37,7 @@ KINDS: dict[str, dict[str, Any]] = {
 MIXED = "all of these (wanted: 0.9)"
 
 
-def kinds(rounds: Annotated[int, typer.Option(help="Each figure is the median of this many ratios.")] = 9) -> None:
+def kinds(rounds: Annotated[int, typer.Option(help="Each figure is the median of this many ratios.")] = 7) -> None:
     """Print tokens per second of each kind over those of plain LoRA."""
     stepper = Stepper("none")
     adapters = dict(_adapters(stepper.decoder))
