@@ -16,6 +16,7 @@ TOOLS = [
     {"type": "function", "name": name, "description": "Reads.", "parameters": SCHEMA, "strict": True}
     for name in ("read_time", "read_weather")
 ]
+SAID = {"role": "user", "content": "Hello"}
 
 
 class Found(BaseModel):
@@ -131,6 +132,60 @@ def test_calls_of_a_kept_response_are_answered(client: OpenAI, base: str):
     assert second.usage.input_tokens > first.usage.input_tokens
 
 
+def test_items_of_a_kept_response_are_referred_to(client: OpenAI, base: str):
+    """As the AI SDK continues a conversation."""
+    asked = {"model": base, "tools": TOOLS, "max_output_tokens": 200}
+    first = client.responses.create(input=[SAID], tool_choice="required", parallel_tool_calls=False, **asked)
+    (call,) = first.output
+    output = {"type": "function_call_output", "call_id": call.call_id, "output": "noon"}
+    reference = {"type": "item_reference", "id": call.id}
+    referred = client.responses.create(input=[SAID, reference, output], **asked)
+    whole = client.responses.create(input=[SAID, call, output], **asked)
+    assert referred.usage.input_tokens == whole.usage.input_tokens
+    shown = client.responses.input_items.list(referred.id, order="asc").data
+    assert [item.type for item in shown] == ["message", "function_call", "function_call_output"]
+    client.responses.delete(first.id)
+    for unknown in (call.id, referred.id):  # a response is not an item
+        with pytest.raises(openai.BadRequestError, match="which is not known"):
+            client.responses.create(input=[SAID, {"type": "item_reference", "id": unknown}, output], **asked)
+    with pytest.raises(openai.NotFoundError):  # nor an item a response
+        client.responses.retrieve(referred.output[0].id)
+
+
+def test_tools_of_a_namespace_and_custom_tools_are_called(client: OpenAI, base: str):
+    """As codex sends them, with a tool that OpenAI's servers run."""
+    patch = {
+        "type": "custom",
+        "name": "patch",
+        "format": {"type": "grammar", "syntax": "lark", "definition": "start: /a/"},
+    }
+    tools = [
+        {"type": "web_search", "external_web_access": False},
+        {"type": "namespace", "name": "clock", "tools": TOOLS},
+        patch,
+    ]
+    asked = {"model": base, "input": "Hello", "tools": tools, "max_output_tokens": 400, "temperature": 0}
+    asked["extra_body"] = {"tool_choice": {"type": "function", "namespace": "clock", "name": "read_time"}}
+    answer = client.responses.with_raw_response.create(**asked)
+    warning = answer.headers["x-loraplex-warning"]
+    assert "tools[0] is left out" in warning and "tools[2].format is not enforced" in warning
+    (called,) = answer.parse().output
+    assert (called.type, called.name, called.namespace) == ("function_call", "read_time", "clock")
+
+    asked["extra_body"] = {
+        "tool_choice": {"type": "custom", "name": "patch"},
+        "logit_bias": {"34": 5},
+    }  # to end the text
+    with client.responses.stream(**asked) as stream:
+        deltas = [event.delta for event in stream if event.type == "response.custom_tool_call_input.delta"]
+        (custom,) = stream.get_final_response().output
+    assert (custom.type, custom.name, deltas) == ("custom_tool_call", "patch", [custom.input])
+    output = {"type": "custom_tool_call_output", "call_id": custom.call_id, "output": "done"}
+    outputs = [{"type": "function_call_output", "call_id": called.call_id, "output": "noon"}, output]
+    said = [SAID, called, custom, *outputs]
+    assert client.responses.create(model=base, input=said, tools=tools, max_output_tokens=2).usage.input_tokens > 100
+
+
 def test_answers_follow_a_format(client: OpenAI, base: str):
     parsed = client.responses.parse(model=base, input="Hello", text_format=Found, max_output_tokens=200)
     assert isinstance(parsed.output_parsed, Found)
@@ -160,7 +215,8 @@ def test_logprobs_are_those_of_the_text(client: OpenAI, base: str):
         ({"input": []}, "input"),
         ({"input": [{"type": "item_reference", "id": "a"}]}, "input[0]"),
         ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "a"}]}]}, "input[0][content][0]"),
-        ({"tools": [{"type": "web_search"}]}, "tools[0]"),
+        ({"tools": [{"type": "telepathy"}]}, "tools[0]"),
+        ({"tools": [{"type": "web_search"}], "tool_choice": "required"}, "tool_choice"),
         ({"tools": [TOOLS[0], TOOLS[0]]}, "tools"),
         ({"tools": TOOLS, "tool_choice": {"type": "function", "name": "absent"}}, "tool_choice"),
         ({"tools": [{**TOOLS[0], "parameters": {"type": "string"}}], "tool_choice": "required"}, "tools[0].parameters"),

@@ -14,7 +14,7 @@ from loraplex_router.vocabulary.grammar import EmbeddedSchema, Grammar
 from loraplex_router.vocabulary.thoughts import Thoughts
 
 MAX_TOOLS = 1024  # OpenAI accepts 128
-TOOL_NAME = r"[A-Za-z0-9_.-]{1,64}"
+TOOL_NAME = r"[A-Za-z0-9_.-]{1,128}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -112,7 +112,7 @@ def _read_tools(tools: Sequence[pb.Tool]) -> Iterator[dict[str, Any]]:
     found.check(len({tool.name for tool in tools}) == len(tools), "chat.tools", "must have different names")
     for place, tool in enumerate(tools):
         right = re.fullmatch(TOOL_NAME, tool.name) is not None
-        found.check(right, f"chat.tools[{place}].name", "use 1 to 64 characters of A-Z a-z 0-9 . _ -")
+        found.check(right, f"chat.tools[{place}].name", "use 1 to 128 characters of A-Z a-z 0-9 . _ -")
     found.raise_any()
     for place, tool in enumerate(tools):
         given = {"description": tool.description or None, "parameters": _read_parameters(place, tool)}

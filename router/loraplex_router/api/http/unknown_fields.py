@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict
 
 from loraplex_protos.errors import quote
 
-HARMLESS = frozenset({"user", "metadata", "priority", "request_id"})  # they change no answer
+HARMLESS = frozenset({"user", "metadata", "client_metadata", "priority", "request_id"})  # they change no answer
 MOST_NAMED, MOST_CHARACTERS = 16, 64  # names, and their characters, in a warning
 
 

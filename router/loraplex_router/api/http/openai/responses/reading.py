@@ -1,5 +1,6 @@
 """Reads a body of /v1/responses as one of chat completions, which means the same."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -9,7 +10,15 @@ from pydantic import ValidationError
 
 from loraplex_protos.errors import FieldViolation, InvalidRequestError, quote
 from loraplex_router.api.http.openai.chat import read_chat
-from loraplex_router.api.http.openai.responses.schema import Choice, Format, Item, Part, ResponsesBody
+from loraplex_router.api.http.openai.responses.schema import Format, Item, Part, ResponsesBody
+from loraplex_router.api.http.openai.responses.tools import (
+    custom_arguments,
+    function_name,
+    left_out,
+    read_choice,
+    read_tools,
+    tool_fields,
+)
 from loraplex_router.api.http.openai.schema import ChatCompletionRequest
 from loraplex_router.vocabulary.grammar import Grammar
 from loraplex_router.vocabulary.request import Request
@@ -17,7 +26,13 @@ from loraplex_router.vocabulary.sampling import Sampling
 from loraplex_router.vocabulary.violations import Violations
 
 TEXTS = {"input_text": "text", "output_text": "text", "text": "text", "refusal": "refusal"}  # type -> its field
-NEEDED = {"message": ("role", "content"), "function_call": ("call_id", "name"), "function_call_output": ("call_id",)}
+NEEDED = {
+    "message": ("role", "content"),
+    "function_call": ("call_id", "name"),
+    "function_call_output": ("call_id",),
+    "custom_tool_call": ("call_id", "name", "input"),
+    "custom_tool_call_output": ("call_id",),
+}
 LOGPROBS = "message.output_text.logprobs"
 WITHOUT_EFFECT = {"stream_options", "prompt_cache_options"}
 
@@ -42,7 +57,7 @@ def read_as_chat(body: ResponsesBody, earlier: Sequence[Item]) -> ChatCompletion
     for name, description in UNSUPPORTED.items():
         found.check(name not in others, name, description)
     messages = _read_input(body, earlier, found)
-    tools = _read_tools(body, found)
+    tools = read_tools(body, found)
     found.check(bool(messages), "input", "has no message")
     found.raise_any()
     wanted = body.text and body.text.format
@@ -51,7 +66,7 @@ def read_as_chat(body: ResponsesBody, earlier: Sequence[Item]) -> ChatCompletion
         "model": body.model,
         "messages": messages,
         "tools": tools or None,
-        "tool_choice": _read_choice(body.tool_choice),
+        "tool_choice": read_choice(body.tool_choice),
         "parallel_tool_calls": body.parallel_tool_calls,
         "max_completion_tokens": body.max_output_tokens,
         "temperature": body.temperature,
@@ -84,26 +99,28 @@ def read_request(
     try:
         request = read_chat(chat, base, defaults, request_id)
     except InvalidRequestError as error:
-        found = (FieldViolation(_name_here(each.field), each.description) for each in error.violations)
+        found = (FieldViolation(_name_here(each.field, body), each.description) for each in error.violations)
         raise InvalidRequestError(*found) from error
-    named = request.grammar and _named_as_here(request.grammar)
+    named = request.grammar and _named_as_here(request.grammar, body)
     return replace(request, grammar=named, warnings=request.warnings + _warnings(body, keeps))
 
 
 def _warnings(body: ResponsesBody, keeps: bool) -> tuple[str, ...]:
     verbosity = (body.text and body.text.verbosity) or "medium"
     found = {"store: nothing is kept": body.store and not keeps, "text.verbosity is not applied": verbosity != "medium"}
-    return tuple(text for text, applies in found.items() if applies)
+    return (*(text for text, applies in found.items() if applies), *left_out(body))
 
 
-def _named_as_here(grammar: Grammar) -> Grammar:
-    schemas = tuple(replace(schema, field=_name_here(schema.field)) for schema in grammar.schemas)
-    return replace(grammar, field=_name_here(grammar.field), schemas=schemas)
+def _named_as_here(grammar: Grammar, body: ResponsesBody) -> Grammar:
+    schemas = tuple(replace(schema, field=_name_here(schema.field, body)) for schema in grammar.schemas)
+    return replace(grammar, field=_name_here(grammar.field, body), schemas=schemas)
 
 
-def _name_here(field: str) -> str:
+def _name_here(field: str, body: ResponsesBody) -> str:
     """What is called `field` in chat completions."""
-    return field.replace("response_format", "text.format").replace(".function.", ".")
+    fields = tool_fields(body)
+    placed = re.sub(r"^tools\[(\d+)\]", lambda found: fields[int(found[1])], field)
+    return placed.replace("response_format", "text.format").replace(".function.", ".")
 
 
 # ---- the conversation ----------------------------------------------------------------------------------------
@@ -127,14 +144,16 @@ def _read_input(body: ResponsesBody, earlier: Sequence[Item], found: Violations)
             case "reasoning":
                 parts = item.content if isinstance(item.content, list) else []
                 thoughts += "".join(part.text or "" for part in parts)
-            case "function_call":
+            case "function_call" | "custom_tool_call":
                 if not rows or rows[-1]["role"] != "assistant":
                     rows.append({"role": "assistant", "content": None, **_reasoning(thoughts)})
                     thoughts = ""
-                function = {"name": item.name or "", "arguments": item.arguments or ""}
+                custom = kind == "custom_tool_call"
+                arguments = custom_arguments(item.input or "") if custom else item.arguments or ""
+                function = {"name": function_name(item.name, item.namespace), "arguments": arguments}
                 call = {"id": item.call_id, "type": "function", "function": function}
                 rows[-1].setdefault("tool_calls", []).append(call)
-            case "function_call_output":
+            case "function_call_output" | "custom_tool_call_output":
                 output = _read_parts(item.output or "", f"{name}[output]", found)
                 rows.append({"role": "tool", "tool_call_id": item.call_id, "content": output})
             case _:
@@ -172,29 +191,6 @@ def _read_parts(content: str | list[Part], name: str, found: Violations) -> str 
         found.check(part.type not in TEXTS or text is not None, f"{name}[{at}]", f"has no {TEXTS.get(part.type)}")
         texts.append(text or "")
     return texts[0] if len(texts) == 1 else [{"type": "text", "text": text} for text in texts]
-
-
-# ---- tools and formats ---------------------------------------------------------------------------------------
-
-
-def _read_tools(body: ResponsesBody, found: Violations) -> list[Row]:
-    tools = list[Row]()
-    for place, tool in enumerate(body.tools or ()):
-        own = tool.type == "function"
-        found.check(own, f"tools[{place}]", f"is of type {quote(tool.type)}: only functions are supported")
-        found.check(not own or bool(tool.name), f"tools[{place}]", "needs a name")
-        function = {"name": tool.name, "description": tool.description, "parameters": tool.parameters}
-        tools.append({"type": "function", "function": {**function, "strict": tool.strict}})
-    return tools
-
-
-def _read_choice(choice: str | Choice | None) -> str | Row | None:
-    if not isinstance(choice, Choice):
-        return choice
-    if choice.type == "function":
-        return {"type": "function", "function": {"name": choice.name}}
-    tools = [_read_choice(tool) for tool in choice.tools or ()]
-    return {"type": "allowed_tools", "allowed_tools": {"mode": choice.mode or "auto", "tools": tools}}
 
 
 def _read_format(wanted: Format) -> Row:

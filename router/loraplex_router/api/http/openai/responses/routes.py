@@ -61,6 +61,7 @@ class InputItems(BaseModel):
 async def responses(body: ResponsesBody, call: Call) -> Response:
     """Answers a conversation, with the model's own chat template."""
     service, stored = call.service, _stored(call)
+    body = stored.with_items(body)
     chat = read_as_chat(body, stored.continued(body.previous_response_id))
     keeps = service.responses.keeps
     request = read_request(body, chat, service.model_names, service.sampling_defaults, call.request_id, keeps)

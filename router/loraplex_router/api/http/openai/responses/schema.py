@@ -9,6 +9,15 @@ from loraplex_router.api.calls import MAX_TOOLS
 from loraplex_router.api.http.fields import MAX_MESSAGES, Items, Name
 from loraplex_router.api.http.unknown_fields import OpenBody
 
+PREFIXES = {  # of items' ids, by type
+    "message": "msg",
+    "function_call": "fc",
+    "function_call_output": "fco",
+    "custom_tool_call": "ctc",
+    "custom_tool_call_output": "ctco",
+    "reasoning": "rs",
+}
+
 
 class Part(OpenBody):
     """Of a message, or of a tool's output. Other fields are shown in stored responses."""
@@ -22,29 +31,43 @@ class Item(OpenBody):
     """Of the input; which fields it needs is up to its type. Other fields are shown in stored responses."""
 
     type: str | None = Field(
-        default=None, description="message (or absent), function_call, function_call_output or reasoning."
+        default=None,
+        description="message (or absent), function_call, function_call_output, custom_tool_call, "
+        "custom_tool_call_output, reasoning, or item_reference, which stands for an item of a kept response.",
     )
+    id: str | None = None
     role: Literal["user", "assistant", "system", "developer"] | None = None
     content: str | Items[Part] | None = None
     call_id: str | None = None
     name: str | None = None
+    namespace: str | None = None
     arguments: str | None = None
+    input: str | None = None
     output: str | Items[Part] | None = None
 
 
-class Tool(BaseModel):
-    type: str = Field(description="function; others are refused.")
+class Tool(OpenBody):
+    """Other fields are shown in responses."""
+
+    type: str = Field(
+        description="function, custom, or namespace; those that OpenAI's servers run are left out with a warning."
+    )
     name: str | None = None
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
+    format: dict[str, Any] | None = Field(
+        default=None, description="Of a custom tool's input: described, not enforced."
+    )
+    tools: Items["Tool"] | None = Field(default=None, max_length=MAX_TOOLS, description="Of a namespace.")
 
 
 class Choice(BaseModel):
     """Of a tool, or of those allowed."""
 
-    type: Literal["function", "allowed_tools"]
+    type: Literal["function", "custom", "allowed_tools"]
     name: str | None = None
+    namespace: str | None = None
     mode: Literal["auto", "required"] | None = None
     tools: Items["Choice"] | None = None
 

@@ -9,11 +9,13 @@ import orjson
 
 from loraplex_protos.errors import FieldViolation, InvalidRequestError, ResponseNotFoundError, quote
 from loraplex_router.api.http.fields import MAX_MESSAGES
-from loraplex_router.api.http.openai.responses.schema import Item, ResponsesBody
+from loraplex_router.api.http.openai.responses.schema import PREFIXES, Item, ResponsesBody
 from loraplex_router.service.response_store import ResponseStore
+from loraplex_router.vocabulary.violations import Violations
 
-MOST_BYTES = 8 << 20  # of a conversation that is continued
-PREFIXES = {"message": "msg", "function_call": "fc", "function_call_output": "fco", "reasoning": "rs"}
+MOST_BYTES = 8 << 20  # of a conversation that is continued, or of items that are referred to
+REFERENCE = "item_reference"
+RESPONSE = "resp_"  # how ids of responses begin; others are of items
 HINT = "Responses are kept in the memory of one router, for a day at most and within limits: send the items as input"
 
 Row = dict[str, Any]
@@ -27,9 +29,30 @@ class StoredResponses:
     tenant: str
 
     def keep(self, body: ResponsesBody, response: Row) -> None:
-        """Keeps an answer with the input that is new in its request."""
+        """Keeps an answer with the input that is new in its request, and its items by their own ids."""
         kept = {"response": response, "input": _input_items(body)}
         self.store.put(self.tenant, response["id"], orjson.dumps(kept))
+        for item in response["output"]:
+            self.store.put(self.tenant, item["id"], orjson.dumps(item))
+
+    def with_items(self, body: ResponsesBody) -> ResponsesBody:
+        """The body with items in place of references to them. Raises InvalidRequestError."""
+        if isinstance(body.input, str) or all(item.type != REFERENCE for item in body.input):
+            return body
+        found, items, size = Violations(), list[Item](), 0
+        for place, item in enumerate(body.input):
+            if item.type != REFERENCE:
+                items.append(item)
+                continue
+            id = item.id or RESPONSE
+            content = None if id.startswith(RESPONSE) or size > MOST_BYTES else self.store.get(self.tenant, id)
+            found.check(content is not None, f"input[{place}]", f"refers to {quote(id)}, which is not known. {HINT}")
+            size += len(content or b"")
+            if content is not None:
+                items.append(Item.model_validate_json(content))
+        found.check(size <= MOST_BYTES, "input", f"refers to items of more than {MOST_BYTES >> 20} MiB")
+        found.raise_any()
+        return body.model_copy(update={"input": items})
 
     def response(self, id: str) -> Row:
         """Raises ResponseNotFoundError."""
@@ -38,8 +61,9 @@ class StoredResponses:
 
     def delete(self, id: str) -> None:
         """Raises ResponseNotFoundError."""
-        if not self.store.delete(self.tenant, id):
-            raise _not_found(id)
+        for item in self.response(id)["output"]:
+            self.store.delete(self.tenant, item["id"])
+        self.store.delete(self.tenant, id)
 
     def input_items(self, id: str) -> list[Row]:
         """Everything that the response answered, its predecessors included. Raises ResponseNotFoundError and
@@ -67,7 +91,7 @@ class StoredResponses:
         return [item for turn in reversed(turns) for item in turn]
 
     def _read(self, id: str) -> tuple[Row, int]:
-        content = self.store.get(self.tenant, id)
+        content = self.store.get(self.tenant, id) if id.startswith(RESPONSE) else None
         if content is None:
             raise _not_found(id)
         return orjson.loads(content), len(content)

@@ -8,7 +8,8 @@ from typing import Any
 from loraplex_protos.errors import LoraplexError
 from loraplex_router.api.http.errors import describe
 from loraplex_router.api.http.openai.logprobs import TokenNames, chat_logprobs
-from loraplex_router.api.http.openai.responses.schema import ResponsesBody
+from loraplex_router.api.http.openai.responses.schema import PREFIXES, ResponsesBody
+from loraplex_router.api.http.openai.responses.tools import calls_by_function, custom_input
 from loraplex_router.api.http.openai.schema import ChatCompletionRequest
 from loraplex_router.api.http.openai.tools import create_reader
 from loraplex_router.api.http.sse import named_event
@@ -21,7 +22,13 @@ from loraplex_router.text.tool_calls import Arguments, ToolCall
 from loraplex_router.vocabulary.sequence import FinishReason
 
 Event = dict[str, Any]
-TEXTS = {"message": "output_text", "reasoning": "reasoning_text", "function_call": "function_call_arguments"}
+TEXTS = {
+    "message": "output_text",
+    "reasoning": "reasoning_text",
+    "function_call": "function_call_arguments",
+    "custom_tool_call": "custom_tool_call_input",
+}
+CALLS = {"function_call": "arguments", "custom_tool_call": "input"}  # type -> what the tool gets
 
 
 class ResponseWriter:
@@ -39,6 +46,7 @@ class ResponseWriter:
     ) -> None:
         self._generation = generation
         (self._output,) = generation.outputs
+        self._calls = calls_by_function(body)
         self._reader = create_reader(chat, self._output.thoughts)
         self._hides_reasoning = chat.include_reasoning is False
         self._names = TokenNames(tokenizer, False) if chat.logprobs else None
@@ -78,7 +86,7 @@ class ResponseWriter:
             own: dict[str, Any] = {}
             match piece:
                 case ToolCall():
-                    yield from self._begin(_call(piece.name, self._new_id()))
+                    yield from self._begin(_call(self._calls[piece.name], self._new_id()))
                     continue
                 case Arguments():
                     text = piece.text
@@ -96,6 +104,8 @@ class ResponseWriter:
                     logprobs = []
             self._pieces.append(text)
             assert self._item is not None
+            if self._item["type"] == "custom_tool_call":  # its input is known when its arguments are whole
+                continue
             yield self._of_item(f"response.{TEXTS[self._item['type']]}.delta", delta=text, **own)
         if delta.finish_reason:
             if not self._items and self._item is None:
@@ -119,7 +129,7 @@ class ResponseWriter:
         yield from self._finish("completed")
         self._item = item
         yield self._of_output("added", item)
-        if item["type"] != "function_call":
+        if item["type"] not in CALLS:
             yield self._of_item("response.content_part.added", content_index=0, part=_part(item, "", []))
 
     def _finish(self, status: str) -> Iterator[Event]:
@@ -128,7 +138,11 @@ class ResponseWriter:
             return
         text, item = "".join(self._pieces), {**self._item, "status": status}
         kind = f"response.{TEXTS[item['type']]}.done"
-        if item["type"] == "function_call":
+        if item["type"] == "custom_tool_call":
+            item["input"] = custom_input(text)
+            yield self._of_item(f"response.{TEXTS[item['type']]}.delta", delta=item["input"])
+            yield self._of_item(kind, input=item["input"])
+        elif item["type"] == "function_call":
             item["arguments"] = text
             yield self._of_item(kind, arguments=text, name=item["name"])
         else:
@@ -214,10 +228,10 @@ def _message(id: str) -> dict[str, Any]:
     }
 
 
-def _call(name: str, id: str) -> dict[str, Any]:
-    """A call whose arguments have not arrived yet."""
-    ids = {"id": f"fc_{id}", "call_id": f"call_{id}"}
-    return {**ids, "type": "function_call", "status": "in_progress", "name": name, "arguments": ""}
+def _call(shown: dict[str, Any], id: str) -> dict[str, Any]:
+    """A call whose arguments have not arrived yet. `shown`: its type and names."""
+    ids = {"id": f"{PREFIXES[shown['type']]}_{id}", "call_id": f"call_{id}"}
+    return {**ids, **shown, "status": "in_progress", CALLS[shown["type"]]: ""}
 
 
 def _thoughts(id: str) -> dict[str, Any]:
