@@ -1,7 +1,7 @@
 """Protobuf requests from callers' values. Checks only the fields' names and types; the server checks the rest."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from typing import Any, TypeVar, Unpack, cast
 
 from google.protobuf.message import Message as Proto
@@ -127,6 +127,10 @@ def _inputs(inputs: str | Sequence[Prompt]) -> list[pb.EmbedInput]:
 def _with_prompt(request: R, prompt: Prompt) -> R:
     if isinstance(prompt, str):
         return _fill(request, text=prompt)
+    if not isinstance(prompt, Sized) or isinstance(prompt, Mapping | bytes):
+        kind = type(prompt).__name__
+        reason = f"has the type {kind}: send a text, a list of messages or a list of token ids"
+        raise InvalidRequestError(FieldViolation("prompt", reason))
     if _is_chat(prompt):
         return _fill(request, chat=_chat(cast(Sequence[Message], prompt)))
     return _fill(request, token_ids=_fill(pb.TokenIds(), ids=prompt))
@@ -197,6 +201,9 @@ def _chat(messages: Sequence[Message]) -> pb.Chat:
 
 
 def _message(message: Message) -> pb.ChatMessage:
+    if not isinstance(message, Mapping):
+        reason = f"one has the type {type(message).__name__}: each is a dictionary with a role and content"
+        raise InvalidRequestError(FieldViolation("messages", reason))
     fields = dict(message)
     calls = fields.pop("tool_calls", None) or ()
     if "reasoning_content" in fields:  # its name in other servers' answers

@@ -103,6 +103,11 @@ def test_without_a_server_it_says_how_to_start_one() -> None:
     assert "127.0.0.1:1" in result.stderr and "loraplex serve" in result.stderr
 
 
+def test_a_folder_without_an_adapter_is_not_uploaded(address: str, tmp_path: Path) -> None:
+    result = run("adapters", "upload", "policy", str(tmp_path), server=address)
+    assert result.exit_code == 2 and "has no adapter_config.json and no .gguf file" in result.output
+
+
 def test_an_interrupt_ends_the_generation_on_the_server(address: str, servicer: ScriptedServicer) -> None:
     command = [sys.executable, "-m", "loraplex.cli.main", "generate", ENDLESS, "--raw", "--server", address]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:

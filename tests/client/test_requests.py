@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -31,6 +33,18 @@ def test_numbers_become_token_ids() -> None:
 
 def test_an_empty_list_of_tokens_is_sent_for_the_server_to_refuse() -> None:
     assert generate_request([]).WhichOneof("prompt") == "token_ids"
+
+
+@pytest.mark.parametrize("prompt", [None, {"role": "user", "content": "Hi"}, b"Hi", 7])
+def test_what_is_not_a_prompt_is_refused_with_what_a_prompt_is(prompt: Any) -> None:
+    with pytest.raises(InvalidRequestError, match=r"^prompt: has the type \w+: send a text, a list"):
+        generate_request(prompt)
+
+
+def test_a_message_that_is_not_a_dictionary_is_refused() -> None:
+    messages: Any = [{"role": "user", "content": "Hi"}, "Hello"]
+    with pytest.raises(InvalidRequestError, match=r"^messages: one has the type str"):
+        generate_request(messages)
 
 
 def test_messages_become_a_conversation() -> None:

@@ -162,7 +162,7 @@ async def test_a_stream_is_resumed_by_its_own_tenant_with_its_own_request():
         status, error = await refusal(last="7")
         assert status == 422 and "is not the id of one of this server's events" in error
         whole = await ask(only, "/generate", BODY, id, authorization="Bearer ann")
-        assert whole.status == 422 and "only a stream can be resumed" in whole.bodies[0]
+        assert whole.status == 422 and "is of a stream: send the request with `stream: true`" in whole.bodies[0]
         client = await ask(only, PATH, BODY, id, authorization="Bearer ann")
         assert told(events(client)) == told(rest)
 

@@ -165,6 +165,8 @@ def upload_adapter(
     paths = {path.relative_to(folder).as_posix(): path for pattern in patterns for path in folder.glob(pattern)}
     paths |= {folder.name: folder} if folder.is_file() else {}
     files = {file: path.read_bytes() for file, path in paths.items() if path.is_file()}
+    if not any(file == UPLOADED[0] or file.endswith(".gguf") for file in files):
+        raise typer.BadParameter(f"{folder} has no adapter_config.json and no .gguf file", param_hint="folder")
     with connected(server, api_key) as client, Console(stderr=True).status(f"Uploading {escape(name)}"):
         adapter = client.upload_adapter(name, files, expected_version=expected_version)
     _report("Uploaded", adapter, f"lora_rank {adapter.lora_rank}", decimal(adapter.size_bytes))

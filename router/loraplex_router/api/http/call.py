@@ -41,7 +41,8 @@ class RouteCall:
         if streams:
             return self.service.stream(LAST_EVENT_ID, self.last_event_id)
         if self.last_event_id:
-            raise InvalidRequestError(FieldViolation(LAST_EVENT_ID, "only a stream can be resumed"))
+            reason = "is of a stream: send the request with `stream: true`"
+            raise InvalidRequestError(FieldViolation(LAST_EVENT_ID, reason))
         return None
 
 
