@@ -88,6 +88,9 @@ def soak(minutes: float) -> Event:
         await asyncio.sleep(minutes * 60 / 3)
         before = await asyncio.to_thread(holdings, cluster)
         await asyncio.sleep(minutes * 60 * 2 / 3)
-        return growth(before, await asyncio.to_thread(holdings, cluster))
+        after = await asyncio.to_thread(holdings, cluster)
+        for process, held in after.items():
+            print(process, *(f"{before[process][name]:.0f} -> {held[name]:.0f} {name}" for name in held), sep=", ")
+        return growth(before, after)
 
     return event
