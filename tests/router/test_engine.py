@@ -281,6 +281,27 @@ async def test_a_full_queue_has_room_for_a_tenant_that_waits_for_less_than_its_s
     assert setup.service.idle
 
 
+async def test_a_background_plan_is_alone_in_flight_and_begins_when_nothing_else_does(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("loraplex_router.engine.engine.QUIET_SECONDS", 0.05)
+    send, sent = setup.shards.send, list[tuple[bool, int]]()
+
+    async def watched(request: shard_pb2.StepRequest) -> None:
+        in_flight = setup.engine.loss(busy=False).plans
+        sent.append((in_flight[-1].background, len(in_flight)))
+        await send(request)
+
+    monkeypatch.setattr(setup.shards, "send", watched)
+    background = asyncio.create_task(setup.answer(10, tokens=30, background=True))
+    others = [await setup.answer(first, tokens=10) for first in (50, 70)]
+    assert others == [list(range(51, 61)), list(range(71, 81))]
+    assert await background == list(range(11, 41))
+    assert {count for is_background, count in sent if is_background} == {1}
+    assert {count for is_background, count in sent if not is_background} == {1, 2}
+    assert [is_background for is_background, _ in sent[-20:]] == [True] * 20
+
+
 async def test_background_requests_leave_half_of_the_queue_to_others():
     setup = Setup(max_queue=4)  # its engine does not run
     running = [await setup.service.generate(Request(prompt=(1,), background=True)) for _ in range(2)]

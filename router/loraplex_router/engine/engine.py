@@ -11,6 +11,8 @@ import logging
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from math import inf
 from typing import NamedTuple
 
 from loraplex_protos import shard_pb2 as pb
@@ -46,6 +48,7 @@ logger = logging.getLogger(__name__)
 DEPTH = 2  # plans in flight
 # The next plan leaves when this share of the running one's time is over, and at least this many seconds before its end.
 LEAVES_AT = 0.7
+QUIET_SECONDS = 0.25  # without other work, before background work begins
 LEAST_LEAD = 0.005
 
 FAILURES = {
@@ -82,6 +85,7 @@ class Engine:
         self._in_flight: deque[Plan] = deque()
         self._result: asyncio.Task[pb.StepResponse] | None = None  # of the first plan in flight
         self._last = Applied(0, 0.0, 0.0)
+        self._quiet_since = 0.0  # by time.monotonic: the last result of a plan that was not a background one
         self._lost: UnavailableError | None = None  # set if a load found that the replica is lost
         self._failed = False
 
@@ -173,7 +177,7 @@ class Engine:
             await self._until_next_plan_is_due()
             began = time.perf_counter()
             self._claim_slots()
-            plan = self._scheduler.schedule()
+            plan = self._scheduler.schedule(background=self._seconds_to_background() <= 0)
             if plan is not None:
                 self._mark_started(plan)
                 request = encode_plan(plan, self._steps)
@@ -186,7 +190,7 @@ class Engine:
             if len(self._in_flight) == DEPTH or (self._in_flight and plan is None):
                 await self._apply_next()
             elif plan is None:
-                await self._wakeup.wait()
+                await self._until_something_is_to_be_done()
             self._wakeup.clear()
         raise self._lost
 
@@ -198,6 +202,18 @@ class Engine:
             if seconds > 0:
                 self._claim_slots()  # adapters need not wait until then to be loaded
                 await asyncio.wait([self._receiving()], timeout=seconds)
+
+    def _seconds_to_background(self) -> float:
+        """A background plan leaves when no other plan has been in flight for a while, so that those who ask one
+        question after the other do not meet it, and never on top of another plan, so that a newcomer waits for one at
+        most."""
+        return inf if self._in_flight else self._quiet_since + QUIET_SECONDS - time.monotonic()
+
+    async def _until_something_is_to_be_done(self) -> None:
+        seconds = self._seconds_to_background() if self._scheduler.num_background else 0.0
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds if seconds > 0 else None):
+                await self._wakeup.wait()
 
     def _receiving(self) -> asyncio.Task[pb.StepResponse]:
         if self._result is None:
@@ -227,6 +243,8 @@ class Engine:
             self._result = None
         plan = self._in_flight.popleft()
         self._last = Applied(plan.tokens, response.duration_us / 1e6, time.monotonic())
+        if not plan.background:
+            self._quiet_since = self._last.received
         self._apply(plan, response)
 
     def _apply(self, plan: Plan, response: pb.StepResponse) -> None:

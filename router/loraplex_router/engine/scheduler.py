@@ -76,6 +76,11 @@ class Scheduler:
         return self._limits.block_size
 
     @property
+    def num_background(self) -> int:
+        """Background sequences, running or waiting."""
+        return self._num_background
+
+    @property
     def num_running(self) -> int:
         return len(self._running)
 
@@ -198,22 +203,22 @@ class Scheduler:
 
     # ---- the next step ---------------------------------------------------------------------------------------
 
-    def schedule(self) -> Plan | None:
+    def schedule(self, background: bool = True) -> Plan | None:
         """The next plan, or None if there is nothing to compute. It counts as executed from now on: later plans follow
-        it on every rank."""
+        it on every rank. `background`: whether it may be for background sequences."""
         for alone in (not self._alone, self._alone):
-            if plan := self._plan_alone() if alone else self._plan_together():
+            if plan := self._plan_alone() if alone else self._plan_together(background):
                 self._alone = alone
                 return plan
         return None
 
-    def _plan_together(self) -> Plan | None:
+    def _plan_together(self, background: bool) -> Plan | None:
         may_start = self._yield_place()
         chunks: dict[Sequence, Chunk] = {}
         starts: list[Sequence] = []
         budget, started_tokens = self._limits.max_batch_tokens, 0
         running = [sequence for sequence in self._running if not sequence.suspect] if self._suspects else self._running
-        foreground = not self._num_background or self._has_foreground(may_start)
+        foreground = not self._num_background or not background or self._has_foreground(may_start)
         if not foreground:
             budget = max(self._limits.max_sequences, budget // BACKGROUND_STEP)
         elif self._num_background:

@@ -152,6 +152,10 @@ class Plan:
     alone: bool = False  # no other plan may be in flight with it
 
     @property
+    def background(self) -> bool:
+        return self.chunks[0].sequence.background
+
+    @property
     def tokens(self) -> int:
         return sum(chunk.length for chunk in self.chunks)
 
