@@ -97,16 +97,16 @@ class Troubles:
 
     async def _fill_disk(self) -> None:
         """No file of the ranks can grow."""
-        processes = [psutil.Process(pid) for pid in self._cluster.ranks.pids()]
-        self._limit_files(processes, 0)
+        pids = self._cluster.ranks.pids()
+        self._limit_files(pids, 0)
         with self._cluster.trouble("source"):
             await self._wait()
-        self._limit_files(processes, resource.RLIM_INFINITY)
+        self._limit_files(pids, resource.RLIM_INFINITY)
 
-    def _limit_files(self, processes: list[psutil.Process], size: int) -> None:
-        for process in processes:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.rlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+    def _limit_files(self, pids: list[int], size: int) -> None:
+        for pid in pids:
+            with contextlib.suppress(psutil.NoSuchProcess):  # it is about to be restarted
+                psutil.Process(pid).rlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
     async def _hang_hub(self) -> None:
         self._cluster.hub.hang()
