@@ -4,7 +4,6 @@ engine."""
 import asyncio
 import secrets
 import time
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
@@ -13,10 +12,8 @@ from typing import Literal
 
 from loraplex_protos import generation_pb2 as pb
 from loraplex_protos.errors import (
-    DeadlineError,
     FieldViolation,
     InvalidRequestError,
-    OverloadedError,
     RequestCancelledError,
     RequestNotFoundError,
     UnavailableError,
@@ -37,6 +34,7 @@ from loraplex_router.replicas.replicas import Lease, Replicas
 from loraplex_router.replicas.uploads import Uploads
 from loraplex_router.service.abilities import check_generates
 from loraplex_router.service.adapters import Adapters
+from loraplex_router.service.admission import Admission, check_deadline
 from loraplex_router.service.preparation import Arrival, Preparation
 from loraplex_router.service.response_store import ResponseStore
 from loraplex_router.service.running import RunningRequests
@@ -86,7 +84,7 @@ class Service:
         self.keys = keys
         self._metrics_auth = metrics_auth
         self.telemetry = telemetry
-        self.max_queue = max_queue
+        self._admission = Admission(replicas, max_queue)
         self.responses = ResponseStore(stored_responses_bytes)
         self.batches = batches
         self.draining = False
@@ -98,7 +96,6 @@ class Service:
         self._preparation = Preparation(replicas, suggestions, lambda: self._known_model)
         self._model: Model | None = None
         self._running = RunningRequests()
-        self._preparing = Counter[str]()  # sequences of requests that are not queued yet, by tenant
 
     def serve(self, model: Model) -> None:
         """Sets the model that a new replica serves. Raises UnavailableError if another model is already served."""
@@ -150,8 +147,12 @@ class Service:
         return self._model
 
     @property
+    def max_queue(self) -> int:
+        return self._admission.max_queue
+
+    @property
     def idle(self) -> bool:
-        return not self._preparing.total() and self._replicas.idle
+        return self._admission.idle and self._replicas.idle
 
     def stream(self, field: str, begun: str = "") -> Stream | None:
         """What a streamed answer is generated with, if streams can be resumed here. `begun`: the id of the last event
@@ -302,31 +303,29 @@ class Service:
         saved: Sequence[Saved] = (),
     ) -> list[Generation]:
         """Queues the parts of a request together, once all of them can be. They continue what was saved of each."""
+        if self.draining:
+            raise UnavailableError("the server is shutting down")
         tenant, total = visit.tenant, sum(part.n for part in parts)
-        self._admit(total, tenant, parts[0].background)
-        request_id = self._running.reserve(parts[0].request_id)
-        self._preparing[tenant.name] += total
-        try:
-            with ExitStack() as held:
-                arrival = Arrival(request_id, tenant, arrived, volume, held, names_adapters=len(parts) > 1)
-                placed = [
-                    await self._preparation.prepare(part, arrival, each) for part, each in zip_longest(parts, saved)
-                ]
-                for part, (generation, lease) in zip(parts, placed, strict=True):
-                    _check_deadline(part, lease.replica.engine.waited(generation))
-                visit.spend(sum(generation.num_prompt for generation, _ in placed), time.monotonic())
-                for generation, lease in placed:
-                    self.telemetry.queued(generation)
-                    if generation.finished:  # it was resumed behind its end
-                        self.telemetry.ended(generation)
-                    else:
-                        lease.submit(generation)
-        except BaseException:
-            self._running.forget(request_id)
-            raise
-        finally:
-            self._preparing[tenant.name] -= total
-            self._replicas.changes.notify()
+        with self._admission.preparing(total, tenant, parts[0].background):
+            request_id = self._running.reserve(parts[0].request_id)
+            try:
+                with ExitStack() as held:
+                    arrival = Arrival(request_id, tenant, arrived, volume, held, names_adapters=len(parts) > 1)
+                    placed = [
+                        await self._preparation.prepare(part, arrival, each) for part, each in zip_longest(parts, saved)
+                    ]
+                    for part, (generation, lease) in zip(parts, placed, strict=True):
+                        check_deadline(part, lease.replica.engine.waited(generation))
+                    visit.spend(sum(generation.num_prompt for generation, _ in placed), time.monotonic())
+                    for generation, lease in placed:
+                        self.telemetry.queued(generation)
+                        if generation.finished:  # it was resumed behind its end
+                            self.telemetry.ended(generation)
+                        else:
+                            lease.submit(generation)
+            except BaseException:
+                self._running.forget(request_id)
+                raise
         generations = [generation for generation, _ in placed]
         self._running.begin(request_id, visit, generations)
         return generations
@@ -449,32 +448,6 @@ class Service:
         """What the registry says that the name stands for. Raises ForbiddenError if the tenant may not use the name."""
         tenant.check_adapter(self._registry.named(adapter))
         return self._registry.resolve(adapter, session)
-
-    def _admit(self, sequences: int, tenant: Tenant, background: bool) -> None:
-        """Where the queue is full, a tenant that has less than its share of it may still wait. Background requests get
-        half of the queue."""
-        if self.draining:
-            raise UnavailableError("the server is shutting down")
-        total = self._replicas.num_waiting + self._preparing.total() + sequences
-        if total <= (self.max_queue // 2 if background else self.max_queue):
-            return
-        if background:
-            raise OverloadedError(
-                "half of the queue is full, which is what background requests may use: try again later"
-            )
-        waiting = self._replicas.waiting_by_tenant() + self._preparing
-        share = self.max_queue // len({*waiting, tenant.name})
-        if waiting[tenant.name] + sequences > share:
-            raise OverloadedError(f"the queue is full ({waiting.total()} sequences are waiting): try again later")
-
-
-def _check_deadline(request: Request, waited: float) -> None:
-    """Raises DeadlineError if the request would wait until its deadline, as those before it have."""
-    if request.deadline is not None and waited and waited > (left := request.deadline - time.monotonic()):
-        raise DeadlineError(
-            f"the requests before it have waited for {waited:.1f} s, but its deadline is in {left:.1f} s: allow more"
-            " time, or try again later"
-        )
 
 
 def _names(requests: Iterable[Request | EmbedRequest]) -> frozenset[str]:
