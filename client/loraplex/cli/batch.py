@@ -6,10 +6,11 @@ import secrets
 import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from http.client import HTTPException
 from itertools import islice
 from pathlib import Path
 from typing import IO, Annotated, Any
-from urllib.error import HTTPError, URLError
+from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import typer
@@ -17,6 +18,7 @@ import typer
 from loraplex.cli.connection import ApiKey
 
 ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
+BEGINNING = b'{"id"'  # of an answer
 BUSY = (429, 503)
 LONGEST_WAIT = 30.0  # seconds before a line that met a busy server is sent again
 SECONDS = 3600.0  # without a byte of an answer, until the server counts as unreachable
@@ -56,7 +58,7 @@ def read_requests(path: Path) -> list[Line]:
     """Ends the command with a message that names the first wrong line."""
     found, seen = list[Line](), set[str]()
     try:
-        texts = path.read_text("utf-8").splitlines()
+        texts = path.read_text("utf-8").split("\n")  # splitlines() would also split within JSON's texts, at U+2028
     except (OSError, UnicodeDecodeError) as error:
         raise typer.BadParameter(f"cannot be read: {error}", param_hint="REQUESTS") from error
     for number, text in enumerate(texts, 1):
@@ -71,7 +73,11 @@ def read_requests(path: Path) -> list[Line]:
     return found
 
 
-def _parse(text: str) -> Any:
+def _is_answer(line: Any) -> bool:
+    return isinstance(line, dict) and isinstance(line.get("custom_id"), str) and "response" in line
+
+
+def _parse(text: str | bytes) -> Any:
     try:
         return json.loads(text)
     except ValueError:
@@ -93,14 +99,18 @@ def _fault(line: Any, seen: set[str]) -> str | None:
 
 
 def _open(path: Path) -> IO[bytes]:
-    """Opens the answers at their end. A last line that was not written completely is cut off."""
+    """Opens the answers, whose last line is cut off if it was not written completely. Ends the command with a message
+    if the file has something else."""
     try:
         file = path.open("a+b")
     except OSError as error:
         raise typer.BadParameter(f"cannot be written: {error.strerror}", param_hint="ANSWERS") from error
     file.seek(0)
-    content = file.read()
-    file.truncate(content.rfind(b"\n") + 1)
+    whole, newline, torn = file.read().rpartition(b"\n")
+    if not all(_is_answer(_parse(line)) for line in whole.splitlines()) or not BEGINNING.startswith(torn[:5]):
+        file.close()
+        raise typer.BadParameter("has other lines than answers: name another file", param_hint="ANSWERS")
+    file.truncate(len(whole + newline))
     file.seek(0)
     return file
 
@@ -127,9 +137,13 @@ def _run(lines: list[Line], output: IO[bytes], url: str, api_key: str | None, pa
 def _write(answer: Future[Line], output: IO[bytes]) -> bool:
     try:
         row = answer.result()
-    except URLError as error:
-        typer.echo(f"error: no server answers: {error.reason}. Give its address with --url.", err=True)
+    except (OSError, HTTPException) as error:
+        reason = getattr(error, "reason", error)
+        typer.echo(f"error: no server answers: {reason}. Give its address with --url.", err=True)
         raise typer.Exit(1) from None
+    if row["response"]["status_code"] == 401:  # not an answer to the line: it is to be sent again with another key
+        typer.echo("error: the server does not know this API key: give another one with --api-key", err=True)
+        raise typer.Exit(1)
     output.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
     output.flush()
     os.fsync(output.fileno())
@@ -137,7 +151,8 @@ def _write(answer: Future[Line], output: IO[bytes]) -> bool:
 
 
 def _ask(line: Line, url: str, api_key: str | None, stop: threading.Event) -> Line:
-    """The answer to a line, however often a busy server refuses it first. Raises URLError if nobody answers."""
+    """The answer to a line, however often a busy server refuses it first. Raises OSError or
+    HTTPException if nobody does."""
     headers = {"Content-Type": "application/json", "Priority": "u=7"}
     if api_key:
         headers["Authorization"] = f"Bearer {api_key}"

@@ -1,0 +1,69 @@
+"""`loraplex batch` keeps to its files, and stops where no line can be answered."""
+
+import json
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from threading import Thread
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from loraplex.cli.main import app
+
+LINE = {"custom_id": "1", "method": "POST", "url": "/v1/completions", "body": {"prompt": "one\u2028two"}}
+
+
+class UnknownKey(BaseHTTPRequestHandler):
+    def do_POST(self) -> None:
+        self.send_error(401)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+class Gone(UnknownKey):
+    def do_POST(self) -> None:
+        self.close_connection = True
+
+
+@pytest.fixture
+def url(request: pytest.FixtureRequest) -> Iterator[str]:
+    with HTTPServer(("127.0.0.1", 0), request.param) as server:
+        thread = Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def requests(tmp_path: Path) -> Path:
+    file = tmp_path / "requests.jsonl"
+    file.write_text(json.dumps(LINE, ensure_ascii=False), "utf-8")
+    return file
+
+
+def batch(requests: Path, answers: Path, url: str = "http://127.0.0.1:1") -> Result:
+    return CliRunner().invoke(app, ["batch", str(requests), str(answers), "--url", url], env={"COLUMNS": "200"})
+
+
+def test_a_file_of_something_else_than_answers_is_left_as_it_is(requests: Path) -> None:
+    before = requests.read_bytes()
+    result = batch(requests, requests)
+    assert result.exit_code == 2 and "has other lines than answers: name another file" in result.output
+    assert requests.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [(UnknownKey, "the server does not know this API key"), (Gone, "no server answers")],
+    indirect=["url"],
+)
+def test_a_line_that_nobody_could_answer_is_sent_again_by_the_next_call(
+    requests: Path, tmp_path: Path, url: str, message: str
+) -> None:
+    answers = tmp_path / "answers.jsonl"
+    result = batch(requests, answers, url)
+    assert result.exit_code == 1 and message in result.output
+    assert answers.read_bytes() == b""
