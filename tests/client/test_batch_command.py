@@ -40,7 +40,7 @@ def url(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture
 def requests(tmp_path: Path) -> Path:
     file = tmp_path / "requests.jsonl"
-    file.write_text(json.dumps(LINE, ensure_ascii=False), "utf-8")
+    file.write_text(json.dumps(LINE, ensure_ascii=False), "utf-8-sig")
     return file
 
 

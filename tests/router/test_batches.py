@@ -4,6 +4,7 @@ import asyncio
 import io
 import json
 import time
+from codecs import BOM_UTF8
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from hashlib import sha256
@@ -136,7 +137,9 @@ async def test_only_one_router_runs_the_batches_of_a_folder_and_another_takes_ov
         done = await ended(other.client(), await create(other.client(), text(line(1))))
         assert done.status == "completed"
     async with other.running():
-        assert (await ended(other.client(), await create(other.client(), text(line(1))))).status == "completed"
+        assert (
+            await ended(other.client(), await create(other.client(), BOM_UTF8 + text(line(1))))
+        ).status == "completed"
 
 
 @pytest.mark.parametrize(
@@ -145,7 +148,7 @@ async def test_only_one_router_runs_the_batches_of_a_folder_and_another_takes_ov
         (b"", [(None, "empty_file")]),
         (b"\n \n", [(None, "empty_file")]),
         (b"{not json\n" + text(line(1)), [(1, "invalid_json_line")]),
-        (b"[1]\n", [(1, "invalid_json_line")]),
+        (b"\n[1]\n", [(2, "invalid_json_line")]),
         (text(line(1), line(2), line(1)), [(3, "duplicate_custom_id")]),
         (text(line(1, url="/v1/chat/completions")), [(1, "mismatched_url")]),
         (text(line(1, method="GET"), line(2, body=None)), [(1, "invalid_request"), (2, "invalid_request")]),

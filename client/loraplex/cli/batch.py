@@ -58,7 +58,7 @@ def read_requests(path: Path) -> list[Line]:
     """Ends the command with a message that names the first wrong line."""
     found, seen = list[Line](), set[str]()
     try:
-        texts = path.read_text("utf-8").split("\n")  # splitlines() would also split within JSON's texts, at U+2028
+        texts = path.read_text("utf-8-sig").split("\n")  # splitlines() would also split within JSON's texts, at U+2028
     except (OSError, UnicodeDecodeError) as error:
         raise typer.BadParameter(f"cannot be read: {error}", param_hint="REQUESTS") from error
     for number, text in enumerate(texts, 1):

@@ -264,8 +264,6 @@ def _cut_torn_line(file: IO[bytes]) -> None:
 
 
 def lines(path: Path) -> Iterator[bytes]:
-    """The file's lines, without empty ones."""
+    """The file's lines, empty ones included."""
     with path.open("rb") as file:
-        for line in file:
-            if line.strip():
-                yield line
+        yield from file

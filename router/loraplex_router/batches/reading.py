@@ -1,5 +1,6 @@
 """Reads the lines of a batch's input."""
 
+from codecs import BOM_UTF8
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ class Line:
 
 def read_line(text: bytes, endpoint: str) -> Line | LineError:
     try:
-        sent = orjson.loads(text)
+        sent = orjson.loads(text.removeprefix(BOM_UTF8))  # which some editors write at the beginning
     except ValueError:
         return LineError(code="invalid_json_line", message="This line is not valid JSON.")
     if not isinstance(sent, dict):
@@ -41,9 +42,12 @@ def read_line(text: bytes, endpoint: str) -> Line | LineError:
 
 
 def check_lines(texts: Iterable[bytes], endpoint: str, longest: int) -> tuple[int, list[LineError]]:
-    """How many lines there are, and what is wrong. `longest`: bytes of a line."""
+    """How many lines there are, without empty ones, and what is wrong. `longest`: bytes of a line."""
     errors, seen, count = list[LineError](), set[str](), 0
-    for count, text in enumerate(texts, 1):
+    for number, text in enumerate(texts, 1):
+        if not text.strip():
+            continue
+        count += 1
         if count > MOST_LINES:
             return count, [LineError(code="too_many_tasks", message=f"A batch has at most {MOST_LINES} lines.")]
         line = read_line(text, endpoint) if len(text) <= longest else _wrong("body", f"has more than {longest} bytes")
@@ -52,7 +56,7 @@ def check_lines(texts: Iterable[bytes], endpoint: str, longest: int) -> tuple[in
         if isinstance(line, Line):
             seen.add(line.custom_id)
         elif len(errors) < MOST_ERRORS:
-            errors.append(line.model_copy(update={"line": count}))
+            errors.append(line.model_copy(update={"line": number}))
     if not count:
         errors.append(LineError(code="empty_file", message="The input file has no lines."))
     return count, errors
