@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import shutil
-import socket
+import stat
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -56,9 +56,8 @@ def store_of(directory: Path | None, hub: HubSource | None = None, host_bytes: i
     return AdapterStore(layouts(), torch.float32, device, BASE, sources, host_bytes=host_bytes)
 
 
-def bind_socket(path: Path) -> None:
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(path))
+def make_socket(path: Path) -> None:
+    os.mknod(path, stat.S_IFSOCK | 0o600)
 
 
 class CountingHub(HubSource):
@@ -409,7 +408,7 @@ def test_a_path_under_the_directory_is_a_name(store: AdapterStore, directory: Pa
 @pytest.mark.parametrize("name", [CONFIG, TENSORS, "tokenizer_config.json"])
 @pytest.mark.parametrize(
     ("make", "said"),
-    [(os.mkfifo, "not a regular file"), (os.mkdir, "a folder"), (bind_socket, "not a regular file")],
+    [(os.mkfifo, "not a regular file"), (os.mkdir, "a folder"), (make_socket, "not a regular file")],
 )
 def test_what_is_not_a_file_is_refused_by_name_and_at_once(
     store: AdapterStore, directory: Path, name: str, make: Callable[[Path], object], said: str

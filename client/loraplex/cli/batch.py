@@ -51,7 +51,7 @@ def batch(
         if done:
             typer.echo(f"{len(lines) - len(rest)} of {len(lines)} lines are answered already", err=True)
         failed = _run(rest, output, url.rstrip("/"), api_key, parallel)
-    typer.echo(f"{len(rest)} lines answered, {failed} of them with an error", err=True)
+    typer.echo(f"lines answered: {len(rest)}, with an error: {failed}", err=True)
 
 
 def read_requests(path: Path) -> list[Line]:

@@ -58,7 +58,7 @@ class GenerationRequest(Sampling):
         description="Several adapters that all answer, with n choices each, which say whose they are. They are named "
         "as in `model`, which then is the base model or absent. The base model can be one of them.",
     )
-    service_tier: str | None = Field(
+    service_tier: Literal["auto", "default", "flex", "scale", "priority"] | None = Field(
         default=None, description='"flex": computed while there is nothing else to compute. Others change nothing.'
     )
     # LoRAX's
