@@ -108,6 +108,26 @@ async def test_every_line_is_answered_once_as_the_route_itself_answers(tmp_path:
     assert [file.purpose async for file in client.files.list(purpose="batch_output")] == ["batch_output"] * 2
 
 
+async def test_a_fault_of_the_server_is_an_answer_to_its_line_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = World(tmp_path)
+    client, generate_all = world.client(), world.setup.service.generate_all
+
+    async def faulty(requests: Any, *others: Any) -> Any:
+        if requests[0].max_new_tokens == 3:
+            raise RuntimeError("a fault")
+        return await generate_all(requests, *others)
+
+    monkeypatch.setattr(world.setup.service, "generate_all", faulty)
+    async with world.running():
+        batch = await ended(client, await create(client, text(line(1), line(2, body=BODY | {"max_tokens": 3}))))
+        (failed,) = await rows(client, batch.error_file_id)
+        assert [row["custom_id"] for row in await rows(client, batch.output_file_id)] == ["line 1"]
+    assert failed["custom_id"] == "line 2" and failed["response"]["status_code"] == 500
+    assert "a fault" not in json.dumps(failed)
+
+
 async def test_a_batch_continues_after_a_crash_without_answering_a_line_twice(tmp_path: Path) -> None:
     first = World(tmp_path)
     client = first.client()
@@ -239,6 +259,9 @@ async def test_files_have_limits_and_are_deleted_unless_a_batch_needs_them(tmp_p
         await client.files.delete(batch.input_file_id)
     with pytest.raises(openai.BadRequestError, match="no room"):
         await client.files.create(file=b"x" * 1001, purpose="batch")
+    with pytest.raises(openai.BadRequestError, match="expires_after"):
+        expiry: Any = {"anchor": "created_at", "seconds": 3600}
+        await client.files.create(file=b"x", purpose="batch", expires_after=expiry)
     with pytest.raises(openai.BadRequestError, match="purpose"):
         await client.files.create(file=b"x", purpose="fine-tune")
     async with world.running():

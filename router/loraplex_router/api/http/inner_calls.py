@@ -46,7 +46,13 @@ class InnerCalls:
             if message["type"] == "http.response.body" and not message.get("more_body"):
                 answered.set()
 
-        await self._app(scope, receive, send)
+        try:
+            await self._app(scope, receive, send)
+        except (
+            Exception
+        ):  # of a route: it was answered with a 500, logged, and is raised again for a server like uvicorn
+            if not answered.is_set():
+                raise
         content = b"".join(message.get("body", b"") for message in sent[1:])
         received = {name.lower(): value for name, value in sent[0]["headers"]}
         return sent[0]["status"], received.get(b"x-request-id", b"").decode(), orjson.loads(content)

@@ -70,6 +70,8 @@ async def upload_file(request: Request, call: Call) -> FileRecord:
                 raise InvalidRequestError(FieldViolation("file", "send a file of JSON lines"))
             if purpose != "batch":
                 raise InvalidRequestError(FieldViolation("purpose", 'must be "batch"'))
+            if others := set(form) - {"file", "purpose"}:
+                raise InvalidRequestError(FieldViolation(min(others), "is not supported: leave it out"))
             name = (file.filename or "batch.jsonl")[:255]
             return await asyncio.to_thread(folder.add_file, tenant, name, purpose, file.file)
         finally:
