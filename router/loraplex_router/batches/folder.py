@@ -42,6 +42,7 @@ class BatchFolder:
         self._path = path
         self._most_bytes = most_bytes
         self._lock: IO[bytes] | None = None
+        self._ended = set[str]()  # batches' ids: their records do not change, so `unfinished` reads each once
 
     def lock(self) -> bool:
         """Whether this process runs the batches; if not, another router does. Held until the process ends."""
@@ -171,12 +172,15 @@ class BatchFolder:
 
     def unfinished(self) -> list[tuple[str, BatchRecord]]:
         """Every tenant's batches that have not ended, with the tenant's name, oldest first."""
-        found = [
-            (name.read_text(), batch)
-            for name in self._path.glob("*/name")
-            for batch in self.batches(name.read_text())
-            if not batch.status.final
-        ]
+        found = []
+        for name in self._path.glob("*/name"):
+            tenant = name.read_text()
+            for path in (name.parent / "batches").glob("*.json"):
+                record = None if path.stem in self._ended else _read(path, BatchRecord)
+                if record is not None and record.status.final:
+                    self._ended.add(path.stem)
+                elif record is not None:
+                    found.append((tenant, self._shown(tenant, record)))
         return sorted(found, key=lambda each: (each[1].created_at, each[1].id))
 
     def cancel(self, tenant: str, id: str) -> BatchRecord:
@@ -199,6 +203,7 @@ class BatchFolder:
             tenant = name.read_text()
             for batch in self.batches(tenant):
                 if batch.status.final and batch.created_at + FILE_SECONDS < now:
+                    self._ended.discard(batch.id)
                     self._batch(tenant, batch.id).unlink(missing_ok=True)
                     self._batch(tenant, batch.id).with_suffix(".cancel").unlink(missing_ok=True)
         for path in self._path.glob("*/files/*/record.json"):
