@@ -50,6 +50,10 @@ Id = Annotated[
 Name = Annotated[
     str, typer.Argument(metavar="ADAPTER", help="Its name in `loraplex adapters list`.", show_default=False)
 ]
+NewName = Annotated[str, typer.Argument(help="The name that requests will use.")]
+Expected = Annotated[
+    int | None, typer.Option(min=0, help="The version that the name must have now; 0: none. Default: any.")
+]
 Digest = Annotated[
     str, typer.Option(help="As shown by `list --digests`, instead of ADAPTER: for merged adapters.", show_default=False)
 ]
@@ -151,11 +155,9 @@ def load_adapter(
 
 @app.command("upload")
 def upload_adapter(
-    name: Annotated[str, typer.Argument(help="The name that requests will use.")],
+    name: NewName,
     folder: Annotated[Path, typer.Argument(help="The adapter's folder, or its GGUF file.", exists=True)],
-    expected_version: Annotated[
-        int | None, typer.Option(min=0, help="The version that the name must have now; 0: none. Default: any.")
-    ] = None,
+    expected_version: Expected = None,
     server: Server = DEFAULT_SERVER,
     api_key: ApiKey = None,
 ) -> None:
@@ -174,14 +176,12 @@ def upload_adapter(
 
 @app.command("register")
 def register_adapter(
-    name: Annotated[str, typer.Argument(help="The name that requests will use.")],
+    name: NewName,
     id: Id,
     source: Source = "",
     revision: Revision = "",
     token: Token = "",
-    expected_version: Annotated[
-        int | None, typer.Option(min=0, help="The version that the name must have now; 0: none. Default: any.")
-    ] = None,
+    expected_version: Expected = None,
     server: Server = DEFAULT_SERVER,
     api_key: ApiKey = None,
 ) -> None:
