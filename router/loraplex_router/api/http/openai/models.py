@@ -16,6 +16,7 @@ from loraplex_router.api.http.json_body import JsonRoute
 from loraplex_router.api.http.json_list import write_data
 from loraplex_router.api.http.json_message import enum_names
 from loraplex_router.api.http.openai import answers
+from loraplex_router.api.http.openai.pages import cut_page
 from loraplex_router.api.http.openai_errors import ERRORS, OpenaiError
 from loraplex_router.service.service import Service
 from loraplex_router.vocabulary.adapter import OTHER_BASE_NAMES
@@ -53,13 +54,9 @@ class VllmUnload(BaseModel):
 async def models(call: Call, limit: Limit = None, after: After = "") -> Response:
     """The base model, and every adapter that is loaded or in the adapter directory, unless it is broken."""
     found = await _list_models(call)
-    if after and after not in found:
-        raise InvalidRequestError(FieldViolation("after", f"must be a listed model, which {quote(after)} is not"))
-    rest = list(found)[list(found).index(after) + 1 if after else 0 :]
-    page = rest[:limit]
-    first, last = (page[0], page[-1]) if page else (None, None)
-    described = (_describe(call.service, id, found[id]) for id in page)
-    written = write_data(described, first_id=first, last_id=last, has_more=len(page) < len(rest))
+    ids = list(found)
+    part, ends = cut_page(ids, limit, after, "a listed model")
+    written = write_data((_describe(call.service, id, found[id]) for id in ids[part]), **ends)
     return StreamingResponse(written, media_type="application/json")
 
 

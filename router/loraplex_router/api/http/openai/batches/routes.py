@@ -16,12 +16,12 @@ from loraplex_protos.errors import (
     FieldViolation,
     InvalidRequestError,
     OverloadedError,
-    quote,
 )
 from loraplex_router.api.http.call import Call, RouteCall
 from loraplex_router.api.http.errors import only
 from loraplex_router.api.http.json_body import JsonRoute
 from loraplex_router.api.http.openai.batches.schema import BatchPage, CreateBatch, Deleted, FilePage
+from loraplex_router.api.http.openai.pages import cut_page
 from loraplex_router.api.http.openai_errors import ERRORS
 from loraplex_router.batches.folder import BatchFolder
 from loraplex_router.batches.records import BatchRecord, FileRecord
@@ -177,15 +177,5 @@ async def _read_form(request: Request) -> Any:
 
 def _page(found: Sequence[T], limit: int, after: str, order: Order) -> dict[str, Any]:
     rows = list(found) if order == "desc" else list(reversed(found))
-    if after:
-        places = [place for place, row in enumerate(rows) if row.id == after]
-        if not places:
-            raise InvalidRequestError(FieldViolation("after", f"must be the id of one, which {quote(after)} is not"))
-        rows = rows[places[0] + 1 :]
-    page = rows[:limit]
-    return {
-        "data": page,
-        "first_id": page[0].id if page else None,
-        "last_id": page[-1].id if page else None,
-        "has_more": len(page) < len(rows),
-    }
+    part, ends = cut_page([row.id for row in rows], limit, after, "the id of one")
+    return {"data": rows[part], **ends}

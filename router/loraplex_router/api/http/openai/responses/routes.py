@@ -6,13 +6,14 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Query, Response
 from pydantic import BaseModel
 
-from loraplex_protos.errors import FieldViolation, InvalidRequestError, quote
+from loraplex_protos.errors import FieldViolation, InvalidRequestError
 from loraplex_router.api.http.answer_headers import answer_headers
 from loraplex_router.api.http.call import Call, RouteCall
 from loraplex_router.api.http.disconnects import collect
 from loraplex_router.api.http.errors import only
 from loraplex_router.api.http.json_body import JsonAnswer, JsonRoute
 from loraplex_router.api.http.model_names import answered_name
+from loraplex_router.api.http.openai.pages import cut_page
 from loraplex_router.api.http.openai.responses.reading import read_as_chat, read_request
 from loraplex_router.api.http.openai.responses.schema import ResponsesBody
 from loraplex_router.api.http.openai.responses.stored import StoredResponses
@@ -100,15 +101,8 @@ async def input_items(
     items = _stored(call).input_items(id)
     if order == "desc":
         items.reverse()
-    if after:
-        places = [place for place, item in enumerate(items) if item["id"] == after]
-        if not places:
-            raise InvalidRequestError(FieldViolation("after", f"must be an item's id, which {quote(after)} is not"))
-        items = items[places[0] + 1 :]
-    page = items[:limit]
-    first, last = (page[0]["id"], page[-1]["id"]) if page else (None, None)
-    more = len(items) > len(page)
-    return JsonAnswer({"object": "list", "data": page, "first_id": first, "last_id": last, "has_more": more})
+    part, ends = cut_page([item["id"] for item in items], limit, after, "an item's id")
+    return JsonAnswer({"object": "list", "data": items[part], **ends})
 
 
 def _stored(call: RouteCall) -> StoredResponses:
