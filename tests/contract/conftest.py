@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from openai import OpenAI
 
 from tests.e2e.processes import Server
 from tests.e2e.tiny import CHAT_TEMPLATE, save_adapter, save_model
@@ -38,6 +39,17 @@ def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
     with Server(str(model), *flags) as running:
         yield running
         running.assert_nothing_is_held()
+
+
+@pytest.fixture
+def base(model: Path) -> str:
+    return str(model)
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as connected:
+        yield connected
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """Embeddings through the unmodified clients; their values are tested over gRPC."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from math import hypot
 from pathlib import Path
 
@@ -10,12 +10,6 @@ from openai import OpenAI
 
 from loraplex import Client
 from tests.e2e.processes import Server
-
-
-@pytest.fixture
-def client(server: Server) -> Iterator[OpenAI]:
-    with OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as connected:
-        yield connected
 
 
 def test_openais_client_embeds_texts_and_token_ids(client: OpenAI, server: Server, model: Path):

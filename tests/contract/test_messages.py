@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 
 import anthropic
 import pytest
@@ -21,11 +20,6 @@ TOOLS = [{"name": name, "description": "Reads.", "input_schema": SCHEMA} for nam
 def client(server: Server) -> Iterator[Anthropic]:
     with Anthropic(base_url=server.url, api_key="none", max_retries=0) as connected:
         yield connected
-
-
-@pytest.fixture
-def base(model: Path) -> str:
-    return str(model)
 
 
 def test_a_streamed_message_is_the_same_as_a_whole_one(client: Anthropic, base: str):

@@ -2,8 +2,6 @@
 
 import asyncio
 import json
-from collections.abc import Iterator
-from pathlib import Path
 
 import jsonschema
 import openai
@@ -19,17 +17,6 @@ TOOLS = [
     {"type": "function", "function": {"name": name, "description": "Reads something.", "parameters": SCHEMA}}
     for name in ("read_time", "read_weather")
 ]
-
-
-@pytest.fixture
-def client(server: Server) -> Iterator[OpenAI]:
-    with OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as connected:
-        yield connected
-
-
-@pytest.fixture
-def base(model: Path) -> str:
-    return str(model)
 
 
 def test_models_are_the_base_and_its_adapters(client: OpenAI, base: str):

@@ -1,15 +1,11 @@
 """/v1/responses, with the `openai` client from PyPI, unmodified."""
 
 import json
-from collections.abc import Iterator
-from pathlib import Path
 
 import openai
 import pytest
 from openai import OpenAI
 from pydantic import BaseModel, ConfigDict
-
-from tests.e2e.processes import Server
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"], "additionalProperties": False}
 TOOLS = [
@@ -23,17 +19,6 @@ class Found(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     a: bool
-
-
-@pytest.fixture
-def client(server: Server) -> Iterator[OpenAI]:
-    with OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as connected:
-        yield connected
-
-
-@pytest.fixture
-def base(model: Path) -> str:
-    return str(model)
 
 
 def test_a_streamed_response_is_the_same_as_a_whole_one(client: OpenAI, base: str):
