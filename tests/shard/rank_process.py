@@ -5,14 +5,19 @@ groups of the checkpoint "llama" only use gloo and plain torch; the others share
 """
 
 import sys
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 
-from loraplex_shard.device.parallel import Group
+from loraplex_shard.device.parallel import NCCL_SECONDS, Group
 from loraplex_shard.models.decoder import Decoder
 from loraplex_shard.ops.choose import choose_operations, load_kernels
+from loraplex_shard.settings import SettingsError
 from loraplex_shard.shapes.batch import Segment
 from tests.shard.decoders import CPU, Sequences, adapter_for, load
 from tests.shard.operations import kernels_directory
@@ -44,6 +49,27 @@ def check_collectives(group: Group) -> None:
     assert gathered is None if group.rank else gathered.tolist() == [expected] * 2
 
 
+def check_gpus(rank: int, size: int, rendezvous: str) -> None:
+    """Ranks that have GPUs of their own meet over NCCL, and those that share one do not; there is no GPU here."""
+    with (
+        patch.object(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=f"gpu-{device.index}")),
+        patch.object(dist, "new_group", lambda **options: options),
+    ):
+        for index, url in (0, f"{rendezvous}-same"), (rank, f"{rendezvous}-own"):
+            gpu = torch.device("cuda", index)
+            try:
+                group = Group.connect(rank, size, url, gpu, None)
+            except SettingsError as error:
+                assert url.endswith("same") and "tp: ranks 0 and 1 have the same GPU gpu-0 on " in error.message
+                dist.destroy_process_group()
+                continue
+            assert url.endswith("own")
+            options = {"backend": "nccl", "timeout": timedelta(seconds=NCCL_SECONDS), "device_id": gpu}
+            assert group._nccl == options
+            check_collectives(group)  # numbers on the host do not need NCCL
+            group.close()
+
+
 def main(rank: int, directory: Path) -> None:
     torch.set_num_threads(1)
     results = {}
@@ -57,6 +83,8 @@ def main(rank: int, directory: Path) -> None:
             group.close()
             if logits is not None:
                 results[f"{checkpoint.name} over {size}"] = logits
+    if rank < 2:
+        check_gpus(rank, 2, f"file://{directory}/gpus")
     if rank == 0:
         save_file(results, directory / "logits.safetensors")
 

@@ -174,7 +174,7 @@ def test_cache_adapters_and_steps_share_the_containers_free_memory(
 
 
 def test_a_group_of_one_agrees_with_itself() -> None:
-    assert machine.fewest(Group(0, 1), 42, CPU) == 42
+    assert machine.fewest(Group(0, 1), 42) == 42
 
 
 def test_the_context_shrinks_to_the_cache_unless_it_was_requested() -> None:

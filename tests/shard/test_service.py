@@ -3,8 +3,9 @@
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import grpc
@@ -89,16 +90,20 @@ def address(tmp_path: Path) -> str:
 
 
 def service_with(
-    adapters: AdapterStore, decoder: Decoder, failed_step: threading.Event, directory: Path | None = None
+    adapters: AdapterStore,
+    decoder: Decoder,
+    failed_step: threading.Event,
+    directory: Path | None = None,
+    on_failure: Callable[[], None] = lambda: None,
 ) -> ShardService:
     cache = decoder.new_cache(NUM_BLOCKS, BLOCK_SIZE)
     grammars = GrammarCompiler(b"{}", decoder.vocab_size, end_token_ids=(2,))
     runner = Runner(decoder, cache, adapters, Group(0, 1), 8, MAX_MODEL_LEN, CPU, grammars)
     info = pb.GetInfoResponse(model_id="tiny", rank=0, num_blocks=NUM_BLOCKS)
     tokenizer = pb.GetTokenizerResponse(tokenizer_json=b"{}")
-    steps = StepThread(runner, CPU, lambda error: failed_step.set())
+    steps = StepThread(runner, CPU, failed_step.set)
     listing = LocalListing(directory, lambda config: (), lambda config: None, lambda config, shapes: None)
-    return ShardService(steps, adapters, listing, grammars, info, tokenizer, Telemetry(ShardMetrics()))
+    return ShardService(steps, adapters, listing, grammars, info, tokenizer, Telemetry(ShardMetrics()), on_failure)
 
 
 @pytest.fixture
@@ -298,6 +303,24 @@ def test_errors_of_adapters_keep_their_type_across_the_wire(shard: ShardServiceS
     error = from_rpc_error(refused.value)
     assert isinstance(error, AdapterNotFoundError)
     assert "missing" in error.message and "secret" not in error.message
+
+
+def test_an_adapter_that_fails_to_load_for_no_fault_of_its_own_is_reported_to_the_process(
+    decoder: Decoder, address: str, failed_step: threading.Event
+) -> None:
+    class BrokenAdapters:
+        def load(self, digest: str, slot: int) -> None:
+            raise LoraplexError("not staged") if slot == 1 else RuntimeError("CUDA error: unspecified launch failure")
+
+    adapters: Any = BrokenAdapters()
+    failures = SimpleQueue[None]()
+    server, _ = start(service_with(adapters, decoder, failed_step, on_failure=lambda: failures.put(None)), address)
+    with grpc.insecure_channel(address) as channel:
+        for slot, message, reported in (1, "not staged", 0), (2, "unspecified launch failure", 1):
+            with pytest.raises(grpc.RpcError, match=message):
+                ShardServiceStub(channel).LoadAdapter(pb.LoadAdapterRequest(digest="digest", slot=slot))
+            assert failures.qsize() == reported
+    server.stop(None).wait()
 
 
 def test_a_slow_adapter_source_does_not_delay_steps(

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from loraplex_protos.shard_pb2 import StepRequest, StepResponse
-from loraplex_shard.serving.server import ends_process
 from loraplex_shard.serving.steps import StepThread
 
 CPU = torch.device("cpu")
@@ -76,7 +75,7 @@ def failed_step() -> threading.Event:
 
 @pytest.fixture
 def steps(recorder: Any, failed_step: threading.Event) -> StepThread:
-    return StepThread(recorder, CPU, lambda error: failed_step.set())
+    return StepThread(recorder, CPU, failed_step.set)
 
 
 def plan(number: int, row: int = 0) -> StepRequest:
@@ -167,19 +166,3 @@ def test_a_lost_router_ends_the_stream(steps: StepThread) -> None:
         raise grpc.RpcError
 
     assert [step.response.step for step in steps.run(plans())] == [0]
-
-
-@pytest.mark.parametrize(
-    ("error", "ranks", "device", "ends"),
-    [
-        (RuntimeError("index out of range"), 1, "cpu", False),
-        (RuntimeError("index out of range"), 2, "cpu", True),
-        (torch.OutOfMemoryError("CUDA out of memory"), 1, "cuda", False),
-        (torch.OutOfMemoryError("CUDA out of memory"), 2, "cuda", True),
-        (RuntimeError("CUDA error: device-side assert triggered"), 1, "cuda", True),
-    ],
-)
-def test_a_rank_ends_after_a_failed_step_if_it_cannot_run_another(
-    error: Exception, ranks: int, device: str, ends: bool
-) -> None:
-    assert ends_process(error, ranks, torch.device(device)) == ends

@@ -31,18 +31,18 @@ class LifeLine:
         self._let_go = False
 
     @classmethod
-    def connect(cls, rank: int, size: int, rendezvous_url: str, device: torch.device) -> Self:
+    def connect(cls, rank: int, size: int, rendezvous_url: str) -> Self:
         """To be called on all ranks of the default process group."""
         host = urlsplit(rendezvous_url).hostname or "127.0.0.1"
         if rank > 0:
-            port, token = _broadcast(0, bytes(TOKEN_BYTES), device)
+            port, token = _broadcast(0, bytes(TOKEN_BYTES))
             connection = socket.create_connection((host, port), timeout=CONNECT_SECONDS)
             connection.sendall(token)
             connections = [connection]
         else:
             with _listen(host) as listener:
                 token = secrets.token_bytes(TOKEN_BYTES)
-                _broadcast(listener.getsockname()[1], token, device)
+                _broadcast(listener.getsockname()[1], token)
                 connections = [accept(listener, token) for _ in range(1, size)]
         for connection in connections:
             connection.settimeout(None)
@@ -72,9 +72,9 @@ class LifeLine:
             lost()
 
 
-def _broadcast(port: int, token: bytes, device: torch.device) -> tuple[int, bytes]:
+def _broadcast(port: int, token: bytes) -> tuple[int, bytes]:
     """Rank 0's."""
-    message = torch.tensor([*port.to_bytes(2), *token], dtype=torch.uint8, device=device)
+    message = torch.tensor([*port.to_bytes(2), *token], dtype=torch.uint8)
     dist.broadcast(message, src=0)
     received = bytes(message.tolist())
     return int.from_bytes(received[:2]), received[2:]

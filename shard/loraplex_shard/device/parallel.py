@@ -5,6 +5,7 @@ Knows nothing of layers: a layer asks for its slice and for its one collective.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Self
 
 import torch
@@ -12,9 +13,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from loraplex_protos.errors import LoraplexError
+from loraplex_shard.device import gpus
 from loraplex_shard.device.lifeline import LifeLine
 from loraplex_shard.device.shared_memory import SharedMemory
 from loraplex_shard.kernels.library import KINDS, Kernels
+
+# After which NCCL ends the process: a collective waits for other ranks' kernels to be compiled at most. Ranks that end
+# are noticed at once; this is for a link or a GPU that hangs.
+NCCL_SECONDS = 60
 
 
 class GroupSizeError(LoraplexError):
@@ -24,33 +30,55 @@ class GroupSizeError(LoraplexError):
 class Group:
     """This process's place among the ranks. A group of size 1 needs no process group and does nothing.
 
-    The collectives must be called by all ranks in the same order, from one thread. They raise once a rank is lost.
+    The collectives must be called by all ranks in the same order, from one thread. Once a rank is lost, they raise or,
+    on GPUs, hang until the process ends: see `watch`. Tensors on the CPU can be given to them on GPUs, too.
     """
 
     def __init__(
-        self, rank: int, size: int, shared: SharedMemory | None = None, lifeline: LifeLine | None = None
+        self,
+        rank: int,
+        size: int,
+        shared: SharedMemory | None = None,
+        lifeline: LifeLine | None = None,
+        nccl: dist.ProcessGroup | None = None,
     ) -> None:
         """`shared`: where the ranks are on one host, what serves them better than their process group. Recorded
-        programs can call it. `lifeline`: to the other ranks, if there are any."""
+        programs can call it. `lifeline`: to the other ranks, if there are any. `nccl`: what tensors on GPUs go through,
+        if not through the default process group."""
         assert 0 <= rank < size
         self.rank = rank
         self.size = size
         self.shared = shared
         self._lifeline = lifeline
+        self._nccl = nccl
 
     @classmethod
-    def connect(cls, rank: int, size: int, rendezvous_url: str, device: torch.device, kernels: Kernels | None) -> Self:
-        """Joins the group; returns when all ranks have. `rendezvous_url` is one that torch.distributed knows.
+    def connect(
+        cls,
+        rank: int,
+        size: int,
+        rendezvous_url: str,
+        device: torch.device,
+        kernels: Kernels | None,
+        through_host: bool = False,
+    ) -> Self:
+        """Joins the group; returns when all ranks have. `rendezvous_url` is one that torch.distributed knows. Raises
+        SettingsError if two ranks have the same GPU.
 
-        kernels: those of the CPU (kernels/library.py), if there are any.
+        kernels: those of the CPU (kernels/library.py), if there are any. through_host: GPUs exchange tensors over gloo,
+        slowly, and ranks may have the same one.
         """
         if size == 1:
             return cls(rank, size)
-        on_cpu = device.type == "cpu"
-        backend = "gloo" if on_cpu else "nccl"
-        dist.init_process_group(backend, init_method=rendezvous_url, rank=rank, world_size=size)
-        shared = SharedMemory.connect(rank, size, kernels) if on_cpu else None
-        return cls(rank, size, shared, LifeLine.connect(rank, size, rendezvous_url, device))
+        dist.init_process_group("gloo", init_method=rendezvous_url, rank=rank, world_size=size)
+        shared, nccl = None, None
+        if device.type == "cpu":
+            shared = SharedMemory.connect(rank, size, kernels)
+        elif not through_host:
+            gpus.check_own(device, size)
+            # With its device, it connects now, so that a broken link shows before the model is read.
+            nccl = dist.new_group(backend="nccl", timeout=timedelta(seconds=NCCL_SECONDS), device_id=device)
+        return cls(rank, size, shared, LifeLine.connect(rank, size, rendezvous_url), nccl)
 
     def all_reduce_(self, tensor: torch.Tensor) -> None:
         """Replaces `tensor` by its sum over all ranks, which is the same on all of them."""
@@ -59,7 +87,7 @@ class Group:
         if self.shared and tensor.dtype in KINDS:
             self.shared.all_reduce_(tensor)
         else:
-            dist.all_reduce(tensor)
+            dist.all_reduce(tensor, group=self._carrier(tensor))
 
     def gather(self, tensor: torch.Tensor, widths: Sequence[int]) -> torch.Tensor | None:
         """The ranks' tensors [n, widths[rank]] side by side on rank 0, None on the others."""
@@ -70,10 +98,10 @@ class Group:
             return self.shared.gather(tensor, widths)
         padded = F.pad(tensor, (0, max(widths) - tensor.shape[1])).contiguous()
         if self.rank != 0:
-            dist.gather(padded, dst=0)
+            dist.gather(padded, dst=0, group=self._carrier(tensor))
             return None
         gathered = [torch.empty_like(padded) for _ in widths]
-        dist.gather(padded, gathered, dst=0)
+        dist.gather(padded, gathered, dst=0, group=self._carrier(tensor))
         return torch.cat([part[:, :width] for part, width in zip(gathered, widths, strict=True)], dim=1)
 
     def broadcast_(self, tensor: torch.Tensor) -> None:
@@ -83,7 +111,7 @@ class Group:
         if self.shared:
             self.shared.broadcast_(tensor)
         else:
-            dist.broadcast(tensor, src=0)
+            dist.broadcast(tensor, src=0, group=self._carrier(tensor))
 
     def watch(self, lost: Callable[[], None]) -> None:
         """From now on `lost` is called, on a thread, when another rank ends before `let_go`."""
@@ -103,6 +131,10 @@ class Group:
             self._lifeline.close()
         if self.size > 1:
             dist.destroy_process_group()
+
+    def _carrier(self, tensor: torch.Tensor) -> dist.ProcessGroup | None:
+        """The process group that the tensor goes through; None: the default one."""
+        return self._nccl if tensor.is_cuda else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,11 +5,9 @@ They take some microseconds where a socket takes hundreds. The ranks find each o
 
 import ctypes
 import fcntl
-import hashlib
 import mmap
 import os
 import secrets
-import socket
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -19,10 +17,10 @@ import torch
 import torch.distributed as dist
 
 from loraplex_protos.errors import LoraplexError
+from loraplex_shard.device.hosts import gather_texts, host_id
 from loraplex_shard.kernels.library import KINDS, Kernels
 
 SHARED = Path("/dev/shm")
-BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 # What a rank hands to the others at once: small enough to stay in a processor's cache.
 SLOT_BYTES = 128 << 10
 # Seconds that a rank may come later to a collective than another. Ranks that are lost are noticed at once; this is for
@@ -55,7 +53,8 @@ class SharedMemory:
     def connect(cls, rank: int, size: int, kernels: Kernels | None, patience: float = PATIENCE) -> Self | None:
         """To be called on all ranks of the default process group. None on all of them if one has no kernels or is on
         another host, or if there is no memory to share."""
-        if not _equal_on_all_ranks(_host() if kernels else "", size):
+        hosts = set(gather_texts(host_id() if kernels else "", size))
+        if len(hosts) > 1 or "" in hosts:
             return None
         assert kernels is not None
         name = torch.frombuffer(bytearray(secrets.token_bytes(16)), dtype=torch.uint8)
@@ -146,20 +145,3 @@ def _create(path: Path, size: int) -> bool:
     finally:
         os.close(fd)
     return True
-
-
-def _host() -> str:
-    """Differs between hosts, and between containers of one. Empty where it cannot be known."""
-    try:
-        return f"{socket.gethostname()} {BOOT_ID.read_text()}"
-    except OSError:
-        return ""
-
-
-def _equal_on_all_ranks(text: str, size: int) -> bool:
-    """Whether all ranks have this text, and it is not empty."""
-    digest = hashlib.sha256(text.encode()).digest() if text else bytes(32)
-    own = torch.frombuffer(bytearray(digest), dtype=torch.uint8)
-    digests = [torch.empty_like(own) for _ in range(size)]
-    dist.all_gather(digests, own)
-    return all(bool(other.any()) and torch.equal(other, own) for other in digests)

@@ -27,9 +27,7 @@ class Troubles:
     def report(self, reason: str) -> None:
         """Ends the process: in good order, if it does not hang in a collective."""
         self._reasons.put(reason)
-        end = threading.Timer(END_SECONDS, self._end, (reason,))
-        end.daemon = True
-        end.start()
+        end_soon(1, reason)
 
     def wait(self, seconds: float) -> str | None:
         """The first reason, if there is one within `seconds`."""
@@ -37,6 +35,14 @@ class Troubles:
             return self._reasons.get(timeout=seconds)
         return None
 
-    def _end(self, reason: str) -> None:
-        logger.critical("%s, and this one hangs", reason)
-        os._exit(1)
+
+def end_soon(status: int, reason: str) -> None:
+    """The process ends with this status, whatever hangs, unless it ends by itself before."""
+    end = threading.Timer(END_SECONDS, _end, (status, reason))
+    end.daemon = True
+    end.start()
+
+
+def _end(status: int, reason: str) -> None:
+    logger.critical("%s, and this one hangs", reason)
+    os._exit(status)

@@ -193,10 +193,10 @@ def available_memory(cgroup: Path) -> int:
     return available
 
 
-def fewest(group: Group, count: int, device: torch.device) -> int:
+def fewest(group: Group, count: int) -> int:
     """The smallest of the ranks' counts, for what all ranks must hold the same of: blocks, bytes of adapters."""
-    counts = group.gather(torch.tensor([[count]], device=device), widths=[1] * group.size)
-    agreed = torch.zeros(1, dtype=torch.int64, device=device) if counts is None else counts.amin().reshape(1)
+    counts = group.gather(torch.tensor([[count]]), widths=[1] * group.size)
+    agreed = torch.zeros(1, dtype=torch.int64) if counts is None else counts.amin().reshape(1)
     group.broadcast_(agreed)
     return int(agreed)
 

@@ -23,9 +23,10 @@ from loraplex_protos.shard_pb2 import DESCRIPTOR, GetInfoResponse, GetTokenizerR
 from loraplex_protos.shard_pb2_grpc import add_ShardServiceServicer_to_server
 from loraplex_shard.checkpoint import Checkpoint, open_checkpoint
 from loraplex_shard.checkpoint.pooling import is_matryoshka, matryoshka_dimensions
+from loraplex_shard.device import gpus
 from loraplex_shard.device.memory import keep_freed
 from loraplex_shard.device.parallel import Group
-from loraplex_shard.device.troubles import GroupLostError, Troubles
+from loraplex_shard.device.troubles import GroupLostError, Troubles, end_soon
 from loraplex_shard.kernels.library import Kernels
 from loraplex_shard.layers.parameters import ParameterForm
 from loraplex_shard.lora.listing import LocalListing
@@ -91,8 +92,8 @@ def run(settings: ShardSettings, progress: Progress | None = None) -> None:
 
     `progress` is called while loading: see load_model. Raises SettingsError, CheckpointError or GroupSizeError
     before the port opens. Raises GroupLostError once another rank has ended, a step has failed on one of several ranks
-    or on CUDA, or one hangs that no router waits for any more; the process exits soon after, wherever it hangs. So do
-    the other ranks; their supervisor must restart the group.
+    or hangs while no router waits for it any more, or nothing works on the GPU any more; the process exits soon after,
+    wherever it hangs. So do the other ranks; their supervisor must restart the group.
     """
     sys.setswitchinterval(SWITCH_SECONDS)
     torch.set_num_threads(settings.threads or max(1, torch.get_num_threads() // settings.tp))
@@ -125,6 +126,7 @@ def run(settings: ShardSettings, progress: Progress | None = None) -> None:
             except SystemExit:  # the router is told, finishes its sequences here, and leaves
                 states.enter_graceful_shutdown()
                 service.wait_until_left(settings.drain_seconds)
+                end_soon(0, "a step hangs")
                 raise
             finally:
                 server.stop(GRACE).wait()
@@ -190,10 +192,10 @@ def _load(
     most = machine.fit_sequences(settings, model.state_bytes, device)
     settings, states = settings.model_copy(update={"max_sequences": most}), most * model.state_bytes
     blocks = machine.count_blocks(settings, max_model_len, block_bytes, device, states)
-    num_blocks = machine.fewest(group, blocks, device)
+    num_blocks = machine.fewest(group, blocks)
     max_model_len = machine.fit_context(settings, max_model_len, num_blocks)
     share = machine.share_for_adapters(settings, num_blocks * block_bytes + states, device)
-    adapter_host_bytes = machine.fewest(group, share, device)
+    adapter_host_bytes = machine.fewest(group, share)
     cache = model.new_cache(num_blocks, machine.BLOCK_SIZE, kv_dtype, most)
     adapter_dtype = torch.int8 if settings.adapter_dtype == "int8" else dtype
     files = checkpoint.tokenizer()
@@ -254,12 +256,19 @@ def _load(
         classifier = classifier.map(lambda tensor: tensor.to(device))
     runner = Runner(model, cache, adapters, group, most, max_model_len, device, grammars, pooling, classifier)
 
-    def on_failed_step(error: Exception) -> None:
-        if ends_process(error, group.size, device):
+    def on_failed_step() -> None:
+        if group.size > 1:  # other ranks may have run the plan; a single one's next stream starts afresh
             troubles.report("a step failed")
+        else:
+            on_failure()
+
+    def on_failure() -> None:
+        if gpus.is_lost(device):
+            troubles.report("nothing works on the GPU any more")
 
     return ShardService(
         steps=StepThread(runner, device, on_failed_step),
+        on_failure=on_failure,
         adapters=adapters,
         listing=listing,
         grammars=grammars,
@@ -274,13 +283,6 @@ def _load(
         ),
         telemetry=telemetry,
     )
-
-
-def ends_process(error: Exception, ranks: int, device: torch.device) -> bool:
-    """Whether a rank must exit after a plan has raised this error. A single rank cannot be out of step, and its next
-    stream starts afresh; in a group, other ranks may have run the plan. On CUDA nothing works after an error, except
-    after running out of memory."""
-    return ranks > 1 or (device.type == "cuda" and not isinstance(error, torch.OutOfMemoryError))
 
 
 def open_sources(settings: ModelSettings) -> list[Source]:

@@ -7,7 +7,7 @@ them. Independent of how the model was loaded and of the plans' content.
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from functools import partial
 
@@ -58,7 +58,9 @@ class ShardService(ShardServiceServicer):
         info: pb.GetInfoResponse,
         tokenizer: pb.GetTokenizerResponse,
         telemetry: Telemetry,
+        on_failure: Callable[[], None],
     ) -> None:
+        """on_failure: called after a call has raised an error that is nobody's fault but this process's."""
         self._steps = steps
         self._adapters = adapters
         self._listing = listing
@@ -66,6 +68,7 @@ class ShardService(ShardServiceServicer):
         self._info = info
         self._tokenizer = tokenizer
         self._telemetry = telemetry
+        self._on_failure = on_failure
         self._steps_in_use = threading.Lock()
         self._user: object = None  # the current user of steps
         self._user_left: float | None = None  # when the user left, if steps are still in use, by time.monotonic
@@ -233,6 +236,7 @@ class ShardService(ShardServiceServicer):
         except LoraplexError as error:
             context.abort_with_status(to_status(error))
         except Exception as error:
+            self._on_failure()
             if not context.is_active():  # the client is gone
                 raise
             logger.exception("rank %d failed", self._info.rank)

@@ -36,10 +36,10 @@ class StepThread:
     """Runs all of a runner's work, one item after another.
 
     It is always the same thread, since OpenMP keeps a team of threads per calling thread. on_failed_step is called
-    there with a plan's error.
+    there after a plan has raised an error.
     """
 
-    def __init__(self, runner: Runner, device: torch.device, on_failed_step: Callable[[Exception], None]) -> None:
+    def __init__(self, runner: Runner, device: torch.device, on_failed_step: Callable[[], None]) -> None:
         self._runner = runner
         self._on_failed_step = on_failed_step
         self._thread = ThreadPoolExecutor(1, "steps", initializer=machine.use, initargs=(device,))
@@ -94,9 +94,9 @@ class StepThread:
         try:
             assert plan.step == number, f"plan {plan.step} came as plan {number} of its stream"
             response = self._runner.step(plan)
-        except Exception as error:
+        except Exception:
             self._stream = None
-            self._on_failed_step(error)
+            self._on_failed_step()
             raise
         ended = time.monotonic()
         self._longest = max(self._longest, ended - began)

@@ -1,0 +1,49 @@
+"""What ranks find out about their GPUs, and how a process ends whose GPU or group is lost; there is no GPU here."""
+
+import os
+from queue import SimpleQueue
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from loraplex_shard.device import gpus, troubles
+from loraplex_shard.settings import SettingsError
+
+CUDA = torch.device("cuda", 0)
+
+
+def test_ranks_with_the_same_gpu_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="uuid-b"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    others: list[str] = []
+    monkeypatch.setattr(gpus, "gather_texts", lambda text, size: [*others, text][:size])
+    others[:] = "uuid-a 1 node-1", "uuid-c 1 node-1"
+    gpus.check_own(CUDA, 3)
+    others[:] = "uuid-a 1 node-1", "uuid-b 1 node-1"
+    with pytest.raises(SettingsError, match=r"tp: ranks 1 and 2 have the same GPU uuid-b on .*, where torch finds 1: "):
+        gpus.check_own(CUDA, 3)
+
+
+def test_a_gpu_is_lost_once_it_cannot_be_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def synchronize(device: torch.device) -> None:
+        if failed:
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered", 700)
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    failed = False
+    assert not gpus.is_lost(CUDA)
+    failed = True
+    assert gpus.is_lost(CUDA)
+    assert not gpus.is_lost(torch.device("cpu"))
+
+
+def test_a_process_that_hangs_ends_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    ends = SimpleQueue[int]()
+    monkeypatch.setattr(troubles, "END_SECONDS", 0)
+    monkeypatch.setattr(os, "_exit", ends.put)
+    noticed = troubles.Troubles()
+    noticed.report("another rank has ended")
+    assert (noticed.wait(30), ends.get(timeout=30)) == ("another rank has ended", 1)
+    troubles.end_soon(0, "a step hangs")
+    assert ends.get(timeout=30) == 0
