@@ -56,12 +56,18 @@ def load_model(quantize: Quantize, dtype: torch.dtype = torch.bfloat16, model: s
 class Stepper:
     """A model, its cache, and a batch of sequences."""
 
-    def __init__(self, quantize: Quantize, dtype: torch.dtype = torch.bfloat16, decoder: Decoder | None = None) -> None:
-        """`decoder` replaces the embedded model."""
+    def __init__(
+        self,
+        quantize: Quantize,
+        dtype: torch.dtype = torch.bfloat16,
+        decoder: Decoder | None = None,
+        sequences: int = MAX_SEQUENCES,
+    ) -> None:
+        """`decoder` replaces the embedded model; `sequences` is the largest batch."""
         checkpoint = open_checkpoint("", None, None)
         self.decoder = decoder or load_model(quantize, dtype)
         keep_freed()
-        blocks = MAX_SEQUENCES * -(-MAX_MODEL_LEN // BLOCK_SIZE)
+        self._sequences, blocks = sequences, sequences * -(-MAX_MODEL_LEN // BLOCK_SIZE)
         self.cache: KVCache = self.decoder.new_cache(blocks, BLOCK_SIZE)
         for layer in self.cache.layers:
             layer.keys.fill_(0.5)  # memory that was never written does not cost a read
@@ -72,7 +78,7 @@ class Stepper:
             self.cache,
             self._slots,  # type: ignore[arg-type]
             Group(0, 1),
-            MAX_SEQUENCES,
+            sequences,
             MAX_MODEL_LEN,
             CPU,
             GrammarCompiler(checkpoint.tokenizer().tokenizer_json, self.decoder.vocab_size, checkpoint.end_token_ids),
@@ -97,7 +103,7 @@ class Stepper:
     def start(self, batch: int, context: int, adapters: Sequence[AdapterWeights] = (), used: int | None = None) -> None:
         """Starts `batch` sequences as if all but the last of their `context` tokens were in the cache. The sequences
         are divided evenly between the first `used` adapters; None: all adapters."""
-        assert batch <= MAX_SEQUENCES and context < MAX_MODEL_LEN
+        assert batch <= self._sequences and context < MAX_MODEL_LEN
         self.runner.clear()
         self._slots.adapters = adapters
         used = len(adapters) if used is None else used
