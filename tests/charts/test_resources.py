@@ -36,6 +36,14 @@ def test_a_rank_without_a_gpu_request_uses_any_device(resources: Object):
     assert flags({"resources": resources, "settings": {"device": "cpu"}}) == ["--device=cpu"]
 
 
+def test_what_is_compiled_for_a_gpu_is_kept_beside_the_model():
+    for resources, folder in ({}, None), ({"limits": {"nvidia.com/gpu": 1}}, "/cache/triton"):
+        (pod,) = pods(render({"shard": {"resources": resources}}), "shard")
+        (container,) = pod["spec"]["containers"]
+        assert {each["name"]: each.get("value") for each in container["env"]}.get("TRITON_CACHE_DIR") == folder
+        assert any(mount["mountPath"] == "/cache" for mount in container["volumeMounts"])
+
+
 def test_a_rank_has_one_gpu():
     with pytest.raises(helm_python.HelmRenderError, match=r"one nvidia.com/gpu, and set shard.settings.tp"):
         flags({"resources": {"limits": {"nvidia.com/gpu": "4"}}})

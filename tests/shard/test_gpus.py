@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from loraplex_shard.device import gpus, troubles
+from loraplex_shard.ops.cuda import trial
 from loraplex_shard.settings import SettingsError
 
 CUDA = torch.device("cuda", 0)
@@ -36,6 +37,18 @@ def test_a_gpu_is_lost_once_it_cannot_be_waited_for(monkeypatch: pytest.MonkeyPa
     failed = True
     assert gpus.is_lost(CUDA)
     assert not gpus.is_lost(torch.device("cpu"))
+
+
+def test_a_kernel_that_cannot_be_compiled_is_named_with_what_triton_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    trial.try_kernel(torch.device("cpu"))  # in Triton's interpreter
+
+    class Uncompiled:
+        def __getitem__(self, grid: tuple[int]) -> None:
+            raise RuntimeError("Failed to find C compiler.")
+
+    monkeypatch.setattr(trial, "_write_one", Uncompiled())
+    with pytest.raises(SettingsError, match=r"device: .*: Failed to find C compiler\.\)\. Triton needs a C compiler"):
+        trial.try_kernel(torch.device("cpu"))
 
 
 def test_a_process_that_hangs_ends_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

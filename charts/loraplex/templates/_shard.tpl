@@ -120,6 +120,10 @@ grpc: {port: {{ index . 1 }}{{ index . 2 }}}
 {{- define "loraplex.shardEnv" -}}
 - {name: HOME, value: /tmp}
 - {name: HF_HOME, value: /cache}
+{{- if include "loraplex.gpu" . }}
+# What Triton compiles is kept beside the model.
+- {name: TRITON_CACHE_DIR, value: /cache/triton}
+{{- end }}
 {{- with .Values.shard.hub.endpoint }}
 - {name: HF_ENDPOINT, value: {{ . | quote }}}
 {{- end }}

@@ -64,10 +64,13 @@ def router(context: typer.Context) -> None:
 
 
 def shard(context: typer.Context) -> None:
-    # torch reads both when it is imported. The first lets a waiting thread give up its core soon, so that the router
-    # and other ranks can use it; the second puts weights into huge pages, which halves the time to load them.
+    # torch reads these when it is imported. The first lets a waiting thread give up its core soon, so that the router
+    # and other ranks can use it; the second puts weights into huge pages, which halves the time to load them; the third
+    # lets a GPU's memory that was used for one shape of a step be used for any other.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name of the same
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     _begin("shard", "torch")
     from loraplex.cli.flags import parse
     from loraplex_shard.settings import ShardSettings

@@ -14,6 +14,15 @@ from loraplex_shard.ops.reference import ReferenceOperations
 logger = logging.getLogger(__name__)
 
 
+def check_kernels(device: torch.device) -> None:
+    """Raises SettingsError if Triton cannot compile the kernels for a GPU, which otherwise shows in the first step. To
+    be called on a thread that uses the device."""
+    if device.type == "cuda":
+        from loraplex_shard.ops.cuda.trial import try_kernel
+
+        try_kernel(device)
+
+
 def load_kernels(device: torch.device, directory: Path | None) -> Kernels | None:
     """The compiled kernels for a CPU; None for another device. They are built into `directory` (see library.build) if
     they are not there yet, for the best instruction set that the processor has and the compiler knows."""

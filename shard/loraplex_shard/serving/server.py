@@ -42,7 +42,7 @@ from loraplex_shard.lora.sources.protocol import Source
 from loraplex_shard.lora.store import AdapterStore
 from loraplex_shard.models import check_architecture, load_model
 from loraplex_shard.observation.telemetry import Telemetry, open_telemetry
-from loraplex_shard.ops.choose import choose_operations, load_kernels
+from loraplex_shard.ops.choose import check_kernels, choose_operations, load_kernels
 from loraplex_shard.sampling.grammars import GrammarCompiler
 from loraplex_shard.sampling.vocabulary import compare, keep_known
 from loraplex_shard.serving import machine
@@ -98,9 +98,10 @@ def run(settings: ShardSettings, progress: Progress | None = None) -> None:
     sys.setswitchinterval(SWITCH_SECONDS)
     torch.set_num_threads(settings.threads or max(1, torch.get_num_threads() // settings.tp))
     device = machine.pick_device(settings.device, settings.rank)  # before fetching a model that it could not use
+    machine.use(device)
+    check_kernels(device)
     checkpoint = open_checkpoint(settings.model, settings.revision, None)
     check_architecture(checkpoint)  # refuses unsupported models before any long wait
-    machine.use(device)
     kernels = load_kernels(device, settings.kernels)
     group = Group.connect(settings.rank, settings.tp, settings.rendezvous, device, kernels)
 
