@@ -95,10 +95,9 @@ async def simulate(kind: type[Replicas], load: Load) -> Outcome:
         resolutions, replicas = Resolutions(), kind(telemetry, move_seconds=1)
         registry = Registry()
         administration = Administration(resolutions, replicas, registry, Prefetching(registry, replicas, 0))
-        uploads = Uploads(administration, replicas, most_bytes=0)
-        service = Service(
-            replicas, administration, uploads, Declarations(administration, None), Keys({}), 100_000, telemetry
-        )
+        declarations = Declarations(administration, None)
+        uploads = Uploads(administration, declarations, replicas, most_bytes=0)
+        service = Service(replicas, administration, uploads, declarations, Keys({}), 100_000, telemetry)
         connections = asyncio.create_task(Connections(settings, replicas, resolutions, service.serve, telemetry).run())
         while len(list(replicas)) < load.replicas:
             await asyncio.sleep(0.01)

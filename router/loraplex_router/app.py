@@ -67,7 +67,12 @@ class Router:
         self._prefetching = Prefetching(self._registry, self._replicas, int(settings.adapter_prefetch_gib * 2**30))
         self._administration = Administration(resolutions, self._replicas, self._registry, self._prefetching)
         self._registry_file = (
-            RegistryFile(settings.adapter_registry, self._registry, self._administration.retire)
+            RegistryFile(
+                settings.adapter_registry,
+                self._registry,
+                self._administration.retire,
+                settings.adapter_uploads_mib << 20,
+            )
             if settings.adapter_registry
             else None
         )
@@ -75,7 +80,7 @@ class Router:
         self._key_file = key_file
         keys = key_file.keys if key_file else Keys({})
         declarations = Declarations(self._administration, self._registry_file)
-        uploads = Uploads(self._administration, self._replicas, settings.adapter_uploads_mib << 20)
+        uploads = Uploads(self._administration, declarations, self._replicas, settings.adapter_uploads_mib << 20)
         seconds = settings.resume_seconds
         self._journal = Journal(open_store(settings.resume, seconds), seconds) if settings.resume else None
         self._service = Service(

@@ -116,10 +116,11 @@ class FakeShards:
 
     async def upload(self, upload: Upload) -> StagedAdapter:
         await self.stages_held.wait()
-        if b"broken" in upload.files.values():
+        files = upload.read()
+        if b"broken" in files.values():
             raise AdapterInvalidError("adapter_config.json is not valid")
         self.log.append("upload")
-        digest = sha256(b"".join(upload.files.values())).hexdigest()
+        digest = sha256(b"".join(files.values())).hexdigest()
         return StagedAdapter(digest, "upload", "", lora_rank=8, size_bytes=10)
 
     async def merge(self, digest: str, digests: Sequence[str], merged: MergedReference) -> StagedAdapter:

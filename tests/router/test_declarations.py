@@ -15,8 +15,8 @@ from loraplex_protos.errors import (
     InvalidRequestError,
 )
 from loraplex_protos.generation_pb2 import ADAPTER_STATE_LOADED as LOADED
+from loraplex_router.access import replaced_file
 from loraplex_router.access.keys import TenantSettings
-from loraplex_router.adapters import registry_file
 from loraplex_router.adapters.registry_file import read_registry, write_registry
 from loraplex_router.service.adapters import Adapters
 from loraplex_router.vocabulary.references import AdapterReference
@@ -135,8 +135,13 @@ async def test_what_is_removed_is_unknown_and_running_sequences_end_as_they_woul
 ):
     await adapters.register("sql", B, None)
     running = await cluster.service.generate(request(1, 150, "sql@1"))
-    with pytest.raises(InvalidRequestError, match=r"aliases\.stable: 'sql' has no version '1'"):
-        await adapters.remove("sql@1", None)
+    for name in ("sql@1", "sql"):
+        with pytest.raises(AdapterConflictError, match=f"'{name}' cannot be removed while the alias 'stable' stands"):
+            await adapters.remove(name, None)
+    await adapters.set_alias("outer", {"stable": 100}, {})
+    with pytest.raises(AdapterConflictError, match="the alias 'outer' stands"):
+        await adapters.remove("stable", None)
+    await adapters.remove("outer", None)
     await adapters.remove("stable", None)
     with pytest.raises(AdapterConflictError, match="newest version"):
         await adapters.remove("sql@2", None)
@@ -160,7 +165,7 @@ async def test_an_interrupted_write_leaves_the_file_as_it_was(
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(registry_file.os, "fsync", full)
+    monkeypatch.setattr(replaced_file.os, "fsync", full)
     with pytest.raises(ForbiddenError, match="No space left"):
         await adapters.register("sql", B, None)
     assert path.read_text() == before

@@ -80,13 +80,15 @@ class Setup:
         self.prefetching = Prefetching(self.registry, self.replicas, most_bytes=1000)
         self.administration = Administration(self.resolutions, self.replicas, self.registry, self.prefetching)
         retire = self.administration.retire
-        file = RegistryFile(registry_file, self.registry, retire) if registry_file else None
-        self.uploads = Uploads(self.administration, self.replicas, most_bytes=1000)
+        file = RegistryFile(registry_file, self.registry, retire, 100_000) if registry_file else None
+        self.registry_file = file
+        declarations = Declarations(self.administration, file)
+        self.uploads = Uploads(self.administration, declarations, self.replicas, most_bytes=1000)
         self.service = Service(
             self.replicas,
             self.administration,
             self.uploads,
-            Declarations(self.administration, file),
+            declarations,
             Keys(tenants or {}),
             max_queue,
             self.telemetry,

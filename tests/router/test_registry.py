@@ -276,7 +276,7 @@ async def test_a_changed_file_is_taken_up_and_a_wrong_one_is_told_of(
 ):
     monkeypatch.setattr(followed_file, "LOOK_SECONDS", 0.001)
     cluster.telemetry.metrics.watch_registry(lambda: bool(cluster.registry.fault))
-    file = RegistryFile(write(tmp_path), cluster.registry, cluster.administration.retire)
+    file = RegistryFile(write(tmp_path), cluster.registry, cluster.administration.retire, 0)
     following = asyncio.create_task(file.follow())
 
     async def until(fault: bool) -> None:

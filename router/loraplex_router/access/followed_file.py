@@ -5,7 +5,7 @@ import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-LOOK_SECONDS = 5.0
+LOOK_SECONDS = 1.0
 
 
 class FollowedFile:
@@ -26,7 +26,8 @@ class FollowedFile:
 
 def _state(path: Path) -> tuple[int, ...] | None:
     try:
-        status = os.stat(path)
+        with open(path, "rb") as file:  # so that network file systems ask the server, not their cache
+            status = os.fstat(file.fileno())
     except OSError:
         return None
     return status.st_ino, status.st_size, status.st_mtime_ns

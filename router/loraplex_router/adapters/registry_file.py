@@ -13,8 +13,9 @@ import asyncio
 import fcntl
 import logging
 import os
-import stat
+import re
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from graphlib import CycleError, TopologicalSorter
 from math import isclose
 from pathlib import Path
@@ -26,14 +27,17 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from loraplex_protos.adapter_names import RULE, is_id, is_name, normal
 from loraplex_protos.errors import AdapterConflictError, ForbiddenError, LoraplexError, quote
 from loraplex_router.access.followed_file import FollowedFile
+from loraplex_router.access.replaced_file import replace_file
 from loraplex_router.access.strict_yaml import describe, read_yaml
 from loraplex_router.adapters.registry import AT, Registered, Registry
+from loraplex_router.adapters.upload_folder import UploadFolder
 from loraplex_router.vocabulary.references import AdapterReference, Version
 
 logger = logging.getLogger(__name__)
 
 Number = Annotated[int, Field(ge=1, lt=2**63, strict=False)]  # of a version; JSON's keys are texts
 Weight = Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)]
+UPLOAD = re.compile("[0-9a-f]{32}")  # an uploaded adapter's id
 
 
 class RegistryFileError(LoraplexError):
@@ -59,14 +63,19 @@ class _RegistryFile(BaseModel):
 class RegistryFile:
     """Keeps a registry as its file says. Raises RegistryFileError if the file is invalid at the start."""
 
-    def __init__(self, path: Path, registry: Registry, gone: Callable[[AdapterReference], None]) -> None:
+    def __init__(
+        self, path: Path, registry: Registry, gone: Callable[[AdapterReference], None], most_upload_bytes: int
+    ) -> None:
         """`gone` is called with each version that leaves the registry."""
         self._path = path
+        target = path.resolve()
+        self.writable = os.access(target.parent, os.W_OK)
+        self.uploads = UploadFolder(target.with_name(f"{target.name}.uploads"), most_upload_bytes)
         self._file = FollowedFile(path)
         self._registry = registry
         self._gone = gone
         self._changing = asyncio.Lock()
-        registry.update(read_registry(path))
+        registry.update(self._read())
 
     Edit = Callable[[Registered], Registered]
 
@@ -84,27 +93,53 @@ class RegistryFile:
         try:
             with open(path.with_name(f".{path.name}.lock"), "w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
-                changed = edit(read_registry(path))
-                replace_file(path, write_registry(changed))
+                former = read_registry(path)
+                changed = edit(former)
+                replace_file(path, lambda file: file.write(write_registry(changed).encode()))
+                self.uploads.keep_only(_uploads(changed), _uploads(former))
+                return self._opened(changed)
         except RegistryFileError as error:
             raise AdapterConflictError(f"the registry file is wrong, mend it first: {error.message}") from error
         except OSError as error:
             why = f"the registry file cannot be written here ({error.strerror}): change it where it comes from"
             raise ForbiddenError(why) from error
-        return changed
+
+    def _read(self) -> Registered:
+        """What the file says. Raises RegistryFileError."""
+        content = read_registry(self._path)
+        while not all(map(self.uploads.has, _uploads(opened := self._opened(content)))):
+            former, content = content, read_registry(self._path)
+            if content == former:  # otherwise another router has replaced an upload meanwhile
+                break
+        return opened
+
+    def _opened(self, content: Registered) -> Registered:
+        """The content with uploads that can be read."""
+        names = {
+            name: {
+                number: replace(version, origin=self.uploads.open(version.origin.id)) if version.uploaded else version
+                for number, version in versions.items()
+            }
+            for name, versions in content.names.items()
+        }
+        return replace(content, names=names)
+
+    async def reread(self) -> None:
+        """Takes up what the file says now. Raises RegistryFileError."""
+        async with self._changing:
+            for version in self._registry.update(await asyncio.to_thread(self._read)):
+                self._gone(version)
 
     async def follow(self) -> None:
         """Checks the file periodically, until cancelled. Keeps the old content while the file is invalid."""
         async for _ in self._file.changes():
             try:
-                content = await asyncio.to_thread(read_registry, self._path)
+                await self.reread()
             except RegistryFileError as error:
                 self._registry.fault = error.message
                 logger.error("keeping the previous adapter registry: %s", error)
                 continue
-            for version in self._registry.update(content):
-                self._gone(version)
-            logger.info("reloaded the adapter registry: %d names", len(content.names))
+            logger.info("reloaded the adapter registry: %d names", len(self._registry.content.names))
 
 
 def read_registry(path: Path) -> Registered:
@@ -143,23 +178,6 @@ def write_registry(content: Registered) -> str:
     return yaml.safe_dump({"adapters": adapters, "aliases": aliases}, sort_keys=False, allow_unicode=True)
 
 
-def replace_file(path: Path, text: str) -> None:
-    """Either the old content or the new one is there, whatever happens."""
-    new = path.with_name(f".{path.name}.new")
-    with open(new, "w") as file:
-        if path.exists():
-            os.fchmod(file.fileno(), stat.S_IMODE(path.stat().st_mode))
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
 def check(content: Registered) -> None:
     """Raises ValueError, with the place, for content that would not be clear to a request."""
     for name, versions in content.names.items():
@@ -167,6 +185,8 @@ def check(content: Registered) -> None:
         for number, version in versions.items():
             if not is_id(version.origin.id):
                 raise ValueError(f"adapters.{name}.{number}.id: {quote(version.origin.id)} is not a valid id: {RULE}")
+            if version.uploaded and not UPLOAD.fullmatch(version.origin.id):
+                raise ValueError(f"adapters.{name}.{number}.id: {quote(version.origin.id)} is not an upload's id")
     for alias, targets in content.aliases.items():
         place = f"aliases.{alias}"
         _check_name(place, alias)
@@ -200,10 +220,15 @@ def _check_target(place: str, target: str, content: Registered) -> None:
 
 
 def _write_origin(version: Version) -> dict[str, str]:
-    assert isinstance(version.origin, AdapterReference)
     origin = version.origin
     fields = {"id": origin.id, "source": origin.source, "revision": origin.revision, "digest": version.digest}
     return {name: value for name, value in fields.items() if value}
+
+
+def _uploads(content: Registered) -> set[str]:
+    """The ids of its uploads."""
+    each = (version for versions in content.names.values() for version in versions.values())
+    return {version.origin.id for version in each if version.uploaded}
 
 
 def _versions(name: str, versions: Mapping[int, _Origin]) -> Iterator[tuple[int, Version]]:

@@ -115,11 +115,11 @@ class AdapterStaging:
             await asyncio.wait([unstaging])
             staged = await self._with_room(lambda: self._fetch(source), tenant)
         if reference.version is not None and reference.version.digest not in ("", staged.digest):
-            assert isinstance(source, AdapterReference)
-            self._add(source, Entry(source.id, staged.source, staged.revision, staged.digest), staged)
+            known = AdapterReference(source.id, source.source) if isinstance(source, Upload) else source
+            self._add(known, Entry(source.id, staged.source, staged.revision, staged.digest), staged)
             raise AdapterSourceError(
                 f"the registry says that {reference.id} has the digest {reference.version.digest}, but the content of "
-                f"{quote(source.id)} now has {staged.digest}"
+                f"{'its upload' if isinstance(source, Upload) else quote(source.id)} now has {staged.digest}"
             )
         return self._add(reference, Entry(reference.id, staged.source, staged.revision, staged.digest), staged)
 

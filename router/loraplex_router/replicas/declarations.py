@@ -1,6 +1,9 @@
-"""Changes of the registry file through the API: versions, aliases, and their removal, each by compare-and-swap."""
+"""Changes of the registry file through the API: versions, uploads, aliases, and their removal, each by
+compare-and-swap."""
 
+import asyncio
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 
 from loraplex_protos import generation_pb2 as pb
@@ -10,10 +13,12 @@ from loraplex_protos.errors import (
     FieldViolation,
     ForbiddenError,
     InvalidRequestError,
+    LoraplexError,
+    UnavailableError,
     quote,
 )
 from loraplex_router.adapters.registry import AT, Registered, reference_to
-from loraplex_router.adapters.registry_file import RegistryFile, check
+from loraplex_router.adapters.registry_file import RegistryFile, RegistryFileError, check
 from loraplex_router.replicas.administration import Administration
 from loraplex_router.vocabulary.references import AdapterReference, Upload, Version
 
@@ -31,16 +36,53 @@ class Declarations:
     def possible(self) -> bool:
         return self._file is not None
 
+    @property
+    def keep_uploads(self) -> bool:
+        """Whether uploads are versions in the registry file. If not, they are only in this router's memory."""
+        return self._file is not None and self._file.writable
+
+    async def reread(self) -> None:
+        """Takes up what another router may have changed just now."""
+        with suppress(RegistryFileError):  # the last good content stays
+            await self._writable().reread()
+
+    async def check_room(self, size: int) -> None:
+        """Raises OverloadedError if there is no room to keep an upload."""
+        await asyncio.to_thread(self._writable().uploads.check_room, size)
+
+    async def add_upload(self, upload: Version, expected_version: int | None) -> None:
+        """Keeps an upload as the newest version of its name. The upload before it is forgotten, unless an alias stands
+        for it. Raises OverloadedError if there is no room, UnavailableError if it cannot be written."""
+        name, folder = upload.name, self._writable().uploads
+        assert isinstance(upload.origin, Upload)
+        try:
+            kept = replace(upload, origin=await asyncio.to_thread(folder.add, upload.origin))
+        except OSError as error:
+            raise UnavailableError(f"the upload cannot be kept in {folder.path}: {error.strerror}") from error
+
+        def add(registered: Registered) -> Registered:
+            versions = registered.names.get(name, {})
+            now = max(versions, default=0)
+            _expect(name, expected_version, now)
+            _expect(name, None if now < upload.number else 0, now)  # a later one stays
+            needed = {target for targets in registered.aliases.values() for target in targets}
+            others = {each.number: each for each in versions.values() if not each.uploaded or str(each) in needed}
+            return replace(registered, names={**registered.names, name: {**others, upload.number: kept}})
+
+        try:
+            await self._change(name, add)
+        except LoraplexError:
+            await asyncio.to_thread(folder.remove, kept.origin.id)
+            raise
+
     async def register(self, name: str, reference: AdapterReference, expected_version: int | None) -> pb.AdapterStatus:
         """Makes an adapter the newest version of a name. Its source, commit and digest are written down as they are
         now. Raises AdapterErrors if it cannot be served."""
         self._writable()
         found = self._registry.resolve_one(reference, None)
-        origin = found.origin
-        if isinstance(origin, Upload):
-            raise InvalidRequestError(FieldViolation("adapter.id", "is an upload, which no file can refer to"))
-        content = await self._administration.stage(found)
-        origin = replace(origin, source=content.source, revision=content.revision, token="")
+        content, origin = await self._administration.stage(found), found.origin
+        if not isinstance(origin, Upload):
+            origin = replace(origin, source=content.source, revision=content.revision, token="")
 
         def add(registered: Registered) -> Registered:
             versions = dict(registered.names.get(name, {}))
@@ -82,6 +124,7 @@ class Declarations:
             versions = names.get(bare, {})
             if expected_version is not None:
                 _expect(bare, expected_version, max(versions, default=0))
+            _expect_no_alias(name, aliases)
             if name in aliases:
                 del aliases[name]
             elif name in names:
@@ -123,6 +166,20 @@ def _expect(name: str, expected: int | None, now: int) -> None:
     if expected not in (None, now):
         state = f"has version {now} now" if now else "is not registered"
         raise AdapterConflictError(f"{quote(name)} {state}: somebody else has changed it")
+
+
+def _expect_no_alias(name: str, aliases: Mapping[str, Mapping[str, float]]) -> None:
+    """Raises AdapterConflictError if an alias leads to the name or to one of its versions."""
+    leading = [
+        alias
+        for alias, targets in aliases.items()
+        if any(name in (target, target.partition(AT)[0]) for target in targets)
+    ]
+    if leading:
+        shown = ", ".join(map(quote, leading))
+        said = f"the alias {shown} stands" if len(leading) == 1 else f"the aliases {shown} stand"
+        fix = f"set {'it' if len(leading) == 1 else 'them'} to something else first, or remove what is not needed"
+        raise AdapterConflictError(f"{quote(name)} cannot be removed while {said} for it: {fix}")
 
 
 def _shown(targets: Mapping[str, float]) -> str:

@@ -8,7 +8,7 @@ from loraplex_router.adapters.resolutions import Entry
 from loraplex_router.replicas.prefetching import Prefetched
 from loraplex_router.replicas.replica import Replica
 from loraplex_router.vocabulary.adapter import Adapter, Fetch, LocalAdapter
-from loraplex_router.vocabulary.references import AdapterReference, ids_of
+from loraplex_router.vocabulary.references import AdapterReference, Upload, ids_of
 
 
 class Holder(NamedTuple):
@@ -85,7 +85,9 @@ def status_while_fetched(reference: AdapterReference, fetch: Fetch | None) -> pb
 
 
 def status_registered(version: AdapterReference, prefetched: Sequence[Prefetched]) -> pb.AdapterStatus:
-    """Of a version in the registry that is not loaded."""
+    """Of a version in the registry, or an upload, that is not loaded."""
+    if isinstance(version.origin, Upload):
+        return _version(version, pb.ADAPTER_STATE_AVAILABLE)
     failed = next((each.reason for each in prefetched if each.reason), "")
     status = _version(version, pb.ADAPTER_STATE_REGISTERED)
     if failed:

@@ -1,12 +1,14 @@
-"""Adapters that administrators upload. The router keeps their files in memory and sends them to the shards of every
-replica, also of one that joins later. A router that restarts has forgotten them: requests for them are refused."""
+"""Adapters that administrators upload. The router sends their files to the shards of every replica, also of one that
+joins later. It keeps them beside the registry file, for all routers that read this file, or in its own memory if there
+is no registry file that can be written. What was in memory is forgotten after a restart: requests for it are refused.
+"""
 
 import asyncio
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
 
 from loraplex_protos import generation_pb2 as pb
 from loraplex_protos.adapter_names import RULE, is_name
@@ -21,6 +23,7 @@ from loraplex_protos.errors import (
 )
 from loraplex_router.adapters.registry import AT, reference_to
 from loraplex_router.replicas.administration import Administration
+from loraplex_router.replicas.declarations import Declarations
 from loraplex_router.replicas.replicas import Replicas
 from loraplex_router.vocabulary.references import Upload, Version
 
@@ -38,16 +41,19 @@ class Announcement:
 
 
 class Uploads:
-    """`most_bytes`: how much memory uploads may take, until the last sequence that uses them has ended."""
+    """`most_bytes`: how much memory uploads may take while they arrive, and if they are kept there, until the last
+    sequence that uses them has ended."""
 
     def __init__(
         self,
         administration: Administration,
+        declarations: Declarations,
         replicas: Replicas,
         most_bytes: int,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._administration = administration
+        self._declarations = declarations
         self._registry = administration.registry
         self._replicas = replicas
         self._most = self._free = most_bytes
@@ -55,8 +61,8 @@ class Uploads:
         self._last = 0
         self._allowance, self._allowed_at = float(BURST), clock()
 
-    @contextmanager
-    def announced(self, upload: Announcement) -> Iterator[None]:
+    @asynccontextmanager
+    async def announced(self, upload: Announcement) -> AsyncIterator[None]:
         """A context in which an upload arrives, and room is kept for it.
 
         Raises InvalidRequestError, AdapterConflictError, RateLimitedError, or OverloadedError if there is no room.
@@ -67,26 +73,31 @@ class Uploads:
         if size > self._most:
             why = f"have {size} bytes; uploads may have {self._most} (--adapter-uploads-mib)"
             raise InvalidRequestError(FieldViolation("files", why))
-        self._check(upload)
+        await self._check_now(upload)
         self._count()
+        if self._declarations.keep_uploads:
+            await self._declarations.check_room(size)
         if size > self._free:
             raise OverloadedError(f"the upload has {size} bytes, of which only {self._free} are free: try again later")
         self._free -= size
         try:
             yield
         except BaseException:
-            self._free += size
+            self._give_back(size)
             raise
+        if self._declarations.keep_uploads:
+            self._give_back(size)
 
     async def put(self, upload: Announcement, files: Mapping[str, memoryview]) -> pb.AdapterStatus:
         """Stages an announced upload on all replicas, and makes it the newest version of its name.
 
         Raises AdapterInvalidError if it cannot be served, AdapterConflictError if somebody else was faster.
         """
-        await self._check_directory(upload.name)
+        if not self._declarations.keep_uploads:
+            await self._check_directory(upload.name)
         # No number is used twice, after a restart or by another router either.
-        number = self._last = max(self._last + 1, int(self._clock() * 1000))
-        content = Upload(files)
+        number = self._last = max(self._last + 1, int(self._clock() * 1000), (upload.expected_version or 0) + 1)
+        content = Upload(lambda: files)
         version = Version(upload.name, number, content)
         reference = reference_to(version)
         try:
@@ -95,19 +106,28 @@ class Uploads:
             others = [replica for replica in self._replicas if replica.accepting and replica is not first]
             # One where this fails now is sent it again by the first request.
             await asyncio.gather(*(other.adapters.resolve(reference) for other in others), return_exceptions=True)
-            self._check(upload, number)
+            status = self._administration.status(reference)
+            if self._declarations.keep_uploads:
+                await self._declarations.add_upload(replace(version, digest=status.digest), upload.expected_version)
+            else:
+                self._add(version, upload)
         except BaseException:
             self._administration.retire(reference)
             raise
+        return status
+
+    def _add(self, version: Version, upload: Announcement) -> None:
+        """Keeps it in memory."""
+        self._check(upload, version.number)
         former = self._registry.uploads.get(upload.name)
         self._registry.uploads[upload.name] = version
-        weakref.finalize(content, self._give_back, upload.size)
+        weakref.finalize(version.origin, self._give_back, upload.size)
         if former is not None:
             self._administration.retire(reference_to(former))
-        return self._administration.status(reference)
 
     def remove(self, name: str, expected_version: int | None) -> None:
-        """Removes an uploaded name. Raises AdapterNotFoundError, or AdapterConflictError if it is not as expected."""
+        """Removes an uploaded name from memory. Raises AdapterNotFoundError, or AdapterConflictError if it is not as
+        expected."""
         self._check(Announcement(name, 0, expected_version))
         version = self._registry.uploads.pop(name, None)
         if version is None:
@@ -116,13 +136,24 @@ class Uploads:
 
     def _check(self, upload: Announcement, number: int | None = None) -> None:
         """Checks the name as it is now. `number`: the version that would be its newest one."""
-        name, now = quote(upload.name), self._registry.uploads.get(upload.name)
-        if self._registry.declares(upload.name):
+        name, now = quote(upload.name), self._registry.find(upload.name)
+        if upload.name in self._registry.content.aliases:
+            raise AdapterConflictError(f"{name} is an alias: use another name, or remove it first")
+        if not self._declarations.keep_uploads and self._registry.declares(upload.name):
             raise AdapterConflictError(f"{name} is declared in the registry file: change it there, or use another name")
         there = now.number if now else 0
         if upload.expected_version not in (None, there) or (number is not None and there > number):
             state = f"has version {there} now" if now else "is not registered"
             raise AdapterConflictError(f"{name} {state}: somebody else has changed it")
+
+    async def _check_now(self, upload: Announcement) -> None:
+        try:
+            self._check(upload)
+        except AdapterConflictError:
+            if not self._declarations.keep_uploads:
+                raise
+            await self._declarations.reread()
+            self._check(upload)
 
     async def _check_directory(self, name: str) -> None:
         """A folder's name would mean the folder again after a restart."""

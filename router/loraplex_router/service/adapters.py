@@ -88,7 +88,7 @@ class Adapters:
         is accepted. Raises AdapterConflictError if the name is not as expected."""
         with audited("upload", self._keys, key, adapter=AdapterReference(upload.name)):
             self._keys.administrator(key)
-            with self._uploads.announced(upload):
+            async with self._uploads.announced(upload):
                 return self._remarked(await self._uploads.put(upload, await read()))
 
     async def register(
@@ -117,7 +117,7 @@ class Adapters:
         """Removes an uploaded name, or what the registry file declares. For administrators."""
         with audited("remove", self._keys, key, adapter=AdapterReference(name)):
             self._keys.administrator(key)
-            if self._registry.declares(self._registry.bare(name)):
+            if self._declarations.keep_uploads or self._registry.declares(self._registry.bare(name)):
                 await self._declarations.remove(name, expected_version)
             else:
                 self._uploads.remove(name, expected_version)

@@ -1,12 +1,14 @@
 """How requests name adapters. A reference has a key, which covers all of it, and a name, which omits the token."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from secrets import token_hex
 from typing import TypeAlias
 
 from loraplex_protos.adapter_names import normal
+
+UPLOADED = "upload"  # in place of a source's name
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,13 +32,13 @@ class AdapterReference:
         return origin if isinstance(origin, Upload) else replace(origin, token=self.token)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Upload:
-    """An adapter's files, in memory. Each upload is its own origin, whatever is in it."""
+    """An uploaded adapter. Each upload is its own origin, whatever is in it."""
 
-    files: Mapping[str, memoryview]
+    read: Callable[[], Mapping[str, memoryview]] = field(compare=False, repr=False)  # its files; may block
     id: str = field(default_factory=lambda: token_hex(16))
-    source: str = "upload"
+    source: str = UPLOADED
     revision: str = ""
 
 
@@ -51,6 +53,10 @@ class Version:
 
     def __str__(self) -> str:
         return f"{self.name}@{self.number}"
+
+    @property
+    def uploaded(self) -> bool:
+        return self.origin.source == UPLOADED
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,15 +73,16 @@ class MergedReference:
 Reference: TypeAlias = AdapterReference | MergedReference
 
 
-def key_of(reference: Reference | Upload) -> str:
+def key_of(reference: Reference) -> str:
     """Identifies the reference, including its token, so that an adapter opened with one caller's token is not served to
     callers without it. Contains no token in clear text."""
     if isinstance(reference, MergedReference):
         return _hash([key_of(part) for part in reference.adapters], *_settings(reference))
-    if isinstance(reference, Upload):
-        return reference.id
-    key = _hash(reference.source, reference.id, reference.revision, reference.token)
-    return key if reference.version is None else _hash(key, key_of(reference.version.origin), reference.version.digest)
+    key, version = _hash(reference.source, reference.id, reference.revision, reference.token), reference.version
+    if version is None:
+        return key
+    origin = version.origin  # an upload's content never changes, so its digest, which is found out later, adds nothing
+    return _hash(key, origin.id) if isinstance(origin, Upload) else _hash(key, key_of(origin), version.digest)
 
 
 def name_of(reference: Reference | None) -> str:

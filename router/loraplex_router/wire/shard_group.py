@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import grpc
@@ -227,8 +227,9 @@ class ShardGroup:
 
     async def upload(self, upload: Upload) -> StagedAdapter:
         """Sends the files to all ranks."""
+        files = await asyncio.to_thread(upload.read)
         with self._observer.loading("host"):
-            answers = await self._on_all(lambda rank: rank.StageUpload(_parts(upload)))
+            answers = await self._on_all(lambda rank: rank.StageUpload(_parts(files)))
         return _read_staged([answer.adapter for answer in answers])
 
     async def merge(self, digest: str, digests: Sequence[str], merged: MergedReference) -> StagedAdapter:
@@ -300,10 +301,10 @@ class ShardGroup:
         return await asyncio.gather(*(typed(call(rank)) for rank in self._ranks))
 
 
-async def _parts(upload: Upload) -> AsyncIterator[pb.StageUploadRequest]:
-    sizes = ((name, len(data)) for name, data in upload.files.items())
+async def _parts(files: Mapping[str, memoryview]) -> AsyncIterator[pb.StageUploadRequest]:
+    sizes = ((name, len(data)) for name, data in files.items())
     yield pb.StageUploadRequest(files=[UploadedFile(name=name, size_bytes=size) for name, size in sizes])
-    for data in upload.files.values():
+    for data in files.values():
         for start in range(0, len(data), UPLOAD_PART):
             yield pb.StageUploadRequest(data=bytes(data[start : start + UPLOAD_PART]))
 
