@@ -88,12 +88,13 @@ class EdgeSettings(BaseModel):
     adapter_registry: Path | None = Field(
         None,
         description="A YAML or JSON file that gives adapters names, versions and aliases; changes are picked up."
-        " Absent: adapters have the names that their sources give them.",
+        " Routers may share it. Absent: adapters have the names that their sources give them.",
     )
     adapter_uploads_mib: int = Field(
         1024,
         ge=0,
-        description="Memory of the router for adapters that administrators upload, in MiB. 0: uploads are refused.",
+        description="Room for adapters that administrators upload, in MiB: beside the registry file if it can be "
+        "written, or else in the router's memory. 0: uploads are refused.",
     )
     metrics_auth: Literal["names", "all", "none"] = Field(
         "names",

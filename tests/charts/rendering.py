@@ -50,6 +50,9 @@ CASES = {
     "a registry of adapters": Case(
         {"router": {"adapterRegistry": {"existingConfigMap": "names"}}}, {"ConfigMap": {"names"}}
     ),
+    "a registry of adapters that the API changes, with uploads": Case(
+        {"router": {"replicas": 2, "adapterRegistry": {"existingClaim": "names"}}}, {"PersistentVolumeClaim": {"names"}}
+    ),
     "the user's secrets and claims": Case(
         {
             "imagePullSecrets": [{"name": "registry"}],

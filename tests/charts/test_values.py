@@ -110,6 +110,7 @@ def test_unknown_keys_and_bad_values_are_refused(values: Object):
         ({"keda": {"enabled": True}}, "keda.serverAddress"),
         ({"gateway": {"httpRoute": {"enabled": True}}}, "name the Gateway"),
         ({"mtls": {"routerSecret": "cert"}}, "or neither"),
+        ({"router": {"adapterRegistry": {"existingClaim": "a", "existingConfigMap": "b"}}}, "not both"),
         (
             {"shard": {"adapters": {"existingClaim": "a", "configMaps": [{"id": "a", "name": "a"}]}}},
             "shard.adapters",

@@ -20,6 +20,10 @@ template:
 
 {{- define "loraplex.routerPod" -}}
 terminationGracePeriodSeconds: {{ add .Values.router.preStopSeconds (ceil (index .Values.router.settings "drain-seconds" | default 30)) 10 }}
+{{- if .Values.router.adapterRegistry.existingClaim }}
+initContainers:
+  - {{- merge (include "loraplex.newRegistry" . | fromYaml) (include "loraplex.commonContainer" (list . "router") | fromYaml) | toYaml | nindent 4 }}
+{{- end }}
 containers:
   - {{- include "loraplex.container" (list . "router" (include "loraplex.router" . | fromYaml)) | nindent 4 }}
 volumes:
@@ -30,10 +34,25 @@ volumes:
   {{- with .Values.router.adapterRegistry.existingConfigMap }}
   - {name: adapter-registry, configMap: {name: {{ . | quote }}}}
   {{- end }}
+  {{- with .Values.router.adapterRegistry.existingClaim }}
+  - {name: adapter-registry, persistentVolumeClaim: {claimName: {{ . | quote }}}}
+  {{- end }}
   {{- include "loraplex.mtlsVolume" (list . "routerSecret") | trim | nindent 2 }}
   {{- with .Values.router.extraVolumes }}
   {{- toYaml . | nindent 2 }}
   {{- end }}
+{{- end }}
+
+{{- define "loraplex.hasRegistry" -}}
+{{- with .Values.router.adapterRegistry }}{{ or .existingConfigMap .existingClaim }}{{ end }}
+{{- end }}
+
+{{/* Makes the file if the claim is new. With `set -C`, of routers that start together one makes it. */}}
+{{- define "loraplex.newRegistry" -}}
+name: adapter-registry
+command: [sh, -c, 'test -s "$0" || { set -C; echo "adapters: {}" > "$0"; }', {{ printf "/registry/%s" .Values.router.adapterRegistry.key | quote }}]
+volumeMounts:
+  - {name: adapter-registry, mountPath: /registry}
 {{- end }}
 
 {{- define "loraplex.router" -}}
@@ -48,7 +67,7 @@ args:
   {{- if .Values.router.apiKeys.existingSecret }}
   - {{ printf "--api-keys=/etc/loraplex/api-keys/%s" .Values.router.apiKeys.key | quote }}
   {{- end }}
-  {{- if .Values.router.adapterRegistry.existingConfigMap }}
+  {{- if include "loraplex.hasRegistry" . }}
   - {{ printf "--adapter-registry=/etc/loraplex/adapter-registry/%s" .Values.router.adapterRegistry.key | quote }}
   {{- end }}
   {{- if and .Values.gateway.inferencePool.enabled (not (hasKey $settings "gateway-metrics")) }}
@@ -92,8 +111,8 @@ volumeMounts:
   {{- if .Values.router.apiKeys.existingSecret }}
   - {name: api-keys, mountPath: /etc/loraplex/api-keys, readOnly: true}
   {{- end }}
-  {{- if .Values.router.adapterRegistry.existingConfigMap }}
-  - {name: adapter-registry, mountPath: /etc/loraplex/adapter-registry, readOnly: true}
+  {{- if include "loraplex.hasRegistry" . }}
+  - {name: adapter-registry, mountPath: /etc/loraplex/adapter-registry, readOnly: {{ empty .Values.router.adapterRegistry.existingClaim }}}
   {{- end }}
   {{- include "loraplex.mtlsMount" (list . "routerSecret") | trim | nindent 2 }}
   {{- with .Values.router.extraVolumeMounts }}

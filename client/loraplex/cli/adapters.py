@@ -161,7 +161,7 @@ def upload_adapter(
     server: Server = DEFAULT_SERVER,
     api_key: ApiKey = None,
 ) -> None:
-    """Upload an adapter into the server's memory, as the newest version of a name."""
+    """Upload an adapter to the server, as the newest version of a name."""
     # Beside PEFT's files, a GGUF file is what the adapter was converted to.
     patterns = UPLOADED if (folder / UPLOADED[0]).exists() else (*UPLOADED, "*.gguf")
     paths = {path.relative_to(folder).as_posix(): path for pattern in patterns for path in folder.glob(pattern)}

@@ -72,7 +72,8 @@ async def load_adapter(body: schema.AdapterReference, call: Call) -> Response:
 
 @router.post("/upload", responses={**ANSWERS, **CONFLICT}, openapi_extra=FILES)
 async def upload_adapter(name: Name, request: Request, call: Call, expected_version: Expected = None) -> Response:
-    """Makes an adapter's files, as multipart/form-data, the newest version of a name. They are only kept in memory."""
+    """Makes an adapter's files, as multipart/form-data, the newest version of a name. They are kept beside the registry
+    file if it can be written, or else only in memory."""
     size = request.headers.get("content-length", "")
     if not size.isdecimal() or len(size) > 18:
         raise InvalidRequestError(FieldViolation("content-length", "is needed: say how large the body is"))
