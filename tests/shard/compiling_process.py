@@ -1,18 +1,21 @@
 """Compiles the CUDA operations' kernels without a GPU: `python -m tests.shard.compiling_process 80 90`.
 
 The arguments are compute capabilities, times ten. Operations run on CPU tensors, and compile each kernel for its
-arguments instead of launching it. Prints the capability, the kernel, its bytes of shared memory, and the number of its
-instructions that move 16 bytes at once between global memory and a thread or shared memory.
+arguments instead of launching it. Prints a line of JSON with what each compiled kernel needs and does: see `describe`.
 """
 
+import json
 import os
 import re
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 
 os.environ["TRITON_INTERPRET"] = "0"
 
 import torch
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
@@ -52,11 +55,30 @@ class AbsentGpu:
 def compile_only(run: Callable[..., CompiledKernel]) -> Callable[..., CompiledKernel]:
     def compiled(self: JITFunction, *args: object, grid: object, warmup: bool, **options: object) -> CompiledKernel:
         kernel = run(self, *args, grid=grid, warmup=True, **options)
-        wide = len(WIDE.findall(kernel.asm["ptx"]))
-        print(driver.active.capability, self.fn.__name__, kernel.metadata.shared, wide)
+        print(json.dumps({"kernel": self.fn.__name__, "capability": driver.active.capability, **describe(kernel)}))
         return kernel
 
     return compiled
+
+
+def describe(kernel: CompiledKernel) -> dict[str, int]:
+    """Its bytes of shared memory; registers and bytes of local memory of a thread, which are spilled registers; the
+    number of its instructions that move 16 bytes at once between global memory and a thread or shared memory; and that
+    of products of four warps."""
+    ptx = kernel.asm["ptx"]
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        used = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    local, stack, registers = (sum(map(int, re.findall(rf"{name}:(\d+)", used))) for name in ("LOCAL", "STACK", "REG"))
+    return {
+        "shared": kernel.metadata.shared,
+        "registers": registers,
+        "spilled": local + stack,
+        "wide": len(WIDE.findall(ptx)),
+        "wgmma": ptx.count("wgmma.mma_async"),
+    }
 
 
 def linears(dtype: torch.dtype) -> None:

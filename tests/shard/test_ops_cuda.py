@@ -15,9 +15,12 @@ from transformers import LlamaConfig, MixtralConfig, PreTrainedConfig
 
 from loraplex_shard.lora.weights.deltas import Delta, partition_adapter
 from loraplex_shard.ops.base import Activation, HeadNorms, Norm
+from loraplex_shard.ops.cuda.lora import LoraTiles, add_lora_delta
 from loraplex_shard.ops.cuda.operations import CudaOperations
+from loraplex_shard.ops.cuda.worklists import Worklist
 from loraplex_shard.ops.quantized import quantize
 from loraplex_shard.ops.reference import ReferenceOperations
+from loraplex_shard.shapes.adapter import AdapterWeights
 from loraplex_shard.shapes.batch import Segment
 from loraplex_shard.shapes.heads import Heads
 from loraplex_shard.shapes.layout import LinearLayout, LinearPart
@@ -204,7 +207,9 @@ def test_rotation_and_writing_to_the_cache(
 @few
 @given(
     lora_ranks=st.lists(st.tuples(*[st.none() | st.integers(1, 40)] * 3).filter(any), min_size=1, max_size=4),
-    runs=st.lists(st.tuples(st.integers(1, 7) | st.just(90), st.none() | st.integers(0, 3)), min_size=1, max_size=5),
+    runs=st.lists(
+        st.tuples(st.integers(1, 7) | st.just(90) | st.just(200), st.none() | st.integers(0, 3)), min_size=1, max_size=5
+    ),
     dtype=st.sampled_from(FLOATS),
     int8=st.booleans(),
     in_features=st.integers(1, 70) | st.just(1100),
@@ -249,6 +254,38 @@ def test_lora_deltas_of_mixed_ranks(
     CUDA.add_lora_delta(actual, x, tuple(segments), layouts[1])
     REFERENCE.add_lora_delta(expected, x.float(), tuple(segments), layouts[1])
     assert_close(actual, expected.to(dtype), factor=4)
+
+
+def lora_layer(seed: int, lora_rank: int, in_features: int = 1100) -> tuple[AdapterWeights, LinearLayout]:
+    """An int8 adapter of a layer with two projections."""
+    parts = tuple(LinearPart(name, 32, (slice(0, 32),)) for name in "ab")
+    layout = LinearLayout("fused", 0, parts, in_features, slice(0, in_features))
+    deltas = {p.module: Delta(random(seed, lora_rank, in_features), random(seed, 32, lora_rank), 0.1) for p in parts}
+    return partition_adapter(deltas, [layout], torch.int8).weights, layout
+
+
+def test_a_tokens_lora_delta_does_not_depend_on_its_neighbours() -> None:
+    """With many tiles, a program computes all slices of A's columns; with few, each slice has a program."""
+    (adapter, layout), (other, _) = lora_layer(0, 20), lora_layer(1, 3)
+    x, base = random(0, 80, 1100), random(1, 80, 64)
+    together, alone, few_others = base.clone(), base[40:41].clone(), base[38:42].clone()
+    CUDA.add_lora_delta(together, x, (Segment(0, 30, other), Segment(30, 77, adapter), Segment(77, 80, other)), layout)
+    CUDA.add_lora_delta(alone, x[40:41].clone(), (Segment(0, 1, adapter),), layout)
+    CUDA.add_lora_delta(few_others, x[38:42].clone(), (Segment(0, 1, other), Segment(2, 3, adapter)), layout)
+    assert alone.equal(together[40:41]) and few_others[2:3].equal(alone) and not alone.equal(base[40:41])
+
+
+def test_a_launch_with_room_for_more_tiles_computes_those_of_the_list() -> None:
+    """As a recorded launch does, whose list is written anew for each step."""
+    adapter, layout = lora_layer(0, 20)
+    x, base = random(0, 40, 1100), random(1, 40, 64)
+    tiles = LoraTiles.of((Segment(3, 38, adapter),), CPU)
+    entries = torch.full((9, 3), 1 << 40)  # these are not addresses
+    entries[: tiles.tiles.room] = tiles.tiles.entries
+    actual, expected = base.clone(), base.clone()
+    add_lora_delta(actual, x, replace(tiles, tiles=Worklist(entries, tiles.tiles.count), widest=100), layout)
+    CUDA.add_lora_delta(expected, x, (Segment(3, 38, adapter),), layout)
+    assert actual.equal(expected) and not actual.equal(base)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

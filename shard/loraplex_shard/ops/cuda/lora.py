@@ -3,24 +3,30 @@
 This follows Punica (arXiv 2310.18547) and S-LoRA (arXiv 2311.03285): the tokens come sorted by adapter, and a program
 computes a tile of tokens that share an adapter. It finds the adapter's matrices through the adapter's table (see
 kernels/csrc/tables.h). One kernel computes A x for all projections that share x; a second one adds B (A x).
+
+A token's result does not depend on its neighbours: A's columns are always cut in the same slices, and the slices' sums
+added in their order, however many programs share them.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 
 from loraplex_shard.kernels.tables import places, width
+from loraplex_shard.ops.cuda.worklists import Worklist, multiprocessors, numbered
 from loraplex_shard.shapes.batch import Segment
 from loraplex_shard.shapes.layout import LinearLayout
 
-SHORT, LONG = 16, 64  # tokens per tile: SHORT if no segment is longer than SHORT, else LONG
-RANKS = 16  # ranks of an adapter per program or iteration
-COLUMNS = 128  # columns of A per iteration, or columns of B per program
+TOKENS = 32  # tokens per tile
+RANKS = 16  # ranks of an adapter per iteration
+RANK_PROGRAMS = 3  # programs that share a tile's ranks: one for each of three projections with few ranks
+SLICE, SLICES = 512, 8  # the least columns of A in a slice, and the largest number of slices
+SHRINK_COLUMNS, EXPAND_COLUMNS = 128, 256  # columns of A per iteration, and columns of B per program
 ALIGNMENT = 16  # outputs: if the projections of a layer begin at multiples of it, several values are loaded at once
-SLICE, SLICES = 512, 8  # with short tiles: columns of A per program, and the largest number of programs for A
 
 # The places of fields in an adapter's table.
 LAYER_WIDTH, PART_WIDTH = tl.constexpr(width("LoraLayer")), tl.constexpr(width("LoraPart"))
@@ -37,23 +43,19 @@ RANK_START, RANK_STOP, START, STOP, EXPAND, AFFINE = (
 class LoraTiles:
     """The tokens of a batch in tiles that share an adapter."""
 
-    tiles: torch.Tensor  # [tiles, 3] int64: first token, tokens, address of the adapter's table
-    length: int  # the largest number of tokens in a tile
-    widest: int  # the largest lora_rank of an adapter in one layer, summed over the layer's projections
+    tiles: Worklist  # (first token, tokens, address of the adapter's table), int64
+    widest: int  # at least the lora_rank of an adapter in one layer, summed over the layer's projections
     int8: bool
 
     @classmethod
     def of(cls, segments: Sequence[Segment], device: torch.device) -> "LoraTiles":
-        longest = max((segment.stop - segment.start for segment in segments), default=0)
-        length = SHORT if longest <= SHORT else LONG
-        tiles = [
-            (first, min(length, segment.stop - first), segment.adapter.table.data_ptr())
-            for segment in segments
-            for first in range(segment.start, segment.stop, length)
-        ]
+        rows = [(segment.start, segment.stop, segment.adapter.table.data_ptr()) for segment in segments]
+        starts, stops, tables = np.array(rows, dtype=np.int64).reshape(-1, 3).T
+        counts = -(-(stops - starts) // TOKENS)
+        firsts = np.repeat(starts, counts) + numbered(counts) * TOKENS
+        lengths = np.minimum(np.repeat(stops, counts) - firsts, TOKENS)
         return cls(
-            torch.tensor(tiles, dtype=torch.int64, device=device),
-            length,
+            Worklist.of(np.stack((firsts, lengths, np.repeat(tables, counts)), axis=1), device),
             max((segment.adapter.widest for segment in segments), default=0),
             any(segment.adapter.int8 for segment in segments),
         )
@@ -62,89 +64,97 @@ class LoraTiles:
 def add_lora_delta(out: torch.Tensor, x: torch.Tensor, runs: LoraTiles, layout: LinearLayout) -> None:
     """Implements Operations.add_lora_delta."""
     tokens, columns = x.shape
-    layer, aligned = layout.index, layout.unit % ALIGNMENT == 0
-    slices = min(SLICES, triton.cdiv(columns, SLICE)) if runs.length == SHORT else 1
-    shrunk = x.new_empty((slices, tokens, runs.widest), dtype=torch.float32)
-    count = len(runs.tiles)
-    _shrink[(count, max(1, triton.cdiv(runs.widest, RANKS)), slices)](
+    widest = triton.cdiv(max(1, runs.widest), RANKS) * RANKS
+    slices = min(SLICES, triton.cdiv(columns, SLICE))
+    # The slices of a tile have a program each, unless the tiles alone keep the device busy.
+    split = slices if runs.tiles.room < 2 * multiprocessors(x.device) else 1
+    shrunk = x.new_empty((split, tokens, widest), dtype=torch.float32)
+    _shrink[(runs.tiles.room, RANK_PROGRAMS, split)](
         x,
         shrunk,
-        runs.tiles,
-        layer,
+        runs.tiles.entries,
+        runs.tiles.count,
+        layout.index,
         tokens,
-        runs.widest,
+        widest,
         columns,
-        triton.cdiv(columns, slices * COLUMNS) * COLUMNS,
+        triton.cdiv(columns, slices * SHRINK_COLUMNS) * SHRINK_COLUMNS,
         INT8=runs.int8,
-        TOKENS=runs.length,
+        SLICES=slices // split,
+        TOKENS=TOKENS,
         RANKS=RANKS,
-        COLUMNS=COLUMNS,
+        COLUMNS=SHRINK_COLUMNS,
     )
-    _expand[(count, triton.cdiv(out.shape[1], COLUMNS))](
+    _expand[(runs.tiles.room, triton.cdiv(out.shape[1], EXPAND_COLUMNS))](
         shrunk,
         out,
-        runs.tiles,
-        layer,
+        runs.tiles.entries,
+        runs.tiles.count,
+        layout.index,
         tokens,
-        runs.widest,
+        widest,
         out.shape[1],
         INT8=runs.int8,
-        ALIGNED=aligned,
-        SLICES=slices,
-        TOKENS=runs.length,
+        ALIGNED=layout.unit % ALIGNMENT == 0,
+        SLICES=split,
+        TOKENS=TOKENS,
         RANKS=RANKS,
-        COLUMNS=COLUMNS,
-        num_warps=4 if runs.length == SHORT else 8,
+        COLUMNS=EXPAND_COLUMNS,
+        num_warps=8,
     )
 
 
-@triton.jit(do_not_specialize=["layer", "tokens", "widest"])
+@triton.jit(do_not_specialize=["layer", "tokens"])
 def _shrink(
     x,
     shrunk,
     tiles,
+    count,
     layer,
     tokens,
     widest,
     columns,
     slice_length,
     INT8: tl.constexpr,
+    SLICES: tl.constexpr,
     TOKENS: tl.constexpr,
     RANKS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Computes shrunk[slice, token, rank] in float32: the part of A x that comes from one slice of A's columns."""
+    """Computes shrunk[program, token, rank] in float32: A x as far as it comes from SLICES slices of A's columns."""
+    if tl.program_id(0) >= tl.load(count):
+        return
     dtype = x.dtype.element_ty
     tile = tiles + tl.program_id(0) * 3
     entry = tl.load(tile + 2).to(tl.pointer_type(tl.int64)) + layer * LAYER_WIDTH
-    rank = tl.program_id(1) * RANKS + tl.arange(0, RANKS)
     lora_rank = tl.load(entry + LORA_RANK)
-    if tl.program_id(1) * RANKS >= lora_rank:
-        return
     a = tl.multiple_of(tl.load(entry + SHRINK).to(tl.pointer_type(tl.int8 if INT8 else dtype)), 16)
     row = tl.arange(0, TOKENS)
     token, real = tl.load(tile) + row, row < tl.load(tile + 1)
-    sums = tl.zeros([TOKENS, RANKS], tl.float32)
-    start = tl.program_id(2) * slice_length
-    for first in range(start, tl.minimum(start + slice_length, columns), COLUMNS):
-        column = first + tl.arange(0, COLUMNS)
-        within = column < columns
-        inputs = tl.load(x + token[:, None] * columns + column[None, :], real[:, None] & within[None, :], 0.0)
-        wanted = within[:, None] & (rank < lora_rank)[None, :]
-        weights = tl.load(a + rank[None, :] * columns + column[:, None], wanted, 0)
-        sums = tl.dot(inputs, weights.to(dtype), sums, input_precision="ieee")
-    if INT8:
-        scales = tl.load(entry + SCALES).to(tl.pointer_type(tl.float32))
-        sums *= tl.load(scales + rank, rank < lora_rank, 0.0)[None, :]
-    place = (tl.program_id(2).to(tl.int64) * tokens + token)[:, None] * widest + rank[None, :]
-    tl.store(shrunk + place, sums, real[:, None] & (rank < lora_rank)[None, :])
+    to = shrunk + (tl.program_id(2).to(tl.int64) * tokens + token)[:, None] * widest
+    for first_rank in range(tl.program_id(1) * RANKS, lora_rank, tl.num_programs(1) * RANKS):
+        rank = first_rank + tl.arange(0, RANKS)
+        wanted = rank < lora_rank
+        total = tl.zeros([TOKENS, RANKS], tl.float32)
+        for number in range(SLICES):
+            start = (tl.program_id(2) * SLICES + number) * slice_length
+            sums = tl.zeros([TOKENS, RANKS], tl.float32)
+            for first in range(start, tl.minimum(start + slice_length, columns), COLUMNS):
+                column = first + tl.arange(0, COLUMNS)
+                within = column < columns
+                inputs = tl.load(x + token[:, None] * columns + column[None, :], real[:, None] & within[None, :], 0.0)
+                weights = tl.load(a + rank[None, :] * columns + column[:, None], within[:, None] & wanted[None, :], 0)
+                sums = tl.dot(inputs, weights.to(dtype), sums, input_precision="ieee")
+            total += sums
+        tl.store(to + rank[None, :], total, real[:, None] & wanted[None, :])
 
 
-@triton.jit(do_not_specialize=["layer", "tokens", "widest"])
+@triton.jit(do_not_specialize=["layer", "tokens"])
 def _expand(
     shrunk,
     out,
     tiles,
+    count,
     layer,
     tokens,
     widest,
@@ -156,11 +166,14 @@ def _expand(
     RANKS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Adds B's product with the sum of the slices to some columns of out, one projection after the other. If the
-    adapter has factors and shifts for a projection's outputs, they are applied to out first."""
+    """Adds B's product with the sum of _shrink's SLICES parts to some columns of out, one projection after the other.
+    If the adapter has factors and shifts for a projection's outputs, they are applied to out first."""
+    if tl.program_id(0) >= tl.load(count):
+        return
     dtype = out.dtype.element_ty
     tile = tiles + tl.program_id(0) * 3
     entry = tl.load(tile + 2).to(tl.pointer_type(tl.int64)) + layer * LAYER_WIDTH
+    scales = tl.load(entry + SCALES).to(tl.pointer_type(tl.float32))
     begin = tl.program_id(1) * COLUMNS
     column = begin + tl.arange(0, COLUMNS)
     row = tl.arange(0, TOKENS)
@@ -174,22 +187,26 @@ def _expand(
         if (start < begin + COLUMNS) & (begin < stop):
             b = tl.multiple_of(tl.load(part + EXPAND).to(tl.pointer_type(tl.int8 if INT8 else dtype)), 16)
             own = (column >= start) & (column < stop)
+            place = out + token[:, None] * out_features + column[None, :]
+            ours = real[:, None] & own[None, :]
+            base = tl.load(place, ours, 0.0)  # it arrives during the products
+            affine = tl.load(part + AFFINE)
             sums = tl.zeros([TOKENS, COLUMNS], tl.float32)
             for first in range(rank_start, rank_stop, RANKS):
                 rank = first + tl.arange(0, RANKS)
                 within = rank < rank_stop
                 inputs = tl.zeros([TOKENS, RANKS], tl.float32)
                 for piece in tl.static_range(SLICES):
-                    place = (piece * tokens + token)[:, None] * widest + rank[None, :]
-                    inputs += tl.load(shrunk + place, real[:, None] & within[None, :], 0.0)
-                place = (rank - rank_start)[:, None] * (stop - start) + (column - start)[None, :]
-                weights = tl.load(b + place, within[:, None] & own[None, :], 0)
+                    shrunk_place = (piece * tokens + token)[:, None] * widest + rank[None, :]
+                    inputs += tl.load(shrunk + shrunk_place, real[:, None] & within[None, :], 0.0)
+                if INT8:
+                    inputs *= tl.load(scales + rank, within, 0.0)[None, :]
+                weight_place = (rank - rank_start)[:, None] * (stop - start) + (column - start)[None, :]
+                weights = tl.load(b + weight_place, within[:, None] & own[None, :], 0)
                 sums = tl.dot(inputs.to(dtype), weights.to(dtype), sums, input_precision="ieee")
-            place = out + token[:, None] * out_features + column[None, :]
-            ours = real[:, None] & own[None, :]
-            base = tl.load(place, ours, 0.0).to(tl.float32)
-            affine = tl.load(part + AFFINE)
+            summand = base.to(tl.float32)
             if affine != 0:
                 factors = affine.to(tl.pointer_type(tl.float32)) + (column - start)
-                base = base * tl.load(factors, own, 1.0)[None, :] + tl.load(factors + (stop - start), own, 0.0)[None, :]
-            tl.store(place, (base + sums).to(dtype), ours)
+                summand = summand * tl.load(factors, own, 1.0)[None, :]
+                summand += tl.load(factors + (stop - start), own, 0.0)[None, :]
+            tl.store(place, (summand + sums).to(dtype), ours)
