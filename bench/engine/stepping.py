@@ -1,5 +1,6 @@
 """The engine in this process: the real runner on the embedded model, without a router, a server or gRPC."""
 
+import operator
 from collections.abc import Callable, Sequence
 from random import Random
 
@@ -62,16 +63,20 @@ class Stepper:
         dtype: torch.dtype = torch.bfloat16,
         decoder: Decoder | None = None,
         sequences: int = MAX_SEQUENCES,
+        max_model_len: int = MAX_MODEL_LEN,
+        num_blocks: int | None = None,
+        kv_dtype: torch.dtype | None = None,
     ) -> None:
-        """`decoder` replaces the embedded model; `sequences` is the largest batch."""
-        checkpoint = open_checkpoint("", None, None)
+        """`decoder` replaces the embedded model, on its own device; `sequences` is the largest batch. Without
+        `num_blocks`, the cache has room for the most and longest sequences."""
         self.decoder = decoder or load_model(quantize, dtype)
         keep_freed()
-        self._sequences, blocks = sequences, sequences * -(-MAX_MODEL_LEN // BLOCK_SIZE)
-        self.cache: KVCache = self.decoder.new_cache(blocks, BLOCK_SIZE)
-        for layer in self.cache.layers:
-            layer.keys.fill_(0.5)  # memory that was never written does not cost a read
-            layer.values.fill_(0.5)
+        self._sequences, self._max_model_len = sequences, max_model_len
+        blocks = num_blocks or sequences * -(-max_model_len // BLOCK_SIZE)
+        self.cache: KVCache = self.decoder.new_cache(blocks, BLOCK_SIZE, kv_dtype)
+        for layer in self.cache.layers:  # memory that was never written does not cost a read
+            _fill(layer.keys)
+            _fill(layer.values)
         self._slots = Slots()
         self.runner = Runner(
             self.decoder,
@@ -79,9 +84,9 @@ class Stepper:
             self._slots,  # type: ignore[arg-type]
             Group(0, 1),
             sequences,
-            MAX_MODEL_LEN,
-            CPU,
-            GrammarCompiler(checkpoint.tokenizer().tokenizer_json, self.decoder.vocab_size, checkpoint.end_token_ids),
+            max_model_len,
+            self.cache.layers[0].keys.device,
+            GrammarCompiler(b"{}", self.decoder.vocab_size, end_token_ids=()),
         )
 
     @property
@@ -92,7 +97,10 @@ class Stepper:
     @property
     def weights(self) -> int:
         """The number of elements in those matrices."""
-        return sum(linear.weight.rows * linear.weight.columns for linear in self._linears())
+        layouts = [linear.layout for linear in self._linears()]
+        inputs = [len(range(*layout.columns.indices(layout.in_features))) for layout in layouts]
+        outputs = [sum(part.width for part in layout.parts) for layout in layouts]
+        return sum(map(operator.mul, inputs, outputs))
 
     def _linears(self) -> list[ColumnLinear | RowLinear]:
         return [m for m in self.decoder.modules() if isinstance(m, ColumnLinear | RowLinear)]
@@ -103,14 +111,14 @@ class Stepper:
     def start(self, batch: int, context: int, adapters: Sequence[AdapterWeights] = (), used: int | None = None) -> None:
         """Starts `batch` sequences as if all but the last of their `context` tokens were in the cache. The sequences
         are divided evenly between the first `used` adapters; None: all adapters."""
-        assert batch <= self._sequences and context < MAX_MODEL_LEN
+        assert batch <= self._sequences and context < self._max_model_len
         self.runner.clear()
         self._slots.adapters = adapters
         used = len(adapters) if used is None else used
         slots = [row * used // batch + 1 if used else 0 for row in range(batch)]
         self._lengths, self._blocks = [context - 1] * batch, 0
         self._plan = StepRequest(rows=range(batch), lengths=[1] * batch, slots=slots, samples=[True] * batch)
-        self._starts = [_start(row, context, context - 1) for row in range(batch)]
+        self._starts = [self._start(row, context, context - 1) for row in range(batch)]
 
     def decode(self) -> None:
         """Computes one token for each sequence."""
@@ -134,19 +142,19 @@ class Stepper:
         self.decode()
         return seconds(self.decode)
 
-    def prefill(self, batch: int, tokens: int, adapters: Sequence[AdapterWeights] = ()) -> None:
-        """Computes prompts of `tokens` tokens one after the other, in chunks, with one adapter after the other. They
-        share blocks, which nobody reads."""
+    def prefill(self, batch: int, tokens: int, adapters: Sequence[AdapterWeights] = (), chunk: int = CHUNK) -> None:
+        """Computes prompts of `tokens` tokens one after the other, in chunks of at most `chunk`, with one adapter after
+        the other. They share blocks, which nobody reads."""
         self.runner.clear()
         self._slots.adapters = adapters
         for row in range(batch):
             slot = row % len(adapters) + 1 if adapters else 0
-            for begin in range(0, tokens, CHUNK):
-                length = min(CHUNK, tokens - begin)
+            for begin in range(0, tokens, chunk):
+                length = min(chunk, tokens - begin)
                 used = range(begin // BLOCK_SIZE, -(-(begin + length) // BLOCK_SIZE))
                 self.runner.step(
                     StepRequest(
-                        starts=[] if begin else [_start(row, tokens, 0)],
+                        starts=[] if begin else [self._start(row, tokens, 0)],
                         rows=[row],
                         lengths=[length],
                         slots=[slot],
@@ -156,17 +164,22 @@ class Stepper:
                     )
                 )
 
+    def _start(self, row: int, tokens: int, computed: int) -> SequenceStart:
+        ids = Random(row).choices(range(self.decoder.vocab_size), k=tokens)
+        return SequenceStart(row=row, tokens=ids, prompt_length=tokens, computed=computed)
+
     def attention(self, batch: int, context: int) -> Callable[[], None]:
         """Only the attention of one token of each sequence, in one layer after the other: too much for the processor's
         cache."""
         spec, cut, blocks = self.decoder.spec, self.decoder.partition, -(-context // BLOCK_SIZE)
-        tables = torch.randperm(batch * blocks).view(batch, blocks)
-        last = torch.full((batch,), context - 1)
+        heads = Heads(cut.heads, cut.kv_heads, spec.head_dim)
+        with self.decoder.device:
+            tables = torch.randperm(batch * blocks).view(batch, blocks)
+            last = torch.full((batch,), context - 1)
+            qkv = torch.randn(batch, heads.width).to(self.decoder.dtype)
         indices = tables[:, -1] * BLOCK_SIZE + last % BLOCK_SIZE
         contexts, starts = (context,) * batch, tuple(range(batch + 1))
         step = self.decoder.ops.prepare(Batch(last, last, indices, starts, contexts, tables, ()))
-        heads = Heads(cut.heads, cut.kv_heads, spec.head_dim)
-        qkv = torch.randn(batch, heads.width).to(self.decoder.dtype)
 
         def attend() -> None:
             for layer in self.cache.layers:
@@ -175,20 +188,17 @@ class Stepper:
         return attend
 
 
-def _start(row: int, tokens: int, computed: int) -> SequenceStart:
-    ids = Random(row)
-    return SequenceStart(
-        row=row,
-        tokens=[ids.randrange(1000, 40000) for _ in range(tokens)],
-        prompt_length=tokens,
-        computed=computed,
-    )
+def _fill(tensor: torch.Tensor) -> None:
+    if tensor.dtype == torch.int8:
+        tensor.random_(-99, 100)
+    else:
+        tensor.uniform_(-0.5, 0.5)
 
 
-def random_adapter(layouts: Sequence[LinearLayout], lora_rank: int, seed: int) -> AdapterWeights:
-    """An adapter on all linear layers except the head, small enough not to turn answers into noise."""
+def random_deltas(layouts: Sequence[LinearLayout], lora_rank: int, seed: int) -> dict[str, Delta]:
+    """Deltas of all linear layers except the head, by module, small enough not to turn answers into noise."""
     generator = torch.Generator().manual_seed(seed)
-    deltas = {
+    return {
         part.module: Delta(
             torch.randn(lora_rank, layout.in_features, generator=generator) * 0.01,
             torch.randn(part.out_features, lora_rank, generator=generator) * 0.01,
@@ -198,4 +208,10 @@ def random_adapter(layouts: Sequence[LinearLayout], lora_rank: int, seed: int) -
         if layout.name != "lm_head"
         for part in layout.parts
     }
-    return partition_adapter(deltas, layouts, torch.bfloat16).weights
+
+
+def random_adapter(
+    layouts: Sequence[LinearLayout], lora_rank: int, seed: int, dtype: torch.dtype = torch.bfloat16
+) -> AdapterWeights:
+    """An adapter of such deltas."""
+    return partition_adapter(random_deltas(layouts, lora_rank, seed), layouts, dtype).weights

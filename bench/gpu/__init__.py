@@ -1,1 +1,4 @@
-"""What can be measured of a GPU's engine, with one or without."""
+"""Checks and measures the shard on one GPU, by one command: `make gpu-check`, or `python -m bench.gpu`.
+
+Tiny, and in Triton's interpreter, it runs without a GPU (`--device cpu`). docs/gpu.md says what it needs and prints.
+"""
