@@ -31,7 +31,7 @@ def test_each_token_sees_each_position_once(
     seen: Counter[tuple[int, int]] = Counter()
     results: dict[int, int] = {}
     for rows, part in (SHORT, tiles.short), (tiles.rows, tiles.long):
-        for chunk, start, count, position, first, stop, place in part.tolist():
+        for chunk, start, count, position, first, stop, place in part.entries.tolist():
             assert 0 < count * group <= rows and batch.starts[chunk] <= start
             for token in range(count):
                 own = position + token
@@ -46,6 +46,8 @@ def test_each_token_sees_each_position_once(
         assert all(seen.pop((token, each)) == 1 for each in range(lowest, own + 1))
     assert not seen
     combined = {
-        place + number * step: token for token, place, step, count in tiles.split.tolist() for number in range(count)
+        place + number * step: token
+        for token, place, step, count in tiles.split.entries.tolist()
+        for number in range(count)
     }
     assert combined == results and sorted(results) == list(range(tiles.partials))

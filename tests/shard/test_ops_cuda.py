@@ -15,8 +15,10 @@ from transformers import LlamaConfig, MixtralConfig, PreTrainedConfig
 
 from loraplex_shard.lora.weights.deltas import Delta, partition_adapter
 from loraplex_shard.ops.base import Activation, HeadNorms, Norm
+from loraplex_shard.ops.cuda.attention import attention
 from loraplex_shard.ops.cuda.lora import LoraTiles, add_lora_delta
 from loraplex_shard.ops.cuda.operations import CudaOperations
+from loraplex_shard.ops.cuda.tiles import make_tiles
 from loraplex_shard.ops.cuda.worklists import Worklist
 from loraplex_shard.ops.quantized import quantize
 from loraplex_shard.ops.reference import ReferenceOperations
@@ -170,6 +172,25 @@ def test_a_sequences_attention_does_not_depend_on_its_neighbours() -> None:
     assert CUDA.attention(qkv[:1].clone(), heads, CUDA.prepare(alone), layer).equal(out[:1])
 
 
+def test_attention_with_room_for_more_tiles_computes_those_of_the_lists() -> None:
+    """As a recorded launch does, whose lists are written anew for each step."""
+    heads = Heads(query=6, kv=2, dim=32)
+    batch, num_blocks = paged_batch([(1500, 1), (30, 9), (40, 1), (1200, 2)], seed=0)
+    (layer,) = filled_cache(num_blocks, heads, torch.float32, 0).layers
+    qkv = random(0, 13, heads.width)
+    exact = make_tiles(batch, heads, torch.float32, CPU)
+    roomy = replace(exact, **{name: with_room(getattr(exact, name), 40) for name in ("short", "long", "split")})
+    actual = attention(qkv, heads, batch, replace(roomy, partials=99), layer, None)
+    assert actual.equal(attention(qkv, heads, batch, exact, layer, None))
+
+
+def with_room(worklist: Worklist, room: int) -> Worklist:
+    """The same list, with entries that nothing may read behind it."""
+    entries = worklist.entries.new_full((room, worklist.entries.shape[1]), 1 << 30)
+    entries[: worklist.room] = worklist.entries
+    return Worklist(entries, worklist.count)
+
+
 @pytest.mark.parametrize("form", [*FLOATS, torch.bfloat16, torch.int8])
 @pytest.mark.parametrize(
     ("heads", "norm", "rotary_dim", "interleaved"),
@@ -280,10 +301,8 @@ def test_a_launch_with_room_for_more_tiles_computes_those_of_the_list() -> None:
     adapter, layout = lora_layer(0, 20)
     x, base = random(0, 40, 1100), random(1, 40, 64)
     tiles = LoraTiles.of((Segment(3, 38, adapter),), CPU)
-    entries = torch.full((9, 3), 1 << 40)  # these are not addresses
-    entries[: tiles.tiles.room] = tiles.tiles.entries
     actual, expected = base.clone(), base.clone()
-    add_lora_delta(actual, x, replace(tiles, tiles=Worklist(entries, tiles.tiles.count), widest=100), layout)
+    add_lora_delta(actual, x, replace(tiles, tiles=with_room(tiles.tiles, 9), widest=100), layout)
     CUDA.add_lora_delta(expected, x, (Segment(3, 38, adapter),), layout)
     assert actual.equal(expected) and not actual.equal(base)
 
