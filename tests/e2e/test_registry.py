@@ -13,7 +13,14 @@ from urllib.request import Request, urlopen
 import pytest
 import requests
 
-from loraplex import AdapterConflictError, AdapterInvalidError, AdapterNotFoundError, AdapterState, Client
+from loraplex import (
+    AdapterConflictError,
+    AdapterInvalidError,
+    AdapterNotFoundError,
+    AdapterState,
+    Client,
+    MergedAdapters,
+)
 from loraplex_router.adapters.registry_file import read_registry
 from tests.e2e.processes import Server
 
@@ -108,6 +115,12 @@ def test_an_upload_answers_as_the_same_adapter_does_from_a_folder(server: Server
             client.upload_adapter("half", read(adapters / "r4"))
         with pytest.raises(AdapterInvalidError, match=r"adapter_config\.json is missing"):
             client.upload_adapter("other", {"adapter_model.safetensors": b"x"})
+        client.upload_adapter("policy", read(adapters / "r8"))
+        merged = [
+            client.generate("Hi", adapter=MergedAdapters([name, "attention"]), **OPTIONS).text
+            for name in ("policy", "r8")
+        ]
+        assert merged[0] == merged[1]
         client.remove_adapter("policy")
         with pytest.raises(AdapterNotFoundError):
             client.generate("Hi", adapter="policy", **OPTIONS)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from loraplex import AdapterConflictError, AdapterNotFoundError, Client
+from loraplex import AdapterConflictError, AdapterNotFoundError, Client, MergedAdapters
 from tests.e2e.processes import Router, Shard
 from tests.e2e.test_registry import OPTIONS, read
 
@@ -74,6 +74,8 @@ def test_a_name_means_the_same_on_every_router_and_after_a_restart(
     latest = clients[0].upload_adapter("policy", contents[0], expected_version=version)
     expected = {name: until_same(clients, name) for name in ("policy", "stable")}
     assert expected == {"policy": answer(clients[0], latest.id), "stable": first}
+    merged = MergedAdapters(["policy", "r4"])  # the same content, twice
+    assert clients[1].generate("Hi", adapter=merged, **OPTIONS).sequences
     assert expected["policy"][2] == clients[1].generate("Hi", adapter="r4", **OPTIONS).text
     for router, client in zip(routers, clients, strict=True):
         client.close()

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from typing import TYPE_CHECKING
 
@@ -123,8 +123,11 @@ class FakeShards:
         digest = sha256(b"".join(files.values())).hexdigest()
         return StagedAdapter(digest, "upload", "", lora_rank=8, size_bytes=10)
 
-    async def merge(self, digest: str, digests: Sequence[str], merged: MergedReference) -> StagedAdapter:
+    async def merge(
+        self, digest: str, digests: Sequence[str], merged: MergedReference, uploads: Mapping[str, Upload]
+    ) -> StagedAdapter:
         self.log.append(f"merge {','.join(digests)}")
+        self.log += [f"sent {name} of {part}" for part, upload in uploads.items() for name in upload.read()]
         return StagedAdapter(digest, "merged", "", lora_rank=8, size_bytes=10)
 
     async def load(self, digest: str, slot: int) -> None:

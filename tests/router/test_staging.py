@@ -42,7 +42,10 @@ class Shards:
     async def upload(self, upload: Upload) -> StagedAdapter:
         raise NotImplementedError
 
-    async def merge(self, digest: str, digests: list[str], merged: MergedReference) -> StagedAdapter:
+    async def merge(
+        self, digest: str, digests: list[str], merged: MergedReference, uploads: dict[str, Upload]
+    ) -> StagedAdapter:
+        assert not uploads
         await self.may_merge.wait()
         assert self.staged.issuperset(digests)
         self.calls.append(f"merge {','.join(reference.id for reference in merged.adapters)} {merged.weights}")

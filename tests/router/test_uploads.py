@@ -3,6 +3,7 @@
 import asyncio
 import gc
 from collections.abc import AsyncIterator
+from hashlib import sha256
 
 import pytest
 from hypothesis import given
@@ -249,11 +250,15 @@ async def test_a_removed_name_is_unknown_and_its_sequences_end_as_they_would(clu
     cluster.service.close(running)
 
 
-async def test_an_upload_cannot_be_merged(cluster: Cluster):
+async def test_to_merge_an_upload_it_is_sent_again(cluster: Cluster):
     await upload(cluster, b"one")
     merged = MergedReference((AdapterReference("policy"), AdapterReference("a")))
-    with pytest.raises(InvalidRequestError, match="cannot be merged"):
-        await cluster.service.generate(Request((1,), adapter=merged))
+    generation = await cluster.service.generate(Request((1,), adapter=merged, max_new_tokens=1))
+    await generation.collect()
+    cluster.service.close(generation)
+    digest = sha256(b"one").hexdigest()
+    place = cluster.shards.log.index(f"merge {digest},digest of a")
+    assert cluster.shards.log[place + 1] == f"sent adapter_model.safetensors of {digest}"
 
 
 async def test_only_administrators_upload_and_remove():

@@ -10,6 +10,7 @@ from transformers import LlamaForCausalLM
 
 from loraplex_protos.errors import AdapterNotFoundError, AdapterSourceError, InvalidRequestError
 from loraplex_shard.lora.merge import STRATEGIES, Recipe, keep_random, merge
+from loraplex_shard.lora.sources.files import CONFIG, TENSORS
 from loraplex_shard.lora.sources.local import LocalSource
 from loraplex_shard.lora.store import AdapterStore
 from loraplex_shard.lora.weights.deltas import Delta
@@ -62,6 +63,29 @@ def merged_on(ranks: int, directory: Path, recipe: Recipe, names: tuple[str, ...
         store.merge(DIGEST, [store.stage(name, "local", "", "").digest for name in names], recipe)
         store.load(DIGEST, 1)
     return whole_deltas([store.adapter_in(1) for store in stores])
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_parts_that_were_uploaded_are_merged_as_those_of_a_folder_are(directory: Path, ranks: int) -> None:
+    recipe = Recipe((0.5, 1.5, -1.0), "ties", 0.5, "total")
+    stores = [
+        AdapterStore(layouts(rank, ranks), torch.float32, torch.device("cpu"), BASE, [LocalSource(directory)])
+        for rank in range(ranks)
+    ]
+    contents = [{name: (directory / part / name).read_bytes() for name in (CONFIG, TENSORS)} for part in NAMES]
+    sizes = [{name: len(data) for name, data in files.items()} for files in contents]
+    for store in stores:
+        uploads = [store.stage_upload(sizes[i], iter(contents[i].values())).digest for i in (0, 2)]
+        parts = [uploads[0], store.stage(NAMES[1], "local", "", "").digest, uploads[1]]
+        announced = {parts[i]: sizes[i] for i in (0, 2)}
+        store.merge_uploads(DIGEST, parts, recipe, announced, iter([*contents[0].values(), *contents[2].values()]))
+        store.load(DIGEST, 1)
+    expected = merged_on(ranks, directory, recipe)
+    torch.testing.assert_close(whole_deltas([store.adapter_in(1) for store in stores]), expected, rtol=0, atol=0)
+    with pytest.raises(AdapterSourceError, match="have changed"):
+        store.merge_uploads("other", parts, recipe, {parts[0]: sizes[1]}, iter(contents[1].values()))
+    with pytest.raises(AdapterNotFoundError):
+        store.merge("other", parts, recipe)
 
 
 def merged_by_peft(model: PeftModel, recipe: Recipe) -> dict[str, torch.Tensor]:

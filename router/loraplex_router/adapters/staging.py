@@ -135,9 +135,6 @@ class AdapterStaging:
                 part = await self.resolve(reference, tenant)
                 part.leases += 1
                 parts.append(part)
-                if isinstance(reference.origin, Upload):
-                    why = f"{quote(reference.id)} was uploaded, and its files are not kept: it cannot be merged"
-                    raise InvalidRequestError(FieldViolation("merged_adapters.adapters", why))
                 if part.invocation is not None:
                     why = f"{quote(reference.id)} is an activated adapter (aLoRA), which cannot be merged"
                     raise InvalidRequestError(FieldViolation("merged_adapters.adapters", why))
@@ -145,7 +142,9 @@ class AdapterStaging:
             digest = merged_digest(digests, merged)
             while unstaging := self._unstaging.get(digest):
                 await asyncio.wait([unstaging])
-            staged = await self._with_room(lambda: self._shards.merge(digest, digests, merged), tenant)
+            origins = {part.digest: each.origin for part, each in zip(parts, merged.adapters, strict=True)}
+            uploads = {digest: origin for digest, origin in origins.items() if isinstance(origin, Upload)}
+            staged = await self._with_room(lambda: self._shards.merge(digest, digests, merged, uploads), tenant)
         finally:
             for part in parts:
                 part.leases -= 1

@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import grpc
@@ -232,8 +232,11 @@ class ShardGroup:
             answers = await self._on_all(lambda rank: rank.StageUpload(_parts(files)))
         return _read_staged([answer.adapter for answer in answers])
 
-    async def merge(self, digest: str, digests: Sequence[str], merged: MergedReference) -> StagedAdapter:
-        """Merges staged adapters into one called `digest`. The reference has been checked and has all weights."""
+    async def merge(
+        self, digest: str, digests: Sequence[str], merged: MergedReference, uploads: Mapping[str, Upload]
+    ) -> StagedAdapter:
+        """Merges staged adapters into one called `digest`; the `uploads` among them, by digest, are sent again. The
+        reference has been checked and has all weights."""
         request = pb.MergeAdaptersRequest(
             digest=digest,
             digests=digests,
@@ -242,8 +245,13 @@ class ShardGroup:
             density=merged.density,
             majority_sign_method=merged.majority_sign_method,
         )
+        files = {digest: await asyncio.to_thread(upload.read) for digest, upload in uploads.items()}
         with self._observer.loading("host"):
-            answers = await self._on_all(lambda rank: rank.MergeAdapters(request))
+            if files:
+                sent = await self._on_all(lambda rank: rank.MergeUploads(_merge_parts(request, files)))
+                answers = [each.merged for each in sent]
+            else:
+                answers = await self._on_all(lambda rank: rank.MergeAdapters(request))
         size = sum(answer.size_bytes for answer in answers)
         return StagedAdapter(digest, "merged", "", answers[0].lora_rank, size)
 
@@ -302,11 +310,29 @@ class ShardGroup:
 
 
 async def _parts(files: Mapping[str, memoryview]) -> AsyncIterator[pb.StageUploadRequest]:
-    sizes = ((name, len(data)) for name, data in files.items())
-    yield pb.StageUploadRequest(files=[UploadedFile(name=name, size_bytes=size) for name, size in sizes])
+    yield pb.StageUploadRequest(files=_announced(files))
+    for data in _contents(files):
+        yield pb.StageUploadRequest(data=data)
+
+
+async def _merge_parts(
+    merge: pb.MergeAdaptersRequest, uploads: Mapping[str, Mapping[str, memoryview]]
+) -> AsyncIterator[pb.MergeUploadsRequest]:
+    sent = [pb.SentAdapter(digest=digest, files=_announced(files)) for digest, files in uploads.items()]
+    yield pb.MergeUploadsRequest(merge=merge, sent=sent)
+    for files in uploads.values():
+        for data in _contents(files):
+            yield pb.MergeUploadsRequest(data=data)
+
+
+def _announced(files: Mapping[str, memoryview]) -> list[UploadedFile]:
+    return [UploadedFile(name=name, size_bytes=len(data)) for name, data in files.items()]
+
+
+def _contents(files: Mapping[str, memoryview]) -> Iterator[bytes]:
     for data in files.values():
         for start in range(0, len(data), UPLOAD_PART):
-            yield pb.StageUploadRequest(data=bytes(data[start : start + UPLOAD_PART]))
+            yield bytes(data[start : start + UPLOAD_PART])
 
 
 def _read_staged(ranks: Sequence[pb.StageAdapterResponse]) -> StagedAdapter:

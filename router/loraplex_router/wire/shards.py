@@ -1,6 +1,6 @@
 """The interface to a replica's shards, which are driven as if they were one."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -42,7 +42,9 @@ class Staging(Protocol):
 
     async def stage(self, reference: AdapterReference) -> StagedAdapter: ...
     async def upload(self, upload: Upload) -> StagedAdapter: ...
-    async def merge(self, digest: str, digests: Sequence[str], merged: MergedReference) -> StagedAdapter: ...
+    async def merge(
+        self, digest: str, digests: Sequence[str], merged: MergedReference, uploads: Mapping[str, Upload]
+    ) -> StagedAdapter: ...
     async def unstage(self, digest: str) -> None: ...
 
 

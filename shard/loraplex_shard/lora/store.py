@@ -38,7 +38,7 @@ from loraplex_shard.lora.sources.files import AdapterFiles
 from loraplex_shard.lora.sources.patience import Progress
 from loraplex_shard.lora.sources.protocol import Origin, Source
 from loraplex_shard.lora.sources.text_files import AdapterText
-from loraplex_shard.lora.sources.upload import check_upload, receive
+from loraplex_shard.lora.sources.upload import check_upload, receive, receive_each
 from loraplex_shard.lora.weights.deltas import Delta, HostAdapter, Invocation
 from loraplex_shard.lora.weights.transfer import Transfer
 from loraplex_shard.observation.metrics import ShardMetrics
@@ -149,10 +149,26 @@ class AdapterStore:
         are staged. Raises AdapterNotFoundError for a part that is not staged, AdapterSourceError for one whose files
         have changed, InvalidRequestError for unequal lora_ranks.
         """
+        return self.merge_uploads(digest, parts, recipe, {}, iter(()))
+
+    def merge_uploads(
+        self,
+        digest: str,
+        parts: Sequence[str],
+        recipe: Recipe,
+        sizes: Mapping[str, Mapping[str, int]],
+        data: Iterator[bytes],
+    ) -> StagedAdapter:
+        """The same if files of some parts, of which only the staged weights were kept, are sent again: their sizes by
+        digest and name."""
+        for files in sizes.values():
+            check_upload(files)
+        size = sum(sum(files.values()) for files in sizes.values())
         with self._lock:
-            sizes = [self._host[part].weights.size_bytes for part in parts if part in self._host]
-        with self._room.taken(sum(sizes) * COPIES):
-            self._once.do(digest, lambda: self._hold(digest, lambda: self._merged(parts, recipe)))
+            size += COPIES * sum(self._host[part].weights.size_bytes for part in parts if part in self._host)
+        with self._room.taken(size):
+            sent = receive_each(sizes, data)
+            self._once.do(digest, lambda: self._hold(digest, lambda: self._merged(parts, recipe, sent)))
         with self._lock:
             adapter = self._host[digest]
         return StagedAdapter(digest, "merged", "", adapter.lora_rank, adapter.weights.size_bytes)
@@ -251,23 +267,26 @@ class AdapterStore:
     def _cut(self, files: AdapterFiles) -> HostAdapter:
         return read_adapter(files, self._layouts, self._base, self._dtype, self._host_bytes)
 
-    def _merged(self, parts: Sequence[str], recipe: Recipe) -> HostAdapter:
-        merged = merge([self._whole(part) for part in parts], recipe)
+    def _merged(self, parts: Sequence[str], recipe: Recipe, sent: Mapping[str, AdapterFiles]) -> HostAdapter:
+        merged = merge([self._whole(part, sent.get(part)) for part in parts], recipe)
         return cut_adapter(WholeAdapter(merged), self._layouts, self._base, self._dtype)
 
-    def _whole(self, digest: str) -> dict[str, Delta]:
-        """Reads a staged adapter again, unpartitioned."""
+    def _whole(self, digest: str, sent: AdapterFiles | None) -> dict[str, Delta]:
+        """Reads a staged adapter again, unpartitioned, or takes its files as they were sent."""
+        files = self._read_again(digest) if sent is None else sent
+        if files.digest() != digest:
+            raise AdapterSourceError("to merge: the adapter's files have changed: load it again")
+        return read_deltas(files, self._layouts, self._base)
+
+    def _read_again(self, digest: str) -> AdapterFiles:
         with self._lock:
             origin = next((origin for origin, known in self._digests.items() if known == digest), None)
         if origin is None:
             raise AdapterNotFoundError(f"no adapter with digest {digest[:64]!r} is staged")
         try:
-            files = origin.read()
+            return origin.read()
         except AdapterSourceError as error:
             raise AdapterSourceError(f"to merge: {error.message}; load the adapter again") from error
-        if files.digest() != digest:
-            raise AdapterSourceError("to merge: the adapter's files have changed: load it again")
-        return read_deltas(files, self._layouts, self._base)
 
     def _hold(self, digest: str, make: Callable[[], HostAdapter]) -> None:
         with self._lock:

@@ -128,9 +128,19 @@ class ShardService(ShardServiceServicer):
         self, request: pb.MergeAdaptersRequest, context: grpc.ServicerContext
     ) -> pb.MergeAdaptersResponse:
         with self._errors_answered(context):
-            recipe = Recipe(tuple(request.weights), request.strategy, request.density, request.majority_sign_method)
-            merged = self._adapters.merge(request.digest, request.digests, recipe)
-            return pb.MergeAdaptersResponse(lora_rank=merged.lora_rank, size_bytes=merged.size_bytes)
+            merged = self._adapters.merge(request.digest, request.digests, _read_recipe(request))
+            return _write_merged(merged)
+
+    def MergeUploads(
+        self, request_iterator: Iterator[pb.MergeUploadsRequest], context: grpc.ServicerContext
+    ) -> pb.MergeUploadsResponse:
+        with self._errors_answered(context):
+            first = next(request_iterator)
+            sizes = {part.digest: {file.name: file.size_bytes for file in part.files} for part in first.sent}
+            data = (request.data for request in request_iterator)
+            wanted = first.merge
+            merged = self._adapters.merge_uploads(wanted.digest, wanted.digests, _read_recipe(wanted), sizes, data)
+            return pb.MergeUploadsResponse(merged=_write_merged(merged))
 
     def LoadAdapter(self, request: pb.LoadAdapterRequest, context: grpc.ServicerContext) -> pb.LoadAdapterResponse:
         with self._errors_answered(context):
@@ -246,6 +256,14 @@ class ShardService(ShardServiceServicer):
 
 def _write_invocation(invocation: Invocation | None) -> pb.Invocation | None:
     return None if invocation is None else pb.Invocation(token_ids=invocation.token_ids, lag=invocation.lag)
+
+
+def _read_recipe(request: pb.MergeAdaptersRequest) -> Recipe:
+    return Recipe(tuple(request.weights), request.strategy, request.density, request.majority_sign_method)
+
+
+def _write_merged(merged: StagedAdapter) -> pb.MergeAdaptersResponse:
+    return pb.MergeAdaptersResponse(lora_rank=merged.lora_rank, size_bytes=merged.size_bytes)
 
 
 def _write_staged(staged: StagedAdapter) -> pb.StageAdapterResponse:
