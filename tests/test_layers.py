@@ -24,7 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "loraplex.cli": {"loraplex", "loraplex_protos", "loraplex_router", "loraplex_shard"},
     # Pure policy: no clock, no transport.
     "loraplex_router.engine.blocks": set(),
-    "loraplex_router.engine.pool": {"loraplex_router.vocabulary"},
+    "loraplex_router.engine.pool": {"loraplex_router.vocabulary", "loraplex_protos.errors"},
     "loraplex_router.engine.scheduler": {
         "loraplex_router.engine.blocks",
         "loraplex_router.engine.fairness",

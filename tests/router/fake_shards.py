@@ -7,7 +7,13 @@ from hashlib import sha256
 from typing import TYPE_CHECKING
 
 from loraplex_protos import shard_pb2 as pb
-from loraplex_protos.errors import AdapterInvalidError, AdapterNotFoundError, LoraplexError, UnavailableError
+from loraplex_protos.errors import (
+    AdapterInvalidError,
+    AdapterNotFoundError,
+    LoraplexError,
+    OverloadedError,
+    UnavailableError,
+)
 from loraplex_router.vocabulary.adapter import Adapter, Fetch, Invocation, LocalAdapter, StagedAdapter
 from loraplex_router.vocabulary.grammar import Grammar
 from loraplex_router.vocabulary.references import AdapterReference, MergedReference, Upload
@@ -34,6 +40,9 @@ class FakeShards:
         self.death: LoraplexError = UnavailableError("rank 1 is gone")
         self.gone = asyncio.Event()  # set when the process has ended
         self.load_error: LoraplexError | None = None
+        self.room = 100  # adapters that the device has memory for
+        self.loaded: set[int] = set()
+        self.device_bytes: dict[str, int] = {}  # of ids; 10 of all others
         self.step_error: Exception | None = None
         self.step_seconds = 0.0
         self.digests: dict[str, str] = {}  # of ids whose content is another one here
@@ -43,6 +52,8 @@ class FakeShards:
         self.invocation: Invocation | None = None
         self.loads_held = asyncio.Event()
         self.loads_held.set()
+        self.unloads_held = asyncio.Event()
+        self.unloads_held.set()
         self.stages_held = asyncio.Event()
         self.stages_held.set()
         self.fetching: list[Fetch] = []
@@ -97,7 +108,14 @@ class FakeShards:
         self.log.append(f"stage {reference.id}")
         digest = self.digests.get(reference.id, f"digest of {reference.id}")
         return StagedAdapter(
-            digest, "local", "", lora_rank=8, size_bytes=10, warnings=self.warnings, invocation=self.invocation
+            digest,
+            "local",
+            "",
+            lora_rank=8,
+            size_bytes=10,
+            device_bytes=self.device_bytes.get(reference.id, 10),
+            warnings=self.warnings,
+            invocation=self.invocation,
         )
 
     async def fetch(self, reference: AdapterReference) -> int:
@@ -134,9 +152,14 @@ class FakeShards:
         await self.loads_held.wait()
         if self.load_error is not None:
             raise self.load_error
+        if len(self.loaded) >= self.room:
+            raise OverloadedError("no memory")
+        self.loaded.add(slot)
         self.log.append(f"load {digest} into {slot}")
 
     async def unload(self, slot: int) -> None:
+        await self.unloads_held.wait()
+        self.loaded.discard(slot)
         self.log.append(f"unload {slot}")
 
     async def unstage(self, digest: str) -> None:

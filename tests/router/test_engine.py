@@ -72,6 +72,7 @@ class Setup:
         tenants: Mapping[str, TenantSettings] | None = None,
         registry_file: Path | None = None,
         journal: Journal | None = None,
+        device_bytes: int = 0,
     ) -> None:
         self.telemetry = Telemetry(adapters=10, log=RequestLog(prompts=False))
         self.resolutions = Resolutions()
@@ -95,7 +96,7 @@ class Setup:
             journal=journal,
         )
         self.service.serve(model)
-        self.replica = self.add_replica("0", slots)
+        self.replica = self.add_replica("0", slots, device_bytes)
         self.shards, self.pool, self.blocks, self.engine = (
             self.replica.shards,
             self.replica.pool,
@@ -108,9 +109,9 @@ class Setup:
         """The HTTP application."""
         return create_app(self.service)
 
-    def add_replica(self, name: str, slots: int = 2) -> Replica:
+    def add_replica(self, name: str, slots: int = 2, device_bytes: int = 0) -> Replica:
         limits = Limits(max_batch_tokens=32, max_sequences=8, block_size=4)
-        pool = AdapterPool(slots, host_bytes=1 << 30)
+        pool = AdapterPool(slots, host_bytes=1 << 30, device_bytes=device_bytes)
         replica = Replica(
             name, FakeShards(), limits, 64, pool, self.resolutions, self.telemetry.replica(name), self.replicas.changes
         )
@@ -243,6 +244,59 @@ async def test_an_adapter_is_unloaded_before_its_slot_is_given_to_another():
         "unload 1",
         "load digest of a into 1",
     ]
+
+
+async def test_several_adapters_are_unloaded_before_a_larger_one_is_loaded():
+    setup = Setup(slots=4, device_bytes=30)
+    setup.shards.device_bytes = {"large": 25}
+    task = asyncio.create_task(setup.engine.run())
+    for name in ("a", "b", "large"):
+        assert len(await setup.answer(1, adapter=name)) == 5
+    task.cancel()
+    moves = [entry for entry in setup.shards.log if "load" in entry]
+    assert moves == [
+        "load digest of a into 1",
+        "load digest of b into 2",
+        "unload 1",
+        "unload 2",
+        "load digest of large into 2",
+    ]
+
+
+async def test_an_adapter_without_memory_on_the_device_waits_until_another_has_left_it(setup: Setup):
+    holding = asyncio.create_task(setup.answer(1, tokens=30, adapter="a"))
+    while "load digest of a into 1" not in setup.shards.log:
+        await asyncio.sleep(0)
+    setup.shards.step_seconds = 0.01
+    setup.shards.room = 1  # another process takes the rest
+    assert len(await setup.answer(1, adapter="b")) == 5
+    assert holding.done() and len(await holding) == 30
+    assert setup.shards.log.count("unload 1") == 1
+
+
+async def test_an_adapter_without_memory_on_an_empty_device_is_refused_as_overload(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("loraplex_router.engine.engine.SHORTAGE_SECONDS", 0.05)
+    setup.shards.room = 0
+    base, bad = await asyncio.gather(setup.answer(1), setup.answer(1, adapter="a"), return_exceptions=True)
+    assert base == [2, 3, 4, 5, 6] and isinstance(bad, OverloadedError)
+    setup.shards.room = 1
+    assert len(await setup.answer(1, adapter="a")) == 5
+
+
+async def test_an_adapter_that_leaves_host_memory_gives_its_slot_to_one_that_waits():
+    setup = Setup(slots=1)
+    task = asyncio.create_task(setup.engine.run())
+    await setup.answer(1, adapter="a")
+    setup.shards.unloads_held.clear()
+    leaving = asyncio.create_task(setup.replica.adapters.unload(setup.pool.get("digest of a")))
+    waiting = asyncio.create_task(setup.answer(1, adapter="b"))
+    await asyncio.sleep(0.05)
+    setup.shards.unloads_held.set()
+    assert len(await waiting) == 5
+    await leaving
+    task.cancel()
 
 
 async def test_an_adapter_that_many_requests_wait_for_is_staged_once(setup: Setup):

@@ -15,6 +15,7 @@ from loraplex_router.vocabulary.sequence import Chunk, Detail, Plan, Sequence
 
 BLOCK = 4
 FORCING = ("c", "d")
+SIZES = {"b": 2, "c": 3}  # on the device; all others have 1
 
 
 class World:
@@ -34,9 +35,10 @@ class World:
         depth: int = 2,
         shared: bool = False,
         reuses: bool = True,
+        device_bytes: int = 0,
     ) -> None:
         self.blocks = BlockAllocator(blocks)
-        self.pool = AdapterPool(slots, host_bytes=1 << 40)
+        self.pool = AdapterPool(slots, host_bytes=1 << 40, device_bytes=device_bytes)
         self.scheduler = Scheduler(Limits(budget, rows, BLOCK, shared, reuses), self.blocks, self.pool)
         self.budget, self.depth = budget, depth
         self.cache: dict[int, list[tuple[str, int] | None]] = {b: [None] * BLOCK for b in range(blocks)}
@@ -48,7 +50,7 @@ class World:
         self.steps = 0
 
     def adapter(self, name: str) -> Adapter:
-        return self.pool.add(name, lora_rank=8, size_bytes=1) if name else self.pool.base
+        return self.pool.add(name, 8, size_bytes=1, device_bytes=SIZES.get(name, 1)) if name else self.pool.base
 
     def submit(
         self,
@@ -83,11 +85,15 @@ class World:
 
     def step(self) -> bool:
         """Runs one turn of the engine's loop; returns False if there was nothing to do."""
-        for claim in self.scheduler.claim_slots():
-            used = {chunk.sequence.adapter.slot for plan, _ in self.in_flight for chunk in plan.chunks}
-            assert claim.slot not in used
-            self.slots[claim.slot] = claim.adapter.digest
-            claim.adapter.ready = True
+        while any(changes := self.scheduler.change_slots()):
+            for adapter in changes.claimed:
+                self.slots[adapter.slot] = adapter.digest
+                adapter.ready = True
+            assert self.pool.used_bytes <= self.pool.device_bytes
+            for adapter in changes.evicted:
+                assert adapter.slot not in {chunk.slot for plan, _ in self.in_flight for chunk in plan.chunks}
+                del self.slots[adapter.slot]
+                self.pool.release_slot(adapter)
         plan = self.scheduler.schedule() if len(self.in_flight) < self.depth else None
         if plan is not None:
             self.in_flight.append((plan, self.execute(plan)))
@@ -185,9 +191,17 @@ requests = st.lists(
 
 
 @settings(deadline=None, max_examples=150)
-@given(requests=requests, blocks=st.integers(11, 40), slots=st.integers(1, 3), depth=st.integers(1, 2))
-def test_every_sequence_ends_with_its_own_tokens_without_losing_blocks_rows_or_slots(requests, blocks, slots, depth):
-    world = World(blocks=blocks, slots=slots, depth=depth)
+@given(
+    requests=requests,
+    blocks=st.integers(11, 40),
+    slots=st.integers(1, 3),
+    depth=st.integers(1, 2),
+    device_bytes=st.integers(3, 7),
+)
+def test_every_sequence_ends_with_its_own_tokens_without_losing_blocks_rows_or_slots(
+    requests, blocks, slots, depth, device_bytes
+):
+    world = World(blocks=blocks, slots=slots, depth=depth, device_bytes=device_bytes)
     cancellations = []
     for adapter, prompt, max_new_tokens, delay, cancel_after, alone_until, tenant, acts_from, background in requests:
         for _ in range(delay):
@@ -266,9 +280,9 @@ def test_an_adapter_that_is_not_loaded_yet_does_not_block_later_ones():
     cold = world.submit("cold", [1, 2, 3], 4)
     warm = world.submit("warm", [1, 2, 3], 4)
     base = world.submit("", [1, 2, 3], 4)
-    for claim in world.scheduler.claim_slots():
-        claim.adapter.ready = claim.adapter.digest == "warm"  # the other adapter's load never ends
-        world.slots[claim.slot] = claim.adapter.digest
+    for adapter in world.scheduler.change_slots().claimed:
+        adapter.ready = adapter.digest == "warm"  # the other adapter's load never ends
+        world.slots[adapter.slot] = adapter.digest
     world.run()
     assert warm.finished and base.finished and not cold.finished
 
@@ -287,19 +301,46 @@ def test_an_adapter_in_constant_use_yields_its_slot_to_a_waiting_one():
     assert lonely.finished
 
 
+def test_small_adapters_in_constant_use_yield_their_memory_to_a_large_one():
+    world = World(slots=4, rows=8, blocks=200, device_bytes=4)
+    for number in range(8):
+        world.submit(f"small {number}", [number], 6)
+    world.step()
+    large = world.submit("c", [3, 4], 2)
+    for turn in range(400):
+        world.step()
+        if large.finished:
+            break
+        world.submit(f"small {turn % 8}", [1, 2, turn], 6)  # always more than there is memory for
+    assert large.finished
+
+
+def test_an_adapter_that_does_not_fit_for_now_does_not_block_others():
+    world = World(slots=4, device_bytes=4)
+    world.step()
+    large = world.submit("c", [1], 2)
+    world.pool.lower_room(large.adapter)
+    small = world.submit("a", [1], 2)
+    world.run()
+    assert small.finished and not large.finished
+    world.pool.restore_room()
+    world.run()
+    assert large.finished
+
+
 def test_adapters_that_compete_for_a_slot_take_turns_instead_of_swapping_for_every_sequence():
     world = World(slots=1, rows=4, blocks=200)
     for index in range(64):
         world.submit("ab"[index % 2], [index], 2)
     loads = []
-    claim_slots = world.scheduler.claim_slots
+    change_slots = world.scheduler.change_slots
 
     def count_claims():
-        claims = claim_slots()
-        loads.extend(claim.adapter.digest for claim in claims)
-        return claims
+        changes = change_slots()
+        loads.extend(adapter.digest for adapter in changes.claimed)
+        return changes
 
-    world.scheduler.claim_slots = count_claims
+    world.scheduler.change_slots = count_claims
     world.run()
     assert 2 <= len(loads) <= 8
     assert all(sequence.finished for sequence in world.sequences)

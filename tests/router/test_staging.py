@@ -37,7 +37,7 @@ class Shards:
         self.revisions.append(reference.revision)
         await asyncio.sleep(0)
         digest = sha256(f"{reference.id}{self.versions.get(reference.id)}".encode()).hexdigest()
-        return self._hold(StagedAdapter(digest, "local", reference.revision or self.revision, 8, 10))
+        return self._hold(StagedAdapter(digest, "local", reference.revision or self.revision, 8, 10, 12))
 
     async def upload(self, upload: Upload) -> StagedAdapter:
         raise NotImplementedError
@@ -75,10 +75,12 @@ def shards() -> Shards:
 class Staging(AdapterStaging):
     """A staging whose pool tests can see."""
 
-    def __init__(self, shards: Shards, host_bytes: int = 1000, resolutions: Resolutions | None = None) -> None:
-        self.pool = AdapterPool(4, host_bytes)
+    def __init__(
+        self, shards: Shards, host_bytes: int = 1000, resolutions: Resolutions | None = None, device_bytes: int = 0
+    ) -> None:
+        self.pool = AdapterPool(4, host_bytes, device_bytes)
         self.changes = Changes()
-        super().__init__(shards, self.pool, resolutions or Resolutions(), self.changes)
+        super().__init__(shards, self.pool, resolutions or Resolutions(), self.changes, wake=lambda: None)
 
 
 async def test_adapters_are_merged_once_for_all_requests(shards: Shards) -> None:
@@ -140,8 +142,7 @@ async def test_only_unused_adapters_are_evicted_even_from_the_device(shards: Sha
     shards.room = 2
     first, second = await staging.resolve(A), await staging.resolve(B)
     for adapter in (first, second):
-        claim = staging.pool.claim_slot(adapter, keep=())
-        assert claim is not None
+        assert staging.pool.claim_slot(adapter)
         adapter.ready = True
     second.running = 1
     third = await staging.resolve(AdapterReference("c"))
@@ -157,12 +158,25 @@ async def test_idle_adapters_leave_their_slots_when_host_memory_is_full(shards: 
     staging = Staging(shards, host_bytes=25)  # room for two adapters
     first, second = await staging.resolve(A), await staging.resolve(B)
     for adapter in (first, second):
-        assert staging.pool.claim_slot(adapter, keep=())
+        assert staging.pool.claim_slot(adapter)
         adapter.ready = True
     third = await staging.resolve(AdapterReference("c"))
     await asyncio.sleep(0.05)
     assert shards.staged == {second.digest, third.digest} and shards.unloaded == [1]
     assert staging.pool.on_device() == [second]
+
+
+async def test_an_adapter_that_never_fits_beside_the_pinned_ones_is_refused_with_both_numbers(shards: Shards) -> None:
+    staging = Staging(shards, device_bytes=30)
+    first, second = await staging.resolve(A), await staging.resolve(B)
+    staging.pool.pin(first)
+    await staging.unload(second)
+    staging.pool.device_bytes = 23
+    with pytest.raises(OverloadedError, match="needs 12 bytes of each device, but pinned adapters leave only 11 of 23"):
+        await staging.resolve(B)
+    assert shards.staged == {first.digest}
+    staging.pool.unpin(first)
+    assert (await staging.resolve(B)).digest == second.digest
 
 
 async def test_unloading_waits_for_an_adapters_sequences_and_new_requests_wait_for_the_unload(shards: Shards) -> None:

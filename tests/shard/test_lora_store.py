@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -145,6 +146,39 @@ def test_staging_is_limited_by_the_memory(directory: Path) -> None:
         store_of(directory, host_bytes=large - 1).stage("adapter-2", "", "", "")
 
 
+@pytest.fixture
+def on_gpu(directory: Path, monkeypatch: pytest.MonkeyPatch) -> AdapterStore:
+    """A store whose device would be a GPU."""
+    for name in "Stream", "default_stream", "stream":
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    return AdapterStore(layouts(), torch.float32, torch.device("cuda"), BASE, [LocalSource(directory)])
+
+
+def test_an_adapter_that_the_device_has_no_memory_for_can_be_loaded_later(
+    on_gpu: AdapterStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = stage(on_gpu, "adapter-0").digest
+    monkeypatch.setattr(torch.Tensor, "to", MagicMock(side_effect=torch.OutOfMemoryError))
+    with pytest.raises(OverloadedError, match="the device has no memory for the adapter's"):
+        on_gpu.load(digest, 1)
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device: tensor.clone())
+    on_gpu.load(digest, 1)
+    assert on_gpu.adapter_in(1)
+
+
+def test_a_gpus_memory_is_handed_out_in_pieces(on_gpu: AdapterStore) -> None:
+    assert stage(on_gpu, "adapter-0").device_bytes == 2 << 20
+
+
+def test_an_adapter_that_can_never_fit_onto_the_device_is_refused_with_both_numbers(directory: Path) -> None:
+    needed = stage(store_of(directory), "adapter-0").device_bytes
+    cpu = torch.device("cpu")
+    store = AdapterStore(layouts(), torch.float32, cpu, BASE, [LocalSource(directory)], device_bytes=needed - 1)
+    with pytest.raises(AdapterInvalidError, match=f"{needed:,} bytes of the device's memory.*may take {needed - 1:,}"):
+        stage(store, "adapter-0")
+    assert store.count() == {"host": 0, "device": 0}
+
+
 def test_a_reload_does_not_read_files(store: AdapterStore, directory: Path) -> None:
     digest = stage(store, "adapter-0").digest
     store.load(digest, 1)
@@ -234,7 +268,7 @@ def test_the_digest_does_not_depend_on_the_rank(store: AdapterStore, directory: 
     other = AdapterStore(layouts(1, 2), torch.float16, torch.device("cpu"), BASE, [LocalSource(directory)])
     mine, theirs = stage(store, "adapter-0"), stage(other, "adapter-0")
     assert mine.digest == theirs.digest
-    assert theirs.size_bytes < mine.size_bytes / 2
+    assert theirs.size_bytes < mine.size_bytes
 
 
 def test_an_unstaged_adapter_is_gone_until_it_is_staged_again(store: AdapterStore) -> None:

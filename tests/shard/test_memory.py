@@ -30,6 +30,12 @@ def test_untouched_memory_is_not_resident() -> None:
     assert resident_bytes() - before < 64 << 20
 
 
+def test_touched_memory_takes_no_more_than_was_asked_for() -> None:
+    before = resident_bytes()
+    tensors = [reserve(HUGE_PAGE + 4096).fill_(1) for _ in range(20)]  # a huge page for the rest would be half of it
+    assert resident_bytes() - before < sum(tensor.nbytes for tensor in tensors) + (4 << 20)
+
+
 def test_zero_bytes_can_be_reserved() -> None:
     assert reserve(0).shape == (0,)
 

@@ -61,7 +61,7 @@ class SlowAdapters:
         self.staging.set()
         self.coming.release()
         assert self.may_go_on.wait(TIMEOUT)
-        return StagedAdapter("digest", "hub", "commit", lora_rank=1, size_bytes=1)
+        return StagedAdapter("digest", "hub", "commit", lora_rank=1, size_bytes=1, device_bytes=1)
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,16 @@ AT_A_TIME = 48
 class AdapterStaging:
     """Stages requested adapters: each once at a time, many concurrently."""
 
-    def __init__(self, shards: AdapterShards, pool: AdapterPool, resolutions: Resolutions, changes: Changes) -> None:
+    def __init__(
+        self,
+        shards: AdapterShards,
+        pool: AdapterPool,
+        resolutions: Resolutions,
+        changes: Changes,
+        wake: Callable[[], None],
+    ) -> None:
+        """`wake` tells the engine that a slot is free."""
+        self._wake = wake
         self._shards = shards
         self._pool = pool
         self._resolutions = resolutions
@@ -114,6 +123,7 @@ class AdapterStaging:
         while unstaging := self._unstaging.get(staged.digest):  # it leaves, or was dropped meanwhile
             await asyncio.wait([unstaging])
             staged = await self._with_room(lambda: self._fetch(source), tenant)
+        await self._check_room(staged)
         if reference.version is not None and reference.version.digest not in ("", staged.digest):
             known = AdapterReference(source.id, source.source) if isinstance(source, Upload) else source
             self._add(known, Entry(source.id, staged.source, staged.revision, staged.digest), staged)
@@ -149,6 +159,7 @@ class AdapterStaging:
             for part in parts:
                 part.leases -= 1
             self._changes.notify()
+        await self._check_room(staged)
         return self._add(merged, Entry(",".join(ids_of(merged)), "merged", "", digest), staged)
 
     async def _with_room(self, bring: Callable[[], Coroutine[None, None, StagedAdapter]], tenant: str) -> StagedAdapter:
@@ -165,9 +176,17 @@ class AdapterStaging:
                 else:
                     raise
 
+    async def _check_room(self, staged: StagedAdapter) -> None:
+        """See AdapterPool.check_room. An adapter that is refused is unstaged."""
+        try:
+            self._pool.check_room(staged)
+        except OverloadedError:
+            await self._forget(staged.digest, self._shards.unstage(staged.digest))
+            raise
+
     def _add(self, reference: Reference, entry: Entry, staged: StagedAdapter) -> Adapter:
         """Registers a staged adapter; others may have to leave host memory for it."""
-        adapter = self._pool.add(staged.digest, staged.lora_rank, staged.size_bytes)
+        adapter = self._pool.add(staged.digest, staged.lora_rank, staged.size_bytes, staged.device_bytes)
         adapter.names.add(entry.id)
         adapter.tokenizer = staged.tokenizer
         adapter.warnings = staged.warnings
@@ -179,9 +198,13 @@ class AdapterStaging:
         return adapter
 
     def _unstage(self, adapter: Adapter) -> None:
-        digest = adapter.digest
-        task = self._unstaging[digest] = asyncio.create_task(self._unstage_alone(adapter))
+        self._forget(adapter.digest, self._unstage_alone(adapter))
+
+    def _forget(self, digest: str, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        """Begins work that unstages the digest."""
+        task = self._unstaging[digest] = asyncio.create_task(work)
         task.add_done_callback(lambda _: self._unstaging.pop(digest))
+        return task
 
     async def _unstage_alone(self, adapter: Adapter) -> None:
         await self._changes.until(lambda: self._closed or not adapter.needed)
@@ -192,4 +215,5 @@ class AdapterStaging:
         if adapter.slot is not None:
             await self._shards.unload(adapter.slot)
             self._pool.release_slot(adapter)
+            self._wake()
         await self._shards.unstage(adapter.digest)

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from contextlib import suppress
 from math import inf
 from typing import NamedTuple
@@ -21,12 +21,13 @@ from loraplex_protos.errors import (
     GenerationError,
     InvalidRequestError,
     LoraplexError,
+    OverloadedError,
     UnavailableError,
 )
 from loraplex_router.engine.changes import Changes
 from loraplex_router.engine.observer import EngineObserver
 from loraplex_router.engine.output import Generation, SequenceOutput
-from loraplex_router.engine.pool import AdapterPool, SlotClaim
+from loraplex_router.engine.pool import AdapterPool
 from loraplex_router.engine.scheduler import Scheduler
 from loraplex_router.engine.suspects import Loss
 from loraplex_router.vocabulary.adapter import Adapter
@@ -50,6 +51,7 @@ DEPTH = 2  # plans in flight
 LEAVES_AT = 0.7
 QUIET_SECONDS = 0.25  # without other work, before background work begins
 LEAST_LEAD = 0.005
+SHORTAGE_SECONDS = 10.0  # for which the pool counts on what the device turned out to have, not on its budget
 
 FAILURES = {
     pb.FAILURE_REASON_NOT_FINITE: "the model's output for this sequence held NaN or Inf",
@@ -80,7 +82,7 @@ class Engine:
         self._generations: dict[Generation, None] = {}
         self._owners: dict[object, tuple[Generation, SequenceOutput]] = {}  # by Sequence
         self._wakeup = asyncio.Event()
-        self._loads: dict[Adapter, asyncio.Task[None]] = {}
+        self._transfers: dict[Adapter, asyncio.Task[None]] = {}  # into slots and out of them
         self._steps = 0
         self._in_flight: deque[Plan] = deque()
         self._result: asyncio.Task[pb.StepResponse] | None = None  # of the first plan in flight
@@ -167,7 +169,7 @@ class Engine:
                 self._end(generation, failure)
             raise failure from error
         finally:
-            for task in self._loads.values():
+            for task in self._transfers.values():
                 task.cancel()
             if self._result is not None:
                 self._result.cancel()
@@ -176,7 +178,7 @@ class Engine:
         while self._lost is None:
             await self._until_next_plan_is_due()
             began = time.perf_counter()
-            self._claim_slots()
+            self._change_slots()
             plan = self._scheduler.schedule(background=self._seconds_to_background() <= 0)
             if plan is not None:
                 self._mark_started(plan)
@@ -200,7 +202,7 @@ class Engine:
             seconds = min(LEAVES_AT * self._last.seconds, self._last.seconds - LEAST_LEAD)
             seconds -= time.monotonic() - self._last.received
             if seconds > 0:
-                self._claim_slots()  # adapters need not wait until then to be loaded
+                self._change_slots()  # adapters need not wait until then to be loaded
                 await asyncio.wait([self._receiving()], timeout=seconds)
 
     def _seconds_to_background(self) -> float:
@@ -221,9 +223,12 @@ class Engine:
             self._result.add_done_callback(lambda task: task.cancelled() or task.exception())  # sending may fail first
         return self._result
 
-    def _claim_slots(self) -> None:
-        for claim in self._scheduler.claim_slots():
-            self._loads[claim.adapter] = asyncio.create_task(self._load(claim))
+    def _change_slots(self) -> None:
+        changes = self._scheduler.change_slots()
+        for adapter in changes.claimed:
+            self._transfers[adapter] = asyncio.create_task(self._transfer(adapter, self._load(adapter)))
+        for adapter in changes.evicted:
+            self._transfers[adapter] = asyncio.create_task(self._transfer(adapter, self._unload(adapter)))
 
     def _mark_started(self, plan: Plan) -> None:
         for sequence in plan.starts:
@@ -338,24 +343,45 @@ class Engine:
 
     # ---- adapters --------------------------------------------------------------------------------------------
 
-    async def _load(self, claim: SlotClaim) -> None:
+    async def _transfer(self, adapter: Adapter, work: Coroutine[None, None, None]) -> None:
         try:
-            if claim.evicted:
-                await self._shards.unload(claim.slot)
-            await self._shards.load(claim.adapter.digest, claim.slot)
-        except UnavailableError as error:  # the replica is lost: sequences that wait for the adapter continue elsewhere
-            self._lost = error
-            self._wakeup.set()
-            return
-        except LoraplexError as error:
-            logger.error("adapter %s cannot be loaded into slot %d: %s", claim.adapter.digest, claim.slot, error)
-            self._fail_waiting(claim.adapter, error)
-            self._pool.release_slot(claim.adapter)
+            await work
+        except LoraplexError as error:  # the replica is lost: sequences that wait for the adapter continue elsewhere
+            self._lost = error if isinstance(error, UnavailableError) else UnavailableError(error.message)
         else:
-            claim.adapter.ready, claim.adapter.loaded = True, time.monotonic()
-        del self._loads[claim.adapter]
+            del self._transfers[adapter]
+            self._change_slots()  # those who wait for a slot need not wait for the next plan as well
+            self._changes.notify()
         self._wakeup.set()
-        self._changes.notify()
+
+    async def _load(self, adapter: Adapter) -> None:
+        assert adapter.slot is not None
+        try:
+            await self._shards.load(adapter.digest, adapter.slot)
+        except UnavailableError:
+            raise
+        except LoraplexError as error:
+            logger.error("adapter %s cannot be loaded into slot %d: %s", adapter.digest, adapter.slot, error)
+            await self._unload(adapter)  # other ranks may have loaded it
+            if not (isinstance(error, OverloadedError) and self._waits_for_memory(adapter)):
+                self._fail_waiting(adapter, error)
+        else:
+            adapter.ready, adapter.loaded = True, time.monotonic()
+
+    async def _unload(self, adapter: Adapter) -> None:
+        assert adapter.slot is not None
+        await self._shards.unload(adapter.slot)
+        self._pool.release_slot(adapter)
+
+    def _waits_for_memory(self, adapter: Adapter) -> bool:
+        """The device had no memory for an adapter, although the pool had: something else takes it. Returns whether the
+        adapter can wait until others have left, or the memory is back."""
+        asyncio.get_running_loop().call_later(SHORTAGE_SECONDS, self._forget_shortage)
+        return self._pool.lower_room(adapter)
+
+    def _forget_shortage(self) -> None:
+        self._pool.restore_room()
+        self._wakeup.set()
 
     def _fail_waiting(self, adapter: Adapter, error: LoraplexError) -> None:
         for generation in [g for g in self._generations if g.adapter_digest == adapter.digest]:

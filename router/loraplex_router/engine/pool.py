@@ -1,35 +1,32 @@
 """Which adapters are staged in host memory and which hold a slot on the device. Pure bookkeeping, no transport."""
 
+import sys
 from collections import OrderedDict
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator
 
-from loraplex_router.vocabulary.adapter import BASE_NAME, Adapter
-
-
-@dataclass(frozen=True, slots=True)
-class SlotClaim:
-    """A slot that changes hands: the adapter in it, if any, must be unloaded before the new one is loaded."""
-
-    slot: int
-    adapter: Adapter
-    evicted: Adapter | None
+from loraplex_protos.errors import AdapterPinsError, OverloadedError
+from loraplex_router.vocabulary.adapter import BASE_NAME, Adapter, StagedAdapter
 
 
 class AdapterPool:
     """The staged adapters and those among them that hold a slot, 1 ... slots; both least recently used first.
 
-    Invariants: a slot belongs to at most one adapter. An adapter in use or pinned keeps its slot. At least one slot is
-    left for adapters that are not pinned. Only adapters that nobody needs or pins are dropped from host memory, and
-    with that from their slot. A leaving adapter's slot is not reassigned before it is released.
+    Invariants: a slot belongs to at most one adapter, and all that hold one fit into the device's memory together. An
+    adapter in use or pinned keeps its slot. At least one slot is left for adapters that are not pinned, and memory for
+    any of those that are staged. Only adapters that nobody needs or pins are dropped from host memory, and with that
+    from their slot. A slot and its memory are not reassigned before they are released.
     """
 
-    def __init__(self, slots: int, host_bytes: int) -> None:
+    def __init__(self, slots: int, host_bytes: int, device_bytes: int = 0) -> None:
+        """`host_bytes` are over all ranks; `device_bytes` are each rank's, 0 if the slots are the only limit there."""
         self.slots = slots
+        self.device_bytes = device_bytes or sys.maxsize
         self.base = Adapter("", slot=0, ready=True, names={BASE_NAME})
         self._host_bytes = host_bytes
+        self._room = self.device_bytes  # less for a while after the device had less
         self._staged: OrderedDict[str, Adapter] = OrderedDict()
         self._on_device: OrderedDict[str, Adapter] = OrderedDict()
+        self._evicted: set[Adapter] = set()  # of those on the device
         self._pinned: dict[str, Adapter] = {}
         self._free_slots = list(range(slots, 0, -1))
 
@@ -47,18 +44,35 @@ class AdapterPool:
         return list(self._on_device.values())
 
     @property
+    def used_bytes(self) -> int:
+        """What those on the device take of each rank's memory."""
+        return _size(self._on_device.values())
+
+    @property
     def pinned(self) -> list[Adapter]:
         return list(self._pinned.values())
 
     @property
     def has_spare_slot(self) -> bool:
-        """Whether a slot is free, or held by an adapter that nobody uses, waits for or pinned."""
-        return bool(self._free_slots) or any(not (a.needed or a.pinned) for a in self._on_device.values())
+        """Whether a slot is free, or held by an adapter that nobody uses, waits for or pinned, and memory for the
+        largest adapter as well."""
+        kept = [adapter for adapter in self._on_device.values() if adapter.needed or adapter.pinned]
+        largest = max((adapter.device_bytes for adapter in self), default=0)
+        return len(kept) < self.slots and _size(kept) + largest <= self._room
 
-    def add(self, digest: str, lora_rank: int, size_bytes: int) -> Adapter:
+    def check_room(self, staged: StagedAdapter) -> None:
+        """Raises OverloadedError if the adapter is not here yet and would never fit beside the pinned ones."""
+        pinned = _size(self._pinned.values())
+        if staged.digest not in self._staged and pinned + staged.device_bytes > self.device_bytes:
+            raise OverloadedError(
+                f"the adapter needs {staged.device_bytes:,} bytes of each device, but pinned adapters leave only "
+                f"{self.device_bytes - pinned:,} of {self.device_bytes:,}: unpin one, or raise adapter_memory_gib"
+            )
+
+    def add(self, digest: str, lora_rank: int, size_bytes: int, device_bytes: int = 0) -> Adapter:
         """Adds a staged adapter, or returns the one already here."""
         if digest not in self._staged:
-            self._staged[digest] = Adapter(digest, lora_rank, size_bytes)
+            self._staged[digest] = Adapter(digest, lora_rank, size_bytes, device_bytes)
         self.touch(self._staged[digest])
         return self._staged[digest]
 
@@ -69,40 +83,85 @@ class AdapterPool:
         if adapter.digest in self._on_device:
             self._on_device.move_to_end(adapter.digest)
 
-    def pin(self, adapter: Adapter) -> bool:
-        """Pins it: it keeps its slot, or gets the next one. False if only one slot is not pinned."""
-        if adapter.digest not in self._pinned and len(self._pinned) >= self.slots - 1:
-            return False
+    def pin(self, adapter: Adapter) -> None:
+        """Pins it: it keeps its slot, or gets the next one. Raises AdapterPinsError if too little would be left."""
+        pinned = [*self._pinned.values(), adapter]
+        if not adapter.pinned:
+            if len(pinned) >= self.slots:
+                raise AdapterPinsError(f"{self.slots - 1} adapters are pinned already; unpin one first")
+            largest = max((other.device_bytes for other in self if other not in pinned), default=0)
+            if _size(pinned) + largest > self.device_bytes:
+                raise AdapterPinsError(
+                    f"pinned adapters would take {_size(pinned):,} of the {self.device_bytes:,} bytes of each device; "
+                    f"another adapter needs {largest:,}: unpin one first, or raise adapter_memory_gib"
+                )
         self._pinned[adapter.digest] = adapter
         adapter.pinned = True
-        return True
 
     def unpin(self, adapter: Adapter) -> None:
         self._pinned.pop(adapter.digest, None)
         adapter.pinned = False
 
-    def claim_slot(self, adapter: Adapter, keep: Collection[Adapter]) -> SlotClaim | None:
-        """Claims a free slot, or the slot of the least recently used adapter that is idle and not in `keep`.
+    def fitting(self, adapters: Iterable[Adapter]) -> list[Adapter]:
+        """The first of these adapters, as many as can be on the device at once beside the pinned ones. Later ones
+        overtake none, or a large one might wait forever, unless that does not fit for now."""
+        room, slots = self._room, self.slots - len(self._pinned)
+        for adapter in self._pinned.values():
+            if adapter.device_bytes <= room:
+                room -= adapter.device_bytes
+        most, fitting = room, list[Adapter]()
+        for adapter in adapters:
+            if len(fitting) == slots or room < adapter.device_bytes <= most:
+                break
+            if adapter.device_bytes <= room:
+                fitting.append(adapter)
+                room -= adapter.device_bytes
+        return fitting
 
-        None: every slot is in use for now.
-        """
+    def claim_slot(self, adapter: Adapter) -> bool:
+        """Gives it a slot. False: no slot is free, or not enough memory."""
         assert adapter.slot is None
-        evicted = None
-        if not self._free_slots:
-            idle = (a for a in self.on_device() if a.ready and not (a.in_use or a.pinned or a.leaving))
-            evicted = next((a for a in idle if a not in keep), None)
-            if evicted is None:
-                return None
-            self.release_slot(evicted)
+        if not self._free_slots or self.used_bytes + adapter.device_bytes > self._room:
+            return False
         adapter.slot = self._free_slots.pop()
         self._on_device[adapter.digest] = adapter
-        return SlotClaim(adapter.slot, adapter, evicted)
+        return True
+
+    def evict(self, adapters: Collection[Adapter], keep: Collection[Adapter]) -> list[Adapter]:
+        """Evicts idle adapters that are not in `keep`, least recently used first, as far as `adapters` need their slots
+        or memory. The caller must unload them, then release their slots."""
+        evicted = []
+        for idle in self.on_device():
+            if idle.ready and not (idle.in_use or idle.pinned or idle.leaving or idle in keep) and self.lacks(adapters):
+                idle.ready = False
+                self._evicted.add(idle)
+                evicted.append(idle)
+        return evicted
+
+    def lacks(self, adapters: Collection[Adapter]) -> bool:
+        """Whether these adapters, which hold no slots, will have too few slots or too little memory once the evicted
+        ones are released."""
+        return (
+            len(adapters) > len(self._free_slots) + len(self._evicted)
+            or self.used_bytes - _size(self._evicted) + _size(adapters) > self._room
+        )
 
     def release_slot(self, adapter: Adapter) -> None:
         assert adapter.slot and not adapter.in_use
         self._free_slots.append(adapter.slot)
         del self._on_device[adapter.digest]
+        self._evicted.discard(adapter)
         adapter.slot, adapter.ready = None, False
+
+    def lower_room(self, adapter: Adapter) -> bool:
+        """The device had no memory for this adapter beside those on it: so much will not be tried again before
+        `restore_room`. Returns whether the adapter may fit once some of them have left."""
+        self._room = min(self._room, self.used_bytes + adapter.device_bytes - 1)
+        others = [pinned for pinned in self._pinned.values() if pinned is not adapter]
+        return _size(others) + adapter.device_bytes <= self._room
+
+    def restore_room(self) -> None:
+        self._room = self.device_bytes
 
     def pop_over_budget(self, keep: Adapter) -> list[Adapter]:
         """Drops the least recently used adapters that nobody needs, except `keep`, until the rest fit into host memory.
@@ -130,3 +189,7 @@ class AdapterPool:
         assert not adapter.needed
         self.unpin(adapter)
         del self._staged[adapter.digest]
+
+
+def _size(adapters: Iterable[Adapter]) -> int:
+    return sum(adapter.device_bytes for adapter in adapters)

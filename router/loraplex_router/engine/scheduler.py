@@ -9,7 +9,8 @@ New sequences: fairness.py decides whose turn it is, among tenants and their ada
 someone with much more than the newcomer yields a place. An adapter may start sequences when it is on the device and
 entitled.
 
-Slots: the adapters whose oldest sequence has waited longest are entitled, one per slot; but an adapter on the device
+Slots: the adapters whose oldest sequence has waited longest are entitled, as many as have slots and fit into the
+device's memory together; but an adapter on the device
 stays entitled for a bounded turn of further sequences while others wait for a slot. An adapter that is not entitled
 starts nothing, so it becomes idle and can be evicted: nobody starves, and adapters do not swap places for every
 sequence. Pinned adapters are always entitled; the rest share the remaining slots.
@@ -30,10 +31,11 @@ from dataclasses import dataclass
 from itertools import islice
 from math import inf
 from operator import attrgetter
+from typing import NamedTuple
 
 from loraplex_router.engine.blocks import BlockAllocator, branch_key, next_key, root_key
 from loraplex_router.engine.fairness import Shares
-from loraplex_router.engine.pool import AdapterPool, SlotClaim
+from loraplex_router.engine.pool import AdapterPool
 from loraplex_router.vocabulary.adapter import Adapter
 from loraplex_router.vocabulary.sequence import Chunk, Payer, Plan, Sequence
 
@@ -49,6 +51,11 @@ class Limits:
     block_size: int
     shares_prefixes: bool = False  # among tenants
     reuses_prefixes: bool = True  # else every sequence is computed from its first token on
+
+
+class SlotChanges(NamedTuple):
+    claimed: list[Adapter]  # they have a slot now, and are to be loaded
+    evicted: list[Adapter]  # they hold a slot until they are unloaded
 
 
 class Scheduler:
@@ -147,24 +154,30 @@ class Scheduler:
 
     # ---- slots -----------------------------------------------------------------------------------------------
 
-    def claim_slots(self) -> list[SlotClaim]:
-        """The slots that change hands now. The caller loads them and then sets `ready`, or releases the slot."""
+    def change_slots(self) -> SlotChanges:
+        """The slots that change hands now. The caller loads the adapters that got one and then sets `ready`, or
+        releases the slot; it unloads those that lost one, releases the slots, and then calls this again."""
         entitled = self._entitled()
-        claims = []
-        for adapter in [adapter for adapter in self._adapters.pinned if not adapter.waiting] + entitled:
-            if adapter.slot is None and (claim := self._claim_slot(adapter, entitled)):
-                adapter.turn = TURN
-                claims.append(claim)
-        return claims
+        lacking = [adapter for adapter in self._adapters.pinned if not adapter.waiting] + entitled
+        lacking = [adapter for adapter in lacking if adapter.slot is None]
+        claimed = [adapter for adapter in lacking if self._adapters.claim_slot(adapter)]
+        for adapter in claimed:
+            adapter.turn = TURN
+        lacking = [adapter for adapter in lacking if adapter.slot is None]
+        return SlotChanges(claimed, self._evict_for(lacking, entitled) if lacking else [])
 
-    def _claim_slot(self, adapter: Adapter, entitled: list[Adapter]) -> SlotClaim | None:
+    def _evict_for(self, lacking: list[Adapter], entitled: list[Adapter]) -> list[Adapter]:
         """Background sequences give up slots that others need: now, or when the plans in flight are complete."""
-        claim = self._adapters.claim_slot(adapter, keep=entitled)
-        if claim is None and self._num_background and adapter in self._in_foreground():
-            for sequence in [s for s in self._running if s.background and s.adapter.slot and s.adapter not in entitled]:
-                self._preempt(sequence)
-            claim = self._adapters.claim_slot(adapter, keep=entitled)
-        return claim
+        evicted = self._adapters.evict(lacking, keep=entitled)
+        if self._num_background:
+            foreground = self._in_foreground()
+            urgent = [adapter for adapter in lacking if adapter in foreground]
+            if self._adapters.lacks(urgent):
+                on_device = [s for s in self._running if s.background and s.adapter.slot]
+                for sequence in [s for s in on_device if s.adapter not in entitled]:
+                    self._preempt(sequence)
+                evicted += self._adapters.evict(urgent, keep=entitled)
+        return evicted
 
     def _in_foreground(self) -> set[Adapter]:
         """The adapters with sequences that are not background ones."""
@@ -187,8 +200,7 @@ class Scheduler:
             others.sort(key=lambda adapter: (adapter not in foreground, *self._claim_order(adapter)))
         else:
             others.sort(key=self._claim_order)
-        room = self._adapters.slots - len(self._adapters.pinned)
-        return [adapter for adapter in waiting if adapter.pinned] + others[:room]
+        return [adapter for adapter in waiting if adapter.pinned] + self._adapters.fitting(others)
 
     def _claim_order(self, adapter: Adapter) -> tuple[bool, float]:
         keeps_its_turn = adapter.slot is not None and adapter.turn > 0

@@ -19,7 +19,6 @@ from loraplex_protos import generation_pb2 as pb
 from loraplex_protos.errors import (
     AdapterInUseError,
     AdapterNotFoundError,
-    AdapterPinsError,
     InvalidRequestError,
     LoraplexError,
     UnavailableError,
@@ -265,8 +264,7 @@ class Administration:
             if not holders:
                 raise AdapterNotFoundError(f"adapter {_shown(name)} is not loaded")
             replica, adapter = max(holders, key=lambda holder: (holder[1].pinned, holder[1].ready))
-        if not replica.pool.pin(adapter):
-            raise AdapterPinsError(f"{replica.pool.slots - 1} adapters are pinned already; unpin one first")
+        replica.pool.pin(adapter)
         self._pins.add(adapter.digest, name)
         replica.engine.wake()
         await self._replicas.changes.until(lambda: adapter.ready or not (adapter.pinned and replica.accepting))

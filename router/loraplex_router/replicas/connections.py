@@ -151,7 +151,7 @@ class Connections:
         defaults, parser = self._settings.generation_config, self._settings.reasoning_parser
         model = read_model(info, files, limits.max_batch_tokens, slots, names, defaults, parser)
         self._serve(model)
-        pool = AdapterPool(slots, adapter_bytes(self._settings, info))
+        pool = AdapterPool(slots, adapter_bytes(self._settings, info), info.adapter_device_bytes)
         return Replica(
             name,
             shards,

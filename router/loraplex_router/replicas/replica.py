@@ -39,8 +39,8 @@ class Replica:
         self.pool = pool
         self.blocks = BlockAllocator(num_blocks)
         self.scheduler = Scheduler(limits, self.blocks, pool)
-        self.adapters = AdapterStaging(shards, pool, resolutions, changes)
         self.engine = Engine(self.scheduler, pool, shards, observer, changes)
+        self.adapters = AdapterStaging(shards, pool, resolutions, changes, self.engine.wake)
         self.leases = 0  # requests placed here but not submitted yet
         self._preparing = 0  # requests whose adapter is being staged or whose grammar is being compiled
         self._failed_preparing = False

@@ -53,6 +53,7 @@ class StagedAdapter:
     revision: str
     lora_rank: int
     size_bytes: int  # over all ranks
+    device_bytes: int = 0  # in a slot, on the rank with the largest part
     tokenizer: AdapterTokenizer = field(default_factory=AdapterTokenizer)
     warnings: tuple[str, ...] = ()  # possible problems that do not prevent serving
     invocation: Invocation | None = None  # None: it is always active
@@ -88,12 +89,13 @@ class Adapter:
     digest: str
     lora_rank: int = 0
     size_bytes: int = 0
+    device_bytes: int = 0  # as in StagedAdapter
     names: set[str] = field(default_factory=set)  # the ids under which it was staged
     tokenizer: AdapterTokenizer = field(default_factory=AdapterTokenizer)
     warnings: tuple[str, ...] = ()  # possible problems that do not prevent serving
     invocation: Invocation | None = None  # None: it is always active
     classifier: Classifier | None = None  # its own, if it has one
-    slot: int | None = None  # held from the start of its load to its eviction
+    slot: int | None = None  # held from the start of its load to the end of its unloading
     ready: bool = False  # every rank has it in its slot
     waiting: int = 0  # sequences in its queue
     running: int = 0  # sequences with a row
@@ -122,5 +124,5 @@ class Adapter:
     @property
     def needed(self) -> bool:
         """Whether something would break if it left now: plans may still be in flight for sequences that have ended."""
-        loading = self.slot is not None and not self.ready
-        return bool(self.wanted or self.plans or loading)
+        on_its_way = self.slot is not None and not self.ready  # to its slot, or out of it
+        return bool(self.wanted or self.plans or on_its_way)

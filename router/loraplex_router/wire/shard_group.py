@@ -252,8 +252,8 @@ class ShardGroup:
                 answers = [each.merged for each in sent]
             else:
                 answers = await self._on_all(lambda rank: rank.MergeAdapters(request))
-        size = sum(answer.size_bytes for answer in answers)
-        return StagedAdapter(digest, "merged", "", answers[0].lora_rank, size)
+        size, on_device = sum(answer.size_bytes for answer in answers), max(answer.device_bytes for answer in answers)
+        return StagedAdapter(digest, "merged", "", answers[0].lora_rank, size, on_device)
 
     async def unstage(self, digest: str) -> None:
         await self._on_all(lambda rank: rank.UnstageAdapter(pb.UnstageAdapterRequest(digest=digest)))
@@ -343,6 +343,7 @@ def _read_staged(ranks: Sequence[pb.StageAdapterResponse]) -> StagedAdapter:
         first.revision,
         first.lora_rank,
         sum(rank.size_bytes for rank in ranks),
+        max(rank.device_bytes for rank in ranks),
         _read_tokenizer(first),
         tuple(first.warnings),
         _read_invocation(first),

@@ -22,11 +22,11 @@ ARENAS = 2  # that keep so much each; one for each thread would be as many as a 
 def reserve(size: int) -> torch.Tensor:
     """`size` bytes on the CPU, uint8, all 0, where a huge page may start. Pages that nobody touched take no memory."""
     memory = mmap.mmap(-1, size + HUGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if size >= HUGE_PAGE:
-        with suppress(OSError):  # a kernel without them
-            memory.madvise(mmap.MADV_HUGEPAGE)
     whole = torch.frombuffer(memory, dtype=torch.uint8)
     start = -whole.data_ptr() % HUGE_PAGE
+    if size >= HUGE_PAGE:
+        with suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE, start, size // HUGE_PAGE * HUGE_PAGE)  # no more than what is used
     return whole[start : start + size]
 
 

@@ -59,7 +59,8 @@ class StagedAdapter:
     source: str  # where it came from; "merged" for a merged one
     revision: str  # the hub commit; empty for other sources
     lora_rank: int  # the largest of its modules
-    size_bytes: int  # of this rank's part of it
+    size_bytes: int  # of this rank's part of it, in host memory
+    device_bytes: int  # of the same in a slot
     text: AdapterText = field(default_factory=AdapterText, hash=False)
     warnings: tuple[str, ...] = ()  # possible problems that do not prevent serving
     invocation: Invocation | None = None  # None: it is always active
@@ -72,7 +73,8 @@ class AdapterStore:
     """Adapters for the linear layers of `layouts`, in `dtype`, in slots on `device`.
 
     An id is read from the first of `sources` that has it. Loads and evictions are counted in `metrics`. Staged adapters
-    take at most `host_bytes`, and those that are being staged at most half of that.
+    take at most `host_bytes`, and those that are being staged at most half of that. One that takes more than
+    `device_bytes` in a slot is refused.
     """
 
     def __init__(
@@ -84,12 +86,14 @@ class AdapterStore:
         sources: Sequence[Source],
         metrics: ShardMetrics | None = None,
         host_bytes: int = sys.maxsize,
+        device_bytes: int = sys.maxsize,
     ) -> None:
         self._layouts = tuple(layouts)
         self._dtype = dtype
         self._transfer = Transfer(device)
         self._base = base
         self._host_bytes = host_bytes
+        self._device_bytes = device_bytes
         self._room = Room(host_bytes // 2)
         self._fetches = Fetches(sources)
         self._metrics = metrics or ShardMetrics()
@@ -140,7 +144,7 @@ class AdapterStore:
             adapter = self._host.get(digest)
         if adapter is None:
             raise OverloadedError("the adapter was unstaged meanwhile: try again")
-        return _describe(digest, upload.NAME, "", adapter)
+        return self._describe(digest, upload.NAME, "", adapter)
 
     def merge(self, digest: str, parts: Sequence[str], recipe: Recipe) -> StagedAdapter:
         """Merges staged adapters, named by their digests, into one that is staged under `digest`, unless it is already.
@@ -165,13 +169,13 @@ class AdapterStore:
             check_upload(files)
         size = sum(sum(files.values()) for files in sizes.values())
         with self._lock:
-            size += COPIES * sum(self._host[part].weights.size_bytes for part in parts if part in self._host)
+            size += COPIES * sum(self._host[part].size_bytes for part in parts if part in self._host)
         with self._room.taken(size):
             sent = receive_each(sizes, data)
             self._once.do(digest, lambda: self._hold(digest, lambda: self._merged(parts, recipe, sent)))
         with self._lock:
             adapter = self._host[digest]
-        return StagedAdapter(digest, "merged", "", adapter.lora_rank, adapter.weights.size_bytes)
+        return self._describe(digest, "merged", "", adapter)
 
     def load(self, digest: str, slot: int) -> None:
         """Makes a staged adapter available in a slot (from 1). On the CPU, slots share the host memory.
@@ -240,7 +244,7 @@ class AdapterStore:
             adapter = self._host.get(digest) if digest is not None else None
         if digest is None or adapter is None:
             return None
-        return _describe(digest, origin.source.name, origin.revision, adapter)
+        return self._describe(digest, origin.source.name, origin.revision, adapter)
 
     def _read(self, origin: Origin, progress: Progress) -> None:
         with ExitStack() as stack:
@@ -295,21 +299,26 @@ class AdapterStore:
         began = time.monotonic()
         with self._metrics.loading("host"):
             adapter = make()
-        size = adapter.weights.size_bytes
+        size = adapter.size_bytes
         with self._lock:
-            self._check_room(size)
+            self._check_room(size, self._transfer.bytes_on_device(adapter.weights))
             self._host[digest] = adapter
         took = round((time.monotonic() - began) * 1e3, 1)
         fields = {"digest": digest, "lora_rank": adapter.lora_rank, "bytes": size, "duration_ms": took}
         logger.info("adapter staged", extra={"fields": fields})
 
-    def _check_room(self, size: int) -> None:
+    def _check_room(self, size: int, on_device: int) -> None:
         """Raises OverloadedError if there is not enough room. A process that exceeds its container's memory limit would
         be killed."""
         if size > self._host_bytes:
             raise AdapterInvalidError(
                 f"the adapter takes {size:,} bytes of host memory, but all adapters together may take "
                 f"{self._host_bytes:,}: give the shards more memory"
+            )
+        if on_device > self._device_bytes:
+            raise AdapterInvalidError(
+                f"the adapter takes {on_device:,} bytes of the device's memory, but all adapters in slots together may "
+                f"take {self._device_bytes:,}: raise adapter_memory_gib"
             )
         free = self._host_bytes - self._held_bytes()
         if size > free:
@@ -318,20 +327,20 @@ class AdapterStore:
             )
 
     def _held_bytes(self) -> int:
-        return sum(adapter.weights.size_bytes for adapter in self._host.values())
+        return sum(adapter.size_bytes for adapter in self._host.values())
 
-
-def _describe(digest: str, source: str, revision: str, adapter: HostAdapter) -> StagedAdapter:
-    return StagedAdapter(
-        digest,
-        source,
-        revision,
-        adapter.lora_rank,
-        adapter.weights.size_bytes,
-        adapter.text,
-        adapter.warnings,
-        adapter.invocation,
-        None if adapter.weights.classifier is None else adapter.weights.classifier.classes,
-        adapter.tokenizer_json,
-        adapter.vocab_size,
-    )
+    def _describe(self, digest: str, source: str, revision: str, adapter: HostAdapter) -> StagedAdapter:
+        return StagedAdapter(
+            digest,
+            source,
+            revision,
+            adapter.lora_rank,
+            adapter.size_bytes,
+            self._transfer.bytes_on_device(adapter.weights),
+            adapter.text,
+            adapter.warnings,
+            adapter.invocation,
+            None if adapter.weights.classifier is None else adapter.weights.classifier.classes,
+            adapter.tokenizer_json,
+            adapter.vocab_size,
+        )

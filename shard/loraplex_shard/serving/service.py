@@ -263,7 +263,9 @@ def _read_recipe(request: pb.MergeAdaptersRequest) -> Recipe:
 
 
 def _write_merged(merged: StagedAdapter) -> pb.MergeAdaptersResponse:
-    return pb.MergeAdaptersResponse(lora_rank=merged.lora_rank, size_bytes=merged.size_bytes)
+    return pb.MergeAdaptersResponse(
+        lora_rank=merged.lora_rank, size_bytes=merged.size_bytes, device_bytes=merged.device_bytes
+    )
 
 
 def _write_staged(staged: StagedAdapter) -> pb.StageAdapterResponse:
@@ -273,6 +275,7 @@ def _write_staged(staged: StagedAdapter) -> pb.StageAdapterResponse:
         revision=staged.revision,
         lora_rank=staged.lora_rank,
         size_bytes=staged.size_bytes,
+        device_bytes=staged.device_bytes,
         chat_template=staged.text.chat_templates.get("default", ""),
         named_chat_templates={n: t for n, t in staged.text.chat_templates.items() if n != "default"},
         special_tokens=staged.text.special_tokens,

@@ -62,16 +62,14 @@ class AdapterWeights:
     table: torch.Tensor = field(init=False)  # [layer_count, numbers of a LoraLayer] int64: read by kernels
     widest: int = field(init=False)  # the largest sum of lora_ranks in one layer
     int8: bool = field(init=False)  # whether A and B are int8
-    size_bytes: int = field(init=False)  # of all tensors together
+    size_bytes: int = field(init=False)  # of its memory and its table
 
     def __post_init__(self) -> None:
         layers = self.layers.values()
         object.__setattr__(self, "table", _table(self.layers, self.layer_count).to(self.memory.device))
         object.__setattr__(self, "int8", any(layer.scales is not None for layer in layers))
         object.__setattr__(self, "widest", max((len(layer.shrink) for layer in layers), default=0))
-        tensors = [*(tensor for layer in layers for tensor in layer.tensors), *self.own.tensors]
-        tensors += [] if self.classifier is None else self.classifier.tensors
-        object.__setattr__(self, "size_bytes", sum(tensor.nbytes for tensor in tensors))
+        object.__setattr__(self, "size_bytes", self.memory.nbytes + self.table.nbytes)
 
     def at(self, memory: torch.Tensor) -> "AdapterWeights":
         """Returns the same adapter in a copy of its memory, which may be on another device."""

@@ -80,6 +80,11 @@ class HostAdapter:
     tokenizer_json: bytes = b""  # with tokens of its own; empty: the model's
     vocab_size: int = 0  # tokens that it has embeddings for; 0: as many as the model
 
+    @property
+    def size_bytes(self) -> int:
+        """What it takes of the host memory."""
+        return self.weights.size_bytes + len(self.tokenizer_json)
+
 
 def name_of_a(module: str) -> str:
     """PEFT's name for the tensor in an adapter's file."""
