@@ -137,8 +137,8 @@ def _log_probabilities(decoder: Decoder, form: Form, windows: Sequence[torch.Ten
     for window in windows:
         blocks = -(-len(window) // BLOCK_SIZE)
         places = torch.arange(len(window))
-        tables = torch.arange(blocks)[None]
-        batch = Batch(window, places, places, (0, len(window)), (len(window),), tables, ())
+        tables = torch.arange(blocks, dtype=torch.int32)[None]
+        batch = Batch(window, places, places, (0, len(window)), (len(window),), (0,), tables, ())
         logits = decoder.logits(decoder(batch, decoder.new_cache(blocks, BLOCK_SIZE, form.kv_dtype)), ())
         assert logits is not None
         yield logits[0].log_softmax(1)

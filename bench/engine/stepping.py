@@ -174,12 +174,12 @@ class Stepper:
         spec, cut, blocks = self.decoder.spec, self.decoder.partition, -(-context // BLOCK_SIZE)
         heads = Heads(cut.heads, cut.kv_heads, spec.head_dim)
         with self.decoder.device:
-            tables = torch.randperm(batch * blocks).view(batch, blocks)
+            tables = torch.randperm(batch * blocks, dtype=torch.int32).view(batch, blocks)
             last = torch.full((batch,), context - 1)
             qkv = torch.randn(batch, heads.width).to(self.decoder.dtype)
-        indices = tables[:, -1] * BLOCK_SIZE + last % BLOCK_SIZE
+        indices = tables[:, -1].long() * BLOCK_SIZE + last % BLOCK_SIZE
         contexts, starts = (context,) * batch, tuple(range(batch + 1))
-        step = self.decoder.ops.prepare(Batch(last, last, indices, starts, contexts, tables, ()))
+        step = self.decoder.ops.prepare(Batch(last, last, indices, starts, contexts, tuple(range(batch)), tables, ()))
 
         def attend() -> None:
             for layer in self.cache.layers:

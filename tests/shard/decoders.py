@@ -60,16 +60,18 @@ class Sequences:
             positions += span
             indices += [blocks[p // block_size] * block_size + p % block_size for p in span]
             starts.append(len(positions))
-        longest = max(len(self.blocks[name]) for name in chunks)
+        tables = torch.zeros((max(self.rows.values()) + 1, max(map(len, self.blocks.values()))), dtype=torch.int32)
+        for name, row in self.rows.items():
+            tables[row, : len(self.blocks[name])] = torch.tensor(self.blocks[name])
         return Batch(
             token_ids=torch.tensor([token for tokens in chunks.values() for token in tokens]),
             positions=torch.tensor(positions),
             cache_indices=torch.tensor(indices),
             starts=tuple(starts),
             context_lengths=tuple(self.computed[name] for name in chunks),
-            block_tables=torch.tensor([self.blocks[n] + [0] * (longest - len(self.blocks[n])) for n in chunks]),
-            segments=segments,
             rows=tuple(self.rows[name] for name in chunks),
+            block_tables=tables,
+            segments=segments,
         )
 
     def end(self, name: str) -> None:

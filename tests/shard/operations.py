@@ -43,7 +43,7 @@ def paged_batch(chunks: list[tuple[int, int]], seed: int) -> tuple[Batch, int]:
     needed = [-(-(before + tokens) // BLOCK_SIZE) for before, tokens in chunks]
     num_blocks = sum(needed) + 2
     blocks = Random(seed).sample(range(num_blocks), num_blocks)
-    tables = torch.zeros(len(chunks), max(needed), dtype=torch.long)
+    tables = torch.zeros(len(chunks), max(needed), dtype=torch.int32)
     starts, positions, indices = [0], [], []
     for row, ((before, tokens), count) in enumerate(zip(chunks, needed, strict=True)):
         own, blocks = blocks[:count], blocks[count:]
@@ -57,6 +57,7 @@ def paged_batch(chunks: list[tuple[int, int]], seed: int) -> tuple[Batch, int]:
         cache_indices=torch.tensor(indices),
         starts=tuple(starts),
         context_lengths=tuple(before + tokens for before, tokens in chunks),
+        rows=tuple(range(len(chunks))),
         block_tables=tables,
         segments=(),
     )

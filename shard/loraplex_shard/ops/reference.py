@@ -205,7 +205,7 @@ def _attend(
     context, block_size = batch.context_lengths[chunk], cache.keys.shape[-1]
     positions = torch.arange(context - len(query), context, device=query.device)[:, None]
     first = max(0, context - len(query) - heads.window + 1) // block_size if heads.window else 0
-    blocks = batch.block_tables[chunk, first : -(-context // block_size)]
+    blocks = batch.block_tables[batch.rows[chunk], first : -(-context // block_size)]
     seen = torch.arange(first * block_size, context, device=query.device)
     keys = _as_read(cache.keys.transpose(2, 3), cache.key_scales, blocks, query.dtype)[:, : len(seen)]
     values = _as_read(cache.values, cache.value_scales, blocks, query.dtype)[:, : len(seen)]

@@ -20,6 +20,7 @@ from llguidance.numpy import fill_next_token_bitmask, fill_next_token_bitmask_pa
 from numpy.typing import NDArray
 
 from loraplex_protos.shard_pb2 import SequenceStart
+from loraplex_shard.device.copies import to_device
 from loraplex_shard.sampling.bad_words import BadWords
 from loraplex_shard.sampling.grammars import GrammarCompiler
 
@@ -43,15 +44,16 @@ class Masks:
     """The masks of one step's constrained rows, possibly still being computed."""
 
     places: NDArray[np.int64]  # indices of these rows among the rows given to `begin`
-    allowed: Future[NDArray[np.bool_]]  # [places, vocab]
+    allowed: Future[NDArray[np.uint8]]  # [places, vocab / 8]: a bit for each token, the least significant one first
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         """A copy of the logits [n, vocab] with -inf where a token is not allowed; waits for the masks. Tokens beyond
         the masks are those of other rows' adapters."""
-        index = torch.from_numpy(self.places).to(logits.device)
-        allowed = torch.from_numpy(self.allowed.result()).to(logits.device)
-        allowed = F.pad(allowed, (0, logits.shape[1] - allowed.shape[1]))
-        return logits.index_copy(0, index, logits[index].masked_fill(~allowed, -torch.inf))
+        index, packed = to_device([self.places, self.allowed.result()], logits.device)
+        packed = F.pad(packed, (0, -(-logits.shape[1] // 8) - packed.shape[1]))
+        shifts = torch.arange(8, dtype=torch.uint8, device=logits.device)
+        forbidden = (packed[:, :, None] >> shifts & 1 == 0).flatten(1)[:, : logits.shape[1]]
+        return logits.index_copy(0, index, logits[index].masked_fill(forbidden, -torch.inf))
 
 
 class Constraints:
@@ -176,8 +178,8 @@ class Constraints:
         matchers: Sequence[tuple[int, LLMatcher | None]],
         only: Sequence[NDArray[np.uint8] | None],
         banned: Sequence[NDArray[np.int64]],
-    ) -> NDArray[np.bool_]:
-        """[matchers, the largest vocabulary of theirs], of these rows' matchers"""
+    ) -> NDArray[np.uint8]:
+        """Packed masks of these rows, [matchers, the largest vocabulary of theirs / 8]."""
         sizes = [self._size(row) for row, _ in matchers]
         bits = np.zeros((len(matchers), max(sizes)), np.uint8)
         for size in set(sizes):
@@ -194,7 +196,7 @@ class Constraints:
             if mask is not None and (bits[place, : len(mask)] & mask).any():
                 bits[place, : len(mask)] &= mask
             _ban(bits[place], tokens)
-        return bits.view(np.bool_)
+        return np.packbits(bits, axis=1, bitorder="little")
 
     def _masks(self, matchers: Sequence[tuple[int, LLMatcher | None]], size: int) -> NDArray[np.uint8]:
         """[matchers, size], of rows with so many tokens"""

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from loraplex_shard.device.copies import to_device
+
 STRAND = 16  # tokens of a strand
 
 _GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
@@ -37,7 +39,7 @@ def draw(logits: Tensor, uniform: NDArray[np.float64]) -> Tensor:
     """
     weights = _strands(logits.softmax(-1), 0)
     cumulative = weights.sum(1).cumsum(-1, dtype=torch.float64)
-    targets = torch.from_numpy(uniform).to(logits.device)[:, None] * cumulative[:, -1:]
+    targets = to_device([uniform[:, None]], logits.device)[0] * cumulative[:, -1:]
     # Beyond the end only if the row held NaN.
     strand = torch.searchsorted(cumulative, targets, right=True).clamp_(max=cumulative.shape[-1] - 1)
     inside = _of_strands(weights, strand)[:, :, 0]

@@ -3,6 +3,7 @@ stage follows from that."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,6 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from loraplex_protos.generation_pb2 import Sampling
+from loraplex_shard.device import copies
+
+Column = NDArray[Any]  # [n, 1]
 
 # How many of the likeliest tokens are looked at before the whole vocabulary is.
 HEAD = 512
@@ -33,11 +37,13 @@ class History:
     def counts(self, logits: Tensor, of_prompt: bool) -> Tensor:
         """How often each token occurs in each sequence's output, or in prompt and output: [n, vocab], as the logits."""
         longest = int(self.lengths.max())
-        tokens = self.tokens[to_device(self.rows, logits), :longest]
+        columns = self.rows, self.lengths[:, None], self.prompt_lengths[:, None]
+        rows, lengths, prompt_lengths = copies.to_device(columns, logits.device)
+        tokens = self.tokens[rows, :longest]
         positions = torch.arange(longest, device=logits.device)
-        inside = positions < _column(self.lengths, logits)
+        inside = positions < lengths
         if not of_prompt:
-            inside &= positions >= _column(self.prompt_lengths, logits)
+            inside &= positions >= prompt_lengths
         # What lies outside may be uninitialised: it counts 0 times as token 0.
         tokens = torch.where(inside, tokens, 0).long()
         counts = logits.new_zeros((len(self.rows), logits.shape[-1]))
@@ -48,8 +54,8 @@ class Stage:
     """A step of sampling.
 
     `function` takes the logits [n, vocab] of some rows, their history if it comes before temperature, and of each
-    parameter a column [n, 1]; it returns the changed logits. `neutral` are the parameters, with the values that leave
-    it out.
+    parameter a column [n, 1], on the host; it returns the changed logits. `neutral` are the parameters, with the values
+    that leave it out.
     """
 
     def __init__(self, function: Callable[..., Tensor], **neutral: float) -> None:
@@ -68,7 +74,7 @@ class Stage:
         if not len(index):
             return logits
         past = [history.select(index)] if history else []
-        columns = (_column(parameters[name][index], logits) for name in self.neutral)
+        columns = (parameters[name][index, None] for name in self.neutral)
         changed = self._function(select(logits, index), *past, *columns)
         return changed if len(index) == len(logits) else logits.index_copy(0, to_device(index, logits), changed)
 
@@ -78,70 +84,68 @@ def select(tensor: Tensor, index: NDArray[np.int64]) -> Tensor:
     return tensor if len(index) == len(tensor) else tensor[to_device(index, tensor)]
 
 
-def to_device(index: NDArray[np.int64] | NDArray[np.bool_], tensor: Tensor) -> Tensor:
+def to_device(index: NDArray[Any], tensor: Tensor) -> Tensor:
     """On the tensor's device."""
-    return torch.from_numpy(index).to(tensor.device)
+    return copies.to_device([index], tensor.device)[0]
 
 
 def by_temperature(logits: Tensor, parameters: NDArray[np.void]) -> Tensor:
     """Relative to the largest, so that a tiny temperature overflows to -inf only."""
-    temperature = _column(parameters["temperature"], logits).clamp_(min=LEAST)
+    temperature = to_device(np.maximum(parameters["temperature"], LEAST)[:, None], logits)
     return (logits - logits.amax(-1, keepdim=True)).div_(temperature)
 
 
-def _column(values: NDArray[np.generic], logits: Tensor) -> Tensor:
-    # A copy, since torch does not take the strides of a record's field.
-    return torch.from_numpy(values.copy()).to(logits.device)[:, None]
-
-
-def _divide_repeated(logits: Tensor, history: History, penalty: Tensor) -> Tensor:
+def _divide_repeated(logits: Tensor, history: History, penalties: Column) -> Tensor:
     """Makes what occurred less likely (CTRL, arXiv 1909.05858). No penalty is so far from 1 that the result is not
     finite, or not a number."""
-    penalty, most = penalty.clamp(min=LEAST), torch.finfo(logits.dtype).max
+    penalty, most = to_device(np.maximum(penalties, LEAST), logits), torch.finfo(logits.dtype).max
     divided = torch.where(logits > 0, logits / penalty, logits * penalty)
     # What a grammar forbids stays so.
     occurred = (history.counts(logits, of_prompt=True) > 0) & logits.isfinite()
     return torch.where(occurred, divided.clamp_(-most, most), logits)
 
 
-def _subtract_counted(logits: Tensor, history: History, frequency: Tensor, presence: Tensor) -> Tensor:
+def _subtract_counted(logits: Tensor, history: History, *penalties: Column) -> Tensor:
+    frequency, presence = copies.to_device(penalties, logits.device)
     counts = history.counts(logits, of_prompt=False)
     return logits - frequency * counts - presence * (counts > 0)
 
 
-def _keep_sigmas(logits: Tensor, _: History, count: Tensor) -> Tensor:
-    """Keeps what is at most `count` standard deviations below the largest (arXiv 2411.07641), as llama.cpp does: of the
+def _keep_sigmas(logits: Tensor, _: History, counts: Column) -> Tensor:
+    """Keeps what is at most so many standard deviations below the largest (arXiv 2411.07641), as llama.cpp does: of the
     logits that a grammar allows."""
     allowed = logits > -torch.inf
     total = allowed.sum(-1, keepdim=True)
     mean = logits.masked_fill(~allowed, 0).sum(-1, keepdim=True) / total
     deviation = ((logits - mean).masked_fill(~allowed, 0).square().sum(-1, keepdim=True) / total).sqrt()
-    return logits.masked_fill(logits < logits.amax(-1, keepdim=True) - count * deviation, -torch.inf)
+    least = logits.amax(-1, keepdim=True) - to_device(counts, logits) * deviation
+    return logits.masked_fill(logits < least, -torch.inf)
 
 
-def _keep_top_k(logits: Tensor, k: Tensor) -> Tensor:
+def _keep_top_k(logits: Tensor, k: Column) -> Tensor:
     """Keeps the k likeliest tokens, and what equals the last of them."""
-    k = k.clamp(max=logits.shape[-1])
+    k = np.minimum(k, logits.shape[-1])
     best = logits.topk(int(k.max())).values
-    return logits.masked_fill(logits < best.gather(-1, k - 1), -torch.inf)
+    return logits.masked_fill(logits < best.gather(-1, to_device(k - 1, logits)), -torch.inf)
 
 
-def _keep_top_p(logits: Tensor, p: Tensor) -> Tensor:
+def _keep_top_p(logits: Tensor, p: Column) -> Tensor:
     """Keeps the likeliest tokens that add up to p (nucleus sampling, arXiv 1904.09751)."""
     return _keep_mass(logits, logits.softmax(-1), -logits, p)
 
 
-def _keep_top_p_of_logprobs(logprobs: Tensor, p: Tensor) -> Tensor:
+def _keep_top_p_of_logprobs(logprobs: Tensor, p: Column) -> Tensor:
     """The same where the rows are some tokens of a distribution, by their log probabilities in it."""
     return _keep_mass(logprobs, logprobs.exp(), -logprobs, p)
 
 
-def _keep_min_p(logits: Tensor, p: Tensor) -> Tensor:
+def _keep_min_p(logits: Tensor, p: Column) -> Tensor:
     """Keeps what has at least p times the probability of the likeliest (arXiv 2407.01082)."""
-    return logits.masked_fill(logits < logits.amax(-1, keepdim=True) + p.log(), -torch.inf)
+    least = logits.amax(-1, keepdim=True) + to_device(p, logits).log()
+    return logits.masked_fill(logits < least, -torch.inf)
 
 
-def _keep_typical(logits: Tensor, p: Tensor) -> Tensor:
+def _keep_typical(logits: Tensor, p: Column) -> Tensor:
     """Keeps the tokens whose surprise is nearest to the expected one and that add up to p (arXiv 2202.00666)."""
     surprise = -logits.log_softmax(-1)
     probabilities = (-surprise).exp()
@@ -149,13 +153,13 @@ def _keep_typical(logits: Tensor, p: Tensor) -> Tensor:
     return _keep_mass(logits, probabilities, (surprise - expected).abs(), p)
 
 
-def _keep_mass(logits: Tensor, probabilities: Tensor, order: Tensor, mass: Tensor) -> Tensor:
-    """Keeps the tokens of the least `order` whose probabilities add up to mass, and what equals the last of them."""
-    vocab = logits.shape[-1]
+def _keep_mass(logits: Tensor, probabilities: Tensor, order: Tensor, masses: Column) -> Tensor:
+    """Keeps the tokens of the least `order` whose probabilities add up to a mass, and what equals the last of them."""
+    vocab, mass = logits.shape[-1], to_device(masses, logits)
     for size in (min(HEAD, vocab), vocab):
         first = order.topk(size, largest=False)
         cumulative = probabilities.gather(-1, first.indices).cumsum(-1, dtype=torch.float64)
-        if bool((cumulative[:, -1:] >= mass).all()):
+        if size == vocab or bool((cumulative[:, -1:] >= mass).all()):
             break
     last = (cumulative < mass).sum(-1, keepdim=True).clamp_(max=size - 1)
     return logits.masked_fill(order > first.values.gather(-1, last), -torch.inf)

@@ -21,7 +21,8 @@ class Batch:
     """The chunks of one step, one after the other. Lengths are in tokens; all tensors are on the model's device.
 
     Chunk i is the tokens [starts[i], starts[i + 1]) of the batch. After the step, its sequence has context_lengths[i]
-    positions in the cache, and the chunk is the last of them. Position p is in block block_tables[i, p // block_size].
+    positions in the cache, and the chunk is the last of them. The sequence is in row rows[i]: position p is in block
+    block_tables[rows[i], p // block_size].
     """
 
     token_ids: torch.Tensor  # [tokens] int64
@@ -29,6 +30,6 @@ class Batch:
     cache_indices: torch.Tensor  # [tokens] int64: where keys and values are written, block * block_size + offset
     starts: tuple[int, ...]  # [chunks + 1]
     context_lengths: tuple[int, ...]  # [chunks]
-    block_tables: torch.Tensor  # [chunks, blocks of the longest context] int64, padded with 0
+    rows: tuple[int, ...]  # [chunks]
+    block_tables: torch.Tensor  # [rows, blocks of the longest sequence] int32, undefined behind its end
     segments: tuple[Segment, ...]
-    rows: tuple[int, ...] = ()  # chunks: where their sequences' states are; empty if the model keeps none

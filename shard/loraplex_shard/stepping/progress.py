@@ -17,6 +17,7 @@ from loraplex_protos.shard_pb2 import (
     FAILURE_REASON_UNKNOWN_TOKEN,
     StepResponse,
 )
+from loraplex_shard.device.copies import to_device
 from loraplex_shard.device.parallel import Group
 from loraplex_shard.models import Model
 from loraplex_shard.sampling import sampler
@@ -26,7 +27,7 @@ from loraplex_shard.shapes.classifier import Classifier
 from loraplex_shard.stepping.failures import Failures
 from loraplex_shard.stepping.pooling import PooledChunk, Pooling
 from loraplex_shard.stepping.results import Tokens, add_prompt, add_tokens, describe
-from loraplex_shard.stepping.rows import Chunks, Ints, Rows, spans
+from loraplex_shard.stepping.rows import Chunks, Ints, Rows, Sampled, spans
 
 # Known tokens whose logprobs are computed at once: bounds the memory for logits.
 LOGITS_SLICE = 256
@@ -54,6 +55,7 @@ class StepInProgress:
         self,
         parts: Parts,
         chunks: Chunks,
+        sampled: Sampled,
         segments: tuple[Segment, ...],
         masks: Masks | None,
         hidden: Tensor,
@@ -62,7 +64,7 @@ class StepInProgress:
         self._response = response
         self._model, self._rows, self._group = parts.model, parts.rows, parts.group
         self._constraints, self._pooling, self._classifier = parts.constraints, parts.pooling, parts.classifier
-        self._chunks = chunks
+        self._chunks, self._sampled = chunks, sampled
         self._segments = segments
         self._masks = masks
         self._hidden = hidden
@@ -77,7 +79,7 @@ class StepInProgress:
             self._report_pooled()
             self._failures.write(self._response)
 
-    def _logits(self, tokens: Ints) -> tuple[Tensor, Tensor] | None:
+    def _logits(self, tokens: Ints, on_device: Tensor) -> tuple[Tensor, Tensor] | None:
         """The logits [n, vocab] after these tokens of the batch, which are in ascending order, and whether they are
         finite [n]. Rank 0 only."""
         bounds = np.searchsorted(tokens, [(segment.start, segment.stop) for segment in self._segments]).reshape(-1, 2)
@@ -87,7 +89,7 @@ class StepInProgress:
             if start < stop
         )
         all_of_it = len(tokens) == len(self._hidden)
-        hidden = self._hidden if all_of_it else self._hidden[self._rows.on_device(tokens)]
+        hidden = self._hidden if all_of_it else self._hidden[on_device]
         return self._model.logits(hidden, chosen)
 
     def _report_prompt(self) -> None:
@@ -111,7 +113,7 @@ class StepInProgress:
         places, positions = np.repeat(np.arange(len(self._chunks)), counts), spans(firsts, counts)
         for first in range(0, len(tokens), LOGITS_SLICE):
             part = slice(first, first + LOGITS_SLICE)
-            computed = self._logits(tokens[part])
+            computed = self._logits(tokens[part], *to_device([tokens[part]], self._hidden.device))
             if computed is not None:
                 logits, finite = computed
                 self._failures.add(places[part][~finite.cpu().numpy()], FAILURE_REASON_NOT_FINITE)
@@ -134,7 +136,7 @@ class StepInProgress:
         """What was sampled and, where they are reported at once, the fast-forward tokens after it."""
         places = np.flatnonzero(self._chunks.samples)
         rows, lengths = self._chunks.rows[places], self._chunks.ends[places]
-        computed = self._logits(self._chunks.starts[1:][places] - 1)
+        computed = self._logits(self._chunks.starts[1:][places] - 1, self._sampled.tokens)
         tokens = torch.zeros(len(places), dtype=torch.int64, device=self._hidden.device)
         if computed is not None:
             logits, finite = computed
@@ -143,7 +145,7 @@ class StepInProgress:
             allowed = allowed if self._masks is None else self._masks.apply(allowed)
             tokens = sampler.sample(allowed, self._rows.sampling[rows], self._rows.history(rows, lengths))
         self._group.broadcast_(tokens)
-        self._rows.record(rows, lengths, tokens)
+        self._rows.record(self._sampled, tokens)
         if self._masks is not None:
             self._constraints.accept(rows.tolist(), tokens.tolist())
         fast_forward = self._fast_forward(rows)
@@ -154,7 +156,7 @@ class StepInProgress:
         spared = self._failures.spare(places)
         if not spared.all():
             good = np.flatnonzero(spared)
-            index = self._rows.on_device(good)
+            (index,) = to_device([good], self._hidden.device)
             places, fast_forward, tokens, logits = places[good], fast_forward[good], tokens[index], logits[index]
         sampled = describe(places, tokens, logits, self._rows.detail[self._chunks.rows[places]])
         return [sampled, *self._report_fast_forward(places, fast_forward)]
@@ -173,7 +175,7 @@ class StepInProgress:
                     most = min(MAX_FAST_FORWARD, int(self._rows.room(rows[place])))
                     tokens = self._constraints.fast_forward(int(rows[place]), most, end=not scored[place])
                     fast_forward[place, : len(tokens)] = tokens
-            on_device = self._rows.on_device(fast_forward)
+            (on_device,) = to_device([fast_forward], self._hidden.device)
             self._group.broadcast_(on_device)
             self._rows.fast_forward(rows, on_device)
         return fast_forward

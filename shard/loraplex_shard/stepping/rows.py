@@ -1,8 +1,8 @@
 """The rows: a shard's state of each live sequence, and how plans change it.
 
-A row can be recreated from one plan, and only plans change it. Counts and block tables are kept on the host, since
-they follow from the plans alone; token ids are kept on the device, where sampling writes them. Independent of the
-model, adapters and the meaning of sampling parameters.
+A row can be recreated from one plan, and only plans change it. Counts are kept on the host, since they follow from the
+plans alone; token ids are kept on the device, where sampling writes them. Block tables are on both: the device's get
+new blocks only. Independent of the model, adapters and the meaning of sampling parameters.
 """
 
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from loraplex_protos.shard_pb2 import SequenceStart, StepRequest
+from loraplex_shard.device.copies import to_device
 from loraplex_shard.sampling.sampler import Bias
 from loraplex_shard.sampling.stages import PARAMETERS, History, read_parameters
 from loraplex_shard.shapes.batch import Batch, Segment
@@ -43,11 +44,21 @@ class Chunks:
     begins: Ints
     ends: Ints
     starts: Ints  # chunks + 1
+    new_blocks: Ints  # entries of the flattened block tables that are new with the plan
     score_begins: Ints  # the tokens [score_begins[i], score_ends[i]) of the sequence are unscored, and follow positions
     score_ends: Ints  # of the chunk: it makes their logprobs known
 
     def __len__(self) -> int:
         return len(self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """Where a step's samples come from and go to, on the device, [n] int64 each."""
+
+    tokens: torch.Tensor  # of the batch: the sample follows this one
+    rows: torch.Tensor
+    positions: torch.Tensor
 
 
 class Rows:
@@ -74,7 +85,7 @@ class Rows:
         self.prompt_lengths: Ints = np.zeros(max_sequences, np.int64)
         self.sampling = np.zeros(max_sequences, PARAMETERS)
         self._biased = np.zeros(max_sequences, np.bool_)
-        self._biases: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by row: token ids and their biases
+        self._biases: dict[int, tuple[Ints, NDArray[np.float32]]] = {}  # by row: token ids and their biases
         self.detail = np.zeros(max_sequences, DETAIL)
         self.void = np.zeros(max_sequences, np.bool_)  # started with a token that is not in the vocabulary
         self.forceable = np.zeros(max_sequences, np.bool_)  # rows whose grammars may add tokens that are not sampled
@@ -82,7 +93,9 @@ class Rows:
         # logprobs and still follow positions that are to be computed.
         self._scored: Ints = np.zeros(max_sequences, np.int64)
         self._computed: Ints = np.zeros(max_sequences, np.int64)  # positions whose keys and values are in the cache
-        self._block_tables: Ints = np.zeros((max_sequences, -(-max_model_len // block_size)), np.int64)
+        self._block_tables = np.zeros((max_sequences, -(-max_model_len // block_size)), np.int32)
+        # Its own memory on a GPU, the same on a CPU.
+        (self._tables_on_device,) = to_device([self._block_tables], device)
         self._block_counts: Ints = np.zeros(max_sequences, np.int64)
 
     def clear(self) -> None:
@@ -103,14 +116,14 @@ class Rows:
         self.void[row] = (tokens >= size).any() or (biased >= size).any()
         if self.void[row]:
             tokens[tokens >= size] = biased[biased >= size] = 0
-        self._tokens[row, :known] = self.on_device(tokens)
+        (self._tokens[row, :known],) = to_device([tokens.astype(np.int32)], self._device)
         self._known[row] = known
         self.prompt_lengths[row] = start.prompt_length
         self.sampling[row] = read_parameters(start.sampling)
         self._biased[row] = bool(bias)
         if self._biased[row]:
-            values = torch.tensor(list(bias.values()), device=self._device)
-            self._biases[row] = self.on_device(biased), values
+            values = np.fromiter(bias.values(), np.float32, len(bias))
+            self._biases[row] = biased, values
         self.detail[row] = tuple(getattr(start, name) for name in DETAIL.names or ())
         assert 0 <= start.unscored <= known - start.prompt_length, f"row {row}: unscored prompt tokens"
         self.forceable[row] = start.HasField("grammar")
@@ -133,35 +146,52 @@ class Rows:
         at_end = ends == known
         assert (at_end | self.forceable[rows])[samples].all(), "sample before the last known token"
         samples &= at_end  # the router did not know the forced tokens yet
-        self._append_blocks(rows, block_counts, _column(plan.blocks))
+        new_blocks = self._append_blocks(rows, block_counts, _column(plan.blocks))
         assert (self._block_counts[rows] * self._block_size >= ends).all(), "chunk past its blocks"
         self._computed[rows] = ends
         self._known[rows] += samples
         score_begins, score_ends = np.maximum(begins + 1, self._scored[rows]), np.minimum(ends + 1, known)
         self._scored[rows] = np.maximum(self._scored[rows], score_ends + samples)
         starts = np.concatenate(([0], np.cumsum(lengths)))
-        return Chunks(rows, slots, samples, begins, ends, starts, score_begins, np.maximum(score_ends, score_begins))
+        score_ends = np.maximum(score_ends, score_begins)
+        return Chunks(rows, slots, samples, begins, ends, starts, new_blocks, score_begins, score_ends)
 
-    def batch(self, chunks: Chunks, segments: tuple[Segment, ...]) -> Batch:
-        """The tensors of a step, of which advance() made the chunks."""
-        lengths = chunks.ends - chunks.begins
+    def batch(self, chunks: Chunks, segments: tuple[Segment, ...]) -> tuple[Batch, Sampled]:
+        """The tensors of a step, of which advance() made the chunks. All of them are one copy to the device."""
+        lengths, last = chunks.ends - chunks.begins, chunks.starts[1:] - 1
         positions = spans(chunks.begins, lengths)
         token_rows = np.repeat(chunks.rows, lengths)
-        blocks = self._block_tables[token_rows, positions // self._block_size]
-        return Batch(
-            token_ids=self.tokens_at(token_rows, positions),
-            positions=self.on_device(positions),
-            cache_indices=self.on_device(blocks * self._block_size + positions % self._block_size),
+        blocks = self._block_tables[token_rows, positions // self._block_size].astype(np.int64)
+        sampling = chunks.samples
+        columns = (
+            token_rows,
+            positions,
+            blocks * self._block_size + positions % self._block_size,
+            last[sampling],
+            chunks.rows[sampling],
+            chunks.ends[sampling],
+            chunks.new_blocks,
+            self._block_tables.reshape(-1)[chunks.new_blocks],
+        )
+        rows, at, indices, *sampled, new, new_blocks = to_device(columns, self._device)
+        if len(chunks.new_blocks):
+            self._tables_on_device.view(-1)[new] = new_blocks
+        batch = Batch(
+            token_ids=self._tokens[rows, at].long(),
+            positions=at,
+            cache_indices=indices,
             starts=tuple(chunks.starts.tolist()),
             context_lengths=tuple(chunks.ends.tolist()),
-            block_tables=self.on_device(self._tables(chunks)),
-            segments=segments,
             rows=tuple(chunks.rows.tolist()),
+            block_tables=self._tables_on_device,
+            segments=segments,
         )
+        return batch, Sampled(*sampled)
 
     def tokens_at(self, rows: Ints, positions: Ints) -> torch.Tensor:
         """One token per (row, position): [n] int64 on the device."""
-        return self._tokens[self.on_device(rows), self.on_device(positions)].long()
+        there, at = to_device([rows, positions], self._device)
+        return self._tokens[there, at].long()
 
     def history(self, rows: Ints, lengths: Ints) -> History:
         """The tokens of these rows, up to these lengths, for the sampler."""
@@ -174,11 +204,12 @@ class Rows:
             return None
         ids, values = zip(*(self._biases[rows[place]] for place in places), strict=True)
         counts = [len(part) for part in ids]
-        return Bias(self.on_device(np.repeat(places, counts)), torch.cat(ids), torch.cat(values))
+        columns = np.repeat(places, counts), np.concatenate(ids), np.concatenate(values)
+        return Bias(*to_device(columns, self._device))
 
-    def record(self, rows: Ints, positions: Ints, tokens: torch.Tensor) -> None:
+    def record(self, sampled: Sampled, tokens: torch.Tensor) -> None:
         """Appends sampled tokens [n] int64, one per row."""
-        self._tokens[self.on_device(rows), self.on_device(positions)] = tokens.int()
+        self._tokens[sampled.rows, sampled.positions] = tokens.int()
 
     def room(self, rows: Ints) -> Ints:
         """How many more tokens these rows have room for."""
@@ -197,27 +228,20 @@ class Rows:
         """
         counts: Ints = (tokens >= 0).sum(1).cpu().numpy()
         positions = spans(self._known[rows], counts)
-        self._tokens[self.on_device(np.repeat(rows, counts)), self.on_device(positions)] = tokens[tokens >= 0].int()
+        there, at = to_device([np.repeat(rows, counts), positions], self._device)
+        self._tokens[there, at] = tokens[tokens >= 0].int()
         self._known[rows] += counts
         self._scored[rows] += np.where(self.scores(rows), 0, counts)
 
-    def on_device(self, values: Ints) -> torch.Tensor:
-        """A column as a tensor on the model's device."""
-        return torch.from_numpy(values).to(self._device)
-
-    def _append_blocks(self, rows: Ints, counts: Ints, blocks: Ints) -> None:
+    def _append_blocks(self, rows: Ints, counts: Ints, blocks: Ints) -> Ints:
+        """Returns the places of the blocks in the flattened tables."""
         assert counts.sum() == len(blocks) and (blocks < self._num_blocks).all(), "blocks out of range"
         begins = self._block_counts[rows]
         assert (begins + counts <= self._block_tables.shape[1]).all(), "more blocks than the model's context has"
-        self._block_tables[np.repeat(rows, counts), spans(begins, counts)] = blocks
+        places: Ints = np.repeat(rows, counts) * self._block_tables.shape[1] + spans(begins, counts)
+        self._block_tables.reshape(-1)[places] = blocks
         self._block_counts[rows] += counts
-
-    def _tables(self, chunks: Chunks) -> Ints:
-        """The chunks' block tables, padded with 0: entries after a row's count belong to a previous sequence."""
-        needed = -(-chunks.ends // self._block_size)
-        tables = self._block_tables[chunks.rows, : needed.max()]
-        tables[np.arange(tables.shape[1]) >= needed[:, None]] = 0
-        return tables
+        return places
 
 
 def spans(firsts: Ints, counts: Ints) -> Ints:

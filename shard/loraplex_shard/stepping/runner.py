@@ -72,8 +72,9 @@ class Runner:
         if len(chunks):
             segments = self._segments(chunks)
             masks = self._begin_masks(chunks)
-            hidden = self._parts.model(self._parts.rows.batch(chunks, segments), self._cache)
-            StepInProgress(self._parts, chunks, segments, masks, hidden, response).report()
+            batch, sampled = self._parts.rows.batch(chunks, segments)
+            hidden = self._parts.model(batch, self._cache)
+            StepInProgress(self._parts, chunks, sampled, segments, masks, hidden, response).report()
         return response
 
     def warmup(self, max_batch_tokens: int) -> None:

@@ -171,7 +171,7 @@ void rows_of_span(int count, const Shape& shape, Rows rows, long first_row, long
 
 // The span of a task's blocks that begins at `block`.
 template <class C>
-Span<C> span_at(const Shape& shape, const Task& task, const Cache<C>& cache, const std::int64_t* table, long context,
+Span<C> span_at(const Shape& shape, const Task& task, const Cache<C>& cache, const std::int32_t* table, long context,
                 long block) {
     long key_size = LANES * shape.head_dim, value_size = LANES * shape.value_dim;
     Span<C> span;
@@ -191,7 +191,7 @@ Span<C> span_at(const Shape& shape, const Task& task, const Cache<C>& cache, con
 }
 
 template <class C>
-void attend(const Shape& shape, const Task& task, const Cache<C>& cache, const std::int64_t* table, long context,
+void attend(const Shape& shape, const Task& task, const Cache<C>& cache, const std::int32_t* table, long context,
             long first_position, Rows rows) {
     long group = shape.heads / shape.kv_heads, count = task.tokens * group;
     for (long block = task.first_block; block <= task.last_block; block += SPAN) {
@@ -213,7 +213,7 @@ bool suits_tiles(const Shape& shape, const Task& task) {
 // keys and values as bfloat16; bytes are converted exactly, and their scales are applied to scores and weights. All
 // arrays of rows have room up to whole tiles; what the rows after the last one hold does not matter.
 template <class C>
-void attend_by_tiles(const Shape& shape, const Task& task, const Cache<C>& cache, const std::int64_t* table,
+void attend_by_tiles(const Shape& shape, const Task& task, const Cache<C>& cache, const std::int32_t* table,
                      long context, long first_position, const bf16* queries, bf16* panels, Rows rows) {
     static_assert(SPAN == TILE_BLOCKS);
 #if defined(__AMX_BF16__)
@@ -324,8 +324,8 @@ void join(const Shape& shape, const Task& task, float* partials, long partial_si
 
 template <class T, class C>
 void attention(int threads, const Shape& shape, const T* query, long query_stride, const Cache<C>& cache, long chunks,
-               const std::int64_t* starts, const std::int64_t* contexts, const std::int64_t* tables, long table_width,
-               T* out) {
+               const std::int64_t* starts, const std::int64_t* contexts, const std::int64_t* table_rows,
+               const std::int32_t* tables, long table_width, T* out) {
     static thread_local Scratch for_rows, for_partials;
     long group = shape.heads / shape.kv_heads, head_dim = shape.head_dim, value_dim = shape.value_dim, partial_count;
     std::vector<Task> tasks = plan(shape, chunks, starts, contexts, partial_count);
@@ -361,7 +361,7 @@ void attention(int threads, const Shape& shape, const T* query, long query_strid
             }
             long context = contexts[task.chunk];
             long position = context - (starts[task.chunk + 1] - task.first_token);
-            const std::int64_t* table = tables + task.chunk * table_width;
+            const std::int32_t* table = tables + table_rows[task.chunk] * table_width;
 #if defined(__AVX512BF16__)
             if constexpr (sizeof(T) == 2)
                 if (suits_tiles(shape, task)) {
@@ -393,24 +393,24 @@ void attention(int threads, const Shape& shape, const T* query, long query_strid
 using namespace loraplex;
 
 // query has the heads of a token side by side, and tokens are `query_stride` numbers apart. keys and values are of the
-// query's kind or, if there are scales, int8. starts [chunks + 1], contexts [chunks], tables [chunks, table_width] of
-// block numbers.
+// query's kind or, if there are scales, int8. starts [chunks + 1], contexts [chunks], rows [chunks] of
+// tables [.., table_width] of block numbers.
 EXPORT void paged_attention(int threads, int kind, const void* query, long query_stride, long heads, long kv_heads,
                             long head_dim, long value_dim, float scale, float soft_cap, long window, const float* sinks,
                             const void* keys, const void* values, const float* key_scales, const float* value_scales,
                             long chunks, const std::int64_t* starts, const std::int64_t* contexts,
-                            const std::int64_t* tables, long table_width, void* out) {
+                            const std::int64_t* rows, const std::int32_t* tables, long table_width, void* out) {
     Shape shape{heads, kv_heads, head_dim, value_dim, window, scale, soft_cap, sinks};
     with_type(kind, [&](auto* t) {
         using T = decltype(t);
         if (key_scales) {
             Cache<std::int8_t> cache{(const std::int8_t*)keys, (const std::int8_t*)values, key_scales, value_scales};
-            attention(threads, shape, (T)query, query_stride, cache, chunks, starts, contexts, tables, table_width,
-                      (T)out);
+            attention(threads, shape, (T)query, query_stride, cache, chunks, starts, contexts, rows, tables,
+                      table_width, (T)out);
         } else {
             Cache<std::remove_pointer_t<T>> cache{(T)keys, (T)values, nullptr, nullptr};
-            attention(threads, shape, (T)query, query_stride, cache, chunks, starts, contexts, tables, table_width,
-                      (T)out);
+            attention(threads, shape, (T)query, query_stride, cache, chunks, starts, contexts, rows, tables,
+                      table_width, (T)out);
         }
     });
 }

@@ -56,8 +56,8 @@
            (int threads, int kind, const void* query, long query_stride, long heads, long kv_heads, long head_dim,     \
             long value_dim, float scale, float soft_cap, long window, const float* sinks, const void* keys,            \
             const void* values, const float* key_scales, const float* value_scales, long chunks,                       \
-            const std::int64_t* starts, const std::int64_t* contexts, const std::int64_t* tables, long table_width,    \
-            void* out))                                                                                                \
+            const std::int64_t* starts, const std::int64_t* contexts, const std::int64_t* rows,                        \
+            const std::int32_t* tables, long table_width, void* out))                                                  \
     KERNEL(void, route,                                                                                                \
            (int kind, long tokens, long experts, long chosen, int normalized, const void* logits, float* weights,      \
             std::int64_t* order, std::int64_t* places, std::int64_t* starts))                                          \

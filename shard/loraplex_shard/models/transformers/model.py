@@ -80,9 +80,9 @@ class TransformersModel:
     def check_positions(self) -> None:
         """Raises CheckpointError if the model does not use a batch's positions as they are."""
         cache, positions = self.new_cache(1, BLOCK_SIZE, sequences=1), torch.arange(BLOCK_SIZE, device=self._device)
-        table = torch.zeros((1, 1), dtype=torch.int64, device=self._device)
+        table = torch.zeros((1, 1), dtype=torch.int32, device=self._device)
         tokens = torch.full_like(positions, self.vocab_size // 2)
-        batch = Batch(tokens, positions, positions, (0, BLOCK_SIZE), (BLOCK_SIZE,), table, (), rows=(0,))
+        batch = Batch(tokens, positions, positions, (0, BLOCK_SIZE), (BLOCK_SIZE,), (0,), table, ())
         counted, again, backwards, own = (
             self._hidden(batch, at, cache).float() for at in (positions, positions, positions.flip(0), None)
         )

@@ -248,6 +248,7 @@ class CpuOperations(CpuExpertOperations):
             chunks=step["chunks"],
             starts=step["starts"],
             contexts=step["contexts"],
+            rows=step["rows"],
             tables=step["tables"],
             table_width=step["table_width"],
             out=out.data_ptr(),

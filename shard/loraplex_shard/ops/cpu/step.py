@@ -20,6 +20,7 @@ STEP = (
     "chunks",
     "starts",
     "contexts",
+    "rows",
     "tables",
     "table_width",
     *SEGMENTS,
@@ -61,6 +62,7 @@ class CpuStep:
         self.batch = batch
         self.starts = np.array(batch.starts, np.int64)
         self.contexts = np.array(batch.context_lengths, np.int64)
+        self.rows = np.array(batch.rows, np.int64)
         self.segments = CpuSegments.of(batch.segments)
         self.own_norms, self.own_embeddings = _own_weights(batch)
         self.numbers = (
@@ -70,6 +72,7 @@ class CpuStep:
             len(self.contexts),
             self.starts.ctypes.data,
             self.contexts.ctypes.data,
+            self.rows.ctypes.data,
             batch.block_tables.data_ptr(),
             batch.block_tables.shape[1],
             *self.segments.numbers,

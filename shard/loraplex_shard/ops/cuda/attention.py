@@ -125,7 +125,7 @@ def _attention(
     token, head = row // GROUP, kv_head * GROUP + row % GROUP
     for number in range(tl.program_id(0), tl.load(tile_count), tl.num_programs(0)):
         tile = tiles + number * 7
-        chunk, start, count = tl.load(tile).to(tl.int64), tl.load(tile + 1).to(tl.int64), tl.load(tile + 2)
+        sequence, start, count = tl.load(tile).to(tl.int64), tl.load(tile + 1).to(tl.int64), tl.load(tile + 2)
         position, first, stop, place = tl.load(tile + 3), tl.load(tile + 4), tl.load(tile + 5), tl.load(tile + 6)
         real = (token < count)[:, None] & (lane < DIM)[None, :]
         query_place = (start + token) * stride + head * DIM
@@ -144,7 +144,7 @@ def _attention(
         for step in range(first // BLOCK_SIZE, blocks, POSITIONS // BLOCK_SIZE):
             seen = step * BLOCK_SIZE + tl.arange(0, POSITIONS)
             there, offset = seen // BLOCK_SIZE < blocks, seen % BLOCK_SIZE
-            block = tl.load(tables + chunk * table_width + seen // BLOCK_SIZE, there, 0).to(tl.int64) * KV + kv_head
+            block = tl.load(tables + sequence * table_width + seen // BLOCK_SIZE, there, 0).to(tl.int64) * KV + kv_head
             key_place = (block * (DIM * BLOCK_SIZE) + offset)[None, :] + lane[:, None] * BLOCK_SIZE
             key = tl.load(keys + key_place, (lane < DIM)[:, None] & there[None, :], 0)
             scores = tl.dot(query, key.to(dtype), input_precision="ieee") * scale

@@ -27,9 +27,9 @@ Ints = NDArray[np.int32]
 class Tiles:
     """The tiles of a batch, int32.
 
-    A tile is (chunk, first token, tokens, position of the first token, first position that it sees, stop of these
-    positions, place of its partial results or -1). A split token is (token, place of its first partial result, distance
-    to its next partial result, number of partial results).
+    A tile is (row of the block tables, first token, tokens, position of the first token, first position that it sees,
+    stop of these positions, place of its partial results or -1). A split token is (token, place of its first partial
+    result, distance to its next partial result, number of partial results).
     """
 
     short: Worklist  # tiles of at most SHORT rows
@@ -41,7 +41,7 @@ class Tiles:
 
 @dataclass(frozen=True, slots=True)
 class Cuts:
-    """The entries of a batch's tiles, on the host."""
+    """The entries of a batch's tiles, on the host, with each tile's chunk in place of its row of the block tables."""
 
     short: Ints
     long: Ints
@@ -53,6 +53,8 @@ def make_tiles(batch: Batch, heads: Heads, dtype: torch.dtype, device: torch.dev
     """Makes the tiles of a batch, in the order of its tokens, for queries of this dtype."""
     rows = rows_of_long_tiles(heads, dtype)
     cuts = cut(np.array(batch.starts), np.array(batch.context_lengths), heads, rows)
+    for tiles in (cuts.short, cuts.long):
+        tiles[:, 0] = np.array(batch.rows)[tiles[:, 0]]
     short, long, split = (Worklist.of(entries, device) for entries in (cuts.short, cuts.long, cuts.split))
     return Tiles(short, long, rows, split, cuts.partials)
 

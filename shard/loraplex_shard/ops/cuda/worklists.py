@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from loraplex_shard.device.copies import to_device
+
 
 @dataclass(frozen=True, slots=True)
 class Worklist:
@@ -25,7 +27,7 @@ class Worklist:
     def of(cls, entries: NDArray[Any], device: torch.device) -> "Worklist":
         """A list that has room for these entries [n, numbers] and no more. It is copied at once."""
         numbers = np.append(entries.ravel(), np.array(len(entries), entries.dtype))
-        copied = torch.from_numpy(numbers).to(device)
+        (copied,) = to_device([numbers], device)
         return cls(copied[:-1].view(entries.shape), copied[-1:])
 
 
@@ -37,5 +39,5 @@ def numbered(counts: NDArray[Any]) -> NDArray[Any]:
 
 @cache
 def multiprocessors(device: torch.device) -> int:
-    """How many streaming multiprocessors a GPU has. Triton's interpreter, on the CPU, counts as one with 2."""
-    return 2 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+    """How many streaming multiprocessors a GPU has. Another device counts as one with 2."""
+    return 2 if device.type != "cuda" else torch.cuda.get_device_properties(device).multi_processor_count
