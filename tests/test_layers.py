@@ -73,7 +73,7 @@ IMPORTED_BY: dict[str, set[str]] = {
 # same floor.
 FLOORS = {
     "loraplex_router": (
-        {"vocabulary"},
+        {"vocabulary", "store"},
         {"text", "wire", "access"},
         {"engine", "settings"},
         {"adapters"},
@@ -104,7 +104,7 @@ FOREIGN = {
     "torch": {"loraplex_shard", "loraplex.cli"},
     "transformers": {"loraplex_shard", "loraplex_router.text.template"},
     "fastapi": {"loraplex_router.api"},
-    "redis": {"loraplex_router.journal.redis_store"},
+    "redis": {"loraplex_router.store"},
 }
 
 

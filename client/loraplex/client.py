@@ -22,7 +22,7 @@ class Client(Blocking[Calls]):
     All calls take `timeout`, in seconds, and raise `LoraplexError`s: `UnavailableError` if no server answers,
     `DeadlineError` after the timeout, `InvalidRequestError` for an invalid request. If the server is unavailable or has
     too much to do, calls that change nothing on it are tried again, within their timeout, unless the answer has begun.
-    Streams that have begun are resumed, if the server is run with `--resume`.
+    Streams that have begun are resumed, if the server is run with `--store`.
     """
 
     def __init__(

@@ -18,6 +18,8 @@ from loraplex_protos.errors import LoraplexError, UnavailableError
 from loraplex_protos.generation_pb2 import GetModelInfoResponse
 from loraplex_router.access.key_file import KeyFile
 from loraplex_router.access.keys import Keys
+from loraplex_router.access.limit_store import LimitStore
+from loraplex_router.access.shared_limits import SharedLimits
 from loraplex_router.adapters.registry import Registry
 from loraplex_router.adapters.registry_file import RegistryFile
 from loraplex_router.adapters.resolutions import Resolutions
@@ -29,7 +31,8 @@ from loraplex_router.api.tls import Tls
 from loraplex_router.batches.folder import BatchFolder
 from loraplex_router.batches.runner import BatchRunner
 from loraplex_router.journal.journal import Journal
-from loraplex_router.journal.stores import open_store
+from loraplex_router.journal.redis_store import RedisStore
+from loraplex_router.journal.stores import MemoryStore
 from loraplex_router.replicas.administration import Administration
 from loraplex_router.replicas.connections import Connections, Supervisor
 from loraplex_router.replicas.declarations import Declarations
@@ -37,7 +40,8 @@ from loraplex_router.replicas.prefetching import Prefetching
 from loraplex_router.replicas.replicas import Replicas
 from loraplex_router.replicas.uploads import Uploads
 from loraplex_router.service.service import Service
-from loraplex_router.settings import RouterSettings
+from loraplex_router.settings import MEMORY, RouterSettings
+from loraplex_router.store.redis_server import RedisServer
 from loraplex_router.telemetry.opening import open_telemetry
 from loraplex_router.telemetry.telemetry import Telemetry
 
@@ -82,7 +86,12 @@ class Router:
         declarations = Declarations(self._administration, self._registry_file)
         uploads = Uploads(self._administration, declarations, self._replicas, settings.adapter_uploads_mib << 20)
         seconds = settings.resume_seconds
-        self._journal = Journal(open_store(settings.resume, seconds), seconds) if settings.resume else None
+        self._redis = RedisServer(settings.store) if settings.store not in ("", MEMORY) else None
+        streams = RedisStore(self._redis, seconds) if self._redis else MemoryStore(seconds)
+        self._journal = Journal(streams, seconds) if settings.store else None
+        self._limits = SharedLimits(LimitStore(self._redis)) if self._redis else None
+        if redis := self._redis:
+            telemetry.metrics.watch_store(lambda: redis.fails)
         self._service = Service(
             self._replicas,
             self._administration,
@@ -93,6 +102,7 @@ class Router:
             telemetry,
             settings.metrics_auth,
             self._journal,
+            self._limits,
             settings.stored_responses_mib << 20,
             BatchFolder(settings.batches, int(settings.batches_gib * 2**30)) if settings.batches else None,
         )
@@ -135,10 +145,12 @@ class Router:
                 # Both waits are limited: after SIGTERM the process must exit.
                 await asyncio.wait([work, asyncio.create_task(self._grpc.stop(grace=1.0))], timeout=STOP_SECONDS)
                 await self._service.aclose()
+                if self._redis:
+                    await self._redis.aclose()
 
     async def _work(self, ready: Callable[[list[str]], None]) -> None:
         followed = [file.follow() for file in (self._key_file, self._registry_file, self._tls) if file]
-        followed += [each.run() for each in (self._journal, self._batches) if each]
+        followed += [each.run() for each in (self._journal, self._limits, self._batches) if each]
         await asyncio.gather(
             self._connections.run(),
             self._prefetching.run(),

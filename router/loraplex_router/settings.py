@@ -10,6 +10,7 @@ from loraplex_protos.mtls import MtlsSettings
 from loraplex_router.text.reasoning import AUTO, FAMILIES, NONE
 from loraplex_router.wire.discovery import DNS
 
+MEMORY = "memory"
 STORE = r"(memory|rediss?://(\S*@)?([^\s/?@:]+|\[[0-9a-fA-F:]+\])(:\d{1,5})?(/\d*)?(\?\S*)?|unix://\S+)?"
 
 
@@ -139,11 +140,11 @@ class EdgeSettings(BaseModel):
     )
     log_format: Literal["text", "json"] = Field("text", description="Format of log lines.")
     log_prompts: bool = Field(False, description="Log prompts and answers with each request.")
-    resume: str = Field(
+    store: str = Field(
         "",
-        description="Where the progress of streams is kept, so that clients that lose the connection or the router can "
-        "resume them: redis://HOST:PORT/DATABASE (rediss:// with TLS) for all routers that name the same server, "
-        "memory for this router alone. Empty: nowhere.",
+        description="What routers share: redis://HOST:PORT/DATABASE (rediss:// with TLS). Those that name the same "
+        "server count limits and usage together, and clients that lose the connection or the router can resume "
+        "streams at any of them. memory: streams can be resumed at this router. Empty: nothing.",
     )
     resume_seconds: float = Field(
         60.0, ge=1, le=86400, description="How long a stream can be resumed after its last token."
@@ -152,7 +153,7 @@ class EdgeSettings(BaseModel):
         30.0,
         ge=0,
         description="How long running requests may continue after SIGTERM before they are cancelled, or handed over to "
-        "other routers (--resume).",
+        "other routers (--store).",
     )
 
     @field_validator("reasoning_parser")
@@ -175,7 +176,7 @@ class EdgeSettings(BaseModel):
         """Of the HTTP port's URL."""
         return "http" if self.tls_cert is None else "https"
 
-    @field_validator("resume")
+    @field_validator("store")
     @classmethod
     def _is_a_store(cls, value: str) -> str:
         if not re.fullmatch(STORE, value):

@@ -58,7 +58,7 @@ class Place:
     def start(self, shards: str, resume: str) -> None:
         ports = f"--http-port={self.http_port}", f"--grpc-port={self.grpc_port}"
         self.outcomes.clear()
-        self._router = Router(f"--shards={shards}", f"--resume={resume}", *ports, *FLAGS)
+        self._router = Router(f"--shards={shards}", f"--store={resume}", *ports, *FLAGS)
 
 
 class Cluster:

@@ -122,7 +122,7 @@ async def test_streams_survive_the_death_and_the_end_of_their_router(
 
     def start_router(number: int) -> Router:
         http, grpc = ports[number]
-        flags = f"--http-port={http}", f"--grpc-port={grpc}", f"--resume={redis}", "--drain-seconds=0"
+        flags = f"--http-port={http}", f"--grpc-port={grpc}", f"--store={redis}", "--drain-seconds=0"
         return Router(f"--shards=unix:{tmp_path}/{number}", "--move-seconds=120", *flags)
 
     def start_shard(number: int) -> Shard:

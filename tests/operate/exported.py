@@ -20,6 +20,7 @@ async def router_names() -> set[str]:
     telemetry = Telemetry(adapters=1, log=RequestLog(prompts=False))
     telemetry.metrics.describe_build("org/model")
     telemetry.metrics.watch_registry(lambda: False)
+    telemetry.metrics.watch_store(lambda: False)
     pool, blocks = AdapterPool(1, 1), BlockAllocator(1)
     scheduler = Scheduler(Limits(1, 1, 1), blocks, pool)
     telemetry.watch(SimpleNamespace(name="0", accepting=True, scheduler=scheduler, blocks=blocks, pool=pool))

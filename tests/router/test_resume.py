@@ -19,6 +19,7 @@ from loraplex_router.journal import stores
 from loraplex_router.journal.journal import Journal
 from loraplex_router.journal.redis_store import RedisStore
 from loraplex_router.journal.stores import MemoryStore, Store
+from loraplex_router.store.redis_server import RedisServer
 from loraplex_router.text.renderer import Renderer
 from loraplex_router.vocabulary.chat import ChatTemplates
 from tests.redis_server import redis_server
@@ -171,7 +172,7 @@ async def test_a_router_that_keeps_no_streams_says_so_and_gives_no_ids():
     setup = Setup()
     engine = asyncio.create_task(setup.engine.run())
     client = await ask(setup, PATH, BODY, "x:0-00000000")
-    assert client.status == 422 and "does not keep streams: see --resume" in client.bodies[0]
+    assert client.status == 422 and "does not keep streams: see --store" in client.bodies[0]
     assert "id: " not in "".join((await ask(setup, PATH, BODY)).bodies)
     engine.cancel()
 
@@ -240,7 +241,8 @@ async def test_the_memory_for_streams_is_limited_in_time_and_bytes(monkeypatch: 
 @needs_redis
 async def test_a_redis_server_that_hangs_or_dies_is_noticed_and_found_again(tmp_path: Path):
     with redis_server(tmp_path) as (url, process):
-        store, other = RedisStore(url, 60), RedisStore(url, 0.05)
+        server = RedisServer(url)
+        store, other = RedisStore(server, 60), RedisStore(server, 0.05)
         await store.append({"a": b"12"}, "ab")
         await store.append({"a": b"3"}, "")
         assert await store.read("a") == b"123" and await store.read("b") is None
@@ -254,7 +256,6 @@ async def test_a_redis_server_that_hangs_or_dies_is_noticed_and_found_again(tmp_
         await other.append({}, "c")
         await asyncio.sleep(0.1)
         assert await store.read("c") is None
-    with pytest.raises(UnavailableError, match="the store of streams fails"):
+    with pytest.raises(UnavailableError, match="the Redis server of --store fails"):
         await store.read("a")
-    await store.aclose()
-    await other.aclose()
+    await server.aclose()

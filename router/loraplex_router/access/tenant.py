@@ -1,7 +1,7 @@
 """A tenant: what it may do, how much of it, and what it has in use. Pure policy: no clock, no files, no transport."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Annotated
@@ -59,23 +59,28 @@ class Tenant:
 
     def __init__(self, name: str, allowance: Allowance) -> None:
         self.name = name
-        self.admin, self.weight = allowance.admin, allowance.weight
-        self._allowance = allowance
-        self._visits = 0
-        self._adapters: Counter[str] = Counter()  # by how many visits each is used
-        self._requests, self._tokens = (_Bucket(float(rate or 0)) for rate in self._rates)
-
-    @property
-    def _rates(self) -> tuple[int | None, int | None]:
-        return self._allowance.requests_per_minute, self._allowance.tokens_per_minute
+        self.update(allowance)
+        self.visits = 0
+        self.adapters: Counter[str] = Counter()  # by how many visits each is used
+        self._buckets = {"requests": _Bucket(), "tokens": _Bucket()}
+        for kind, rate in self.rates.items():
+            self._buckets[kind].level = float(rate)
+        self._spent = 0
 
     def update(self, allowance: Allowance) -> None:
         """Changes what the tenant may do. Its current usage stays counted."""
         self.admin, self.weight = allowance.admin, allowance.weight
-        self._allowance = allowance
+        self.max_requests, self.max_adapters = allowance.max_requests, allowance.max_adapters
+        rates = {"requests": allowance.requests_per_minute, "tokens": allowance.tokens_per_minute}
+        self.rates = {kind: rate for kind, rate in rates.items() if rate}
+        self._patterns = allowance.adapters
+
+    @property
+    def limited(self) -> bool:
+        return bool(self.rates) or self.max_requests is not None or self.max_adapters is not None
 
     def may_use(self, adapter_id: str) -> bool:
-        patterns = self._allowance.adapters
+        patterns = self._patterns
         return patterns is None or any(fnmatchcase(adapter_id, normal(pattern)) for pattern in patterns)
 
     def check_adapter(self, adapter: AdapterReference | MergedReference | None) -> None:
@@ -87,50 +92,74 @@ class Tenant:
     def remaining(self, now: float) -> list[Remaining]:
         """What is left of each rate that the tenant has, at time `now`, in seconds."""
         left = []
-        for kind, rate, bucket in zip(("requests", "tokens"), self._rates, (self._requests, self._tokens), strict=True):
-            if rate:
-                level = bucket.fill(rate, now)
-                left.append(Remaining(kind, rate, max(0, int(level)), (rate - level) * 60 / rate))
+        for kind, rate in self.rates.items():
+            level = self._buckets[kind].fill(rate, now)
+            left.append(Remaining(kind, rate, max(0, int(level)), (rate - level) * 60 / rate))
         return left
 
     def begin(self, now: float, adapters: Iterable[str] = ()) -> "Visit":
         """Starts a call that names these adapters, at time `now`, in seconds. Raises RateLimitedError if a limit is
         reached."""
-        limit = self._allowance.max_requests
-        if limit is not None and self._visits >= limit:
-            raise RateLimitedError(f"this API key allows {limit} requests at once", BUSY_SECONDS)
+        if self.max_requests is not None and self.visits >= self.max_requests:
+            raise self.refusal("visits", now)
         names = frozenset(adapters)
-        self._check_adapters(names)
-        for kind, rate, bucket in zip(("requests", "tokens"), self._rates, (self._requests, self._tokens), strict=True):
-            if rate:
-                _check_rate(kind, rate, bucket.fill(rate, now))
-        self._requests.level -= 1
-        self._visits += 1
-        self._adapters.update(names)
+        self._check_adapters(names, now)
+        for kind in self.rates:
+            self._check_rate(kind, now)
+        self._buckets["requests"].level -= 1
+        self.visits += 1
+        self.adapters.update(names)
         return Visit(self, names)
+
+    def refusal(self, kind: str, now: float) -> RateLimitedError:
+        """What a call gets that reaches a limit: "visits", "adapters", "requests" or "tokens"."""
+        if kind == "visits":
+            return RateLimitedError(f"this API key allows {self.max_requests} requests at once", BUSY_SECONDS)
+        if kind == "adapters":
+            limit = f"{self.max_adapters} adapters at once, and its requests use others"
+            return RateLimitedError(f"this API key allows {limit}", BUSY_SECONDS)
+        rate = self.rates[kind]
+        wait = max(0.0, 1 - self._buckets[kind].fill(rate, now)) * 60 / rate
+        return RateLimitedError(f"this API key allows {rate} {kind} a minute: try again in {wait:.1f} s", wait)
 
     def check_tokens(self, now: float) -> None:
         """Raises RateLimitedError if no token is left."""
-        if rate := self._allowance.tokens_per_minute:
-            _check_rate("tokens", rate, self._tokens.fill(rate, now))
+        if "tokens" in self.rates:
+            self._check_rate("tokens", now)
 
     def spend(self, tokens: int, now: float) -> None:
-        if rate := self._allowance.tokens_per_minute:
-            self._tokens.fill(rate, now)
-            self._tokens.level -= tokens
+        if rate := self.rates.get("tokens"):
+            self._buckets["tokens"].fill(rate, now)
+            self._buckets["tokens"].level -= tokens
+            self._spent += tokens
+
+    def take_spent(self) -> int:
+        """The tokens that were spent since this was asked last."""
+        spent, self._spent = self._spent, 0
+        return spent
+
+    def adopt(self, left: Mapping[str, float], now: float) -> None:
+        """What other routers, too, leave of each rate. What this one has spent meanwhile comes off that."""
+        for kind, level in left.items():
+            bucket = self._buckets[kind]
+            bucket.level, bucket.filled_at = level - (self._spent if kind == "tokens" else 0), now
 
     def end(self, visit: "Visit") -> None:
-        self._visits -= 1
-        self._adapters -= Counter(visit.adapters)
+        self.visits -= 1
+        self.adapters -= Counter(visit.adapters)
 
-    def _check_adapters(self, names: frozenset[str]) -> None:
-        limit = self._allowance.max_adapters
+    def _check_adapters(self, names: frozenset[str], now: float) -> None:
+        limit = self.max_adapters
         if limit is None:
             return
         if len(names) > limit:
             raise ForbiddenError(f"this API key allows {limit} adapters at once: name fewer in a request")
-        if len(names | self._adapters.keys()) > limit:
-            raise RateLimitedError(f"this API key allows {limit} adapters at once, and its requests use others", 1.0)
+        if len(names | self.adapters.keys()) > limit:
+            raise self.refusal("adapters", now)
+
+    def _check_rate(self, kind: str, now: float) -> None:
+        if self._buckets[kind].fill(self.rates[kind], now) < 1:
+            raise self.refusal(kind, now)
 
 
 class Visit:
@@ -157,9 +186,3 @@ class Visit:
         self._parts -= 1
         if not self._parts:
             self.tenant.end(self)
-
-
-def _check_rate(kind: str, rate: int, level: float) -> None:
-    if level < 1:
-        wait = (1 - level) * 60 / rate
-        raise RateLimitedError(f"this API key allows {rate} {kind} a minute: try again in {wait:.1f} s", wait)

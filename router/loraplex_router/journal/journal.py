@@ -98,7 +98,6 @@ class Journal:
         finally:
             self._fails = True
             self._next_write.set()
-            await self._store.aclose()
 
     async def flush(self) -> None:
         """Writes down everything new."""

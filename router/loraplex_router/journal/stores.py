@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from typing import Protocol
 
-MEMORY = "memory"
 MAX_BYTES = 256 << 20
 
 
@@ -21,8 +20,6 @@ class Store(Protocol):
     async def read(self, key: str) -> bytes | None:
         """What a key has, which is kept longer now. Raises UnavailableError."""
         ...
-
-    async def aclose(self) -> None: ...
 
 
 class MemoryStore:
@@ -45,9 +42,6 @@ class MemoryStore:
         self._forget()
         return bytes(self._use(key)) if key in self._kept else None
 
-    async def aclose(self) -> None:
-        self._kept.clear()
-
     def _use(self, key: str, part: bytes = b"") -> bytearray:
         _, data = self._kept.pop(key, (0.0, bytearray()))
         data += part
@@ -62,12 +56,3 @@ class MemoryStore:
                 break
             self._size -= len(data)
             del self._kept[key]
-
-
-def open_store(where: str, seconds: float) -> Store:
-    """`where`: "memory", or a Redis server's URL."""
-    if where == MEMORY:
-        return MemoryStore(seconds)
-    from loraplex_router.journal.redis_store import RedisStore  # routers without it start faster
-
-    return RedisStore(where, seconds)

@@ -21,6 +21,7 @@ from loraplex_protos.errors import (
 )
 from loraplex_router.access.audit import audited
 from loraplex_router.access.keys import Keys
+from loraplex_router.access.shared_limits import SharedLimits
 from loraplex_router.access.tenant import Tenant, Visit
 from loraplex_router.adapters.suggestions import Suggestions
 from loraplex_router.batches.folder import BatchFolder
@@ -78,6 +79,7 @@ class Service:
         telemetry: Telemetry,
         metrics_auth: Literal["names", "all", "none"] = "names",
         journal: Journal | None = None,
+        limits: SharedLimits | None = None,
         stored_responses_bytes: int = 0,
         batches: BatchFolder | None = None,
     ) -> None:
@@ -91,6 +93,7 @@ class Service:
         self._replicas = replicas
         self._registry = administration.registry
         self._journal = journal
+        self._limits = limits
         suggestions = Suggestions(administration.names)
         self.adapters = Adapters(keys, administration, uploads, declarations, suggestions, lambda: self._known_model)
         self._preparation = Preparation(replicas, suggestions, lambda: self._known_model)
@@ -161,7 +164,7 @@ class Service:
         Raises InvalidRequestError if it is not one, or if no stream can be resumed here."""
         if self._journal is None:
             if begun:
-                raise InvalidRequestError(FieldViolation(field, "this server does not keep streams: see --resume"))
+                raise InvalidRequestError(FieldViolation(field, "this server does not keep streams: see --store"))
             return None
         try:
             return Stream(self._journal, field, Position.read(begun) if begun else None)
@@ -207,7 +210,7 @@ class Service:
                         else replace(part, adapter=self._resolved(part.adapter, tenant, session))
                         for part, each in zip_longest(request.parts(), saved)
                     ]
-                    visit = visit or tenant.begin(arrived, _names(parts))
+                    visit = visit or await self._begin(tenant, arrived, parts)
                     generations = await self._start(parts, visit, arrived, volume, saved)
                     started += generations
                     if stream:
@@ -219,7 +222,7 @@ class Service:
             raise
         finally:
             if visit is not None:
-                visit.end_part()
+                self._end_part(visit)
 
     async def embed(self, request: EmbedRequest, key: str | None = None) -> list[Embedding]:
         """One embedding per input. They count as one request for a key's limits."""
@@ -278,7 +281,7 @@ class Service:
             check_embed_request(request, self.info.vocab_size, self.info.adapter_sources)
             session = request.session or _new_session()
             request = replace(request, adapter=self._resolved(request.adapter, tenant, session))
-            visit = tenant.begin(arrived, _names([request]))
+            visit = await self._begin(tenant, arrived, [request])
         started, volume = list[Generation](), Volume()
         try:
             for part in request.parts():
@@ -292,7 +295,18 @@ class Service:
         finally:
             for generation in started:
                 self.close(generation)
-            visit.end_part()
+            self._end_part(visit)
+
+    async def _begin(self, tenant: Tenant, arrived: float, parts: Iterable[Request | EmbedRequest]) -> Visit:
+        names = frozenset(id for part in parts for id in ids_of(part.adapter))
+        if self._limits is None:
+            return tenant.begin(arrived, names)
+        return await self._limits.begin(tenant, arrived, names)
+
+    def _end_part(self, visit: Visit) -> None:
+        visit.end_part()
+        if self._limits is not None:
+            self._limits.wake()
 
     async def _start(
         self,
@@ -334,6 +348,8 @@ class Service:
         """The reader is done, or gone: ends unfinished sequences."""
         self.cancel(generation)
         self._running.end(generation)
+        if self._limits is not None:
+            self._limits.wake()
         self._replicas.changes.notify()
         if self._journal is not None:
             self._journal.end(generation)
@@ -448,11 +464,6 @@ class Service:
         """What the registry says that the name stands for. Raises ForbiddenError if the tenant may not use the name."""
         tenant.check_adapter(self._registry.named(adapter))
         return self._registry.resolve(adapter, session)
-
-
-def _names(requests: Iterable[Request | EmbedRequest]) -> frozenset[str]:
-    """The adapters that they name."""
-    return frozenset(id for request in requests for id in ids_of(request.adapter))
 
 
 def _new_session() -> str:

@@ -74,12 +74,13 @@ class Metrics:
 
     def watch_registry(self, refused: Callable[[], bool]) -> None:
         """Exports whether the registry's file is refused."""
-        gauge = Gauge(
-            "loraplex_adapter_registry_refused",
-            "1 while the adapter registry's file is invalid, and its previous content is served.",
-            registry=self.registry,
-        )
-        gauge.set_function(refused)
+        text = "1 while the adapter registry's file is invalid, and its previous content is served."
+        self._gauge("adapter_registry_refused", text).set_function(refused)
+
+    def watch_store(self, fails: Callable[[], bool]) -> None:
+        """Exports whether the store that routers share fails."""
+        text = "1 while --store does not answer, and routers count limits for themselves."
+        self._gauge("store_fails", text).set_function(fails)
 
     def forget_adapter(self, label: str) -> None:
         """Drops an adapter's series."""
@@ -94,6 +95,9 @@ class Metrics:
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"loraplex_{name}", text, labels, registry=self.registry)
+
+    def _gauge(self, name: str, text: str) -> Gauge:
+        return Gauge(f"loraplex_{name}", text, registry=self.registry)
 
     def _histogram(self, name: str, text: str, buckets: Sequence[float], *labels: str) -> Histogram:
         return Histogram(f"loraplex_{name}", text, labels, buckets=buckets, registry=self.registry)

@@ -1,0 +1,1 @@
+"""What several routers share: a Redis server that keeps it for them."""

@@ -1,0 +1,47 @@
+"""A Redis server, or one that speaks its protocol, such as Valkey."""
+
+import asyncio
+import secrets
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+from loraplex_protos.errors import UnavailableError
+
+PREFIX = "loraplex:"  # of all keys
+TIMEOUT = 1.0  # seconds
+
+Command: TypeAlias = tuple[str | bytes | int | float, ...]
+
+
+class RedisServer:
+    """`url`: redis://HOST:PORT/DATABASE, rediss:// for TLS, or unix://PATH."""
+
+    def __init__(self, url: str) -> None:
+        from redis.asyncio import Redis  # routers without it start faster
+        from redis.asyncio.retry import Retry
+        from redis.backoff import NoBackoff
+
+        self._redis = Redis.from_url(url, retry=Retry(NoBackoff(), 0))
+        self.router = secrets.token_hex(8)  # this router's name among those that share the server
+        self.fails = False  # whether it did when it was asked last
+
+    async def run(self, commands: Sequence[Command]) -> list[Any]:
+        """Runs the commands in this order, in one round trip; if there are none, only asks whether the server answers.
+        Raises UnavailableError, after which the commands may have been run or not."""
+        try:
+            async with asyncio.timeout(TIMEOUT):
+                pipeline = self._redis.pipeline(transaction=False)
+                for command in commands or [("PING",)]:
+                    pipeline.execute_command(*command)
+                answers = await pipeline.execute()
+        except TimeoutError as error:
+            self.fails = True
+            raise UnavailableError("the Redis server of --store does not answer") from error
+        except Exception as error:  # whatever the library raises must not end the router
+            self.fails = True
+            raise UnavailableError(f"the Redis server of --store fails: {error}") from error
+        self.fails = False
+        return answers
+
+    async def aclose(self) -> None:
+        await self._redis.aclose()
