@@ -58,7 +58,7 @@ def open_runner(
         served=model.served,
         hidden_size=config.hidden_size,
         pad_token_id=config.pad_token_id,
-        classes=None if classifier is None else classifier.classes,
+        classifier=classifier,
     )
     store = AdapterStore(model.layouts, torch.float32, CPU, base, [LocalSource(adapters)] if adapters else [])
     cache = model.new_cache(NUM_BLOCKS, BLOCK_SIZE, sequences=ROWS)

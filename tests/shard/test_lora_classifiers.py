@@ -166,6 +166,54 @@ def test_adapters_without_a_classifier_use_the_bases(of_tokens: bool, tmp_path: 
         torch.testing.assert_close(ours, expected(oracle, [PROMPTS[0]])[0], atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("of_tokens", [False, True])
+@pytest.mark.parametrize("size", [1, 2])
+def test_lora_on_the_models_classifier_equals_pefts(of_tokens: bool, size: int, tmp_path: Path) -> None:
+    names = {"id2label": {number: f"label {number}" for number in range(5)}}
+    save_classifier(LlamaConfig(**SMALL, **names), tmp_path / "base", of_tokens)
+    auto = AutoModelForTokenClassification if of_tokens else AutoModelForSequenceClassification
+    kinds: dict[str, dict[str, object]] = {
+        "plain": {"target_modules": ["q_proj", "score"], "rank_pattern": {"score": 2}, "alpha_pattern": {"score": 5}},
+        "alone": {"target_modules": ["score"], "task_type": "FEATURE_EXTRACTION"},
+        "dora": {"target_modules": "all-linear", "use_dora": True},
+        "bias": {"target_modules": ["v_proj", "score"], "lora_bias": True, "use_rslora": True},
+    }
+    models = {}
+    for seed, (name, options) in enumerate(kinds.items()):
+        torch.manual_seed(seed)
+        model = auto.from_pretrained(tmp_path / "base")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of lora_bias
+            models[name] = get_peft_model(model, LoraConfig(r=3, init_lora_weights=False, **options)).eval()
+            for of, parameter in models[name].named_parameters():
+                if "magnitude" in of or of.endswith("lora_B.default.bias"):
+                    torch.nn.init.normal_(parameter, mean=1.0, std=0.3)
+            models[name].save_pretrained(tmp_path / "adapters" / name)
+    task_type = "TOKEN_CLS" if of_tokens else "SEQ_CLS"
+    models["whole"] = save_adapter(
+        tmp_path / "base", tmp_path / "adapters/whole", 4, task_type, exclude_modules=["score"]
+    )
+    one_at_a_time = Lock()
+
+    def run(group: Group) -> tuple[list[torch.Tensor], list[object]]:
+        with one_at_a_time:
+            runner, store = open_runner(tmp_path / "base", tmp_path / "adapters", group)
+        stage(store, *models)
+        staged = [store.stage(name, "local", "", "") for name in kinds]
+        slots = range(len(models) + 1)
+        return classify(runner, [PROMPTS[0] for _ in slots], list(slots)), staged
+
+    found, staged = run_on_ranks(size, run)[0]
+    base = auto.from_pretrained(tmp_path / "base").eval()
+    for ours, oracle in zip(found, (base, *models.values()), strict=True):
+        torch.testing.assert_close(ours, expected(oracle, [PROMPTS[0]])[0], atol=1e-4, rtol=1e-3)
+    assert all(each.classes.labels[4] == "label 4" and not each.warnings for each in staged)
+    edit_tensors(tmp_path / "adapters/plain", lambda t: t.update({f"{PREFIX}score.weight": torch.zeros(5, 48)}))
+    edit_config(tmp_path / "adapters/plain", auto_mapping={"base_model_class": "LlamaForSequenceClassification"})
+    with pytest.raises(AdapterInvalidError, match="score: LoRA on one classifier beside another"):
+        open_runner(tmp_path / "base", tmp_path / "adapters")[1].stage("plain", "local", "", "")
+
+
 NAMED = {"id2label": {"0": "no", "1": "yes"}}
 OTHERS = {"id2label": {"0": "bad", "1": "good"}}
 

@@ -214,7 +214,7 @@ def _load(
         model.served,
         checkpoint.config.get_text_config(decoder=True).hidden_size,
         checkpoint.config.get_text_config(decoder=True).pad_token_id,
-        None if classifier is None else classifier.classes,
+        classifier,
         checkpoint.config.get_text_config(decoder=True) is not checkpoint.config,
         model.uncalled,
         _head_dim(checkpoint.config.get_text_config(decoder=True)),

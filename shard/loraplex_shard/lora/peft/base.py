@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from tokenizers import Tokenizer
 
-from loraplex_shard.shapes.classifier import Classes
+from loraplex_shard.shapes.classifier import Classes, Classifier
 from loraplex_shard.shapes.layout import VocabularyLayout
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"  # the names in most models
@@ -74,7 +74,7 @@ class BaseModel:
     served: ServedWeights | None = None  # None: adapters can neither depend on the base's weights nor replace them
     hidden_size: int = 0
     pad_token_id: int | None = None
-    classes: Classes | None = None  # of its classifier
+    classifier: Classifier | None = None
     is_text_part: bool = False  # it is the text part of a model that also reads pictures
     uncalled: tuple[str, ...] = ()  # linear layers whose weights its code reads without calling them, so not PEFT's
     head_dim: int = 0  # 0: not known
@@ -84,6 +84,11 @@ class BaseModel:
         """The module that holds the layers. If the embedding has its usual name, it is the embedding's parent."""
         holder, _, name = self.embedding.rpartition(".")
         return holder if name == "embed_tokens" else "model"
+
+    @property
+    def classes(self) -> Classes | None:
+        """Of its classifier."""
+        return None if self.classifier is None else self.classifier.classes
 
     def token_id(self, text: str) -> int | None:
         """The token for exactly this text, if there is one."""

@@ -1,32 +1,62 @@
 """The classifier of an adapter: the linear layer on the last hidden states that PEFT trains and saves whole
-(modules_to_save) for sequence and token classification. The meaning of its labels may be in another file beside it."""
+(modules_to_save) for sequence and token classification, or the model's with LoRA on it. The meaning of its labels may
+be in another file beside it."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
 
 from loraplex_protos.errors import AdapterInvalidError
 from loraplex_shard.lora.peft.base import BaseModel
-from loraplex_shard.lora.peft.config import AdapterConfig
+from loraplex_shard.lora.peft.config import CLASSIFIERS, AdapterConfig
+from loraplex_shard.lora.peft.outputs import Replaced, with_outputs
 from loraplex_shard.lora.peft.tensor_names import PREFIX
 from loraplex_shard.lora.sources.files import CONFIG, TENSORS
 from loraplex_shard.lora.sources.model_config import ModelConfig
+from loraplex_shard.lora.weights.deltas import Delta
 from loraplex_shard.shapes.classifier import Activation, Classes, Classifier, activation_of, most_labels
+from loraplex_shard.shapes.layout import LinearLayout, LinearPart
 
 _TENSOR = re.compile(
     re.escape(PREFIX)
-    + r"(?P<module>score|classifier)(?P<wrapper>\.original_module|\.base_layer|\.modules_to_save(?:\.[^.]+)?)?"
+    + rf"(?P<module>{'|'.join(CLASSIFIERS)})(?P<wrapper>\.original_module|\.base_layer|\.modules_to_save(?:\.[^.]+)?)?"
     r"\.(?P<kind>weight|bias)"
 )
+_ADAPTED = re.compile(re.escape(PREFIX) + rf"({'|'.join(CLASSIFIERS)})\.lora_.+")
 _KINDS = {"SEQ_CLS": False, "TOKEN_CLS": True}  # whether tokens are classified
 _CLASSES = {"ForSequenceClassification": False, "ForTokenClassification": True}
 
 
 def is_of_classifier(name: str) -> bool:
-    """Whether the tensor, by PEFT's name, is a part of a classifier."""
+    """Whether the tensor, by PEFT's name, is a part of a classifier that was trained whole."""
     return _TENSOR.fullmatch(name) is not None
+
+
+def adapted_classifier(
+    config: AdapterConfig, names: Iterable[str], base: BaseModel
+) -> dict[str, tuple[LinearLayout, LinearPart]]:
+    """The model's classifier as a linear layer, by its module's name, if the file has LoRA on it. If the task_type is
+    of classification, PEFT trains classifiers whole, and passes over such tensors."""
+    if base.classifier is None or config.task_type in _KINDS:
+        return {}
+    modules = {match[1] for name in names if (match := _ADAPTED.fullmatch(name))}
+    labels, inputs = base.classifier.weight.shape
+    parts = {module: LinearPart(module, labels, (slice(0, labels),)) for module in modules}
+    return {
+        module: (LinearLayout(module, 0, (part,), inputs, slice(0, inputs)), part) for module, part in parts.items()
+    }
+
+
+def with_lora(module: str, delta: Delta, tensors: Mapping[str, torch.Tensor], base: BaseModel) -> Classifier:
+    """The model's classifier with the delta, and with what else the adapter's tensors do to its output."""
+    own = base.classifier
+    assert own is not None
+    delta = with_outputs(module, delta, tensors, Replaced(own.weight, own.bias), base)
+    if delta.whole is None:  # there are only the shapes
+        return own
+    return Classifier(delta.whole + delta.scale * delta.b.float() @ delta.a.float(), delta.shift, own.classes)
 
 
 def read_classifier(

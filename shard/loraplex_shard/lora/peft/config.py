@@ -51,6 +51,7 @@ _WAYS_OUT = {
 # Fields whose effect is on every position, so an activated adapter cannot have them.
 _EVERYWHERE = ("modules_to_save", "trainable_token_indices", "layer_replication")
 # What PEFT targets in the served models if a config names no modules.
+CLASSIFIERS = ("score", "classifier")  # the names of transformers for them
 DEFAULT_TARGETS = ("q_proj", "v_proj")
 _SHOWN = 5
 _NEWEST_KNOWN = (0, 21, 2)  # the newest version of PEFT that is known here

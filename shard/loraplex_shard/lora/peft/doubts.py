@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from loraplex_shard.lora.peft import base_names
 from loraplex_shard.lora.peft.base import BaseModel
-from loraplex_shard.lora.peft.config import AdapterConfig
+from loraplex_shard.lora.peft.config import CLASSIFIERS, AdapterConfig
 from loraplex_shard.lora.peft.targets import unmatched_targets
 
 CLASSIFYING = ("SEQ_CLS", "TOKEN_CLS")
@@ -16,7 +16,8 @@ _SHOWN = 10
 def find_doubts(config: AdapterConfig, base: BaseModel, modules: Sequence[str]) -> tuple[str, ...]:
     """A sentence for each problem, to be shown to the adapter's owner. `modules` are the base's linear layers."""
     found = _about_the_base(config, base)
-    if names := unmatched_targets(config, (*modules, base.embedding)):
+    classifier = () if base.classifier is None else CLASSIFIERS
+    if names := unmatched_targets(config, (*modules, base.embedding, *classifier)):
         found.append(f"target_modules: this model has no {_listed(names)}")
     if config.invocation_string is not None and config.alora_invocation_tokens is None:
         found.append("invocation_string: it acts from the second token of that on, as in the library that wrote it")

@@ -78,7 +78,8 @@ def check_names(
     if heads := {name for name in foreign | trained if _CLASSIFIER.search(name)}:
         raise AdapterInvalidError(
             f"{TENSORS}: {listed(heads)}: a classifier is served that was trained whole (modules_to_save: score or "
-            "classifier), no LoRA on one and no head that answers questions"
+            "classifier), or LoRA on the classifier of a model that has one, as PEFT trains it without the task_type "
+            "SEQ_CLS or TOKEN_CLS; no head that answers questions"
         )
     has_experts = any(layout.of_expert for layout, _ in parts.values())
     if routers := {name for name in foreign if has_experts and _ROUTER.search(name)}:

@@ -9,7 +9,7 @@ import torch
 from loraplex_protos.errors import AdapterInvalidError
 from loraplex_shard.lora.peft import gguf
 from loraplex_shard.lora.peft.base import BaseModel
-from loraplex_shard.lora.peft.classifiers import is_of_classifier, read_classifier
+from loraplex_shard.lora.peft.classifiers import adapted_classifier, is_of_classifier, read_classifier, with_lora
 from loraplex_shard.lora.peft.config import AdapterConfig
 from loraplex_shard.lora.peft.experts import Parameter, absent, by_expert, find_parameters
 from loraplex_shard.lora.peft.forms import as_served, as_trained
@@ -79,6 +79,8 @@ def understand(
             f"{', '.join(sorted({part.module.rpartition('.')[2] for layout in layouts for part in layout.parts}))}"
         )
     parts = {part.module: (layout, part) for layout in trained for part in layout.parts}
+    classifiers = adapted_classifier(config, found, base)
+    parts |= classifiers
     parameters = find_parameters(trained)
     named = _named(config, parameters)
     served = {name for name in found if not (base.is_text_part and is_of_another_part(name))}
@@ -128,6 +130,11 @@ def understand(
         delta = nothing(part.out_features, layout.in_features)
         if module in targets:
             delta = Delta(tensors[name_of_a(module)], tensors[name_of_b(module)], targets[module].scale)
+        if module in classifiers:
+            if classifier is not None:
+                raise AdapterInvalidError(f"{TENSORS}: {module}: LoRA on one classifier beside another, trained whole")
+            classifier = with_lora(module, delta, tensors, base)
+            continue
         deltas[module] = with_outputs(module, delta, tensors, replaced.get(module, Replaced()), base)
     of_layers = as_served(deltas, trained, layouts)
     of_layers |= {module: delta for module, delta in deltas.items() if module == base.embedding}
