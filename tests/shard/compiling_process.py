@@ -111,7 +111,7 @@ def adapters(dtype: torch.dtype, form: torch.dtype) -> None:
 
 def attend(dtype: torch.dtype, form: torch.dtype, heads: Heads, norm: bool) -> None:
     batch, num_blocks = paged_batch([(600, 1), (30, 100)], 0)
-    (layer,) = filled_cache(num_blocks, heads, form, 0).layers
+    (layer,) = filled_cache(num_blocks, heads, form, 0, positions_first=True).layers
     qkv, step = random(0, 101, heads.width, dtype=dtype), CUDA.prepare(batch)
     norms = HeadNorms(random(1, heads.query + heads.kv, heads.dim), 1e-6) if norm else None
     CUDA.rotate_and_write(qkv, heads, norms, angles(700, heads.dim), step, layer)

@@ -64,10 +64,13 @@ def paged_batch(chunks: list[tuple[int, int]], seed: int) -> tuple[Batch, int]:
     return batch, num_blocks
 
 
-def filled_cache(num_blocks: int, heads: Heads, dtype: torch.dtype, seed: int) -> KVCache:
-    """A cache layer with random keys and values."""
+def filled_cache(
+    num_blocks: int, heads: Heads, dtype: torch.dtype, seed: int, positions_first: bool = False
+) -> KVCache:
+    """A cache layer with random keys and values, the same in both forms."""
     generator = torch.Generator().manual_seed(seed)
-    cache = KVCache((heads,), num_blocks, BLOCK_SIZE, dtype, torch.device("cpu"))
+    device = torch.device("cpu")
+    cache = KVCache((heads,), num_blocks, BLOCK_SIZE, dtype, device, positions_first=positions_first)
     (layer,) = cache.layers
     for tensor in (layer.keys, layer.values):
         if dtype == torch.int8:

@@ -126,7 +126,7 @@ MIXED = [(30, 1), (700, 1), (0, 9), (513, 2), (10, 40)]
 def test_attention_over_any_mix_of_chunks(heads: Heads, chunks: list[tuple[int, int]], form: torch.dtype) -> None:
     dtype = torch.float32 if form == torch.int8 else form
     batch, num_blocks = paged_batch(chunks, seed=heads.dim)
-    (layer,) = filled_cache(num_blocks, heads, form, 1).layers
+    (layer,) = filled_cache(num_blocks, heads, form, 1, positions_first=True).layers
     qkv = random(2, batch.starts[-1], heads.width, dtype=dtype)
     for sinks in (None, random(3, heads.query) * 3):
         actual = CUDA.attention(qkv, heads, CUDA.prepare(batch), layer, sinks)
@@ -137,7 +137,7 @@ def test_small_probabilities_times_small_scales_do_not_underflow_in_float16() ->
     """An int8 cache with small values, in which each position's probability is far below the largest one."""
     heads = Heads(query=1, kv=1, dim=16)
     batch, num_blocks = paged_batch([(400, 1)], seed=0)
-    (layer,) = filled_cache(num_blocks, heads, torch.int8, 0).layers
+    (layer,) = filled_cache(num_blocks, heads, torch.int8, 0, positions_first=True).layers
     assert layer.value_scales is not None
     layer.value_scales.mul_(1e-5)
     qkv = random(0, 1, 48, dtype=torch.float16) * 3
@@ -150,7 +150,7 @@ def test_small_probabilities_times_small_scales_do_not_underflow_in_float16() ->
 def test_memory_after_a_sequence_in_its_last_block_is_never_read() -> None:
     heads = Heads(query=2, kv=1, dim=16)
     batch, num_blocks = paged_batch([(5, 1), (16, 3)], seed=0)
-    (layer,) = filled_cache(num_blocks, heads, torch.float32, 0).layers
+    (layer,) = filled_cache(num_blocks, heads, torch.float32, 0, positions_first=True).layers
     qkv = random(0, 4, 64)
     expected = CUDA.attention(qkv, heads, CUDA.prepare(batch), layer)
     for row, context in enumerate(batch.context_lengths):
@@ -164,7 +164,7 @@ def test_a_sequences_attention_does_not_depend_on_its_neighbours() -> None:
     heads = Heads(query=6, kv=2, dim=64)
     chunks = [(1500, 1), (30, 9), (40, 1)]
     together, num_blocks = paged_batch(chunks, seed=0)
-    (layer,) = filled_cache(num_blocks, heads, torch.float32, 0).layers
+    (layer,) = filled_cache(num_blocks, heads, torch.float32, 0, positions_first=True).layers
     qkv = random(0, 11, 640)
     out = CUDA.attention(qkv, heads, CUDA.prepare(together), layer)
     alone, _ = paged_batch(chunks[:1], seed=0)
@@ -176,7 +176,7 @@ def test_attention_with_room_for_more_tiles_computes_those_of_the_lists() -> Non
     """As a recorded launch does, whose lists are written anew for each step."""
     heads = Heads(query=6, kv=2, dim=32)
     batch, num_blocks = paged_batch([(1500, 1), (30, 9), (40, 1), (1200, 2)], seed=0)
-    (layer,) = filled_cache(num_blocks, heads, torch.float32, 0).layers
+    (layer,) = filled_cache(num_blocks, heads, torch.float32, 0, positions_first=True).layers
     qkv = random(0, 13, heads.width)
     exact = make_tiles(batch, heads, torch.float32, CPU)
     roomy = replace(exact, **{name: with_room(getattr(exact, name), 40) for name in ("short", "long", "split")})
@@ -218,7 +218,7 @@ def test_rotation_and_writing_to_the_cache(
     results = []
     for ops in (CUDA, REFERENCE):
         mine = qkv.clone()
-        (layer,) = filled_cache(num_blocks, heads, form, 0).layers
+        (layer,) = filled_cache(num_blocks, heads, form, 0, positions_first=True).layers
         ops.rotate_and_write(mine, heads, norms, rotary, ops.prepare(batch), layer)
         results.append((mine, *cached(layer)))
     for actual, expected in zip(*results, strict=True):

@@ -184,7 +184,8 @@ class Decoder(nn.Module):
     ) -> KVCache:
         """An empty cache of this rank's KV heads, on the decoder's device. `dtype` is the decoder's by default, or
         torch.int8."""
-        return KVCache(self._heads, num_blocks, block_size, dtype or self.dtype, self.device)
+        dtype, first = dtype or self.dtype, self.ops.positions_first
+        return KVCache(self._heads, num_blocks, block_size, dtype, self.device, positions_first=first)
 
     def cache_block_bytes(self, block_size: int, dtype: torch.dtype | None = None) -> int:
         """The size of a block of such a cache on this rank, in bytes."""

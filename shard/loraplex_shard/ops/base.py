@@ -80,6 +80,9 @@ Segments = tuple[Segment, ...]
 class Operations(Protocol):
     """All tensors have the same float dtype and device unless a docstring says otherwise. Results are new tensors."""
 
+    positions_first: bool
+    """The form of the KV cache: whether a position's heads lie side by side in memory (see LayerCache)."""
+
     def pack(self, matrix: torch.Tensor | QuantizedMatrix) -> Weight:
         """Packs a matrix [out_features, in_features] for `linear` and `embedding`."""
         ...

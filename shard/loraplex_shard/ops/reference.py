@@ -55,6 +55,8 @@ class ReferenceStep:
 class ReferenceOperations(ExpertOperations):
     """Implements loraplex_shard.ops.base.Operations, which has the docstrings."""
 
+    positions_first = False  # either form would do
+
     def pack(self, matrix: torch.Tensor | QuantizedMatrix) -> ReferenceWeight:
         if isinstance(matrix, QuantizedMatrix):
             return ReferenceWeight(matrix.dequantized(), matrix.group)

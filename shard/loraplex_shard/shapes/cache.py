@@ -13,7 +13,12 @@ from loraplex_shard.shapes.heads import Heads
 
 @dataclass(frozen=True, slots=True)
 class LayerCache:
-    """One layer's keys and values. Keys are transposed, so that the scores of a block's positions are neighbours."""
+    """One layer's keys and values.
+
+    In memory, keys are transposed, so that the scores of a block's positions are neighbours, and the values of a head
+    lie together. Or, if positions come first, both are [num_blocks, block_size, kv_heads, dim] in memory, and these are
+    views of it.
+    """
 
     keys: torch.Tensor  # [num_blocks, kv_heads, dim, block_size]
     values: torch.Tensor  # [num_blocks, kv_heads, block_size, value_dim]
@@ -38,8 +43,8 @@ class KVCache:
     `sequences` rows.
 
     `layers` are the heads of each layer. `dtype` is the model's dtype, or torch.int8; then the key and the value of
-    each position and head have a scale. Memory that has not been written yet is only reserved, and its content is
-    undefined.
+    each position and head have a scale. `positions_first` is the form that the operations read. Memory that has not
+    been written yet is only reserved, and its content is undefined.
     """
 
     def __init__(
@@ -51,10 +56,11 @@ class KVCache:
         device: torch.device,
         states: Sequence[StateForm] = (),
         sequences: int = 0,
+        positions_first: bool = False,
     ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self.layers = tuple(_layer(heads, num_blocks, block_size, dtype, device) for heads in layers)
+        self.layers = tuple(_layer(heads, num_blocks, block_size, dtype, device, positions_first) for heads in layers)
         self.states = tuple(_empty((sequences, *form.shape), form.dtype, device) for form in states)
 
     @staticmethod
@@ -65,10 +71,18 @@ class KVCache:
         return block_size * head
 
 
-def _layer(heads: Heads, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device) -> LayerCache:
+def _layer(
+    heads: Heads, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device, positions_first: bool
+) -> LayerCache:
     positions = (num_blocks, heads.kv, block_size)
-    keys = _empty((num_blocks, heads.kv, heads.dim, block_size), dtype, device)
-    values = _empty((*positions, heads.value_dim), dtype, device)
+    if positions_first:
+        keys, values = (
+            _empty((num_blocks, block_size, heads.kv, dim), dtype, device) for dim in (heads.dim, heads.value_dim)
+        )
+        keys, values = keys.permute(0, 2, 3, 1), values.transpose(1, 2)
+    else:
+        keys = _empty((num_blocks, heads.kv, heads.dim, block_size), dtype, device)
+        values = _empty((*positions, heads.value_dim), dtype, device)
     key_scales = value_scales = None
     if dtype == torch.int8:
         key_scales, value_scales = torch.empty((2, *positions), dtype=torch.float32, device=device)

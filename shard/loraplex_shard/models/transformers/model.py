@@ -119,8 +119,9 @@ class TransformersModel:
     def new_cache(
         self, num_blocks: int, block_size: int, dtype: torch.dtype | None = None, sequences: int = 0
     ) -> KVCache:
-        heads, states = self._traits.attention, self._recurrent.forms
-        return KVCache(heads, num_blocks, block_size, dtype or self.dtype, self._device, states, sequences)
+        heads, states, dtype = self._traits.attention, self._recurrent.forms, dtype or self.dtype
+        first = self._ops.positions_first
+        return KVCache(heads, num_blocks, block_size, dtype, self._device, states, sequences, first)
 
     def cache_block_bytes(self, block_size: int, dtype: torch.dtype | None = None) -> int:
         return KVCache.block_bytes(self._traits.attention, block_size, dtype or self.dtype)

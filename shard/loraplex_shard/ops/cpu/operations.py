@@ -30,6 +30,8 @@ LARGEST_PROGRAM = 64  # tokens: in larger batches, the time of calling kernels f
 class CpuOperations(CpuExpertOperations):
     """Implements loraplex_shard.ops.base.Operations, which has the docstrings. Cache blocks have 16 positions."""
 
+    positions_first = False
+
     def __init__(self, kernels: Kernels) -> None:
         super().__init__(kernels)
         self._programs: WeakKeyDictionary[KVCache, dict[tuple[int, bool], Program]] = WeakKeyDictionary()

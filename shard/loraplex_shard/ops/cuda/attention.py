@@ -84,8 +84,6 @@ def attention(
 def _stages(rows: int, cache: LayerCache) -> int:
     """The number of pipeline stages. The load of the block table takes two of them, so with 5 stages the keys and
     values of two iterations are being loaded. Some GPUs lack the shared memory for that if a tile has many rows."""
-    if cache.key_scales is not None:
-        return 1  # Triton 3.7 cannot pipeline these byte loads
     return 5 if rows == SHORT else 3
 
 
@@ -139,30 +137,29 @@ def _attention(
             peak = tl.where(whole, tl.load(sinks + head), peak)
             total += tl.where(whole, 1.0, 0.0)
         sums = tl.zeros([ROWS, VALUE_LANES], tl.float32)
-        # Blocks are read whole. Positions of the first and the last block outside [first, stop) are masked.
-        blocks = tl.cdiv(stop, BLOCK_SIZE)
-        for step in range(first // BLOCK_SIZE, blocks, POSITIONS // BLOCK_SIZE):
-            seen = step * BLOCK_SIZE + tl.arange(0, POSITIONS)
-            there, offset = seen // BLOCK_SIZE < blocks, seen % BLOCK_SIZE
-            block = tl.load(tables + sequence * table_width + seen // BLOCK_SIZE, there, 0).to(tl.int64) * KV + kv_head
-            key_place = (block * (DIM * BLOCK_SIZE) + offset)[None, :] + lane[:, None] * BLOCK_SIZE
-            key = tl.load(keys + key_place, (lane < DIM)[:, None] & there[None, :], 0)
-            scores = tl.dot(query, key.to(dtype), input_precision="ieee") * scale
+        for begin in range(first, stop, POSITIONS):
+            seen = begin + tl.arange(0, POSITIONS)
+            inside, offset = seen < stop, seen % BLOCK_SIZE
+            block = tl.load(tables + sequence * table_width + seen // BLOCK_SIZE, inside, 0).to(tl.int64)
+            cache_place = (block * BLOCK_SIZE + offset) * KV + kv_head
+            key_place = cache_place[:, None] * DIM + lane[None, :]
+            key = tl.load(keys + key_place, inside[:, None] & (lane < DIM)[None, :], 0)
+            scores = tl.dot(query, tl.trans(key.to(dtype)), input_precision="ieee") * scale
+            scale_place = (block * KV + kv_head) * BLOCK_SIZE + offset
             if key_scales is not None:
-                scores *= tl.load(key_scales + block * BLOCK_SIZE + offset, there, 0.0)[None, :]
+                scores *= tl.load(key_scales + scale_place, inside, 0.0)[None, :]
             if SOFT_CAP > 0:
                 scores = SOFT_CAP * (2 * tl.sigmoid(2 / SOFT_CAP * scores) - 1)  # tanh
-            inside = seen < stop
             visible = inside[None, :] & (seen[None, :] <= own[:, None]) & (seen[None, :] > own[:, None] - window)
             scores = tl.where(visible, scores, float("-inf"))
             higher = tl.maximum(peak, tl.max(scores, 1))
             shrink = tl.exp(peak - higher)
             chances = tl.exp(scores - higher[:, None])
             total = total * shrink + tl.sum(chances, 1)
-            value_place = (block * BLOCK_SIZE + offset)[:, None] * VALUE_DIM + value_lane[None, :]
+            value_place = cache_place[:, None] * VALUE_DIM + value_lane[None, :]
             value = tl.load(values + value_place, inside[:, None] & (value_lane < VALUE_DIM)[None, :], 0)
             if value_scales is not None:
-                value_scale = tl.load(value_scales + block * BLOCK_SIZE + offset, inside, 0.0)
+                value_scale = tl.load(value_scales + scale_place, inside, 0.0)
                 if dtype == tl.float16:  # a small probability times a small scale underflows in float16
                     value = value.to(tl.float32) * value_scale[:, None]
                 else:

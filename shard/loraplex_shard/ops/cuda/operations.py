@@ -60,6 +60,8 @@ class CudaStep:
 class CudaOperations(ExpertOperations):
     """Implements loraplex_shard.ops.base.Operations, which has the docstrings."""
 
+    positions_first = True
+
     def __init__(self, device: torch.device) -> None:
         self._device = device
         # cuBLAS may otherwise sum in bfloat16; Operations.linear sums in float32.

@@ -15,6 +15,8 @@ def rotate_and_write(
     qkv: torch.Tensor, heads: Heads, norms: HeadNorms | None, rotary: Rotary | None, batch: Batch, cache: LayerCache
 ) -> None:
     """Implements Operations.rotate_and_write."""
+    block_size = cache.keys.shape[-1]
+    assert cache.keys.stride() == (heads.kv * heads.dim * block_size, heads.dim, 1, heads.kv * heads.dim), "CPU's form"
     _rotate_and_write[(len(qkv), heads.query + 2 * heads.kv)](
         qkv,
         None if norms is None else norms.weight,
@@ -36,7 +38,7 @@ def rotate_and_write(
         ROTATED=0 if rotary is None else rotary.cos.shape[1],
         INTERLEAVED=rotary is not None and rotary.interleaved,
         LANES=triton.next_power_of_2((max(heads.dim, heads.value_dim) + 1) // 2),
-        BLOCK_SIZE=cache.keys.shape[-1],
+        BLOCK_SIZE=block_size,
         num_warps=1,
     )
 
@@ -105,17 +107,13 @@ def _rotate_and_write(
     if head >= QUERY:
         index = tl.load(indices + token)
         block, offset = index // BLOCK_SIZE, index % BLOCK_SIZE
-        own = block * KV + (head - QUERY) % KV
+        kv_head = (head - QUERY) % KV
         if key_scales is not None:
             peak = tl.max(tl.maximum(tl.abs(first), tl.abs(second)), 0)
             inverse = 127 / tl.where(peak > 0, peak, 1.0)
             first, second = nearest(first * inverse), nearest(second * inverse)
-            tl.store((value_scales if is_value else key_scales) + own * BLOCK_SIZE + offset, peak / 127)
-        if is_value:
-            to = values + (own * BLOCK_SIZE + offset) * VALUE_DIM
-            tl.store(to + one, first.to(values.dtype.element_ty), one < VALUE_DIM)
-            tl.store(to + other, second.to(values.dtype.element_ty), other < VALUE_DIM)
-        else:
-            to = keys + own * DIM * BLOCK_SIZE + offset
-            tl.store(to + one * BLOCK_SIZE, first.to(keys.dtype.element_ty), one < DIM)
-            tl.store(to + other * BLOCK_SIZE, second.to(keys.dtype.element_ty), other < DIM)
+            scale_place = (block * KV + kv_head) * BLOCK_SIZE + offset
+            tl.store((value_scales if is_value else key_scales) + scale_place, peak / 127)
+        to = (values if is_value else keys) + (index * KV + kv_head) * dim
+        tl.store(to + one, first.to(keys.dtype.element_ty), one < dim)
+        tl.store(to + other, second.to(keys.dtype.element_ty), other < dim)
