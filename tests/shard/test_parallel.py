@@ -41,6 +41,7 @@ SHAPE = {
 CHECKPOINTS: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True),
     "llama-tied": LlamaConfig(**SHAPE, tie_word_embeddings=True),
+    "llama-aligned": LlamaConfig(**SHAPE | {"intermediate_size": 400}),  # 144, 128 and 128 units over three ranks
     "qwen3": Qwen3Config(**SHAPE, head_dim=6, attention_bias=True),
     "olmo2": Olmo2Config(**SHAPE),  # norms over the heads of all ranks
     "phi3": Phi3Config(**SHAPE, pad_token_id=None),  # projections that are fused in the checkpoint
@@ -140,5 +141,6 @@ def test_mlp_units_are_partitioned_in_multiples_of_64_if_that_is_balanced(total:
     assert [cut.start for cut in cuts] == [0, *(cut.stop for cut in cuts[:-1])] and cuts[-1].stop == total
     lengths = [cut.stop - cut.start for cut in cuts]
     assert max(lengths) - min(lengths) <= max(1, min(lengths) / 8)
+    assert [partition_units(400, rank, 3) for rank in range(3)] == [slice(0, 144), slice(144, 272), slice(272, 400)]
     if total % 64 == 0 and total >= 512 * size:
         assert all(length % 64 == 0 for length in lengths)
