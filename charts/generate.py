@@ -18,17 +18,17 @@ from pydantic import BaseModel
 
 from charts.values_file import Schema, Value, read_values
 from loraplex_router.settings import RouterSettings
-from loraplex_shard.settings import ShardSettings
+from loraplex_shard.settings import NodeSettings
 
 CHART = Path(__file__).parent / "loraplex"
 SCHEMAS = Path(kubernetes_validate.__file__).parent / "kubernetes-json-schema"
-SETTINGS: dict[str, type[BaseModel]] = {"router": RouterSettings, "shard": ShardSettings}
+SETTINGS: dict[str, type[BaseModel]] = {"router": RouterSettings, "shard": NodeSettings}
 MTLS = {"mtls_cert", "mtls_key", "mtls_ca"}
 STORES = {"adapters_s3", "adapters_gcs", "adapters_azure"}
 # What the chart passes itself.
 PASSED = {
     "router": {"host", "http_port", "grpc_port", "shards", "api_keys", "adapter_registry", *MTLS},
-    "shard": {"rank", "listen", "rendezvous", "adapters", *STORES, "metrics_port", *MTLS},
+    "shard": {"rank", "nodes", "node_rank", "listen", "rendezvous", "adapters", *STORES, "metrics_port", *MTLS},
 }
 KEPT = {"type", "enum", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "pattern", "anyOf"}
 

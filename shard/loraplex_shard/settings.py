@@ -89,7 +89,10 @@ class ModelSettings(BaseModel):
         description="Directory of the compiled CPU kernels. Absent: loraplex/kernels in the user's cache.",
     )
     threads: int = Field(
-        0, ge=0, le=1024, description="Compute threads per rank. 0: the number of cores divided by tp."
+        0,
+        ge=0,
+        le=1024,
+        description="Compute threads per rank. 0: the number of cores divided by the ranks of a machine.",
     )
 
     otlp_endpoint: str = Field(
@@ -98,6 +101,11 @@ class ModelSettings(BaseModel):
         description="OTLP/gRPC address of an OpenTelemetry collector for traces, as for the router.",
     )
     log_format: Literal["text", "json"] = Field("text", description="Format of log lines.")
+
+    @property
+    def local_ranks(self) -> int:
+        """How many ranks share this machine."""
+        return self.tp
 
     @model_validator(mode="after")
     def _adapters_is_a_directory(self) -> Self:
@@ -108,10 +116,12 @@ class ModelSettings(BaseModel):
         return self
 
 
-class ShardSettings(ModelSettings, MtlsSettings):
-    """One rank of the group that holds the model."""
+class GroupSettings(ModelSettings, MtlsSettings):
+    """How the ranks of the group that holds the model are run."""
 
-    rank: int = Field(0, ge=0, description="This process's rank, from 0 to tp - 1.")
+    nodes: int = Field(
+        1, ge=1, le=64, description="Number of machines that the ranks are divided over, equally many on each."
+    )
     listen: str = Field(
         "127.0.0.1:50060",
         pattern=r"^(unix:.+|\S+:\d{1,5})$",
@@ -120,7 +130,7 @@ class ShardSettings(ModelSettings, MtlsSettings):
     rendezvous: str = Field(
         "",
         description="Where the ranks meet, as a torch.distributed URL: tcp://HOST:PORT of rank 0 "
-        "or file:///PATH. Required if tp is above 1.",
+        "or file:///PATH. Required if they are not all started by one command.",
     )
 
     metrics_port: int = Field(
@@ -134,6 +144,22 @@ class ShardSettings(ModelSettings, MtlsSettings):
     )
 
     @property
+    def local_ranks(self) -> int:
+        return self.tp // self.nodes
+
+    @model_validator(mode="after")
+    def _nodes_divide_the_ranks(self) -> Self:
+        if self.tp % self.nodes:
+            raise ValueError(f"nodes: {self.tp} ranks cannot be divided equally over {self.nodes} machines")
+        return self
+
+
+class ShardSettings(GroupSettings):
+    """One rank."""
+
+    rank: int = Field(0, ge=0, description="This process's rank, from 0 to tp - 1.")
+
+    @property
     def metrics_host(self) -> str:
         return "127.0.0.1" if self.listen.startswith("unix:") else self.listen.rpartition(":")[0].strip("[]")
 
@@ -143,4 +169,54 @@ class ShardSettings(ModelSettings, MtlsSettings):
             raise ValueError(f"rank: {self.rank} is not one of the ranks 0 to {self.tp - 1} of tp={self.tp}")
         if self.tp > 1 and not self.rendezvous:
             raise ValueError(f"rendezvous: required for tp={self.tp}, so that the ranks find each other")
+        return self
+
+
+class NodeSettings(GroupSettings):
+    """The ranks that one command runs: one, or all of a machine."""
+
+    rank: int | None = Field(
+        None,
+        ge=0,
+        description="The rank to run, from 0 to tp - 1. Absent: all of this machine's, each in a process of its own; "
+        "they listen at the ports from --listen's on, and serve metrics from --metrics-port on.",
+    )
+    node_rank: int = Field(0, ge=0, description="This machine's place among the nodes, from 0 on.")
+
+    @property
+    def ranks(self) -> range:
+        if self.rank is not None:
+            return range(self.rank, self.rank + 1)
+        return range(self.node_rank * self.local_ranks, (self.node_rank + 1) * self.local_ranks)
+
+    def shards(self, rendezvous: str) -> list[ShardSettings]:
+        """The settings of each rank, where a group that this command starts as a whole meets at `rendezvous`."""
+        shared = self.model_dump(include=set(GroupSettings.model_fields), exclude_unset=True)
+        shared["rendezvous"] = self.rendezvous or rendezvous
+        host, _, port = self.listen.rpartition(":")
+        return [
+            ShardSettings(
+                **shared
+                | {
+                    "rank": rank,
+                    "listen": f"{host}:{int(port) + place}" if place else self.listen,
+                    "metrics_port": self.metrics_port and self.metrics_port + place,
+                }
+            )
+            for place, rank in enumerate(self.ranks)
+        ]
+
+    @model_validator(mode="after")
+    def _ranks_find_each_other(self) -> Self:
+        if self.node_rank >= self.nodes:
+            raise ValueError(f"node_rank: {self.node_rank} is not one of the nodes 0 to {self.nodes - 1}")
+        if len(self.ranks) < self.tp and not self.rendezvous:
+            raise ValueError(f"rendezvous: required for tp={self.tp}, so that the ranks find each other")
+        if self.ranks.stop > self.tp:
+            raise ValueError(f"rank: {self.rank} is not one of the ranks 0 to {self.tp - 1} of tp={self.tp}")
+        if len(self.ranks) > 1 and self.listen.startswith("unix:"):
+            raise ValueError("listen: several ranks need HOST:PORT, and listen at the ports from this one on")
+        for name, port in ("listen", self.listen.rpartition(":")[2]), ("metrics_port", self.metrics_port):
+            if str(port).isdecimal() and int(port) + len(self.ranks) - 1 > 65535:
+                raise ValueError(f"{name}: {len(self.ranks)} ranks need the ports from {port} on; the highest is 65535")
         return self

@@ -9,7 +9,7 @@ from loraplex.cli.flags import parse
 from loraplex.cli.main import app
 from loraplex_protos import generation_pb2, shard_pb2
 from loraplex_router.settings import RouterSettings
-from loraplex_shard.settings import ShardSettings
+from loraplex_shard.settings import NodeSettings
 from tests.charts.rendering import CASES, NAMESPACE, Object, notes, of_kind, pods, render, rendered
 
 every_case = pytest.mark.parametrize("case", CASES)
@@ -33,14 +33,14 @@ def router_settings(pod: Object, mounts: Path) -> RouterSettings:
     return parse(RouterSettings, flags, command, "")
 
 
-def shard_settings(pod: Object, mounts: Path) -> list[ShardSettings]:
+def shard_settings(pod: Object, mounts: Path) -> list[NodeSettings]:
     """The settings of all ranks in the pod; for a LeaderWorkerSet, of the leader."""
     found = []
     for container in pod["spec"]["containers"]:
         command, *flags = (argument.replace("=/", f"={mounts}/") for argument in container["args"])
         assert command == "shard"
         leader = [flag.replace("$(RANK)", "0").replace("$(LWS_LEADER_ADDRESS)", "leader") for flag in flags]
-        found.append(parse(ShardSettings, leader, command, ""))
+        found.append(parse(NodeSettings, leader, command, ""))
     return found
 
 
@@ -83,7 +83,7 @@ def test_values_reach_the_settings_unchanged(mounts: Path):
 
 @every_case
 def test_environment_variables_of_ours_are_settings(case: str):
-    known = {f"LORAPLEX_{name.upper()}" for name in (*RouterSettings.model_fields, *ShardSettings.model_fields)}
+    known = {f"LORAPLEX_{name.upper()}" for name in (*RouterSettings.model_fields, *NodeSettings.model_fields)}
     for pod in [*pods(rendered(case), "router"), *pods(rendered(case), "shard")]:
         for container in pod["spec"]["containers"]:
             names = {variable["name"] for variable in container.get("env", [])}

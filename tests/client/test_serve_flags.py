@@ -11,14 +11,17 @@ from loraplex.cli.flags import parse
 from loraplex.cli.flags_help import SUBJECTS, describe
 from loraplex.cli.habits import HABITS
 from loraplex.cli.ranks import shard_flags
-from loraplex.cli.supervisor import ServeSettings
+from loraplex.cli.supervisor import ServeSettings, shards
 from loraplex_router.settings import RouterSettings
-from loraplex_shard.settings import ModelSettings, ShardSettings
+from loraplex_shard.settings import ModelSettings, NodeSettings, ShardSettings
 
 
 def started_with(settings: ServeSettings, rank: int) -> ShardSettings:
-    flags = shard_flags(settings, settings.metrics_port, rank, f"unix:/run/{rank}", "/run/rendezvous")
-    return parse(ShardSettings, flags, "shard", "")
+    addresses = [f"unix:/run/{rank}" for rank in range(settings.tp)]
+    flags = shard_flags(shards(settings, addresses, "file:///run/rendezvous")[rank])
+    node = parse(NodeSettings, flags, "shard", "")
+    (shard,) = node.shards(node.rendezvous)
+    return shard
 
 
 def test_a_rank_gets_all_settings_of_the_model():
@@ -42,7 +45,7 @@ def test_a_metrics_port_with_too_few_ports_above_it_is_refused():
 
 
 @pytest.mark.parametrize("columns", [40, 60, 80, 200])
-@pytest.mark.parametrize("kind", [ServeSettings, RouterSettings, ShardSettings])
+@pytest.mark.parametrize("kind", [ServeSettings, RouterSettings, NodeSettings])
 def test_the_help_shows_every_flag_in_full_and_fits(kind: type[BaseModel], columns: int):
     text = describe(kind, "serve", "Serves.", "", columns)
     for name in kind.model_fields:
@@ -61,7 +64,7 @@ def test_the_help_is_by_subject(capsys: pytest.CaptureFixture[str]):
 
 
 def test_each_setting_of_a_subject_exists():
-    known = {name for kind in (ServeSettings, RouterSettings, ShardSettings) for name in kind.model_fields}
+    known = {name for kind in (ServeSettings, RouterSettings, NodeSettings) for name in kind.model_fields}
     assert all(fnmatch.filter(known, pattern) for patterns in SUBJECTS.values() for pattern in patterns)
 
 
@@ -96,6 +99,7 @@ def test_flags_of_other_servers_are_translated(arguments: list[str], hint: str):
 
 def test_what_flags_are_translated_to_exists():
     known = {f"--{name.replace('_', '-')}" for name in ServeSettings.model_fields if name != "model"}
+    known |= {"--nodes"}  # of the shard
     named = {word.rstrip(";") for text in HABITS.values() for word in text.split() if word.startswith("--")}
     assert named <= known and not known & HABITS.keys()
 

@@ -9,7 +9,7 @@ from typer.main import get_command
 
 from loraplex.cli.main import app
 from loraplex_router.settings import RouterSettings
-from loraplex_shard.settings import ShardSettings
+from loraplex_shard.settings import NodeSettings
 from tests.operate.exported import router_names, shard_names
 
 ROOT = Path(__file__).parents[2]
@@ -32,7 +32,7 @@ def test_every_alert_is_explained():
 
 def test_every_flag_exists():
     flags = set(re.findall(r"`(?:loraplex top )?(--[a-z-]+)", PAGE))
-    settings = RouterSettings.model_fields.keys() | ShardSettings.model_fields.keys()
+    settings = RouterSettings.model_fields.keys() | NodeSettings.model_fields.keys()
     command = get_command(app)
     assert isinstance(command, TyperGroup)
     of_top = {flag for parameter in command.commands["top"].params for flag in parameter.opts}

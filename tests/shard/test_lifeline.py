@@ -3,6 +3,9 @@
 import socket
 import threading
 
+import pytest
+
+from loraplex_shard.device import lifeline
 from loraplex_shard.device.lifeline import TOKEN_BYTES, LifeLine, accept
 
 TOKEN = bytes(range(TOKEN_BYTES))
@@ -34,3 +37,19 @@ def test_the_end_of_the_other_side_is_noticed_unless_it_was_released() -> None:
                 thread.join(TIMEOUT)
         assert lost.is_set() is not let_go
         line.close()
+
+
+def test_a_rank_that_serves_says_so_and_is_lost_once_it_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lifeline, "BEAT_SECONDS", 0.01)
+    own, other = socket.socketpair()
+    line, lost = LifeLine([own]), threading.Event()
+    line.watch(lost.set)
+    line.beat()
+    other.settimeout(TIMEOUT)
+    assert other.recv(1) and other.recv(1)
+    monkeypatch.setattr(lifeline, "SILENCE_SECONDS", 0.01)
+    assert not lost.is_set()  # the other rank is still loading: nothing is expected of it
+    other.sendall(b"\0")
+    assert lost.wait(TIMEOUT)
+    line.close()
+    other.close()

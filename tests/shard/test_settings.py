@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from loraplex_shard.settings import ModelSettings, ShardSettings
+from loraplex_shard.settings import ModelSettings, NodeSettings, ShardSettings
 
 
 def test_defaults_serve_the_embedded_model_on_one_rank() -> None:
@@ -14,13 +14,15 @@ def test_defaults_serve_the_embedded_model_on_one_rank() -> None:
 
 
 def test_every_setting_is_described() -> None:
-    assert all(field.description for field in ShardSettings.model_fields.values())
+    fields = ShardSettings.model_fields | NodeSettings.model_fields
+    assert all(field.description for field in fields.values())
 
 
 def test_a_shard_has_all_settings_of_the_model() -> None:
     added = ShardSettings.model_fields.keys() - ModelSettings.model_fields.keys()
     assert added == {
         "rank",
+        "nodes",
         "listen",
         "rendezvous",
         "metrics_port",
@@ -68,6 +70,50 @@ def test_a_rank_outside_of_its_group_is_refused() -> None:
 def test_ranks_need_a_rendezvous() -> None:
     with pytest.raises(ValidationError, match="rendezvous: required for tp=2"):
         ShardSettings(tp=2)
+
+
+def node(**settings: object) -> list[tuple[int, str, int, str]]:
+    """Rank, address, metrics port and rendezvous of the ranks that `loraplex shard` runs."""
+    shards = NodeSettings.model_validate(settings).shards("file:///own")
+    return [(each.rank, each.listen, each.metrics_port, each.rendezvous) for each in shards]
+
+
+def test_a_command_runs_all_ranks_of_its_machine_at_consecutive_ports() -> None:
+    assert node() == [(0, "127.0.0.1:50060", 0, "file:///own")]
+    assert node(tp=2, listen="[::]:5", metrics_port=9400) == [
+        (0, "[::]:5", 9400, "file:///own"),
+        (1, "[::]:6", 9401, "file:///own"),
+    ]
+    across = {"tp": 6, "nodes": 3, "rendezvous": "tcp://leader:1", "listen": "host:7"}
+    assert node(node_rank=2, **across) == [(4, "host:7", 0, "tcp://leader:1"), (5, "host:8", 0, "tcp://leader:1")]
+    assert node(tp=2, nodes=2, node_rank=1, rendezvous="tcp://leader:1", listen="unix:/run/1") == [
+        (1, "unix:/run/1", 0, "tcp://leader:1")
+    ]
+    assert node(tp=4, rank=3, rendezvous="tcp://leader:1", listen="host:7") == [(3, "host:7", 0, "tcp://leader:1")]
+
+
+def test_ranks_know_how_many_share_their_machine() -> None:
+    assert ModelSettings(tp=4).local_ranks == 4
+    for each in NodeSettings(tp=4, nodes=2, rendezvous="tcp://leader:1").shards(""):
+        assert each.local_ranks == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tp": 4, "nodes": 3}, "nodes: 4 ranks cannot be divided equally over 3 machines"),
+        ({"tp": 4, "nodes": 2}, "rendezvous: required for tp=4"),
+        ({"tp": 2, "rank": 0}, "rendezvous: required for tp=2"),
+        ({"tp": 2, "rank": 2, "rendezvous": "tcp://a:1"}, "rank: 2 is not one of the ranks 0 to 1 of tp=2"),
+        ({"node_rank": 1}, "node_rank: 1 is not one of the nodes 0 to 0"),
+        ({"tp": 2, "listen": "unix:/run/rank"}, "listen: several ranks need HOST:PORT"),
+        ({"tp": 3, "listen": "host:65534"}, "listen: 3 ranks need the ports from 65534 on"),
+        ({"tp": 3, "metrics_port": 65534}, "metrics_port: 3 ranks need the ports from 65534 on"),
+    ],
+)
+def test_ranks_that_cannot_be_run_are_refused_before_any_starts(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        NodeSettings.model_validate(settings)
 
 
 @pytest.mark.parametrize("listen", ["127.0.0.1:50060", "[::]:0", "shard-0.shards:50060", "unix:/run/rank-0.sock"])

@@ -15,7 +15,7 @@ WIDEST = 100  # longer lines are hard to read
 SUBJECTS = {  # with shell patterns
     "Model": (
         *("model", "revision", "served_model_name", "generation_config", "reasoning_parser"),
-        *("device", "dtype", "quantize", "tp", "rank", "rendezvous"),
+        *("device", "dtype", "quantize", "tp", "rank", "nodes", "node_rank", "rendezvous"),
     ),
     "Adapters": ("adapters*", "adapter_dtype", "adapter_host_gib", "max_adapters_on_device"),
     "Capacity": (

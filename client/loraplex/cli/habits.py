@@ -14,6 +14,7 @@ HABITS = {
     "-tp": "--tp",
     "--tp-size": "--tp",
     "--num-shard": "--tp",
+    "--nnodes": "--nodes",
     "--max-num-seqs": "--max-sequences",
     "--max-running-requests": "--max-sequences",
     "--max-num-batched-tokens": "--max-batch-tokens",

@@ -1,5 +1,5 @@
 """The processes of one replica's ranks on this machine. Ranks can only start together, so they also end together: if
-one dies, or the router reports that the replica is silent, all are killed and restarted."""
+one dies, or the router reports that the replica is silent, all are killed, and restarted by whoever runs them."""
 
 import asyncio
 import ctypes
@@ -8,11 +8,12 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from loraplex.cli.restarts import Restarts
 from loraplex_protos.errors import UnavailableError
-from loraplex_shard.settings import ModelSettings
+from loraplex_shard.settings import ShardSettings
 
 STOP_SECONDS = 10  # how long a shard has to stop after SIGTERM
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # opened before any fork: a child may inherit held locks
@@ -25,17 +26,15 @@ class Ranks:
     """Starts and restarts the ranks. This is the router's `Supervisor`: the router tells it how the replica is
     doing."""
 
-    def __init__(self, settings: ModelSettings, metrics_port: int, folder: str) -> None:
-        """`metrics_port` is the port for rank 0, and the other ranks use the ports after it; 0: none. `folder` is for
-        these ranks only."""
-        self._settings = settings
-        self._metrics_port = metrics_port
+    def __init__(self, shards: Callable[[str], Sequence[ShardSettings]], folder: str) -> None:
+        """`shards` gives the ranks' settings for the URL at which they meet, which is a file in `folder`, another one
+        for each start."""
+        self._shards = shards
         self._folder = folder
-        self._processes: list[asyncio.subprocess.Process] = []
+        self._processes: dict[int, asyncio.subprocess.Process] = {}  # by rank
         self._restarts = Restarts()
         self._ready_since: float | None = None
         self._silence = asyncio.Event()
-        self.addresses = [f"unix:{folder}/rank{rank}.sock" for rank in range(settings.tp)]
         self._starts = 0
 
     def ready(self) -> None:
@@ -47,21 +46,20 @@ class Ranks:
         self._silence.set()
 
     async def start(self) -> None:
-        """Starts all ranks. Each start uses a new rendezvous file."""
+        """Starts all ranks."""
         self._processes.clear()
         self._silence.clear()
         self._ready_since = None
         self._starts += 1
-        for rank, address in enumerate(self.addresses):
-            flags = shard_flags(self._settings, self._metrics_port, rank, address, f"{self._folder}/{self._starts}")
-            self._processes.append(await _start_shard(flags))
+        for settings in self._shards(f"file://{self._folder}/{self._starts}"):
+            self._processes[settings.rank] = await _start_shard(shard_flags(settings))
 
     async def keep(self) -> None:
         """Restarts the ranks whenever they end. Raises UnavailableError when they should not be restarted."""
         while True:
-            end = await self._end()
+            end = await self.end()
             served = None if self._ready_since is None else time.monotonic() - self._ready_since
-            await self._kill()
+            await self.kill()
             delay = self._restarts.delay(served)
             if delay is None:
                 raise UnavailableError(f"{end} {self._restarts.reason}; see above")
@@ -69,30 +67,30 @@ class Ranks:
             await asyncio.sleep(delay)
             await self.start()
 
-    async def stop(self) -> None:
-        """Asks the ranks to stop, and kills any that do not."""
-        await asyncio.gather(*map(_stop_shard, self._processes))
+    async def stop(self, seconds: float = STOP_SECONDS) -> None:
+        """Asks the ranks to stop, and kills any that do not within that time."""
+        await asyncio.gather(*(_stop_shard(process, seconds) for process in self._processes.values()))
 
-    async def _end(self) -> str:
+    async def end(self) -> str:
         """Waits for the replica to end, and says how it ended."""
-        ends = [asyncio.create_task(process.wait()) for process in self._processes]
+        ends = {rank: asyncio.create_task(process.wait()) for rank, process in self._processes.items()}
         silence = asyncio.create_task(self._silence.wait())
         try:
-            await asyncio.wait([*ends, silence], return_when=asyncio.FIRST_COMPLETED)
-            for rank, end in enumerate(ends):
+            await asyncio.wait([*ends.values(), silence], return_when=asyncio.FIRST_COMPLETED)
+            for rank, end in ends.items():
                 if end.done():
                     return f"rank {rank} {describe_end(end.result())}"
             return "the ranks stopped answering"
         finally:
-            for task in (*ends, silence):
+            for task in (*ends.values(), silence):
                 task.cancel()
 
-    async def _kill(self) -> None:
+    async def kill(self) -> None:
         """Returns once all processes have ended, so that their memory and ports are free for the next start."""
-        for process in self._processes:
+        for process in self._processes.values():
             if process.returncode is None:
                 process.kill()
-        await asyncio.gather(*(process.wait() for process in self._processes))
+        await asyncio.gather(*(process.wait() for process in self._processes.values()))
 
 
 def describe_end(status: int) -> str:
@@ -103,13 +101,9 @@ def describe_end(status: int) -> str:
     return f"was killed by {signal.Signals(-status).name}{hint}"
 
 
-def shard_flags(settings: ModelSettings, metrics_port: int, rank: int, address: str, rendezvous: str) -> list[str]:
-    """The arguments of `loraplex shard` for one rank, which listens at `address`. All ranks meet at the file
-    `rendezvous`."""
-    flags = settings.model_dump(mode="json", include=set(ModelSettings.model_fields), exclude_none=True)
-    flags |= {"rank": rank, "listen": address, "rendezvous": f"file://{rendezvous}"}
-    if metrics_port:
-        flags["metrics_port"] = metrics_port + rank
+def shard_flags(settings: ShardSettings) -> list[str]:
+    """The arguments of `loraplex shard` for one rank."""
+    flags = settings.model_dump(mode="json", exclude_none=True)
     return [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
 
 
@@ -131,10 +125,10 @@ def _end_with_parent(parent: int) -> None:
             os._exit(0)
 
 
-async def _stop_shard(shard: asyncio.subprocess.Process) -> None:
+async def _stop_shard(shard: asyncio.subprocess.Process, seconds: float) -> None:
     if shard.returncode is None:
         shard.terminate()
         try:
-            await asyncio.wait_for(shard.wait(), STOP_SECONDS)
+            await asyncio.wait_for(shard.wait(), seconds)
         except TimeoutError:
             shard.kill()

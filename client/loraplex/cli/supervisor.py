@@ -3,6 +3,7 @@ the ranks cannot be restarted."""
 
 import asyncio
 import tempfile
+from collections.abc import Sequence
 from typing import Self
 
 from pydantic import Field, model_validator
@@ -12,7 +13,7 @@ from loraplex.cli.introduction import Pooled, introduction
 from loraplex.cli.ranks import Ranks
 from loraplex_protos.generation_pb2 import GetModelInfoResponse
 from loraplex_router.settings import EdgeSettings, RouterSettings
-from loraplex_shard.settings import ModelSettings
+from loraplex_shard.settings import ModelSettings, ShardSettings
 
 # How long requests wait while the ranks restart: loading a large model takes minutes. If the ranks are given up, the
 # server stops, so requests do not wait any longer.
@@ -43,12 +44,13 @@ class ServeSettings(EdgeSettings, ModelSettings):
 async def run(settings: ServeSettings, console: Console) -> None:
     """Serves until SIGTERM or SIGINT. Raises UnavailableError if the ranks end and should not be restarted."""
     with tempfile.TemporaryDirectory(prefix="loraplex-") as folder:
-        ranks = Ranks(settings, settings.metrics_port, folder)
+        addresses = [f"unix:{folder}/rank{rank}.sock" for rank in range(settings.tp)]
+        ranks = Ranks(lambda rendezvous: shards(settings, addresses, rendezvous), folder)
         await ranks.start()
         from loraplex_router import app  # takes a second, during which the shards are starting
 
         edge = settings.model_dump(include=set(EdgeSettings.model_fields))
-        router_settings = RouterSettings(**edge, shards=(",".join(ranks.addresses),), move_seconds=MOVE_SECONDS)
+        router_settings = RouterSettings(**edge, shards=(",".join(addresses),), move_seconds=MOVE_SECONDS)
 
         def ready(http_port: int, grpc_port: int, info: GetModelInfoResponse, adapters: list[str]) -> None:
             server, http = f"{settings.url_host}:{grpc_port}", f"{settings.scheme}://{settings.url_host}:{http_port}"
@@ -67,6 +69,21 @@ async def run(settings: ServeSettings, console: Console) -> None:
             keeping.cancel()
             await asyncio.gather(router, keeping, return_exceptions=True)
             await ranks.stop()
+
+
+def shards(settings: ServeSettings, addresses: Sequence[str], rendezvous: str) -> list[ShardSettings]:
+    """The settings of the ranks, which listen at these addresses."""
+    model = settings.model_dump(include=set(ModelSettings.model_fields))
+    return [
+        ShardSettings(
+            **model,
+            rank=rank,
+            listen=address,
+            rendezvous=rendezvous,
+            metrics_port=settings.metrics_port and settings.metrics_port + rank,
+        )
+        for rank, address in enumerate(addresses)
+    ]
 
 
 def _pools(info: GetModelInfoResponse) -> Pooled | None:

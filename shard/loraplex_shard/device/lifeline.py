@@ -1,7 +1,8 @@
 """How the ranks of a group notice that one of them has ended, even while they wait for it in a collective or idle.
 
 Each rank keeps a connection to rank 0 for as long as it lives. The kernel closes it however a process ends, and keeps
-asking whether a host is still there. Nothing is ever said on it.
+asking whether a host is still there. Once a rank serves, it also says every few seconds that it has not stopped: a
+process may hang as a whole.
 """
 
 import secrets
@@ -19,6 +20,8 @@ import torch.distributed as dist
 TOKEN_BYTES = 16
 CONNECT_SECONDS = 60.0
 HELLO_SECONDS = 5.0
+# How often a rank that serves says so, and after how long a silence it counts as ended.
+BEAT_SECONDS, SILENCE_SECONDS = 5.0, 30.0
 # For a host that is gone without a word: idle seconds before it is asked, how often it is asked, and seconds between.
 KEEPALIVE = (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3))
 
@@ -29,6 +32,7 @@ class LifeLine:
     def __init__(self, connections: Sequence[socket.socket]) -> None:
         self._connections = connections
         self._let_go = False
+        self._closed = threading.Event()
 
     @classmethod
     def connect(cls, rank: int, size: int, rendezvous_url: str) -> Self:
@@ -55,6 +59,10 @@ class LifeLine:
         for connection in self._connections:
             threading.Thread(target=self._wait, args=(connection, lost), name="lifeline", daemon=True).start()
 
+    def beat(self) -> None:
+        """From now on this rank says that it lives, and must: the others take its silence for its end."""
+        threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
+
     def let_go(self) -> None:
         """The others may end from now on."""
         self._let_go = True
@@ -62,14 +70,22 @@ class LifeLine:
     def close(self) -> None:
         """The others notice that this rank has ended."""
         self._let_go = True
+        self._closed.set()
         for connection in self._connections:
             connection.close()
 
     def _wait(self, connection: socket.socket, lost: Callable[[], None]) -> None:
-        with suppress(OSError):  # the host is gone
-            connection.recv(1)
+        with suppress(OSError):  # the host is gone, or the rank is silent
+            while connection.recv(64):
+                connection.settimeout(SILENCE_SECONDS)
         if not self._let_go:
             lost()
+
+    def _beat(self) -> None:
+        while not self._closed.wait(BEAT_SECONDS):
+            for connection in self._connections:
+                with suppress(OSError):  # it is noticed where this connection is read
+                    connection.send(b"\0")
 
 
 def _broadcast(port: int, token: bytes) -> tuple[int, bytes]:

@@ -118,6 +118,11 @@ class Group:
         if self._lifeline:
             self._lifeline.watch(lost)
 
+    def beat(self) -> None:
+        """From now on the other ranks notice it if this process hangs as a whole."""
+        if self._lifeline:
+            self._lifeline.beat()
+
     def let_go(self) -> None:
         """The other ranks may end from now on."""
         if self._lifeline:

@@ -166,14 +166,14 @@ def _free_memory(device: torch.device) -> int:
 
 
 def _cache_budget(settings: ModelSettings, free: int, device: torch.device) -> int:
-    return free * 9 // 10 if device.type == "cuda" else free // 4 // settings.tp
+    return free * 9 // 10 if device.type == "cuda" else free // 4 // settings.local_ranks
 
 
 def share_for_adapters(settings: ModelSettings, cache_bytes: int, device: torch.device) -> int:
     """How many bytes of host memory this rank's adapters may take: three eighths of what is free beside the KV cache,
     of which nothing was used yet. The rest is for one that comes before another has left, for those on their way, which
     are in memory several times, and for steps."""
-    free = available_memory(CGROUP) // settings.tp
+    free = available_memory(CGROUP) // settings.local_ranks
     return max(0, free - (cache_bytes if device.type == "cpu" else 0)) * 3 // 8
 
 

@@ -96,7 +96,7 @@ def run(settings: ShardSettings, progress: Progress | None = None) -> None:
     wherever it hangs. So do the other ranks; their supervisor must restart the group.
     """
     sys.setswitchinterval(SWITCH_SECONDS)
-    torch.set_num_threads(settings.threads or max(1, torch.get_num_threads() // settings.tp))
+    torch.set_num_threads(settings.threads or max(1, torch.get_num_threads() // settings.local_ranks))
     device = machine.pick_device(settings.device, settings.rank)  # before fetching a model that it could not use
     machine.use(device)
     check_kernels(device)
@@ -119,6 +119,7 @@ def run(settings: ShardSettings, progress: Progress | None = None) -> None:
             service = _load(settings, checkpoint, group, device, kernels, progress, troubles, telemetry)
             gc.freeze()  # leaves objects from loading out of later collections, which would delay steps
             server, states = start(service, settings.listen, server_credentials(settings), device)
+            group.beat()
             logger.info("rank %d of %d is serving at %s", settings.rank, settings.tp, settings.listen)
             try:
                 while (trouble := troubles.wait(POLL_SECONDS)) is None:
