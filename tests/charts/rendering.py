@@ -32,12 +32,16 @@ CASES = {
         {"router": {"replicas": 2}, "shard": {"replicas": 4, "settings": {"tp": 3}, "modelCache": {"persistent": True}}}
     ),
     "replicas that span nodes": Case(
-        {"router": {"replicas": 2}, "shard": {"workload": "LeaderWorkerSet", "replicas": 2, "settings": {"tp": 2}}}
+        {
+            "router": {"replicas": 2},
+            "shard": {"workload": "LeaderWorkerSet", "nodes": 2, "replicas": 2, "settings": {"tp": 4}},
+        }
     ),
     "replicas that span nodes, with claims": Case(
         {
             "shard": {
                 "workload": "LeaderWorkerSet",
+                "nodes": 2,
                 "settings": {"tp": 2},
                 "modelCache": {"persistent": True, "storageClassName": "fast"},
             }
@@ -135,7 +139,7 @@ CASES = {
                 "runtimeClassName": "nvidia",
                 "priorityClassName": "serving",
                 "sharedMemory": "2Gi",
-                "resources": {"limits": {"nvidia.com/gpu": 1, "memory": "32Gi", "cpu": 8}},
+                "resources": {"limits": {"nvidia.com/gpu": 2, "memory": "32Gi", "cpu": 8}},
                 "nodeSelector": {"gpu": "yes"},
                 "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists"}],
                 "affinity": {"nodeAffinity": {}},

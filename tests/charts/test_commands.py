@@ -9,7 +9,7 @@ from loraplex.cli.flags import parse
 from loraplex.cli.main import app
 from loraplex_protos import generation_pb2, shard_pb2
 from loraplex_router.settings import RouterSettings
-from loraplex_shard.settings import NodeSettings
+from loraplex_shard.settings import NodeSettings, ShardSettings
 from tests.charts.rendering import CASES, NAMESPACE, Object, notes, of_kind, pods, render, rendered
 
 every_case = pytest.mark.parametrize("case", CASES)
@@ -33,15 +33,13 @@ def router_settings(pod: Object, mounts: Path) -> RouterSettings:
     return parse(RouterSettings, flags, command, "")
 
 
-def shard_settings(pod: Object, mounts: Path) -> list[NodeSettings]:
+def shard_settings(pod: Object, mounts: Path) -> list[ShardSettings]:
     """The settings of all ranks in the pod; for a LeaderWorkerSet, of the leader."""
-    found = []
-    for container in pod["spec"]["containers"]:
-        command, *flags = (argument.replace("=/", f"={mounts}/") for argument in container["args"])
-        assert command == "shard"
-        leader = [flag.replace("$(RANK)", "0").replace("$(LWS_LEADER_ADDRESS)", "leader") for flag in flags]
-        found.append(parse(NodeSettings, leader, command, ""))
-    return found
+    (container,) = pod["spec"]["containers"]
+    command, *flags = (argument.replace("=/", f"={mounts}/") for argument in container["args"])
+    assert command == "shard"
+    leader = [flag.replace("$(NODE_RANK)", "0").replace("$(LWS_LEADER_ADDRESS)", "leader") for flag in flags]
+    return parse(NodeSettings, leader, command, "").shards("file:///meeting")
 
 
 def host(case: str) -> str:
@@ -60,13 +58,17 @@ def test_the_flags_of_routers_are_valid_settings(case: str, mounts: Path):
 def test_the_flags_of_ranks_are_valid_settings(case: str, mounts: Path):
     for pod in pods(rendered(case), "shard"):
         settings = shard_settings(pod, mounts)
-        assert [one.rank for one in settings] == list(range(len(settings)))
-        for one, container in zip(settings, pod["spec"]["containers"], strict=True):
-            grpc, metrics = (port["containerPort"] for port in container["ports"])
-            assert (one.listen.rpartition(":")[0].strip("[]"), one.metrics_port) == (host(case), metrics)
-            assert one.listen.endswith(f":{grpc}") and ("[" in one.listen) == (host(case) == "::")
-        if len(settings) > 1:
-            assert len(settings) == settings[0].tp and len({one.rendezvous for one in settings}) == 1
+        assert [one.rank for one in settings] == list(range(settings[0].local_ranks))
+        ports = {port["name"]: port["containerPort"] for port in pod["spec"]["containers"][0]["ports"]}
+        for one in settings:
+            assert (one.listen.rpartition(":")[0].strip("[]"), one.metrics_port) == (
+                host(case),
+                ports.pop(f"metrics-{one.rank}"),
+            )
+            assert one.listen.endswith(f":{ports.pop(f'grpc-{one.rank}')}")
+            assert ("[" in one.listen) == (host(case) == "::")
+        assert not ports
+        assert {one.rendezvous for one in settings} <= {"file:///meeting", "tcp://leader:29500"}
 
 
 def test_values_reach_the_settings_unchanged(mounts: Path):
@@ -104,10 +106,17 @@ def test_each_router_gets_the_addresses_of_its_own_replicas(case: str):
 
 def test_replicas_that_span_nodes_are_found_by_their_pods_names():
     router, other = pods(rendered("replicas that span nodes"), "router")
-    domain = "demo-loraplex-shard-0.serving.svc:50060"
-    replicas = [",".join(f"demo-loraplex-shard-0-{pod}.{domain}" for pod in (f"{n}", f"{n}-1")) for n in (0, 1)]
+    domain = "demo-loraplex-shard-0.serving.svc"
+    replicas = [
+        ",".join(
+            f"demo-loraplex-shard-0-{pod}.{domain}:{50060 + rank}" for pod in (f"{n}", f"{n}-1") for rank in (0, 1)
+        )
+        for n in (0, 1)
+    ]
     assert f"--shards={';'.join(replicas)}" in router["spec"]["containers"][0]["args"]
     assert not any(domain in flag for flag in other["spec"]["containers"][0]["args"])
+    (workload, _) = of_kind(rendered("replicas that span nodes"), "LeaderWorkerSet")
+    assert workload["spec"]["leaderWorkerTemplate"]["size"] == 2
 
 
 @every_case
@@ -115,12 +124,11 @@ def test_a_rank_that_hangs_is_restarted_and_takes_the_others_with_it(case: str):
     for document in of_kind(rendered(case), "LeaderWorkerSet"):
         assert document["spec"]["leaderWorkerTemplate"]["restartPolicy"] == "RecreateGroupOnPodRestart"
     for pod in pods(rendered(case), "shard"):
-        containers = pod["spec"]["containers"]
-        for container in containers:
-            ports = [port["containerPort"] for port in container["ports"]]
-            assert probed_port(container["startupProbe"]) == ports[0]
-            # The port of a process that hangs is still open.
-            assert "tcpSocket" not in container["livenessProbe"] and probed_port(container["livenessProbe"]) in ports
+        (container,) = pod["spec"]["containers"]
+        ports = [port["containerPort"] for port in container["ports"]]
+        assert probed_port(container["startupProbe"]) == ports[0] == 50060
+        # The port of a process that hangs is still open.
+        assert "tcpSocket" not in container["livenessProbe"] and probed_port(container["livenessProbe"]) in ports
 
 
 def probed_port(probe: Object) -> int:
@@ -195,15 +203,17 @@ def test_loading_may_take_startup_seconds():
     assert 3601 <= probe["periodSeconds"] * probe["failureThreshold"] <= 3601 + 5
 
 
-def test_the_cpu_limit_is_the_number_of_threads_unless_threads_is_set():
-    def threads(values: Object) -> list[Object]:
-        (shard,) = pods(render({"shard": values}), "shard")
-        return [v for v in shard["spec"]["containers"][0]["env"] if v["name"] == "LORAPLEX_THREADS"]
+def test_ranks_divide_the_cpu_limit_among_them_as_threads_unless_threads_is_set():
+    def threads(cpu: object, **values: Object) -> list[str]:
+        limits = {} if cpu is None else {"cpu": cpu}
+        (shard,) = pods(render({"shard": {"resources": {"limits": limits}, **values}}), "shard")
+        return [v["value"] for v in shard["spec"]["containers"][0]["env"] if v["name"] == "LORAPLEX_THREADS"]
 
-    limited = {"resources": {"limits": {"cpu": 2}}}
-    assert threads({}) == []
-    assert threads(limited)[0]["valueFrom"] == {"resourceFieldRef": {"resource": "limits.cpu"}}
-    assert threads({**limited, "settings": {"threads": 1}}) == []
+    assert threads(None) == []
+    assert threads(2, settings={"threads": 1}) == []
+    assert [threads(cpu) for cpu in (2, "2", "2500m", "500m", 1.5)] == [["2"], ["2"], ["2"], ["1"], ["1"]]
+    assert threads(8, settings={"tp": 3}) == ["2"]
+    assert threads(8, settings={"tp": 4}, workload="LeaderWorkerSet", nodes=2) == ["4"]
 
 
 @every_case

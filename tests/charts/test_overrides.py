@@ -41,7 +41,7 @@ OVER: Object = {
             "initContainers": [
                 {"name": "fetch", "image": "fetcher", "volumeMounts": [{"name": "cache", "mountPath": "/cache"}]}
             ],
-            "containers": [{"name": "rank-1", "env": [{"name": "NCCL_DEBUG", "value": "INFO"}]}],
+            "containers": [{"name": "shard", "env": [{"name": "NCCL_DEBUG", "value": "INFO"}]}],
             "schedulerName": "volcano",
             "resourceClaims": [{"name": "gpu", "resourceClaimTemplateName": "one"}],
         },
@@ -75,7 +75,7 @@ def test_a_pod_takes_init_containers_sidecars_and_all_other_fields(objects: list
     (router,), (shard,) = pods(objects, "router"), pods(objects, "shard")
     assert [container["name"] for container in router["spec"]["initContainers"]] == ["wait"]
     assert [container["name"] for container in router["spec"]["containers"]] == ["router", "proxy"]
-    assert [container["name"] for container in shard["spec"]["containers"]] == ["rank-0", "rank-1"]
+    assert [container["name"] for container in shard["spec"]["containers"]] == ["shard"]
     for name in ("schedulerName", "hostAliases", "dnsConfig", "terminationGracePeriodSeconds"):
         assert router["spec"][name] == OVER["router"]["podSpec"][name]
     assert shard["spec"]["schedulerName"] == "volcano" and shard["spec"]["initContainers"][0]["name"] == "fetch"
@@ -88,8 +88,8 @@ def test_named_items_are_merged_by_name(objects: list[Object]):
     container = named(router["spec"]["containers"], "router")
     assert container["volumeMounts"] == OVER["router"]["containerSpec"]["volumeMounts"]
     assert [variable["name"] for variable in container["env"]] == ["ROUTER", "HTTPS_PROXY"]
-    first, second = ([variable["name"] for variable in rank["env"]] for rank in shard["spec"]["containers"])
-    assert second == [*first, "NCCL_DEBUG"]
+    names = [variable["name"] for variable in named(shard["spec"]["containers"], "shard")["env"]]
+    assert names[:2] == ["HOME", "HF_HOME"] and names[-1] == "NCCL_DEBUG"
     (service,) = (d for d in of_kind(objects, "Service") if d["metadata"]["name"] == "demo-loraplex")
     assert {port["name"]: (port["port"], port.get("nodePort")) for port in service["spec"]["ports"]} == {
         "http": (3000, 30080),
@@ -104,9 +104,9 @@ def test_maps_are_merged_and_null_takes_a_field_away(objects: list[Object]):
     container = named(router["spec"]["containers"], "router")
     assert container["livenessProbe"]["failureThreshold"] == 9 and container["livenessProbe"]["httpGet"]
     assert container["readinessProbe"]["httpGet"]["path"] == "/health" and "grpc" not in container["readinessProbe"]
-    for rank in shard["spec"]["containers"]:
-        assert rank["startupProbe"]["periodSeconds"] == 20 and rank["startupProbe"]["grpc"]
-        assert rank["lifecycle"]["preStop"]["exec"]["command"] == ["sleep", "1"]
+    ranks = named(shard["spec"]["containers"], "shard")
+    assert ranks["startupProbe"]["periodSeconds"] == 20 and ranks["startupProbe"]["grpc"]
+    assert ranks["lifecycle"]["preStop"]["exec"]["command"] == ["sleep", "1"]
     router_set, shard_set = of_kind(objects, "StatefulSet")
     assert router_set["spec"]["updateStrategy"] == {"type": "RollingUpdate", "rollingUpdate": {"partition": 1}}
     assert router_set["spec"]["minReadySeconds"] == 30 and shard_set["spec"]["revisionHistoryLimit"] == 2

@@ -44,9 +44,26 @@ def test_what_is_compiled_for_a_gpu_is_kept_beside_the_model():
         assert any(mount["mountPath"] == "/cache" for mount in container["volumeMounts"])
 
 
-def test_a_rank_has_one_gpu():
-    with pytest.raises(helm_python.HelmRenderError, match=r"one nvidia.com/gpu, and set shard.settings.tp"):
-        flags({"resources": {"limits": {"nvidia.com/gpu": "4"}}})
+@pytest.mark.parametrize(
+    ("gpus", "tp", "nodes", "fits"),
+    [(1, 1, 1, True), ("4", 4, 1, True), (2, 4, 2, True), (4, 1, 1, False), (1, 2, 1, False)],
+)
+def test_a_pod_has_a_gpu_for_each_of_its_ranks(gpus: object, tp: int, nodes: int, fits: bool):
+    shard = {"resources": {"limits": {"nvidia.com/gpu": gpus}}, "settings": {"tp": tp}}
+    if nodes > 1:
+        shard |= {"workload": "LeaderWorkerSet", "nodes": nodes}
+    if fits:
+        assert flags(shard) == ["--device=cuda"]
+    else:
+        with pytest.raises(helm_python.HelmRenderError, match=rf"a pod has {tp} ranks .* nvidia.com/gpu is {gpus}"):
+            flags(shard)
+
+
+def test_ranks_are_divided_equally_over_nodes():
+    with pytest.raises(helm_python.HelmRenderError, match=r"shard.nodes: only a LeaderWorkerSet's replicas span nodes"):
+        render({"shard": {"nodes": 2, "settings": {"tp": 2}}})
+    with pytest.raises(helm_python.HelmRenderError, match=r"shard.nodes: the 3 ranks .* divided equally over 2 nodes"):
+        render({"shard": {"workload": "LeaderWorkerSet", "nodes": 2, "settings": {"tp": 3}}})
 
 
 @pytest.mark.parametrize(
@@ -54,7 +71,7 @@ def test_a_rank_has_one_gpu():
     [
         ("4Gi", 3.5, 1, True),
         ("4Gi", 4, 1, False),
-        ("4Gi", 4, 2, True),
+        ("4Gi", 4, 2, False),
         ("4G", 3.8, 1, False),
         ("4500M", 4.1, 1, True),
         (5_000_000_000, 4.6, 1, True),

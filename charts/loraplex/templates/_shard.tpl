@@ -4,20 +4,27 @@
 {{ int (default 1 .Values.shard.settings.tp) }}
 {{- end }}
 
+{{- define "loraplex.ranksInPod" -}}
+{{ div (include "loraplex.tp" .) .Values.shard.nodes }}
+{{- end }}
+
 {{/* A router's --shards. It is the same text for all routers, because each inserts its own number. A LeaderWorkerSet's
      replicas have no common name, so their pods are named, including those that an update adds for a while. */}}
 {{- define "loraplex.shardAddresses" -}}
 {{- $name := include "loraplex.shardName" (list . "$(ROUTER)") }}
-{{- $domain := printf "%s.%s.svc:50060" $name .Release.Namespace }}
+{{- $domain := printf "%s.%s.svc" $name .Release.Namespace }}
 {{- if ne .Values.shard.workload "LeaderWorkerSet" -}}
-dns:///{{ $domain }}
+dns:///{{ $domain }}:50060
 {{- else }}
 {{- $surge := dig "rolloutStrategy" "rollingUpdateConfiguration" "maxSurge" 0 .Values.shard.workloadSpec }}
 {{- $replicas := list }}
 {{- range $replica := until (add .Values.shard.replicas $surge | int) }}
-{{- $ranks := list (printf "%s-%d.%s" $name $replica $domain) }}
-{{- range $rank := untilStep 1 (include "loraplex.tp" $ | int) 1 }}
-{{- $ranks = append $ranks (printf "%s-%d-%d.%s" $name $replica $rank $domain) }}
+{{- $ranks := list }}
+{{- range $node := until (int $.Values.shard.nodes) }}
+{{- $pod := eq $node 0 | ternary (printf "%s-%d" $name $replica) (printf "%s-%d-%d" $name $replica $node) }}
+{{- range $rank := until (include "loraplex.ranksInPod" $ | int) }}
+{{- $ranks = append $ranks (printf "%s.%s:%d" $pod $domain (add 50060 $rank)) }}
+{{- end }}
 {{- end }}
 {{- $replicas = append $replicas (join "," $ranks) }}
 {{- end }}
@@ -25,14 +32,14 @@ dns:///{{ $domain }}
 {{- end }}
 {{- end }}
 
-{{/* The GPU resource that a rank requests; empty if there is none */}}
+{{/* The GPU resource that the ranks of a pod request; empty if there is none */}}
 {{- define "loraplex.gpu" -}}
 {{- range $name, $count := merge (dict) (.Values.shard.resources.limits | default dict) (.Values.shard.resources.requests | default dict) }}
 {{- if and (regexMatch "^(nvidia|amd)[.]com/(gpu([.].+)?|mig-.+)$" $name) (ne (toString $count) "0") }}{{ $name }}{{ end }}
 {{- end }}
 {{- end }}
 
-{{/* Flags from `shard.settings`. A rank that requests a GPU must not fall back to the CPU if it finds none. */}}
+{{/* Flags from `shard.settings`. Ranks that request GPUs must not fall back to the CPU if they find none. */}}
 {{- define "loraplex.shardFlags" -}}
 {{- $settings := deepCopy .Values.shard.settings }}
 {{- if and (include "loraplex.gpu" .) (eq (get $settings "device" | default "auto") "auto") }}
@@ -41,24 +48,22 @@ dns:///{{ $domain }}
 {{- include "loraplex.flags" $settings }}
 {{- end }}
 
-{{/* (list $ "R"): the container of rank R in a pod with all ranks; (list $ ""): the container of a pod with one rank */}}
-{{- define "loraplex.rank" -}}
-{{- $root := index . 0 }}
-{{- $shard := $root.Values.shard }}
-{{- $tp := include "loraplex.tp" $root | int }}
-{{- $alone := eq (index . 1) "" }}
-{{- $rank := index . 1 | int }}
-{{- $port := add 50060 $rank -}}
-name: rank{{ if not $alone }}-{{ $rank }}{{ end }}
+{{/* The container of a pod's ranks. All of them are in one, because GPUs can only exchange data directly, over NVLink or
+     PCIe, where a container has both. */}}
+{{- define "loraplex.shard" -}}
+{{- $shard := .Values.shard }}
+{{- $ranks := until (include "loraplex.ranksInPod" . | int) -}}
+name: shard
 args:
   - shard
-  - --rank={{ $alone | ternary "$(RANK)" (toString $rank) }}
-  - {{ printf "--listen=%s" (include "loraplex.listen" (list $root $port)) | quote }}
-  - --metrics-port={{ add $root.Values.metrics.shardPort $rank }}
-  {{- if gt $tp 1 }}
-  - --rendezvous=tcp://{{ $alone | ternary "$(LWS_LEADER_ADDRESS)" "127.0.0.1" }}:29500
+  - {{ printf "--listen=%s" (include "loraplex.listen" (list $ 50060)) | quote }}
+  - --metrics-port={{ .Values.metrics.shardPort }}
+  {{- if gt (int $shard.nodes) 1 }}
+  - --nodes={{ $shard.nodes }}
+  - --node-rank=$(NODE_RANK)
+  - --rendezvous=tcp://$(LWS_LEADER_ADDRESS):29500
   {{- end }}
-  {{- if include "loraplex.hasAdapters" $root }}
+  {{- if include "loraplex.hasAdapters" . }}
   - --adapters=/adapters
   {{- end }}
   {{- range $name, $store := pick $shard.adapters "azure" "gcs" "s3" }}
@@ -66,50 +71,53 @@ args:
   - {{ printf "--adapters-%s=%s" $name . | quote }}
   {{- end }}
   {{- end }}
-  {{- include "loraplex.mtlsFlags" (list $root "shardSecret") | trim | nindent 2 }}
-  {{- include "loraplex.shardFlags" $root | trim | nindent 2 }}
+  {{- include "loraplex.mtlsFlags" (list . "shardSecret") | trim | nindent 2 }}
+  {{- include "loraplex.shardFlags" . | trim | nindent 2 }}
 env:
-  {{- if $alone }}
-  - name: RANK
+  {{- if gt (int $shard.nodes) 1 }}
+  - name: NODE_RANK
     valueFrom: {fieldRef: {fieldPath: "metadata.labels['leaderworkerset.sigs.k8s.io/worker-index']"}}
   {{- end }}
-  {{- include "loraplex.shardEnv" $root | nindent 2 }}
+  {{- include "loraplex.shardEnv" . | nindent 2 }}
 ports:
-  - {name: grpc{{ if not $alone }}-{{ $rank }}{{ end }}, containerPort: {{ $port }}}
-  - {name: metrics{{ if not $alone }}-{{ $rank }}{{ end }}, containerPort: {{ add $root.Values.metrics.shardPort $rank }}}
-# The port opens once the model is loaded.
+  {{- range $rank := $ranks }}
+  - {name: grpc-{{ $rank }}, containerPort: {{ add 50060 $rank }}}
+  {{- end }}
+  {{- range $rank := $ranks }}
+  - {name: metrics-{{ $rank }}, containerPort: {{ add $.Values.metrics.shardPort $rank }}}
+  {{- end }}
+# The port opens once the model is loaded. The first rank is asked for all: when one ends or hangs, the others end too.
 startupProbe:
-  {{- include "loraplex.shardProbe" (list $root $port "") | nindent 2 }}
+  {{- include "loraplex.shardProbe" (list . "") | nindent 2 }}
   periodSeconds: 5
   timeoutSeconds: 3
   failureThreshold: {{ div (add $shard.startupSeconds 4) 5 }}
 readinessProbe:
-  {{- include "loraplex.shardProbe" (list $root $port ", service: loraplex.shard.v1.ShardService") | nindent 2 }}
+  {{- include "loraplex.shardProbe" (list . ", service: loraplex.shard.v1.ShardService") | nindent 2 }}
   periodSeconds: 5
   timeoutSeconds: 3
   failureThreshold: 2
 # A separate thread answers however long steps take, so silence means that the process hangs. With mutual TLS the
-# kubelet cannot call the health service, and an open port proves nothing, so it fetches metrics. When a rank exits, the
-# others exit too.
+# kubelet cannot call the health service, and an open port proves nothing, so it fetches metrics.
 livenessProbe:
-  {{- if $root.Values.mtls.shardSecret }}
-  httpGet: {path: /metrics, port: {{ add $root.Values.metrics.shardPort $rank }}}
+  {{- if .Values.mtls.shardSecret }}
+  httpGet: {path: /metrics, port: {{ .Values.metrics.shardPort }}}
   {{- else }}
-  {{- include "loraplex.shardProbe" (list $root $port "") | nindent 2 }}
+  {{- include "loraplex.shardProbe" (list . "") | nindent 2 }}
   {{- end }}
   periodSeconds: 10
   timeoutSeconds: 5
   failureThreshold: 3
 volumeMounts:
-  {{- include "loraplex.shardVolumeMounts" $root | nindent 2 }}
+  {{- include "loraplex.shardVolumeMounts" . | nindent 2 }}
 {{- end }}
 
-{{/* (list $ port more): the kubelet cannot call the health service over mutual TLS */}}
+{{/* (list $ more): the kubelet cannot call the health service over mutual TLS */}}
 {{- define "loraplex.shardProbe" -}}
 {{- if (index . 0).Values.mtls.shardSecret -}}
-tcpSocket: {port: {{ index . 1 }}}
+tcpSocket: {port: 50060}
 {{- else -}}
-grpc: {port: {{ index . 1 }}{{ index . 2 }}}
+grpc: {port: 50060{{ index . 1 }}}
 {{- end }}
 {{- end }}
 
@@ -158,10 +166,10 @@ grpc: {port: {{ index . 1 }}{{ index . 2 }}}
   valueFrom: {secretKeyRef: {name: {{ . | quote }}, key: AZURE_STORAGE_ACCOUNT_KEY}}
 {{- end }}
 {{- end }}
-{{- if and (dig "limits" "cpu" "" .Values.shard.resources) (not (hasKey .Values.shard.settings "threads")) }}
+{{- $cpus := dig "limits" "cpu" "" .Values.shard.resources }}
+{{- if and $cpus (not (hasKey .Values.shard.settings "threads")) }}
 # torch would count the node's cores.
-- name: LORAPLEX_THREADS
-  valueFrom: {resourceFieldRef: {resource: limits.cpu}}
+- {name: LORAPLEX_THREADS, value: {{ divf (include "loraplex.number" $cpus) (include "loraplex.ranksInPod" .) | floor | max 1 | quote }}}
 {{- end }}
 {{- with .Values.shard.extraEnv }}
 {{ toYaml . }}
@@ -212,7 +220,7 @@ grpc: {port: {{ index . 1 }}{{ index . 2 }}}
 {{- end }}
 {{- end }}
 
-{{/* (list $ N): the template of the pods of router N's replicas, or of their ranks */}}
+{{/* (list $ N): the template of the pods of router N's replicas */}}
 {{- define "loraplex.shardTemplate" -}}
 {{- $root := index . 0 -}}
 metadata:
@@ -222,24 +230,14 @@ spec:
 {{- end }}
 
 {{- define "loraplex.shardPod" -}}
-{{- $ranks := list "" }}
-{{- if ne .Values.shard.workload "LeaderWorkerSet" }}
-{{- $ranks = until (include "loraplex.tp" . | int) }}
-{{- end }}
 terminationGracePeriodSeconds: {{ add (ceil (index .Values.shard.settings "drain-seconds" | default 30)) 10 }}
 {{- with .Values.shard.runtimeClassName }}
 runtimeClassName: {{ . | quote }}
 {{- end }}
 containers:
-  {{- range $rank := $ranks }}
-  - {{- include "loraplex.container" (list $ "shard" (include "loraplex.rank" (list $ (toString $rank)) | fromYaml)) | nindent 4 }}
-  {{- end }}
+  - {{- include "loraplex.container" (list . "shard" (include "loraplex.shard" . | fromYaml)) | nindent 4 }}
 volumes:
   {{- include "loraplex.shardVolumes" . | nindent 2 }}
-{{- end }}
-
-{{- define "loraplex.ranksInPod" -}}
-{{- if eq .Values.shard.workload "LeaderWorkerSet" }}1{{ else }}{{ include "loraplex.tp" . }}{{ end }}
 {{- end }}
 
 {{/* A claim for each pod, if the model cache is persistent */}}
@@ -298,7 +296,7 @@ template:
 rolloutStrategy: {type: RollingUpdate, rollingUpdateConfiguration: {maxUnavailable: 1, maxSurge: 0}}
 networkConfig: {subdomainPolicy: Shared}
 leaderWorkerTemplate:
-  size: {{ include "loraplex.tp" $root }}
+  size: {{ $root.Values.shard.nodes }}
   # Ranks can only start together.
   restartPolicy: RecreateGroupOnPodRestart
   workerTemplate:
