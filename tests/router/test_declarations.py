@@ -111,14 +111,14 @@ async def test_an_alias_is_changed_only_if_it_is_as_expected(adapters: Adapters,
 @pytest.mark.parametrize(
     ("name", "targets", "fault"),
     [
-        ("x", {"nothing": 100}, "has no 'nothing'"),
-        ("x", {"sql@1": 90}, "add up to 90"),
+        ("x", {"nothing": 100}, "^targets: the registry has no 'nothing'$"),
+        ("x", {"sql@1": 90}, "^targets: the weights add up to 90"),
         ("x", {"sql@1": 200, "sql": -100}, "between 0 and 100"),
         ("x", {"sql": float("nan")}, "between 0 and 100"),
         ("x", {}, "add up to 0"),
-        ("stable", {"stable": 100}, "circle"),
-        ("sql", {"stable": 100}, "is a name in `adapters`, too"),
-        ("a,b", {"sql": 100}, "is not a valid name"),
+        ("stable", {"stable": 100}, "^targets: they lead in a circle: stable -> stable$"),
+        ("sql", {"stable": 100}, "^name: is a name in `adapters`, too"),
+        ("a,b", {"sql": 100}, "^name: is not a valid name"),
     ],
 )
 async def test_an_alias_that_no_file_could_have_is_refused(
@@ -142,6 +142,10 @@ async def test_what_is_removed_is_unknown_and_running_sequences_end_as_they_woul
     with pytest.raises(AdapterConflictError, match="the alias 'outer' stands"):
         await adapters.remove("stable", None)
     await adapters.remove("outer", None)
+    with pytest.raises(AdapterConflictError, match="'stable' is an alias: use another name"):
+        await adapters.register("stable", B, None)
+    with pytest.raises(InvalidRequestError, match="expected_version: is of names with versions, and 'stable' is an"):
+        await adapters.remove("stable", 1)
     await adapters.remove("stable", None)
     with pytest.raises(AdapterConflictError, match="newest version"):
         await adapters.remove("sql@2", None)
@@ -149,9 +153,9 @@ async def test_what_is_removed_is_unknown_and_running_sequences_end_as_they_woul
     (delta,) = await running.collect()
     assert len(delta.samples) == 150
     cluster.service.close(running)
-    with pytest.raises(AdapterNotFoundError):
+    with pytest.raises(AdapterNotFoundError, match="no 'sql@9'; its versions: 2"):
         await adapters.remove("sql@9", None)
-    with pytest.raises(AdapterConflictError):
+    with pytest.raises(AdapterConflictError, match="has version 2 now, but should have version 1: somebody else"):
         await adapters.remove("sql", 1)
     await adapters.remove("sql", 2)
     assert not read_registry(path).names

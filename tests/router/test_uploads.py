@@ -2,8 +2,9 @@
 
 import asyncio
 import gc
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, MutableMapping
 from hashlib import sha256
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -273,6 +274,25 @@ async def test_only_administrators_upload_and_remove():
     with pytest.raises(ForbiddenError):
         await cluster.service.adapters.remove("policy", None, OLD_KEY)
     await cluster.close()
+
+
+async def test_an_upload_whose_client_leaves_is_no_fault_of_the_server(
+    cluster: Cluster, caplog: pytest.LogCaptureFixture
+):
+    messages = iter([{"type": "http.request", "body": b"x", "more_body": True}, {"type": "http.disconnect"}])
+    sent = list[MutableMapping[str, Any]]()
+
+    async def receive() -> MutableMapping[str, Any]:
+        return next(messages)
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        sent.append(message)
+
+    headers = [(b"content-length", b"900"), (b"content-type", b"multipart/form-data; boundary=xyz")]
+    scope = {"type": "http", "method": "POST", "path": "/adapters/upload", "query_string": b"name=policy"}
+    await cluster.app({**scope, "headers": headers}, receive, send)
+    assert sent[0]["status"] == 499 and not [record for record in caplog.records if record.levelname == "ERROR"]
+    assert cluster.uploads._free == 1000 and not cluster.registry.has("policy")
 
 
 async def _parts(*parts: bytes) -> AsyncIterator[bytes]:

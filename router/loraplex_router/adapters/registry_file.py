@@ -40,6 +40,14 @@ Weight = Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)]
 UPLOAD = re.compile("[0-9a-f]{32}")  # an uploaded adapter's id
 
 
+class ContentError(ValueError):
+    """Content that no registry has. `field` is what of a change is wrong: "name" or "targets"."""
+
+    def __init__(self, place: str, reason: str, field: str = "name") -> None:
+        super().__init__(f"{place}: {reason}")
+        self.field, self.reason = field, reason
+
+
 class RegistryFileError(LoraplexError):
     """The registry file cannot be used. The message says where the fault is."""
 
@@ -179,44 +187,47 @@ def write_registry(content: Registered) -> str:
 
 
 def check(content: Registered) -> None:
-    """Raises ValueError, with the place, for content that would not be clear to a request."""
+    """Raises ContentError for content that would not be clear to a request."""
     for name, versions in content.names.items():
         _check_name(f"adapters.{name}", name)
         for number, version in versions.items():
-            if not is_id(version.origin.id):
-                raise ValueError(f"adapters.{name}.{number}.id: {quote(version.origin.id)} is not a valid id: {RULE}")
-            if version.uploaded and not UPLOAD.fullmatch(version.origin.id):
-                raise ValueError(f"adapters.{name}.{number}.id: {quote(version.origin.id)} is not an upload's id")
+            id, place = version.origin.id, f"adapters.{name}.{number}.id"
+            if not is_id(id):
+                raise ContentError(place, f"{quote(id)} is not a valid id: {RULE}")
+            if version.uploaded and not UPLOAD.fullmatch(id):
+                raise ContentError(place, f"{quote(id)} is not an upload's id")
     for alias, targets in content.aliases.items():
         place = f"aliases.{alias}"
         _check_name(place, alias)
         if alias in content.names:
-            raise ValueError(f"{place}: is a name in `adapters`, too: give the alias another name")
+            raise ContentError(place, "is a name in `adapters`, too: give the alias another name")
         for target in targets:
             _check_target(place, target, content)
         if not all(0 < percent <= 100 for percent in targets.values()):
-            raise ValueError(f"{place}: every weight must be between 0 and 100")
+            raise ContentError(place, "every weight must be between 0 and 100", "targets")
         total = sum(targets.values())
         if not isclose(total, 100, abs_tol=1e-6):
-            raise ValueError(f"{place}: the weights add up to {total:g}, not to 100")
+            raise ContentError(place, f"the weights add up to {total:g}, not to 100", "targets")
     try:
         TopologicalSorter(content.aliases).prepare()
     except CycleError as error:
-        raise ValueError(f"aliases: they lead in a circle: {' -> '.join(reversed(error.args[1]))}") from None
+        raise ContentError(
+            "aliases", f"they lead in a circle: {' -> '.join(reversed(error.args[1]))}", "targets"
+        ) from None
 
 
 def _check_name(place: str, name: str) -> None:
     if not is_name(name) or AT in name or name != normal(name):
-        raise ValueError(f"{place}: is not a valid name: {RULE}; a registered one does not contain {AT}")
+        raise ContentError(place, f"is not a valid name: {RULE}; a registered one does not contain {AT}")
 
 
 def _check_target(place: str, target: str, content: Registered) -> None:
     name, at, number = target.partition(AT)
     versions = content.names.get(name)
     if versions is None and (at or target not in content.aliases):
-        raise ValueError(f"{place}: the registry has no {quote(name)}")
+        raise ContentError(place, f"the registry has no {quote(name)}", "targets")
     if versions is not None and at and number not in map(str, versions):
-        raise ValueError(f"{place}: {quote(name)} has no version {quote(number)}")
+        raise ContentError(place, f"{quote(name)} has no version {quote(number)}", "targets")
 
 
 def _write_origin(version: Version) -> dict[str, str]:

@@ -18,7 +18,7 @@ from loraplex_protos.errors import (
     quote,
 )
 from loraplex_router.adapters.registry import AT, Registered, reference_to
-from loraplex_router.adapters.registry_file import RegistryFile, RegistryFileError, check
+from loraplex_router.adapters.registry_file import ContentError, RegistryFile, RegistryFileError, check
 from loraplex_router.replicas.administration import Administration
 from loraplex_router.vocabulary.references import AdapterReference, Upload, Version
 
@@ -61,10 +61,11 @@ class Declarations:
             raise UnavailableError(f"the upload cannot be kept in {folder.path}: {error.strerror}") from error
 
         def add(registered: Registered) -> Registered:
+            _expect_no_alias(name, registered)
             versions = registered.names.get(name, {})
             now = max(versions, default=0)
-            _expect(name, expected_version, now)
-            _expect(name, None if now < upload.number else 0, now)  # a later one stays
+            expect_version(name, expected_version, now)
+            expect_older(name, upload.number, now)
             needed = {target for targets in registered.aliases.values() for target in targets}
             others = {each.number: each for each in versions.values() if not each.uploaded or str(each) in needed}
             return replace(registered, names={**registered.names, name: {**others, upload.number: kept}})
@@ -85,9 +86,10 @@ class Declarations:
             origin = replace(origin, source=content.source, revision=content.revision, token="")
 
         def add(registered: Registered) -> Registered:
+            _expect_no_alias(name, registered)
             versions = dict(registered.names.get(name, {}))
             now = max(versions, default=0)
-            _expect(name, expected_version, now)
+            expect_version(name, expected_version, now)
             versions[now + 1] = Version(name, now + 1, origin, content.digest)
             return replace(registered, names={**registered.names, name: versions})
 
@@ -122,9 +124,11 @@ class Declarations:
             names, aliases = dict(registered.names), dict(registered.aliases)
             bare, _, number = name.partition(AT)
             versions = names.get(bare, {})
-            if expected_version is not None:
-                _expect(bare, expected_version, max(versions, default=0))
-            _expect_no_alias(name, aliases)
+            if expected_version is not None and name in aliases:
+                why = f"is of names with versions, and {quote(name)} is an alias: leave it out"
+                raise InvalidRequestError(FieldViolation("expected_version", why))
+            expect_version(bare, expected_version, max(versions, default=0))
+            _expect_nothing_leads_to(name, aliases)
             if name in aliases:
                 del aliases[name]
             elif name in names:
@@ -136,7 +140,8 @@ class Declarations:
                     )
                 names[bare] = {other: version for other, version in versions.items() if other != int(number)}
             else:
-                raise AdapterNotFoundError(f"the registry has no {quote(name)}")
+                there = f"; its versions: {', '.join(map(str, sorted(versions)))}" if versions else ""
+                raise AdapterNotFoundError(f"the registry has no {quote(name)}{there}")
             return Registered(names, aliases)
 
         await self._change(name, take)
@@ -149,8 +154,8 @@ class Declarations:
             changed = edit(registered)
             try:
                 check(changed)
-            except ValueError as error:
-                raise InvalidRequestError(FieldViolation("name", str(error))) from None
+            except ContentError as error:
+                raise InvalidRequestError(FieldViolation(error.field, error.reason)) from None
             return changed
 
         for version in await self._writable().change(checked):
@@ -162,13 +167,26 @@ class Declarations:
         return self._file
 
 
-def _expect(name: str, expected: int | None, now: int) -> None:
+def expect_version(name: str, expected: int | None, now: int) -> None:
+    """Raises AdapterConflictError unless a name has the version that is expected; 0: it is not registered."""
     if expected not in (None, now):
         state = f"has version {now} now" if now else "is not registered"
-        raise AdapterConflictError(f"{quote(name)} {state}: somebody else has changed it")
+        wanted = f"should have version {expected}" if expected else "should be new"
+        raise AdapterConflictError(f"{quote(name)} {state}, but {wanted}: somebody else has changed it")
 
 
-def _expect_no_alias(name: str, aliases: Mapping[str, Mapping[str, float]]) -> None:
+def expect_older(name: str, number: int, now: int) -> None:
+    """Raises AdapterConflictError if a name has this version now, or a later one."""
+    if now >= number:
+        raise AdapterConflictError(f"{quote(name)} has version {now} now: somebody else has changed it")
+
+
+def _expect_no_alias(name: str, registered: Registered) -> None:
+    if name in registered.aliases:
+        raise AdapterConflictError(f"{quote(name)} is an alias: use another name, or remove it first")
+
+
+def _expect_nothing_leads_to(name: str, aliases: Mapping[str, Mapping[str, float]]) -> None:
     """Raises AdapterConflictError if an alias leads to the name or to one of its versions."""
     leading = [
         alias
@@ -178,7 +196,8 @@ def _expect_no_alias(name: str, aliases: Mapping[str, Mapping[str, float]]) -> N
     if leading:
         shown = ", ".join(map(quote, leading))
         said = f"the alias {shown} stands" if len(leading) == 1 else f"the aliases {shown} stand"
-        fix = f"set {'it' if len(leading) == 1 else 'them'} to something else first, or remove what is not needed"
+        fix = "let it stand for something else first, or remove it"
+        fix = fix if len(leading) == 1 else fix.replace("it", "them")
         raise AdapterConflictError(f"{quote(name)} cannot be removed while {said} for it: {fix}")
 
 

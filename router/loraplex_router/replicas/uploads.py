@@ -23,7 +23,7 @@ from loraplex_protos.errors import (
 )
 from loraplex_router.adapters.registry import AT, reference_to
 from loraplex_router.replicas.administration import Administration
-from loraplex_router.replicas.declarations import Declarations
+from loraplex_router.replicas.declarations import Declarations, expect_older, expect_version
 from loraplex_router.replicas.replicas import Replicas
 from loraplex_router.vocabulary.references import Upload, Version
 
@@ -136,15 +136,15 @@ class Uploads:
 
     def _check(self, upload: Announcement, number: int | None = None) -> None:
         """Checks the name as it is now. `number`: the version that would be its newest one."""
-        name, now = quote(upload.name), self._registry.find(upload.name)
+        name, newest = quote(upload.name), self._registry.find(upload.name)
         if upload.name in self._registry.content.aliases:
             raise AdapterConflictError(f"{name} is an alias: use another name, or remove it first")
         if not self._declarations.keep_uploads and self._registry.declares(upload.name):
             raise AdapterConflictError(f"{name} is declared in the registry file: change it there, or use another name")
-        there = now.number if now else 0
-        if upload.expected_version not in (None, there) or (number is not None and there > number):
-            state = f"has version {there} now" if now else "is not registered"
-            raise AdapterConflictError(f"{name} {state}: somebody else has changed it")
+        now = newest.number if newest else 0
+        expect_version(upload.name, upload.expected_version, now)
+        if number is not None:
+            expect_older(upload.name, number, now)
 
     async def _check_now(self, upload: Announcement) -> None:
         try:

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from loraplex_protos.errors import (
     MAX_QUOTED,
@@ -19,6 +20,7 @@ from loraplex_protos.errors import (
     InvalidRequestError,
     LoraplexError,
     OverloadedError,
+    RequestCancelledError,
     UnauthenticatedError,
 )
 from loraplex_router.vocabulary.violations import MAX_VIOLATIONS
@@ -70,6 +72,8 @@ def read_error(error: Exception) -> LoraplexError:
             return error
         case RequestValidationError():
             return InvalidRequestError(*_merged(map(_violation, error.errors()[:MAX_VIOLATIONS])))
+        case ClientDisconnect():
+            return RequestCancelledError("the client left before it had sent its request")
         case HTTPException(status_code=400):  # FastAPI's for a body that is not text
             return InvalidRequestError(FieldViolation("body", "is not JSON"))
         case HTTPException(status_code=429):

@@ -10,6 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from loraplex_protos.errors import InvalidRequestError, LoraplexError, quote
 from loraplex_router.api.http.errors import error_headers, read_error, rename_fields
@@ -54,7 +55,7 @@ def install_faces(app: FastAPI, faces: Sequence[Face]) -> None:
             error = HTTPException(404, f"Not Found: {quote(request.url.path)} is not one of {', '.join(paths)}")
         return face_of(request.url.path, faces).answer(read_error(error))
 
-    for kind in (LoraplexError, RequestValidationError, HTTPException, Exception):
+    for kind in (LoraplexError, RequestValidationError, HTTPException, ClientDisconnect, Exception):
         app.add_exception_handler(kind, answer)
 
 
