@@ -91,11 +91,11 @@ class Operations(Protocol):
         """Returns the step that the operations below take for this batch."""
         ...
 
-    def forward(self, step: Step, cache: KVCache, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def forward(self, step: Step, cache: KVCache, group: Group, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
         """Returns what `compute` returns, [tokens, n]. The next forward with this cache may overwrite it.
 
         `compute` may only call operations, and must call the same ones for every batch with the same number of tokens,
-        because its calls may be recorded and repeated without it. The ranks of a group must share memory.
+        because its calls may be recorded and repeated without it. They may use the group's collectives.
         """
         ...
 

@@ -65,7 +65,9 @@ class ReferenceOperations(ExpertOperations):
     def prepare(self, batch: Batch) -> ReferenceStep:
         return ReferenceStep(batch)
 
-    def forward(self, step: ReferenceStep, cache: KVCache, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def forward(
+        self, step: ReferenceStep, cache: KVCache, group: Group, compute: Callable[[], torch.Tensor]
+    ) -> torch.Tensor:
         return compute()
 
     def embedding(

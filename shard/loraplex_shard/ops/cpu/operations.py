@@ -42,9 +42,9 @@ class CpuOperations(CpuExpertOperations):
     def prepare(self, batch: Batch) -> CpuStep:
         return CpuStep(batch)
 
-    def forward(self, step: CpuStep, cache: KVCache, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def forward(self, step: CpuStep, cache: KVCache, group: Group, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
         tokens = len(step.batch.token_ids)
-        if tokens > LARGEST_PROGRAM:
+        if tokens > LARGEST_PROGRAM or (group.size > 1 and group.shared is None):
             return compute()
         programs = self._programs.setdefault(cache, {})
         key = tokens, step.segments.int8

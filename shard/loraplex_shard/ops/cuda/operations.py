@@ -76,7 +76,9 @@ class CudaOperations(ExpertOperations):
     def prepare(self, batch: Batch) -> CudaStep:
         return CudaStep(batch, LoraTiles.of(batch.segments, self._device))
 
-    def forward(self, step: CudaStep, cache: KVCache, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def forward(
+        self, step: CudaStep, cache: KVCache, group: Group, compute: Callable[[], torch.Tensor]
+    ) -> torch.Tensor:
         return compute()
 
     def embedding(self, step: CudaStep, weight: CudaWeight, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
