@@ -1,7 +1,9 @@
 """The thread that runs plans: it never waits for the reading of plans or results, and keeps streams separate."""
 
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from queue import SimpleQueue
 from typing import Any
@@ -12,6 +14,7 @@ import torch
 
 from loraplex_protos.shard_pb2 import StepRequest, StepResponse
 from loraplex_shard.serving.steps import StepThread
+from loraplex_shard.stepping.results import PendingStep
 
 CPU = torch.device("cpu")
 TIMEOUT = 30
@@ -25,6 +28,7 @@ class Recorder:
         self.threads = set[int]()
         self.running, self.may_go_on = threading.Event(), threading.Event()
         self.may_go_on.set()
+        self.pending: dict[int, Any] = {}  # by plan: steps that a device still computes
 
     def clear(self) -> None:
         self._note("clear")
@@ -32,17 +36,34 @@ class Recorder:
     def warmup(self, max_batch_tokens: int) -> None:
         self._note("warmup")
 
-    def step(self, plan: StepRequest) -> StepResponse:
+    def begin(self, plan: StepRequest) -> PendingStep:
         self.running.set()
         assert self.may_go_on.wait(TIMEOUT)
         self._note(plan.step)
         if list(plan.rows) == [9]:
             raise MemoryError("row 9")
-        return StepResponse(step=plan.step)
+        return self.pending.pop(plan.step, PendingStep(plan.step, CPU, None))
 
     def _note(self, call: int | str) -> None:
         self.calls.append(call)
         self.threads.add(threading.get_ident())
+
+
+class Computing:
+    """A step that a device computes until `done`; then it fails with `error`, if there is one."""
+
+    def __init__(self, step: int, error: Exception | None = None) -> None:
+        self.step, self.error, self.done = step, error, threading.Event()
+
+    def wait(self) -> float:
+        assert self.done.wait(TIMEOUT)
+        if self.error:
+            raise self.error
+        return time.monotonic()
+
+    def response(self) -> StepResponse:
+        self.wait()
+        return StepResponse(step=self.step)
 
 
 class Plans:
@@ -110,6 +131,59 @@ def test_plans_are_read_and_results_are_sent_while_a_plan_runs(steps: StepThread
         plans.plans.put(None)
         assert list(results) == []
     assert first.ended <= second.began <= second.ended <= third.began
+
+
+def test_the_next_plan_begins_while_the_device_computes_and_its_time_begins_after_that(
+    steps: StepThread, recorder: Recorder
+) -> None:
+    recorder.pending = {0: (first := Computing(0)), 1: (second := Computing(1))}
+    plans = Plans(plan(0), plan(1))
+    with closing(steps.run(iter(plans))) as results, ThreadPoolExecutor(1) as sender:
+        one_later = sender.submit(next, results)
+        assert plans.read.wait(TIMEOUT)
+        steps.warmup(1)  # comes after everything that was read
+        assert recorder.calls == ["clear", 0, 1, "warmup"]
+        first.done.set()
+        one = one_later.result(TIMEOUT)
+        second.done.set()
+        two = next(results)
+        plans.plans.put(None)
+        assert list(results) == []
+    assert [one.response.step, two.response.step] == [0, 1]
+    assert one.ended == two.began
+
+
+def test_an_error_of_the_device_ends_the_stream_as_one_of_the_plan_does(
+    steps: StepThread, recorder: Recorder, failed_step: threading.Event
+) -> None:
+    recorder.pending = {0: (lost := Computing(0, error=RuntimeError("the device is lost")))}
+    lost.done.set()
+    plans = Plans(plan(0))
+    results = steps.run(iter(plans))
+    with pytest.raises(RuntimeError, match="the device is lost"):
+        next(results)
+    assert failed_step.is_set()
+    plans.read.clear()
+    plans.plans.put(plan(1))
+    assert plans.read.wait(TIMEOUT)
+    steps.warmup(1)
+    assert recorder.calls == ["clear", 0, "warmup"]
+    plans.plans.put(None)
+
+
+def test_a_closed_stream_has_been_computed(steps: StepThread, recorder: Recorder) -> None:
+    recorder.pending = {1: (last := Computing(1))}
+    plans = Plans(plan(0), plan(1))
+    plans.plans.put(None)
+    results = steps.run(iter(plans))
+    next(results)
+    closed = threading.Thread(target=results.close)
+    closed.start()
+    closed.join(0.1)
+    assert closed.is_alive()
+    last.done.set()
+    closed.join(TIMEOUT)
+    assert not closed.is_alive()
 
 
 def test_everything_runs_on_one_thread(steps: StepThread, recorder: Recorder) -> None:

@@ -1,10 +1,12 @@
 """The thread that runs plans. While it computes, other threads send the last result and read the next plan, so that
-the decoder waits for neither. Independent of gRPC calls and of the plans' content."""
+the decoder waits for neither. For a GPU it only enqueues: the thread that sends a result waits for it meanwhile.
+Independent of gRPC calls and of the plans' content."""
 
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from queue import SimpleQueue
 
@@ -13,6 +15,7 @@ import torch
 
 from loraplex_protos.shard_pb2 import StepRequest, StepResponse
 from loraplex_shard.serving import machine
+from loraplex_shard.stepping.results import PendingStep
 from loraplex_shard.stepping.runner import Runner
 
 # Limit for what is still computed after a router has left: several times the longest step, with a minimum (on a GPU a
@@ -30,6 +33,15 @@ class Step:
     response: StepResponse
     began: float
     ended: float
+
+
+@dataclass(frozen=True)
+class BegunStep:
+    """A plan that the device may still compute."""
+
+    plan: StepRequest
+    pending: PendingStep
+    began: float
 
 
 class StepThread:
@@ -64,17 +76,34 @@ class StepThread:
         plans that have arrived are run.
         """
         stream = object()
-        steps = SimpleQueue[Future[Step] | None]()
+        steps = SimpleQueue[Future[BegunStep] | None]()
         self._thread.submit(self._begin, stream).result()
         threading.Thread(target=self._read, args=(stream, plans, steps), name="plans", daemon=True).start()
+        ended = 0.0
         try:
-            for step in iter(steps.get, None):
-                yield step.result()
+            for future in iter(steps.get, None):
+                step = self._finish(future.result(), ended)
+                ended = step.ended
+                yield step
         except GeneratorExit:
-            wait(iter(steps.get, None))
+            for future in iter(steps.get, None):
+                with suppress(Exception):
+                    future.result().pending.wait()
             raise
 
-    def _read(self, stream: object, plans: Iterator[StepRequest], steps: SimpleQueue[Future[Step] | None]) -> None:
+    def _finish(self, step: BegunStep, last_ended: float) -> Step:
+        """Waits for a step. The device began with it when it had ended the last one."""
+        try:
+            ended = step.pending.wait()
+            response = step.pending.response()
+        except Exception:
+            self._thread.submit(self._fail).result()
+            raise
+        began = max(step.began, last_ended)
+        self._longest = max(self._longest, ended - began)
+        return Step(step.plan, response, began, ended)
+
+    def _read(self, stream: object, plans: Iterator[StepRequest], steps: SimpleQueue[Future[BegunStep] | None]) -> None:
         try:
             for number, plan in enumerate(plans):
                 steps.put(self._thread.submit(self._step, stream, number, plan))
@@ -87,17 +116,18 @@ class StepThread:
         self._stream = stream
         self._runner.clear()
 
-    def _step(self, stream: object, number: int, plan: StepRequest) -> Step:
+    def _fail(self) -> None:
+        """Later plans of the stream do not run."""
+        self._stream = None
+        self._on_failed_step()
+
+    def _step(self, stream: object, number: int, plan: StepRequest) -> BegunStep:
         if stream is not self._stream:
             raise RuntimeError(f"plan {number} follows one that failed")
         began = time.monotonic()
         try:
             assert plan.step == number, f"plan {plan.step} came as plan {number} of its stream"
-            response = self._runner.step(plan)
+            return BegunStep(plan, self._runner.begin(plan), began)
         except Exception:
-            self._stream = None
-            self._on_failed_step()
+            self._fail()
             raise
-        ended = time.monotonic()
-        self._longest = max(self._longest, ended - began)
-        return Step(plan, response, began, ended)

@@ -51,7 +51,7 @@ class Pooling:
             total = hidden.sum(0, dtype=torch.float32)
             self._vectors[row] = total if begin == 0 else self._vectors[row] + total
         elif self._spec.mode == "last" or begin == 0:
-            self._vectors[row] = hidden[-1 if self._spec.mode == "last" else 0].float()
+            self._vectors[row] = _own(hidden[-1 if self._spec.mode == "last" else 0])
 
     def _embedding(self, chunk: PooledChunk) -> Tensor:
         vector = self._vectors.pop(chunk.row)
@@ -62,7 +62,12 @@ class Pooling:
     def _add_classified(self, chunk: PooledChunk, pad_token_id: int | None) -> None:
         """Keeps the last token that is not padding or, where all are, the first, as transformers does."""
         if chunk.begin == 0:
-            self._vectors[chunk.row] = chunk.hidden[0].float()
+            self._vectors[chunk.row] = _own(chunk.hidden[0])
         kept = chunk.hidden if pad_token_id is None else chunk.hidden[chunk.tokens != pad_token_id]
         if len(kept):
-            self._vectors[chunk.row] = kept[-1].float()
+            self._vectors[chunk.row] = _own(kept[-1])
+
+
+def _own(vector: Tensor) -> Tensor:
+    """A copy in float32, since the next step overwrites hidden states."""
+    return vector.to(torch.float32, copy=True)

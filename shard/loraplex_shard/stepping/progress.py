@@ -1,7 +1,8 @@
-"""A step whose forward pass is done: what is sampled after it, and what is answered of it.
+"""A step whose forward pass has been enqueued: what is sampled after it, and what is answered of it.
 
 All ranks go through it together. Rank 0 alone sees logits, samples and answers; the others learn from it what was
-sampled.
+sampled. On a GPU, nothing here waits for the device, except for sequences with grammars, whose next tokens depend on
+the last one.
 """
 
 from collections.abc import Iterator
@@ -11,13 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loraplex_protos.shard_pb2 import (
-    FAILURE_REASON_GRAMMAR,
-    FAILURE_REASON_NOT_FINITE,
-    FAILURE_REASON_UNKNOWN_TOKEN,
-    StepResponse,
-)
-from loraplex_shard.device.copies import to_device
+from loraplex_protos.shard_pb2 import FAILURE_REASON_UNKNOWN_TOKEN
+from loraplex_shard.device.copies import Mark, to_device, to_host
 from loraplex_shard.device.parallel import Group
 from loraplex_shard.models import Model
 from loraplex_shard.sampling import sampler
@@ -26,8 +22,9 @@ from loraplex_shard.shapes.batch import Segment
 from loraplex_shard.shapes.classifier import Classifier
 from loraplex_shard.stepping.failures import Failures
 from loraplex_shard.stepping.pooling import PooledChunk, Pooling
-from loraplex_shard.stepping.results import Tokens, add_prompt, add_tokens, describe
+from loraplex_shard.stepping.results import Sample, StepResults
 from loraplex_shard.stepping.rows import Chunks, Ints, Rows, Sampled, spans
+from loraplex_shard.stepping.tokens import describe, describe_prompt
 
 # Known tokens whose logprobs are computed at once: bounds the memory for logits.
 LOGITS_SLICE = 256
@@ -49,7 +46,7 @@ class Parts:
 
 class StepInProgress:
     """`hidden` [tokens, hidden] is what the model made of the chunks, `segments` are their runs of tokens by adapter;
-    `masks`, on rank 0, what grammars allow next. Fills `response`."""
+    `masks`, on rank 0, what grammars allow next."""
 
     def __init__(
         self,
@@ -59,25 +56,27 @@ class StepInProgress:
         segments: tuple[Segment, ...],
         masks: Masks | None,
         hidden: Tensor,
-        response: StepResponse,
     ) -> None:
-        self._response = response
         self._model, self._rows, self._group = parts.model, parts.rows, parts.group
         self._constraints, self._pooling, self._classifier = parts.constraints, parts.pooling, parts.classifier
         self._chunks, self._sampled = chunks, sampled
         self._segments = segments
         self._masks = masks
         self._hidden = hidden
-        self._failures = Failures(len(chunks))
-        self._failures.add(np.flatnonzero(parts.rows.void[chunks.rows]), FAILURE_REASON_UNKNOWN_TOKEN)
+        self._detail = parts.rows.detail[chunks.rows]
+        failures = Failures(len(chunks))
+        failures.add(np.flatnonzero(parts.rows.void[chunks.rows]), FAILURE_REASON_UNKNOWN_TOKEN)
+        self._results = StepResults(len(chunks), failures)
 
-    def report(self) -> None:
-        """Samples where the plan asks for it, tells all ranks' rows, and answers."""
+    def finish(self) -> StepResults:
+        """Samples where the plan asks for it, and tells all ranks' rows. Returns what rank 0 has found."""
         self._report_prompt()
-        self._report_tokens()
+        self._report_unscored()
+        if self._chunks.samples.any():
+            self._sample()
         if self._group.rank == 0:
             self._report_pooled()
-            self._failures.write(self._response)
+        return self._results
 
     def _logits(self, tokens: Ints, on_device: Tensor) -> tuple[Tensor, Tensor] | None:
         """The logits [n, vocab] after these tokens of the batch, which are in ascending order, and whether they are
@@ -94,17 +93,16 @@ class StepInProgress:
 
     def _report_prompt(self) -> None:
         """Adds the log probabilities of the prompt tokens that follow the chunks' positions, where asked for."""
-        asked = self._rows.detail["prompt_logprobs"][self._chunks.rows]
+        asked = self._detail["prompt_logprobs"]
         if not asked.any():
             return
         ends = np.minimum(self._chunks.ends, self._rows.prompt_lengths[self._chunks.rows] - 1)
         counts = np.where(asked, np.maximum(ends - self._chunks.begins, 0), 0)
-        alternatives = self._rows.detail["prompt_top_logprobs"][self._chunks.rows]
+        alternatives = self._detail["prompt_top_logprobs"]
         listed = (alternatives[counts > 0] > 0).any()
         for places, logits, tokens in self._following(self._chunks.begins + 1, counts):
-            add_prompt(self._response, tokens, logits, alternatives[places] if listed else None)
-        if self._group.rank == 0:
-            self._response.prompt_logprob_counts.extend(counts.tolist())
+            self._results.prompt.append(describe_prompt(tokens, logits, alternatives[places] if listed else None))
+        self._results.prompt_counts = counts
 
     def _following(self, firsts: Ints, counts: Ints) -> Iterator[tuple[Ints, Tensor, Tensor]]:
         """For counts[i] known tokens, from position firsts[i] of chunk i's sequence on, slice by slice: the places of
@@ -116,24 +114,17 @@ class StepInProgress:
             computed = self._logits(tokens[part], *to_device([tokens[part]], self._hidden.device))
             if computed is not None:
                 logits, finite = computed
-                self._failures.add(places[part][~finite.cpu().numpy()], FAILURE_REASON_NOT_FINITE)
+                self._results.finite.append((places[part], to_host(finite)))
                 yield places[part], logits, self._rows.tokens_at(self._chunks.rows[places[part]], positions[part])
 
-    def _report_tokens(self) -> None:
-        """Samples after the chunks that ask for it, tells all ranks' rows, and adds to the response the tokens that can
-        be reported: unscored ones that have their logprobs now, those just sampled, and fast-forward ones."""
+    def _report_unscored(self) -> None:
+        """Adds the unscored tokens that have their logprobs now."""
         chunks = self._chunks
-        parts = [
-            describe(places, tokens, logits, self._rows.detail[chunks.rows[places]])
-            for places, logits, tokens in self._following(chunks.score_begins, chunks.score_ends - chunks.score_begins)
-        ]
-        if self._chunks.samples.any():
-            parts += self._sample()
-        if self._group.rank == 0:
-            add_tokens(self._response, len(self._chunks), parts)
+        for places, logits, tokens in self._following(chunks.score_begins, chunks.score_ends - chunks.score_begins):
+            self._results.scored.append(describe(places, tokens, logits, self._detail[places]))
 
-    def _sample(self) -> list[Tokens]:
-        """What was sampled and, where they are reported at once, the fast-forward tokens after it."""
+    def _sample(self) -> None:
+        """Samples, and adds what was sampled and the fast-forward tokens after it."""
         places = np.flatnonzero(self._chunks.samples)
         rows, lengths = self._chunks.rows[places], self._chunks.ends[places]
         computed = self._logits(self._chunks.starts[1:][places] - 1, self._sampled.tokens)
@@ -147,19 +138,15 @@ class StepInProgress:
         self._group.broadcast_(tokens)
         self._rows.record(self._sampled, tokens)
         if self._masks is not None:
-            self._constraints.accept(rows.tolist(), tokens.tolist())
+            sampled = to_host(tokens)
+            Mark(tokens.device).wait()
+            self._constraints.accept(rows.tolist(), sampled.tolist())
         fast_forward = self._fast_forward(rows)
-        if computed is None:
-            return []
-        self._failures.add(places[~finite.cpu().numpy()], FAILURE_REASON_NOT_FINITE)
-        self._failures.add(places[self._constraints.failed(rows.tolist())], FAILURE_REASON_GRAMMAR)
-        spared = self._failures.spare(places)
-        if not spared.all():
-            good = np.flatnonzero(spared)
-            (index,) = to_device([good], self._hidden.device)
-            places, fast_forward, tokens, logits = places[good], fast_forward[good], tokens[index], logits[index]
-        sampled = describe(places, tokens, logits, self._rows.detail[self._chunks.rows[places]])
-        return [sampled, *self._report_fast_forward(places, fast_forward)]
+        if computed is not None:
+            self._results.finite.append((places, to_host(finite)))
+            self._results.broken = places[self._constraints.failed(rows.tolist())]
+            described = describe(places, tokens, logits, self._detail[places])
+            self._results.sample = Sample(described, fast_forward, self._rows.scores(rows))
 
     def _fast_forward(self, rows: Ints) -> Ints:
         """Adds to these rows, on all ranks, the fast-forward tokens after those just sampled.
@@ -180,31 +167,12 @@ class StepInProgress:
             self._rows.fast_forward(rows, on_device)
         return fast_forward
 
-    def _report_fast_forward(self, places: Ints, fast_forward: Ints) -> list[Tokens]:
-        """Fast-forward tokens [places, most], padded with -1: reported now, or unscored if their row has logprobs."""
-        if not (fast_forward >= 0).any():
-            return []
-        scored = self._rows.scores(self._chunks.rows[places])[:, None]
-        now, later = (fast_forward >= 0) & ~scored, (fast_forward >= 0) & scored
-        if later.any():
-            self._response.unscored_counts.extend(
-                np.bincount(places, later.sum(1), len(self._chunks)).astype(int).tolist()
-            )
-            self._response.unscored_tokens.extend(fast_forward[later].tolist())
-        return [Tokens(np.repeat(places, now.sum(1)), fast_forward[now])] if now.any() else []
-
     def _report_pooled(self) -> None:
         """Adds the vectors of pooled sequences whose last token was computed, and what classifiers make of tokens."""
-        for place in np.flatnonzero(self._rows.detail["pool"][self._chunks.rows]).tolist():
+        for place in np.flatnonzero(self._detail["pool"]).tolist():
             vector = self._pooling.add(self._pooled_chunk(place))
-            if vector is None:
-                continue
-            if vector.isfinite().all():
-                self._response.pooled_chunks.append(place)
-                self._response.pooled_lengths.append(len(vector))
-                self._response.pooled.extend(vector.tolist())
-            else:
-                self._failures.add(np.array([place]), FAILURE_REASON_NOT_FINITE)
+            if vector is not None:
+                self._results.pooled.append((place, to_host(vector)))
 
     def _pooled_chunk(self, place: int) -> PooledChunk:
         chunks = self._chunks

@@ -1,90 +1,99 @@
-"""Writes the tokens of a step into its StepResponse, independent of how they were chosen."""
+"""What a step found. Its thread collects it and goes on with the next plan; whoever answers waits until it has
+arrived, and writes it."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from loraplex_protos.shard_pb2 import StepResponse
-from loraplex_shard.sampling import sampler
-from loraplex_shard.stepping.rows import Ints, spans
-
-Floats = NDArray[np.float32]
-
-
-@dataclass(frozen=True, slots=True)
-class Alternatives:
-    counts: Ints  # of each token
-    ids: Ints  # of all of them, best first
-    logprobs: Floats
+from loraplex_protos.shard_pb2 import FAILURE_REASON_GRAMMAR, FAILURE_REASON_NOT_FINITE, StepResponse
+from loraplex_shard.device.copies import Mark
+from loraplex_shard.stepping.failures import Failures
+from loraplex_shard.stepping.rows import Ints
+from loraplex_shard.stepping.tokens import PromptTokens, Tokens, add_prompt, add_tokens
 
 
 @dataclass(frozen=True, slots=True)
-class Tokens:
-    """Tokens to report, with logprobs and alternatives if requested."""
+class Sample:
+    """The tokens sampled after chunks, and the fast-forward tokens after them."""
 
-    places: Ints  # of each token's chunk in the plan
-    ids: Ints
-    logprobs: Floats | None = None
-    alternatives: Alternatives | None = None
-
-
-def describe(places: Ints, ids: Tensor, logits: Tensor, detail: NDArray[np.void]) -> Tokens:
-    """Tokens [n] that follow positions with the logits [n, vocab]; detail [n] is what their sequences requested."""
-    logprobs = alternatives = None
-    if detail["logprobs"].any():
-        logprobs = sampler.logprobs(logits, ids).cpu().numpy()
-    if detail["top_logprobs"].any():
-        alternatives = _alternatives(detail["top_logprobs"], logits)
-    return Tokens(places, ids.cpu().numpy(), logprobs, alternatives)
+    tokens: Tokens
+    fast_forward: Ints  # [chunks, most], padded with -1
+    scored: NDArray[np.bool_]  # whose fast-forward tokens are unscored: they are reported with their logprobs, later
 
 
-def _alternatives(wanted: Ints, logits: Tensor) -> Alternatives:
-    """The wanted[i] likeliest tokens of each row of the logits [n, vocab]."""
-    counts = np.minimum(wanted, logits.shape[-1])
-    likeliest, values = sampler.likeliest(logits, max(1, int(counts.max())))
-    listed = torch.from_numpy(np.arange(likeliest.shape[1]) < counts[:, None])
-    return Alternatives(counts, likeliest.cpu()[listed].numpy(), values.cpu()[listed].numpy())
+@dataclass
+class StepResults:
+    """What a step of so many chunks found. Tensors are on their way to the host."""
+
+    chunks: int
+    failures: Failures
+    finite: list[tuple[Ints, Tensor]] = field(default_factory=list)  # chunks' places, and whether their logits were
+    broken: Ints = field(default_factory=lambda: np.zeros(0, np.int64))  # chunks whose grammars have failed
+    prompt_counts: Ints | None = None
+    prompt: list[PromptTokens] = field(default_factory=list)
+    scored: list[Tokens] = field(default_factory=list)  # unscored tokens that have their logprobs now
+    sample: Sample | None = None
+    pooled: list[tuple[int, Tensor]] = field(default_factory=list)  # place of the chunk, vector
+
+    def write(self, response: StepResponse) -> None:
+        """Fills the response with what has arrived."""
+        for places, finite in self.finite:
+            self.failures.add(places[~finite.numpy()], FAILURE_REASON_NOT_FINITE)
+        self.failures.add(self.broken, FAILURE_REASON_GRAMMAR)
+        for tokens in self.prompt:
+            add_prompt(response, tokens)
+        if self.prompt_counts is not None:
+            response.prompt_logprob_counts.extend(self.prompt_counts.tolist())
+        add_tokens(response, self.chunks, [*self.scored, *self._sampled(response)])
+        self._add_pooled(response)
+        self.failures.write(response)
+
+    def _sampled(self, response: StepResponse) -> list[Tokens]:
+        """The sampled tokens of sequences that have not failed, and the fast-forward tokens that are reported now. Adds
+        the others, which are unscored, to the response."""
+        if self.sample is None:
+            return []
+        tokens, fast_forward, scored = self.sample.tokens, self.sample.fast_forward, self.sample.scored
+        spared = self.failures.spare(tokens.places)
+        if not spared.all():
+            tokens, fast_forward, scored = tokens.of(spared), fast_forward[spared], scored[spared]
+        known = fast_forward >= 0
+        now, later = known & ~scored[:, None], known & scored[:, None]
+        if later.any():
+            counts = np.bincount(tokens.places, later.sum(1), self.chunks).astype(int)
+            response.unscored_counts.extend(counts.tolist())
+            response.unscored_tokens.extend(fast_forward[later].tolist())
+        reported = Tokens(np.repeat(tokens.places, now.sum(1)), torch.from_numpy(fast_forward[now]))
+        return [tokens, reported] if now.any() else [tokens]
+
+    def _add_pooled(self, response: StepResponse) -> None:
+        for place, vector in self.pooled:
+            if vector.isfinite().all():
+                response.pooled_chunks.append(place)
+                response.pooled_lengths.append(len(vector))
+                response.pooled.extend(vector.tolist())
+            else:
+                self.failures.add(np.array([place]), FAILURE_REASON_NOT_FINITE)
 
 
-def add_prompt(response: StepResponse, ids: Tensor, logits: Tensor, alternatives: Ints | None) -> None:
-    """Adds the log probabilities and ranks of prompt tokens [n] that follow positions with the logits [n, vocab], and
-    `alternatives[i]` alternatives for token i; None if no token in the plan has any."""
-    response.prompt_logprobs.extend(sampler.logprobs(logits, ids).tolist())
-    response.prompt_ranks.extend(sampler.ranks(logits, ids).tolist())
-    if alternatives is not None:
-        found = _alternatives(alternatives, logits)
-        response.prompt_alternative_counts.extend(found.counts.tolist())
-        response.prompt_alternative_tokens.extend(found.ids.tolist())
-        response.prompt_alternative_logprobs.extend(found.logprobs.tolist())
+class PendingStep:
+    """A step that the device may still compute. Made after everything that the step asks of the device."""
 
+    def __init__(self, step: int, device: torch.device, results: StepResults | None) -> None:
+        """`results`: None on ranks other than 0."""
+        self._step, self._mark, self._results = step, Mark(device), results
 
-def add_tokens(response: StepResponse, chunks: int, parts: Sequence[Tokens]) -> None:
-    """Adds the tokens of a plan of this many chunks. Within a chunk, tokens of earlier parts come first."""
-    places = np.concatenate([part.places for part in parts]) if parts else np.zeros(0, np.int64)
-    order = np.argsort(places, kind="stable")
-    response.token_counts.extend(np.bincount(places, minlength=chunks).tolist())
-    if not len(places):
-        return
-    response.tokens.extend(np.concatenate([part.ids for part in parts])[order].tolist())
-    if any(part.logprobs is not None for part in parts):
-        columns = [np.zeros(len(part.ids)) if part.logprobs is None else part.logprobs for part in parts]
-        response.logprobs.extend(np.concatenate(columns)[order].tolist())
-    if any(part.alternatives is not None for part in parts):
-        _add_alternatives(response, parts, order)
+    def wait(self) -> float:
+        """See Mark.wait."""
+        return self._mark.wait()
 
-
-def _add_alternatives(response: StepResponse, parts: Sequence[Tokens], order: Ints) -> None:
-    nothing, found = np.zeros(0), [part.alternatives for part in parts]
-    counts = np.concatenate(
-        [np.zeros(len(part.ids), np.int64) if part.alternatives is None else part.alternatives.counts for part in parts]
-    )
-    picked = spans((np.cumsum(counts) - counts)[order], counts[order])
-    ids = np.concatenate([nothing.astype(np.int64) if some is None else some.ids for some in found])
-    values = np.concatenate([nothing if some is None else some.logprobs for some in found])
-    response.alternative_counts.extend(counts[order].tolist())
-    response.alternative_tokens.extend(ids[picked].tolist())
-    response.alternative_logprobs.extend(values[picked].tolist())
+    def response(self) -> StepResponse:
+        """Waits for the step. On ranks other than 0, the response holds no more than its number."""
+        self.wait()
+        response = StepResponse(step=self._step)
+        if self._results is not None:
+            self._results.write(response)
+        return response

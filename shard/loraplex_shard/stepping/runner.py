@@ -20,6 +20,7 @@ from loraplex_shard.shapes.cache import KVCache
 from loraplex_shard.shapes.classifier import Classifier
 from loraplex_shard.stepping.pooling import Pooling
 from loraplex_shard.stepping.progress import Parts, StepInProgress
+from loraplex_shard.stepping.results import PendingStep
 from loraplex_shard.stepping.rows import Chunks, Rows
 
 
@@ -45,6 +46,7 @@ class Runner:
         self._parts = Parts(model, rows, constraints, Pooling(pooling or PoolingSpec()), classifier, group)
         self._cache = cache
         self._adapters = adapters
+        self._device = device
         self._max_sequences = max_sequences
         self._max_model_len = max_model_len
 
@@ -54,9 +56,13 @@ class Runner:
         self._parts.constraints.clear()
         self._parts.pooling.clear()
 
-    @torch.inference_mode()
     def step(self, plan: StepRequest) -> StepResponse:
-        """Runs one plan. On ranks other than 0 the result holds no more than the step's number.
+        """Runs one plan, and waits for what it finds."""
+        return self.begin(plan).response()
+
+    @torch.inference_mode()
+    def begin(self, plan: StepRequest) -> PendingStep:
+        """Runs one plan. A GPU may compute it after this has returned, and after it the plans that begin next.
 
         A sequence with a token that the model does not have, whose logits are not finite, or whose grammar cannot be
         followed, fails alone. A plan that does not fit the rows is an AssertionError: the router's mistake, after which
@@ -68,14 +74,14 @@ class Runner:
             if self._parts.group.rank == 0:
                 self._parts.constraints.start(start)
         chunks = self._parts.rows.advance(plan)
-        response = StepResponse(step=plan.step)
+        results = None
         if len(chunks):
             segments = self._segments(chunks)
             masks = self._begin_masks(chunks)
             batch, sampled = self._parts.rows.batch(chunks, segments)
             hidden = self._parts.model(batch, self._cache)
-            StepInProgress(self._parts, chunks, sampled, segments, masks, hidden, response).report()
-        return response
+            results = StepInProgress(self._parts, chunks, sampled, segments, masks, hidden).finish()
+        return PendingStep(plan.step, self._device, results if self._parts.group.rank == 0 else None)
 
     def warmup(self, max_batch_tokens: int) -> None:
         """Runs a prefill of max_batch_tokens and a decode of as many sequences as one step can hold, then clears."""
