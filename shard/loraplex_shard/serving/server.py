@@ -97,11 +97,10 @@ def run(settings: ShardSettings, progress: Progress | None = None) -> None:
     """
     sys.setswitchinterval(SWITCH_SECONDS)
     torch.set_num_threads(settings.threads or max(1, torch.get_num_threads() // settings.local_ranks))
-    device = machine.pick_device(settings.device, settings.rank)  # before fetching a model that it could not use
+    # GPUs and the connections between them are tried before a model is fetched that they could not serve.
+    device = machine.pick_device(settings.device, settings.rank)
     machine.use(device)
     check_kernels(device)
-    checkpoint = open_checkpoint(settings.model, settings.revision, None)
-    check_architecture(checkpoint)  # refuses unsupported models before any long wait
     kernels = load_kernels(device, settings.kernels)
     group = Group.connect(settings.rank, settings.tp, settings.rendezvous, device, kernels)
 
@@ -109,12 +108,14 @@ def run(settings: ShardSettings, progress: Progress | None = None) -> None:
         group.let_go()
         sys.exit(0)
 
-    # Only now, since a handler would not interrupt the wait for the other ranks.
-    for number in signal.SIGTERM, signal.SIGINT:
-        signal.signal(number, stop)
     troubles = Troubles()
     group.watch(lambda: troubles.report("another rank has ended"))
     try:
+        checkpoint = open_checkpoint(settings.model, settings.revision, None)
+        check_architecture(checkpoint)
+        # Only now, since a handler would not interrupt the wait for the other ranks.
+        for number in signal.SIGTERM, signal.SIGINT:
+            signal.signal(number, stop)
         with open_telemetry(settings) as telemetry:
             service = _load(settings, checkpoint, group, device, kernels, progress, troubles, telemetry)
             gc.freeze()  # leaves objects from loading out of later collections, which would delay steps
